@@ -1,0 +1,49 @@
+"""Between Flax NNX modules and plain functions of parameters named by dotted path.
+
+Everything outside `models` sees a network as (graphdef, params): params is one flat dictionary such
+as {'down_blocks.0.resnets.1.conv1.kernel': array}. Names therefore serve, unchanged, as keys for
+sharding rules, optimizer groups, checkpoints and conversion tables.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from diffusion_jax.types import Params
+
+
+def split(module: nnx.Module) -> tuple[Any, Params]:
+  """Splits a module into its static graph and its parameters by dotted name."""
+  graphdef, state = nnx.split(module)
+  return graphdef, {'.'.join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+
+
+def merge(graphdef: Any, params: Params) -> nnx.Module:
+  """Inverse of `split`: a module that computes with `params`."""
+  module = nnx.merge(graphdef, _like(graphdef, params))
+  return module
+
+
+def _like(graphdef: Any, params: Params) -> nnx.State:
+  flat = {}
+  for name, value in params.items():
+    path = tuple(int(part) if part.isdigit() else part for part in name.split('.'))
+    flat[path] = nnx.Param(value)
+  return nnx.from_flat_state(flat)
+
+
+def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Any, Params]:
+  """(graphdef, parameter shapes) of the module that `make` builds, without building it."""
+  return split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+
+
+def initialize(make: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> Params:
+  """Fresh parameters. Pure, so it can be jitted with sharded outputs."""
+  return split(make(nnx.Rngs(key)))[1]
+
+
+def count(params: Params) -> int:
+  """Number of scalar parameters."""
+  return sum(leaf.size for leaf in params.values())
