@@ -17,21 +17,16 @@ from diffusion_jax.types import Params
 def split(module: nnx.Module) -> tuple[Any, Params]:
   """Splits a module into its static graph and its parameters by dotted name."""
   graphdef, state = nnx.split(module)
-  return graphdef, {'.'.join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+  return graphdef, {'.'.join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
 def merge(graphdef: Any, params: Params) -> nnx.Module:
   """Inverse of `split`: a module that computes with `params`."""
-  module = nnx.merge(graphdef, _like(graphdef, params))
-  return module
-
-
-def _like(graphdef: Any, params: Params) -> nnx.State:
   flat = {}
   for name, value in params.items():
     path = tuple(int(part) if part.isdigit() else part for part in name.split('.'))
     flat[path] = nnx.Param(value)
-  return nnx.from_flat_state(flat)
+  return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Any, Params]:
