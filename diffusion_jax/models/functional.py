@@ -17,7 +17,8 @@ from diffusion_jax.types import Params
 def split(module: nnx.Module) -> tuple[Any, Params]:
   """Splits a module into its static graph and its parameters by dotted name."""
   graphdef, state = nnx.split(module)
-  return graphdef, {'.'.join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+  flat = nnx.to_flat_state(state)
+  return graphdef, {'.'.join(map(str, path)): leaf.get_value() for path, leaf in flat}
 
 
 def merge(graphdef: Any, params: Params) -> nnx.Module:

@@ -1,0 +1,146 @@
+"""Convolutions, norms and the residual blocks that the U-Net and the autoencoder share.
+
+Arrays are NHWC. Every module holds parameters only. `dtype` is the type of the computation,
+`param_dtype` that of the parameters; norms take their statistics in float32 whatever `dtype` is.
+Submodule names are those of the diffusers checkpoints, so conversion is a renaming of leaves.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from diffusion_jax.models.checks import require
+
+# PyTorch's default, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), from which the references were trained.
+kernel_init = nnx.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+
+
+class Conv(nnx.Module):
+  """Square 2-D convolution, [b h w i] -> [b h' w' o]; the one place that computes convolutions.
+
+  `padding` is symmetric, or ((top, bottom), (left, right)). Parameters: kernel [k k i o], bias [o].
+  """
+
+  def __init__(
+    self, in_features: int, out_features: int, kernel_size: int = 3, *, stride: int = 1,
+    padding: int | tuple[tuple[int, int], tuple[int, int]] = 1, use_bias: bool = True,
+    dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs,
+  ):
+    shape = (kernel_size, kernel_size, in_features, out_features)
+    self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+    self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
+    self.stride = stride
+    self.padding = ((padding, padding),) * 2 if isinstance(padding, int) else padding
+    self.dtype = dtype
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+    if kernel.shape[:2] == (1, 1) and self.stride == 1:
+      y = x @ kernel[0, 0]
+    else:
+      y = lax.conv_general_dilated(
+        x, kernel, (self.stride, self.stride), self.padding,
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+      )
+    return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+def pointwise(in_features: int, out_features: int, **kw) -> Conv:
+  """A 1x1 convolution."""
+  return Conv(in_features, out_features, 1, padding=0, **kw)
+
+
+def linear(in_features: int, out_features: int, *, use_bias: bool = True, **kw) -> nnx.Linear:
+  """A dense layer with the initialisation that all layers here share."""
+  return nnx.Linear(in_features, out_features, use_bias=use_bias, kernel_init=kernel_init, **kw)
+
+
+def layer_norm(features: int, epsilon: float = 1e-5, **kw) -> nnx.LayerNorm:
+  """LayerNorm with PyTorch's epsilon (Flax's default is 1e-6)."""
+  return nnx.LayerNorm(features, epsilon=epsilon, **kw)
+
+
+class GroupNorm(nnx.Module):
+  """Group normalisation (Wu & He 2018, eq. 1) over [b ... c], statistics in float32.
+
+  Mean and variance are folded into one multiply-add per element, which XLA fuses with whatever
+  follows; parameters: scale [c], bias [c].
+  """
+
+  def __init__(
+    self, groups: int, features: int, epsilon: float, *, dtype=jnp.float32,
+    param_dtype=jnp.float32, rngs: nnx.Rngs,
+  ):
+    del rngs  # Scale and bias start at one and zero.
+    require(features % groups == 0, f'{groups} groups do not divide {features} channels.')
+    self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+    self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
+    self.groups, self.epsilon, self.dtype = groups, epsilon, dtype
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    b, c = x.shape[0], x.shape[-1]
+    y = x.astype(jnp.float32).reshape(b, -1, self.groups, c // self.groups)
+    mean = y.mean((1, 3), keepdims=True)
+    variance = jnp.square(y - mean).mean((1, 3), keepdims=True)
+    gain = lax.rsqrt(variance + self.epsilon) * self.scale[...].astype(jnp.float32).reshape(
+      1, 1, self.groups, -1
+    )
+    offset = self.bias[...].astype(jnp.float32).reshape(1, 1, self.groups, -1) - mean * gain
+    return (y * gain + offset).astype(self.dtype).reshape(x.shape)
+
+
+class ResnetBlock2D(nnx.Module):
+  """Residual block (He et al. 2016; with time as in DDPM, Ho et al. 2020, appendix B).
+
+  norm, silu, conv, + projected time embedding, norm, silu, conv, + (projected) input.
+  `time_features` None: no time embedding (the autoencoder).
+  """
+
+  def __init__(
+    self, in_channels: int, out_channels: int, *, groups: int, epsilon: float,
+    time_features: int | None = None, **kw,
+  ):
+    self.norm1 = GroupNorm(groups, in_channels, epsilon, **kw)
+    self.conv1 = Conv(in_channels, out_channels, **kw)
+    self.time_emb_proj = None
+    if time_features is not None:
+      self.time_emb_proj = linear(time_features, out_channels, **kw)
+    self.norm2 = GroupNorm(groups, out_channels, epsilon, **kw)
+    self.conv2 = Conv(out_channels, out_channels, **kw)
+    same = in_channels == out_channels
+    self.conv_shortcut = None if same else pointwise(in_channels, out_channels, **kw)
+
+  def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
+    """x [b h w i], time [b e] (already through the embedding's MLP) -> [b h w o]."""
+    y = self.conv1(nnx.silu(self.norm1(x)))
+    if self.time_emb_proj is not None:
+      y = y + self.time_emb_proj(nnx.silu(time))[:, None, None]
+    y = self.conv2(nnx.silu(self.norm2(y)))
+    return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Upsample2D(nnx.Module):
+  """Nearest-neighbour doubling and a convolution: [b h w c] -> [b 2h 2w c]."""
+
+  def __init__(self, channels: int, **kw):
+    self.conv = Conv(channels, channels, **kw)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    b, h, w, c = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+    return self.conv(x)
+
+
+class Downsample2D(nnx.Module):
+  """Convolution of stride 2: [b h w c] -> [b h/2 w/2 c].
+
+  `asymmetric`: pads (0, 1) on both axes, as the autoencoder does; otherwise (1, 1), as the U-Net.
+  """
+
+  def __init__(self, channels: int, *, asymmetric: bool = False, **kw):
+    padding = ((0, 1), (0, 1)) if asymmetric else 1
+    self.conv = Conv(channels, channels, stride=2, padding=padding, **kw)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.conv(x)
