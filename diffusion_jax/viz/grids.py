@@ -1,0 +1,134 @@
+"""Grids of captioned images, and PNG files that carry their own metadata."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from diffusion_jax.errors import UserError
+
+_BACKGROUND = (255, 255, 255)
+_INK = (51, 51, 51)
+_ELLIPSIS = '…'
+_CAPTION_LINES = 3
+
+
+def to_uint8(images: Float[np.ndarray, '*shape']) -> UInt8[np.ndarray, '*shape']:
+  """Maps [-1, 1] to [0, 255], rounded to the nearest and clipped; NaN becomes 0.
+
+  The inverse of x / 127.5 - 1: every uint8 value survives the way there and back.
+  """
+  values = (np.asarray(images).astype(np.float32) + 1) * 127.5
+  values = np.nan_to_num(values, nan=0.0, posinf=255.0, neginf=0.0)
+  return np.floor(np.clip(values, 0, 255) + 0.5).astype(np.uint8)
+
+
+def make_grid(
+  images: UInt8[np.ndarray, 'n h w 3'],
+  columns: int,
+  captions: Sequence[str] | None = None,
+  scale: int = 1,
+  padding: int = 4,
+) -> Image.Image:
+  """Lays images out row by row on white, each with its caption below.
+
+  The top left pixel of image i is at x = padding + column * (w * scale + padding) and
+  y = padding + row * (h * scale + caption height + padding). Pixels are repeated `scale` times,
+  never interpolated. Captions wrap to at most three lines as wide as the image and end in an
+  ellipsis where that is not enough; all get the height of the longest.
+
+  Raises:
+    UserError: images are not a non-empty uint8 [n h w 3], the number of captions is not n, or
+      columns or scale is below 1.
+  """
+  images = np.asarray(images)
+  _check_grid(images, columns, captions, scale)
+  n, h, w, _ = images.shape
+  columns = min(columns, n)
+  font = ImageFont.load_default(size=min(max(w * scale // 10, 10), 18))
+  lines = [_wrap(caption, font, w * scale) for caption in captions or []]
+  line_height = sum(font.getmetrics()) + 1
+  caption_height = max(map(len, lines), default=0) * line_height + (3 if lines else 0)
+  cell_w, cell_h = w * scale + padding, h * scale + caption_height + padding
+  rows = -(-n // columns)
+  grid = Image.new('RGB', (padding + columns * cell_w, padding + rows * cell_h), _BACKGROUND)
+  draw = ImageDraw.Draw(grid)
+  for i, image in enumerate(images):
+    x, y = padding + i % columns * cell_w, padding + i // columns * cell_h
+    grid.paste(Image.fromarray(image.repeat(scale, 0).repeat(scale, 1)), (x, y))
+    for number, line in enumerate(lines[i] if lines else []):
+      draw.text((x, y + h * scale + 2 + number * line_height), line, _INK, font)
+  return grid
+
+
+def _check_grid(
+  images: np.ndarray, columns: int, captions: Sequence[str] | None, scale: int
+) -> None:
+  if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or images.size == 0:
+    raise UserError(
+      f'A grid is made of uint8 images [n h w 3], not {images.dtype} {list(images.shape)}: '
+      'convert them with to_uint8.'
+    )
+  if columns < 1 or scale < 1:
+    raise UserError(f'A grid needs columns and scale of 1 or more, not {columns} and {scale}.')
+  if captions is not None and len(captions) != len(images):
+    raise UserError(
+      f'{len(images)} images came with {len(captions)} captions: give one caption for each image.'
+    )
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+  """At most _CAPTION_LINES lines of at most `width` pixels; words too wide are broken."""
+  lines = ['']
+  for word in _encodable(text[:1000]).split():
+    joined = f'{lines[-1]} {word}'.strip()
+    if font.getlength(joined) <= width:
+      lines[-1] = joined
+      continue
+    if lines[-1]:
+      lines.append('')
+    for letter in word:
+      if lines[-1] and font.getlength(lines[-1] + letter) > width:
+        lines.append('')
+      lines[-1] += letter
+    if len(lines) > _CAPTION_LINES:
+      break
+  if len(lines) <= _CAPTION_LINES:
+    return lines
+  last = lines[_CAPTION_LINES - 1]
+  while last and font.getlength(last + _ELLIPSIS) > width:
+    last = last[:-1]
+  return [*lines[: _CAPTION_LINES - 1], last.rstrip() + _ELLIPSIS]
+
+
+def save_png(image: Image.Image, path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
+  """Writes a PNG whose text chunks hold `metadata`: tEXt, or iTXt where Latin-1 is not enough.
+
+  The file appears whole or not at all; missing parent directories are made. Read the metadata
+  back with `PIL.Image.open(path).text`. UserError if a key is not 1 to 79 Latin-1 characters.
+  """
+  path = Path(path)
+  chunks = PngImagePlugin.PngInfo()
+  for key, value in metadata.items():
+    if not 1 <= len(key) <= 79 or not key.isprintable() or max(map(ord, key)) > 255:
+      raise UserError(
+        f'{key!r} cannot name PNG metadata: use 1 to 79 printable Latin-1 characters.'
+      )
+    chunks.add_text(key, _encodable(value))
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  try:
+    image.save(temporary, format='PNG', pnginfo=chunks)
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def _encodable(text: str) -> str:
+  """Lone surrogates, as they come from undecodable file names, turn into question marks."""
+  return text.encode('utf-8', 'replace').decode('utf-8')

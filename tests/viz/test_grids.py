@@ -1,0 +1,129 @@
+"""Grids by their pixels, PNG files by reading them back."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.viz import grids
+from diffusion_jax.viz.grids import make_grid, save_png, to_uint8
+
+
+def _solid(*colours, h=6, w=8):
+  return np.stack([np.full((h, w, 3), colour, np.uint8) for colour in colours])
+
+
+def test_to_uint8_rounds_clips_and_inverts():
+  values = np.array([-1.0, 1.0, -3.0, 3.0, 0.0, np.nan, np.inf, -np.inf])
+  assert to_uint8(values).tolist() == [0, 255, 0, 255, 128, 0, 255, 0]
+  every = np.arange(256, dtype=np.uint8)
+  back = to_uint8(every.astype(np.float32) / 127.5 - 1)
+  assert back.dtype == np.uint8
+  np.testing.assert_array_equal(back, every)
+  # 0.6 of a level rounds up, 0.4 down: truncation would fail the first.
+  assert to_uint8(np.array([10.6, 10.4]) / 127.5 - 1).tolist() == [11, 10]
+
+
+def test_images_lie_where_the_docstring_says():
+  images = _solid(10, 60, 110, 160, 210)
+  grid = np.asarray(make_grid(images, 3, scale=2, padding=5))
+  h, w = 12, 16
+  assert grid.shape == (5 + 2 * (h + 5), 5 + 3 * (w + 5), 3)
+  covered = np.zeros(grid.shape[:2], bool)
+  for i, value in enumerate((10, 60, 110, 160, 210)):
+    y, x = 5 + i // 3 * (h + 5), 5 + i % 3 * (w + 5)
+    assert (grid[y : y + h, x : x + w] == value).all()
+    covered[y : y + h, x : x + w] = True
+  assert (grid[~covered] == 255).all()
+
+
+def test_scale_repeats_pixels():
+  image = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(1, 2, 3, 3)
+  grid = np.asarray(make_grid(image, 4, scale=3, padding=0))
+  np.testing.assert_array_equal(grid, image[0].repeat(3, 0).repeat(3, 1))
+
+
+def test_captions_are_drawn_below_their_own_image_only():
+  images = _solid(0, 0, h=20, w=80)
+  grid = np.asarray(make_grid(images, 2, ['man farmer', ''], padding=4))
+  bare = np.asarray(make_grid(images, 2, padding=4))
+  assert grid.shape[0] > bare.shape[0] + 8 and grid.shape[1] == bare.shape[1]
+  np.testing.assert_array_equal(grid[:24], bare[:24])
+  assert (grid[24:, :84] < 128).any()  # Ink.
+  assert (grid[24:, 84:] == 255).all()
+
+
+@pytest.mark.parametrize('caption', ['word ' * 200, 'x' * 500, 'a\nb\tc ' * 50])
+def test_long_captions_stay_in_their_cell(caption):
+  images = _solid(0, 0, h=20, w=80)
+  grid = np.asarray(make_grid(images, 2, [caption, ''], padding=10))
+  three = np.asarray(make_grid(images, 2, ['aaaaaaaa bbbbbbbb cccccccc', ''], padding=10))
+  assert grid.shape == three.shape
+  assert (grid[30:, 92:] == 255).all()  # One pixel of antialiasing past the cell is allowed.
+  assert (grid[-10:] == 255).all()
+
+
+def test_an_ellipsis_marks_what_was_cut():
+  images = _solid(0, h=20, w=80)
+  cut = make_grid(images, 1, ['one two three four five six seven eight nine ten eleven'])
+  other = make_grid(images, 1, ['one two three four five six seven eight nine ten twelve'])
+  np.testing.assert_array_equal(np.asarray(cut), np.asarray(other))
+  # The words that fit, without the cut, look different: the ellipsis is ink.
+  font = grids.ImageFont.load_default(size=10)
+  lines = grids._wrap('one two three four five six seven eight nine ten eleven', font, 80)
+  assert len(lines) == 3 and lines[-1].endswith('…')
+  assert all(font.getlength(line) <= 80 for line in lines)
+  assert grids._wrap('short', font, 80) == ['short']
+
+
+def test_captions_of_any_script_do_not_fail():
+  make_grid(_solid(0, 0), 2, ['狐 🦊 été', 'lone \udc80 surrogate'])
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    ((_solid(0).astype(float), 1), 'to_uint8'),
+    ((_solid(0)[0], 1), 'to_uint8'),
+    ((_solid(0)[:0], 1), 'to_uint8'),
+    ((_solid(0), 0), 'columns'),
+    ((_solid(0), 1, None, 0), 'scale'),
+    ((_solid(0), 1, ['a', 'b']), 'caption'),
+  ],
+)
+def test_mistakes_are_refused(arguments, message):
+  with pytest.raises(UserError, match=message):
+    make_grid(*arguments)
+
+
+def test_png_metadata_and_pixels_come_back(tmp_path):
+  image = make_grid(_solid(1, 2, 3), 2)
+  metadata = {'prompt': 'a 狐 🦊 & <b>', 'plain': 'café', 'config': '{"a": 1}\nline', 'empty': ''}
+  path = tmp_path / 'samples' / 'step_00000001.png'
+  save_png(image, path, metadata)
+  with Image.open(path) as read:
+    assert read.text == metadata
+    np.testing.assert_array_equal(np.asarray(read), np.asarray(image))
+  assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
+  path = tmp_path / 'a.png'
+  save_png(make_grid(_solid(1), 1), path, {})
+  before = path.read_bytes()
+
+  def fail(self, file, **_):
+    open(file, 'wb').write(b'half')
+    raise OSError('no space left')
+
+  monkeypatch.setattr(Image.Image, 'save', fail)
+  with pytest.raises(OSError):
+    save_png(make_grid(_solid(2), 1), path, {})
+  assert path.read_bytes() == before
+  assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize('key', ['', 'k' * 80, 'ключ', 'a\0b'])
+def test_impossible_metadata_keys_are_refused(tmp_path, key):
+  with pytest.raises(UserError, match='PNG metadata'):
+    save_png(make_grid(_solid(1), 1), tmp_path / 'a.png', {key: 'x'})
