@@ -36,14 +36,29 @@ class Conv(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-    if kernel.shape[:2] == (1, 1) and self.stride == 1:
-      y = x @ kernel[0, 0]
+    if self._disjoint(x.shape):
+      y = _patches(x, self.stride) @ kernel.reshape(-1, kernel.shape[-1])
     else:
       y = lax.conv_general_dilated(
         x, kernel, (self.stride, self.stride), self.padding,
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
       )
     return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+  def _disjoint(self, shape: tuple[int, ...]) -> bool:
+    """Whether the windows tile the input, so that the convolution is one matrix product."""
+    k = self.kernel.shape[0]
+    tiles = shape[1] % k == 0 and shape[2] % k == 0
+    return k == self.stride and tiles and self.padding == ((0, 0), (0, 0))
+
+
+def _patches(x: jax.Array, size: int) -> jax.Array:
+  """Disjoint square patches: [b h w c] -> [b h/size w/size size*size*c]."""
+  if size == 1:
+    return x
+  b, h, w, c = x.shape
+  x = x.reshape(b, h // size, size, w // size, size, c).swapaxes(2, 3)
+  return x.reshape(b, h // size, w // size, size * size * c)
 
 
 def pointwise(in_features: int, out_features: int, **kw) -> Conv:

@@ -1,0 +1,130 @@
+"""Byte-level BPE tokenizers (Sennrich et al. 2016; bytes as in GPT-2), trained, saved and applied.
+
+Every text becomes <|startoftext|> tokens <|endoftext|>, then <|endoftext|> up to the fixed length,
+as in CLIP. Files are those of transformers, so the published CLIP tokenizers load too.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import (
+  Tokenizer,
+  decoders,
+  models,
+  normalizers,
+  pre_tokenizers,
+  processors,
+  trainers,
+)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.models.checks import require
+
+BOS, EOS = '<|startoftext|>', '<|endoftext|>'
+SMALLEST = 256 + 2
+"""Every byte is a token, so that any text can be written; and the two frame tokens."""
+
+
+def train_tokenizer(
+  captions: Iterable[str], vocab_size: int, max_length: int
+) -> PreTrainedTokenizerBase:
+  """A byte-level BPE of at most `vocab_size` tokens; ids 0 and 1 are BOS and EOS.
+
+  Text is lowercased. `max_length` counts the two frame tokens. UserError if either is too small.
+  """
+  require(vocab_size >= SMALLEST, f'vocab_size must be at least {SMALLEST}, not {vocab_size}.')
+  require(max_length >= 3, f'max_length must be at least 3, not {max_length}.')
+  bpe = Tokenizer(models.BPE())
+  bpe.normalizer = normalizers.Lowercase()
+  bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  bpe.decoder = decoders.ByteLevel()
+  bpe.train_from_iterator(captions, trainers.BpeTrainer(
+    vocab_size=vocab_size, special_tokens=[BOS, EOS], show_progress=False,
+    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+  ))
+  bpe.post_processor = processors.TemplateProcessing(
+    single=f'{BOS} $A {EOS}', special_tokens=[(BOS, 0), (EOS, 1)]
+  )
+  return PreTrainedTokenizerFast(
+    tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=EOS, unk_token=EOS,
+    model_max_length=max_length, clean_up_tokenization_spaces=False, split_special_tokens=True,
+  )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str | os.PathLike) -> None:
+  """Writes the tokenizer's files, as transformers lays them out, into `directory`."""
+  tokenizer.save_pretrained(os.fspath(directory))
+
+
+def load_tokenizer(directory: str | os.PathLike) -> PreTrainedTokenizerBase:
+  """Reads a tokenizer that we, or transformers, saved in a local directory; never the network."""
+  directory = Path(directory)
+  require(
+    directory.is_dir(), f'There is no tokenizer directory {directory}; check the path.'
+  )
+  try:
+    return AutoTokenizer.from_pretrained(os.fspath(directory), local_files_only=True)
+  except Exception as error:  # transformers raises many kinds; all mean the same to a person.
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    raise UserError(
+      f'{directory} holds no tokenizer that can be read ({reason}); give a directory with '
+      'tokenizer.json, or with vocab.json and merges.txt.'
+    ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenize:
+  """Text -> framed and padded token ids of one length.
+
+  `max_length` counts the two frame tokens. `on_long` says what happens to a longer text:
+  'truncate' cuts it and keeps the end token, 'error' raises a UserError. The empty text (the null
+  caption) is allowed.
+  """
+
+  tokenizer: PreTrainedTokenizerBase
+  max_length: int
+  on_long: str = 'truncate'
+
+  def __post_init__(self):
+    require(self.max_length >= 3, f'max_length must be at least 3, not {self.max_length}.')
+    require(
+      self.on_long in ('truncate', 'error'),
+      f"on_long must be 'truncate' or 'error', not {self.on_long!r}.",
+    )
+
+  def __call__(self, text: str) -> np.ndarray:
+    """One text -> int32 [l]."""
+    return self.batch([text])[0]
+
+  def batch(self, texts: Sequence[str]) -> np.ndarray:
+    """Texts -> int32 [b l]."""
+    for text in texts:
+      require(isinstance(text, str), f'A prompt must be text, not {type(text).__name__}.')
+    if not texts:
+      return np.zeros((0, self.max_length), np.int32)
+    pad = self.tokenizer.pad_token_id
+    pad = self.tokenizer.eos_token_id if pad is None else pad
+    out = np.full((len(texts), self.max_length), pad, np.int32)
+    encoded = self.tokenizer(list(texts), verbose=False)['input_ids']
+    for row, ids, text in zip(out, encoded, texts, strict=True):
+      ids = self._fit(ids, text)
+      row[: len(ids)] = ids
+    return out
+
+  def _fit(self, ids: list[int], text: str) -> list[int]:
+    if len(ids) <= self.max_length:
+      return ids
+    if self.on_long == 'error':
+      raise UserError(
+        f'The prompt {_shorten(text)!r} has {len(ids) - 2} tokens, but only '
+        f'{self.max_length - 2} fit; shorten it.'
+      )
+    return [*ids[: self.max_length - 1], ids[-1]]
+
+
+def _shorten(text: str, length: int = 60) -> str:
+  return text if len(text) <= length else text[: length - 3] + '...'
