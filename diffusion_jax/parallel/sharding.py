@@ -1,0 +1,92 @@
+"""One table of rules, from a parameter's dotted name to how it is split over the mesh.
+
+The same table serves parameters, optimizer state and EMA of every network, trained or frozen. A
+dimension that an axis does not divide stays whole, so small models run on any mesh.
+"""
+
+import re
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from diffusion_jax.types import Params
+
+BATCH = PartitionSpec(('data', 'fsdp'))
+
+# Megatron's layout for tensor: the first matrix of a pair is split by columns, the second by rows,
+# so that a pair needs one all-reduce. fsdp takes the other dimension.
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+  (r'(bias|scale|class_embedding)$', PartitionSpec()),
+  (r'(to_q|to_k|to_v|q_proj|k_proj|v_proj|fc1|linear_1|net\.0\.proj)\.kernel$',
+   PartitionSpec('fsdp', 'tensor')),
+  (r'(to_out\.0|out_proj|fc2|linear_2|net\.2)\.kernel$', PartitionSpec('tensor', 'fsdp')),
+  (r'embedding$', PartitionSpec('tensor', 'fsdp')),
+  (r'kernel$', PartitionSpec('fsdp')),
+)
+
+
+def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+  """How the array of that name and shape is split; scalars never are.
+
+  Rules speak of the last two dimensions (input, output); leading ones, such as a convolution's
+  window, stay whole.
+
+  Raises:
+    ValueError: when no rule matches, so that a new kind of parameter cannot go unnoticed.
+  """
+  for pattern, rule in RULES:
+    if re.search(pattern, name):
+      break
+  else:
+    raise ValueError(f'no sharding rule matches the parameter {name!r}; add one to RULES.')
+  rule = tuple(rule)[: len(shape)]
+  whole = (None,) * (len(shape) - max(len(rule), min(2, len(shape))))
+  axes = (*whole, *rule)
+  fits = [
+    axis if axis is None or size % mesh.shape[axis] == 0 else None
+    for size, axis in zip(shape, axes, strict=False)
+  ]
+  return PartitionSpec(*fits)
+
+
+def shard_params(params: Params, mesh: Mesh) -> dict[str, NamedSharding]:
+  """The sharding of every parameter (arrays or shapes) by name."""
+  return {name: NamedSharding(mesh, spec(name, p.shape, mesh)) for name, p in params.items()}
+
+
+def shard_like(tree, params: Params, mesh: Mesh):
+  """Shardings for a tree that holds copies of `params`, such as an optimizer state or the EMA.
+
+  A leaf below a dictionary key that names a parameter of the same shape is split like it; all else
+  (counters, keys) is replicated.
+  """
+  replicated = NamedSharding(mesh, PartitionSpec())
+
+  def one(path, leaf):
+    name = next((k.key for k in reversed(path) if isinstance(k, jax.tree_util.DictKey)), None)
+    if name in params and params[name].shape == leaf.shape:
+      return NamedSharding(mesh, spec(name, leaf.shape, mesh))
+    return replicated
+
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def put_params(params: dict[str, np.ndarray], mesh: Mesh) -> Params:
+  """Host arrays onto their shards."""
+  shardings = shard_params(params, mesh)
+  return {
+    name: jax.make_array_from_callback(value.shape, shardings[name], lambda index, v=value: v[index])
+    for name, value in params.items()
+  }
+
+
+def put_batch(batch, mesh: Mesh):
+  """This process's part of a batch -> global arrays, split over data and fsdp."""
+  sharding = NamedSharding(mesh, BATCH)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def replicate(tree, mesh: Mesh):
+  """Host values -> arrays whole on every device."""
+  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

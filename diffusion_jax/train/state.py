@@ -1,0 +1,64 @@
+"""Everything that training changes, as one pytree."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from diffusion_jax.parallel.sharding import shard_like
+from diffusion_jax.train.tasks.task import Task
+from diffusion_jax.types import Params
+
+
+class TrainState(NamedTuple):
+  """step: updates made so far. key: root of all randomness, never changed; a step's randomness is
+  fold_in(key, step). ema: averaged parameters, empty when there is no averaging."""
+
+  step: jax.Array
+  key: jax.Array
+  params: Params
+  opt_state: optax.OptState
+  ema: Params
+
+  @property
+  def eval_params(self) -> Params:
+    """What is sampled, scored and exported."""
+    return self.ema or self.params
+
+
+def _initialize(task: Task, optimizer, use_ema: bool, seed: int) -> TrainState:
+  init_key, key = jax.random.split(jax.random.key(seed))
+  params = task.initialize(init_key)
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    key=jax.random.key_data(key),
+    params=params,
+    opt_state=optimizer.init(params),
+    ema=jax.tree.map(jnp.copy, params) if use_ema else {},
+  )
+
+
+def abstract_state(task: Task, optimizer, use_ema: bool, mesh: Mesh) -> TrainState:
+  """Shapes, types and shardings of the state; nothing is allocated."""
+  shapes = jax.eval_shape(lambda: _initialize(task, optimizer, use_ema, 0))
+  shardings = shard_like(shapes, shapes.params, mesh)
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    shapes,
+    shardings,
+  )
+
+
+def create_state(task: Task, optimizer, use_ema: bool, seed: int, mesh: Mesh) -> TrainState:
+  """A fresh state, initialised directly onto its shards."""
+  abstract = abstract_state(task, optimizer, use_ema, mesh)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  make = jax.jit(lambda: _initialize(task, optimizer, use_ema, seed), out_shardings=shardings)
+  return make()
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Whole on every device."""
+  return NamedSharding(mesh, PartitionSpec())
