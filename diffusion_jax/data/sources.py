@@ -1,0 +1,121 @@
+"""Random access to records: prepared data sets on disk, and columns in memory."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from diffusion_jax.data.prepare import is_prepared, make_builder
+from diffusion_jax.data.prepare import prepare as prepare_dataset
+from diffusion_jax.errors import UserError
+from diffusion_jax.types import Record
+
+
+def open_source(
+  dataset: str, split: str, *, size: int, data_dir: str | None = None, prepare: bool = False
+) -> 'ImageSource':
+  """Opens one split of a prepared data set.
+
+  Args:
+    dataset: name of the data set, such as 'openmoji'.
+    split: 'train', 'test', or a TFDS slice such as 'train[:100]'.
+    size: image edge in pixels.
+    data_dir: folder for all data sets; see `prepare.prepare`.
+    prepare: prepare the data set first where it is missing.
+
+  Raises:
+    UserError: unknown name, size or split, missing data, or data that cannot be read.
+  """
+  if prepare:
+    prepare_dataset(dataset, size, data_dir)
+  builder = make_builder(dataset, size, data_dir)
+  if not is_prepared(builder):
+    folder = f' --data_dir {data_dir}' if data_dir else ''
+    raise UserError(
+      f'The data set {dataset} at {size} px is not in {builder.data_dir}: '
+      f'run python -m diffusion_jax prepare --dataset {dataset} --size {size}{folder}'
+    )
+  name = split.split('[')[0]
+  if name not in builder.info.splits:
+    known = ', '.join(sorted(builder.info.splits))
+    raise UserError(f'{dataset} has no split {split!r}: use one of {known}.')
+  try:
+    records = builder.as_data_source(split=split)
+    return ImageSource(records, f'{dataset} in {builder.data_dir}')
+  except (ValueError, AssertionError, OSError, RuntimeError) as error:
+    raise _unreadable(f'{dataset} in {builder.data_dir}', error) from error
+
+
+class ImageSource:
+  """Records of a TFDS data source as `types.Record`. Pickles, so worker processes can read it."""
+
+  def __init__(self, records: Sequence[Mapping[str, Any]], name: str):
+    self._records = records
+    self._name = name
+    self._length = len(records)
+
+  def __len__(self) -> int:
+    return self._length
+
+  def __getitem__(self, index: SupportsIndex) -> Record:
+    """Record `index`.
+
+    Raises:
+      IndexError: no such record.
+      UserError: the file is damaged.
+    """
+    index = _checked(index, self._length)
+    try:
+      raw = self._records[index]
+    except Exception as error:  # ArrayRecord raises bare ones from C++.
+      raise _unreadable(self._name, error) from error
+    captions = [text.decode() for text in raw['captions']]
+    return {'image': np.asarray(raw['image']), 'captions': captions, 'id': raw['id'].decode()}
+
+  def __repr__(self) -> str:
+    return f'ImageSource({self._name}, {self._length} records)'
+
+
+class ArraySource:
+  """Rows of in-memory columns, such as cached latents with their text embeddings.
+
+  Args:
+    columns: by name, arrays [n, ...] or lists of n values.
+
+  Raises:
+    UserError: no columns, or columns of different lengths.
+  """
+
+  def __init__(self, columns: Mapping[str, np.ndarray | list]):
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) != 1:
+      raise UserError(f'Columns must have one common length, got {lengths}: fix the longer ones.')
+    self._columns = dict(columns)
+    self._length = next(iter(lengths.values()))
+
+  def __len__(self) -> int:
+    return self._length
+
+  def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+    """Row `index` as one value per column."""
+    index = _checked(index, self._length)
+    return {name: column[index] for name, column in self._columns.items()}
+
+  def __repr__(self) -> str:
+    return f'ArraySource({", ".join(self._columns)}, {self._length} rows)'
+
+
+def _checked(index: SupportsIndex, length: int) -> int:
+  position = index.__index__()
+  if not -length <= position < length:
+    raise IndexError(f'no record {position} in {length}')
+  return position % length
+
+
+def _unreadable(name: str, error: BaseException) -> UserError:
+  first = (str(error).strip() or type(error).__name__).splitlines()[0]
+  folder = Path(name.rpartition(' in ')[2])
+  return UserError(
+    f'The data set {name} cannot be read ({first[:200]}): delete {folder} and prepare it again.'
+  )
