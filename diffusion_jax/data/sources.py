@@ -1,10 +1,12 @@
 """Random access to records: prepared data sets on disk, and columns in memory."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
+from PIL import Image
 
 from diffusion_jax.data.prepare import is_prepared, make_builder
 from diffusion_jax.data.prepare import prepare as prepare_dataset
@@ -41,7 +43,11 @@ def open_source(
     known = ', '.join(sorted(builder.info.splits))
     raise UserError(f'{dataset} has no split {split!r}: use one of {known}.')
   try:
-    records = builder.as_data_source(split=split)
+    import tensorflow_datasets as tfds
+
+    # Pillow decodes: TFDS would ask for OpenCV, and damaged images must be named.
+    decoders = {'image': tfds.decode.SkipDecoding()}
+    records = builder.as_data_source(split=split, decoders=decoders)
     return ImageSource(records, f'{dataset} in {builder.data_dir}')
   except (ValueError, AssertionError, OSError, RuntimeError) as error:
     raise _unreadable(f'{dataset} in {builder.data_dir}', error) from error
@@ -68,10 +74,11 @@ class ImageSource:
     index = _checked(index, self._length)
     try:
       raw = self._records[index]
+      image = np.array(Image.open(io.BytesIO(raw['image'])).convert('RGB'))
     except Exception as error:  # ArrayRecord raises bare ones from C++.
       raise _unreadable(self._name, error) from error
     captions = [text.decode() for text in raw['captions']]
-    return {'image': np.asarray(raw['image']), 'captions': captions, 'id': raw['id'].decode()}
+    return {'image': image, 'captions': captions, 'id': raw['id'].decode()}
 
   def __repr__(self) -> str:
     return f'ImageSource({self._name}, {self._length} records)'

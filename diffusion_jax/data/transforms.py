@@ -1,0 +1,282 @@
+"""What happens to a record between its source and its batch.
+
+Each transform is a small frozen dataclass. Deterministic ones are called as f(record), random ones
+(`random` is True) as f(record, rng). None changes the record it is given; each returns a new one.
+Images are uint8 [h, w, c] in [0, 255] until `normalize`.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image
+
+from diffusion_jax.errors import UserError
+
+_SIDED = re.compile(r'\b(?:left|right|leftwards|rightwards|clockwise|counterclockwise)\b', re.I)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resize:
+  """Scales the image so that its shorter edge is `size` pixels; bicubic, with antialiasing."""
+
+  size: int
+  random: ClassVar[bool] = False
+
+  def __call__(self, record: dict) -> dict:
+    image = _image(record)
+    height, width = image.shape[:2]
+    scale = self.size / min(height, width)
+    return record | {'image': _resize(image, round(height * scale), round(width * scale))}
+
+
+@dataclasses.dataclass(frozen=True)
+class CenterCrop:
+  """Cuts the central `size` x `size` pixels."""
+
+  size: int
+  random: ClassVar[bool] = False
+
+  def __call__(self, record: dict) -> dict:
+    image = _at_least(_image(record), self.size)
+    top, left = ((edge - self.size) // 2 for edge in image.shape[:2])
+    return record | {'image': image[top : top + self.size, left : left + self.size]}
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomCrop:
+  """Pads every side by `padding` pixels of the border's colour, then cuts `size` x `size`."""
+
+  size: int
+  padding: int = 0
+  random: ClassVar[bool] = True
+
+  def __call__(self, record: dict, rng: np.random.Generator) -> dict:
+    pad = (self.padding, self.padding)
+    image = _at_least(np.pad(_image(record), (pad, pad, (0, 0)), mode='edge'), self.size)
+    top, left = (int(rng.integers(edge - self.size + 1)) for edge in image.shape[:2])
+    return record | {'image': image[top : top + self.size, left : left + self.size]}
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomResizedCrop:
+  """Cuts a random rectangle and scales it to `size` x `size`.
+
+  Attributes:
+    size: edge of the result in pixels.
+    scale: range of the rectangle's area as a fraction of the image's.
+    ratio: range of its width divided by its height, drawn uniformly in the logarithm.
+  """
+
+  size: int
+  scale: tuple[float, float] = (0.8, 1.0)
+  ratio: tuple[float, float] = (1.0, 1.0)
+  random: ClassVar[bool] = True
+
+  def __post_init__(self):
+    for name in ('scale', 'ratio'):
+      low, high = getattr(self, name)
+      if not 0 < low <= high or (name == 'scale' and high > 1):
+        raise UserError(
+          f'random_resized_crop cannot use {name}={(low, high)}: give 0 < low <= high'
+          + (' <= 1.' if name == 'scale' else '.')
+        )
+
+  def __call__(self, record: dict, rng: np.random.Generator) -> dict:
+    image = _image(record)
+    height, width = image.shape[:2]
+    area = rng.uniform(*self.scale) * height * width
+    ratio = np.exp(rng.uniform(*np.log(self.ratio)))
+    cut_h = min(height, max(1, round(np.sqrt(area / ratio))))
+    cut_w = min(width, max(1, round(np.sqrt(area * ratio))))
+    top, left = int(rng.integers(height - cut_h + 1)), int(rng.integers(width - cut_w + 1))
+    cut = image[top : top + cut_h, left : left + cut_w]
+    return record | {'image': _resize(cut, self.size, self.size)}
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomFlip:
+  """Mirrors the image left to right with a probability.
+
+  Attributes:
+    probability: in [0, 1].
+    keep_sided: leave images alone whose captions speak of left, right or clockwise.
+  """
+
+  probability: float = 0.5
+  keep_sided: bool = True
+  random: ClassVar[bool] = True
+
+  def __call__(self, record: dict, rng: np.random.Generator) -> dict:
+    image = _image(record)
+    flip = rng.random() < self.probability  # Drawn always, so that captions do not shift the rng.
+    texts = [*record.get('captions', ()), record.get('caption', '')]
+    if not flip or (self.keep_sided and any(map(_SIDED.search, texts))):
+      return record
+    return record | {'image': np.ascontiguousarray(image[:, ::-1])}
+
+
+@dataclasses.dataclass(frozen=True)
+class ChooseCaption:
+  """Replaces 'captions' by one of them, 'caption', each equally likely."""
+
+  random: ClassVar[bool] = True
+
+  def __call__(self, record: dict, rng: np.random.Generator) -> dict:
+    captions = _captions(record)
+    return _with_caption(record, captions[int(rng.integers(len(captions)))])
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstCaption:
+  """Replaces 'captions' by the canonical one, 'caption'."""
+
+  random: ClassVar[bool] = False
+
+  def __call__(self, record: dict) -> dict:
+    return _with_caption(record, _captions(record)[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenize:
+  """Turns 'caption' into 'tokens', int32 [l], and drops every text, which devices cannot hold.
+
+  Attributes:
+    tokenizer: from one text to its token ids, always the same number l.
+  """
+
+  tokenizer: Callable[[str], np.ndarray]
+  random: ClassVar[bool] = False
+
+  def __call__(self, record: dict) -> dict:
+    if 'caption' not in record:
+      raise UserError(
+        'tokenize found no caption in the record: put choose_caption or first_caption before it.'
+      )
+    kept = {name: value for name, value in record.items() if not _is_text(value)}
+    return kept | {'tokens': np.asarray(self.tokenizer(record['caption']), np.int32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalize:
+  """uint8 [0, 255] to float32 [-1, 1]."""
+
+  random: ClassVar[bool] = False
+
+  def __call__(self, record: dict) -> dict:
+    return record | {'image': _image(record).astype(np.float32) / np.float32(127.5) - 1}
+
+
+TRANSFORMS: dict[str, type] = {
+  'resize': Resize,
+  'center_crop': CenterCrop,
+  'random_crop': RandomCrop,
+  'random_resized_crop': RandomResizedCrop,
+  'random_flip': RandomFlip,
+  'choose_caption': ChooseCaption,
+  'first_caption': FirstCaption,
+  'tokenize': Tokenize,
+  'normalize': Normalize,
+}
+"""Every transform by the name that configs use."""
+
+
+def build_transforms(specs: Iterable[Any], **context: Any) -> list[Callable]:
+  """Makes transforms from their description.
+
+  Args:
+    specs: each a name, a pair (name, arguments), or a mapping {'name': ..., **arguments}.
+    **context: arguments for whichever transform has them, such as tokenizer=...; what a spec says
+      itself comes first.
+
+  Raises:
+    UserError: unknown name, unknown argument, or missing argument.
+  """
+  return [_build(*_parse(spec), context) for spec in specs]
+
+
+def apply(transforms: Iterable[Callable], record: dict, rng: np.random.Generator) -> dict:
+  """Applies transforms in order; random ones draw from `rng`."""
+  for transform in transforms:
+    record = transform(record, rng) if transform.random else transform(record)
+  return record
+
+
+def _parse(spec: Any) -> tuple[str, dict[str, Any]]:
+  if isinstance(spec, str):
+    return spec, {}
+  if isinstance(spec, (tuple, list)):
+    name, arguments = spec if len(spec) == 2 else (*spec, {})
+    return name, dict(arguments)
+  arguments = dict(spec)
+  if 'name' not in arguments:
+    raise UserError(f'The transform {arguments} has no name: add one of {", ".join(TRANSFORMS)}.')
+  return arguments.pop('name'), arguments
+
+
+def _build(name: str, arguments: dict[str, Any], context: Mapping[str, Any]) -> Callable:
+  if name not in TRANSFORMS:
+    raise UserError(f'Unknown transform {name!r}: use one of {", ".join(TRANSFORMS)}.')
+  fields = {field.name: field for field in dataclasses.fields(TRANSFORMS[name])}
+  for argument in arguments:
+    if argument not in fields:
+      known = ', '.join(fields) or 'none'
+      raise UserError(f'The transform {name} has no argument {argument!r}: it takes {known}.')
+  given = {key: value for key, value in context.items() if key in fields} | arguments
+  for key, field in fields.items():
+    if key not in given and field.default is dataclasses.MISSING:
+      raise UserError(f'The transform {name} needs the argument {key!r}: add it to its entry.')
+  return TRANSFORMS[name](**given)
+
+
+def _image(record: Mapping[str, Any]) -> np.ndarray:
+  """The record's image, checked.
+
+  Raises:
+    UserError: not uint8 [h, w, c] with at least one pixel.
+  """
+  image = record.get('image')
+  if image is None:
+    raise UserError(f'The record has no image, only {", ".join(record)}: check its source.')
+  if image.ndim != 3 or image.dtype != np.uint8 or 0 in image.shape:
+    raise UserError(
+      f'The image of record {record.get("id", "?")} is {image.dtype} {list(image.shape)}: '
+      'give uint8 [height, width, channels], and put normalize last.'
+    )
+  return image
+
+
+def _at_least(image: np.ndarray, size: int) -> np.ndarray:
+  height, width = image.shape[:2]
+  if min(height, width) < size:
+    raise UserError(
+      f'Cannot cut {size} x {size} pixels from an image of {height} x {width}: put resize before.'
+    )
+  return image
+
+
+def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+  flat = image[..., 0] if image.shape[-1] == 1 else image  # Pillow has no [h, w, 1].
+  resized = Image.fromarray(flat).resize((width, height), Image.Resampling.BICUBIC)
+  return np.asarray(resized).reshape(height, width, image.shape[-1])
+
+
+def _captions(record: Mapping[str, Any]) -> list[str]:
+  captions = record.get('captions')
+  if not captions:
+    raise UserError(f'Record {record.get("id", "?")} has no captions: check its source.')
+  return captions
+
+
+def _with_caption(record: dict, caption: str) -> dict:
+  return {name: value for name, value in record.items() if name != 'captions'} | {
+    'caption': caption
+  }
+
+
+def _is_text(value: Any) -> bool:
+  return isinstance(value, str) or (
+    isinstance(value, list) and bool(value) and isinstance(value[0], str)
+  )
