@@ -122,9 +122,8 @@ class ResnetBlock2D(nnx.Module):
   ):
     self.norm1 = GroupNorm(groups, in_channels, epsilon, **kw)
     self.conv1 = Conv(in_channels, out_channels, **kw)
-    self.time_emb_proj = None
-    if time_features is not None:
-      self.time_emb_proj = linear(time_features, out_channels, **kw)
+    timed = time_features is not None
+    self.time_emb_proj = linear(time_features, out_channels, **kw) if timed else None
     self.norm2 = GroupNorm(groups, out_channels, epsilon, **kw)
     self.conv2 = Conv(out_channels, out_channels, **kw)
     same = in_channels == out_channels
