@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -50,7 +52,7 @@ def make_grid(
   _check_grid(images, columns, captions, scale)
   n, h, w, _ = images.shape
   columns = min(columns, n)
-  font = ImageFont.load_default(size=min(max(w * scale // 10, 10), 18))
+  font = _font(captions or [], w * scale)
   lines = [_wrap(caption, font, w * scale) for caption in captions or []]
   line_height = sum(font.getmetrics()) + 1
   caption_height = max(map(len, lines), default=0) * line_height + (3 if lines else 0)
@@ -82,17 +84,24 @@ def _check_grid(
     )
 
 
+def _font(captions: Sequence[str], width: int) -> ImageFont.FreeTypeFont:
+  """A font for cells of `width` pixels; beyond ASCII, Pillow's own lacks even accents."""
+  size = min(max(width // 10, 10), 18)
+  if all(caption.isascii() for caption in captions):
+    return ImageFont.load_default(size)
+  return ImageFont.truetype(f'{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf', size)
+
+
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-  """At most _CAPTION_LINES lines of at most `width` pixels; words too wide are broken."""
+  """At most _CAPTION_LINES lines of at most `width` pixels, broken at spaces and hyphens."""
   lines = ['']
-  for word in _encodable(text[:1000]).split():
-    joined = f'{lines[-1]} {word}'.strip()
-    if font.getlength(joined) <= width:
-      lines[-1] = joined
+  for part in re.findall(r' ?[^ -]+-*| ?-+', ' '.join(_encodable(text[:1000]).split())):
+    if font.getlength(lines[-1] + part) <= width:
+      lines[-1] += part
       continue
     if lines[-1]:
       lines.append('')
-    for letter in word:
+    for letter in part.lstrip():
       if lines[-1] and font.getlength(lines[-1] + letter) > width:
         lines.append('')
       lines[-1] += letter

@@ -74,10 +74,18 @@ def test_an_ellipsis_marks_what_was_cut():
   assert len(lines) == 3 and lines[-1].endswith('…')
   assert all(font.getlength(line) <= 80 for line in lines)
   assert grids._wrap('short', font, 80) == ['short']
+  assert grids._wrap('wordy medium-light', font, 64) == ['wordy', 'medium-', 'light']
 
 
 def test_captions_of_any_script_do_not_fail():
   make_grid(_solid(0, 0), 2, ['狐 🦊 été', 'lone \udc80 surrogate'])
+
+
+def test_accents_and_cyrillic_have_their_own_glyphs():
+  # A font without a letter draws the same box for all of them.
+  images = _solid(0, h=20, w=80)
+  drawn = [np.asarray(make_grid(images, 1, [letter])).tobytes() for letter in 'éüñжλ']
+  assert len(set(drawn)) == 5
 
 
 @pytest.mark.parametrize(

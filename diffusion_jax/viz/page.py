@@ -1,0 +1,204 @@
+"""The frame of a self-contained HTML page: style, sections, tables and embedded images.
+
+Every function escapes the text that it is given; only arguments named `body` are HTML.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+STYLE = """
+:root { color-scheme: light dark; --ground: #faf9f7; --card: #fff; --ink: #24272d;
+  --muted: #656b76; --line: #e5e2dc; --accent: #0a6aa6; --good: #0b7a55; --bad: #b3401a; }
+@media (prefers-color-scheme: dark) { :root { --ground: #15171b; --card: #1d2025; --ink: #e4e5e8;
+  --muted: #9aa0ab; --line: #30343b; --accent: #6db8e8; --good: #4cc79b; --bad: #f0855a; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 70rem; padding: 2.5rem 1.25rem 4rem; background: var(--ground);
+  color: var(--ink); font: 16px/1.55 system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif; }
+header { margin-bottom: 2rem; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0; letter-spacing: -0.02em;
+  overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 0 0 .15rem; letter-spacing: -0.01em; }
+section { margin-top: 2.75rem; }
+a { color: var(--accent); }
+.muted, figcaption { color: var(--muted); font-size: .875rem; }
+p { margin: .3rem 0 .9rem; max-width: 46rem; }
+.pill { display: inline-block; border: 1px solid currentColor; border-radius: 1rem;
+  padding: .05rem .7rem; font-size: .85rem; margin-right: .6rem; color: var(--accent); }
+.pill.good { color: var(--good); } .pill.bad { color: var(--bad); }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .8rem;
+  margin: 0; }
+.figures div, .card { background: var(--card); border: 1px solid var(--line);
+  border-radius: .6rem; padding: .8rem 1rem; min-width: 0; margin: 0; }
+.figures dt { color: var(--muted); font-size: .85rem; }
+.figures dd { margin: 0; font-size: 1.45rem; font-variant-numeric: tabular-nums; }
+.charts { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); }
+.card figcaption { color: var(--ink); font-weight: 600; margin-bottom: .3rem;
+  overflow-wrap: anywhere; }
+.chart { display: block; width: 100%; height: auto; }
+.chart text { font-family: system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif !important; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; }
+th, td { text-align: left; padding: .42rem .9rem .42rem 0; border-bottom: 1px solid var(--line);
+  vertical-align: top; }
+tr:last-child > * { border-bottom: 0; }
+thead th { color: var(--muted); font-weight: 500; }
+tbody th { font-weight: 500; }
+.numbers td, .numbers thead th + th { text-align: right; font-variant-numeric: tabular-nums; }
+.numbers td:nth-child(2) { font-weight: 600; }
+.settings th { width: 40%; overflow-wrap: anywhere; }
+.settings td { font-family: ui-monospace, monospace; font-size: .85rem; overflow-wrap: anywhere; }
+.settings .group th { color: var(--accent); padding-top: 1.1rem; }
+details { background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
+  padding: .7rem 1rem; margin-top: .8rem; }
+summary { cursor: pointer; font-weight: 600; }
+details li, details dd { overflow-wrap: anywhere; white-space: pre-wrap; }
+.latest { display: inline-block; max-width: 100%; background: #fff; }
+.latest img { display: block; max-width: 100%; height: auto; }
+.strip { display: flex; gap: .8rem; overflow-x: auto; padding: .9rem 0 .5rem; }
+.strip figure { margin: 0; flex: none; text-align: center; }
+.strip img { display: block; max-height: 13rem; max-width: 13rem; border-radius: .3rem;
+  border: 1px solid var(--line); background: #fff; }
+footer { margin-top: 3rem; }
+@media (max-width: 36rem) { body { padding: 1.4rem .8rem 3rem; } h1 { font-size: 1.5rem; }
+  .card { padding: .6rem .7rem; } .figures { grid-template-columns: 1fr 1fr; } }
+"""
+
+# The browser itself refuses whatever would come from outside.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def escape(value: Any) -> str:
+  """Text that is safe in an element and in a quoted attribute."""
+  return html.escape(str(value), quote=True)
+
+
+def page(title: str, body: str) -> str:
+  """A whole HTML document that loads nothing."""
+  return (
+    '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+    f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+    f'<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n'
+    '</body>\n</html>\n'
+  )
+
+
+def section(name: str, heading: str, note: str, body: str) -> str:
+  """A section with the id `name`, or nothing at all where the body is empty."""
+  if not body:
+    return ''
+  about = f'<p class="muted">{escape(note)}</p>' if note else ''
+  return f'<section id="{escape(name)}">\n<h2>{escape(heading)}</h2>\n{about}\n{body}\n</section>\n'
+
+
+def chart_grid(charts: Sequence[tuple[str, str]]) -> str:
+  """Cards of (title, SVG) side by side, or nothing without charts."""
+  if not charts:
+    return ''
+  cards = [
+    f'<figure class="card"><figcaption>{escape(title)}</figcaption>{svg}</figure>'
+    for title, svg in charts
+  ]
+  return f'<div class="charts">\n{"".join(cards)}\n</div>'
+
+
+def number_table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+  """A table of numbers, each row with its name first."""
+  head = ''.join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+  body = ''.join(
+    f'<tr><th scope="row">{escape(name)}</th>'
+    + ''.join(f'<td>{escape(cell)}</td>' for cell in cells)
+    + '</tr>\n'
+    for name, cells in rows
+  )
+  return (
+    f'<div class="card scroll"><table class="numbers"><thead><tr>{head}</tr></thead>'
+    f'<tbody>\n{body}</tbody></table></div>'
+  )
+
+
+def settings_table(values: dict[str, Any]) -> str:
+  """A nested dict as a table: one group of rows for each dict in it, named by its dotted path."""
+  rows: list[str] = []
+  _settings_rows(values, '', rows)
+  table = f'<table class="settings"><tbody>\n{"".join(rows)}</tbody></table>'
+  return f'<div class="scroll">{table}</div>'
+
+
+def _settings_rows(values: dict[str, Any], path: str, rows: list[str]) -> None:
+  for key, value in values.items():
+    if not (isinstance(value, dict) and value):
+      rows.append(
+        f'<tr><th scope="row">{escape(key)}</th><td>{escape(plain(value))}</td></tr>\n'
+      )
+  for key, value in values.items():
+    if isinstance(value, dict) and value:
+      rows.append(f'<tr class="group"><th colspan="2">{escape(path + key)}</th></tr>\n')
+      _settings_rows(value, f'{path}{key}.', rows)
+
+
+def details(summary: str, body: str) -> str:
+  """A block that is closed until it is asked for."""
+  return f'<details><summary>{escape(summary)}</summary>\n{body}\n</details>'
+
+
+def number(value: Any) -> str:
+  """Four significant digits, thousands in groups; other values as text and None as a dash."""
+  if value is None:
+    return '–'
+  if isinstance(value, bool) or not isinstance(value, (int, float)):
+    return plain(value)
+  if not math.isfinite(value):
+    return str(value)
+  if isinstance(value, int) or abs(value) >= 1000:
+    return f'{value:,.0f}' if abs(value) < 1e12 else f'{float(value):.4g}'
+  return f'{value:.4g}'
+
+
+def plain(value: Any) -> str:
+  """A JSON value on one line, without the marks of a language."""
+  if isinstance(value, (list, tuple)):
+    return ', '.join(plain(item) for item in value) or '(empty)'
+  if isinstance(value, dict):
+    return ', '.join(f'{key}: {plain(item)}' for key, item in value.items()) or '(empty)'
+  return {None: 'none', True: 'true', False: 'false'}[value] if _is_word(value) else str(value)
+
+
+def _is_word(value: Any) -> bool:
+  return value is None or isinstance(value, bool)
+
+
+def duration(seconds: float) -> str:
+  """Such as '42 s', '3 min 05 s', '7 h 12 min' or '2 d 3 h'."""
+  if not math.isfinite(seconds):
+    return str(seconds)
+  s = round(seconds)
+  if s < 60:
+    return f'{s} s'
+  if s < 3600:
+    return f'{s // 60} min {s % 60:02d} s'
+  if s < 86400:
+    return f'{s // 3600} h {s % 3600 // 60:02d} min'
+  return f'{s // 86400} d {s % 86400 // 3600} h'
+
+
+def embed_image(image: Image.Image, limit: int) -> str:
+  """The image as a data URL of PNG of at most about `limit` characters, made smaller if needed."""
+  while True:
+    buffer = io.BytesIO()
+    image.save(buffer, format='PNG', optimize=True)
+    size = len(buffer.getvalue()) * 4 / 3
+    if size <= limit or max(image.size) <= 64:
+      return 'data:image/png;base64,' + base64.b64encode(buffer.getvalue()).decode()
+    factor = max(0.3, min(0.85, math.sqrt(limit / size) * 0.97))
+    smaller = [max(1, round(side * factor)) for side in image.size]
+    image = image.resize(smaller, Image.Resampling.LANCZOS)

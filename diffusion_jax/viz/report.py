@@ -1,0 +1,286 @@
+"""One self-contained HTML page about a run: what it is, how it went, what it makes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from diffusion_jax.viz import page
+from diffusion_jax.viz.curves import line_chart, spread, timestep_chart
+from diffusion_jax.viz.rundir import Line, Run, is_number, read_run
+
+MAX_BYTES = 8_000_000
+_THUMBNAILS = 24
+_THUMBNAIL_SIZE = 416  # Twice what the page shows, for dense screens.
+_SMOOTHING = 0.9
+
+_COLUMNS = {
+  'generated': 'this model', 'real': 'real test images', 'untrained': 'untrained model',
+}
+_METRICS = {
+  'fd_clip': 'Fréchet distance, CLIP features ↓',
+  'kid_clip': 'Kernel distance, CLIP features ↓',
+  'fid': 'FID ↓',
+  'kid': 'KID ↓',
+  'clip_score': 'CLIP score ↑',
+  'retrieval_r1': 'Own caption ranked first ↑',
+  'retrieval_r5': 'Own caption among the first 5 ↑',
+  'psnr': 'PSNR, dB ↑',
+}
+
+
+def write_report(workdir: Path) -> Path:
+  """Writes `report.html` into a run directory and returns its path.
+
+  The page needs nothing else to be viewed and stays below about 8 MB: images are made smaller
+  where they would exceed it. It is made from config.json, metrics.jsonl, samples/step_*.png (with
+  the text in the PNG), scores.json, versions.json and status.json, each of which may be missing.
+
+  Raises:
+    UserError: the directory is missing, holds none of a run's files, or a JSON file is damaged.
+  """
+  workdir = Path(workdir)
+  run = read_run(workdir)
+  before = _header(run) + _key_figures(run) + _scores(run)
+  after = (
+    _losses(run) + _metrics(run) + _learning_rates(run) + _timesteps(run) + _speed(run)
+    + _config(run) + _versions(run) + _footer(run)
+  )
+  title = f'{_task(run)} · {run.name}'
+  frame = len(page.page(title, before + after).encode())
+  text = page.page(title, before + _grids(run, MAX_BYTES - frame) + after)
+  path = workdir / 'report.html'
+  temporary = path.with_name(f'.report.html.{os.getpid()}.tmp')
+  try:
+    temporary.write_text(text, encoding='utf-8', errors='replace')
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+  return path
+
+
+def _task(run: Run) -> str:
+  task = run.config.get('task')
+  if isinstance(task, dict):
+    task = task.get('name') or task.get('kind')
+  return task.replace('_', ' ') if isinstance(task, str) and task else 'Training run'
+
+
+def _header(run: Run) -> str:
+  status = {**run.status}
+  word = status.pop('status', None) or status.pop('state', None)
+  good = re.search('finish|complete|done|succe', str(word).lower())
+  bad = re.search('fail|abort|error|diverge|crash', str(word).lower())
+  look = ' bad' if bad else ' good' if good else ''
+  pill = f'<span class="pill{look}">{page.escape(word)}</span>' if word else ''
+  rest = page.escape(page.plain(status)) if status else ''
+  card = ' · <a href="README.md">Model card</a>' if run.has_model_card else ''
+  return (
+    f'<header>\n<h1>{page.escape(_task(run))}</h1>\n'
+    f'<p class="muted">{page.escape(run.name)}{card}</p>\n'
+    f'<div>{pill}<span class="muted">{rest}</span></div>\n</header>\n'
+  )
+
+
+def _key_figures(run: Run) -> str:
+  line = run.latest
+  speeds = [v for _, v in _points(run.train, 'images_per_second') if v is not None]
+  figures = {'Step': page.number(line['step'])} if line else {}
+  if is_number(line.get('loss')):
+    figures['Loss'] = page.number(line['loss'])
+  if speeds:
+    figures['Images/s, median'] = page.number(statistics.median(speeds))
+  if is_number(line.get('time')):
+    figures['Time'] = page.duration(line['time'])
+  items = ''.join(
+    f'<div><dt>{page.escape(name)}</dt><dd>{page.escape(value)}</dd></div>\n'
+    for name, value in figures.items()
+  )
+  return f'<dl class="figures">\n{items}</dl>\n' if items else ''
+
+
+def _scores(run: Run) -> str:
+  scores = {name: group for name, group in run.scores.items() if isinstance(group, dict)}
+  settings = {name: value for name, value in run.scores.items() if name not in scores}
+  settings |= scores.pop('settings', {})
+  if not any(scores.values()):
+    return ''
+  columns = sorted(scores, key=lambda name: [*_COLUMNS, name].index(name))
+  metrics = dict.fromkeys(metric for name in columns for metric in scores[name])
+  body = page.number_table(
+    ['', *(_COLUMNS.get(name, name) for name in columns)],
+    [
+      (_METRICS.get(metric, metric), [page.number(scores[name].get(metric)) for name in columns])
+      for metric in metrics
+    ],
+  )
+  note = f'Settings: {page.plain(settings)}' if settings else ''
+  return page.section('scores', 'Scores', note, body)
+
+
+def _points(lines: list[Line], key: str) -> list[tuple[float, float | None]]:
+  """(step, value) of the lines that have the key; what is not a number counts as missing."""
+  return [
+    (line['step'], line[key] if is_number(line[key]) else None) for line in lines if key in line
+  ]
+
+
+def _numeric_keys(lines: Iterable[Line], wanted: Callable[[str], bool]) -> list[str]:
+  keys = {
+    key: None for line in lines for key, value in line.items() if is_number(value) and wanted(key)
+  }
+  return [key for key in keys if key not in ('step', 'time')]
+
+
+def _is_speed(key: str) -> bool:
+  return key == 'data_wait_fraction' or key.endswith('_per_second')
+
+
+def _is_other(key: str) -> bool:
+  return not (key.startswith(('loss', 'learning_rate')) or _is_speed(key))
+
+
+def _charts(run: Run, wanted: Callable[[str], bool]) -> str:
+  """One chart for each metric, with training and evaluation in one where both have it."""
+  charts = []
+  for key in _numeric_keys([*run.train, *run.evaluation], wanted):
+    series = {'training': _points(run.train, key), 'evaluation': _points(run.evaluation, key)}
+    series = {name: points for name, points in series.items() if points}
+    positive = [v for points in series.values() for _, v in points if v is not None and v > 0]
+    wide = bool(positive) and max(positive) > 20 * min(positive)
+    title = _METRICS.get(key, key)
+    svg = line_chart(series, title=title, smoothing=_SMOOTHING, log_y=wide)
+    charts.append((title, _inline(svg)))
+  return page.chart_grid(charts)
+
+
+def _inline(svg: str) -> str:
+  """Inside HTML an <svg> needs no namespaces; without them no address is left in the page."""
+  return re.sub(r' xmlns(:xlink)?="[^"]*"', '', svg, count=2)
+
+
+def _losses(run: Run) -> str:
+  body = _charts(run, lambda key: key.startswith('loss'))
+  return page.section('loss', 'Loss', 'Faint: as logged. Strong: average of neighbouring points.', body)
+
+
+def _metrics(run: Run) -> str:
+  return page.section('metrics', 'Other metrics', '', _charts(run, _is_other))
+
+
+def _learning_rates(run: Run) -> str:
+  keys = _numeric_keys(run.train, lambda key: key.startswith('learning_rate'))
+  if not keys:
+    return ''
+  svg = line_chart({key: _points(run.train, key) for key in keys}, title='Learning rate')
+  body = page.chart_grid([(', '.join(keys), _inline(svg))])
+  return page.section('learning-rate', 'Learning rate', '', body)
+
+
+def _timesteps(run: Run) -> str:
+  key = 'loss_by_timestep'
+  records = [
+    (line['step'], [v if is_number(v) else None for v in line[key]])
+    for line in run.train
+    if isinstance(line.get(key), list) and line[key]
+  ]
+  if not records:
+    return ''
+  svg = timestep_chart(records, title='Loss by timestep')
+  return page.section(
+    'timesteps',
+    'Loss by timestep',
+    'Mean loss over equal ranges of the diffusion time: clean images at 0, pure noise at 1.',
+    page.chart_grid([('Loss over t / T', _inline(svg))]),
+  )
+
+
+def _speed(run: Run) -> str:
+  return page.section(
+    'speed', 'Speed', 'The data wait is the share of the time spent waiting for the next batch.',
+    _charts(run, _is_speed),
+  )
+
+
+def _grids(run: Run, limit: int) -> str:
+  """The newest grid large, earlier ones small, in at most about `limit` characters."""
+  readable = [(step, image) for step, image in _open_grids(run) if image is not None]
+  if not readable or limit < 50_000:
+    return ''
+  (step, newest), earlier = readable[-1], readable[:-1]
+  share = 0.6 if earlier else 0.95
+  label = f'Samples at step {step:,}'
+  source = page.embed_image(newest, int(limit * share))
+  body = (
+    f'<figure class="card latest"><img src="{source}" alt="{label}"></figure>'
+    + _image_text(newest)
+  )
+  thumbnails = []
+  for earlier_step, image in earlier:
+    image.thumbnail((_THUMBNAIL_SIZE, _THUMBNAIL_SIZE), Image.Resampling.LANCZOS)
+    source = page.embed_image(image, int(limit * 0.35 / len(earlier)))
+    name = f'step {earlier_step:,}'
+    thumbnails.append(
+      f'<figure><img src="{source}" alt="{name}"><figcaption>{name}</figcaption></figure>\n'
+    )
+  strip = f'<div class="strip">\n{"".join(thumbnails)}</div>' if thumbnails else ''
+  shown = f' Below it {len(earlier)} of {len(run.grids) - 1} earlier ones.' if earlier else ''
+  return page.section('samples', 'Samples', f'{label}.{shown}', body + strip)
+
+
+def _open_grids(run: Run) -> list[tuple[int, Image.Image | None]]:
+  """The grids that are shown; None for a file that is damaged or still being written."""
+  opened = []
+  for step, path in spread(run.grids, _THUMBNAILS + 1):
+    try:
+      with Image.open(path) as file:
+        image = file.convert('RGB')
+        image.info = {'text': dict(getattr(file, 'text', {}))}
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+      image = None
+    opened.append((step, image))
+  return opened
+
+
+def _image_text(image: Image.Image) -> str:
+  """The text chunks of a PNG: captions, settings; a JSON list is shown as a list."""
+  parts = []
+  for key, text in image.info.get('text', {}).items():
+    try:
+      value: Any = json.loads(text)
+    except (ValueError, RecursionError):
+      value = text
+    if isinstance(value, list):
+      shown = '<ol>' + ''.join(f'<li>{page.escape(page.plain(v))}</li>' for v in value) + '</ol>'
+    else:
+      shown = page.escape(page.plain(value))
+    parts.append(f'<dt class="muted">{page.escape(key)}</dt><dd>{shown}</dd>\n')
+  return page.details('About these samples', f'<dl>{"".join(parts)}</dl>') if parts else ''
+
+
+def _config(run: Run) -> str:
+  if not run.config:
+    return ''
+  body = page.details('All settings', page.settings_table(run.config))
+  return page.section('config', 'Configuration', '', body)
+
+
+def _versions(run: Run) -> str:
+  if not run.versions:
+    return ''
+  body = f'<div class="card">{page.settings_table(run.versions)}</div>'
+  return page.section('versions', 'Versions', '', body)
+
+
+def _footer(run: Run) -> str:
+  if not run.unreadable:
+    return ''
+  lines = '1 line' if run.unreadable == 1 else f'{run.unreadable} lines'
+  return f'<footer class="muted">{lines} of metrics.jsonl could not be read: left out.</footer>'
