@@ -55,7 +55,7 @@ def make_builder(dataset: str, size: int, data_dir: str | None = None) -> Any:
   root = str(Path(data_dir or default_data_dir()).expanduser())
   try:
     return make(size, root)
-  except (OSError, ValueError, AssertionError) as error:
+  except Exception as error:  # TFDS lets through whatever its parsers raise.
     raise UserError(
       f'The data set {dataset} in {root} cannot be read ({_first_line(error)}): '
       'delete that folder and prepare it again.'

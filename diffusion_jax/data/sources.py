@@ -38,10 +38,7 @@ def open_source(
       f'The data set {dataset} at {size} px is not in {builder.data_dir}: '
       f'run python -m diffusion_jax prepare --dataset {dataset} --size {size}{folder}'
     )
-  name = split.split('[')[0]
-  if name not in builder.info.splits:
-    known = ', '.join(sorted(builder.info.splits))
-    raise UserError(f'{dataset} has no split {split!r}: use one of {known}.')
+  _check_split(builder, dataset, split)
   try:
     import tensorflow_datasets as tfds
 
@@ -111,6 +108,16 @@ class ArraySource:
 
   def __repr__(self) -> str:
     return f'ArraySource({", ".join(self._columns)}, {self._length} rows)'
+
+
+def _check_split(builder: Any, dataset: str, split: str) -> None:
+  try:
+    builder.info.splits[split]
+  except (KeyError, ValueError) as error:
+    known = ', '.join(sorted(builder.info.splits))
+    raise UserError(
+      f"{dataset} has no split {split!r}: use one of {known}, or a slice such as 'train[:100]'."
+    ) from error
 
 
 def _checked(index: SupportsIndex, length: int) -> int:

@@ -13,6 +13,7 @@ from diffusion_jax.data.datasets.openmoji.glyphs import GROUPS_OF_PEOPLE, TONES,
 
 _TONE = re.compile(rf' (?:{"|".join(TONES.values())}) skin tone\b')
 _PEOPLE = frozenset({'man', 'woman', 'person', 'boy', 'girl', 'child', 'baby', 'adult'})
+_LOOK = re.compile(r'^(?:\w+ hair|beard)$')
 _OF_PEOPLE = ('couple with heart', 'kiss', 'family')
 _SEX = {'man': 'male', 'woman': 'female'}
 _MIN_ALIAS_LETTERS = 3
@@ -21,11 +22,12 @@ _MIN_ALIAS_LETTERS = 3
 def captions_of(glyph: Glyph) -> list[str]:
   """Captions of one emoji, canonical first, without repeats."""
   body = body_of(glyph)
-  forms = [f'{body}{_tones_as_name(glyph.tones)}', f'{_phrase(glyph, body)}{_with(glyph.tones)}']
+  sentence = _with_tones(glyph, _phrase(glyph, body))
+  forms = [f'{body}{_tones_as_name(glyph.tones)}', sentence]
   role = _role(glyph, body)
   if role:
-    forms.append(f'{role}{_with(glyph.tones)}')
-  forms += [f'emoji of {_phrase(glyph, body)}{_with(glyph.tones)}', f'{forms[0]} emoji']
+    forms.append(_with_tones(glyph, role))
+  forms += [f'emoji of {sentence}', f'{forms[0]} emoji']
   forms += [f'{alias}{_tones_as_name(glyph.tones)}' for alias in _aliases(glyph, body)]
   return list(dict.fromkeys(forms))
 
@@ -64,27 +66,37 @@ def _tones_as_name(tones: tuple[str, ...]) -> str:
   return ''.join(f' {tone} skin tone' for tone in tones[: len(set(tones))])
 
 
-def _with(tones: tuple[str, ...]) -> str:
-  """('light', 'dark') -> ' with light and dark skin tones'."""
+def _with_tones(glyph: Glyph, phrase: str) -> str:
+  """Adds ' with light and dark skin tones', or ' and ...' where the phrase has a 'with'."""
+  tones = dict.fromkeys(glyph.tones)
   if not tones:
-    return ''
-  if len(set(tones)) == 1:
-    return f' with {tones[0]} skin tone'
-  return f' with {" and ".join(tones)} skin tones'
+    return phrase
+  joint = 'and' if ' with ' in phrase and glyph.concept not in GROUPS_OF_PEOPLE else 'with'
+  return f'{phrase} {joint} {" and ".join(tones)} skin tone{"s" if len(tones) > 1 else ""}'
 
 
 def _phrase(glyph: Glyph, body: str) -> str:
   """The body as English would put it: 'a man farmer', 'kiss of a woman and a man'."""
   for head in _OF_PEOPLE:
     people = body.removeprefix(f'{head} ').split()
-    if body != head and body.startswith(head) and set(people) <= _PEOPLE:
-      return f'{head} of {" and ".join(f"{_article(word)} {word}" for word in people)}'
+    if body.startswith(f'{head} ') and set(people) <= _PEOPLE:
+      *others, last = (f'{_article(word)} {word}' for word in people)
+      return f'{head} of {", ".join(others)}{" and " if others else ""}{last}'
   if glyph.is_flag:
     return f'the {body}'
-  singular = glyph.gender or body.split()[0] in _PEOPLE
-  if singular and glyph.concept not in GROUPS_OF_PEOPLE:
-    return f'{_article(body)} {body}'
-  return body
+  if not _is_one_person(glyph, body):
+    return body
+  person, _, look = body.partition(' ')
+  if look == 'bald':
+    return f'a bald {person}'
+  body = f'{person} with {look}' if _LOOK.search(look) else body
+  return f'{_article(body)} {body}'
+
+
+def _is_one_person(glyph: Glyph, body: str) -> bool:
+  if glyph.concept in GROUPS_OF_PEOPLE or body[0].isupper():
+    return False
+  return bool(glyph.gender) or body.split()[0] in _PEOPLE or f'man {body}' in all_names()
 
 
 def _article(word: str) -> str:

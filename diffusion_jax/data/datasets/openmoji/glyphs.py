@@ -20,7 +20,8 @@ _JOINER, _VARIATION, _RIGHTWARDS = '200D', 'FE0F', '27A1'
 _PERSON = '1F9D1'
 _MALE = frozenset('1F468 2642 1F385 1F934 1F57A 1FAC3 1F466 1F474 1F46C'.split())
 _FEMALE = frozenset('1F469 2640 1F936 1F478 1F483 1F930 1F467 1F475 1F46D'.split())
-_NEUTRAL = {'1F468': _PERSON, '1F469': _PERSON, '2640': '', '2642': '', _RIGHTWARDS: ''}
+_SIGNS = frozenset({'2640', '2642', _RIGHTWARDS})  # Say gender or direction, but not in front.
+_NEUTRAL = {'1F468': _PERSON, '1F469': _PERSON}
 _FAMILY = frozenset({_PERSON, '1F466', '1F467', '1F9D2'})
 # Variants that Unicode spells with unrelated code points, because they are older than joiners.
 _SAME = {
@@ -78,8 +79,10 @@ class Glyph:
 
 def concept_of(hexcode: str) -> str:
   """What a sequence draws, apart from skin tone, gender, direction and variation selectors."""
-  codes = [_NEUTRAL.get(code, code) for code in hexcode.split('-') if code not in TONES]
-  kept = [code for code in codes if code not in ('', _JOINER, _VARIATION)]
+  first, *rest = [code for code in hexcode.split('-') if code not in TONES]
+  dropped = _SIGNS | {_JOINER, _VARIATION}
+  codes = [first, *(code for code in rest if code not in dropped)]
+  kept = [_NEUTRAL.get(code, code) for code in codes]
   if len(kept) > 1 and set(kept) <= _FAMILY:
     return 'family'
   joined = '-'.join(kept)
@@ -88,7 +91,8 @@ def concept_of(hexcode: str) -> str:
 
 def gender_of(hexcode: str) -> str:
   """'man', 'woman', or '' where the sequence names no gender or both."""
-  codes = set(hexcode.split('-'))
+  first, *rest = hexcode.split('-')
+  codes = set(rest) | ({first} - _SIGNS)
   male, female = bool(codes & _MALE), bool(codes & _FEMALE)
   return '' if male == female else 'man' if male else 'woman'
 

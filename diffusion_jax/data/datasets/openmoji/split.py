@@ -30,8 +30,8 @@ def is_unseen_concept(concept: str) -> bool:
 def held_out_pairs(glyphs: Iterable[Glyph]) -> dict[str, str]:
   """For each profession or activity, the one skin tone that training never shows with it.
 
-  Professions and activities are the concepts that show one person, in several genders and in all
-  five tones. The pair is held out for every gender and direction.
+  Professions and activities are the concepts that show one person doing or wearing something, in
+  several genders and in all five tones. The pair is held out for every gender and direction.
   """
   seen = defaultdict(set)
   for glyph in glyphs:
