@@ -19,7 +19,7 @@ from diffusion_jax.viz.rundir import Line, Run, is_number, read_run
 MAX_BYTES = 8_000_000
 _THUMBNAILS = 24
 _THUMBNAIL_SIZE = 416  # Twice what the page shows, for dense screens.
-_SMOOTHING = 0.9
+_SMOOTHING = 0.8
 
 _COLUMNS = {
   'generated': 'this model', 'real': 'real test images', 'untrained': 'untrained model',
@@ -168,7 +168,8 @@ def _inline(svg: str) -> str:
 
 def _losses(run: Run) -> str:
   body = _charts(run, lambda key: key.startswith('loss'))
-  return page.section('loss', 'Loss', 'Faint: as logged. Strong: average of neighbouring points.', body)
+  note = 'Faint: as logged. Strong: average of neighbouring points.'
+  return page.section('loss', 'Loss', note, body)
 
 
 def _metrics(run: Run) -> str:

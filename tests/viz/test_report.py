@@ -1,0 +1,270 @@
+"""The report of small run directories: what is in it, what must not be."""
+
+import base64
+import html
+import html.parser
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.viz import report
+from diffusion_jax.viz.grids import make_grid, save_png
+from diffusion_jax.viz.report import write_report
+from diffusion_jax.viz.rundir import read_run
+
+
+def _train(step, **values):
+  return {'kind': 'train', 'step': step, 'time': step * 0.5, **values}
+
+
+def _write(workdir, lines=(), tail='', **objects):
+  workdir.mkdir(exist_ok=True)
+  for name, value in objects.items():
+    (workdir / f'{name}.json').write_text(json.dumps(value))
+  if lines or tail:
+    text = ''.join(json.dumps(line) + '\n' for line in lines)
+    (workdir / 'metrics.jsonl').write_text(text + tail)
+  return workdir
+
+
+def _grid(workdir, step, size=32, **text):
+  rng = np.random.default_rng(step)
+  image = make_grid(rng.integers(0, 256, (2, size, size, 3), dtype=np.uint8), 2)
+  save_png(image, workdir / 'samples' / f'step_{step:08d}.png', text)
+  return image
+
+
+def _page(workdir):
+  return write_report(workdir).read_text(encoding='utf-8')
+
+
+def _sections(page):
+  return re.findall(r'<section id="([^"]*)"', page)
+
+
+def _text(page):
+  return ' '.join(html.unescape(re.sub(r'<[^>]+>', ' ', page)).split())
+
+
+def _images(page):
+  sources = re.findall(r'src="data:image/png;base64,([^"]*)"', page)
+  return [Image.open(io.BytesIO(base64.b64decode(source))) for source in sources]
+
+
+@pytest.fixture(scope='module')
+def full(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('runs') / 'my_run'
+  lines = [
+    _train(step, loss=1 / step, loss_vlb=2 / step, grad_norm=1.0, learning_rate=1e-4,
+           images_per_second=30.0 + step / 100, data_wait_fraction=0.01,
+           loss_by_timestep=[1.0, None, 3.0])
+    for step in (100, 200, 300)
+  ]
+  lines.append({'kind': 'evaluation', 'step': 300, 'fd_clip': 12.5})
+  _write(
+    workdir, lines, config={'task': 'text_to_image', 'train': {'batch_size': 48}},
+    scores={
+      'untrained': {'fd_clip': 99.5}, 'generated': {'fd_clip': 12.25, 'clip_score': 31.5},
+      'real': {'fd_clip': 3.5}, 'settings': {'guidance': 4.5},
+    },
+    versions={'jax': '0.10.2'}, status={'status': 'finished'},
+  )
+  (workdir / 'README.md').write_text('# Card')
+  for step in (100, 200, 300):
+    _grid(workdir, step, captions=json.dumps(['a red fox', 'a tree']))
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def full_page(full):
+  return _page(full)
+
+
+def test_every_section_is_there_with_its_data(full_page):
+  assert _sections(full_page) == [
+    'scores', 'samples', 'loss', 'metrics', 'learning-rate', 'timesteps', 'speed', 'config',
+    'versions',
+  ]
+
+
+def test_title_status_and_key_figures(full_page):
+  page = full_page
+  assert '<h1>text to image</h1>' in page and 'my_run' in page
+  assert '<span class="pill good">finished</span>' in page
+  figures = dict(re.findall(r'<dt>(.*?)</dt><dd>(.*?)</dd>', page))
+  assert figures == {
+    'Step': '300', 'Loss': '0.003333', 'Images/s, median': '32', 'Time': '2 min 30 s',
+  }
+  assert 'href="README.md"' in page
+
+
+def test_scores_are_a_table_of_metrics_by_model(full_page):
+  table = re.search(r'<table class="numbers">.*?</table>', full_page, re.DOTALL)[0]
+  rows = [re.findall(r'<t[hd](?: [^>]*)?>(.*?)</t[hd]>', row) for row in table.split('</tr>')[:-1]]
+  assert rows[0] == ['', 'this model', 'real test images', 'untrained model']
+  assert rows[1] == ['Fréchet distance, CLIP features ↓', '12.25', '3.5', '99.5']
+  assert rows[2] == ['CLIP score ↑', '31.5', '–', '–']
+  assert 'Settings: guidance: 4.5' in _text(full_page)
+
+
+def test_each_metric_has_its_chart(full_page):
+  titles = re.findall(r'<figcaption>([^<]*)</figcaption><svg', full_page)
+  assert titles == [
+    'loss', 'loss_vlb', 'grad_norm', 'Fréchet distance, CLIP features ↓', 'learning_rate',
+    'Loss over t / T', 'images_per_second', 'data_wait_fraction',
+  ]
+
+
+def test_the_newest_grid_is_whole_and_earlier_ones_follow(full, full_page):
+  page = full_page
+  newest, *earlier = _images(page)
+  with Image.open(full / 'samples' / 'step_00000300.png') as original:
+    np.testing.assert_array_equal(np.asarray(newest), np.asarray(original))
+  assert len(earlier) == 2
+  assert re.findall(r'<figcaption>(step [^<]*)</figcaption>', page) == ['step 100', 'step 200']
+  assert '<li>a red fox</li>' in page
+
+
+def test_nothing_is_loaded_from_outside(full_page):
+  page = full_page
+  loaded = []
+
+  class Parser(html.parser.HTMLParser):
+    def handle_starttag(self, tag, attributes):
+      assert tag not in ('script', 'link', 'iframe', 'object', 'embed')
+      loaded.extend(
+        value for name, value in attributes if name in ('src', 'href', 'xlink:href', 'srcset')
+      )
+
+  Parser().feed(page)
+  assert loaded and all(
+    value.startswith(('#', 'data:')) or value == 'README.md' for value in loaded
+  )
+  assert not re.search(r'https?:|@import|url\((?!#)', page)
+  ids = re.findall(r'\bid="([^"]*)"', page)
+  assert len(ids) == len(set(ids))
+
+
+def test_text_of_the_run_is_escaped_everywhere(tmp_path):
+  evil = '<script>alert("x")</script>'
+  workdir = _write(
+    tmp_path / '<b>run', [_train(1, **{evil: 1.0, f'loss{evil}': 1.0, f'learning_rate{evil}': 1})],
+    config={'task': evil, 'group' + evil: {evil: evil}}, versions={evil: evil},
+    scores={evil: {evil: 1.0, 'word': evil}, 'settings': {evil: evil}},
+    status={'status': evil, 'message': evil},
+  )
+  _grid(workdir, 1, captions=json.dumps([evil]), prompt=evil)
+  page = _page(workdir)
+  assert '<script' not in page and '<b>' not in page
+  assert html.escape(evil) in page
+  assert page.count('&lt;script&gt;') >= 15
+
+
+def test_the_last_line_of_a_step_wins(tmp_path):
+  lines = [_train(s, loss=9.0) for s in (100, 200, 300)]
+  lines += [_train(200, loss=2.0), {'kind': 'evaluation', 'step': 200, 'loss': 5.0}]
+  workdir = _write(tmp_path, lines)
+  run = read_run(workdir)
+  assert [(line['step'], line['loss']) for line in run.train] == [(100, 9), (200, 2), (300, 9)]
+  assert [line['loss'] for line in run.evaluation] == [5.0]
+  # The run is where its last line says, not at the largest step ever reached.
+  assert '<dt>Step</dt><dd>200</dd>' in _page(workdir)
+
+
+@pytest.mark.parametrize('tail', ['{"kind": "train", "st', '{"kind": "train"', '42\n', '\0\0\n'])
+def test_torn_lines_are_left_out_and_counted(tmp_path, tail):
+  workdir = _write(tmp_path, [_train(100, loss=1.0)], tail)
+  assert [line['step'] for line in read_run(workdir).train] == [100]
+  assert '1 line of metrics.jsonl could not be read' in _text(_page(workdir))
+
+
+def test_a_line_torn_inside_a_letter_is_left_out(tmp_path):
+  workdir = _write(tmp_path, [_train(100, loss=1.0)])
+  with open(workdir / 'metrics.jsonl', 'ab') as file:
+    file.write('{"kind": "é'.encode()[:-1])
+  assert len(read_run(workdir).train) == 1
+
+
+def test_values_that_are_not_finite_do_not_stop_the_report(tmp_path):
+  lines = [_train(1, loss=float('nan'), images_per_second=None), _train(2, loss=float('inf'))]
+  page = _page(_write(tmp_path, lines))
+  assert '2 values not finite' in _text(page)
+  assert _sections(page) == ['loss']
+
+
+@pytest.mark.parametrize(
+  'parts, sections',
+  [
+    ({'config': {'task': 'clip'}}, ['config']),
+    ({'config': {'a': 1}, 'versions': {'jax': '1'}}, ['config', 'versions']),
+    ({'scores': {'test': {'psnr': 27.5}}}, ['scores']),
+    ({'config': {'a': 1}, 'scores': {'settings': {'n': 1}}}, ['config']),
+    ({'lines': [_train(1, learning_rate=0.1)]}, ['learning-rate']),
+    ({'lines': [_train(1, images_per_second=3)]}, ['speed']),
+    ({'lines': [_train(1, loss_by_timestep=[1.0, None])]}, ['timesteps']),
+    ({'lines': [{'kind': 'evaluation', 'step': 1, 'psnr': 20.0}]}, ['metrics']),
+  ],
+)
+def test_sections_come_only_with_their_data(tmp_path, parts, sections):
+  assert _sections(_page(_write(tmp_path, **parts))) == sections
+
+
+def test_scores_of_other_tasks_keep_their_names(tmp_path):
+  text = _text(_page(_write(tmp_path, scores={'test': {'psnr': 27.5, 'usage': 0.25}})))
+  assert 'test PSNR, dB ↑ 27.5 usage 0.25' in text
+
+
+def test_config_is_a_table_with_dotted_groups(tmp_path):
+  config = {'a': {'b': {'c': None}, 'd': [1, 2]}, 'on': True, 'link': 'https://example.org'}
+  text = _text(_page(_write(tmp_path, config=config)))
+  assert 'on true link https://example.org a d 1, 2 a.b c none' in text
+
+
+def test_the_page_stays_below_its_limit_by_shrinking_images(tmp_path, monkeypatch):
+  monkeypatch.setattr(report, 'MAX_BYTES', 300_000)
+  for step in range(1, 41):
+    _grid(tmp_path, step, size=128)
+  _write(tmp_path, [_train(1, loss=1.0)])
+  path = write_report(tmp_path)
+  images = _images(path.read_text())
+  assert 100_000 < path.stat().st_size < 300_000
+  assert len(images) == 25
+  assert images[0].width > 2 * images[1].width
+  assert '24 of 39 earlier' in _text(path.read_text())
+
+
+def test_a_damaged_grid_gives_way_to_the_one_before(tmp_path):
+  _grid(tmp_path, 1)
+  _grid(tmp_path, 2)
+  path = tmp_path / 'samples' / 'step_00000002.png'
+  path.write_bytes(path.read_bytes()[:100])
+  (tmp_path / 'samples' / 'other.png').write_bytes(b'')
+  page = _page(tmp_path)
+  assert 'Samples at step 1.' in _text(page) and len(_images(page)) == 1
+
+
+def test_writing_again_replaces_the_page_and_leaves_nothing_else(tmp_path):
+  workdir = _write(tmp_path, [_train(1, loss=1.0)])
+  assert _page(workdir) == _page(workdir)
+  assert sorted(path.name for path in workdir.iterdir()) == ['metrics.jsonl', 'report.html']
+
+
+def test_a_missing_or_empty_directory_is_named(tmp_path):
+  with pytest.raises(UserError, match=r'absent.*workdir'):
+    write_report(tmp_path / 'absent')
+  (tmp_path / 'bare').mkdir()
+  with pytest.raises(UserError, match=r'bare holds no run'):
+    write_report(tmp_path / 'bare')
+  assert not list((tmp_path / 'bare').iterdir())
+
+
+@pytest.mark.parametrize('text', ['{"a": ', '[1]'])
+def test_a_damaged_json_file_is_named(tmp_path, text):
+  (tmp_path / 'config.json').write_text(text)
+  with pytest.raises(UserError, match=r'config\.json'):
+    write_report(tmp_path)
