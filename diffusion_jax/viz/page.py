@@ -25,7 +25,7 @@ body { margin: 0 auto; max-width: 70rem; padding: 2.5rem 1.25rem 4rem; backgroun
 header { margin-bottom: 2rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0; letter-spacing: -0.02em;
   overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 0 0 .15rem; letter-spacing: -0.01em; }
+h2 { font-size: 1.2rem; margin: 0 0 .45rem; letter-spacing: -0.01em; }
 section { margin-top: 2.75rem; }
 a { color: var(--accent); }
 .muted, figcaption { color: var(--muted); font-size: .875rem; }

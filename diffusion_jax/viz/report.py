@@ -154,7 +154,7 @@ def _charts(run: Run, wanted: Callable[[str], bool]) -> str:
     series = {'training': _points(run.train, key), 'evaluation': _points(run.evaluation, key)}
     series = {name: points for name, points in series.items() if points}
     positive = [v for points in series.values() for _, v in points if v is not None and v > 0]
-    wide = bool(positive) and max(positive) > 20 * min(positive)
+    wide = bool(positive) and not _is_speed(key) and max(positive) > 20 * min(positive)
     title = _METRICS.get(key, key)
     svg = line_chart(series, title=title, smoothing=_SMOOTHING, log_y=wide)
     charts.append((title, _inline(svg)))
