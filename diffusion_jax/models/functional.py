@@ -6,7 +6,7 @@ sharding rules, optimizer groups, checkpoints and conversion tables.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -43,3 +43,37 @@ def initialize(make: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> Params
 def count(params: Params) -> int:
   """Number of scalar parameters."""
   return sum(leaf.size for leaf in params.values())
+
+
+class Network(NamedTuple):
+  """A network without weights: its configuration, static graph and parameter shapes."""
+
+  config: Any
+  graphdef: Any
+  shapes: Params
+  make: Callable[[nnx.Rngs], nnx.Module]
+
+  @classmethod
+  def of(cls, module: type[nnx.Module], config: Any, **kwargs) -> 'Network':
+    """The network `module(config, **kwargs, rngs=...)`."""
+    make = lambda rngs: module(config, **kwargs, rngs=rngs)
+    return cls(config, *abstract(make), make)
+
+  def bind(self, params: Params) -> nnx.Module:
+    """A module that computes with `params`."""
+    return merge(self.graphdef, params)
+
+  def initialize(self, key: jax.Array) -> Params:
+    """Fresh parameters."""
+    return initialize(self.make, key)
+
+
+def prefixed(prefix: str, params: Params) -> Params:
+  """Adds 'prefix.' to every name, so that several networks fit into one dictionary."""
+  return {f'{prefix}.{name}': value for name, value in params.items()}
+
+
+def under(prefix: str, params: Params) -> Params:
+  """The entries whose names start with 'prefix.', without it."""
+  start = f'{prefix}.'
+  return {n.removeprefix(start): value for n, value in params.items() if n.startswith(start)}

@@ -90,3 +90,42 @@ def put_batch(batch, mesh: Mesh):
 def replicate(tree, mesh: Mesh):
   """Host values -> arrays whole on every device."""
   return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def to_host(tree):
+  """Arrays over the mesh -> numpy, whole, on every process."""
+  def fetch(x):
+    if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
+      from jax.experimental import multihost_utils
+
+      x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+  return jax.tree.map(fetch, tree)
+
+
+def in_batches(function, params, *arrays: np.ndarray, mesh: Mesh, batch_size: int = 64):
+  """Yields function(params, *batch) on the host for equal batches; the last is padded, then cut.
+
+  Every process is given the same arrays and gets the same results; the work is split over the
+  mesh. One batch size means one compilation.
+
+  Args:
+    arrays: [n ...] each.
+    batch_size: rounded up to a multiple of the devices that share a batch.
+  """
+  ways = mesh.shape['data'] * mesh.shape['fsdp']
+  batch_size = -(-batch_size // ways) * ways
+  sharding = NamedSharding(mesh, BATCH)
+  n = len(arrays[0])
+  for start in range(0, n, batch_size):
+    # Repeating the last row keeps padding harmless for any function of single examples.
+    rows = np.minimum(np.arange(start, start + batch_size), n - 1)
+    batch = [
+      jax.make_array_from_callback(
+        (batch_size, *a.shape[1:]), sharding, lambda index, part=a[rows]: part[index]
+      )
+      for a in arrays
+    ]
+    out = to_host(function(params, *batch))
+    yield jax.tree.map(lambda x: x[: min(batch_size, n - start)], out)  # noqa: B023

@@ -60,7 +60,7 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 
 
 def decay_mask(params: Params) -> dict[str, bool]:
-  """True for matrices and convolutions; norms, biases, embeddings of one row and scales are spared."""
+  """True for matrices and convolutions; norms, biases, single vectors and scales are spared."""
   return {name: leaf.ndim >= 2 for name, leaf in params.items()}
 
 
@@ -89,7 +89,7 @@ def make_optimizer(
   Clipping takes one global norm over the groups that are trained.
   """
   factors = group_factors(params, config.groups)
-  by_group = lambda updates: {n: u if factors[n] == 1 else u * factors[n] for n, u in updates.items()}
+  by_group = lambda us: {n: u if factors[n] == 1 else u * factors[n] for n, u in us.items()}
   frozen = [name for name, factor in factors.items() if factor == 0]
   zero_frozen = lambda grads: {**grads, **{n: jnp.zeros_like(grads[n]) for n in frozen}}
   return optax.chain(

@@ -29,30 +29,25 @@ def _microbatches(batch: dict, count: int, mesh: Mesh) -> dict:
 
 def _gradients(task: Task, state: TrainState, frozen, batch, key, accumulation: int, mesh: Mesh):
   """Mean gradient and summed metrics over the batch, in `accumulation` parts one after another."""
-  grad = jax.value_and_grad(task.loss, has_aux=True)
-  if accumulation == 1:
-    (_, metrics), grads = grad(state.params, frozen, batch, key, state.step)
+
+  def part(micro, key):
+    (_, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(
+      state.params, frozen, micro, key, state.step
+    )
     return grads, metrics
 
-  def body(total, part):
-    index, micro = part
-    (_, metrics), grads = grad(
-      state.params, frozen, micro, jax.random.fold_in(key, index), state.step
-    )
-    return jax.tree.map(jnp.add, total, (grads, metrics)), None
+  if accumulation == 1:
+    return part(batch, key)
 
-  parts = (jnp.arange(accumulation), _microbatches(batch, accumulation, mesh))
-  first = jax.tree.map(lambda x: x[0], parts)
-  shapes = jax.eval_shape(lambda: body_output(grad, state, frozen, key, first))
-  zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-  (grads, metrics), _ = jax.lax.scan(body, zero, parts)
+  def body(total, inputs):
+    micro, index = inputs
+    return jax.tree.map(jnp.add, total, part(micro, jax.random.fold_in(key, index))), None
+
+  parts = _microbatches(batch, accumulation, mesh)
+  shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], parts), key)
+  zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+  (grads, metrics), _ = jax.lax.scan(body, zero, (parts, jnp.arange(accumulation)))
   return jax.tree.map(lambda g: g / accumulation, grads), metrics
-
-
-def body_output(grad, state, frozen, key, part):
-  """(gradients, metrics) of one microbatch, for their shapes."""
-  (_, metrics), grads = grad(state.params, frozen, part[1], key, state.step)
-  return grads, metrics
 
 
 def make_step(
@@ -85,6 +80,4 @@ def make_step(
     metrics['gradient_norm'] = (optax.global_norm(grads), one)
     return TrainState(state.step + 1, state.key, params, opt_state, average), metrics
 
-  return jax.jit(
-    step, donate_argnums=0, out_shardings=(shardings, replicated(mesh))
-  )
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))

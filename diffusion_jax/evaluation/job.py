@@ -1,0 +1,119 @@
+"""Scores a text-to-image model on the captions of the test split."""
+
+import dataclasses
+
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from diffusion_jax.data.sources import ImageSource
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation import metrics as M
+from diffusion_jax.evaluation.features import CLIPFeatures
+from diffusion_jax.evaluation.statistics import Statistics
+from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage, Weights
+
+MINIMUM = 16
+CANDIDATES = 100
+KID_SUBSETS, KID_SUBSET_SIZE = 50, 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """What every evaluation of one model shares: the reference, computed once.
+
+  The reference of fd_clip and kid_clip are the images of the training split, so that real test
+  images have a value of their own: the floor that a perfect model could reach.
+  """
+
+  model: TextToImage
+  features: CLIPFeatures
+  mesh: Mesh
+  reference: np.ndarray
+  captions: list[str]
+  real: np.ndarray
+  texts: np.ndarray
+
+  @classmethod
+  def prepare(
+    cls, model: TextToImage, clip, train: ImageSource, test: ImageSource, *, mesh: Mesh
+  ) -> 'Evaluation':
+    """Embeds the real images of both splits and the test captions.
+
+    The test split is shuffled with a fixed seed, so that its first n records are a fair sample.
+    """
+    features = CLIPFeatures(model.clip, clip, model.tokenizer, mesh)
+    order = np.random.default_rng(0).permutation(len(test))
+    records = [test[int(i)] for i in order]
+    images = np.stack([train[i]['image'] for i in range(len(train))])
+    captions = [record['captions'][0] for record in records]
+    return cls(
+      model, features, mesh, features.images(images), captions,
+      features.images(np.stack([record['image'] for record in records])), features.texts(captions),
+    )
+
+
+def _scores(evaluation: Evaluation, images: np.ndarray, seed: int) -> dict[str, float]:
+  """Metrics of image embeddings [n p] that belong to the first n test captions."""
+  texts = evaluation.texts[: len(images)]
+  reference = Statistics.from_features(evaluation.reference)
+  size = min(KID_SUBSET_SIZE, len(images), len(evaluation.reference))
+  kid, kid_std = M.kernel_distance(
+    images, evaluation.reference, subsets=KID_SUBSETS, subset_size=size, seed=seed
+  )
+  recall = M.retrieval_recall(images, texts, k=1, candidates=CANDIDATES, seed=seed)
+  return {
+    'fd_clip': M.frechet_distance(Statistics.from_features(images), reference),
+    'kid_clip': kid,
+    'kid_clip_std': kid_std,
+    'clip_score': M.clip_score(images, texts),
+    'retrieval_r1': recall,
+  }
+
+
+def evaluate_text_to_image(
+  evaluation: Evaluation, weights: Weights, untrained: Weights | None, sample: SampleConfig, *,
+  samples: int, seed: int, real: bool, progress: bool = True,
+) -> dict[str, dict[str, float]]:
+  """Draws one image for each of the first `samples` test captions and scores it.
+
+  Returns columns 'generated', and on request 'real' (the test images of the same captions) and
+  'untrained' (the same model with fresh weights), each with fd_clip, kid_clip (and its standard
+  deviation over subsets), clip_score and retrieval_r1 (own caption among 100).
+
+  Raises:
+    UserError: fewer than 16 samples, or more than the test split has captions.
+  """
+  available = len(evaluation.captions)
+  if not MINIMUM <= samples <= available:
+    raise UserError(
+      f'{samples} samples cannot be scored; choose {MINIMUM} to {available}, the number of test '
+      'captions.'
+    )
+  columns = {'generated': weights} | ({'untrained': untrained} if untrained else {})
+  out = {}
+  for column, params in columns.items():
+    images = generate(evaluation, params, sample, samples, seed, column if progress else '')
+    out[column] = _scores(evaluation, evaluation.features.images(images), seed)
+  if real:
+    out['real'] = _scores(evaluation, evaluation.real[:samples], seed)
+  out['settings'] = {'samples': samples, 'reference_images': len(evaluation.reference),
+                     'seed': seed, **dataclasses.asdict(sample)}
+  return out
+
+
+def generate(
+  evaluation: Evaluation, weights: Weights, sample: SampleConfig, samples: int, seed: int,
+  label: str = '', batch_size: int = 64,
+) -> np.ndarray:
+  """Images, uint8 [samples h w 3], for the first test captions; a label shows progress."""
+  captions = evaluation.captions[:samples]
+  batches = evaluation.model.generate(
+    weights, captions, sample, seed=seed, mesh=evaluation.mesh, batch_size=batch_size
+  )
+  with tqdm(total=samples, desc=f'drawing ({label})', disable=not label, leave=False) as bar:
+    out = []
+    for batch in batches:
+      out.append(batch)
+      bar.update(len(batch))
+  return np.concatenate(out)

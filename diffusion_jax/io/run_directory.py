@@ -1,0 +1,162 @@
+"""The files of one run: what a person, a report and the next start find in its workdir."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffusion_jax.errors import UserError
+
+PACKAGES = (
+  'diffusion_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'array_record',
+  'tensorflow-datasets', 'transformers', 'tokenizers', 'numpy',
+)
+
+MAY_CHANGE = ('loop.total_steps', 'loop.log_every_steps', 'loop.checkpoint_every_steps',
+              'loop.sample_every_steps', 'loop.evaluate_every_steps', 'loop.evaluate_samples',
+              'loop.keep_checkpoints', 'data.data_dir', 'data.prepare', 'mesh.')
+"""What a resumed run may change; everything else would make it another run."""
+
+
+class RunDirectory:
+  """Paths and small files below a workdir. Writes are atomic."""
+
+  def __init__(self, path: str | Path):
+    self.path = Path(path).expanduser().absolute()
+    self.checkpoints = self.path / 'checkpoints'
+    self.samples = self.path / 'samples'
+    self.model = self.path / 'model'
+    self.metrics = self.path / 'metrics.jsonl'
+    self.tensorboard = self.path / 'tensorboard'
+    self.tokenizer = self.path / 'tokenizer'
+
+  def write_json(self, name: str, values: dict[str, Any]) -> None:
+    """Writes `name` in one move, so that a reader never sees half of it."""
+    self.write_text(name, json.dumps(values, indent=2, sort_keys=False) + '\n')
+
+  def write_text(self, name: str, text: str) -> None:
+    """Writes `name` in one move."""
+    target = self.path / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f'.{target.name}.{os.getpid()}')
+    temporary.write_text(text)
+    os.replace(temporary, target)
+
+  def read_json(self, name: str) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
+    try:
+      return json.loads((self.path / name).read_text())
+    except FileNotFoundError:
+      raise UserError(
+        f'{self.path} has no {name}; give the workdir of a run that train has started.'
+      ) from None
+    except (OSError, ValueError) as error:
+      raise UserError(f'{self.path / name} cannot be read ({error}); restore that file.') from error
+
+  def check_config(self, config: dict[str, Any]) -> None:
+    """Makes sure that this workdir is new or belongs to `config`.
+
+    Raises:
+      UserError: it belongs to another config; the message names the first difference.
+    """
+    if self.path.exists() and not self.path.is_dir():
+      raise UserError(f'the workdir {self.path} is a file; choose a directory.')
+    if not (self.path / 'config.json').exists():
+      return
+    before, now = flatten(self.read_json('config.json')), flatten(normalise(config))
+    for key in sorted(before.keys() | now.keys()):
+      if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE):
+        raise UserError(
+          f'the workdir {self.path} belongs to another config: {key} was {before.get(key)!r} and '
+          f'is now {now.get(key)!r}; choose another workdir or restore that value.'
+        )
+
+
+def normalise(config: dict[str, Any]) -> dict[str, Any]:
+  """As JSON would give it back: tuples become lists."""
+  return json.loads(json.dumps(config))
+
+
+def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Nested dictionaries -> one dictionary with dotted keys."""
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      flat |= flatten(value, f'{prefix}{key}.')
+    else:
+      flat[f'{prefix}{key}'] = value
+  return flat
+
+
+def versions() -> dict[str, Any]:
+  """Versions of Python, of the packages that numbers depend on, and the devices."""
+  found = {}
+  for package in PACKAGES:
+    try:
+      found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      found[package] = 'not installed'
+  device = jax.devices()[0]
+  return {
+    'python': platform.python_version(), **found, 'platform': device.platform,
+    'device': device.device_kind, 'devices': jax.device_count(), 'processes': jax.process_count(),
+  }
+
+
+class MetricsWriter:
+  """metrics.jsonl and TensorBoard events. Only process 0 writes."""
+
+  def __init__(self, run: RunDirectory, active: bool):
+    self._active = active
+    if not active:
+      return
+    from tensorboardX import SummaryWriter
+
+    run.path.mkdir(parents=True, exist_ok=True)
+    self._file = run.metrics.open('a')
+    self._events = SummaryWriter(str(run.tensorboard))
+
+  def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+    """One line of numbers (lists and None allowed), and every plain number as an event."""
+    if not self._active:
+      return
+    self._file.write(json.dumps({'kind': kind, 'step': step, **_finite(values)}) + '\n')
+    self._file.flush()
+    for name, value in values.items():
+      if isinstance(value, (int, float)):
+        self._events.add_scalar(f'{kind}/{name}', value, step)
+
+  def image(self, name: str, step: int, image: np.ndarray) -> None:
+    """uint8 [h w 3] as an event."""
+    if self._active:
+      self._events.add_image(name, image, step, dataformats='HWC')
+
+  def close(self) -> None:
+    """Flushes both."""
+    if self._active:
+      self._file.close()
+      self._events.close()
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+  """NaN and infinity are no JSON; they become None."""
+  clean = lambda v: None if isinstance(v, float) and not np.isfinite(v) else v
+  return {k: [clean(x) for x in v] if isinstance(v, list) else clean(v) for k, v in values.items()}
+
+
+def command_line() -> str:
+  """The command that started this process, to repeat it."""
+  import shlex
+
+  arguments = sys.argv[1:]
+  return shlex.join(['python', '-m', 'diffusion_jax', *arguments])

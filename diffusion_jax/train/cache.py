@@ -1,0 +1,66 @@
+"""Latents and text embeddings computed once, before training, instead of in every step."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from diffusion_jax.data.sources import ArraySource, ImageSource
+from diffusion_jax.parallel.sharding import in_batches, put_params
+from diffusion_jax.pipelines.text_to_image import TextToImage
+
+
+@dataclasses.dataclass(frozen=True)
+class ChooseText:
+  """A record of the cache -> 'mean', 'std' [h w c] and 'text' [l d] of one of its captions."""
+
+  random: ClassVar[bool] = True
+
+  def __call__(self, record: dict, rng: np.random.Generator) -> dict:
+    text = record['texts'][int(rng.integers(len(record['texts'])))]
+    return {'mean': record['mean'], 'std': record['std'], 'text': text.astype(np.float32)}
+
+
+def _encoder(model: TextToImage) -> Callable:
+  def encode(params, images):
+    mean, logvar = model.autoencoder.bind(params).encode(images.astype(jnp.float32) / 127.5 - 1)
+    return mean.astype(jnp.float32), jnp.exp(logvar.astype(jnp.float32) / 2)
+
+  return jax.jit(encode)
+
+
+def cached_source(
+  source: ImageSource, model: TextToImage, frozen: dict, mesh: Mesh, progress: bool = True
+) -> ArraySource:
+  """Encodes every image and every caption of `source` once.
+
+  Columns: 'mean' and 'std' [h w c], moments of the unscaled latents, float32; 'texts' [k l d], the
+  embeddings of the record's k captions, float16 to halve the memory.
+  """
+  params = {role: put_params(p, mesh) for role, p in frozen.items() if role != 'null_text'}
+  records = [source[i] for i in tqdm(
+    range(len(source)), desc='reading images', disable=not progress, leave=False
+  )]
+  images = np.stack([record['image'] for record in records])
+  captions = [caption for record in records for caption in record['captions']]
+  moments = list(tqdm(
+    in_batches(_encoder(model), params['autoencoder'], images, mesh=mesh),
+    total=-(-len(images) // 64), desc='encoding images', disable=not progress, leave=False,
+  ))
+  mean, std = (np.concatenate(part) for part in zip(*moments, strict=True))
+  texts = np.concatenate([
+    text.astype(np.float16) for text in tqdm(
+      in_batches(
+        jax.jit(model.encode_text), params['clip'], model.tokens(captions), mesh=mesh,
+        batch_size=256,
+      ),
+      total=-(-len(captions) // 256), desc='encoding captions', disable=not progress, leave=False,
+    )
+  ])
+  ends = np.cumsum([len(record['captions']) for record in records])
+  return ArraySource({'mean': mean, 'std': std, 'texts': np.split(texts, ends[:-1])})

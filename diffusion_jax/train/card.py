@@ -1,0 +1,48 @@
+"""The model card of a run: what was trained, on what, how, and how well (Mitchell et al. 2019)."""
+
+from typing import Any
+
+import jax
+
+TITLES = {
+  'autoencoder': 'KL autoencoder',
+  'clip': 'CLIP, text and image encoder',
+  'diffusion': 'Text-to-image latent diffusion model',
+}
+
+
+def model_card(
+  config: dict[str, Any], *, parameters: int, steps: int, seconds: float, command: str,
+  scores: dict[str, dict[str, Any]], credit: str,
+) -> str:
+  """Markdown. `seconds` is the time spent training, with drawing and scoring."""
+  data, loop = config['data'], config['loop']
+  images = steps * loop['batch_size']
+  lines = [
+    f'# {TITLES[config["task"]]} ({data["dataset"]}, {data["size"]} px)', '',
+    f'Trained with diffusion_jax by `{command}`.', '',
+    f'- Trained parameters: {parameters:,}',
+    f'- Steps: {steps:,} of {loop["total_steps"]:,}, {images:,} images, batch {loop["batch_size"]}',
+    f'- Time: {seconds / 3600:.2f} hours on {jax.device_count()} x {jax.devices()[0].device_kind}',
+    f'- Data: {data["dataset"]}, {data["size"]} x {data["size"]} pixels, training split',
+    '- Settings: see config.json of the run', '',
+  ]
+  if scores:
+    lines += ['## Scores', '', 'On the test split, whose images and captions were not trained on.', '']
+    lines += _table(scores)
+  if credit:
+    lines += ['## Credit', '', credit, '']
+  return '\n'.join(lines)
+
+
+def _table(scores: dict[str, dict[str, Any]]) -> list[str]:
+  columns = [name for name in scores if name != 'settings']
+  rows = list(dict.fromkeys(metric for name in columns for metric in scores[name]))
+  lines = [f'| metric | {" | ".join(columns)} |', f'|---|{"---|" * len(columns)}']
+  for row in rows:
+    cells = [f'{scores[c][row]:.4g}' if row in scores[c] else '' for c in columns]
+    lines.append(f'| {row} | {" | ".join(cells)} |')
+  settings = scores.get('settings', {})
+  if settings:
+    lines += ['', 'Sampled with ' + ', '.join(f'{k} {v}' for k, v in settings.items()) + '.']
+  return [*lines, '']

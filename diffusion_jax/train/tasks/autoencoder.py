@@ -1,0 +1,180 @@
+"""Trains the KL autoencoder: reconstruction + KL, later a PatchGAN, LPIPS if its weights are given.
+
+The objective is that of Rombach et al. 2022, appendix G, after Esser et al. 2021, eq. 4-7.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from diffusion_jax.data.sources import ImageSource
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation import metrics as M
+from diffusion_jax.io.pretrained import load_lpips, save_model
+from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
+from diffusion_jax.models.discriminator import DiscriminatorConfig, PatchDiscriminator
+from diffusion_jax.models.functional import Network, prefixed, under
+from diffusion_jax.models.lpips import LPIPS
+from diffusion_jax.parallel.sharding import in_batches
+from diffusion_jax.train.tasks.task import Frozen, Metrics, Scores, mean_metric
+from diffusion_jax.types import Images, Latents, Params
+from diffusion_jax.viz.grids import to_uint8
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderTaskConfig:
+  """Weights are per pixel value (reconstruction), per latent value (KL), per patch (adversarial).
+
+  adversarial_weight is a fraction of the reconstruction's pull on the output image: the adversarial
+  gradient is rescaled to it (Esser et al. 2021, eq. 7, at the image instead of the last layer).
+  adversarial_weight 0 leaves out the discriminator, an empty lpips_weights leaves out LPIPS.
+  """
+
+  autoencoder: AutoencoderKLConfig = AutoencoderKLConfig()
+  kl_weight: float = 1e-3
+  adversarial_weight: float = 0.5
+  adversarial_start_step: int = 10_000
+  discriminator: DiscriminatorConfig = DiscriminatorConfig()
+  lpips_weights: str = ''
+  lpips_weight: float = 1.0
+  export_dtype: str = 'float16'
+
+
+def kl_divergence(mean: Latents, logvar: Latents) -> jax.Array:
+  """KL(N(mean, exp(logvar)) || N(0, 1)) per latent value, averaged to [b] (Kingma & Welling 2014,
+  appendix B)."""
+  kl = 0.5 * (mean**2 + jnp.exp(logvar) - 1 - logvar)
+  return kl.mean(axis=(1, 2, 3))
+
+
+class AutoencoderTask:
+  """Parameters are named 'autoencoder.*' and, with an adversarial loss, 'discriminator.*'."""
+
+  name = 'autoencoder'
+  batch_fields = ('image',)
+
+  def __init__(self, config: AutoencoderTaskConfig, test: ImageSource, dtype=jnp.float32):
+    self.config = config
+    self.test = test
+    self.autoencoder = Network.of(AutoencoderKL, config.autoencoder, dtype=dtype)
+    self.discriminator = Network.of(PatchDiscriminator, config.discriminator, dtype=dtype)
+    self.frozen: Frozen = {}
+    if config.lpips_weights:
+      self.lpips = Network.of(LPIPS, None, dtype=dtype)
+      self.frozen['lpips'] = load_lpips(config.lpips_weights, self.lpips.shapes)
+
+  def initialize(self, key: jax.Array) -> Params:
+    first, second = jax.random.split(key)
+    params = prefixed('autoencoder', self.autoencoder.initialize(first))
+    if self.config.adversarial_weight:
+      params |= prefixed('discriminator', self.discriminator.initialize(second))
+    return params
+
+  def constrain(self, params: Params) -> Params:
+    return params
+
+  def _reconstruction(self, output: Images, images: Images, frozen: Frozen) -> jax.Array:
+    loss = jnp.abs(output - images).mean(axis=(1, 2, 3))
+    if 'lpips' in frozen:
+      distance = self.lpips.bind(frozen['lpips'])(output, images)
+      loss = loss + self.config.lpips_weight * distance
+    return loss
+
+  def loss(self, params, frozen, batch, key, step) -> tuple[jax.Array, Metrics]:
+    images = batch['image']
+    model = self.autoencoder.bind(under('autoencoder', params))
+    mean, logvar = (x.astype(jnp.float32) for x in model.encode(images))
+    noise = jax.random.normal(key, mean.shape)
+    output = model.decode(mean + jnp.exp(logvar / 2) * noise).astype(jnp.float32)
+    reconstruction = self._reconstruction(output, images, frozen)
+    kl = kl_divergence(mean, logvar)
+    loss = (reconstruction + self.config.kl_weight * kl).mean()
+    metrics = {
+      'loss': mean_metric(reconstruction + self.config.kl_weight * kl),
+      'loss_reconstruction': mean_metric(reconstruction),
+      'loss_kl': mean_metric(kl),
+    }
+    if self.config.adversarial_weight:
+      adversarial, more = self._adversarial(params, frozen, images, output, step)
+      loss, metrics = loss + adversarial, metrics | more
+    return loss, metrics
+
+  def _adversarial(self, params, frozen, images, output, step) -> tuple[jax.Array, Metrics]:
+    """Generator's and discriminator's losses in one: each sees the other as a constant."""
+    own = under('discriminator', params)
+    constant = jax.lax.stop_gradient
+
+    def generator(output):
+      return -self.discriminator.bind(constant(own))(output).astype(jnp.float32).mean()
+
+    def active(output):
+      pull = jax.grad(lambda x: self._reconstruction(x, images, frozen).mean())(output)
+      fool, push = jax.value_and_grad(generator)(output)
+      ratio = jnp.linalg.norm(pull.ravel()) / (jnp.linalg.norm(push.ravel()) + 1e-8)
+      weight = constant(self.config.adversarial_weight * jnp.clip(ratio, 0.0, 1e4))
+      # Value and gradient of weight * generator(output), without a second pass over it.
+      fooling = weight * (jnp.sum(constant(push) * (output - constant(output))) + constant(fool))
+      both = jnp.concatenate([images, constant(output)])
+      real, fake = jnp.split(self.discriminator.bind(own)(both).astype(jnp.float32), 2)
+      hinge = 0.5 * (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean())
+      return fooling + hinge, fool, hinge, jnp.ones(())
+
+    idle = lambda output: (0.0 * output.sum(), jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))
+    started = step >= self.config.adversarial_start_step
+    loss, fool, hinge, count = jax.lax.cond(started, active, idle, output)
+    return loss, {'loss_generator': (fool, count), 'loss_discriminator': (hinge, count)}
+
+  def preview(self, params, frozen, mesh: Mesh) -> tuple[np.ndarray, list[str]]:
+    """Test images, each beside its reconstruction."""
+    records = [self.test[i] for i in range(min(16, len(self.test)))]
+    images = np.stack([record['image'] for record in records])
+    outputs = np.concatenate(list(self.reconstruct(params, images, mesh)))
+    pairs = np.stack([images, outputs], axis=1).reshape(-1, *images.shape[1:])
+    return pairs, [text for r in records for text in (r['captions'][0], 'reconstruction')]
+
+  def reconstruct(self, params: Params, images: np.ndarray, mesh: Mesh, batch_size: int = 64):
+    """uint8 [n h w 3] -> reconstructions through the latent means, uint8, in batches."""
+    def run(params, images):
+      model = self.autoencoder.bind(params)
+      return model.decode(model.encode(images.astype(jnp.float32) / 127.5 - 1)[0])
+
+    own = under('autoencoder', params)
+    for out in in_batches(jax.jit(run), own, images, mesh=mesh, batch_size=batch_size):
+      yield to_uint8(np.asarray(out, np.float32))
+
+  def latent_moments(self, params: Params, images: np.ndarray, mesh: Mesh) -> tuple[float, float]:
+    """Mean and standard deviation over all sampled latent values of the images."""
+    def run(params, images):
+      mean, logvar = self.autoencoder.bind(params).encode(images.astype(jnp.float32) / 127.5 - 1)
+      return jnp.stack([mean, jnp.exp(logvar)], axis=-1).astype(jnp.float32)
+
+    own = under('autoencoder', params)
+    both = np.concatenate(list(in_batches(jax.jit(run), own, images, mesh=mesh)))
+    variance = both[..., 0].var() + both[..., 1].mean()
+    return float(both[..., 0].mean()), float(variance**0.5)
+
+  def evaluate(self, params, frozen, mesh, *, samples: int, final: bool) -> Scores:
+    """PSNR in dB of reconstructed test images, L1 in [-1, 1], and the latents' moments."""
+    if not len(self.test):
+      raise UserError('the test split is empty; choose another data set.')
+    images = np.stack([self.test[i]['image'] for i in range(min(samples, len(self.test)))])
+    outputs = np.concatenate(list(self.reconstruct(params, images, mesh)))
+    real, found = images / 127.5 - 1, outputs / 127.5 - 1
+    mean, std = self.latent_moments(params, images, mesh)
+    return {'test': {
+      'psnr': M.psnr(found, real), 'l1': float(np.abs(found - real).mean()),
+      'latent_mean': mean, 'latent_std': std, 'images': float(len(images)),
+    }}
+
+  def export(self, directory: Path, params: Params, scores: Scores) -> None:
+    """The autoencoder in diffusers' layout, with the scaling that gives latents unit variance."""
+    test = scores['test']
+    config = dataclasses.replace(
+      self.config.autoencoder,
+      shift_factor=round(test['latent_mean'], 6), scaling_factor=round(1 / test['latent_std'], 6),
+    )
+    save_model(directory, config, under('autoencoder', params), self.config.export_dtype)

@@ -1,0 +1,132 @@
+"""Trains CLIP: images and captions that belong together get similar embeddings."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from diffusion_jax.data.sources import ImageSource
+from diffusion_jax.evaluation import metrics as M
+from diffusion_jax.evaluation.features import CLIPFeatures, unit
+from diffusion_jax.io.pretrained import save_model
+from diffusion_jax.models.functional import Network
+from diffusion_jax.models.text.clip import CLIP
+from diffusion_jax.models.text.clip_config import CLIPConfig
+from diffusion_jax.models.text.tokenizer import save_tokenizer
+from diffusion_jax.parallel.sharding import put_params, to_host
+from diffusion_jax.train.tasks.task import Frozen, Metrics, Scores, mean_metric
+from diffusion_jax.types import Params
+
+MAX_LOGIT_SCALE = math.log(100.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTaskConfig:
+  """label_smoothing spreads that share of each target over the whole batch; 0 is CLIP's own loss.
+
+  The vocabulary is trained on the captions: text_config.vocab_size is its largest size, and
+  max_position_embeddings the length in tokens.
+  """
+
+  clip: CLIPConfig = CLIPConfig()
+  label_smoothing: float = 0.0
+  export_dtype: str = 'float16'
+
+
+def contrastive_loss(
+  images: jax.Array, texts: jax.Array, logit_scale: jax.Array, label_smoothing: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+  """Symmetric cross-entropy over all pairs of the global batch (Radford et al. 2021, figure 3).
+
+  Args:
+    images, texts: [b p] embeddings of any length, pairs at the same row.
+    logit_scale: logarithm of the inverse temperature.
+
+  Returns:
+    (loss [b], share of images whose own caption is the nearest []); logits are float32.
+  """
+  logits = jnp.exp(logit_scale) * unit(images) @ unit(texts).T
+  b = logits.shape[0]
+  targets = (1 - label_smoothing) * jnp.eye(b) + label_smoothing / b
+  cross_entropy = lambda x: -(targets * jax.nn.log_softmax(x)).sum(axis=-1)
+  loss = (cross_entropy(logits) + cross_entropy(logits.T)) / 2
+  return loss, (logits.argmax(axis=-1) == jnp.arange(b)).mean()
+
+
+class CLIPTask:
+  """Both towers and the temperature, trained from scratch."""
+
+  name = 'clip'
+  batch_fields = ('image', 'tokens')
+
+  def __init__(
+    self, config: CLIPTaskConfig, tokenizer: PreTrainedTokenizerBase, test: ImageSource,
+    dtype=jnp.float32,
+  ):
+    self.config = config
+    self.tokenizer = tokenizer
+    self.test = test
+    self.clip = Network.of(CLIP, config.clip, dtype=dtype)
+    self.frozen: Frozen = {}
+
+  def initialize(self, key: jax.Array) -> Params:
+    return self.clip.initialize(key)
+
+  def constrain(self, params: Params) -> Params:
+    """Clamps the temperature so that logits are scaled by 1 to 100 (section 2.5)."""
+    return params | {'logit_scale': jnp.clip(params['logit_scale'], 0.0, MAX_LOGIT_SCALE)}
+
+  def loss(self, params, frozen, batch, key, step) -> tuple[jax.Array, Metrics]:
+    model = self.clip.bind(params)
+    images = model.encode_image(batch['image']).astype(jnp.float32)
+    texts = model.encode_text(batch['tokens'])[1].astype(jnp.float32)
+    scale = params['logit_scale']
+    loss, accuracy = contrastive_loss(images, texts, scale, self.config.label_smoothing)
+    return loss.mean(), {
+      'loss': mean_metric(loss),
+      'accuracy': mean_metric(accuracy),
+      'logit_scale': mean_metric(jnp.exp(scale)),
+    }
+
+  def _features(self, params: Params, mesh: Mesh) -> CLIPFeatures:
+    return CLIPFeatures(self.clip, params, self.tokenizer, mesh)
+
+  def _embed(self, params: Params, mesh: Mesh, count: int):
+    records = [self.test[i] for i in range(min(count, len(self.test)))]
+    images = np.stack([record['image'] for record in records])
+    captions = [record['captions'][0] for record in records]
+    features = self._features(params, mesh)
+    return images, captions, features.images(images), features.texts(captions)
+
+  def preview(self, params, frozen, mesh: Mesh) -> tuple[np.ndarray, list[str]]:
+    """Test images with the caption, of all test captions, that lies nearest."""
+    images, captions, image, text = self._embed(params, mesh, len(self.test))
+    chosen = np.linspace(0, len(images) - 1, min(32, len(images))).astype(int)
+    nearest = (np.asarray(unit(image[chosen])) @ np.asarray(unit(text)).T).argmax(axis=1)
+    return images[chosen], [captions[i] for i in nearest]
+
+  def evaluate(self, params, frozen, mesh, *, samples: int, final: bool) -> Scores:
+    """Retrieval among 100 captions and among all captions of the test split."""
+    _, captions, image, text = self._embed(params, mesh, samples)
+    scores = {
+      f'retrieval_r{k}_of_{n}': M.retrieval_recall(image, text, k=k, candidates=n, seed=0)
+      for n in (100, len(captions)) for k in (1, 5)
+    }
+    scores |= {'clip_score': M.clip_score(image, text), 'images': float(len(captions))}
+    columns = {'test': scores}
+    if final:
+      fresh = put_params(to_host(jax.jit(self.initialize)(jax.random.key(1))), mesh)
+      columns['untrained'] = self.evaluate(
+        fresh, frozen, mesh, samples=samples, final=False
+      )['test']
+    return columns
+
+  def export(self, directory: Path, params: Params, scores: Scores) -> None:
+    """CLIP in transformers' layout, with its tokenizer."""
+    save_model(directory, self.config.clip, params, self.config.export_dtype)
+    save_tokenizer(self.tokenizer, directory)

@@ -1,0 +1,163 @@
+"""Trains the denoiser of a latent diffusion model; autoencoder and text encoder stay frozen."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from diffusion_jax.data.sources import ImageSource
+from diffusion_jax.diffusion import objectives
+from diffusion_jax.diffusion.denoiser import PREDICTIONS, target
+from diffusion_jax.diffusion.schedules import ScheduleConfig
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.job import Evaluation, evaluate_text_to_image
+from diffusion_jax.pipelines.directory import save_text_to_image
+from diffusion_jax.models.unet_config import UNetConfig
+from diffusion_jax.parallel.sharding import put_params, to_host
+from diffusion_jax.pipelines.text_to_image import (
+  SampleConfig,
+  TextToImage,
+  Weights,
+  scale_latents,
+)
+from diffusion_jax.train.tasks.task import Frozen, Metrics, Scores, mean_metric
+from diffusion_jax.types import Latents, Params, PerExample, Text
+
+TIME_BUCKETS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionTaskConfig:
+  """autoencoder and clip are model directories, or 'asset:NAME' for those in the package.
+
+  prediction: epsilon, sample or v_prediction. caption_dropout: share of captions replaced by the
+  null caption, for classifier-free guidance. min_snr_gamma: 0 for none (usually 5). offset_noise:
+  0 for none (usually 0.05 to 0.1). cache: encode all images and captions once before training.
+  preview_captions: what the grids show over time.
+  """
+
+  autoencoder: str
+  clip: str
+  unet: UNetConfig = UNetConfig()
+  schedule: ScheduleConfig = ScheduleConfig()
+  prediction: str = 'epsilon'
+  caption_dropout: float = 0.1
+  min_snr_gamma: float = 0.0
+  offset_noise: float = 0.0
+  cache: bool = False
+  sample: SampleConfig = SampleConfig()
+  preview_captions: tuple[str, ...] = ()
+  export_dtype: str = 'float16'
+
+  def __post_init__(self):
+    if self.prediction not in PREDICTIONS:
+      raise UserError(
+        f'task.prediction is {self.prediction!r}; choose one of {", ".join(PREDICTIONS)}.'
+      )
+    if not 0 <= self.caption_dropout <= 1:
+      raise UserError(f'task.caption_dropout is {self.caption_dropout}; give a share from 0 to 1.')
+    if not self.preview_captions:
+      raise UserError('task.preview_captions is empty; give at least one caption to draw.')
+
+
+class DiffusionTask:
+  """Parameters are the U-Net's."""
+
+  name = 'diffusion'
+
+  def __init__(
+    self, config: DiffusionTaskConfig, model: TextToImage, frozen: Frozen,
+    train: ImageSource, test: ImageSource,
+  ):
+    config.sample.check(model.schedule, config.prediction)
+    self.config, self.model, self.train, self.test = config, model, train, test
+    null = jax.jit(model.encode_text)(frozen['clip'], model.tokens(['']))
+    self.frozen: Frozen = {**frozen, 'null_text': {'bias': np.asarray(null)[0]}}
+    self.batch_fields = ('mean', 'std', 'text') if config.cache else ('image', 'tokens')
+    self._evaluation: Evaluation | None = None
+
+  def initialize(self, key: jax.Array) -> Params:
+    return self.model.unet.initialize(key)
+
+  def constrain(self, params: Params) -> Params:
+    return params
+
+  def _encode(self, frozen: Frozen, batch: dict, key: jax.Array) -> tuple[Latents, Text]:
+    """Sampled, scaled latents [b h w c] and text [b l d] of a batch, cached or not."""
+    if 'mean' in batch:
+      mean, std, text = batch['mean'], batch['std'], batch['text']
+    else:
+      mean, logvar = self.model.autoencoder.bind(frozen['autoencoder']).encode(batch['image'])
+      mean, std = mean.astype(jnp.float32), jnp.exp(logvar.astype(jnp.float32) / 2)
+      text = self.model.encode_text(frozen['clip'], batch['tokens'])
+    z = mean + std * jax.random.normal(key, mean.shape)
+    return scale_latents(self.model.autoencoder.config, z), text
+
+  def drop_captions(self, text: Text, null: jax.Array, key: jax.Array) -> Text:
+    """Replaces a share of the texts [b l d] by the null caption's embedding [l d]."""
+    drop = jax.random.bernoulli(key, self.config.caption_dropout, (text.shape[0], 1, 1))
+    return jnp.where(drop, null, text)
+
+  def per_example(self, params, frozen, batch, key) -> tuple[PerExample, PerExample, jax.Array]:
+    """(weighted loss [b], squared error [b], timestep [b])."""
+    config, schedule = self.config, self.model.schedule
+    key_z, key_t, key_noise, key_drop = jax.random.split(key, 4)
+    x0, text = self._encode(frozen, batch, key_z)
+    text = self.drop_captions(text, frozen['null_text']['bias'], key_drop)
+    t = jax.random.randint(key_t, x0.shape[:1], 0, len(schedule))
+    alpha, sigma = schedule(t)
+    eps = objectives.offset_noise(key_noise, x0.shape, config.offset_noise)
+    x = objectives.add_noise(x0, eps, alpha, sigma)
+    output = self.model.unet.bind(params)(x, t, text)
+    wanted = target(config.prediction, x0, eps, alpha, sigma)
+    error = objectives.squared_error(output, wanted)
+    weight = 1.0
+    if config.min_snr_gamma:
+      weight = objectives.min_snr_weight(config.prediction, alpha, sigma, config.min_snr_gamma)
+    return weight * error, error, t
+
+  def loss(self, params, frozen, batch, key, step) -> tuple[jax.Array, Metrics]:
+    loss, error, t = self.per_example(params, frozen, batch, key)
+    bucket = t * TIME_BUCKETS // len(self.model.schedule)
+    which = jax.nn.one_hot(bucket, TIME_BUCKETS)
+    return loss.mean(), {
+      'loss': mean_metric(loss),
+      'loss_by_timestep': (error @ which, which.sum(axis=0)),
+    }
+
+  def _weights(self, params: Params, frozen: Frozen) -> Weights:
+    return Weights(params, frozen['autoencoder'], frozen['clip'])
+
+  def preview(self, params, frozen, mesh: Mesh) -> tuple[np.ndarray, list[str]]:
+    """The preview captions with the same noise every time."""
+    captions = list(self.config.preview_captions)
+    images = self.model.generate(
+      self._weights(params, frozen), captions, self.config.sample, seed=0, mesh=mesh,
+      batch_size=len(captions),
+    )
+    return np.concatenate(list(images)), captions
+
+  def evaluate(self, params, frozen, mesh, *, samples: int, final: bool) -> Scores:
+    """CLIP-space metrics of images drawn for the test captions."""
+    if self._evaluation is None:
+      self._evaluation = Evaluation.prepare(
+        self.model, frozen['clip'], self.train, self.test, mesh=mesh
+      )
+    untrained = None
+    if final:
+      fresh = jax.jit(self.initialize)(jax.random.key(1))
+      untrained = self._weights(put_params(to_host(fresh), mesh), frozen)
+    return evaluate_text_to_image(
+      self._evaluation, self._weights(params, frozen), untrained, self.config.sample,
+      samples=samples, seed=0, real=final,
+    )
+
+  def export(self, directory: Path, params: Params, scores: Scores) -> None:
+    """The whole model as a directory that `sample --model` reads."""
+    save_text_to_image(
+      directory, self.model, params, autoencoder=self.config.autoencoder, clip=self.config.clip,
+      sample=self.config.sample, dtype=self.config.export_dtype,
+    )

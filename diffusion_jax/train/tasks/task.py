@@ -1,0 +1,73 @@
+"""What the one train loop and the one step ask of a task."""
+
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from diffusion_jax.types import Params
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+"""Sums and counts by name; adding them up over microbatches and steps keeps means exact."""
+
+Frozen = dict[str, Params]
+"""Parameters of the networks that are used but not trained, by role."""
+
+Scores = dict[str, dict[str, float]]
+"""Metric values by column, such as {'generated': {...}, 'real': {...}}."""
+
+
+class Task(Protocol):
+  """One thing to train. Holds networks without weights; all methods are free of hidden state."""
+
+  name: str
+  frozen: Frozen
+  """Host arrays of the frozen networks; the loop puts them onto the mesh."""
+  batch_fields: tuple[str, ...]
+  """Fields of a record that the loss reads; the rest never reaches a device."""
+
+  def initialize(self, key: jax.Array) -> Params:
+    """Fresh trainable parameters; pure."""
+
+  def loss(
+    self, params: Params, frozen: Frozen, batch: dict, key: jax.Array, step: jax.Array
+  ) -> tuple[jax.Array, Metrics]:
+    """Mean loss over the batch, and metrics; pure."""
+
+  def constrain(self, params: Params) -> Params:
+    """Projects parameters after an update, such as a clamp; pure."""
+
+  def preview(self, params: Params, frozen: Frozen, mesh: Mesh) -> tuple[np.ndarray, list[str]]:
+    """A fixed set of pictures, uint8 [n h w 3], with their captions, to compare over time."""
+
+  def evaluate(
+    self, params: Params, frozen: Frozen, mesh: Mesh, *, samples: int, final: bool
+  ) -> Scores:
+    """Scores on the test split; `final` adds the columns to compare with."""
+
+  def export(self, directory: Path, params: Params, scores: Scores) -> None:
+    """Writes the trained model as safetensors with its configuration and model card."""
+
+
+def mean_metric(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(sum, count) of a scalar or of one value per example."""
+  return values.sum(), jax.numpy.asarray(values.size, jax.numpy.float32)
+
+
+def combine(totals: Metrics, new: Metrics) -> Metrics:
+  """Adds the sums and counts of two dictionaries with the same names; an empty one is neutral."""
+  return jax.tree.map(lambda a, b: a + b, totals, new) if totals else new
+
+
+def averages(metrics: Metrics) -> dict[str, float | list[float | None]]:
+  """Sums and counts on the host -> means; vectors become lists with None where nothing fell."""
+  out = {}
+  for name, (total, count) in metrics.items():
+    total, count = np.asarray(total, np.float64), np.asarray(count, np.float64)
+    mean = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    out[name] = (
+      float(mean) if not mean.ndim else [None if np.isnan(m) else float(m) for m in mean]
+    )
+  return out
