@@ -1,0 +1,161 @@
+"""Known answers of every transform."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax.data.transforms import TRANSFORMS, apply, build_transforms
+from diffusion_jax.errors import UserError
+
+IMAGE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+
+
+def _apply(spec, record, seed=0, **context):
+  return apply(build_transforms([spec], **context), record, np.random.default_rng(seed))
+
+
+def _record(image=IMAGE, captions=('one', 'two', 'three')):
+  return {'image': image, 'captions': list(captions), 'id': 'x'}
+
+
+def test_normalize_hits_its_endpoints():
+  image = np.array([[[0, 51, 255]]], np.uint8)
+  out = _apply('normalize', {'image': image})['image']
+  assert out.dtype == np.float32
+  assert out[0, 0, 0] == -1
+  assert out[0, 0, 2] == 1
+  np.testing.assert_allclose(out[0, 0, 1], -0.6, atol=1e-6)
+
+
+def test_resize_is_pillow_bicubic_on_the_shorter_edge():
+  image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+  out = _apply(('resize', {'size': 10}), _record(image))['image']
+  assert out.shape == (10, 15, 3)
+  expected = Image.fromarray(image).resize((15, 10), Image.Resampling.BICUBIC)
+  np.testing.assert_array_equal(out, np.asarray(expected))
+  gray = _apply(('resize', {'size': 10}), _record(image[..., :1]))['image']
+  assert gray.shape == (10, 15, 1)
+
+
+def test_center_crop():
+  out = _apply({'name': 'center_crop', 'size': 2}, _record())['image']
+  np.testing.assert_array_equal(out, IMAGE[1:3, 2:4])
+
+
+def test_random_crop_pads_with_the_border_and_reaches_every_place():
+  image = np.pad(np.zeros((2, 2, 1), np.uint8), ((1, 1), (1, 1), (0, 0)), constant_values=9)
+  seen = {
+    tuple(_apply(('random_crop', {'size': 4, 'padding': 1}), _record(image), seed)['image'].ravel())
+    for seed in range(100)
+  }
+  assert len(seen) == 9
+  assert tuple(image.ravel()) in seen
+  assert not any(0 in crop[:4] and 0 in crop[-4:] for crop in seen)
+
+
+def test_random_resized_crop_keeps_constants_and_obeys_scale():
+  flat = np.full((8, 8, 3), 77, np.uint8)
+  out = _apply(('random_resized_crop', {'size': 5}), _record(flat))['image']
+  np.testing.assert_array_equal(out, np.full((5, 5, 3), 77))
+  ramp = np.repeat(np.arange(64, dtype=np.uint8)[None, :, None], 64, axis=0)
+  spans = []
+  for seed in range(50):
+    spec = ('random_resized_crop', {'size': 64, 'scale': (0.25, 0.25)})
+    row = _apply(spec, _record(ramp), seed)['image'][0, :, 0]
+    spans.append((int(row[-1]) - int(row[0]), int(row[0])))
+  assert all(abs(span - 31) <= 2 for span, _ in spans)
+  assert len({start for _, start in spans}) > 10
+  with pytest.raises(UserError, match='scale'):
+    build_transforms([('random_resized_crop', {'size': 5, 'scale': (0.5, 1.5)})])
+
+
+def test_random_flip():
+  always = ('random_flip', {'probability': 1.0})
+  np.testing.assert_array_equal(_apply(always, _record())['image'], IMAGE[:, ::-1])
+  never = ('random_flip', {'probability': 0.0})
+  np.testing.assert_array_equal(_apply(never, _record())['image'], IMAGE)
+  flips = [
+    np.array_equal(_apply('random_flip', _record(), seed)['image'], IMAGE[:, ::-1])
+    for seed in range(200)
+  ]
+  assert 70 < sum(flips) < 130
+
+
+@pytest.mark.parametrize('text', ['Left arrow', 'man facing right', 'clockwise vertical arrows'])
+def test_random_flip_leaves_sided_images_alone(text):
+  always = {'name': 'random_flip', 'probability': 1.0}
+  record = _record(captions=['an arrow', text])
+  np.testing.assert_array_equal(_apply(always, record)['image'], IMAGE)
+  chosen = {'image': IMAGE, 'caption': text}
+  np.testing.assert_array_equal(_apply(always, chosen)['image'], IMAGE)
+  flipped = _apply(always | {'keep_sided': False}, record)['image']
+  np.testing.assert_array_equal(flipped, IMAGE[:, ::-1])
+  np.testing.assert_array_equal(
+    _apply(always, _record(captions=['bright copyright']))['image'], IMAGE[:, ::-1]
+  )
+
+
+def test_captions():
+  record = _record()
+  assert _apply('first_caption', record)['caption'] == 'one'
+  chosen = [_apply('choose_caption', record, seed) for seed in range(60)]
+  assert {one['caption'] for one in chosen} == {'one', 'two', 'three'}
+  assert 'captions' not in chosen[0]
+  assert record['captions'] == ['one', 'two', 'three']
+  with pytest.raises(UserError, match='Record x has no captions'):
+    _apply('choose_caption', _record(captions=()))
+
+
+def test_tokenize_drops_texts():
+  def tokenizer(text):
+    return [len(text), 0]
+
+  specs = ['first_caption', 'tokenize']
+  record = _record() | {'label': np.int32(4)}
+  out = apply(build_transforms(specs, tokenizer=tokenizer), record, np.random.default_rng(0))
+  assert set(out) == {'image', 'tokens', 'label'}
+  assert out['tokens'].dtype == np.int32
+  np.testing.assert_array_equal(out['tokens'], [3, 0])
+  with pytest.raises(UserError, match='put choose_caption or first_caption before'):
+    _apply('tokenize', _record(), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+  ('spec', 'message'),
+  [
+    ('blur', "Unknown transform 'blur': use one of resize"),
+    (('resize', {'size': 3, 'edge': 1}), "resize has no argument 'edge': it takes size"),
+    ('resize', "resize needs the argument 'size'"),
+    ({'size': 3}, 'has no name'),
+  ],
+)
+def test_wrong_specs(spec, message):
+  with pytest.raises(UserError, match=message):
+    build_transforms([spec])
+
+
+def test_context_fills_in_and_specs_come_first():
+  resize, crop = build_transforms(['resize', ('center_crop', {'size': 2})], size=8, unused=1)
+  assert (resize.size, crop.size) == (8, 2)
+
+
+@pytest.mark.parametrize(
+  'image', [IMAGE[..., 0], IMAGE.astype(np.float32), np.zeros((0, 4, 3), np.uint8)]
+)
+def test_wrong_images(image):
+  sized = ('resize', 'center_crop', 'random_crop', 'random_resized_crop')
+  for name in (*sized, 'random_flip', 'normalize'):
+    with pytest.raises(UserError, match='give uint8'):
+      _apply((name, {'size': 2} if name in sized else {}), _record(image))
+
+
+def test_crop_larger_than_image():
+  for name in ('center_crop', 'random_crop'):
+    with pytest.raises(UserError, match='5 x 5 pixels from an image of 4 x 6'):
+      _apply((name, {'size': 5}), _record())
+
+
+def test_every_transform_is_frozen_and_says_whether_it_is_random():
+  for name, made in TRANSFORMS.items():
+    assert made.random == (name.startswith('random') or name == 'choose_caption')
+    assert made.__dataclass_params__.frozen
