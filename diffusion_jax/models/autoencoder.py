@@ -11,7 +11,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion_jax.models.attention import SpatialAttention
-from diffusion_jax.models.checks import freeze_lists, groups_divide, positive, require, size_fits
+from diffusion_jax.models.checks import (
+  all_positive,
+  freeze_lists,
+  groups_divide,
+  positive,
+  require,
+  size_fits,
+)
 from diffusion_jax.models.layers import (
   Conv,
   Downsample2D,
@@ -45,8 +52,9 @@ class AutoencoderKLConfig:
 
   def __post_init__(self):
     freeze_lists(self)
-    positive(self, 'in_channels', 'out_channels', 'latent_channels', 'block_out_channels',
-             'layers_per_block', 'norm_num_groups')
+    positive(self, 'in_channels', 'out_channels', 'latent_channels', 'layers_per_block',
+             'norm_num_groups')
+    all_positive(self, 'block_out_channels')
     groups_divide(self)
     require(self.scaling_factor > 0,
             f'AutoencoderKLConfig.scaling_factor must be positive, not {self.scaling_factor}.')

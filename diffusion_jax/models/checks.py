@@ -21,11 +21,19 @@ def freeze_lists(config: Any) -> None:
 
 
 def positive(config: Any, *names: str) -> None:
-  """Raises UserError unless each named field is a positive integer or a tuple of them."""
+  """Raises UserError unless each named field is one positive whole number."""
+  for name in names:
+    value = getattr(config, name)
+    good = type(value) is int and value > 0
+    require(good, f'{type(config).__name__}.{name} must be a positive whole number, not {value!r}.')
+
+
+def all_positive(config: Any, *names: str) -> None:
+  """Raises UserError unless each named field is a positive whole number or a tuple of them."""
   for name in names:
     value = getattr(config, name)
     values = value if isinstance(value, tuple) else (value,)
-    good = len(values) > 0 and all(isinstance(v, int) and v > 0 for v in values)
+    good = len(values) > 0 and all(type(v) is int and v > 0 for v in values)
     require(good, f'{type(config).__name__}.{name} must be positive whole numbers, not {value!r}.')
 
 

@@ -25,10 +25,10 @@ class Conv(nnx.Module):
   def __init__(
     self, in_features: int, out_features: int, kernel_size: int = 3, *, stride: int = 1,
     padding: int | tuple[tuple[int, int], tuple[int, int]] = 1, use_bias: bool = True,
-    dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs,
+    init=kernel_init, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs,
   ):
     shape = (kernel_size, kernel_size, in_features, out_features)
-    self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+    self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
     self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
     self.stride = stride
     self.padding = ((padding, padding),) * 2 if isinstance(padding, int) else padding

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from diffusion_jax.models.checks import freeze_lists, groups_divide, positive, require
+from diffusion_jax.models.checks import all_positive, freeze_lists, groups_divide, positive, require
 
 DOWN_BLOCKS = ('CrossAttnDownBlock2D', 'DownBlock2D')
 UP_BLOCKS = ('CrossAttnUpBlock2D', 'UpBlock2D')
@@ -37,9 +37,11 @@ class UNetConfig:
   def __post_init__(self):
     freeze_lists(self)
     positive(
-      self, 'in_channels', 'out_channels', 'block_out_channels', 'layers_per_block',
-      'norm_num_groups', 'cross_attention_dim', 'transformer_layers_per_block',
-      'attention_head_dim',
+      self, 'in_channels', 'out_channels', 'layers_per_block', 'norm_num_groups',
+      'cross_attention_dim',
+    )
+    all_positive(
+      self, 'block_out_channels', 'transformer_layers_per_block', 'attention_head_dim'
     )
     groups_divide(self)
     self._check_lengths()

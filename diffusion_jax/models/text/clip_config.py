@@ -67,10 +67,7 @@ class CLIPVisionConfig:
 
   def __post_init__(self):
     _check_tower(self)
-    for name in ('num_channels', 'image_size', 'patch_size'):
-      positive(self, name)
-      value = getattr(self, name)
-      require(isinstance(value, int), f'CLIPVisionConfig.{name} must be one number, not {value}.')
+    positive(self, 'num_channels', 'image_size', 'patch_size')
     require(
       self.image_size % self.patch_size == 0,
       f'CLIPVisionConfig.image_size={self.image_size} must be a multiple of patch_size='
