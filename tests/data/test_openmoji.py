@@ -5,7 +5,8 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from diffusion_jax.data.datasets.openmoji import glyphs, split
+from diffusion_jax.data.datasets.openmoji import glyphs, render, split
+from diffusion_jax.data.datasets.openmoji.alike import twins
 from diffusion_jax.data.datasets.openmoji.captions import captions_of, make_unique
 
 FARMER = '1F468-1F3FC-200D-1F33E'
@@ -123,6 +124,18 @@ def test_twins_are_one_record_with_both_captions(by_id):
   assert max(images.values()) == 1
 
 
+def test_every_size_finds_the_same_twins():
+  wanted = {'couple with heart', '1F9D1-1F9B2', 'person'}
+  drawn = [(glyphs.glyph(hexcode), path) for hexcode, path in render.drawings()]
+  drawn = [(one, path) for one, path in drawn if one and (one.concept in wanted or one.is_flag)]
+  found = []
+  for size in (32, 64):
+    thumbnails = np.stack([render.render(path, size)[1] for _, path in drawn])
+    found.append(twins([one for one, _ in drawn], thumbnails))
+  assert found[0] == found[1]
+  assert 40 < len(drawn) - len(found[0]) < 100
+
+
 def test_twins_that_lie_about_skin_tones_are_dropped(by_id):
   """OpenMoji draws people with bunny ears of two given tones without any tone."""
   assert '1F46F' in by_id
@@ -139,9 +152,7 @@ def test_variants_without_selector_are_on_the_same_side(records):
 
 
 def test_held_out_pairs_are_never_trained_on_but_both_halves_are(records):
-  seen = {
-    part: [glyphs.glyph(record['id']) for record in found] for part, found in records.items()
-  }
+  seen = {part: [glyphs.glyph(record['id']) for record in found] for part, found in records.items()}
   pairs = split.held_out_pairs([one for found in seen.values() for one in found])
   trained = defaultdict(set)
   for one in seen['train']:

@@ -43,7 +43,7 @@ class Openmoji(tfds.core.GeneratorBasedBuilder):
   hexcode; group, one of 'flag', 'people', 'person', 'body', 'other'.
   """
 
-  VERSION = tfds.core.Version('1.0.0')
+  VERSION = tfds.core.Version('1.0.1')
   # TFDS would find this with importlib_resources, which it does not install.
   code_path = epath.Path(__file__)
   BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS reads this name)

@@ -39,6 +39,7 @@ _SAME = {
   'claus': ('1F385', '1F936', '1F9D1-1F384'),
   'royalty': ('1F934', '1F478', '1FAC5'),
   'dancing': ('1F57A', '1F483'),
+  'flag of Norway': ('1F1F3-1F1F4', '1F1E7-1F1FB', '1F1F8-1F1EF'),  # Bouvet Island, Svalbard.
   'pregnant': ('1F930', '1FAC3', '1FAC4'),
 }
 _CONCEPT_OF = {codes: name for name, sequences in _SAME.items() for codes in sequences}
