@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -11,6 +12,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import metrics as M
 from diffusion_jax.evaluation.features import CLIPFeatures
 from diffusion_jax.evaluation.statistics import Statistics
+from diffusion_jax.parallel.sharding import put_params, to_host
 from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage, Weights
 
 MINIMUM = 16
@@ -51,6 +53,12 @@ class Evaluation:
       model, features, mesh, features.images(images), captions,
       features.images(np.stack([record['image'] for record in records])), features.texts(captions),
     )
+
+
+def fresh_weights(model: TextToImage, weights: Weights, mesh: Mesh, seed: int = 1) -> Weights:
+  """The same model with an untrained U-Net."""
+  fresh = jax.jit(model.unet.initialize)(jax.random.key(seed))
+  return weights._replace(unet=put_params(to_host(fresh), mesh))
 
 
 def _scores(evaluation: Evaluation, images: np.ndarray, seed: int) -> dict[str, float]:

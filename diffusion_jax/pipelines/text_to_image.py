@@ -18,7 +18,7 @@ from diffusion_jax.diffusion.schedules import Schedule, sampling_grid
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.text.tokenizer import Tokenize
-from diffusion_jax.parallel.sharding import in_batches
+from diffusion_jax.parallel.sharding import in_batches, put_params
 from diffusion_jax.types import Images, Latents, Params, Text, Tokens
 from diffusion_jax.viz.grids import to_uint8
 
@@ -82,6 +82,10 @@ class TextToImage:
   def context(self) -> int:
     """Length of a prompt in tokens, both frame tokens included."""
     return self.clip.config.text_config.max_position_embeddings
+
+  def on_mesh(self, weights: Weights, mesh: Mesh) -> Weights:
+    """Host arrays onto their shards."""
+    return Weights(*(put_params(params, mesh) for params in weights))
 
   def tokens(self, prompts: Sequence[str], on_long: str = 'truncate') -> np.ndarray:
     """Prompts -> int32 [n l]. With on_long='error' a prompt that does not fit is a UserError."""

@@ -28,7 +28,7 @@ def model_card(
     '- Settings: see config.json of the run', '',
   ]
   if scores:
-    lines += ['## Scores', '', 'On the test split, whose images and captions were not trained on.', '']
+    lines += ['## Scores', '', 'On the test split, whose images were not trained on.', '']
     lines += _table(scores)
   if credit:
     lines += ['## Credit', '', credit, '']

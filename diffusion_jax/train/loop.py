@@ -18,6 +18,7 @@ from diffusion_jax.io.checkpoint import Checkpoints
 from diffusion_jax.io.run_directory import MetricsWriter, RunDirectory, command_line, versions
 from diffusion_jax.parallel.sharding import put_batch, put_params, to_host
 from diffusion_jax.train.card import model_card
+from diffusion_jax.train.diverged import Diverged
 from diffusion_jax.train.meter import Meter
 from diffusion_jax.train.state import TrainState, abstract_state, create_state
 from diffusion_jax.train.step import make_step
@@ -29,7 +30,7 @@ from diffusion_jax.viz.report import write_report
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-  """batch_size is global, over all devices and all accumulation_steps. An interval of 0 means never.
+  """batch_size is global, over all devices and accumulation_steps. An interval of 0 means never.
 
   ema_halflife_images: images after which an old weight counts half in the average; 0 for none.
   evaluate_samples: images that are drawn or read for one evaluation.
@@ -57,10 +58,6 @@ class LoopConfig:
         f'loop.batch_size {self.batch_size} cannot be split into {self.accumulation_steps} equal '
         'parts; change loop.accumulation_steps.'
       )
-
-
-class Diverged(RuntimeError):
-  """The loss is not finite."""
 
 
 @dataclasses.dataclass(frozen=True)

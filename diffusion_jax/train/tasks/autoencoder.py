@@ -16,9 +16,9 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import metrics as M
 from diffusion_jax.io.pretrained import load_lpips, save_model
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
-from diffusion_jax.models.discriminator import DiscriminatorConfig, PatchDiscriminator
+from diffusion_jax.models.discriminator import DiscriminatorConfig, Discriminator
 from diffusion_jax.models.functional import Network, prefixed, under
-from diffusion_jax.models.lpips import LPIPS
+from diffusion_jax.models.lpips import lpips
 from diffusion_jax.parallel.sharding import in_batches
 from diffusion_jax.train.tasks.task import Frozen, Metrics, Scores, mean_metric
 from diffusion_jax.types import Images, Latents, Params
@@ -61,11 +61,10 @@ class AutoencoderTask:
     self.config = config
     self.test = test
     self.autoencoder = Network.of(AutoencoderKL, config.autoencoder, dtype=dtype)
-    self.discriminator = Network.of(PatchDiscriminator, config.discriminator, dtype=dtype)
+    self.discriminator = Network.of(Discriminator, config.discriminator, dtype=dtype)
     self.frozen: Frozen = {}
     if config.lpips_weights:
-      self.lpips = Network.of(LPIPS, None, dtype=dtype)
-      self.frozen['lpips'] = load_lpips(config.lpips_weights, self.lpips.shapes)
+      self.frozen['lpips'] = load_lpips(config.lpips_weights)
 
   def initialize(self, key: jax.Array) -> Params:
     first, second = jax.random.split(key)
@@ -80,8 +79,7 @@ class AutoencoderTask:
   def _reconstruction(self, output: Images, images: Images, frozen: Frozen) -> jax.Array:
     loss = jnp.abs(output - images).mean(axis=(1, 2, 3))
     if 'lpips' in frozen:
-      distance = self.lpips.bind(frozen['lpips'])(output, images)
-      loss = loss + self.config.lpips_weight * distance
+      loss = loss + self.config.lpips_weight * lpips(frozen['lpips'], output, images)
     return loss
 
   def loss(self, params, frozen, batch, key, step) -> tuple[jax.Array, Metrics]:

@@ -13,10 +13,9 @@ from diffusion_jax.diffusion import objectives
 from diffusion_jax.diffusion.denoiser import PREDICTIONS, target
 from diffusion_jax.diffusion.schedules import ScheduleConfig
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.job import Evaluation, evaluate_text_to_image
-from diffusion_jax.pipelines.directory import save_text_to_image
+from diffusion_jax.evaluation.job import Evaluation, evaluate_text_to_image, fresh_weights
 from diffusion_jax.models.unet_config import UNetConfig
-from diffusion_jax.parallel.sharding import put_params, to_host
+from diffusion_jax.pipelines.directory import save_text_to_image
 from diffusion_jax.pipelines.text_to_image import (
   SampleConfig,
   TextToImage,
@@ -146,13 +145,10 @@ class DiffusionTask:
       self._evaluation = Evaluation.prepare(
         self.model, frozen['clip'], self.train, self.test, mesh=mesh
       )
-    untrained = None
-    if final:
-      fresh = jax.jit(self.initialize)(jax.random.key(1))
-      untrained = self._weights(put_params(to_host(fresh), mesh), frozen)
+    weights = self._weights(params, frozen)
     return evaluate_text_to_image(
-      self._evaluation, self._weights(params, frozen), untrained, self.config.sample,
-      samples=samples, seed=0, real=final,
+      self._evaluation, weights, fresh_weights(self.model, weights, mesh) if final else None,
+      self.config.sample, samples=samples, seed=0, real=final,
     )
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:

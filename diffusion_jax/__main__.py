@@ -1,0 +1,15 @@
+"""`python -m diffusion_jax COMMAND`, also installed as `diffusion-jax`."""
+
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one command; returns its exit code (2: a mistake in what was given)."""
+  from diffusion_jax.cli.main import run
+
+  return run(sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == '__main__':
+  sys.exit(main())

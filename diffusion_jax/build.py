@@ -1,0 +1,282 @@
+"""Configuration to objects: the only place that reads a ConfigDict."""
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from diffusion_jax.config import typed
+from diffusion_jax.data.credits import CREDITS
+from diffusion_jax.data.loader import Loader
+from diffusion_jax.data.sources import ImageSource, open_source
+from diffusion_jax.data.transforms import build_transforms
+from diffusion_jax.errors import UserError
+from diffusion_jax.io.checkpoint import Checkpoints
+from diffusion_jax.io.run_directory import RunDirectory, normalise
+from diffusion_jax.models.text.tokenizer import (
+  Tokenize,
+  load_tokenizer,
+  save_tokenizer,
+  train_tokenizer,
+)
+from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from diffusion_jax.parallel.sharding import put_params, shard_params, to_host
+from diffusion_jax.pipelines.directory import assemble
+from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage, Weights
+from diffusion_jax.train.cache import ChooseText, cached_source
+from diffusion_jax.train.loop import LoopConfig, Training
+from diffusion_jax.train.optimizer import OptimizerConfig, learning_rates, make_optimizer
+from diffusion_jax.train.tasks.autoencoder import AutoencoderTask, AutoencoderTaskConfig
+from diffusion_jax.train.tasks.clip import CLIPTask, CLIPTaskConfig
+from diffusion_jax.train.tasks.diffusion import DiffusionTask, DiffusionTaskConfig
+from diffusion_jax.train.tasks.task import Scores, Task
+
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """dataset: a name that `prepare` knows; size: image edge in pixels; prepare: make it if missing.
+
+  transforms: (name, arguments) pairs in order, applied to every training image.
+  """
+
+  dataset: str
+  size: int
+  data_dir: str = ''
+  prepare: bool = False
+  transforms: tuple = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+  """The whole configuration; the type of `settings` follows from `task`.
+
+  dtype: type of the computation, float32 or bfloat16; parameters are always float32.
+  """
+
+  task: str
+  data: DataConfig
+  settings: Any
+  optimizer: OptimizerConfig = OptimizerConfig()
+  loop: LoopConfig = LoopConfig()
+  mesh: MeshConfig = MeshConfig()
+  dtype: str = 'float32'
+
+  def __post_init__(self):
+    if self.dtype not in DTYPES:
+      raise UserError(f'config.dtype is {self.dtype!r}; choose one of {", ".join(DTYPES)}.')
+
+
+SETTINGS = {
+  'autoencoder': AutoencoderTaskConfig,
+  'clip': CLIPTaskConfig,
+  'diffusion': DiffusionTaskConfig,
+}
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+  """Runs a config file and applies overrides such as '--config.loop.batch_size=8'.
+
+  Raises:
+    UserError: no such file, an error in it, an unknown key or a value of the wrong type.
+  """
+  file = Path(path)
+  if file.suffix != '.py' or not file.is_file():
+    raise UserError(f'there is no config {path}; give a file such as configs/openmoji/clip.py.')
+  for folder in file.resolve().parents:
+    if folder.name == 'configs':  # Recipes import configs.base.
+      sys.path.insert(0, str(folder.parent))
+      importlib.invalidate_caches()
+      break
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file('config', flag_values=values)
+  try:
+    values(['diffusion_jax', f'--config={path}', *overrides])
+    return values.config
+  except UserError:
+    raise
+  except Exception as error:  # A config file is Python, so anything may come out of it.
+    reason = ' '.join(str(error).split())[:300] or type(error).__name__
+    raise UserError(f'the config {path} cannot be used: {reason}') from error
+
+
+def parse(config: ConfigDict | dict) -> TrainingConfig:
+  """Typed, frozen and checked.
+
+  Raises:
+    UserError: unknown, missing or dead key, wrong type or impossible value.
+  """
+  values = config.to_dict() if isinstance(config, ConfigDict) else config
+  task = values.get('task')
+  if task not in SETTINGS:
+    raise UserError(f'config.task is {task!r}; choose one of {", ".join(SETTINGS)}.')
+  settings = typed(SETTINGS[task], values.get('settings', {}), 'settings.')
+  return typed(TrainingConfig, {**values, 'settings': settings})
+
+
+def resolved(config: TrainingConfig) -> dict[str, Any]:
+  """Every value in force, as JSON would have it; `parse` reads it back to the same object."""
+  return normalise(dataclasses.asdict(config))
+
+
+def _sources(data: DataConfig) -> tuple[ImageSource, ImageSource]:
+  train, test = (
+    open_source(
+      data.dataset, split, size=data.size, data_dir=data.data_dir or None, prepare=data.prepare
+    )
+    for split in ('train', 'test')
+  )
+  return train, test
+
+
+def build_task(
+  config: TrainingConfig, train: ImageSource, test: ImageSource, directory: RunDirectory
+) -> Task:
+  """The task with its frozen networks loaded."""
+  dtype, settings = DTYPES[config.dtype], config.settings
+  if config.task == 'autoencoder':
+    return AutoencoderTask(settings, test, dtype)
+  if config.task == 'clip':
+    return _clip_task(settings, train, test, directory, dtype)
+  model, frozen = assemble(
+    settings.unet, settings.autoencoder, settings.clip, settings.schedule, settings.prediction,
+    dtype,
+  )
+  _check_size(config, model)
+  return DiffusionTask(settings, model, frozen, train, test)
+
+
+def _check_size(config: TrainingConfig, model) -> None:
+  factor, size = model.autoencoder.config.factor, config.settings.unet.sample_size
+  if config.data.size != size * factor:
+    raise UserError(
+      f'data.size {config.data.size} gives latents of {config.data.size / factor:g}, but '
+      f'settings.unet.sample_size is {size}; set data.size to {size * factor} or sample_size to '
+      f'{config.data.size // factor}.'
+    )
+
+
+def _clip_task(settings: CLIPTaskConfig, train, test, directory: RunDirectory, dtype) -> CLIPTask:
+  """Trains the tokenizer, or reads the one that this run trained when it began."""
+  text = settings.clip.text_config
+  if directory.tokenizer.exists():
+    tokenizer = load_tokenizer(directory.tokenizer)
+  else:
+    captions = (caption for i in range(len(train)) for caption in train[i]['captions'])
+    tokenizer = train_tokenizer(captions, text.vocab_size, text.max_position_embeddings)
+  text = dataclasses.replace(
+    text, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+    eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
+  )
+  clip = dataclasses.replace(settings.clip, text_config=text)
+  return CLIPTask(dataclasses.replace(settings, clip=clip), tokenizer, test, dtype)
+
+
+def _loader(config: TrainingConfig, task: Task, train: ImageSource, mesh) -> Loader:
+  """Batches of this process, or, with a cache, of latents and text embeddings."""
+  processes = jax.process_count()
+  ways = mesh.shape['data'] * mesh.shape['fsdp'] * config.loop.accumulation_steps
+  if config.loop.batch_size % ways or config.loop.batch_size % processes:
+    raise UserError(
+      f'loop.batch_size {config.loop.batch_size} cannot be split over {ways} device shares '
+      '(data x fsdp x accumulation_steps); make it a multiple of that.'
+    )
+  if config.task == 'diffusion' and config.settings.cache:
+    source = cached_source(train, task.model, task.frozen, mesh)
+    transforms = [ChooseText()]
+  else:
+    source = train
+    transforms = build_transforms(config.data.transforms, **_context(task))
+  return Loader(
+    source, transforms, batch_size=config.loop.batch_size // processes, seed=config.loop.seed,
+    process_index=jax.process_index(), process_count=processes,
+  )
+
+
+def _context(task: Task) -> dict[str, Any]:
+  """What transforms may ask for."""
+  if task.name == 'clip':
+    length = task.clip.config.text_config.max_position_embeddings
+    return {'tokenizer': Tokenize(task.tokenizer, length)}
+  if task.name == 'diffusion':
+    return {'tokenizer': Tokenize(task.model.tokenizer, task.model.context)}
+  return {}
+
+
+def build(config: ConfigDict | dict, workdir: str) -> Training:
+  """Everything the train loop needs. Nothing is written before all of it is known to be good.
+
+  Raises:
+    UserError: whatever is wrong with the config, the data, the frozen parts or the workdir.
+  """
+  checked = parse(config)
+  directory = RunDirectory(workdir)
+  directory.check_config(resolved(checked))
+  mesh = make_mesh(checked.mesh)
+  if checked.task == 'diffusion' and checked.settings.cache and checked.data.transforms:
+    raise UserError(
+      'data.transforms have no effect with settings.cache; empty them or switch the cache off.'
+    )
+  train, test = _sources(checked.data)
+  task = build_task(checked, train, test, directory)
+  loader = _loader(checked, task, train, mesh)
+  shapes = jax.eval_shape(task.initialize, jax.random.key(0))
+  steps = checked.loop.total_steps
+  optimizer = make_optimizer(checked.optimizer, shapes, steps)
+  if task.name == 'clip' and jax.process_index() == 0:
+    save_tokenizer(task.tokenizer, directory.tokenizer)
+  return Training(
+    config=resolved(checked), task=task, loop=checked.loop, optimizer=optimizer,
+    learning_rates=learning_rates(checked.optimizer, steps), loader=loader, mesh=mesh,
+    directory=directory, data_credit=CREDITS.get(checked.data.dataset, ''),
+  )
+
+
+def _trained(workdir: str):
+  """(config, task, checkpoint step, host parameters) of a run that has saved at least once."""
+  directory = RunDirectory(workdir)
+  config = parse(directory.read_json('config.json'))
+  if not directory.checkpoints.is_dir():
+    raise UserError(f'{workdir} has no checkpoint yet; train longer, or give another workdir.')
+  checkpoints = Checkpoints(directory.checkpoints, read_only=True)
+  step = checkpoints.latest()
+  if step is None:
+    raise UserError(f'{workdir} has no checkpoint yet; train longer, or give another workdir.')
+  train, test = _sources(config.data)
+  task = build_task(config, train, test, directory)
+  mesh = make_mesh(MeshConfig())
+  shapes = jax.eval_shape(task.initialize, jax.random.key(0))
+  abstract = jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    shapes, shard_params(shapes, mesh),
+  )
+  ema = config.loop.ema_halflife_images > 0
+  return config, task, checkpoints.restore_params(step, abstract, ema), mesh
+
+
+def load_trained(workdir: str) -> tuple[TextToImage, Weights, SampleConfig]:
+  """The text-to-image model of a run's last checkpoint, averaged weights where there are some.
+
+  Raises:
+    UserError: no such run, no checkpoint, another task, or something that cannot be read.
+  """
+  config, task, params, _ = _trained(workdir)
+  if config.task != 'diffusion':
+    raise UserError(f'{workdir} trains {config.task}; give the workdir of a diffusion run.')
+  weights = Weights(to_host(params), task.frozen['autoencoder'], task.frozen['clip'])
+  return task.model, weights, config.settings.sample
+
+
+def load_evaluator(workdir: str) -> Callable[[int], Scores]:
+  """A function of the number of samples that scores a run's last checkpoint on the test split."""
+  _, task, params, mesh = _trained(workdir)
+  frozen = {role: put_params(values, mesh) for role, values in task.frozen.items()}
+  return lambda samples: task.evaluate(params, frozen, mesh, samples=samples, final=True)

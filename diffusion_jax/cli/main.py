@@ -1,0 +1,54 @@
+"""The table of commands, and how their errors reach a person."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from diffusion_jax import __version__
+from diffusion_jax.cli import evaluate, prepare, report, sample, train
+from diffusion_jax.errors import UserError
+
+COMMANDS = {
+  'train': train, 'sample': sample, 'evaluate': evaluate, 'report': report, 'prepare': prepare,
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+  """One parser with a subparser for each command."""
+  parser = argparse.ArgumentParser(
+    prog='diffusion_jax', allow_abbrev=False,
+    description='Train, sample and score text-to-image latent diffusion models in JAX.',
+    epilog='Each command explains itself: python -m diffusion_jax COMMAND --help',
+  )
+  parser.add_argument('--version', action='version', version=f'diffusion_jax {__version__}')
+  subparsers = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
+  for name, module in COMMANDS.items():
+    sub = subparsers.add_parser(
+      name, help=module.HELP, description=module.DESCRIPTION, allow_abbrev=False,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(sub)
+  return parser
+
+
+def run(argv: Sequence[str]) -> int:
+  """Parses and runs. 0: done, 2: a mistake in what was given, 1: anything else that went wrong."""
+  from diffusion_jax.train.diverged import Diverged
+
+  args, rest = make_parser().parse_known_args(argv)
+  try:
+    if rest and args.command != 'train':
+      raise UserError(
+        f'{args.command} does not know {rest[0]}; see python -m diffusion_jax {args.command} --help.'
+      )
+    args.overrides = rest
+    return COMMANDS[args.command].run(args)
+  except UserError as error:
+    print(f'diffusion_jax {args.command}: {error}', file=sys.stderr)
+    return 2
+  except Diverged as error:
+    print(f'diffusion_jax {args.command}: {error}', file=sys.stderr)
+    return 1
+  except KeyboardInterrupt:
+    print(f'diffusion_jax {args.command}: interrupted', file=sys.stderr)
+    return 130

@@ -1,0 +1,45 @@
+"""Arguments that sample and evaluate share."""
+
+import argparse
+import dataclasses
+
+from diffusion_jax.errors import UserError
+
+DEFAULT_MODEL = 'asset:text-to-image-openmoji-64'
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+  """--workdir or --model."""
+  group = parser.add_mutually_exclusive_group()
+  group.add_argument('--workdir', metavar='DIR',
+                     help='a run of train; its last checkpoint is used, averaged weights first')
+  group.add_argument('--model', metavar='DIR',
+                     help=f'a model directory, or asset:NAME (default: {DEFAULT_MODEL})')
+
+
+def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
+  """How to sample; what is not given is what the model was trained to be used with."""
+  parser.add_argument('--sampler', metavar='NAME', help='ddim, ddpm, heun or dpmpp_2m')
+  parser.add_argument('--steps', type=int, metavar='N', help='sampling steps')
+  parser.add_argument('--guidance', type=float, metavar='G',
+                      help='classifier-free guidance scale; 1 is none')
+  parser.add_argument('--seed', type=int, default=0, metavar='S', help='random seed (default: 0)')
+  parser.add_argument('--batch', type=int, default=16, metavar='N',
+                      help='images drawn at a time (default: 16); does not change the images')
+
+
+def load(args: argparse.Namespace):
+  """(model, weights, sample settings with the arguments applied, name of the model)."""
+  from diffusion_jax.build import load_trained
+  from diffusion_jax.pipelines.directory import load_text_to_image
+
+  if args.batch < 1:
+    raise UserError(f'--batch is {args.batch}; draw at least 1 image at a time.')
+  if args.workdir:
+    model, weights, sample = load_trained(args.workdir)
+  else:
+    model, weights, sample = load_text_to_image(args.model or DEFAULT_MODEL)
+  given = {name: getattr(args, name) for name in ('sampler', 'steps', 'guidance')}
+  sample = dataclasses.replace(sample, **{k: v for k, v in given.items() if v is not None})
+  sample.check(model.schedule, model.prediction)
+  return model, weights, sample, args.workdir or args.model or DEFAULT_MODEL

@@ -1,0 +1,40 @@
+"""train: a config and a workdir."""
+
+import argparse
+
+from diffusion_jax.errors import UserError
+
+HELP = 'train an autoencoder, a CLIP or a diffusion model'
+DESCRIPTION = """Trains what the config describes. Running the same command again goes on from the
+last checkpoint in the workdir. Ctrl-C saves first; a second Ctrl-C leaves at once.
+
+Any key of the config can be changed: --config.loop.batch_size=32
+--config.optimizer.learning_rate=3e-4 --config.dtype=bfloat16
+
+example:
+  python -m diffusion_jax train --config configs/openmoji/quickstart.py --workdir runs/quickstart"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """--config, --workdir and overrides."""
+  parser.add_argument('--config', required=True, metavar='FILE.py', help='config file to run')
+  parser.add_argument('--workdir', required=True, metavar='DIR',
+                      help='where config, checkpoints, metrics, grids, report and model go')
+  parser.add_argument('--config.KEY', dest='example', metavar='VALUE',
+                      help='change any key of the config; repeat for several')
+  parser.add_argument('--quiet', action='store_true', help='no progress bar')
+
+
+def run(args: argparse.Namespace) -> int:
+  """Trains."""
+  if stray := [a for a in args.overrides if a.startswith('-') and not a.startswith('--config.')]:
+    raise UserError(f'train does not know {stray[0]}; keys of the config start with --config.')
+  from diffusion_jax.build import build, load_config
+  from diffusion_jax.compile_cache import enable_compile_cache
+  from diffusion_jax.parallel.mesh import start_distributed
+  from diffusion_jax.train.loop import train
+
+  enable_compile_cache()
+  start_distributed()
+  training = build(load_config(args.config, args.overrides), args.workdir)
+  return train(training, progress=not args.quiet)
