@@ -8,11 +8,11 @@ from diffusion_jax.cli.options import add_model_arguments, add_sample_arguments,
 from diffusion_jax.errors import UserError
 
 HELP = 'score a model on the test captions'
-DESCRIPTION = """Draws a picture for each test caption and reports, in the features of the CLIP image
-tower, the Frechet distance (fd_clip) and KID (kid_clip) to the training images, the CLIP score, and
-how often a picture's own caption is the nearest among 100 (retrieval_r1), each beside the value of
-the real test images and of the same network untrained. The workdir of an autoencoder or a CLIP is
-scored by its own metrics.
+DESCRIPTION = """Draws a picture for each test caption and reports, in the features of the CLIP
+image tower, the Frechet distance (fd_clip) and KID (kid_clip) to the training images, the CLIP
+score, and how often a picture's own caption is the nearest among 100 (retrieval_r1), each beside
+the value of the real test images and of the same network untrained. The workdir of an autoencoder
+or a CLIP is scored by its own metrics.
 
 example:
   python -m diffusion_jax evaluate --workdir runs/quickstart --out runs/quickstart/scores.json"""

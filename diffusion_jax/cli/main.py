@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> int:
   try:
     if rest and args.command != 'train':
       raise UserError(
-        f'{args.command} does not know {rest[0]}; see python -m diffusion_jax {args.command} --help.'
+        f'there is no option {rest[0]}; see python -m diffusion_jax {args.command} --help.'
       )
     args.overrides = rest
     return COMMANDS[args.command].run(args)

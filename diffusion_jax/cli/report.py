@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 HELP = "write a run's report.html anew"
-DESCRIPTION = """Writes report.html into a workdir from what the run has logged so far: curves, grids
-over time, scores, speed, config and versions, in one self-contained page.
+DESCRIPTION = """Writes report.html into a workdir from what the run has logged so far: curves,
+grids over time, scores, speed, config and versions, in one self-contained page.
 
 example:
   python -m diffusion_jax report --workdir runs/quickstart"""

@@ -57,6 +57,7 @@ def file_name(index: int, prompt: str) -> str:
 def run(args: argparse.Namespace) -> int:
   """Draws and writes."""
   prompts = read_prompts(args)
+  import numpy as np
   from PIL import Image
   from tqdm import tqdm
 
@@ -88,8 +89,6 @@ def run(args: argparse.Namespace) -> int:
         save_png(Image.fromarray(image), out / file_name(index, prompts[index]), metadata)
         images.append(image)
         bar.update()
-  import numpy as np
-
   columns = math.ceil(math.sqrt(len(images)))
   scale = max(1, 192 // images[0].shape[0])
   grid = make_grid(np.stack(images), columns=columns, captions=prompts, scale=scale)

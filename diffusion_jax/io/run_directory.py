@@ -133,7 +133,7 @@ class MetricsWriter:
     self._file.write(json.dumps({'kind': kind, 'step': step, **_finite(values)}) + '\n')
     self._file.flush()
     for name, value in values.items():
-      if isinstance(value, (int, float)):
+      if isinstance(value, (int, float)) and np.isfinite(value):
         self._events.add_scalar(f'{kind}/{name}', value, step)
 
   def image(self, name: str, step: int, image: np.ndarray) -> None:

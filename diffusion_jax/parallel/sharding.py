@@ -35,10 +35,8 @@ def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
   Raises:
     ValueError: when no rule matches, so that a new kind of parameter cannot go unnoticed.
   """
-  for pattern, rule in RULES:
-    if re.search(pattern, name):
-      break
-  else:
+  rule = next((rule for pattern, rule in RULES if re.search(pattern, name)), None)
+  if rule is None:
     raise ValueError(f'no sharding rule matches the parameter {name!r}; add one to RULES.')
   rule = tuple(rule)[: len(shape)]
   whole = (None,) * (len(shape) - max(len(rule), min(2, len(shape))))
@@ -75,10 +73,11 @@ def shard_like(tree, params: Params, mesh: Mesh):
 def put_params(params: dict[str, np.ndarray], mesh: Mesh) -> Params:
   """Host arrays onto their shards."""
   shardings = shard_params(params, mesh)
-  return {
-    name: jax.make_array_from_callback(value.shape, shardings[name], lambda index, v=value: v[index])
-    for name, value in params.items()
-  }
+
+  def put(name: str, value: np.ndarray) -> jax.Array:
+    return jax.make_array_from_callback(value.shape, shardings[name], lambda index: value[index])
+
+  return {name: put(name, value) for name, value in params.items()}
 
 
 def put_batch(batch, mesh: Mesh):
