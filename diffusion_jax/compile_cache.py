@@ -11,4 +11,5 @@ def enable_compile_cache() -> None:
   if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
     folder = Path.home() / '.cache' / 'diffusion_jax' / 'compiled'
     jax.config.update('jax_compilation_cache_dir', str(folder))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
+  if not os.environ.get('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'):
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)

@@ -17,6 +17,7 @@ from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage, Wei
 
 MINIMUM = 16
 CANDIDATES = 100
+DRAW_BATCH = 32
 KID_SUBSETS, KID_SUBSET_SIZE = 50, 100
 
 
@@ -112,7 +113,7 @@ def evaluate_text_to_image(
 
 def generate(
   evaluation: Evaluation, weights: Weights, sample: SampleConfig, samples: int, seed: int,
-  label: str = '', batch_size: int = 64,
+  label: str = '', batch_size: int = DRAW_BATCH,
 ) -> np.ndarray:
   """Images, uint8 [samples h w 3], for the first test captions; a label shows progress."""
   captions = evaluation.captions[:samples]

@@ -1,6 +1,7 @@
 """The train loop. There is one; what differs between tasks is in `train/tasks`."""
 
 import dataclasses
+import json
 import math
 import signal
 import time
@@ -263,7 +264,7 @@ class _Session:
     grid = make_grid(images, columns=columns, captions=captions, scale=scale)
     save_png(
       grid, self.t.directory.samples / f'step_{self.step:08d}.png',
-      {'step': str(self.step), 'captions': '\n'.join(captions)},
+      {'step': str(self.step), 'captions': json.dumps(captions)},
     )
     self.writer.image('samples', self.step, np.asarray(grid.convert('RGB')))
 

@@ -16,7 +16,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import metrics as M
 from diffusion_jax.io.pretrained import load_lpips, save_model
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
-from diffusion_jax.models.discriminator import DiscriminatorConfig, Discriminator
+from diffusion_jax.models.discriminator import Discriminator, DiscriminatorConfig
 from diffusion_jax.models.functional import Network, prefixed, under
 from diffusion_jax.models.lpips import lpips
 from diffusion_jax.parallel.sharding import in_batches

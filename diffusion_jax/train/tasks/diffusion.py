@@ -13,7 +13,12 @@ from diffusion_jax.diffusion import objectives
 from diffusion_jax.diffusion.denoiser import PREDICTIONS, target
 from diffusion_jax.diffusion.schedules import ScheduleConfig
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.job import Evaluation, evaluate_text_to_image, fresh_weights
+from diffusion_jax.evaluation.job import (
+  DRAW_BATCH,
+  Evaluation,
+  evaluate_text_to_image,
+  fresh_weights,
+)
 from diffusion_jax.models.unet_config import UNetConfig
 from diffusion_jax.pipelines.directory import save_text_to_image
 from diffusion_jax.pipelines.text_to_image import (
@@ -135,7 +140,7 @@ class DiffusionTask:
     captions = list(self.config.preview_captions)
     images = self.model.generate(
       self._weights(params, frozen), captions, self.config.sample, seed=0, mesh=mesh,
-      batch_size=len(captions),
+      batch_size=DRAW_BATCH,  # The evaluation's, so that both share one compiled program.
     )
     return np.concatenate(list(images)), captions
 
