@@ -62,11 +62,16 @@ def test_outputs_and_gradients(name, images, randomized, ported, quick_jit, asse
     image = ours.decode(mean)
     return jnp.square(image).mean() + logvar.mean(), (mean, logvar, image)
 
-  gradients, (mean, logvar, image) = quick_jit(jax.grad(loss, has_aux=True))(params)
+  # Gradients take long to compile: one network's will do.
+  small = name == 'two levels'
+  gradients, (mean, logvar, image) = quick_jit(
+    jax.grad(loss, has_aux=True) if small else loss
+  )(params)
   np.testing.assert_allclose(mean, nhwc(posterior.mean), atol=1e-4)
   np.testing.assert_allclose(logvar, nhwc(posterior.logvar), atol=1e-4)
   np.testing.assert_allclose(image, nhwc(decoded), atol=1e-4)
-  assert_same_gradients(theirs, gradients)
+  if small:
+    assert_same_gradients(theirs, gradients)
 
 
 @pytest.mark.parametrize('name', CONFIGS)

@@ -24,9 +24,10 @@ CONFIGS = {
     down_block_types=(CROSS, CROSS, PLAIN), up_block_types=(UP_PLAIN, UP_CROSS, UP_CROSS),
   ),
   'deep, other ends': dict(
-    block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, cross_attention_dim=5,
-    attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2), in_channels=9, out_channels=3,
-    down_block_types=(PLAIN, CROSS), up_block_types=(UP_CROSS, UP_PLAIN), freq_shift=1,
+    block_out_channels=(4, 8, 8), layers_per_block=1, norm_num_groups=2, cross_attention_dim=5,
+    attention_head_dim=(2, 4, 1), transformer_layers_per_block=(1, 2, 1), in_channels=9,
+    out_channels=3, down_block_types=(PLAIN, CROSS, PLAIN), freq_shift=1,
+    up_block_types=(UP_PLAIN, UP_CROSS, UP_PLAIN),
     flip_sin_to_cos=False, norm_eps=1e-3,
   ),
 }
@@ -51,9 +52,12 @@ def test_outputs_gradients_and_files(
     y = functional.merge(graphdef, params)(jnp.asarray(x), jnp.asarray(t), jnp.asarray(text))
     return jnp.square(y).mean(), y
 
-  gradients, y = quick_jit(jax.grad(loss, has_aux=True))(params)
+  # Gradients take long to compile: only where the network is small.
+  small = len(config.block_out_channels) == 2
+  gradients, y = quick_jit(jax.grad(loss, has_aux=True) if small else loss)(params)
   np.testing.assert_allclose(y, wanted.detach().numpy().transpose(0, 2, 3, 1), atol=1e-4)
-  assert_same_gradients(theirs, gradients)
+  if small:
+    assert_same_gradients(theirs, gradients)
 
   save_model(tmp_path / 'ours', config, params)
   back = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / 'ours')

@@ -1,0 +1,240 @@
+"""Shapes, sizes, gradients and types of the networks."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.models import attention, functional
+from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
+from diffusion_jax.models.discriminator import Discriminator, DiscriminatorConfig
+from diffusion_jax.models.embeddings import timestep_embedding
+from diffusion_jax.models.layers import Conv, GroupNorm
+from diffusion_jax.models.text.clip import (
+  CLIP,
+  CLIPConfig,
+  CLIPTextConfig,
+  CLIPTextModel,
+  CLIPVisionConfig,
+)
+from diffusion_jax.models.unet import UNet, UNetConfig
+
+SD2 = UNetConfig(
+  cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
+)
+CLIP_L = dict(hidden_size=768, num_attention_heads=12, intermediate_size=3072)
+CLIP_H = dict(
+  hidden_size=1024, num_attention_heads=16, intermediate_size=4096, num_hidden_layers=23,
+  hidden_act='gelu',
+)
+
+
+@pytest.mark.parametrize(('module', 'config', 'scalars', 'tensors'), [
+  (UNet, UNetConfig(), 859_520_964, 686),
+  (UNet, SD2, 865_910_724, 686),
+  (AutoencoderKL, AutoencoderKLConfig(), 83_653_863, 248),
+  (CLIPTextModel, CLIPTextConfig(**CLIP_L), 123_060_480, 196),
+  (CLIPTextModel, CLIPTextConfig(**CLIP_H), 340_387_840, 372),
+])
+def test_published_sizes(module, config, scalars, tensors):
+  _, shapes = functional.abstract(lambda rngs: module(config, rngs=rngs))
+  assert (functional.count(shapes), len(shapes)) == (scalars, tensors)
+
+
+TINY_UNET = UNetConfig(
+  block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=6,
+  attention_head_dim=2, down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'),
+  up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'),
+)
+TINY_AUTOENCODER = AutoencoderKLConfig(
+  block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2
+)
+TOWER = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12)
+TINY_CLIP = CLIPConfig(
+  CLIPTextConfig(**TOWER, vocab_size=20, max_position_embeddings=5, eos_token_id=1),
+  CLIPVisionConfig(**TOWER, image_size=8, patch_size=4), projection_dim=6,
+)
+TINY_DISCRIMINATOR = DiscriminatorConfig(base_channels=4, n_layers=2, norm_num_groups=2)
+
+
+def _unet(net, key):
+  x, text = jax.random.normal(key, (2, 4, 6, 4)), jax.random.normal(key, (2, 3, 6))
+  y = net(x, jnp.array([3, 500]), text)
+  assert y.shape == x.shape
+  return y
+
+
+def _autoencoder(net, key):
+  mean, logvar = net.encode(jax.random.uniform(key, (2, 8, 12, 3), minval=-1))
+  assert mean.shape == logvar.shape == (2, 4, 6, 4)
+  image = net.decode(mean)
+  assert image.shape == (2, 8, 12, 3)
+  return jnp.concatenate([image.ravel(), logvar.ravel()])
+
+
+def _clip(net, key):
+  hidden, text = net.encode_text(jnp.array([[0, 5, 6, 1, 1], [0, 7, 8, 9, 1]]))
+  image = net.encode_image(jax.random.normal(key, (2, 8, 8, 3)))
+  assert hidden.shape == (2, 5, 8) and text.shape == image.shape == (2, 6)
+  return jnp.exp(net.logit_scale[...]).astype(text.dtype) * image @ text.T
+
+
+def _discriminator(net, key):
+  logits = net(jax.random.normal(key, (2, 16, 20, 3)))
+  assert logits.shape == (2, 2, 3, 1)
+  return logits
+
+
+NETWORKS = {
+  'unet': (UNet, TINY_UNET, _unet),
+  'autoencoder': (AutoencoderKL, TINY_AUTOENCODER, _autoencoder),
+  'clip': (CLIP, TINY_CLIP, _clip),
+  'discriminator': (Discriminator, TINY_DISCRIMINATOR, _discriminator),
+}
+# A bias of all keys shifts each row of attention logits by a constant, which softmax forgets.
+NO_EFFECT = ('.to_k.bias', '.k_proj.bias')
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_gradient_reaches_every_parameter_and_bfloat16_computes(name, quick_jit, random_params):
+  module, config, run = NETWORKS[name]
+  key = jax.random.key(0)
+  graphdef, shapes = functional.abstract(lambda rngs: module(config, rngs=rngs))
+  params = random_params(shapes)
+
+  def loss(params):
+    y = run(functional.merge(graphdef, params), key)
+    weights = jax.random.normal(key, y.shape)  # A plain mean would be blind to what norms undo.
+    return jnp.mean(y * weights), y
+
+  gradients, full = quick_jit(jax.grad(loss, has_aux=True))(params)
+  for leaf, gradient in gradients.items():
+    # Relative to the output: rounding noise, where the true gradient is zero, is far smaller.
+    floor = 1e-7 * float(jnp.abs(full).mean())
+    assert leaf.endswith(NO_EFFECT) or np.abs(gradient).max() > floor, leaf
+
+  make = lambda rngs: module(config, dtype=jnp.bfloat16, rngs=rngs)
+  graphdef, shapes = functional.abstract(make)
+  assert {leaf.dtype for leaf in shapes.values()} == {jnp.dtype('float32')}
+  half = quick_jit(lambda params: run(functional.merge(graphdef, params), key))(params)
+  assert full.dtype == jnp.float32 and half.dtype == jnp.bfloat16
+  error = jnp.sqrt(jnp.square(full - half.astype(jnp.float32)).mean() / jnp.square(full).mean())
+  assert 0 < float(error) < 0.1
+
+
+def test_timestep_embedding_has_the_known_values():
+  t = jnp.array([0.0, 1.0, 999.0])
+  embedding = timestep_embedding(t, 4)
+  wanted = [[np.cos(a), np.cos(a / 100), np.sin(a), np.sin(a / 100)] for a in (0, 1, 999)]
+  np.testing.assert_allclose(embedding, wanted, atol=1e-4)
+  sines_first = timestep_embedding(t, 4, flip_sin_to_cos=False)
+  np.testing.assert_allclose(sines_first, np.roll(embedding, 2, axis=1))
+  shifted = timestep_embedding(jnp.array([1.0]), 4, freq_shift=1)  # Frequencies 1 and 1/10000.
+  np.testing.assert_allclose(shifted[0, 1], np.cos(1e-4), atol=1e-6)
+  assert timestep_embedding(t, 5).shape == (3, 5)
+
+
+@pytest.mark.parametrize('offset', [0.0, 3000.0])
+def test_group_norm_holds_with_a_large_mean(offset):
+  from flax import nnx
+  x = jax.random.normal(jax.random.key(0), (2, 4, 4, 6)) + offset
+  norm = GroupNorm(3, 6, 1e-5, rngs=nnx.Rngs(0))
+  groups = np.asarray(x, np.float64).reshape(2, 16, 3, 2)
+  mean, variance = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
+  wanted = ((groups - mean) / np.sqrt(variance + 1e-5)).reshape(x.shape)
+  np.testing.assert_allclose(norm(x), wanted, atol=1e-5)
+  weights = jax.random.normal(jax.random.key(1), x.shape)
+
+  def plain(x):
+    y = x.reshape(2, 16, 3, 2)
+    y = (y - y.mean((1, 3), keepdims=True)) / jnp.sqrt(y.var((1, 3), keepdims=True) + 1e-5)
+    return (y.reshape(x.shape) * weights).sum()
+
+  found = jax.grad(lambda x: (norm(x) * weights).sum())(x)
+  np.testing.assert_allclose(found, jax.grad(plain)(x - offset), atol=1e-4 if offset == 0 else 1e-3)
+
+
+def test_tiling_convolution_is_the_convolution():
+  from flax import nnx
+  conv = Conv(3, 5, 4, stride=4, padding=0, rngs=nnx.Rngs(0))
+  x = jax.random.normal(jax.random.key(0), (2, 8, 12, 3))
+  wanted = jax.lax.conv_general_dilated(
+    x, conv.kernel[...], (4, 4), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+  )
+  np.testing.assert_allclose(conv(x), wanted, atol=1e-5)
+
+
+def test_attention_in_chunks_is_attention(monkeypatch):
+  q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 8, 3, 4))
+  loss = lambda q, k, v: jnp.square(attention.attend(q, k, v)).sum()
+  plain = jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
+  trace = lambda: str(jax.make_jaxpr(lambda q, k, v: attention.attend(q, k, v))(q, k, v))
+  assert 'scan' not in trace()
+  monkeypatch.setattr(attention, 'CPU_LOGITS', 2 * 3 * 2 * 8)
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'cpu')
+  assert 'scan' in trace()
+  chunked = jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
+  for found, wanted in zip(jax.tree.leaves(chunked), jax.tree.leaves(plain), strict=True):
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(('make', 'words'), [
+  (lambda: UNetConfig(block_out_channels=(320, 640)), 'down_block_types must have 2'),
+  (lambda: UNetConfig(attention_head_dim=(8, 8)), 'attention_head_dim must have 4'),
+  (lambda: UNetConfig(attention_head_dim=7), '7 heads do not divide 320'),
+  (lambda: UNetConfig(norm_num_groups=48), '320, which norm_num_groups=48'),
+  (lambda: UNetConfig(up_block_types=('UpBlock3D',) * 4), "'UpBlock3D'"),
+  (lambda: UNetConfig(layers_per_block=0), 'layers_per_block must be a positive'),
+  (lambda: AutoencoderKLConfig(block_out_channels=()), 'block_out_channels must be'),
+  (lambda: AutoencoderKLConfig(scaling_factor=0.0), 'scaling_factor must be positive'),
+  (lambda: CLIPTextConfig(hidden_size=500), 'does not divide hidden_size=500'),
+  (lambda: CLIPTextConfig(hidden_act='relu'), "hidden_act='relu'"),
+  (lambda: CLIPVisionConfig(patch_size=30), 'multiple of patch_size=30'),
+  (lambda: DiscriminatorConfig(base_channels=5, norm_num_groups=4), 'must divide twice'),
+])
+def test_wrong_configs_say_what_is_wrong(make, words):
+  with pytest.raises(UserError, match=words):
+    make()
+
+
+def test_lists_in_configs_become_tuples():
+  assert AutoencoderKLConfig(block_out_channels=[64, 64]).block_out_channels == (64, 64)
+
+
+@pytest.mark.parametrize(('name', 'call', 'words'), [
+  ('unet', lambda n: n(jnp.ones((1, 5, 4, 4)), jnp.ones(1), jnp.ones((1, 3, 6))),
+   'multiples of 2'),
+  ('unet', lambda n: n(jnp.ones((1, 4, 4, 3)), jnp.ones(1), jnp.ones((1, 3, 6))), '4 channels'),
+  ('unet', lambda n: n(jnp.ones((1, 4, 4, 4)), jnp.ones(1), jnp.ones((1, 3, 7))), 'l 6'),
+  ('unet', lambda n: n(jnp.ones((2, 4, 4, 4)), jnp.ones(1), jnp.ones((2, 3, 6))), 'times'),
+  ('autoencoder', lambda n: n.encode(jnp.ones((1, 8, 7, 3))), '8x7 .* multiples of 2'),
+  ('clip', lambda n: n.encode_text(jnp.ones((1, 6), int)), 'l <= 5'),
+  ('clip', lambda n: n.encode_image(jnp.ones((1, 12, 12, 3))), 'resize'),
+  ('discriminator', lambda n: n(jnp.ones((1, 8, 16, 3))), 'at least 12x12'),
+])
+def test_wrong_inputs_say_what_is_wrong(name, call, words):
+  module, config, _ = NETWORKS[name]
+  graphdef, shapes = functional.abstract(lambda rngs: module(config, rngs=rngs))
+  with pytest.raises(UserError, match=words):
+    jax.eval_shape(lambda params: call(functional.merge(graphdef, params)), shapes)
+
+
+def test_fresh_parameters_have_the_spread_of_the_references():
+  config = dataclasses.replace(TINY_UNET, cross_attention_dim=64)
+  make = lambda rngs: UNet(config, rngs=rngs).mid_block.attentions[0]
+  params = functional.initialize(make, jax.random.key(0))
+  kernel = params['transformer_blocks.0.attn2.to_k.kernel']  # Uniform in +-1/sqrt(64).
+  assert 0.12 < float(jnp.abs(kernel).max()) <= 0.125
+  assert float(jnp.abs(params['proj_in.bias']).max()) == 0
+  assert float(params['norm.scale'].min()) == 1
+
+
+def test_text_is_causal_and_padding_counts(random_params):
+  graphdef, shapes = functional.abstract(lambda rngs: CLIP(TINY_CLIP, rngs=rngs))
+  clip = functional.merge(graphdef, random_params(shapes))
+  a, b = (clip.encode_text(jnp.array([[0, 5, end, 1, 1]]))[0][0] for end in (6, 7))
+  np.testing.assert_array_equal(a[:2], b[:2])
+  assert np.abs(a[3:] - b[3:]).max() > 1e-6
