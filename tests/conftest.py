@@ -1,0 +1,173 @@
+"""Eight simulated devices, one compile cache for all processes, and tiny parts that tests share."""
+
+import os
+import tempfile
+
+# Before JAX is imported, and inherited by subprocesses and by the workers of pytest-xdist.
+OWN_CACHE = 'DIFFUSION_JAX_TEST_CACHE' not in os.environ
+if OWN_CACHE:
+  os.environ['DIFFUSION_JAX_TEST_CACHE'] = tempfile.mkdtemp(prefix='diffusion_jax_tests_')
+os.environ['JAX_COMPILATION_CACHE_DIR'] = os.environ['DIFFUSION_JAX_TEST_CACHE']
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+os.environ['JAX_PLATFORMS'] = 'cpu'
+# Compiling takes most of the time of tests with tiny networks: quickly, then, rather than well.
+QUICK = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+os.environ['XLA_FLAGS'] = f'{QUICK} --xla_force_host_platform_device_count=8'
+
+import contextlib
+import fcntl
+import itertools
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tests import tiny
+
+
+def pytest_unconfigure(config):
+  if OWN_CACHE:
+    shutil.rmtree(os.environ['DIFFUSION_JAX_TEST_CACHE'], ignore_errors=True)
+
+
+@pytest.fixture(scope='session')
+def once(tmp_path_factory):
+  """once(name, make): the folder that make(folder) filled, made by one worker for all of them."""
+  base = tmp_path_factory.getbasetemp()
+  shared = base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base
+
+  def run(name, make):
+    folder, done = shared / name, shared / f'{name}.done'
+    with (shared / f'{name}.lock').open('w') as lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      if not done.exists():
+        folder.mkdir(exist_ok=True)
+        make(folder)
+        done.touch()
+    return folder
+
+  return run
+
+
+@pytest.fixture(scope='session')
+def small_data(once):
+  """Root of a data set of a few hundred OpenMoji at 32 px; $DIFFUSION_JAX_DATA points to it."""
+
+  def make(folder):
+    from diffusion_jax.data.datasets.openmoji import render
+    from diffusion_jax.data.prepare import prepare
+
+    every = render.drawings
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(render, 'drawings', lambda: itertools.islice(every(), 0, None, 12))
+      prepare('openmoji', tiny.SIZE, str(folder))
+
+  root = str(once('small_data', make))
+  os.environ['DIFFUSION_JAX_DATA'] = root
+  return root
+
+
+@pytest.fixture(scope='session')
+def sources(small_data):
+  """(train, test) of the small data set."""
+  from diffusion_jax.data.sources import open_source
+
+  return tuple(
+    open_source('openmoji', split, size=tiny.SIZE, data_dir=small_data)
+    for split in ('train', 'test')
+  )
+
+
+@pytest.fixture(scope='session')
+def parts(once, sources):
+  """{'autoencoder': DIR, 'clip': DIR}: frozen parts with random weights and a real tokenizer."""
+
+  def make(folder):
+    from diffusion_jax.io.pretrained import save_model
+    from diffusion_jax.models.autoencoder import AutoencoderKL
+    from diffusion_jax.models.functional import Network
+    from diffusion_jax.models.text.clip import CLIP
+    from diffusion_jax.models.text.tokenizer import save_tokenizer, train_tokenizer
+
+    captions = [caption for record in sources[0] for caption in record['captions']]
+    tokenizer = train_tokenizer(captions, tiny.CLIP.text_config.vocab_size, tiny.LENGTH)
+    assert len(tokenizer) == tiny.CLIP.text_config.vocab_size
+    for name, module, config in (
+      ('autoencoder', AutoencoderKL, tiny.AUTOENCODER), ('clip', CLIP, tiny.CLIP)
+    ):
+      params = jax.jit(Network.of(module, config).initialize)(jax.random.key(7))
+      save_model(folder / name, config, jax.tree.map(np.asarray, params))
+    save_tokenizer(tokenizer, folder / 'clip')
+
+  folder = once('parts', make)
+  return {name: str(folder / name) for name in ('autoencoder', 'clip')}
+
+
+@pytest.fixture(scope='session')
+def command():
+  """command(*arguments): one command in this process; its exit code."""
+
+  def run(*arguments):
+    from diffusion_jax.__main__ import main
+
+    return main([str(argument) for argument in arguments])
+
+  return run
+
+
+@pytest.fixture(scope='session')
+def trained(once, parts, command):
+  """trained(task): workdir of a run of four steps that has finished, scored on the way."""
+
+  def run(task):
+    values = {
+      'autoencoder': tiny.autoencoder_config, 'clip': tiny.clip_config,
+      'diffusion': lambda **sections: tiny.diffusion_config(parts, **sections),
+    }[task](loop={'sample_every_steps': 2, 'evaluate_every_steps': 2})
+
+    def make(folder):
+      config = tiny.write_config(folder / 'recipe.py', values)
+      assert command('train', '--config', config, '--workdir', folder / 'run', '--quiet') == 0
+
+    return once(f'trained_{task}', make) / 'run'
+
+  return run
+
+
+@pytest.fixture(scope='session')
+def finished(trained):
+  """Workdir of a finished diffusion run; its config is recipe.py beside it."""
+  return trained('diffusion')
+
+
+@pytest.fixture
+def copy_of(tmp_path):
+  """copy_of(workdir): a copy that a test may damage."""
+
+  def copy(workdir: Path) -> Path:
+    return Path(shutil.copytree(workdir, tmp_path / 'copy'))
+
+  return copy
+
+
+@pytest.fixture
+def fails(capsys):
+  """fails(*arguments): asserts exit code 2 and one sentence on stderr, which it returns."""
+
+  def run(*arguments):
+    from diffusion_jax.__main__ import main
+
+    capsys.readouterr()
+    code = None
+    with contextlib.suppress(SystemExit):
+      code = main([str(argument) for argument in arguments])
+    err = capsys.readouterr().err
+    assert code == 2, err
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith('diffusion_jax '), err
+    assert 'Traceback' not in err
+    return lines[0]
+
+  return run

@@ -1,0 +1,128 @@
+"""Configs of networks that are as small as they can be, and the commands that use them."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+from diffusion_jax.models.autoencoder import AutoencoderKLConfig
+from diffusion_jax.models.discriminator import DiscriminatorConfig
+from diffusion_jax.models.text.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from diffusion_jax.models.unet_config import UNetConfig
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SIZE = 32
+LENGTH = 12
+AUTOENCODER = AutoencoderKLConfig(
+  block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, latent_channels=4,
+  scaling_factor=0.8, shift_factor=0.1,
+)
+DISCRIMINATOR = DiscriminatorConfig(base_channels=4, n_layers=1, norm_num_groups=2)
+UNET = UNetConfig(
+  sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+  cross_attention_dim=16, attention_head_dim=2,
+  down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'),
+  up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'),
+)
+TOWER = {
+  'hidden_size': 16, 'intermediate_size': 32, 'num_hidden_layers': 1, 'num_attention_heads': 2,
+}
+CLIP = CLIPConfig(
+  CLIPTextConfig(**TOWER, vocab_size=300, max_position_embeddings=LENGTH, bos_token_id=0,
+                 eos_token_id=1, pad_token_id=1),
+  CLIPVisionConfig(**TOWER, image_size=SIZE, patch_size=16), projection_dim=8,
+)
+
+NORMALIZE = [['normalize', {}]]
+WITH_TEXT = [['choose_caption', {}], ['tokenize', {}], *NORMALIZE]
+
+
+def _config(task: str, transforms: list, settings: dict, **sections: dict) -> dict:
+  """A whole config of four steps; `sections` change keys of data, optimizer, loop or mesh."""
+  values = {
+    'task': task, 'dtype': 'float32', 'settings': settings,
+    'data': {'dataset': 'openmoji', 'size': SIZE, 'data_dir': '', 'prepare': False,
+             'transforms': transforms},
+    'optimizer': {'learning_rate': 1e-3, 'schedule': 'constant', 'warmup_steps': 2},
+    'loop': {'total_steps': 4, 'batch_size': 8, 'seed': 0, 'ema_halflife_images': 20.0,
+             'log_every_steps': 1, 'checkpoint_every_steps': 2, 'keep_checkpoints': 2,
+             'sample_every_steps': 0, 'evaluate_every_steps': 0, 'evaluate_samples': 16},
+    'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1},
+  }
+  for section, changes in sections.items():
+    values[section] |= changes
+  return values
+
+
+def autoencoder_config(settings: dict | None = None, **sections: dict) -> dict:
+  """Trains the autoencoder, with the discriminator from step 2 on."""
+  return _config('autoencoder', NORMALIZE, {
+    'autoencoder': {'block_out_channels': [4, 8], 'layers_per_block': 1, 'norm_num_groups': 2},
+    'discriminator': {'base_channels': 4, 'n_layers': 1, 'norm_num_groups': 2},
+    'adversarial_start_step': 2, 'export_dtype': 'float32', **(settings or {}),
+  }, **sections)
+
+
+def clip_config(settings: dict | None = None, **sections: dict) -> dict:
+  """Trains CLIP."""
+  return _config('clip', WITH_TEXT, {
+    'clip': {
+      'text_config': {**TOWER, 'vocab_size': 300, 'max_position_embeddings': LENGTH},
+      'vision_config': {**TOWER, 'image_size': SIZE, 'patch_size': 16}, 'projection_dim': 8,
+    },
+    'export_dtype': 'float32', **(settings or {}),
+  }, **sections)
+
+
+def diffusion_config(parts: dict[str, str], settings: dict | None = None, **sections) -> dict:
+  """Trains the U-Net between the frozen `parts`, on cached latents."""
+  unet = {
+    'sample_size': 16, 'block_out_channels': [8, 16], 'layers_per_block': 1, 'norm_num_groups': 4,
+    'cross_attention_dim': 16, 'attention_head_dim': 2,
+    'down_block_types': ['CrossAttnDownBlock2D', 'DownBlock2D'],
+    'up_block_types': ['UpBlock2D', 'CrossAttnUpBlock2D'],
+  }
+  return _config('diffusion', [], {
+    **parts, 'unet': unet, 'cache': True, 'prediction': 'v_prediction',
+    'schedule': {'rescale_betas_zero_snr': True}, 'export_dtype': 'float32',
+    'sample': {'sampler': 'ddim', 'steps': 2, 'guidance': 2.0},
+    'preview_captions': ['red apple', 'cat face'], **(settings or {}),
+  }, **sections)
+
+
+def write_config(path: pathlib.Path, values: dict) -> str:
+  """A config file, as a person would pass it to train, with these values."""
+  path.write_text(
+    'import json\n\nfrom ml_collections import ConfigDict\n\n'
+    f'VALUES = {json.dumps(values)!r}\n\n\n'
+    'def get_config():\n  return ConfigDict(json.loads(VALUES))\n'
+  )
+  return str(path)
+
+
+def environment(data: str, devices: int = 8, **more: str) -> dict[str, str]:
+  """What a subprocess sees: the same compile cache, the small data set, `devices` devices."""
+  flags = re.sub(r'device_count=\d+', f'device_count={devices}', os.environ['XLA_FLAGS'])
+  return {**os.environ, 'XLA_FLAGS': flags, 'DIFFUSION_JAX_DATA': data, **more}
+
+
+def start(arguments: list[str], env: dict[str, str]) -> subprocess.Popen:
+  """`python -m diffusion_jax ...` in the background, with its output in pipes."""
+  return subprocess.Popen(
+    [sys.executable, '-u', '-m', 'diffusion_jax', *arguments], env=env, cwd=ROOT, text=True,
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+  )
+
+
+def metrics(workdir: pathlib.Path, kind: str = 'train') -> dict[int, dict]:
+  """Step -> line of metrics.jsonl; the line written last for a step counts."""
+  lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+  return {line['step']: line for line in lines if line['kind'] == kind}
+
+
+def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
+  """Every file below the folder with its content; empty when there is no folder."""
+  files = (path for path in folder.rglob('*') if path.is_file())
+  return {str(path.relative_to(folder)): path.read_bytes() for path in files}
