@@ -1,5 +1,6 @@
 """Eight simulated devices, one compile cache for all processes, and tiny parts that tests share."""
 
+# ruff: noqa: E402
 import os
 import tempfile
 

@@ -1,0 +1,128 @@
+"""The optimizer against closed forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.models.functional import Network
+from diffusion_jax.models.text.clip import CLIP
+from diffusion_jax.train.optimizer import (
+  OptimizerConfig,
+  decay_mask,
+  learning_rate_schedule,
+  learning_rates,
+  make_optimizer,
+)
+from tests import tiny
+
+PARAMS = {
+  'body.kernel': jnp.array([[1.0, -2.0], [3.0, 0.5]]), 'body.bias': jnp.array([0.2, -0.1]),
+  'head.kernel': jnp.array([[0.7, 0.3]]),
+}
+GRADS = {
+  'body.kernel': jnp.array([[0.1, -0.2], [0.05, 0.3]]), 'body.bias': jnp.array([0.1, -0.4]),
+  'head.kernel': jnp.array([[-0.2, 0.15]]),
+}
+
+
+def _updates(config, gradients, params=PARAMS):
+  """Updates that the optimizer makes of these gradients, one after another."""
+  optimizer = make_optimizer(config, params, 100)
+  state, out = optimizer.init(params), []
+  for gradient in gradients:
+    update, state = optimizer.update(gradient, state, params)
+    out.append(update)
+  return out
+
+
+@pytest.mark.parametrize(('schedule', 'final', 'wanted'), [
+  ('constant', 0.0, {10: 1.0, 60: 1.0, 109: 1.0}),
+  ('linear', 0.0, {10: 1.0, 35: 0.75, 60: 0.5, 110: 0.0}),
+  ('linear', 0.1, {60: 0.55, 110: 0.1, 500: 0.1}),
+  ('cosine', 0.0, {10: 1.0, 35: (1 + 0.5**0.5) / 2, 60: 0.5, 110: 0.0}),
+  ('cosine', 0.1, {60: 0.55, 110: 0.1}),
+])
+def test_schedules_have_the_known_values(schedule, final, wanted):
+  config = OptimizerConfig(
+    learning_rate=2.0, schedule=schedule, warmup_steps=10, final_fraction=final
+  )
+  rate = learning_rate_schedule(config, 110)
+  warm_up = {0: 0.1, 4: 0.5, 9: 1.0}
+  for step, value in (warm_up | wanted).items():
+    np.testing.assert_allclose(rate(step), 2.0 * value, atol=1e-6, err_msg=str(step))
+
+
+def test_without_warm_up_the_first_update_has_the_peak():
+  assert learning_rate_schedule(OptimizerConfig(learning_rate=0.3), 10)(0) == 0.3
+
+
+def test_first_update_is_the_sign_of_the_gradient_and_the_decay():
+  config = OptimizerConfig(learning_rate=0.01, weight_decay=0.1, clip_norm=0.0)
+  update, = _updates(config, [GRADS])
+  for name, p in PARAMS.items():
+    decay = 0.1 * p if p.ndim == 2 else 0.0
+    wanted = -0.01 * (GRADS[name] / (jnp.abs(GRADS[name]) + 1e-8) + decay)
+    np.testing.assert_allclose(update[name], wanted, rtol=1e-5, err_msg=name)
+
+
+def test_clipping_scales_to_the_norm_and_leaves_smaller_gradients():
+  params = {'w': jnp.zeros(2)}
+  config = OptimizerConfig(learning_rate=1.0, b1=0.9, b2=0.99, clip_norm=1.0)
+  small, large = np.array([0.3, 0.4]), np.array([30.0, 40.0])
+  second = _updates(config, [{'w': jnp.array(small)}, {'w': jnp.array(large)}], params)[1]
+  clipped = large / 50
+  m = (0.9 * 0.1 * small + 0.1 * clipped) / (1 - 0.9**2)
+  v = (0.99 * 0.01 * small**2 + 0.01 * clipped**2) / (1 - 0.99**2)
+  np.testing.assert_allclose(second['w'], -m / (np.sqrt(v) + 1e-8), rtol=1e-5)
+
+
+def test_norms_biases_vectors_and_the_temperature_are_spared_from_decay():
+  shapes = Network.of(CLIP, tiny.CLIP).shapes
+  mask = decay_mask(shapes)
+  spared = {name for name, decays in mask.items() if not decays}
+  assert spared == {
+    name for name in shapes if name.endswith(('bias', 'scale', 'class_embedding'))
+  }
+  assert 'logit_scale' in spared and len(spared) < len(mask)
+
+
+def test_group_factor_is_exact():
+  plain, = _updates(OptimizerConfig(), [GRADS])
+  slow, = _updates(OptimizerConfig(groups=(('^head', 0.25), ('head|body', 1))), [GRADS])
+  np.testing.assert_array_equal(slow['head.kernel'], 0.25 * plain['head.kernel'])
+  np.testing.assert_array_equal(slow['body.kernel'], plain['body.kernel'])
+
+
+def test_factor_zero_freezes_against_decay_and_leaves_the_clipping():
+  config = OptimizerConfig(weight_decay=0.5, clip_norm=1.0, groups=(('^head', 0),))
+  huge = {**GRADS, 'head.kernel': jnp.full((1, 2), 1e6)}
+  frozen = _updates(config, [GRADS, huge])
+  without = _updates(config, [{**GRADS, 'head.kernel': jnp.zeros((1, 2))}] * 2)
+  for update, other in zip(frozen, without, strict=True):
+    assert not update['head.kernel'].any()
+    np.testing.assert_array_equal(update['body.kernel'], other['body.kernel'])
+
+
+def test_a_pattern_without_effect_is_named():
+  with pytest.raises(UserError, match=r"'\^tail' matches no parameter"):
+    make_optimizer(OptimizerConfig(groups=(('^tail', 0.1),)), PARAMS, 10)
+
+
+@pytest.mark.parametrize(('arguments', 'words'), [
+  ({'schedule': 'cosinus'}, 'cosinus.*choose one of constant, linear, cosine'),
+  ({'groups': (('head',),)}, 'must be .pattern, factor.'),
+])
+def test_wrong_settings_say_what_is_wrong(arguments, words):
+  with pytest.raises(UserError, match=words):
+    OptimizerConfig(**arguments)
+
+
+def test_every_group_has_its_own_logged_rate():
+  config = OptimizerConfig(learning_rate=0.1, groups=(('^head', 0.5), ('body', 0.2)))
+  rates = {name: float(rate(0)) for name, rate in learning_rates(config, 10).items()}
+  assert rates == pytest.approx(
+    {'learning_rate': 0.1, 'learning_rate/head': 0.05, 'learning_rate/body': 0.02}
+  )
+  assert jax.tree.structure(PARAMS) == jax.tree.structure(_updates(config, [GRADS])[0])
