@@ -32,10 +32,10 @@ def get_config() -> ConfigDict:
       'export_dtype': 'float16',
     })
   config.optimizer.update(
-    {'learning_rate': 1e-3, 'warmup_steps': 200, 'b2': 0.98, 'weight_decay': 0.1}
+    {'learning_rate': 1e-3, 'warmup_steps': 100, 'b2': 0.98, 'weight_decay': 0.1}
   )
   config.loop.update({
-    'total_steps': 1500, 'batch_size': 128, 'ema_halflife_images': 10_000.0,
+    'total_steps': 900, 'batch_size': 128, 'ema_halflife_images': 10_000.0,
     'checkpoint_every_steps': 250, 'sample_every_steps': 500, 'evaluate_every_steps': 500,
   })
   return config

@@ -16,6 +16,55 @@ from diffusion_jax.models.checks import require
 kernel_init = nnx.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 
+LAYOUT = ('NHWC', 'HWIO', 'NHWC')
+
+# Images up to this many pixels have their weight gradient taken as matrix products on CPUs.
+CPU_PRODUCT_PIXELS = 16 * 16
+
+
+@jax.custom_vjp
+def convolve_3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """3x3 convolution of stride 1 that keeps the size: [b h w i], [3 3 i o] -> [b h w o].
+
+  Its own gradient, because XLA's weight gradient on CPUs runs at half the speed of nine matrix
+  products where images are small (64 x 8 x 8 x 96: 43 against 80 GFLOP/s on two cores).
+  """
+  return lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=LAYOUT)
+
+
+def _convolve_forward(x: jax.Array, kernel: jax.Array):
+  return convolve_3x3(x, kernel), (x, kernel)
+
+
+def _convolve_backward(saved, dy: jax.Array):
+  x, kernel = saved
+  dx = convolve_3x3(dy, kernel[::-1, ::-1].swapaxes(2, 3))
+  if x.shape[1] * x.shape[2] <= CPU_PRODUCT_PIXELS:
+    dkernel = lax.platform_dependent(x, dy, cpu=_weight_gradient_products, default=_weight_gradient)
+  else:
+    dkernel = _weight_gradient(x, dy)
+  return dx, dkernel.astype(kernel.dtype)
+
+
+def _weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
+  """[b h w i], [b h w o] -> [3 3 i o] as one convolution over the batch."""
+  return lax.conv_general_dilated(
+    x, dy, (1, 1), ((1, 1), (1, 1)), dimension_numbers=('CHWN', 'IHWO', 'HWNC')
+  )
+
+
+def _weight_gradient_products(x: jax.Array, dy: jax.Array) -> jax.Array:
+  """The same as nine matrix products, one for each place in the window."""
+  b, h, w, c = x.shape
+  padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  flat = dy.reshape(-1, dy.shape[-1])
+  place = lambda i, j: padded[:, i : i + h, j : j + w].reshape(-1, c).T @ flat
+  return jnp.stack([jnp.stack([place(i, j) for j in range(3)]) for i in range(3)])
+
+
+convolve_3x3.defvjp(_convolve_forward, _convolve_backward)
+
+
 class Conv(nnx.Module):
   """Square 2-D convolution, [b h w i] -> [b h' w' o]; the one place that computes convolutions.
 
@@ -38,10 +87,11 @@ class Conv(nnx.Module):
     x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
     if self._disjoint(x.shape):
       y = _patches(x, self.stride) @ kernel.reshape(-1, kernel.shape[-1])
+    elif self.stride == 1 and self.padding == ((1, 1), (1, 1)) and kernel.shape[0] == 3:
+      y = convolve_3x3(x, kernel)
     else:
       y = lax.conv_general_dilated(
-        x, kernel, (self.stride, self.stride), self.padding,
-        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        x, kernel, (self.stride, self.stride), self.padding, dimension_numbers=LAYOUT
       )
     return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
