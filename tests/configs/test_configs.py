@@ -1,0 +1,113 @@
+"""Every recipe loads, is fully used, and builds its networks without memory for them."""
+
+import copy
+import difflib
+
+import jax
+import pytest
+
+from diffusion_jax.build import SETTINGS, load_config, parse, resolved
+from diffusion_jax.errors import UserError
+from diffusion_jax.io.pretrained import load_model
+from diffusion_jax.models.functional import Network
+from diffusion_jax.models.unet import UNet
+from diffusion_jax.pipelines.directory import assemble
+from diffusion_jax.train.optimizer import make_optimizer
+from diffusion_jax.train.tasks.autoencoder import AutoencoderTask
+from diffusion_jax.train.tasks.clip import CLIPTask
+from tests.tiny import ROOT
+
+BASE = ROOT / 'configs' / 'base.py'
+RECIPES = sorted(
+  path for path in (ROOT / 'configs').rglob('*.py') if path.name not in ('__init__.py', 'base.py')
+)
+recipes = pytest.mark.parametrize(
+  'path', RECIPES, ids=lambda path: str(path.relative_to(ROOT / 'configs'))
+)
+
+
+def _initialize(config):
+  """The function that makes the recipe's trainable parameters."""
+  settings = config.settings
+  if config.task == 'autoencoder':
+    return AutoencoderTask(settings, None).initialize
+  if config.task == 'clip':
+    return CLIPTask(settings, None, None).initialize
+  return Network.of(UNet, settings.unet).initialize
+
+
+@recipes
+def test_networks_and_optimizer_build_without_memory(path):
+  config = parse(load_config(str(path)))
+  shapes = jax.eval_shape(_initialize(config), jax.random.key(0))
+  optimizer = make_optimizer(config.optimizer, shapes, config.loop.total_steps)
+  state = jax.eval_shape(optimizer.init, shapes)
+  assert sum(x.size for x in jax.tree.leaves(state)) >= 2 * sum(x.size for x in shapes.values())
+
+
+@recipes
+def test_what_is_written_is_read_back(path):
+  written = resolved(parse(load_config(str(path))))
+  assert resolved(parse(written)) == written
+
+
+@recipes
+def test_a_key_without_effect_is_named_wherever_it_is(path):
+  values = load_config(str(path)).to_dict()
+
+  def sections(tree, where=()):
+    yield where
+    for key, value in tree.items():
+      if isinstance(value, dict):
+        yield from sections(value, (*where, key))
+
+  places = list(sections(values))
+  assert ('loop',) in places and ('settings',) in places
+  for place in places:
+    changed = copy.deepcopy(values)
+    section = changed
+    for key in place:
+      section = section[key]
+    section['no_such_key'] = 1
+    with pytest.raises(UserError, match=r'\.'.join(('config', *place, 'no_such_key'))):
+      parse(changed)
+
+
+@recipes
+def test_a_recipe_is_a_short_diff_of_the_base(path):
+  lines = [file.read_text().splitlines() for file in (BASE, path)]
+  start = next(i for i, line in enumerate(lines[1]) if line.startswith('def get_config'))
+  body = lines[1][start:]
+  assert 'base(' in path.read_text()
+  added = [d for d in difflib.ndiff(lines[0], body) if d.startswith('+ ') and d[2:].strip()]
+  assert len(added) <= 45
+
+
+@pytest.mark.parametrize(
+  'path', [path for path in RECIPES if "base('diffusion')" in path.read_text()],
+  ids=lambda path: path.stem,
+)
+def test_frozen_parts_fit(path):
+  """A packaged part that the recipe names fits its network, or is named as not there yet."""
+  config = parse(load_config(str(path)))
+  settings = config.settings
+  try:
+    autoencoder, _ = load_model('autoencoder', settings.autoencoder)
+    model, _ = assemble(settings.unet, settings.autoencoder, settings.clip, settings.schedule,
+                        settings.prediction)
+  except UserError as error:
+    assert 'There is no asset:' in str(error)
+    return
+  assert config.data.size == settings.unet.sample_size * autoencoder.factor
+  settings.sample.check(model.schedule, settings.prediction)
+
+
+def test_the_base_is_locked_and_has_every_section():
+  from configs.base import base
+
+  config = base('clip')
+  with pytest.raises((KeyError, AttributeError)):
+    config.loop.no_such_key = 1
+  for task, settings in SETTINGS.items():
+    assert settings and base(task).task == task
+  assert {'data', 'optimizer', 'loop', 'mesh', 'dtype', 'task'} == set(base('clip').keys())
