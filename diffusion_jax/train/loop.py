@@ -218,6 +218,9 @@ class _Session:
     rates = {name: float(rate(step - 1)) for name, rate in self.t.learning_rates.items()}
     self.writer.write('train', step, {'time': self.seconds(), **values, **rates, **speed})
     self.last = {'loss': f'{values["loss"]:.4f}', 'step': step}
+    self._check_finite(step, values)
+
+  def _check_finite(self, step: int, values: dict[str, Any]) -> None:
     if not math.isfinite(values['loss']) or not math.isfinite(values['gradient_norm']):
       raise Diverged(
         f'the loss is not finite at step {step}; the last checkpoint is from step '
@@ -244,7 +247,9 @@ class _Session:
         bar.refresh()
 
   def _save(self) -> None:
-    self._log()  # So that a state whose loss is not finite is never saved.
+    self._log()
+    if self.meter.totals:  # So that a state after a loss that is not finite is never saved.
+      self._check_finite(self.step, self.meter.read(self.meter.totals))
     extra = {
       'loader': self.t.loader.get_state(),
       'totals': {
