@@ -1,6 +1,7 @@
 """Configuration to objects: the only place that reads a ConfigDict."""
 
 import dataclasses
+import difflib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from diffusion_jax.data.sources import ImageSource, open_source
 from diffusion_jax.data.transforms import build_transforms
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.checkpoint import Checkpoints
-from diffusion_jax.io.run_directory import RunDirectory, normalise
+from diffusion_jax.io.run_directory import RunDirectory, flatten, normalise
 from diffusion_jax.models.text.tokenizer import (
   Tokenize,
   load_tokenizer,
@@ -97,15 +98,28 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
       importlib.invalidate_caches()
       break
   values = flags.FlagValues()
-  config_flags.DEFINE_config_file('config', flag_values=values)
+  arguments = ['diffusion_jax', f'--config={path}', *overrides]
+  config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=arguments)
   try:
-    values(['diffusion_jax', f'--config={path}', *overrides])
+    values(arguments)
     return values.config
   except UserError:
     raise
   except Exception as error:  # A config file is Python, so anything may come out of it.
+    if overrides:
+      _check_keys(load_config(path), overrides)
     reason = ' '.join(str(error).split())[:300] or type(error).__name__
     raise UserError(f'the config {path} cannot be used: {reason}') from error
+
+
+def _check_keys(config: ConfigDict, overrides: Sequence[str]) -> None:
+  known = [f'config.{key}' for key in flatten(config.to_dict())]
+  for override in overrides:
+    name = override.lstrip('-').partition('=')[0]
+    if override.startswith('-') and not any(f'{key}.'.startswith(f'{name}.') for key in known):
+      close = difflib.get_close_matches(name, known, n=1)
+      hint = f'did you mean {close[0]}?' if close else 'see the config file for its keys.'
+      raise UserError(f'{name} is not a known key; {hint}')
 
 
 def parse(config: ConfigDict | dict) -> TrainingConfig:
