@@ -1,0 +1,108 @@
+"""The autoencoder's losses: KL, the adversary's start and strength, LPIPS."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from diffusion_jax.io.convert import to_published
+from diffusion_jax.models.lpips import lpips, lpips_shapes
+from diffusion_jax.train.tasks.autoencoder import (
+  AutoencoderTask,
+  AutoencoderTaskConfig,
+  kl_divergence,
+)
+from tests import tiny
+
+START = 5
+
+
+def _task(**settings):
+  return AutoencoderTask(AutoencoderTaskConfig(
+    autoencoder=tiny.AUTOENCODER, discriminator=tiny.DISCRIMINATOR, adversarial_weight=0.4,
+    adversarial_start_step=START, **settings,
+  ), None)
+
+
+@pytest.fixture(scope='module')
+def images():
+  rng = np.random.default_rng(0)
+  return jnp.asarray(rng.uniform(-1, 1, (2, tiny.SIZE, tiny.SIZE, 3)), jnp.float32)
+
+
+@pytest.fixture(scope='module')
+def params():
+  return jax.jit(_task().initialize)(jax.random.key(0))
+
+
+@pytest.mark.parametrize(('mean', 'logvar', 'wanted'), [
+  (0.0, 0.0, 0.0), (1.0, 0.0, 0.5), (0.0, math.log(4), (3 - math.log(4)) / 2),
+  (-2.0, -1.0, (4 + math.exp(-1)) / 2),
+])
+def test_kl_is_the_closed_form_per_latent_value(mean, logvar, wanted):
+  full = lambda value: jnp.full((2, 3, 5, 4), value)
+  np.testing.assert_allclose(kl_divergence(full(mean), full(logvar)), [wanted] * 2, atol=1e-6)
+
+
+def test_the_adversary_starts_exactly_at_its_step(params, images):
+  task = _task()
+  gradient = jax.jit(jax.grad(task.loss, has_aux=True))
+  batch, key = {'image': images}, jax.random.key(1)
+  # Where real and fake both lie within the hinge's margin, the last bias pulls equally both ways.
+  last = max(name for name in params if name.startswith('discriminator.') and 'bias' in name)
+  params = {**params, last: params[last] + 5.0}
+  before, metrics = gradient(params, {}, batch, key, START - 1)
+  assert metrics['loss_discriminator'] == metrics['loss_generator'] == (0, 0)
+  assert not any(g.any() for n, g in before.items() if n.startswith('discriminator.'))
+  after, metrics = gradient(params, {}, batch, key, START)
+  assert metrics['loss_discriminator'][1] == metrics['loss_generator'][1] == 1
+  for name, g in after.items():
+    # A bias of all keys shifts each row of attention logits, which softmax forgets.
+    assert name.endswith('to_k.bias') or np.abs(g).max() > 1e-9, name
+    reached = np.abs(before[name]).max() > 1e-9
+    assert reached == name.startswith('autoencoder.') or name.endswith('to_k.bias'), name
+  changed = [n for n in after if n.startswith('autoencoder.') and not np.allclose(
+    after[n], before[n], rtol=1e-3, atol=1e-9)]
+  assert changed
+
+
+def test_the_adversarial_pull_at_the_image_is_the_given_share(params, images):
+  task = _task()
+  output = 0.5 * images + 0.1
+
+  def adversarial(output):
+    return task._adversarial(params, {}, images, output, START)[0]
+
+  push = jax.jit(jax.grad(adversarial))(output)
+  pull = jax.grad(lambda x: jnp.abs(x - images).mean())(output)
+  np.testing.assert_allclose(
+    jnp.linalg.norm(push), 0.4 * jnp.linalg.norm(pull), rtol=1e-4
+  )
+
+
+def test_without_adversarial_weight_there_is_no_discriminator():
+  task = AutoencoderTask(AutoencoderTaskConfig(tiny.AUTOENCODER, adversarial_weight=0.0), None)
+  shapes = jax.eval_shape(task.initialize, jax.random.key(0))
+  assert shapes and all(name.startswith('autoencoder.') for name in shapes)
+
+
+def test_lpips_counts_only_with_weights(tmp_path, images):
+  rng = np.random.default_rng(0)
+  weights = {
+    name: np.abs(rng.normal(size=s.shape, scale=0.05)).astype(np.float32) if 'lin' in name
+    else rng.normal(size=s.shape, scale=(2 / np.prod(s.shape[:-1])) ** 0.5).astype(np.float32)
+    for name, s in lpips_shapes().items()
+  }
+  save_file(to_published(weights), tmp_path / 'lpips.safetensors')
+  plain, task = _task(), _task(lpips_weights=str(tmp_path / 'lpips.safetensors'), lpips_weight=0.5)
+  assert plain.frozen == {} and task.frozen.keys() == {'lpips'}
+  output = jnp.roll(images, 3, axis=1)
+  l1 = jnp.abs(output - images).mean(axis=(1, 2, 3))
+  np.testing.assert_allclose(plain._reconstruction(output, images, plain.frozen), l1, rtol=1e-6)
+  perceptual = lpips(weights, output, images)
+  assert (perceptual > 1e-3).all()
+  found = task._reconstruction(output, images, task.frozen)
+  np.testing.assert_allclose(found, l1 + 0.5 * perceptual, rtol=1e-5)

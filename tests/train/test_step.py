@@ -1,0 +1,137 @@
+"""The step: repeatable, the same on every mesh, exact when it accumulates."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from diffusion_jax.parallel.sharding import put_batch
+from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
+from diffusion_jax.train.state import abstract_state, create_state
+from diffusion_jax.train.step import make_step
+from diffusion_jax.train.tasks.clip import CLIPTask, CLIPTaskConfig
+from diffusion_jax.train.tasks.task import mean_metric
+from tests import tiny
+
+BATCH = 16
+
+
+class Regression:
+  """A linear layer; its loss is a mean over examples, and `noise` times a random number."""
+
+  batch_fields = ('x', 'y')
+
+  def __init__(self, noise: float = 0.0):
+    self.noise = noise
+    self.frozen = {}
+
+  def initialize(self, key):
+    return {'kernel': jax.random.normal(key, (8, 4)), 'bias': jnp.zeros(4)}
+
+  def constrain(self, params):
+    return params
+
+  def loss(self, params, frozen, batch, key, step):
+    x = batch['x'] + self.noise * jax.random.normal(key, batch['x'].shape)
+    error = jnp.square(x @ params['kernel'] + params['bias'] - batch['y']).mean(axis=1)
+    return error.mean(), {'loss': mean_metric(error)}
+
+
+def _clip_task(dtype=jnp.float32):
+  return CLIPTask(CLIPTaskConfig(tiny.CLIP), None, None, dtype)
+
+
+def _regression_batch():
+  rng = np.random.default_rng(0)
+  return {'x': rng.normal(size=(BATCH, 8)), 'y': rng.normal(size=(BATCH, 4))}
+
+
+def _clip_batch():
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(2, 300, (BATCH, tiny.LENGTH))
+  tokens[:, 8:] = 1
+  return {'image': rng.uniform(-1, 1, (BATCH, tiny.SIZE, tiny.SIZE, 3)), 'tokens': tokens}
+
+
+def _cast(batch):
+  return {n: x.astype(np.int32 if x.dtype == np.int64 else np.float32) for n, x in batch.items()}
+
+
+def _run(task, batch, *, steps=1, mesh=None, accumulation=1, repeat=False):
+  """(state, metrics of each step) from a fresh state; with `repeat` the first step runs twice."""
+  mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
+  shapes = jax.eval_shape(task.initialize, jax.random.key(0))
+  optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), shapes, 10)
+  abstract = abstract_state(task, optimizer, True, mesh)
+  update = make_step(
+    task, optimizer, batch_size=BATCH, ema_halflife_images=100.0, accumulation=accumulation,
+    mesh=mesh, shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
+  )
+  fresh = lambda: create_state(task, optimizer, True, 0, mesh)
+  on_mesh = put_batch(_cast(batch), mesh)
+  if repeat:
+    return [update(fresh(), {}, on_mesh) for _ in range(2)]
+  state, out = fresh(), []
+  for _ in range(steps):
+    state, metrics = update(state, {}, on_mesh)
+    out.append({name: float(total / count) for name, (total, count) in metrics.items()})
+  return types.SimpleNamespace(state=state, metrics=out)
+
+
+def test_a_step_is_repeatable_to_the_bit_and_steps_differ():
+  task = Regression(noise=1.0)
+  first, second = _run(task, _regression_batch(), repeat=True)
+  jax.tree.map(np.testing.assert_array_equal, first, second)
+  assert int(first[0].step) == 1
+  x, y = (_run(task, _regression_batch(), steps=2).metrics[i]['loss'] for i in (0, 1))
+  assert x != y
+
+
+def test_accumulation_is_the_large_batch():
+  """Exact only for a mean over examples without noise: every part draws noise of its own, and
+  CLIP's loss is over the pairs of a part. Hence a regression."""
+  whole = _run(Regression(), _regression_batch(), steps=3)
+  for mesh in (None, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+    parts = _run(Regression(), _regression_batch(), steps=3, accumulation=4, mesh=mesh)
+    for a, b in zip(parts.metrics, whole.metrics, strict=True):
+      assert a == pytest.approx(b, rel=1e-5)
+    for name, value in whole.state.params.items():
+      np.testing.assert_allclose(parts.state.params[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_parts_of_a_batch_draw_different_noise():
+  """The same example in every part: with one key for all, the parts would be one another."""
+  batch = {name: np.repeat(x[:4], 4, axis=0) for name, x in _regression_batch().items()}
+  apart = _run(Regression(noise=1.0), batch, accumulation=4).metrics[0]['loss']
+  again = _run(Regression(noise=1.0), {n: x[::4] for n, x in batch.items()}).metrics[0]['loss']
+  assert apart != pytest.approx(again, rel=1e-3)
+
+
+def test_bfloat16_keeps_parameters_in_float32():
+  half = _run(_clip_task(jnp.bfloat16), _clip_batch())
+  full = _run(_clip_task(), _clip_batch())
+  for tree in (half.state.params, half.state.ema, half.state.opt_state):
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert floats and all(x.dtype == jnp.float32 for x in floats)
+  a, b = half.metrics[0]['loss'], full.metrics[0]['loss']
+  assert a != b and a == pytest.approx(b, rel=0.05)
+
+
+@pytest.mark.parametrize('config', [
+  MeshConfig(data=8), MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=8),
+])
+def test_eight_devices_compute_what_one_does(config):
+  """CLIP, whose loss couples all examples of the global batch."""
+  one = _run(_clip_task(), _clip_batch(), steps=3)
+  many = _run(_clip_task(), _clip_batch(), steps=3, mesh=make_mesh(config))
+  assert one.metrics[0]['loss'] != one.metrics[2]['loss']
+  for a, b in zip(many.metrics, one.metrics, strict=True):
+    assert a == pytest.approx(b, rel=2e-4)
+  if config.fsdp > 1:
+    name = 'text_model.encoder.layers.0.mlp.fc1.kernel'
+    for tree in (many.state.params, many.state.ema, many.state.opt_state[2].mu):
+      whole, shard = tree[name].shape, tree[name].addressable_shards[0].data.shape
+      assert shard == (whole[0] // config.fsdp, whole[1] // config.tensor)
