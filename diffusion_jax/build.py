@@ -241,10 +241,10 @@ def build(config: ConfigDict | dict, workdir: str) -> Training:
     )
   train, test = _sources(checked.data)
   task = build_task(checked, train, test, directory)
-  loader = _loader(checked, task, train, mesh)
   shapes = jax.eval_shape(task.initialize, jax.random.key(0))
   steps = checked.loop.total_steps
   optimizer = make_optimizer(checked.optimizer, shapes, steps)
+  loader = _loader(checked, task, train, mesh)  # Last, because filling a cache takes long.
   if task.name == 'clip' and jax.process_index() == 0:
     save_tokenizer(task.tokenizer, directory.tokenizer)
   return Training(
