@@ -1,0 +1,85 @@
+"""A few steps of every task leave everything that a run directory must hold."""
+
+import importlib.metadata
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax.io.pretrained import load_model
+from diffusion_jax.models.text.tokenizer import load_tokenizer
+from diffusion_jax.pipelines.directory import load_text_to_image
+from tests import tiny
+
+LOSSES = {
+  'autoencoder': ('loss_reconstruction', 'loss_kl', 'loss_generator', 'loss_discriminator'),
+  'clip': ('accuracy', 'logit_scale'),
+  'diffusion': ('loss_by_timestep',),
+}
+COLUMNS = {
+  'autoencoder': {'test'}, 'clip': {'test', 'untrained'},
+  'diffusion': {'generated', 'real', 'untrained', 'settings'},
+}
+
+
+@pytest.mark.parametrize('task', LOSSES)
+def test_a_run_leaves_all_its_files(trained, task):
+  run = trained(task)
+  status = json.loads((run / 'status.json').read_text())
+  assert (status['state'], status['step'], status['total_steps']) == ('finished', 4, 4)
+  config = json.loads((run / 'config.json').read_text())
+  assert config['task'] == task and config['optimizer']['b1'] == 0.9  # Defaults are written too.
+  versions = json.loads((run / 'versions.json').read_text())
+  assert versions['jax'] == importlib.metadata.version('jax') and versions['devices'] == 8
+  lines = tiny.metrics(run)
+  assert sorted(lines) == [1, 2, 3, 4]
+  for name in ('loss', 'gradient_norm', 'learning_rate', 'images_per_second', *LOSSES[task]):
+    assert name in lines[4], name
+  assert [lines[i]['learning_rate'] for i in (1, 2, 3)] == pytest.approx([5e-4, 1e-3, 1e-3])
+  assert sorted(tiny.metrics(run, 'evaluation')) == [2, 4]
+  assert sorted(path.name for path in (run / 'checkpoints').iterdir()) == ['2', '4']
+  grids = sorted((run / 'samples').iterdir())
+  assert [grid.name for grid in grids] == ['step_00000002.png', 'step_00000004.png']
+  image = Image.open(grids[1])
+  assert image.text['step'] == '4' and min(image.size) >= tiny.SIZE and image.text['captions']
+  events = [path.stat().st_size for path in (run / 'tensorboard').glob('events.*')]
+  assert events and sum(events) > 1000
+  scores = json.loads((run / 'scores.json').read_text())
+  assert scores.keys() == COLUMNS[task]
+  assert '<html' in (run / 'report.html').read_text()
+  card = (run / 'README.md').read_text()
+  assert 'Steps: 4 of 4, 32 images, batch 8' in card and 'CC BY-SA 4.0' in card
+  assert (run / 'model' / 'README.md').read_text() == card
+
+
+def test_losses_of_the_adversary_appear_at_its_step(trained):
+  lines = tiny.metrics(trained('autoencoder'))
+  assert [lines[step]['loss_discriminator'] is None for step in range(1, 5)] == [1, 1, 0, 0]
+
+
+def test_the_exported_autoencoder_loads_and_gives_latents_unit_variance(trained):
+  config, params = load_model('autoencoder', trained('autoencoder') / 'model')
+  test = json.loads((trained('autoencoder') / 'scores.json').read_text())['test']
+  assert config.scaling_factor == pytest.approx(1 / test['latent_std'], rel=1e-4)
+  assert config.shift_factor == pytest.approx(test['latent_mean'], abs=1e-5)
+  assert params and all(np.isfinite(value).all() for value in params.values())
+
+
+def test_the_exported_clip_loads_with_its_tokenizer(trained):
+  model = trained('clip') / 'model'
+  config, params = load_model('clip', model)
+  tokenizer = load_tokenizer(model)
+  assert config.text_config.vocab_size == len(tokenizer)
+  assert config.text_config.eos_token_id == tokenizer.eos_token_id
+  assert params['text_model.embeddings.token_embedding.embedding'].shape[0] == len(tokenizer)
+
+
+def test_the_exported_denoiser_loads_with_its_settings(trained, parts):
+  model, weights, sample = load_text_to_image(str(trained('diffusion') / 'model'))
+  assert model.prediction == 'v_prediction' and model.schedule.config.rescale_betas_zero_snr
+  assert (sample.sampler, sample.steps, sample.guidance) == ('ddim', 2, 2.0)
+  assert model.unet.config == tiny.UNET and weights.unet.keys() == model.unet.shapes.keys()
+  _, wanted = load_model('autoencoder', parts['autoencoder'])
+  for name, value in wanted.items():
+    np.testing.assert_array_equal(weights.autoencoder[name], value)
