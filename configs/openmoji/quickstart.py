@@ -18,10 +18,10 @@ def get_config() -> ConfigDict:
       'autoencoder': 'asset:autoencoder-openmoji-64',
       'clip': 'asset:clip-openmoji-64',
       'unet': {
-        'sample_size': 8, 'in_channels': 4, 'out_channels': 4,
-        'down_block_types': ('CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
-        'up_block_types': ('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D'),
-        'block_out_channels': (64, 192), 'layers_per_block': 1, 'norm_num_groups': 16,
+        'sample_size': 16, 'in_channels': 4, 'out_channels': 4,
+        'down_block_types': ('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
+        'up_block_types': ('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'),
+        'block_out_channels': (32, 64, 160), 'layers_per_block': 1, 'norm_num_groups': 16,
         'cross_attention_dim': 128, 'attention_head_dim': 4, 'use_linear_projection': True,
       },
       'schedule': {'beta_schedule': 'scaled_linear', 'rescale_betas_zero_snr': True},
@@ -32,9 +32,9 @@ def get_config() -> ConfigDict:
       'sample': {'sampler': 'dpmpp_2m', 'steps': 20, 'guidance': 3.0},
       'preview_captions': CAPTIONS,
     })
-  config.optimizer.update({'learning_rate': 2e-3, 'warmup_steps': 100, 'weight_decay': 0.01})
+  config.optimizer.update({'learning_rate': 1e-3, 'warmup_steps': 100, 'weight_decay': 0.01})
   config.loop.update({
-    'total_steps': 1400, 'batch_size': 32, 'ema_halflife_images': 3000.0,
-    'checkpoint_every_steps': 350, 'sample_every_steps': 350, 'evaluate_samples': 256,
+    'total_steps': 1200, 'batch_size': 32, 'ema_halflife_images': 3000.0,
+    'checkpoint_every_steps': 400, 'sample_every_steps': 400, 'evaluate_samples': 128,
   })
   return config
