@@ -32,9 +32,15 @@ class AutoencoderTaskConfig:
   adversarial_weight is a fraction of the reconstruction's pull on the output image: the adversarial
   gradient is rescaled to it (Esser et al. 2021, eq. 7, at the image instead of the last layer).
   adversarial_weight 0 leaves out the discriminator, an empty lpips_weights leaves out LPIPS.
+
+  reconstruction: l1 (Rombach et al. 2022), or l2, which finds colours sooner: at the median colour
+  the pull of l1 is almost nothing. initial_logvar: where the latents' log-variance starts; below 0
+  the noise does not hide weak features, such as colours, from the young decoder.
   """
 
   autoencoder: AutoencoderKLConfig = AutoencoderKLConfig()
+  reconstruction: str = 'l1'
+  initial_logvar: float = 0.0
   kl_weight: float = 1e-3
   adversarial_weight: float = 0.5
   adversarial_start_step: int = 10_000
@@ -42,6 +48,10 @@ class AutoencoderTaskConfig:
   lpips_weights: str = ''
   lpips_weight: float = 1.0
   export_dtype: str = 'float16'
+
+  def __post_init__(self):
+    if self.reconstruction not in ('l1', 'l2'):
+      raise UserError(f'settings.reconstruction is {self.reconstruction!r}; choose l1 or l2.')
 
 
 def kl_divergence(mean: Latents, logvar: Latents) -> jax.Array:
@@ -69,6 +79,8 @@ class AutoencoderTask:
   def initialize(self, key: jax.Array) -> Params:
     first, second = jax.random.split(key)
     params = prefixed('autoencoder', self.autoencoder.initialize(first))
+    bias, channels = 'autoencoder.quant_conv.bias', self.config.autoencoder.latent_channels
+    params[bias] = params[bias].at[channels:].set(self.config.initial_logvar)
     if self.config.adversarial_weight:
       params |= prefixed('discriminator', self.discriminator.initialize(second))
     return params
@@ -77,7 +89,9 @@ class AutoencoderTask:
     return params
 
   def _reconstruction(self, output: Images, images: Images, frozen: Frozen) -> jax.Array:
-    loss = jnp.abs(output - images).mean(axis=(1, 2, 3))
+    error = output - images
+    error = jnp.abs(error) if self.config.reconstruction == 'l1' else error**2
+    loss = error.mean(axis=(1, 2, 3))
     if 'lpips' in frozen:
       loss = loss + self.config.lpips_weight * lpips(frozen['lpips'], output, images)
     return loss
