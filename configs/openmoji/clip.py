@@ -35,8 +35,8 @@ def get_config() -> ConfigDict:
     {'learning_rate': 1e-3, 'warmup_steps': 100, 'b2': 0.98, 'weight_decay': 0.1}
   )
   config.loop.update({
-    'total_steps': 600, 'batch_size': 128, 'ema_halflife_images': 10_000.0,
-    'checkpoint_every_steps': 200, 'sample_every_steps': 300, 'evaluate_every_steps': 200,
+    'total_steps': 450, 'batch_size': 128, 'ema_halflife_images': 10_000.0,
+    'checkpoint_every_steps': 150, 'sample_every_steps': 225, 'evaluate_every_steps': 150,
     'evaluate_samples': 379,
   })
   return config
