@@ -166,7 +166,8 @@ def fails(capsys):
       code = main([str(argument) for argument in arguments])
     err = capsys.readouterr().err
     assert code == 2, err
-    lines = [line for line in err.splitlines() if line.strip()]
+    # A progress bar wipes its line and leaves no trace on a terminal.
+    lines = [line.rpartition('\r')[2] for line in err.split('\n') if line.strip()]
     assert len(lines) == 1 and lines[0].startswith('diffusion_jax '), err
     assert 'Traceback' not in err
     return lines[0]

@@ -1,0 +1,186 @@
+"""Mistakes in what is given: one sentence, exit code 2, and a workdir left as it was."""
+
+import json
+
+import pytest
+
+from diffusion_jax.cli.sample import file_name
+from tests import tiny
+
+
+@pytest.fixture
+def recipe(tmp_path, parts):
+  """recipe(**arguments of tiny.diffusion_config): path of a config file."""
+
+  def write(settings=None, **sections):
+    values = tiny.diffusion_config(parts, settings, **sections)
+    return tiny.write_config(tmp_path / 'recipe.py', values)
+
+  return write
+
+
+@pytest.fixture
+def train_fails(fails, tmp_path, small_data):
+  """Asserts that train refuses and makes no workdir; returns the sentence."""
+
+  def run(config, *more):
+    message = fails('train', '--config', config, '--workdir', tmp_path / 'run', *more)
+    assert not (tmp_path / 'run').exists()
+    return message
+
+  return run
+
+
+@pytest.mark.parametrize(('override', 'words'), [
+  ('--config.loop.batch_sise=8', ('batch_sise', 'batch_size')),
+  ('--config.optimizer.learning_rate=fast', ('learning_rate',)),
+  ('--config.task=diffusio', ('diffusio', 'autoencoder, clip, diffusion')),
+  ('--config.loop.batch_size=12', ('batch_size 12', '8')),
+  ('--config.loop.total_steps=0', ('total_steps', 'at least 1')),
+  ('--config.settings.sample.sampler=euler', ('euler', 'ddim')),
+  ('--config.settings.sample.steps=2000', ('2000', '1000')),
+  ('--config.settings.clip=asset:none', ('asset:none',)),
+  ('--config.settings.autoencoder=nowhere', ('nowhere',)),
+  ('--config.mesh.data=3', ('8 devices',)),
+  ('--config.data.dataset=nomoji', ('nomoji', 'openmoji')),
+  ('--config.settings.unet.sample_size=8', ('data.size', 'sample_size')),
+  ('--config.dtype=float8', ('float8', 'bfloat16')),
+  ('--batchsize=3', ('--batchsize',)),
+])
+def test_wrong_overrides(recipe, train_fails, override, words):
+  message = train_fails(recipe(), override)
+  assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(('change', 'words'), [
+  ({'loop': {'totl_steps': 3}}, ('config.loop.totl_steps', 'did you mean loop.total_steps')),
+  ({'settings': {'predicton': 'sample'}}, ('settings.predicton', 'settings.prediction')),
+  ({'loop': {'batch_size': '8'}}, ('config.loop.batch_size', "'8'", 'int')),
+  ({'loop': {'batch_size': True}}, ('config.loop.batch_size', 'bool')),
+  ({'optimizer': {'groups': [['nothing_like_it', 0.1]]}}, ('nothing_like_it', 'no parameter')),
+  ({'data': {'transforms': [['normalize', {}]]}}, ('data.transforms', 'settings.cache')),
+  ({'settings': {'preview_captions': []}}, ('preview_captions',)),
+  ({'settings': {'prediction': 'epsilon'}}, ('epsilon', 'zero terminal SNR')),
+])
+def test_wrong_files(recipe, train_fails, change, words):
+  message = train_fails(recipe(**change))
+  assert all(word in message for word in words), message
+
+
+def test_latents_that_the_denoiser_cannot_halve(tmp_path, parts, train_fails):
+  values = tiny.diffusion_config(parts)
+  values['settings']['unet'] |= {
+    'sample_size': 6, 'block_out_channels': [8, 8, 8],
+    'down_block_types': ['DownBlock2D'] * 3, 'up_block_types': ['UpBlock2D'] * 3,
+  }
+  message = train_fails(tiny.write_config(tmp_path / 'odd.py', values))
+  assert '6' in message and 'sample_size' in message
+
+
+def test_missing_and_broken_config_files(tmp_path, train_fails):
+  assert 'nowhere.py' in train_fails(tmp_path / 'nowhere.py')
+  broken = tmp_path / 'broken.py'
+  broken.write_text('def get_config():\n  raise RuntimeError("the moon is full")\n')
+  assert 'the moon is full' in train_fails(broken)
+  broken.write_text('def get_config(:\n')
+  assert 'broken.py' in train_fails(broken)
+
+
+def test_a_data_set_that_is_not_there(recipe, train_fails, tmp_path):
+  message = train_fails(recipe(data={'data_dir': str(tmp_path / 'empty')}))
+  assert 'prepare --dataset openmoji --size 32' in message
+  assert not (tmp_path / 'empty').exists()
+
+
+def test_a_workdir_of_another_config(fails, finished, copy_of):
+  before, run = tiny.snapshot(finished), copy_of(finished)
+  message = fails('train', '--config', finished.parent / 'recipe.py', '--workdir', run,
+                  '--config.optimizer.learning_rate=0.5')
+  assert 'optimizer.learning_rate was 0.001 and is now 0.5' in message
+  assert tiny.snapshot(run) == before
+
+
+def test_a_truncated_checkpoint(fails, finished, copy_of):
+  run = copy_of(finished)
+  step = max(int(path.name) for path in (run / 'checkpoints').iterdir())
+  for item in ('params', 'ema'):
+    files = [p for p in (run / 'checkpoints' / str(step) / item).rglob('*') if p.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+  before = tiny.snapshot(run)
+  recipe = finished.parent / 'recipe.py'
+  message = fails('train', '--config', recipe, '--workdir', run, '--config.loop.total_steps=6')
+  assert f'checkpoints/{step}' in message and 'delete that folder' in message
+  assert tiny.snapshot(run) == before
+  message = fails('sample', '--workdir', run, '--prompt', 'cat', '--out', run.parent / 'pictures')
+  assert f'checkpoints/{step}' in message
+  assert not (run.parent / 'pictures').exists()
+
+
+@pytest.mark.parametrize(('arguments', 'words'), [
+  (['--prompt', '  '], ('empty',)),
+  ([], ('--prompt',)),
+  (['--prompts', 'nowhere.txt'], ('nowhere.txt',)),
+  (['--prompt', 'one two three four five six seven eight nine ten'], ('10 fit', 'shorten')),
+  (['--prompt', 'cat', '--negative', 'word ' * 30], ('shorten',)),
+  (['--prompt', 'cat', '--sampler', 'euler'], ('euler', 'dpmpp_2m')),
+  (['--prompt', 'cat', '--steps', '1001'], ('1001', '1000')),
+  (['--prompt', 'cat', '--steps', '0'], ('0 sampling steps',)),
+  (['--prompt', 'cat', '--batch', '0'], ('--batch is 0',)),
+  (['--prompt', 'cat', '--size', '9'], ('--size',)),
+])
+def test_wrong_sample_arguments(fails, finished, tmp_path, arguments, words):
+  out = tmp_path / 'pictures'
+  message = fails('sample', '--workdir', finished, '--out', out, *arguments)
+  assert all(word in message for word in words), message
+  assert not out.exists()
+
+
+def test_runs_that_cannot_be_sampled(fails, finished, copy_of, tmp_path):
+  arguments = ('--prompt', 'cat', '--out', tmp_path / 'out')
+  assert 'config.json' in fails('sample', '--workdir', tmp_path / 'none', *arguments)
+  assert not (tmp_path / 'none').exists()
+  assert 'asset:none' in fails('sample', '--model', 'asset:none', *arguments)
+  run = tmp_path / 'young'
+  run.mkdir()
+  (run / 'config.json').write_bytes((finished / 'config.json').read_bytes())
+  assert 'no checkpoint yet' in fails('sample', '--workdir', run, *arguments)
+  assert [path.name for path in run.iterdir()] == ['config.json']
+  (run / 'config.json').write_text('{"task": ')
+  assert 'config.json cannot be read' in fails('sample', '--workdir', run, *arguments)
+
+
+@pytest.mark.parametrize('samples', [3, 100_000])
+def test_too_few_and_too_many_samples(fails, finished, tmp_path, samples):
+  message = fails(
+    'evaluate', '--workdir', finished, '--out', tmp_path / 'scores.json', '--samples', samples
+  )
+  assert f'{samples} samples' in message and '16 to' in message
+  assert not (tmp_path / 'scores.json').exists()
+
+
+def test_no_run_to_report_on(fails, tmp_path):
+  assert 'holds no run' in fails('report', '--workdir', tmp_path)
+  assert list(tmp_path.iterdir()) == []
+  assert 'no run directory' in fails('report', '--workdir', tmp_path / 'none')
+
+
+def test_unknown_data_sets(fails, tmp_path):
+  root = tmp_path / 'data'
+  assert 'nomoji' in fails('prepare', '--dataset', 'nomoji', '--data_dir', root)
+  assert '48' in fails('prepare', '--dataset', 'openmoji', '--size', 48, '--data_dir', root)
+  assert not root.exists()
+
+
+def test_files_where_directories_belong(fails, recipe, finished, tmp_path):
+  file = tmp_path / 'file'
+  file.write_text('mine')
+  assert 'is a file' in fails('train', '--config', recipe(), '--workdir', file)
+  assert 'is a file' in fails('sample', '--workdir', finished, '--prompt', 'cat', '--out', file)
+  assert 'is a directory' in fails('evaluate', '--workdir', finished, '--out', tmp_path)
+  assert file.read_text() == 'mine'
+
+
+def test_names_of_pictures_are_safe():
+  assert file_name(3, '../Red  Apple!') == '0003_red_apple.png'
+  assert json.dumps(file_name(0, 'é' * 5)) == '"0000_.png"'
