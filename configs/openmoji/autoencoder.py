@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     })
   config.optimizer.update({'learning_rate': 1e-3, 'warmup_steps': 100, 'weight_decay': 1e-4})
   config.loop.update({
-    'total_steps': 1200, 'batch_size': 8, 'ema_halflife_images': 1000.0,
+    'total_steps': 950, 'batch_size': 8, 'ema_halflife_images': 1000.0,
     'checkpoint_every_steps': 300, 'sample_every_steps': 200, 'evaluate_samples': 379,
   })
   return config
