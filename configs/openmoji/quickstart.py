@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
         'sample_size': 16, 'in_channels': 4, 'out_channels': 4,
         'down_block_types': ('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
         'up_block_types': ('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'),
-        'block_out_channels': (32, 64, 160), 'layers_per_block': 1, 'norm_num_groups': 16,
+        'block_out_channels': (32, 64, 128), 'layers_per_block': 1, 'norm_num_groups': 16,
         'cross_attention_dim': 128, 'attention_head_dim': 4, 'use_linear_projection': True,
       },
       'schedule': {'beta_schedule': 'scaled_linear', 'rescale_betas_zero_snr': True},
@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     })
   config.optimizer.update({'learning_rate': 1e-3, 'warmup_steps': 100, 'weight_decay': 0.01})
   config.loop.update({
-    'total_steps': 1200, 'batch_size': 32, 'ema_halflife_images': 3000.0,
+    'total_steps': 1000, 'batch_size': 32, 'ema_halflife_images': 2000.0,
     'checkpoint_every_steps': 400, 'sample_every_steps': 400, 'evaluate_samples': 128,
   })
   return config

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from diffusion_jax.errors import UserError
 from diffusion_jax.io.convert import to_published
 from diffusion_jax.models.lpips import lpips, lpips_shapes
 from diffusion_jax.train.tasks.autoencoder import (
@@ -106,3 +107,20 @@ def test_lpips_counts_only_with_weights(tmp_path, images):
   assert (perceptual > 1e-3).all()
   found = task._reconstruction(output, images, task.frozen)
   np.testing.assert_allclose(found, l1 + 0.5 * perceptual, rtol=1e-5)
+
+
+def test_reconstruction_is_absolute_or_squared_error(images):
+  output = images + jnp.array([0.5, -1.0])[:, None, None, None]
+  loss = lambda kind: _task(reconstruction=kind)._reconstruction(output, images, {})
+  np.testing.assert_allclose(loss('l1'), [0.5, 1.0], rtol=1e-5)
+  np.testing.assert_allclose(loss('l2'), [0.25, 1.0], rtol=1e-5)
+  with pytest.raises(UserError, match='l1 or l2'):
+    _task(reconstruction='l3')
+
+
+def test_log_variances_start_where_the_config_says():
+  shift = lambda value: jax.jit(_task(initial_logvar=value).initialize)(jax.random.key(0))
+  bias = shift(-6.0)['autoencoder.quant_conv.bias']
+  channels = tiny.AUTOENCODER.latent_channels
+  np.testing.assert_array_equal(bias[channels:], -6.0)
+  np.testing.assert_array_equal(bias[:channels], 0.0)
