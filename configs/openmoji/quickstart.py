@@ -32,9 +32,9 @@ def get_config() -> ConfigDict:
       'sample': {'sampler': 'dpmpp_2m', 'steps': 20, 'guidance': 3.0},
       'preview_captions': CAPTIONS,
     })
-  config.optimizer.update({'learning_rate': 1e-3, 'warmup_steps': 100, 'weight_decay': 0.01})
+  config.optimizer.update({'learning_rate': 1.5e-3, 'warmup_steps': 60, 'weight_decay': 0.01})
   config.loop.update({
-    'total_steps': 1000, 'batch_size': 32, 'ema_halflife_images': 2000.0,
-    'checkpoint_every_steps': 400, 'sample_every_steps': 400, 'evaluate_samples': 128,
+    'total_steps': 640, 'batch_size': 32, 'ema_halflife_images': 2000.0,
+    'checkpoint_every_steps': 320, 'sample_every_steps': 320, 'evaluate_samples': 128,
   })
   return config

@@ -1,4 +1,4 @@
-"""The text-to-image model in the package: the quickstart, wider and longer."""
+"""The quickstart, wider and longer: for a machine with more time or an accelerator."""
 
 from ml_collections import ConfigDict
 
