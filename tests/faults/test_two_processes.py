@@ -31,7 +31,11 @@ def test_two_processes_are_one_with_two_devices(tmp_path, small_data):
     for i in range(2)
   ]
   one = tiny.start(arguments('one'), tiny.environment(small_data, devices=2))
-  results = [process.communicate(timeout=500) for process in (*processes, one)]
+  try:
+    results = [process.communicate(timeout=500) for process in (*processes, one)]
+  finally:
+    for process in (*processes, one):
+      process.kill()  # Only has an effect where one hangs.
   for process, (_, err) in zip((*processes, one), results, strict=True):
     assert process.returncode == 0, err[-2000:]
   versions = json.loads((tmp_path / 'two' / 'versions.json').read_text())
