@@ -77,7 +77,7 @@ def make_step(
         average, params, ema.decay_per_step(ema_halflife_images, batch_size, state.step)
       )
     one = jnp.ones((), jnp.float32)
-    metrics['gradient_norm'] = (optax.global_norm(grads), one)
+    metrics['gradient_norm'] = (optax.tree.norm(grads), one)
     return TrainState(state.step + 1, state.key, params, opt_state, average), metrics
 
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
