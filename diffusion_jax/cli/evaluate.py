@@ -58,8 +58,13 @@ def _score(args: argparse.Namespace) -> dict:
 
   model, weights, sample, _ = load(args)
   size = model.unet.config.sample_size * model.autoencoder.config.factor
+  data = {'dataset': args.dataset, 'data_dir': args.data_dir, 'prepare': True}
+  if args.workdir:
+    data = RunDirectory(args.workdir).read_json('config.json')['data']
   train, test = (
-    open_source(args.dataset, split, size=size, data_dir=args.data_dir, prepare=True)
+    open_source(
+      data['dataset'], split, size=size, data_dir=data['data_dir'] or None, prepare=data['prepare']
+    )
     for split in ('train', 'test')
   )
   mesh = make_mesh(MeshConfig())

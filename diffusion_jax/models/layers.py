@@ -55,7 +55,7 @@ def _weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
 
 def _weight_gradient_products(x: jax.Array, dy: jax.Array) -> jax.Array:
   """The same as nine matrix products, one for each place in the window."""
-  b, h, w, c = x.shape
+  h, w, c = x.shape[1:]
   padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
   flat = dy.reshape(-1, dy.shape[-1])
   place = lambda i, j: padded[:, i : i + h, j : j + w].reshape(-1, c).T @ flat
