@@ -86,11 +86,6 @@ def put_batch(batch, mesh: Mesh):
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def replicate(tree, mesh: Mesh):
-  """Host values -> arrays whole on every device."""
-  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
-
-
 def to_host(tree):
   """Arrays over the mesh -> numpy, whole, on every process."""
   def fetch(x):

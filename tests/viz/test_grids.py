@@ -78,7 +78,10 @@ def test_an_ellipsis_marks_what_was_cut():
 
 
 def test_captions_of_any_script_do_not_fail():
-  make_grid(_solid(0, 0), 2, ['狐 🦊 été', 'lone \udc80 surrogate'])
+  captions = ['狐 🦊 été', 'lone \udc80 surrogate']
+  grid = np.asarray(make_grid(_solid(255, 255, h=20, w=80), 2, captions))
+  left, right = np.split(grid, 2, axis=1)
+  assert left.min() < 128 and right.min() < 128  # Both captions left ink on the white.
 
 
 def test_accents_and_cyrillic_have_their_own_glyphs():
