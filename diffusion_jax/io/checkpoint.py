@@ -1,4 +1,7 @@
-"""Checkpoints of a whole training state, by Orbax, written in the background."""
+"""Checkpoints of a whole training state, by Orbax, written in the background.
+
+Orbax restores damaged array data in silence, so a digest of every leaf is saved and compared.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.io.digests import digests
 
 ITEMS = ('params', 'opt_state', 'ema', 'rest')
 """Parts of a state that are stored apart, so that sampling reads only the parameters."""
@@ -38,8 +42,10 @@ class Checkpoints:
     """
     if step == self.latest():
       return
-    parts = {name: ocp.args.StandardSave(state[name]) for name in ITEMS if _has_leaves(state[name])}
-    self._manager.save(step, args=ocp.args.Composite(**parts, data=ocp.args.JsonSave(data)))
+    full = {name: state[name] for name in ITEMS if _has_leaves(state[name])}
+    parts = {name: ocp.args.StandardSave(tree) for name, tree in full.items()}
+    record = {'position': data, 'digests': {name: digests(tree) for name, tree in full.items()}}
+    self._manager.save(step, args=ocp.args.Composite(**parts, data=ocp.args.JsonSave(record)))
 
   def restore(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict]:
     """(state, data position) of a step, onto the shardings of `abstract`.
@@ -48,28 +54,35 @@ class Checkpoints:
       UserError: the checkpoint is damaged, or of another model.
     """
     wanted = {name: abstract[name] for name in ITEMS if _has_leaves(abstract[name])}
-    restored = self._read(step, wanted, data=True)
-    state = {name: restored.get(name, abstract[name]) for name in ITEMS}
-    return state, restored['data']
+    restored, data = self._read(step, wanted)
+    return {name: restored.get(name, abstract[name]) for name in ITEMS}, data
 
   def restore_params(self, step: int, abstract: dict[str, Any], ema: bool) -> dict[str, Any]:
     """Only the parameters of a step, averaged ones where `ema` says that there are some."""
     name = 'ema' if ema else 'params'
-    return self._read(step, {name: abstract}, data=False)[name]
+    return self._read(step, {name: abstract})[0][name]
 
-  def _read(self, step: int, wanted: dict[str, Any], data: bool) -> dict[str, Any]:
+  def _read(self, step: int, wanted: dict[str, Any]) -> tuple[dict[str, Any], dict]:
     args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
-    if data:
-      args['data'] = ocp.args.JsonRestore()
+    args['data'] = ocp.args.JsonRestore()
     try:
       restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-      return {name: restored[name] for name in args}
+      record, trees = restored['data'], {name: restored[name] for name in wanted}
+      saved = record['digests']
     except Exception as error:  # Orbax and its storage raise many kinds, some of them bare.
       reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-      raise UserError(
-        f'the checkpoint {self.directory / str(step)} cannot be read ({reason}); delete that '
-        'folder to go on from the one before it, or choose another workdir.'
-      ) from error
+      raise self._unreadable(step, reason) from error
+    for name, tree in trees.items():
+      for leaf, found in digests(tree).items():
+        if saved[name].get(leaf) != found:
+          raise self._unreadable(step, f'{name}{leaf} is not what was saved')
+    return trees, record['position']
+
+  def _unreadable(self, step: int, reason: str) -> UserError:
+    return UserError(
+      f'the checkpoint {self.directory / str(step)} cannot be read ({reason}); delete that '
+      'folder to go on from the one before it, or choose another workdir.'
+    )
 
   def wait(self) -> None:
     """Blocks until every save is on disk."""

@@ -104,9 +104,8 @@ def test_a_truncated_checkpoint(fails, finished, copy_of):
   run = copy_of(finished)
   step = max(int(path.name) for path in (run / 'checkpoints').iterdir())
   for item in ('params', 'ema'):
-    files = [p for p in (run / 'checkpoints' / str(step) / item).rglob('*') if p.is_file()]
-    largest = max(files, key=lambda path: path.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    for file in (run / 'checkpoints' / str(step) / item).rglob('d/*'):  # Some are not referred to.
+      file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
   before = tiny.snapshot(run)
   recipe = finished.parent / 'recipe.py'
   message = fails('train', '--config', recipe, '--workdir', run, '--config.loop.total_steps=6')
