@@ -36,12 +36,16 @@ class AutoencoderTaskConfig:
   reconstruction: l1 (Rombach et al. 2022), or l2, which finds colours sooner: at the median colour
   the pull of l1 is almost nothing. initial_logvar: where the latents' log-variance starts; below 0
   the noise does not hide weak features, such as colours, from the young decoder.
+
+  kl_warmup_steps: steps over which the KL's weight grows linearly from 0 (Bowman et al. 2016,
+  section 3.1), so that features are found before they must be cheap.
   """
 
   autoencoder: AutoencoderKLConfig = AutoencoderKLConfig()
   reconstruction: str = 'l1'
   initial_logvar: float = 0.0
   kl_weight: float = 1e-3
+  kl_warmup_steps: int = 0
   adversarial_weight: float = 0.5
   adversarial_start_step: int = 10_000
   discriminator: DiscriminatorConfig = DiscriminatorConfig()
@@ -96,6 +100,10 @@ class AutoencoderTask:
       loss = loss + self.config.lpips_weight * lpips(frozen['lpips'], output, images)
     return loss
 
+  def _kl_weight(self, step: jax.Array) -> jax.Array:
+    grown = jnp.minimum(step / max(self.config.kl_warmup_steps, 1), 1.0)
+    return self.config.kl_weight * (grown if self.config.kl_warmup_steps else 1.0)
+
   def loss(self, params, frozen, batch, key, step) -> tuple[jax.Array, Metrics]:
     images = batch['image']
     model = self.autoencoder.bind(under('autoencoder', params))
@@ -104,9 +112,10 @@ class AutoencoderTask:
     output = model.decode(mean + jnp.exp(logvar / 2) * noise).astype(jnp.float32)
     reconstruction = self._reconstruction(output, images, frozen)
     kl = kl_divergence(mean, logvar)
-    loss = (reconstruction + self.config.kl_weight * kl).mean()
+    total = reconstruction + self._kl_weight(step) * kl
+    loss = total.mean()
     metrics = {
-      'loss': mean_metric(reconstruction + self.config.kl_weight * kl),
+      'loss': mean_metric(total),
       'loss_reconstruction': mean_metric(reconstruction),
       'loss_kl': mean_metric(kl),
     }
