@@ -162,14 +162,15 @@ def build_task(
     return _clip_task(settings, train, test, directory, dtype)
   model, frozen = assemble(
     settings.unet, settings.autoencoder, settings.clip, settings.schedule, settings.prediction,
-    dtype,
+    settings.latent_patch_size, dtype,
   )
   _check_size(config, model)
   return DiffusionTask(settings, model, frozen, train, test)
 
 
 def _check_size(config: TrainingConfig, model) -> None:
-  factor, size = model.autoencoder.config.factor, config.settings.unet.sample_size
+  factor = model.autoencoder.config.factor * model.latent_patch_size
+  size = config.settings.unet.sample_size
   if config.data.size != size * factor:
     raise UserError(
       f'data.size {config.data.size} gives latents of {config.data.size / factor:g}, but '
@@ -181,7 +182,7 @@ def _check_size(config: TrainingConfig, model) -> None:
 def _clip_task(settings: CLIPTaskConfig, train, test, directory: RunDirectory, dtype) -> CLIPTask:
   """Trains the tokenizer, or reads the one that this run trained when it began."""
   text = settings.clip.text_config
-  if directory.tokenizer.exists():
+  if (directory.tokenizer / 'tokenizer.json').exists():
     tokenizer = load_tokenizer(directory.tokenizer)
   else:
     captions = (caption for i in range(len(train)) for caption in train[i]['captions'])

@@ -79,13 +79,13 @@ def clip_config(settings: dict | None = None, **sections: dict) -> dict:
 def diffusion_config(parts: dict[str, str], settings: dict | None = None, **sections) -> dict:
   """Trains the U-Net between the frozen `parts`, on cached latents."""
   unet = {
-    'sample_size': 16, 'block_out_channels': [8, 16], 'layers_per_block': 1, 'norm_num_groups': 4,
-    'cross_attention_dim': 16, 'attention_head_dim': 2,
+    'sample_size': 8, 'in_channels': 16, 'out_channels': 16, 'block_out_channels': [8, 16],
+    'layers_per_block': 1, 'norm_num_groups': 4, 'cross_attention_dim': 16, 'attention_head_dim': 2,
     'down_block_types': ['CrossAttnDownBlock2D', 'DownBlock2D'],
     'up_block_types': ['UpBlock2D', 'CrossAttnUpBlock2D'],
   }
   return _config('diffusion', [], {
-    **parts, 'unet': unet, 'cache': True, 'prediction': 'v_prediction',
+    **parts, 'unet': unet, 'latent_patch_size': 2, 'cache': True, 'prediction': 'v_prediction',
     'schedule': {'rescale_betas_zero_snr': True}, 'export_dtype': 'float32',
     'sample': {'sampler': 'ddim', 'steps': 2, 'guidance': 2.0},
     'preview_captions': ['red apple', 'cat face'], **(settings or {}),

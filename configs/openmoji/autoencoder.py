@@ -19,14 +19,14 @@ def get_config() -> ConfigDict:
         'norm_num_groups': 8,
       },
       'reconstruction': 'l2', 'initial_logvar': -6.0, 'kl_weight': 5e-3,
-      'kl_warmup_steps': 1500,
+      'kl_warmup_steps': 1400,
       # A PatchGAN pays after many more steps than two CPU cores make in minutes; 0.5 is usual.
       'adversarial_weight': 0.0,
       'export_dtype': 'float16',
     })
   config.optimizer.update({'learning_rate': 1e-3, 'warmup_steps': 100, 'weight_decay': 1e-4})
   config.loop.update({
-    'total_steps': 3000, 'batch_size': 8, 'ema_halflife_images': 1000.0,
+    'total_steps': 1400, 'batch_size': 8, 'ema_halflife_images': 1000.0,
     'checkpoint_every_steps': 300, 'sample_every_steps': 500, 'evaluate_samples': 379,
   })
   return config

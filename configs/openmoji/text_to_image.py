@@ -7,9 +7,10 @@ from configs.openmoji import quickstart
 
 def get_config() -> ConfigDict:
   config = quickstart.get_config()
-  config.settings.unet.block_out_channels = (48, 96, 160)
+  config.settings.unet.block_out_channels = (96, 160)
+  config.optimizer.learning_rate = 1e-3
   config.loop.update({
-    'total_steps': 4000, 'batch_size': 64, 'ema_halflife_images': 10_000.0,
-    'checkpoint_every_steps': 500, 'sample_every_steps': 1000, 'evaluate_samples': 379,
+    'total_steps': 2400, 'batch_size': 64, 'ema_halflife_images': 5_000.0,
+    'checkpoint_every_steps': 200, 'sample_every_steps': 400, 'evaluate_samples': 379,
   })
   return config

@@ -30,7 +30,7 @@ INDEX = 'model_index.json'
 
 def assemble(
   unet: UNetConfig, autoencoder: str, clip: str, schedule: ScheduleConfig, prediction: str,
-  dtype=jnp.float32,
+  latent_patch_size: int = 1, dtype=jnp.float32,
 ) -> tuple[TextToImage, dict[str, Params]]:
   """A model of a U-Net without weights and of two loaded, frozen parts.
 
@@ -48,17 +48,19 @@ def assemble(
       f'unet.cross_attention_dim is {unet.cross_attention_dim}, but {clip} gives texts of width '
       f'{width}; set it to {width}.'
     )
-  channels = autoencoder_config.latent_channels
+  channels = autoencoder_config.latent_channels * latent_patch_size**2
   if unet.in_channels != channels or unet.out_channels != channels:
     raise UserError(
       f'the U-Net has {unet.in_channels} input and {unet.out_channels} output channels, but '
-      f'latents of {autoencoder} have {channels}; set both to {channels}.'
+      f'latents of {autoencoder}, folded {latent_patch_size} x {latent_patch_size}, have '
+      f'{channels}; set both to {channels}.'
     )
   model = TextToImage(
     unet=Network.of(UNet, unet, dtype=dtype),
     autoencoder=Network.of(AutoencoderKL, autoencoder_config, dtype=dtype),
     clip=Network.of(CLIP, clip_config, dtype=dtype),
     schedule=Schedule(schedule), prediction=prediction, tokenizer=load_tokenizer(resolve(clip)),
+    latent_patch_size=latent_patch_size,
   )
   return model, {'autoencoder': autoencoder_params, 'clip': clip_params}
 
@@ -75,7 +77,10 @@ def save_text_to_image(
     'clip_sample': False, 'set_alpha_to_one': True, 'steps_offset': 0,
   }
   _write_json(directory / 'scheduler' / 'scheduler_config.json', scheduler)
-  index = {'_class_name': 'TextToImage', 'sample': dataclasses.asdict(sample)}
+  index = {
+    '_class_name': 'TextToImage', 'sample': dataclasses.asdict(sample),
+    'latent_patch_size': model.latent_patch_size,
+  }
   for role, path in (('autoencoder', autoencoder), ('clip', clip)):
     index[role] = path if path.startswith('asset:') else role
     if index[role] == role:
@@ -103,7 +108,7 @@ def load_text_to_image(path: str, dtype=jnp.float32) -> tuple[TextToImage, Weigh
     raise UserError(f'{path} predicts {prediction!r}; only {", ".join(PREDICTIONS)} are known.')
   unet_config, unet = load_model('unet', str(directory / 'unet'))
   model, frozen = assemble(unet_config, **parts, schedule=schedule, prediction=prediction,
-                           dtype=dtype)
+                           latent_patch_size=index.get('latent_patch_size', 1), dtype=dtype)
   known = {field.name for field in dataclasses.fields(SampleConfig)}
   sample = SampleConfig(**{k: v for k, v in index.get('sample', {}).items() if k in known})
   to_arrays = lambda params: {name: np.asarray(value) for name, value in params.items()}

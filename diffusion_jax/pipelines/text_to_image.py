@@ -51,14 +51,18 @@ class Weights(NamedTuple):
   clip: Params
 
 
-def scale_latents(config, z: Latents) -> Latents:
-  """Autoencoder latents -> what the denoiser sees, of about unit variance."""
-  return (z - config.shift_factor) * config.scaling_factor
+def fold(x: Latents, patch: int) -> Latents:
+  """Squares of positions become channels: [b h w c] -> [b h/patch w/patch patch*patch*c]."""
+  b, h, w, c = x.shape
+  x = x.reshape(b, h // patch, patch, w // patch, patch, c).swapaxes(2, 3)
+  return x.reshape(b, h // patch, w // patch, patch * patch * c)
 
 
-def unscale_latents(config, latents: Latents) -> Latents:
-  """Inverse of `scale_latents`."""
-  return latents / config.scaling_factor + config.shift_factor
+def unfold(x: Latents, patch: int) -> Latents:
+  """Inverse of `fold`."""
+  b, h, w, c = x.shape
+  x = x.reshape(b, h, w, patch, patch, c // patch**2).swapaxes(2, 3)
+  return x.reshape(b, h * patch, w * patch, c // patch**2)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,6 +75,7 @@ class TextToImage:
   schedule: Schedule
   prediction: str
   tokenizer: PreTrainedTokenizerBase
+  latent_patch_size: int = 1
 
   @property
   def latent_shape(self) -> tuple[int, int, int]:
@@ -106,9 +111,15 @@ class TextToImage:
     grid = sampling_grid(self.schedule, config.steps, config.spacing)
     return sampler(config.sampler)(guided, noise, grid, keys)
 
+  def latents(self, z: Latents) -> Latents:
+    """The autoencoder's latents -> what the U-Net sees: unit variance, folded."""
+    config = self.autoencoder.config
+    return fold((z - config.shift_factor) * config.scaling_factor, self.latent_patch_size)
+
   def decode(self, autoencoder: Params, latents: Latents) -> Images:
-    """Latents -> images [b h w 3] in [-1, 1]."""
-    z = unscale_latents(self.autoencoder.config, latents)
+    """What the U-Net sees -> images [b h w 3] in [-1, 1]."""
+    config = self.autoencoder.config
+    z = unfold(latents, self.latent_patch_size) / config.scaling_factor + config.shift_factor
     images = self.autoencoder.bind(autoencoder).decode(z)
     return jnp.clip(images.astype(jnp.float32), -1.0, 1.0)
 

@@ -43,7 +43,7 @@ def train_fails(fails, tmp_path, small_data):
   ('--config.settings.autoencoder=nowhere', ('nowhere',)),
   ('--config.mesh.data=3', ('8 devices',)),
   ('--config.data.dataset=nomoji', ('nomoji', 'openmoji')),
-  ('--config.settings.unet.sample_size=8', ('data.size', 'sample_size')),
+  ('--config.settings.unet.sample_size=12', ('data.size', 'sample_size')),
   ('--config.dtype=float8', ('float8', 'bfloat16')),
   ('--batchsize=3', ('--batchsize',)),
 ])

@@ -6,6 +6,7 @@ as in CLIP. Files are those of transformers, so the published CLIP tokenizers lo
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -56,8 +57,16 @@ def train_tokenizer(
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str | os.PathLike) -> None:
-  """Writes the tokenizer's files, as transformers lays them out, into `directory`."""
-  tokenizer.save_pretrained(os.fspath(directory))
+  """Writes the tokenizer's files, as transformers lays them out, into `directory`.
+
+  Another process that finds tokenizer.json finds all of them, whole: it comes last.
+  """
+  directory = Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=directory) as draft:
+    tokenizer.save_pretrained(draft)
+    for file in sorted(Path(draft).iterdir(), key=lambda path: path.name == 'tokenizer.json'):
+      file.replace(directory / file.name)
 
 
 def load_tokenizer(directory: str | os.PathLike) -> PreTrainedTokenizerBase:

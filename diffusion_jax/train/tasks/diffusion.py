@@ -21,12 +21,7 @@ from diffusion_jax.evaluation.job import (
 )
 from diffusion_jax.models.unet_config import UNetConfig
 from diffusion_jax.pipelines.directory import save_text_to_image
-from diffusion_jax.pipelines.text_to_image import (
-  SampleConfig,
-  TextToImage,
-  Weights,
-  scale_latents,
-)
+from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage, Weights
 from diffusion_jax.train.tasks.task import Frozen, Metrics, Scores, mean_metric
 from diffusion_jax.types import Latents, Params, PerExample, Text
 
@@ -38,9 +33,10 @@ class DiffusionTaskConfig:
   """autoencoder and clip are model directories, or 'asset:NAME' for those in the package.
 
   prediction: epsilon, sample or v_prediction. caption_dropout: share of captions replaced by the
-  null caption, for classifier-free guidance. min_snr_gamma: 0 for none (usually 5). offset_noise:
-  0 for none (usually 0.05 to 0.1). cache: encode all images and captions once before training.
-  preview_captions: what the grids show over time.
+  null caption, for classifier-free guidance. latent_patch_size: p folds p x p positions of the
+  latents into channels, so that the U-Net sees fewer positions. min_snr_gamma: 0 for none (usually
+  5). offset_noise: 0 for none (usually 0.05 to 0.1). cache: encode all images and captions once
+  before training. preview_captions: what the grids show over time.
   """
 
   autoencoder: str
@@ -48,6 +44,7 @@ class DiffusionTaskConfig:
   unet: UNetConfig = UNetConfig()
   schedule: ScheduleConfig = ScheduleConfig()
   prediction: str = 'epsilon'
+  latent_patch_size: int = 1
   caption_dropout: float = 0.1
   min_snr_gamma: float = 0.0
   offset_noise: float = 0.0
@@ -63,6 +60,8 @@ class DiffusionTaskConfig:
       )
     if not 0 <= self.caption_dropout <= 1:
       raise UserError(f'task.caption_dropout is {self.caption_dropout}; give a share from 0 to 1.')
+    if self.latent_patch_size < 1:
+      raise UserError(f'task.latent_patch_size is {self.latent_patch_size}; give 1 or more.')
     if not self.preview_captions:
       raise UserError('task.preview_captions is empty; give at least one caption to draw.')
 
@@ -98,7 +97,7 @@ class DiffusionTask:
       mean, std = mean.astype(jnp.float32), jnp.exp(logvar.astype(jnp.float32) / 2)
       text = self.model.encode_text(frozen['clip'], batch['tokens'])
     z = mean + std * jax.random.normal(key, mean.shape)
-    return scale_latents(self.model.autoencoder.config, z), text
+    return self.model.latents(z), text
 
   def drop_captions(self, text: Text, null: jax.Array, key: jax.Array) -> Text:
     """Replaces a share of the texts [b l d] by the null caption's embedding [l d]."""

@@ -1,0 +1,45 @@
+"""Latents as the U-Net sees them."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax.diffusion.schedules import ScheduleConfig
+from diffusion_jax.errors import UserError
+from diffusion_jax.pipelines.directory import assemble
+from diffusion_jax.pipelines.text_to_image import fold, unfold
+from tests import tiny
+
+
+def test_folding_puts_each_square_into_the_channels_of_one_place():
+  x = np.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
+  folded = np.asarray(fold(jnp.asarray(x), 2))
+  assert folded.shape == (2, 2, 3, 12)
+  np.testing.assert_array_equal(folded[1, 1, 2], x[1, 2:4, 4:6].ravel())
+  np.testing.assert_array_equal(unfold(jnp.asarray(folded), 2), x)
+  np.testing.assert_array_equal(fold(jnp.asarray(x), 1), x)
+
+
+@pytest.mark.parametrize('patch', [1, 2])
+def test_decoding_undoes_the_scaling_and_the_folding(parts, patch):
+  unet = dataclasses.replace(
+    tiny.UNET, in_channels=4 * patch**2, out_channels=4 * patch**2, sample_size=16 // patch
+  )
+  model, frozen = assemble(unet, **parts, schedule=ScheduleConfig(), prediction='epsilon',
+                           latent_patch_size=patch)
+  config, autoencoder = model.autoencoder.config, model.autoencoder.bind(frozen['autoencoder'])
+  z = 0.1 * np.random.default_rng(0).normal(size=(2, 16, 16, 4)).astype(np.float32)
+  latents = model.latents(z)
+  assert latents.shape == (2, *model.latent_shape)
+  scaled = (z[0, 0, 0] - config.shift_factor) * config.scaling_factor
+  np.testing.assert_allclose(latents[0, 0, 0, :4], scaled, rtol=1e-6)
+  wanted = jnp.clip(autoencoder.decode(z), -1, 1)
+  np.testing.assert_allclose(model.decode(frozen['autoencoder'], latents), wanted, atol=1e-5)
+
+
+def test_a_network_of_unfolded_latents_is_refused(parts):
+  with pytest.raises(UserError, match='folded 2 x 2, have 16; set both to 16'):
+    assemble(tiny.UNET, **parts, schedule=ScheduleConfig(), prediction='epsilon',
+             latent_patch_size=2)
