@@ -31,12 +31,12 @@ def get_config() -> ConfigDict:
       'caption_dropout': 0.1,
       'min_snr_gamma': 0.0,
       'cache': True,
-      'sample': {'sampler': 'dpmpp_2m', 'steps': 20, 'guidance': 3.0},
+      'sample': {'sampler': 'dpmpp_2m', 'steps': 12, 'guidance': 2.0},
       'preview_captions': CAPTIONS,
     })
   config.optimizer.update({'learning_rate': 1.5e-3, 'warmup_steps': 60, 'weight_decay': 0.01})
   config.loop.update({
-    'total_steps': 900, 'batch_size': 32, 'ema_halflife_images': 2000.0,
-    'checkpoint_every_steps': 450, 'sample_every_steps': 450, 'evaluate_samples': 128,
+    'total_steps': 800, 'batch_size': 32, 'ema_halflife_images': 2000.0,
+    'checkpoint_every_steps': 400, 'sample_every_steps': 400, 'evaluate_samples': 128,
   })
   return config
