@@ -169,9 +169,9 @@ def build_task(
 
 
 def _check_size(config: TrainingConfig, model) -> None:
-  factor = model.autoencoder.config.factor * model.latent_patch_size
   size = config.settings.unet.sample_size
-  if config.data.size != size * factor:
+  factor = model.image_size // size
+  if config.data.size != model.image_size:
     raise UserError(
       f'data.size {config.data.size} gives latents of {config.data.size / factor:g}, but '
       f'settings.unet.sample_size is {size}; set data.size to {size * factor} or sample_size to '

@@ -57,13 +57,12 @@ def _score(args: argparse.Namespace) -> dict:
   from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 
   model, weights, sample, _ = load(args)
-  size = model.unet.config.sample_size * model.autoencoder.config.factor
   data = {'dataset': args.dataset, 'data_dir': args.data_dir, 'prepare': True}
   if args.workdir:
     data = RunDirectory(args.workdir).read_json('config.json')['data']
   train, test = (
     open_source(
-      data['dataset'], split, size=size, data_dir=data['data_dir'] or None, prepare=data['prepare']
+      data['dataset'], split, size=model.image_size, data_dir=data['data_dir'] or None, prepare=data['prepare']
     )
     for split in ('train', 'test')
   )

@@ -84,6 +84,12 @@ class TextToImage:
     return size, size, self.unet.config.in_channels
 
   @property
+  def image_size(self) -> int:
+    """Edge of the images in pixels."""
+    places = self.unet.config.sample_size * self.latent_patch_size
+    return places * self.autoencoder.config.factor
+
+  @property
   def context(self) -> int:
     """Length of a prompt in tokens, both frame tokens included."""
     return self.clip.config.text_config.max_position_embeddings

@@ -1,5 +1,6 @@
 """A few steps of every task leave everything that a run directory must hold."""
 
+import dataclasses
 import importlib.metadata
 import json
 
@@ -79,7 +80,9 @@ def test_the_exported_denoiser_loads_with_its_settings(trained, parts):
   model, weights, sample = load_text_to_image(str(trained('diffusion') / 'model'))
   assert model.prediction == 'v_prediction' and model.schedule.config.rescale_betas_zero_snr
   assert (sample.sampler, sample.steps, sample.guidance) == ('ddim', 2, 2.0)
-  assert model.unet.config == tiny.UNET and weights.unet.keys() == model.unet.shapes.keys()
+  folded = dataclasses.replace(tiny.UNET, sample_size=8, in_channels=16, out_channels=16)
+  assert model.unet.config == folded and model.latent_patch_size == 2
+  assert weights.unet.keys() == model.unet.shapes.keys()
   _, wanted = load_model('autoencoder', parts['autoencoder'])
   for name, value in wanted.items():
     np.testing.assert_array_equal(weights.autoencoder[name], value)
