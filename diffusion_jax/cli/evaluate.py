@@ -62,7 +62,8 @@ def _score(args: argparse.Namespace) -> dict:
     data = RunDirectory(args.workdir).read_json('config.json')['data']
   train, test = (
     open_source(
-      data['dataset'], split, size=model.image_size, data_dir=data['data_dir'] or None, prepare=data['prepare']
+      data['dataset'], split, size=model.image_size, data_dir=data['data_dir'] or None,
+      prepare=data['prepare'],
     )
     for split in ('train', 'test')
   )
