@@ -86,7 +86,7 @@ def discrete_bound(
   """The bound of a model of T steps (Ho et al. 2020, eq. 5).
 
   Each KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) with the posterior's variance ('fixed_small')
-  is (SNR(t-1) - SNR(t)) |x_0 - D|^2 / 2 (Kingma et al. 2021, eq. 13). With r the posterior's
+  is (SNR(t-1) - SNR(t)) |x_0 - D|^2 / 2 (Kingma et al. 2021, section 4). With r the posterior's
   variance over beta_t, 'fixed_large' makes it r times that, plus (r - 1 - ln r) / 2 per dimension.
 
   Args:

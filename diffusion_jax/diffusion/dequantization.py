@@ -2,7 +2,7 @@
 
 For q(u | x) over the bin [0, 1)^d of x, P(x) >= exp E_q[log p(x + u) - log q(u | x)], bins having
 width w: -log P(x) <= E_q[-log p(x + w (u - 1/2)) + log q(u | x)] - d log w (Theis et al. 2016,
-section 3.1; Ho et al. 2019, Flow++, eq. 8-12).
+section 3.1; Ho et al. 2019, Flow++, section 3.1).
 """
 
 import math

@@ -121,7 +121,7 @@ def flow_likelihood(
     max_steps: of the adaptive solver; where they do not suffice, bits are NaN.
     t_min: where data begins; sigma must be above 0 there.
     start_noise: start from alpha x + sigma eps, which is what the network knows, rather than from
-      alpha x; the expectation is then an upper bound (Zheng et al. 2023, section 4.2).
+      alpha x; the expectation is then an upper bound (Zheng et al. 2023).
     prior_std: of the Gaussian at t = 1; default sqrt(alpha^2 + sigma^2), which is 1 for VP.
 
   Raises:
