@@ -1,26 +1,193 @@
-"""Guidance turns a text-conditioned denoiser into an unconditional-looking one."""
+"""Guidance maps a denoiser to a denoiser, so that samplers and likelihoods know nothing of it.
 
+All of it acts on estimates of x_0. Epsilon, v and the score are affine in x_0 at a given x, and the
+weights of an extrapolation sum to 1: extrapolating any of them is the same.
+
+A scale is a Python number, or an array [] or [b] that may be traced: then another value needs no
+compilation.
+"""
+
+import numbers
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 
-from diffusion_jax.diffusion.denoiser import Denoiser, TextDenoiser
-from diffusion_jax.types import Text
+from diffusion_jax.diffusion.denoiser import Denoiser, TextDenoiser, expand
+from diffusion_jax.errors import UserError
+from diffusion_jax.types import Latents, PerExample, Text
+
+Scale = float | jax.Array
+
+LogProbability = Callable[[Latents, jax.Array, jax.Array], PerExample]
+"""(x [b h w c], alpha [], sigma []) -> log p(y | x_t = x), [b]."""
+
+Interval = tuple[Scale, Scale]
+"""(low, high): noise levels sigma / alpha that are guided, low < sigma / alpha <= high."""
+
+RESCALE_SPACES = ('sample', 'epsilon', 'v_prediction')
 
 
-def classifier_free(denoise: TextDenoiser, text: Text, negative: Text, scale: float) -> Denoiser:
+def classifier_free(
+  denoise: TextDenoiser, text: Text, negative: Text, scale: Scale, *,
+  rescale: Scale = 0.0, rescale_in: str = 'sample', interval: Interval | None = None,
+) -> Denoiser:
   """Classifier-free guidance (Ho & Salimans 2022, eq. 6): negative + scale (text - negative).
 
-  Scale 1 is the conditional model and costs one network call a step; any other scale costs one
-  call on a batch twice as large. Extrapolating x_0 equals extrapolating epsilon at the same x.
+  A scale that is the number 1 is the conditional model and costs one network call a step; any
+  other costs one call on a batch twice as large, within the interval if there is one.
 
   Args:
-    text: [b l d]; negative: [b l d], the null caption or a negative prompt.
+    text: [b l d], or any tree of arrays [b ...] that the denoiser takes.
+    negative: like text: the null caption or a negative prompt.
+    rescale, rescale_in, interval: as in `autoguidance`.
   """
-  if scale == 1:
-    return lambda x, alpha, sigma: denoise(x, alpha, sigma, text)
-  both = jnp.concatenate([negative, text])
+  conditional = lambda x, alpha, sigma: denoise(x, alpha, sigma, text)
+  both = jax.tree.map(lambda *pair: jnp.concatenate(pair), negative, text)
+
+  def predictions(x, alpha, sigma):
+    without, with_text = jnp.split(denoise(jnp.concatenate([x, x]), alpha, sigma, both), 2)
+    return with_text, without
+
+  return _extrapolated(conditional, predictions, scale, rescale, rescale_in, interval)
+
+
+def autoguidance(
+  denoise: Denoiser, worse: Denoiser, scale: Scale, *,
+  rescale: Scale = 0.0, rescale_in: str = 'sample', interval: Interval | None = None,
+) -> Denoiser:
+  """Guidance by a worse version of the model itself (Karras et al. 2024, section 4).
+
+  worse + scale (denoise - worse); the number 1 as scale costs no call of the worse model.
+
+  Args:
+    rescale: phi in [0, 1] of Lin et al. 2024, section 3.4: how far the deviation over each image
+      goes back to what it was without guidance; they use 0.7.
+    rescale_in: the quantity whose deviation is meant: 'sample', 'epsilon' or 'v_prediction'.
+    interval: noise levels that are guided (Kynkaanniemi et al. 2024, section 3); at all others
+      only `denoise` is called, on the batch as it is.
+
+  Raises:
+    UserError: for an unknown `rescale_in`.
+  """
+  predictions = lambda x, alpha, sigma: (denoise(x, alpha, sigma), worse(x, alpha, sigma))
+  return _extrapolated(denoise, predictions, scale, rescale, rescale_in, interval)
+
+
+def perturbed_attention(
+  denoise: Denoiser, perturbed: Denoiser, scale: Scale, *, interval: Interval | None = None
+) -> Denoiser:
+  """Perturbed-attention guidance (Ahn et al. 2024): denoise + scale (denoise - perturbed).
+
+  Args:
+    perturbed: the same network with the self-attention maps of some layers made the identity.
+    scale: the paper's s, from 0 (no guidance, no call of the perturbed network).
+    interval: as in `autoguidance`.
+  """
+  return autoguidance(denoise, perturbed, 1 + scale, interval=interval)
+
+
+def classifier(denoise: Denoiser, log_probability: LogProbability, scale: Scale) -> Denoiser:
+  """Guidance by the gradient of a classifier of noised data (Dhariwal & Nichol 2021, alg. 2).
+
+  Adding scale * grad log p(y | x_t) to the score adds scale sigma^2 / alpha times it to x_0. Where
+  alpha = 0 there is nothing to classify, and the estimate stays as it is.
+
+  Args:
+    log_probability: of the wanted class of each image, given the noised images.
+    scale: 0 costs no gradient; 1 is Bayes' rule.
+  """
+  if _is_number(scale, 0):
+    return denoise
 
   def guided(x, alpha, sigma):
-    without, with_text = jnp.split(denoise(jnp.concatenate([x, x]), alpha, sigma, both), 2)
-    return without + scale * (with_text - without)
+    gradient = jax.grad(lambda x: log_probability(x, alpha, sigma).sum())(x)
+    some = jnp.asarray(alpha) > 0
+    factor = jnp.where(some, sigma**2 / jnp.where(some, alpha, 1), 0).astype(x.dtype)
+    return denoise(x, alpha, sigma) + _like(scale, x) * factor * gradient
 
   return guided
+
+
+def static_threshold(denoise: Denoiser, limit: float = 1.0) -> Denoiser:
+  """Clips the estimate to [-limit, limit], the range of the data (Saharia et al. 2022, 2.3)."""
+  return lambda x, alpha, sigma: jnp.clip(denoise(x, alpha, sigma), -limit, limit)
+
+
+def dynamic_threshold(
+  denoise: Denoiser, percentile: float = 0.95, limit: float = 1.0
+) -> Denoiser:
+  """Clips each image at its own percentile, then scales it back (Saharia et al. 2022, 2.3).
+
+  With s the percentile of an image's absolute values, at least `limit`: clip(x_0, -s, s) limit / s.
+  For pixels in [-limit, limit]; latents have no such range.
+
+  Args:
+    percentile: share in [0, 1]; 1 scales without clipping.
+  """
+  def thresholded(x, alpha, sigma):
+    x0 = denoise(x, alpha, sigma)
+    s = jnp.quantile(jnp.abs(x0.reshape(len(x0), -1)), percentile, axis=1)
+    s = expand(jnp.maximum(s, limit), x0)
+    return jnp.clip(x0, -s, s) * (limit / s)
+
+  return thresholded
+
+
+def _is_number(scale: Scale, value: float) -> bool:
+  """Whether the scale is that very Python number, known when the program is traced."""
+  return isinstance(scale, numbers.Real) and scale == value
+
+
+def _like(scale: Scale, x: jax.Array) -> jax.Array:
+  return expand(jnp.asarray(scale, x.dtype), x)
+
+
+def _extrapolated(conditional, predictions, scale, rescale, rescale_in, interval) -> Denoiser:
+  """Denoiser of worse + scale (better - worse), `predictions` giving the pair (better, worse)."""
+  if rescale_in not in RESCALE_SPACES:
+    raise UserError(
+      f'guidance rescale in {rescale_in!r} is unknown; choose one of {", ".join(RESCALE_SPACES)}.'
+    )
+  if _is_number(scale, 1):
+    return conditional
+
+  def guided(x, alpha, sigma):
+    better, worse = predictions(x, alpha, sigma)
+    x0 = worse + _like(scale, x) * (better - worse)
+    if _is_number(rescale, 0):
+      return x0
+    return _rescaled(x, x0, better, alpha, sigma, _like(rescale, x), rescale_in)
+
+  if interval is None:
+    return guided
+
+  def within(x, alpha, sigma):
+    # sigma / alpha without dividing, as alpha may be 0.
+    low, high = map(jnp.asarray, interval)
+    inside = (sigma > low * alpha) & (jnp.isinf(high) | (sigma <= high * alpha))
+    return jax.lax.cond(inside, guided, conditional, x, alpha, sigma)
+
+  return within
+
+
+def _rescaled(x, x0, conditional, alpha, sigma, phi, space: str) -> jax.Array:
+  """Guided x_0 with the deviation per image of the conditional one (Lin et al. 2024, 3.4).
+
+  Each space's quantity is p x - q x_0 up to a factor: multiplying it by k means x_0 becomes
+  k x_0 + (1 - k) (p / q) x.
+  """
+  alpha, sigma = jnp.asarray(alpha, x.dtype), jnp.asarray(sigma, x.dtype)
+  p, q = {
+    'sample': (0.0, jnp.ones_like(alpha)),
+    'epsilon': (1.0, alpha),
+    'v_prediction': (alpha, alpha**2 + sigma**2),
+  }[space]
+  variance = lambda x0: jnp.var(p * x - q * x0, axis=tuple(range(1, x.ndim)), keepdims=True)
+  guided = variance(x0)
+  some = guided > 0
+  # 1 where nothing varies, inside the root: its gradient at 0 would be infinite.
+  ratio = jnp.sqrt(jnp.where(some, variance(conditional), 1) / jnp.where(some, guided, 1))
+  # At alpha = 0 epsilon is x whatever x_0 is: there is nothing to rescale.
+  k = jnp.where(q > 0, phi * ratio + 1 - phi, 1)
+  return k * x0 + (1 - k) * (p / jnp.where(q > 0, q, 1)) * x

@@ -1,6 +1,12 @@
-"""Noise schedules: signal alpha_t and noise sigma_t of x_t = alpha_t x_0 + sigma_t eps."""
+"""Tables of T noise levels, and the grids that samplers walk, from the continuous processes.
+
+Index i of a table is time t = (i + 1) / T of a process; t = 0 is the clean pair (1, 0). The
+published schedules of betas are the process's rate per step, beta_i = rate(i / (T - 1)), multiplied
+up; any other process is sampled. `Schedule.process` interpolates a table back to continuous time.
+"""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -8,38 +14,57 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from diffusion_jax.diffusion import processes
+from diffusion_jax.diffusion.processes import Process
 from diffusion_jax.errors import UserError
 
 Grid = tuple[Float[Array, 'n'], Float[Array, 'n']]
 """(alphas, sigmas) from noise to data; the last pair is (1, 0)."""
 
 
+def tabulate(process: Process, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """(alphas [n], sigmas [n]) of a process at times [n], float64 whatever JAX's default."""
+  with jax.enable_x64(True), jax.ensure_compile_time_eval():
+    alphas, sigmas = process(jnp.asarray(times, jnp.float64))
+    return np.asarray(alphas, np.float64), np.asarray(sigmas, np.float64)
+
+
 def linear_betas(steps: int, start: float, end: float) -> np.ndarray:
   """beta_t linear in t; DDPM (Ho et al. 2020, section 4) uses 1e-4 to 0.02 with 1000 steps."""
-  return np.linspace(start, end, steps, dtype=np.float64)
+  return processes.linear_rate(start, end)(np.linspace(0, 1, steps))
 
 
 def scaled_linear_betas(steps: int, start: float, end: float) -> np.ndarray:
   """sqrt(beta_t) linear in t; Stable Diffusion uses 0.00085 to 0.012 with 1000 steps."""
-  return np.linspace(start**0.5, end**0.5, steps, dtype=np.float64) ** 2
+  return processes.scaled_linear_rate(start, end)(np.linspace(0, 1, steps))
+
+
+def sigmoid_betas(steps: int, start: float, end: float) -> np.ndarray:
+  """beta_t on a logistic curve from start to end (Xu et al. 2022, GeoDiff)."""
+  return processes.sigmoid_rate(start, end)(np.linspace(0, 1, steps))
 
 
 def cosine_betas(steps: int, start: float = 0.0, end: float = 0.999) -> np.ndarray:
   """Nichol & Dhariwal 2021, eq. 17 with s = 0.008; betas capped at `end`. `start` is not used."""
   del start
-
-  def alpha_bar(t):
-    return np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
-
-  t = np.arange(steps + 1, dtype=np.float64) / steps
-  return np.minimum(1 - alpha_bar(t[1:]) / alpha_bar(t[:-1]), end)
+  alphas, _ = tabulate(processes.cosine(), np.arange(steps + 1) / steps)
+  return np.minimum(1 - (alphas[1:] / alphas[:-1]) ** 2, end)
 
 
 BETAS: dict[str, Callable[[int, float, float], np.ndarray]] = {
   'linear': linear_betas,
   'scaled_linear': scaled_linear_betas,
+  'sigmoid': sigmoid_betas,
   'cosine': cosine_betas,
+  # The name in diffusers, where beta_end is no cap.
+  'squaredcos_cap_v2': lambda steps, start, end: cosine_betas(steps),
 }
+
+SAMPLED: dict[str, Callable[[], Process]] = {
+  'flow': processes.flow,
+  'log_linear': processes.log_linear,
+}
+"""Schedules that are a process at T times, without betas."""
 
 
 def zero_terminal_snr(alpha_bar: np.ndarray) -> np.ndarray:
@@ -54,54 +79,121 @@ def zero_terminal_snr(alpha_bar: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-  """A discrete variance-preserving schedule of `steps` timesteps; names follow scheduler_config."""
+  """A table of `num_train_timesteps` noise levels; names follow diffusers' scheduler_config.
+
+  beta_schedule: a key of BETAS (with beta_start and beta_end per step) or of SAMPLED. shift:
+  multiplies sigma / alpha at every step, more than 1 for images larger than the schedule was made
+  for (`processes.resolution_shift`).
+  """
 
   beta_schedule: str = 'scaled_linear'
   beta_start: float = 0.00085
   beta_end: float = 0.012
   num_train_timesteps: int = 1000
   rescale_betas_zero_snr: bool = False
+  shift: float = 1.0
 
   def __post_init__(self):
-    if self.beta_schedule not in BETAS:
+    if self.beta_schedule not in BETAS | SAMPLED:
       raise UserError(
-        f'schedule.beta_schedule is {self.beta_schedule!r}; choose one of {", ".join(BETAS)}.'
+        f'schedule.beta_schedule is {self.beta_schedule!r}; choose one of '
+        f'{", ".join(BETAS | SAMPLED)}.'
       )
     if self.num_train_timesteps < 2:
       raise UserError('schedule.num_train_timesteps must be at least 2.')
+    if self.rescale_betas_zero_snr and self.beta_schedule in SAMPLED:
+      raise UserError(
+        f'schedule.rescale_betas_zero_snr has no betas to rescale in {self.beta_schedule!r}; set '
+        f'it to False, or choose one of {", ".join(BETAS)}.'
+      )
+    if not (self.shift > 0 and math.isfinite(self.shift)):
+      raise UserError(f'schedule.shift is {self.shift}; it must be positive, at least above 0.')
+
+  def table(self) -> tuple[np.ndarray, np.ndarray]:
+    """(alphas [T], sigmas [T]) float64, from little noise to much."""
+    steps = self.num_train_timesteps
+    times = np.arange(1, steps + 1) / steps
+    if self.beta_schedule == 'flow':
+      return tabulate(processes.flow(self.shift), times)
+    if self.beta_schedule in SAMPLED:
+      alphas, sigmas = tabulate(SAMPLED[self.beta_schedule](), times)
+    else:
+      betas = BETAS[self.beta_schedule](steps, self.beta_start, self.beta_end)
+      alpha_bar = np.cumprod(1 - betas)
+      if self.rescale_betas_zero_snr:
+        alpha_bar = zero_terminal_snr(alpha_bar)
+      alphas, sigmas = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+    if self.shift != 1:
+      return processes.shift_pair(alphas, sigmas, self.shift)
+    return alphas, sigmas
 
 
 class Schedule:
-  """alpha_t and sigma_t, t = 0 .. T-1, with alpha_t^2 + sigma_t^2 = 1.
+  """alpha_t and sigma_t for t = 0 .. T-1, growing towards noise.
 
-  Calling it with integer timesteps [b] gives (alpha [b], sigma [b]), float32.
+  Calling it with integer timesteps [b] gives (alpha [b], sigma [b]), float32 (float64 in x64 mode).
+
+  Attributes:
+    config: what it was made from.
+    alphas, sigmas: [T] float64.
+    alpha_bar: [T] alpha_t^2, the running products of 1 - beta.
   """
 
   def __init__(self, config: ScheduleConfig):
-    betas = BETAS[config.beta_schedule](
-      config.num_train_timesteps, config.beta_start, config.beta_end
-    )
-    alpha_bar = np.cumprod(1 - betas)
-    if config.rescale_betas_zero_snr:
-      alpha_bar = zero_terminal_snr(alpha_bar)
     self.config = config
-    self.alpha_bar = alpha_bar
-    self.alphas = np.sqrt(alpha_bar).astype(np.float32)
-    self.sigmas = np.sqrt(1 - alpha_bar).astype(np.float32)
+    self.alphas, self.sigmas = config.table()
+
+  @classmethod
+  def sampled(cls, process: Process, steps: int) -> 'Schedule':
+    """The table of a process at times 1/T, 2/T .. 1; `Schedule.process` inverts it.
+
+    Its config is None: a function cannot be written to a file.
+    """
+    schedule = cls.__new__(cls)
+    schedule.config = None
+    schedule.alphas, schedule.sigmas = tabulate(process, np.arange(1, steps + 1) / steps)
+    return schedule
+
+  @property
+  def alpha_bar(self) -> np.ndarray:
+    return self.alphas**2
+
+  @property
+  def zero_terminal(self) -> bool:
+    """Whether the last step holds no signal."""
+    return bool(self.alphas[-1] == 0)
 
   def __len__(self) -> int:
-    return len(self.alpha_bar)
+    return len(self.alphas)
 
   def __call__(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(self.alphas)[t], jnp.asarray(self.sigmas)[t]
 
+  def process(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The table as a process: t [...] in [0, 1] -> (alpha [...], sigma [...]).
+
+    Linear between neighbours, at unit alpha^2 + sigma^2 where the table has that everywhere; exact
+    at t = (i + 1) / T, and (1, 0) at t = 0.
+    """
+    t = jnp.asarray(t)
+    knots = np.arange(len(self) + 1) / len(self)
+    place = lambda first, values: jnp.interp(
+      t, jnp.asarray(knots, t.dtype), jnp.asarray(np.append(first, values), t.dtype)
+    )
+    alpha, sigma = place(1.0, self.alphas), place(0.0, self.sigmas)
+    if np.allclose(self.alphas**2 + self.sigmas**2, 1, rtol=0, atol=1e-9):
+      norm = jnp.sqrt(alpha**2 + sigma**2)
+      alpha, sigma = alpha / norm, sigma / norm
+    return alpha, sigma
+
   def timestep(self, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
-    """The (fractional) timestep at which the schedule has this alpha and sigma.
+    """The (fractional) timestep at which the schedule has this sigma / alpha.
 
     Interpolates in the angle atan2(sigma, alpha), which stays finite at zero terminal SNR.
     """
-    angles = np.arctan2(np.sqrt(1 - self.alpha_bar), np.sqrt(self.alpha_bar)).astype(np.float32)
-    return jnp.interp(jnp.arctan2(sigma, alpha), angles, np.arange(len(self), dtype=np.float32))
+    angle = jnp.arctan2(sigma, alpha)
+    angles = jnp.asarray(np.arctan2(self.sigmas, self.alphas), angle.dtype)
+    return jnp.interp(angle, angles, jnp.arange(len(self), dtype=angle.dtype))
 
 
 def spaced_timesteps(total: int, count: int, spacing: str) -> np.ndarray:
@@ -128,6 +220,14 @@ def spaced_timesteps(total: int, count: int, spacing: str) -> np.ndarray:
 def sampling_grid(schedule: Schedule, count: int, spacing: str = 'trailing') -> Grid:
   """(alphas [count+1], sigmas [count+1]) from noise to data, ended by the clean pair (1, 0)."""
   steps = spaced_timesteps(len(schedule), count, spacing)
-  alphas = np.append(schedule.alphas[steps], np.float32(1))
-  sigmas = np.append(schedule.sigmas[steps], np.float32(0))
+  alphas, sigmas = np.append(schedule.alphas[steps], 1.0), np.append(schedule.sigmas[steps], 0.0)
   return jnp.asarray(alphas), jnp.asarray(sigmas)
+
+
+def process_grid(process: Process, times: np.ndarray) -> Grid:
+  """(alphas [n+1], sigmas [n+1]) of a process at falling times [n], then the clean pair (1, 0).
+
+  `process_grid(karras(), np.linspace(1, 0, n))` is Karras et al. 2022, eq. 5.
+  """
+  alphas, sigmas = tabulate(process, times)
+  return jnp.asarray(np.append(alphas, 1.0)), jnp.asarray(np.append(sigmas, 0.0))

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from diffusion_jax.diffusion.denoiser import text_denoiser
+from diffusion_jax.diffusion.denoiser import BLIND_AT_ZERO_SNR, text_denoiser
 from diffusion_jax.diffusion.guidance import classifier_free
 from diffusion_jax.diffusion.samplers import initial_noise, sampler
 from diffusion_jax.diffusion.schedules import Schedule, sampling_grid
@@ -36,9 +36,9 @@ class SampleConfig:
     """Raises a UserError for what cannot be sampled."""
     sampler(self.sampler)
     sampling_grid(schedule, self.steps, self.spacing)
-    if prediction == 'epsilon' and schedule.config.rescale_betas_zero_snr:
+    if prediction in BLIND_AT_ZERO_SNR and schedule.zero_terminal:
       raise UserError(
-        'an epsilon prediction says nothing at zero terminal SNR; set task.prediction to '
+        f'the prediction {prediction!r} says nothing at zero terminal SNR; set task.prediction to '
         'v_prediction, or schedule.rescale_betas_zero_snr to False.'
       )
 

@@ -1,57 +1,40 @@
-"""Parameterisations, weights and noise, by hand."""
+"""Losses and noise, by hand and against exact minimisers."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.diffusion.denoiser import PREDICTIONS, target, text_denoiser, to_x0
+from diffusion_jax.diffusion import objectives, processes, sdes
+from diffusion_jax.diffusion.denoiser import BLIND_AT_ZERO_SNR, PREDICTIONS, target
 from diffusion_jax.diffusion.objectives import (
   add_noise,
+  edm_loss,
+  flow_matching_loss,
+  huber_delta,
   min_snr_weight,
   offset_noise,
+  perturb_input,
+  pseudo_huber,
   squared_error,
+  weighted_loss,
 )
-from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
+from diffusion_jax.diffusion.weightings import WEIGHTINGS, weighting
+from tests.diffusion.quadrature import normal_nodes
 
 
-@pytest.mark.parametrize('prediction', PREDICTIONS)
-def test_a_perfect_prediction_gives_back_x0(prediction):
-  key_x, key_e = jax.random.split(jax.random.key(0))
-  x0, eps = jax.random.normal(key_x, (3, 4, 4, 2)), jax.random.normal(key_e, (3, 4, 4, 2))
-  alpha = jnp.array([0.9, 0.5, 0.1])
-  sigma = jnp.sqrt(1 - alpha**2)
-  x = add_noise(x0, eps, alpha, sigma)
-  output = target(prediction, x0, eps, alpha, sigma)
-  np.testing.assert_allclose(to_x0(prediction, output, x, alpha, sigma), x0, atol=1e-5)
+@pytest.fixture(autouse=True)
+def float64():
+  with jax.enable_x64(True):
+    yield
 
 
-def test_v_target_by_hand():
-  out = target(
-    'v_prediction', jnp.array([[2.0]]), jnp.array([[3.0]]), jnp.array([0.8]), jnp.array([0.6])
-  )
-  np.testing.assert_allclose(out, [[0.8 * 3 - 0.6 * 2]], rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-  'prediction,weight',
-  [
-    ('epsilon', lambda snr, g: np.minimum(snr, g) / snr),
-    ('sample', lambda snr, g: np.minimum(snr, g)),
-    ('v_prediction', lambda snr, g: np.minimum(snr, g) / (snr + 1)),
-  ],
-)
-def test_min_snr_weights(prediction, weight):
-  snr = np.array([1e-3, 0.5, 5.0, 7.0, 900.0])
-  alpha, sigma = np.sqrt(snr / (1 + snr)), np.sqrt(1 / (1 + snr))
-  found = min_snr_weight(prediction, jnp.asarray(alpha), jnp.asarray(sigma), 5.0)
-  np.testing.assert_allclose(found, weight(snr, 5.0), rtol=1e-4)
-
-
-@pytest.mark.parametrize('prediction', PREDICTIONS)
-def test_min_snr_is_finite_at_zero_terminal_snr(prediction):
-  weight = min_snr_weight(prediction, jnp.array([0.0]), jnp.array([1.0]), 5.0)
-  np.testing.assert_allclose(weight, [1.0 if prediction == 'epsilon' else 0.0])
+def test_the_forward_process_has_its_mean_and_variance():
+  x0 = jnp.full((1, 40000), 1.5)
+  alpha, sigma = jnp.array([0.8]), jnp.array([0.6])
+  x = add_noise(x0, jax.random.normal(jax.random.key(0), x0.shape), alpha, sigma)
+  np.testing.assert_allclose(x.mean(), 0.8 * 1.5, atol=4 * 0.6 / 200)
+  np.testing.assert_allclose(x.std(), 0.6, rtol=4 / np.sqrt(80000))
 
 
 def test_offset_noise_shares_one_offset_per_image_and_channel():
@@ -63,21 +46,136 @@ def test_offset_noise_shares_one_offset_per_image_and_channel():
   np.testing.assert_allclose(plain.mean(axis=(1, 2)).var(), 1 / 64, rtol=0.08)
 
 
-def test_squared_error_is_per_example():
+def test_perturbed_inputs_have_more_noise_around_the_same_target():
+  eps = jax.random.normal(jax.random.key(0), (1, 40000))
+  seen = perturb_input(jax.random.key(1), eps, 0.5)
+  np.testing.assert_allclose(seen.var(), 1.25, rtol=0.03)
+  np.testing.assert_allclose((seen - eps).std(), 0.5, rtol=0.02)
+  assert perturb_input(jax.random.key(1), eps, 0.0) is eps
+
+
+def test_squared_error_is_per_example_and_at_least_float32():
   x = jnp.stack([jnp.zeros((2, 2, 1)), jnp.full((2, 2, 1), 3.0)])
   np.testing.assert_allclose(squared_error(x, jnp.ones_like(x)), [1.0, 4.0])
+  assert squared_error(x, x).dtype == jnp.float64
+  assert squared_error(x.astype(jnp.bfloat16), x.astype(jnp.bfloat16)).dtype == jnp.float32
 
 
-def test_the_denoiser_hands_the_network_its_timestep():
-  schedule = Schedule(ScheduleConfig())
-  seen = []
+def test_pseudo_huber_is_the_square_of_small_and_the_size_of_large_errors():
+  error = jnp.array([[1e-3], [3.0], [1e4]])
+  zero = jnp.zeros_like(error)
+  found = pseudo_huber(error, zero, 0.5)
+  np.testing.assert_allclose(found[1], 2 * 0.5 * (np.sqrt(9.25) - 0.5), rtol=1e-12)
+  np.testing.assert_allclose(found[0], 1e-6, rtol=1e-5)
+  np.testing.assert_allclose(found[2], 1e4 - 0.5, rtol=1e-6)
+  np.testing.assert_allclose(pseudo_huber(error, zero, 1e8), squared_error(error, zero), rtol=1e-6)
+  per_example = pseudo_huber(jnp.full((2, 1), 3.0), jnp.zeros((2, 1)), jnp.array([0.5, 2.0]))
+  np.testing.assert_allclose(per_example, [found[1], 4 * (np.sqrt(13) - 2)], rtol=1e-12)
+  assert jax.grad(lambda e: pseudo_huber(e, zero, 0.5).sum())(zero)[0] == 0
 
-  def network(x, t, text):
-    seen.append(t)
-    return jnp.zeros_like(x)
 
-  alpha, sigma = schedule(jnp.array(321))
-  x = jnp.ones((2, 1, 1, 1))
-  x0 = text_denoiser(network, schedule, 'epsilon')(x, alpha, sigma, None)
-  np.testing.assert_allclose(seen[0], [321, 321], atol=0.02)
-  np.testing.assert_allclose(x0, x / alpha, rtol=1e-6)
+def test_the_huber_schedule_falls_exponentially():
+  np.testing.assert_allclose(huber_delta(jnp.array([0.0, 0.5, 1.0]), 0.01), [1, 0.1, 0.01])
+
+
+@pytest.mark.parametrize('prediction', PREDICTIONS)
+def test_the_weighted_loss_is_weight_times_error(prediction):
+  rng = np.random.default_rng(0)
+  x0, eps, output = map(jnp.asarray, rng.normal(size=(3, 2, 5)))
+  alpha, sigma = jnp.array([0.9, 0.3]), jnp.array([0.4, 0.8])
+  wanted = target(prediction, x0, eps, alpha, sigma, 0.5)
+  simple = weighted_loss(prediction, output, x0, eps, alpha, sigma, data_std=0.5)
+  np.testing.assert_allclose(simple, ((output - wanted) ** 2).mean(1), rtol=1e-12)
+  # Perfect but for one error in x_0 of 0.1: uniform weighting on x_0 sees just that.
+  moved = target(prediction, x0 + 0.1, eps - 0.1 * (alpha / sigma)[:, None], alpha, sigma, 0.5)
+  found = weighted_loss(
+    prediction, moved, x0, eps, alpha, sigma, weighting('uniform'), data_std=0.5
+  )
+  np.testing.assert_allclose(found, [0.01, 0.01], rtol=1e-10)
+  huber = weighted_loss(
+    prediction, output, x0, eps, alpha, sigma, data_std=0.5,
+    error=lambda a, b: pseudo_huber(a, b, 0.1),
+  )
+  np.testing.assert_allclose(huber, pseudo_huber(output, wanted, 0.1), rtol=1e-12)
+
+
+@pytest.mark.parametrize('prediction', PREDICTIONS)
+@pytest.mark.parametrize('name', [None, *WEIGHTINGS])
+def test_zero_terminal_snr_has_finite_losses_and_gradients(prediction, name):
+  """Float32, at alpha = 0 and, for all but the score, whose target is infinite, at sigma = 0."""
+  last = 0.0 if prediction != 'score' else 1e-3
+  alpha, sigma = jnp.array([0.0, 1.0], jnp.float32), jnp.array([1.0, last], jnp.float32)
+  x0, eps = jnp.full((2, 3), 0.5, jnp.float32), jnp.full((2, 3), -0.7, jnp.float32)
+  made = weighting(name) if name else None
+  loss = lambda output: weighted_loss(prediction, output, x0, eps, alpha, sigma, made)
+  value, slope = loss(x0), jax.grad(lambda output: loss(output).sum())(x0)
+  assert value.shape == (2,) and value.dtype == jnp.float32
+  assert np.isfinite(value).all() and np.isfinite(slope).all()
+  exact = target(prediction, x0, eps, alpha, sigma)
+  np.testing.assert_array_equal(loss(exact), 0)
+
+
+def test_edm_loss_by_hand():
+  """D = c x: the error of x_0 is (c - 1) x_0 + c sigma eps."""
+  x0, eps, sigma = jnp.array([[1.0, 2.0]]), jnp.array([[-1.0, 0.5]]), jnp.array([3.0])
+  found = edm_loss(lambda x, alpha, sigma: 0.2 * x, x0, eps, sigma, 0.5)
+  error = np.mean([(-0.8 + 0.6 * -1) ** 2, (-1.6 + 0.6 * 0.5) ** 2])
+  np.testing.assert_allclose(found, [(9 + 0.25) / (3 * 0.5) ** 2 * error], rtol=1e-12)
+
+
+@pytest.mark.parametrize('sigma', [0.1, 1.0, 10.0])
+def test_edm_loss_of_the_exact_denoiser_of_gaussian_data_is_one(sigma):
+  """E|D - x_0|^2 = s^2 sigma^2 / (s^2 + sigma^2), the inverse of the weight at data_std = s."""
+  x0, eps, weights = normal_nodes(0.5, 1.0)
+  denoise = lambda x, a, s: (0.25 / (0.25 + s**2))[:, None] * x
+  loss = edm_loss(denoise, x0, eps, jnp.full(len(x0), sigma), 0.5)
+  np.testing.assert_allclose(weights @ loss, 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize('made', [processes.flow(), processes.cosine(), processes.linear()])
+def test_flow_matching_is_minimised_by_the_velocity(made):
+  """Gaussian data: the derivative of the expected loss vanishes at the exact velocity."""
+  x0, eps, weights = normal_nodes(0.5, 1.0)
+  denoise = lambda x, a, s: (0.25 * a / (0.25 * a**2 + s**2))[:, None] * x
+  exact = sdes.velocity(made, denoise)
+  t = jnp.full(len(x0), 0.4)
+
+  def expected(change):
+    velocity = lambda x, t: exact(x, t) + change[0] * x + change[1]
+    return weights @ flow_matching_loss(velocity, made, x0, eps, t)
+
+  np.testing.assert_allclose(jax.grad(expected)(jnp.zeros(2)), 0, atol=1e-12)
+  assert expected(jnp.array([0.1, 0.0])) > expected(jnp.zeros(2)) > 0.01
+
+
+def test_flow_matching_on_straight_paths_is_the_flow_prediction():
+  rng = np.random.default_rng(0)
+  x0, eps = map(jnp.asarray, rng.normal(size=(2, 3, 4)))
+  t = jnp.array([0.1, 0.5, 0.9])
+  network = lambda x, t: 0.3 * x
+  found = flow_matching_loss(network, processes.flow(), x0, eps, t)
+  output = network(add_noise(x0, eps, 1 - t, t), t)
+  wanted = weighted_loss('flow_prediction', output, x0, eps, 1 - t, t)
+  np.testing.assert_allclose(found, wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+  'prediction,formula',
+  [
+    ('epsilon', lambda snr, g: np.minimum(snr, g) / snr),
+    ('sample', lambda snr, g: np.minimum(snr, g)),
+    ('v_prediction', lambda snr, g: np.minimum(snr, g) / (snr + 1)),
+  ],
+)
+def test_min_snr_weights(prediction, formula):
+  snr = np.array([1e-3, 0.5, 5.0, 7.0, 900.0])
+  alpha, sigma = np.sqrt(snr / (1 + snr)), np.sqrt(1 / (1 + snr))
+  found = min_snr_weight(prediction, jnp.asarray(alpha), jnp.asarray(sigma), 5.0)
+  np.testing.assert_allclose(found, formula(snr, 5.0), rtol=1e-12)
+  at_zero = min_snr_weight(prediction, jnp.zeros(1), jnp.ones(1), 5.0)
+  limit = 1.0 if prediction in BLIND_AT_ZERO_SNR else 0.0
+  np.testing.assert_allclose(at_zero, [limit], atol=1e-8)
+
+
+def test_per_example_means():
+  np.testing.assert_allclose(objectives.per_example(jnp.arange(6.0).reshape(2, 3, 1)), [1, 4])
