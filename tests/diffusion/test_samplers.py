@@ -76,6 +76,19 @@ def test_unknown_names_and_options_are_refused():
     sampler('heun', churn=3.0)
 
 
+@pytest.mark.parametrize(
+  'name,options',
+  [
+    ('ddpm', {'variance': 'medium'}), ('unipc', {'variant': 'bh3'}),
+    ('dpmpp_2m_sde', {'slope': 'steep'}), ('sa_solver', {'corrector_order': 1}),
+    ('dpm_adaptive', {'order': 4}),
+  ],
+)
+def test_bad_options_are_refused(name, options):
+  with pytest.raises(UserError, match='choose'):
+    sampler(name, **options)(gaussian, jnp.ones((1, 1, 1, 1)), geometric(8.0, 0.1, 3), None)
+
+
 def test_table_is_complete():
   for name, info in SAMPLERS.items():
     assert info.description and info.citation, name

@@ -108,7 +108,7 @@ def test_inversion_and_back():
   grid = of_levels([30.0, 8.0, 3.0, 1.2, 0.6, 0.3, 0.15])
   x = jnp.array([-1.1, -1.0, 0.4, 0.2, 0.6, 0.9]).reshape(3, 1, 1, 2)
   there = jax.jit(partial(ddim_inversion, denoise, keys=None, iterations=200))(x=x, grid=grid)
-  back = sampler('ddim')(denoise, there, grid, None)
+  back = jax.jit(partial(sampler('ddim'), denoise, keys=None))(x=there, grid=grid)
   np.testing.assert_allclose(back, x, atol=1e-8)
 
   def error(steps):
@@ -124,7 +124,7 @@ def test_inversion_reaches_pure_noise_from_clean_data():
   grid = sampling_grid(LINEAR, 200)
   grid = tuple(part.at[0].set(first) for part, first in zip(grid, (0.0, 1.0), strict=True))
   x = jnp.array([-1.1, -1.0, 0.4, 0.2]).reshape(2, 1, 1, 2)
-  out = ddim_inversion(denoise, x, grid, None)
+  out = jax.jit(partial(ddim_inversion, denoise, keys=None))(x=x, grid=grid)
   np.testing.assert_allclose(out, quantile_map(x, (1.0, 0.0), (0.0, 1.0)), atol=0.15)
 
 
@@ -182,15 +182,18 @@ def test_part_way_continues_a_trajectory():
   grid = of_levels([9.0, 4.0, 1.5, 0.6, 0.2, 0.0])
   x = jnp.array([-1.1, 0.3]).reshape(1, 1, 1, 2)
   for name in ('ddim', 'heun', 'dpm2', 'flow_heun'):
-    out = sampler(name)(denoise, x, grid, None, trajectory=True)
-    rest = sampler(name)(denoise, out.states[1], part_way(grid, 0.6), None)
+    run = jax.jit(partial(sampler(name), denoise, keys=None, trajectory=True))
+    out = run(x=x, grid=grid)
+    rest = run(x=out.states[1], grid=part_way(grid, 0.6)).sample
     np.testing.assert_allclose(rest, out.sample, rtol=1e-12)
     np.testing.assert_allclose(out.x0[0], denoise(x, grid[0][0], grid[1][0]), rtol=1e-12)
 
 
 def test_other_precision_than_the_grid_is_promoted():
   grid = tuple(part.astype(jnp.float32) for part in of_levels([9.0, 1.0, 0.0]))
-  out = sampler('dpmpp_2m')(gaussian, jnp.ones((1, 1, 1, 1), jnp.bfloat16), grid, None)
-  assert out.dtype == jnp.float32
-  out = sampler('dpmpp_2m')(gaussian, jnp.ones((1, 1, 1, 1), jnp.float64), grid, None)
-  assert out.dtype == jnp.float64
+  run = lambda dtype: jax.eval_shape(
+    lambda x, grid: sampler('dpmpp_2m')(gaussian, x, grid, None), jnp.ones((1, 1, 1, 1), dtype),
+    grid,
+  )
+  assert run(jnp.bfloat16).dtype == jnp.float32
+  assert run(jnp.float64).dtype == jnp.float64

@@ -82,9 +82,9 @@ def test_gradients_are_finite_from_pure_noise_to_clean(name):
 
 
 @pytest.mark.parametrize('name', ADAPTIVE)
-@pytest.mark.parametrize('clean', [True, False])
-@pytest.mark.parametrize('zero', [True, False])
-def test_adaptive_solvers_end_where_the_exact_flow_does(name, clean, zero):
+@pytest.mark.parametrize('zero,clean', [(False, False), (True, True)])
+def test_adaptive_solvers_end_where_the_exact_flow_does(name, zero, clean):
+  """From a noise level to another; from pure noise to clean data."""
   with jax.enable_x64(True):
     levels = np.append(np.geomspace(300 if zero else 30, 0.01, 4), [0.0] * clean)
     grid = of_levels(levels)
@@ -93,8 +93,8 @@ def test_adaptive_solvers_end_where_the_exact_flow_does(name, clean, zero):
     options = {'rtol': 1e-6, 'atol': 1e-8} if name == 'dpm_adaptive' else {}
     function = partial(sampler(name, **options), denoise, keys=None, trajectory=True)
     x = jnp.array([-1.3, -0.9, 0.4, 0.2, 1.1, 1.7]).reshape(3, 1, 1, 2)
-    out = jax.jit(function)(x=x, grid=grid)
-  pairs = [(float(a), float(s)) for a, s in zip(*grid, strict=True)]
+    out = jax.tree.map(np.asarray, jax.jit(function)(x=x, grid=grid))
+    x, pairs = np.asarray(x), [(float(a), float(s)) for a, s in zip(*grid, strict=True)]
   wanted = quantile_map(x, pairs[0], pairs[-1])
   np.testing.assert_allclose(out.sample, wanted, atol=4e-4 if clean else 5e-5)
   np.testing.assert_array_equal(out.states[-1], out.sample)
@@ -108,6 +108,6 @@ def test_one_step_from_pure_noise_to_clean_is_the_mean_of_the_data():
   grid = jnp.array([0.0, 1.0]), jnp.array([1.0, 0.0])
   noise, keys = initial_noise(0, 0, 2, (1, 1, 2))
   mean = [0.0, 0.3 * -1.0 + 0.7 * 0.8]
-  for name in ('ddim', 'ddpm_large', 'heun', 'unipc', 'lms', *ADAPTIVE):
+  for name in ('ddim', 'unipc', 'lms', *ADAPTIVE):
     out = jax.jit(partial(sampler(name), denoise))(noise, grid, keys)
     np.testing.assert_allclose(out, np.broadcast_to(mean, out.shape), atol=1e-6, err_msg=name)

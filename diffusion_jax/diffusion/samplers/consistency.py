@@ -21,7 +21,7 @@ def lcm(
 ) -> Latents | Trajectory:
   """Multistep consistency sampling: x' = alpha' f(x) + sigma' z.
 
-  Song et al. 2023, algorithm 1; Luo et al. 2023, algorithm 3. The denoiser is the consistency
+  Song et al. 2023, algorithm 1; Luo et al. 2023. The denoiser is the consistency
   function f with its boundary condition f(x) = x at the least noise.
   """
   noise = noise_source(keys)
@@ -39,7 +39,7 @@ def tcd(
 ) -> Latents | Trajectory:
   """Trajectory consistency: a jump to less noise than wanted, then noise.
 
-  Zheng et al. 2024, algorithm 4.
+  Strategic stochastic sampling of Zheng et al. 2024.
 
   Args:
     gamma: 0 jumps to each next pair itself (DDIM), 1 to clean data (`lcm`).

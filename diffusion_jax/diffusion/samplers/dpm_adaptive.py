@@ -19,6 +19,7 @@ from diffusion_jax.diffusion.samplers.steps import (
   pair_number,
   pairs_at,
 )
+from diffusion_jax.errors import UserError
 from diffusion_jax.types import Latents
 
 
@@ -81,7 +82,12 @@ def dpm_adaptive(
     eta: share of the posterior's deviation that each step adds as noise; s_noise: factor on it.
     max_steps: steps, refused ones included, after which one DDIM step goes to the end.
     trajectory: of accepted steps, in max_steps rows; those after the last repeat the sample.
+
+  Raises:
+    UserError: for another order.
   """
+  if order not in (2, 3):
+    raise UserError(f'order of dpm_adaptive is {order}; choose 2 or 3.')
   noise = noise_source(keys)
   x, grid = as_arrays(x, grid)
   x, start = _off_pure_noise(denoise, x, grid)
@@ -152,7 +158,7 @@ def _split(lam, t, end, eta: float) -> tuple[jax.Array, jax.Array]:
 def two_estimates(denoise: Denoiser, grid: Grid, y, lam, target, order: int):
   """(lower, higher order y at `target`, x_0 at `lam`), with `order` network calls.
 
-  Lu et al. 2022, DPM-Solver, algorithms 1, 2 and 4: orders 1 and 2, or 2 and 3.
+  Lu et al. 2022, DPM-Solver, appendix C: of the orders 1 and 2, or 2 and 3.
   """
   h = target - lam
   sigma = lambda share: jnp.exp(-(lam + share * h))

@@ -29,6 +29,7 @@ from diffusion_jax.diffusion.samplers.weights import (
   eps_table,
   exponential_table,
 )
+from diffusion_jax.errors import UserError
 from diffusion_jax.types import Latents
 
 ADAMS_BASHFORTH = np.array(
@@ -104,12 +105,15 @@ def dpmpp_2m_sde(
   denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
   eta: float = 1.0, s_noise: float = 1.0, slope: str = 'midpoint', trajectory: bool = False,
 ) -> Latents | Trajectory:
-  """SDE-DPM-Solver++(2M) (Lu et al. 2022, DPM-Solver++, eq. 19).
+  """SDE-DPM-Solver++(2M) (Lu et al. 2022, DPM-Solver++, section 5).
 
   Args:
     eta: 1 is the reverse SDE, 0 `dpmpp_2m`.
     s_noise: factor on the noise.
     slope: 'midpoint', or 'exact', which k-diffusion names heun.
+
+  Raises:
+    UserError: for an unknown slope.
   """
   x, grid = as_arrays(x, grid)
   return _with_noise(
@@ -126,8 +130,8 @@ def dpmpp_3m_sde(
   Args:
     eta: 1 is the reverse SDE, 0 the ODE.
     s_noise: factor on the noise.
-    curvature: factor on the quadratic term. k-diffusion, diffusers and the authors' code take half
-      of what interpolation gives, which leaves the method at order 2; 1 makes it of order 3.
+    curvature: factor on the quadratic term. k-diffusion and diffusers take half of what
+      interpolation gives, which leaves the method at order 2; 1 makes it of order 3.
   """
   x, grid = as_arrays(x, grid)
   table = exponential_table(grid, 3, eta, curvature=curvature)
@@ -155,7 +159,7 @@ def deis(
   denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
   order: int = 3, trajectory: bool = False,
 ) -> Latents | Trajectory:
-  """DEIS (Zhang & Chen 2023, eq. 15), eps polynomial in ln(sigma / alpha)."""
+  """DEIS (Zhang & Chen 2023, section 3) with eps a polynomial in ln(sigma / alpha)."""
   del keys
   x, grid = as_arrays(x, grid)
   table = eps_table(grid, order, jnp.log, jnp.exp)
@@ -168,7 +172,7 @@ def pndm(
 ) -> Latents | Trajectory:
   """Pseudo numerical methods (Liu et al. 2022, algorithm 2): Adams-Bashforth weights on eps.
 
-  The weights are those of equal steps of time, the move is DDIM's (eq. 11).
+  The weights are those of equal steps of time; the move, their transfer part, is DDIM's.
 
   Args:
     runge_kutta: start with three steps of the pseudo Runge-Kutta method, four calls each, their
@@ -215,12 +219,16 @@ def unipc(
     order: p, of the predictor.
     variant: 'bh1' or 'bh2', the function B(h); it matters where two values are interpolated.
     lower_order_final: interpolate no more values than there are steps left.
+
+  Raises:
+    UserError: for an unknown variant.
   """
   del keys
+  slopes = {'bh1': 'linear', 'bh2': 'midpoint'}
+  if variant not in slopes:
+    raise UserError(f'variant of unipc is {variant!r}; choose one of {", ".join(slopes)}.')
   x, grid = as_arrays(x, grid)
-  options = dict(
-    slope={'bh1': 'linear', 'bh2': 'midpoint'}[variant], lower_order_final=lower_order_final
-  )
+  options = dict(slope=slopes[variant], lower_order_final=lower_order_final)
   predictor = exponential_table(grid, order, **options)
   corrector = corrector_table(grid, order + 1, **options)
   return predict_correct(denoise, x, grid, predictor, corrector, trajectory=trajectory)
@@ -235,12 +243,17 @@ def sa_solver(
 
   Args:
     tau: strength of the noise: 0 is the ODE, 1 the reverse SDE.
-    low, high: noise levels sigma / alpha between which tau applies (appendix E); 0 elsewhere.
+    low, high: noise levels sigma / alpha between which tau applies; 0 elsewhere.
     order: values that the predictor interpolates; corrector_order: values that the corrector does,
       one of them at the predicted x; 0 for no corrector.
     s_noise: factor on the noise.
     lower_order_final: interpolate no more values than there are steps left.
+
+  Raises:
+    UserError: for a corrector_order of 1.
   """
+  if corrector_order == 1:
+    raise UserError('corrector_order of sa_solver is 1; choose 0 for none, or at least 2.')
   x, grid = as_arrays(x, grid)
   alphas, sigmas = (part[:-1] for part in grid)
   eta = jnp.where((low * alphas <= sigmas) & (sigmas <= high * alphas), tau**2, 0.0)

@@ -23,7 +23,10 @@ from diffusion_jax.diffusion.samplers.steps import (
   noise_source,
   walk,
 )
+from diffusion_jax.errors import UserError
 from diffusion_jax.types import Latents
+
+VARIANCES = ('fixed_small', 'fixed_large', 'learned')
 
 
 def ddim(
@@ -63,7 +66,12 @@ def ddpm(
       fixed_large: right for data N(0, 1); beta_t for a variance-preserving process. learned:
       denoise returns (x_0, f), and the variance is fixed_large^f fixed_small^(1-f), f in [0, 1]
       and of x_0's shape (Nichol & Dhariwal 2021, eq. 15).
+
+  Raises:
+    UserError: for an unknown variance.
   """
+  if variance not in VARIANCES:
+    raise UserError(f'variance of ddpm is {variance!r}; choose one of {", ".join(VARIANCES)}.')
   noise = noise_source(keys)
 
   def step(x, memory, here, there, index):

@@ -1,6 +1,6 @@
 """The reverse SDE step by step, and Langevin dynamics at fixed noise levels.
 
-The score is (alpha x_0 - x) / sigma^2 (Vincent 2011). A step to sigma = 0 returns alpha' x_0, and
+The score is (alpha x_0 - x) / sigma^2 (Efron 2011). A step to sigma = 0 returns alpha' x_0, and
 one from alpha = 0 takes the posterior.
 """
 
@@ -90,9 +90,9 @@ def predictor_corrector(
   denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
   snr: float = 0.16, corrections: int = 1, trajectory: bool = False,
 ) -> Latents | Trajectory:
-  """Langevin steps at each noise level, then a step of `euler_maruyama` (Song et al. 2021, alg. 4).
+  """Langevin steps at each noise level, then a step of `euler_maruyama` (Song et al. 2021, alg. 1).
 
-  A Langevin step has the size 2 (snr |z| / |score|)^2 of algorithm 5, with norms of each image by
+  A Langevin step has the size 2 (snr |z| / |score|)^2 of algorithm 4, with norms of each image by
   itself rather than their mean over the batch, and without algorithm 5's factor 1 - beta for VP.
   Draws (corrections + 1) i and on belong to step i.
 

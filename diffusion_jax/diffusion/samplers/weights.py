@@ -16,8 +16,11 @@ import numpy as np
 
 from diffusion_jax.diffusion.samplers.grids import Grid
 from diffusion_jax.diffusion.samplers.steps import contraction, divide, intervals, is_inner
+from diffusion_jax.errors import UserError
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)
+
+SLOPES = ('exact', 'midpoint', 'linear')
 
 Kernel = Callable[[jax.Array], jax.Array]
 
@@ -35,7 +38,7 @@ def first_order(grid: Grid, eta=0.0) -> tuple[jax.Array, jax.Array, jax.Array]:
   """keep, clean and noise [n] of the exponential integrator of the reverse SDE with x_0 held.
 
   x' = s'/s q^eta x + a' (1 - q^(1 + eta)) x_0 + s' sqrt(1 - q^(2 eta)) z with q = r' / r (Lu et al.
-  2022, DPM-Solver++, eq. 18; Xue et al. 2023, eq. 7, with eta = tau^2).
+  2022, DPM-Solver++, section 5; Xue et al. 2023, SA-Solver, with eta = tau^2).
 
   Args:
     eta: [] or [n]; 0 is the ODE (DDIM), 1 the reverse SDE.
@@ -112,7 +115,7 @@ def exponential(
   """Corrections [n k] to `first_order` for the polynomial through values of x_0 at `nodes`.
 
   The exact weights are a' (1 + eta) int exp((1 + eta) (u - lambda')) l_j(u) du over the step, with
-  lambda = ln(alpha / sigma) (Lu et al. 2022, eq. 8; Zhao et al. 2023, eq. 4; Xue et al. 2023).
+  lambda = ln(alpha / sigma) (Lu et al. 2022, DPM-Solver++, section 4; Xue et al. 2023).
 
   Args:
     nodes: [n k], values of lambda; the first is the start of the step.
@@ -122,7 +125,12 @@ def exponential(
       'exact'; 'midpoint', h / 2 times the kernel's integral (DPM-Solver++(2M), UniPC's B_2);
       'linear', (1 + eta) h^2 / 2 (UniPC's B_1, SA-Solver).
     curvature: factor on the second moment used with three nodes.
+
+  Raises:
+    UserError: for an unknown slope.
   """
+  if slope not in SLOPES:
+    raise UserError(f'slope is {slope!r}; choose one of {", ".join(SLOPES)}.')
   lam = half_log_snr(grid)
   start, end = lam[:-1], lam[1:]
   rate = jnp.broadcast_to(1 + jnp.asarray(eta, lam.dtype), start.shape)[:, None]
