@@ -1,0 +1,43 @@
+"""Samplers: scans over a grid of (alpha, sigma) pairs that turn noise into data.
+
+Each is `sampler(denoise, x, grid, keys, **options)`: `denoise(x, alpha, sigma) -> x_0` is any
+denoiser, x [b ...] is noise of the grid's first sigma, or data noised to its first pair, the grid
+runs from noise to data, and keys [b] are one random key per image, so that an image does not depend
+on the batch it was drawn in. In place of keys a function may give the noise. `trajectory=True`
+returns the states on the way, too.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_jax.diffusion.samplers.grids import (
+  SPACINGS,
+  Grid,
+  level_grid,
+  part_way,
+  process_grid,
+  sampling_grid,
+  spaced_levels,
+  spaced_timesteps,
+)
+from diffusion_jax.diffusion.samplers.one_step import ddim_inversion
+from diffusion_jax.diffusion.samplers.steps import Trajectory
+from diffusion_jax.diffusion.samplers.table import SAMPLERS, Sampler, SamplerInfo, sampler
+
+__all__ = [
+  'SAMPLERS', 'SPACINGS', 'Grid', 'Sampler', 'SamplerInfo', 'Trajectory', 'ddim_inversion',
+  'initial_noise', 'level_grid', 'part_way', 'process_grid', 'sampler', 'sampling_grid',
+  'spaced_levels', 'spaced_timesteps',
+]
+
+
+def initial_noise(seed: int, first: int, count: int, shape: tuple[int, ...]):
+  """(noise [count, *shape], keys [count]) of images `first` to `first + count - 1` of a seed.
+
+  Image i has the same noise whatever the batch it is drawn in.
+  """
+  root = jax.random.key(seed)
+  keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(jnp.arange(first, first + count))
+  pairs = jax.vmap(jax.random.split)(keys)
+  noise = jax.vmap(lambda key: jax.random.normal(key, shape))(pairs[:, 0])
+  return noise, pairs[:, 1]

@@ -1,0 +1,234 @@
+"""Grids of (alpha, sigma) from noise to data: which noise levels a sampler visits.
+
+A grid has n + 1 pairs for n steps; the last is the clean pair (1, 0). Spacings place its pairs
+either in time (leading, trailing, linspace, beta) or in the noise level r = sigma / alpha (karras,
+exponential, polyexponential, given tables), and either on a table of timesteps or on a process.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from scipy.special import betaincinv
+
+from diffusion_jax.diffusion.processes import Process
+from diffusion_jax.diffusion.schedules import Schedule, tabulate
+from diffusion_jax.errors import UserError
+
+Grid = tuple[Float[Array, 'n'], Float[Array, 'n']]
+"""(alphas, sigmas) from noise to data; the last pair is (1, 0)."""
+
+AYS_TABLES = {
+  'ays_sd1': (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
+  'ays_sdxl': (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+  'ays_svd': (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
+}
+"""Noise levels of Align Your Steps (Sabour et al. 2024), ten steps and the level they end at."""
+
+TIME_SPACINGS = ('trailing', 'leading', 'linspace', 'beta')
+LEVEL_SPACINGS = ('karras', 'exponential', 'polyexponential', *AYS_TABLES)
+SPACINGS = TIME_SPACINGS + LEVEL_SPACINGS
+
+FIRST_TIME = 1e-3
+"""Earliest time at which a grid on a process calls the network; then it ends clean."""
+
+
+def spaced_timesteps(total: int, count: int, spacing: str) -> np.ndarray:
+  """`count` timesteps of [0, total) from high to low.
+
+  trailing always contains total - 1, leading always 0, linspace both ends (Lin et al. 2024, table
+  2; linspace rounds). beta has quantiles of Beta(.6, .6), dense at both ends (Lee et al. 2024),
+  and is not rounded.
+
+  Raises:
+    UserError: for an unknown spacing, or a count outside [1, total].
+  """
+  if not 1 <= count <= total:
+    raise UserError(f'{count} sampling steps do not fit the schedule; choose 1 to {total}.')
+  if spacing == 'trailing':
+    return np.round(np.arange(total, 0, -total / count)).astype(np.int64)[:count] - 1
+  if spacing == 'leading':
+    return np.arange(count)[::-1] * (total // count)
+  if spacing == 'linspace':
+    return np.round(np.linspace(total - 1, 0, count)).astype(np.int64)
+  if spacing == 'beta':
+    return (total - 1) * _beta_quantiles(count)
+  raise UserError(f'step spacing {spacing!r} is unknown; choose {", ".join(SPACINGS)}.')
+
+
+def _beta_quantiles(count: int, a: float = 0.6, b: float = 0.6) -> np.ndarray:
+  """Quantiles of Beta(a, b) at 1, ..., 1 / count."""
+  return betaincinv(a, b, 1 - np.arange(count) / count)
+
+
+def karras_levels(count: int, low: float, high: float, rho: float = 7.0) -> np.ndarray:
+  """r^(1/rho) linear from high to low (Karras et al. 2022, eq. 5), float64 [count]."""
+  return np.linspace(high ** (1 / rho), low ** (1 / rho), count) ** rho
+
+
+def polyexponential_levels(count: int, low: float, high: float, rho: float = 1.0) -> np.ndarray:
+  """ln r falls as (1 - i / (count - 1))^rho; rho = 1 is the exponential (geometric) spacing."""
+  return low * np.exp(np.linspace(1, 0, count) ** rho * np.log(high / low))
+
+
+def table_levels(levels: Sequence[float], count: int) -> np.ndarray:
+  """`count` levels of a table of one more, itself interpolated in ln r (Sabour et al. 2024).
+
+  Args:
+    levels: falling noise levels sigma / alpha; the last is where the last step would end if it did
+      not end clean.
+  """
+  positions = np.linspace(0, len(levels) - 1, count + 1)
+  return np.exp(np.interp(positions, np.arange(len(levels)), np.log(levels)))[:count]
+
+
+def spaced_levels(
+  count: int, spacing: str | Sequence[float], low: float, high: float, rho: float | None = None
+) -> np.ndarray:
+  """Noise levels [count], float64, falling from `high` to `low`, or those of a table.
+
+  Args:
+    spacing: one of LEVEL_SPACINGS, or a table as `table_levels` takes it.
+    rho: exponent of karras (7) and polyexponential (2) spacing.
+
+  Raises:
+    UserError: for an unknown spacing, a table that does not fall, or levels without finite bounds.
+  """
+  if count < 1:
+    raise UserError(f'{count} sampling steps are too few; choose at least 1.')
+  spacing = AYS_TABLES.get(spacing, spacing) if isinstance(spacing, str) else tuple(spacing)
+  if not isinstance(spacing, str):
+    table = np.asarray(spacing, np.float64)
+    if len(table) < 2 or not (np.diff(table) < 0).all() or table[-1] <= 0:
+      raise UserError('A table of noise levels must fall and stay above 0; choose such levels.')
+    return table_levels(table, count)
+  if not 0 < low < high < np.inf:
+    raise UserError(
+      f'{spacing} spacing needs noise levels between two finite bounds above 0, not {low} and '
+      f'{high}; choose trailing spacing for a schedule that ends in pure noise.'
+    )
+  if spacing == 'karras':
+    return karras_levels(count, low, high, 7.0 if rho is None else rho)
+  if spacing == 'exponential':
+    return polyexponential_levels(count, low, high)
+  if spacing == 'polyexponential':
+    return polyexponential_levels(count, low, high, 2.0 if rho is None else rho)
+  raise UserError(f'step spacing {spacing!r} is unknown; choose {", ".join(SPACINGS)}.')
+
+
+def _divide(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+  with np.errstate(divide='ignore'):
+    return p / q
+
+
+def _between(alphas: np.ndarray, sigmas: np.ndarray, positions: np.ndarray):
+  """Pairs at fractional positions of a table: on the chord between neighbours, or on the arc.
+
+  The arc, of norm 1, where the whole table has norm 1; as `steps.pair_between`.
+  """
+  i = np.clip(np.floor(positions).astype(np.int64), 0, len(alphas) - 2)
+  along = positions - i
+  a, s = (part[i] + along * (part[i + 1] - part[i]) for part in (alphas, sigmas))
+  is_vp = np.allclose(alphas**2 + sigmas**2, 1, rtol=0, atol=1e-6)
+  norm = np.hypot(a, s) if is_vp else 1.0
+  return a / norm, s / norm
+
+
+def _at_levels(alphas: np.ndarray, sigmas: np.ndarray, levels: np.ndarray):
+  """Pairs of the given sigma / alpha between those of a table, or beyond its ends."""
+  i = np.searchsorted(np.arctan2(sigmas, alphas), np.arctan(levels), side='right') - 1
+  i = np.clip(i, 0, len(alphas) - 2)
+  over = levels * alphas[i] - sigmas[i]
+  return _between(
+    alphas, sigmas, i + over / (np.diff(sigmas)[i] - levels * np.diff(alphas)[i])
+  )
+
+
+def _clean_ended(alphas: np.ndarray, sigmas: np.ndarray) -> Grid:
+  """Ends a grid with the clean pair; in JAX's default floating dtype."""
+  return jnp.asarray(np.append(alphas, 1.0), float), jnp.asarray(np.append(sigmas, 0.0), float)
+
+
+def sampling_grid(
+  schedule: Schedule, count: int, spacing: str | Sequence[float] = 'trailing',
+  rho: float | None = None,
+) -> Grid:
+  """Grid of `count` steps on a table of timesteps, ended by the clean pair (1, 0).
+
+  Args:
+    schedule: only its `alphas` and `sigmas` are used, [T] from data to noise.
+    spacing: one of SPACINGS, or a falling table of noise levels.
+
+  Raises:
+    UserError: for an unknown spacing, or one that the schedule does not allow.
+  """
+  alphas, sigmas = (np.asarray(part, np.float64) for part in (schedule.alphas, schedule.sigmas))
+  if spacing in LEVEL_SPACINGS or not isinstance(spacing, str):
+    ratios = _divide(sigmas, alphas)
+    return level_grid((alphas, sigmas), spaced_levels(count, spacing, ratios[0], ratios[-1], rho))
+  steps = spaced_timesteps(len(alphas), count, spacing)
+  if steps.dtype == np.int64:
+    return _clean_ended(alphas[steps], sigmas[steps])
+  return _clean_ended(*_between(alphas, sigmas, steps))
+
+
+def level_grid(table: tuple[np.ndarray, np.ndarray], levels: np.ndarray) -> Grid:
+  """Grid of the given noise levels sigma / alpha, ended by the clean pair.
+
+  Args:
+    table: (alphas, sigmas) [T] from data to noise on the process that the pairs shall lie on; two
+      pairs are enough for VE, VP and flow, the latter's not both of (1, 0) and (0, 1).
+    levels: [n], falling.
+  """
+  alphas, sigmas = (np.asarray(part, np.float64) for part in table)
+  return _clean_ended(*_at_levels(alphas, sigmas, np.asarray(levels, np.float64)))
+
+
+def process_grid(
+  process: Process, count: int, spacing: str | Sequence[float] = 'trailing',
+  rho: float | None = None, first_time: float = FIRST_TIME,
+) -> Grid:
+  """Grid of `count` steps on a process in continuous time, ended by the clean pair (1, 0).
+
+  trailing has the times 1, ..., 1 / count; linspace 1 to first_time; leading and beta what they
+  have on timesteps, scaled to [first_time, 1]. Level spacings run from r(1) to r(first_time).
+
+  Raises:
+    UserError: for an unknown spacing, or one that the process does not allow.
+  """
+  if count < 1:
+    raise UserError(f'{count} sampling steps are too few; choose at least 1.')
+
+  if spacing in LEVEL_SPACINGS or not isinstance(spacing, str):
+    table = tabulate(process, np.linspace(first_time, 1, 2049))
+    ends = _divide(table[1][[0, -1]], table[0][[0, -1]])
+    return level_grid(table, spaced_levels(count, spacing, *ends, rho))
+  shares = {
+    'trailing': lambda: 1 - np.arange(count) / count,
+    'leading': lambda: np.arange(count)[::-1] / count,
+    'linspace': lambda: np.linspace(1, 0, count) if count > 1 else np.ones(1),
+    'beta': lambda: _beta_quantiles(count),
+  }
+  if spacing not in shares:
+    raise UserError(f'step spacing {spacing!r} is unknown; choose {", ".join(SPACINGS)}.')
+  times = shares[spacing]()
+  if spacing != 'trailing':
+    times = first_time + (1 - first_time) * times
+  return _clean_ended(*tabulate(process, times))
+
+
+def part_way(grid: Grid, strength: float) -> Grid:
+  """The last round(strength n) steps of a grid, for image-to-image (Meng et al. 2022, SDEdit).
+
+  Sampling then starts from alpha x_0 + sigma eps of the part's first pair.
+
+  Raises:
+    UserError: for a strength outside (0, 1], or one that leaves no step.
+  """
+  steps = round(strength * (len(grid[0]) - 1))
+  if not 0 < strength <= 1 or steps < 1:
+    raise UserError(
+      f'strength {strength} leaves no step of {len(grid[0]) - 1}; choose a share up to 1.'
+    )
+  return grid[0][-steps - 1 :], grid[1][-steps - 1 :]

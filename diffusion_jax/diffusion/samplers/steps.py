@@ -1,0 +1,198 @@
+"""What all samplers share: noise, trajectories, and moves between pairs (alpha, sigma).
+
+A pair is worth its noise level r = sigma / alpha; y = x / alpha obeys dy = eps dr on the
+probability-flow ODE (Song et al. 2021, eq. 13; Karras et al. 2022, eq. 1). Written with pairs the
+formulas hold for any process, and those of the first order also from alpha = 0 and to sigma = 0.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_jax.diffusion.samplers.grids import Grid
+from diffusion_jax.errors import UserError
+from diffusion_jax.types import Latents
+
+Pair = tuple[jax.Array, jax.Array]
+"""(alpha [], sigma [])."""
+
+Noise = Callable[[jax.Array, Latents], Latents]
+"""(number of the draw, an array of the wanted shape and dtype) -> unit Gaussian noise."""
+
+Keys = jax.Array | Noise | None
+"""One random key per image [b], or the noise itself; None where a sampler draws none."""
+
+
+class Trajectory(NamedTuple):
+  """What a sampler returns when asked for its trajectory.
+
+  sample [b ...]; states [n b ...], x after every step; x0 [n b ...], the estimate of the clean
+  sample that each step began with; alphas and sigmas [n], the pairs of the states.
+  """
+
+  sample: Latents
+  states: jax.Array
+  x0: jax.Array
+  alphas: jax.Array
+  sigmas: jax.Array
+
+
+def noise_source(keys: Keys) -> Noise:
+  """Draw number i of an image depends on its key and on i alone, not on the batch it is in."""
+  if callable(keys):
+    return keys
+
+  def draw(index, like):
+    if keys is None:
+      raise UserError('This sampler adds noise; give it one random key per image.')
+    one = lambda key: jax.random.normal(jax.random.fold_in(key, index), like.shape[1:], like.dtype)
+    return jax.vmap(one)(keys)
+
+  return draw
+
+
+def as_arrays(x: Latents, grid: Grid) -> tuple[Latents, Grid]:
+  """x and the grid as arrays of the wider dtype of both."""
+  x, alphas, sigmas = map(jnp.asarray, (x, *grid))
+  dtype = jnp.result_type(x, alphas, sigmas)
+  return x.astype(dtype), (alphas.astype(dtype), sigmas.astype(dtype))
+
+
+def pair_number(grid: Grid, i) -> Pair:
+  """The grid's pair i."""
+  return grid[0][i], grid[1][i]
+
+
+def intervals(grid: Grid) -> tuple[Pair, Pair]:
+  """The grid's steps: (alpha [n], sigma [n]) where each starts and where it ends."""
+  alphas, sigmas = grid
+  return (alphas[:-1], sigmas[:-1]), (alphas[1:], sigmas[1:])
+
+
+def walk(
+  step: Callable, x: Latents, grid: Grid, extra: tuple = (), *,
+  memory: Callable[[Latents], Any] = lambda x: (), trajectory: bool = False,
+) -> Latents | Trajectory:
+  """Scans step(x, memory, here, there, index, *extra) -> (x, memory, x0) along the grid.
+
+  Args:
+    extra: trees of arrays [n ...]; a step gets its row of each.
+    memory: x -> what a step hands to the next, at the first.
+    trajectory: return a `Trajectory` instead of the last x.
+  """
+  x, grid = as_arrays(x, grid)
+  return scan_steps(step, x, *intervals(grid), extra, memory=memory, trajectory=trajectory)
+
+
+def scan_steps(
+  step: Callable, x: Latents, here: Pair, there: Pair, extra: tuple = (), *,
+  memory: Callable[[Latents], Any] = lambda x: (), trajectory: bool = False,
+) -> Latents | Trajectory:
+  """`walk` for steps given as the pairs (alpha [n], sigma [n]) that each starts and ends with."""
+
+  def body(carry, inputs):
+    x, memory, x0 = step(*carry, *inputs)
+    return (x, memory), (x, x0) if trajectory else None
+
+  inputs = (here, there, jnp.arange(len(here[0])), *extra)
+  (x, _), rows = jax.lax.scan(body, (x, memory(x)), inputs)
+  return Trajectory(x, *rows, *there) if trajectory else x
+
+
+def divide(p, q) -> jax.Array:
+  """p / q, and p where q = 0: for formulas that do not apply there, without NaN in gradients."""
+  return p / jnp.where(q == 0, 1, q)
+
+
+def epsilon(x: Latents, x0: Latents, pair: Pair) -> Latents:
+  """The noise in x = alpha x_0 + sigma eps, given the estimate of x_0; needs sigma > 0."""
+  return divide(x - pair[0] * x0, pair[1])
+
+
+def move(x: Latents, x0: Latents, here: Pair, there: Pair) -> Latents:
+  """From pair to pair with x_0 and eps held (Song et al. 2021, eq. 12): alpha' x_0 + sigma' eps.
+
+  Exact where the denoiser is constant; equals DPM-Solver++(1). Holds from alpha = 0, to sigma = 0.
+  """
+  keep = there[1] / here[1]
+  return keep * x + (there[0] - keep * here[0]) * x0
+
+
+def straight(x: Latents, eps: Latents, here: Pair, there: Pair) -> Latents:
+  """From pair to pair along dy = eps dr; needs alpha > 0."""
+  scale = divide(there[0], here[0])
+  return scale * x + (there[1] - scale * here[1]) * eps
+
+
+def is_inner(here: Pair, there: Pair) -> jax.Array:
+  """Whether both ends have a finite, positive noise level, as methods above order 1 need."""
+  return (here[0] > 0) & (there[1] > 0)
+
+
+def contraction(here: Pair, there: Pair) -> jax.Array:
+  """r' / r in [0, 1): 0 from alpha = 0 and to sigma = 0."""
+  return divide(here[0] * there[1], here[1] * there[0])
+
+
+def ancestral(here: Pair, there: Pair, eta: float) -> tuple[jax.Array, jax.Array]:
+  """(down, up): sigma to move to without noise, and the noise to add, down^2 + up^2 = sigma'^2.
+
+  up = eta sigma' sqrt(1 - (r' / r)^2) is eta times the posterior's deviation (Song et al. 2021,
+  eq. 16), at most sigma'.
+  """
+  if not eta:
+    return there[1], jnp.zeros_like(there[1])
+  share = jnp.clip(eta**2 * (1 - contraction(here, there) ** 2), 0, 1)
+  return there[1] * jnp.sqrt(1 - share), there[1] * jnp.sqrt(share)
+
+
+def pair_between(here: Pair, there: Pair, direction: Pair) -> Pair:
+  """The pair with direction's noise level on the process that `here` and `there` belong to.
+
+  A network wants x on the scale it was trained with, so the pairs between those of the grid, too,
+  have to lie on the process. For VE (alpha = 1) and flow (alpha + sigma = 1) processes that is the
+  chord between the two pairs, for VP ones (both of norm 1) the arc. Beyond them it is continued.
+  """
+  (a, s), (a_next, s_next), (c, d) = here, there, direction
+  along = divide(d * a - c * s, c * (s_next - s) - d * (a_next - a))
+  on_chord = a + along * (a_next - a), s + along * (s_next - s)
+  is_vp = (jnp.abs(a**2 + s**2 - 1) < 1e-6) & (jnp.abs(a_next**2 + s_next**2 - 1) < 1e-6)
+  norm = jnp.where(is_vp, jnp.hypot(*on_chord), 1)
+  return on_chord[0] / norm, on_chord[1] / norm
+
+
+def pairs_at(grid: Grid, direction: Pair) -> Pair:
+  """Pairs (alpha [...], sigma [...]) of direction's noise levels on the process of a grid."""
+  alphas, sigmas = grid
+  angles = -jnp.arctan2(sigmas, alphas)
+  i = jnp.searchsorted(angles, -jnp.arctan2(direction[1], direction[0]), side='right') - 1
+  i = jnp.clip(i, 0, len(angles) - 2)
+  return pair_between((alphas[i], sigmas[i]), (alphas[i + 1], sigmas[i + 1]), direction)
+
+
+def log_midpoint(here: Pair, there: Pair, target: Pair | None = None) -> Pair:
+  """The pair halfway in log r from `here` to `target` (`there`), on the process of the first two.
+
+  Needs alpha > 0 and a target sigma > 0.
+  """
+  target = there if target is None else target
+  level = jnp.sqrt(divide(here[1], here[0]) * divide(target[1], target[0]))
+  return pair_between(here, there, (jnp.ones_like(level), level))
+
+
+def churned(x, here: Pair, there: Pair, noise: Latents, share, bounds, s_noise: float):
+  """(x, pair) after raising the noise level by `share` of itself (Karras et al. 2022, alg. 2).
+
+  Args:
+    share: gamma, sigma_hat / sigma - 1.
+    bounds: (s_tmin, s_tmax), the noise levels sigma / alpha at which there is churn.
+  """
+  (a, s), (low, high) = here, bounds
+  share = jnp.where((low * a <= s) & (s <= high * a), share, 0)  # False where alpha = 0.
+  raised = (1 + share) * s
+  x = x + s_noise * jnp.sqrt(raised**2 - s**2) * noise
+  pair = pair_between(here, there, (a, raised))
+  scale = jnp.where(share > 0, divide(pair[0], a), 1)
+  return scale * x, (scale * a, scale * raised)
