@@ -19,7 +19,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
   """How to sample; what is not given is what the model was trained to be used with."""
-  parser.add_argument('--sampler', metavar='NAME', help='ddim, ddpm, heun or dpmpp_2m')
+  parser.add_argument('--sampler', metavar='NAME', help='one of the table in README.md, or any '
+                      'other word to have them listed')
+  parser.add_argument('--spacing', metavar='NAME',
+                      help='how the steps are placed, such as trailing, karras or beta')
   parser.add_argument('--steps', type=int, metavar='N', help='sampling steps')
   parser.add_argument('--guidance', type=float, metavar='G',
                       help='classifier-free guidance scale; 1 is none')
@@ -39,7 +42,7 @@ def load(args: argparse.Namespace):
     model, weights, sample = load_trained(args.workdir)
   else:
     model, weights, sample = load_text_to_image(args.model or DEFAULT_MODEL)
-  given = {name: getattr(args, name) for name in ('sampler', 'steps', 'guidance')}
+  given = {name: getattr(args, name) for name in ('sampler', 'spacing', 'steps', 'guidance')}
   sample = dataclasses.replace(sample, **{k: v for k, v in given.items() if v is not None})
   sample.check(model.schedule, model.prediction)
   return model, weights, sample, args.workdir or args.model or DEFAULT_MODEL

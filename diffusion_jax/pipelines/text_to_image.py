@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from diffusion_jax.diffusion.denoiser import BLIND_AT_ZERO_SNR, text_denoiser
 from diffusion_jax.diffusion.guidance import classifier_free
-from diffusion_jax.diffusion.samplers import initial_noise, sampler
-from diffusion_jax.diffusion.schedules import Schedule, sampling_grid
+from diffusion_jax.diffusion.samplers import initial_noise, sampler, sampling_grid
+from diffusion_jax.diffusion.schedules import Schedule
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.text.tokenizer import Tokenize
@@ -25,7 +25,10 @@ from diffusion_jax.viz.grids import to_uint8
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-  """How to sample. guidance is the classifier-free scale; 1 means none."""
+  """How to sample: names of `SAMPLERS` and `SPACINGS` in `diffusion.samplers`.
+
+  guidance is the classifier-free scale; 1 means none.
+  """
 
   sampler: str = 'dpmpp_2m'
   steps: int = 20

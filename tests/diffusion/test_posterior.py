@@ -12,7 +12,8 @@ from diffusion_jax.diffusion.posterior import (
   posterior,
   transition,
 )
-from diffusion_jax.diffusion.schedules import BETAS, Schedule, ScheduleConfig, sampling_grid
+from diffusion_jax.diffusion.samplers import sampling_grid
+from diffusion_jax.diffusion.schedules import BETAS, Schedule, ScheduleConfig
 
 PROCESSES = {
   'vp': processes.linear(), 've': processes.exponential(0.1, 20.0), 'flow': processes.flow(),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.diffusion import processes
-from diffusion_jax.diffusion.schedules import process_grid
+from diffusion_jax.diffusion.schedules import tabulate
 from diffusion_jax.diffusion.score_matching import denoising_score_matching, sliced_score_matching
 from tests.diffusion.quadrature import normal_nodes
 
@@ -60,7 +60,8 @@ def test_slices_along_all_axes_give_the_trace():
 
 def test_ncsn_levels_count_alike():
   """With the exact score the loss of N(0, s^2) data is 1/2 s^2 / (s^2 + sigma^2) at each level."""
-  _, sigmas = process_grid(processes.exponential(0.01, 50.0), np.linspace(1, 0, 6))
+  _, sigmas = tabulate(processes.exponential(0.01, 50.0), np.linspace(1, 0, 6))
+  sigmas = jnp.asarray(np.append(sigmas, 0.0))
   np.testing.assert_allclose(np.diff(np.log(sigmas[:-1])), np.log(0.01 / 50) / 5, rtol=1e-9)
   x0, eps, weights = normal_nodes(STD, 1.0)
   score = lambda x, a, s: -x / (STD**2 + s**2)[:, None]

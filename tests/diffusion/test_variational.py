@@ -9,7 +9,8 @@ from scipy import stats
 from diffusion_jax.diffusion import processes
 from diffusion_jax.diffusion.denoiser import expand
 from diffusion_jax.diffusion.posterior import learned_log_variance, log_variances, posterior
-from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig, sampling_grid
+from diffusion_jax.diffusion.samplers import sampling_grid
+from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
 from diffusion_jax.diffusion.variational import (
   bits_per_dim,
   bound_loss,

@@ -37,7 +37,7 @@ def train_fails(fails, tmp_path, small_data):
   ('--config.task=diffusio', ('diffusio', 'autoencoder, clip, diffusion')),
   ('--config.loop.batch_size=12', ('batch_size 12', '8')),
   ('--config.loop.total_steps=0', ('total_steps', 'at least 1')),
-  ('--config.settings.sample.sampler=euler', ('euler', 'ddim')),
+  ('--config.settings.sample.sampler=eular', ('eular', 'ddim')),
   ('--config.settings.sample.steps=2000', ('2000', '1000')),
   ('--config.settings.clip=asset:none', ('asset:none',)),
   ('--config.settings.autoencoder=nowhere', ('nowhere',)),
