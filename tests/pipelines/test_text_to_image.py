@@ -2,14 +2,16 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion_jax.diffusion.samplers import SAMPLERS
 from diffusion_jax.diffusion.schedules import ScheduleConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.pipelines.directory import assemble
-from diffusion_jax.pipelines.text_to_image import fold, unfold
+from diffusion_jax.pipelines.text_to_image import SampleConfig, fold, unfold
 from tests import tiny
 
 
@@ -43,3 +45,21 @@ def test_a_network_of_unfolded_latents_is_refused(parts):
   with pytest.raises(UserError, match='folded 2 x 2, have 16; set both to 16'):
     assemble(tiny.UNET, **parts, schedule=ScheduleConfig(), prediction='epsilon',
              latent_patch_size=2)
+
+
+@pytest.fixture
+def zero_snr(parts):
+  schedule = ScheduleConfig(rescale_betas_zero_snr=True)
+  return assemble(tiny.UNET, **parts, schedule=schedule, prediction='v_prediction')[0]
+
+
+@pytest.mark.parametrize('name', SAMPLERS)
+def test_every_sampler_takes_the_pipeline_s_denoiser(zero_snr, name):
+  """Traced only: what they compute is tested in tests/diffusion."""
+  config = SampleConfig(name, steps=4, guidance=2.0)
+  config.check(zero_snr.schedule, zero_snr.prediction)
+  noise, text = jnp.zeros((2, 16, 16, 4)), jnp.zeros((2, 10, 16))
+  keys = jax.random.split(jax.random.key(0), 2)
+  sample = lambda params: zero_snr.sample_latents(params, noise, keys, text, text, config)
+  out = jax.eval_shape(sample, zero_snr.unet.shapes)
+  assert (out.shape, out.dtype) == (noise.shape, jnp.float32)
