@@ -1,6 +1,9 @@
 """The probability-flow ODE by a Runge-Kutta method that chooses its own steps."""
 
-import diffrax
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
@@ -16,6 +19,9 @@ from diffusion_jax.diffusion.samplers.steps import (
   pairs_at,
 )
 from diffusion_jax.types import Latents
+
+if TYPE_CHECKING:
+  import diffrax
 
 
 def probability_flow(
@@ -36,6 +42,8 @@ def probability_flow(
     solver: of diffrax; `Dopri5`, six network calls a step, if not given.
     trajectory: its states are at the grid's pairs.
   """
+  import diffrax  # Takes a second to load, and no other sampler needs it.
+
   del keys
   x, grid = as_arrays(x, grid)
   angles, norms = jnp.arctan2(grid[1], grid[0]), jnp.hypot(*grid)
