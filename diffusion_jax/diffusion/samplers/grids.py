@@ -9,15 +9,11 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 from scipy.special import betaincinv
 
 from diffusion_jax.diffusion.processes import Process
-from diffusion_jax.diffusion.schedules import Schedule, tabulate
+from diffusion_jax.diffusion.schedules import Grid, Schedule, tabulate
 from diffusion_jax.errors import UserError
-
-Grid = tuple[Float[Array, 'n'], Float[Array, 'n']]
-"""(alphas, sigmas) from noise to data; the last pair is (1, 0)."""
 
 AYS_TABLES = {
   'ays_sd1': (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
