@@ -122,7 +122,7 @@ def test_a_truncated_checkpoint(fails, finished, copy_of):
   (['--prompts', 'nowhere.txt'], ('nowhere.txt',)),
   (['--prompt', 'one two three four five six seven eight nine ten'], ('10 fit', 'shorten')),
   (['--prompt', 'cat', '--negative', 'word ' * 30], ('shorten',)),
-  (['--prompt', 'cat', '--sampler', 'euler'], ('euler', 'dpmpp_2m')),
+  (['--prompt', 'cat', '--sampler', 'eular'], ('eular', 'dpmpp_2m')),
   (['--prompt', 'cat', '--steps', '1001'], ('1001', '1000')),
   (['--prompt', 'cat', '--steps', '0'], ('0 sampling steps',)),
   (['--prompt', 'cat', '--batch', '0'], ('--batch is 0',)),
