@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
         'norm_num_groups': 8,
       },
       'reconstruction': 'l2', 'initial_logvar': -6.0, 'kl_weight': 5e-3,
-      'kl_warmup_steps': 1400,
+      'kl_warmup_steps': 1500,
       # A PatchGAN pays after many more steps than two CPU cores make in minutes; 0.5 is usual.
       'adversarial_weight': 0.0,
       'export_dtype': 'float16',

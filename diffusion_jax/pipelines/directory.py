@@ -106,9 +106,12 @@ def load_text_to_image(path: str, dtype=jnp.float32) -> tuple[TextToImage, Weigh
   prediction = scheduler.get('prediction_type', 'epsilon')
   if prediction not in PREDICTIONS:
     raise UserError(f'{path} predicts {prediction!r}; only {", ".join(PREDICTIONS)} are known.')
+  patch = index.get('latent_patch_size', 1)
+  if type(patch) is not int or patch < 1:
+    raise UserError(f'{path} has latent_patch_size {patch!r}; give a number from 1 on.')
   unet_config, unet = load_model('unet', str(directory / 'unet'))
   model, frozen = assemble(unet_config, **parts, schedule=schedule, prediction=prediction,
-                           latent_patch_size=index.get('latent_patch_size', 1), dtype=dtype)
+                           latent_patch_size=patch, dtype=dtype)
   known = {field.name for field in dataclasses.fields(SampleConfig)}
   sample = SampleConfig(**{k: v for k, v in index.get('sample', {}).items() if k in known})
   to_arrays = lambda params: {name: np.asarray(value) for name, value in params.items()}

@@ -1,6 +1,7 @@
 """Latents as the U-Net sees them."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from diffusion_jax.diffusion.samplers import SAMPLERS
 from diffusion_jax.diffusion.schedules import ScheduleConfig
 from diffusion_jax.errors import UserError
-from diffusion_jax.pipelines.directory import assemble
+from diffusion_jax.pipelines.directory import INDEX, assemble, load_text_to_image
 from diffusion_jax.pipelines.text_to_image import SampleConfig, fold, unfold
 from tests import tiny
 
@@ -63,3 +64,12 @@ def test_every_sampler_takes_the_pipeline_s_denoiser(zero_snr, name):
   sample = lambda params: zero_snr.sample_latents(params, noise, keys, text, text, config)
   out = jax.eval_shape(sample, zero_snr.unet.shapes)
   assert (out.shape, out.dtype) == (noise.shape, jnp.float32)
+
+
+def test_a_model_with_an_impossible_folding_is_refused(finished, copy_of):
+  model = copy_of(finished) / 'model'
+  for value in ('2', 0, True):
+    index = json.loads((model / INDEX).read_text())
+    (model / INDEX).write_text(json.dumps({**index, 'latent_patch_size': value}))
+    with pytest.raises(UserError, match='latent_patch_size'):
+      load_text_to_image(str(model))
