@@ -161,7 +161,8 @@ def build_task(
   if config.task == 'clip':
     return _clip_task(settings, train, test, directory, dtype)
   model, frozen = assemble(
-    settings.unet, settings.autoencoder, settings.clip, settings.schedule, settings.prediction,
+    settings.unet, settings.autoencoder, settings.clip, settings.schedule,
+    settings.objective.prediction,
     settings.latent_patch_size, dtype,
   )
   _check_size(config, model)

@@ -49,6 +49,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
       except UserError:
         continue
     raise _wrong(hint, value, where)
+  if origin is dict:
+    if not isinstance(value, Mapping):
+      raise _wrong(hint, value, where)
+    of_value = typing.get_args(hint)[1]
+    return {key: _convert(of_value, item, f'{where}.{key}') for key, item in value.items()}
   if hint is tuple or origin is tuple:
     if not isinstance(value, (tuple, list)):
       raise _wrong(hint, value, where)

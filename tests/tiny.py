@@ -85,7 +85,8 @@ def diffusion_config(parts: dict[str, str], settings: dict | None = None, **sect
     'up_block_types': ['UpBlock2D', 'CrossAttnUpBlock2D'],
   }
   return _config('diffusion', [], {
-    **parts, 'unet': unet, 'latent_patch_size': 2, 'cache': True, 'prediction': 'v_prediction',
+    **parts, 'unet': unet, 'latent_patch_size': 2, 'cache': True,
+    'objective': {'prediction': 'v_prediction'},
     'schedule': {'rescale_betas_zero_snr': True}, 'export_dtype': 'float32',
     'sample': {'sampler': 'ddim', 'steps': 2, 'guidance': 2.0},
     'preview_captions': ['red apple', 'cat face'], **(settings or {}),

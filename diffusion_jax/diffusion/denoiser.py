@@ -167,6 +167,8 @@ def network_denoiser(
 ) -> Denoiser:
   """Wraps `network(x, label [b])` as a denoiser; computes in x's dtype outside the network.
 
+  An output of twice x's channels holds a learned variance, too, which is left out.
+
   Args:
     label: (alpha, sigma) -> what the network is told of the noise, such as `Schedule.timestep`.
     scale_input: whether the network sees c_in x, of unit variance at every noise level.
@@ -176,6 +178,8 @@ def network_denoiser(
     c_in = preconditioning(alpha, sigma, data_std).scale if scale_input else 1.0
     told = jnp.broadcast_to(label(alpha, sigma), x.shape[:1])
     output = network(expand(c_in, x) * x if scale_input else x, told).astype(x.dtype)
+    if output.shape[-1] == 2 * x.shape[-1]:
+      output = output[..., : x.shape[-1]]
     return to_x0(prediction, output, x, alpha, sigma, data_std)
 
   return denoise
@@ -188,6 +192,7 @@ def text_denoiser(
 
   def denoise(x, alpha, sigma, text):
     told = lambda x, t: network(x, t, text)
-    return network_denoiser(told, prediction, schedule.timestep)(x, alpha, sigma)
+    edm = prediction == 'edm'
+    return network_denoiser(told, prediction, schedule.timestep, scale_input=edm)(x, alpha, sigma)
 
   return denoise

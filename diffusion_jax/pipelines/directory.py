@@ -49,11 +49,11 @@ def assemble(
       f'{width}; set it to {width}.'
     )
   channels = autoencoder_config.latent_channels * latent_patch_size**2
-  if unet.in_channels != channels or unet.out_channels != channels:
+  if unet.in_channels != channels or unet.out_channels not in (channels, 2 * channels):
     raise UserError(
       f'the U-Net has {unet.in_channels} input and {unet.out_channels} output channels, but '
       f'latents of {autoencoder}, folded {latent_patch_size} x {latent_patch_size}, have '
-      f'{channels}; set both to {channels}.'
+      f'{channels}; set both to {channels}, or out_channels to {2 * channels} for a learned variance.'
     )
   model = TextToImage(
     unet=Network.of(UNet, unet, dtype=dtype),

@@ -146,7 +146,7 @@ class _Session:
     }
     state = TrainState(
       step=parts['rest']['step'], key=parts['rest']['key'], params=parts['params'],
-      opt_state=parts['opt_state'], ema=parts['ema'],
+      opt_state=parts['opt_state'], ema=parts['ema'], memory=parts['rest']['memory'],
     )
     return state, totals
 
@@ -329,7 +329,7 @@ class _Session:
 def _as_parts(state: TrainState) -> dict[str, Any]:
   return {
     'params': state.params, 'opt_state': state.opt_state, 'ema': state.ema,
-    'rest': {'step': state.step, 'key': state.key},
+    'rest': {'step': state.step, 'key': state.key, 'memory': state.memory},
   }
 
 

@@ -8,19 +8,21 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion_jax.parallel.sharding import shard_like
-from diffusion_jax.train.tasks.task import Task
+from diffusion_jax.train.tasks.task import Memory, Task
 from diffusion_jax.types import Params
 
 
 class TrainState(NamedTuple):
   """step: updates made so far. key: root of all randomness, never changed; a step's randomness is
-  fold_in(key, step). ema: averaged parameters, empty when there is no averaging."""
+  fold_in(key, step). ema: averaged parameters, empty when there is no averaging. memory: what the
+  task carries beside them, often nothing."""
 
   step: jax.Array
   key: jax.Array
   params: Params
   opt_state: optax.OptState
   ema: Params
+  memory: Memory
 
   @property
   def eval_params(self) -> Params:
@@ -37,6 +39,7 @@ def _initialize(task: Task, optimizer, use_ema: bool, seed: int) -> TrainState:
     params=params,
     opt_state=optimizer.init(params),
     ema=jax.tree.map(jnp.copy, params) if use_ema else {},
+    memory=task.memory(),
   )
 
 

@@ -28,26 +28,32 @@ def _microbatches(batch: dict, count: int, mesh: Mesh) -> dict:
 
 
 def _gradients(task: Task, state: TrainState, frozen, batch, key, accumulation: int, mesh: Mesh):
-  """Mean gradient and summed metrics over the batch, in `accumulation` parts one after another."""
+  """Mean gradient, summed metrics and what was seen of each example of the batch.
+
+  In `accumulation` parts one after another.
+  """
 
   def part(micro, key):
-    (_, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(
-      state.params, frozen, micro, key, state.step
+    (_, (metrics, seen)), grads = jax.value_and_grad(task.loss, has_aux=True)(
+      state.params, frozen, state.memory, micro, key, state.step
     )
-    return grads, metrics
+    return (grads, metrics), seen
 
   if accumulation == 1:
-    return part(batch, key)
+    (grads, metrics), seen = part(batch, key)
+    return grads, metrics, seen
 
   def body(total, inputs):
     micro, index = inputs
-    return jax.tree.map(jnp.add, total, part(micro, jax.random.fold_in(key, index))), None
+    one, seen = part(micro, jax.random.fold_in(key, index))
+    return jax.tree.map(jnp.add, total, one), seen
 
   parts = _microbatches(batch, accumulation, mesh)
-  shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], parts), key)
+  shapes, _ = jax.eval_shape(part, jax.tree.map(lambda x: x[0], parts), key)
   zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-  (grads, metrics), _ = jax.lax.scan(body, zero, (parts, jnp.arange(accumulation)))
-  return jax.tree.map(lambda g: g / accumulation, grads), metrics
+  (grads, metrics), seen = jax.lax.scan(body, zero, (parts, jnp.arange(accumulation)))
+  seen = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), seen)
+  return jax.tree.map(lambda g: g / accumulation, grads), metrics, seen
 
 
 def make_step(
@@ -68,7 +74,7 @@ def make_step(
 
   def step(state: TrainState, frozen, batch) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    grads, metrics = _gradients(task, state, frozen, batch, key, accumulation, mesh)
+    grads, metrics, seen = _gradients(task, state, frozen, batch, key, accumulation, mesh)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = task.constrain(optax.apply_updates(state.params, updates))
     average = state.ema
@@ -78,6 +84,7 @@ def make_step(
       )
     one = jnp.ones((), jnp.float32)
     metrics['gradient_norm'] = (optax.tree.norm(grads), one)
-    return TrainState(state.step + 1, state.key, params, opt_state, average), metrics
+    memory = task.remember(state.memory, seen)
+    return TrainState(state.step + 1, state.key, params, opt_state, average, memory), metrics
 
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))

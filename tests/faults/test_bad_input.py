@@ -54,13 +54,14 @@ def test_wrong_overrides(recipe, train_fails, override, words):
 
 @pytest.mark.parametrize(('change', 'words'), [
   ({'loop': {'totl_steps': 3}}, ('config.loop.totl_steps', 'did you mean loop.total_steps')),
-  ({'settings': {'predicton': 'sample'}}, ('settings.predicton', 'settings.prediction')),
+  ({'settings': {'objective': {'predicton': 'sample'}}},
+   ('objective.predicton', 'objective.prediction')),
   ({'loop': {'batch_size': '8'}}, ('config.loop.batch_size', "'8'", 'int')),
   ({'loop': {'batch_size': True}}, ('config.loop.batch_size', 'bool')),
   ({'optimizer': {'groups': [['nothing_like_it', 0.1]]}}, ('nothing_like_it', 'no parameter')),
   ({'data': {'transforms': [['normalize', {}]]}}, ('data.transforms', 'settings.cache')),
   ({'settings': {'preview_captions': []}}, ('preview_captions',)),
-  ({'settings': {'prediction': 'epsilon'}}, ('epsilon', 'zero terminal SNR')),
+  ({'settings': {'objective': {'prediction': 'epsilon'}}}, ('epsilon', 'zero terminal SNR')),
 ])
 def test_wrong_files(recipe, train_fails, change, words):
   message = train_fails(recipe(**change))

@@ -80,7 +80,7 @@ def test_gradient_reaches_every_parameter():
   batch = {
     'image': rng.uniform(-1, 1, (4, tiny.SIZE, tiny.SIZE, 3)).astype(np.float32), 'tokens': tokens
   }
-  gradients = jax.jit(jax.grad(task.loss, has_aux=True))(params, {}, batch, None, 0)[0]
+  gradients = jax.jit(jax.grad(task.loss, has_aux=True))(params, {}, {}, batch, None, 0)[0]
   dead = [n for n, g in gradients.items() if not np.abs(g).max() > 1e-9]
   # A bias of all keys shifts each row of attention logits, which softmax forgets.
   assert all(name.endswith('k_proj.bias') for name in dead), dead

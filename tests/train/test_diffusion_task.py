@@ -10,6 +10,7 @@ import pytest
 
 from diffusion_jax.data.transforms import apply, build_transforms
 from diffusion_jax.diffusion.schedules import ScheduleConfig
+from diffusion_jax.diffusion.training import ObjectiveConfig
 from diffusion_jax.models.text.tokenizer import Tokenize
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.directory import assemble
@@ -25,7 +26,7 @@ def make_task(parts, sources):
   def make(network=None, **settings):
     config = DiffusionTaskConfig(**parts, unet=tiny.UNET, preview_captions=('cat',), **settings)
     model, frozen = assemble(
-      tiny.UNET, **parts, schedule=ScheduleConfig(), prediction=config.prediction
+      tiny.UNET, **parts, schedule=ScheduleConfig(), prediction=config.objective.prediction
     )
     if network:
       model = dataclasses.replace(model, unet=types.SimpleNamespace(bind=lambda _: network))
@@ -53,9 +54,12 @@ def test_the_loss_is_the_one_computed_by_hand(make_task, prediction, gamma):
     seen.append((np.asarray(x, np.float64), np.asarray(t), np.asarray(text)))
     return 0.3 * x
 
-  task = make_task(network, prediction=prediction, min_snr_gamma=gamma, caption_dropout=0.0)
+  weighting = {'weighting': 'min_snr', 'weighting_options': {'gamma': gamma}} if gamma else {}
+  objective = ObjectiveConfig(prediction=prediction, **weighting)
+  task = make_task(network, objective=objective, caption_dropout=0.0)
   batch = _batch()
-  loss, error, t = task.per_example({}, task.frozen, batch, jax.random.key(3))
+  loss, error, level = task.losses({}, task.frozen, {}, batch, jax.random.key(3))
+  t = level.label
   (x, seen_t, text), = seen
   np.testing.assert_array_equal(seen_t, t)
   np.testing.assert_array_equal(text, batch['text'])
@@ -92,7 +96,7 @@ def test_captions_are_dropped_at_the_rate_and_become_the_null_embedding(make_tas
 def test_the_network_sees_dropped_captions_as_the_null_embedding(make_task):
   seen = []
   task = make_task(lambda x, t, text: (seen.append(text), x)[1], caption_dropout=1.0)
-  task.per_example({}, task.frozen, _batch(), jax.random.key(0))
+  task.losses({}, task.frozen, {}, _batch(), jax.random.key(0))
   null = task.frozen['null_text']['bias']
   np.testing.assert_array_equal(seen[0], np.broadcast_to(null, seen[0].shape))
 
@@ -124,8 +128,8 @@ def test_gradient_reaches_every_parameter_of_the_denoiser(make_task):
   params = jax.jit(task.initialize)(jax.random.key(0))
   # Some layers begin at zero, which would hide those before them.
   params = {name: value + 0.02 for name, value in params.items()}
-  gradients, metrics = jax.jit(jax.grad(task.loss, has_aux=True))(
-    params, task.frozen, _batch(std=0.1), jax.random.key(0), 0
+  gradients, (metrics, _) = jax.jit(jax.grad(task.loss, has_aux=True))(
+    params, task.frozen, {}, _batch(std=0.1), jax.random.key(0), 0
   )
   dead = [name for name, g in gradients.items() if not np.abs(g).max() > 1e-10]
   assert not dead

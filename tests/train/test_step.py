@@ -13,13 +13,13 @@ from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
 from diffusion_jax.train.state import abstract_state, create_state
 from diffusion_jax.train.step import make_step
 from diffusion_jax.train.tasks.clip import CLIPTask, CLIPTaskConfig
-from diffusion_jax.train.tasks.task import mean_metric
+from diffusion_jax.train.tasks.task import Task, mean_metric
 from tests import tiny
 
 BATCH = 16
 
 
-class Regression:
+class Regression(Task):
   """A linear layer; its loss is a mean over examples, and `noise` times a random number."""
 
   batch_fields = ('x', 'y')
@@ -34,10 +34,10 @@ class Regression:
   def constrain(self, params):
     return params
 
-  def loss(self, params, frozen, batch, key, step):
+  def loss(self, params, frozen, memory, batch, key, step):
     x = batch['x'] + self.noise * jax.random.normal(key, batch['x'].shape)
     error = jnp.square(x @ params['kernel'] + params['bias'] - batch['y']).mean(axis=1)
-    return error.mean(), {'loss': mean_metric(error)}
+    return error.mean(), ({'loss': mean_metric(error)}, ())
 
 
 def _clip_task(dtype=jnp.float32):

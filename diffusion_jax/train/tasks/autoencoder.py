@@ -20,7 +20,7 @@ from diffusion_jax.models.discriminator import Discriminator, DiscriminatorConfi
 from diffusion_jax.models.functional import Network, prefixed, under
 from diffusion_jax.models.lpips import lpips
 from diffusion_jax.parallel.sharding import in_batches
-from diffusion_jax.train.tasks.task import Frozen, Metrics, Scores, mean_metric
+from diffusion_jax.train.tasks.task import Frozen, Metrics, Scores, Task, mean_metric
 from diffusion_jax.types import Images, Latents, Params
 from diffusion_jax.viz.grids import to_uint8
 
@@ -65,7 +65,7 @@ def kl_divergence(mean: Latents, logvar: Latents) -> jax.Array:
   return kl.mean(axis=(1, 2, 3))
 
 
-class AutoencoderTask:
+class AutoencoderTask(Task):
   """Parameters are named 'autoencoder.*' and, with an adversarial loss, 'discriminator.*'."""
 
   name = 'autoencoder'
@@ -104,7 +104,7 @@ class AutoencoderTask:
     grown = jnp.minimum(step / max(self.config.kl_warmup_steps, 1), 1.0)
     return self.config.kl_weight * (grown if self.config.kl_warmup_steps else 1.0)
 
-  def loss(self, params, frozen, batch, key, step) -> tuple[jax.Array, Metrics]:
+  def loss(self, params, frozen, memory, batch, key, step) -> tuple[jax.Array, tuple]:
     images = batch['image']
     model = self.autoencoder.bind(under('autoencoder', params))
     mean, logvar = (x.astype(jnp.float32) for x in model.encode(images))
@@ -122,7 +122,7 @@ class AutoencoderTask:
     if self.config.adversarial_weight:
       adversarial, more = self._adversarial(params, frozen, images, output, step)
       loss, metrics = loss + adversarial, metrics | more
-    return loss, metrics
+    return loss, (metrics, ())
 
   def _adversarial(self, params, frozen, images, output, step) -> tuple[jax.Array, Metrics]:
     """Generator's and discriminator's losses in one: each sees the other as a constant."""

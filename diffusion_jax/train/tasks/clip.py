@@ -19,7 +19,7 @@ from diffusion_jax.models.text.clip import CLIP
 from diffusion_jax.models.text.clip_config import CLIPConfig
 from diffusion_jax.models.text.tokenizer import save_tokenizer
 from diffusion_jax.parallel.sharding import put_params, to_host
-from diffusion_jax.train.tasks.task import Frozen, Metrics, Scores, mean_metric
+from diffusion_jax.train.tasks.task import Frozen, Scores, Task, mean_metric
 from diffusion_jax.types import Params
 
 MAX_LOGIT_SCALE = math.log(100.0)
@@ -58,7 +58,7 @@ def contrastive_loss(
   return loss, (logits.argmax(axis=-1) == jnp.arange(b)).mean()
 
 
-class CLIPTask:
+class CLIPTask(Task):
   """Both towers and the temperature, trained from scratch."""
 
   name = 'clip'
@@ -81,17 +81,18 @@ class CLIPTask:
     """Clamps the temperature so that logits are scaled by 1 to 100 (section 2.5)."""
     return params | {'logit_scale': jnp.clip(params['logit_scale'], 0.0, MAX_LOGIT_SCALE)}
 
-  def loss(self, params, frozen, batch, key, step) -> tuple[jax.Array, Metrics]:
+  def loss(self, params, frozen, memory, batch, key, step) -> tuple[jax.Array, tuple]:
     model = self.clip.bind(params)
     images = model.encode_image(batch['image']).astype(jnp.float32)
     texts = model.encode_text(batch['tokens'])[1].astype(jnp.float32)
     scale = params['logit_scale']
     loss, accuracy = contrastive_loss(images, texts, scale, self.config.label_smoothing)
-    return loss.mean(), {
+    metrics = {
       'loss': mean_metric(loss),
       'accuracy': mean_metric(accuracy),
       'logit_scale': mean_metric(jnp.exp(scale)),
     }
+    return loss.mean(), (metrics, ())
 
   def _features(self, params: Params, mesh: Mesh) -> CLIPFeatures:
     return CLIPFeatures(self.clip, params, self.tokenizer, mesh)

@@ -9,9 +9,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.data.sources import ImageSource
-from diffusion_jax.diffusion import objectives
-from diffusion_jax.diffusion.denoiser import PREDICTIONS, target
+from diffusion_jax.diffusion.levels import TableLevels
 from diffusion_jax.diffusion.schedules import ScheduleConfig
+from diffusion_jax.diffusion.timesteps import LossHistory, update_history
+from diffusion_jax.diffusion.training import Losses, Objective, ObjectiveConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.job import (
   DRAW_BATCH,
@@ -22,8 +23,8 @@ from diffusion_jax.evaluation.job import (
 from diffusion_jax.models.unet_config import UNetConfig
 from diffusion_jax.pipelines.directory import save_text_to_image
 from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage, Weights
-from diffusion_jax.train.tasks.task import Frozen, Metrics, Scores, mean_metric
-from diffusion_jax.types import Latents, Params, PerExample, Text
+from diffusion_jax.train.tasks.task import Frozen, Memory, Scores, Task, mean_metric
+from diffusion_jax.types import Latents, Params, Text
 
 TIME_BUCKETS = 10
 
@@ -32,41 +33,45 @@ TIME_BUCKETS = 10
 class DiffusionTaskConfig:
   """autoencoder and clip are model directories, or 'asset:NAME' for those in the package.
 
-  prediction: epsilon, sample or v_prediction. caption_dropout: share of captions replaced by the
-  null caption, for classifier-free guidance. latent_patch_size: p folds p x p positions of the
-  latents into channels, so that the U-Net sees fewer positions. min_snr_gamma: 0 for none (usually
-  5). offset_noise: 0 for none (usually 0.05 to 0.1). cache: encode all images and captions once
-  before training. preview_captions: what the grids show over time.
+  caption_dropout: share of captions replaced by the null caption, for classifier-free guidance.
+  latent_patch_size: p folds p x p positions of the latents into channels, so that the U-Net sees
+  fewer positions. cache: encode all images and captions once before training. preview_captions:
+  what the grids show over time.
   """
 
   autoencoder: str
   clip: str
   unet: UNetConfig = UNetConfig()
   schedule: ScheduleConfig = ScheduleConfig()
-  prediction: str = 'epsilon'
+  objective: ObjectiveConfig = ObjectiveConfig()
   latent_patch_size: int = 1
   caption_dropout: float = 0.1
-  min_snr_gamma: float = 0.0
-  offset_noise: float = 0.0
   cache: bool = False
   sample: SampleConfig = SampleConfig()
   preview_captions: tuple[str, ...] = ()
   export_dtype: str = 'float16'
 
   def __post_init__(self):
-    if self.prediction not in PREDICTIONS:
-      raise UserError(
-        f'task.prediction is {self.prediction!r}; choose one of {", ".join(PREDICTIONS)}.'
-      )
     if not 0 <= self.caption_dropout <= 1:
       raise UserError(f'task.caption_dropout is {self.caption_dropout}; give a share from 0 to 1.')
     if self.latent_patch_size < 1:
       raise UserError(f'task.latent_patch_size is {self.latent_patch_size}; give 1 or more.')
+    if self.objective.data_std != 1:
+      raise UserError(
+        f'objective.data_std is {self.objective.data_std}, but latents are scaled to unit '
+        'deviation; leave it at 1.'
+      )
+    wanted = self.unet.in_channels * (2 if self.objective.learned_variance else 1)
+    if self.unet.out_channels != wanted:
+      raise UserError(
+        f'unet.out_channels is {self.unet.out_channels}, but objective.learned_variance '
+        f'{self.objective.learned_variance} needs {wanted}; change one of them.'
+      )
     if not self.preview_captions:
       raise UserError('task.preview_captions is empty; give at least one caption to draw.')
 
 
-class DiffusionTask:
+class DiffusionTask(Task):
   """Parameters are the U-Net's."""
 
   name = 'diffusion'
@@ -75,8 +80,9 @@ class DiffusionTask:
     self, config: DiffusionTaskConfig, model: TextToImage, frozen: Frozen,
     train: ImageSource, test: ImageSource,
   ):
-    config.sample.check(model.schedule, config.prediction)
+    config.sample.check(model.schedule, config.objective.prediction)
     self.config, self.model, self.train, self.test = config, model, train, test
+    self.objective = Objective(config.objective, TableLevels(model.schedule))
     null = jax.jit(model.encode_text)(frozen['clip'], model.tokens(['']))
     self.frozen: Frozen = {**frozen, 'null_text': {'bias': np.asarray(null)[0]}}
     self.batch_fields = ('mean', 'std', 'text') if config.cache else ('image', 'tokens')
@@ -104,32 +110,31 @@ class DiffusionTask:
     drop = jax.random.bernoulli(key, self.config.caption_dropout, (text.shape[0], 1, 1))
     return jnp.where(drop, null, text)
 
-  def per_example(self, params, frozen, batch, key) -> tuple[PerExample, PerExample, jax.Array]:
-    """(weighted loss [b], squared error [b], timestep [b])."""
-    config, schedule = self.config, self.model.schedule
-    key_z, key_t, key_noise, key_drop = jax.random.split(key, 4)
+  def memory(self) -> Memory:
+    history = self.objective.history()
+    return history._asdict() if history else {}
+
+  def remember(self, memory: Memory, seen) -> Memory:
+    return update_history(LossHistory(**memory), *seen)._asdict() if memory else memory
+
+  def losses(self, params, frozen, memory: Memory, batch, key) -> Losses:
+    """Losses of each example, and the noise level it was given."""
+    key_z, key_drop, key = jax.random.split(key, 3)
     x0, text = self._encode(frozen, batch, key_z)
     text = self.drop_captions(text, frozen['null_text']['bias'], key_drop)
-    t = jax.random.randint(key_t, x0.shape[:1], 0, len(schedule))
-    alpha, sigma = schedule(t)
-    eps = objectives.offset_noise(key_noise, x0.shape, config.offset_noise)
-    x = objectives.add_noise(x0, eps, alpha, sigma)
-    output = self.model.unet.bind(params)(x, t, text)
-    wanted = target(config.prediction, x0, eps, alpha, sigma)
-    error = objectives.squared_error(output, wanted)
-    weight = 1.0
-    if config.min_snr_gamma:
-      weight = objectives.min_snr_weight(config.prediction, alpha, sigma, config.min_snr_gamma)
-    return weight * error, error, t
+    unet = self.model.unet.bind(params)
+    history = LossHistory(**memory) if memory else None
+    return self.objective.losses(lambda x, t: unet(x, t, text), x0, key, history)
 
-  def loss(self, params, frozen, batch, key, step) -> tuple[jax.Array, Metrics]:
-    loss, error, t = self.per_example(params, frozen, batch, key)
-    bucket = t * TIME_BUCKETS // len(self.model.schedule)
+  def loss(self, params, frozen, memory, batch, key, step) -> tuple[jax.Array, tuple]:
+    loss, error, level = self.losses(params, frozen, memory, batch, key)
+    bucket = jnp.floor(level.position * TIME_BUCKETS).astype(int)
     which = jax.nn.one_hot(bucket, TIME_BUCKETS)
-    return loss.mean(), {
+    metrics = {
       'loss': mean_metric(loss),
       'loss_by_timestep': (error @ which, which.sum(axis=0)),
     }
+    return loss.mean(), (metrics, (level.label, error) if memory else ())
 
   def _weights(self, params: Params, frozen: Frozen) -> Weights:
     return Weights(params, frozen['autoencoder'], frozen['clip'])

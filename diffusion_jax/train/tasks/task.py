@@ -1,7 +1,7 @@
 """What the one train loop and the one step ask of a task."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -12,6 +12,12 @@ from diffusion_jax.types import Params
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 """Sums and counts by name; adding them up over microbatches and steps keeps means exact."""
 
+Memory = dict[str, jax.Array]
+"""Arrays that training carries beside the parameters, such as past losses."""
+
+Seen = Any
+"""A pytree of arrays [b ...], what `remember` wants to know of each example."""
+
 Frozen = dict[str, Params]
 """Parameters of the networks that are used but not trained, by role."""
 
@@ -20,7 +26,10 @@ Scores = dict[str, dict[str, float]]
 
 
 class Task(Protocol):
-  """One thing to train. Holds networks without weights; all methods are free of hidden state."""
+  """One thing to train. Holds networks without weights; all methods are free of hidden state.
+
+  A class that names Task as its base has no memory unless it says so.
+  """
 
   name: str
   frozen: Frozen
@@ -31,10 +40,20 @@ class Task(Protocol):
   def initialize(self, key: jax.Array) -> Params:
     """Fresh trainable parameters; pure."""
 
+  def memory(self) -> Memory:
+    """What training begins to carry beside the parameters; replicated and checkpointed."""
+    return {}
+
   def loss(
-    self, params: Params, frozen: Frozen, batch: dict, key: jax.Array, step: jax.Array
-  ) -> tuple[jax.Array, Metrics]:
-    """Mean loss over the batch, and metrics; pure."""
+    self, params: Params, frozen: Frozen, memory: Memory, batch: dict, key: jax.Array,
+    step: jax.Array,
+  ) -> tuple[jax.Array, tuple[Metrics, Seen]]:
+    """Mean loss over the batch, metrics, and what `remember` wants of each example; pure."""
+
+  def remember(self, memory: Memory, seen: Seen) -> Memory:
+    """The memory after a step that has seen these examples of the global batch; pure."""
+    del seen
+    return memory
 
   def constrain(self, params: Params) -> Params:
     """Projects parameters after an update, such as a clamp; pure."""

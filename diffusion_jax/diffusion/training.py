@@ -1,0 +1,277 @@
+"""The training loss of a network, put together from its parts by a configuration.
+
+A prediction, a weighting, a distribution of noise levels and an error make the published losses:
+
+  DDPM            prediction epsilon                                  Ho et al. 2020
+  IDDPM           loss hybrid, learned_variance, times importance     Nichol & Dhariwal 2021
+  NCSN, score SDE prediction score, weighting snr                     Song & Ermon 2019, Song 2021
+  VDM             loss vdm, stratified                                Kingma et al. 2021
+  EDM             prediction edm, weighting edm, times log_normal     Karras et al. 2022
+  flow matching   prediction flow_prediction, times logit_normal      Esser et al. 2024
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax.diffusion import objectives, score_matching, timesteps, variational
+from diffusion_jax.diffusion.denoiser import (
+  PREDICTIONS,
+  Denoiser,
+  expand,
+  network_denoiser,
+  preconditioning,
+  target,
+  to_x0,
+)
+from diffusion_jax.diffusion.levels import Level, Levels, TableLevels
+from diffusion_jax.diffusion.posterior import learned_log_variance, log_variances
+from diffusion_jax.diffusion.timesteps import LossHistory
+from diffusion_jax.diffusion.weightings import WEIGHTINGS, weight, weighting
+from diffusion_jax.errors import UserError
+from diffusion_jax.types import Latents, PerExample
+
+LOSSES = ('simple', 'hybrid', 'bound', 'vdm', 'sliced')
+OF_A_TABLE = ('hybrid', 'bound')
+QUANTILES: dict[str, Callable] = {
+  'uniform': lambda u: u,
+  'logit_normal': timesteps.logit_normal,
+  'mode': timesteps.mode,
+  'log_normal': timesteps.log_normal,
+}
+TIMES = (*QUANTILES, 'importance')
+ERRORS = ('squared', 'pseudo_huber')
+DECODERS = {
+  'gaussian': variational.gaussian_log_density, 'discretized': variational.discretized_gaussian,
+}
+
+Network = Callable[[Latents, PerExample], jax.Array]
+"""(x [b ...], label [b]) -> output [b ...], with twice the channels for a learned variance."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+  """What is minimised, at which noise levels.
+
+  prediction: one of `denoiser.PREDICTIONS`. loss: simple, or hybrid (IDDPM), bound (all terms of
+  the variational bound, bits per dimension), vdm (its continuous-time form, bits per dimension),
+  sliced (score matching without a target). weighting: none, or a name of `WEIGHTINGS` with its
+  options, such as {'gamma': 5.0}. times: uniform, logit_normal, mode, log_normal (of sigma / alpha)
+  or importance (by loss), with options; stratified spreads the draws of a batch evenly.
+  error: squared, or pseudo_huber with delta falling from 1 to huber_delta at full noise.
+  offset_noise: 0 for none (usually 0.05 to 0.1). input_perturbation: 0 for none (usually 0.1).
+  learned_variance: the network has twice the output channels. bound_weight: of the bound in the
+  hybrid loss. decoder: of the bound's last term, gaussian, or discretized for 8-bit images.
+  data_std: of the data, for the prediction edm.
+  """
+
+  prediction: str = 'epsilon'
+  loss: str = 'simple'
+  weighting: str = 'none'
+  weighting_options: dict[str, float] = dataclasses.field(default_factory=dict)
+  times: str = 'uniform'
+  times_options: dict[str, float] = dataclasses.field(default_factory=dict)
+  stratified: bool = False
+  error: str = 'squared'
+  huber_delta: float = 0.1
+  offset_noise: float = 0.0
+  input_perturbation: float = 0.0
+  learned_variance: bool = False
+  bound_weight: float = 0.001
+  decoder: str = 'gaussian'
+  data_std: float = 1.0
+
+  def __post_init__(self):
+    for name, choices in (
+      ('prediction', PREDICTIONS), ('loss', LOSSES), ('weighting', ('none', *WEIGHTINGS)),
+      ('times', TIMES), ('error', ERRORS), ('decoder', tuple(DECODERS)),
+    ):
+      if getattr(self, name) not in choices:
+        raise UserError(
+          f'objective.{name} is {getattr(self, name)!r}; choose one of {", ".join(choices)}.'
+        )
+    for name in ('offset_noise', 'input_perturbation', 'bound_weight'):
+      if not getattr(self, name) >= 0:
+        raise UserError(f'objective.{name} is {getattr(self, name)}; give 0 or more.')
+    for name in ('huber_delta', 'data_std'):
+      if not getattr(self, name) > 0:
+        raise UserError(f'objective.{name} is {getattr(self, name)}; give more than 0.')
+    if self.loss == 'hybrid' and not self.learned_variance:
+      raise UserError('objective.loss hybrid trains a variance; set learned_variance to True.')
+    if self.learned_variance and self.loss not in OF_A_TABLE:
+      raise UserError(
+        f'objective.loss {self.loss} never trains the variance; set learned_variance to False, or '
+        'loss to hybrid.'
+      )
+    self._check_effects()
+    _check_options('weighting', self.weighting, WEIGHTINGS, self.weighting_options)
+    _check_options('times', self.times, QUANTILES, self.times_options)
+
+  def _check_effects(self) -> None:
+    """No key may be without effect."""
+    if self.weighting != 'none' and self.loss in ('bound', 'sliced'):
+      raise UserError(f'objective.weighting has no effect on the loss {self.loss}; set it to none.')
+    if self.error != 'squared' and self.loss not in ('simple', 'hybrid'):
+      raise UserError(f'objective.error has no effect on the loss {self.loss}; set it to squared.')
+    if self.loss == 'vdm' and self.times != 'uniform':
+      raise UserError('objective.loss vdm is a mean over uniform times; set times to uniform.')
+    if self.loss == 'bound' and self.times not in ('uniform', 'importance'):
+      raise UserError(
+        'objective.loss bound is a mean over uniform times; set times to uniform or importance.'
+      )
+    if self.stratified and self.times == 'importance':
+      raise UserError('objective.stratified has no effect on importance; set it to False.')
+
+
+def _check_options(key: str, name: str, table: Mapping, options: Mapping[str, float]) -> None:
+  known = list(inspect.signature(table[name]).parameters) if name in table else []
+  known = [option for option in known if option not in ('u', 'value', 'x')]
+  for option in options:
+    if option not in known:
+      remedy = f'choose from {", ".join(known)}' if known else 'it has none'
+      raise UserError(f'objective.{key}_options: {name} has no option {option!r}; {remedy}.')
+
+
+class Losses(NamedTuple):
+  """loss [b]: what is minimised. error [b]: of the prediction, without weights. level: drawn."""
+
+  loss: PerExample
+  error: PerExample
+  level: Level
+
+
+class Objective:
+  """A training loss, pure in the network, the data and the key.
+
+  Raises:
+    UserError: a loss or distribution that needs a table of timesteps, on a process.
+  """
+
+  def __init__(self, config: ObjectiveConfig, levels: Levels):
+    self.config, self.levels = config, levels
+    self.is_table = isinstance(levels, TableLevels)
+    needs = config.loss if config.loss in OF_A_TABLE else config.times
+    if needs in (*OF_A_TABLE, 'importance') and not self.is_table:
+      raise UserError(f'objective: {needs} needs a table of timesteps; choose a discrete schedule.')
+    self.weighting = None
+    if config.weighting != 'none':
+      self.weighting = weighting(config.weighting, **config.weighting_options)
+
+  def history(self) -> LossHistory | None:
+    """Where losses by timestep are kept for importance sampling; None where they are not."""
+    if self.config.times != 'importance':
+      return None
+    return timesteps.init_history(len(self.levels.schedule))
+
+  def denoiser(self, network: Network) -> Denoiser:
+    """The network, trained by this objective, as a denoiser; a learned variance is left out."""
+    config = self.config
+    return network_denoiser(
+      network, config.prediction, self.levels.label, data_std=config.data_std,
+      scale_input=config.prediction == 'edm',
+    )
+
+  def draw(self, key: jax.Array, count: int, history: LossHistory | None = None):
+    """(levels [count], factor [count] or 1 that keeps the mean over times what it was)."""
+    config = self.config
+    u = (timesteps.stratified if config.stratified else timesteps.uniform)(key, count)
+    if config.times == 'importance':
+      t, factor = timesteps.by_importance(u, timesteps.importance(history))
+      return self.levels.at_timestep(t), factor
+    t = QUANTILES[config.times](u, **config.times_options)
+    return (self.levels.at_ratio if config.times == 'log_normal' else self.levels.at)(t), 1.0
+
+  def losses(
+    self, network: Network, x0: Latents, key: jax.Array, history: LossHistory | None = None
+  ) -> Losses:
+    """Losses of a batch x0 [b ...]; noise and levels follow from the key."""
+    config = self.config
+    key_t, key_noise, key_more = jax.random.split(key, 3)
+    eps = objectives.offset_noise(key_noise, x0.shape, config.offset_noise)
+    if config.loss == 'vdm':
+      return self._vdm(network, x0, eps, key_t)
+    level, factor = self.draw(key_t, len(x0), history)
+    noise = objectives.perturb_input(key_more, eps, config.input_perturbation)
+    x = objectives.add_noise(x0, noise, level.alpha, level.sigma)
+    if config.loss == 'sliced':
+      return self._sliced(network, x0, x, level, key_more)
+    seen = x
+    if config.prediction == 'edm':
+      scale = preconditioning(level.alpha, level.sigma, config.data_std).scale
+      seen = expand(scale, x) * x
+    output = network(seen, level.label)
+    output, variance = (
+      jnp.split(output, 2, axis=-1) if config.learned_variance else (output, None)
+    )
+    wanted = target(config.prediction, x0, eps, level.alpha, level.sigma, config.data_std)
+    error = self._error(level)(output, wanted)
+    if config.loss == 'simple':
+      return Losses(factor * self._weight(level) * error, error, level)
+    loss = self._bound(x0, x, output, variance, level, self._weight(level) * error)
+    return Losses(factor * loss, error, level)
+
+  def _weight(self, level: Level):
+    if self.weighting is None:
+      return 1.0
+    return weight(
+      self.weighting, self.config.prediction, level.alpha, level.sigma, self.config.data_std
+    )
+
+  def _error(self, level: Level) -> objectives.Error:
+    if self.config.error == 'squared':
+      return objectives.squared_error
+    delta = objectives.huber_delta(level.position, self.config.huber_delta)
+    return lambda output, wanted: objectives.pseudo_huber(output, wanted, delta)
+
+  def _bound(self, x0, x, output, variance, level: Level, simple: PerExample) -> PerExample:
+    """The hybrid loss, or the whole bound in bits per dimension."""
+    config, schedule = self.config, self.levels.schedule
+    steps, t = len(schedule), level.label
+    grid = np.append(schedule.alphas[::-1], 1.0), np.append(schedule.sigmas[::-1], 0.0)
+    # From step n of a grid, which goes from noise to data, to timestep t = T - 1 - n.
+    lower, upper = (bound[::-1][t] for bound in log_variances(grid))
+    there = tuple(jnp.asarray(part)[::-1][t] for part in (grid[0][1:], grid[1][1:]))
+    log_variance = lower if variance is None else learned_log_variance(variance, lower, upper)
+    estimate = to_x0(
+      config.prediction, output.astype(x.dtype), x, level.alpha, level.sigma, config.data_std
+    )
+    pairs = (level.alpha, level.sigma), there
+    decoder = DECODERS[config.decoder]
+    if config.loss == 'hybrid':
+      return variational.hybrid_loss(
+        simple, x0, x, estimate, *pairs, log_variance, steps, weight=config.bound_weight,
+        decoder=decoder,
+      )
+    last = schedule.alphas[-1], schedule.sigmas[-1]
+    nats = variational.bound_loss(
+      x0, x, estimate, *pairs, log_variance, steps, last, decoder=decoder,
+      prior_std=float(np.hypot(*last)),
+    )
+    return variational.bits_per_dim(nats, x0)
+
+  def _vdm(self, network, x0, eps, key) -> Losses:
+    """In continuous time, on a table, too: its process runs through it."""
+    draw = timesteps.stratified if self.config.stratified else timesteps.uniform
+    u = draw(key, len(x0))
+    t = self.levels.t_min + (1 - self.levels.t_min) * u
+    alpha, sigma = self.levels.process(t)
+    nats = (1 - self.levels.t_min) * variational.vdm_loss(
+      self.denoiser(network), self.levels.process, x0, eps, t, self.weighting
+    )
+    loss = variational.bits_per_dim(nats, x0)
+    return Losses(loss, loss, Level(alpha, sigma, self.levels.label(alpha, sigma), u))
+
+  def _sliced(self, network, x0, x, level: Level, key) -> Losses:
+    """sigma^2 times the sliced loss of the noised data's score, a dimension (Song et al. 2019)."""
+    denoise = self.denoiser(network)
+    alpha, sigma = (expand(part, x) for part in (level.alpha, level.sigma))
+    score = lambda x: (alpha * denoise(x, level.alpha, level.sigma) - x) / sigma**2
+    directions = jax.random.rademacher(key, x.shape, x.dtype)
+    loss = score_matching.sliced_score_matching(score, x, directions)
+    loss = level.sigma**2 * loss / x0[0].size
+    return Losses(loss, loss, level)

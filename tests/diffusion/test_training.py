@@ -1,0 +1,213 @@
+"""The configured loss is the published one: against closed forms on Gaussian data."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax.diffusion import objectives, processes, timesteps
+from diffusion_jax.diffusion.denoiser import convert, target
+from diffusion_jax.diffusion.levels import ContinuousLevels, TableLevels
+from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
+from diffusion_jax.diffusion.training import Objective, ObjectiveConfig
+from diffusion_jax.errors import UserError
+
+STD = 0.7
+TABLE = TableLevels(Schedule(ScheduleConfig(
+  beta_schedule='linear', beta_start=1e-4, beta_end=0.02, rescale_betas_zero_snr=False
+)))
+KARRAS = ContinuousLevels(processes.karras())
+N = 4096
+
+
+def _data(n=N):
+  return STD * jax.random.normal(jax.random.key(5), (n, 1, 1, 2))
+
+
+def _exact(prediction, levels, data_std=1.0, scaled=False):
+  """network(x, label): the best output for data N(0, STD^2), found from the label alone."""
+
+  def network(x, label):
+    if isinstance(levels, TableLevels):
+      alpha, sigma = levels.schedule(label.astype(int))
+    else:
+      alpha, sigma = jnp.ones_like(label), jnp.exp(4 * label)
+    alpha, sigma = (part[:, None, None, None] for part in (alpha, sigma))
+    if scaled:
+      x = x * jnp.sqrt((alpha * data_std) ** 2 + sigma**2)
+    x0 = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * x
+    return convert('sample', prediction, x0, x, alpha, sigma, data_std)
+
+  return network
+
+
+def _run(config, levels, network, history=None, n=N):
+  objective = Objective(config, levels)
+  return jax.jit(lambda: objective.losses(network, _data(n), jax.random.key(1), history))()
+
+
+@pytest.mark.parametrize('prediction', ['epsilon', 'v_prediction', 'score'])
+def test_the_loss_of_the_best_network_is_the_posterior_variance(prediction):
+  """E|error|^2 of x_0 is the conditional variance, and of each prediction that times gain^2."""
+  config = ObjectiveConfig(prediction=prediction, weighting='uniform')
+  out = _run(config, TABLE, _exact(prediction, TABLE))
+  variance = STD**2 * out.level.sigma**2 / (out.level.alpha**2 * STD**2 + out.level.sigma**2)
+  # Two dimensions an example: the mean of |e|^2 / variance has deviation 1 / sqrt(N).
+  assert float((out.loss / variance).mean()) == pytest.approx(1, abs=4 / N**0.5)
+
+
+def test_edm_sees_scaled_inputs_and_has_unit_weight():
+  """Karras et al. 2022, table 1: with their weight, F's own error is unweighted."""
+  config = ObjectiveConfig(
+    prediction='edm', weighting='edm', weighting_options={'data_std': STD}, times='log_normal',
+    data_std=STD,
+  )
+  seen = []
+  exact = _exact('edm', KARRAS, STD, scaled=True)
+  network = lambda x, label: (seen.append((x, label)), exact(x, label))[1]
+  run = lambda: (Objective(config, KARRAS).losses(network, _data(), jax.random.key(1)), seen)
+  out, seen = jax.jit(run)()
+  np.testing.assert_allclose(out.loss, out.error, rtol=1e-4)
+  # The best D is c_skip x: F is 0, and its target has unit variance at every noise level.
+  assert float(out.loss.mean()) == pytest.approx(1, abs=5 / N**0.5)
+  (x, label), = seen
+  assert float(x.std()) == pytest.approx(1, abs=0.03)
+  log_sigma = np.log(np.asarray(out.level.sigma))
+  assert log_sigma.mean() == pytest.approx(-1.2, abs=0.1)
+  assert log_sigma.std() == pytest.approx(1.2, abs=0.1)
+  np.testing.assert_allclose(label, log_sigma / 4, atol=1e-4)
+
+
+@pytest.mark.parametrize('levels', [TABLE, KARRAS], ids=['table', 'process'])
+def test_a_level_is_found_by_its_ratio(levels):
+  ratio = jnp.asarray([0.05, 0.5, 3.0, 60.0])
+  level = levels.at_ratio(ratio)
+  near = 0.02 if levels is TABLE else 1e-4
+  np.testing.assert_allclose(level.sigma / level.alpha, ratio, rtol=near)
+  np.testing.assert_allclose(levels.label(level.alpha, level.sigma), level.label, rtol=1e-3)
+
+
+def test_the_bound_is_the_sum_of_its_closed_forms():
+  """Each term of Ho et al. 2020, eq. 5 for the best network on N(0, STD^2)."""
+  betas = {'beta_schedule': 'linear', 'beta_start': 0.02, 'beta_end': 0.6}
+  levels = TableLevels(Schedule(ScheduleConfig(**betas, num_train_timesteps=12)))
+  config = ObjectiveConfig(loss='bound', stratified=True, prediction='sample')
+  out = _run(config, levels, _exact('sample', levels), n=10 * N)
+  alpha, sigma = levels.schedule.alphas, levels.schedule.sigmas
+  left = STD**2 * sigma**2 / (alpha**2 * STD**2 + sigma**2)  # Of x_0 given x.
+  prior = (alpha[-1] ** 2 * STD**2 + sigma[-1] ** 2 - 1 - 2 * np.log(sigma[-1])) / 2
+  added = sigma[1:] ** 2 - (alpha[1:] / alpha[:-1] * sigma[:-1]) ** 2
+  variance = added * (sigma[:-1] / sigma[1:]) ** 2
+  divergence = (alpha[:-1] * added / sigma[1:] ** 2) ** 2 * left[1:] / variance / 2
+  # The decoder has no posterior variance: it takes that of the step before.
+  decoder = (np.log(2 * np.pi * variance[0]) + left[0] / variance[0]) / 2
+  wanted = (prior + 12 * np.append(decoder, divergence)) / np.log(2)
+  sums = np.bincount(out.level.label, out.loss, minlength=12)
+  np.testing.assert_allclose(sums / np.bincount(out.level.label), wanted, rtol=0.1)
+
+
+def test_the_continuous_bound_is_the_entropy():
+  """With the best network, prior and decoder added (Kingma et al. 2021, eq. 11)."""
+  levels = ContinuousLevels(processes.linear(), t_min=0.05)
+  config = ObjectiveConfig(loss='vdm', stratified=True, prediction='sample')
+  loss = _run(config, levels, lambda x, label: _best(x, label), n=4 * N).loss.mean()
+  alpha, sigma = levels.process(jnp.asarray(0.05))
+  # The decoder's: the entropy of x_0 given x at t_min.
+  left = STD**2 * sigma**2 / (alpha**2 * STD**2 + sigma**2)
+  entropy = lambda variance: 0.5 * np.log2(2 * np.pi * np.e * float(variance))
+  assert float(loss) + entropy(left) == pytest.approx(entropy(STD**2), abs=0.1)
+
+
+def _best(x, label):
+  ratio = jnp.exp(4 * label)
+  alpha, sigma = (part[:, None, None, None] for part in (
+    1 / jnp.sqrt(1 + ratio**2), ratio / jnp.sqrt(1 + ratio**2)
+  ))
+  return alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * x
+
+
+def test_the_hybrid_loss_trains_the_variance_alone_by_the_bound():
+  config = ObjectiveConfig(loss='hybrid', learned_variance=True, bound_weight=1.0)
+  objective, x0 = Objective(config, TABLE), _data(64)
+  exact = _exact('epsilon', TABLE)
+
+  def loss(scale, v):
+    network = lambda x, t: jnp.concatenate([scale * exact(x, t), jnp.full_like(x, v)], axis=-1)
+    out = objective.losses(network, x0, jax.random.key(1))
+    return out.loss.mean(), out.error.mean()
+
+  gradient = jax.jit(jax.grad(lambda *a: loss(*a)[0], argnums=(0, 1)))
+  of_mean, of_variance = gradient(0.9, 0.3)
+  simple = jax.jit(jax.grad(lambda scale: loss(scale, 0.3)[1]))(0.9)
+  np.testing.assert_allclose(of_mean, simple, rtol=1e-4)
+  assert abs(float(of_variance)) > 1e-3
+
+
+def test_sliced_score_matching_is_lowest_at_the_score():
+  config = ObjectiveConfig(prediction='score', loss='sliced')
+  exact = _exact('score', TABLE)
+  values = [
+    float(_run(config, TABLE, lambda x, t, k=k: k * exact(x, t)).loss.mean())
+    for k in (0.5, 1.0, 1.5)
+  ]
+  assert values[1] < values[0] and values[1] < values[2]
+  # A score k times the true one s costs (k^2 / 2 - k) E|s|^2.
+  assert (values[0] - values[1]) / (values[2] - values[1]) == pytest.approx(1, abs=0.25)
+
+
+def test_importance_prefers_what_was_lost_and_stays_unbiased():
+  config = ObjectiveConfig(times='importance')
+  few = TableLevels(Schedule(ScheduleConfig(num_train_timesteps=4, beta_end=0.9)))
+  objective = Objective(config, few)
+  history = objective.history()
+  t = jnp.tile(jnp.arange(4), 10)
+  history = jax.jit(timesteps.update_history)(history, t, jnp.where(t == 2, 6.0, 2.0))
+  level, factor = jax.jit(objective.draw, static_argnums=1)(jax.random.key(0), 20_000, history)
+  share = np.bincount(level.label, minlength=4) / 20_000
+  np.testing.assert_allclose(share, [1 / 6, 1 / 6, 1 / 2, 1 / 6], atol=0.02)
+  value = jnp.asarray([3.0, 1.0, 10.0, 2.0])[level.label]
+  assert float((factor * value).mean()) == pytest.approx(4.0, rel=0.03)
+
+
+def test_huber_offset_and_perturbation_are_those_of_the_objectives():
+  """Recomputed from what the network saw, with the same key."""
+  key = jax.random.key(1)
+  _, key_noise, key_more = jax.random.split(key, 3)
+  config = ObjectiveConfig(
+    error='pseudo_huber', huber_delta=0.2, offset_noise=0.3, input_perturbation=0.1
+  )
+  seen = []
+  network = lambda x, t: (seen.append(x), 0.5 * x)[1]
+  x0 = _data(16)
+  out, seen = jax.jit(lambda: (Objective(config, TABLE).losses(network, x0, key), seen))()
+  eps = objectives.offset_noise(key_noise, x0.shape, 0.3)
+  x = objectives.add_noise(
+    x0, objectives.perturb_input(key_more, eps, 0.1), out.level.alpha, out.level.sigma
+  )
+  np.testing.assert_allclose(seen[0], x, atol=1e-6)
+  delta = 0.2 ** (np.asarray(out.level.label) / 1000)
+  error = 0.5 * np.asarray(x) - np.asarray(target('epsilon', x0, eps, 1.0, 1.0))
+  d = delta[:, None, None, None]
+  by_hand = (2 * d * (np.sqrt(error**2 + d**2) - d)).mean(axis=(1, 2, 3))
+  np.testing.assert_allclose(out.loss, by_hand, rtol=1e-4)
+
+
+@pytest.mark.parametrize(('values', 'words'), [
+  ({'loss': 'hybrid'}, 'learned_variance'),
+  ({'learned_variance': True}, 'never trains the variance'),
+  ({'weighting': 'min_snr', 'weighting_options': {'gama': 5.0}}, 'choose from gamma'),
+  ({'weighting_options': {'gamma': 5.0}}, 'it has none'),
+  ({'times': 'sometimes'}, 'choose one of uniform'),
+  ({'loss': 'bound', 'weighting': 'snr'}, 'no effect'),
+  ({'loss': 'bound', 'times': 'mode'}, 'uniform or importance'),
+  ({'huber_delta': 0.0}, 'more than 0'),
+  ({'input_perturbation': -1.0}, '0 or more'),
+])
+def test_what_cannot_be_or_has_no_effect_is_refused(values, words):
+  with pytest.raises(UserError, match=words):
+    ObjectiveConfig(**values)
+
+
+def test_a_process_has_no_timesteps_to_weigh():
+  with pytest.raises(UserError, match='table of timesteps'):
+    Objective(ObjectiveConfig(times='importance'), KARRAS)
