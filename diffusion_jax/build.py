@@ -15,8 +15,9 @@ from ml_collections import ConfigDict, config_flags
 
 from diffusion_jax.config import typed
 from diffusion_jax.data.credits import CREDITS
-from diffusion_jax.data.loader import Loader
-from diffusion_jax.data.sources import ImageSource, open_source
+from diffusion_jax.data.loader import Loader, Source
+from diffusion_jax.data.points import open_points
+from diffusion_jax.data.sources import open_source
 from diffusion_jax.data.transforms import build_transforms
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.checkpoint import Checkpoints
@@ -38,13 +39,15 @@ from diffusion_jax.train.tasks.autoencoder import AutoencoderTask, AutoencoderTa
 from diffusion_jax.train.tasks.clip import CLIPTask, CLIPTaskConfig
 from diffusion_jax.train.tasks.diffusion import DiffusionTask, DiffusionTaskConfig
 from diffusion_jax.train.tasks.task import Scores, Task
+from diffusion_jax.train.tasks.toy import ToyTask, ToyTaskConfig
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """dataset: a name that `prepare` knows; size: image edge in pixels; prepare: make it if missing.
+  """dataset: a name that `prepare` knows, or of `POINT_SETS`; size: image edge in pixels, or points
+  in a record; prepare: make it if missing.
 
   transforms: (name, arguments) pairs in order, applied to every training image.
   """
@@ -80,6 +83,7 @@ SETTINGS = {
   'autoencoder': AutoencoderTaskConfig,
   'clip': CLIPTaskConfig,
   'diffusion': DiffusionTaskConfig,
+  'toy': ToyTaskConfig,
 }
 
 
@@ -141,7 +145,12 @@ def resolved(config: TrainingConfig) -> dict[str, Any]:
   return normalise(dataclasses.asdict(config))
 
 
-def _sources(data: DataConfig) -> tuple[ImageSource, ImageSource]:
+def _sources(config: TrainingConfig) -> tuple[Source, Source]:
+  data = config.data
+  if config.task == 'toy':
+    if data.transforms:
+      raise UserError('data.transforms have no effect on points; empty them.')
+    return tuple(open_points(data.dataset, split, data.size) for split in ('train', 'test'))
   train, test = (
     open_source(
       data.dataset, split, size=data.size, data_dir=data.data_dir or None, prepare=data.prepare
@@ -152,12 +161,14 @@ def _sources(data: DataConfig) -> tuple[ImageSource, ImageSource]:
 
 
 def build_task(
-  config: TrainingConfig, train: ImageSource, test: ImageSource, directory: RunDirectory
+  config: TrainingConfig, train: Source, test: Source, directory: RunDirectory
 ) -> Task:
   """The task with its frozen networks loaded."""
   dtype, settings = DTYPES[config.dtype], config.settings
   if config.task == 'autoencoder':
     return AutoencoderTask(settings, test, dtype)
+  if config.task == 'toy':
+    return ToyTask(settings, test)
   if config.task == 'clip':
     return _clip_task(settings, train, test, directory, dtype)
   model, frozen = assemble(
@@ -196,7 +207,7 @@ def _clip_task(settings: CLIPTaskConfig, train, test, directory: RunDirectory, d
   return CLIPTask(dataclasses.replace(settings, clip=clip), tokenizer, test, dtype)
 
 
-def _loader(config: TrainingConfig, task: Task, train: ImageSource, mesh) -> Loader:
+def _loader(config: TrainingConfig, task: Task, train: Source, mesh) -> Loader:
   """Batches of this process, or, with a cache, of latents and text embeddings."""
   processes = jax.process_count()
   ways = mesh.shape['data'] * mesh.shape['fsdp'] * config.loop.accumulation_steps
@@ -241,7 +252,7 @@ def build(config: ConfigDict | dict, workdir: str) -> Training:
     raise UserError(
       'data.transforms have no effect with settings.cache; empty them or switch the cache off.'
     )
-  train, test = _sources(checked.data)
+  train, test = _sources(checked)
   task = build_task(checked, train, test, directory)
   shapes = jax.eval_shape(task.initialize, jax.random.key(0))
   steps = checked.loop.total_steps
@@ -266,7 +277,7 @@ def _trained(workdir: str):
   step = checkpoints.latest()
   if step is None:
     raise UserError(f'{workdir} has no checkpoint yet; train longer, or give another workdir.')
-  train, test = _sources(config.data)
+  train, test = _sources(config)
   task = build_task(config, train, test, directory)
   mesh = make_mesh(MeshConfig())
   shapes = jax.eval_shape(task.initialize, jax.random.key(0))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float
+from scipy.spatial.distance import cdist, pdist
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.statistics import Statistics
@@ -87,6 +88,17 @@ def _unbiased_mmd2(x: Float[np.ndarray, 'n d'], y: Float[np.ndarray, 'n d']) -> 
   kernel = lambda a, b: (a @ b.T / d + 1) ** 3
   within = sum(k.sum() - np.trace(k) for k in (kernel(x, x), kernel(y, y)))
   return float(within / (n * (n - 1)) - 2 * kernel(x, y).mean())
+
+
+def energy_distance(x: Float[np.ndarray, 'n d'], y: Float[np.ndarray, 'm d']) -> float:
+  """2 E|x - y| - E|x - x'| - E|y - y'|, unbiased (Szekely & Rizzo 2013, eq. 5).
+
+  0 only where both have the same distribution; estimates of 0 may be a little below it.
+  """
+  x, y = _matrix(x, 'x'), _matrix(y, 'y')
+  between = cdist(x, y).mean()
+  within = sum(pdist(points).mean() for points in (x, y))
+  return float(2 * between - within)
 
 
 def clip_score(

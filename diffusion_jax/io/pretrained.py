@@ -23,6 +23,7 @@ from diffusion_jax.models import functional
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.lpips import lpips_shapes
+from diffusion_jax.models.mlp import MLP
 from diffusion_jax.models.text.clip import CLIP, CLIPTextModel
 from diffusion_jax.models.unet import UNet
 
@@ -59,6 +60,9 @@ KINDS = {
   'clip_text': Kind(
     CLIPTextModel, _TRANSFORMERS, ('model_type', 'clip_text_model'),
     published_configs.read_clip_text, published_configs.write_clip_text,
+  ),
+  'mlp': Kind(
+    MLP, _DIFFUSERS, ('_class_name', 'MLP'), published_configs.read_mlp, published_configs.write_mlp
   ),
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from diffusion_jax.models.autoencoder import AutoencoderKLConfig
 from diffusion_jax.models.checks import require
+from diffusion_jax.models.mlp import MLPConfig
 from diffusion_jax.models.text.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from diffusion_jax.models.unet_config import UNetConfig
 
@@ -120,3 +121,12 @@ def write_clip(config: CLIPConfig) -> dict[str, Any]:
       'model_type': f'clip_{tower}_model', 'projection_dim': config.projection_dim
     }
   return values
+
+
+def read_mlp(values: dict[str, Any], where: str) -> MLPConfig:
+  """Our own; no other library has it."""
+  return _ours(MLPConfig, values, {}, where)
+
+
+def write_mlp(config: MLPConfig) -> dict[str, Any]:
+  return dataclasses.asdict(config) | {'_class_name': 'MLP'}

@@ -53,7 +53,8 @@ def assemble(
     raise UserError(
       f'the U-Net has {unet.in_channels} input and {unet.out_channels} output channels, but '
       f'latents of {autoencoder}, folded {latent_patch_size} x {latent_patch_size}, have '
-      f'{channels}; set both to {channels}, or out_channels to {2 * channels} for a learned variance.'
+      f'{channels}; set both to {channels}, or out_channels to {2 * channels} for a learned '
+      'variance.'
     )
   model = TextToImage(
     unet=Network.of(UNet, unet, dtype=dtype),

@@ -8,6 +8,7 @@ TITLES = {
   'autoencoder': 'KL autoencoder',
   'clip': 'CLIP, text and image encoder',
   'diffusion': 'Text-to-image latent diffusion model',
+  'toy': 'Denoiser of points in the plane',
 }
 
 
@@ -17,18 +18,22 @@ def model_card(
 ) -> str:
   """Markdown. `seconds` is the time spent training, with drawing and scoring."""
   data, loop = config['data'], config['loop']
-  images = steps * loop['batch_size']
+  records = steps * loop['batch_size']
+  one, edge = 'images', f'{data["size"]} x {data["size"]} pixels'
+  if config['task'] == 'toy':
+    one, edge = f'records of {data["size"]} points', 'points in the plane'
   lines = [
-    f'# {TITLES[config["task"]]} ({data["dataset"]}, {data["size"]} px)', '',
+    f'# {TITLES[config["task"]]} ({data["dataset"]}, {edge})', '',
     f'Trained with diffusion_jax by `{command}`.', '',
     f'- Trained parameters: {parameters:,}',
-    f'- Steps: {steps:,} of {loop["total_steps"]:,}, {images:,} images, batch {loop["batch_size"]}',
+    f'- Steps: {steps:,} of {loop["total_steps"]:,}, {records:,} {one}, '
+    f'batch {loop["batch_size"]}',
     f'- Time: {seconds / 3600:.2f} hours on {jax.device_count()} x {jax.devices()[0].device_kind}',
-    f'- Data: {data["dataset"]}, {data["size"]} x {data["size"]} pixels, training split',
+    f'- Data: {data["dataset"]}, {edge}, training split',
     '- Settings: see config.json of the run', '',
   ]
   if scores:
-    lines += ['## Scores', '', 'On the test split, whose images were not trained on.', '']
+    lines += ['## Scores', '', 'On the test split, which was not trained on.', '']
     lines += _table(scores)
   if credit:
     lines += ['## Credit', '', credit, '']

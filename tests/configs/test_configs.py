@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from diffusion_jax.build import SETTINGS, load_config, parse, resolved
+from diffusion_jax.data.points import open_points
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.pretrained import load_model
 from diffusion_jax.models.functional import Network
@@ -15,6 +16,7 @@ from diffusion_jax.pipelines.directory import assemble
 from diffusion_jax.train.optimizer import make_optimizer
 from diffusion_jax.train.tasks.autoencoder import AutoencoderTask
 from diffusion_jax.train.tasks.clip import CLIPTask
+from diffusion_jax.train.tasks.toy import ToyTask
 from tests.tiny import ROOT
 
 BASE = ROOT / 'configs' / 'base.py'
@@ -33,6 +35,8 @@ def _initialize(config):
     return AutoencoderTask(settings, None).initialize
   if config.task == 'clip':
     return CLIPTask(settings, None, None).initialize
+  if config.task == 'toy':
+    return ToyTask(settings, open_points(config.data.dataset, 'test', config.data.size)).initialize
   return Network.of(UNet, settings.unet).initialize
 
 

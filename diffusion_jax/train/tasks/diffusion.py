@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from diffusion_jax.data.sources import ImageSource
 from diffusion_jax.diffusion.levels import TableLevels
 from diffusion_jax.diffusion.schedules import ScheduleConfig
-from diffusion_jax.diffusion.timesteps import LossHistory, update_history
 from diffusion_jax.diffusion.training import Losses, Objective, ObjectiveConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.job import (
@@ -23,10 +22,9 @@ from diffusion_jax.evaluation.job import (
 from diffusion_jax.models.unet_config import UNetConfig
 from diffusion_jax.pipelines.directory import save_text_to_image
 from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage, Weights
-from diffusion_jax.train.tasks.task import Frozen, Memory, Scores, Task, mean_metric
+from diffusion_jax.train.tasks.noising import NoisingTask, history_of
+from diffusion_jax.train.tasks.task import Frozen, Memory, Scores
 from diffusion_jax.types import Latents, Params, Text
-
-TIME_BUCKETS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +69,7 @@ class DiffusionTaskConfig:
       raise UserError('task.preview_captions is empty; give at least one caption to draw.')
 
 
-class DiffusionTask(Task):
+class DiffusionTask(NoisingTask):
   """Parameters are the U-Net's."""
 
   name = 'diffusion'
@@ -91,9 +89,6 @@ class DiffusionTask(Task):
   def initialize(self, key: jax.Array) -> Params:
     return self.model.unet.initialize(key)
 
-  def constrain(self, params: Params) -> Params:
-    return params
-
   def _encode(self, frozen: Frozen, batch: dict, key: jax.Array) -> tuple[Latents, Text]:
     """Sampled, scaled latents [b h w c] and text [b l d] of a batch, cached or not."""
     if 'mean' in batch:
@@ -110,31 +105,16 @@ class DiffusionTask(Task):
     drop = jax.random.bernoulli(key, self.config.caption_dropout, (text.shape[0], 1, 1))
     return jnp.where(drop, null, text)
 
-  def memory(self) -> Memory:
-    history = self.objective.history()
-    return history._asdict() if history else {}
-
-  def remember(self, memory: Memory, seen) -> Memory:
-    return update_history(LossHistory(**memory), *seen)._asdict() if memory else memory
-
   def losses(self, params, frozen, memory: Memory, batch, key) -> Losses:
     """Losses of each example, and the noise level it was given."""
     key_z, key_drop, key = jax.random.split(key, 3)
     x0, text = self._encode(frozen, batch, key_z)
     text = self.drop_captions(text, frozen['null_text']['bias'], key_drop)
     unet = self.model.unet.bind(params)
-    history = LossHistory(**memory) if memory else None
-    return self.objective.losses(lambda x, t: unet(x, t, text), x0, key, history)
+    return self.objective.losses(lambda x, t: unet(x, t, text), x0, key, history_of(memory))
 
   def loss(self, params, frozen, memory, batch, key, step) -> tuple[jax.Array, tuple]:
-    loss, error, level = self.losses(params, frozen, memory, batch, key)
-    bucket = jnp.floor(level.position * TIME_BUCKETS).astype(int)
-    which = jax.nn.one_hot(bucket, TIME_BUCKETS)
-    metrics = {
-      'loss': mean_metric(loss),
-      'loss_by_timestep': (error @ which, which.sum(axis=0)),
-    }
-    return loss.mean(), (metrics, (level.label, error) if memory else ())
+    return self.summary(self.losses(params, frozen, memory, batch, key), memory)
 
   def _weights(self, params: Params, frozen: Frozen) -> Weights:
     return Weights(params, frozen['autoencoder'], frozen['clip'])

@@ -1,0 +1,24 @@
+"""DDPM on points in the plane: a table of 100 timesteps, epsilon, ancestral sampling."""
+
+from ml_collections import ConfigDict
+
+from configs.base import base
+
+
+def get_config() -> ConfigDict:
+  config = base('toy')
+  with config.unlocked():
+    config.settings = ConfigDict({
+      'process': 'table',
+      'schedule': {'beta_schedule': 'linear', 'beta_start': 1e-3, 'beta_end': 0.1,
+                   'num_train_timesteps': 100},
+      'objective': {'prediction': 'epsilon'},
+      'sample': {'sampler': 'ddpm', 'steps': 100},
+    })
+  config.data.update({'dataset': 'moons', 'size': 64})
+  config.optimizer.update({'learning_rate': 2e-3, 'warmup_steps': 50})
+  config.loop.update({
+    'total_steps': 1200, 'batch_size': 8, 'ema_halflife_images': 800.0, 'log_every_steps': 100,
+    'checkpoint_every_steps': 1200, 'sample_every_steps': 600, 'evaluate_samples': 2048,
+  })
+  return config

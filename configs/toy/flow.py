@@ -1,0 +1,16 @@
+"""Rectified flow: the velocity of straight paths, logit-normal times, Heun's method."""
+
+from ml_collections import ConfigDict
+
+from configs.toy import ddpm
+
+
+def get_config() -> ConfigDict:
+  config = ddpm.get_config()
+  with config.unlocked():
+    config.settings = ConfigDict({
+      'process': 'flow',
+      'objective': {'prediction': 'flow_prediction', 'times': 'logit_normal'},
+      'sample': {'sampler': 'flow_heun', 'steps': 25, 'spacing': 'trailing'},
+    })
+  return config

@@ -1,0 +1,16 @@
+"""NCSN: scores at geometric noise levels by score matching, annealed Langevin dynamics."""
+
+from ml_collections import ConfigDict
+
+from configs.toy import ddpm
+
+
+def get_config() -> ConfigDict:
+  config = ddpm.get_config()
+  with config.unlocked():
+    config.settings = ConfigDict({
+      'process': 'exponential', 'process_options': {'sigma_min': 0.01, 'sigma_max': 5.0},
+      'objective': {'prediction': 'score', 'weighting': 'snr'},
+      'sample': {'sampler': 'annealed_langevin', 'steps': 12, 'spacing': 'exponential'},
+    })
+  return config

@@ -1,0 +1,16 @@
+"""Score-based model of the variance-exploding SDE, sampled by predictor and corrector."""
+
+from ml_collections import ConfigDict
+
+from configs.toy import ddpm
+
+
+def get_config() -> ConfigDict:
+  config = ddpm.get_config()
+  with config.unlocked():
+    config.settings = ConfigDict({
+      'process': 'exponential', 'process_options': {'sigma_min': 0.01, 'sigma_max': 20.0},
+      'objective': {'prediction': 'score', 'weighting': 'snr'},
+      'sample': {'sampler': 'predictor_corrector', 'steps': 200, 'spacing': 'trailing'},
+    })
+  return config

@@ -1,0 +1,58 @@
+"""A residual network on vectors, the denoiser of points in the plane."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from diffusion_jax.models.checks import positive, require
+from diffusion_jax.models.layers import linear
+
+FREQUENCIES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPConfig:
+  """`depth` blocks of `width`. label_range: the label's largest absolute value."""
+
+  in_features: int = 2
+  out_features: int = 2
+  width: int = 128
+  depth: int = 3
+  label_range: float = 1.0
+
+  def __post_init__(self):
+    positive(self, 'in_features', 'out_features', 'width', 'depth')
+    require(self.label_range > 0, f'MLPConfig.label_range is {self.label_range}; give more than 0.')
+
+
+class Block(nnx.Module):
+  """h + fc2(silu(fc1(silu(h)) + time(t))): [b width], [b 2 FREQUENCIES] -> [b width]."""
+
+  def __init__(self, width: int, **kw):
+    self.fc1 = linear(width, width, **kw)
+    self.time = linear(2 * FREQUENCIES, width, **kw)
+    self.fc2 = linear(width, width, **kw)
+
+  def __call__(self, h: jax.Array, t: jax.Array) -> jax.Array:
+    return h + self.fc2(nnx.silu(self.fc1(nnx.silu(h)) + self.time(t)))
+
+
+class MLP(nnx.Module):
+  """x [b in], label [b] -> [b out]; the label as sinusoids of 1/2 to 2^(FREQUENCIES-2) periods."""
+
+  def __init__(self, config: MLPConfig, **kw):
+    self.config = config
+    self.conv_in = linear(config.in_features, config.width, **kw)
+    self.blocks = nnx.List([Block(config.width, **kw) for _ in range(config.depth)])
+    self.conv_out = linear(config.width, config.out_features, **kw)
+
+  def __call__(self, x: jax.Array, label: jax.Array) -> jax.Array:
+    angles = label[:, None] / self.config.label_range * math.pi * 2.0 ** jnp.arange(-1, 7)
+    t = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    h = self.conv_in(x)
+    for block in self.blocks:
+      h = block(h, t)
+    return self.conv_out(nnx.silu(h))

@@ -1,0 +1,213 @@
+"""Trains a denoiser of points in the plane: every family of model, in seconds, to look at."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from diffusion_jax.data.sources import ArraySource
+from diffusion_jax.diffusion import processes
+from diffusion_jax.diffusion.denoiser import Denoiser
+from diffusion_jax.diffusion.levels import ContinuousLevels, Levels, TableLevels
+from diffusion_jax.diffusion.likelihood import flow_likelihood
+from diffusion_jax.diffusion.samplers import initial_noise, process_grid, sampler, sampling_grid
+from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
+from diffusion_jax.diffusion.training import Network as Denoising
+from diffusion_jax.diffusion.training import Objective, ObjectiveConfig
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.metrics import energy_distance
+from diffusion_jax.io.pretrained import save_model
+from diffusion_jax.models.functional import Network
+from diffusion_jax.models.mlp import MLP, MLPConfig
+from diffusion_jax.train.tasks.noising import NoisingTask, history_of
+from diffusion_jax.train.tasks.task import Frozen, Scores
+from diffusion_jax.types import Params
+from diffusion_jax.viz.points import field_picture, scatter_picture
+
+PREVIEW_POINTS = 2000
+FIELD_LEVELS = (1.0, 0.4, 0.15)
+LATTICE, EXTENT = 21, 2.6
+LIKELIHOOD_POINTS, LIKELIHOOD_STEPS = 512, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class ToySampleConfig:
+  """Names of `SAMPLERS` and `SPACINGS`; options of the sampler, such as {'corrections': 2}."""
+
+  sampler: str = 'ddpm'
+  steps: int = 100
+  spacing: str = 'trailing'
+  options: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyTaskConfig:
+  """process: table, for the T timesteps of `schedule`, or a name of `processes.PROCESSES` with its
+  options, such as {'sigma_max': 50.0}. sub_vp: the sub-VP process of that one. width, depth: of the
+  network."""
+
+  process: str = 'table'
+  process_options: dict[str, float] = dataclasses.field(default_factory=dict)
+  sub_vp: bool = False
+  schedule: ScheduleConfig = ScheduleConfig()
+  objective: ObjectiveConfig = ObjectiveConfig()
+  sample: ToySampleConfig = ToySampleConfig()
+  width: int = 128
+  depth: int = 3
+  export_dtype: str = 'float32'
+
+  def __post_init__(self):
+    if self.process == 'table' and (self.process_options or self.sub_vp):
+      raise UserError(
+        'settings.process_options and sub_vp have no effect on a table; choose another process.'
+      )
+    if self.process != 'table' and self.schedule != ScheduleConfig():
+      raise UserError(
+        f'settings.schedule has no effect on the process {self.process}; remove it, or set '
+        'process to table.'
+      )
+
+  def levels(self) -> Levels:
+    """Where the network is trained."""
+    if self.process == 'table':
+      return TableLevels(Schedule(self.schedule))
+    process = processes.named(self.process, **self.process_options)
+    return ContinuousLevels(processes.sub_vp(process) if self.sub_vp else process)
+
+
+class ToyTask(NoisingTask):
+  """Parameters are the MLP's."""
+
+  name = 'toy'
+  batch_fields = ('points',)
+
+  def __init__(self, config: ToyTaskConfig, test: ArraySource):
+    self.config = config
+    self.frozen: Frozen = {}
+    self.levels = config.levels()
+    self.objective = Objective(config.objective, self.levels)
+    self.test = np.concatenate([test[i]['points'] for i in range(len(test))])
+    self.is_table = config.process == 'table'
+    self.mlp = Network.of(MLP, MLPConfig(
+      width=config.width, depth=config.depth,
+      out_features=4 if config.objective.learned_variance else 2,
+      label_range=float(len(self.levels.schedule)) if self.is_table else 2.5,
+    ))
+    self.grid = self._grid()
+    self._sample = jax.jit(self._draw, static_argnums=2)
+    self._fields = jax.jit(self._scores)
+    self._bits = jax.jit(self._likelihood)
+
+  def _grid(self):
+    sample = self.config.sample
+    sampler(sample.sampler, **sample.options)
+    if self.is_table:
+      return sampling_grid(self.levels.schedule, sample.steps, sample.spacing)
+    first = self.levels.t_min
+    return process_grid(self.levels.process, sample.steps, sample.spacing, first_time=first)
+
+  def initialize(self, key: jax.Array) -> Params:
+    return self.mlp.initialize(key)
+
+  def network(self, params: Params) -> Denoising:
+    """The MLP between the scales of its process.
+
+    It sees x at unit variance, and its output is divided by sigma where a score is wanted (Song &
+    Ermon 2020, technique 3): the score of little noise is large.
+    """
+    mlp = self.mlp.bind(params)
+    prediction = self.config.objective.prediction
+
+    def network(x, label):
+      alpha, sigma = self._pair(label)
+      if prediction != 'edm':  # Whose input is scaled already.
+        x = x / jnp.sqrt(alpha**2 + sigma**2)
+      return mlp(x, label) / sigma if prediction == 'score' else mlp(x, label)
+
+    return network
+
+  def _pair(self, label):
+    """(alpha, sigma) [b 1] that the label tells; of norm 1 unless the process is VE."""
+    if self.is_table:
+      pair = self.levels.process((label + 1) / len(self.levels.schedule))
+    else:
+      ratio = jnp.exp(4 * label)
+      explodes = self.levels.process(jnp.ones(()))[0] == 1
+      alpha = jnp.where(explodes, 1.0, 1 / jnp.sqrt(1 + ratio**2))
+      pair = alpha, ratio * alpha
+    return tuple(part[:, None] for part in pair)
+
+  def denoiser(self, params: Params) -> Denoiser:
+    return self.objective.denoiser(self.network(params))
+
+  def loss(self, params, frozen, memory, batch, key, step) -> tuple[jax.Array, tuple]:
+    x0 = batch['points'].reshape(-1, 2)
+    losses = self.objective.losses(self.network(params), x0, key, history_of(memory))
+    return self.summary(losses, memory)
+
+  def _draw(self, params: Params, seed: int, count: int) -> jax.Array:
+    sample = self.config.sample
+    noise, keys = initial_noise(seed, 0, count, (2,))
+    draw = sampler(sample.sampler, **sample.options)
+    x = self.grid[1][0].astype(noise.dtype) * noise
+    return draw(self.denoiser(params), x, self.grid, keys)
+
+  def _scores(self, params: Params, x: jax.Array) -> jax.Array:
+    """Learned scores [k n 2] of the data with FIELD_LEVELS of noise, at alpha x [n 2]."""
+
+    def one(ratio):
+      level = self.levels.at_ratio(ratio[None])
+      alpha, sigma = level.alpha[0], level.sigma[0]
+      x0 = self.denoiser(params)(alpha * x, alpha, sigma)
+      # Of x / alpha, so that all levels are drawn on the scale of the data.
+      return alpha**2 * (x0 - x) / sigma**2
+
+    return jax.lax.map(one, jnp.asarray(FIELD_LEVELS))
+
+  def _likelihood(self, params: Params, x: jax.Array) -> jax.Array:
+    keys = jax.random.split(jax.random.key(0), len(x))
+    return flow_likelihood(
+      self.denoiser(params), x, self.levels.process, keys, trace='exact', solver='heun',
+      steps=LIKELIHOOD_STEPS, t_min=self.levels.t_min,
+    ).bits
+
+  def preview(self, params, frozen, mesh: Mesh) -> tuple[np.ndarray, list[str]]:
+    """Samples over the data, and the learned score of the data with three amounts of noise."""
+    points = np.asarray(self._sample(params, 0, PREVIEW_POINTS))
+    axis = np.linspace(-EXTENT, EXTENT, LATTICE, dtype=np.float32)
+    lattice = np.stack(np.meshgrid(axis, axis), axis=-1)
+    fields = np.asarray(self._fields(params, jnp.asarray(lattice.reshape(-1, 2))))
+    noise = np.random.default_rng(0).standard_normal((PREVIEW_POINTS, 2))
+    data = self.test[:PREVIEW_POINTS]
+    pictures = [scatter_picture(points, data, EXTENT)] + [
+      field_picture(lattice, field.reshape(lattice.shape), data + ratio * noise[: len(data)])
+      for field, ratio in zip(fields, FIELD_LEVELS, strict=True)
+    ]
+    captions = ['samples over data'] + [f'score at sigma / alpha {r:g}' for r in FIELD_LEVELS]
+    return np.stack(pictures), captions
+
+  def evaluate(self, params, frozen, mesh, *, samples: int, final: bool) -> Scores:
+    """Energy distance to the test points, and at the end bits per dimension of some of them."""
+    count = min(samples, len(self.test))
+    columns = {'generated': params}
+    if final:
+      columns['untrained'] = jax.jit(self.initialize)(jax.random.key(1))
+    scores = {}
+    for name, values in columns.items():
+      found = np.asarray(self._sample(values, 1, count))
+      scores[name] = {'energy_distance': energy_distance(found, self.test)}
+      if final:
+        few = jnp.asarray(self.test[:LIKELIHOOD_POINTS])
+        scores[name]['bits_per_dim'] = float(self._bits(values, few).mean())
+    if final:
+      half = len(self.test) // 2
+      real = energy_distance(self.test[:half], self.test[half:])
+      scores['real'] = {'energy_distance': real}
+    return scores
+
+  def export(self, directory: Path, params: Params, scores: Scores) -> None:
+    """The network; `config.json` of the run says how it was trained."""
+    save_model(directory, self.mlp.config, params, self.config.export_dtype)
