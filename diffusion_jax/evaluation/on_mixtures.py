@@ -39,6 +39,9 @@ FIRST_LEVEL, LAST_LEVEL = 80.0, 0.02
 POINTS = 128
 """How many quantiles the error of a deterministic sampler is a mean over."""
 
+PATHS, PATH_STEPS = 16, 24
+"""How many points are followed, in how many steps."""
+
 MORE_CALLS = {'plms': 1, 'pndm': 9}
 """Network calls in the first steps beyond those of the later ones."""
 
@@ -154,8 +157,8 @@ def _stochastic(run, grid: Grid, count: int):
   return out.states, out.sigmas, lambda parts: abs(np.linalg.norm(parts) - deviation(count))
 
 
-def paths(name: str, steps: int = 24, count: int = 40, seed: int = 0) -> Paths:
-  """Where a sampler takes `count` points from pure noise to FIVE_MODES; the same for every sampler.
+def paths(name: str, steps: int = PATH_STEPS, count: int = PATHS, seed: int = 0) -> Paths:
+  """How a sampler takes points from pure noise to FIVE_MODES; they start alike for all samplers.
 
   On the cosine process, with even steps in time.
 
@@ -166,15 +169,17 @@ def paths(name: str, steps: int = 24, count: int = 40, seed: int = 0) -> Paths:
     raise UserError(f'{count} paths cannot be drawn; choose at least 1.')
   with jax.enable_x64(True):
     grid = process_grid(processes.cosine(), steps)
-    key_start, *keys = jax.random.split(jax.random.key(seed), count + 1)
-    start = jax.random.normal(key_start, (count, 1, 1, 2), jnp.float64)
-    run = partial(sampler(name), FIVE_MODES.denoise, trajectory=True)
-    out = jax.jit(run)(start, grid, jnp.stack(keys))
-    states = jnp.concatenate([start[None], out.states])
-    alphas, sigmas = (jnp.append(part[0], rest) for part, rest in zip(
-      grid, (out.alphas, out.sigmas), strict=True
-    ))
-    return Paths(*map(np.asarray, (states.squeeze((2, 3)), alphas, sigmas)))
+
+    @jax.jit
+    def follow(key):
+      keys = jax.random.split(key, count + 1)
+      start = jax.random.normal(keys[0], (count, 1, 1, 2), jnp.float64)
+      return start, sampler(name)(FIVE_MODES.denoise, start, grid, keys[1:], trajectory=True)
+
+    start, out = jax.tree.map(np.asarray, follow(jax.random.key(seed)))
+  states = np.concatenate([start[None], out.states]).squeeze((2, 3))
+  alphas, sigmas = map(np.asarray, grid)
+  return Paths(states, np.append(alphas[0], out.alphas), np.append(sigmas[0], out.sigmas))
 
 
 def field(
@@ -182,7 +187,12 @@ def field(
 ) -> tuple[Float[np.ndarray, 'h w'], Float[np.ndarray, 'h w 2']]:
   """(density, score) of FIVE_MODES, diffused, at points of the plane."""
   with jax.enable_x64(True):
-    x = jnp.asarray(points, jnp.float64).reshape(-1, 1, 1, 2)
-    mixture = FIVE_MODES.diffused(alpha, sigma)
-    density, score = jnp.exp(mixture.log_density(x)), mixture.score(x)
-    return np.asarray(density).reshape(points.shape[:2]), np.asarray(score).reshape(points.shape)
+    x = np.asarray(points, np.float64).reshape(-1, 1, 1, 2)
+    density, score = map(np.asarray, _field(x, alpha, sigma))
+  return density.reshape(points.shape[:2]), score.reshape(points.shape)
+
+
+@jax.jit
+def _field(x, alpha, sigma):
+  mixture = FIVE_MODES.diffused(alpha, sigma)
+  return jnp.exp(mixture.log_density(x)), mixture.score(x)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from diffusion_jax.viz import svg
 from diffusion_jax.viz.svg import PALETTE
@@ -164,6 +164,4 @@ def _log_scale(axes: Axes, values: Sequence[float]) -> None:
   if ratio < 3:
     return
   axes.set_yscale('log')
-  axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 100 else (1,), numticks=8))
-  axes.yaxis.set_minor_locator(NullLocator())
-  axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
+  svg.log_axis(axes.yaxis, (1, 2, 5) if ratio < 100 else (1,))

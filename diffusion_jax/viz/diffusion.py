@@ -14,7 +14,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.viz import svg
@@ -41,29 +41,33 @@ def schedule_chart(
 
   Args:
     schedules: (t [n], alpha [n], sigma [n]) by name. Up to two share a panel for alpha, a solid
-      line, and sigma, a dashed one; more have a panel for each. Sigmas above 3 make its axis
-      logarithmic. Log-SNRs beyond +-30 (an alpha or sigma of 0, or its rounding error) interrupt
-      their line.
+      line, and sigma, a dashed one; more have a panel for each, without one for alpha where all
+      are 1. Sigmas above 3 make its axis logarithmic. Log-SNRs beyond +-30 (an alpha or sigma of
+      0, or its rounding error) interrupt their line.
     title: what is shown, read out by screen readers; not drawn.
   """
-  apart = len(schedules) > 2
+  curves = {name: [np.asarray(part, np.float64) for part in of] for name, of in schedules.items()}
+  apart = len(curves) > 2
+  scales = not all((alpha == 1).all() for _, alpha, _ in curves.values())
+  labels = (('α',) if scales else ()) + ('σ', 'log-SNR')
+  labels = labels if apart else ('α solid, σ dashed', 'log-SNR')
   with matplotlib.rc_context(svg.STYLE):
     figure = svg.empty_figure(3.1 if apart else 4.4, 8.4 if apart else svg.WIDTH)
-    panels = figure.subplots(*(1, 3) if apart else (2, 1), sharex=True)
-    of_alpha, of_sigma, of_log_snr = panels if apart else (panels[0], *panels)
-    for number, (name, arrays) in enumerate(schedules.items()):
-      t, alpha, sigma = (np.asarray(values, np.float64) for values in arrays)
+    panels = figure.subplots(*(1, len(labels)) if apart else (2, 1), sharex=True)
+    of_sigma, of_log_snr = panels[-2:]
+    for number, (name, (t, alpha, sigma)) in enumerate(curves.items()):
       line = dict(color=PALETTE[number % len(PALETTE)], linewidth=1.6)
-      of_alpha.plot(t, _finite(alpha), label=svg.visible(name), **line)
-      of_sigma.plot(t, _finite(sigma), linestyle='--' if of_sigma is of_alpha else '-', **line)
-      of_log_snr.plot(t, _log_snr(alpha, sigma), **line)
-    if any(np.max(sigma) > 3 for _, _, sigma in schedules.values()):
+      if scales or not apart:
+        panels[0].plot(t, _finite(alpha), **line)
+      of_sigma.plot(t, _finite(sigma), linestyle='-' if apart else '--', **line)
+      of_log_snr.plot(t, _log_snr(alpha, sigma), label=svg.visible(name), **line)
+    for axes, label in zip(panels, labels, strict=True):
+      svg.plain_axes(axes, 't' if apart or axes is of_log_snr else '', label)
+    if any(np.max(sigma) > 3 for _, _, sigma in curves.values()):
       of_sigma.set_yscale('log')
-    names = ('α', 'σ', 'log-SNR') if apart else ('α solid, σ dashed', 'log-SNR')
-    for axes, name in zip(panels, names, strict=True):
-      svg.plain_axes(axes, 't' if apart or axes is of_log_snr else '', name)
-    if len(schedules) > 1:
-      svg.legend_below(figure, of_alpha, 6 if apart else 3)
+      svg.log_axis(of_sigma.yaxis)
+    if len(curves) > 1:
+      svg.legend_below(figure, of_log_snr, 6 if apart else 3)
     return svg.render(figure, title)
 
 
@@ -111,15 +115,17 @@ def _log_log(axes: Axes, points: np.ndarray, orders: Sequence[int]) -> None:
   axes.set_xscale('log')
   axes.set_yscale('log')
   (low, bottom), (high, top) = points.min(axis=0), points.max(axis=0)
-  for axis, subs in ((axes.xaxis, (1, 2, 5)), (axes.yaxis, (1,))):
-    axis.set_major_locator(LogLocator(subs=subs, numticks=8))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
-    axis.set_minor_locator(NullLocator())
+  svg.log_axis(axes.xaxis, (1, 2, 5))
+  svg.log_axis(axes.yaxis)
+  bottom /= 4  # The steepest guide may run below all points.
   for order in orders if high > low else ():
     end = min(high, low * (top / bottom) ** (1 / order)) if top > bottom else high
-    axes.plot([low, end], [top, top * (low / end) ** order], color=INK, alpha=0.3, linewidth=0.8)
-    axes.text(end, top * (low / end) ** order, f' order {order}', fontsize=8, alpha=0.6,
-              va='center')
+    axes.plot([low, end], [top, top * (low / end) ** order], color=INK, alpha=0.4, linewidth=0.9,
+              linestyle=(0, (1, 2)))
+    axes.annotate(
+      f'order {order}', (end, top * (low / end) ** order), (6, 0), textcoords='offset points',
+      fontsize=8, alpha=0.6, va='center',
+    )
 
 
 def trajectory_chart(

@@ -14,8 +14,10 @@ import io
 import re
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 # Okabe and Ito 2008, the blue lightened for dark pages.
 PALETTE = ('#2A8FD0', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#8C8C8C')
@@ -65,6 +67,21 @@ def plain_axes(axes: Axes, xlabel: str, ylabel: str) -> None:
   axes.tick_params(length=0, which='both')
   axes.set_xlabel(xlabel)
   axes.set_ylabel(ylabel)
+
+
+def log_axis(axis: Axis, subs: tuple[float, ...] = (1,)) -> None:
+  """Gives an axis that is logarithmic ticks at `subs` times powers of ten, with plain labels."""
+  axis.set_major_locator(LogLocator(subs=subs, numticks=8))
+  axis.set_major_formatter(FuncFormatter(lambda value, _: _plain_number(value)))
+  axis.set_minor_locator(NullLocator())
+
+
+def _plain_number(value: float) -> str:
+  """0.001 as it is, 0.0001 as 10⁻⁴."""
+  digits, _, power = f'{value:.0e}'.partition('e')
+  if abs(int(power)) < 4 or digits != '1':
+    return f'{value:g}'
+  return '10' + str(int(power)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))
 
 
 def visible(name: str) -> str:

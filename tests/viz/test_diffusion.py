@@ -80,7 +80,7 @@ def test_errors_are_straight_lines_of_their_order():
     np.testing.assert_allclose(steps, steps[:1].repeat(3, axis=0), atol=1e-3)
     slopes.append(steps[0, 1] / steps[0, 0])
   assert slopes[1] == pytest.approx(2 * slopes[0], rel=1e-3)
-  guides = [line for line, style in lines(svg, INK) if 'opacity: 0.3' in style]
+  guides = [line for line, style in lines(svg, INK) if 'opacity: 0.4;' in style]
   found = [np.diff(g, axis=0)[0, 1] / np.diff(g, axis=0)[0, 0] for g in guides if len(g) == 2]
   assert any(f == pytest.approx(slopes[0], rel=1e-3) for f in found)
   assert any(f == pytest.approx(slopes[1], rel=1e-3) for f in found)
