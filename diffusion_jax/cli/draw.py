@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from diffusion_jax.errors import UserError
+
 HELP = 'draw schedules, errors and paths of samplers, and scores'
 DESCRIPTION = """Draws what diffusion does where the exact answers are known: schedules, errors of
 samplers against network calls, their paths in the plane, and scores. Writes SVG files and one page,
@@ -32,15 +34,18 @@ def run(args: argparse.Namespace) -> int:
   from diffusion_jax.viz.gallery import Section, write_gallery
 
   enable_compile_cache()
-  sections = []
+  out = Path(args.out)
+  if out.exists() and not out.is_dir():
+    raise UserError(f'--out {out} is a file; choose a directory.')
+  parts, sections = draw(_names(args.what), _names(args.samplers)), []
   with tqdm(desc='drawing', bar_format='{desc} [{elapsed}]', leave=False) as bar:
-    for made in draw(_names(args.what), _names(args.samplers)):
+    for made in parts:
       if isinstance(made, Section):
         sections.append(made)
       else:
         bar.set_description_str(made)
-  paths = write_gallery(Path(args.out), sections, 'Diffusion, where the answers are known')
-  print(f'{len(paths) - 1} drawings and {paths[-1].name} are in {args.out}')
+  paths = write_gallery(out, sections, 'Diffusion, where the answers are known')
+  print(f'{len(paths) - 1} drawings and {paths[-1].name} are in {out}')
   return 0
 
 

@@ -39,7 +39,7 @@ SCORE_LEVELS = (1.0, 0.5, 0.2)
 REACH = 3.0
 
 
-def schedules(samplers: Sequence[str] = ()) -> Section:
+def schedules(samplers: Sequence[str] = ()) -> Iterator[Section]:
   """alpha, sigma and log-SNR of every named process, and of tables that a config can ask for."""
   del samplers
   times = np.linspace(0, 1, 257)
@@ -55,7 +55,7 @@ def schedules(samplers: Sequence[str] = ()) -> Section:
     'schedules_exploding': ('Processes whose noise explodes', exploding),
     'schedules_tables': ('Variants of a table of 1000 steps', tables),
   }
-  return Section('schedules', 'Schedules', (
+  yield Section('schedules', 'Schedules', (
     'A noised sample is x = α x₀ + σ ε. The log-SNR, ln(α² / σ²), falls as noise grows; what a '
     'sampler or a loss sees of a schedule is how fast. Where σ grows beyond 1, α stays 1.'
   ), tuple(
@@ -67,8 +67,6 @@ def schedules(samplers: Sequence[str] = ()) -> Section:
 def errors(samplers: Sequence[str] = ()) -> Iterator[str | Section]:
   """Error against network calls: of deterministic samplers, and of stochastic ones."""
   names = samplers or OF_ERRORS
-  for name in names:
-    on_mixtures.check_measurable(name)
   found = {}
   for name in names:
     yield f'error of {name}'
@@ -97,8 +95,6 @@ def errors(samplers: Sequence[str] = ()) -> Iterator[str | Section]:
 def trajectories(samplers: Sequence[str] = ()) -> Iterator[str | Section]:
   """Paths of the same points under several samplers, in the plane."""
   names = samplers or OF_PATHS
-  for name in names:
-    sampler(name)
   points = lattice(REACH, 121)
   density, _ = on_mixtures.field(points, 1.0, 0.0)
   pictures = []
@@ -116,7 +112,7 @@ def trajectories(samplers: Sequence[str] = ()) -> Iterator[str | Section]:
   ), tuple(pictures))
 
 
-def scores(samplers: Sequence[str] = ()) -> Section:
+def scores(samplers: Sequence[str] = ()) -> Iterator[Section]:
   """The score of the noised mixture at falling noise levels, and its density."""
   del samplers
   fine, coarse = lattice(REACH, 121), lattice(REACH * 0.95, 19)
@@ -127,7 +123,7 @@ def scores(samplers: Sequence[str] = ()) -> Section:
     heading = f'Score at σ / α = {level:g}'
     chart = score_chart(coarse, vectors, title=heading, density=(fine, density))
     pictures.append(Picture(f'score_{level:g}'.replace('.', '_'), heading, chart, False))
-  return Section('scores', 'Scores', (
+  yield Section('scores', 'Scores', (
     'The arrows are the gradient of the log-density of the noised data, what a network learns in '
     'one form or another. With much noise they point to the mean of all modes, with little each to '
     'the nearest; the longest are cut.'
@@ -140,21 +136,24 @@ DRAWINGS: Mapping[str, Callable] = {
 
 
 def draw(what: Sequence[str] = (), samplers: Sequence[str] = ()) -> Iterator[str | Section]:
-  """Yields each finished section, and in between what is being computed.
+  """Each finished section, and in between what is being computed.
 
   Args:
     what: keys of DRAWINGS; all if empty.
     samplers: which to draw in errors and trajectories; a choice of each if empty.
 
   Raises:
-    UserError: an unknown drawing or sampler, or one that has no errors to draw.
+    UserError: an unknown drawing or sampler, or one that has no errors to draw; at once.
   """
   for name in what:
     if name not in DRAWINGS:
       raise UserError(f'drawing {name!r} is unknown; choose from {", ".join(DRAWINGS)}.')
-  for name in what or DRAWINGS:
-    made = DRAWINGS[name](samplers)
-    if isinstance(made, Section):
-      yield made
-    else:
-      yield from made
+  what = what or tuple(DRAWINGS)
+  for name in samplers:
+    (on_mixtures.check_measurable if 'errors' in what else sampler)(name)
+  return _parts(what, samplers)
+
+
+def _parts(what: Sequence[str], samplers: Sequence[str]) -> Iterator[str | Section]:
+  for name in what:
+    yield from DRAWINGS[name](samplers)

@@ -45,7 +45,7 @@ def test_what_cannot_be_drawn_is_said_before_anything_is(tmp_path, capsys, argum
   assert named in said and len(said.splitlines()) == 1 and not (tmp_path / 'out').exists()
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path, capsys):
+def test_a_file_in_the_place_of_the_directory_is_named(tmp_path, capsys):
   (tmp_path / 'file').write_text('')
   assert main(['draw', '--out', str(tmp_path / 'file'), '--what', 'schedules']) == 2
-  assert 'choose another --out' in capsys.readouterr().err
+  assert 'is a file; choose a directory' in capsys.readouterr().err
