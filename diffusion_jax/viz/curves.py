@@ -1,47 +1,22 @@
-"""Line charts as inline SVG that follow the text colour of the page around them.
-
-Text, axes and grid are drawn in `currentColor` on a transparent ground, so that one chart is
-legible on light and dark pages; series use the Okabe-Ito palette, which colour-blind readers tell
-apart.
-Figures are made without pyplot: no global state, no window system. The same data gives the same
-bytes, and ids differ between charts, so that many can share a page.
-"""
+"""Line charts of a run, as inline SVG: metrics over steps, the loss over the diffusion time."""
 
 from __future__ import annotations
 
-import hashlib
-import html
-import io
 import itertools
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from diffusion_jax.viz import svg
+from diffusion_jax.viz.svg import PALETTE
 
 Point = tuple[float, float | None]
 
-# Okabe and Ito 2008, the blue lightened for dark pages.
-PALETTE = ('#2A8FD0', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#8C8C8C')
-# Drawn instead of currentColor, which matplotlib does not know, and replaced in the SVG.
-_INK = '#010203'
 _POINTS = 600
-_STYLE = {
-  'svg.hashsalt': 'diffusion_jax',
-  'svg.fonttype': 'none',
-  'font.size': 9,
-  'text.color': _INK,
-  'text.parse_math': False,
-  'axes.edgecolor': _INK,
-  'axes.labelcolor': _INK,
-  'axes.formatter.useoffset': False,
-  'xtick.color': _INK,
-  'ytick.color': _INK,
-}
 
 
 def line_chart(
@@ -63,7 +38,7 @@ def line_chart(
       drawn faint and their average strong, in series of at least 3 / (1 - smoothing) points.
     log_y: logarithmic values, unless one is 0 or below or they span less than a factor of 3.
   """
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(svg.STYLE):
     figure, axes = _figure(xlabel, ylabel)
     cleaned = {name: _finite(points) for name, points in series.items()}
     values = [v for points in cleaned.values() for _, v in points if not math.isnan(v)]
@@ -71,10 +46,10 @@ def line_chart(
       _line(axes, points, name, PALETTE[number % len(PALETTE)], smoothing)
     if log_y and values and min(values) > 0:
       _log_scale(axes, values)
-    _notes(axes, len(values), sum(map(len, cleaned.values())) - len(values))
+    svg.notes(axes, len(values), sum(map(len, cleaned.values())) - len(values))
     if len(series) > 1:
-      _legend(axes)
-    return _svg(figure, title)
+      svg.legend(axes)
+    return svg.render(figure, title)
 
 
 def timestep_chart(
@@ -89,7 +64,7 @@ def timestep_chart(
     lines: how many records are drawn, spread evenly with the first and the last.
   """
   chosen = spread(records, lines)
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(svg.STYLE):
     figure, axes = _figure('t / T', '')
     axes.set_xlim(0, 1)
     seen, missing = [], 0
@@ -103,10 +78,10 @@ def timestep_chart(
                 markersize=3, linewidth=1.6, label=f'step {step:,.0f}')
     if seen and min(seen) > 0 and max(seen) > 20 * min(seen):
       _log_scale(axes, seen)
-    _notes(axes, len(seen), 0)
+    svg.notes(axes, len(seen), 0)
     if len(chosen) > 1:
-      _legend(axes)
-    return _svg(figure, title)
+      svg.legend(axes)
+    return svg.render(figure, title)
 
 
 def spread(items: Sequence, count: int) -> list:
@@ -160,18 +135,9 @@ def _finite(points: Sequence[Point]) -> list[tuple[float, float]]:
 
 
 def _figure(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-  # 4.8 inches are about a phone's width in CSS pixels: text is not scaled below its size.
-  figure = Figure(figsize=(4.8, 2.5), layout='constrained')
-  FigureCanvasSVG(figure)
-  figure.patch.set_visible(False)
+  figure = svg.empty_figure(2.5)
   axes = figure.add_subplot()
-  axes.patch.set_visible(False)
-  axes.spines[['top', 'right', 'left']].set_visible(False)
-  axes.spines['bottom'].set_alpha(0.4)
-  axes.grid(axis='y', color=_INK, alpha=0.14, linewidth=0.7)
-  axes.tick_params(length=0)
-  axes.set_xlabel(xlabel)
-  axes.set_ylabel(ylabel)
+  svg.plain_axes(axes, xlabel, ylabel)
   axes.xaxis.set_major_locator(MaxNLocator(6))
   if xlabel == 'step':
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -182,15 +148,14 @@ def _figure(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
 def _line(
   axes: Axes, points: list[tuple[float, float]], name: str, colour: str, smoothing: float
 ) -> None:
-  # A leading underscore would hide the name from the legend.
-  label = f' {name}' if name.startswith('_') else name
   average = smooth(points, smoothing) if smoothing > 0 else []
   strong, faint = (average, points) if len(average) * (1 - smoothing) >= 3 else (points, [])
   if faint:
     axes.plot(*zip(*thin(faint), strict=True), color=colour, alpha=0.4, linewidth=0.9)
   alone = sum(not math.isnan(v) for _, v in strong) <= 20
   axes.plot(*zip(*thin(strong), strict=True) if strong else ([], []), color=colour, linewidth=1.8,
-            marker='o' if alone else None, markersize=3.5, label=label, solid_joinstyle='round')
+            marker='o' if alone else None, markersize=3.5, label=svg.visible(name),
+            solid_joinstyle='round')
 
 
 def _log_scale(axes: Axes, values: Sequence[float]) -> None:
@@ -199,37 +164,4 @@ def _log_scale(axes: Axes, values: Sequence[float]) -> None:
   if ratio < 3:
     return
   axes.set_yscale('log')
-  axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 100 else (1,), numticks=8))
-  axes.yaxis.set_minor_locator(NullLocator())
-  axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
-
-
-def _notes(axes: Axes, drawn: int, left_out: int) -> None:
-  """Says in words what the lines cannot show."""
-  if not drawn:
-    axes.set_yticks([])
-    axes.text(0.5, 0.5, 'no values to draw', ha='center', va='center', transform=axes.transAxes)
-  if left_out:
-    text = f'{left_out} value{"s" if left_out > 1 else ""} not finite, left out'
-    axes.annotate(text, (1, 1), xycoords='axes fraction', ha='right', va='bottom', fontsize=8)
-
-
-def _legend(axes: Axes) -> None:
-  axes.legend(loc='best', frameon=False, fontsize=8, handlelength=1.4)
-
-
-def _svg(figure: Figure, title: str) -> str:
-  """The figure as an <svg> element: scalable, labelled, with ids of its own."""
-  buffer = io.StringIO()
-  # A date would make every file differ.
-  figure.savefig(buffer, format='svg', metadata={'Date': None})
-  svg = buffer.getvalue()
-  svg = svg[svg.index('<svg') :].strip()
-  svg = re.sub(r'<metadata>.*?</metadata>\s*', '', svg, flags=re.DOTALL)
-  svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1', svg, count=1)
-  svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1', svg, count=1)
-  svg = svg.replace('>*{', '>.chart *{').replace(_INK, 'currentColor')
-  own = 'c' + hashlib.sha256(f'{title}\0{svg}'.encode()).hexdigest()[:10]
-  svg = re.sub(r'(\bid="|url\(#|href="#)', rf'\g<1>{own}-', svg)
-  label = html.escape(title, quote=True)
-  return svg.replace('<svg', f'<svg class="chart" role="img" aria-label="{label}"', 1)
+  svg.log_axis(axes.yaxis, (1, 2, 5) if ratio < 100 else (1,))

@@ -1,7 +1,6 @@
 """Drawings of diffusion itself, from arrays: schedules, sampler errors, paths and scores in 2-D.
 
-In the style of `curves`: inline SVG without pyplot, in the text colour of the page around it, the
-same data giving the same bytes.
+Inline SVG in the style of `svg`.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.viz.curves import _INK, _STYLE, PALETTE, _figure, _legend, _notes, _svg
+from diffusion_jax.viz import svg
+from diffusion_jax.viz.svg import INK, PALETTE
 
 Density = tuple[Float[np.ndarray, 'h w 2'], Float[np.ndarray, 'h w']]
 """(points of a `lattice`, density there)."""
@@ -38,34 +37,44 @@ def lattice(reach: float, count: int) -> Float[np.ndarray, 'count count 2']:
 def schedule_chart(
   schedules: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], *, title: str
 ) -> str:
-  """Draws alpha and sigma, and below them the log-SNR, against time; returns an SVG string.
+  """Draws alpha, sigma and the log-SNR against time; returns an SVG string.
 
   Args:
-    schedules: (t [n], alpha [n], sigma [n]) by name. alpha is a solid line, sigma a dashed one, on
-      a logarithmic axis where sigma exceeds 3. Log-SNRs beyond +-30 (an alpha or sigma of 0, or
-      its rounding error) interrupt their line.
+    schedules: (t [n], alpha [n], sigma [n]) by name. Up to two share a panel for alpha, a solid
+      line, and sigma, a dashed one; more have a panel for each, without one for alpha where all
+      are 1. Sigmas above 3 make its axis logarithmic. Log-SNRs beyond +-30 (an alpha or sigma of
+      0, or its rounding error) interrupt their line.
     title: what is shown, read out by screen readers; not drawn.
   """
-  with matplotlib.rc_context(_STYLE):
-    figure = _empty(4.4)
-    upper, lower = figure.subplots(2, sharex=True)
-    for number, (name, arrays) in enumerate(schedules.items()):
-      t, alpha, sigma = (np.asarray(values, np.float64) for values in arrays)
-      with np.errstate(divide='ignore'):
-        log_snr = 2 * (np.log(alpha) - np.log(sigma))
-      log_snr = np.where(np.abs(log_snr) > _MAX_LOG_SNR, np.nan, log_snr)
-      colour = PALETTE[number % len(PALETTE)]
-      upper.plot(t, _finite(alpha), color=colour, linewidth=1.6, label=_visible(name))
-      upper.plot(t, _finite(sigma), color=colour, linewidth=1.6, linestyle='--')
-      lower.plot(t, log_snr, color=colour, linewidth=1.6)
-    if any(np.max(sigma) > 3 for _, _, sigma in schedules.values()):
-      upper.set_yscale('log')
-    for axes, label in ((upper, 'α solid, σ dashed'), (lower, 'log-SNR')):
-      _plain(axes, '', label)
-    lower.set_xlabel('t')
-    if len(schedules) > 1:
-      _legend(upper)
-    return _svg(figure, title)
+  curves = {name: [np.asarray(part, np.float64) for part in of] for name, of in schedules.items()}
+  apart = len(curves) > 2
+  scales = not all((alpha == 1).all() for _, alpha, _ in curves.values())
+  labels = (('α',) if scales else ()) + ('σ', 'log-SNR')
+  labels = labels if apart else ('α solid, σ dashed', 'log-SNR')
+  with matplotlib.rc_context(svg.STYLE):
+    figure = svg.empty_figure(3.1 if apart else 4.4, 8.4 if apart else svg.WIDTH)
+    panels = figure.subplots(*(1, len(labels)) if apart else (2, 1), sharex=True)
+    of_sigma, of_log_snr = panels[-2:]
+    for number, (name, (t, alpha, sigma)) in enumerate(curves.items()):
+      line = dict(color=PALETTE[number % len(PALETTE)], linewidth=1.6)
+      if scales or not apart:
+        panels[0].plot(t, _finite(alpha), **line)
+      of_sigma.plot(t, _finite(sigma), linestyle='-' if apart else '--', **line)
+      of_log_snr.plot(t, _log_snr(alpha, sigma), label=svg.visible(name), **line)
+    for axes, label in zip(panels, labels, strict=True):
+      svg.plain_axes(axes, 't' if apart or axes is of_log_snr else '', label)
+    if any(np.max(sigma) > 3 for _, _, sigma in curves.values()):
+      of_sigma.set_yscale('log')
+      svg.log_axis(of_sigma.yaxis)
+    if len(curves) > 1:
+      svg.legend_below(figure, of_log_snr, 6 if apart else 3)
+    return svg.render(figure, title)
+
+
+def _log_snr(alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+  with np.errstate(divide='ignore'):
+    value = 2 * (np.log(alpha) - np.log(sigma))
+  return np.where(np.abs(value) > _MAX_LOG_SNR, np.nan, value)
 
 
 def error_chart(
@@ -80,9 +89,10 @@ def error_chart(
     orders: slopes to draw as faint guides: of order p is an error that falls as calls^-p.
     title: as in `schedule_chart`.
   """
-  with matplotlib.rc_context(_STYLE):
-    figure, axes = _figure('network calls', ylabel)
-    figure.set_figheight(3.0 + 0.17 * -(-len(errors) // 3))
+  with matplotlib.rc_context(svg.STYLE):
+    figure = svg.empty_figure(3.2 + 0.17 * -(-len(errors) // 3))
+    axes = figure.add_subplot()
+    svg.plain_axes(axes, 'network calls', ylabel)
     drawn, left_out = [], 0
     for number, (name, points) in enumerate(errors.items()):
       kept = sorted(p for p in points if min(p) > 0 and np.isfinite(p).all())
@@ -90,15 +100,14 @@ def error_chart(
       axes.plot(
         *zip(*kept, strict=True) if kept else ([], []), color=PALETTE[number % len(PALETTE)],
         linestyle=_LINES[number // len(PALETTE) % len(_LINES)], linewidth=1.5, marker='o',
-        markersize=3, label=_visible(name),
+        markersize=3, label=svg.visible(name),
       )
     if drawn:
       _log_log(axes, np.array(drawn), orders)
-    _notes(axes, len(drawn), left_out)
+    svg.notes(axes, len(drawn), left_out)
     if errors:
-      figure.legend(loc='outside lower center', ncols=3, frameon=False, fontsize=8,
-                    handlelength=2.8)
-    return _svg(figure, title)
+      svg.legend_below(figure, axes)
+    return svg.render(figure, title)
 
 
 def _log_log(axes: Axes, points: np.ndarray, orders: Sequence[int]) -> None:
@@ -106,14 +115,17 @@ def _log_log(axes: Axes, points: np.ndarray, orders: Sequence[int]) -> None:
   axes.set_xscale('log')
   axes.set_yscale('log')
   (low, bottom), (high, top) = points.min(axis=0), points.max(axis=0)
-  for axis, subs in ((axes.xaxis, (1, 2, 5)), (axes.yaxis, (1,))):
-    axis.set_major_locator(LogLocator(subs=subs, numticks=8))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
-    axis.set_minor_locator(NullLocator())
+  svg.log_axis(axes.xaxis, (1, 2, 5))
+  svg.log_axis(axes.yaxis)
+  bottom /= 4  # The steepest guide may run below all points.
   for order in orders if high > low else ():
     end = min(high, low * (top / bottom) ** (1 / order)) if top > bottom else high
-    axes.plot([low, end], [top, top * (low / end) ** order], color=_INK, alpha=0.3, linewidth=0.8)
-    axes.text(end, top * (low / end) ** order, f' {order}', fontsize=8, alpha=0.6, va='center')
+    axes.plot([low, end], [top, top * (low / end) ** order], color=INK, alpha=0.4, linewidth=0.9,
+              linestyle=(0, (1, 2)))
+    axes.annotate(
+      f'order {order}', (end, top * (low / end) ** order), (6, 0), textcoords='offset points',
+      fontsize=8, alpha=0.6, va='center',
+    )
 
 
 def trajectory_chart(
@@ -134,14 +146,14 @@ def trajectory_chart(
   if paths.shape[1] > _PATHS:
     paths = paths[:, np.linspace(0, paths.shape[1] - 1, _PATHS).round().astype(int)]
   paths = _finite(paths)
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(svg.STYLE):
     figure, axes = _plane(density, paths)
-    axes.plot(paths[..., 0], paths[..., 1], color=_INK, linewidth=0.7, alpha=0.45)
+    axes.plot(paths[..., 0], paths[..., 1], color=INK, linewidth=0.7, alpha=0.45)
     start, end = paths[0], paths[-1]
     axes.plot(*start.T, 'o', markersize=3, markerfacecolor='none', color=PALETTE[1], label='start')
     axes.plot(*end.T, 'o', markersize=3, color=PALETTE[1], label='end')
     axes.legend(loc='upper right', frameon=False, fontsize=8, handletextpad=0.2)
-    return _smooth(_svg(figure, title))
+    return _smooth(svg.render(figure, title))
 
 
 def score_chart(
@@ -172,14 +184,14 @@ def score_chart(
   spacing = np.ptp(points.reshape(-1, 2), axis=0).max() / max(len(points) - 1, 1)
   scale = spacing / np.maximum(lengths, max(longest, 1e-30))
   arrows = (vectors * scale[..., None])[finite]
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(svg.STYLE):
     figure, axes = _plane(density, points)
     if samples is not None:
       axes.plot(*_planar(samples, 2, 'samples').T, 'o', markersize=1.6, markeredgewidth=0,
                 color=PALETTE[1], alpha=0.7)
     axes.quiver(*points[finite].T, *arrows.T, angles='xy', scale_units='xy', scale=1, pivot='mid',
-                color=_INK, alpha=0.75, width=0.0035)
-    return _smooth(_svg(figure, title))
+                color=INK, alpha=0.75, width=0.0035)
+    return _smooth(svg.render(figure, title))
 
 
 def _planar(array: np.ndarray, ndim: int, name: str) -> np.ndarray:
@@ -196,32 +208,9 @@ def _finite(values: np.ndarray) -> np.ndarray:
   return np.where(np.isfinite(values), values, np.nan)
 
 
-def _visible(name: str) -> str:
-  """A leading underscore would hide the name from the legend."""
-  return f' {name}' if name.startswith('_') else name
-
-
-def _empty(height: float) -> Figure:
-  figure = Figure(figsize=(4.8, height), layout='constrained')
-  FigureCanvasSVG(figure)
-  figure.patch.set_visible(False)
-  return figure
-
-
-def _plain(axes: Axes, xlabel: str, ylabel: str) -> None:
-  """The look of the line charts."""
-  axes.patch.set_visible(False)
-  axes.spines[['top', 'right', 'left']].set_visible(False)
-  axes.spines['bottom'].set_alpha(0.4)
-  axes.grid(axis='y', color=_INK, alpha=0.14, linewidth=0.7)
-  axes.tick_params(length=0, which='both')
-  axes.set_xlabel(xlabel)
-  axes.set_ylabel(ylabel)
-
-
 def _plane(density: Density | None, points: np.ndarray) -> tuple[Figure, Axes]:
   """Square axes of equal scales around the density, or else around the finite points."""
-  figure = _empty(4.6)
+  figure = svg.empty_figure(4.6)
   axes = figure.add_subplot()
   axes.patch.set_visible(False)
   axes.spines[:].set_alpha(0.3)
@@ -241,9 +230,9 @@ def _plane(density: Density | None, points: np.ndarray) -> tuple[Figure, Axes]:
   return figure, axes
 
 
-def _smooth(svg: str) -> str:
+def _smooth(picture: str) -> str:
   """Lets the browser interpolate the density, which is stored at the lattice's own resolution."""
-  return re.sub(r' style="image-rendering:[^"]*"', '', svg)
+  return re.sub(r' style="image-rendering:[^"]*"', '', picture)
 
 
 def _shade(axes: Axes, points: np.ndarray, values: np.ndarray) -> None:

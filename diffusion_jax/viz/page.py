@@ -41,6 +41,8 @@ p { margin: .3rem 0 .9rem; max-width: 46rem; }
 .figures dd { margin: 0; font-size: 1.45rem; font-variant-numeric: tabular-nums; }
 .charts { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); }
+.charts.wide { grid-template-columns: 1fr; }
+.charts + .charts { margin-top: 1rem; }
 .card figcaption { color: var(--ink); font-weight: 600; margin-bottom: .3rem;
   overflow-wrap: anywhere; }
 .chart { display: block; width: 100%; height: auto; }
@@ -100,15 +102,15 @@ def section(name: str, heading: str, note: str, body: str) -> str:
   return f'<section id="{escape(name)}">\n<h2>{escape(heading)}</h2>\n{about}\n{body}\n</section>\n'
 
 
-def chart_grid(charts: Sequence[tuple[str, str]]) -> str:
-  """Cards of (title, SVG) side by side, or nothing without charts."""
+def chart_grid(charts: Sequence[tuple[str, str]], wide: bool = False) -> str:
+  """Cards of (title, SVG) side by side, wide ones in a row each, or nothing without charts."""
   if not charts:
     return ''
   cards = [
     f'<figure class="card"><figcaption>{escape(title)}</figcaption>{svg}</figure>'
     for title, svg in charts
   ]
-  return f'<div class="charts">\n{"".join(cards)}\n</div>'
+  return f'<div class="charts{" wide" if wide else ""}">\n{"".join(cards)}\n</div>'
 
 
 def number_table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:

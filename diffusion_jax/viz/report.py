@@ -10,11 +10,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
+from diffusion_jax.config import typed
+from diffusion_jax.diffusion.schedules import ScheduleConfig
+from diffusion_jax.errors import UserError
 from diffusion_jax.viz import page
 from diffusion_jax.viz.curves import line_chart, spread, timestep_chart
+from diffusion_jax.viz.diffusion import schedule_chart
 from diffusion_jax.viz.rundir import Line, Run, is_number, read_run
+from diffusion_jax.viz.svg import inline
 
 MAX_BYTES = 8_000_000
 _THUMBNAILS = 24
@@ -51,7 +57,7 @@ def write_report(workdir: Path) -> Path:
   before = _header(run) + _key_figures(run) + _scores(run)
   after = (
     _losses(run) + _metrics(run) + _learning_rates(run) + _timesteps(run) + _speed(run)
-    + _config(run) + _versions(run) + _footer(run)
+    + _schedule(run) + _config(run) + _versions(run) + _footer(run)
   )
   title = f'{_task(run)} · {run.name}'
   frame = len(page.page(title, before + after).encode())
@@ -157,13 +163,9 @@ def _charts(run: Run, wanted: Callable[[str], bool]) -> str:
     wide = bool(positive) and not _is_speed(key) and max(positive) > 20 * min(positive)
     title = _METRICS.get(key, key)
     svg = line_chart(series, title=title, smoothing=_SMOOTHING, log_y=wide)
-    charts.append((title, _inline(svg)))
+    charts.append((title, inline(svg)))
   return page.chart_grid(charts)
 
-
-def _inline(svg: str) -> str:
-  """Inside HTML an <svg> needs no namespaces; without them no address is left in the page."""
-  return re.sub(r' xmlns(:xlink)?="[^"]*"', '', svg, count=2)
 
 
 def _losses(run: Run) -> str:
@@ -181,7 +183,7 @@ def _learning_rates(run: Run) -> str:
   if not keys:
     return ''
   svg = line_chart({key: _points(run.train, key) for key in keys}, title='Learning rate')
-  body = page.chart_grid([(', '.join(keys), _inline(svg))])
+  body = page.chart_grid([(', '.join(keys), inline(svg))])
   return page.section('learning-rate', 'Learning rate', '', body)
 
 
@@ -199,7 +201,7 @@ def _timesteps(run: Run) -> str:
     'timesteps',
     'Loss by timestep',
     'Mean loss over equal ranges of the diffusion time: clean images at 0, pure noise at 1.',
-    page.chart_grid([('Loss over t / T', _inline(svg))]),
+    page.chart_grid([('Loss over t / T', inline(svg))]),
   )
 
 
@@ -264,6 +266,26 @@ def _image_text(image: Image.Image) -> str:
       shown = page.escape(page.plain(value))
     parts.append(f'<dt class="muted">{page.escape(key)}</dt><dd>{shown}</dd>\n')
   return page.details('About these samples', f'<dl>{"".join(parts)}</dl>') if parts else ''
+
+
+def _schedule(run: Run) -> str:
+  """The noise schedule that the run trains on; nothing for other tasks and unknown schedules."""
+  settings = run.config.get('settings')
+  values = settings.get('schedule') if isinstance(settings, dict) else None
+  if not isinstance(values, dict):
+    return ''
+  try:
+    schedule = typed(ScheduleConfig, values)
+  except (UserError, TypeError):  # Of another version.
+    return ''
+  alphas, sigmas = schedule.table()
+  times = np.arange(1, len(alphas) + 1) / len(alphas)
+  name = schedule.beta_schedule
+  chart = schedule_chart({name: (times, alphas, sigmas)}, title='Noise schedule')
+  note = f'A noised image is α times the image and σ times noise, at t of {len(alphas):,} steps.'
+  if sigmas[-1] > 0 == alphas[-1]:
+    note += ' The last step is pure noise.'
+  return page.section('schedule', 'Noise schedule', note, page.chart_grid([(name, inline(chart))]))
 
 
 def _config(run: Run) -> str:

@@ -7,7 +7,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from diffusion_jax.viz.curves import PALETTE, line_chart, smooth, spread, thin, timestep_chart
+from diffusion_jax.viz.curves import line_chart, smooth, spread, thin, timestep_chart
+from diffusion_jax.viz.svg import PALETTE
 
 _ODD = [
   {},

@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.viz.curves import PALETTE
 from diffusion_jax.viz.diffusion import (
   error_chart,
   lattice,
@@ -18,6 +17,7 @@ from diffusion_jax.viz.diffusion import (
   score_chart,
   trajectory_chart,
 )
+from diffusion_jax.viz.svg import PALETTE
 
 INK = 'currentColor'
 T = np.linspace(0, 1, 41)
@@ -72,7 +72,7 @@ def test_errors_are_straight_lines_of_their_order():
   calls = [5, 10, 20, 40]
   errors = {'euler': [(n, n**-1.0) for n in calls], 'heun': [(n, 3 * n**-2.0) for n in calls]}
   svg = error_chart(errors, title='errors', orders=(1, 2))
-  assert {'euler', 'heun', 'network calls', '1', '2'} <= set(texts(svg))
+  assert {'euler', 'heun', 'network calls', 'order 1', 'order 2'} <= set(texts(svg))
   slopes = []
   for number in range(2):
     line = next(line for line, _ in lines(svg, PALETTE[number]) if len(line) == 4)
@@ -80,7 +80,7 @@ def test_errors_are_straight_lines_of_their_order():
     np.testing.assert_allclose(steps, steps[:1].repeat(3, axis=0), atol=1e-3)
     slopes.append(steps[0, 1] / steps[0, 0])
   assert slopes[1] == pytest.approx(2 * slopes[0], rel=1e-3)
-  guides = [line for line, style in lines(svg, INK) if 'opacity: 0.3' in style]
+  guides = [line for line, style in lines(svg, INK) if 'opacity: 0.4;' in style]
   found = [np.diff(g, axis=0)[0, 1] / np.diff(g, axis=0)[0, 0] for g in guides if len(g) == 2]
   assert any(f == pytest.approx(slopes[0], rel=1e-3) for f in found)
   assert any(f == pytest.approx(slopes[1], rel=1e-3) for f in found)

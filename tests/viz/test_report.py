@@ -268,3 +268,28 @@ def test_a_damaged_json_file_is_named(tmp_path, text):
   (tmp_path / 'config.json').write_text(text)
   with pytest.raises(UserError, match=r'config\.json'):
     write_report(tmp_path)
+
+
+def test_the_schedule_is_that_of_the_config(tmp_path):
+  values = {'beta_schedule': 'flow', 'num_train_timesteps': 50}
+  page = _page(_write(tmp_path / 'a', config={'task': 'diffusion', 'settings': {
+    'schedule': values,
+  }}))
+  section = re.search(r'<section id="schedule">.*?</section>', page, re.DOTALL)[0]
+  assert 'flow</figcaption><svg' in section and 'at t of 50 steps' in section
+  assert 'The last step is pure noise.' in section
+  lines = re.findall(r'<path d="([^"]*)"[^>]*stroke: #2A8FD0', section, re.I)
+  alpha, sigma = (np.array(re.findall(r'[ML] (\S+) (\S+)', d), float) for d in lines[:2])
+  # From t = 1/50 both are straight, alpha down to 0 and sigma up to 1; SVG's y points down.
+  assert len(alpha) == len(sigma) == 50
+  np.testing.assert_allclose(np.diff(alpha[:, 1]), -np.diff(sigma[:, 1]), atol=1e-3)
+  assert (np.diff(alpha[:, 1]) > 0).all()
+
+
+@pytest.mark.parametrize('settings', [
+  None, 7, {}, {'schedule': 'flow'}, {'schedule': {'beta_schedule': 'of a later version'}},
+  {'schedule': {'gone': 1}},
+])
+def test_runs_without_a_known_schedule_have_a_page_without_it(tmp_path, settings):
+  config = {'task': 'diffusion', 'settings': settings}
+  assert _sections(_page(_write(tmp_path / 'a', config=config))) == ['config']

@@ -192,7 +192,8 @@ def churned(x, here: Pair, there: Pair, noise: Latents, share, bounds, s_noise: 
   (a, s), (low, high) = here, bounds
   share = jnp.where((low * a <= s) & (s <= high * a), share, 0)  # False where alpha = 0.
   raised = (1 + share) * s
-  x = x + s_noise * jnp.sqrt(raised**2 - s**2) * noise
+  # sqrt(raised^2 - s^2), whose difference may round to below 0 where there is no churn.
+  x = x + s_noise * s * jnp.sqrt(share * (2 + share)) * noise
   pair = pair_between(here, there, (a, raised))
   scale = jnp.where(share > 0, divide(pair[0], a), 1)
   return scale * x, (scale * a, scale * raised)

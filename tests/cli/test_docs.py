@@ -1,0 +1,58 @@
+"""docs/diffusion.md names what exists, and shows drawings that draw makes."""
+
+import importlib
+import re
+
+import pytest
+
+from diffusion_jax.cli.main import COMMANDS
+from diffusion_jax.diffusion.denoiser import PREDICTIONS
+from diffusion_jax.diffusion.processes import PROCESSES
+from diffusion_jax.diffusion.samplers import SAMPLERS
+from diffusion_jax.diffusion.weightings import WEIGHTINGS
+from tests.tiny import ROOT
+
+TEXT = (ROOT / 'docs' / 'diffusion.md').read_text()
+PLAIN = {*PREDICTIONS, *WEIGHTINGS, *SAMPLERS}
+NAMES = sorted({*re.findall(r'`([^`\n]+)`', re.sub(r'```.*?```', '', TEXT, flags=re.DOTALL))})
+
+
+def exists(name):
+  """A table's key, a path, or module.name below diffusion_jax.diffusion."""
+  if name in PLAIN:
+    return True
+  if '/' in name:
+    return (ROOT / name).exists()
+  module, _, rest = name.partition('.')
+  try:
+    found = importlib.import_module(f'diffusion_jax.diffusion.{module}')
+    return bool(rest) and hasattr(found, rest)
+  except ModuleNotFoundError:
+    return False
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_name_in_code_font_exists(name):
+  assert exists(name), f'docs/diffusion.md names {name}, which is not in the package'
+
+
+def test_a_name_that_does_not_exist_is_found():
+  assert not exists('samplers.nobody') and not exists('nobody.SAMPLERS') and not exists('nobody')
+
+
+def test_the_tables_are_complete():
+  first = set(re.findall(r'^\| `(\w+)` \|', TEXT, flags=re.MULTILINE))
+  assert first == {*PREDICTIONS, *WEIGHTINGS}
+  assert {name for name in PROCESSES if f'`processes.{name}`' in TEXT} == set(PROCESSES)
+
+
+def test_every_drawing_shown_is_there_and_shown_once():
+  shown = re.findall(r'(?:\]\(|src=")(\w+\.svg)', TEXT)
+  assert sorted(shown) == sorted(path.name for path in (ROOT / 'docs').glob('*.svg'))
+
+
+def test_the_readme_has_a_row_for_each_command():
+  table = re.findall(r'^\| `(\w+) ', (ROOT / 'README.md').read_text(), flags=re.MULTILINE)
+  assert sorted(table) == sorted(COMMANDS) and '(docs/diffusion.md)' in (
+    ROOT / 'README.md'
+  ).read_text()
