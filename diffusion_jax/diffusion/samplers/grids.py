@@ -214,6 +214,21 @@ def process_grid(
   return _clean_ended(*tabulate(process, times))
 
 
+def padded(grid: Grid, steps: int) -> Grid:
+  """A grid of `steps` steps, its last pair repeated; samplers skip what is added.
+
+  With it one compiled sampler serves grids of several lengths.
+
+  Raises:
+    ValueError: for fewer steps than the grid has.
+  """
+  more = steps - (len(grid[0]) - 1)
+  if more < 0:
+    raise ValueError(f'a grid of {len(grid[0]) - 1} steps cannot be padded to {steps}.')
+  repeat = lambda part: jnp.concatenate([part, jnp.repeat(part[-1:], more)])
+  return repeat(grid[0]), repeat(grid[1])
+
+
 def part_way(grid: Grid, strength: float) -> Grid:
   """The last round(strength n) steps of a grid, for image-to-image (Meng et al. 2022, SDEdit).
 
