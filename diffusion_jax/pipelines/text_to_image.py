@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from diffusion_jax.diffusion.denoiser import text_denoiser
+from diffusion_jax.diffusion.denoiser import TextDenoiser, text_denoiser
 from diffusion_jax.diffusion.samplers import initial_noise, sampler
 from diffusion_jax.diffusion.schedules import Schedule
 from diffusion_jax.errors import UserError
@@ -86,14 +86,17 @@ class TextToImage:
     """Tokens [b l] -> the text tower's last hidden states [b l d], float32."""
     return self.clip.bind(clip).encode_text(tokens)[0].astype(jnp.float32)
 
+  def denoiser(self, unet: Params) -> TextDenoiser:
+    """D(x, alpha, sigma, text) -> estimate of the clean latents, by the U-Net without guidance."""
+    module = self.unet.bind(unet)
+    return text_denoiser(lambda x, t, text: module(x, t, text), self.schedule, self.prediction)
+
   def sample_latents(
     self, unet: Params, x: Latents, keys: jax.Array, text: Text, negative: Text,
     program: Program, numbers: Numbers,
   ) -> Latents:
     """Noise or noised latents x [b h w c], one key per image, text and negative [b l d]."""
-    module = self.unet.bind(unet)
-    denoise = text_denoiser(lambda x, t, text: module(x, t, text), self.schedule, self.prediction)
-    guided = program.guide(denoise, text, negative, numbers, self.prediction)
+    guided = program.guide(self.denoiser(unet), text, negative, numbers, self.prediction)
     return sampler(program.sampler)(guided, x, numbers.grid, keys)
 
   def latents(self, z: Latents) -> Latents:
