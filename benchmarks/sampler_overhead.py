@@ -35,9 +35,9 @@ def arguments() -> argparse.Namespace:
   """What the command line says."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--json', metavar='FILE', help='where the figures go')
-  parser.add_argument('--steps', type=int, default=10)
-  parser.add_argument('--batch', type=int, default=4)
-  parser.add_argument('--repeats', type=int, default=5)
+  parser.add_argument('--steps', type=int, default=8)
+  parser.add_argument('--batch', type=int, default=8)
+  parser.add_argument('--repeats', type=int, default=9)
   parser.add_argument('--edge', type=int, default=16, help='edge of the latents')
   parser.add_argument('--channels', type=int, nargs='+', default=[64, 128])
   parser.add_argument('--dtype', default='float32', help='in which the network computes')
@@ -49,7 +49,7 @@ def unet_config(edge: int, channels: list[int]) -> UNetConfig:
   """Stable Diffusion's layout with fewer channels, text at every level but the last."""
   more = len(channels) - 1
   return UNetConfig(
-    sample_size=edge, block_out_channels=tuple(channels), layers_per_block=2,
+    sample_size=edge, block_out_channels=tuple(channels), layers_per_block=1,
     cross_attention_dim=128, attention_head_dim=4,
     down_block_types=(*['CrossAttnDownBlock2D'] * more, 'DownBlock2D'),
     up_block_types=('UpBlock2D', *['CrossAttnUpBlock2D'] * more),

@@ -143,7 +143,10 @@ def _at_levels(alphas: np.ndarray, sigmas: np.ndarray, levels: np.ndarray):
 
 def _clean_ended(alphas: np.ndarray, sigmas: np.ndarray) -> Grid:
   """Ends a grid with the clean pair; in JAX's default floating dtype."""
-  return jnp.asarray(np.append(alphas, 1.0), float), jnp.asarray(np.append(sigmas, 0.0), float)
+  dtype = jnp.result_type(float)
+  # Converted by numpy, as JAX would compile the conversion for each length.
+  end = lambda part, last: jnp.asarray(np.append(part, last).astype(dtype))
+  return end(alphas, 1.0), end(sigmas, 0.0)
 
 
 def sampling_grid(
