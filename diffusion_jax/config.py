@@ -59,8 +59,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
       raise _wrong(hint, value, where)
     arguments = typing.get_args(hint)
     if len(arguments) == 2 and arguments[1] is Ellipsis:
-      return tuple(_convert(arguments[0], item, f'{where}[{i}]') for i, item in enumerate(value))
-    return tuple(value)
+      arguments = (arguments[0],) * len(value)
+    if arguments and len(arguments) != len(value):
+      raise _wrong(hint, value, where)
+    items = zip(arguments or (Any,) * len(value), value, strict=True)
+    return tuple(_convert(each, item, f'{where}[{i}]') for i, (each, item) in enumerate(items))
   return _scalar(hint, value, where)
 
 

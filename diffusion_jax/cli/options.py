@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 
 from diffusion_jax.errors import UserError
 
@@ -26,6 +27,16 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--steps', type=int, metavar='N', help='sampling steps')
   parser.add_argument('--guidance', type=float, metavar='G',
                       help='classifier-free guidance scale; 1 is none')
+  parser.add_argument('--guidance_rescale', type=float, metavar='PHI',
+                      help='share from 0 to 1 by which guidance keeps the contrast it would raise')
+  parser.add_argument('--guidance_interval', type=float, nargs=2, metavar=('LOW', 'HIGH'),
+                      help='noise levels sigma / alpha that are guided; HIGH may be inf')
+  parser.add_argument('--threshold', metavar='KIND',
+                      help='none, static or dynamic: keep each estimate of the latents in bounds')
+  parser.add_argument('--threshold_limit', type=float, metavar='L',
+                      help='the bound, in standard deviations of the latents')
+  parser.add_argument('--threshold_percentile', type=float, metavar='P',
+                      help='of dynamic: the share of an image that is not clipped')
   parser.add_argument('--seed', type=int, default=0, metavar='S', help='random seed (default: 0)')
   parser.add_argument('--batch', type=int, default=16, metavar='N',
                       help='images drawn at a time (default: 16); does not change the images')
@@ -42,7 +53,16 @@ def load(args: argparse.Namespace):
     model, weights, sample = load_trained(args.workdir)
   else:
     model, weights, sample = load_text_to_image(args.model or DEFAULT_MODEL)
-  given = {name: getattr(args, name) for name in ('sampler', 'spacing', 'steps', 'guidance')}
-  sample = dataclasses.replace(sample, **{k: v for k, v in given.items() if v is not None})
+  sample = with_arguments(sample, args)
   sample.check(model.schedule, model.prediction)
   return model, weights, sample, args.workdir or args.model or DEFAULT_MODEL
+
+
+def with_arguments(sample, args: argparse.Namespace):
+  """The settings with those that were given as arguments in place of the model's."""
+  names = {field.name for field in dataclasses.fields(sample)}
+  given = {k: v for k, v in vars(args).items() if k in names and v is not None}
+  if 'guidance_interval' in given:
+    low, high = given['guidance_interval']
+    given['guidance_interval'] = (low, None if high == math.inf else high)
+  return dataclasses.replace(sample, **given)

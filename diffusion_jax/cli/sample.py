@@ -13,8 +13,12 @@ HELP = 'draw pictures for prompts'
 DESCRIPTION = """Draws one picture for each prompt, as PNG with the prompt and all settings in its
 metadata, and one grid of them all. The same seed gives the same pictures whatever the batch size.
 
-example:
-  python -m diffusion_jax sample --prompt 'grinning cat' --prompt 'red apple' --out pictures"""
+examples:
+  python -m diffusion_jax sample --prompt 'grinning cat' --prompt 'red apple' --out pictures
+  python -m diffusion_jax sample --prompt 'blue car' --image car.png --strength 0.6 --out new"""
+
+
+STRENGTH = 0.8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--prompts', metavar='FILE', help='a text file with one prompt a line')
   parser.add_argument('--negative', default='', metavar='TEXT',
                       help='what not to draw (default: nothing)')
+  parser.add_argument('--image', metavar='FILE',
+                      help='a picture to start from; its central square is taken')
+  parser.add_argument('--strength', type=float, metavar='S',
+                      help='with --image: share of the steps that are taken, up to 1; 1 '
+                      f'keeps least of the picture (default: {STRENGTH})')
   parser.add_argument('--out', required=True, metavar='DIR', help='where the pictures go')
   add_sample_arguments(parser)
 
@@ -47,6 +56,27 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
   if any(not prompt.strip() for prompt in prompts):
     raise UserError('a prompt is empty; say what to draw.')
   return prompts
+
+
+def starting_image(args: argparse.Namespace, size: int, steps: int) -> tuple[dict, dict[str, str]]:
+  """(arguments of `generate`, metadata) of image-to-image; both empty without --image.
+
+  Raises:
+    UserError: an image that cannot be read, or a strength that is none.
+  """
+  if not args.image:
+    if args.strength is not None:
+      raise UserError('--strength needs a picture to start from; give --image FILE, too.')
+    return {}, {}
+  from diffusion_jax.data.images import read_image
+
+  strength = STRENGTH if args.strength is None else args.strength
+  if not 0 < strength <= 1 or round(strength * steps) < 1:
+    raise UserError(
+      f'--strength {strength:g} leaves no step of {steps}; choose a share up to 1.'
+    )
+  start = {'images': read_image(args.image, size)[None], 'strength': strength}
+  return start, {'image': args.image, 'strength': f'{strength:g}'}
 
 
 def file_name(index: int, prompt: str) -> str:
@@ -72,16 +102,16 @@ def run(args: argparse.Namespace) -> int:
   model, weights, sample, name = load(args)
   model.tokens([*prompts, args.negative], on_long='error')
   mesh = make_mesh(MeshConfig())
+  start, started = starting_image(args, model.image_size, sample.steps)
   settings = {
-    'negative': args.negative, 'sampler': sample.sampler, 'steps': str(sample.steps),
-    'guidance': f'{sample.guidance:g}', 'seed': str(args.seed), 'model': name,
-    'software': f'diffusion_jax {__version__}',
+    'negative': args.negative, **sample.in_force(), **started, 'seed': str(args.seed),
+    'model': name, 'software': f'diffusion_jax {__version__}',
   }
   images = []
   with tqdm(total=len(prompts), desc='drawing', unit='img', leave=False) as bar:
     for batch in model.generate(
       model.on_mesh(weights, mesh), prompts, sample, seed=args.seed, mesh=mesh,
-      negative=args.negative, batch_size=min(args.batch, len(prompts)),
+      negative=args.negative, batch_size=min(args.batch, len(prompts)), **start,
     ):
       for image in batch:
         index = len(images)

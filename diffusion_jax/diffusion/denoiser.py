@@ -163,36 +163,40 @@ def noise_label(alpha: jax.Array, sigma: jax.Array) -> jax.Array:
 def network_denoiser(
   network: Callable[[jax.Array, jax.Array], jax.Array], prediction: str,
   label: Callable[[jax.Array, jax.Array], jax.Array] = noise_label, *,
-  data_std: float = 1.0, scale_input: bool = False,
+  data_std: float = 1.0, scale_input: bool = False, variance: bool = False,
 ) -> Denoiser:
   """Wraps `network(x, label [b])` as a denoiser; computes in x's dtype outside the network.
 
-  An output of twice x's channels holds a learned variance, too, which is left out.
+  An output of twice x's channels holds a learned variance, too, which is left out unless wanted.
 
   Args:
     label: (alpha, sigma) -> what the network is told of the noise, such as `Schedule.timestep`.
     scale_input: whether the network sees c_in x, of unit variance at every noise level.
+    variance: return (x_0, share), share [b ...] in [0, 1] of the larger variance (Nichol & Dhariwal
+      2021, eq. 15), as `samplers.ddpm` takes it.
   """
 
   def denoise(x, alpha, sigma):
     c_in = preconditioning(alpha, sigma, data_std).scale if scale_input else 1.0
     told = jnp.broadcast_to(label(alpha, sigma), x.shape[:1])
     output = network(expand(c_in, x) * x if scale_input else x, told).astype(x.dtype)
-    if output.shape[-1] == 2 * x.shape[-1]:
-      output = output[..., : x.shape[-1]]
-    return to_x0(prediction, output, x, alpha, sigma, data_std)
+    output, more = output[..., : x.shape[-1]], output[..., x.shape[-1] :]
+    x0 = to_x0(prediction, output, x, alpha, sigma, data_std)
+    return (x0, jnp.clip((more + 1) / 2, 0, 1)) if variance else x0
 
   return denoise
 
 
 def text_denoiser(
-  network: Callable[[Latents, jax.Array, Text], Latents], schedule: Schedule, prediction: str
+  network: Callable[[Latents, jax.Array, Text], Latents], schedule: Schedule, prediction: str,
+  variance: bool = False,
 ) -> TextDenoiser:
-  """Wraps `network(x, t [b], text)` as a denoiser; computes in x's dtype outside the network."""
+  """Wraps `network(x, t [b], text)` as a denoiser; see `network_denoiser`."""
 
   def denoise(x, alpha, sigma, text):
     told = lambda x, t: network(x, t, text)
-    edm = prediction == 'edm'
-    return network_denoiser(told, prediction, schedule.timestep, scale_input=edm)(x, alpha, sigma)
+    return network_denoiser(
+      told, prediction, schedule.timestep, scale_input=prediction == 'edm', variance=variance
+    )(x, alpha, sigma)
 
   return denoise

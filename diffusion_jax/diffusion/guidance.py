@@ -46,8 +46,9 @@ def classifier_free(
   both = jax.tree.map(lambda *pair: jnp.concatenate(pair), negative, text)
 
   def predictions(x, alpha, sigma):
-    without, with_text = jnp.split(denoise(jnp.concatenate([x, x]), alpha, sigma, both), 2)
-    return with_text, without
+    out = denoise(jnp.concatenate([x, x]), alpha, sigma, both)
+    half = lambda start: jax.tree.map(lambda part: part[start : start + len(x)], out)
+    return half(len(x)), half(0)
 
   return _extrapolated(conditional, predictions, scale, rescale, rescale_in, interval)
 
@@ -154,6 +155,12 @@ def _extrapolated(conditional, predictions, scale, rescale, rescale_in, interval
 
   def guided(x, alpha, sigma):
     better, worse = predictions(x, alpha, sigma)
+    if isinstance(better, tuple):  # With a learned variance, which is not guided.
+      (better, share), (worse, _) = better, worse
+      return extrapolate(x, better, worse, alpha, sigma), share
+    return extrapolate(x, better, worse, alpha, sigma)
+
+  def extrapolate(x, better, worse, alpha, sigma):
     x0 = worse + _like(scale, x) * (better - worse)
     if _is_number(rescale, 0):
       return x0

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.types import Params
 
 Process = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 """t [...] in [0, 1] -> (alpha [...], sigma [...])."""
@@ -176,41 +175,6 @@ def from_log_snr(log_snr: Callable[[jax.Array], jax.Array]) -> Process:
 def log_linear(gamma_min: float = -13.3, gamma_max: float = 5.0) -> Process:
   """VDM: gamma = -ln SNR linear in t (Kingma et al. 2021; end points of its released code)."""
   return from_log_snr(lambda t: -(gamma_min + t * (gamma_max - gamma_min)))
-
-
-def init_monotone(key: jax.Array, width: int = 1024) -> Params:
-  """Parameters of `monotone`: dense layers 1 -> 1, 1 -> width, width -> 1."""
-  inner, outer = jax.random.split(key)
-  return {
-    'l1.kernel': jnp.ones(()),
-    'l1.bias': jnp.zeros(()),
-    'l2.kernel': jax.random.normal(inner, (width,)),
-    'l2.bias': jnp.zeros((width,)),
-    'l3.kernel': jax.random.normal(outer, (width,)) / width**0.5,
-  }
-
-
-def monotone(params: Params, t: jax.Array) -> jax.Array:
-  """l1(t) + l3(sigmoid(l2(l1(t)))), kernels taken absolute (Kingma et al. 2021, appendix H).
-
-  Grows with t for any parameters. The constant that l3 could add drops out of `learned`.
-  """
-  first = jnp.abs(params['l1.kernel']) * t + params['l1.bias']
-  hidden = jax.nn.sigmoid(first[..., None] * jnp.abs(params['l2.kernel']) + params['l2.bias'])
-  return first + hidden @ jnp.abs(params['l3.kernel'])
-
-
-def learned(params: Params, gamma_min: jax.Array, gamma_max: jax.Array) -> Process:
-  """VDM with a learned gamma: `monotone`, scaled to run from gamma_min to gamma_max.
-
-  The end points may be parameters too (Kingma et al. 2021, appendix H).
-  """
-  low, high = monotone(params, jnp.zeros(())), monotone(params, jnp.ones(()))
-
-  def log_snr(t):
-    return -(gamma_min + (gamma_max - gamma_min) * (monotone(params, t) - low) / (high - low))
-
-  return from_log_snr(log_snr)
 
 
 def flow(shift: float = 1.0) -> Process:

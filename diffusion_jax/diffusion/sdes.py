@@ -100,8 +100,17 @@ def marginal(process: Process, x0: jax.Array, t: jax.Array) -> tuple[jax.Array, 
   return expand(alpha, x0) * x0, sigma
 
 
+def prior_std(process: Process, dtype=float) -> jax.Array:
+  """Deviation [] of the Gaussian that sampling starts from: sqrt(alpha(1)^2 + sigma(1)^2).
+
+  That of x_1 for data of unit variance, and so exactly 1 for every VP process, as in Song et al.
+  2021; sigma(1) alone would leave out what signal is left there.
+  """
+  return jnp.hypot(*process(jnp.ones((), dtype)))
+
+
 def prior_log_density(process: Process, x: jax.Array) -> PerExample:
-  """ln N(x; 0, sigma(1)^2), summed over all but the first axis, nats."""
-  sigma = process(jnp.ones((), x.dtype))[1]
-  log_density = -((x / sigma) ** 2) / 2 - jnp.log(sigma) - jnp.log(2 * jnp.pi) / 2
+  """ln N(x; 0, prior_std^2), summed over all but the first axis, nats."""
+  std = prior_std(process, x.dtype)
+  log_density = -((x / std) ** 2) / 2 - jnp.log(std) - jnp.log(2 * jnp.pi) / 2
   return log_density.reshape(len(x), -1).sum(1)

@@ -168,12 +168,12 @@ class Objective:
       return None
     return timesteps.init_history(len(self.levels.schedule))
 
-  def denoiser(self, network: Network) -> Denoiser:
-    """The network, trained by this objective, as a denoiser; a learned variance is left out."""
+  def denoiser(self, network: Network, variance: bool = False) -> Denoiser:
+    """The network, trained by this objective, as a denoiser; see `network_denoiser`."""
     config = self.config
     return network_denoiser(
       network, config.prediction, self.levels.label, data_std=config.data_std,
-      scale_input=config.prediction == 'edm',
+      scale_input=config.prediction == 'edm', variance=variance,
     )
 
   def draw(self, key: jax.Array, count: int, history: LossHistory | None = None):

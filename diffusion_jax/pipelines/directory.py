@@ -12,6 +12,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax.config import typed
 from diffusion_jax.diffusion.denoiser import PREDICTIONS
 from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
 from diffusion_jax.errors import UserError
@@ -114,7 +115,11 @@ def load_text_to_image(path: str, dtype=jnp.float32) -> tuple[TextToImage, Weigh
   model, frozen = assemble(unet_config, **parts, schedule=schedule, prediction=prediction,
                            latent_patch_size=patch, dtype=dtype)
   known = {field.name for field in dataclasses.fields(SampleConfig)}
-  sample = SampleConfig(**{k: v for k, v in index.get('sample', {}).items() if k in known})
+  given = {k: v for k, v in index.get('sample', {}).items() if k in known}
+  try:
+    sample = typed(SampleConfig, given, 'sample.')
+  except UserError as error:
+    raise UserError(f'{path} cannot be sampled: {error}') from error
   to_arrays = lambda params: {name: np.asarray(value) for name, value in params.items()}
   weights = Weights(*map(to_arrays, (unet, frozen['autoencoder'], frozen['clip'])))
   return model, weights, sample

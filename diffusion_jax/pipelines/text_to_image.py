@@ -11,39 +11,16 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from diffusion_jax.diffusion.denoiser import BLIND_AT_ZERO_SNR, text_denoiser
-from diffusion_jax.diffusion.guidance import classifier_free
-from diffusion_jax.diffusion.samplers import initial_noise, sampler, sampling_grid
+from diffusion_jax.diffusion.denoiser import TextDenoiser, text_denoiser
+from diffusion_jax.diffusion.samplers import initial_noise, sampler
 from diffusion_jax.diffusion.schedules import Schedule
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.text.tokenizer import Tokenize
 from diffusion_jax.parallel.sharding import in_batches, put_params
+from diffusion_jax.pipelines.sampling import Numbers, Program, SampleConfig
 from diffusion_jax.types import Images, Latents, Params, Text, Tokens
 from diffusion_jax.viz.grids import to_uint8
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleConfig:
-  """How to sample: names of `SAMPLERS` and `SPACINGS` in `diffusion.samplers`.
-
-  guidance is the classifier-free scale; 1 means none.
-  """
-
-  sampler: str = 'dpmpp_2m'
-  steps: int = 20
-  guidance: float = 4.0
-  spacing: str = 'trailing'
-
-  def check(self, schedule: Schedule, prediction: str) -> None:
-    """Raises a UserError for what cannot be sampled."""
-    sampler(self.sampler)
-    sampling_grid(schedule, self.steps, self.spacing)
-    if prediction in BLIND_AT_ZERO_SNR and schedule.zero_terminal:
-      raise UserError(
-        f'the prediction {prediction!r} says nothing at zero terminal SNR; set task.prediction to '
-        'v_prediction, or schedule.rescale_betas_zero_snr to False.'
-      )
 
 
 class Weights(NamedTuple):
@@ -109,16 +86,27 @@ class TextToImage:
     """Tokens [b l] -> the text tower's last hidden states [b l d], float32."""
     return self.clip.bind(clip).encode_text(tokens)[0].astype(jnp.float32)
 
-  def sample_latents(
-    self, unet: Params, noise: Latents, keys: jax.Array, text: Text, negative: Text,
-    config: SampleConfig,
-  ) -> Latents:
-    """Unit noise [b h w c], one key per image, text and negative [b l d] -> latents."""
+  @property
+  def learned_variance(self) -> bool:
+    """Whether the U-Net predicts a variance, too, in as many channels again."""
+    return self.unet.config.out_channels == 2 * self.unet.config.in_channels
+
+  def denoiser(self, unet: Params, variance: bool = False) -> TextDenoiser:
+    """D(x, alpha, sigma, text) -> estimate of the clean latents, by the U-Net without guidance."""
     module = self.unet.bind(unet)
-    denoise = text_denoiser(lambda x, t, text: module(x, t, text), self.schedule, self.prediction)
-    guided = classifier_free(denoise, text, negative, config.guidance)
-    grid = sampling_grid(self.schedule, config.steps, config.spacing)
-    return sampler(config.sampler)(guided, noise, grid, keys)
+    network = lambda x, t, text: module(x, t, text)
+    return text_denoiser(network, self.schedule, self.prediction, variance)
+
+  def sample_latents(
+    self, unet: Params, x: Latents, keys: jax.Array, text: Text, negative: Text,
+    program: Program, numbers: Numbers,
+  ) -> Latents:
+    """Noise or noised latents x [b h w c], one key per image, text and negative [b l d]."""
+    variance = self.learned_variance and program.sampler == 'ddpm'
+    denoise = self.denoiser(unet, variance)
+    guided = program.guide(denoise, text, negative, numbers, self.prediction)
+    draw = sampler('ddpm', variance='learned') if variance else sampler(program.sampler)
+    return draw(guided, x, numbers.grid, keys)
 
   def latents(self, z: Latents) -> Latents:
     """The autoencoder's latents -> what the U-Net sees: unit variance, folded."""
@@ -132,27 +120,61 @@ class TextToImage:
     images = self.autoencoder.bind(autoencoder).decode(z)
     return jnp.clip(images.astype(jnp.float32), -1.0, 1.0)
 
+  @partial(jax.jit, static_argnums=0)
+  def _encode(self, autoencoder: Params, images) -> Latents:
+    """Images uint8 [b h w 3] -> means of their latents as the U-Net sees them."""
+    mean, _ = self.autoencoder.bind(autoencoder).encode(images / jnp.float32(127.5) - 1)
+    return self.latents(mean.astype(jnp.float32))
+
   @partial(jax.jit, static_argnums=(0, 6))
-  def _draw(self, weights: Weights, noise, keys, tokens, negative, config) -> Images:
+  def _draw(self, weights: Weights, x, keys, tokens, negative, program, numbers) -> Images:
     text = self.encode_text(weights.clip, jnp.concatenate([tokens, negative]))
     text, negative = jnp.split(text, 2)
     keys = jax.random.wrap_key_data(keys)
-    latents = self.sample_latents(weights.unet, noise, keys, text, negative, config)
+    latents = self.sample_latents(weights.unet, x, keys, text, negative, program, numbers)
     return self.decode(weights.autoencoder, latents)
+
+  def _noised(self, autoencoder: Params, images, noise, pair, mesh, batch_size) -> np.ndarray:
+    """alpha x_0 + sigma eps of uint8 images [1 or n h w 3] and noise [n h w c]."""
+    edge = self.image_size
+    if images.dtype != np.uint8 or images.shape[1:] != (edge, edge, 3):
+      raise UserError(
+        f'images to start from are {images.dtype} {list(images.shape)}; give uint8 [n, {edge}, '
+        f'{edge}, 3].'
+      )
+    if len(images) not in (1, len(noise)):
+      raise UserError(f'{len(images)} images do not fit {len(noise)} prompts; give 1, or as many.')
+    z = in_batches(self._encode, autoencoder, images, mesh=mesh,
+                   batch_size=min(batch_size, len(images)))
+    return pair[0] * np.concatenate(list(z)) + pair[1] * noise
 
   def generate(
     self, weights: Weights, prompts: Sequence[str], config: SampleConfig, *, seed: int, mesh: Mesh,
-    negative: str = '', batch_size: int = 16, first: int = 0,
+    negative: str = '', batch_size: int = 16, first: int = 0, images: np.ndarray | None = None,
+    strength: float = 0.8,
   ) -> Iterator[np.ndarray]:
     """Yields images, uint8 [b h w 3], batch after batch; one compilation for all.
 
     Image i depends on the seed, its number first + i and its prompt, not on the batch it is in.
+    What is compiled depends on the config's `program` alone, and on the batch size.
+
+    Args:
+      images: uint8 [n h w 3], one for each prompt, or one for all: image-to-image (Meng et al.
+        2022, SDEdit), which noises them and takes the last steps only.
+      strength: of image-to-image: the share of the steps in (0, 1]; 1 keeps least of an image.
+
+    Raises:
+      UserError: for a config that cannot be sampled, and images that do not fit.
     """
     config.check(self.schedule, self.prediction)
     tokens = self.tokens(prompts)
     null = np.repeat(self.tokens([negative]), len(prompts), axis=0)
     noise, keys = initial_noise(seed, first, len(prompts), self.latent_shape)
-    draw = lambda weights, *rows: self._draw(weights, *rows, config)
-    rows = (np.asarray(noise), np.asarray(jax.random.key_data(keys)), tokens, null)
-    for images in in_batches(draw, weights, *rows, mesh=mesh, batch_size=batch_size):
-      yield to_uint8(images)
+    x, keys = np.asarray(noise), np.asarray(jax.random.key_data(keys))
+    numbers = config.numbers(self.schedule, 1.0 if images is None else strength)
+    if images is not None:
+      pair = [part[0] for part in numbers.grid]
+      x = self._noised(weights.autoencoder, images, x, pair, mesh, batch_size)
+    draw = lambda weights, *rows: self._draw(weights, *rows, config.program, numbers)
+    for out in in_batches(draw, weights, x, keys, tokens, null, mesh=mesh, batch_size=batch_size):
+      yield to_uint8(out)

@@ -83,6 +83,27 @@ def test_a_negative_prompt_and_guidance_count(draw, pictures):
   assert len(_differ(wanted, _pixels(draw('--seed', 3, '--guidance', 9)))) == 3
 
 
+def test_settings_of_guidance_count_and_are_in_the_file(draw, pictures):
+  found = draw('--seed', 3, '--guidance_rescale', 0.7, '--guidance_interval', 0.2, 'inf',
+               '--threshold', 'static', '--threshold_limit', 1)
+  assert len(_differ(_pixels(pictures), _pixels(found))) == 3
+  wanted = {'guidance_rescale': '0.7', 'guidance_interval': '0.2 inf', 'threshold': 'static',
+            'threshold_limit': '1', 'spacing': 'trailing'}
+  text = found['0002_sun.png'].text
+  assert {name: text[name] for name in wanted} == wanted
+
+
+def test_a_picture_to_start_from(draw, pictures, tmp_path):
+  Image.new('RGB', (50, 40), 'red').save(tmp_path / 'red.png')
+  Image.new('RGB', (50, 40), 'blue').save(tmp_path / 'blue.png')
+  start = lambda colour, *more: draw('--seed', 3, '--image', tmp_path / f'{colour}.png', *more)
+  red, blue = start('red', '--strength', 0.5), start('blue', '--strength', 0.5)
+  assert len(_differ(_pixels(red), _pixels(blue))) == 3
+  assert len(_differ(_pixels(red), _pixels(pictures))) == 3
+  text = red['0000_red_apple.png'].text
+  assert text['image'] == str(tmp_path / 'red.png') and text['strength'] == '0.5'
+
+
 def test_prompts_from_a_file(draw, pictures, tmp_path):
   file = tmp_path / 'prompts.txt'
   file.write_text('\n'.join([PROMPTS[0], '', *PROMPTS[1:], '']))

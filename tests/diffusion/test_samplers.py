@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.diffusion.samplers import SAMPLERS, initial_noise, sampler
+from diffusion_jax.diffusion.samplers import SAMPLERS, initial_noise, padded, part_way, sampler
 from diffusion_jax.errors import UserError
 from tests.diffusion.exact_mixture import denoise, gaussian, geometric, of_levels
 
@@ -22,7 +22,7 @@ def quick(name):
 
 @pytest.mark.parametrize('name', SAMPLERS)
 def test_one_compilation_and_the_same_image_in_every_batch(name):
-  """In the default dtype; also counts network calls."""
+  """In the default dtype; also counts network calls, and those of padded grids."""
   noise, keys = initial_noise(3, 0, 5, (2, 2, 2))
   traces, calls = [], []
 
@@ -55,6 +55,18 @@ def test_one_compilation_and_the_same_image_in_every_batch(name):
   again = run(noise[:3], keys[1:4], clean)
   assert len(traces) == 1
   assert SAMPLERS[name].stochastic == (not np.allclose(again, run(noise[:3], keys[:3], clean)))
+  pure = tuple(part[jnp.array([0, 2, 3, 5])] for part in clean)
+  pure = (pure[0].at[0].set(0.0), pure[1].at[0].set(1.0))
+  for short in (part_way(clean, 0.6), tuple(part[:4] for part in grid), pure):
+    counts, found = [], []
+    for one in (short, padded(short, 5)):
+      calls.clear()
+      found.append(jax.block_until_ready(run(noise[:3], keys[:3], one)))
+      jax.effects_barrier()
+      counts.append(len(calls))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-5)
+    assert counts[0] == counts[1] > 0
+  assert len(traces) == 2
 
 
 @pytest.mark.parametrize('name', SAMPLERS)

@@ -174,7 +174,7 @@ def test_the_marginal_and_the_prior():
   mean, std = sdes.marginal(PROCESSES['vp'], x0, jnp.array([0.2, 0.5]))
   np.testing.assert_allclose(mean[1], np.sqrt(remaining(0.5)) * x0[1], rtol=1e-12)
   np.testing.assert_allclose(std, np.sqrt(1 - remaining(np.array([0.2, 0.5]))), rtol=1e-12)
-  for name, scale in (('ve', 50.0), ('flow', 1.0)):
+  for name, scale in (('ve', np.hypot(1, 50)), ('flow', 1.0), ('vp', 1.0)):
     found = sdes.prior_log_density(PROCESSES[name], x0)
     squares = np.array([0 + 1 + 4, 9 + 16 + 25])
     wanted = -squares / scale**2 / 2 - 3 * np.log(scale * np.sqrt(2 * np.pi))

@@ -61,8 +61,10 @@ def test_every_sampler_takes_the_pipeline_s_denoiser(zero_snr, name):
   config.check(zero_snr.schedule, zero_snr.prediction)
   noise, text = jnp.zeros((2, 16, 16, 4)), jnp.zeros((2, 10, 16))
   keys = jax.random.split(jax.random.key(0), 2)
-  sample = lambda params: zero_snr.sample_latents(params, noise, keys, text, text, config)
-  out = jax.eval_shape(sample, zero_snr.unet.shapes)
+  sample = lambda params, numbers: zero_snr.sample_latents(
+    params, noise, keys, text, text, config.program, numbers
+  )
+  out = jax.eval_shape(sample, zero_snr.unet.shapes, config.numbers(zero_snr.schedule))
   assert (out.shape, out.dtype) == (noise.shape, jnp.float32)
 
 

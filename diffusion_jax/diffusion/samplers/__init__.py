@@ -14,6 +14,7 @@ from diffusion_jax.diffusion.samplers.grids import (
   SPACINGS,
   Grid,
   level_grid,
+  padded,
   part_way,
   process_grid,
   sampling_grid,
@@ -26,7 +27,7 @@ from diffusion_jax.diffusion.samplers.table import SAMPLERS, Sampler, SamplerInf
 
 __all__ = [
   'SAMPLERS', 'SPACINGS', 'Grid', 'Sampler', 'SamplerInfo', 'Trajectory', 'ddim_inversion',
-  'initial_noise', 'level_grid', 'part_way', 'process_grid', 'sampler', 'sampling_grid',
+  'initial_noise', 'level_grid', 'padded', 'part_way', 'process_grid', 'sampler', 'sampling_grid',
   'spaced_levels', 'spaced_timesteps',
 ]
 

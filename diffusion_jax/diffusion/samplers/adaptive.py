@@ -14,9 +14,12 @@ from diffusion_jax.diffusion.samplers.steps import (
   Trajectory,
   as_arrays,
   epsilon,
+  intervals,
   move,
+  moves,
   pair_number,
   pairs_at,
+  step_count,
 )
 from diffusion_jax.types import Latents
 
@@ -48,7 +51,8 @@ def probability_flow(
   x, grid = as_arrays(x, grid)
   angles, norms = jnp.arctan2(grid[1], grid[0]), jnp.hypot(*grid)
   # The slope at phi = 0 is 0 / 0, so that the ODE ends at the pair before the clean one.
-  end = jnp.where(angles[-1] > 0, angles[-1], angles[-2])
+  before = step_count(grid) - 1
+  end = jnp.where(angles[-1] > 0, angles[-1], angles[before])
 
   def velocity(phi, u, args):
     del args
@@ -64,15 +68,20 @@ def probability_flow(
   )
 
   def to_clean():
-    here, there = pair_number(grid, -2), pair_number(grid, -1)
-    last = norms[-2] * solution.ys[-1]
+    here, there = pair_number(grid, before), pair_number(grid, -1)
+    last = norms[before] * solution.ys[-1]
     return move(last, denoise(last, *here), here, there).astype(x.dtype)
 
   sample = jax.lax.cond(angles[-1] > 0, lambda: norms[-1] * solution.ys[-1], to_clean)
   if not trajectory:
     return sample
   states = solution.ys * norms[1:].reshape(-1, *(1,) * x.ndim)
-  states = states.at[-1].set(sample)
+  reached = (jnp.arange(len(states)) >= before).reshape(-1, *(1,) * x.ndim)
+  states = jnp.where(reached, sample, states)
   starts = jnp.concatenate([x[None], states[:-1]])
-  x0 = jax.lax.map(lambda row: denoise(*row), (starts, grid[0][:-1], grid[1][:-1]))
+  here, there = intervals(grid)
+  estimate = lambda row: jax.lax.cond(
+    moves(*row[1:]), lambda: denoise(row[0], *row[1]).astype(x.dtype), lambda: row[0]
+  )
+  x0 = jax.lax.map(estimate, (starts, here, there))
   return Trajectory(sample, states, x0, grid[0][1:], grid[1][1:])

@@ -18,6 +18,7 @@ from diffusion_jax.diffusion.samplers.steps import (
   noise_source,
   pair_number,
   pairs_at,
+  step_count,
 )
 from diffusion_jax.errors import UserError
 from diffusion_jax.types import Latents
@@ -91,7 +92,7 @@ def dpm_adaptive(
   noise = noise_source(keys)
   x, grid = as_arrays(x, grid)
   x, start = _off_pure_noise(denoise, x, grid)
-  last = pair_number(grid, jnp.where(grid[1][-1] > 0, -1, -2))
+  last = pair_number(grid, step_count(grid) - (grid[1][-1] == 0))
   end = _half_log_snr(last)
   scale = 1.5 if eta else order
   gains = ((pcoeff + icoeff + dcoeff) / scale, -(pcoeff + 2 * dcoeff) / scale, dcoeff / scale)

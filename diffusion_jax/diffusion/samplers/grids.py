@@ -143,7 +143,10 @@ def _at_levels(alphas: np.ndarray, sigmas: np.ndarray, levels: np.ndarray):
 
 def _clean_ended(alphas: np.ndarray, sigmas: np.ndarray) -> Grid:
   """Ends a grid with the clean pair; in JAX's default floating dtype."""
-  return jnp.asarray(np.append(alphas, 1.0), float), jnp.asarray(np.append(sigmas, 0.0), float)
+  dtype = jnp.result_type(float)
+  # Converted by numpy, as JAX would compile the conversion for each length.
+  end = lambda part, last: jnp.asarray(np.append(part, last).astype(dtype))
+  return end(alphas, 1.0), end(sigmas, 0.0)
 
 
 def sampling_grid(
@@ -212,6 +215,22 @@ def process_grid(
   if spacing != 'trailing':
     times = first_time + (1 - first_time) * times
   return _clean_ended(*tabulate(process, times))
+
+
+def padded(grid: Grid, steps: int) -> Grid:
+  """A grid of `steps` steps, its last pair repeated, on the host; samplers skip what is added.
+
+  With it one compiled sampler serves grids of several lengths.
+
+  Raises:
+    ValueError: for fewer steps than the grid has.
+  """
+  more = steps - (len(grid[0]) - 1)
+  if more < 0:
+    raise ValueError(f'a grid of {len(grid[0]) - 1} steps cannot be padded to {steps}.')
+  # In numpy, which compiles nothing for a new length.
+  repeat = lambda part: np.pad(np.asarray(part), (0, more), mode='edge')
+  return repeat(grid[0]), repeat(grid[1])
 
 
 def part_way(grid: Grid, strength: float) -> Grid:

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from diffusion_jax.diffusion.denoiser import Denoiser
 from diffusion_jax.diffusion.samplers.grids import Grid
 from diffusion_jax.diffusion.samplers.steps import (
+  Churn,
   Keys,
   Trajectory,
   ancestral,
-  churned,
   contraction,
   divide,
   epsilon,
@@ -95,18 +95,12 @@ def euler(
   """Euler steps in sigma / alpha with churn (Karras et al. 2022, algorithm 2 without correction).
 
   Args:
-    s_churn: sum over the steps of the share by which each raises the noise level first; a step
-      raises it by at most sqrt(2) - 1.
-    s_tmin, s_tmax: noise levels sigma / alpha between which there is churn.
-    s_noise: factor on its noise.
+    s_churn, s_tmin, s_tmax, s_noise: as in `Churn`; without churn the method is deterministic.
   """
-  noise = noise_source(keys)
-  share = min(s_churn / (len(grid[0]) - 1), math.sqrt(2) - 1)
+  churn = Churn(s_churn, s_tmin, s_tmax, s_noise).on(grid, noise_source(keys))
 
   def step(x, memory, here, there, index):
-    if s_churn:
-      z = noise(index, x)
-      x, here = churned(x, here, there, z, share, (s_tmin, s_tmax), s_noise)
+    x, here = churn(x, here, there, index)
     x0 = denoise(x, *here)
     return move(x, x0, here, there), memory, x0
 

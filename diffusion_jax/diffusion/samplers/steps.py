@@ -5,6 +5,7 @@ probability-flow ODE (Song et al. 2021, eq. 13; Karras et al. 2022, eq. 1). Writ
 formulas hold for any process, and those of the first order also from alpha = 0 and to sigma = 0.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -71,16 +72,30 @@ def intervals(grid: Grid) -> tuple[Pair, Pair]:
   return (alphas[:-1], sigmas[:-1]), (alphas[1:], sigmas[1:])
 
 
+def step_count(grid: Grid) -> jax.Array:
+  """How many steps a grid has, those not counted that repeat its last pair (`grids.padded`)."""
+  alphas, sigmas = grid
+  return jnp.argmax((alphas == alphas[-1]) & (sigmas == sigmas[-1]))
+
+
+def moves(here: Pair, there: Pair) -> jax.Array:
+  """Whether a step leads anywhere; one that does not is skipped."""
+  return (here[0] != there[0]) | (here[1] != there[1])
+
+
 def walk(
   step: Callable, x: Latents, grid: Grid, extra: tuple = (), *,
   memory: Callable[[Latents], Any] = lambda x: (), trajectory: bool = False,
 ) -> Latents | Trajectory:
   """Scans step(x, memory, here, there, index, *extra) -> (x, memory, x0) along the grid.
 
+  A step from a pair to itself is skipped: it costs no network call and changes neither x nor the
+  memory, so that a grid may be padded at its end (`grids.padded`).
+
   Args:
     extra: trees of arrays [n ...]; a step gets its row of each.
     memory: x -> what a step hands to the next, at the first.
-    trajectory: return a `Trajectory` instead of the last x.
+    trajectory: return a `Trajectory` instead of the last x; skipped steps have x as their x_0.
   """
   x, grid = as_arrays(x, grid)
   return scan_steps(step, x, *intervals(grid), extra, memory=memory, trajectory=trajectory)
@@ -93,8 +108,14 @@ def scan_steps(
   """`walk` for steps given as the pairs (alpha [n], sigma [n]) that each starts and ends with."""
 
   def body(carry, inputs):
-    x, memory, x0 = step(*carry, *inputs)
-    return (x, memory), (x, x0) if trajectory else None
+    def take():
+      x, memory, x0 = step(*carry, *inputs)
+      return (x, memory), (x, x0.astype(x.dtype)) if trajectory else ()
+
+    def skip():
+      return carry, (carry[0], carry[0]) if trajectory else ()
+
+    return jax.lax.cond(moves(*inputs[:2]), take, skip)
 
   inputs = (here, there, jnp.arange(len(here[0])), *extra)
   (x, _), rows = jax.lax.scan(body, (x, memory(x)), inputs)
@@ -168,7 +189,7 @@ def pairs_at(grid: Grid, direction: Pair) -> Pair:
   alphas, sigmas = grid
   angles = -jnp.arctan2(sigmas, alphas)
   i = jnp.searchsorted(angles, -jnp.arctan2(direction[1], direction[0]), side='right') - 1
-  i = jnp.clip(i, 0, len(angles) - 2)
+  i = jnp.clip(i, 0, step_count(grid) - 1)
   return pair_between((alphas[i], sigmas[i]), (alphas[i + 1], sigmas[i + 1]), direction)
 
 
@@ -182,8 +203,35 @@ def log_midpoint(here: Pair, there: Pair, target: Pair | None = None) -> Pair:
   return pair_between(here, there, (jnp.ones_like(level), level))
 
 
+class Churn(NamedTuple):
+  """Noise added before each step (Karras et al. 2022, algorithm 2).
+
+  s_churn: sum over the steps of the share by which each raises the noise level first; a step raises
+  it by at most sqrt(2) - 1. s_tmin, s_tmax: noise levels sigma / alpha between which there is
+  churn. s_noise: factor on its noise.
+  """
+
+  s_churn: float
+  s_tmin: float
+  s_tmax: float
+  s_noise: float
+
+  def on(self, grid: Grid, noise: Noise) -> Callable:
+    """churn(x, here, there, index) -> (x, here) for the steps of a grid; all of it if s_churn is 0.
+
+    Step i takes draw i.
+    """
+    if not self.s_churn:
+      return lambda x, here, there, index: (x, here)
+    share = jnp.minimum(self.s_churn / step_count(grid), math.sqrt(2) - 1)
+    bounds = (self.s_tmin, self.s_tmax)
+    return lambda x, here, there, index: churned(
+      x, here, there, noise(index, x), share.astype(x.dtype), bounds, self.s_noise
+    )
+
+
 def churned(x, here: Pair, there: Pair, noise: Latents, share, bounds, s_noise: float):
-  """(x, pair) after raising the noise level by `share` of itself (Karras et al. 2022, alg. 2).
+  """(x, pair) after raising the noise level by `share` of itself.
 
   Args:
     share: gamma, sigma_hat / sigma - 1.

@@ -10,11 +10,11 @@ import jax
 from diffusion_jax.diffusion.denoiser import Denoiser
 from diffusion_jax.diffusion.samplers.grids import Grid
 from diffusion_jax.diffusion.samplers.steps import (
+  Churn,
   Keys,
   Pair,
   Trajectory,
   ancestral,
-  churned,
   epsilon,
   is_inner,
   log_midpoint,
@@ -60,15 +60,12 @@ def heun(
   """Heun's method with churn (Karras et al. 2022, algorithms 1 and 2).
 
   Args:
-    s_churn, s_tmin, s_tmax, s_noise: as in `euler`; without churn the method is deterministic.
+    s_churn, s_tmin, s_tmax, s_noise: as in `Churn`; without churn the method is deterministic.
   """
-  noise = noise_source(keys)
-  share = min(s_churn / (len(grid[0]) - 1), math.sqrt(2) - 1)
+  churn = Churn(s_churn, s_tmin, s_tmax, s_noise).on(grid, noise_source(keys))
 
   def step(x, memory, here, there, index):
-    if s_churn:
-      z = noise(index, x)
-      x, here = churned(x, here, there, z, share, (s_tmin, s_tmax), s_noise)
+    x, here = churn(x, here, there, index)
     x, x0 = heun_step(denoise, x, here, there)
     return x, memory, x0
 
@@ -83,15 +80,12 @@ def dpm2(
   """The midpoint rule, midpoints in log r (k-diffusion; cf. Lu et al. 2022, DPM-Solver-2).
 
   Args:
-    s_churn, s_tmin, s_tmax, s_noise: as in `euler`; without churn the method is deterministic.
+    s_churn, s_tmin, s_tmax, s_noise: as in `Churn`; without churn the method is deterministic.
   """
-  noise = noise_source(keys)
-  share = min(s_churn / (len(grid[0]) - 1), math.sqrt(2) - 1)
+  churn = Churn(s_churn, s_tmin, s_tmax, s_noise).on(grid, noise_source(keys))
 
   def step(x, memory, here, there, index):
-    if s_churn:
-      z = noise(index, x)
-      x, here = churned(x, here, there, z, share, (s_tmin, s_tmax), s_noise)
+    x, here = churn(x, here, there, index)
     x0 = denoise(x, *here)
     return midpoint_step(denoise, x, x0, here, there, there), memory, x0
 

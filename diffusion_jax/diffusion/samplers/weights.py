@@ -15,7 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.diffusion.samplers.grids import Grid
-from diffusion_jax.diffusion.samplers.steps import contraction, divide, intervals, is_inner
+from diffusion_jax.diffusion.samplers.steps import (
+  contraction,
+  divide,
+  intervals,
+  is_inner,
+  moves,
+  step_count,
+)
 from diffusion_jax.errors import UserError
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)
@@ -45,7 +52,7 @@ def first_order(grid: Grid, eta=0.0) -> tuple[jax.Array, jax.Array, jax.Array]:
   """
   here, there = intervals(grid)
   slower = contraction(here, there) ** jnp.asarray(eta, grid[0].dtype)
-  keep = there[1] / here[1] * slower
+  keep = divide(there[1], here[1]) * slower
   return keep, there[0] - keep * here[0], there[1] * jnp.sqrt((1 - slower) * (1 + slower))
 
 
@@ -59,10 +66,12 @@ def usable(
     lower_order_final: interpolate no more values than there are steps left.
   """
   here, there = intervals(grid)
-  past = jnp.arange(1, len(here[0]) + 1) - (here[0][0] == 0)
+  index = jnp.arange(len(here[0]))
   inner = here[0] > 0 if to_clean else is_inner(here, there)
-  counts = jnp.where(inner, jnp.clip(past, 1, order), 1)
-  return jnp.minimum(counts, jnp.arange(len(counts), 0, -1)) if lower_order_final else counts
+  past = index + 1 - (here[0][0] == 0)
+  counts = jnp.where(inner & moves(here, there), jnp.clip(past, 1, order), 1)
+  left = jnp.maximum(step_count(grid) - index, 1)
+  return jnp.minimum(counts, left) if lower_order_final else counts
 
 
 def past_nodes(values: jax.Array, counts: jax.Array, order: int) -> jax.Array:
@@ -185,7 +194,7 @@ def corrector_table(
   lam = half_log_snr(grid)
   past = past_nodes(lam, before, order - 1)
   nodes = jnp.concatenate([past[:, :1], lam[1:, None], past[:, 1:]], axis=1)
-  counts = jnp.where(is_inner(here, there), before + 1, 1)
+  counts = jnp.where(is_inner(here, there) & moves(here, there), before + 1, 1)
   correction = exponential(grid, nodes, counts, eta, slope=slope)
   newest_first = jnp.concatenate([correction[:, 1:2], correction[:, :1], correction[:, 2:]], axis=1)
   table = Table(*first_order(grid, eta), newest_first)

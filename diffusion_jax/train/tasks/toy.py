@@ -151,9 +151,11 @@ class ToyTask(NoisingTask):
   def _draw(self, params: Params, seed: int, count: int) -> jax.Array:
     sample = self.config.sample
     noise, keys = initial_noise(seed, 0, count, (2,))
-    draw = sampler(sample.sampler, **sample.options)
-    x = self.grid[1][0].astype(noise.dtype) * noise
-    return draw(self.denoiser(params), x, self.grid, keys)
+    variance = self.config.objective.learned_variance and sample.sampler == 'ddpm'
+    more = {'variance': 'learned'} if variance else {}
+    draw = sampler(sample.sampler, **sample.options, **more)
+    denoise = self.objective.denoiser(self.network(params), variance)
+    return draw(denoise, self.grid[1][0].astype(noise.dtype) * noise, self.grid, keys)
 
   def _scores(self, params: Params, x: jax.Array) -> jax.Array:
     """Learned scores [k n 2] of the data with FIELD_LEVELS of noise, at alpha x [n 2]."""

@@ -1,0 +1,168 @@
+"""How to sample: what a user chooses, and what of it a compiled program depends on.
+
+A `Program` is compiled; `Numbers` are handed to it, so that another guidance scale, interval,
+spacing, strength or number of steps runs the same program.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from diffusion_jax.diffusion.denoiser import BLIND_AT_ZERO_SNR, Denoiser, TextDenoiser
+from diffusion_jax.diffusion.guidance import (
+  RESCALE_SPACES,
+  classifier_free,
+  dynamic_threshold,
+  static_threshold,
+)
+from diffusion_jax.diffusion.samplers import Grid, padded, part_way, sampler, sampling_grid
+from diffusion_jax.diffusion.schedules import Schedule
+from diffusion_jax.errors import UserError
+from diffusion_jax.types import Text
+
+THRESHOLDS = ('none', 'static', 'dynamic')
+
+BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
+"""Grids are padded to the next of these lengths; one longer stays as it is."""
+
+
+class Numbers(NamedTuple):
+  """What a compiled program is given: the grid, padded, and scalars, all float32.
+
+  low and high are the interval's bounds; limit and percentile those of the threshold.
+  """
+
+  grid: Grid
+  guidance: jax.Array
+  rescale: jax.Array
+  low: jax.Array
+  high: jax.Array
+  limit: jax.Array
+  percentile: jax.Array
+
+
+class Program(NamedTuple):
+  """What is compiled. everywhere: whether there is guidance at all noise levels."""
+
+  sampler: str
+  guided: bool
+  everywhere: bool
+  threshold: str
+
+  def guide(
+    self, denoise: TextDenoiser, text: Text, negative: Text, numbers: Numbers, prediction: str
+  ) -> Denoiser:
+    """The denoiser with guidance and threshold; `prediction` is what the network predicts."""
+    guided = classifier_free(
+      denoise, text, negative, numbers.guidance if self.guided else 1, rescale=numbers.rescale,
+      rescale_in=prediction if prediction in RESCALE_SPACES else 'sample',
+      interval=None if self.everywhere else (numbers.low, numbers.high),
+    )
+    if self.threshold == 'static':
+      return static_threshold(guided, numbers.limit)
+    if self.threshold == 'dynamic':
+      return dynamic_threshold(guided, numbers.percentile, numbers.limit)
+    return guided
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+  """How to sample: names of `SAMPLERS` and `SPACINGS` in `diffusion.samplers`.
+
+  guidance: the classifier-free scale; 1 means none. guidance_rescale: phi in [0, 1] of Lin et al.
+  2024, of what the network predicts if that is epsilon or v, else of x_0. guidance_interval: (low,
+  high), noise levels sigma / alpha between which there is guidance; a high of None is no bound.
+  threshold: none; static clips x_0 at threshold_limit; dynamic scales each image whose
+  threshold_percentile (a share) is beyond the limit back to it (Saharia et al. 2022). They are made
+  for pixels. Latents here have unit variance and no bounds: the limit is in standard deviations.
+  """
+
+  sampler: str = 'dpmpp_2m'
+  steps: int = 20
+  guidance: float = 4.0
+  spacing: str = 'trailing'
+  guidance_rescale: float = 0.0
+  guidance_interval: tuple[float, float | None] = (0.0, None)
+  threshold: str = 'none'
+  threshold_limit: float = 4.0
+  threshold_percentile: float = 0.995
+
+  def check(self, schedule: Schedule, prediction: str) -> None:
+    """Raises a UserError for what cannot be sampled."""
+    sampler(self.sampler)
+    sampling_grid(schedule, self.steps, self.spacing)
+    if prediction in BLIND_AT_ZERO_SNR and schedule.zero_terminal:
+      raise UserError(
+        f'the prediction {prediction!r} says nothing at zero terminal SNR; set '
+        'objective.prediction to v_prediction, or schedule.rescale_betas_zero_snr to False.'
+      )
+    self._check_guidance()
+    if self.threshold not in THRESHOLDS:
+      raise UserError(
+        f'threshold {self.threshold!r} is unknown; choose one of {", ".join(THRESHOLDS)}.'
+      )
+    if not 0 < self.threshold_limit < math.inf:
+      raise UserError(
+        f'threshold_limit is {self.threshold_limit}; give a number above 0, in standard deviations '
+        'of the latents.'
+      )
+    if not 0 < self.threshold_percentile <= 1:
+      raise UserError(
+        f'threshold_percentile is {self.threshold_percentile}; give a share above 0 and up to 1.'
+      )
+
+  def _check_guidance(self) -> None:
+    if not math.isfinite(self.guidance):
+      raise UserError(f'guidance is {self.guidance}; give a finite scale, 1 for none.')
+    if not 0 <= self.guidance_rescale <= 1:
+      raise UserError(f'guidance_rescale is {self.guidance_rescale}; give a share from 0 to 1.')
+    low, high = self.guidance_interval
+    if not 0 <= low < (math.inf if high is None else high):
+      raise UserError(
+        f'guidance_interval is {low} to {high}; give two noise levels sigma / alpha from 0 on, the '
+        'lower one first.'
+      )
+
+  @property
+  def program(self) -> Program:
+    """What is compiled for this; not more of it differs than what matters."""
+    guided = self.guidance != 1
+    everywhere = not guided or self.guidance_interval == (0.0, None)
+    return Program(self.sampler, guided, everywhere, self.threshold)
+
+  def numbers(self, schedule: Schedule, strength: float = 1.0) -> Numbers:
+    """What the program is given, host arrays; `strength` is the share of the steps that are taken.
+
+    Raises:
+      UserError: for a strength that leaves no step.
+    """
+    grid = tuple(map(np.asarray, sampling_grid(schedule, self.steps, self.spacing)))
+    grid = part_way(grid, strength)
+    steps = len(grid[0]) - 1
+    grid = padded(grid, next((length for length in BUCKETS if length >= steps), steps))
+    low, high = self.guidance_interval
+    scalars = (
+      self.guidance, self.guidance_rescale, low, math.inf if high is None else high,
+      self.threshold_limit, self.threshold_percentile,
+    )
+    return Numbers(grid, *map(np.float32, scalars))
+
+  def in_force(self) -> dict[str, str]:
+    """Name -> value of what has an effect, for a picture's metadata."""
+    names = ['sampler', 'steps', 'spacing', 'guidance']
+    guided = self.guidance != 1
+    names += ['guidance_rescale'] * (guided and self.guidance_rescale != 0)
+    names += ['guidance_interval'] * (not self.program.everywhere)
+    if self.threshold != 'none':
+      names += ['threshold', 'threshold_limit']
+      names += ['threshold_percentile'] * (self.threshold == 'dynamic')
+
+    def text(value) -> str:
+      if isinstance(value, tuple):
+        return ' '.join('inf' if part is None else text(part) for part in value)
+      return f'{value:g}' if isinstance(value, float) else str(value)
+
+    return {name: text(getattr(self, name)) for name in names}

@@ -1,0 +1,209 @@
+"""Settings of sampling: what they do, what they compile, and image-to-image, with exact answers."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax.config import typed
+from diffusion_jax.diffusion.guidance import classifier_free
+from diffusion_jax.diffusion.samplers import initial_noise, sampling_grid
+from diffusion_jax.diffusion.schedules import ScheduleConfig
+from diffusion_jax.errors import UserError
+from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from diffusion_jax.pipelines.directory import assemble
+from diffusion_jax.pipelines.sampling import BUCKETS, SampleConfig
+from diffusion_jax.pipelines.text_to_image import Weights
+from diffusion_jax.viz.grids import to_uint8
+from tests import tiny
+
+CONFIG = SampleConfig('ddim', steps=3, guidance=3.0, guidance_interval=(0.1, 5.0))
+PROMPTS = ('red apple', 'cat face', 'sun')
+IMAGES = np.random.default_rng(0).integers(0, 256, (3, tiny.SIZE, tiny.SIZE, 3), np.uint8)
+
+
+@pytest.fixture(scope='module')
+def model_and_weights(parts):
+  schedule = ScheduleConfig(rescale_betas_zero_snr=True)
+  model, frozen = assemble(tiny.UNET, **parts, schedule=schedule, prediction='v_prediction')
+  unet = jax.jit(model.unet.initialize)(jax.random.key(0))
+  return model, Weights(unet, frozen['autoencoder'], frozen['clip'])
+
+
+@pytest.fixture(scope='module')
+def draw(model_and_weights):
+  """draw(config, **arguments of generate): images of PROMPTS, two at a time."""
+  model, weights = model_and_weights
+  mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+
+  def run(config=CONFIG, seed=0, prompts=PROMPTS, zeroed=False, **more):
+    used = weights._replace(unet=jax.tree.map(jnp.zeros_like, weights.unet)) if zeroed else weights
+    used = model.on_mesh(jax.tree.map(np.asarray, used), mesh)
+    batches = model.generate(used, prompts, config, seed=seed, mesh=mesh, batch_size=2, **more)
+    return np.concatenate(list(batches))
+
+  return run
+
+
+@pytest.fixture(scope='module')
+def compilations():
+  """Names of what JAX compiles, in the order in which it does."""
+  events = []
+
+  def listen(name, duration, **details):
+    if name == '/jax/core/compile/backend_compile_duration':
+      events.append(details.get('fun_name', ''))
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  yield events
+  jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_other_numbers_draw_other_images_without_compiling(draw, compilations):
+  first = draw()
+  draw(images=IMAGES, strength=1.0)
+  assert compilations
+  compilations.clear()
+  np.testing.assert_array_equal(draw(), first)
+  changes = [
+    {'guidance': 5.0}, {'guidance_rescale': 0.7}, {'guidance_interval': (0.0, 2.0)},
+    {'guidance_interval': (0.1, None)}, {'steps': 5}, {'spacing': 'leading'},
+  ]
+  found = [draw(dataclasses.replace(CONFIG, **change)) for change in changes]
+  found += [draw(seed=1), draw(negative='blue flag'), draw(images=IMAGES, strength=0.4)]
+  found += [draw(images=IMAGES, strength=0.7)]
+  assert not compilations
+  every = [first, *found]
+  for i, images in enumerate(every):
+    assert all((images != other).any() for other in every[:i]), i
+  draw(dataclasses.replace(CONFIG, guidance=1.0))
+  assert compilations
+
+
+def test_image_to_image_starts_from_the_noised_image(draw, model_and_weights):
+  """A network that gives v = 0 makes DDIM a factor cos(phi - phi') for each step."""
+  model, weights = model_and_weights
+  found = draw(zeroed=True, images=IMAGES, strength=0.7, seed=4)
+  grid = np.asarray(sampling_grid(model.schedule, 3))[:, -3:]  # round(0.7 * 3) = 2 steps.
+  factor = np.cos(np.diff(np.arctan2(grid[1], grid[0]))).prod()
+  z = model.autoencoder.bind(weights.autoencoder).encode(IMAGES / np.float32(127.5) - 1)[0]
+  noise, _ = initial_noise(4, 0, 3, model.latent_shape)
+  start = grid[0][0] * model.latents(z) + grid[1][0] * noise
+  wanted = to_uint8(model.decode(weights.autoencoder, factor * start))
+  assert np.abs(found.astype(int) - wanted).max() <= 1
+  assert np.abs(wanted[0].astype(int) - wanted[1]).max() > 10
+
+
+def test_a_started_image_does_not_depend_on_its_batch(draw):
+  every = draw(images=IMAGES, strength=0.7, seed=2)
+  last = draw(images=IMAGES[2:], strength=0.7, seed=2, prompts=PROMPTS[2:], first=2)
+  assert np.abs(last[0].astype(int) - every[2]).max() <= 1
+  one_for_all = draw(images=IMAGES[2:], strength=0.7, seed=2)
+  assert np.abs(one_for_all[2].astype(int) - every[2]).max() <= 1
+  assert (one_for_all[0] != every[0]).any()
+
+
+@pytest.mark.parametrize(('images', 'strength', 'words'), [
+  (IMAGES[:2], 0.5, '2 images do not fit 3'), (IMAGES[:, :8], 0.5, 'uint8'),
+  (IMAGES.astype(np.float32), 0.5, 'float32'), (IMAGES, 0.0, 'strength'),
+  (IMAGES, 1.5, 'strength'), (IMAGES, 0.1, 'no step of 3'),
+])
+def test_images_that_cannot_be_started_from(draw, images, strength, words):
+  with pytest.raises(UserError, match=words):
+    draw(images=images, strength=strength)
+
+
+@pytest.mark.parametrize(('change', 'words'), [
+  ({'guidance': float('nan')}, 'guidance'), ({'guidance': float('inf')}, 'guidance'),
+  ({'guidance_rescale': 1.2}, 'guidance_rescale'), ({'guidance_rescale': -0.1}, '0 to 1'),
+  ({'guidance_interval': (2.0, 1.0)}, 'lower one first'),
+  ({'guidance_interval': (-1.0, None)}, 'guidance_interval'),
+  ({'guidance_interval': (float('nan'), 1.0)}, 'guidance_interval'),
+  ({'threshold': 'hard'}, 'none, static, dynamic'), ({'threshold_limit': 0.0}, 'above 0'),
+  ({'threshold_percentile': 95.0}, 'share'), ({'threshold_percentile': 0.0}, 'share'),
+])
+def test_wrong_settings_are_refused(model_and_weights, change, words):
+  model, _ = model_and_weights
+  with pytest.raises(UserError, match=words):
+    dataclasses.replace(CONFIG, **change).check(model.schedule, model.prediction)
+
+
+def test_settings_survive_json():
+  for interval in ((0.3, 5.5), (0.3, None), (0.0, None)):
+    config = SampleConfig(guidance_interval=interval, threshold='dynamic', guidance_rescale=0.7)
+    text = json.dumps(dataclasses.asdict(config), allow_nan=False)
+    assert typed(SampleConfig, json.loads(text)) == config
+  for wrong in ([0.1], [0.1, 'much'], [0.1, 1.0, 2.0]):
+    with pytest.raises(UserError, match='guidance_interval'):
+      typed(SampleConfig, {'guidance_interval': wrong})
+
+
+def guide(config, schedule, calls=None, prediction='epsilon'):
+  """x_0 that the settings make of two images, at the grid's second pair."""
+  def denoise(x, alpha, sigma, text):
+    if calls is not None:
+      calls.append(len(x))
+    return text[:, :, :, None] + 0.1 * x
+
+  shape = (2, 4, 4)
+  text, negative, x = (jax.random.normal(jax.random.key(i), shape) for i in range(3))
+  numbers = config.numbers(schedule)
+  pair = [part[1] for part in numbers.grid]
+  denoiser = config.program.guide(denoise, text, negative, numbers, prediction)
+  plain = classifier_free(denoise, text, negative, config.guidance)
+  x = x[..., None]
+  return denoiser(x, *pair), plain(x, *pair), lambda **more: classifier_free(
+    denoise, text, negative, config.guidance, **more
+  )(x, *pair)
+
+
+def test_no_guidance_costs_one_call_of_the_same_size(model_and_weights):
+  schedule = model_and_weights[0].schedule
+  for scale, size in ((1.0, 2), (1, 2), (4.0, 4)):
+    calls = []
+    guide(SampleConfig(guidance=scale), schedule, calls)
+    assert calls[0] == size
+
+
+def test_settings_reach_the_denoiser(model_and_weights):
+  schedule = model_and_weights[0].schedule
+  found, plain, _ = guide(SampleConfig(), schedule)
+  np.testing.assert_allclose(found, plain, rtol=1e-6)
+  for prediction, space in (('epsilon', 'epsilon'), ('flow_prediction', 'sample')):
+    config = SampleConfig(guidance_rescale=0.7)
+    found, plain, other = guide(config, schedule, prediction=prediction)
+    np.testing.assert_allclose(found, other(rescale=0.7, rescale_in=space), rtol=1e-5, atol=1e-6)
+    assert not np.allclose(found, plain)
+  low = guide(SampleConfig(guidance_interval=(1e3, None)), schedule)
+  unguided = guide(SampleConfig(guidance=1.0), schedule)[0]
+  np.testing.assert_allclose(low[0], unguided, rtol=1e-6)
+  clipped = guide(SampleConfig(threshold='static', threshold_limit=2.0), schedule)
+  np.testing.assert_allclose(clipped[0], np.clip(clipped[1], -2, 2), rtol=1e-6)
+  config = SampleConfig(threshold='dynamic', threshold_limit=2.0, threshold_percentile=0.5)
+  found, plain, _ = guide(config, schedule)
+  s = np.maximum(np.quantile(np.abs(plain), 0.5, axis=(1, 2, 3), keepdims=True), 2.0)
+  np.testing.assert_allclose(found, np.clip(plain, -s, s) * 2 / s, rtol=1e-5)
+
+
+def test_numbers_of_one_bucket_have_one_shape(model_and_weights):
+  schedule = model_and_weights[0].schedule
+  lengths = [len(SampleConfig(steps=n).numbers(schedule).grid[0]) for n in (1, 8, 9, 20, 900, 1000)]
+  assert lengths == [9, 9, 17, 25, 901, 1001] and BUCKETS == tuple(sorted(BUCKETS))
+
+
+def test_metadata_names_what_has_an_effect():
+  assert SampleConfig().in_force() == {
+    'sampler': 'dpmpp_2m', 'steps': '20', 'spacing': 'trailing', 'guidance': '4',
+  }
+  every = SampleConfig(guidance_rescale=0.7, guidance_interval=(0.3, None), threshold='dynamic')
+  more = {
+    'guidance_rescale': '0.7', 'guidance_interval': '0.3 inf', 'threshold': 'dynamic',
+    'threshold_limit': '4', 'threshold_percentile': '0.995',
+  }
+  assert every.in_force() == SampleConfig().in_force() | more
+  unguided = dataclasses.replace(every, guidance=1.0, threshold='static').in_force()
+  assert unguided.keys() == {'sampler', 'steps', 'spacing', 'guidance', 'threshold',
+                             'threshold_limit'}
