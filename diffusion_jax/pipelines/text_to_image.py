@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from diffusion_jax.diffusion.denoiser import BLIND_AT_ZERO_SNR, text_denoiser
+from diffusion_jax.diffusion.denoiser import BLIND_AT_ZERO_SNR, TextDenoiser, text_denoiser
 from diffusion_jax.diffusion.guidance import classifier_free
 from diffusion_jax.diffusion.samplers import initial_noise, sampler, sampling_grid
 from diffusion_jax.diffusion.schedules import Schedule
@@ -109,14 +109,17 @@ class TextToImage:
     """Tokens [b l] -> the text tower's last hidden states [b l d], float32."""
     return self.clip.bind(clip).encode_text(tokens)[0].astype(jnp.float32)
 
+  def denoiser(self, unet: Params) -> TextDenoiser:
+    """D(x, alpha, sigma, text) -> estimate of the clean latents, by the U-Net without guidance."""
+    module = self.unet.bind(unet)
+    return text_denoiser(lambda x, t, text: module(x, t, text), self.schedule, self.prediction)
+
   def sample_latents(
     self, unet: Params, noise: Latents, keys: jax.Array, text: Text, negative: Text,
     config: SampleConfig,
   ) -> Latents:
     """Unit noise [b h w c], one key per image, text and negative [b l d] -> latents."""
-    module = self.unet.bind(unet)
-    denoise = text_denoiser(lambda x, t, text: module(x, t, text), self.schedule, self.prediction)
-    guided = classifier_free(denoise, text, negative, config.guidance)
+    guided = classifier_free(self.denoiser(unet), text, negative, config.guidance)
     grid = sampling_grid(self.schedule, config.steps, config.spacing)
     return sampler(config.sampler)(guided, noise, grid, keys)
 
