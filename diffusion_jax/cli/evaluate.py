@@ -51,7 +51,7 @@ def add_likelihood_arguments(parser: argparse.ArgumentParser) -> None:
   group.add_argument('--likelihood', action='store_true',
                      help='bits per dimension of test images, instead of scores of drawn ones')
   group.add_argument('--draws', type=int, metavar='N',
-                     help='noise levels of each bound, a network call each (default: 64)')
+                     help='noise levels of each bound, a network call each (default: 32)')
   group.add_argument('--trace', metavar='NAME', help='of the Jacobian: rademacher (default), '
                      'gaussian, or exact, which takes a backward pass per dimension')
   group.add_argument('--probes', type=int, metavar='N',
@@ -59,7 +59,7 @@ def add_likelihood_arguments(parser: argparse.ArgumentParser) -> None:
   group.add_argument('--solver', metavar='NAME',
                      help='of the ODE: rk4 (default), heun or adaptive')
   group.add_argument('--ode_steps', type=int, metavar='N',
-                     help='steps of rk4 or heun (default: 16)')
+                     help='steps of rk4 or heun (default: 8)')
 
 
 def run(args: argparse.Namespace) -> int:
