@@ -20,6 +20,7 @@ from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.job import shuffled
 from diffusion_jax.evaluation.likelihood import (
+  FIGURES,
   LikelihoodConfig,
   evaluate_likelihood,
   image_keys,
@@ -31,7 +32,6 @@ from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.parallel.sharding import in_batches
 from diffusion_jax.pipelines.text_to_image import fold
 
-FIGURES = ('discrete', 'continuous', 'flow')
 CHEAP = LikelihoodConfig(draws=3, solver='heun', ode_steps=2)
 SAMPLES = 6
 DATA = GaussianMixture(
