@@ -14,20 +14,52 @@ score, and how often a picture's own caption is the nearest among 100 (retrieval
 the value of the real test images and of the same network untrained. The workdir of an autoencoder
 or a CLIP is scored by its own metrics.
 
-example:
-  python -m diffusion_jax evaluate --workdir runs/quickstart --out runs/quickstart/scores.json"""
+With --likelihood: bits per dimension of test images given their captions. The density is that of
+the scaled latents, one sample of the autoencoder's posterior per image, not of pixels, and lower is
+better: the variational bound over the schedule's steps (discrete), the bound in continuous time,
+and the probability-flow ODE (flow), each with its standard error over images, beside the same
+network untrained and a diagonal Gaussian fitted to training latents. All three give a latent the
+width of the schedule's first noise. image_bits_per_dim_bound adds the autoencoder's part and bounds
+the bits of the pixels, so that it compares models with different autoencoders.
+
+examples:
+  python -m diffusion_jax evaluate --workdir runs/quickstart --out runs/quickstart/scores.json
+  python -m diffusion_jax evaluate --likelihood --samples 64 --out likelihood.json"""
+
+SAMPLES, LIKELIHOOD_SAMPLES = 256, 64
+SAMPLING = ('sampler', 'spacing', 'steps', 'guidance')
+ESTIMATING = ('draws', 'trace', 'probes', 'solver', 'ode_steps')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Model, samples, output."""
   add_model_arguments(parser)
   parser.add_argument('--out', required=True, metavar='FILE.json', help='where the scores go')
-  parser.add_argument('--samples', type=int, default=256, metavar='N',
-                      help='pictures to draw (default: 256)')
+  parser.add_argument('--samples', type=int, metavar='N',
+                      help=f'pictures to draw (default: {SAMPLES}), or test images of which to '
+                      f'compute the likelihood (default: {LIKELIHOOD_SAMPLES})')
   parser.add_argument('--dataset', default='openmoji', metavar='NAME',
                       help='data set, for --model (default: openmoji)')
   parser.add_argument('--data_dir', metavar='DIR', help='folder of all data sets, for --model')
   add_sample_arguments(parser)
+  add_likelihood_arguments(parser)
+
+
+def add_likelihood_arguments(parser: argparse.ArgumentParser) -> None:
+  """--likelihood, and how to estimate it; defaults are those of `LikelihoodConfig`."""
+  group = parser.add_argument_group('likelihood')
+  group.add_argument('--likelihood', action='store_true',
+                     help='bits per dimension of test images, instead of scores of drawn ones')
+  group.add_argument('--draws', type=int, metavar='N',
+                     help='noise levels of each bound, a network call each (default: 32)')
+  group.add_argument('--trace', metavar='NAME', help='of the Jacobian: rademacher (default), '
+                     'gaussian, or exact, which takes a backward pass per dimension')
+  group.add_argument('--probes', type=int, metavar='N',
+                     help='noises that estimate the trace (default: 1)')
+  group.add_argument('--solver', metavar='NAME',
+                     help='of the ODE: rk4 (default), heun or adaptive')
+  group.add_argument('--ode_steps', type=int, metavar='N',
+                     help='steps of rk4 or heun (default: 8)')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,16 +82,59 @@ def _score(args: argparse.Namespace) -> dict:
   from diffusion_jax.build import load_evaluator
   from diffusion_jax.io.run_directory import RunDirectory
 
-  if args.workdir and RunDirectory(args.workdir).read_json('config.json')['task'] != 'diffusion':
-    return load_evaluator(args.workdir)(args.samples)
-  from diffusion_jax.data.sources import open_source
+  config = RunDirectory(args.workdir).read_json('config.json') if args.workdir else None
+  _check(args, config['task'] if config else 'diffusion')
+  if config and config['task'] != 'diffusion':
+    return load_evaluator(args.workdir)(_given(args.samples, SAMPLES))
+  return _likelihood(args, config) if args.likelihood else _pictures(args, config)
+
+
+def _check(args: argparse.Namespace, task: str) -> None:
+  """Raises a UserError for options that would do nothing."""
+  if args.likelihood and task != 'diffusion':
+    raise UserError(f'{args.workdir} trains {task}; --likelihood needs a diffusion model.')
+  useless, why = (SAMPLING, 'with') if args.likelihood else (ESTIMATING, 'without')
+  for name in useless:
+    if getattr(args, name) is not None:
+      raise UserError(f'--{name} does nothing {why} --likelihood; leave it out.')
+
+
+def _pictures(args: argparse.Namespace, config: dict | None) -> dict:
   from diffusion_jax.evaluation.job import Evaluation, evaluate_text_to_image, fresh_weights
+
+  model, weights, sample, mesh, train, test = _open(args, config)
+  evaluation = Evaluation.prepare(model, weights.clip, train, test, mesh=mesh)
+  return evaluate_text_to_image(
+    evaluation, weights, fresh_weights(model, weights, mesh), sample,
+    samples=_given(args.samples, SAMPLES), seed=args.seed, real=True,
+  )
+
+
+def _likelihood(args: argparse.Namespace, config: dict | None) -> dict:
+  from diffusion_jax.evaluation.likelihood import LikelihoodConfig, evaluate_likelihood
+
+  given = {name: getattr(args, name) for name in ESTIMATING}
+  settings = LikelihoodConfig(**{k: v for k, v in given.items() if v is not None})
+  model, weights, _, mesh, train, test = _open(args, config)
+  return evaluate_likelihood(
+    model, weights, train, test, settings, samples=_given(args.samples, LIKELIHOOD_SAMPLES),
+    seed=args.seed, mesh=mesh, batch_size=args.batch,
+  )
+
+
+def _given(value: int | None, default: int) -> int:
+  return default if value is None else value
+
+
+def _open(args: argparse.Namespace, config: dict | None) -> tuple:
+  """(model, weights on the mesh, sample settings, mesh, training source, test source)."""
+  from diffusion_jax.data.sources import open_source
   from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 
   model, weights, sample, _ = load(args)
   data = {'dataset': args.dataset, 'data_dir': args.data_dir, 'prepare': True}
-  if args.workdir:
-    data = RunDirectory(args.workdir).read_json('config.json')['data']
+  if config:
+    data = config['data']
   train, test = (
     open_source(
       data['dataset'], split, size=model.image_size, data_dir=data['data_dir'] or None,
@@ -68,12 +143,7 @@ def _score(args: argparse.Namespace) -> dict:
     for split in ('train', 'test')
   )
   mesh = make_mesh(MeshConfig())
-  weights = model.on_mesh(weights, mesh)
-  evaluation = Evaluation.prepare(model, weights.clip, train, test, mesh=mesh)
-  return evaluate_text_to_image(
-    evaluation, weights, fresh_weights(model, weights, mesh), sample, samples=args.samples,
-    seed=args.seed, real=True,
-  )
+  return model, model.on_mesh(weights, mesh), sample, mesh, train, test
 
 
 def print_table(scores: dict) -> None:

@@ -102,6 +102,21 @@ def cosine(offset: float = 0.008) -> Process:
   return process
 
 
+def arc(first: tuple[float, float], last: tuple[float, float]) -> Process:
+  """VP from the pair (alpha, sigma) at t = 0 to that at t = 1: the angle is linear in t.
+
+  Every VP process between the same pairs runs through the same levels, at another pace.
+  """
+  start, end = (math.atan2(sigma, alpha) for alpha, sigma in (first, last))
+  rest = math.atan2(last[0], last[1])  # pi / 2 - end, without its error at alpha = 0
+
+  def process(t):
+    t = _real(t)
+    return jnp.sin(rest + (1 - t) * (end - start)), jnp.sin(start + t * (end - start))
+
+  return process
+
+
 def sigmoid(start: float = -3.0, end: float = 3.0, temperature: float = 1.0) -> Process:
   """alpha^2 falls from 1 to 0 along a logistic curve (Jabri et al. 2022; Chen 2023, algorithm 1).
 

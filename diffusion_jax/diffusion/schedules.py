@@ -163,6 +163,11 @@ class Schedule:
     """Whether the last step holds no signal."""
     return bool(self.alphas[-1] == 0)
 
+  @property
+  def variance_preserving(self) -> bool:
+    """Whether alpha^2 + sigma^2 = 1 at every step."""
+    return np.allclose(self.alphas**2 + self.sigmas**2, 1, rtol=0, atol=1e-9)
+
   def __len__(self) -> int:
     return len(self.alphas)
 
@@ -181,10 +186,23 @@ class Schedule:
       t, jnp.asarray(knots, t.dtype), jnp.asarray(np.append(first, values), t.dtype)
     )
     alpha, sigma = place(1.0, self.alphas), place(0.0, self.sigmas)
-    if np.allclose(self.alphas**2 + self.sigmas**2, 1, rtol=0, atol=1e-9):
+    if self.variance_preserving:
       norm = jnp.sqrt(alpha**2 + sigma**2)
       alpha, sigma = alpha / norm, sigma / norm
     return alpha, sigma
+
+  @property
+  def smooth_process(self) -> Process:
+    """From the table's first level at t = 0 to its last at t = 1, for integration over the levels.
+
+    `process` has a kink at each step, over which a solver's longer steps lose their order. A
+    variance-preserving table gives `processes.arc`, the same levels at an even pace; any other
+    gives `process` itself.
+    """
+    if self.variance_preserving:
+      return processes.arc(*((self.alphas[i], self.sigmas[i]) for i in (0, -1)))
+    first = 1 / len(self)
+    return lambda t: self.process(first + (1 - first) * t)
 
   def timestep(self, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
     """The (fractional) timestep at which the schedule has this sigma / alpha.

@@ -14,6 +14,7 @@ from diffusion_jax.evaluation.features import CLIPFeatures
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.parallel.sharding import put_params, to_host
 from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage, Weights
+from diffusion_jax.types import Record
 
 MINIMUM = 16
 CANDIDATES = 100
@@ -41,19 +42,21 @@ class Evaluation:
   def prepare(
     cls, model: TextToImage, clip, train: ImageSource, test: ImageSource, *, mesh: Mesh
   ) -> 'Evaluation':
-    """Embeds the real images of both splits and the test captions.
-
-    The test split is shuffled with a fixed seed, so that its first n records are a fair sample.
-    """
+    """Embeds the real images of both splits and the test captions."""
     features = CLIPFeatures(model.clip, clip, model.tokenizer, mesh)
-    order = np.random.default_rng(0).permutation(len(test))
-    records = [test[int(i)] for i in order]
+    records = shuffled(test, len(test))
     images = np.stack([train[i]['image'] for i in range(len(train))])
     captions = [record['captions'][0] for record in records]
     return cls(
       model, features, mesh, features.images(images), captions,
       features.images(np.stack([record['image'] for record in records])), features.texts(captions),
     )
+
+
+def shuffled(source: ImageSource, count: int) -> list[Record]:
+  """The first `count` records in an order that is fixed for each length: a fair sample."""
+  order = np.random.default_rng(0).permutation(len(source))
+  return [source[int(i)] for i in order[:count]]
 
 
 def fresh_weights(model: TextToImage, weights: Weights, mesh: Mesh, seed: int = 1) -> Weights:

@@ -40,6 +40,25 @@ def test_evaluate_knows_the_other_tasks(command, trained, tmp_path, task, metric
     assert found[column] == pytest.approx(values, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.parametrize(('arguments', 'named'), [
+  (['--likelihood', '--trace', 'exakt'], 'choose one of exact, rademacher, gaussian'),
+  (['--likelihood', '--samples', '99999'], '99999 samples cannot be scored'),
+  (['--likelihood', '--guidance', '2'], '--guidance does nothing with --likelihood'),
+  (['--draws', '4'], '--draws does nothing without --likelihood'),
+])
+def test_options_of_the_likelihood_are_checked(fails, finished, tmp_path, arguments, named):
+  out = tmp_path / 'bits.json'
+  assert named in fails('evaluate', '--workdir', finished, '--out', out, *arguments)
+  assert not out.exists()
+
+
+def test_the_likelihood_of_an_autoencoder_is_refused(fails, trained, tmp_path):
+  message = fails(
+    'evaluate', '--likelihood', '--workdir', trained('autoencoder'), '--out', tmp_path / 'bits.json'
+  )
+  assert 'trains autoencoder; --likelihood needs a diffusion model' in message
+
+
 def test_report_writes_the_page_anew(command, finished, copy_of):
   run = copy_of(finished)
   (run / 'report.html').unlink()

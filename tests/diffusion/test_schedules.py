@@ -89,6 +89,21 @@ def test_tables_of_betas_tend_to_the_process_of_the_same_rate(name, made):
   assert distance(1000) / distance(4000) == pytest.approx(4, rel=0.03)
 
 
+@pytest.mark.parametrize('name', [*TABLE, *SAMPLED])
+def test_the_smooth_process_has_the_levels_of_the_table_and_no_kinks(name):
+  schedule = Schedule((TABLE | SAMPLED)[name][0])
+  alphas, sigmas = tabulate(schedule.smooth_process, np.linspace(0, 1, 2001))
+  for found, table in ((alphas, schedule.alphas), (sigmas, schedule.sigmas)):
+    np.testing.assert_allclose(found[[0, -1]], table[[0, -1]], rtol=1e-6, atol=1e-12)
+  angles = np.arctan2(sigmas, alphas)
+  if schedule.variance_preserving:
+    np.testing.assert_allclose(alphas**2 + sigmas**2, 1, rtol=1e-12)
+    np.testing.assert_allclose(np.diff(angles), np.diff(angles)[0], rtol=1e-6)
+  else:
+    assert 'flow' in name and (np.diff(angles) > 0).all()
+    np.testing.assert_allclose(alphas + sigmas, 1, rtol=1e-6)
+
+
 def test_a_process_survives_a_table():
   """Process -> table -> process: equal up to the interpolation, whose error falls as 1 / T^2."""
   def distance(steps):

@@ -1,0 +1,222 @@
+"""Bits per dimension of test images under a text-to-image model, given their captions.
+
+The density is that of the scaled latents which the U-Net sees, at one sample of the autoencoder's
+posterior per image, as in training. Three figures of the same model, without guidance, as a guided
+denoiser has no density: the variational bound over the steps of the model's schedule, the bound in
+continuous time, and the probability-flow ODE. The noise of a table of T steps never gets smaller
+than at its first one, t = 1 / T, so all three begin there, at alpha x_0 + sigma eps, and give x_0
+the density N(x / alpha, sigma^2 / alpha^2) around what is generated: upper bounds in expectation on
+-log2 p(x_0), and for an ideal network the density of latents blurred by sigma / alpha.
+
+The bits of the pixels are bounded by them together with the autoencoder (Kingma & Welling 2014,
+eq. 3): -log P(image) <= E_q(z | image)[-log P(image | z) + log q(z | image) - log p(z)].
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from diffusion_jax.data.sources import ImageSource
+from diffusion_jax.diffusion.bounds import continuous_bound, discrete_bound
+from diffusion_jax.diffusion.denoiser import Denoiser
+from diffusion_jax.diffusion.gaussian_bounds import gaussian_bits
+from diffusion_jax.diffusion.likelihood import SOLVERS, TRACES, flow_likelihood, unit_noise
+from diffusion_jax.diffusion.schedules import Schedule
+from diffusion_jax.diffusion.score_matching import total
+from diffusion_jax.diffusion.variational import discretized_gaussian, gaussian_log_density
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.job import fresh_weights, shuffled
+from diffusion_jax.parallel.sharding import in_batches
+from diffusion_jax.pipelines.text_to_image import TextToImage, Weights
+from diffusion_jax.types import Latents, PerExample
+
+FIGURES = ('discrete', 'continuous', 'flow')
+MINIMUM = 2
+TRAIN_LIMIT = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class LikelihoodConfig:
+  """How to estimate.
+
+  draws: noise levels of each bound, one network call each. trace: of the ODE's Jacobian, 'exact'
+  (one backward pass per dimension), or estimated with 'rademacher' or 'gaussian' noise; probes: how
+  many of them. solver: 'rk4' (4 calls a step) or 'heun' (2) with ode_steps steps, or 'adaptive',
+  whose steps suit a whole batch, so that values depend on the batch within its tolerance.
+  """
+
+  draws: int = 32
+  trace: str = 'rademacher'
+  probes: int = 1
+  solver: str = 'rk4'
+  ode_steps: int = 8
+
+  def __post_init__(self):
+    for name, known in (('trace', TRACES), ('solver', SOLVERS)):
+      if getattr(self, name) not in known:
+        raise UserError(
+          f'{name} {getattr(self, name)!r} is unknown; choose one of {", ".join(known)}.'
+        )
+    for name in ('draws', 'probes', 'ode_steps'):
+      if getattr(self, name) < 1:
+        raise UserError(f'{name} is {getattr(self, name)}; give 1 or more.')
+
+
+def latent_bits(
+  denoise: Denoiser, schedule: Schedule, x0: Latents, keys: jax.Array, config: LikelihoodConfig,
+  offset: float | jax.Array = 0.5,
+) -> dict[str, PerExample]:
+  """By the names of FIGURES, bits per dimension [b] of latents x0 [b h w c].
+
+  Args:
+    keys: [b], one per example; the three share their noise.
+    offset: of `discrete_bound`.
+  """
+  process = schedule.smooth_process
+  draws = {'draws': config.draws, 'offset': offset}
+  flow = flow_likelihood(
+    denoise, x0, process, keys, trace=config.trace, probes=config.probes, solver=config.solver,
+    steps=config.ode_steps, t_min=0.0, start_noise=True,
+  )
+  return {
+    'discrete': discrete_bound(
+      denoise, x0, schedule.alphas, schedule.sigmas, keys, **draws
+    ).total,
+    'continuous': continuous_bound(denoise, x0, process, keys, t_min=0.0, **draws).total,
+    'flow': flow.bits,
+  }
+
+
+def image_keys(key: jax.Array, count: int) -> np.ndarray:
+  """Key data, one row for each of `count` images."""
+  keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(count))
+  return np.asarray(jax.random.key_data(keys))
+
+
+def make_encoder(model: TextToImage) -> Callable:
+  """((autoencoder, decoder variance []), uint8 images [b h w 3], key data [b k]) -> a dictionary.
+
+  'latents' [b h w c], scaled, sampled; 'log_q' [b], their log-density in nats; 'decoder' [b],
+  -log P(image | latents) in nats, by a Gaussian of that variance in the bins of the 256 levels;
+  'error' [b], mean squared error of the decoded image.
+  """
+  scale = model.autoencoder.config.scaling_factor
+
+  @jax.jit
+  def encode(params, images, keys):
+    autoencoder, variance = params
+    x = images.astype(jnp.float32) / 127.5 - 1
+    moments = model.autoencoder.bind(autoencoder).encode(x)
+    mean, logvar = (part.astype(jnp.float32) for part in moments)
+    eps = unit_noise(jax.random.wrap_key_data(keys), 0, mean)
+    latents = model.latents(mean + jnp.exp(logvar / 2) * eps)
+    output = model.decode(autoencoder, latents)
+    return {
+      'latents': latents,
+      'log_q': total(gaussian_log_density(eps, 0.0, 0.0) - logvar / 2 - jnp.log(scale)),
+      'decoder': -total(discretized_gaussian(x, output, jnp.log(variance))),
+      'error': ((x - output) ** 2).mean(axis=(1, 2, 3)),
+    }
+
+  return encode
+
+
+def make_scorer(model: TextToImage, config: LikelihoodConfig, offset: jax.Array) -> Callable:
+  """(weights, latents [b h w c], tokens [b l], key data [b k]) -> what `latent_bits` returns."""
+
+  @jax.jit
+  def score(weights: Weights, latents, tokens, keys):
+    text = model.encode_text(weights.clip, tokens)
+    denoise = model.denoiser(weights.unet)
+    given = lambda x, alpha, sigma: denoise(x, alpha, sigma, text)
+    keys = jax.random.wrap_key_data(keys)
+    return latent_bits(given, model.schedule, latents, keys, config, offset)
+
+  return score
+
+
+def evaluate_likelihood(
+  model: TextToImage, weights: Weights, train: ImageSource, test: ImageSource,
+  config: LikelihoodConfig, *, samples: int, seed: int, mesh: Mesh, batch_size: int = 16,
+  progress: bool = True,
+) -> dict[str, dict[str, float]]:
+  """Bits per dimension of the first `samples` test images, shuffled as in `Evaluation.prepare`.
+
+  Columns: 'model'; 'untrained', the same with a fresh U-Net; 'gaussian', a diagonal Gaussian fitted
+  to the latents of training images, in closed form and blind to captions. Rows: means over images
+  of the three figures of `latent_bits`, and image_bits_per_dim_bound, from the continuous one and a
+  decoder whose variance is the mean squared error on those training images; to each row its
+  standard error over images. An image's values depend on the seed and its number alone.
+
+  Raises:
+    UserError: fewer than 2 samples, or more than there are test images.
+  """
+  if not MINIMUM <= samples <= len(test):
+    raise UserError(
+      f'{samples} samples cannot be scored; choose {MINIMUM} to {len(test)}, the number of test '
+      'images.'
+    )
+  key_train, key_latents, key_noise, key_offset = jax.random.split(jax.random.key(seed), 4)
+  batches = partial(_over_images, mesh=mesh, progress=progress)
+  encode, records = make_encoder(model), shuffled(test, samples)
+  fitted = _images(shuffled(train, min(TRAIN_LIMIT, len(train))))
+  known = batches(encode, (weights.autoencoder, jnp.ones(())), fitted,
+                  image_keys(key_train, len(fitted)), batch_size=64, label='encoding')
+  variance = jnp.asarray(known['error'].mean(), jnp.float32)
+  given = batches(encode, (weights.autoencoder, variance), _images(records),
+                  image_keys(key_latents, samples), batch_size=64, label='encoding')
+  score = make_scorer(model, config, jax.random.uniform(key_offset))
+  rows = (given['latents'], model.tokens([record['captions'][0] for record in records]),
+          image_keys(key_noise, samples))
+  columns = {
+    name: batches(score, params, *rows, batch_size=min(batch_size, samples), label=name)
+    for name, params in {'model': weights, 'untrained': fresh_weights(model, weights, mesh)}.items()
+  }
+  moments = known['latents'].mean(axis=0), known['latents'].var(axis=0)
+  columns['gaussian'] = gaussian_bits(
+    given['latents'], *moments, model.schedule.alphas, model.schedule.sigmas
+  )
+  settings = {
+    'samples': samples, 'training_images': len(fitted), 'seed': seed,
+    'latent_dims': int(given['latents'][0].size),
+    'latent_blur_std': float(model.schedule.sigmas[0] / model.schedule.alphas[0]),
+    'decoder_std_in_levels': float(127.5 * np.sqrt(variance)), **dataclasses.asdict(config),
+  }
+  pixels = int(np.prod(records[0]['image'].shape))
+  return {name: _rows(bits, given, pixels) for name, bits in columns.items()} | {
+    'settings': settings
+  }
+
+
+def _images(records: list) -> np.ndarray:
+  return np.stack([record['image'] for record in records])
+
+
+def _over_images(function, params, *arrays, mesh, batch_size, label, progress) -> dict:
+  """function(params, *arrays) over the mesh, its dictionaries joined."""
+  with tqdm(total=len(arrays[0]), desc=label, disable=not progress, leave=False) as bar:
+    parts = []
+    for part in in_batches(function, params, *arrays, mesh=mesh, batch_size=batch_size):
+      parts.append(part)
+      bar.update(len(next(iter(part.values()))))
+  return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _rows(bits: dict[str, np.ndarray], given: dict, pixels: int) -> dict[str, float]:
+  """Means and standard errors over images of bits per latent, and of the bound per pixel value."""
+  per_image = {f'latent_bits_per_dim_{name}': bits[name] for name in FIGURES}
+  latents = bits['continuous'] * given['latents'][0].size
+  autoencoder = (given['decoder'] + given['log_q']) / np.log(2)
+  per_image['image_bits_per_dim_bound'] = (latents + autoencoder) / pixels
+  rows = {}
+  for name, value in per_image.items():
+    value = np.asarray(value, np.float64)
+    rows[name] = float(value.mean())
+    rows[f'{name}_stderr'] = float(value.std(ddof=1) / len(value) ** 0.5)
+  return rows
