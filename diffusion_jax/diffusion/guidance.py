@@ -112,7 +112,7 @@ def classifier(denoise: Denoiser, log_probability: LogProbability, scale: Scale)
 
 def static_threshold(denoise: Denoiser, limit: float = 1.0) -> Denoiser:
   """Clips the estimate to [-limit, limit], the range of the data (Saharia et al. 2022, 2.3)."""
-  return lambda x, alpha, sigma: jnp.clip(denoise(x, alpha, sigma), -limit, limit)
+  return _of_x0(denoise, lambda x0: jnp.clip(x0, -limit, limit))
 
 
 def dynamic_threshold(
@@ -126,13 +126,22 @@ def dynamic_threshold(
   Args:
     percentile: share in [0, 1]; 1 scales without clipping.
   """
-  def thresholded(x, alpha, sigma):
-    x0 = denoise(x, alpha, sigma)
+  def threshold(x0):
     s = jnp.quantile(jnp.abs(x0.reshape(len(x0), -1)), percentile, axis=1)
     s = expand(jnp.maximum(s, limit), x0)
     return jnp.clip(x0, -s, s) * (limit / s)
 
-  return thresholded
+  return _of_x0(denoise, threshold)
+
+
+def _of_x0(denoise: Denoiser, function: Callable) -> Denoiser:
+  """The denoiser with its x_0 changed; a learned variance beside it stays."""
+
+  def changed(x, alpha, sigma):
+    out = denoise(x, alpha, sigma)
+    return (function(out[0]), *out[1:]) if isinstance(out, tuple) else function(out)
+
+  return changed
 
 
 def _is_number(scale: Scale, value: float) -> bool:

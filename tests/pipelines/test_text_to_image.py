@@ -48,7 +48,7 @@ def test_a_network_of_unfolded_latents_is_refused(parts):
              latent_patch_size=2)
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def zero_snr(parts):
   schedule = ScheduleConfig(rescale_betas_zero_snr=True)
   return assemble(tiny.UNET, **parts, schedule=schedule, prediction='v_prediction')[0]

@@ -62,7 +62,9 @@ EDM_CHURN = dict(s_churn=40.0, s_tmin=0.05, s_tmax=50.0, s_noise=1.003)
 
 SAMPLERS: dict[str, SamplerInfo] = {
   'ddim': _ode(ddim, 1, 1, 'DDIM, eta = 0', 'Song et al. 2021'),
-  'ddpm': _sde(ddpm, 1, 1, "ancestral, the posterior's variance, or a learned one", 'Ho et al. 2020'),
+  'ddpm': _sde(
+    ddpm, 1, 1, "ancestral, the posterior's variance, or a learned one", 'Ho et al. 2020'
+  ),
   'ddpm_large': _sde(
     partial(ddpm, variance='fixed_large'), 1, 1, 'ancestral, variance beta_t', 'Ho et al. 2020'
   ),
