@@ -11,6 +11,7 @@ def get_config() -> ConfigDict:
     config.settings = ConfigDict({
       'process': 'exponential', 'process_options': {'sigma_min': 0.01, 'sigma_max': 5.0},
       'objective': {'prediction': 'score', 'weighting': 'snr'},
-      'sample': {'sampler': 'annealed_langevin', 'steps': 12, 'spacing': 'exponential'},
+      'sample': {'sampler': 'annealed_langevin', 'steps': 12, 'spacing': 'exponential',
+                 'options': {'steps': 30}},
     })
   return config

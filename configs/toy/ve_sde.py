@@ -1,4 +1,4 @@
-"""Score-based model of the variance-exploding SDE, sampled by predictor and corrector."""
+"""Score-based model of the variance-exploding SDE, sampled by Euler-Maruyama in reverse."""
 
 from ml_collections import ConfigDict
 
@@ -11,6 +11,6 @@ def get_config() -> ConfigDict:
     config.settings = ConfigDict({
       'process': 'exponential', 'process_options': {'sigma_min': 0.01, 'sigma_max': 20.0},
       'objective': {'prediction': 'score', 'weighting': 'snr'},
-      'sample': {'sampler': 'predictor_corrector', 'steps': 200, 'spacing': 'trailing'},
+      'sample': {'sampler': 'euler_maruyama', 'steps': 200, 'spacing': 'trailing'},
     })
   return config

@@ -1,4 +1,4 @@
-"""Score-based model of the variance-preserving SDE, sampled by Euler-Maruyama in reverse."""
+"""Score-based model of the variance-preserving SDE, sampled along its probability-flow ODE."""
 
 from ml_collections import ConfigDict
 
@@ -11,6 +11,6 @@ def get_config() -> ConfigDict:
     config.settings = ConfigDict({
       'process': 'linear', 'process_options': {'start': 0.1, 'end': 20.0},
       'objective': {'prediction': 'score', 'weighting': 'snr'},
-      'sample': {'sampler': 'euler_maruyama', 'steps': 200, 'spacing': 'trailing'},
+      'sample': {'sampler': 'probability_flow', 'steps': 200, 'spacing': 'trailing'},
     })
   return config

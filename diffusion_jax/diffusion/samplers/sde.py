@@ -93,7 +93,8 @@ def predictor_corrector(
   """Langevin steps at each noise level, then a step of `euler_maruyama` (Song et al. 2021, alg. 1).
 
   A Langevin step has the size 2 (snr |z| / |score|)^2 of algorithm 4, with norms of each image by
-  itself rather than their mean over the batch, and without algorithm 5's factor 1 - beta for VP.
+  itself rather than their mean over the batch, and without algorithm 5's factor 1 - beta for VP. In
+  a few dimensions, as of points in the plane, one image's norms vary too much for that.
   Draws (corrections + 1) i and on belong to step i.
 
   Args:

@@ -27,7 +27,7 @@ from diffusion_jax.train.tasks.task import Frozen, Scores
 from diffusion_jax.types import Params
 from diffusion_jax.viz.points import field_picture, scatter_picture
 
-PREVIEW_POINTS = 2000
+PREVIEW_POINTS = 1000
 FIELD_LEVELS = (1.0, 0.4, 0.15)
 LATTICE, EXTENT = 21, 2.6
 LIKELIHOOD_POINTS, LIKELIHOOD_STEPS = 512, 64
@@ -40,7 +40,7 @@ class ToySampleConfig:
   sampler: str = 'ddpm'
   steps: int = 100
   spacing: str = 'trailing'
-  options: dict[str, float] = dataclasses.field(default_factory=dict)
+  options: dict[str, int | float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ToyTaskConfig:
   schedule: ScheduleConfig = ScheduleConfig()
   objective: ObjectiveConfig = ObjectiveConfig()
   sample: ToySampleConfig = ToySampleConfig()
-  width: int = 128
+  width: int = 96
   depth: int = 3
   export_dtype: str = 'float32'
 
