@@ -4,7 +4,7 @@ import argparse
 
 from diffusion_jax.errors import UserError
 
-HELP = 'train an autoencoder, a CLIP or a diffusion model'
+HELP = 'train an autoencoder, a CLIP, a diffusion model or a toy'
 DESCRIPTION = """Trains what the config describes. Running the same command again goes on from the
 last checkpoint in the workdir. Ctrl-C saves first; a second Ctrl-C leaves at once.
 

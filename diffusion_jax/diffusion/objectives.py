@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from diffusion_jax.diffusion.denoiser import Denoiser, expand, target
 from diffusion_jax.diffusion.processes import Process, time_derivative
-from diffusion_jax.diffusion.weightings import Weighting, edm, min_snr, weight
+from diffusion_jax.diffusion.weightings import Weighting, edm, weight
 from diffusion_jax.types import Latents, PerExample
 
 Error = Callable[[jax.Array, jax.Array], PerExample]
@@ -117,12 +117,3 @@ def flow_matching_loss(
   (alpha, sigma), (alpha_rate, sigma_rate) = time_derivative(process, t)
   wanted = expand(alpha_rate, x0) * x0 + expand(sigma_rate, x0) * eps
   return squared_error(velocity(add_noise(x0, eps, alpha, sigma), t), wanted)
-
-
-def min_snr_weight(prediction: str, alpha: jax.Array, sigma: jax.Array, gamma: float) -> jax.Array:
-  """Weight [b] on the squared error of `prediction` (Hang et al. 2023, eq. 8 and section 3.4).
-
-  min(SNR, gamma) on x_0's error is min(SNR, gamma) / SNR on epsilon's and min(SNR, gamma) /
-  (SNR + 1) on v's.
-  """
-  return weight(min_snr(gamma), prediction, alpha, sigma)

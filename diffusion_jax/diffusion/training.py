@@ -13,6 +13,7 @@ A prediction, a weighting, a distribution of noise levels and an error make the 
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -26,13 +27,12 @@ from diffusion_jax.diffusion.denoiser import (
   expand,
   network_denoiser,
   preconditioning,
-  target,
   to_x0,
 )
 from diffusion_jax.diffusion.levels import Level, Levels, TableLevels
 from diffusion_jax.diffusion.posterior import learned_log_variance, log_variances
 from diffusion_jax.diffusion.timesteps import LossHistory
-from diffusion_jax.diffusion.weightings import WEIGHTINGS, weight, weighting
+from diffusion_jax.diffusion.weightings import WEIGHTINGS, weighting
 from diffusion_jax.errors import UserError
 from diffusion_jax.types import Latents, PerExample
 
@@ -208,19 +208,14 @@ class Objective:
     output, variance = (
       jnp.split(output, 2, axis=-1) if config.learned_variance else (output, None)
     )
-    wanted = target(config.prediction, x0, eps, level.alpha, level.sigma, config.data_std)
-    error = self._error(level)(output, wanted)
-    if config.loss == 'simple':
-      return Losses(factor * self._weight(level) * error, error, level)
-    loss = self._bound(x0, x, output, variance, level, self._weight(level) * error)
-    return Losses(factor * loss, error, level)
-
-  def _weight(self, level: Level):
-    if self.weighting is None:
-      return 1.0
-    return weight(
-      self.weighting, self.config.prediction, level.alpha, level.sigma, self.config.data_std
+    measure = partial(
+      objectives.weighted_loss, config.prediction, output, x0, eps, level.alpha, level.sigma,
+      data_std=config.data_std, error=self._error(level),
     )
+    error, loss = measure(), measure(self.weighting)
+    if config.loss != 'simple':
+      loss = self._bound(x0, x, output, variance, level, loss)
+    return Losses(factor * loss, error, level)
 
   def _error(self, level: Level) -> objectives.Error:
     if self.config.error == 'squared':

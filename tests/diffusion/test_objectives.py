@@ -12,14 +12,13 @@ from diffusion_jax.diffusion.objectives import (
   edm_loss,
   flow_matching_loss,
   huber_delta,
-  min_snr_weight,
   offset_noise,
   perturb_input,
   pseudo_huber,
   squared_error,
   weighted_loss,
 )
-from diffusion_jax.diffusion.weightings import WEIGHTINGS, weighting
+from diffusion_jax.diffusion.weightings import WEIGHTINGS, min_snr, weight, weighting
 from tests.diffusion.quadrature import normal_nodes
 
 
@@ -170,9 +169,9 @@ def test_flow_matching_on_straight_paths_is_the_flow_prediction():
 def test_min_snr_weights(prediction, formula):
   snr = np.array([1e-3, 0.5, 5.0, 7.0, 900.0])
   alpha, sigma = np.sqrt(snr / (1 + snr)), np.sqrt(1 / (1 + snr))
-  found = min_snr_weight(prediction, jnp.asarray(alpha), jnp.asarray(sigma), 5.0)
+  found = weight(min_snr(5.0), prediction, jnp.asarray(alpha), jnp.asarray(sigma))
   np.testing.assert_allclose(found, formula(snr, 5.0), rtol=1e-12)
-  at_zero = min_snr_weight(prediction, jnp.zeros(1), jnp.ones(1), 5.0)
+  at_zero = weight(min_snr(5.0), prediction, jnp.zeros(1), jnp.ones(1))
   limit = 1.0 if prediction in BLIND_AT_ZERO_SNR else 0.0
   np.testing.assert_allclose(at_zero, [limit], atol=1e-8)
 
