@@ -1,7 +1,8 @@
 """Time of every sampler with a fixed number of steps against that of its network calls alone.
 
 Both run the same U-Net on the same batch as often: the sampler its grid, the bare loop nothing
-else. They take turns, and each ratio is the median over the turns.
+else. They take turns, and each ratio is the median over the turns. On a CPU there is the ratio of
+the process's CPU seconds, too, which other programs disturb less than the time on the clock.
 
   python benchmarks/sampler_overhead.py --json FILE
 """
@@ -10,7 +11,6 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import time
 from pathlib import Path
 
@@ -113,24 +113,30 @@ class Bench:
     of_sampler = lambda: run(self.params, self.noise, self.text, self.grid, self.keys)
     of_calls = lambda: self.bare(self.params, self.noise, self.text, calls)
     jax.block_until_ready((of_sampler(), of_calls()))
-    rows = []
+    turns = []
     for i in range(self.repeats):
-      pair = [of_calls, of_sampler]
-      seconds = [timed(f) for f in (pair if i % 2 else pair[::-1])]
-      rows.append(seconds if i % 2 else seconds[::-1])
-    bare, whole = map(statistics.median, zip(*rows, strict=True))
-    return {
-      'calls': calls, 'milliseconds_a_call': round(1e3 * bare / calls, 3),
-      'seconds': round(whole, 4), 'bare_seconds': round(bare, 4),
-      'ratio': round(statistics.median(b / a for a, b in rows), 4),
-    }
+      first, second = (of_calls, of_sampler) if i % 2 else (of_sampler, of_calls)
+      pair = timed(first), timed(second)
+      turns.append(pair if i % 2 else pair[::-1])
+    return figures(calls, np.array(turns))
 
 
-def timed(function) -> float:
-  """Seconds until the result is there."""
-  start = time.perf_counter()
+def figures(calls: int, turns: np.ndarray) -> dict:
+  """Medians of seconds [turns, (bare, sampler), (clock, CPU)]."""
+  (bare, _), (whole, _) = np.median(turns, axis=0)
+  clock, cpu = np.median(turns[:, 1] / turns[:, 0], axis=0)
+  return {
+    'calls': calls, 'milliseconds_a_call': round(1e3 * bare / calls, 3),
+    'seconds': round(whole, 4), 'bare_seconds': round(bare, 4), 'ratio': round(clock, 4),
+    **({'cpu_ratio': round(cpu, 4)} if jax.devices()[0].platform == 'cpu' else {}),
+  }
+
+
+def timed(function) -> tuple[float, float]:
+  """Seconds on the clock and of this process's CPU time until the result is there."""
+  start, cpu = time.perf_counter(), time.process_time()
   jax.block_until_ready(function())
-  return time.perf_counter() - start
+  return time.perf_counter() - start, time.process_time() - cpu
 
 
 def main() -> None:
@@ -139,11 +145,12 @@ def main() -> None:
   bench = Bench(args)
   names = args.samplers or [name for name, info in SAMPLERS.items() if info.calls]
   results = {}
-  print(f'{"sampler":20}{"calls":>6}{"ms a call":>11}{"ratio":>8}')
+  print(f'{"sampler":20}{"calls":>6}{"ms a call":>11}{"ratio":>8}{"CPU":>8}')
   for name in names:
     row = results[name] = bench.measure(name)
-    mark = '' if row['ratio'] <= LIMIT else f'  above {LIMIT}'
-    print(f'{name:20}{row["calls"]:6}{row["milliseconds_a_call"]:11.2f}{row["ratio"]:8.4f}{mark}',
+    ratio, cpu = row['ratio'], row.get('cpu_ratio', float('nan'))
+    mark = '' if row.get('cpu_ratio', ratio) <= LIMIT else f'  above {LIMIT}'
+    print(f'{name:20}{row["calls"]:6}{row["milliseconds_a_call"]:11.2f}{ratio:8.4f}{cpu:8.4f}{mark}',
           flush=True)
   ratios = [row['ratio'] for row in results.values()]
   print(f'median {np.median(ratios):.4f}, highest {max(ratios):.4f}')

@@ -7,6 +7,7 @@ exponential, polyexponential, given tables), and either on a table of timesteps 
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.special import betaincinv
@@ -144,8 +145,8 @@ def _at_levels(alphas: np.ndarray, sigmas: np.ndarray, levels: np.ndarray):
 def _clean_ended(alphas: np.ndarray, sigmas: np.ndarray) -> Grid:
   """Ends a grid with the clean pair; in JAX's default floating dtype."""
   dtype = jnp.result_type(float)
-  # Converted by numpy, as JAX would compile the conversion for each length.
-  end = lambda part, last: jnp.asarray(np.append(part, last).astype(dtype))
+  # Not by jnp.asarray, which is compiled for each length.
+  end = lambda part, last: jax.device_put(np.append(part, last).astype(dtype))
   return end(alphas, 1.0), end(sigmas, 0.0)
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from diffusion_jax.diffusion.samplers.adaptive import probability_flow
 from diffusion_jax.diffusion.samplers.consistency import lcm, tcd
 from diffusion_jax.diffusion.samplers.dpm_adaptive import dpm_adaptive
+from diffusion_jax.diffusion.samplers.hoisting import hoisted
 from diffusion_jax.diffusion.samplers.multistep import (
   deis,
   dpmpp_2m,
@@ -25,6 +26,7 @@ from diffusion_jax.diffusion.samplers.sde import (
   euler_maruyama,
   predictor_corrector,
 )
+from diffusion_jax.diffusion.samplers.steps import as_arrays, pair_number
 from diffusion_jax.diffusion.samplers.stochastic import dpmpp_2s_ancestral, dpmpp_sde
 from diffusion_jax.diffusion.samplers.two_step import dpm2, dpm2_ancestral, flow_heun, heun
 from diffusion_jax.errors import UserError
@@ -127,7 +129,7 @@ SAMPLERS: dict[str, SamplerInfo] = {
 
 
 def sampler(name: str, **options) -> Sampler:
-  """The sampler of that name, with options bound.
+  """The sampler of that name, with options bound, that computes once what no step changes.
 
   Raises:
     UserError: for a name that is not in the table, or an option that the sampler does not have.
@@ -142,4 +144,10 @@ def sampler(name: str, **options) -> Sampler:
   for option in options:
     if option not in known:
       raise UserError(f'sampler {name!r} has no option {option!r}; choose from {", ".join(known)}.')
-  return partial(function, **options) if options else function
+
+  def draw(denoise, x, grid, keys, **more):
+    x, grid = as_arrays(x, grid)
+    denoise = hoisted(denoise, x, *pair_number(grid, 0))
+    return function(denoise, x, grid, keys, **options, **more)
+
+  return draw
