@@ -6,6 +6,7 @@ steps are processes sampled at T times (`schedules.Schedule`). Differences that 
 are written so that sigma keeps its relative precision in float32.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -293,8 +294,14 @@ def named(name: str, **options) -> Process:
   """The process of that name; options are its constructor's, such as sigma_max=80.
 
   Raises:
-    UserError: for a name that is not in the table.
+    UserError: for a name that is not in the table, or an option that the process does not have.
   """
   if name not in PROCESSES:
     raise UserError(f'process {name!r} is unknown; choose one of {", ".join(PROCESSES)}.')
+  known = inspect.signature(PROCESSES[name]).parameters
+  for option in options:
+    if option not in known:
+      raise UserError(
+        f'process {name!r} has no option {option!r}; choose from {", ".join(known)}.'
+      )
   return PROCESSES[name](**options)

@@ -134,7 +134,9 @@ def _check_options(key: str, name: str, table: Mapping, options: Mapping[str, fl
   for option in options:
     if option not in known:
       remedy = f'choose from {", ".join(known)}' if known else 'it has none'
-      raise UserError(f'objective.{key}_options: {name} has no option {option!r}; {remedy}.')
+      raise UserError(
+        f'objective.{key}_options.{option} is not an option of {name}; {remedy}.'
+      )
 
 
 class Losses(NamedTuple):

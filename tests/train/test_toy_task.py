@@ -138,4 +138,4 @@ def test_settings_without_effect_are_refused(values, words):
 
 def test_the_settings_of_a_process_are_checked():
   with pytest.raises(UserError, match='choose one of linear'):
-    ToyTaskConfig(process='linera').levels()
+    ToyTaskConfig(process='linera')

@@ -42,6 +42,9 @@ class ToySampleConfig:
   spacing: str = 'trailing'
   options: dict[str, int | float] = dataclasses.field(default_factory=dict)
 
+  def __post_init__(self):
+    sampler(self.sampler, **self.options)
+
 
 @dataclasses.dataclass(frozen=True)
 class ToyTaskConfig:
@@ -69,6 +72,8 @@ class ToyTaskConfig:
         f'settings.schedule has no effect on the process {self.process}; remove it, or set '
         'process to table.'
       )
+    if self.process != 'table':
+      processes.named(self.process, **self.process_options)
 
   def levels(self) -> Levels:
     """Where the network is trained."""
@@ -103,7 +108,6 @@ class ToyTask(NoisingTask):
 
   def _grid(self):
     sample = self.config.sample
-    sampler(sample.sampler, **sample.options)
     if self.is_table:
       return sampling_grid(self.levels.schedule, sample.steps, sample.spacing)
     first = self.levels.t_min
