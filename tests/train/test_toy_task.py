@@ -65,8 +65,8 @@ def test_a_family_learns_the_moons(family):
     task.test.mean(axis=0), np.cov(task.test.T), 1024
   )
   off = lambda points: float((cdist(points, task.test).min(axis=1) > 0.15).mean())
-  assert off(gaussian) > 0.5
-  assert off(found) < 0.4 and energy_distance(found, task.test) < 0.03
+  assert off(gaussian) > 0.4
+  assert off(found) < 0.33 and energy_distance(found, task.test) < 0.03
 
 
 @pytest.mark.parametrize('family', ['ncsn', 'vp_sde', 'ddpm'])
