@@ -158,8 +158,12 @@ def main() -> None:
     device = jax.devices()[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     config = {name: value for name, value in vars(args).items() if name not in ('json', 'samplers')}
+    words = lambda value: ' '.join(map(str, value)) if isinstance(value, list) else str(value)
+    options = [f'--{name} {words(value)}' for name, value in config.items()]
+    options += [f'--samplers {words(args.samplers)}'] if args.samplers else []
     out = {
-      'command': 'python benchmarks/sampler_overhead.py --json FILE', 'config': config,
+      'command': ' '.join(['python benchmarks/sampler_overhead.py', *options, '--json FILE']),
+      'config': config,
       'device': {'platform': device.platform, 'kind': device.device_kind, 'cpu_cores': cores},
       'versions': {'python': platform.python_version(), 'jax': jax.__version__,
                    'diffusion_jax': __version__},
