@@ -11,6 +11,7 @@ import jax.numpy as jnp
 WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
+@jax.jit
 def _digest(x: jax.Array) -> jax.Array:
   """Two sums of all words, each times an odd number that depends on its place: [2] uint32.
 
@@ -27,15 +28,10 @@ def _digest(x: jax.Array) -> jax.Array:
   return jnp.stack([jnp.sum(words * factor, dtype=jnp.uint32) for factor in factors])
 
 
-@jax.jit
-def _digests(leaves: list[jax.Array]) -> jax.Array:
-  return jnp.stack([_digest(leaf) for leaf in leaves])
-
-
 def digests(tree: Any) -> dict[str, list[int]]:
   """{path of a leaf: its digest} of a pytree of arrays."""
   leaves = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-  if not leaves:
-    return {}
-  found = jax.device_get(_digests(list(leaves.values()))).tolist()
-  return dict(zip(leaves, found, strict=True))
+  # One small program for each shape, which parameters, averages and moments share: one for all
+  # leaves would be compiled anew for every tree.
+  found = jax.device_get([_digest(leaf) for leaf in leaves.values()])
+  return {path: digest.tolist() for path, digest in zip(leaves, found, strict=True)}
