@@ -27,10 +27,10 @@ from diffusion_jax.train.tasks.task import Frozen, Scores
 from diffusion_jax.types import Params
 from diffusion_jax.viz.points import field_picture, scatter_picture
 
-PREVIEW_POINTS = 1000
+PREVIEW_POINTS = 1024
 FIELD_LEVELS = (1.0, 0.4, 0.15)
 LATTICE, EXTENT = 21, 2.6
-LIKELIHOOD_POINTS, LIKELIHOOD_STEPS = 512, 64
+LIKELIHOOD_POINTS, LIKELIHOOD_STEPS = 512, 40
 
 
 @dataclasses.dataclass(frozen=True)
