@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,34 @@ def test_every_sampler_takes_the_pipeline_s_denoiser(zero_snr, name):
   )
   out = jax.eval_shape(sample, zero_snr.unet.shapes, config.numbers(zero_snr.schedule))
   assert (out.shape, out.dtype) == (noise.shape, jnp.float32)
+
+
+def test_a_learned_variance_lies_between_the_fixed_ones(zero_snr):
+  """Channels of -1 and 1 are the posterior's variance and the larger one; guidance spares them."""
+  rng = np.random.default_rng(0)
+  noise = rng.normal(size=(2, 16, 16, 4)).astype(np.float32)
+  text = rng.normal(size=(2, 10, 16)).astype(np.float32)
+  keys = jax.random.split(jax.random.key(0), 2)
+  mean = lambda x, t, text: 0.3 * x + 0.1 * text.mean((1, 2))[:, None, None, None]
+
+  def draw(name, network, channels):
+    config = dataclasses.replace(zero_snr.unet.config, out_channels=channels)
+    stand_in = types.SimpleNamespace(config=config, bind=lambda _: network)
+    model = dataclasses.replace(zero_snr, unet=stand_in)
+    sample = SampleConfig(name, steps=3, guidance=2.0)
+    numbers = sample.numbers(model.schedule)
+    run = lambda: model.sample_latents({}, noise, keys, text, -text, sample.program, numbers)
+    return np.asarray(jax.jit(run)())
+
+  def learned(v):
+    return draw('ddpm', lambda *inputs: jnp.concatenate(
+      [mean(*inputs), jnp.full_like(inputs[0], v)], axis=-1
+    ), 8)
+
+  small, large = draw('ddpm', mean, 4), draw('ddpm_large', mean, 4)
+  assert np.abs(small - large).max() > 0.05
+  np.testing.assert_allclose(learned(-1.0), small, atol=1e-5)
+  np.testing.assert_allclose(learned(1.0), large, atol=1e-5)
 
 
 def test_a_model_with_an_impossible_folding_is_refused(finished, copy_of):

@@ -41,6 +41,7 @@ class SamplerInfo:
 
   order: by which power of the step the error falls on a smooth grid: that of the sample, or, of
   stochastic samplers, that of the variance of Gaussian data; None where it does not fall to 0.
+  Steps that an option counts, those of restart, must grow alike.
   calls: of the network in each step; None where the sampler chooses its steps.
   """
 
