@@ -20,6 +20,7 @@ from diffusion_jax.data.points import open_points
 from diffusion_jax.data.sources import open_source
 from diffusion_jax.data.transforms import build_transforms
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.job import check_samples
 from diffusion_jax.io.checkpoint import Checkpoints
 from diffusion_jax.io.run_directory import RunDirectory, flatten, normalise
 from diffusion_jax.models.text.tokenizer import (
@@ -253,6 +254,8 @@ def build(config: ConfigDict | dict, workdir: str) -> Training:
       'data.transforms have no effect with settings.cache; empty them or switch the cache off.'
     )
   train, test = _sources(checked)
+  if checked.task == 'diffusion':
+    check_samples(checked.loop.evaluate_samples, len(test))
   task = build_task(checked, train, test, directory)
   shapes = jax.eval_shape(task.initialize, jax.random.key(0))
   steps = checked.loop.total_steps

@@ -100,9 +100,15 @@ def _check(args: argparse.Namespace, task: str) -> None:
 
 
 def _pictures(args: argparse.Namespace, config: dict | None) -> dict:
-  from diffusion_jax.evaluation.job import Evaluation, evaluate_text_to_image, fresh_weights
+  from diffusion_jax.evaluation.job import (
+    Evaluation,
+    check_samples,
+    evaluate_text_to_image,
+    fresh_weights,
+  )
 
   model, weights, sample, mesh, train, test = _open(args, config)
+  check_samples(_given(args.samples, SAMPLES), len(test))
   evaluation = Evaluation.prepare(model, weights.clip, train, test, mesh=mesh)
   return evaluate_text_to_image(
     evaluation, weights, fresh_weights(model, weights, mesh), sample,

@@ -59,6 +59,15 @@ def shuffled(source: ImageSource, count: int) -> list[Record]:
   return [source[int(i)] for i in order[:count]]
 
 
+def check_samples(samples: int, available: int) -> None:
+  """Raises a UserError for fewer samples than 16, or more than there are test captions."""
+  if not MINIMUM <= samples <= available:
+    raise UserError(
+      f'{samples} samples cannot be scored; choose {MINIMUM} to {available}, the number of test '
+      'captions.'
+    )
+
+
 def fresh_weights(model: TextToImage, weights: Weights, mesh: Mesh, seed: int = 1) -> Weights:
   """The same model with an untrained U-Net."""
   fresh = jax.jit(model.unet.initialize)(jax.random.key(seed))
@@ -96,12 +105,7 @@ def evaluate_text_to_image(
   Raises:
     UserError: fewer than 16 samples, or more than the test split has captions.
   """
-  available = len(evaluation.captions)
-  if not MINIMUM <= samples <= available:
-    raise UserError(
-      f'{samples} samples cannot be scored; choose {MINIMUM} to {available}, the number of test '
-      'captions.'
-    )
+  check_samples(samples, len(evaluation.captions))
   columns = {'generated': weights} | ({'untrained': untrained} if untrained else {})
   out = {}
   for column, params in columns.items():

@@ -61,6 +61,7 @@ def test_wrong_overrides(recipe, train_fails, override, words):
   ({'optimizer': {'groups': [['nothing_like_it', 0.1]]}}, ('nothing_like_it', 'no parameter')),
   ({'data': {'transforms': [['normalize', {}]]}}, ('data.transforms', 'settings.cache')),
   ({'settings': {'preview_captions': []}}, ('preview_captions',)),
+  ({'loop': {'evaluate_samples': 100_000}}, ('100000 samples', '16 to')),
   ({'settings': {'objective': {'prediction': 'epsilon'}}}, ('epsilon', 'zero terminal SNR')),
 ])
 def test_wrong_files(recipe, train_fails, change, words):

@@ -8,6 +8,7 @@ from diffusion_jax.diffusion.samplers.steps import (
   Keys,
   Trajectory,
   divide,
+  fresh,
   move,
   noise_source,
   pairs_at,
@@ -58,7 +59,6 @@ def tcd(
     x0 = denoise(x, *here)
     scale = divide(there[0], landing[0])
     x = scale * move(x, x0, here, landing)
-    added = jnp.maximum(there[1] ** 2 - (scale * landing[1]) ** 2, 0)
-    return x + jnp.sqrt(added) * noise(index, x), memory, x0
+    return x + fresh(there[1], scale * landing[1]) * noise(index, x), memory, x0
 
   return walk(step, x, grid, (landing,), trajectory=trajectory)

@@ -10,6 +10,7 @@ from diffusion_jax.diffusion.samplers.steps import (
   Trajectory,
   as_arrays,
   divide,
+  fresh,
   intervals,
   noise_source,
   pairs_at,
@@ -43,8 +44,7 @@ def restart(
 
   def step(x, memory, here, there, index, before):
     scale = jnp.where(here[0] == before[0], 1, divide(here[0], before[0]))
-    added = jnp.maximum(here[1] ** 2 - (scale * before[1]) ** 2, 0)
-    x = scale * x + s_noise * jnp.sqrt(added) * noise(index, x)
+    x = scale * x + s_noise * fresh(here[1], scale * before[1]) * noise(index, x)
     x, x0 = heun_step(denoise, x, here, there)
     return x, memory, x0
 

@@ -169,6 +169,16 @@ def ancestral(here: Pair, there: Pair, eta: float) -> tuple[jax.Array, jax.Array
   return there[1] * jnp.sqrt(1 - share), there[1] * jnp.sqrt(share)
 
 
+def fresh(wanted: jax.Array, kept: jax.Array) -> jax.Array:
+  """Deviation of the noise that lifts `kept` to `wanted`: sqrt(wanted^2 - kept^2), at least 0.
+
+  0, too, where the two differ by rounding alone, whose root would be no rounding any more.
+  """
+  added = (wanted - kept) * (wanted + kept)
+  some = added > 16 * jnp.finfo(added.dtype).eps * wanted**2
+  return jnp.where(some, jnp.sqrt(jnp.where(some, added, 1)), 0)
+
+
 def pair_between(here: Pair, there: Pair, direction: Pair) -> Pair:
   """The pair with direction's noise level on the process that `here` and `there` belong to.
 
