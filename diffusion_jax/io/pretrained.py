@@ -4,7 +4,6 @@ A directory holds config.json and one safetensors file; both libraries' `from_pr
 `save_model` writes, and `load_model` opens what they write. Nothing here unpickles or downloads.
 """
 
-import dataclasses
 import json
 import os
 import tempfile
@@ -17,54 +16,16 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io import published_configs
 from diffusion_jax.io.convert import from_published, to_published
+from diffusion_jax.io.kinds import KINDS, TRANSFORMERS, Kind
+from diffusion_jax.io.kinds import kind as find_kind
 from diffusion_jax.models import functional
-from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.lpips import lpips_shapes
-from diffusion_jax.models.mlp import MLP
-from diffusion_jax.models.text.clip import CLIP, CLIPTextModel
-from diffusion_jax.models.unet import UNet
 
 ASSETS = Path(__file__).resolve().parents[1] / 'assets'
 PREFIX = 'asset:'
 DTYPES = ('float32', 'float16')
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-  """How one kind of model is built, described and stored."""
-
-  module: type
-  weights: str
-  named: tuple[str, str]  # The key of config.json that identifies the kind, and its value.
-  read: Callable[[dict[str, Any], str], Any]
-  write: Callable[[Any], dict[str, Any]]
-
-
-_DIFFUSERS, _TRANSFORMERS = 'diffusion_pytorch_model.safetensors', 'model.safetensors'
-KINDS = {
-  'autoencoder': Kind(
-    AutoencoderKL, _DIFFUSERS, ('_class_name', 'AutoencoderKL'),
-    published_configs.read_autoencoder, published_configs.write_autoencoder,
-  ),
-  'unet': Kind(
-    UNet, _DIFFUSERS, ('_class_name', 'UNet2DConditionModel'),
-    published_configs.read_unet, published_configs.write_unet,
-  ),
-  'clip': Kind(
-    CLIP, _TRANSFORMERS, ('model_type', 'clip'),
-    published_configs.read_clip, published_configs.write_clip,
-  ),
-  'clip_text': Kind(
-    CLIPTextModel, _TRANSFORMERS, ('model_type', 'clip_text_model'),
-    published_configs.read_clip_text, published_configs.write_clip_text,
-  ),
-  'mlp': Kind(
-    MLP, _DIFFUSERS, ('_class_name', 'MLP'), published_configs.read_mlp, published_configs.write_mlp
-  ),
-}
 
 
 def resolve(path: str | os.PathLike) -> Path:
@@ -98,7 +59,7 @@ def save_model(
   directory.mkdir(parents=True, exist_ok=True)
   tensors = {name: _cast(name, t, dtype) for name, t in to_published(params).items()}
   values = kind.write(config)
-  if kind.weights == _TRANSFORMERS:
+  if kind.weights == TRANSFORMERS:
     values['dtype'] = dtype
   text = json.dumps(values, indent=2, sort_keys=True) + '\n'
   _replace(directory / kind.weights, lambda p: save_file(tensors, p, metadata={'format': 'pt'}))
@@ -111,14 +72,14 @@ def load_model(kind: str, directory: str | os.PathLike) -> tuple[Any, dict[str, 
   `kind` is one of KINDS; `directory` may be 'asset:NAME'. UserError where something is missing,
   broken, of another kind, or not implemented.
   """
-  require(kind in KINDS, f'There is no kind of model {kind!r}; use one of {", ".join(KINDS)}.')
-  spec, directory = KINDS[kind], resolve(directory)
+  spec, directory = find_kind(kind), resolve(directory)
   path = directory / 'config.json'
   values = _read_json(path)
-  key, value = spec.named
+  key, known = spec.named
   require(
-    values.get(key) == value,
-    f'{path} describes no {kind}: its {key} is {values.get(key)!r} and must be {value!r}.',
+    values.get(key) in known,
+    f'{path} describes no {kind}: its {key} is {values.get(key)!r} and must be '
+    f'{" or ".join(map(repr, known))}.',
   )
   config = spec.read(values, str(path))
   shapes = functional.abstract(lambda rngs: spec.module(config, rngs=rngs))[1]
@@ -151,7 +112,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 def _kind_of(config: Any) -> Kind:
   for kind in KINDS.values():
-    if kind.module.__init__.__annotations__['config'] is type(config):
+    if kind.config is type(config):
       return kind
   raise UserError(f'No kind of model has a config of type {type(config).__name__}.')
 

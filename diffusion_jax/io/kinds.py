@@ -1,0 +1,98 @@
+"""Every kind of network that can be read and written, and how its files look."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.io.published import autoencoders, mlp, text, unet
+from diffusion_jax.models.autoencoder import AutoencoderKL
+from diffusion_jax.models.mlp import MLP
+from diffusion_jax.models.text.clip import CLIP, CLIPTextModel
+from diffusion_jax.models.unet import UNet
+
+DIFFUSERS, TRANSFORMERS = 'diffusion_pytorch_model.safetensors', 'model.safetensors'
+
+
+def same_name(name: str) -> str | None:
+  """A published tensor that is called as its network is built."""
+  return name
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """How one kind of network is built, described and stored.
+
+  named: the key of config.json that identifies the kind, and the values that it may have.
+  rename: a tensor's name in a file -> its name by the modules of our network, `.weight` for every
+  kernel, scale and embedding; None for a tensor that holds no parameter, such as a position table.
+  """
+
+  module: type
+  config: type
+  weights: str
+  named: tuple[str, tuple[str, ...]]
+  read: Callable[[dict[str, Any], str], Any]
+  write: Callable[[Any], dict[str, Any]]
+  rename: Callable[[str], str | None] = same_name
+
+
+# Autoencoders saved before diffusers 0.18 name the parts of their attention so.
+_OLD_ATTENTION = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}
+
+
+def _new_attention(name: str) -> str:
+  parts = name.split('.')
+  if len(parts) >= 4 and parts[-4] == 'attentions':
+    parts[-2] = _OLD_ATTENTION.get(parts[-2], parts[-2])
+  return '.'.join(parts)
+
+
+def _without_positions(name: str) -> str | None:
+  return None if name.endswith('position_ids') else name
+
+
+def _text_model(name: str) -> str | None:
+  """transformers 5 leaves the prefix out of the text tower alone."""
+  if name.endswith('position_ids'):
+    return None
+  return name if name.startswith('text_model.') else f'text_model.{name}'
+
+
+KINDS = {
+  'autoencoder': Kind(
+    AutoencoderKL, autoencoders.AutoencoderKLConfig, DIFFUSERS,
+    ('_class_name', ('AutoencoderKL',)),
+    autoencoders.read_autoencoder, autoencoders.write_autoencoder, _new_attention,
+  ),
+  'unet': Kind(
+    UNet, unet.UNetConfig, DIFFUSERS, ('_class_name', ('UNet2DConditionModel',)),
+    unet.read_unet, unet.write_unet,
+  ),
+  'clip': Kind(
+    CLIP, text.CLIPConfig, TRANSFORMERS, ('model_type', ('clip',)),
+    text.read_clip, text.write_clip, _without_positions,
+  ),
+  'clip_text': Kind(
+    CLIPTextModel, text.CLIPTextConfig, TRANSFORMERS, ('model_type', ('clip_text_model',)),
+    text.read_clip_text, text.write_clip_text, _text_model,
+  ),
+  'mlp': Kind(
+    MLP, mlp.MLPConfig, DIFFUSERS, ('_class_name', ('MLP',)), mlp.read_mlp, mlp.write_mlp
+  ),
+}
+
+
+def kind(name: str) -> Kind:
+  """The kind of that name. UserError, listing them, where there is none."""
+  if name not in KINDS:
+    raise UserError(f'There is no kind of model {name!r}; use one of {", ".join(KINDS)}.')
+  return KINDS[name]
+
+
+def kind_of(module: Any) -> str:
+  """The name of a module's kind. UserError where it has none."""
+  for name, spec in KINDS.items():
+    if type(module) is spec.module:
+      return name
+  raise UserError(f'A {type(module).__name__} is no kind of model that can be saved.')

@@ -1,0 +1,54 @@
+"""config.json of the text and image encoders of transformers."""
+
+import dataclasses
+from typing import Any
+
+from diffusion_jax.io.published.common import ANY, ours
+from diffusion_jax.models.text.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+
+# What transformers writes into every config and what only text generation reads.
+_GENERAL = dict.fromkeys((
+  'architectures', 'attention_dropout', 'bad_words_ids', 'bos_token_id', 'chunk_size_feed_forward',
+  'decoder_start_token_id', 'diversity_penalty', 'do_sample', 'dropout', 'dtype', 'early_stopping',
+  'encoder_no_repeat_ngram_size', 'eos_token_id', 'exponential_decay_length_penalty',
+  'finetuning_task', 'id2label', 'initializer_factor', 'initializer_range', 'label2id',
+  'length_penalty', 'max_length', 'min_length', 'model_type', 'no_repeat_ngram_size',
+  'num_beam_groups', 'num_beams', 'num_return_sequences', 'output_attentions',
+  'output_hidden_states', 'output_scores', 'pad_token_id', 'prefix', 'problem_type',
+  'projection_dim', 'remove_invalid_values', 'repetition_penalty', 'return_dict',
+  'return_dict_in_generate', 'sep_token_id', 'suppress_tokens', 'task_specific_params',
+  'temperature', 'tf_legacy_loss', 'tie_encoder_decoder', 'tie_word_embeddings',
+  'tokenizer_class', 'top_k', 'top_p', 'torch_dtype', 'torchscript', 'transformers_version',
+  'typical_p', 'use_bfloat16',
+), ANY) | {'is_decoder': False, 'is_encoder_decoder': False, 'add_cross_attention': False,
+           'pruned_heads': {}}
+
+
+def read_clip_text(values: dict[str, Any], where: str) -> CLIPTextConfig:
+  """transformers' CLIPTextModel; also the `text_config` of a whole CLIP."""
+  return ours(CLIPTextConfig, values, _GENERAL, where)
+
+
+def write_clip_text(config: CLIPTextConfig) -> dict[str, Any]:
+  return dataclasses.asdict(config) | {
+    'model_type': 'clip_text_model', 'architectures': ['CLIPTextModel'],
+  }
+
+
+def read_clip(values: dict[str, Any], where: str) -> CLIPConfig:
+  """transformers' CLIPModel. Its old *_config_dict entries override the *_config ones."""
+  towers = {}
+  for name, cls in (('text_config', CLIPTextConfig), ('vision_config', CLIPVisionConfig)):
+    tower = (values.get(name) or {}) | (values.get(f'{name}_dict') or {})
+    towers[name] = ours(cls, tower, _GENERAL, f'{where}, {name}')
+  accepted = _GENERAL | {'text_config_dict': ANY, 'vision_config_dict': ANY}
+  return ours(CLIPConfig, values | towers, accepted, where)
+
+
+def write_clip(config: CLIPConfig) -> dict[str, Any]:
+  values = dataclasses.asdict(config) | {'model_type': 'clip', 'architectures': ['CLIPModel']}
+  for tower in ('text', 'vision'):
+    values[f'{tower}_config'] |= {
+      'model_type': f'clip_{tower}_model', 'projection_dim': config.projection_dim
+    }
+  return values
