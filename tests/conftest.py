@@ -90,7 +90,7 @@ def parts(once, sources):
   """{'autoencoder': DIR, 'clip': DIR}: frozen parts with random weights and a real tokenizer."""
 
   def make(folder):
-    from diffusion_jax.io.pretrained import save_model
+    from diffusion_jax.io.pretrained import save_params
     from diffusion_jax.models.autoencoder import AutoencoderKL
     from diffusion_jax.models.functional import Network
     from diffusion_jax.models.text.clip import CLIP
@@ -103,7 +103,7 @@ def parts(once, sources):
       ('autoencoder', AutoencoderKL, tiny.AUTOENCODER), ('clip', CLIP, tiny.CLIP)
     ):
       params = jax.jit(Network.of(module, config).initialize)(jax.random.key(7))
-      save_model(folder / name, config, jax.tree.map(np.asarray, params))
+      save_params(folder / name, config, jax.tree.map(np.asarray, params))
     save_tokenizer(tokenizer, folder / 'clip')
 
   folder = once('parts', make)

@@ -5,7 +5,7 @@ convolution is stored [o i h w] instead of [h w i o], a matrix [out in] instead 
 directions are total: a missing, unused or misshapen tensor is an error that names it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,6 @@ from diffusion_jax.models.checks import require
 _TO_PUBLISHED = {2: (1, 0), 4: (3, 2, 0, 1)}
 _FROM_PUBLISHED = {2: (1, 0), 4: (2, 3, 1, 0)}
 _WEIGHTS = ('kernel', 'scale', 'embedding')
-# Autoencoders saved before diffusers 0.18 name the parts of their attention so.
-_OLD_ATTENTION = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}
 
 
 def published_name(name: str) -> str:
@@ -25,53 +23,81 @@ def published_name(name: str) -> str:
   return f'{module}.weight' if module and leaf in _WEIGHTS else name
 
 
-def to_published(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """Parameters by our dotted names -> contiguous arrays by published names, same dtypes."""
-  out = {}
-  for name, value in params.items():
-    value = np.asarray(value)
-    if name.endswith('.kernel'):
-      value = value.transpose(_TO_PUBLISHED[value.ndim])
+def published_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """The shape under which a parameter of ours is published."""
+  if name.endswith('.kernel') and len(shape) in _TO_PUBLISHED:
+    return tuple(shape[axis] for axis in _TO_PUBLISHED[len(shape)])
+  return tuple(shape)
+
+
+def to_published_layout(name: str, value: Any) -> np.ndarray:
+  """Our parameter -> the array that is published, same type."""
+  value = np.asarray(value)
+  return value.transpose(_TO_PUBLISHED[value.ndim]) if name.endswith('.kernel') else value
+
+
+def from_published_layout(name: str, value: Any) -> np.ndarray:
+  """The published array -> our parameter, a view of it."""
+  value = np.asarray(value)
+  if name.endswith('.kernel') and value.ndim in _FROM_PUBLISHED:
+    value = value.transpose(_FROM_PUBLISHED[value.ndim])
+  return value
+
+
+def to_published_names(names) -> dict[str, str]:
+  """Our names -> published names, all different."""
+  out: dict[str, str] = {}
+  for name in names:
     key = published_name(name)
-    require(key not in out, f'Two parameters would both be published as {key}; rename one.')
-    out[key] = np.ascontiguousarray(value).reshape(value.shape)
+    require(key not in out.values(), f'Two parameters would both be published as {key}.')
+    out[name] = key
   return out
 
 
-def from_published(
-  tensors: Mapping[str, np.ndarray], abstract_params: Mapping[str, Any], where: str
-) -> dict[str, np.ndarray]:
-  """Published tensors -> float32 parameters with the names and shapes of `abstract_params`.
+def to_published(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """Parameters by our dotted names -> contiguous arrays by published names, same dtypes."""
+  names = to_published_names(params)
+  out = {names[name]: to_published_layout(name, value) for name, value in params.items()}
+  return {name: np.ascontiguousarray(value).reshape(value.shape) for name, value in out.items()}
 
-  `where` names the source in errors. UserError if a tensor is missing, left over (except
-  position_ids, which hold no weights) or of another shape.
+
+def match(
+  tensors: Mapping[str, Any], shapes: Mapping[str, Any], where: str,
+  rename: Callable[[str], str | None] = lambda name: name,
+) -> dict[str, Any]:
+  """Tensors by published names -> the same tensors, unread, by the names of `shapes`.
+
+  Two tensors that `rename` gives one name are one parameter, stored twice. `where` names the
+  source in errors. UserError if a tensor is missing, left over or of another shape.
   """
-  tensors = {
-    _current_name(name): value for name, value in tensors.items()
-    if not name.endswith('position_ids')
-  }
-  wanted = {published_name(name): name for name in abstract_params}
-  _same_names(set(tensors), set(wanted), where)
-  params = {}
+  found: dict[str, Any] = {}
+  for name, tensor in tensors.items():
+    key = rename(name)
+    if key is not None:
+      found.setdefault(key, tensor)
+  wanted = {key: name for name, key in to_published_names(shapes).items()}
+  _same_names(set(found), set(wanted), where)
   for key, name in wanted.items():
-    value = np.asarray(tensors[key])
-    if name.endswith('.kernel') and value.ndim in _FROM_PUBLISHED:
-      value = value.transpose(_FROM_PUBLISHED[value.ndim])
-    expected = tuple(abstract_params[name].shape)
+    shape, expected = tuple(found[key].shape), published_shape(name, tuple(shapes[name].shape))
     require(
-      value.shape == expected,
-      f'{where}: {key} has shape {list(tensors[key].shape)}, which does not fit the config; '
-      f'as {name} it must be {list(expected)}.',
+      shape == expected,
+      f'{where}: {key} has shape {list(shape)}, which does not fit the config; it must be '
+      f'{list(expected)}.',
     )
-    params[name] = np.ascontiguousarray(value, np.float32).reshape(expected)
-  return params
+  return {name: found[key] for key, name in wanted.items()}
 
 
-def _current_name(name: str) -> str:
-  parts = name.split('.')
-  if len(parts) >= 4 and parts[-4] == 'attentions':
-    parts[-2] = _OLD_ATTENTION.get(parts[-2], parts[-2])
-  return '.'.join(parts)
+def from_published(
+  tensors: Mapping[str, Any], shapes: Mapping[str, Any], where: str,
+  rename: Callable[[str], str | None] = lambda name: name,
+) -> dict[str, np.ndarray]:
+  """Published tensors -> float32 parameters on the host with the names of `shapes`, as `match`."""
+  return {
+    name: np.ascontiguousarray(from_published_layout(name, tensor), np.float32).reshape(
+      shapes[name].shape
+    )
+    for name, tensor in match(tensors, shapes, where, rename).items()
+  }
 
 
 def _same_names(have: set[str], want: set[str], where: str) -> None:

@@ -36,6 +36,11 @@ class Kind:
   write: Callable[[Any], dict[str, Any]]
   rename: Callable[[str], str | None] = same_name
 
+  def describes(self, values: dict[str, Any]) -> bool:
+    """Whether a config.json is of this kind."""
+    key, known = self.named
+    return values.get(key) in known
+
 
 # Autoencoders saved before diffusers 0.18 name the parts of their attention so.
 _OLD_ATTENTION = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}
@@ -96,3 +101,11 @@ def kind_of(module: Any) -> str:
     if type(module) is spec.module:
       return name
   raise UserError(f'A {type(module).__name__} is no kind of model that can be saved.')
+
+
+def kind_of_config(config: Any) -> Kind:
+  """The kind whose config has this type."""
+  for spec in KINDS.values():
+    if type(config) is spec.config:
+      return spec
+  raise UserError(f'No kind of model has a config of type {type(config).__name__}.')

@@ -1,31 +1,58 @@
-"""Reads and writes model directories in the layout of diffusers and transformers.
+"""Reads and writes networks in the layout of diffusers and transformers, or in our own.
 
-A directory holds config.json and one safetensors file; both libraries' `from_pretrained` open what
-`save_model` writes, and `load_model` opens what they write. Nothing here unpickles or downloads.
+A directory holds config.json and weights in safetensors, in one file or in shards with an index;
+both libraries' `from_pretrained` open what `save` writes, and `load` opens what they write. Our own
+layout, params.safetensors, has our names and axes, so that every shard of a device is read as it
+lies. Weights go tensor by tensor from the file onto the devices. Nothing here unpickles or
+downloads.
 """
 
-import json
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from flax import nnx
+from jax.sharding import Mesh
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.convert import from_published, to_published
-from diffusion_jax.io.kinds import KINDS, TRANSFORMERS, Kind
+from diffusion_jax.io.convert import (
+  from_published,
+  from_published_layout,
+  match,
+  published_shape,
+  to_published_layout,
+  to_published_names,
+)
+from diffusion_jax.io.kinds import TRANSFORMERS, Kind, kind_of, kind_of_config
 from diffusion_jax.io.kinds import kind as find_kind
+from diffusion_jax.io.tensors import (
+  INDEX,
+  PICKLES,
+  NewTensor,
+  open_tensors,
+  read_json,
+  write_json,
+  write_tensors,
+)
 from diffusion_jax.models import functional
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.lpips import lpips_shapes
+from diffusion_jax.parallel.sharding import shard_params
+from diffusion_jax.types import Params
 
 ASSETS = Path(__file__).resolve().parents[1] / 'assets'
 PREFIX = 'asset:'
-DTYPES = ('float32', 'float16')
+DTYPES = {
+  'float32': np.dtype(np.float32), 'float16': np.dtype(np.float16),
+  'bfloat16': np.dtype(ml_dtypes.bfloat16),
+}
+NATIVE = 'params.safetensors'
+LAYOUTS = ('diffusers', 'native')
 
 
 def resolve(path: str | os.PathLike) -> Path:
@@ -46,117 +73,154 @@ def resolve(path: str | os.PathLike) -> Path:
   return found
 
 
-def save_model(
-  directory: str | os.PathLike, config: Any, params: Mapping[str, Any], dtype: str = 'float32'
+def load(
+  kind: str, path: str | os.PathLike, *, dtype=jnp.float32, mesh: Mesh | None = None
+) -> nnx.Module:
+  """The network in a directory, such as 'unet', ready to be called.
+
+  Args:
+    kind: one of KINDS in `io.kinds`.
+    path: the directory; may be 'asset:NAME'.
+    dtype: of the parameters and of the computation.
+    mesh: devices that share the parameters; None leaves them on the host.
+
+  Raises:
+    UserError: something is missing, broken, of another kind, or not implemented.
+  """
+  config, params = load_params(kind, path, dtype=dtype, mesh=mesh)
+  make = lambda rngs: find_kind(kind).module(config, dtype=dtype, param_dtype=dtype, rngs=rngs)
+  return functional.merge(functional.abstract(make)[0], params)
+
+
+def save(
+  module: nnx.Module, path: str | os.PathLike, *, dtype: str = 'float32', layout: str = 'diffusers'
 ) -> None:
-  """Writes a model; its kind follows from the config's type. `dtype`: 'float32' or 'float16'.
+  """Writes a network as a directory that `load` and, but for 'native', its own library open.
 
-  The files appear whole or not at all. UserError where float16 cannot hold a weight.
+  Args:
+    dtype: 'float32', 'float16' or 'bfloat16'.
+
+  Raises:
+    UserError: a weight that dtype cannot hold, or a module of no known kind.
   """
-  require(dtype in DTYPES, f'dtype must be one of {", ".join(DTYPES)}, not {dtype!r}.')
-  kind = _kind_of(config)
-  directory = Path(directory)
-  directory.mkdir(parents=True, exist_ok=True)
-  tensors = {name: _cast(name, t, dtype) for name, t in to_published(params).items()}
-  values = kind.write(config)
-  if kind.weights == TRANSFORMERS:
-    values['dtype'] = dtype
-  text = json.dumps(values, indent=2, sort_keys=True) + '\n'
-  _replace(directory / kind.weights, lambda p: save_file(tensors, p, metadata={'format': 'pt'}))
-  _replace(directory / 'config.json', lambda p: p.write_text(text))
+  kind_of(module)
+  save_params(path, module.config, functional.split(module)[1], dtype=dtype, layout=layout)
 
 
-def load_model(kind: str, directory: str | os.PathLike) -> tuple[Any, dict[str, np.ndarray]]:
-  """(config, parameters by dotted name in float32, on the host) of a model directory.
-
-  `kind` is one of KINDS; `directory` may be 'asset:NAME'. UserError where something is missing,
-  broken, of another kind, or not implemented.
-  """
-  spec, directory = find_kind(kind), resolve(directory)
-  path = directory / 'config.json'
-  values = _read_json(path)
-  key, known = spec.named
+def read_config(kind: str, path: str | os.PathLike) -> Any:
+  """The config of the network in a directory. UserError where it is of another kind."""
+  spec, file = find_kind(kind), resolve(path) / 'config.json'
+  values = read_json(file)
   require(
-    values.get(key) in known,
-    f'{path} describes no {kind}: its {key} is {values.get(key)!r} and must be '
-    f'{" or ".join(map(repr, known))}.',
+    spec.describes(values),
+    f'{file} describes no {kind}: its {spec.named[0]} is {values.get(spec.named[0])!r} and must be '
+    f'{" or ".join(map(repr, spec.named[1]))}.',
   )
-  config = spec.read(values, str(path))
+  return spec.read(values, str(file))
+
+
+def load_params(
+  kind: str, path: str | os.PathLike, *, dtype=jnp.float32, mesh: Mesh | None = None
+) -> tuple[Any, Params]:
+  """(config, parameters by dotted name), as `load`; without a mesh numpy arrays on the host."""
+  config, spec, directory = read_config(kind, path), find_kind(kind), resolve(path)
   shapes = functional.abstract(lambda rngs: spec.module(config, rngs=rngs))[1]
-  weights = _find_weights(directory, spec.weights)
-  tensors = read_tensors(weights)
-  if kind == 'clip_text':
-    tensors = {n if n.startswith('text_model.') else f'text_model.{n}': t
-               for n, t in tensors.items()}
-  return config, from_published(tensors, shapes, str(weights))
+  native = directory / NATIVE
+  file = native if native.is_file() else find_weights(directory, spec.weights)
+  return config, read_params(file, spec, shapes, dtype=dtype, mesh=mesh)
+
+
+def read_params(
+  file: Path, spec: Kind, shapes: Params, *, dtype=jnp.float32, mesh: Mesh | None = None
+) -> Params:
+  """The parameters of `shapes` from one file or index, onto the mesh; published names or ours."""
+  tensors, ours = open_tensors(file), file.name == NATIVE
+  if ours:
+    matched = match_native(tensors, shapes, str(file))
+  else:
+    matched = match(tensors, shapes, str(file), spec.rename)
+  shardings = None if mesh is None else shard_params(shapes, mesh)
+  params = {}
+  for name, tensor in matched.items():
+    view = np.asarray(tensor) if ours else from_published_layout(name, tensor)
+    read = lambda index, view=view: np.ascontiguousarray(view[index], dtype)
+    if shardings is None:
+      params[name] = read(...).reshape(view.shape)
+    else:
+      params[name] = jax.make_array_from_callback(view.shape, shardings[name], read)
+      params[name].block_until_ready()  # Or the maps of many tensors would stay open at once.
+  return params
+
+
+def match_native(tensors: Mapping[str, Any], shapes: Params, where: str) -> dict[str, Any]:
+  """Tensors by our own names, checked against the network's."""
+  named = {name: jax.ShapeDtypeStruct(t.shape, t.dtype) for name, t in tensors.items()}
+  missing, unused = sorted(set(shapes) - set(named)), sorted(set(named) - set(shapes))
+  require(not missing, f'{where} lacks {", ".join(missing[:3])}; it does not fit its config.')
+  require(not unused, f'{where} holds {", ".join(unused[:3])}, which its config does not have.')
+  for name, leaf in named.items():
+    require(
+      leaf.shape == tuple(shapes[name].shape),
+      f'{where}: {name} has shape {list(leaf.shape)}, which does not fit the config; it must be '
+      f'{list(shapes[name].shape)}.',
+    )
+  return {name: tensors[name] for name in shapes}
+
+
+def save_params(
+  path: str | os.PathLike, config: Any, params: Mapping[str, Any], *, dtype: str = 'float32',
+  layout: str = 'diffusers',
+) -> None:
+  """Writes a network given by its config and parameters, as `save`."""
+  require(dtype in DTYPES, f'dtype must be one of {", ".join(DTYPES)}, not {dtype!r}.')
+  require(layout in LAYOUTS, f'layout must be one of {", ".join(LAYOUTS)}, not {layout!r}.')
+  spec, path = kind_of_config(config), Path(path)
+  native = layout == 'native'
+  names = {name: name for name in params} if native else to_published_names(params)
+
+  def tensor(name: str, value: Any) -> NewTensor:
+    shape = tuple(value.shape) if native else published_shape(name, tuple(value.shape))
+    change = (lambda name, value: np.asarray(value)) if native else to_published_layout
+    return NewTensor(DTYPES[dtype], shape, lambda: _cast(name, change(name, value), dtype))
+
+  values = spec.write(config)
+  if spec.weights == TRANSFORMERS:
+    values['dtype'] = dtype
+  tensors = {names[name]: tensor(name, value) for name, value in params.items()}
+  write_tensors(path / (NATIVE if native else spec.weights), tensors)
+  write_json(path / 'config.json', values)
 
 
 def load_lpips(path: str | os.PathLike) -> dict[str, np.ndarray]:
   """Parameters for models.lpips from a safetensors file of the `lpips` package's state (VGG)."""
   path = resolve(path)
   unused = ('scaling_layer.', 'lins.')  # Constants, and a second name of lin0 to lin4.
-  tensors = {n: t for n, t in read_tensors(path).items() if not n.startswith(unused)}
-  return from_published(tensors, lpips_shapes(), str(path))
+  rename = lambda name: None if name.startswith(unused) else name
+  return from_published(open_tensors(path), lpips_shapes(), str(path), rename)
 
 
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-  """All arrays of a safetensors file. UserError where it is missing or damaged."""
-  require(path.is_file(), f'There is no file {path}; check the path.')
-  try:
-    return load_file(path)
-  except (SafetensorError, OSError, KeyError, ValueError) as error:
-    raise UserError(
-      f'{path} is not a whole safetensors file ({error}); fetch or write it again.'
-    ) from error
-
-
-def _kind_of(config: Any) -> Kind:
-  for kind in KINDS.values():
-    if kind.config is type(config):
-      return kind
-  raise UserError(f'No kind of model has a config of type {type(config).__name__}.')
-
-
-def _find_weights(directory: Path, name: str) -> Path:
-  """The weights' file, in full precision or, failing that, its published float16 variant."""
-  variants = (directory / name, directory / name.replace('.safetensors', '.fp16.safetensors'))
-  for path in variants:
-    if path.is_file():
-      return path
-  pickles = sorted(p.name for p in directory.glob('*.bin'))
+def find_weights(directory: Path, name: str) -> Path:
+  """The weights' file or index, in full precision or, failing that, the published fp16 variant."""
+  stem = name.removesuffix('.safetensors')
+  for variant in (stem, f'{stem}.fp16'):
+    for path in (directory / f'{variant}.safetensors', directory / f'{variant}.safetensors{INDEX}'):
+      if path.is_file():
+        return path
+  # The published names of sharded variants put the variant last.
+  if (path := directory / f'{stem}.safetensors.index.fp16.json').is_file():
+    return path
+  pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
   why = f' ({pickles[0]} is a pickle, which is never opened)' if pickles else ''
-  raise UserError(f'There is no {variants[0]}{why}; give a directory with safetensors weights.')
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-  require(path.is_file(), f'There is no file {path}; give the directory of a saved model.')
-  try:
-    values = json.loads(path.read_text())
-  except (ValueError, OSError) as error:
-    raise UserError(f'{path} is not readable JSON ({error}); write it again.') from error
-  require(isinstance(values, dict), f'{path} must hold a JSON object.')
-  return values
+  raise UserError(
+    f'There is no {directory / name}{why}; give a directory with safetensors weights.'
+  )
 
 
 def _cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
   with np.errstate(over='ignore'):
-    cast = value.astype(dtype)
+    cast = value.astype(DTYPES[dtype])
   require(
     bool(np.isfinite(cast).all()),
     f'{name} has values that {dtype} cannot hold; save as float32, or look for divergence.',
   )
   return cast
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-  """Writes beside `path`, flushes to the disk, then renames over it."""
-  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
-  os.close(handle)
-  try:
-    write(Path(temporary))
-    os.chmod(temporary, 0o644)
-    with open(temporary, 'rb') as file:
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  finally:
-    Path(temporary).unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from diffusion_jax.config import typed
 from diffusion_jax.diffusion.denoiser import PREDICTIONS
 from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.pretrained import load_model, resolve, save_model
+from diffusion_jax.io.pretrained import load_params, resolve, save_params
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.text.clip import CLIP
@@ -41,8 +41,8 @@ def assemble(
   Raises:
     UserError: a part cannot be read, or the parts do not fit together.
   """
-  autoencoder_config, autoencoder_params = load_model('autoencoder', autoencoder)
-  clip_config, clip_params = load_model('clip', clip)
+  autoencoder_config, autoencoder_params = load_params('autoencoder', autoencoder)
+  clip_config, clip_params = load_params('clip', clip)
   width = clip_config.text_config.hidden_size
   if unet.cross_attention_dim != width:
     raise UserError(
@@ -72,7 +72,7 @@ def save_text_to_image(
   sample: SampleConfig, dtype: str,
 ) -> None:
   """Writes the model; `load_text_to_image` reads it."""
-  save_model(directory / 'unet', model.unet.config, unet, dtype)
+  save_params(directory / 'unet', model.unet.config, unet, dtype=dtype)
   scheduler = {
     '_class_name': 'DDIMScheduler', **dataclasses.asdict(model.schedule.config),
     'prediction_type': model.prediction, 'timestep_spacing': sample.spacing,
@@ -111,7 +111,7 @@ def load_text_to_image(path: str, dtype=jnp.float32) -> tuple[TextToImage, Weigh
   patch = index.get('latent_patch_size', 1)
   if type(patch) is not int or patch < 1:
     raise UserError(f'{path} has latent_patch_size {patch!r}; give a number from 1 on.')
-  unet_config, unet = load_model('unet', str(directory / 'unet'))
+  unet_config, unet = load_params('unet', str(directory / 'unet'))
   model, frozen = assemble(unet_config, **parts, schedule=schedule, prediction=prediction,
                            latent_patch_size=patch, dtype=dtype)
   known = {field.name for field in dataclasses.fields(SampleConfig)}

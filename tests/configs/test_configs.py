@@ -9,7 +9,7 @@ import pytest
 from diffusion_jax.build import SETTINGS, load_config, parse, resolved
 from diffusion_jax.data.points import open_points
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.pretrained import load_model
+from diffusion_jax.io.pretrained import load_params
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.pipelines.directory import assemble
@@ -98,7 +98,7 @@ def test_frozen_parts_fit(path):
   config = parse(load_config(str(path)))
   settings = config.settings
   try:
-    autoencoder, _ = load_model('autoencoder', settings.autoencoder)
+    autoencoder, _ = load_params('autoencoder', settings.autoencoder)
     model, _ = assemble(settings.unet, settings.autoencoder, settings.clip, settings.schedule,
                         settings.objective.prediction, settings.latent_patch_size)
   except UserError as error:

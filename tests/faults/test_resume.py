@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from diffusion_jax.io.pretrained import read_tensors
+from diffusion_jax.io.tensors import read_tensors
 from diffusion_jax.train import loop
 from tests import tiny
 

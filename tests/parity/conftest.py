@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from diffusion_jax.io.convert import from_published
-from diffusion_jax.io.pretrained import KINDS, load_model
+from diffusion_jax.io.kinds import KINDS
+from diffusion_jax.io.pretrained import load_params
 from diffusion_jax.models import functional
 
 torch = pytest.importorskip('torch')
@@ -45,7 +46,7 @@ def ported(tmp_path):
 
   def port(kind, model):
     model.save_pretrained(tmp_path / 'reference')
-    config, params = load_model(kind, tmp_path / 'reference')
+    config, params = load_params(kind, tmp_path / 'reference')
     graphdef, _ = functional.abstract(lambda rngs: KINDS[kind].module(config, rngs=rngs))
     return config, graphdef, jax.tree.map(jax.numpy.asarray, params)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.io.pretrained import save_model
+from diffusion_jax.io.pretrained import save_params
 from diffusion_jax.models import functional
 
 torch = pytest.importorskip('torch')
@@ -78,7 +78,7 @@ def test_outputs_and_gradients(name, images, randomized, ported, quick_jit, asse
 def test_diffusers_opens_what_we_write(name, tmp_path, randomized, ported, assert_same_weights):
   theirs = randomized(reference(CONFIGS[name]))
   config, _, params = ported('autoencoder', theirs)
-  save_model(tmp_path / 'ours', config, params)
+  save_params(tmp_path / 'ours', config, params)
   back = diffusers.AutoencoderKL.from_pretrained(tmp_path / 'ours')
   assert_same_weights(theirs, back)
   for key, value in CONFIGS[name].items():
@@ -88,6 +88,7 @@ def test_diffusers_opens_what_we_write(name, tmp_path, randomized, ported, asser
 
 def test_attention_names_of_before_diffusers_0_18(randomized, ported):
   from diffusion_jax.io.convert import from_published
+  from diffusion_jax.io.kinds import KINDS
   theirs = randomized(reference(CONFIGS['two levels']))
   _, _, params = ported('autoencoder', theirs)
   old = {'to_q': 'query', 'to_k': 'key', 'to_v': 'value', 'to_out.0': 'proj_attn'}
@@ -97,6 +98,6 @@ def test_attention_names_of_before_diffusers_0_18(randomized, ported):
       name = name.replace(f'attentions.0.{new_part}.', f'attentions.0.{old_part}.')
     tensors[name] = value.numpy()
   assert any('proj_attn' in name for name in tensors)
-  again = from_published(tensors, params, 'old')
+  again = from_published(tensors, params, 'old', KINDS['autoencoder'].rename)
   for name, value in params.items():
     np.testing.assert_array_equal(again[name], value)

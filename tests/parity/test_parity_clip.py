@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import transformers
 
-from diffusion_jax.io.pretrained import load_model, save_model
+from diffusion_jax.io.pretrained import load_params, save_params
 from diffusion_jax.models import functional
 from diffusion_jax.models.text.clip import CLIPTextModel
 
@@ -64,9 +64,9 @@ def test_outputs_gradients_and_files(
     np.testing.assert_allclose(ours, theirs_raw.detach().numpy(), atol=1e-4)
   assert_same_gradients(theirs, gradients)
 
-  save_model(tmp_path / 'ours', config, params)
+  save_params(tmp_path / 'ours', config, params)
   assert_same_weights(theirs, transformers.CLIPModel.from_pretrained(tmp_path / 'ours'))
-  assert load_model('clip', tmp_path / 'ours')[0] == config
+  assert load_params('clip', tmp_path / 'ours')[0] == config
 
 
 def test_text_model_alone_with_and_without_its_prefix(tmp_path, randomized):
@@ -75,14 +75,14 @@ def test_text_model_alone_with_and_without_its_prefix(tmp_path, randomized):
     **TOWER, vocab_size=50, max_position_embeddings=9, eos_token_id=7, bos_token_id=6
   )))
   theirs.save_pretrained(tmp_path)
-  config, params = load_model('clip_text', tmp_path)
+  config, params = load_params('clip_text', tmp_path)
   tensors = load_file(tmp_path / 'model.safetensors')
   bare = {n.removeprefix('text_model.'): t for n, t in tensors.items()}
   for prefix in ('', 'text_model.'):
     named = {prefix + n: t for n, t in bare.items()}
     named[f'{prefix}embeddings.position_ids'] = np.arange(9)[None]
     save_file(named, tmp_path / 'model.safetensors')
-    again = load_model('clip_text', tmp_path)[1]
+    again = load_params('clip_text', tmp_path)[1]
     assert all(np.array_equal(again[n], params[n]) for n in params)
   graphdef, _ = functional.abstract(lambda rngs: CLIPTextModel(config, rngs=rngs))
   hidden, pooled = functional.merge(graphdef, params).encode_text(jnp.asarray(IDS))
@@ -90,7 +90,7 @@ def test_text_model_alone_with_and_without_its_prefix(tmp_path, randomized):
     out = theirs(torch.tensor(IDS))
   np.testing.assert_allclose(hidden, out.last_hidden_state.numpy(), atol=1e-4)
   np.testing.assert_allclose(pooled, out.pooler_output.numpy(), atol=1e-4)
-  save_model(tmp_path / 'ours', config, params)
+  save_params(tmp_path / 'ours', config, params)
   back = transformers.CLIPTextModel.from_pretrained(tmp_path / 'ours')
   with torch.no_grad():
     assert torch.equal(back(torch.tensor(IDS)).pooler_output, out.pooler_output)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.io.pretrained import save_model
+from diffusion_jax.io.pretrained import save_params
 from diffusion_jax.models import functional
 
 torch = pytest.importorskip('torch')
@@ -59,7 +59,7 @@ def test_outputs_gradients_and_files(
   if small:
     assert_same_gradients(theirs, gradients)
 
-  save_model(tmp_path / 'ours', config, params)
+  save_params(tmp_path / 'ours', config, params)
   back = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / 'ours')
   assert_same_weights(theirs, back)
   for key, value in CONFIGS[name].items():
@@ -69,8 +69,8 @@ def test_outputs_gradients_and_files(
 
 def test_a_variant_we_lack_is_refused(tmp_path):
   from diffusion_jax.errors import UserError
-  from diffusion_jax.io.pretrained import load_model
+  from diffusion_jax.io.pretrained import load_params
   config = CONFIGS['SD1, two levels'] | dict(resnet_time_scale_shift='scale_shift')
   diffusers.UNet2DConditionModel(**config).save_pretrained(tmp_path)
   with pytest.raises(UserError, match='resnet_time_scale_shift'):
-    load_model('unet', tmp_path)
+    load_params('unet', tmp_path)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.io.pretrained import load_model
+from diffusion_jax.io.pretrained import load_params
 from diffusion_jax.models.text.tokenizer import load_tokenizer
 from diffusion_jax.pipelines.directory import load_text_to_image
 from tests import tiny
@@ -60,7 +60,7 @@ def test_losses_of_the_adversary_appear_at_its_step(trained):
 
 
 def test_the_exported_autoencoder_loads_and_gives_latents_unit_variance(trained):
-  config, params = load_model('autoencoder', trained('autoencoder') / 'model')
+  config, params = load_params('autoencoder', trained('autoencoder') / 'model')
   test = json.loads((trained('autoencoder') / 'scores.json').read_text())['test']
   assert config.scaling_factor == pytest.approx(1 / test['latent_std'], rel=1e-4)
   assert config.shift_factor == pytest.approx(test['latent_mean'], abs=1e-5)
@@ -69,7 +69,7 @@ def test_the_exported_autoencoder_loads_and_gives_latents_unit_variance(trained)
 
 def test_the_exported_clip_loads_with_its_tokenizer(trained):
   model = trained('clip') / 'model'
-  config, params = load_model('clip', model)
+  config, params = load_params('clip', model)
   tokenizer = load_tokenizer(model)
   assert config.text_config.vocab_size == len(tokenizer)
   assert config.text_config.eos_token_id == tokenizer.eos_token_id
@@ -83,6 +83,6 @@ def test_the_exported_denoiser_loads_with_its_settings(trained, parts):
   folded = dataclasses.replace(tiny.UNET, sample_size=8, in_channels=16, out_channels=16)
   assert model.unet.config == folded and model.latent_patch_size == 2
   assert weights.unet.keys() == model.unet.shapes.keys()
-  _, wanted = load_model('autoencoder', parts['autoencoder'])
+  _, wanted = load_params('autoencoder', parts['autoencoder'])
   for name, value in wanted.items():
     np.testing.assert_array_equal(weights.autoencoder[name], value)

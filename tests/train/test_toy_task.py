@@ -13,7 +13,8 @@ from diffusion_jax.build import load_config, parse
 from diffusion_jax.data.points import open_points
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.metrics import energy_distance
-from diffusion_jax.io.pretrained import load_model, read_tensors
+from diffusion_jax.io.pretrained import load_params
+from diffusion_jax.io.tensors import read_tensors
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.train.tasks.toy import ToyTask, ToyTaskConfig
 from tests import tiny
@@ -121,7 +122,7 @@ def test_importance_resumes_to_the_bit_and_the_run_is_whole(tmp_path, command):
   assert tiny.metrics(tmp_path / 'whole')[6]['loss'] == tiny.metrics(tmp_path / 'parts')[6]['loss']
   scores = json.loads((tmp_path / 'whole' / 'scores.json').read_text())
   assert set(scores) == {'generated', 'untrained', 'real'}
-  config, params = load_model('mlp', tmp_path / 'whole' / 'model')
+  config, params = load_params('mlp', tmp_path / 'whole' / 'model')
   assert config.width == 16 and params['conv_in.kernel'].shape == (2, 16)
   assert '16 points' in (tmp_path / 'whole' / 'README.md').read_text()
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from diffusion_jax.data.sources import ImageSource
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import metrics as M
-from diffusion_jax.io.pretrained import load_lpips, save_model
+from diffusion_jax.io.pretrained import load_lpips, save_params
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.discriminator import Discriminator, DiscriminatorConfig
 from diffusion_jax.models.functional import Network, prefixed, under
@@ -198,4 +198,4 @@ class AutoencoderTask(Task):
       self.config.autoencoder,
       shift_factor=round(test['latent_mean'], 6), scaling_factor=round(1 / test['latent_std'], 6),
     )
-    save_model(directory, config, under('autoencoder', params), self.config.export_dtype)
+    save_params(directory, config, under('autoencoder', params), dtype=self.config.export_dtype)

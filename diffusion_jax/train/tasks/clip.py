@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from diffusion_jax.data.sources import ImageSource
 from diffusion_jax.evaluation import metrics as M
 from diffusion_jax.evaluation.features import CLIPFeatures, unit
-from diffusion_jax.io.pretrained import save_model
+from diffusion_jax.io.pretrained import save_params
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.text.clip import CLIP
 from diffusion_jax.models.text.clip_config import CLIPConfig
@@ -129,5 +129,5 @@ class CLIPTask(Task):
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
     """CLIP in transformers' layout, with its tokenizer."""
-    save_model(directory, self.config.clip, params, self.config.export_dtype)
+    save_params(directory, self.config.clip, params, dtype=self.config.export_dtype)
     save_tokenizer(self.tokenizer, directory)

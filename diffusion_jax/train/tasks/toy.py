@@ -19,7 +19,7 @@ from diffusion_jax.diffusion.training import Network as Denoising
 from diffusion_jax.diffusion.training import Objective, ObjectiveConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.metrics import energy_distance
-from diffusion_jax.io.pretrained import save_model
+from diffusion_jax.io.pretrained import save_params
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.mlp import MLP, MLPConfig
 from diffusion_jax.train.tasks.noising import NoisingTask, history_of
@@ -216,4 +216,4 @@ class ToyTask(NoisingTask):
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
     """The network; `config.json` of the run says how it was trained."""
-    save_model(directory, self.mlp.config, params, self.config.export_dtype)
+    save_params(directory, self.mlp.config, params, dtype=self.config.export_dtype)
