@@ -59,6 +59,10 @@ class Network(NamedTuple):
     make = lambda rngs: module(config, **kwargs, rngs=rngs)
     return cls(config, *abstract(make), make)
 
+  def remade(self, make: Callable[[nnx.Rngs], nnx.Module]) -> 'Network':
+    """A network of the same config that is built otherwise."""
+    return Network(self.config, *abstract(make), make)
+
   def bind(self, params: Params) -> nnx.Module:
     """A module that computes with `params`."""
     return merge(self.graphdef, params)

@@ -81,19 +81,25 @@ class Conv(nnx.Module):
     self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
     self.stride = stride
     self.padding = ((padding, padding),) * 2 if isinstance(padding, int) else padding
+    self.lora = nnx.data(None)
     self.dtype = dtype
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+    x = x.astype(self.dtype)
+    y = self.convolve(x, self.kernel[...])
+    y = y if self.bias is None else y + self.bias[...].astype(self.dtype)
+    return y if self.lora is None else y + self.lora(x, self.convolve)
+
+  def convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [b h w i] with any kernel [k k i o] of this layer's window."""
+    kernel = kernel.astype(self.dtype)
     if self._disjoint(x.shape):
-      y = _patches(x, self.stride) @ kernel.reshape(-1, kernel.shape[-1])
-    elif self.stride == 1 and self.padding == ((1, 1), (1, 1)) and kernel.shape[0] == 3:
-      y = convolve_3x3(x, kernel)
-    else:
-      y = lax.conv_general_dilated(
-        x, kernel, (self.stride, self.stride), self.padding, dimension_numbers=LAYOUT
-      )
-    return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+      return _patches(x, self.stride) @ kernel.reshape(-1, kernel.shape[-1])
+    if self.stride == 1 and self.padding == ((1, 1), (1, 1)) and kernel.shape[0] == 3:
+      return convolve_3x3(x, kernel)
+    return lax.conv_general_dilated(
+      x, kernel, (self.stride, self.stride), self.padding, dimension_numbers=LAYOUT
+    )
 
   def _disjoint(self, shape: tuple[int, ...]) -> bool:
     """Whether the windows tile the input, so that the convolution is one matrix product."""
@@ -116,9 +122,28 @@ def pointwise(in_features: int, out_features: int, **kw) -> Conv:
   return Conv(in_features, out_features, 1, padding=0, **kw)
 
 
-def linear(in_features: int, out_features: int, *, use_bias: bool = True, **kw) -> nnx.Linear:
+class Linear(nnx.Module):
+  """Dense layer, [... i] -> [... o]. Parameters: kernel [i o], bias [o]."""
+
+  def __init__(
+    self, in_features: int, out_features: int, *, use_bias: bool = True, init=kernel_init,
+    dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs,
+  ):
+    self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features), param_dtype))
+    self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
+    self.lora = nnx.data(None)
+    self.dtype = dtype
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = x.astype(self.dtype)
+    y = x @ self.kernel[...].astype(self.dtype)
+    y = y if self.bias is None else y + self.bias[...].astype(self.dtype)
+    return y if self.lora is None else y + self.lora(x)
+
+
+def linear(in_features: int, out_features: int, **kw) -> Linear:
   """A dense layer with the initialisation that all layers here share."""
-  return nnx.Linear(in_features, out_features, use_bias=use_bias, kernel_init=kernel_init, **kw)
+  return Linear(in_features, out_features, **kw)
 
 
 def layer_norm(features: int, epsilon: float = 1e-5, **kw) -> nnx.LayerNorm:

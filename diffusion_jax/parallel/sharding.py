@@ -23,6 +23,9 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
   (r'(to_out\.0|out_proj|fc2|linear_2|net\.2)\.kernel$', PartitionSpec('tensor', 'fsdp')),
   (r'embedding$', PartitionSpec('tensor', 'fsdp')),
   (r'kernel$', PartitionSpec('fsdp')),
+  # Adapters are split along their long side alone; the rank stays whole.
+  (r'lora\.a$', PartitionSpec('fsdp', None)),
+  (r'lora\.b$', PartitionSpec(None, 'fsdp')),
 )
 
 

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion_jax.models.checks import require
-from diffusion_jax.models.layers import Conv, layer_norm
+from diffusion_jax.models.layers import Conv, Linear, layer_norm
 from diffusion_jax.models.text.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from diffusion_jax.types import Images, Text, Tokens
 
 __all__ = ['CLIP', 'CLIPConfig', 'CLIPTextConfig', 'CLIPTextModel', 'CLIPVisionConfig']
 
 
-def _dense(i: int, o: int, std: float, **kw) -> nnx.Linear:
-  return nnx.Linear(i, o, kernel_init=nnx.initializers.normal(std), **kw)
+def _dense(i: int, o: int, std: float, **kw) -> Linear:
+  return Linear(i, o, init=nnx.initializers.normal(std), **kw)
 
 
 def _embed(count: int, features: int, std: float, **kw) -> nnx.Embed:

@@ -1,0 +1,130 @@
+"""Low-rank adaptation (Hu et al. 2022, eq. 3): y = x W + (alpha / rank) x A B with W frozen.
+
+A layer with an adapter has two parameters more, `NAME.lora.a` and `NAME.lora.b`; a convolution's A
+is a convolution with its window into `rank` channels, its B is pointwise. The factor alpha / rank
+belongs to the graph, not to the parameters. B starts at zero, so a fresh adapter changes nothing.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from diffusion_jax.models.checks import require
+from diffusion_jax.models.functional import Network
+from diffusion_jax.models.layers import Conv, Linear, kernel_init
+from diffusion_jax.types import Params
+
+
+class Rank(NamedTuple):
+  """Size of one adapter; its product is scaled by alpha / rank."""
+
+  rank: int
+  alpha: float
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+  """rank and alpha of every adapter; targets: ends of the names of the layers that have one.
+
+  The default targets are the projections of all attentions; 'ff.net.0.proj' and 'ff.net.2' are
+  the feed-forward layers, 'proj_in' and 'proj_out' those around each transformer, 'conv1' and
+  'conv2' the convolutions. A target of '' is every layer.
+  """
+
+  rank: int = 8
+  alpha: float = 8.0
+  targets: tuple[str, ...] = ('to_q', 'to_k', 'to_v', 'to_out.0')
+
+  def __post_init__(self):
+    require(self.rank >= 1, f'lora.rank is {self.rank}; it must be at least 1.')
+    require(self.alpha > 0, f'lora.alpha is {self.alpha}; it must be positive.')
+    require(len(self.targets) > 0, 'lora.targets is empty; name some layers, such as to_q.')
+
+
+class LoRA(nnx.Module):
+  """The adapter of one layer: a [(k k) i r], b [(1 1) r o]."""
+
+  def __init__(self, window: tuple[int, ...], i: int, o: int, size: Rank, *, dtype, param_dtype,
+               rngs: nnx.Rngs):
+    self.a = nnx.Param(kernel_init(rngs.params(), (*window, i, size.rank), param_dtype))
+    self.b = nnx.Param(jnp.zeros((*(1 for _ in window), size.rank, o), param_dtype))
+    self.scale, self.dtype = size.alpha / size.rank, dtype
+
+  def __call__(
+    self, x: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul
+  ) -> jax.Array:
+    """x [... i] -> [... o]; `product` applies a kernel of the layer's own window."""
+    y = product(x, self.a[...].astype(self.dtype))
+    b = self.b[...].astype(self.dtype)
+    return self.scale * (y @ b.reshape(b.shape[-2:]))
+
+
+def targets(network: Network, config: LoRAConfig) -> dict[str, Rank]:
+  """The layers of a network that the config names. UserError for a target that is none."""
+  layers = [
+    name.removesuffix('.kernel') for name in network.shapes if name.endswith('.kernel')
+  ]
+  for target in config.targets:
+    require(
+      any(_is(layer, target) for layer in layers),
+      f'lora.targets has {target!r}, but no layer of the network ends so; one is {layers[0]!r}.',
+    )
+  hit = [layer for layer in layers if any(_is(layer, target) for target in config.targets)]
+  return {layer: Rank(config.rank, config.alpha) for layer in hit}
+
+
+def _is(layer: str, target: str) -> bool:
+  return not target or re.search(rf'(^|\.){re.escape(target)}$', layer) is not None
+
+
+def with_lora(network: Network, sizes: Mapping[str, Rank]) -> Network:
+  """The same network with adapters of these sizes at the layers of these dotted names."""
+  sizes = dict(sizes)
+
+  def make(rngs: nnx.Rngs) -> nnx.Module:
+    module = network.make(rngs)
+    for name, size in sizes.items():
+      _adapt(_layer(module, name), size, rngs)
+    return module
+
+  return network.remade(make)
+
+
+def _layer(module: nnx.Module, name: str) -> nnx.Module:
+  for part in name.split('.'):
+    module = module[int(part)] if part.isdigit() else getattr(module, part)
+  require(
+    isinstance(module, (Linear, Conv)), f'{name} is no dense layer or convolution: no LoRA fits it.'
+  )
+  return module
+
+
+def _adapt(layer: Linear | Conv, size: Rank, rngs: nnx.Rngs) -> None:
+  *window, i, o = layer.kernel.shape
+  layer.lora = LoRA(
+    tuple(window), i, o, size, dtype=layer.dtype, param_dtype=layer.kernel.dtype, rngs=rngs
+  )
+
+
+def is_lora(name: str) -> bool:
+  """Whether a parameter belongs to an adapter."""
+  return name.endswith(('.lora.a', '.lora.b'))
+
+
+def merge_lora(params: Params, sizes: Mapping[str, Rank]) -> Params:
+  """Parameters with adapters -> those of the plain network that computes the same.
+
+  A convolution's product sums over the rank at each place of the window. Sums are float32.
+  """
+  out = {name: value for name, value in params.items() if not is_lora(name)}
+  for name, size in sizes.items():
+    a, b = (params[f'{name}.lora.{part}'].astype(jnp.float32) for part in 'ab')
+    kernel = out[f'{name}.kernel']
+    delta = size.alpha / size.rank * (a @ b.reshape(b.shape[-2:]))
+    out[f'{name}.kernel'] = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+  return out
