@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from diffusion_jax.config import typed
 from diffusion_jax.data.credits import CREDITS
+from diffusion_jax.data.folder import FOLDER, open_folder
 from diffusion_jax.data.loader import Loader, Source
 from diffusion_jax.data.points import open_points
 from diffusion_jax.data.sources import open_source
@@ -32,13 +34,18 @@ from diffusion_jax.models.text.tokenizer import (
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.parallel.sharding import put_params, shard_params, to_host
 from diffusion_jax.pipelines.directory import assemble
-from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage, Weights
+from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
 from diffusion_jax.train.cache import ChooseText, cached_source
 from diffusion_jax.train.loop import LoopConfig, Training
 from diffusion_jax.train.optimizer import OptimizerConfig, learning_rates, make_optimizer
 from diffusion_jax.train.tasks.autoencoder import AutoencoderTask, AutoencoderTaskConfig
 from diffusion_jax.train.tasks.clip import CLIPTask, CLIPTaskConfig
 from diffusion_jax.train.tasks.diffusion import DiffusionTask, DiffusionTaskConfig
+from diffusion_jax.train.tasks.finetune import (
+  FinetuneTaskConfig,
+  draw_prior,
+  make_finetune_task,
+)
 from diffusion_jax.train.tasks.task import Scores, Task
 from diffusion_jax.train.tasks.toy import ToyTask, ToyTaskConfig
 
@@ -47,8 +54,9 @@ DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """dataset: a name that `prepare` knows, or of `POINT_SETS`; size: image edge in pixels, or points
-  in a record; prepare: make it if missing.
+  """dataset: a name that `prepare` knows, of `POINT_SETS`, or 'folder:PATH' of pictures; size: edge
+  of the images in pixels, or points in a record; prepare: make it if missing; caption: of every
+  picture of a folder that has none of its own.
 
   transforms: (name, arguments) pairs in order, applied to every training image.
   """
@@ -57,6 +65,7 @@ class DataConfig:
   size: int
   data_dir: str = ''
   prepare: bool = False
+  caption: str = ''
   transforms: tuple = ()
 
 
@@ -80,10 +89,14 @@ class TrainingConfig:
       raise UserError(f'config.dtype is {self.dtype!r}; choose one of {", ".join(DTYPES)}.')
 
 
+LATENT = ('diffusion', 'finetune')
+"""Tasks that train in the space of latents."""
+
 SETTINGS = {
   'autoencoder': AutoencoderTaskConfig,
   'clip': CLIPTaskConfig,
   'diffusion': DiffusionTaskConfig,
+  'finetune': FinetuneTaskConfig,
   'toy': ToyTaskConfig,
 }
 
@@ -152,6 +165,8 @@ def _sources(config: TrainingConfig) -> tuple[Source, Source]:
     if data.transforms:
       raise UserError('data.transforms have no effect on points; empty them.')
     return tuple(open_points(data.dataset, split, data.size) for split in ('train', 'test'))
+  if data.dataset.startswith(FOLDER):
+    return open_folder(data.dataset, data.size, data.caption)
   train, test = (
     open_source(
       data.dataset, split, size=data.size, data_dir=data.data_dir or None, prepare=data.prepare
@@ -162,9 +177,9 @@ def _sources(config: TrainingConfig) -> tuple[Source, Source]:
 
 
 def build_task(
-  config: TrainingConfig, train: Source, test: Source, directory: RunDirectory
+  config: TrainingConfig, train: Source, test: Source, directory: RunDirectory, mesh: Mesh
 ) -> Task:
-  """The task with its frozen networks loaded."""
+  """The task with its frozen networks loaded, large ones onto the mesh."""
   dtype, settings = DTYPES[config.dtype], config.settings
   if config.task == 'autoencoder':
     return AutoencoderTask(settings, test, dtype)
@@ -172,6 +187,10 @@ def build_task(
     return ToyTask(settings, test)
   if config.task == 'clip':
     return _clip_task(settings, train, test, directory, dtype)
+  if config.task == 'finetune':
+    task = make_finetune_task(settings, train, test, mesh, dtype)
+    _check_size(config, task.model)
+    return task
   model, frozen = assemble(
     settings.unet, settings.autoencoder, settings.clip, settings.schedule,
     settings.objective.prediction,
@@ -182,12 +201,12 @@ def build_task(
 
 
 def _check_size(config: TrainingConfig, model) -> None:
-  size = config.settings.unet.sample_size
+  size = model.unet.config.sample_size
   factor = model.image_size // size
   if config.data.size != model.image_size:
     raise UserError(
       f'data.size {config.data.size} gives latents of {config.data.size / factor:g}, but '
-      f'settings.unet.sample_size is {size}; set data.size to {size * factor} or sample_size to '
+      f'sample_size of the U-Net is {size}; set data.size to {size * factor} or sample_size to '
       f'{config.data.size // factor}.'
     )
 
@@ -217,7 +236,7 @@ def _loader(config: TrainingConfig, task: Task, train: Source, mesh) -> Loader:
       f'loop.batch_size {config.loop.batch_size} cannot be split over {ways} device shares '
       '(data x fsdp x accumulation_steps); make it a multiple of that.'
     )
-  if config.task == 'diffusion' and config.settings.cache:
+  if config.task in LATENT and config.settings.cache:
     source = cached_source(train, task.model, task.frozen, mesh)
     transforms = [ChooseText()]
   else:
@@ -234,8 +253,8 @@ def _context(task: Task) -> dict[str, Any]:
   if task.name == 'clip':
     length = task.clip.config.text_config.max_position_embeddings
     return {'tokenizer': Tokenize(task.tokenizer, length)}
-  if task.name == 'diffusion':
-    return {'tokenizer': Tokenize(task.model.tokenizer, task.model.context)}
+  if task.name in LATENT:
+    return {'tokenizer': task.model.text.tokenize}
   return {}
 
 
@@ -249,14 +268,16 @@ def build(config: ConfigDict | dict, workdir: str) -> Training:
   directory = RunDirectory(workdir)
   directory.check_config(resolved(checked))
   mesh = make_mesh(checked.mesh)
-  if checked.task == 'diffusion' and checked.settings.cache and checked.data.transforms:
+  if checked.task in LATENT and checked.settings.cache and checked.data.transforms:
     raise UserError(
       'data.transforms have no effect with settings.cache; empty them or switch the cache off.'
     )
   train, test = _sources(checked)
-  if checked.task == 'diffusion':
+  if checked.task in LATENT and checked.loop.evaluate_samples:
     check_samples(checked.loop.evaluate_samples, len(test))
-  task = build_task(checked, train, test, directory)
+  task = build_task(checked, train, test, directory, mesh)
+  if checked.task == 'finetune' and checked.settings.prior.folder:
+    train = draw_prior(task, train, mesh, checked.data.size)
   shapes = jax.eval_shape(task.initialize, jax.random.key(0))
   steps = checked.loop.total_steps
   optimizer = make_optimizer(checked.optimizer, shapes, steps)
@@ -281,8 +302,8 @@ def _trained(workdir: str):
   if step is None:
     raise UserError(f'{workdir} has no checkpoint yet; train longer, or give another workdir.')
   train, test = _sources(config)
-  task = build_task(config, train, test, directory)
   mesh = make_mesh(MeshConfig())
+  task = build_task(config, train, test, directory, mesh)
   shapes = jax.eval_shape(task.initialize, jax.random.key(0))
   abstract = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -299,9 +320,9 @@ def load_trained(workdir: str) -> tuple[TextToImage, Weights, SampleConfig]:
     UserError: no such run, no checkpoint, another task, or something that cannot be read.
   """
   config, task, params, _ = _trained(workdir)
-  if config.task != 'diffusion':
+  if config.task not in LATENT:
     raise UserError(f'{workdir} trains {config.task}; give the workdir of a diffusion run.')
-  weights = Weights(to_host(params), task.frozen['autoencoder'], task.frozen['clip'])
+  weights = task.weights(to_host(params), task.frozen)
   return task.model, weights, config.settings.sample
 
 

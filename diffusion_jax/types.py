@@ -6,7 +6,7 @@ Latents are what the denoiser sees: (autoencoder latent - shift_factor) * scalin
 they have about unit variance. Timesteps are integers in [0, T).
 """
 
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -19,6 +19,27 @@ Timesteps = Float[Array, 'b'] | Int[Array, 'b']
 PerExample = Float[Array, 'b']
 Params = dict[str, Array]
 """Parameters by dotted name, such as 'down_blocks.0.resnets.1.conv1.kernel'."""
+
+Weights = dict[str, Params]
+"""Parameters of every network of a model, by role: unet, autoencoder, text_encoder, ..."""
+
+
+class Condition(NamedTuple):
+  """What a latent diffusion model is told beside x and t; None for what it does not take.
+
+  text: [b l d]. pooled: [b p], the pooled text of SDXL. sizes: [b 6], SDXL's original height and
+  width, top and left of the crop, target height and width, in pixels. labels: [b], a class or the
+  level of the noise on `image`. image: [b h w c], channels beside x: masks, depth, other latents.
+  control: [b H W 3] in [0, 1], the picture a ControlNet sees, with its strength [b].
+  """
+
+  text: Text
+  pooled: Array | None = None
+  sizes: Array | None = None
+  labels: Array | None = None
+  image: Array | None = None
+  control: Array | None = None
+  strength: Array | None = None
 
 
 class Record(TypedDict):

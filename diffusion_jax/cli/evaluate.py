@@ -27,6 +27,7 @@ examples:
   python -m diffusion_jax evaluate --likelihood --samples 64 --out likelihood.json"""
 
 SAMPLES, LIKELIHOOD_SAMPLES = 256, 64
+DEFAULT_CLIP = 'asset:clip-openmoji-64'
 SAMPLING = ('sampler', 'spacing', 'steps', 'guidance')
 ESTIMATING = ('draws', 'trace', 'probes', 'solver', 'ode_steps')
 
@@ -40,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       f'compute the likelihood (default: {LIKELIHOOD_SAMPLES})')
   parser.add_argument('--dataset', default='openmoji', metavar='NAME',
                       help='data set, for --model (default: openmoji)')
+  parser.add_argument('--clip', metavar='DIR', help='a CLIP with both towers, in whose features to '
+                      f"score (default: the run's, else {DEFAULT_CLIP})")
   parser.add_argument('--data_dir', metavar='DIR', help='folder of all data sets, for --model')
   add_sample_arguments(parser)
   add_likelihood_arguments(parser)
@@ -109,7 +112,8 @@ def _pictures(args: argparse.Namespace, config: dict | None) -> dict:
 
   model, weights, sample, mesh, train, test = _open(args, config)
   check_samples(_given(args.samples, SAMPLES), len(test))
-  evaluation = Evaluation.prepare(model, weights.clip, train, test, mesh=mesh)
+  clip = args.clip or (config['settings']['clip'] if config else DEFAULT_CLIP)
+  evaluation = Evaluation.prepare(model, clip, train, test, mesh=mesh)
   return evaluate_text_to_image(
     evaluation, weights, fresh_weights(model, weights, mesh), sample,
     samples=_given(args.samples, SAMPLES), seed=args.seed, real=True,

@@ -9,8 +9,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from transformers import PreTrainedTokenizerBase
 
+from diffusion_jax.io.pretrained import load_params, resolve
 from diffusion_jax.models.functional import Network
-from diffusion_jax.models.text.tokenizer import Tokenize
+from diffusion_jax.models.text.clip import CLIP
+from diffusion_jax.models.text.tokenizer import Tokenize, load_tokenizer
 from diffusion_jax.parallel.sharding import in_batches
 from diffusion_jax.types import Params
 
@@ -18,6 +20,12 @@ from diffusion_jax.types import Params
 def unit(x: Float[Array, 'n p']) -> Float[Array, 'n p']:
   """Scales rows to Euclidean length 1."""
   return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def load_features(path: str, mesh: Mesh) -> 'CLIPFeatures':
+  """The CLIP, both towers, in a directory or 'asset:NAME'. UserError where it cannot be read."""
+  config, params = load_params('clip', path, mesh=mesh)
+  return CLIPFeatures(Network.of(CLIP, config), params, load_tokenizer(resolve(path)), mesh)
 
 
 class CLIPFeatures:

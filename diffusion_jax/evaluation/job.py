@@ -10,11 +10,11 @@ from tqdm import tqdm
 from diffusion_jax.data.sources import ImageSource
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import metrics as M
-from diffusion_jax.evaluation.features import CLIPFeatures
+from diffusion_jax.evaluation.features import CLIPFeatures, load_features
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.parallel.sharding import put_params, to_host
-from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage, Weights
-from diffusion_jax.types import Record
+from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
+from diffusion_jax.types import Record, Weights
 
 MINIMUM = 16
 CANDIDATES = 100
@@ -40,10 +40,10 @@ class Evaluation:
 
   @classmethod
   def prepare(
-    cls, model: TextToImage, clip, train: ImageSource, test: ImageSource, *, mesh: Mesh
+    cls, model: TextToImage, clip: str, train: ImageSource, test: ImageSource, *, mesh: Mesh
   ) -> 'Evaluation':
-    """Embeds the real images of both splits and the test captions."""
-    features = CLIPFeatures(model.clip, clip, model.tokenizer, mesh)
+    """Embeds the real images of both splits and the test captions by the CLIP at a path."""
+    features = load_features(clip, mesh)
     records = shuffled(test, len(test))
     images = np.stack([train[i]['image'] for i in range(len(train))])
     captions = [record['captions'][0] for record in records]
@@ -71,7 +71,7 @@ def check_samples(samples: int, available: int) -> None:
 def fresh_weights(model: TextToImage, weights: Weights, mesh: Mesh, seed: int = 1) -> Weights:
   """The same model with an untrained U-Net."""
   fresh = jax.jit(model.unet.initialize)(jax.random.key(seed))
-  return weights._replace(unet=put_params(to_host(fresh), mesh))
+  return {**weights, 'unet': put_params(to_host(fresh), mesh)}
 
 
 def _scores(evaluation: Evaluation, images: np.ndarray, seed: int) -> dict[str, float]:

@@ -33,8 +33,8 @@ from diffusion_jax.diffusion.variational import discretized_gaussian, gaussian_l
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.job import fresh_weights, shuffled
 from diffusion_jax.parallel.sharding import in_batches
-from diffusion_jax.pipelines.text_to_image import TextToImage, Weights
-from diffusion_jax.types import Latents, PerExample
+from diffusion_jax.pipelines.text_to_image import TextToImage
+from diffusion_jax.types import Latents, PerExample, Weights
 
 FIGURES = ('discrete', 'continuous', 'flow')
 MINIMUM = 2
@@ -132,9 +132,9 @@ def make_scorer(model: TextToImage, config: LikelihoodConfig, offset: jax.Array)
 
   @jax.jit
   def score(weights: Weights, latents, tokens, keys):
-    text = model.encode_text(weights.clip, tokens)
-    denoise = model.denoiser(weights.unet)
-    given = lambda x, alpha, sigma: denoise(x, alpha, sigma, text)
+    told = model.encode_text(weights, tokens)
+    denoise = model.denoiser(weights)
+    given = lambda x, alpha, sigma: denoise(x, alpha, sigma, told)
     keys = jax.random.wrap_key_data(keys)
     return latent_bits(given, model.schedule, latents, keys, config, offset)
 
@@ -166,10 +166,10 @@ def evaluate_likelihood(
   batches = partial(_over_images, mesh=mesh, progress=progress)
   encode, records = make_encoder(model), shuffled(test, samples)
   fitted = _images(shuffled(train, min(TRAIN_LIMIT, len(train))))
-  known = batches(encode, (weights.autoencoder, jnp.ones(())), fitted,
+  known = batches(encode, (weights['autoencoder'], jnp.ones(())), fitted,
                   image_keys(key_train, len(fitted)), batch_size=64, label='encoding')
   variance = jnp.asarray(known['error'].mean(), jnp.float32)
-  given = batches(encode, (weights.autoencoder, variance), _images(records),
+  given = batches(encode, (weights['autoencoder'], variance), _images(records),
                   image_keys(key_latents, samples), batch_size=64, label='encoding')
   score = make_scorer(model, config, jax.random.uniform(key_offset))
   rows = (given['latents'], model.tokens([record['captions'][0] for record in records]),

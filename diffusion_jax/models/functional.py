@@ -5,7 +5,8 @@ as {'down_blocks.0.resnets.1.conv1.kernel': array}. Names therefore serve, uncha
 sharding rules, optimizer groups, checkpoints and conversion tables.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -46,22 +47,26 @@ def count(params: Params) -> int:
 
 
 class Network(NamedTuple):
-  """A network without weights: its configuration, static graph and parameter shapes."""
+  """A network without weights: its configuration, static graph and parameter shapes.
+
+  options: what it was built with beside the config, such as dtype.
+  """
 
   config: Any
   graphdef: Any
   shapes: Params
   make: Callable[[nnx.Rngs], nnx.Module]
+  options: Mapping[str, Any] = MappingProxyType({})
 
   @classmethod
   def of(cls, module: type[nnx.Module], config: Any, **kwargs) -> 'Network':
     """The network `module(config, **kwargs, rngs=...)`."""
     make = lambda rngs: module(config, **kwargs, rngs=rngs)
-    return cls(config, *abstract(make), make)
+    return cls(config, *abstract(make), make, kwargs)
 
   def remade(self, make: Callable[[nnx.Rngs], nnx.Module]) -> 'Network':
     """A network of the same config that is built otherwise."""
-    return Network(self.config, *abstract(make), make)
+    return Network(self.config, *abstract(make), make, self.options)
 
   def bind(self, params: Params) -> nnx.Module:
     """A module that computes with `params`."""

@@ -1,142 +1,262 @@
-"""A text-to-image model as a directory, in diffusers' spirit.
+"""A text-to-image model as a directory, as diffusers lays it out.
 
-model_index.json names the parts, unet/ and scheduler/ are in diffusers' layout. Autoencoder and
-CLIP are copied beside them, or, where they come with the package, named as 'asset:NAME'.
+model_index.json names the class and the parts, each in a directory of its own. Beside the pipelines
+of diffusers there is our own class, TextToImage, whose autoencoder and CLIP may be named as
+'asset:NAME' instead.
 """
 
 import dataclasses
-import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh
 
 from diffusion_jax.config import typed
 from diffusion_jax.diffusion.denoiser import PREDICTIONS
 from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
 from diffusion_jax.errors import UserError
+from diffusion_jax.io.kinds import KINDS
 from diffusion_jax.io.pretrained import load_params, resolve, save_params
-from diffusion_jax.models.autoencoder import AutoencoderKL
+from diffusion_jax.io.tensors import read_json, write_json
+from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.functional import Network
-from diffusion_jax.models.text.clip import CLIP
 from diffusion_jax.models.text.tokenizer import load_tokenizer
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.models.unet_config import UNetConfig
-from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage, Weights
-from diffusion_jax.types import Params
+from diffusion_jax.pipelines.text_encoders import ROLES, TextEncoders
+from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
+from diffusion_jax.types import Params, Weights
 
 INDEX = 'model_index.json'
+OURS = 'TextToImage'
+TEXT_KINDS = ('clip_text_projection', 'clip_text', 'clip')
+DIFFUSERS_SAMPLE = SampleConfig(sampler='ddim', steps=50, guidance=7.5, spacing='leading')
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """One network of a model: its kind, its config, and where its weights are."""
+
+  kind: str
+  config: Any
+  path: str
+
+  def network(self, dtype) -> Network:
+    """Without weights."""
+    return Network.of(KINDS[self.kind].module, self.config, dtype=dtype)
+
+
+def make_model(
+  unet: UNetConfig, autoencoder: AutoencoderKLConfig, text: TextEncoders, schedule: ScheduleConfig,
+  prediction: str, *, latent_patch_size: int = 1, dtype=jnp.float32, **more,
+) -> TextToImage:
+  """A model without weights. UserError where its parts do not fit together."""
+  if unet.cross_attention_dim != text.width:
+    raise UserError(
+      f'unet.cross_attention_dim is {unet.cross_attention_dim}, but the text encoder gives texts '
+      f'of width {text.width}; set it to {text.width}.'
+    )
+  channels = autoencoder.latent_channels * latent_patch_size**2
+  if unet.out_channels not in (channels, 2 * channels) or unet.in_channels < channels:
+    raise UserError(
+      f'the U-Net has {unet.in_channels} input and {unet.out_channels} output channels, but '
+      f'latents of the autoencoder, folded {latent_patch_size} x {latent_patch_size}, have '
+      f'{channels}; set both to {channels}, or out_channels to {2 * channels} for a learned '
+      'variance.'
+    )
+  return TextToImage(
+    unet=Network.of(UNet, unet, dtype=dtype),
+    autoencoder=Network.of(AutoencoderKL, autoencoder, dtype=dtype), text=text,
+    schedule=Schedule(schedule), prediction=prediction, latent_patch_size=latent_patch_size, **more,
+  )
 
 
 def assemble(
   unet: UNetConfig, autoencoder: str, clip: str, schedule: ScheduleConfig, prediction: str,
-  latent_patch_size: int = 1, dtype=jnp.float32,
-) -> tuple[TextToImage, dict[str, Params]]:
+  latent_patch_size: int = 1, dtype=jnp.float32, mesh: Mesh | None = None,
+) -> tuple[TextToImage, Weights]:
   """A model of a U-Net without weights and of two loaded, frozen parts.
 
   Returns:
-    The model, and host parameters {'autoencoder': ..., 'clip': ...}.
+    The model, and parameters {'autoencoder': ..., 'text_encoder': ...}, on the host or the mesh.
 
   Raises:
     UserError: a part cannot be read, or the parts do not fit together.
   """
-  autoencoder_config, autoencoder_params = load_params('autoencoder', autoencoder)
-  clip_config, clip_params = load_params('clip', clip)
-  width = clip_config.text_config.hidden_size
-  if unet.cross_attention_dim != width:
-    raise UserError(
-      f'unet.cross_attention_dim is {unet.cross_attention_dim}, but {clip} gives texts of width '
-      f'{width}; set it to {width}.'
-    )
-  channels = autoencoder_config.latent_channels * latent_patch_size**2
-  if unet.in_channels != channels or unet.out_channels not in (channels, 2 * channels):
-    raise UserError(
-      f'the U-Net has {unet.in_channels} input and {unet.out_channels} output channels, but '
-      f'latents of {autoencoder}, folded {latent_patch_size} x {latent_patch_size}, have '
-      f'{channels}; set both to {channels}, or out_channels to {2 * channels} for a learned '
-      'variance.'
-    )
-  model = TextToImage(
-    unet=Network.of(UNet, unet, dtype=dtype),
-    autoencoder=Network.of(AutoencoderKL, autoencoder_config, dtype=dtype),
-    clip=Network.of(CLIP, clip_config, dtype=dtype),
-    schedule=Schedule(schedule), prediction=prediction, tokenizer=load_tokenizer(resolve(clip)),
-    latent_patch_size=latent_patch_size,
+  autoencoder_config, autoencoder_params = load_params('autoencoder', autoencoder, mesh=mesh)
+  part = read_part(clip, TEXT_KINDS)
+  clip_params = load_params(part.kind, clip, mesh=mesh)[1]
+  text = TextEncoders({ROLES[0]: part.network(dtype)}, (load_tokenizer(resolve(clip)),))
+  model = make_model(
+    unet, autoencoder_config, text, schedule, prediction, latent_patch_size=latent_patch_size,
+    dtype=dtype,
   )
-  return model, {'autoencoder': autoencoder_params, 'clip': clip_params}
+  return model, {'autoencoder': autoencoder_params, ROLES[0]: clip_params}
+
+
+def read_part(path: str, kinds: tuple[str, ...]) -> Part:
+  """The first of `kinds` that a directory's config.json describes. UserError where none does."""
+  file = resolve(path) / 'config.json'
+  values = read_json(file)
+  for name in kinds:
+    if KINDS[name].describes(values):
+      return Part(name, KINDS[name].read(values, str(file)), path)
+  raise UserError(f'{file} describes none of {", ".join(kinds)}; check which network it is.')
+
+
+def read_pipeline(
+  path: str, dtype=jnp.float32
+) -> tuple[TextToImage, dict[str, Part], SampleConfig]:
+  """The model of a directory, or 'asset:NAME', without its weights; where they are; how to sample.
+
+  Raises:
+    UserError: no such directory, no model in it, or a part that is missing or not implemented.
+  """
+  directory = resolve(path)
+  if not (directory / INDEX).is_file():
+    raise UserError(
+      f'{path} is no text-to-image model: it has no {INDEX}; give a directory that train or '
+      'convert wrote, or a pipeline of diffusers.'
+    )
+  index = read_json(directory / INDEX)
+  ours = index.get('_class_name') == OURS
+  parts = _parts(directory, index, ours)
+  schedule, prediction, sample = _scheduler(directory, index, ours)
+  roles = [role for role in ROLES if role in parts]
+  if not roles:
+    raise UserError(f'{path} has no text encoder; give a text-to-image model.')
+  places = [resolve(parts[roles[0]].path)] if ours else [
+    directory / role.replace('text_encoder', 'tokenizer') for role in roles
+  ]
+  sdxl = len(roles) > 1
+  text = TextEncoders(
+    {role: parts[role].network(dtype) for role in roles}, tuple(map(load_tokenizer, places)),
+    skip=int(sdxl), normalize=not sdxl, pooled=sdxl,
+    zero_null=bool(index.get('force_zeros_for_empty_prompt', sdxl)) and sdxl,
+  )
+  low = directory / 'low_res_scheduler' / 'scheduler_config.json'
+  model = make_model(
+    parts['unet'].config, parts['autoencoder'].config, text, schedule, prediction,
+    latent_patch_size=_patch(path, index), dtype=dtype,
+    controlnet=parts['controlnet'].network(dtype) if 'controlnet' in parts else None,
+    small_schedule=Schedule(_schedule_config(read_json(low))) if low.is_file() else None,
+  )
+  return model, parts, sample
+
+
+def _parts(directory: Path, index: Mapping[str, Any], ours: bool) -> dict[str, Part]:
+  place = lambda role: str(directory / role)
+  if ours:
+    named = lambda role: str(index.get(role, role))
+    ours_at = lambda role: named(role) if named(role).startswith('asset:') else place(role)
+    return {
+      'unet': read_part(place('unet'), ('unet',)),
+      'autoencoder': read_part(ours_at('autoencoder'), ('autoencoder',)),
+      ROLES[0]: read_part(ours_at('clip'), TEXT_KINDS),
+    }
+  kinds = {'unet': ('unet',), 'vae': ('autoencoder',), 'controlnet': ('controlnet',)}
+  kinds |= dict.fromkeys(ROLES, TEXT_KINDS)
+  found = {
+    role: read_part(place(role), names) for role, names in kinds.items() if _has(index, role)
+  }
+  for role in ('unet', 'vae'):
+    if role not in found:
+      raise UserError(f'{directory / INDEX} names no {role}; give a text-to-image pipeline.')
+  found['autoencoder'] = found.pop('vae')
+  return found
+
+
+def _has(index: Mapping[str, Any], role: str) -> bool:
+  """diffusers names an absent part [null, null]."""
+  return isinstance(index.get(role), list) and index[role][0] is not None
+
+
+def _scheduler(directory: Path, index: Mapping[str, Any], ours: bool):
+  """(schedule, prediction, how to sample) of a model directory."""
+  scheduler = read_json(directory / 'scheduler' / 'scheduler_config.json')
+  prediction = scheduler.get('prediction_type', 'epsilon')
+  if prediction not in PREDICTIONS:
+    raise UserError(
+      f'{directory} predicts {prediction!r}; only {", ".join(PREDICTIONS)} are known.'
+    )
+  if not ours:
+    return _schedule_config(scheduler), prediction, DIFFUSERS_SAMPLE
+  known = {field.name for field in dataclasses.fields(SampleConfig)}
+  given = {k: v for k, v in index.get('sample', {}).items() if k in known}
+  try:
+    return _schedule_config(scheduler), prediction, typed(SampleConfig, given, 'sample.')
+  except UserError as error:
+    raise UserError(f'{directory} cannot be sampled: {error}') from error
+
+
+def _schedule_config(values: Mapping[str, Any]) -> ScheduleConfig:
+  fields = {field.name for field in dataclasses.fields(ScheduleConfig)}
+  return ScheduleConfig(**{k: v for k, v in values.items() if k in fields})
+
+
+def _patch(path: str, index: Mapping[str, Any]) -> int:
+  patch = index.get('latent_patch_size', 1)
+  if type(patch) is not int or patch < 1:
+    raise UserError(f'{path} has latent_patch_size {patch!r}; give a number from 1 on.')
+  return patch
+
+
+def load_weights(
+  parts: Mapping[str, Part], *, dtype=jnp.float32, mesh: Mesh | None = None
+) -> Weights:
+  """The parameters of every part, tensor by tensor onto the mesh, or on the host."""
+  return {
+    role: load_params(part.kind, part.path, dtype=dtype, mesh=mesh)[1]
+    for role, part in parts.items()
+  }
+
+
+def load_text_to_image(
+  path: str, dtype=jnp.float32, mesh: Mesh | None = None
+) -> tuple[TextToImage, Weights, SampleConfig]:
+  """Reads a model directory, or 'asset:NAME'. `dtype` is the type of the computation.
+
+  Raises:
+    UserError: no such directory, no model in it, or a part that cannot be read.
+  """
+  model, parts, sample = read_pipeline(path, dtype)
+  return model, load_weights(parts, mesh=mesh), sample
 
 
 def save_text_to_image(
   directory: Path, model: TextToImage, unet: Params, *, autoencoder: str, clip: str,
   sample: SampleConfig, dtype: str,
 ) -> None:
-  """Writes the model; `load_text_to_image` reads it."""
+  """Writes a model of our own class; `load_text_to_image` reads it."""
   save_params(directory / 'unet', model.unet.config, unet, dtype=dtype)
   scheduler = {
     '_class_name': 'DDIMScheduler', **dataclasses.asdict(model.schedule.config),
     'prediction_type': model.prediction, 'timestep_spacing': sample.spacing,
     'clip_sample': False, 'set_alpha_to_one': True, 'steps_offset': 0,
   }
-  _write_json(directory / 'scheduler' / 'scheduler_config.json', scheduler)
+  write_json(directory / 'scheduler' / 'scheduler_config.json', scheduler)
   index = {
-    '_class_name': 'TextToImage', 'sample': dataclasses.asdict(sample),
+    '_class_name': OURS, 'sample': dataclasses.asdict(sample),
     'latent_patch_size': model.latent_patch_size,
   }
   for role, path in (('autoencoder', autoencoder), ('clip', clip)):
     index[role] = path if path.startswith('asset:') else role
     if index[role] == role:
       shutil.copytree(resolve(path), directory / role, dirs_exist_ok=True)
-  _write_json(directory / INDEX, index)
+  write_json(directory / INDEX, index)
 
 
-def load_text_to_image(path: str, dtype=jnp.float32) -> tuple[TextToImage, Weights, SampleConfig]:
-  """Reads a model directory, or 'asset:NAME'; parameters are float32 host arrays.
-
-  Raises:
-    UserError: no such directory, no model in it, or a part that cannot be read.
-  """
-  directory = resolve(path)
-  index = _read_json(directory / INDEX, f'{path} is no text-to-image model')
-  scheduler = _read_json(directory / 'scheduler' / 'scheduler_config.json', f'{path} is incomplete')
-  parts = {
-    role: part if part.startswith('asset:') else str(directory / role)
-    for role, part in ((role, str(index.get(role, role))) for role in ('autoencoder', 'clip'))
-  }
-  fields = {field.name for field in dataclasses.fields(ScheduleConfig)}
-  schedule = ScheduleConfig(**{k: v for k, v in scheduler.items() if k in fields})
-  prediction = scheduler.get('prediction_type', 'epsilon')
-  if prediction not in PREDICTIONS:
-    raise UserError(f'{path} predicts {prediction!r}; only {", ".join(PREDICTIONS)} are known.')
-  patch = index.get('latent_patch_size', 1)
-  if type(patch) is not int or patch < 1:
-    raise UserError(f'{path} has latent_patch_size {patch!r}; give a number from 1 on.')
-  unet_config, unet = load_params('unet', str(directory / 'unet'))
-  model, frozen = assemble(unet_config, **parts, schedule=schedule, prediction=prediction,
-                           latent_patch_size=patch, dtype=dtype)
-  known = {field.name for field in dataclasses.fields(SampleConfig)}
-  given = {k: v for k, v in index.get('sample', {}).items() if k in known}
-  try:
-    sample = typed(SampleConfig, given, 'sample.')
-  except UserError as error:
-    raise UserError(f'{path} cannot be sampled: {error}') from error
-  to_arrays = lambda params: {name: np.asarray(value) for name, value in params.items()}
-  weights = Weights(*map(to_arrays, (unet, frozen['autoencoder'], frozen['clip'])))
-  return model, weights, sample
-
-
-def _write_json(path: Path, values: dict) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(values, indent=2) + '\n')
-
-
-def _read_json(path: Path, problem: str) -> dict:
-  try:
-    values = json.loads(path.read_text())
-  except FileNotFoundError:
-    raise UserError(f'{problem}: {path} is missing; give a directory that train wrote.') from None
-  except (OSError, ValueError) as error:
-    raise UserError(f'{problem}: {path} cannot be read ({error}); export it again.') from error
-  if not isinstance(values, dict):
-    raise UserError(f'{problem}: {path} holds no JSON object; export it again.')
-  return values
+def save_changed(
+  directory: Path, source: str, changed: Mapping[str, tuple[Any, Params]], dtype: str
+) -> None:
+  """A copy of the pipeline in `source`, with other parameters (config, params) for some roles."""
+  folders = {'autoencoder': 'vae'}
+  skip = {folders.get(role, role) for role in changed}
+  origin = resolve(source)
+  ignore = lambda folder, names: skip & set(names) if Path(folder) == origin else set()
+  shutil.copytree(origin, directory, ignore=ignore, dirs_exist_ok=True)
+  for role, (config, params) in changed.items():
+    save_params(directory / folders.get(role, role), config, params, dtype=dtype)

@@ -1,34 +1,31 @@
-"""Text to image: prompts -> text embeddings -> latents by a sampler -> images by the decoder."""
+"""Text to image: prompts -> text embeddings -> latents by a sampler -> images by the decoder.
+
+The same model draws with whatever else its U-Net takes: see `pipelines.conditions`.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerBase
 
 from diffusion_jax.diffusion.denoiser import TextDenoiser, text_denoiser
 from diffusion_jax.diffusion.samplers import initial_noise, sampler
 from diffusion_jax.diffusion.schedules import Schedule
-from diffusion_jax.errors import UserError
 from diffusion_jax.models.functional import Network
-from diffusion_jax.models.text.tokenizer import Tokenize
+from diffusion_jax.models.unet import UNet
+from diffusion_jax.models.unet_config import UNetConfig
 from diffusion_jax.parallel.sharding import in_batches, put_params
+from diffusion_jax.pipelines.conditions import Inputs, prepared
 from diffusion_jax.pipelines.sampling import Numbers, Program, SampleConfig
-from diffusion_jax.types import Images, Latents, Params, Text, Tokens
+from diffusion_jax.pipelines.text_encoders import TextEncoders
+from diffusion_jax.types import Condition, Images, Latents, Params, Tokens, Weights
 from diffusion_jax.viz.grids import to_uint8
 
-
-class Weights(NamedTuple):
-  """Parameters of the three networks, on the mesh."""
-
-  unet: Params
-  autoencoder: Params
-  clip: Params
+__all__ = ['SampleConfig', 'TextToImage', 'Weights', 'fold', 'unfold']
 
 
 def fold(x: Latents, patch: int) -> Latents:
@@ -47,21 +44,37 @@ def unfold(x: Latents, patch: int) -> Latents:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TextToImage:
-  """A latent diffusion model without its weights."""
+  """A latent diffusion model without its weights.
+
+  `controlnet` adds to the U-Net's skips where there is one; `small_schedule` has the noise levels
+  of the small pictures that an upscaler enlarges.
+  """
 
   unet: Network
   autoencoder: Network
-  clip: Network
+  text: TextEncoders
   schedule: Schedule
   prediction: str
-  tokenizer: PreTrainedTokenizerBase
   latent_patch_size: int = 1
+  controlnet: Network | None = None
+  small_schedule: Schedule | None = None
+
+  @property
+  def networks(self) -> dict[str, Network]:
+    """Every network by role."""
+    own = {'unet': self.unet, 'autoencoder': self.autoencoder, **self.text.networks}
+    return own | ({'controlnet': self.controlnet} if self.controlnet else {})
+
+  @property
+  def channels(self) -> int:
+    """Channels of one latent, as the U-Net sees it."""
+    return self.autoencoder.config.latent_channels * self.latent_patch_size**2
 
   @property
   def latent_shape(self) -> tuple[int, int, int]:
     """[h w c] of one latent."""
     size = self.unet.config.sample_size
-    return size, size, self.unet.config.in_channels
+    return size, size, self.channels
 
   @property
   def image_size(self) -> int:
@@ -70,41 +83,70 @@ class TextToImage:
     return places * self.autoencoder.config.factor
 
   @property
-  def context(self) -> int:
-    """Length of a prompt in tokens, both frame tokens included."""
-    return self.clip.config.text_config.max_position_embeddings
+  def beside(self) -> int:
+    """Channels that the U-Net takes beside the latents."""
+    return self.unet.config.in_channels - self.channels
+
+  def with_unet(self, config: UNetConfig) -> 'TextToImage':
+    """The same model with a U-Net of another config."""
+    return dataclasses.replace(self, unet=Network.of(UNet, config, **self.unet.options))
 
   def on_mesh(self, weights: Weights, mesh: Mesh) -> Weights:
     """Host arrays onto their shards."""
-    return Weights(*(put_params(params, mesh) for params in weights))
+    return {role: put_params(params, mesh) for role, params in weights.items()}
 
   def tokens(self, prompts: Sequence[str], on_long: str = 'truncate') -> np.ndarray:
-    """Prompts -> int32 [n l]. With on_long='error' a prompt that does not fit is a UserError."""
-    return Tokenize(self.tokenizer, self.context, on_long).batch(list(prompts))
+    """Prompts -> int32 [n e l]. With on_long='error' a prompt that does not fit is a UserError."""
+    return self.text.tokens(prompts, on_long)
 
-  def encode_text(self, clip: Params, tokens: Tokens) -> Text:
-    """Tokens [b l] -> the text tower's last hidden states [b l d], float32."""
-    return self.clip.bind(clip).encode_text(tokens)[0].astype(jnp.float32)
+  def encode_text(self, weights: Weights, tokens: Tokens) -> Condition:
+    """Tokens [b e l] -> what the U-Net is told of them; SDXL's sizes are those of whole images."""
+    return self.with_sizes(self.text.encode(weights, tokens))
+
+  def with_sizes(self, condition: Condition, sizes: jax.Array | None = None) -> Condition:
+    """Adds the sizes [b 6] that SDXL is told, those of whole images where none are given."""
+    if getattr(self.unet.config, 'addition_embed_type', None) != 'text_time':
+      return condition
+    edge = float(self.image_size)
+    whole = jnp.asarray([edge, edge, 0, 0, edge, edge], jnp.float32)
+    sizes = jnp.broadcast_to(whole, (len(condition.text), 6)) if sizes is None else sizes
+    return condition._replace(sizes=sizes)
 
   @property
   def learned_variance(self) -> bool:
     """Whether the U-Net predicts a variance, too, in as many channels again."""
-    return self.unet.config.out_channels == 2 * self.unet.config.in_channels
+    return self.unet.config.out_channels == 2 * self.channels
 
-  def denoiser(self, unet: Params, variance: bool = False) -> TextDenoiser:
-    """D(x, alpha, sigma, text) -> estimate of the clean latents, by the U-Net without guidance."""
-    module = self.unet.bind(unet)
-    network = lambda x, t, text: module(x, t, text)
-    return text_denoiser(network, self.schedule, self.prediction, variance)
+  def network(self, weights: Weights):
+    """(x [b h w c], t [b], condition) -> the U-Net's output, with a ControlNet where there is one.
+    """
+    unet = self.unet.bind(weights['unet'])
+    control = self.controlnet.bind(weights['controlnet']) if self.controlnet else None
+
+    def predict(x: Latents, t: jax.Array, c: Condition) -> Latents:
+      more = {name: getattr(c, name) for name in ('pooled', 'sizes', 'labels')}
+      given = {name: value for name, value in more.items() if value is not None}
+      if control is not None and c.control is not None:
+        residuals = control(x, t, c.text, c.control, **given)
+        strength = c.strength[:, None, None, None]
+        given['residuals'] = jax.tree.map(lambda r: r * strength.astype(r.dtype), residuals)
+      seen = x if c.image is None else jnp.concatenate([x, c.image.astype(x.dtype)], axis=-1)
+      return unet(seen, t, c.text, **given)
+
+    return predict
+
+  def denoiser(self, weights: Weights, variance: bool = False) -> TextDenoiser:
+    """D(x, alpha, sigma, condition) -> estimate of the clean latents, without guidance."""
+    return text_denoiser(self.network(weights), self.schedule, self.prediction, variance)
 
   def sample_latents(
-    self, unet: Params, x: Latents, keys: jax.Array, text: Text, negative: Text,
-    program: Program, numbers: Numbers,
+    self, weights: Weights, x: Latents, keys: jax.Array, condition: Condition,
+    negative: Condition, program: Program, numbers: Numbers,
   ) -> Latents:
-    """Noise or noised latents x [b h w c], one key per image, text and negative [b l d]."""
+    """Noise or noised latents x [b h w c], one key per image, conditions [b ...] -> latents."""
     variance = self.learned_variance and program.sampler == 'ddpm'
-    denoise = self.denoiser(unet, variance)
-    guided = program.guide(denoise, text, negative, numbers, self.prediction)
+    denoise = self.denoiser(weights, variance)
+    guided = program.guide(denoise, condition, negative, numbers, self.prediction)
     draw = sampler('ddpm', variance='learned') if variance else sampler(program.sampler)
     return draw(guided, x, numbers.grid, keys)
 
@@ -113,6 +155,11 @@ class TextToImage:
     config = self.autoencoder.config
     return fold((z - config.shift_factor) * config.scaling_factor, self.latent_patch_size)
 
+  def encode(self, autoencoder: Params, images: Images) -> Latents:
+    """Images [b h w 3] in [-1, 1] -> means of their latents as the U-Net sees them."""
+    mean, _ = self.autoencoder.bind(autoencoder).encode(images)
+    return self.latents(mean.astype(jnp.float32))
+
   def decode(self, autoencoder: Params, latents: Latents) -> Images:
     """What the U-Net sees -> images [b h w 3] in [-1, 1]."""
     config = self.autoencoder.config
@@ -120,61 +167,44 @@ class TextToImage:
     images = self.autoencoder.bind(autoencoder).decode(z)
     return jnp.clip(images.astype(jnp.float32), -1.0, 1.0)
 
-  @partial(jax.jit, static_argnums=0)
-  def _encode(self, autoencoder: Params, images) -> Latents:
-    """Images uint8 [b h w 3] -> means of their latents as the U-Net sees them."""
-    mean, _ = self.autoencoder.bind(autoencoder).encode(images / jnp.float32(127.5) - 1)
-    return self.latents(mean.astype(jnp.float32))
-
-  @partial(jax.jit, static_argnums=(0, 6))
-  def _draw(self, weights: Weights, x, keys, tokens, negative, program, numbers) -> Images:
-    text = self.encode_text(weights.clip, jnp.concatenate([tokens, negative]))
-    text, negative = jnp.split(text, 2)
-    keys = jax.random.wrap_key_data(keys)
-    latents = self.sample_latents(weights.unet, x, keys, text, negative, program, numbers)
-    return self.decode(weights.autoencoder, latents)
-
-  def _noised(self, autoencoder: Params, images, noise, pair, mesh, batch_size) -> np.ndarray:
-    """alpha x_0 + sigma eps of uint8 images [1 or n h w 3] and noise [n h w c]."""
-    edge = self.image_size
-    if images.dtype != np.uint8 or images.shape[1:] != (edge, edge, 3):
-      raise UserError(
-        f'images to start from are {images.dtype} {list(images.shape)}; give uint8 [n, {edge}, '
-        f'{edge}, 3].'
-      )
-    if len(images) not in (1, len(noise)):
-      raise UserError(f'{len(images)} images do not fit {len(noise)} prompts; give 1, or as many.')
-    z = in_batches(self._encode, autoencoder, images, mesh=mesh,
-                   batch_size=min(batch_size, len(images)))
-    return pair[0] * np.concatenate(list(z)) + pair[1] * noise
+  @partial(jax.jit, static_argnums=(0, 3))
+  def _draw(self, weights: Weights, rows: dict, program: Program, numbers: Numbers) -> Images:
+    n, tokens = len(rows['x']), jnp.concatenate([rows['tokens'], rows['negative']])
+    both = self.encode_text(weights, tokens)
+    condition, negative = (jax.tree.map(lambda a, s=s: a[s : s + n], both) for s in (0, n))
+    condition, negative, x = prepared(self, weights, condition, negative, rows, numbers.grid)
+    keys = jax.random.wrap_key_data(rows['keys'])
+    latents = self.sample_latents(weights, x, keys, condition, negative, program, numbers)
+    return self.decode(weights['autoencoder'], latents)
 
   def generate(
     self, weights: Weights, prompts: Sequence[str], config: SampleConfig, *, seed: int, mesh: Mesh,
-    negative: str = '', batch_size: int = 16, first: int = 0, images: np.ndarray | None = None,
-    strength: float = 0.8,
+    negative: str = '', batch_size: int = 16, first: int = 0, inputs: Inputs | None = None,
   ) -> Iterator[np.ndarray]:
     """Yields images, uint8 [b h w 3], batch after batch; one compilation for all.
 
     Image i depends on the seed, its number first + i and its prompt, not on the batch it is in.
-    What is compiled depends on the config's `program` alone, and on the batch size.
+    What is compiled depends on the config's `program` alone, on the batch size, and on which
+    inputs there are.
 
     Args:
-      images: uint8 [n h w 3], one for each prompt, or one for all: image-to-image (Meng et al.
-        2022, SDEdit), which noises them and takes the last steps only.
-      strength: of image-to-image: the share of the steps in (0, 1]; 1 keeps least of an image.
+      inputs: pictures to start from, masks, controls: whatever the model takes beside the prompt.
 
     Raises:
-      UserError: for a config that cannot be sampled, and images that do not fit.
+      UserError: for a config that cannot be sampled, and inputs that do not fit the model.
     """
     config.check(self.schedule, self.prediction)
-    tokens = self.tokens(prompts)
-    null = np.repeat(self.tokens([negative]), len(prompts), axis=0)
+    inputs = inputs or Inputs()
+    given = inputs.rows(self, len(prompts))
     noise, keys = initial_noise(seed, first, len(prompts), self.latent_shape)
-    x, keys = np.asarray(noise), np.asarray(jax.random.key_data(keys))
-    numbers = config.numbers(self.schedule, 1.0 if images is None else strength)
-    if images is not None:
-      pair = [part[0] for part in numbers.grid]
-      x = self._noised(weights.autoencoder, images, x, pair, mesh, batch_size)
-    draw = lambda weights, *rows: self._draw(weights, *rows, config.program, numbers)
-    for out in in_batches(draw, weights, x, keys, tokens, null, mesh=mesh, batch_size=batch_size):
+    rows = {
+      'x': np.asarray(noise), 'keys': np.asarray(jax.random.key_data(keys)),
+      'tokens': self.tokens(prompts), **given,
+      'negative': np.repeat(self.tokens([negative]), len(prompts), axis=0),
+    }
+    numbers = config.numbers(self.schedule, inputs.share(self))
+    draw = lambda weights, *columns: self._draw(
+      weights, dict(zip(rows, columns, strict=True)), config.program, numbers
+    )
+    for out in in_batches(draw, weights, *rows.values(), mesh=mesh, batch_size=batch_size):
       yield to_uint8(out)

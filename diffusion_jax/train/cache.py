@@ -17,13 +17,20 @@ from diffusion_jax.pipelines.text_to_image import TextToImage
 
 @dataclasses.dataclass(frozen=True)
 class ChooseText:
-  """A record of the cache -> 'mean', 'std' [h w c] and 'text' [l d] of one of its captions."""
+  """A record of the cache -> 'mean', 'std' [h w c], 'text' [l d] of one of its captions.
+
+  And 'pooled' [p], where the model is told it.
+  """
 
   random: ClassVar[bool] = True
 
   def __call__(self, record: dict, rng: np.random.Generator) -> dict:
-    text = record['texts'][int(rng.integers(len(record['texts'])))]
-    return {'mean': record['mean'], 'std': record['std'], 'text': text.astype(np.float32)}
+    chosen = int(rng.integers(len(record['texts'])))
+    text = record['texts'][chosen]
+    out = {'mean': record['mean'], 'std': record['std'], 'text': text.astype(np.float32)}
+    if 'pooled' in record:
+      out['pooled'] = record['pooled'][chosen].astype(np.float32)
+    return out
 
 
 def _encoder(model: TextToImage) -> Callable:
@@ -40,9 +47,9 @@ def cached_source(
   """Encodes every image and every caption of `source` once.
 
   Columns: 'mean' and 'std' [h w c], moments of the unscaled latents, float32; 'texts' [k l d], the
-  embeddings of the record's k captions, float16 to halve the memory.
+  embeddings of the record's k captions, float16 to halve the memory; 'pooled' [k p] for SDXL.
   """
-  params = {role: put_params(p, mesh) for role, p in frozen.items() if role != 'null_text'}
+  params = {role: put_params(frozen[role], mesh) for role in ('autoencoder', *model.text.networks)}
   records = [source[i] for i in tqdm(
     range(len(source)), desc='reading images', disable=not progress, leave=False
   )]
@@ -53,14 +60,17 @@ def cached_source(
     total=-(-len(images) // 64), desc='encoding images', disable=not progress, leave=False,
   ))
   mean, std = (np.concatenate(part) for part in zip(*moments, strict=True))
-  texts = np.concatenate([
-    text.astype(np.float16) for text in tqdm(
+  told = [
+    jax.tree.map(lambda part: part.astype(np.float16), condition) for condition in tqdm(
       in_batches(
-        jax.jit(model.encode_text), params['clip'], model.tokens(captions), mesh=mesh,
-        batch_size=256,
+        jax.jit(model.text.encode), params, model.tokens(captions), mesh=mesh, batch_size=256
       ),
       total=-(-len(captions) // 256), desc='encoding captions', disable=not progress, leave=False,
     )
-  ])
-  ends = np.cumsum([len(record['captions']) for record in records])
-  return ArraySource({'mean': mean, 'std': std, 'texts': np.split(texts, ends[:-1])})
+  ]
+  ends = np.cumsum([len(record['captions']) for record in records])[:-1]
+  columns = {'texts': np.concatenate([c.text for c in told])}
+  if model.text.pooled:
+    columns['pooled'] = np.concatenate([c.pooled for c in told])
+  by_record = {name: np.split(column, ends) for name, column in columns.items()}
+  return ArraySource({'mean': mean, 'std': std, **by_record})

@@ -34,7 +34,7 @@ class LoopConfig:
   """batch_size is global, over all devices and accumulation_steps. An interval of 0 means never.
 
   ema_halflife_images: images after which an old weight counts half in the average; 0 for none.
-  evaluate_samples: images that are drawn or read for one evaluation.
+  evaluate_samples: images that are drawn or read for one evaluation; 0 for no scores at all.
   """
 
   total_steps: int = 1000
@@ -51,9 +51,14 @@ class LoopConfig:
 
   def __post_init__(self):
     for name in ('total_steps', 'batch_size', 'accumulation_steps', 'log_every_steps',
-                 'keep_checkpoints', 'evaluate_samples'):
+                 'keep_checkpoints'):
       if getattr(self, name) < 1:
         raise UserError(f'loop.{name} is {getattr(self, name)}; it must be at least 1.')
+    if self.evaluate_samples < 0 or (self.evaluate_every_steps and not self.evaluate_samples):
+      raise UserError(
+        f'loop.evaluate_samples is {self.evaluate_samples}; give a number of samples, or 0 with '
+        'evaluate_every_steps 0 for no scores.'
+      )
     if self.batch_size % self.accumulation_steps:
       raise UserError(
         f'loop.batch_size {self.batch_size} cannot be split into {self.accumulation_steps} equal '
@@ -306,7 +311,7 @@ class _Session:
     self._log()
     self._save()
     self._preview()
-    scores = self._evaluate(final=True)
+    scores = self._evaluate(final=True) if self.t.loop.evaluate_samples else {}
     params = to_host(self.state.eval_params)
     if self.main:
       directory.write_json('scores.json', scores)

@@ -30,9 +30,11 @@ class TrainState(NamedTuple):
     return self.ema or self.params
 
 
-def _initialize(task: Task, optimizer, use_ema: bool, seed: int) -> TrainState:
+def _initialize(
+  task: Task, optimizer, use_ema: bool, seed: int, params: Params | None = None
+) -> TrainState:
   init_key, key = jax.random.split(jax.random.key(seed))
-  params = task.initialize(init_key)
+  params = task.initialize(init_key) if params is None else params
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     key=jax.random.key_data(key),
@@ -55,16 +57,16 @@ def abstract_state(task: Task, optimizer, use_ema: bool, mesh: Mesh) -> TrainSta
 
 
 def create_state(task: Task, optimizer, use_ema: bool, seed: int, mesh: Mesh) -> TrainState:
-  """A fresh state, initialised directly onto its shards."""
+  """A fresh state, initialised, or begun with given parameters, directly onto its shards."""
   abstract = abstract_state(task, optimizer, use_ema, mesh)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   # The program runs once and is full of random number generators: optimising it would take longer
   # than all else (49 s instead of 8 s for a small autoencoder on two CPU cores).
   make = jax.jit(
-    lambda: _initialize(task, optimizer, use_ema, seed), out_shardings=shardings,
-    compiler_options={'xla_backend_optimization_level': 0},
+    lambda params: _initialize(task, optimizer, use_ema, seed, params), out_shardings=shardings,
+    compiler_options={'xla_backend_optimization_level': 0}, donate_argnums=0,
   )
-  return make()
+  return make(task.start(mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

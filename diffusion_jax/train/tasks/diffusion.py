@@ -20,29 +20,28 @@ from diffusion_jax.evaluation.job import (
   fresh_weights,
 )
 from diffusion_jax.models.unet_config import UNetConfig
+from diffusion_jax.pipelines.conditions import Inputs
 from diffusion_jax.pipelines.directory import save_text_to_image
-from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage, Weights
+from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
 from diffusion_jax.train.tasks.noising import NoisingTask, history_of
 from diffusion_jax.train.tasks.task import Frozen, Memory, Scores
-from diffusion_jax.types import Latents, Params, Text
+from diffusion_jax.types import Condition, Latents, Params, Weights
+
+NULL = 'null'
+"""The role under which the null caption's condition is kept: 'text.bias', 'pooled.bias'."""
 
 
 @dataclasses.dataclass(frozen=True)
-class DiffusionTaskConfig:
-  """autoencoder and clip are model directories, or 'asset:NAME' for those in the package.
+class LatentTaskConfig:
+  """What every task in the space of latents has.
 
-  caption_dropout: share of captions replaced by the null caption, for classifier-free guidance.
-  latent_patch_size: p folds p x p positions of the latents into channels, so that the U-Net sees
-  fewer positions. cache: encode all images and captions once before training. preview_captions:
-  what the grids show over time.
+  clip: a CLIP with both towers, or 'asset:NAME'; its features score what is drawn. caption_dropout:
+  share of captions replaced by the null caption, for classifier-free guidance. cache: encode all
+  images and captions once before training. preview_captions: what the grids show over time.
   """
 
-  autoencoder: str
-  clip: str
-  unet: UNetConfig = UNetConfig()
-  schedule: ScheduleConfig = ScheduleConfig()
+  clip: str = 'asset:clip-openmoji-64'
   objective: ObjectiveConfig = ObjectiveConfig()
-  latent_patch_size: int = 1
   caption_dropout: float = 0.1
   cache: bool = False
   sample: SampleConfig = SampleConfig()
@@ -52,21 +51,39 @@ class DiffusionTaskConfig:
   def __post_init__(self):
     if not 0 <= self.caption_dropout <= 1:
       raise UserError(f'task.caption_dropout is {self.caption_dropout}; give a share from 0 to 1.')
-    if self.latent_patch_size < 1:
-      raise UserError(f'task.latent_patch_size is {self.latent_patch_size}; give 1 or more.')
     if self.objective.data_std != 1:
       raise UserError(
         f'objective.data_std is {self.objective.data_std}, but latents are scaled to unit '
         'deviation; leave it at 1.'
       )
+    if not self.preview_captions:
+      raise UserError('task.preview_captions is empty; give at least one caption to draw.')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiffusionTaskConfig(LatentTaskConfig):
+  """A new U-Net between parts that are there already.
+
+  autoencoder and clip are model directories, or 'asset:NAME' for those in the package; the CLIP is
+  the text encoder, too. latent_patch_size: p folds p x p positions of the latents into channels, so
+  that the U-Net sees fewer positions.
+  """
+
+  autoencoder: str
+  unet: UNetConfig = UNetConfig()
+  schedule: ScheduleConfig = ScheduleConfig()
+  latent_patch_size: int = 1
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.latent_patch_size < 1:
+      raise UserError(f'task.latent_patch_size is {self.latent_patch_size}; give 1 or more.')
     wanted = self.unet.in_channels * (2 if self.objective.learned_variance else 1)
     if self.unet.out_channels != wanted:
       raise UserError(
         f'unet.out_channels is {self.unet.out_channels}, but objective.learned_variance '
         f'{self.objective.learned_variance} needs {wanted}; change one of them.'
       )
-    if not self.preview_captions:
-      raise UserError('task.preview_captions is empty; give at least one caption to draw.')
 
 
 class DiffusionTask(NoisingTask):
@@ -75,66 +92,98 @@ class DiffusionTask(NoisingTask):
   name = 'diffusion'
 
   def __init__(
-    self, config: DiffusionTaskConfig, model: TextToImage, frozen: Frozen,
+    self, config: LatentTaskConfig, model: TextToImage, frozen: Frozen,
     train: ImageSource, test: ImageSource,
   ):
     config.sample.check(model.schedule, config.objective.prediction)
     self.config, self.model, self.train, self.test = config, model, train, test
     self.objective = Objective(config.objective, TableLevels(model.schedule))
-    null = jax.jit(model.encode_text)(frozen['clip'], model.tokens(['']))
-    self.frozen: Frozen = {**frozen, 'null_text': {'bias': np.asarray(null)[0]}}
-    self.batch_fields = ('mean', 'std', 'text') if config.cache else ('image', 'tokens')
+    null = jax.jit(model.text.encode)(frozen, model.tokens(['']))
+    bias = {f'{name}.bias': np.asarray(value)[0] for name, value in null._asdict().items()
+            if value is not None}
+    self.frozen: Frozen = {**frozen, NULL: bias}
+    cached = ('mean', 'std', 'text', *(['pooled'] if model.text.pooled else []))
+    self.batch_fields = cached if config.cache else ('image', 'tokens')
     self._evaluation: Evaluation | None = None
 
   def initialize(self, key: jax.Array) -> Params:
     return self.model.unet.initialize(key)
 
-  def _encode(self, frozen: Frozen, batch: dict, key: jax.Array) -> tuple[Latents, Text]:
-    """Sampled, scaled latents [b h w c] and text [b l d] of a batch, cached or not."""
-    if 'mean' in batch:
-      mean, std, text = batch['mean'], batch['std'], batch['text']
-    else:
-      mean, logvar = self.model.autoencoder.bind(frozen['autoencoder']).encode(batch['image'])
-      mean, std = mean.astype(jnp.float32), jnp.exp(logvar.astype(jnp.float32) / 2)
-      text = self.model.encode_text(frozen['clip'], batch['tokens'])
-    z = mean + std * jax.random.normal(key, mean.shape)
-    return self.model.latents(z), text
+  def weights(self, params: Params, frozen: Frozen) -> Weights:
+    """Parameters of the whole model by role, of what is trained and of what is not."""
+    return {**frozen, 'unet': params}
 
-  def drop_captions(self, text: Text, null: jax.Array, key: jax.Array) -> Text:
-    """Replaces a share of the texts [b l d] by the null caption's embedding [l d]."""
-    drop = jax.random.bernoulli(key, self.config.caption_dropout, (text.shape[0], 1, 1))
-    return jnp.where(drop, null, text)
+  def _latents(self, weights: Weights, batch: dict, key: jax.Array) -> Latents:
+    """Sampled, scaled latents [b h w c] of a batch, cached or not."""
+    if 'mean' in batch:
+      mean, std = batch['mean'], batch['std']
+    else:
+      mean, logvar = self.model.autoencoder.bind(weights['autoencoder']).encode(batch['image'])
+      mean, std = mean.astype(jnp.float32), jnp.exp(logvar.astype(jnp.float32) / 2)
+    return self.model.latents(mean + std * jax.random.normal(key, mean.shape))
+
+  def _told(self, weights: Weights, batch: dict, x0: Latents, key: jax.Array) -> Condition:
+    """What the network is told of a batch, with a share of the captions dropped."""
+    del x0
+    if 'text' in batch:
+      told = Condition(batch['text'], batch.get('pooled'))
+    else:
+      told = self.model.text.encode(weights, batch['tokens'])
+    told = self.drop_captions(told, weights[NULL], key)
+    return self.model.with_sizes(told, batch.get('sizes'))
+
+  def drop_captions(self, told: Condition, null: Params, key: jax.Array) -> Condition:
+    """Replaces a share of the texts [b ...] by the null caption's [...]."""
+    drop = jax.random.bernoulli(key, self.config.caption_dropout, (len(told.text),))
+    replace = lambda x, bias: jnp.where(drop.reshape(-1, *[1] * bias.ndim), bias, x)
+    return told._replace(**{
+      name: replace(getattr(told, name), null[f'{name}.bias'])
+      for name in ('text', 'pooled') if getattr(told, name) is not None
+    })
 
   def losses(self, params, frozen, memory: Memory, batch, key) -> Losses:
     """Losses of each example, and the noise level it was given."""
     key_z, key_drop, key = jax.random.split(key, 3)
-    x0, text = self._encode(frozen, batch, key_z)
-    text = self.drop_captions(text, frozen['null_text']['bias'], key_drop)
-    unet = self.model.unet.bind(params)
-    return self.objective.losses(lambda x, t: unet(x, t, text), x0, key, history_of(memory))
+    weights = self.weights(params, frozen)
+    x0 = self._latents(weights, batch, key_z)
+    told = self._told(weights, batch, x0, key_drop)
+    network = self.model.network(weights)
+    losses = self.objective.losses(
+      lambda x, t: network(x, t, told), x0, key, history_of(memory)
+    )
+    if 'weight' not in batch:
+      return losses
+    return losses._replace(loss=losses.loss * batch['weight'])
 
   def loss(self, params, frozen, memory, batch, key, step) -> tuple[jax.Array, tuple]:
     return self.summary(self.losses(params, frozen, memory, batch, key), memory)
 
-  def _weights(self, params: Params, frozen: Frozen) -> Weights:
-    return Weights(params, frozen['autoencoder'], frozen['clip'])
+  def preview_inputs(self) -> Inputs:
+    """What the previews are drawn with beside their captions."""
+    return Inputs()
 
   def preview(self, params, frozen, mesh: Mesh) -> tuple[np.ndarray, list[str]]:
     """The preview captions with the same noise every time."""
     captions = list(self.config.preview_captions)
     images = self.model.generate(
-      self._weights(params, frozen), captions, self.config.sample, seed=0, mesh=mesh,
-      batch_size=DRAW_BATCH,  # The evaluation's, so that both share one compiled program.
+      self.weights(params, frozen), captions, self.config.sample, seed=0, mesh=mesh,
+      # The evaluation's batch, so that both share one compiled program.
+      batch_size=self.draw_batch, inputs=self.preview_inputs(),
     )
     return np.concatenate(list(images)), captions
+
+  @property
+  def draw_batch(self) -> int:
+    """Images that are drawn at a time."""
+    return DRAW_BATCH
 
   def evaluate(self, params, frozen, mesh, *, samples: int, final: bool) -> Scores:
     """CLIP-space metrics of images drawn for the test captions."""
     if self._evaluation is None:
       self._evaluation = Evaluation.prepare(
-        self.model, frozen['clip'], self.train, self.test, mesh=mesh
+        self.model, self.config.clip, self.train, self.test, mesh=mesh
       )
-    weights = self._weights(params, frozen)
+    weights = self.weights(params, frozen)
     return evaluate_text_to_image(
       self._evaluation, weights, fresh_weights(self.model, weights, mesh) if final else None,
       self.config.sample, samples=samples, seed=0, real=final,

@@ -40,6 +40,10 @@ class Task(Protocol):
   def initialize(self, key: jax.Array) -> Params:
     """Fresh trainable parameters; pure."""
 
+  def start(self, mesh: Mesh) -> Params | None:
+    """Parameters on the mesh to begin with, such as pretrained ones; None for fresh ones."""
+    del mesh
+
   def memory(self) -> Memory:
     """What training begins to carry beside the parameters; replicated and checkpointed."""
     return {}

@@ -1,0 +1,51 @@
+"""The published models by name: every part's config, without weights."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from diffusion_jax.diffusion.schedules import ScheduleConfig
+from diffusion_jax.io.kinds import KINDS
+from diffusion_jax.io.published.architectures import UNETS
+from diffusion_jax.io.published.autoencoder_architectures import AUTOENCODERS
+from diffusion_jax.io.published.text_architectures import TEXT_ENCODERS
+from diffusion_jax.models.functional import Network
+from diffusion_jax.pipelines.directory import make_model
+from diffusion_jax.pipelines.text_encoders import ROLES, TextEncoders
+from diffusion_jax.pipelines.text_to_image import TextToImage
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+  """Names in UNETS, AUTOENCODERS and TEXT_ENCODERS, and what the U-Net predicts."""
+
+  unet: str
+  autoencoder: str
+  text: tuple[str, ...]
+  prediction: str = 'epsilon'
+
+
+ARCHITECTURES = {
+  'sd15': Architecture('sd15', 'sd15', ('clip_l',)),
+  'sd15_inpaint': Architecture('sd15_inpaint', 'sd15', ('clip_l',)),
+  'sd21_base': Architecture('sd21_base', 'sd21', ('openclip_h',)),
+  'sd21': Architecture('sd21', 'sd21', ('openclip_h',), 'v_prediction'),
+  'sdxl': Architecture('sdxl', 'sdxl', ('clip_l', 'openclip_bigg')),
+}
+
+
+def architecture_model(name: str, dtype=jnp.float32) -> TextToImage:
+  """The model of that name without weights and tokenizers; nothing is allocated."""
+  a = ARCHITECTURES[name]
+  sdxl = len(a.text) > 1
+  networks = {}
+  for role, encoder in zip(ROLES, a.text, strict=False):
+    config = TEXT_ENCODERS[encoder]
+    kind = 'clip_text_projection' if role == ROLES[1] else 'clip_text'
+    networks[role] = Network.of(KINDS[kind].module, config, dtype=dtype)
+  text = TextEncoders(
+    networks, (), skip=int(sdxl), normalize=not sdxl, pooled=sdxl, zero_null=sdxl
+  )
+  return make_model(
+    UNETS[a.unet], AUTOENCODERS[a.autoencoder], text, ScheduleConfig(), a.prediction, dtype=dtype
+  )

@@ -1,0 +1,85 @@
+"""Prompts -> the text that a denoiser is told, by one text encoder or several side by side."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from diffusion_jax.models.functional import Network
+from diffusion_jax.models.text.tokenizer import Tokenize
+from diffusion_jax.types import Condition, Weights
+
+ROLES = ('text_encoder', 'text_encoder_2')
+EXTRA = 'embeddings'
+"""The parameter of a text encoder that holds rows after its vocabulary (textual inversion)."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextEncoders:
+  """Text towers of CLIP, without weights, by role; their hidden states are joined by width.
+
+  Attributes:
+    tokenizers: one for each network, in the same order.
+    skip: layers left out at the end; 0 is the last hidden state, 1 the one before (SDXL).
+    normalize: whether the final norm is applied to the hidden states (not in SDXL).
+    pooled: whether the model is told the pooled text of the last encoder, too.
+    zero_null: whether the empty text is all zeros, as SDXL was trained.
+  """
+
+  networks: dict[str, Network]
+  tokenizers: tuple[PreTrainedTokenizerBase, ...]
+  skip: int = 0
+  normalize: bool = True
+  pooled: bool = False
+  zero_null: bool = False
+
+  @property
+  def length(self) -> int:
+    """Tokens of a prompt, both frame tokens included."""
+    return min(_text_config(n.config).max_position_embeddings for n in self.networks.values())
+
+  @property
+  def width(self) -> int:
+    """d of the joined hidden states [b l d]."""
+    return sum(_text_config(n.config).hidden_size for n in self.networks.values())
+
+  def tokens(self, prompts: Sequence[str], on_long: str = 'truncate') -> np.ndarray:
+    """Prompts -> int32 [n e l], e encoders. With 'error' a prompt that does not fit is refused."""
+    columns = [Tokenize(t, self.length, on_long).batch(list(prompts)) for t in self.tokenizers]
+    return np.stack(columns, axis=1)
+
+  def tokenize(self, prompt: str) -> np.ndarray:
+    """One prompt -> int32 [e l]."""
+    return self.tokens([prompt])[0]
+
+  def encode(self, weights: Weights, tokens: jax.Array) -> Condition:
+    """Tokens [b e l] -> a condition with float32 text [b l d] and, where used, pooled [b p]."""
+    parts, pooled = [], None
+    for i, (role, network) in enumerate(self.networks.items()):
+      params = dict(weights[role])
+      extra = params.pop(EXTRA, None)
+      hidden, pooled = network.bind(params).encode_text(
+        tokens[:, i], skip=self.skip, normalize=self.normalize, extra_embeddings=extra
+      )
+      parts.append(hidden)
+    text = jnp.concatenate(parts, axis=-1).astype(jnp.float32)
+    pooled = pooled.astype(jnp.float32) if self.pooled else None
+    condition = Condition(text, pooled)
+    return _zeroed(condition, self._empty(tokens)) if self.zero_null else condition
+
+  def _empty(self, tokens: jax.Array) -> jax.Array:
+    """[b]: whether a text has nothing between its two frame tokens."""
+    return tokens[:, 0, 1] == self.tokenizers[0].eos_token_id
+
+
+def _zeroed(condition: Condition, where: jax.Array) -> Condition:
+  zero = lambda x: jnp.where(where.reshape(-1, *[1] * (x.ndim - 1)), 0, x)
+  return jax.tree.map(zero, condition)
+
+
+def _text_config(config):
+  """The text tower's config, of a whole CLIP or of the tower alone."""
+  return getattr(config, 'text_config', config)

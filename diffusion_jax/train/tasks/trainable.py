@@ -1,0 +1,207 @@
+"""What of a pretrained model is trained: all of the U-Net, adapters, a ControlNet, a few words.
+
+Each kind says which parameters there are, with what they begin, how the whole model is put
+together with them, and what is written at the end.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.io.lora import LoRAWeights, write_lora
+from diffusion_jax.io.pretrained import load_params, save_params
+from diffusion_jax.io.textual_inversion import write_embeddings
+from diffusion_jax.models.controlnet import ControlNet, ControlNetConfig, from_unet
+from diffusion_jax.models.functional import Network
+from diffusion_jax.models.lora import LoRAConfig, is_lora, targets, with_lora
+from diffusion_jax.models.text.tokenizer import add_placeholder
+from diffusion_jax.parallel.sharding import put_params, to_host
+from diffusion_jax.pipelines.directory import Part, save_changed
+from diffusion_jax.pipelines.text_encoders import EXTRA
+from diffusion_jax.pipelines.text_to_image import TextToImage
+from diffusion_jax.types import Params, Weights
+
+
+class Trainable(Protocol):
+  """A part of a model that is trained while all others are frozen."""
+
+  def adapted(self, model: TextToImage) -> TextToImage:
+    """The model with room for the trained parameters; before anything else is asked."""
+
+  def initialize(self, key: jax.Array) -> Params:
+    """Fresh parameters; pure."""
+
+  def start(self, frozen: Weights, mesh: Mesh) -> Params | None:
+    """What training begins with; None for fresh parameters."""
+
+  def weights(self, params: Params, frozen: Weights) -> Weights:
+    """The whole model by role."""
+
+  def export(self, directory: Path, params: Params, dtype: str) -> None:
+    """Writes what was trained as its users expect it."""
+
+
+class WholeUNet:
+  """All of the U-Net; the result is a whole pipeline."""
+
+  def __init__(self, source: str, part: Part | None):
+    self.source, self.part = source, part
+
+  def adapted(self, model: TextToImage) -> TextToImage:
+    self.model = model
+    return model
+
+  def initialize(self, key: jax.Array) -> Params:
+    return self.model.unet.initialize(key)
+
+  def start(self, frozen: Weights, mesh: Mesh) -> Params:
+    """The pretrained U-Net; input channels that it does not have yet begin at zero.
+
+    So inpainting begins as the plain model does (Rombach et al. 2022, sec. 4.5).
+    """
+    params = load_params('unet', self.part.path, mesh=mesh)[1]
+    return widened(params, self.model.unet.shapes, mesh)
+
+  def weights(self, params: Params, frozen: Weights) -> Weights:
+    return {**frozen, 'unet': params}
+
+  def export(self, directory: Path, params: Params, dtype: str) -> None:
+    save_changed(directory, self.source, {'unet': (self.model.unet.config, params)}, dtype)
+
+
+def widened(params: Params, shapes: Params, mesh: Mesh) -> Params:
+  """Parameters whose first convolution gets the input channels of `shapes`, new ones at zero."""
+  name = 'conv_in.kernel'
+  kernel, wanted = params[name], shapes[name].shape
+  more = wanted[2] - kernel.shape[2]
+  if more == 0:
+    return params
+  if more < 0:
+    raise UserError(
+      f'the U-Net takes {kernel.shape[2]} channels, more than the {wanted[2]} that it is to be '
+      'trained with; leave settings.inputs as the model is.'
+    )
+  wide = jnp.pad(to_host(kernel), ((0, 0), (0, 0), (0, more), (0, 0)))
+  return {**params, **put_params({name: wide}, mesh)}
+
+
+class Adapters:
+  """LoRA on the U-Net; the result are adapters in the layouts of PEFT and kohya."""
+
+  def __init__(self, config: LoRAConfig):
+    self.config = config
+
+  def adapted(self, model: TextToImage) -> TextToImage:
+    self.sizes = targets(model.unet, self.config)
+    self.network = with_lora(model.unet, self.sizes)
+    return dataclasses.replace(model, unet=self.network)
+
+  def initialize(self, key: jax.Array) -> Params:
+    return {n: p for n, p in self.network.initialize(key).items() if is_lora(n)}
+
+  def start(self, frozen: Weights, mesh: Mesh) -> None:
+    del frozen, mesh
+
+  def weights(self, params: Params, frozen: Weights) -> Weights:
+    return {**frozen, 'unet': {**frozen['unet'], **params}}
+
+  def export(self, directory: Path, params: Params, dtype: str) -> None:
+    lora = {
+      name: LoRAWeights(params[f'{name}.lora.a'], params[f'{name}.lora.b'], size.alpha)
+      for name, size in self.sizes.items()
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    write_lora(directory / 'pytorch_lora_weights.safetensors', {'unet': lora}, layout='peft')
+    write_lora(directory / 'kohya.safetensors', {'unet': lora}, layout='kohya')
+
+
+class Control:
+  """A ControlNet (Zhang et al. 2023) beside the frozen U-Net, from whose weights it begins."""
+
+  def __init__(self, source: str):
+    self.source = source
+
+  def adapted(self, model: TextToImage) -> TextToImage:
+    self.config = ControlNetConfig.of_unet(model.unet.config)
+    self.network = Network.of(ControlNet, self.config, **model.unet.options)
+    return dataclasses.replace(model, controlnet=self.network)
+
+  def initialize(self, key: jax.Array) -> Params:
+    return self.network.initialize(key)
+
+  def start(self, frozen: Weights, mesh: Mesh) -> Params:
+    if self.source:
+      return load_params('controlnet', self.source, mesh=mesh)[1]
+    fresh = jax.jit(self.initialize)(jax.random.key(0))
+    return put_params(to_host(from_unet(fresh, frozen['unet'])), mesh)
+
+  def weights(self, params: Params, frozen: Weights) -> Weights:
+    return {**frozen, 'controlnet': params}
+
+  def export(self, directory: Path, params: Params, dtype: str) -> None:
+    save_params(directory, self.config, params, dtype=dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlaceholderConfig:
+  """A new word, made of `vectors` new rows; they begin as the embedding of `initializer`."""
+
+  token: str = '<concept>'
+  vectors: int = 1
+  initializer: str = 'object'
+
+  def __post_init__(self):
+    if self.vectors < 1 or not self.token.strip():
+      raise UserError('settings.placeholder needs a token and at least one vector.')
+
+
+class Words:
+  """Textual inversion (Gal et al. 2023): only the embedding of a new word is trained."""
+
+  def __init__(self, config: PlaceholderConfig):
+    self.config = config
+
+  def adapted(self, model: TextToImage) -> TextToImage:
+    self.text = model.text
+    if model.text.tokenizers:
+      for tokenizer in model.text.tokenizers:
+        add_placeholder(tokenizer, self.config.token, self.config.vectors)
+    return model
+
+  def _tables(self) -> dict[str, tuple[str, int]]:
+    """Role -> name of its embedding table and the width of a row."""
+    out = {}
+    for role, network in self.text.networks.items():
+      name = next(n for n in network.shapes if n.endswith('token_embedding.embedding'))
+      out[role] = name, network.shapes[name].shape[1]
+    return out
+
+  def initialize(self, key: jax.Array) -> Params:
+    draw = lambda width: 0.02 * jax.random.normal(key, (self.config.vectors, width))
+    return {f'{role}.embedding': draw(width) for role, (_, width) in self._tables().items()}
+
+  def start(self, frozen: Weights, mesh: Mesh) -> Params:
+    rows = {}
+    pairs = zip(self._tables().items(), self.text.tokenizers, strict=True)
+    for (role, (name, _)), tokenizer in pairs:
+      ids = tokenizer(self.config.initializer, add_special_tokens=False)['input_ids']
+      if not ids:
+        raise UserError('settings.placeholder.initializer is empty; name a word of the same kind.')
+      table = to_host(frozen[role][name])
+      rows[f'{role}.embedding'] = table[[ids[i % len(ids)] for i in range(self.config.vectors)]]
+    return put_params(rows, mesh)
+
+  def weights(self, params: Params, frozen: Weights) -> Weights:
+    return frozen | {
+      role: {**frozen[role], EXTRA: params[f'{role}.embedding']} for role in self._tables()
+    }
+
+  def export(self, directory: Path, params: Params, dtype: str) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    rows = {role: params[f'{role}.embedding'] for role in self._tables()}
+    write_embeddings(directory / 'learned_embeds.safetensors', self.config.token, rows)
