@@ -17,6 +17,8 @@ Text = Float[Array, 'b l d']
 Tokens = Int[Array, 'b l']
 Timesteps = Float[Array, 'b'] | Int[Array, 'b']
 PerExample = Float[Array, 'b']
+Residuals = tuple[list[Float[Array, 'b h w c']], Float[Array, 'b h w c']]
+"""A ControlNet's: what to add to the U-Net's skips, and to its mid block's result."""
 Params = dict[str, Array]
 """Parameters by dotted name, such as 'down_blocks.0.resnets.1.conv1.kernel'."""
 

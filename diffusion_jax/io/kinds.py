@@ -7,6 +7,7 @@ from typing import Any
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.published import autoencoders, mlp, text, unet
 from diffusion_jax.models.autoencoder import AutoencoderKL
+from diffusion_jax.models.controlnet import ControlNet
 from diffusion_jax.models.mlp import MLP
 from diffusion_jax.models.text.clip import CLIP, CLIPTextModel
 from diffusion_jax.models.unet import UNet
@@ -73,6 +74,10 @@ KINDS = {
   'unet': Kind(
     UNet, unet.UNetConfig, DIFFUSERS, ('_class_name', ('UNet2DConditionModel',)),
     unet.read_unet, unet.write_unet,
+  ),
+  'controlnet': Kind(
+    ControlNet, unet.ControlNetConfig, DIFFUSERS, ('_class_name', ('ControlNetModel',)),
+    unet.read_controlnet, unet.write_controlnet,
   ),
   'clip': Kind(
     CLIP, text.CLIPConfig, TRANSFORMERS, ('model_type', ('clip',)),

@@ -105,19 +105,24 @@ class FeedForward(nnx.Module):
 class BasicTransformerBlock(nnx.Module):
   """Self-attention, attention to the text, feed-forward; each pre-normed and residual.
 
-  x [b n c], text [b l d] -> [b n c] (Rombach et al. 2022, appendix E.2.1).
+  x [b n c], text [b l d] -> [b n c] (Rombach et al. 2022, appendix E.2.1). `only_text`: the first
+  attention is to the text as well, so that positions do not see each other (the x4 upscaler).
   """
 
-  def __init__(self, features: int, *, heads: int, context_features: int, **kw):
+  def __init__(
+    self, features: int, *, heads: int, context_features: int, only_text: bool = False, **kw
+  ):
     self.norm1 = layer_norm(features, **kw)
-    self.attn1 = Attention(features, heads=heads, **kw)
+    source = context_features if only_text else None
+    self.attn1 = Attention(features, heads=heads, context_features=source, **kw)
     self.norm2 = layer_norm(features, **kw)
     self.attn2 = Attention(features, heads=heads, context_features=context_features, **kw)
     self.norm3 = layer_norm(features, **kw)
     self.ff = FeedForward(features, **kw)
+    self.only_text = only_text
 
   def __call__(self, x: jax.Array, text: jax.Array) -> jax.Array:
-    x = x + self.attn1(self.norm1(x))
+    x = x + self.attn1(self.norm1(x), text if self.only_text else None)
     x = x + self.attn2(self.norm2(x), text)
     return x + self.ff(self.norm3(x))
 
@@ -131,13 +136,15 @@ class Transformer2DModel(nnx.Module):
 
   def __init__(
     self, channels: int, *, heads: int, depth: int, context_features: int, groups: int,
-    linear_projection: bool, **kw,
+    linear_projection: bool, only_text: bool = False, **kw,
   ):
     project = linear if linear_projection else pointwise
     self.norm = GroupNorm(groups, channels, 1e-6, **kw)
     self.proj_in = project(channels, channels, **kw)
     self.transformer_blocks = nnx.List([
-      BasicTransformerBlock(channels, heads=heads, context_features=context_features, **kw)
+      BasicTransformerBlock(
+        channels, heads=heads, context_features=context_features, only_text=only_text, **kw
+      )
       for _ in range(depth)
     ])
     self.proj_out = project(channels, channels, **kw)

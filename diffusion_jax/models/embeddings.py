@@ -1,4 +1,4 @@
-"""Embeddings of the diffusion time."""
+"""Embeddings of the diffusion time and of other numbers."""
 
 import math
 

@@ -31,14 +31,29 @@ def merge(graphdef: Any, params: Params) -> nnx.Module:
   return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
+class Keys:
+  """One key after another: the keys of nnx.Rngs(key), counted outside of what jax traces.
+
+  nnx.Rngs counts in an array. While a module is traced, each count is a search through all that
+  was traced before: two minutes for Stable Diffusion XL's U-Net, which this builds in seconds.
+  """
+
+  def __init__(self, key: jax.Array):
+    self.key, self.count = key, 0
+
+  def params(self) -> jax.Array:
+    self.count += 1
+    return jax.random.fold_in(self.key, self.count - 1)
+
+
 def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Any, Params]:
   """(graphdef, parameter shapes) of the module that `make` builds, without building it."""
-  return split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+  return split(nnx.eval_shape(lambda: make(Keys(jax.random.key(0)))))
 
 
 def initialize(make: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> Params:
   """Fresh parameters. Pure, so it can be jitted with sharded outputs."""
-  return split(make(nnx.Rngs(key)))[1]
+  return split(make(Keys(key)))[1]
 
 
 def count(params: Params) -> int:

@@ -188,28 +188,37 @@ class ResnetBlock2D(nnx.Module):
   """Residual block (He et al. 2016; with time as in DDPM, Ho et al. 2020, appendix B).
 
   norm, silu, conv, + projected time embedding, norm, silu, conv, + (projected) input.
-  `time_features` None: no time embedding (the autoencoder).
+  `time_features` None: no time embedding (the autoencoder). `scale_shift`: the time embedding
+  scales and shifts the second norm's result instead (Dhariwal & Nichol 2021, eq. 3).
   """
 
   def __init__(
     self, in_channels: int, out_channels: int, *, groups: int, epsilon: float,
-    time_features: int | None = None, **kw,
+    time_features: int | None = None, scale_shift: bool = False, **kw,
   ):
     self.norm1 = GroupNorm(groups, in_channels, epsilon, **kw)
     self.conv1 = Conv(in_channels, out_channels, **kw)
-    timed = time_features is not None
-    self.time_emb_proj = linear(time_features, out_channels, **kw) if timed else None
+    timed, projected = time_features is not None, out_channels * (2 if scale_shift else 1)
+    self.time_emb_proj = linear(time_features, projected, **kw) if timed else None
     self.norm2 = GroupNorm(groups, out_channels, epsilon, **kw)
     self.conv2 = Conv(out_channels, out_channels, **kw)
     same = in_channels == out_channels
     self.conv_shortcut = None if same else pointwise(in_channels, out_channels, **kw)
+    self.scale_shift = scale_shift
 
   def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
     """x [b h w i], time [b e] (already through the embedding's MLP) -> [b h w o]."""
     y = self.conv1(nnx.silu(self.norm1(x)))
-    if self.time_emb_proj is not None:
-      y = y + self.time_emb_proj(nnx.silu(time))[:, None, None]
-    y = self.conv2(nnx.silu(self.norm2(y)))
+    if self.time_emb_proj is None:
+      y = self.norm2(y)
+    else:
+      shift = self.time_emb_proj(nnx.silu(time))[:, None, None]
+      if self.scale_shift:
+        scale, shift = jnp.split(shift, 2, axis=-1)
+        y = self.norm2(y) * (1 + scale) + shift
+      else:
+        y = self.norm2(y + shift)
+    y = self.conv2(nnx.silu(y))
     return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 

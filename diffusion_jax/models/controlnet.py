@@ -1,0 +1,163 @@
+"""ControlNet (Zhang et al. 2023): a copy of a U-Net's encoder that steers it by an image.
+
+Names and computation follow diffusers' ControlNetModel.
+"""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from diffusion_jax.models.checks import all_positive, positive, require
+from diffusion_jax.models.layers import Conv, pointwise
+from diffusion_jax.models.unet_config import EncoderConfig, UNetConfig
+from diffusion_jax.models.unet_encoder import Encoder
+from diffusion_jax.types import Images, Latents, Params, Residuals, Text, Timesteps
+
+zeros = nnx.initializers.zeros
+ORDERS = ('rgb', 'bgr')
+
+
+@dataclasses.dataclass(frozen=True)
+class ControlNetConfig(EncoderConfig):
+  """Shape of a ControlNet; the defaults are those for Stable Diffusion 1.
+
+  conditioning_embedding_out_channels: widths of the small network that brings the control image
+    to the size of the latents; it halves the image once between each two of them.
+  controlnet_conditioning_channel_order: 'bgr' where the weights expect blue first; the control
+    image that a user gives is always RGB.
+  global_pool_conditions: residuals are averaged over all positions (the 'shuffle' ControlNet).
+  """
+
+  conditioning_channels: int = 3
+  conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
+  controlnet_conditioning_channel_order: str = 'rgb'
+  global_pool_conditions: bool = False
+
+  def __post_init__(self):
+    super().__post_init__()
+    positive(self, 'conditioning_channels')
+    all_positive(self, 'conditioning_embedding_out_channels')
+    self._one('controlnet_conditioning_channel_order', ORDERS)
+    require(
+      self.mid_block_type is not None,
+      'ControlNetConfig.mid_block_type must not be null; a ControlNet has a mid block.',
+    )
+
+  @classmethod
+  def for_unet(cls, unet: UNetConfig, **changes) -> 'ControlNetConfig':
+    """The ControlNet that fits a U-Net, with `changes` to the fields that a U-Net lacks."""
+    shared = {f.name: getattr(unet, f.name) for f in dataclasses.fields(EncoderConfig)}
+    return cls(**shared, **changes)
+
+  @property
+  def image_factor(self) -> int:
+    """Pixels of the control image along one side of a position of the latents."""
+    return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
+
+
+class ControlNetConditioningEmbedding(nnx.Module):
+  """Convolutions that halve the control image until it fits the latents: [b H W 3] -> [b h w o]."""
+
+  def __init__(self, config: ControlNetConfig, **kw):
+    widths = config.conditioning_embedding_out_channels
+    self.conv_in = Conv(config.conditioning_channels, widths[0], **kw)
+    blocks = []
+    for i, o in itertools.pairwise(widths):
+      blocks += [Conv(i, i, **kw), Conv(i, o, stride=2, **kw)]
+    self.blocks = nnx.List(blocks)
+    self.conv_out = Conv(widths[-1], config.block_out_channels[0], init=zeros, **kw)
+
+  def __call__(self, image: jax.Array) -> jax.Array:
+    x = nnx.silu(self.conv_in(image))
+    for block in self.blocks:
+      x = nnx.silu(block(x))
+    return self.conv_out(x)
+
+
+class ControlNet(Encoder):
+  """x, time, text and a control image -> residuals for a U-Net's skips and mid block.
+
+  Fresh, every residual is zero, so that training starts from the U-Net as it is.
+  """
+
+  def __init__(
+    self, config: ControlNetConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
+  ):
+    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    super().__init__(config, **kw)
+    self.controlnet_cond_embedding = ControlNetConditioningEmbedding(config, **kw)
+    widths = config.block_out_channels
+    outputs = [widths[0]]
+    for level, width in enumerate(widths):
+      halves = level < len(widths) - 1
+      outputs += [width] * (config.layers_per_block + halves)
+    self.controlnet_down_blocks = nnx.List([pointwise(o, o, init=zeros, **kw) for o in outputs])
+    self.controlnet_mid_block = pointwise(widths[-1], widths[-1], init=zeros, **kw)
+
+  def __call__(
+    self, x: Latents, t: Timesteps, text: Text, image: Images, *,
+    pooled: jax.Array | None = None, sizes: jax.Array | None = None,
+    labels: jax.Array | None = None, scale: float | jax.Array = 1.0,
+  ) -> Residuals:
+    """What the U-Net's call takes as `residuals`, times `scale`.
+
+    Args:
+      image: [b H W 3] in [0, 1], NOT [-1, 1], with H = h * image_factor and W = w * image_factor.
+      scale: a number, which may be traced; 0 switches the ControlNet off.
+
+    The rest, and the errors, are as in UNet's call.
+    """
+    self.check(x, t, text, pooled=pooled, sizes=sizes, labels=labels)
+    self._check_image(x, image)
+    if self.config.controlnet_conditioning_channel_order == 'bgr':
+      image = image[..., ::-1]
+    time = self.embed(t, pooled, sizes, labels)
+    x = self.conv_in(x) + self.controlnet_cond_embedding(image)
+    x, skips = self.descend(x, time, text)
+    finish = lambda y: self._pool(y) * jnp.asarray(scale, y.dtype)
+    convs = zip(self.controlnet_down_blocks, skips, strict=True)
+    return [finish(conv(y)) for conv, y in convs], finish(self.controlnet_mid_block(x))
+
+  def _pool(self, y: jax.Array) -> jax.Array:
+    return y.mean((1, 2), keepdims=True) if self.config.global_pool_conditions else y
+
+  def _check_image(self, x: jax.Array, image: jax.Array) -> None:
+    b, h, w, _ = x.shape
+    factor = self.config.image_factor
+    wanted = (b, h * factor, w * factor, self.config.conditioning_channels)
+    require(
+      image.shape == wanted,
+      f'The control image must have shape {list(wanted)} for latents of {h}x{w}, not '
+      f'{list(image.shape)}; resize it.',
+    )
+
+
+def from_unet(fresh: Params, unet: Params) -> Params:
+  """A ControlNet's parameters to start training from (Zhang et al. 2023, sec. 3.1).
+
+  Args:
+    fresh: a ControlNet's new parameters, or their shapes.
+    unet: those of the U-Net that it is to steer.
+
+  Returns:
+    The U-Net's encoder; from `fresh` only what a U-Net lacks. UserError where shapes differ.
+  """
+  own = ('controlnet_cond_embedding.', 'controlnet_down_blocks.', 'controlnet_mid_block.')
+  params = {}
+  for name, value in fresh.items():
+    params[name] = value if name.startswith(own) else unet.get(name)
+    found = None if params[name] is None else list(params[name].shape)
+    require(
+      found == list(value.shape),
+      f'{name} is {list(value.shape)} in the ControlNet and {found or "missing"} in the U-Net; '
+      'make the ControlNet with ControlNetConfig.for_unet.',
+    )
+  return params
+
+
+def add_residuals(*residuals: Residuals) -> Residuals:
+  """The residuals of several ControlNets together: their sum."""
+  return jax.tree.map(lambda *each: sum(each[1:], each[0]), *residuals)
