@@ -7,9 +7,11 @@ from typing import Any
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.published import autoencoders, mlp, text, unet
 from diffusion_jax.models.autoencoder import AutoencoderKL
+from diffusion_jax.models.autoencoder_tiny import AutoencoderTiny
 from diffusion_jax.models.mlp import MLP
 from diffusion_jax.models.text.clip import CLIP, CLIPTextModel
 from diffusion_jax.models.unet import UNet
+from diffusion_jax.models.vq import VQModel
 
 DIFFUSERS, TRANSFORMERS = 'diffusion_pytorch_model.safetensors', 'model.safetensors'
 
@@ -69,6 +71,15 @@ KINDS = {
     AutoencoderKL, autoencoders.AutoencoderKLConfig, DIFFUSERS,
     ('_class_name', ('AutoencoderKL',)),
     autoencoders.read_autoencoder, autoencoders.write_autoencoder, _new_attention,
+  ),
+  'vq': Kind(
+    VQModel, autoencoders.VQConfig, DIFFUSERS, ('_class_name', ('VQModel',)),
+    autoencoders.read_vq, autoencoders.write_vq, _new_attention,
+  ),
+  'autoencoder_tiny': Kind(
+    AutoencoderTiny, autoencoders.AutoencoderTinyConfig, DIFFUSERS,
+    ('_class_name', ('AutoencoderTiny',)),
+    autoencoders.read_autoencoder_tiny, autoencoders.write_autoencoder_tiny,
   ),
   'unet': Kind(
     UNet, unet.UNetConfig, DIFFUSERS, ('_class_name', ('UNet2DConditionModel',)),
