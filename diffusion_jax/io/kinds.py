@@ -72,15 +72,6 @@ KINDS = {
     ('_class_name', ('AutoencoderKL',)),
     autoencoders.read_autoencoder, autoencoders.write_autoencoder, _new_attention,
   ),
-  'vq': Kind(
-    VQModel, autoencoders.VQConfig, DIFFUSERS, ('_class_name', ('VQModel',)),
-    autoencoders.read_vq, autoencoders.write_vq, _new_attention,
-  ),
-  'autoencoder_tiny': Kind(
-    AutoencoderTiny, autoencoders.AutoencoderTinyConfig, DIFFUSERS,
-    ('_class_name', ('AutoencoderTiny',)),
-    autoencoders.read_autoencoder_tiny, autoencoders.write_autoencoder_tiny,
-  ),
   'unet': Kind(
     UNet, unet.UNetConfig, DIFFUSERS, ('_class_name', ('UNet2DConditionModel',)),
     unet.read_unet, unet.write_unet,
@@ -92,6 +83,15 @@ KINDS = {
   'clip_text': Kind(
     CLIPTextModel, text.CLIPTextConfig, TRANSFORMERS, ('model_type', ('clip_text_model',)),
     text.read_clip_text, text.write_clip_text, _text_model,
+  ),
+  'vq': Kind(
+    VQModel, autoencoders.VQConfig, DIFFUSERS, ('_class_name', ('VQModel',)),
+    autoencoders.read_vq, autoencoders.write_vq, _new_attention,
+  ),
+  'autoencoder_tiny': Kind(
+    AutoencoderTiny, autoencoders.AutoencoderTinyConfig, DIFFUSERS,
+    ('_class_name', ('AutoencoderTiny',)),
+    autoencoders.read_autoencoder_tiny, autoencoders.write_autoencoder_tiny,
   ),
   'mlp': Kind(
     MLP, mlp.MLPConfig, DIFFUSERS, ('_class_name', ('MLP',)), mlp.read_mlp, mlp.write_mlp
