@@ -7,10 +7,12 @@ from typing import Any
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.published import autoencoders, mlp, text, unet
 from diffusion_jax.models.autoencoder import AutoencoderKL
+from diffusion_jax.models.autoencoder_tiny import AutoencoderTiny
 from diffusion_jax.models.controlnet import ControlNet
 from diffusion_jax.models.mlp import MLP
 from diffusion_jax.models.text.clip import CLIP, CLIPTextModel
 from diffusion_jax.models.unet import UNet
+from diffusion_jax.models.vq import VQModel
 
 DIFFUSERS, TRANSFORMERS = 'diffusion_pytorch_model.safetensors', 'model.safetensors'
 
@@ -86,6 +88,15 @@ KINDS = {
   'clip_text': Kind(
     CLIPTextModel, text.CLIPTextConfig, TRANSFORMERS, ('model_type', ('clip_text_model',)),
     text.read_clip_text, text.write_clip_text, _text_model,
+  ),
+  'vq': Kind(
+    VQModel, autoencoders.VQConfig, DIFFUSERS, ('_class_name', ('VQModel',)),
+    autoencoders.read_vq, autoencoders.write_vq, _new_attention,
+  ),
+  'autoencoder_tiny': Kind(
+    AutoencoderTiny, autoencoders.AutoencoderTinyConfig, DIFFUSERS,
+    ('_class_name', ('AutoencoderTiny',)),
+    autoencoders.read_autoencoder_tiny, autoencoders.write_autoencoder_tiny,
   ),
   'mlp': Kind(
     MLP, mlp.MLPConfig, DIFFUSERS, ('_class_name', ('MLP',)), mlp.read_mlp, mlp.write_mlp

@@ -102,9 +102,11 @@ def test_truncated_or_missing_files_are_named(saved):
 
 
 @pytest.mark.parametrize(('change', 'words'), [
-  ({'use_quant_conv': False}, 'use_quant_conv=False'),
+  ({'use_quant_conv': False}, r'holds quant_conv\.bias, quant_conv\.weight'),
   ({'latents_mean': [0.1]}, 'latents_mean'),
-  ({'down_block_types': ['AttnDownEncoderBlock2D'] * 2}, 'down_block_types'),
+  ({'down_block_types': ['AttnDownEncoderBlock2D'] * 2}, r'lacks encoder\.down_blocks\.0\.att'),
+  ({'down_block_types': ['DownBlock2D'] * 2}, "down_block_types has 'DownBlock2D'"),
+  ({'up_block_types': ['UpDecoderBlock2D']}, 'up_block_types must have 2 entries'),
   ({'_class_name': 'AutoencoderTiny'}, "'AutoencoderTiny'"),
   ({'norm_num_groups': 3}, 'norm_num_groups=3'),
 ])
@@ -117,7 +119,7 @@ def test_what_we_do_not_implement_is_refused(saved, change, words):
 
 def test_keys_without_effect_are_accepted(saved):
   values = json.loads((saved / 'config.json').read_text())
-  more = {'force_upcast': False, 'sample_size': 512, 'latents_std': None, '_name_or_path': 'x'}
+  more = {'latents_mean': None, 'latents_std': None, '_name_or_path': 'x'}
   (saved / 'config.json').write_text(json.dumps(values | more))
   assert load_params('autoencoder', saved)[0] == CONFIG
 

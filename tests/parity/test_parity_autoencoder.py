@@ -19,17 +19,22 @@ CONFIGS = {
   ),
   'no attention': dict(
     block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2,
-    mid_block_add_attention=False,
+    mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
+    force_upcast=False,
+  ),
+  'attention at the smallest size': dict(
+    block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, sample_size=48,
+    down_block_types=('DownEncoderBlock2D', 'AttnDownEncoderBlock2D'),
+    up_block_types=('AttnUpDecoderBlock2D', 'UpDecoderBlock2D'), use_quant_conv=False,
   ),
 }
 
 
 def reference(config):
   levels = len(config['block_out_channels'])
-  return diffusers.AutoencoderKL(
-    **config, down_block_types=('DownEncoderBlock2D',) * levels,
-    up_block_types=('UpDecoderBlock2D',) * levels,
-  )
+  plain = dict(down_block_types=('DownEncoderBlock2D',) * levels,
+               up_block_types=('UpDecoderBlock2D',) * levels)
+  return diffusers.AutoencoderKL(**plain | config)
 
 
 def nchw(x):

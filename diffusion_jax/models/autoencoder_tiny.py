@@ -1,0 +1,175 @@
+"""TAESD, a small autoencoder distilled from that of Stable Diffusion, for previews.
+
+Source: madebyollin's TAESD; shape and names are those of diffusers' AutoencoderTiny. Its layers see
+images in [0, 1]; `encode` and `decode` speak of [-1, 1], as every autoencoder here does.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from diffusion_jax.models.checks import all_positive, freeze_lists, positive, require, size_fits
+from diffusion_jax.models.layers import Conv
+from diffusion_jax.types import Images, Latents
+
+ACTIVATIONS = {
+  'relu': jax.nn.relu, 'silu': jax.nn.silu, 'swish': jax.nn.silu, 'mish': jax.nn.mish,
+  'gelu': functools.partial(jax.nn.gelu, approximate=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderTinyConfig:
+  """The keys of a diffusers AutoencoderTiny config.json; the defaults are TAESD's.
+
+  One width and one number of blocks per level; all widths of a side must be equal. The size factor
+  is 2^(levels - 1). `scaling_factor` and `shift_factor` are not applied by the network.
+  `latent_magnitude` and `latent_shift` serve `scale_latents` alone.
+  """
+
+  in_channels: int = 3
+  out_channels: int = 3
+  latent_channels: int = 4
+  encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+  decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+  num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
+  num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+  act_fn: str = 'relu'
+  latent_magnitude: float = 3
+  latent_shift: float = 0.5
+  scaling_factor: float = 1.0
+  shift_factor: float = 0.0
+
+  def __post_init__(self):
+    freeze_lists(self)
+    fields = ('encoder_block_out_channels', 'decoder_block_out_channels', 'num_encoder_blocks',
+              'num_decoder_blocks')
+    positive(self, 'in_channels', 'out_channels', 'latent_channels')
+    all_positive(self, *fields)
+    levels = len(self.encoder_block_out_channels)
+    for field in fields:
+      value = getattr(self, field)
+      require(len(value) == levels, f'AutoencoderTinyConfig.{field} must have {levels} entries, as '
+              f'encoder_block_out_channels has, not {len(value)}.')
+    for field in fields[:2]:
+      value = getattr(self, field)
+      require(len(set(value)) == 1,
+              f'AutoencoderTinyConfig.{field} must hold one width throughout, not {value}.')
+    require(self.act_fn in ACTIVATIONS, f'AutoencoderTinyConfig.act_fn={self.act_fn!r} is not '
+            f'implemented; use one of {", ".join(ACTIVATIONS)}.')
+    for field in ('latent_magnitude', 'scaling_factor'):
+      require(getattr(self, field) > 0,
+              f'AutoencoderTinyConfig.{field} must be positive, not {getattr(self, field)}.')
+
+  @property
+  def factor(self) -> int:
+    """Pixels per latent cell along one side."""
+    return 2 ** (len(self.encoder_block_out_channels) - 1)
+
+
+class Activation(nnx.Module):
+  """An activation function in its place of a numbered list."""
+
+  def __init__(self, name: str):
+    self.name = name
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return ACTIVATIONS[self.name](x)
+
+
+class Doubling(nnx.Module):
+  """Nearest-neighbour doubling in its place of a numbered list: [b h w c] -> [b 2h 2w c]."""
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+
+
+class AutoencoderTinyBlock(nnx.Module):
+  """Three convolutions around an identity, then ReLU: [b h w c] -> [b h w c]."""
+
+  def __init__(self, channels: int, act_fn: str, **kw):
+    conv = lambda: Conv(channels, channels, **kw)
+    self.conv = nnx.List([conv(), Activation(act_fn), conv(), Activation(act_fn), conv()])
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = x
+    for layer in self.conv:
+      y = layer(y)
+    return jax.nn.relu(x + y)
+
+
+class EncoderTiny(nnx.Module):
+  """Images in [0, 1] [b h w i] -> latents [b h/f w/f c]."""
+
+  def __init__(self, config: AutoencoderTinyConfig, **kw):
+    width = config.encoder_block_out_channels[0]
+    layers = [Conv(config.in_channels, width, **kw)]
+    for n, blocks in enumerate(config.num_encoder_blocks):
+      if n > 0:
+        layers.append(Conv(width, width, stride=2, use_bias=False, **kw))
+      layers += [AutoencoderTinyBlock(width, config.act_fn, **kw) for _ in range(blocks)]
+    self.layers = nnx.List([*layers, Conv(width, config.latent_channels, **kw)])
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    for layer in self.layers:
+      x = layer(x)
+    return x
+
+
+class DecoderTiny(nnx.Module):
+  """Latents [b h/f w/f c] -> images in [0, 1] [b h w o]."""
+
+  def __init__(self, config: AutoencoderTinyConfig, **kw):
+    width = config.decoder_block_out_channels[0]
+    layers = [Conv(config.latent_channels, width, **kw), Activation(config.act_fn)]
+    for n, blocks in enumerate(config.num_decoder_blocks):
+      if n > 0:
+        layers += [Doubling(), Conv(width, width, use_bias=False, **kw)]
+      layers += [AutoencoderTinyBlock(width, config.act_fn, **kw) for _ in range(blocks)]
+    self.layers = nnx.List([*layers, Conv(width, config.out_channels, **kw)])
+
+  def __call__(self, z: jax.Array) -> jax.Array:
+    for layer in self.layers:
+      z = layer(z)
+    return z
+
+
+class AutoencoderTiny(nnx.Module):
+  """Images in [-1, 1] <-> latents, both NHWC."""
+
+  def __init__(
+    self, config: AutoencoderTinyConfig, *, dtype=jnp.float32, param_dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    self.config = config
+    self.encoder = EncoderTiny(config, **kw)
+    self.decoder = DecoderTiny(config, **kw)
+
+  def encode(self, images: Images) -> Latents:
+    """Images [b h w 3] in [-1, 1] -> latents [b h/f w/f c], unscaled.
+
+    UserError where h or w is no multiple of f.
+    """
+    size_fits(images.shape, self.config.in_channels, self.config.factor, 'The images to encode')
+    return self.encoder((images + 1) / 2)
+
+  def decode(self, z: Latents) -> Images:
+    """Unscaled latents [b h/f w/f c] -> images [b h w 3], about [-1, 1] but not clipped.
+
+    Latents are first squashed into (-3, 3) by 3 tanh(z / 3).
+    """
+    size_fits(z.shape, self.config.latent_channels, 1, 'The latents to decode')
+    return self.decoder(jnp.tanh(z / 3) * 3) * 2 - 1
+
+  def scale_latents(self, z: Latents) -> Latents:
+    """Latents -> [0, 1], to store them as an image: z / (2 magnitude) + shift, clipped."""
+    config = self.config
+    return jnp.clip(z / (2 * config.latent_magnitude) + config.latent_shift, 0.0, 1.0)
+
+  def unscale_latents(self, stored: Latents) -> Latents:
+    """Inverse of `scale_latents` for latents within latent_magnitude."""
+    return (stored - self.config.latent_shift) * (2 * self.config.latent_magnitude)

@@ -1,0 +1,133 @@
+"""The vector-quantised autoencoder of latent diffusion (van den Oord et al. 2017; Rombach et al.
+2022, appendix G): latents are replaced by the nearest of a learned set of code vectors.
+
+Shape and names are those of diffusers' VQModel.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from diffusion_jax.models.autoencoder_blocks import Decoder, Encoder, check_levels
+from diffusion_jax.models.checks import positive, require, size_fits
+from diffusion_jax.models.layers import pointwise
+from diffusion_jax.types import Images, Latents, PerExample
+
+
+@dataclasses.dataclass(frozen=True)
+class VQConfig:
+  """The keys of a diffusers VQModel config.json; the defaults are latent diffusion's VQ-f4.
+
+  `vq_embed_dim` None: as wide as the latents. `lookup_from_codebook` and `sample_size` are kept
+  for other libraries; see `VQModel.decode_indices` for the former.
+  """
+
+  in_channels: int = 3
+  out_channels: int = 3
+  latent_channels: int = 3
+  block_out_channels: tuple[int, ...] = (128, 256, 512)
+  layers_per_block: int = 2
+  norm_num_groups: int = 32
+  mid_block_add_attention: bool = True
+  down_block_types: tuple[str, ...] = ()
+  up_block_types: tuple[str, ...] = ()
+  num_vq_embeddings: int = 8192
+  vq_embed_dim: int | None = None
+  lookup_from_codebook: bool = False
+  scaling_factor: float = 0.18215
+  sample_size: int | tuple[int, ...] | None = None
+
+  def __post_init__(self):
+    check_levels(self)
+    positive(self, 'num_vq_embeddings')
+    if self.vq_embed_dim is not None:
+      positive(self, 'vq_embed_dim')
+
+  @property
+  def factor(self) -> int:
+    """Pixels per latent cell along one side."""
+    return 2 ** (len(self.block_out_channels) - 1)
+
+  @property
+  def code_channels(self) -> int:
+    """Width of a code vector."""
+    return self.latent_channels if self.vq_embed_dim is None else self.vq_embed_dim
+
+
+class Codebook(nnx.Module):
+  """The code vectors [n e], and the replacement of latents by the nearest of them."""
+
+  def __init__(self, count: int, features: int, **kw):
+    def init(key, shape, dtype):
+      return jax.random.uniform(key, shape, dtype, -1 / count, 1 / count)
+
+    self.embedding = nnx.Embed(count, features, embedding_init=init, **kw)
+
+  def nearest(self, z: jax.Array) -> jax.Array:
+    """Index [...] of the code vector nearest to each z [... e], found in float32."""
+    codes = self.embedding.embedding[...].astype(jnp.float32)
+    # |z|^2 is the same for all codes, so it decides nothing.
+    products = jnp.matmul(z.astype(jnp.float32), codes.T, precision=lax.Precision.HIGHEST)
+    return jnp.argmin(jnp.square(codes).sum(-1) - 2 * products, axis=-1)
+
+  def __call__(
+    self, z: Latents, *, beta: float = 0.25, legacy: bool = True
+  ) -> tuple[Latents, jax.Array, PerExample]:
+    """z [b h w e] -> (nearest code vectors [b h w e], their indices [b h w], loss [b]).
+
+    The gradient passes straight through the replacement. The loss is the sum of the codebook's
+    term |sg(z) - e|^2 and the commitment |z - sg(e)|^2 (van den Oord et al. 2017, eq. 3), means
+    over positions and channels, of which `beta` weighs the commitment. `legacy`: it weighs the
+    codebook's term instead, as in the code that trained the published models.
+    """
+    size_fits(z.shape, self.embedding.features, 1, 'The latents to quantize')
+    indices = self.nearest(z)
+    codes = self.embedding(indices)
+    distance = lambda a, b: jnp.square((a - b).astype(jnp.float32)).mean((1, 2, 3))
+    codebook = distance(lax.stop_gradient(z), codes)
+    commitment = distance(z, lax.stop_gradient(codes))
+    loss = beta * codebook + commitment if legacy else codebook + beta * commitment
+    return z + lax.stop_gradient(codes - z), indices, loss
+
+
+class VQModel(nnx.Module):
+  """Images in [-1, 1] <-> latents <-> code vectors, all NHWC.
+
+  `quantize` is a Codebook: quantize(z) gives the code vectors, their indices and the loss.
+  """
+
+  def __init__(
+    self, config: VQConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
+  ):
+    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    c, e = config.latent_channels, config.code_channels
+    self.config = config
+    self.encoder = Encoder(config, c, **kw)
+    self.decoder = Decoder(config, **kw)
+    self.quant_conv = pointwise(c, e, **kw)
+    self.quantize = Codebook(config.num_vq_embeddings, e, **kw)
+    self.post_quant_conv = pointwise(e, c, **kw)
+
+  def encode(self, images: Images) -> Latents:
+    """Images [b h w 3] in [-1, 1] -> latents [b h/f w/f e] before quantisation, unscaled.
+
+    UserError where h or w is no multiple of f.
+    """
+    size_fits(images.shape, self.config.in_channels, self.config.factor, 'The images to encode')
+    return self.quant_conv(self.encoder(images))
+
+  def decode(self, z: Latents, *, quantized: bool = False) -> Images:
+    """Unscaled latents [b h/f w/f e] -> images [b h w 3], about [-1, 1] but not clipped.
+
+    The latents are quantised first, unless they are said to be `quantized` already.
+    """
+    size_fits(z.shape, self.config.code_channels, 1, 'The latents to decode')
+    return self.decoder(self.post_quant_conv(z if quantized else self.quantize(z)[0]))
+
+  def decode_indices(self, indices: jax.Array) -> Images:
+    """Indices of code vectors [b h/f w/f] -> images [b h w 3]."""
+    require(indices.ndim == 3, f'Code indices must have shape [b h w], not {list(indices.shape)}.')
+    return self.decode(self.quantize.embedding(indices), quantized=True)

@@ -1,0 +1,29 @@
+"""Published networks at full size, without weights: every name and shape is the reference's."""
+
+import pytest
+
+from diffusion_jax.io.convert import published_shape, to_published_names
+from diffusion_jax.io.kinds import kind_of_config
+from diffusion_jax.io.published.autoencoder_architectures import AUTOENCODERS
+from diffusion_jax.models import functional
+
+torch = pytest.importorskip('torch')
+diffusers = pytest.importorskip('diffusers')
+
+# One of each shape: the others of Stable Diffusion differ in their scaling only.
+NETWORKS = {name: AUTOENCODERS[name] for name in ('sdxl', 'sd_x4_upscaler', 'taesd', 'vq_f4')}
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_names_and_shapes(name):
+  config = NETWORKS[name]
+  kind = kind_of_config(config)
+  values = kind.write(config)
+  with torch.device('meta'):
+    theirs = getattr(diffusers, values['_class_name']).from_config(values)
+  _, shapes = functional.abstract(lambda rngs: kind.module(config, rngs=rngs))
+  ours = {
+    published: published_shape(own, shapes[own].shape)
+    for own, published in to_published_names(shapes).items()
+  }
+  assert ours == {n: tuple(p.shape) for n, p in theirs.named_parameters()}
