@@ -5,6 +5,7 @@ Therefore the residual stream, the norms, the softmax and the last product of ea
 are in float32 whatever `dtype` is; the other products are in `dtype`.
 """
 
+import functools
 import math
 
 import jax
@@ -65,12 +66,11 @@ class T5Attention(nnx.Module):
     self.k = _dense(d, inner, d**-0.5, **kw)
     self.v = _dense(d, inner, d**-0.5, **kw)
     self.o = _dense(inner, d, inner**-0.5, **kw)
-    self.relative_attention_bias = None
-    if has_bias:
-      self.relative_attention_bias = nnx.Embed(
-        config.relative_attention_num_buckets, config.num_heads,
-        embedding_init=nnx.initializers.normal(d**-0.5), **kw | {'dtype': jnp.float32},
-      )
+    table = functools.partial(
+      nnx.Embed, config.relative_attention_num_buckets, config.num_heads,
+      embedding_init=nnx.initializers.normal(d**-0.5), **kw | {'dtype': jnp.float32},
+    )
+    self.relative_attention_bias = table() if has_bias else None
     self.config = config
 
   def position_bias(self, length: int) -> jax.Array:
