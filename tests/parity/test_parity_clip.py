@@ -53,7 +53,7 @@ def test_outputs_gradients_and_files(
     logits = jnp.exp(clip.logit_scale[...]) * normal(image) @ normal(text).T
     return jnp.square(logits).mean(), (hidden, text, image)
 
-  first = case == list(CASES)[0]  # Gradients take long to compile.
+  first = case == next(iter(CASES))  # Gradients take long to compile.
   program = quick_jit(jax.grad(loss, has_aux=True) if first else loss)
   gradients, (hidden, text, image) = program(params)
   wanted = out.text_model_output.last_hidden_state.detach().numpy()
