@@ -1,6 +1,7 @@
 """Every kind of network that can be read and written, and how its files look."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,10 @@ from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.autoencoder_tiny import AutoencoderTiny
 from diffusion_jax.models.controlnet import ControlNet
 from diffusion_jax.models.mlp import MLP
-from diffusion_jax.models.text.clip import CLIP, CLIPTextModel
+from diffusion_jax.models.text.clip import CLIP
+from diffusion_jax.models.text.clip_text import CLIPTextModel, CLIPTextModelWithProjection
+from diffusion_jax.models.text.clip_vision import CLIPVisionModel, CLIPVisionModelWithProjection
+from diffusion_jax.models.text.t5 import T5EncoderModel
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.models.vq import VQModel
 
@@ -34,7 +38,7 @@ class Kind:
   module: type
   config: type
   weights: str
-  named: tuple[str, tuple[str, ...]]
+  named: tuple[str, tuple[Any, ...]]
   read: Callable[[dict[str, Any], str], Any]
   write: Callable[[Any], dict[str, Any]]
   rename: Callable[[str], str | None] = same_name
@@ -60,11 +64,24 @@ def _without_positions(name: str) -> str | None:
   return None if name.endswith('position_ids') else name
 
 
-def _text_model(name: str) -> str | None:
-  """transformers 5 leaves the prefix out of the text tower alone."""
+def _in_tower(prefix: str, name: str) -> str | None:
+  """transformers 5 leaves the prefix out of a tower alone, and writes it beside a projection."""
   if name.endswith('position_ids'):
     return None
-  return name if name.startswith('text_model.') else f'text_model.{name}'
+  return name if name.startswith((prefix, 'text_projection.', 'visual_projection.')) else (
+    prefix + name
+  )
+
+
+_text_tower = functools.partial(_in_tower, 'text_model.')
+_vision_tower = functools.partial(_in_tower, 'vision_model.')
+
+
+def _t5_encoder(name: str) -> str | None:
+  """The table of tokens has two names, and a whole T5 also has a decoder, which we leave out."""
+  if name.startswith(('decoder.', 'lm_head.')):
+    return None
+  return 'shared.weight' if name == 'encoder.embed_tokens.weight' else name
 
 
 KINDS = {
@@ -86,8 +103,28 @@ KINDS = {
     text.read_clip, text.write_clip, _without_positions,
   ),
   'clip_text': Kind(
-    CLIPTextModel, text.CLIPTextConfig, TRANSFORMERS, ('model_type', ('clip_text_model',)),
-    text.read_clip_text, text.write_clip_text, _text_model,
+    CLIPTextModel, text.CLIPTextConfig, TRANSFORMERS,
+    ('architectures', (['CLIPTextModel'],)),
+    text.read_clip_text, text.write_clip_text, _text_tower,
+  ),
+  'clip_text_projection': Kind(
+    CLIPTextModelWithProjection, text.CLIPTextProjectionConfig, TRANSFORMERS,
+    ('architectures', (['CLIPTextModelWithProjection'],)),
+    text.read_clip_text_projection, text.write_clip_text_projection, _text_tower,
+  ),
+  'clip_vision': Kind(
+    CLIPVisionModel, text.CLIPVisionConfig, TRANSFORMERS,
+    ('architectures', (['CLIPVisionModel'],)),
+    text.read_clip_vision, text.write_clip_vision, _vision_tower,
+  ),
+  'clip_vision_projection': Kind(
+    CLIPVisionModelWithProjection, text.CLIPVisionProjectionConfig, TRANSFORMERS,
+    ('architectures', (['CLIPVisionModelWithProjection'],)),
+    text.read_clip_vision_projection, text.write_clip_vision_projection, _vision_tower,
+  ),
+  't5': Kind(
+    T5EncoderModel, text.T5Config, TRANSFORMERS, ('model_type', ('t5',)),
+    text.read_t5, text.write_t5, _t5_encoder,
   ),
   'vq': Kind(
     VQModel, autoencoders.VQConfig, DIFFUSERS, ('_class_name', ('VQModel',)),

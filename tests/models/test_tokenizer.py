@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
-from transformers import CLIPTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import CLIPTokenizer, T5TokenizerFast
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.text.tokenizer import (
   EOS,
   Tokenize,
+  add_placeholder,
   load_tokenizer,
   save_tokenizer,
   train_tokenizer,
@@ -61,13 +63,67 @@ def test_saved_and_loaded(tokenizer, tmp_path):
   )
 
 
-def test_clip_directories_load(tmp_path):
-  words = ['a</w>', 'red</w>', 'r', 'e', 'd</w>', 're', '<|startoftext|>', '<|endoftext|>']
-  merges = [('r', 'e'), ('re', 'd</w>')]
-  clip = CLIPTokenizer(vocab={w: n for n, w in enumerate(words)}, merges=merges)
+WORDS = ['!', 'a</w>', 'red</w>', 'r', 'e', 'd</w>', 're', '<|startoftext|>', '<|endoftext|>']
+MERGES = [('r', 'e'), ('re', 'd</w>')]
+
+
+@pytest.mark.parametrize(('options', 'pad'), [({}, 8), ({'pad_token': '!'}, 0)])
+def test_clip_directories_load(options, pad, tmp_path):
+  """Stable Diffusion 1 pads with the end token, 2 and the second encoder of XL with '!'."""
+  clip = CLIPTokenizer(vocab={w: n for n, w in enumerate(WORDS)}, merges=MERGES, **options)
   clip.save_pretrained(tmp_path)
-  ids = Tokenize(load_tokenizer(tmp_path), 6)('A red')
-  assert list(ids) == [6, 0, 1, 7, 7, 7]
+  tokenize = Tokenize(load_tokenizer(tmp_path), 6)
+  assert list(tokenize('A red')) == [7, 1, 2, 8, pad, pad]
+  ids, mask = tokenize.batch_and_mask(['A red', 'a', 'a a a a a'])
+  np.testing.assert_array_equal(mask, [[1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0], [1] * 6])
+  np.testing.assert_array_equal(ids[2], [7, 1, 1, 1, 1, 8])
+
+
+def test_t5_has_no_start_and_its_own_padding(tmp_path):
+  pieces = [('<pad>', 0), ('</s>', 0), ('<unk>', 0), ('▁', -3), ('▁a', -1), ('▁red', -1), ('c', -4)]
+  unigram = Tokenizer(models.Unigram(pieces, unk_id=2))
+  unigram.pre_tokenizer, unigram.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+  unigram.post_processor = processors.TemplateProcessing(
+    single='$A </s>', special_tokens=[('</s>', 1)]
+  )
+  T5TokenizerFast(tokenizer_object=unigram, extra_ids=2).save_pretrained(tmp_path)
+  tokenize = Tokenize(load_tokenizer(tmp_path), 4, 'error')
+  ids, mask = tokenize.batch_and_mask(['a red', '', 'a a a', 'ac'])
+  np.testing.assert_array_equal(ids, [[4, 5, 1, 0], [1, 0, 0, 0], [4, 4, 4, 1], [4, 6, 1, 0]])
+  np.testing.assert_array_equal(mask, [[1, 1, 1, 0], [1, 0, 0, 0], [1] * 4, [1, 1, 1, 0]])
+  with pytest.raises(UserError, match='has 4 tokens, but only 3 fit'):
+    tokenize('a a a a')
+  with pytest.raises(UserError, match='at least 2'):
+    Tokenize(tokenize.tokenizer, 1)
+
+
+def test_placeholders_stand_for_their_embeddings(tmp_path):
+  tokenizer = train_tokenizer(CAPTIONS, 300, 12)
+  size = len(tokenizer)
+  before = Tokenize(tokenizer, 12)('a red cat')
+  assert add_placeholder(tokenizer, '<dog>') == [size]
+  ids = add_placeholder(tokenizer, '<cat>', 3)
+  assert ids == [size + 1, size + 2, size + 3]
+  a, space, stop = (tokenizer.convert_tokens_to_ids(t) for t in ('a', 'Ġ', '.'))
+  save_tokenizer(tokenizer, tmp_path)
+  for saved in (tokenizer, load_tokenizer(tmp_path)):
+    tokenize = Tokenize(saved, 12, 'error')
+    found = tokenize.batch(['a <cat>.', 'a<dog>', 'a red cat'])
+    np.testing.assert_array_equal(found[0], [0, a, space, *ids, stop, *[1] * 5])
+    np.testing.assert_array_equal(found[1], [0, a, size, *[1] * 9])
+    np.testing.assert_array_equal(found[2], before)
+    with pytest.raises(UserError, match='has 12 tokens, but only 10 fit'):
+      tokenize('<cat><cat><cat><cat>')
+  for token, count, words in (
+    ('<cat>', 1, 'already has the token <cat>;'), ('<dog>_0', 0, 'at least one'),
+    ('a', 1, 'already has'), ('two words', 1, 'without spaces'), ('', 1, 'without spaces'),
+  ):
+    with pytest.raises(UserError, match=words):
+      add_placeholder(tokenizer, token, count)
+  tokenizer.add_tokens(['<new>_1'])
+  with pytest.raises(UserError, match='<new>_1'):
+    add_placeholder(tokenizer, '<new>', 2)
+  assert '<new>' not in tokenizer.get_vocab()
 
 
 def test_mistakes(tokenizer, tmp_path):

@@ -1,10 +1,18 @@
 """config.json of the text and image encoders of transformers."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from diffusion_jax.io.published.common import ANY, ours
-from diffusion_jax.models.text.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from diffusion_jax.models.text.clip_config import (
+  CLIPConfig,
+  CLIPTextConfig,
+  CLIPTextProjectionConfig,
+  CLIPVisionConfig,
+  CLIPVisionProjectionConfig,
+)
+from diffusion_jax.models.text.t5_config import T5Config
 
 # What transformers writes into every config and what only text generation reads.
 _GENERAL = dict.fromkeys((
@@ -24,15 +32,30 @@ _GENERAL = dict.fromkeys((
            'pruned_heads': {}}
 
 
-def read_clip_text(values: dict[str, Any], where: str) -> CLIPTextConfig:
-  """transformers' CLIPTextModel; also the `text_config` of a whole CLIP."""
-  return ours(CLIPTextConfig, values, _GENERAL, where)
+def _tower(cls: type, model_type: str, architecture: str) -> tuple[Callable, Callable]:
+  """Reads and writes the config.json of one tower of CLIP on its own."""
+
+  def read(values: dict[str, Any], where: str) -> Any:
+    return ours(cls, values, _GENERAL, where)
+
+  def write(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config) | {
+      'model_type': model_type, 'architectures': [architecture]
+    }
+
+  return read, write
 
 
-def write_clip_text(config: CLIPTextConfig) -> dict[str, Any]:
-  return dataclasses.asdict(config) | {
-    'model_type': 'clip_text_model', 'architectures': ['CLIPTextModel'],
-  }
+read_clip_text, write_clip_text = _tower(CLIPTextConfig, 'clip_text_model', 'CLIPTextModel')
+read_clip_text_projection, write_clip_text_projection = _tower(
+  CLIPTextProjectionConfig, 'clip_text_model', 'CLIPTextModelWithProjection'
+)
+read_clip_vision, write_clip_vision = _tower(
+  CLIPVisionConfig, 'clip_vision_model', 'CLIPVisionModel'
+)
+read_clip_vision_projection, write_clip_vision_projection = _tower(
+  CLIPVisionProjectionConfig, 'clip_vision_model', 'CLIPVisionModelWithProjection'
+)
 
 
 def read_clip(values: dict[str, Any], where: str) -> CLIPConfig:
@@ -52,3 +75,23 @@ def write_clip(config: CLIPConfig) -> dict[str, Any]:
       'model_type': f'clip_{tower}_model', 'projection_dim': config.projection_dim
     }
   return values
+
+
+# What only the decoder of T5 reads, and what follows from feed_forward_proj.
+_T5 = _GENERAL | dict.fromkeys((
+  'classifier_dropout', 'dense_act_fn', 'dropout_rate', 'is_encoder_decoder', 'is_gated_act',
+  'n_positions', 'num_decoder_layers', 'output_past', 'scale_decoder_outputs', 'use_cache',
+), ANY)
+
+
+def read_t5(values: dict[str, Any], where: str) -> T5Config:
+  """transformers' T5EncoderModel, or any of its T5 models, of which the encoder is taken."""
+  return ours(T5Config, values, _T5, where)
+
+
+def write_t5(config: T5Config) -> dict[str, Any]:
+  gated = config.feed_forward_proj == 'gated-gelu'
+  return dataclasses.asdict(config) | {
+    'model_type': 't5', 'architectures': ['T5EncoderModel'], 'is_encoder_decoder': False,
+    'is_gated_act': gated, 'dense_act_fn': 'gelu_new' if gated else 'relu',
+  }

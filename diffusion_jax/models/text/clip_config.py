@@ -5,7 +5,7 @@ from typing import Any
 
 from diffusion_jax.models.checks import positive, require
 
-ACTIVATIONS = ('quick_gelu', 'gelu')
+ACTIVATIONS = ('quick_gelu', 'gelu', 'gelu_new', 'gelu_pytorch_tanh')
 
 
 def _check_tower(config: Any) -> None:
@@ -52,6 +52,17 @@ class CLIPTextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CLIPTextProjectionConfig(CLIPTextConfig):
+  """The text tower and the width of its projection."""
+
+  projection_dim: int = 512
+
+  def __post_init__(self):
+    super().__post_init__()
+    positive(self, 'projection_dim')
+
+
+@dataclasses.dataclass(frozen=True)
 class CLIPVisionConfig:
   """The vision tower, a ViT over square images of one fixed size; defaults of ViT-B/32."""
 
@@ -73,6 +84,17 @@ class CLIPVisionConfig:
       f'CLIPVisionConfig.image_size={self.image_size} must be a multiple of patch_size='
       f'{self.patch_size}.',
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPVisionProjectionConfig(CLIPVisionConfig):
+  """The vision tower and the width of its projection."""
+
+  projection_dim: int = 512
+
+  def __post_init__(self):
+    super().__post_init__()
+    positive(self, 'projection_dim')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Byte-level BPE tokenizers (Sennrich et al. 2016; bytes as in GPT-2), trained, saved and applied.
+"""Tokenizers: byte-level BPE (Sennrich et al. 2016) trained here, or any of transformers' applied.
 
-Every text becomes <|startoftext|> tokens <|endoftext|>, then <|endoftext|> up to the fixed length,
-as in CLIP. Files are those of transformers, so the published CLIP tokenizers load too.
+Every text becomes the tokens in their frame, then padding up to the fixed length. Ours has CLIP's
+frame, <|startoftext|> ... <|endoftext|>, and pads with <|endoftext|>; T5's ends with </s> and has a
+token for padding. Files are those of transformers, so the published tokenizers load too.
 """
 
 import dataclasses
@@ -85,13 +86,48 @@ def load_tokenizer(directory: str | os.PathLike) -> PreTrainedTokenizerBase:
     ) from error
 
 
+def add_placeholder(tokenizer: PreTrainedTokenizerBase, token: str, count: int = 1) -> list[int]:
+  """Adds a token that stands for `count` learned embeddings (Gal et al. 2022); gives their ids.
+
+  The ids follow the vocabulary. Later ones are called token_1, token_2 ..., as in diffusers, and
+  `Tokenize` writes them all wherever a text has `token`. UserError where one of them exists.
+  """
+  require(count >= 1, f'A placeholder needs at least one embedding, not {count}.')
+  require(
+    bool(token) and not any(c.isspace() for c in token),
+    f'A placeholder must be one word without spaces, not {token!r}.',
+  )
+  names = [token, *(f'{token}_{number}' for number in range(1, count))]
+  known = tokenizer.get_vocab()
+  taken = [name for name in names if name in known]
+  require(
+    not taken,
+    f'The tokenizer already has the token {", ".join(taken)}; choose another placeholder.',
+  )
+  tokenizer.add_tokens(names)
+  return tokenizer.convert_tokens_to_ids(names)
+
+
+def placeholders(tokenizer: PreTrainedTokenizerBase) -> dict[int, list[int]]:
+  """The first id of every placeholder of several embeddings -> all its ids."""
+  added = tokenizer.get_added_vocab()
+  found = {}
+  for token, first in added.items():
+    ids = [first]
+    while (name := f'{token}_{len(ids)}') in added:
+      ids.append(added[name])
+    if len(ids) > 1:
+      found[first] = ids
+  return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Tokenize:
   """Text -> framed and padded token ids of one length.
 
-  `max_length` counts the two frame tokens. `on_long` says what happens to a longer text:
-  'truncate' cuts it and keeps the end token, 'error' raises a UserError. The empty text (the null
-  caption) is allowed.
+  `max_length` counts the frame's tokens. `on_long` says what happens to a longer text: 'truncate'
+  cuts it and keeps the end token, 'error' raises a UserError. The empty text (the null caption) is
+  allowed. Padding is the tokenizer's pad token, or else its end token.
   """
 
   tokenizer: PreTrainedTokenizerBase
@@ -99,7 +135,10 @@ class Tokenize:
   on_long: str = 'truncate'
 
   def __post_init__(self):
-    require(self.max_length >= 3, f'max_length must be at least 3, not {self.max_length}.')
+    least = self._frame() + 1
+    require(
+      self.max_length >= least, f'max_length must be at least {least}, not {self.max_length}.'
+    )
     require(
       self.on_long in ('truncate', 'error'),
       f"on_long must be 'truncate' or 'error', not {self.on_long!r}.",
@@ -111,26 +150,35 @@ class Tokenize:
 
   def batch(self, texts: Sequence[str]) -> np.ndarray:
     """Texts -> int32 [b l]."""
+    return self.batch_and_mask(texts)[0]
+
+  def batch_and_mask(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Texts -> (ids, mask), int32 [b l] each; the mask is 1 at the text and its frame."""
     for text in texts:
       require(isinstance(text, str), f'A prompt must be text, not {type(text).__name__}.')
-    if not texts:
-      return np.zeros((0, self.max_length), np.int32)
     pad = self.tokenizer.pad_token_id
     pad = self.tokenizer.eos_token_id if pad is None else pad
     out = np.full((len(texts), self.max_length), pad, np.int32)
-    encoded = self.tokenizer(list(texts), verbose=False)['input_ids']
-    for row, ids, text in zip(out, encoded, texts, strict=True):
-      ids = self._fit(ids, text)
-      row[: len(ids)] = ids
-    return out
+    mask = np.zeros_like(out)
+    encoded = self.tokenizer(list(texts), verbose=False)['input_ids'] if texts else []
+    several = placeholders(self.tokenizer)
+    for number, (ids, text) in enumerate(zip(encoded, texts, strict=True)):
+      ids = self._fit([every for one in ids for every in several.get(one, [one])], text)
+      out[number, : len(ids)] = ids
+      mask[number, : len(ids)] = 1
+    return out, mask
+
+  def _frame(self) -> int:
+    """How many tokens begin and end a text."""
+    return self.tokenizer.num_special_tokens_to_add()
 
   def _fit(self, ids: list[int], text: str) -> list[int]:
     if len(ids) <= self.max_length:
       return ids
     if self.on_long == 'error':
       raise UserError(
-        f'The prompt {_shorten(text)!r} has {len(ids) - 2} tokens, but only '
-        f'{self.max_length - 2} fit; shorten it.'
+        f'The prompt {_shorten(text)!r} has {len(ids) - self._frame()} tokens, but only '
+        f'{self.max_length - self._frame()} fit; shorten it.'
       )
     return [*ids[: self.max_length - 1], ids[-1]]
 

@@ -1,0 +1,197 @@
+"""The encoder of T5 and T5 v1.1 (Raffel et al. 2020; Shazeer 2020), named as in transformers.
+
+Its states grow to tens of thousands, past what float16 holds and to where bfloat16 is coarse.
+Therefore the residual stream, the norms, the softmax and the last product of each feed-forward
+are in float32 whatever `dtype` is; the other products are in `dtype`.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from diffusion_jax.models.checks import require
+from diffusion_jax.models.layers import Linear
+from diffusion_jax.models.text.t5_config import T5Config
+from diffusion_jax.types import Text, Tokens
+
+
+def relative_position_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:
+  """The bucket of each (query, key) pair, int32 [l l] in [0, buckets).
+
+  Half of the buckets are for keys after the query. Of either half, the first half holds one
+  distance each; the others grow geometrically up to `max_distance`.
+  """
+  distance = np.arange(length)[None] - np.arange(length)[:, None]
+  half = buckets // 2
+  exact = half // 2
+  near = np.abs(distance)
+  # In float32, as every implementation, so that distances at a border fall on the same side.
+  steps = np.log(np.maximum(near, 1).astype(np.float32) / exact) / math.log(max_distance / exact)
+  far = np.minimum(exact + (steps * (half - exact)).astype(np.int32), half - 1)
+  return np.where(near < exact, near, far).astype(np.int32) + half * (distance > 0)
+
+
+def _dense(i: int, o: int, std: float, **kw) -> Linear:
+  return Linear(i, o, use_bias=False, init=nnx.initializers.normal(std), **kw)
+
+
+class RMSNorm(nnx.Module):
+  """x scale / sqrt(mean(x^2) + epsilon) (Zhang & Sennrich 2019, eq. 4) in float32: [... d]."""
+
+  def __init__(self, features: int, epsilon: float, *, dtype, param_dtype, rngs: nnx.Rngs):
+    del rngs  # The scale starts at one.
+    self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+    self.epsilon, self.dtype = epsilon, dtype
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.float32)
+    x = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+    return (x * self.scale[...].astype(jnp.float32)).astype(self.dtype)
+
+
+class T5Attention(nnx.Module):
+  """Self-attention without biases and without the factor 1/sqrt(d): [b l d] -> [b l d].
+
+  Only the first layer's holds the table of position biases, which all layers use.
+  """
+
+  def __init__(self, config: T5Config, *, has_bias: bool, **kw):
+    d, inner = config.d_model, config.num_heads * config.d_kv
+    self.q = _dense(d, inner, (d * config.d_kv) ** -0.5, **kw)
+    self.k = _dense(d, inner, d**-0.5, **kw)
+    self.v = _dense(d, inner, d**-0.5, **kw)
+    self.o = _dense(inner, d, inner**-0.5, **kw)
+    table = functools.partial(
+      nnx.Embed, config.relative_attention_num_buckets, config.num_heads,
+      embedding_init=nnx.initializers.normal(d**-0.5), **kw | {'dtype': jnp.float32},
+    )
+    self.relative_attention_bias = table() if has_bias else None
+    self.config = config
+
+  def position_bias(self, length: int) -> jax.Array:
+    """What the logits of queries and keys get by their distance: float32 [1 h l l]."""
+    buckets = relative_position_buckets(
+      length, self.config.relative_attention_num_buckets,
+      self.config.relative_attention_max_distance,
+    )
+    return self.relative_attention_bias(jnp.asarray(buckets)).transpose(2, 0, 1)[None]
+
+  def __call__(self, x: jax.Array, bias: jax.Array, mask: jax.Array | None) -> jax.Array:
+    split = lambda y: y.reshape(*y.shape[:-1], self.config.num_heads, -1)
+    q, k, v = split(self.q(x)), split(self.k(x)), split(self.v(x))
+    y = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=1.0)
+    return self.o(y.reshape(*y.shape[:-2], -1))
+
+
+class T5DenseActDense(nnx.Module):
+  """relu(x W_i) W_o (Raffel et al. 2020, sec. 2.1): [b l d] -> float32 [b l d]."""
+
+  def __init__(self, config: T5Config, **kw):
+    d, hidden = config.d_model, config.d_ff
+    self.wi = _dense(d, hidden, d**-0.5, **kw)
+    self.wo = _dense(hidden, d, hidden**-0.5, **kw | {'dtype': jnp.float32})
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.wo(jax.nn.relu(self.wi(x)))
+
+
+class T5DenseGatedActDense(nnx.Module):
+  """(gelu(x W_0) * x W_1) W_o, tanh GELU (Shazeer 2020, eq. 6): [b l d] -> float32 [b l d]."""
+
+  def __init__(self, config: T5Config, **kw):
+    d, hidden = config.d_model, config.d_ff
+    self.wi_0 = _dense(d, hidden, d**-0.5, **kw)
+    self.wi_1 = _dense(d, hidden, d**-0.5, **kw)
+    self.wo = _dense(hidden, d, hidden**-0.5, **kw | {'dtype': jnp.float32})
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    gate, value = self.wi_0(x).astype(jnp.float32), self.wi_1(x).astype(jnp.float32)
+    return self.wo(jax.nn.gelu(gate, approximate=True) * value)
+
+
+class T5LayerSelfAttention(nnx.Module):
+  """Pre-norm attention, without its residual: [b l d] -> [b l d]."""
+
+  def __init__(self, config: T5Config, *, has_bias: bool, **kw):
+    self.SelfAttention = T5Attention(config, has_bias=has_bias, **kw)
+    self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon, **kw)
+
+  def __call__(self, x: jax.Array, bias: jax.Array, mask: jax.Array | None) -> jax.Array:
+    return self.SelfAttention(self.layer_norm(x), bias, mask)
+
+
+class T5LayerFF(nnx.Module):
+  """Pre-norm feed-forward, without its residual: [b l d] -> float32 [b l d]."""
+
+  def __init__(self, config: T5Config, **kw):
+    gated = config.feed_forward_proj == 'gated-gelu'
+    # The name is that of T5 v1.0, which the checkpoints of v1.1 kept.
+    self.DenseReluDense = (T5DenseGatedActDense if gated else T5DenseActDense)(config, **kw)
+    self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon, **kw)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.DenseReluDense(self.layer_norm(x))
+
+
+class T5Block(nnx.Module):
+  """Attention and feed-forward on a float32 residual stream: [b l d] -> [b l d]."""
+
+  def __init__(self, config: T5Config, *, has_bias: bool, **kw):
+    self.layer = nnx.List([
+      T5LayerSelfAttention(config, has_bias=has_bias, **kw), T5LayerFF(config, **kw)
+    ])
+
+  def __call__(self, x: jax.Array, bias: jax.Array, mask: jax.Array | None) -> jax.Array:
+    x = x + self.layer[0](x, bias, mask).astype(jnp.float32)
+    return x + self.layer[1](x)
+
+
+class T5Stack(nnx.Module):
+  """The blocks and the final norm: float32 [b l d] -> [b l d]."""
+
+  def __init__(self, config: T5Config, **kw):
+    self.block = nnx.List([
+      T5Block(config, has_bias=number == 0, **kw) for number in range(config.num_layers)
+    ])
+    self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon, **kw)
+
+  def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    bias = self.block[0].layer[0].SelfAttention.position_bias(x.shape[1])
+    for block in self.block:
+      x = block(x, bias, mask)
+    return self.final_layer_norm(x)
+
+
+class T5EncoderModel(nnx.Module):
+  """Token embeddings and the encoder."""
+
+  def __init__(
+    self, config: T5Config, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
+  ):
+    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    self.config = config
+    self.shared = nnx.Embed(
+      config.vocab_size, config.d_model, embedding_init=nnx.initializers.normal(1.0),
+      **kw | {'dtype': jnp.float32},
+    )
+    self.encoder = T5Stack(config, **kw)
+
+  def encode_text(self, ids: Tokens, mask: jax.Array | None = None) -> tuple[Text, None]:
+    """ids [b l] -> (hidden states after the final norm [b l d], None: T5 pools nothing).
+
+    Args:
+      mask: [b l], 1 where a token is attended to and 0 where it is padding; None: everywhere 1.
+        The states of padding are computed too, and mean nothing.
+    """
+    require(ids.ndim == 2, f'T5 takes token ids [b l], not {list(ids.shape)}.')
+    if mask is not None:
+      require(
+        mask.shape == ids.shape, f'mask must be {list(ids.shape)}, not {list(mask.shape)}.'
+      )
+      mask = (mask != 0)[:, None, None]
+    return self.encoder(self.shared(ids), mask), None

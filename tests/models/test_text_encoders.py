@@ -1,0 +1,178 @@
+"""Text and image encoders: published sizes, what skipping and masks mean, half precision."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.io.kinds import kind_of_config
+from diffusion_jax.io.published.text_architectures import TEXT_ENCODERS
+from diffusion_jax.models import functional
+from diffusion_jax.models.text.clip_config import (
+  CLIPConfig,
+  CLIPTextConfig,
+  CLIPTextProjectionConfig,
+  CLIPVisionConfig,
+  CLIPVisionProjectionConfig,
+)
+from diffusion_jax.models.text.clip_text import CLIPTextModel
+from diffusion_jax.models.text.t5 import T5EncoderModel
+from diffusion_jax.models.text.t5_config import T5Config
+from diffusion_jax.parallel.sharding import spec
+
+LARGE = CLIPVisionConfig(
+  hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+  patch_size=14,
+)
+HUGE = CLIPVisionProjectionConfig(
+  hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
+  patch_size=14, hidden_act='gelu', projection_dim=1024,
+)
+
+
+@pytest.mark.parametrize(('config', 'scalars', 'tensors'), [
+  (TEXT_ENCODERS['clip_l'], 123_060_480, 196),
+  (TEXT_ENCODERS['openclip_h'], 340_387_840, 372),
+  (TEXT_ENCODERS['openclip_bigg'], 694_659_840, 517),
+  (TEXT_ENCODERS['t5_v1_1_xxl'], 4_762_310_656, 219),  # 220 in files, where one is stored twice.
+  (TEXT_ENCODERS['t5_v1_1_small'], 35_332_800, 75),
+  (CLIPConfig(TEXT_ENCODERS['clip_l'], LARGE, 768), 427_616_513, 590),
+  (HUGE, 632_076_800, 520),
+])
+def test_published_sizes(config, scalars, tensors):
+  module = kind_of_config(config).module
+  _, shapes = functional.abstract(lambda rngs: module(config, rngs=rngs))
+  assert (functional.count(shapes), len(shapes)) == (scalars, tensors)
+
+
+TEXT = CLIPTextConfig(
+  hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=12, vocab_size=20,
+  max_position_embeddings=6, eos_token_id=2,
+)
+T5 = T5Config(
+  d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=2, vocab_size=20,
+  feed_forward_proj='gated-gelu',
+)
+
+
+def build(module, config, random_params, **kw):
+  graphdef, shapes = functional.abstract(lambda rngs: module(config, rngs=rngs, **kw))
+  return graphdef, random_params(shapes)
+
+
+def test_skipped_layers_cost_nothing_unless_pooled(random_params):
+  graphdef, params = build(CLIPTextModel, TEXT, random_params)
+  ids = jnp.ones((1, 6), int)
+
+  def flops(skip, which):
+    run = lambda p: functional.merge(graphdef, p).encode_text(ids, skip=skip)[which]
+    return jax.jit(run).lower(params).compile().cost_analysis()['flops']
+
+  full, less, pooled = flops(0, 0), flops(2, 0), flops(2, 1)
+  assert less < 0.5 * full < 0.6 * pooled
+
+
+def test_an_extra_embedding_is_no_end_of_text(random_params, quick_jit):
+  graphdef, params = build(CLIPTextModel, TEXT, random_params)
+  extra = params['text_model.embeddings.token_embedding.embedding'][3:5]
+  added, plain = jnp.array([[0, 20, 21, 19, 1, 1]]), jnp.array([[0, 3, 4, 19, 1, 1]])
+  run = quick_jit(
+    lambda ids: functional.merge(graphdef, params).encode_text(ids, extra_embeddings=extra)
+  )
+  for found, wanted in zip(run(added), run(plain), strict=True):
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+  assert bool(jnp.isnan(run(added.at[0, 1].set(22))[0]).any())
+
+
+def test_t5_padding_changes_nothing(random_params, quick_jit):
+  graphdef, params = build(T5EncoderModel, T5, random_params)
+  run = quick_jit(lambda *args: functional.merge(graphdef, params).encode_text(*args)[0])
+  a, b = (jnp.array([[5, 6, 7, pad, pad]]) for pad in (0, 9))
+  mask = jnp.array([[1, 1, 1, 0, 0]])
+  seen = [run(ids, mask)[:, :3] for ids in (a, b)]
+  np.testing.assert_allclose(*seen, atol=1e-6)
+  np.testing.assert_allclose(seen[0], run(a[:, :3]), atol=1e-6)
+  assert np.abs(seen[0] - run(a)[:, :3]).max() > 1e-3
+
+
+@pytest.mark.parametrize('feed_forward', ['relu', 'gated-gelu'])
+def test_t5_survives_large_activations(feed_forward, random_params, quick_jit):
+  """The states of published T5s leave float16's range (65504) in their feed-forwards."""
+  config = T5Config(**{**vars(T5), 'feed_forward_proj': feed_forward})
+  params = build(T5EncoderModel, config, random_params)[1]
+  scale = {'wi.kernel': 1000.0, 'wi_0.kernel': 300.0, 'wi_1.kernel': 300.0, 'wo.kernel': 300.0}
+  large = lambda name: next((s for end, s in scale.items() if name.endswith(end)), 1.0)
+  params = {name: p * large(name) for name, p in params.items()}
+  ids, states = jnp.arange(12).reshape(2, 6), 1e5 * jax.random.normal(jax.random.key(0), (5, 16))
+
+  def run(dtype):
+    def both(params):
+      graphdef = build(T5EncoderModel, config, random_params, dtype=dtype)[0]
+      t5 = functional.merge(graphdef, params)
+      # Attention in float16 is not to be had on CPUs, so there only the feed-forward.
+      hidden = None if dtype == jnp.float16 else t5.encode_text(ids)[0]
+      return hidden, t5.encoder.block[0].layer[1](states)
+
+    return quick_jit(both)(params)
+
+  def error(found, wanted):
+    difference = jnp.square(found.astype(jnp.float32) - wanted).mean()
+    return float(jnp.sqrt(difference / jnp.square(wanted).mean()))
+
+  (hidden, out), (half, brain_out), (_, half_out) = map(
+    run, (jnp.float32, jnp.bfloat16, jnp.float16)
+  )
+  assert float(jnp.abs(out).max()) > 2 * 65504
+  assert half.dtype == jnp.bfloat16 and 0 < error(half, hidden) < 0.03
+  assert half_out.dtype == brain_out.dtype == jnp.float32
+  assert 0 < error(half_out, out) < 0.005 and 0 < error(brain_out, out) < 0.03
+
+
+def test_t5_adds_to_its_states_in_float32(random_params):
+  graphdef, params = build(T5EncoderModel, T5, random_params, dtype=jnp.bfloat16)
+  silent = ('.o.kernel', '.wo.kernel')
+  params = {name: p * (not name.endswith(silent)) for name, p in params.items()}
+  block = functional.merge(graphdef, params).encoder.block[1]
+  states = 4097 + jnp.arange(16.0).reshape(1, 1, 16)  # bfloat16 has no 4097.
+  np.testing.assert_array_equal(block(states, jnp.zeros((1, 2, 1, 1)), None), states)
+
+
+def test_t5_is_split_over_the_tensor_axis_in_pairs(random_params):
+  from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+  mesh = make_mesh(MeshConfig())
+  _, params = build(T5EncoderModel, T5, random_params)
+  axes = {name: tuple(spec(name, p.shape, mesh)) for name, p in params.items()}
+  columns = {n for n, a in axes.items() if a == ('fsdp', 'tensor')}
+  rows = {n for n, a in axes.items() if a == ('tensor', 'fsdp') and n.endswith('kernel')}
+  assert {n.split('.')[-2] for n in columns} == {'q', 'k', 'v', 'wi_0', 'wi_1'}
+  assert {n.split('.')[-2] for n in rows} == {'o', 'wo'}
+
+
+@pytest.mark.parametrize(('make', 'words'), [
+  (lambda: T5Config(feed_forward_proj='gelu'), "feed_forward_proj='gelu'"),
+  (lambda: T5Config(num_heads=0), 'num_heads must be a positive'),
+  (lambda: T5Config(relative_attention_num_buckets=6), 'multiple of 4'),
+  (lambda: T5Config(relative_attention_max_distance=8), 'max_distance=8'),
+  (lambda: CLIPTextProjectionConfig(projection_dim=0), 'projection_dim must be a positive'),
+  (lambda: CLIPTextProjectionConfig(hidden_size=7), 'does not divide hidden_size=7'),
+  (lambda: CLIPVisionProjectionConfig(projection_dim=-1), 'projection_dim must be a positive'),
+])
+def test_wrong_configs_say_what_is_wrong(make, words):
+  with pytest.raises(UserError, match=words):
+    make()
+
+
+@pytest.mark.parametrize(('module', 'config', 'call', 'words'), [
+  (CLIPTextModel, TEXT, lambda n: n.encode_text(jnp.ones((1, 3), int), skip=3), 'from 0 to 2'),
+  (CLIPTextModel, TEXT, lambda n: n.encode_text(jnp.ones((1, 7), int)), 'l <= 6'),
+  (CLIPTextModel, TEXT, lambda n: n.encode_text(
+    jnp.ones((1, 3), int), extra_embeddings=jnp.ones((2, 9))), r'must be \[n 8\]'),
+  (T5EncoderModel, T5, lambda n: n.encode_text(jnp.ones(3, int)), r'ids \[b l\]'),
+  (T5EncoderModel, T5, lambda n: n.encode_text(
+    jnp.ones((1, 3), int), jnp.ones((1, 4))), r'mask must be \[1, 3\]'),
+])
+def test_wrong_inputs_say_what_is_wrong(module, config, call, words):
+  graphdef, shapes = functional.abstract(lambda rngs: module(config, rngs=rngs))
+  with pytest.raises(UserError, match=words):
+    jax.eval_shape(lambda params: call(functional.merge(graphdef, params)), shapes)
