@@ -48,6 +48,7 @@ from diffusion_jax.train.tasks.finetune import (
 )
 from diffusion_jax.train.tasks.task import Scores, Task
 from diffusion_jax.train.tasks.toy import ToyTask, ToyTaskConfig
+from diffusion_jax.types import Weights
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 

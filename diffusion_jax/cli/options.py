@@ -18,6 +18,33 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                      help=f'a model directory, or asset:NAME (default: {DEFAULT_MODEL})')
 
 
+def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
+  """What others have trained for the model."""
+  parser.add_argument('--lora', action='append', default=[], metavar='FILE[:SCALE]',
+                      help='a LoRA to merge, of PEFT or kohya; repeat for several')
+  parser.add_argument('--controlnet', metavar='DIR', help='a ControlNet made for the model')
+  parser.add_argument('--words', action='append', default=[], metavar='FILE',
+                      help='a learned word (textual inversion); repeat for several')
+
+
+def with_adapters(model, weights, args: argparse.Namespace):
+  """(model, weights) with what --lora, --controlnet and --words name."""
+  from diffusion_jax.pipelines.adapters import add_controlnet, add_lora, add_words
+
+  for text in args.lora:
+    path, _, scale = text.rpartition(':')
+    try:
+      path, scale = (path, float(scale)) if path else (text, 1.0)
+    except ValueError:
+      path, scale = text, 1.0
+    weights = add_lora(model, weights, path, scale)
+  for path in args.words:
+    weights = add_words(model, weights, path)
+  if args.controlnet:
+    model, weights = add_controlnet(model, weights, args.controlnet)
+  return model, weights
+
+
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
   """How to sample; what is not given is what the model was trained to be used with."""
   parser.add_argument('--sampler', metavar='NAME', help='one of the table in README.md, or any '

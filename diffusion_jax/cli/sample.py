@@ -6,7 +6,13 @@ import re
 from pathlib import Path
 
 from diffusion_jax import __version__
-from diffusion_jax.cli.options import add_model_arguments, add_sample_arguments, load
+from diffusion_jax.cli.options import (
+  add_adapter_arguments,
+  add_model_arguments,
+  add_sample_arguments,
+  load,
+  with_adapters,
+)
 from diffusion_jax.errors import UserError
 
 HELP = 'draw pictures for prompts'
@@ -19,6 +25,8 @@ examples:
 
 
 STRENGTH = 0.8
+NEEDED = {'strength': 'image', 'control_strength': 'control', 'noise_level': 'small'}
+"""Numbers that mean nothing without a picture."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,12 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--prompts', metavar='FILE', help='a text file with one prompt a line')
   parser.add_argument('--negative', default='', metavar='TEXT',
                       help='what not to draw (default: nothing)')
-  parser.add_argument('--image', metavar='FILE',
-                      help='a picture to start from; its central square is taken')
-  parser.add_argument('--strength', type=float, metavar='S',
-                      help='with --image: share of the steps that are taken, up to 1; 1 '
-                      f'keeps least of the picture (default: {STRENGTH})')
   parser.add_argument('--out', required=True, metavar='DIR', help='where the pictures go')
+  add_adapter_arguments(parser)
+  add_picture_arguments(parser)
   add_sample_arguments(parser)
 
 
@@ -58,25 +63,60 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
   return prompts
 
 
-def starting_image(args: argparse.Namespace, size: int, steps: int) -> tuple[dict, dict[str, str]]:
-  """(arguments of `generate`, metadata) of image-to-image; both empty without --image.
+def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
+  """What a model may be shown beside the prompt."""
+  group = parser.add_argument_group('pictures; the central square of each is taken')
+  group.add_argument('--image', metavar='FILE', help='a picture to start from, repaint or edit')
+  group.add_argument('--strength', type=float, metavar='S',
+                     help='with --image: share of the steps that are taken, up to 1; 1 keeps '
+                     f'least of the picture (default: {STRENGTH}; 1 where the model is shown it)')
+  group.add_argument('--mask', metavar='FILE',
+                     help='for an inpainting model: white where to paint')
+  group.add_argument('--control', metavar='FILE', help='what a ControlNet sees')
+  group.add_argument('--control_strength', type=float, metavar='S',
+                     help='share of what the ControlNet adds (default: 1)')
+  group.add_argument('--depth', metavar='FILE', help='for a depth model: white is near')
+  group.add_argument('--small', metavar='FILE', help='for an upscaler: a picture to enlarge')
+  group.add_argument('--noise_level', type=int, metavar='N',
+                     help='noise put on the small picture, 0 to 350 (default: 20)')
+
+
+def read_inputs(args: argparse.Namespace, model, steps: int) -> tuple:
+  """(`Inputs`, metadata) of the pictures that were given.
 
   Raises:
     UserError: an image that cannot be read, or a strength that is none.
   """
-  if not args.image:
-    if args.strength is not None:
-      raise UserError('--strength needs a picture to start from; give --image FILE, too.')
-    return {}, {}
-  from diffusion_jax.data.images import read_image
+  import numpy as np
 
-  strength = STRENGTH if args.strength is None else args.strength
-  if not 0 < strength <= 1 or round(strength * steps) < 1:
+  from diffusion_jax.data.images import read_image
+  from diffusion_jax.pipelines.conditions import Inputs
+
+  for name, needed in NEEDED.items():
+    if getattr(args, name) is not None and getattr(args, needed) is None:
+      raise UserError(f'--{name} needs a picture; give --{needed} FILE, too.')
+  strength = args.strength
+  if strength is not None and (not 0 < strength <= 1 or round(strength * steps) < 1):
     raise UserError(
       f'--strength {strength:g} leaves no step of {steps}; choose a share up to 1.'
     )
-  start = {'images': read_image(args.image, size)[None], 'strength': strength}
-  return start, {'image': args.image, 'strength': f'{strength:g}'}
+  latent = model.latent_shape[0]
+  edges = {'image': model.image_size, 'mask': model.image_size, 'control': model.image_size,
+           'depth': latent, 'small': latent}
+  given = {name: getattr(args, name) for name in edges if getattr(args, name)}
+  pictures = {name: read_image(path, edges[name])[None] for name, path in given.items()}
+  if 'mask' in pictures:
+    pictures['masks'] = pictures.pop('mask').mean(axis=-1) > 127.5
+  if 'image' in pictures:
+    pictures['images'] = pictures.pop('image')
+  if 'depth' in pictures:
+    pictures['depth'] = (pictures['depth'].mean(axis=-1) / 127.5 - 1).astype(np.float32)
+  numbers = {name: getattr(args, name) for name in NEEDED if getattr(args, name) is not None}
+  inputs = Inputs(**pictures, **numbers)
+  inputs.rows(model, 1)  # So that what does not fit is said before anything is drawn.
+  if 'image' in given and inputs.share(model) < 1:
+    numbers['strength'] = inputs.share(model)
+  return inputs, given | {name: f'{value:g}' for name, value in numbers.items()}
 
 
 def file_name(index: int, prompt: str) -> str:
@@ -100,9 +140,10 @@ def run(args: argparse.Namespace) -> int:
   if out.exists() and not out.is_dir():
     raise UserError(f'--out {out} is a file; choose a directory.')
   model, weights, sample, name = load(args)
+  model, weights = with_adapters(model, weights, args)
   model.tokens([*prompts, args.negative], on_long='error')
   mesh = make_mesh(MeshConfig())
-  start, started = starting_image(args, model.image_size, sample.steps)
+  inputs, started = read_inputs(args, model, sample.steps)
   settings = {
     'negative': args.negative, **sample.in_force(), **started, 'seed': str(args.seed),
     'model': name, 'software': f'diffusion_jax {__version__}',
@@ -111,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
   with tqdm(total=len(prompts), desc='drawing', unit='img', leave=False) as bar:
     for batch in model.generate(
       model.on_mesh(weights, mesh), prompts, sample, seed=args.seed, mesh=mesh,
-      negative=args.negative, batch_size=min(args.batch, len(prompts)), **start,
+      negative=args.negative, batch_size=min(args.batch, len(prompts)), inputs=inputs,
     ):
       for image in batch:
         index = len(images)

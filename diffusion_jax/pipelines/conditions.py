@@ -38,10 +38,11 @@ class Inputs:
 
   images: uint8 [n H W 3]: what to start from (Meng et al. 2022, SDEdit), to repaint or to edit.
   strength: share of the steps in (0, 1] that starting from an image takes; None: 1 for a U-Net
-  that is shown the image itself, else STRENGTH. masks: bool [n H W], true where an inpainting model paints.
-  control: uint8 [n H W 3], what a ControlNet sees, with control_strength. depth: [n h w], in
-  [-1, 1], near is 1, at the latents' size. small: uint8 [n h w 3], to enlarge, at the latents'
-  size, with noise_level in [0, 350].
+  that is shown the image itself, else STRENGTH.
+  masks: bool [n H W], true where an inpainting model paints.
+  control: uint8 [n H W 3], what a ControlNet sees, with control_strength.
+  depth: float32 [n h w] in [-1, 1], near is 1, at the latents' size.
+  small: uint8 [n h w 3], to enlarge, at the latents' size, with noise_level in [0, 350].
   """
 
   images: np.ndarray | None = None

@@ -80,6 +80,13 @@ def _zeroed(condition: Condition, where: jax.Array) -> Condition:
   return jax.tree.map(zero, condition)
 
 
+def embedding_table(network: Network) -> tuple[str, int, int]:
+  """(parameter, width, rows) of a text tower's table of tokens."""
+  name = next(n for n in network.shapes if n.endswith('token_embedding.embedding'))
+  rows, width = network.shapes[name].shape
+  return name, width, rows
+
+
 def _text_config(config):
   """The text tower's config, of a whole CLIP or of the tower alone."""
   return getattr(config, 'text_config', config)

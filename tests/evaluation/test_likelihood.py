@@ -106,13 +106,13 @@ def by_hand(loaded, sources):
   images = np.stack([record['image'] for record in records]) / 127.5 - 1
   _, key_latents, key_noise, key_offset = jax.random.split(jax.random.key(3), 4)
   each = lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(SAMPLES))
-  mean, logvar = jax.jit(model.autoencoder.bind(weights.autoencoder).encode)(images)
+  mean, logvar = jax.jit(model.autoencoder.bind(weights['autoencoder']).encode)(images)
   eps = jnp.stack([
     jax.random.normal(jax.random.fold_in(key, 0), mean.shape[1:]) for key in each(key_latents)
   ])
   log_q = norm.logpdf(eps) - np.asarray(logvar) / 2 - math.log(config.scaling_factor)
   tokens = model.tokens([record['captions'][0] for record in records])
-  text = jax.jit(model.encode_text)(weights.clip, tokens)
+  text = jax.jit(model.encode_text)(weights, tokens).text
   return {
     'latents': model.latents(mean + jnp.exp(logvar / 2) * eps), 'text': text,
     'log_q': log_q.sum(axis=(1, 2, 3)), 'keys': each(key_noise), 'images': images,
@@ -140,7 +140,7 @@ def test_the_rows_are_the_means_of_direct_calls(rows, loaded, by_hand):
       ).bits,
     }
 
-  bits = direct(weights.unet, x0, by_hand['text'], keys, by_hand['offset'])
+  bits = direct(weights['unet'], x0, by_hand['text'], keys, by_hand['offset'])
   for name, value in bits.items():
     row = f'latent_bits_per_dim_{name}'
     assert np.isfinite(value).all() and np.std(value) > 1e-3
@@ -149,7 +149,7 @@ def test_the_rows_are_the_means_of_direct_calls(rows, loaded, by_hand):
     assert rows['model'][f'{row}_stderr'] == pytest.approx(error, rel=0.01)
 
   variance = (rows['settings']['decoder_std_in_levels'] / 127.5) ** 2
-  output = np.asarray(jax.jit(model.decode)(weights.autoencoder, x0), np.float64)
+  output = np.asarray(jax.jit(model.decode)(weights['autoencoder'], x0), np.float64)
   std, half, images = variance**0.5, 1 / 255, by_hand['images']
   upper = np.where(images > 1 - half, 1, norm.cdf((images + half - output) / std))
   lower = np.where(images < half - 1, 0, norm.cdf((images - half - output) / std))
@@ -173,7 +173,7 @@ def test_columns_compare_with_an_untrained_network_and_a_gaussian(
   assert settings['latent_dims'] == 8 * 8 * 16 and settings['solver'] == 'heun'
 
   model, weights = loaded
-  encode = jax.jit(model.autoencoder.bind(weights.autoencoder).encode)
+  encode = jax.jit(model.autoencoder.bind(weights['autoencoder']).encode)
   images = np.stack([record['image'] for record in sources[0]]) / 127.5 - 1
   mean, logvar = encode(images)
   latents, noise = model.latents(mean), jnp.exp(logvar).mean(axis=0)[None]
@@ -202,7 +202,7 @@ def test_an_image_keeps_its_value_in_any_batch_and_the_caption_counts(loaded, by
 
 def test_images_have_latents_of_their_own_in_any_batch(loaded, sources, mesh):
   model, weights = loaded
-  encode, params = make_encoder(model), (weights.autoencoder, jnp.ones(()))
+  encode, params = make_encoder(model), (weights['autoencoder'], jnp.ones(()))
   images = np.stack([record['image'] for record in shuffled(sources[1], 4)])
   rows = images, image_keys(jax.random.key(0), 4)
   run = lambda *rows: next(in_batches(encode, params, *rows, mesh=mesh, batch_size=8))

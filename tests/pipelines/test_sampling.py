@@ -14,9 +14,9 @@ from diffusion_jax.diffusion.samplers import initial_noise, sampling_grid
 from diffusion_jax.diffusion.schedules import ScheduleConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from diffusion_jax.pipelines.conditions import Inputs
 from diffusion_jax.pipelines.directory import assemble
 from diffusion_jax.pipelines.sampling import BUCKETS, SampleConfig
-from diffusion_jax.pipelines.text_to_image import Weights
 from diffusion_jax.viz.grids import to_uint8
 from tests import tiny
 
@@ -30,7 +30,7 @@ def model_and_weights(parts):
   schedule = ScheduleConfig(rescale_betas_zero_snr=True)
   model, frozen = assemble(tiny.UNET, **parts, schedule=schedule, prediction='v_prediction')
   unet = jax.jit(model.unet.initialize)(jax.random.key(0))
-  return model, Weights(unet, frozen['autoencoder'], frozen['clip'])
+  return model, {**frozen, 'unet': unet}
 
 
 @pytest.fixture(scope='module')
@@ -40,7 +40,9 @@ def draw(model_and_weights):
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
 
   def run(config=CONFIG, seed=0, prompts=PROMPTS, zeroed=False, **more):
-    used = weights._replace(unet=jax.tree.map(jnp.zeros_like, weights.unet)) if zeroed else weights
+    used = dict(weights)
+    if zeroed:
+      used['unet'] = jax.tree.map(jnp.zeros_like, used['unet'])
     used = model.on_mesh(jax.tree.map(np.asarray, used), mesh)
     batches = model.generate(used, prompts, config, seed=seed, mesh=mesh, batch_size=2, **more)
     return np.concatenate(list(batches))
@@ -64,7 +66,7 @@ def compilations():
 
 def test_other_numbers_draw_other_images_without_compiling(draw, compilations):
   first = draw()
-  draw(images=IMAGES, strength=1.0)
+  draw(inputs=Inputs(IMAGES, 1.0))
   assert compilations
   compilations.clear()
   np.testing.assert_array_equal(draw(), first)
@@ -73,8 +75,8 @@ def test_other_numbers_draw_other_images_without_compiling(draw, compilations):
     {'guidance_interval': (0.1, None)}, {'steps': 5}, {'spacing': 'leading'},
   ]
   found = [draw(dataclasses.replace(CONFIG, **change)) for change in changes]
-  found += [draw(seed=1), draw(negative='blue flag'), draw(images=IMAGES, strength=0.4)]
-  found += [draw(images=IMAGES, strength=0.7)]
+  found += [draw(seed=1), draw(negative='blue flag'), draw(inputs=Inputs(IMAGES, 0.4))]
+  found += [draw(inputs=Inputs(IMAGES, 0.7))]
   assert not compilations
   every = [first, *found]
   for i, images in enumerate(every):
@@ -86,34 +88,34 @@ def test_other_numbers_draw_other_images_without_compiling(draw, compilations):
 def test_image_to_image_starts_from_the_noised_image(draw, model_and_weights):
   """A network that gives v = 0 makes DDIM a factor cos(phi - phi') for each step."""
   model, weights = model_and_weights
-  found = draw(zeroed=True, images=IMAGES, strength=0.7, seed=4)
+  found = draw(zeroed=True, inputs=Inputs(IMAGES, 0.7), seed=4)
   grid = np.asarray(sampling_grid(model.schedule, 3))[:, -3:]  # round(0.7 * 3) = 2 steps.
   factor = np.cos(np.diff(np.arctan2(grid[1], grid[0]))).prod()
-  z = model.autoencoder.bind(weights.autoencoder).encode(IMAGES / np.float32(127.5) - 1)[0]
+  z = model.autoencoder.bind(weights['autoencoder']).encode(IMAGES / np.float32(127.5) - 1)[0]
   noise, _ = initial_noise(4, 0, 3, model.latent_shape)
   start = grid[0][0] * model.latents(z) + grid[1][0] * noise
-  wanted = to_uint8(model.decode(weights.autoencoder, factor * start))
+  wanted = to_uint8(model.decode(weights['autoencoder'], factor * start))
   assert np.abs(found.astype(int) - wanted).max() <= 1
   assert np.abs(wanted[0].astype(int) - wanted[1]).max() > 10
 
 
 def test_a_started_image_does_not_depend_on_its_batch(draw):
-  every = draw(images=IMAGES, strength=0.7, seed=2)
-  last = draw(images=IMAGES[2:], strength=0.7, seed=2, prompts=PROMPTS[2:], first=2)
+  every = draw(inputs=Inputs(IMAGES, 0.7), seed=2)
+  last = draw(inputs=Inputs(IMAGES[2:], 0.7), seed=2, prompts=PROMPTS[2:], first=2)
   assert np.abs(last[0].astype(int) - every[2]).max() <= 1
-  one_for_all = draw(images=IMAGES[2:], strength=0.7, seed=2)
+  one_for_all = draw(inputs=Inputs(IMAGES[2:], 0.7), seed=2)
   assert np.abs(one_for_all[2].astype(int) - every[2]).max() <= 1
   assert (one_for_all[0] != every[0]).any()
 
 
 @pytest.mark.parametrize(('images', 'strength', 'words'), [
-  (IMAGES[:2], 0.5, '2 images do not fit 3'), (IMAGES[:, :8], 0.5, 'uint8'),
+  (IMAGES[:2], 0.5, '1 or 3'), (IMAGES[:, :8], 0.5, 'uint8'),
   (IMAGES.astype(np.float32), 0.5, 'float32'), (IMAGES, 0.0, 'strength'),
   (IMAGES, 1.5, 'strength'), (IMAGES, 0.1, 'no step of 3'),
 ])
 def test_images_that_cannot_be_started_from(draw, images, strength, words):
   with pytest.raises(UserError, match=words):
-    draw(images=images, strength=strength)
+    draw(inputs=Inputs(images, strength))
 
 
 @pytest.mark.parametrize(('change', 'words'), [

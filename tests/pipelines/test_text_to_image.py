@@ -14,6 +14,7 @@ from diffusion_jax.diffusion.schedules import ScheduleConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.pipelines.directory import INDEX, assemble, load_text_to_image
 from diffusion_jax.pipelines.text_to_image import SampleConfig, fold, unfold
+from diffusion_jax.types import Condition
 from tests import tiny
 
 
@@ -60,12 +61,13 @@ def test_every_sampler_takes_the_pipeline_s_denoiser(zero_snr, name):
   """Traced only: what they compute is tested in tests/diffusion."""
   config = SampleConfig(name, steps=4, guidance=2.0)
   config.check(zero_snr.schedule, zero_snr.prediction)
-  noise, text = jnp.zeros((2, 16, 16, 4)), jnp.zeros((2, 10, 16))
+  noise, text = jnp.zeros((2, 16, 16, 4)), Condition(jnp.zeros((2, 10, 16)))
   keys = jax.random.split(jax.random.key(0), 2)
   sample = lambda params, numbers: zero_snr.sample_latents(
     params, noise, keys, text, text, config.program, numbers
   )
-  out = jax.eval_shape(sample, zero_snr.unet.shapes, config.numbers(zero_snr.schedule))
+  weights = {'unet': zero_snr.unet.shapes}
+  out = jax.eval_shape(sample, weights, config.numbers(zero_snr.schedule))
   assert (out.shape, out.dtype) == (noise.shape, jnp.float32)
 
 
@@ -83,7 +85,8 @@ def test_a_learned_variance_lies_between_the_fixed_ones(zero_snr):
     model = dataclasses.replace(zero_snr, unet=stand_in)
     sample = SampleConfig(name, steps=3, guidance=2.0)
     numbers = sample.numbers(model.schedule)
-    run = lambda: model.sample_latents({}, noise, keys, text, -text, sample.program, numbers)
+    told = Condition(text), Condition(-text)
+    run = lambda: model.sample_latents({'unet': {}}, noise, keys, *told, sample.program, numbers)
     return np.asarray(jax.jit(run)())
 
   def learned(v):

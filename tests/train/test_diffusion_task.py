@@ -11,11 +11,11 @@ import pytest
 from diffusion_jax.data.transforms import apply, build_transforms
 from diffusion_jax.diffusion.schedules import ScheduleConfig
 from diffusion_jax.diffusion.training import ObjectiveConfig
-from diffusion_jax.models.text.tokenizer import Tokenize
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.directory import assemble
 from diffusion_jax.train.cache import ChooseText, cached_source
-from diffusion_jax.train.tasks.diffusion import DiffusionTask, DiffusionTaskConfig
+from diffusion_jax.train.tasks.diffusion import NULL, DiffusionTask, DiffusionTaskConfig
+from diffusion_jax.types import Condition
 from tests import tiny
 
 
@@ -29,7 +29,8 @@ def make_task(parts, sources):
       tiny.UNET, **parts, schedule=ScheduleConfig(), prediction=config.objective.prediction
     )
     if network:
-      model = dataclasses.replace(model, unet=types.SimpleNamespace(bind=lambda _: network))
+      stand_in = types.SimpleNamespace(config=tiny.UNET, bind=lambda _: network)
+      model = dataclasses.replace(model, unet=stand_in)
     return DiffusionTask(config, model, frozen, *sources)
 
   return make
@@ -82,12 +83,13 @@ def test_the_loss_is_the_one_computed_by_hand(make_task, prediction, gamma):
 
 def test_captions_are_dropped_at_the_rate_and_become_the_null_embedding(make_task):
   task = make_task(caption_dropout=0.2)
-  null = task.frozen['null_text']['bias']
-  wanted = task.model.encode_text(task.frozen['clip'], task.model.tokens(['']))[0]
+  null = task.frozen[NULL]['text.bias']
+  wanted = task.model.encode_text(task.frozen, task.model.tokens([''])).text[0]
   np.testing.assert_allclose(null, wanted, atol=1e-5)
   n = 2000
   text = jnp.ones((n, *null.shape)) * 9.0
-  out = np.asarray(task.drop_captions(text, null, jax.random.key(0)))
+  out = task.drop_captions(Condition(text), task.frozen[NULL], jax.random.key(0))
+  out = np.asarray(out.text)
   dropped = (out == np.asarray(null)).all(axis=(1, 2))
   assert ((out == 9.0).all(axis=(1, 2)) | dropped).all()
   assert abs(dropped.mean() - 0.2) < 4.5 * (0.2 * 0.8 / n) ** 0.5
@@ -97,7 +99,7 @@ def test_the_network_sees_dropped_captions_as_the_null_embedding(make_task):
   seen = []
   task = make_task(lambda x, t, text: (seen.append(text), x)[1], caption_dropout=1.0)
   task.losses({}, task.frozen, {}, _batch(), jax.random.key(0))
-  null = task.frozen['null_text']['bias']
+  null = task.frozen[NULL]['text.bias']
   np.testing.assert_array_equal(seen[0], np.broadcast_to(null, seen[0].shape))
 
 
@@ -105,7 +107,7 @@ def test_cached_latents_and_texts_are_the_uncached_ones(make_task, sources):
   task = make_task(caption_dropout=0.0)
   few = [sources[0][i] for i in range(5)]
   cache = cached_source(few, task.model, task.frozen, make_mesh(MeshConfig()), progress=False)
-  tokenize = Tokenize(task.model.tokenizer, task.model.context)
+  tokenize = task.model.text.tokenize
   transforms = build_transforms(('first_caption', 'tokenize', 'normalize'), tokenizer=tokenize)
   rng = np.random.default_rng(0)
   rows = [apply(transforms, record, rng) for record in few]
@@ -114,10 +116,11 @@ def test_cached_latents_and_texts_are_the_uncached_ones(make_task, sources):
   rows = [ChooseText()(row, rng) for row in first]
   cached = {name: np.stack([row[name] for row in rows]) for name in ('mean', 'std', 'text')}
   assert all(len(cache[i]['texts']) == len(few[i]['captions']) for i in range(5))
-  encode = jax.jit(task._encode)
-  (z, text), (z_cached, text_cached) = (
-    encode(task.frozen, batch, jax.random.key(5)) for batch in (uncached, cached)
-  )
+  key = jax.random.key(5)
+  encode = jax.jit(lambda batch: (
+    task._latents(task.frozen, batch, key), task._told(task.frozen, batch, None, key).text
+  ))
+  (z, text), (z_cached, text_cached) = map(encode, (uncached, cached))
   assert float(np.std(z)) > 0.01
   np.testing.assert_allclose(z_cached, z, atol=1e-4)
   np.testing.assert_allclose(text_cached, text, atol=2e-3, rtol=2e-3)

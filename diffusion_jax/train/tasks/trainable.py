@@ -10,19 +10,20 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.lora import LoRAWeights, write_lora
+from diffusion_jax.io.lora import from_params, write_lora
 from diffusion_jax.io.pretrained import load_params, save_params
-from diffusion_jax.io.textual_inversion import write_embeddings
+from diffusion_jax.io.textual_inversion import TextualInversion, write_textual_inversion
 from diffusion_jax.models.controlnet import ControlNet, ControlNetConfig, from_unet
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.lora import LoRAConfig, is_lora, targets, with_lora
 from diffusion_jax.models.text.tokenizer import add_placeholder
 from diffusion_jax.parallel.sharding import put_params, to_host
 from diffusion_jax.pipelines.directory import Part, save_changed
-from diffusion_jax.pipelines.text_encoders import EXTRA
+from diffusion_jax.pipelines.text_encoders import EXTRA, embedding_table
 from diffusion_jax.pipelines.text_to_image import TextToImage
 from diffusion_jax.types import Params, Weights
 
@@ -111,13 +112,9 @@ class Adapters:
     return {**frozen, 'unet': {**frozen['unet'], **params}}
 
   def export(self, directory: Path, params: Params, dtype: str) -> None:
-    lora = {
-      name: LoRAWeights(params[f'{name}.lora.a'], params[f'{name}.lora.b'], size.alpha)
-      for name, size in self.sizes.items()
-    }
-    directory.mkdir(parents=True, exist_ok=True)
-    write_lora(directory / 'pytorch_lora_weights.safetensors', {'unet': lora}, layout='peft')
-    write_lora(directory / 'kohya.safetensors', {'unet': lora}, layout='kohya')
+    lora = {'unet': from_params(params, self.sizes)}
+    write_lora(directory / 'pytorch_lora_weights.safetensors', lora, layout='peft')
+    write_lora(directory / 'kohya.safetensors', lora, layout='kohya')
 
 
 class Control:
@@ -127,7 +124,7 @@ class Control:
     self.source = source
 
   def adapted(self, model: TextToImage) -> TextToImage:
-    self.config = ControlNetConfig.of_unet(model.unet.config)
+    self.config = ControlNetConfig.for_unet(model.unet.config)
     self.network = Network.of(ControlNet, self.config, **model.unet.options)
     return dataclasses.replace(model, controlnet=self.network)
 
@@ -156,8 +153,8 @@ class PlaceholderConfig:
   initializer: str = 'object'
 
   def __post_init__(self):
-    if self.vectors < 1 or not self.token.strip():
-      raise UserError('settings.placeholder needs a token and at least one vector.')
+    if self.vectors < 1 or not self.token.strip() or '/' in self.token:
+      raise UserError('settings.placeholder needs a token without / and at least one vector.')
 
 
 class Words:
@@ -175,11 +172,7 @@ class Words:
 
   def _tables(self) -> dict[str, tuple[str, int]]:
     """Role -> name of its embedding table and the width of a row."""
-    out = {}
-    for role, network in self.text.networks.items():
-      name = next(n for n in network.shapes if n.endswith('token_embedding.embedding'))
-      out[role] = name, network.shapes[name].shape[1]
-    return out
+    return {role: embedding_table(network)[:2] for role, network in self.text.networks.items()}
 
   def initialize(self, key: jax.Array) -> Params:
     draw = lambda width: 0.02 * jax.random.normal(key, (self.config.vectors, width))
@@ -202,6 +195,12 @@ class Words:
     }
 
   def export(self, directory: Path, params: Params, dtype: str) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    rows = {role: params[f'{role}.embedding'] for role in self._tables()}
-    write_embeddings(directory / 'learned_embeds.safetensors', self.config.token, rows)
+    token = self.config.token
+    rows = {role: np.asarray(params[f'{role}.embedding']) for role in self._tables()}
+    for role, value in rows.items():
+      name = 'learned_embeds' + role.removeprefix('text_encoder')
+      write_textual_inversion(
+        directory / f'{name}.safetensors', TextualInversion(token, {role: value})
+      )
+    a1111 = directory / 'a1111' / f'{token}.safetensors'
+    write_textual_inversion(a1111, TextualInversion(token, rows), 'a1111')
