@@ -143,9 +143,10 @@ def read_params(
   params = {}
   for name, tensor in matched.items():
     view = np.asarray(tensor) if ours else from_published_layout(name, tensor)
-    read = lambda index, view=view: np.ascontiguousarray(view[index], dtype)
+    # A copy, so that nothing holds on to the file.
+    read = lambda index, view=view: np.array(view[index], dtype, order='C')
     if shardings is None:
-      params[name] = read(...).reshape(view.shape)
+      params[name] = read(...)
     else:
       params[name] = jax.make_array_from_callback(view.shape, shardings[name], read)
       params[name].block_until_ready()  # Or the maps of many tensors would stay open at once.
