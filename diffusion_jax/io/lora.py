@@ -80,7 +80,7 @@ def read_lora(path: str | os.PathLike, networks: Mapping[str, Mapping[str, Any]]
   Raises:
     UserError: what the networks lack or the file holds half, or in wrong shapes, all named at once.
   """
-  _check_roles(networks)
+  require(bool(networks), 'read_lora needs the parameters of at least one network.')
   path = _find(Path(path))
   tensors = open_tensors(path)
   known = {role: layers(params) for role, params in networks.items()}
@@ -96,13 +96,6 @@ def read_lora(path: str | os.PathLike, networks: Mapping[str, Mapping[str, Any]]
   configs = {} if kohya else _configs(path, known)
   problems = _some(unknown, 'no part of a LoRA of the given networks')
   return _assemble(found, known, configs, problems, path)
-
-
-def _check_roles(names: Mapping[str, Any]) -> None:
-  require(
-    0 < len(names) and set(names) <= set(KOHYA),
-    f'A LoRA is for {", ".join(KOHYA)} or some of them, not {", ".join(names) or "nothing"}.',
-  )
 
 
 def _assemble(found, known, configs, problems: list[str], path: Path) -> LoRAs:
@@ -152,7 +145,7 @@ def _kohya_place(known) -> Callable[[str], Place | None]:
   stems = {
     prefix + stored: (role, layer)
     for role, names in known.items() for stored, layer in kohya_names(names).items()
-    for prefix in KOHYA[role]
+    for prefix in KOHYA.get(role, ())
   }
 
   def place(name: str) -> Place | None:
@@ -169,7 +162,7 @@ def _peft_place(known, names, path: Path) -> Callable[[str], Place | None]:
     if end is None:
       return None
     layer = name.removesuffix(end).removeprefix(_BARE)
-    role = next((role for role in KOHYA if layer.startswith(f'{role}.')), None)
+    role = next((role for role in (*KOHYA, *known) if layer.startswith(f'{role}.')), None)
     return role, layer.removeprefix(f'{role}.'), _PEFT_PARTS[end]
 
   bare = [one[1] for one in map(split, names) if one is not None and one[0] is None]
@@ -248,7 +241,8 @@ def write_lora(
     layout: 'kohya', or 'peft' for diffusers.
   """
   require(layout in LAYOUTS, f'layout must be one of {", ".join(LAYOUTS)}, not {layout!r}.')
-  _check_roles(lora)
+  unknown = sorted(set(lora) - set(KOHYA))
+  require(not unknown, f'A LoRA has the roles {", ".join(KOHYA)}, not {", ".join(unknown)}.')
   tensors: dict[str, np.ndarray] = {}
   texts: dict[str, Any] = {}
   for role, weights in lora.items():

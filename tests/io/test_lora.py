@@ -54,6 +54,12 @@ def test_block_numbers(stored, layer):
   assert names[stored.replace('.', '_')] == names[layer.replace('.', '_')] == layer
 
 
+def test_an_upsampling_follows_what_its_level_has():
+  """Stable Diffusion 1 and 2 have no attention where the way up begins."""
+  names = [*(f'up_blocks.0.resnets.{j}.conv1' for j in range(3)), 'up_blocks.0.upsamplers.0.conv']
+  assert single_file_names(names)['output_blocks.2.1.conv'] == 'up_blocks.0.upsamplers.0.conv'
+
+
 def test_block_numbers_are_all_different():
   found = single_file_names(XL)
   assert sorted(found.values()) == sorted(XL)
@@ -123,7 +129,7 @@ def test_names_of_kohya(lora, tmp_path):
   one = {role: lora[role] for role in ('unet', 'text_encoder')}
   write_lora(path, one)
   assert 'lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight' in load_file(path)
-  same(read_lora(path, NETWORKS), one)
+  same(read_lora(path, NETWORKS | {'text_encoder_3': {}}), one)
 
 
 def test_alpha_without_a_tensor_or_metadata_is_the_rank(lora, tmp_path):
@@ -181,7 +187,9 @@ def bare(path, **config):
 
 
 @pytest.mark.parametrize(('config', 'alpha'), [
-  ({}, 8), ({'alpha_pattern': {'mlp.fc1': 3}}, 3), ({'alpha_pattern': {'lp.fc1': 3}}, 8),
+  ({}, 8), ({'alpha_pattern': {'mlp.fc1': 3}}, 3),
+  ({'alpha_pattern': {'^encoder.layers.0.mlp.fc1': 7}}, 7),  # As transformers 5 names it.
+  ({'alpha_pattern': {'lp.fc1': 3}}, 8),
   ({'alpha_pattern': {r'layers\.\d.mlp.*': 5, 'fc1': 3}}, 5),
   ({'use_rslora': True}, 8 * 2**0.5),
 ])
@@ -196,7 +204,7 @@ def test_mistakes(lora, tmp_path):
     write_lora(tmp_path / 'x.safetensors', lora, 'a1111')
   with pytest.raises(UserError, match='not vae'):
     write_lora(tmp_path / 'x.safetensors', {'vae': {}})
-  with pytest.raises(UserError, match='not nothing'):
+  with pytest.raises(UserError, match='at least one network'):
     read_lora(tmp_path / 'x.safetensors', {})
   with pytest.raises(UserError, match='no file'):
     read_lora(tmp_path / 'x.safetensors', NETWORKS)
