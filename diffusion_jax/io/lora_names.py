@@ -1,0 +1,91 @@
+"""What files of LoRA call the layers of a network.
+
+A layer is the dotted name of a dense layer or a convolution, here and in diffusers. kohya's files
+join the parts of a name by underscores, so it can only be undone by knowing the network. For
+Stable Diffusion XL they number the blocks of the U-Net as single files do.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+KOHYA = {
+  'unet': ('lora_unet_',), 'text_encoder': ('lora_te_', 'lora_te1_'),
+  'text_encoder_2': ('lora_te2_',),
+}
+"""How the names of each role begin in kohya's files; lora_te1_ where there are two encoders."""
+
+_RESNET = {
+  'conv1': 'in_layers.2', 'time_emb_proj': 'emb_layers.1', 'conv2': 'out_layers.3',
+  'conv_shortcut': 'skip_connection',
+}
+_ENDS = {
+  'conv_in': 'input_blocks.0.0', 'time_embedding.linear_1': 'time_embed.0',
+  'time_embedding.linear_2': 'time_embed.2', 'add_embedding.linear_1': 'label_emb.0.0',
+  'add_embedding.linear_2': 'label_emb.0.2', 'conv_out': 'out.2',
+}
+
+
+def layers(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+  """The layers of a network by its parameters, or their shapes -> the shapes of their kernels."""
+  return {
+    name.removesuffix('.kernel'): tuple(value.shape)
+    for name, value in params.items() if name.endswith('.kernel')
+  }
+
+
+def kohya_names(names: Iterable[str]) -> dict[str, str]:
+  """Names in kohya's files, without the role -> layers; both numberings of a U-Net's blocks."""
+  names = list(names)
+  found: dict[str, str] = {}
+  for stored, name in [*zip(names, names, strict=True), *single_file_names(names).items()]:
+    key = stored.replace('.', '_')
+    if found.setdefault(key, name) != name:
+      raise ValueError(f'{name} and {found[key]} are both called {key}.')
+  return found
+
+
+def single_file_names(names: Iterable[str]) -> dict[str, str]:
+  """Names by the block numbers of a single file -> layers; empty for what is no U-Net."""
+  names = set(names)
+  blocks = dict(_blocks(names))
+  found = {stored: name for name, stored in _ENDS.items() if name in names and blocks}
+  for name in names:
+    parts = name.split('.')
+    for length in (4, 5):  # down_blocks.0.resnets.1 and down_blocks.0.downsamplers.0.conv
+      if stored := blocks.get('.'.join(parts[:length])):
+        rest = '.'.join(parts[length:])
+        rest = _RESNET.get(rest, rest)
+        found[f'{stored}.{rest}' if rest else stored] = name
+  middle = {'resnets.0': '0', 'attentions.0': '1', 'resnets.1': '2'}
+  for name in names:
+    for block, number in middle.items():
+      if name.startswith(f'mid_block.{block}.'):
+        rest = name.removeprefix(f'mid_block.{block}.')
+        found[f'middle_block.{number}.{_RESNET.get(rest, rest)}'] = name
+  return found
+
+
+def _blocks(names: set[str]) -> Iterator[tuple[str, str]]:
+  """Each resnet, attention and resampling on the ways down and up with its number in the file."""
+  has = lambda start: any(name.startswith(f'{start}.') for name in names)
+  number, level = 1, 0
+  while has(block := f'down_blocks.{level}'):
+    layer = 0
+    while has(f'{block}.resnets.{layer}'):
+      yield f'{block}.resnets.{layer}', f'input_blocks.{number}.0'
+      yield f'{block}.attentions.{layer}', f'input_blocks.{number}.1'
+      number, layer = number + 1, layer + 1
+    if has(f'{block}.downsamplers'):
+      yield f'{block}.downsamplers.0.conv', f'input_blocks.{number}.0.op'
+      number += 1
+    level += 1
+  number, level = 0, 0
+  while has(block := f'up_blocks.{level}'):
+    layer = 0
+    while has(f'{block}.resnets.{layer}'):
+      yield f'{block}.resnets.{layer}', f'output_blocks.{number}.0'
+      yield f'{block}.attentions.{layer}', f'output_blocks.{number}.1'
+      number, layer = number + 1, layer + 1
+    place = 2 if has(f'{block}.attentions') else 1
+    yield f'{block}.upsamplers.0.conv', f'output_blocks.{number - 1}.{place}.conv'
+    level += 1

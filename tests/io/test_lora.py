@@ -1,0 +1,221 @@
+"""Files of LoRA: names with known answers, and errors. Libraries: tests/parity."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.io.lora import LoRAWeights, read_lora, write_lora
+from diffusion_jax.io.lora_names import kohya_names, single_file_names
+from diffusion_jax.io.tensors import metadata
+
+ATTENTION = 'transformer_blocks.0.attn1.to_q'
+# Stable Diffusion XL: three levels of two layers, attention in the lower two.
+XL = [
+  *(f'down_blocks.{i}.resnets.{j}.{c}' for i in range(3) for j in range(2)
+    for c in ('conv1', 'conv2', 'time_emb_proj', 'conv_shortcut')),
+  *(f'down_blocks.{i}.attentions.{j}.{ATTENTION}' for i in (1, 2) for j in range(2)),
+  *(f'down_blocks.{i}.downsamplers.0.conv' for i in range(2)),
+  *(f'mid_block.{block}.conv1' for block in ('resnets.0', 'resnets.1')),
+  f'mid_block.attentions.0.{ATTENTION}',
+  *(f'up_blocks.{i}.resnets.{j}.conv1' for i in range(3) for j in range(3)),
+  *(f'up_blocks.{i}.attentions.{j}.{ATTENTION}' for i in (0, 1) for j in range(3)),
+  *(f'up_blocks.{i}.upsamplers.0.conv' for i in range(2)),
+  'conv_in', 'conv_out', 'time_embedding.linear_1', 'add_embedding.linear_2',
+]
+
+
+@pytest.mark.parametrize(('stored', 'layer'), [  # As in published files.
+  ('input_blocks.4.1.transformer_blocks.0.attn1.to_q', f'down_blocks.1.attentions.0.{ATTENTION}'),
+  ('input_blocks.8.1.transformer_blocks.0.attn1.to_q', f'down_blocks.2.attentions.1.{ATTENTION}'),
+  ('middle_block.1.transformer_blocks.0.attn1.to_q', f'mid_block.attentions.0.{ATTENTION}'),
+  ('output_blocks.0.1.transformer_blocks.0.attn1.to_q', f'up_blocks.0.attentions.0.{ATTENTION}'),
+  ('output_blocks.5.1.transformer_blocks.0.attn1.to_q', f'up_blocks.1.attentions.2.{ATTENTION}'),
+  ('input_blocks.0.0', 'conv_in'), ('out.2', 'conv_out'),
+  ('time_embed.0', 'time_embedding.linear_1'), ('label_emb.0.2', 'add_embedding.linear_2'),
+  ('input_blocks.1.0.in_layers.2', 'down_blocks.0.resnets.0.conv1'),
+  ('input_blocks.3.0.op', 'down_blocks.0.downsamplers.0.conv'),
+  ('input_blocks.4.0.skip_connection', 'down_blocks.1.resnets.0.conv_shortcut'),
+  ('input_blocks.5.0.emb_layers.1', 'down_blocks.1.resnets.1.time_emb_proj'),
+  ('input_blocks.6.0.op', 'down_blocks.1.downsamplers.0.conv'),
+  ('input_blocks.7.0.out_layers.3', 'down_blocks.2.resnets.0.conv2'),
+  ('middle_block.0.in_layers.2', 'mid_block.resnets.0.conv1'),
+  ('middle_block.2.in_layers.2', 'mid_block.resnets.1.conv1'),
+  ('output_blocks.8.0.in_layers.2', 'up_blocks.2.resnets.2.conv1'),
+  ('output_blocks.2.2.conv', 'up_blocks.0.upsamplers.0.conv'),
+  ('output_blocks.5.2.conv', 'up_blocks.1.upsamplers.0.conv'),
+])
+def test_block_numbers(stored, layer):
+  assert single_file_names(XL)[stored] == layer
+  names = kohya_names(XL)
+  assert names[stored.replace('.', '_')] == names[layer.replace('.', '_')] == layer
+
+
+def test_an_upsampling_follows_what_its_level_has():
+  """Stable Diffusion 1 and 2 have no attention where the way up begins."""
+  names = [*(f'up_blocks.0.resnets.{j}.conv1' for j in range(3)), 'up_blocks.0.upsamplers.0.conv']
+  assert single_file_names(names)['output_blocks.2.1.conv'] == 'up_blocks.0.upsamplers.0.conv'
+
+
+def test_block_numbers_are_all_different():
+  found = single_file_names(XL)
+  assert sorted(found.values()) == sorted(XL)
+  assert single_file_names(['text_model.encoder.layers.0.mlp.fc1']) == {}
+
+
+NETWORKS = {
+  'unet': {
+    'down_blocks.0.resnets.0.conv1.kernel': np.zeros((3, 3, 4, 5)),
+    'down_blocks.0.attentions.0.proj_in.kernel': np.zeros((1, 1, 4, 6)),
+    'mid_block.attentions.0.to_q.kernel': np.zeros((4, 7)),
+    'down_blocks.0.resnets.0.conv1.bias': np.zeros(5),
+  },
+  'text_encoder': {'text_model.encoder.layers.0.mlp.fc1.kernel': np.zeros((3, 8))},
+  'text_encoder_2': {'text_model.encoder.layers.0.mlp.fc1.kernel': np.zeros((3, 8))},
+}
+FC = 'text_model.encoder.layers.0.mlp.fc1'
+
+
+def weights(kernel, rank=2, alpha=1.5, dtype=np.float32):
+  rng = np.random.default_rng(0)
+  *window, i, o = kernel
+  draw = lambda *shape: rng.normal(size=shape).astype(dtype)
+  return LoRAWeights(draw(*window, i, rank), draw(*(1 for _ in window), rank, o), alpha)
+
+
+@pytest.fixture
+def lora():
+  return {
+    role: {
+      name.removesuffix('.kernel'): weights(value.shape, rank=1 + n, alpha=2.0**n)
+      for n, (name, value) in enumerate(params.items()) if name.endswith('kernel')
+    } for role, params in NETWORKS.items()
+  }
+
+
+def same(found, wanted):
+  assert {r: set(w) for r, w in found.items()} == {r: set(w) for r, w in wanted.items() if w}
+  for role, layers in found.items():
+    for name, one in layers.items():
+      for part, other in zip(one, wanted[role][name], strict=True):
+        np.testing.assert_array_equal(part, other)
+      assert one.a.dtype == wanted[role][name].a.dtype
+
+
+@pytest.mark.parametrize('layout', ['kohya', 'peft'])
+@pytest.mark.parametrize('dtype', [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_round_trip(layout, dtype, lora, tmp_path):
+  lora = {
+    role: {n: LoRAWeights(one.a.astype(dtype), one.b.astype(dtype), one.alpha)
+           for n, one in layers.items()} for role, layers in lora.items()
+  }
+  write_lora(tmp_path / 'x.safetensors', lora, layout)
+  same(read_lora(tmp_path / 'x.safetensors', NETWORKS), lora)
+
+
+def test_names_of_kohya(lora, tmp_path):
+  path = tmp_path / 'x.safetensors'
+  write_lora(path, lora)
+  tensors = load_file(path)
+  assert tensors['lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight'].shape == (1, 4, 3, 3)
+  assert tensors['lora_unet_down_blocks_0_resnets_0_conv1.lora_up.weight'].shape == (5, 1, 1, 1)
+  assert tensors['lora_unet_mid_block_attentions_0_to_q.lora_down.weight'].shape == (3, 4)
+  assert tensors['lora_unet_mid_block_attentions_0_to_q.alpha'] == 4
+  for stem in ('lora_te1_', 'lora_te2_'):
+    assert f'{stem}text_model_encoder_layers_0_mlp_fc1.lora_up.weight' in tensors
+  one = {role: lora[role] for role in ('unet', 'text_encoder')}
+  write_lora(path, one)
+  assert 'lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight' in load_file(path)
+  same(read_lora(path, NETWORKS | {'text_encoder_3': {}}), one)
+
+
+def test_alpha_without_a_tensor_or_metadata_is_the_rank(lora, tmp_path):
+  path = tmp_path / 'x.safetensors'
+  for layout in ('kohya', 'peft'):
+    write_lora(path, lora, layout)
+    assert ('lora_adapter_metadata' in metadata(path)) == (layout == 'peft')
+    save_file({n: t for n, t in load_file(path).items() if not n.endswith('alpha')}, path)
+    for layers in read_lora(path, NETWORKS).values():
+      assert all(one.alpha == one.a.shape[-1] for one in layers.values())
+
+
+def test_windows_of_one_may_be_left_out_or_added(tmp_path):
+  path = tmp_path / 'x.safetensors'
+  wanted = {
+    'down_blocks.0.attentions.0.proj_in': weights((1, 1, 4, 6)),
+    'mid_block.attentions.0.to_q': weights((4, 7)),
+  }
+  write_lora(path, {'unet': wanted})
+  tensors = {
+    n: t if not t.ndim else t[..., None, None] if t.ndim == 2 else t[..., 0, 0]
+    for n, t in load_file(path).items()
+  }
+  save_file({n: np.ascontiguousarray(t) for n, t in tensors.items()}, path)
+  same(read_lora(path, NETWORKS), {'unet': wanted})
+
+
+def test_all_that_does_not_fit_is_named_at_once(lora, tmp_path):
+  path = tmp_path / 'x.safetensors'
+  write_lora(path, lora)
+  tensors = load_file(path)
+  tensors.pop('lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight')
+  tensors['lora_unet_mid_block_attentions_0_to_q.lora_down.weight'] = np.zeros((3, 5), np.float32)
+  tensors['lora_unet_mid_block_attentions_9_to_q.alpha'] = np.zeros((), np.float32)
+  tensors['lora_unet_mid_block_attentions_0_to_q.dora_scale'] = np.zeros(7, np.float32)
+  save_file(tensors, path)
+  with pytest.raises(UserError) as error:
+    read_lora(path, NETWORKS)
+  for words in (
+    'lora_unet_mid_block_attentions_9_to_q.alpha', 'lora_unet_mid_block_attentions_0_to_q.dora',
+    f'without its other matrix: text_encoder {FC}',
+    'of a wrong shape: unet mid_block.attentions.0.to_q ([3, 5] and [7, 3] for a kernel [4, 7])',
+  ):
+    assert words in str(error.value)
+
+
+def bare(path, **config):
+  one = weights((3, 8))
+  save_file({
+    f'base_model.model.{FC}.lora_A.weight': np.ascontiguousarray(one.a.T),
+    f'base_model.model.{FC}.lora_B.weight': np.ascontiguousarray(one.b.T),
+  }, path / 'adapter_model.safetensors')
+  (path / 'adapter_config.json').write_text(json.dumps({'r': 2, 'lora_alpha': 8} | config))
+  return path
+
+
+@pytest.mark.parametrize(('config', 'alpha'), [
+  ({}, 8), ({'alpha_pattern': {'mlp.fc1': 3}}, 3),
+  ({'alpha_pattern': {'^encoder.layers.0.mlp.fc1': 7}}, 7),  # As transformers 5 names it.
+  ({'alpha_pattern': {'lp.fc1': 3}}, 8),
+  ({'alpha_pattern': {r'layers\.\d.mlp.*': 5, 'fc1': 3}}, 5),
+  ({'use_rslora': True}, 8 * 2**0.5),
+])
+def test_adapter_config_of_peft(config, alpha, tmp_path):
+  network = {'text_encoder': NETWORKS['text_encoder']}
+  found = read_lora(bare(tmp_path, **config), network)['text_encoder'][FC]
+  assert found.alpha == pytest.approx(alpha)
+
+
+def test_mistakes(lora, tmp_path):
+  with pytest.raises(UserError, match='layout must be one of kohya, peft'):
+    write_lora(tmp_path / 'x.safetensors', lora, 'a1111')
+  with pytest.raises(UserError, match='not vae'):
+    write_lora(tmp_path / 'x.safetensors', {'vae': {}})
+  with pytest.raises(UserError, match='at least one network'):
+    read_lora(tmp_path / 'x.safetensors', {})
+  with pytest.raises(UserError, match='no file'):
+    read_lora(tmp_path / 'x.safetensors', NETWORKS)
+  with pytest.raises(UserError, match='neither pytorch_lora_weights'):
+    read_lora(tmp_path, NETWORKS)
+  with pytest.raises(UserError, match='for text_encoder or text_encoder_2; give one'):
+    read_lora(bare(tmp_path), NETWORKS)
+  with pytest.raises(UserError, match=r'no part of a LoRA .* base_model\.model\.text_model'):
+    read_lora(tmp_path, {'unet': NETWORKS['unet']})
+  with pytest.raises(UserError, match='use_dora is not implemented'):
+    read_lora(bare(tmp_path, use_dora=True), {'text_encoder': NETWORKS['text_encoder']})
+  write_lora(tmp_path / 'x.safetensors', {'unet': lora['unet'], 'text_encoder': {}}, 'peft')
+  with pytest.raises(UserError, match='no part of a LoRA'):
+    read_lora(tmp_path / 'x.safetensors', {'text_encoder': NETWORKS['text_encoder']})

@@ -1,0 +1,97 @@
+"""Files of textual inversion: both layouts both ways, and errors. Libraries: tests/parity."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.io.textual_inversion import (
+  TextualInversion,
+  read_textual_inversion,
+  write_textual_inversion,
+)
+
+ROWS = np.arange(6, dtype=np.float32).reshape(2, 3)
+WIDE = np.arange(10, dtype=np.float16).reshape(2, 5)
+WIDTHS = {'text_encoder': 3, 'text_encoder_2': 5}
+
+
+def same(found, wanted):
+  assert found.token == wanted.token and found.embeddings.keys() == wanted.embeddings.keys()
+  for role, rows in wanted.embeddings.items():
+    np.testing.assert_array_equal(found.embeddings[role], rows)
+    assert found.embeddings[role].dtype == rows.dtype
+
+
+@pytest.mark.parametrize(('layout', 'embeddings', 'names'), [
+  ('diffusers', {'text_encoder': ROWS}, {'<cat>'}),
+  ('diffusers', {'text_encoder_2': WIDE}, {'<cat>'}),
+  ('a1111', {'text_encoder': ROWS}, {'emb_params'}),
+  ('a1111', {'text_encoder': ROWS, 'text_encoder_2': WIDE}, {'clip_l', 'clip_g'}),
+])
+def test_round_trip(layout, embeddings, names, tmp_path):
+  path, learned = tmp_path / '<cat>.safetensors', TextualInversion('<cat>', embeddings)
+  write_textual_inversion(path, learned, layout)
+  assert set(load_file(path)) == names
+  same(read_textual_inversion(path, WIDTHS), learned)
+
+
+def test_one_row_without_its_axis_and_the_name_in_a_directory(tmp_path):
+  save_file({'<cat>': ROWS[0]}, tmp_path / 'learned_embeds.safetensors')
+  found = read_textual_inversion(tmp_path)
+  same(found, TextualInversion('<cat>', {'text_encoder': ROWS[:1]}))
+
+
+@pytest.mark.parametrize(('tensors', 'words'), [
+  ({'a': ROWS, 'b': ROWS}, 'holds a, b: neither'),
+  ({'clip_l': ROWS, 'clip_g': WIDE[:1]}, r'as many for each encoder, not \[2, 3\] and \[1, 5\]'),
+  ({'<cat>': WIDE[:, :4]}, r'embeddings \[2, 4\] for the text_encoder, whose table is 3 wide'),
+  ({'emb_params': WIDE}, 'whose table is 3 wide'),
+  ({'<cat>': ROWS[None]}, r'rows \[n d\]'),
+])
+def test_files_that_do_not_fit(tensors, words, tmp_path):
+  save_file(tensors, tmp_path / 'x.safetensors')
+  with pytest.raises(UserError, match=words):
+    read_textual_inversion(tmp_path / 'x.safetensors', WIDTHS)
+
+
+def test_two_encoders_for_a_model_of_one(tmp_path):
+  save_file({'clip_l': ROWS, 'clip_g': WIDE}, tmp_path / 'x.safetensors')
+  with pytest.raises(UserError, match='text_encoder_2, whose table is not there; they are of'):
+    read_textual_inversion(tmp_path / 'x.safetensors', {'text_encoder': 3})
+
+
+def test_pickles_are_read_as_data_only(tmp_path):
+  torch = pytest.importorskip('torch')
+  rows = torch.tensor(ROWS)
+  for values, wanted in (
+    ({'string_to_token': {'*': 265}, 'string_to_param': {'*': rows}, 'name': 'cat'}, 'cat'),
+    ({'<cat>': rows.requires_grad_()}, '<cat>'),
+    ({'emb_params': rows}, 'x'),
+  ):
+    torch.save(values, tmp_path / 'x.pt')
+    found = read_textual_inversion(tmp_path / 'x.pt', {'text_encoder': 3})
+    same(found, TextualInversion(wanted, {'text_encoder': ROWS}))
+
+  class Evil:
+    def __reduce__(self):
+      return open, (str(tmp_path / 'made'), 'w')
+
+  torch.save({'<cat>': Evil()}, tmp_path / 'x.pt')
+  with pytest.raises(UserError, match='without running code'):
+    read_textual_inversion(tmp_path / 'x.pt')
+  assert not (tmp_path / 'made').exists()
+  with pytest.raises(UserError, match='no file'):
+    read_textual_inversion(tmp_path / 'y.pt')
+
+
+def test_what_cannot_be_written(tmp_path):
+  both = TextualInversion('<cat>', {'text_encoder': ROWS, 'text_encoder_2': WIDE})
+  path = tmp_path / 'x.safetensors'
+  with pytest.raises(UserError, match='holds one text encoder, not 2'):
+    write_textual_inversion(path, both)
+  with pytest.raises(UserError, match=r'call it <cat>\.safetensors'):
+    write_textual_inversion(path, both, 'a1111')
+  with pytest.raises(UserError, match='layout must be'):
+    write_textual_inversion(path, both, 'kohya')
+  assert not path.exists()
