@@ -112,7 +112,7 @@ def by_hand(loaded, sources):
   ])
   log_q = norm.logpdf(eps) - np.asarray(logvar) / 2 - math.log(config.scaling_factor)
   tokens = model.tokens([record['captions'][0] for record in records])
-  text = jax.jit(model.encode_text)(weights, tokens).text
+  text = jax.jit(model.encode_text)(weights, tokens)
   return {
     'latents': model.latents(mean + jnp.exp(logvar / 2) * eps), 'text': text,
     'log_q': log_q.sum(axis=(1, 2, 3)), 'keys': each(key_noise), 'images': images,
@@ -125,8 +125,8 @@ def test_the_rows_are_the_means_of_direct_calls(rows, loaded, by_hand):
   schedule, x0, keys = model.schedule, by_hand['latents'], by_hand['keys']
 
   @jax.jit
-  def direct(unet, x0, text, keys, offset):
-    denoise = lambda x, a, s: model.denoiser(unet)(x, a, s, text)
+  def direct(weights, x0, text, keys, offset):
+    denoise = lambda x, a, s: model.denoiser(weights)(x, a, s, text)
     draws = {'draws': CHEAP.draws, 'offset': offset}
     levels = schedule.alphas, schedule.sigmas
     return {
@@ -140,7 +140,7 @@ def test_the_rows_are_the_means_of_direct_calls(rows, loaded, by_hand):
       ).bits,
     }
 
-  bits = direct(weights['unet'], x0, by_hand['text'], keys, by_hand['offset'])
+  bits = direct(weights, x0, by_hand['text'], keys, by_hand['offset'])
   for name, value in bits.items():
     row = f'latent_bits_per_dim_{name}'
     assert np.isfinite(value).all() and np.std(value) > 1e-3
