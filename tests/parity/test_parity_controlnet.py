@@ -14,24 +14,23 @@ diffusers = pytest.importorskip('diffusers')
 from tests.parity.unet_inputs import inputs, nchw, nhwc  # noqa: E402
 
 CROSS, PLAIN = 'CrossAttnDownBlock2D', 'DownBlock2D'
-SHARED = dict(
-  block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=6,
-  attention_head_dim=2, down_block_types=(CROSS, PLAIN),
+TINY = dict(
+  layers_per_block=1, norm_num_groups=4, cross_attention_dim=6, attention_head_dim=2,
+  block_out_channels=(8,),
 )
-UP = dict(up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'))
-# Each halves the control image once, or twice, to the size of the latents.
+TWO_LEVELS = TINY | dict(block_out_channels=(8, 16), down_block_types=(CROSS, PLAIN))
+SDXL = dict(
+  addition_embed_type='text_time', addition_time_embed_dim=4,
+  projection_class_embeddings_input_dim=31,
+)
 CONFIGS = {
-  'SD1': dict(SHARED, conditioning_embedding_out_channels=(3, 5, 4)),
+  'SD1': dict(TWO_LEVELS, conditioning_embedding_out_channels=(3, 5, 4)),
   'SDXL, blue first': dict(
-    block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, cross_attention_dim=6,
-    attention_head_dim=2, down_block_types=(CROSS,), conditioning_embedding_out_channels=(3, 5),
-    use_linear_projection=True, transformer_layers_per_block=2, num_class_embeds=9,
-    controlnet_conditioning_channel_order='bgr', addition_embed_type='text_time',
-    addition_time_embed_dim=4, projection_class_embeddings_input_dim=31,
+    TINY, **SDXL, down_block_types=(CROSS,), conditioning_embedding_out_channels=(3, 5),
+    use_linear_projection=True, num_class_embeds=9, controlnet_conditioning_channel_order='bgr',
   ),
   'shuffle': dict(
-    block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, cross_attention_dim=6,
-    attention_head_dim=2, down_block_types=(PLAIN,), conditioning_embedding_out_channels=(3,),
+    TINY, down_block_types=(PLAIN,), conditioning_embedding_out_channels=(3,),
     mid_block_type='UNetMidBlock2D', global_pool_conditions=True, conditioning_channels=5,
   ),
 }
@@ -79,15 +78,16 @@ def test_residuals_gradients_and_files(
     assert (tuple(found) if isinstance(found, list) else found) == value, key
 
 
-@pytest.mark.parametrize('pooled', [False, True])
-def test_a_unet_under_control(pooled, randomized, ported, quick_jit):
-  theirs = randomized(diffusers.UNet2DConditionModel(**SHARED, **UP))
+def test_a_unet_under_control(randomized, ported, quick_jit):
+  theirs = randomized(diffusers.UNet2DConditionModel(
+    **TWO_LEVELS, up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D')
+  ))
   config, graphdef, params = ported('unet', theirs)
   rng = np.random.default_rng(1)
   (args, _), (their_args, _) = inputs(config, rng, (4, 6))
-  shapes = [(4, 6, 8), (4, 6, 8), (2, 3, 8), (2, 3, 16), (2, 3, 16)]
-  shapes = [(2, 1, 1, s[-1]) if pooled else (2, *s) for s in shapes]
-  *skips, mid = [rng.normal(size=s).astype(np.float32) for s in shapes]
+  # The third as from a ControlNet with global_pool_conditions.
+  shapes = [(4, 6, 8), (4, 6, 8), (1, 1, 8), (2, 3, 16), (2, 3, 16)]
+  *skips, mid = [rng.normal(size=(2, *s)).astype(np.float32) for s in shapes]
   with torch.no_grad():
     wanted = theirs(
       *their_args, down_block_additional_residuals=[nchw(r) for r in skips],
@@ -100,18 +100,18 @@ def test_a_unet_under_control(pooled, randomized, ported, quick_jit):
   np.testing.assert_allclose(found, nhwc(wanted), atol=1e-4)
 
 
-def test_a_controlnet_starts_as_the_unet_that_it_is_for(tmp_path):
+def test_a_controlnet_starts_as_the_unet_that_it_is_for(tmp_path, quick_jit):
   unet = diffusers.UNet2DConditionModel(
-    **SHARED, **UP, num_class_embeds=5, only_cross_attention=True, in_channels=9,
-    addition_embed_type='text_time', addition_time_embed_dim=4,
-    projection_class_embeddings_input_dim=31,
+    **TINY, **SDXL, down_block_types=(CROSS,), up_block_types=('UpBlock2D',),
+    num_class_embeds=5, only_cross_attention=True, in_channels=9,
   )
   unet.save_pretrained(tmp_path / 'unet')
   config, params = load_params('unet', tmp_path / 'unet')
   widths = (3, 5)
   control = ControlNetConfig.for_unet(config, conditioning_embedding_out_channels=widths)
   make = lambda rngs: ControlNet(control, rngs=rngs)
-  ours = from_unet(functional.initialize(make, jax.random.key(0)), params)
+  fresh = quick_jit(lambda key: functional.initialize(make, key))(jax.random.key(0))
+  ours = from_unet(fresh, params)
   save_params(tmp_path / 'ours', control, ours)
   wanted = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
   found = diffusers.ControlNetModel.from_pretrained(tmp_path / 'ours').state_dict()
