@@ -25,7 +25,6 @@ from diffusion_jax.models.text.clip_config import CLIPConfig, CLIPTextConfig, CL
 from diffusion_jax.models.unet import UNet, UNetConfig
 
 
-
 @pytest.mark.parametrize(('module', 'config', 'scalars', 'tensors'), [
   (UNet, UNETS['sd15'], 859_520_964, 686),
   (UNet, UNETS['sd15_inpaint'], 859_535_364, 686),
