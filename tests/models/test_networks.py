@@ -1,13 +1,22 @@
 """Shapes, sizes, gradients and types of the networks."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.io.published.architectures import CONTROLNETS, UNETS
 from diffusion_jax.models import attention, functional
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
+from diffusion_jax.models.controlnet import (
+  ControlNet,
+  ControlNetConfig,
+  add_residuals,
+  from_unet,
+)
 from diffusion_jax.models.discriminator import Discriminator, DiscriminatorConfig
 from diffusion_jax.models.embeddings import timestep_embedding
 from diffusion_jax.models.layers import Conv, GroupNorm
@@ -15,14 +24,15 @@ from diffusion_jax.models.text.clip import CLIP
 from diffusion_jax.models.text.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from diffusion_jax.models.unet import UNet, UNetConfig
 
-SD2 = UNetConfig(
-  cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
-)
-
 
 @pytest.mark.parametrize(('module', 'config', 'scalars', 'tensors'), [
-  (UNet, UNetConfig(), 859_520_964, 686),
-  (UNet, SD2, 865_910_724, 686),
+  (UNet, UNETS['sd15'], 859_520_964, 686),
+  (UNet, UNETS['sd15_inpaint'], 859_535_364, 686),
+  (UNet, UNETS['sd21'], 865_910_724, 686),
+  (UNet, UNETS['sd_x4_upscaler'], 473_398_020, 687),
+  (UNet, UNETS['sdxl'], 2_567_463_684, 1680),
+  (ControlNet, CONTROLNETS['sd15'], 361_279_120, 340),
+  (ControlNet, CONTROLNETS['sdxl'], 1_251_014_160, 844),
   (AutoencoderKL, AutoencoderKLConfig(), 83_653_863, 248),
 ])
 def test_published_sizes(module, config, scalars, tensors):
@@ -34,6 +44,13 @@ TINY_UNET = UNetConfig(
   block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=6,
   attention_head_dim=2, down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'),
   up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'),
+)
+# Of all that a network can be conditioned on, in one level.
+TINY_CONTROLNET = ControlNetConfig(
+  block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, cross_attention_dim=6,
+  attention_head_dim=2, down_block_types=('CrossAttnDownBlock2D',), num_class_embeds=5,
+  addition_embed_type='text_time', addition_time_embed_dim=4,
+  projection_class_embeddings_input_dim=27, conditioning_embedding_out_channels=(3, 5),
 )
 TINY_AUTOENCODER = AutoencoderKLConfig(
   block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2
@@ -51,6 +68,24 @@ def _unet(net, key):
   y = net(x, jnp.array([3, 500]), text)
   assert y.shape == x.shape
   return y
+
+
+def _controlled(net, **changes):
+  inputs = dict(
+    x=jnp.ones((2, 4, 6, 4)), t=jnp.array([3, 500]), text=jnp.ones((2, 3, 6)),
+    image=jnp.ones((2, 8, 12, 3)), pooled=jnp.ones((2, 3)), sizes=jnp.ones((2, 6)),
+    labels=jnp.array([1, 4]),
+  )
+  return net(**inputs | changes)
+
+
+def _controlnet(net, key):
+  draw = lambda *shape: jax.random.normal(key, shape)
+  skips, mid = _controlled(
+    net, x=draw(2, 4, 6, 4), text=draw(2, 3, 6), image=jax.random.uniform(key, (2, 8, 12, 3))
+  )
+  assert [y.shape for y in (*skips, mid)] == [(2, 4, 6, 8)] * 3
+  return jnp.stack([*skips, mid])
 
 
 def _autoencoder(net, key):
@@ -76,6 +111,7 @@ def _discriminator(net, key):
 
 NETWORKS = {
   'unet': (UNet, TINY_UNET, _unet),
+  'controlnet': (ControlNet, TINY_CONTROLNET, _controlnet),
   'autoencoder': (AutoencoderKL, TINY_AUTOENCODER, _autoencoder),
   'clip': (CLIP, TINY_CLIP, _clip),
   'discriminator': (Discriminator, TINY_DISCRIMINATOR, _discriminator),
@@ -172,6 +208,20 @@ def test_attention_in_chunks_is_attention(monkeypatch, quick_jit):
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_attention_logits_and_softmax_are_float32_in_bfloat16_too():
+  noise = jax.random.normal(jax.random.key(0), (3, 1, 6, 1, 8))
+  # Large logits that differ little, so that it matters that bfloat16 has steps of 2 beyond 256.
+  q, k, v = (y.astype(jnp.bfloat16) for y in (12 + noise[0], 12 + noise[1] / 20, noise[2]))
+  exact = lambda y: np.asarray(y, np.float64)[0, :, 0]
+  logits = exact(q) @ exact(k).T / np.sqrt(8)
+  assert np.abs(logits).min() > 256
+  weights = np.exp(logits - logits.max(-1, keepdims=True))
+  wanted = weights / weights.sum(-1, keepdims=True) @ exact(v)
+  found = attention.attend(q, k, v)
+  assert found.dtype == jnp.bfloat16
+  np.testing.assert_allclose(exact(found), wanted, atol=0.03)
+
+
 @pytest.mark.parametrize(('make', 'words'), [
   (lambda: UNetConfig(block_out_channels=(320, 640)), 'down_block_types must have 2'),
   (lambda: UNetConfig(attention_head_dim=(8, 8)), 'attention_head_dim must have 4'),
@@ -179,6 +229,13 @@ def test_attention_in_chunks_is_attention(monkeypatch, quick_jit):
   (lambda: UNetConfig(norm_num_groups=48), '320, which norm_num_groups=48'),
   (lambda: UNetConfig(up_block_types=('UpBlock3D',) * 4), "'UpBlock3D'"),
   (lambda: UNetConfig(layers_per_block=0), 'layers_per_block must be a positive'),
+  (lambda: UNetConfig(only_cross_attention=(True,)), 'only_cross_attention must have 4'),
+  (lambda: UNetConfig(only_cross_attention=1), 'only_cross_attention must be true or false'),
+  (lambda: UNetConfig(mid_block_type='Mid'), "mid_block_type='Mid' is not implemented"),
+  (lambda: UNetConfig(class_embed_type='projection'), "'projection' needs projection_class_"),
+  (lambda: UNetConfig(addition_embed_type='text_time', projection_class_embeddings_input_dim=9),
+   'needs addition_time_embed_dim'),
+  (lambda: ControlNetConfig(mid_block_type=None), 'ControlNetConfig.mid_block_type'),
   (lambda: AutoencoderKLConfig(block_out_channels=()), 'block_out_channels must be'),
   (lambda: AutoencoderKLConfig(scaling_factor=0.0), 'scaling_factor must be positive'),
   (lambda: CLIPTextConfig(hidden_size=500), 'does not divide hidden_size=500'),
@@ -201,6 +258,22 @@ def test_lists_in_configs_become_tuples():
   ('unet', lambda n: n(jnp.ones((1, 4, 4, 3)), jnp.ones(1), jnp.ones((1, 3, 6))), '4 channels'),
   ('unet', lambda n: n(jnp.ones((1, 4, 4, 4)), jnp.ones(1), jnp.ones((1, 3, 7))), 'l 6'),
   ('unet', lambda n: n(jnp.ones((2, 4, 4, 4)), jnp.ones(1), jnp.ones((2, 3, 6))), 'times'),
+  ('unet', lambda n: n(jnp.ones((1, 4, 4, 4)), jnp.ones(1), jnp.ones((1, 3, 6)),
+                       labels=jnp.ones(1)), 'UNet takes no `labels`'),
+  ('unet', lambda n: n(jnp.ones((1, 4, 4, 4)), jnp.ones(1), jnp.ones((1, 3, 6)),
+                       pooled=jnp.ones((1, 3))), 'UNet takes no `pooled`'),
+  ('unet', lambda n: n(jnp.ones((1, 4, 4, 4)), jnp.ones(1), jnp.ones((1, 3, 6)),
+                       residuals=([jnp.ones((1, 4, 4, 8))], jnp.ones((1, 2, 2, 16)))),
+   'must hold 4 arrays .* not 1'),
+  ('unet', lambda n: n(jnp.ones((1, 4, 4, 4)), jnp.ones(1), jnp.ones((1, 3, 6)),
+                       residuals=([jnp.ones((1, 4, 4, 8))] * 4, jnp.ones((1, 2, 2, 16)))),
+   r'Residual 2 has shape \[1, 4, 4, 8\], but must have \[1, 2, 2, 8\]'),
+  ('controlnet', lambda n: _controlled(n, sizes=None), 'needs `sizes`'),
+  ('controlnet', lambda n: _controlled(n, labels=None), 'needs `labels`'),
+  ('controlnet', lambda n: _controlled(n, labels=jnp.ones(2)), r'whole numbers in \[0, 5\)'),
+  ('controlnet', lambda n: _controlled(n, labels=jnp.ones((2, 1), int)), r'shape \[2\]'),
+  ('controlnet', lambda n: _controlled(n, pooled=jnp.ones((2, 4))), r'p \+ 4 n = 27'),
+  ('controlnet', lambda n: _controlled(n, image=jnp.ones((2, 4, 6, 3))), r'\[2, 8, 12, 3\]'),
   ('autoencoder', lambda n: n.encode(jnp.ones((1, 8, 7, 3))), '8x7 .* multiples of 2'),
   ('clip', lambda n: n.encode_text(jnp.ones((1, 6), int)), 'l <= 5'),
   ('clip', lambda n: n.encode_image(jnp.ones((1, 12, 12, 3))), 'resize'),
@@ -222,6 +295,35 @@ def test_fresh_parameters_have_the_spread_of_the_references():
   assert 0.12 < float(jnp.abs(kernel).max()) <= 0.125
   assert float(jnp.abs(params['proj_in.bias']).max()) == 0
   assert float(params['norm.scale'].min()) == 1
+
+
+def test_a_fresh_controlnet_changes_nothing(quick_jit):
+  config = dataclasses.replace(
+    TINY_CONTROLNET, down_block_types=('DownBlock2D',), mid_block_type='UNetMidBlock2D'
+  )
+  run = lambda rngs: _controlnet(ControlNet(config, rngs=rngs), jax.random.key(1))
+  residuals = quick_jit(lambda key: run(functional.Keys(key)))(jax.random.key(0))
+  assert float(jnp.abs(residuals).max()) == 0
+
+
+def test_a_controlnet_of_another_shape_takes_no_parameters_from_a_unet():
+  shapes = lambda module, config: functional.abstract(lambda rngs: module(config, rngs=rngs))[1]
+  control = shapes(ControlNet, ControlNetConfig.for_unet(TINY_UNET))
+  unet = shapes(UNet, TINY_UNET)
+  assert from_unet(control, unet)['mid_block.resnets.0.conv1.bias'].shape == (16,)
+  with pytest.raises(UserError, match=r'conv_in.kernel is \[3, 3, 4, 8\] .* \[3, 3, 9, 8\]'):
+    from_unet(control, shapes(UNet, dataclasses.replace(TINY_UNET, in_channels=9)))
+  with pytest.raises(UserError, match=r'add_embedding\.linear_1.* missing in the U-Net'):
+    from_unet(shapes(ControlNet, TINY_CONTROLNET), unet)
+
+
+def test_residuals_of_several_controlnets_add_up():
+  filled = lambda n, side: np.full((1, side, side, 3), n)
+  one, two = (([filled(n, 2), filled(2 * n, 1)], filled(3 * n, 1)) for n in (1.0, 10.0))
+  skips, mid = add_residuals(one, two, one)
+  assert skips[0].shape == (1, 2, 2, 3)
+  assert [float(y.flat[0]) for y in (*skips, mid)] == [12, 24, 36]
+  assert add_residuals(one)[1] is one[1]
 
 
 def test_text_is_causal_and_padding_counts(random_params):

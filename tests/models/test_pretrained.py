@@ -147,5 +147,5 @@ def test_assets(tmp_path, monkeypatch, params):
 
 
 def test_unknown_kinds_are_listed(tmp_path):
-  with pytest.raises(UserError, match='autoencoder, unet, clip'):
+  with pytest.raises(UserError, match='autoencoder, unet, controlnet'):
     load_params('vae', tmp_path)

@@ -1,5 +1,7 @@
 """The table of rules: every parameter has one, and arrays really are split."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from diffusion_jax.models.autoencoder import AutoencoderKL
+from diffusion_jax.models.controlnet import ControlNet, ControlNetConfig
 from diffusion_jax.models.discriminator import Discriminator
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.lpips import lpips_shapes
@@ -24,6 +27,11 @@ from diffusion_jax.parallel.sharding import (
   to_host,
 )
 from tests import tiny
+
+CONTROLNET = ControlNetConfig.for_unet(dataclasses.replace(
+  tiny.UNET, num_class_embeds=6, addition_embed_type='text_time', addition_time_embed_dim=4,
+  projection_class_embeddings_input_dim=32,
+))
 
 
 @pytest.fixture(scope='module')
@@ -55,8 +63,8 @@ def test_a_name_without_rule_is_an_error(mesh):
 
 
 @pytest.mark.parametrize('network', [
-  (UNet, tiny.UNET), (AutoencoderKL, tiny.AUTOENCODER), (Discriminator, tiny.DISCRIMINATOR),
-  (CLIP, tiny.CLIP),
+  (UNet, tiny.UNET), (ControlNet, CONTROLNET), (AutoencoderKL, tiny.AUTOENCODER),
+  (Discriminator, tiny.DISCRIMINATOR), (CLIP, tiny.CLIP),
 ])
 def test_every_parameter_has_a_rule_and_most_weights_are_split(mesh, network):
   shapes = Network.of(*network).shapes
