@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.published import autoencoders, mlp, text, unet
+from diffusion_jax.io.published import autoencoders, dit, mlp, text, unet
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.autoencoder_tiny import AutoencoderTiny
 from diffusion_jax.models.controlnet import ControlNet
+from diffusion_jax.models.dit import DiT
 from diffusion_jax.models.mlp import MLP
+from diffusion_jax.models.mmdit import MMDiT
 from diffusion_jax.models.text.clip import CLIP
 from diffusion_jax.models.text.clip_text import CLIPTextModel, CLIPTextModelWithProjection
 from diffusion_jax.models.text.clip_vision import CLIPVisionModel, CLIPVisionModelWithProjection
@@ -134,6 +136,13 @@ KINDS = {
     AutoencoderTiny, autoencoders.AutoencoderTinyConfig, DIFFUSERS,
     ('_class_name', ('AutoencoderTiny',)),
     autoencoders.read_autoencoder_tiny, autoencoders.write_autoencoder_tiny,
+  ),
+  'dit': Kind(
+    DiT, dit.DiTConfig, DIFFUSERS, ('_class_name', dit.DIT_CLASSES), dit.read_dit, dit.write_dit
+  ),
+  'mmdit': Kind(
+    MMDiT, dit.MMDiTConfig, DIFFUSERS, ('_class_name', ('SD3Transformer2DModel',)),
+    dit.read_mmdit, dit.write_mmdit,
   ),
   'mlp': Kind(
     MLP, mlp.MLPConfig, DIFFUSERS, ('_class_name', ('MLP',)), mlp.read_mlp, mlp.write_mlp

@@ -21,10 +21,10 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
   (r'(to_q|to_k|to_v|q_proj|k_proj|v_proj|fc1|linear_1|net\.0\.proj)\.kernel$',
    PartitionSpec('fsdp', 'tensor')),
   (r'(SelfAttention\.[qkv]|wi(_[01])?)\.kernel$', PartitionSpec('fsdp', 'tensor')),
-  (r'(to_out\.0|out_proj|fc2|linear_2|net\.2|SelfAttention\.o|wo)\.kernel$',
+  (r'(to_out\.0|to_add_out|out_proj|fc2|linear_2|net\.2|SelfAttention\.o|wo)\.kernel$',
    PartitionSpec('tensor', 'fsdp')),
   (r'embedding$', PartitionSpec('tensor', 'fsdp')),
-  (r'kernel$', PartitionSpec('fsdp')),
+  (r'(kernel|pos_embed)$', PartitionSpec('fsdp')),
   # Adapters are split along their long side alone; the rank stays whole.
   (r'lora\.a$', PartitionSpec('fsdp', None)),
   (r'lora\.b$', PartitionSpec(None, 'fsdp')),

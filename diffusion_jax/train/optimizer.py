@@ -60,8 +60,11 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 
 
 def decay_mask(params: Params) -> dict[str, bool]:
-  """True for matrices and convolutions; norms, biases, single vectors and scales are spared."""
-  return {name: leaf.ndim >= 2 for name, leaf in params.items()}
+  """True for matrices and convolutions; norms, biases, single vectors and scales are spared.
+
+  So are tables of positions, which are not learned.
+  """
+  return {name: leaf.ndim >= 2 and not name.endswith('pos_embed') for name, leaf in params.items()}
 
 
 def group_factors(params: Params, groups: tuple) -> dict[str, float]:

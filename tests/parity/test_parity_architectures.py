@@ -1,17 +1,27 @@
 """Published networks at full size, without weights: every name and shape is the reference's."""
 
+import dataclasses
+import math
+
 import pytest
 
 from diffusion_jax.io.convert import published_shape, to_published_names
 from diffusion_jax.io.kinds import kind_of_config
 from diffusion_jax.io.published.autoencoder_architectures import AUTOENCODERS
+from diffusion_jax.io.published.dit import TRANSFORMERS
 from diffusion_jax.models import functional
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
 
 # One of each shape: the others of Stable Diffusion differ in their scaling only.
-NETWORKS = {name: AUTOENCODERS[name] for name in ('sdxl', 'sd_x4_upscaler', 'taesd', 'vq_f4')}
+NETWORKS = {name: AUTOENCODERS[name] for name in ('sdxl', 'sd_x4_upscaler', 'taesd', 'vq_f4')} | {
+  # There every block has its own embedding.
+  'dit_xl_2': dataclasses.replace(TRANSFORMERS['dit_xl_2_256'], shared_embedding=False),
+  'sd3_medium': TRANSFORMERS['sd3_medium'],
+}
+# Scalars that are learned; those of the autoencoders are in tests/io.
+SIZES = {'dit_xl_2': 749_826_464, 'sd3_medium': 2_028_328_000}
 
 
 @pytest.mark.parametrize('name', NETWORKS)
@@ -26,4 +36,8 @@ def test_names_and_shapes(name):
     published: published_shape(own, shapes[own].shape)
     for own, published in to_published_names(shapes).items()
   }
-  assert ours == {n: tuple(p.shape) for n, p in theirs.named_parameters()}
+  assert ours == {n: tuple(p.shape) for n, p in theirs.state_dict().items()}
+  if name in SIZES:
+    table = ours.get('pos_embed.pos_embed', (0,))
+    assert functional.count(shapes) - math.prod(table) == SIZES[name]
+    assert SIZES[name] == sum(p.numel() for p in theirs.parameters())

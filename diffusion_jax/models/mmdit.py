@@ -1,0 +1,247 @@
+"""The multimodal diffusion transformer of Stable Diffusion 3 (Esser et al. 2024, sec. 4).
+
+Text and image tokens have their own weights and attend to each other. Names are those of diffusers'
+SD3Transformer2DModel.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from diffusion_jax.models.attention import attend
+from diffusion_jax.models.checks import freeze_lists, positive, require
+from diffusion_jax.models.embeddings import TimestepEmbedding, timestep_embedding
+from diffusion_jax.models.layers import Conv, linear
+from diffusion_jax.models.transformer_layers import (
+  FeedForward,
+  Modulation,
+  check_input,
+  check_width,
+  grid_positions,
+  modulate,
+  normalize,
+  sincos_positions,
+  unpatch,
+  zeros,
+)
+from diffusion_jax.types import Latents, Text, Timesteps
+
+SINUSOIDS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class MMDiTConfig:
+  """The keys of a diffusers SD3Transformer2DModel config.json, with its defaults.
+
+  `pos_embed_max_size` bounds the patches along a side; `qk_norm` is None or 'rms_norm' (Stable
+  Diffusion 3.5); `dual_attention_layers` lists the blocks in which the image tokens attend to
+  themselves once more.
+  """
+
+  sample_size: int = 128
+  patch_size: int = 2
+  in_channels: int = 16
+  out_channels: int | None = 16
+  num_layers: int = 18
+  attention_head_dim: int = 64
+  num_attention_heads: int = 18
+  joint_attention_dim: int = 4096
+  caption_projection_dim: int = 1152
+  pooled_projection_dim: int = 2048
+  pos_embed_max_size: int = 96
+  dual_attention_layers: tuple[int, ...] = ()
+  qk_norm: str | None = None
+
+  def __post_init__(self):
+    freeze_lists(self)
+    positive(self, 'sample_size', 'patch_size', 'in_channels', 'num_layers', 'attention_head_dim',
+             'num_attention_heads', 'joint_attention_dim', 'caption_projection_dim',
+             'pooled_projection_dim', 'pos_embed_max_size')
+    if self.out_channels is not None:
+      positive(self, 'out_channels')
+    check_width(self)
+    require(
+      self.caption_projection_dim == self.features,
+      f'MMDiTConfig.caption_projection_dim={self.caption_projection_dim} must be '
+      f'num_attention_heads * attention_head_dim = {self.features}.',
+    )
+    require(self.qk_norm in (None, 'rms_norm'),
+            f"MMDiTConfig.qk_norm={self.qk_norm!r} is not implemented; use None or 'rms_norm'.")
+    for layer in self.dual_attention_layers:
+      require(type(layer) is int and 0 <= layer < self.num_layers,
+              f'MMDiTConfig.dual_attention_layers has {layer!r}; there are blocks 0 to '
+              f'{self.num_layers - 1}.')
+
+  @property
+  def features(self) -> int:
+    """Width of a token."""
+    return self.num_attention_heads * self.attention_head_dim
+
+
+class JointAttention(nnx.Module):
+  """Attention of image tokens, and of text tokens if given, to both (Esser et al. 2024, fig. 2).
+
+  `joint` False: without text. `last`: the text's result is not needed; the published weights of its
+  queries are held, but not used.
+  """
+
+  def __init__(self, config: MMDiTConfig, *, joint: bool, last: bool = False, **kw):
+    c, self.heads = config.features, config.num_attention_heads
+    normed = config.qk_norm is not None
+    norm = lambda: nnx.RMSNorm(config.attention_head_dim, epsilon=1e-6, **kw) if normed else None
+    self.to_q, self.to_k, self.to_v = (linear(c, c, **kw) for _ in range(3))
+    self.to_out = nnx.List([linear(c, c, **kw)])
+    self.norm_q, self.norm_k = norm(), norm()
+    if joint:
+      self.add_q_proj, self.add_k_proj, self.add_v_proj = (linear(c, c, **kw) for _ in range(3))
+      self.to_add_out = None if last else linear(c, c, **kw)
+      self.norm_added_q, self.norm_added_k = norm(), norm()
+
+  def __call__(
+    self, x: jax.Array, text: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """x [b n c], text [b l c] -> the same, or None for the text of the last block."""
+    by_head = lambda y: y.reshape(*y.shape[:2], self.heads, -1)
+    normed = lambda y, norm: y if norm is None else norm(y)
+    q, k, v = by_head(self.to_q(x)), by_head(self.to_k(x)), by_head(self.to_v(x))
+    q, k = normed(q, self.norm_q), normed(k, self.norm_k)
+    if text is not None:
+      more = normed(by_head(self.add_k_proj(text)), self.norm_added_k)
+      k = jnp.concatenate([k, more], axis=1)
+      v = jnp.concatenate([v, by_head(self.add_v_proj(text))], axis=1)
+    wanted = text is not None and self.to_add_out is not None
+    if wanted:
+      more = normed(by_head(self.add_q_proj(text)), self.norm_added_q)
+      q = jnp.concatenate([q, more], axis=1)
+    y = attend(q, k, v)
+    y, words = jnp.split(y.reshape(*y.shape[:2], -1), [x.shape[1]], axis=1)
+    return self.to_out[0](y), self.to_add_out(words) if wanted else None
+
+
+class JointTransformerBlock(nnx.Module):
+  """Joint attention, then a feed-forward layer for each kind of token, all modulated and gated."""
+
+  def __init__(self, config: MMDiTConfig, n: int, **kw):
+    c, last = config.features, n == config.num_layers - 1
+    dual = n in config.dual_attention_layers
+    self.norm1 = Modulation(c, 9 if dual else 6, **kw)
+    self.norm1_context = Modulation(c, 2 if last else 6, **kw)
+    self.attn = JointAttention(config, joint=True, last=last, **kw)
+    self.attn2 = JointAttention(config, joint=False, **kw) if dual else None
+    self.ff = FeedForward(c, **kw)
+    self.ff_context = None if last else FeedForward(c, **kw)
+
+  def __call__(
+    self, x: jax.Array, text: jax.Array, condition: jax.Array
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """x [b n c], text [b l c], condition [b c] -> x and text, or None after the last block."""
+    shift, scale, gate, ff_shift, ff_scale, ff_gate, *dual = self.norm1(condition)
+    words = self.norm1_context(condition)
+    # The last block's modulation of the text has the scale first.
+    words_shift, words_scale = words[1::-1] if self.ff_context is None else words[:2]
+    normed = normalize(x)
+    y, more = self.attn(
+      modulate(normed, shift, scale), modulate(normalize(text), words_shift, words_scale)
+    )
+    x = x + gate * y
+    if self.attn2 is not None:
+      shift, scale, gate = dual
+      x = x + gate * self.attn2(modulate(normed, shift, scale))[0]
+    x = x + ff_gate * self.ff(modulate(normalize(x), ff_shift, ff_scale))
+    if self.ff_context is None:
+      return x, None
+    gate, ff_shift, ff_scale, ff_gate = words[2:]
+    text = text + gate * more
+    return x, text + ff_gate * self.ff_context(modulate(normalize(text), ff_shift, ff_scale))
+
+
+class CroppedPatchEmbed(nnx.Module):
+  """Patches of [b h w i] -> tokens with their positions, [b n c].
+
+  The positions are the middle of a table of max^2 rows. It is not learned, but published files hold
+  it, and those that went on training at larger sizes hold another one than they began with.
+  """
+
+  def __init__(self, config: MMDiTConfig, **kw):
+    p, side = config.patch_size, config.pos_embed_max_size
+    self.proj = Conv(config.in_channels, config.features, p, stride=p, padding=0, **kw)
+    positions = grid_positions(side, config.sample_size // p)
+    table = sincos_positions(positions, positions, config.features).reshape(1, side**2, -1)
+    self.pos_embed = nnx.Param(table.astype(kw['param_dtype']))
+    self.side = side
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = self.proj(x)
+    b, h, w, c = x.shape
+    top, left = (self.side - h) // 2, (self.side - w) // 2
+    table = lax.stop_gradient(self.pos_embed[...]).reshape(self.side, self.side, c)
+    table = table[top : top + h, left : left + w]
+    return (x + table).astype(x.dtype).reshape(b, h * w, c)
+
+
+class TimeAndText(nnx.Module):
+  """t [b], pooled text [b d] -> the condition [b c]."""
+
+  def __init__(self, config: MMDiTConfig, **kw):
+    self.timestep_embedder = TimestepEmbedding(SINUSOIDS, config.features, **kw)
+    self.text_embedder = TimestepEmbedding(config.pooled_projection_dim, config.features, **kw)
+
+  def __call__(self, t: jax.Array, pooled: jax.Array) -> jax.Array:
+    return self.timestep_embedder(timestep_embedding(t, SINUSOIDS)) + self.text_embedder(pooled)
+
+
+class MMDiT(nnx.Module):
+  """x, time and text -> an array of x's height and width; zero as long as it is untrained."""
+
+  def __init__(
+    self, config: MMDiTConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
+  ):
+    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    c = config.features
+    self.config = config
+    self.pos_embed = CroppedPatchEmbed(config, **kw)
+    self.time_text_embed = TimeAndText(config, **kw)
+    self.context_embedder = linear(config.joint_attention_dim, c, **kw)
+    self.transformer_blocks = nnx.List([
+      JointTransformerBlock(config, n, **kw) for n in range(config.num_layers)
+    ])
+    self.norm_out = Modulation(c, 2, **kw)
+    out = config.in_channels if config.out_channels is None else config.out_channels
+    self.proj_out = linear(c, config.patch_size**2 * out, init=zeros, **kw)
+
+  def __call__(self, x: Latents, t: Timesteps, text: Text, *, pooled: jax.Array) -> Latents:
+    """x [b h w c], t [b] in [0, 1000], text [b l d], pooled text [b e] -> [b h w o].
+
+    UserError where h or w is no multiple of the patch size or above pos_embed_max_size patches, or
+    a shape does not match the config.
+    """
+    self._check(x, t, text, pooled)
+    p = self.config.patch_size
+    grid = x.shape[1] // p, x.shape[2] // p
+    x, text = self.pos_embed(x), self.context_embedder(text)
+    condition = self.time_text_embed(t, pooled)
+    for block in self.transformer_blocks:
+      x, text = block(x, text, condition)
+    scale, shift = self.norm_out(condition)
+    return unpatch(self.proj_out(modulate(normalize(x), shift, scale)), grid, p)
+
+  def _check(self, x: jax.Array, t: jax.Array, text: jax.Array, pooled: jax.Array) -> None:
+    config, b = self.config, x.shape[0]
+    check_input(config, x, t)
+    most = config.pos_embed_max_size * config.patch_size
+    require(max(x.shape[1:3]) <= most,
+            f'The latents of {x.shape[1]}x{x.shape[2]} are too large: this network has positions '
+            f'for {most}x{most} (pos_embed_max_size * patch_size).')
+    width = config.joint_attention_dim
+    require(
+      text.ndim == 3 and text.shape[0] == b and text.shape[-1] == width,
+      f'The text must have shape [{b} l {width}] (joint_attention_dim), not {list(text.shape)}.',
+    )
+    require(
+      pooled.shape == (b, config.pooled_projection_dim),
+      f'The pooled text must have shape [{b} {config.pooled_projection_dim}] '
+      f'(pooled_projection_dim), not {list(pooled.shape)}.',
+    )
