@@ -7,6 +7,7 @@ directory or a single file says, not its weights.
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import shutil
@@ -161,8 +162,12 @@ def _to_published(name: str, tensor: Tensor) -> NewTensor:
 
 
 def _shapes(spec: Kind, config: dict[str, Any], folder: Path) -> dict[str, Any]:
-  ours = spec.read(config, str(folder / 'config.json'))
-  return functional.abstract(lambda rngs: spec.module(ours, rngs=rngs))[1]
+  return _abstract(spec.module, spec.read(config, str(folder / 'config.json')))
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract(module: type, config: Any) -> dict[str, Any]:
+  return functional.abstract(lambda rngs: module(config, rngs=rngs))[1]
 
 
 def write_pipeline(pipeline: Pipeline, path: Path, layout: str, dtype: str | None) -> None:
