@@ -67,6 +67,13 @@ _SOLVER = {
 }
 
 
+# Classes that heed final_sigmas_type, and those that always end at the table's first level.
+_FREE_ENDS = (
+  'EulerDiscreteScheduler', 'DPMSolverMultistepScheduler', 'UniPCMultistepScheduler'
+)
+_NOISY_ENDS = ('DEISMultistepScheduler', 'SASolverScheduler')
+
+
 def _always(name: str, **options) -> Callable[[Mapping[str, Any]], Choice]:
   return lambda values: (name, options)
 
@@ -228,7 +235,7 @@ def _grid(
 ) -> tuple[str, dict[str, Any]]:
   """(spacing, arguments of sampling_grid)."""
   grid: dict[str, Any] = {}
-  if not _ends_clean(spec.family, values):
+  if not _ends_clean(name, spec.family, values):
     grid['set_alpha_to_one'] = False
   for key, spacing in (('use_karras_sigmas', 'karras'), ('use_exponential_sigmas', 'exponential')):
     if spec.family != 'table' and values.get(key):
@@ -249,10 +256,12 @@ def _grid(
   return spacing, grid
 
 
-def _ends_clean(family: str, values: Mapping[str, Any]) -> bool:
+def _ends_clean(name: str, family: str, values: Mapping[str, Any]) -> bool:
   if family == 'table':
     return values.get('set_alpha_to_one', True)
-  return values.get('final_sigmas_type', 'zero') == 'zero'
+  if name in _FREE_ENDS:
+    return values.get('final_sigmas_type', 'zero') == 'zero'
+  return name not in _NOISY_ENDS
 
 
 def _threshold(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
