@@ -5,12 +5,12 @@ import sys
 from collections.abc import Sequence
 
 from diffusion_jax import __version__
-from diffusion_jax.cli import draw, evaluate, prepare, report, sample, train
+from diffusion_jax.cli import convert, draw, evaluate, prepare, report, sample, train
 from diffusion_jax.errors import UserError
 
 COMMANDS = {
   'train': train, 'sample': sample, 'evaluate': evaluate, 'report': report, 'draw': draw,
-  'prepare': prepare,
+  'prepare': prepare, 'convert': convert,
 }
 
 

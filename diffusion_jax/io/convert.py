@@ -76,7 +76,7 @@ def match(
     if key is not None:
       found.setdefault(key, tensor)
   wanted = {key: name for name, key in to_published_names(shapes).items()}
-  _same_names(set(found), set(wanted), where)
+  same_names(set(found), set(wanted), where)
   for key, name in wanted.items():
     shape, expected = tuple(found[key].shape), published_shape(name, tuple(shapes[name].shape))
     require(
@@ -100,7 +100,7 @@ def from_published(
   }
 
 
-def _same_names(have: set[str], want: set[str], where: str) -> None:
+def same_names(have: set[str], want: set[str], where: str) -> None:
   missing, unused = sorted(want - have), sorted(have - want)
   some = lambda names: ', '.join(names[:3]) + (f' and {len(names) - 3} more' * (len(names) > 3))
   require(

@@ -182,7 +182,7 @@ def save_params(
   def tensor(name: str, value: Any) -> NewTensor:
     shape = tuple(value.shape) if native else published_shape(name, tuple(value.shape))
     change = (lambda name, value: np.asarray(value)) if native else to_published_layout
-    return NewTensor(DTYPES[dtype], shape, lambda: _cast(name, change(name, value), dtype))
+    return NewTensor(DTYPES[dtype], shape, lambda: cast(name, change(name, value), dtype))
 
   values = spec.write(config)
   if spec.weights == TRANSFORMERS:
@@ -217,7 +217,8 @@ def find_weights(directory: Path, name: str) -> Path:
   )
 
 
-def _cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
+def cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
+  """`value` as one of DTYPES. UserError, naming it, where that cannot hold its values."""
   with np.errstate(over='ignore'):
     cast = value.astype(DTYPES[dtype])
   require(

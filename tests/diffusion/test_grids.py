@@ -51,6 +51,38 @@ def test_timesteps_have_the_values_of_lin_et_al():
   )
 
 
+def test_offsets_and_what_the_solvers_leave_out():
+  np.testing.assert_array_equal(
+    spaced_timesteps(1000, 10, 'leading', steps_offset=1),
+    [901, 801, 701, 601, 501, 401, 301, 201, 101, 1],
+  )
+  np.testing.assert_array_equal(
+    spaced_timesteps(1000, 4, 'leading', steps_offset=1, drop_last=True), [801, 601, 401, 201]
+  )
+  np.testing.assert_array_equal(
+    spaced_timesteps(1000, 4, 'linspace', drop_last=True), [999, 749, 500, 250]
+  )
+  np.testing.assert_array_equal(
+    spaced_timesteps(1000, 5, 'linspace', fractional=True), [999, 749.25, 499.5, 249.75, 0]
+  )
+  for spacing in ('trailing', 'linspace'):  # As in diffusers, which adds it to leading alone.
+    np.testing.assert_array_equal(
+      spaced_timesteps(1000, 7, spacing, steps_offset=1), spaced_timesteps(1000, 7, spacing)
+    )
+  with pytest.raises(UserError, match='offset of 1 leave the 1000 timesteps'):
+    spaced_timesteps(1000, 1000, 'leading', steps_offset=1)
+
+
+@pytest.mark.parametrize('spacing', ['leading', 'karras'])
+def test_a_grid_may_end_at_the_first_level(spacing):
+  with jax.enable_x64(True):
+    clean = sampling_grid(STABLE, 7, spacing)
+    grid = sampling_grid(STABLE, 7, spacing, set_alpha_to_one=False)
+    for part, other, table in zip(grid, clean, (STABLE.alphas, STABLE.sigmas), strict=True):
+      np.testing.assert_array_equal(part[:-1], other[:-1])
+      assert part[-1] == table[0]
+
+
 @pytest.mark.parametrize('spacing', TIME_SPACINGS)
 def test_timesteps_fall_and_stay_in_range(spacing):
   for count in (1, 7, 30, 999, 1000):

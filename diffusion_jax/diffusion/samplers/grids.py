@@ -1,6 +1,7 @@
 """Grids of (alpha, sigma) from noise to data: which noise levels a sampler visits.
 
-A grid has n + 1 pairs for n steps; the last is the clean pair (1, 0). Spacings place its pairs
+A grid has n + 1 pairs for n steps; the last is the clean pair (1, 0), or, where published
+schedulers end there, the table's first. Spacings place its pairs
 either in time (leading, trailing, linspace, beta) or in the noise level r = sigma / alpha (karras,
 exponential, polyexponential, given tables), and either on a table of timesteps or on a process.
 """
@@ -31,24 +32,45 @@ FIRST_TIME = 1e-3
 """Earliest time at which a grid on a process calls the network; then it ends clean."""
 
 
-def spaced_timesteps(total: int, count: int, spacing: str) -> np.ndarray:
+def spaced_timesteps(
+  total: int, count: int, spacing: str, *, steps_offset: int = 0, drop_last: bool = False,
+  fractional: bool = False,
+) -> np.ndarray:
   """`count` timesteps of [0, total) from high to low.
 
   trailing always contains total - 1, leading always 0, linspace both ends (Lin et al. 2024, table
   2; linspace rounds). beta has quantiles of Beta(.6, .6), dense at both ends (Lee et al. 2024),
   and is not rounded.
 
+  Args:
+    steps_offset: added to the timesteps of leading; Stable Diffusion 1 has 1.
+    drop_last: leading and linspace place one more timestep and leave the last out, as the solvers
+      DPM, UniPC and DEIS of diffusers do.
+    fractional: linspace does not round, as the schedulers of diffusers after k-diffusion.
+
   Raises:
-    UserError: for an unknown spacing, or a count outside [1, total].
+    UserError: for an unknown spacing, a count outside [1, total], or an offset beyond the end.
   """
   if not 1 <= count <= total:
     raise UserError(f'{count} sampling steps do not fit the schedule; choose 1 to {total}.')
+  if drop_last and spacing in ('leading', 'linspace'):
+    more = spaced_timesteps(
+      total, count + 1, spacing, steps_offset=steps_offset, fractional=fractional
+    )
+    return more[:-1]
   if spacing == 'trailing':
     return np.round(np.arange(total, 0, -total / count)).astype(np.int64)[:count] - 1
   if spacing == 'leading':
-    return np.arange(count)[::-1] * (total // count)
+    steps = np.arange(count)[::-1] * (total // count) + steps_offset
+    if steps[0] >= total or steps[-1] < 0:
+      raise UserError(
+        f'{count} leading steps with an offset of {steps_offset} leave the {total} timesteps of '
+        'the schedule; choose fewer steps.'
+      )
+    return steps
   if spacing == 'linspace':
-    return np.round(np.linspace(total - 1, 0, count)).astype(np.int64)
+    steps = np.linspace(total - 1, 0, count)
+    return steps if fractional else np.round(steps).astype(np.int64)
   if spacing == 'beta':
     return (total - 1) * _beta_quantiles(count)
   raise UserError(f'step spacing {spacing!r} is unknown; choose {", ".join(SPACINGS)}.')
@@ -142,23 +164,28 @@ def _at_levels(alphas: np.ndarray, sigmas: np.ndarray, levels: np.ndarray):
   )
 
 
-def _clean_ended(alphas: np.ndarray, sigmas: np.ndarray) -> Grid:
-  """Ends a grid with the clean pair; in JAX's default floating dtype."""
+def _ended(
+  alphas: np.ndarray, sigmas: np.ndarray, last: tuple[float, float] = (1.0, 0.0)
+) -> Grid:
+  """Ends a grid with the clean pair, or another; in JAX's default floating dtype."""
   dtype = jnp.result_type(float)
   # Not by jnp.asarray, which is compiled for each length.
   end = lambda part, last: jax.device_put(np.append(part, last).astype(dtype))
-  return end(alphas, 1.0), end(sigmas, 0.0)
+  return end(alphas, last[0]), end(sigmas, last[1])
 
 
 def sampling_grid(
   schedule: Schedule, count: int, spacing: str | Sequence[float] = 'trailing',
-  rho: float | None = None,
+  rho: float | None = None, *, set_alpha_to_one: bool = True, **places,
 ) -> Grid:
   """Grid of `count` steps on a table of timesteps, ended by the clean pair (1, 0).
 
   Args:
     schedule: only its `alphas` and `sigmas` are used, [T] from data to noise.
     spacing: one of SPACINGS, or a falling table of noise levels.
+    set_alpha_to_one: whether the last pair is clean; otherwise it is the table's first, as Stable
+      Diffusion 1's scheduler has it.
+    places: steps_offset, drop_last and fractional of `spaced_timesteps`, for spacings in time.
 
   Raises:
     UserError: for an unknown spacing, or one that the schedule does not allow.
@@ -166,11 +193,13 @@ def sampling_grid(
   alphas, sigmas = (np.asarray(part, np.float64) for part in (schedule.alphas, schedule.sigmas))
   if spacing in LEVEL_SPACINGS or not isinstance(spacing, str):
     ratios = _divide(sigmas, alphas)
-    return level_grid((alphas, sigmas), spaced_levels(count, spacing, ratios[0], ratios[-1], rho))
-  steps = spaced_timesteps(len(alphas), count, spacing)
-  if steps.dtype == np.int64:
-    return _clean_ended(alphas[steps], sigmas[steps])
-  return _clean_ended(*_between(alphas, sigmas, steps))
+    levels = spaced_levels(count, spacing, ratios[0], ratios[-1], rho)
+    pairs = _at_levels(alphas, sigmas, levels)
+  else:
+    steps = spaced_timesteps(len(alphas), count, spacing, **places)
+    rounded = steps.dtype == np.int64
+    pairs = (alphas[steps], sigmas[steps]) if rounded else _between(alphas, sigmas, steps)
+  return _ended(*pairs, (1.0, 0.0) if set_alpha_to_one else (alphas[0], sigmas[0]))
 
 
 def level_grid(table: tuple[np.ndarray, np.ndarray], levels: np.ndarray) -> Grid:
@@ -182,7 +211,7 @@ def level_grid(table: tuple[np.ndarray, np.ndarray], levels: np.ndarray) -> Grid
     levels: [n], falling.
   """
   alphas, sigmas = (np.asarray(part, np.float64) for part in table)
-  return _clean_ended(*_at_levels(alphas, sigmas, np.asarray(levels, np.float64)))
+  return _ended(*_at_levels(alphas, sigmas, np.asarray(levels, np.float64)))
 
 
 def process_grid(
@@ -215,7 +244,7 @@ def process_grid(
   times = shares[spacing]()
   if spacing != 'trailing':
     times = first_time + (1 - first_time) * times
-  return _clean_ended(*tabulate(process, times))
+  return _ended(*tabulate(process, times))
 
 
 def padded(grid: Grid, steps: int) -> Grid:

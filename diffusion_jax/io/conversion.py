@@ -1,0 +1,104 @@
+"""Converts pipelines and single networks between the layouts of diffusers, single files and ours.
+
+Between the first two tensors are only renamed and reshaped. One tensor at a time is in memory.
+"""
+
+from pathlib import Path
+
+from diffusion_jax.io.kinds import KINDS
+from diffusion_jax.io.kinds import kind as find_kind
+from diffusion_jax.io.pipeline_files import (
+  Pipeline,
+  is_pipeline,
+  new_directory,
+  read_part,
+  read_pipeline,
+  write_part,
+  write_pipeline,
+)
+from diffusion_jax.io.pretrained import DTYPES, resolve
+from diffusion_jax.io.single_file.files import read_single_file, write_single_file
+from diffusion_jax.io.tensors import PICKLES, read_json
+from diffusion_jax.models.checks import require
+
+LAYOUTS = ('diffusers', 'single-file', 'native')
+
+
+def convert(
+  source: str, target: str, layout: str, *, dtype: str | None = None, kind: str | None = None,
+  prediction: str | None = None, tokenizers: str | None = None,
+) -> list[str]:
+  """Writes `target`, a new directory or file, from `source`; returns sentences for a person.
+
+  Args:
+    source: a pipeline's directory (diffusers or native), a single .safetensors file, or the
+      directory of one network.
+    layout: one of LAYOUTS.
+    dtype: of the floating tensors; None leaves each as it is.
+    kind: of one network, where its config.json does not tell; one of KINDS.
+    prediction: of a single file that does not say it: 'epsilon' or 'v_prediction'.
+    tokenizers: for a single file, which holds none: the directory to copy them from.
+
+  Raises:
+    UserError: `source` cannot be read, `target` exists or cannot hold it.
+  """
+  require(layout in LAYOUTS, f'--layout is {layout!r}; choose one of {", ".join(LAYOUTS)}.')
+  require(
+    dtype is None or dtype in DTYPES, f'--dtype is {dtype!r}; choose one of {", ".join(DTYPES)}.'
+  )
+  where, there = resolve(source), Path(target)
+  require(where.exists(), f'There is no {source}; check --from.')
+  require(
+    where.suffix not in PICKLES,
+    f'{source} is a pickle, which can run any code and is never opened; convert it to safetensors.',
+  )
+  if where.is_dir() and not is_pipeline(where):
+    _convert_part(where, there, layout, dtype, kind)
+    return []
+  require(
+    kind is None, '--type names the kind of one network; a pipeline says the kinds of its parts.'
+  )
+  pipeline = _read(where, layout, prediction, tokenizers)
+  notes = pipeline.notes
+  if layout == 'single-file':
+    require(
+      there.suffix == '.safetensors', f'--to is {target}; a single file ends in .safetensors.'
+    )
+    return notes + write_single_file(pipeline, there, dtype)
+  write_pipeline(pipeline, there, layout, dtype)
+  return notes
+
+
+def _read(
+  where: Path, layout: str, prediction: str | None, tokenizers: str | None
+) -> Pipeline:
+  if where.is_dir():
+    return read_pipeline(where)
+  require(
+    layout != 'single-file',
+    f'{where} is a single file already; to change its type, convert to diffusers and back.',
+  )
+  return read_single_file(where, prediction, None if tokenizers is None else Path(tokenizers))
+
+
+def _convert_part(
+  where: Path, there: Path, layout: str, dtype: str | None, kind: str | None
+) -> None:
+  """One network, given by its directory."""
+  require(
+    layout != 'single-file',
+    f'{where} holds one network; a single file is made of a whole pipeline, which has a '
+    'model_index.json.',
+  )
+  if kind is not None:
+    find_kind(kind)
+  config = read_json(where / 'config.json')
+  part = read_part(where, ('', ''), kind)
+  require(
+    part.kind is not None,
+    f'{where / "config.json"} describes no network that is known here '
+    f'({config.get("_class_name") or config.get("architectures")}); name it with --type, one of '
+    f'{", ".join(KINDS)}.',
+  )
+  with new_directory(there) as folder:
+    write_part(part, folder, layout, dtype)
