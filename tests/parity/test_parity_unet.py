@@ -20,10 +20,10 @@ CONFIGS = {
     TINY, block_out_channels=(8, 16), cross_attention_dim=12, attention_head_dim=4,
     down_block_types=(CROSS, PLAIN), up_block_types=(UP_PLAIN, UP_CROSS),
   ),
-  'inpainting, deep, other ends': dict(
+  'inpainting, other ends': dict(
     block_out_channels=(4, 8, 8), layers_per_block=1, norm_num_groups=2, cross_attention_dim=5,
-    attention_head_dim=(2, 4, 1), transformer_layers_per_block=(1, 2, 1), in_channels=9,
-    out_channels=3, down_block_types=(PLAIN, CROSS, PLAIN), freq_shift=1,
+    attention_head_dim=(2, 4, 1), in_channels=9, out_channels=3,
+    down_block_types=(PLAIN, CROSS, PLAIN), freq_shift=1,
     up_block_types=(UP_PLAIN, UP_CROSS, UP_PLAIN), use_linear_projection=True,
     flip_sin_to_cos=False, norm_eps=1e-3,
   ),
@@ -103,7 +103,7 @@ def _draw(rng):
   return config
 
 
-@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('seed', range(3))
 def test_any_mixture_of_options(seed, randomized, ported, quick_jit):
   rng = np.random.default_rng(seed)
   theirs = randomized(diffusers.UNet2DConditionModel(**_draw(rng)))
