@@ -2,7 +2,9 @@
 
 Works with every autoencoder here, that is with any object that has `encode`, `decode` and
 `config.factor`. All functions can be jitted: shapes alone decide the parts, which lax.map takes one
-after the other.
+after the other. For Stable Diffusion's autoencoder in float32, XLA's plan for CPUs needs for
+activations 3.5 GiB to decode one image of 1024 x 1024 and 0.9 GiB in tiles, 7.0 GiB for eight of
+512 x 512 and 0.9 GiB in slices.
 """
 
 from collections.abc import Callable
