@@ -164,7 +164,7 @@ def main() -> None:
         shutil.rmtree(folder / 'back')
         (folder / 'single.safetensors').unlink()
   result = {
-    'command': ' '.join(['python', 'benchmarks/convert.py', *sys.argv[1:]]),
+    'command': f'python benchmarks/convert.py --dtype {args.dtype} --json FILE',
     'device': {'platform': 'cpu', 'cpu_cores': os.cpu_count()},
     'versions': {
       'diffusion_jax': __version__, 'python': platform.python_version(), 'jax': jax.__version__
