@@ -151,6 +151,12 @@ def read_weights(folder: Path, spec: Kind, config: dict[str, Any]) -> dict[str, 
   return {published_name(name): _to_published(name, t) for name, t in matched.items()}
 
 
+def check_part(part: Part, where: str) -> None:
+  """Raises a UserError for a tensor whose name or shape is not that of the part's config."""
+  if part.kind is not None:
+    match(part.tensors, _shapes(KINDS[part.kind], part.config or {}, Path(where)), where)
+
+
 def lazy(tensor: Tensor) -> NewTensor:
   """A tensor of a file as one to be written."""
   return NewTensor(tensor.dtype, tensor.shape, lambda: np.asarray(tensor))
@@ -162,6 +168,7 @@ def _to_published(name: str, tensor: Tensor) -> NewTensor:
 
 
 def _shapes(spec: Kind, config: dict[str, Any], folder: Path) -> dict[str, Any]:
+  """Name -> shape of our network of that config."""
   return _abstract(spec.module, spec.read(config, str(folder / 'config.json')))
 
 

@@ -143,6 +143,10 @@ def test_what_real_files_hold_besides_is_ignored(made, tmp_path):
   (lambda v: v.pop('cond_stage_model.model.ln_final.bias'), r'lacks ln_final\.bias'),
   (lambda v: [v.pop(k) for k in list(v) if k.startswith('cond_')], 'no text encoder'),
   (lambda v: [v.pop(k) for k in list(v) if k.startswith('first_')], 'no whole Stable Diffusion'),
+  (lambda v: v.update({'model.diffusion_model.out.0.weight': np.ones(7)}),
+   r'conv_norm_out\.weight has shape \[7\]'),
+  (lambda v: v.update({k: np.ones(7) for k in v if k.endswith('attn2.to_k.weight')}),
+   'too few axes'),
   (lambda v: v.update(edm_mean=np.ones(1)), 'EDM'),
 ])
 def test_missing_and_unused_tensors_are_named(made, tmp_path, change, words):

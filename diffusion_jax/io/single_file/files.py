@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_jax.io.pipeline_files import Part, Pipeline, lazy, typed
+from diffusion_jax.errors import UserError
+from diffusion_jax.io.pipeline_files import Part, Pipeline, check_part, lazy, typed
 from diffusion_jax.io.single_file import autoencoder, families, text, unet
 from diffusion_jax.io.single_file.families import FAMILIES, LEFT_OUT_PREFIXES, LOW_RES_SCHEDULER
 from diffusion_jax.io.single_file.rules import Rule, from_stored, to_stored
@@ -148,10 +149,13 @@ def read_single_file(path: Path, prediction: str | None, tokenizers: Path | None
   stored = {_stored_name(n): t for n, t in opened.items() if not families.ignored(n)}
   channels = _input_channels(opened, path)
   prediction = _prediction(name, channels, opened, path, prediction)
-  configs = _configs(name, {key: tensor.shape for key, tensor in stored.items()}, prediction)
+  try:
+    configs = _configs(name, {key: tensor.shape for key, tensor in stored.items()}, prediction)
+  except IndexError as error:
+    raise UserError(f'{path} holds tensors with too few axes; fetch it again.') from error
   parts = {part: _part(part, configs[part], name) for part in configs}
-  _fill(parts, name, stored, str(path))
   parts |= _schedulers(name, prediction, 'ztsnr' in opened) | _tokenizers(list(configs), tokenizers)
+  _fill(parts, name, stored, str(path))
   index: dict[str, Any] = {'_class_name': FAMILIES[name].pipelines[channels]}
   if name == 'sdxl':
     index['force_zeros_for_empty_prompt'] = True
@@ -208,7 +212,7 @@ def _part(name: str, config: dict[str, Any], family: str) -> Part:
 
 
 def _fill(parts: dict[str, Part], family: str, stored: dict[str, Tensor], where: str) -> None:
-  """Gives the parts their tensors; every tensor of the file must belong to one."""
+  """Gives the parts their tensors; every tensor must belong to one and fit its config."""
   prefixes = {'unet': unet.PREFIX, 'vae': autoencoder.PREFIX}
   prefixes |= {encoder: prefix for encoder, (prefix, _) in FAMILIES[family].text.items()}
   unused = [name for name in stored if not name.startswith(tuple(prefixes.values()))]
@@ -216,13 +220,15 @@ def _fill(parts: dict[str, Part], family: str, stored: dict[str, Tensor], where:
     not unused, f'{where} holds {", ".join(sorted(unused)[:3])}, which belongs to no known part.'
   )
   for part, prefix in prefixes.items():
+    source = f'{where} ({prefix})'
     own = {
       name.removeprefix(prefix): lazy(tensor) for name, tensor in stored.items()
       if name.startswith(prefix)
     }
     parts[part].tensors = from_stored(
-      _rules(part, family, parts[part].config, own, where), own, f'{where} ({prefix})'
+      _rules(part, family, parts[part].config, own, where), own, source
     )
+    check_part(parts[part], source)
 
 
 def _rules(part: str, family: str, config: dict, own: dict, where: str) -> list[Rule]:
