@@ -3,11 +3,17 @@
 Between the first two tensors are only renamed and reshaped. One tensor at a time is in memory.
 """
 
+import math
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
+
+import numpy as np
 
 from diffusion_jax.io.kinds import KINDS
 from diffusion_jax.io.kinds import kind as find_kind
 from diffusion_jax.io.pipeline_files import (
+  Part,
   Pipeline,
   is_pipeline,
   new_directory,
@@ -59,6 +65,7 @@ def convert(
     kind is None, '--type names the kind of one network; a pipeline says the kinds of its parts.'
   )
   pipeline = _read(where, layout, prediction, tokenizers)
+  _check_space(pipeline.parts.values(), there, dtype)
   notes = pipeline.notes
   if layout == 'single-file':
     require(
@@ -100,5 +107,21 @@ def _convert_part(
     f'({config.get("_class_name") or config.get("architectures")}); name it with --type, one of '
     f'{", ".join(KINDS)}.',
   )
+  _check_space([part], there, dtype)
   with new_directory(there) as folder:
     write_part(part, folder, layout, dtype)
+
+
+def _check_space(parts: Iterable[Part], there: Path, dtype: str | None) -> None:
+  """Raises a UserError where the disk is too small, before any work."""
+  size = lambda tensor: np.dtype(DTYPES[dtype] if dtype else tensor.dtype).itemsize
+  needed = sum(
+    size(tensor) * math.prod(tensor.shape) for part in parts for tensor in part.tensors.values()
+  )
+  parent = next(folder for folder in there.absolute().parents if folder.is_dir())
+  free = shutil.disk_usage(parent).free
+  require(
+    free >= needed,
+    f'{there} needs {needed / 1e9:.1f} GB, but {parent} has {free / 1e9:.1f} GB left; free some, '
+    'or choose another --to or a smaller --dtype.',
+  )

@@ -172,6 +172,14 @@ def test_types_change_and_overflow_is_refused(pipeline, tmp_path):
   assert not (tmp_path / 'out').exists() and len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_full_disk_is_seen_first(written, tmp_path, monkeypatch):
+  monkeypatch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(1, 1, 1000))
+  for source, target in ((written, 'a.safetensors'), (written / 'vae', 'vae')):
+    with pytest.raises(UserError, match=r'needs .* GB, but .* has 0\.0 GB left'):
+      convert(source, tmp_path / target, 'single-file' if '.' in target else 'native')
+  assert not list(tmp_path.iterdir())
+
+
 def test_one_network_there_and_back(written, tmp_path):
   convert(written / 'vae', tmp_path / 'native', 'native', kind='autoencoder')
   assert {p.name for p in (tmp_path / 'native').iterdir()} == {'config.json', 'params.safetensors'}
