@@ -1,10 +1,11 @@
-"""Time and memory of converting and loading a pipeline of the size of Stable Diffusion 1.5.
+"""Time and memory of converting and loading a pipeline of a published size.
 
 Weights are random and written tensor by tensor into a temporary folder, which is removed. Every
 job is a process of its own; its seconds include its start. Memory is the peak of what is no file's,
 beyond what the process held before the job and beyond the arrays that it loads.
 
   python benchmarks/convert.py --dtype float16 --json FILE
+  python benchmarks/convert.py --model sdxl --dtype float32 --jobs load_unet_on_1 --json FILE
 """
 
 import argparse
@@ -37,11 +38,19 @@ from diffusion_jax.models import functional
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 
 LIMIT_SECONDS = 120
-PARTS = {
-  'unet': ('unet', UNETS['sd15'], ['diffusers', 'UNet2DConditionModel']),
-  'vae': ('autoencoder', AUTOENCODERS['sd15'], ['diffusers', 'AutoencoderKL']),
-  'text_encoder': ('clip_text', TEXT_ENCODERS['clip_l'], ['transformers', 'CLIPTextModel']),
+_SECOND = ['transformers', 'CLIPTextModelWithProjection']
+PIPELINES = {
+  name: {
+    'unet': ('unet', UNETS[name], ['diffusers', 'UNet2DConditionModel']),
+    'vae': ('autoencoder', AUTOENCODERS[name], ['diffusers', 'AutoencoderKL']),
+    'text_encoder': ('clip_text', TEXT_ENCODERS['clip_l'], ['transformers', 'CLIPTextModel']),
+  }
+  for name in ('sd15', 'sdxl')
 }
+PIPELINES['sdxl']['text_encoder_2'] = (
+  'clip_text_projection', TEXT_ENCODERS['openclip_bigg'], _SECOND
+)
+CLASSES = {'sd15': 'StableDiffusionPipeline', 'sdxl': 'StableDiffusionXLPipeline'}
 JOBS = (
   'to_single_file', 'from_single_file', 'to_native', 'load_unet_on_1', 'load_unet_on_8',
   'load_native_unet_on_8',
@@ -53,6 +62,8 @@ def arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--json', metavar='FILE', help='where the figures go')
   parser.add_argument('--dtype', default='float16', choices=DTYPES, help='of the weights')
+  parser.add_argument('--model', default='sd15', choices=PIPELINES, help='which published size')
+  parser.add_argument('--jobs', nargs='+', default=list(JOBS), choices=JOBS, help='only these')
   parser.add_argument('--folder', default='/tmp', help='where the temporary folder is made')
   parser.add_argument('--job', choices=JOBS, help=argparse.SUPPRESS)  # In the process of a job.
   return parser.parse_args()
@@ -64,11 +75,12 @@ def shapes_of(kind: str, config) -> dict[str, tuple[int, ...]]:
   return {published_name(n): published_shape(n, leaf.shape) for n, leaf in leaves.items()}
 
 
-def write_pipeline(folder: Path, dtype: str, shapes: dict[str, dict]) -> None:
+def write_pipeline(folder: Path, model: str, dtype: str, shapes: dict[str, dict]) -> None:
   """A directory of diffusers with random weights."""
   rng = np.random.default_rng(0)
   draw = lambda shape: rng.standard_normal(shape, np.float32).astype(DTYPES[dtype])
-  for name, (kind, config, _) in PARTS.items():
+  parts = PIPELINES[model]
+  for name, (kind, config, _) in parts.items():
     tensors = {
       key: NewTensor(DTYPES[dtype], shape, lambda shape=shape: draw(shape))
       for key, shape in shapes[name].items()
@@ -76,11 +88,14 @@ def write_pipeline(folder: Path, dtype: str, shapes: dict[str, dict]) -> None:
     write_tensors(folder / name / KINDS[kind].weights, tensors)
     write_json(folder / name / 'config.json', KINDS[kind].write(config))
   files = {'tokenizer': 'tokenizer.json', 'scheduler': 'scheduler_config.json'}
+  if 'text_encoder_2' in parts:
+    files['tokenizer_2'] = 'tokenizer.json'
   for name, file in files.items():
     write_json(folder / name / file, {'prediction_type': 'epsilon'})
-  entries = {name: entry for name, (_, _, entry) in PARTS.items()}
-  entries |= {'tokenizer': ['transformers', 'CLIPTokenizer'], 'scheduler': ['diffusers', 'x']}
-  write_json(folder / 'model_index.json', {'_class_name': 'StableDiffusionPipeline', **entries})
+  entries = {name: entry for name, (_, _, entry) in parts.items()}
+  entries |= {name: ['transformers', 'CLIPTokenizer'] for name in files if name != 'scheduler'}
+  index = {'_class_name': CLASSES[model], 'scheduler': ['diffusers', 'DDIMScheduler'], **entries}
+  write_json(folder / 'model_index.json', index)
 
 
 def do(job: str, folder: Path) -> int:
@@ -150,21 +165,24 @@ def main() -> None:
   args = arguments()
   if args.job:
     return job_process(args.job, Path(args.folder))
-  shapes = {name: shapes_of(kind, config) for name, (kind, config, _) in PARTS.items()}
+  parts = PIPELINES[args.model]
+  shapes = {name: shapes_of(kind, config) for name, (kind, config, _) in parts.items()}
   sizes = [int(np.prod(s)) for of_part in shapes.values() for s in of_part.values()]
   nbytes = sum(sizes) * DTYPES[args.dtype].itemsize
-  with temporary_folder(args.folder, 3 * nbytes + 2**28) as folder:
+  copies = 1 + any('single' in j for j in args.jobs) + any('native' in j for j in args.jobs)
+  with temporary_folder(args.folder, copies * nbytes + 2**28) as folder:
     start = time.perf_counter()
-    write_pipeline(folder / 'diffusers', args.dtype, shapes)
+    write_pipeline(folder / 'diffusers', args.model, args.dtype, shapes)
     print(f'{nbytes / 1e9:.2f} GB written in {time.perf_counter() - start:.1f} s', flush=True)
     jobs = {}
-    for job in JOBS:
+    for job in args.jobs:
       jobs[job] = run_job(job, folder)
       if job == 'from_single_file':
         shutil.rmtree(folder / 'back')
         (folder / 'single.safetensors').unlink()
   result = {
-    'command': f'python benchmarks/convert.py --dtype {args.dtype} --json FILE',
+    'command': f'python benchmarks/convert.py {" ".join(sys.argv[1:])}',
+    'model': args.model,
     'device': {'platform': 'cpu', 'cpu_cores': os.cpu_count()},
     'versions': {
       'diffusion_jax': __version__, 'python': platform.python_version(), 'jax': jax.__version__

@@ -9,6 +9,7 @@ does), ours all in bfloat16, and the reference cast to bfloat16.
 """
 
 import argparse
+import copy
 import json
 import platform
 import tempfile
@@ -119,7 +120,7 @@ def measure(kind: str, model, theirs, ours) -> dict[str, float]:
     )(jax.tree.map(lambda p: jnp.asarray(p, cast), params)).astype(jnp.float32))
     exact = run(jnp.float32, jnp.float32)
     theirs_exact = theirs(model, torch.float32)
-    half = theirs(model.to(torch.bfloat16), torch.bfloat16).float()
+    half = theirs(copy.deepcopy(model).to(torch.bfloat16), torch.bfloat16).float()
   arrange = lambda a: a.numpy().transpose(0, 2, 3, 1) if a.ndim == 4 else a.numpy()
   return {
     'float32_from_torch': share(exact, arrange(theirs_exact)),
