@@ -13,7 +13,7 @@ from diffusion_jax.models.text.tokenizer import Tokenize
 from diffusion_jax.types import Condition, Weights
 
 ROLES = ('text_encoder', 'text_encoder_2')
-EXTRA = 'embeddings'
+EXTRA = 'extra.embedding'
 """The parameter of a text encoder that holds rows after its vocabulary (textual inversion)."""
 
 

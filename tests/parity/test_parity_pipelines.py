@@ -2,16 +2,21 @@
 
 import dataclasses
 import functools
+import types
 
+import diffusers
 import jax
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from diffusion_jax.io.textual_inversion import FILES, TextualInversion, write_textual_inversion
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from diffusion_jax.pipelines.adapters import add_lora, add_words
 from diffusion_jax.pipelines.conditions import Inputs
 from diffusion_jax.pipelines.directory import load_text_to_image
+from diffusion_jax.pipelines.text_encoders import EXTRA
 from tests.parity import small_pipelines as small
 
 PROMPTS, NEGATIVE = ['cab ab', 'b a c d e f g h a b c'], 'a'
@@ -93,3 +98,123 @@ def test_two_encoders(load):
   nothing = draw_theirs(theirs, negative=None)
   assert_same(draw(*ours, negative=''), nothing, 'sdxl, no negative prompt')
   assert np.abs(nothing - draw_theirs(theirs, negative='')).max() > 1e-2
+
+
+def test_clip_skip(load):
+  theirs, model, weights, sample, _ = load('sd1')
+  plain = draw_theirs(theirs)
+  # The towers of transformers 5 lack the attribute by which diffusers finds the final norm.
+  norm = theirs.text_encoder.final_layer_norm
+  theirs.text_encoder.__dict__['text_model'] = types.SimpleNamespace(final_layer_norm=norm)
+  wanted = draw_theirs(theirs, clip_skip=1)
+  assert_same(draw(model, weights, sample, clip_skip=1), wanted, 'clip_skip')
+  assert np.abs(wanted - plain).max() > 1e-2
+
+
+def test_image_to_image(load):
+  theirs, *ours, _ = load('sd1')
+  pipeline = diffusers.StableDiffusionImg2ImgPipeline(
+    **theirs.components, requires_safety_checker=False
+  )
+  pipeline.set_progress_bar_config(disable=True)
+  noise = torch_noise(*[(2, 4, small.LATENT, small.LATENT)] * 2)[1]  # The first is the encoder's.
+  wanted = draw_theirs(pipeline, noise=None, image=pictures(IMAGES), strength=0.6,
+                       generator=torch.Generator().manual_seed(0))
+  inputs = Inputs(IMAGES, 0.6)
+  assert_same(draw(*ours, noise=noise, inputs=inputs), wanted, 'image to image')
+
+
+def test_inpainting(load):
+  theirs, *ours, _ = load('inpaint')
+  masks = pictures(255 * MASKS.astype(np.uint8))
+  wanted = draw_theirs(theirs, image=pictures(IMAGES), mask_image=masks, strength=1.0)
+  assert_same(draw(*ours, inputs=Inputs(IMAGES, masks=MASKS)), wanted, 'inpaint')
+
+
+def test_editing_with_two_scales(load):
+  theirs, *ours, _ = load('edit')
+  assert ours[2].image_guidance == 1.5
+  wanted = draw_theirs(theirs, image=pictures(IMAGES), image_guidance_scale=1.5)
+  assert_same(draw(*ours, inputs=Inputs(IMAGES)), wanted, 'edit')
+
+
+def test_upscaling(load):
+  theirs, *ours, _ = load('upscale')
+  [noise] = torch_noise((2, 3, small.LATENT, small.LATENT))
+  wanted = draw_theirs(theirs, image=pictures(SMALL), noise_level=20,
+                       generator=torch.Generator().manual_seed(0))
+  found = draw(*ours, inputs=Inputs(small=SMALL, noise_level=20, small_noise=noise))
+  assert_same(found, wanted, 'upscale')
+
+
+def test_depth(load):
+  theirs, *ours, _ = load('depth')
+  noise = torch_noise(*[(2, 4, small.LATENT, small.LATENT)] * 2)[1]
+  wanted = draw_theirs(theirs, noise=None, image=pictures(IMAGES), strength=0.6,
+                       depth_map=torch.tensor(DEPTH), generator=torch.Generator().manual_seed(0))
+  inputs = Inputs(IMAGES, 0.6, depth=normalized(DEPTH))
+  assert_same(draw(*ours, noise=noise, inputs=inputs), wanted, 'depth')
+
+
+def normalized(depth):
+  """Every map from -1 to 1, as diffusers hands it to the network."""
+  low, high = depth.min((1, 2), keepdims=True), depth.max((1, 2), keepdims=True)
+  return 2 * (depth - low) / (high - low) - 1
+
+
+def test_controlnet(load):
+  theirs, *ours, _ = load('controlled')
+  wanted = draw_theirs(theirs, image=pictures(CONTROL), controlnet_conditioning_scale=0.7)
+  inputs = Inputs(control=CONTROL, control_strength=0.7)
+  assert_same(draw(*ours, inputs=inputs), wanted, 'controlnet')
+
+
+def test_lora(load, tmp_path):
+  peft = pytest.importorskip('peft')
+  _, model, weights, sample, _ = load('sd1')
+  source, theirs = small.make('sd1'), small.make('sd1')
+  states = {}
+  for role, targets in (('unet', ['to_q', 'conv1']), ('text_encoder', ['q_proj', 'fc2'])):
+    network = getattr(source, role)
+    network.add_adapter(peft.LoraConfig(
+      r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False
+    ))
+    states[role] = peft.get_peft_model_state_dict(network)
+  configs = {f'{role}_lora_adapter_metadata': getattr(source, role).peft_config['default'].to_dict()
+             for role in states}
+  source.save_lora_weights(
+    tmp_path, unet_lora_layers=states['unet'], text_encoder_lora_layers=states['text_encoder'],
+    **configs,
+  )
+  plain = draw_theirs(theirs)
+  theirs.load_lora_weights(tmp_path)
+  wanted = draw_theirs(theirs)
+  assert np.abs(wanted - plain).max() > 1e-2
+  found = draw(model, add_lora(model, weights, str(tmp_path)), sample)
+  assert_same(found, wanted, 'lora')
+
+
+def test_a_word_learned_for_two_encoders(load, tmp_path):
+  """From a directory with a file for each, as is trained here, and from one of AUTOMATIC1111."""
+  theirs, model, weights, sample, folder = load('sdxl')
+  rows = np.random.default_rng(1).normal(size=(2, 2, small.WIDTH)).astype(np.float32)
+  embeddings = dict(zip(FILES, rows, strict=True))
+  for role, value in embeddings.items():
+    path = tmp_path / 'word' / FILES[role]
+    write_textual_inversion(path, TextualInversion('<h>', {role: value}))
+    suffix = role.removeprefix('text_encoder')
+    theirs.load_textual_inversion(
+      str(path), text_encoder=getattr(theirs, role),
+      tokenizer=getattr(theirs, f'tokenizer{suffix}'),
+    )
+  a1111 = tmp_path / '<h>.safetensors'
+  write_textual_inversion(a1111, TextualInversion('<h>', embeddings), 'a1111')
+  other = load_text_to_image(str(folder))
+  again = add_words(*other[:2], str(a1111))
+  told = add_words(model, weights, str(tmp_path / 'word'))
+  for role in embeddings:
+    np.testing.assert_array_equal(told[role][EXTRA], again[role][EXTRA])
+  prompts = ['cab <h> a', '<h>']
+  np.testing.assert_array_equal(model.tokens(prompts), other[0].tokens(prompts))
+  found = draw(model, told, sample, prompts=prompts)
+  assert_same(found, draw_theirs(theirs, prompts=prompts), 'words')
