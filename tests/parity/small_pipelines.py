@@ -16,7 +16,7 @@ DDIM = dict(
   set_alpha_to_one=False, steps_offset=1,
 )
 TOWER = dict(
-  hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=3, num_attention_heads=2
+  hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2, num_attention_heads=2
 )
 NO_CHECK = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
@@ -29,9 +29,11 @@ def tokenizer(pad: str = '<|endoftext|>') -> transformers.CLIPTokenizer:
 
 
 def text_encoder(projection: int | None = None, act: str = 'quick_gelu'):
+  """Its eos_token_id is the true one: with the published 2, transformers pools at learned words."""
   config = transformers.CLIPTextConfig(
     **TOWER, vocab_size=len(WORDS), max_position_embeddings=LENGTH, hidden_act=act,
-    bos_token_id=len(WORDS) - 2, eos_token_id=2, projection_dim=projection or WIDTH,
+    bos_token_id=len(WORDS) - 2, eos_token_id=len(WORDS) - 1,
+    projection_dim=projection or WIDTH,
   )
   kind = 'CLIPTextModelWithProjection' if projection else 'CLIPTextModel'
   return getattr(transformers, kind)(config)
