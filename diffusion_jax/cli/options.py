@@ -47,6 +47,13 @@ def with_adapters(model, weights, args: argparse.Namespace):
   return model, weights
 
 
+def named_adapters(args: argparse.Namespace) -> dict[str, str]:
+  """Argument -> what it names, of those of `add_adapter_arguments` that were given."""
+  given = {'lora': ' '.join(args.lora), 'controlnet': args.controlnet,
+           'words': ' '.join(args.words)}
+  return {name: value for name, value in given.items() if value}
+
+
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
   """How to sample; what is not given is what the model was trained to be used with."""
   parser.add_argument('--sampler', metavar='NAME', help='one of the table in README.md, or any '

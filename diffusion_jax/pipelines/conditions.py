@@ -15,6 +15,11 @@ import numpy as np
 from diffusion_jax.errors import UserError
 from diffusion_jax.types import Condition, Latents, Weights
 
+OPTIONS = {
+  'images': '--image', 'masks': '--mask', 'control': '--control', 'depth': '--depth',
+  'small': '--small',
+}
+"""The pictures among `Inputs`, and how the command `sample` is given them."""
 STRENGTH = 0.8
 TOP_LEVEL = 350
 """The largest noise level that the x4 upscaler was trained with."""
@@ -66,13 +71,17 @@ class Inputs:
     """Columns [n ...] for the compiled program; UserError where they do not fit the model."""
     needs = _needs(model)
     given = {
-      name: getattr(self, name) for name in ('images', 'masks', 'control', 'depth', 'small')
-      if getattr(self, name) is not None
+      name: getattr(self, name) for name in OPTIONS if getattr(self, name) is not None
     }
-    for name in needs - given.keys():
-      raise UserError(f'the model needs {name} beside the prompts; give Inputs({name}=...).')
+    for name in sorted(needs - given.keys()):
+      raise UserError(
+        f'the model needs {name} beside the prompts; give {OPTIONS[name]}, in code '
+        f'Inputs({name}=...).'
+      )
     for name in given.keys() - needs - {'images'}:
-      raise UserError(f'the model takes no {name}; leave them out, or use one that does.')
+      raise UserError(
+        f'the model takes no {name}; leave {OPTIONS[name]} out, or use a model that does.'
+      )
     edge, latent = model.image_size, model.latent_shape[0]
     shapes = {
       'images': (edge, edge, 3), 'masks': (edge, edge), 'control': (edge, edge, 3),
