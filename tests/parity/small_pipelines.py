@@ -66,6 +66,10 @@ def disturbed(pipeline: diffusers.DiffusionPipeline) -> diffusers.DiffusionPipel
   pipeline.vae.quant_conv.weight[4:] = 0
   pipeline.vae.quant_conv.bias[4:] = -30
   pipeline.vae.decoder.conv_out.weight.mul_(0.5)
+  if 'controlnet' in pipeline.components:  # Whose outputs are zero when it is made.
+    for layer in (*pipeline.controlnet.controlnet_down_blocks,
+                  pipeline.controlnet.controlnet_cond_embedding.conv_out):
+      layer.weight.add_(0.5 * torch.randn_like(layer.weight))
   pipeline.set_progress_bar_config(disable=True)
   return pipeline
 

@@ -128,7 +128,10 @@ def test_inpainting(load):
   theirs, *ours, _ = load('inpaint')
   masks = pictures(255 * MASKS.astype(np.uint8))
   wanted = draw_theirs(theirs, image=pictures(IMAGES), mask_image=masks, strength=1.0)
-  assert_same(draw(*ours, inputs=Inputs(IMAGES, masks=MASKS)), wanted, 'inpaint')
+  inputs = Inputs(IMAGES, masks=MASKS)
+  assert_same(draw(*ours, inputs=inputs), wanted, 'inpaint')
+  other = draw(*ours, inputs=dataclasses.replace(inputs, masks=~MASKS))
+  assert np.abs(other - wanted).max() > 1e-2
 
 
 def test_editing_with_two_scales(load):
@@ -136,6 +139,8 @@ def test_editing_with_two_scales(load):
   assert ours[2].image_guidance == 1.5
   wanted = draw_theirs(theirs, image=pictures(IMAGES), image_guidance_scale=1.5)
   assert_same(draw(*ours, inputs=Inputs(IMAGES)), wanted, 'edit')
+  other = draw(*ours, inputs=Inputs(IMAGES), image_guidance=1.2)
+  assert np.abs(other - wanted).max() > 1e-2
 
 
 def test_upscaling(load):
@@ -145,6 +150,8 @@ def test_upscaling(load):
                        generator=torch.Generator().manual_seed(0))
   found = draw(*ours, inputs=Inputs(small=SMALL, noise_level=20, small_noise=noise))
   assert_same(found, wanted, 'upscale')
+  other = draw(*ours, inputs=Inputs(small=SMALL, noise_level=10, small_noise=noise))
+  assert np.abs(other - wanted).max() > 1e-2
 
 
 def test_depth(load):
@@ -154,6 +161,8 @@ def test_depth(load):
                        depth_map=torch.tensor(DEPTH), generator=torch.Generator().manual_seed(0))
   inputs = Inputs(IMAGES, 0.6, depth=normalized(DEPTH))
   assert_same(draw(*ours, noise=noise, inputs=inputs), wanted, 'depth')
+  other = draw(*ours, noise=noise, inputs=dataclasses.replace(inputs, depth=-inputs.depth))
+  assert np.abs(other - wanted).max() > 1e-2
 
 
 def normalized(depth):
@@ -167,6 +176,8 @@ def test_controlnet(load):
   wanted = draw_theirs(theirs, image=pictures(CONTROL), controlnet_conditioning_scale=0.7)
   inputs = Inputs(control=CONTROL, control_strength=0.7)
   assert_same(draw(*ours, inputs=inputs), wanted, 'controlnet')
+  other = draw(*ours, inputs=dataclasses.replace(inputs, control=IMAGES))
+  assert np.abs(other - wanted).max() > 1e-2
 
 
 def test_lora(load, tmp_path):
