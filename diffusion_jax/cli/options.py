@@ -7,6 +7,8 @@ import math
 from diffusion_jax.errors import UserError
 
 DEFAULT_MODEL = 'asset:text-to-image-openmoji-64'
+OF_SAMPLER = ('options', 'drop_last', 'fractional', 'set_alpha_to_one')
+"""Settings that another sampler does not take over."""
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +47,13 @@ def with_adapters(model, weights, args: argparse.Namespace):
   return model, weights
 
 
+def named_adapters(args: argparse.Namespace) -> dict[str, str]:
+  """Argument -> what it names, of those of `add_adapter_arguments` that were given."""
+  given = {'lora': ' '.join(args.lora), 'controlnet': args.controlnet,
+           'words': ' '.join(args.words)}
+  return {name: value for name, value in given.items() if value}
+
+
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
   """How to sample; what is not given is what the model was trained to be used with."""
   parser.add_argument('--sampler', metavar='NAME', help='one of the table in README.md, or any '
@@ -64,6 +73,10 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
                       help='the bound, in standard deviations of the latents')
   parser.add_argument('--threshold_percentile', type=float, metavar='P',
                       help='of dynamic: the share of an image that is not clipped')
+  parser.add_argument('--image_guidance', type=float, metavar='G',
+                      help='of a model that edits a picture: how closely to keep to it; 1 is none')
+  parser.add_argument('--clip_skip', type=int, metavar='N',
+                      help='layers of the text encoder to leave out at the end')
   parser.add_argument('--seed', type=int, default=0, metavar='S', help='random seed (default: 0)')
   parser.add_argument('--batch', type=int, default=16, metavar='N',
                       help='images drawn at a time (default: 16); does not change the images')
@@ -92,4 +105,7 @@ def with_arguments(sample, args: argparse.Namespace):
   if 'guidance_interval' in given:
     low, high = given['guidance_interval']
     given['guidance_interval'] = (low, None if high == math.inf else high)
+  if given.get('sampler', sample.sampler) != sample.sampler:
+    # What a published scheduler says beside its sampler's name holds for that sampler alone.
+    given = {name: getattr(type(sample)(), name) for name in OF_SAMPLER} | given
   return dataclasses.replace(sample, **given)

@@ -11,6 +11,7 @@ from diffusion_jax.cli.options import (
   add_model_arguments,
   add_sample_arguments,
   load,
+  named_adapters,
   with_adapters,
 )
 from diffusion_jax.errors import UserError
@@ -110,7 +111,10 @@ def read_inputs(args: argparse.Namespace, model, steps: int) -> tuple:
   if 'image' in pictures:
     pictures['images'] = pictures.pop('image')
   if 'depth' in pictures:
-    pictures['depth'] = (pictures['depth'].mean(axis=-1) / 127.5 - 1).astype(np.float32)
+    depth = pictures['depth'].mean(axis=-1)
+    # Models of depth were shown maps that fill the range.
+    low, high = depth.min(), max(depth.max(), depth.min() + 1)
+    pictures['depth'] = (2 * (depth - low) / (high - low) - 1).astype(np.float32)
   numbers = {name: getattr(args, name) for name in NEEDED if getattr(args, name) is not None}
   inputs = Inputs(**pictures, **numbers)
   inputs.rows(model, 1)  # So that what does not fit is said before anything is drawn.
@@ -145,7 +149,8 @@ def run(args: argparse.Namespace) -> int:
   mesh = make_mesh(MeshConfig())
   inputs, started = read_inputs(args, model, sample.steps)
   settings = {
-    'negative': args.negative, **sample.in_force(), **started, 'seed': str(args.seed),
+    'negative': args.negative, **sample.in_force(), **started, **named_adapters(args),
+    'seed': str(args.seed),
     'model': name, 'software': f'diffusion_jax {__version__}',
   }
   images = []

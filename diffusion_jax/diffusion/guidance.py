@@ -53,6 +53,37 @@ def classifier_free(
   return _extrapolated(conditional, predictions, scale, rescale, rescale_in, interval)
 
 
+def classifier_free_edit(
+  denoise: TextDenoiser, edit: Text, image: Text, nothing: Text, scale: Scale, image_scale: Scale,
+  *, rescale: Scale = 0.0, rescale_in: str = 'sample', interval: Interval | None = None,
+) -> Denoiser:
+  """Guidance by a text and by a picture that it edits (Brooks et al. 2023, eq. 3).
+
+  nothing + image_scale (image - nothing) + scale (edit - image), in one call on a batch three times
+  as large, within the interval if there is one.
+
+  Args:
+    edit, image, nothing: what the denoiser is told: text and picture, the picture alone, neither;
+      trees of arrays [b ...].
+    rescale, rescale_in, interval: as in `autoguidance`.
+  """
+  conditional = lambda x, alpha, sigma: denoise(x, alpha, sigma, edit)
+  every = jax.tree.map(lambda *parts: jnp.concatenate(parts), edit, image, nothing)
+
+  def predictions(x, alpha, sigma):
+    out = denoise(jnp.concatenate([x, x, x]), alpha, sigma, every)
+    x0, more = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
+    edited, shown, free = jnp.split(x0, 3)
+    # The same shift of both leaves their difference, which the text's scale multiplies.
+    shift = (_like(image_scale, x) - 1) * (shown - free)
+    pair = edited + shift, shown + shift
+    return pair if more is None else tuple((part, *(m[: len(x)] for m in more)) for part in pair)
+
+  # An array, as the number 1 would leave the picture's scale out, too.
+  scale = jnp.asarray(scale, jnp.float32)
+  return _extrapolated(conditional, predictions, scale, rescale, rescale_in, interval)
+
+
 def autoguidance(
   denoise: Denoiser, worse: Denoiser, scale: Scale, *,
   rescale: Scale = 0.0, rescale_in: str = 'sample', interval: Interval | None = None,

@@ -1,7 +1,8 @@
 """Files of textual inversion (Gal et al. 2022): learned rows for the table of token embeddings.
 
-diffusers' files hold one tensor called by its token. AUTOMATIC1111's hold `emb_params`, or for the
-two encoders of Stable Diffusion XL `clip_l` and `clip_g`; there the token is the file's name.
+diffusers' files hold one tensor called by its token, and a directory has one for each text encoder.
+AUTOMATIC1111's hold `emb_params`, or for the two encoders of Stable Diffusion XL `clip_l` and
+`clip_g`; there the token is the file's name.
 """
 
 import os
@@ -15,6 +16,10 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.io.tensors import open_tensors, write_tensors
 from diffusion_jax.models.checks import require
 
+FILES = {
+  'text_encoder': 'learned_embeds.safetensors', 'text_encoder_2': 'learned_embeds_2.safetensors'
+}
+"""What a directory holds, by role."""
 LAYOUTS = ('diffusers', 'a1111')
 _A1111 = {'emb_params': 'text_encoder', 'clip_l': 'text_encoder', 'clip_g': 'text_encoder_2'}
 
@@ -32,6 +37,7 @@ def read_textual_inversion(
   """Reads a file of either layout; of a .pt file only arrays, never code, and only with PyTorch.
 
   Args:
+    path: the file, or a directory with one or both of FILES.
     widths: of the table of each text encoder, by role ('text_encoder', 'text_encoder_2'); checks
       the rows, and tells whose a diffusers file of one encoder of several is. None: no check.
 
@@ -40,7 +46,7 @@ def read_textual_inversion(
   """
   path = Path(path)
   if path.is_dir():
-    path = path / 'learned_embeds.safetensors'
+    return _read_directory(path, widths)
   token, stored = _read_pickle(path) if path.suffix in ('.pt', '.bin') else _read_tensors(path)
   rows = {key: value[None] if value.ndim == 1 else value for key, value in stored.items()}
   if rows and set(rows) <= set(_A1111):
@@ -52,13 +58,30 @@ def read_textual_inversion(
       f'token nor {", ".join(_A1111)}.',
     )
     [(token, value)] = rows.items()
-    found = TextualInversion(token, {_role(value, widths): value})
+    found = TextualInversion(token, {_role(path, value, widths): value})
   _check(found, widths, path)
   return found
 
 
-def _role(value: np.ndarray, widths: Mapping[str, int] | None) -> str:
-  """The encoder whose table is as wide; the first where nothing tells."""
+def _read_directory(path: Path, widths: Mapping[str, int] | None) -> TextualInversion:
+  files = [path / name for name in FILES.values() if (path / name).is_file()]
+  require(
+    bool(files), f'{path} holds no {" or ".join(FILES.values())}; name a file of another name.'
+  )
+  parts = [read_textual_inversion(file, widths) for file in files]
+  tokens = {part.token for part in parts}
+  require(len(tokens) == 1, f'{path} holds files of several words, {", ".join(sorted(tokens))}.')
+  embeddings = {role: rows for part in parts for role, rows in part.embeddings.items()}
+  found = TextualInversion(parts[0].token, embeddings)
+  _check(found, widths, path)
+  return found
+
+
+def _role(path: Path, value: np.ndarray, widths: Mapping[str, int] | None) -> str:
+  """The encoder that the file's name or else the width of its table tells; or else the first."""
+  for role, name in FILES.items():
+    if path.name == name and role != 'text_encoder':
+      return role
   fits = [role for role, width in (widths or {}).items() if width == value.shape[-1]]
   return fits[0] if fits else 'text_encoder'
 

@@ -54,7 +54,11 @@ def add_controlnet(
 def add_words(model: TextToImage, weights: Weights, path: str) -> Weights:
   """The weights with the rows of a learned word, whose token the model's tokenizers then know.
 
-  Several words may be added one after another; they follow the vocabulary in that order.
+  Several words may be added one after another; they follow the vocabulary in that order. A text
+  encoder for which nothing was learned goes on reading the word as it is spelt.
+
+  Args:
+    path: a file, or a directory with one for each text encoder (`io.textual_inversion.FILES`).
 
   Raises:
     UserError: a file that is none, or one for other text encoders.
@@ -65,8 +69,10 @@ def add_words(model: TextToImage, weights: Weights, path: str) -> Weights:
   for (role, network), tokenizer in zip(
     model.text.networks.items(), model.text.tokenizers, strict=True
   ):
-    count = len(next(iter(learned.embeddings.values())))
-    ids = add_placeholder(tokenizer, learned.token, count)
+    if role not in learned.embeddings:
+      continue
+    rows = learned.embeddings[role]
+    ids = add_placeholder(tokenizer, learned.token, len(rows))
     before = np.asarray(out[role].get(EXTRA, np.zeros((0, widths[role]), np.float32)))
     known = embedding_table(network)[2] + len(before)
     if ids[0] != known:
@@ -74,6 +80,5 @@ def add_words(model: TextToImage, weights: Weights, path: str) -> Weights:
         f'the tokenizer gives {learned.token} the id {ids[0]}, but the text encoder has {known} '
         'rows; use the tokenizer that came with it.'
       )
-    rows = learned.embeddings.get(role, np.zeros((count, widths[role]), np.float32))
     out[role] = {**out[role], EXTRA: np.concatenate([before, rows]).astype(np.float32)}
   return out

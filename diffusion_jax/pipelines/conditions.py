@@ -15,6 +15,11 @@ import numpy as np
 from diffusion_jax.errors import UserError
 from diffusion_jax.types import Condition, Latents, Weights
 
+OPTIONS = {
+  'images': '--image', 'masks': '--mask', 'control': '--control', 'depth': '--depth',
+  'small': '--small',
+}
+"""The pictures among `Inputs`, and how the command `sample` is given them."""
 STRENGTH = 0.8
 TOP_LEVEL = 350
 """The largest noise level that the x4 upscaler was trained with."""
@@ -43,6 +48,7 @@ class Inputs:
   control: uint8 [n H W 3], what a ControlNet sees, with control_strength.
   depth: float32 [n h w] in [-1, 1], near is 1, at the latents' size.
   small: uint8 [n h w 3], to enlarge, at the latents' size, with noise_level in [0, 350].
+  small_noise: float32 [n h w 3], what the small picture is noised with; None: noise of the seed.
   """
 
   images: np.ndarray | None = None
@@ -53,6 +59,7 @@ class Inputs:
   depth: np.ndarray | None = None
   small: np.ndarray | None = None
   noise_level: int = 20
+  small_noise: np.ndarray | None = None
 
   def share(self, model) -> float:
     """Share of the steps that are taken."""
@@ -64,13 +71,17 @@ class Inputs:
     """Columns [n ...] for the compiled program; UserError where they do not fit the model."""
     needs = _needs(model)
     given = {
-      name: getattr(self, name) for name in ('images', 'masks', 'control', 'depth', 'small')
-      if getattr(self, name) is not None
+      name: getattr(self, name) for name in OPTIONS if getattr(self, name) is not None
     }
-    for name in needs - given.keys():
-      raise UserError(f'the model needs {name} beside the prompts; give Inputs({name}=...).')
+    for name in sorted(needs - given.keys()):
+      raise UserError(
+        f'the model needs {name} beside the prompts; give {OPTIONS[name]}, in code '
+        f'Inputs({name}=...).'
+      )
     for name in given.keys() - needs - {'images'}:
-      raise UserError(f'the model takes no {name}; leave them out, or use one that does.')
+      raise UserError(
+        f'the model takes no {name}; leave {OPTIONS[name]} out, or use a model that does.'
+      )
     edge, latent = model.image_size, model.latent_shape[0]
     shapes = {
       'images': (edge, edge, 3), 'masks': (edge, edge), 'control': (edge, edge, 3),
@@ -85,6 +96,8 @@ class Inputs:
       if not 0 <= self.noise_level <= TOP_LEVEL:
         raise UserError(f'noise_level is {self.noise_level}; give one from 0 to {TOP_LEVEL}.')
       out['level'] = np.full(n, self.noise_level, np.int32)
+      if self.small_noise is not None:
+        out['small_noise'] = _fitting('small_noise', self.small_noise, shapes['small'], n)
     return out
 
 
@@ -95,7 +108,7 @@ def _needs(model) -> set[str]:
 
 
 def _fitting(name: str, value: np.ndarray, shape: tuple[int, ...], n: int) -> np.ndarray:
-  dtype = {'masks': np.bool_, 'depth': np.float32}.get(name, np.uint8)
+  dtype = {'masks': np.bool_, 'depth': np.float32, 'small_noise': np.float32}.get(name, np.uint8)
   if value.dtype != dtype or value.shape[1:] != shape or len(value) not in (1, n):
     raise UserError(
       f'{name} are {value.dtype} {list(value.shape)}; give {np.dtype(dtype)} [1 or {n}, '
@@ -126,7 +139,8 @@ def prepared(
   elif kind == 'depth':
     told['image'] = rows['depth'][..., None]
   elif kind == 'upscale':
-    told['image'] = noised_small(model, to_float(rows['small']), rows['level'], rows['keys'])
+    noise = rows['small_noise'] if 'small_noise' in rows else small_noise(rows)
+    told['image'] = noised_small(model, to_float(rows['small']), rows['level'], noise)
     told['labels'] = rows['level']
   if 'control' in rows:
     told |= {'control': rows['control'] / jnp.float32(255), 'strength': rows['strength']}
@@ -150,9 +164,23 @@ def edited_image(model, autoencoder, images: jax.Array) -> jax.Array:
   return mean.astype(jnp.float32)
 
 
-def noised_small(model, images: jax.Array, level: jax.Array, keys: jax.Array) -> jax.Array:
+def noised_small(model, images: jax.Array, level: jax.Array, noise: jax.Array) -> jax.Array:
   """Images [b h w 3] in [-1, 1], noised to step level [b] of the schedule for small pictures."""
   alpha, sigma = (part[:, None, None, None] for part in model.small_schedule(level))
-  one = lambda key: jax.random.normal(jax.random.fold_in(jax.random.wrap_key_data(key), 2**31 - 1),
-                                      images.shape[1:])
-  return (alpha * images + sigma * jax.vmap(one)(keys)).astype(jnp.float32)
+  return (alpha * images + sigma * noise).astype(jnp.float32)
+
+
+def small_noise(rows: dict) -> jax.Array:
+  """Unit noise [b h w 3] for the small pictures, from each image's key."""
+  one = lambda key: jax.random.normal(
+    jax.random.fold_in(jax.random.wrap_key_data(key), 2**31 - 1), rows['small'].shape[1:]
+  )
+  return jax.vmap(one)(rows['keys'])
+
+
+def check_edited(model, image_guidance: float) -> None:
+  """UserError for guidance by a picture in a model that edits none."""
+  if image_guidance != 1 and kind_of_input(model) != 'edit':
+    raise UserError(
+      f'image_guidance is {image_guidance:g}, but the model edits no picture; leave it at 1.'
+    )

@@ -20,6 +20,7 @@ from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.kinds import KINDS
 from diffusion_jax.io.pretrained import load_params, resolve, save_params
+from diffusion_jax.io.published.scheduler import Scheduler, read_scheduler
 from diffusion_jax.io.tensors import read_json, write_json
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.functional import Network
@@ -33,7 +34,8 @@ from diffusion_jax.types import Params, Weights
 INDEX = 'model_index.json'
 OURS = 'TextToImage'
 TEXT_KINDS = ('clip_text_projection', 'clip_text', 'clip')
-DIFFUSERS_SAMPLE = SampleConfig(sampler='ddim', steps=50, guidance=7.5, spacing='leading')
+EDITS = 'StableDiffusionInstructPix2PixPipeline'
+"""The class of diffusers that is guided by its picture, too, with a scale of 1.5."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +144,7 @@ def read_pipeline(
     parts['unet'].config, parts['autoencoder'].config, text, schedule, prediction,
     latent_patch_size=_patch(path, index), dtype=dtype,
     controlnet=parts['controlnet'].network(dtype) if 'controlnet' in parts else None,
-    small_schedule=Schedule(_schedule_config(read_json(low))) if low.is_file() else None,
+    small_schedule=Schedule(_read_scheduler(low).schedule) if low.is_file() else None,
   )
   return model, parts, sample
 
@@ -176,20 +178,36 @@ def _has(index: Mapping[str, Any], role: str) -> bool:
 
 def _scheduler(directory: Path, index: Mapping[str, Any], ours: bool):
   """(schedule, prediction, how to sample) of a model directory."""
-  scheduler = read_json(directory / 'scheduler' / 'scheduler_config.json')
+  file = directory / 'scheduler' / 'scheduler_config.json'
+  if not ours:
+    found = _read_scheduler(file)
+    return found.schedule, found.prediction, sample_config(found, index.get('_class_name'))
+  scheduler = read_json(file)
   prediction = scheduler.get('prediction_type', 'epsilon')
   if prediction not in PREDICTIONS:
     raise UserError(
       f'{directory} predicts {prediction!r}; only {", ".join(PREDICTIONS)} are known.'
     )
-  if not ours:
-    return _schedule_config(scheduler), prediction, DIFFUSERS_SAMPLE
   known = {field.name for field in dataclasses.fields(SampleConfig)}
   given = {k: v for k, v in index.get('sample', {}).items() if k in known}
   try:
     return _schedule_config(scheduler), prediction, typed(SampleConfig, given, 'sample.')
   except UserError as error:
     raise UserError(f'{directory} cannot be sampled: {error}') from error
+
+
+def _read_scheduler(file: Path) -> Scheduler:
+  return read_scheduler(read_json(file), str(file))
+
+
+def sample_config(scheduler: Scheduler, pipeline: str | None = None) -> SampleConfig:
+  """How a pipeline of diffusers with this scheduler samples when it is told nothing else."""
+  return SampleConfig(
+    sampler=scheduler.sampler, options=dict(scheduler.options), spacing=scheduler.spacing,
+    steps=50, guidance=7.5, image_guidance=1.5 if pipeline == EDITS else 1.0,
+    threshold=scheduler.threshold, threshold_limit=scheduler.threshold_limit,
+    threshold_percentile=scheduler.threshold_percentile, **scheduler.grid,
+  )
 
 
 def _schedule_config(values: Mapping[str, Any]) -> ScheduleConfig:

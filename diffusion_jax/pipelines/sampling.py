@@ -9,21 +9,29 @@ import math
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.diffusion.denoiser import BLIND_AT_ZERO_SNR, Denoiser, TextDenoiser
 from diffusion_jax.diffusion.guidance import (
   RESCALE_SPACES,
   classifier_free,
+  classifier_free_edit,
   dynamic_threshold,
   static_threshold,
 )
 from diffusion_jax.diffusion.samplers import Grid, padded, part_way, sampler, sampling_grid
 from diffusion_jax.diffusion.schedules import Schedule
 from diffusion_jax.errors import UserError
-from diffusion_jax.types import Text
+from diffusion_jax.types import Condition
+
+Option = bool | int | float | str
+"""The value of a sampler's option."""
 
 THRESHOLDS = ('none', 'static', 'dynamic')
+
+PLACES = ('steps_offset', 'drop_last', 'fractional', 'set_alpha_to_one')
+"""Fields of a `SampleConfig` that `sampling_grid` takes as they are."""
 
 BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 """Grids are padded to the next of these lengths; one longer stays as it is."""
@@ -37,6 +45,7 @@ class Numbers(NamedTuple):
 
   grid: Grid
   guidance: jax.Array
+  image_guidance: jax.Array
   rescale: jax.Array
   low: jax.Array
   high: jax.Array
@@ -45,22 +54,37 @@ class Numbers(NamedTuple):
 
 
 class Program(NamedTuple):
-  """What is compiled. everywhere: whether there is guidance at all noise levels."""
+  """What is compiled.
+
+  guided, image_guided: whether there is guidance by the text, and by the picture that is edited.
+  everywhere: whether at all noise levels. options: the sampler's, as pairs.
+  """
 
   sampler: str
   guided: bool
+  image_guided: bool
   everywhere: bool
   threshold: str
+  clip_skip: int = 0
+  options: tuple[tuple[str, Option], ...] = ()
 
   def guide(
-    self, denoise: TextDenoiser, text: Text, negative: Text, numbers: Numbers, prediction: str
+    self, denoise: TextDenoiser, told: Condition, negative: Condition, numbers: Numbers,
+    prediction: str,
   ) -> Denoiser:
     """The denoiser with guidance and threshold; `prediction` is what the network predicts."""
-    guided = classifier_free(
-      denoise, text, negative, numbers.guidance if self.guided else 1, rescale=numbers.rescale,
-      rescale_in=prediction if prediction in RESCALE_SPACES else 'sample',
-      interval=None if self.everywhere else (numbers.low, numbers.high),
-    )
+    how = {
+      'rescale': numbers.rescale,
+      'rescale_in': prediction if prediction in RESCALE_SPACES else 'sample',
+      'interval': None if self.everywhere else (numbers.low, numbers.high),
+    }
+    if self.image_guided:
+      blind = negative._replace(image=jnp.zeros_like(negative.image))
+      scales = numbers.guidance, numbers.image_guidance
+      guided = classifier_free_edit(denoise, told, negative, blind, *scales, **how)
+    else:
+      scale = numbers.guidance if self.guided else 1
+      guided = classifier_free(denoise, told, negative, scale, **how)
     if self.threshold == 'static':
       return static_threshold(guided, numbers.limit)
     if self.threshold == 'dynamic':
@@ -78,6 +102,11 @@ class SampleConfig:
   threshold: none; static clips x_0 at threshold_limit; dynamic scales each image whose
   threshold_percentile (a share) is beyond the limit back to it (Saharia et al. 2022). They are made
   for pixels. Latents here have unit variance and no bounds: the limit is in standard deviations.
+  options: of the sampler, such as its order. steps_offset, drop_last, fractional and
+  set_alpha_to_one: of `sampling_grid`, as the schedulers of diffusers place their steps.
+  image_guidance: of a model that edits a picture, the scale for that (Brooks et al. 2023, s_I).
+  clip_skip: layers of the text encoder that are left out at the end for the prompt, beside those
+  that the model leaves out anyway; as in diffusers, the negative prompt keeps them.
   """
 
   sampler: str = 'dpmpp_2m'
@@ -89,11 +118,18 @@ class SampleConfig:
   threshold: str = 'none'
   threshold_limit: float = 4.0
   threshold_percentile: float = 0.995
+  options: dict[str, Option] = dataclasses.field(default_factory=dict, hash=False)
+  steps_offset: int = 0
+  drop_last: bool = False
+  fractional: bool = False
+  set_alpha_to_one: bool = True
+  image_guidance: float = 1.0
+  clip_skip: int = 0
 
   def check(self, schedule: Schedule, prediction: str) -> None:
     """Raises a UserError for what cannot be sampled."""
-    sampler(self.sampler)
-    sampling_grid(schedule, self.steps, self.spacing)
+    sampler(self.sampler, **self.options)
+    self._grid(schedule)
     if prediction in BLIND_AT_ZERO_SNR and schedule.zero_terminal:
       raise UserError(
         f'the prediction {prediction!r} says nothing at zero terminal SNR; set '
@@ -109,14 +145,17 @@ class SampleConfig:
         f'threshold_limit is {self.threshold_limit}; give a number above 0, in standard deviations '
         'of the latents.'
       )
+    if self.clip_skip < 0:
+      raise UserError(f'clip_skip is {self.clip_skip}; give a number of layers, 0 for none.')
     if not 0 < self.threshold_percentile <= 1:
       raise UserError(
         f'threshold_percentile is {self.threshold_percentile}; give a share above 0 and up to 1.'
       )
 
   def _check_guidance(self) -> None:
-    if not math.isfinite(self.guidance):
-      raise UserError(f'guidance is {self.guidance}; give a finite scale, 1 for none.')
+    for name in ('guidance', 'image_guidance'):
+      if not math.isfinite(getattr(self, name)):
+        raise UserError(f'{name} is {getattr(self, name)}; give a finite scale, 1 for none.')
     if not 0 <= self.guidance_rescale <= 1:
       raise UserError(f'guidance_rescale is {self.guidance_rescale}; give a share from 0 to 1.')
     low, high = self.guidance_interval
@@ -129,9 +168,16 @@ class SampleConfig:
   @property
   def program(self) -> Program:
     """What is compiled for this; not more of it differs than what matters."""
-    guided = self.guidance != 1
-    everywhere = not guided or self.guidance_interval == (0.0, None)
-    return Program(self.sampler, guided, everywhere, self.threshold)
+    guided, edited = self.guidance != 1, self.image_guidance != 1
+    everywhere = not (guided or edited) or self.guidance_interval == (0.0, None)
+    options = tuple(sorted(self.options.items()))
+    return Program(
+      self.sampler, guided, edited, everywhere, self.threshold, self.clip_skip, options
+    )
+
+  def _grid(self, schedule: Schedule) -> Grid:
+    places = {name: getattr(self, name) for name in PLACES}
+    return sampling_grid(schedule, self.steps, self.spacing, **places)
 
   def numbers(self, schedule: Schedule, strength: float = 1.0) -> Numbers:
     """What the program is given, host arrays; `strength` is the share of the steps that are taken.
@@ -139,21 +185,23 @@ class SampleConfig:
     Raises:
       UserError: for a strength that leaves no step.
     """
-    grid = tuple(map(np.asarray, sampling_grid(schedule, self.steps, self.spacing)))
+    grid = tuple(map(np.asarray, self._grid(schedule)))
     grid = part_way(grid, strength)
     steps = len(grid[0]) - 1
     grid = padded(grid, next((length for length in BUCKETS if length >= steps), steps))
     low, high = self.guidance_interval
     scalars = (
-      self.guidance, self.guidance_rescale, low, math.inf if high is None else high,
-      self.threshold_limit, self.threshold_percentile,
+      self.guidance, self.image_guidance, self.guidance_rescale, low,
+      math.inf if high is None else high, self.threshold_limit, self.threshold_percentile,
     )
     return Numbers(grid, *map(np.float32, scalars))
 
   def in_force(self) -> dict[str, str]:
     """Name -> value of what has an effect, for a picture's metadata."""
     names = ['sampler', 'steps', 'spacing', 'guidance']
-    guided = self.guidance != 1
+    default, guided = SampleConfig(), self.program.guided or self.program.image_guided
+    later = ('options', *PLACES, 'image_guidance', 'clip_skip')
+    names += [name for name in later if getattr(self, name) != getattr(default, name)]
     names += ['guidance_rescale'] * (guided and self.guidance_rescale != 0)
     names += ['guidance_interval'] * (not self.program.everywhere)
     if self.threshold != 'none':
@@ -161,6 +209,8 @@ class SampleConfig:
       names += ['threshold_percentile'] * (self.threshold == 'dynamic')
 
     def text(value) -> str:
+      if isinstance(value, dict):
+        return ' '.join(f'{name}={text(part)}' for name, part in value.items())
       if isinstance(value, tuple):
         return ' '.join('inf' if part is None else text(part) for part in value)
       return f'{value:g}' if isinstance(value, float) else str(value)

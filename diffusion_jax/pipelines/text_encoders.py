@@ -13,7 +13,7 @@ from diffusion_jax.models.text.tokenizer import Tokenize
 from diffusion_jax.types import Condition, Weights
 
 ROLES = ('text_encoder', 'text_encoder_2')
-EXTRA = 'embeddings'
+EXTRA = 'extra.embedding'
 """The parameter of a text encoder that holds rows after its vocabulary (textual inversion)."""
 
 
@@ -55,14 +55,17 @@ class TextEncoders:
     """One prompt -> int32 [e l]."""
     return self.tokens([prompt])[0]
 
-  def encode(self, weights: Weights, tokens: jax.Array) -> Condition:
-    """Tokens [b e l] -> a condition with float32 text [b l d] and, where used, pooled [b p]."""
+  def encode(self, weights: Weights, tokens: jax.Array, clip_skip: int = 0) -> Condition:
+    """Tokens [b e l] -> a condition with float32 text [b l d] and, where used, pooled [b p].
+
+    `clip_skip` leaves out more layers than `skip`; UserError where an encoder has not that many.
+    """
     parts, pooled = [], None
     for i, (role, network) in enumerate(self.networks.items()):
       params = dict(weights[role])
       extra = params.pop(EXTRA, None)
       hidden, pooled = network.bind(params).encode_text(
-        tokens[:, i], skip=self.skip, normalize=self.normalize, extra_embeddings=extra
+        tokens[:, i], skip=self.skip + clip_skip, normalize=self.normalize, extra_embeddings=extra
       )
       parts.append(hidden)
     text = jnp.concatenate(parts, axis=-1).astype(jnp.float32)

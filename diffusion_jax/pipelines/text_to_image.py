@@ -15,11 +15,12 @@ from jax.sharding import Mesh
 from diffusion_jax.diffusion.denoiser import TextDenoiser, text_denoiser
 from diffusion_jax.diffusion.samplers import initial_noise, sampler
 from diffusion_jax.diffusion.schedules import Schedule
+from diffusion_jax.errors import UserError
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.models.unet_config import UNetConfig
 from diffusion_jax.parallel.sharding import in_batches, put_params
-from diffusion_jax.pipelines.conditions import Inputs, prepared
+from diffusion_jax.pipelines.conditions import Inputs, check_edited, prepared
 from diffusion_jax.pipelines.sampling import Numbers, Program, SampleConfig
 from diffusion_jax.pipelines.text_encoders import TextEncoders
 from diffusion_jax.types import Condition, Images, Latents, Params, Tokens, Weights
@@ -99,9 +100,9 @@ class TextToImage:
     """Prompts -> int32 [n e l]. With on_long='error' a prompt that does not fit is a UserError."""
     return self.text.tokens(prompts, on_long)
 
-  def encode_text(self, weights: Weights, tokens: Tokens) -> Condition:
+  def encode_text(self, weights: Weights, tokens: Tokens, clip_skip: int = 0) -> Condition:
     """Tokens [b e l] -> what the U-Net is told of them; SDXL's sizes are those of whole images."""
-    return self.with_sizes(self.text.encode(weights, tokens))
+    return self.with_sizes(self.text.encode(weights, tokens, clip_skip))
 
   def with_sizes(self, condition: Condition, sizes: jax.Array | None = None) -> Condition:
     """Adds the sizes [b 6] that SDXL is told, those of whole images where none are given."""
@@ -147,8 +148,8 @@ class TextToImage:
     variance = self.learned_variance and program.sampler == 'ddpm'
     denoise = self.denoiser(weights, variance)
     guided = program.guide(denoise, condition, negative, numbers, self.prediction)
-    draw = sampler('ddpm', variance='learned') if variance else sampler(program.sampler)
-    return draw(guided, x, numbers.grid, keys)
+    options = dict(program.options) | ({'variance': 'learned'} if variance else {})
+    return sampler(program.sampler, **options)(guided, x, numbers.grid, keys)
 
   def latents(self, z: Latents) -> Latents:
     """The autoencoder's latents -> what the U-Net sees: unit variance, folded."""
@@ -167,21 +168,38 @@ class TextToImage:
     images = self.autoencoder.bind(autoencoder).decode(z)
     return jnp.clip(images.astype(jnp.float32), -1.0, 1.0)
 
-  @partial(jax.jit, static_argnums=(0, 3))
-  def _draw(self, weights: Weights, rows: dict, program: Program, numbers: Numbers) -> Images:
+  def _texts(self, weights: Weights, rows: dict, clip_skip: int) -> tuple[Condition, Condition]:
+    """What the U-Net is told of the prompts and of what is not to be drawn."""
+    if clip_skip:
+      return (
+        self.encode_text(weights, rows['tokens'], clip_skip),
+        self.encode_text(weights, rows['negative']),
+      )
     n, tokens = len(rows['x']), jnp.concatenate([rows['tokens'], rows['negative']])
     both = self.encode_text(weights, tokens)
     condition, negative = (jax.tree.map(lambda a, s=s: a[s : s + n], both) for s in (0, n))
+    return condition, negative
+
+  @partial(jax.jit, static_argnums=(0, 3))
+  def _draw(self, weights: Weights, rows: dict, program: Program, numbers: Numbers) -> Images:
+    condition, negative = self._texts(weights, rows, program.clip_skip)
     condition, negative, x = prepared(self, weights, condition, negative, rows, numbers.grid)
     keys = jax.random.wrap_key_data(rows['keys'])
     latents = self.sample_latents(weights, x, keys, condition, negative, program, numbers)
     return self.decode(weights['autoencoder'], latents)
 
   def generate(
+    self, weights: Weights, prompts: Sequence[str], config: SampleConfig, **how
+  ) -> Iterator[np.ndarray]:
+    """Yields images, uint8 [b h w 3], batch after batch; the rest is as in `draw`."""
+    return map(to_uint8, self.draw(weights, prompts, config, **how))
+
+  def draw(
     self, weights: Weights, prompts: Sequence[str], config: SampleConfig, *, seed: int, mesh: Mesh,
     negative: str = '', batch_size: int = 16, first: int = 0, inputs: Inputs | None = None,
+    noise: np.ndarray | None = None,
   ) -> Iterator[np.ndarray]:
-    """Yields images, uint8 [b h w 3], batch after batch; one compilation for all.
+    """Yields images, float32 [b h w 3] in [-1, 1], batch after batch; one compilation for all.
 
     Image i depends on the seed, its number first + i and its prompt, not on the batch it is in.
     What is compiled depends on the config's `program` alone, on the batch size, and on which
@@ -189,22 +207,34 @@ class TextToImage:
 
     Args:
       inputs: pictures to start from, masks, controls: whatever the model takes beside the prompt.
+      noise: float32 [n h w c], what the sampler starts from, or a picture is noised with; None for
+        unit Gaussian noise of the seed. Samplers that add noise on the way draw it from the seed.
 
     Raises:
       UserError: for a config that cannot be sampled, and inputs that do not fit the model.
     """
     config.check(self.schedule, self.prediction)
-    inputs = inputs or Inputs()
-    given = inputs.rows(self, len(prompts))
-    noise, keys = initial_noise(seed, first, len(prompts), self.latent_shape)
+    inputs, n = inputs or Inputs(), len(prompts)
+    given = inputs.rows(self, n)
+    check_edited(self, config.image_guidance)
+    own, keys = initial_noise(seed, first, n, self.latent_shape)
     rows = {
-      'x': np.asarray(noise), 'keys': np.asarray(jax.random.key_data(keys)),
+      'x': _start(noise, own), 'keys': np.asarray(jax.random.key_data(keys)),
       'tokens': self.tokens(prompts), **given,
-      'negative': np.repeat(self.tokens([negative]), len(prompts), axis=0),
+      'negative': np.repeat(self.tokens([negative]), n, axis=0),
     }
     numbers = config.numbers(self.schedule, inputs.share(self))
     draw = lambda weights, *columns: self._draw(
       weights, dict(zip(rows, columns, strict=True)), config.program, numbers
     )
-    for out in in_batches(draw, weights, *rows.values(), mesh=mesh, batch_size=batch_size):
-      yield to_uint8(out)
+    yield from in_batches(draw, weights, *rows.values(), mesh=mesh, batch_size=batch_size)
+
+
+def _start(given: np.ndarray | None, own: jax.Array) -> np.ndarray:
+  if given is None:
+    return np.asarray(own)
+  if given.shape != own.shape:
+    raise UserError(
+      f'noise is {list(given.shape)}; give one array for each prompt, {list(own.shape)}.'
+    )
+  return np.asarray(given, np.float32)

@@ -76,6 +76,28 @@ def test_a_negative_prompt_takes_the_place_of_the_null_caption(x):
   np.testing.assert_allclose(guided, wanted, rtol=1e-12)
 
 
+@pytest.mark.parametrize('scale,image_scale', [(3.0, 1.5), (1, 1.5), (3.0, 0.0)])
+def test_an_edit_is_guided_by_text_and_picture(x, scale, image_scale):
+  calls = []
+
+  def spy(x, alpha, sigma, text):
+    calls.append(len(x))
+    return denoise(x, alpha, sigma, text), 2 * x
+
+  picture = np.eye(3)[[1, 1, 0, 2]]
+  guided = guidance.classifier_free_edit(spy, TEXT, picture, NULL, scale, image_scale)
+  found, share = guided(x, ALPHA, SIGMA)
+  edited, shown, free = (denoise(x, ALPHA, SIGMA, told) for told in (TEXT, picture, NULL))
+  wanted = free + image_scale * (shown - free) + scale * (edited - shown)
+  np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
+  np.testing.assert_array_equal(share, 2 * x)
+  assert calls == [3 * len(x)]
+  if scale != 1:
+    both = guidance.classifier_free_edit(denoise, TEXT, picture, NULL, scale, 1)
+    wanted = guidance.classifier_free(denoise, TEXT, picture, scale)(x, ALPHA, SIGMA)
+    np.testing.assert_allclose(both(x, ALPHA, SIGMA), wanted, rtol=1e-10, atol=1e-12)
+
+
 def test_text_may_be_a_tree(x):
   two = lambda x, alpha, sigma, text: denoise(x, alpha, sigma, text['a'] + text['b'])
   halves = [{'a': 0.25 * text, 'b': 0.75 * text} for text in (TEXT, NULL)]

@@ -1,5 +1,6 @@
 """Settings of sampling: what they do, what they compile, and image-to-image, with exact answers."""
 
+import argparse
 import dataclasses
 import json
 
@@ -8,14 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion_jax.cli.options import with_arguments
 from diffusion_jax.config import typed
 from diffusion_jax.diffusion.guidance import classifier_free
 from diffusion_jax.diffusion.samplers import initial_noise, sampling_grid
 from diffusion_jax.diffusion.schedules import ScheduleConfig
 from diffusion_jax.errors import UserError
+from diffusion_jax.io.published.scheduler import read_scheduler
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.conditions import Inputs
-from diffusion_jax.pipelines.directory import assemble
+from diffusion_jax.pipelines.directory import assemble, sample_config
 from diffusion_jax.pipelines.sampling import BUCKETS, SampleConfig
 from diffusion_jax.viz.grids import to_uint8
 from tests import tiny
@@ -126,6 +129,9 @@ def test_images_that_cannot_be_started_from(draw, images, strength, words):
   ({'guidance_interval': (float('nan'), 1.0)}, 'guidance_interval'),
   ({'threshold': 'hard'}, 'none, static, dynamic'), ({'threshold_limit': 0.0}, 'above 0'),
   ({'threshold_percentile': 95.0}, 'share'), ({'threshold_percentile': 0.0}, 'share'),
+  ({'image_guidance': float('nan')}, 'image_guidance'), ({'clip_skip': -1}, 'clip_skip'),
+  ({'options': {'order': 2}}, "no option 'order'"),
+  ({'spacing': 'leading', 'steps_offset': 500}, 'offset of 500'),
 ])
 def test_wrong_settings_are_refused(model_and_weights, change, words):
   model, _ = model_and_weights
@@ -135,7 +141,10 @@ def test_wrong_settings_are_refused(model_and_weights, change, words):
 
 def test_settings_survive_json():
   for interval in ((0.3, 5.5), (0.3, None), (0.0, None)):
-    config = SampleConfig(guidance_interval=interval, threshold='dynamic', guidance_rescale=0.7)
+    config = SampleConfig(
+      'unipc', guidance_interval=interval, threshold='dynamic', guidance_rescale=0.7,
+      options={'order': 3, 'variant': 'bh1', 'lower_order_final': False}, steps_offset=1,
+    )
     text = json.dumps(dataclasses.asdict(config), allow_nan=False)
     assert typed(SampleConfig, json.loads(text)) == config
   for wrong in ([0.1], [0.1, 'much'], [0.1, 1.0, 2.0]):
@@ -190,6 +199,49 @@ def test_settings_reach_the_denoiser(model_and_weights):
   np.testing.assert_allclose(found, np.clip(plain, -s, s) * 2 / s, rtol=1e-5)
 
 
+def test_a_published_scheduler_becomes_settings(model_and_weights):
+  values = {
+    '_class_name': 'UniPCMultistepScheduler', 'solver_order': 3, 'timestep_spacing': 'leading',
+    'steps_offset': 1, 'final_sigmas_type': 'sigma_min', 'thresholding': True,
+  }
+  found = read_scheduler(values, 'scheduler_config.json')
+  config = sample_config(found)
+  assert config == SampleConfig(
+    'unipc', 50, 7.5, 'leading', threshold='dynamic', threshold_limit=1.0, options={'order': 3},
+    steps_offset=1, drop_last=True, set_alpha_to_one=False,
+  )
+  assert config.program.options == (('order', 3),)
+  schedule = model_and_weights[0].schedule
+  alphas, sigmas = dataclasses.replace(config, steps=4).numbers(schedule).grid
+  places = [801, 601, 401, 201]  # Of 5 the last is left out.
+  np.testing.assert_allclose(alphas[:4], schedule.alphas[places], rtol=1e-6)
+  np.testing.assert_allclose(sigmas[4:], schedule.sigmas[0], rtol=1e-6)
+  assert sample_config(found, 'StableDiffusionInstructPix2PixPipeline').image_guidance == 1.5
+
+
+def test_another_sampler_leaves_behind_what_was_said_for_the_first():
+  read = SampleConfig('unipc', options={'order': 3}, steps_offset=1, drop_last=True,
+                      set_alpha_to_one=False)
+  with_sampler = lambda name: with_arguments(read, argparse.Namespace(sampler=name, steps=7))
+  assert with_sampler('unipc') == dataclasses.replace(read, steps=7)
+  assert with_sampler('heun') == SampleConfig('heun', 7, steps_offset=1)
+
+
+def test_guidance_by_a_picture_needs_a_model_that_edits(draw):
+  with pytest.raises(UserError, match='edits no picture'):
+    draw(dataclasses.replace(CONFIG, image_guidance=1.5))
+
+
+def test_noise_can_be_given(draw, model_and_weights):
+  shape = (3, *model_and_weights[0].latent_shape)
+  noise, _ = initial_noise(0, 0, 3, shape[1:])
+  plain = draw()
+  np.testing.assert_array_equal(draw(noise=np.asarray(noise)), plain)
+  assert (draw(noise=-np.asarray(noise)) != plain).any()
+  with pytest.raises(UserError, match='one array for each prompt'):
+    draw(noise=np.asarray(noise)[:2])
+
+
 def test_numbers_of_one_bucket_have_one_shape(model_and_weights):
   schedule = model_and_weights[0].schedule
   lengths = [len(SampleConfig(steps=n).numbers(schedule).grid[0]) for n in (1, 8, 9, 20, 900, 1000)]
@@ -206,6 +258,10 @@ def test_metadata_names_what_has_an_effect():
     'threshold_limit': '4', 'threshold_percentile': '0.995',
   }
   assert every.in_force() == SampleConfig().in_force() | more
+  published = SampleConfig('unipc', options={'order': 3}, steps_offset=1, set_alpha_to_one=False)
+  assert published.in_force() == SampleConfig('unipc').in_force() | {
+    'options': 'order=3', 'steps_offset': '1', 'set_alpha_to_one': 'False',
+  }
   unguided = dataclasses.replace(every, guidance=1.0, threshold='static').in_force()
   assert unguided.keys() == {'sampler', 'steps', 'spacing', 'guidance', 'threshold',
                              'threshold_limit'}

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.lora import from_params, write_lora
 from diffusion_jax.io.pretrained import load_params, save_params
-from diffusion_jax.io.textual_inversion import TextualInversion, write_textual_inversion
+from diffusion_jax.io.textual_inversion import FILES, TextualInversion, write_textual_inversion
 from diffusion_jax.models.controlnet import ControlNet, ControlNetConfig, from_unet
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.lora import LoRAConfig, is_lora, targets, with_lora
@@ -198,9 +198,6 @@ class Words:
     token = self.config.token
     rows = {role: np.asarray(params[f'{role}.embedding']) for role in self._tables()}
     for role, value in rows.items():
-      name = 'learned_embeds' + role.removeprefix('text_encoder')
-      write_textual_inversion(
-        directory / f'{name}.safetensors', TextualInversion(token, {role: value})
-      )
+      write_textual_inversion(directory / FILES[role], TextualInversion(token, {role: value}))
     a1111 = directory / 'a1111' / f'{token}.safetensors'
     write_textual_inversion(a1111, TextualInversion(token, rows), 'a1111')

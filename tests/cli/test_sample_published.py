@@ -1,0 +1,114 @@
+"""sample with pipelines of diffusers: pictures beside the prompt, and what others have trained."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip('diffusers')
+
+from diffusion_jax.io.lora import LoRAWeights, write_lora
+from diffusion_jax.io.lora_names import layers
+from diffusion_jax.io.textual_inversion import (
+  FILES,
+  TextualInversion,
+  write_textual_inversion,
+)
+from diffusion_jax.parallel import mesh as meshes
+from diffusion_jax.pipelines.directory import read_pipeline
+from tests.parity import small_pipelines as small
+
+RNG = np.random.default_rng(0)
+FAST = ('--steps', 2, '--batch', 1)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_device():
+  """For which a program is compiled sooner than for eight."""
+  make = meshes.make_mesh
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(meshes, 'make_mesh', lambda config: make(config, jax.devices()[:1]))
+    yield
+
+
+@pytest.fixture(scope='module')
+def files(once):
+  """Folder of pipelines, pictures, a LoRA, a word and a ControlNet."""
+
+  def make(folder):
+    for name in ('sd1', 'inpaint', 'upscale', 'depth', 'edit'):
+      small.make(name).save_pretrained(folder / name)
+    small.make('controlled').controlnet.save_pretrained(folder / 'controlnet')
+    for name in ('one', 'two'):
+      pixels = RNG.integers(0, 256, (20, 24, 3), np.uint8)
+      Image.fromarray(pixels).save(folder / f'{name}.png')
+    unet = read_pipeline(str(folder / 'sd1'))[0].unet
+    name, (i, o) = next((n, s) for n, s in layers(unet.shapes).items() if n.endswith('to_q'))
+    draw = lambda *shape: RNG.normal(size=shape).astype(np.float32)
+    write_lora(folder / 'l.safetensors', {'unet': {name: LoRAWeights(draw(i, 2), draw(2, o), 2.0)}})
+    word = TextualInversion('<h>', {'text_encoder': draw(2, small.WIDTH)})
+    write_textual_inversion(folder / 'word' / FILES['text_encoder'], word)
+
+  return once('published', make)
+
+
+@pytest.fixture(scope='module')
+def draw(files, command, tmp_path_factory):
+  """draw(model, *arguments): the one picture drawn, whose arguments may name files by {name}."""
+
+  def run(model, *arguments, prompt='cab'):
+    out = tmp_path_factory.mktemp('drawn')
+    told = [str(a).replace('FILES', str(files)) for a in arguments]
+    assert command('sample', '--model', files / model, '--prompt', prompt, '--out', out,
+                   *FAST, *told) == 0
+    return Image.open(next(out.glob('0000_*.png')))
+
+  return run
+
+
+def differ(a, b):
+  return np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() > 3
+
+
+def test_a_picture_an_adapter_and_a_word(draw):
+  """The prompt fits only where the learned word is known."""
+  image = lambda name, *more: draw(
+    'sd1', '--clip_skip', 1, '--words', 'FILES/word', '--image', f'FILES/{name}.png', *more,
+    prompt='cab <h> <h> <h>',
+  )
+  lora = ('--lora', 'FILES/l.safetensors:2')
+  found = image('one', *lora)
+  assert found.size == (small.SIZE, small.SIZE)
+  wanted = {'strength': '0.8', 'clip_skip': '1', 'steps_offset': '1', 'guidance': '7.5'}
+  assert {name: found.text[name] for name in wanted} == wanted
+  assert found.text['image'].endswith('one.png') and found.text['lora'].endswith(':2')
+  assert differ(found, image('one')) and differ(found, image('two', *lora))
+
+
+@pytest.mark.parametrize(('model', 'arguments'), [
+  ('inpaint', ('--image', 'FILES/one.png', '--mask', 'FILES/one.png', '--controlnet',
+               'FILES/controlnet', '--control', 'FILES/two.png', '--control_strength', 0.5)),
+  ('upscale', ('--small', 'FILES/one.png', '--noise_level', 5)),
+  ('depth', ('--depth', 'FILES/one.png')),
+])
+def test_what_a_model_is_shown(draw, model, arguments):
+  """Without any of these it is refused, as below; what they do is in test_parity_pipelines."""
+  found = draw(model, *arguments)
+  for name, value in zip(arguments[::2], arguments[1::2], strict=True):
+    assert found.text[name[2:]].endswith(str(value).removeprefix('FILES'))
+
+
+@pytest.mark.parametrize(('model', 'arguments', 'words'), [
+  ('sd1', ('--mask', 'one.png'), 'takes no masks; leave --mask out'),
+  ('sd1', ('--control', 'one.png'), 'takes no control'),
+  ('sd1', ('--image_guidance', 2), 'edits no picture'),
+  ('sd1', ('--clip_skip', 2), 'the encoder has 2 layers'),
+  ('inpaint', ('--image', 'one.png'), 'needs masks beside the prompts; give --mask'),
+  ('edit', (), 'needs images beside the prompts; give --image'),
+  ('upscale', (), 'give --small'), ('depth', ('--image', 'one.png'), 'give --depth'),
+  ('sd1', ('--controlnet', 'controlnet'), 'give --control'),
+])
+def test_what_does_not_fit_is_refused(fails, files, tmp_path, model, arguments, words):
+  given = [files / a if str(a) in ('one.png', 'controlnet') else a for a in arguments]
+  assert words in fails('sample', '--model', files / model, '--prompt', 'cab', '--out',
+                        tmp_path / 'out', *FAST, *given)

@@ -1,0 +1,231 @@
+"""Whole pipelines against diffusers: the same prompts, noise and pictures give the same images."""
+
+import dataclasses
+import functools
+import types
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion_jax.io.textual_inversion import FILES, TextualInversion, write_textual_inversion
+from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from diffusion_jax.pipelines.adapters import add_lora, add_words
+from diffusion_jax.pipelines.conditions import Inputs
+from diffusion_jax.pipelines.directory import load_text_to_image
+from diffusion_jax.pipelines.text_encoders import EXTRA
+from tests.parity import small_pipelines as small
+
+PROMPTS, NEGATIVE = ['cab ab', 'b a c d e f g h a b c'], 'a'
+RNG = np.random.default_rng(0)
+NOISE = RNG.normal(size=(2, small.LATENT, small.LATENT, 4)).astype(np.float32)
+IMAGES, CONTROL = RNG.integers(0, 256, (2, 2, small.SIZE, small.SIZE, 3), np.uint8)
+SMALL = RNG.integers(0, 256, (2, small.LATENT, small.LATENT, 3), np.uint8)
+MASKS = RNG.random((2, small.SIZE, small.SIZE)) > 0.5
+DEPTH = RNG.random((2, small.LATENT, small.LATENT)).astype(np.float32)
+STEPS, GUIDANCE = 10, 7.5
+
+
+@pytest.fixture(scope='module')
+def load(tmp_path_factory):
+  """load(name): (theirs, our model, its weights, how it samples) of a pipeline they saved."""
+
+  @functools.cache
+  def run(name):
+    folder = tmp_path_factory.mktemp('pipelines') / name
+    theirs = small.make(name)
+    theirs.save_pretrained(folder)
+    return theirs, *load_text_to_image(str(folder)), folder
+
+  return run
+
+
+def pictures(images):
+  return [Image.fromarray(image) for image in images]
+
+
+def torch_noise(*shapes, seed=0):
+  """What a seeded generator draws, NHWC."""
+  generator = torch.Generator().manual_seed(seed)
+  return [torch.randn(shape, generator=generator).permute(0, 2, 3, 1).numpy() for shape in shapes]
+
+
+def draw_theirs(pipeline, negative=NEGATIVE, noise=NOISE, prompts=PROMPTS, **more):
+  latents = {} if noise is None else {
+    'latents': torch.tensor(noise).permute(0, 3, 1, 2)
+  }
+  told = {} if prompts is None else {'prompt': prompts}
+  if negative is not None:
+    told['negative_prompt'] = [negative] * 2
+  how = dict(num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type='np')
+  return pipeline(**told, **latents, **how | more).images
+
+
+def draw(model, weights, sample, noise=NOISE, negative=NEGATIVE, prompts=PROMPTS, inputs=None,
+         **changes):
+  """Ours, in [0, 1] as theirs."""
+  mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+  sample = dataclasses.replace(sample, steps=STEPS, **changes)
+  [images] = model.draw(
+    model.on_mesh(weights, mesh), prompts, sample, seed=0, mesh=mesh, negative=negative,
+    noise=noise, batch_size=2, inputs=inputs,
+  )
+  return images / 2 + 0.5
+
+
+def assert_same(found, wanted, name=''):
+  """Within 1e-3, where the images say something: varied, and hardly clipped."""
+  error = np.abs(found - wanted).max()
+  inside = ((wanted > 0) & (wanted < 1)).mean()
+  print(f'{name}: {error:.2e} std {wanted.std():.3f} inside {inside:.2f}')
+  assert found.shape == wanted.shape
+  assert wanted.std() > 0.02 and inside > 0.5
+  assert error < 1e-3
+
+
+@pytest.mark.parametrize('name', ['sd1', 'sd2_v'])
+def test_text_to_image(load, name):
+  theirs, *ours, _ = load(name)
+  assert_same(draw(*ours), draw_theirs(theirs), name)
+
+
+def test_two_encoders(load):
+  theirs, *ours, _ = load('sdxl')
+  assert_same(draw(*ours), draw_theirs(theirs), 'sdxl')
+  nothing = draw_theirs(theirs, negative=None)
+  assert_same(draw(*ours, negative=''), nothing, 'sdxl, no negative prompt')
+  assert np.abs(nothing - draw_theirs(theirs, negative='')).max() > 1e-2
+
+
+def test_clip_skip(load):
+  theirs, model, weights, sample, _ = load('sd1')
+  plain = draw_theirs(theirs)
+  # The towers of transformers 5 lack the attribute by which diffusers finds the final norm.
+  norm = theirs.text_encoder.final_layer_norm
+  theirs.text_encoder.__dict__['text_model'] = types.SimpleNamespace(final_layer_norm=norm)
+  wanted = draw_theirs(theirs, clip_skip=1)
+  assert_same(draw(model, weights, sample, clip_skip=1), wanted, 'clip_skip')
+  assert np.abs(wanted - plain).max() > 1e-2
+
+
+def test_image_to_image(load):
+  theirs, *ours, _ = load('sd1')
+  pipeline = diffusers.StableDiffusionImg2ImgPipeline(
+    **theirs.components, requires_safety_checker=False
+  )
+  pipeline.set_progress_bar_config(disable=True)
+  noise = torch_noise(*[(2, 4, small.LATENT, small.LATENT)] * 2)[1]  # The first is the encoder's.
+  wanted = draw_theirs(pipeline, noise=None, image=pictures(IMAGES), strength=0.6,
+                       generator=torch.Generator().manual_seed(0))
+  inputs = Inputs(IMAGES, 0.6)
+  assert_same(draw(*ours, noise=noise, inputs=inputs), wanted, 'image to image')
+
+
+def test_inpainting(load):
+  theirs, *ours, _ = load('inpaint')
+  masks = pictures(255 * MASKS.astype(np.uint8))
+  wanted = draw_theirs(theirs, image=pictures(IMAGES), mask_image=masks, strength=1.0)
+  inputs = Inputs(IMAGES, masks=MASKS)
+  assert_same(draw(*ours, inputs=inputs), wanted, 'inpaint')
+  other = draw(*ours, inputs=dataclasses.replace(inputs, masks=~MASKS))
+  assert np.abs(other - wanted).max() > 1e-2
+
+
+def test_editing_with_two_scales(load):
+  theirs, *ours, _ = load('edit')
+  assert ours[2].image_guidance == 1.5
+  wanted = draw_theirs(theirs, image=pictures(IMAGES), image_guidance_scale=1.5)
+  assert_same(draw(*ours, inputs=Inputs(IMAGES)), wanted, 'edit')
+  other = draw(*ours, inputs=Inputs(IMAGES), image_guidance=1.2)
+  assert np.abs(other - wanted).max() > 1e-2
+
+
+def test_upscaling(load):
+  theirs, *ours, _ = load('upscale')
+  [noise] = torch_noise((2, 3, small.LATENT, small.LATENT))
+  wanted = draw_theirs(theirs, image=pictures(SMALL), noise_level=20,
+                       generator=torch.Generator().manual_seed(0))
+  found = draw(*ours, inputs=Inputs(small=SMALL, noise_level=20, small_noise=noise))
+  assert_same(found, wanted, 'upscale')
+  other = draw(*ours, inputs=Inputs(small=SMALL, noise_level=10, small_noise=noise))
+  assert np.abs(other - wanted).max() > 1e-2
+
+
+def test_depth(load):
+  theirs, *ours, _ = load('depth')
+  noise = torch_noise(*[(2, 4, small.LATENT, small.LATENT)] * 2)[1]
+  wanted = draw_theirs(theirs, noise=None, image=pictures(IMAGES), strength=0.6,
+                       depth_map=torch.tensor(DEPTH), generator=torch.Generator().manual_seed(0))
+  inputs = Inputs(IMAGES, 0.6, depth=normalized(DEPTH))
+  assert_same(draw(*ours, noise=noise, inputs=inputs), wanted, 'depth')
+  other = draw(*ours, noise=noise, inputs=dataclasses.replace(inputs, depth=-inputs.depth))
+  assert np.abs(other - wanted).max() > 1e-2
+
+
+def normalized(depth):
+  """Every map from -1 to 1, as diffusers hands it to the network."""
+  low, high = depth.min((1, 2), keepdims=True), depth.max((1, 2), keepdims=True)
+  return 2 * (depth - low) / (high - low) - 1
+
+
+def test_controlnet(load):
+  theirs, *ours, _ = load('controlled')
+  wanted = draw_theirs(theirs, image=pictures(CONTROL), controlnet_conditioning_scale=0.7)
+  inputs = Inputs(control=CONTROL, control_strength=0.7)
+  assert_same(draw(*ours, inputs=inputs), wanted, 'controlnet')
+  other = draw(*ours, inputs=dataclasses.replace(inputs, control=IMAGES))
+  assert np.abs(other - wanted).max() > 1e-2
+
+
+def test_lora(load, tmp_path):
+  peft = pytest.importorskip('peft')
+  _, model, weights, sample, _ = load('sd1')
+  source, theirs = small.make('sd1'), small.make('sd1')
+  states = {}
+  for role, targets in (('unet', ['to_q', 'conv1']), ('text_encoder', ['q_proj', 'fc2'])):
+    network = getattr(source, role)
+    network.add_adapter(peft.LoraConfig(
+      r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False
+    ))
+    states[role] = peft.get_peft_model_state_dict(network)
+  configs = {f'{role}_lora_adapter_metadata': getattr(source, role).peft_config['default'].to_dict()
+             for role in states}
+  source.save_lora_weights(
+    tmp_path, unet_lora_layers=states['unet'], text_encoder_lora_layers=states['text_encoder'],
+    **configs,
+  )
+  plain = draw_theirs(theirs)
+  theirs.load_lora_weights(tmp_path)
+  wanted = draw_theirs(theirs)
+  assert np.abs(wanted - plain).max() > 1e-2
+  found = draw(model, add_lora(model, weights, str(tmp_path)), sample)
+  assert_same(found, wanted, 'lora')
+
+
+def test_a_word_learned_for_two_encoders(load, tmp_path):
+  """From a directory with a file for each, as is trained here, and from one of AUTOMATIC1111."""
+  theirs, model, weights, sample, folder = load('sdxl')
+  rows = np.random.default_rng(1).normal(size=(2, 2, small.WIDTH)).astype(np.float32)
+  embeddings = dict(zip(FILES, rows, strict=True))
+  for role, value in embeddings.items():
+    path = tmp_path / 'word' / FILES[role]
+    write_textual_inversion(path, TextualInversion('<h>', {role: value}))
+    suffix = role.removeprefix('text_encoder')
+    theirs.load_textual_inversion(
+      str(path), text_encoder=getattr(theirs, role),
+      tokenizer=getattr(theirs, f'tokenizer{suffix}'),
+    )
+  a1111 = tmp_path / '<h>.safetensors'
+  write_textual_inversion(a1111, TextualInversion('<h>', embeddings), 'a1111')
+  other = load_text_to_image(str(folder))
+  again = add_words(*other[:2], str(a1111))
+  told = add_words(model, weights, str(tmp_path / 'word'))
+  for role in embeddings:
+    np.testing.assert_array_equal(told[role][EXTRA], again[role][EXTRA])
+  prompts = ['cab <h> a', '<h>']
+  np.testing.assert_array_equal(model.tokens(prompts), other[0].tokens(prompts))
+  found = draw(model, told, sample, prompts=prompts)
+  assert_same(found, draw_theirs(theirs, prompts=prompts), 'words')
