@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_flags
 
 from diffusion_jax.config import typed
 from diffusion_jax.data.credits import CREDITS
-from diffusion_jax.data.folder import FOLDER, open_folder
+from diffusion_jax.data.folder import FOLDER, Together, open_folder
 from diffusion_jax.data.loader import Loader, Source
 from diffusion_jax.data.points import open_points
 from diffusion_jax.data.sources import open_source
@@ -41,11 +41,8 @@ from diffusion_jax.train.optimizer import OptimizerConfig, learning_rates, make_
 from diffusion_jax.train.tasks.autoencoder import AutoencoderTask, AutoencoderTaskConfig
 from diffusion_jax.train.tasks.clip import CLIPTask, CLIPTaskConfig
 from diffusion_jax.train.tasks.diffusion import DiffusionTask, DiffusionTaskConfig
-from diffusion_jax.train.tasks.finetune import (
-  FinetuneTaskConfig,
-  draw_prior,
-  make_finetune_task,
-)
+from diffusion_jax.train.tasks.finetune import FinetuneTaskConfig, make_finetune_task
+from diffusion_jax.train.tasks.prior import draw_prior
 from diffusion_jax.train.tasks.task import Scores, Task
 from diffusion_jax.train.tasks.toy import ToyTask, ToyTaskConfig
 from diffusion_jax.types import Weights
@@ -57,7 +54,7 @@ DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 class DataConfig:
   """dataset: a name that `prepare` knows, of `POINT_SETS`, or 'folder:PATH' of pictures; size: edge
   of the images in pixels, or points in a record; prepare: make it if missing; caption: of every
-  picture of a folder that has none of its own.
+  picture of a folder that has none of its own, or several, one a line.
 
   transforms: (name, arguments) pairs in order, applied to every training image.
   """
@@ -205,10 +202,10 @@ def _check_size(config: TrainingConfig, model) -> None:
   size = model.unet.config.sample_size
   factor = model.image_size // size
   if config.data.size != model.image_size:
+    other = '' if config.task == 'finetune' else f' or sample_size to {config.data.size // factor}'
     raise UserError(
       f'data.size {config.data.size} gives latents of {config.data.size / factor:g}, but '
-      f'sample_size of the U-Net is {size}; set data.size to {size * factor} or sample_size to '
-      f'{config.data.size // factor}.'
+      f'sample_size of the U-Net is {size}; set data.size to {size * factor}{other}.'
     )
 
 
@@ -276,9 +273,11 @@ def build(config: ConfigDict | dict, workdir: str) -> Training:
   train, test = _sources(checked)
   if checked.task in LATENT and checked.loop.evaluate_samples:
     check_samples(checked.loop.evaluate_samples, len(test))
+    if checked.task == 'finetune':
+      checked.settings.check_scored()
   task = build_task(checked, train, test, directory, mesh)
   if checked.task == 'finetune' and checked.settings.prior.folder:
-    train = draw_prior(task, train, mesh, checked.data.size)
+    train = Together(train, draw_prior(task, mesh), checked.settings.prior.weight)
   shapes = jax.eval_shape(task.initialize, jax.random.key(0))
   steps = checked.loop.total_steps
   optimizer = make_optimizer(checked.optimizer, shapes, steps)

@@ -1,8 +1,8 @@
 """A folder of pictures with captions, as people keep them for fine-tuning.
 
 A picture's captions are the lines of the text file beside it (cat.png, cat.txt), or its entry in
-metadata.jsonl ({"file_name": "cat.png", "text": "a cat"}), or one caption for all. With folders
-train/ and test/ inside, each is a split; otherwise both splits are the folder itself.
+metadata.jsonl ({"file_name": "cat.png", "text": "a cat"}), or those given for all, one a line. With
+folders train/ and test/ inside, each is a split; otherwise both splits are the folder itself.
 """
 
 import json
@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import SupportsIndex
 
 import numpy as np
-from PIL import Image
 
-from diffusion_jax.data.images import read_image
+from diffusion_jax.data.images import image_size, read_image
 from diffusion_jax.errors import UserError
 
 FOLDER = 'folder:'
@@ -36,16 +35,22 @@ def open_folder(
   return tuple(FolderSource(place, size, caption) for place in places)
 
 
+def pictures(folder: Path) -> list[Path]:
+  """The files of a folder that are pictures by their names, in order."""
+  files = (path for path in folder.iterdir() if not path.name.startswith('.'))
+  return sorted(path for path in files if path.suffix.lower() in SUFFIXES)
+
+
 class FolderSource:
   """Records of the pictures in a folder; image uint8 [size size 3], its central square.
 
-  A record also has 'sizes', float32 [6]: height and width of the file, top and left of the square
-  in it once its shorter edge is `size`, and the size twice, as SDXL is told them.
+  A record also has 'sizes', float32 [6]: height and width of the upright picture, top and left of
+  the square in it once its shorter edge is `size`, and the size twice, as SDXL is told them.
   """
 
   def __init__(self, folder: Path, size: int, caption: str = ''):
     self.folder, self.size = folder, size
-    self.files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    self.files = pictures(folder)
     if not self.files:
       raise UserError(f'the folder {folder} has no picture ({", ".join(SUFFIXES)}); add some.')
     known = _metadata(folder / 'metadata.jsonl')
@@ -59,8 +64,7 @@ class FolderSource:
     index = range(len(self.files))[index]
     file = self.files[index]
     image = read_image(file, self.size)
-    with Image.open(file) as picture:
-      width, height = picture.size
+    height, width = image_size(file)
     scale = self.size / min(height, width)
     offset = lambda edge: (round(edge * scale) - self.size) // 2
     sizes = (height, width, offset(height), offset(width), self.size, self.size)
@@ -95,7 +99,7 @@ def _metadata(path: Path) -> dict[str, str]:
     return {}
   try:
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    return {row['file_name']: row['text'] for row in rows}
+    return {row['file_name']: str(row['text']) for row in rows}
   except (ValueError, KeyError, TypeError, OSError) as error:
     raise UserError(
       f'{path} cannot be read ({error}); give one object a line with file_name and text.'
@@ -104,10 +108,11 @@ def _metadata(path: Path) -> dict[str, str]:
 
 def _captions(file: Path, known: dict[str, str], caption: str) -> list[str]:
   beside = file.with_suffix('.txt')
-  if beside.is_file():
-    lines = [line.strip() for line in beside.read_text().splitlines() if line.strip()]
-  else:
-    lines = [text for text in (known.get(file.name, caption),) if text]
+  try:
+    text = beside.read_text() if beside.is_file() else known.get(file.name, caption)
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f'the captions {beside} cannot be read ({error}); save UTF-8.') from error
+  lines = [line.strip() for line in text.splitlines() if line.strip()]
   if not lines:
     raise UserError(
       f'{file} has no caption; write {beside.name} beside it, name it in metadata.jsonl, or set '

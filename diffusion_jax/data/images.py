@@ -4,7 +4,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from diffusion_jax.data.transforms import CenterCrop, Resize
 from diffusion_jax.errors import UserError
@@ -47,6 +47,14 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
   # The square first: a thin strip would grow beyond all bounds if it were scaled as a whole.
   square = CenterCrop(min(pixels.shape[:2]))({'image': pixels})
   return Resize(size)(square)['image']
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+  """(height, width) of a picture that `read_image` can read, upright."""
+  with _opened(path) as file:
+    width, height = file.size
+    lying = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+  return (width, height) if lying else (height, width)
 
 
 def _opened(path: str | Path) -> Image.Image:

@@ -23,7 +23,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
   (r'(SelfAttention\.[qkv]|wi(_[01])?)\.kernel$', PartitionSpec('fsdp', 'tensor')),
   (r'(to_out\.0|to_add_out|out_proj|fc2|linear_2|net\.2|SelfAttention\.o|wo)\.kernel$',
    PartitionSpec('tensor', 'fsdp')),
-  (r'embedding$', PartitionSpec('tensor', 'fsdp')),
+  (r'embeddings?$', PartitionSpec('tensor', 'fsdp')),
   (r'(kernel|pos_embed)$', PartitionSpec('fsdp')),
   # Adapters are split along their long side alone; the rank stays whole.
   (r'lora\.a$', PartitionSpec('fsdp', None)),
@@ -76,10 +76,12 @@ def shard_like(tree, params: Params, mesh: Mesh):
 
 
 def put_params(params: dict[str, np.ndarray], mesh: Mesh) -> Params:
-  """Host arrays onto their shards."""
+  """Host arrays onto their shards; arrays that are there already stay."""
   shardings = shard_params(params, mesh)
 
   def put(name: str, value: np.ndarray) -> jax.Array:
+    if isinstance(value, jax.Array) and value.sharding == shardings[name]:
+      return value
     return jax.make_array_from_callback(value.shape, shardings[name], lambda index: value[index])
 
   return {name: put(name, value) for name, value in params.items()}

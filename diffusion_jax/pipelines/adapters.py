@@ -8,12 +8,11 @@ from jax.sharding import Mesh
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.lora import read_lora, to_params
-from diffusion_jax.io.pretrained import load_params, resolve
+from diffusion_jax.io.pretrained import load_params, read_config, resolve
 from diffusion_jax.io.textual_inversion import read_textual_inversion
-from diffusion_jax.models.controlnet import ControlNet
+from diffusion_jax.models.controlnet import ControlNet, ControlNetConfig
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.lora import Rank, merge_lora
-from diffusion_jax.models.text.tokenizer import add_placeholder
 from diffusion_jax.pipelines.text_encoders import EXTRA, embedding_table
 from diffusion_jax.pipelines.text_to_image import TextToImage
 from diffusion_jax.types import Weights
@@ -39,16 +38,21 @@ def add_controlnet(
   model: TextToImage, weights: Weights, path: str, mesh: Mesh | None = None
 ) -> tuple[TextToImage, Weights]:
   """The model with a ControlNet from a directory. UserError where it is none for this U-Net."""
-  config, params = load_params('controlnet', path, mesh=mesh)
+  network = Network.of(ControlNet, controlnet_config(model, path), **model.unet.options)
+  params = load_params('controlnet', path, mesh=mesh)[1]
+  return dataclasses.replace(model, controlnet=network), {**weights, 'controlnet': params}
+
+
+def controlnet_config(model: TextToImage, path: str) -> ControlNetConfig:
+  """Of the ControlNet in a directory. UserError where it is none for the model's U-Net."""
+  config = read_config('controlnet', path)
   for name in ('block_out_channels', 'cross_attention_dim', 'layers_per_block'):
     own, other = getattr(model.unet.config, name), getattr(config, name)
     if own != other:
       raise UserError(
         f'the ControlNet {path} has {name} {other}, but the U-Net {own}; use one made for it.'
       )
-  network = Network.of(ControlNet, config, **model.unet.options)
-  model = dataclasses.replace(model, controlnet=network)
-  return model, {**weights, 'controlnet': params}
+  return config
 
 
 def add_words(model: TextToImage, weights: Weights, path: str) -> Weights:
@@ -65,7 +69,12 @@ def add_words(model: TextToImage, weights: Weights, path: str) -> Weights:
   """
   widths = {role: embedding_table(n)[1] for role, n in model.text.networks.items()}
   learned = read_textual_inversion(Path(resolve(path)), widths)
+  count = len(next(iter(learned.embeddings.values())))
+  none = {role: np.zeros((0, width), np.float32) for role, width in widths.items()}
+  known = {role: np.asarray(weights[role].get(EXTRA, none[role])) for role in widths}
+  model.text.add_word(learned.token, count, after={r: len(rows) for r, rows in known.items()})
   out = dict(weights)
+<<<<<<< HEAD
   for (role, network), tokenizer in zip(
     model.text.networks.items(), model.text.tokenizers, strict=True
   ):
@@ -80,5 +89,9 @@ def add_words(model: TextToImage, weights: Weights, path: str) -> Weights:
         f'the tokenizer gives {learned.token} the id {ids[0]}, but the text encoder has {known} '
         'rows; use the tokenizer that came with it.'
       )
+=======
+  for role, before in known.items():
+    rows = learned.embeddings.get(role, np.zeros((count, widths[role]), np.float32))
+>>>>>>> tune
     out[role] = {**out[role], EXTRA: np.concatenate([before, rows]).astype(np.float32)}
   return out

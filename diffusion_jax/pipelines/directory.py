@@ -20,8 +20,12 @@ from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.kinds import KINDS
 from diffusion_jax.io.pretrained import load_params, resolve, save_params
+<<<<<<< HEAD
 from diffusion_jax.io.published.scheduler import Scheduler, read_scheduler
 from diffusion_jax.io.tensors import read_json, write_json
+=======
+from diffusion_jax.io.tensors import PICKLES, read_json, write_json
+>>>>>>> tune
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.text.tokenizer import load_tokenizer
@@ -270,11 +274,20 @@ def save_text_to_image(
 def save_changed(
   directory: Path, source: str, changed: Mapping[str, tuple[Any, Params]], dtype: str
 ) -> None:
-  """A copy of the pipeline in `source`, with other parameters (config, params) for some roles."""
+  """A copy of the pipeline in `source`, with other parameters (config, params) for some roles.
+
+  Single files of weights that lie beside the parts are of the old model and left behind.
+  """
   folders = {'autoencoder': 'vae'}
   skip = {folders.get(role, role) for role in changed}
   origin = resolve(source)
-  ignore = lambda folder, names: skip & set(names) if Path(folder) == origin else set()
+
+  def ignore(folder: str, names: list[str]) -> set[str]:
+    if Path(folder) != origin:
+      return set()
+    weights = {name for name in names if Path(name).suffix in ('.safetensors', *PICKLES)}
+    return (skip & set(names)) | weights | {name for name in names if name.startswith('.')}
+
   shutil.copytree(origin, directory, ignore=ignore, dirs_exist_ok=True)
   for role, (config, params) in changed.items():
     save_params(directory / folders.get(role, role), config, params, dtype=dtype)

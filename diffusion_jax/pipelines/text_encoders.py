@@ -1,15 +1,16 @@
 """Prompts -> the text that a denoiser is told, by one text encoder or several side by side."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from diffusion_jax.errors import UserError
 from diffusion_jax.models.functional import Network
-from diffusion_jax.models.text.tokenizer import Tokenize
+from diffusion_jax.models.text.tokenizer import Tokenize, add_placeholder
 from diffusion_jax.types import Condition, Weights
 
 ROLES = ('text_encoder', 'text_encoder_2')
@@ -55,11 +56,30 @@ class TextEncoders:
     """One prompt -> int32 [e l]."""
     return self.tokens([prompt])[0]
 
+<<<<<<< HEAD
   def encode(self, weights: Weights, tokens: jax.Array, clip_skip: int = 0) -> Condition:
     """Tokens [b e l] -> a condition with float32 text [b l d] and, where used, pooled [b p].
 
     `clip_skip` leaves out more layers than `skip`; UserError where an encoder has not that many.
     """
+=======
+  def add_word(self, token: str, count: int, after: Mapping[str, int] | None = None) -> None:
+    """Teaches the tokenizers a word of `count` rows after the vocabulary and `after` rows more.
+
+    UserError for a word that a tokenizer has, or one that does not fit its encoder.
+    """
+    for (role, network), tokenizer in zip(self.networks.items(), self.tokenizers, strict=True):
+      known = embedding_table(network)[2] + (after or {}).get(role, 0)
+      first = add_placeholder(tokenizer, token, count)[0]
+      if first != known:
+        raise UserError(
+          f'the tokenizer gives {token} the id {first}, but the text encoder has {known} rows; use '
+          'the tokenizer that came with it.'
+        )
+
+  def encode(self, weights: Weights, tokens: jax.Array) -> Condition:
+    """Tokens [b e l] -> a condition with float32 text [b l d] and, where used, pooled [b p]."""
+>>>>>>> tune
     parts, pooled = [], None
     for i, (role, network) in enumerate(self.networks.items()):
       params = dict(weights[role])

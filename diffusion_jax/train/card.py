@@ -8,6 +8,7 @@ TITLES = {
   'autoencoder': 'KL autoencoder',
   'clip': 'CLIP, text and image encoder',
   'diffusion': 'Text-to-image latent diffusion model',
+  'finetune': 'Fine-tuned text-to-image model',
   'toy': 'Denoiser of points in the plane',
 }
 

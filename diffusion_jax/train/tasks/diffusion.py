@@ -20,6 +20,7 @@ from diffusion_jax.evaluation.job import (
   fresh_weights,
 )
 from diffusion_jax.models.unet_config import UNetConfig
+from diffusion_jax.parallel.sharding import to_host
 from diffusion_jax.pipelines.conditions import Inputs
 from diffusion_jax.pipelines.directory import save_text_to_image
 from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
@@ -99,7 +100,7 @@ class DiffusionTask(NoisingTask):
     self.config, self.model, self.train, self.test = config, model, train, test
     self.objective = Objective(config.objective, TableLevels(model.schedule))
     null = jax.jit(model.text.encode)(frozen, model.tokens(['']))
-    bias = {f'{name}.bias': np.asarray(value)[0] for name, value in null._asdict().items()
+    bias = {f'{name}.bias': to_host(value)[0] for name, value in null._asdict().items()
             if value is not None}
     self.frozen: Frozen = {**frozen, NULL: bias}
     cached = ('mean', 'std', 'text', *(['pooled'] if model.text.pooled else []))

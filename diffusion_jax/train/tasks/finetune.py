@@ -8,19 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
 
-from diffusion_jax.data.folder import FolderSource, Together
 from diffusion_jax.data.transforms import edges
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.job import DRAW_BATCH
 from diffusion_jax.models.lora import LoRAConfig
 from diffusion_jax.pipelines.architectures import ARCHITECTURES, architecture_model
 from diffusion_jax.pipelines.conditions import Inputs, inpainting_image, kind_of_input
-from diffusion_jax.pipelines.directory import load_weights, read_pipeline
+from diffusion_jax.pipelines.directory import Part, load_weights, read_pipeline
 from diffusion_jax.pipelines.text_to_image import TextToImage
 from diffusion_jax.train.tasks.diffusion import DiffusionTask, LatentTaskConfig
 from diffusion_jax.train.tasks.masks import random_masks
+from diffusion_jax.train.tasks.prior import PriorConfig
 from diffusion_jax.train.tasks.task import Frozen, Scores
 from diffusion_jax.train.tasks.trainable import (
   Adapters,
@@ -31,30 +29,11 @@ from diffusion_jax.train.tasks.trainable import (
   Words,
 )
 from diffusion_jax.types import Condition, Latents, Params, Weights
-from diffusion_jax.viz.grids import save_png
 
-TRAINED = ('unet', 'lora', 'controlnet', 'embeddings')
+TRAINED = {'unet': '', 'lora': 'lora', 'controlnet': 'controlnet', 'embeddings': 'placeholder'}
+"""What can be trained, and the section of the settings that speaks of that alone."""
+
 INPUTS = ('none', 'inpaint')
-
-
-@dataclasses.dataclass(frozen=True)
-class PriorConfig:
-  """Prior preservation of DreamBooth (Ruiz et al. 2023, eq. 2).
-
-  folder: pictures of the class; what is missing of `images` is drawn by the model itself, with
-  `prompt`, before training. weight: of their loss. An empty folder is no prior.
-  """
-
-  folder: str = ''
-  prompt: str = ''
-  images: int = 200
-  weight: float = 1.0
-
-  def __post_init__(self):
-    if self.folder and (not self.prompt.strip() or self.images < 1 or self.weight < 0):
-      raise UserError(
-        'settings.prior needs a prompt for the class, at least one image and a weight of 0 or more.'
-      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,18 +62,38 @@ class FinetuneTaskConfig(LatentTaskConfig):
         raise UserError(
           f'settings.{name} is {getattr(self, name)!r}; choose one of {", ".join(known)}.'
         )
-    if self.cache and (self.train in ('controlnet', 'embeddings') or self.inputs != 'none'):
+    for train, section in TRAINED.items():
+      untouched = getattr(type(self), section, None)
+      if section and train != self.train and getattr(self, section) != untouched:
+        raise UserError(
+          f'settings.{section} has no effect on settings.train {self.train}; leave it out.'
+        )
+    if self.train == 'controlnet' and self.inputs != 'none':
+      raise UserError("settings.inputs must be 'none' for a ControlNet; train one or the other.")
+    if self.cache and (self.train == 'embeddings' or self.pictured):
       raise UserError('settings.cache keeps latents and texts alone; switch it off for this.')
     if self.prior.folder and self.cache:
       raise UserError('settings.cache does not know whose picture is whose; switch it off.')
+    if self.prior.folder and self.pictured:
+      raise UserError('settings.prior is drawn from a prompt alone; leave it out for this.')
+
+  @property
+  def pictured(self) -> bool:
+    """Whether the model is told a picture beside the caption."""
+    return self.train == 'controlnet' or self.inputs != 'none'
+
+  def check_scored(self) -> None:
+    """Raises a UserError for a model that cannot be scored by its captions."""
+    if self.pictured:
+      raise UserError('scores need a model that is told the caption alone; set evaluate_samples 0.')
 
 
-def make_trainable(config: FinetuneTaskConfig, part=None) -> Trainable:
-  """What the config trains; `part` is the pretrained U-Net."""
+def make_trainable(config: FinetuneTaskConfig, part: Part | None = None) -> Trainable:
+  """What the config trains; `part` is the pretrained U-Net, needed to `start`."""
   if config.train == 'lora':
     return Adapters(config.lora)
   if config.train == 'controlnet':
-    return Control(config.controlnet)
+    return Control(config.controlnet, part)
   if config.train == 'embeddings':
     return Words(config.placeholder)
   return WholeUNet(config.model, part)
@@ -102,10 +101,12 @@ def make_trainable(config: FinetuneTaskConfig, part=None) -> Trainable:
 
 def shown(model: TextToImage, inputs: str) -> TextToImage:
   """The model with the input channels that `inputs` needs, where it has none yet."""
-  if inputs == 'none' or kind_of_input(model) == inputs:
+  found = kind_of_input(model)
+  if found == inputs:
     return model
-  if kind_of_input(model) != 'none':
-    raise UserError(f'the U-Net is made for {kind_of_input(model)}, not for {inputs}.')
+  if found != 'none':
+    known = f'set settings.inputs to {found!r}' if found in INPUTS else 'use another model'
+    raise UserError(f'the U-Net is made for {found}, but settings.inputs is {inputs!r}; {known}.')
   config = dataclasses.replace(model.unet.config, in_channels=2 * model.channels + 1)
   return model.with_unet(config)
 
@@ -130,7 +131,8 @@ class FinetuneTask(DiffusionTask):
     super().__init__(config, model, frozen, train, test)
     self.trainable = trainable
     if not config.cache:
-      more = ['sizes'] * ('sizes' in train[0]) + ['weight'] * bool(config.prior.folder)
+      more = ['weight'] * bool(config.prior.folder)
+      more += ['sizes'] * ('sizes' in model.unet.config.conditions and 'sizes' in train[0])
       more += ['control'] * (config.train == 'controlnet')
       self.batch_fields = (*self.batch_fields, *more)
 
@@ -161,7 +163,7 @@ class FinetuneTask(DiffusionTask):
 
   def preview_inputs(self) -> Inputs:
     """Pictures of the test split: their edges, or themselves with the middle to be painted."""
-    if self.config.train != 'controlnet' and self.config.inputs != 'inpaint':
+    if not self.config.pictured:
       return Inputs()
     count = len(self.config.preview_captions)
     images = np.stack([self.test[i % len(self.test)]['image'] for i in range(count)])
@@ -173,8 +175,7 @@ class FinetuneTask(DiffusionTask):
     return Inputs(images=images, masks=masks)
 
   def evaluate(self, params, frozen, mesh, *, samples: int, final: bool) -> Scores:
-    if self.config.train == 'controlnet' or self.config.inputs != 'none':
-      raise UserError('scores need a model that is told the caption alone; set evaluate_samples 0.')
+    self.config.check_scored()
     return super().evaluate(params, frozen, mesh, samples=samples, final=final)
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
@@ -200,10 +201,17 @@ def make_finetune_task(
   if config.architecture:
     _check_architecture(config, model)
   trainable = make_trainable(config, parts['unet'])
+  if config.train != 'unet' and kind_of_input(model) != config.inputs:
+    raise UserError(
+      f'settings.inputs is {config.inputs!r}, but {config.model} is made for '
+      f'{kind_of_input(model)!r}; set it to that, or settings.train to unet, which can teach it.'
+    )
   model = trainable.adapted(shown(model, config.inputs))
   if config.train == 'unet':
     del parts['unet']
-  return FinetuneTask(config, trainable, model, load_weights(parts, mesh=mesh), train, test)
+  # What is not trained is kept as it is computed with.
+  frozen = load_weights(parts, dtype=dtype, mesh=mesh)
+  return FinetuneTask(config, trainable, model, frozen, train, test)
 
 
 def _check_architecture(config: FinetuneTaskConfig, model: TextToImage) -> None:
@@ -216,25 +224,3 @@ def _check_architecture(config: FinetuneTaskConfig, model: TextToImage) -> None:
         "settings.architecture to what it is, or to ''."
       )
 
-
-def draw_prior(task: FinetuneTask, train: Sequence, mesh: Mesh, size: int) -> Together:
-  """The subject's records beside those of its class, which are drawn first where they are missing.
-
-  Every process draws the same pictures; the first writes them. Drawing goes on where it stopped.
-  """
-  prior = task.config.prior
-  folder = Path(prior.folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  names = [f'{i:05d}.png' for i in range(prior.images)]
-  missing = next((i for i, name in enumerate(names) if not (folder / name).exists()), None)
-  if missing is not None:
-    params = task.start(mesh) or jax.jit(task.initialize)(jax.random.key(0))
-    batches = task.model.generate(
-      task.weights(params, task.frozen), [prior.prompt] * (prior.images - missing),
-      task.config.sample, seed=1, first=missing, mesh=mesh, batch_size=DRAW_BATCH,
-      inputs=Inputs(),
-    )
-    for name, image in zip(names[missing:], (i for b in batches for i in b), strict=True):
-      if jax.process_index() == 0:
-        save_png(Image.fromarray(image), folder / name, {'prompt': prior.prompt})
-  return Together(train, FolderSource(folder, size, prior.prompt), prior.weight)

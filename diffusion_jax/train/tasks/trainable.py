@@ -15,13 +15,13 @@ from jax.sharding import Mesh
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.lora import from_params, write_lora
-from diffusion_jax.io.pretrained import load_params, save_params
+from diffusion_jax.io.pretrained import cast, load_params, save_params
 from diffusion_jax.io.textual_inversion import FILES, TextualInversion, write_textual_inversion
 from diffusion_jax.models.controlnet import ControlNet, ControlNetConfig, from_unet
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.lora import LoRAConfig, is_lora, targets, with_lora
-from diffusion_jax.models.text.tokenizer import add_placeholder
-from diffusion_jax.parallel.sharding import put_params, to_host
+from diffusion_jax.parallel.sharding import put_params, shard_params, to_host
+from diffusion_jax.pipelines.adapters import controlnet_config
 from diffusion_jax.pipelines.directory import Part, save_changed
 from diffusion_jax.pipelines.text_encoders import EXTRA, embedding_table
 from diffusion_jax.pipelines.text_to_image import TextToImage
@@ -112,7 +112,7 @@ class Adapters:
     return {**frozen, 'unet': {**frozen['unet'], **params}}
 
   def export(self, directory: Path, params: Params, dtype: str) -> None:
-    lora = {'unet': from_params(params, self.sizes)}
+    lora = {'unet': from_params(_cast(params, dtype), self.sizes)}
     write_lora(directory / 'pytorch_lora_weights.safetensors', lora, layout='peft')
     write_lora(directory / 'kohya.safetensors', lora, layout='kohya')
 
@@ -120,12 +120,12 @@ class Adapters:
 class Control:
   """A ControlNet (Zhang et al. 2023) beside the frozen U-Net, from whose weights it begins."""
 
-  def __init__(self, source: str):
-    self.source = source
+  def __init__(self, source: str, part: Part | None):
+    self.source, self.part = source, part
 
   def adapted(self, model: TextToImage) -> TextToImage:
-    self.config = ControlNetConfig.for_unet(model.unet.config)
-    self.network = Network.of(ControlNet, self.config, **model.unet.options)
+    found = controlnet_config(model, self.source) if self.source else _new_controlnet(model)
+    self.network = Network.of(ControlNet, found, **model.unet.options)
     return dataclasses.replace(model, controlnet=self.network)
 
   def initialize(self, key: jax.Array) -> Params:
@@ -134,14 +134,30 @@ class Control:
   def start(self, frozen: Weights, mesh: Mesh) -> Params:
     if self.source:
       return load_params('controlnet', self.source, mesh=mesh)[1]
-    fresh = jax.jit(self.initialize)(jax.random.key(0))
-    return put_params(to_host(from_unet(fresh, frozen['unet'])), mesh)
+    # From its file: what is frozen may be kept in half precision.
+    unet = load_params('unet', self.part.path, mesh=mesh)[1]
+    begin = lambda unet: from_unet(self.initialize(jax.random.key(0)), unet)
+    return jax.jit(begin, out_shardings=shard_params(self.network.shapes, mesh))(unet)
 
   def weights(self, params: Params, frozen: Weights) -> Weights:
     return {**frozen, 'controlnet': params}
 
   def export(self, directory: Path, params: Params, dtype: str) -> None:
-    save_params(directory, self.config, params, dtype=dtype)
+    save_params(directory, self.network.config, params, dtype=dtype)
+
+
+def _new_controlnet(model: TextToImage) -> ControlNetConfig:
+  """A ControlNet that brings pictures to the size of the model's latents."""
+  config = ControlNetConfig.for_unet(model.unet.config)
+  factor = model.image_size // model.unet.config.sample_size
+  widths = config.conditioning_embedding_out_channels[: factor.bit_length()]
+  config = dataclasses.replace(config, conditioning_embedding_out_channels=widths)
+  if config.image_factor != factor:
+    raise UserError(
+      f'pictures are {factor} times as large as latents, which no ControlNet is made for; train on '
+      'a model with a factor of 1, 2, 4 or 8.'
+    )
+  return config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,9 +181,8 @@ class Words:
 
   def adapted(self, model: TextToImage) -> TextToImage:
     self.text = model.text
-    if model.text.tokenizers:
-      for tokenizer in model.text.tokenizers:
-        add_placeholder(tokenizer, self.config.token, self.config.vectors)
+    if model.text.tokenizers:  # There are none without weights.
+      model.text.add_word(self.config.token, self.config.vectors)
     return model
 
   def _tables(self) -> dict[str, tuple[str, int]]:
@@ -185,19 +200,25 @@ class Words:
       ids = tokenizer(self.config.initializer, add_special_tokens=False)['input_ids']
       if not ids:
         raise UserError('settings.placeholder.initializer is empty; name a word of the same kind.')
-      table = to_host(frozen[role][name])
+      table = to_host(frozen[role][name]).astype(np.float32)
       rows[f'{role}.embedding'] = table[[ids[i % len(ids)] for i in range(self.config.vectors)]]
     return put_params(rows, mesh)
 
   def weights(self, params: Params, frozen: Weights) -> Weights:
-    return frozen | {
+    return {**frozen, **{
       role: {**frozen[role], EXTRA: params[f'{role}.embedding']} for role in self._tables()
-    }
+    }}
 
   def export(self, directory: Path, params: Params, dtype: str) -> None:
     token = self.config.token
-    rows = {role: np.asarray(params[f'{role}.embedding']) for role in self._tables()}
+    params = _cast(params, dtype)
+    rows = {role: params[f'{role}.embedding'] for role in self._tables()}
     for role, value in rows.items():
       write_textual_inversion(directory / FILES[role], TextualInversion(token, {role: value}))
     a1111 = directory / 'a1111' / f'{token}.safetensors'
     write_textual_inversion(a1111, TextualInversion(token, rows), 'a1111')
+
+
+def _cast(params: Params, dtype: str) -> Params:
+  """Host arrays of the type that is written; UserError where it cannot hold a value."""
+  return {name: cast(name, np.asarray(value), dtype) for name, value in params.items()}

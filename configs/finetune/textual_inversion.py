@@ -1,0 +1,29 @@
+"""Textual inversion: the embedding of a new word for what a few pictures show."""
+
+from ml_collections import ConfigDict
+
+from configs.finetune.base import finetune_base
+
+# Some of the neutral captions of Gal et al. 2022.
+CAPTIONS = (
+  'a photo of a <concept>', 'a rendering of a <concept>', 'the photo of a <concept>',
+  'a photo of the <concept>', 'a close-up photo of a <concept>', 'a photo of one <concept>',
+  'a cropped photo of the <concept>', 'a good photo of a <concept>', 'a depiction of a <concept>',
+)
+
+
+def get_config() -> ConfigDict:
+  config = finetune_base('sd15', 512)
+  with config.unlocked():
+    config.settings.placeholder = ConfigDict({
+      'token': '<concept>', 'vectors': 1, 'initializer': 'object',
+    })
+  config.data.update({'dataset': 'folder:data/concept', 'caption': '\n'.join(CAPTIONS)})
+  config.settings.update({
+    'train': 'embeddings', 'caption_dropout': 0.0,
+    'preview_captions': ('a photo of a <concept>', 'a <concept> on the beach'),
+  })
+  # diffusers' examples/textual_inversion: 3,000 steps of 4 at 5e-4 for each picture of the batch.
+  config.optimizer.learning_rate = 2e-3
+  config.loop.update({'total_steps': 3000, 'sample_every_steps': 250})
+  return config
