@@ -69,29 +69,12 @@ def add_words(model: TextToImage, weights: Weights, path: str) -> Weights:
   """
   widths = {role: embedding_table(n)[1] for role, n in model.text.networks.items()}
   learned = read_textual_inversion(Path(resolve(path)), widths)
-  count = len(next(iter(learned.embeddings.values())))
-  none = {role: np.zeros((0, width), np.float32) for role, width in widths.items()}
-  known = {role: np.asarray(weights[role].get(EXTRA, none[role])) for role in widths}
-  model.text.add_word(learned.token, count, after={r: len(rows) for r, rows in known.items()})
-  out = dict(weights)
-<<<<<<< HEAD
-  for (role, network), tokenizer in zip(
-    model.text.networks.items(), model.text.tokenizers, strict=True
-  ):
-    if role not in learned.embeddings:
-      continue
-    rows = learned.embeddings[role]
-    ids = add_placeholder(tokenizer, learned.token, len(rows))
-    before = np.asarray(out[role].get(EXTRA, np.zeros((0, widths[role]), np.float32)))
-    known = embedding_table(network)[2] + len(before)
-    if ids[0] != known:
-      raise UserError(
-        f'the tokenizer gives {learned.token} the id {ids[0]}, but the text encoder has {known} '
-        'rows; use the tokenizer that came with it.'
-      )
-=======
-  for role, before in known.items():
-    rows = learned.embeddings.get(role, np.zeros((count, widths[role]), np.float32))
->>>>>>> tune
-    out[role] = {**out[role], EXTRA: np.concatenate([before, rows]).astype(np.float32)}
-  return out
+  rows = learned.embeddings
+  before = {
+    role: np.asarray(weights[role].get(EXTRA, np.zeros((0, widths[role]), np.float32)))
+    for role in rows
+  }
+  sizes = lambda arrays: {role: len(array) for role, array in arrays.items()}
+  model.text.add_word(learned.token, sizes(rows), sizes(before))
+  joined = {role: np.concatenate([before[role], rows[role]]).astype(np.float32) for role in rows}
+  return weights | {role: {**weights[role], EXTRA: table} for role, table in joined.items()}

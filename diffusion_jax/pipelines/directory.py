@@ -20,12 +20,8 @@ from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.kinds import KINDS
 from diffusion_jax.io.pretrained import load_params, resolve, save_params
-<<<<<<< HEAD
 from diffusion_jax.io.published.scheduler import Scheduler, read_scheduler
-from diffusion_jax.io.tensors import read_json, write_json
-=======
 from diffusion_jax.io.tensors import PICKLES, read_json, write_json
->>>>>>> tune
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.text.tokenizer import load_tokenizer

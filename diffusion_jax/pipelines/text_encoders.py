@@ -56,30 +56,27 @@ class TextEncoders:
     """One prompt -> int32 [e l]."""
     return self.tokens([prompt])[0]
 
-<<<<<<< HEAD
-  def encode(self, weights: Weights, tokens: jax.Array, clip_skip: int = 0) -> Condition:
-    """Tokens [b e l] -> a condition with float32 text [b l d] and, where used, pooled [b p].
-
-    `clip_skip` leaves out more layers than `skip`; UserError where an encoder has not that many.
-    """
-=======
-  def add_word(self, token: str, count: int, after: Mapping[str, int] | None = None) -> None:
-    """Teaches the tokenizers a word of `count` rows after the vocabulary and `after` rows more.
+  def add_word(self, token: str, counts: Mapping[str, int], after: Mapping[str, int]) -> None:
+    """Teaches tokenizers a word of `counts` rows by role, after the vocabulary and `after` rows.
 
     UserError for a word that a tokenizer has, or one that does not fit its encoder.
     """
     for (role, network), tokenizer in zip(self.networks.items(), self.tokenizers, strict=True):
-      known = embedding_table(network)[2] + (after or {}).get(role, 0)
-      first = add_placeholder(tokenizer, token, count)[0]
+      if role not in counts:
+        continue
+      known = embedding_table(network)[2] + after.get(role, 0)
+      first = add_placeholder(tokenizer, token, counts[role])[0]
       if first != known:
         raise UserError(
           f'the tokenizer gives {token} the id {first}, but the text encoder has {known} rows; use '
           'the tokenizer that came with it.'
         )
 
-  def encode(self, weights: Weights, tokens: jax.Array) -> Condition:
-    """Tokens [b e l] -> a condition with float32 text [b l d] and, where used, pooled [b p]."""
->>>>>>> tune
+  def encode(self, weights: Weights, tokens: jax.Array, clip_skip: int = 0) -> Condition:
+    """Tokens [b e l] -> a condition with float32 text [b l d] and, where used, pooled [b p].
+
+    `clip_skip` leaves out more layers than `skip`; UserError where an encoder has not that many.
+    """
     parts, pooled = [], None
     for i, (role, network) in enumerate(self.networks.items()):
       params = dict(weights[role])

@@ -182,7 +182,8 @@ class Words:
   def adapted(self, model: TextToImage) -> TextToImage:
     self.text = model.text
     if model.text.tokenizers:  # There are none without weights.
-      model.text.add_word(self.config.token, self.config.vectors)
+      counts = dict.fromkeys(model.text.networks, self.config.vectors)
+      model.text.add_word(self.config.token, counts, {})
     return model
 
   def _tables(self) -> dict[str, tuple[str, int]]:
