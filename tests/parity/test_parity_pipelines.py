@@ -92,38 +92,6 @@ def test_text_to_image(load, name):
   assert_same(draw(*ours), draw_theirs(theirs), name)
 
 
-def test_two_encoders(load):
-  theirs, *ours, _ = load('sdxl')
-  assert_same(draw(*ours), draw_theirs(theirs), 'sdxl')
-  nothing = draw_theirs(theirs, negative=None)
-  assert_same(draw(*ours, negative=''), nothing, 'sdxl, no negative prompt')
-  assert np.abs(nothing - draw_theirs(theirs, negative='')).max() > 1e-2
-
-
-def test_clip_skip(load):
-  theirs, model, weights, sample, _ = load('sd1')
-  plain = draw_theirs(theirs)
-  # The towers of transformers 5 lack the attribute by which diffusers finds the final norm.
-  norm = theirs.text_encoder.final_layer_norm
-  theirs.text_encoder.__dict__['text_model'] = types.SimpleNamespace(final_layer_norm=norm)
-  wanted = draw_theirs(theirs, clip_skip=1)
-  assert_same(draw(model, weights, sample, clip_skip=1), wanted, 'clip_skip')
-  assert np.abs(wanted - plain).max() > 1e-2
-
-
-def test_image_to_image(load):
-  theirs, *ours, _ = load('sd1')
-  pipeline = diffusers.StableDiffusionImg2ImgPipeline(
-    **theirs.components, requires_safety_checker=False
-  )
-  pipeline.set_progress_bar_config(disable=True)
-  noise = torch_noise(*[(2, 4, small.LATENT, small.LATENT)] * 2)[1]  # The first is the encoder's.
-  wanted = draw_theirs(pipeline, noise=None, image=pictures(IMAGES), strength=0.6,
-                       generator=torch.Generator().manual_seed(0))
-  inputs = Inputs(IMAGES, 0.6)
-  assert_same(draw(*ours, noise=noise, inputs=inputs), wanted, 'image to image')
-
-
 def test_inpainting(load):
   theirs, *ours, _ = load('inpaint')
   masks = pictures(255 * MASKS.astype(np.uint8))
@@ -205,27 +173,73 @@ def test_lora(load, tmp_path):
   assert_same(found, wanted, 'lora')
 
 
-def test_a_word_learned_for_two_encoders(load, tmp_path):
-  """From a directory with a file for each, as is trained here, and from one of AUTOMATIC1111."""
-  theirs, model, weights, sample, folder = load('sdxl')
+def test_image_to_image_with_clip_skip(load):
+  theirs, *ours, _ = load('sd1')
+  # The towers of transformers 5 lack the attribute by which diffusers finds the final norm.
+  norm = theirs.text_encoder.final_layer_norm
+  theirs.text_encoder.__dict__['text_model'] = types.SimpleNamespace(final_layer_norm=norm)
+  pipeline = diffusers.StableDiffusionImg2ImgPipeline(
+    **theirs.components, requires_safety_checker=False
+  )
+  pipeline.set_progress_bar_config(disable=True)
+  noise = torch_noise(*[(2, 4, small.LATENT, small.LATENT)] * 2)[1]  # The first is the encoder's.
+  plain, wanted = (draw_theirs(
+    pipeline, noise=None, image=pictures(IMAGES), strength=0.6, clip_skip=skip,
+    generator=torch.Generator().manual_seed(0),
+  ) for skip in (0, 1))
+  assert np.abs(wanted - plain).max() > 1e-2
+  found = draw(*ours, noise=noise, inputs=Inputs(IMAGES, 0.6), clip_skip=1)
+  assert_same(found, wanted, 'image to image')
+
+
+@pytest.fixture(scope='module')
+def with_word(load, tmp_path_factory):
+  """Stable Diffusion XL, theirs and ours, with a word learned for both encoders."""
+  folder = tmp_path_factory.mktemp('words')
+  theirs, model, weights, sample, source = load('sdxl')
   rows = np.random.default_rng(1).normal(size=(2, 2, small.WIDTH)).astype(np.float32)
   embeddings = dict(zip(FILES, rows, strict=True))
   for role, value in embeddings.items():
-    path = tmp_path / 'word' / FILES[role]
+    path = folder / 'word' / FILES[role]
     write_textual_inversion(path, TextualInversion('<h>', {role: value}))
     suffix = role.removeprefix('text_encoder')
     theirs.load_textual_inversion(
       str(path), text_encoder=getattr(theirs, role),
       tokenizer=getattr(theirs, f'tokenizer{suffix}'),
     )
-  a1111 = tmp_path / '<h>.safetensors'
+  a1111 = folder / '<h>.safetensors'
   write_textual_inversion(a1111, TextualInversion('<h>', embeddings), 'a1111')
-  other = load_text_to_image(str(folder))
+  other = load_text_to_image(str(source))
   again = add_words(*other[:2], str(a1111))
-  told = add_words(model, weights, str(tmp_path / 'word'))
+  told = add_words(model, weights, str(folder / 'word'))
   for role in embeddings:
     np.testing.assert_array_equal(told[role][EXTRA], again[role][EXTRA])
+  return theirs, model, told, sample, other[0]
+
+
+def test_two_encoders(with_word):
+  theirs, *ours, _ = with_word
+  assert_same(draw(*ours), draw_theirs(theirs), 'sdxl')
+  nothing = draw_theirs(theirs, negative=None)
+  assert_same(draw(*ours, negative=''), nothing, 'sdxl, no negative prompt')
+  assert np.abs(nothing - draw_theirs(theirs, negative='')).max() > 1e-2
+
+
+def test_a_word_learned_for_two_encoders(with_word):
+  """From a directory with a file for each, as is trained here, and from one of AUTOMATIC1111."""
+  theirs, *ours, other = with_word
   prompts = ['cab <h> a', '<h>']
-  np.testing.assert_array_equal(model.tokens(prompts), other[0].tokens(prompts))
-  found = draw(model, told, sample, prompts=prompts)
-  assert_same(found, draw_theirs(theirs, prompts=prompts), 'words')
+  np.testing.assert_array_equal(ours[0].tokens(prompts), other.tokens(prompts))
+  wanted = draw_theirs(theirs, prompts=prompts)
+  assert_same(draw(*ours, prompts=prompts), wanted, 'words')
+  assert np.abs(wanted - draw_theirs(theirs, prompts=['cab h a', 'h'])).max() > 1e-2
+
+
+def test_variations_of_a_picture(load):
+  """CLIP's view of it in place of a text."""
+  theirs, *ours, _ = load('variation')
+  wanted = draw_theirs(theirs, negative=None, prompts=None, image=pictures(SMALL))
+  inputs = Inputs(reference=SMALL)
+  assert_same(draw(*ours, inputs=inputs), wanted, 'variation')
+  other = draw(*ours, inputs=Inputs(reference=SMALL[::-1]))
+  assert np.abs(other - wanted).max() > 1e-2
