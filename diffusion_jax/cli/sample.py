@@ -78,6 +78,8 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
                      help='share of what the ControlNet adds (default: 1)')
   group.add_argument('--depth', metavar='FILE', help='for a depth model: white is near')
   group.add_argument('--small', metavar='FILE', help='for an upscaler: a picture to enlarge')
+  group.add_argument('--reference', metavar='FILE',
+                     help='for a model that varies a picture; the prompt then only names the file')
   group.add_argument('--noise_level', type=int, metavar='N',
                      help='noise put on the small picture, 0 to 350 (default: 20)')
 
@@ -103,8 +105,10 @@ def read_inputs(args: argparse.Namespace, model, steps: int) -> tuple:
     )
   latent = model.latent_shape[0]
   edges = {'image': model.image_size, 'mask': model.image_size, 'control': model.image_size,
-           'depth': latent, 'small': latent}
+           'depth': latent, 'small': latent, 'reference': getattr(model.text, 'size', 0)}
   given = {name: getattr(args, name) for name in edges if getattr(args, name)}
+  if 'reference' in given and not edges['reference']:
+    raise UserError('the model varies no picture; leave --reference out, or use a model that does.')
   pictures = {name: read_image(path, edges[name])[None] for name, path in given.items()}
   if 'mask' in pictures:
     pictures['masks'] = pictures.pop('mask').mean(axis=-1) > 127.5
@@ -150,8 +154,7 @@ def run(args: argparse.Namespace) -> int:
   inputs, started = read_inputs(args, model, sample.steps)
   settings = {
     'negative': args.negative, **sample.in_force(), **started, **named_adapters(args),
-    'seed': str(args.seed),
-    'model': name, 'software': f'diffusion_jax {__version__}',
+    'seed': str(args.seed), 'model': name, 'software': f'diffusion_jax {__version__}',
   }
   images = []
   with tqdm(total=len(prompts), desc='drawing', unit='img', leave=False) as bar:

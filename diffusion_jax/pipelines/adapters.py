@@ -67,6 +67,8 @@ def add_words(model: TextToImage, weights: Weights, path: str) -> Weights:
   Raises:
     UserError: a file that is none, or one for other text encoders.
   """
+  if not model.text.tokenizers:
+    raise UserError('the model reads no words; leave --words out, or use a model that does.')
   widths = {role: embedding_table(n)[1] for role, n in model.text.networks.items()}
   learned = read_textual_inversion(Path(resolve(path)), widths)
   rows = learned.embeddings

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.pipelines.image_encoder import ImageEncoder
 from diffusion_jax.types import Condition, Latents, Weights
 
 OPTIONS = {
   'images': '--image', 'masks': '--mask', 'control': '--control', 'depth': '--depth',
-  'small': '--small',
+  'small': '--small', 'reference': '--reference',
 }
 """The pictures among `Inputs`, and how the command `sample` is given them."""
 STRENGTH = 0.8
@@ -48,6 +49,7 @@ class Inputs:
   control: uint8 [n H W 3], what a ControlNet sees, with control_strength.
   depth: float32 [n h w] in [-1, 1], near is 1, at the latents' size.
   small: uint8 [n h w 3], to enlarge, at the latents' size, with noise_level in [0, 350].
+  reference: uint8 [n s s 3], to vary, at the size of the model's image encoder.
   small_noise: float32 [n h w 3], what the small picture is noised with; None: noise of the seed.
   """
 
@@ -60,6 +62,7 @@ class Inputs:
   small: np.ndarray | None = None
   noise_level: int = 20
   small_noise: np.ndarray | None = None
+  reference: np.ndarray | None = None
 
   def share(self, model) -> float:
     """Share of the steps that are taken."""
@@ -83,9 +86,11 @@ class Inputs:
         f'the model takes no {name}; leave {OPTIONS[name]} out, or use a model that does.'
       )
     edge, latent = model.image_size, model.latent_shape[0]
+    seen = model.text.size if isinstance(model.text, ImageEncoder) else 0
     shapes = {
       'images': (edge, edge, 3), 'masks': (edge, edge), 'control': (edge, edge, 3),
       'depth': (latent, latent), 'small': (latent, latent, 3),
+      'reference': (seen, seen, 3),
     }
     out = {name: _fitting(name, value, shapes[name], n) for name, value in given.items()}
     if 'images' in out and (not needs & {'images'} or self.share(model) < 1):
@@ -104,6 +109,7 @@ class Inputs:
 def _needs(model) -> set[str]:
   needs = {'none': set(), 'depth': {'depth'}, 'inpaint': {'images', 'masks'}, 'edit': {'images'},
            'upscale': {'small'}}[kind_of_input(model)]
+  needs |= {'reference'} if isinstance(model.text, ImageEncoder) else set()
   return needs | ({'control'} if model.controlnet else set())
 
 
@@ -142,6 +148,8 @@ def prepared(
     noise = rows['small_noise'] if 'small_noise' in rows else small_noise(rows)
     told['image'] = noised_small(model, to_float(rows['small']), rows['level'], noise)
     told['labels'] = rows['level']
+  if 'reference' in rows:
+    condition = condition._replace(text=model.text.see(weights, rows['reference']))
   if 'control' in rows:
     told |= {'control': rows['control'] / jnp.float32(255), 'strength': rows['strength']}
   if 'start' in rows:

@@ -27,6 +27,7 @@ from diffusion_jax.models.functional import Network
 from diffusion_jax.models.text.tokenizer import load_tokenizer
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.models.unet_config import UNetConfig
+from diffusion_jax.pipelines.image_encoder import MEAN, ROLE, STD, ImageEncoder
 from diffusion_jax.pipelines.text_encoders import ROLES, TextEncoders
 from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
 from diffusion_jax.types import Params, Weights
@@ -52,8 +53,9 @@ class Part:
 
 
 def make_model(
-  unet: UNetConfig, autoencoder: AutoencoderKLConfig, text: TextEncoders, schedule: ScheduleConfig,
-  prediction: str, *, latent_patch_size: int = 1, dtype=jnp.float32, **more,
+  unet: UNetConfig, autoencoder: AutoencoderKLConfig, text: TextEncoders | ImageEncoder,
+  schedule: ScheduleConfig, prediction: str, *, latent_patch_size: int = 1, dtype=jnp.float32,
+  **more,
 ) -> TextToImage:
   """A model without weights. UserError where its parts do not fit together."""
   if unet.cross_attention_dim != text.width:
@@ -127,18 +129,7 @@ def read_pipeline(
   ours = index.get('_class_name') == OURS
   parts = _parts(directory, index, ours)
   schedule, prediction, sample = _scheduler(directory, index, ours)
-  roles = [role for role in ROLES if role in parts]
-  if not roles:
-    raise UserError(f'{path} has no text encoder; give a text-to-image model.')
-  places = [resolve(parts[roles[0]].path)] if ours else [
-    directory / role.replace('text_encoder', 'tokenizer') for role in roles
-  ]
-  sdxl = len(roles) > 1
-  text = TextEncoders(
-    {role: parts[role].network(dtype) for role in roles}, tuple(map(load_tokenizer, places)),
-    skip=int(sdxl), normalize=not sdxl, pooled=sdxl,
-    zero_null=bool(index.get('force_zeros_for_empty_prompt', sdxl)) and sdxl,
-  )
+  text = _told_by(path, directory, index, parts, dtype)
   low = directory / 'low_res_scheduler' / 'scheduler_config.json'
   model = make_model(
     parts['unet'].config, parts['autoencoder'].config, text, schedule, prediction,
@@ -147,6 +138,30 @@ def read_pipeline(
     small_schedule=Schedule(_read_scheduler(low).schedule) if low.is_file() else None,
   )
   return model, parts, sample
+
+
+def _told_by(
+  path: str, directory: Path, index: Mapping[str, Any], parts: Mapping[str, Part], dtype
+) -> TextEncoders | ImageEncoder:
+  """What reads the prompts of a model, or the picture in place of them."""
+  roles = [role for role in ROLES if role in parts]
+  if not roles and ROLE in parts:
+    file = directory / 'feature_extractor' / 'preprocessor_config.json'
+    values = read_json(file) if file.is_file() else {}
+    pixels = (tuple(values.get(f'image_{name}', d)) for name, d in (('mean', MEAN), ('std', STD)))
+    return ImageEncoder(parts[ROLE].network(dtype), *pixels)
+  if not roles:
+    raise UserError(f'{path} has no text encoder; give a text-to-image model.')
+  ours = index.get('_class_name') == OURS
+  places = [resolve(parts[roles[0]].path)] if ours else [
+    directory / role.replace('text_encoder', 'tokenizer') for role in roles
+  ]
+  sdxl = len(roles) > 1
+  return TextEncoders(
+    {role: parts[role].network(dtype) for role in roles}, tuple(map(load_tokenizer, places)),
+    skip=int(sdxl), normalize=not sdxl, pooled=sdxl,
+    zero_null=bool(index.get('force_zeros_for_empty_prompt', sdxl)) and sdxl,
+  )
 
 
 def _parts(directory: Path, index: Mapping[str, Any], ours: bool) -> dict[str, Part]:
@@ -161,6 +176,8 @@ def _parts(directory: Path, index: Mapping[str, Any], ours: bool) -> dict[str, P
     }
   kinds = {'unet': ('unet',), 'vae': ('autoencoder',), 'controlnet': ('controlnet',)}
   kinds |= dict.fromkeys(ROLES, TEXT_KINDS)
+  if not any(_has(index, role) for role in ROLES):
+    kinds[ROLE] = ('clip_vision_projection',)
   found = {
     role: read_part(place(role), names) for role, names in kinds.items() if _has(index, role)
   }

@@ -21,6 +21,7 @@ from diffusion_jax.models.unet import UNet
 from diffusion_jax.models.unet_config import UNetConfig
 from diffusion_jax.parallel.sharding import in_batches, put_params
 from diffusion_jax.pipelines.conditions import Inputs, check_edited, prepared
+from diffusion_jax.pipelines.image_encoder import ImageEncoder
 from diffusion_jax.pipelines.sampling import Numbers, Program, SampleConfig
 from diffusion_jax.pipelines.text_encoders import TextEncoders
 from diffusion_jax.types import Condition, Images, Latents, Params, Tokens, Weights
@@ -53,7 +54,7 @@ class TextToImage:
 
   unet: Network
   autoencoder: Network
-  text: TextEncoders
+  text: TextEncoders | ImageEncoder
   schedule: Schedule
   prediction: str
   latent_patch_size: int = 1

@@ -36,7 +36,7 @@ def files(once):
   """Folder of pipelines, pictures, a LoRA, a word and a ControlNet."""
 
   def make(folder):
-    for name in ('sd1', 'inpaint', 'upscale', 'depth', 'edit'):
+    for name in ('sd1', 'inpaint', 'upscale', 'depth', 'edit', 'variation'):
       small.make(name).save_pretrained(folder / name)
     small.make('controlled').controlnet.save_pretrained(folder / 'controlnet')
     for name in ('one', 'two'):
@@ -89,7 +89,7 @@ def test_a_picture_an_adapter_and_a_word(draw):
   ('inpaint', ('--image', 'FILES/one.png', '--mask', 'FILES/one.png', '--controlnet',
                'FILES/controlnet', '--control', 'FILES/two.png', '--control_strength', 0.5)),
   ('upscale', ('--small', 'FILES/one.png', '--noise_level', 5)),
-  ('depth', ('--depth', 'FILES/one.png')),
+  ('depth', ('--depth', 'FILES/one.png')), ('variation', ('--reference', 'FILES/one.png')),
 ])
 def test_what_a_model_is_shown(draw, model, arguments):
   """Without any of these it is refused, as below; what they do is in test_parity_pipelines."""
@@ -106,9 +106,11 @@ def test_what_a_model_is_shown(draw, model, arguments):
   ('inpaint', ('--image', 'one.png'), 'needs masks beside the prompts; give --mask'),
   ('edit', (), 'needs images beside the prompts; give --image'),
   ('upscale', (), 'give --small'), ('depth', ('--image', 'one.png'), 'give --depth'),
+  ('variation', (), 'give --reference'), ('sd1', ('--reference', 'one.png'), 'varies no picture'),
+  ('variation', ('--reference', 'one.png', '--words', 'word'), 'reads no words'),
   ('sd1', ('--controlnet', 'controlnet'), 'give --control'),
 ])
 def test_what_does_not_fit_is_refused(fails, files, tmp_path, model, arguments, words):
-  given = [files / a if str(a) in ('one.png', 'controlnet') else a for a in arguments]
+  given = [files / a if str(a) in ('one.png', 'controlnet', 'word') else a for a in arguments]
   assert words in fails('sample', '--model', files / model, '--prompt', 'cab', '--out',
                         tmp_path / 'out', *FAST, *given)

@@ -6,6 +6,7 @@ from safetensors.numpy import load_file, save_file
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.textual_inversion import (
+  FILES,
   TextualInversion,
   read_textual_inversion,
   write_textual_inversion,
@@ -95,3 +96,23 @@ def test_what_cannot_be_written(tmp_path):
   with pytest.raises(UserError, match='layout must be'):
     write_textual_inversion(path, both, 'kohya')
   assert not path.exists()
+
+
+def test_a_directory_with_a_file_for_each_encoder(tmp_path):
+  embeddings = {role: np.full((2, width), i, np.float32) for i, (role, width) in
+                enumerate(WIDTHS.items())}
+  for role, value in embeddings.items():
+    write_textual_inversion(tmp_path / FILES[role], TextualInversion('<cat>', {role: value}))
+  same(read_textual_inversion(tmp_path, WIDTHS), TextualInversion('<cat>', embeddings))
+  # The name tells the second one's role even where nothing is known of the encoders.
+  assert set(read_textual_inversion(tmp_path / FILES['text_encoder_2']).embeddings) == {
+    'text_encoder_2'
+  }
+  (tmp_path / FILES['text_encoder']).unlink()
+  other = TextualInversion('<dog>', {'text_encoder': embeddings['text_encoder']})
+  write_textual_inversion(tmp_path / FILES['text_encoder'], other)
+  with pytest.raises(UserError, match='several words, <cat>, <dog>'):
+    read_textual_inversion(tmp_path, WIDTHS)
+  (tmp_path / 'empty').mkdir()
+  with pytest.raises(UserError, match='holds no learned_embeds'):
+    read_textual_inversion(tmp_path / 'empty')

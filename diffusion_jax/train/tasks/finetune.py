@@ -193,6 +193,8 @@ def make_finetune_task(
       '--config.settings.model=models/stable-diffusion-v1-5.'
     )
   model, parts, _ = read_pipeline(config.model, dtype)
+  if not model.text.tokenizers:
+    raise UserError(f'{config.model} reads no prompts; only models that do can be trained on.')
   if config.objective.prediction != model.prediction:
     raise UserError(
       f'objective.prediction is {config.objective.prediction!r}, but {config.model} predicts '
