@@ -81,7 +81,7 @@ def test_a_damaged_picture_is_named_when_it_is_read(tmp_path):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-  with pytest.raises(UserError, match='there is no folder .*nowhere'):
+  with pytest.raises(UserError, match=r'there is no folder .*nowhere'):
     open_folder(f'folder:{tmp_path / "nowhere"}', 4)
 
 
