@@ -116,7 +116,7 @@ def abstract_parameters(config: FinetuneTaskConfig) -> Params:
   model = shown(architecture_model(config.architecture), config.inputs)
   trainable = make_trainable(config)
   trainable.adapted(model)
-  return jax.eval_shape(trainable.initialize, jax.random.key(0))
+  return trainable.shapes
 
 
 class FinetuneTask(DiffusionTask):
