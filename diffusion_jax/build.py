@@ -272,9 +272,9 @@ def build(config: ConfigDict | dict, workdir: str) -> Training:
     )
   train, test = _sources(checked)
   if checked.task in LATENT and checked.loop.evaluate_samples:
-    check_samples(checked.loop.evaluate_samples, len(test))
     if checked.task == 'finetune':
       checked.settings.check_scored()
+    check_samples(checked.loop.evaluate_samples, len(test))
   task = build_task(checked, train, test, directory, mesh)
   if checked.task == 'finetune' and checked.settings.prior.folder:
     train = Together(train, draw_prior(task, mesh), checked.settings.prior.weight)

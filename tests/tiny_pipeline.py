@@ -87,12 +87,13 @@ def write_tiny_pipeline(folder: pathlib.Path, parts: dict, prediction: str = 'ep
   write_json(folder / 'model_index.json', index | dict.fromkeys(absent, (None, None)))
 
 
-def write_pictures(folder: pathlib.Path, count: int = 8) -> None:
-  """Squares of one colour on another, of several sizes, captioned in files beside them."""
+def write_pictures(folder: pathlib.Path, count: int = 8, captions: bool = True) -> None:
+  """Squares of one colour on another, of several sizes, captioned in files beside them or not."""
   rng = np.random.default_rng(0)
   folder.mkdir(parents=True, exist_ok=True)
   for i in range(count):
     pixels = np.full((18 + i, 26 - i, 3), rng.integers(256, size=3), np.uint8)
     pixels[5:12, 6:13] = rng.integers(256, size=3)
     Image.fromarray(pixels).save(folder / f'{i}.png')
-    (folder / f'{i}.txt').write_text(f'a cat {LETTERS[i]}\n')
+    if captions:
+      (folder / f'{i}.txt').write_text(f'a cat {LETTERS[i]}\n')

@@ -196,7 +196,6 @@ class Edges:
 
 
 TRANSFORMS: dict[str, type] = {
-  'edges': Edges,
   'resize': Resize,
   'center_crop': CenterCrop,
   'random_crop': RandomCrop,
@@ -205,6 +204,7 @@ TRANSFORMS: dict[str, type] = {
   'choose_caption': ChooseCaption,
   'first_caption': FirstCaption,
   'tokenize': Tokenize,
+  'edges': Edges,
   'normalize': Normalize,
 }
 """Every transform by the name that configs use."""

@@ -33,5 +33,7 @@ def digests(tree: Any) -> dict[str, list[int]]:
   leaves = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
   # One small program for each shape, which parameters, averages and moments share: one for all
   # leaves would be compiled anew for every tree.
-  found = jax.device_get([_digest(leaf) for leaf in leaves.values()])
+  # And one after another: many programs that wait for each other's devices, all under way at once,
+  # can take every thread of XLA's CPU backend and never end.
+  found = [jax.device_get(_digest(leaf)) for leaf in leaves.values()]
   return {path: digest.tolist() for path, digest in zip(leaves, found, strict=True)}

@@ -1,6 +1,7 @@
 """The published models by name: every part's config, without weights."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 
@@ -34,6 +35,7 @@ ARCHITECTURES = {
 }
 
 
+@functools.cache
 def architecture_model(name: str, dtype=jnp.float32) -> TextToImage:
   """The model of that name without weights and tokenizers; nothing is allocated."""
   a = ARCHITECTURES[name]

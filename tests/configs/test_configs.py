@@ -16,6 +16,7 @@ from diffusion_jax.pipelines.directory import assemble
 from diffusion_jax.train.optimizer import make_optimizer
 from diffusion_jax.train.tasks.autoencoder import AutoencoderTask
 from diffusion_jax.train.tasks.clip import CLIPTask
+from diffusion_jax.train.tasks.finetune import abstract_parameters
 from diffusion_jax.train.tasks.toy import ToyTask
 from tests.tiny import ROOT
 
@@ -28,8 +29,14 @@ recipes = pytest.mark.parametrize(
 )
 
 
+def _shapes(config):
+  """Of the recipe's trainable parameters."""
+  if config.task == 'finetune':
+    return abstract_parameters(config.settings)
+  return jax.eval_shape(_initialize(config), jax.random.key(0))
+
+
 def _initialize(config):
-  """The function that makes the recipe's trainable parameters."""
   settings = config.settings
   if config.task == 'autoencoder':
     return AutoencoderTask(settings, None).initialize
@@ -43,7 +50,7 @@ def _initialize(config):
 @recipes
 def test_networks_and_optimizer_build_without_memory(path):
   config = parse(load_config(str(path)))
-  shapes = jax.eval_shape(_initialize(config), jax.random.key(0))
+  shapes = _shapes(config)
   optimizer = make_optimizer(config.optimizer, shapes, config.loop.total_steps)
   state = jax.eval_shape(optimizer.init, shapes)
   assert sum(x.size for x in jax.tree.leaves(state)) >= 2 * sum(x.size for x in shapes.values())

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.data.transforms import TRANSFORMS, apply, build_transforms
+from diffusion_jax.data.transforms import TRANSFORMS, apply, build_transforms, edges
 from diffusion_jax.errors import UserError
 
 IMAGE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
@@ -159,3 +159,22 @@ def test_every_transform_is_frozen_and_says_whether_it_is_random():
   for name, made in TRANSFORMS.items():
     assert made.random == (name.startswith('random') or name == 'choose_caption')
     assert made.__dataclass_params__.frozen
+
+
+def test_edges_are_where_brightness_steps():
+  """Sobel's gradient of a step is the same on its two sides and zero elsewhere."""
+  image = np.zeros((6, 8, 3), np.uint8)
+  image[:, 4:] = 90
+  wanted = np.zeros((6, 8), np.uint8)
+  wanted[:, 3:5] = 255
+  for found in (edges(image), edges(image.transpose(1, 0, 2)).transpose(1, 0, 2)):
+    assert found.shape == (6, 8, 3) and found.dtype == np.uint8
+    np.testing.assert_array_equal(found, np.repeat(wanted[..., None], 3, axis=-1))
+  assert not edges(np.full((4, 4, 3), 9, np.uint8)).any()
+  corner = np.zeros((5, 5, 3), np.uint8)
+  corner[2:, 2:] = 255
+  steepest = edges(corner)[..., 0]
+  assert steepest[1, 1] < steepest[2, 2] == steepest.max() == 255
+  record = build_transforms(['edges', 'normalize'])
+  out = apply(record, {'image': image}, np.random.default_rng(0))
+  np.testing.assert_array_equal(out['control'], edges(image))

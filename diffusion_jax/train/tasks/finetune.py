@@ -116,7 +116,7 @@ def abstract_parameters(config: FinetuneTaskConfig) -> Params:
   model = shown(architecture_model(config.architecture), config.inputs)
   trainable = make_trainable(config)
   trainable.adapted(model)
-  return jax.eval_shape(trainable.initialize, jax.random.key(0))
+  return trainable.shapes
 
 
 class FinetuneTask(DiffusionTask):
@@ -146,13 +146,12 @@ class FinetuneTask(DiffusionTask):
     return self.trainable.weights(params, frozen)
 
   def _told(self, weights: Weights, batch: dict, x0: Latents, key: jax.Array) -> Condition:
-    key_drop, key_mask = jax.random.split(key)
-    told = super()._told(weights, batch, x0, key_drop)
+    told = super()._told(weights, batch, x0, key)
     if 'control' in batch:
       ones = jnp.ones(len(x0), jnp.float32)
       told = told._replace(control=batch['control'] / jnp.float32(255), strength=ones)
     if self.config.inputs == 'inpaint':
-      masks = random_masks(key_mask, batch['image'].shape[:3])
+      masks = random_masks(jax.random.fold_in(key, 1), batch['image'].shape[:3])
       image = inpainting_image(self.model, weights['autoencoder'], batch['image'], masks)
       told = told._replace(image=image)
     return told

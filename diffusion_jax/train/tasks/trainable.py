@@ -34,6 +34,10 @@ class Trainable(Protocol):
   def adapted(self, model: TextToImage) -> TextToImage:
     """The model with room for the trained parameters; before anything else is asked."""
 
+  @property
+  def shapes(self) -> Params:
+    """Of the trained parameters, without making them."""
+
   def initialize(self, key: jax.Array) -> Params:
     """Fresh parameters; pure."""
 
@@ -56,6 +60,10 @@ class WholeUNet:
   def adapted(self, model: TextToImage) -> TextToImage:
     self.model = model
     return model
+
+  @property
+  def shapes(self) -> Params:
+    return self.model.unet.shapes
 
   def initialize(self, key: jax.Array) -> Params:
     return self.model.unet.initialize(key)
@@ -102,6 +110,10 @@ class Adapters:
     self.network = with_lora(model.unet, self.sizes)
     return dataclasses.replace(model, unet=self.network)
 
+  @property
+  def shapes(self) -> Params:
+    return {n: p for n, p in self.network.shapes.items() if is_lora(n)}
+
   def initialize(self, key: jax.Array) -> Params:
     return {n: p for n, p in self.network.initialize(key).items() if is_lora(n)}
 
@@ -127,6 +139,10 @@ class Control:
     found = controlnet_config(model, self.source) if self.source else _new_controlnet(model)
     self.network = Network.of(ControlNet, found, **model.unet.options)
     return dataclasses.replace(model, controlnet=self.network)
+
+  @property
+  def shapes(self) -> Params:
+    return self.network.shapes
 
   def initialize(self, key: jax.Array) -> Params:
     return self.network.initialize(key)
@@ -171,6 +187,8 @@ class PlaceholderConfig:
   def __post_init__(self):
     if self.vectors < 1 or not self.token.strip() or '/' in self.token:
       raise UserError('settings.placeholder needs a token without / and at least one vector.')
+    if not self.initializer.strip():
+      raise UserError('settings.placeholder.initializer is empty; name a word of the same kind.')
 
 
 class Words:
@@ -190,6 +208,10 @@ class Words:
     """Role -> name of its embedding table and the width of a row."""
     return {role: embedding_table(network)[:2] for role, network in self.text.networks.items()}
 
+  @property
+  def shapes(self) -> Params:
+    return jax.eval_shape(self.initialize, jax.random.key(0))
+
   def initialize(self, key: jax.Array) -> Params:
     draw = lambda width: 0.02 * jax.random.normal(key, (self.config.vectors, width))
     return {f'{role}.embedding': draw(width) for role, (_, width) in self._tables().items()}
@@ -199,8 +221,6 @@ class Words:
     pairs = zip(self._tables().items(), self.text.tokenizers, strict=True)
     for (role, (name, _)), tokenizer in pairs:
       ids = tokenizer(self.config.initializer, add_special_tokens=False)['input_ids']
-      if not ids:
-        raise UserError('settings.placeholder.initializer is empty; name a word of the same kind.')
       table = to_host(frozen[role][name]).astype(np.float32)
       rows[f'{role}.embedding'] = table[[ids[i % len(ids)] for i in range(self.config.vectors)]]
     return put_params(rows, mesh)

@@ -1,0 +1,101 @@
+"""The recipes for fine-tuning at full size, without memory for it, and docs/finetuning.md."""
+
+import re
+
+import pytest
+
+from diffusion_jax.build import load_config, parse
+from diffusion_jax.models.functional import count
+from diffusion_jax.pipelines.architectures import ARCHITECTURES, architecture_model
+from diffusion_jax.train.tasks.finetune import abstract_parameters
+from tests.tiny import ROOT
+
+RECIPES = ROOT / 'configs' / 'finetune'
+NAMES = sorted(path.stem for path in RECIPES.glob('*.py') if path.stem not in ('__init__', 'base'))
+TEXT = (ROOT / 'docs' / 'finetuning.md').read_text()
+
+AUTOENCODER, CLIP_L, OPENCLIP_H, BIGG = 83_653_863, 123_060_480, 340_387_840, 694_659_840
+SD1 = {'unet': 859_520_964, 'autoencoder': AUTOENCODER, 'text_encoder': CLIP_L}
+NETWORKS = {
+  'sd15': SD1, 'sd15_inpaint': SD1 | {'unet': 859_535_364},
+  'sd21_base': {'unet': 865_910_724, 'autoencoder': AUTOENCODER, 'text_encoder': OPENCLIP_H},
+  'sd21': {'unet': 865_910_724, 'autoencoder': AUTOENCODER, 'text_encoder': OPENCLIP_H},
+  'sdxl': {'unet': 2_567_463_684, 'autoencoder': AUTOENCODER, 'text_encoder': CLIP_L,
+           'text_encoder_2': BIGG},
+}
+
+
+def lora(rank: int, blocks: dict[int, int], text: int) -> int:
+  """rank (i + o) for six square projections of each transformer block, and two from the text."""
+  return sum(n * rank * (6 * (c + c) + 2 * (text + c)) for c, n in blocks.items())
+
+
+TRAINED = {
+  'sd15': 859_520_964, 'sd21': 865_910_724, 'sdxl': 2_567_463_684, 'dreambooth': 859_520_964,
+  'inpainting': 859_535_364, 'controlnet': 361_279_120, 'textual_inversion': 1 * 768,
+  # Blocks by width: two going down and three going up at a level, each of its depth, and the mid.
+  'lora': lora(4, {320: 5, 640: 5, 1280: 5 + 1}, 768),
+  'sdxl_lora': lora(4, {640: 5 * 2, 1280: 5 * 10 + 10}, 2048),
+}
+
+
+@pytest.fixture(scope='module')
+def configs():
+  return {name: parse(load_config(str(RECIPES / f'{name}.py'))) for name in NAMES}
+
+
+@pytest.fixture(scope='module')
+def trained(configs):
+  """Recipe -> number of parameters that it trains."""
+  return {name: count(abstract_parameters(config.settings)) for name, config in configs.items()}
+
+
+def test_trained_parameters_are_the_published_ones(trained):
+  assert trained == TRAINED
+  assert TRAINED['lora'] == 797_184  # As diffusers' example prints.
+
+
+@pytest.mark.parametrize('name', ARCHITECTURES)
+def test_every_network_of_an_architecture_is_the_published_one(name):
+  model = architecture_model(name)
+  assert {role: count(network.shapes) for role, network in model.networks.items()} == NETWORKS[name]
+  assert model.image_size == {'sd21': 768, 'sdxl': 1024}.get(name, 512)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_recipe_fits_its_architecture(name, configs):
+  config = configs[name]
+  model = architecture_model(config.settings.architecture)
+  assert config.data.size == model.image_size
+  assert config.settings.objective.prediction == model.prediction
+  config.settings.sample.check(model.schedule, model.prediction)
+  assert config.settings.model == '' and config.data.dataset.startswith('folder:')
+
+
+def gigabytes(config, trained: int) -> float:
+  """Parameters, gradients, two moments of Adam, and the average, in float32; and what is frozen."""
+  networks = dict(NETWORKS[config.settings.architecture])
+  if config.settings.train == 'unet':
+    del networks['unet']
+  copies = 4 + (config.loop.ema_halflife_images > 0)
+  frozen = sum(networks.values()) * (2 if config.dtype == 'bfloat16' else 4)
+  return (4 * copies * trained + frozen) / 1e9
+
+
+def test_the_table_in_the_docs_is_true(configs, trained):
+  rows = dict(re.findall(r'^\| `configs/finetune/(\w+)\.py` \|.*?\| ([^|]+\|[^|]+) \|$', TEXT,
+                         flags=re.MULTILINE))
+  wanted = {
+    name: f'{trained[name]:,} | {gigabytes(configs[name], trained[name]):.1f} GB' for name in NAMES
+  }
+  assert rows == wanted
+
+
+def test_every_command_in_the_docs_names_files_and_keys_that_exist(configs):
+  commands = re.findall(r'diffusion_jax train --config configs/finetune/(\w+)\.py(.*?)\n(?!  )',
+                        TEXT, flags=re.DOTALL)
+  assert {name for name, _ in commands} == set(NAMES)
+  for name, rest in commands:
+    changes = re.findall(r"--config\.[\w.]+=(?:'[^']*'|\S+)", rest)
+    assert changes
+    load_config(str(RECIPES / f'{name}.py'), [change.replace("'", '') for change in changes])

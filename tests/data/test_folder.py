@@ -1,0 +1,95 @@
+"""Folders of pictures: captions, sizes, splits, and what is wrong with them by name."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax.data.folder import Together, open_folder
+from diffusion_jax.errors import UserError
+
+
+def picture(path, width=8, height=8, **options):
+  pixels = np.zeros((height, width, 3), np.uint8)
+  pixels[:, : width // 2] = 200
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.fromarray(pixels).save(path, **options)
+
+
+def test_captions_come_from_beside_from_the_list_or_for_all(tmp_path):
+  for name in ('a.png', 'b.jpg', 'c.webp', 'd.txt.png'):
+    picture(tmp_path / name)
+  picture(tmp_path / '.e.png.1.tmp.png')  # Being written.
+  (tmp_path / 'a.txt').write_text('an apple\n\n a red apple \n')
+  rows = [{'file_name': 'a.png', 'text': 'no'}, {'file_name': 'b.jpg', 'text': 'a boat'}]
+  (tmp_path / 'metadata.jsonl').write_text('\n'.join(map(json.dumps, rows)) + '\n\n')
+  train, test = open_folder(f'folder:{tmp_path}', 4, 'a thing\nthe thing')
+  found = {train[i]['id']: train[i]['captions'] for i in range(len(train))}
+  both = ['a thing', 'the thing']
+  assert found == {
+    'a': ['an apple', 'a red apple'], 'b': ['a boat'], 'c': both, 'd.txt': both
+  }
+  assert len(test) == 4 and test[-1]['id'] == 'd.txt'
+  with pytest.raises(IndexError):
+    train[4]
+
+
+def test_splits_are_folders(tmp_path):
+  picture(tmp_path / 'train' / 'a.png')
+  picture(tmp_path / 'test' / 'b.png')
+  assert [s[0]['id'] for s in open_folder(f'folder:{tmp_path}', 4, 'x')] == ['a', 'b']
+
+
+def test_sizes_are_of_the_file_and_of_the_square_in_it(tmp_path):
+  picture(tmp_path / 'a.png', width=40, height=16)
+  picture(tmp_path / 'b.png', width=8, height=24)
+  turned = Image.Exif()
+  turned[0x0112] = 6  # Lying on its side.
+  picture(tmp_path / 'c.jpg', width=40, height=16, exif=turned)
+  source, _ = open_folder(f'folder:{tmp_path}', 8, 'x')
+  assert source[0]['sizes'].tolist() == [16, 40, 0, 6, 8, 8]
+  assert source[1]['sizes'].tolist() == [24, 8, 8, 0, 8, 8]
+  assert source[2]['sizes'].tolist() == [40, 16, 6, 0, 8, 8]
+  image = source[0]['image']
+  assert image.shape == (8, 8, 3) and image.dtype == np.uint8
+  assert image[4, 1, 0] > 190 and image[4, 6, 0] < 10
+
+
+@pytest.mark.parametrize(('name', 'content', 'message'), [
+  (None, None, r'has no picture \(.png'),
+  ('a.png', None, r'a.png has no caption; write a.txt beside it'),
+  ('metadata.jsonl', b'{"file_name": "a.png"}', r'metadata.jsonl cannot be read'),
+  ('metadata.jsonl', b'not json', r'metadata.jsonl cannot be read'),
+  ('a.txt', b'\xff\xfe', r'a.txt cannot be read'),
+  ('a.txt', b' \n', r'a.png has no caption'),
+])
+def test_what_is_wrong_is_named(tmp_path, name, content, message):
+  if name:
+    picture(tmp_path / 'a.png')
+  if content:
+    (tmp_path / name).write_bytes(content)
+  with pytest.raises(UserError, match=message):
+    open_folder(f'folder:{tmp_path}', 4)
+
+
+def test_a_damaged_picture_is_named_when_it_is_read(tmp_path):
+  (tmp_path / 'a.png').write_bytes(b'no picture')
+  source, _ = open_folder(f'folder:{tmp_path}', 4, 'x')
+  with pytest.raises(UserError, match=r'a.png cannot be read'):
+    source[0]
+
+
+def test_a_missing_folder_is_named(tmp_path):
+  with pytest.raises(UserError, match=r'there is no folder .*nowhere'):
+    open_folder(f'folder:{tmp_path / "nowhere"}', 4)
+
+
+def test_two_sources_in_turn():
+  """Means over one epoch are those of both sources, the shorter one over and over."""
+  both = Together([{'x': 1}, {'x': 2}], [{'x': 10}, {'x': 20}, {'x': 30}, {'x': 40}], 0.25)
+  rows = [both[i] for i in range(len(both))]
+  assert [row['x'] for row in rows] == [1, 10, 2, 20, 1, 30, 2, 40]
+  assert {row['weight'] for row in rows[::2]} == {2.0}
+  assert {row['weight'] for row in rows[1::2]} == {0.5}
+  assert np.mean([row['x'] * row['weight'] for row in rows]) == 1.5 + 0.25 * 25

@@ -1,0 +1,358 @@
+"""The recipes for fine-tuning, at a tiny size: what they begin with, change and write.
+
+sd15, sd21 and sdxl_lora are dreambooth, sdxl and lora with other numbers: see tests/configs.
+"""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import build
+from diffusion_jax.io.checkpoint import Checkpoints
+from diffusion_jax.io.tensors import read_tensors
+from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from diffusion_jax.parallel.sharding import shard_params, to_host
+from diffusion_jax.pipelines.adapters import add_controlnet, add_lora, add_words
+from diffusion_jax.pipelines.conditions import Inputs
+from diffusion_jax.pipelines.directory import load_text_to_image
+from diffusion_jax.train.tasks.diffusion import DiffusionTask
+from diffusion_jax.types import Condition
+from tests import tiny
+from tests.train.conftest import OF, RECIPES, one_device
+
+FULL = ('sdxl', 'inpainting', 'dreambooth')
+ADAPTERS = ('lora', 'controlnet', 'textual_inversion')
+LIKE = ('sd15', 'sd21', 'sdxl_lora')
+WEIGHTS = 'diffusion_pytorch_model.safetensors'
+each = pytest.mark.parametrize('recipe', (*FULL, *ADAPTERS))
+
+
+def test_every_recipe_is_tested():
+  found = {path.stem for path in RECIPES.glob('*.py')} - {'__init__', 'base'}
+  assert found == {*FULL, *ADAPTERS, *LIKE}
+
+
+@pytest.fixture(scope='module')
+def opened(tuned, arguments):
+  """opened(recipe): (Training of the run, parameters of its last checkpoint)."""
+  known = {}
+
+  def make(recipe):
+    if recipe not in known:
+      file, more = arguments(recipe, tuned(recipe))
+      with one_device():
+        training = build.build(build.load_config(file, more), str(tuned(recipe)))
+      shapes = jax.eval_shape(training.task.initialize, jax.random.key(0))
+      put = shard_params(shapes, training.mesh)
+      abstract = {
+        n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=put[n]) for n, s in shapes.items()
+      }
+      checkpoints = Checkpoints(training.directory.checkpoints, read_only=True)
+      known[recipe] = training, to_host(checkpoints.restore_params(4, abstract, ema=False))
+    return known[recipe]
+
+  return make
+
+
+@pytest.fixture(scope='module')
+def original(pipelines):
+  """original(recipe): the pipeline that it begins with, (model, weights)."""
+  return lambda recipe: load_text_to_image(str(pipelines / OF.get(recipe, 'sd')))[:2]
+
+
+def start_of(training):
+  """The parameters that a run begins with."""
+  key = jax.random.split(jax.random.key(training.loop.seed))[0]
+  params = training.task.start(training.mesh)
+  return to_host(jax.jit(training.task.initialize)(key) if params is None else params)
+
+
+def first_batch(training):
+  """What step 0 saw: (batch, key)."""
+  batch = next(training.loader)
+  key = jax.random.split(jax.random.key(training.loop.seed))[1]
+  return {n: batch[n] for n in training.task.batch_fields}, jax.random.fold_in(key, 0)
+
+
+@each
+def test_training_begins_with_the_pretrained_model(recipe, opened, original, tuned):
+  """The first loss is that of the plain task: what is added begins without effect."""
+  training, _ = opened(recipe)
+  model, weights = original(recipe)
+  batch, key = first_batch(training)
+  if recipe == 'textual_inversion':  # The new word begins as a copy of 'cat'.
+    cat, = model.text.tokenizers[0]('cat', add_special_tokens=False)['input_ids']
+    new = model.text.networks['text_encoder'].config.vocab_size
+    assert (batch['tokens'] == new).any(axis=(1, 2)).all()
+    batch['tokens'] = np.where(batch['tokens'] == new, cat, batch['tokens'])
+  unet = weights.pop('unet')
+  plain = DiffusionTask(training.task.config, model, weights, None, None)
+  loss, _ = jax.jit(plain.loss)(unet, plain.frozen, {}, batch, key, 0)
+  np.testing.assert_allclose(tiny.metrics(tuned(recipe))[1]['loss'], loss, rtol=1e-5)
+
+
+@each
+def test_what_is_trained_changes_and_nothing_else(recipe, opened, pipelines, tuned):
+  training, params = opened(recipe)
+  start = start_of(training)
+  shapes = training.task.trainable.shapes
+  assert {n: (p.shape, p.dtype) for n, p in start.items()} == {
+    n: (p.shape, p.dtype) for n, p in shapes.items()
+  }
+  assert start.keys() == params.keys()
+  assert not [name for name in start if np.array_equal(start[name], params[name])]
+  source, folder = pipelines / OF.get(recipe, 'sd'), tuned(recipe) / 'model'
+  if recipe in FULL:
+    before, after = tiny.snapshot(source), tiny.snapshot(folder)
+    assert set(after) - set(before) == {'README.md'}
+    changed = {name for name in before if before[name] != after[name]}
+    configs = {'unet/config.json'} if recipe == 'inpainting' else set()
+    assert changed == {f'unet/{WEIGHTS}', *configs}
+  for role, values in training.task.frozen.items():
+    if role != 'null':
+      read = load_text_to_image(str(source))[1][role]
+      assert all(np.array_equal(read[name], values[name]) for name in read)
+
+
+def exported(recipe, folder, original):
+  """(model, weights) from what a run has written, as a user would load it."""
+  if recipe in FULL:
+    return load_text_to_image(str(folder))[:2]
+  model, weights = original(recipe)
+  if recipe == 'controlnet':
+    return add_controlnet(model, weights, str(folder))
+  if recipe == 'textual_inversion':
+    return model, add_words(model, weights, str(folder))
+  return model, add_lora(model, weights, str(folder))
+
+
+@pytest.mark.parametrize('recipe', [*FULL, 'controlnet', 'textual_inversion'])
+def test_what_is_written_is_the_whole_trained_model(recipe, opened, original, tuned):
+  training, params = opened(recipe)
+  model, weights = exported(recipe, tuned(recipe) / 'model', original)
+  task = training.task
+  wanted = task.weights(params, {r: p for r, p in task.frozen.items() if r != 'null'})
+  assert weights.keys() == wanted.keys()
+  for role, values in wanted.items():
+    assert weights[role].keys() == values.keys()
+    assert all(np.array_equal(weights[role][name], value) for name, value in values.items()), role
+    assert model.networks[role].config == task.model.networks[role].config
+  prompt = ['a <concept>' if recipe == 'textual_inversion' else 'a cat']
+  np.testing.assert_array_equal(model.tokens(prompt), task.model.tokens(prompt))
+
+
+def output(model, weights, told):
+  x = np.random.default_rng(3).normal(size=(2, *model.latent_shape)).astype(np.float32)
+  t = np.array([100, 700], np.int32)
+  return jax.jit(lambda weights, x, told: model.network(weights)(x, t, told))(weights, x, told)
+
+
+def random_text(model):
+  shape = (2, model.text.length, model.text.width)
+  return Condition(np.random.default_rng(4).normal(size=shape).astype(np.float32))
+
+
+@pytest.mark.parametrize('file', ['pytorch_lora_weights', 'kohya'])
+def test_merged_adapters_compute_as_those_that_were_trained(file, opened, original, tuned):
+  training, params = opened('lora')
+  model, before = original('lora')
+  path = tuned('lora') / 'model' / f'{file}.safetensors'
+  found = output(model, add_lora(model, before, str(path)), random_text(model))
+  task = training.task
+  wanted = output(task.model, task.weights(params, task.frozen), random_text(model))
+  np.testing.assert_allclose(found, wanted, atol=2e-5 * float(jnp.abs(wanted).max()))
+  assert np.abs(np.asarray(found) - output(model, before, random_text(model))).max() > 1e-3
+
+
+def test_going_on_after_a_stop_is_exact(tuned, resumed):
+  recipe = 'textual_inversion'
+  wanted = tiny.snapshot(tuned(recipe) / 'model')
+  found = tiny.snapshot(resumed(recipe) / 'model')
+  assert found.keys() == wanted.keys()
+  assert not [n for n in wanted if n != 'README.md' and found[n] != wanted[n]]
+
+
+def test_the_loss_falls(opened):
+  training, params = opened('dreambooth')
+  batch, key = first_batch(training)
+  task = training.task
+  loss = jax.jit(lambda params: task.loss(params, task.frozen, {}, batch, key, 0)[0])
+  assert float(loss(params)) < 0.95 * float(loss(start_of(training)))
+
+
+def test_a_run_can_be_sampled(tuned, command, tmp_path):
+  run = tuned('textual_inversion')
+  assert command('sample', '--workdir', run, '--out', tmp_path, '--prompt', 'a <concept>') == 0
+  assert (tmp_path / 'grid.png').is_file()
+
+
+def test_new_input_channels_begin_without_effect(opened, original):
+  training, _ = opened('inpainting')
+  plain, before = original('inpainting')
+  whole = training.task.weights(start_of(training), training.task.frozen)
+  image = np.random.default_rng(5).uniform(size=(2, 8, 8, 5)).astype(np.float32)
+  wanted = output(plain, before, random_text(plain))
+  found = output(training.task.model, whole, random_text(plain)._replace(image=image))
+  assert whole['unet']['conv_in.kernel'].shape[2] == 9
+  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_mask_and_the_rest_of_the_picture_are_shown(opened):
+  """Channels: the mask, then the latents of the picture, grey where the mask is."""
+  training, params = opened('inpainting')
+  task = training.task
+  batch, key = first_batch(training)
+  weights = task.weights(params, task.frozen)
+  tell = jax.jit(lambda weights, batch: task._told(weights, batch, None, key))
+  image = np.asarray(tell({**weights, 'null': task.frozen['null']}, batch).image)
+  mask = image[..., 0]
+  assert image.shape == (8, 8, 8, 5) and set(np.unique(mask)) <= {0.0, 1.0}
+  whole = mask.all(axis=(1, 2))
+  assert (whole < 1).any() and mask.any(axis=(1, 2)).all()
+  blank = jax.jit(task.model.encode)(weights['autoencoder'], jnp.zeros((1, 16, 16, 3)))
+  for i in np.flatnonzero(whole):
+    np.testing.assert_allclose(image[i, ..., 1:], blank[0], atol=1e-5)
+
+
+def test_xl_is_told_sizes_and_drops_the_pooled_text_too(opened, monkeypatch):
+  training, params = opened('sdxl')
+  task = training.task
+  batch, key = first_batch(training)
+  weights = task.weights(params, task.frozen)
+  monkeypatch.setattr(task, 'config', dataclasses.replace(task.config, caption_dropout=1.0))
+  told = jax.jit(lambda batch: task._told(weights, batch, None, key))(batch)
+  for name in ('text', 'pooled'):
+    null = task.frozen['null'][f'{name}.bias']
+    np.testing.assert_array_equal(getattr(told, name), np.broadcast_to(null, (8, *null.shape)))
+    assert not null.any()  # As XL was trained: the empty text is zeros.
+  np.testing.assert_array_equal(told.sizes, batch['sizes'])
+  assert len(np.unique(batch['sizes'][:, 0])) > 4 and (batch['sizes'][:, 4:] == 16).all()
+  told = jax.tree.map(lambda x: x[:2], told)
+  out = [np.asarray(output(task.model, weights, told._replace(sizes=told.sizes + change)))
+         for change in (0, 5)]
+  assert np.abs(out[0] - out[1]).max() > 1e-4
+
+
+def test_the_prior_s_loss_is_added_with_its_weight(opened):
+  """An even batch: the mean of the weighted losses is mean(subject) + 0.5 mean(class)."""
+  training, params = opened('dreambooth')
+  task, source = training.task, training.loader
+  batch, key = first_batch(training)
+  batch['weight'] = np.array([2, 1] * 4, np.float32)
+  losses = jax.jit(lambda b: task.losses(params, task.frozen, {}, b, key).loss)
+  weighted = np.asarray(losses(batch))
+  plain = np.asarray(losses(batch | {'weight': np.ones(8, np.float32)}))
+  np.testing.assert_allclose(
+    weighted.mean(), plain[::2].mean() + 0.5 * plain[1::2].mean(), rtol=1e-5
+  )
+  seen = [w for _ in range(4) for w in next(source)['weight']]
+  assert set(seen) == {2.0, 1.0}
+
+
+def test_only_the_new_row_of_the_table_is_trained(opened, tuned, original):
+  training, params = opened('textual_inversion')
+  assert {n: p.shape for n, p in params.items()} == {'text_encoder.embedding': (1, 8)}
+  rows = read_tensors(tuned('textual_inversion') / 'model' / 'learned_embeds.safetensors')
+  np.testing.assert_array_equal(rows['<concept>'], params['text_encoder.embedding'])
+  table = 'text_model.embeddings.token_embedding.embedding'
+  before = original('textual_inversion')[1]['text_encoder'][table]
+  task = training.task
+  whole = task.weights(params, task.frozen)['text_encoder']
+  np.testing.assert_array_equal(whole[table], before)
+
+
+def test_what_is_missing_of_the_prior_is_drawn(opened, pipelines, tuned, tmp_path, monkeypatch):
+  from diffusion_jax.train.tasks import prior
+
+  task = opened('dreambooth')[0].task
+  drawn = tuned('dreambooth').parent / 'class'
+  names = [f'{i:05d}.png' for i in range(8)]
+  assert sorted(path.name for path in drawn.iterdir()) == names
+  for i in (0, 1, 2):  # Drawing that stopped after three goes on to the same pictures.
+    (tmp_path / names[i]).write_bytes((drawn / names[i]).read_bytes())
+  config = task.config.prior
+  changed = type(config)(str(tmp_path), config.prompt, 8, config.weight)
+  monkeypatch.setattr(task, 'config', dataclasses.replace(task.config, prior=changed))
+  mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+  assert len(prior.draw_prior(task, mesh)) == 8
+  assert tiny.snapshot(tmp_path) == tiny.snapshot(drawn)
+  monkeypatch.setattr(task.model.__class__, 'generate', None)  # Nothing is left to draw.
+  assert len(prior.draw_prior(task, mesh)) == 8
+
+
+@pytest.mark.parametrize('recipe', ['controlnet', 'inpainting'])
+def test_training_starts_on_shards(recipe, opened):
+  task, mesh = opened(recipe)[0].task, make_mesh(MeshConfig(data=1, fsdp=8))
+  params = task.start(mesh)
+  assert {n: p.sharding for n, p in params.items()} == shard_params(params, mesh)
+  wanted = start_of(opened(recipe)[0])
+  assert all(np.array_equal(value, wanted[name]) for name, value in to_host(params).items())
+
+
+def test_previews_are_drawn_from_pictures(opened):
+  for recipe, names in (('controlnet', {'control'}), ('inpainting', {'images', 'masks'})):
+    task = opened(recipe)[0].task
+    inputs = task.preview_inputs()
+    assert isinstance(inputs, Inputs) and set(inputs.rows(task.model, 1)) - {'strength'} == names
+
+
+@pytest.mark.parametrize('recipe', ['sdxl', 'inpainting'])
+def test_diffusers_opens_what_was_exported(recipe, tuned):
+  diffusers = pytest.importorskip('diffusers')
+  name = {'sdxl': 'StableDiffusionXLPipeline', 'inpainting': 'StableDiffusionInpaintPipeline'}
+  kind = getattr(diffusers, name[recipe])
+  pipe = kind.from_pretrained(str(tuned(recipe) / 'model'), local_files_only=True)
+  stored = read_tensors(tuned(recipe) / 'model' / 'unet' / WEIGHTS)
+  theirs = pipe.unet.state_dict()
+  assert stored.keys() == theirs.keys()
+  assert all(np.array_equal(value, theirs[n].numpy()) for n, value in stored.items())
+
+
+@pytest.mark.parametrize(('recipe', 'changes', 'message'), [
+  ('sd15', {'settings.model': ''}, 'settings.model is empty'),
+  ('sd15', {'settings.model': 'nowhere'}, 'nowhere is no text-to-image model'),
+  ('sd21', {}, "objective.prediction is 'v_prediction', but"),
+  ('sd15', {'settings.architecture': 'sd99'}, "settings.architecture is 'sd99'; choose one of"),
+  ('sd15', {'settings.train': 'all'}, "settings.train is 'all'; choose one of unet, lora"),
+  ('sd15', {'settings.inputs': 'depth'}, "settings.inputs is 'depth'; choose one of none, inpaint"),
+  ('lora', {'settings.train': 'unet'}, 'settings.lora has no effect on settings.train unet'),
+  ('lora', {'settings.inputs': 'inpaint'}, "settings.inputs is 'inpaint', but"),
+  ('lora', {'settings.lora.rank': 0}, 'lora.rank is 0'),
+  ('controlnet', {'settings.cache': True}, 'settings.cache keeps latents and texts alone'),
+  ('controlnet', {'loop.evaluate_samples': 16}, 'set evaluate_samples 0'),
+  ('dreambooth', {'settings.cache': True}, 'settings.cache does not know whose picture'),
+  ('dreambooth', {'settings.prior.prompt': ''}, 'settings.prior needs a prompt'),
+  ('textual_inversion', {'settings.placeholder.token': 'cat</w>'}, 'without /'),
+  ('textual_inversion', {'settings.placeholder.token': 'a'}, 'already has the token a'),
+  ('textual_inversion', {'settings.placeholder.initializer': ''}, 'initializer is empty'),
+  ('sd15', {'data.size': 32}, 'set data.size to 16.'),
+  ('sd15', {'data.dataset': 'folder:nowhere'}, 'there is no folder nowhere'),
+])
+def test_settings_that_cannot_work_are_refused(
+  recipe, changes, message, arguments, fails, tmp_path
+):
+  file, more = arguments(recipe, tmp_path / 'run', **changes)
+  line = fails('train', '--config', file, '--workdir', tmp_path / 'run', '--quiet', *more)
+  assert message in line
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_model_of_another_architecture_is_refused(pipelines):
+  from diffusion_jax.train.tasks.finetune import FinetuneTaskConfig, make_finetune_task
+
+  config = FinetuneTaskConfig(
+    model=str(pipelines / 'sd'), architecture='sd15', preview_captions=('a cat',)
+  )
+  with pytest.raises(build.UserError, match=r"the unet of .* is not that of sd15; set settings"):
+    make_finetune_task(config, None, None, make_mesh(MeshConfig()), jnp.float32)
+
+
+def test_a_run_s_card_names_it(tuned):
+  card = (tuned('lora') / 'model' / 'README.md').read_text()
+  assert card.startswith('# Fine-tuned text-to-image model (folder:')
+  status = json.loads((tuned('lora') / 'status.json').read_text())
+  assert status['state'] == 'finished'
