@@ -77,6 +77,8 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
                       help='of a model that edits a picture: how closely to keep to it; 1 is none')
   parser.add_argument('--clip_skip', type=int, metavar='N',
                       help='layers of the text encoder to leave out at the end')
+  parser.add_argument('--decoding', metavar='HOW', help='whole, or with less memory sliced (image '
+                      'by image) or tiled (for large images)')
   parser.add_argument('--seed', type=int, default=0, metavar='S', help='random seed (default: 0)')
   parser.add_argument('--batch', type=int, default=16, metavar='N',
                       help='images drawn at a time (default: 16); does not change the images')

@@ -28,6 +28,9 @@ from diffusion_jax.types import Condition
 Option = bool | int | float | str
 """The value of a sampler's option."""
 
+DECODINGS = ('whole', 'sliced', 'tiled')
+"""How latents become images: a batch at once, image by image, or in overlapping tiles."""
+
 THRESHOLDS = ('none', 'static', 'dynamic')
 
 PLACES = ('steps_offset', 'drop_last', 'fractional', 'set_alpha_to_one')
@@ -57,7 +60,8 @@ class Program(NamedTuple):
   """What is compiled.
 
   guided, image_guided: whether there is guidance by the text, and by the picture that is edited.
-  everywhere: whether at all noise levels. options: the sampler's, as pairs.
+  everywhere: whether at all noise levels. decoding: one of DECODINGS. options: the sampler's, as
+  pairs.
   """
 
   sampler: str
@@ -66,6 +70,7 @@ class Program(NamedTuple):
   everywhere: bool
   threshold: str
   clip_skip: int = 0
+  decoding: str = 'whole'
   options: tuple[tuple[str, Option], ...] = ()
 
   def guide(
@@ -106,7 +111,8 @@ class SampleConfig:
   set_alpha_to_one: of `sampling_grid`, as the schedulers of diffusers place their steps.
   image_guidance: of a model that edits a picture, the scale for that (Brooks et al. 2023, s_I).
   clip_skip: layers of the text encoder that are left out at the end for the prompt, beside those
-  that the model leaves out anyway; as in diffusers, the negative prompt keeps them.
+  that the model leaves out anyway; as in diffusers, the negative prompt keeps them. decoding: one
+  of DECODINGS; sliced and tiled take less memory, and tiled changes colours a little.
   """
 
   sampler: str = 'dpmpp_2m'
@@ -125,6 +131,7 @@ class SampleConfig:
   set_alpha_to_one: bool = True
   image_guidance: float = 1.0
   clip_skip: int = 0
+  decoding: str = 'whole'
 
   def check(self, schedule: Schedule, prediction: str) -> None:
     """Raises a UserError for what cannot be sampled."""
@@ -144,6 +151,10 @@ class SampleConfig:
       raise UserError(
         f'threshold_limit is {self.threshold_limit}; give a number above 0, in standard deviations '
         'of the latents.'
+      )
+    if self.decoding not in DECODINGS:
+      raise UserError(
+        f'decoding {self.decoding!r} is unknown; choose one of {", ".join(DECODINGS)}.'
       )
     if self.clip_skip < 0:
       raise UserError(f'clip_skip is {self.clip_skip}; give a number of layers, 0 for none.')
@@ -172,7 +183,8 @@ class SampleConfig:
     everywhere = not (guided or edited) or self.guidance_interval == (0.0, None)
     options = tuple(sorted(self.options.items()))
     return Program(
-      self.sampler, guided, edited, everywhere, self.threshold, self.clip_skip, options
+      self.sampler, guided, edited, everywhere, self.threshold, self.clip_skip, self.decoding,
+      options,
     )
 
   def _grid(self, schedule: Schedule) -> Grid:
@@ -200,7 +212,7 @@ class SampleConfig:
     """Name -> value of what has an effect, for a picture's metadata."""
     names = ['sampler', 'steps', 'spacing', 'guidance']
     default, guided = SampleConfig(), self.program.guided or self.program.image_guided
-    later = ('options', *PLACES, 'image_guidance', 'clip_skip')
+    later = ('options', *PLACES, 'image_guidance', 'clip_skip', 'decoding')
     names += [name for name in later if getattr(self, name) != getattr(default, name)]
     names += ['guidance_rescale'] * (guided and self.guidance_rescale != 0)
     names += ['guidance_interval'] * (not self.program.everywhere)

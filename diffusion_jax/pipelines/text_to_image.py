@@ -17,6 +17,7 @@ from diffusion_jax.diffusion.samplers import initial_noise, sampler
 from diffusion_jax.diffusion.schedules import Schedule
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.functional import Network
+from diffusion_jax.models.tiling import decode_sliced, decode_tiled
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.models.unet_config import UNetConfig
 from diffusion_jax.parallel.sharding import in_batches, put_params
@@ -28,6 +29,12 @@ from diffusion_jax.types import Condition, Images, Latents, Params, Tokens, Weig
 from diffusion_jax.viz.grids import to_uint8
 
 __all__ = ['SampleConfig', 'TextToImage', 'Weights', 'fold', 'unfold']
+
+
+DECODERS = {
+  'whole': lambda autoencoder, z: autoencoder.decode(z), 'sliced': decode_sliced,
+  'tiled': decode_tiled,
+}
 
 
 def fold(x: Latents, patch: int) -> Latents:
@@ -162,11 +169,11 @@ class TextToImage:
     mean, _ = self.autoencoder.bind(autoencoder).encode(images)
     return self.latents(mean.astype(jnp.float32))
 
-  def decode(self, autoencoder: Params, latents: Latents) -> Images:
-    """What the U-Net sees -> images [b h w 3] in [-1, 1]."""
+  def decode(self, autoencoder: Params, latents: Latents, how: str = 'whole') -> Images:
+    """What the U-Net sees -> images [b h w 3] in [-1, 1]; `how` is one of `sampling.DECODINGS`."""
     config = self.autoencoder.config
     z = unfold(latents, self.latent_patch_size) / config.scaling_factor + config.shift_factor
-    images = self.autoencoder.bind(autoencoder).decode(z)
+    images = DECODERS[how](self.autoencoder.bind(autoencoder), z)
     return jnp.clip(images.astype(jnp.float32), -1.0, 1.0)
 
   def _texts(self, weights: Weights, rows: dict, clip_skip: int) -> tuple[Condition, Condition]:
@@ -187,7 +194,7 @@ class TextToImage:
     condition, negative, x = prepared(self, weights, condition, negative, rows, numbers.grid)
     keys = jax.random.wrap_key_data(rows['keys'])
     latents = self.sample_latents(weights, x, keys, condition, negative, program, numbers)
-    return self.decode(weights['autoencoder'], latents)
+    return self.decode(weights['autoencoder'], latents, program.decoding)
 
   def generate(
     self, weights: Weights, prompts: Sequence[str], config: SampleConfig, **how

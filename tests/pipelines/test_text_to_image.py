@@ -12,7 +12,9 @@ import pytest
 from diffusion_jax.diffusion.samplers import SAMPLERS
 from diffusion_jax.diffusion.schedules import ScheduleConfig
 from diffusion_jax.errors import UserError
+from diffusion_jax.models.tiling import decode_tiled
 from diffusion_jax.pipelines.directory import INDEX, assemble, load_text_to_image
+from diffusion_jax.pipelines.sampling import DECODINGS
 from diffusion_jax.pipelines.text_to_image import SampleConfig, fold, unfold
 from diffusion_jax.types import Condition
 from tests import tiny
@@ -42,6 +44,19 @@ def test_decoding_undoes_the_scaling_and_the_folding(parts, patch):
   np.testing.assert_allclose(latents[0, 0, 0, :4], scaled, rtol=1e-6)
   wanted = jnp.clip(autoencoder.decode(z), -1, 1)
   np.testing.assert_allclose(model.decode(frozen['autoencoder'], latents), wanted, atol=1e-5)
+
+
+def test_decoding_in_slices_and_tiles(parts):
+  model, frozen = assemble(tiny.UNET, **parts, schedule=ScheduleConfig(), prediction='epsilon')
+  params, rng = frozen['autoencoder'], np.random.default_rng(0)
+  z = rng.normal(size=(2, 4, 80, 4)).astype(np.float32)
+  whole, sliced, tiled = (model.decode(params, z, how) for how in DECODINGS)
+  np.testing.assert_allclose(sliced, whole, atol=1e-5)
+  by_hand = decode_tiled(model.autoencoder.bind(params), z / 0.8 + 0.1)
+  np.testing.assert_allclose(tiled, jnp.clip(by_hand, -1, 1), atol=1e-5)
+  assert 1e-4 < np.abs(tiled - whole).max()
+  with pytest.raises(UserError, match='whole, sliced, tiled'):
+    SampleConfig(decoding='half').check(model.schedule, 'epsilon')
 
 
 def test_a_network_of_unfolded_latents_is_refused(parts):
