@@ -51,7 +51,7 @@ def decode_tiled(autoencoder: Any, z: Latents, *, tile: int = 64, overlap: int =
 
 def _sliced(function: Callable, x: jax.Array, at_once: int) -> Any:
   require(at_once > 0, f'at_once must be positive, not {at_once}.')
-  b = x.shape[0]
+  x, b = jnp.asarray(x), x.shape[0]
   if b <= at_once:
     return function(x)
   parts = -(-b // at_once)
@@ -67,6 +67,7 @@ def _tiled(
   """`factors`: the size of a latent cell in the input and in the output."""
   require(0 <= 2 * overlap <= tile and tile > 0,
           f'overlap={overlap} must be at least 0 and at most half of tile={tile}.')
+  x = jnp.asarray(x)
   size, step = tile * factors[0], (tile - overlap) * factors[0]
   if max(x.shape[1:3]) <= size:
     return function(x)
