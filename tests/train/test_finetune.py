@@ -112,10 +112,11 @@ def test_what_is_trained_changes_and_nothing_else(recipe, opened, pipelines, tun
     changed = {name for name in before if before[name] != after[name]}
     configs = {'unet/config.json'} if recipe == 'inpainting' else set()
     assert changed == {f'unet/{WEIGHTS}', *configs}
+  read = load_text_to_image(str(source))[1]
+  assert {'autoencoder', 'text_encoder'} <= training.task.frozen.keys()
   for role, values in training.task.frozen.items():
     if role != 'null':
-      read = load_text_to_image(str(source))[1][role]
-      assert all(np.array_equal(read[name], values[name]) for name in read)
+      assert all(np.array_equal(value, values[name]) for name, value in read[role].items())
 
 
 def exported(recipe, folder, original):
@@ -156,16 +157,20 @@ def random_text(model):
   return Condition(np.random.default_rng(4).normal(size=shape).astype(np.float32))
 
 
-@pytest.mark.parametrize('file', ['pytorch_lora_weights', 'kohya'])
-def test_merged_adapters_compute_as_those_that_were_trained(file, opened, original, tuned):
+def test_merged_adapters_compute_as_those_that_were_trained(opened, original, tuned):
   training, params = opened('lora')
   model, before = original('lora')
-  path = tuned('lora') / 'model' / f'{file}.safetensors'
-  found = output(model, add_lora(model, before, str(path)), random_text(model))
-  task = training.task
+  folder, task = tuned('lora') / 'model', training.task
+  found = output(model, add_lora(model, before, str(folder)), random_text(model))
   wanted = output(task.model, task.weights(params, task.frozen), random_text(model))
   np.testing.assert_allclose(found, wanted, atol=2e-5 * float(jnp.abs(wanted).max()))
-  assert np.abs(np.asarray(found) - output(model, before, random_text(model))).max() > 1e-3
+  merged, kohya = (
+    add_lora(model, before, str(folder / f'{name}.safetensors'))['unet']
+    for name in ('pytorch_lora_weights', 'kohya')
+  )
+  assert all(np.array_equal(value, kohya[name]) for name, value in merged.items())
+  changed = {name for name, value in merged.items() if np.abs(value - before['unet'][name]).max()}
+  assert changed == {f'{name}.kernel' for name in task.trainable.sizes} and len(changed) == 8
 
 
 def test_going_on_after_a_stop_is_exact(tuned, resumed):
