@@ -11,8 +11,11 @@ from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from tests import tiny, tiny_pipeline
 
 RECIPES = tiny.ROOT / 'configs' / 'finetune'
-PIPELINES = {'sd': tiny_pipeline.SD, 'sdxl': tiny_pipeline.SDXL}
-OF = {'sdxl': 'sdxl'}
+PIPELINES = {
+  'sd': (tiny_pipeline.SD, 'epsilon'), 'sd_v': (tiny_pipeline.SD, 'v_prediction'),
+  'sdxl': (tiny_pipeline.SDXL, 'epsilon'),
+}
+OF = {'sdxl': 'sdxl', 'sdxl_lora': 'sdxl', 'sd21': 'sd_v'}
 """The pipeline that a recipe begins with; else 'sd'."""
 
 SMALL = {
@@ -37,8 +40,8 @@ def pipelines(once):
   """Folder with a pipeline for each of PIPELINES, and 'pictures' and 'subject' to train on."""
 
   def make(folder):
-    for name, parts in PIPELINES.items():
-      tiny_pipeline.write_tiny_pipeline(folder / name, parts)
+    for name, (parts, prediction) in PIPELINES.items():
+      tiny_pipeline.write_tiny_pipeline(folder / name, parts, prediction)
     tiny_pipeline.write_pictures(folder / 'pictures')
     tiny_pipeline.write_pictures(folder / 'subject', captions=False)
 

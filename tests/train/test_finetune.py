@@ -1,6 +1,6 @@
 """The recipes for fine-tuning, at a tiny size: what they begin with, change and write.
 
-sd15, sd21 and sdxl_lora are dreambooth, sdxl and lora with other numbers: see tests/configs.
+sd15, sd21 and sdxl_lora are dreambooth, sdxl and lora with other numbers, so they only train here.
 """
 
 import dataclasses
@@ -34,6 +34,20 @@ each = pytest.mark.parametrize('recipe', (*FULL, *ADAPTERS))
 def test_every_recipe_is_tested():
   found = {path.stem for path in RECIPES.glob('*.py')} - {'__init__', 'base'}
   assert found == {*FULL, *ADAPTERS, *LIKE}
+
+
+@pytest.mark.parametrize('recipe', LIKE)
+def test_recipes_like_the_others_train(recipe, tuned, pipelines):
+  workdir = tuned(recipe)
+  losses = [row['loss'] for row in tiny.metrics(workdir).values() if 'loss' in row]
+  assert len(losses) == 4 and np.isfinite(losses).all() and len(set(losses)) == 4
+  if recipe == 'sdxl_lora':
+    lora = read_tensors(workdir / 'model' / 'pytorch_lora_weights.safetensors')
+    assert all(np.abs(value).max() > 0 for value in lora.values())
+  else:
+    source = pipelines / OF.get(recipe, 'sd') / 'unet' / WEIGHTS
+    before, after = read_tensors(source), read_tensors(workdir / 'model' / 'unet' / WEIGHTS)
+    assert not [name for name in before if np.array_equal(before[name], after[name])]
 
 
 @pytest.fixture(scope='module')
