@@ -8,21 +8,16 @@ Stable Diffusion XL they number the blocks of the U-Net as single files do.
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from diffusion_jax.io.single_file.unet import ENDS, MLP, RESNET, SHORTCUT
+
 KOHYA = {
   'unet': ('lora_unet_',), 'text_encoder': ('lora_te_', 'lora_te1_'),
   'text_encoder_2': ('lora_te2_',),
 }
 """How the names of each role begin in kohya's files; lora_te1_ where there are two encoders."""
 
-_RESNET = {
-  'conv1': 'in_layers.2', 'time_emb_proj': 'emb_layers.1', 'conv2': 'out_layers.3',
-  'conv_shortcut': 'skip_connection',
-}
-_ENDS = {
-  'conv_in': 'input_blocks.0.0', 'time_embedding.linear_1': 'time_embed.0',
-  'time_embedding.linear_2': 'time_embed.2', 'add_embedding.linear_1': 'label_emb.0.0',
-  'add_embedding.linear_2': 'label_emb.0.2', 'conv_out': 'out.2',
-}
+_RESNET = RESNET | SHORTCUT
+_ENDS = ENDS | {f'add_embedding.{name}': stored for name, stored in MLP.items()}
 
 
 def layers(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

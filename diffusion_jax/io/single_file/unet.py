@@ -17,16 +17,16 @@ from diffusion_jax.models.checks import require
 Shapes = Mapping[str, tuple[int, ...]]
 
 PREFIX = 'model.diffusion_model.'
-_RESNET = {
+RESNET = {
   'norm1': 'in_layers.0', 'conv1': 'in_layers.2', 'time_emb_proj': 'emb_layers.1',
   'norm2': 'out_layers.0', 'conv2': 'out_layers.3',
 }
-_SHORTCUT = {'conv_shortcut': 'skip_connection'}
-_ENDS = {
+SHORTCUT = {'conv_shortcut': 'skip_connection'}
+ENDS = {
   'time_embedding.linear_1': 'time_embed.0', 'time_embedding.linear_2': 'time_embed.2',
   'conv_in': 'input_blocks.0.0', 'conv_norm_out': 'out.0', 'conv_out': 'out.2',
 }
-_MLP = {'linear_1': 'label_emb.0.0', 'linear_2': 'label_emb.0.2'}
+MLP = {'linear_1': 'label_emb.0.0', 'linear_2': 'label_emb.0.2'}
 _BIASED = ('norm1', 'norm2', 'norm3', 'attn1.to_out.0', 'attn2.to_out.0', 'ff.net.0.proj',
            'ff.net.2')
 _UNBIASED = tuple(f'attn{i}.to_{part}' for i in (1, 2) for part in 'qkv')
@@ -50,7 +50,7 @@ class Structure:
 
 def rules(structure: Structure) -> list[Rule]:
   """All rules of a U-Net, without the prefix."""
-  found = [rule for ours, theirs in _ENDS.items() for rule in same(ours, theirs)]
+  found = [rule for ours, theirs in ENDS.items() for rule in same(ours, theirs)]
   for block in (_labels, _down, _mid, _up):
     found += block(structure)
   return found
@@ -60,7 +60,7 @@ def _labels(structure: Structure) -> Iterator[Rule]:
   if structure.labels == 'class_table':
     yield from same('class_embedding', 'label_emb', ['weight'])
   elif structure.labels:
-    for ours, theirs in _MLP.items():
+    for ours, theirs in MLP.items():
       yield from same(f'{structure.labels}.{ours}', theirs)
 
 
@@ -109,7 +109,7 @@ def _skips(structure: Structure) -> list[int]:
 
 
 def _resnet(ours: str, theirs: str, shortcut: bool) -> Iterator[Rule]:
-  for name, stored in (_RESNET | (_SHORTCUT if shortcut else {})).items():
+  for name, stored in (RESNET | (SHORTCUT if shortcut else {})).items():
     yield from same(f'{ours}.{name}', f'{theirs}.{stored}')
 
 
