@@ -11,6 +11,22 @@ from diffusion_jax.models import functional
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
 
+def random_config(seed):
+  """Any small mixture of the options."""
+  rng = np.random.default_rng(seed)
+  levels = int(rng.integers(1, 4))
+  kinds = lambda *names: tuple(str(name) for name in rng.choice(names, levels))
+  return dict(
+    block_out_channels=tuple(int(c) for c in 4 * rng.integers(1, 4, levels)),
+    layers_per_block=int(rng.integers(1, 3)), norm_num_groups=int(rng.choice([1, 2, 4])),
+    latent_channels=int(rng.integers(1, 6)), mid_block_add_attention=bool(rng.integers(2)),
+    use_quant_conv=bool(rng.integers(2)), use_post_quant_conv=bool(rng.integers(2)),
+    down_block_types=kinds('DownEncoderBlock2D', 'AttnDownEncoderBlock2D'),
+    up_block_types=kinds('UpDecoderBlock2D', 'AttnUpDecoderBlock2D'),
+    scaling_factor=float(rng.uniform(0.1, 1)),
+  )
+
+
 CONFIGS = {
   'two levels': dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4),
   'three levels, one width': dict(
@@ -27,6 +43,7 @@ CONFIGS = {
     down_block_types=('DownEncoderBlock2D', 'AttnDownEncoderBlock2D'),
     up_block_types=('AttnUpDecoderBlock2D', 'UpDecoderBlock2D'), use_quant_conv=False,
   ),
+  **{f'random {seed}': random_config(seed) for seed in range(3)},
 }
 
 
