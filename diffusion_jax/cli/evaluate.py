@@ -141,7 +141,8 @@ def _open(args: argparse.Namespace, config: dict | None) -> tuple:
   from diffusion_jax.data.sources import open_source
   from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 
-  model, weights, sample, _ = load(args)
+  mesh = make_mesh(MeshConfig())
+  model, weights, sample, _ = load(args, mesh)
   data = {'dataset': args.dataset, 'data_dir': args.data_dir, 'prepare': True}
   if config:
     data = config['data']
@@ -152,8 +153,7 @@ def _open(args: argparse.Namespace, config: dict | None) -> tuple:
     )
     for split in ('train', 'test')
   )
-  mesh = make_mesh(MeshConfig())
-  return model, model.on_mesh(weights, mesh), sample, mesh, train, test
+  return model, weights, sample, mesh, train, test
 
 
 def print_table(scores: dict) -> None:

@@ -84,8 +84,8 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
                       help='images drawn at a time (default: 16); does not change the images')
 
 
-def load(args: argparse.Namespace):
-  """(model, weights, sample settings with the arguments applied, name of the model)."""
+def load(args: argparse.Namespace, mesh):
+  """(model, weights on the mesh, sample settings with the arguments applied, the model's name)."""
   from diffusion_jax.build import load_trained
   from diffusion_jax.pipelines.directory import load_text_to_image
 
@@ -94,10 +94,10 @@ def load(args: argparse.Namespace):
   if args.workdir:
     model, weights, sample = load_trained(args.workdir)
   else:
-    model, weights, sample = load_text_to_image(args.model or DEFAULT_MODEL)
+    model, weights, sample = load_text_to_image(args.model or DEFAULT_MODEL, mesh=mesh)
   sample = with_arguments(sample, args)
   sample.check(model.schedule, model.prediction)
-  return model, weights, sample, args.workdir or args.model or DEFAULT_MODEL
+  return model, model.on_mesh(weights, mesh), sample, args.workdir or args.model or DEFAULT_MODEL
 
 
 def with_arguments(sample, args: argparse.Namespace):

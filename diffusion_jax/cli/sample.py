@@ -147,10 +147,10 @@ def run(args: argparse.Namespace) -> int:
   out = Path(args.out)
   if out.exists() and not out.is_dir():
     raise UserError(f'--out {out} is a file; choose a directory.')
-  model, weights, sample, name = load(args)
+  mesh = make_mesh(MeshConfig())
+  model, weights, sample, name = load(args, mesh)
   model, weights = with_adapters(model, weights, args)
   model.tokens([*prompts, args.negative], on_long='error')
-  mesh = make_mesh(MeshConfig())
   inputs, started = read_inputs(args, model, sample.steps)
   settings = {
     'negative': args.negative, **sample.in_force(), **started, **named_adapters(args),

@@ -25,6 +25,7 @@ from diffusion_jax.io.convert import (
   from_published_layout,
   match,
   published_shape,
+  same_names,
   to_published_layout,
   to_published_names,
 )
@@ -154,16 +155,13 @@ def read_params(
 
 
 def match_native(tensors: Mapping[str, Any], shapes: Params, where: str) -> dict[str, Any]:
-  """Tensors by our own names, checked against the network's."""
-  named = {name: jax.ShapeDtypeStruct(t.shape, t.dtype) for name, t in tensors.items()}
-  missing, unused = sorted(set(shapes) - set(named)), sorted(set(named) - set(shapes))
-  require(not missing, f'{where} lacks {", ".join(missing[:3])}; it does not fit its config.')
-  require(not unused, f'{where} holds {", ".join(unused[:3])}, which its config does not have.')
-  for name, leaf in named.items():
+  """Tensors by our own names, checked against the network's as `convert.match` does."""
+  same_names(set(tensors), set(shapes), where)
+  for name, leaf in shapes.items():
     require(
-      leaf.shape == tuple(shapes[name].shape),
-      f'{where}: {name} has shape {list(leaf.shape)}, which does not fit the config; it must be '
-      f'{list(shapes[name].shape)}.',
+      tuple(tensors[name].shape) == tuple(leaf.shape),
+      f'{where}: {name} has shape {list(tensors[name].shape)}, which does not fit the config; it '
+      f'must be {list(leaf.shape)}.',
     )
   return {name: tensors[name] for name in shapes}
 

@@ -80,19 +80,19 @@ def make_model(
 
 def assemble(
   unet: UNetConfig, autoencoder: str, clip: str, schedule: ScheduleConfig, prediction: str,
-  latent_patch_size: int = 1, dtype=jnp.float32, mesh: Mesh | None = None,
+  latent_patch_size: int = 1, dtype=jnp.float32,
 ) -> tuple[TextToImage, Weights]:
   """A model of a U-Net without weights and of two loaded, frozen parts.
 
   Returns:
-    The model, and parameters {'autoencoder': ..., 'text_encoder': ...}, on the host or the mesh.
+    The model, and host parameters {'autoencoder': ..., 'text_encoder': ...}.
 
   Raises:
     UserError: a part cannot be read, or the parts do not fit together.
   """
-  autoencoder_config, autoencoder_params = load_params('autoencoder', autoencoder, mesh=mesh)
+  autoencoder_config, autoencoder_params = load_params('autoencoder', autoencoder)
   part = read_part(clip, TEXT_KINDS)
-  clip_params = load_params(part.kind, clip, mesh=mesh)[1]
+  clip_params = load_params(part.kind, clip)[1]
   text = TextEncoders({ROLES[0]: part.network(dtype)}, (load_tokenizer(resolve(clip)),))
   model = make_model(
     unet, autoencoder_config, text, schedule, prediction, latent_patch_size=latent_patch_size,
@@ -120,6 +120,11 @@ def read_pipeline(
     UserError: no such directory, no model in it, or a part that is missing or not implemented.
   """
   directory = resolve(path)
+  if directory.suffix == '.safetensors' and directory.is_file():
+    raise UserError(
+      f'{path} is a single file, which holds no tokenizer; make a directory of it: python -m '
+      f'diffusion_jax convert --from {path} --to DIR --layout diffusers --tokenizer DIR.'
+    )
   if not (directory / INDEX).is_file():
     raise UserError(
       f'{path} is no text-to-image model: it has no {INDEX}; give a directory that train or '

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion_jax.cli import sample
 from diffusion_jax.parallel import mesh as meshes
+from diffusion_jax.pipelines import conditions
 from tests import tiny
 
 PROMPTS = ('red apple', 'cat face', 'sun')
@@ -114,3 +116,13 @@ def test_prompts_from_a_file(draw, pictures, tmp_path):
 def test_the_exported_model_draws_the_same(draw, pictures, finished):
   found = draw('--seed', 3, source=('--model', finished / 'model'))
   assert not _differ(_pixels(pictures), _pixels(found))
+
+
+def test_the_help_names_the_strength_that_is_used():
+  assert sample.STRENGTH == conditions.STRENGTH
+
+
+def test_a_single_file_is_told_how_it_becomes_a_directory(fails, tmp_path):
+  (tmp_path / 'x.safetensors').write_bytes(b'')
+  line = fails('sample', '--model', tmp_path / 'x.safetensors', '--prompt', 'a', '--out', tmp_path)
+  assert 'holds no tokenizer' in line and 'convert --from' in line

@@ -96,7 +96,7 @@ def lora():
   }
 
 
-def same(found, wanted):
+def assert_same(found, wanted):
   assert {r: set(w) for r, w in found.items()} == {r: set(w) for r, w in wanted.items() if w}
   for role, layers in found.items():
     for name, one in layers.items():
@@ -113,7 +113,9 @@ def test_round_trip(layout, dtype, lora, tmp_path):
            for n, one in layers.items()} for role, layers in lora.items()
   }
   write_lora(tmp_path / 'x.safetensors', lora, layout)
-  same(read_lora(tmp_path / 'x.safetensors', NETWORKS), lora)
+  found = read_lora(tmp_path / 'x.safetensors', NETWORKS)
+  assert sorted(len(layers) for layers in found.values()) == [1, 1, 3]
+  assert_same(found, lora)
 
 
 def test_names_of_kohya(lora, tmp_path):
@@ -129,7 +131,7 @@ def test_names_of_kohya(lora, tmp_path):
   one = {role: lora[role] for role in ('unet', 'text_encoder')}
   write_lora(path, one)
   assert 'lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight' in load_file(path)
-  same(read_lora(path, NETWORKS | {'text_encoder_3': {}}), one)
+  assert_same(read_lora(path, NETWORKS | {'text_encoder_3': {}}), one)
 
 
 def test_alpha_without_a_tensor_or_metadata_is_the_rank(lora, tmp_path):
@@ -154,7 +156,9 @@ def test_windows_of_one_may_be_left_out_or_added(tmp_path):
     for n, t in load_file(path).items()
   }
   save_file({n: np.ascontiguousarray(t) for n, t in tensors.items()}, path)
-  same(read_lora(path, NETWORKS), {'unet': wanted})
+  found = read_lora(path, NETWORKS)
+  assert found['unet']['mid_block.attentions.0.to_q'].a.shape == (4, 2)
+  assert_same(found, {'unet': wanted})
 
 
 def test_all_that_does_not_fit_is_named_at_once(lora, tmp_path):

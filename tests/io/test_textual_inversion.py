@@ -17,7 +17,7 @@ WIDE = np.arange(10, dtype=np.float16).reshape(2, 5)
 WIDTHS = {'text_encoder': 3, 'text_encoder_2': 5}
 
 
-def same(found, wanted):
+def assert_same(found, wanted):
   assert found.token == wanted.token and found.embeddings.keys() == wanted.embeddings.keys()
   for role, rows in wanted.embeddings.items():
     np.testing.assert_array_equal(found.embeddings[role], rows)
@@ -34,13 +34,14 @@ def test_round_trip(layout, embeddings, names, tmp_path):
   path, learned = tmp_path / '<cat>.safetensors', TextualInversion('<cat>', embeddings)
   write_textual_inversion(path, learned, layout)
   assert set(load_file(path)) == names
-  same(read_textual_inversion(path, WIDTHS), learned)
+  assert_same(read_textual_inversion(path, WIDTHS), learned)
 
 
 def test_one_row_without_its_axis_and_the_name_in_a_directory(tmp_path):
   save_file({'<cat>': ROWS[0]}, tmp_path / 'learned_embeds.safetensors')
   found = read_textual_inversion(tmp_path)
-  same(found, TextualInversion('<cat>', {'text_encoder': ROWS[:1]}))
+  assert found.embeddings['text_encoder'].shape == (1, 3)
+  assert_same(found, TextualInversion('<cat>', {'text_encoder': ROWS[:1]}))
 
 
 @pytest.mark.parametrize(('tensors', 'words'), [
@@ -72,7 +73,7 @@ def test_pickles_are_read_as_data_only(tmp_path):
   ):
     torch.save(values, tmp_path / 'x.pt')
     found = read_textual_inversion(tmp_path / 'x.pt', {'text_encoder': 3})
-    same(found, TextualInversion(wanted, {'text_encoder': ROWS}))
+    assert_same(found, TextualInversion(wanted, {'text_encoder': ROWS}))
 
   class Evil:
     def __reduce__(self):
@@ -103,7 +104,7 @@ def test_a_directory_with_a_file_for_each_encoder(tmp_path):
                 enumerate(WIDTHS.items())}
   for role, value in embeddings.items():
     write_textual_inversion(tmp_path / FILES[role], TextualInversion('<cat>', {role: value}))
-  same(read_textual_inversion(tmp_path, WIDTHS), TextualInversion('<cat>', embeddings))
+  assert_same(read_textual_inversion(tmp_path, WIDTHS), TextualInversion('<cat>', embeddings))
   # The name tells the second one's role even where nothing is known of the encoders.
   assert set(read_textual_inversion(tmp_path / FILES['text_encoder_2']).embeddings) == {
     'text_encoder_2'

@@ -156,6 +156,8 @@ def test_random_configs(seed, randomized, ported, quick_jit):
   )
   theirs = randomized(transformers.CLIPTextModelWithProjection(config))
   ours, graphdef, params = ported('clip_text_projection', theirs)
+  shared = [name for name in vars(ours) if hasattr(config, name)]
+  assert len(shared) > 8 and all(getattr(ours, n) == getattr(config, n) for n in shared)
   compare_texts(theirs, ours, lambda run: quick_jit(
     lambda params: run(functional.merge(graphdef, params)))(params))
 

@@ -90,11 +90,6 @@ def widened(params: Params, shapes: Params, mesh: Mesh) -> Params:
   more = wanted[2] - kernel.shape[2]
   if more == 0:
     return params
-  if more < 0:
-    raise UserError(
-      f'the U-Net takes {kernel.shape[2]} channels, more than the {wanted[2]} that it is to be '
-      'trained with; leave settings.inputs as the model is.'
-    )
   wide = jnp.pad(to_host(kernel), ((0, 0), (0, 0), (0, more), (0, 0)))
   return {**params, **put_params({name: wide}, mesh)}
 
