@@ -9,7 +9,8 @@ def base(task: str) -> ConfigDict:
   config.task = task
   config.dtype = 'float32'
   config.data = ConfigDict(
-    {'dataset': 'openmoji', 'size': 64, 'data_dir': '', 'prepare': True, 'transforms': ()}
+    {'dataset': 'openmoji', 'size': 64, 'data_dir': '', 'prepare': True, 'transforms': (),
+     'workers': 2}
   )
   config.optimizer = ConfigDict({
     'learning_rate': 1e-4, 'schedule': 'cosine', 'warmup_steps': 100, 'final_fraction': 0.0,

@@ -32,7 +32,7 @@ from diffusion_jax.models.text.tokenizer import (
   train_tokenizer,
 )
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from diffusion_jax.parallel.sharding import put_params, shard_params, to_host
+from diffusion_jax.parallel.sharding import local_rows, put_params, shard_params, to_host
 from diffusion_jax.pipelines.directory import assemble
 from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
 from diffusion_jax.train.cache import ChooseText, cached_source
@@ -56,7 +56,8 @@ class DataConfig:
   of the images in pixels, or points in a record; prepare: make it if missing; caption: of every
   picture of a folder that has none of its own, or several, one a line.
 
-  transforms: (name, arguments) pairs in order, applied to every training image.
+  transforms: (name, arguments) pairs in order, applied to every training image; workers: threads
+  that read and transform, in each process; 0 does it between the steps.
   """
 
   dataset: str
@@ -65,6 +66,11 @@ class DataConfig:
   prepare: bool = False
   caption: str = ''
   transforms: tuple = ()
+  workers: int = 2
+
+  def __post_init__(self):
+    if self.workers < 0:
+      raise UserError(f'data.workers is {self.workers}; give a number of threads, or 0.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,11 +233,11 @@ def _clip_task(settings: CLIPTaskConfig, train, test, directory: RunDirectory, d
 
 def _loader(config: TrainingConfig, task: Task, train: Source, mesh) -> Loader:
   """Batches of this process, or, with a cache, of latents and text embeddings."""
-  processes = jax.process_count()
+  batch_size = config.loop.batch_size
   ways = mesh.shape['data'] * mesh.shape['fsdp'] * config.loop.accumulation_steps
-  if config.loop.batch_size % ways or config.loop.batch_size % processes:
+  if batch_size % ways:
     raise UserError(
-      f'loop.batch_size {config.loop.batch_size} cannot be split over {ways} device shares '
+      f'loop.batch_size {batch_size} cannot be split over {ways} device shares '
       '(data x fsdp x accumulation_steps); make it a multiple of that.'
     )
   if config.task in LATENT and config.settings.cache:
@@ -241,8 +247,8 @@ def _loader(config: TrainingConfig, task: Task, train: Source, mesh) -> Loader:
     source = train
     transforms = build_transforms(config.data.transforms, **_context(task))
   return Loader(
-    source, transforms, batch_size=config.loop.batch_size // processes, seed=config.loop.seed,
-    process_index=jax.process_index(), process_count=processes,
+    source, transforms, batch_size=batch_size, rows=local_rows(mesh, batch_size),
+    seed=config.loop.seed, num_threads=config.data.workers,
   )
 
 

@@ -1,15 +1,17 @@
-"""Batches from a source: shuffled, sharded by process, and resumable to the exact batch.
+"""Batches from a source: shuffled, shared out over processes, and resumable to the exact batch.
 
 All positions are on one stream that every process computes alike: epoch after epoch, each shuffled
-anew. Process i of n takes positions i, i + n, ... and batches run across the end of an epoch, so no
-example is ever lost, and the order of examples over all processes does not depend on their number.
-A transform's randomness comes from the seed and the position alone.
+anew. Global batch k is positions k * B to k * B + B - 1 in this order, whatever the number of
+processes and devices; a process reads the rows of it that its devices hold. Batches run across the
+end of an epoch, so no example is ever lost. A transform's randomness comes from the seed and the
+position alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import grain
+import jax
 import numpy as np
 
 from diffusion_jax.data.transforms import apply
@@ -27,30 +29,24 @@ class Source(Protocol):
 
 
 class Loader:
-  """An iterator over batches: dictionaries of arrays [batch_size, ...]; texts as lists.
-
-  With num_epochs=None the stream never ends and every batch is full. With a number of epochs the
-  last batch may be smaller, and processes may differ by one example, so also by one batch. Once
-  the end is reached, the next `for` begins again from the start.
+  """An iterator without end over batches: dictionaries of arrays [rows, ...]; texts as lists.
 
   Reading and transforms run in threads of this process. An error in one of them is raised by the
-  `next` whose batch it belongs to.
+  `next` whose batch it belongs to, and by every `next` after it: no example is ever left out.
 
   Args:
     source: records by position.
     transforms: from `build_transforms`.
-    batch_size: examples per batch of this process.
+    batch_size: examples per global batch, of all processes together.
+    rows: which examples of a global batch to make, such as `parallel.sharding.local_rows`; None
+      for all of them.
     seed: in [0, 2**32); determines shuffling and random transforms.
     shuffle: shuffle every epoch anew; otherwise keep the source's order.
-    process_index: this process, in [0, process_count).
-    process_count: number of processes that read the same source.
-    num_epochs: passes over the source; None for no end.
     num_threads: batches that are made at the same time; 0 makes them when asked for.
-    prefetch: batches that are made ahead.
+    prefetch: batches that are made ahead, at least one for each thread.
 
   Raises:
-    UserError: the source is smaller than one batch over all processes (without end) or than the
-      number of processes, or an argument is out of range.
+    UserError: the source is smaller than one global batch, or an argument is out of range.
   """
 
   def __init__(
@@ -59,59 +55,69 @@ class Loader:
     transforms: Sequence[Callable] = (),
     *,
     batch_size: int,
+    rows: np.ndarray | None = None,
     seed: int,
     shuffle: bool = True,
-    process_index: int = 0,
-    process_count: int = 1,
-    num_epochs: int | None = None,
     num_threads: int = 2,
     prefetch: int = 4,
   ):
-    _check(len(source), batch_size, seed, process_index, process_count, num_epochs)
+    _check(len(source), batch_size, seed, num_threads)
+    # What is left out may change without another order: threads, processes, and who has which row.
     self._identity = {
-      'seed': seed,
-      'shuffle': shuffle,
-      'batch_size': batch_size,
-      'process_count': process_count,
-      'num_epochs': num_epochs,
-      'examples': len(source),
+      'seed': seed, 'shuffle': shuffle, 'batch_size': batch_size, 'examples': len(source),
     }
     stream = grain.MapDataset.source(source).seed(seed)
-    stream = (stream.shuffle() if shuffle else stream).repeat(num_epochs)
-    # Before the slice, so that the rng follows the position over all processes.
-    stream = stream.random_map(lambda record, rng: apply(transforms, record, rng))
-    stream = stream[process_index::process_count]
-    self._batches = stream.batch(batch_size, drop_remainder=False, batch_fn=_stack)
+    stream = (stream.shuffle() if shuffle else stream).repeat()
+    # Before the rows are chosen, so that the rng follows the position in the one stream.
+    self._stream = stream.random_map(lambda record, rng: apply(transforms, record, rng))
+    self._batches = _Batches(self._stream, batch_size, rows)
     # Grain demands both to be zero, or neither.
     self._options = grain.ReadOptions(
       num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads) if num_threads else 0
     )
+    self._position = 0
     self._iterator = self._start()
-
-  @property
-  def num_batches(self) -> int | None:
-    """Batches from start to end; None without end."""
-    return None if self._identity['num_epochs'] is None else len(self._batches)
 
   def __iter__(self) -> 'Loader':
     return self
 
   def __next__(self) -> dict[str, Any]:
     try:
-      return next(self._iterator)
-    except StopIteration:
-      self._iterator = self._start()
+      batch = next(self._iterator)
+    except BaseException:  # Ctrl-C while waiting, too.
+      self._go_to(self._position)  # Grain would go on behind the batch that failed.
       raise
+    self._position += 1
+    return batch
+
+  def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes [batch_size, ...] and types of a global batch as it is on the device, texts left out.
+
+    Reads one example; the batches that follow are the same as without.
+    """
+    example = _stack([self._stream[0]])
+    return {
+      name: jax.ShapeDtypeStruct(
+        (self._identity['batch_size'], *column.shape[1:]),
+        jax.dtypes.canonicalize_dtype(column.dtype),
+      )
+      for name, column in example.items() if isinstance(column, np.ndarray)
+    }
 
   def get_state(self) -> dict[str, Any]:
-    """What comes next, as JSON-ready values; the same on every process."""
-    return {**self._identity, 'position': self._iterator.get_state()}
+    """What comes next, as JSON-ready values; the same on every process.
+
+    position: global batches given out so far.
+    """
+    return {**self._identity, 'position': self._position}
 
   def set_state(self, state: dict[str, Any]) -> None:
     """Continues from `get_state`: the batches that follow are bitwise those that would have been.
 
+    The number of threads and of processes may differ. Nothing is read on the way there.
+
     Raises:
-      UserError: the state is of another seed, batch size, number of processes, or source.
+      UserError: the state is of another seed, batch size, or source.
     """
     for name, mine in self._identity.items():
       if name not in state or state[name] != mine:
@@ -119,14 +125,39 @@ class Loader:
           f'The saved data state has {name}={state.get(name, "nothing")} but this run has '
           f'{name}={mine}: use the same {name}, or start a new run.'
         )
-    if 'position' not in state:
+    if not isinstance(state.get('position'), int):
       raise UserError('The saved data state has no position: restore an older checkpoint.')
+    self._go_to(state['position'])
+
+  def _go_to(self, position: int) -> None:
     self._iterator.close()
+    self._position = position
     self._iterator = self._start()
-    self._iterator.set_state(state['position'])
+    self._iterator.set_state({'next_index': position})
 
   def _start(self) -> Iterator[dict[str, Any]]:
     return iter(self._batches.to_iter_dataset(self._options))
+
+
+class _Batches(grain.MapDataset):
+  """Batch k: the examples at k * batch_size + rows of a stream, stacked."""
+
+  def __init__(self, stream: grain.MapDataset, batch_size: int, rows: np.ndarray | None):
+    super().__init__(stream)
+    self._stream, self._batch_size = stream, batch_size
+    self._rows = range(batch_size) if rows is None else [int(row) for row in rows]
+    if not self._rows or not all(0 <= row < batch_size for row in self._rows):
+      raise ValueError(f'rows {self._rows} are not rows of a batch of {batch_size}.')
+
+  def __len__(self) -> int:
+    return len(self._stream) // self._batch_size
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    first = index * self._batch_size
+    return _stack([self._stream[first + row] for row in self._rows])
+
+  def __str__(self) -> str:
+    return f'batches of {self._batch_size}'
 
 
 def _stack(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -145,29 +176,15 @@ def _column(values: list[Any]) -> Any:
   return np.stack(values)
 
 
-def _check(
-  examples: int,
-  batch_size: int,
-  seed: int,
-  process_index: int,
-  process_count: int,
-  num_epochs: int | None,
-) -> None:
+def _check(examples: int, batch_size: int, seed: int, num_threads: int) -> None:
   if not 0 <= seed < _MAX_SEED:
     raise UserError(f'The data seed {seed} is out of range: choose one from 0 to {_MAX_SEED - 1}.')
-  if not 0 <= process_index < process_count:
-    raise UserError(f'Process {process_index} of {process_count} cannot be: count from 0.')
-  if batch_size < 1 or (num_epochs is not None and num_epochs < 1):
+  if batch_size < 1:
+    raise UserError(f'batch_size is {batch_size}: it must be at least 1.')
+  if num_threads < 0:
+    raise UserError(f'{num_threads} data threads cannot be: give 0 or more.')
+  if examples < batch_size:
     raise UserError(
-      f'batch_size={batch_size} and num_epochs={num_epochs} must be at least 1: raise them.'
-    )
-  together = batch_size * process_count
-  if num_epochs is None and examples < together:
-    raise UserError(
-      f'The source has {examples} examples, fewer than one batch of {batch_size} on each of '
-      f'{process_count} processes: lower the batch size to {examples // process_count} or add data.'
-    )
-  if examples < process_count:
-    raise UserError(
-      f'The source has {examples} examples for {process_count} processes: use fewer processes.'
+      f'The source has {examples} examples, fewer than one batch of {batch_size}: lower the batch '
+      f'size to {examples} or add data.'
     )

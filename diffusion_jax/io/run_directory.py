@@ -20,7 +20,8 @@ PACKAGES = (
 
 MAY_CHANGE = ('loop.total_steps', 'loop.log_every_steps', 'loop.checkpoint_every_steps',
               'loop.sample_every_steps', 'loop.evaluate_every_steps', 'loop.evaluate_samples',
-              'loop.keep_checkpoints', 'data.data_dir', 'data.prepare', 'mesh.')
+              'loop.keep_checkpoints', 'data.data_dir', 'data.prepare',
+              'data.workers', 'mesh.')
 """What a resumed run may change; everything else would make it another run."""
 
 

@@ -87,10 +87,39 @@ def put_params(params: dict[str, np.ndarray], mesh: Mesh) -> Params:
   return {name: put(name, value) for name, value in params.items()}
 
 
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+  """Rows of a global batch that this process's devices hold: sorted, each once.
+
+  Where a tensor axis runs across processes, several processes hold the same rows.
+
+  Args:
+    batch_size: of the global batch; a multiple of data x fsdp.
+  """
+  shards = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,)).values()
+  rows = np.arange(batch_size)
+  return np.unique(np.concatenate([rows[index] for index in shards]))
+
+
 def put_batch(batch, mesh: Mesh):
-  """This process's part of a batch -> global arrays, split over data and fsdp."""
+  """This process's rows of a global batch -> global arrays, split over data and fsdp.
+
+  Args:
+    batch: arrays [len(local_rows) ...] in the order of `local_rows`.
+  """
   sharding = NamedSharding(mesh, BATCH)
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+  shards = mesh.shape['data'] * mesh.shape['fsdp']
+  held = local_rows(mesh, shards)  # Shards of one row each stand for shards of any size.
+
+  def put(x):
+    size = len(x) // len(held)
+
+    def shard(index):
+      start = np.searchsorted(held, (index[0].start or 0) // size) * size
+      return x[start : start + size]
+
+    return jax.make_array_from_callback((shards * size, *x.shape[1:]), sharding, shard)
+
+  return jax.tree.map(put, batch)
 
 
 def to_host(tree):

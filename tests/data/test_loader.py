@@ -74,35 +74,48 @@ def test_seeds_differ_and_repeat():
   assert _numbers(_take(_loader(), 7)) != _numbers(_take(_loader(seed=4), 7))
 
 
-@pytest.mark.parametrize('num_epochs', [1, 2])
-def test_processes_share_an_epoch(num_epochs):
-  shards = [
-    _numbers(_loader(process_index=i, process_count=3, num_epochs=num_epochs)) for i in range(3)
-  ]
-  assert sorted(n for shard in shards for n in shard) == sorted(list(range(EXAMPLES)) * num_epochs)
-  assert max(map(len, shards)) - min(map(len, shards)) <= 1
+def _shares(processes, batch_size=12):
+  """Rows of a batch that each of so many processes might hold; the last case overlaps."""
+  rows = np.arange(batch_size)
+  return {
+    'blocks': np.split(rows, processes),
+    'interleaved': [rows[i::processes] for i in range(processes)],
+    'the same': [rows] * processes,
+  }
 
 
-def test_processes_share_every_epoch_of_an_endless_stream():
-  """Three batches over three processes are 12 consecutive positions of one stream."""
-  loaders = [_loader(process_index=i, process_count=3, batch_size=4) for i in range(3)]
-  stream = []
-  for _ in range(EXAMPLES):
-    together = np.stack([next(loader)['n'] for loader in loaders], axis=1)
-    stream += list(together.ravel())
-  for epoch in np.reshape(stream, (12, EXAMPLES)):
-    assert sorted(epoch) == list(range(EXAMPLES))
-
-
-def test_examples_do_not_depend_on_the_number_of_processes():
-  """Order and random transforms follow the position over all processes."""
-  alone = _take(_loader([Noise()], batch_size=12), 5)
-  loaders = [_loader([Noise()], process_index=i, process_count=3) for i in range(3)]
+@pytest.mark.parametrize('kind', ['blocks', 'interleaved', 'the same'])
+@pytest.mark.parametrize('processes', [1, 2, 4])
+def test_global_batches_do_not_depend_on_the_number_of_processes(processes, kind):
+  """Order and random transforms follow the position in the one stream, over five epochs."""
+  alone = _take(_loader([Noise()], batch_size=12), 13)
+  shares = _shares(processes)[kind]
+  loaders = [_loader([Noise()], batch_size=12, rows=rows) for rows in shares]
   for batch in alone:
-    parts = [next(loader) for loader in loaders]
-    for name in ('n', 'noise'):
-      together = np.stack([part[name] for part in parts], axis=1).ravel()
-      np.testing.assert_array_equal(together, batch[name])
+    for rows, part in zip(shares, map(next, loaders), strict=True):
+      for name in ('n', 'noise'):
+        np.testing.assert_array_equal(part[name], batch[name][rows])
+
+
+def test_a_process_reads_its_own_rows_and_no_others():
+  read = []
+
+  class Counted(ArraySource):
+    def __getitem__(self, index):
+      read.append(int(index))
+      return super().__getitem__(index)
+
+  source = Counted({'n': np.arange(24)})
+  loader = Loader(
+    source, batch_size=8, rows=np.array([1, 2, 5]), seed=0, shuffle=False, num_threads=0
+  )
+  assert _numbers(_take(loader, 3)) == read == [1, 2, 5, 9, 10, 13, 17, 18, 21]
+
+
+@pytest.mark.parametrize('rows', [[], [4], [-1]])
+def test_rows_outside_a_batch(rows):
+  with pytest.raises(ValueError, match='not rows of a batch of 4'):
+    _loader(rows=np.array(rows, int))
 
 
 def test_random_transforms_differ_by_example_and_epoch():
@@ -110,30 +123,64 @@ def test_random_transforms_differ_by_example_and_epoch():
   assert len(set(noise)) == len(noise)
 
 
-def test_evaluation_keeps_the_last_partial_batch_and_can_run_again():
-  loader = _loader(num_epochs=1, shuffle=False)
-  sizes = [len(batch['n']) for batch in loader]
-  assert sizes == [4] * 7 + [3]
-  assert loader.num_batches == 8
-  assert _loader().num_batches is None
-  assert _numbers(loader) == list(range(EXAMPLES))
-
-
 @pytest.mark.parametrize('position', [0, 1, 5, 7, 8, 20])
-@pytest.mark.parametrize('num_threads', [0, 2])
-def test_resume_is_exact(position, num_threads):
-  """Also inside an epoch, across its end, and while batches are being made ahead."""
-  options = {'process_index': 1, 'process_count': 2, 'num_threads': num_threads}
-  loader = _loader([Noise()], **options)
+@pytest.mark.parametrize(('threads', 'later'), [(0, 2), (2, 2), (2, 5), (3, 0)])
+def test_resume_is_exact(position, threads, later):
+  """Also inside an epoch, across its end, with batches made ahead, and by another many threads."""
+  options = {'rows': np.array([1, 3])}
+  loader = _loader([Noise()], num_threads=threads, **options)
   _take(loader, position)
   state = json.loads(json.dumps(loader.get_state()))
   expected = _take(loader, 12)
-  resumed = _loader([Noise()], **options)
+  resumed = _loader([Noise()], num_threads=later, **options)
   resumed.set_state(state)
   assert resumed.get_state() == state
   _assert_same(_take(resumed, 12), expected)
   loader.set_state(state)  # A loader that has gone on can be sent back as well.
   _assert_same(_take(loader, 12), expected)
+
+
+def test_an_epoch_over_three_starts_with_other_processes_and_threads():
+  """4 processes, then 1, then 2: no example twice or never, and bitwise the same batches."""
+  expected = _take(_loader([Noise()], batch_size=12), EXAMPLES)
+  found, state = [], None
+  for processes, threads, batches in ((4, 2, 9), (1, 5, 4), (2, 0, EXAMPLES - 13)):
+    shares = _shares(processes)['blocks']
+    loaders = [
+      _loader([Noise()], batch_size=12, rows=rows, num_threads=threads) for rows in shares
+    ]
+    for loader in loaders:
+      if state is not None:
+        loader.set_state(state)
+    for _ in range(batches):
+      parts = [next(loader) for loader in loaders]
+      found.append({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    state, *others = [json.loads(json.dumps(loader.get_state())) for loader in loaders]
+    assert all(other == state for other in others)
+  _assert_same(found, expected)
+  for epoch in np.reshape(_numbers(found), (12, EXAMPLES)):
+    assert sorted(epoch) == list(range(EXAMPLES))
+
+
+def test_going_to_a_far_position_reads_nothing():
+  class Unreadable(ArraySource):
+    def __getitem__(self, index):
+      raise AssertionError('read')
+
+  loader = Loader(Unreadable({'n': np.arange(8)}), batch_size=8, seed=0)
+  state = loader.get_state() | {'position': 10**12}
+  loader.set_state(state)
+  assert loader.get_state() == state
+
+
+def test_the_spec_is_of_a_global_batch_and_moves_nothing():
+  """Types are those that an array has on the device."""
+  loader = _loader([Noise()], rows=np.array([2]))
+  spec = loader.spec()
+  assert {name: (leaf.shape, leaf.dtype) for name, leaf in spec.items()} == {
+    'n': ((4,), np.int32), 'noise': ((4,), np.float32),
+  }
+  _assert_same(_take(loader, 3), _take(_loader([Noise()], rows=np.array([2])), 3))
 
 
 def test_resume_of_images_is_exact(data_dir):
@@ -163,7 +210,6 @@ def test_resume_of_images_is_exact(data_dir):
   [
     ({'seed': 9}, 'seed=3'),
     ({'batch_size': 5}, 'batch_size=4'),
-    ({'process_count': 2}, 'process_count=1'),
     ({'shuffle': False}, 'shuffle=True'),
   ],
 )
@@ -179,16 +225,18 @@ def test_state_of_another_source_or_none():
     _loader().set_state(state)
   with pytest.raises(UserError, match='nothing'):
     _loader().set_state({})
+  state = _loader().get_state()
+  with pytest.raises(UserError, match='no position'):
+    _loader().set_state(state | {'position': {'next_index': 3}})
 
 
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
     ({'batch_size': 32}, '31 examples, fewer than one batch of 32'),
-    ({'batch_size': 16, 'process_count': 2}, 'lower the batch size to 15'),
-    ({'num_epochs': 1, 'process_count': 40}, 'use fewer processes'),
+    ({'batch_size': 40}, 'lower the batch size to 31'),
     ({'seed': -1}, 'seed -1'),
-    ({'process_index': 1}, 'count from 0'),
+    ({'num_threads': -1}, '-1 data threads'),
     ({'batch_size': 0}, 'at least 1'),
   ],
 )
@@ -197,17 +245,25 @@ def test_impossible_arguments(change, message):
     _loader(**change)
 
 
-def test_an_error_in_a_record_reaches_the_caller():
+@pytest.mark.parametrize('num_threads', [0, 2])
+def test_an_error_in_a_record_reaches_the_caller_and_skips_nothing(num_threads):
+  broken = True
+
   class Broken(ArraySource):
     def __getitem__(self, index):
-      if index == 9:
+      if index == 9 and broken:
         raise UserError('record 9 is broken')
       return super().__getitem__(index)
 
-  loader = Loader(Broken({'n': np.arange(20)}), batch_size=4, seed=0, shuffle=False)
+  source = Broken({'n': np.arange(20)})
+  loader = Loader(source, batch_size=4, seed=0, shuffle=False, num_threads=num_threads)
   assert _numbers(_take(loader, 2)) == list(range(8))
-  with pytest.raises(UserError, match='record 9 is broken'):
-    next(loader)
+  for _ in range(2):
+    with pytest.raises(UserError, match='record 9 is broken'):
+      next(loader)
+  assert loader.get_state()['position'] == 2
+  broken = False
+  assert _numbers(_take(loader, 2)) == list(range(8, 16))
 
 
 def test_ragged_images_name_the_remedy():

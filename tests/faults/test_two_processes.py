@@ -42,10 +42,7 @@ def test_two_processes_are_one_with_two_devices(tmp_path, small_data):
   assert (versions['processes'], versions['devices']) == (2, 2)
   found, wanted = tiny.metrics(tmp_path / 'two'), tiny.metrics(tmp_path / 'one')
   assert sorted(found) == sorted(wanted) == [1, 2, 3]
-  # The images of a batch are the same but stand in another order, so that each meets other latent
-  # noise. The KL term of step 1 knows no noise; all else agrees as far as noise lets it.
-  assert found[1]['loss_kl'] == pytest.approx(wanted[1]['loss_kl'], rel=1e-5)
   for step, line in wanted.items():
-    assert found[step]['loss_kl'] == pytest.approx(line['loss_kl'], rel=0.01), step
-    assert found[step]['loss'] == pytest.approx(line['loss'], rel=0.02), step
+    for name in ('loss', 'loss_kl', 'gradient_norm'):
+      assert found[step][name] == pytest.approx(line[name], rel=1e-5), (step, name)
   assert os.listdir(tmp_path / 'two' / 'model') == os.listdir(tmp_path / 'one' / 'model')

@@ -19,6 +19,7 @@ from diffusion_jax.models.unet import UNet
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.parallel.sharding import (
   in_batches,
+  local_rows,
   put_batch,
   put_params,
   shard_like,
@@ -105,6 +106,10 @@ def test_a_batch_is_split_over_data_and_fsdp(mesh):
   assert {shard.data.shape for shard in shards} == {(2, 3)}
   rows = {tuple(np.asarray(shard.data)[:, 0]) for shard in shards}
   assert rows == {(0, 3), (6, 9), (12, 15), (18, 21)}
+
+
+def test_one_process_holds_every_row_once(mesh):
+  np.testing.assert_array_equal(local_rows(mesh, 12), np.arange(12))
 
 
 def test_batches_pad_and_cut_without_a_trace():
