@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from diffusion_jax.parallel.pulse import beat
 from diffusion_jax.types import Params
 
 BATCH = PartitionSpec(('data', 'fsdp'))
@@ -122,6 +123,12 @@ def put_batch(batch, mesh: Mesh):
   return jax.tree.map(put, batch)
 
 
+def abstract_batch(spec, mesh: Mesh):
+  """Shapes and types of a global batch -> the same with the shardings that `put_batch` gives."""
+  sharding = NamedSharding(mesh, BATCH)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), spec)
+
+
 def to_host(tree):
   """Arrays over the mesh -> numpy, whole, on every process."""
   def fetch(x):
@@ -158,4 +165,5 @@ def in_batches(function, params, *arrays: np.ndarray, mesh: Mesh, batch_size: in
       for a in arrays
     ]
     out = to_host(function(params, *batch))
+    beat()
     yield jax.tree.map(lambda x: x[: min(batch_size, n - start)], out)  # noqa: B023
