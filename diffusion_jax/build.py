@@ -36,7 +36,7 @@ from diffusion_jax.parallel.sharding import local_rows, put_params, shard_params
 from diffusion_jax.pipelines.directory import assemble
 from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
 from diffusion_jax.train.cache import ChooseText, cached_source
-from diffusion_jax.train.loop import LoopConfig, Training
+from diffusion_jax.train.config import LoopConfig, SafetyConfig
 from diffusion_jax.train.optimizer import OptimizerConfig, learning_rates, make_optimizer
 from diffusion_jax.train.tasks.autoencoder import AutoencoderTask, AutoencoderTaskConfig
 from diffusion_jax.train.tasks.clip import CLIPTask, CLIPTaskConfig
@@ -45,6 +45,7 @@ from diffusion_jax.train.tasks.finetune import FinetuneTaskConfig, make_finetune
 from diffusion_jax.train.tasks.prior import draw_prior
 from diffusion_jax.train.tasks.task import Scores, Task
 from diffusion_jax.train.tasks.toy import ToyTask, ToyTaskConfig
+from diffusion_jax.train.training import Training
 from diffusion_jax.types import Weights
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
@@ -85,6 +86,7 @@ class TrainingConfig:
   settings: Any
   optimizer: OptimizerConfig = OptimizerConfig()
   loop: LoopConfig = LoopConfig()
+  safety: SafetyConfig = SafetyConfig()
   mesh: MeshConfig = MeshConfig()
   dtype: str = 'float32'
 
@@ -161,6 +163,14 @@ def parse(config: ConfigDict | dict) -> TrainingConfig:
 def resolved(config: TrainingConfig) -> dict[str, Any]:
   """Every value in force, as JSON would have it; `parse` reads it back to the same object."""
   return normalise(dataclasses.asdict(config))
+
+
+def _completed(values: dict[str, Any]) -> dict[str, Any]:
+  """A config that an older version has written, with the keys that are new since."""
+  try:
+    return resolved(parse(values))
+  except UserError:  # One of its keys is gone; the comparison will name it.
+    return values
 
 
 def _sources(config: TrainingConfig) -> tuple[Source, Source]:
@@ -270,7 +280,7 @@ def build(config: ConfigDict | dict, workdir: str) -> Training:
   """
   checked = parse(config)
   directory = RunDirectory(workdir)
-  directory.check_config(resolved(checked))
+  directory.check_config(resolved(checked), _completed)
   mesh = make_mesh(checked.mesh)
   if checked.task in LATENT and checked.settings.cache and checked.data.transforms:
     raise UserError(
@@ -291,7 +301,8 @@ def build(config: ConfigDict | dict, workdir: str) -> Training:
   if task.name == 'clip' and jax.process_index() == 0:
     save_tokenizer(task.tokenizer, directory.tokenizer)
   return Training(
-    config=resolved(checked), task=task, loop=checked.loop, optimizer=optimizer,
+    config=resolved(checked), task=task, loop=checked.loop, safety=checked.safety,
+    optimizer=optimizer,
     learning_rates=learning_rates(checked.optimizer, steps), loader=loader, mesh=mesh,
     directory=directory, data_credit=CREDITS.get(checked.data.dataset, ''),
   )

@@ -97,7 +97,9 @@ def make_step(
     one = jnp.ones((), jnp.float32)
     metrics['gradient_norm'] = (norm, one)
     metrics = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), metrics)
+    given_up = watch.in_a_row >= guard.max_skipped_in_a_row
     metrics['skipped_fraction'] = (1 - use.astype(jnp.float32), one)
+    metrics['given_up'] = (given_up.astype(jnp.float32), one)
     return TrainState(
       state.step + 1, state.key, params, opt_state, average, memory, watch
     ), metrics

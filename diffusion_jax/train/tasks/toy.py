@@ -22,6 +22,8 @@ from diffusion_jax.evaluation.metrics import energy_distance
 from diffusion_jax.io.pretrained import save_params
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.mlp import MLP, MLPConfig
+from diffusion_jax.parallel.pulse import beat
+from diffusion_jax.parallel.sharding import to_host
 from diffusion_jax.train.tasks.noising import NoisingTask, history_of
 from diffusion_jax.train.tasks.task import Frozen, Scores
 from diffusion_jax.types import Params
@@ -182,10 +184,12 @@ class ToyTask(NoisingTask):
 
   def preview(self, params, frozen, mesh: Mesh) -> tuple[np.ndarray, list[str]]:
     """Samples over the data, and the learned score of the data with three amounts of noise."""
-    points = np.asarray(self._sample(params, 0, PREVIEW_POINTS))
+    points = to_host(self._sample(params, 0, PREVIEW_POINTS))
+    beat()
     axis = np.linspace(-EXTENT, EXTENT, LATTICE, dtype=np.float32)
     lattice = np.stack(np.meshgrid(axis, axis), axis=-1)
-    fields = np.asarray(self._fields(params, jnp.asarray(lattice.reshape(-1, 2))))
+    fields = to_host(self._fields(params, lattice.reshape(-1, 2)))
+    beat()
     noise = np.random.default_rng(0).standard_normal((PREVIEW_POINTS, 2))
     data = self.test[:PREVIEW_POINTS]
     pictures = [scatter_picture(points, data, EXTENT)] + [
@@ -203,11 +207,13 @@ class ToyTask(NoisingTask):
       columns['untrained'] = jax.jit(self.initialize)(jax.random.key(1))
     scores = {}
     for name, values in columns.items():
-      found = np.asarray(self._sample(values, 1, count))
+      found = to_host(self._sample(values, 1, count))
+      beat()
       scores[name] = {'energy_distance': energy_distance(found, self.test)}
       if final:
-        few = jnp.asarray(self.test[:LIKELIHOOD_POINTS])
-        scores[name]['bits_per_dim'] = float(self._bits(values, few).mean())
+        bits = to_host(self._bits(values, self.test[:LIKELIHOOD_POINTS]))
+        scores[name]['bits_per_dim'] = float(bits.mean())
+        beat()
     if final:
       half = len(self.test) // 2
       real = energy_distance(self.test[:half], self.test[half:])
