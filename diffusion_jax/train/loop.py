@@ -16,6 +16,7 @@ from tqdm import tqdm
 from diffusion_jax.data.loader import Loader
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.checkpoint import Checkpoints
+from diffusion_jax.io.keeping import Keep
 from diffusion_jax.io.run_directory import MetricsWriter, RunDirectory, command_line, versions
 from diffusion_jax.parallel.sharding import put_batch, put_params, to_host
 from diffusion_jax.train.card import model_card
@@ -116,17 +117,19 @@ class _Session:
     use_ema = loop.ema_halflife_images > 0
     abstract = abstract_state(training.task, training.optimizer, use_ema, training.mesh)
     fresh = not training.directory.checkpoints.exists()
-    self.checkpoints = Checkpoints(training.directory.checkpoints, loop.keep_checkpoints)
-    step = self.checkpoints.latest()
+    self.checkpoints = Checkpoints(
+      training.directory.checkpoints, Keep(last=loop.keep_checkpoints)
+    )
+    found = self.checkpoints.restore_latest(_as_parts(abstract))
     totals = {}
-    if step is None:
+    if found is None:
       self.state = create_state(
         training.task, training.optimizer, use_ema, loop.seed, training.mesh
       )
     else:
-      self.state, totals = self._restore(step, abstract)
+      self.state, totals = self._restore(*found[1:])
     self.step = int(self.state.step)
-    self.resumed = not fresh and step is not None
+    self.resumed = not fresh and found is not None
     self.frozen = {
       role: put_params(params, training.mesh) for role, params in training.task.frozen.items()
     }
@@ -141,8 +144,7 @@ class _Session:
       shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
     )
 
-  def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
-    parts, extra = self.checkpoints.restore(step, _as_parts(abstract))
+  def _restore(self, parts: dict, extra: dict) -> tuple[TrainState, dict]:
     self.t.loader.set_state(extra['loader'])
     self.previous_seconds = extra['seconds']
     totals = {
@@ -227,6 +229,7 @@ class _Session:
 
   def _check_finite(self, step: int, values: dict[str, Any]) -> None:
     if not math.isfinite(values['loss']) or not math.isfinite(values['gradient_norm']):
+      self.checkpoints.wait()  # So that it is known which is the last.
       raise Diverged(
         f'the loss is not finite at step {step}; the last checkpoint is from step '
         f'{self.checkpoints.latest()}. Lower optimizer.learning_rate or set optimizer.clip_norm.'
