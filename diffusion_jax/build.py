@@ -315,8 +315,7 @@ def _trained(workdir: str):
   if not directory.checkpoints.is_dir():
     raise UserError(f'{workdir} has no checkpoint yet; train longer, or give another workdir.')
   checkpoints = Checkpoints(directory.checkpoints, read_only=True)
-  step = checkpoints.latest()
-  if step is None:
+  if checkpoints.latest() is None:
     raise UserError(f'{workdir} has no checkpoint yet; train longer, or give another workdir.')
   train, test = _sources(config)
   mesh = make_mesh(MeshConfig())
@@ -327,7 +326,7 @@ def _trained(workdir: str):
     shapes, shard_params(shapes, mesh),
   )
   ema = config.loop.ema_halflife_images > 0
-  return config, task, checkpoints.restore_params(step, abstract, ema), mesh
+  return config, task, checkpoints.restore_params(None, abstract, ema), mesh
 
 
 def load_trained(workdir: str) -> tuple[TextToImage, Weights, SampleConfig]:
