@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 
 import jax
+from jax._src import distributed  # No public door leads to the key-value store.
 
 PERIOD_SECONDS = 1.0
 
@@ -50,7 +51,7 @@ class Peers:
     self.gone: tuple[int, str] | None = None
     """(process, why) of the first process that is gone; why is '' for one that fell silent."""
     if self._count > 1:
-      self._client = _client()
+      self._client = distributed.global_state.client
       self._thread = threading.Thread(target=self._run, name='peers', daemon=True)
       self._thread.start()
 
@@ -167,10 +168,3 @@ class Peers:
       if self._index == 0:  # It keeps the news: the others, too, must have read them.
         time.sleep(3 * self._period)
       self._on_lost(sentence)
-
-
-def _client():
-  # There is no public way to JAX's coordination service; its own helpers go through here.
-  from jax._src import distributed
-
-  return distributed.global_state.client

@@ -193,7 +193,7 @@ class _Session:
   def _pauses(self, bar) -> None:
     """What interrupts training now and then; the last step is left to `_finish`."""
     loop = self.t.loop
-    if due(self.step, loop.checkpoint_every_steps, loop) or self.saver.retry_is_due():
+    if due(self.step, loop.checkpoint_every_steps, loop) or self.saver.retry_is_due(self.step):
       with self.meter.paused():
         self._save()
     self._pictures(

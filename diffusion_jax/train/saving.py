@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from diffusion_jax.io.checkpoint import Checkpoints
 from diffusion_jax.io.keeping import Keep
+from diffusion_jax.parallel.agreement import agree
 from diffusion_jax.parallel.sharding import to_host
 from diffusion_jax.train.state import TrainState
 from diffusion_jax.train.tasks.task import Metrics
@@ -31,7 +33,7 @@ class Saver:
 
   def __init__(self, training: Training, say: Callable[[str], None]):
     loop = training.loop
-    self._loader = training.loader
+    self._loader, self._ask_every = training.loader, loop.log_every_steps
     self._checkpoints = Checkpoints(
       training.directory.checkpoints,
       Keep(loop.keep_checkpoints, loop.keep_every_steps, loop.keep_best, loop.keep_best_is),
@@ -86,10 +88,14 @@ class Saver:
     """The newest step on disk."""
     return self._checkpoints.latest()
 
-  def retry_is_due(self) -> bool:
-    """Whether a save has failed and it is time to try again."""
-    self._checkpoints.poll()
-    return self._checkpoints.should_retry()
+  def retry_is_due(self, step: int) -> bool:
+    """Whether a save has failed and it is time to try again; the same on every process."""
+    if jax.process_count() == 1:  # Several would not notice at the same step.
+      self._checkpoints.poll()
+    if not self._checkpoints.trouble or step % self._ask_every:
+      return False
+    # Clocks differ, so process 0 decides.
+    return agree('retry', str(self._checkpoints.should_retry()))[0] == 'True'
 
   def wait(self) -> None:
     """Blocks until what can be written is on disk."""
