@@ -20,7 +20,7 @@ def base(task: str) -> ConfigDict:
     'total_steps': 1000, 'batch_size': 64, 'accumulation_steps': 1, 'seed': 0,
     'ema_halflife_images': 0.0, 'log_every_steps': 20, 'checkpoint_every_steps': 500,
     'keep_checkpoints': 2, 'sample_every_steps': 500, 'evaluate_every_steps': 0,
-    'evaluate_samples': 256,
+    'evaluate_samples': 256, 'wandb_project': '',
   })
   config.mesh = ConfigDict({'data': -1, 'fsdp': 1, 'tensor': 1})
   return config.lock()

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from diffusion_jax.data.loader import Loader
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.checkpoint import Checkpoints
-from diffusion_jax.io.run_directory import MetricsWriter, RunDirectory, command_line, versions
+from diffusion_jax.io.metrics_writer import MetricsWriter
+from diffusion_jax.io.run_directory import RunDirectory, command_line, versions
 from diffusion_jax.parallel.sharding import put_batch, put_params, to_host
 from diffusion_jax.train.card import model_card
 from diffusion_jax.train.diverged import Diverged
@@ -35,6 +36,7 @@ class LoopConfig:
 
   ema_halflife_images: images after which an old weight counts half in the average; 0 for none.
   evaluate_samples: images that are drawn or read for one evaluation; 0 for no scores at all.
+  wandb_project: log to Weights & Biases too, in the project of this name.
   """
 
   total_steps: int = 1000
@@ -48,6 +50,7 @@ class LoopConfig:
   sample_every_steps: int = 500
   evaluate_every_steps: int = 0
   evaluate_samples: int = 256
+  wandb_project: str = ''
 
   def __post_init__(self):
     for name in ('total_steps', 'batch_size', 'accumulation_steps', 'log_every_steps',
@@ -134,7 +137,9 @@ class _Session:
     self.pending: tuple | None = None
     self.last: dict[str, Any] = {}
     self._describe()
-    self.writer = MetricsWriter(training.directory, self.main)
+    self.writer = MetricsWriter(
+      training.directory, self.main, wandb_project=loop.wandb_project, config=training.config
+    )
     self.update = make_step(
       training.task, training.optimizer, batch_size=loop.batch_size, mesh=training.mesh,
       ema_halflife_images=loop.ema_halflife_images, accumulation=loop.accumulation_steps,
@@ -289,6 +294,7 @@ class _Session:
 
   def _report(self) -> None:
     if self.main:
+      self.writer.flush()
       write_report(self.t.directory.path)
 
   def _leave(self, bar) -> int:
