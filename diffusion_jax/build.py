@@ -24,6 +24,7 @@ from diffusion_jax.data.transforms import build_transforms
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.job import check_samples
 from diffusion_jax.io.checkpoint import Checkpoints
+from diffusion_jax.io.metrics_backends import check_wandb
 from diffusion_jax.io.run_directory import RunDirectory, flatten, normalise
 from diffusion_jax.models.text.tokenizer import (
   Tokenize,
@@ -279,6 +280,7 @@ def build(config: ConfigDict | dict, workdir: str) -> Training:
     UserError: whatever is wrong with the config, the data, the frozen parts or the workdir.
   """
   checked = parse(config)
+  check_wandb(checked.loop.wandb_project)
   directory = RunDirectory(workdir)
   directory.check_config(resolved(checked), _completed)
   mesh = make_mesh(checked.mesh)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from diffusion_jax.errors import UserError
 
@@ -119,47 +118,6 @@ def versions() -> dict[str, Any]:
     'python': platform.python_version(), **found, 'platform': device.platform,
     'device': device.device_kind, 'devices': jax.device_count(), 'processes': jax.process_count(),
   }
-
-
-class MetricsWriter:
-  """metrics.jsonl and TensorBoard events. Only process 0 writes."""
-
-  def __init__(self, run: RunDirectory, active: bool):
-    self._active = active
-    if not active:
-      return
-    from tensorboardX import SummaryWriter
-
-    run.path.mkdir(parents=True, exist_ok=True)
-    self._file = run.metrics.open('a')
-    self._events = SummaryWriter(str(run.tensorboard))
-
-  def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-    """One line of numbers (lists and None allowed), and every plain number as an event."""
-    if not self._active:
-      return
-    self._file.write(json.dumps({'kind': kind, 'step': step, **_finite(values)}) + '\n')
-    self._file.flush()
-    for name, value in values.items():
-      if isinstance(value, (int, float)) and np.isfinite(value):
-        self._events.add_scalar(f'{kind}/{name}', value, step)
-
-  def image(self, name: str, step: int, image: np.ndarray) -> None:
-    """uint8 [h w 3] as an event."""
-    if self._active:
-      self._events.add_image(name, image, step, dataformats='HWC')
-
-  def close(self) -> None:
-    """Flushes both."""
-    if self._active:
-      self._file.close()
-      self._events.close()
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-  """NaN and infinity are no JSON; they become None."""
-  clean = lambda v: None if isinstance(v, float) and not np.isfinite(v) else v
-  return {k: [clean(x) for x in v] if isinstance(v, list) else clean(v) for k, v in values.items()}
 
 
 def command_line() -> str:
