@@ -10,6 +10,7 @@ import threading
 import time
 from typing import Any
 
+from diffusion_jax.errors import UserError
 from diffusion_jax.io import keeper
 from diffusion_jax.io.run_directory import RunDirectory
 
@@ -35,6 +36,13 @@ class Status:
     self._keeper: subprocess.Popen | None = None
     self._lock = threading.Lock()
     self.final = False
+
+  def before(self) -> dict[str, Any]:
+    """The last word of the start before this one, empty if there is none."""
+    try:
+      return self._directory.read_json('status.json')
+    except UserError:
+      return {}
 
   def __call__(self, state: str, *, everyone: bool = False, **values: Any) -> None:
     """Notes the state; after a final one nothing more is written.

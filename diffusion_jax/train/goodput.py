@@ -10,24 +10,32 @@ because a start ended without saving it. down: between one start's last word and
 
 
 class Goodput:
-  """Seconds by phase.
+  """Seconds by phase, beginning with 'start'.
 
   Args:
-    totals: of the starts before.
-    phase: what is going on now.
     clock: seconds, growing.
   """
 
-  def __init__(
-    self, totals: dict[str, float] | None = None, phase: str = 'start',
-    clock: Callable[[], float] = time.monotonic,
-  ):
-    self._totals = dict.fromkeys(PHASES, 0.0) | (totals or {})
-    self._clock, self._phase, self._since = clock, phase, clock()
+  def __init__(self, clock: Callable[[], float] = time.monotonic):
+    self._totals = dict.fromkeys(PHASES, 0.0)
+    self._clock, self._phase, self._since = clock, 'start', clock()
 
-  def add(self, phase: str, seconds: float) -> None:
-    """Time that passed elsewhere."""
-    self._totals[phase] += max(seconds, 0.0)
+  def goes_on(
+    self, saved: dict[str, float] | None, last: dict[str, float] | None, down: float
+  ) -> None:
+    """Takes over the accounts of the starts before this one.
+
+    Args:
+      saved: totals in the checkpoint that this start begins with, None without one.
+      last: totals in the last word of the start before. What it did after `saved` is lost.
+      down: seconds between that word and this start.
+    """
+    saved, last = saved or {}, last or {}
+    after = sum(last.values()) - sum(saved.values())
+    for name, seconds in saved.items():
+      self._totals[name] += seconds
+    self._totals['lost'] += max(after, 0.0)
+    self._totals['down'] += max(down, 0.0)
 
   def _turn(self, phase: str) -> str:
     now, before = self._clock(), self._phase
@@ -51,7 +59,7 @@ class Goodput:
   def totals(self) -> dict[str, float]:
     """Seconds by phase up to now."""
     self._turn(self._phase)
-    return {name: round(seconds, 3) for name, seconds in self._totals.items()}
+    return {name: round(seconds, 6) for name, seconds in self._totals.items()}
 
   def seconds(self) -> float:
     """All of them, without the time between starts."""

@@ -53,28 +53,33 @@ class _Session:
 
   def __init__(self, training: Training, safety: Safety, show: bool):
     self.t, self.safety, self.show = training, safety, show
-    self.started, self.previous_seconds = time.time(), 0.0
+    self.goodput = Goodput()
     self.step = 0
     self.pending: tuple | None = None
     self.last: dict[str, Any] = {}
-    self.compilations = Compilations()
+    self.compilations, self.recompilations = Compilations(), None
     self.profiler = ProfilerWindow(
       training.directory.path / 'profile', training.loop.profile_first_step,
       training.loop.profile_steps,
     )
+    self.writer: MetricsWriter | None = None
     safety.facts = self._facts
     safety.tell('starting')
-    with safety.watchdog.allow(training.safety.compile_timeout_seconds):
+    with safety.watchdog.allow(training.safety.compile_timeout_seconds, 'compilation'):
       abstract = abstract_state(
         training.task, training.optimizer, training.loop.ema_halflife_images > 0, training.mesh
       )
       self.saver = Saver(training, self._say)
       self._begin(abstract)
-      self.writer = MetricsWriter(training.directory, jax.process_index() == 0, training.loop)
+      self.writer = MetricsWriter(
+        training.directory, jax.process_index() == 0, wandb_project=training.loop.wandb_project,
+        config=training.config,
+      )
       self.showing = Showing(training, self.writer, self.frozen)
-      self.showing.describe(self.state, self.seconds())
+      self.showing.describe(self.state, self.goodput.seconds())
       with self.goodput.phase('compile'):
         self._compile(abstract)
+    self.goodput.enter('step')
 
   def _begin(self, abstract: TrainState) -> None:
     """The state to begin with, restored or fresh."""
@@ -85,9 +90,13 @@ class _Session:
         self.t.task, self.t.optimizer, bool(abstract.ema), self.t.loop.seed, self.t.mesh
       )
     else:
-      self.state, self.previous_seconds = found.state, found.seconds
-    self.goodput = Goodput(found.goodput if found else None)
-    self.meter = Meter(self.t.loop.batch_size, found.totals if found else {})
+      self.state = found.state
+    before = self.safety.before
+    self.goodput.goes_on(
+      found.goodput if found else None, before.get('goodput'),
+      down=time.time() - before.get('updated', time.time()),
+    )
+    self.meter = Meter(self.t.loop.batch_size, self.goodput, found.totals if found else {})
     self.step = int(self.state.step)
     self.frozen = {
       role: put_params(params, self.t.mesh) for role, params in self.t.task.frozen.items()
@@ -110,18 +119,15 @@ class _Session:
     if self.show:
       print('\n'.join(report.lines(t.mesh, t.loop.batch_size)))
 
-  def seconds(self) -> float:
-    """Seconds spent on this run, over all of its starts."""
-    return self.previous_seconds + time.time() - self.started
-
   def _facts(self) -> dict[str, Any]:
+    """How far things are, for the status file."""
     facts = {
       'step': self.step, 'total_steps': self.t.loop.total_steps,
-      'seconds': round(self.seconds(), 1),
+      'seconds': round(self.goodput.seconds(), 1), 'goodput': self.goodput.totals(),
     }
-    if hasattr(self, 'writer'):
+    if self.writer is not None:
       trouble = [text for text in (self.saver.trouble, *self.writer.trouble) if text]
-      facts |= {'goodput': self.goodput.totals()} | ({'trouble': trouble} if trouble else {})
+      facts |= {'trouble': trouble} if trouble else {}
     return facts
 
   def _say(self, text: str) -> None:
@@ -143,7 +149,10 @@ class _Session:
         self.safety.tell('training')
         while self.step < loop.total_steps:
           self.safety.check()
+          before = self.compilations.count
           self._one_step()
+          if self.recompilations is not None:  # Until the first line there may be some.
+            self.recompilations += self.compilations.count - before
           bar.update(loop.batch_size)
           bar.set_postfix(self.last, refresh=False)
           self._pauses(bar)
@@ -153,13 +162,12 @@ class _Session:
 
   def _one_step(self) -> None:
     self.profiler.before(self.step)
-    with self.meter.waiting(), self.goodput.phase('data'):
+    with self.goodput.phase('data'):
       batch = next(self.t.loader)
-    with self.goodput.phase('step'):
-      fields = {name: batch[name] for name in self.t.task.batch_fields}
-      self.state, metrics = self.update(self.state, self.frozen, put_batch(fields, self.t.mesh))
-      self._log()  # What the step before closed: the device is busy again by now.
-      self.meter.add(metrics)
+    fields = {name: batch[name] for name in self.t.task.batch_fields}
+    self.state, metrics = self.update(self.state, self.frozen, put_batch(fields, self.t.mesh))
+    self._log()  # What the step before closed: the device is busy again by now.
+    self.meter.add(metrics)
     self.step += 1
     if self.step % self.t.loop.log_every_steps == 0:
       self.pending = (self.step, *self.meter.close_window())
@@ -174,10 +182,12 @@ class _Session:
     given_up = values.pop('given_up')
     rates = {name: float(rate(step - 1)) for name, rate in self.t.learning_rates.items()}
     self.writer.write('train', step, {
-      'time': self.seconds(), **values, **rates, **speed, **resources(),
-      'compilations': self.compilations.count,
+      'time': self.goodput.seconds(), **values, **rates, **speed, **resources(),
+      'recompilations': self.recompilations or 0,
     })
+    self.recompilations = self.recompilations or 0
     self.last = {'loss': f'{values["loss"]:.4f}', 'step': step}
+    self.safety.tell('training', now=False)
     self._check(step, given_up)
 
   def _check(self, step: int, given_up: float) -> None:
@@ -194,8 +204,7 @@ class _Session:
     """What interrupts training now and then; the last step is left to `_finish`."""
     loop = self.t.loop
     if due(self.step, loop.checkpoint_every_steps, loop) or self.saver.retry_is_due(self.step):
-      with self.meter.paused():
-        self._save()
+      self._save()
     self._pictures(
       bar, due(self.step, loop.sample_every_steps, loop),
       due(self.step, loop.evaluate_every_steps, loop),
@@ -205,7 +214,7 @@ class _Session:
     """Draws and scores, and brings the report up to date."""
     if not preview and not evaluate:
       return
-    with self.meter.paused(), self.goodput.phase('evaluation'):
+    with self.goodput.phase('evaluation'):
       if preview:
         self.safety.tell('sampling')
         self.showing.preview(self.state, self.step)
@@ -222,14 +231,12 @@ class _Session:
     if self.meter.totals:  # A state that the guard has given up on has nothing new to keep.
       self._check(self.step, self.meter.read(self.meter.totals)['given_up'])
     with self.goodput.phase('checkpoint'):
-      self.saver.save(
-        self.step, self.state, self.meter.totals, self.seconds(), self.goodput.totals()
-      )
+      self.saver.save(self.step, self.state, self.meter.totals, self.goodput.totals())
     self.safety.tell('training')
 
   def _leave(self, bar) -> int:
     self._save()
-    with self.safety.watchdog.allow(0):
+    with self.safety.watchdog.allow(0, 'checkpoint'):
       self.saver.wait()
     number = self.safety.stop.signal or signal.SIGTERM
     bar.close()
@@ -256,8 +263,8 @@ class _Session:
         scores = self.showing.evaluate(self.state, self.step, final=True)
         self.saver.scores(self.step, next(iter(scores.values())))
     params = to_host(self.state.eval_params)
-    self.showing.finish(self.state, self.seconds(), scores, params)
-    with self.safety.watchdog.allow(0):
+    self.showing.finish(self.state, self.goodput.seconds(), scores, params)
+    with self.safety.watchdog.allow(0, 'checkpoint'):
       self.saver.wait()
     self.safety.tell('finished', message=self.saver.trouble)
     self.showing.report()
@@ -268,6 +275,7 @@ class _Session:
 
   def close(self) -> None:
     """Frees files and threads."""
+    self.compilations.close()
     self.profiler.close()
     self.writer.close()
     self.saver.close()

@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -36,6 +37,9 @@ class Safety:
     self.facts: Callable[[], dict[str, Any]] = dict
     self._index, self._count = jax.process_index(), jax.process_count()
     self._status = Status(directory, self._index, self._count)
+    self.before = self._status.before()
+    """The last word of the start before this one."""
+    self._told = 0.0
     self.peers = Peers(config.peer_timeout_seconds, self._lost)
     self.stop = StopRequest(self.peers)
     self.watchdog = Watchdog(
@@ -43,9 +47,11 @@ class Safety:
       exit_code=TRY_AGAIN,
     )
 
-  def tell(self, state: str, **more: Any) -> None:
-    """Writes how things stand."""
-    self._status(state, **self.facts(), **more)
+  def tell(self, state: str, *, now: bool = True, **more: Any) -> None:
+    """Writes how things stand; without `now` no more than once a second."""
+    if now or time.monotonic() - self._told > 1:
+      self._told = time.monotonic()
+      self._status(state, **self.facts(), **more)
 
   def check(self) -> None:
     """A sign of life; raises Stopping where all processes stop."""
@@ -70,7 +76,7 @@ class Safety:
     message = f'{type(error).__name__}: {error}'[:500]
     if self._count > 1 and any(word in message.lower() for word in _OF_A_PEER):
       # Most likely another process is gone; then `_lost` leaves from its thread meanwhile.
-      with self.watchdog.allow(0):
+      with self.watchdog.allow(0, 'word of the other processes'):
         self.peers.confirm_gone()
     state = 'diverged' if isinstance(error, Diverged) else 'failed'
     self._status(state, everyone=True, **self.facts(), message=message)

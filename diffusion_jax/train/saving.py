@@ -20,7 +20,6 @@ class Restored(NamedTuple):
 
   state: TrainState
   totals: Metrics
-  seconds: float
   goodput: dict[str, float]
 
 
@@ -58,10 +57,10 @@ class Saver:
     state = TrainState(
       **{name: parts[name] for name in ('params', 'opt_state', 'ema')}, **parts['rest']
     )
-    return Restored(state, totals, extra['seconds'], extra['goodput'])
+    return Restored(state, totals, extra['goodput'])
 
   def save(
-    self, step: int, state: TrainState, totals: Metrics, seconds: float, goodput: dict[str, float]
+    self, step: int, state: TrainState, totals: Metrics, goodput: dict[str, float]
   ) -> None:
     """Starts to save a step that is not saved yet."""
     extra: dict[str, Any] = {
@@ -69,7 +68,6 @@ class Saver:
       'totals': {
         name: [part.tolist() for part in pair] for name, pair in to_host(totals).items()
       },
-      'seconds': seconds,
       'goodput': goodput,
     }
     self._checkpoints.save(step, _as_parts(state), extra)

@@ -76,6 +76,7 @@ class Showing:
   def report(self) -> None:
     """Writes report.html."""
     if self._main:
+      self._writer.flush()
       write_report(self.t.directory.path)
 
   def finish(self, state: TrainState, seconds: float, scores: Scores, params: dict) -> None:

@@ -66,6 +66,8 @@ class Watchdog:
     if self._stacks is not None:
       faulthandler.cancel_dump_traceback_later()
       self._stacks.close()
+      if not self._file().stat().st_size:
+        self._file().unlink()
 
   def _watch(self) -> None:
     wait = 1.0

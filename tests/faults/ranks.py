@@ -9,26 +9,25 @@ from pathlib import Path
 
 from tests import tiny
 
-RECIPE = str(tiny.ROOT / 'configs' / 'toy' / 'edm.py')
-TINY = {
-  'data.size': 16, 'settings.width': 16, 'settings.depth': 1, 'settings.sample.steps': 4,
-  'loop.batch_size': 8, 'loop.total_steps': 40, 'loop.log_every_steps': 1,
-  'loop.checkpoint_every_steps': 1000, 'loop.sample_every_steps': 0,
-  'loop.evaluate_every_steps': 0, 'loop.evaluate_samples': 64, 'optimizer.warmup_steps': 0,
-  'loop.ema_halflife_images': 100.0, 'safety.peer_timeout_seconds': 5.0,
-}
+LOOP = {'total_steps': 40, 'checkpoint_every_steps': 1000, 'evaluate_samples': 64}
+SAFETY = {'peer_timeout_seconds': 5.0}
 
 
 class Ranks:
   """`count` processes that train one toy, each with `devices` simulated devices."""
 
-  def __init__(self, workdir: Path, count: int = 2, devices: int = 1, **changes):
+  def __init__(
+    self, workdir: Path, count: int = 2, devices: int = 1, more: dict | None = None, **sections
+  ):
+    """sections: changes to LOOP, SAFETY and the rest of `tiny.toy_config`; more: environment."""
     self.workdir = workdir
-    overrides = [f'--config.{name}={value}' for name, value in {**TINY, **changes}.items()]
-    self.arguments = [
-      'train', '--config', RECIPE, '--workdir', str(workdir), '--quiet', *overrides
-    ]
-    more = {'TF_CPP_MIN_LOG_LEVEL': '2'}
+    sections = {
+      **sections, 'loop': LOOP | sections.get('loop', {}),
+      'safety': SAFETY | sections.get('safety', {}),
+    }
+    recipe = tiny.write_config(workdir.with_suffix('.py'), tiny.toy_config(**sections))
+    self.arguments = ['train', '--config', recipe, '--workdir', str(workdir), '--quiet']
+    more = {'TF_CPP_MIN_LOG_LEVEL': '2', **(more or {})}
     if count > 1:
       with socket.socket() as s:
         s.bind(('127.0.0.1', 0))

@@ -12,7 +12,7 @@ from tests import tiny
 from tests.faults.ranks import Ranks
 
 SAME = ('loss', 'gradient_norm')
-PHASES = {'loop.evaluate_every_steps': 30, 'loop.total_steps': 40}
+LOOP = {'evaluate_every_steps': 30}
 
 
 def _weights(run):
@@ -27,7 +27,7 @@ def _status(run):
 def two(tmp_path_factory):
   """Workdir of two processes with two devices each that nobody disturbed."""
   run = tmp_path_factory.mktemp('two') / 'run'
-  with Ranks(run, 2, devices=2, **PHASES) as ranks:
+  with Ranks(run, 2, devices=2, loop=LOOP) as ranks:
     assert ranks.codes() == [0, 0]
   return run
 
@@ -36,7 +36,7 @@ def two(tmp_path_factory):
 @pytest.mark.parametrize(('count', 'devices'), [(1, 4), (4, 1)])
 def test_two_and_four_processes_agree_with_one(two, tmp_path, count, devices):
   run = tmp_path / 'run'
-  with Ranks(run, count, devices, **PHASES) as ranks:
+  with Ranks(run, count, devices, loop=LOOP) as ranks:
     assert ranks.codes() == [0] * count
   found, wanted = tiny.metrics(run), tiny.metrics(two)
   assert sorted(found) == sorted(wanted) == list(range(1, 41))
@@ -56,7 +56,7 @@ def test_one_of_two_is_stopped_while_compiling_training_and_evaluating(two, tmp_
   run = tmp_path / 'run'
   stops = (('compiling', 0, 1), ('training', 12, 0), ('evaluating', 30, 1))
   for state, step, rank in stops:
-    with Ranks(run, 2, devices=2, **PHASES) as ranks:
+    with Ranks(run, 2, devices=2, loop=LOOP) as ranks:
       ranks.wait_for(state, step=step)
       ranks.signal(rank)
       assert ranks.codes() == [143, 143], state
@@ -69,7 +69,7 @@ def test_one_of_two_is_stopped_while_compiling_training_and_evaluating(two, tmp_
       assert status['step'] == 0
     if state == 'evaluating':
       assert status['step'] == 30 and 30 not in tiny.metrics(run, 'evaluation')
-  with Ranks(run, 2, devices=2, **PHASES) as ranks:
+  with Ranks(run, 2, devices=2, loop=LOOP) as ranks:
     assert ranks.codes() == [0, 0]
   found, wanted = tiny.metrics(run), tiny.metrics(two)
   assert sorted(found) == sorted(wanted)
@@ -86,8 +86,8 @@ def test_one_of_two_is_stopped_while_compiling_training_and_evaluating(two, tmp_
 @pytest.mark.parametrize('victim', [0, 1], ids=['coordinator', 'peer'])
 def test_a_killed_process_is_noticed_by_the_other_within_the_bound(tmp_path, victim):
   run = tmp_path / 'run'
-  changes = {'loop.total_steps': 1_000_000, 'loop.log_every_steps': 10,
-             'loop.checkpoint_every_steps': 50}
+  changes = {'loop': {'total_steps': 1_000_000, 'log_every_steps': 10,
+                      'checkpoint_every_steps': 50}}
   with Ranks(run, 2, **changes) as ranks:
     ranks.wait_for('training', step=60)
     killed = time.monotonic()

@@ -32,7 +32,7 @@ from diffusion_jax.viz.points import field_picture, scatter_picture
 PREVIEW_POINTS = 1024
 FIELD_LEVELS = (1.0, 0.4, 0.15)
 LATTICE, EXTENT = 21, 2.6
-LIKELIHOOD_POINTS, LIKELIHOOD_STEPS = 512, 40
+LIKELIHOOD_STEPS = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ToySampleConfig:
 class ToyTaskConfig:
   """process: table, for the T timesteps of `schedule`, or a name of `processes.PROCESSES` with its
   options, such as {'sigma_max': 50.0}. sub_vp: the sub-VP process of that one. width, depth: of the
-  network."""
+  network. likelihood_points: test points whose bits are counted at the end, 0 for none."""
 
   process: str = 'table'
   process_options: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -62,6 +62,7 @@ class ToyTaskConfig:
   sample: ToySampleConfig = ToySampleConfig()
   width: int = 96
   depth: int = 3
+  likelihood_points: int = 512
   export_dtype: str = 'float32'
 
   def __post_init__(self):
@@ -210,8 +211,8 @@ class ToyTask(NoisingTask):
       found = to_host(self._sample(values, 1, count))
       beat()
       scores[name] = {'energy_distance': energy_distance(found, self.test)}
-      if final:
-        bits = to_host(self._bits(values, self.test[:LIKELIHOOD_POINTS]))
+      if final and (points := self.config.likelihood_points):
+        bits = to_host(self._bits(values, self.test[:points]))
         scores[name]['bits_per_dim'] = float(bits.mean())
         beat()
     if final:
