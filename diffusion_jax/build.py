@@ -317,7 +317,7 @@ def _trained(workdir: str):
   if not directory.checkpoints.is_dir():
     raise UserError(f'{workdir} has no checkpoint yet; train longer, or give another workdir.')
   checkpoints = Checkpoints(directory.checkpoints, read_only=True)
-  if checkpoints.latest() is None:
+  if not checkpoints.steps():
     raise UserError(f'{workdir} has no checkpoint yet; train longer, or give another workdir.')
   train, test = _sources(config)
   mesh = make_mesh(MeshConfig())

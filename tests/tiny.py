@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import socket
 import subprocess
 import sys
 
@@ -127,6 +128,13 @@ def start(arguments: list[str], env: dict[str, str]) -> subprocess.Popen:
     [sys.executable, '-u', '-m', 'diffusion_jax', *arguments], env=env, cwd=ROOT, text=True,
     stdout=subprocess.PIPE, stderr=subprocess.PIPE,
   )
+
+
+def free_port() -> int:
+  """A port of this machine that nobody listens on."""
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    return s.getsockname()[1]
 
 
 def metrics(workdir: pathlib.Path, kind: str = 'train') -> dict[int, dict]:

@@ -234,7 +234,7 @@ class Checkpoints:
   def _newest(self, wanted: dict, everything: bool) -> tuple[int, dict[str, Any], Any] | None:
     self._collect()
     listed = json.dumps([self.steps(), quarantined(self.directory)])
-    steps, moved = json.loads(agree(f'steps/{self.directory}', listed)[0])
+    steps, moved = json.loads(agree('steps', listed)[0])
     problem = ''
     for step in reversed(steps):
       try:
@@ -265,7 +265,7 @@ class Checkpoints:
           'move it out of the way.'
         ) from error
 
-    target = in_step(f'quarantine/{self.directory}', move, (UserError,))
+    target = in_step('quarantine', move, (UserError,))
     self._say(f'the checkpoint {folder} is damaged ({problem}); it was moved to {target}.')
 
   def close(self) -> None:

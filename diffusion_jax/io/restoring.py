@@ -39,10 +39,8 @@ def read_step(
       says nothing about the files.
   """
   kinds = (Damaged, UserError)
-  saved_digests, data = in_step(
-    f'opening/{folder}', lambda: _open(folder, wanted, everything), kinds
-  )
-  trees = in_step(f'reading/{folder}', lambda: _read_arrays(folder, wanted), kinds)
+  saved_digests, data = in_step('opening', lambda: _open(folder, wanted, everything), kinds)
+  trees = in_step('reading', lambda: _read_arrays(folder, wanted), kinds)
   for item, tree in trees.items():
     for leaf, found in digests(tree).items():
       if saved_digests[item].get(leaf) != found:

@@ -8,6 +8,7 @@ would wait at its barriers for many minutes; here the one tells them.
 import asyncio
 import concurrent.futures
 import errno
+import itertools
 import os
 import shutil
 from collections.abc import Callable
@@ -29,6 +30,9 @@ MARGIN_BYTES, MARGIN_BYTES_A_LEAF = 1 << 20, 2048
 """Room for what is not array data: metadata, the record and the manifest."""
 
 
+_numbers = itertools.count()
+
+
 class NotSaved(Exception):
   """A checkpoint could not be written; the message says why."""
 
@@ -38,6 +42,7 @@ class Saving:
 
   def __init__(self, directory: Path):
     self.directory = directory
+    self._name = f'saving_{next(_numbers)}'  # The same in all processes, as paths need not be.
     # One thread: it starts the next save only when the one before is on disk or has failed.
     self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
     self._handlers: dict[str, ocp.StandardCheckpointHandler] = {}
@@ -110,7 +115,7 @@ class Saving:
             (folder / name).mkdir(parents=True, exist_ok=True)
       except OSError as error:
         problem = reason(error)
-    answers = agree(f'preparing/{self.directory}', problem)
+    answers = agree(f'{self._name}/preparing', problem)
     if answers[0] == 'have':
       return True
     self._stop_where(answers, folder)
@@ -137,7 +142,7 @@ class Saving:
           record.write_record(folder, arrays, data)
     except Exception as error:
       problem = reason(error)
-    self._stop_where(agree(f'written/{self.directory}', problem), folder)
+    self._stop_where(agree(f'{self._name}/written', problem), folder)
 
   def _commit(self, folder: Path, target: Path, items: list[str]) -> None:
     problem = ''
@@ -149,7 +154,7 @@ class Saving:
         os.rename(folder, target)
       except Exception as error:
         problem = reason(error)
-    self._stop_where(agree(f'committed/{self.directory}', problem), folder)
+    self._stop_where(agree(f'{self._name}/committed', problem), folder)
 
   def _stop_where(self, problems: list[str], folder: Path) -> None:
     problem = next((problem for problem in problems if problem), '')
