@@ -16,7 +16,7 @@ LOOP = {'evaluate_every_steps': 30}
 
 
 def _weights(run):
-  return read_tensors(run / 'model' / 'params.safetensors')
+  return read_tensors(run / 'model' / 'diffusion_pytorch_model.safetensors')
 
 
 def _status(run):
