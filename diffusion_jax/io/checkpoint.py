@@ -22,7 +22,7 @@ from diffusion_jax.io.manifest import Damaged
 from diffusion_jax.io.quarantine import NAME as QUARANTINE
 from diffusion_jax.io.quarantine import quarantine, quarantined
 from diffusion_jax.io.restoring import read_step
-from diffusion_jax.io.saving import TEMPORARY, NotSaved, Saving, reason
+from diffusion_jax.io.saving import NotSaved, Saving, reason, remove_leftovers
 from diffusion_jax.io.scores import Scores
 from diffusion_jax.parallel.agreement import agree, in_step
 
@@ -61,9 +61,9 @@ class Checkpoints:
     self._scores = Scores(self.directory, self._say)
     self._saving = Saving(self.directory)
     if not read_only and jax.process_index() == 0:
-      for pattern in (f'*{TEMPORARY}*', f'*{DELETING}'):
-        for path in self.directory.glob(pattern):
-          shutil.rmtree(path, ignore_errors=True)
+      remove_leftovers(self.directory)
+      for path in self.directory.glob(f'*{DELETING}'):
+        shutil.rmtree(path, ignore_errors=True)
 
   def steps(self) -> list[int]:
     """The steps on disk, damaged ones too, in ascending order."""

@@ -109,10 +109,12 @@ class Saving:
     else:
       try:
         self.directory.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+          remove_leftovers(self.directory)
         problem = _lack_of_room(self.directory, parts)
         if jax.process_index() == 0 and not problem:
           for name in (*parts, record.NAME):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name).mkdir(parents=True)
       except OSError as error:
         problem = reason(error)
     answers = agree(f'{self._name}/preparing', problem)
@@ -168,6 +170,12 @@ class Saving:
     self._pool.shutdown()
     for handler in self._handlers.values():
       handler.close()
+
+
+def remove_leftovers(directory: Path) -> None:
+  """Removes what saves left that were cut off or failed; none may be under way."""
+  for path in directory.glob(f'*{TEMPORARY}*'):
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def reason(error: BaseException) -> str:
