@@ -8,6 +8,7 @@ def base(task: str) -> ConfigDict:
   config = ConfigDict()
   config.task = task
   config.dtype = 'float32'
+  config.remat = 'none'
   config.data = ConfigDict(
     {'dataset': 'openmoji', 'size': 64, 'data_dir': '', 'prepare': True, 'transforms': (),
      'workers': 2}
@@ -28,5 +29,7 @@ def base(task: str) -> ConfigDict:
     'compile_timeout_seconds': 7200.0, 'peer_timeout_seconds': 60.0,
     'checkpoint_retry_seconds': 60.0,
   })
-  config.mesh = ConfigDict({'data': -1, 'fsdp': 1, 'tensor': 1})
+  config.mesh = ConfigDict({
+    'data': -1, 'fsdp': 1, 'tensor': 1, 'spatial': 1, 'dcn_data': -1, 'dcn_fsdp': 1,
+  })
   return config.lock()
