@@ -9,7 +9,6 @@ Images of integers get a probability by dequantisation.
 from collections.abc import Callable
 from typing import NamedTuple
 
-import diffrax
 import jax
 import jax.numpy as jnp
 
@@ -166,6 +165,9 @@ def _derivative(drift, trace: str, probes: int, keys, x):
 
 def _adaptive(derivative, state, t_min, rtol, atol, max_steps):
   """State at t = 1, NaN where the solver gave up, and the number of steps, rejected ones too."""
+  with jax.ensure_compile_time_eval():  # Imported within a trace, its constants would be tracers.
+    import diffrax  # Takes long, and only likelihoods need it.
+
   t_min, end = jnp.asarray(t_min, state[0].dtype), jnp.ones((), state[0].dtype)
   solution = diffrax.diffeqsolve(
     diffrax.ODETerm(lambda t, state, _: derivative(t, state)), diffrax.Tsit5(), t_min, end, None,

@@ -1,13 +1,15 @@
 """Embeddings of images and texts by CLIP, in batches over the mesh."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
-from transformers import PreTrainedTokenizerBase
 
 from diffusion_jax.io.pretrained import load_params, resolve
 from diffusion_jax.models.functional import Network
@@ -16,13 +18,16 @@ from diffusion_jax.models.text.tokenizer import Tokenize, load_tokenizer
 from diffusion_jax.parallel.sharding import in_batches
 from diffusion_jax.types import Params
 
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerBase
+
 
 def unit(x: Float[Array, 'n p']) -> Float[Array, 'n p']:
   """Scales rows to Euclidean length 1."""
   return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def load_features(path: str, mesh: Mesh) -> 'CLIPFeatures':
+def load_features(path: str, mesh: Mesh) -> CLIPFeatures:
   """The CLIP, both towers, in a directory or 'asset:NAME'. UserError where it cannot be read."""
   config, params = load_params('clip', path, mesh=mesh)
   return CLIPFeatures(Network.of(CLIP, config), params, load_tokenizer(resolve(path)), mesh)

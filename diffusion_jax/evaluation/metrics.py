@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float
-from scipy.spatial.distance import cdist, pdist
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.statistics import Statistics
@@ -95,6 +94,8 @@ def energy_distance(x: Float[np.ndarray, 'n d'], y: Float[np.ndarray, 'm d']) ->
 
   0 only where both have the same distribution; estimates of 0 may be a little below it.
   """
+  from scipy.spatial.distance import cdist, pdist  # Takes long to import.
+
   x, y = _matrix(x, 'x'), _matrix(y, 'y')
   between = cdist(x, y).mean()
   within = sum(pdist(points).mean() for points in (x, y))

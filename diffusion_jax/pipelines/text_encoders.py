@@ -1,17 +1,22 @@
 """Prompts -> the text that a denoiser is told, by one text encoder or several side by side."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.text.tokenizer import Tokenize, add_placeholder
 from diffusion_jax.types import Condition, Weights
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerBase
 
 ROLES = ('text_encoder', 'text_encoder_2')
 EXTRA = 'extra.embedding'

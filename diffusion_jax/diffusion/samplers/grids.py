@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import betaincinv
 
 from diffusion_jax.diffusion.processes import Process
 from diffusion_jax.diffusion.schedules import Grid, Schedule, tabulate
@@ -78,6 +77,8 @@ def spaced_timesteps(
 
 def _beta_quantiles(count: int, a: float = 0.6, b: float = 0.6) -> np.ndarray:
   """Quantiles of Beta(a, b) at 1, ..., 1 / count."""
+  from scipy.special import betaincinv  # Takes long to import, and only this grid needs it.
+
   return betaincinv(a, b, 1 - np.arange(count) / count)
 
 

@@ -5,30 +5,38 @@ frame, <|startoftext|> ... <|endoftext|>, and pads with <|endoftext|>; T5's ends
 token for padding. Files are those of transformers, so the published tokenizers load too.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from tokenizers import (
-  Tokenizer,
-  decoders,
-  models,
-  normalizers,
-  pre_tokenizers,
-  processors,
-  trainers,
-)
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.checks import require
 
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerBase
+
 BOS, EOS = '<|startoftext|>', '<|endoftext|>'
 SMALLEST = 256 + 2
 """Every byte is a token, so that any text can be written; and the two frame tokens."""
+
+
+def _transformers():
+  """transformers, imported where it is first needed: it takes seconds, and toys do without."""
+  try:
+    import transformers
+  except ImportError as error:
+    raise UserError(
+      f'texts need the package transformers, which cannot be imported ({error}); '
+      "pip install 'transformers>=5'."
+    ) from error
+  return transformers
 
 
 def train_tokenizer(
@@ -40,18 +48,21 @@ def train_tokenizer(
   """
   require(vocab_size >= SMALLEST, f'vocab_size must be at least {SMALLEST}, not {vocab_size}.')
   require(max_length >= 3, f'max_length must be at least 3, not {max_length}.')
-  bpe = Tokenizer(models.BPE())
-  bpe.normalizer = normalizers.Lowercase()
-  bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  bpe.decoder = decoders.ByteLevel()
-  bpe.train_from_iterator(captions, trainers.BpeTrainer(
+  fast = _transformers().PreTrainedTokenizerFast
+  import tokenizers as parts
+
+  bpe = parts.Tokenizer(parts.models.BPE())
+  bpe.normalizer = parts.normalizers.Lowercase()
+  bpe.pre_tokenizer = parts.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  bpe.decoder = parts.decoders.ByteLevel()
+  bpe.train_from_iterator(captions, parts.trainers.BpeTrainer(
     vocab_size=vocab_size, special_tokens=[BOS, EOS], show_progress=False,
-    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    initial_alphabet=sorted(parts.pre_tokenizers.ByteLevel.alphabet()),
   ))
-  bpe.post_processor = processors.TemplateProcessing(
+  bpe.post_processor = parts.processors.TemplateProcessing(
     single=f'{BOS} $A {EOS}', special_tokens=[(BOS, 0), (EOS, 1)]
   )
-  return PreTrainedTokenizerFast(
+  return fast(
     tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=EOS, unk_token=EOS,
     model_max_length=max_length, clean_up_tokenization_spaces=False, split_special_tokens=True,
   )
@@ -72,12 +83,13 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str | os.PathL
 
 def load_tokenizer(directory: str | os.PathLike) -> PreTrainedTokenizerBase:
   """Reads a tokenizer that we, or transformers, saved in a local directory; never the network."""
+  auto = _transformers().AutoTokenizer
   directory = Path(directory)
   require(
     directory.is_dir(), f'There is no tokenizer directory {directory}; check the path.'
   )
   try:
-    return AutoTokenizer.from_pretrained(os.fspath(directory), local_files_only=True)
+    return auto.from_pretrained(os.fspath(directory), local_files_only=True)
   except Exception as error:  # transformers raises many kinds; all mean the same to a person.
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     raise UserError(

@@ -1,14 +1,16 @@
 """Trains CLIP: images and captions that belong together get similar embeddings."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerBase
 
 from diffusion_jax.data.sources import ImageSource
 from diffusion_jax.evaluation import metrics as M
@@ -21,6 +23,9 @@ from diffusion_jax.models.text.tokenizer import save_tokenizer
 from diffusion_jax.parallel.sharding import put_params, to_host
 from diffusion_jax.train.tasks.task import Frozen, Scores, Task, mean_metric
 from diffusion_jax.types import Params
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerBase
 
 MAX_LOGIT_SCALE = math.log(100.0)
 
