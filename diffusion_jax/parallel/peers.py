@@ -23,6 +23,8 @@ from collections.abc import Callable
 import jax
 from jax._src import distributed  # No public door leads to the key-value store.
 
+from diffusion_jax.parallel.agreement import agree
+
 PERIOD_SECONDS = 1.0
 
 _meetings = itertools.count()
@@ -81,14 +83,25 @@ class Peers:
         self._judge({})
         time.sleep(3 * self._period)
 
-  def confirm_gone(self) -> tuple[int, str] | None:
-    """Waits until some process is known to be gone, at most a little longer than the timeout."""
+  def confirm_gone(self) -> None:
+    """Waits a little longer than the timeout for news that another process is gone.
+
+    Returns if there is none; otherwise `on_lost` is called, and what it does happens.
+    """
     if self._count == 1:
-      return None
+      return
     end = time.monotonic() + self._timeout + 3 * self._period
     while self.gone is None and time.monotonic() < end:
       time.sleep(self._period / 2)
-    return self.gone
+    if self.gone is not None:
+      self._thread.join()
+
+  def settle(self) -> bool:
+    """Whether any process has been asked to stop by now; waits for all of them, without delay.
+
+    For places where something else begins: `poll` may have to wait for the news to travel.
+    """
+    return 'True' in agree('stop', str(self._asked))
 
   def close(self) -> None:
     """Ends the thread; from here on nothing is watched."""

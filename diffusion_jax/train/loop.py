@@ -146,6 +146,7 @@ class _Session:
       try:
         if self.resumed:
           self._pictures(bar, *self.showing.missing(self.step))
+        self.safety.stop.settle()  # Compiling may have taken long.
         self.safety.tell('training')
         while self.step < loop.total_steps:
           self.safety.check()

@@ -73,13 +73,13 @@ class Safety:
       self._status.close()
 
   def _fail(self, error: BaseException) -> None:
-    message = f'{type(error).__name__}: {error}'[:500]
+    message = f'{type(error).__name__}: {error}'
     if self._count > 1 and any(word in message.lower() for word in _OF_A_PEER):
       # Most likely another process is gone; then `_lost` leaves from its thread meanwhile.
       with self.watchdog.allow(0, 'word of the other processes'):
         self.peers.confirm_gone()
     state = 'diverged' if isinstance(error, Diverged) else 'failed'
-    self._status(state, everyone=True, **self.facts(), message=message)
+    self._status(state, everyone=True, **self.facts(), message=message[:500])
     if self._count > 1:
       # Leaving in order would wait for processes that wait for this one.
       traceback.print_exc()

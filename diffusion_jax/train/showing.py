@@ -9,8 +9,8 @@ from jax.experimental import multihost_utils
 
 from diffusion_jax.io.metrics_writer import MetricsWriter
 from diffusion_jax.io.run_directory import command_line, versions
-from diffusion_jax.train.config import LoopConfig
 from diffusion_jax.train.card import model_card
+from diffusion_jax.train.config import LoopConfig
 from diffusion_jax.train.state import TrainState
 from diffusion_jax.train.tasks.task import Scores
 from diffusion_jax.train.training import Training

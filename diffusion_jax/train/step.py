@@ -13,6 +13,8 @@ from diffusion_jax.train.guard import GuardConfig, choose, judge
 from diffusion_jax.train.state import TrainState, replicated
 from diffusion_jax.train.tasks.task import Metrics, Task
 
+DEFAULT = GuardConfig()
+
 Step = Callable[[TrainState, dict, dict], tuple[TrainState, Metrics]]
 
 
@@ -66,7 +68,7 @@ def make_step(
   accumulation: int,
   mesh: Mesh,
   shardings: TrainState,
-  guard: GuardConfig = GuardConfig(),
+  guard: GuardConfig = DEFAULT,
 ) -> Step:
   """The jitted step (state, frozen, batch) -> (state, metrics); the state is donated.
 

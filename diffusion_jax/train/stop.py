@@ -44,3 +44,8 @@ class StopRequest:
     """Raises Stopping where all processes stop."""
     if self.agreed():
       raise Stopping
+
+  def settle(self) -> None:
+    """Raises Stopping if any process was asked to stop by now; between two kinds of work."""
+    if self._peers.settle():
+      raise Stopping

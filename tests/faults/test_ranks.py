@@ -99,7 +99,7 @@ def test_a_killed_process_is_noticed_by_the_other_within_the_bound(tmp_path, vic
     codes = ranks.codes()
   assert codes[victim] == -signal.SIGKILL and code == codes[1 - victim] != 0
   status = _status(run)
-  assert status['retry'] is True and 60 <= status['step'] < 1_000_000
+  assert status['retry'] is True and 0 < status['step'] < 1_000_000
   if victim == 1:
     assert code == 75 and status['state'] == 'peer_lost'
     assert 'process 1 of 2 is gone' in status['message']

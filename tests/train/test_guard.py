@@ -14,6 +14,7 @@ from diffusion_jax.train.step import make_step
 from tests.regression import Regression, regression_batch
 
 BATCH = 16
+DEFAULT = GuardConfig()
 GOOD, NAN, SPIKE = 'good', 'nan', 'spike'
 
 
@@ -40,7 +41,7 @@ def _start(guard, accumulation=1):
   return step, create_state(task, optimizer, True, 0, mesh), mesh
 
 
-def _run(kinds, guard=GuardConfig(), accumulation=1):
+def _run(kinds, guard=DEFAULT, accumulation=1):
   """(states on the host, metrics) after each step; good batches are the same in every run."""
   step, state, mesh = _start(guard, accumulation)
   states, metrics, good = [jax.device_get(state)], [], 0
