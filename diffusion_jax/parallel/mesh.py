@@ -1,7 +1,6 @@
-"""Start-up of processes and the device mesh. One device is the smallest mesh."""
+"""The device mesh. One device is the smallest mesh."""
 
 import dataclasses
-import os
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -21,22 +20,6 @@ class MeshConfig:
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
-
-
-def start_distributed() -> None:
-  """Joins the processes named by COORDINATOR_ADDRESS, PROCESS_COUNT and PROCESS_INDEX, if any.
-
-  Raises:
-    UserError: when only some of the three are set.
-  """
-  names = ('COORDINATOR_ADDRESS', 'PROCESS_COUNT', 'PROCESS_INDEX')
-  values = [os.environ.get(name) for name in names]
-  if not any(values) or jax.distributed.is_initialized():
-    return
-  missing = [name for name, value in zip(names, values, strict=True) if not value]
-  if missing:
-    raise UserError(f'set {", ".join(missing)} too, or none of {", ".join(names)}.')
-  jax.distributed.initialize(values[0], int(values[1]), int(values[2]))
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:

@@ -26,7 +26,7 @@ def test_two_processes_are_one_with_two_devices(tmp_path, small_data):
   processes = [
     tiny.start(arguments('two'), tiny.environment(
       small_data, devices=1, COORDINATOR_ADDRESS=address, PROCESS_COUNT='2',
-      PROCESS_INDEX=str(i), JAX_CPU_COLLECTIVES_IMPLEMENTATION='gloo',
+      PROCESS_INDEX=str(i),
     ))
     for i in range(2)
   ]

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, start_distributed
+from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 
 
 @pytest.mark.parametrize(('config', 'wanted'), [
@@ -29,13 +29,3 @@ def test_minus_one_takes_the_devices_that_are_left(config, wanted):
 def test_sizes_that_do_not_fit(config, words):
   with pytest.raises(UserError, match=words):
     make_mesh(config)
-
-
-def test_half_an_address_is_an_error_and_none_is_one_process(monkeypatch):
-  for name in ('COORDINATOR_ADDRESS', 'PROCESS_COUNT', 'PROCESS_INDEX'):
-    monkeypatch.delenv(name, raising=False)
-  start_distributed()
-  assert not jax.distributed.is_initialized()
-  monkeypatch.setenv('PROCESS_COUNT', '2')
-  with pytest.raises(UserError, match='set COORDINATOR_ADDRESS, PROCESS_INDEX too'):
-    start_distributed()
