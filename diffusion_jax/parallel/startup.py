@@ -48,7 +48,9 @@ def find_cluster(env: Mapping[str, str] = os.environ) -> Cluster:
     return _beside(cluster, env, 'the explicit variables win')
   if cluster := open_mpi(env):
     return _beside(cluster, env, 'mpirun has started this process')
-  found = [cluster for read in (slurm, tpu, kubernetes) if (cluster := read(env))]
+  # GKE tells the hosts of TPUs by the variables of TPUs, beside those of every indexed job.
+  pods = tpu(env) or kubernetes(env)
+  found = [cluster for cluster in (slurm(env), pods) if cluster]
   several = [cluster for cluster in found if cluster.kind != 'single']
   for other in several[1:]:
     _check_agreement(several[0], other)

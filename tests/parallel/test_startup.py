@@ -45,7 +45,7 @@ def facts(env):
   (JOBSET, ('gke', 'run-workers-0-0.run:8476', 2, 1, None)),
   (TPU, ('tpu', '', 4, 2, None)),
   (TPU | SLICES, ('tpu', '', 8, 6, None)),
-  (TPU | SLICES | {'KUBERNETES_SERVICE_HOST': 'x'}, ('gke', '', 8, 6, None)),
+  (TPU | SLICES | JOBSET, ('gke', '', 8, 6, None)),
   ({'TPU_ML_PLATFORM': 'JAX'}, ('tpu', '', 0, 0, None)),
   ({'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_WORKER_ID': '0'}, ('tpu', '', 1, 0, None)),
 ])
