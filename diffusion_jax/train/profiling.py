@@ -1,5 +1,102 @@
-"""placeholder until merged"""
+"""Traces of a few steps, chosen beforehand or asked for by a signal while a run goes on."""
+
+import contextlib
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import jax
+
+
 class ProfilerWindow:
-  def __init__(self, *a): pass
-  def before(self, step): pass
-  def close(self): pass
+  """Traces steps by jax.profiler into `directory`/step_N, N being the steps done before.
+
+  TensorBoard's profile plugin and xprof read what it writes. With several processes each has a
+  folder process_I in there, as files are named after the machine alone. A trace that cannot be
+  made costs a line on stderr, never the run.
+
+  Args:
+    first_step: steps done before the window opens by itself; 0 for no such window.
+    steps: length of a window.
+    on_signal: a signal that opens a window, in the process that gets it; None for none. Only heard
+      by a window that is made in the main thread.
+  """
+
+  def __init__(
+    self, directory: Path, first_step: int, steps: int,
+    on_signal: signal.Signals | None = signal.SIGUSR1,
+  ):
+    self._directory, self._first_step, self._steps = Path(directory), first_step, steps
+    self._asked = False
+    self._end: int | None = None
+    self._signal = on_signal if threading.current_thread() is threading.main_thread() else None
+    if self._signal is not None:
+      self._before = signal.signal(self._signal, self._ask)
+
+  def _ask(self, number: int, frame) -> None:
+    self._asked = True
+
+  def before(self, step: int) -> None:
+    """To be called before each step, with the number of steps done."""
+    if self._end is not None and step >= self._end:
+      self._stop()
+    if self._end is None and (self._asked or step == self._first_step > 0):
+      self._asked = False
+      self._start(step)
+
+  def close(self) -> None:
+    """Ends a window that is open, and listens no more."""
+    if self._end is not None:
+      self._stop()
+    if self._signal is not None:
+      signal.signal(self._signal, self._before)
+      self._signal = None
+
+  def _start(self, step: int) -> None:
+    folder = self._directory / f'step_{step}'
+    if jax.process_count() > 1:
+      folder = folder / f'process_{jax.process_index()}'
+    try:
+      _wait_for_devices()
+      jax.profiler.start_trace(str(folder))
+    except Exception as error:  # Another trace, a full disk, a driver: no reason to stop training.
+      _say(f'no trace from step {step} on ({_reason(error)})')
+      return
+    self._end = step + self._steps
+    _say(f'tracing {self._steps} steps from step {step} on into {folder}')
+
+  def _stop(self) -> None:
+    self._end = None
+    try:
+      _wait_for_devices()
+      jax.profiler.stop_trace()
+    except Exception as error:
+      _say(f'the trace could not be written ({_reason(error)})')
+      _forget()
+
+
+def _wait_for_devices() -> None:
+  """Until each device has done what it was given, so that a trace holds whole steps and no others.
+
+  A device takes work in order, so that something small that comes last is done last.
+  """
+  last = [jax.device_put(0.0, device) + 1 for device in jax.local_devices()]
+  jax.block_until_ready(last)
+
+
+def _forget() -> None:
+  """Lets a next trace start, which JAX would refuse for ever after one that was not written."""
+  # There is no public way: stop_trace clears its state last.
+  with contextlib.suppress(ImportError, AttributeError):
+    from jax._src.profiler import _profile_state
+
+    _profile_state.reset()
+
+
+def _reason(error: Exception) -> str:
+  return ' '.join(str(error).split())[:200] or type(error).__name__
+
+
+def _say(text: str) -> None:
+  print(f'profiler: {text}', file=sys.stderr, flush=True)
