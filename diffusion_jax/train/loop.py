@@ -224,8 +224,9 @@ class _Session:
         scores = self.showing.evaluate(self.state, self.step)
         self.saver.scores(self.step, next(iter(scores.values())))
       self.showing.report()
-      self.safety.tell('training')
       bar.refresh()
+    self.safety.stop.settle()
+    self.safety.tell('training')
 
   def _save(self) -> None:
     self._log()
