@@ -74,34 +74,44 @@ def without_digests():
     yield
 
 
-def measure(folder: Path, state: dict, saves: int) -> dict:
+class Bench:
   """Seconds of saving and restoring one state some times over."""
-  abstract = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-  )
-  checkpoints, blocked, written, polls, restored = Checkpoints(folder), [], [], [], []
-  for step in range(1, saves + 2):
+
+  def __init__(self, folder: Path, state: dict):
+    self.state, self.checkpoints = state, Checkpoints(folder)
+    self.abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    self.seconds = {'save_blocks': [], 'on_disk_after': [], 'restore': [], 'thousand_polls': []}
+
+  def turn(self, step: int) -> None:
+    """One save and one restore."""
     start = time.perf_counter()
-    assert checkpoints.save(step, state, {})
-    blocked.append(time.perf_counter() - start)
-    turn = time.perf_counter()
+    assert self.checkpoints.save(step, self.state, {})
+    self._note('save_blocks', start)
+    polls = time.perf_counter()
     for _ in range(1000):
-      checkpoints.poll()
-    polls.append((time.perf_counter() - turn) / 1000)
-    assert checkpoints.wait()
-    written.append(time.perf_counter() - start)
-  for _ in range(saves + 1):
+      self.checkpoints.poll()
+    self._note('thousand_polls', polls)
+    assert self.checkpoints.wait()
+    self._note('on_disk_after', start)
     start = time.perf_counter()
-    jax.block_until_ready(checkpoints.restore(saves + 1, abstract)[0])
-    restored.append(time.perf_counter() - start)
-  checkpoints.close()
-  median = lambda values: round(statistics.median(values[1:]), 3)
-  return {
-    'save_blocks_seconds': median(blocked), 'first_save_blocks_seconds': round(blocked[0], 3),
-    'on_disk_after_seconds': median(written), 'first_on_disk_after_seconds': round(written[0], 3),
-    'restore_seconds': median(restored), 'first_restore_seconds': round(restored[0], 3),
-    'poll_microseconds': round(1e6 * statistics.median(polls), 2),
-  }
+    jax.block_until_ready(self.checkpoints.restore(step, self.abstract)[0])
+    self._note('restore', start)
+
+  def _note(self, name: str, start: float) -> None:
+    self.seconds[name].append(time.perf_counter() - start)
+
+  def figures(self) -> dict:
+    """Medians, without the first turn, which compiles and is given apart."""
+    values = self.seconds
+    median = lambda name: round(statistics.median(values[name][1:]), 3)
+    names = ('save_blocks', 'on_disk_after', 'restore')
+    return {
+      **{f'{name}_seconds': median(name) for name in names},
+      **{f'first_{name}_seconds': round(values[name][0], 3) for name in names},
+      'poll_microseconds': round(1e3 * statistics.median(values['thousand_polls']), 2),
+    }
 
 
 def main() -> None:
@@ -111,12 +121,17 @@ def main() -> None:
   mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
   state = jax.block_until_ready(make_state(args.channels, mesh))
   leaves = jax.tree.leaves(state)
-  results = {}
   ways = {'without_digests': without_digests, 'with_digests': contextlib.nullcontext}
-  for name, context in ways.items():
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder, context():
-      results[name] = measure(Path(folder), state, args.saves)
-      print(name, json.dumps(results[name], indent=2), flush=True)
+  with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+    benches = {name: Bench(Path(folder) / name, state) for name in ways}
+    for step in range(1, args.saves + 2):  # In turns, for other work on the machine slows both.
+      for name, bench in benches.items():
+        with ways[name]():
+          bench.turn(step)
+    for bench in benches.values():
+      bench.checkpoints.close()
+  results = {name: bench.figures() for name, bench in benches.items()}
+  print(json.dumps(results, indent=2))
   device = jax.devices()[0]
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
   out = {

@@ -90,6 +90,8 @@ def _digest_parts(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> Ca
 
 def _dispatch(x: jax.Array) -> list[jax.Array]:
   """Shares of the parts of x that this process answers for; each part has one first replica."""
+  if not isinstance(x, jax.Array):
+    x = jnp.asarray(x)
   own = [shard for shard in x.addressable_shards if shard.replica_id == 0]
   if isinstance(x.sharding, NamedSharding) and x.sharding.mesh.size > 1:
     rows = _digest_parts(x.sharding.mesh, x.sharding.spec, x.shape)(x)
@@ -111,7 +113,7 @@ def local_digests(tree: Any) -> Callable[[], dict[str, list[int]]]:
     A function that gives {path of a leaf: its two sums here, modulo 2^32}.
   """
   started = {
-    jax.tree_util.keystr(path): _dispatch(jnp.asarray(leaf))
+    jax.tree_util.keystr(path): _dispatch(leaf)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
 

@@ -42,7 +42,7 @@ class Scores:
       text = json.dumps(self._values, indent=1)
     if jax.process_index() != 0:
       return
-    temporary = self._file.with_name(f'.{NAME}.{os.getpid()}')
+    temporary = self._file.with_name(f'.{NAME}')
     try:
       self._file.parent.mkdir(parents=True, exist_ok=True)
       temporary.write_text(text)

@@ -129,7 +129,9 @@ def test_training_goes_on_from_before_a_truncated_checkpoint(command, finished, 
   file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
   damaged = tiny.snapshot(run / 'checkpoints' / str(newer))
   recipe = finished.parent / 'recipe.py'
-  more = ('--config.loop.evaluate_samples=0', '--config.loop.sample_every_steps=0')
+  more = [f'--config.loop.{key}=0' for key in (
+    'evaluate_samples', 'evaluate_every_steps', 'sample_every_steps'
+  )]
   assert command('train', '--config', recipe, '--workdir', run, *more) == 0
   said = capsys.readouterr()
   assert f'checkpoints/{newer} is damaged (opt_state/' in said.err
