@@ -8,6 +8,7 @@ def base(task: str) -> ConfigDict:
   config = ConfigDict()
   config.task = task
   config.dtype = 'float32'
+  config.remat = 'none'
   config.data = ConfigDict(
     {'dataset': 'openmoji', 'size': 64, 'data_dir': '', 'prepare': True, 'transforms': (),
      'workers': 2}
@@ -19,8 +20,16 @@ def base(task: str) -> ConfigDict:
   config.loop = ConfigDict({
     'total_steps': 1000, 'batch_size': 64, 'accumulation_steps': 1, 'seed': 0,
     'ema_halflife_images': 0.0, 'log_every_steps': 20, 'checkpoint_every_steps': 500,
-    'keep_checkpoints': 2, 'sample_every_steps': 500, 'evaluate_every_steps': 0,
-    'evaluate_samples': 256, 'wandb_project': '',
+    'keep_checkpoints': 2, 'keep_every_steps': 0, 'keep_best': '', 'keep_best_is': 'lowest',
+    'sample_every_steps': 500, 'evaluate_every_steps': 0, 'evaluate_samples': 256,
+    'profile_first_step': 0, 'profile_steps': 5, 'wandb_project': '',
   })
-  config.mesh = ConfigDict({'data': -1, 'fsdp': 1, 'tensor': 1})
+  config.safety = ConfigDict({
+    'max_skipped_in_a_row': 10, 'spike_deviations': 0.0, 'step_timeout_seconds': 1800.0,
+    'compile_timeout_seconds': 7200.0, 'peer_timeout_seconds': 60.0,
+    'checkpoint_retry_seconds': 60.0,
+  })
+  config.mesh = ConfigDict({
+    'data': -1, 'fsdp': 1, 'tensor': 1, 'spatial': 1, 'dcn_data': -1, 'dcn_fsdp': 1,
+  })
   return config.lock()

@@ -26,6 +26,7 @@ from diffusion_jax.evaluation.job import check_samples
 from diffusion_jax.io.checkpoint import Checkpoints
 from diffusion_jax.io.metrics_backends import check_wandb
 from diffusion_jax.io.run_directory import RunDirectory, flatten, normalise
+from diffusion_jax.models.remat import REMAT
 from diffusion_jax.models.text.tokenizer import (
   Tokenize,
   load_tokenizer,
@@ -37,7 +38,7 @@ from diffusion_jax.parallel.sharding import local_rows, put_params, shard_params
 from diffusion_jax.pipelines.directory import assemble
 from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
 from diffusion_jax.train.cache import ChooseText, cached_source
-from diffusion_jax.train.loop import LoopConfig, Training
+from diffusion_jax.train.config import LoopConfig, SafetyConfig
 from diffusion_jax.train.optimizer import OptimizerConfig, learning_rates, make_optimizer
 from diffusion_jax.train.tasks.autoencoder import AutoencoderTask, AutoencoderTaskConfig
 from diffusion_jax.train.tasks.clip import CLIPTask, CLIPTaskConfig
@@ -46,6 +47,7 @@ from diffusion_jax.train.tasks.finetune import FinetuneTaskConfig, make_finetune
 from diffusion_jax.train.tasks.prior import draw_prior
 from diffusion_jax.train.tasks.task import Scores, Task
 from diffusion_jax.train.tasks.toy import ToyTask, ToyTaskConfig
+from diffusion_jax.train.training import Training
 from diffusion_jax.types import Weights
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
@@ -78,7 +80,8 @@ class DataConfig:
 class TrainingConfig:
   """The whole configuration; the type of `settings` follows from `task`.
 
-  dtype: type of the computation, float32 or bfloat16; parameters are always float32.
+  dtype: type of the computation, float32 or bfloat16; parameters are always float32. remat: what
+  the backward pass computes again instead of keeping it, one of `models.remat.REMAT`.
   """
 
   task: str
@@ -86,12 +89,18 @@ class TrainingConfig:
   settings: Any
   optimizer: OptimizerConfig = OptimizerConfig()
   loop: LoopConfig = LoopConfig()
+  safety: SafetyConfig = SafetyConfig()
   mesh: MeshConfig = MeshConfig()
   dtype: str = 'float32'
+  remat: str = 'none'
 
   def __post_init__(self):
     if self.dtype not in DTYPES:
       raise UserError(f'config.dtype is {self.dtype!r}; choose one of {", ".join(DTYPES)}.')
+    if self.remat not in REMAT:
+      raise UserError(f'config.remat is {self.remat!r}; choose one of {", ".join(REMAT)}.')
+    if self.task == 'toy' and self.remat != 'none':
+      raise UserError('config.remat has no effect on task toy, whose network is small; set none.')
 
 
 LATENT = ('diffusion', 'finetune')
@@ -164,6 +173,14 @@ def resolved(config: TrainingConfig) -> dict[str, Any]:
   return normalise(dataclasses.asdict(config))
 
 
+def _completed(values: dict[str, Any]) -> dict[str, Any]:
+  """A config that an older version has written, with the keys that are new since."""
+  try:
+    return resolved(parse(values))
+  except UserError:  # One of its keys is gone; the comparison will name it.
+    return values
+
+
 def _sources(config: TrainingConfig) -> tuple[Source, Source]:
   data = config.data
   if config.task == 'toy':
@@ -185,15 +202,15 @@ def build_task(
   config: TrainingConfig, train: Source, test: Source, directory: RunDirectory, mesh: Mesh
 ) -> Task:
   """The task with its frozen networks loaded, large ones onto the mesh."""
-  dtype, settings = DTYPES[config.dtype], config.settings
+  dtype, remat, settings = DTYPES[config.dtype], config.remat, config.settings
   if config.task == 'autoencoder':
-    return AutoencoderTask(settings, test, dtype)
+    return AutoencoderTask(settings, test, dtype, remat)
   if config.task == 'toy':
     return ToyTask(settings, test)
   if config.task == 'clip':
-    return _clip_task(settings, train, test, directory, dtype)
+    return _clip_task(settings, train, test, directory, dtype, remat)
   if config.task == 'finetune':
-    task = make_finetune_task(settings, train, test, mesh, dtype)
+    task = make_finetune_task(settings, train, test, mesh, dtype, remat)
     _check_size(config, task.model)
     return task
   model, frozen = assemble(
@@ -202,7 +219,7 @@ def build_task(
     settings.latent_patch_size, dtype,
   )
   _check_size(config, model)
-  return DiffusionTask(settings, model, frozen, train, test)
+  return DiffusionTask(settings, model, frozen, train, test, remat)
 
 
 def _check_size(config: TrainingConfig, model) -> None:
@@ -216,7 +233,9 @@ def _check_size(config: TrainingConfig, model) -> None:
     )
 
 
-def _clip_task(settings: CLIPTaskConfig, train, test, directory: RunDirectory, dtype) -> CLIPTask:
+def _clip_task(
+  settings: CLIPTaskConfig, train, test, directory: RunDirectory, dtype, remat: str
+) -> CLIPTask:
   """Trains the tokenizer, or reads the one that this run trained when it began."""
   text = settings.clip.text_config
   if (directory.tokenizer / 'tokenizer.json').exists():
@@ -229,7 +248,7 @@ def _clip_task(settings: CLIPTaskConfig, train, test, directory: RunDirectory, d
     eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
   )
   clip = dataclasses.replace(settings.clip, text_config=text)
-  return CLIPTask(dataclasses.replace(settings, clip=clip), tokenizer, test, dtype)
+  return CLIPTask(dataclasses.replace(settings, clip=clip), tokenizer, test, dtype, remat)
 
 
 def _loader(config: TrainingConfig, task: Task, train: Source, mesh) -> Loader:
@@ -263,6 +282,15 @@ def _context(task: Task) -> dict[str, Any]:
   return {}
 
 
+def _check_host_memory(mesh: Mesh) -> None:
+  device = mesh.local_devices[0]
+  if 'pinned_host' not in {memory.kind for memory in device.addressable_memories()}:
+    raise UserError(
+      f"config.remat is 'offload', but {device.device_kind} has no pinned memory on the host; set "
+      "it to 'block'."
+    )
+
+
 def build(config: ConfigDict | dict, workdir: str) -> Training:
   """Everything the train loop needs. Nothing is written before all of it is known to be good.
 
@@ -272,8 +300,10 @@ def build(config: ConfigDict | dict, workdir: str) -> Training:
   checked = parse(config)
   check_wandb(checked.loop.wandb_project)
   directory = RunDirectory(workdir)
-  directory.check_config(resolved(checked))
+  directory.check_config(resolved(checked), _completed)
   mesh = make_mesh(checked.mesh)
+  if checked.remat == 'offload':
+    _check_host_memory(mesh)
   if checked.task in LATENT and checked.settings.cache and checked.data.transforms:
     raise UserError(
       'data.transforms have no effect with settings.cache; empty them or switch the cache off.'
@@ -293,7 +323,8 @@ def build(config: ConfigDict | dict, workdir: str) -> Training:
   if task.name == 'clip' and jax.process_index() == 0:
     save_tokenizer(task.tokenizer, directory.tokenizer)
   return Training(
-    config=resolved(checked), task=task, loop=checked.loop, optimizer=optimizer,
+    config=resolved(checked), task=task, loop=checked.loop, safety=checked.safety,
+    optimizer=optimizer,
     learning_rates=learning_rates(checked.optimizer, steps), loader=loader, mesh=mesh,
     directory=directory, data_credit=CREDITS.get(checked.data.dataset, ''),
   )
@@ -306,8 +337,7 @@ def _trained(workdir: str):
   if not directory.checkpoints.is_dir():
     raise UserError(f'{workdir} has no checkpoint yet; train longer, or give another workdir.')
   checkpoints = Checkpoints(directory.checkpoints, read_only=True)
-  step = checkpoints.latest()
-  if step is None:
+  if not checkpoints.steps():
     raise UserError(f'{workdir} has no checkpoint yet; train longer, or give another workdir.')
   train, test = _sources(config)
   mesh = make_mesh(MeshConfig())
@@ -318,7 +348,7 @@ def _trained(workdir: str):
     shapes, shard_params(shapes, mesh),
   )
   ema = config.loop.ema_halflife_images > 0
-  return config, task, checkpoints.restore_params(step, abstract, ema), mesh
+  return config, task, checkpoints.restore_params(None, abstract, ema), mesh
 
 
 def load_trained(workdir: str) -> tuple[TextToImage, Weights, SampleConfig]:

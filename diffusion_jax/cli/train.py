@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     raise UserError(f'train does not know {stray[0]}; keys of the config start with --config.')
   from diffusion_jax.build import build, load_config
   from diffusion_jax.compile_cache import enable_compile_cache
-  from diffusion_jax.parallel.mesh import start_distributed
+  from diffusion_jax.parallel.startup import start_distributed
   from diffusion_jax.train.loop import train
 
   enable_compile_cache()

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ PACKAGES = (
 
 MAY_CHANGE = ('loop.total_steps', 'loop.log_every_steps', 'loop.checkpoint_every_steps',
               'loop.sample_every_steps', 'loop.evaluate_every_steps', 'loop.evaluate_samples',
-              'loop.keep_checkpoints', 'data.data_dir', 'data.prepare',
-              'data.workers', 'loop.wandb_project', 'mesh.')
+              'loop.keep_', 'loop.profile_', 'loop.wandb_project', 'data.data_dir', 'data.prepare',
+              'data.workers', 'mesh.', 'safety.', 'remat')
 """What a resumed run may change; everything else would make it another run."""
 
 
@@ -63,8 +64,13 @@ class RunDirectory:
     except (OSError, ValueError) as error:
       raise UserError(f'{self.path / name} cannot be read ({error}); restore that file.') from error
 
-  def check_config(self, config: dict[str, Any]) -> None:
+  def check_config(
+    self, config: dict[str, Any], complete: Callable[[dict[str, Any]], dict[str, Any]]
+  ) -> None:
     """Makes sure that this workdir is new or belongs to `config`.
+
+    Args:
+      complete: gives a config that an older version has written the keys that are new since.
 
     Raises:
       UserError: it belongs to another config; the message names the first difference.
@@ -73,7 +79,8 @@ class RunDirectory:
       raise UserError(f'the workdir {self.path} is a file; choose a directory.')
     if not (self.path / 'config.json').exists():
       return
-    before, now = flatten(self.read_json('config.json')), flatten(normalise(config))
+    before = flatten(normalise(complete(self.read_json('config.json'))))
+    now = flatten(normalise(config))
     for key in sorted(before.keys() | now.keys()):
       if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE):
         raise UserError(

@@ -1,87 +1,29 @@
 """The train loop. There is one; what differs between tasks is in `train/tasks`."""
 
-import dataclasses
-import json
-import math
 import signal
+import sys
 import time
 from typing import Any
 
 import jax
-import numpy as np
-import optax
-from jax.sharding import Mesh
 from tqdm import tqdm
 
-from diffusion_jax.data.loader import Loader
-from diffusion_jax.errors import UserError
-from diffusion_jax.io.checkpoint import Checkpoints
 from diffusion_jax.io.metrics_writer import MetricsWriter
-from diffusion_jax.io.run_directory import RunDirectory, command_line, versions
-from diffusion_jax.parallel.sharding import put_batch, put_params, to_host
-from diffusion_jax.train.card import model_card
+from diffusion_jax.io.run_directory import command_line
+from diffusion_jax.parallel.sharding import abstract_batch, put_batch, put_params, to_host
+from diffusion_jax.train.compiling import compile_step
 from diffusion_jax.train.diverged import Diverged
+from diffusion_jax.train.goodput import Goodput
 from diffusion_jax.train.meter import Meter
+from diffusion_jax.train.profiling import ProfilerWindow
+from diffusion_jax.train.resources import Compilations, resources
+from diffusion_jax.train.safety import Safety
+from diffusion_jax.train.saving import Saver
+from diffusion_jax.train.showing import Showing, due
 from diffusion_jax.train.state import TrainState, abstract_state, create_state
 from diffusion_jax.train.step import make_step
-from diffusion_jax.train.stop import StopRequest
-from diffusion_jax.train.tasks.task import Task
-from diffusion_jax.viz.grids import make_grid, save_png
-from diffusion_jax.viz.report import write_report
-
-
-@dataclasses.dataclass(frozen=True)
-class LoopConfig:
-  """batch_size is global, over all devices and accumulation_steps. An interval of 0 means never.
-
-  ema_halflife_images: images after which an old weight counts half in the average; 0 for none.
-  evaluate_samples: images that are drawn or read for one evaluation; 0 for no scores at all.
-  wandb_project: log to Weights & Biases too, in the project of this name.
-  """
-
-  total_steps: int = 1000
-  batch_size: int = 64
-  accumulation_steps: int = 1
-  seed: int = 0
-  ema_halflife_images: float = 0.0
-  log_every_steps: int = 20
-  checkpoint_every_steps: int = 500
-  keep_checkpoints: int = 2
-  sample_every_steps: int = 500
-  evaluate_every_steps: int = 0
-  evaluate_samples: int = 256
-  wandb_project: str = ''
-
-  def __post_init__(self):
-    for name in ('total_steps', 'batch_size', 'accumulation_steps', 'log_every_steps',
-                 'keep_checkpoints'):
-      if getattr(self, name) < 1:
-        raise UserError(f'loop.{name} is {getattr(self, name)}; it must be at least 1.')
-    if self.evaluate_samples < 0 or (self.evaluate_every_steps and not self.evaluate_samples):
-      raise UserError(
-        f'loop.evaluate_samples is {self.evaluate_samples}; give a number of samples, or 0 with '
-        'evaluate_every_steps 0 for no scores.'
-      )
-    if self.batch_size % self.accumulation_steps:
-      raise UserError(
-        f'loop.batch_size {self.batch_size} cannot be split into {self.accumulation_steps} equal '
-        'parts; change loop.accumulation_steps.'
-      )
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-  """Everything the loop needs, built and checked."""
-
-  config: dict[str, Any]
-  task: Task
-  loop: LoopConfig
-  optimizer: optax.GradientTransformation
-  learning_rates: dict[str, optax.Schedule]
-  loader: Loader
-  mesh: Mesh
-  directory: RunDirectory
-  data_credit: str = ''
+from diffusion_jax.train.stop import Stopping
+from diffusion_jax.train.training import Training
 
 
 def train(training: Training, progress: bool = True) -> int:
@@ -91,18 +33,17 @@ def train(training: Training, progress: bool = True) -> int:
     0 when finished; 128 + the signal's number when stopped by one, after saving.
 
   Raises:
-    UserError: the workdir belongs to another config, or its checkpoint cannot be read.
-    Diverged: the loss became NaN or infinite; the last checkpoint is from before.
+    UserError: all checkpoints in the workdir are damaged, or they are of another model.
+    Diverged: too many steps in a row were not finite; parameters are from before them.
+
+  With several processes one that fails, or sees that another is gone, leaves by itself, with exit
+  code 1 or 75; status.json says why.
   """
-  training.directory.check_config(training.config)
-  with StopRequest() as stop:
-    session = _Session(training, stop, progress and jax.process_index() == 0)
+  safety = Safety(training.directory, training.safety)
+  with safety.watching(), jax.set_mesh(training.mesh):
+    session = _Session(training, safety, progress and jax.process_index() == 0)
     try:
       return session.run()
-    except BaseException as error:
-      if not isinstance(error, UserError):
-        session.status('failed', message=f'{type(error).__name__}: {error}'[:500])
-      raise
     finally:
       session.close()
 
@@ -110,83 +51,87 @@ def train(training: Training, progress: bool = True) -> int:
 class _Session:
   """One start of a run: from the state it begins with to the state it leaves."""
 
-  def __init__(self, training: Training, stop: StopRequest, show: bool):
-    self.t, self.stop, self.show = training, stop, show
-    self.main = jax.process_index() == 0
-    self.started = time.time()
-    self.previous_seconds = 0.0
-    loop = training.loop
-    use_ema = loop.ema_halflife_images > 0
-    abstract = abstract_state(training.task, training.optimizer, use_ema, training.mesh)
-    fresh = not training.directory.checkpoints.exists()
-    self.checkpoints = Checkpoints(training.directory.checkpoints, loop.keep_checkpoints)
-    step = self.checkpoints.latest()
-    totals = {}
-    if step is None:
-      self.state = create_state(
-        training.task, training.optimizer, use_ema, loop.seed, training.mesh
-      )
-    else:
-      self.state, totals = self._restore(step, abstract)
-    self.step = int(self.state.step)
-    self.resumed = not fresh and step is not None
-    self.frozen = {
-      role: put_params(params, training.mesh) for role, params in training.task.frozen.items()
-    }
-    self.meter = Meter(loop.batch_size, totals)
+  def __init__(self, training: Training, safety: Safety, show: bool):
+    self.t, self.safety, self.show = training, safety, show
+    self.goodput = Goodput()
+    self.step = 0
     self.pending: tuple | None = None
     self.last: dict[str, Any] = {}
-    self._describe()
-    self.writer = MetricsWriter(
-      training.directory, self.main, wandb_project=loop.wandb_project, config=training.config
+    self.compilations, self.recompilations = Compilations(), None
+    self.profiler = ProfilerWindow(
+      training.directory.path / 'profile', training.loop.profile_first_step,
+      training.loop.profile_steps,
     )
-    self.update = make_step(
-      training.task, training.optimizer, batch_size=loop.batch_size, mesh=training.mesh,
-      ema_halflife_images=loop.ema_halflife_images, accumulation=loop.accumulation_steps,
-      shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
-    )
+    self.writer: MetricsWriter | None = None
+    safety.facts = self._facts
+    safety.tell('starting')
+    with safety.watchdog.allow(training.safety.compile_timeout_seconds, 'compilation'):
+      abstract = abstract_state(
+        training.task, training.optimizer, training.loop.ema_halflife_images > 0, training.mesh
+      )
+      self.saver = Saver(training, self._say)
+      self._begin(abstract)
+      self.writer = MetricsWriter(
+        training.directory, jax.process_index() == 0, wandb_project=training.loop.wandb_project,
+        config=training.config,
+      )
+      self.showing = Showing(training, self.writer, self.frozen)
+      self.showing.describe(self.state, self.goodput.seconds())
+      with self.goodput.phase('compile'):
+        self._compile(abstract)
+    self.goodput.enter('step')
 
-  def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
-    parts, extra = self.checkpoints.restore(step, _as_parts(abstract))
-    self.t.loader.set_state(extra['loader'])
-    self.previous_seconds = extra['seconds']
-    totals = {
-      name: tuple(np.asarray(part, np.float32) for part in pair)
-      for name, pair in extra['totals'].items()
+  def _begin(self, abstract: TrainState) -> None:
+    """The state to begin with, restored or fresh."""
+    found = self.saver.restore(abstract)
+    self.resumed = found is not None
+    if found is None:
+      self.state = create_state(
+        self.t.task, self.t.optimizer, bool(abstract.ema), self.t.loop.seed, self.t.mesh
+      )
+    else:
+      self.state = found.state
+    before = self.safety.before
+    self.goodput.goes_on(
+      found.goodput if found else None, before.get('goodput'),
+      down=time.time() - before.get('updated', time.time()),
+    )
+    self.meter = Meter(self.t.loop.batch_size, self.goodput, found.totals if found else {})
+    self.step = int(self.state.step)
+    self.frozen = {
+      role: put_params(params, self.t.mesh) for role, params in self.t.task.frozen.items()
     }
-    state = TrainState(
-      step=parts['rest']['step'], key=parts['rest']['key'], params=parts['params'],
-      opt_state=parts['opt_state'], ema=parts['ema'], memory=parts['rest']['memory'],
+
+  def _compile(self, abstract: TrainState) -> None:
+    """The step, compiled before any time is spent on training, with a report of what it needs."""
+    t = self.t
+    self.safety.tell('compiling')
+    step = make_step(
+      t.task, t.optimizer, batch_size=t.loop.batch_size, mesh=t.mesh,
+      ema_halflife_images=t.loop.ema_halflife_images, accumulation=t.loop.accumulation_steps,
+      shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract), guard=t.safety,
     )
-    return state, totals
+    spec = t.loader.spec()
+    batch = abstract_batch({name: spec[name] for name in t.task.batch_fields}, t.mesh)
+    self.update, report = compile_step(step, self.state, self.frozen, batch)
+    if jax.process_index() == 0:
+      t.directory.write_json('step.json', report.as_json())
+    if self.show:
+      print('\n'.join(report.lines(t.mesh, t.loop.batch_size)))
 
-  def _describe(self) -> None:
-    """Writes what the run is before anything can go wrong in it."""
-    if self.main:
-      directory = self.t.directory
-      directory.write_json('config.json', self.t.config)
-      directory.write_json('versions.json', versions())
-      directory.write_text('README.md', self._card({}))
-    self.status('training')
+  def _facts(self) -> dict[str, Any]:
+    """How far things are, for the status file."""
+    facts = {
+      'step': self.step, 'total_steps': self.t.loop.total_steps,
+      'seconds': round(self.goodput.seconds(), 1), 'goodput': self.goodput.totals(),
+    }
+    if self.writer is not None:
+      trouble = [text for text in (self.saver.trouble, *self.writer.trouble) if text]
+      facts |= {'trouble': trouble} if trouble else {}
+    return facts
 
-  def _card(self, scores: dict) -> str:
-    return model_card(
-      self.t.config, parameters=sum(p.size for p in jax.tree.leaves(self.state.params)),
-      steps=int(self.step), seconds=self.seconds(), command=command_line(), scores=scores,
-      credit=self.t.data_credit,
-    )
-
-  def seconds(self) -> float:
-    """Seconds spent on this run, over all of its starts."""
-    return self.previous_seconds + time.time() - self.started
-
-  def status(self, state: str, **more: Any) -> None:
-    """Writes status.json, from which launchers and reports tell how things stand."""
-    if self.main and self.t.directory.path.exists():
-      self.t.directory.write_json('status.json', {
-        'state': state, 'step': getattr(self, 'step', 0), 'total_steps': self.t.loop.total_steps,
-        'seconds': round(self.seconds(), 1), **more,
-      })
+  def _say(self, text: str) -> None:
+    print(f'diffusion_jax train: {text}', file=sys.stderr)
 
   def run(self) -> int:
     """Steps until the end or a signal."""
@@ -198,24 +143,34 @@ class _Session:
       disable=not self.show, desc=f'training {self.t.task.name}', dynamic_ncols=True,
     )
     with bar:
-      while self.step < loop.total_steps:
-        if self.stop.agreed():
-          return self._leave(bar)
-        self._one_step()
-        bar.update(loop.batch_size)
-        bar.set_postfix(self.last, refresh=False)
-        self._pauses(bar)
-    return self._finish()
+      try:
+        if self.resumed:
+          self._pictures(bar, *self.showing.missing(self.step))
+        self.safety.stop.settle()  # Compiling may have taken long.
+        self.safety.tell('training')
+        while self.step < loop.total_steps:
+          self.safety.check()
+          before = self.compilations.count
+          self._one_step()
+          if self.recompilations is not None:  # Until the first line there may be some.
+            self.recompilations += self.compilations.count - before
+          bar.update(loop.batch_size)
+          bar.set_postfix(self.last, refresh=False)
+          self._pauses(bar)
+        return self._finish()
+      except Stopping:
+        return self._leave(bar)
 
   def _one_step(self) -> None:
-    with self.meter.waiting():
+    self.profiler.before(self.step)
+    with self.goodput.phase('data'):
       batch = next(self.t.loader)
     fields = {name: batch[name] for name in self.t.task.batch_fields}
     self.state, metrics = self.update(self.state, self.frozen, put_batch(fields, self.t.mesh))
     self._log()  # What the step before closed: the device is busy again by now.
     self.meter.add(metrics)
     self.step += 1
-    if self._due(self.t.loop.log_every_steps):
+    if self.step % self.t.loop.log_every_steps == 0:
       self.pending = (self.step, *self.meter.close_window())
 
   def _log(self) -> None:
@@ -225,122 +180,103 @@ class _Session:
     step, totals, speed = self.pending
     self.pending = None
     values = self.meter.read(totals)
+    given_up = values.pop('given_up')
     rates = {name: float(rate(step - 1)) for name, rate in self.t.learning_rates.items()}
-    self.writer.write('train', step, {'time': self.seconds(), **values, **rates, **speed})
+    self.writer.write('train', step, {
+      'time': self.goodput.seconds(), **values, **rates, **speed, **resources(),
+      'recompilations': self.recompilations or 0,
+    })
+    self.recompilations = self.recompilations or 0
     self.last = {'loss': f'{values["loss"]:.4f}', 'step': step}
-    self._check_finite(step, values)
+    self.safety.tell('training', now=False)
+    self._check(step, given_up)
 
-  def _check_finite(self, step: int, values: dict[str, Any]) -> None:
-    if not math.isfinite(values['loss']) or not math.isfinite(values['gradient_norm']):
+  def _check(self, step: int, given_up: float) -> None:
+    if given_up:
+      self.writer.flush()
       raise Diverged(
-        f'the loss is not finite at step {step}; the last checkpoint is from step '
-        f'{self.checkpoints.latest()}. Lower optimizer.learning_rate or set optimizer.clip_norm.'
+        f'{self.t.safety.max_skipped_in_a_row} steps in a row up to step {step} had a loss or '
+        'gradient that is not finite or a spike, and were skipped; the last checkpoint, from '
+        f'before, is of step {self.saver.latest}. Lower optimizer.learning_rate or set '
+        'optimizer.clip_norm.'
       )
-
-  def _due(self, every: int) -> bool:
-    return every > 0 and self.step % every == 0 and self.step < self.t.loop.total_steps + 1
 
   def _pauses(self, bar) -> None:
     """What interrupts training now and then; the last step is left to `_finish`."""
     loop = self.t.loop
-    if self.step == loop.total_steps:
+    if due(self.step, loop.checkpoint_every_steps, loop) or self.saver.retry_is_due(self.step):
+      self._save()
+    self._pictures(
+      bar, due(self.step, loop.sample_every_steps, loop),
+      due(self.step, loop.evaluate_every_steps, loop),
+    )
+
+  def _pictures(self, bar, preview: bool, evaluate: bool) -> None:
+    """Draws and scores, and brings the report up to date."""
+    if not preview and not evaluate:
       return
-    with self.meter.paused():
-      if self._due(loop.checkpoint_every_steps):
-        self._save()
-      if self._due(loop.sample_every_steps):
-        self._preview()
-      if self._due(loop.evaluate_every_steps):
-        self._evaluate(final=False)
-      if self._due(loop.sample_every_steps) or self._due(loop.evaluate_every_steps):
-        self._report()
-        bar.refresh()
+    with self.goodput.phase('evaluation'):
+      if preview:
+        self.safety.tell('sampling')
+        self.showing.preview(self.state, self.step)
+      if evaluate:
+        self.safety.tell('evaluating')
+        scores = self.showing.evaluate(self.state, self.step)
+        self.saver.scores(self.step, next(iter(scores.values())))
+      self.showing.report()
+      self.safety.tell('training')
+      bar.refresh()
 
   def _save(self) -> None:
     self._log()
-    if self.meter.totals:  # So that a state after a loss that is not finite is never saved.
-      self._check_finite(self.step, self.meter.read(self.meter.totals))
-    extra = {
-      'loader': self.t.loader.get_state(),
-      'totals': {
-        name: [part.tolist() for part in pair] for name, pair in to_host(self.meter.totals).items()
-      },
-      'seconds': self.seconds(),
-    }
-    self.checkpoints.save(self.step, _as_parts(self.state), extra)
-    self.status('training')
-
-  def _preview(self) -> None:
-    images, captions = self.t.task.preview(self.state.eval_params, self.frozen, self.t.mesh)
-    if not self.main:
-      return
-    columns = min(8, math.ceil(math.sqrt(len(images))))
-    scale = max(1, 128 // images.shape[1])
-    grid = make_grid(images, columns=columns, captions=captions, scale=scale)
-    save_png(
-      grid, self.t.directory.samples / f'step_{self.step:08d}.png',
-      {'step': str(self.step), 'captions': json.dumps(captions)},
-    )
-    self.writer.image('samples', self.step, np.asarray(grid.convert('RGB')))
-
-  def _evaluate(self, final: bool) -> dict:
-    scores = self.t.task.evaluate(
-      self.state.eval_params, self.frozen, self.t.mesh, samples=self.t.loop.evaluate_samples,
-      final=final,
-    )
-    own = next(iter(scores.values()))
-    self.writer.write('evaluation', self.step, own)
-    return scores
-
-  def _report(self) -> None:
-    if self.main:
-      self.writer.flush()
-      write_report(self.t.directory.path)
+    if self.meter.totals:  # A state that the guard has given up on has nothing new to keep.
+      self._check(self.step, self.meter.read(self.meter.totals)['given_up'])
+    with self.goodput.phase('checkpoint'):
+      self.saver.save(self.step, self.state, self.meter.totals, self.goodput.totals())
+    self.safety.tell('training')
 
   def _leave(self, bar) -> int:
     self._save()
-    self.checkpoints.wait()
-    number = self.stop.signal or signal.SIGTERM
-    self.status('interrupted', message=f'stopped by {signal.Signals(number).name}')
-    self._report()
+    with self.safety.watchdog.allow(0, 'checkpoint'):
+      self.saver.wait()
+    number = self.safety.stop.signal or signal.SIGTERM
     bar.close()
+    saved = self.saver.latest
+    self.safety.tell(
+      'interrupted', message=f'stopped by {signal.Signals(number).name}, saved step {saved}'
+    )
+    self.showing.report()
     if self.show:
       print(
-        f'saved step {self.step} of {self.t.loop.total_steps} in {self.t.directory.path}; '
+        f'saved step {saved} of {self.t.loop.total_steps} in {self.t.directory.path}; '
         f'to go on, run again: {command_line()}'
       )
     return 128 + number
 
   def _finish(self) -> int:
     """Scores, draws and exports the last state. Runs again if it was cut off."""
-    directory = self.t.directory
-    self._log()
     self._save()
-    self._preview()
-    scores = self._evaluate(final=True) if self.t.loop.evaluate_samples else {}
+    self.safety.tell('finishing')
+    with self.goodput.phase('evaluation'):
+      self.showing.preview(self.state, self.step)
+      scores = {}
+      if self.t.loop.evaluate_samples:
+        scores = self.showing.evaluate(self.state, self.step, final=True)
+        self.saver.scores(self.step, next(iter(scores.values())))
     params = to_host(self.state.eval_params)
-    if self.main:
-      directory.write_json('scores.json', scores)
-      self.t.task.export(directory.model, params, scores)
-      directory.write_text('README.md', self._card(scores))
-      directory.write_text('model/README.md', self._card(scores))
-    self.checkpoints.wait()
-    self.status('finished')
-    self._report()
+    self.showing.finish(self.state, self.goodput.seconds(), scores, params)
+    with self.safety.watchdog.allow(0, 'checkpoint'):
+      self.saver.wait()
+    self.safety.tell('finished', message=self.saver.trouble)
+    self.showing.report()
     if self.show:
+      directory = self.t.directory
       print(f'finished: see {directory.path / "report.html"}; the model is in {directory.model}')
     return 0
 
   def close(self) -> None:
     """Frees files and threads."""
+    self.compilations.close()
+    self.profiler.close()
     self.writer.close()
-    self.checkpoints.close()
-
-
-def _as_parts(state: TrainState) -> dict[str, Any]:
-  return {
-    'params': state.params, 'opt_state': state.opt_state, 'ema': state.ema,
-    'rest': {'step': state.step, 'key': state.key, 'memory': state.memory},
-  }
-
-
+    self.saver.close()

@@ -8,6 +8,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion_jax.parallel.sharding import shard_like
+from diffusion_jax.train.guard import Guard
 from diffusion_jax.train.tasks.task import Memory, Task
 from diffusion_jax.types import Params
 
@@ -15,7 +16,7 @@ from diffusion_jax.types import Params
 class TrainState(NamedTuple):
   """step: updates made so far. key: root of all randomness, never changed; a step's randomness is
   fold_in(key, step). ema: averaged parameters, empty when there is no averaging. memory: what the
-  task carries beside them, often nothing."""
+  task carries beside them, often nothing. guard: what tells a step that would spoil them."""
 
   step: jax.Array
   key: jax.Array
@@ -23,6 +24,7 @@ class TrainState(NamedTuple):
   opt_state: optax.OptState
   ema: Params
   memory: Memory
+  guard: Guard
 
   @property
   def eval_params(self) -> Params:
@@ -42,6 +44,7 @@ def _initialize(
     opt_state=optimizer.init(params),
     ema=jax.tree.map(jnp.copy, params) if use_ema else {},
     memory=task.memory(),
+    guard=Guard.fresh(),
   )
 
 

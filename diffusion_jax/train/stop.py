@@ -2,12 +2,23 @@
 
 import signal
 
+from diffusion_jax.parallel.peers import Peers
+
+
+class Stopping(Exception):
+  """All processes have agreed to stop here, in the midst of drawing or scoring."""
+
 
 class StopRequest:
-  """While entered, the first SIGINT or SIGTERM only sets `signal`; a second one interrupts."""
+  """While entered, the first SIGINT or SIGTERM only asks to stop; a second one interrupts.
 
-  def __init__(self):
+  A request to one process reaches all of them (`parallel.peers`).
+  """
+
+  def __init__(self, peers: Peers):
     self.signal: int | None = None
+    """The signal that this process got, None where another was asked."""
+    self._peers = peers
     self._previous = {}
 
   def __enter__(self) -> 'StopRequest':
@@ -23,15 +34,18 @@ class StopRequest:
     if self.signal is not None:
       raise KeyboardInterrupt
     self.signal = number
+    self._peers.ask_to_stop()
 
   def agreed(self) -> bool:
-    """Whether any process was asked to stop; all processes get the same answer."""
-    import jax
+    """Whether all processes stop here; each asks as often as the others."""
+    return self._peers.poll()
 
-    if jax.process_count() == 1:
-      return self.signal is not None
-    import numpy as np
-    from jax.experimental import multihost_utils
+  def check(self) -> None:
+    """Raises Stopping where all processes stop."""
+    if self.agreed():
+      raise Stopping
 
-    asked = multihost_utils.process_allgather(np.asarray(self.signal is not None))
-    return bool(asked.any())
+  def settle(self) -> None:
+    """Raises Stopping if any process was asked to stop by now; between two kinds of work."""
+    if self._peers.settle():
+      raise Stopping

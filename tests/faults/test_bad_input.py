@@ -102,20 +102,42 @@ def test_a_workdir_of_another_config(fails, finished, copy_of):
   assert tiny.snapshot(run) == before
 
 
-def test_a_truncated_checkpoint(fails, finished, copy_of):
+def test_sampling_passes_over_a_truncated_checkpoint(command, finished, copy_of, capsys):
   run = copy_of(finished)
-  step = max(int(path.name) for path in (run / 'checkpoints').iterdir())
+  older, newer = sorted(int(path.name) for path in (run / 'checkpoints').iterdir())
   for item in ('params', 'ema'):
-    for file in (run / 'checkpoints' / str(step) / item).rglob('d/*'):  # Some are not referred to.
+    for file in (run / 'checkpoints' / str(newer) / item).rglob('d/*'):
       file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-  before = tiny.snapshot(run)
-  recipe = finished.parent / 'recipe.py'
-  message = fails('train', '--config', recipe, '--workdir', run, '--config.loop.total_steps=6')
-  assert f'checkpoints/{step}' in message and 'delete that folder' in message
+  before, out = tiny.snapshot(run), run.parent / 'pictures'
+  arguments = ('sample', '--workdir', run, '--prompt', 'cat', '--steps', 1, '--out', out)
+  assert command(*arguments) == 0
+  assert f'checkpoints/{newer} is damaged (ema/' in capsys.readouterr().err
+  assert len(list(out.glob('0000_*.png'))) == 1
   assert tiny.snapshot(run) == before
-  message = fails('sample', '--workdir', run, '--prompt', 'cat', '--out', run.parent / 'pictures')
-  assert f'checkpoints/{step}' in message
-  assert not (run.parent / 'pictures').exists()
+  (run / 'checkpoints' / str(older) / 'manifest.json').unlink()
+  before = tiny.snapshot(run)
+  assert command(*arguments) == 2
+  message = capsys.readouterr().err.strip().splitlines()[-1]
+  assert 'all checkpoints' in message and 'manifest.json is missing' in message
+  assert tiny.snapshot(run) == before
+
+
+def test_training_goes_on_from_before_a_truncated_checkpoint(command, finished, copy_of, capsys):
+  run = copy_of(finished)
+  older, newer = sorted(int(path.name) for path in (run / 'checkpoints').iterdir())
+  file = next((run / 'checkpoints' / str(newer) / 'opt_state').rglob('d/*'))
+  file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+  damaged = tiny.snapshot(run / 'checkpoints' / str(newer))
+  recipe = finished.parent / 'recipe.py'
+  more = ('--config.loop.evaluate_samples=0', '--config.loop.sample_every_steps=0')
+  assert command('train', '--config', recipe, '--workdir', run, *more) == 0
+  said = capsys.readouterr()
+  assert f'checkpoints/{newer} is damaged (opt_state/' in said.err
+  assert f'going on from step {older}' in said.out
+  assert tiny.snapshot(run / 'checkpoints' / 'quarantine' / str(newer)) == damaged
+  assert {path.name for path in (run / 'checkpoints').iterdir()} == {
+    str(older), str(newer), 'quarantine'
+  }
 
 
 @pytest.mark.parametrize(('arguments', 'words'), [

@@ -2,17 +2,10 @@
 
 import json
 import os
-import socket
 
 import pytest
 
 from tests import tiny
-
-
-def _free_port() -> int:
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    return s.getsockname()[1]
 
 
 @pytest.mark.slow
@@ -22,11 +15,11 @@ def test_two_processes_are_one_with_two_devices(tmp_path, small_data):
   arguments = lambda name: [
     'train', '--config', config, '--workdir', str(tmp_path / name), '--quiet'
   ]
-  address = f'127.0.0.1:{_free_port()}'
+  address = f'127.0.0.1:{tiny.free_port()}'
   processes = [
     tiny.start(arguments('two'), tiny.environment(
       small_data, devices=1, COORDINATOR_ADDRESS=address, PROCESS_COUNT='2',
-      PROCESS_INDEX=str(i), JAX_CPU_COLLECTIVES_IMPLEMENTATION='gloo',
+      PROCESS_INDEX=str(i),
     ))
     for i in range(2)
   ]

@@ -1,4 +1,9 @@
-"""Damage to a checkpoint is noticed, down to one bit."""
+"""What is saved comes back, on any mesh; whatever damages it is noticed, down to one bit."""
+
+import json
+import resource
+import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -8,81 +13,306 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.checkpoint import Checkpoints
-from diffusion_jax.io.digests import digests
+from diffusion_jax.io.keeping import Keep
 
 
-def _tree():
-  key = jax.random.key(0)
+def _state(step):
+  """A function of the step that no other step shares."""
+  kernel = jax.random.normal(jax.random.key(step), (24, 16))
   return {
-    'kernel': jax.random.normal(key, (16, 24)),
-    'half': jax.random.normal(key, (8, 3)).astype(jnp.bfloat16),
-    'step': jnp.asarray(7, jnp.int32),
+    'params': {'kernel': kernel, 'half': kernel[:3].astype(jnp.bfloat16)},
+    'opt_state': ({'kernel': kernel * 2}, {'kernel': kernel**2}),
+    'ema': {},
+    'rest': {'step': jnp.asarray(step, jnp.int32)},
   }
-
-
-def test_any_bit_and_any_exchange_changes_the_digest():
-  tree, before = _tree(), digests(_tree())
-  words = np.asarray(tree['kernel']).view(np.uint32)
-  for place in ((0, 0), (15, 23), (7, 11)):
-    for bit in range(32):
-      flipped = words.copy()
-      flipped[place] ^= np.uint32(1 << bit)
-      after = digests({**tree, 'kernel': jnp.asarray(flipped.view(np.float32))})
-      # A NaN keeps its bits on the way to the device, so every bit counts.
-      assert after["['kernel']"] != before["['kernel']"]
-      assert after["['half']"] == before["['half']"]
-  exchanged = tree['kernel'].at[0].set(tree['kernel'][1]).at[1].set(tree['kernel'][0])
-  assert digests({'kernel': exchanged})["['kernel']"] != before["['kernel']"]
-  assert digests({'half': -tree['half']})["['half']"] != before["['half']"]
-
-
-def test_the_digest_does_not_depend_on_the_sharding():
-  mesh = jax.make_mesh((4, 2), ('a', 'b'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-  x = _tree()['kernel']
-  for spec in (PartitionSpec('a', 'b'), PartitionSpec(None, 'a'), PartitionSpec(('b', 'a'))):
-    assert digests({'x': jax.device_put(x, NamedSharding(mesh, spec))}) == digests({'x': x})
-
-
-@pytest.fixture
-def saved(tmp_path):
-  state = {'params': _tree(), 'opt_state': {}, 'ema': {}, 'rest': {'step': jnp.asarray(3)}}
-  checkpoints = Checkpoints(tmp_path / 'checkpoints')
-  checkpoints.save(3, state, {'read': 5})
-  checkpoints.close()
-  return tmp_path / 'checkpoints', state
 
 
 def _abstract(state):
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
-def test_what_is_saved_comes_back(saved):
-  directory, state = saved
-  checkpoints = Checkpoints(directory, read_only=True)
-  found, data = checkpoints.restore(3, _abstract(state))
-  jax.tree.map(np.testing.assert_array_equal, found, state)
-  assert data == {'read': 5}
-  params = checkpoints.restore_params(3, _abstract(state['params']), ema=False)
-  jax.tree.map(np.testing.assert_array_equal, params, state['params'])
+def _assert_state(found, step):
+  jax.tree.map(np.testing.assert_array_equal, found, _state(step))
 
 
-def test_a_flipped_bit_never_passes_for_the_saved_state(saved):
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+  """The folder of a run that saved steps 1, 2 and 3."""
+  directory = tmp_path_factory.mktemp('saved') / 'checkpoints'
+  checkpoints = Checkpoints(directory, Keep(last=3))
+  for step in (1, 2, 3):
+    assert checkpoints.save(step, _state(step), {'read': step})
+  checkpoints.close()
+  assert checkpoints.trouble == '' and checkpoints.steps() == [1, 2, 3]
+  return directory
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+  return shutil.copytree(saved, tmp_path / 'checkpoints')
+
+
+@pytest.fixture
+def opened():
+  """opened(directory, ...): (Checkpoints, list of what it says)."""
+  found = []
+
+  def run(directory, *args, **kwargs):
+    said = []
+    found.append(Checkpoints(directory, *args, say=said.append, **kwargs))
+    return found[-1], said
+
+  yield run
+  for checkpoints in found:
+    checkpoints.close()
+
+
+def test_what_is_saved_comes_back(saved, opened):
+  checkpoints, said = opened(saved, read_only=True)
+  assert checkpoints.latest() == 3 and checkpoints.best() is None
+  step, found, data = checkpoints.restore_latest(_abstract(_state(0)))
+  assert (step, data) == (3, {'read': 3})
+  _assert_state(found, 3)
+  found, data = checkpoints.restore(1, _abstract(_state(0)))
+  assert data == {'read': 1}
+  _assert_state(found, 1)
+  for step, wanted in ((None, 3), (2, 2)):
+    params = checkpoints.restore_params(step, _abstract(_state(0)['params']), ema=False)
+    jax.tree.map(np.testing.assert_array_equal, params, _state(wanted)['params'])
+  assert said == []
+
+
+def test_arrays_may_be_donated_once_save_returns(tmp_path, opened):
+  checkpoints, _ = opened(tmp_path)
+  state, change = _state(5), jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+  assert checkpoints.save(5, state, {})
+  for _ in range(20):
+    state = change(state)
+  assert checkpoints.wait()
+  _assert_state(checkpoints.restore(5, _abstract(_state(0)))[0], 5)
+
+
+def test_a_step_is_saved_once(copy, opened):
+  checkpoints, _ = opened(copy, Keep(last=3))
+  before = {path: path.stat().st_mtime_ns for path in copy.rglob('*')}
+  assert checkpoints.save(3, _state(9), {}) and checkpoints.wait()
+  assert {path: path.stat().st_mtime_ns for path in copy.rglob('*')} == before
+
+
+def test_a_workdir_without_checkpoints(tmp_path, opened):
+  checkpoints, said = opened(tmp_path / 'none', read_only=True)
+  assert checkpoints.latest() is None and checkpoints.steps() == [] and said == []
+  assert checkpoints.restore_latest(_abstract(_state(0))) is None
+  with pytest.raises(UserError, match='no checkpoint yet'):
+    checkpoints.restore_params(None, _abstract(_state(0)['params']), ema=False)
+  assert not (tmp_path / 'none').exists()
+
+
+@pytest.mark.parametrize(('writer', 'readers'), [
+  (((8, 1), ('a', None)), [((4, 1), ('a', None)), ((1, 1), (None, None))]),
+  (((2, 4), ('a', 'b')), [((1, 1), (None, None)), ((8, 1), (None, 'a'))]),
+  (((4, 2), (('b', 'a'), None)), [((2, 2), ('b', 'a'))]),
+], ids=['8-4-1', '2x4-1-8', '4x2-2x2'])
+def test_restores_onto_other_meshes(tmp_path, opened, writer, readers):
+  def on(mesh, spec):
+    devices = jax.devices()[: mesh[0] * mesh[1]]
+    mesh = jax.make_mesh(
+      mesh, ('a', 'b'), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=devices
+    )
+    whole = NamedSharding(mesh, PartitionSpec())
+    put = lambda x: NamedSharding(mesh, PartitionSpec(*spec)) if x.shape == (24, 16) else whole
+    return jax.tree.map(put, _state(0))
+
+  checkpoints, _ = opened(tmp_path)
+  assert checkpoints.save(4, jax.device_put(_state(4), on(*writer)), {})
+  for reader in readers:
+    shardings = on(*reader)
+    abstract = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), _state(0), shardings
+    )
+    found = checkpoints.restore(4, abstract)[0]
+    _assert_state(found, 4)
+    assert jax.tree.map(lambda x: x.sharding, found) == shardings
+
+
+def _damage(file, fault, rng):
+  whole = file.read_bytes()
+  if fault == 'deleted':
+    file.unlink()
+  elif fault == 'bit':
+    changed = bytearray(whole)
+    changed[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
+    file.write_bytes(changed)
+  else:
+    file.write_bytes(whole[: 0 if fault == 'emptied' else rng.integers(len(whole))])
+
+
+@pytest.mark.parametrize('fault', ['truncated', 'emptied', 'deleted', 'bit'])
+def test_a_fault_in_any_file_but_the_arrays_is_found(saved, copy, opened, fault):
+  """Files of metadata, of the record and the manifest, each in turn."""
+  rng, abstract = np.random.default_rng(0), _abstract(_state(0))
+  files = [p.relative_to(saved / '3') for p in sorted((saved / '3').rglob('*'))
+           if p.is_file() and (p.parent.name != 'd' or fault != 'bit')]
+  assert len(files) > 10
+  for file in rng.choice(files, size=5, replace=False):
+    _damage(copy / '3' / file, fault, rng)
+    checkpoints, said = opened(copy)
+    step, found, data = checkpoints.restore_latest(abstract)
+    assert (step, data) == (2, {'read': 2}), file
+    _assert_state(found, 2)
+    sentence, = said
+    assert f'{copy / "3"} is damaged' in sentence and str(copy / 'quarantine' / '3') in sentence
+    assert file.name in sentence, (file, sentence)
+    assert checkpoints.steps() == [1, 2]
+    shutil.rmtree(copy / 'quarantine')
+    shutil.copytree(saved / '3', copy / '3')
+
+
+def test_a_flipped_bit_never_passes_for_the_saved_state(saved, copy, opened):
   """Orbax alone restores most of these without a word."""
-  directory, state = saved
-  rng, noticed = np.random.default_rng(0), 0
-  files = sorted(p for p in (directory / '3' / 'params').rglob('d/*') if p.is_file())
-  for file in files:
-    whole = file.read_bytes()
-    for place in rng.integers(len(whole), size=12):
-      damaged = bytearray(whole)
-      damaged[place] ^= 1 << int(rng.integers(8))
-      file.write_bytes(damaged)
-      checkpoints = Checkpoints(directory, read_only=True)
-      try:
-        found, _ = checkpoints.restore(3, _abstract(state))
-        jax.tree.map(np.testing.assert_array_equal, found, state)
-      except UserError as error:
-        assert str(directory / '3') in str(error)
-        noticed += 1
-    file.write_bytes(whole)
-  assert noticed > 0
+  rng, noticed, trials = np.random.default_rng(0), 0, 0
+  for item in ('params', 'opt_state'):
+    for file in sorted(p for p in (copy / '3' / item).rglob('d/*') if p.is_file()):
+      whole = file.read_bytes()
+      for _ in range(8):
+        _damage(file, 'bit', rng)
+        checkpoints, _ = opened(copy, read_only=True)
+        try:
+          _assert_state(checkpoints.restore(3, _abstract(_state(0)))[0], 3)
+        except UserError as error:  # Some bits are of parts that nothing refers to.
+          assert f'{copy / "3"} is damaged' in str(error)
+          noticed += 1
+        file.write_bytes(whole)
+        trials += 1
+  assert trials // 3 < noticed <= trials
+
+
+def test_a_missing_item_and_two_damaged_steps(copy, opened):
+  shutil.rmtree(copy / '3' / 'opt_state')
+  (copy / '2' / 'manifest.json').unlink()
+  (copy / 'quarantine' / '3').mkdir(parents=True)
+  checkpoints, said = opened(copy)
+  step, found, _ = checkpoints.restore_latest(_abstract(_state(0)))
+  assert step == 1 and len(said) == 2
+  _assert_state(found, 1)
+  assert sorted(path.name for path in (copy / 'quarantine').iterdir()) == ['2', '3', '3-2']
+  assert 'opt_state' in said[0] and 'manifest.json is missing' in said[1]
+
+
+def test_all_damaged_is_an_error_now_and_at_the_next_start(copy, opened):
+  for step in (1, 2, 3):
+    (copy / str(step) / 'record' / 'record.json').write_text('{}')
+  for _ in range(2):
+    checkpoints, _ = opened(copy)
+    with pytest.raises(UserError, match='all checkpoints are damaged') as error:
+      checkpoints.restore_latest(_abstract(_state(0)))
+    assert str(copy / 'quarantine') in str(error.value)
+    assert sorted(path.name for path in (copy / 'quarantine').iterdir()) == ['1', '2', '3']
+
+
+def test_reading_only_moves_nothing(copy, opened):
+  """And damage to what is not read does not matter."""
+  (copy / '3' / 'params' / '_METADATA').unlink()
+  next((copy / '2' / 'opt_state').rglob('d/*')).write_bytes(b'')
+  (copy / '4.orbax-checkpoint-tmp').mkdir()
+  before = sorted(copy.rglob('*'))
+  checkpoints, said = opened(copy, read_only=True)
+  params = checkpoints.restore_params(None, _abstract(_state(0)['params']), ema=False)
+  jax.tree.map(np.testing.assert_array_equal, params, _state(2)['params'])
+  sentence, = said
+  assert f'{copy / "3"} is damaged (params/_METADATA is missing)' in sentence
+  assert checkpoints.restore_latest(_abstract(_state(0)))[0] == 1
+  with pytest.raises(UserError, match='3 is damaged'):
+    checkpoints.restore_params(3, _abstract(_state(0)['params']), ema=False)
+  assert sorted(copy.rglob('*')) == before
+
+
+def _other(change):
+  state = _state(0)
+  change(state)
+  return _abstract(state)
+
+
+@pytest.mark.parametrize(('change', 'words'), [
+  (lambda s: s['params'].update(kernel=jnp.zeros((24, 17))), r'float32\[24, 16\] there'),
+  (lambda s: s['params'].update(half=jnp.zeros((3, 16))), "params.'half'. is bfloat16"),
+  (lambda s: s['params'].update(more=jnp.zeros(3)), "holds no params.'more'"),
+  (lambda s: s['params'].pop('half'), "holds params.'half'., which is not known"),
+  (lambda s: s.update(ema=s['params']), 'holds no ema'),
+  (lambda s: s.update(opt_state=()), 'holds opt_state'),
+], ids=['shape', 'type', 'more', 'less', 'item', 'no item'])
+def test_another_model_is_no_damage(saved, opened, change, words):
+  before = sorted(saved.rglob('*'))
+  checkpoints, said = opened(saved, Keep(last=3))
+  with pytest.raises(UserError, match=words) as error:
+    checkpoints.restore_latest(_other(change))
+  assert 'of another model' in str(error.value)
+  assert said == [] and sorted(saved.rglob('*')) == before
+
+
+def test_leftovers_are_removed_when_opened_for_writing(copy, opened):
+  for name in ('4.orbax-checkpoint-tmp', '1.deleting'):
+    shutil.copytree(copy / '1', copy / name)
+  checkpoints, _ = opened(copy)
+  assert sorted(path.name for path in copy.iterdir()) == ['1', '2', '3']
+  assert checkpoints.latest() == 3
+
+
+def test_scores_decide_what_stays(tmp_path, opened):
+  keep = Keep(last=1, every_steps=4, best='fid')
+  checkpoints, said = opened(tmp_path, keep)
+  for step, fid in ((1, 9.0), (2, 3.0), (3, 5.0)):
+    assert checkpoints.save(step, _state(step), {}, scores={'fid': fid}) and checkpoints.wait()
+  assert checkpoints.steps() == [2, 3] and checkpoints.best() == 2
+  checkpoints.scores(3, {'fid': 1.0})
+  assert checkpoints.steps() == [3] and checkpoints.best() == 3
+  assert json.loads((tmp_path / 'scores.json').read_text())['3'] == {'fid': 1.0}
+  again, _ = opened(tmp_path, keep)
+  assert again.best() == 3
+  for step in (4, 5, 6):
+    assert again.save(step, _state(step), {}) and again.wait()
+  assert again.steps() == [3, 4, 6] and said == []
+  again.scores(6, {'kid': 0.1})
+  assert again.best() == 3
+
+
+def test_a_metric_that_nobody_measures_is_said(tmp_path, opened):
+  checkpoints, said = opened(tmp_path, Keep(best='fidd'))
+  checkpoints.scores(1, {'fid': 1.0, 'kid': 2.0})
+  assert said == [
+    "loop.keep_best is 'fidd', which this evaluation does not measure; it measures fid, kid."
+  ]
+
+
+def test_damaged_scores_are_forgotten(copy, opened):
+  (copy / 'scores.json').write_text('{"3": {"fid"')
+  checkpoints, said = opened(copy, Keep(best='fid'))
+  assert checkpoints.best() is None and 'scores.json cannot be read' in said[0]
+  checkpoints.scores(2, {'fid': 1.0})
+  assert checkpoints.best() == 2
+
+
+def test_a_write_that_fails_in_the_background(copy, opened):
+  """The kernel refuses files above a size, which no look at the free space foretells."""
+  checkpoints, said = opened(copy, Keep(last=3), retry_seconds=0.2)
+  large = {**_state(7), 'params': {'x': jax.random.normal(jax.random.key(0), (1 << 18,))}}
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, limits[1]))
+  try:
+    assert checkpoints.save(7, large, {})
+    end = time.monotonic() + 30
+    while not checkpoints.trouble and time.monotonic() < end:
+      checkpoints.poll()
+      time.sleep(0.01)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert said == [checkpoints.trouble] and 'step 7 could not be saved' in checkpoints.trouble
+  assert not checkpoints.should_retry()
+  assert sorted(path.name for path in copy.iterdir()) == ['1', '2', '3']
+  time.sleep(0.25)
+  assert checkpoints.should_retry()
+  assert checkpoints.save(8, large, {}) and checkpoints.wait()
+  assert not checkpoints.should_retry() and checkpoints.trouble == ''
+  assert said[1:] == ['checkpoints can be saved again.'] and checkpoints.steps() == [2, 3, 8]
+  found = checkpoints.restore(8, _abstract(large))[0]
+  jax.tree.map(np.testing.assert_array_equal, found, large)

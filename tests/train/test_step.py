@@ -13,40 +13,14 @@ from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
 from diffusion_jax.train.state import abstract_state, create_state
 from diffusion_jax.train.step import make_step
 from diffusion_jax.train.tasks.clip import CLIPTask, CLIPTaskConfig
-from diffusion_jax.train.tasks.task import Task, mean_metric
 from tests import tiny
+from tests.regression import Regression, regression_batch
 
 BATCH = 16
 
 
-class Regression(Task):
-  """A linear layer; its loss is a mean over examples, and `noise` times a random number."""
-
-  batch_fields = ('x', 'y')
-
-  def __init__(self, noise: float = 0.0):
-    self.noise = noise
-    self.frozen = {}
-
-  def initialize(self, key):
-    return {'kernel': jax.random.normal(key, (8, 4)), 'bias': jnp.zeros(4)}
-
-  def constrain(self, params):
-    return params
-
-  def loss(self, params, frozen, memory, batch, key, step):
-    x = batch['x'] + self.noise * jax.random.normal(key, batch['x'].shape)
-    error = jnp.square(x @ params['kernel'] + params['bias'] - batch['y']).mean(axis=1)
-    return error.mean(), ({'loss': mean_metric(error)}, ())
-
-
 def _clip_task(dtype=jnp.float32):
   return CLIPTask(CLIPTaskConfig(tiny.CLIP), None, None, dtype)
-
-
-def _regression_batch():
-  rng = np.random.default_rng(0)
-  return {'x': rng.normal(size=(BATCH, 8)), 'y': rng.normal(size=(BATCH, 4))}
 
 
 def _clip_batch():
@@ -88,19 +62,19 @@ def clip_on_one_device():
 
 def test_a_step_is_repeatable_to_the_bit_and_steps_differ():
   task = Regression(noise=1.0)
-  first, second = _run(task, _regression_batch(), repeat=True)
+  first, second = _run(task, regression_batch(BATCH), repeat=True)
   jax.tree.map(np.testing.assert_array_equal, first, second)
   assert int(first[0].step) == 1
-  x, y = (_run(task, _regression_batch(), steps=2).metrics[i]['loss'] for i in (0, 1))
+  x, y = (_run(task, regression_batch(BATCH), steps=2).metrics[i]['loss'] for i in (0, 1))
   assert x != y
 
 
 def test_accumulation_is_the_large_batch():
   """Exact only for a mean over examples without noise: every part draws noise of its own, and
   CLIP's loss is over the pairs of a part. Hence a regression."""
-  whole = _run(Regression(), _regression_batch(), steps=3)
+  whole = _run(Regression(), regression_batch(BATCH), steps=3)
   for mesh in (None, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
-    parts = _run(Regression(), _regression_batch(), steps=3, accumulation=4, mesh=mesh)
+    parts = _run(Regression(), regression_batch(BATCH), steps=3, accumulation=4, mesh=mesh)
     for a, b in zip(parts.metrics, whole.metrics, strict=True):
       assert a == pytest.approx(b, rel=1e-5)
     for name, value in whole.state.params.items():
@@ -109,7 +83,7 @@ def test_accumulation_is_the_large_batch():
 
 def test_parts_of_a_batch_draw_different_noise():
   """The same example in every part: with one key for all, the parts would be one another."""
-  batch = {name: np.repeat(x[:4], 4, axis=0) for name, x in _regression_batch().items()}
+  batch = {name: np.repeat(x[:4], 4, axis=0) for name, x in regression_batch(BATCH).items()}
   apart = _run(Regression(noise=1.0), batch, accumulation=4).metrics[0]['loss']
   again = _run(Regression(noise=1.0), {n: x[::4] for n, x in batch.items()}).metrics[0]['loss']
   assert apart != pytest.approx(again, rel=1e-3)

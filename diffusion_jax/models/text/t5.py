@@ -14,8 +14,10 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from diffusion_jax.layout import constrain
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.layers import Linear
+from diffusion_jax.models.remat import Blocks
 from diffusion_jax.models.text.t5_config import T5Config
 from diffusion_jax.types import Text, Tokens
 
@@ -83,9 +85,10 @@ class T5Attention(nnx.Module):
 
   def __call__(self, x: jax.Array, bias: jax.Array, mask: jax.Array | None) -> jax.Array:
     split = lambda y: y.reshape(*y.shape[:-1], self.config.num_heads, -1)
-    q, k, v = split(self.q(x)), split(self.k(x)), split(self.v(x))
+    q = constrain(split(self.q(x)), 'queries')
+    k, v = constrain(split(self.k(x)), 'keys'), constrain(split(self.v(x)), 'keys')
     y = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=1.0)
-    return self.o(y.reshape(*y.shape[:-2], -1))
+    return constrain(self.o(y.reshape(*y.shape[:-2], -1)), 'tokens')
 
 
 class T5DenseActDense(nnx.Module):
@@ -97,7 +100,7 @@ class T5DenseActDense(nnx.Module):
     self.wo = _dense(hidden, d, hidden**-0.5, **kw | {'dtype': jnp.float32})
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.wo(jax.nn.relu(self.wi(x)))
+    return constrain(self.wo(jax.nn.relu(constrain(self.wi(x), 'hidden'))), 'tokens')
 
 
 class T5DenseGatedActDense(nnx.Module):
@@ -111,7 +114,8 @@ class T5DenseGatedActDense(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     gate, value = self.wi_0(x).astype(jnp.float32), self.wi_1(x).astype(jnp.float32)
-    return self.wo(jax.nn.gelu(gate, approximate=True) * value)
+    gate, value = constrain(gate, 'hidden'), constrain(value, 'hidden')
+    return constrain(self.wo(jax.nn.gelu(gate, approximate=True) * value), 'tokens')
 
 
 class T5LayerSelfAttention(nnx.Module):
@@ -151,7 +155,7 @@ class T5Block(nnx.Module):
     return x + self.layer[1](x)
 
 
-class T5Stack(nnx.Module):
+class T5Stack(Blocks):
   """The blocks and the final norm: float32 [b l d] -> [b l d]."""
 
   def __init__(self, config: T5Config, **kw):
@@ -161,9 +165,12 @@ class T5Stack(nnx.Module):
     self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon, **kw)
 
   def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    return self.run_all(self._states, x, mask)
+
+  def _states(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
     bias = self.block[0].layer[0].SelfAttention.position_bias(x.shape[1])
     for block in self.block:
-      x = block(x, bias, mask)
+      x = self.run(block, x, bias, mask)
     return self.final_layer_norm(x)
 
 

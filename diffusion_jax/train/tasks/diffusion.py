@@ -19,6 +19,7 @@ from diffusion_jax.evaluation.job import (
   evaluate_text_to_image,
   fresh_weights,
 )
+from diffusion_jax.layout import constrain
 from diffusion_jax.models.unet_config import UNetConfig
 from diffusion_jax.parallel.sharding import to_host
 from diffusion_jax.pipelines.conditions import Inputs
@@ -94,10 +95,12 @@ class DiffusionTask(NoisingTask):
 
   def __init__(
     self, config: LatentTaskConfig, model: TextToImage, frozen: Frozen,
-    train: ImageSource, test: ImageSource,
+    train: ImageSource, test: ImageSource, remat: str = 'none',
   ):
+    """`remat`, one of `models.remat.REMAT`, is that of the loss alone."""
     config.sample.check(model.schedule, config.objective.prediction)
     self.config, self.model, self.train, self.test = config, model, train, test
+    self.learning = model.rematerialised(remat)
     self.objective = Objective(config.objective, TableLevels(model.schedule))
     null = jax.jit(model.text.encode)(frozen, model.tokens(['']))
     bias = {f'{name}.bias': to_host(value)[0] for name, value in null._asdict().items()
@@ -121,7 +124,8 @@ class DiffusionTask(NoisingTask):
     else:
       mean, logvar = self.model.autoencoder.bind(weights['autoencoder']).encode(batch['image'])
       mean, std = mean.astype(jnp.float32), jnp.exp(logvar.astype(jnp.float32) / 2)
-    return self.model.latents(mean + std * jax.random.normal(key, mean.shape))
+    latents = self.model.latents(mean + std * jax.random.normal(key, mean.shape))
+    return constrain(latents, 'image')
 
   def _told(self, weights: Weights, batch: dict, x0: Latents, key: jax.Array) -> Condition:
     """What the network is told of a batch, with a share of the captions dropped."""
@@ -129,7 +133,7 @@ class DiffusionTask(NoisingTask):
     if 'text' in batch:
       told = Condition(batch['text'], batch.get('pooled'))
     else:
-      told = self.model.text.encode(weights, batch['tokens'])
+      told = self.learning.text.encode(weights, batch['tokens'])
     told = self.drop_captions(told, weights[NULL], key)
     return self.model.with_sizes(told, batch.get('sizes'))
 
@@ -148,7 +152,7 @@ class DiffusionTask(NoisingTask):
     weights = self.weights(params, frozen)
     x0 = self._latents(weights, batch, key_z)
     told = self._told(weights, batch, x0, key_drop)
-    network = self.model.network(weights)
+    network = self.learning.network(weights)
     losses = self.objective.losses(
       lambda x, t: network(x, t, told), x0, key, history_of(memory)
     )

@@ -22,6 +22,8 @@ from diffusion_jax.evaluation.metrics import energy_distance
 from diffusion_jax.io.pretrained import save_params
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.mlp import MLP, MLPConfig
+from diffusion_jax.parallel.pulse import beat
+from diffusion_jax.parallel.sharding import to_host
 from diffusion_jax.train.tasks.noising import NoisingTask, history_of
 from diffusion_jax.train.tasks.task import Frozen, Scores
 from diffusion_jax.types import Params
@@ -30,7 +32,7 @@ from diffusion_jax.viz.points import field_picture, scatter_picture
 PREVIEW_POINTS = 1024
 FIELD_LEVELS = (1.0, 0.4, 0.15)
 LATTICE, EXTENT = 21, 2.6
-LIKELIHOOD_POINTS, LIKELIHOOD_STEPS = 512, 40
+LIKELIHOOD_STEPS = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ class ToySampleConfig:
 class ToyTaskConfig:
   """process: table, for the T timesteps of `schedule`, or a name of `processes.PROCESSES` with its
   options, such as {'sigma_max': 50.0}. sub_vp: the sub-VP process of that one. width, depth: of the
-  network."""
+  network. likelihood_points: test points whose bits are counted at the end, 0 for none."""
 
   process: str = 'table'
   process_options: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -60,6 +62,7 @@ class ToyTaskConfig:
   sample: ToySampleConfig = ToySampleConfig()
   width: int = 96
   depth: int = 3
+  likelihood_points: int = 512
   export_dtype: str = 'float32'
 
   def __post_init__(self):
@@ -182,10 +185,12 @@ class ToyTask(NoisingTask):
 
   def preview(self, params, frozen, mesh: Mesh) -> tuple[np.ndarray, list[str]]:
     """Samples over the data, and the learned score of the data with three amounts of noise."""
-    points = np.asarray(self._sample(params, 0, PREVIEW_POINTS))
+    points = to_host(self._sample(params, 0, PREVIEW_POINTS))
+    beat()
     axis = np.linspace(-EXTENT, EXTENT, LATTICE, dtype=np.float32)
     lattice = np.stack(np.meshgrid(axis, axis), axis=-1)
-    fields = np.asarray(self._fields(params, jnp.asarray(lattice.reshape(-1, 2))))
+    fields = to_host(self._fields(params, lattice.reshape(-1, 2)))
+    beat()
     noise = np.random.default_rng(0).standard_normal((PREVIEW_POINTS, 2))
     data = self.test[:PREVIEW_POINTS]
     pictures = [scatter_picture(points, data, EXTENT)] + [
@@ -203,11 +208,13 @@ class ToyTask(NoisingTask):
       columns['untrained'] = jax.jit(self.initialize)(jax.random.key(1))
     scores = {}
     for name, values in columns.items():
-      found = np.asarray(self._sample(values, 1, count))
+      found = to_host(self._sample(values, 1, count))
+      beat()
       scores[name] = {'energy_distance': energy_distance(found, self.test)}
-      if final:
-        few = jnp.asarray(self.test[:LIKELIHOOD_POINTS])
-        scores[name]['bits_per_dim'] = float(self._bits(values, few).mean())
+      if final and (points := self.config.likelihood_points):
+        bits = to_host(self._bits(values, self.test[:points]))
+        scores[name]['bits_per_dim'] = float(bits.mean())
+        beat()
     if final:
       half = len(self.test) // 2
       real = energy_distance(self.test[:half], self.test[half:])

@@ -1,0 +1,136 @@
+"""What a checkpoint costs, with and without the digests that guard it.
+
+The state is a U-Net of Stable Diffusion 1 in fewer channels, with its average and Adam's moments:
+as many arrays as the real one, of about half a gigabyte. It is written into a temporary folder,
+which is removed. Seconds are medians; the first save, which also compiles, is told apart.
+
+  python benchmarks/checkpoint.py --json FILE
+  python benchmarks/checkpoint.py --devices 8 --json FILE
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_jax import __version__
+from diffusion_jax.io import restoring, saving
+from diffusion_jax.io.checkpoint import Checkpoints
+from diffusion_jax.io.published.architectures import UNETS
+from diffusion_jax.models import functional
+from diffusion_jax.models.unet import UNet
+from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from diffusion_jax.parallel.sharding import shard_params
+
+
+def arguments() -> argparse.Namespace:
+  """What the command line says."""
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--json', metavar='FILE', help='where the figures go')
+  parser.add_argument('--channels', nargs=4, type=int, default=[64, 128, 256, 256],
+                      help='of the four levels of the U-Net')
+  parser.add_argument('--devices', type=int, default=1, help='simulated ones, on a CPU')
+  parser.add_argument('--saves', type=int, default=5, help='saves and restores to measure')
+  parser.add_argument('--folder', default='/tmp', help='where the temporary folder is made')
+  return parser.parse_args()
+
+
+def make_state(channels: list[int], mesh) -> dict:
+  """Random arrays onto their shards; none is alike another."""
+  config = dataclasses.replace(UNETS['sd15'], block_out_channels=tuple(channels))
+  shapes = functional.abstract(lambda rngs: UNet(config, rngs=rngs))[1]
+  shardings = shard_params(shapes, mesh)
+
+  def draw(seed: int) -> dict:
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return {
+      name: jax.device_put(jax.random.normal(key, leaf.shape, jnp.float32), shardings[name])
+      for key, (name, leaf) in zip(keys, shapes.items(), strict=True)
+    }
+
+  return {
+    'params': draw(0), 'opt_state': {'mu': draw(1), 'nu': draw(2)}, 'ema': draw(3),
+    'rest': {'step': jax.device_put(jnp.zeros((), jnp.int32), mesh.devices.flat[0])},
+  }
+
+
+@contextlib.contextmanager
+def without_digests():
+  """The same code, but that nothing is added up and so nothing compared."""
+  none = lambda tree: {}
+  with mock.patch.object(saving, 'local_digests', lambda tree: dict), \
+       mock.patch.object(restoring, 'digests', none):
+    yield
+
+
+def measure(folder: Path, state: dict, saves: int) -> dict:
+  """Seconds of saving and restoring one state some times over."""
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+  )
+  checkpoints, blocked, written, polls, restored = Checkpoints(folder), [], [], [], []
+  for step in range(1, saves + 2):
+    start = time.perf_counter()
+    assert checkpoints.save(step, state, {})
+    blocked.append(time.perf_counter() - start)
+    turn = time.perf_counter()
+    for _ in range(1000):
+      checkpoints.poll()
+    polls.append((time.perf_counter() - turn) / 1000)
+    assert checkpoints.wait()
+    written.append(time.perf_counter() - start)
+  for _ in range(saves + 1):
+    start = time.perf_counter()
+    jax.block_until_ready(checkpoints.restore(saves + 1, abstract)[0])
+    restored.append(time.perf_counter() - start)
+  checkpoints.close()
+  median = lambda values: round(statistics.median(values[1:]), 3)
+  return {
+    'save_blocks_seconds': median(blocked), 'first_save_blocks_seconds': round(blocked[0], 3),
+    'on_disk_after_seconds': median(written), 'first_on_disk_after_seconds': round(written[0], 3),
+    'restore_seconds': median(restored), 'first_restore_seconds': round(restored[0], 3),
+    'poll_microseconds': round(1e6 * statistics.median(polls), 2),
+  }
+
+
+def main() -> None:
+  """Measures, prints and writes."""
+  args = arguments()
+  jax.config.update('jax_num_cpu_devices', args.devices)
+  mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
+  state = jax.block_until_ready(make_state(args.channels, mesh))
+  leaves = jax.tree.leaves(state)
+  results = {}
+  ways = {'without_digests': without_digests, 'with_digests': contextlib.nullcontext}
+  for name, context in ways.items():
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder, context():
+      results[name] = measure(Path(folder), state, args.saves)
+      print(name, json.dumps(results[name], indent=2), flush=True)
+  device = jax.devices()[0]
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  out = {
+    'command': f'python benchmarks/checkpoint.py {" ".join(sys.argv[1:])}',
+    'device': {'platform': device.platform, 'kind': device.device_kind, 'devices': args.devices,
+               'cpu_cores': cores},
+    'versions': {
+      'diffusion_jax': __version__, 'python': platform.python_version(), 'jax': jax.__version__,
+    },
+    'arrays': len(leaves), 'gigabytes': round(sum(x.nbytes for x in leaves) / 1e9, 3), **results,
+  }
+  if args.json:
+    Path(args.json).write_text(json.dumps(out, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,195 @@
+"""Writes one checkpoint at a time in the background, all of it or nothing.
+
+The files are written to STEP.orbax-checkpoint-tmp and renamed to STEP at the end. Orbax's handlers
+write the arrays. Its Checkpointer does not serve here: where one process fails to write, the others
+would wait at its barriers for many minutes; here the one tells them.
+"""
+
+import asyncio
+import concurrent.futures
+import errno
+import itertools
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from diffusion_jax.io import record
+from diffusion_jax.io.digests import local_digests
+from diffusion_jax.io.manifest import write_manifest
+from diffusion_jax.io.restoring import sentence
+from diffusion_jax.parallel.agreement import agree
+
+TEMPORARY = '.orbax-checkpoint-tmp'
+MARGIN_BYTES, MARGIN_BYTES_A_LEAF = 1 << 20, 2048
+"""Room for what is not array data: metadata, the record and the manifest."""
+
+
+_numbers = itertools.count()
+
+
+class NotSaved(Exception):
+  """A checkpoint could not be written; the message says why."""
+
+
+class Saving:
+  """Saves into `directory`, one step after the other."""
+
+  def __init__(self, directory: Path):
+    self.directory = directory
+    self._name = f'saving_{next(_numbers)}'  # The same in all processes, as paths need not be.
+    # One thread: it starts the next save only when the one before is on disk or has failed.
+    self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
+    self._handlers: dict[str, ocp.StandardCheckpointHandler] = {}
+    self._running: concurrent.futures.Future | None = None
+
+  @property
+  def busy(self) -> bool:
+    """Whether a save is under way or its outcome not yet collected."""
+    return self._running is not None
+
+  @property
+  def done(self) -> bool:
+    """Whether there is an outcome to collect; asks nothing but a flag in memory."""
+    return self._running is not None and self._running.done()
+
+  def collect(self) -> None:
+    """Waits for the save under way, if any.
+
+    Raises:
+      NotSaved: it failed, here or in another process.
+    """
+    running, self._running = self._running, None
+    if running is not None:
+      running.result()
+
+  def start(self, step: int, parts: dict[str, Any], data: Any, then: Callable[[], None]) -> bool:
+    """Copies the arrays to the host and starts to write; no save may be under way.
+
+    Args:
+      parts: item -> pytree of arrays.
+      then: is called by process 0 in the background once the step is on disk.
+
+    Returns:
+      False where the step is on disk already.
+
+    Raises:
+      NotSaved: there is no room, or no folder can be made; on all processes alike.
+    """
+    folder = self.directory / f'{step}{TEMPORARY}'
+    shares = {item: local_digests(tree) for item, tree in parts.items()}
+    if self._prepare(step, folder, parts):
+      return False
+    arrays = {item: record.describe(tree) for item, tree in parts.items()}
+    problem, writes = '', []
+    try:  # In the thread, for a notebook runs an event loop of its own in this one.
+      writes = self._pool.submit(asyncio.run, self._begin(folder, parts)).result()
+    except Exception as error:  # Of many kinds, and the peers must hear of all.
+      problem = reason(error)
+
+    def finish() -> None:
+      self._write(folder, writes, shares, arrays, data, problem)
+      self._commit(folder, self.directory / str(step), list(parts))
+      if jax.process_index() == 0:
+        then()
+
+    self._running = self._pool.submit(finish)
+    return True
+
+  def _prepare(self, step: int, folder: Path, parts: dict[str, Any]) -> bool:
+    """Makes the folders where there is room; True where the step is there already."""
+    problem = ''
+    if jax.process_index() == 0 and (self.directory / str(step)).is_dir():
+      problem = 'have'
+    else:
+      try:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+          remove_leftovers(self.directory)
+        problem = _lack_of_room(self.directory, parts)
+        if jax.process_index() == 0 and not problem:
+          for name in (*parts, record.NAME):
+            (folder / name).mkdir(parents=True)
+      except OSError as error:
+        problem = reason(error)
+    answers = agree(f'{self._name}/preparing', problem)
+    if answers[0] == 'have':
+      return True
+    self._stop_where(answers, folder)
+    return False
+
+  async def _begin(self, folder: Path, parts: dict[str, Any]) -> list:
+    writes = []
+    for item, tree in parts.items():
+      handler = self._handlers.setdefault(item, ocp.StandardCheckpointHandler())
+      args = ocp.args.StandardSave(tree)
+      writes += await handler.async_save(epath.Path(folder / item), args=args) or []
+    return writes
+
+  def _write(self, folder, writes, shares, arrays, data, problem) -> None:
+    for write in writes:  # All of them, for the folder may only go when nobody writes into it.
+      try:
+        write.result()
+      except Exception as error:
+        problem = problem or reason(error)
+    try:
+      if not problem:
+        record.write_shares(folder, {item: fetch() for item, fetch in shares.items()})
+        if jax.process_index() == 0:
+          record.write_record(folder, arrays, data)
+    except Exception as error:
+      problem = reason(error)
+    self._stop_where(agree(f'{self._name}/written', problem), folder)
+
+  def _commit(self, folder: Path, target: Path, items: list[str]) -> None:
+    problem = ''
+    if jax.process_index() == 0:
+      try:
+        for item in items:
+          self._handlers[item].finalize(epath.Path(folder / item))
+        write_manifest(folder)
+        os.rename(folder, target)
+      except Exception as error:
+        problem = reason(error)
+    self._stop_where(agree(f'{self._name}/committed', problem), folder)
+
+  def _stop_where(self, problems: list[str], folder: Path) -> None:
+    problem = next((problem for problem in problems if problem), '')
+    if problem:
+      if jax.process_index() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+      raise NotSaved(problem)
+
+  def close(self) -> None:
+    """Frees the thread; a save under way is finished first."""
+    self._pool.shutdown()
+    for handler in self._handlers.values():
+      handler.close()
+
+
+def remove_leftovers(directory: Path) -> None:
+  """Removes what saves left that were cut off or failed; none may be under way."""
+  for path in directory.glob(f'*{TEMPORARY}*'):
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def reason(error: BaseException) -> str:
+  """Why a save failed, in few words."""
+  full = getattr(error, 'errno', None) == errno.ENOSPC or 'No space left' in str(error)
+  return 'the disk is full' if full else sentence(error)
+
+
+def _lack_of_room(directory: Path, parts: dict[str, Any]) -> str:
+  """'' where all of the arrays fit, whoever writes them, or else a sentence."""
+  leaves = jax.tree.leaves(parts)
+  needed = sum(leaf.nbytes for leaf in leaves) * 11 // 10
+  needed += MARGIN_BYTES + MARGIN_BYTES_A_LEAF * len(leaves)
+  free = shutil.disk_usage(directory).free
+  if free >= needed:
+    return ''
+  return f'the disk is full: {free / 1e6:,.1f} MB are free, {needed / 1e6:,.1f} MB are needed'

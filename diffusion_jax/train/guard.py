@@ -1,0 +1,93 @@
+"""Steps that would spoil the parameters are left out: not finite, or far above the usual loss.
+
+`optax.apply_if_finite` lets the NaN through once its limit is reached. Here such a step never
+touches parameters, optimizer or average, and once too many came in a row no step does any more, so
+that the state is the same however late the host looks.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_jax.errors import UserError
+
+DECAY = 0.98
+"""Of the running mean and variance of the loss, so that they look back over some 50 steps."""
+SETTLED = 50
+"""Steps before a spike can be told from the start of training."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+  """max_skipped_in_a_row: after so many the run stops. spike_deviations: a step whose loss lies so
+  many standard deviations above its running mean is skipped, too; 0 for no such check.
+  """
+
+  max_skipped_in_a_row: int = 10
+  spike_deviations: float = 0.0
+
+  def __post_init__(self):
+    if self.max_skipped_in_a_row < 1:
+      raise UserError(
+        f'safety.max_skipped_in_a_row is {self.max_skipped_in_a_row}; it must be at least 1.'
+      )
+    if self.spike_deviations < 0:
+      raise UserError(
+        f'safety.spike_deviations is {self.spike_deviations}; give 0 for none, or such as 6.'
+      )
+
+
+class Guard(NamedTuple):
+  """What has been skipped, and what losses are usual. All scalars.
+
+  skipped: steps left out so far, for either reason. in_a_row: the last ones of them without a good
+  step between. used: good steps. mean, variance: running, of the losses of good steps.
+  """
+
+  skipped: jax.Array
+  in_a_row: jax.Array
+  used: jax.Array
+  mean: jax.Array
+  variance: jax.Array
+
+  @classmethod
+  def fresh(cls) -> 'Guard':
+    """Before the first step."""
+    whole, real = (lambda: jnp.zeros((), jnp.int32)), (lambda: jnp.zeros((), jnp.float32))
+    return cls(whole(), whole(), whole(), real(), real())
+
+
+def judge(
+  guard: Guard, config: GuardConfig, loss: jax.Array, norm: jax.Array
+) -> tuple[jax.Array, jax.Array, Guard]:
+  """(use this step, its numbers are finite, the guard after it).
+
+  Args:
+    loss: scalar, over the whole batch.
+    norm: scalar, the global norm of the gradient before clipping.
+  """
+  finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+  use = finite & (guard.in_a_row < config.max_skipped_in_a_row)
+  if config.spike_deviations:
+    limit = guard.mean + config.spike_deviations * jnp.sqrt(guard.variance)
+    use &= (guard.used < SETTLED) | (loss <= limit)
+  # Plain means at first, so that the start at zero leaves no trace.
+  weight = jnp.maximum(1 - DECAY, 1 / (guard.used + 1))
+  away = jnp.where(use, loss - guard.mean, 0.0)
+  mean = guard.mean + weight * away
+  variance = (1 - weight) * (guard.variance + weight * jnp.square(away))
+  after = Guard(
+    skipped=guard.skipped + ~use,
+    in_a_row=jnp.where(use, 0, guard.in_a_row + 1),
+    used=guard.used + use,
+    mean=mean,
+    variance=jnp.where(use, variance, guard.variance),
+  )
+  return use, finite, after
+
+
+def choose(use: jax.Array, new, old):
+  """`new` where the step is used, else `old`; pytrees of the same structure."""
+  return jax.tree.map(lambda a, b: jnp.where(use, a, b), new, old)

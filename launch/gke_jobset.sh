@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# A JobSet on Kubernetes (GKE), for TPUs or GPUs: fills launch/jobset.yaml and applies it.
+#
+# launch/gke_jobset.sh --platform (tpu|gpu) --image IMAGE --accelerator NAME --claim CLAIM
+#   --config FILE.py [--workdir DIR] [--nodes N] [--per-node C] [--topology T] [--slices S]
+#   [--restarts R] [--spot] [--namespace NS] [--run-id ID] [--dry-run] [--quiet] [KEY=VALUE ...]
+#
+# --image       has this repository in its working directory, installed with jax[tpu] or jax[cuda13]
+# --accelerator nvidia-h100-80gb, tpu-v5-lite-podslice, ...: the label of the node pool
+# --claim       a PersistentVolumeClaim that many may write; it is mounted at /runs, and the
+#               workdir is /runs/RUN_ID unless given
+# --nodes       hosts, of each slice for TPUs (1); --per-node chips or GPUs of a host (8 GPUs, 4
+#               chips); --topology of a TPU slice, such as 4x4; --slices of TPUs (1)
+# Restarted up to --restarts (20) times, but not when a process leaves with code 1 or 2.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+FLAG=([spot]='')
+OPTION=(
+  [platform]='' [image]='' [accelerator]='' [claim]='' [nodes]=1 [per-node]='' [topology]=''
+  [slices]=1 [restarts]=20 [namespace]=default
+)
+parse "$@"
+need platform image accelerator claim
+case ${OPTION[platform]} in
+  tpu)
+    need topology
+    resource=google.com/tpu
+    OPTION[per-node]=${OPTION[per-node]:-4}
+    selectors="cloud.google.com/gke-tpu-accelerator: ${OPTION[accelerator]}"
+    selectors+=$'\n'"cloud.google.com/gke-tpu-topology: ${OPTION[topology]}"
+    ;;
+  gpu)
+    resource=nvidia.com/gpu
+    OPTION[per-node]=${OPTION[per-node]:-8}
+    [[ ${OPTION[slices]} == 1 ]] || die '--slices is for TPUs; give --nodes'
+    selectors="cloud.google.com/gke-accelerator: ${OPTION[accelerator]}"
+    ;;
+  *) die "--platform is '${OPTION[platform]}'; give tpu or gpu" ;;
+esac
+need_number nodes per-node slices restarts
+if [[ ${FLAG[spot]} ]]; then selectors+=$'\ncloud.google.com/gke-spot: "true"'; fi
+if [[ $WORKDIR == "runs/$RUN_ID" ]]; then TRAIN[3]=/runs/$RUN_ID; fi
+
+# JSON strings are YAML strings.
+json() { "$PYTHON" -c 'import json, sys; print(json.dumps(sys.argv[1:]))' "$@"; }
+
+# indented N TEXT: all lines but the first, so that a placeholder's own indentation holds for all.
+indented() { sed "2,\$s/^/$(printf '%*s' "$1" '')/" <<<"$2"; }
+
+render() {
+  local text key
+  local -A value=(
+    [NAME]=$RUN_ID [NAMESPACE]=${OPTION[namespace]} [RESTARTS]=${OPTION[restarts]}
+    [SLICES]=${OPTION[slices]} [NODES]=${OPTION[nodes]} [IMAGE]=${OPTION[image]}
+    [RESOURCE]=$resource [PER_NODE]=${OPTION[per-node]} [CLAIM]=${OPTION[claim]}
+    [SELECTORS]=$(indented 14 "$selectors")
+    [COMMAND]=$(json bash launch/train.sh "${OPTION[platform]}" "${TRAIN[@]}")
+  )
+  text=$(sed '/^ *#/d' "$LAUNCH/jobset.yaml")
+  for key in "${!value[@]}"; do text=${text//"{{$key}}"/"${value[$key]}"}; done
+  [[ $text != *'{{'* ]] || die "launch/jobset.yaml has an unknown placeholder: ${text#*'{{'}"
+  printf '%s\n' "$text"
+}
+
+if [[ $DRY_RUN ]]; then
+  echo "# kubectl apply -f - reads:"
+  render
+  echo "# Each pod does:"
+  bash "$LAUNCH/train.sh" "${OPTION[platform]}" "${TRAIN[@]}" --dry-run
+  exit
+fi
+render | kubectl apply -f -

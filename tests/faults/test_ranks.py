@@ -1,0 +1,112 @@
+"""Real processes, real signals: one run on several of them stops, goes on, and ends truthfully."""
+
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from diffusion_jax.io.tensors import read_tensors
+from tests import tiny
+from tests.faults.ranks import Ranks
+
+SAME = ('loss', 'gradient_norm')
+LOOP = {'evaluate_every_steps': 30}
+
+
+def _weights(run):
+  return read_tensors(run / 'model' / 'diffusion_pytorch_model.safetensors')
+
+
+def _status(run):
+  return json.loads((run / 'status.json').read_text())
+
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory):
+  """Workdir of two processes with two devices each that nobody disturbed."""
+  run = tmp_path_factory.mktemp('two') / 'run'
+  with Ranks(run, 2, devices=2, loop=LOOP) as ranks:
+    assert ranks.codes() == [0, 0]
+  return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('count', 'devices'), [(1, 4), (4, 1)])
+def test_two_and_four_processes_agree_with_one(two, tmp_path, count, devices):
+  run = tmp_path / 'run'
+  with Ranks(run, count, devices, loop=LOOP) as ranks:
+    assert ranks.codes() == [0] * count
+  found, wanted = tiny.metrics(run), tiny.metrics(two)
+  assert sorted(found) == sorted(wanted) == list(range(1, 41))
+  for step, line in wanted.items():
+    for name in SAME:
+      assert found[step][name] == pytest.approx(line[name], rel=1e-4), (step, name)
+  for name, value in _weights(two).items():
+    np.testing.assert_allclose(_weights(run)[name], value, atol=1e-5)
+  scores = [json.loads((r / 'scores.json').read_text()) for r in (run, two)]
+  distances = [score['generated']['energy_distance'] for score in scores]
+  assert distances[0] == pytest.approx(distances[1], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_one_of_two_is_stopped_while_compiling_training_and_evaluating(two, tmp_path):
+  """Four starts of one run. Both processes save the same step, and nothing differs in the end."""
+  run = tmp_path / 'run'
+  stops = (('compiling', 0, 1), ('training', 12, 0), ('evaluating', 30, 1))
+  for state, step, rank in stops:
+    with Ranks(run, 2, devices=2, loop=LOOP) as ranks:
+      ranks.wait_for(state, step=step)
+      ranks.signal(rank)
+      assert ranks.codes() == [143, 143], state
+    status = _status(run)
+    assert (status['state'], status['retry']) == ('interrupted', True)
+    assert status['step'] >= step and f'saved step {status["step"]}' in status['message']
+    saved = sorted(int(p.name) for p in (run / 'checkpoints').iterdir() if p.name.isdigit())
+    assert saved[-1] == status['step']
+    if state == 'compiling':
+      assert status['step'] == 0
+    if state == 'evaluating':
+      assert status['step'] == 30 and 30 not in tiny.metrics(run, 'evaluation')
+  with Ranks(run, 2, devices=2, loop=LOOP) as ranks:
+    assert ranks.codes() == [0, 0]
+  found, wanted = tiny.metrics(run), tiny.metrics(two)
+  assert sorted(found) == sorted(wanted)
+  for step, line in wanted.items():
+    assert {k: found[step][k] for k in SAME} == {k: line[k] for k in SAME}, step
+  for name, value in _weights(two).items():
+    np.testing.assert_array_equal(_weights(run)[name], value)
+  # The evaluation that was cut off has been made up for.
+  key = 'energy_distance'
+  assert tiny.metrics(run, 'evaluation')[30][key] == tiny.metrics(two, 'evaluation')[30][key]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', [0, 1], ids=['coordinator', 'peer'])
+def test_a_killed_process_is_noticed_by_the_other_within_the_bound(tmp_path, victim):
+  run = tmp_path / 'run'
+  changes = {'loop': {'total_steps': 1_000_000, 'log_every_steps': 10,
+                      'checkpoint_every_steps': 50}}
+  with Ranks(run, 2, **changes) as ranks:
+    ranks.wait_for('training', step=60)
+    killed = time.monotonic()
+    ranks.signal(victim, signal.SIGKILL)
+    code = ranks.processes[1 - victim].wait(30)
+    # The timeout of 5 s, and some more for a busy machine.
+    assert time.monotonic() - killed < 20
+    time.sleep(0.5)  # The keepers write their last word.
+    codes = ranks.codes()
+  assert codes[victim] == -signal.SIGKILL and code == codes[1 - victim] != 0
+  status = _status(run)
+  assert status['retry'] is True and 0 < status['step'] < 1_000_000
+  if victim == 1:
+    assert code == 75 and status['state'] == 'peer_lost'
+    assert 'process 1 of 2 is gone' in status['message']
+  else:  # JAX's runtime aborts what is left, so only the keepers can tell.
+    assert status['state'] in ('killed', 'peer_lost') and 'process' in status['message']
+  with Ranks(run, 2, **changes) as ranks:
+    before = status['step'] // 50 * 50
+    ranks.wait_for('training', step=before + 10)
+    ranks.signal(0)
+    assert ranks.codes() == [143, 143]
