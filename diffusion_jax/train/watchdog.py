@@ -3,19 +3,21 @@
 A hanging collective, file system or data source waits for ever in silence. The stacks say where.
 """
 
+import contextlib
 import faulthandler
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import jax
 
 GRACE_SECONDS = 30.0
 """Until the second line of defence acts, which needs no interpreter."""
+_STDERR = 2  # The file itself, whatever stands in for sys.stderr.
 
 
 class Watchdog:
@@ -47,7 +49,7 @@ class Watchdog:
     """A sign of life."""
     self._last = time.monotonic()
 
-  @contextmanager
+  @contextlib.contextmanager
   def allow(self, seconds: float, what: str) -> Iterator[None]:
     """Within, a beat is due every `seconds`; 0 for no limit. `what` names the work."""
     before = (self._seconds, self._what)
@@ -65,9 +67,11 @@ class Watchdog:
     self._thread.join()
     if self._stacks is not None:
       faulthandler.cancel_dump_traceback_later()
-      self._stacks.close()
-      if not self._file().stat().st_size:
-        self._file().unlink()
+      if self._stacks is not _STDERR:
+        self._stacks.close()
+        with contextlib.suppress(OSError):  # The directory may be gone, or be read-only by now.
+          if not self._file().stat().st_size:
+            self._file().unlink()
 
   def _watch(self) -> None:
     wait = 1.0
@@ -85,19 +89,31 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
       return
     if self._stacks is None:
-      self._stacks = self._file().open('w')
+      self._stacks = self._open()
     faulthandler.dump_traceback_later(limit + GRACE_SECONDS, exit=True, file=self._stacks)
 
+  def _open(self) -> IO[str] | int:
+    """The file, or stderr where there can be none: this thread must not die of a full disk."""
+    try:
+      self._directory.mkdir(parents=True, exist_ok=True)
+      return self._file().open('w')
+    except OSError:
+      return _STDERR
+
   def _file(self) -> Path:
-    self._directory.mkdir(parents=True, exist_ok=True)
     return self._directory / f'stacks_{jax.process_index()}.txt'
 
   def _stall(self, sentence: str) -> None:
     faulthandler.dump_traceback_later(GRACE_SECONDS, exit=True, file=self._stacks)
-    print(f'diffusion_jax: {sentence}; the stacks of all threads follow', file=sys.stderr)
-    faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-    faulthandler.dump_traceback(file=self._stacks, all_threads=True)
-    self._on_stall(f'{sentence}; where, is in {self._file()}')
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(self._exit_code)
+    with contextlib.suppress(OSError, ValueError):  # stderr may be on the same full disk.
+      print(f'diffusion_jax: {sentence}; the stacks of all threads follow', file=sys.stderr)
+      sys.stderr.flush()
+    faulthandler.dump_traceback(file=_STDERR, all_threads=True)
+    if self._stacks is not _STDERR:
+      faulthandler.dump_traceback(file=self._stacks, all_threads=True)
+    try:
+      self._on_stall(f'{sentence}; where, is in {self._file()}')
+      sys.stdout.flush()
+      sys.stderr.flush()
+    finally:
+      os._exit(self._exit_code)
