@@ -22,5 +22,7 @@ def base(task: str) -> ConfigDict:
     'keep_checkpoints': 2, 'sample_every_steps': 500, 'evaluate_every_steps': 0,
     'evaluate_samples': 256,
   })
-  config.mesh = ConfigDict({'data': -1, 'fsdp': 1, 'tensor': 1})
+  config.mesh = ConfigDict({
+    'data': -1, 'fsdp': 1, 'tensor': 1, 'spatial': 1, 'dcn_data': -1, 'dcn_fsdp': 1,
+  })
   return config.lock()

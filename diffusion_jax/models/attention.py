@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from diffusion_jax.layout import constrain
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.layers import GroupNorm, layer_norm, linear, pointwise
 
@@ -21,18 +22,19 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   q [b n h d], k and v [b l h d] -> [b n h d].
 
   On CPUs, queries are taken a few rows at a time, and again in the backward pass, wherever all
-  logits would not stay in cache. Rows are never sharded, so this costs no communication.
+  logits would not stay in cache. The rows of a chunk lie apart, so that each device has some.
   """
+  q, k, v = constrain(q, 'queries'), constrain(k, 'keys'), constrain(v, 'keys')
   b, n, h, _ = q.shape
   rows = n
   if jax.default_backend() == 'cpu':
     while rows % 2 == 0 and b * h * rows * k.shape[1] > CPU_LOGITS:
       rows //= 2
   if rows == n:
-    return jax.nn.dot_product_attention(q, k, v)
+    return constrain(jax.nn.dot_product_attention(q, k, v), 'queries')
   some = jax.checkpoint(lambda chunk: jax.nn.dot_product_attention(chunk, k, v))
-  chunks = q.reshape(b, n // rows, rows, *q.shape[2:]).swapaxes(0, 1)
-  return lax.map(some, chunks).swapaxes(0, 1).reshape(q.shape)
+  chunks = jnp.moveaxis(q.reshape(b, rows, n // rows, *q.shape[2:]), 2, 0)
+  return constrain(jnp.moveaxis(lax.map(some, chunks), 0, 2).reshape(q.shape), 'queries')
 
 
 class Nothing(nnx.Module):
@@ -63,7 +65,7 @@ class Attention(nnx.Module):
     split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
     q, k, v = split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context))
     y = attend(q, k, v)
-    return self.to_out[0](y.reshape(*y.shape[:-2], -1))
+    return constrain(self.to_out[0](y.reshape(*y.shape[:-2], -1)), 'tokens')
 
 
 class SpatialAttention(Attention):
@@ -86,7 +88,8 @@ class GEGLU(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     value, gate = jnp.split(self.proj(x), 2, axis=-1)
-    return value * jax.nn.gelu(gate, approximate=False)
+    gate = jax.nn.gelu(constrain(gate, 'hidden'), approximate=False)
+    return constrain(value, 'hidden') * gate
 
 
 class FeedForward(nnx.Module):
@@ -99,7 +102,7 @@ class FeedForward(nnx.Module):
     )
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.net[2](self.net[0](x))
+    return constrain(self.net[2](self.net[0](x)), 'tokens')
 
 
 class BasicTransformerBlock(nnx.Module):
@@ -151,7 +154,7 @@ class Transformer2DModel(nnx.Module):
 
   def __call__(self, x: jax.Array, text: jax.Array) -> jax.Array:
     b, h, w, c = x.shape
-    y = self.proj_in(self.norm(x)).reshape(b, h * w, c)
+    y = constrain(self.proj_in(self.norm(x)).reshape(b, h * w, c), 'tokens')
     for block in self.transformer_blocks:
       y = block(y, text)
-    return x + self.proj_out(y.reshape(b, h, w, c))
+    return constrain(x + self.proj_out(y.reshape(b, h, w, c)), 'image')

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from diffusion_jax.layout import constrain
 from diffusion_jax.models.attention import SpatialAttention
 from diffusion_jax.models.checks import (
   all_positive,
@@ -135,10 +136,10 @@ class Encoder(nnx.Module):
     self.conv_out = Conv(widths[-1], out_channels, **kw)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    x = self.conv_in(x)
+    x = constrain(self.conv_in(x), 'image')
     for block in self.down_blocks:
       x = block(x)
-    return self.conv_out(nnx.silu(self.conv_norm_out(self.mid_block(x))))
+    return constrain(self.conv_out(nnx.silu(self.conv_norm_out(self.mid_block(x)))), 'image')
 
 
 class Decoder(nnx.Module):
@@ -162,7 +163,7 @@ class Decoder(nnx.Module):
     self.conv_out = Conv(widths[-1], config.out_channels, **kw)
 
   def __call__(self, z: jax.Array) -> jax.Array:
-    x = self.mid_block(self.conv_in(z))
+    x = self.mid_block(constrain(self.conv_in(z), 'image'))
     for block in self.up_blocks:
       x = block(x)
-    return self.conv_out(nnx.silu(self.conv_norm_out(x)))
+    return constrain(self.conv_out(nnx.silu(self.conv_norm_out(x))), 'image')

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion_jax.layout import constrain
 from diffusion_jax.models.checks import all_positive, positive, require
 from diffusion_jax.models.layers import Conv, pointwise
 from diffusion_jax.models.unet_config import EncoderConfig, UNetConfig
@@ -115,7 +116,7 @@ class ControlNet(Encoder):
     if self.config.controlnet_conditioning_channel_order == 'bgr':
       image = image[..., ::-1]
     time = self.embed(t, pooled, sizes, labels)
-    x = self.conv_in(x) + self.controlnet_cond_embedding(image)
+    x = constrain(self.conv_in(x) + self.controlnet_cond_embedding(image), 'image')
     x, skips = self.descend(x, time, text)
     finish = lambda y: self._pool(y) * jnp.asarray(scale, y.dtype)
     convs = zip(self.controlnet_down_blocks, skips, strict=True)

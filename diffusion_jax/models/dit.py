@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion_jax.layout import constrain
 from diffusion_jax.models.attention import Attention
 from diffusion_jax.models.checks import freeze_lists, positive, require
 from diffusion_jax.models.embeddings import TimestepEmbedding, timestep_embedding
@@ -135,7 +136,8 @@ class PatchEmbed(nnx.Module):
     x = self.proj(x)
     b, h, w, c = x.shape
     rows, columns = (grid_positions(n, self.trained) for n in (h, w))
-    return (x + sincos_positions(rows, columns, c)).astype(x.dtype).reshape(b, h * w, c)
+    x = (x + sincos_positions(rows, columns, c)).astype(x.dtype)
+    return constrain(x.reshape(b, h * w, c), 'tokens')
 
 
 class DiT(nnx.Module):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from diffusion_jax.layout import constrain
 from diffusion_jax.models.checks import require
 
 # PyTorch's default, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), from which the references were trained.
@@ -208,7 +209,7 @@ class ResnetBlock2D(nnx.Module):
 
   def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
     """x [b h w i], time [b e] (already through the embedding's MLP) -> [b h w o]."""
-    y = self.conv1(nnx.silu(self.norm1(x)))
+    y = constrain(self.conv1(nnx.silu(self.norm1(x))), 'features')
     if self.time_emb_proj is None:
       y = self.norm2(y)
     else:
@@ -219,7 +220,7 @@ class ResnetBlock2D(nnx.Module):
       else:
         y = self.norm2(y + shift)
     y = self.conv2(nnx.silu(y))
-    return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+    return constrain(y + (x if self.conv_shortcut is None else self.conv_shortcut(x)), 'image')
 
 
 class Upsample2D(nnx.Module):
@@ -231,7 +232,7 @@ class Upsample2D(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     b, h, w, c = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-    return self.conv(x)
+    return constrain(self.conv(x), 'image')
 
 
 class Downsample2D(nnx.Module):
@@ -245,4 +246,4 @@ class Downsample2D(nnx.Module):
     self.conv = Conv(channels, channels, stride=2, padding=padding, **kw)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.conv(x)
+    return constrain(self.conv(x), 'image')

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from diffusion_jax.layout import constrain
 from diffusion_jax.models.attention import attend
 from diffusion_jax.models.checks import freeze_lists, positive, require
 from diffusion_jax.models.embeddings import TimestepEmbedding, timestep_embedding
@@ -118,7 +119,8 @@ class JointAttention(nnx.Module):
       q = jnp.concatenate([q, more], axis=1)
     y = attend(q, k, v)
     y, words = jnp.split(y.reshape(*y.shape[:2], -1), [x.shape[1]], axis=1)
-    return self.to_out[0](y), self.to_add_out(words) if wanted else None
+    words = constrain(self.to_add_out(words), 'tokens') if wanted else None
+    return constrain(self.to_out[0](y), 'tokens'), words
 
 
 class JointTransformerBlock(nnx.Module):
@@ -179,7 +181,7 @@ class CroppedPatchEmbed(nnx.Module):
     top, left = (self.side - h) // 2, (self.side - w) // 2
     table = lax.stop_gradient(self.pos_embed[...]).reshape(self.side, self.side, c)
     table = table[top : top + h, left : left + w]
-    return (x + table).astype(x.dtype).reshape(b, h * w, c)
+    return constrain((x + table).astype(x.dtype).reshape(b, h * w, c), 'tokens')
 
 
 class TimeAndText(nnx.Module):

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from diffusion_jax.layout import constrain
 from diffusion_jax.models.attention import Nothing
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.layers import linear
@@ -48,7 +49,7 @@ class GELU(nnx.Module):
     self.proj = linear(in_features, out_features, **kw)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(self.proj(x), approximate=True)
+    return jax.nn.gelu(constrain(self.proj(x), 'hidden'), approximate=True)
 
 
 class FeedForward(nnx.Module):
@@ -61,7 +62,7 @@ class FeedForward(nnx.Module):
     )
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.net[2](self.net[0](x))
+    return constrain(self.net[2](self.net[0](x)), 'tokens')
 
 
 def sincos_positions(rows: np.ndarray, columns: np.ndarray, features: int) -> jax.Array:

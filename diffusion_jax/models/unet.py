@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion_jax.layout import constrain
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.layers import Conv, GroupNorm
 from diffusion_jax.models.unet_blocks import UpBlock
@@ -51,12 +52,12 @@ class UNet(Encoder):
     """
     self.check(x, t, text, pooled=pooled, sizes=sizes, labels=labels)
     time = self.embed(t, pooled, sizes, labels)
-    x, skips = self.descend(self.conv_in(x), time, text)
+    x, skips = self.descend(constrain(self.conv_in(x), 'image'), time, text)
     if residuals is not None:
       x, skips = _controlled(x, skips, residuals)
     for block in self.up_blocks:
       x = block(x, skips, time, text)
-    return self.conv_out(nnx.silu(self.conv_norm_out(x)))
+    return constrain(self.conv_out(nnx.silu(self.conv_norm_out(x))), 'image')
 
 
 def _controlled(

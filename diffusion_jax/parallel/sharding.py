@@ -1,61 +1,19 @@
-"""One table of rules, from a parameter's dotted name to how it is split over the mesh.
-
-The same table serves parameters, optimizer state and EMA of every network, trained or frozen. A
-dimension that an axis does not divide stays whole, so small models run on any mesh.
-"""
-
-import re
+"""Puts parameters, their copies and batches where the table in `diffusion_jax.layout` has them."""
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from diffusion_jax.layout import BATCH, batch_spec, parameter_spec
 from diffusion_jax.types import Params
-
-BATCH = PartitionSpec(('data', 'fsdp'))
-
-# Megatron's layout for tensor: the first matrix of a pair is split by columns, the second by rows,
-# so that a pair needs one all-reduce. fsdp takes the other dimension.
-RULES: tuple[tuple[str, PartitionSpec], ...] = (
-  (r'(bias|scale|class_embedding)$', PartitionSpec()),
-  (r'(to_q|to_k|to_v|q_proj|k_proj|v_proj|fc1|linear_1|net\.0\.proj)\.kernel$',
-   PartitionSpec('fsdp', 'tensor')),
-  (r'(SelfAttention\.[qkv]|wi(_[01])?)\.kernel$', PartitionSpec('fsdp', 'tensor')),
-  (r'(to_out\.0|to_add_out|out_proj|fc2|linear_2|net\.2|SelfAttention\.o|wo)\.kernel$',
-   PartitionSpec('tensor', 'fsdp')),
-  (r'embeddings?$', PartitionSpec('tensor', 'fsdp')),
-  (r'(kernel|pos_embed)$', PartitionSpec('fsdp')),
-  # Adapters are split along their long side alone; the rank stays whole.
-  (r'lora\.a$', PartitionSpec('fsdp', None)),
-  (r'lora\.b$', PartitionSpec(None, 'fsdp')),
-)
-
-
-def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-  """How the array of that name and shape is split; scalars never are.
-
-  Rules speak of the last two dimensions (input, output); leading ones, such as a convolution's
-  window, stay whole.
-
-  Raises:
-    ValueError: when no rule matches, so that a new kind of parameter cannot go unnoticed.
-  """
-  rule = next((rule for pattern, rule in RULES if re.search(pattern, name)), None)
-  if rule is None:
-    raise ValueError(f'no sharding rule matches the parameter {name!r}; add one to RULES.')
-  rule = tuple(rule)[: len(shape)]
-  whole = (None,) * (len(shape) - max(len(rule), min(2, len(shape))))
-  axes = (*whole, *rule)
-  fits = [
-    axis if axis is None or size % mesh.shape[axis] == 0 else None
-    for size, axis in zip(shape, axes, strict=False)
-  ]
-  return PartitionSpec(*fits)
 
 
 def shard_params(params: Params, mesh: Mesh) -> dict[str, NamedSharding]:
   """The sharding of every parameter (arrays or shapes) by name."""
-  return {name: NamedSharding(mesh, spec(name, p.shape, mesh)) for name, p in params.items()}
+  sizes = mesh.shape
+  return {
+    name: NamedSharding(mesh, parameter_spec(name, p.shape, sizes)) for name, p in params.items()
+  }
 
 
 def shard_like(tree, params: Params, mesh: Mesh):
@@ -69,7 +27,7 @@ def shard_like(tree, params: Params, mesh: Mesh):
   def one(path, leaf):
     name = next((k.key for k in reversed(path) if isinstance(k, jax.tree_util.DictKey)), None)
     if name in params and params[name].shape == leaf.shape:
-      return NamedSharding(mesh, spec(name, leaf.shape, mesh))
+      return NamedSharding(mesh, parameter_spec(name, leaf.shape, mesh.shape))
     return replicated
 
   return jax.tree_util.tree_map_with_path(one, tree)
@@ -87,6 +45,11 @@ def put_params(params: dict[str, np.ndarray], mesh: Mesh) -> Params:
   return {name: put(name, value) for name, value in params.items()}
 
 
+def batch_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+  """How a field [b ...] of a global batch lies on the mesh."""
+  return NamedSharding(mesh, batch_spec(shape, mesh.shape))
+
+
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
   """Rows of a global batch that this process's devices hold: sorted, each once.
 
@@ -101,12 +64,11 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def put_batch(batch, mesh: Mesh):
-  """This process's rows of a global batch -> global arrays, split over data and fsdp.
+  """This process's rows of a global batch -> global arrays, split as `layout.batch_spec` says.
 
   Args:
     batch: arrays [len(local_rows) ...] in the order of `local_rows`.
   """
-  sharding = NamedSharding(mesh, BATCH)
   shards = mesh.shape['data'] * mesh.shape['fsdp']
   held = local_rows(mesh, shards)  # Shards of one row each stand for shards of any size.
 
@@ -115,9 +77,10 @@ def put_batch(batch, mesh: Mesh):
 
     def shard(index):
       start = np.searchsorted(held, (index[0].start or 0) // size) * size
-      return x[start : start + size]
+      return x[start : start + size, *index[1:]]
 
-    return jax.make_array_from_callback((shards * size, *x.shape[1:]), sharding, shard)
+    shape = shards * size, *x.shape[1:]
+    return jax.make_array_from_callback(shape, batch_sharding(shape, mesh), shard)
 
   return jax.tree.map(put, batch)
 
@@ -146,14 +109,14 @@ def in_batches(function, params, *arrays: np.ndarray, mesh: Mesh, batch_size: in
   """
   ways = mesh.shape['data'] * mesh.shape['fsdp']
   batch_size = -(-batch_size // ways) * ways
-  sharding = NamedSharding(mesh, BATCH)
   n = len(arrays[0])
   for start in range(0, n, batch_size):
     # Repeating the last row keeps padding harmless for any function of single examples.
     rows = np.minimum(np.arange(start, start + batch_size), n - 1)
     batch = [
       jax.make_array_from_callback(
-        (batch_size, *a.shape[1:]), sharding, lambda index, part=a[rows]: part[index]
+        (batch_size, *a.shape[1:]), batch_sharding(a.shape, mesh),
+        lambda index, part=a[rows]: part[index],
       )
       for a in arrays
     ]

@@ -10,7 +10,7 @@ LAYERS = (
   ('cli', '__main__'), ('build',), ('train', 'evaluation', 'pipelines'),
   ('io', 'data', 'parallel', 'viz'), ('diffusion', 'models'),
 )
-SHARED = {'types', 'errors', 'config', 'compile_cache', '__init__'}
+SHARED = {'types', 'errors', 'config', 'compile_cache', 'layout', '__init__'}
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PACKAGE = ROOT / 'diffusion_jax'
 FILES = sorted(PACKAGE.rglob('*.py'))

@@ -8,6 +8,7 @@ import pytest
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.kinds import kind_of_config
 from diffusion_jax.io.published.text_architectures import TEXT_ENCODERS
+from diffusion_jax.layout import parameter_spec
 from diffusion_jax.models import functional
 from diffusion_jax.models.text.clip_config import (
   CLIPConfig,
@@ -19,7 +20,6 @@ from diffusion_jax.models.text.clip_config import (
 from diffusion_jax.models.text.clip_text import CLIPTextModel
 from diffusion_jax.models.text.t5 import T5EncoderModel
 from diffusion_jax.models.text.t5_config import T5Config
-from diffusion_jax.parallel.sharding import spec
 
 LARGE = CLIPVisionConfig(
   hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
@@ -142,7 +142,7 @@ def test_t5_is_split_over_the_tensor_axis_in_pairs(random_params):
   from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
   mesh = make_mesh(MeshConfig())
   _, params = build(T5EncoderModel, T5, random_params)
-  axes = {name: tuple(spec(name, p.shape, mesh)) for name, p in params.items()}
+  axes = {name: tuple(parameter_spec(name, p.shape, mesh.shape)) for name, p in params.items()}
   columns = {n for n, a in axes.items() if a == ('fsdp', 'tensor')}
   rows = {n for n, a in axes.items() if a == ('tensor', 'fsdp') and n.endswith('kernel')}
   assert {n.split('.')[-2] for n in columns} == {'q', 'k', 'v', 'wi_0', 'wi_1'}

@@ -9,6 +9,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from diffusion_jax.layout import parameter_spec
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.controlnet import ControlNet, ControlNetConfig
 from diffusion_jax.models.discriminator import Discriminator
@@ -24,7 +25,6 @@ from diffusion_jax.parallel.sharding import (
   put_params,
   shard_like,
   shard_params,
-  spec,
   to_host,
 )
 from tests import tiny
@@ -45,15 +45,16 @@ def mesh():
   ('attn1.to_out.0.kernel', (32, 16), P('tensor', 'fsdp')),
   ('mlp.fc1.kernel', (8, 32), P('fsdp', 'tensor')),
   ('mlp.fc2.kernel', (32, 8), P('tensor', 'fsdp')),
-  ('conv1.kernel', (3, 3, 4, 8), P(None, None, 'fsdp', None)),
-  ('conv_in.kernel', (3, 3, 3, 8), P(None, None, None, None)),
+  ('conv1.kernel', (3, 3, 4, 8), P(None, None, 'fsdp', 'tensor')),
+  ('conv2.kernel', (3, 3, 4, 8), P(None, None, 'tensor', 'fsdp')),
+  ('conv_in.kernel', (3, 3, 3, 8), P(None, None, None, 'tensor')),
   ('token_embedding.embedding', (300, 16), P('tensor', 'fsdp')),
   ('norm1.scale', (8,), P(None)),
   ('conv1.bias', (8,), P(None)),
   ('logit_scale', (), P()),
 ])
 def test_rules(mesh, name, shape, wanted):
-  found = spec(name, shape, mesh)
+  found = parameter_spec(name, shape, mesh.shape)
   pad = lambda p: (*p, *[None] * (len(shape) - len(p)))
   assert pad(found) == pad(wanted)
 

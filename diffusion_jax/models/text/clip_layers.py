@@ -7,6 +7,7 @@ are in float32.
 import jax
 from flax import nnx
 
+from diffusion_jax.layout import constrain
 from diffusion_jax.models.layers import Linear, layer_norm
 from diffusion_jax.models.text.clip_config import CLIPTextConfig, CLIPVisionConfig
 
@@ -44,9 +45,10 @@ class CLIPAttention(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
-    q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+    q = constrain(split(self.q_proj(x)), 'queries')
+    k, v = constrain(split(self.k_proj(x)), 'keys'), constrain(split(self.v_proj(x)), 'keys')
     y = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
-    return self.out_proj(y.reshape(x.shape))
+    return constrain(self.out_proj(y.reshape(x.shape)), 'tokens')
 
 
 class CLIPMLP(nnx.Module):
@@ -59,7 +61,8 @@ class CLIPMLP(nnx.Module):
     self.hidden_act = config.hidden_act
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.fc2(activation(self.hidden_act, self.fc1(x)))
+    hidden = activation(self.hidden_act, constrain(self.fc1(x), 'hidden'))
+    return constrain(self.fc2(hidden), 'tokens')
 
 
 class CLIPEncoderLayer(nnx.Module):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion_jax.layout import constrain
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.layers import layer_norm
 from diffusion_jax.models.text.clip_config import CLIPTextConfig, CLIPTextProjectionConfig
@@ -29,7 +30,7 @@ class CLIPTextEmbeddings(nnx.Module):
   def __call__(self, ids: Tokens, extra: jax.Array | None = None) -> Text:
     positions = self.position_embedding(jnp.arange(ids.shape[1]))
     if extra is None:
-      return self.token_embedding(ids) + positions
+      return constrain(self.token_embedding(ids) + positions, 'tokens')
     table = self.token_embedding
     require(
       extra.ndim == 2 and extra.shape[1] == table.features,
@@ -39,7 +40,8 @@ class CLIPTextEmbeddings(nnx.Module):
     known = table(jnp.minimum(ids, table.num_embeddings - 1))
     added = jnp.take(extra, jnp.maximum(ids - table.num_embeddings, 0), axis=0, mode='fill')
     is_added = (ids >= table.num_embeddings)[..., None]
-    return jnp.where(is_added, added.astype(known.dtype), known) + positions
+    states = jnp.where(is_added, added.astype(known.dtype), known) + positions
+    return constrain(states, 'tokens')
 
 
 class CLIPTextTransformer(nnx.Module):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion_jax.layout import constrain
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.layers import Conv, layer_norm
 from diffusion_jax.models.text.clip_config import CLIPVisionConfig, CLIPVisionProjectionConfig
@@ -29,7 +30,7 @@ class CLIPVisionEmbeddings(nnx.Module):
     b, d = patches.shape[0], patches.shape[-1]
     first = jnp.broadcast_to(self.class_embedding[...].astype(patches.dtype), (b, 1, d))
     x = jnp.concatenate([first, patches.reshape(b, -1, d)], axis=1)
-    return x + self.position_embedding(jnp.arange(x.shape[1]))
+    return constrain(x + self.position_embedding(jnp.arange(x.shape[1])), 'tokens')
 
 
 class CLIPVisionTransformer(nnx.Module):

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from diffusion_jax.layout import constrain
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.layers import Linear
 from diffusion_jax.models.text.t5_config import T5Config
@@ -83,9 +84,10 @@ class T5Attention(nnx.Module):
 
   def __call__(self, x: jax.Array, bias: jax.Array, mask: jax.Array | None) -> jax.Array:
     split = lambda y: y.reshape(*y.shape[:-1], self.config.num_heads, -1)
-    q, k, v = split(self.q(x)), split(self.k(x)), split(self.v(x))
+    q = constrain(split(self.q(x)), 'queries')
+    k, v = constrain(split(self.k(x)), 'keys'), constrain(split(self.v(x)), 'keys')
     y = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=1.0)
-    return self.o(y.reshape(*y.shape[:-2], -1))
+    return constrain(self.o(y.reshape(*y.shape[:-2], -1)), 'tokens')
 
 
 class T5DenseActDense(nnx.Module):
@@ -97,7 +99,7 @@ class T5DenseActDense(nnx.Module):
     self.wo = _dense(hidden, d, hidden**-0.5, **kw | {'dtype': jnp.float32})
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.wo(jax.nn.relu(self.wi(x)))
+    return constrain(self.wo(jax.nn.relu(constrain(self.wi(x), 'hidden'))), 'tokens')
 
 
 class T5DenseGatedActDense(nnx.Module):
@@ -111,7 +113,8 @@ class T5DenseGatedActDense(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     gate, value = self.wi_0(x).astype(jnp.float32), self.wi_1(x).astype(jnp.float32)
-    return self.wo(jax.nn.gelu(gate, approximate=True) * value)
+    gate, value = constrain(gate, 'hidden'), constrain(value, 'hidden')
+    return constrain(self.wo(jax.nn.gelu(gate, approximate=True) * value), 'tokens')
 
 
 class T5LayerSelfAttention(nnx.Module):

@@ -19,6 +19,7 @@ from diffusion_jax.evaluation.job import (
   evaluate_text_to_image,
   fresh_weights,
 )
+from diffusion_jax.layout import constrain
 from diffusion_jax.models.unet_config import UNetConfig
 from diffusion_jax.parallel.sharding import to_host
 from diffusion_jax.pipelines.conditions import Inputs
@@ -121,7 +122,8 @@ class DiffusionTask(NoisingTask):
     else:
       mean, logvar = self.model.autoencoder.bind(weights['autoencoder']).encode(batch['image'])
       mean, std = mean.astype(jnp.float32), jnp.exp(logvar.astype(jnp.float32) / 2)
-    return self.model.latents(mean + std * jax.random.normal(key, mean.shape))
+    latents = self.model.latents(mean + std * jax.random.normal(key, mean.shape))
+    return constrain(latents, 'image')
 
   def _told(self, weights: Weights, batch: dict, x0: Latents, key: jax.Array) -> Condition:
     """What the network is told of a batch, with a share of the captions dropped."""

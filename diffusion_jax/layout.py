@@ -1,0 +1,99 @@
+"""One table of rules: how parameters, batches and activations are split over the mesh.
+
+It serves parameters, optimizer state and averages of every network, trained or frozen, by name, and
+their activations by kind. A dimension that an axis does not divide stays whole, so small models run
+on any mesh.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import PartitionSpec
+
+AXES = ('data', 'fsdp', 'spatial', 'tensor')
+"""Axes of the mesh. data: examples. fsdp: examples and parameters. spatial: rows of images, and so
+of their positions. tensor: heads and inner channels of a layer; last, so that its devices, which
+talk within every layer, are neighbours."""
+
+EXAMPLES = ('data', 'fsdp')
+BATCH = PartitionSpec(EXAMPLES)
+"""Of whatever has examples as its first dimension [b ...]."""
+
+# Megatron's layout for tensor: the first matrix of a pair is split by columns, the second by rows,
+# so that a pair needs one all-reduce. fsdp takes the other dimension.
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+  (r'(bias|scale|class_embedding)$', PartitionSpec()),
+  (r'(to_out\.0|to_add_out|out_proj|fc2|linear_2|net\.2|SelfAttention\.o|wo|conv2)\.kernel$',
+   PartitionSpec('tensor', 'fsdp')),
+  (r'embeddings?$', PartitionSpec('tensor', 'fsdp')),
+  (r'(kernel|pos_embed)$', PartitionSpec('fsdp', 'tensor')),
+  # Adapters are split along their long side alone; the rank stays whole.
+  (r'lora\.a$', PartitionSpec('fsdp', None)),
+  (r'lora\.b$', PartitionSpec(None, 'fsdp')),
+)
+
+ACTIVATIONS: dict[str, PartitionSpec] = {
+  # [b h w c]: an image, latents, or features between two blocks; and within a residual block.
+  'image': PartitionSpec(EXAMPLES, 'spatial', None, None),
+  'features': PartitionSpec(EXAMPLES, 'spatial', None, 'tensor'),
+  # [b l c]: positions of an image, row by row, or of a text; and within a feed-forward layer.
+  'tokens': PartitionSpec(EXAMPLES, 'spatial', None),
+  'hidden': PartitionSpec(EXAMPLES, 'spatial', 'tensor'),
+  # [b l heads d]. Each query sees all keys, so those are gathered over spatial.
+  'queries': PartitionSpec(EXAMPLES, 'spatial', 'tensor', None),
+  'keys': PartitionSpec(EXAMPLES, None, 'tensor', None),
+}
+
+
+def fitted(
+  spec: PartitionSpec, shape: Sequence[int], sizes: Mapping[str, int]
+) -> PartitionSpec:
+  """The spec, whole in dimensions that its axes do not divide; `sizes` of the mesh by axis."""
+  def one(length: int, axes) -> str | tuple[str, ...] | None:
+    ways = 1
+    for axis in (axes,) if isinstance(axes, str) else axes or ():
+      ways *= sizes[axis]
+    return axes if length % ways == 0 else None
+
+  return PartitionSpec(*map(one, shape, (*spec, *[None] * (len(shape) - len(spec)))))
+
+
+def parameter_spec(
+  name: str, shape: tuple[int, ...], sizes: Mapping[str, int]
+) -> PartitionSpec:
+  """How the parameter of that name and shape is split; scalars never are.
+
+  Rules speak of the last two dimensions (input, output); leading ones, such as a convolution's
+  window, stay whole.
+
+  Raises:
+    ValueError: when no rule matches, so that a new kind of parameter cannot go unnoticed.
+  """
+  rule = next((rule for pattern, rule in RULES if re.search(pattern, name)), None)
+  if rule is None:
+    raise ValueError(f'no sharding rule matches the parameter {name!r}; add one to RULES.')
+  rule = tuple(rule)[: len(shape)]
+  whole = (None,) * (len(shape) - max(len(rule), min(2, len(shape))))
+  return fitted(PartitionSpec(*whole, *rule), shape, sizes)
+
+
+def batch_spec(shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
+  """How a field [b ...] of a batch is split: what has four dimensions is an image [b h w c].
+
+  The first dimension is always split, so that a batch that does not fit is an error.
+  """
+  rest = fitted(ACTIVATIONS['image'], shape, sizes)[1:] if len(shape) == 4 else ()
+  return PartitionSpec(EXAMPLES, *rest)
+
+
+def constrain(x: jax.Array, kind: str) -> jax.Array:
+  """Says how an activation of that kind (see ACTIVATIONS) lies on the mesh of `jax.set_mesh`.
+
+  Without a mesh, or where all its axes in question have size 1, it is x itself. Its gradient lies
+  as it does.
+  """
+  sizes = jax.sharding.get_abstract_mesh().shape
+  if all(sizes.get(axis, 1) == 1 for axis in AXES):
+    return x
+  return jax.lax.with_sharding_constraint(x, fitted(ACTIVATIONS[kind], x.shape, sizes))
