@@ -25,6 +25,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.job import check_samples
 from diffusion_jax.io.checkpoint import Checkpoints
 from diffusion_jax.io.run_directory import RunDirectory, flatten, normalise
+from diffusion_jax.models.remat import REMAT
 from diffusion_jax.models.text.tokenizer import (
   Tokenize,
   load_tokenizer,
@@ -77,7 +78,8 @@ class DataConfig:
 class TrainingConfig:
   """The whole configuration; the type of `settings` follows from `task`.
 
-  dtype: type of the computation, float32 or bfloat16; parameters are always float32.
+  dtype: type of the computation, float32 or bfloat16; parameters are always float32. remat: what
+  the backward pass computes again instead of keeping it, one of `models.remat.REMAT`.
   """
 
   task: str
@@ -87,10 +89,15 @@ class TrainingConfig:
   loop: LoopConfig = LoopConfig()
   mesh: MeshConfig = MeshConfig()
   dtype: str = 'float32'
+  remat: str = 'none'
 
   def __post_init__(self):
     if self.dtype not in DTYPES:
       raise UserError(f'config.dtype is {self.dtype!r}; choose one of {", ".join(DTYPES)}.')
+    if self.remat not in REMAT:
+      raise UserError(f'config.remat is {self.remat!r}; choose one of {", ".join(REMAT)}.')
+    if self.task == 'toy' and self.remat != 'none':
+      raise UserError('config.remat has no effect on task toy, whose network is small; set none.')
 
 
 LATENT = ('diffusion', 'finetune')
@@ -184,15 +191,15 @@ def build_task(
   config: TrainingConfig, train: Source, test: Source, directory: RunDirectory, mesh: Mesh
 ) -> Task:
   """The task with its frozen networks loaded, large ones onto the mesh."""
-  dtype, settings = DTYPES[config.dtype], config.settings
+  dtype, remat, settings = DTYPES[config.dtype], config.remat, config.settings
   if config.task == 'autoencoder':
-    return AutoencoderTask(settings, test, dtype)
+    return AutoencoderTask(settings, test, dtype, remat)
   if config.task == 'toy':
     return ToyTask(settings, test)
   if config.task == 'clip':
-    return _clip_task(settings, train, test, directory, dtype)
+    return _clip_task(settings, train, test, directory, dtype, remat)
   if config.task == 'finetune':
-    task = make_finetune_task(settings, train, test, mesh, dtype)
+    task = make_finetune_task(settings, train, test, mesh, dtype, remat)
     _check_size(config, task.model)
     return task
   model, frozen = assemble(
@@ -201,7 +208,7 @@ def build_task(
     settings.latent_patch_size, dtype,
   )
   _check_size(config, model)
-  return DiffusionTask(settings, model, frozen, train, test)
+  return DiffusionTask(settings, model, frozen, train, test, remat)
 
 
 def _check_size(config: TrainingConfig, model) -> None:
@@ -215,7 +222,9 @@ def _check_size(config: TrainingConfig, model) -> None:
     )
 
 
-def _clip_task(settings: CLIPTaskConfig, train, test, directory: RunDirectory, dtype) -> CLIPTask:
+def _clip_task(
+  settings: CLIPTaskConfig, train, test, directory: RunDirectory, dtype, remat: str
+) -> CLIPTask:
   """Trains the tokenizer, or reads the one that this run trained when it began."""
   text = settings.clip.text_config
   if (directory.tokenizer / 'tokenizer.json').exists():
@@ -228,7 +237,7 @@ def _clip_task(settings: CLIPTaskConfig, train, test, directory: RunDirectory, d
     eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
   )
   clip = dataclasses.replace(settings.clip, text_config=text)
-  return CLIPTask(dataclasses.replace(settings, clip=clip), tokenizer, test, dtype)
+  return CLIPTask(dataclasses.replace(settings, clip=clip), tokenizer, test, dtype, remat)
 
 
 def _loader(config: TrainingConfig, task: Task, train: Source, mesh) -> Loader:
@@ -262,6 +271,15 @@ def _context(task: Task) -> dict[str, Any]:
   return {}
 
 
+def _check_host_memory(mesh: Mesh) -> None:
+  device = mesh.local_devices[0]
+  if 'pinned_host' not in {memory.kind for memory in device.addressable_memories()}:
+    raise UserError(
+      f"config.remat is 'offload', but {device.device_kind} has no pinned memory on the host; set "
+      "it to 'block'."
+    )
+
+
 def build(config: ConfigDict | dict, workdir: str) -> Training:
   """Everything the train loop needs. Nothing is written before all of it is known to be good.
 
@@ -272,6 +290,8 @@ def build(config: ConfigDict | dict, workdir: str) -> Training:
   directory = RunDirectory(workdir)
   directory.check_config(resolved(checked))
   mesh = make_mesh(checked.mesh)
+  if checked.remat == 'offload':
+    _check_host_memory(mesh)
   if checked.task in LATENT and checked.settings.cache and checked.data.transforms:
     raise UserError(
       'data.transforms have no effect with settings.cache; empty them or switch the cache off.'

@@ -11,6 +11,7 @@ from jax import lax
 from diffusion_jax.layout import constrain
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.layers import GroupNorm, layer_norm, linear, pointwise
+from diffusion_jax.models.remat import Blocks
 
 # Above this many logits at once a CPU spends its time on memory: 9 times slower at 67 million.
 CPU_LOGITS = 2**21
@@ -130,7 +131,7 @@ class BasicTransformerBlock(nnx.Module):
     return x + self.ff(self.norm3(x))
 
 
-class Transformer2DModel(nnx.Module):
+class Transformer2DModel(Blocks):
   """Transformer over the positions of a feature map: x [b h w c], text [b l d] -> [b h w c].
 
   `linear_projection` only decides how proj_in and proj_out are stored: dense [c c] as in SD2, or
@@ -153,8 +154,11 @@ class Transformer2DModel(nnx.Module):
     self.proj_out = project(channels, channels, **kw)
 
   def __call__(self, x: jax.Array, text: jax.Array) -> jax.Array:
-    b, h, w, c = x.shape
-    y = constrain(self.proj_in(self.norm(x)).reshape(b, h * w, c), 'tokens')
+    y = self.run(self._tokens, x)
     for block in self.transformer_blocks:
-      y = block(y, text)
-    return constrain(x + self.proj_out(y.reshape(b, h, w, c)), 'image')
+      y = self.run(block, y, text)
+    return constrain(x + self.proj_out(y.reshape(x.shape)), 'image')
+
+  def _tokens(self, x: jax.Array) -> jax.Array:
+    b, h, w, c = x.shape
+    return constrain(self.proj_in(self.norm(x)).reshape(b, h * w, c), 'tokens')

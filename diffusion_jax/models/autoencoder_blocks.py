@@ -19,6 +19,7 @@ from diffusion_jax.models.checks import (
   require,
 )
 from diffusion_jax.models.layers import Conv, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
+from diffusion_jax.models.remat import Blocks
 
 EPSILON = 1e-6
 # Whether each residual block is followed by attention.
@@ -52,7 +53,7 @@ def check_levels(config: Any) -> None:
       require(kind in known, f'{name}.{field} has {kind!r}; use {" or ".join(known)}.')
 
 
-class DownEncoderBlock2D(nnx.Module):
+class DownEncoderBlock2D(Blocks):
   """`layers` residual blocks, with attention after each or not; then, unless last, halving."""
 
   def __init__(
@@ -69,11 +70,11 @@ class DownEncoderBlock2D(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     for layer in (*_alternate(self.resnets, self.attentions), *self.downsamplers):
-      x = layer(x)
+      x = self.run(layer, x)
     return x
 
 
-class UpDecoderBlock2D(nnx.Module):
+class UpDecoderBlock2D(Blocks):
   """`layers` residual blocks, with attention after each or not; then, unless last, doubling."""
 
   def __init__(
@@ -90,7 +91,7 @@ class UpDecoderBlock2D(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     for layer in (*_alternate(self.resnets, self.attentions), *self.upsamplers):
-      x = layer(x)
+      x = self.run(layer, x)
     return x
 
 
@@ -100,7 +101,7 @@ def _alternate(resnets: nnx.List, attentions: nnx.List) -> list[nnx.Module]:
   return [layer for pair in zip(resnets, attentions, strict=True) for layer in pair]
 
 
-class UNetMidBlock2D(nnx.Module):
+class UNetMidBlock2D(Blocks):
   """Residual block, attention (optional), residual block: [b h w c] -> [b h w c]."""
 
   def __init__(self, channels: int, *, attention: bool, groups: int, **kw):
@@ -109,13 +110,12 @@ class UNetMidBlock2D(nnx.Module):
     self.resnets = nnx.List([ResnetBlock2D(channels, channels, **norm, **kw) for _ in range(2)])
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    x = self.resnets[0](x)
-    for attention in self.attentions:
-      x = attention(x)
-    return self.resnets[1](x)
+    for layer in (self.resnets[0], *self.attentions, self.resnets[1]):
+      x = self.run(layer, x)
+    return x
 
 
-class Encoder(nnx.Module):
+class Encoder(Blocks):
   """Images [b h w i] -> [b h/f w/f out_channels]."""
 
   def __init__(self, config: Any, out_channels: int, **kw):
@@ -136,13 +136,19 @@ class Encoder(nnx.Module):
     self.conv_out = Conv(widths[-1], out_channels, **kw)
 
   def __call__(self, x: jax.Array) -> jax.Array:
+    return self.run_all(self._encode, x)
+
+  def _encode(self, x: jax.Array) -> jax.Array:
     x = constrain(self.conv_in(x), 'image')
     for block in self.down_blocks:
       x = block(x)
-    return constrain(self.conv_out(nnx.silu(self.conv_norm_out(self.mid_block(x)))), 'image')
+    return self.run(self._finish, self.mid_block(x))
+
+  def _finish(self, x: jax.Array) -> jax.Array:
+    return constrain(self.conv_out(nnx.silu(self.conv_norm_out(x))), 'image')
 
 
-class Decoder(nnx.Module):
+class Decoder(Blocks):
   """Latents [b h/f w/f c] -> images [b h w o]; one residual block more per level than down."""
 
   def __init__(self, config: Any, **kw):
@@ -163,7 +169,13 @@ class Decoder(nnx.Module):
     self.conv_out = Conv(widths[-1], config.out_channels, **kw)
 
   def __call__(self, z: jax.Array) -> jax.Array:
+    return self.run_all(self._decode, z)
+
+  def _decode(self, z: jax.Array) -> jax.Array:
     x = self.mid_block(constrain(self.conv_in(z), 'image'))
     for block in self.up_blocks:
       x = block(x)
+    return self.run(self._finish, x)
+
+  def _finish(self, x: jax.Array) -> jax.Array:
     return constrain(self.conv_out(nnx.silu(self.conv_norm_out(x))), 'image')

@@ -113,12 +113,17 @@ class ControlNet(Encoder):
     """
     self.check(x, t, text, pooled=pooled, sizes=sizes, labels=labels)
     self._check_image(x, image)
+    scale = jnp.asarray(scale)
+    return self.run_all(self._steer, x, t, text, image, pooled, sizes, labels, scale)
+
+  def _steer(self, x, t, text, image, pooled, sizes, labels, scale: jax.Array) -> Residuals:
     if self.config.controlnet_conditioning_channel_order == 'bgr':
       image = image[..., ::-1]
     time = self.embed(t, pooled, sizes, labels)
-    x = constrain(self.conv_in(x) + self.controlnet_cond_embedding(image), 'image')
+    seen = self.run(self.controlnet_cond_embedding, image)
+    x = constrain(self.conv_in(x) + seen, 'image')
     x, skips = self.descend(x, time, text)
-    finish = lambda y: self._pool(y) * jnp.asarray(scale, y.dtype)
+    finish = lambda y: self._pool(y) * scale.astype(y.dtype)
     convs = zip(self.controlnet_down_blocks, skips, strict=True)
     return [finish(conv(y)) for conv, y in convs], finish(self.controlnet_mid_block(x))
 

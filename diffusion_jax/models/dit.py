@@ -14,6 +14,7 @@ from diffusion_jax.models.attention import Attention
 from diffusion_jax.models.checks import freeze_lists, positive, require
 from diffusion_jax.models.embeddings import TimestepEmbedding, timestep_embedding
 from diffusion_jax.models.layers import Conv, linear
+from diffusion_jax.models.remat import Blocks
 from diffusion_jax.models.transformer_layers import (
   FeedForward,
   Modulation,
@@ -140,7 +141,7 @@ class PatchEmbed(nnx.Module):
     return constrain(x.reshape(b, h * w, c), 'tokens')
 
 
-class DiT(nnx.Module):
+class DiT(Blocks):
   """x, time and label -> an array of x's height and width; zero as long as it is untrained."""
 
   def __init__(
@@ -167,6 +168,9 @@ class DiT(nnx.Module):
     check_input(self.config, x, t)
     require(labels.shape == t.shape,
             f'The labels must have shape {list(t.shape)}, not {list(labels.shape)}.')
+    return self.run_all(self._predict, x, t, labels)
+
+  def _predict(self, x: Latents, t: Timesteps, labels: jax.Array) -> Latents:
     p = self.config.patch_size
     grid = x.shape[1] // p, x.shape[2] // p
     x = self.pos_embed(x)
@@ -174,6 +178,6 @@ class DiT(nnx.Module):
     for block in self.transformer_blocks:
       if block.norm1.emb is not None:
         condition = block.norm1.emb(t, labels)
-      x = block(x, condition)
+      x = self.run(block, x, condition)
     shift, scale = jnp.split(self.proj_out_1(nnx.silu(first))[:, None], 2, axis=-1)
     return unpatch(self.proj_out_2(modulate(normalize(x), shift, scale)), grid, p)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
+from diffusion_jax.models.checks import require
+from diffusion_jax.models.remat import REMAT, Blocks
 from diffusion_jax.types import Params
 
 
@@ -74,14 +76,37 @@ class Network(NamedTuple):
   options: Mapping[str, Any] = MappingProxyType({})
 
   @classmethod
-  def of(cls, module: type[nnx.Module], config: Any, **kwargs) -> 'Network':
-    """The network `module(config, **kwargs, rngs=...)`."""
+  def of(cls, module: type[nnx.Module], config: Any, remat: str = 'none', **kwargs) -> 'Network':
+    """The network `module(config, **kwargs, rngs=...)`, with one of `remat.REMAT`."""
     make = lambda rngs: module(config, **kwargs, rngs=rngs)
-    return cls(config, *abstract(make), make, kwargs)
+    return cls(config, *abstract(make), make, kwargs).rematerialised(remat)
 
   def remade(self, make: Callable[[nnx.Rngs], nnx.Module]) -> 'Network':
     """A network of the same config that is built otherwise."""
     return Network(self.config, *abstract(make), make, self.options)
+
+  def rematerialised(self, remat: str) -> 'Network':
+    """The same network, of which the backward pass keeps less (see `models.remat`).
+
+    Raises:
+      UserError: no such kind, or a network without blocks.
+    """
+    if remat == self.options.get('remat', 'none'):
+      return self
+    require(remat in REMAT, f'remat is {remat!r}; choose one of {", ".join(REMAT)}.')
+    def keep_less(module: nnx.Module) -> nnx.Module:
+      blocks = [part for _, part in nnx.iter_modules(module) if isinstance(part, Blocks)]
+      name = type(module).__name__
+      require(bool(blocks), f'{name} has no blocks to compute again; set remat to none.')
+      for part in blocks:
+        part.remat = remat
+      return module
+
+    graphdef = split(keep_less(self.bind(self.shapes)))[0]
+    options = {**self.options, 'remat': remat}
+    return self._replace(
+      graphdef=graphdef, make=lambda rngs: keep_less(self.make(rngs)), options=options
+    )
 
   def bind(self, params: Params) -> nnx.Module:
     """A module that computes with `params`."""

@@ -16,6 +16,7 @@ from diffusion_jax.models.attention import attend
 from diffusion_jax.models.checks import freeze_lists, positive, require
 from diffusion_jax.models.embeddings import TimestepEmbedding, timestep_embedding
 from diffusion_jax.models.layers import Conv, linear
+from diffusion_jax.models.remat import Blocks
 from diffusion_jax.models.transformer_layers import (
   FeedForward,
   Modulation,
@@ -195,7 +196,7 @@ class TimeAndText(nnx.Module):
     return self.timestep_embedder(timestep_embedding(t, SINUSOIDS)) + self.text_embedder(pooled)
 
 
-class MMDiT(nnx.Module):
+class MMDiT(Blocks):
   """x, time and text -> an array of x's height and width; zero as long as it is untrained."""
 
   def __init__(
@@ -221,12 +222,15 @@ class MMDiT(nnx.Module):
     a shape does not match the config.
     """
     self._check(x, t, text, pooled)
+    return self.run_all(self._predict, x, t, text, pooled)
+
+  def _predict(self, x: Latents, t: Timesteps, text: Text, pooled: jax.Array) -> Latents:
     p = self.config.patch_size
     grid = x.shape[1] // p, x.shape[2] // p
     x, text = self.pos_embed(x), self.context_embedder(text)
     condition = self.time_text_embed(t, pooled)
     for block in self.transformer_blocks:
-      x, text = block(x, text, condition)
+      x, text = self.run(block, x, text, condition)
     scale, shift = self.norm_out(condition)
     return unpatch(self.proj_out(modulate(normalize(x), shift, scale)), grid, p)
 

@@ -51,12 +51,18 @@ class UNet(Encoder):
     a condition is missing or not one of this network's (`config.conditions`).
     """
     self.check(x, t, text, pooled=pooled, sizes=sizes, labels=labels)
+    return self.run_all(self._predict, x, t, text, pooled, sizes, labels, residuals)
+
+  def _predict(self, x, t, text, pooled, sizes, labels, residuals: Residuals | None) -> Latents:
     time = self.embed(t, pooled, sizes, labels)
     x, skips = self.descend(constrain(self.conv_in(x), 'image'), time, text)
     if residuals is not None:
       x, skips = _controlled(x, skips, residuals)
     for block in self.up_blocks:
       x = block(x, skips, time, text)
+    return self.run(self._finish, x)
+
+  def _finish(self, x: jax.Array) -> Latents:
     return constrain(self.conv_out(nnx.silu(self.conv_norm_out(x))), 'image')
 
 

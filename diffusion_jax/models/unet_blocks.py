@@ -6,6 +6,7 @@ from flax import nnx
 
 from diffusion_jax.models.attention import Transformer2DModel
 from diffusion_jax.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
+from diffusion_jax.models.remat import Blocks
 from diffusion_jax.models.unet_config import EncoderConfig, UNetConfig
 
 
@@ -27,7 +28,7 @@ def _transformer(
   )
 
 
-class DownBlock(nnx.Module):
+class DownBlock(Blocks):
   """Residual blocks, each with attention after it where the level has it; then halving.
 
   The last level does not halve.
@@ -52,16 +53,16 @@ class DownBlock(nnx.Module):
   ) -> tuple[jax.Array, list[jax.Array]]:
     skips = []
     for n, resnet in enumerate(self.resnets):
-      x = resnet(x, time)
+      x = self.run(resnet, x, time)
       x = self.attentions[n](x, text) if self.attentions else x
       skips.append(x)
     for downsample in self.downsamplers:
-      x = downsample(x)
+      x = self.run(downsample, x)
       skips.append(x)
     return x, skips
 
 
-class MidBlock(nnx.Module):
+class MidBlock(Blocks):
   """Residual block, attention, residual block at the lowest resolution: [b h w c] -> [b h w c].
 
   'UNetMidBlock2D' is the first residual block alone.
@@ -74,13 +75,13 @@ class MidBlock(nnx.Module):
     self.resnets = nnx.List([_resnet(config, c, c, **kw) for _ in range(2 if attend else 1)])
 
   def __call__(self, x: jax.Array, time: jax.Array, text: jax.Array) -> jax.Array:
-    x = self.resnets[0](x, time)
+    x = self.run(self.resnets[0], x, time)
     for attention in self.attentions:
-      x = self.resnets[1](attention(x, text), time)
+      x = self.run(self.resnets[1], attention(x, text), time)
     return x
 
 
-class UpBlock(nnx.Module):
+class UpBlock(Blocks):
   """Like DownBlock, one residual block more, each fed the skip that it mirrors; then doubling.
 
   `step` counts from the lowest resolution; x [b h w i], skips (taken from the end) -> [b 2h 2w o].
@@ -107,8 +108,9 @@ class UpBlock(nnx.Module):
     self, x: jax.Array, skips: list[jax.Array], time: jax.Array, text: jax.Array
   ) -> jax.Array:
     for n, resnet in enumerate(self.resnets):
-      x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), time)
+      join = lambda x, skip, time, resnet=resnet: resnet(jnp.concatenate([x, skip], -1), time)
+      x = self.run(join, x, skips.pop(), time)
       x = self.attentions[n](x, text) if self.attentions else x
     for upsample in self.upsamplers:
-      x = upsample(x)
+      x = self.run(upsample, x)
     return x

@@ -7,11 +7,12 @@ from flax import nnx
 from diffusion_jax.models.checks import require, size_fits
 from diffusion_jax.models.embeddings import TimestepEmbedding, timestep_embedding
 from diffusion_jax.models.layers import Conv
+from diffusion_jax.models.remat import Blocks
 from diffusion_jax.models.unet_blocks import DownBlock, MidBlock
 from diffusion_jax.models.unet_config import EncoderConfig
 
 
-class Encoder(nnx.Module):
+class Encoder(Blocks):
   """Input convolution, embeddings of time and other conditions, down blocks and mid block.
 
   A subclass adds what it makes of the results; its submodules stand beside these, as in the

@@ -32,6 +32,10 @@ class ImageEncoder:
   std: tuple[float, ...] = STD
   tokenizers: tuple = ()
 
+  def replaced(self, networks: dict[str, Network]) -> 'ImageEncoder':
+    """The same with another network."""
+    return dataclasses.replace(self, network=networks[ROLE])
+
   @property
   def networks(self) -> dict[str, Network]:
     """By role."""

@@ -37,6 +37,10 @@ class TextEncoders:
   pooled: bool = False
   zero_null: bool = False
 
+  def replaced(self, networks: dict[str, Network]) -> 'TextEncoders':
+    """The same with other networks."""
+    return dataclasses.replace(self, networks=networks)
+
   @property
   def length(self) -> int:
     """Tokens of a prompt, both frame tokens included."""

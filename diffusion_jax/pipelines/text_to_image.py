@@ -100,6 +100,19 @@ class TextToImage:
     """The same model with a U-Net of another config."""
     return dataclasses.replace(self, unet=Network.of(UNet, config, **self.unet.options))
 
+  def rematerialised(self, remat: str) -> 'TextToImage':
+    """The same model for training: of its networks, the backward pass keeps less.
+
+    The autoencoder is left out, because no gradient passes through it.
+    """
+    if remat == 'none':
+      return self
+    less = lambda network: network and network.rematerialised(remat)
+    return dataclasses.replace(
+      self, unet=less(self.unet), controlnet=less(self.controlnet),
+      text=self.text.replaced({role: less(n) for role, n in self.text.networks.items()}),
+    )
+
   def on_mesh(self, weights: Weights, mesh: Mesh) -> Weights:
     """Host arrays onto their shards."""
     return {role: put_params(params, mesh) for role, params in weights.items()}

@@ -90,4 +90,10 @@ def make_step(
     memory = task.remember(state.memory, seen)
     return TrainState(state.step + 1, state.key, params, opt_state, average, memory), metrics
 
-  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+  # XLA for CPUs removes the barriers that keep what is to be computed again from being merged with
+  # what was computed before, and with them all savings of rematerialisation.
+  cpu = mesh.devices.flat[0].platform == 'cpu'
+  return jax.jit(
+    step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)),
+    compiler_options={'xla_disable_hlo_passes': 'cse_barrier_expander'} if cpu else None,
+  )

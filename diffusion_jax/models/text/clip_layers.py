@@ -9,6 +9,7 @@ from flax import nnx
 
 from diffusion_jax.layout import constrain
 from diffusion_jax.models.layers import Linear, layer_norm
+from diffusion_jax.models.remat import Blocks
 from diffusion_jax.models.text.clip_config import CLIPTextConfig, CLIPVisionConfig
 
 
@@ -81,7 +82,7 @@ class CLIPEncoderLayer(nnx.Module):
     return x + self.mlp(self.layer_norm2(x))
 
 
-class CLIPEncoder(nnx.Module):
+class CLIPEncoder(Blocks):
   """The stack of blocks: [b l d] -> the states before the last `skip` blocks and after all."""
 
   def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, causal: bool, **kw):
@@ -90,8 +91,11 @@ class CLIPEncoder(nnx.Module):
     ])
 
   def __call__(self, x: jax.Array, skip: int = 0) -> tuple[jax.Array, jax.Array]:
+    return self.run_all(lambda x: self._states(x, skip), x)
+
+  def _states(self, x: jax.Array, skip: int) -> tuple[jax.Array, jax.Array]:
     early = x
     for number, layer in enumerate(self.layers, 1):
-      x = layer(x)
+      x = self.run(layer, x)
       early = x if number == len(self.layers) - skip else early
     return early, x

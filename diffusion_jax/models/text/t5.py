@@ -17,6 +17,7 @@ from jax import lax
 from diffusion_jax.layout import constrain
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.layers import Linear
+from diffusion_jax.models.remat import Blocks
 from diffusion_jax.models.text.t5_config import T5Config
 from diffusion_jax.types import Text, Tokens
 
@@ -154,7 +155,7 @@ class T5Block(nnx.Module):
     return x + self.layer[1](x)
 
 
-class T5Stack(nnx.Module):
+class T5Stack(Blocks):
   """The blocks and the final norm: float32 [b l d] -> [b l d]."""
 
   def __init__(self, config: T5Config, **kw):
@@ -164,9 +165,12 @@ class T5Stack(nnx.Module):
     self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon, **kw)
 
   def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    return self.run_all(self._states, x, mask)
+
+  def _states(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
     bias = self.block[0].layer[0].SelfAttention.position_bias(x.shape[1])
     for block in self.block:
-      x = block(x, bias, mask)
+      x = self.run(block, x, bias, mask)
     return self.final_layer_norm(x)
 
 

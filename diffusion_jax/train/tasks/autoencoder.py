@@ -71,10 +71,14 @@ class AutoencoderTask(Task):
   name = 'autoencoder'
   batch_fields = ('image',)
 
-  def __init__(self, config: AutoencoderTaskConfig, test: ImageSource, dtype=jnp.float32):
+  def __init__(
+    self, config: AutoencoderTaskConfig, test: ImageSource, dtype=jnp.float32, remat: str = 'none'
+  ):
     self.config = config
     self.test = test
-    self.autoencoder = Network.of(AutoencoderKL, config.autoencoder, dtype=dtype)
+    self.autoencoder = Network.of(
+      AutoencoderKL, config.autoencoder, dtype=dtype, remat=remat
+    )
     self.discriminator = Network.of(Discriminator, config.discriminator, dtype=dtype)
     self.frozen: Frozen = {}
     if config.lpips_weights:

@@ -66,12 +66,12 @@ class CLIPTask(Task):
 
   def __init__(
     self, config: CLIPTaskConfig, tokenizer: PreTrainedTokenizerBase, test: ImageSource,
-    dtype=jnp.float32,
+    dtype=jnp.float32, remat: str = 'none',
   ):
     self.config = config
     self.tokenizer = tokenizer
     self.test = test
-    self.clip = Network.of(CLIP, config.clip, dtype=dtype)
+    self.clip = Network.of(CLIP, config.clip, dtype=dtype, remat=remat)
     self.frozen: Frozen = {}
 
   def initialize(self, key: jax.Array) -> Params:

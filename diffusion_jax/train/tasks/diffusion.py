@@ -95,10 +95,12 @@ class DiffusionTask(NoisingTask):
 
   def __init__(
     self, config: LatentTaskConfig, model: TextToImage, frozen: Frozen,
-    train: ImageSource, test: ImageSource,
+    train: ImageSource, test: ImageSource, remat: str = 'none',
   ):
+    """`remat`, one of `models.remat.REMAT`, is that of the loss alone."""
     config.sample.check(model.schedule, config.objective.prediction)
     self.config, self.model, self.train, self.test = config, model, train, test
+    self.learning = model.rematerialised(remat)
     self.objective = Objective(config.objective, TableLevels(model.schedule))
     null = jax.jit(model.text.encode)(frozen, model.tokens(['']))
     bias = {f'{name}.bias': to_host(value)[0] for name, value in null._asdict().items()
@@ -131,7 +133,7 @@ class DiffusionTask(NoisingTask):
     if 'text' in batch:
       told = Condition(batch['text'], batch.get('pooled'))
     else:
-      told = self.model.text.encode(weights, batch['tokens'])
+      told = self.learning.text.encode(weights, batch['tokens'])
     told = self.drop_captions(told, weights[NULL], key)
     return self.model.with_sizes(told, batch.get('sizes'))
 
@@ -150,7 +152,7 @@ class DiffusionTask(NoisingTask):
     weights = self.weights(params, frozen)
     x0 = self._latents(weights, batch, key_z)
     told = self._told(weights, batch, x0, key_drop)
-    network = self.model.network(weights)
+    network = self.learning.network(weights)
     losses = self.objective.losses(
       lambda x, t: network(x, t, told), x0, key, history_of(memory)
     )

@@ -126,9 +126,9 @@ class FinetuneTask(DiffusionTask):
 
   def __init__(
     self, config: FinetuneTaskConfig, trainable: Trainable, model: TextToImage, frozen: Frozen,
-    train: Sequence, test: Sequence,
+    train: Sequence, test: Sequence, remat: str = 'none',
   ):
-    super().__init__(config, model, frozen, train, test)
+    super().__init__(config, model, frozen, train, test, remat)
     self.trainable = trainable
     if not config.cache:
       more = ['weight'] * bool(config.prior.folder)
@@ -183,7 +183,7 @@ class FinetuneTask(DiffusionTask):
 
 
 def make_finetune_task(
-  config: FinetuneTaskConfig, train, test, mesh: Mesh, dtype
+  config: FinetuneTaskConfig, train, test, mesh: Mesh, dtype, remat: str = 'none'
 ) -> FinetuneTask:
   """The task with its frozen networks on the mesh. UserError where something does not fit."""
   if not config.model:
@@ -212,7 +212,7 @@ def make_finetune_task(
     del parts['unet']
   # What is not trained is kept as it is computed with.
   frozen = load_weights(parts, dtype=dtype, mesh=mesh)
-  return FinetuneTask(config, trainable, model, frozen, train, test)
+  return FinetuneTask(config, trainable, model, frozen, train, test, remat)
 
 
 def _check_architecture(config: FinetuneTaskConfig, model: TextToImage) -> None:
