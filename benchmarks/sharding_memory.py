@@ -1,0 +1,174 @@
+"""Memory per device of a published U-Net's training step, compiled for simulated devices.
+
+python benchmarks/sharding_memory.py --model sdxl --mesh 8x1 --json benchmarks/sharding_memory.json
+
+Nothing is allocated: the step of the whole training state (parameters, Adam's moments, average) is
+compiled ahead of time for as many simulated CPU devices as the mesh has, and XLA is asked what each
+of them holds. `--mesh AxB` is FSDP x tensor, `AxBxC` has spatial as the third axis. Arguments are
+exact on any platform; temporary memory is that of the program for CPUs, a guide and no more:
+attention and convolutions take other temporaries on GPUs and TPUs. `--shapes` leaves out compiling.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+SIZES = {'sd15': 64, 'sd21': 96, 'sdxl': 128}
+LENGTH = 77
+
+
+def arguments() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--model', default='sdxl', choices=sorted(SIZES))
+  parser.add_argument('--mesh', default='8x1', help='FSDPxTENSOR or FSDPxTENSORxSPATIAL')
+  parser.add_argument('--size', type=int, default=0, help="latents' edge; default: the model's own")
+  parser.add_argument('--batch', type=int, default=0, help='global; default: one per FSDP device')
+  parser.add_argument('--remat', default='block')
+  parser.add_argument('--shapes', action='store_true', help='only the state, from shapes')
+  parser.add_argument('--json', type=Path, help='file to which the result is added')
+  return parser.parse_args()
+
+
+def prepare(args: argparse.Namespace) -> list[int]:
+  """Sets as many simulated devices as the mesh has; before JAX is imported."""
+  sizes = [int(size) for size in args.mesh.split('x')]
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  os.environ['XLA_FLAGS'] = (
+    f'--xla_force_host_platform_device_count={math.prod(sizes)} '
+    '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+  )
+  return sizes + [1] * (3 - len(sizes))
+
+
+def make_task(model: str, remat: str):
+  """Trains the U-Net of that name on given latents and texts; nothing else is held."""
+  import jax
+  import jax.numpy as jnp
+
+  from diffusion_jax.io.published.architectures import UNETS
+  from diffusion_jax.models.functional import Network
+  from diffusion_jax.models.unet import UNet
+  from diffusion_jax.train.tasks.task import Task, mean_metric
+
+  network = Network.of(UNet, UNETS[model], dtype=jnp.bfloat16, remat=remat)
+
+  class Denoising(Task):
+    """The U-Net's loss on noise; noise and latents come as a batch, drawn by nobody."""
+
+    frozen = {}
+
+    def initialize(self, key):
+      return network.initialize(key)
+
+    def constrain(self, params):
+      return params
+
+    def loss(self, params, frozen, memory, batch, key, step):
+      more = {name: batch[name] for name in ('pooled', 'sizes') if name in batch}
+      out = network.bind(params)(batch['mean'], batch['t'], batch['text'], **more)
+      error = jnp.square(out.astype(jnp.float32) - jax.random.normal(key, out.shape))
+      error = error.mean((1, 2, 3))
+      return error.mean(), ({'loss': mean_metric(error)}, ())
+
+  return Denoising(), network
+
+
+def abstract_batch(config, b: int, size: int, mesh) -> dict:
+  """Shapes of latents, times, texts and conditions on the mesh."""
+  import jax
+  import jax.numpy as jnp
+
+  from diffusion_jax.parallel.sharding import batch_sharding
+
+  shapes = {
+    'mean': (b, size, size, config.in_channels), 't': (b,),
+    'text': (b, LENGTH, config.cross_attention_dim),
+  }
+  if config.addition_embed_type:
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    shapes |= {'pooled': (b, pooled), 'sizes': (b, 6)}
+  return {
+    name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(shape, mesh))
+    for name, shape in shapes.items()
+  }
+
+
+def held(tree) -> int:
+  """Bytes of a tree of shapes with shardings that one device holds."""
+  import jax
+
+  sizes = [
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  ]
+  return sum(sizes)
+
+
+def measure(args: argparse.Namespace, sizes: list[int]) -> dict:
+  """What one device holds, in bytes."""
+  import jax
+
+  from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+  from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
+  from diffusion_jax.train.state import abstract_state
+  from diffusion_jax.train.step import make_step
+
+  fsdp, tensor, spatial = sizes
+  mesh = make_mesh(MeshConfig(data=1, fsdp=fsdp, tensor=tensor, spatial=spatial))
+  task, network = make_task(args.model, args.remat)
+  optimizer = make_optimizer(OptimizerConfig(), network.shapes, 10)
+  state = abstract_state(task, optimizer, True, mesh)
+  result = {
+    'parameters': sum(leaf.size for leaf in network.shapes.values()),
+    'parameter_bytes': held(state.params), 'adam_bytes': held(state.opt_state),
+    'average_bytes': held(state.ema),
+  }
+  if args.shapes:
+    return result
+  size, batch_size = args.size or SIZES[args.model], args.batch or fsdp
+  batch = abstract_batch(network.config, batch_size, size, mesh)
+  update = make_step(
+    task, optimizer, batch_size=batch_size, ema_halflife_images=1e6, accumulation=1, mesh=mesh,
+    shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
+  )
+  times = [time.perf_counter()]
+  lowered = update.lower(state, {}, batch)
+  times.append(time.perf_counter())
+  compiled = lowered.compile()
+  times.append(time.perf_counter())
+  memory = compiled.memory_analysis()
+  return result | {
+    'latents': size, 'batch': batch_size, 'remat': args.remat,
+    'argument_bytes': memory.argument_size_in_bytes, 'temp_bytes': memory.temp_size_in_bytes,
+    'alias_bytes': memory.alias_size_in_bytes,
+    'flops': compiled.cost_analysis()['flops'],
+    'lower_seconds': round(times[1] - times[0], 1),
+    'compile_seconds': round(times[2] - times[1], 1),
+  }
+
+
+def main() -> None:
+  args = arguments()
+  sizes = prepare(args)
+  import jax
+
+  result = {
+    'model': args.model, 'mesh': args.mesh, **measure(args, sizes),
+    'device': f'{math.prod(sizes)} simulated CPU devices on {os.cpu_count()} cores',
+    'versions': {'python': platform.python_version(), 'jax': jax.__version__},
+    'command': ' '.join(['python', 'benchmarks/sharding_memory.py', *sys.argv[1:]]),
+  }
+  print(json.dumps(result, indent=2))
+  if args.json:
+    old = json.loads(args.json.read_text()) if args.json.exists() else []
+    old = [one for one in old if one['command'] != result['command']]
+    args.json.write_text(json.dumps([*old, result], indent=2) + '\n')
+
+
+if __name__ == '__main__':
+  main()
