@@ -60,8 +60,6 @@ def make_task(model: str, remat: str):
   class Denoising(Task):
     """The U-Net's loss on noise; noise and latents come as a batch, drawn by nobody."""
 
-    frozen = {}
-
     def initialize(self, key):
       return network.initialize(key)
 

@@ -56,17 +56,24 @@ def abstract_state(task: Task, optimizer, use_ema: bool, mesh: Mesh) -> TrainSta
   )
 
 
-def create_state(task: Task, optimizer, use_ema: bool, seed: int, mesh: Mesh) -> TrainState:
-  """A fresh state, initialised, or begun with given parameters, directly onto its shards."""
+def initializer(task: Task, optimizer, use_ema: bool, seed: int, mesh: Mesh):
+  """The jitted function from parameters, or None for fresh ones, to a state on its shards.
+
+  No device ever holds more than its share: each draws only its own part of the random numbers.
+  """
   abstract = abstract_state(task, optimizer, use_ema, mesh)
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   # The program runs once and is full of random number generators: optimising it would take longer
   # than all else (49 s instead of 8 s for a small autoencoder on two CPU cores).
-  make = jax.jit(
-    lambda params: _initialize(task, optimizer, use_ema, seed, params), out_shardings=shardings,
+  return jax.jit(
+    lambda params: _initialize(task, optimizer, use_ema, seed, params),
+    out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
     compiler_options={'xla_backend_optimization_level': 0}, donate_argnums=0,
   )
-  return make(task.start(mesh))
+
+
+def create_state(task: Task, optimizer, use_ema: bool, seed: int, mesh: Mesh) -> TrainState:
+  """A fresh state, initialised, or begun with given parameters, directly onto its shards."""
+  return initializer(task, optimizer, use_ema, seed, mesh)(task.start(mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -121,7 +121,7 @@ def test_elsewhere_a_slice_is_a_group_of_processes_and_no_part_of_one():
   devices = [Plain(n, n // 2) for n in reversed(range(8))]
   mesh = make_mesh(MeshConfig(data=1, fsdp=-1, dcn_data=2), devices)
   np.testing.assert_array_equal(ids(mesh.devices)[:, :, 0, 0], [[0, 1, 2, 3], [4, 5, 6, 7]])
-  with pytest.raises(UserError, match='8 slices would cut .* a divisor of the 4 processes'):
+  with pytest.raises(UserError, match=r'8 slices would cut .* a divisor of the 4 processes'):
     make_mesh(MeshConfig(dcn_data=8), devices)
 
 

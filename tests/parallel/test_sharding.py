@@ -1,6 +1,7 @@
 """The table of rules: every parameter has one, and arrays really are split."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from diffusion_jax.layout import parameter_spec
+from diffusion_jax.layout import constrain, parameter_spec
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.controlnet import ControlNet, ControlNetConfig
 from diffusion_jax.models.discriminator import Discriminator
@@ -111,6 +112,34 @@ def test_a_batch_is_split_over_data_and_fsdp(mesh):
 
 def test_one_process_holds_every_row_once(mesh):
   np.testing.assert_array_equal(local_rows(mesh, 12), np.arange(12))
+
+
+@pytest.mark.parametrize(('shape', 'shard'), [
+  ((8, 16, 16, 3), (2, 8, 16, 3)),  # An image: rows over spatial.
+  ((8, 5, 16, 3), (2, 5, 16, 3)), ((8, 4, 6), (2, 4, 6)), ((8,), (2,)),
+])
+def test_rows_of_images_are_split_over_spatial(shape, shard):
+  mesh = make_mesh(MeshConfig(data=2, fsdp=2, spatial=2))
+  batch = put_batch({'x': np.arange(math.prod(shape), dtype=np.float32).reshape(shape)}, mesh)
+  assert {part.data.shape for part in batch['x'].addressable_shards} == {shard}
+  np.testing.assert_array_equal(to_host(batch['x']).ravel(), np.arange(math.prod(shape)))
+
+
+@pytest.mark.parametrize(('kind', 'shape', 'wanted'), [
+  ('image', (8, 4, 4, 6), P(('data', 'fsdp'), 'spatial', None, None)),
+  ('features', (8, 4, 4, 6), P(('data', 'fsdp'), 'spatial', None, 'tensor')),
+  ('queries', (8, 4, 2, 6), P(('data', 'fsdp'), 'spatial', 'tensor', None)),
+  ('queries', (8, 5, 1, 6), P(('data', 'fsdp'), 'spatial', None, None)),
+  ('keys', (6, 4, 2, 6), P(None, None, 'tensor', None)),
+])
+def test_activations_are_constrained_under_a_mesh_alone(mesh, kind, shape, wanted):
+  x = jnp.ones(shape)
+  assert 'sharding_constraint' not in str(jax.make_jaxpr(lambda x: constrain(x, kind))(x))
+  with jax.set_mesh(mesh):
+    (equation,) = jax.make_jaxpr(lambda x: constrain(x, kind))(x).eqns
+  assert equation.params['sharding'].spec == wanted
+  with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+    assert not jax.make_jaxpr(lambda x: constrain(x, kind))(x).eqns
 
 
 def test_batches_pad_and_cut_without_a_trace():

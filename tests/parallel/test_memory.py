@@ -1,0 +1,160 @@
+"""No device holds the whole: initialisation, Stable Diffusion XL's state, rematerialisation."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.io.published.architectures import UNETS
+from diffusion_jax.models.autoencoder import AutoencoderKL
+from diffusion_jax.models.discriminator import Discriminator
+from diffusion_jax.models.dit import DiT, DiTConfig
+from diffusion_jax.models.functional import Network
+from diffusion_jax.models.lora import LoRAConfig, targets, with_lora
+from diffusion_jax.models.text.clip import CLIP
+from diffusion_jax.models.unet import UNet, UNetConfig
+from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
+from diffusion_jax.train.state import abstract_state, initializer
+from diffusion_jax.train.tasks.task import Task
+from tests import tiny
+
+FSDP = MeshConfig(data=1, fsdp=8)
+FSDP_TENSOR = MeshConfig(data=1, fsdp=4, tensor=2)
+SMALL = dict(
+  sample_size=8, layers_per_block=1, norm_num_groups=4, cross_attention_dim=64,
+  attention_head_dim=2,
+)
+WIDE = UNetConfig(block_out_channels=(64,), down_block_types=('DownBlock2D',),
+                  up_block_types=('UpBlock2D',), **SMALL)
+DEEP = DiTConfig(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4,
+                 num_layers=6, sample_size=16, num_embeds_ada_norm=3)
+
+
+class Training(Task):
+  """Holds a network's parameters; this is about where they are, not what is done with them."""
+
+  def __init__(self, network: Network):
+    self.network = network
+
+  def initialize(self, key):
+    return self.network.initialize(key)
+
+
+def held(tree) -> int:
+  """Bytes of one device's share."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
+
+
+def state_of(network: Network, mesh):
+  """(task, optimizer, abstract state) with Adam and an average."""
+  task, optimizer = Training(network), make_optimizer(OptimizerConfig(), network.shapes, 10)
+  return task, optimizer, abstract_state(task, optimizer, True, mesh)
+
+
+def test_initialisation_never_holds_the_whole_model_on_a_device():
+  network, mesh = Network.of(UNet, WIDE), make_mesh(FSDP)
+  task, optimizer, state = state_of(network, mesh)
+  memory = initializer(task, optimizer, True, 0, mesh).lower(None).compile().memory_analysis()
+  pointers = 8 * len(jax.tree.leaves(state))
+  assert memory.output_size_in_bytes == pytest.approx(held(state) + pointers, rel=1e-3)
+  whole = 4 * sum(p.size for p in network.shapes.values())
+  largest = 4 * max(p.size for p in network.shapes.values())
+  assert held(state) < 4 * 0.14 * whole  # Parameters, two moments, average.
+  assert memory.temp_size_in_bytes < largest < whole / 9
+
+
+@pytest.fixture(scope='module')
+def sdxl():
+  return Network.of(UNet, UNETS['sdxl'])
+
+
+@pytest.mark.parametrize(('config', 'wanted'), [
+  (FSDP, 1_289_313_936), (FSDP_TENSOR, 1_289_273_616), (MeshConfig(), 10_269_854_736),
+])
+def test_stable_diffusion_xl_on_eight_devices(sdxl, config, wanted):
+  mesh = make_mesh(config)
+  _, _, state = state_of(sdxl, mesh)
+  moments = state.opt_state[2]
+  for part in (state.params, state.ema, moments.mu, moments.nu):
+    assert held(part) == wanted
+  whole = [leaf.size for leaf in state.params.values()
+           if leaf.sharding.shard_shape(leaf.shape) == leaf.shape]
+  if mesh.shape['data'] == 1:
+    assert wanted == 4 * ((2_567_463_684 - sum(whole)) // 8 + sum(whole))
+    assert sum(whole) < 0.001 * 2_567_463_684  # Biases and norms.
+
+
+def gradients(network: Network, *inputs):
+  """Temporary bytes and values of the gradients of a loss of the network's output."""
+  params = jax.jit(network.initialize)(jax.random.key(0))
+  # Zeros, with which some layers begin, would hide all that lies before them.
+  params = {n: p + 0.02 * jax.random.normal(jax.random.key(i), p.shape)
+            for i, (n, p) in enumerate(params.items())}
+  function = jax.jit(
+    jax.grad(lambda params: jnp.square(network.bind(params)(*inputs)).mean()),
+    compiler_options={'xla_disable_hlo_passes': 'cse_barrier_expander'},  # As in the step.
+  )
+  compiled = function.lower(params).compile()
+  elsewhere = function.trace(params).lower(lowering_platforms=('tpu',)).as_text()
+  return compiled.memory_analysis().temp_size_in_bytes, compiled(params), elsewhere
+
+
+UNET_INPUTS = jnp.ones((4, 16, 16, 4)), jnp.arange(4.0), jnp.ones((4, 5, 64))
+DIT_INPUTS = (
+  jax.random.normal(jax.random.key(1), (8, 32, 32, 4)), jnp.arange(8.0), jnp.arange(8) % 3
+)
+
+
+@pytest.mark.parametrize(('module', 'config', 'inputs', 'most'), [
+  (UNet, WIDE, UNET_INPUTS, 0.8), (DiT, DEEP, DIT_INPUTS, 0.45),
+])
+def test_rematerialised_gradients_are_the_same_and_take_less_memory(module, config, inputs, most):
+  plain = Network.of(module, config)
+  kept, wanted, text = gradients(plain, *inputs)
+  assert 'pinned_host' not in text
+  for remat in ('block', 'offload'):
+    network = Network.of(module, config, remat=remat)
+    assert network.shapes.keys() == plain.shapes.keys() and network.options['remat'] == remat
+    temporary, found, text = gradients(network, *inputs)
+    assert temporary < most * kept
+    for name, value in wanted.items():
+      scale = float(jnp.abs(value).max())
+      np.testing.assert_allclose(found[name], value, atol=1e-4 * scale + 1e-9, err_msg=name)
+    # Simulated devices have one memory, so that the host's is seen in the program for others.
+    assert ('pinned_host' in text) == (remat == 'offload')
+
+
+@pytest.mark.parametrize(('module', 'config', 'blocks'), [
+  (AutoencoderKL, tiny.AUTOENCODER, 16), (CLIP, tiny.CLIP, 2),
+])
+def test_other_networks_compute_their_blocks_again(module, config, blocks):
+  network = Network.of(module, config, remat='block')
+  pixels = jnp.ones((1, tiny.SIZE, tiny.SIZE, 3))
+
+  def loss(params):
+    model = network.bind(params)
+    if module is CLIP:
+      hidden, _ = model.encode_text(jnp.zeros((1, tiny.LENGTH), jnp.int32))
+      return hidden.sum() + model.encode_image(pixels).sum()
+    return model.decode(model.encode(pixels)[0]).sum()
+
+  jaxpr = str(jax.make_jaxpr(jax.grad(loss))(network.shapes))
+  assert len(re.findall(r'= (?:checkpoint|remat2?)\[', jaxpr)) == blocks
+
+
+def test_adapters_keep_it_and_networks_without_blocks_refuse_it():
+  network = Network.of(UNet, WIDE, remat='block')
+  adapted = with_lora(network, targets(network, LoRAConfig()))
+  assert adapted.bind(adapted.shapes).up_blocks[0].remat == 'block'
+  with pytest.raises(UserError, match='Discriminator has no blocks'):
+    Network.of(Discriminator, tiny.DISCRIMINATOR, remat='block')
+  with pytest.raises(UserError, match="remat is 'all'; choose one of none, block, offload"):
+    Network.of(UNet, WIDE, remat='all')
