@@ -1,5 +1,6 @@
-"""docs/diffusion.md names what exists, and shows drawings that draw makes."""
+"""The pages under docs name what exists; docs/diffusion.md shows drawings that draw makes."""
 
+import dataclasses
 import importlib
 import re
 
@@ -10,6 +11,8 @@ from diffusion_jax.diffusion.denoiser import PREDICTIONS
 from diffusion_jax.diffusion.processes import PROCESSES
 from diffusion_jax.diffusion.samplers import SAMPLERS
 from diffusion_jax.diffusion.weightings import WEIGHTINGS
+from diffusion_jax.models.remat import REMAT
+from diffusion_jax.parallel.mesh import MeshConfig
 from tests.tiny import ROOT
 
 TEXT = (ROOT / 'docs' / 'diffusion.md').read_text()
@@ -56,3 +59,13 @@ def test_the_readme_has_a_row_for_each_command():
   assert set(table) == set(COMMANDS) and '(docs/diffusion.md)' in (
     ROOT / 'README.md'
   ).read_text()
+
+
+def test_the_page_on_parallelism_names_every_key_and_kind():
+  page = (ROOT / 'docs' / 'parallelism.md').read_text()
+  keys = {field.name for field in dataclasses.fields(MeshConfig)}
+  assert set(re.findall(r'mesh\.(\w+)', page)) - {'py'} == keys
+  assert set(re.findall(r'^- `(\w+)`', page, flags=re.MULTILINE)) == set(REMAT)
+  for path in re.findall(r'`([\w/]+\.py)', page):
+    assert (ROOT / path).exists(), path
+  assert '(docs/parallelism.md)' in (ROOT / 'README.md').read_text()
