@@ -40,7 +40,8 @@ def prepare(args: argparse.Namespace) -> list[int]:
   os.environ['JAX_PLATFORMS'] = 'cpu'
   os.environ['XLA_FLAGS'] = (
     f'--xla_force_host_platform_device_count={math.prod(sizes)} '
-    '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+    '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
+    '--xla_cpu_use_fusion_emitters=false'
   )
   return sizes + [1] * (3 - len(sizes))
 
@@ -137,6 +138,7 @@ def measure(args: argparse.Namespace, sizes: list[int]) -> dict:
   times = [time.perf_counter()]
   lowered = update.lower(state, {}, batch)
   times.append(time.perf_counter())
+  print(f'lowered in {times[1] - times[0]:.0f} s', file=sys.stderr, flush=True)
   compiled = lowered.compile()
   times.append(time.perf_counter())
   memory = compiled.memory_analysis()

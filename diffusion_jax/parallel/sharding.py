@@ -53,7 +53,7 @@ def batch_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
   """Rows of a global batch that this process's devices hold: sorted, each once.
 
-  Where a tensor axis runs across processes, several processes hold the same rows.
+  Where a tensor or spatial axis runs across processes, several processes hold the same rows.
 
   Args:
     batch_size: of the global batch; a multiple of data x fsdp.
