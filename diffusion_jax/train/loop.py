@@ -150,9 +150,9 @@ class _Session:
         self.safety.tell('training')
         while self.step < loop.total_steps:
           self.safety.check()
-          before = self.compilations.count
+          before, counts = self.compilations.count, self.recompilations is not None
           self._one_step()
-          if self.recompilations is not None:  # Until the first line there may be some.
+          if counts:  # The first line compiles small things of its own.
             self.recompilations += self.compilations.count - before
           bar.update(loop.batch_size)
           bar.set_postfix(self.last, refresh=False)

@@ -40,6 +40,16 @@ _METRICS = {
   'retrieval_r5': 'Own caption among the first 5 ↑',
   'psnr': 'PSNR, dB ↑',
 }
+_RESOURCES = {
+  'seconds_per_step': 'Seconds per step',
+  'goodput': 'Share of the time that went into training',
+  'skipped_fraction': 'Share of steps that were skipped',
+  'recompilations': 'Programs compiled after the first line',
+  'host_memory': 'Memory of the host, MB', 'host_memory_peak': 'Its peak, MB',
+  'device_memory': 'Memory of the fullest device, MB', 'device_memory_peak': 'Its peak, MB',
+  'open_files': 'Open files', 'threads': 'Threads',
+}
+"""Told in a table, not drawn: they should not change."""
 
 
 def write_report(workdir: Path) -> Path:
@@ -56,7 +66,7 @@ def write_report(workdir: Path) -> Path:
   run = read_run(workdir)
   before = _header(run) + _key_figures(run) + _scores(run)
   after = (
-    _losses(run) + _metrics(run) + _learning_rates(run) + _timesteps(run) + _speed(run)
+    _losses(run) + _metrics(run) + _learning_rates(run) + _timesteps(run) + _speed(run) + _resources(run)
     + _schedule(run) + _config(run) + _versions(run) + _footer(run)
   )
   title = f'{_task(run)} · {run.name}'
@@ -79,8 +89,12 @@ def _task(run: Run) -> str:
   return task.replace('_', ' ') if isinstance(task, str) and task else 'Training run'
 
 
+_INSIDE = ('retry', 'pid', 'host', 'updated', 'goodput')
+"""Keys of status.json that are for programs, or told elsewhere."""
+
+
 def _header(run: Run) -> str:
-  status = {**run.status}
+  status = {k: v for k, v in run.status.items() if v not in ('', None) and k not in _INSIDE}
   word = status.pop('status', None) or status.pop('state', None)
   good = re.search('finish|complete|done|succe', str(word).lower())
   bad = re.search('fail|abort|error|diverge|crash', str(word).lower())
@@ -150,7 +164,9 @@ def _is_speed(key: str) -> bool:
 
 
 def _is_other(key: str) -> bool:
-  return not (key.startswith(('loss', 'learning_rate')) or _is_speed(key))
+  return not (
+    key.startswith(('loss', 'learning_rate')) or _is_speed(key) or key in _RESOURCES
+  )
 
 
 def _charts(run: Run, wanted: Callable[[str], bool]) -> str:
@@ -208,8 +224,30 @@ def _timesteps(run: Run) -> str:
 def _speed(run: Run) -> str:
   return page.section(
     'speed', 'Speed', 'The data wait is the share of the time spent waiting for the next batch.',
-    _charts(run, _is_speed),
+    _charts(run, _is_speed) + _time_table(run),
   )
+
+
+def _time_table(run: Run) -> str:
+  """Where the time of all starts went, from the status file."""
+  goodput = {n: s for n, s in run.status.get('goodput', {}).items() if is_number(s)}
+  total = sum(goodput.values())
+  if not total:
+    return ''
+  rows = [(name, [page.duration(s), f'{100 * s / total:.1f} %']) for name, s in goodput.items()]
+  return page.number_table(['Time of all starts', '', 'share'], rows)
+
+
+def _resources(run: Run) -> str:
+  """What the process holds: at the first line, at the last, and at most."""
+  rows = []
+  for key, title in _RESOURCES.items():
+    scale = 1e-6 if 'memory' in key else 1.0
+    values = [scale * v for _, v in _points(run.train, key) if v is not None]
+    if values:
+      rows.append((title, [page.number(v) for v in (values[0], values[-1], max(values))]))
+  body = page.number_table(['', 'first line', 'last line', 'most'], rows) if rows else ''
+  return page.section('resources', 'Resources', '', body)
 
 
 def _grids(run: Run, limit: int) -> str:
