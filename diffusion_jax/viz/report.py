@@ -66,8 +66,8 @@ def write_report(workdir: Path) -> Path:
   run = read_run(workdir)
   before = _header(run) + _key_figures(run) + _scores(run)
   after = (
-    _losses(run) + _metrics(run) + _learning_rates(run) + _timesteps(run) + _speed(run) + _resources(run)
-    + _schedule(run) + _config(run) + _versions(run) + _footer(run)
+    _losses(run) + _metrics(run) + _learning_rates(run) + _timesteps(run) + _speed(run)
+    + _resources(run) + _schedule(run) + _config(run) + _versions(run) + _footer(run)
   )
   title = f'{_task(run)} · {run.name}'
   frame = len(page.page(title, before + after).encode())

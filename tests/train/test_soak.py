@@ -1,6 +1,5 @@
 """Thousands of steps in one process, as its own metrics tell of them: nothing piles up."""
 
-import itertools
 import json
 import os
 import subprocess
@@ -34,13 +33,13 @@ def test_memory_files_and_threads_stay_flat(tmp_path):
   assert [line['step'] for line in lines] == list(range(LOG, STEPS + 1, LOG))
   half = len(lines) // 2
   first, second = lines[:half], lines[half:]
-  # Steps alone, without what a save or a picture leaves in the allocator's pools.
-  grown = sum(
-    after['host_memory'] - before['host_memory'] for before, after in itertools.pairwise(second)
-    if before['step'] % SAVE
-  )
-  assert grown < 2 * MB, grown / MB
-  assert second[-1]['host_memory'] - first[-1]['host_memory'] < 32 * MB
+  # Since the last picture, whose making grows the allocator's pools. The least of many lines: now
+  # and then a few buffers of a step, some MB, are held a little longer.
+  since = [line['host_memory'] for line in lines if line['step'] > STEPS - SHOW]
+  early, late = min(since[: len(since) // 2]), min(since[len(since) // 2 :])
+  assert late - early < MB, (late - early) / MB
+  least = lambda part: min(line['host_memory'] for line in part)
+  assert least(second) - least(first) < 128 * MB
   # The last line before each save: a save holds files open for a while.
   most = lambda part, name: max(line[name] for line in part if (line['step'] + LOG) % SAVE == 0)
   assert most(second, 'open_files') <= most(first, 'open_files')
