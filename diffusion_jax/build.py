@@ -4,7 +4,8 @@ import dataclasses
 import difflib
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from diffusion_jax.data.sources import open_source
 from diffusion_jax.data.transforms import build_transforms
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.job import check_samples
-from diffusion_jax.io.checkpoint import Checkpoints
 from diffusion_jax.io.metrics_backends import check_wandb
 from diffusion_jax.io.run_directory import RunDirectory, flatten, normalise
+from diffusion_jax.io.trained import run_weights
 from diffusion_jax.models.remat import REMAT
 from diffusion_jax.models.text.tokenizer import (
   Tokenize,
@@ -34,9 +35,8 @@ from diffusion_jax.models.text.tokenizer import (
   train_tokenizer,
 )
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from diffusion_jax.parallel.sharding import local_rows, put_params, shard_params, to_host
+from diffusion_jax.parallel.sharding import local_rows
 from diffusion_jax.pipelines.directory import assemble
-from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
 from diffusion_jax.train.cache import ChooseText, cached_source
 from diffusion_jax.train.config import LoopConfig, SafetyConfig
 from diffusion_jax.train.optimizer import OptimizerConfig, learning_rates, make_optimizer
@@ -45,10 +45,9 @@ from diffusion_jax.train.tasks.clip import CLIPTask, CLIPTaskConfig
 from diffusion_jax.train.tasks.diffusion import DiffusionTask, DiffusionTaskConfig
 from diffusion_jax.train.tasks.finetune import FinetuneTaskConfig, make_finetune_task
 from diffusion_jax.train.tasks.prior import draw_prior
-from diffusion_jax.train.tasks.task import Scores, Task
+from diffusion_jax.train.tasks.task import Task
 from diffusion_jax.train.tasks.toy import ToyTask, ToyTaskConfig
 from diffusion_jax.train.training import Training
-from diffusion_jax.types import Weights
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
@@ -81,7 +80,8 @@ class TrainingConfig:
   """The whole configuration; the type of `settings` follows from `task`.
 
   dtype: type of the computation, float32 or bfloat16; parameters are always float32. remat: what
-  the backward pass computes again instead of keeping it, one of `models.remat.REMAT`.
+  the backward pass computes again instead of keeping it, one of `models.remat.REMAT`. weights_from:
+  workdir of a run of the same network whose last weights this one begins with; '' for none.
   """
 
   task: str
@@ -93,6 +93,7 @@ class TrainingConfig:
   mesh: MeshConfig = MeshConfig()
   dtype: str = 'float32'
   remat: str = 'none'
+  weights_from: str = ''
 
   def __post_init__(self):
     if self.dtype not in DTYPES:
@@ -181,7 +182,12 @@ def _completed(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _sources(config: TrainingConfig) -> tuple[Source, Source]:
+def open_sources(config: TrainingConfig) -> tuple[Source, Source]:
+  """(train, test) that a config names.
+
+  Raises:
+    UserError: they are not there, or cannot be read.
+  """
   data = config.data
   if config.task == 'toy':
     if data.transforms:
@@ -308,7 +314,7 @@ def build(config: ConfigDict | dict, workdir: str) -> Training:
     raise UserError(
       'data.transforms have no effect with settings.cache; empty them or switch the cache off.'
     )
-  train, test = _sources(checked)
+  train, test = open_sources(checked)
   if checked.task in LATENT and checked.loop.evaluate_samples:
     if checked.task == 'finetune':
       checked.settings.check_scored()
@@ -317,6 +323,11 @@ def build(config: ConfigDict | dict, workdir: str) -> Training:
   if checked.task == 'finetune' and checked.settings.prior.folder:
     train = Together(train, draw_prior(task, mesh), checked.settings.prior.weight)
   shapes = jax.eval_shape(task.initialize, jax.random.key(0))
+  start = task.start
+  if checked.weights_from:
+    start = partial(run_weights, checked.weights_from, shapes)
+    if not directory.checkpoints.exists():
+      start(mesh)  # So that what is wrong with it is known before a cache is filled.
   steps = checked.loop.total_steps
   optimizer = make_optimizer(checked.optimizer, shapes, steps)
   loader = _loader(checked, task, train, mesh)  # Last, because filling a cache takes long.
@@ -326,46 +337,5 @@ def build(config: ConfigDict | dict, workdir: str) -> Training:
     config=resolved(checked), task=task, loop=checked.loop, safety=checked.safety,
     optimizer=optimizer,
     learning_rates=learning_rates(checked.optimizer, steps), loader=loader, mesh=mesh,
-    directory=directory, data_credit=CREDITS.get(checked.data.dataset, ''),
+    directory=directory, start=start, data_credit=CREDITS.get(checked.data.dataset, ''),
   )
-
-
-def _trained(workdir: str):
-  """(config, task, checkpoint step, host parameters) of a run that has saved at least once."""
-  directory = RunDirectory(workdir)
-  config = parse(directory.read_json('config.json'))
-  if not directory.checkpoints.is_dir():
-    raise UserError(f'{workdir} has no checkpoint yet; train longer, or give another workdir.')
-  checkpoints = Checkpoints(directory.checkpoints, read_only=True)
-  if not checkpoints.steps():
-    raise UserError(f'{workdir} has no checkpoint yet; train longer, or give another workdir.')
-  train, test = _sources(config)
-  mesh = make_mesh(MeshConfig())
-  task = build_task(config, train, test, directory, mesh)
-  shapes = jax.eval_shape(task.initialize, jax.random.key(0))
-  abstract = jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    shapes, shard_params(shapes, mesh),
-  )
-  ema = config.loop.ema_halflife_images > 0
-  return config, task, checkpoints.restore_params(None, abstract, ema), mesh
-
-
-def load_trained(workdir: str) -> tuple[TextToImage, Weights, SampleConfig]:
-  """The text-to-image model of a run's last checkpoint, averaged weights where there are some.
-
-  Raises:
-    UserError: no such run, no checkpoint, another task, or something that cannot be read.
-  """
-  config, task, params, _ = _trained(workdir)
-  if config.task not in LATENT:
-    raise UserError(f'{workdir} trains {config.task}; give the workdir of a diffusion run.')
-  weights = task.weights(to_host(params), task.frozen)
-  return task.model, weights, config.settings.sample
-
-
-def load_evaluator(workdir: str) -> Callable[[int], Scores]:
-  """A function of the number of samples that scores a run's last checkpoint on the test split."""
-  _, task, params, mesh = _trained(workdir)
-  frozen = {role: put_params(values, mesh) for role, values in task.frozen.items()}
-  return lambda samples: task.evaluate(params, frozen, mesh, samples=samples, final=True)

@@ -82,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> dict:
-  from diffusion_jax.build import load_evaluator
   from diffusion_jax.io.run_directory import RunDirectory
+  from diffusion_jax.trained import load_evaluator
 
   config = RunDirectory(args.workdir).read_json('config.json') if args.workdir else None
   _check(args, config['task'] if config else 'diffusion')

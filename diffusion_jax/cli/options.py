@@ -86,8 +86,8 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load(args: argparse.Namespace, mesh):
   """(model, weights on the mesh, sample settings with the arguments applied, the model's name)."""
-  from diffusion_jax.build import load_trained
   from diffusion_jax.pipelines.directory import load_text_to_image
+  from diffusion_jax.trained import load_trained
 
   if args.batch < 1:
     raise UserError(f'--batch is {args.batch}; draw at least 1 image at a time.')

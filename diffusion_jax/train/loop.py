@@ -87,7 +87,8 @@ class _Session:
     self.resumed = found is not None
     if found is None:
       self.state = create_state(
-        self.t.task, self.t.optimizer, bool(abstract.ema), self.t.loop.seed, self.t.mesh
+        self.t.task, self.t.optimizer, bool(abstract.ema), self.t.loop.seed, self.t.mesh,
+        self.t.start(self.t.mesh),
       )
     else:
       self.state = found.state

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from diffusion_jax.errors import UserError
 from diffusion_jax.io.run_directory import RunDirectory
 from diffusion_jax.io.status import Status
 from diffusion_jax.parallel.peers import Peers
@@ -78,13 +79,18 @@ class Safety:
       # Most likely another process is gone; then `_lost` leaves from its thread meanwhile.
       with self.watchdog.allow(0, 'word of the other processes'):
         self.peers.confirm_gone()
-    state = 'diverged' if isinstance(error, Diverged) else 'failed'
+    state, code = _verdict(error)
+    if state == 'interrupted':
+      message = 'left at once by a second signal, without saving'
     self._status(state, everyone=True, **self.facts(), message=message[:500])
     if self._count > 1:
       # Leaving in order would wait for processes that wait for this one.
-      traceback.print_exc()
+      if isinstance(error, UserError | Diverged):
+        print(f'diffusion_jax train: {error}', file=sys.stderr)
+      else:
+        traceback.print_exc()
       self.peers.leave(state)
-      _leave_at_once(1)
+      _leave_at_once(code)
 
   def _lost(self, sentence: str) -> None:
     _, why = self.peers.gone
@@ -99,6 +105,15 @@ class Safety:
     last_word = threading.Thread(target=self.peers.leave, args=('stalled',), daemon=True)
     last_word.start()
     last_word.join(10)  # The coordinator may stand still, too.
+
+
+def _verdict(error: BaseException) -> tuple[str, int]:
+  """(state, exit code) of a run that this error ends."""
+  if isinstance(error, KeyboardInterrupt):
+    return 'interrupted', 130
+  if isinstance(error, Diverged):
+    return 'diverged', 1
+  return 'failed', 2 if isinstance(error, UserError) else 1
 
 
 def _leave_at_once(code: int) -> None:

@@ -74,9 +74,11 @@ def initializer(task: Task, optimizer, use_ema: bool, seed: int, mesh: Mesh):
   )
 
 
-def create_state(task: Task, optimizer, use_ema: bool, seed: int, mesh: Mesh) -> TrainState:
+def create_state(
+  task: Task, optimizer, use_ema: bool, seed: int, mesh: Mesh, params: Params | None = None
+) -> TrainState:
   """A fresh state, initialised, or begun with given parameters, directly onto its shards."""
-  return initializer(task, optimizer, use_ema, seed, mesh)(task.start(mesh))
+  return initializer(task, optimizer, use_ema, seed, mesh)(params)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

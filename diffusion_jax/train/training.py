@@ -1,6 +1,7 @@
 """What the loop is given."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import optax
@@ -10,11 +11,15 @@ from diffusion_jax.data.loader import Loader
 from diffusion_jax.io.run_directory import RunDirectory
 from diffusion_jax.train.config import LoopConfig, SafetyConfig
 from diffusion_jax.train.tasks.task import Task
+from diffusion_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-  """Everything the loop needs, built and checked."""
+  """Everything the loop needs, built and checked.
+
+  start: gives the parameters on a mesh that a new run begins with, None for fresh ones.
+  """
 
   config: dict[str, Any]
   task: Task
@@ -25,4 +30,5 @@ class Training:
   loader: Loader
   mesh: Mesh
   directory: RunDirectory
+  start: Callable[[Mesh], Params | None]
   data_credit: str = ''

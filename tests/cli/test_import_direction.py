@@ -7,7 +7,7 @@ import pytest
 from tests.tiny import ROOT
 
 LAYERS = (
-  ('cli', '__main__'), ('build',), ('train', 'evaluation', 'pipelines'),
+  ('cli', '__main__'), ('trained',), ('build',), ('train', 'evaluation', 'pipelines'),
   ('io', 'data', 'parallel', 'viz'), ('diffusion', 'models'),
 )
 SHARED = {'types', 'errors', 'config', 'compile_cache', 'layout', '__init__'}

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from diffusion_jax.build import load_trained
 from diffusion_jax.diffusion import bounds, likelihood
 from diffusion_jax.diffusion.bounds import continuous_bound, discrete_bound
 from diffusion_jax.diffusion.gaussian_bounds import gaussian_bits
@@ -31,6 +30,7 @@ from diffusion_jax.evaluation.likelihood import (
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.parallel.sharding import in_batches
 from diffusion_jax.pipelines.text_to_image import fold
+from diffusion_jax.trained import load_trained
 
 CHEAP = LikelihoodConfig(draws=3, solver='heun', ode_steps=2)
 SAMPLES = 6

@@ -1,0 +1,35 @@
+"""Weights alone out of a run's checkpoints, to draw, score, or train on from."""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.io.checkpoint import Checkpoints
+from diffusion_jax.io.run_directory import RunDirectory
+from diffusion_jax.parallel.sharding import shard_params
+from diffusion_jax.types import Params
+
+
+def run_weights(workdir: str, shapes: dict[str, Any], mesh: Mesh) -> Params:
+  """The parameters of a run's newest whole checkpoint on a mesh, averaged where there are averages.
+
+  Neither optimizer nor anything else is read, and nothing in the run's directory changes.
+
+  Args:
+    shapes: what the parameters must be, by name.
+
+  Raises:
+    UserError: no run, no checkpoint yet, all of them damaged, or of another model.
+  """
+  directory = RunDirectory(workdir)
+  ema = directory.read_json('config.json')['loop']['ema_halflife_images'] > 0
+  checkpoints = Checkpoints(directory.checkpoints, read_only=True)
+  if not checkpoints.steps():
+    raise UserError(f'{workdir} has no checkpoint yet; train longer, or give another workdir.')
+  abstract = jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    shapes, shard_params(shapes, mesh),
+  )
+  return checkpoints.restore_params(None, abstract, ema)
