@@ -247,7 +247,7 @@ class _Session:
     self.safety.tell(
       'interrupted', message=f'stopped by {signal.Signals(number).name}, saved step {saved}'
     )
-    self.showing.report()
+    self.showing.report(last=True)
     if self.show:
       print(
         f'saved step {saved} of {self.t.loop.total_steps} in {self.t.directory.path}; '
@@ -270,7 +270,7 @@ class _Session:
     with self.safety.watchdog.allow(0, 'checkpoint'):
       self.saver.wait()
     self.safety.tell('finished', message=self.saver.trouble)
-    self.showing.report()
+    self.showing.report(last=True)
     if self.show:
       directory = self.t.directory
       print(f'finished: see {directory.path / "report.html"}; the model is in {directory.model}')

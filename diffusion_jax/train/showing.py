@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import jax
 import numpy as np
@@ -18,6 +19,9 @@ from diffusion_jax.viz.grids import make_grid, save_png
 from diffusion_jax.viz.report import write_report
 from diffusion_jax.viz.rundir import read_run
 
+REPORT_EVERY = 20
+"""Times as long as a report takes to write pass before the next, but for the last."""
+
 
 class Showing:
   """Every process draws and scores; process 0 writes."""
@@ -25,6 +29,7 @@ class Showing:
   def __init__(self, training: Training, writer: MetricsWriter, frozen: dict):
     self.t, self._writer, self._frozen = training, writer, frozen
     self._main = jax.process_index() == 0
+    self._next_report = 0.0
 
   def describe(self, state: TrainState, seconds: float) -> None:
     """Writes what the run is before anything can go wrong in it."""
@@ -73,11 +78,14 @@ class Showing:
       due(step, loop.evaluate_every_steps, loop) and not scores,
     )
 
-  def report(self) -> None:
-    """Writes report.html."""
-    if self._main:
+  def report(self, last: bool = False) -> None:
+    """Brings report.html up to date, unless that would take more than a few percent of the time."""
+    start = time.monotonic()
+    if self._main and (last or start >= self._next_report):
       self._writer.flush()
       write_report(self.t.directory.path)
+      now = time.monotonic()
+      self._next_report = now + REPORT_EVERY * (now - start)
 
   def finish(self, state: TrainState, seconds: float, scores: Scores, params: dict) -> None:
     """Exports the model with its scores; `params` are whole, on the host."""

@@ -11,8 +11,10 @@ from diffusion_jax.diffusion.denoiser import PREDICTIONS
 from diffusion_jax.diffusion.processes import PROCESSES
 from diffusion_jax.diffusion.samplers import SAMPLERS
 from diffusion_jax.diffusion.weightings import WEIGHTINGS
+from diffusion_jax.io import keeper
 from diffusion_jax.models.remat import REMAT
 from diffusion_jax.parallel.mesh import MeshConfig
+from diffusion_jax.train.config import SafetyConfig
 from tests.tiny import ROOT
 
 TEXT = (ROOT / 'docs' / 'diffusion.md').read_text()
@@ -69,3 +71,13 @@ def test_the_page_on_parallelism_names_every_key_and_kind():
   for path in re.findall(r'`([\w/]+\.py)', page):
     assert (ROOT / path).exists(), path
   assert '(docs/parallelism.md)' in (ROOT / 'README.md').read_text()
+
+
+def test_the_page_on_operations_names_every_state_and_key():
+  page = (ROOT / 'docs' / 'operations.md').read_text()
+  rows = dict(re.findall(r'^\| `safety\.(\w+)` \| ([\d.]+) \|', page, flags=re.MULTILINE))
+  defaults = {field.name: field.default for field in dataclasses.fields(SafetyConfig)}
+  assert {name: float(value) for name, value in rows.items()} == defaults
+  states = set(re.findall(r'^\|[^|]+\|[^|]+\| (\w+)', page, flags=re.MULTILINE)) - {'state'}
+  assert states - {'s'} == {*keeper.FINAL, 'killed', 'training'} - {'finished'}
+  assert '(docs/operations.md)' in (ROOT / 'README.md').read_text()
