@@ -195,6 +195,7 @@ class _Session:
   def _check(self, step: int, given_up: float) -> None:
     if given_up:
       self.writer.flush()
+      self.saver.wait()  # So that the last checkpoint can be named.
       raise Diverged(
         f'{self.t.safety.max_skipped_in_a_row} steps in a row up to step {step} had a loss or '
         'gradient that is not finite or a spike, and were skipped; the last checkpoint, from '

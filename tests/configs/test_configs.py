@@ -125,4 +125,6 @@ def test_the_base_is_locked_and_has_every_section():
     config.loop.no_such_key = 1
   for task, settings in SETTINGS.items():
     assert settings and base(task).task == task
-  assert {'data', 'optimizer', 'loop', 'mesh', 'dtype', 'remat', 'task'} == set(base('clip').keys())
+  assert set(base('clip').keys()) == {
+    'data', 'optimizer', 'loop', 'safety', 'mesh', 'dtype', 'remat', 'weights_from', 'task',
+  }

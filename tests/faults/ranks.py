@@ -55,7 +55,7 @@ class Ranks:
       return {'state': ''}
     return found if found['pid'] in [p.pid for p in self.processes] else {'state': ''}
 
-  def wait_for(self, *states: str, step: int = 0, seconds: float = 120) -> dict:
+  def wait_for(self, *states: str, step: int = 0, seconds: float = 300) -> dict:
     """The status once it is one of `states` at `step` or later."""
     end = time.monotonic() + seconds
     while True:
@@ -75,7 +75,7 @@ class Ranks:
     """Sends a signal to one process."""
     self.processes[rank].send_signal(number)
 
-  def results(self, seconds: float = 120) -> list[tuple[int, str, str]]:
+  def results(self, seconds: float = 300) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of each; -1 for one that does not end in time."""
     found, end = [], time.monotonic() + seconds
     for process in self.processes:
@@ -86,7 +86,7 @@ class Ranks:
         found.append((-1, '', str(error)))
     return found
 
-  def codes(self, seconds: float = 120) -> list[int]:
+  def codes(self, seconds: float = 300) -> list[int]:
     """The exit codes; shows what was said where a test compares them in vain."""
     results = self.results(seconds)
     for code, out, err in results:

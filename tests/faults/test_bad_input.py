@@ -104,7 +104,7 @@ def test_a_workdir_of_another_config(fails, finished, copy_of):
 
 def test_sampling_passes_over_a_truncated_checkpoint(command, finished, copy_of, capsys):
   run = copy_of(finished)
-  older, newer = sorted(int(path.name) for path in (run / 'checkpoints').iterdir())
+  older, newer = sorted(int(path.name) for path in (run / 'checkpoints').iterdir() if path.is_dir())
   for item in ('params', 'ema'):
     for file in (run / 'checkpoints' / str(newer) / item).rglob('d/*'):
       file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -124,7 +124,7 @@ def test_sampling_passes_over_a_truncated_checkpoint(command, finished, copy_of,
 
 def test_training_goes_on_from_before_a_truncated_checkpoint(command, finished, copy_of, capsys):
   run = copy_of(finished)
-  older, newer = sorted(int(path.name) for path in (run / 'checkpoints').iterdir())
+  older, newer = sorted(int(path.name) for path in (run / 'checkpoints').iterdir() if path.is_dir())
   file = next((run / 'checkpoints' / str(newer) / 'opt_state').rglob('d/*'))
   file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
   damaged = tiny.snapshot(run / 'checkpoints' / str(newer))
@@ -137,7 +137,7 @@ def test_training_goes_on_from_before_a_truncated_checkpoint(command, finished, 
   assert f'checkpoints/{newer} is damaged (opt_state/' in said.err
   assert f'going on from step {older}' in said.out
   assert tiny.snapshot(run / 'checkpoints' / 'quarantine' / str(newer)) == damaged
-  assert {path.name for path in (run / 'checkpoints').iterdir()} == {
+  assert {path.name for path in (run / 'checkpoints').iterdir() if path.is_dir()} == {
     str(older), str(newer), 'quarantine'
   }
 

@@ -56,7 +56,7 @@ def test_two_and_four_processes_agree_with_one(two, tmp_path, count, devices):
 def test_one_of_two_is_stopped_while_compiling_training_and_evaluating(two, tmp_path):
   """Four starts of one run. Both processes save the same step, and nothing differs in the end."""
   run = tmp_path / 'run'
-  stops = (('compiling', 0, 1), ('training', 12, 0), ('evaluating', EVALUATION, 1))
+  stops = (('compiling', 0, 0), ('training', 12, 1), ('evaluating', EVALUATION, 0))
   for state, step, rank in stops:
     with Ranks(run, 2, devices=2, loop=LOOP) as ranks:
       ranks.wait_for(state, step=step)
@@ -90,6 +90,8 @@ def test_a_killed_process_is_noticed_by_the_other_within_the_bound(tmp_path, vic
                       'checkpoint_every_steps': 50}}
   with Ranks(run, 2, **changes) as ranks:
     ranks.wait_for('training', step=60)
+    while not (run / 'checkpoints' / '50').is_dir():  # Saved in the background.
+      time.sleep(0.01)
     killed = time.monotonic()
     ranks.signal(victim, signal.SIGKILL)
     code = ranks.processes[1 - victim].wait(30)
