@@ -62,7 +62,8 @@ class Ranks:
       status = self.status()
       if status['state'] in states and self.logged() >= step:
         return status
-      if time.monotonic() > end or any(p.poll() not in (None, 0) for p in self.processes):
+      codes = [process.poll() for process in self.processes]
+      if time.monotonic() > end or None not in codes or any(codes):
         raise AssertionError((status, self.results(5)))
       time.sleep(0.002)
 

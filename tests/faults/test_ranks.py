@@ -12,8 +12,9 @@ from tests import tiny
 from tests.faults.ranks import Ranks
 
 SAME = ('loss', 'gradient_norm')
-STEPS, EVALUATION = 59, 30
+STEPS, EVALUATION = 180, 30
 LOOP = {'total_steps': STEPS, 'evaluate_every_steps': EVALUATION}
+# On a quiet machine a step takes some milliseconds, and a stop some tenths of a second.
 
 
 def _weights(run):
