@@ -56,11 +56,14 @@ class Ranks:
     return found if found['pid'] in [p.pid for p in self.processes] else {'state': ''}
 
   def wait_for(self, *states: str, step: int = 0, seconds: float = 300) -> dict:
-    """The status once it is one of `states` at `step` or later."""
+    """The status once it is one of `states` at `step` or later, by itself or by the metrics.
+
+    Lines of metrics are written a step late, and the status at most once a second.
+    """
     end = time.monotonic() + seconds
     while True:
       status = self.status()
-      if status['state'] in states and self.logged() >= step:
+      if status['state'] in states and max(status['step'], self.logged()) >= step:
         return status
       codes = [process.poll() for process in self.processes]
       if time.monotonic() > end or None not in codes or any(codes):
