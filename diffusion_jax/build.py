@@ -1,21 +1,13 @@
-"""Configuration to objects: the only place that reads a ConfigDict."""
+"""Configuration to objects."""
 
 import dataclasses
-import difflib
-import importlib
-import sys
-from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from absl import flags
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from diffusion_jax.config import typed
 from diffusion_jax.data.credits import CREDITS
 from diffusion_jax.data.folder import FOLDER, Together, open_folder
 from diffusion_jax.data.loader import Loader, Source
@@ -25,161 +17,28 @@ from diffusion_jax.data.transforms import build_transforms
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.job import check_samples
 from diffusion_jax.io.metrics_backends import check_wandb
-from diffusion_jax.io.run_directory import RunDirectory, flatten, normalise
+from diffusion_jax.io.run_directory import RunDirectory
 from diffusion_jax.io.trained import run_weights
-from diffusion_jax.models.remat import REMAT
 from diffusion_jax.models.text.tokenizer import (
   Tokenize,
   load_tokenizer,
   save_tokenizer,
   train_tokenizer,
 )
-from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from diffusion_jax.parallel.mesh import make_mesh
 from diffusion_jax.parallel.sharding import local_rows
 from diffusion_jax.pipelines.directory import assemble
+from diffusion_jax.recipe import DTYPES, LATENT, TrainingConfig, completed, parse, resolved
 from diffusion_jax.train.cache import ChooseText, cached_source
-from diffusion_jax.train.config import LoopConfig, SafetyConfig
-from diffusion_jax.train.optimizer import OptimizerConfig, learning_rates, make_optimizer
-from diffusion_jax.train.tasks.autoencoder import AutoencoderTask, AutoencoderTaskConfig
+from diffusion_jax.train.optimizer import learning_rates, make_optimizer
+from diffusion_jax.train.tasks.autoencoder import AutoencoderTask
 from diffusion_jax.train.tasks.clip import CLIPTask, CLIPTaskConfig
-from diffusion_jax.train.tasks.diffusion import DiffusionTask, DiffusionTaskConfig
-from diffusion_jax.train.tasks.finetune import FinetuneTaskConfig, make_finetune_task
+from diffusion_jax.train.tasks.diffusion import DiffusionTask
+from diffusion_jax.train.tasks.finetune import make_finetune_task
 from diffusion_jax.train.tasks.prior import draw_prior
 from diffusion_jax.train.tasks.task import Task
-from diffusion_jax.train.tasks.toy import ToyTask, ToyTaskConfig
+from diffusion_jax.train.tasks.toy import ToyTask
 from diffusion_jax.train.training import Training
-
-DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-  """dataset: a name that `prepare` knows, of `POINT_SETS`, or 'folder:PATH' of pictures; size: edge
-  of the images in pixels, or points in a record; prepare: make it if missing; caption: of every
-  picture of a folder that has none of its own, or several, one a line.
-
-  transforms: (name, arguments) pairs in order, applied to every training image; workers: threads
-  that read and transform, in each process; 0 does it between the steps.
-  """
-
-  dataset: str
-  size: int
-  data_dir: str = ''
-  prepare: bool = False
-  caption: str = ''
-  transforms: tuple = ()
-  workers: int = 2
-
-  def __post_init__(self):
-    if self.workers < 0:
-      raise UserError(f'data.workers is {self.workers}; give a number of threads, or 0.')
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingConfig:
-  """The whole configuration; the type of `settings` follows from `task`.
-
-  dtype: type of the computation, float32 or bfloat16; parameters are always float32. remat: what
-  the backward pass computes again instead of keeping it, one of `models.remat.REMAT`. weights_from:
-  workdir of a run of the same network whose last weights this one begins with; '' for none.
-  """
-
-  task: str
-  data: DataConfig
-  settings: Any
-  optimizer: OptimizerConfig = OptimizerConfig()
-  loop: LoopConfig = LoopConfig()
-  safety: SafetyConfig = SafetyConfig()
-  mesh: MeshConfig = MeshConfig()
-  dtype: str = 'float32'
-  remat: str = 'none'
-  weights_from: str = ''
-
-  def __post_init__(self):
-    if self.dtype not in DTYPES:
-      raise UserError(f'config.dtype is {self.dtype!r}; choose one of {", ".join(DTYPES)}.')
-    if self.remat not in REMAT:
-      raise UserError(f'config.remat is {self.remat!r}; choose one of {", ".join(REMAT)}.')
-    if self.task == 'toy' and self.remat != 'none':
-      raise UserError('config.remat has no effect on task toy, whose network is small; set none.')
-
-
-LATENT = ('diffusion', 'finetune')
-"""Tasks that train in the space of latents."""
-
-SETTINGS = {
-  'autoencoder': AutoencoderTaskConfig,
-  'clip': CLIPTaskConfig,
-  'diffusion': DiffusionTaskConfig,
-  'finetune': FinetuneTaskConfig,
-  'toy': ToyTaskConfig,
-}
-
-
-def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
-  """Runs a config file and applies overrides such as '--config.loop.batch_size=8'.
-
-  Raises:
-    UserError: no such file, an error in it, an unknown key or a value of the wrong type.
-  """
-  file = Path(path)
-  if file.suffix != '.py' or not file.is_file():
-    raise UserError(f'there is no config {path}; give a file such as configs/openmoji/clip.py.')
-  for folder in file.resolve().parents:
-    if folder.name == 'configs':  # Recipes import configs.base.
-      sys.path.insert(0, str(folder.parent))
-      importlib.invalidate_caches()
-      break
-  values = flags.FlagValues()
-  arguments = ['diffusion_jax', f'--config={path}', *overrides]
-  config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=arguments)
-  try:
-    values(arguments)
-    return values.config
-  except UserError:
-    raise
-  except Exception as error:  # A config file is Python, so anything may come out of it.
-    if overrides:
-      _check_keys(load_config(path), overrides)
-    reason = ' '.join(str(error).split())[:300] or type(error).__name__
-    raise UserError(f'the config {path} cannot be used: {reason}') from error
-
-
-def _check_keys(config: ConfigDict, overrides: Sequence[str]) -> None:
-  known = [f'config.{key}' for key in flatten(config.to_dict())]
-  for override in overrides:
-    name = override.lstrip('-').partition('=')[0]
-    if override.startswith('-') and not any(f'{key}.'.startswith(f'{name}.') for key in known):
-      close = difflib.get_close_matches(name, known, n=1)
-      hint = f'did you mean {close[0]}?' if close else 'see the config file for its keys.'
-      raise UserError(f'{name} is not a known key; {hint}')
-
-
-def parse(config: ConfigDict | dict) -> TrainingConfig:
-  """Typed, frozen and checked.
-
-  Raises:
-    UserError: unknown, missing or dead key, wrong type or impossible value.
-  """
-  values = config.to_dict() if isinstance(config, ConfigDict) else config
-  task = values.get('task')
-  if task not in SETTINGS:
-    raise UserError(f'config.task is {task!r}; choose one of {", ".join(SETTINGS)}.')
-  settings = typed(SETTINGS[task], values.get('settings', {}), 'settings.')
-  return typed(TrainingConfig, {**values, 'settings': settings})
-
-
-def resolved(config: TrainingConfig) -> dict[str, Any]:
-  """Every value in force, as JSON would have it; `parse` reads it back to the same object."""
-  return normalise(dataclasses.asdict(config))
-
-
-def _completed(values: dict[str, Any]) -> dict[str, Any]:
-  """A config that an older version has written, with the keys that are new since."""
-  try:
-    return resolved(parse(values))
-  except UserError:  # One of its keys is gone; the comparison will name it.
-    return values
 
 
 def open_sources(config: TrainingConfig) -> tuple[Source, Source]:
@@ -306,7 +165,7 @@ def build(config: ConfigDict | dict, workdir: str) -> Training:
   checked = parse(config)
   check_wandb(checked.loop.wandb_project)
   directory = RunDirectory(workdir)
-  directory.check_config(resolved(checked), _completed)
+  directory.check_config(resolved(checked), completed)
   mesh = make_mesh(checked.mesh)
   if checked.remat == 'offload':
     _check_host_memory(mesh)

@@ -4,13 +4,14 @@ from collections.abc import Callable
 
 import jax
 
-from diffusion_jax.build import LATENT, build_task, open_sources, parse
+from diffusion_jax.build import build_task, open_sources
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.run_directory import RunDirectory
 from diffusion_jax.io.trained import run_weights
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.parallel.sharding import put_params, to_host
 from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
+from diffusion_jax.recipe import LATENT, parse
 from diffusion_jax.train.tasks.task import Scores
 from diffusion_jax.types import Weights
 

@@ -29,9 +29,10 @@ def run(args: argparse.Namespace) -> int:
   """Trains."""
   if stray := [a for a in args.overrides if a.startswith('-') and not a.startswith('--config.')]:
     raise UserError(f'train does not know {stray[0]}; keys of the config start with --config.')
-  from diffusion_jax.build import build, load_config
+  from diffusion_jax.build import build
   from diffusion_jax.compile_cache import enable_compile_cache
   from diffusion_jax.parallel.startup import start_distributed
+  from diffusion_jax.recipe import load_config
   from diffusion_jax.train.loop import train
 
   enable_compile_cache()

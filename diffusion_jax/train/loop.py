@@ -232,8 +232,10 @@ class _Session:
 
   def _save(self) -> None:
     self._log()
-    if self.meter.totals:  # A state that the guard has given up on has nothing new to keep.
-      self._check(self.step, self.meter.read(self.meter.totals)['given_up'])
+    if self.meter.totals and self.meter.read(self.meter.totals)['given_up']:
+      # Nothing new to keep: the run ends here, with the last metrics written.
+      self.pending = (self.step, *self.meter.close_window())
+      self._log()
     with self.goodput.phase('checkpoint'):
       self.saver.save(self.step, self.state, self.meter.totals, self.goodput.totals())
     self.safety.tell('training')

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from diffusion_jax.config import typed
 from diffusion_jax.diffusion.schedules import ScheduleConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.viz import page
-from diffusion_jax.viz.curves import line_chart, spread, timestep_chart
+from diffusion_jax.viz.curves import line_chart, timestep_chart
 from diffusion_jax.viz.diffusion import schedule_chart
+from diffusion_jax.viz.report_grids import grids_section
 from diffusion_jax.viz.rundir import Line, Run, is_number, read_run
 from diffusion_jax.viz.svg import inline
 
 MAX_BYTES = 8_000_000
-_THUMBNAILS = 24
-_THUMBNAIL_SIZE = 416  # Twice what the page shows, for dense screens.
 _SMOOTHING = 0.8
 
 _COLUMNS = {
@@ -71,7 +67,7 @@ def write_report(workdir: Path) -> Path:
   )
   title = f'{_task(run)} · {run.name}'
   frame = len(page.page(title, before + after).encode())
-  text = page.page(title, before + _grids(run, MAX_BYTES - frame) + after)
+  text = page.page(title, before + grids_section(run, MAX_BYTES - frame) + after)
   path = workdir / 'report.html'
   temporary = path.with_name(f'.report.html.{os.getpid()}.tmp')
   try:
@@ -183,7 +179,6 @@ def _charts(run: Run, wanted: Callable[[str], bool]) -> str:
   return page.chart_grid(charts)
 
 
-
 def _losses(run: Run) -> str:
   body = _charts(run, lambda key: key.startswith('loss'))
   note = 'Faint: as logged. Strong: average of neighbouring points.'
@@ -248,62 +243,6 @@ def _resources(run: Run) -> str:
       rows.append((title, [page.number(v) for v in (values[0], values[-1], max(values))]))
   body = page.number_table(['', 'first line', 'last line', 'most'], rows) if rows else ''
   return page.section('resources', 'Resources', '', body)
-
-
-def _grids(run: Run, limit: int) -> str:
-  """The newest grid large, earlier ones small, in at most about `limit` characters."""
-  readable = [(step, image) for step, image in _open_grids(run) if image is not None]
-  if not readable or limit < 50_000:
-    return ''
-  (step, newest), earlier = readable[-1], readable[:-1]
-  share = 0.6 if earlier else 0.95
-  label = f'Samples at step {step:,}'
-  source = page.embed_image(newest, int(limit * share))
-  body = (
-    f'<figure class="card latest"><img src="{source}" alt="{label}"></figure>'
-    + _image_text(newest)
-  )
-  thumbnails = []
-  for earlier_step, image in earlier:
-    image.thumbnail((_THUMBNAIL_SIZE, _THUMBNAIL_SIZE), Image.Resampling.LANCZOS)
-    source = page.embed_image(image, int(limit * 0.35 / len(earlier)))
-    name = f'step {earlier_step:,}'
-    thumbnails.append(
-      f'<figure><img src="{source}" alt="{name}"><figcaption>{name}</figcaption></figure>\n'
-    )
-  strip = f'<div class="strip">\n{"".join(thumbnails)}</div>' if thumbnails else ''
-  shown = f' Below it {len(earlier)} of {len(run.grids) - 1} earlier ones.' if earlier else ''
-  return page.section('samples', 'Samples', f'{label}.{shown}', body + strip)
-
-
-def _open_grids(run: Run) -> list[tuple[int, Image.Image | None]]:
-  """The grids that are shown; None for a file that is damaged or still being written."""
-  opened = []
-  for step, path in spread(run.grids, _THUMBNAILS + 1):
-    try:
-      with Image.open(path) as file:
-        image = file.convert('RGB')
-        image.info = {'text': dict(getattr(file, 'text', {}))}
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-      image = None
-    opened.append((step, image))
-  return opened
-
-
-def _image_text(image: Image.Image) -> str:
-  """The text chunks of a PNG: captions, settings; a JSON list is shown as a list."""
-  parts = []
-  for key, text in image.info.get('text', {}).items():
-    try:
-      value: Any = json.loads(text)
-    except (ValueError, RecursionError):
-      value = text
-    if isinstance(value, list):
-      shown = '<ol>' + ''.join(f'<li>{page.escape(page.plain(v))}</li>' for v in value) + '</ol>'
-    else:
-      shown = page.escape(page.plain(value))
-    parts.append(f'<dt class="muted">{page.escape(key)}</dt><dd>{shown}</dd>\n')
-  return page.details('About these samples', f'<dl>{"".join(parts)}</dl>') if parts else ''
 
 
 def _schedule(run: Run) -> str:

@@ -1,4 +1,6 @@
-"""cli -> build -> train, evaluation, pipelines -> io, data, parallel, viz -> diffusion, models."""
+"""cli -> trained -> build -> recipe -> train, evaluation, pipelines -> io, data, parallel, viz ->
+diffusion, models.
+"""
 
 import ast
 
@@ -7,7 +9,7 @@ import pytest
 from tests.tiny import ROOT
 
 LAYERS = (
-  ('cli', '__main__'), ('trained',), ('build',), ('train', 'evaluation', 'pipelines'),
+  ('cli', '__main__'), ('trained',), ('build',), ('recipe',), ('train', 'evaluation', 'pipelines'),
   ('io', 'data', 'parallel', 'viz'), ('diffusion', 'models'),
 )
 SHARED = {'types', 'errors', 'config', 'compile_cache', 'layout', '__init__'}
@@ -47,11 +49,11 @@ def test_imports_point_one_way(path):
       assert {own, part} != {'models', 'diffusion'}, f'{own} imports {part}'
 
 
-def test_only_build_reads_a_config_dict():
+def test_only_build_and_recipe_know_a_config_dict():
   readers = {
     str(path.relative_to(PACKAGE)) for path in FILES if 'ml_collections' in path.read_text()
   }
-  assert readers == {'build.py'}
+  assert readers == {'build.py', 'recipe.py'}
 
 
 def test_every_layer_exists():

@@ -6,13 +6,13 @@ import difflib
 import jax
 import pytest
 
-from diffusion_jax.build import SETTINGS, load_config, parse, resolved
 from diffusion_jax.data.points import open_points
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.pretrained import load_params
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.pipelines.directory import assemble
+from diffusion_jax.recipe import SETTINGS, load_config, parse, resolved
 from diffusion_jax.train.optimizer import make_optimizer
 from diffusion_jax.train.tasks.autoencoder import AutoencoderTask
 from diffusion_jax.train.tasks.clip import CLIPTask

@@ -1,5 +1,6 @@
 """No device holds the whole: initialisation, Stable Diffusion XL's state, rematerialisation."""
 
+import json
 import math
 import re
 
@@ -90,6 +91,19 @@ def test_stable_diffusion_xl_on_eight_devices(sdxl, config, wanted):
   if mesh.shape['data'] == 1:
     assert wanted == 4 * ((2_567_463_684 - sum(whole)) // 8 + sum(whole))
     assert sum(whole) < 0.001 * 2_567_463_684  # Biases and norms.
+
+
+def test_the_compiled_step_of_stable_diffusion_xl_is_given_that_state(sdxl):
+  """The committed figures of benchmarks/sharding_memory.py, which compiles for minutes."""
+  measured = json.loads((tiny.ROOT / 'benchmarks' / 'sharding_memory.json').read_text())
+  (found,) = [one for one in measured if (one['model'], one['mesh']) == ('sdxl', '8x1')]
+  _, _, state = state_of(sdxl, make_mesh(FSDP))
+  assert (found['parameter_bytes'], found['adam_bytes'], found['average_bytes']) == (
+    held(state.params), held(state.opt_state), held(state.ema)
+  )
+  assert found['latents'] == 128 and found['remat'] == 'block'
+  given = found['argument_bytes'] - held(state)
+  assert 0 < given < 2**20  # Latents, text and sizes of one example.
 
 
 def gradients(network: Network, *inputs):

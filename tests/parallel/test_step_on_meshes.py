@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion_jax import build
+from diffusion_jax import build, recipe
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.parallel.sharding import put_batch, put_params, to_host
 from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -35,7 +35,7 @@ UNREAD = ('decoder.', 'post_quant_conv.', 'vision_model.', 'visual_projection.',
 @pytest.fixture(scope='module')
 def task(parts, sources):
   """A U-Net of eight channels on latents of 8 x 8, of pictures and captions that are encoded."""
-  config = build.parse(tiny.diffusion_config(parts, {'cache': False}))
+  config = recipe.parse(tiny.diffusion_config(parts, {'cache': False}))
   return build.build_task(config, *sources, None, None)
 
 

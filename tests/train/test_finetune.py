@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import build
+from diffusion_jax.errors import UserError
 from diffusion_jax.io.checkpoint import Checkpoints
 from diffusion_jax.io.tensors import read_tensors
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
@@ -19,6 +20,7 @@ from diffusion_jax.parallel.sharding import shard_params, to_host
 from diffusion_jax.pipelines.adapters import add_controlnet, add_lora, add_words
 from diffusion_jax.pipelines.conditions import Inputs
 from diffusion_jax.pipelines.directory import load_text_to_image
+from diffusion_jax.recipe import load_config
 from diffusion_jax.train.tasks.diffusion import DiffusionTask
 from diffusion_jax.types import Condition
 from tests import tiny
@@ -59,7 +61,7 @@ def opened(tuned, arguments):
     if recipe not in known:
       file, more = arguments(recipe, tuned(recipe))
       with one_device():
-        training = build.build(build.load_config(file, more), str(tuned(recipe)))
+        training = build.build(load_config(file, more), str(tuned(recipe)))
       shapes = jax.eval_shape(training.task.initialize, jax.random.key(0))
       put = shard_params(shapes, training.mesh)
       abstract = {
@@ -367,7 +369,7 @@ def test_a_model_of_another_architecture_is_refused(pipelines):
   config = FinetuneTaskConfig(
     model=str(pipelines / 'sd'), architecture='sd15', preview_captions=('a cat',)
   )
-  with pytest.raises(build.UserError, match=r"the unet of .* is not that of sd15; set settings"):
+  with pytest.raises(UserError, match=r"the unet of .* is not that of sd15; set settings"):
     make_finetune_task(config, None, None, make_mesh(MeshConfig()), jnp.float32)
 
 
