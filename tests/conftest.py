@@ -112,19 +112,23 @@ def parts(once, sources):
 
 @pytest.fixture(scope='session')
 def command():
-  """command(*arguments): one command in this process; its exit code."""
+  """command(*arguments, devices=1): one command in this process; its exit code."""
 
-  def run(*arguments):
+  def run(*arguments, devices=1):
     from diffusion_jax.__main__ import main
 
-    return main([str(argument) for argument in arguments])
+    with tiny.few_devices(devices):
+      return main([str(argument) for argument in arguments])
 
   return run
 
 
 @pytest.fixture(scope='session')
 def trained(once, parts, command):
-  """trained(task): workdir of a run of four steps that has finished, scored on the way."""
+  """trained(task): workdir of a run of four steps that has finished, scored on the way.
+
+  That of diffusion was trained on eight devices.
+  """
 
   def run(task):
     values = {
@@ -134,7 +138,9 @@ def trained(once, parts, command):
 
     def make(folder):
       config = tiny.write_config(folder / 'recipe.py', values)
-      assert command('train', '--config', config, '--workdir', folder / 'run', '--quiet') == 0
+      run = folder / 'run'
+      devices = 8 if task == 'diffusion' else 1
+      assert command('train', '--config', config, '--workdir', run, '--quiet', devices=devices) == 0
 
     return once(f'trained_{task}', make) / 'run'
 

@@ -1,33 +1,24 @@
 """sample: the pictures depend on seed, prompt and model, and on nothing else."""
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from diffusion_jax.cli import sample
-from diffusion_jax.parallel import mesh as meshes
 from diffusion_jax.pipelines import conditions
 from tests import tiny
 
 PROMPTS = ('red apple', 'cat face', 'sun')
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-  """As on a machine with one device, where --batch is not rounded up."""
-  make = meshes.make_mesh
-  monkeypatch.setattr(meshes, 'make_mesh', lambda config: make(config, jax.devices()[:1]))
-
-
 @pytest.fixture(scope='module')
 def draw(command, finished, tmp_path_factory):
   """draw(*arguments): name -> picture, of PROMPTS unless others are given."""
 
-  def run(*arguments, source=('--workdir', finished), prompts=PROMPTS):
+  def run(*arguments, source=('--workdir', finished), prompts=PROMPTS, devices=1):
     out = tmp_path_factory.mktemp('pictures')
     prompt = [x for prompt in prompts for x in ('--prompt', prompt)]
-    assert command('sample', *source, *prompt, '--out', out, *arguments) == 0
+    assert command('sample', *source, *prompt, '--out', out, *arguments, devices=devices) == 0
     return {path.name: Image.open(path) for path in out.iterdir()}
 
   return run
@@ -64,10 +55,10 @@ def test_prompt_and_settings_are_in_the_file(pictures, finished):
   assert pictures['grid.png'].text['prompts'] == '\n'.join(PROMPTS)
 
 
-@pytest.mark.parametrize('batch', [1, 3, 8])
-def test_the_batch_size_does_not_change_a_picture(draw, pictures, one_device, batch):
+@pytest.mark.parametrize(('batch', 'devices'), [(1, 1), (3, 1), (8, 1), (1, 8)])
+def test_batch_size_and_devices_do_not_change_a_picture(draw, pictures, batch, devices):
   """Not to the bit: XLA sums in another order at another size. One level of 255 at most."""
-  found, wanted = _pixels(draw('--seed', 3, '--batch', batch)), _pixels(pictures)
+  found, wanted = _pixels(draw('--seed', 3, '--batch', batch, devices=devices)), _pixels(pictures)
   assert found.keys() == wanted.keys()
   for name, image in wanted.items():
     assert np.abs(found[name].astype(int) - image).max() <= 1, name

@@ -1,6 +1,5 @@
 """sample with pipelines of diffusers: pictures beside the prompt, and what others have trained."""
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,21 +13,11 @@ from diffusion_jax.io.textual_inversion import (
   TextualInversion,
   write_textual_inversion,
 )
-from diffusion_jax.parallel import mesh as meshes
 from diffusion_jax.pipelines.directory import read_pipeline
 from tests.parity import small_pipelines as small
 
 RNG = np.random.default_rng(0)
 FAST = ('--steps', 2, '--batch', 1)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_device():
-  """For which a program is compiled sooner than for eight."""
-  make = meshes.make_mesh
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(meshes, 'make_mesh', lambda config: make(config, jax.devices()[:1]))
-    yield
 
 
 @pytest.fixture(scope='module')

@@ -20,7 +20,7 @@ SAME = ('loss', 'gradient_norm', 'learning_rate', 'loss_by_timestep')
 def recipe(tmp_path_factory, parts):
   """Diffusion on cached latents: every step draws captions, timesteps, noise and dropout."""
   values = tiny.diffusion_config(
-    parts, loop={'total_steps': STEPS, 'checkpoint_every_steps': 1000}
+    parts, loop={'total_steps': STEPS, 'checkpoint_every_steps': 1000, 'evaluate_samples': 0}
   )
   return tiny.write_config(tmp_path_factory.mktemp('resume') / 'recipe.py', values)
 
@@ -54,7 +54,7 @@ def _interrupt(process, run, number, after):
 
 @pytest.mark.slow
 def test_stopped_and_started_again_is_uninterrupted(recipe, uninterrupted, small_data, tmp_path):
-  run, env = tmp_path / 'run', tiny.environment(small_data)
+  run, env = tmp_path / 'run', tiny.environment(small_data, devices=1)
   arguments = ['train', '--config', recipe, '--workdir', str(run)]
   number = signal.SIGINT  # SIGTERM, in tests/faults/test_ranks.py.
   code, out, err = _interrupt(tiny.start(arguments, env), run, number, after=3)
@@ -114,7 +114,7 @@ def test_a_finished_run_trains_no_further_step(command, finished, copy_of, monke
 
   monkeypatch.setattr(loop, 'put_batch', no_step)
   recipe = finished.parent / 'recipe.py'
-  assert command('train', '--config', recipe, '--workdir', run, '--quiet') == 0
+  assert command('train', '--config', recipe, '--workdir', run, '--quiet', devices=8) == 0
   assert tiny.metrics(run) == before[0]
   assert tiny.snapshot(run / 'checkpoints') == before[1]
   after = tiny.snapshot(run / 'model')

@@ -1,13 +1,9 @@
 """Runs of the recipes for fine-tuning, at a tiny size, that the tests share."""
 
-import contextlib
 import shutil
 
-import jax
 import pytest
 
-from diffusion_jax import build
-from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from tests import tiny, tiny_pipeline
 
 RECIPES = tiny.ROOT / 'configs' / 'finetune'
@@ -25,14 +21,6 @@ SMALL = {
   'loop.total_steps': 4, 'loop.batch_size': 8, 'loop.log_every_steps': 1,
   'loop.checkpoint_every_steps': 2, 'loop.sample_every_steps': 0, 'loop.ema_halflife_images': 0.0,
 }
-
-
-@contextlib.contextmanager
-def one_device():
-  """Runs are built on a mesh of one device, for which XLA compiles in half the time."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(build, 'make_mesh', lambda _: make_mesh(MeshConfig(), jax.devices()[:1]))
-    yield
 
 
 @pytest.fixture(scope='session')
@@ -79,9 +67,8 @@ def tuned(once, arguments, command):
   def run(recipe):
     def make(folder):
       config, more = arguments(recipe, folder / 'run')
-      with one_device():
-        code = command('train', '--config', config, '--workdir', folder / 'run', '--quiet', *more)
-      assert code == 0
+      run = folder / 'run'
+      assert command('train', '--config', config, '--workdir', run, '--quiet', *more) == 0
 
     return once(f'tuned_{recipe}', make) / 'run'
 
@@ -99,9 +86,7 @@ def resumed(tuned, arguments, command, tmp_path):
     shutil.rmtree(folder / 'run' / 'model')
     # The config of a run holds the folder of its prior, which stays where it is.
     config, more = arguments(recipe, tuned(recipe))
-    with one_device():
-      code = command('train', '--config', config, '--workdir', folder / 'run', '--quiet', *more)
-    assert code == 0
+    assert command('train', '--config', config, '--workdir', folder / 'run', '--quiet', *more) == 0
     return folder / 'run'
 
   return run

@@ -24,7 +24,7 @@ from diffusion_jax.recipe import load_config
 from diffusion_jax.train.tasks.diffusion import DiffusionTask
 from diffusion_jax.types import Condition
 from tests import tiny
-from tests.train.conftest import OF, RECIPES, one_device
+from tests.train.conftest import OF, RECIPES
 
 FULL = ('sdxl', 'inpainting', 'dreambooth')
 ADAPTERS = ('lora', 'controlnet', 'textual_inversion')
@@ -60,7 +60,7 @@ def opened(tuned, arguments):
   def make(recipe):
     if recipe not in known:
       file, more = arguments(recipe, tuned(recipe))
-      with one_device():
+      with tiny.few_devices():
         training = build.build(load_config(file, more), str(tuned(recipe)))
       shapes = jax.eval_shape(training.task.initialize, jax.random.key(0))
       put = shard_params(shapes, training.mesh)
