@@ -23,6 +23,7 @@ import contextlib
 import fcntl
 import itertools
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -30,6 +31,10 @@ import numpy as np
 import pytest
 
 from tests import tiny
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # As in the background of a shell script.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure(config):

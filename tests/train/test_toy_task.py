@@ -104,7 +104,7 @@ def test_learned_scores_are_drawn_on_the_scale_of_the_data():
 
 def test_importance_resumes_to_the_bit_and_the_run_is_whole(tmp_path, command):
   values = load_config(str(TOYS / 'iddpm.py')).to_dict()
-  values['settings'] |= {'width': 16, 'depth': 1}
+  values['settings'] |= {'width': 16, 'depth': 1, 'likelihood_points': 16}
   values['settings']['schedule']['num_train_timesteps'] = 4
   values['settings']['sample']['steps'] = 4
   values['data']['size'] = 16
