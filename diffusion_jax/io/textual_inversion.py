@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffusion_jax.errors import UserError
 from diffusion_jax.io.tensors import open_tensors, write_tensors
+from diffusion_jax.io.torch_files import load_plain, tensors_of
 from diffusion_jax.models.checks import require
 
 FILES = {
@@ -108,28 +108,11 @@ def _read_tensors(path: Path) -> tuple[str | None, dict[str, np.ndarray]]:
 
 
 def _read_pickle(path: Path) -> tuple[str | None, dict[str, np.ndarray]]:
-  """Old files of either layout. PyTorch's weights_only refuses whatever is not plain data."""
-  require(path.is_file(), f'There is no file {path}; check the path.')
-  try:
-    import torch
-  except ImportError as error:
-    raise UserError(f'{path} can only be read where PyTorch is installed; convert it.') from error
-  try:
-    values = torch.load(path, map_location='cpu', weights_only=True)
-  except Exception as error:  # Many kinds; all mean that the file is not plain data.
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    raise UserError(
-      f'{path} cannot be read without running code from it ({reason}); convert it to safetensors.'
-    ) from error
-  require(isinstance(values, dict), f'{path} holds no embeddings by name.')
-  token = None
+  """Old files of either layout."""
+  values, token = load_plain(path), None
   if 'string_to_param' in values:
     token, values = values.get('name'), {'emb_params': values['string_to_param'].get('*')}
-  rows = {
-    name: value.detach().float().numpy() for name, value in values.items()
-    if isinstance(value, torch.Tensor)
-  }
-  return token, rows
+  return token, tensors_of(values)
 
 
 def write_textual_inversion(
