@@ -9,8 +9,10 @@ from tqdm import tqdm
 
 from diffusion_jax.data.sources import ImageSource
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import metrics as M
 from diffusion_jax.evaluation.features import CLIPFeatures, load_features
+from diffusion_jax.evaluation.metrics.frechet import frechet_distance
+from diffusion_jax.evaluation.metrics.kernel import kernel_distance
+from diffusion_jax.evaluation.metrics.text import clip_score, retrieval_recall
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.parallel.sharding import put_params, to_host
 from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
@@ -79,15 +81,15 @@ def _scores(evaluation: Evaluation, images: np.ndarray, seed: int) -> dict[str, 
   texts = evaluation.texts[: len(images)]
   reference = Statistics.from_features(evaluation.reference)
   size = min(KID_SUBSET_SIZE, len(images), len(evaluation.reference))
-  kid, kid_std = M.kernel_distance(
+  kid, kid_std = kernel_distance(
     images, evaluation.reference, subsets=KID_SUBSETS, subset_size=size, seed=seed
   )
-  recall = M.retrieval_recall(images, texts, k=1, candidates=CANDIDATES, seed=seed)
+  recall = retrieval_recall(images, texts, k=1, candidates=CANDIDATES, seed=seed)
   return {
-    'fd_clip': M.frechet_distance(Statistics.from_features(images), reference),
+    'fd_clip': frechet_distance(Statistics.from_features(images), reference),
     'kid_clip': kid,
     'kid_clip_std': kid_std,
-    'clip_score': M.clip_score(images, texts),
+    'clip_score': clip_score(images, texts),
     'retrieval_r1': recall,
   }
 

@@ -1,21 +1,24 @@
 """Mean and covariance of features, as sums that can be merged over batches, hosts and restarts.
 
-Everything is float64 on the host. Raw second moments lose so many digits that the covariance can
-get negative eigenvalues, so deviations from the running mean are summed instead (Chan, Golub and
-LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances").
+Everything is float64 on the host; `device_statistics` sums on devices. Raw second moments lose so
+many digits that the covariance can get negative eigenvalues, so deviations from the running mean
+are summed instead (Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for
+computing sample variances").
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import zipfile
-from pathlib import Path
+import functools
+from collections.abc import Iterable
+from typing import NoReturn
 
 import numpy as np
 from jaxtyping import Float
 
 from diffusion_jax.errors import UserError
+
+_ROWS = 8192  # In float64 at a time, so that memory does not grow with the features.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,7 +43,7 @@ class Statistics:
   @classmethod
   def from_features(cls, features: Float[np.ndarray, 'n d']) -> Statistics:
     """Statistics of all rows of `features`, of any float type. UserError if one is not finite."""
-    features = np.asarray(features, np.float64)
+    features = np.asarray(features)
     if features.ndim != 2:
       raise UserError(
         f'Features must have the shape [n d], not {list(features.shape)}: flatten or pool them.'
@@ -51,13 +54,23 @@ class Statistics:
       )
     if len(features) == 0:
       return cls.empty(features.shape[1])
+    parts = (features[i : i + _ROWS] for i in range(0, len(features), _ROWS))
+    return merge_all(cls._at_once(part.astype(np.float64)) for part in parts)
+
+  @classmethod
+  def _at_once(cls, features: Float[np.ndarray, 'n d']) -> Statistics:
     mean = features.mean(0)
     centred = features - mean
     return cls(len(features), mean, centred.T @ centred)
 
-  def merge(self, other: Statistics) -> Statistics:
-    """Statistics of both sets together (Chan et al. 1979, eq. 2.1). UserError if widths differ."""
-    _check_same_width(self, other)
+  def merge(self, other: Moments) -> Statistics:
+    """Statistics of both sets together (Chan et al. 1979, eq. 2.1).
+
+    UserError if the widths differ, or `other` does not know its number of samples.
+    """
+    check_same_width(self, other)
+    if other.n is None:
+      other.merge(self)
     n = self.n + other.n
     if n == 0:
       return self
@@ -75,39 +88,48 @@ class Statistics:
       )
     return self.m2 / (self.n - 1)
 
-  def save(self, path: str | os.PathLike) -> None:
-    """Writes an npz with the keys n, mean and m2; the file is either whole or not there."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-      with open(temporary, 'wb') as file:
-        np.savez(file, n=np.int64(self.n), mean=self.mean, m2=self.m2)
-      os.replace(temporary, path)
-    finally:
-      temporary.unlink(missing_ok=True)
 
-  @classmethod
-  def load(cls, path: str | os.PathLike) -> Statistics:
-    """Reads what `save` wrote. UserError if the file is missing, damaged or something else."""
-    if not Path(path).is_file():
-      raise UserError(f'There are no statistics at {path}: compute them first or correct the path.')
-    try:
-      with np.load(path, allow_pickle=False) as file:
-        n, mean, m2 = int(file['n']), file['mean'], file['m2']
-    except (KeyError, IndexError, TypeError, ValueError, EOFError, OSError,
-            zipfile.BadZipFile) as error:
-      raise UserError(
-        f'{path} is not a whole statistics file (npz with n, mean and m2): compute it again.'
-      ) from error
-    if n < 0 or mean.ndim != 1 or m2.shape != mean.shape * 2:
-      raise UserError(f'The arrays in {path} do not fit each other: compute the file again.')
-    return cls(n, mean.astype(np.float64), m2.astype(np.float64))
+@dataclasses.dataclass(frozen=True, eq=False)
+class FittedGaussian:
+  """Mean and covariance alone, as other tools publish them.
+
+  Their files do not say of how many samples, so nothing can be merged into these, and what depends
+  on the number of samples cannot be computed.
+
+  Attributes:
+    mean: [d] float64.
+    covariance: [d d] float64, unbiased by the convention of those tools (numpy's `cov`).
+  """
+
+  mean: Float[np.ndarray, 'd']
+  covariance: Float[np.ndarray, 'd d']
+
+  @property
+  def n(self) -> None:
+    """Not known."""
+    return None
+
+  def merge(self, other: Moments) -> NoReturn:
+    """UserError always."""
+    raise UserError(
+      'Statistics whose file does not say the number of samples cannot be merged with others: '
+      'compute them again from the images.'
+    )
 
 
-def _check_same_width(a: Statistics, b: Statistics) -> None:
+Moments = Statistics | FittedGaussian
+"""What a Gaussian is fitted by: `mean`, `covariance`, and `n`, None where it is not known."""
+
+
+def merge_all(parts: Iterable[Statistics]) -> Statistics:
+  """Statistics of all parts together, one at least. UserError as in `merge`."""
+  return functools.reduce(lambda a, b: a.merge(b), parts)
+
+
+def check_same_width(a: Moments, b: Moments) -> None:
+  """UserError if the two are of features of different widths."""
   if a.mean.shape != b.mean.shape:
     raise UserError(
-      f'Statistics of {len(a.mean)} and of {len(b.mean)} features cannot be put together: '
-      'compute both with the same feature extractor.'
+      f'Features of width {len(a.mean)} and {len(b.mean)} cannot be put together or compared: '
+      'compute both statistics with the same feature extractor.'
     )

@@ -21,6 +21,13 @@ def test_from_features_is_numpys_mean_and_unbiased_covariance():
   np.testing.assert_allclose(statistics.covariance, np.cov(features.T), rtol=1e-9)
 
 
+def test_many_rows_are_taken_in_parts():
+  features = _features(n=20_000, d=3).astype(np.float32)
+  statistics = Statistics.from_features(features)
+  assert statistics.n == 20_000
+  np.testing.assert_allclose(statistics.covariance, np.cov(features.T.astype(float)), rtol=1e-9)
+
+
 @pytest.mark.parametrize('cuts', [[1], [0, 3, 4, 99], [50], [100, 101]])
 def test_merging_uneven_parts_equals_all_at_once(cuts):
   features = _features()
@@ -52,47 +59,6 @@ def test_empty_is_neutral_on_both_sides():
 def test_float16_features_are_summed_in_float64():
   features = np.full((5000, 1), 100.0, np.float16)
   assert Statistics.from_features(features).mean[0] == 100.0
-
-
-def test_save_and_load_are_exact_and_leave_one_file(tmp_path):
-  statistics = Statistics.from_features(_features())
-  path = tmp_path / 'new' / 'reference.npz'
-  statistics.save(path)
-  loaded = Statistics.load(path)
-  assert loaded.n == statistics.n
-  np.testing.assert_array_equal(loaded.mean, statistics.mean)
-  np.testing.assert_array_equal(loaded.m2, statistics.m2)
-  with np.load(path, allow_pickle=False) as file:
-    assert set(file) == {'n', 'mean', 'm2'}
-  assert list(path.parent.iterdir()) == [path]
-
-
-def _write_truncated(path):
-  Statistics.from_features(_features()).save(path)
-  path.write_bytes(path.read_bytes()[:200])
-
-
-@pytest.mark.parametrize(
-  'write',
-  [
-    _write_truncated,
-    lambda path: path.write_bytes(b''),
-    lambda path: path.write_bytes(b'not an npz'),
-    lambda path: np.savez(path, mu=np.zeros(2), sigma=np.eye(2)),
-    lambda path: np.savez(path, n=3, mean=np.zeros(2), m2=np.eye(3)),
-    lambda path: np.savez(path, n=3, mean=np.array([{}], object), m2=np.eye(1)),
-  ],
-)
-def test_damaged_files_are_named(tmp_path, write):
-  path = tmp_path / 'reference.npz'
-  write(path)
-  with pytest.raises(UserError, match=r'reference\.npz'):
-    Statistics.load(path)
-
-
-def test_missing_file_is_named(tmp_path):
-  with pytest.raises(UserError, match='absent'):
-    Statistics.load(tmp_path / 'absent.npz')
 
 
 def test_mistakes_are_refused():

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax.data.sources import ImageSource
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import metrics as M
+from diffusion_jax.evaluation.metrics.images import psnr
 from diffusion_jax.io.pretrained import load_lpips, save_params
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.discriminator import Discriminator, DiscriminatorConfig
@@ -191,7 +191,7 @@ class AutoencoderTask(Task):
     real, found = images / 127.5 - 1, outputs / 127.5 - 1
     mean, std = self.latent_moments(params, images, mesh)
     return {'test': {
-      'psnr': M.psnr(found, real), 'l1': float(np.abs(found - real).mean()),
+      'psnr': psnr(found, real), 'l1': float(np.abs(found - real).mean()),
       'latent_mean': mean, 'latent_std': std, 'images': float(len(images)),
     }}
 

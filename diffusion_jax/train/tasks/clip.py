@@ -13,8 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.data.sources import ImageSource
-from diffusion_jax.evaluation import metrics as M
+from diffusion_jax.evaluation.extractors import CLIPExtractor
 from diffusion_jax.evaluation.features import CLIPFeatures, unit
+from diffusion_jax.evaluation.metrics.text import clip_score, retrieval_recall
 from diffusion_jax.io.pretrained import save_params
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.text.clip import CLIP
@@ -100,7 +101,7 @@ class CLIPTask(Task):
     return loss.mean(), (metrics, ())
 
   def _features(self, params: Params, mesh: Mesh) -> CLIPFeatures:
-    return CLIPFeatures(self.clip, params, self.tokenizer, mesh)
+    return CLIPFeatures(CLIPExtractor(self.clip, params, 'in training'), self.tokenizer, mesh)
 
   def _embed(self, params: Params, mesh: Mesh, count: int):
     records = [self.test[i] for i in range(min(count, len(self.test)))]
@@ -120,10 +121,10 @@ class CLIPTask(Task):
     """Retrieval among 100 captions and among all captions of the test split."""
     _, captions, image, text = self._embed(params, mesh, samples)
     scores = {
-      f'retrieval_r{k}_of_{n}': M.retrieval_recall(image, text, k=k, candidates=n, seed=0)
+      f'retrieval_r{k}_of_{n}': retrieval_recall(image, text, k=k, candidates=n, seed=0)
       for n in (100, len(captions)) for k in (1, 5)
     }
-    scores |= {'clip_score': M.clip_score(image, text), 'images': float(len(captions))}
+    scores |= {'clip_score': clip_score(image, text), 'images': float(len(captions))}
     columns = {'test': scores}
     if final:
       fresh = put_params(to_host(jax.jit(self.initialize)(jax.random.key(1))), mesh)

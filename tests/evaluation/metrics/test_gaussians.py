@@ -1,0 +1,108 @@
+"""Divergences in closed form, shrinkage where samples are few, and known principal axes."""
+
+import numpy as np
+import pytest
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.metrics.gaussians import gaussian_kl, principal_components
+from diffusion_jax.evaluation.statistics import FittedGaussian, Statistics
+
+
+def _normal(mean, covariance):
+  return FittedGaussian(np.array(mean, float), np.array(covariance, float))
+
+
+def test_kl_of_diagonal_gaussians_in_both_directions():
+  a, b = _normal([0, 1], np.diag([1.0, 4.0])), _normal([1, 1], np.diag([4.0, 1.0]))
+  # Per axis: (variance ratio + squared difference / variance - 1 - log ratio) / 2.
+  log = np.log(4)
+  forward = (0.25 + 1 / 4 - 1 + log) / 2 + (4 - 1 - log) / 2
+  backward = (4 + 1 - 1 - log) / 2 + (0.25 - 1 + log) / 2
+  found = gaussian_kl(a, b)
+  assert (found.forward, found.backward) == pytest.approx((forward, backward), rel=1e-12)
+  assert (found.shrinkage_a, found.shrinkage_b) == (0, 0)
+
+
+def test_kl_is_the_formula_with_inverses_and_zero_for_equals():
+  rng = np.random.default_rng(0)
+  a, b = (
+    Statistics.from_features(rng.normal(size=(200, 9)) @ rng.normal(size=(9, 9)) + shift)
+    for shift in (0, 1)
+  )
+  inverse, delta = np.linalg.inv(b.covariance), b.mean - a.mean
+  wanted = np.trace(inverse @ a.covariance) + delta @ inverse @ delta - 9
+  wanted += np.linalg.slogdet(b.covariance)[1] - np.linalg.slogdet(a.covariance)[1]
+  assert gaussian_kl(a, b).forward == pytest.approx(wanted / 2, rel=1e-9)
+  assert gaussian_kl(b, a).backward == pytest.approx(wanted / 2, rel=1e-9)
+  assert gaussian_kl(a, a).forward == pytest.approx(0, abs=1e-9)
+
+
+def test_kl_is_the_mean_log_ratio_of_the_densities():
+  from scipy.stats import multivariate_normal
+
+  rng = np.random.default_rng(0)
+  covariances = [np.cov(rng.normal(size=(3, 9))) for _ in range(2)]
+  a, b = _normal([0, 0, 1], covariances[0]), _normal([0.5, 0, 1], covariances[1])
+  p, q = (multivariate_normal(x.mean, x.covariance) for x in (a, b))
+  x = p.rvs(40_000, random_state=1)
+  ratio = p.logpdf(x) - q.logpdf(x)
+  error = ratio.std() / np.sqrt(len(x))
+  assert abs(gaussian_kl(a, b).forward - ratio.mean()) < 4 * error
+
+
+def test_few_samples_are_shrunk_as_much_as_they_need():
+  rng = np.random.default_rng(0)
+  scales = np.linspace(1, 3, 30)
+  draw = lambda n: Statistics.from_features(rng.normal(size=(n, 30)) * scales)
+  few, enough = draw(20), draw(31)
+  found = gaussian_kl(few, enough)
+  s = few.covariance
+  squares, trace = np.trace(s @ s), np.trace(s)
+  wanted = ((1 - 2 / 30) * squares + trace**2) / ((21 - 2 / 30) * (squares - trace**2 / 30))
+  assert found.shrinkage_a == pytest.approx(min(wanted, 1), rel=1e-9) and 0 < wanted < 1
+  assert found.shrinkage_b == 0
+  assert np.isfinite([found.forward, found.backward]).all() and found.forward > 0
+  # What is stated is what was done.
+  r = found.shrinkage_a
+  shrunk = _normal(few.mean, (1 - r) * s + r * trace / 30 * np.eye(30))
+  assert gaussian_kl(shrunk, enough).forward == pytest.approx(found.forward, rel=1e-9)
+  # A divergence from the truth beside which that of hardly any shrinkage is absurd.
+  truth = _normal(np.zeros(30), np.diag(scales**2))
+  little = gaussian_kl(truth, few, shrinkage=1e-3).forward
+  assert gaussian_kl(truth, _normal(shrunk.mean, shrunk.covariance)).forward < little / 20
+  flat = Statistics.from_features(np.eye(30)[:2] * 0 + np.eye(30)[0])
+  with pytest.raises(UserError, match='singular'):
+    gaussian_kl(flat, enough)
+
+
+def test_a_singular_covariance_of_unknown_n_is_refused_unless_it_is_shrunk():
+  few = Statistics.from_features(np.random.default_rng(0).normal(size=(5, 8)))
+  published = FittedGaussian(few.mean, few.covariance)
+  round_ = _normal(np.zeros(8), np.eye(8))
+  with pytest.raises(UserError, match='singular'):
+    gaussian_kl(published, round_)
+  assert np.isfinite(gaussian_kl(published, round_, shrinkage=0.1).backward)
+  with pytest.raises(UserError, match='from 0 to 1'):
+    gaussian_kl(round_, round_, shrinkage=1.5)
+  with pytest.raises(UserError, match='width 8 and 2'):
+    gaussian_kl(round_, _normal(np.zeros(2), np.eye(2)))
+
+
+def test_principal_components_are_the_references_axes():
+  rng = np.random.default_rng(0)
+  rotation = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+  reference = rng.normal(size=(5000, 6)) * [5, 3, 1, 0.5, 0.2, 0.1] @ rotation + 7
+  samples = rng.normal(size=(4000, 6)) * [1, 1, 4, 0.5, 0.2, 0.1] @ rotation + 7 + rotation[1] * 2
+  found = principal_components(reference, samples, k=2)
+  np.testing.assert_allclose(np.abs(np.sum(found.axes.T * rotation[:2], axis=1)), 1, atol=1e-2)
+  assert (found.axes[np.abs(found.axes).argmax(axis=0), [0, 1]] > 0).all()
+  np.testing.assert_allclose(found.reference.mean(axis=0), 0, atol=1e-9)
+  np.testing.assert_allclose(found.reference.std(axis=0), [5, 3], rtol=0.05)
+  sign = np.sign(found.axes[:, 1] @ rotation[1])
+  np.testing.assert_allclose(found.samples.mean(axis=0), [0, 2 * sign], atol=0.15)
+  np.testing.assert_allclose(found.samples.std(axis=0), [1, 1], rtol=0.1)
+  variances = np.square([5, 3, 1, 0.5, 0.2, 0.1])
+  np.testing.assert_allclose(found.reference_share, variances[:2] / variances.sum(), rtol=0.05)
+  np.testing.assert_allclose(found.samples_share, 1 / 18.3, rtol=0.15)
+  with pytest.raises(UserError, match='k from 1 to 6'):
+    principal_components(reference, samples, k=7)
