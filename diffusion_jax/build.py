@@ -10,10 +10,11 @@ from ml_collections import ConfigDict
 
 from diffusion_jax.data.credits import CREDITS
 from diffusion_jax.data.folder import FOLDER, Together, open_folder
+from diffusion_jax.data.labelled import open_labelled
 from diffusion_jax.data.loader import Loader, Source
 from diffusion_jax.data.points import open_points
 from diffusion_jax.data.sources import open_source
-from diffusion_jax.data.transforms import build_transforms
+from diffusion_jax.data.transforms import Label, build_transforms
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.job import check_samples
 from diffusion_jax.io.metrics_backends import check_wandb
@@ -32,6 +33,7 @@ from diffusion_jax.recipe import DTYPES, LATENT, TrainingConfig, completed, pars
 from diffusion_jax.train.cache import ChooseText, cached_source
 from diffusion_jax.train.optimizer import learning_rates, make_optimizer
 from diffusion_jax.train.tasks.autoencoder import AutoencoderTask
+from diffusion_jax.train.tasks.classifier import ClassifierTask, with_classes
 from diffusion_jax.train.tasks.clip import CLIPTask, CLIPTaskConfig
 from diffusion_jax.train.tasks.diffusion import DiffusionTask
 from diffusion_jax.train.tasks.finetune import make_finetune_task
@@ -52,6 +54,10 @@ def open_sources(config: TrainingConfig) -> tuple[Source, Source]:
     if data.transforms:
       raise UserError('data.transforms have no effect on points; empty them.')
     return tuple(open_points(data.dataset, split, data.size) for split in ('train', 'test'))
+  if data.dataset.startswith(FOLDER) and config.task == 'classifier':
+    if data.caption:
+      raise UserError('data.caption has no effect on a classifier; empty it.')
+    return open_labelled(data.dataset, data.size)
   if data.dataset.startswith(FOLDER):
     return open_folder(data.dataset, data.size, data.caption)
   train, test = (
@@ -72,6 +78,8 @@ def build_task(
     return AutoencoderTask(settings, test, dtype, remat)
   if config.task == 'toy':
     return ToyTask(settings, test)
+  if config.task == 'classifier':
+    return _classifier_task(config, train, test)
   if config.task == 'clip':
     return _clip_task(settings, train, test, directory, dtype, remat)
   if config.task == 'finetune':
@@ -96,6 +104,20 @@ def _check_size(config: TrainingConfig, model) -> None:
       f'data.size {config.data.size} gives latents of {config.data.size / factor:g}, but '
       f'sample_size of the U-Net is {size}; set data.size to {size * factor}{other}.'
     )
+
+
+def _classifier_task(config: TrainingConfig, train, test) -> ClassifierTask:
+  size = config.settings.classifier.image_size
+  if config.data.size != size:
+    raise UserError(
+      f'data.size is {config.data.size}, but settings.classifier.image_size is {size}; set both '
+      'alike.'
+    )
+  settings = with_classes(config.settings, train.labels, test.labels)
+  made = build_transforms(config.data.transforms, classes=settings.classifier.class_names)
+  if not any(isinstance(one, Label) for one in made):
+    raise UserError('data.transforms of a classifier need label; put it before normalize.')
+  return ClassifierTask(settings, test, DTYPES[config.dtype], config.remat)
 
 
 def _clip_task(
@@ -142,6 +164,8 @@ def _context(task: Task) -> dict[str, Any]:
   if task.name == 'clip':
     length = task.clip.config.text_config.max_position_embeddings
     return {'tokenizer': Tokenize(task.tokenizer, length)}
+  if task.name == 'classifier':
+    return {'classes': task.classes}
   if task.name in LATENT:
     return {'tokenizer': task.model.text.tokenize}
   return {}

@@ -20,6 +20,7 @@ from diffusion_jax.parallel.mesh import MeshConfig
 from diffusion_jax.train.config import LoopConfig, SafetyConfig
 from diffusion_jax.train.optimizer import OptimizerConfig
 from diffusion_jax.train.tasks.autoencoder import AutoencoderTaskConfig
+from diffusion_jax.train.tasks.classifier import ClassifierTaskConfig
 from diffusion_jax.train.tasks.clip import CLIPTaskConfig
 from diffusion_jax.train.tasks.diffusion import DiffusionTaskConfig
 from diffusion_jax.train.tasks.finetune import FinetuneTaskConfig
@@ -30,7 +31,8 @@ DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """dataset: a name that `prepare` knows, of `POINT_SETS`, or 'folder:PATH' of pictures; size: edge
+  """dataset: a name that `prepare` knows, of `POINT_SETS`, or 'folder:PATH' of pictures, for a
+  classifier in folders by class; size: edge
   of the images in pixels, or points in a record; prepare: make it if missing; caption: of every
   picture of a folder that has none of its own, or several, one a line.
 
@@ -85,6 +87,7 @@ LATENT = ('diffusion', 'finetune')
 
 SETTINGS = {
   'autoencoder': AutoencoderTaskConfig,
+  'classifier': ClassifierTaskConfig,
   'clip': CLIPTaskConfig,
   'diffusion': DiffusionTaskConfig,
   'finetune': FinetuneTaskConfig,

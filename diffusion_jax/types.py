@@ -6,7 +6,7 @@ Latents are what the denoiser sees: (autoencoder latent - shift_factor) * scalin
 they have about unit variance. Timesteps are integers in [0, T).
 """
 
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -50,3 +50,5 @@ class Record(TypedDict):
   image: np.ndarray
   captions: list[str]
   id: str
+  label: NotRequired[str]
+  """The class that the image is of, where the data set has classes."""

@@ -75,7 +75,18 @@ class ImageSource:
     except Exception as error:  # ArrayRecord raises bare ones from C++.
       raise _unreadable(self._name, error) from error
     captions = [text.decode() for text in raw['captions']]
-    return {'image': image, 'captions': captions, 'id': raw['id'].decode()}
+    record: Record = {'image': image, 'captions': captions, 'id': raw['id'].decode()}
+    return record | {'label': raw['group'].decode()} if 'group' in raw else record
+
+  @property
+  def labels(self) -> list[str]:
+    """Of every record, in order; no image is decoded. UserError where there are none."""
+    try:
+      return [raw['group'].decode() for raw in self._records]
+    except KeyError:
+      raise UserError(f'The data set {self._name} has no labels: use another.') from None
+    except Exception as error:  # ArrayRecord raises bare ones from C++.
+      raise _unreadable(self._name, error) from error
 
   def __repr__(self) -> str:
     return f'ImageSource({self._name}, {self._length} records)'

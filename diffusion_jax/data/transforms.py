@@ -160,6 +160,24 @@ class Tokenize:
 
 
 @dataclasses.dataclass(frozen=True)
+class Label:
+  """Turns 'label', a class by name, into its place among `classes`, int32 []; drops all texts."""
+
+  classes: tuple[str, ...]
+  random: ClassVar[bool] = False
+
+  def __call__(self, record: dict) -> dict:
+    label = record.get('label')
+    if label not in self.classes:
+      raise UserError(
+        f'Record {record.get("id", "?")} has the label {label!r}, which is none of the classes '
+        f'{", ".join(self.classes)}.'
+      )
+    kept = {name: value for name, value in record.items() if not _is_text(value)}
+    return kept | {'label': np.int32(self.classes.index(label))}
+
+
+@dataclasses.dataclass(frozen=True)
 class Normalize:
   """uint8 [0, 255] to float32 [-1, 1]."""
 
@@ -205,6 +223,7 @@ TRANSFORMS: dict[str, type] = {
   'first_caption': FirstCaption,
   'tokenize': Tokenize,
   'edges': Edges,
+  'label': Label,
   'normalize': Normalize,
 }
 """Every transform by the name that configs use."""

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.published import autoencoders, dit, mlp, text, unet
+from diffusion_jax.io.published import autoencoders, classifier, dinov2, dit, mlp, text, unet
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.autoencoder_tiny import AutoencoderTiny
+from diffusion_jax.models.classifier import Classifier
 from diffusion_jax.models.controlnet import ControlNet
+from diffusion_jax.models.dinov2 import DINOv2
 from diffusion_jax.models.dit import DiT
 from diffusion_jax.models.mlp import MLP
 from diffusion_jax.models.mmdit import MMDiT
@@ -79,6 +81,13 @@ _text_tower = functools.partial(_in_tower, 'text_model.')
 _vision_tower = functools.partial(_in_tower, 'vision_model.')
 
 
+def _dinov2(name: str) -> str | None:
+  """A network with a head for classes has the body under a prefix; the head is left out."""
+  if name.startswith('classifier.'):
+    return None
+  return name.removeprefix('dinov2.').removeprefix('dinov2_with_registers.')
+
+
 def _t5_encoder(name: str) -> str | None:
   """The table of tokens has two names, and a whole T5 also has a decoder, which we leave out."""
   if name.startswith(('decoder.', 'lm_head.')):
@@ -124,6 +133,10 @@ KINDS = {
     ('architectures', (['CLIPVisionModelWithProjection'],)),
     text.read_clip_vision_projection, text.write_clip_vision_projection, _vision_tower,
   ),
+  'dinov2': Kind(
+    DINOv2, dinov2.DINOv2Config, TRANSFORMERS, ('model_type', dinov2.MODEL_TYPES),
+    dinov2.read_dinov2, dinov2.write_dinov2, _dinov2,
+  ),
   't5': Kind(
     T5EncoderModel, text.T5Config, TRANSFORMERS, ('model_type', ('t5',)),
     text.read_t5, text.write_t5, _t5_encoder,
@@ -143,6 +156,10 @@ KINDS = {
   'mmdit': Kind(
     MMDiT, dit.MMDiTConfig, DIFFUSERS, ('_class_name', ('SD3Transformer2DModel',)),
     dit.read_mmdit, dit.write_mmdit,
+  ),
+  'classifier': Kind(
+    Classifier, classifier.ClassifierConfig, DIFFUSERS, ('_class_name', ('Classifier',)),
+    classifier.read_classifier, classifier.write_classifier,
   ),
   'mlp': Kind(
     MLP, mlp.MLPConfig, DIFFUSERS, ('_class_name', ('MLP',)), mlp.read_mlp, mlp.write_mlp

@@ -6,6 +6,7 @@ import jax
 
 TITLES = {
   'autoencoder': 'KL autoencoder',
+  'classifier': 'Classifier of images',
   'clip': 'CLIP, text and image encoder',
   'diffusion': 'Text-to-image latent diffusion model',
   'finetune': 'Fine-tuned text-to-image model',

@@ -25,6 +25,7 @@ _SMOOTHING = 0.8
 
 _COLUMNS = {
   'generated': 'this model', 'real': 'real test images', 'untrained': 'untrained model',
+  'commonest': 'always the commonest class',
 }
 _METRICS = {
   'fd_clip': 'Fréchet distance, CLIP features ↓',
@@ -35,6 +36,8 @@ _METRICS = {
   'retrieval_r1': 'Own caption ranked first ↑',
   'retrieval_r5': 'Own caption among the first 5 ↑',
   'psnr': 'PSNR, dB ↑',
+  'accuracy': 'Share of images given their own class ↑',
+  'accuracy_per_class': 'The same, as a mean over classes ↑',
 }
 _RESOURCES = {
   'seconds_per_step': 'Seconds per step',

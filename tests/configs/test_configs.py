@@ -15,6 +15,7 @@ from diffusion_jax.pipelines.directory import assemble
 from diffusion_jax.recipe import SETTINGS, load_config, parse, resolved
 from diffusion_jax.train.optimizer import make_optimizer
 from diffusion_jax.train.tasks.autoencoder import AutoencoderTask
+from diffusion_jax.train.tasks.classifier import ClassifierTask, with_classes
 from diffusion_jax.train.tasks.clip import CLIPTask
 from diffusion_jax.train.tasks.finetune import abstract_parameters
 from diffusion_jax.train.tasks.toy import ToyTask
@@ -40,6 +41,8 @@ def _initialize(config):
   settings = config.settings
   if config.task == 'autoencoder':
     return AutoencoderTask(settings, None).initialize
+  if config.task == 'classifier':
+    return ClassifierTask(with_classes(settings, ['flag', 'body'], []), None).initialize
   if config.task == 'clip':
     return CLIPTask(settings, None, None).initialize
   if config.task == 'toy':

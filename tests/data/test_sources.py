@@ -12,7 +12,10 @@ from diffusion_jax.errors import UserError
 def test_records(data_dir, records):
   source = open_source('openmoji', 'test', size=32, data_dir=data_dir)
   record = source[np.int64(7)]
-  assert set(record) == {'image', 'captions', 'id'}
+  assert set(record) == {'image', 'captions', 'id', 'label'}
+  assert record['label'] == source.labels[7]
+  flags = [source[i]['captions'][0] for i, label in enumerate(source.labels) if label == 'flag']
+  assert flags and all(caption.startswith('flag of') for caption in flags)
   assert record['id'] == records['test'][7]['id']
   assert all(type(text) is str for text in record['captions'])
   np.testing.assert_array_equal(record['image'], records['test'][7]['image'])

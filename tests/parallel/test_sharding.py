@@ -12,7 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 from diffusion_jax.layout import constrain, parameter_spec
 from diffusion_jax.models.autoencoder import AutoencoderKL
+from diffusion_jax.models.classifier import Classifier, ClassifierConfig
 from diffusion_jax.models.controlnet import ControlNet, ControlNetConfig
+from diffusion_jax.models.dinov2 import DINOv2, DINOv2Config
 from diffusion_jax.models.discriminator import Discriminator
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.lpips import lpips_shapes
@@ -35,6 +37,11 @@ CONTROLNET = ControlNetConfig.for_unet(dataclasses.replace(
   projection_class_embeddings_input_dim=32,
 ))
 
+DINOV2 = DINOv2Config(
+  hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, use_swiglu_ffn=True,
+  num_register_tokens=2,
+)
+
 
 @pytest.fixture(scope='module')
 def mesh():
@@ -49,6 +56,11 @@ def mesh():
   ('conv1.kernel', (3, 3, 4, 8), P(None, None, 'fsdp', 'tensor')),
   ('conv2.kernel', (3, 3, 4, 8), P(None, None, 'tensor', 'fsdp')),
   ('conv_in.kernel', (3, 3, 3, 8), P(None, None, None, 'tensor')),
+  ('attention.output.dense.kernel', (16, 16), P('tensor', 'fsdp')),
+  ('mlp.weights_out.kernel', (32, 16), P('tensor', 'fsdp')),
+  ('layer_scale1.lambda1', (16,), P(None)),
+  ('embeddings.cls_token', (1, 1, 16), P(None)),
+  ('embeddings.position_embeddings', (1, 16, 16), P(None, 'tensor', 'fsdp')),
   ('token_embedding.embedding', (300, 16), P('tensor', 'fsdp')),
   ('norm1.scale', (8,), P(None)),
   ('conv1.bias', (8,), P(None)),
@@ -67,7 +79,8 @@ def test_a_name_without_rule_is_an_error(mesh):
 
 @pytest.mark.parametrize('network', [
   (UNet, tiny.UNET), (ControlNet, CONTROLNET), (AutoencoderKL, tiny.AUTOENCODER),
-  (Discriminator, tiny.DISCRIMINATOR), (CLIP, tiny.CLIP),
+  (Discriminator, tiny.DISCRIMINATOR), (CLIP, tiny.CLIP), (DINOv2, DINOV2),
+  (Classifier, ClassifierConfig((8, 16), class_names=('a', 'b'))),
 ])
 def test_every_parameter_has_a_rule_and_most_weights_are_split(mesh, network):
   shapes = Network.of(*network).shapes

@@ -15,7 +15,7 @@ from diffusion_jax.models.text.clip_config import (
 from diffusion_jax.models.text.t5_config import T5Config
 
 # What transformers writes into every config and what only text generation reads.
-_GENERAL = dict.fromkeys((
+GENERAL = dict.fromkeys((
   'architectures', 'attention_dropout', 'bad_words_ids', 'bos_token_id', 'chunk_size_feed_forward',
   'decoder_start_token_id', 'diversity_penalty', 'do_sample', 'dropout', 'dtype', 'early_stopping',
   'encoder_no_repeat_ngram_size', 'eos_token_id', 'exponential_decay_length_penalty',
@@ -36,7 +36,7 @@ def _tower(cls: type, model_type: str, architecture: str) -> tuple[Callable, Cal
   """Reads and writes the config.json of one tower of CLIP on its own."""
 
   def read(values: dict[str, Any], where: str) -> Any:
-    return ours(cls, values, _GENERAL, where)
+    return ours(cls, values, GENERAL, where)
 
   def write(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config) | {
@@ -63,8 +63,8 @@ def read_clip(values: dict[str, Any], where: str) -> CLIPConfig:
   towers = {}
   for name, cls in (('text_config', CLIPTextConfig), ('vision_config', CLIPVisionConfig)):
     tower = (values.get(name) or {}) | (values.get(f'{name}_dict') or {})
-    towers[name] = ours(cls, tower, _GENERAL, f'{where}, {name}')
-  accepted = _GENERAL | {'text_config_dict': ANY, 'vision_config_dict': ANY}
+    towers[name] = ours(cls, tower, GENERAL, f'{where}, {name}')
+  accepted = GENERAL | {'text_config_dict': ANY, 'vision_config_dict': ANY}
   return ours(CLIPConfig, values | towers, accepted, where)
 
 
@@ -78,7 +78,7 @@ def write_clip(config: CLIPConfig) -> dict[str, Any]:
 
 
 # What only the decoder of T5 reads, and what follows from feed_forward_proj.
-_T5 = _GENERAL | dict.fromkeys((
+_T5 = GENERAL | dict.fromkeys((
   'classifier_dropout', 'dense_act_fn', 'dropout_rate', 'is_encoder_decoder', 'is_gated_act',
   'n_positions', 'num_decoder_layers', 'output_past', 'scale_decoder_outputs', 'use_cache',
 ), ANY)

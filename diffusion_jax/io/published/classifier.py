@@ -1,0 +1,16 @@
+"""config.json of our classifier, which no other library has."""
+
+import dataclasses
+from typing import Any
+
+from diffusion_jax.io.published.common import ours
+from diffusion_jax.models.classifier import ClassifierConfig
+
+
+def read_classifier(values: dict[str, Any], where: str) -> ClassifierConfig:
+  """What `write_classifier` wrote."""
+  return ours(ClassifierConfig, values, {}, where)
+
+
+def write_classifier(config: ClassifierConfig) -> dict[str, Any]:
+  return dataclasses.asdict(config) | {'_class_name': 'Classifier'}

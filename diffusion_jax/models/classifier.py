@@ -1,0 +1,103 @@
+"""A small residual network that names classes; what it sees before its last layer are features."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from diffusion_jax.models.checks import all_positive, freeze_lists, positive, require, size_fits
+from diffusion_jax.models.layers import Conv, Downsample2D, GroupNorm, ResnetBlock2D, linear
+from diffusion_jax.models.remat import Blocks
+from diffusion_jax.types import Images
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierConfig:
+  """block_out_channels: of each level; every one but the last ends by halving height and width.
+
+  image_size: in pixels, in training; patch_size: pixels that the first layer makes one place of.
+  class_names: what the logits stand for, in order.
+  """
+
+  block_out_channels: tuple[int, ...] = (32, 64, 128)
+  layers_per_block: int = 1
+  norm_num_groups: int = 8
+  image_size: int = 64
+  patch_size: int = 2
+  class_names: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    freeze_lists(self)
+    positive(self, 'layers_per_block', 'norm_num_groups', 'image_size', 'patch_size')
+    all_positive(self, 'block_out_channels')
+    for channels in self.block_out_channels:
+      require(
+        channels % self.norm_num_groups == 0,
+        f'ClassifierConfig.block_out_channels has {channels}, which norm_num_groups='
+        f'{self.norm_num_groups} does not divide; choose channels that are a multiple of it.',
+      )
+    require(
+      self.image_size % self.factor == 0,
+      f'ClassifierConfig.image_size={self.image_size} must be a multiple of {self.factor}, by '
+      'which patch_size and the levels divide it.',
+    )
+    twice = sorted({name for name in self.class_names if self.class_names.count(name) > 1})
+    require(not twice, f'ClassifierConfig.class_names has {", ".join(twice)} more than once.')
+
+  @property
+  def factor(self) -> int:
+    """Pixels along the edge of one place of the last level."""
+    return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
+
+
+class Level(nnx.Module):
+  """Residual blocks, and halving but for the last level."""
+
+  def __init__(self, config: ClassifierConfig, into: int, out: int, *, last: bool, **kw):
+    self.resnets = nnx.List([
+      ResnetBlock2D(
+        out if i else into, out, groups=config.norm_num_groups, epsilon=1e-5, **kw
+      )
+      for i in range(config.layers_per_block)
+    ])
+    self.downsample = None if last else Downsample2D(out, **kw)
+
+
+class Classifier(Blocks):
+  """Residual network (He et al. 2016) with group norms and a mean over all places at its end."""
+
+  def __init__(
+    self, config: ClassifierConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
+  ):
+    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    self.config, p, widths = config, config.patch_size, config.block_out_channels
+    into = (widths[0], *widths)
+    self.conv_in = Conv(3, widths[0], p, stride=p, padding=0, **kw)
+    self.levels = nnx.List([
+      Level(config, into[i], width, last=i == len(widths) - 1, **kw)
+      for i, width in enumerate(widths)
+    ])
+    self.norm_out = GroupNorm(config.norm_num_groups, widths[-1], 1e-5, **kw)
+    self.head = linear(widths[-1], len(config.class_names), **kw)
+
+  def features(self, pixels: Images) -> jax.Array:
+    """Pixels in [-1, 1] [b h w 3] -> what the last layer sees, [b d], float32.
+
+    UserError unless height and width are multiples of the config's factor.
+    """
+    size_fits(pixels.shape, 3, self.config.factor, 'Images of a classifier')
+    return self.run_all(self._features, pixels)
+
+  def _features(self, pixels: Images) -> jax.Array:
+    x = self.conv_in(pixels)
+    for level in self.levels:
+      for block in level.resnets:
+        x = self.run(block, x)
+      x = x if level.downsample is None else self.run(level.downsample, x)
+    return nnx.silu(self.norm_out(x)).astype(jnp.float32).mean(axis=(1, 2))
+
+  def __call__(self, pixels: Images) -> tuple[jax.Array, jax.Array]:
+    """Pixels in [-1, 1] [b h w 3] -> (features [b d], logits [b classes]), float32."""
+    features = self.features(pixels)
+    return features, self.head(features).astype(jnp.float32)
