@@ -32,7 +32,6 @@ import pytest
 
 from tests import tiny
 
-
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # As in the background of a shell script.
   signal.signal(signal.SIGINT, signal.default_int_handler)
 

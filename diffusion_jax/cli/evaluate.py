@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from diffusion_jax.cli import evaluate_images
 from diffusion_jax.cli.options import add_model_arguments, add_sample_arguments, load
 from diffusion_jax.errors import UserError
 
@@ -13,6 +14,10 @@ image tower, the Frechet distance (fd_clip) and KID (kid_clip) to the training i
 score, and how often a picture's own caption is the nearest among 100 (retrieval_r1), each beside
 the value of the real test images and of the same network untrained. The workdir of an autoencoder
 or a CLIP is scored by its own metrics.
+
+With --images: pictures of a folder against a reference, in the features of the FID Inception, CLIP
+and others. What has been computed is kept beside the output, in NAME.parts, so that a start after
+an interruption goes on where it was; several processes share the work.
 
 With --likelihood: bits per dimension of test images given their captions. The density is that of
 the scaled latents, one sample of the autoencoder's posterior per image, not of pixels, and lower is
@@ -24,6 +29,7 @@ the bits of the pixels, so that it compares models with different autoencoders.
 
 examples:
   python -m diffusion_jax evaluate --workdir runs/quickstart --out runs/quickstart/scores.json
+  python -m diffusion_jax evaluate --images samples --reference test --out folder.json
   python -m diffusion_jax evaluate --likelihood --samples 64 --out likelihood.json"""
 
 SAMPLES, LIKELIHOOD_SAMPLES = 256, 64
@@ -45,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       f"score (default: the run's, else {DEFAULT_CLIP})")
   parser.add_argument('--data_dir', metavar='DIR', help='folder of all data sets, for --model')
   add_sample_arguments(parser)
+  evaluate_images.add_arguments(parser)
   add_likelihood_arguments(parser)
 
 
@@ -68,17 +75,35 @@ def add_likelihood_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   """Scores and writes."""
   from diffusion_jax.compile_cache import enable_compile_cache
+  from diffusion_jax.evaluation.table import add_row
+  from diffusion_jax.viz.evaluation import write_evaluation_page
 
   enable_compile_cache()
   out = Path(args.out)
   if out.is_dir():
     raise UserError(f'--out {out} is a directory; name a file such as {out / "scores.json"}.')
-  scores = _score(args)
   out.parent.mkdir(parents=True, exist_ok=True)
+  evaluate_images.check(args)
+  shown = {}
+  scores = evaluate_images.run(args, out, shown) if args.images else _score(args)
+  if scores is None:
+    return 0  # The first process tells.
   out.write_text(json.dumps(scores, indent=2) + '\n')
+  add_row(out.with_suffix('.csv'), flat_row(scores))
+  write_evaluation_page(out.with_suffix('.html'), scores, **shown)
   print_table(scores)
-  print(f'written to {out}')
+  print(f'written to {out}, beside it {out.with_suffix(".csv").name} and '
+        f'{out.with_suffix(".html").name}')
   return 0
+
+
+def flat_row(scores: dict) -> dict:
+  """Figures as COLUMN.FIGURE, then settings: one row of a table."""
+  from diffusion_jax.viz.evaluation import figure_columns
+
+  figures = {f'{c}.{name}': v for c in figure_columns(scores) for name, v in scores[c].items()}
+  settings = {f'settings.{k}': v for k, v in scores.get('settings', {}).items()}
+  return figures | settings
 
 
 def _score(args: argparse.Namespace) -> dict:
@@ -158,7 +183,9 @@ def _open(args: argparse.Namespace, config: dict | None) -> tuple:
 
 def print_table(scores: dict) -> None:
   """Metrics as rows, columns as they are."""
-  columns = [name for name in scores if name != 'settings']
+  from diffusion_jax.viz.evaluation import figure_columns
+
+  columns = figure_columns(scores)
   rows = list(dict.fromkeys(metric for name in columns for metric in scores[name]))
   width = max(map(len, rows))
   print(' ' * width + ''.join(f'{name:>12}' for name in columns))

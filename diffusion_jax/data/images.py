@@ -15,7 +15,15 @@ MAX_PIXELS = 2**26
 
 
 def read_image(path: str | Path, size: int) -> np.ndarray:
-  """The picture's central square, scaled to uint8 [size size 3]; transparent places become white.
+  """The picture's central square, scaled to uint8 [size size 3]; else as `read_pixels`."""
+  pixels = read_pixels(path)
+  # The square first: a thin strip would grow beyond all bounds if it were scaled as a whole.
+  square = CenterCrop(min(pixels.shape[:2]))({'image': pixels})
+  return Resize(size)(square)['image']
+
+
+def read_pixels(path: str | Path) -> np.ndarray:
+  """The picture at its own size, uint8 [h w 3]; transparent places become white.
 
   Turned upright as its EXIF data say; of several frames the first.
 
@@ -43,10 +51,7 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
       f'the image {path} cannot be read ({error}); give a file of {", ".join(FORMATS)}.'
     ) from error
   white = Image.new('RGBA', image.size, 'white')
-  pixels = np.asarray(Image.alpha_composite(white, image).convert('RGB'))
-  # The square first: a thin strip would grow beyond all bounds if it were scaled as a whole.
-  square = CenterCrop(min(pixels.shape[:2]))({'image': pixels})
-  return Resize(size)(square)['image']
+  return np.asarray(Image.alpha_composite(white, image).convert('RGB'))
 
 
 def image_size(path: str | Path) -> tuple[int, int]:

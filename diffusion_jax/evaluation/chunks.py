@@ -1,0 +1,120 @@
+"""Work in numbered pieces whose results are files: what is done stays done, whoever did it.
+
+An evaluation may be killed at any moment. A piece is whole or not there, so the next start makes
+what is missing, with any number of processes, and nothing is made twice or left out.
+"""
+
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffusion_jax.errors import UserError
+
+PLAN = 'plan.json'
+_DAMAGE = (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
+
+
+class Chunks:
+  """`count` pieces of `size` items each, the last one perhaps smaller, of `total` items.
+
+  Processes share the directory. Piece i is made by process i modulo their number.
+
+  Args:
+    plan: whatever decides the results, JSON-ready; results of another plan are never mixed in.
+
+  Raises:
+    UserError: the directory holds pieces of another plan, which it names.
+  """
+
+  def __init__(self, directory: Path, plan: Mapping[str, Any], *, total: int, size: int):
+    self.directory, self.total, self.size = Path(directory), total, size
+    self.count = -(-total // size)
+    self._check({**plan, 'total': total, 'chunk_size': size})
+
+  def _check(self, plan: dict[str, Any]) -> None:
+    plan = json.loads(json.dumps(plan))
+    file = self.directory / PLAN
+    try:
+      known = json.loads(file.read_text()) if file.is_file() else None
+    except (OSError, ValueError) as error:
+      raise UserError(
+        f'{file} cannot be read ({error}); delete {self.directory} to begin anew.'
+      ) from error
+    if known is None:
+      self.directory.mkdir(parents=True, exist_ok=True)
+      _write_whole(file, json.dumps(plan, indent=2).encode())
+    elif known != plan:
+      names = sorted(k for k in {*known, *plan} if known.get(k) != plan.get(k))
+      first = names[0]
+      raise UserError(
+        f'{self.directory} holds results of another evaluation ({first} was {known.get(first)!r}, '
+        f'now {plan.get(first)!r}); choose another --out, or delete it.'
+      )
+
+  def items(self, index: int) -> range:
+    """The items of a piece."""
+    return range(index * self.size, min((index + 1) * self.size, self.total))
+
+  def missing(self) -> list[int]:
+    """The pieces that this process has to make; damaged ones are among them."""
+    own = range(jax.process_index(), self.count, jax.process_count())
+    return [i for i in own if not self._whole(i)]
+
+  def save(self, index: int, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes the results of a piece, one row for each of its items, all of it or nothing."""
+    rows = len(self.items(index))
+    wrong = [name for name, value in arrays.items() if len(value) != rows]
+    if wrong:
+      raise ValueError(f'{wrong[0]} has {len(arrays[wrong[0]])} rows; piece {index} has {rows}.')
+    path = self._path(index)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+      with temporary.open('wb') as file:
+        np.savez(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+      os.replace(temporary, path)
+    finally:
+      temporary.unlink(missing_ok=True)
+
+  def load(self, index: int) -> dict[str, np.ndarray]:
+    """The results of a piece. UserError where it is damaged, which a new start makes good."""
+    try:
+      with np.load(self._path(index), allow_pickle=False) as file:
+        return dict(file)
+    except _DAMAGE as error:
+      raise UserError(
+        f'{self._path(index)} is damaged ({error}); start again to make it anew.'
+      ) from error
+
+  def all(self) -> Iterator[dict[str, np.ndarray]]:
+    """The results of every piece, in order."""
+    return map(self.load, range(self.count))
+
+  def column(self, name: str) -> np.ndarray:
+    """One result of all items, [total ...]."""
+    return np.concatenate([arrays[name] for arrays in self.all()])
+
+  def _path(self, index: int) -> Path:
+    return self.directory / f'{index:06d}.npz'
+
+  def _whole(self, index: int) -> bool:
+    """Whether the piece is there with all of its bytes; its archive has a checksum for each."""
+    try:
+      with zipfile.ZipFile(self._path(index)) as archive:
+        return archive.testzip() is None
+    except _DAMAGE:
+      return False
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  temporary.write_bytes(data)
+  os.replace(temporary, path)

@@ -1,0 +1,183 @@
+"""Images -> features of several networks, piece after piece: resumable, over all processes.
+
+Each process works on pieces of its own with its own devices, so that none waits for another and a
+lost process costs only its time. While the devices compute the features of one piece, the images of
+the next are read or drawn, and those of the last are written.
+"""
+
+import concurrent.futures
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.chunks import Chunks
+from diffusion_jax.evaluation.extractors import Extractor
+from diffusion_jax.evaluation.images import ImageSet
+from diffusion_jax.evaluation.resize import resize_on_host
+from diffusion_jax.parallel.pulse import beat
+from diffusion_jax.parallel.sharding import in_batches
+
+MOST_SHAPES = 4
+"""Shapes of images for which a program is compiled; images of others are resized on the host."""
+TROUBLE = 'trouble'
+READERS = 4
+
+
+class Made(NamedTuple):
+  """The images of a piece: uint8 [h w 3] each, None where `trouble` says why there is none."""
+
+  images: list[np.ndarray | None]
+  trouble: list[str]
+
+
+class Extraction:
+  """Features of images by several extractors at once, on a mesh of this process's devices."""
+
+  def __init__(self, extractors: Sequence[Extractor], mesh: Mesh, batch_size: int = 32):
+    names = [extractor.name for extractor in extractors]
+    if len(set(names)) < len(names):
+      raise UserError(f'features are named twice: {", ".join(sorted(names))}; name each once.')
+    self.extractors, self.mesh, self.batch_size = list(extractors), mesh, batch_size
+    self._apply = {extractor.name: jax.jit(extractor.apply) for extractor in extractors}
+    self._shapes: set[tuple[int, ...]] = set()
+
+  @property
+  def columns(self) -> dict[str, int]:
+    """Name of each kind of features -> its width."""
+    return {
+      column(extractor, output): width
+      for extractor in self.extractors for output, width in extractor.widths.items()
+    }
+
+  def __call__(self, images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """uint8 [h w 3] each, of any sizes -> column -> float32 [n d]."""
+    if not images:
+      return {name: np.zeros((0, width), np.float32) for name, width in self.columns.items()}
+    whole = self._stacked(images)
+    found = {}
+    for extractor in self.extractors:
+      x = whole if whole is not None else np.stack([
+        resize_on_host(image, extractor.size, extractor.resizing) for image in images
+      ])
+      batches = list(in_batches(
+        self._apply[extractor.name], extractor.params, x, mesh=self.mesh,
+        batch_size=self.batch_size,
+      ))
+      for output in extractor.widths:
+        found[column(extractor, output)] = np.concatenate([batch[output] for batch in batches])
+    return found
+
+  def _stacked(self, images: Sequence[np.ndarray]) -> np.ndarray | None:
+    """All in one array, to be resized on the device; None where their shapes are too many."""
+    shapes = {image.shape for image in images}
+    if len(shapes) > 1 or len(self._shapes | shapes) > MOST_SHAPES:
+      return None
+    self._shapes |= shapes
+    return np.stack(images)
+
+
+def column(extractor: Extractor, output: str) -> str:
+  """The name under which an extractor's output is kept."""
+  return f'{extractor.name}:{output}'
+
+
+def extract(
+  chunks: Chunks, make: Callable[[range], Made], extraction: Extraction, *,
+  keep: Callable[[range, Made], None] | None = None, label: str = '',
+) -> None:
+  """Makes the features of all pieces of this process that are missing.
+
+  Args:
+    make: the images of those items; called one piece ahead, in a thread.
+    keep: is given the images of a piece before its features are saved; called in a thread, too.
+    label: shows progress under that name; '' for none.
+  """
+  missing = chunks.missing()
+  done = sum(len(chunks.items(i)) for i in missing)
+  with (
+    concurrent.futures.ThreadPoolExecutor(1) as ahead,
+    concurrent.futures.ThreadPoolExecutor(1) as behind,
+    tqdm(total=done, unit='img', desc=label, disable=not label, leave=False) as bar,
+  ):
+    for index, made in _one_ahead(ahead, make, chunks, missing):
+      kept = behind.submit(keep, chunks.items(index), made) if keep else None
+      arrays = _features(extraction, made)
+      if kept:
+        kept.result()
+      chunks.save(index, arrays)
+      beat()
+      bar.update(len(made.images))
+
+
+def _one_ahead(
+  pool: concurrent.futures.Executor, make: Callable, chunks: Chunks, missing: list[int]
+) -> Iterator[tuple[int, Made]]:
+  following = pool.submit(make, chunks.items(missing[0])) if missing else None
+  for place, index in enumerate(missing):
+    made = following.result()
+    if place + 1 < len(missing):
+      following = pool.submit(make, chunks.items(missing[place + 1]))
+    yield index, made
+
+
+def _features(extraction: Extraction, made: Made) -> dict[str, np.ndarray]:
+  """Rows of images that are not there are zero, and told by `TROUBLE`."""
+  there = [i for i, image in enumerate(made.images) if image is not None]
+  arrays = {TROUBLE: np.array(made.trouble)}
+  for name, rows in extraction([made.images[i] for i in there]).items():
+    arrays[name] = np.zeros((len(made.images), rows.shape[1]), np.float32)
+    arrays[name][there] = rows
+  return arrays
+
+
+def reader(images: ImageSet) -> Callable[[range], Made]:
+  """Reads a set's images, several at a time; those that cannot be read become trouble."""
+  pool = concurrent.futures.ThreadPoolExecutor(READERS)
+
+  def one(index: int) -> tuple[np.ndarray | None, str]:
+    try:
+      return images[index].pixels, ''
+    except UserError as error:
+      return None, str(error)
+
+  def read(items: range) -> Made:
+    found = list(pool.map(one, items))
+    return Made([image for image, _ in found], [text for _, text in found])
+
+  return read
+
+
+class Features(NamedTuple):
+  """What there is to score. columns: name -> float32 [n d] of the images that could be read.
+
+  rows: numbers of those images; trouble: a sentence for each of the others.
+  """
+
+  columns: dict[str, np.ndarray]
+  rows: np.ndarray
+  trouble: list[str]
+
+
+def gather(chunks: Chunks, most_unreadable: float = 0.0) -> Features:
+  """The features of all pieces, all of which must be there.
+
+  Raises:
+    UserError: more than a share `most_unreadable` of the images could not be read; names some.
+  """
+  parts = list(chunks.all())
+  columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+  trouble = columns.pop(TROUBLE)
+  there = trouble == ''
+  bad = [str(text) for text in trouble[~there]]
+  if len(bad) > most_unreadable * len(there):
+    raise UserError(
+      f'{len(bad)} of {len(there)} images cannot be read, more than the share of '
+      f'{most_unreadable:g} that is allowed: {"; ".join(bad[:3])}'
+    )
+  rows = np.flatnonzero(there)
+  return Features({name: values[rows] for name, values in columns.items()}, rows, bad)

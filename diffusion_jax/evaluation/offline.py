@@ -1,0 +1,116 @@
+"""The evaluation job: samples and a reference -> features -> figures. See `cli.evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.chunks import Chunks
+from diffusion_jax.evaluation.extraction import Extraction, Features, Made, extract, gather, reader
+from diffusion_jax.evaluation.images import ImageSet
+from diffusion_jax.evaluation.scores import Compared, Scores, score
+from diffusion_jax.evaluation.statistics import Moments, Statistics
+from diffusion_jax.parallel.agreement import agree
+from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
+from diffusion_jax.types import Weights
+
+CHUNK = 64
+"""Images of a piece: what is made again, at most, after a kill."""
+
+
+def local_mesh() -> Mesh:
+  """A mesh of the devices of this process alone."""
+  return make_mesh(MeshConfig(), jax.local_devices()[: len(jax.devices())])
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """Images whose features are wanted: how many, what decides them, and how they are made."""
+
+  total: int
+  plan: dict[str, Any]
+  make: Callable[[range], Made]
+
+
+def of_images(images: ImageSet) -> Work:
+  """The work of reading a set of images."""
+  return Work(len(images), {'images': images.name}, reader(images))
+
+
+def of_model(
+  model: TextToImage, weights: Weights, name: str, captions: Sequence[str], sample: SampleConfig, *,
+  seed: int, mesh: Mesh, batch_size: int = 16,
+) -> Work:
+  """The work of drawing an image for each caption; image i depends on the seed and i alone.
+
+  Args:
+    name: of the model with its weights, such as a run and its step.
+    weights: on `mesh`.
+  """
+
+  def make(items: range) -> Made:
+    images = [image for batch in model.generate(
+      weights, captions[items.start : items.stop], sample, seed=seed, mesh=mesh,
+      batch_size=batch_size, first=items.start,
+    ) for image in batch]
+    return Made(images, [''] * len(images))
+
+  plan = {'model': name, 'captions': list(captions), 'seed': seed,
+          'sample': dataclasses.asdict(sample)}
+  return Work(len(captions), plan, make)
+
+
+def features_of(
+  work: Work, extraction: Extraction, directory: Path, *, most_unreadable: float = 0.0,
+  keep: Callable[[range, Made], None] | None = None, label: str = '', chunk: int = CHUNK,
+) -> Features:
+  """The features of all of the work's images, of which `directory` has what was done before.
+
+  All processes must call it together; each makes its share, and all get the whole.
+
+  Raises:
+    UserError: too many images cannot be read, or the directory holds other results.
+  """
+  plan = {**work.plan, 'features': sorted(extraction.columns)}
+  chunks = Chunks(directory, plan, total=work.total, size=chunk)
+  extract(chunks, work.make, extraction, keep=keep, label=label)
+  agree(f'features/{directory.name}', 'done')
+  return gather(chunks, most_unreadable)
+
+
+def compare(
+  samples: Features, reference: Features | dict[str, Moments], metrics: Sequence[str], *,
+  texts: dict[str, np.ndarray] | None = None, seed: int = 0,
+) -> Scores:
+  """Every metric of the samples against the reference.
+
+  Args:
+    reference: its features, or what is known of them by column, from files of statistics.
+    texts: column -> embeddings [total d] of the captions of all samples, unreadable ones too.
+  """
+  compared = []
+  for column, values in samples.columns.items():
+    if isinstance(reference, Features):
+      there = reference.columns[column]
+      moments: Moments | None = Statistics.from_features(there)
+    else:
+      there, moments = None, reference.get(column)
+    if moments is not None and moments.mean.shape != values.shape[1:]:
+      raise UserError(
+        f'the statistics of the reference are {len(moments.mean)} wide, but {column} is '
+        f'{values.shape[1]}; give statistics of the same features.'
+      )
+    own = None if texts is None or column not in texts else texts[column][samples.rows]
+    compared.append(Compared(column, values, moments, there, own))
+  scores = score(metrics, compared, seed=seed)
+  if samples.trouble:
+    scores.warnings.append(f'{len(samples.trouble)} images could not be read and were left out.')
+  return scores

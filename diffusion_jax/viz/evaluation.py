@@ -1,0 +1,143 @@
+"""One self-contained HTML page about an evaluation: figures, warnings, pictures of both sets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from diffusion_jax.viz import page
+from diffusion_jax.viz.curves import PALETTE
+from diffusion_jax.viz.svg import empty_figure, inline, legend, plain_axes, render
+
+MOST_POINTS = 2000
+"""Of a set in a scatter plot; more make the page large and show nothing else."""
+THUMBNAIL = 128
+
+
+class Cloud(NamedTuple):
+  """Both sets of features on the reference's leading axes. reference, samples: [n 2]; shares: of
+  the reference's and of the samples' variance that each axis holds, [2]."""
+
+  name: str
+  reference: Float[np.ndarray, 'n 2']
+  samples: Float[np.ndarray, 'm 2']
+  reference_share: Float[np.ndarray, '2']
+  samples_share: Float[np.ndarray, '2']
+
+
+class Pair(NamedTuple):
+  """A sample beside the reference image that is most like it; similarity: a cosine."""
+
+  sample: UInt8[np.ndarray, 'h w 3']
+  reference: UInt8[np.ndarray, 'h w 3']
+  similarity: float
+  name: str = ''
+
+
+def write_evaluation_page(
+  path: Path, scores: Mapping[str, Any], *, clouds: Sequence[Cloud] = (),
+  pairs: Sequence[Pair] = (),
+) -> None:
+  """Writes the page; it needs nothing else to be viewed.
+
+  Args:
+    scores: columns of figures by name, and 'intervals', 'warnings' and 'settings' beside them.
+    pairs: the samples that are most like a reference image, the most alike first.
+  """
+  body = (
+    f'<header>\n<h1>{page.escape(path.stem)}</h1>\n'
+    f'<p class="muted">{page.escape(_subject(scores))}</p>\n</header>\n'
+    + _figures(scores) + _warnings(scores) + _clouds(clouds) + _pairs(pairs) + _settings(scores)
+  )
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  temporary.write_text(page.page(f'Evaluation · {path.stem}', body), encoding='utf-8')
+  os.replace(temporary, path)
+
+
+def figure_columns(scores: Mapping[str, Any]) -> list[str]:
+  """The columns of figures among what an evaluation has written."""
+  return [name for name in scores if name not in ('intervals', 'warnings', 'settings')]
+
+
+def _subject(scores: Mapping[str, Any]) -> str:
+  settings = scores.get('settings', {})
+  return page.plain({k: settings[k] for k in ('images', 'model', 'reference') if k in settings})
+
+
+def _figures(scores: Mapping[str, Any]) -> str:
+  columns, intervals = figure_columns(scores), scores.get('intervals', {})
+  metrics = dict.fromkeys(metric for column in columns for metric in scores[column])
+  rows = [
+    (metric, [_cell(scores[column].get(metric), intervals.get(metric) if column == columns[0]
+                    else None) for column in columns])
+    for metric in metrics
+  ]
+  note = '95 % confidence intervals in brackets, where there are any.' if intervals else ''
+  return page.section('figures', 'Figures', note, page.number_table(['', *columns], rows))
+
+
+def _cell(value: Any, interval: Mapping[str, float] | None) -> str:
+  text = page.number(value)
+  if interval is None:
+    return text
+  return f'{text} [{page.number(interval["low"])}, {page.number(interval["high"])}]'
+
+
+def _warnings(scores: Mapping[str, Any]) -> str:
+  items = ''.join(f'<li>{page.escape(text)}</li>\n' for text in scores.get('warnings', ()))
+  return page.section('beware', 'What to beware of', '', f'<ul>\n{items}</ul>' if items else '')
+
+
+def _clouds(clouds: Sequence[Cloud]) -> str:
+  charts = [(cloud.name, inline(_scatter(cloud))) for cloud in clouds]
+  note = ('Features on the two axes along which the reference varies most; in percent, the share '
+          'of the reference’s variance along an axis, then that of the samples’.')
+  return page.section('components', 'Leading principal components', note, page.chart_grid(charts))
+
+
+def _scatter(cloud: Cloud) -> str:
+  figure = empty_figure(3.4)
+  axes = figure.add_subplot()
+  label = lambda i: (f'axis {i + 1}: {100 * cloud.reference_share[i]:.1f} %, '
+                     f'{100 * cloud.samples_share[i]:.1f} %')
+  plain_axes(axes, label(0), label(1))
+  for name, points, color in (
+    ('reference', cloud.reference, '0.6'), ('samples', cloud.samples, PALETTE[0])
+  ):
+    shown = np.asarray(points)[:: -(-len(points) // MOST_POINTS)]
+    axes.plot(*shown.T, 'o', markersize=2.4, markeredgewidth=0, alpha=0.6, color=color, label=name)
+  legend(axes)
+  return render(figure, f'{cloud.name}: samples over the reference')
+
+
+def _pairs(pairs: Sequence[Pair]) -> str:
+  figures = ''.join(
+    f'<figure>{_picture(pair.sample, pair.name or "sample")}'
+    f'{_picture(pair.reference, "its nearest in the reference")}'
+    f'<figcaption>{page.escape(pair.name)} {pair.similarity:.3f}</figcaption></figure>\n'
+    for pair in pairs
+  )
+  note = ('Above, the samples that are most like an image of the reference; below, that image, and '
+          'the cosine of their features. Copies of training images would be here.')
+  body = f'<div class="strip">\n{figures}</div>' if figures else ''
+  return page.section('nearest', 'Nearest in the reference', note, body)
+
+
+def _picture(pixels: np.ndarray, label: str) -> str:
+  image = Image.fromarray(pixels)
+  image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+  return f'<img src="{page.embed_image(image, 60_000)}" alt="{page.escape(label)}">'
+
+
+def _settings(scores: Mapping[str, Any]) -> str:
+  settings = scores.get('settings')
+  if not settings:
+    return ''
+  body = page.details('All settings', page.settings_table(dict(settings)))
+  return page.section('settings', 'Settings', '', body)

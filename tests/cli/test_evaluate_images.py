@@ -1,0 +1,135 @@
+"""evaluate --images: pictures of a folder against a reference."""
+
+import csv
+import json
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax.evaluation.features import load_features
+from diffusion_jax.evaluation.metrics.frechet import frechet_distance
+from diffusion_jax.evaluation.statistics import Statistics
+from diffusion_jax.evaluation.statistics_files import save_statistics
+from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from tests import tiny
+
+SIZE = ('--size', tiny.SIZE)
+
+
+@pytest.fixture(scope='module')
+def folder(sources, tmp_path_factory):
+  """The first 70 training pictures as files, two of them damaged."""
+  folder = tmp_path_factory.mktemp('pictures')
+  for i in range(70):
+    Image.fromarray(sources[0][i]['image']).save(folder / f'{i:03d}.png')
+  (folder / '030.png').write_bytes(b'')
+  (folder / '031.png').write_bytes((folder / '031.png').read_bytes()[:60])
+  return folder
+
+
+@pytest.fixture(scope='module')
+def features(parts):
+  return '--features', f'clip:{parts["clip"]}'
+
+
+@pytest.fixture(scope='module')
+def wanted(parts, sources):
+  """The distance of the 68 whole pictures to the training split, and its statistics."""
+  clip = load_features(parts['clip'], make_mesh(MeshConfig()))
+  rows = [i for i in range(70) if i not in (30, 31)]
+  of = lambda source, rows: Statistics.from_features(
+    clip.images(np.stack([source[i]['image'] for i in rows]))
+  )
+  reference = of(sources[0], range(len(sources[0])))
+  return frechet_distance(of(sources[0], rows), reference), reference
+
+
+def test_a_folder_against_the_training_split(
+  command, folder, features, wanted, small_data, tmp_path, capsys
+):
+  out = tmp_path / 'scores.json'
+  arguments = ('evaluate', '--images', folder, *features, *SIZE, '--most_unreadable', 0.05)
+  assert command(*arguments, '--metrics', 'fd,kid,precision_recall', '--out', out) == 0
+  scores = json.loads(out.read_text())
+  assert scores['samples']['fd_clip'] == pytest.approx(wanted[0], rel=1e-4)
+  assert {'kid_clip', 'precision_clip', 'recall_clip'} < set(scores['samples'])
+  assert scores['settings']['samples'] == 68 and scores['settings']['unreadable'] == 2
+  assert scores['settings']['reference'] == 'openmoji train'
+  printed = capsys.readouterr().out
+  assert '030.png' in printed and 'fd_clip of 68 samples is not comparable' in printed
+  html = out.with_suffix('.html').read_text()
+  assert 'What to beware of' in html and 'Nearest in the reference' in html
+  # Every picture is one of the training split's own.
+  assert html.count('<figcaption>image ') == 12 and '1.000</figcaption>' in html
+  assert 'samples over the reference' in html and '<script' not in html
+  # A second start reads what is there, and its row comes below.
+  shutil.rmtree(tmp_path / 'scores.parts' / 'reference')
+  assert command(*arguments, '--metrics', 'fd', '--seed', 3, '--out', out) == 0
+  with out.with_suffix('.csv').open() as file:
+    rows = list(csv.DictReader(file))
+  assert [row['settings.seed'] for row in rows] == ['0', '3']
+  assert float(rows[0]['samples.fd_clip']) == float(rows[1]['samples.fd_clip'])
+  assert rows[1]['samples.kid_clip'] == ''
+
+
+def test_a_file_of_statistics_serves_as_reference(
+  command, fails, folder, features, wanted, small_data, tmp_path
+):
+  file = tmp_path / 'train.npz'
+  save_statistics(file, wanted[1], format='clean-fid')
+  arguments = ('--images', folder, *features, '--reference', file, '--most_unreadable', 0.05)
+  out = tmp_path / 'scores.json'
+  assert command('evaluate', *arguments, '--metrics', 'fd', '--out', out) == 0
+  found = json.loads(out.read_text())['samples']['fd_clip']
+  assert found == pytest.approx(wanted[0], rel=1e-4)
+  message = fails('evaluate', *arguments, '--metrics', 'kid', '--out', tmp_path / 'kid.json')
+  assert 'kid needs the reference images themselves' in message
+
+
+@pytest.mark.parametrize(('arguments', 'named'), [
+  (['--images', 'DIR', '--model', 'x'], '--images takes no model'),
+  (['--metrics', 'fd'], '--metrics does nothing without --images'),
+  (['--images', 'DIR', '--metrics', 'FID'], "no metric 'FID'; choose of fd"),
+  (['--images', 'DIR', '--features', 'vgg:x'], 'is not of the form KIND:PATH'),
+  (['--images', 'DIR/none'], 'there is no folder'),
+  (['--images', 'DIR', '--reference', 'DIR/none'], 'there is no folder'),
+  (['--images', 'DIR', '--features', 'inception/clean:none.pth'], 'none.pth'),
+])
+def test_what_cannot_be_is_refused(fails, folder, small_data, features, tmp_path, arguments, named):
+  given = [text.replace('DIR', str(folder)) for text in arguments]
+  if '--features' not in given and '--images' in given:
+    given += features
+  assert named in fails('evaluate', *given, '--out', tmp_path / 'out.json')
+  assert not (tmp_path / 'out.json').exists()
+
+
+def test_too_many_damaged_pictures_are_refused(fails, folder, small_data, features, tmp_path):
+  message = fails(
+    'evaluate', '--images', folder, *features, *SIZE, '--out', tmp_path / 'out.json'
+  )
+  assert '2 of 70 images cannot be read, more than the share of 0 that is allowed' in message
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(folder, features, wanted, small_data, tmp_path):
+  out, port = tmp_path / 'scores.json', tiny.free_port()
+  processes = [
+    tiny.start(
+      [str(x) for x in ('evaluate', '--images', folder, *features, *SIZE, '--most_unreadable', 0.05,
+                        '--metrics', 'fd', '--out', out)],
+      tiny.environment(small_data, 1, COORDINATOR_ADDRESS=f'127.0.0.1:{port}', PROCESS_COUNT='2',
+                       PROCESS_INDEX=str(i)),
+    ) for i in range(2)
+  ]
+  try:
+    results = [process.communicate(timeout=200) for process in processes]
+  except subprocess.TimeoutExpired:
+    for process in processes:
+      process.kill()
+    raise
+  assert [process.returncode for process in processes] == [0, 0], results
+  assert json.loads(out.read_text())['samples']['fd_clip'] == pytest.approx(wanted[0], rel=1e-4)
+  assert 'fd_clip' in results[0][0] and 'fd_clip' not in results[1][0]

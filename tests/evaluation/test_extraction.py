@@ -1,0 +1,208 @@
+"""Features of image sets: piece by piece, killed and gone on, with damaged pictures among them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.chunks import Chunks
+from diffusion_jax.evaluation.extraction import Extraction, extract, gather, reader
+from diffusion_jax.evaluation.extractors import CLIPExtractor
+from diffusion_jax.evaluation.images import First, Folder, Split
+from diffusion_jax.models.functional import Network
+from diffusion_jax.models.text.clip import CLIP
+from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from tests import tiny
+
+RNG = np.random.default_rng(0)
+
+
+class Colours:
+  """The mean of each channel: features whose values are known."""
+
+  name, widths, params, size, resizing = 'colours', {'mean': 3}, {}, 8, 'clean'
+
+  def apply(self, params, images):
+    return {'mean': images.astype('float32').mean((1, 2))}
+
+
+@pytest.fixture
+def mesh():
+  return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """Eleven pictures of one size in two folders, whose mean colours are their numbers."""
+  for i in range(11):
+    path = tmp_path / 'pictures' / ('a' if i < 6 else 'b') / f'{i:02d}.png'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((12, 8, 3), i, np.uint8)).save(path)
+  return tmp_path / 'pictures'
+
+
+def _chunks(directory, total, **plan):
+  return Chunks(directory, {'what': 'test', **plan}, total=total, size=4)
+
+
+def test_each_image_is_there_once_and_in_its_place(folder, mesh, tmp_path):
+  images = Folder(folder)
+  chunks = _chunks(tmp_path / 'parts', len(images))
+  kept = []
+  extract(
+    chunks, reader(images), Extraction([Colours()], mesh, 2),
+    keep=lambda items, made: kept.append((items, len(made.images))),
+  )
+  found = gather(chunks)
+  wanted = np.repeat(np.arange(11), 3).reshape(-1, 3)
+  np.testing.assert_array_equal(found.columns['colours:mean'], wanted)
+  assert found.rows.tolist() == list(range(11)) and found.trouble == []
+  assert kept == [(range(0, 4), 4), (range(4, 8), 4), (range(8, 11), 3)]
+  assert chunks.missing() == []
+
+
+def test_what_is_whole_is_kept_and_what_is_damaged_made_again(folder, mesh, tmp_path):
+  images, calls = Folder(folder), []
+  chunks = _chunks(tmp_path / 'parts', len(images))
+  extraction = Extraction([Colours()], mesh, 4)
+
+  def make(items):
+    calls.append(items)
+    return reader(images)(items)
+
+  extract(chunks, make, extraction)
+  wanted = gather(chunks).columns['colours:mean']
+  file = tmp_path / 'parts' / '000001.npz'
+  data = bytearray(file.read_bytes())
+  data[len(data) // 2] ^= 1
+  file.write_bytes(data)
+  (tmp_path / 'parts' / '000002.npz').write_bytes(b'')
+  calls.clear()
+  again = _chunks(tmp_path / 'parts', len(images))
+  extract(again, make, extraction)
+  assert calls == [range(4, 8), range(8, 11)]
+  np.testing.assert_array_equal(gather(again).columns['colours:mean'], wanted)
+
+
+def test_results_of_another_plan_are_not_mixed_in(tmp_path):
+  _chunks(tmp_path, 10, seed=1)
+  _chunks(tmp_path, 10, seed=1)
+  with pytest.raises(UserError, match=r"another evaluation \(seed was 1, now 2\); choose another"):
+    _chunks(tmp_path, 10, seed=2)
+  with pytest.raises(UserError, match='total was 10, now 12'):
+    _chunks(tmp_path, 12, seed=1)
+  (tmp_path / 'plan.json').write_text('{')
+  with pytest.raises(UserError, match=r'plan\.json cannot be read'):
+    _chunks(tmp_path, 10, seed=1)
+
+
+def test_pieces_are_dealt_out_to_processes(tmp_path, monkeypatch):
+  chunks = _chunks(tmp_path, 22)
+  dealt = []
+  for count in (1, 2, 4):
+    monkeypatch.setattr(jax, 'process_count', lambda count=count: count)
+    for index in range(count):
+      monkeypatch.setattr(jax, 'process_index', lambda index=index: index)
+      dealt.append(chunks.missing())
+  assert dealt == [[0, 1, 2, 3, 4, 5], [0, 2, 4], [1, 3, 5], [0, 4], [1, 5], [2], [3]]
+  assert [len(chunks.items(i)) for i in range(6)] == [4, 4, 4, 4, 4, 2]
+  with pytest.raises(ValueError, match='x has 3 rows; piece 5 has 2'):
+    chunks.save(5, {'x': np.zeros(3)})
+
+
+def test_damaged_pictures_are_counted_named_and_refused(folder, mesh, tmp_path):
+  (folder / 'a' / '02.png').write_bytes(b'')
+  file = folder / 'b' / '07.png'
+  file.write_bytes(file.read_bytes()[:40])
+  images = Folder(folder)
+  chunks = _chunks(tmp_path / 'parts', len(images))
+  extract(chunks, reader(images), Extraction([Colours()], mesh, 4))
+  found = gather(chunks, most_unreadable=0.2)
+  assert found.rows.tolist() == [0, 1, 3, 4, 5, 6, 8, 9, 10]
+  np.testing.assert_array_equal(found.columns['colours:mean'][:, 0], found.rows)
+  assert len(found.trouble) == 2 and '02.png' in found.trouble[0] and '07.png' in found.trouble[1]
+  with pytest.raises(UserError, match=r'2 of 11 images cannot be read, more than .* 0.1 .*02\.png'):
+    gather(chunks, most_unreadable=0.1)
+
+
+def test_sizes_that_differ_are_resized_on_the_host_as_on_the_device(mesh):
+  config = tiny.CLIP
+  clip = Network.of(CLIP, config)
+  params = {
+    n: (n.endswith('scale') + 0.2 * RNG.normal(size=s.shape)).astype(np.float32)
+    for n, s in clip.shapes.items()
+  }
+  sizes = [(40, 24), (17, 50), (32, 32), (9, 9), (64, 33), (40, 24)]
+  images = [RNG.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+  extraction = Extraction([CLIPExtractor(clip, params, 'tiny')], mesh, 4)
+  together = extraction(images)['clip/tiny/bicubic:embedding']
+  alone = [Extraction([CLIPExtractor(clip, params, 'tiny')], mesh, 1)([image]) for image in images]
+  for row, single in zip(together, alone, strict=True):
+    np.testing.assert_allclose(row, single['clip/tiny/bicubic:embedding'][0], atol=1e-4)
+  assert np.abs(together[0] - together[1]).max() > 1e-2
+
+
+def test_sets_of_images(folder, sources):
+  images = Folder(folder)
+  assert [path.name for path in images.files] == [f'{i:02d}.png' for i in range(11)]
+  first = First(images, 5)
+  numbers = [int(first[i].pixels[0, 0, 0]) for i in range(5)]
+  assert len(set(numbers)) == 5 and len(first) == 5 and first.name.startswith('5 of folder:/')
+  assert numbers != sorted(numbers)
+  with pytest.raises(UserError, match='12 images cannot be taken of folder'):
+    First(images, 12)
+  with pytest.raises(UserError, match='there is no folder'):
+    Folder(folder / 'c')
+  split = Split(sources[1], 'openmoji test')
+  assert split[3].caption == sources[1][3]['captions'][0]
+  np.testing.assert_array_equal(split[3].pixels, sources[1][3]['image'])
+
+
+SLOW = """
+import sys, time
+import jax, numpy as np
+from diffusion_jax.evaluation.chunks import Chunks
+from diffusion_jax.evaluation.extraction import Extraction, Made, extract
+from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from tests.evaluation.test_extraction import Colours
+
+def make(items):
+  time.sleep(0.05)
+  print(items.start, flush=True)
+  return Made([np.full((8, 8, 3), i, np.uint8) for i in items], [''] * len(items))
+
+chunks = Chunks(sys.argv[1], {'what': 'kill'}, total=102, size=4)
+extract(chunks, make, Extraction([Colours()], make_mesh(MeshConfig(), jax.devices()[:1]), 4))
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path, mesh):
+  made, wanted = [], np.repeat(np.arange(102), 3).reshape(-1, 3)
+  for lines in (3, 9, None):
+    process = subprocess.Popen(
+      [sys.executable, '-c', SLOW, str(tmp_path)], cwd=tiny.ROOT, stdout=subprocess.PIPE, text=True,
+      env={**os.environ, 'PYTHONPATH': str(tiny.ROOT)},
+    )
+    for line in process.stdout:
+      made.append(int(line))
+      if lines is not None and len(made) >= lines:
+        time.sleep(0.01 * lines)
+        process.send_signal(signal.SIGKILL)
+        break
+    process.communicate(timeout=120)
+    assert process.returncode == (0 if lines is None else -signal.SIGKILL)
+  chunks = Chunks(tmp_path, {'what': 'kill'}, total=102, size=4)
+  assert chunks.missing() == []
+  np.testing.assert_array_equal(gather(chunks).columns['colours:mean'], wanted)
+  # What was under way is made again, and no more: one piece read ahead, one being written.
+  assert 23 <= len(made) <= 26 + 2 * 3
+  assert json.loads((tmp_path / 'plan.json').read_text())['total'] == 102

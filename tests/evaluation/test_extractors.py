@@ -1,0 +1,83 @@
+"""Extractors: what their names tell, what they compute, and errors. Inception: tests/parity."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.extractors import (
+  InceptionExtractor,
+  compiled,
+  load_clip_extractor,
+  load_extractor,
+)
+from diffusion_jax.evaluation.features import load_features
+from diffusion_jax.io.pretrained import load
+from diffusion_jax.models.functional import Network
+from diffusion_jax.models.inception import Inception, InceptionConfig
+from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from tests import tiny
+
+MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+
+
+@pytest.fixture(scope='module')
+def images():
+  return np.random.default_rng(0).integers(0, 256, (3, 50, 70, 3), np.uint8)
+
+
+def test_inception_computes_what_is_asked_for(images):
+  network = Network.of(Inception, InceptionConfig(divisor=16))
+  rng = np.random.default_rng(0)
+  params = {
+    name: rng.normal(size=leaf.shape).astype(np.float32) for name, leaf in network.shapes.items()
+  }
+  extractor = InceptionExtractor(network, params, 'w', 'clean', ('192', '64'))
+  assert extractor.name == 'inception/w/clean' and extractor.widths == {'192': 12, '64': 4}
+  apply = compiled(extractor)
+  found = apply(params, images)
+  assert {name: value.shape for name, value in found.items()} == {'192': (3, 12), '64': (3, 4)}
+  later = {name: p for name, p in params.items() if name.startswith(('Mixed', 'fc'))}
+  broken = params | {name: np.full_like(p, np.nan) for name, p in later.items()}
+  for name, value in apply(broken, images).items():
+    np.testing.assert_array_equal(value, found[name])
+  with pytest.raises(UserError, match="no '2048'; choose of 64, 192, spatial"):
+    InceptionExtractor(network, params, 'w', outputs=('2048',))
+  with pytest.raises(UserError, match="no resize rule 'bicubic'"):
+    InceptionExtractor(network, params, 'w', 'bicubic')
+
+
+def test_clip_sees_pixels_as_its_directory_says(parts, images, tmp_path):
+  directory = shutil.copytree(parts['clip'], tmp_path / 'some-clip')
+  plain = load_clip_extractor(directory)
+  assert plain.name == 'clip/some-clip/bicubic'
+  assert plain.widths == {'embedding': tiny.CLIP.projection_dim}
+  (directory / 'preprocessor_config.json').write_text(
+    json.dumps({'image_mean': MEAN, 'image_std': STD})
+  )
+  told = load_clip_extractor(directory)
+  size = tiny.CLIP.vision_config.image_size
+  channel = lambda plane: np.asarray(
+    Image.fromarray(plane.astype(np.float32)).resize((size, size), Image.BICUBIC)
+  ).clip(0, 255)
+  small = np.stack([np.stack([channel(i[..., c]) for c in range(3)], -1) for i in images]) / 255
+  clip = load('clip', directory)
+  for extractor, mean, std in ((plain, 0.5, 0.5), (told, np.array(MEAN), np.array(STD))):
+    wanted = np.asarray(clip.encode_image(((small - mean) / std).astype(np.float32)))
+    found = np.asarray(compiled(extractor)(extractor.params, images)['embedding'])
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
+  features = load_features(str(directory), make_mesh(MeshConfig()))
+  np.testing.assert_allclose(features.images(images), found, atol=1e-4 * np.abs(found).max())
+
+
+def test_by_name(parts):
+  mesh = make_mesh(MeshConfig())
+  extractor = load_extractor('clip', parts['clip'], mesh=mesh)
+  assert extractor.widths and all(p.sharding.mesh == mesh for p in extractor.params.values())
+  with pytest.raises(UserError, match="no features 'inception'; choose of inception/tensorflow"):
+    load_extractor('inception', 'x.pth')
+  with pytest.raises(UserError, match='clip has no pool3; choose of embedding'):
+    load_extractor('clip', parts['clip'], outputs=('pool3',))
