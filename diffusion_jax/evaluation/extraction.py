@@ -9,14 +9,13 @@ import concurrent.futures
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.chunks import Chunks
-from diffusion_jax.evaluation.extractors import Extractor
+from diffusion_jax.evaluation.extractors import Extractor, compiled
 from diffusion_jax.evaluation.images import ImageSet
 from diffusion_jax.evaluation.resize import resize_on_host
 from diffusion_jax.parallel.pulse import beat
@@ -43,7 +42,7 @@ class Extraction:
     if len(set(names)) < len(names):
       raise UserError(f'features are named twice: {", ".join(sorted(names))}; name each once.')
     self.extractors, self.mesh, self.batch_size = list(extractors), mesh, batch_size
-    self._apply = {extractor.name: jax.jit(extractor.apply) for extractor in extractors}
+    self._apply = {extractor.name: compiled(extractor) for extractor in extractors}
     self._shapes: set[tuple[int, ...]] = set()
 
   @property
