@@ -1,10 +1,11 @@
 """evaluate: scores on the test split."""
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
-from diffusion_jax.cli import evaluate_images
+from diffusion_jax.cli import evaluate_job
 from diffusion_jax.cli.options import add_model_arguments, add_sample_arguments, load
 from diffusion_jax.errors import UserError
 
@@ -12,12 +13,13 @@ HELP = 'score a model on the test captions'
 DESCRIPTION = """Draws a picture for each test caption and reports, in the features of the CLIP
 image tower, the Frechet distance (fd_clip) and KID (kid_clip) to the training images, the CLIP
 score, and how often a picture's own caption is the nearest among 100 (retrieval_r1), each beside
-the value of the real test images and of the same network untrained. The workdir of an autoencoder
-or a CLIP is scored by its own metrics.
+the value of the real test images and of the same network untrained. Other features (the FID
+Inception, DINOv2, a classifier), metrics, captions and references are named by options. Beside
+FILE.json come a row in FILE.csv and a page, FILE.html. What has been computed is kept in
+FILE.parts, so that a start after an interruption goes on where it was; several processes share the
+work. The workdir of an autoencoder, a CLIP or a classifier is scored by its own metrics.
 
-With --images: pictures of a folder against a reference, in the features of the FID Inception, CLIP
-and others. What has been computed is kept beside the output, in NAME.parts, so that a start after
-an interruption goes on where it was; several processes share the work.
+With --images: the pictures of a folder in place of a model's.
 
 With --likelihood: bits per dimension of test images given their captions. The density is that of
 the scaled latents, one sample of the autoencoder's posterior per image, not of pixels, and lower is
@@ -51,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       f"score (default: the run's, else {DEFAULT_CLIP})")
   parser.add_argument('--data_dir', metavar='DIR', help='folder of all data sets, for --model')
   add_sample_arguments(parser)
-  evaluate_images.add_arguments(parser)
+  evaluate_job.add_arguments(parser)
   add_likelihood_arguments(parser)
 
 
@@ -83,9 +85,12 @@ def run(args: argparse.Namespace) -> int:
   if out.is_dir():
     raise UserError(f'--out {out} is a directory; name a file such as {out / "scores.json"}.')
   out.parent.mkdir(parents=True, exist_ok=True)
-  evaluate_images.check(args)
-  shown = {}
-  scores = evaluate_images.run(args, out, shown) if args.images else _score(args)
+  evaluate_job.check(args)
+  shown: dict = {}
+  if args.images:
+    scores = evaluate_job.run(args, out, shown, evaluate_job.of_folder)
+  else:
+    scores = _score(args, out, shown)
   if scores is None:
     return 0  # The first process tells.
   out.write_text(json.dumps(scores, indent=2) + '\n')
@@ -106,7 +111,7 @@ def flat_row(scores: dict) -> dict:
   return figures | settings
 
 
-def _score(args: argparse.Namespace) -> dict:
+def _score(args: argparse.Namespace, out: Path, shown: dict) -> dict | None:
   from diffusion_jax.io.run_directory import RunDirectory
   from diffusion_jax.trained import load_evaluator
 
@@ -114,43 +119,98 @@ def _score(args: argparse.Namespace) -> dict:
   _check(args, config['task'] if config else 'diffusion')
   if config and config['task'] != 'diffusion':
     return load_evaluator(args.workdir)(_given(args.samples, SAMPLES))
-  return _likelihood(args, config) if args.likelihood else _pictures(args, config)
+  return _likelihood(args, config) if args.likelihood else _pictures(args, config, out, shown)
 
 
 def _check(args: argparse.Namespace, task: str) -> None:
   """Raises a UserError for options that would do nothing."""
   if args.likelihood and task != 'diffusion':
     raise UserError(f'{args.workdir} trains {task}; --likelihood needs a diffusion model.')
+  if task != 'diffusion':
+    for name in ('features', 'metrics', 'reference', 'captions', 'keep'):
+      if getattr(args, name) is not None:
+        raise UserError(f'{args.workdir} trains {task}; --{name} does nothing there, leave it out.')
   useless, why = (SAMPLING, 'with') if args.likelihood else (ESTIMATING, 'without')
   for name in useless:
     if getattr(args, name) is not None:
       raise UserError(f'--{name} does nothing {why} --likelihood; leave it out.')
 
 
-def _pictures(args: argparse.Namespace, config: dict | None) -> dict:
-  from diffusion_jax.evaluation.job import (
-    Evaluation,
-    check_samples,
-    evaluate_text_to_image,
-    fresh_weights,
-  )
-
-  model, weights, sample, mesh, train, test = _open(args, config)
-  check_samples(_given(args.samples, SAMPLES), len(test))
+def _pictures(
+  args: argparse.Namespace, config: dict | None, out: Path, shown: dict
+) -> dict | None:
   clip = args.clip or (config['settings']['clip'] if config else DEFAULT_CLIP)
-  evaluation = Evaluation.prepare(model, clip, train, test, mesh=mesh)
-  return evaluate_text_to_image(
-    evaluation, weights, fresh_weights(model, weights, mesh), sample,
-    samples=_given(args.samples, SAMPLES), seed=args.seed, real=True,
+  settings = {}
+
+  def columns(args, mesh):
+    model, weights, sample, name, train, test = _open(args, config, mesh)
+    name = _identity(args, name)
+    settings['sample'] = dataclasses.asdict(sample)
+    return _columns(args, mesh, model, weights, sample, name, test), (
+      lambda split: train if split == 'train' else test
+    )
+
+  return evaluate_job.run(args, out, shown, columns, clip, settings)
+
+
+def _columns(args: argparse.Namespace, mesh, model, weights, sample, name: str, test) -> dict:
+  """'generated', 'untrained' and, of captions of the test split, 'real'."""
+  from diffusion_jax.evaluation.images import Split
+  from diffusion_jax.evaluation.job import check_samples, fresh_weights, shuffled
+  from diffusion_jax.evaluation.offline import of_images, of_model
+
+  if args.captions:
+    captions, records = _lines(args.captions)[: args.samples], None
+  else:
+    check_samples(_given(args.samples, SAMPLES), len(test))
+    records = shuffled(test, _given(args.samples, SAMPLES))
+    captions = [record['captions'][0] for record in records]
+  drawn = lambda name, weights: of_model(
+    model, weights, name, captions, sample, seed=args.seed, mesh=mesh, batch_size=args.batch
   )
+  fresh = fresh_weights(model, weights, mesh)
+  columns = {
+    'generated': evaluate_job.Column(drawn(name, weights), captions, keep=True),
+    'untrained': evaluate_job.Column(drawn(f'untrained {name}', fresh), captions),
+  }
+  if records is not None:
+    real = of_images(Split(records, f'{len(records)} test images'))
+    columns['real'] = evaluate_job.Column(real, captions)
+  return columns
+
+
+def _identity(args: argparse.Namespace, name: str) -> str:
+  """The model's name and which of its weights these are, for it may be trained on meanwhile."""
+  from diffusion_jax.io.checkpoint import Checkpoints
+  from diffusion_jax.io.pretrained import resolve
+  from diffusion_jax.io.run_directory import RunDirectory
+
+  if args.workdir:
+    step = Checkpoints(RunDirectory(args.workdir).checkpoints, read_only=True).latest()
+    return f'{name} at step {step}'
+  files = [path.stat() for path in resolve(name).rglob('*.safetensors')]
+  return f'{name} of {max((int(file.st_mtime) for file in files), default=0)}'
+
+
+def _lines(path: str) -> list[str]:
+  """The captions of a file, one a line."""
+  try:
+    lines = [line.strip() for line in Path(path).read_text(encoding='utf-8').splitlines()]
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f'the captions {path} cannot be read ({error}); give UTF-8 text.') from error
+  if not any(lines):
+    raise UserError(f'{path} has no captions; write one a line.')
+  return [line for line in lines if line]
 
 
 def _likelihood(args: argparse.Namespace, config: dict | None) -> dict:
   from diffusion_jax.evaluation.likelihood import LikelihoodConfig, evaluate_likelihood
+  from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 
   given = {name: getattr(args, name) for name in ESTIMATING}
   settings = LikelihoodConfig(**{k: v for k, v in given.items() if v is not None})
-  model, weights, _, mesh, train, test = _open(args, config)
+  mesh = make_mesh(MeshConfig())
+  model, weights, _, _, train, test = _open(args, config, mesh)
   return evaluate_likelihood(
     model, weights, train, test, settings, samples=_given(args.samples, LIKELIHOOD_SAMPLES),
     seed=args.seed, mesh=mesh, batch_size=args.batch,
@@ -161,13 +221,11 @@ def _given(value: int | None, default: int) -> int:
   return default if value is None else value
 
 
-def _open(args: argparse.Namespace, config: dict | None) -> tuple:
-  """(model, weights on the mesh, sample settings, mesh, training source, test source)."""
+def _open(args: argparse.Namespace, config: dict | None, mesh) -> tuple:
+  """(model, weights on the mesh, sample settings, name, training source, test source)."""
   from diffusion_jax.data.sources import open_source
-  from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 
-  mesh = make_mesh(MeshConfig())
-  model, weights, sample, _ = load(args, mesh)
+  model, weights, sample, name = load(args, mesh)
   data = {'dataset': args.dataset, 'data_dir': args.data_dir, 'prepare': True}
   if config:
     data = config['data']
@@ -178,7 +236,7 @@ def _open(args: argparse.Namespace, config: dict | None) -> tuple:
     )
     for split in ('train', 'test')
   )
-  return model, weights, sample, mesh, train, test
+  return model, weights, sample, name, train, test
 
 
 def print_table(scores: dict) -> None:

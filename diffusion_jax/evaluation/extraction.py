@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from diffusion_jax.errors import UserError
@@ -23,7 +24,11 @@ from diffusion_jax.parallel.sharding import in_batches
 
 MOST_SHAPES = 4
 """Shapes of images for which a program is compiled; images of others are resized on the host."""
-TROUBLE = 'trouble'
+TROUBLE, THUMBNAILS = 'trouble', 'thumbnails'
+THUMBNAIL = 96
+"""Edge in pixels of the small pictures that a page shows."""
+MOST_THUMBNAILS = 20_000
+"""Of larger works none are kept: half a gigabyte."""
 READERS = 4
 
 
@@ -106,6 +111,8 @@ def extract(
     for index, made in _one_ahead(ahead, make, chunks, missing):
       kept = behind.submit(keep, chunks.items(index), made) if keep else None
       arrays = _features(extraction, made)
+      if chunks.total <= MOST_THUMBNAILS:
+        arrays[THUMBNAILS] = np.stack([_thumbnail(image) for image in made.images])
       if kept:
         kept.result()
       chunks.save(index, arrays)
@@ -134,6 +141,15 @@ def _features(extraction: Extraction, made: Made) -> dict[str, np.ndarray]:
   return arrays
 
 
+def _thumbnail(image: np.ndarray | None) -> np.ndarray:
+  """The whole image on a white square, [t t 3]; white where there is none."""
+  ground = Image.new('RGB', (THUMBNAIL, THUMBNAIL), 'white')
+  if image is not None:
+    small = ImageOps.contain(Image.fromarray(image), ground.size, Image.Resampling.BICUBIC)
+    ground.paste(small, tuple((THUMBNAIL - edge) // 2 for edge in small.size))
+  return np.asarray(ground)
+
+
 def reader(images: ImageSet) -> Callable[[range], Made]:
   """Reads a set's images, several at a time; those that cannot be read become trouble."""
   pool = concurrent.futures.ThreadPoolExecutor(READERS)
@@ -149,6 +165,10 @@ def reader(images: ImageSet) -> Callable[[range], Made]:
     return Made([image for image, _ in found], [text for _, text in found])
 
   return read
+
+
+def _without_thumbnails(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  return {name: value for name, value in arrays.items() if name != THUMBNAILS}
 
 
 class Features(NamedTuple):
@@ -168,7 +188,7 @@ def gather(chunks: Chunks, most_unreadable: float = 0.0) -> Features:
   Raises:
     UserError: more than a share `most_unreadable` of the images could not be read; names some.
   """
-  parts = list(chunks.all())
+  parts = list(map(_without_thumbnails, chunks.all()))
   columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
   trouble = columns.pop(TROUBLE)
   there = trouble == ''

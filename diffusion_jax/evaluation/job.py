@@ -10,18 +10,15 @@ from tqdm import tqdm
 from diffusion_jax.data.sources import ImageSource
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.features import CLIPFeatures, load_features
-from diffusion_jax.evaluation.metrics.frechet import frechet_distance
-from diffusion_jax.evaluation.metrics.kernel import kernel_distance
-from diffusion_jax.evaluation.metrics.text import clip_score, retrieval_recall
+from diffusion_jax.evaluation.scores import Compared, score
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.parallel.sharding import put_params, to_host
 from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
 from diffusion_jax.types import Record, Weights
 
 MINIMUM = 16
-CANDIDATES = 100
 DRAW_BATCH = 32
-KID_SUBSETS, KID_SUBSET_SIZE = 50, 100
+METRICS = ('fd', 'kid', 'clip_score', 'retrieval')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,21 +74,13 @@ def fresh_weights(model: TextToImage, weights: Weights, mesh: Mesh, seed: int = 
 
 
 def _scores(evaluation: Evaluation, images: np.ndarray, seed: int) -> dict[str, float]:
-  """Metrics of image embeddings [n p] that belong to the first n test captions."""
-  texts = evaluation.texts[: len(images)]
-  reference = Statistics.from_features(evaluation.reference)
-  size = min(KID_SUBSET_SIZE, len(images), len(evaluation.reference))
-  kid, kid_std = kernel_distance(
-    images, evaluation.reference, subsets=KID_SUBSETS, subset_size=size, seed=seed
+  """METRICS of image embeddings [n p] that belong to the first n test captions."""
+  compared = Compared(
+    f'{evaluation.features.extractor.name}:embedding', images,
+    Statistics.from_features(evaluation.reference), evaluation.reference,
+    evaluation.texts[: len(images)],
   )
-  recall = retrieval_recall(images, texts, k=1, candidates=CANDIDATES, seed=seed)
-  return {
-    'fd_clip': frechet_distance(Statistics.from_features(images), reference),
-    'kid_clip': kid,
-    'kid_clip_std': kid_std,
-    'clip_score': clip_score(images, texts),
-    'retrieval_r1': recall,
-  }
+  return score(METRICS, [compared], seed=seed, intervals=False).values
 
 
 def evaluate_text_to_image(

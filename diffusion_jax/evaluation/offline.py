@@ -15,6 +15,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.chunks import Chunks
 from diffusion_jax.evaluation.extraction import Extraction, Features, Made, extract, gather, reader
 from diffusion_jax.evaluation.images import ImageSet
+from diffusion_jax.evaluation.keeping import Thumbnails
 from diffusion_jax.evaluation.scores import Compared, Scores, score
 from diffusion_jax.evaluation.statistics import Moments, Statistics
 from diffusion_jax.parallel.agreement import agree
@@ -71,8 +72,10 @@ def of_model(
 def features_of(
   work: Work, extraction: Extraction, directory: Path, *, most_unreadable: float = 0.0,
   keep: Callable[[range, Made], None] | None = None, label: str = '', chunk: int = CHUNK,
-) -> Features:
+) -> tuple[Features, Thumbnails]:
   """The features of all of the work's images, of which `directory` has what was done before.
+
+  And small pictures of them.
 
   All processes must call it together; each makes its share, and all get the whole.
 
@@ -83,7 +86,7 @@ def features_of(
   chunks = Chunks(directory, plan, total=work.total, size=chunk)
   extract(chunks, work.make, extraction, keep=keep, label=label)
   agree(f'features/{directory.name}', 'done')
-  return gather(chunks, most_unreadable)
+  return gather(chunks, most_unreadable), Thumbnails(chunks)
 
 
 def compare(

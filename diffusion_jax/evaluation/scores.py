@@ -65,8 +65,12 @@ class Compared:
 
 @dataclasses.dataclass
 class Scores:
-  """values: figure -> value. intervals: figure -> its interval. warnings: sentences."""
+  """values: figure -> value. intervals: figure -> its interval. warnings: sentences.
 
+  with_intervals: whether to compute those that take resampling.
+  """
+
+  with_intervals: bool = True
   values: dict[str, float] = dataclasses.field(default_factory=dict)
   intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
   warnings: list[str] = dataclasses.field(default_factory=list)
@@ -87,7 +91,7 @@ def frechet(of: Compared, scores: Scores, seed: int) -> None:
   reference = FrechetReference(of.moments)
   value = reference.distance(Statistics.from_features(of.samples))
   interval = None
-  if n >= 4 * GROUPS:
+  if scores.with_intervals and n >= 4 * GROUPS:
     groups = random_groups(of.samples, GROUPS, seed=seed)
     interval = interval_of_groups(
       reference.distance, groups, resamples=50 if d <= WIDE else 8, seed=seed
@@ -168,15 +172,19 @@ def inception(of: Compared, scores: Scores, seed: int) -> None:
 def text(of: Compared, scores: Scores, seed: int) -> None:
   """clip_score, with its interval."""
   each = clip_score_of_each(of.samples, of.texts)
-  scores.add('clip_score', each.mean(), bootstrap_mean(each, seed=seed))
+  scores.add('clip_score', each.mean(), _interval_of_mean(each, scores, seed))
 
 
 def retrieval(of: Compared, scores: Scores, seed: int) -> None:
   """retrieval_r1: own caption first among 100, with its interval."""
   hits = retrieval_hits(of.samples, of.texts, k=1, seed=seed)
-  scores.add('retrieval_r1', hits.mean(), bootstrap_mean(hits, seed=seed))
+  scores.add('retrieval_r1', hits.mean(), _interval_of_mean(hits, scores, seed))
   if len(hits) < 100:
     scores.warnings.append(f'retrieval_r1 ranks {len(hits)} captions instead of 100: it is easier.')
+
+
+def _interval_of_mean(values: np.ndarray, scores: Scores, seed: int) -> Interval | None:
+  return bootstrap_mean(values, seed=seed) if scores.with_intervals else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,9 +248,11 @@ def check_metrics(metrics: Sequence[str], outputs: Sequence[str], known: Collect
       raise UserError(f'{name} needs {lacks[0]}; give that, or leave {name} out of --metrics.')
 
 
-def score(metrics: Sequence[str], compared: Sequence[Compared], *, seed: int = 0) -> Scores:
+def score(
+  metrics: Sequence[str], compared: Sequence[Compared], *, seed: int = 0, intervals: bool = True
+) -> Scores:
   """Every metric of all features that it can be computed of. UserError as in `check_metrics`."""
-  scores = Scores()
+  scores = Scores(intervals)
   for name in metrics:
     metric = METRICS.get(name, METRICS['fd'])
     fitting = [of for of in compared if of.output in metric.outputs]

@@ -40,20 +40,31 @@ class Pair(NamedTuple):
   name: str = ''
 
 
+class Prompt(NamedTuple):
+  """A sample with its caption and their CLIP score."""
+
+  sample: UInt8[np.ndarray, 'h w 3']
+  caption: str
+  score: float
+
+
 def write_evaluation_page(
   path: Path, scores: Mapping[str, Any], *, clouds: Sequence[Cloud] = (),
-  pairs: Sequence[Pair] = (),
+  pairs: Sequence[Pair] = (), best: Sequence[Prompt] = (), worst: Sequence[Prompt] = (),
 ) -> None:
   """Writes the page; it needs nothing else to be viewed.
 
   Args:
     scores: columns of figures by name, and 'intervals', 'warnings' and 'settings' beside them.
     pairs: the samples that are most like a reference image, the most alike first.
+    best, worst: the samples that fit their captions best, and worst, those first.
   """
   body = (
     f'<header>\n<h1>{page.escape(path.stem)}</h1>\n'
     f'<p class="muted">{page.escape(_subject(scores))}</p>\n</header>\n'
-    + _figures(scores) + _warnings(scores) + _clouds(clouds) + _pairs(pairs) + _settings(scores)
+    + _figures(scores) + _warnings(scores)
+    + _prompts('best', 'Best prompts', best) + _prompts('worst', 'Worst prompts', worst)
+    + _clouds(clouds) + _pairs(pairs) + _settings(scores)
   )
   temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
   temporary.write_text(page.page(f'Evaluation · {path.stem}', body), encoding='utf-8')
@@ -127,6 +138,16 @@ def _pairs(pairs: Sequence[Pair]) -> str:
           'the cosine of their features. Copies of training images would be here.')
   body = f'<div class="strip">\n{figures}</div>' if figures else ''
   return page.section('nearest', 'Nearest in the reference', note, body)
+
+
+def _prompts(name: str, heading: str, prompts: Sequence[Prompt]) -> str:
+  figures = ''.join(
+    f'<figure>{_picture(prompt.sample, prompt.caption)}'
+    f'<figcaption>{page.escape(prompt.caption)}<br>{prompt.score:.1f}</figcaption></figure>\n'
+    for prompt in prompts
+  )
+  body = f'<div class="strip">\n{figures}</div>' if figures else ''
+  return page.section(name, heading, 'By the CLIP score of picture and caption.', body)
 
 
 def _picture(pixels: np.ndarray, label: str) -> str:

@@ -108,7 +108,7 @@ def test_two_folders(tmp_path):
   mesh = make_mesh(MeshConfig(), jax.devices()[:2])
   found = {
     name: features_of(of_images(Folder(tmp_path / name)), Extraction([Colours()], mesh, 16),
-                      tmp_path / f'{name}.parts', chunk=12)
+                      tmp_path / f'{name}.parts', chunk=12)[0]
     for name in colours
   }
   for name, rows in colours.items():

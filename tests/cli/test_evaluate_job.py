@@ -1,9 +1,10 @@
-"""evaluate --images: pictures of a folder against a reference."""
+"""evaluate: pictures of a folder or of a model against a reference, in any features."""
 
 import csv
 import json
 import shutil
 import subprocess
+import tarfile
 
 import numpy as np
 import pytest
@@ -91,7 +92,11 @@ def test_a_file_of_statistics_serves_as_reference(
 
 @pytest.mark.parametrize(('arguments', 'named'), [
   (['--images', 'DIR', '--model', 'x'], '--images takes no model'),
-  (['--metrics', 'fd'], '--metrics does nothing without --images'),
+  (['--most_unreadable', '0.1'], '--most_unreadable does nothing without --images'),
+  (['--images', 'DIR', '--keep', 'png'], '--keep does nothing with --images'),
+  (['--likelihood', '--metrics', 'fd'], '--metrics does nothing with --likelihood'),
+  (['--keep', 'gif'], '--keep is gif; choose png or tar'),
+  (['--captions', 'DIR/none.txt'], 'none.txt cannot be read'),
   (['--images', 'DIR', '--metrics', 'FID'], "no metric 'FID'; choose of fd"),
   (['--images', 'DIR', '--features', 'vgg:x'], 'is not of the form KIND:PATH'),
   (['--images', 'DIR/none'], 'there is no folder'),
@@ -133,3 +138,62 @@ def test_two_processes_share_the_work(folder, features, wanted, small_data, tmp_
   assert [process.returncode for process in processes] == [0, 0], results
   assert json.loads(out.read_text())['samples']['fd_clip'] == pytest.approx(wanted[0], rel=1e-4)
   assert 'fd_clip' in results[0][0] and 'fd_clip' not in results[1][0]
+
+
+@pytest.fixture(scope='module')
+def drawn(command, finished, tmp_path_factory):
+  """(scores, folder) of a run on seven captions of one's own, its pictures kept."""
+  folder = tmp_path_factory.mktemp('drawn')
+  names = ('red apple', 'cat face', 'sun', 'blue book', 'green heart', 'dog', 'moon')
+  (folder / 'captions.txt').write_text('\n'.join(names) + '\n\n')
+  out = folder / 'scores.json'
+  arguments = ('--captions', folder / 'captions.txt', '--keep', 'png', '--batch', 2)
+  metrics = ('--metrics', 'fd,clip_score,retrieval')
+  assert command('evaluate', '--workdir', finished, *arguments, *metrics, '--out', out) == 0
+  return json.loads(out.read_text()), folder
+
+
+def test_a_model_draws_captions_of_one_s_own(drawn, command, finished, tmp_path):
+  scores, folder = drawn
+  assert set(scores) == {'generated', 'untrained', 'intervals', 'warnings', 'settings'}
+  assert scores['settings']['samples'] == 7 and 'at step 4' in scores['settings']['model']
+  kept = sorted((folder / 'scores.images').iterdir())
+  assert [path.name for path in kept] == [f'{i:06d}.png' for i in range(7)]
+  # The pictures that `sample` draws of the same seed, number and prompt.
+  prompts = [x for line in (folder / 'captions.txt').read_text().split('\n') if line
+             for x in ('--prompt', line)]
+  assert command('sample', '--workdir', finished, *prompts, '--out', tmp_path, '--batch', 2) == 0
+  for i, path in enumerate(kept):
+    (drawn_alone,) = tmp_path.glob(f'{i:04d}_*.png')
+    found, wanted = (np.asarray(Image.open(p)).astype(int) for p in (path, drawn_alone))
+    assert np.abs(found - wanted).max() <= 1
+  html = (folder / 'scores.html').read_text()
+  assert 'Best prompts' in html and 'green heart' in html and 'Nearest in the reference' in html
+
+
+def test_what_is_drawn_is_not_drawn_again(drawn, command, finished, tmp_path, monkeypatch):
+  from diffusion_jax.pipelines.text_to_image import TextToImage
+
+  scores, folder = drawn
+  run = shutil.copytree(folder, tmp_path / 'again')
+  monkeypatch.setattr(TextToImage, 'draw', lambda *_, **__: 1 / 0)
+  arguments = ('--captions', run / 'captions.txt', '--metrics', 'fd,clip_score,retrieval')
+  out = run / 'scores.json'
+  assert command('evaluate', '--workdir', finished, *arguments, '--out', out) == 0
+  again = json.loads(out.read_text())
+  for column in ('generated', 'untrained'):
+    assert again[column] == pytest.approx(scores[column], rel=1e-6)
+
+
+def test_pictures_are_kept_in_tar_files(tmp_path):
+  from diffusion_jax.evaluation.extraction import Made
+  from diffusion_jax.evaluation.keeping import keeper
+
+  images = [np.full((4, 5, 3), i, np.uint8) for i in range(3)]
+  made = Made([images[0], None, images[2]], ['', 'damaged', ''])
+  keeper(tmp_path, 'tar')(range(64, 67), made)
+  with tarfile.open(tmp_path / '000064-000066.tar') as archive:
+    assert archive.getnames() == ['000064.png', '000066.png']
+    found = np.asarray(Image.open(archive.extractfile('000066.png')))
+  np.testing.assert_array_equal(found, images[2])
+  assert [path.name for path in tmp_path.iterdir()] == ['000064-000066.tar']
