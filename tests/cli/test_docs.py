@@ -82,3 +82,12 @@ def test_the_page_on_operations_names_every_state_and_key():
   states = set(re.findall(r'^\|[^|]+\|[^|]+\| (\w+)', faults, flags=re.MULTILINE))
   assert states == {*keeper.FINAL, 'killed', 'training'} - {'finished'}
   assert '(docs/operations.md)' in (ROOT / 'README.md').read_text()
+
+
+def test_evaluation_has_a_row_for_each_kind_of_features_and_metric():
+  from diffusion_jax.evaluation.extractors import NAMES as features
+  from diffusion_jax.evaluation.scores import METRICS
+
+  text = (ROOT / 'docs' / 'evaluation.md').read_text()
+  rows = re.findall(r'^\| `([\w/]+)', text, flags=re.MULTILINE)
+  assert rows == [*features, *METRICS]
