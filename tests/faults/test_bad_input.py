@@ -34,7 +34,7 @@ def train_fails(fails, tmp_path, small_data):
 @pytest.mark.parametrize(('override', 'words'), [
   ('--config.loop.batch_sise=8', ('batch_sise', 'batch_size')),
   ('--config.optimizer.learning_rate=fast', ('learning_rate',)),
-  ('--config.task=diffusio', ('diffusio', 'autoencoder, clip, diffusion')),
+  ('--config.task=diffusio', ('diffusio', 'autoencoder, classifier, clip, diffusion')),
   ('--config.loop.batch_size=12', ('batch_size 12', '8')),
   ('--config.loop.total_steps=0', ('total_steps', 'at least 1')),
   ('--config.settings.sample.sampler=eular', ('eular', 'ddim')),
