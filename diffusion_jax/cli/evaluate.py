@@ -145,7 +145,7 @@ def _pictures(
   def columns(args, mesh):
     model, weights, sample, name, train, test = _open(args, config, mesh)
     name = _identity(args, name)
-    settings['sample'] = dataclasses.asdict(sample)
+    settings.update(dataclasses.asdict(sample))
     return _columns(args, mesh, model, weights, sample, name, test), (
       lambda split: train if split == 'train' else test
     )
@@ -160,7 +160,7 @@ def _columns(args: argparse.Namespace, mesh, model, weights, sample, name: str, 
   from diffusion_jax.evaluation.offline import of_images, of_model
 
   if args.captions:
-    captions, records = _lines(args.captions)[: args.samples], None
+    captions, records = evaluate_job.lines(args.captions)[: args.samples], None
   else:
     check_samples(_given(args.samples, SAMPLES), len(test))
     records = shuffled(test, _given(args.samples, SAMPLES))
@@ -190,17 +190,6 @@ def _identity(args: argparse.Namespace, name: str) -> str:
     return f'{name} at step {step}'
   files = [path.stat() for path in resolve(name).rglob('*.safetensors')]
   return f'{name} of {max((int(file.st_mtime) for file in files), default=0)}'
-
-
-def _lines(path: str) -> list[str]:
-  """The captions of a file, one a line."""
-  try:
-    lines = [line.strip() for line in Path(path).read_text(encoding='utf-8').splitlines()]
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f'the captions {path} cannot be read ({error}); give UTF-8 text.') from error
-  if not any(lines):
-    raise UserError(f'{path} has no captions; write one a line.')
-  return [line for line in lines if line]
 
 
 def _likelihood(args: argparse.Namespace, config: dict | None) -> dict:

@@ -62,6 +62,19 @@ def check(args: argparse.Namespace) -> None:
     raise UserError(f'--keep is {args.keep}; choose {" or ".join(KINDS)}.')
   if args.metrics:
     outputs_of(args.metrics.split(','), {})
+  if args.captions:
+    lines(args.captions)
+
+
+def lines(path: str) -> list[str]:
+  """The captions of a file, one a line."""
+  try:
+    lines = [line.strip() for line in Path(path).read_text(encoding='utf-8').splitlines()]
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f'the captions {path} cannot be read ({error}); give UTF-8 text.') from error
+  if not any(lines):
+    raise UserError(f'{path} has no captions; write one a line.')
+  return [line for line in lines if line]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,9 @@ def test_evaluate_compares_with_real_and_untrained(command, finished, tmp_path, 
   out = tmp_path / 'new' / 'scores.json'
   assert command('evaluate', '--workdir', finished, '--samples', 16, '--out', out) == 0
   scores = json.loads(out.read_text())
-  assert scores.keys() == {'generated', 'real', 'untrained', 'settings'}
+  assert scores.keys() == {
+    'generated', 'real', 'untrained', 'settings', 'intervals', 'warnings'
+  }
   for column in ('generated', 'real', 'untrained'):
     assert scores[column].keys() == METRICS
   assert scores['settings']['samples'] == 16 and scores['settings']['sampler'] == 'ddim'
