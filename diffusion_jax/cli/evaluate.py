@@ -84,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
   out = Path(args.out)
   if out.is_dir():
     raise UserError(f'--out {out} is a directory; name a file such as {out / "scores.json"}.')
-  out.parent.mkdir(parents=True, exist_ok=True)
   evaluate_job.check(args)
+  out.parent.mkdir(parents=True, exist_ok=True)
   shown: dict = {}
   if args.images:
     scores = evaluate_job.run(args, out, shown, evaluate_job.of_folder)

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.io.whole import replacing
 
 PLAN = 'plan.json'
 _DAMAGE = (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
@@ -48,8 +49,8 @@ class Chunks:
         f'{file} cannot be read ({error}); delete {self.directory} to begin anew.'
       ) from error
     if known is None:
-      self.directory.mkdir(parents=True, exist_ok=True)
-      _write_whole(file, json.dumps(plan, indent=2).encode())
+      with replacing(file) as new:
+        new.write(json.dumps(plan, indent=2).encode())
     elif known != plan:
       names = sorted(k for k in {*known, *plan} if known.get(k) != plan.get(k))
       first = names[0]
@@ -73,16 +74,10 @@ class Chunks:
     wrong = [name for name, value in arrays.items() if len(value) != rows]
     if wrong:
       raise ValueError(f'{wrong[0]} has {len(arrays[wrong[0]])} rows; piece {index} has {rows}.')
-    path = self._path(index)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-      with temporary.open('wb') as file:
-        np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-      os.replace(temporary, path)
-    finally:
-      temporary.unlink(missing_ok=True)
+    with replacing(self._path(index)) as file:
+      np.savez(file, **arrays)
+      file.flush()
+      os.fsync(file.fileno())
 
   def load(self, index: int) -> dict[str, np.ndarray]:
     """The results of a piece. UserError where it is damaged, which a new start makes good."""
@@ -112,9 +107,3 @@ class Chunks:
         return archive.testzip() is None
     except _DAMAGE:
       return False
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  temporary.write_bytes(data)
-  os.replace(temporary, path)

@@ -1,7 +1,6 @@
 """Pictures of an evaluation that stay: as PNGs or tar files for people, small ones for its page."""
 
 import io
-import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from PIL import Image
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.chunks import Chunks
 from diffusion_jax.evaluation.extraction import THUMBNAILS, Made
+from diffusion_jax.io.whole import replacing
 
 KINDS = ('png', 'tar')
 
@@ -29,38 +29,27 @@ def keeper(directory: Path, kind: str) -> Callable[[range, Made], None]:
 
 
 def _keep_png(directory: Path, items: range, made: Made) -> None:
-  directory.mkdir(parents=True, exist_ok=True)
   for number, image in zip(items, made.images, strict=True):
     if image is not None:
-      _write_whole(directory / f'{number:06d}.png', _png(image))
+      with replacing(directory / f'{number:06d}.png') as file:
+        file.write(_png(image))
 
 
 def _keep_tar(directory: Path, items: range, made: Made) -> None:
-  directory.mkdir(parents=True, exist_ok=True)
-  buffer = io.BytesIO()
-  with tarfile.open(fileobj=buffer, mode='w') as archive:
+  path = directory / f'{items.start:06d}-{items.stop - 1:06d}.tar'
+  with replacing(path) as file, tarfile.open(fileobj=file, mode='w') as archive:
     for number, image in zip(items, made.images, strict=True):
       if image is not None:
         data = _png(image)
         entry = tarfile.TarInfo(f'{number:06d}.png')
         entry.size = len(data)
         archive.addfile(entry, io.BytesIO(data))
-  _write_whole(directory / f'{items.start:06d}-{items.stop - 1:06d}.tar', buffer.getvalue())
 
 
 def _png(image: UInt8[np.ndarray, 'h w 3']) -> bytes:
   buffer = io.BytesIO()
   Image.fromarray(image).save(buffer, format='PNG')
   return buffer.getvalue()
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  try:
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
 
 
 class Thumbnails:

@@ -1,4 +1,4 @@
-"""How each tool scales images before its network: rules that change FID by several points.
+"""How each tool scales images before its network: rules that change FID.
 
 Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation". Every rule
 is linear along each axis, so it is two matrices, made once for a size and applied as products: any

@@ -253,8 +253,9 @@ def score(
 ) -> Scores:
   """Every metric of all features that it can be computed of. UserError as in `check_metrics`."""
   scores = Scores(intervals)
+  outputs_of(metrics, {})
   for name in metrics:
-    metric = METRICS.get(name, METRICS['fd'])
+    metric = METRICS[name]
     fitting = [of for of in compared if of.output in metric.outputs]
     able = [of for of in fitting if all(getattr(of, need) is not None for need in metric.needs)]
     known = {need for need in _LACKS for of in fitting if getattr(of, need) is not None}

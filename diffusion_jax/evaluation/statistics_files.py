@@ -16,15 +16,15 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.statistics import FittedGaussian, Moments, Statistics
+from diffusion_jax.io.whole import replacing
 
 FORMATS = ('ours', 'clean-fid', 'adm', 'torch-fidelity')
 
@@ -142,7 +142,9 @@ def save_statistics(
     )
   if format == 'torch-fidelity':
     torch, arrays = _torch(path), {'mu': statistics.mean, 'sigma': statistics.covariance}
-    return _whole(path, lambda file: torch.save(arrays, file))
+    with replacing(path) as file:
+      torch.save(arrays, file)
+    return
   if format == 'ours':
     arrays = {'n': np.int64(statistics.n), 'mean': statistics.mean, 'm2': statistics.m2}
   else:
@@ -151,18 +153,8 @@ def save_statistics(
     arrays |= {'mu_s': spatial.mean, 'sigma_s': spatial.covariance}
   if images is not None:
     arrays['arr_0'] = images
-  _whole(path, lambda file: np.savez(file, **arrays))
-
-
-def _whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  try:
-    with open(temporary, 'wb') as file:
-      write(file)
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  with replacing(path) as file:
+    np.savez(file, **arrays)
 
 
 def load_features(path: str | os.PathLike) -> Float[np.ndarray, 'n d']:

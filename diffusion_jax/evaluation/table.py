@@ -1,11 +1,12 @@
 """One CSV file of many evaluations, a row each, that spreadsheets and pandas read."""
 
 import csv
-import os
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.io.whole import replacing
 
 
 def add_row(path: Path, row: Mapping[str, object]) -> None:
@@ -24,9 +25,9 @@ def add_row(path: Path, row: Mapping[str, object]) -> None:
   except (OSError, ValueError, csv.Error) as error:
     raise UserError(f'{path} is not a table of evaluations ({error}); move it away.') from error
   names += [name for name in row if name not in names]
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  with temporary.open('w', newline='', encoding='utf-8') as file:
-    writer = csv.DictWriter(file, names, restval='')
-    writer.writeheader()
-    writer.writerows([*rows, row])
-  os.replace(temporary, path)
+  text = io.StringIO(newline='')
+  writer = csv.DictWriter(text, names, restval='')
+  writer.writeheader()
+  writer.writerows([*rows, row])
+  with replacing(path) as file:
+    file.write(text.getvalue().encode())

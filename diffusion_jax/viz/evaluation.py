@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from diffusion_jax.io.whole import replacing
 from diffusion_jax.viz import page
 from diffusion_jax.viz.curves import PALETTE
 from diffusion_jax.viz.svg import empty_figure, inline, legend, plain_axes, render
@@ -66,9 +66,8 @@ def write_evaluation_page(
     + _prompts('best', 'Best prompts', best) + _prompts('worst', 'Worst prompts', worst)
     + _clouds(clouds) + _pairs(pairs) + _settings(scores)
   )
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  temporary.write_text(page.page(f'Evaluation · {path.stem}', body), encoding='utf-8')
-  os.replace(temporary, path)
+  with replacing(path) as file:
+    file.write(page.page(f'Evaluation · {path.stem}', body).encode())
 
 
 def figure_columns(scores: Mapping[str, Any]) -> list[str]:

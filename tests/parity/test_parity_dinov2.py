@@ -41,6 +41,7 @@ def compare(theirs, graphdef, params, shapes, quick_jit):
   for x, ours in zip(pixels, found, strict=True):
     with torch.no_grad():
       wanted = theirs(torch.tensor(x.transpose(0, 3, 1, 2)))
+    assert ours.shape == wanted.last_hidden_state.shape
     np.testing.assert_allclose(ours, wanted.last_hidden_state.numpy(), atol=1e-5)
     np.testing.assert_allclose(ours[:, 0], wanted.pooler_output.numpy(), atol=1e-5)
 
@@ -66,8 +67,9 @@ def test_random_configs(seed, randomized, ported, quick_jit):
     hidden_act=str(rng.choice(['gelu', 'quick_gelu', 'gelu_new'])),
     layer_norm_eps=float(rng.choice([1e-6, 1e-3])),
   ))
-  _, graphdef, params = ported('dinov2', theirs)
+  config, graphdef, params = ported('dinov2', theirs)
   sizes = tuple(int(n) * patch for n in rng.integers(1, 8, 2))
+  assert config.patch_size == patch and config.num_attention_heads == heads
   compare(theirs, graphdef, params, (sizes,), quick_jit)
 
 
