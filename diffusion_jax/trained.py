@@ -1,32 +1,112 @@
 """Models out of run directories, ready to draw and to be scored."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 
 from diffusion_jax.build import build_task, open_sources
 from diffusion_jax.errors import UserError
+from diffusion_jax.io.checkpoint import Checkpoints
 from diffusion_jax.io.run_directory import RunDirectory
 from diffusion_jax.io.trained import run_weights
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.parallel.sharding import put_params, to_host
 from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
 from diffusion_jax.recipe import LATENT, parse
+from diffusion_jax.train.posthoc_ema import Combination, Snapshot, combine
 from diffusion_jax.train.tasks.task import Scores
-from diffusion_jax.types import Weights
+from diffusion_jax.types import Params, Weights
 
 
-def _trained(workdir: str):
-  """(config, task, parameters, mesh) of a run that has saved at least once."""
-  directory = RunDirectory(workdir)
-  config = parse(directory.read_json('config.json'))
-  if not directory.checkpoints.is_dir():
-    raise UserError(f'{workdir} has no checkpoint yet; train longer, or give another workdir.')
-  train, test = open_sources(config)
-  mesh = make_mesh(MeshConfig())
-  task = build_task(config, train, test, directory, mesh)
-  shapes = jax.eval_shape(task.initialize, jax.random.key(0))
-  return config, task, run_weights(workdir, shapes, mesh), mesh
+class TrainedRun:
+  """A run that has saved at least once; also one that goes on.
+
+  Raises:
+    UserError: no such run, no checkpoint, or something that cannot be read.
+  """
+
+  def __init__(self, workdir: str):
+    self.workdir, self.directory = workdir, RunDirectory(workdir)
+    self.config = parse(self.directory.read_json('config.json'))
+    if not self.directory.checkpoints.is_dir():
+      raise UserError(f'{workdir} has no checkpoint yet; train longer, or give another workdir.')
+    self.sources = open_sources(self.config)
+    self.mesh = make_mesh(MeshConfig())
+    self.task = build_task(self.config, *self.sources, self.directory, self.mesh)
+    self._shapes = jax.eval_shape(self.task.initialize, jax.random.key(0))
+    self._checkpoints = Checkpoints(self.directory.checkpoints, read_only=True)
+
+  @property
+  def model(self) -> TextToImage:
+    """UserError where the run trains something else."""
+    if self.config.task not in LATENT:
+      raise UserError(
+        f'{self.workdir} trains {self.config.task}; give the workdir of a diffusion run.'
+      )
+    return self.task.model
+
+  @property
+  def sample(self) -> SampleConfig:
+    """How its pictures are drawn while it trains."""
+    return self.config.settings.sample
+
+  def steps(self) -> list[int]:
+    """Of its checkpoints, in ascending order."""
+    return self._checkpoints.steps()
+
+  def params(self, step: int | None = None, ema_halflife_images: float | None = None) -> Params:
+    """What is trained, on the mesh, averaged.
+
+    Args:
+      step: of a checkpoint, or None for the newest that is whole.
+      ema_halflife_images: None for the run's own average, 0 for none; another is put together from
+        all checkpoints up to that step; see `averages`.
+    """
+    own = self.config.loop.ema_halflife_images
+    if step is None and ema_halflife_images in (None, own):
+      return run_weights(self.workdir, self._shapes, self.mesh)
+    step = self.newest() if step is None else step
+    if ema_halflife_images in (None, own, 0):
+      return self._read(step, own if ema_halflife_images is None else ema_halflife_images)
+    stored, combined = self.averages(step, ema_halflife_images)
+    total = None
+    for snapshot, factor in zip(stored, combined.factors, strict=True):
+      params = self._read(snapshot.step, snapshot.halflife_images)
+      total = jax.tree.map(lambda p: factor * p, params) if total is None else (  # noqa: B023
+        jax.tree.map(lambda t, p: t + factor * p, total, params)  # noqa: B023
+      )
+    return total
+
+  def averages(
+    self, step: int | None, ema_halflife_images: float
+  ) -> tuple[Sequence[Snapshot], Combination]:
+    """What an average of another length is put together from, and how near it comes."""
+    if ema_halflife_images < 0:
+      raise UserError(
+        f'ema_halflife_images is {ema_halflife_images}; give a number of images, or 0 for none.'
+      )
+    step, own = self.newest() if step is None else step, self.config.loop.ema_halflife_images
+    stored = [
+      Snapshot(s, halflife) for s in self.steps() if s <= step
+      for halflife in ({0.0, own} if own else {0.0})
+    ]
+    wanted = Snapshot(step, ema_halflife_images)
+    return stored, combine(wanted, stored, self.config.loop.batch_size)
+
+  def weights(self, step: int | None = None, ema_halflife_images: float | None = None) -> Weights:
+    """Every network's weights on the host, as `params` for the trained ones."""
+    self.model  # noqa: B018
+    return self.task.weights(to_host(self.params(step, ema_halflife_images)), self.task.frozen)
+
+  def newest(self) -> int:
+    """The step of the last checkpoint that looks whole. UserError where there is none."""
+    step = self._checkpoints.latest()
+    if step is None:
+      raise UserError(f'{self.workdir} has no checkpoint yet; train longer first.')
+    return step
+
+  def _read(self, step: int, ema_halflife_images: float) -> Params:
+    return run_weights(self.workdir, self._shapes, self.mesh, step, bool(ema_halflife_images))
 
 
 def load_trained(workdir: str) -> tuple[TextToImage, Weights, SampleConfig]:
@@ -35,15 +115,14 @@ def load_trained(workdir: str) -> tuple[TextToImage, Weights, SampleConfig]:
   Raises:
     UserError: no such run, no checkpoint, another task, or something that cannot be read.
   """
-  config, task, params, _ = _trained(workdir)
-  if config.task not in LATENT:
-    raise UserError(f'{workdir} trains {config.task}; give the workdir of a diffusion run.')
-  weights = task.weights(to_host(params), task.frozen)
-  return task.model, weights, config.settings.sample
+  run = TrainedRun(workdir)
+  return run.model, run.weights(), run.sample
 
 
 def load_evaluator(workdir: str) -> Callable[[int], Scores]:
   """A function of the number of samples that scores a run's last checkpoint on the test split."""
-  _, task, params, mesh = _trained(workdir)
-  frozen = {role: put_params(values, mesh) for role, values in task.frozen.items()}
-  return lambda samples: task.evaluate(params, frozen, mesh, samples=samples, final=True)
+  run = TrainedRun(workdir)
+  frozen = {role: put_params(values, run.mesh) for role, values in run.task.frozen.items()}
+  return lambda samples: run.task.evaluate(
+    run.params(), frozen, run.mesh, samples=samples, final=True
+  )

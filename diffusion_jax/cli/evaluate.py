@@ -1,12 +1,11 @@
 """evaluate: scores on the test split."""
 
 import argparse
-import dataclasses
-import json
 from pathlib import Path
 
-from diffusion_jax.cli import evaluate_job
-from diffusion_jax.cli.options import add_model_arguments, add_sample_arguments, load
+from diffusion_jax.cli import evaluate_follow, evaluate_job, evaluate_model
+from diffusion_jax.cli.evaluate_model import SAMPLES
+from diffusion_jax.cli.options import add_model_arguments, add_sample_arguments
 from diffusion_jax.errors import UserError
 
 HELP = 'score a model on the test captions'
@@ -34,7 +33,7 @@ examples:
   python -m diffusion_jax evaluate --images samples --reference test --out folder.json
   python -m diffusion_jax evaluate --likelihood --samples 64 --out likelihood.json"""
 
-SAMPLES, LIKELIHOOD_SAMPLES = 256, 64
+LIKELIHOOD_SAMPLES = 64
 DEFAULT_CLIP = 'asset:clip-openmoji-64'
 SAMPLING = ('sampler', 'spacing', 'steps', 'guidance')
 ESTIMATING = ('draws', 'trace', 'probes', 'solver', 'ode_steps')
@@ -77,8 +76,7 @@ def add_likelihood_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   """Scores and writes."""
   from diffusion_jax.compile_cache import enable_compile_cache
-  from diffusion_jax.evaluation.table import add_row
-  from diffusion_jax.viz.evaluation import write_evaluation_page
+  from diffusion_jax.evaluation.writing import write
 
   enable_compile_cache()
   out = Path(args.out)
@@ -87,28 +85,16 @@ def run(args: argparse.Namespace) -> int:
   evaluate_job.check(args)
   out.parent.mkdir(parents=True, exist_ok=True)
   shown: dict = {}
-  if args.images:
-    scores = evaluate_job.run(args, out, shown, evaluate_job.of_folder)
-  else:
-    scores = _score(args, out, shown)
+  if args.follow:
+    return evaluate_follow.run(args, out)
+  scores = evaluate_job.of_folder(args, out, shown) if args.images else _score(args, out, shown)
   if scores is None:
     return 0  # The first process tells.
-  out.write_text(json.dumps(scores, indent=2) + '\n')
-  add_row(out.with_suffix('.csv'), flat_row(scores))
-  write_evaluation_page(out.with_suffix('.html'), scores, **shown)
+  write(out, scores, shown)
   print_table(scores)
   print(f'written to {out}, beside it {out.with_suffix(".csv").name} and '
         f'{out.with_suffix(".html").name}')
   return 0
-
-
-def flat_row(scores: dict) -> dict:
-  """Figures as COLUMN.FIGURE, then settings: one row of a table."""
-  from diffusion_jax.viz.evaluation import figure_columns
-
-  figures = {f'{c}.{name}': v for c in figure_columns(scores) for name, v in scores[c].items()}
-  settings = {f'settings.{k}': v for k, v in scores.get('settings', {}).items()}
-  return figures | settings
 
 
 def _score(args: argparse.Namespace, out: Path, shown: dict) -> dict | None:
@@ -118,8 +104,11 @@ def _score(args: argparse.Namespace, out: Path, shown: dict) -> dict | None:
   config = RunDirectory(args.workdir).read_json('config.json') if args.workdir else None
   _check(args, config['task'] if config else 'diffusion')
   if config and config['task'] != 'diffusion':
-    return load_evaluator(args.workdir)(_given(args.samples, SAMPLES))
-  return _likelihood(args, config) if args.likelihood else _pictures(args, config, out, shown)
+    return load_evaluator(args.workdir)(SAMPLES if args.samples is None else args.samples)
+  if args.likelihood:
+    return _likelihood(args)
+  draw = evaluate_model.sweep if args.sweep else evaluate_model.pictures
+  return draw(args, out, config, shown)
 
 
 def _check(args: argparse.Namespace, task: str) -> None:
@@ -136,96 +125,19 @@ def _check(args: argparse.Namespace, task: str) -> None:
       raise UserError(f'--{name} does nothing {why} --likelihood; leave it out.')
 
 
-def _pictures(
-  args: argparse.Namespace, config: dict | None, out: Path, shown: dict
-) -> dict | None:
-  clip = args.clip or (config['settings']['clip'] if config else DEFAULT_CLIP)
-  settings = {}
-
-  def columns(args, mesh):
-    model, weights, sample, name, train, test = _open(args, config, mesh)
-    name = _identity(args, name)
-    settings.update(dataclasses.asdict(sample))
-    return _columns(args, mesh, model, weights, sample, name, test), (
-      lambda split: train if split == 'train' else test
-    )
-
-  return evaluate_job.run(args, out, shown, columns, clip, settings)
-
-
-def _columns(args: argparse.Namespace, mesh, model, weights, sample, name: str, test) -> dict:
-  """'generated', 'untrained' and, of captions of the test split, 'real'."""
-  from diffusion_jax.evaluation.images import Split
-  from diffusion_jax.evaluation.job import check_samples, fresh_weights, shuffled
-  from diffusion_jax.evaluation.offline import of_images, of_model
-
-  if args.captions:
-    captions, records = evaluate_job.lines(args.captions)[: args.samples], None
-  else:
-    check_samples(_given(args.samples, SAMPLES), len(test))
-    records = shuffled(test, _given(args.samples, SAMPLES))
-    captions = [record['captions'][0] for record in records]
-  drawn = lambda name, weights: of_model(
-    model, weights, name, captions, sample, seed=args.seed, mesh=mesh, batch_size=args.batch
-  )
-  fresh = fresh_weights(model, weights, mesh)
-  columns = {
-    'generated': evaluate_job.Column(drawn(name, weights), captions, keep=True),
-    'untrained': evaluate_job.Column(drawn(f'untrained {name}', fresh), captions),
-  }
-  if records is not None:
-    real = of_images(Split(records, f'{len(records)} test images'))
-    columns['real'] = evaluate_job.Column(real, captions)
-  return columns
-
-
-def _identity(args: argparse.Namespace, name: str) -> str:
-  """The model's name and which of its weights these are, for it may be trained on meanwhile."""
-  from diffusion_jax.io.checkpoint import Checkpoints
-  from diffusion_jax.io.pretrained import resolve
-  from diffusion_jax.io.run_directory import RunDirectory
-
-  if args.workdir:
-    step = Checkpoints(RunDirectory(args.workdir).checkpoints, read_only=True).latest()
-    return f'{name} at step {step}'
-  files = [path.stat() for path in resolve(name).rglob('*.safetensors')]
-  return f'{name} of {max((int(file.st_mtime) for file in files), default=0)}'
-
-
-def _likelihood(args: argparse.Namespace, config: dict | None) -> dict:
+def _likelihood(args: argparse.Namespace) -> dict:
   from diffusion_jax.evaluation.likelihood import LikelihoodConfig, evaluate_likelihood
   from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 
   given = {name: getattr(args, name) for name in ESTIMATING}
   settings = LikelihoodConfig(**{k: v for k, v in given.items() if v is not None})
   mesh = make_mesh(MeshConfig())
-  model, weights, _, _, train, test = _open(args, config, mesh)
+  subject = evaluate_model.Subject(args, mesh)
   return evaluate_likelihood(
-    model, weights, train, test, settings, samples=_given(args.samples, LIKELIHOOD_SAMPLES),
+    subject.model, subject.weights(args.ema_halflife_images)(), subject.train, subject.test,
+    settings, samples=LIKELIHOOD_SAMPLES if args.samples is None else args.samples,
     seed=args.seed, mesh=mesh, batch_size=args.batch,
   )
-
-
-def _given(value: int | None, default: int) -> int:
-  return default if value is None else value
-
-
-def _open(args: argparse.Namespace, config: dict | None, mesh) -> tuple:
-  """(model, weights on the mesh, sample settings, name, training source, test source)."""
-  from diffusion_jax.data.sources import open_source
-
-  model, weights, sample, name = load(args, mesh)
-  data = {'dataset': args.dataset, 'data_dir': args.data_dir, 'prepare': True}
-  if config:
-    data = config['data']
-  train, test = (
-    open_source(
-      data['dataset'], split, size=model.image_size, data_dir=data['data_dir'] or None,
-      prepare=data['prepare'],
-    )
-    for split in ('train', 'test')
-  )
-  return model, weights, sample, name, train, test
 
 
 def print_table(scores: dict) -> None:

@@ -1,12 +1,16 @@
 """The pictures of a model, or of a folder, against a reference, in any features."""
 
+from __future__ import annotations
+
 import argparse
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusion_jax.errors import UserError
+
+if TYPE_CHECKING:
+  from diffusion_jax.evaluation.comparison import Comparison, Found, Reference
 
 METRICS, MODEL_METRICS, SIZE = 'fd,kid', 'fd,kid,clip_score,retrieval', 64
 CLIP = 'asset:clip-openmoji-64'
@@ -22,6 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   group.add_argument('--most_unreadable', type=float, metavar='SHARE',
                      help='with --images, of the pictures that may be damaged; they are named and '
                      'left out (default: 0)')
+  group.add_argument('--sweep', action='append', metavar='NAME=A,B', help='score every combination '
+                     'of values of guidance, steps, sampler, spacing, guidance_rescale, '
+                     'image_guidance, clip_skip, ema_halflife_images; repeat for several names')
+  group.add_argument('--follow', action='store_true', help='with --workdir, score each checkpoint '
+                     'as it is written, until the run is over')
   group.add_argument('--captions', metavar='FILE',
                      help='captions to draw, one a line (default: of the test split)')
   group.add_argument('--keep', metavar='KIND',
@@ -39,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                      f'models clip_score, retrieval (default: {MODEL_METRICS}, or {METRICS})')
 
 
-OF_IMAGES, OF_MODELS = ('size', 'most_unreadable'), ('captions', 'keep', 'samples')
+OF_IMAGES = ('size', 'most_unreadable')
+OF_MODELS = ('captions', 'keep', 'samples', 'sweep', 'follow', 'ema_halflife_images')
 OF_BOTH = ('reference', 'features', 'metrics')
 
 
@@ -54,16 +64,30 @@ def check(args: argparse.Namespace) -> None:
     OF_MODELS, 'with --images'
   )
   if args.likelihood:
-    useless, why = (*OF_BOTH, *OF_IMAGES, 'captions', 'keep'), 'with --likelihood'
+    useless = (*OF_BOTH, *OF_IMAGES, 'captions', 'keep', 'sweep', 'follow')
+    why = 'with --likelihood'
   for name in useless:
-    if getattr(args, name) is not None:
+    if getattr(args, name) not in (None, False):
       raise UserError(f'--{name} does nothing {why}; leave it out.')
+  _check_sweep(args)
   if args.keep is not None and args.keep not in KINDS:
     raise UserError(f'--keep is {args.keep}; choose {" or ".join(KINDS)}.')
   if args.metrics:
     outputs_of(args.metrics.split(','), {})
   if args.captions:
     lines(args.captions)
+
+
+def _check_sweep(args: argparse.Namespace) -> None:
+  from diffusion_jax.evaluation.sweep import combinations
+
+  if args.follow and not args.workdir:
+    raise UserError('--follow needs the run that it follows; name it by --workdir.')
+  if args.follow and args.sweep:
+    raise UserError('--follow takes no --sweep; sweep over the checkpoint that you choose by it.')
+  for name in combinations(args.sweep)[0] if args.sweep else ():
+    if getattr(args, name) is not None:
+      raise UserError(f'--{name} does nothing beside --sweep {name}; leave it out.')
 
 
 def lines(path: str) -> list[str]:
@@ -77,120 +101,77 @@ def lines(path: str) -> list[str]:
   return [line for line in lines if line]
 
 
-@dataclasses.dataclass(frozen=True)
-class Column:
-  """One set of pictures to score: the work of making them, and their captions if they have some.
-
-  keep: whether --keep is about them.
-  """
-
-  work: Any
-  captions: list[str] | None = None
-  keep: bool = False
-
-
-def of_folder(args: argparse.Namespace, mesh) -> tuple[dict[str, Column], Callable]:
-  """(columns, a function that opens a split of the data set) for --images."""
-  from diffusion_jax.data.sources import open_source
-  from diffusion_jax.evaluation.images import Folder
-  from diffusion_jax.evaluation.offline import of_images
-
-  size = SIZE if args.size is None else args.size
-  split = lambda name: open_source(
-    args.dataset, name, size=size, data_dir=args.data_dir, prepare=True
-  )
-  return {'samples': Column(of_images(Folder(args.images)))}, split
-
-
-def run(
-  args: argparse.Namespace, out: Path, shown: dict,
-  columns: Callable[[argparse.Namespace, Any], tuple[dict[str, Column], Callable]],
-  clip: str = CLIP, settings: dict | None = None,
-) -> dict | None:
-  """Columns of figures, 'intervals', 'warnings', 'settings'; None but in the first process.
-
-  Args:
-    shown: is given what the page shows beside them, of the first column.
-    columns: as `of_folder`.
-    clip: the features without --features.
-    settings: what else decides the figures.
-  """
-  import jax
-
-  from diffusion_jax.evaluation.extraction import Extraction
-  from diffusion_jax.evaluation.offline import compare, local_mesh
+def start() -> None:
+  """Finds the other processes, where there are some."""
   from diffusion_jax.parallel.startup import start_distributed
 
   start_distributed()
+
+
+def all_are_here(name: str) -> bool:
+  """Waits until every process has come here; whether this is the first one."""
+  import jax
+
+  from diffusion_jax.parallel.agreement import agree
+
+  agree(name, '')
+  return jax.process_index() == 0
+
+
+def open_comparison(
+  args: argparse.Namespace, out: Path, split: Callable[[str], Any], clip: str = CLIP
+) -> Comparison:
+  """What --features, --metrics and --reference say, on the devices of this process.
+
+  Args:
+    split: opens a split of the data set.
+    clip: the features without --features.
+  """
+  from diffusion_jax.evaluation.comparison import Comparison
+  from diffusion_jax.evaluation.extraction import Extraction
+  from diffusion_jax.evaluation.offline import local_mesh
+
   mesh = local_mesh()
   named = args.features or [f'clip:{clip}']
   metrics = (args.metrics or (METRICS if args.images else MODEL_METRICS)).split(',')
   extraction = Extraction(_extractors(named, metrics, mesh), mesh)
-  made, split = columns(args, mesh)
-  name, reference = _reference(args, extraction, split)
-  _check_metrics(metrics, extraction, reference, made)
-  found, reference = _features(args, out, extraction, made, reference)
-  if jax.process_index():
-    return None
-  texts = {
-    c: _texts(named, extraction, column.captions) for c, column in made.items() if column.captions
-  }
-  scores = {
-    c: compare(found[c][0], reference[0], metrics, texts=texts.get(c), seed=args.seed)
-    for c in made
-  }
-  first = next(iter(made))
-  shown |= _shown(found[first], reference, texts.get(first), made[first].captions)
-  for text in (*found[first][0].trouble, *scores[first].warnings):
-    print(f'note: {text}')
-  return {c: one.values for c, one in scores.items()} | {
-    'intervals': {n: interval._asdict() for n, interval in scores[first].intervals.items()},
-    'warnings': scores[first].warnings,
-    'settings': {
-      'samples': len(found[first][0].rows), 'unreadable': len(found[first][0].trouble),
-      **_told(made[first].work.plan), 'reference': name,
-      'features': [extractor.name for extractor in extraction.extractors], 'metrics': metrics,
-      'seed': args.seed, **(settings or {}),
-    },
-  }
-
-
-def _told(plan: dict) -> dict:
-  return {name: plan[name] for name in ('images', 'model') if name in plan}
-
-
-def _check_metrics(metrics: list[str], extraction, reference, columns: dict[str, Column]) -> None:
-  from diffusion_jax.evaluation.scores import check_metrics
-
-  known = {'moments'} if isinstance(reference, dict) else {'moments', 'reference'}
-  known |= {'texts'} if all(column.captions for column in columns.values()) else set()
-  check_metrics(metrics, [column.rpartition(':')[2] for column in extraction.columns], known)
-
-
-def _features(args, out: Path, extraction, columns: dict[str, Column], reference) -> tuple:
-  """({column: (features, thumbnails)}, the same of the reference, whose second may be None)."""
-  from diffusion_jax.evaluation.keeping import keeper
-  from diffusion_jax.evaluation.offline import features_of, of_images
-
-  parts, share = out.with_name(f'{out.stem}.parts'), args.most_unreadable or 0.0
-  found = {}
-  for name, column in columns.items():
-    keep = None
-    if args.keep and column.keep:
-      keep = keeper(out.with_name(f'{out.stem}.images'), args.keep)
-    found[name] = features_of(
-      column.work, extraction, parts / name, most_unreadable=share, keep=keep, label=name
-    )
-  if isinstance(reference, dict):
-    return found, (reference, None)
-  return found, features_of(
-    of_images(reference), extraction, parts / 'reference', most_unreadable=share,
-    label='reference',
+  kept = (out.with_name(f'{out.stem}.images'), args.keep) if args.keep else None
+  return Comparison(
+    extraction, metrics, _reference(args, extraction, split), out.with_name(f'{out.stem}.parts'),
+    texts=_texts(named, extraction) if not args.images else {}, seed=args.seed,
+    most_unreadable=args.most_unreadable or 0.0, kept=kept,
   )
 
 
-def _texts(named: list[str], extraction, captions: list[str]) -> dict:
-  """Column -> embeddings of the captions, of every CLIP."""
+def report(
+  comparison: Comparison, found: Found, shown: dict, first: str, settings: dict | None = None
+) -> dict[str, Any]:
+  """Columns of figures, and, of the first, 'intervals', 'warnings', 'settings'; JSON-ready.
+
+  Args:
+    shown: is given what the page shows beside them, of that column.
+    settings: what else decides the figures.
+  """
+  features, plan = found.pictured[first].features, found.columns[first].work.plan
+  shown |= comparison.shown(found, first)
+  return found.told(first) | {'settings': {
+    'samples': len(features.rows), 'unreadable': len(features.trouble),
+    **{name: plan[name] for name in ('images', 'model') if name in plan},
+    **settings_of(comparison), **(settings or {}),
+  }}
+
+
+def settings_of(comparison: Comparison) -> dict[str, Any]:
+  """What decides the figures, whatever the pictures are."""
+  return {
+    'reference': comparison.reference.name,
+    'features': [extractor.name for extractor in comparison.extraction.extractors],
+    'metrics': comparison.metrics, 'seed': comparison.seed,
+  }
+
+
+def _texts(named: list[str], extraction) -> dict:
+  """Column -> the CLIP that embeds captions for it."""
   from diffusion_jax.evaluation.extraction import column
   from diffusion_jax.evaluation.features import CLIPFeatures
   from diffusion_jax.io.pretrained import resolve
@@ -201,21 +182,7 @@ def _texts(named: list[str], extraction, captions: list[str]) -> dict:
     kind, _, path = text.partition(':')
     if kind == 'clip':
       clip = CLIPFeatures(extractor, load_tokenizer(resolve(path)), extraction.mesh)
-      found[column(extractor, 'embedding')] = clip.texts(captions)
-  return found
-
-
-def _shown(samples: tuple, reference: tuple, texts: dict | None, captions) -> dict:
-  from diffusion_jax.evaluation.showing import best_and_worst, clouds, near_copies
-
-  found = {}
-  if reference[1] is not None:
-    found = {
-      'clouds': clouds(samples[0], reference[0]), 'pairs': near_copies(*samples, *reference)
-    }
-  if texts:
-    column, rows = next(iter(texts.items()))
-    found |= best_and_worst(*samples, column, rows, captions)
+      found[column(extractor, 'embedding')] = clip
   return found
 
 
@@ -237,16 +204,36 @@ def _extractors(named: list[str], metrics: list[str], mesh) -> list:
   return found
 
 
-def _reference(args: argparse.Namespace, extraction, split: Callable) -> tuple:
-  """(name, the images, or what a file of statistics says of each kind of features)."""
+def _reference(args: argparse.Namespace, extraction, split: Callable) -> Reference:
+  from diffusion_jax.evaluation.comparison import Reference
   from diffusion_jax.evaluation.images import Folder, Split
   from diffusion_jax.evaluation.statistics_files import load_statistics
 
   what = args.reference or 'train'
   if Path(what).is_file():
     columns = [c for c in extraction.columns if not c.endswith('logits_unbiased')]
-    return what, {c: load_statistics(what, spatial=c.endswith(':spatial')) for c in columns}
+    return Reference(what, moments={
+      c: load_statistics(what, spatial=c.endswith(':spatial')) for c in columns
+    })
   images = Folder(what) if what not in ('train', 'test') else Split(
     split(what), f'{args.dataset} {what}'
   )
-  return images.name, images
+  return Reference(images.name, images)
+
+
+def of_folder(args: argparse.Namespace, out: Path, shown: dict) -> dict[str, Any] | None:
+  """Scores of the pictures of --images."""
+  from diffusion_jax.data.sources import open_source
+  from diffusion_jax.evaluation.comparison import Column
+  from diffusion_jax.evaluation.images import Folder
+  from diffusion_jax.evaluation.offline import of_images
+
+  start()
+  size = SIZE if args.size is None else args.size
+  split = lambda name: open_source(
+    args.dataset, name, size=size, data_dir=args.data_dir, prepare=True
+  )
+  columns = {'samples': Column(of_images(Folder(args.images)))}
+  comparison = open_comparison(args, out, split)
+  found = comparison(columns)
+  return None if found is None else report(comparison, found, shown, 'samples')

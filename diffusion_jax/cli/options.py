@@ -18,6 +18,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                      help='a run of train; its last checkpoint is used, averaged weights first')
   group.add_argument('--model', metavar='DIR',
                      help=f'a model directory, or asset:NAME (default: {DEFAULT_MODEL})')
+  parser.add_argument('--ema_halflife_images', type=float, metavar='N', help='with --workdir, '
+                      'average the weights over another length, put together from the checkpoints '
+                      "that are there; 0 for no average (default: the run's own)")
 
 
 def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,20 +87,38 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
                       help='images drawn at a time (default: 16); does not change the images')
 
 
+def load_run(args: argparse.Namespace):
+  """(the run of --workdir, sample settings with the arguments applied)."""
+  from diffusion_jax.trained import TrainedRun
+
+  _check_batch(args)
+  run = TrainedRun(args.workdir)
+  sample = with_arguments(run.sample, args)
+  sample.check(run.model.schedule, run.model.prediction)
+  return run, sample
+
+
 def load(args: argparse.Namespace, mesh):
   """(model, weights on the mesh, sample settings with the arguments applied, the model's name)."""
   from diffusion_jax.pipelines.directory import load_text_to_image
-  from diffusion_jax.trained import load_trained
 
-  if args.batch < 1:
-    raise UserError(f'--batch is {args.batch}; draw at least 1 image at a time.')
   if args.workdir:
-    model, weights, sample = load_trained(args.workdir)
-  else:
-    model, weights, sample = load_text_to_image(args.model or DEFAULT_MODEL, mesh=mesh)
+    run, sample = load_run(args)
+    weights = run.weights(ema_halflife_images=args.ema_halflife_images)
+    return run.model, run.model.on_mesh(weights, mesh), sample, args.workdir
+  _check_batch(args)
+  if args.ema_halflife_images is not None:
+    raise UserError('--ema_halflife_images needs --workdir: a model alone has one average.')
+  name = args.model or DEFAULT_MODEL
+  model, weights, sample = load_text_to_image(name, mesh=mesh)
   sample = with_arguments(sample, args)
   sample.check(model.schedule, model.prediction)
-  return model, model.on_mesh(weights, mesh), sample, args.workdir or args.model or DEFAULT_MODEL
+  return model, model.on_mesh(weights, mesh), sample, name
+
+
+def _check_batch(args: argparse.Namespace) -> None:
+  if args.batch < 1:
+    raise UserError(f'--batch is {args.batch}; draw at least 1 image at a time.')
 
 
 def with_arguments(sample, args: argparse.Namespace):

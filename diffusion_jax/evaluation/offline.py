@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,15 @@ def local_mesh() -> Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """Images whose features are wanted: how many, what decides them, and how they are made."""
+  """Images whose features are wanted: how many, what decides them, and how they are made.
+
+  begin: called by all processes together before any image is made, and only then.
+  """
 
   total: int
   plan: dict[str, Any]
   make: Callable[[range], Made]
+  begin: Callable[[], Any] = lambda: None
 
 
 def of_images(images: ImageSet) -> Work:
@@ -47,26 +52,27 @@ def of_images(images: ImageSet) -> Work:
 
 
 def of_model(
-  model: TextToImage, weights: Weights, name: str, captions: Sequence[str], sample: SampleConfig, *,
-  seed: int, mesh: Mesh, batch_size: int = 16,
+  model: TextToImage, weights: Callable[[], Weights], name: str, captions: Sequence[str],
+  sample: SampleConfig, *, seed: int, mesh: Mesh, batch_size: int = 16,
 ) -> Work:
   """The work of drawing an image for each caption; image i depends on the seed and i alone.
 
   Args:
+    weights: gives them on `mesh`; first called by all processes together, when there is something
+      to draw.
     name: of the model with its weights, such as a run and its step.
-    weights: on `mesh`.
   """
 
   def make(items: range) -> Made:
     images = [image for batch in model.generate(
-      weights, captions[items.start : items.stop], sample, seed=seed, mesh=mesh,
+      weights(), captions[items.start : items.stop], sample, seed=seed, mesh=mesh,
       batch_size=batch_size, first=items.start,
     ) for image in batch]
     return Made(images, [''] * len(images))
 
   plan = {'model': name, 'captions': list(captions), 'seed': seed,
           'sample': dataclasses.asdict(sample)}
-  return Work(len(captions), plan, make)
+  return Work(len(captions), plan, make, weights)
 
 
 def features_of(
@@ -84,8 +90,10 @@ def features_of(
   """
   plan = {**work.plan, 'features': sorted(extraction.columns)}
   chunks = Chunks(directory, plan, total=work.total, size=chunk)
-  extract(chunks, work.make, extraction, keep=keep, label=label)
-  agree(f'features/{directory.name}', 'done')
+  if any(map(json.loads, agree('features/missing', json.dumps(bool(chunks.missing()))))):
+    work.begin()
+    extract(chunks, work.make, extraction, keep=keep, label=label)
+    agree('features/made', '')
   return gather(chunks, most_unreadable), Thumbnails(chunks)
 
 

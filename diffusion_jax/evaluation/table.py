@@ -2,17 +2,18 @@
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.whole import replacing
 
 
-def add_row(path: Path, row: Mapping[str, object]) -> None:
-  """Appends a row; columns that are new come last and stay empty in the rows before.
+def add_rows(path: Path, new: Sequence[Mapping[str, object]]) -> None:
+  """Appends rows; columns that are new come last and stay empty in the rows before.
 
-  UserError where the file is none of comma-separated values.
+  A row that is there already is left out. UserError where the file is none of comma-separated
+  values.
   """
   rows, names = [], []
   try:
@@ -24,10 +25,14 @@ def add_row(path: Path, row: Mapping[str, object]) -> None:
       raise ValueError('a row is longer than the first')
   except (OSError, ValueError, csv.Error) as error:
     raise UserError(f'{path} is not a table of evaluations ({error}); move it away.') from error
-  names += [name for name in row if name not in names]
+  names += [name for row in new for name in row if name not in names]
+  names = list(dict.fromkeys(names))
+  text_of = lambda row: {k: str(v) for k, v in row.items() if v not in (None, '')}
+  known = [text_of(row) for row in rows]
+  rows += [row for row in new if text_of(row) not in known]
   text = io.StringIO(newline='')
   writer = csv.DictWriter(text, names, restval='')
   writer.writeheader()
-  writer.writerows([*rows, row])
+  writer.writerows(rows)
   with replacing(path) as file:
     file.write(text.getvalue().encode())

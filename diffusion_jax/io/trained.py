@@ -12,19 +12,24 @@ from diffusion_jax.parallel.sharding import shard_params
 from diffusion_jax.types import Params
 
 
-def run_weights(workdir: str, shapes: dict[str, Any], mesh: Mesh) -> Params:
-  """The parameters of a run's newest whole checkpoint on a mesh, averaged where there are averages.
+def run_weights(
+  workdir: str, shapes: dict[str, Any], mesh: Mesh, step: int | None = None, ema: bool | None = None
+) -> Params:
+  """The parameters of a run's checkpoint on a mesh, averaged where there are averages.
 
   Neither optimizer nor anything else is read, and nothing in the run's directory changes.
 
   Args:
     shapes: what the parameters must be, by name.
+    step: None for the newest checkpoint that is whole.
+    ema: whether averaged; None where the run has averages.
 
   Raises:
     UserError: no run, no checkpoint yet, all of them damaged, or of another model.
   """
   directory = RunDirectory(workdir)
-  ema = directory.read_json('config.json')['loop']['ema_halflife_images'] > 0
+  if ema is None:
+    ema = directory.read_json('config.json')['loop']['ema_halflife_images'] > 0
   checkpoints = Checkpoints(directory.checkpoints, read_only=True)
   if not checkpoints.steps():
     raise UserError(f'{workdir} has no checkpoint yet; train longer, or give another workdir.')
@@ -32,4 +37,4 @@ def run_weights(workdir: str, shapes: dict[str, Any], mesh: Mesh) -> Params:
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     shapes, shard_params(shapes, mesh),
   )
-  return checkpoints.restore_params(None, abstract, ema)
+  return checkpoints.restore_params(step, abstract, ema)

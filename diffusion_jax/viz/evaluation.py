@@ -12,12 +12,19 @@ from PIL import Image
 
 from diffusion_jax.io.whole import replacing
 from diffusion_jax.viz import page
-from diffusion_jax.viz.curves import PALETTE
+from diffusion_jax.viz.curves import PALETTE, line_chart
 from diffusion_jax.viz.svg import empty_figure, inline, legend, plain_axes, render
+from diffusion_jax.viz.sweep import sweep_charts
 
 MOST_POINTS = 2000
 """Of a set in a scatter plot; more make the page large and show nothing else."""
 THUMBNAIL = 128
+BESIDE = ('intervals', 'warnings', 'settings', 'sweep', 'history')
+"""What stands beside columns of figures."""
+MOST_COLUMNS = 4
+"""More are shown as rows."""
+SWEPT = ('Each point is a combination. Network calls are those for one picture, guided steps count '
+         'twice.')
 
 
 class Cloud(NamedTuple):
@@ -55,7 +62,9 @@ def write_evaluation_page(
   """Writes the page; it needs nothing else to be viewed.
 
   Args:
-    scores: columns of figures by name, and 'intervals', 'warnings' and 'settings' beside them.
+    scores: columns of figures by name, and 'intervals', 'warnings' and 'settings' beside them; of a
+      sweep, 'sweep' says for each column its combination and network calls; 'history' has a line of
+      figures for each checkpoint of a run.
     pairs: the samples that are most like a reference image, the most alike first.
     best, worst: the samples that fit their captions best, and worst, those first.
   """
@@ -63,6 +72,8 @@ def write_evaluation_page(
     f'<header>\n<h1>{page.escape(path.stem)}</h1>\n'
     f'<p class="muted">{page.escape(_subject(scores))}</p>\n</header>\n'
     + _figures(scores) + _warnings(scores)
+    + page.section('sweep', 'Sweep', SWEPT, page.chart_grid(sweep_charts(scores)))
+    + page.section('history', 'Checkpoints', '', page.chart_grid(_history(scores)))
     + _prompts('best', 'Best prompts', best) + _prompts('worst', 'Worst prompts', worst)
     + _clouds(clouds) + _pairs(pairs) + _settings(scores)
   )
@@ -72,7 +83,7 @@ def write_evaluation_page(
 
 def figure_columns(scores: Mapping[str, Any]) -> list[str]:
   """The columns of figures among what an evaluation has written."""
-  return [name for name in scores if name not in ('intervals', 'warnings', 'settings')]
+  return [name for name in scores if name not in BESIDE]
 
 
 def _subject(scores: Mapping[str, Any]) -> str:
@@ -82,14 +93,27 @@ def _subject(scores: Mapping[str, Any]) -> str:
 
 def _figures(scores: Mapping[str, Any]) -> str:
   columns, intervals = figure_columns(scores), scores.get('intervals', {})
-  metrics = dict.fromkeys(metric for column in columns for metric in scores[column])
-  rows = [
-    (metric, [_cell(scores[column].get(metric), intervals.get(metric) if column == columns[0]
-                    else None) for column in columns])
-    for metric in metrics
-  ]
+  metrics = list(dict.fromkeys(metric for column in columns for metric in scores[column]))
+  first = scores.get('settings', {}).get('best', columns[0])
+  cell = lambda column, metric: _cell(
+    scores[column].get(metric), intervals.get(metric) if column == first else None
+  )
   note = '95 % confidence intervals in brackets, where there are any.' if intervals else ''
+  if len(columns) > MOST_COLUMNS:
+    rows = [(column, [cell(column, metric) for metric in metrics]) for column in columns]
+    return page.section('figures', 'Figures', note, page.number_table(['', *metrics], rows))
+  rows = [(metric, [cell(column, metric) for column in columns]) for metric in metrics]
   return page.section('figures', 'Figures', note, page.number_table(['', *columns], rows))
+
+
+def _history(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """A curve over the run's steps for each figure."""
+  lines = scores.get('history', [])
+  names = dict.fromkeys(name for line in lines for name in line if name != 'step')
+  return [
+    (name, inline(line_chart({name: [(line['step'], line.get(name)) for line in lines]},
+                             title=f'{name} of each checkpoint'))) for name in names
+  ]
 
 
 def _cell(value: Any, interval: Mapping[str, float] | None) -> str:

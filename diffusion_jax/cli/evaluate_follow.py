@@ -1,0 +1,133 @@
+"""Scores each checkpoint of a run as it is written, while the run goes on elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from diffusion_jax.cli import evaluate_job, evaluate_model
+from diffusion_jax.errors import UserError
+
+POLL_SECONDS = 5.0
+STALE_SECONDS = 1800.0
+"""After so long without a word, a run that is not over is taken for dead."""
+
+
+def run(args: argparse.Namespace, out: Path) -> int:
+  """Until the run is over and all of its checkpoints are scored; each leaves a row and a point."""
+  evaluate_job.start()
+  config = _first_checkpoint(args.workdir)
+  subject, comparison = evaluate_model.open_subject(args, out, config)
+  settings = dataclasses.asdict(subject.sample) | {'captions': len(subject.captions)}
+  history = _history(out, evaluate_job.settings_of(comparison) | settings)
+  passed = {line['step'] for line in history}
+  while (step := _next(subject.run, passed)) is not None:
+    passed.add(step)
+    place = comparison.parts / f'{step:08d}'
+    columns = _columns(subject, step, place.name)
+    found = comparison(columns) if columns else None
+    if found is not None:
+      _write(out, comparison, found, history, settings | {'step': step})
+    if columns and evaluate_job.all_are_here('scored'):
+      shutil.rmtree(place, ignore_errors=True)
+  print(f'{args.workdir} is over; {len(passed)} checkpoints are in {out.with_suffix(".csv").name}')
+  return 0
+
+
+def _next(run, passed: set[int]) -> int | None:
+  """The first step that is not passed, waited for; None once there will be no more."""
+  from diffusion_jax.parallel.agreement import agree
+
+  while True:
+    # First whether it is over, then what there is, or the last checkpoint could be overlooked.
+    over = _over(run.workdir)
+    new = [step for step in run.steps() if step not in passed]
+    word = agree('follow', json.dumps([over, new[:1]]))[0]
+    over, new = json.loads(word)
+    if new or over:
+      return new[0] if new else None
+    time.sleep(POLL_SECONDS)
+
+
+def _over(workdir: str) -> bool:
+  from diffusion_jax.io.run_directory import RunDirectory
+
+  try:
+    status = RunDirectory(workdir).read_json('status.json')
+  except UserError:
+    return False
+  return not status['retry'] or time.time() - status['updated'] > STALE_SECONDS
+
+
+def _first_checkpoint(workdir: str) -> dict[str, Any]:
+  """Waits for it; the run's config. UserError where there is no run, or it has ended without."""
+  from diffusion_jax.io.checkpoint import Checkpoints
+  from diffusion_jax.io.run_directory import RunDirectory
+
+  directory = RunDirectory(workdir)
+  config = directory.read_json('config.json')
+  checkpoints = Checkpoints(directory.checkpoints, read_only=True)
+  told = False
+  while checkpoints.latest() is None:
+    if _over(workdir) and checkpoints.latest() is None:
+      raise UserError(f'{workdir} is over and has no checkpoint; train longer.')
+    if not told:
+      print(f'waiting for the first checkpoint of {workdir}', flush=True)
+    told = True
+    time.sleep(POLL_SECONDS)
+  return config
+
+
+def _columns(subject, step: int, place: str) -> dict | None:
+  """None where the checkpoint cannot be read, as when training has deleted it meanwhile."""
+  half_life = subject.args.ema_halflife_images
+  subject.step = step
+  try:
+    weights = subject.weights(half_life)
+    weights()
+  except UserError as error:
+    print(f'note: step {step} is left out: {error}', flush=True)
+    return None
+  return {
+    'generated': subject.drawn(subject.sample, half_life, f'{place}/generated', weights),
+    'untrained': subject.untrained(weights), **subject.real(),
+  }
+
+
+def _write(out: Path, comparison, found, history: list[dict], settings: dict[str, Any]) -> None:
+  from diffusion_jax.evaluation.writing import write
+
+  shown: dict[str, Any] = {}
+  scores = evaluate_job.report(comparison, found, shown, 'generated', settings)
+  figures = scores['generated']
+  history.append({'step': settings['step'], **figures})
+  history.sort(key=lambda line: line['step'])
+  write(out, scores | {'history': history}, shown)
+  told = ', '.join(f'{name} {value:.4g}' for name, value in figures.items())
+  print(f'step {settings["step"]}: {told}', flush=True)
+
+
+def _history(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+  """What an earlier start has found. UserError where that was another evaluation."""
+  if not out.is_file():
+    return []
+  try:
+    known = json.loads(out.read_text())
+    history, was = known['history'], known['settings']
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(
+      f'{out} is not what --follow writes ({error!r}); name another --out.'
+    ) from error
+  wanted = json.loads(json.dumps(settings))
+  for name in sorted(wanted):
+    if was.get(name) != wanted[name]:
+      raise UserError(
+        f'{out} is of another evaluation ({name} was {was.get(name)!r}, now {wanted[name]!r}); '
+        'name another --out.'
+      )
+  return history

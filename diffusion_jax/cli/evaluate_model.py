@@ -1,0 +1,210 @@
+"""What a model draws, scored: once, over a sweep, or for each new checkpoint of a run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusion_jax.cli import evaluate_job
+from diffusion_jax.cli.options import load, load_run
+from diffusion_jax.errors import UserError
+
+if TYPE_CHECKING:
+  from diffusion_jax.evaluation.comparison import Column
+  from diffusion_jax.pipelines.text_to_image import SampleConfig
+  from diffusion_jax.types import Weights
+
+SAMPLES = 256
+FAR = 0.1
+"""Relative error of an average's profile from which on people are told."""
+
+
+class Subject:
+  """The model that is scored, the weights that it may have, and what it is asked to draw."""
+
+  def __init__(self, args: argparse.Namespace, mesh):
+    self.args, self.mesh, self.run, self.step = args, mesh, None, None
+    if args.workdir:
+      self.run, self.sample = load_run(args)
+      self.model, self.name, self.step = self.run.model, args.workdir, self.run.newest()
+      self.train, self.test = self.run.sources
+    else:
+      self.model, self._given, self.sample, self.name = load(args, mesh)
+      self.train, self.test = (self._split(name) for name in ('train', 'test'))
+    self.check_average(args.ema_halflife_images)
+
+  def check_average(self, ema_halflife_images: float | None) -> None:
+    """Whether there can be an average of that length; says how near it comes."""
+    if ema_halflife_images is None:
+      return
+    if self.run is None:
+      raise UserError(
+        'ema_halflife_images needs a run (--workdir): a model alone has one average.'
+      )
+    stored, combined = self.run.averages(self.step, ema_halflife_images)
+    if combined.error > FAR:
+      print(f'note: the average over {ema_halflife_images:g} images is {combined.error:.0%} off '
+            f'with {len(stored)} snapshots; keep more checkpoints (loop.keep_every_steps).')
+
+  def _split(self, name: str):
+    from diffusion_jax.data.sources import open_source
+
+    return open_source(
+      self.args.dataset, name, size=self.model.image_size, data_dir=self.args.data_dir,
+      prepare=True,
+    )
+
+  @functools.cached_property
+  def records(self) -> list | None:
+    """The test split's records whose captions are drawn; None for captions of one's own."""
+    from diffusion_jax.evaluation.job import check_samples, shuffled
+
+    if self.args.captions:
+      return None
+    samples = SAMPLES if self.args.samples is None else self.args.samples
+    check_samples(samples, len(self.test))
+    return shuffled(self.test, samples)
+
+  @functools.cached_property
+  def captions(self) -> list[str]:
+    """What is drawn. UserError for more than there are, or too few to score."""
+    if self.args.captions:
+      return evaluate_job.lines(self.args.captions)[: self.args.samples]
+    return [record['captions'][0] for record in self.records]
+
+  def split(self, name: str):
+    """A split of the data set that the model was made for."""
+    return self.train if name == 'train' else self.test
+
+  def weights(self, ema_halflife_images: float | None = None) -> Callable[[], Weights]:
+    """On the mesh, read at the first call; of a run, perhaps with an average of another length."""
+
+    @functools.cache
+    def read() -> Weights:
+      if self.run is None:
+        return self._given
+      return self.model.on_mesh(self.run.weights(self.step, ema_halflife_images), self.mesh)
+
+    return read
+
+  def identity(self, ema_halflife_images: float | None = None) -> str:
+    """The model's name and which of its weights these are, for it may be trained on meanwhile."""
+    from diffusion_jax.io.pretrained import resolve
+
+    if self.run is not None:
+      name = f'{self.name} at step {self.step}'
+      if ema_halflife_images is None:
+        return name
+      return f'{name}, averaged over {ema_halflife_images:g} images'
+    files = [path.stat() for path in resolve(self.name).rglob('*.safetensors')]
+    return f'{self.name} of {max((int(file.st_mtime) for file in files), default=0)}'
+
+  def drawn(
+    self, sample: SampleConfig, ema_halflife_images: float | None = None, place: str = '',
+    weights: Callable[[], Weights] | None = None,
+  ) -> Column:
+    """The captions as the model draws them; they are kept where --keep says so."""
+    weights = weights or self.weights(ema_halflife_images)
+    return self._column(weights, self.identity(ema_halflife_images), sample, True, place)
+
+  def _column(
+    self, weights: Callable[[], Weights], name: str, sample: SampleConfig, keep: bool,
+    place: str = '',
+  ) -> Column:
+    from diffusion_jax.evaluation.comparison import Column
+    from diffusion_jax.evaluation.offline import of_model
+
+    return Column(of_model(
+      self.model, weights, name, self.captions, sample, seed=self.args.seed, mesh=self.mesh,
+      batch_size=self.args.batch,
+    ), self.captions, keep, place)
+
+  def untrained(self, weights: Callable[[], Weights]) -> Column:
+    """The same network with fresh weights."""
+    from diffusion_jax.evaluation.job import fresh_weights
+
+    @functools.cache
+    def fresh() -> Weights:
+      return fresh_weights(self.model, weights(), self.mesh)
+
+    return self._column(fresh, f'untrained {self.name}', self.sample, False)
+
+  def real(self) -> dict[str, Column]:
+    """'real', the test images of the captions, where these are the test split's."""
+    from diffusion_jax.evaluation.comparison import Column
+    from diffusion_jax.evaluation.images import Split
+    from diffusion_jax.evaluation.offline import of_images
+
+    if self.records is None:
+      return {}
+    work = of_images(Split(self.records, f'{len(self.records)} test images'))
+    return {'real': Column(work, self.captions)}
+
+
+def open_subject(args: argparse.Namespace, out: Path, config: dict | None) -> tuple:
+  """(the model, what it is compared with)."""
+  from diffusion_jax.evaluation.offline import local_mesh
+
+  evaluate_job.start()
+  subject = Subject(args, local_mesh())
+  subject.captions  # noqa: B018
+  clip = args.clip or (config['settings']['clip'] if config else evaluate_job.CLIP)
+  return subject, evaluate_job.open_comparison(args, out, subject.split, clip)
+
+
+def pictures(
+  args: argparse.Namespace, out: Path, config: dict | None, shown: dict
+) -> dict[str, Any] | None:
+  """Scores of what the model draws, beside real pictures and the untrained model's."""
+  subject, comparison = open_subject(args, out, config)
+  weights = subject.weights(args.ema_halflife_images)
+  found = comparison({
+    'generated': subject.drawn(subject.sample, args.ema_halflife_images, weights=weights),
+    'untrained': subject.untrained(weights), **subject.real(),
+  })
+  if found is None:
+    return None
+  settings = dataclasses.asdict(subject.sample)
+  return evaluate_job.report(comparison, found, shown, 'generated', settings)
+
+
+def sweep(
+  args: argparse.Namespace, out: Path, config: dict | None, shown: dict
+) -> dict[str, Any] | None:
+  """Scores of every combination, beside real pictures; the page shows the best one's pictures."""
+  from diffusion_jax.evaluation.sweep import (
+    EMA,
+    applied,
+    best,
+    combinations,
+    network_calls,
+  )
+  from diffusion_jax.viz.sweep import label
+
+  every = {label(one): one for one in combinations(args.sweep)}
+  subject, comparison = open_subject(args, out, config)
+  samples = {name: applied(subject.sample, one) for name, one in every.items()}
+  for name, sample in samples.items():
+    sample.check(subject.model.schedule, subject.model.prediction)
+    subject.check_average(every[name].get(EMA))
+  own = args.ema_halflife_images
+  found = comparison({
+    name: subject.drawn(sample, every[name].get(EMA, own), place=f'generated {name}')
+    for name, sample in sorted(samples.items(), key=lambda item: every[item[0]].get(EMA, 0))
+  } | subject.real())
+  if found is None:
+    return None
+  values = {name: scores.values for name, scores in found.scores.items()}
+  first = best({name: values[name] for name in every})
+  scores = evaluate_job.report(comparison, found, shown, first)
+  scores['settings'] |= {'best': first, **dataclasses.asdict(subject.sample)}
+  return scores | {'sweep': {
+    name: {'combination': every[name], 'network_calls': network_calls(subject.model, sample)}
+    for name, sample in samples.items()
+  }}
+
+

@@ -1,0 +1,162 @@
+"""Sets of pictures against one reference: the same features, metrics and pieces for all of them."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from diffusion_jax.evaluation.extraction import Extraction, Features
+from diffusion_jax.evaluation.features import CLIPFeatures
+from diffusion_jax.evaluation.images import ImageSet
+from diffusion_jax.evaluation.keeping import Thumbnails, keeper
+from diffusion_jax.evaluation.offline import Work, compare, features_of, of_images
+from diffusion_jax.evaluation.scores import Scores, check_metrics
+from diffusion_jax.evaluation.showing import best_and_worst, clouds, near_copies
+from diffusion_jax.evaluation.statistics import Moments
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+  """One set of pictures to score: the work of making them, and their captions if they have some.
+
+  keep: whether they are among those that are kept as files. place: name of the folder of its
+  pieces, where that is not the column's own name.
+  """
+
+  work: Work
+  captions: Sequence[str] | None = None
+  keep: bool = False
+  place: str = ''
+
+
+class Reference(NamedTuple):
+  """What columns are compared with: images, or what files of statistics say, by column of features.
+  """
+
+  name: str
+  images: ImageSet | None = None
+  moments: Mapping[str, Moments] | None = None
+
+
+class Pictured(NamedTuple):
+  """The features of a set of pictures, and small pictures of them where there are some."""
+
+  features: Features
+  thumbnails: Thumbnails | None = None
+
+
+@dataclasses.dataclass
+class Found:
+  """What became of the columns, by name: their features and their figures."""
+
+  columns: dict[str, Column]
+  pictured: dict[str, Pictured]
+  scores: dict[str, Scores]
+
+  def told(self, first: str) -> dict[str, Any]:
+    """Figures of every column, then intervals and warnings of the first: JSON-ready."""
+    one = self.scores[first]
+    return {name: scores.values for name, scores in self.scores.items()} | {
+      'intervals': {name: interval._asdict() for name, interval in one.intervals.items()},
+      'warnings': one.warnings,
+    }
+
+
+class Comparison:
+  """Compares columns of pictures with a reference, which is read once.
+
+  Args:
+    texts: column of features -> the CLIP that embeds captions in the same space.
+    parts: the folder of all pieces; what it has is not made again.
+    most_unreadable: share of a set's images that may be damaged.
+    kept: where pictures of columns with `keep` go, and as what: one of `keeping.KINDS`.
+  """
+
+  def __init__(
+    self, extraction: Extraction, metrics: Sequence[str], reference: Reference, parts: Path, *,
+    texts: Mapping[str, CLIPFeatures], seed: int = 0, most_unreadable: float = 0.0,
+    kept: tuple[Path, str] | None = None,
+  ):
+    self.extraction, self.metrics, self.reference = extraction, list(metrics), reference
+    self.parts, self.seed, self.most_unreadable, self.kept = parts, seed, most_unreadable, kept
+    self._texts = texts
+    self._reference: Pictured | None = None
+    self._embedded: dict[tuple, dict[str, np.ndarray]] = {}
+
+  def check(self, columns: Mapping[str, Column]) -> None:
+    """Raises a UserError for metrics that cannot be computed of these columns."""
+    known = {'moments'} if self.reference.images is None else {'moments', 'reference'}
+    known |= {'texts'} if all(column.captions for column in columns.values()) else set()
+    outputs = [column.rpartition(':')[2] for column in self.extraction.columns]
+    check_metrics(self.metrics, outputs, known)
+
+  def __call__(
+    self, columns: Mapping[str, Column], say: Callable[[str], None] = print
+  ) -> Found | None:
+    """Every figure of every column; None but in the first process. All must call it together.
+
+    Args:
+      say: is told of images that cannot be read and of what to beware of in the first column.
+
+    Raises:
+      UserError: a metric does not fit, or too many images cannot be read.
+    """
+    self.check(columns)
+    pictured = {name: self._pictured(name, column) for name, column in columns.items()}
+    reference = self._read_reference()
+    if jax.process_index():
+      return None
+    scores = {
+      name: compare(
+        pictured[name].features, reference, self.metrics, texts=self._captions(column),
+        seed=self.seed,
+      ) for name, column in columns.items()
+    }
+    first = next(iter(columns))
+    for text in (*pictured[first].features.trouble, *scores[first].warnings):
+      say(f'note: {text}')
+    return Found(dict(columns), pictured, scores)
+
+  def _pictured(self, name: str, column: Column) -> Pictured:
+    keep = None
+    if self.kept and column.keep:
+      folder, kind = self.kept
+      keep = keeper(folder / column.place if column.place else folder, kind)
+    return Pictured(*features_of(
+      column.work, self.extraction, self.parts / (column.place or name),
+      most_unreadable=self.most_unreadable, keep=keep, label=name,
+    ))
+
+  def _read_reference(self) -> Features | Mapping[str, Moments]:
+    if self.reference.images is None:
+      return self.reference.moments
+    if self._reference is None:
+      self._reference = Pictured(*features_of(
+        of_images(self.reference.images), self.extraction, self.parts / 'reference',
+        most_unreadable=self.most_unreadable, label='reference',
+      ))
+    return self._reference.features
+
+  def _captions(self, column: Column) -> dict[str, np.ndarray]:
+    """Column of features -> embeddings of the captions, of every CLIP."""
+    if not column.captions:
+      return {}
+    key = tuple(column.captions)
+    if key not in self._embedded:
+      self._embedded[key] = {name: clip.texts(key) for name, clip in self._texts.items()}
+    return self._embedded[key]
+
+  def shown(self, found: Found, first: str) -> dict[str, Any]:
+    """What a page shows of one column beside its figures; see `viz.evaluation`."""
+    pictured, column, shown = found.pictured[first], found.columns[first], {}
+    if self._reference is not None:
+      shown = {'clouds': clouds(pictured.features, self._reference.features),
+               'pairs': near_copies(*pictured, *self._reference)}
+    texts = self._captions(column)
+    if texts:
+      features, rows = next(iter(texts.items()))
+      shown |= best_and_worst(*pictured, features, rows, column.captions)
+    return shown

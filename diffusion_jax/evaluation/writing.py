@@ -1,0 +1,45 @@
+"""What an evaluation leaves: FILE.json, one or more rows of FILE.csv, and a page, FILE.html."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusion_jax.evaluation.table import add_rows
+from diffusion_jax.io.whole import replacing
+from diffusion_jax.viz.evaluation import figure_columns, write_evaluation_page
+
+
+def rows(scores: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """Figures as COLUMN.FIGURE, then settings: a row, or, of a sweep, one for each combination."""
+  settings = dict(scores.get('settings', {}))
+  columns = figure_columns(scores)
+  swept = scores.get('sweep', {})
+  if not swept:
+    return [_row(scores, {name: name for name in columns}, settings)]
+  return [
+    _row(
+      scores, {name: 'generated'} | {c: c for c in columns if c not in swept},
+      settings | point['combination'] | {'network_calls': point['network_calls']},
+    ) for name, point in swept.items()
+  ]
+
+
+def _row(scores: Mapping[str, Any], names: Mapping[str, str], settings: dict) -> dict[str, Any]:
+  figures = {
+    f'{name}.{figure}': value for column, name in names.items()
+    for figure, value in scores[column].items()
+  }
+  return figures | {f'settings.{name}': value for name, value in settings.items()}
+
+
+def write(out: Path, scores: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
+  """Writes all three; a row that is in the table already is not written again.
+
+  Args:
+    shown: what the page shows beside figures, as `viz.evaluation.write_evaluation_page` takes it.
+  """
+  with replacing(out) as file:
+    file.write((json.dumps(scores, indent=2) + '\n').encode())
+  add_rows(out.with_suffix('.csv'), rows(scores))
+  write_evaluation_page(out.with_suffix('.html'), scores, **shown)
