@@ -143,6 +143,28 @@ def start(arguments: list[str], env: dict[str, str]) -> subprocess.Popen:
   )
 
 
+def beside_each_other(count: int, data: str, arguments: tuple) -> list[subprocess.Popen]:
+  """The same command in `count` processes with one device each, which share its work."""
+  address = f'127.0.0.1:{free_port()}'
+  return [
+    start([str(argument) for argument in arguments], environment(
+      data, 1, COORDINATOR_ADDRESS=address, PROCESS_COUNT=str(count), PROCESS_INDEX=str(i)
+    )) for i in range(count)
+  ]
+
+
+def together(count: int, data: str, arguments: tuple, seconds: float = 300) -> list[str]:
+  """What each of them prints once all have succeeded."""
+  processes = beside_each_other(count, data, arguments)
+  try:
+    results = [process.communicate(timeout=seconds) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  assert [process.returncode for process in processes] == [0] * count, results
+  return [out for out, _ in results]
+
+
 def free_port() -> int:
   """A port of this machine that nobody listens on."""
   with socket.socket() as s:

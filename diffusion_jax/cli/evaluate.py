@@ -141,13 +141,16 @@ def _likelihood(args: argparse.Namespace) -> dict:
 
 
 def print_table(scores: dict) -> None:
-  """Metrics as rows, columns as they are."""
-  from diffusion_jax.viz.evaluation import figure_columns
+  """Metrics as rows and columns as they are, or, of many columns, the other way round."""
+  from diffusion_jax.viz.evaluation import MOST_COLUMNS, figure_columns
 
   columns = figure_columns(scores)
-  rows = list(dict.fromkeys(metric for name in columns for metric in scores[name]))
-  width = max(map(len, rows))
-  print(' ' * width + ''.join(f'{name:>12}' for name in columns))
-  for row in rows:
-    cells = (f'{scores[c][row]:12.4g}' if row in scores[c] else ' ' * 12 for c in columns)
-    print(f'{row:<{width}}' + ''.join(cells))
+  metrics = list(dict.fromkeys(metric for name in columns for metric in scores[name]))
+  value = lambda column, metric: scores[column].get(metric)
+  if len(columns) > MOST_COLUMNS:
+    columns, metrics, value = metrics, columns, lambda metric, column: scores[column].get(metric)
+  width = max(map(len, metrics))
+  print(' ' * width + ''.join(f' {name:>13}' for name in columns))
+  for row in metrics:
+    cells = (value(column, row) for column in columns)
+    print(f'{row:<{width}}' + ''.join(' ' * 14 if c is None else f' {c:13.4g}' for c in cells))

@@ -201,7 +201,9 @@ def sweep(
   values = {name: scores.values for name, scores in found.scores.items()}
   first = best({name: values[name] for name in every})
   scores = evaluate_job.report(comparison, found, shown, first)
-  scores['settings'] |= {'best': first, **dataclasses.asdict(subject.sample)}
+  scores['settings'] |= {
+    'model': subject.identity(own), 'best': first, **dataclasses.asdict(subject.sample)
+  }
   return scores | {'sweep': {
     name: {'combination': every[name], 'network_calls': network_calls(subject.model, sample)}
     for name, sample in samples.items()

@@ -141,11 +141,11 @@ def _scatter(cloud: Cloud) -> str:
   label = lambda i: (f'axis {i + 1}: {100 * cloud.reference_share[i]:.1f} %, '
                      f'{100 * cloud.samples_share[i]:.1f} %')
   plain_axes(axes, label(0), label(1))
-  for name, points, color in (
-    ('reference', cloud.reference, '0.6'), ('samples', cloud.samples, PALETTE[0])
+  for name, points, color, size in (
+    ('reference', cloud.reference, '0.6', 2.4), ('samples', cloud.samples, PALETTE[0], 3.6)
   ):
     shown = np.asarray(points)[:: -(-len(points) // MOST_POINTS)]
-    axes.plot(*shown.T, 'o', markersize=2.4, markeredgewidth=0, alpha=0.6, color=color, label=name)
+    axes.plot(*shown.T, 'o', markersize=size, markeredgewidth=0, alpha=0.6, color=color, label=name)
   legend(axes)
   return render(figure, f'{cloud.name}: samples over the reference')
 

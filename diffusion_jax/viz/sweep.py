@@ -11,6 +11,8 @@ from diffusion_jax.viz import svg
 from diffusion_jax.viz.svg import PALETTE
 
 MARKERS = 'osD^vP'
+SHORT = 24
+"""Characters of a name of which two fit beside each other below a chart."""
 MOST_LABELLED = 30
 """Points in a chart whose values are written beside them."""
 
@@ -106,5 +108,5 @@ def _drawn(
       for p in points if labelled else ():
         axes.annotate(p.text, (p.x, p.y), xytext=(4, 4), textcoords='offset points', fontsize=7)
     if len(lines) > 1:
-      svg.legend_below(figure, axes, columns=2)
+      svg.legend_below(figure, axes, columns=1 if max(map(len, lines)) > SHORT else 2)
     return svg.render(figure, title)

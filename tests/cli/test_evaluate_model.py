@@ -1,0 +1,217 @@
+"""evaluate: what a model draws, over a sweep, for each checkpoint, by several processes."""
+
+import csv
+import json
+import shutil
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax.pipelines.text_to_image import TextToImage
+from diffusion_jax.trained import TrainedRun
+from tests import tiny
+
+
+def _rows(out):
+  with out.with_suffix('.csv').open() as file:
+    return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope='module')
+def drawn(command, finished, tmp_path_factory):
+  """(scores, folder) of a run on seven captions of one's own, its pictures kept."""
+  folder = tmp_path_factory.mktemp('drawn')
+  names = ('red apple', 'cat face', 'sun', 'blue book', 'green heart', 'dog', 'moon')
+  (folder / 'captions.txt').write_text('\n'.join(names) + '\n\n')
+  out = folder / 'scores.json'
+  arguments = ('--captions', folder / 'captions.txt', '--keep', 'png', '--batch', 2)
+  metrics = ('--metrics', 'fd,clip_score,retrieval')
+  assert command('evaluate', '--workdir', finished, *arguments, *metrics, '--out', out) == 0
+  return json.loads(out.read_text()), folder
+
+
+def test_a_model_draws_captions_of_one_s_own(drawn, command, finished, tmp_path):
+  scores, folder = drawn
+  assert set(scores) == {'generated', 'untrained', 'intervals', 'warnings', 'settings'}
+  assert scores['settings']['samples'] == 7 and 'at step 4' in scores['settings']['model']
+  kept = sorted((folder / 'scores.images').iterdir())
+  assert [path.name for path in kept] == [f'{i:06d}.png' for i in range(7)]
+  # The pictures that `sample` draws of the same seed, number and prompt.
+  prompts = [x for line in (folder / 'captions.txt').read_text().split('\n') if line
+             for x in ('--prompt', line)]
+  assert command('sample', '--workdir', finished, *prompts, '--out', tmp_path, '--batch', 2) == 0
+  for i, path in enumerate(kept):
+    (drawn_alone,) = tmp_path.glob(f'{i:04d}_*.png')
+    found, wanted = (np.asarray(Image.open(p)).astype(int) for p in (path, drawn_alone))
+    assert np.abs(found - wanted).max() <= 1
+  html = (folder / 'scores.html').read_text()
+  assert 'Best prompts' in html and 'green heart' in html and 'Nearest in the reference' in html
+
+
+def test_what_is_drawn_is_not_drawn_again(drawn, command, finished, tmp_path, monkeypatch):
+  from diffusion_jax.pipelines.text_to_image import TextToImage
+
+  scores, folder = drawn
+  run = shutil.copytree(folder, tmp_path / 'again')
+  monkeypatch.setattr(TextToImage, 'draw', lambda *_, **__: 1 / 0)
+  arguments = ('--captions', run / 'captions.txt', '--metrics', 'fd,clip_score,retrieval')
+  out = run / 'scores.json'
+  assert command('evaluate', '--workdir', finished, *arguments, '--out', out) == 0
+  again = json.loads(out.read_text())
+  for column in ('generated', 'untrained'):
+    assert again[column] == pytest.approx(scores[column], rel=1e-6)
+
+
+@pytest.fixture
+def captions(drawn):
+  return '--captions', drawn[1] / 'captions.txt', '--batch', 2
+
+
+def test_a_sweep_has_a_column_for_each_combination(drawn, captions, command, finished, tmp_path):
+  out = tmp_path / 'sweep.json'
+  swept = ('--sweep', 'guidance=1,2', '--sweep', 'steps=2,3', '--keep', 'png')
+  metrics = ('--metrics', 'fd,clip_score')
+  assert command('evaluate', '--workdir', finished, *captions, *swept, *metrics, '--out', out) == 0
+  scores = json.loads(out.read_text())
+  names = [f'guidance={g} steps={n}' for g in (1, 2) for n in (2, 3)]
+  assert list(scores['sweep']) == names and set(names) < set(scores)
+  assert [scores['sweep'][name]['network_calls'] for name in names] == [2, 3, 4, 6]
+  # The run's own settings are among them.
+  own = scores['guidance=2 steps=2']
+  assert own['fd_clip'] == pytest.approx(drawn[0]['generated']['fd_clip'], rel=1e-4)
+  assert own['clip_score'] == pytest.approx(drawn[0]['generated']['clip_score'], rel=1e-4)
+  assert len({scores[name]['fd_clip'] for name in names}) == 4
+  assert scores['settings']['best'] == min(names, key=lambda name: scores[name]['fd_clip'])
+  rows = _rows(out)
+  assert [(row['settings.guidance'], row['settings.steps']) for row in rows] == [
+    ('1.0', '2'), ('1.0', '3'), ('2.0', '2'), ('2.0', '3')
+  ]
+  assert float(rows[2]['generated.fd_clip']) == own['fd_clip']
+  html = out.with_suffix('.html').read_text()
+  assert 'fd_clip against CLIP score' in html and 'fd_clip against network calls' in html
+  kept = tmp_path / 'sweep.images' / 'generated guidance=2 steps=2'
+  assert [path.name for path in sorted(kept.iterdir())] == [f'{i:06d}.png' for i in range(7)]
+  found, wanted = (
+    np.asarray(Image.open(folder / '000003.png')).astype(int)
+    for folder in (kept, drawn[1] / 'scores.images')
+  )
+  assert np.abs(found - wanted).max() <= 1
+
+
+def test_averages_of_other_lengths(finished, small_data):
+  """They are sums of what the checkpoints hold, and say how far off they are."""
+  with tiny.few_devices():
+    run = TrainedRun(str(finished))
+  own = run.config.loop.ema_halflife_images
+  newest, averaged, plain = run.params(), run.params(4, own), run.params(4, 0)
+  name = 'unet.conv_in.kernel' if 'unet.conv_in.kernel' in newest else next(iter(newest))
+  np.testing.assert_array_equal(newest[name], averaged[name])
+  assert np.abs(np.asarray(newest[name]) - np.asarray(plain[name])).max() > 0
+  stored, combined = run.averages(4, 3.0)
+  assert [tuple(s) for s in stored] == [(2, 0.0), (2, own), (4, 0.0), (4, own)]
+  found = run.params(4, 3.0)
+  wanted = sum(
+    f * np.asarray(run.params(*snapshot)[name], np.float64)
+    for f, snapshot in zip(combined.factors, stored, strict=True)
+  )
+  np.testing.assert_allclose(found[name], wanted, rtol=1e-4, atol=1e-6)
+  assert combined.error < 0.01
+
+
+@pytest.mark.parametrize(('arguments', 'named'), [
+  (['--follow'], '--follow needs the run that it follows'),
+  (['--follow', '--workdir', 'RUN', '--sweep', 'steps=2,3'], '--follow takes no --sweep'),
+  (['--sweep', 'steps=2,3', '--steps', '3'], '--steps does nothing beside --sweep steps'),
+  (['--sweep', 'seed=2'], 'with a NAME of guidance'),
+  (['--likelihood', '--sweep', 'steps=2'], '--sweep does nothing with --likelihood'),
+  (['--images', 'RUN', '--sweep', 'steps=2'], '--sweep does nothing with --images'),
+  (['--ema_halflife_images', '9'], '--ema_halflife_images needs --workdir'),
+  (['--workdir', 'RUN', '--ema_halflife_images', '-1'], 'give a number of images'),
+  (['--workdir', 'RUN', '--samples', '16', '--sweep', 'sampler=ddim,euler9'],
+   'euler9'),
+  (['--workdir', 'RUN/none', '--follow'], 'config.json'),
+])
+def test_what_cannot_be_swept_or_followed(fails, finished, tmp_path, arguments, named):
+  given = [text.replace('RUN', str(finished)) for text in arguments]
+  assert named in fails('evaluate', *given, '--out', tmp_path / 'out.json')
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_follow_scores_each_checkpoint_once(
+  drawn, captions, command, fails, finished, tmp_path, monkeypatch
+):
+  out = tmp_path / 'followed.json'
+  arguments = ('evaluate', '--workdir', finished, '--follow', *captions, '--out', out)
+  assert command(*arguments, '--metrics', 'fd,clip_score') == 0
+  scores = json.loads(out.read_text())
+  assert [line['step'] for line in scores['history']] == [2, 4]
+  last = scores['history'][1]
+  assert last['fd_clip'] == pytest.approx(drawn[0]['generated']['fd_clip'], rel=1e-4)
+  assert last['fd_clip'] == scores['generated']['fd_clip'] != scores['history'][0]['fd_clip']
+  assert [row['settings.step'] for row in _rows(out)] == ['2', '4']
+  assert 'fd_clip of each checkpoint' in out.with_suffix('.html').read_text()
+  left = {path.name for path in (tmp_path / 'followed.parts').iterdir()}
+  assert left == {'reference', 'untrained'}
+  monkeypatch.setattr(TextToImage, 'draw', lambda *_, **__: 1 / 0)
+  assert command(*arguments, '--metrics', 'fd,clip_score') == 0
+  assert json.loads(out.read_text()) == scores and len(_rows(out)) == 2
+  assert 'is of another evaluation (metrics was' in fails(*arguments, '--metrics', 'fd')
+
+
+@pytest.mark.slow
+def test_follow_beside_a_run_that_goes_on(parts, captions, command, small_data, tmp_path):
+  """Checkpoints that training has deleted meanwhile are passed over; the last one is scored."""
+  values = tiny.diffusion_config(
+    parts, loop={'total_steps': 12, 'keep_checkpoints': 1, 'evaluate_samples': 0}
+  )
+  config, run = tiny.write_config(tmp_path / 'recipe.py', values), tmp_path / 'run'
+  training = tiny.start(
+    ['train', '--config', config, '--workdir', str(run), '--quiet'],
+    tiny.environment(small_data, 1),
+  )
+  try:
+    while not (run / 'config.json').is_file() and training.poll() is None:
+      time.sleep(0.2)
+    out = tmp_path / 'followed.json'
+    followed = ('--workdir', run, '--follow', *captions, '--metrics', 'fd', '--out', out)
+    assert command('evaluate', *followed) == 0
+    assert training.wait(timeout=60) == 0
+  finally:
+    training.kill()
+    training.communicate()
+  steps = [line['step'] for line in json.loads(out.read_text())['history']]
+  assert steps[-1] == 12 and steps == sorted(set(steps)) and set(steps) <= set(range(2, 13, 2))
+
+
+@pytest.mark.slow
+def test_two_processes_killed_and_started_again(command, finished, small_data, tmp_path):
+  """No picture is missing or drawn twice: the figures are those of one process left alone."""
+  captions = tmp_path / 'captions.txt'
+  captions.write_text('\n'.join(f'a picture of {i}' for i in range(130)))
+  arguments = (
+    'evaluate', '--workdir', finished, '--captions', captions, '--metrics', 'fd,clip_score',
+    '--sweep', 'ema_halflife_images=20,0',
+  )
+  alone, out = tmp_path / 'alone.json', tmp_path / 'killed.json'
+  pieces = tmp_path / 'killed.parts' / 'generated ema_halflife_images=0'
+  processes = tiny.beside_each_other(2, small_data, (*arguments, '--out', out))
+  deadline = time.monotonic() + 300
+  while not list(pieces.glob('0*.npz')) and time.monotonic() < deadline:
+    time.sleep(0.01)
+  for process in processes:
+    process.kill()
+  said = [process.communicate(timeout=60) for process in processes]
+  done = {path: path.stat().st_mtime_ns for path in pieces.glob('0*.npz')}
+  assert done and not out.exists(), said
+  tiny.together(2, small_data, (*arguments, '--out', out))
+  assert all(path.stat().st_mtime_ns == when for path, when in done.items())
+  names = ['000000.npz', '000001.npz', '000002.npz', 'plan.json']
+  assert sorted(path.name for path in pieces.iterdir()) == names
+  assert command(*arguments, '--out', alone) == 0
+  found, wanted = (json.loads(path.read_text()) for path in (out, alone))
+  own, plain = found['sweep']
+  for column in (own, plain):
+    assert found[column] == pytest.approx(wanted[column], rel=1e-3)
+  assert found[own]['fd_clip'] != found[plain]['fd_clip']
