@@ -92,14 +92,14 @@ class Column:
 def of_folder(args: argparse.Namespace, mesh) -> tuple[dict[str, Column], Callable]:
   """(columns, a function that opens a split of the data set) for --images."""
   from diffusion_jax.data.sources import open_source
-  from diffusion_jax.evaluation.images import Folder
+  from diffusion_jax.evaluation.images import open_images
   from diffusion_jax.evaluation.offline import of_images
 
   size = SIZE if args.size is None else args.size
   split = lambda name: open_source(
     args.dataset, name, size=size, data_dir=args.data_dir, prepare=True
   )
-  return {'samples': Column(of_images(Folder(args.images)))}, split
+  return {'samples': Column(of_images(open_images(args.images)))}, split
 
 
 def run(
