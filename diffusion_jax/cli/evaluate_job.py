@@ -15,8 +15,9 @@ CLIP = 'asset:clip-openmoji-64'
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """What is compared, with what, and how."""
   group = parser.add_argument_group('what is compared')
-  group.add_argument('--images', metavar='DIR',
-                     help='score the pictures of a folder instead of a model')
+  group.add_argument('--images', metavar='PATH', help='score pictures instead of a model: of a '
+                     'folder, of tar files, of a prepared data set (FOLDER:SPLIT), or of an npz '
+                     'with arr_0')
   group.add_argument('--size', type=int, metavar='N', help='with --images, edge of the images of '
                      f'--dataset in pixels (default: {SIZE})')
   group.add_argument('--most_unreadable', type=float, metavar='SHARE',
@@ -26,9 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                      help='captions to draw, one a line (default: of the test split)')
   group.add_argument('--keep', metavar='KIND',
                      help='keep what is drawn, in NAME.images: png or tar')
-  group.add_argument('--reference', metavar='WHAT', help='what they are compared with: a folder, '
-                     'a file of statistics (.npz of clean-fid, ADM or our own, a cache of '
+  group.add_argument('--reference', metavar='WHAT', help='what they are compared with: pictures '
+                     'as for --images, a file of statistics (.npz with mu and sigma, a cache of '
                      'torch-fidelity), or train or test of the data set (default: train)')
+  group.add_argument('--save_statistics', metavar='FILE', help='write the mean and covariance of '
+                     'the features, as .npz (mu, sigma) or .pt (a cache of torch-fidelity); with '
+                     '--images, and without --metrics and --reference, nothing else is computed')
   group.add_argument('--features', action='append', metavar='KIND:PATH',
                      help='inception/tensorflow, inception/pytorch or inception/clean (by the rule '
                      'of resizing) with a file of weights, or clip, dinov2, classifier with a '
@@ -40,13 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 OF_IMAGES, OF_MODELS = ('size', 'most_unreadable'), ('captions', 'keep', 'samples')
-OF_BOTH = ('reference', 'features', 'metrics')
+OF_BOTH = ('reference', 'features', 'metrics', 'save_statistics')
 
 
 def check(args: argparse.Namespace) -> None:
   """Raises a UserError for options that would do nothing, or whose value is none."""
   from diffusion_jax.evaluation.keeping import KINDS
   from diffusion_jax.evaluation.scores import outputs_of
+  from diffusion_jax.evaluation.statistics_files import check_suffix
 
   if args.images is not None and (args.workdir or args.model or args.likelihood):
     raise UserError('--images takes no model; leave out --workdir, --model and --likelihood.')
@@ -64,6 +69,8 @@ def check(args: argparse.Namespace) -> None:
     outputs_of(args.metrics.split(','), {})
   if args.captions:
     lines(args.captions)
+  if args.save_statistics:
+    check_suffix(args.save_statistics)
 
 
 def lines(path: str) -> list[str]:
@@ -119,15 +126,16 @@ def run(
 
   from diffusion_jax.evaluation.extraction import Extraction
   from diffusion_jax.evaluation.offline import compare, local_mesh
+  from diffusion_jax.evaluation.reference import write_moments
   from diffusion_jax.parallel.startup import start_distributed
 
   start_distributed()
   mesh = local_mesh()
-  named = args.features or [f'clip:{clip}']
-  metrics = (args.metrics or (METRICS if args.images else MODEL_METRICS)).split(',')
-  extraction = Extraction(_extractors(named, metrics, mesh), mesh)
+  named, metrics = args.features or [f'clip:{clip}'], _metrics(args)
+  computed = [*metrics, 'fd'] if args.save_statistics else metrics
+  extraction = Extraction(_extractors(named, computed, mesh), mesh)
   made, split = columns(args, mesh)
-  name, reference = _reference(args, extraction, split)
+  name, reference, notes = _reference(args, metrics, extraction, split)
   _check_metrics(metrics, extraction, reference, made)
   found, reference = _features(args, out, extraction, made, reference)
   if jax.process_index():
@@ -140,6 +148,10 @@ def run(
     for c in made
   }
   first = next(iter(made))
+  scores[first].warnings[:0] = notes
+  if args.save_statistics:
+    files = write_moments(args.save_statistics, found[first][0].columns, extraction.extractors)
+    print(f'statistics of {first} written to {", ".join(map(str, files))}')
   shown |= _shown(found[first], reference, texts.get(first), made[first].captions)
   for text in (*found[first][0].trouble, *scores[first].warnings):
     print(f'note: {text}')
@@ -155,6 +167,12 @@ def run(
   }
 
 
+def _metrics(args: argparse.Namespace) -> list[str]:
+  if args.images and args.save_statistics and not (args.metrics or args.reference):
+    return []
+  return (args.metrics or (METRICS if args.images else MODEL_METRICS)).split(',')
+
+
 def _told(plan: dict) -> dict:
   return {name: plan[name] for name in ('images', 'model') if name in plan}
 
@@ -162,7 +180,9 @@ def _told(plan: dict) -> dict:
 def _check_metrics(metrics: list[str], extraction, reference, columns: dict[str, Column]) -> None:
   from diffusion_jax.evaluation.scores import check_metrics
 
-  known = {'moments'} if isinstance(reference, dict) else {'moments', 'reference'}
+  known = {'moments', 'reference'}
+  if isinstance(reference, dict):
+    known = {'moments'} if reference else set()
   known |= {'texts'} if all(column.captions for column in columns.values()) else set()
   check_metrics(metrics, [column.rpartition(':')[2] for column in extraction.columns], known)
 
@@ -237,16 +257,25 @@ def _extractors(named: list[str], metrics: list[str], mesh) -> list:
   return found
 
 
-def _reference(args: argparse.Namespace, extraction, split: Callable) -> tuple:
-  """(name, the images, or what a file of statistics says of each kind of features)."""
-  from diffusion_jax.evaluation.images import Folder, Split
-  from diffusion_jax.evaluation.statistics_files import load_statistics
+def _reference(
+  args: argparse.Namespace, metrics: list[str], extraction, split: Callable
+) -> tuple:
+  """(name, the images, or what a file of statistics says of each kind of features, warnings).
 
-  what = args.reference or 'train'
-  if Path(what).is_file():
-    columns = [c for c in extraction.columns if not c.endswith('logits_unbiased')]
-    return what, {c: load_statistics(what, spatial=c.endswith(':spatial')) for c in columns}
-  images = Folder(what) if what not in ('train', 'test') else Split(
+  Images that are scored without a reference are compared with nothing.
+  """
+  from diffusion_jax.evaluation import scores
+  from diffusion_jax.evaluation.images import Split, holds_images, open_images
+  from diffusion_jax.evaluation.reference import moments_of
+
+  what = args.reference
+  needs = {need for name in metrics for need in scores.METRICS[name].needs}
+  if args.images and what is None and not needs & {'reference', 'moments'}:
+    return 'none', {}, []
+  what = what or 'train'
+  if Path(what).is_file() and not holds_images(what):
+    return what, *moments_of(what, extraction.columns)
+  images = open_images(what) if what not in ('train', 'test') else Split(
     split(what), f'{args.dataset} {what}'
   )
-  return images.name, images
+  return images.name, images, []

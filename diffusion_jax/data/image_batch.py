@@ -1,5 +1,6 @@
 """Batches of images in npz files, as ADM (guided-diffusion) writes samples and references."""
 
+import math
 import threading
 import zipfile
 import zlib
@@ -32,8 +33,8 @@ def holds_batch(path: str | Path) -> bool:
 class ImageBatch(Sequence):
   """The images arr_0 of an npz, uint8 [n h w 3].
 
-  They are mapped from the file, or, where it is compressed, unpacked into memory when the first is
-  asked for. The array's checksum is compared once, at the start.
+  They are read from their places in the file, or, where it is compressed, all unpacked into memory
+  when the first is asked for. The array's checksum is compared once, at the start.
 
   Raises:
     UserError: the file is missing or damaged, or arr_0 is missing or holds no images.
@@ -56,7 +57,8 @@ class ImageBatch(Sequence):
       ) from error
     if not self.shape:
       raise UserError(f'arr_0 in {path} is not uint8 [n h w 3]: give a batch of RGB images.')
-    self._offset = entry.header_offset if entry.compress_type == zipfile.ZIP_STORED else None
+    self._stored = entry.compress_type == zipfile.ZIP_STORED
+    self._entry = entry.header_offset
     self._images: np.ndarray | None = None
     self._lock = threading.Lock()
 
@@ -65,22 +67,29 @@ class ImageBatch(Sequence):
 
   def __getitem__(self, index: int) -> np.ndarray:
     """Image `index`, uint8 [h w 3]. UserError where the file can no longer be read."""
-    with self._lock:  # Several threads read; only one shall unpack.
-      if self._images is None:
-        try:
-          self._images = self._unpacked() if self._offset is None else self._mapped()
-        except _DAMAGE as error:
-          raise UserError(f'{self.path} can no longer be read ({error}).') from error
-    return np.array(self._images[index])
+    index = range(len(self))[index]
+    try:
+      if self._stored:
+        return self._at(index)
+      with self._lock:  # Several threads read; only one shall unpack.
+        if self._images is None:
+          self._images = self._unpacked()
+      return self._images[index]
+    except _DAMAGE as error:
+      raise UserError(f'{self.path} can no longer be read ({error}).') from error
 
-  def _mapped(self) -> np.ndarray:
+  def _at(self, index: int) -> np.ndarray:
+    size = math.prod(self.shape[1:])
     with self.path.open('rb') as file:
-      file.seek(self._offset)
+      file.seek(self._entry)
       header = file.read(_LOCAL_HEADER)
-    # The name and the extra field before the data need not be as long as in the directory.
-    before = sum(int.from_bytes(header[at : at + 2], 'little') for at in (26, 28))
-    start = self._offset + _LOCAL_HEADER + before + self._start
-    return np.memmap(self.path, np.uint8, 'r', start, self.shape)
+      # The name and the extra field before the data need not be as long as in the directory.
+      before = sum(int.from_bytes(header[at : at + 2], 'little') for at in (26, 28))
+      file.seek(self._entry + _LOCAL_HEADER + before + self._start + index * size)
+      data = file.read(size)
+    if len(data) < size:
+      raise EOFError(f'it ends within image {index}')
+    return np.frombuffer(data, np.uint8).reshape(self.shape[1:])
 
   def _unpacked(self) -> np.ndarray:
     with zipfile.ZipFile(self.path) as archive, archive.open(ARRAY) as file:

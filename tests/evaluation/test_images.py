@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion_jax.data.image_batch import ImageBatch
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extraction import Made, reader
 from diffusion_jax.evaluation.images import open_images
@@ -133,12 +134,32 @@ def test_reference_batches(tmp_path, save):
   assert images.name == f'npz:{path}'
   _same(_pixels(images), stack)
   _same(reader(images)(range(7)).images, stack)
-  assert isinstance(images.pictures._images, np.memmap) == (save is np.savez)
+  assert (images.pictures._images is None) == (save is np.savez)  # Only unpacked where packed.
   data = bytearray(path.read_bytes())
   data[path.stat().st_size // 3] ^= 1
   path.write_bytes(data)
   with pytest.raises(UserError, match=r'batch\.npz is not a whole npz with images as arr_0'):
     open_images(path)
+
+
+def test_damaged_batches_of_images_are_named(tmp_path):
+  stack, path = RNG.integers(0, 256, (6, 8, 8, 3), np.uint8), tmp_path / 'batch.npz'
+  for save in (np.savez, np.savez_compressed):
+    save(path, stack)
+    whole = path.read_bytes()
+    for data in (whole[:-100], whole[:300], b''):
+      path.write_bytes(data)
+      with pytest.raises(UserError, match=r'batch\.npz'):
+        ImageBatch(path)
+    path.write_bytes(whole)
+    images = ImageBatch(path)
+    np.testing.assert_array_equal(images[-1], stack[-1])
+    images = ImageBatch(path)
+    path.write_bytes(whole[:300])  # Lost behind our back.
+    with pytest.raises(UserError, match=r'batch\.npz can no longer be read'):
+      print(images[2])
+  with pytest.raises(UserError, match='no images at'):
+    ImageBatch(tmp_path / 'none.npz')
 
 
 def test_a_prepared_data_set(small_data, sources, tmp_path):
