@@ -183,8 +183,23 @@ def _check_metrics(metrics: list[str], extraction, reference, columns: dict[str,
   known = {'moments', 'reference'}
   if isinstance(reference, dict):
     known = {'moments'} if reference else set()
-  known |= {'texts'} if all(column.captions for column in columns.values()) else set()
+  if all(column.captions for column in columns.values()):
+    known |= {'texts'}
+    _check_towers(metrics, extraction.extractors)
   check_metrics(metrics, [column.rpartition(':')[2] for column in extraction.columns], known)
+
+
+def _check_towers(metrics: list[str], extractors: list) -> None:
+  """Raises a UserError where texts are asked of CLIPs that all are image towers alone."""
+  from diffusion_jax.evaluation import scores
+
+  clips = [extractor for extractor in extractors if hasattr(extractor, 'has_texts')]
+  asked = [name for name in metrics if 'texts' in scores.METRICS[name].needs]
+  if asked and clips and not any(clip.has_texts for clip in clips):
+    raise UserError(
+      f'{asked[0]} needs texts, but {clips[0].name} is an image tower alone; give a CLIP with both '
+      f'towers in --features, or leave {asked[0]} out of --metrics.'
+    )
 
 
 def _features(args, out: Path, extraction, columns: dict[str, Column], reference) -> tuple:
@@ -219,7 +234,7 @@ def _texts(named: list[str], extraction, captions: list[str]) -> dict:
   found = {}
   for text, extractor in zip(named, extraction.extractors, strict=True):
     kind, _, path = text.partition(':')
-    if kind == 'clip':
+    if kind == 'clip' and extractor.has_texts:
       clip = CLIPFeatures(extractor, load_tokenizer(resolve(path)), extraction.mesh)
       found[column(extractor, 'embedding')] = clip.texts(captions)
   return found
@@ -265,17 +280,14 @@ def _reference(
   Images that are scored without a reference are compared with nothing.
   """
   from diffusion_jax.evaluation import scores
-  from diffusion_jax.evaluation.images import Split, holds_images, open_images
-  from diffusion_jax.evaluation.reference import moments_of
+  from diffusion_jax.evaluation.images import Split
+  from diffusion_jax.evaluation.reference import open_reference
 
   what = args.reference
   needs = {need for name in metrics for need in scores.METRICS[name].needs}
   if args.images and what is None and not needs & {'reference', 'moments'}:
     return 'none', {}, []
-  what = what or 'train'
-  if Path(what).is_file() and not holds_images(what):
-    return what, *moments_of(what, extraction.columns)
-  images = open_images(what) if what not in ('train', 'test') else Split(
-    split(what), f'{args.dataset} {what}'
-  )
+  if what not in (None, 'train', 'test'):
+    return open_reference(what, extraction.columns)
+  images = Split(split(what or 'train'), f'{args.dataset} {what or "train"}')
   return images.name, images, []

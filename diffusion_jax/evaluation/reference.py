@@ -1,4 +1,4 @@
-"""What samples are compared with, where that is a file of statistics; and the writing of such."""
+"""What samples are compared with: images or a file of statistics; and how such files are made."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +8,7 @@ from jaxtyping import Float
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extractors import Extractor
+from diffusion_jax.evaluation.images import ImageSet, holds_images, open_images
 from diffusion_jax.evaluation.scores import METRICS
 from diffusion_jax.evaluation.statistics import Moments, Statistics
 from diffusion_jax.evaluation.statistics_files import (
@@ -19,6 +20,20 @@ from diffusion_jax.evaluation.statistics_files import (
 
 SPATIAL = 'spatial'
 POOLED = tuple(output for output in METRICS['fd'].outputs if output != SPATIAL)
+
+
+def open_reference(
+  path: str, columns: Mapping[str, int]
+) -> tuple[str, ImageSet | dict[str, Moments], list[str]]:
+  """(name, images or what a file says of each kind of features, what to beware of).
+
+  A file with both, such as ADM's reference batches, gives its images, of which every metric can be
+  computed. UserError as `open_images` and `moments_of`.
+  """
+  if Path(path).is_file() and not holds_images(path):
+    return path, *moments_of(path, columns)
+  images = open_images(path)
+  return images.name, images, []
 
 
 def moments_of(
