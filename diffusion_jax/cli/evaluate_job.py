@@ -134,6 +134,7 @@ def run(
   named, metrics = args.features or [f'clip:{clip}'], _metrics(args)
   computed = [*metrics, 'fd'] if args.save_statistics else metrics
   extraction = Extraction(_extractors(named, computed, mesh), mesh)
+  _check_towers(metrics, extraction.extractors)
   made, split = columns(args, mesh)
   name, reference, notes = _reference(args, metrics, extraction, split)
   _check_metrics(metrics, extraction, reference, made)
@@ -183,9 +184,7 @@ def _check_metrics(metrics: list[str], extraction, reference, columns: dict[str,
   known = {'moments', 'reference'}
   if isinstance(reference, dict):
     known = {'moments'} if reference else set()
-  if all(column.captions for column in columns.values()):
-    known |= {'texts'}
-    _check_towers(metrics, extraction.extractors)
+  known |= {'texts'} if all(column.captions for column in columns.values()) else set()
   check_metrics(metrics, [column.rpartition(':')[2] for column in extraction.columns], known)
 
 
