@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, UInt8
 
 from diffusion_jax.evaluation.extractors_classifier import load_classifier_extractor
 from diffusion_jax.evaluation.extractors_dinov2 import load_dinov2_extractor
-from diffusion_jax.evaluation.resize import RULES, prepare, resize, rule
+from diffusion_jax.evaluation.resize import OF_INCEPTION, prepare, resize
 from diffusion_jax.io.inception import load_inception
 from diffusion_jax.io.kinds import KINDS
 from diffusion_jax.io.pretrained import load_params, resolve
@@ -78,16 +78,20 @@ def _options() -> dict[str, str] | None:
 
 
 class InceptionExtractor:
-  """The FID Inception behind one of `resize.RULES`; outputs as in `models.inception.Inception`.
+  """The FID Inception behind one of `resize.OF_INCEPTION`.
 
-  UserError for an output or a rule that does not exist.
+  Outputs are those of `models.inception.Inception`. UserError for an output or a rule that it does
+  not have.
   """
 
   def __init__(
     self, network: Network, params: Params, weights: str, resizing: str = 'tensorflow',
     outputs: Sequence[str] = ('pool3',),
   ):
-    rule(resizing)
+    require(
+      resizing in OF_INCEPTION,
+      f'Inception has no resize rule {resizing!r}; choose of {", ".join(OF_INCEPTION)}.',
+    )
     known = network.config.widths
     for output in outputs:
       require(output in known, f'Inception has no {output!r}; choose of {", ".join(known)}.')
@@ -177,5 +181,5 @@ _LOADERS = {
   'clip': load_clip_extractor, 'dinov2': load_dinov2_extractor,
   'classifier': load_classifier_extractor,
 }
-NAMES = (*(f'inception/{name}' for name in RULES), *_LOADERS)
+NAMES = (*(f'inception/{name}' for name in OF_INCEPTION), *_LOADERS)
 """What `load_extractor` knows."""

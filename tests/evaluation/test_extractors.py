@@ -47,8 +47,9 @@ def test_inception_computes_what_is_asked_for(images):
     np.testing.assert_array_equal(value, found[name])
   with pytest.raises(UserError, match="no '2048'; choose of 64, 192, spatial"):
     InceptionExtractor(network, params, 'w', outputs=('2048',))
-  with pytest.raises(UserError, match="no resize rule 'bicubic'"):
-    InceptionExtractor(network, params, 'w', 'bicubic')
+  for name in ('bicubic', 'pillow'):
+    with pytest.raises(UserError, match=f"no resize rule '{name}'; choose of tensorflow"):
+      InceptionExtractor(network, params, 'w', name)
 
 
 def test_clip_sees_pixels_as_its_directory_says(parts, images, tmp_path):
