@@ -18,7 +18,7 @@ FILE.json come a row in FILE.csv and a page, FILE.html. What has been computed i
 FILE.parts, so that a start after an interruption goes on where it was; several processes share the
 work. The workdir of an autoencoder, a CLIP or a classifier is scored by its own metrics.
 
-With --images: the pictures of a folder in place of a model's.
+With --images: pictures that are there in place of a model's.
 
 With --likelihood: bits per dimension of test images given their captions. The density is that of
 the scaled latents, one sample of the autoencoder's posterior per image, not of pixels, and lower is
@@ -31,6 +31,7 @@ the bits of the pixels, so that it compares models with different autoencoders.
 examples:
   python -m diffusion_jax evaluate --workdir runs/quickstart --out runs/quickstart/scores.json
   python -m diffusion_jax evaluate --images samples --reference test --out folder.json
+  python -m diffusion_jax evaluate --images photos --save_statistics photos.npz --out photos.json
   python -m diffusion_jax evaluate --likelihood --samples 64 --out likelihood.json"""
 
 LIKELIHOOD_SAMPLES = 64
@@ -116,7 +117,7 @@ def _check(args: argparse.Namespace, task: str) -> None:
   if args.likelihood and task != 'diffusion':
     raise UserError(f'{args.workdir} trains {task}; --likelihood needs a diffusion model.')
   if task != 'diffusion':
-    for name in ('features', 'metrics', 'reference', 'captions', 'keep'):
+    for name in (*evaluate_job.OF_BOTH, 'captions', 'keep'):
       if getattr(args, name) is not None:
         raise UserError(f'{args.workdir} trains {task}; --{name} does nothing there, leave it out.')
   useless, why = (SAMPLING, 'with') if args.likelihood else (ESTIMATING, 'without')
@@ -149,7 +150,7 @@ def print_table(scores: dict) -> None:
   value = lambda column, metric: scores[column].get(metric)
   if len(columns) > MOST_COLUMNS:
     columns, metrics, value = metrics, columns, lambda metric, column: scores[column].get(metric)
-  width = max(map(len, metrics))
+  width = max(map(len, metrics), default=0)
   print(' ' * width + ''.join(f' {name:>13}' for name in columns))
   for row in metrics:
     cells = (value(column, row) for column in columns)

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace, out: Path) -> int:
     columns = _columns(subject, step, place.name)
     found = comparison(columns) if columns else None
     if found is not None:
-      _write(out, comparison, found, history, settings | {'step': step})
+      _write(args, out, comparison, found, history, settings | {'step': step})
     if columns and evaluate_job.all_are_here('scored'):
       shutil.rmtree(place, ignore_errors=True)
   print(f'{args.workdir} is over; {len(passed)} checkpoints are in {out.with_suffix(".csv").name}')
@@ -99,11 +99,14 @@ def _columns(subject, step: int, place: str) -> dict | None:
   }
 
 
-def _write(out: Path, comparison, found, history: list[dict], settings: dict[str, Any]) -> None:
+def _write(
+  args: argparse.Namespace, out: Path, comparison, found, history: list[dict],
+  settings: dict[str, Any],
+) -> None:
   from diffusion_jax.evaluation.writing import write
 
   shown: dict[str, Any] = {}
-  scores = evaluate_job.report(comparison, found, shown, 'generated', settings)
+  scores = evaluate_job.report(args, comparison, found, shown, 'generated', settings)
   figures = scores['generated']
   history.append({'step': settings['step'], **figures})
   history.sort(key=lambda line: line['step'])

@@ -19,8 +19,9 @@ CLIP = 'asset:clip-openmoji-64'
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """What is compared, with what, and how."""
   group = parser.add_argument_group('what is compared')
-  group.add_argument('--images', metavar='DIR',
-                     help='score the pictures of a folder instead of a model')
+  group.add_argument('--images', metavar='PATH', help='score pictures instead of a model: of a '
+                     'folder, of tar files, of a prepared data set (FOLDER:SPLIT), or of an npz '
+                     'with arr_0')
   group.add_argument('--size', type=int, metavar='N', help='with --images, edge of the images of '
                      f'--dataset in pixels (default: {SIZE})')
   group.add_argument('--most_unreadable', type=float, metavar='SHARE',
@@ -35,9 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                      help='captions to draw, one a line (default: of the test split)')
   group.add_argument('--keep', metavar='KIND',
                      help='keep what is drawn, in NAME.images: png or tar')
-  group.add_argument('--reference', metavar='WHAT', help='what they are compared with: a folder, '
-                     'a file of statistics (.npz of clean-fid, ADM or our own, a cache of '
+  group.add_argument('--reference', metavar='WHAT', help='what they are compared with: pictures '
+                     'as for --images, a file of statistics (.npz with mu and sigma, a cache of '
                      'torch-fidelity), or train or test of the data set (default: train)')
+  group.add_argument('--save_statistics', metavar='FILE', help='write the mean and covariance of '
+                     'the features, as .npz (mu, sigma) or .pt (a cache of torch-fidelity); with '
+                     '--images, and without --metrics and --reference, nothing else is computed')
   group.add_argument('--features', action='append', metavar='KIND:PATH',
                      help='inception/tensorflow, inception/pytorch or inception/clean (by the rule '
                      'of resizing) with a file of weights, or clip, dinov2, classifier with a '
@@ -50,13 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 OF_IMAGES = ('size', 'most_unreadable')
 OF_MODELS = ('captions', 'keep', 'samples', 'sweep', 'follow', 'ema_halflife_images')
-OF_BOTH = ('reference', 'features', 'metrics')
+OF_BOTH = ('reference', 'features', 'metrics', 'save_statistics')
 
 
 def check(args: argparse.Namespace) -> None:
   """Raises a UserError for options that would do nothing, or whose value is none."""
   from diffusion_jax.evaluation.keeping import KINDS
   from diffusion_jax.evaluation.scores import outputs_of
+  from diffusion_jax.evaluation.statistics_files import check_suffix
 
   if args.images is not None and (args.workdir or args.model or args.likelihood):
     raise UserError('--images takes no model; leave out --workdir, --model and --likelihood.')
@@ -76,6 +81,8 @@ def check(args: argparse.Namespace) -> None:
     outputs_of(args.metrics.split(','), {})
   if args.captions:
     lines(args.captions)
+  if args.save_statistics:
+    check_suffix(args.save_statistics)
 
 
 def _check_sweep(args: argparse.Namespace) -> None:
@@ -133,18 +140,41 @@ def open_comparison(
 
   mesh = local_mesh()
   named = args.features or [f'clip:{clip}']
-  metrics = (args.metrics or (METRICS if args.images else MODEL_METRICS)).split(',')
-  extraction = Extraction(_extractors(named, metrics, mesh), mesh)
+  metrics = _metrics(args)
+  computed = [*metrics, 'fd'] if args.save_statistics else metrics
+  extraction = Extraction(_extractors(named, computed, mesh), mesh)
+  _check_towers(metrics, extraction.extractors)
   kept = (out.with_name(f'{out.stem}.images'), args.keep) if args.keep else None
   return Comparison(
-    extraction, metrics, _reference(args, extraction, split), out.with_name(f'{out.stem}.parts'),
+    extraction, metrics, _reference(args, metrics, extraction, split),
+    out.with_name(f'{out.stem}.parts'),
     texts=_texts(named, extraction) if not args.images else {}, seed=args.seed,
     most_unreadable=args.most_unreadable or 0.0, kept=kept,
   )
 
 
+def _metrics(args: argparse.Namespace) -> list[str]:
+  if args.images and args.save_statistics and not (args.metrics or args.reference):
+    return []
+  return (args.metrics or (METRICS if args.images else MODEL_METRICS)).split(',')
+
+
+def _check_towers(metrics: list[str], extractors: list) -> None:
+  """Raises a UserError where texts are asked of CLIPs that all are image towers alone."""
+  from diffusion_jax.evaluation import scores
+
+  clips = [extractor for extractor in extractors if hasattr(extractor, 'has_texts')]
+  asked = [name for name in metrics if 'texts' in scores.METRICS[name].needs]
+  if asked and clips and not any(clip.has_texts for clip in clips):
+    raise UserError(
+      f'{asked[0]} needs texts, but {clips[0].name} is an image tower alone; give a CLIP with both '
+      f'towers in --features, or leave {asked[0]} out of --metrics.'
+    )
+
+
 def report(
-  comparison: Comparison, found: Found, shown: dict, first: str, settings: dict | None = None
+  args: argparse.Namespace, comparison: Comparison, found: Found, shown: dict, first: str,
+  settings: dict | None = None,
 ) -> dict[str, Any]:
   """Columns of figures, and, of the first, 'intervals', 'warnings', 'settings'; JSON-ready.
 
@@ -152,8 +182,15 @@ def report(
     shown: is given what the page shows beside them, of that column.
     settings: what else decides the figures.
   """
+  from diffusion_jax.evaluation.reference import write_moments
+
   features, plan = found.pictured[first].features, found.columns[first].work.plan
   shown |= comparison.shown(found, first)
+  if args.save_statistics:
+    files = write_moments(
+      args.save_statistics, features.columns, comparison.extraction.extractors
+    )
+    print(f'statistics of {first} written to {", ".join(map(str, files))}')
   return found.told(first) | {'settings': {
     'samples': len(features.rows), 'unreadable': len(features.trouble),
     **{name: plan[name] for name in ('images', 'model') if name in plan},
@@ -180,7 +217,7 @@ def _texts(named: list[str], extraction) -> dict:
   found = {}
   for text, extractor in zip(named, extraction.extractors, strict=True):
     kind, _, path = text.partition(':')
-    if kind == 'clip':
+    if kind == 'clip' and extractor.has_texts:
       clip = CLIPFeatures(extractor, load_tokenizer(resolve(path)), extraction.mesh)
       found[column(extractor, 'embedding')] = clip
   return found
@@ -204,28 +241,32 @@ def _extractors(named: list[str], metrics: list[str], mesh) -> list:
   return found
 
 
-def _reference(args: argparse.Namespace, extraction, split: Callable) -> Reference:
+def _reference(
+  args: argparse.Namespace, metrics: list[str], extraction, split: Callable
+) -> Reference:
+  """Images that are scored without a reference are compared with nothing."""
+  from diffusion_jax.evaluation import scores
   from diffusion_jax.evaluation.comparison import Reference
-  from diffusion_jax.evaluation.images import Folder, Split
-  from diffusion_jax.evaluation.statistics_files import load_statistics
+  from diffusion_jax.evaluation.images import Split
+  from diffusion_jax.evaluation.reference import open_reference
 
-  what = args.reference or 'train'
-  if Path(what).is_file():
-    columns = [c for c in extraction.columns if not c.endswith('logits_unbiased')]
-    return Reference(what, moments={
-      c: load_statistics(what, spatial=c.endswith(':spatial')) for c in columns
-    })
-  images = Folder(what) if what not in ('train', 'test') else Split(
-    split(what), f'{args.dataset} {what}'
-  )
-  return Reference(images.name, images)
+  what = args.reference
+  needs = {need for name in metrics for need in scores.METRICS[name].needs}
+  if args.images and what is None and not needs & {'reference', 'moments'}:
+    return Reference('none', moments={})
+  if what in (None, 'train', 'test'):
+    images = Split(split(what or 'train'), f'{args.dataset} {what or "train"}')
+    return Reference(images.name, images)
+  name, found, notes = open_reference(what, extraction.columns)
+  known = {'moments' if isinstance(found, dict) else 'images': found}
+  return Reference(name, notes=tuple(notes), **known)
 
 
 def of_folder(args: argparse.Namespace, out: Path, shown: dict) -> dict[str, Any] | None:
   """Scores of the pictures of --images."""
   from diffusion_jax.data.sources import open_source
   from diffusion_jax.evaluation.comparison import Column
-  from diffusion_jax.evaluation.images import Folder
+  from diffusion_jax.evaluation.images import open_images
   from diffusion_jax.evaluation.offline import of_images
 
   start()
@@ -233,7 +274,7 @@ def of_folder(args: argparse.Namespace, out: Path, shown: dict) -> dict[str, Any
   split = lambda name: open_source(
     args.dataset, name, size=size, data_dir=args.data_dir, prepare=True
   )
-  columns = {'samples': Column(of_images(Folder(args.images)))}
+  columns = {'samples': Column(of_images(open_images(args.images)))}
   comparison = open_comparison(args, out, split)
   found = comparison(columns)
-  return None if found is None else report(comparison, found, shown, 'samples')
+  return None if found is None else report(args, comparison, found, shown, 'samples')

@@ -169,7 +169,7 @@ def pictures(
   if found is None:
     return None
   settings = dataclasses.asdict(subject.sample)
-  return evaluate_job.report(comparison, found, shown, 'generated', settings)
+  return evaluate_job.report(args, comparison, found, shown, 'generated', settings)
 
 
 def sweep(
@@ -200,7 +200,7 @@ def sweep(
     return None
   values = {name: scores.values for name, scores in found.scores.items()}
   first = best({name: values[name] for name in every})
-  scores = evaluate_job.report(comparison, found, shown, first)
+  scores = evaluate_job.report(args, comparison, found, shown, first)
   scores['settings'] |= {
     'model': subject.identity(own), 'best': first, **dataclasses.asdict(subject.sample)
   }

@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -22,17 +23,22 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
   return Resize(size)(square)['image']
 
 
-def read_pixels(path: str | Path) -> np.ndarray:
+def read_pixels(source: str | Path | BinaryIO, path: str | Path = '') -> np.ndarray:
   """The picture at its own size, uint8 [h w 3]; transparent places become white.
 
   Turned upright as its EXIF data say; of several frames the first.
+
+  Args:
+    source: a file by its path, or one that is open.
+    path: what an open one is called in errors.
 
   Raises:
     UserError: no file, no picture in it, a damaged one, more than 8 bits a channel, or more than
       MAX_PIXELS pixels, which are not decoded.
   """
+  path = path or source
   try:
-    with _opened(path) as file:
+    with _opened(source) as file:
       width, height = file.size
       if width * height > MAX_PIXELS:
         raise UserError(
@@ -62,7 +68,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
   return (width, height) if lying else (height, width)
 
 
-def _opened(path: str | Path) -> Image.Image:
+def _opened(path: str | Path | BinaryIO) -> Image.Image:
   """The file with its header read. Pillow's own warning of large pictures is not needed."""
   with warnings.catch_warnings():
     warnings.simplefilter('ignore', Image.DecompressionBombWarning)

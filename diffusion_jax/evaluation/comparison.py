@@ -34,11 +34,14 @@ class Column:
 
 class Reference(NamedTuple):
   """What columns are compared with: images, or what files of statistics say, by column of features.
+
+  notes: what to beware of, for people.
   """
 
   name: str
   images: ImageSet | None = None
   moments: Mapping[str, Moments] | None = None
+  notes: tuple[str, ...] = ()
 
 
 class Pictured(NamedTuple):
@@ -88,7 +91,9 @@ class Comparison:
 
   def check(self, columns: Mapping[str, Column]) -> None:
     """Raises a UserError for metrics that cannot be computed of these columns."""
-    known = {'moments'} if self.reference.images is None else {'moments', 'reference'}
+    known = {'moments', 'reference'}
+    if self.reference.images is None:
+      known = {'moments'} if self.reference.moments else set()
     known |= {'texts'} if all(column.captions for column in columns.values()) else set()
     outputs = [column.rpartition(':')[2] for column in self.extraction.columns]
     check_metrics(self.metrics, outputs, known)
@@ -116,6 +121,7 @@ class Comparison:
       ) for name, column in columns.items()
     }
     first = next(iter(columns))
+    scores[first].warnings[:0] = self.reference.notes
     for text in (*pictured[first].features.trouble, *scores[first].warnings):
       say(f'note: {text}')
     return Found(dict(columns), pictured, scores)

@@ -17,14 +17,15 @@ from jaxtyping import Array, Float, UInt8
 
 from diffusion_jax.evaluation.extractors_classifier import load_classifier_extractor
 from diffusion_jax.evaluation.extractors_dinov2 import load_dinov2_extractor
-from diffusion_jax.evaluation.resize import RULES, prepare, resize, rule
+from diffusion_jax.evaluation.resize import OF_INCEPTION, prepare, resize
 from diffusion_jax.io.inception import load_inception
+from diffusion_jax.io.kinds import KINDS
 from diffusion_jax.io.pretrained import load_params, resolve
 from diffusion_jax.io.tensors import read_json
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.inception import SIZE
-from diffusion_jax.models.text.clip import CLIP
+from diffusion_jax.models.text.clip_config import CLIPConfig
 from diffusion_jax.parallel.sharding import put_params
 from diffusion_jax.types import Params
 
@@ -77,16 +78,20 @@ def _options() -> dict[str, str] | None:
 
 
 class InceptionExtractor:
-  """The FID Inception behind one of `resize.RULES`; outputs as in `models.inception.Inception`.
+  """The FID Inception behind one of `resize.OF_INCEPTION`.
 
-  UserError for an output or a rule that does not exist.
+  Outputs are those of `models.inception.Inception`. UserError for an output or a rule that it does
+  not have.
   """
 
   def __init__(
     self, network: Network, params: Params, weights: str, resizing: str = 'tensorflow',
     outputs: Sequence[str] = ('pool3',),
   ):
-    rule(resizing)
+    require(
+      resizing in OF_INCEPTION,
+      f'Inception has no resize rule {resizing!r}; choose of {", ".join(OF_INCEPTION)}.',
+    )
     known = network.config.widths
     for output in outputs:
       require(output in known, f'Inception has no {output!r}; choose of {", ".join(known)}.')
@@ -104,9 +109,10 @@ class CLIPExtractor:
   """CLIP's image tower with its projection: 'embedding' [b p], not normalised.
 
   Images are resized by PIL's bicubic rule with antialiasing, whatever their shape, to the tower's
-  square.
+  square. `has_texts` says whether the network also has a tower for texts.
 
   Args:
+    clip: a CLIP, or a CLIPVisionModelWithProjection.
     mean, std: of each channel of the pixels in [0, 1]; the tower sees (pixel - mean) / std. The
       defaults, to [-1, 1], are those of the towers that are trained here.
   """
@@ -118,7 +124,9 @@ class CLIPExtractor:
     self.name = f'clip/{weights}/bicubic'
     self.widths = {'embedding': clip.config.projection_dim}
     self.network, self.params = clip, params
-    self.size, self.resizing = clip.config.vision_config.image_size, 'clean'
+    self.has_texts = isinstance(clip.config, CLIPConfig)
+    vision = clip.config.vision_config if self.has_texts else clip.config
+    self.size, self.resizing = vision.image_size, 'clean'
     self._mean, self._std = (np.asarray(v, np.float32) * 255 for v in (mean, std))
 
   def apply(self, params: Params, images: jax.Array) -> dict[str, jax.Array]:
@@ -128,16 +136,19 @@ class CLIPExtractor:
 
 
 def load_clip_extractor(path: str | os.PathLike, *, mesh: Mesh | None = None) -> CLIPExtractor:
-  """The CLIP in a directory or 'asset:NAME'; its preprocessor_config.json says mean and std.
+  """The CLIP in a directory or 'asset:NAME', or an image tower of one with its projection.
 
-  UserError where it cannot be read.
+  Its preprocessor_config.json says mean and std. UserError where it cannot be read.
   """
-  config, params = load_params('clip', path, mesh=mesh)
-  directory = resolve(path)
+  directory, kind = resolve(path), 'clip_vision_projection'
+  if not KINDS[kind].describes(read_json(directory / 'config.json')):
+    kind = 'clip'
+  config, params = load_params(kind, path, mesh=mesh)
   file = directory / 'preprocessor_config.json'
   values = read_json(file) if file.is_file() else {}
   pixels = {name: values[f'image_{name}'] for name in ('mean', 'std') if f'image_{name}' in values}
-  return CLIPExtractor(Network.of(CLIP, config), params, directory.resolve().name, **pixels)
+  network = Network.of(KINDS[kind].module, config)
+  return CLIPExtractor(network, params, directory.resolve().name, **pixels)
 
 
 def load_extractor(
@@ -170,5 +181,5 @@ _LOADERS = {
   'clip': load_clip_extractor, 'dinov2': load_dinov2_extractor,
   'classifier': load_classifier_extractor,
 }
-NAMES = (*(f'inception/{name}' for name in RULES), *_LOADERS)
+NAMES = (*(f'inception/{name}' for name in OF_INCEPTION), *_LOADERS)
 """What `load_extractor` knows."""

@@ -34,17 +34,17 @@ def size_name(config: DINOv2Config) -> str:
 class DINOv2Extractor:
   """'cls' [b d]: the CLS token after the last norm.
 
-  As Stein et al. 2023 do: images, whatever their shape, become 224 x 224 by Pillow's bicubic rule
-  with antialiasing, here without rounding to whole numbers (their option clean_resize), and are
-  normalised by ImageNet's mean and deviation.
+  As the code of Stein et al. 2023 does unless told otherwise: images, whatever their shape, become
+  224 x 224 by Pillow's bicubic rule on uint8, which rounds, and are normalised by ImageNet's mean
+  and deviation.
   """
 
   def __init__(self, network: Network, params: Params, weights: str):
-    self.name = f'dinov2/{size_name(network.config)}/{weights}/clean'
+    self.name = f'dinov2/{size_name(network.config)}/{weights}/pillow'
     self.widths = {'cls': network.config.hidden_size}
     self.network, self.params = network, params
     patch = network.config.patch_size
-    self.size, self.resizing = max(EDGE // patch, 1) * patch, 'clean'
+    self.size, self.resizing = max(EDGE // patch, 1) * patch, 'pillow'
 
   def apply(self, params: Params, images: jax.Array) -> dict[str, jax.Array]:
     """uint8 [b h w 3] -> {'cls': [b d]}."""

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from diffusion_jax.evaluation.extractors import CLIPExtractor, compiled, load_clip_extractor
 from diffusion_jax.io.pretrained import resolve
+from diffusion_jax.models.checks import require
 from diffusion_jax.models.text.tokenizer import Tokenize, load_tokenizer
 from diffusion_jax.parallel.sharding import in_batches
 
@@ -31,12 +32,19 @@ def load_features(path: str, mesh: Mesh) -> CLIPFeatures:
 
 
 class CLIPFeatures:
-  """CLIP's embeddings of images and texts: projected, float32, not normalised."""
+  """CLIP's embeddings of images and texts: projected, float32, not normalised.
+
+  UserError for an image tower alone.
+  """
 
   def __init__(
     self, extractor: CLIPExtractor, tokenizer: PreTrainedTokenizerBase, mesh: Mesh,
     batch_size: int = 64,
   ):
+    require(
+      extractor.has_texts,
+      f'{extractor.name} is an image tower alone and knows no texts; give a CLIP with both towers.',
+    )
     self.extractor, self.mesh, self.batch_size = extractor, mesh, batch_size
     clip = extractor.network
     self._tokenize = Tokenize(tokenizer, clip.config.text_config.max_position_embeddings)

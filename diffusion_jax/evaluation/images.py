@@ -1,9 +1,10 @@
-"""Sets of images that are evaluated: folders, prepared data sets, reference batches.
+"""Sets of images that are evaluated: folders, tar files, prepared data sets, reference batches.
 
 Images keep their own size: each kind of features has its own rule to resize by.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -11,7 +12,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from diffusion_jax.data.folder import SUFFIXES
+from diffusion_jax.data.image_batch import ImageBatch, holds_batch
 from diffusion_jax.data.images import read_pixels
+from diffusion_jax.data.prepared import METADATA, PreparedImages
+from diffusion_jax.data.tar_pictures import TarPictures
 from diffusion_jax.errors import UserError
 
 
@@ -45,10 +49,7 @@ class Folder:
     if not root.is_dir():
       raise UserError(f'there is no folder {root}; give one of pictures.')
     self.name = f'folder:{root.resolve()}'
-    self.files = sorted(
-      path for path in root.rglob('*')
-      if path.suffix.lower() in SUFFIXES and not path.name.startswith('.')
-    )
+    self.files = _files(root, SUFFIXES)
     if not self.files:
       raise UserError(f'the folder {root} has no picture ({", ".join(SUFFIXES)}).')
 
@@ -57,6 +58,20 @@ class Folder:
 
   def __getitem__(self, index: int) -> Picture:
     return Picture(read_pixels(self.files[index]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+  """What has pictures alone, such as `data.tar_pictures.TarPictures`."""
+
+  pictures: Sequence[np.ndarray]
+  name: str
+
+  def __len__(self) -> int:
+    return len(self.pictures)
+
+  def __getitem__(self, index: int) -> Picture:
+    return Picture(self.pictures[index])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,3 +112,63 @@ class First:
   def __getitem__(self, index: int) -> Picture:
     order = np.random.default_rng(0).permutation(len(self.images))
     return self.images[int(order[index])]
+
+
+KNOWN = (
+  f'a folder of pictures ({", ".join(SUFFIXES)}), a tar file or a folder of them, the folder of a '
+  "prepared data set (FOLDER:SPLIT), or ADM's npz with images as arr_0"
+)
+"""What `open_images` opens, in words."""
+
+
+def open_images(path: str | Path) -> ImageSet:
+  """The images at a path, by what is there; KNOWN says what may be.
+
+  UserError where nothing fits, or more than one thing does.
+  """
+  place = Path(path)
+  if place.is_dir():
+    return _in_folder(place)
+  if place.suffix.lower() == '.tar' and place.is_file():
+    return Pixels(TarPictures([place]), f'tar:{place.resolve()}')
+  if holds_batch(place):
+    return Pixels(ImageBatch(place), f'npz:{place.resolve()}')
+  if place.is_file():
+    raise UserError(f'{place} holds no images; give {KNOWN}.')
+  for colon in re.finditer(':', str(path)):  # A slice of a split may have one, too.
+    folder = Path(str(path)[: colon.start()])
+    if (folder / METADATA).is_file():
+      return _prepared(folder, str(path)[colon.end() :])
+  raise UserError(f'there are no images at {place}; give {KNOWN}.')
+
+
+def holds_images(file: str | Path) -> bool:
+  """Whether a file holds images rather than statistics: a tar file, or an npz with arr_0."""
+  return Path(file).suffix.lower() == '.tar' or holds_batch(file)
+
+
+def _in_folder(folder: Path) -> ImageSet:
+  if (folder / METADATA).is_file():
+    return _prepared(folder)
+  files = _files(folder, (*SUFFIXES, '.tar'))
+  archives = [path for path in files if path.suffix.lower() == '.tar']
+  if not files:
+    raise UserError(f'there are no images in {folder}; give {KNOWN}.')
+  if not archives:
+    return Folder(folder)
+  if len(archives) < len(files):
+    raise UserError(f'{folder} has both pictures and tar files; move one kind elsewhere.')
+  return Pixels(TarPictures(archives), f'tar:{folder.resolve()}')
+
+
+def _prepared(folder: Path, split: str = '') -> ImageSet:
+  images = PreparedImages(folder, split)
+  return Pixels(images, f'prepared:{folder.resolve()}:{images.split}')
+
+
+def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+  """Those of a folder and of the folders in it whose names end so, in order; none is hidden."""
+  return sorted(
+    path for path in folder.rglob('*')
+    if path.suffix.lower() in suffixes and not path.name.startswith('.')
+  )

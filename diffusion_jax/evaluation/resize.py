@@ -18,6 +18,8 @@ from jaxtyping import Array, Float, UInt8
 from diffusion_jax.models.checks import require
 
 Matrix = Float[np.ndarray, 'out in']
+_BITS = 22
+"""Behind the point, in Pillow's weights."""
 
 
 def _two_taps(source: np.ndarray, size: int) -> Matrix:
@@ -55,6 +57,12 @@ def clean(size: int, out: int) -> Matrix:
   return matrix
 
 
+def pillow(size: int, out: int) -> Matrix:
+  """As `clean`, in the fixed point that Pillow has for uint8: multiples of 2**-22."""
+  matrix = clean(size, out) * 2**_BITS
+  return np.trunc(matrix + np.copysign(0.5, matrix)) / 2**_BITS
+
+
 def _bicubic(x: np.ndarray) -> np.ndarray:
   """Keys 1981, eq. 15, with a = -1/2."""
   x = np.abs(x)
@@ -66,12 +74,20 @@ def _bicubic(x: np.ndarray) -> np.ndarray:
 class Rule:
   """matrix: (size, new size) -> [new old]. clip: whether results are cut to 0-255.
 
-  normalize: float 0-255 -> what the network sees, about [-1, 1], as the rule's tool computes it.
+  normalize: float 0-255 -> what Inception sees, about [-1, 1], as the rule's tool computes it; None
+    where no tool shows it such images.
+  whole: whether widths come first and each axis gives whole numbers of 0-255.
   """
 
   matrix: Callable[[int, int], Matrix]
-  normalize: Callable[[jax.Array], jax.Array]
+  normalize: Callable[[jax.Array], jax.Array] | None = None
   clip: bool = False
+  whole: bool = False
+
+  @property
+  def axes(self) -> tuple[int, int]:
+    """Those of a batch in the order of their products."""
+    return (2, 1) if self.whole else (1, 2)
 
 
 _signed = lambda x: (x - 128) / 128
@@ -80,8 +96,12 @@ RULES = {
   'tensorflow': Rule(tensorflow, _signed),
   'pytorch': Rule(pytorch, lambda x: 2 * (x / 255) - 1),
   'clean': Rule(clean, _signed, clip=True),
+  'pillow': Rule(pillow, whole=True),
 }
-"""torch-fidelity's and guided-diffusion's; pytorch-fid's; clean-fid's."""
+"""torch-fidelity's and guided-diffusion's; pytorch-fid's; clean-fid's; that of Pillow, and so of
+torchvision, for pictures of uint8, bit for bit. There widths come first, as in every Pillow before
+13, by which figures were published; later ones begin with heights that shrink more than widths."""
+OF_INCEPTION = tuple(name for name, rule in RULES.items() if rule.normalize)
 
 
 def rule(name: str) -> Rule:
@@ -98,35 +118,54 @@ def resize(
   Args:
     size: (H, W), or both at once.
   """
-  height, width = (size, size) if isinstance(size, int) else size
-  chosen = rule(name)
-  rows = _matrix(chosen.matrix, images.shape[1], height)
-  columns = _matrix(chosen.matrix, images.shape[2], width)
+  chosen, new = rule(name), (size, size) if isinstance(size, int) else size
   x = jnp.asarray(images, jnp.float32)
-  if rows is not None:
-    b, _, w, c = x.shape
-    x = jnp.matmul(rows, x.reshape(b, -1, w * c), precision='highest').reshape(b, height, w, c)
-  if columns is not None:
-    x = jnp.einsum('Ww,bhwc->bhWc', columns, x, precision='highest')
+  for axis in chosen.axes:
+    matrix = _matrix(chosen.matrix, x.shape[axis], new[axis - 1])
+    if matrix is not None:
+      x = _whole(x, matrix, axis) if chosen.whole else _product(x, matrix, axis)
   return jnp.clip(x, 0, 255) if chosen.clip else x
+
+
+def _product(x: jax.Array, matrix: np.ndarray, axis: int) -> jax.Array:
+  if axis == 2:
+    return jnp.einsum('Ww,bhwc->bhWc', matrix, x, precision='highest')
+  b, _, w, c = x.shape
+  return jnp.matmul(matrix, x.reshape(b, -1, w * c), precision='highest').reshape(b, -1, w, c)
+
+
+def _whole(x: jax.Array, matrix: np.ndarray, axis: int) -> jax.Array:
+  """The product, rounded to whole numbers of 0-255, halves up, without an error before that.
+
+  Weights of 22 bits behind the point are parted in two of 11, so that float32 holds every sum.
+  """
+  high = np.round(matrix * 2**11) / np.float32(2**11)
+  y, rest = _product(x, high, axis), _product(x, matrix - high, axis)
+  floor = jnp.floor(y)
+  return jnp.clip(floor + jnp.floor(y - floor + rest + 0.5), 0, 255)
 
 
 def resize_on_host(
   image: UInt8[np.ndarray, 'h w c'], size: int | tuple[int, int], name: str
 ) -> Float[np.ndarray, 'H W c']:
   """As `resize`, of one image and without the device: for sets in which every size is another."""
-  height, width = (size, size) if isinstance(size, int) else size
-  chosen = rule(name)
-  rows = _matrix(chosen.matrix, image.shape[0], height)
-  columns = _matrix(chosen.matrix, image.shape[1], width)
-  x = image.astype(np.float32)
-  x = x if rows is None else np.tensordot(rows, x, 1)
-  x = x if columns is None else np.einsum('Ww,hwc->hWc', columns, x, optimize=True)
-  return np.clip(x, 0, 255) if chosen.clip else x
+  chosen, new = rule(name), (size, size) if isinstance(size, int) else size
+  x = image.astype(np.float64 if chosen.whole else np.float32)
+  for axis in chosen.axes:
+    matrix = _matrix(chosen.matrix, x.shape[axis - 1], new[axis - 1])
+    if matrix is not None:
+      x = np.tensordot(matrix, x, 1) if axis == 1 else np.einsum(
+        'Ww,hwc->hWc', matrix, x, optimize=True
+      )
+      x = np.clip(np.floor(x + 0.5), 0, 255) if chosen.whole else x
+  return np.clip(x, 0, 255) if chosen.clip else x.astype(np.float32)
 
 
 def prepare(images: UInt8[Array, 'b h w c'], size: int, name: str) -> Float[Array, 'b s s c']:
-  """uint8 images of any size -> what a network of images of `size` sees, by the rule of a name."""
+  """uint8 images of any size -> what an Inception of images of `size` sees, by a rule's name.
+
+  The rule is one of OF_INCEPTION.
+  """
   return rule(name).normalize(resize(images, size, name))
 
 

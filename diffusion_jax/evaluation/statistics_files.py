@@ -1,14 +1,14 @@
 """Statistics in the files of FID tools, read and written.
 
 A file is known by what it holds:
-- ours: npz with n, mean and m2. Nothing is lost, and statistics can be merged after reading.
-- clean-fid and pytorch-fid: npz with mu and sigma; for KID clean-fid keeps all features, feats.
-- ADM (guided-diffusion): npz with mu, sigma of pool3 and mu_s, sigma_s of spatial features; its
-  reference batches hold the images too, uint8 [n h w 3], as arr_0.
+- npz of clean-fid and pytorch-fid: mu and sigma; for KID clean-fid keeps all features, feats.
+- npz of ADM (guided-diffusion): mu, sigma of pool3 and mu_s, sigma_s of spatial features; its
+  reference batches hold the images too, uint8 [n h w 3], as arr_0 (see `data.image_batch`).
 - torch-fidelity's cache: a dictionary of mu and sigma as numpy arrays, saved by torch.
 
-All but ours leave out the number of samples, so reading them gives a `FittedGaussian`. Nothing in a
-file is ever executed: pickles are refused, torch's files are read with `weights_only`.
+We write the same, and two entries more that those tools pass over: n, the number of samples, and
+features, the name of the extractor. A file without n gives a `FittedGaussian`. Nothing in a file is
+ever executed: pickles are refused, torch's files are read with `weights_only`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -26,8 +27,9 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.statistics import FittedGaussian, Moments, Statistics
 from diffusion_jax.io.whole import replacing
 
-FORMATS = ('ours', 'clean-fid', 'adm', 'torch-fidelity')
-
+SUFFIXES = ('.npz', '.pt')
+"""Of the files that are written: npz, or torch-fidelity's cache."""
+_KEYS = ('mu', 'sigma', 'mu_s', 'sigma_s', 'n', 'features')
 _DAMAGE = (
   KeyError, IndexError, TypeError, ValueError, EOFError, OSError, NotImplementedError,
   zipfile.BadZipFile, zlib.error,
@@ -43,35 +45,44 @@ def load_statistics(path: str | os.PathLike, *, spatial: bool = False) -> Moment
   Raises:
     UserError: the file is missing, damaged, of another kind, or without what is asked for.
   """
-  path = Path(path)
+  arrays = _read(Path(path))
+  names = ('mu_s', 'sigma_s') if spatial else ('mu', 'sigma')
+  if spatial and not {*names} <= {*arrays}:
+    raise UserError(
+      f"{path} holds no spatial features (mu_s and sigma_s): take ADM's file, or leave out sFID."
+    )
+  return _checked(Path(path), arrays.get('n'), *(arrays[name] for name in names))
+
+
+def described(path: str | os.PathLike) -> tuple[str, bool]:
+  """(name of the features or '' where the file does not say it, whether it has spatial ones).
+
+  UserError as `load_statistics`.
+  """
+  arrays = _read(Path(path))
+  return str(arrays.get('features', '')), {'mu_s', 'sigma_s'} <= {*arrays}
+
+
+def _read(path: Path) -> dict[str, Any]:
+  """mu and sigma, and what else of _KEYS a file has. UserError where it has not both."""
   if not path.is_file():
     raise UserError(f'There are no statistics at {path}: compute them first or correct the path.')
   try:
     with zipfile.ZipFile(path) as archive:
       names = archive.namelist()
     if any(name.endswith('data.pkl') for name in names):
-      arrays = _load_torch(path)
+      arrays = _read_torch(path)
     else:
-      arrays = _load_npz(path, [name.removesuffix('.npy') for name in names], spatial)
+      with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in _KEYS if name in file}
+    if 'n' in arrays:
+      arrays['n'] = int(arrays['n'])
+    return {'mu': arrays['mu'], 'sigma': arrays['sigma'], **arrays}
   except _DAMAGE as error:
     raise UserError(
-      f'{path} is not a whole statistics file (npz with n, mean and m2, or mu and sigma; or '
-      "torch-fidelity's cache): compute it again or fetch it again."
+      f"{path} is not a whole statistics file (npz with mu and sigma, or torch-fidelity's cache): "
+      'compute it again or fetch it again.'
     ) from error
-  return _checked(path, *arrays)
-
-
-def _load_npz(path: Path, names: list[str], spatial: bool) -> tuple:
-  if spatial and not {'mu_s', 'sigma_s'} <= set(names):
-    raise UserError(
-      f"{path} holds no spatial features (mu_s and sigma_s): take ADM's file, or leave out sFID."
-    )
-  with np.load(path, allow_pickle=False) as file:
-    if spatial:
-      return None, file['mu_s'], file['sigma_s']
-    if 'm2' in names:
-      return int(file['n']), file['mean'], file['m2']
-    return None, file['mu'], file['sigma']
 
 
 def _torch(path: Path):
@@ -84,7 +95,7 @@ def _torch(path: Path):
   return torch
 
 
-def _load_torch(path: Path) -> tuple:
+def _read_torch(path: Path) -> dict[str, Any]:
   torch = _torch(path)
   from pickle import UnpicklingError
 
@@ -96,65 +107,69 @@ def _load_torch(path: Path) -> tuple:
       found = torch.load(path, map_location='cpu', weights_only=True)
   except (UnpicklingError, RuntimeError, AttributeError) as error:
     raise ValueError('no plain arrays') from error
-  return None, np.asarray(found['mu']), np.asarray(found['sigma'])
+  if not isinstance(found, Mapping):
+    raise ValueError('no dictionary')
+  arrays = {name: np.asarray(found[name]) for name in ('mu', 'sigma')}
+  return arrays | {name: found[name] for name in ('n', 'features') if name in found}
 
 
-def _checked(path: Path, n: int | None, mean: np.ndarray, second: np.ndarray) -> Moments:
-  """Statistics of those arrays; `second` is m2 where n is known, otherwise the covariance."""
-  numbers = all(np.issubdtype(x.dtype, np.floating) for x in (mean, second))
-  if (n or 0) < 0 or mean.ndim != 1 or not mean.size or second.shape != mean.shape * 2:
+def _checked(path: Path, n: int | None, mean: np.ndarray, covariance: np.ndarray) -> Moments:
+  numbers = all(np.issubdtype(x.dtype, np.floating) for x in (mean, covariance))
+  fit = mean.ndim == 1 and mean.size and covariance.shape == mean.shape * 2
+  if not fit or (n is not None and n < 2):
     raise UserError(f'The arrays in {path} do not fit each other: compute the file again.')
-  if not numbers or not (np.isfinite(mean).all() and np.isfinite(second).all()):
+  if not numbers or not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
     raise UserError(f'{path} holds values that are no finite numbers: compute the file again.')
-  mean, second = mean.astype(np.float64), second.astype(np.float64)
-  largest = np.diagonal(second).max(initial=0)
-  if np.diagonal(second).min() < 0 or not np.allclose(second, second.T, 1e-3, 1e-3 * largest):
+  mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
+  largest = np.diagonal(covariance).max(initial=0)
+  symmetric = np.allclose(covariance, covariance.T, 1e-3, 1e-3 * largest)
+  if np.diagonal(covariance).min() < 0 or not symmetric:
     raise UserError(f'The covariance in {path} is not one of real data: compute the file again.')
-  return FittedGaussian(mean, second) if n is None else Statistics(n, mean, second)
+  if n is None:
+    return FittedGaussian(mean, covariance)
+  return Statistics(n, mean, covariance * (n - 1))
 
 
 def save_statistics(
-  path: str | os.PathLike, statistics: Moments, *, format: str = 'ours',
+  path: str | os.PathLike, statistics: Moments, *, features: str = '',
   spatial: Moments | None = None, images: UInt8[np.ndarray, 'n h w 3'] | None = None,
 ) -> None:
-  """Writes statistics in one of FORMATS; the file is either whole or not there.
+  """Writes statistics, as npz or torch-fidelity's cache by the suffix; whole or not there.
 
   Args:
-    spatial, images: for 'adm': statistics of the spatial features, which it must have, and the
-      images of a reference batch.
+    features: name of the extractor, without which nobody knows what they may be compared with.
+    spatial: of ADM's spatial features, for sFID.
+    images: with them the file is one of ADM's reference batches.
 
   Raises:
-    UserError: fewer than 2 samples for a covariance, torch is missing, or the statistics do not
-      say what the format needs.
+    UserError: another suffix, a cache with more than statistics, or no torch to write it by.
   """
-  path = Path(path)
-  if format not in FORMATS:
-    raise UserError(f'There is no statistics format {format!r}: choose of {", ".join(FORMATS)}.')
-  if format == 'ours' and statistics.n is None:
-    raise UserError(
-      f'{path} cannot be written in our format, which tells the number of samples, and these '
-      'statistics do not know it: choose clean-fid.'
-    )
-  if (format == 'adm') != (spatial is not None) or (images is not None and format != 'adm'):
-    raise UserError(
-      f'{path} cannot be written as {format}: statistics of spatial features belong to adm, which '
-      'needs them, and images to adm alone.'
-    )
-  if format == 'torch-fidelity':
-    torch, arrays = _torch(path), {'mu': statistics.mean, 'sigma': statistics.covariance}
+  path = check_suffix(path)
+  known = {} if statistics.n is None else {'n': statistics.n}
+  known |= {'features': features} if features else {}
+  arrays = {'mu': statistics.mean, 'sigma': statistics.covariance}
+  if path.suffix == '.pt':
+    if spatial is not None or images is not None:
+      raise UserError(f'{path}, a cache of torch-fidelity, cannot hold more; write an npz.')
+    torch = _torch(path)
     with replacing(path) as file:
-      torch.save(arrays, file)
+      torch.save(arrays | known, file)
     return
-  if format == 'ours':
-    arrays = {'n': np.int64(statistics.n), 'mean': statistics.mean, 'm2': statistics.m2}
-  else:
-    arrays = {'mu': statistics.mean, 'sigma': statistics.covariance}
   if spatial is not None:
     arrays |= {'mu_s': spatial.mean, 'sigma_s': spatial.covariance}
   if images is not None:
     arrays['arr_0'] = images
   with replacing(path) as file:
-    np.savez(file, **arrays)
+    np.savez(file, **arrays, **known)
+
+
+def check_suffix(path: str | os.PathLike) -> Path:
+  """The path. UserError where its suffix is none of SUFFIXES."""
+  path = Path(path)
+  if path.suffix not in SUFFIXES:
+    known = ' or '.join(f'NAME{suffix}' for suffix in SUFFIXES)
+    raise UserError(f'Statistics cannot be written to {path}; name it {known}.')
+  return path
 
 
 def load_features(path: str | os.PathLike) -> Float[np.ndarray, 'n d']:
@@ -175,51 +190,3 @@ def load_features(path: str | os.PathLike) -> Float[np.ndarray, 'n d']:
   if features.ndim != 2 or not np.issubdtype(features.dtype, np.floating):
     raise UserError(f'feats in {path} are not features [n d]: compute the file again.')
   return features
-
-
-def batch_images(
-  path: str | os.PathLike, batch_size: int
-) -> Iterator[UInt8[np.ndarray, 'b h w 3']]:
-  """Yields arr_0 of an ADM batch, samples or reference, by `batch_size`; the last may be smaller.
-
-  Only one batch is in memory, so that 50,000 images of any size can be read.
-
-  Raises:
-    UserError: the file is missing or damaged, or arr_0 is missing or holds no images. A file that
-      is damaged in its middle is noticed there.
-  """
-  path = Path(path)
-  if not path.is_file():
-    raise UserError(f'There are no images at {path}: correct the path.')
-  try:
-    with zipfile.ZipFile(path) as archive, archive.open('arr_0.npy') as file:
-      shape, row = _image_header(file)
-      if row is None:
-        raise UserError(f'arr_0 in {path} is not uint8 [n h w 3]: give a batch of RGB images.')
-      for start in range(0, shape[0], batch_size):
-        count = min(batch_size, shape[0] - start)
-        yield np.frombuffer(_exactly(file, count * row), np.uint8).reshape(count, *shape[1:])
-      file.read(1)  # At the end the archive's checksum is compared.
-  except _DAMAGE as error:
-    raise UserError(
-      f'{path} is not a whole npz with images as arr_0: make it or fetch it again.'
-    ) from error
-
-
-def _image_header(file) -> tuple[tuple[int, ...], int | None]:
-  """(shape, bytes of an image), None for what are no images."""
-  version = np.lib.format.read_magic(file)
-  read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-  shape, fortran, dtype = read[version](file)
-  good = dtype == np.uint8 and len(shape) == 4 and shape[-1] == 3 and not fortran
-  return shape, int(np.prod(shape[1:])) if good else None
-
-
-def _exactly(file, size: int) -> bytearray:
-  out = bytearray()
-  while len(out) < size:
-    part = file.read(size - len(out))
-    if not part:
-      raise EOFError
-    out += part
-  return out

@@ -79,7 +79,7 @@ def test_a_file_of_statistics_serves_as_reference(
   command, fails, folder, features, wanted, small_data, tmp_path
 ):
   file = tmp_path / 'train.npz'
-  save_statistics(file, wanted[1], format='clean-fid')
+  save_statistics(file, wanted[1])
   arguments = ('--images', folder, *features, '--reference', file, '--most_unreadable', 0.05)
   out = tmp_path / 'scores.json'
   assert command('evaluate', *arguments, '--metrics', 'fd', '--out', out) == 0
@@ -98,8 +98,8 @@ def test_a_file_of_statistics_serves_as_reference(
   (['--captions', 'DIR/none.txt'], 'none.txt cannot be read'),
   (['--images', 'DIR', '--metrics', 'FID'], "no metric 'FID'; choose of fd"),
   (['--images', 'DIR', '--features', 'vgg:x'], 'is not of the form KIND:PATH'),
-  (['--images', 'DIR/none'], 'there is no folder'),
-  (['--images', 'DIR', '--reference', 'DIR/none'], 'there is no folder'),
+  (['--images', 'DIR/none'], 'there are no images at'),
+  (['--images', 'DIR', '--reference', 'DIR/none'], 'there are no images at'),
   (['--images', 'DIR', '--features', 'inception/clean:none.pth'], 'none.pth'),
 ])
 def test_what_cannot_be_is_refused(fails, folder, small_data, features, tmp_path, arguments, named):

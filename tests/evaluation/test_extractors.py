@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import transformers
 from PIL import Image
 
 from diffusion_jax.errors import UserError
@@ -14,7 +15,7 @@ from diffusion_jax.evaluation.extractors import (
   load_clip_extractor,
   load_extractor,
 )
-from diffusion_jax.evaluation.features import load_features
+from diffusion_jax.evaluation.features import CLIPFeatures, load_features
 from diffusion_jax.io.pretrained import load
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.inception import Inception, InceptionConfig
@@ -46,8 +47,9 @@ def test_inception_computes_what_is_asked_for(images):
     np.testing.assert_array_equal(value, found[name])
   with pytest.raises(UserError, match="no '2048'; choose of 64, 192, spatial"):
     InceptionExtractor(network, params, 'w', outputs=('2048',))
-  with pytest.raises(UserError, match="no resize rule 'bicubic'"):
-    InceptionExtractor(network, params, 'w', 'bicubic')
+  for name in ('bicubic', 'pillow'):
+    with pytest.raises(UserError, match=f"no resize rule '{name}'; choose of tensorflow"):
+      InceptionExtractor(network, params, 'w', name)
 
 
 def test_clip_sees_pixels_as_its_directory_says(parts, images, tmp_path):
@@ -71,6 +73,36 @@ def test_clip_sees_pixels_as_its_directory_says(parts, images, tmp_path):
     np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
   features = load_features(str(directory), make_mesh(MeshConfig()))
   np.testing.assert_allclose(features.images(images), found, atol=1e-4 * np.abs(found).max())
+
+
+def test_an_image_tower_alone(images, tmp_path):
+  """transformers' CLIPVisionModelWithProjection behind Pillow; texts are refused."""
+  torch = pytest.importorskip('torch')
+  torch.manual_seed(0)
+  theirs = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(
+    **tiny.TOWER, image_size=24, patch_size=8, projection_dim=6,
+  )).eval()
+  with torch.no_grad():
+    for parameter in theirs.parameters():
+      parameter.add_(0.1 * torch.randn_like(parameter))
+  theirs.save_pretrained(tmp_path / 'tower')
+  (tmp_path / 'tower' / 'preprocessor_config.json').write_text(
+    json.dumps({'image_mean': MEAN, 'image_std': STD})
+  )
+  extractor = load_extractor('clip', tmp_path / 'tower')
+  assert extractor.name == 'clip/tower/bicubic' and extractor.widths == {'embedding': 6}
+  channel = lambda plane: np.asarray(
+    Image.fromarray(plane.astype(np.float32)).resize((24, 24), Image.BICUBIC)
+  ).clip(0, 255)
+  small = np.stack([np.stack([channel(i[..., c]) for c in range(3)], -1) for i in images]) / 255
+  pixels = torch.tensor(((small - MEAN) / STD).astype(np.float32)).permute(0, 3, 1, 2)
+  with torch.no_grad():
+    wanted = theirs(pixels).image_embeds.numpy()
+  found = compiled(extractor)(extractor.params, images)['embedding']
+  np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
+  assert np.abs(wanted[0] - wanted[1]).max() > 1e-2 * np.abs(wanted).max()
+  with pytest.raises(UserError, match='clip/tower/bicubic is an image tower alone and knows no te'):
+    CLIPFeatures(extractor, None, make_mesh(MeshConfig()))
 
 
 def test_by_name(parts):

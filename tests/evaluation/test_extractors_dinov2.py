@@ -36,22 +36,21 @@ def test_features_are_those_of_the_reference(tmp_path):
       parameter.add_(0.1 * torch.randn_like(parameter))
   theirs.save_pretrained(tmp_path / 'tiny')
   extractor = load_extractor('dinov2', tmp_path / 'tiny')
-  assert extractor.name == 'dinov2/16x1/tiny/clean' and extractor.widths == {'cls': 16}
-  images = _images(96, 80)
+  assert extractor.name == 'dinov2/16x1/tiny/pillow' and extractor.widths == {'cls': 16}
+  images = _images(80, 96)
   found = jax.jit(extractor.apply)(extractor.params, images)
-  channel = lambda x: Image.fromarray(x.astype(np.float32)).resize((224, 224), Image.BICUBIC)
-  pixels = np.stack([
-    np.stack([np.asarray(channel(x[..., c])) for c in range(3)], -1).clip(0, 255) for x in images
+  pixels = np.stack([  # As torchvision's Resize does with pictures.
+    np.asarray(Image.fromarray(x).resize((224, 224), Image.BICUBIC)) for x in images
   ])
   np.testing.assert_allclose(  # Where some are of another size than the rest, hosts resize them.
-    extractor.apply(extractor.params, pixels)['cls'], found['cls'], atol=1e-3
+    extractor.apply(extractor.params, pixels.astype(np.float32))['cls'], found['cls'], atol=2e-5
   )
   pixels = torch.tensor(pixels).permute(0, 3, 1, 2) / 255
   mean, std = (torch.tensor(v)[:, None, None] for v in ((.485, .456, .406), (.229, .224, .225)))
   with torch.no_grad():
     wanted = theirs((pixels - mean) / std).pooler_output.numpy()
   assert found.keys() == {'cls'} and found['cls'].dtype == np.float32
-  np.testing.assert_allclose(found['cls'], wanted, atol=1e-3)
+  np.testing.assert_allclose(found['cls'], wanted, atol=2e-5)
   assert np.abs(wanted[0] - wanted[1]).max() > 0.02  # The two images differ in them.
 
 

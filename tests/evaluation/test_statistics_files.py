@@ -2,18 +2,17 @@
 
 import io
 import pickle
-import zipfile
 
 import numpy as np
 import pytest
 import torch
 
+from diffusion_jax.data.image_batch import ImageBatch
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.metrics.frechet import frechet_distance
-from diffusion_jax.evaluation.statistics import FittedGaussian, Statistics
+from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.evaluation.statistics_files import (
-  FORMATS,
-  batch_images,
+  described,
   load_features,
   load_statistics,
   save_statistics,
@@ -29,15 +28,22 @@ def _statistics(**kwargs):
   return Statistics.from_features(_features(**kwargs))
 
 
-def test_our_file_is_exact_and_the_only_one(tmp_path):
-  statistics, path = _statistics(), tmp_path / 'new' / 'reference.npz'
-  save_statistics(path, statistics)
+@pytest.mark.parametrize('suffix', ['npz', 'pt'])
+def test_our_file_knows_its_samples_and_its_features(tmp_path, suffix):
+  statistics, path = _statistics(), tmp_path / 'new' / f'reference.{suffix}'
+  save_statistics(path, statistics, features='inception/w/clean')
   loaded = load_statistics(path)
-  assert loaded.n == 101
+  assert loaded.n == 101 and described(path) == ('inception/w/clean', False)
   np.testing.assert_array_equal(loaded.mean, statistics.mean)
-  np.testing.assert_array_equal(loaded.m2, statistics.m2)
-  with np.load(path, allow_pickle=False) as file:
-    assert set(file) == {'n', 'mean', 'm2'}
+  np.testing.assert_allclose(loaded.m2, statistics.m2, rtol=1e-15)
+  both = loaded.merge(_statistics(seed=3))
+  everything = np.concatenate([_features(), _features(seed=3)])
+  assert both.n == 202
+  np.testing.assert_allclose(both.covariance, np.cov(everything, rowvar=False), rtol=1e-12)
+  if suffix == 'npz':
+    with np.load(path, allow_pickle=False) as file:
+      assert set(file) == {'mu', 'sigma', 'n', 'features'}
+      assert file['n'] == 101 and file['features'] == 'inception/w/clean'
   assert list(path.parent.iterdir()) == [path]
 
 
@@ -76,47 +82,61 @@ def test_files_of_other_tools_are_read_but_do_not_know_n(tmp_path, write, dtype)
   for merge in (found.merge, other.merge):
     with pytest.raises(UserError, match='number of samples cannot be merged'):
       merge(found)
-  with pytest.raises(UserError, match=r'number of samples.*choose clean-fid'):
-    save_statistics(tmp_path / 'ours.npz', found)
+  assert described(path) == ('', write is _adm)
+  save_statistics(tmp_path / 'copy.npz', found)
+  assert load_statistics(tmp_path / 'copy.npz').n is None
 
 
-@pytest.mark.parametrize('format', ['clean-fid', 'adm', 'torch-fidelity'])
-def test_what_is_written_is_what_the_tools_read(tmp_path, format):
-  statistics, path = _statistics(), tmp_path / 'file'
-  spatial = _statistics(d=3, seed=1) if format == 'adm' else None
+@pytest.mark.parametrize('spatial', [None, _statistics(d=3, seed=1)])
+def test_what_is_written_is_what_the_tools_read(tmp_path, spatial):
+  """mu and sigma of pytorch-fid and clean-fid, mu_s, sigma_s and arr_0 of ADM."""
+  statistics, path = _statistics(), tmp_path / 'file.npz'
   images = np.arange(5 * 4 * 6 * 3, dtype=np.uint8).reshape(5, 4, 6, 3) if spatial else None
-  save_statistics(path, statistics, format=format, spatial=spatial, images=images)
-  if format == 'torch-fidelity':
-    with torch.serialization.safe_globals(
-      [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.Float64DType]
-    ):
-      file = torch.load(path, weights_only=True)
-  else:
-    file = np.load(path, allow_pickle=False)
+  save_statistics(path, statistics, spatial=spatial, images=images)
+  file = np.load(path, allow_pickle=False)
+  assert set(file) == {'n', 'mu', 'sigma'} | ({'mu_s', 'sigma_s', 'arr_0'} if spatial else set())
   np.testing.assert_array_equal(file['mu'], statistics.mean)
   np.testing.assert_allclose(file['sigma'], np.cov(_features(), rowvar=False), rtol=1e-9)
-  again = load_statistics(path)
-  assert isinstance(again, FittedGaussian)
-  np.testing.assert_array_equal(again.covariance, statistics.covariance)
+  assert file['mu'].dtype == file['sigma'].dtype == np.float64
   if spatial:
     np.testing.assert_array_equal(file['mu_s'], spatial.mean)
     np.testing.assert_array_equal(file['sigma_s'], spatial.covariance)
     np.testing.assert_array_equal(load_statistics(path, spatial=True).mean, spatial.mean)
-    np.testing.assert_array_equal(file['arr_0'], images)
-    found = list(batch_images(path, 2))
-    assert [len(batch) for batch in found] == [2, 2, 1]
-    np.testing.assert_array_equal(np.concatenate(found), images)
+    np.testing.assert_array_equal(list(ImageBatch(path)), images)
 
 
-def test_writing_refuses_what_a_format_cannot_hold(tmp_path):
-  path, statistics = tmp_path / 'x.npz', _statistics()
-  for options in ({'format': 'adm'}, {'spatial': statistics},
-                  {'format': 'clean-fid', 'images': np.zeros((1, 4, 4, 3), np.uint8)}):
-    with pytest.raises(UserError, match='spatial features belong to adm'):
-      save_statistics(path, statistics, **options)
-  with pytest.raises(UserError, match='choose of ours, clean-fid, adm'):
-    save_statistics(path, statistics, format='fid')
-  assert len(FORMATS) == 4 and not list(tmp_path.iterdir())
+def test_the_distance_by_what_pytorch_fid_and_clean_fid_open(tmp_path):
+  """Both take the arrays mu and sigma of np.load, and the distance as it is computed here."""
+  path, other = tmp_path / 'a.npz', _statistics(seed=3)
+  save_statistics(path, _statistics(), features='inception/w/pytorch')
+  wanted = frechet_distance(_statistics(), other)
+  file = np.load(path)
+  mu, sigma = file['mu'][:], file['sigma'][:]
+  root = np.linalg.eigvals(sigma @ other.covariance).astype(complex)
+  distance = np.sum((mu - other.mean) ** 2) + np.trace(sigma + other.covariance)
+  assert distance - 2 * np.sqrt(root).real.sum() == pytest.approx(wanted, rel=1e-9)
+
+
+def test_torch_fidelity_s_cache(tmp_path):
+  statistics, path = _statistics(), tmp_path / 'file.pt'
+  save_statistics(path, statistics)
+  with torch.serialization.safe_globals(
+    [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.Float64DType]
+  ):
+    file = torch.load(path, weights_only=True)
+  np.testing.assert_array_equal(file['mu'], statistics.mean)
+  np.testing.assert_array_equal(file['sigma'], statistics.covariance)
+
+
+def test_writing_refuses_what_a_file_cannot_hold(tmp_path):
+  statistics = _statistics()
+  with pytest.raises(UserError, match=r'written to .*x\.txt; name it NAME\.npz or NAME\.pt'):
+    save_statistics(tmp_path / 'x.txt', statistics)
+  with pytest.raises(UserError, match='a cache of torch-fidelity, cannot hold more'):
+    save_statistics(tmp_path / 'x.pt', statistics, spatial=statistics)
+  with pytest.raises(UserError, match='at least 2 samples and there are 1'):
+    save_statistics(tmp_path / 'x.npz', Statistics.from_features(np.ones((1, 3))))
+  assert not list(tmp_path.iterdir())
 
 
 def _bytes(write):
@@ -139,7 +159,7 @@ class _Evil:
 
 
 MU, SIGMA = np.zeros(9), np.eye(9)
-OURS = _npz(n=3, mean=MU, m2=SIGMA)
+OURS = _npz(n=3, mu=MU, sigma=SIGMA)
 CACHE = _bytes(lambda file: torch.save({'mu': MU, 'sigma': SIGMA}, file))
 DAMAGED = {
   'empty': b'',
@@ -159,7 +179,7 @@ DAMAGED = {
   'pickle': pickle.dumps({'mu': MU, 'sigma': SIGMA}),
   'widths': _npz(mu=MU, sigma=np.eye(8)),
   'no vector': _npz(mu=np.zeros(()), sigma=np.zeros(())),
-  'count': _npz(n=-1, mean=MU, m2=SIGMA),
+  'count': _npz(n=-1, mu=MU, sigma=SIGMA),
   'NaN': _npz(mu=MU, sigma=SIGMA * np.nan),
   'words': _npz(mu=np.array(['a', 'b']), sigma=np.full((2, 2), 'c')),
   'negative variance': _npz(mu=MU, sigma=-SIGMA),
@@ -182,9 +202,7 @@ def test_absent_files_and_absent_spatial_features_are_named(tmp_path):
   path = tmp_path / 'reference.npz'
   with pytest.raises(UserError, match=r'no statistics at .*reference'):
     load_statistics(path)
-  with pytest.raises(UserError, match=r'no images at .*reference'):
-    next(batch_images(path, 2))
-  save_statistics(path, _statistics(), format='clean-fid')
+  save_statistics(path, _statistics())
   with pytest.raises(UserError, match='no spatial features'):
     load_statistics(path, spatial=True)
 
@@ -201,21 +219,3 @@ def test_features_that_clean_fid_keeps_for_kid(tmp_path):
     path.write_bytes(data)
     with pytest.raises(UserError, match=r'reference_kid\.npz.* again\.$'):
       load_features(path)
-
-
-def test_damaged_batches_of_images_are_named(tmp_path):
-  images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
-  path = tmp_path / 'batch.npz'
-  whole = _npz(arr_0=images)
-  compressed = _bytes(lambda file: np.savez_compressed(file, arr_0=images))
-  for data in (
-    whole[:-100], whole[:300], _flipped(whole, 600), _flipped(compressed, 600), b'',
-    _npz(mu=MU, sigma=SIGMA), _npz(arr_0=images.astype(np.float32)), _npz(arr_0=images[..., 0]),
-  ):
-    path.write_bytes(data)
-    with pytest.raises(UserError, match=r'batch\.npz'):
-      list(batch_images(path, 4))
-  path.write_bytes(compressed)
-  np.testing.assert_array_equal(np.concatenate(list(batch_images(path, 4))), images)
-  with zipfile.ZipFile(path) as archive:
-    assert archive.namelist() == ['arr_0.npy']

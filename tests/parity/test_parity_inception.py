@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip('torch')
 
 from diffusion_jax.evaluation.extractors import compiled, load_extractor  # noqa: E402
-from diffusion_jax.evaluation.resize import RULES, prepare  # noqa: E402
+from diffusion_jax.evaluation.resize import OF_INCEPTION, prepare  # noqa: E402
 from diffusion_jax.models.inception import SIZE, InceptionConfig  # noqa: E402
 from tests.parity.reference import resizers  # noqa: E402
 from tests.parity.reference.inception import random_inception  # noqa: E402
@@ -63,7 +63,7 @@ def test_every_feature(reference, weights, images):
     assert_same(found, reference(resizers.feed('tensorflow', images)))
 
 
-@pytest.mark.parametrize('name', RULES)
+@pytest.mark.parametrize('name', OF_INCEPTION)
 def test_each_rule_end_to_end(name, reference, weights, images):
   """Of the first feature alone, which is quick, as nothing after it is computed."""
   extractor = load_extractor(f'inception/{name}', weights, outputs=('64',))
@@ -71,6 +71,6 @@ def test_each_rule_end_to_end(name, reference, weights, images):
   with torch.no_grad():
     stem = reference.stem(resizers.feed(name, images))
   assert_same(found, {'64': stem.mean((2, 3))})
-  others = [prepare(images, SIZE, other) for other in RULES if other != name]
+  others = [prepare(images, SIZE, other) for other in OF_INCEPTION if other != name]
   mine = prepare(images, SIZE, name)
   assert all(np.abs(other - mine).max() > 1e-3 for other in others)

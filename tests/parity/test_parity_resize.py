@@ -1,19 +1,25 @@
 """Each resize rule against the tool that it is named after, or a loop that does the same."""
 
-import importlib.util
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-import torch
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.resize import RULES, prepare, resize, rule
+from diffusion_jax.evaluation.resize import (
+  OF_INCEPTION,
+  RULES,
+  prepare,
+  resize,
+  resize_on_host,
+  rule,
+)
+from tests.evaluation.golden import record_resize
 from tests.parity.reference import resizers
 
 # 2.4e-3 on 0-255 is what bicubic products cost in float32; the others are far nearer.
-TOLERANCE = {'tensorflow': 2e-4, 'pytorch': 2e-4, 'clean': 2.4e-3}
+TOLERANCE = {'tensorflow': 2e-4, 'pytorch': 2e-4, 'clean': 2.4e-3, 'pillow': 0}
 
 
 @pytest.mark.parametrize('name', RULES)
@@ -31,20 +37,29 @@ def test_against_its_tool(name, old, new):
   )
 
 
-def test_tensorflow_against_torch_fidelity():
-  found = importlib.util.find_spec('torch_fidelity')
-  if found is None:
-    pytest.skip('torch-fidelity is not installed')
-  path = Path(found.submodule_search_locations[0]) / 'interpolate_compat_tensorflow.py'
-  spec = importlib.util.spec_from_file_location('interpolate_compat_tensorflow', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  for old in ((32, 32), (256, 100), (640, 480)):
-    images = np.random.default_rng(0).integers(0, 256, (1, *old, 3), np.uint8)
-    wanted = module.interpolate_bilinear_2d_like_tensorflow1x(
-      torch.tensor(images).permute(0, 3, 1, 2).float(), size=(299, 299), align_corners=False
-    ).permute(0, 2, 3, 1).numpy()
-    np.testing.assert_allclose(resize(images, 299, 'tensorflow'), wanted, rtol=0, atol=2e-4)
+@pytest.mark.parametrize('size', record_resize.SIZES)
+def test_tensorflow_against_torch_fidelity(size):
+  """Its figures are in a file; record_resize.py says how they were made."""
+  with np.load(Path(record_resize.__file__).with_name('resize.npz')) as file:
+    wanted = file['x'.join(map(str, size))]
+  assert wanted.shape == (23, 23, 3) and wanted.std() > 20
+  every = record_resize.EVERY
+  found = resize(record_resize.draw(size), record_resize.OUT, 'tensorflow')[0, ::every, ::every]
+  np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize('old', [(1, 1), (7, 1200), (511, 300), (2000, 37), (448, 112), (225, 223)])
+def test_whole_numbers_are_those_of_pillow(old):
+  """Bit for bit, on the device and on the host, where a sum lies half between two as well."""
+  rng = np.random.default_rng(old)
+  images = np.stack([
+    rng.integers(0, 256, (*old, 3), np.uint8), rng.integers(0, 2, (*old, 3), np.uint8) * 255
+  ])
+  wanted = resizers.pillow(images, 224, 224)
+  np.testing.assert_array_equal(resize(images, 224, 'pillow'), wanted)
+  hosts = resize_on_host(images[0], 224, 'pillow')
+  np.testing.assert_array_equal(hosts, wanted[0])
+  assert hosts.dtype == np.float32
 
 
 @pytest.mark.parametrize('name', RULES)
@@ -53,7 +68,7 @@ def test_the_same_size_stays_as_it_is(name):
   np.testing.assert_array_equal(resize(images, 9, name), images)
 
 
-def test_only_clean_overshoots_and_is_cut():
+def test_what_overshoots_is_cut():
   images = np.zeros((1, 8, 8, 1), np.uint8)
   images[:, 4:] = 255
   raw = RULES['clean'].matrix(8, 32).astype(np.float32) @ images[0, :, :, 0].astype(np.float32)
@@ -64,7 +79,7 @@ def test_only_clean_overshoots_and_is_cut():
 
 def test_each_normalizes_as_its_tool_does():
   ends = np.array([0, 128, 255], np.uint8).reshape(1, 1, 3, 1).repeat(3, 1)
-  shown = {name: np.asarray(prepare(ends, 3, name))[0, 0, :, 0] for name in RULES}
+  shown = {name: np.asarray(prepare(ends, 3, name))[0, 0, :, 0] for name in OF_INCEPTION}
   np.testing.assert_array_equal(shown['tensorflow'], [-1, 0, 127 / 128])
   np.testing.assert_array_equal(shown['clean'], [-1, 0, 127 / 128])
   np.testing.assert_allclose(shown['pytorch'], [-1, 1 / 255, 1], atol=1e-7)

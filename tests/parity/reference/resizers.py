@@ -35,6 +35,14 @@ def clean(images, height, width):
   ])
 
 
+def pillow(images, height, width):
+  """As whole pictures of uint8, their widths first: Pillow 13 has another order for tall ones."""
+  wide = lambda image: Image.fromarray(image).resize((width, len(image)), Image.BICUBIC)
+  return np.stack([
+    np.asarray(wide(image).resize((width, height), Image.BICUBIC)) for image in images
+  ])
+
+
 def feed(name, images):
   """What each tool's Inception sees of uint8 images: a tensor [b 3 299 299]."""
   x = globals()[name](images, 299, 299)
