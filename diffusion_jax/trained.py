@@ -9,6 +9,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.io.checkpoint import Checkpoints
 from diffusion_jax.io.run_directory import RunDirectory
 from diffusion_jax.io.trained import run_weights
+from diffusion_jax.models.functional import Network
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.parallel.sharding import put_params, to_host
 from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
@@ -44,6 +45,15 @@ class TrainedRun:
         f'{self.workdir} trains {self.config.task}; give the workdir of a diffusion run.'
       )
     return self.task.model
+
+  @property
+  def autoencoder(self) -> Network:
+    """UserError where the run trains something else."""
+    if self.config.task != 'autoencoder':
+      raise UserError(
+        f'{self.workdir} trains {self.config.task}; give the workdir of an autoencoder.'
+      )
+    return self.task.autoencoder
 
   @property
   def sample(self) -> SampleConfig:

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from diffusion_jax.cli import evaluate_follow, evaluate_job, evaluate_model
-from diffusion_jax.cli.evaluate_model import SAMPLES
+from diffusion_jax.cli import evaluate_autoencoder, evaluate_follow, evaluate_job, evaluate_model
+from diffusion_jax.cli.evaluate_model import BITS_DRAWS, SAMPLES
 from diffusion_jax.cli.options import add_model_arguments, add_sample_arguments
 from diffusion_jax.errors import UserError
 
@@ -16,7 +16,9 @@ the value of the real test images and of the same network untrained. Other featu
 Inception, DINOv2, a classifier), metrics, captions and references are named by options. Beside
 FILE.json come a row in FILE.csv and a page, FILE.html. What has been computed is kept in
 FILE.parts, so that a start after an interruption goes on where it was; several processes share the
-work. The workdir of an autoencoder, a CLIP or a classifier is scored by its own metrics.
+work. Of an autoencoder, by its workdir or --model, test images are encoded and decoded, and
+compared with themselves (rfid or rfd_FEATURES, psnr, ssim, l1, lpips). The workdir of a CLIP or a
+classifier is scored by its own metrics.
 
 With --images: pictures that are there in place of a model's.
 
@@ -54,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--data_dir', metavar='DIR', help='folder of all data sets, for --model')
   add_sample_arguments(parser)
   evaluate_job.add_arguments(parser)
+  evaluate_autoencoder.add_arguments(parser)
   add_likelihood_arguments(parser)
 
 
@@ -63,7 +66,8 @@ def add_likelihood_arguments(parser: argparse.ArgumentParser) -> None:
   group.add_argument('--likelihood', action='store_true',
                      help='bits per dimension of test images, instead of scores of drawn ones')
   group.add_argument('--draws', type=int, metavar='N',
-                     help='noise levels of each bound, a network call each (default: 32)')
+                     help='noise levels of each bound, a network call each (default: 32, and '
+                     f'{BITS_DRAWS} for bits_per_dim among --metrics)')
   group.add_argument('--trace', metavar='NAME', help='of the Jacobian: rademacher (default), '
                      'gaussian, or exact, which takes a backward pass per dimension')
   group.add_argument('--probes', type=int, metavar='N',
@@ -103,8 +107,13 @@ def _score(args: argparse.Namespace, out: Path, shown: dict) -> dict | None:
   from diffusion_jax.trained import load_evaluator
 
   config = RunDirectory(args.workdir).read_json('config.json') if args.workdir else None
-  _check(args, config['task'] if config else 'diffusion')
-  if config and config['task'] != 'diffusion':
+  task = config['task'] if config else 'diffusion'
+  if evaluate_autoencoder.names_autoencoder(args.model):
+    task = 'autoencoder'
+  _check(args, task)
+  if task == 'autoencoder':
+    return evaluate_autoencoder.run(args, out, shown)
+  if task != 'diffusion':
     return load_evaluator(args.workdir)(SAMPLES if args.samples is None else args.samples)
   if args.likelihood:
     return _likelihood(args)
@@ -115,12 +124,22 @@ def _score(args: argparse.Namespace, out: Path, shown: dict) -> dict | None:
 def _check(args: argparse.Namespace, task: str) -> None:
   """Raises a UserError for options that would do nothing."""
   if args.likelihood and task != 'diffusion':
-    raise UserError(f'{args.workdir} trains {task}; --likelihood needs a diffusion model.')
-  if task != 'diffusion':
-    for name in (*evaluate_job.OF_BOTH, 'captions', 'keep'):
+    raise UserError(
+      f'{args.workdir or args.model} trains {task}; --likelihood needs a diffusion model.'
+    )
+  if args.size is not None and (task != 'autoencoder' or args.workdir):
+    raise UserError('--size does nothing without --images, or an autoencoder by --model.')
+  if args.lpips and task != 'autoencoder':
+    raise UserError('--lpips does nothing without an autoencoder; leave it out.')
+  if task not in ('diffusion', 'autoencoder'):
+    for name in (*evaluate_job.OF_BOTH, 'captions', 'labels', 'keep'):
       if getattr(args, name) is not None:
         raise UserError(f'{args.workdir} trains {task}; --{name} does nothing there, leave it out.')
   useless, why = (SAMPLING, 'with') if args.likelihood else (ESTIMATING, 'without')
+  if evaluate_model.wants_bits(args):
+    useless = [name for name in useless if name != 'draws']
+    if args.captions:
+      raise UserError('bits_per_dim is of test images; leave it or --captions out.')
   for name in useless:
     if getattr(args, name) is not None:
       raise UserError(f'--{name} does nothing {why} --likelihood; leave it out.')

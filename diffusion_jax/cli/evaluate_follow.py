@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shutil
 import time
@@ -23,7 +22,7 @@ def run(args: argparse.Namespace, out: Path) -> int:
   evaluate_job.start()
   config = _first_checkpoint(args.workdir)
   subject, comparison = evaluate_model.open_subject(args, out, config)
-  settings = dataclasses.asdict(subject.sample) | {'captions': len(subject.captions)}
+  settings = evaluate_model.settings_of(subject) | {'captions': len(subject.captions)}
   history = _history(out, evaluate_job.settings_of(comparison) | settings)
   passed = {line['step'] for line in history}
   while (step := _next(subject.run, passed)) is not None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
   from diffusion_jax.evaluation.comparison import Comparison, Found, Reference
 
 METRICS, MODEL_METRICS, SIZE = 'fd,kid', 'fd,kid,clip_score,retrieval', 64
+PAIR_METRICS = 'fd,psnr,ssim,l1'
 CLIP = 'asset:clip-openmoji-64'
 
 
@@ -22,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   group.add_argument('--images', metavar='PATH', help='score pictures instead of a model: of a '
                      'folder, of tar files, of a prepared data set (FOLDER:SPLIT), or of an npz '
                      'with arr_0')
-  group.add_argument('--size', type=int, metavar='N', help='with --images, edge of the images of '
-                     f'--dataset in pixels (default: {SIZE})')
+  group.add_argument('--size', type=int, metavar='N', help='with --images, or an autoencoder by '
+                     f'--model, edge of the images of --dataset in pixels (default: {SIZE})')
   group.add_argument('--most_unreadable', type=float, metavar='SHARE',
                      help='with --images, of the pictures that may be damaged; they are named and '
                      'left out (default: 0)')
@@ -34,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                      'as it is written, until the run is over')
   group.add_argument('--captions', metavar='FILE',
                      help='captions to draw, one a line (default: of the test split)')
+  group.add_argument('--labels', metavar='FILE', help='with --captions, the class of each, one a '
+                     'line, for class_accuracy (default: of the test split)')
   group.add_argument('--keep', metavar='KIND',
                      help='keep what is drawn, in NAME.images: png or tar')
   group.add_argument('--reference', metavar='WHAT', help='what they are compared with: pictures '
@@ -48,12 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                      "directory; repeat for several (default: the run's CLIP, else "
                      f'clip:{CLIP})')
   group.add_argument('--metrics', metavar='A,B', help='any of fd, fd_infinity, kid, '
-                     'precision_recall, density_coverage, cmmd, kl, inception_score, and for '
-                     f'models clip_score, retrieval (default: {MODEL_METRICS}, or {METRICS})')
+                     'precision_recall, density_coverage, cmmd, kl, inception_score, for models '
+                     'clip_score, retrieval, class_accuracy (in the features of a classifier), '
+                     'bits_per_dim, and for autoencoders psnr, ssim, l1, lpips (default: '
+                     f'{MODEL_METRICS}; without captions {METRICS}, and for autoencoders '
+                     f'{PAIR_METRICS})')
 
 
-OF_IMAGES = ('size', 'most_unreadable')
-OF_MODELS = ('captions', 'keep', 'samples', 'sweep', 'follow', 'ema_halflife_images')
+OF_IMAGES = ('most_unreadable',)
+OF_MODELS = ('captions', 'labels', 'keep', 'samples', 'sweep', 'follow', 'ema_halflife_images')
 OF_BOTH = ('reference', 'features', 'metrics', 'save_statistics')
 
 
@@ -69,7 +75,7 @@ def check(args: argparse.Namespace) -> None:
     OF_MODELS, 'with --images'
   )
   if args.likelihood:
-    useless = (*OF_BOTH, *OF_IMAGES, 'captions', 'keep', 'sweep', 'follow')
+    useless = (*OF_BOTH, *OF_IMAGES, 'captions', 'labels', 'keep', 'sweep', 'follow')
     why = 'with --likelihood'
   for name in useless:
     if getattr(args, name) not in (None, False):
@@ -79,8 +85,15 @@ def check(args: argparse.Namespace) -> None:
     raise UserError(f'--keep is {args.keep}; choose {" or ".join(KINDS)}.')
   if args.metrics:
     outputs_of(args.metrics.split(','), {})
+  if args.labels and not args.captions:
+    raise UserError('--labels are those of --captions; give both.')
   if args.captions:
-    lines(args.captions)
+    captions, labels = lines(args.captions), labels_of(args)
+    if labels and len(labels) != len(captions):
+      raise UserError(
+        f'{args.labels} has {len(labels)} labels, but {args.captions} {len(captions)} captions; '
+        'write one label for each.'
+      )
   if args.save_statistics:
     check_suffix(args.save_statistics)
 
@@ -97,14 +110,19 @@ def _check_sweep(args: argparse.Namespace) -> None:
       raise UserError(f'--{name} does nothing beside --sweep {name}; leave it out.')
 
 
-def lines(path: str) -> list[str]:
-  """The captions of a file, one a line."""
+def labels_of(args: argparse.Namespace) -> list[str] | None:
+  """The classes of --captions."""
+  return lines(args.labels, 'labels') if args.labels else None
+
+
+def lines(path: str, what: str = 'captions') -> list[str]:
+  """The captions, or what else it is, of a file, one a line."""
   try:
     lines = [line.strip() for line in Path(path).read_text(encoding='utf-8').splitlines()]
   except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f'the captions {path} cannot be read ({error}); give UTF-8 text.') from error
+    raise UserError(f'the {what} {path} cannot be read ({error}); give UTF-8 text.') from error
   if not any(lines):
-    raise UserError(f'{path} has no captions; write one a line.')
+    raise UserError(f'{path} has no {what}; write one a line.')
   return [line for line in lines if line]
 
 
@@ -126,13 +144,15 @@ def all_are_here(name: str) -> bool:
 
 
 def open_comparison(
-  args: argparse.Namespace, out: Path, split: Callable[[str], Any], clip: str = CLIP
+  args: argparse.Namespace, out: Path, split: Callable[[str], Any], clip: str = CLIP,
+  reference: Reference | None = None, default: str = MODEL_METRICS,
 ) -> Comparison:
   """What --features, --metrics and --reference say, on the devices of this process.
 
   Args:
     split: opens a split of the data set.
     clip: the features without --features.
+    reference: in place of --reference. default: the metrics without --metrics.
   """
   from diffusion_jax.evaluation.comparison import Comparison
   from diffusion_jax.evaluation.extraction import Extraction
@@ -140,23 +160,24 @@ def open_comparison(
 
   mesh = local_mesh()
   named = args.features or [f'clip:{clip}']
-  metrics = _metrics(args)
+  metrics = _metrics(args, default)
   computed = [*metrics, 'fd'] if args.save_statistics else metrics
   extraction = Extraction(_extractors(named, computed, mesh), mesh)
   _check_towers(metrics, extraction.extractors)
   kept = (out.with_name(f'{out.stem}.images'), args.keep) if args.keep else None
+  captioned = not args.images and reference is None
   return Comparison(
-    extraction, metrics, _reference(args, metrics, extraction, split),
+    extraction, metrics, reference or _reference(args, metrics, extraction, split),
     out.with_name(f'{out.stem}.parts'),
-    texts=_texts(named, extraction) if not args.images else {}, seed=args.seed,
+    texts=_texts(named, extraction) if captioned else {}, seed=args.seed,
     most_unreadable=args.most_unreadable or 0.0, kept=kept,
   )
 
 
-def _metrics(args: argparse.Namespace) -> list[str]:
+def _metrics(args: argparse.Namespace, default: str) -> list[str]:
   if args.images and args.save_statistics and not (args.metrics or args.reference):
     return []
-  return (args.metrics or (METRICS if args.images else MODEL_METRICS)).split(',')
+  return (args.metrics or (METRICS if args.images else default)).split(',')
 
 
 def _check_towers(metrics: list[str], extractors: list) -> None:
@@ -236,7 +257,9 @@ def _extractors(named: list[str], metrics: list[str], mesh) -> list:
         f'--features {text} is not of the form KIND:PATH with a kind of {", ".join(NAMES)}.'
       )
     inception = kind.startswith('inception')
-    outputs = outputs_of(metrics, InceptionConfig().widths) if inception else ()
+    # ImageNet's logits know nothing of the classes of one's own.
+    widths = {k: v for k, v in InceptionConfig().widths.items() if k != 'logits'}
+    outputs = outputs_of(metrics, widths) if inception else ()
     found.append(load_extractor(kind, path, outputs=outputs, mesh=mesh))
   return found
 
@@ -274,7 +297,6 @@ def of_folder(args: argparse.Namespace, out: Path, shown: dict) -> dict[str, Any
   split = lambda name: open_source(
     args.dataset, name, size=size, data_dir=args.data_dir, prepare=True
   )
-  columns = {'samples': Column(of_images(open_images(args.images)))}
   comparison = open_comparison(args, out, split)
-  found = comparison(columns)
+  found = comparison({'samples': Column(of_images(open_images(args.images)))})
   return None if found is None else report(args, comparison, found, shown, 'samples')

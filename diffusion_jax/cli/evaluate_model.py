@@ -19,6 +19,8 @@ if TYPE_CHECKING:
   from diffusion_jax.types import Weights
 
 SAMPLES = 256
+BITS_DRAWS = 8
+"""Of the bound beside other figures: unbiased still, and quicker than drawing pictures."""
 FAR = 0.1
 """Relative error of an average's profile from which on people are told."""
 
@@ -76,6 +78,29 @@ class Subject:
       return evaluate_job.lines(self.args.captions)[: self.args.samples]
     return [record['captions'][0] for record in self.records]
 
+  @functools.cached_property
+  def labels(self) -> list[str]:
+    """The classes of the captions; empty where they are not known."""
+    if self.args.captions:
+      return (evaluate_job.labels_of(self.args) or [])[: self.args.samples]
+    return [record['label'] for record in self.records if 'label' in record]
+
+  @functools.cached_property
+  def _bits(self):
+    """Bits per dimension of the test images of the captions, where --metrics names them."""
+    from diffusion_jax.evaluation.likelihood import discrete_bits
+    from diffusion_jax.evaluation.offline import FiguresOf
+    from diffusion_jax.evaluation.scores import DISCRETE_BITS
+
+    if not wants_bits(self.args):
+      return None
+    draws = draws_of(self.args)
+    compute = discrete_bits(
+      self.model, self.records, draws=draws, seed=self.args.seed, mesh=self.mesh,
+      batch_size=self.args.batch,
+    )
+    return FiguresOf((DISCRETE_BITS,), {'draws': draws}, compute)
+
   def split(self, name: str):
     """A split of the data set that the model was made for."""
     return self.train if name == 'train' else self.test
@@ -93,15 +118,7 @@ class Subject:
 
   def identity(self, ema_halflife_images: float | None = None) -> str:
     """The model's name and which of its weights these are, for it may be trained on meanwhile."""
-    from diffusion_jax.io.pretrained import resolve
-
-    if self.run is not None:
-      name = f'{self.name} at step {self.step}'
-      if ema_halflife_images is None:
-        return name
-      return f'{name}, averaged over {ema_halflife_images:g} images'
-    files = [path.stat() for path in resolve(self.name).rglob('*.safetensors')]
-    return f'{self.name} of {max((int(file.st_mtime) for file in files), default=0)}'
+    return identity(self.name, self.step, ema_halflife_images)
 
   def drawn(
     self, sample: SampleConfig, ema_halflife_images: float | None = None, place: str = '',
@@ -120,8 +137,8 @@ class Subject:
 
     return Column(of_model(
       self.model, weights, name, self.captions, sample, seed=self.args.seed, mesh=self.mesh,
-      batch_size=self.args.batch,
-    ), self.captions, keep, place)
+      batch_size=self.args.batch, figures=self._bits,
+    ), self.captions, keep, place, self.labels)
 
   def untrained(self, weights: Callable[[], Weights]) -> Column:
     """The same network with fresh weights."""
@@ -142,7 +159,38 @@ class Subject:
     if self.records is None:
       return {}
     work = of_images(Split(self.records, f'{len(self.records)} test images'))
-    return {'real': Column(work, self.captions)}
+    return {'real': Column(work, self.captions, labels=self.labels)}
+
+
+def wants_bits(args: argparse.Namespace) -> bool:
+  """Whether bits per dimension are among the metrics."""
+  return 'bits_per_dim' in (args.metrics or '').split(',')
+
+
+def draws_of(args: argparse.Namespace) -> int:
+  """Noise levels of their bound."""
+  return BITS_DRAWS if args.draws is None else args.draws
+
+
+def settings_of(subject: Subject) -> dict[str, Any]:
+  """How pictures are drawn, and bits estimated."""
+  bits = {'draws': draws_of(subject.args)} if wants_bits(subject.args) else {}
+  return dataclasses.asdict(subject.sample) | bits
+
+
+def identity(
+  name: str, step: int | None = None, ema_halflife_images: float | None = None
+) -> str:
+  """What tells weights apart: a run's, with its step and its average, or a directory's, by date."""
+  from diffusion_jax.io.pretrained import resolve
+
+  if step is None:
+    files = [path.stat() for path in resolve(name).rglob('*.safetensors')]
+    return f'{name} of {max((int(file.st_mtime) for file in files), default=0)}'
+  name = f'{name} at step {step}'
+  if ema_halflife_images is None:
+    return name
+  return f'{name}, averaged over {ema_halflife_images:g} images'
 
 
 def open_subject(args: argparse.Namespace, out: Path, config: dict | None) -> tuple:
@@ -168,8 +216,7 @@ def pictures(
   })
   if found is None:
     return None
-  settings = dataclasses.asdict(subject.sample)
-  return evaluate_job.report(args, comparison, found, shown, 'generated', settings)
+  return evaluate_job.report(args, comparison, found, shown, 'generated', settings_of(subject))
 
 
 def sweep(
@@ -202,7 +249,7 @@ def sweep(
   first = best({name: values[name] for name in every})
   scores = evaluate_job.report(args, comparison, found, shown, first)
   scores['settings'] |= {
-    'model': subject.identity(own), 'best': first, **dataclasses.asdict(subject.sample)
+    'model': subject.identity(own), 'best': first, **settings_of(subject)
   }
   return scores | {'sweep': {
     name: {'combination': every[name], 'network_calls': network_calls(subject.model, sample)}

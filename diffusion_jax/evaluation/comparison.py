@@ -9,12 +9,20 @@ import jax
 import numpy as np
 
 from diffusion_jax.evaluation.extraction import Extraction, Features
+from diffusion_jax.evaluation.extraction import column as column_of
 from diffusion_jax.evaluation.features import CLIPFeatures
 from diffusion_jax.evaluation.images import ImageSet
 from diffusion_jax.evaluation.keeping import Thumbnails, keeper
 from diffusion_jax.evaluation.offline import Work, compare, features_of, of_images
-from diffusion_jax.evaluation.scores import Scores, check_metrics
-from diffusion_jax.evaluation.showing import best_and_worst, clouds, near_copies
+from diffusion_jax.evaluation.scores import METRICS, Scores, check_metrics
+from diffusion_jax.evaluation.showing import (
+  best_and_worst,
+  class_numbers,
+  clouds,
+  near_copies,
+  reconstructions,
+  worst_classes,
+)
 from diffusion_jax.evaluation.statistics import Moments
 
 
@@ -23,24 +31,27 @@ class Column:
   """One set of pictures to score: the work of making them, and their captions if they have some.
 
   keep: whether they are among those that are kept as files. place: name of the folder of its
-  pieces, where that is not the column's own name.
+  pieces, where that is not the column's own name. labels: the class of each, where it is known.
   """
 
   work: Work
   captions: Sequence[str] | None = None
   keep: bool = False
   place: str = ''
+  labels: Sequence[str] | None = None
 
 
 class Reference(NamedTuple):
   """What columns are compared with: images, or what files of statistics say, by column of features.
 
-  notes: what to beware of, for people.
+  own: whether the columns are reconstructions of these very images. notes: what to beware of, for
+  people.
   """
 
   name: str
   images: ImageSet | None = None
   moments: Mapping[str, Moments] | None = None
+  own: bool = False
   notes: tuple[str, ...] = ()
 
 
@@ -96,7 +107,12 @@ class Comparison:
       known = {'moments'} if self.reference.moments else set()
     known |= {'texts'} if all(column.captions for column in columns.values()) else set()
     outputs = [column.rpartition(':')[2] for column in self.extraction.columns]
+    outputs += next(iter(columns.values())).work.each
+    if self._classifiers and all(column.labels for column in columns.values()):
+      known.add('labels')
     check_metrics(self.metrics, outputs, known)
+    for one in columns.values():
+      self._labels(one)
 
   def __call__(
     self, columns: Mapping[str, Column], say: Callable[[str], None] = print
@@ -116,8 +132,8 @@ class Comparison:
       return None
     scores = {
       name: compare(
-        pictured[name].features, reference, self.metrics, texts=self._captions(column),
-        seed=self.seed,
+        pictured[name].features, reference, self._metrics(column), texts=self._captions(column),
+        labels=self._labels(column), own=self.reference.own, seed=self.seed,
       ) for name, column in columns.items()
     }
     first = next(iter(columns))
@@ -146,6 +162,25 @@ class Comparison:
       ))
     return self._reference.features
 
+  def _metrics(self, column: Column) -> list[str]:
+    """Those that a column can have: real images, say, have no bits per dimension of a model."""
+    own = {*column.work.each}
+    return [m for m in self.metrics if not METRICS[m].source or own & {*METRICS[m].outputs}]
+
+  @property
+  def _classifiers(self) -> dict[str, tuple[str, ...]]:
+    """Column of features that are logits -> the classes that they stand for."""
+    return {
+      column_of(one, 'logits'): one.class_names
+      for one in self.extraction.extractors if hasattr(one, 'class_names')
+    }
+
+  def _labels(self, of: Column) -> dict[str, np.ndarray]:
+    """Column of logits -> numbers of the classes that the pictures should be of."""
+    if 'class_accuracy' not in self.metrics or not of.labels:
+      return {}
+    return {name: class_numbers(of.labels, known) for name, known in self._classifiers.items()}
+
   def _captions(self, column: Column) -> dict[str, np.ndarray]:
     """Column of features -> embeddings of the captions, of every CLIP."""
     if not column.captions:
@@ -159,10 +194,23 @@ class Comparison:
     """What a page shows of one column beside its figures; see `viz.evaluation`."""
     pictured, column, shown = found.pictured[first], found.columns[first], {}
     if self._reference is not None:
-      shown = {'clouds': clouds(pictured.features, self._reference.features),
-               'pairs': near_copies(*pictured, *self._reference)}
+      shown = {'clouds': clouds(pictured.features, self._reference.features)}
+      if self.reference.own:
+        shown['reconstructions'] = reconstructions(*pictured, self._reference.thumbnails)
+      else:
+        shown['pairs'] = near_copies(*pictured, *self._reference)
+    shown |= self._worst_classes(found, first)
     texts = self._captions(column)
     if texts:
       features, rows = next(iter(texts.items()))
       shown |= best_and_worst(*pictured, features, rows, column.captions)
     return shown
+
+  def _worst_classes(self, found: Found, first: str) -> dict[str, Any]:
+    if 'class_accuracy' not in self.metrics:
+      return {}
+    (name, known), = self._classifiers.items()
+    return {'classes': worst_classes({
+      one: (found.pictured[one].features, self._labels(found.columns[one])[name])
+      for one in (first, 'untrained', 'real') if one in found.columns
+    }, name, known)}

@@ -6,7 +6,8 @@ the next are read or drawn, and those of the last are written.
 """
 
 import concurrent.futures
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from diffusion_jax.parallel.sharding import in_batches
 
 MOST_SHAPES = 4
 """Shapes of images for which a program is compiled; images of others are resized on the host."""
-TROUBLE, THUMBNAILS = 'trouble', 'thumbnails'
+TROUBLE, THUMBNAILS, EACH = 'trouble', 'thumbnails', 'each:'
 THUMBNAIL = 96
 """Edge in pixels of the small pictures that a page shows."""
 MOST_THUMBNAILS = 20_000
@@ -33,10 +34,14 @@ READERS = 4
 
 
 class Made(NamedTuple):
-  """The images of a piece: uint8 [h w 3] each, None where `trouble` says why there is none."""
+  """The images of a piece: uint8 [h w 3] each, None where `trouble` says why there is none.
+
+  each: figures of the single images by name, [n], that come of making them.
+  """
 
   images: list[np.ndarray | None]
   trouble: list[str]
+  each: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 class Extraction:
@@ -135,6 +140,7 @@ def _features(extraction: Extraction, made: Made) -> dict[str, np.ndarray]:
   """Rows of images that are not there are zero, and told by `TROUBLE`."""
   there = [i for i, image in enumerate(made.images) if image is not None]
   arrays = {TROUBLE: np.array(made.trouble)}
+  arrays |= {f'{EACH}{name}': np.asarray(values) for name, values in made.each.items()}
   for name, rows in extraction([made.images[i] for i in there]).items():
     arrays[name] = np.zeros((len(made.images), rows.shape[1]), np.float32)
     arrays[name][there] = rows
@@ -174,12 +180,14 @@ def _without_thumbnails(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 class Features(NamedTuple):
   """What there is to score. columns: name -> float32 [n d] of the images that could be read.
 
-  rows: numbers of those images; trouble: a sentence for each of the others.
+  rows: numbers of those images; trouble: a sentence for each of the others. each: name -> figures
+  of those images, [n].
   """
 
   columns: dict[str, np.ndarray]
   rows: np.ndarray
   trouble: list[str]
+  each: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 def gather(chunks: Chunks, most_unreadable: float = 0.0) -> Features:
@@ -199,4 +207,6 @@ def gather(chunks: Chunks, most_unreadable: float = 0.0) -> Features:
       f'{most_unreadable:g} that is allowed: {"; ".join(bad[:3])}'
     )
   rows = np.flatnonzero(there)
-  return Features({name: values[rows] for name, values in columns.items()}, rows, bad)
+  found = {name: values[rows] for name, values in columns.items()}
+  each = {name.removeprefix(EACH): found.pop(name) for name in [*found] if name.startswith(EACH)}
+  return Features(found, rows, bad, each)

@@ -13,7 +13,7 @@ eq. 3): -log P(image) <= E_q(z | image)[-log P(image | z) + log q(z | image) - l
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -32,9 +32,10 @@ from diffusion_jax.diffusion.score_matching import total
 from diffusion_jax.diffusion.variational import discretized_gaussian, gaussian_log_density
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.job import fresh_weights, shuffled
+from diffusion_jax.evaluation.scores import DISCRETE_BITS
 from diffusion_jax.parallel.sharding import in_batches
 from diffusion_jax.pipelines.text_to_image import TextToImage
-from diffusion_jax.types import Latents, PerExample, Weights
+from diffusion_jax.types import Latents, PerExample, Record, Weights
 
 FIGURES = ('discrete', 'continuous', 'flow')
 MINIMUM = 2
@@ -70,27 +71,29 @@ class LikelihoodConfig:
 
 def latent_bits(
   denoise: Denoiser, schedule: Schedule, x0: Latents, keys: jax.Array, config: LikelihoodConfig,
-  offset: float | jax.Array = 0.5,
+  offset: float | jax.Array = 0.5, figures: Sequence[str] = FIGURES,
 ) -> dict[str, PerExample]:
-  """By the names of FIGURES, bits per dimension [b] of latents x0 [b h w c].
+  """By name, those of FIGURES: bits per dimension [b] of latents x0 [b h w c].
 
   Args:
-    keys: [b], one per example; the three share their noise.
+    keys: [b], one per example; the figures share their noise.
     offset: of `discrete_bound`.
   """
   process = schedule.smooth_process
   draws = {'draws': config.draws, 'offset': offset}
-  flow = flow_likelihood(
-    denoise, x0, process, keys, trace=config.trace, probes=config.probes, solver=config.solver,
-    steps=config.ode_steps, t_min=0.0, start_noise=True,
-  )
-  return {
-    'discrete': discrete_bound(
+  compute = {
+    'discrete': lambda: discrete_bound(
       denoise, x0, schedule.alphas, schedule.sigmas, keys, **draws
     ).total,
-    'continuous': continuous_bound(denoise, x0, process, keys, t_min=0.0, **draws).total,
-    'flow': flow.bits,
+    'continuous': lambda: continuous_bound(
+      denoise, x0, process, keys, t_min=0.0, **draws
+    ).total,
+    'flow': lambda: flow_likelihood(
+      denoise, x0, process, keys, trace=config.trace, probes=config.probes, solver=config.solver,
+      steps=config.ode_steps, t_min=0.0, start_noise=True,
+    ).bits,
   }
+  return {name: compute[name]() for name in figures}
 
 
 def image_keys(key: jax.Array, count: int) -> np.ndarray:
@@ -127,7 +130,9 @@ def make_encoder(model: TextToImage) -> Callable:
   return encode
 
 
-def make_scorer(model: TextToImage, config: LikelihoodConfig, offset: jax.Array) -> Callable:
+def make_scorer(
+  model: TextToImage, config: LikelihoodConfig, offset: jax.Array, figures: Sequence[str] = FIGURES
+) -> Callable:
   """(weights, latents [b h w c], tokens [b l], key data [b k]) -> what `latent_bits` returns."""
 
   @jax.jit
@@ -136,9 +141,34 @@ def make_scorer(model: TextToImage, config: LikelihoodConfig, offset: jax.Array)
     denoise = model.denoiser(weights)
     given = lambda x, alpha, sigma: denoise(x, alpha, sigma, told)
     keys = jax.random.wrap_key_data(keys)
-    return latent_bits(given, model.schedule, latents, keys, config, offset)
+    return latent_bits(given, model.schedule, latents, keys, config, offset, figures)
 
   return score
+
+
+def discrete_bits(
+  model: TextToImage, records: Sequence[Record], *, draws: int, seed: int, mesh: Mesh,
+  batch_size: int = 16,
+) -> Callable[[Weights, range], dict[str, np.ndarray]]:
+  """A function of weights and a range of records: their latent_bits_per_dim_discrete, [n].
+
+  The figure of `evaluate_likelihood` for the same records, seed and draws.
+  """
+  _, key_latents, key_noise, key_offset = jax.random.split(jax.random.key(seed), 4)
+  keys = [image_keys(key, len(records)) for key in (key_latents, key_noise)]
+  config, offset = LikelihoodConfig(draws=draws), jax.random.uniform(key_offset)
+  encode, score = make_encoder(model), make_scorer(model, config, offset, ('discrete',))
+  batches = partial(_over_images, mesh=mesh, batch_size=batch_size, label='', progress=False)
+
+  def bits(weights: Weights, items: range) -> dict[str, np.ndarray]:
+    rows = slice(items.start, items.stop)
+    known = (weights['autoencoder'], jnp.ones(()))
+    given = batches(encode, known, _images(records[rows]), keys[0][rows])
+    tokens = model.tokens([record['captions'][0] for record in records[rows]])
+    found = batches(score, weights, given['latents'], tokens, keys[1][rows])
+    return {DISCRETE_BITS: found['discrete']}
+
+  return bits
 
 
 def evaluate_likelihood(

@@ -17,7 +17,7 @@ from diffusion_jax.evaluation.chunks import Chunks
 from diffusion_jax.evaluation.extraction import Extraction, Features, Made, extract, gather, reader
 from diffusion_jax.evaluation.images import ImageSet
 from diffusion_jax.evaluation.keeping import Thumbnails
-from diffusion_jax.evaluation.scores import Compared, Scores, score
+from diffusion_jax.evaluation.scores import Compared, Scores, score, takes_reference
 from diffusion_jax.evaluation.statistics import Moments, Statistics
 from diffusion_jax.parallel.agreement import agree
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
@@ -37,13 +37,25 @@ def local_mesh() -> Mesh:
 class Work:
   """Images whose features are wanted: how many, what decides them, and how they are made.
 
-  begin: called by all processes together before any image is made, and only then.
+  begin: called by all processes together before any image is made, and only then. each: the figures
+  of single images that come of making them.
   """
 
   total: int
   plan: dict[str, Any]
   make: Callable[[range], Made]
   begin: Callable[[], Any] = lambda: None
+  each: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class FiguresOf:
+  """Figures of single images: their names, what decides them, and a function of a model's weights
+  and a range of images that computes them, [n] each."""
+
+  names: tuple[str, ...]
+  plan: dict[str, Any]
+  compute: Callable[[Weights, range], dict[str, np.ndarray]]
 
 
 def of_images(images: ImageSet) -> Work:
@@ -54,6 +66,7 @@ def of_images(images: ImageSet) -> Work:
 def of_model(
   model: TextToImage, weights: Callable[[], Weights], name: str, captions: Sequence[str],
   sample: SampleConfig, *, seed: int, mesh: Mesh, batch_size: int = 16,
+  figures: FiguresOf | None = None,
 ) -> Work:
   """The work of drawing an image for each caption; image i depends on the seed and i alone.
 
@@ -61,6 +74,7 @@ def of_model(
     weights: gives them on `mesh`; first called by all processes together, when there is something
       to draw.
     name: of the model with its weights, such as a run and its step.
+    figures: what else is wanted of the model for each caption, such as the bits of its real image.
   """
 
   def make(items: range) -> Made:
@@ -68,11 +82,12 @@ def of_model(
       weights(), captions[items.start : items.stop], sample, seed=seed, mesh=mesh,
       batch_size=batch_size, first=items.start,
     ) for image in batch]
-    return Made(images, [''] * len(images))
+    each = figures.compute(weights(), items) if figures else {}
+    return Made(images, [''] * len(images), each)
 
   plan = {'model': name, 'captions': list(captions), 'seed': seed,
-          'sample': dataclasses.asdict(sample)}
-  return Work(len(captions), plan, make, weights)
+          'sample': dataclasses.asdict(sample), **(figures.plan if figures else {})}
+  return Work(len(captions), plan, make, weights, figures.names if figures else ())
 
 
 def features_of(
@@ -89,6 +104,8 @@ def features_of(
     UserError: too many images cannot be read, or the directory holds other results.
   """
   plan = {**work.plan, 'features': sorted(extraction.columns)}
+  if work.each:
+    plan['each'] = sorted(work.each)
   chunks = Chunks(directory, plan, total=work.total, size=chunk)
   if any(map(json.loads, agree('features/missing', json.dumps(bool(chunks.missing()))))):
     work.begin()
@@ -97,30 +114,44 @@ def features_of(
   return gather(chunks, most_unreadable), Thumbnails(chunks)
 
 
+def _known(
+  reference: Features | dict[str, Moments], column: str
+) -> tuple[np.ndarray | None, Moments | None]:
+  """The reference's features, where there are any, and their moments."""
+  if not isinstance(reference, Features):
+    return None, reference.get(column)
+  return reference.columns[column], Statistics.from_features(reference.columns[column])
+
+
 def compare(
   samples: Features, reference: Features | dict[str, Moments], metrics: Sequence[str], *,
-  texts: dict[str, np.ndarray] | None = None, seed: int = 0,
+  texts: dict[str, np.ndarray] | None = None, labels: dict[str, np.ndarray] | None = None,
+  own: bool = False, seed: int = 0,
 ) -> Scores:
   """Every metric of the samples against the reference.
 
   Args:
     reference: its features, or what is known of them by column, from files of statistics.
     texts: column -> embeddings [total d] of the captions of all samples, unreadable ones too.
+    labels: column -> numbers [total] of the classes that they should be of.
+    own: whether the samples are reconstructions of the reference.
   """
-  compared = []
+  rows = lambda known, column: known[column][samples.rows] if column in (known or ()) else None
+  compared = [
+    Compared(f'image:{name}', values[:, None]) for name, values in samples.each.items()
+  ]
   for column, values in samples.columns.items():
-    if isinstance(reference, Features):
-      there = reference.columns[column]
-      moments: Moments | None = Statistics.from_features(there)
-    else:
-      there, moments = None, reference.get(column)
+    there, moments = None, None
+    if takes_reference(column.rpartition(':')[2]):
+      there, moments = _known(reference, column)
     if moments is not None and moments.mean.shape != values.shape[1:]:
       raise UserError(
         f'the statistics of the reference are {len(moments.mean)} wide, but {column} is '
         f'{values.shape[1]}; give statistics of the same features.'
       )
-    own = None if texts is None or column not in texts else texts[column][samples.rows]
-    compared.append(Compared(column, values, moments, there, own))
+    compared.append(Compared(
+      column, values, moments, there, rows(texts, column), rows(labels, column), own
+    ))
   scores = score(metrics, compared, seed=seed)
   if samples.trouble:
     scores.warnings.append(f'{len(samples.trouble)} images could not be read and were left out.')

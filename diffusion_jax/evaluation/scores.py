@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.metrics.bootstrap import (
@@ -21,7 +21,7 @@ from diffusion_jax.evaluation.metrics.frechet import (
 )
 from diffusion_jax.evaluation.metrics.gaussians import gaussian_kl
 from diffusion_jax.evaluation.metrics.kernel import cmmd, kernel_distance
-from diffusion_jax.evaluation.metrics.logits import inception_score
+from diffusion_jax.evaluation.metrics.logits import class_hits, inception_score
 from diffusion_jax.evaluation.metrics.manifold import density_coverage, precision_recall
 from diffusion_jax.evaluation.metrics.text import clip_score_of_each, retrieval_hits
 from diffusion_jax.evaluation.statistics import Moments, Statistics
@@ -30,6 +30,7 @@ KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 GROUPS, WIDE = 32, 512
 """Groups of samples whose halves give the interval of a Fréchet distance; of features wider than
 WIDE fewer halves are tried, for each takes the eigenvalues of a matrix of that width."""
+DISCRETE_BITS = 'latent_bits_per_dim_discrete'
 FEWEST_FOR_FID = 10_000
 """Below so many samples FID is mostly bias (Chong & Forsyth 2020, fig. 1)."""
 
@@ -40,6 +41,8 @@ class Compared:
 
   column: which, `EXTRACTOR:OUTPUT`. samples: [n d]. reference: [m d], or None where only its
   `moments` are known. texts: [n d], of the samples' captions in the same space, if there are any.
+  labels: [n], the classes that the samples should be of, as numbers of the classifier's logits.
+  own: whether the samples are reconstructions of the reference, whose figures have other names.
   """
 
   column: str
@@ -47,6 +50,8 @@ class Compared:
   moments: Moments | None = None
   reference: Float[np.ndarray, 'm d'] | None = None
   texts: Float[np.ndarray, 'n d'] | None = None
+  labels: Int[np.ndarray, 'n'] | None = None
+  own: bool = False
 
   @property
   def family(self) -> str:
@@ -61,6 +66,12 @@ class Compared:
   def suffix(self) -> str:
     """What tells a figure of these features from Inception's, whose names stand alone."""
     return '' if self.family == 'inception' else f'_{self.family}'
+
+  @property
+  def distance(self) -> str:
+    """What the Fréchet distance is called: fid, sfid or fd_FAMILY; rfid ... of reconstructions."""
+    name = f'fd{self.suffix}' if self.suffix else {'spatial': 'sfid'}.get(self.output, 'fid')
+    return f'r{name}' if self.own else name
 
 
 @dataclasses.dataclass
@@ -85,8 +96,8 @@ class Scores:
 
 
 def frechet(of: Compared, scores: Scores, seed: int) -> None:
-  """fid, sfid, or fd_FAMILY, with its interval."""
-  name = f'fd{of.suffix}' if of.suffix else {'spatial': 'sfid'}.get(of.output, 'fid')
+  """fid, sfid, or fd_FAMILY, with its interval; rfid ... of reconstructions."""
+  name = of.distance
   n, d = of.samples.shape
   reference = FrechetReference(of.moments)
   value = reference.distance(Statistics.from_features(of.samples))
@@ -109,7 +120,7 @@ def frechet(of: Compared, scores: Scores, seed: int) -> None:
 def frechet_infinity(of: Compared, scores: Scores, seed: int) -> None:
   """The same at an infinite number of samples."""
   found = extrapolated_frechet_distance(of.samples, of.moments, seed=seed)
-  name = f'{"fid" if of.family == "inception" else f"fd{of.suffix}"}_infinity'
+  name = f'{of.distance}_infinity'
   reach = 1.96 * found.standard_error
   scores.add(name, found.value, Interval(
     found.value, found.value - reach, found.value + reach, found.standard_error, 0.95, 'fit'
@@ -183,18 +194,34 @@ def retrieval(of: Compared, scores: Scores, seed: int) -> None:
     scores.warnings.append(f'retrieval_r1 ranks {len(hits)} captions instead of 100: it is easier.')
 
 
+def accuracy(of: Compared, scores: Scores, seed: int) -> None:
+  """class_accuracy: share of images that the classifier finds to be of their own class."""
+  hits = class_hits(of.samples, of.labels)
+  scores.add('class_accuracy', hits.mean(), _interval_of_mean(hits, scores, seed))
+
+
+def of_each(of: Compared, scores: Scores, seed: int) -> None:
+  """The mean of a figure of single images, by its own name."""
+  each = of.samples[:, 0]
+  finite = bool(np.isfinite(each).all())
+  interval = _interval_of_mean(each, scores, seed) if finite and len(each) > 1 else None
+  scores.add(of.output, each.mean(), interval)
+
+
 def _interval_of_mean(values: np.ndarray, scores: Scores, seed: int) -> Interval | None:
   return bootstrap_mean(values, seed=seed) if scores.with_intervals else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """compute: adds figures. outputs: of an extractor that it can be computed of. needs: fields of
-  Compared that it cannot do without."""
+  """compute: adds figures. outputs: of an extractor that it can be computed of, or the figure of
+  single images that it is the mean of. needs: fields of Compared that it cannot do without. source:
+  where outputs come from that are no features."""
 
   compute: Callable[[Compared, Scores, int], None]
   outputs: tuple[str, ...]
   needs: tuple[str, ...] = ('reference',)
+  source: str = ''
 
 
 _POOLED = ('pool3', 'embedding', 'cls', 'penultimate')
@@ -209,6 +236,10 @@ METRICS: dict[str, Metric] = {
   'inception_score': Metric(inception, ('logits_unbiased',), ()),
   'clip_score': Metric(text, ('embedding',), ('texts',)),
   'retrieval': Metric(retrieval, ('embedding',), ('texts',)),
+  'class_accuracy': Metric(accuracy, ('logits',), ('labels',)),
+  **{name: Metric(of_each, (name,), (), 'an autoencoder') for name in ('psnr', 'ssim', 'l1')},
+  'lpips': Metric(of_each, ('lpips',), (), 'an autoencoder, and --lpips'),
+  'bits_per_dim': Metric(of_each, (DISCRETE_BITS,), (), 'a diffusion model and images to draw'),
 }
 
 
@@ -223,9 +254,18 @@ def outputs_of(metrics: Sequence[str], available: Mapping[str, int]) -> tuple[st
   return tuple(o for o in available if any(o in METRICS[name].outputs for name in metrics))
 
 
+def takes_reference(output: str) -> bool:
+  """Whether any metric compares such features with those of a reference."""
+  return any(
+    output in metric.outputs and {'moments', 'reference'} & set(metric.needs)
+    for metric in METRICS.values()
+  )
+
+
 _LACKS = {
   'reference': 'the reference images themselves, not only their statistics',
   'moments': 'a reference', 'texts': 'captions',
+  'labels': 'the classes of the captions, of a data set or --labels, and a classifier',
 }
 
 
@@ -243,7 +283,7 @@ def check_metrics(metrics: Sequence[str], outputs: Sequence[str], known: Collect
     metric = METRICS[name]
     lacks = [_LACKS[need] for need in metric.needs if need not in known]
     if not set(metric.outputs) & set(outputs):
-      lacks.insert(0, f'the features {" or ".join(metric.outputs)}')
+      lacks.insert(0, metric.source or f'the features {" or ".join(metric.outputs)}')
     if lacks:
       raise UserError(f'{name} needs {lacks[0]}; give that, or leave {name} out of --metrics.')
 

@@ -1,18 +1,21 @@
 """What a page of an evaluation shows beside figures: features, near copies, prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
+from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extraction import Features
 from diffusion_jax.evaluation.keeping import Thumbnails
 from diffusion_jax.evaluation.metrics.gaussians import principal_components
+from diffusion_jax.evaluation.metrics.logits import class_hits
 from diffusion_jax.evaluation.metrics.nearest import nearest_neighbours
 from diffusion_jax.evaluation.metrics.text import clip_score_of_each
-from diffusion_jax.viz.evaluation import Cloud, Pair, Prompt
+from diffusion_jax.viz.evaluation import ClassRow, Cloud, Pair, Prompt
 
-PAIRS, PROMPTS = 12, 12
+PAIRS, PROMPTS, CLASSES = 12, 12, 5
 
 
 def clouds(samples: Features, reference: Features) -> list[Cloud]:
@@ -61,3 +64,59 @@ def best_and_worst(
     ]
 
   return {'best': shown(order[::-1][:PROMPTS]), 'worst': shown(order[:PROMPTS])}
+
+
+def reconstructions(
+  samples: Features, pictures: Thumbnails, originals: Thumbnails
+) -> dict[str, list[Pair]]:
+  """Those nearest to their originals and those farthest, by PSNR, each beside its original."""
+  each = samples.each.get('psnr')
+  if each is None:
+    return {}
+  order = np.argsort(each, kind='stable')
+
+  def shown(rows) -> list[Pair]:
+    found = [(int(samples.rows[row]), float(each[row])) for row in rows]
+    pairs = [(pictures[number], originals[number], number, value) for number, value in found]
+    return [
+      Pair(picture, original, value, f'image {number}')
+      for picture, original, number, value in pairs if picture is not None and original is not None
+    ]
+
+  return {'best': shown(order[::-1][:PAIRS]), 'worst': shown(order[:PAIRS])}
+
+
+def class_numbers(labels: Sequence[str], classes: Sequence[str]) -> Int[np.ndarray, 'n']:
+  """Names of classes -> which logits stand for them. UserError, with the name, for another."""
+  numbers = {name: number for number, name in enumerate(classes)}
+  unknown = sorted(set(labels) - set(numbers))
+  if unknown:
+    raise UserError(
+      f'the classifier has no class {unknown[0]!r}, which captions are of (it has '
+      f'{", ".join(classes)}); give the one of these labels, or leave out class_accuracy.'
+    )
+  return np.asarray([numbers[label] for label in labels], np.int64)
+
+
+def worst_classes(
+  columns: Mapping[str, tuple[Features, np.ndarray]], logits: str, classes: Sequence[str]
+) -> list[ClassRow]:
+  """The classes that the first column has least often right.
+
+  Args:
+    columns: features, and numbers of the classes [total] that the images should be of.
+    logits: name of the features that are logits.
+  """
+  hits, true = {}, {}
+  for name, (features, numbers) in columns.items():
+    true[name] = numbers[features.rows]
+    hits[name] = class_hits(features.columns[logits], true[name])
+  first = next(iter(columns))
+  rows = [
+    ClassRow(classes[k], int((true[first] == k).sum()), {
+      name: float(hits[name][true[name] == k].mean()) if (true[name] == k).any() else float('nan')
+      for name in columns
+    })
+    for k in np.unique(true[first])
+  ]
+  return sorted(rows, key=lambda row: row.accuracies[first])[:CLASSES]

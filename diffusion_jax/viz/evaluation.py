@@ -55,9 +55,18 @@ class Prompt(NamedTuple):
   score: float
 
 
+class ClassRow(NamedTuple):
+  """How often images of a class are found to be of it, by column; count: in the first column."""
+
+  name: str
+  count: int
+  accuracies: Mapping[str, float]
+
+
 def write_evaluation_page(
   path: Path, scores: Mapping[str, Any], *, clouds: Sequence[Cloud] = (),
   pairs: Sequence[Pair] = (), best: Sequence[Prompt] = (), worst: Sequence[Prompt] = (),
+  reconstructions: Mapping[str, Sequence[Pair]] | None = None, classes: Sequence[ClassRow] = (),
 ) -> None:
   """Writes the page; it needs nothing else to be viewed.
 
@@ -67,11 +76,15 @@ def write_evaluation_page(
       figures for each checkpoint of a run.
     pairs: the samples that are most like a reference image, the most alike first.
     best, worst: the samples that fit their captions best, and worst, those first.
+    reconstructions: 'best' and 'worst', each beside its original, similarity the PSNR in dB.
+    classes: those that come out worst.
   """
   body = (
     f'<header>\n<h1>{page.escape(path.stem)}</h1>\n'
     f'<p class="muted">{page.escape(_subject(scores))}</p>\n</header>\n'
-    + _figures(scores) + _warnings(scores)
+    + _figures(scores) + _warnings(scores) + _classes(classes)
+    + _reconstructions('worst', (reconstructions or {}).get('worst', ()))
+    + _reconstructions('best', (reconstructions or {}).get('best', ()))
     + page.section('sweep', 'Sweep', SWEPT, page.chart_grid(sweep_charts(scores)))
     + page.section('history', 'Checkpoints', '', page.chart_grid(_history(scores)))
     + _prompts('best', 'Best prompts', best) + _prompts('worst', 'Worst prompts', worst)
@@ -161,6 +174,33 @@ def _pairs(pairs: Sequence[Pair]) -> str:
           'the cosine of their features. Copies of training images would be here.')
   body = f'<div class="strip">\n{figures}</div>' if figures else ''
   return page.section('nearest', 'Nearest in the reference', note, body)
+
+
+def _reconstructions(which: str, pairs: Sequence[Pair]) -> str:
+  figures = ''.join(
+    f'<figure>{_picture(pair.reference, "original")}{_picture(pair.sample, "reconstruction")}'
+    f'<figcaption>{page.escape(pair.name)}: {pair.similarity:.1f} dB</figcaption></figure>\n'
+    for pair in pairs
+  )
+  body = f'<div class="strip">\n{figures}</div>' if figures else ''
+  note = 'Above, the originals; below, what comes back, with its PSNR.'
+  return page.section(
+    f'{which}_reconstructions', f'{which.capitalize()} reconstructions', note, body
+  )
+
+
+def _classes(classes: Sequence[ClassRow]) -> str:
+  if not classes:
+    return ''
+  columns = list(classes[0].accuracies)
+  rows = [
+    (row.name, [str(row.count), *(page.number(row.accuracies[c]) for c in columns)])
+    for row in classes
+  ]
+  note = 'The classes that are least often recognised, how many images there are of each, and the '\
+         'share that the classifier finds to be of it.'
+  body = page.number_table(['', 'images', *columns], rows)
+  return page.section('classes', 'Classes that come out worst', note, body)
 
 
 def _prompts(name: str, heading: str, prompts: Sequence[Prompt]) -> str:

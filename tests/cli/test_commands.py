@@ -29,15 +29,12 @@ def test_evaluate_compares_with_real_and_untrained(command, finished, tmp_path, 
   assert all(word in printed for word in ('fd_clip', 'untrained', str(out)))
 
 
-@pytest.mark.parametrize(('task', 'metric'), [
-  ('autoencoder', 'psnr'), ('clip', 'retrieval_r1_of_100'),
-])
-def test_evaluate_knows_the_other_tasks(command, trained, tmp_path, task, metric):
+def test_evaluate_knows_the_other_tasks(command, trained, tmp_path):
   out = tmp_path / 'scores.json'
-  assert command('evaluate', '--workdir', trained(task), '--samples', 16, '--out', out) == 0
-  wanted = json.loads((trained(task) / 'scores.json').read_text())
+  assert command('evaluate', '--workdir', trained('clip'), '--samples', 16, '--out', out) == 0
+  wanted = json.loads((trained('clip') / 'scores.json').read_text())
   found = json.loads(out.read_text())
-  assert found.keys() == wanted.keys() and metric in found['test']
+  assert found.keys() == wanted.keys() and 'retrieval_r1_of_100' in found['test']
   for column, values in wanted.items():
     assert found[column] == pytest.approx(values, rel=1e-3, abs=1e-4)
 

@@ -32,6 +32,14 @@ def psnr(x: Float[np.ndarray, 'b h w c'], y: Float[np.ndarray, 'b h w c']) -> fl
   return float(np.mean(psnr_of_each(x, y)))
 
 
+def l1_of_each(
+  x: Float[np.ndarray, 'b h w c'], y: Float[np.ndarray, 'b h w c']
+) -> Float[np.ndarray, 'b']:
+  """Mean absolute difference of each pair of images, of values in [-1, 1]. UserError as in PSNR."""
+  x, y = (np.asarray(v, np.float64) for v in _pairs(x, y, 'L1'))
+  return np.abs(x - y).mean(axis=tuple(range(1, x.ndim)))
+
+
 def ssim_of_each(
   x: Float[np.ndarray, 'b h w c'], y: Float[np.ndarray, 'b h w c']
 ) -> Float[np.ndarray, 'b']:

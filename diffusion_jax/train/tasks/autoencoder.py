@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax.data.sources import ImageSource
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.metrics.images import psnr
+from diffusion_jax.evaluation.reconstruction import figures_of_pairs, reconstructor
 from diffusion_jax.io.pretrained import load_lpips, save_params
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.discriminator import Discriminator, DiscriminatorConfig
@@ -22,7 +22,6 @@ from diffusion_jax.models.lpips import lpips
 from diffusion_jax.parallel.sharding import in_batches
 from diffusion_jax.train.tasks.task import Frozen, Metrics, Scores, Task, mean_metric
 from diffusion_jax.types import Images, Latents, Params
-from diffusion_jax.viz.grids import to_uint8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,19 +156,13 @@ class AutoencoderTask(Task):
     """Test images, each beside its reconstruction."""
     records = [self.test[i] for i in range(min(16, len(self.test)))]
     images = np.stack([record['image'] for record in records])
-    outputs = np.concatenate(list(self.reconstruct(params, images, mesh)))
+    outputs = self.reconstruct(params, images, mesh)
     pairs = np.stack([images, outputs], axis=1).reshape(-1, *images.shape[1:])
     return pairs, [text for r in records for text in (r['captions'][0], 'reconstruction')]
 
-  def reconstruct(self, params: Params, images: np.ndarray, mesh: Mesh, batch_size: int = 64):
-    """uint8 [n h w 3] -> reconstructions through the latent means, uint8, in batches."""
-    def run(params, images):
-      model = self.autoencoder.bind(params)
-      return model.decode(model.encode(images.astype(jnp.float32) / 127.5 - 1)[0])
-
-    own = under('autoencoder', params)
-    for out in in_batches(jax.jit(run), own, images, mesh=mesh, batch_size=batch_size):
-      yield to_uint8(np.asarray(out, np.float32))
+  def reconstruct(self, params: Params, images: np.ndarray, mesh: Mesh) -> np.ndarray:
+    """uint8 [n h w 3] -> reconstructions through the latent means, uint8."""
+    return reconstructor(self.autoencoder, mesh)(under('autoencoder', params), images)
 
   def latent_moments(self, params: Params, images: np.ndarray, mesh: Mesh) -> tuple[float, float]:
     """Mean and standard deviation over all sampled latent values of the images."""
@@ -187,11 +180,11 @@ class AutoencoderTask(Task):
     if not len(self.test):
       raise UserError('the test split is empty; choose another data set.')
     images = np.stack([self.test[i]['image'] for i in range(min(samples, len(self.test)))])
-    outputs = np.concatenate(list(self.reconstruct(params, images, mesh)))
-    real, found = images / 127.5 - 1, outputs / 127.5 - 1
+    outputs = self.reconstruct(params, images, mesh)
+    figures = figures_of_pairs(images, outputs, ('psnr', 'l1'))
     mean, std = self.latent_moments(params, images, mesh)
     return {'test': {
-      'psnr': psnr(found, real), 'l1': float(np.abs(found - real).mean()),
+      **{name: float(each.mean()) for name, each in figures.items()},
       'latent_mean': mean, 'latent_std': std, 'images': float(len(images)),
     }}
 

@@ -1,0 +1,100 @@
+"""What an autoencoder makes of images: the pictures that come back, and how like they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float, UInt8
+
+from diffusion_jax.evaluation.extraction import Made, reader
+from diffusion_jax.evaluation.images import ImageSet
+from diffusion_jax.evaluation.metrics.images import l1_of_each, psnr_of_each, ssim_of_each
+from diffusion_jax.evaluation.offline import Work
+from diffusion_jax.models.functional import Network
+from diffusion_jax.models.lpips import lpips
+from diffusion_jax.parallel.sharding import in_batches
+from diffusion_jax.types import Params
+from diffusion_jax.viz.grids import to_uint8
+
+FIGURES: Mapping[str, Callable] = {'psnr': psnr_of_each, 'ssim': ssim_of_each, 'l1': l1_of_each}
+BATCH = 32
+
+
+def reconstructor(network: Network, mesh: Mesh, batch_size: int = BATCH) -> Callable:
+  """(parameters on the mesh, uint8 [n h w 3]) -> what comes back, uint8, through the means of the
+  latents. UserError where h or w is no multiple of the autoencoder's factor."""
+
+  @jax.jit
+  def run(params: Params, images: jax.Array) -> jax.Array:
+    model = network.bind(params)
+    images = model.decode(model.encode(images.astype(jnp.float32) / 127.5 - 1)[0])
+    return images.astype(jnp.float32)
+
+  def reconstruct(params: Params, images: np.ndarray) -> np.ndarray:
+    batches = in_batches(run, params, images, mesh=mesh, batch_size=batch_size)
+    return np.concatenate([to_uint8(batch) for batch in batches])
+
+  return reconstruct
+
+
+def figures_of_pairs(
+  originals: UInt8[np.ndarray, 'n h w 3'], outputs: UInt8[np.ndarray, 'n h w 3'],
+  names: Sequence[str],
+) -> dict[str, Float[np.ndarray, 'n']]:
+  """Figures of FIGURES, of each pair: PSNR in dB, SSIM up to 1, L1 of values in [-1, 1]."""
+  x, y = (images / 127.5 - 1 for images in (originals, outputs))
+  return {name: FIGURES[name](y, x) for name in names}
+
+
+def perceptual(params: Params, mesh: Mesh, batch_size: int = BATCH) -> Callable:
+  """(originals, reconstructions), uint8 [n h w 3] -> LPIPS [n]; params: of `lpips`, on the mesh."""
+  scaled = lambda images: images.astype(jnp.float32) / 127.5 - 1
+  run = jax.jit(lambda params, a, b: lpips(params, scaled(a), scaled(b)))
+
+  def distances(originals: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+    return np.concatenate(list(
+      in_batches(run, params, outputs, originals, mesh=mesh, batch_size=batch_size)
+    ))
+
+  return distances
+
+
+def of_autoencoder(
+  reconstruct: Callable, params: Callable[[], Params], name: str, images: ImageSet,
+  figures: Sequence[str], distances: Callable | None = None, weights: str = '',
+) -> Work:
+  """The work of encoding and decoding a set of images of one size.
+
+  Args:
+    reconstruct: of `reconstructor`; params: gives them on its mesh; first called by all processes
+      together, when there is something to do.
+    name: of the autoencoder with its weights, such as a run and its step.
+    figures: of FIGURES, kept for each image.
+    distances: of `perceptual`, whose LPIPS is kept, too; weights: which those of it are.
+  """
+  read = reader(images)
+  every = (*figures, *(['lpips'] if distances else []))
+
+  def make(items: range) -> Made:
+    found, trouble, _ = read(items)
+    there = [i for i, image in enumerate(found) if image is not None]
+    made: list = [None] * len(found)
+    each = {name: np.full(len(found), np.nan) for name in every}
+    if there:
+      originals = np.stack([found[i] for i in there])
+      outputs = reconstruct(params(), originals)
+      values = figures_of_pairs(originals, outputs, figures)
+      if distances:
+        values['lpips'] = distances(originals, outputs)
+      for place, i in enumerate(there):
+        made[i] = outputs[place]
+      for name in every:
+        each[name][there] = values[name]
+    return Made(made, trouble, each)
+
+  plan = {'model': name, 'images': images.name, 'lpips': weights}
+  return Work(len(images), plan, make, params, every)
