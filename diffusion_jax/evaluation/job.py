@@ -14,7 +14,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.budget import Budget
 from diffusion_jax.evaluation.collecting import Collected, Collector, Images
 from diffusion_jax.evaluation.figures import figure_names
-from diffusion_jax.evaluation.named import check_named, embed_texts, load_named
+from diffusion_jax.evaluation.named import check_named, load_named, text_towers
 from diffusion_jax.evaluation.scores import METRICS as KNOWN_METRICS
 from diffusion_jax.evaluation.scores import Compared, check_metrics, outputs_of, score
 from diffusion_jax.evaluation.statistics import Statistics
@@ -60,13 +60,14 @@ class Evaluation:
     train: ImageSource, test: ImageSource, mesh: Mesh,
   ):
     """UserError for weights that cannot be read, or a metric that these features cannot have."""
-    self.model, self.mesh, self.metrics, self._named = model, mesh, tuple(metrics), features
+    self.model, self.mesh, self.metrics = model, mesh, tuple(metrics)
     self._train, self._test = train, test
     self.extractors = load_named(features, metrics, mesh, FEATURES_KEY)
     self._collect = Collector(self.extractors, mesh, metrics)
     outputs = [name.rpartition(':')[2] for name in self._collect.columns]
-    known = {'moments', 'reference', *(['texts'] if 'embedding' in outputs else [])}
-    check_metrics(metrics, outputs, known, METRICS_KEY)
+    check_metrics(metrics, outputs, ('moments', 'reference', 'texts'), METRICS_KEY)
+    asked = any('texts' in KNOWN_METRICS[name].needs for name in metrics)
+    self._towers = text_towers(features, self.extractors, mesh) if asked else {}
     self.figures = figure_names(metrics, self._collect.columns)
     """Names of all figures that it gives."""
 
@@ -85,12 +86,6 @@ class Evaluation:
       name: value if isinstance(value, Statistics) else Statistics.from_features(value)
       for name, value in self.reference.items()
     }
-
-  def _texts(self, captions: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Embeddings of captions, where a metric asks for them."""
-    if not any('texts' in KNOWN_METRICS[name].needs for name in self.metrics):
-      return {}
-    return embed_texts(self._named, self.extractors, captions, self.mesh)
 
   def _scores(
     self, samples: Collected, moments: dict[str, Statistics], texts: dict, seed: int
@@ -140,7 +135,7 @@ class Evaluation:
       found['untrained'] = drawn('untrained', untrained, Budget(0))
     if real:
       found['real'] = self._collect([np.stack([r['image'] for r in records[:samples]])])
-    texts = self._texts(captions[:samples])
+    texts = {name: tower.texts(captions[:samples]) for name, tower in self._towers.items()}
     out = {name: self._scores(one, moments, texts, seed) for name, one in found.items()}
     out['settings'] = {
       'samples': samples, 'reference_images': len(self._train), 'seed': seed,
