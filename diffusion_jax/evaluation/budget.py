@@ -1,6 +1,7 @@
 """How long the drawing of samples for one evaluation may take."""
 
 import time
+from collections.abc import Callable
 
 from diffusion_jax.parallel.agreement import agree
 
@@ -12,9 +13,9 @@ class Budget:
   more than the second. So there are always two batches, if so many are wanted.
   """
 
-  def __init__(self, seconds: float):
-    self.seconds = seconds
-    self._last = time.monotonic()
+  def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic):
+    self.seconds, self._clock = seconds, clock
+    self._last = clock()
     self._times: list[float] = []
 
   def over(self) -> bool:
@@ -22,7 +23,7 @@ class Budget:
 
     All processes must ask equally often.
     """
-    now = time.monotonic()
+    now = self._clock()
     self._times.append(now - self._last)
     self._last = now
     if not self.seconds or len(self._times) < 2:
