@@ -126,6 +126,8 @@ class Checkpoints:
   def wait(self) -> bool:
     """Blocks until every save is on disk or has failed; whether the last one succeeded."""
     self._collect()
+    if jax.process_index() == 0 and not self.read_only:
+      self._prune()  # Scores may have come since the save began.
     return not self.trouble
 
   def should_retry(self) -> bool:

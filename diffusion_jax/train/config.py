@@ -49,10 +49,9 @@ class LoopConfig:
         f'loop.evaluate_samples is {self.evaluate_samples}; give a number of samples, or 0 with '
         'evaluate_every_steps 0 for no scores.'
       )
-    if self.evaluate_seconds < 0 or (self.evaluate_seconds and not self.evaluate_samples):
+    if self.evaluate_seconds < 0:
       raise UserError(
-        f'loop.evaluate_seconds is {self.evaluate_seconds:g}; give seconds, or 0 for no limit or '
-        'no samples.'
+        f'loop.evaluate_seconds is {self.evaluate_seconds:g}; give seconds, or 0 for no limit.'
       )
     if self.keep_best and not self.evaluate_every_steps:
       raise UserError(

@@ -1,13 +1,15 @@
 """Evaluations within a time budget: all of a run are of one number of samples."""
 
 import json
+import time
+import types
 
-import pytest
-
+from diffusion_jax.evaluation.budget import Budget
+from diffusion_jax.io.metrics_writer import MetricsWriter
 from diffusion_jax.io.run_directory import RunDirectory
 from diffusion_jax.train.config import LoopConfig
 from diffusion_jax.train.sample_count import SampleCount
-from diffusion_jax.train.tasks.diffusion import DiffusionTask
+from diffusion_jax.train.showing import Showing
 from tests import tiny
 
 
@@ -40,28 +42,47 @@ def test_all_that_was_wanted_needs_no_word(tmp_path):
   assert json.loads((tmp_path / 'evaluation.json').read_text())['samples'] == 256
 
 
-@pytest.mark.slow
-def test_a_run_scores_within_its_budget_and_keeps_the_best(
-  command, parts, small_data, tmp_path, monkeypatch, capsys
-):
-  """A budget of no time: 16 samples in two batches."""
-  monkeypatch.setattr(DiffusionTask, 'draw_batch', 8)
-  values = tiny.diffusion_config(
-    parts, {'evaluation': {'metrics': ['fd', 'clip_score']}}, optimizer={'learning_rate': 0.1},
-    loop={'total_steps': 3, 'evaluate_every_steps': 1, 'checkpoint_every_steps': 1,
-          'evaluate_samples': 20, 'evaluate_seconds': 1e-6, 'keep_checkpoints': 1,
-          'keep_best': 'clip_score', 'keep_best_is': 'highest'},
+class Slow:
+  """A task whose samples take a while: batches of 8."""
+
+  def evaluate(self, params, frozen, mesh, *, samples, final, seconds):
+    budget, drawn = Budget(seconds), 0
+    while drawn < samples:
+      time.sleep(0.01)
+      drawn += 8
+      if budget.over():
+        break
+    return {'generated': {'fid': 100.0 - drawn}, 'settings': {'samples': drawn}}
+
+
+def test_scores_of_fewer_samples_than_before_are_not_compared(tmp_path, capsys):
+  loop = LoopConfig(evaluate_samples=64, evaluate_seconds=1e-6)
+  training = types.SimpleNamespace(
+    directory=RunDirectory(tmp_path), loop=loop, task=Slow(), mesh=None
   )
-  config = tiny.write_config(tmp_path / 'recipe.py', values)
-  arguments = ('train', '--config', config, '--workdir', tmp_path / 'run', '--quiet')
-  assert command(*arguments) == 0
-  assert capsys.readouterr().err.count('allow 16 of 20 samples') == 1
-  scores = tiny.metrics(tmp_path / 'run', 'evaluation')
-  assert sorted(scores) == [1, 2, 3]
-  assert all(line['samples'] == 16 for line in scores.values())
-  best = max(scores, key=lambda step: (scores[step]['clip_score'], step))
-  folders = (tmp_path / 'run' / 'checkpoints').iterdir()
-  assert {int(path.name) for path in folders if path.is_dir()} == {best, 3}
-  final = json.loads((tmp_path / 'run' / 'scores.json').read_text())
-  assert final['settings']['samples'] == 16
-  assert set(final['generated']) == set(final['untrained']) == {'fd_clip', 'clip_score'}
+  state = types.SimpleNamespace(eval_params={})
+  writer = MetricsWriter(training.directory, True)
+  showing = Showing(training, writer, {})
+  scores, figures = showing.evaluate(state, 10)
+  assert figures == {'fid': 84.0, 'samples': 16} and 'samples' not in scores['generated']
+  assert 'allow 16 of 64 samples' in capsys.readouterr().err
+  assert showing.evaluate(state, 20)[1] == figures
+  # A run that has chosen more, on a machine that was faster.
+  (tmp_path / 'evaluation.json').write_text('{"samples": 48, "of": 64, "seconds": 1e-06}')
+  slower = Showing(training, writer, {})
+  assert slower.evaluate(state, 30)[1] == {}
+  assert 'had time for 16 samples only, in place of 48' in capsys.readouterr().err
+  writer.close()
+  lines = tiny.metrics(tmp_path, 'evaluation')
+  assert {step: line['samples'] for step, line in lines.items()} == {10: 16, 20: 16, 30: 16}
+
+
+def test_a_run_with_a_budget(finished):
+  """Time for all: two evaluations on the way and the last one are of as many samples."""
+  lines = tiny.metrics(finished, 'evaluation')
+  assert {step: line['samples'] for step, line in lines.items()} == {2: 16, 4: 16}
+  assert json.loads((finished / 'evaluation.json').read_text()) == {
+    'samples': 16, 'of': 16, 'seconds': 600.0
+  }
+  kept = json.loads((finished / 'checkpoints' / 'scores.json').read_text())
+  assert kept['4']['samples'] == 16 and kept['4']['clip_score'] == lines[4]['clip_score']
