@@ -23,6 +23,7 @@ def base(task: str) -> ConfigDict:
     'ema_halflife_images': 0.0, 'log_every_steps': 20, 'checkpoint_every_steps': 500,
     'keep_checkpoints': 2, 'keep_every_steps': 0, 'keep_best': '', 'keep_best_is': 'lowest',
     'sample_every_steps': 500, 'evaluate_every_steps': 0, 'evaluate_samples': 256,
+    'evaluate_seconds': 0.0,
     'profile_first_step': 0, 'profile_steps': 5, 'wandb_project': '',
   })
   config.safety = ConfigDict({

@@ -180,6 +180,23 @@ def _check_host_memory(mesh: Mesh) -> None:
     )
 
 
+def _check_evaluation(config: TrainingConfig, task: Task, mesh: Mesh) -> None:
+  """Whether what scores the model can be had, and gives the figure that checkpoints are kept by."""
+  loop = config.loop
+  if config.task not in LATENT and loop.evaluate_seconds:
+    raise UserError(
+      'loop.evaluate_seconds limits how long pictures are drawn for scores, and task '
+      f'{config.task} draws none; set it to 0 and choose loop.evaluate_samples.'
+    )
+  if config.task in LATENT and loop.evaluate_samples:
+    figures = task.evaluation(mesh).figures
+    if loop.keep_best and loop.keep_best not in figures:
+      raise UserError(
+        f'loop.keep_best is {loop.keep_best!r}, which settings.evaluation does not measure; it '
+        f'measures {", ".join(figures)}.'
+      )
+
+
 def build(config: ConfigDict | dict, workdir: str) -> Training:
   """Everything the train loop needs. Nothing is written before all of it is known to be good.
 
@@ -203,6 +220,7 @@ def build(config: ConfigDict | dict, workdir: str) -> Training:
       checked.settings.check_scored()
     check_samples(checked.loop.evaluate_samples, len(test))
   task = build_task(checked, train, test, directory, mesh)
+  _check_evaluation(checked, task, mesh)
   if checked.task == 'finetune' and checked.settings.prior.folder:
     train = Together(train, draw_prior(task, mesh), checked.settings.prior.weight)
   shapes = jax.eval_shape(task.initialize, jax.random.key(0))

@@ -135,10 +135,13 @@ def trained(once, parts, command):
   """
 
   def run(task):
+    loop = {'sample_every_steps': 2, 'evaluate_every_steps': 2}
     values = {
       'autoencoder': tiny.autoencoder_config, 'clip': tiny.clip_config,
-      'diffusion': lambda **sections: tiny.diffusion_config(parts, **sections),
-    }[task](loop={'sample_every_steps': 2, 'evaluate_every_steps': 2})
+      'diffusion': lambda loop: tiny.diffusion_config(
+        parts, loop={**loop, 'evaluate_seconds': 600.0}
+      ),
+    }[task](loop=loop)
 
     def make(folder):
       config = tiny.write_config(folder / 'recipe.py', values)

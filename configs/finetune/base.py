@@ -21,6 +21,7 @@ def finetune_base(architecture: str, size: int) -> ConfigDict:
       'model': '', 'architecture': architecture, 'train': 'unet', 'inputs': 'none',
       'objective': {'prediction': 'epsilon'}, 'caption_dropout': 0.1, 'cache': False,
       'sample': {'sampler': 'dpmpp_2m', 'steps': 25, 'guidance': 7.5},
+      'evaluation': {'features': (), 'metrics': ('fd', 'kid', 'clip_score', 'retrieval')},
       'preview_captions': PROMPTS, 'export_dtype': 'float16',
     })
   config.optimizer.update({'schedule': 'constant', 'warmup_steps': 0, 'b2': 0.999})

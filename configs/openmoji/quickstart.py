@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
       'caption_dropout': 0.1,
       'cache': True,
       'sample': {'sampler': 'dpmpp_2m', 'steps': 12, 'guidance': 2.0},
+      'evaluation': {'features': (), 'metrics': ('fd', 'kid', 'clip_score', 'retrieval')},
       'preview_captions': CAPTIONS,
     })
   config.optimizer.update({'learning_rate': 1.5e-3, 'warmup_steps': 60, 'weight_decay': 0.01})

@@ -156,20 +156,21 @@ def open_comparison(
   """
   from diffusion_jax.evaluation.comparison import Comparison
   from diffusion_jax.evaluation.extraction import Extraction
+  from diffusion_jax.evaluation.named import load_named, text_towers
   from diffusion_jax.evaluation.offline import local_mesh
 
   mesh = local_mesh()
   named = args.features or [f'clip:{clip}']
   metrics = _metrics(args, default)
   computed = [*metrics, 'fd'] if args.save_statistics else metrics
-  extraction = Extraction(_extractors(named, computed, mesh), mesh)
+  extraction = Extraction(load_named(named, computed, mesh), mesh)
   _check_towers(metrics, extraction.extractors)
   kept = (out.with_name(f'{out.stem}.images'), args.keep) if args.keep else None
   captioned = not args.images and reference is None
   return Comparison(
     extraction, metrics, reference or _reference(args, metrics, extraction, split),
     out.with_name(f'{out.stem}.parts'),
-    texts=_texts(named, extraction) if captioned else {}, seed=args.seed,
+    texts=text_towers(named, extraction.extractors, mesh) if captioned else {}, seed=args.seed,
     most_unreadable=args.most_unreadable or 0.0, kept=kept,
   )
 
@@ -226,42 +227,6 @@ def settings_of(comparison: Comparison) -> dict[str, Any]:
     'features': [extractor.name for extractor in comparison.extraction.extractors],
     'metrics': comparison.metrics, 'seed': comparison.seed,
   }
-
-
-def _texts(named: list[str], extraction) -> dict:
-  """Column -> the CLIP that embeds captions for it."""
-  from diffusion_jax.evaluation.extraction import column
-  from diffusion_jax.evaluation.features import CLIPFeatures
-  from diffusion_jax.io.pretrained import resolve
-  from diffusion_jax.models.text.tokenizer import load_tokenizer
-
-  found = {}
-  for text, extractor in zip(named, extraction.extractors, strict=True):
-    kind, _, path = text.partition(':')
-    if kind == 'clip' and extractor.has_texts:
-      clip = CLIPFeatures(extractor, load_tokenizer(resolve(path)), extraction.mesh)
-      found[column(extractor, 'embedding')] = clip
-  return found
-
-
-def _extractors(named: list[str], metrics: list[str], mesh) -> list:
-  from diffusion_jax.evaluation.extractors import NAMES, load_extractor
-  from diffusion_jax.evaluation.scores import outputs_of
-  from diffusion_jax.models.inception import InceptionConfig
-
-  found = []
-  for text in named:
-    kind, colon, path = text.partition(':')
-    if not colon or kind not in NAMES:
-      raise UserError(
-        f'--features {text} is not of the form KIND:PATH with a kind of {", ".join(NAMES)}.'
-      )
-    inception = kind.startswith('inception')
-    # ImageNet's logits know nothing of the classes of one's own.
-    widths = {k: v for k, v in InceptionConfig().widths.items() if k != 'logits'}
-    outputs = outputs_of(metrics, widths) if inception else ()
-    found.append(load_extractor(kind, path, outputs=outputs, mesh=mesh))
-  return found
 
 
 def _reference(

@@ -57,7 +57,12 @@ class Extractor(Protocol):
 
 def compiled(extractor: Extractor) -> Callable[[Params, jax.Array], dict[str, jax.Array]]:
   """jax.jit of `apply`, with the options under which convolutions are quickest."""
-  return jax.jit(extractor.apply, compiler_options=_options())
+  return jit_quickest(extractor.apply)
+
+
+def jit_quickest(function: Callable, **how) -> Callable:
+  """jax.jit of a function that runs an extractor, as `compiled`; `how` is for jax.jit."""
+  return jax.jit(function, compiler_options=_options(), **how)
 
 
 @functools.cache

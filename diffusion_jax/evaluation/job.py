@@ -1,6 +1,8 @@
-"""Scores a text-to-image model on the captions of the test split."""
+"""Scores a text-to-image model on the captions of the test split, again and again as it trains."""
 
 import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -9,8 +11,12 @@ from tqdm import tqdm
 
 from diffusion_jax.data.sources import ImageSource
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.features import CLIPFeatures, load_features
-from diffusion_jax.evaluation.scores import Compared, score
+from diffusion_jax.evaluation.budget import Budget
+from diffusion_jax.evaluation.collecting import Collected, Collector, Images
+from diffusion_jax.evaluation.figures import figure_names
+from diffusion_jax.evaluation.named import check_named, load_named, text_towers
+from diffusion_jax.evaluation.scores import METRICS as KNOWN_METRICS
+from diffusion_jax.evaluation.scores import Compared, check_metrics, outputs_of, score
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.parallel.sharding import put_params, to_host
 from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
@@ -19,37 +25,143 @@ from diffusion_jax.types import Record, Weights
 MINIMUM = 16
 DRAW_BATCH = 32
 METRICS = ('fd', 'kid', 'clip_score', 'retrieval')
+READ = 256
+"""Images of the data set in memory at a time."""
+FEATURES_KEY, METRICS_KEY = 'settings.evaluation.features', 'settings.evaluation.metrics'
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
-  """What every evaluation of one model shares: the reference, computed once.
+class EvaluationConfig:
+  """What a model is scored by while it trains.
 
-  The reference of fd_clip and kid_clip are the images of the training split, so that real test
-  images have a value of their own: the floor that a perfect model could reach.
+  features: KIND:PATH each, as for the command evaluate; () for the task's CLIP. metrics: names of
+  `scores.METRICS`.
   """
 
-  model: TextToImage
-  features: CLIPFeatures
-  mesh: Mesh
-  reference: np.ndarray
-  captions: list[str]
-  real: np.ndarray
-  texts: np.ndarray
+  features: tuple[str, ...] = ()
+  metrics: tuple[str, ...] = METRICS
 
-  @classmethod
-  def prepare(
-    cls, model: TextToImage, clip: str, train: ImageSource, test: ImageSource, *, mesh: Mesh
-  ) -> 'Evaluation':
-    """Embeds the real images of both splits and the test captions by the CLIP at a path."""
-    features = load_features(clip, mesh)
-    records = shuffled(test, len(test))
-    images = np.stack([train[i]['image'] for i in range(len(train))])
-    captions = [record['captions'][0] for record in records]
-    return cls(
-      model, features, mesh, features.images(images), captions,
-      features.images(np.stack([record['image'] for record in records])), features.texts(captions),
+  def __post_init__(self):
+    check_named(self.features, FEATURES_KEY)
+    outputs_of(self.metrics, {})
+    if not self.metrics:
+      raise UserError(f'{METRICS_KEY} is empty; name one at least, or set loop.evaluate_samples 0.')
+
+
+class Evaluation:
+  """What every evaluation of one model shares: the features, and the reference, computed once.
+
+  The reference are the images of the training split, so that real test images have figures of
+  their own: the floor that a perfect model could reach.
+  """
+
+  def __init__(
+    self, model: TextToImage, features: Sequence[str], metrics: Sequence[str],
+    train: ImageSource, test: ImageSource, mesh: Mesh,
+  ):
+    """UserError for weights that cannot be read, or a metric that these features cannot have."""
+    self.model, self.mesh, self.metrics = model, mesh, tuple(metrics)
+    self._train, self._test = train, test
+    self.extractors = load_named(features, metrics, mesh, FEATURES_KEY)
+    self._collect = Collector(self.extractors, mesh, metrics)
+    outputs = [name.rpartition(':')[2] for name in self._collect.columns]
+    check_metrics(metrics, outputs, ('moments', 'reference', 'texts'), METRICS_KEY)
+    asked = any('texts' in KNOWN_METRICS[name].needs for name in metrics)
+    self._towers = text_towers(features, self.extractors, mesh) if asked else {}
+    self.figures = figure_names(metrics, self._collect.columns)
+    """Names of all figures that it gives."""
+
+  @functools.cached_property
+  def reference(self) -> Collected:
+    """Of all training images."""
+    blocks = range(0, len(self._train), READ)
+    return self._collect(
+      np.stack([self._train[i]['image'] for i in range(b, min(b + READ, len(self._train)))])
+      for b in blocks
     )
+
+  @functools.cached_property
+  def _moments(self) -> dict[str, Statistics]:
+    return {
+      name: value if isinstance(value, Statistics) else Statistics.from_features(value)
+      for name, value in self.reference.items()
+    }
+
+  def _scores(
+    self, samples: Collected, moments: dict[str, Statistics], texts: dict, seed: int
+  ) -> dict[str, float]:
+    """Figures of samples that belong to these texts, against a reference of these moments."""
+    compared = []
+    for name, values in samples.items():
+      if isinstance(values, Statistics):
+        compared.append(Compared(name, None, moments[name], sums=values))
+      else:
+        reference, own = self.reference[name], texts.get(name)
+        compared.append(Compared(name, values, moments[name], reference, own))
+    return score(self.metrics, compared, seed=seed, intervals=False).values
+
+  def __call__(
+    self, weights: Weights, untrained: Weights | None, sample: SampleConfig, *, samples: int,
+    seed: int, real: bool, seconds: float = 0.0, batch_size: int = DRAW_BATCH,
+  ) -> dict[str, dict[str, float]]:
+    """Draws one image for each of the first `samples` test captions and scores it.
+
+    Args:
+      seconds: that drawing and its features may take, compilation not counted; then it ends with
+        fewer samples, 16 and two batches at least. 0 for as long as it takes.
+
+    Returns:
+      Columns 'generated', and on request 'untrained' (the same model with fresh weights) and 'real'
+      (the test images of the same captions), each with `figures`; and 'settings', which tell the
+      number of samples.
+
+    Raises:
+      UserError: fewer than 16 samples, or more than the test split has captions.
+    """
+    check_samples(samples, len(self._test))
+    records = shuffled(self._test, samples)
+    captions = tuple(record['captions'][0] for record in records)
+    moments = self._moments  # The reference is embedded before the clock runs.
+
+    def drawn(label: str, params: Weights, budget: Budget) -> Collected:
+      batches = self.model.generate(
+        params, captions[:samples], sample, seed=seed, mesh=self.mesh, batch_size=batch_size
+      )
+      return self._collect(_within(budget, batches, samples, label))
+
+    found = {'generated': drawn('generated', weights, Budget(seconds))}
+    samples = _size(found['generated'])
+    if untrained:
+      found['untrained'] = drawn('untrained', untrained, Budget(0))
+    if real:
+      found['real'] = self._collect([np.stack([r['image'] for r in records[:samples]])])
+    texts = {name: tower.texts(captions[:samples]) for name, tower in self._towers.items()}
+    out = {name: self._scores(one, moments, texts, seed) for name, one in found.items()}
+    out['settings'] = {
+      'samples': samples, 'reference_images': len(self._train), 'seed': seed,
+      'features': ', '.join(extractor.name for extractor in self.extractors),
+      **dataclasses.asdict(sample),
+    }
+    return out
+
+
+def _within(budget: Budget, batches: Iterator[Images], total: int, label: str) -> Iterator[Images]:
+  """The batches until the budget is spent, 16 images at least."""
+  shown = jax.process_index() == 0
+  with tqdm(total=total, desc=f'drawing ({label})', disable=not shown, leave=False) as bar:
+    done = 0
+    for batch in batches:
+      yield batch
+      done += len(batch)
+      bar.update(len(batch))
+      if budget.over() and done >= MINIMUM:
+        break
+
+
+def _size(collected: Collected) -> int:
+  """Of how many images."""
+  first = next(iter(collected.values()))
+  return first.n if isinstance(first, Statistics) else len(first)
 
 
 def shuffled(source: ImageSource, count: int) -> list[Record]:
@@ -71,56 +183,3 @@ def fresh_weights(model: TextToImage, weights: Weights, mesh: Mesh, seed: int = 
   """The same model with an untrained U-Net."""
   fresh = jax.jit(model.unet.initialize)(jax.random.key(seed))
   return {**weights, 'unet': put_params(to_host(fresh), mesh)}
-
-
-def _scores(evaluation: Evaluation, images: np.ndarray, seed: int) -> dict[str, float]:
-  """METRICS of image embeddings [n p] that belong to the first n test captions."""
-  compared = Compared(
-    f'{evaluation.features.extractor.name}:embedding', images,
-    Statistics.from_features(evaluation.reference), evaluation.reference,
-    evaluation.texts[: len(images)],
-  )
-  return score(METRICS, [compared], seed=seed, intervals=False).values
-
-
-def evaluate_text_to_image(
-  evaluation: Evaluation, weights: Weights, untrained: Weights | None, sample: SampleConfig, *,
-  samples: int, seed: int, real: bool, progress: bool = True,
-) -> dict[str, dict[str, float]]:
-  """Draws one image for each of the first `samples` test captions and scores it.
-
-  Returns columns 'generated', and on request 'real' (the test images of the same captions) and
-  'untrained' (the same model with fresh weights), each with fd_clip, kid_clip (and its standard
-  deviation over subsets), clip_score and retrieval_r1 (own caption among 100).
-
-  Raises:
-    UserError: fewer than 16 samples, or more than the test split has captions.
-  """
-  check_samples(samples, len(evaluation.captions))
-  columns = {'generated': weights} | ({'untrained': untrained} if untrained else {})
-  out = {}
-  for column, params in columns.items():
-    images = generate(evaluation, params, sample, samples, seed, column if progress else '')
-    out[column] = _scores(evaluation, evaluation.features.images(images), seed)
-  if real:
-    out['real'] = _scores(evaluation, evaluation.real[:samples], seed)
-  out['settings'] = {'samples': samples, 'reference_images': len(evaluation.reference),
-                     'seed': seed, **dataclasses.asdict(sample)}
-  return out
-
-
-def generate(
-  evaluation: Evaluation, weights: Weights, sample: SampleConfig, samples: int, seed: int,
-  label: str = '', batch_size: int = DRAW_BATCH,
-) -> np.ndarray:
-  """Images, uint8 [samples h w 3], for the first test captions; a label shows progress."""
-  captions = evaluation.captions[:samples]
-  batches = evaluation.model.generate(
-    weights, captions, sample, seed=seed, mesh=evaluation.mesh, batch_size=batch_size
-  )
-  with tqdm(total=samples, desc=f'drawing ({label})', disable=not label, leave=False) as bar:
-    out = []
-    for batch in batches:
-      out.append(batch)
-      bar.update(len(batch))
-  return np.concatenate(out)

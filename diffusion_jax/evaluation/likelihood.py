@@ -176,7 +176,7 @@ def evaluate_likelihood(
   config: LikelihoodConfig, *, samples: int, seed: int, mesh: Mesh, batch_size: int = 16,
   progress: bool = True,
 ) -> dict[str, dict[str, float]]:
-  """Bits per dimension of the first `samples` test images, shuffled as in `Evaluation.prepare`.
+  """Bits per dimension of the first `samples` test images, shuffled as in `job.Evaluation`.
 
   Columns: 'model'; 'untrained', the same with a fresh U-Net; 'gaussian', a diagonal Gaussian fitted
   to the latents of training images, in closed form and blind to captions. Rows: means over images

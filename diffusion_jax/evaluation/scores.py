@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
@@ -39,19 +40,26 @@ FEWEST_FOR_FID = 10_000
 class Compared:
   """One kind of features of the samples beside those of the reference.
 
-  column: which, `EXTRACTOR:OUTPUT`. samples: [n d]. reference: [m d], or None where only its
-  `moments` are known. texts: [n d], of the samples' captions in the same space, if there are any.
-  labels: [n], the classes that the samples should be of, as numbers of the classifier's logits.
-  own: whether the samples are reconstructions of the reference, whose figures have other names.
+  column: which, `EXTRACTOR:OUTPUT`. samples: [n d], or None where only their `sums` are kept.
+  reference: [m d], or None where only its `moments` are known. texts: [n d], of the samples'
+  captions in the same space, if there are any. labels: [n], the classes that the samples should be
+  of, as numbers of the classifier's logits. own: whether the samples are reconstructions of the
+  reference, whose figures have other names.
   """
 
   column: str
-  samples: Float[np.ndarray, 'n d']
+  samples: Float[np.ndarray, 'n d'] | None
   moments: Moments | None = None
   reference: Float[np.ndarray, 'm d'] | None = None
   texts: Float[np.ndarray, 'n d'] | None = None
   labels: Int[np.ndarray, 'n'] | None = None
   own: bool = False
+  sums: Statistics | None = None
+
+  @functools.cached_property
+  def statistics(self) -> Statistics:
+    """Of the samples."""
+    return Statistics.from_features(self.samples) if self.sums is None else self.sums
 
   @property
   def family(self) -> str:
@@ -98,11 +106,11 @@ class Scores:
 def frechet(of: Compared, scores: Scores, seed: int) -> None:
   """fid, sfid, or fd_FAMILY, with its interval; rfid ... of reconstructions."""
   name = of.distance
-  n, d = of.samples.shape
+  n, d = of.statistics.n, len(of.statistics.mean)
   reference = FrechetReference(of.moments)
-  value = reference.distance(Statistics.from_features(of.samples))
+  value = reference.distance(of.statistics)
   interval = None
-  if scores.with_intervals and n >= 4 * GROUPS:
+  if scores.with_intervals and of.samples is not None and n >= 4 * GROUPS:
     groups = random_groups(of.samples, GROUPS, seed=seed)
     interval = interval_of_groups(
       reference.distance, groups, resamples=50 if d <= WIDE else 8, seed=seed
@@ -163,7 +171,7 @@ def maximum_mean_discrepancy(of: Compared, scores: Scores, seed: int) -> None:
 
 def divergence(of: Compared, scores: Scores, seed: int) -> None:
   """kl (samples from reference) and kl_reverse of the fitted Gaussians, in nats."""
-  found = gaussian_kl(Statistics.from_features(of.samples), of.moments)
+  found = gaussian_kl(of.statistics, of.moments)
   scores.add(f'kl{of.suffix}', found.forward)
   scores.add(f'kl_reverse{of.suffix}', found.backward)
   shrunk = max(found.shrinkage_a, found.shrinkage_b)
@@ -269,11 +277,14 @@ _LACKS = {
 }
 
 
-def check_metrics(metrics: Sequence[str], outputs: Sequence[str], known: Collection[str]) -> None:
+def check_metrics(
+  metrics: Sequence[str], outputs: Sequence[str], known: Collection[str], option: str = '--metrics'
+) -> None:
   """Whether every metric can be computed, before any work.
 
   Args:
-    outputs: of all extractors. known: fields of `Compared` that there will be.
+    outputs: of all extractors. known: fields of `Compared` that there will be. option: by which
+      metrics are chosen.
 
   Raises:
     UserError: a metric is unknown, fits none of the outputs, or lacks what it needs.
@@ -285,7 +296,7 @@ def check_metrics(metrics: Sequence[str], outputs: Sequence[str], known: Collect
     if not set(metric.outputs) & set(outputs):
       lacks.insert(0, metric.source or f'the features {" or ".join(metric.outputs)}')
     if lacks:
-      raise UserError(f'{name} needs {lacks[0]}; give that, or leave {name} out of --metrics.')
+      raise UserError(f'{name} needs {lacks[0]}; give that, or leave {name} out of {option}.')
 
 
 def score(

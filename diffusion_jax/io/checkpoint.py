@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.keeping import Keep, best_step, kept
+from diffusion_jax.io.keeping import Keep, best_step, comparable, kept
 from diffusion_jax.io.manifest import NAME as MANIFEST
 from diffusion_jax.io.manifest import Damaged
 from diffusion_jax.io.quarantine import NAME as QUARANTINE
@@ -78,10 +78,15 @@ class Checkpoints:
     return next(whole, None)
 
   def best(self) -> int | None:
-    """The step on disk with the best value of `keep.best`; None when no step has one."""
+    """The step on disk with the best value of `keep.best`; None when no step has one.
+
+    Of as many samples as the newest value is.
+    """
     if not self.keep.best:
       return None
-    return best_step(self.steps(), self._scores.of(self.keep.best), self.keep)
+    scores = self._scores.of(self.keep.best)
+    steps = comparable(self.steps(), scores, self._scores.of('samples'))
+    return best_step(steps, scores, self.keep)
 
   def save(
     self, step: int, state: dict[str, Any], data: Any, scores: dict[str, float] | None = None
@@ -121,6 +126,8 @@ class Checkpoints:
   def wait(self) -> bool:
     """Blocks until every save is on disk or has failed; whether the last one succeeded."""
     self._collect()
+    if jax.process_index() == 0 and not self.read_only:
+      self._prune()  # Scores may have come since the save began.
     return not self.trouble
 
   def should_retry(self) -> bool:
@@ -166,7 +173,8 @@ class Checkpoints:
     """Deletes what the rule does not keep; process 0 alone."""
     steps = self.steps()
     known = self._scores.of(self.keep.best) if self.keep.best else {}
-    for step in sorted(set(steps) - kept(steps, known, self.keep)):
+    stay = kept(steps, known, self.keep, self._scores.of('samples'))
+    for step in sorted(set(steps) - stay):
       folder = self.directory / str(step)
       try:  # Renamed first, so that what is half deleted never passes for a checkpoint.
         away = folder.rename(folder.with_name(folder.name + DELETING))

@@ -12,8 +12,10 @@ class LoopConfig:
 
   ema_halflife_images: images after which an old weight counts half in the average; 0 for none.
   evaluate_samples: images that are drawn or read for one evaluation; 0 for no scores at all.
+  evaluate_seconds: that drawing them may take, 0 for no limit; the first evaluation finds out how
+  many samples that allows, and all later ones are of so many (`train.sample_count`).
   Kept are the last keep_checkpoints, those of every keep_every_steps, and the one that evaluates
-  best by the metric keep_best ('' for none), the lowest or highest as keep_best_is says.
+  best by the figure keep_best ('' for none), the lowest or highest as keep_best_is says.
   profile_first_step, profile_steps: the window that is traced into WORKDIR/profile; a SIGUSR1
   traces as many steps from then on. wandb_project: log to Weights & Biases too; '' for no.
   """
@@ -32,6 +34,7 @@ class LoopConfig:
   sample_every_steps: int = 500
   evaluate_every_steps: int = 0
   evaluate_samples: int = 256
+  evaluate_seconds: float = 0.0
   profile_first_step: int = 0
   profile_steps: int = 5
   wandb_project: str = ''
@@ -45,6 +48,10 @@ class LoopConfig:
       raise UserError(
         f'loop.evaluate_samples is {self.evaluate_samples}; give a number of samples, or 0 with '
         'evaluate_every_steps 0 for no scores.'
+      )
+    if self.evaluate_seconds < 0:
+      raise UserError(
+        f'loop.evaluate_seconds is {self.evaluate_seconds:g}; give seconds, or 0 for no limit.'
       )
     if self.keep_best and not self.evaluate_every_steps:
       raise UserError(

@@ -223,12 +223,17 @@ class _Session:
         self.showing.preview(self.state, self.step)
       if evaluate:
         self.safety.tell('evaluating')
-        scores = self.showing.evaluate(self.state, self.step)
-        self.saver.scores(self.step, next(iter(scores.values())))
+        _, figures = self.showing.evaluate(self.state, self.step)
+        self._compare(figures)
       self.showing.report()
       bar.refresh()
     self.safety.stop.settle()
     self.safety.tell('training')
+
+  def _compare(self, figures: dict[str, float]) -> None:
+    """Figures of this step, if they can be compared, decide which checkpoints stay."""
+    if figures:
+      self.saver.scores(self.step, figures)
 
   def _save(self) -> None:
     self._log()
@@ -266,8 +271,8 @@ class _Session:
       self.showing.preview(self.state, self.step)
       scores = {}
       if self.t.loop.evaluate_samples:
-        scores = self.showing.evaluate(self.state, self.step, final=True)
-        self.saver.scores(self.step, next(iter(scores.values())))
+        scores, figures = self.showing.evaluate(self.state, self.step, final=True)
+        self._compare(figures)
     params = to_host(self.state.eval_params)
     self.showing.finish(self.state, self.goodput.seconds(), scores, params)
     with self.safety.watchdog.allow(0, 'checkpoint'):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 
 import jax
@@ -12,6 +13,7 @@ from diffusion_jax.io.metrics_writer import MetricsWriter
 from diffusion_jax.io.run_directory import command_line, versions
 from diffusion_jax.train.card import model_card
 from diffusion_jax.train.config import LoopConfig
+from diffusion_jax.train.sample_count import SampleCount
 from diffusion_jax.train.state import TrainState
 from diffusion_jax.train.tasks.task import Scores
 from diffusion_jax.train.training import Training
@@ -30,6 +32,7 @@ class Showing:
     self.t, self._writer, self._frozen = training, writer, frozen
     self._main = jax.process_index() == 0
     self._next_report = 0.0
+    self._count = SampleCount(training.directory, training.loop)
 
   def describe(self, state: TrainState, seconds: float) -> None:
     """Writes what the run is before anything can go wrong in it."""
@@ -53,14 +56,27 @@ class Showing:
     )
     self._writer.image('samples', step, np.asarray(grid.convert('RGB')))
 
-  def evaluate(self, state: TrainState, step: int, final: bool = False) -> Scores:
-    """Scores a step; the first column goes to the metrics."""
+  def evaluate(
+    self, state: TrainState, step: int, final: bool = False
+  ) -> tuple[Scores, dict[str, float]]:
+    """(scores of a step, those figures that can be compared with those of other steps).
+
+    The first column goes to the metrics.
+    """
+    count = self._count
+    # Tasks that read a fixed set know of no seconds; `build` refuses them there.
+    limit = {'seconds': count.seconds} if count.seconds else {}
     scores = self.t.task.evaluate(
-      state.eval_params, self._frozen, self.t.mesh, samples=self.t.loop.evaluate_samples,
-      final=final,
+      state.eval_params, self._frozen, self.t.mesh, samples=count.wanted, final=final, **limit
     )
-    self._writer.write('evaluation', step, next(iter(scores.values())))
-    return scores
+    figures, taken = dict(next(iter(scores.values()))), count.wanted
+    if limit:
+      taken = scores['settings']['samples']
+      if (text := count.took(taken)) and self._main:
+        print(f'diffusion_jax train: {text}', file=sys.stderr)
+    figures['samples'] = taken
+    self._writer.write('evaluation', step, figures)
+    return scores, figures if taken == count.wanted else {}
 
   def missing(self, step: int) -> tuple[bool, bool]:
     """(grid, scores) that a step should have and has not: the run was stopped while making them."""

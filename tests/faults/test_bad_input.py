@@ -63,10 +63,25 @@ def test_wrong_overrides(recipe, train_fails, override, words):
   ({'settings': {'preview_captions': []}}, ('preview_captions',)),
   ({'loop': {'evaluate_samples': 100_000}}, ('100000 samples', '16 to')),
   ({'settings': {'objective': {'prediction': 'epsilon'}}}, ('epsilon', 'zero terminal SNR')),
+  ({'settings': {'evaluation': {'features': ['clip:nowhere']}}}, ('nowhere',)),
+  ({'settings': {'evaluation': {'features': ['vgg:x']}}},
+   ('settings.evaluation.features vgg:x', 'KIND:PATH')),
+  ({'settings': {'evaluation': {'metrics': ['FID']}}}, ("no metric 'FID'", 'choose of fd')),
+  ({'settings': {'evaluation': {'metrics': ['inception_score']}}},
+   ('logits_unbiased', 'out of settings.evaluation.metrics')),
+  ({'loop': {'keep_best': 'fid', 'evaluate_every_steps': 2}},
+   ("loop.keep_best is 'fid'", 'it measures fd_clip, kid_clip')),
+  ({'loop': {'evaluate_seconds': -1.0}}, ('loop.evaluate_seconds is -1',)),
 ])
 def test_wrong_files(recipe, train_fails, change, words):
   message = train_fails(recipe(**change))
   assert all(word in message for word in words), message
+
+
+def test_a_time_budget_where_nothing_is_drawn(tmp_path, train_fails):
+  values = tiny.toy_config(loop={'evaluate_seconds': 5.0})
+  message = train_fails(tiny.write_config(tmp_path / 'toy.py', values))
+  assert 'loop.evaluate_seconds' in message and 'task toy draws none' in message
 
 
 def test_latents_that_the_denoiser_cannot_halve(tmp_path, parts, train_fails):

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.keeping import Keep, best_step, kept
+from diffusion_jax.io.keeping import Keep, best_step, comparable, kept
 
 STEPS = [10, 20, 30, 40, 50, 60]
 
@@ -24,6 +24,17 @@ def test_what_stays(keep, stay):
   scores = {20: 3.0, 30: 8.0, 40: 5.0}
   assert kept(STEPS, scores, keep) == stay
   assert kept(reversed(STEPS), scores, keep) == stay
+
+
+def test_the_best_of_each_number_of_samples_stays():
+  """FID falls with their number, so those of 64 would always lose against those of 256."""
+  keep, samples = Keep(last=1, best='fid'), {10: 256, 20: 256, 30: 64, 40: 64, 50: 64}
+  scores = {10: 3.0, 20: 4.0, 30: 9.0, 40: 8.0, 50: 10.0}
+  assert kept(STEPS, scores, keep, samples) == {10, 40, 60}
+  assert kept(STEPS, scores, keep) == {10, 60}
+  assert comparable(STEPS, scores, samples) == [30, 40, 50]
+  assert comparable(STEPS, {**scores, 50: math.nan}, {10: 256, 20: 256}) == [30, 40]
+  assert comparable(STEPS, {}, samples) == []
 
 
 def test_scores_that_say_nothing():

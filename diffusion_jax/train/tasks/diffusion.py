@@ -13,12 +13,7 @@ from diffusion_jax.diffusion.levels import TableLevels
 from diffusion_jax.diffusion.schedules import ScheduleConfig
 from diffusion_jax.diffusion.training import Losses, Objective, ObjectiveConfig
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.job import (
-  DRAW_BATCH,
-  Evaluation,
-  evaluate_text_to_image,
-  fresh_weights,
-)
+from diffusion_jax.evaluation.job import DRAW_BATCH, Evaluation, EvaluationConfig, fresh_weights
 from diffusion_jax.layout import constrain
 from diffusion_jax.models.unet_config import UNetConfig
 from diffusion_jax.parallel.sharding import to_host
@@ -37,9 +32,10 @@ NULL = 'null'
 class LatentTaskConfig:
   """What every task in the space of latents has.
 
-  clip: a CLIP with both towers, or 'asset:NAME'; its features score what is drawn. caption_dropout:
-  share of captions replaced by the null caption, for classifier-free guidance. cache: encode all
-  images and captions once before training. preview_captions: what the grids show over time.
+  clip: a CLIP with both towers, or 'asset:NAME'; its features score what is drawn, unless
+  `evaluation` names others. caption_dropout: share of captions replaced by the null caption, for
+  classifier-free guidance. cache: encode all images and captions once before training.
+  preview_captions: what the grids show over time.
   """
 
   clip: str = 'asset:clip-openmoji-64'
@@ -47,6 +43,7 @@ class LatentTaskConfig:
   caption_dropout: float = 0.1
   cache: bool = False
   sample: SampleConfig = SampleConfig()
+  evaluation: EvaluationConfig = EvaluationConfig()
   preview_captions: tuple[str, ...] = ()
   export_dtype: str = 'float16'
 
@@ -182,16 +179,27 @@ class DiffusionTask(NoisingTask):
     """Images that are drawn at a time."""
     return DRAW_BATCH
 
-  def evaluate(self, params, frozen, mesh, *, samples: int, final: bool) -> Scores:
-    """CLIP-space metrics of images drawn for the test captions."""
+  def evaluation(self, mesh: Mesh) -> Evaluation:
+    """What scores the model, with its networks loaded, once.
+
+    UserError where `config.evaluation` cannot be: asked for before training, it is known then.
+    """
     if self._evaluation is None:
-      self._evaluation = Evaluation.prepare(
-        self.model, self.config.clip, self.train, self.test, mesh=mesh
+      config = self.config.evaluation
+      self._evaluation = Evaluation(
+        self.model, config.features or (f'clip:{self.config.clip}',), config.metrics,
+        self.train, self.test, mesh,
       )
+    return self._evaluation
+
+  def evaluate(
+    self, params, frozen, mesh, *, samples: int, final: bool, seconds: float = 0.0
+  ) -> Scores:
+    """Metrics of images drawn for the test captions, for which there are `seconds`, 0 for all."""
     weights = self.weights(params, frozen)
-    return evaluate_text_to_image(
-      self._evaluation, weights, fresh_weights(self.model, weights, mesh) if final else None,
-      self.config.sample, samples=samples, seed=0, real=final,
+    return self.evaluation(mesh)(
+      weights, fresh_weights(self.model, weights, mesh) if final else None, self.config.sample,
+      samples=samples, seed=0, real=final, seconds=seconds, batch_size=self.draw_batch,
     )
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax.data.transforms import edges
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.job import Evaluation
 from diffusion_jax.models.lora import LoRAConfig
 from diffusion_jax.pipelines.architectures import ARCHITECTURES, architecture_model
 from diffusion_jax.pipelines.conditions import Inputs, inpainting_image, kind_of_input
@@ -173,9 +174,9 @@ class FinetuneTask(DiffusionTask):
     masks[:, quarter:-quarter, quarter:-quarter] = True
     return Inputs(images=images, masks=masks)
 
-  def evaluate(self, params, frozen, mesh, *, samples: int, final: bool) -> Scores:
+  def evaluation(self, mesh: Mesh) -> Evaluation:
     self.config.check_scored()
-    return super().evaluate(params, frozen, mesh, samples=samples, final=final)
+    return super().evaluation(mesh)
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
     """What was trained, in the layout of diffusers."""

@@ -1,0 +1,41 @@
+"""What the figures of each metric are called, and which need no more than means and covariances."""
+
+from collections.abc import Iterable, Sequence
+
+from diffusion_jax.evaluation.scores import METRICS
+
+FIGURES: dict[str, tuple[str, ...]] = {
+  'fd': ('{distance}',),
+  'fd_infinity': ('{distance}_infinity',),
+  'kid': ('kid{suffix}', 'kid{suffix}_std'),
+  'precision_recall': ('precision{suffix}', 'recall{suffix}'),
+  'density_coverage': ('density{suffix}', 'coverage{suffix}'),
+  'kl': ('kl{suffix}', 'kl_reverse{suffix}'),
+  'inception_score': ('inception_score', 'inception_score_std'),
+  'retrieval': ('retrieval_r1',),
+}
+"""Of metrics whose one figure is not called as they are; the braces depend on the features."""
+
+OF_GAUSSIANS = ('fd', 'kl')
+"""Metrics that see no features but through their mean and covariance."""
+
+
+def figure_names(metrics: Sequence[str], columns: Iterable[str]) -> list[str]:
+  """The figures that `scores.score` adds for these metrics of columns `EXTRACTOR:OUTPUT`."""
+  names = []
+  for metric in metrics:
+    for column in columns:
+      extractor, _, output = column.rpartition(':')
+      if output in METRICS[metric].outputs:
+        family = extractor.partition('/')[0]
+        suffix = '' if family == 'inception' else f'_{family}'
+        distance = f'fd{suffix}' if suffix else {'spatial': 'sfid'}.get(output, 'fid')
+        given = {'suffix': suffix, 'distance': distance}
+        names += [name.format(**given) for name in FIGURES.get(metric, (metric,))]
+  return names
+
+
+def sums_suffice(metrics: Iterable[str], column: str) -> bool:
+  """Whether these metrics need of a column no more than its `Statistics`."""
+  output = column.rpartition(':')[2]
+  return all(name in OF_GAUSSIANS for name in metrics if output in METRICS[name].outputs)

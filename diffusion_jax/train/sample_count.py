@@ -1,0 +1,65 @@
+"""How many samples each evaluation of a run is of."""
+
+import json
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from diffusion_jax.io.run_directory import RunDirectory
+from diffusion_jax.train.config import LoopConfig
+
+NAME = 'evaluation.json'
+FIRST_SHARE = 0.9
+"""Of the budget, for the first evaluation, so that later ones, some slower, end in time."""
+
+
+class SampleCount:
+  """One number for all evaluations of a run, for figures of other numbers cannot be compared.
+
+  Without a time budget it is loop.evaluate_samples. With one, the first evaluation draws as many as
+  the time allows, and its number stays: it is written to the run's evaluation.json, where a later
+  start finds it, and holds while loop.evaluate_samples and loop.evaluate_seconds are the same.
+
+  Attributes:
+    wanted: samples of the next evaluation, at most.
+    seconds: that it may take, 0 for no limit.
+  """
+
+  def __init__(self, directory: RunDirectory, loop: LoopConfig):
+    self._directory = directory
+    self._settings = {'of': loop.evaluate_samples, 'seconds': loop.evaluate_seconds}
+    self.wanted, self.seconds = loop.evaluate_samples, loop.evaluate_seconds
+    self._chosen = not self.seconds
+    if self.seconds:
+      known = int(multihost_utils.broadcast_one_to_all(np.int32(self._read())))
+      self.wanted, self._chosen = known or self.wanted, known > 0
+      self.seconds *= 1 if self._chosen else FIRST_SHARE
+
+  def _read(self) -> int:
+    """The number that this run has chosen, 0 for none."""
+    try:
+      known = json.loads((self._directory.path / NAME).read_text())
+      return int(known['samples']) if self._settings.items() <= known.items() else 0
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+      return 0  # None yet, or damaged: it is chosen anew.
+
+  def took(self, samples: int) -> str:
+    """Tells of how many samples an evaluation was; what is to be said of that, or ''."""
+    if samples >= self.wanted and self._chosen:
+      return ''
+    if self._chosen:
+      return (
+        f'this evaluation had time for {samples} samples only, in place of {self.wanted}, so that '
+        'its figures are not compared with those of other steps; raise loop.evaluate_seconds.'
+      )
+    self._chosen, self.wanted = True, samples
+    self.seconds = self._settings['seconds']
+    if jax.process_index() == 0:
+      self._directory.write_json(NAME, {'samples': samples, **self._settings})
+    if samples == self._settings['of']:
+      return ''
+    return (
+      f'loop.evaluate_seconds {self.seconds:g} allow {samples} of {self._settings["of"]} samples; '
+      'all evaluations of this run are of so many.'
+    )

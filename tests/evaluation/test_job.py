@@ -1,0 +1,127 @@
+"""Scores of a model in training: on one device and on eight, by a clock, and by what they need."""
+
+import jax
+import numpy as np
+import pytest
+
+from diffusion_jax.data.sources import ImageSource
+from diffusion_jax.diffusion.schedules import ScheduleConfig
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.features import load_features
+from diffusion_jax.evaluation.job import Evaluation, EvaluationConfig, shuffled
+from diffusion_jax.evaluation.metrics.frechet import frechet_distance
+from diffusion_jax.evaluation.metrics.text import clip_score
+from diffusion_jax.evaluation.statistics import Statistics
+from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from diffusion_jax.pipelines.directory import assemble
+from diffusion_jax.pipelines.text_to_image import SampleConfig
+from tests import tiny
+
+SAMPLE = SampleConfig(sampler='ddim', steps=1, guidance=2.0)
+FIGURES = ['fd_clip', 'kid_clip', 'kid_clip_std', 'clip_score', 'retrieval_r1']
+
+
+class Some(ImageSource):
+  """The first records of a source, so that a reference is quick to read."""
+
+  def __init__(self, source, count):
+    self._source, self._length = source, count
+
+  def __getitem__(self, index):
+    return self._source[index]
+
+
+@pytest.fixture(scope='module')
+def model(parts):
+  return assemble(tiny.UNET, **parts, schedule=ScheduleConfig(), prediction='epsilon')
+
+
+@pytest.fixture(scope='module')
+def evaluation(model, parts, sources):
+  """evaluation(devices, *metrics): of the tiny model, and its weights."""
+
+  def make(devices, *metrics):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
+    network, frozen = model
+    rng = np.random.default_rng(0)
+    unet = {
+      name: 0.1 * rng.normal(size=leaf.shape).astype(np.float32)
+      for name, leaf in network.unet.shapes.items()
+    }
+    weights = network.on_mesh({**frozen, 'unet': unet}, mesh)
+    named = (f'clip:{parts["clip"]}',)
+    return Evaluation(network, named, metrics, Some(sources[0], 40), sources[1], mesh), weights
+
+  return make
+
+
+@pytest.fixture(scope='module')
+def on_one(evaluation):
+  """(evaluation, weights, scores of 20 samples) on one device."""
+  made, weights = evaluation(1, 'fd', 'kid', 'clip_score', 'retrieval')
+  assert made.figures == FIGURES
+  scores = made(weights, None, SAMPLE, samples=20, seed=0, real=True, batch_size=8)
+  return made, weights, scores
+
+
+def test_figures_are_those_of_the_pictures(on_one, model, parts, sources):
+  """Drawn, embedded and compared by hand."""
+  made, weights, scores = on_one
+  assert list(scores) == ['generated', 'real', 'settings'] and scores['settings']['samples'] == 20
+  clip = load_features(parts['clip'], made.mesh)
+  records = shuffled(sources[1], 20)
+  captions = [record['captions'][0] for record in records]
+  drawn = np.concatenate(list(model[0].generate(
+    weights, captions, SAMPLE, seed=0, mesh=made.mesh, batch_size=8
+  )))
+  reference = Statistics.from_features(
+    clip.images(np.stack([sources[0][i]['image'] for i in range(40)]))
+  )
+  for name, images in (('generated', drawn), ('real', [r['image'] for r in records])):
+    features = clip.images(np.stack(images))
+    wanted = frechet_distance(Statistics.from_features(features), reference)
+    assert scores[name]['fd_clip'] == pytest.approx(wanted, rel=1e-4)
+    wanted = clip_score(features, clip.texts(captions))
+    assert scores[name]['clip_score'] == pytest.approx(wanted, rel=1e-4)
+  assert list(scores['generated']) == FIGURES
+  assert scores['generated'] != scores['real']
+
+
+def test_eight_devices_score_as_one(on_one, evaluation):
+  for metrics in (('fd', 'kid', 'clip_score', 'retrieval'), ('fd', 'kl')):
+    made, weights = evaluation(8, *metrics)
+    found = made(weights, None, SAMPLE, samples=20, seed=0, real=True, batch_size=8)
+    for column in ('generated', 'real'):
+      assert list(found[column]) == made.figures
+      for name in set(made.figures) & set(FIGURES):
+        # With fd and kl alone, features are summed on the devices.
+        assert found[column][name] == pytest.approx(
+          on_one[2][column][name], rel=2e-3, abs=1e-6
+        ), name
+  assert 'kl_clip' in made.figures and isinstance(next(iter(made.reference.values())), Statistics)
+
+
+def test_a_budget_ends_drawing_after_two_batches_and_16_samples(on_one):
+  made, weights, whole = on_one
+  cut = made(weights, None, SAMPLE, samples=20, seed=0, real=True, seconds=1e-6, batch_size=8)
+  assert cut['settings']['samples'] == 16
+  wanted = made(weights, None, SAMPLE, samples=16, seed=0, real=True, batch_size=8)
+  assert cut == wanted and cut['generated'] != whole['generated']
+  slow = made(weights, None, SAMPLE, samples=20, seed=0, real=False, seconds=1e6, batch_size=8)
+  assert slow['settings']['samples'] == 20
+
+
+@pytest.mark.parametrize(('features', 'metrics', 'named'), [
+  (('vgg:x',), ('fd',), 'settings.evaluation.features vgg:x is not of the form KIND:PATH'),
+  ((), ('FID',), "no metric 'FID'; choose of fd"),
+  ((), (), 'settings.evaluation.metrics is empty'),
+])
+def test_a_config_that_cannot_be_is_refused(features, metrics, named):
+  with pytest.raises(UserError, match=named):
+    EvaluationConfig(features, metrics)
+
+
+def test_a_metric_of_other_features_is_refused(evaluation):
+  with pytest.raises(UserError, match=r'inception_score needs the features logits_unbiased.*'
+                     r'leave inception_score out of settings\.evaluation\.metrics'):
+    evaluation(1, 'fd', 'inception_score')

@@ -1,0 +1,88 @@
+"""Evaluations within a time budget: all of a run are of one number of samples."""
+
+import json
+import time
+import types
+
+from diffusion_jax.evaluation.budget import Budget
+from diffusion_jax.io.metrics_writer import MetricsWriter
+from diffusion_jax.io.run_directory import RunDirectory
+from diffusion_jax.train.config import LoopConfig
+from diffusion_jax.train.sample_count import SampleCount
+from diffusion_jax.train.showing import Showing
+from tests import tiny
+
+
+def test_the_first_evaluation_chooses_and_later_starts_know(tmp_path):
+  directory = RunDirectory(tmp_path)
+  open_count = lambda **more: SampleCount(
+    directory, LoopConfig(evaluate_samples=256, **{'evaluate_seconds': 30.0, **more})
+  )
+  count = open_count()
+  assert (count.wanted, count.seconds) == (256, 27.0)
+  assert 'allow 96 of 256 samples' in count.took(96)
+  assert (count.wanted, count.seconds) == (96, 30.0)
+  assert count.took(96) == ''
+  said = count.took(64)
+  assert 'had time for 64 samples only, in place of 96' in said and 'not compared' in said
+  assert count.wanted == 96
+  again = open_count()
+  assert (again.wanted, again.seconds) == (96, 30.0) and again.took(96) == ''
+  # Another budget or number is another choice.
+  assert open_count(evaluate_seconds=60.0).wanted == 256
+  (tmp_path / 'evaluation.json').write_text('{"samples": ')
+  assert open_count().wanted == 256
+  unlimited = open_count(evaluate_seconds=0.0)
+  assert (unlimited.wanted, unlimited.seconds) == (256, 0.0)
+
+
+def test_all_that_was_wanted_needs_no_word(tmp_path):
+  count = SampleCount(RunDirectory(tmp_path), LoopConfig(evaluate_seconds=30.0))
+  assert count.took(256) == '' and count.wanted == 256
+  assert json.loads((tmp_path / 'evaluation.json').read_text())['samples'] == 256
+
+
+class Slow:
+  """A task whose samples take a while: batches of 8."""
+
+  def evaluate(self, params, frozen, mesh, *, samples, final, seconds):
+    budget, drawn = Budget(seconds), 0
+    while drawn < samples:
+      time.sleep(0.01)
+      drawn += 8
+      if budget.over():
+        break
+    return {'generated': {'fid': 100.0 - drawn}, 'settings': {'samples': drawn}}
+
+
+def test_scores_of_fewer_samples_than_before_are_not_compared(tmp_path, capsys):
+  loop = LoopConfig(evaluate_samples=64, evaluate_seconds=1e-6)
+  training = types.SimpleNamespace(
+    directory=RunDirectory(tmp_path), loop=loop, task=Slow(), mesh=None
+  )
+  state = types.SimpleNamespace(eval_params={})
+  writer = MetricsWriter(training.directory, True)
+  showing = Showing(training, writer, {})
+  scores, figures = showing.evaluate(state, 10)
+  assert figures == {'fid': 84.0, 'samples': 16} and 'samples' not in scores['generated']
+  assert 'allow 16 of 64 samples' in capsys.readouterr().err
+  assert showing.evaluate(state, 20)[1] == figures
+  # A run that has chosen more, on a machine that was faster.
+  (tmp_path / 'evaluation.json').write_text('{"samples": 48, "of": 64, "seconds": 1e-06}')
+  slower = Showing(training, writer, {})
+  assert slower.evaluate(state, 30)[1] == {}
+  assert 'had time for 16 samples only, in place of 48' in capsys.readouterr().err
+  writer.close()
+  lines = tiny.metrics(tmp_path, 'evaluation')
+  assert {step: line['samples'] for step, line in lines.items()} == {10: 16, 20: 16, 30: 16}
+
+
+def test_a_run_with_a_budget(finished):
+  """Time for all: two evaluations on the way and the last one are of as many samples."""
+  lines = tiny.metrics(finished, 'evaluation')
+  assert {step: line['samples'] for step, line in lines.items()} == {2: 16, 4: 16}
+  assert json.loads((finished / 'evaluation.json').read_text()) == {
+    'samples': 16, 'of': 16, 'seconds': 600.0
+  }
+  kept = json.loads((finished / 'checkpoints' / 'scores.json').read_text())
+  assert kept['4']['samples'] == 16 and kept['4']['clip_score'] == lines[4]['clip_score']
