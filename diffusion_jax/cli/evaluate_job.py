@@ -105,6 +105,10 @@ def _check_sweep(args: argparse.Namespace) -> None:
     raise UserError('--follow needs the run that it follows; name it by --workdir.')
   if args.follow and args.sweep:
     raise UserError('--follow takes no --sweep; sweep over the checkpoint that you choose by it.')
+  if args.save_statistics and (args.follow or args.sweep):
+    raise UserError(
+      'statistics are of one set of pictures; leave out --save_statistics, or --sweep and --follow.'
+    )
   for name in combinations(args.sweep)[0] if args.sweep else ():
     if getattr(args, name) is not None:
       raise UserError(f'--{name} does nothing beside --sweep {name}; leave it out.')

@@ -172,6 +172,7 @@ def test_a_reference_batch_gives_its_images_and_statistics_know_their_features(
 @pytest.mark.parametrize(('arguments', 'named'), [
   (['--images', 'DIR', '--save_statistics', 'DIR/a.txt'], 'name it NAME.npz or NAME.pt'),
   (['--likelihood', '--save_statistics', 'DIR/a.npz'], '--save_statistics does nothing'),
+  (['--sweep', 'steps=2,4', '--save_statistics', 'DIR/a.npz'], 'of one set of pictures; leave'),
 ])
 def test_what_cannot_be_saved_is_refused_at_once(fails, tmp_path, arguments, named):
   given = [text.replace('DIR', str(tmp_path)) for text in arguments]
@@ -183,6 +184,7 @@ def test_texts_are_not_asked_of_an_image_tower(fails, tmp_path):
   transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(
     **tiny.TOWER, image_size=24, patch_size=8, projection_dim=6,
   )).save_pretrained(tmp_path / 'tower')
+  Image.new('RGB', (24, 24)).save(tmp_path / 'a.png')
   arguments = ('--images', tmp_path, '--features', f'clip:{tmp_path / "tower"}')
   for metric in ('clip_score', 'retrieval'):
     message = fails('evaluate', *arguments, '--metrics', metric, '--out', tmp_path / 'out.json')
