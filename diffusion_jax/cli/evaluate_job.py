@@ -227,7 +227,7 @@ def report(
 def settings_of(comparison: Comparison) -> dict[str, Any]:
   """What decides the figures, whatever the pictures are."""
   return {
-    'reference': comparison.reference.name,
+    'reference': comparison.reference.name, 'reference_images': comparison.reference.count,
     'features': [extractor.name for extractor in comparison.extraction.extractors],
     'metrics': comparison.metrics, 'seed': comparison.seed,
   }

@@ -54,6 +54,13 @@ class Reference(NamedTuple):
   own: bool = False
   notes: tuple[str, ...] = ()
 
+  @property
+  def count(self) -> int | None:
+    """Number of images; None where files of statistics do not tell it."""
+    if self.images is not None:
+      return len(self.images)
+    return max((one.n or 0 for one in (self.moments or {}).values()), default=0) or None
+
 
 class Pictured(NamedTuple):
   """The features of a set of pictures, and small pictures of them where there are some."""

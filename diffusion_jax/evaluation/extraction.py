@@ -25,7 +25,7 @@ from diffusion_jax.parallel.sharding import in_batches
 
 MOST_SHAPES = 4
 """Shapes of images for which a program is compiled; images of others are resized on the host."""
-TROUBLE, THUMBNAILS, EACH = 'trouble', 'thumbnails', 'each:'
+TROUBLE, THUMBNAILS, EDGES, EACH = 'trouble', 'thumbnails', 'edges', 'each:'
 THUMBNAIL = 96
 """Edge in pixels of the small pictures that a page shows."""
 MOST_THUMBNAILS = 20_000
@@ -140,6 +140,8 @@ def _features(extraction: Extraction, made: Made) -> dict[str, np.ndarray]:
   """Rows of images that are not there are zero, and told by `TROUBLE`."""
   there = [i for i, image in enumerate(made.images) if image is not None]
   arrays = {TROUBLE: np.array(made.trouble)}
+  shapes = [(0, 0) if image is None else image.shape[:2] for image in made.images]
+  arrays[EDGES] = np.array(shapes, np.int32).reshape(-1, 2)
   arrays |= {f'{EACH}{name}': np.asarray(values) for name, values in made.each.items()}
   for name, rows in extraction([made.images[i] for i in there]).items():
     arrays[name] = np.zeros((len(made.images), rows.shape[1]), np.float32)
@@ -181,13 +183,14 @@ class Features(NamedTuple):
   """What there is to score. columns: name -> float32 [n d] of the images that could be read.
 
   rows: numbers of those images; trouble: a sentence for each of the others. each: name -> figures
-  of those images, [n].
+  of those images, [n]. edge: the median of the shorter edges in pixels, where it is known.
   """
 
   columns: dict[str, np.ndarray]
   rows: np.ndarray
   trouble: list[str]
   each: Mapping[str, np.ndarray] = MappingProxyType({})
+  edge: float | None = None
 
 
 def gather(chunks: Chunks, most_unreadable: float = 0.0) -> Features:
@@ -207,6 +210,8 @@ def gather(chunks: Chunks, most_unreadable: float = 0.0) -> Features:
       f'{most_unreadable:g} that is allowed: {"; ".join(bad[:3])}'
     )
   rows = np.flatnonzero(there)
+  edges = columns.pop(EDGES)[rows].min(axis=1)
+  edge = float(np.median(edges)) if len(rows) else None
   found = {name: values[rows] for name, values in columns.items()}
   each = {name.removeprefix(EACH): found.pop(name) for name in [*found] if name.startswith(EACH)}
-  return Features(found, rows, bad, each)
+  return Features(found, rows, bad, each, edge)

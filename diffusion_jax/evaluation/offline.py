@@ -155,4 +155,10 @@ def compare(
   scores = score(metrics, compared, seed=seed)
   if samples.trouble:
     scores.warnings.append(f'{len(samples.trouble)} images could not be read and were left out.')
+  if isinstance(reference, Features) and None not in (samples.edge, reference.edge):
+    if samples.edge != reference.edge and any(takes_reference(one.output) for one in compared):
+      scores.warnings.append(
+        f'The samples are {samples.edge:g} pixels wide, the images of the reference '
+        f'{reference.edge:g}: how sharp either is counts as a difference, too.'
+      )
   return scores

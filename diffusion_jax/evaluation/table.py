@@ -9,27 +9,39 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.io.whole import replacing
 
 
-def add_rows(path: Path, new: Sequence[Mapping[str, object]]) -> None:
-  """Appends rows; columns that are new come last and stay empty in the rows before.
+def read_rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
+  """(rows, names of columns), none where there is no file.
 
-  A row that is there already is left out. UserError where the file is none of comma-separated
-  values.
+  UserError where the file is none of comma-separated values.
   """
-  rows, names = [], []
+  if not path.is_file():
+    return [], []
   try:
-    if path.is_file():
-      with path.open(newline='', encoding='utf-8') as file:
-        reader = csv.DictReader(file, strict=True)
-        rows, names = list(reader), list(reader.fieldnames or ())
+    with path.open(newline='', encoding='utf-8') as file:
+      reader = csv.DictReader(file, strict=True)
+      rows, names = list(reader), list(reader.fieldnames or ())
     if any(None in known for known in rows):
       raise ValueError('a row is longer than the first')
   except (OSError, ValueError, csv.Error) as error:
     raise UserError(f'{path} is not a table of evaluations ({error}); move it away.') from error
+  return rows, names
+
+
+def as_read(row: Mapping[str, object]) -> dict[str, str]:
+  """A row as it comes back from a table, without what is empty."""
+  return {name: str(value) for name, value in row.items() if value not in (None, '')}
+
+
+def add_rows(path: Path, new: Sequence[Mapping[str, object]]) -> None:
+  """Appends rows; columns that are new come last and stay empty in the rows before.
+
+  A row that is there already is left out. UserError as in `read_rows`.
+  """
+  rows, names = read_rows(path)
   names += [name for row in new for name in row if name not in names]
   names = list(dict.fromkeys(names))
-  text_of = lambda row: {k: str(v) for k, v in row.items() if v not in (None, '')}
-  known = [text_of(row) for row in rows]
-  rows += [row for row in new if text_of(row) not in known]
+  known = list(map(as_read, rows))
+  rows += [row for row in new if as_read(row) not in known]
   text = io.StringIO(newline='')
   writer = csv.DictWriter(text, names, restval='')
   writer.writeheader()

@@ -21,6 +21,7 @@ from diffusion_jax.evaluation.job import shuffled
 from diffusion_jax.evaluation.likelihood import (
   FIGURES,
   LikelihoodConfig,
+  discrete_bits,
   evaluate_likelihood,
   image_keys,
   latent_bits,
@@ -224,3 +225,15 @@ def test_impossible_settings_are_refused(options):
 def test_the_number_of_images_is_checked_first(samples, loaded, sources, mesh):
   with pytest.raises(UserError, match=f'{samples} samples cannot be scored; choose 2 to'):
     evaluate_likelihood(*loaded, *sources, CHEAP, samples=samples, seed=0, mesh=mesh)
+
+
+def test_bits_beside_other_figures_are_those_of_the_command(loaded, sources, rows, mesh):
+  model, weights = loaded
+  records = shuffled(sources[1], SAMPLES)
+  bits = discrete_bits(model, records, draws=CHEAP.draws, seed=3, mesh=mesh, batch_size=8)
+  found = [bits(weights, items) for items in (range(0, 4), range(4, SAMPLES))]
+  name = 'latent_bits_per_dim_discrete'
+  assert all(set(part) == {name} for part in found)
+  values = np.concatenate([part[name] for part in found])
+  assert values.shape == (SAMPLES,)
+  assert values.mean() == pytest.approx(rows['model'][name], rel=1e-5)
