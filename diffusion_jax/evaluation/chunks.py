@@ -5,10 +5,12 @@ what is missing, with any number of processes, and nothing is made twice or left
 """
 
 import json
+import math
 import os
+import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,23 +81,43 @@ class Chunks:
       file.flush()
       os.fsync(file.fileno())
 
-  def load(self, index: int) -> dict[str, np.ndarray]:
-    """The results of a piece. UserError where it is damaged, which a new start makes good."""
+  def load(self, index: int, without: Collection[str] = ()) -> dict[str, np.ndarray]:
+    """The results of a piece, `without` some, which are not read.
+
+    UserError where it is damaged, which a new start makes good.
+    """
     try:
       with np.load(self._path(index), allow_pickle=False) as file:
-        return dict(file)
+        return {name: file[name] for name in file.files if name not in without}
     except _DAMAGE as error:
       raise UserError(
         f'{self._path(index)} is damaged ({error}); start again to make it anew.'
       ) from error
 
-  def all(self) -> Iterator[dict[str, np.ndarray]]:
-    """The results of every piece, in order."""
-    return map(self.load, range(self.count))
+  def joined(self, without: Collection[str] = ()) -> dict[str, np.ndarray]:
+    """The results of all items, [total ...] each; all but texts stay on the disk until read.
 
-  def column(self, name: str) -> np.ndarray:
-    """One result of all items, [total ...]."""
-    return np.concatenate([arrays[name] for arrays in self.all()])
+    Each is in a file without a name in the same folder, which is gone with the array, so that
+    memory does not grow with the number of items.
+    """
+    texts: dict[str, list[np.ndarray]] = {}
+    found: dict[str, np.ndarray] = {}
+    for index in range(self.count):
+      items = self.items(index)
+      for name, values in self.load(index, without).items():
+        if values.dtype.kind == 'U':
+          texts.setdefault(name, []).append(values)
+          continue
+        if name not in found:
+          found[name] = self._unnamed((self.total, *values.shape[1:]), values.dtype)
+        found[name][items.start : items.stop] = values
+    return found | {name: np.concatenate(parts) for name, parts in texts.items()}
+
+  def _unnamed(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    if not math.prod(shape) * dtype.itemsize:
+      return np.zeros(shape, dtype)
+    with tempfile.TemporaryFile(dir=self.directory) as file:
+      return np.memmap(file, dtype, 'w+', shape=shape)
 
   def _path(self, index: int) -> Path:
     return self.directory / f'{index:06d}.npz'

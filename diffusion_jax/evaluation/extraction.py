@@ -20,6 +20,7 @@ from diffusion_jax.evaluation.chunks import Chunks
 from diffusion_jax.evaluation.extractors import Extractor, compiled
 from diffusion_jax.evaluation.images import ImageSet
 from diffusion_jax.evaluation.resize import resize_on_host
+from diffusion_jax.evaluation.statistics import PART
 from diffusion_jax.parallel.pulse import beat
 from diffusion_jax.parallel.sharding import in_batches
 
@@ -175,12 +176,9 @@ def reader(images: ImageSet) -> Callable[[range], Made]:
   return read
 
 
-def _without_thumbnails(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  return {name: value for name, value in arrays.items() if name != THUMBNAILS}
-
-
 class Features(NamedTuple):
-  """What there is to score. columns: name -> float32 [n d] of the images that could be read.
+  """What there is to score. columns: name -> float32 [n d] of the images that could be read; they
+  lie on the disk, so that what reads them in parts needs no memory for all.
 
   rows: numbers of those images; trouble: a sentence for each of the others. each: name -> figures
   of those images, [n]. edge: the median of the shorter edges in pixels, where it is known.
@@ -199,8 +197,7 @@ def gather(chunks: Chunks, most_unreadable: float = 0.0) -> Features:
   Raises:
     UserError: more than a share `most_unreadable` of the images could not be read; names some.
   """
-  parts = list(map(_without_thumbnails, chunks.all()))
-  columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+  columns = chunks.joined(without=(THUMBNAILS,))
   trouble = columns.pop(TROUBLE)
   there = trouble == ''
   bad = [str(text) for text in trouble[~there]]
@@ -212,6 +209,16 @@ def gather(chunks: Chunks, most_unreadable: float = 0.0) -> Features:
   rows = np.flatnonzero(there)
   edges = columns.pop(EDGES)[rows].min(axis=1)
   edge = float(np.median(edges)) if len(rows) else None
-  found = {name: values[rows] for name, values in columns.items()}
+  found = {name: _only(values, rows) for name, values in columns.items()}
   each = {name.removeprefix(EACH): found.pop(name) for name in [*found] if name.startswith(EACH)}
   return Features(found, rows, bad, each, edge)
+
+
+def _only(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+  """These rows, in ascending order, moved to the front, part by part."""
+  if len(rows) == len(values):
+    return values
+  for start in range(0, len(rows), PART):
+    part = rows[start : start + PART]
+    values[start : start + len(part)] = values[part]
+  return values[: len(rows)]

@@ -16,14 +16,19 @@ from diffusion_jax.evaluation.metrics.text import clip_score_of_each
 from diffusion_jax.viz.evaluation import ClassRow, Cloud, Pair, Prompt
 
 PAIRS, PROMPTS, CLASSES = 12, 12, 5
+MOST_IN_CLOUD = 5000
 
 
 def clouds(samples: Features, reference: Features) -> list[Cloud]:
-  """Both sets on the leading axes of the reference, for each kind of features."""
+  """Both sets on the leading axes of the reference, for each kind of features.
+
+  Of larger sets some, evenly chosen: a plot shows no more.
+  """
+  some = lambda values: values[:: -(-len(values) // MOST_IN_CLOUD)]
   found = []
   for name, values in samples.columns.items():
     if values.shape[1] >= 2:
-      axes = principal_components(reference.columns[name], values, k=2)
+      axes = principal_components(some(reference.columns[name]), some(values), k=2)
       found.append(Cloud(
         name, axes.reference, axes.samples, axes.reference_share, axes.samples_share
       ))
@@ -33,7 +38,12 @@ def clouds(samples: Features, reference: Features) -> list[Cloud]:
 def near_copies(
   samples: Features, pictures: Thumbnails, reference: Features, reference_pictures: Thumbnails
 ) -> list[Pair]:
-  """The samples that are most like an image of the reference, by the first kind of features."""
+  """The samples that are most like an image of the reference, by the first kind of features.
+
+  None where there are no pictures to show.
+  """
+  if pictures[0] is None or reference_pictures[0] is None:
+    return []
   first = next(iter(samples.columns))
   near = nearest_neighbours(samples.columns[first], reference.columns[first])
   pairs = []

@@ -18,7 +18,8 @@ from jaxtyping import Float
 
 from diffusion_jax.errors import UserError
 
-_ROWS = 8192  # In float64 at a time, so that memory does not grow with the features.
+PART = 4096
+"""Rows of features in memory at a time, so that it does not grow with their number."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,17 +49,17 @@ class Statistics:
       raise UserError(
         f'Features must have the shape [n d], not {list(features.shape)}: flatten or pool them.'
       )
-    if not np.isfinite(features).all():
-      raise UserError(
-        'The features hold NaN or infinite values: check the images and the extractor weights.'
-      )
     if len(features) == 0:
       return cls.empty(features.shape[1])
-    parts = (features[i : i + _ROWS] for i in range(0, len(features), _ROWS))
+    parts = (features[i : i + PART] for i in range(0, len(features), PART))
     return merge_all(cls._at_once(part.astype(np.float64)) for part in parts)
 
   @classmethod
   def _at_once(cls, features: Float[np.ndarray, 'n d']) -> Statistics:
+    if not np.isfinite(features).all():
+      raise UserError(
+        'The features hold NaN or infinite values: check the images and the extractor weights.'
+      )
     mean = features.mean(0)
     centred = features - mean
     return cls(len(features), mean, centred.T @ centred)

@@ -20,8 +20,10 @@ COLOURS = IMAGES.reshape(45, 16, 3).mean(1, dtype=np.float32)
 class Colours:
   """Two outputs whose values are known: the mean of each channel, and half of it."""
 
-  name, params, size, resizing = 'colours/x/clean', {'scale': np.float32(0.5)}, 8, 'clean'
-  widths = {'pool3': 3, 'embedding': 3}  # noqa: RUF012
+  name, size, resizing = 'colours/x/clean', 8, 'clean'
+
+  def __init__(self, scale=0.5):
+    self.params, self.widths = {'scale': np.float32(scale)}, {'pool3': 3, 'embedding': 3}
 
   def apply(self, params, images):
     mean = images.astype('float32').mean((1, 2))
@@ -57,10 +59,8 @@ def test_features_that_a_metric_asks_for_are_kept():
 
 
 def test_sums_that_are_not_finite_are_noticed():
-  broken = Colours()
-  broken.params = {'scale': np.float32(np.nan)}
   with pytest.raises(UserError, match='NaN or infinite'):
-    Collector([broken], _mesh(1), ['fd'])([IMAGES])
+    Collector([Colours(np.nan)], _mesh(1), ['fd'])([IMAGES])
 
 
 def test_images_are_regrouped_in_their_order():

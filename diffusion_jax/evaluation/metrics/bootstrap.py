@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.statistics import Statistics, merge_all
+from diffusion_jax.evaluation.statistics import PART, Statistics, merge_all
 
 
 class Interval(NamedTuple):
@@ -108,7 +108,13 @@ def random_groups(
   if not 1 <= count <= len(features):
     raise UserError(f'{len(features)} samples cannot be put into {count} groups: choose fewer.')
   order = np.random.default_rng(seed).permutation(len(features))
-  return [Statistics.from_features(features[rows]) for rows in np.array_split(order, count)]
+  groups = np.array_split(order, count)
+  # Sorted, for features may lie on a disk, and in parts, for they may be many.
+  return [
+    merge_all(Statistics.from_features(features[np.sort(rows[i : i + PART])])
+              for i in range(0, len(rows), PART))
+    for rows in groups
+  ]
 
 
 def _check(n: int, resamples: int, level: float, fewest: int = 2) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.statistics import PART
 
 
 def matrix(
@@ -15,7 +16,8 @@ def matrix(
   x = np.asarray(x, dtype)
   if x.ndim != 2 or x.size == 0:
     raise UserError(f'The {name} must be a non-empty [n d] array, not {list(x.shape)}: check them.')
-  if not np.isfinite(x).all():
+  parts = (x[i : i + PART] for i in range(0, len(x), PART))
+  if not all(np.isfinite(part).all() for part in parts):
     raise UserError(f'The {name} hold NaN or infinite values: check the images and the weights.')
   return x
 
