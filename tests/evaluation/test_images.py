@@ -94,6 +94,7 @@ def test_a_tar_file_that_is_cut(tmp_path):
   third = images.pictures.members[2]
   for size, named in (
     (third.offset + third.size // 2, '2.png in '),  # Within the pixels,
+    (third.offset + third.size - 2, '2.png in '),  # behind them, which Pillow would not notice,
     (third.offset - 100, 'what follows 1.png in '),  # within the header,
     (third.offset - 512, 'what follows 1.png in '),  # between two members.
   ):
