@@ -79,7 +79,7 @@ def _damaged_tar(folder, stack):
 
 def _damaged_records(folder, small_data, sources):
   """A prepared data set with a flipped byte in one record of its test split."""
-  (file,) = Path(small_data).rglob('features.json')
+  (file,) = Path(small_data).glob(f'openmoji/{tiny.SIZE}/*/features.json')
   copy = shutil.copytree(file.parent, folder / 'data')
   (records,) = copy.glob('*test*array_record*')
   data = bytearray(records.read_bytes())

@@ -14,6 +14,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extraction import Made, reader
 from diffusion_jax.evaluation.images import open_images
 from diffusion_jax.evaluation.keeping import keeper
+from tests import tiny
 
 RNG = np.random.default_rng(0)
 IMAGES = [RNG.integers(0, 256, (6 + i, 9, 3), np.uint8) for i in range(5)]
@@ -169,7 +170,7 @@ def test_damaged_batches_of_images_are_named(tmp_path):
 
 
 def test_a_prepared_data_set(small_data, sources, tmp_path):
-  (file,) = Path(small_data).rglob('features.json')
+  (file,) = Path(small_data).glob(f'openmoji/{tiny.SIZE}/*/features.json')
   folder = file.parent
   images = open_images(f'{folder}:test')
   assert images.name == f'prepared:{folder.resolve()}:test'
