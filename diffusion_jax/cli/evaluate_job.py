@@ -266,6 +266,7 @@ def of_folder(args: argparse.Namespace, out: Path, shown: dict) -> dict[str, Any
   split = lambda name: open_source(
     args.dataset, name, size=size, data_dir=args.data_dir, prepare=True
   )
+  images = open_images(args.images)  # Before a data set is prepared that nobody will need.
   comparison = open_comparison(args, out, split)
-  found = comparison({'samples': Column(of_images(open_images(args.images)))})
+  found = comparison({'samples': Column(of_images(images))})
   return None if found is None else report(args, comparison, found, shown, 'samples')
