@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, out: Path, shown: dict) -> dict[str, Any] | No
     args, out, lambda name: test, args.clip or evaluate_job.CLIP,
     Reference(originals.name, originals, own=True), default,
   )
-  works = _works(args, network, read, name, originals, comparison.metrics, mesh)
+  works = _works(args, network, read, name, originals, mesh)
   found = comparison({
     column: Column(work, keep=column == 'reconstructed') for column, work in works.items()
   })
@@ -71,7 +71,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def _works(
-  args: argparse.Namespace, network, read: Callable, name: str, originals, metrics: list[str], mesh
+  args: argparse.Namespace, network, read: Callable, name: str, originals, mesh
 ) -> dict[str, Any]:
   import jax
 
@@ -89,10 +89,10 @@ def _works(
     distances = perceptual(put_params(load_lpips(args.lpips), mesh), mesh, args.batch)
   fresh = lambda: to_host(jax.jit(network.initialize)(jax.random.key(1)))
   reconstruct = reconstructor(network, mesh, args.batch)
-  figures = [figure for figure in FIGURES if figure in metrics]
+  # All of them whatever is asked for, so that a second start may ask for more.
   work = lambda name, params: of_autoencoder(
-    reconstruct, functools.cache(lambda: put_params(params(), mesh)), name, originals, figures,
-    distances, args.lpips or '',
+    reconstruct, functools.cache(lambda: put_params(params(), mesh)), name, originals,
+    tuple(FIGURES), distances, args.lpips or '',
   )
   return {'reconstructed': work(name, read), 'untrained': work(f'untrained {name}', fresh)}
 

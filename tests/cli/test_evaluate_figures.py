@@ -167,19 +167,19 @@ def test_captions_of_one_s_own_have_labels_of_one_s_own(
   (['--lpips', 'x'], '--lpips does nothing without an autoencoder'),
   (['--size', '32'], '--size does nothing without --images'),
   (['--labels', 'x'], '--labels are those of --captions'),
-  (['--workdir', 'RUN', '--metrics', 'psnr'], 'psnr needs an autoencoder'),
-  (['--workdir', 'RUN', '--metrics', 'class_accuracy'], 'needs the features logits'),
-  (['--images', 'AUTOENCODER', '--metrics', 'bits_per_dim'], 'bits_per_dim needs a diffusion'),
+  (['--workdir', 'RUN', '--samples', '16', '--metrics', 'psnr'], 'psnr needs an autoencoder'),
+  (['--workdir', 'RUN', '--samples', '16', '--metrics', 'class_accuracy'], 'the features logits'),
+  (['--images', 'FOLDER', '--metrics', 'bits_per_dim'], 'bits_per_dim needs a diffusion model'),
 ])
-def test_what_cannot_be_is_refused(fails, finished, parts, tmp_path, arguments, named):
-  places = {'AUTOENCODER': parts['autoencoder'], 'RUN': str(finished)}
+def test_what_cannot_be_is_refused(
+  fails, finished, parts, small_data, tmp_path, arguments, named
+):
+  Image.new('RGB', (8, 8)).save(tmp_path / 'one.png')
+  places = {'AUTOENCODER': parts['autoencoder'], 'RUN': finished, 'FOLDER': tmp_path}
   given = [places.get(text, text) for text in arguments]
-  if 'AUTOENCODER' in arguments and '--images' not in arguments:
-    given += ['--size', str(tiny.SIZE)]
-  if '--images' in arguments:
-    Image.new('RGB', (8, 8)).save(tmp_path / 'one.png')
-    given[1] = str(tmp_path)
-  if '--likelihood' not in given and {'AUTOENCODER', 'RUN'} & {*arguments}:
+  if {'AUTOENCODER', 'FOLDER'} & {*arguments} and '--likelihood' not in arguments:
+    given += ['--size', tiny.SIZE]
+  if {'AUTOENCODER', 'RUN', 'FOLDER'} & {*arguments} and '--likelihood' not in arguments:
     given += ['--features', f'clip:{parts["clip"]}']
   assert named in fails('evaluate', *given, '--out', tmp_path / 'out.json')
   assert not (tmp_path / 'out.json').exists()
