@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from diffusion_jax.evaluation.scores import METRICS
+from diffusion_jax.evaluation.scores import METRICS, Compared
 
 FIGURES: dict[str, tuple[str, ...]] = {
   'fd': ('{distance}',),
@@ -25,12 +25,9 @@ def figure_names(metrics: Sequence[str], columns: Iterable[str]) -> list[str]:
   names = []
   for metric in metrics:
     for column in columns:
-      extractor, _, output = column.rpartition(':')
-      if output in METRICS[metric].outputs:
-        family = extractor.partition('/')[0]
-        suffix = '' if family == 'inception' else f'_{family}'
-        distance = f'fd{suffix}' if suffix else {'spatial': 'sfid'}.get(output, 'fid')
-        given = {'suffix': suffix, 'distance': distance}
+      of = Compared(column, None)
+      if of.output in METRICS[metric].outputs:
+        given = {'suffix': of.suffix, 'distance': of.distance}
         names += [name.format(**given) for name in FIGURES.get(metric, (metric,))]
   return names
 
