@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402
 import os
+import sys
 import tempfile
 
 # Before JAX is imported, and inherited by subprocesses and by the workers of pytest-xdist.
@@ -11,6 +12,9 @@ if OWN_CACHE:
 os.environ['JAX_COMPILATION_CACHE_DIR'] = os.environ['DIFFUSION_JAX_TEST_CACHE']
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 os.environ['JAX_PLATFORMS'] = 'cpu'
+# Else each of many subprocesses would compile the sources of the package again, for a second.
+os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
+sys.dont_write_bytecode = False
 # Compiling takes most of the time of tests with tiny networks: quickly, then, rather than well.
 # The fusion emitters alone make it 2.5 times as long for the gradient of a tiny U-Net.
 QUICK = (
