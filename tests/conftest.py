@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402
 import os
+import sys
 import tempfile
 
 # Before JAX is imported, and inherited by subprocesses and by the workers of pytest-xdist.
@@ -11,6 +12,11 @@ if OWN_CACHE:
 os.environ['JAX_COMPILATION_CACHE_DIR'] = os.environ['DIFFUSION_JAX_TEST_CACHE']
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 os.environ['JAX_PLATFORMS'] = 'cpu'
+# Where in the sources each operation comes from is looked up for nobody.
+os.environ['JAX_TRACEBACK_IN_LOCATIONS_LIMIT'] = '0'
+# Else each of many subprocesses would compile the sources of the package again, for a second.
+os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
+sys.dont_write_bytecode = False
 # Compiling takes most of the time of tests with tiny networks: quickly, then, rather than well.
 # The fusion emitters alone make it 2.5 times as long for the gradient of a tiny U-Net.
 QUICK = (
@@ -21,6 +27,7 @@ os.environ['XLA_FLAGS'] = f'{QUICK} --xla_force_host_platform_device_count=8'
 
 import contextlib
 import fcntl
+import gc
 import itertools
 import shutil
 import signal
@@ -31,6 +38,10 @@ import numpy as np
 import pytest
 
 from tests import tiny
+
+# Tracing makes objects by the hundred thousand and keeps them; looking through them for garbage
+# after every 700 takes a tenth of its time.
+gc.set_threshold(20_000, 10, 10)
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # As in the background of a shell script.
   signal.signal(signal.SIGINT, signal.default_int_handler)

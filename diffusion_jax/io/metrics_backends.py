@@ -5,9 +5,11 @@ and it may raise. A record that `write` took without an error is as safe as it c
 packages are imported beforehand: Python 3.11 fails now and then where two threads import at once.
 """
 
+import contextlib
 import os
 import secrets
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -78,6 +80,23 @@ class JsonLines:
       self._file.close()
 
 
+@contextlib.contextmanager
+def _without_torch():
+  """Within, PyTorch cannot be imported, unless it has been: tensorboardX would, if it is there.
+
+  It needs only the name of a class, which we do not, for some seconds and 300 MB of every run.
+  """
+  absent = object()
+  before = sys.modules.get('torch', absent)
+  if before is absent:
+    sys.modules['torch'] = None
+  try:
+    yield
+  finally:
+    if before is absent:
+      del sys.modules['torch']
+
+
 class TensorBoard:
   """Event files, without tensorboardX's own thread: it dies at the first error, unheard, and then
   blocks whoever adds the eleventh event."""
@@ -86,8 +105,9 @@ class TensorBoard:
 
   def __init__(self, folder: Path):
     """Raises ImportError where tensorboardX is missing."""
-    from tensorboardX import record_writer, summary
-    from tensorboardX.proto import event_pb2
+    with _without_torch():
+      from tensorboardX import record_writer, summary
+      from tensorboardX.proto import event_pb2
 
     self._records, self._summary, self._event = record_writer, summary, event_pb2.Event
     self._folder = folder

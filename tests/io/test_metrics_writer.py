@@ -221,6 +221,21 @@ def test_tensorboard_that_is_not_there(monkeypatch, run, writer, capsys):
   )
 
 
+def test_a_run_does_not_import_pytorch_for_tensorboard(tmp_path):
+  """It takes seconds and 300 MB; whoever wants it afterwards gets it."""
+  code = (
+    'import importlib.util, pathlib, sys\n'
+    'from diffusion_jax.io.metrics_backends import TensorBoard\n'
+    'assert importlib.util.find_spec("torch")\n'
+    'TensorBoard(pathlib.Path(sys.argv[1])).open()\n'
+    'assert "torch" not in sys.modules and importlib.util.find_spec("torch")\n'
+  )
+  done = subprocess.run([sys.executable, '-c', code, str(tmp_path)], capture_output=True, text=True,
+                        cwd=ROOT, timeout=100)
+  assert done.returncode == 0, done.stderr
+  assert len(list(tmp_path.glob('events.*'))) == 1
+
+
 WANDB = """
 import os, signal, subprocess, sys, time
 import numpy as np

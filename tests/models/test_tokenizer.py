@@ -1,7 +1,11 @@
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import CLIPTokenizer, T5TokenizerFast
+from transformers import AutoTokenizer, CLIPTokenizer, T5TokenizerFast
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.text.tokenizer import (
@@ -12,6 +16,7 @@ from diffusion_jax.models.text.tokenizer import (
   save_tokenizer,
   train_tokenizer,
 )
+from tests.tiny import ROOT
 
 CAPTIONS = ['A red cat', 'a blue dog and a red cat', 'a blue cat'] * 4
 
@@ -124,6 +129,44 @@ def test_placeholders_stand_for_their_embeddings(tmp_path):
   with pytest.raises(UserError, match='<new>_1'):
     add_placeholder(tokenizer, '<new>', 2)
   assert '<new>' not in tokenizer.get_vocab()
+
+
+@pytest.fixture(scope='module')
+def directories(tokenizer, tmp_path_factory):
+  """Ours; CLIP's as transformers saves it now; and as it is published, in files of its own."""
+  ours, clip, published = (tmp_path_factory.mktemp(n) for n in ('ours', 'clip', 'published'))
+  save_tokenizer(tokenizer, ours)
+  vocabulary = {w: n for n, w in enumerate(WORDS)}
+  CLIPTokenizer(vocab=vocabulary, merges=MERGES, model_max_length=6).save_pretrained(clip)
+  (published / 'vocab.json').write_text(json.dumps(vocabulary))
+  (published / 'merges.txt').write_text('#version: 0.2\n' + '\n'.join(map(' '.join, MERGES)))
+  (published / 'tokenizer_config.json').write_text(json.dumps({
+    'tokenizer_class': 'CLIPTokenizer', 'model_max_length': 6, 'pad_token': '!',
+    'bos_token': WORDS[7], 'eos_token': WORDS[8], 'unk_token': WORDS[8],
+  }))
+  return ours, clip, published
+
+
+def test_the_named_class_reads_what_transformers_would(directories):
+  for directory in directories:
+    found, wanted = load_tokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    assert type(found) is type(wanted) and found.get_vocab() == wanted.get_vocab()
+    assert found.model_max_length == wanted.model_max_length in (6, 12)
+    assert found.special_tokens_map == wanted.special_tokens_map
+    for text in ('a red red', 'A RED  a', ''):
+      assert found(text)['input_ids'] == wanted(text)['input_ids']
+
+
+def test_loading_does_not_import_pytorch(directories):
+  code = (
+    'import importlib.util, sys\n'
+    'from diffusion_jax.models.text.tokenizer import load_tokenizer\n'
+    'assert all(load_tokenizer(path)("a red")["input_ids"] for path in sys.argv[1:])\n'
+    'assert importlib.util.find_spec("torch") and "torch" not in sys.modules\n'
+  )
+  done = subprocess.run([sys.executable, '-c', code, *map(str, directories)], cwd=ROOT, text=True,
+                        capture_output=True, timeout=100)
+  assert done.returncode == 0, done.stderr
 
 
 def test_mistakes(tokenizer, tmp_path):

@@ -8,6 +8,7 @@ token for padding. Files are those of transformers, so the published tokenizers 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
 BOS, EOS = '<|startoftext|>', '<|endoftext|>'
+DIRECT = ('CLIPTokenizer', 'TokenizersBackend')
+"""Classes of transformers that read their files by themselves: CLIP's, and that of ours."""
+
 SMALLEST = 256 + 2
 """Every byte is a token, so that any text can be written; and the two frame tokens."""
 
@@ -81,15 +85,28 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str | os.PathL
       file.replace(directory / file.name)
 
 
+def _class_of(directory: Path) -> type:
+  """What reads the tokenizer there: the class that its config names, else AutoTokenizer.
+
+  They read the same, but AutoTokenizer imports PyTorch where it is installed, for seconds and
+  300 MB.
+  """
+  try:
+    name = json.loads((directory / 'tokenizer_config.json').read_text())['tokenizer_class']
+  except (OSError, ValueError, LookupError, TypeError):
+    name = None
+  return getattr(_transformers(), name if name in DIRECT else 'AutoTokenizer')
+
+
 def load_tokenizer(directory: str | os.PathLike) -> PreTrainedTokenizerBase:
   """Reads a tokenizer that we, or transformers, saved in a local directory; never the network."""
-  auto = _transformers().AutoTokenizer
+  _transformers()
   directory = Path(directory)
   require(
     directory.is_dir(), f'There is no tokenizer directory {directory}; check the path.'
   )
   try:
-    return auto.from_pretrained(os.fspath(directory), local_files_only=True)
+    return _class_of(directory).from_pretrained(os.fspath(directory), local_files_only=True)
   except Exception as error:  # transformers raises many kinds; all mean the same to a person.
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     raise UserError(
