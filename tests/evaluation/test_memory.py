@@ -1,18 +1,22 @@
 """The memory of an evaluation does not grow with the number of images."""
 
+import json
+import os
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
 
-from benchmarks.peak_memory import PeakMemory
-from diffusion_jax.evaluation import extraction
 from diffusion_jax.evaluation.extraction import Extraction, Made
 from diffusion_jax.evaluation.metrics.frechet import frechet_distance
-from diffusion_jax.evaluation.offline import Work, compare, features_of
+from diffusion_jax.evaluation.offline import Work, features_of
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from tests import tiny
 
-WIDTH, PIECE = 256, 2048
+WIDTH, PIECE = 256, 1024
 
 
 class Projected:
@@ -42,30 +46,52 @@ def _images(seed):
   return make
 
 
-def _evaluate(folder, count):
+def features_of_two(folder, count):
+  """Two sets of so many images."""
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
   taken = Extraction([Projected()], mesh, PIECE)
-  sets = [
+  return [
     features_of(
       Work(count, {'seed': seed}, _images(seed)), taken, folder / f'{count}-{seed}',
       most_unreadable=0.1, chunk=PIECE,
     )[0] for seed in (1, 2)
   ]
-  return sets, compare(*sets, ['fd', 'kl'])
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from benchmarks.peak_memory import PeakMemory, anonymous_bytes
+from diffusion_jax.evaluation import extraction
+from diffusion_jax.evaluation.offline import compare
+from tests.evaluation.test_memory import PIECE, features_of_two
+
+extraction.MOST_THUMBNAILS = 0
+folder, peaks = Path(sys.argv[1]), []
+# Programs and buffers that are made once.
+compare(*features_of_two(folder, 2 * PIECE), ['fd', 'kl'])
+for count in (4 * PIECE, 16 * PIECE):
+  before = anonymous_bytes()
+  with PeakMemory() as peak:
+    scores = compare(*features_of_two(folder, count), ['fd', 'kl'])
+  peaks.append(before + peak.bytes)
+print(json.dumps([peaks, scores.values['fid'], list(scores.intervals)]))
+"""
 
 
 @pytest.mark.slow
-def test_four_times_the_images_take_no_more_memory(tmp_path, monkeypatch):
-  monkeypatch.setattr(extraction, 'MOST_THUMBNAILS', 0)
-  _evaluate(tmp_path, 2 * PIECE)  # Programs and buffers that are made once.
-  peaks = []
-  for count in (4 * PIECE, 16 * PIECE):
-    with PeakMemory() as peak:
-      sets, scores = _evaluate(tmp_path, count)
-    peaks.append(peak.bytes)
+def test_four_times_the_images_take_no_more_memory(tmp_path):
+  """In a process of its own, whose allocator holds nothing of other tests."""
+  done = subprocess.run(
+    [sys.executable, '-c', SCRIPT, str(tmp_path)], cwd=tiny.ROOT, text=True, capture_output=True,
+    env={**os.environ, 'PYTHONPATH': str(tiny.ROOT)}, timeout=200, check=False,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  peaks, fid, intervals = json.loads(done.stdout.splitlines()[-1])
+  sets = features_of_two(tmp_path, 16 * PIECE)  # The pieces are there.
   features = [one.columns['inception/projected/clean:pool3'] for one in sets]
   assert all(one.shape == (16 * PIECE - 1, WIDTH) for one in features)
   wanted = frechet_distance(*(Statistics.from_features(one) for one in features))
-  assert scores.values['fid'] == pytest.approx(wanted, rel=1e-6) and 'fid' in scores.intervals
-  # The larger sets are 50 MB more, twice.
+  assert fid == pytest.approx(wanted, rel=1e-6) and intervals == ['fid']
+  # The features of the larger sets alone are 13 MB more than those of the smaller, twice.
   assert peaks[1] < peaks[0] + 12e6, peaks
