@@ -165,6 +165,7 @@ def _is_speed(key: str) -> bool:
 def _is_other(key: str) -> bool:
   return not (
     key.startswith(('loss', 'learning_rate')) or _is_speed(key) or key in _RESOURCES
+    or key == 'samples'  # The same for all evaluations of a run, as a rule.
   )
 
 
