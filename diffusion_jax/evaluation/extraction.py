@@ -6,6 +6,7 @@ the next are read or drawn, and those of the last are written.
 """
 
 import concurrent.futures
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from diffusion_jax.evaluation.chunks import Chunks
 from diffusion_jax.evaluation.extractors import Extractor, compiled
 from diffusion_jax.evaluation.images import ImageSet
 from diffusion_jax.evaluation.resize import resize_on_host
-from diffusion_jax.evaluation.statistics import PART
+from diffusion_jax.evaluation.statistics import PART, Statistics
 from diffusion_jax.parallel.pulse import beat
 from diffusion_jax.parallel.sharding import in_batches
 
@@ -176,7 +177,8 @@ def reader(images: ImageSet) -> Callable[[range], Made]:
   return read
 
 
-class Features(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Features:
   """What there is to score. columns: name -> float32 [n d] of the images that could be read; they
   lie on the disk, so that what reads them in parts needs no memory for all.
 
@@ -187,8 +189,15 @@ class Features(NamedTuple):
   columns: dict[str, np.ndarray]
   rows: np.ndarray
   trouble: list[str]
-  each: Mapping[str, np.ndarray] = MappingProxyType({})
+  each: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
   edge: float | None = None
+  _statistics: dict[str, Statistics] = dataclasses.field(default_factory=dict, repr=False)
+
+  def statistics(self, column: str) -> Statistics:
+    """Of a column, read once."""
+    if column not in self._statistics:
+      self._statistics[column] = Statistics.from_features(self.columns[column])
+    return self._statistics[column]
 
 
 def gather(chunks: Chunks, most_unreadable: float = 0.0) -> Features:

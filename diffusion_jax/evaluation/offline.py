@@ -18,7 +18,7 @@ from diffusion_jax.evaluation.extraction import Extraction, Features, Made, extr
 from diffusion_jax.evaluation.images import ImageSet
 from diffusion_jax.evaluation.keeping import Thumbnails
 from diffusion_jax.evaluation.scores import Compared, Scores, score, takes_reference
-from diffusion_jax.evaluation.statistics import Moments, Statistics
+from diffusion_jax.evaluation.statistics import Moments
 from diffusion_jax.parallel.agreement import agree
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
@@ -120,7 +120,7 @@ def _known(
   """The reference's features, where there are any, and their moments."""
   if not isinstance(reference, Features):
     return None, reference.get(column)
-  return reference.columns[column], Statistics.from_features(reference.columns[column])
+  return reference.columns[column], reference.statistics(column)
 
 
 def compare(
