@@ -191,7 +191,7 @@ class Features:
   trouble: list[str]
   each: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
   edge: float | None = None
-  _statistics: dict[str, Statistics] = dataclasses.field(default_factory=dict, repr=False)
+  _statistics: dict[str, Statistics] = dataclasses.field(default_factory=dict, init=False)
 
   def statistics(self, column: str) -> Statistics:
     """Of a column, read once."""

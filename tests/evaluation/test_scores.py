@@ -1,6 +1,8 @@
 """Figures by name: each is what its function gives, and says what to beware of."""
 
 import jax
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -113,7 +115,7 @@ def test_two_folders(tmp_path):
   }
   for name, rows in colours.items():
     np.testing.assert_array_equal(found[name].columns['colours:mean'], rows)
-  pooled = {n: f._replace(columns={'colours:cls': f.columns['colours:mean']})
+  pooled = {n: dataclasses.replace(f, columns={'colours:cls': f.columns['colours:mean']})
             for n, f in found.items()}
   scores = compare(pooled['one'], pooled['two'], ['fd', 'precision_recall'])
   wanted = [Statistics.from_features(colours[name]) for name in ('one', 'two')]
