@@ -6,7 +6,6 @@ what is missing, with any number of processes, and nothing is made twice or left
 
 import json
 import math
-import os
 import tempfile
 import zipfile
 import zlib
@@ -76,10 +75,8 @@ class Chunks:
     wrong = [name for name, value in arrays.items() if len(value) != rows]
     if wrong:
       raise ValueError(f'{wrong[0]} has {len(arrays[wrong[0]])} rows; piece {index} has {rows}.')
-    with replacing(self._path(index)) as file:
+    with replacing(self._path(index), flushed=True) as file:
       np.savez(file, **arrays)
-      file.flush()
-      os.fsync(file.fileno())
 
   def load(self, index: int, without: Collection[str] = ()) -> dict[str, np.ndarray]:
     """The results of a piece, `without` some, which are not read.
