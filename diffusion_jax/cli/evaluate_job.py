@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from diffusion_jax.errors import UserError
 
 if TYPE_CHECKING:
   from diffusion_jax.evaluation.comparison import Comparison, Found, Reference
+  from diffusion_jax.evaluation.images import ImageSet, Split
 
 METRICS, MODEL_METRICS, SIZE = 'fd,kid', 'fd,kid,clip_score,retrieval', 64
 PAIR_METRICS = 'fd,psnr,ssim,l1'
@@ -148,13 +150,13 @@ def all_are_here(name: str) -> bool:
 
 
 def open_comparison(
-  args: argparse.Namespace, out: Path, split: Callable[[str], Any], clip: str = CLIP,
+  args: argparse.Namespace, out: Path, split: Callable[[str], ImageSet], clip: str = CLIP,
   reference: Reference | None = None, default: str = MODEL_METRICS,
 ) -> Comparison:
   """What --features, --metrics and --reference say, on the devices of this process.
 
   Args:
-    split: opens a split of the data set.
+    split: opens a split of the data set, by its name.
     clip: the features without --features.
     reference: in place of --reference. default: the metrics without --metrics.
   """
@@ -233,13 +235,27 @@ def settings_of(comparison: Comparison) -> dict[str, Any]:
   }
 
 
+def open_split(args: argparse.Namespace, name: str, size: int | None = None) -> Split:
+  """A split of --dataset, at a size of --size where none is given."""
+  from diffusion_jax.data.sources import open_source
+  from diffusion_jax.evaluation.images import Split
+
+  size = size or (SIZE if args.size is None else args.size)
+  source = open_source(args.dataset, name, size=size, data_dir=args.data_dir, prepare=True)
+  return Split(source, split_name(args.dataset, size, name))
+
+
+def split_name(dataset: str, size: int, name: str) -> str:
+  """What a reference is called: images of another size are another one."""
+  return f'{dataset} {size} px {name}'
+
+
 def _reference(
   args: argparse.Namespace, metrics: list[str], extraction, split: Callable
 ) -> Reference:
   """Images that are scored without a reference are compared with nothing."""
   from diffusion_jax.evaluation import scores
   from diffusion_jax.evaluation.comparison import Reference
-  from diffusion_jax.evaluation.images import Split
   from diffusion_jax.evaluation.reference import open_reference
 
   what = args.reference
@@ -247,7 +263,7 @@ def _reference(
   if args.images and what is None and not needs & {'reference', 'moments'}:
     return Reference('none', moments={})
   if what in (None, 'train', 'test'):
-    images = Split(split(what or 'train'), f'{args.dataset} {what or "train"}')
+    images = split(what or 'train')
     return Reference(images.name, images)
   name, found, notes = open_reference(what, extraction.columns)
   known = {'moments' if isinstance(found, dict) else 'images': found}
@@ -256,17 +272,12 @@ def _reference(
 
 def of_folder(args: argparse.Namespace, out: Path, shown: dict) -> dict[str, Any] | None:
   """Scores of the pictures of --images."""
-  from diffusion_jax.data.sources import open_source
   from diffusion_jax.evaluation.comparison import Column
   from diffusion_jax.evaluation.images import open_images
   from diffusion_jax.evaluation.offline import of_images
 
   start()
-  size = SIZE if args.size is None else args.size
-  split = lambda name: open_source(
-    args.dataset, name, size=size, data_dir=args.data_dir, prepare=True
-  )
   images = open_images(args.images)  # Before a data set is prepared, which may take minutes.
-  comparison = open_comparison(args, out, split)
+  comparison = open_comparison(args, out, functools.partial(open_split, args))
   found = comparison({'samples': Column(of_images(images))})
   return None if found is None else report(args, comparison, found, shown, 'samples')

@@ -6,10 +6,13 @@ the next are read or drawn, and those of the last are written.
 """
 
 import concurrent.futures
+import functools
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image, ImageOps
@@ -23,6 +26,7 @@ from diffusion_jax.evaluation.resize import resize_on_host
 from diffusion_jax.evaluation.statistics import PART
 from diffusion_jax.parallel.pulse import beat
 from diffusion_jax.parallel.sharding import in_batches
+from diffusion_jax.types import Params
 
 MOST_SHAPES = 4
 """Shapes of images for which a program is compiled; images of others are resized on the host."""
@@ -64,6 +68,13 @@ class Extraction:
       for extractor in self.extractors for output, width in extractor.widths.items()
     }
 
+  @functools.cached_property
+  def plan(self) -> dict[str, Any]:
+    """What decides the features of an image: their names and the weights, JSON-ready."""
+    return {'features': sorted(self.columns), 'weights': {
+      extractor.name: f'{checksum(extractor.params):08x}' for extractor in self.extractors
+    }}
+
   def __call__(self, images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """uint8 [h w 3] each, of any sizes -> column -> float32 [n d]."""
     if not images:
@@ -89,6 +100,14 @@ class Extraction:
       return None
     self._shapes |= shapes
     return np.stack(images)
+
+
+def checksum(params: Params) -> int:
+  """CRC-32 of all arrays, for files of other weights may have the same name."""
+  found = 0
+  for leaf in jax.tree.leaves(params):
+    found = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8), found)
+  return found
 
 
 def column(extractor: Extractor, output: str) -> str:

@@ -60,7 +60,7 @@ class FiguresOf:
 
 def of_images(images: ImageSet) -> Work:
   """The work of reading a set of images."""
-  return Work(len(images), {'images': images.name}, reader(images))
+  return Work(len(images), {'images': images.name, 'files': images.stamp}, reader(images))
 
 
 def of_model(
@@ -103,7 +103,7 @@ def features_of(
   Raises:
     UserError: too many images cannot be read, or the directory holds other results.
   """
-  plan = {**work.plan, 'features': sorted(extraction.columns)}
+  plan = {**work.plan, **extraction.plan}
   if work.each:
     plan['each'] = sorted(work.each)
   chunks = Chunks(directory, plan, total=work.total, size=chunk)

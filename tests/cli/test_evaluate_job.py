@@ -48,7 +48,7 @@ def wanted(parts, sources):
 
 
 def test_a_folder_against_the_training_split(
-  command, folder, features, wanted, small_data, tmp_path, capsys
+  command, fails, folder, features, wanted, small_data, tmp_path, capsys
 ):
   out = tmp_path / 'scores.json'
   arguments = ('evaluate', '--images', folder, *features, *SIZE, '--most_unreadable', 0.05)
@@ -57,7 +57,7 @@ def test_a_folder_against_the_training_split(
   assert scores['samples']['fd_clip'] == pytest.approx(wanted[0], rel=1e-4)
   assert {'kid_clip', 'precision_clip', 'recall_clip'} < set(scores['samples'])
   assert scores['settings']['samples'] == 68 and scores['settings']['unreadable'] == 2
-  assert scores['settings']['reference'] == 'openmoji train'
+  assert scores['settings']['reference'] == f'openmoji {tiny.SIZE} px train'
   printed = capsys.readouterr().out
   assert '030.png' in printed and 'fd_clip of 68 samples is not comparable' in printed
   html = out.with_suffix('.html').read_text()
@@ -73,6 +73,12 @@ def test_a_folder_against_the_training_split(
   assert [row['settings.seed'] for row in rows] == ['0', '3']
   assert float(rows[0]['samples.fd_clip']) == float(rows[1]['samples.fd_clip'])
   assert rows[1]['samples.kid_clip'] == ''
+  # A reference of another size is another one.
+  message = fails(
+    'evaluate', '--images', folder, *features, '--size', 16, '--data_dir', small_data,
+    '--most_unreadable', 0.05, '--metrics', 'fd', '--out', out,
+  )
+  assert 'images was' in message and f"now 'openmoji 16 px train'" in message
 
 
 def test_a_file_of_statistics_serves_as_reference(

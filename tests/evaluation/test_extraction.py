@@ -17,6 +17,7 @@ from diffusion_jax.evaluation.chunks import Chunks
 from diffusion_jax.evaluation.extraction import Extraction, extract, gather, reader
 from diffusion_jax.evaluation.extractors import CLIPExtractor
 from diffusion_jax.evaluation.images import First, Folder, Split
+from diffusion_jax.evaluation.offline import features_of, of_images
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.text.clip import CLIP
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
@@ -102,6 +103,24 @@ def test_results_of_another_plan_are_not_mixed_in(tmp_path):
   (tmp_path / 'plan.json').write_text('{')
   with pytest.raises(UserError, match=r'plan\.json cannot be read'):
     _chunks(tmp_path, 10, seed=1)
+
+
+def test_images_and_weights_that_changed_under_their_names_are_noticed(folder, mesh, tmp_path):
+  colours = Colours()
+  colours.params = {'w': np.arange(3, dtype=np.float32)}
+
+  def evaluate():
+    return features_of(of_images(Folder(folder)), Extraction([colours], mesh), tmp_path / 'parts')
+
+  wanted = evaluate()[0].columns['colours:mean'][7]
+  np.testing.assert_array_equal(evaluate()[0].columns['colours:mean'][7], wanted)
+  colours.params['w'][1] += 1
+  with pytest.raises(UserError, match=r'weights was .* choose another --out'):
+    evaluate()
+  colours.params['w'][1] -= 1
+  Image.fromarray(np.full((12, 8, 3), 99, np.uint8)).save(folder / 'b' / '07.png')
+  with pytest.raises(UserError, match="files was '11 files, .* now '11 files"):
+    evaluate()
 
 
 def test_pieces_are_dealt_out_to_processes(tmp_path, monkeypatch):
