@@ -140,12 +140,13 @@ def start() -> None:
 
 
 def all_are_here(name: str) -> bool:
-  """Waits until every process has come here; whether this is the first one."""
+  """Waits until every process has come here, a page may take long; whether this is the first one.
+  """
   import jax
 
-  from diffusion_jax.parallel.agreement import agree
+  from diffusion_jax.parallel.agreement import A_DAY, agree
 
-  agree(name, '')
+  agree(name, '', A_DAY)
   return jax.process_index() == 0
 
 
@@ -168,7 +169,7 @@ def open_comparison(
   mesh = local_mesh()
   named = args.features or [f'clip:{clip}']
   metrics = _metrics(args, default)
-  computed = [*metrics, 'fd'] if args.save_statistics else metrics
+  computed = list(dict.fromkeys([*metrics, 'fd'])) if args.save_statistics else metrics
   extraction = Extraction(load_named(named, computed, mesh), mesh)
   _check_towers(metrics, extraction.extractors)
   kept = (out.with_name(f'{out.stem}.images'), args.keep) if args.keep else None

@@ -73,7 +73,13 @@ class Subject:
   def captions(self) -> list[str]:
     """What is drawn. UserError for more than there are, or too few to score."""
     if self.args.captions:
-      return evaluate_job.lines(self.args.captions)[: self.args.samples]
+      found, samples = evaluate_job.lines(self.args.captions), self.args.samples
+      if samples is not None and not 1 <= samples <= len(found):
+        raise UserError(
+          f'--samples is {samples}, but {self.args.captions} has {len(found)} captions; choose 1 '
+          f'to {len(found)}, or leave it out for all.'
+        )
+      return found[:samples]
     return [record['captions'][0] for record in self.records]
 
   @functools.cached_property

@@ -9,7 +9,7 @@ import math
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,12 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.io.whole import replacing
 
 PLAN = 'plan.json'
-_DAMAGE = (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
+# NotImplementedError and RuntimeError: a flipped bit that asks for another way to unpack, or a
+# password.
+_DAMAGE = (
+  KeyError, ValueError, EOFError, OSError, NotImplementedError, RuntimeError, zipfile.BadZipFile,
+  zlib.error,
+)
 
 
 class Chunks:
@@ -64,10 +69,14 @@ class Chunks:
     """The items of a piece."""
     return range(index * self.size, min((index + 1) * self.size, self.total))
 
-  def missing(self) -> list[int]:
-    """The pieces that this process has to make; damaged ones are among them."""
+  def missing(self, lacking: Callable[[range], bool] | None = None) -> list[int]:
+    """The pieces that this process has to make; damaged ones are among them.
+
+    Args:
+      lacking: whether items lack what is kept elsewhere.
+    """
     own = range(jax.process_index(), self.count, jax.process_count())
-    return [i for i in own if not self._whole(i)]
+    return [i for i in own if not self._whole(i) or (lacking and lacking(self.items(i)))]
 
   def save(self, index: int, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes the results of a piece, one row for each of its items, all of it or nothing."""

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extraction import Extraction, Features
 from diffusion_jax.evaluation.extraction import column as column_of
 from diffusion_jax.evaluation.features import CLIPFeatures
+from diffusion_jax.evaluation.figures import figure_names
 from diffusion_jax.evaluation.images import ImageSet
-from diffusion_jax.evaluation.keeping import Thumbnails, keeper
+from diffusion_jax.evaluation.keeping import Keeper, Thumbnails
 from diffusion_jax.evaluation.offline import Work, compare, features_of, of_images
 from diffusion_jax.evaluation.scores import METRICS, Scores, check_metrics
 from diffusion_jax.evaluation.showing import (
@@ -24,6 +26,7 @@ from diffusion_jax.evaluation.showing import (
   worst_classes,
 )
 from diffusion_jax.evaluation.statistics import Moments
+from diffusion_jax.parallel.agreement import A_DAY, in_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +121,7 @@ class Comparison:
     if self._classifiers and all(column.labels for column in columns.values()):
       known.add('labels')
     check_metrics(self.metrics, outputs, known)
+    figure_names(self.metrics, self.extraction.columns)  # Whether each has a name of its own.
     for one in columns.values():
       self._labels(one)
 
@@ -135,6 +139,14 @@ class Comparison:
     self.check(columns)
     pictured = {name: self._pictured(name, column) for name, column in columns.items()}
     reference = self._read_reference()
+    compute = lambda: self._compared(columns, pictured, reference, say)
+    return in_step('scores', compute, (UserError,), A_DAY)
+
+  def _compared(
+    self, columns: Mapping[str, Column], pictured: dict[str, Pictured],
+    reference: Features | Mapping[str, Moments], say: Callable[[str], None],
+  ) -> Found | None:
+    """In the first process, for which the others wait: jax ends all when one has left long ago."""
     if jax.process_index():
       return None
     scores = {
@@ -153,7 +165,7 @@ class Comparison:
     keep = None
     if self.kept and column.keep:
       folder, kind = self.kept
-      keep = keeper(folder / column.place if column.place else folder, kind)
+      keep = Keeper(folder / column.place if column.place else folder, kind)
     return Pictured(*features_of(
       column.work, self.extraction, self.parts / (column.place or name),
       most_unreadable=self.most_unreadable, keep=keep, label=name,

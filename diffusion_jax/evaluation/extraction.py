@@ -117,16 +117,18 @@ def column(extractor: Extractor, output: str) -> str:
 
 def extract(
   chunks: Chunks, make: Callable[[range], Made], extraction: Extraction, *,
-  keep: Callable[[range, Made], None] | None = None, label: str = '',
+  missing: Sequence[int] | None = None, keep: Callable[[range, Made], None] | None = None,
+  label: str = '',
 ) -> None:
   """Makes the features of all pieces of this process that are missing.
 
   Args:
     make: the images of those items; called one piece ahead, in a thread.
+    missing: the pieces to make, where they are known.
     keep: is given the images of a piece before its features are saved; called in a thread, too.
     label: shows progress under that name; '' for none.
   """
-  missing = chunks.missing()
+  missing = chunks.missing() if missing is None else missing
   done = sum(len(chunks.items(i)) for i in missing)
   with (
     concurrent.futures.ThreadPoolExecutor(1) as ahead,
@@ -146,7 +148,7 @@ def extract(
 
 
 def _one_ahead(
-  pool: concurrent.futures.Executor, make: Callable, chunks: Chunks, missing: list[int]
+  pool: concurrent.futures.Executor, make: Callable, chunks: Chunks, missing: Sequence[int]
 ) -> Iterator[tuple[int, Made]]:
   following = pool.submit(make, chunks.items(missing[0])) if missing else None
   for place, index in enumerate(missing):

@@ -16,7 +16,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.chunks import Chunks
 from diffusion_jax.evaluation.extraction import Extraction, Features, Made, extract, gather, reader
 from diffusion_jax.evaluation.images import ImageSet
-from diffusion_jax.evaluation.keeping import Thumbnails
+from diffusion_jax.evaluation.keeping import Keeper, Thumbnails
 from diffusion_jax.evaluation.scores import Compared, Scores, score, takes_reference
 from diffusion_jax.evaluation.statistics import Moments, Statistics
 from diffusion_jax.parallel.agreement import agree
@@ -92,7 +92,7 @@ def of_model(
 
 def features_of(
   work: Work, extraction: Extraction, directory: Path, *, most_unreadable: float = 0.0,
-  keep: Callable[[range, Made], None] | None = None, label: str = '', chunk: int = CHUNK,
+  keep: Keeper | None = None, label: str = '', chunk: int = CHUNK,
 ) -> tuple[Features, Thumbnails]:
   """The features of all of the work's images, of which `directory` has what was done before.
 
@@ -107,9 +107,11 @@ def features_of(
   if work.each:
     plan['each'] = sorted(work.each)
   chunks = Chunks(directory, plan, total=work.total, size=chunk)
-  if any(map(json.loads, agree('features/missing', json.dumps(bool(chunks.missing()))))):
+  # Pictures that an earlier start has not kept have to be made once more.
+  missing = chunks.missing((lambda items: not keep.has(items)) if keep else None)
+  if any(map(json.loads, agree('features/missing', json.dumps(bool(missing))))):
     work.begin()
-    extract(chunks, work.make, extraction, keep=keep, label=label)
+    extract(chunks, work.make, extraction, missing=missing, keep=keep, label=label)
     agree('features/made', '')
   return gather(chunks, most_unreadable), Thumbnails(chunks)
 

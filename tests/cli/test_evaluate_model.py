@@ -67,6 +67,27 @@ def test_what_is_drawn_is_not_drawn_again(drawn, command, finished, tmp_path, mo
     assert again[column] == pytest.approx(scores[column], rel=1e-6)
 
 
+def test_pictures_that_were_not_kept_are_made_once_more(drawn, command, finished, tmp_path):
+  scores, folder = drawn
+  run = shutil.copytree(folder, tmp_path / 'again')
+  shutil.rmtree(run / 'scores.images')
+  out, kept = run / 'scores.json', lambda: sorted(path.name for path in run.glob('*.images/*'))
+  arguments = ('evaluate', '--workdir', finished, '--captions', run / 'captions.txt', '--out', out)
+  metrics = ('--metrics', 'fd,clip_score,retrieval')
+  assert command(*arguments, *metrics) == 0 and kept() == []
+  assert command(*arguments, *metrics, '--keep', 'tar') == 0 and kept() == ['000000-000006.tar']
+  assert json.loads(out.read_text())['generated'] == pytest.approx(scores['generated'], rel=1e-4)
+
+
+def test_one_picture_has_figures_without_intervals(drawn, command, finished, tmp_path):
+  out = tmp_path / 'one.json'
+  arguments = ('--captions', drawn[1] / 'captions.txt', '--samples', 1, '--metrics', 'clip_score')
+  assert command('evaluate', '--workdir', finished, *arguments, '--out', out) == 0
+  scores = json.loads(out.read_text())
+  assert scores['settings']['samples'] == 1 and scores['intervals'] == {}
+  assert 'samples over the reference' in out.with_suffix('.html').read_text()
+
+
 @pytest.fixture
 def captions(drawn):
   return '--captions', drawn[1] / 'captions.txt', '--batch', 2
@@ -126,6 +147,13 @@ def test_averages_of_other_lengths(finished, small_data):
   )
   np.testing.assert_allclose(found[name], wanted, rtol=1e-4, atol=1e-6)
   assert combined.error < 0.01
+
+
+@pytest.mark.parametrize('samples', [0, -1, 8])
+def test_captions_that_are_not_there_are_not_drawn(drawn, fails, finished, tmp_path, samples):
+  arguments = ('--captions', drawn[1] / 'captions.txt', '--samples', samples)
+  message = fails('evaluate', '--workdir', finished, *arguments, '--out', tmp_path / 'out.json')
+  assert 'has 7 captions; choose 1 to 7' in message and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(('arguments', 'named'), [
