@@ -1,5 +1,7 @@
 """Models out of run directories, ready to draw and to be scored."""
 
+import json
+import zlib
 from collections.abc import Callable, Sequence
 
 import jax
@@ -10,6 +12,7 @@ from diffusion_jax.io.checkpoint import Checkpoints
 from diffusion_jax.io.run_directory import RunDirectory
 from diffusion_jax.io.trained import run_weights
 from diffusion_jax.models.functional import Network
+from diffusion_jax.parallel.agreement import agree
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.parallel.sharding import put_params, to_host
 from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
@@ -87,6 +90,23 @@ class TrainedRun:
       )
     return total
 
+  def seal(self, step: int, ema_halflife_images: float | None = None) -> str:
+    """Changes with the checkpoints that `params` reads, also where their steps are the same."""
+    own = self.config.loop.ema_halflife_images
+    used = [step] if ema_halflife_images in (None, own, 0) else sorted({
+      snapshot.step for snapshot in self.averages(step, ema_halflife_images)[0]
+    })
+    seals = ''.join(map(self._checkpoints.seal, used))
+    # One may be deleted just now, so one process tells the others.
+    return agree('seal', f'{zlib.crc32(seals.encode()):08x}')[0]
+
+  @property
+  def settings_seal(self) -> str:
+    """Changes with the networks that the run is of and with the data that it learns from."""
+    config = self.directory.read_json('config.json')
+    used = [config['settings'], config['data']['dataset'], config['data']['size']]
+    return f'{zlib.crc32(json.dumps(used, sort_keys=True).encode()):08x}'
+
   def averages(
     self, step: int | None, ema_halflife_images: float
   ) -> tuple[Sequence[Snapshot], Combination]:
@@ -96,8 +116,10 @@ class TrainedRun:
         f'ema_halflife_images is {ema_halflife_images}; give a number of images, or 0 for none.'
       )
     step, own = self.newest() if step is None else step, self.config.loop.ema_halflife_images
+    # Training may delete some meanwhile, and all processes must read the same.
+    steps = json.loads(agree('averages', json.dumps(self.steps()))[0])
     stored = [
-      Snapshot(s, halflife) for s in self.steps() if s <= step
+      Snapshot(s, halflife) for s in steps if s <= step
       for halflife in ({0.0, own} if own else {0.0})
     ]
     wanted = Snapshot(step, ema_halflife_images)
@@ -109,8 +131,11 @@ class TrainedRun:
     return self.task.weights(to_host(self.params(step, ema_halflife_images)), self.task.frozen)
 
   def newest(self) -> int:
-    """The step of the last checkpoint that looks whole. UserError where there is none."""
-    step = self._checkpoints.latest()
+    """The step of the last checkpoint that looks whole; all processes must call it together.
+
+    UserError where there is none.
+    """
+    step = json.loads(agree('newest', json.dumps(self._checkpoints.latest()))[0])
     if step is None:
       raise UserError(f'{self.workdir} has no checkpoint yet; train longer first.')
     return step

@@ -93,12 +93,12 @@ def run(args: argparse.Namespace) -> int:
   if args.follow:
     return evaluate_follow.run(args, out)
   scores = evaluate_job.of_folder(args, out, shown) if args.images else _score(args, out, shown)
-  if scores is None:
-    return 0  # The first process tells.
-  write(out, scores, shown)
-  print_table(scores)
-  print(f'written to {out}, beside it {out.with_suffix(".csv").name} and '
-        f'{out.with_suffix(".html").name}')
+  if scores is not None:  # The first process tells.
+    write(out, scores, shown)
+    print_table(scores)
+    print(f'written to {out}, beside it {out.with_suffix(".csv").name} and '
+          f'{out.with_suffix(".html").name}')
+  evaluate_job.all_are_here('written')
   return 0
 
 

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, out: Path, shown: dict) -> dict[str, Any] | No
   if found is None:
     return None
   settings = {'lpips': args.lpips} if args.lpips else {}
-  return evaluate_job.report(args, comparison, found, shown, 'reconstructed', settings)
+  return evaluate_job.report(args, comparison, found, shown, settings)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -99,7 +99,6 @@ def _works(
 
 def _open(args: argparse.Namespace) -> tuple:
   """(network, a function that reads its parameters, its name and weights, the test images)."""
-  from diffusion_jax.data.sources import open_source
   from diffusion_jax.evaluation.images import Split
   from diffusion_jax.io.pretrained import load_params
   from diffusion_jax.models.autoencoder import AutoencoderKL
@@ -112,12 +111,11 @@ def _open(args: argparse.Namespace) -> tuple:
     run = TrainedRun(args.workdir)
     network, step, data = run.autoencoder, run.newest(), run.config.data
     read = lambda: to_host(under('autoencoder', run.params(step, half_life)))
-    name = evaluate_model.identity(args.workdir, step, half_life)
-    return network, read, name, Split(run.sources[1], f'{data.dataset} {data.size} px test')
+    name = evaluate_model.identity(args.workdir, run, step, half_life)
+    images = Split(run.sources[1], evaluate_job.split_name(data.dataset, data.size, 'test'))
+    return network, read, name, images
   if half_life is not None:
     raise UserError('--ema_halflife_images needs --workdir: a model alone has one average.')
   config, params = load_params('autoencoder', args.model)
-  size = evaluate_job.SIZE if args.size is None else args.size
-  test = open_source(args.dataset, 'test', size=size, data_dir=args.data_dir, prepare=True)
-  name, images = evaluate_model.identity(args.model), Split(test, f'{args.dataset} {size} px test')
+  name, images = evaluate_model.identity(args.model), evaluate_job.open_split(args, 'test')
   return Network.of(AutoencoderKL, config), lambda: params, name, images

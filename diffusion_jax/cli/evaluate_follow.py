@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,39 @@ def run(args: argparse.Namespace, out: Path) -> int:
   evaluate_job.start()
   config = _first_checkpoint(args.workdir)
   subject, comparison = evaluate_model.open_subject(args, out, config)
-  settings = evaluate_model.settings_of(subject) | {'captions': len(subject.captions)}
+  settings = evaluate_model.settings_of(subject) | _followed(args, subject)
   history = _history(out, evaluate_job.settings_of(comparison) | settings)
   passed = {line['step'] for line in history}
   while (step := _next(subject.run, passed)) is not None:
     passed.add(step)
-    place = comparison.parts / f'{step:08d}'
-    columns = _columns(subject, step, place.name)
-    found = comparison(columns) if columns else None
-    if found is not None:
-      _write(args, out, comparison, found, history, settings | {'step': step})
-    if columns and evaluate_job.all_are_here('scored'):
-      shutil.rmtree(place, ignore_errors=True)
+    _score(args, out, step, subject, comparison, history, settings)
   print(f'{args.workdir} is over; {len(passed)} checkpoints are in {out.with_suffix(".csv").name}')
   return 0
+
+
+def _followed(args: argparse.Namespace, subject) -> dict[str, Any]:
+  """What must be the same for checkpoints to be of one history."""
+  checksum = zlib.crc32('\n'.join(subject.captions).encode())
+  return {
+    'run': str(Path(args.workdir).resolve()), 'ema_halflife_images': args.ema_halflife_images,
+    'captions': len(subject.captions), 'captions_checksum': f'{checksum:08x}',
+  }
+
+
+def _score(
+  args: argparse.Namespace, out: Path, step: int, subject, comparison, history: list[dict],
+  settings: dict[str, Any],
+) -> None:
+  """In a function of its own, so that its weights are gone before those of the next are read."""
+  place = comparison.parts / f'{step:08d}'
+  columns = _columns(subject, step, place.name)
+  if columns is None:
+    return
+  found = comparison(columns)
+  if found is not None:
+    _write(args, out, comparison, found, history, settings | {'step': step})
+  if evaluate_job.all_are_here('scored'):
+    shutil.rmtree(place, ignore_errors=True)
 
 
 def _next(run, passed: set[int]) -> int | None:
@@ -56,30 +76,40 @@ def _next(run, passed: set[int]) -> int | None:
 def _over(workdir: str) -> bool:
   from diffusion_jax.io.run_directory import RunDirectory
 
+  directory = RunDirectory(workdir)
   try:
-    status = RunDirectory(workdir).read_json('status.json')
-  except UserError:
-    return False
-  return not status['retry'] or time.time() - status['updated'] > STALE_SECONDS
+    status = directory.read_json('status.json')
+    retry, told = status['retry'], status['updated']
+  except (UserError, KeyError):
+    # A run without a word, such as a copy, is known by what it has written last.
+    retry, told = True, max(
+      path.stat().st_mtime for path in (directory.path, directory.checkpoints) if path.is_dir()
+    )
+  return not retry or time.time() - told > STALE_SECONDS
 
 
 def _first_checkpoint(workdir: str) -> dict[str, Any]:
   """Waits for it; the run's config. UserError where there is no run, or it has ended without."""
   from diffusion_jax.io.checkpoint import Checkpoints
   from diffusion_jax.io.run_directory import RunDirectory
+  from diffusion_jax.parallel.agreement import agree
 
   directory = RunDirectory(workdir)
   config = directory.read_json('config.json')
   checkpoints = Checkpoints(directory.checkpoints, read_only=True)
   told = False
-  while checkpoints.latest() is None:
-    if _over(workdir) and checkpoints.latest() is None:
+  while True:
+    over = _over(workdir)  # First, as in `_next`; and all processes go by what one has seen.
+    seen = agree('follow/first', json.dumps([over, checkpoints.latest() is not None]))[0]
+    over, there = json.loads(seen)
+    if there:
+      return config
+    if over:
       raise UserError(f'{workdir} is over and has no checkpoint; train longer.')
     if not told:
       print(f'waiting for the first checkpoint of {workdir}', flush=True)
     told = True
     time.sleep(POLL_SECONDS)
-  return config
 
 
 def _columns(subject, step: int, place: str) -> dict | None:
@@ -105,7 +135,7 @@ def _write(
   from diffusion_jax.evaluation.writing import write
 
   shown: dict[str, Any] = {}
-  scores = evaluate_job.report(args, comparison, found, shown, 'generated', settings)
+  scores = evaluate_job.report(args, comparison, found, shown, settings)
   figures = scores['generated']
   history.append({'step': settings['step'], **figures})
   history.sort(key=lambda line: line['step'])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from diffusion_jax.errors import UserError
 
 if TYPE_CHECKING:
   from diffusion_jax.evaluation.comparison import Comparison, Found, Reference
+  from diffusion_jax.evaluation.images import ImageSet, Split
 
 METRICS, MODEL_METRICS, SIZE = 'fd,kid', 'fd,kid,clip_score,retrieval', 64
 PAIR_METRICS = 'fd,psnr,ssim,l1'
@@ -138,23 +140,24 @@ def start() -> None:
 
 
 def all_are_here(name: str) -> bool:
-  """Waits until every process has come here; whether this is the first one."""
+  """Waits until every process has come here, a page may take long; whether this is the first one.
+  """
   import jax
 
-  from diffusion_jax.parallel.agreement import agree
+  from diffusion_jax.parallel.agreement import A_DAY, agree
 
-  agree(name, '')
+  agree(name, '', A_DAY)
   return jax.process_index() == 0
 
 
 def open_comparison(
-  args: argparse.Namespace, out: Path, split: Callable[[str], Any], clip: str = CLIP,
+  args: argparse.Namespace, out: Path, split: Callable[[str], ImageSet], clip: str = CLIP,
   reference: Reference | None = None, default: str = MODEL_METRICS,
 ) -> Comparison:
   """What --features, --metrics and --reference say, on the devices of this process.
 
   Args:
-    split: opens a split of the data set.
+    split: opens a split of the data set, by its name.
     clip: the features without --features.
     reference: in place of --reference. default: the metrics without --metrics.
   """
@@ -166,7 +169,7 @@ def open_comparison(
   mesh = local_mesh()
   named = args.features or [f'clip:{clip}']
   metrics = _metrics(args, default)
-  computed = [*metrics, 'fd'] if args.save_statistics else metrics
+  computed = list(dict.fromkeys([*metrics, 'fd'])) if args.save_statistics else metrics
   extraction = Extraction(load_named(named, computed, mesh), mesh)
   _check_towers(metrics, extraction.extractors)
   kept = (out.with_name(f'{out.stem}.images'), args.keep) if args.keep else None
@@ -199,7 +202,7 @@ def _check_towers(metrics: list[str], extractors: list) -> None:
 
 
 def report(
-  args: argparse.Namespace, comparison: Comparison, found: Found, shown: dict, first: str,
+  args: argparse.Namespace, comparison: Comparison, found: Found, shown: dict,
   settings: dict | None = None,
 ) -> dict[str, Any]:
   """Columns of figures, and, of the first, 'intervals', 'warnings', 'settings'; JSON-ready.
@@ -210,14 +213,15 @@ def report(
   """
   from diffusion_jax.evaluation.reference import write_moments
 
+  first = found.first
   features, plan = found.pictured[first].features, found.columns[first].work.plan
-  shown |= comparison.shown(found, first)
+  shown |= comparison.shown(found)
   if args.save_statistics:
     files = write_moments(
       args.save_statistics, features.columns, comparison.extraction.extractors
     )
     print(f'statistics of {first} written to {", ".join(map(str, files))}')
-  return found.told(first) | {'settings': {
+  return found.told() | {'settings': {
     'samples': len(features.rows), 'unreadable': len(features.trouble),
     **{name: plan[name] for name in ('images', 'model') if name in plan},
     **settings_of(comparison), **(settings or {}),
@@ -233,13 +237,27 @@ def settings_of(comparison: Comparison) -> dict[str, Any]:
   }
 
 
+def open_split(args: argparse.Namespace, name: str, size: int | None = None) -> Split:
+  """A split of --dataset, at a size of --size where none is given."""
+  from diffusion_jax.data.sources import open_source
+  from diffusion_jax.evaluation.images import Split
+
+  size = size or (SIZE if args.size is None else args.size)
+  source = open_source(args.dataset, name, size=size, data_dir=args.data_dir, prepare=True)
+  return Split(source, split_name(args.dataset, size, name))
+
+
+def split_name(dataset: str, size: int, name: str) -> str:
+  """What a reference is called: images of another size are another one."""
+  return f'{dataset} {size} px {name}'
+
+
 def _reference(
   args: argparse.Namespace, metrics: list[str], extraction, split: Callable
 ) -> Reference:
   """Images that are scored without a reference are compared with nothing."""
   from diffusion_jax.evaluation import scores
   from diffusion_jax.evaluation.comparison import Reference
-  from diffusion_jax.evaluation.images import Split
   from diffusion_jax.evaluation.reference import open_reference
 
   what = args.reference
@@ -247,7 +265,7 @@ def _reference(
   if args.images and what is None and not needs & {'reference', 'moments'}:
     return Reference('none', moments={})
   if what in (None, 'train', 'test'):
-    images = Split(split(what or 'train'), f'{args.dataset} {what or "train"}')
+    images = split(what or 'train')
     return Reference(images.name, images)
   name, found, notes = open_reference(what, extraction.columns)
   known = {'moments' if isinstance(found, dict) else 'images': found}
@@ -256,17 +274,12 @@ def _reference(
 
 def of_folder(args: argparse.Namespace, out: Path, shown: dict) -> dict[str, Any] | None:
   """Scores of the pictures of --images."""
-  from diffusion_jax.data.sources import open_source
   from diffusion_jax.evaluation.comparison import Column
   from diffusion_jax.evaluation.images import open_images
   from diffusion_jax.evaluation.offline import of_images
 
   start()
-  size = SIZE if args.size is None else args.size
-  split = lambda name: open_source(
-    args.dataset, name, size=size, data_dir=args.data_dir, prepare=True
-  )
   images = open_images(args.images)  # Before a data set is prepared, which may take minutes.
-  comparison = open_comparison(args, out, split)
+  comparison = open_comparison(args, out, functools.partial(open_split, args))
   found = comparison({'samples': Column(of_images(images))})
-  return None if found is None else report(args, comparison, found, shown, 'samples')
+  return None if found is None else report(args, comparison, found, shown)

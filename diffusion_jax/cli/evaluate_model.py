@@ -15,7 +15,9 @@ from diffusion_jax.errors import UserError
 
 if TYPE_CHECKING:
   from diffusion_jax.evaluation.comparison import Column
+  from diffusion_jax.evaluation.images import Split
   from diffusion_jax.pipelines.text_to_image import SampleConfig
+  from diffusion_jax.trained import TrainedRun
   from diffusion_jax.types import Weights
 
 SAMPLES = 256
@@ -36,7 +38,11 @@ class Subject:
       self.train, self.test = self.run.sources
     else:
       self.model, self._given, self.sample, self.name = load(args, mesh)
-      self.train, self.test = (self._split(name) for name in ('train', 'test'))
+      self.train, self.test = (
+        evaluate_job.open_split(args, name, self.model.image_size).records
+        for name in ('train', 'test')
+      )
+    self._held: tuple[Any, Weights | None] = (None, None)
     self.check_average(args.ema_halflife_images)
 
   def check_average(self, ema_halflife_images: float | None) -> None:
@@ -51,14 +57,6 @@ class Subject:
     if combined.error > FAR:
       print(f'note: the average over {ema_halflife_images:g} images is {combined.error:.0%} off '
             f'with {len(stored)} snapshots; keep more checkpoints (loop.keep_every_steps).')
-
-  def _split(self, name: str):
-    from diffusion_jax.data.sources import open_source
-
-    return open_source(
-      self.args.dataset, name, size=self.model.image_size, data_dir=self.args.data_dir,
-      prepare=True,
-    )
 
   @functools.cached_property
   def records(self) -> list | None:
@@ -75,7 +73,13 @@ class Subject:
   def captions(self) -> list[str]:
     """What is drawn. UserError for more than there are, or too few to score."""
     if self.args.captions:
-      return evaluate_job.lines(self.args.captions)[: self.args.samples]
+      found, samples = evaluate_job.lines(self.args.captions), self.args.samples
+      if samples is not None and not 1 <= samples <= len(found):
+        raise UserError(
+          f'--samples is {samples}, but {self.args.captions} has {len(found)} captions; choose 1 '
+          f'to {len(found)}, or leave it out for all.'
+        )
+      return found[:samples]
     return [record['captions'][0] for record in self.records]
 
   @functools.cached_property
@@ -101,24 +105,36 @@ class Subject:
     )
     return FiguresOf((DISCRETE_BITS,), {'draws': draws}, compute)
 
-  def split(self, name: str):
+  def split(self, name: str) -> Split:
     """A split of the data set that the model was made for."""
-    return self.train if name == 'train' else self.test
+    from diffusion_jax.evaluation.images import Split
+
+    dataset, size = self.args.dataset, self.model.image_size
+    if self.run:
+      dataset, size = self.run.config.data.dataset, self.run.config.data.size
+    source = self.train if name == 'train' else self.test
+    return Split(source, evaluate_job.split_name(dataset, size, name))
 
   def weights(self, ema_halflife_images: float | None = None) -> Callable[[], Weights]:
-    """On the mesh, read at the first call; of a run, perhaps with an average of another length."""
+    """On the mesh, read when first called for; of a run, perhaps with an average of another length.
 
-    @functools.cache
+    One set of weights is held at a time, for several may be more than a device has room for.
+    """
+    which = self.step, ema_halflife_images
+
     def read() -> Weights:
       if self.run is None:
         return self._given
-      return self.model.on_mesh(self.run.weights(self.step, ema_halflife_images), self.mesh)
+      if self._held[0] != which:
+        self._held = None, None
+        self._held = which, self.model.on_mesh(self.run.weights(*which), self.mesh)
+      return self._held[1]
 
     return read
 
   def identity(self, ema_halflife_images: float | None = None) -> str:
     """The model's name and which of its weights these are, for it may be trained on meanwhile."""
-    return identity(self.name, self.step, ema_halflife_images)
+    return identity(self.name, self.run, self.step, ema_halflife_images)
 
   def drawn(
     self, sample: SampleConfig, ema_halflife_images: float | None = None, place: str = '',
@@ -148,7 +164,9 @@ class Subject:
     def fresh() -> Weights:
       return fresh_weights(self.model, weights(), self.mesh)
 
-    return self._column(fresh, f'untrained {self.name}', self.sample, False)
+    # The same at each step of a run, whose frozen parts stay as they are.
+    name = f'{self.name} ({self.run.settings_seal})' if self.run else self.identity()
+    return self._column(fresh, f'untrained {name}', self.sample, False)
 
   def real(self) -> dict[str, Column]:
     """'real', the test images of the captions, where these are the test split's."""
@@ -158,7 +176,7 @@ class Subject:
 
     if self.records is None:
       return {}
-    work = of_images(Split(self.records, f'{len(self.records)} test images'))
+    work = of_images(Split(self.records, f'{len(self.records)} of {self.split("test").name}'))
     return {'real': Column(work, self.captions, labels=self.labels)}
 
 
@@ -179,18 +197,21 @@ def settings_of(subject: Subject) -> dict[str, Any]:
 
 
 def identity(
-  name: str, step: int | None = None, ema_halflife_images: float | None = None
+  name: str, run: TrainedRun | None = None, step: int | None = None,
+  ema_halflife_images: float | None = None,
 ) -> str:
   """What tells weights apart: a run's, with its step and its average, or a directory's, by date."""
   from diffusion_jax.io.pretrained import resolve
+  from diffusion_jax.viz.sweep import short
 
-  if step is None:
+  if run is None:
     files = [path.stat() for path in resolve(name).rglob('*.safetensors')]
     return f'{name} of {max((int(file.st_mtime) for file in files), default=0)}'
-  name = f'{name} at step {step}'
-  if ema_halflife_images is None:
-    return name
-  return f'{name}, averaged over {ema_halflife_images:g} images'
+  average = '' if ema_halflife_images is None else (
+    f', averaged over {short(ema_halflife_images)} images'
+  )
+  # A run that was begun anew has the same names.
+  return f'{name} at step {step}{average} ({run.seal(step, ema_halflife_images)})'
 
 
 def open_subject(args: argparse.Namespace, out: Path, config: dict | None) -> tuple:
@@ -216,7 +237,7 @@ def pictures(
   })
   if found is None:
     return None
-  return evaluate_job.report(args, comparison, found, shown, 'generated', settings_of(subject))
+  return evaluate_job.report(args, comparison, found, shown, settings_of(subject))
 
 
 def sweep(
@@ -242,14 +263,12 @@ def sweep(
   found = comparison({
     name: subject.drawn(sample, every[name].get(EMA, own), place=f'generated {name}')
     for name, sample in sorted(samples.items(), key=lambda item: every[item[0]].get(EMA, 0))
-  } | subject.real())
+  } | subject.real(), choose=lambda figures: best({name: figures[name] for name in every}))
   if found is None:
     return None
-  values = {name: scores.values for name, scores in found.scores.items()}
-  first = best({name: values[name] for name in every})
-  scores = evaluate_job.report(args, comparison, found, shown, first)
+  scores = evaluate_job.report(args, comparison, found, shown)
   scores['settings'] |= {
-    'model': subject.identity(own), 'best': first, **settings_of(subject)
+    'model': subject.identity(own), 'best': found.first, **settings_of(subject)
   }
   return scores | {'sweep': {
     name: {'combination': every[name], 'network_calls': network_calls(subject.model, sample)}

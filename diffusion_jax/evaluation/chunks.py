@@ -6,11 +6,10 @@ what is missing, with any number of processes, and nothing is made twice or left
 
 import json
 import math
-import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,12 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.io.whole import replacing
 
 PLAN = 'plan.json'
-_DAMAGE = (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
+# NotImplementedError and RuntimeError: a flipped bit that asks for another way to unpack, or a
+# password.
+_DAMAGE = (
+  KeyError, ValueError, EOFError, OSError, NotImplementedError, RuntimeError, zipfile.BadZipFile,
+  zlib.error,
+)
 
 
 class Chunks:
@@ -65,10 +69,14 @@ class Chunks:
     """The items of a piece."""
     return range(index * self.size, min((index + 1) * self.size, self.total))
 
-  def missing(self) -> list[int]:
-    """The pieces that this process has to make; damaged ones are among them."""
+  def missing(self, lacking: Callable[[range], bool] | None = None) -> list[int]:
+    """The pieces that this process has to make; damaged ones are among them.
+
+    Args:
+      lacking: whether items lack what is kept elsewhere.
+    """
     own = range(jax.process_index(), self.count, jax.process_count())
-    return [i for i in own if not self._whole(i)]
+    return [i for i in own if not self._whole(i) or (lacking and lacking(self.items(i)))]
 
   def save(self, index: int, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes the results of a piece, one row for each of its items, all of it or nothing."""
@@ -76,10 +84,8 @@ class Chunks:
     wrong = [name for name, value in arrays.items() if len(value) != rows]
     if wrong:
       raise ValueError(f'{wrong[0]} has {len(arrays[wrong[0]])} rows; piece {index} has {rows}.')
-    with replacing(self._path(index)) as file:
+    with replacing(self._path(index), flushed=True) as file:
       np.savez(file, **arrays)
-      file.flush()
-      os.fsync(file.fileno())
 
   def load(self, index: int, without: Collection[str] = ()) -> dict[str, np.ndarray]:
     """The results of a piece, `without` some, which are not read.

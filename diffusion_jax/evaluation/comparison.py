@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extraction import Extraction, Features
 from diffusion_jax.evaluation.extraction import column as column_of
 from diffusion_jax.evaluation.features import CLIPFeatures
+from diffusion_jax.evaluation.figures import figure_names
 from diffusion_jax.evaluation.images import ImageSet
-from diffusion_jax.evaluation.keeping import Thumbnails, keeper
+from diffusion_jax.evaluation.keeping import Keeper, Thumbnails
 from diffusion_jax.evaluation.offline import Work, compare, features_of, of_images
 from diffusion_jax.evaluation.scores import METRICS, Scores, check_metrics
 from diffusion_jax.evaluation.showing import (
@@ -24,6 +26,7 @@ from diffusion_jax.evaluation.showing import (
   worst_classes,
 )
 from diffusion_jax.evaluation.statistics import Moments
+from diffusion_jax.parallel.agreement import A_DAY, in_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,21 +72,34 @@ class Pictured(NamedTuple):
   thumbnails: Thumbnails | None = None
 
 
+Figures = Mapping[str, Mapping[str, float]]
+"""Column -> figure -> value."""
+
+
 @dataclasses.dataclass
 class Found:
-  """What became of the columns, by name: their features and their figures."""
+  """What became of the columns, by name: their features and their figures.
+
+  first: the column that has intervals, and whose pictures are shown.
+  """
 
   columns: dict[str, Column]
   pictured: dict[str, Pictured]
   scores: dict[str, Scores]
+  first: str
 
-  def told(self, first: str) -> dict[str, Any]:
+  def told(self) -> dict[str, Any]:
     """Figures of every column, then intervals and warnings of the first: JSON-ready."""
-    one = self.scores[first]
+    one = self.scores[self.first]
     return {name: scores.values for name, scores in self.scores.items()} | {
       'intervals': {name: interval._asdict() for name, interval in one.intervals.items()},
       'warnings': one.warnings,
     }
+
+
+def the_first(figures: Figures) -> str:
+  """The column that was named first."""
+  return next(iter(figures))
 
 
 class Comparison:
@@ -118,16 +134,19 @@ class Comparison:
     if self._classifiers and all(column.labels for column in columns.values()):
       known.add('labels')
     check_metrics(self.metrics, outputs, known)
+    figure_names(self.metrics, self.extraction.columns)  # Whether each has a name of its own.
     for one in columns.values():
       self._labels(one)
 
   def __call__(
-    self, columns: Mapping[str, Column], say: Callable[[str], None] = print
+    self, columns: Mapping[str, Column], choose: Callable[[Figures], str] = the_first,
+    say: Callable[[str], None] = print,
   ) -> Found | None:
     """Every figure of every column; None but in the first process. All must call it together.
 
     Args:
-      say: is told of images that cannot be read and of what to beware of in the first column.
+      choose: of the columns' figures, which one is `first` and so has intervals.
+      say: is told of images that cannot be read and of what to beware of in that column.
 
     Raises:
       UserError: a metric does not fit, or too many images cannot be read.
@@ -135,25 +154,34 @@ class Comparison:
     self.check(columns)
     pictured = {name: self._pictured(name, column) for name, column in columns.items()}
     reference = self._read_reference()
+    compute = lambda: self._compared(columns, pictured, reference, choose, say)
+    return in_step('scores', compute, (UserError,), A_DAY)
+
+  def _compared(
+    self, columns: Mapping[str, Column], pictured: dict[str, Pictured],
+    reference: Features | Mapping[str, Moments], choose: Callable[[Figures], str],
+    say: Callable[[str], None],
+  ) -> Found | None:
+    """In the first process, for which the others wait: jax ends all when one has left long ago."""
     if jax.process_index():
       return None
-    scores = {
-      name: compare(
-        pictured[name].features, reference, self._metrics(column), texts=self._captions(column),
-        labels=self._labels(column), own=self.reference.own, seed=self.seed,
-      ) for name, column in columns.items()
-    }
-    first = next(iter(columns))
+    score = lambda name, column, intervals=False: compare(
+      pictured[name].features, reference, self._metrics(column), texts=self._captions(column),
+      labels=self._labels(column), own=self.reference.own, seed=self.seed, intervals=intervals,
+    )
+    scores = {name: score(name, column) for name, column in columns.items()}
+    first = choose({name: one.values for name, one in scores.items()})
+    scores[first] = score(first, columns[first], intervals=True)
     scores[first].warnings[:0] = self.reference.notes
     for text in (*pictured[first].features.trouble, *scores[first].warnings):
       say(f'note: {text}')
-    return Found(dict(columns), pictured, scores)
+    return Found(dict(columns), pictured, scores, first)
 
   def _pictured(self, name: str, column: Column) -> Pictured:
     keep = None
     if self.kept and column.keep:
       folder, kind = self.kept
-      keep = keeper(folder / column.place if column.place else folder, kind)
+      keep = Keeper(folder / column.place if column.place else folder, kind)
     return Pictured(*features_of(
       column.work, self.extraction, self.parts / (column.place or name),
       most_unreadable=self.most_unreadable, keep=keep, label=name,
@@ -197,8 +225,9 @@ class Comparison:
       self._embedded[key] = {name: clip.texts(key) for name, clip in self._texts.items()}
     return self._embedded[key]
 
-  def shown(self, found: Found, first: str) -> dict[str, Any]:
-    """What a page shows of one column beside its figures; see `viz.evaluation`."""
+  def shown(self, found: Found) -> dict[str, Any]:
+    """What a page shows of the first column beside its figures; see `viz.evaluation`."""
+    first = found.first
     pictured, column, shown = found.pictured[first], found.columns[first], {}
     if self._reference is not None:
       shown = {'clouds': clouds(pictured.features, self._reference.features)}

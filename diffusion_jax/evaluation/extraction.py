@@ -7,10 +7,13 @@ the next are read or drawn, and those of the last are written.
 
 import concurrent.futures
 import dataclasses
+import functools
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image, ImageOps
@@ -24,6 +27,7 @@ from diffusion_jax.evaluation.resize import resize_on_host
 from diffusion_jax.evaluation.statistics import PART, Statistics
 from diffusion_jax.parallel.pulse import beat
 from diffusion_jax.parallel.sharding import in_batches
+from diffusion_jax.types import Params
 
 MOST_SHAPES = 4
 """Shapes of images for which a program is compiled; images of others are resized on the host."""
@@ -65,6 +69,13 @@ class Extraction:
       for extractor in self.extractors for output, width in extractor.widths.items()
     }
 
+  @functools.cached_property
+  def plan(self) -> dict[str, Any]:
+    """What decides the features of an image: their names and the weights, JSON-ready."""
+    return {'features': sorted(self.columns), 'weights': {
+      extractor.name: f'{checksum(extractor.params):08x}' for extractor in self.extractors
+    }}
+
   def __call__(self, images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """uint8 [h w 3] each, of any sizes -> column -> float32 [n d]."""
     if not images:
@@ -92,6 +103,14 @@ class Extraction:
     return np.stack(images)
 
 
+def checksum(params: Params) -> int:
+  """CRC-32 of all arrays, for files of other weights may have the same name."""
+  found = 0
+  for leaf in jax.tree.leaves(params):
+    found = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8), found)
+  return found
+
+
 def column(extractor: Extractor, output: str) -> str:
   """The name under which an extractor's output is kept."""
   return f'{extractor.name}:{output}'
@@ -99,16 +118,18 @@ def column(extractor: Extractor, output: str) -> str:
 
 def extract(
   chunks: Chunks, make: Callable[[range], Made], extraction: Extraction, *,
-  keep: Callable[[range, Made], None] | None = None, label: str = '',
+  missing: Sequence[int] | None = None, keep: Callable[[range, Made], None] | None = None,
+  label: str = '',
 ) -> None:
   """Makes the features of all pieces of this process that are missing.
 
   Args:
     make: the images of those items; called one piece ahead, in a thread.
+    missing: the pieces to make, where they are known.
     keep: is given the images of a piece before its features are saved; called in a thread, too.
     label: shows progress under that name; '' for none.
   """
-  missing = chunks.missing()
+  missing = chunks.missing() if missing is None else missing
   done = sum(len(chunks.items(i)) for i in missing)
   with (
     concurrent.futures.ThreadPoolExecutor(1) as ahead,
@@ -128,7 +149,7 @@ def extract(
 
 
 def _one_ahead(
-  pool: concurrent.futures.Executor, make: Callable, chunks: Chunks, missing: list[int]
+  pool: concurrent.futures.Executor, make: Callable, chunks: Chunks, missing: Sequence[int]
 ) -> Iterator[tuple[int, Made]]:
   following = pool.submit(make, chunks.items(missing[0])) if missing else None
   for place, index in enumerate(missing):

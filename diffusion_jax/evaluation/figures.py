@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.scores import METRICS, Compared
 
 FIGURES: dict[str, tuple[str, ...]] = {
@@ -21,7 +22,10 @@ OF_GAUSSIANS = ('fd', 'kl')
 
 
 def figure_names(metrics: Sequence[str], columns: Iterable[str]) -> list[str]:
-  """The figures that `scores.score` adds for these metrics of columns `EXTRACTOR:OUTPUT`."""
+  """The figures that `scores.score` adds for these metrics of columns `EXTRACTOR:OUTPUT`.
+
+  UserError where two would have one name, as of two networks of one kind.
+  """
   names = []
   for metric in metrics:
     for column in columns:
@@ -29,7 +33,17 @@ def figure_names(metrics: Sequence[str], columns: Iterable[str]) -> list[str]:
       if of.output in METRICS[metric].outputs:
         given = {'suffix': of.suffix, 'distance': of.distance}
         names += [name.format(**given) for name in FIGURES.get(metric, (metric,))]
+  for name in names:
+    if names.count(name) > 1:
+      raise UserError(
+        f'{name} would be computed twice, of {" and of ".join(_extractors(columns))}; name one of '
+        'these features at a time.'
+      )
   return names
+
+
+def _extractors(columns: Iterable[str]) -> list[str]:
+  return list(dict.fromkeys(column.rpartition(':')[0] for column in columns))
 
 
 def sums_suffice(metrics: Iterable[str], column: str) -> bool:

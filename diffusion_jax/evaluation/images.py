@@ -4,7 +4,9 @@ Images keep their own size: each kind of features has its own rule to resize by.
 """
 
 import dataclasses
+import json
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -27,9 +29,10 @@ class Picture(NamedTuple):
 
 
 class ImageSet(Protocol):
-  """Images by number. `name` says which they are; two sets of one name are the same."""
+  """Images by number. `name` says which they are, for people; `stamp` changes with their files."""
 
   name: str
+  stamp: str
 
   def __len__(self) -> int: ...
 
@@ -50,6 +53,7 @@ class Folder:
       raise UserError(f'there is no folder {root}; give one of pictures.')
     self.name = f'folder:{root.resolve()}'
     self.files = _files(root, SUFFIXES)
+    self.stamp = stamp_of(self.files, root)
     if not self.files:
       raise UserError(f'the folder {root} has no picture ({", ".join(SUFFIXES)}).')
 
@@ -66,6 +70,7 @@ class Pixels:
 
   pictures: Sequence[np.ndarray]
   name: str
+  stamp: str = ''
 
   def __len__(self) -> int:
     return len(self.pictures)
@@ -80,6 +85,7 @@ class Split:
 
   records: Sequence
   name: str
+  stamp: str = ''
 
   def __len__(self) -> int:
     return len(self.records)
@@ -106,6 +112,10 @@ class First:
   def name(self) -> str:
     return f'{self.count} of {self.images.name}'
 
+  @property
+  def stamp(self) -> str:
+    return self.images.stamp
+
   def __len__(self) -> int:
     return self.count
 
@@ -130,9 +140,9 @@ def open_images(path: str | Path) -> ImageSet:
   if place.is_dir():
     return _in_folder(place)
   if place.suffix.lower() == '.tar' and place.is_file():
-    return Pixels(TarPictures([place]), f'tar:{place.resolve()}')
+    return Pixels(TarPictures([place]), f'tar:{place.resolve()}', stamp_of([place]))
   if holds_batch(place):
-    return Pixels(ImageBatch(place), f'npz:{place.resolve()}')
+    return Pixels(ImageBatch(place), f'npz:{place.resolve()}', stamp_of([place]))
   if place.is_file():
     raise UserError(f'{place} holds no images; give {KNOWN}.')
   for colon in re.finditer(':', str(path)):  # A slice of a split may have one, too.
@@ -158,12 +168,25 @@ def _in_folder(folder: Path) -> ImageSet:
     return Folder(folder)
   if len(archives) < len(files):
     raise UserError(f'{folder} has both pictures and tar files; move one kind elsewhere.')
-  return Pixels(TarPictures(archives), f'tar:{folder.resolve()}')
+  return Pixels(
+    TarPictures(archives), f'tar:{folder.resolve()}', stamp_of(archives, folder)
+  )
 
 
 def _prepared(folder: Path, split: str = '') -> ImageSet:
   images = PreparedImages(folder, split)
-  return Pixels(images, f'prepared:{folder.resolve()}:{images.split}')
+  files = sorted(path for path in folder.iterdir() if path.is_file())
+  return Pixels(images, f'prepared:{folder.resolve()}:{images.split}', stamp_of(files, folder))
+
+
+def stamp_of(files: Sequence[Path], folder: Path | None = None) -> str:
+  """How many files, of how many bytes, and a checksum of names, sizes and times of change."""
+  found = [
+    (str(path.relative_to(folder or path.parent)), stat.st_size, stat.st_mtime_ns)
+    for path, stat in ((path, path.stat()) for path in files)
+  ]
+  checksum = zlib.crc32(json.dumps(found).encode())
+  return f'{len(found)} files, {sum(size for _, size, _ in found)} bytes, {checksum:08x}'
 
 
 def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:

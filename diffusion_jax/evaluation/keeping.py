@@ -2,7 +2,6 @@
 
 import io
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,33 +16,47 @@ from diffusion_jax.io.whole import replacing
 KINDS = ('png', 'tar')
 
 
-def keeper(directory: Path, kind: str) -> Callable[[range, Made], None]:
-  """A function that keeps the images of a piece: NUMBER.png each, or one tar file of those.
+class Keeper:
+  """Keeps the images of a piece: NUMBER.png each, or one tar file of those.
 
   A piece is kept whole before its features are, so that a start after a kill finds all or makes
   all of it again. UserError for another kind.
   """
-  if kind not in KINDS:
-    raise UserError(f'Pictures cannot be kept as {kind!r}; choose {" or ".join(KINDS)}.')
-  return lambda items, made: (_keep_png if kind == 'png' else _keep_tar)(directory, items, made)
 
+  def __init__(self, directory: Path, kind: str):
+    if kind not in KINDS:
+      raise UserError(f'Pictures cannot be kept as {kind!r}; choose {" or ".join(KINDS)}.')
+    self._directory, self._kind = directory, kind
 
-def _keep_png(directory: Path, items: range, made: Made) -> None:
-  for number, image in zip(items, made.images, strict=True):
-    if image is not None:
-      with replacing(directory / f'{number:06d}.png') as file:
-        file.write(_png(image))
+  def has(self, items: range) -> bool:
+    """Whether the piece of these items has been kept."""
+    if self._kind == 'tar':
+      return self._archive(items).is_file()
+    return any(self._file(number).is_file() for number in items)  # Damaged ones are not there.
 
-
-def _keep_tar(directory: Path, items: range, made: Made) -> None:
-  path = directory / f'{items.start:06d}-{items.stop - 1:06d}.tar'
-  with replacing(path) as file, tarfile.open(fileobj=file, mode='w') as archive:
-    for number, image in zip(items, made.images, strict=True):
-      if image is not None:
+  def __call__(self, items: range, made: Made) -> None:
+    """Keeps a piece."""
+    images = [pair for pair in zip(items, made.images, strict=True) if pair[1] is not None]
+    if self._kind == 'png':
+      for number, image in images:
+        with replacing(self._file(number)) as file:
+          file.write(_png(image))
+      return
+    with (
+      replacing(self._archive(items)) as file,
+      tarfile.open(fileobj=file, mode='w') as archive,
+    ):
+      for number, image in images:
         data = _png(image)
-        entry = tarfile.TarInfo(f'{number:06d}.png')
+        entry = tarfile.TarInfo(self._file(number).name)
         entry.size = len(data)
         archive.addfile(entry, io.BytesIO(data))
+
+  def _file(self, number: int) -> Path:
+    return self._directory / f'{number:06d}.png'
+
+  def _archive(self, items: range) -> Path:
+    return self._directory / f'{items.start:06d}-{items.stop - 1:06d}.tar'
 
 
 def _png(image: UInt8[np.ndarray, 'h w 3']) -> bytes:

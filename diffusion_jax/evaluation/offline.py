@@ -16,7 +16,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.chunks import Chunks
 from diffusion_jax.evaluation.extraction import Extraction, Features, Made, extract, gather, reader
 from diffusion_jax.evaluation.images import ImageSet
-from diffusion_jax.evaluation.keeping import Thumbnails
+from diffusion_jax.evaluation.keeping import Keeper, Thumbnails
 from diffusion_jax.evaluation.scores import Compared, Scores, score, takes_reference
 from diffusion_jax.evaluation.statistics import Moments
 from diffusion_jax.parallel.agreement import agree
@@ -60,7 +60,7 @@ class FiguresOf:
 
 def of_images(images: ImageSet) -> Work:
   """The work of reading a set of images."""
-  return Work(len(images), {'images': images.name}, reader(images))
+  return Work(len(images), {'images': images.name, 'files': images.stamp}, reader(images))
 
 
 def of_model(
@@ -92,7 +92,7 @@ def of_model(
 
 def features_of(
   work: Work, extraction: Extraction, directory: Path, *, most_unreadable: float = 0.0,
-  keep: Callable[[range, Made], None] | None = None, label: str = '', chunk: int = CHUNK,
+  keep: Keeper | None = None, label: str = '', chunk: int = CHUNK,
 ) -> tuple[Features, Thumbnails]:
   """The features of all of the work's images, of which `directory` has what was done before.
 
@@ -103,13 +103,15 @@ def features_of(
   Raises:
     UserError: too many images cannot be read, or the directory holds other results.
   """
-  plan = {**work.plan, 'features': sorted(extraction.columns)}
+  plan = {**work.plan, **extraction.plan}
   if work.each:
     plan['each'] = sorted(work.each)
   chunks = Chunks(directory, plan, total=work.total, size=chunk)
-  if any(map(json.loads, agree('features/missing', json.dumps(bool(chunks.missing()))))):
+  # Pictures that an earlier start has not kept have to be made once more.
+  missing = chunks.missing((lambda items: not keep.has(items)) if keep else None)
+  if any(map(json.loads, agree('features/missing', json.dumps(bool(missing))))):
     work.begin()
-    extract(chunks, work.make, extraction, keep=keep, label=label)
+    extract(chunks, work.make, extraction, missing=missing, keep=keep, label=label)
     agree('features/made', '')
   return gather(chunks, most_unreadable), Thumbnails(chunks)
 
@@ -126,7 +128,7 @@ def _known(
 def compare(
   samples: Features, reference: Features | dict[str, Moments], metrics: Sequence[str], *,
   texts: dict[str, np.ndarray] | None = None, labels: dict[str, np.ndarray] | None = None,
-  own: bool = False, seed: int = 0,
+  own: bool = False, seed: int = 0, intervals: bool = True,
 ) -> Scores:
   """Every metric of the samples against the reference.
 
@@ -135,6 +137,7 @@ def compare(
     texts: column -> embeddings [total d] of the captions of all samples, unreadable ones too.
     labels: column -> numbers [total] of the classes that they should be of.
     own: whether the samples are reconstructions of the reference.
+    intervals: whether to compute those that take resampling.
   """
   rows = lambda known, column: known[column][samples.rows] if column in (known or ()) else None
   compared = [
@@ -152,7 +155,7 @@ def compare(
     compared.append(Compared(
       column, values, moments, there, rows(texts, column), rows(labels, column), own
     ))
-  scores = score(metrics, compared, seed=seed)
+  scores = score(metrics, compared, seed=seed, intervals=intervals)
   if samples.trouble:
     scores.warnings.append(f'{len(samples.trouble)} images could not be read and were left out.')
   if isinstance(reference, Features) and None not in (samples.edge, reference.edge):

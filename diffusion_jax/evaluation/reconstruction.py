@@ -96,5 +96,5 @@ def of_autoencoder(
         each[name][there] = values[name]
     return Made(made, trouble, each)
 
-  plan = {'model': name, 'images': images.name, 'lpips': weights}
+  plan = {'model': name, 'images': images.name, 'files': images.stamp, 'lpips': weights}
   return Work(len(images), plan, make, params, every)

@@ -212,12 +212,12 @@ def of_each(of: Compared, scores: Scores, seed: int) -> None:
   """The mean of a figure of single images, by its own name."""
   each = of.samples[:, 0]
   finite = bool(np.isfinite(each).all())
-  interval = _interval_of_mean(each, scores, seed) if finite and len(each) > 1 else None
+  interval = _interval_of_mean(each, scores, seed) if finite else None
   scores.add(of.output, each.mean(), interval)
 
 
 def _interval_of_mean(values: np.ndarray, scores: Scores, seed: int) -> Interval | None:
-  return bootstrap_mean(values, seed=seed) if scores.with_intervals else None
+  return bootstrap_mean(values, seed=seed) if scores.with_intervals and len(values) > 1 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,9 +254,11 @@ METRICS: dict[str, Metric] = {
 def outputs_of(metrics: Sequence[str], available: Mapping[str, int]) -> tuple[str, ...]:
   """Of an extractor's outputs, those that the metrics are computed of.
 
-  UserError for an unknown metric; names all.
+  UserError for an unknown metric, with the names of all, or one that is named twice.
   """
   for name in metrics:
+    if metrics.count(name) > 1:
+      raise UserError(f'the metric {name} is named twice; name it once.')
     if name not in METRICS:
       raise UserError(f'There is no metric {name!r}; choose of {", ".join(METRICS)}.')
   return tuple(o for o in available if any(o in METRICS[name].outputs for name in metrics))

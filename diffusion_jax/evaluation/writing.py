@@ -55,7 +55,8 @@ def write(
     say(f'note: {text}')
   if beware:
     scores = {**scores, 'warnings': [*scores.get('warnings', ()), *beware]}
-  with replacing(out) as file:
-    file.write((json.dumps(scores, indent=2) + '\n').encode())
   add_rows(table, new)
   write_evaluation_page(out.with_suffix('.html'), scores, **shown)
+  # Last, for a checkpoint that is in here is not scored again.
+  with replacing(out) as file:
+    file.write((json.dumps(scores, indent=2) + '\n').encode())

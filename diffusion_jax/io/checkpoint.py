@@ -18,7 +18,7 @@ import jax
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.keeping import Keep, best_step, comparable, kept
 from diffusion_jax.io.manifest import NAME as MANIFEST
-from diffusion_jax.io.manifest import Damaged
+from diffusion_jax.io.manifest import Damaged, seal
 from diffusion_jax.io.quarantine import NAME as QUARANTINE
 from diffusion_jax.io.quarantine import quarantine, quarantined
 from diffusion_jax.io.restoring import read_step
@@ -76,6 +76,10 @@ class Checkpoints:
     """The newest step that looks whole (nothing is read), None when there is none."""
     whole = (s for s in reversed(self.steps()) if (self.directory / str(s) / MANIFEST).is_file())
     return next(whole, None)
+
+  def seal(self, step: int) -> str:
+    """Changes with the content of a checkpoint; '' where there is none."""
+    return seal(self.directory / str(step))
 
   def best(self) -> int | None:
     """The step on disk with the best value of `keep.best`; None when no step has one.

@@ -41,6 +41,14 @@ def write_manifest(folder: Path) -> None:
   (folder / NAME).write_text(f'{_sha256(text.encode())}\n{text}')
 
 
+def seal(folder: Path) -> str:
+  """What a checkpoint's list is sealed with, which changes with its content; '' without a list."""
+  try:
+    return (folder / NAME).read_bytes().partition(b'\n')[0].decode(errors='replace')
+  except OSError:
+    return ''
+
+
 def check_manifest(folder: Path, parts: Sequence[str]) -> None:
   """Compares the files below the given parts of `folder` with the list.
 

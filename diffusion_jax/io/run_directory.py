@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 import jax
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.io.whole import replacing
 
 PACKAGES = (
   'diffusion_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'array_record',
@@ -43,11 +43,8 @@ class RunDirectory:
 
   def write_text(self, name: str, text: str) -> None:
     """Writes `name` in one move."""
-    target = self.path / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f'.{target.name}.{os.getpid()}')
-    temporary.write_text(text)
-    os.replace(temporary, target)
+    with replacing(self.path / name) as file:
+      file.write(text.encode())
 
   def read_json(self, name: str) -> dict[str, Any]:
     """Reads a JSON object.

@@ -1,12 +1,13 @@
 """Evaluation scores of checkpoints, in one small file beside them."""
 
 import json
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
+
+from diffusion_jax.io.whole import replacing
 
 NAME = 'scores.json'
 
@@ -42,11 +43,8 @@ class Scores:
       text = json.dumps(self._values, indent=1)
     if jax.process_index() != 0:
       return
-    temporary = self._file.with_name(f'.{NAME}')
     try:
-      self._file.parent.mkdir(parents=True, exist_ok=True)
-      temporary.write_text(text)
-      os.replace(temporary, self._file)
+      with replacing(self._file) as file:
+        file.write(text.encode())
     except OSError as error:
-      temporary.unlink(missing_ok=True)
       self._say(f'{self._file} cannot be written ({error}).')

@@ -9,8 +9,7 @@ import dataclasses
 import json
 import os
 import struct
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.io.whole import replacing
 from diffusion_jax.models.checks import require
 
 DTYPES = {
@@ -152,7 +152,10 @@ def write_tensors(
   text = json.dumps(header, separators=(',', ':')).encode()
   text += b' ' * (-len(text) % 8)
   chunks = (_bytes(name, new[name]) for name in order)
-  replace_file(Path(path), lambda file: _write(file, struct.pack('<Q', len(text)) + text, chunks))
+  with replacing(Path(path), flushed=True) as file:
+    file.write(struct.pack('<Q', len(text)) + text)
+    for chunk in chunks:
+      file.write(memoryview(chunk))
 
 
 def _bytes(name: str, tensor: NewTensor) -> np.ndarray:
@@ -160,28 +163,6 @@ def _bytes(name: str, tensor: NewTensor) -> np.ndarray:
   if array.dtype != tensor.dtype or array.size != np.prod(tensor.shape, dtype=np.int64):
     raise ValueError(f'{name} is {array.dtype} {array.shape}, not {tensor.dtype} {tensor.shape}.')
   return array.reshape(-1).view(np.uint8)
-
-
-def _write(path: Path, header: bytes, chunks: Iterable[np.ndarray]) -> None:
-  with open(path, 'wb') as file:
-    file.write(header)
-    for chunk in chunks:
-      file.write(memoryview(chunk))
-
-
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-  """Writes beside `path`, flushes to the disk, then renames over it."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
-  os.close(handle)
-  try:
-    write(Path(temporary))
-    os.chmod(temporary, 0o644)
-    with open(temporary, 'rb') as file:
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  finally:
-    Path(temporary).unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -198,4 +179,5 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
   """Writes a JSON object; the file appears whole or not at all."""
   text = json.dumps(values, indent=2, sort_keys=True) + '\n'
-  replace_file(path, lambda file: file.write_text(text))
+  with replacing(path, flushed=True) as file:
+    file.write(text.encode())

@@ -14,7 +14,7 @@ from jax._src import distributed  # No public door leads to the key-value store.
 
 T = TypeVar('T')
 
-TIMEOUT_SECONDS = 1200
+TIMEOUT_SECONDS, A_DAY = 1200, 86_400
 _rounds: Counter[str] = Counter()
 
 
@@ -47,7 +47,10 @@ def agree(name: str, value: str, timeout_seconds: float = TIMEOUT_SECONDS) -> li
   return values
 
 
-def in_step(name: str, function: Callable[[], T], kinds: tuple[type[Exception], ...]) -> T:
+def in_step(
+  name: str, function: Callable[[], T], kinds: tuple[type[Exception], ...],
+  timeout_seconds: float = TIMEOUT_SECONDS,
+) -> T:
   """What function() returns here; where it raises one of `kinds` anywhere, all raise the same."""
   value, mine = None, ''
   try:
@@ -55,7 +58,7 @@ def in_step(name: str, function: Callable[[], T], kinds: tuple[type[Exception], 
   except kinds as error:
     kind = next(kind for kind in kinds if isinstance(error, kind))
     mine = json.dumps([kind.__name__, str(error)])
-  for answer in agree(name, mine):
+  for answer in agree(name, mine, timeout_seconds):
     if answer:
       raised, text = json.loads(answer)
       raise next(kind for kind in kinds if kind.__name__ == raised)(text)

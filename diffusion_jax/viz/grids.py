@@ -13,6 +13,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.io.whole import replacing
 
 _BACKGROUND = (255, 255, 255)
 _INK = (51, 51, 51)
@@ -129,13 +130,8 @@ def save_png(image: Image.Image, path: str | os.PathLike, metadata: Mapping[str,
         f'{key!r} cannot name PNG metadata: use 1 to 79 printable Latin-1 characters.'
       )
     chunks.add_text(key, _encodable(value))
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  try:
-    image.save(temporary, format='PNG', pnginfo=chunks)
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  with replacing(path) as file:
+    image.save(file, format='PNG', pnginfo=chunks)
 
 
 def _encodable(text: str) -> str:

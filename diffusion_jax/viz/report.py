@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import statistics
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ import numpy as np
 from diffusion_jax.config import typed
 from diffusion_jax.diffusion.schedules import ScheduleConfig
 from diffusion_jax.errors import UserError
+from diffusion_jax.io.whole import replacing
 from diffusion_jax.viz import page
 from diffusion_jax.viz.curves import line_chart, timestep_chart
 from diffusion_jax.viz.diffusion import schedule_chart
@@ -72,12 +72,8 @@ def write_report(workdir: Path) -> Path:
   frame = len(page.page(title, before + after).encode())
   text = page.page(title, before + grids_section(run, MAX_BYTES - frame) + after)
   path = workdir / 'report.html'
-  temporary = path.with_name(f'.report.html.{os.getpid()}.tmp')
-  try:
-    temporary.write_text(text, encoding='utf-8', errors='replace')
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  with replacing(path) as file:
+    file.write(text.encode(errors='replace'))
   return path
 
 

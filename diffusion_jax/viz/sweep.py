@@ -49,8 +49,9 @@ def label(combination: Mapping[str, Any]) -> str:
 
 
 def short(value: Any) -> str:
-  """Numbers without needless digits."""
-  return f'{value:g}' if isinstance(value, float) else str(value)
+  """Numbers without needless digits, but with all that tell them apart."""
+  brief = f'{value:g}' if isinstance(value, float) else ''
+  return brief if brief and float(brief) == value else str(value)
 
 
 def sweep_charts(scores: Mapping[str, Any]) -> list[tuple[str, str]]:

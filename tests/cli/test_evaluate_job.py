@@ -57,7 +57,7 @@ def test_a_folder_against_the_training_split(
   assert scores['samples']['fd_clip'] == pytest.approx(wanted[0], rel=1e-4)
   assert {'kid_clip', 'precision_clip', 'recall_clip'} < set(scores['samples'])
   assert scores['settings']['samples'] == 68 and scores['settings']['unreadable'] == 2
-  assert scores['settings']['reference'] == 'openmoji train'
+  assert scores['settings']['reference'] == f'openmoji {tiny.SIZE} px train'
   printed = capsys.readouterr().out
   assert '030.png' in printed and 'fd_clip of 68 samples is not comparable' in printed
   html = out.with_suffix('.html').read_text()
@@ -97,6 +97,7 @@ def test_a_file_of_statistics_serves_as_reference(
   (['--keep', 'gif'], '--keep is gif; choose png or tar'),
   (['--captions', 'DIR/none.txt'], 'none.txt cannot be read'),
   (['--images', 'DIR', '--metrics', 'FID'], "no metric 'FID'; choose of fd"),
+  (['--images', 'DIR', '--metrics', 'fd,kid,fd'], 'the metric fd is named twice'),
   (['--images', 'DIR', '--features', 'vgg:x'], 'is not of the form KIND:PATH'),
   (['--images', 'DIR/none'], 'there are no images at'),
   (['--images', 'DIR', '--reference', 'DIR/none'], 'there are no images at'),
@@ -130,11 +131,14 @@ def test_four_processes_share_the_work(folder, features, wanted, small_data, tmp
 
 def test_pictures_are_kept_in_tar_files(tmp_path):
   from diffusion_jax.evaluation.extraction import Made
-  from diffusion_jax.evaluation.keeping import keeper
+  from diffusion_jax.evaluation.keeping import Keeper
 
   images = [np.full((4, 5, 3), i, np.uint8) for i in range(3)]
   made = Made([images[0], None, images[2]], ['', 'damaged', ''])
-  keeper(tmp_path, 'tar')(range(64, 67), made)
+  keeper = Keeper(tmp_path, 'tar')
+  assert not keeper.has(range(64, 67))
+  keeper(range(64, 67), made)
+  assert keeper.has(range(64, 67)) and not keeper.has(range(67, 70))
   with tarfile.open(tmp_path / '000064-000066.tar') as archive:
     assert archive.getnames() == ['000064.png', '000066.png']
     found = np.asarray(Image.open(archive.extractfile('000066.png')))

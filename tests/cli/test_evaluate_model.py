@@ -1,7 +1,9 @@
 """evaluate: what a model draws, over a sweep, for each checkpoint, by several processes."""
 
+import argparse
 import csv
 import json
+import os
 import shutil
 import time
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion_jax.cli import evaluate_follow
 from diffusion_jax.pipelines.text_to_image import TextToImage
 from diffusion_jax.trained import TrainedRun
 from tests import tiny
@@ -64,13 +67,38 @@ def test_what_is_drawn_is_not_drawn_again(drawn, command, finished, tmp_path, mo
     assert again[column] == pytest.approx(scores[column], rel=1e-6)
 
 
+def test_pictures_that_were_not_kept_are_made_once_more(drawn, command, finished, tmp_path):
+  scores, folder = drawn
+  run = shutil.copytree(folder, tmp_path / 'again')
+  shutil.rmtree(run / 'scores.images')
+  out, kept = run / 'scores.json', lambda: sorted(path.name for path in run.glob('*.images/*'))
+  arguments = ('evaluate', '--workdir', finished, '--captions', run / 'captions.txt', '--out', out)
+  metrics = ('--metrics', 'fd,clip_score,retrieval')
+  assert command(*arguments, *metrics) == 0 and kept() == []
+  assert command(*arguments, *metrics, '--keep', 'tar') == 0 and kept() == ['000000-000006.tar']
+  assert json.loads(out.read_text())['generated'] == pytest.approx(scores['generated'], rel=1e-4)
+
+
+def test_one_picture_has_figures_without_intervals(drawn, command, finished, tmp_path):
+  out = tmp_path / 'one.json'
+  arguments = ('--captions', drawn[1] / 'captions.txt', '--samples', 1, '--metrics', 'clip_score')
+  assert command('evaluate', '--workdir', finished, *arguments, '--out', out) == 0
+  scores = json.loads(out.read_text())
+  assert scores['settings']['samples'] == 1 and scores['intervals'] == {}
+  assert 'samples over the reference' in out.with_suffix('.html').read_text()
+
+
 @pytest.fixture
 def captions(drawn):
   return '--captions', drawn[1] / 'captions.txt', '--batch', 2
 
 
-def test_a_sweep_has_a_column_for_each_combination(drawn, captions, command, finished, tmp_path):
-  out = tmp_path / 'sweep.json'
+def test_a_sweep_has_a_column_for_each_combination(
+  drawn, captions, command, finished, tmp_path, monkeypatch
+):
+  out, read = tmp_path / 'sweep.json', []
+  weights = TrainedRun.weights
+  monkeypatch.setattr(TrainedRun, 'weights', lambda *a: read.append(a[1:]) or weights(*a))
   swept = ('--sweep', 'guidance=1,2', '--sweep', 'steps=2,3', '--keep', 'png')
   metrics = ('--metrics', 'fd,clip_score')
   assert command('evaluate', '--workdir', finished, *captions, *swept, *metrics, '--out', out) == 0
@@ -83,6 +111,7 @@ def test_a_sweep_has_a_column_for_each_combination(drawn, captions, command, fin
   assert own['fd_clip'] == pytest.approx(drawn[0]['generated']['fd_clip'], rel=1e-4)
   assert own['clip_score'] == pytest.approx(drawn[0]['generated']['clip_score'], rel=1e-4)
   assert len({scores[name]['fd_clip'] for name in names}) == 4
+  assert read == [(4, None)]  # Once for all, though four columns want them.
   assert scores['settings']['best'] == min(names, key=lambda name: scores[name]['fd_clip'])
   rows = _rows(out)
   assert [(row['settings.guidance'], row['settings.steps']) for row in rows] == [
@@ -118,6 +147,13 @@ def test_averages_of_other_lengths(finished, small_data):
   )
   np.testing.assert_allclose(found[name], wanted, rtol=1e-4, atol=1e-6)
   assert combined.error < 0.01
+
+
+@pytest.mark.parametrize('samples', [0, -1, 8])
+def test_captions_that_are_not_there_are_not_drawn(drawn, fails, finished, tmp_path, samples):
+  arguments = ('--captions', drawn[1] / 'captions.txt', '--samples', samples)
+  message = fails('evaluate', '--workdir', finished, *arguments, '--out', tmp_path / 'out.json')
+  assert 'has 7 captions; choose 1 to 7' in message and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(('arguments', 'named'), [
@@ -158,6 +194,48 @@ def test_follow_scores_each_checkpoint_once(
   assert command(*arguments, '--metrics', 'fd,clip_score') == 0
   assert json.loads(out.read_text()) == scores and len(_rows(out)) == 2
   assert 'is of another evaluation (metrics was' in fails(*arguments, '--metrics', 'fd')
+  other = ('--metrics', 'fd,clip_score', '--ema_halflife_images', 0)
+  assert 'another evaluation (ema_halflife_images was None, now 0.0)' in fails(*arguments, *other)
+
+
+def test_checkpoints_of_one_history_are_of_one_run_and_its_captions():
+  def known(run, *captions):
+    args = argparse.Namespace(workdir=run, ema_halflife_images=None)
+    return evaluate_follow._followed(args, argparse.Namespace(captions=captions))
+
+  found = known('runs/a', 'cat', 'dog')
+  assert found == known('./runs/a', 'cat', 'dog') and found['captions'] == 2
+  assert found != known('runs/b', 'cat', 'dog') and found != known('runs/a', 'cat', 'cow')
+
+
+@pytest.mark.parametrize('status', [None, '{', '{}'])
+def test_a_run_without_a_word_is_over_once_it_has_long_written_nothing(tmp_path, status):
+  (tmp_path / 'checkpoints').mkdir()
+  if status is not None:
+    (tmp_path / 'status.json').write_text(status)
+  assert not evaluate_follow._over(str(tmp_path))
+  for path in (tmp_path / 'checkpoints', tmp_path):
+    os.utime(path, (1e9, 1e9))
+  assert evaluate_follow._over(str(tmp_path))
+
+
+def test_weights_of_one_name_are_told_apart(finished, copy_of, small_data):
+  """Steps, averages, and what another run under the same path has saved."""
+  name, again = str(finished), copy_of(finished)
+  seals = {}
+  with tiny.few_devices():
+    for run in (TrainedRun(name), TrainedRun(str(again))):
+      seals[run.workdir] = [run.seal(4), run.seal(4, 0), run.seal(2), run.seal(4, 3.0)]
+      seals[run.workdir].append(run.settings_seal)
+    assert seals[name] == seals[str(again)] and len({*seals[name]}) == 4
+    manifest = again / 'checkpoints' / '2' / 'manifest.json'
+    manifest.write_text('0' + manifest.read_text())
+    other = TrainedRun(str(again))
+    changed = [a != b for a, b in zip(
+      seals[name], [other.seal(4), other.seal(4, 0), other.seal(2), other.seal(4, 3.0)],
+      strict=False,
+    )]
+  assert changed == [False, False, True, True]
 
 
 @pytest.mark.slow

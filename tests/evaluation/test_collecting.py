@@ -73,6 +73,17 @@ def test_images_are_regrouped_in_their_order():
   assert list(regrouped([], 8)) == []
 
 
+@pytest.mark.parametrize(('columns', 'named'), [
+  (['clip/a/bicubic:embedding', 'clip/b/bicubic:embedding'], 'fd_clip would be computed twice'),
+  (['inception/w/clean:pool3', 'inception/w/tensorflow:pool3'],
+   'fid would be computed twice, of inception/w/clean and of inception/w/tensorflow'),
+])
+def test_two_figures_of_one_name_are_refused_before_any_work(columns, named):
+  with pytest.raises(UserError, match=named):
+    figure_names(['fd'], columns)
+  assert len(figure_names(['fd', 'kid'], columns[:1])) == 3
+
+
 def test_figures_are_called_as_they_are_computed():
   n, d = 64, 5
   samples, reference = RNG.normal(size=(n, d)), RNG.normal(size=(n, d))

@@ -60,6 +60,14 @@ def test_families():
   ]
 
 
+def test_figures_are_in_the_json_only_once_they_are_in_the_table(tmp_path):
+  """For what is in there is not computed again."""
+  (tmp_path / 'scores.csv').mkdir()
+  with pytest.raises(OSError):
+    write(tmp_path / 'scores.json', {'generated': {'fid': 3.0}}, {})
+  assert not (tmp_path / 'scores.json').exists()
+
+
 def test_an_evaluation_that_is_written_again_says_the_same(tmp_path):
   def evaluated(samples, said):
     scores = {'generated': {'fid': 3.0 + samples}, 'warnings': [], 'settings': {'samples': samples}}

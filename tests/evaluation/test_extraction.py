@@ -17,6 +17,7 @@ from diffusion_jax.evaluation.chunks import Chunks
 from diffusion_jax.evaluation.extraction import Extraction, extract, gather, reader
 from diffusion_jax.evaluation.extractors import CLIPExtractor
 from diffusion_jax.evaluation.images import First, Folder, Split
+from diffusion_jax.evaluation.offline import features_of, of_images
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.text.clip import CLIP
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
@@ -102,6 +103,39 @@ def test_results_of_another_plan_are_not_mixed_in(tmp_path):
   (tmp_path / 'plan.json').write_text('{')
   with pytest.raises(UserError, match=r'plan\.json cannot be read'):
     _chunks(tmp_path, 10, seed=1)
+
+
+def test_any_flipped_bit_is_found_out(tmp_path):
+  """Also one in the archive's own tables, which may ask for a password or another kind of file."""
+  chunks = _chunks(tmp_path, 4)
+  chunks.save(0, {'x': np.arange(4.0), 'trouble': np.array([''] * 4)})
+  file = tmp_path / '000000.npz'
+  data, wanted = file.read_bytes(), chunks.load(0)['x']
+  table = 8 * data.index(b'PK\x01\x02')
+  for place in (*range(0, table, 61), *range(table, table + 8 * 46)):
+    damaged = bytearray(data)
+    damaged[place // 8] ^= 1 << place % 8
+    file.write_bytes(damaged)
+    if not chunks.missing():  # Times and the like are nobody's concern.
+      np.testing.assert_array_equal(chunks.load(0)['x'], wanted)
+
+
+def test_images_and_weights_that_changed_under_their_names_are_noticed(folder, mesh, tmp_path):
+  colours = Colours()
+  colours.params = {'w': np.arange(3, dtype=np.float32)}
+
+  def evaluate():
+    return features_of(of_images(Folder(folder)), Extraction([colours], mesh), tmp_path / 'parts')
+
+  wanted = evaluate()[0].columns['colours:mean'][7]
+  np.testing.assert_array_equal(evaluate()[0].columns['colours:mean'][7], wanted)
+  colours.params['w'][1] += 1
+  with pytest.raises(UserError, match=r'weights was .* choose another --out'):
+    evaluate()
+  colours.params['w'][1] -= 1
+  Image.fromarray(np.full((12, 8, 3), 99, np.uint8)).save(folder / 'b' / '07.png')
+  with pytest.raises(UserError, match=r"files was '11 files, .* now '11 files"):
+    evaluate()
 
 
 def test_pieces_are_dealt_out_to_processes(tmp_path, monkeypatch):

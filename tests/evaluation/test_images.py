@@ -13,7 +13,7 @@ from diffusion_jax.data.image_batch import ImageBatch
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extraction import Made, reader
 from diffusion_jax.evaluation.images import open_images
-from diffusion_jax.evaluation.keeping import keeper
+from diffusion_jax.evaluation.keeping import Keeper
 from tests import tiny
 
 RNG = np.random.default_rng(0)
@@ -51,7 +51,7 @@ def _same(found, wanted):
 
 
 def test_tar_files_as_evaluate_keeps_them(tmp_path):
-  keep = keeper(tmp_path / 'kept', 'tar')
+  keep = Keeper(tmp_path / 'kept', 'tar')
   keep(range(3, 5), Made(IMAGES[3:], ['', '']))
   keep(range(0, 3), Made(IMAGES[:3], ['', '', '']))
   images = open_images(tmp_path / 'kept')

@@ -1,8 +1,8 @@
 """Figures by name: each is what its function gives, and says what to beware of."""
 
-import jax
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image

@@ -124,7 +124,7 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
   before = path.read_bytes()
 
   def fail(self, file, **_):
-    open(file, 'wb').write(b'half')
+    file.write(b'half')
     raise OSError('no space left')
 
   monkeypatch.setattr(Image.Image, 'save', fail)

@@ -48,6 +48,9 @@ def test_lines_join_points_that_differ_in_one_setting():
 
 @pytest.mark.parametrize(('combination', 'text'), [
   ({}, ''), ({'guidance': 4.0, 'sampler': 'ddim'}, 'guidance=4 sampler=ddim'),
+  # Two values never share a label, which names a column and a folder.
+  ({'ema_halflife_images': 1e6}, 'ema_halflife_images=1e+06'),
+  ({'ema_halflife_images': 1000001.0}, 'ema_halflife_images=1000001.0'),
 ])
 def test_labels(combination, text):
   assert label(combination) == text
