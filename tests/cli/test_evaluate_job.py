@@ -129,6 +129,25 @@ def test_four_processes_share_the_work(folder, features, wanted, small_data, tmp
   assert ['fd_clip' in printed for printed in results] == [True, False, False, False]
 
 
+@pytest.mark.slow
+def test_what_only_the_first_process_finds_out_ends_the_others_alike(
+  features, small_data, tmp_path
+):
+  for i in range(3):
+    Image.new('RGB', (8, 8), (i, i, i)).save(tmp_path / f'{i}.png')
+  processes = tiny.beside_each_other(2, small_data, (
+    'evaluate', '--images', tmp_path, '--reference', tmp_path, *features, '--metrics',
+    'precision_recall', '--out', tmp_path / 'out' / 'scores.json',
+  ))
+  try:
+    results = [process.communicate(timeout=120) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  assert [process.returncode for process in processes] == [2, 2], results
+  assert all('3 samples have no 3-th nearest neighbour' in err for _, err in results)
+
+
 def test_pictures_are_kept_in_tar_files(tmp_path):
   from diffusion_jax.evaluation.extraction import Made
   from diffusion_jax.evaluation.keeping import Keeper

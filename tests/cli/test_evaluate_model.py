@@ -221,21 +221,22 @@ def test_a_run_without_a_word_is_over_once_it_has_long_written_nothing(tmp_path,
 
 def test_weights_of_one_name_are_told_apart(finished, copy_of, small_data):
   """Steps, averages, and what another run under the same path has saved."""
-  name, again = str(finished), copy_of(finished)
-  seals = {}
+  folder = copy_of(finished)
   with tiny.few_devices():
-    for run in (TrainedRun(name), TrainedRun(str(again))):
-      seals[run.workdir] = [run.seal(4), run.seal(4, 0), run.seal(2), run.seal(4, 3.0)]
-      seals[run.workdir].append(run.settings_seal)
-    assert seals[name] == seals[str(again)] and len({*seals[name]}) == 4
-    manifest = again / 'checkpoints' / '2' / 'manifest.json'
-    manifest.write_text('0' + manifest.read_text())
-    other = TrainedRun(str(again))
-    changed = [a != b for a, b in zip(
-      seals[name], [other.seal(4), other.seal(4, 0), other.seal(2), other.seal(4, 3.0)],
-      strict=False,
-    )]
-  assert changed == [False, False, True, True]
+    run = TrainedRun(str(folder))
+  seals = lambda: [run.seal(4), run.seal(4, 0), run.seal(2), run.seal(4, 3.0)]
+  before, settings = seals(), run.settings_seal
+  assert before[0] == before[1] and len({*before}) == 3
+  manifest = folder / 'checkpoints' / '2' / 'manifest.json'
+  manifest.write_text('0' + manifest.read_text())
+  assert [a != b for a, b in zip(before, seals(), strict=True)] == [False, False, True, True]
+  values = json.loads((folder / 'config.json').read_text())
+  values['loop']['total_steps'] += 1
+  (folder / 'config.json').write_text(json.dumps(values))
+  assert run.settings_seal == settings
+  values['settings']['unet']['block_out_channels'] = [16]
+  (folder / 'config.json').write_text(json.dumps(values))
+  assert run.settings_seal != settings
 
 
 @pytest.mark.slow
