@@ -152,8 +152,8 @@ def manifold(of: Compared, scores: Scores, seed: int) -> None:
   scores.add(f'recall{of.suffix}', found.recall)
   if len(of.samples) != len(of.reference):
     scores.warnings.append(
-      f'precision and recall of {len(of.samples)} samples against {len(of.reference)} reference '
-      'images: compare only figures of these numbers.'
+      f'precision{of.suffix} and recall{of.suffix} of {len(of.samples)} samples against '
+      f'{len(of.reference)} reference images: compare only figures of these numbers.'
     )
 
 

@@ -16,7 +16,7 @@ from diffusion_jax.viz.curves import PALETTE, line_chart
 from diffusion_jax.viz.svg import empty_figure, inline, legend, plain_axes, render
 from diffusion_jax.viz.sweep import sweep_charts
 
-MOST_POINTS = 2000
+MOST_POINTS = 1000
 """Of a set in a scatter plot; more make the page large and show nothing else."""
 THUMBNAIL = 128
 BESIDE = ('intervals', 'warnings', 'settings', 'sweep', 'history')

@@ -57,7 +57,11 @@ def _unbiased_mmd2(x: Float[np.ndarray, 'n d'], y: Float[np.ndarray, 'n d']) -> 
   """Binkowski et al. 2018, eq. 4: pairs of a sample with itself are left out within x and y."""
   n, d = x.shape
   x, y = x.astype(np.float64), y.astype(np.float64)
-  kernel = lambda a, b: (a @ b.T / d + 1) ** 3
+
+  def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    k = a @ b.T / d + 1
+    return k * k * k  # A power would take ten times as long.
+
   within = sum(k.sum() - np.trace(k) for k in (kernel(x, x), kernel(y, y)))
   return float(within / (n * (n - 1)) - 2 * kernel(x, y).mean())
 
