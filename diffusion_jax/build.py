@@ -14,6 +14,7 @@ from diffusion_jax.data.labelled import open_labelled
 from diffusion_jax.data.loader import Loader, Source
 from diffusion_jax.data.points import open_points
 from diffusion_jax.data.sources import open_source
+from diffusion_jax.data.synthetic import SyntheticImages
 from diffusion_jax.data.transforms import Label, build_transforms
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.job import check_samples
@@ -30,7 +31,7 @@ from diffusion_jax.parallel.mesh import make_mesh
 from diffusion_jax.parallel.sharding import local_rows
 from diffusion_jax.pipelines.directory import assemble
 from diffusion_jax.recipe import DTYPES, LATENT, TrainingConfig, completed, parse, resolved
-from diffusion_jax.train.cache import ChooseText, cached_source
+from diffusion_jax.train.cache import ChooseText, cached_source, synthetic_cache
 from diffusion_jax.train.optimizer import learning_rates, make_optimizer
 from diffusion_jax.train.tasks.autoencoder import AutoencoderTask
 from diffusion_jax.train.tasks.classifier import ClassifierTask, with_classes
@@ -42,14 +43,20 @@ from diffusion_jax.train.tasks.task import Task
 from diffusion_jax.train.tasks.toy import ToyTask
 from diffusion_jax.train.training import Training
 
+SYNTHETIC_RECORDS = 64
+"""At least; a batch needs as many as it has examples."""
 
-def open_sources(config: TrainingConfig) -> tuple[Source, Source]:
-  """(train, test) that a config names.
+
+def open_sources(config: TrainingConfig, synthetic: bool = False) -> tuple[Source, Source]:
+  """(train, test) that a config names, or random numbers in their place.
 
   Raises:
     UserError: they are not there, or cannot be read.
   """
   data = config.data
+  if synthetic and config.task != 'toy':  # Points are random numbers anyway.
+    images = SyntheticImages(data.size, max(config.loop.batch_size, SYNTHETIC_RECORDS))
+    return images, images
   if config.task == 'toy':
     if data.transforms:
       raise UserError('data.transforms have no effect on points; empty them.')
@@ -138,7 +145,9 @@ def _clip_task(
   return CLIPTask(dataclasses.replace(settings, clip=clip), tokenizer, test, dtype, remat)
 
 
-def _loader(config: TrainingConfig, task: Task, train: Source, mesh) -> Loader:
+def _loader(
+  config: TrainingConfig, task: Task, train: Source, mesh: Mesh, synthetic: bool = False
+) -> Loader:
   """Batches of this process, or, with a cache, of latents and text embeddings."""
   batch_size = config.loop.batch_size
   ways = mesh.shape['data'] * mesh.shape['fsdp'] * config.loop.accumulation_steps
@@ -148,7 +157,10 @@ def _loader(config: TrainingConfig, task: Task, train: Source, mesh) -> Loader:
       '(data x fsdp x accumulation_steps); make it a multiple of that.'
     )
   if config.task in LATENT and config.settings.cache:
-    source = cached_source(train, task.model, task.frozen, mesh)
+    if synthetic:
+      source = synthetic_cache(task.model, task.frozen, len(train))
+    else:
+      source = cached_source(train, task.model, task.frozen, mesh)
     transforms = [ChooseText()]
   else:
     source = train
@@ -197,8 +209,10 @@ def _check_evaluation(config: TrainingConfig, task: Task, mesh: Mesh) -> None:
       )
 
 
-def build(config: ConfigDict | dict, workdir: str) -> Training:
+def build(config: ConfigDict | dict, workdir: str, synthetic: bool = False) -> Training:
   """Everything the train loop needs. Nothing is written before all of it is known to be good.
+
+  With `synthetic` batches of random numbers take the place of the data set, which need not exist.
 
   Raises:
     UserError: whatever is wrong with the config, the data, the frozen parts or the workdir.
@@ -214,7 +228,7 @@ def build(config: ConfigDict | dict, workdir: str) -> Training:
     raise UserError(
       'data.transforms have no effect with settings.cache; empty them or switch the cache off.'
     )
-  train, test = open_sources(checked)
+  train, test = open_sources(checked, synthetic)
   if checked.task in LATENT and checked.loop.evaluate_samples:
     if checked.task == 'finetune':
       checked.settings.check_scored()
@@ -222,7 +236,8 @@ def build(config: ConfigDict | dict, workdir: str) -> Training:
   task = build_task(checked, train, test, directory, mesh)
   _check_evaluation(checked, task, mesh)
   if checked.task == 'finetune' and checked.settings.prior.folder:
-    train = Together(train, draw_prior(task, mesh), checked.settings.prior.weight)
+    prior = train if synthetic else draw_prior(task, mesh)
+    train = Together(train, prior, checked.settings.prior.weight)
   shapes = jax.eval_shape(task.initialize, jax.random.key(0))
   start = task.start
   if checked.weights_from:
@@ -231,7 +246,7 @@ def build(config: ConfigDict | dict, workdir: str) -> Training:
       start(mesh)  # So that what is wrong with it is known before a cache is filled.
   steps = checked.loop.total_steps
   optimizer = make_optimizer(checked.optimizer, shapes, steps)
-  loader = _loader(checked, task, train, mesh)  # Last, because filling a cache takes long.
+  loader = _loader(checked, task, train, mesh, synthetic)  # Last, because filling a cache takes long.
   if task.name == 'clip' and jax.process_index() == 0:
     save_tokenizer(task.tokenizer, directory.tokenizer)
   return Training(

@@ -5,13 +5,16 @@ import sys
 from collections.abc import Sequence
 
 from diffusion_jax import __version__
-from diffusion_jax.cli import convert, draw, evaluate, prepare, report, sample, train
+from diffusion_jax.cli import benchmark, convert, draw, evaluate, prepare, report, sample, train
 from diffusion_jax.errors import UserError
 
 COMMANDS = {
   'train': train, 'sample': sample, 'evaluate': evaluate, 'report': report, 'draw': draw,
-  'prepare': prepare, 'convert': convert,
+  'prepare': prepare, 'convert': convert, 'benchmark': benchmark,
 }
+
+CHANGE_CONFIGS = ('train', 'benchmark')
+"""Commands that take --config.KEY=VALUE."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -38,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
 
   args, rest = make_parser().parse_known_args(argv)
   try:
-    if rest and args.command != 'train':
+    if rest and args.command not in CHANGE_CONFIGS:
       raise UserError(
         f'there is no option {rest[0]}; see python -m diffusion_jax {args.command} --help.'
       )

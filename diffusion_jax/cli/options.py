@@ -11,6 +11,14 @@ OF_SAMPLER = ('options', 'drop_last', 'fractional', 'set_alpha_to_one')
 """Settings that another sampler does not take over."""
 
 
+def check_overrides(args: argparse.Namespace) -> None:
+  """UserError for what no option of a command with --config.KEY=VALUE is."""
+  if stray := [a for a in args.overrides if a.startswith('-') and not a.startswith('--config.')]:
+    raise UserError(
+      f'{args.command} does not know {stray[0]}; keys of the config start with --config.'
+    )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
   """--workdir or --model."""
   group = parser.add_mutually_exclusive_group()

@@ -2,7 +2,7 @@
 
 import argparse
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.cli.options import check_overrides
 
 HELP = 'train an autoencoder, a CLIP, a diffusion model or a toy'
 DESCRIPTION = """Trains what the config describes. Running the same command again goes on from the
@@ -27,8 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
   """Trains."""
-  if stray := [a for a in args.overrides if a.startswith('-') and not a.startswith('--config.')]:
-    raise UserError(f'train does not know {stray[0]}; keys of the config start with --config.')
+  check_overrides(args)
   from diffusion_jax.build import build
   from diffusion_jax.compile_cache import enable_compile_cache
   from diffusion_jax.parallel.startup import start_distributed

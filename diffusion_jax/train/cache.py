@@ -33,7 +33,9 @@ class ChooseText:
     return out
 
 
-def _encoder(model: TextToImage) -> Callable:
+def moments_encoder(model: TextToImage) -> Callable:
+  """The jitted (autoencoder, uint8 images [b h w 3]) -> mean and std of unscaled latents."""
+
   def encode(params, images):
     mean, logvar = model.autoencoder.bind(params).encode(images.astype(jnp.float32) / 127.5 - 1)
     return mean.astype(jnp.float32), jnp.exp(logvar.astype(jnp.float32) / 2)
@@ -56,7 +58,7 @@ def cached_source(
   images = np.stack([record['image'] for record in records])
   captions = [caption for record in records for caption in record['captions']]
   moments = list(tqdm(
-    in_batches(_encoder(model), params['autoencoder'], images, mesh=mesh),
+    in_batches(moments_encoder(model), params['autoencoder'], images, mesh=mesh),
     total=-(-len(images) // 64), desc='encoding images', disable=not progress, leave=False,
   ))
   mean, std = (np.concatenate(part) for part in zip(*moments, strict=True))
@@ -74,3 +76,20 @@ def cached_source(
     columns['pooled'] = np.concatenate([c.pooled for c in told])
   by_record = {name: np.split(column, ends) for name, column in columns.items()}
   return ArraySource({'mean': mean, 'std': std, **by_record})
+
+
+def synthetic_cache(model: TextToImage, frozen: dict, count: int) -> ArraySource:
+  """What `cached_source` gives, of random numbers; nothing is encoded."""
+  images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.uint8)
+  latents, _ = jax.eval_shape(moments_encoder(model), frozen['autoencoder'], images)
+  told = jax.eval_shape(model.text.encode, frozen, model.tokens(['']))
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.standard_normal((count, *shape), np.float32)
+  shape = latents.shape[1:]
+  columns = {
+    'mean': draw(*shape), 'std': np.full((count, *shape), 0.1, np.float32),
+    'texts': draw(1, *told.text.shape[1:]).astype(np.float16),
+  }
+  if told.pooled is not None:
+    columns['pooled'] = draw(1, *told.pooled.shape[1:]).astype(np.float16)
+  return ArraySource(columns)

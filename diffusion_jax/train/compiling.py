@@ -7,7 +7,10 @@ from typing import Any
 
 import jax
 
+from diffusion_jax.parallel.sharding import abstract_batch
 from diffusion_jax.train.state import TrainState
+from diffusion_jax.train.step import Step, make_step
+from diffusion_jax.train.training import Training
 
 MEGABYTE = 1e6
 
@@ -53,6 +56,18 @@ class StepReport:
   def as_json(self) -> dict[str, Any]:
     """For step.json."""
     return {**dataclasses.asdict(self), 'bytes': self.bytes}
+
+
+def step_and_batch(training: Training, abstract: TrainState) -> tuple[Step, dict]:
+  """(jitted step, shapes of a global batch) of what is trained, from the shapes of its state."""
+  t = training
+  step = make_step(
+    t.task, t.optimizer, batch_size=t.loop.batch_size, mesh=t.mesh,
+    ema_halflife_images=t.loop.ema_halflife_images, accumulation=t.loop.accumulation_steps,
+    shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract), guard=t.safety,
+  )
+  spec = t.loader.spec()
+  return step, abstract_batch({name: spec[name] for name in t.task.batch_fields}, t.mesh)
 
 
 def compile_step(step: Any, state: TrainState, frozen: dict, batch: dict):

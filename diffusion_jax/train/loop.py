@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from diffusion_jax.io.metrics_writer import MetricsWriter
 from diffusion_jax.io.run_directory import command_line
-from diffusion_jax.parallel.sharding import abstract_batch, put_batch, put_params, to_host
-from diffusion_jax.train.compiling import compile_step
+from diffusion_jax.parallel.sharding import put_batch, put_params, to_host
+from diffusion_jax.train.compiling import compile_step, step_and_batch
 from diffusion_jax.train.diverged import Diverged
 from diffusion_jax.train.goodput import Goodput
 from diffusion_jax.train.meter import Meter
@@ -21,7 +21,6 @@ from diffusion_jax.train.safety import Safety
 from diffusion_jax.train.saving import Saver
 from diffusion_jax.train.showing import Showing, due
 from diffusion_jax.train.state import TrainState, abstract_state, create_state
-from diffusion_jax.train.step import make_step
 from diffusion_jax.train.stop import Stopping
 from diffusion_jax.train.training import Training
 
@@ -107,13 +106,7 @@ class _Session:
     """The step, compiled before any time is spent on training, with a report of what it needs."""
     t = self.t
     self.safety.tell('compiling')
-    step = make_step(
-      t.task, t.optimizer, batch_size=t.loop.batch_size, mesh=t.mesh,
-      ema_halflife_images=t.loop.ema_halflife_images, accumulation=t.loop.accumulation_steps,
-      shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract), guard=t.safety,
-    )
-    spec = t.loader.spec()
-    batch = abstract_batch({name: spec[name] for name in t.task.batch_fields}, t.mesh)
+    step, batch = step_and_batch(t, abstract)
     self.update, report = compile_step(step, self.state, self.frozen, batch)
     if jax.process_index() == 0:
       t.directory.write_json('step.json', report.as_json())

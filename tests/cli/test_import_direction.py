@@ -1,5 +1,5 @@
-"""cli -> trained -> build -> recipe -> train, evaluation, pipelines -> io, data, parallel, viz ->
-diffusion, models.
+"""cli -> trained -> benchmark -> build -> recipe -> train, evaluation, pipelines -> io, data,
+parallel, viz -> diffusion, models.
 """
 
 import ast
@@ -9,7 +9,8 @@ import pytest
 from tests.tiny import ROOT
 
 LAYERS = (
-  ('cli', '__main__'), ('trained',), ('build',), ('recipe',), ('train', 'evaluation', 'pipelines'),
+  ('cli', '__main__'), ('trained',), ('benchmark',), ('build',), ('recipe',),
+  ('train', 'evaluation', 'pipelines'),
   ('io', 'data', 'parallel', 'viz'), ('diffusion', 'models'),
 )
 SHARED = {'types', 'errors', 'config', 'compile_cache', 'layout', '__init__'}

@@ -1,0 +1,115 @@
+"""Speed of drawing pictures, and of the networks that come before training: encoders."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax.benchmark.flops import Flops, count_flops
+from diffusion_jax.benchmark.timing import peak_memory, quartiles, repeat, utilisation
+from diffusion_jax.benchmark.training import Counts
+from diffusion_jax.diffusion.samplers import sampler
+from diffusion_jax.parallel.sharding import in_batches
+from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
+from diffusion_jax.train.cache import moments_encoder
+from diffusion_jax.train.training import Training
+from diffusion_jax.types import Weights
+
+
+def measure_sampling(training: Training, counts: Counts, batch_size: int) -> dict[str, Any]:
+  """Pictures by the run's own sampler, from prompts to pixels, with weights that begin a run."""
+  task, mesh = training.task, training.mesh
+  model, config = task.model, task.config.sample
+  params = training.start(mesh)
+  params = jax.jit(task.initialize)(jax.random.key(0)) if params is None else params
+  weights = model.on_mesh(_read(model, task.weights(params, task.frozen)), mesh)
+  prompts = [f'picture {index}' for index in range(batch_size)]
+  draw = lambda: list(model.generate(
+    weights, prompts, config, seed=0, mesh=mesh, batch_size=batch_size
+  ))
+  first, seconds = repeat(draw, counts.warmup, counts.measured)
+  calls, median = count_calls(model, config), quartiles(seconds)['median']
+  flops = sampling_flops(model, weights, config, calls, batch_size)
+  return {
+    'batch_size': batch_size, 'sampler': config.sampler, 'sampler_steps': config.steps,
+    'guidance': config.guidance, 'network_calls': calls,
+    'batch_seconds': quartiles(seconds), 'batches': len(seconds),
+    'seconds_per_image': round(median / batch_size, 6),
+    'images_per_second': round(batch_size / median, 3),
+    **utilisation(flops, median, mesh, training.config['dtype']),
+    'compile': {'cold_seconds': round(first - median, 2)}, 'memory': peak_memory(),
+  }
+
+
+def _read(model: TextToImage, weights: Weights) -> Weights:
+  """What drawing reads of the weights of training."""
+  return {role: weights[role] for role in model.networks}
+
+
+def count_calls(model: TextToImage, config: SampleConfig) -> int:
+  """How often the sampler calls its denoiser, counted on one that does nothing."""
+  calls: list[int] = []
+
+  def denoise(x, alpha, sigma):
+    jax.debug.callback(lambda: calls.append(1))
+    return alpha * x
+
+  x = jnp.ones((1, 1, 1, model.channels))
+  keys = jax.random.split(jax.random.key(0), 1)
+  run = sampler(config.program.sampler, **dict(config.program.options))
+  grid = config.numbers(model.schedule).grid
+  jax.block_until_ready(jax.jit(lambda: run(denoise, x, grid, keys))())
+  jax.effects_barrier()
+  return len(calls)
+
+
+def sampling_flops(
+  model: TextToImage, weights: Weights, config: SampleConfig, calls: int, batch_size: int
+) -> Flops:
+  """Of a batch of pictures: text once, the network so many times, the decoder once."""
+  guided = 2 if config.program.guided else 1
+  shape = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+  weights = shape(weights)
+  tokens = shape(model.tokens([''] * 2 * batch_size))
+  told = jax.eval_shape(model.encode_text, weights, tokens)
+  told = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct((guided * batch_size, *a.shape[1:]), a.dtype), told
+  )
+  latents = lambda n: jax.ShapeDtypeStruct((n, *model.latent_shape), jnp.float32)
+  times = jax.ShapeDtypeStruct((guided * batch_size,), jnp.float32)
+  network = lambda weights, x, t, told: model.network(weights)(x, t, told)
+  return (
+    count_flops(model.encode_text, weights, tokens)
+    + count_flops(network, weights, latents(guided * batch_size), times, told).times(calls)
+    + count_flops(model.decode, weights['autoencoder'], latents(batch_size))
+  )
+
+
+def measure_encoding(training: Training, counts: Counts, batch_size: int) -> dict[str, Any]:
+  """What `settings.cache` computes once: moments of latents, embeddings of one caption an image."""
+  task, mesh = training.task, training.mesh
+  model, dtype = task.model, training.config['dtype']
+  weights = model.on_mesh({r: task.frozen[r] for r in ('autoencoder', *model.text.networks)}, mesh)
+  edge = model.image_size
+  images = np.random.default_rng(0).integers(0, 256, (batch_size, edge, edge, 3), np.uint8)
+  tokens = model.tokens([f'picture {index}' for index in range(batch_size)])
+  parts = {
+    'images': (moments_encoder(model), weights['autoencoder'], images),
+    'captions': (jax.jit(model.text.encode), weights, tokens),
+  }
+  found, total = {}, 0.0
+  for name, (encode, params, rows) in parts.items():
+    run = lambda: list(in_batches(encode, params, rows, mesh=mesh, batch_size=batch_size))  # noqa: B023
+    first, seconds = repeat(run, counts.warmup, counts.measured)
+    times = quartiles(seconds)
+    total += times['median']
+    found[name] = {
+      'batch_seconds': times, 'per_second': round(batch_size / times['median'], 2),
+      **utilisation(count_flops(encode, params, rows), times['median'], mesh, dtype),
+      'compile': {'cold_seconds': round(first - times['median'], 2)},
+    }
+  return {
+    'batch_size': batch_size, 'images_per_second': round(batch_size / total, 3), **found,
+    'memory': peak_memory(),
+  }

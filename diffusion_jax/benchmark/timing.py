@@ -1,0 +1,61 @@
+"""Seconds of repeated work, and what they mean for a device."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from diffusion_jax.benchmark.flops import Flops
+from diffusion_jax.benchmark.peaks import Peak, peak_of
+from diffusion_jax.train.resources import resources
+
+
+def quartiles(seconds: Sequence[float]) -> dict[str, float]:
+  """Median and quartiles of times."""
+  low, median, high = np.percentile(seconds, (25, 50, 75))
+  return {
+    'median': round(float(median), 6), 'lower_quartile': round(float(low), 6),
+    'upper_quartile': round(float(high), 6),
+  }
+
+
+def repeat(work: Callable[[], Any], warmup: int, count: int) -> tuple[float, list[float]]:
+  """(seconds of the first run, seconds of `count` runs after `warmup`); `work` returns arrays."""
+  seconds = []
+  for _ in range(max(warmup, 1) + count):
+    start = time.perf_counter()
+    jax.block_until_ready(work())
+    seconds.append(time.perf_counter() - start)
+  return seconds[0], seconds[-count:]
+
+
+def utilisation(flops: Flops, seconds: float, mesh: Mesh, dtype: str) -> dict[str, Any]:
+  """FLOPs of work on the whole mesh that takes so long, and the share of its devices' peak.
+
+  `uncounted_operations` names what the count could not see into, so that the share is a lower
+  bound.
+  """
+  peak: Peak = peak_of(mesh.devices.flat[0], dtype)
+  reached = flops.total / seconds
+  found = {
+    'flops': flops.total, 'flops_per_second': round(reached),
+    'peak_flops_per_second': round(peak.flops * mesh.size), 'peak_source': peak.source,
+    'mfu': round(reached / (peak.flops * mesh.size), 4),
+  }
+  return found | ({'uncounted_operations': sorted(flops.unseen)} if flops.unseen else {})
+
+
+def peak_memory() -> dict[str, int]:
+  """Bytes: of the fullest device where devices tell, and of this process on the host."""
+  found = resources()
+  names = {'device_memory_peak': 'device_peak_bytes', 'host_memory_peak': 'host_peak_bytes'}
+  return {new: int(found[old]) for old, new in names.items() if old in found}
+
+
+def load_average() -> float:
+  """Of the last minute; other programs on the machine make figures worse."""
+  return round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else 0.0
