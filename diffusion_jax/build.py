@@ -246,7 +246,8 @@ def build(config: ConfigDict | dict, workdir: str, synthetic: bool = False) -> T
       start(mesh)  # So that what is wrong with it is known before a cache is filled.
   steps = checked.loop.total_steps
   optimizer = make_optimizer(checked.optimizer, shapes, steps)
-  loader = _loader(checked, task, train, mesh, synthetic)  # Last, because filling a cache takes long.
+  # Last, because filling a cache takes long.
+  loader = _loader(checked, task, train, mesh, synthetic)
   if task.name == 'clip' and jax.process_index() == 0:
     save_tokenizer(task.tokenizer, directory.tokenizer)
   return Training(

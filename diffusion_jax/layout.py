@@ -38,6 +38,9 @@ ACTIVATIONS: dict[str, PartitionSpec] = {
   # [b h w c]: an image, latents, or features between two blocks; and within a residual block.
   'image': PartitionSpec(EXAMPLES, 'spatial', None, None),
   'features': PartitionSpec(EXAMPLES, 'spatial', None, 'tensor'),
+  # [b c]: what is said of an image as a whole, such as its time. Small, so that the partitioner
+  # would rather gather it than the matrix it is multiplied with, many times over.
+  'vector': PartitionSpec(EXAMPLES, None),
   # [b l c]: positions of an image, row by row, or of a text; and within a feed-forward layer.
   'tokens': PartitionSpec(EXAMPLES, 'spatial', None),
   'hidden': PartitionSpec(EXAMPLES, 'spatial', 'tensor'),

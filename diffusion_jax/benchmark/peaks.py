@@ -80,14 +80,14 @@ def measured_peak(dtype: str, edge: int = 2048, repeats: int = 5) -> Peak:
   return Peak(2 * edge**3 / min(seconds[1:]), f'{dtype} product of {edge} x {edge}, measured')
 
 
-def peak_of(device: Any, dtype: str) -> Peak:
+def peak_of(device: Any, dtype: str, edge: int = 2048) -> Peak:
   """Of one device: from the table, else measured, as for every CPU.
 
   Simulated devices share the machine's cores; each has its part of the peak. CPUs are measured in
-  float32, in which they compute bfloat16, too.
+  float32, in which they compute bfloat16, too, with products of `edge` x `edge`.
   """
   if device.platform != 'cpu':
-    return listed_peak(device.device_kind, dtype) or measured_peak(dtype, edge=8192)
-  peak = measured_peak('float32')
+    return listed_peak(device.device_kind, dtype) or measured_peak(dtype, 4 * edge)
+  peak = measured_peak('float32', edge)
   count = jax.local_device_count()
   return peak if count == 1 else Peak(peak.flops / count, f'{peak.source}; of {count} on one CPU')

@@ -83,7 +83,7 @@ def collective_rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     lines.append((
       str(one['devices']), one['mesh'], *(megabytes(found.get(kind, 0)) for kind in KINDS),
       megabytes(sum(found.values())), megabytes(sum(formula.values())),
-      'nothing' if not one['needless'] else f'{len(one["needless"])} arrays',
+      'nothing' if not one['beside_parameters'] else f'{len(one["beside_parameters"])} arrays',
     ))
   return lines
 

@@ -26,7 +26,7 @@ SMALL = 4096
 def step_collectives(training: Training) -> dict[str, Any]:
   """Compiles a step, without running it, and reads what its devices send each other.
 
-  moved_bytes: that a device sends, by kind. formula_bytes: the same by `formula`. needless: what
+  moved_bytes: that a device sends, by kind. formula_bytes: the same by `formula`. beside_parameters: what
   moves anything else than parameters, their gradients, and sums for metrics.
   """
   t, mesh = training, training.mesh
@@ -42,7 +42,7 @@ def step_collectives(training: Training) -> dict[str, Any]:
     'parameter_bytes': sum(_bytes(leaf) for leaf in abstract.params.values()),
     'moved_bytes': by_kind(found),
     'formula_bytes': formula(abstract.params, read, mesh),
-    'needless': needless(found, [abstract.params, *read]),
+    'beside_parameters': beside_parameters(found, [abstract.params, *read]),
     'counts': _counts(found),
   }
 
@@ -93,14 +93,16 @@ def _bytes(leaf: Any) -> int:
   return leaf.size * leaf.dtype.itemsize
 
 
-def needless(found: list[Collective], trees: list[Any]) -> list[str]:
+def beside_parameters(found: list[Collective], trees: list[Any]) -> list[str]:
   """The collectives, in words, that move what is neither a parameter, a gradient nor small.
 
   Shapes tell: an activation has the shape of a parameter only by accident. Dimensions of 1 and the
-  order of the others do not count, as XLA may turn an array to gather it.
+  order of the others do not count, as XLA may turn an array to gather it; and the gradient of a
+  convolution may come in matrices.
   """
   key = lambda shape: tuple(sorted(size for size in shape if size > 1))
-  known = {key(leaf.shape) for leaf in jax.tree.leaves(trees)}
+  shapes = [leaf.shape for leaf in jax.tree.leaves(trees)]
+  known = {key(part) for shape in shapes for part in (shape, shape[-2:])}
   out = []
   for one in found:
     strange = [shape for _, shape in one.arrays if key(shape) not in known]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion_jax.layout import constrain
 from diffusion_jax.models.layers import linear
 
 
@@ -21,7 +22,9 @@ def timestep_embedding(t: jax.Array, features: int, *, flip_sin_to_cos: bool = T
   angles = t.astype(jnp.float32)[:, None] * jnp.exp(exponents)[None]
   pair = jnp.sin(angles), jnp.cos(angles)
   pair = pair[::-1] if flip_sin_to_cos else pair
-  return jnp.pad(jnp.concatenate(pair, -1), ((0, 0), (0, features % 2)))
+  pair = [constrain(part, 'vector') for part in pair]
+  both = constrain(jnp.concatenate(pair, -1), 'vector')
+  return jnp.pad(both, ((0, 0), (0, features % 2)))
 
 
 class TimestepEmbedding(nnx.Module):
@@ -32,4 +35,5 @@ class TimestepEmbedding(nnx.Module):
     self.linear_2 = linear(out_features, out_features, **kw)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.linear_2(nnx.silu(self.linear_1(x)))
+    hidden = constrain(self.linear_1(x), 'vector')
+    return constrain(self.linear_2(nnx.silu(hidden)), 'vector')

@@ -213,7 +213,7 @@ class ResnetBlock2D(nnx.Module):
     if self.time_emb_proj is None:
       y = self.norm2(y)
     else:
-      shift = self.time_emb_proj(nnx.silu(time))[:, None, None]
+      shift = constrain(self.time_emb_proj(nnx.silu(time)), 'vector')[:, None, None]
       if self.scale_shift:
         scale, shift = jnp.split(shift, 2, axis=-1)
         y = self.norm2(y) * (1 + scale) + shift

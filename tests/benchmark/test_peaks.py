@@ -30,6 +30,6 @@ def test_every_chip_has_a_source():
 def test_a_cpu_is_measured_and_simulated_devices_share_it():
   peak = measured_peak('float32', edge=256, repeats=3)
   assert 1e8 < peak.flops < 1e14 and 'measured' in peak.source
-  shared = peak_of(jax.devices()[0], 'float32')
+  shared = peak_of(jax.devices()[0], 'float32', edge=256)
   assert f'of {jax.local_device_count()} on one CPU' in shared.source
   assert 1e7 < shared.flops < 1e14

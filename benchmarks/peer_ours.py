@@ -1,0 +1,110 @@
+"""Our side of benchmarks/peers.py: the training step and the sampler as users run them."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax.diffusion.denoiser import text_denoiser
+from diffusion_jax.diffusion.guidance import classifier_free
+from diffusion_jax.diffusion.samplers import sampler, sampling_grid
+from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
+from diffusion_jax.io.convert import to_published
+from diffusion_jax.models.functional import Network
+from diffusion_jax.models.unet import UNet
+from diffusion_jax.models.unet_config import UNetConfig
+from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from diffusion_jax.parallel.sharding import put_batch, put_params
+from diffusion_jax.train.compiling import compile_step
+from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
+from diffusion_jax.train.state import abstract_state, create_state
+from diffusion_jax.train.step import make_step
+from diffusion_jax.train.tasks.task import Task, mean_metric
+
+LEARNING_RATE, HALFLIFE = 1e-4, 10_000.0
+
+
+class Denoising(Task):
+  """The squared error of the U-Net's output on latents, times, texts and noise of the batch."""
+
+  def __init__(self, network: Network):
+    self.network = network
+
+  def initialize(self, key):
+    return self.network.initialize(key)
+
+  def constrain(self, params):
+    return params
+
+  def loss(self, params, frozen, memory, batch, key, step):
+    out = self.network.bind(params)(batch['x'], batch['t'], batch['text'])
+    error = jnp.square(out.astype(jnp.float32) - batch['noise']).mean((1, 2, 3))
+    return error.mean(), ({'loss': mean_metric(error)}, ())
+
+
+class Ours:
+  """The U-Net with its weights, and what is done with it; arrays come and go as numpy, NHWC."""
+
+  name = 'diffusion_jax'
+
+  def __init__(self, config: UNetConfig, dtype: str):
+    self.network = Network.of(UNet, config, dtype=jnp.dtype(dtype))
+    self.mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    self.params = jax.tree.map(
+      np.asarray, jax.jit(self.network.initialize)(jax.random.key(0))
+    )
+    self.compile_seconds: dict[str, float] = {}
+
+  def published(self) -> dict[str, np.ndarray]:
+    """The weights as diffusers names and shapes them."""
+    return to_published(self.params)
+
+  def output(self, batch: dict) -> np.ndarray:
+    """The U-Net's output."""
+    run = jax.jit(lambda params, x, t, text: self.network.bind(params)(x, t, text))
+    out = run(self.params, batch['x'], batch['t'], batch['text'])
+    return np.asarray(out, np.float32)
+
+  def stepper(self, batch: dict):
+    """A function that makes one training step and returns its loss, when all of it is done."""
+    task = Denoising(self.network)
+    optimizer = make_optimizer(
+      OptimizerConfig(learning_rate=LEARNING_RATE), self.network.shapes, 1000
+    )
+    state = create_state(task, optimizer, True, 0, self.mesh, put_params(self.params, self.mesh))
+    abstract = abstract_state(task, optimizer, True, self.mesh)
+    step = make_step(
+      task, optimizer, batch_size=len(batch['x']), ema_halflife_images=HALFLIFE, accumulation=1,
+      mesh=self.mesh, shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
+    )
+    batch = put_batch(batch, self.mesh)
+    update, report = compile_step(step, state, {}, batch)
+    self.compile_seconds['step'] = report.seconds
+
+    def run() -> float:
+      nonlocal state
+      state, metrics = jax.block_until_ready(update(state, {}, batch))
+      return float(metrics['loss'][0] / metrics['loss'][1])
+
+    return run
+
+  def drawer(self, noise: np.ndarray, text: np.ndarray, negative: np.ndarray, steps: int,
+             guidance: float):
+    """A function that draws latents from the noise by DDIM with guidance."""
+    schedule = Schedule(ScheduleConfig())
+    grid = sampling_grid(schedule, steps, 'trailing')
+    keys = jax.random.split(jax.random.key(0), len(noise))
+
+    def draw(params, x, text, negative):
+      network = self.network.bind(params)
+      denoise = text_denoiser(lambda x, t, c: network(x, t, c), schedule, 'epsilon')
+      return sampler('ddim')(
+        classifier_free(denoise, text, negative, guidance), x, grid, keys
+      )
+
+    params = put_params(self.params, self.mesh)
+    start = time.perf_counter()
+    compiled = jax.jit(draw).lower(params, noise, text, negative).compile()
+    self.compile_seconds['sample'] = round(time.perf_counter() - start, 2)
+    return lambda: np.asarray(compiled(params, noise, text, negative))
