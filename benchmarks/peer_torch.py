@@ -24,7 +24,7 @@ class Theirs:
     self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     self.dtype = getattr(torch, dtype)
     model = diffusers.UNet2DConditionModel(**config)
-    model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+    model.load_state_dict({name: torch.tensor(value) for name, value in weights.items()})
     self.model = model.to(self.device, memory_format=self.format)
     self.call = torch.compile(self.model) if compiled else self.model
 

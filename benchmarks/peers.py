@@ -69,12 +69,16 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
   parser.add_argument('--size', type=int, help="edge of the latents; default: the model's")
   parser.add_argument('--batch', type=int, default=8, help='examples in a step')
   parser.add_argument('--images', type=int, default=4, help='drawn at once')
-  parser.add_argument('--steps', type=int, default=20, help='of sampling')
+  parser.add_argument('--steps', type=int, default=20, metavar='N', help='of sampling; divides '
+                      '1000, or the steps of diffusers lie between those they name')
   parser.add_argument('--pairs', type=int, default=7)
   parser.add_argument('--only', choices=('step', 'sample'))
   parser.add_argument('--peers', nargs='+', choices=KINDS, default=list(KINDS))
   parser.add_argument('--dtype', default='bfloat16' if gpu else 'float32', choices=TOLERANCE)
-  return parser.parse_args(argv)
+  args = parser.parse_args(argv)
+  if 1000 % args.steps:
+    parser.error(f'--steps {args.steps} does not divide 1000')
+  return args
 
 
 def draw_batch(config: UNetConfig, size: int, count: int) -> dict[str, np.ndarray]:
@@ -124,8 +128,8 @@ def summary(turns: list[dict[str, float]]) -> dict[str, Any]:
   for name in ('ours', 'theirs', 'ratio', 'cpu_ratio'):
     low, median, high = np.percentile([turn[name] for turn in turns], (25, 50, 75))
     unit = '_seconds' if name in ('ours', 'theirs') else ''
-    found[f'{name}{unit}'] = {'median': round(median, 4), 'quartiles': [round(low, 4),
-                                                                        round(high, 4)]}
+    digits = lambda value: round(float(value), 4)
+    found[f'{name}{unit}'] = {'median': digits(median), 'quartiles': [digits(low), digits(high)]}
   return found
 
 

@@ -26,8 +26,9 @@ SMALL = 4096
 def step_collectives(training: Training) -> dict[str, Any]:
   """Compiles a step, without running it, and reads what its devices send each other.
 
-  moved_bytes: that a device sends, by kind. formula_bytes: the same by `formula`. beside_parameters: what
-  moves anything else than parameters, their gradients, and sums for metrics.
+  moved_bytes: that a device sends, by kind. formula_bytes: the same by `formula`.
+  beside_parameters: what moves anything else than parameters, their gradients, and sums for
+  metrics.
   """
   t, mesh = training, training.mesh
   with jax.set_mesh(mesh):
