@@ -34,6 +34,7 @@ from benchmarks.peer_ours import Ours
 from benchmarks.peer_torch import KINDS, Theirs
 from diffusion_jax import __version__
 from diffusion_jax.benchmark.flops import count_flops
+from diffusion_jax.benchmark.timing import cpu_cores
 from diffusion_jax.io.published.architectures import UNETS
 from diffusion_jax.models.unet_config import UNetConfig
 
@@ -198,7 +199,7 @@ class Comparison:
 def main(argv: list[str] | None = None) -> None:
   """Compares, measures, prints, writes."""
   args = arguments(argv)
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  cores = cpu_cores()
   if not torch.cuda.is_available():
     torch.set_num_threads(cores)
   load = os.getloadavg()[0]

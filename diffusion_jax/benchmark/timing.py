@@ -56,6 +56,13 @@ def peak_memory() -> dict[str, int]:
   return {new: int(found[old]) for old, new in names.items() if old in found}
 
 
+def cpu_cores() -> int:
+  """That this process may use."""
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
 def load_average() -> float:
   """Of the last minute; other programs on the machine make figures worse."""
   return round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else 0.0

@@ -136,12 +136,14 @@ def _measure(config: dict, args: argparse.Namespace) -> dict:
 def _write(path: Path, args: argparse.Namespace, config: dict, result: dict) -> None:
   import jax
 
+  from diffusion_jax.benchmark.timing import cpu_cores
   from diffusion_jax.io.run_directory import command_line, versions
 
   if jax.process_index():
     return
   found = versions()
   device = {name: found.pop(name) for name in ('platform', 'device', 'devices', 'processes')}
+  device['cpu_cores'] = cpu_cores()
   values = {'command': command_line(), 'device': device, 'versions': found, **result,
             'config_file': args.config, 'config': config}
   path.write_text(json.dumps(values, indent=2) + '\n')
