@@ -4,6 +4,9 @@ from typing import Any
 
 from diffusion_jax.benchmark.collectives import KINDS
 
+NOTE = """MB that a device sends in a step. XLA for CPUs writes a reduce-scatter as an all-reduce, which
+sends twice as much; on GPUs and TPUs it does not."""
+
 
 def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
   """(what, how much) of what one of the measurements returns; what it does not have is left out."""

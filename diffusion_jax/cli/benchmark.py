@@ -77,7 +77,7 @@ def check(args: argparse.Namespace) -> list[int]:
 def run(args: argparse.Namespace) -> int:
   """Measures, prints, writes."""
   counts = check(args)
-  from diffusion_jax.benchmark.report import collective_rows, rows, table
+  from diffusion_jax.benchmark.report import NOTE, collective_rows, rows, table
   from diffusion_jax.compile_cache import enable_compile_cache
   from diffusion_jax.recipe import load_config, parse, resolved
 
@@ -92,9 +92,14 @@ def run(args: argparse.Namespace) -> int:
     enable_compile_cache()
     result = {'what': args.what, **_measure(config, args)}
     lines = rows(result)
-  print(table(lines))
-  if args.json:
-    _write(Path(args.json), args, config, result)
+  import jax
+
+  if jax.process_index() == 0:
+    print(table(lines))
+    if counts:
+      print(NOTE)
+    if args.json:
+      _write(Path(args.json), args, config, result)
   return 0
 
 
@@ -134,13 +139,9 @@ def _measure(config: dict, args: argparse.Namespace) -> dict:
 
 
 def _write(path: Path, args: argparse.Namespace, config: dict, result: dict) -> None:
-  import jax
-
   from diffusion_jax.benchmark.timing import cpu_cores
   from diffusion_jax.io.run_directory import command_line, versions
 
-  if jax.process_index():
-    return
   found = versions()
   device = {name: found.pop(name) for name in ('platform', 'device', 'devices', 'processes')}
   device['cpu_cores'] = cpu_cores()

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip('torch')
 pytest.importorskip('diffusers')
-from benchmarks import peers  # noqa: E402
+from benchmarks import peers
 
 SMALL = ['--model', 'tiny', '--batch', '2', '--images', '2', '--pairs', '2', '--steps', '4',
          '--peers', 'eager_channels_last']
