@@ -4,8 +4,8 @@ from typing import Any
 
 from diffusion_jax.benchmark.collectives import KINDS
 
-NOTE = """MB that a device sends in a step. XLA for CPUs writes a reduce-scatter as an all-reduce, which
-sends twice as much; on GPUs and TPUs it does not."""
+NOTE = """MB that a device sends in a step. XLA for CPUs writes a reduce-scatter as an all-reduce,
+which sends twice as much; on GPUs and TPUs it does not."""
 
 
 def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
