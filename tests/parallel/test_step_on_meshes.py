@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from diffusion_jax import build, recipe
+from diffusion_jax.benchmark.collectives import by_kind, moved, read_collectives
+from diffusion_jax.benchmark.step_collectives import beside_parameters
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.parallel.sharding import put_batch, put_params, to_host
 from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -150,3 +152,24 @@ def test_heads_are_split_over_tensor_and_images_over_spatial(many):
   assert max(maps(many('fsdp_tensor').text, 64, 64)) == 4 * 1
   assert maps(many('fsdp').text, 32, 32, 4) == {2}
   assert maps(many('spatial').text, 16, 32, 4) == {4} and not maps(many('spatial').text, 32, 32, 4)
+
+
+def test_data_parallelism_reduces_gradients_and_nothing_else(many, task, fresh):
+  found = read_collectives(many('data').text, 8)
+  assert beside_parameters(found, [fresh.params]) == []
+  sent = by_kind(found)
+  gradients = moved('all-reduce', sum(value.nbytes for value in fresh.params.values()), 8)
+  assert sent.keys() == {'all-reduce'} and 0 <= sent['all-reduce'] - gradients < 2000
+
+
+def test_fsdp_gathers_parameters_and_nothing_else(many, task, fresh):
+  """But for the texts' embeddings, which are smaller than the table that they are taken from."""
+  found = read_collectives(many('fsdp').text, 8)
+  beside = beside_parameters(found, [fresh.params, task.frozen])
+  assert all('_take' in one or '(take' in one for one in beside) and len(beside) <= 2
+  sent, whole = by_kind(found), sum(value.nbytes for value in fresh.params.values())
+  assert {'all-gather', 'all-reduce'} <= sent.keys() <= {'all-gather', 'all-reduce', 'all-to-all'}
+  # XLA for CPUs has no reduce-scatter: it reduces everywhere, and each device keeps its part.
+  assert 0 <= sent['all-reduce'] - moved('all-reduce', whole, 8) < 4000
+  frozen = sum(value.nbytes for params in task.frozen.values() for value in params.values())
+  assert sent['all-gather'] <= 2 * moved('all-gather', whole, 8) + moved('all-gather', frozen, 8)
