@@ -126,8 +126,7 @@ class _Part(NamedTuple):
 def _parts(equation: Any) -> list[_Part]:
   name, params = equation.primitive.name, equation.params
   if name == 'scan':
-    return [_Part(params['jaxpr'].jaxpr, 0, params['num_consts'], params['num_carry'],
-                  params['length'])]
+    return [_scanned(equation)]
   if name == 'while':
     consts, own = params['cond_nconsts'], params['body_nconsts']
     carried = len(equation.outvars)
@@ -136,6 +135,20 @@ def _parts(equation: Any) -> list[_Part]:
     return [_Part(branch.jaxpr, 1) for branch in params['branches']]
   inner = [params[key] for key in ('jaxpr', 'call_jaxpr', 'fun_jaxpr') if key in params]
   return [] if _opaque(name) else [_Part(getattr(one, 'jaxpr', one)) for one in inner[:1]]
+
+
+def _scanned(equation: Any) -> _Part:
+  """Of constants, carry and rows, in this order, rows alone have a dimension less inside.
+
+  Read from the shapes, as names of the numbers differ between versions of JAX.
+  """
+  body = equation.params['jaxpr'].jaxpr
+  kept = lambda outer, inner: sum(
+    a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner, strict=True)
+  )
+  carried = kept(equation.outvars, body.outvars)
+  consts = kept(equation.invars, body.invars) - carried
+  return _Part(body, 0, consts, carried, equation.params['length'])
 
 
 def _opaque(name: str) -> bool:
