@@ -200,7 +200,9 @@ def main(argv: list[str] | None = None) -> None:
   """Compares, measures, prints, writes."""
   args = arguments(argv)
   cores = cpu_cores()
-  if not torch.cuda.is_available():
+  if torch.cuda.is_available():  # As XLA multiplies float32.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+  else:
     torch.set_num_threads(cores)
   load = os.getloadavg()[0]
   comparison = Comparison(args)
