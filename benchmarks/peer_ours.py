@@ -51,9 +51,9 @@ class Ours:
   def __init__(self, config: UNetConfig, dtype: str):
     self.network = Network.of(UNet, config, dtype=jnp.dtype(dtype))
     self.mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    self.params = jax.tree.map(
-      np.asarray, jax.jit(self.network.initialize)(jax.random.key(0))
-    )
+    quick = {'xla_backend_optimization_level': 0}  # It runs once.
+    initialize = jax.jit(self.network.initialize, compiler_options=quick)
+    self.params = jax.tree.map(np.asarray, initialize(jax.random.key(0)))
     self.compile_seconds: dict[str, float] = {}
 
   def published(self) -> dict[str, np.ndarray]:

@@ -47,10 +47,9 @@ MODELS = {
   'small': UNetConfig(**_SMALL),
   'sd2': UNETS['sd21_base'],
   'tiny': UNetConfig(
-    sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1,
-    cross_attention_dim=12, attention_head_dim=2,
-    down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'),
-    up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'),
+    sample_size=8, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1,
+    cross_attention_dim=12, attention_head_dim=2, down_block_types=('CrossAttnDownBlock2D',),
+    up_block_types=('UpBlock2D',),
   ),
 }
 """small has 18.15 M parameters; tiny is for tests."""

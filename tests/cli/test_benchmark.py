@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from benchmarks.table import run_row
 from diffusion_jax.benchmark.building import built
 from diffusion_jax.benchmark.sampling import count_calls, measure_encoding, measure_sampling
 from diffusion_jax.benchmark.training import Counts
@@ -40,6 +41,8 @@ def test_training_steps(command, toy, tmp_path, capsys):
   assert found['device']['platform'] == 'cpu' and 'python -m diffusion_jax' in found['command']
   printed = capsys.readouterr().out
   assert all(word in printed for word in ('MFU', 'images/s', 'from the cache', 'recompilations'))
+  row = run_row(found)
+  assert row[0].startswith('train, `') and f'{found["mfu"]:.0%}' in row and 'cores' in row[1]
   left = {path.name for path in tmp_path.iterdir()}
   assert left - {'__pycache__'} == {'train.json', 'recipe.py'}
 

@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip('torch')
 pytest.importorskip('diffusers')
 from benchmarks import peers
+from benchmarks.table import peer_rows
 
 SMALL = ['--model', 'tiny', '--batch', '2', '--images', '2', '--pairs', '2', '--steps', '4',
          '--peers', 'eager_channels_last']
@@ -17,12 +18,15 @@ def test_both_sides_give_the_same_and_are_timed_in_pairs(tmp_path, capsys):
   out = tmp_path / 'peers.json'
   peers.main([*SMALL, '--json', str(out)])
   found = json.loads(out.read_text())
-  for what in ('step', 'sample'):
+  words = {'step': 'training step', 'sample': 'DDIM'}
+  for what in words:
     one = found[what]['eager_channels_last']
     assert one['output_difference'] < 1e-5 and one[f'{what}_difference'] < 1e-4
     low, high = one['ratio']['quartiles']
     assert 0 < low <= one['ratio']['median'] <= high and one['theirs_seconds']['median'] > 0
     assert found['compile_seconds'][what] > 0
+    (row,) = [row for row in peer_rows(found) if words[what] in row[0]]
+    assert row[3] == 'eager channels last' and f'{one["ratio"]["median"]:.2f}' in row[5]
   assert found['flops']['step'] > 0 and found['versions']['torch'] and found['device']['kind']
   assert capsys.readouterr().out.count('median ratio') == 2
 
