@@ -119,12 +119,12 @@ def _columns(subject, step: int, place: str) -> dict | None:
   try:
     weights = subject.weights(half_life)
     weights()
+    generated = subject.drawn(subject.sample, half_life, f'{place}/generated', weights)
   except UserError as error:
     print(f'note: step {step} is left out: {error}', flush=True)
     return None
   return {
-    'generated': subject.drawn(subject.sample, half_life, f'{place}/generated', weights),
-    'untrained': subject.untrained(weights), **subject.real(),
+    'generated': generated, 'untrained': subject.untrained(weights), **subject.real(),
   }
 
 

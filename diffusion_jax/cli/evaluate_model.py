@@ -260,7 +260,7 @@ def sweep(
     sample.check(subject.model.schedule, subject.model.prediction)
     subject.check_average(every[name].get(EMA))
   own = args.ema_halflife_images
-  identity = subject.identity(own)  # By all processes: they agree on the checkpoint.
+  name_of_model = subject.identity(own)  # By all processes: they agree on the checkpoint.
   found = comparison({
     name: subject.drawn(sample, every[name].get(EMA, own), place=f'generated {name}')
     for name, sample in sorted(samples.items(), key=lambda item: every[item[0]].get(EMA, 0))
@@ -269,7 +269,7 @@ def sweep(
     return None
   scores = evaluate_job.report(args, comparison, found, shown)
   scores['settings'] |= {
-    'model': identity, 'best': found.first, **settings_of(subject)
+    'model': name_of_model, 'best': found.first, **settings_of(subject)
   }
   return scores | {'sweep': {
     name: {'combination': every[name], 'network_calls': network_calls(subject.model, sample)}
