@@ -12,7 +12,7 @@ from diffusion_jax.io.checkpoint import Checkpoints
 from diffusion_jax.io.run_directory import RunDirectory
 from diffusion_jax.io.trained import run_weights
 from diffusion_jax.models.functional import Network
-from diffusion_jax.parallel.agreement import agree
+from diffusion_jax.parallel.agreement import agree, in_step
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.parallel.sharding import put_params, to_host
 from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
@@ -96,8 +96,8 @@ class TrainedRun:
     used = [step] if ema_halflife_images in (None, own, 0) else sorted({
       snapshot.step for snapshot in self.averages(step, ema_halflife_images)[0]
     })
-    seals = ''.join(map(self._checkpoints.seal, used))
-    # One may be deleted just now, so one process tells the others.
+    # One may be deleted just now: all fail alike, or go by what the first process has seen.
+    seals = in_step('sealing', lambda: ''.join(map(self._checkpoints.seal, used)), (UserError,))
     return agree('seal', f'{zlib.crc32(seals.encode()):08x}')[0]
 
   @property
