@@ -52,7 +52,8 @@ def test_every_figure_is_that_of_its_function():
     interval = found.intervals[name]
     assert interval.low < values[name] < interval.high and interval.estimate == values[name]
   assert any(text.startswith('fd_clip of 200 samples is not comparable') for text in found.warnings)
-  assert any(text.startswith('precision and recall of 200 samples') for text in found.warnings)
+  both = 'precision_clip and recall_clip of 200 samples'
+  assert any(text.startswith(both) for text in found.warnings)
 
 
 def test_inception_s_figures_stand_alone_and_each_output_serves_its_own():
