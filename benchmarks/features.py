@@ -7,7 +7,7 @@ formats. They run in turn, round after round, and are compared within rounds. Be
 CPU time, which other work on the machine disturbs less; and what the statistics take of it, summed
 on the host and on the device.
 
-  python benchmarks/features.py --json benchmarks/features.json
+  python -m benchmarks.features --json benchmarks/features.json
 """
 
 import argparse
@@ -172,7 +172,7 @@ def main() -> None:
   own = figures['diffusion_jax']['cpu_ms_per_image']
   result = {
     'device': f'{platform.processor() or platform.machine()}, {cores} cores',
-    'command': f'python benchmarks/features.py --images {args.images} --batch-size '
+    'command': f'python -m benchmarks.features --images {args.images} --batch-size '
                f'{args.batch_size} --rounds {args.rounds} --json FILE',
     'load_average': os.getloadavg()[0],
     'versions': {'diffusion_jax': __version__, 'jax': jax.__version__,
