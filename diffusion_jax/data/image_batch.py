@@ -3,7 +3,6 @@
 import math
 import threading
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -11,12 +10,9 @@ from typing import BinaryIO
 import numpy as np
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.io.whole import ARCHIVE_DAMAGE
 
 ARRAY = 'arr_0.npy'
-_DAMAGE = (
-  KeyError, IndexError, TypeError, ValueError, EOFError, OSError, NotImplementedError,
-  zipfile.BadZipFile, zlib.error,
-)
 _PART = 2**20
 _LOCAL_HEADER = 30
 
@@ -51,7 +47,7 @@ class ImageBatch(Sequence):
           while file.read(_PART):  # At the end the archive compares its checksum.
             pass
         entry = archive.getinfo(ARRAY)
-    except _DAMAGE as error:
+    except ARCHIVE_DAMAGE as error:
       raise UserError(
         f'{path} is not a whole npz with images as arr_0: make it or fetch it again.'
       ) from error
@@ -75,7 +71,7 @@ class ImageBatch(Sequence):
         if self._images is None:
           self._images = self._unpacked()
       return self._images[index]
-    except _DAMAGE as error:
+    except ARCHIVE_DAMAGE as error:
       raise UserError(f'{self.path} can no longer be read ({error}).') from error
 
   def _at(self, index: int) -> np.ndarray:

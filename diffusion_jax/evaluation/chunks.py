@@ -8,7 +8,6 @@ import json
 import math
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,9 @@ import jax
 import numpy as np
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.whole import replacing
+from diffusion_jax.io.whole import ARCHIVE_DAMAGE, replacing
 
 PLAN = 'plan.json'
-# NotImplementedError and RuntimeError: a flipped bit that asks for another way to unpack, or a
-# password.
-_DAMAGE = (
-  KeyError, ValueError, EOFError, OSError, NotImplementedError, RuntimeError, zipfile.BadZipFile,
-  zlib.error,
-)
 
 
 class Chunks:
@@ -95,7 +88,7 @@ class Chunks:
     try:
       with np.load(self._path(index), allow_pickle=False) as file:
         return {name: file[name] for name in file.files if name not in without}
-    except _DAMAGE as error:
+    except ARCHIVE_DAMAGE as error:
       raise UserError(
         f'{self._path(index)} is damaged ({error}); start again to make it anew.'
       ) from error
@@ -133,5 +126,5 @@ class Chunks:
     try:
       with zipfile.ZipFile(self._path(index)) as archive:
         return archive.testzip() is None
-    except _DAMAGE:
+    except ARCHIVE_DAMAGE:
       return False

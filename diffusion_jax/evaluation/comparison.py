@@ -97,11 +97,6 @@ class Found:
     }
 
 
-def the_first(figures: Figures) -> str:
-  """The column that was named first."""
-  return next(iter(figures))
-
-
 class Comparison:
   """Compares columns of pictures with a reference, which is read once.
 
@@ -139,13 +134,14 @@ class Comparison:
       self._labels(one)
 
   def __call__(
-    self, columns: Mapping[str, Column], choose: Callable[[Figures], str] = the_first,
+    self, columns: Mapping[str, Column], choose: Callable[[Figures], str] | None = None,
     say: Callable[[str], None] = print,
   ) -> Found | None:
     """Every figure of every column; None but in the first process. All must call it together.
 
     Args:
-      choose: of the columns' figures, which one is `first` and so has intervals.
+      choose: of the columns' figures, which one is `first` and so has intervals; None for the one
+        that is named first.
       say: is told of images that cannot be read and of what to beware of in that column.
 
     Raises:
@@ -159,7 +155,7 @@ class Comparison:
 
   def _compared(
     self, columns: Mapping[str, Column], pictured: dict[str, Pictured],
-    reference: Features | Mapping[str, Moments], choose: Callable[[Figures], str],
+    reference: Features | Mapping[str, Moments], choose: Callable[[Figures], str] | None,
     say: Callable[[str], None],
   ) -> Found | None:
     """In the first process, for which the others wait: jax ends all when one has left long ago."""
@@ -169,9 +165,11 @@ class Comparison:
       pictured[name].features, reference, self._metrics(column), texts=self._captions(column),
       labels=self._labels(column), own=self.reference.own, seed=self.seed, intervals=intervals,
     )
-    scores = {name: score(name, column) for name, column in columns.items()}
-    first = choose({name: one.values for name, one in scores.items()})
-    scores[first] = score(first, columns[first], intervals=True)
+    first = '' if choose else next(iter(columns))
+    scores = {name: score(name, column, name == first) for name, column in columns.items()}
+    if choose:
+      first = choose({name: one.values for name, one in scores.items()})
+      scores[first] = score(first, columns[first], intervals=True)
     scores[first].warnings[:0] = self.reference.notes
     for text in (*pictured[first].features.trouble, *scores[first].warnings):
       say(f'note: {text}')

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,11 @@ from jaxtyping import Float, UInt8
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.statistics import FittedGaussian, Moments, Statistics
-from diffusion_jax.io.whole import replacing
+from diffusion_jax.io.whole import ARCHIVE_DAMAGE, replacing
 
 SUFFIXES = ('.npz', '.pt')
 """Of the files that are written: npz, or torch-fidelity's cache."""
 _KEYS = ('mu', 'sigma', 'mu_s', 'sigma_s', 'n', 'features')
-_DAMAGE = (
-  KeyError, IndexError, TypeError, ValueError, EOFError, OSError, NotImplementedError,
-  zipfile.BadZipFile, zlib.error,
-)
 
 
 def load_statistics(path: str | os.PathLike, *, spatial: bool = False) -> Moments:
@@ -78,7 +73,7 @@ def _read(path: Path) -> dict[str, Any]:
     if 'n' in arrays:
       arrays['n'] = int(arrays['n'])
     return {'mu': arrays['mu'], 'sigma': arrays['sigma'], **arrays}
-  except _DAMAGE as error:
+  except ARCHIVE_DAMAGE as error:
     raise UserError(
       f"{path} is not a whole statistics file (npz with mu and sigma, or torch-fidelity's cache): "
       'compute it again or fetch it again.'
@@ -183,7 +178,7 @@ def load_features(path: str | os.PathLike) -> Float[np.ndarray, 'n d']:
   try:
     with np.load(path, allow_pickle=False) as file:
       features = file['feats']
-  except _DAMAGE as error:
+  except ARCHIVE_DAMAGE as error:
     raise UserError(
       f'{path} is not a whole npz with features as feats: compute it again or fetch it again.'
     ) from error
