@@ -6,7 +6,7 @@ on any mesh.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 from jax.sharding import PartitionSpec
@@ -97,7 +97,34 @@ def constrain(x: jax.Array, kind: str) -> jax.Array:
   Without a mesh, or where all its axes in question have size 1, it is x itself. Its gradient lies
   as it does.
   """
+  sizes = _mesh()
+  return jax.lax.with_sharding_constraint(x, _placed(x, kind, sizes)) if sizes else x
+
+
+def on_each_device(
+  function: Callable[..., jax.Array], kinds: Sequence[str], result: str
+) -> Callable[..., jax.Array]:
+  """The function of activations of these kinds, computed by each device of what it holds of them.
+
+  For what takes examples and heads in portions, which must not be portions of the mesh. The result
+  has the first argument's shape.
+  """
+  def call(*args: jax.Array) -> jax.Array:
+    sizes = _mesh()
+    if not sizes:
+      return function(*args)
+    specs = tuple(_placed(x, kind, sizes) for x, kind in zip(args, kinds, strict=True))
+    out = _placed(args[0], result, sizes)
+    return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)(*args)
+
+  return call
+
+
+def _mesh() -> Mapping[str, int]:
+  """Sizes of the axes of `jax.set_mesh`; empty where none is larger than 1."""
   sizes = jax.sharding.get_abstract_mesh().shape
-  if all(sizes.get(axis, 1) == 1 for axis in AXES):
-    return x
-  return jax.lax.with_sharding_constraint(x, fitted(ACTIVATIONS[kind], x.shape, sizes))
+  return sizes if any(sizes.get(axis, 1) > 1 for axis in AXES) else {}
+
+
+def _placed(x: jax.Array, kind: str, sizes: Mapping[str, int]) -> PartitionSpec:
+  return fitted(ACTIVATIONS[kind], x.shape, sizes)

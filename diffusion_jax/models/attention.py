@@ -6,37 +6,12 @@ Softmax is taken in float32. Feed-forward layers use GEGLU (Shazeer 2020) with t
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from diffusion_jax.layout import constrain
+from diffusion_jax.models.attend import attend
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.layers import GroupNorm, layer_norm, linear, pointwise
 from diffusion_jax.models.remat import Blocks
-
-# Above this many logits at once a CPU spends its time on memory: 9 times slower at 67 million.
-CPU_LOGITS = 2**21
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1).
-
-  q [b n h d], k and v [b l h d] -> [b n h d].
-
-  On CPUs, queries are taken a few rows at a time, and again in the backward pass, wherever all
-  logits would not stay in cache. The rows of a chunk lie apart, so that each device has some.
-  """
-  q, k, v = constrain(q, 'queries'), constrain(k, 'keys'), constrain(v, 'keys')
-  b, n, h, _ = q.shape
-  rows = n
-  if jax.default_backend() == 'cpu':
-    while rows % 2 == 0 and b * h * rows * k.shape[1] > CPU_LOGITS:
-      rows //= 2
-  if rows == n:
-    return constrain(jax.nn.dot_product_attention(q, k, v), 'queries')
-  some = jax.checkpoint(lambda chunk: jax.nn.dot_product_attention(chunk, k, v))
-  chunks = jnp.moveaxis(q.reshape(b, rows, n // rows, *q.shape[2:]), 2, 0)
-  return constrain(jnp.moveaxis(lax.map(some, chunks), 0, 2).reshape(q.shape), 'queries')
-
 
 class Nothing(nnx.Module):
   """Keeps the place of a layer without parameters (dropout) in a numbered list."""

@@ -3,10 +3,10 @@
 import dataclasses
 import re
 
-import jax.numpy as jnp
 import optax
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.train.adamw import adamw
 from diffusion_jax.types import Params
 
 SCHEDULES = ('constant', 'linear', 'cosine')
@@ -86,22 +86,16 @@ def group_factors(params: Params, groups: tuple) -> dict[str, float]:
 
 def make_optimizer(
   config: OptimizerConfig, params: Params, total_steps: int
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
   """Clip, Adam, decoupled weight decay, group factors, learning rate, in this order.
 
   Clipping takes one global norm over the groups that are trained.
   """
-  factors = group_factors(params, config.groups)
-  by_group = lambda us: {n: u if factors[n] == 1 else u * factors[n] for n, u in us.items()}
-  frozen = [name for name, factor in factors.items() if factor == 0]
-  zero_frozen = lambda grads: {**grads, **{n: jnp.zeros_like(grads[n]) for n in frozen}}
-  return optax.chain(
-    optax.stateless(lambda grads, _: zero_frozen(grads)),
-    optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-    optax.scale_by_adam(config.b1, config.b2, config.eps),
-    optax.add_decayed_weights(config.weight_decay, decay_mask),
-    optax.stateless(lambda updates, _: by_group(updates)),
-    optax.scale_by_learning_rate(learning_rate_schedule(config, total_steps)),
+  mask = decay_mask(params)
+  return adamw(
+    learning_rate_schedule(config, total_steps), config.b1, config.b2, config.eps,
+    clip_norm=config.clip_norm, factors=group_factors(params, config.groups),
+    decays={name: config.weight_decay * decayed for name, decayed in mask.items()},
   )
 
 

@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion_jax.parallel.sharding import batch_sharding
 from diffusion_jax.train import ema
+from diffusion_jax.train.adamw import global_norm, settled
 from diffusion_jax.train.guard import GuardConfig, choose, judge
 from diffusion_jax.train.state import TrainState, replicated
 from diffusion_jax.train.tasks.task import Metrics, Task
@@ -61,7 +62,7 @@ def _gradients(task: Task, state: TrainState, frozen, batch, key, accumulation: 
 
 def make_step(
   task: Task,
-  optimizer: optax.GradientTransformation,
+  optimizer: optax.GradientTransformationExtraArgs,
   *,
   batch_size: int,
   ema_halflife_images: float,
@@ -87,18 +88,15 @@ def make_step(
       (grads, loss, metrics), seen = _gradients(
         task, state, frozen, batch, key, accumulation, mesh
       )
-    norm = optax.tree.norm(grads)
+    norm = global_norm(grads)
     use, finite, watch = judge(state.guard, guard, loss, norm)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = task.constrain(optax.apply_updates(state.params, updates))
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, use=use)
+    params = settled(task.constrain(optax.apply_updates(state.params, updates)))
     average = state.ema
     if average:
-      average = ema.update(
-        average, params, ema.decay_per_step(ema_halflife_images, batch_size, state.step)
-      )
-    trained = (params, opt_state, average, task.remember(state.memory, seen))
-    before = (state.params, state.opt_state, state.ema, state.memory)
-    params, opt_state, average, memory = choose(use, trained, before)
+      decay = ema.decay_per_step(ema_halflife_images, batch_size, state.step)
+      average = ema.update(average, params, jnp.where(use, decay, 1.0))
+    memory = choose(use, task.remember(state.memory, seen), state.memory)
     one = jnp.ones((), jnp.float32)
     metrics['gradient_norm'] = (norm, one)
     metrics = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), metrics)

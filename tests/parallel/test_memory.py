@@ -83,7 +83,7 @@ def sdxl():
 def test_stable_diffusion_xl_on_eight_devices(sdxl, config, wanted):
   mesh = make_mesh(config)
   _, _, state = state_of(sdxl, mesh)
-  moments = state.opt_state[2]
+  moments = state.opt_state
   for part in (state.params, state.ema, moments.mu, moments.nu):
     assert held(part) == wanted
   whole = [leaf.size for leaf in state.params.values()

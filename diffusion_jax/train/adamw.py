@@ -1,0 +1,89 @@
+"""AdamW in one pass: clipping, moments, decay, factors and learning rate, or nothing at all."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from diffusion_jax.types import Params
+
+
+def global_norm(tree: Any) -> jax.Array:
+  """Euclidean norm over all leaves, float32. Scalar.
+
+  As products, so that XLA for CPUs has no loop to compile for each leaf; nor does it on chips,
+  where it makes reductions of them itself.
+  """
+  def square(x: jax.Array) -> jax.Array:
+    axes = tuple(range(x.ndim))
+    return lax.dot_general(
+      x, x, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST,
+      preferred_element_type=jnp.float32,
+    )
+
+  return jnp.sqrt(sum(map(square, jax.tree.leaves(tree)), jnp.zeros((), jnp.float32)))
+
+
+def settled(tree: Any) -> Any:
+  """The tree, whose arrays are computed before whatever depends on them.
+
+  XLA for CPUs makes one kernel for each result and computes within it, again, what other kernels
+  compute as well; what it reads for that can then not be overwritten in place. On other platforms
+  one kernel makes all results of a parameter, which this would take apart.
+  """
+  return lax.optimization_barrier(tree) if jax.default_backend() == 'cpu' else tree
+
+
+def adamw(
+  schedule: optax.Schedule, b1: float, b2: float, eps: float, *, clip_norm: float,
+  decays: Mapping[str, float], factors: Mapping[str, float],
+) -> optax.GradientTransformationExtraArgs:
+  """AdamW (Loshchilov & Hutter 2019, algorithm 2) on parameters by name.
+
+  update(gradients, state, parameters, use=True): where `use` is False, a scalar, updates are zero
+  and the state stays as it is, whatever the gradients hold.
+
+  Args:
+    schedule: learning rate of update n = 0, 1, ...
+    clip_norm: largest norm of the gradient over all that is trained; 0 for none.
+    decays: weight decay of each parameter, times the learning rate.
+    factors: on the learning rate of each parameter; what has 0 is not trained.
+  """
+  trained = [name for name, factor in factors.items() if factor]
+
+  def init(params: Params) -> optax.ScaleByAdamState:
+    zeros = lambda: jax.tree.map(jnp.zeros_like, params)
+    return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
+
+  def update(grads: Params, state: optax.ScaleByAdamState, params: Params, *, use=True, **_):
+    scale = clipping({name: grads[name] for name in trained}, clip_norm)
+    mu, nu = dict(state.mu), dict(state.nu)
+    for name in trained:
+      g = grads[name] * scale
+      mu[name] = jnp.where(use, b1 * mu[name] + (1 - b1) * g, mu[name])
+      nu[name] = jnp.where(use, b2 * nu[name] + (1 - b2) * jnp.square(g), nu[name])
+    mu, nu = settled((mu, nu))
+    count = state.count + use
+    # Kept apart from zero, as it is before the first update that is used.
+    n = jnp.maximum(count, 1).astype(jnp.float32)
+    first, second = 1 / (1 - b1**n), 1 / (1 - b2**n)
+    rate = jnp.where(use, schedule(state.count), 0.0)
+
+    def step(name: str, p: jax.Array) -> jax.Array:
+      if name not in trained:
+        return jnp.zeros_like(p)
+      direction = mu[name] * first / (jnp.sqrt(nu[name] * second) + eps)
+      return (-rate * factors[name] * (direction + decays[name] * p)).astype(p.dtype)
+
+    updates = {name: step(name, p) for name, p in params.items()}
+    return updates, optax.ScaleByAdamState(count, mu, nu)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def clipping(grads: Params, clip_norm: float) -> jax.Array | float:
+  """What gradients are multiplied with, so that their norm is at most `clip_norm`, if not 0."""
+  return jnp.minimum(1.0, clip_norm / global_norm(grads)) if clip_norm else 1.0
