@@ -14,10 +14,11 @@ from jaxtyping import Float, UInt8
 
 from diffusion_jax.evaluation.device_statistics import DeviceStatistics, collect, empty, update
 from diffusion_jax.evaluation.extraction import column
-from diffusion_jax.evaluation.extractors import Extractor, jit_quickest
+from diffusion_jax.evaluation.extractors import Extractor
 from diffusion_jax.evaluation.figures import sums_suffice
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.parallel.sharding import in_batches
+from diffusion_jax.xla import jit
 
 Images = UInt8[np.ndarray, 'b h w 3']
 Collected = dict[str, Float[np.ndarray, 'n d'] | Statistics]
@@ -51,7 +52,7 @@ class Collector:
       sums = {o: update(sums[o], found.pop(o), valid, mesh=self.mesh) for o in sums}
       return sums, found
 
-    return jit_quickest(step, donate_argnums=1)
+    return jit(step, donate_argnums=1)
 
   def __call__(self, batches: Iterable[Images]) -> Collected:
     """What the metrics need of all images together. All processes must call it with the same.

@@ -3,7 +3,6 @@ classifiers have files of their own."""
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from diffusion_jax.models.inception import SIZE
 from diffusion_jax.models.text.clip_config import CLIPConfig
 from diffusion_jax.parallel.sharding import put_params
 from diffusion_jax.types import Params
+from diffusion_jax.xla import jit
 
 
 class Extractor(Protocol):
@@ -57,29 +57,7 @@ class Extractor(Protocol):
 
 def compiled(extractor: Extractor) -> Callable[[Params, jax.Array], dict[str, jax.Array]]:
   """jax.jit of `apply`, with the options under which convolutions are quickest."""
-  return jit_quickest(extractor.apply)
-
-
-def jit_quickest(function: Callable, **how) -> Callable:
-  """jax.jit of a function that runs an extractor, as `compiled`; `how` is for jax.jit."""
-  return jax.jit(function, compiler_options=_options(), **how)
-
-
-@functools.cache
-def _options() -> dict[str, str] | None:
-  """On CPUs, XLA's own kernels in place of YNNPACK's, where the latter are the default.
-
-  Inception at batch 16 on one core, AVX-512, jaxlib 0.10.2: 205 ms an image with YNNPACK, 131
-  without. The flag comes and goes with versions of XLA, so it is tried first.
-  """
-  options = {'xla_cpu_experimental_ynn_fusion_type': ''}
-  if jax.default_backend() != 'cpu':
-    return None
-  try:
-    jax.jit(lambda: 0, compiler_options=options).lower().compile()
-  except jax.errors.JaxRuntimeError:
-    return None
-  return options
+  return jit(extractor.apply)
 
 
 class InceptionExtractor:

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-LOGITS, ROWS = 2**21, 256
-"""Of a piece, at most: logits (8 MB), and queries of one head."""
+LOGITS, ROWS = 2**20, 256
+"""Of a piece, at most: logits (4 MB), and queries of one head."""
 
 
 def chunked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

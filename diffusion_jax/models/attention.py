@@ -10,8 +10,10 @@ from flax import nnx
 from diffusion_jax.layout import constrain
 from diffusion_jax.models.attend import attend
 from diffusion_jax.models.checks import require
-from diffusion_jax.models.layers import GroupNorm, layer_norm, linear, pointwise
+from diffusion_jax.models.layers import linear, pointwise
+from diffusion_jax.models.norms import GroupNorm, layer_norm
 from diffusion_jax.models.remat import Blocks
+
 
 class Nothing(nnx.Module):
   """Keeps the place of a layer without parameters (dropout) in a numbered list."""

@@ -18,7 +18,8 @@ from diffusion_jax.models.checks import (
   positive,
   require,
 )
-from diffusion_jax.models.layers import Conv, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
+from diffusion_jax.models.layers import Conv, Downsample2D, ResnetBlock2D, Upsample2D
+from diffusion_jax.models.norms import GroupNorm
 from diffusion_jax.models.remat import Blocks
 
 EPSILON = 1e-6
@@ -145,7 +146,7 @@ class Encoder(Blocks):
     return self.run(self._finish, self.mid_block(x))
 
   def _finish(self, x: jax.Array) -> jax.Array:
-    return constrain(self.conv_out(nnx.silu(self.conv_norm_out(x))), 'image')
+    return constrain(self.conv_out(self.conv_norm_out(x, activate=True)), 'image')
 
 
 class Decoder(Blocks):
@@ -178,4 +179,4 @@ class Decoder(Blocks):
     return self.run(self._finish, x)
 
   def _finish(self, x: jax.Array) -> jax.Array:
-    return constrain(self.conv_out(nnx.silu(self.conv_norm_out(x))), 'image')
+    return constrain(self.conv_out(self.conv_norm_out(x, activate=True)), 'image')

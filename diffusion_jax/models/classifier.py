@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion_jax.models.checks import all_positive, freeze_lists, positive, require, size_fits
-from diffusion_jax.models.layers import Conv, Downsample2D, GroupNorm, ResnetBlock2D, linear
+from diffusion_jax.models.layers import Conv, Downsample2D, ResnetBlock2D, linear
+from diffusion_jax.models.norms import GroupNorm
 from diffusion_jax.models.remat import Blocks
 from diffusion_jax.types import Images
 
@@ -95,7 +96,7 @@ class Classifier(Blocks):
       for block in level.resnets:
         x = self.run(block, x)
       x = x if level.downsample is None else self.run(level.downsample, x)
-    return nnx.silu(self.norm_out(x)).astype(jnp.float32).mean(axis=(1, 2))
+    return self.norm_out(x, activate=True).astype(jnp.float32).mean(axis=(1, 2))
 
   def __call__(self, pixels: Images) -> tuple[jax.Array, jax.Array]:
     """Pixels in [-1, 1] [b h w 3] -> (features [b d], logits [b classes]), float32."""

@@ -14,7 +14,8 @@ from flax import nnx
 from diffusion_jax.layout import constrain
 from diffusion_jax.models.attention import attend
 from diffusion_jax.models.checks import positive, require
-from diffusion_jax.models.layers import Conv, layer_norm
+from diffusion_jax.models.layers import Conv
+from diffusion_jax.models.norms import layer_norm
 from diffusion_jax.models.remat import Blocks
 from diffusion_jax.models.text.clip_config import ACTIVATIONS
 from diffusion_jax.models.text.clip_layers import CLIPMLP, dense

@@ -13,7 +13,8 @@ from flax import nnx
 
 from diffusion_jax.models.attention import Nothing
 from diffusion_jax.models.checks import positive, require
-from diffusion_jax.models.layers import Conv, GroupNorm
+from diffusion_jax.models.layers import Conv
+from diffusion_jax.models.norms import GroupNorm
 from diffusion_jax.types import Images
 
 

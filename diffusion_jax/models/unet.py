@@ -11,7 +11,8 @@ from flax import nnx
 
 from diffusion_jax.layout import constrain
 from diffusion_jax.models.checks import require
-from diffusion_jax.models.layers import Conv, GroupNorm
+from diffusion_jax.models.layers import Conv
+from diffusion_jax.models.norms import GroupNorm
 from diffusion_jax.models.unet_blocks import UpBlock
 from diffusion_jax.models.unet_config import UNetConfig
 from diffusion_jax.models.unet_encoder import Encoder
@@ -63,7 +64,7 @@ class UNet(Encoder):
     return self.run(self._finish, x)
 
   def _finish(self, x: jax.Array) -> Latents:
-    return constrain(self.conv_out(nnx.silu(self.conv_norm_out(x))), 'image')
+    return constrain(self.conv_out(self.conv_norm_out(x, activate=True)), 'image')
 
 
 def _controlled(

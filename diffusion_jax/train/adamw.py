@@ -9,6 +9,7 @@ import optax
 from jax import lax
 
 from diffusion_jax.types import Params
+from diffusion_jax.xla import settled
 
 
 def global_norm(tree: Any) -> jax.Array:
@@ -25,16 +26,6 @@ def global_norm(tree: Any) -> jax.Array:
     )
 
   return jnp.sqrt(sum(map(square, jax.tree.leaves(tree)), jnp.zeros((), jnp.float32)))
-
-
-def settled(tree: Any) -> Any:
-  """The tree, whose arrays are computed before whatever depends on them.
-
-  XLA for CPUs makes one kernel for each result and computes within it, again, what other kernels
-  compute as well; what it reads for that can then not be overwritten in place. On other platforms
-  one kernel makes all results of a parameter, which this would take apart.
-  """
-  return lax.optimization_barrier(tree) if jax.default_backend() == 'cpu' else tree
 
 
 def adamw(

@@ -9,10 +9,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion_jax.parallel.sharding import batch_sharding
 from diffusion_jax.train import ema
-from diffusion_jax.train.adamw import global_norm, settled
+from diffusion_jax.train.adamw import global_norm
 from diffusion_jax.train.guard import GuardConfig, choose, judge
 from diffusion_jax.train.state import TrainState, replicated
 from diffusion_jax.train.tasks.task import Metrics, Task
+from diffusion_jax.xla import jit, settled
 
 DEFAULT = GuardConfig()
 
@@ -107,10 +108,4 @@ def make_step(
       state.step + 1, state.key, params, opt_state, average, memory, watch
     ), metrics
 
-  # XLA for CPUs removes the barriers that keep what is to be computed again from being merged with
-  # what was computed before, and with them all savings of rematerialisation.
-  cpu = mesh.devices.flat[0].platform == 'cpu'
-  return jax.jit(
-    step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)),
-    compiler_options={'xla_disable_hlo_passes': 'cse_barrier_expander'} if cpu else None,
-  )
+  return jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))

@@ -19,7 +19,8 @@ from diffusion_jax.models.controlnet import (
 )
 from diffusion_jax.models.discriminator import Discriminator, DiscriminatorConfig
 from diffusion_jax.models.embeddings import timestep_embedding
-from diffusion_jax.models.layers import Conv, GroupNorm
+from diffusion_jax.models.layers import Conv
+from diffusion_jax.models.norms import GroupNorm
 from diffusion_jax.models.text.clip import CLIP
 from diffusion_jax.models.text.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from diffusion_jax.models.unet import UNet, UNetConfig

@@ -22,6 +22,7 @@ from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
 from diffusion_jax.train.state import abstract_state, initializer
 from diffusion_jax.train.tasks.task import Task
+from diffusion_jax.xla import jit
 from tests import tiny
 
 FSDP = MeshConfig(data=1, fsdp=8)
@@ -112,9 +113,8 @@ def gradients(network: Network, *inputs):
   rng = np.random.default_rng(0)
   params = {n: (n.endswith('scale') + 0.05 * rng.normal(size=s.shape)).astype(np.float32)
             for n, s in network.shapes.items()}
-  function = jax.jit(
+  function = jit(  # As the step.
     jax.grad(lambda params: jnp.square(network.bind(params)(*inputs)).mean()),
-    compiler_options={'xla_disable_hlo_passes': 'cse_barrier_expander'},  # As in the step.
   )
   compiled = function.lower(params).compile()
   elsewhere = function.trace(params).lower(lowering_platforms=('tpu',)).as_text()

@@ -8,7 +8,8 @@ import jax
 from flax import nnx
 
 from diffusion_jax.layout import constrain
-from diffusion_jax.models.layers import Linear, layer_norm
+from diffusion_jax.models.layers import Linear
+from diffusion_jax.models.norms import layer_norm
 from diffusion_jax.models.remat import Blocks
 from diffusion_jax.models.text.clip_config import CLIPTextConfig, CLIPVisionConfig
 

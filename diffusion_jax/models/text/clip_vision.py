@@ -6,7 +6,8 @@ from flax import nnx
 
 from diffusion_jax.layout import constrain
 from diffusion_jax.models.checks import require
-from diffusion_jax.models.layers import Conv, layer_norm
+from diffusion_jax.models.layers import Conv
+from diffusion_jax.models.norms import layer_norm
 from diffusion_jax.models.text.clip_config import CLIPVisionConfig, CLIPVisionProjectionConfig
 from diffusion_jax.models.text.clip_layers import CLIPEncoder, dense, embed
 from diffusion_jax.types import Images

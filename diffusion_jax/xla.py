@@ -1,0 +1,56 @@
+"""What XLA has to be told on one platform and not on another, with what it gains."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+
+OPTIONS: dict[str, tuple[dict[str, str], ...]] = {
+  'cpu': (
+    # XLA's own kernels in place of YNNPACK's, where these are the default (jaxlib 0.10): Inception
+    # 205 -> 131 ms an image; gradients of convolutions run at twice to three times the speed.
+    {'xla_cpu_experimental_ynn_fusion_type': ''},
+    # Exponentials and the like at the full width of AVX-512, where there is such: attention takes
+    # 0.8 of the time.
+    {'xla_cpu_prefer_vector_width': '512'},
+    # This pass removes the barriers that keep what is to be computed again from being merged with
+    # what was computed before, and with them all savings of rematerialisation.
+    {'xla_disable_hlo_passes': 'cse_barrier_expander'},
+  ),
+}
+"""Compiler options by platform. They come and go with versions of XLA, so those of each entry are
+tried before they are used."""
+
+
+def options() -> dict[str, str] | None:
+  """Compiler options for programs of the default platform that run often, or are large."""
+  return _known(jax.default_backend())
+
+
+@functools.cache
+def _known(platform: str) -> dict[str, str] | None:
+  known: dict[str, str] = {}
+  for some in OPTIONS.get(platform, ()):
+    try:
+      jax.jit(lambda: 0, compiler_options=some).lower().compile()
+    except jax.errors.JaxRuntimeError:
+      continue
+    known.update(some)
+  return known or None
+
+
+def jit(function: Callable, **how) -> Callable:
+  """jax.jit with `options`; `how` is for jax.jit."""
+  return jax.jit(function, compiler_options=options(), **how)
+
+
+def settled(tree: Any) -> Any:
+  """The tree, whose arrays are computed before whatever depends on them.
+
+  XLA for CPUs makes one kernel for each result and computes within it, again, what other kernels
+  compute as well; what it reads for that can then not be overwritten in place. On other platforms
+  one kernel makes several results, which this would take apart.
+  """
+  return lax.optimization_barrier(tree) if jax.default_backend() == 'cpu' else tree
