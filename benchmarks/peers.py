@@ -23,6 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diffusion_jax.host_memory import keep_freed_memory
+
+keep_freed_memory()
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # PyTorch needs its part of a GPU.
 
 import diffusers

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; returns its exit code (2: a mistake in what was given)."""
+  from diffusion_jax.host_memory import keep_freed_memory
+
+  keep_freed_memory()
   from diffusion_jax.cli.main import run
 
   return run(sys.argv[1:] if argv is None else argv)

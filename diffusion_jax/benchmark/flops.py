@@ -18,6 +18,9 @@ from jax.interpreters.partial_eval import dce_jaxpr
 OPAQUE = ('pallas_call', 'ffi_call', 'custom_partitioning', 'dot_product_attention')
 """Parts of primitives' names inside which products cannot be seen."""
 
+ATTENTION = 'scaled_dot_product_attention'
+"""The jitted function of models.attend, which has more products within, or none to be seen."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
@@ -205,6 +208,8 @@ def _equation(
   if name in PRODUCTS:
     flops = 2.0 * PRODUCTS[name](equation)
     return Flops(flops, flops * sum(ins) * any(outs)), flow
+  if equation.params.get('name') == ATTENTION:
+    return _attention(equation, ins, any(outs)), flow
   if _opaque(name):
     return Flops(unseen=frozenset({name})), flow
   found = [part.count(ins, outs) for part in _parts(equation)]
@@ -212,6 +217,15 @@ def _equation(
     return Flops(), flow
   flows = [any(column) for column in zip(*(flows for _, flows in found), strict=True)]
   return max((flops for flops, _ in found), key=lambda flops: flops.total), flows
+
+
+def _attention(equation: Any, ins: list[bool], wanted: bool) -> Flops:
+  """Two products, whatever is made of them; queries and keys have gradients through the weights."""
+  queries, keys, values = ins
+  b, n, h, d = equation.invars[0].aval.shape
+  product = 2.0 * b * n * h * d * equation.invars[1].aval.shape[1]
+  gradients = queries + keys + (queries or keys) + values
+  return Flops(2 * product, product * gradients * wanted)
 
 
 def _dot(equation: Any) -> int:

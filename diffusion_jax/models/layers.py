@@ -121,8 +121,14 @@ class ResnetBlock2D(nnx.Module):
     self.conv_shortcut = None if same else pointwise(in_channels, out_channels, **kw)
     self.scale_shift = scale_shift
 
-  def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
-    """x [b h w i], time [b e] (already through the embedding's MLP) -> [b h w o]."""
+  def __call__(
+    self, x: jax.Array, time: jax.Array | None = None, skip: jax.Array | None = None
+  ) -> jax.Array:
+    """x [b h w i], time [b e] (already through the embedding's MLP) -> [b h w o].
+
+    skip [b h w s]: joined to an x [b h w i - s].
+    """
+    x = x if skip is None else jnp.concatenate([x, skip], -1)
     y = constrain(self.conv1(self.norm1(x, activate=True)), 'features')
     if self.time_emb_proj is None:
       y = self.norm2(y, activate=True)

@@ -66,28 +66,27 @@ def _forward(x, scale, bias, groups, epsilon, activate):
   mean = _mean(away.mean(1), groups)
   square = _mean(jnp.square(away).mean(1), groups)
   inverse = lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + epsilon)
-  center = shift + mean
-  y = _scaled(x, center, inverse, scale, bias)
-  return nnx.silu(y) if activate else y, (x, scale, bias, center, inverse)
+  y = _centered(x, shift, mean) * (inverse * scale)[:, None] + bias
+  return nnx.silu(y) if activate else y, (x, scale, bias, shift, mean, inverse)
 
 
-def _scaled(x, center, inverse, scale, bias):
-  gain = inverse * scale
-  return x.astype(jnp.float32) * gain[:, None] + (bias - center * gain)[:, None]
+def _centered(x, shift, mean):
+  # Not x - (shift + mean), which would be rounded to what a large mean leaves of it.
+  return x.astype(jnp.float32) - shift[:, None] - mean[:, None]
 
 
 def _backward(groups, epsilon, activate, saved, dz):
   del epsilon
-  x, scale, bias, center, inverse = saved
+  x, scale, bias, shift, mean, inverse = saved
   dy = dz
   if activate:
-    y = _scaled(x, center, inverse, scale, bias)
+    y = _centered(x, shift, mean) * (inverse * scale)[:, None] + bias
     gate = nnx.sigmoid(y)
     dy = settled(dz * gate * (1 + y * (1 - gate)))
-  away = x.astype(jnp.float32) - center[:, None]
+  away = _centered(x, shift, mean)
   total, along = dy.sum(1), (dy * away).sum(1) * inverse
   n = x.shape[1]
-  # d/dx of the normalised value y: its mean and its part along y are taken out of each group.
+  # Of the gradient for normalised values, its mean and its part along them leave each group.
   flat = _mean(total * scale, groups) / n
   slope = _mean(along * scale, groups) / n * inverse
   dx = inverse[:, None] * (dy * scale - flat[:, None] - away * slope[:, None])

@@ -6,6 +6,7 @@ they then do is said by `remat`, which `Network.of` sets.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,13 +20,24 @@ offload: those, too, wait for the backward pass in the host's memory."""
 RESULT = 'block'
 
 
+@partial(jax.jit, static_argnums=0)
+def _once(graphdef: Any, state: Any, *args) -> Any:
+  return nnx.merge(graphdef, state)(*args)
+
+
 class Blocks(nnx.Module):
   """A module that has blocks. `remat` is one of REMAT."""
 
   remat = 'none'
 
   def run(self, call: Callable[..., Any], *args) -> Any:
-    """call(*args), of which the backward pass finds the arguments alone."""
+    """call(*args), of which the backward pass finds the arguments alone.
+
+    A module that is like another, with arguments like those of the other, is traced once.
+    """
+    if isinstance(call, nnx.Module):
+      graphdef, state = nnx.split(call)
+      call, args = partial(_once, graphdef), (state, *args)
     if self.remat == 'none':
       return call(*args)
     result = jax.checkpoint(lambda *args: call(*args))(*args)

@@ -1,7 +1,6 @@
 """The U-Net's levels: residual blocks, each with or without attention to the text after it."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from diffusion_jax.models.attention import Transformer2DModel
@@ -108,8 +107,7 @@ class UpBlock(Blocks):
     self, x: jax.Array, skips: list[jax.Array], time: jax.Array, text: jax.Array
   ) -> jax.Array:
     for n, resnet in enumerate(self.resnets):
-      join = lambda x, skip, time, resnet=resnet: resnet(jnp.concatenate([x, skip], -1), time)
-      x = self.run(join, x, skips.pop(), time)
+      x = self.run(resnet, x, time, skips.pop())
       x = self.attentions[n](x, text) if self.attentions else x
     for upsample in self.upsamplers:
       x = self.run(upsample, x)

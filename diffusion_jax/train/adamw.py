@@ -49,13 +49,23 @@ def adamw(
     zeros = lambda: jax.tree.map(jnp.zeros_like, params)
     return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
 
+  # Jitted, so that what is alike for all parameters of one shape is traced once.
+  @jax.jit
+  def moments(mu, nu, g, scale, use) -> tuple[jax.Array, jax.Array]:
+    g = g * scale
+    first, second = b1 * mu + (1 - b1) * g, b2 * nu + (1 - b2) * jnp.square(g)
+    return jnp.where(use, first, mu), jnp.where(use, second, nu)
+
+  @jax.jit
+  def move(p, mu, nu, first, second, rate, factor, decay) -> jax.Array:
+    direction = mu * first / (jnp.sqrt(nu * second) + eps)
+    return (-rate * factor * (direction + decay * p)).astype(p.dtype)
+
   def update(grads: Params, state: optax.ScaleByAdamState, params: Params, *, use=True, **_):
     scale = clipping({name: grads[name] for name in trained}, clip_norm)
     mu, nu = dict(state.mu), dict(state.nu)
     for name in trained:
-      g = grads[name] * scale
-      mu[name] = jnp.where(use, b1 * mu[name] + (1 - b1) * g, mu[name])
-      nu[name] = jnp.where(use, b2 * nu[name] + (1 - b2) * jnp.square(g), nu[name])
+      mu[name], nu[name] = moments(mu[name], nu[name], grads[name], scale, use)
     mu, nu = settled((mu, nu))
     count = state.count + use
     # Kept apart from zero, as it is before the first update that is used.
@@ -64,10 +74,9 @@ def adamw(
     rate = jnp.where(use, schedule(state.count), 0.0)
 
     def step(name: str, p: jax.Array) -> jax.Array:
-      if name not in trained:
+      if not factors[name]:
         return jnp.zeros_like(p)
-      direction = mu[name] * first / (jnp.sqrt(nu[name] * second) + eps)
-      return (-rate * factors[name] * (direction + decays[name] * p)).astype(p.dtype)
+      return move(p, mu[name], nu[name], first, second, rate, factors[name], decays[name])
 
     updates = {name: step(name, p) for name, p in params.items()}
     return updates, optax.ScaleByAdamState(count, mu, nu)

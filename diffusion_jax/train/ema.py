@@ -21,4 +21,9 @@ def decay_per_step(halflife_images: float, batch_size: int, step: jax.Array) -> 
 
 def update(ema: Params, params: Params, decay: jax.Array) -> Params:
   """decay * ema + (1 - decay) * params, in float32."""
-  return jax.tree.map(lambda e, p: e + (1 - decay) * (p.astype(e.dtype) - e), ema, params)
+  return jax.tree.map(lambda e, p: _moved(e, p, decay), ema, params)
+
+
+@jax.jit  # So that parameters of one shape are traced once.
+def _moved(e: jax.Array, p: jax.Array, decay: jax.Array) -> jax.Array:
+  return e + (1 - decay) * (p.astype(e.dtype) - e)

@@ -105,7 +105,8 @@ def of_network(network, *inputs):
 @pytest.mark.parametrize(('module', 'config', 'inputs', 'within'), [
   # XLA leaves out what lies in the padding, and counts elementwise work.
   (UNet, SMALL_UNET, unet_inputs(16, 64), 0.06),
-  (DiT, SMALL_DIT, dit_inputs(2), 0.03),
+  # Logits of attention are computed again in the backward pass.
+  (DiT, SMALL_DIT, dit_inputs(2), 0.035),
 ])
 def test_networks_as_xla_counts_them(module, config, inputs, within):
   network = Network.of(module, config)

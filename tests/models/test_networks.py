@@ -191,38 +191,6 @@ def test_tiling_convolution_is_the_convolution():
   np.testing.assert_allclose(conv(x), wanted, atol=1e-5)
 
 
-def test_attention_in_chunks_is_attention(monkeypatch, quick_jit):
-  q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 8, 3, 4))
-
-  def run():
-    loss = lambda q, k, v: jnp.square(attention.attend(q, k, v)).sum()
-    return quick_jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v)
-
-  plain = run()
-  trace = lambda: str(jax.make_jaxpr(lambda q, k, v: attention.attend(q, k, v))(q, k, v))
-  assert 'scan' not in trace()
-  monkeypatch.setattr(attention, 'CPU_LOGITS', 2 * 3 * 2 * 8)
-  monkeypatch.setattr(jax, 'default_backend', lambda: 'cpu')
-  assert 'scan' in trace()
-  chunked = run()
-  for found, wanted in zip(jax.tree.leaves(chunked), jax.tree.leaves(plain), strict=True):
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
-
-
-def test_attention_logits_and_softmax_are_float32_in_bfloat16_too():
-  noise = jax.random.normal(jax.random.key(0), (3, 1, 6, 1, 8))
-  # Large logits that differ little, so that it matters that bfloat16 has steps of 2 beyond 256.
-  q, k, v = (y.astype(jnp.bfloat16) for y in (12 + noise[0], 12 + noise[1] / 20, noise[2]))
-  exact = lambda y: np.asarray(y, np.float64)[0, :, 0]
-  logits = exact(q) @ exact(k).T / np.sqrt(8)
-  assert np.abs(logits).min() > 256
-  weights = np.exp(logits - logits.max(-1, keepdims=True))
-  wanted = weights / weights.sum(-1, keepdims=True) @ exact(v)
-  found = attention.attend(q, k, v)
-  assert found.dtype == jnp.bfloat16
-  np.testing.assert_allclose(exact(found), wanted, atol=0.03)
-
-
 @pytest.mark.parametrize(('make', 'words'), [
   (lambda: UNetConfig(block_out_channels=(320, 640)), 'down_block_types must have 2'),
   (lambda: UNetConfig(attention_head_dim=(8, 8)), 'attention_head_dim must have 4'),

@@ -23,6 +23,7 @@ def hoisted(denoise: Denoiser, x: Latents, alpha: jax.Array, sigma: jax.Array) -
     x, alpha, sigma: arguments of the shapes and dtypes to come; their values do not matter.
   """
   closed, shapes = jax.make_jaxpr(denoise, return_shape=True)(x, alpha, sigma)
+  closed = jax.make_jaxpr(lambda *args: _run(closed.jaxpr, closed.consts, args))(x, alpha, sigma)
   jaxpr = closed.jaxpr
   once, kept = _invariant(jaxpr)
   if not once:
@@ -40,6 +41,23 @@ def hoisted(denoise: Denoiser, x: Latents, alpha: jax.Array, sigma: jax.Array) -
     return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
   return denoise_with
+
+
+def _run(jaxpr, consts, args) -> list:
+  """The results of a jaxpr, computed without the calls of jitted functions that it is made of."""
+  values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+  read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]
+  for eqn in jaxpr.eqns:
+    inputs = [read(atom) for atom in eqn.invars]
+    if eqn.primitive.name in ('jit', 'pjit'):
+      inner = eqn.params['jaxpr']
+      out = _run(inner.jaxpr, inner.consts, inputs)
+    else:
+      functions, params = eqn.primitive.get_bind_params(eqn.params)
+      out = eqn.primitive.bind(*functions, *inputs, **params)
+      out = out if eqn.primitive.multiple_results else [out]
+    values.update(zip(eqn.outvars, out, strict=True))
+  return [read(atom) for atom in jaxpr.outvars]
 
 
 def _invariant(jaxpr) -> tuple[set[int], list]:

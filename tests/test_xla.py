@@ -1,0 +1,29 @@
+"""Options of XLA that this version does not know are left out."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from diffusion_jax import xla
+
+
+@pytest.fixture
+def forget():
+  """Options are looked up anew, before and after."""
+  xla._known.cache_clear()
+  yield
+  xla._known.cache_clear()
+
+
+def test_known_options_are_used_and_unknown_ones_left_out(forget, monkeypatch):
+  known = {'xla_cpu_prefer_vector_width': '256'}
+  monkeypatch.setitem(xla.OPTIONS, 'cpu', ({'xla_cpu_no_such_option': '1'}, known))
+  assert xla.options() == known
+  assert xla.jit(lambda x: x + 1)(1) == 2
+
+
+def test_a_platform_without_options_has_none(forget, monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+  assert xla.options() is None
+  x = jnp.ones(3)
+  assert xla.settled(x) is x
