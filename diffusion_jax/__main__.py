@@ -1,5 +1,6 @@
 """`python -m diffusion_jax COMMAND`, also installed as `diffusion-jax`."""
 
+import gc
 import sys
 from collections.abc import Sequence
 
@@ -9,6 +10,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   from diffusion_jax.host_memory import keep_freed_memory
 
   keep_freed_memory()
+  # Imports and tracing make objects by the hundred thousand and keep them; looking through them for
+  # garbage after every 700 takes a tenth of the time to start.
+  gc.set_threshold(20_000, 10, 10)
   from diffusion_jax.cli.main import run
 
   return run(sys.argv[1:] if argv is None else argv)

@@ -87,7 +87,7 @@ class _Session:
     if found is None:
       self.state = create_state(
         self.t.task, self.t.optimizer, bool(abstract.ema), self.t.loop.seed, self.t.mesh,
-        self.t.start(self.t.mesh),
+        self.t.start(self.t.mesh), abstract,
       )
     else:
       self.state = found.state

@@ -59,12 +59,15 @@ def abstract_state(task: Task, optimizer, use_ema: bool, mesh: Mesh) -> TrainSta
   )
 
 
-def initializer(task: Task, optimizer, use_ema: bool, seed: int, mesh: Mesh):
+def initializer(
+  task: Task, optimizer, use_ema: bool, seed: int, mesh: Mesh, abstract: TrainState | None = None
+):
   """The jitted function from parameters, or None for fresh ones, to a state on its shards.
 
   No device ever holds more than its share: each draws only its own part of the random numbers.
+  abstract: that of `abstract_state`, where it is known; tracing a network once more takes seconds.
   """
-  abstract = abstract_state(task, optimizer, use_ema, mesh)
+  abstract = abstract or abstract_state(task, optimizer, use_ema, mesh)
   # The program runs once and is full of random number generators: optimising it would take longer
   # than all else (49 s instead of 8 s for a small autoencoder on two CPU cores).
   return jax.jit(
@@ -75,10 +78,11 @@ def initializer(task: Task, optimizer, use_ema: bool, seed: int, mesh: Mesh):
 
 
 def create_state(
-  task: Task, optimizer, use_ema: bool, seed: int, mesh: Mesh, params: Params | None = None
+  task: Task, optimizer, use_ema: bool, seed: int, mesh: Mesh, params: Params | None = None,
+  abstract: TrainState | None = None,
 ) -> TrainState:
   """A fresh state, initialised, or begun with given parameters, directly onto its shards."""
-  return initializer(task, optimizer, use_ema, seed, mesh)(params)
+  return initializer(task, optimizer, use_ema, seed, mesh, abstract)(params)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -22,17 +22,9 @@ from diffusion_jax.models.functional import Network
 from diffusion_jax.models.text.clip import CLIP
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from tests import tiny
+from tests.evaluation.colours import Colours
 
 RNG = np.random.default_rng(0)
-
-
-class Colours:
-  """The mean of each channel: features whose values are known."""
-
-  name, widths, params, size, resizing = 'colours', {'mean': 3}, {}, 8, 'clean'
-
-  def apply(self, params, images):
-    return {'mean': images.astype('float32').mean((1, 2))}
 
 
 @pytest.fixture
@@ -206,7 +198,7 @@ import jax, numpy as np
 from diffusion_jax.evaluation.chunks import Chunks
 from diffusion_jax.evaluation.extraction import Extraction, Made, extract
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from tests.evaluation.test_extraction import Colours
+from tests.evaluation.colours import Colours
 
 def make(items):
   time.sleep(0.05)

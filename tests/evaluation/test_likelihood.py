@@ -29,9 +29,10 @@ from diffusion_jax.evaluation.likelihood import (
   make_scorer,
 )
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from diffusion_jax.parallel.sharding import in_batches
+from diffusion_jax.parallel.sharding import in_batches, put_params
 from diffusion_jax.pipelines.text_to_image import fold
 from diffusion_jax.trained import load_trained
+from tests import tiny
 
 CHEAP = LikelihoodConfig(draws=3, solver='heun', ode_steps=2)
 SAMPLES = 6
@@ -78,12 +79,13 @@ def test_without_terminal_signal_the_closed_form_is_the_blurred_density():
 
 @pytest.fixture(scope='module')
 def mesh():
-  return make_mesh(MeshConfig())
+  return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 @pytest.fixture(scope='module')
 def loaded(finished, mesh):
-  model, weights, _ = load_trained(str(finished))
+  with tiny.few_devices():
+    model, weights, _ = load_trained(str(finished))
   return model, model.on_mesh(weights, mesh)
 
 
@@ -201,9 +203,11 @@ def test_an_image_keeps_its_value_in_any_batch_and_the_caption_counts(loaded, by
     assert other[name][2] != other[name][1]
 
 
-def test_images_have_latents_of_their_own_in_any_batch(loaded, sources, mesh):
+def test_images_have_latents_of_their_own_in_any_batch(loaded, sources):
+  """On eight devices, for whose sake a batch is filled up."""
+  mesh = make_mesh(MeshConfig())
   model, weights = loaded
-  encode, params = make_encoder(model), (weights['autoencoder'], jnp.ones(()))
+  encode, params = make_encoder(model), (put_params(weights['autoencoder'], mesh), jnp.ones(()))
   images = np.stack([record['image'] for record in shuffled(sources[1], 4)])
   rows = images, image_keys(jax.random.key(0), 4)
   run = lambda *rows: next(in_batches(encode, params, *rows, mesh=mesh, batch_size=8))

@@ -24,7 +24,7 @@ from diffusion_jax.models.lpips import lpips, lpips_shapes
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.parallel.sharding import put_params
 from diffusion_jax.viz.grids import to_uint8
-from tests.evaluation.test_extraction import Colours
+from tests.evaluation.colours import Colours
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 246, (5, 32, 32, 3), np.uint8)

@@ -18,7 +18,7 @@ from diffusion_jax.evaluation.offline import compare, features_of, of_images
 from diffusion_jax.evaluation.scores import METRICS, Compared, outputs_of, score
 from diffusion_jax.evaluation.statistics import FittedGaussian, Statistics
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from tests.evaluation.test_extraction import Colours
+from tests.evaluation.colours import Colours
 
 RNG = np.random.default_rng(3)
 N, D = 200, 6

@@ -114,7 +114,7 @@ def test_a_finished_run_trains_no_further_step(command, finished, copy_of, monke
 
   monkeypatch.setattr(loop, 'put_batch', no_step)
   recipe = finished.parent / 'recipe.py'
-  assert command('train', '--config', recipe, '--workdir', run, '--quiet', devices=8) == 0
+  assert command('train', '--config', recipe, '--workdir', run, '--quiet') == 0
   assert tiny.metrics(run) == before[0]
   assert tiny.snapshot(run / 'checkpoints') == before[1]
   after = tiny.snapshot(run / 'model')
