@@ -21,6 +21,7 @@ from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
 from diffusion_jax.train.state import abstract_state, create_state
 from diffusion_jax.train.step import make_step
 from diffusion_jax.train.tasks.task import Task, mean_metric
+from diffusion_jax.xla import jit
 
 LEARNING_RATE, HALFLIFE = 1e-4, 10_000.0
 
@@ -62,7 +63,7 @@ class Ours:
 
   def output(self, batch: dict) -> np.ndarray:
     """The U-Net's output."""
-    run = jax.jit(lambda params, x, t, text: self.network.bind(params)(x, t, text))
+    run = jit(lambda params, x, t, text: self.network.bind(params)(x, t, text))
     out = run(self.params, batch['x'], batch['t'], batch['text'])
     return np.asarray(out, np.float32)
 
@@ -105,6 +106,6 @@ class Ours:
 
     params = put_params(self.params, self.mesh)
     start = time.perf_counter()
-    compiled = jax.jit(draw).lower(params, noise, text, negative).compile()
+    compiled = jit(draw).lower(params, noise, text, negative).compile()
     self.compile_seconds['sample'] = round(time.perf_counter() - start, 2)
     return lambda: np.asarray(compiled(params, noise, text, negative))

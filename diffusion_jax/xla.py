@@ -46,6 +46,15 @@ def jit(function: Callable, **how) -> Callable:
   return jax.jit(function, compiler_options=options(), **how)
 
 
+def jitted(**how) -> Callable[[Callable], Callable]:
+  """`jit` as a decorator of what is defined before the platform is known."""
+  def decorate(function: Callable) -> Callable:
+    made = functools.cache(lambda: jit(function, **how))
+    return functools.wraps(function)(lambda *args: made()(*args))
+
+  return decorate
+
+
 def settled(tree: Any) -> Any:
   """The tree, whose arrays are computed before whatever depends on them.
 

@@ -36,6 +36,7 @@ from diffusion_jax.evaluation.scores import DISCRETE_BITS
 from diffusion_jax.parallel.sharding import in_batches
 from diffusion_jax.pipelines.text_to_image import TextToImage
 from diffusion_jax.types import Latents, PerExample, Record, Weights
+from diffusion_jax.xla import jit
 
 FIGURES = ('discrete', 'continuous', 'flow')
 MINIMUM = 2
@@ -111,7 +112,7 @@ def make_encoder(model: TextToImage) -> Callable:
   """
   scale = model.autoencoder.config.scaling_factor
 
-  @jax.jit
+  @jit
   def encode(params, images, keys):
     autoencoder, variance = params
     x = images.astype(jnp.float32) / 127.5 - 1
@@ -135,7 +136,7 @@ def make_scorer(
 ) -> Callable:
   """(weights, latents [b h w c], tokens [b l], key data [b k]) -> what `latent_bits` returns."""
 
-  @jax.jit
+  @jit
   def score(weights: Weights, latents, tokens, keys):
     told = model.encode_text(weights, tokens)
     denoise = model.denoiser(weights)

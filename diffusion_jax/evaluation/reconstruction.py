@@ -19,6 +19,7 @@ from diffusion_jax.models.lpips import lpips
 from diffusion_jax.parallel.sharding import in_batches
 from diffusion_jax.types import Params
 from diffusion_jax.viz.grids import to_uint8
+from diffusion_jax.xla import jit
 
 FIGURES: Mapping[str, Callable] = {'psnr': psnr_of_each, 'ssim': ssim_of_each, 'l1': l1_of_each}
 BATCH = 32
@@ -28,7 +29,7 @@ def reconstructor(network: Network, mesh: Mesh, batch_size: int = BATCH) -> Call
   """(parameters on the mesh, uint8 [n h w 3]) -> what comes back, uint8, through the means of the
   latents. UserError where h or w is no multiple of the autoencoder's factor."""
 
-  @jax.jit
+  @jit
   def run(params: Params, images: jax.Array) -> jax.Array:
     model = network.bind(params)
     images = model.decode(model.encode(images.astype(jnp.float32) / 127.5 - 1)[0])
@@ -53,7 +54,7 @@ def figures_of_pairs(
 def perceptual(params: Params, mesh: Mesh, batch_size: int = BATCH) -> Callable:
   """(originals, reconstructions), uint8 [n h w 3] -> LPIPS [n]; params: of `lpips`, on the mesh."""
   scaled = lambda images: images.astype(jnp.float32) / 127.5 - 1
-  run = jax.jit(lambda params, a, b: lpips(params, scaled(a), scaled(b)))
+  run = jit(lambda params, a, b: lpips(params, scaled(a), scaled(b)))
 
   def distances(originals: np.ndarray, outputs: np.ndarray) -> np.ndarray:
     return np.concatenate(list(

@@ -5,7 +5,6 @@ The same model draws with whatever else its U-Net takes: see `pipelines.conditio
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,7 @@ from diffusion_jax.pipelines.sampling import Numbers, Program, SampleConfig
 from diffusion_jax.pipelines.text_encoders import TextEncoders
 from diffusion_jax.types import Condition, Images, Latents, Params, Tokens, Weights
 from diffusion_jax.viz.grids import to_uint8
+from diffusion_jax.xla import jitted
 
 __all__ = ['SampleConfig', 'TextToImage', 'Weights', 'fold', 'unfold']
 
@@ -201,7 +201,7 @@ class TextToImage:
     condition, negative = (jax.tree.map(lambda a, s=s: a[s : s + n], both) for s in (0, n))
     return condition, negative
 
-  @partial(jax.jit, static_argnums=(0, 3))
+  @jitted(static_argnums=(0, 3))
   def _draw(self, weights: Weights, rows: dict, program: Program, numbers: Numbers) -> Images:
     condition, negative = self._texts(weights, rows, program.clip_skip)
     condition, negative, x = prepared(self, weights, condition, negative, rows, numbers.grid)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from diffusion_jax.data.sources import ArraySource, ImageSource
 from diffusion_jax.parallel.sharding import in_batches, put_params
 from diffusion_jax.pipelines.text_to_image import TextToImage
+from diffusion_jax.xla import jit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ def moments_encoder(model: TextToImage) -> Callable:
     mean, logvar = model.autoencoder.bind(params).encode(images.astype(jnp.float32) / 127.5 - 1)
     return mean.astype(jnp.float32), jnp.exp(logvar.astype(jnp.float32) / 2)
 
-  return jax.jit(encode)
+  return jit(encode)
 
 
 def cached_source(

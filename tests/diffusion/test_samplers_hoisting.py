@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from diffusion_jax.diffusion.samplers import SAMPLERS, initial_noise, sampler
 from diffusion_jax.diffusion.samplers.hoisting import hoisted
@@ -43,9 +44,10 @@ def loop_of(jaxpr):
   raise AssertionError('no loop')
 
 
-def test_products_of_the_text_leave_the_denoiser():
+@pytest.mark.parametrize('wrap', [lambda denoise: denoise, jax.jit])
+def test_products_of_the_text_leave_the_denoiser(wrap):
   x, keys = initial_noise(0, 0, 2, (4, 3))
-  plain = attention(PARAMS, TEXT)
+  plain = wrap(attention(PARAMS, TEXT))
   fixed = hoisted(plain, x, *PAIR)
   assert products(jax.make_jaxpr(plain)(x, *PAIR).jaxpr) == 4
   assert products(jax.make_jaxpr(fixed)(x, *PAIR).jaxpr) == 2

@@ -8,6 +8,7 @@ import pytest
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.text.clip import CLIP
+from diffusion_jax.train.adamw import global_norm
 from diffusion_jax.train.optimizer import (
   OptimizerConfig,
   decay_mask,
@@ -126,3 +127,19 @@ def test_every_group_has_its_own_logged_rate():
     {'learning_rate': 0.1, 'learning_rate/head': 0.05, 'learning_rate/body': 0.02}
   )
   assert jax.tree.structure(PARAMS) == jax.tree.structure(_updates(config, [GRADS])[0])
+
+
+def test_an_update_that_is_not_used_moves_nothing_whatever_the_gradient():
+  optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1), PARAMS, 100)
+  _, state = optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS)
+  broken = {**GRADS, 'body.bias': jnp.array([jnp.nan, jnp.inf])}
+  updates, after = optimizer.update(broken, state, PARAMS, use=jnp.array(False))
+  assert all((update == 0).all() for update in updates.values())
+  jax.tree.map(np.testing.assert_array_equal, after, state)
+  used, later = optimizer.update(GRADS, after, PARAMS, use=jnp.array(True))
+  assert int(later.count) == 2 and all((update != 0).any() for update in used.values())
+
+
+def test_the_norm_is_that_of_all_numbers():
+  tree = {'a': jnp.array([3.0]), 'b': jnp.full((2, 2, 3), 1.0), 'c': jnp.array(2.0)}
+  np.testing.assert_allclose(global_norm(tree), 5.0, rtol=1e-6)

@@ -48,14 +48,12 @@ def _run(jaxpr, consts, args) -> list:
   values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
   read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]
   for eqn in jaxpr.eqns:
-    inputs = [read(atom) for atom in eqn.invars]
     if eqn.primitive.name in ('jit', 'pjit'):
       inner = eqn.params['jaxpr']
-      out = _run(inner.jaxpr, inner.consts, inputs)
+      out = _run(inner.jaxpr, inner.consts, map(read, eqn.invars))
     else:
-      functions, params = eqn.primitive.get_bind_params(eqn.params)
-      out = eqn.primitive.bind(*functions, *inputs, **params)
-      out = out if eqn.primitive.multiple_results else [out]
+      needed = list(dict.fromkeys(_variables(eqn.invars)))
+      out = _function(jaxpr, needed, eqn.outvars, [eqn])(*map(read, needed))
     values.update(zip(eqn.outvars, out, strict=True))
   return [read(atom) for atom in jaxpr.outvars]
 

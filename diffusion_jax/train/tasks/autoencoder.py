@@ -22,6 +22,7 @@ from diffusion_jax.models.lpips import lpips
 from diffusion_jax.parallel.sharding import in_batches
 from diffusion_jax.train.tasks.task import Frozen, Metrics, Scores, Task, mean_metric
 from diffusion_jax.types import Images, Latents, Params
+from diffusion_jax.xla import jit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +172,7 @@ class AutoencoderTask(Task):
       return jnp.stack([mean, jnp.exp(logvar)], axis=-1).astype(jnp.float32)
 
     own = under('autoencoder', params)
-    both = np.concatenate(list(in_batches(jax.jit(run), own, images, mesh=mesh)))
+    both = np.concatenate(list(in_batches(jit(run), own, images, mesh=mesh)))
     variance = both[..., 0].var() + both[..., 1].mean()
     return float(both[..., 0].mean()), float(variance**0.5)
 

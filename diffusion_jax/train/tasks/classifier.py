@@ -18,6 +18,7 @@ from diffusion_jax.models.functional import Network
 from diffusion_jax.parallel.sharding import in_batches
 from diffusion_jax.train.tasks.task import Frozen, Scores, Task, mean_metric
 from diffusion_jax.types import Params
+from diffusion_jax.xla import jit
 
 SHOWN = 32
 
@@ -83,7 +84,7 @@ class ClassifierTask(Task):
     self.classes = config.classifier.class_names
     self.network = Network.of(Classifier, config.classifier, dtype=dtype, remat=remat)
     self.frozen: Frozen = {}
-    self._logits = jax.jit(
+    self._logits = jit(
       lambda params, images: ClassifierExtractor(self.network, {}, '').apply(params, images)[
         'logits'
       ]
