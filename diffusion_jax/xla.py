@@ -42,8 +42,16 @@ def _known(platform: str) -> dict[str, str] | None:
 
 
 def jit(function: Callable, **how) -> Callable:
-  """jax.jit with `options`; `how` is for jax.jit."""
-  return jax.jit(function, compiler_options=options(), **how)
+  """jax.jit with `options`, or without them within another program; `how` is for jax.jit."""
+  alone, within = jax.jit(function, compiler_options=options(), **how), jax.jit(function, **how)
+
+  @functools.wraps(function)
+  def call(*args):
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args))
+    return (within if traced else alone)(*args)
+
+  call.lower, call.trace = alone.lower, alone.trace
+  return call
 
 
 def jitted(**how) -> Callable[[Callable], Callable]:

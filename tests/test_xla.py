@@ -19,7 +19,10 @@ def test_known_options_are_used_and_unknown_ones_left_out(forget, monkeypatch):
   known = {'xla_cpu_prefer_vector_width': '256'}
   monkeypatch.setitem(xla.OPTIONS, 'cpu', ({'xla_cpu_no_such_option': '1'}, known))
   assert xla.options() == known
-  assert xla.jit(lambda x: x + 1)(1) == 2
+  add = xla.jit(lambda x: x + 1)
+  assert add(1) == 2 and xla.jitted()(lambda x: x - 1)(1) == 0
+  # A program within another has the options of that one.
+  assert jax.jit(lambda x: 2 * add(x))(1) == 4 and xla.jit(add)(1) == 2
 
 
 def test_a_platform_without_options_has_none(forget, monkeypatch):
