@@ -5,6 +5,7 @@ import os
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -55,6 +56,9 @@ def _interrupt(process, run, number, after):
 @pytest.mark.slow
 def test_stopped_and_started_again_is_uninterrupted(recipe, uninterrupted, small_data, tmp_path):
   run, env = tmp_path / 'run', tiny.environment(small_data, devices=1)
+  # Sums within a convolution's gradient are split over the threads of XLA, of which this process
+  # has one for each of its simulated devices.
+  env['NPROC'] = str(jax.local_device_count())
   arguments = ['train', '--config', recipe, '--workdir', str(run)]
   number = signal.SIGINT  # SIGTERM, in tests/faults/test_ranks.py.
   code, out, err = _interrupt(tiny.start(arguments, env), run, number, after=3)
