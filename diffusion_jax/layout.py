@@ -6,7 +6,7 @@ on any mesh.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 
 import jax
 from jax.sharding import PartitionSpec
@@ -113,11 +113,24 @@ def on_each_device(
     sizes = _mesh()
     if not sizes:
       return function(*args)
-    specs = tuple(_placed(x, kind, sizes) for x, kind in zip(args, kinds, strict=True))
-    out = _placed(args[0], result, sizes)
-    return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)(*args)
+    # Axes of one device are left to the compiler: a gradient would be summed over each of them.
+    axes = {axis for axis in AXES if sizes.get(axis, 1) > 1}
+    specs = tuple(_of(axes, _placed(x, kind, sizes)) for x, kind in zip(args, kinds, strict=True))
+    out = _of(axes, _placed(args[0], result, sizes))
+    return jax.shard_map(
+      function, in_specs=specs, out_specs=out, axis_names=axes, check_vma=False
+    )(*args)
 
   return call
+
+
+def _of(axes: Set[str], spec: PartitionSpec) -> PartitionSpec:
+  """The spec without other axes."""
+  def one(part):
+    parts = (part,) if isinstance(part, str) else part or ()
+    return tuple(axis for axis in parts if axis in axes) or None
+
+  return PartitionSpec(*map(one, spec))
 
 
 def _mesh() -> Mapping[str, int]:
