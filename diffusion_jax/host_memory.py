@@ -3,10 +3,11 @@
 import ctypes
 import os
 
-GLIBC = ((-4, 0), (-1, 2**31 - 1))
-"""M_MMAP_MAX: large blocks come from what is free, too. M_TRIM_THRESHOLD: so much of it is kept
-(numbers from glibc's malloc.h). Threads keep arenas of their own: in one arena for all, a product
-that packs its operands searches what compiling has left behind, which doubles a step's time."""
+GLIBC = ((-4, 0), (-1, 2**31 - 1), (-2, 2**26))
+"""M_MMAP_MAX: large blocks come from what is free, too. M_TRIM_THRESHOLD: so much of it is kept.
+M_TOP_PAD: so much more is asked for at a time (numbers from glibc's malloc.h). Threads keep arenas
+of their own: in one for all, a product that packs its operands searches what compiling has left
+behind, which doubles a step's time."""
 
 
 def keep_freed_memory() -> None:

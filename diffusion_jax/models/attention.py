@@ -11,7 +11,7 @@ from diffusion_jax.layout import constrain
 from diffusion_jax.models.attend import attend
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.layers import linear, pointwise
-from diffusion_jax.models.norms import GroupNorm, layer_norm
+from diffusion_jax.models.norms import GroupNorm, LayerNorm
 from diffusion_jax.models.remat import Blocks
 
 
@@ -93,12 +93,12 @@ class BasicTransformerBlock(nnx.Module):
   def __init__(
     self, features: int, *, heads: int, context_features: int, only_text: bool = False, **kw
   ):
-    self.norm1 = layer_norm(features, **kw)
+    self.norm1 = LayerNorm(features, **kw)
     source = context_features if only_text else None
     self.attn1 = Attention(features, heads=heads, context_features=source, **kw)
-    self.norm2 = layer_norm(features, **kw)
+    self.norm2 = LayerNorm(features, **kw)
     self.attn2 = Attention(features, heads=heads, context_features=context_features, **kw)
-    self.norm3 = layer_norm(features, **kw)
+    self.norm3 = LayerNorm(features, **kw)
     self.ff = FeedForward(features, **kw)
     self.only_text = only_text
 

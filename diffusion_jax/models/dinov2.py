@@ -15,7 +15,7 @@ from diffusion_jax.layout import constrain
 from diffusion_jax.models.attention import attend
 from diffusion_jax.models.checks import positive, require
 from diffusion_jax.models.layers import Conv
-from diffusion_jax.models.norms import layer_norm
+from diffusion_jax.models.norms import LayerNorm
 from diffusion_jax.models.remat import Blocks
 from diffusion_jax.models.text.clip_config import ACTIVATIONS
 from diffusion_jax.models.text.clip_layers import CLIPMLP, dense
@@ -218,10 +218,10 @@ class DINOv2Layer(nnx.Module):
 
   def __init__(self, config: DINOv2Config, **kw):
     d, eps = config.hidden_size, config.layer_norm_eps
-    self.norm1 = layer_norm(d, eps, **kw)
+    self.norm1 = LayerNorm(d, eps, **kw)
     self.attention = DINOv2Attention(config, **kw)
     self.layer_scale1 = LayerScale(config, **kw)
-    self.norm2 = layer_norm(d, eps, **kw)
+    self.norm2 = LayerNorm(d, eps, **kw)
     self.mlp = (SwiGLU if config.use_swiglu_ffn else CLIPMLP)(config, **kw)
     self.layer_scale2 = LayerScale(config, **kw)
 
@@ -255,7 +255,7 @@ class DINOv2(nnx.Module):
     self.config = config
     self.embeddings = DINOv2Embeddings(config, **kw)
     self.encoder = DINOv2Encoder(config, **kw)
-    self.layernorm = layer_norm(config.hidden_size, config.layer_norm_eps, **kw)
+    self.layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps, **kw)
 
   def __call__(self, pixels: Images) -> jax.Array:
     """Pixels [b h w c] -> tokens after the last norm [b 1+r+n d]: CLS, registers, patches.

@@ -12,6 +12,7 @@ from jax import lax
 
 from diffusion_jax.layout import constrain
 from diffusion_jax.models.norms import GroupNorm
+from diffusion_jax.sums import add_bias
 
 # PyTorch's default, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), from which the references were trained.
 kernel_init = nnx.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
@@ -42,7 +43,7 @@ class Conv(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     x = x.astype(self.dtype)
     y = self.convolve(x, self.kernel[...])
-    y = y if self.bias is None else y + self.bias[...].astype(self.dtype)
+    y = y if self.bias is None else add_bias(y, self.bias[...])
     return y if self.lora is None else y + self.lora(x, self.convolve)
 
   def convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -90,7 +91,7 @@ class Linear(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     x = x.astype(self.dtype)
     y = x @ self.kernel[...].astype(self.dtype)
-    y = y if self.bias is None else y + self.bias[...].astype(self.dtype)
+    y = y if self.bias is None else add_bias(y, self.bias[...])
     return y if self.lora is None else y + self.lora(x)
 
 

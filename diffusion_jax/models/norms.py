@@ -8,12 +8,56 @@ from flax import nnx
 from jax import lax
 
 from diffusion_jax.models.checks import require
+from diffusion_jax.sums import along_features, over_groups, over_leading, over_positions
 from diffusion_jax.xla import settled
 
 
-def layer_norm(features: int, epsilon: float = 1e-5, **kw) -> nnx.LayerNorm:
-  """LayerNorm with PyTorch's epsilon (Flax's default is 1e-6)."""
-  return nnx.LayerNorm(features, epsilon=epsilon, **kw)
+class LayerNorm(nnx.Module):
+  """Layer normalisation (Ba et al. 2016, section 3) of [... c]; parameters: scale [c], bias [c]."""
+
+  def __init__(
+    self, features: int, epsilon: float = 1e-5, *, dtype=jnp.float32,
+    param_dtype=jnp.float32, rngs: nnx.Rngs,
+  ):
+    del rngs  # Scale and bias start at one and zero.
+    self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+    self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
+    self.epsilon, self.dtype = epsilon, dtype
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale, bias = (p[...].astype(jnp.float32) for p in (self.scale, self.bias))
+    y = layer_norm(x, scale, bias, self.epsilon)
+    return y.astype(self.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+  """[... c] of any type, scale and bias [c] in float32 -> [... c] in float32.
+
+  Its own gradient, for the reason that `group_norm` has one.
+  """
+  return _normalized(x, scale, bias, epsilon)[0]
+
+
+def _normalized(x, scale, bias, epsilon):
+  mean = along_features(x) / x.shape[-1]
+  away = x.astype(jnp.float32) - mean
+  inverse = lax.rsqrt(along_features(jnp.square(away)) / x.shape[-1] + epsilon)
+  return away * inverse * scale + bias, (x, scale, mean, inverse)
+
+
+def _layer_gradients(epsilon, saved, dy):
+  del epsilon
+  x, scale, mean, inverse = saved
+  n = x.shape[-1]
+  normal = (x.astype(jnp.float32) - mean) * inverse
+  turned = dy * normal
+  flat, slope = along_features(dy, scale) / n, along_features(turned, scale) / n
+  dx = inverse * (dy * scale - flat - normal * slope)
+  return dx.astype(x.dtype), over_leading(turned), over_leading(dy)
+
+
+layer_norm.defvjp(_normalized, _layer_gradients)
 
 
 class GroupNorm(nnx.Module):
@@ -51,20 +95,15 @@ def group_norm(
   return _forward(x, scale, bias, groups, epsilon, activate)[0]
 
 
-def _mean(s: jax.Array, groups: int) -> jax.Array:
-  """Mean over the channels of each group, at each of its channels: [b c] -> [b c]."""
-  b, c = s.shape
-  return jnp.repeat(s.reshape(b, groups, -1).mean(-1), c // groups, axis=-1)
-
-
 def _forward(x, scale, bias, groups, epsilon, activate):
   # One pass gives both moments, about the first position so that a large mean does not cancel.
   # Summing positions before channels keeps the channels contiguous: 2-3 times faster on CPUs than
   # reducing groups at once.
-  shift = _mean(x[:, 0].astype(jnp.float32), groups)
+  shift = over_groups(x[:, 0].astype(jnp.float32), groups)
   away = x.astype(jnp.float32) - shift[:, None]
-  mean = _mean(away.mean(1), groups)
-  square = _mean(jnp.square(away).mean(1), groups)
+  n = x.shape[1]
+  mean = over_groups(over_positions(away) / n, groups)
+  square = over_groups(over_positions(jnp.square(away)) / n, groups)
   inverse = lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + epsilon)
   y = _centered(x, shift, mean) * (inverse * scale)[:, None] + bias
   return nnx.silu(y) if activate else y, (x, scale, bias, shift, mean, inverse)
@@ -84,13 +123,13 @@ def _backward(groups, epsilon, activate, saved, dz):
     gate = nnx.sigmoid(y)
     dy = settled(dz * gate * (1 + y * (1 - gate)))
   away = _centered(x, shift, mean)
-  total, along = dy.sum(1), (dy * away).sum(1) * inverse
+  total, along = over_positions(dy), over_positions(dy * away) * inverse
   n = x.shape[1]
   # Of the gradient for normalised values, its mean and its part along them leave each group.
-  flat = _mean(total * scale, groups) / n
-  slope = _mean(along * scale, groups) / n * inverse
+  flat = over_groups(total * scale, groups) / n
+  slope = over_groups(along * scale, groups) / n * inverse
   dx = inverse[:, None] * (dy * scale - flat[:, None] - away * slope[:, None])
-  return dx.astype(x.dtype), along.sum(0), total.sum(0)
+  return dx.astype(x.dtype), over_leading(along), over_leading(total)
 
 
 group_norm.defvjp(_forward, _backward)

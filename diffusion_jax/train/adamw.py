@@ -6,26 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
+from diffusion_jax.sums import of_squares
 from diffusion_jax.types import Params
 from diffusion_jax.xla import settled
 
 
 def global_norm(tree: Any) -> jax.Array:
-  """Euclidean norm over all leaves, float32. Scalar.
-
-  As products, so that XLA for CPUs has no loop to compile for each leaf; nor does it on chips,
-  where it makes reductions of them itself.
-  """
-  def square(x: jax.Array) -> jax.Array:
-    axes = tuple(range(x.ndim))
-    return lax.dot_general(
-      x, x, ((axes, axes), ((), ())), precision=lax.Precision.HIGHEST,
-      preferred_element_type=jnp.float32,
-    )
-
-  return jnp.sqrt(sum(map(square, jax.tree.leaves(tree)), jnp.zeros((), jnp.float32)))
+  """Euclidean norm over all leaves, float32. Scalar."""
+  return jnp.sqrt(of_squares(jax.tree.leaves(tree)))
 
 
 def adamw(

@@ -9,7 +9,7 @@ from flax import nnx
 
 from diffusion_jax.layout import constrain
 from diffusion_jax.models.layers import Linear
-from diffusion_jax.models.norms import layer_norm
+from diffusion_jax.models.norms import LayerNorm
 from diffusion_jax.models.remat import Blocks
 from diffusion_jax.models.text.clip_config import CLIPTextConfig, CLIPVisionConfig
 
@@ -74,9 +74,9 @@ class CLIPEncoderLayer(nnx.Module):
     d, eps = config.hidden_size, config.layer_norm_eps
     heads, depth = config.num_attention_heads, config.num_hidden_layers
     self.self_attn = CLIPAttention(d, heads, depth, causal=causal, **kw)
-    self.layer_norm1 = layer_norm(d, eps, **kw)
+    self.layer_norm1 = LayerNorm(d, eps, **kw)
     self.mlp = CLIPMLP(config, **kw)
-    self.layer_norm2 = layer_norm(d, eps, **kw)
+    self.layer_norm2 = LayerNorm(d, eps, **kw)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x = x + self.self_attn(self.layer_norm1(x))

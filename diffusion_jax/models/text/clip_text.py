@@ -9,7 +9,7 @@ from flax import nnx
 
 from diffusion_jax.layout import constrain
 from diffusion_jax.models.checks import require
-from diffusion_jax.models.norms import layer_norm
+from diffusion_jax.models.norms import LayerNorm
 from diffusion_jax.models.text.clip_config import CLIPTextConfig, CLIPTextProjectionConfig
 from diffusion_jax.models.text.clip_layers import CLIPEncoder, dense, embed
 from diffusion_jax.types import Text, Tokens
@@ -51,7 +51,7 @@ class CLIPTextTransformer(nnx.Module):
     self.config = config
     self.embeddings = CLIPTextEmbeddings(config, **kw)
     self.encoder = CLIPEncoder(config, causal=True, **kw)
-    self.final_layer_norm = layer_norm(config.hidden_size, config.layer_norm_eps, **kw)
+    self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, **kw)
 
   def __call__(
     self, ids: Tokens, *, skip: int = 0, normalize: bool = True,

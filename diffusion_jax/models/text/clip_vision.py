@@ -7,7 +7,7 @@ from flax import nnx
 from diffusion_jax.layout import constrain
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.layers import Conv
-from diffusion_jax.models.norms import layer_norm
+from diffusion_jax.models.norms import LayerNorm
 from diffusion_jax.models.text.clip_config import CLIPVisionConfig, CLIPVisionProjectionConfig
 from diffusion_jax.models.text.clip_layers import CLIPEncoder, dense, embed
 from diffusion_jax.types import Images
@@ -41,9 +41,9 @@ class CLIPVisionTransformer(nnx.Module):
     d, eps = config.hidden_size, config.layer_norm_eps
     self.config = config
     self.embeddings = CLIPVisionEmbeddings(config, **kw)
-    self.pre_layrnorm = layer_norm(d, eps, **kw)  # Spelt so in every published checkpoint.
+    self.pre_layrnorm = LayerNorm(d, eps, **kw)  # Spelt so in every published checkpoint.
     self.encoder = CLIPEncoder(config, causal=False, **kw)
-    self.post_layernorm = layer_norm(d, eps, **kw)
+    self.post_layernorm = LayerNorm(d, eps, **kw)
 
   def __call__(self, pixels: Images) -> jax.Array:
     size = self.config.image_size
