@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from diffusion_jax.xla import settled
+
 WIDTH = 8
 """Of the products that stand for sums of squares: as many columns times themselves."""
 
@@ -62,7 +64,7 @@ def of_squares(arrays: Iterable[jax.Array]) -> jax.Array:
   # Vectors lie whole on each device, so that joining them moves nothing.
   wide = lambda x: x.ndim > 1 and x.shape[-1] % WIDTH == 0
   vectors = [x.ravel() for x in arrays if not wide(x)]
-  total = jnp.square(jnp.concatenate(vectors)).sum() if vectors else jnp.zeros((), jnp.float32)
+  total = jnp.square(settled(jnp.concatenate(vectors))).sum() if vectors else jnp.zeros((), jnp.float32)
   products = [_product(x) for x in arrays if wide(x)]
   return total + jnp.trace(sum(products)) if products else total
 
