@@ -64,7 +64,9 @@ def of_squares(arrays: Iterable[jax.Array]) -> jax.Array:
   # Vectors lie whole on each device, so that joining them moves nothing.
   wide = lambda x: x.ndim > 1 and x.shape[-1] % WIDTH == 0
   vectors = [x.ravel() for x in arrays if not wide(x)]
-  total = jnp.square(settled(jnp.concatenate(vectors))).sum() if vectors else jnp.zeros((), jnp.float32)
+  total = jnp.zeros((), jnp.float32)
+  if vectors:
+    total = jnp.square(settled(jnp.concatenate(vectors))).sum()
   products = [_product(x) for x in arrays if wide(x)]
   return total + jnp.trace(sum(products)) if products else total
 

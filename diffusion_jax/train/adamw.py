@@ -9,7 +9,6 @@ import optax
 
 from diffusion_jax.sums import of_squares
 from diffusion_jax.types import Params
-from diffusion_jax.xla import settled
 
 
 def global_norm(tree: Any) -> jax.Array:
@@ -55,7 +54,6 @@ def adamw(
     mu, nu = dict(state.mu), dict(state.nu)
     for name in trained:
       mu[name], nu[name] = moments(mu[name], nu[name], grads[name], scale, use)
-    mu, nu = settled((mu, nu))
     count = state.count + use
     # Kept apart from zero, as it is before the first update that is used.
     n = jnp.maximum(count, 1).astype(jnp.float32)

@@ -13,7 +13,7 @@ from diffusion_jax.train.adamw import global_norm
 from diffusion_jax.train.guard import GuardConfig, choose, judge
 from diffusion_jax.train.state import TrainState, replicated
 from diffusion_jax.train.tasks.task import Metrics, Task
-from diffusion_jax.xla import jit, settled
+from diffusion_jax.xla import jit
 
 DEFAULT = GuardConfig()
 
@@ -92,7 +92,7 @@ def make_step(
     norm = global_norm(grads)
     use, finite, watch = judge(state.guard, guard, loss, norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, use=use)
-    params = settled(task.constrain(optax.apply_updates(state.params, updates)))
+    params = task.constrain(optax.apply_updates(state.params, updates))
     average = state.ema
     if average:
       decay = ema.decay_per_step(ema_halflife_images, batch_size, state.step)

@@ -1,5 +1,6 @@
 """The step: repeatable, the same on every mesh, exact when it accumulates."""
 
+import re
 import types
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.parallel.sharding import put_batch
+from diffusion_jax.train.compiling import held
 from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
 from diffusion_jax.train.state import abstract_state, create_state
 from diffusion_jax.train.step import make_step
@@ -58,6 +60,22 @@ def _run(task, batch, *, steps=1, mesh=None, accumulation=1, repeat=False):
 @pytest.fixture(scope='module')
 def clip_on_one_device():
   return _run(_clip_task(), _clip_batch(), steps=3)
+
+
+def test_the_state_is_updated_in_place():
+  """What a step returns lies where its arguments lay, and none of them is copied first."""
+  task, mesh = Regression(), make_mesh(MeshConfig(), jax.devices()[:1])
+  shapes = jax.eval_shape(task.initialize, jax.random.key(0))
+  optimizer = make_optimizer(OptimizerConfig(), shapes, 10)
+  abstract = abstract_state(task, optimizer, True, mesh)
+  step = make_step(
+    task, optimizer, batch_size=BATCH, ema_halflife_images=100.0, accumulation=1, mesh=mesh,
+    shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
+  )
+  compiled = step.lower(abstract, {}, _cast(regression_batch(BATCH))).compile()
+  weights = (abstract.params, abstract.ema, abstract.opt_state.mu, abstract.opt_state.nu)
+  assert compiled.memory_analysis().alias_size_in_bytes >= held(weights) > 0
+  assert not re.search(r'f32\[\d\S* copy\(', compiled.as_text())
 
 
 def test_a_step_is_repeatable_to_the_bit_and_steps_differ():
