@@ -107,11 +107,11 @@ def within(seconds: float, holds) -> None:
   ('theirs', 1, f'The process of diffusers {PEER} was ended by SIGKILL.\n'),
   ('command', -signal.SIGKILL, ''),
 ], ids=['ours', 'theirs', 'command'])
-def test_all_processes_end_with_any_of_them(killed, code, message):
+def test_all_processes_end_with_any_of_them(killed, code, message, tmp_path):
   command = subprocess.Popen(
     [sys.executable, '-m', 'benchmarks.peers', *SMALL, '--only', 'step', '--pairs', '1000000'],
-    cwd=tiny.ROOT, env=tiny.environment('', 1), text=True, stdout=subprocess.DEVNULL,
-    stderr=subprocess.PIPE,
+    cwd=tiny.ROOT, env=tiny.environment('', 1, TMPDIR=str(tmp_path)), text=True,
+    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
   )
   with command:
     try:
