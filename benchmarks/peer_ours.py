@@ -1,16 +1,23 @@
 """Our side of benchmarks/peers.py: the training step and the sampler as users run them."""
 
+import dataclasses
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save_file
 
+from diffusion_jax import __version__
+from diffusion_jax.benchmark.flops import count_flops
+from diffusion_jax.benchmark.timing import cpu_cores
 from diffusion_jax.diffusion.denoiser import text_denoiser
 from diffusion_jax.diffusion.guidance import classifier_free
 from diffusion_jax.diffusion.samplers import sampler, sampling_grid
 from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
 from diffusion_jax.io.convert import to_published
+from diffusion_jax.io.published.architectures import UNETS
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.models.unet_config import UNetConfig
@@ -24,6 +31,17 @@ from diffusion_jax.train.tasks.task import Task, mean_metric
 from diffusion_jax.xla import jit
 
 LEARNING_RATE, HALFLIFE = 1e-4, 10_000.0
+
+
+def facts() -> dict[str, Any]:
+  """What is computed on, and by what."""
+  device = jax.devices()[0]
+  return {
+    'device': {
+      'platform': device.platform, 'kind': device.device_kind, 'cpu_cores': cpu_cores()
+    },
+    'versions': {'diffusion_jax': __version__, 'jax': jax.__version__},
+  }
 
 
 class Denoising(Task):
@@ -44,22 +62,36 @@ class Denoising(Task):
     return error.mean(), ({'loss': mean_metric(error)}, ())
 
 
-class Ours:
+class Side:
   """The U-Net with its weights, and what is done with it; arrays come and go as numpy, NHWC."""
 
-  name = 'diffusion_jax'
-
-  def __init__(self, config: UNetConfig, dtype: str):
-    self.network = Network.of(UNet, config, dtype=jnp.dtype(dtype))
+  def __init__(self, model: str | dict[str, Any], dtype: str):
+    """model: the name of a published U-Net, or fields of UNetConfig."""
+    self.config = UNETS[model] if isinstance(model, str) else UNetConfig(**model)
+    self.network = Network.of(UNet, self.config, dtype=jnp.dtype(dtype))
     self.mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     quick = {'xla_backend_optimization_level': 0}  # It runs once.
     initialize = jax.jit(self.network.initialize, compiler_options=quick)
     self.params = jax.tree.map(np.asarray, initialize(jax.random.key(0)))
-    self.compile_seconds: dict[str, float] = {}
+    self.compile_seconds = 0.0
 
-  def published(self) -> dict[str, np.ndarray]:
-    """The weights as diffusers names and shapes them."""
-    return to_published(self.params)
+  def describe(self) -> dict[str, Any]:
+    """The model's config and number of parameters, and the seconds that compiling has taken."""
+    return {
+      'config': dataclasses.asdict(self.config), 'compile_seconds': self.compile_seconds,
+      'parameters': sum(leaf.size for leaf in self.network.shapes.values()),
+    }
+
+  def save(self, path: str) -> None:
+    """Writes the weights as diffusers names and shapes them."""
+    published = to_published(self.params)
+    save_file({name: np.ascontiguousarray(x) for name, x in published.items()}, path)
+
+  def flops(self, batch: dict) -> float:
+    """Of a training step, by formula."""
+    loss = lambda params, x, t, text: self.network.bind(params)(x, t, text).sum()
+    arrays = (batch[name] for name in ('x', 't', 'text'))
+    return count_flops(loss, self.network.shapes, *arrays, trained=0).total
 
   def output(self, batch: dict) -> np.ndarray:
     """The U-Net's output."""
@@ -67,13 +99,18 @@ class Ours:
     out = run(self.params, batch['x'], batch['t'], batch['text'])
     return np.asarray(out, np.float32)
 
+  def _take_params(self) -> dict[str, jax.Array]:
+    """The weights on the device; they are kept nowhere else, as in a user's run."""
+    params, self.params = self.params, {}
+    return put_params(params, self.mesh)
+
   def stepper(self, batch: dict):
     """A function that makes one training step and returns its loss, when all of it is done."""
     task = Denoising(self.network)
     optimizer = make_optimizer(
       OptimizerConfig(learning_rate=LEARNING_RATE), self.network.shapes, 1000
     )
-    state = create_state(task, optimizer, True, 0, self.mesh, put_params(self.params, self.mesh))
+    state = create_state(task, optimizer, True, 0, self.mesh, self._take_params())
     abstract = abstract_state(task, optimizer, True, self.mesh)
     step = make_step(
       task, optimizer, batch_size=len(batch['x']), ema_halflife_images=HALFLIFE, accumulation=1,
@@ -81,7 +118,7 @@ class Ours:
     )
     batch = put_batch(batch, self.mesh)
     update, report = compile_step(step, state, {}, batch)
-    self.compile_seconds['step'] = report.seconds
+    self.compile_seconds = report.seconds
 
     def run() -> float:
       nonlocal state
@@ -104,8 +141,8 @@ class Ours:
         classifier_free(denoise, text, negative, guidance), x, grid, keys
       )
 
-    params = put_params(self.params, self.mesh)
+    params = self._take_params()
     start = time.perf_counter()
     compiled = jit(draw).lower(params, noise, text, negative).compile()
-    self.compile_seconds['sample'] = round(time.perf_counter() - start, 2)
+    self.compile_seconds = round(time.perf_counter() - start, 2)
     return lambda: np.asarray(compiled(params, noise, text, negative))

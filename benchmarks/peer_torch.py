@@ -1,30 +1,45 @@
 """The other side of benchmarks/peers.py: diffusers' U-Net in PyTorch, as its users train it."""
 
 import contextlib
+from typing import Any
 
 import diffusers
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
-KINDS = {
-  'eager': (False, torch.contiguous_format),
-  'eager_channels_last': (False, torch.channels_last),
-  'compiled': (True, torch.contiguous_format),
-  'compiled_channels_last': (True, torch.channels_last),
-}
-"""name: (whether torch.compile is used, memory format)."""
+GPU = torch.cuda.is_available()
 
 
-class Theirs:
-  """One of KINDS; arrays come and go as numpy, NHWC."""
+def facts() -> dict[str, Any]:
+  """What is computed on, in JAX's words, and by what."""
+  return {
+    'device': {'platform': 'gpu' if GPU else 'cpu'},
+    # torch's is of a class of its own, for which the parent would import all of it.
+    'versions': {'torch': str(torch.__version__), 'diffusers': diffusers.__version__},
+  }
 
-  def __init__(self, kind: str, config: dict, weights: dict[str, np.ndarray], dtype: str):
-    self.name = kind
-    compiled, self.format = KINDS[kind]
-    self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+
+def set_up(cores: int) -> None:
+  """As many threads as XLA takes on a CPU, and float32 multiplied as it does on a GPU."""
+  if GPU:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+  else:
+    torch.set_num_threads(cores)
+
+
+class Side:
+  """One way of running the U-Net; arrays come and go as numpy, NHWC."""
+
+  def __init__(self, compiled: bool, memory_format: str, config: dict, weights: str, dtype: str,
+               cores: int):
+    """compiled: by torch.compile. weights: a file of safetensors."""
+    set_up(cores)
+    self.format = getattr(torch, memory_format)
+    self.device = torch.device('cuda' if GPU else 'cpu')
     self.dtype = getattr(torch, dtype)
     model = diffusers.UNet2DConditionModel(**config)
-    model.load_state_dict({name: torch.tensor(value) for name, value in weights.items()})
+    model.load_state_dict(load_file(weights))
     self.model = model.to(self.device, memory_format=self.format)
     self.call = torch.compile(self.model) if compiled else self.model
 

@@ -95,8 +95,8 @@ def tables() -> str:
   scaling = [r for found in every if found.get('what') == 'scaling' for r in scaling_rows(found)]
   parts = []
   if peers:
-    parts.append('Beside diffusers in PyTorch, in turn in one process (`benchmarks/peers.py`); a '
-                 'ratio below 1 is faster than it:')
+    parts.append('Beside diffusers in PyTorch, in turn in one run, each in a process of its own '
+                 '(`benchmarks/peers.py`); a ratio below 1 is faster than it:')
     parts.append(markdown(('work', 'device', 'ours', 'diffusers', 'theirs', 'ratio'), peers))
   if runs:
     parts.append('By `python -m diffusion_jax benchmark`:')
