@@ -97,7 +97,7 @@ def constrain(x: jax.Array, kind: str) -> jax.Array:
   Without a mesh, or where all its axes in question have size 1, it is x itself. Its gradient lies
   as it does.
   """
-  sizes = _mesh()
+  sizes = mesh_sizes()
   return jax.lax.with_sharding_constraint(x, _placed(x, kind, sizes)) if sizes else x
 
 
@@ -110,7 +110,7 @@ def on_each_device(
   has the first argument's shape.
   """
   def call(*args: jax.Array) -> jax.Array:
-    sizes = _mesh()
+    sizes = mesh_sizes()
     if not sizes:
       return function(*args)
     # Axes of one device are left to the compiler: a gradient would be summed over each of them.
@@ -133,8 +133,8 @@ def _of(axes: Set[str], spec: PartitionSpec) -> PartitionSpec:
   return PartitionSpec(*map(one, spec))
 
 
-def _mesh() -> Mapping[str, int]:
-  """Sizes of the axes of `jax.set_mesh`; empty where none is larger than 1."""
+def mesh_sizes() -> Mapping[str, int]:
+  """Sizes of the axes of the mesh in force, that of `jax.set_mesh`; none if no axis is above 1."""
   sizes = jax.sharding.get_abstract_mesh().shape
   return sizes if any(sizes.get(axis, 1) > 1 for axis in AXES) else {}
 

@@ -59,10 +59,11 @@ def test_the_gradient_of_a_bias_is_summed_in_float32():
   assert (dx == 1).all() and dx.dtype == jnp.bfloat16 and (db == 4096).all()
 
 
-def test_squares_of_what_is_split_over_devices_are_not_gathered():
-  mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ('data', 'fsdp'))
-  split = NamedSharding(mesh, PartitionSpec('data', 'fsdp'))
-  x = jax.device_put(X[0, :48], split)
-  run = jax.jit(lambda x: sums.of_squares([x, x[0, :1]])).lower(x).compile()
+@pytest.mark.parametrize('axes', [('data', None), (None, 'tensor'), ('data', 'tensor')])
+def test_squares_of_what_is_split_over_devices_are_right_and_not_gathered(axes):
+  mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ('data', 'tensor'))
+  x = jax.device_put(X[0, :48, :16], NamedSharding(mesh, PartitionSpec(*axes)))
+  with jax.set_mesh(mesh):
+    run = jax.jit(lambda x: sums.of_squares([x, x[0, :1]])).lower(x).compile()
   np.testing.assert_allclose(run(x), np.square(np.float64(x)).sum() + x[0, 0] ** 2, rtol=2e-6)
-  assert 'f32[48,24]' not in run.as_text()
+  assert 'all-gather' not in run.as_text()
