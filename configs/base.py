@@ -9,6 +9,7 @@ def base(task: str) -> ConfigDict:
   config.task = task
   config.dtype = 'float32'
   config.remat = 'none'
+  config.attention = 'auto'
   config.weights_from = ''
   config.data = ConfigDict(
     {'dataset': 'openmoji', 'size': 64, 'data_dir': '', 'prepare': True, 'transforms': (),

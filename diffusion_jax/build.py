@@ -21,6 +21,7 @@ from diffusion_jax.evaluation.job import check_samples
 from diffusion_jax.io.metrics_backends import check_wandb
 from diffusion_jax.io.run_directory import RunDirectory
 from diffusion_jax.io.trained import run_weights
+from diffusion_jax.models.attend import check_attention
 from diffusion_jax.models.text.tokenizer import (
   Tokenize,
   load_tokenizer,
@@ -80,17 +81,18 @@ def build_task(
   config: TrainingConfig, train: Source, test: Source, directory: RunDirectory, mesh: Mesh
 ) -> Task:
   """The task with its frozen networks loaded, large ones onto the mesh."""
-  dtype, remat, settings = DTYPES[config.dtype], config.remat, config.settings
+  dtype, settings = DTYPES[config.dtype], config.settings
+  options = {'dtype': dtype, 'remat': config.remat, 'attention': config.attention}
   if config.task == 'autoencoder':
-    return AutoencoderTask(settings, test, dtype, remat)
+    return AutoencoderTask(settings, test, **options)
   if config.task == 'toy':
     return ToyTask(settings, test)
   if config.task == 'classifier':
-    return _classifier_task(config, train, test)
+    return _classifier_task(config, train, test, options)
   if config.task == 'clip':
-    return _clip_task(settings, train, test, directory, dtype, remat)
+    return _clip_task(settings, train, test, directory, options)
   if config.task == 'finetune':
-    task = make_finetune_task(settings, train, test, mesh, dtype, remat)
+    task = make_finetune_task(settings, train, test, mesh, **options)
     _check_size(config, task.model)
     return task
   model, frozen = assemble(
@@ -99,7 +101,8 @@ def build_task(
     settings.latent_patch_size, dtype,
   )
   _check_size(config, model)
-  return DiffusionTask(settings, model, frozen, train, test, remat)
+  model = model.attending(config.attention)
+  return DiffusionTask(settings, model, frozen, train, test, config.remat)
 
 
 def _check_size(config: TrainingConfig, model) -> None:
@@ -113,7 +116,9 @@ def _check_size(config: TrainingConfig, model) -> None:
     )
 
 
-def _classifier_task(config: TrainingConfig, train, test) -> ClassifierTask:
+def _classifier_task(
+  config: TrainingConfig, train, test, options: dict[str, Any]
+) -> ClassifierTask:
   size = config.settings.classifier.image_size
   if config.data.size != size:
     raise UserError(
@@ -124,11 +129,11 @@ def _classifier_task(config: TrainingConfig, train, test) -> ClassifierTask:
   made = build_transforms(config.data.transforms, classes=settings.classifier.class_names)
   if not any(isinstance(one, Label) for one in made):
     raise UserError('data.transforms of a classifier need label; put it before normalize.')
-  return ClassifierTask(settings, test, DTYPES[config.dtype], config.remat)
+  return ClassifierTask(settings, test, **options)
 
 
 def _clip_task(
-  settings: CLIPTaskConfig, train, test, directory: RunDirectory, dtype, remat: str
+  settings: CLIPTaskConfig, train, test, directory: RunDirectory, options: dict[str, Any]
 ) -> CLIPTask:
   """Trains the tokenizer, or reads the one that this run trained when it began."""
   text = settings.clip.text_config
@@ -142,7 +147,7 @@ def _clip_task(
     eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
   )
   clip = dataclasses.replace(settings.clip, text_config=text)
-  return CLIPTask(dataclasses.replace(settings, clip=clip), tokenizer, test, dtype, remat)
+  return CLIPTask(dataclasses.replace(settings, clip=clip), tokenizer, test, **options)
 
 
 def _loader(
@@ -224,6 +229,8 @@ def build(config: ConfigDict | dict, workdir: str, synthetic: bool = False) -> T
   mesh = make_mesh(checked.mesh)
   if checked.remat == 'offload':
     _check_host_memory(mesh)
+  if checked.attention != 'auto':
+    check_attention(checked.attention, DTYPES[checked.dtype])
   if checked.task in LATENT and checked.settings.cache and checked.data.transforms:
     raise UserError(
       'data.transforms have no effect with settings.cache; empty them or switch the cache off.'

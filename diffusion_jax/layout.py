@@ -102,19 +102,20 @@ def constrain(x: jax.Array, kind: str) -> jax.Array:
 
 
 def on_each_device(
-  function: Callable[..., jax.Array], kinds: Sequence[str], result: str
+  function: Callable[..., jax.Array], kinds: Sequence[str], result: str, whole: bool = False
 ) -> Callable[..., jax.Array]:
   """The function of activations of these kinds, computed by each device of what it holds of them.
 
   For what takes examples and heads in portions, which must not be portions of the mesh. The result
-  has the first argument's shape.
+  has the first argument's shape. `whole`: the compiler is left no axis of the mesh, as it must be
+  for kernels, not even one of one device.
   """
   def call(*args: jax.Array) -> jax.Array:
     sizes = mesh_sizes()
     if not sizes:
       return function(*args)
     # Axes of one device are left to the compiler: a gradient would be summed over each of them.
-    axes = {axis for axis in AXES if sizes.get(axis, 1) > 1}
+    axes = set(sizes) if whole else {axis for axis in AXES if sizes.get(axis, 1) > 1}
     specs = tuple(_of(axes, _placed(x, kind, sizes)) for x, kind in zip(args, kinds, strict=True))
     out = _of(axes, _placed(args[0], result, sizes))
     return jax.shard_map(

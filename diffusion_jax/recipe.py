@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_flags
 from diffusion_jax.config import typed
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.run_directory import flatten, normalise
+from diffusion_jax.models.attend_ways import ATTENTION
 from diffusion_jax.models.remat import REMAT
 from diffusion_jax.parallel.mesh import MeshConfig
 from diffusion_jax.train.config import LoopConfig, SafetyConfig
@@ -58,8 +59,10 @@ class TrainingConfig:
   """The whole configuration; the type of `settings` follows from `task`.
 
   dtype: type of the computation, float32 or bfloat16; parameters are always float32. remat: what
-  the backward pass computes again instead of keeping it, one of `models.remat.REMAT`. weights_from:
-  workdir of a run of the same network whose last weights this one begins with; '' for none.
+  the backward pass computes again instead of keeping it, one of `models.remat.REMAT`. attention:
+  how the network that is trained computes it, one of `models.attend_ways.ATTENTION`; frozen ones
+  choose for themselves. weights_from: workdir of a run of the same network whose last weights this
+  one begins with; '' for none.
   """
 
   task: str
@@ -71,15 +74,20 @@ class TrainingConfig:
   mesh: MeshConfig = MeshConfig()
   dtype: str = 'float32'
   remat: str = 'none'
+  attention: str = 'auto'
   weights_from: str = ''
 
   def __post_init__(self):
     if self.dtype not in DTYPES:
       raise UserError(f'config.dtype is {self.dtype!r}; choose one of {", ".join(DTYPES)}.')
-    if self.remat not in REMAT:
-      raise UserError(f'config.remat is {self.remat!r}; choose one of {", ".join(REMAT)}.')
-    if self.task == 'toy' and self.remat != 'none':
-      raise UserError('config.remat has no effect on task toy, whose network is small; set none.')
+    for name, known in (('remat', REMAT), ('attention', ATTENTION)):
+      value = getattr(self, name)
+      if value not in known:
+        raise UserError(f'config.{name} is {value!r}; choose one of {", ".join(known)}.')
+      if self.task == 'toy' and value != known[0]:
+        raise UserError(
+          f'config.{name} has no effect on task toy, whose network is small; set {known[0]}.'
+        )
 
 
 LATENT = ('diffusion', 'finetune')

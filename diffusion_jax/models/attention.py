@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion_jax.layout import constrain
-from diffusion_jax.models.attend import attend
+from diffusion_jax.models.attend import Attends
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.layers import linear, pointwise
 from diffusion_jax.models.norms import GroupNorm, LayerNorm
@@ -19,7 +19,7 @@ class Nothing(nnx.Module):
   """Keeps the place of a layer without parameters (dropout) in a numbered list."""
 
 
-class Attention(nnx.Module):
+class Attention(Attends):
   """Multi-head attention (Vaswani et al. 2017, eq. 1): x [b n c], context [b l d] -> [b n c].
 
   Without a context it attends to x itself. In the U-Net q, k and v have no bias; in the
@@ -42,7 +42,7 @@ class Attention(nnx.Module):
     context = x if context is None else context
     split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
     q, k, v = split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context))
-    y = attend(q, k, v)
+    y = self.attend(q, k, v)
     return constrain(self.to_out[0](y.reshape(*y.shape[:-2], -1)), 'tokens')
 
 

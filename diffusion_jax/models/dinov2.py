@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from diffusion_jax.layout import constrain
-from diffusion_jax.models.attention import attend
+from diffusion_jax.models.attend import Attends
 from diffusion_jax.models.checks import positive, require
 from diffusion_jax.models.layers import Conv
 from diffusion_jax.models.norms import LayerNorm
@@ -152,7 +152,7 @@ class DINOv2Embeddings(nnx.Module):
     return constrain(jnp.concatenate(parts, axis=1), 'tokens')
 
 
-class SelfAttention(nnx.Module):
+class SelfAttention(Attends):
   """Queries, keys and values of a multi-head attention to itself: [b l d] -> [b l d]."""
 
   def __init__(self, config: DINOv2Config, **kw):
@@ -164,7 +164,8 @@ class SelfAttention(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
-    return attend(split(self.query(x)), split(self.key(x)), split(self.value(x))).reshape(x.shape)
+    q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
+    return self.attend(q, k, v).reshape(x.shape)
 
 
 class AttentionOutput(nnx.Module):

@@ -5,7 +5,7 @@ as {'down_blocks.0.resnets.1.conv1.kernel': array}. Names therefore serve, uncha
 sharding rules, optimizer groups, checkpoints and conversion tables.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion_jax.models.attend import Attends
+from diffusion_jax.models.attend_ways import ATTENTION
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.remat import REMAT, Blocks
 from diffusion_jax.types import Params
@@ -85,10 +87,14 @@ class Network(NamedTuple):
   options: Mapping[str, Any] = MappingProxyType({})
 
   @classmethod
-  def of(cls, module: type[nnx.Module], config: Any, remat: str = 'none', **kwargs) -> 'Network':
-    """The network `module(config, **kwargs, rngs=...)`, with one of `remat.REMAT`."""
+  def of(
+    cls, module: type[nnx.Module], config: Any, remat: str = 'none', attention: str = 'auto',
+    **kwargs,
+  ) -> 'Network':
+    """The network `module(config, **kwargs, rngs=...)`, with one each of REMAT and ATTENTION."""
     make = lambda rngs: module(config, **kwargs, rngs=rngs)
-    return cls(config, *abstract(make), make, kwargs).rematerialised(remat)
+    made = cls(config, *abstract(make), make, kwargs)
+    return made.rematerialised(remat).attending(attention)
 
   def remade(self, make: Callable[[nnx.Rngs], nnx.Module]) -> 'Network':
     """A network of the same config that is built otherwise."""
@@ -100,21 +106,36 @@ class Network(NamedTuple):
     Raises:
       UserError: no such kind, or a network without blocks.
     """
-    if remat == self.options.get('remat', 'none'):
+    return self._with('remat', remat, REMAT, Blocks, 'blocks to compute again')
+
+  def attending(self, attention: str) -> 'Network':
+    """The same network, whose attention is computed in that way (see `models.attend_ways`).
+
+    Raises:
+      UserError: no such way, or a network without attention that has no mask and no bias.
+    """
+    return self._with('attention', attention, ATTENTION, Attends, 'attention of that kind')
+
+  def _with(
+    self, option: str, value: str, known: Sequence[str], kind: type[nnx.Module], parts: str
+  ) -> 'Network':
+    """The same network, with an attribute of all its parts of that kind set to the value."""
+    if value == self.options.get(option, known[0]):
       return self
-    require(remat in REMAT, f'remat is {remat!r}; choose one of {", ".join(REMAT)}.')
-    def keep_less(module: nnx.Module) -> nnx.Module:
-      blocks = [part for _, part in nnx.iter_modules(module) if isinstance(part, Blocks)]
+    require(value in known, f'{option} is {value!r}; choose one of {", ".join(known)}.')
+
+    def change(module: nnx.Module) -> nnx.Module:
+      found = [part for _, part in nnx.iter_modules(module) if isinstance(part, kind)]
       name = type(module).__name__
-      require(bool(blocks), f'{name} has no blocks to compute again; set remat to none.')
-      for part in blocks:
-        part.remat = remat
+      require(bool(found), f'{name} has no {parts}; set {option} to {known[0]}.')
+      for part in found:
+        setattr(part, option, value)
       return module
 
-    graphdef = split(keep_less(self.bind(self.shapes)))[0]
-    options = {**self.options, 'remat': remat}
+    graphdef = split(change(self.bind(self.shapes)))[0]
+    options = {**self.options, option: value}
     return self._replace(
-      graphdef=graphdef, make=lambda rngs: keep_less(self.make(rngs)), options=options
+      graphdef=graphdef, make=lambda rngs: change(self.make(rngs)), options=options
     )
 
   def bind(self, params: Params) -> nnx.Module:

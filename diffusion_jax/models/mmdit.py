@@ -12,7 +12,7 @@ from flax import nnx
 from jax import lax
 
 from diffusion_jax.layout import constrain
-from diffusion_jax.models.attention import attend
+from diffusion_jax.models.attend import Attends
 from diffusion_jax.models.checks import freeze_lists, positive, require
 from diffusion_jax.models.embeddings import TimestepEmbedding, timestep_embedding
 from diffusion_jax.models.layers import Conv, linear
@@ -83,7 +83,7 @@ class MMDiTConfig:
     return self.num_attention_heads * self.attention_head_dim
 
 
-class JointAttention(nnx.Module):
+class JointAttention(Attends):
   """Attention of image tokens, and of text tokens if given, to both (Esser et al. 2024, fig. 2).
 
   `joint` False: without text. `last`: the text's result is not needed; the published weights of its
@@ -118,7 +118,7 @@ class JointAttention(nnx.Module):
     if wanted:
       more = normed(by_head(self.add_q_proj(text)), self.norm_added_q)
       q = jnp.concatenate([q, more], axis=1)
-    y = attend(q, k, v)
+    y = self.attend(q, k, v)
     y, words = jnp.split(y.reshape(*y.shape[:2], -1), [x.shape[1]], axis=1)
     words = constrain(self.to_add_out(words), 'tokens') if wanted else None
     return constrain(self.to_out[0](y), 'tokens'), words

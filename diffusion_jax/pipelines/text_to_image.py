@@ -113,6 +113,14 @@ class TextToImage:
       text=self.text.replaced({role: less(n) for role, n in self.text.networks.items()}),
     )
 
+  def attending(self, attention: str) -> 'TextToImage':
+    """The same model, whose U-Net and ControlNet compute attention in that way.
+
+    Others choose for themselves: the one head of an autoencoder is too wide for kernels.
+    """
+    control = self.controlnet and self.controlnet.attending(attention)
+    return dataclasses.replace(self, unet=self.unet.attending(attention), controlnet=control)
+
   def on_mesh(self, weights: Weights, mesh: Mesh) -> Weights:
     """Host arrays onto their shards."""
     return {role: put_params(params, mesh) for role, params in weights.items()}

@@ -12,6 +12,7 @@ from diffusion_jax.diffusion.processes import PROCESSES
 from diffusion_jax.diffusion.samplers import SAMPLERS
 from diffusion_jax.diffusion.weightings import WEIGHTINGS
 from diffusion_jax.io import keeper
+from diffusion_jax.models.attend_ways import ATTENTION
 from diffusion_jax.models.remat import REMAT
 from diffusion_jax.parallel.mesh import MeshConfig
 from diffusion_jax.train.config import SafetyConfig
@@ -71,6 +72,13 @@ def test_the_page_on_parallelism_names_every_key_and_kind():
   for path in re.findall(r'`([\w/]+\.py)', page):
     assert (ROOT / path).exists(), path
   assert '(docs/parallelism.md)' in (ROOT / 'README.md').read_text()
+
+
+def test_the_page_on_speed_has_a_row_for_each_way_to_compute_attention():
+  page = (ROOT / 'docs' / 'speed.md').read_text()
+  assert tuple(re.findall(r'^\| `(\w+)` \|', page, flags=re.MULTILINE)) == ATTENTION
+  readme = (ROOT / 'README.md').read_text()
+  assert all(f'`{name}`' in readme for name in ATTENTION[1:]) and '(docs/speed.md)' in readme
 
 
 def test_the_page_on_operations_names_every_state_and_key():

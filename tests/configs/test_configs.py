@@ -129,5 +129,6 @@ def test_the_base_is_locked_and_has_every_section():
   for task, settings in SETTINGS.items():
     assert settings and base(task).task == task
   assert set(base('clip').keys()) == {
-    'data', 'optimizer', 'loop', 'safety', 'mesh', 'dtype', 'remat', 'weights_from', 'task',
+    'data', 'optimizer', 'loop', 'safety', 'mesh', 'dtype', 'remat', 'attention',
+    'weights_from', 'task',
   }

@@ -45,6 +45,8 @@ def train_fails(fails, tmp_path, small_data):
   ('--config.data.dataset=nomoji', ('nomoji', 'openmoji')),
   ('--config.settings.unet.sample_size=12', ('data.size', 'sample_size')),
   ('--config.dtype=float8', ('float8', 'bfloat16')),
+  ('--config.attention=flash', ("config.attention is 'flash'", 'auto, xla, cudnn, splash')),
+  ('--config.attention=cudnn', ("'cudnn' cannot serve here", 'NVIDIA GPU', 'to auto')),
   ('--batchsize=3', ('--batchsize',)),
 ])
 def test_wrong_overrides(recipe, train_fails, override, words):

@@ -52,6 +52,15 @@ def test_recipes_like_the_others_train(recipe, tuned, pipelines):
     assert not [name for name in before if np.array_equal(before[name], after[name])]
 
 
+def test_attention_is_computed_as_the_config_says(arguments, tmp_path):
+  file, more = arguments('controlnet', tmp_path, attention='xla')
+  with tiny.few_devices():
+    task = build.build(load_config(file, more), str(tmp_path)).task
+  for model in (task.model, task.learning):
+    said = {role: n.options.get('attention', 'auto') for role, n in model.networks.items()}
+    assert said.pop('unet') == said.pop('controlnet') == 'xla' and set(said.values()) == {'auto'}
+
+
 @pytest.fixture(scope='module')
 def opened(tuned, arguments):
   """opened(recipe): (Training of the run, parameters of its last checkpoint)."""

@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from diffusion_jax.layout import constrain
+from diffusion_jax.models.attend import Attends
 from diffusion_jax.models.layers import Linear
 from diffusion_jax.models.norms import LayerNorm
 from diffusion_jax.models.remat import Blocks
@@ -34,7 +35,7 @@ def activation(name: str, x: jax.Array) -> jax.Array:
   return jax.nn.gelu(x, approximate=name != 'gelu')
 
 
-class CLIPAttention(nnx.Module):
+class CLIPAttention(Attends):
   """Multi-head self-attention with biases: [b l d] -> [b l d]."""
 
   def __init__(self, features: int, heads: int, depth: int, *, causal: bool, **kw):
@@ -47,10 +48,15 @@ class CLIPAttention(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
-    q = constrain(split(self.q_proj(x)), 'queries')
-    k, v = constrain(split(self.k_proj(x)), 'keys'), constrain(split(self.v_proj(x)), 'keys')
-    y = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
+    q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+    y = _attend_before(q, k, v) if self.causal else self.attend(q, k, v)
     return constrain(self.out_proj(y.reshape(x.shape)), 'tokens')
+
+
+def _attend_before(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """Attention of each query to keys up to its own place: all [b l h d]."""
+  q, k, v = constrain(q, 'queries'), constrain(k, 'keys'), constrain(v, 'keys')
+  return jax.nn.dot_product_attention(q, k, v, is_causal=True)
 
 
 class CLIPMLP(nnx.Module):

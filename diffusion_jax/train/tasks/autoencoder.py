@@ -72,12 +72,13 @@ class AutoencoderTask(Task):
   batch_fields = ('image',)
 
   def __init__(
-    self, config: AutoencoderTaskConfig, test: ImageSource, dtype=jnp.float32, remat: str = 'none'
+    self, config: AutoencoderTaskConfig, test: ImageSource, dtype=jnp.float32,
+    remat: str = 'none', attention: str = 'auto',
   ):
     self.config = config
     self.test = test
     self.autoencoder = Network.of(
-      AutoencoderKL, config.autoencoder, dtype=dtype, remat=remat
+      AutoencoderKL, config.autoencoder, dtype=dtype, remat=remat, attention=attention
     )
     self.discriminator = Network.of(Discriminator, config.discriminator, dtype=dtype)
     self.frozen: Frozen = {}

@@ -78,11 +78,14 @@ class ClassifierTask(Task):
   batch_fields = ('image', 'label')
 
   def __init__(
-    self, config: ClassifierTaskConfig, test: Source, dtype=jnp.float32, remat: str = 'none'
+    self, config: ClassifierTaskConfig, test: Source, dtype=jnp.float32, remat: str = 'none',
+    attention: str = 'auto',
   ):
     self.config, self.test = config, test
     self.classes = config.classifier.class_names
-    self.network = Network.of(Classifier, config.classifier, dtype=dtype, remat=remat)
+    self.network = Network.of(
+      Classifier, config.classifier, dtype=dtype, remat=remat, attention=attention
+    )
     self.frozen: Frozen = {}
     self._logits = jit(
       lambda params, images: ClassifierExtractor(self.network, {}, '').apply(params, images)[

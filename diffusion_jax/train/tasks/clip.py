@@ -72,12 +72,12 @@ class CLIPTask(Task):
 
   def __init__(
     self, config: CLIPTaskConfig, tokenizer: PreTrainedTokenizerBase, test: ImageSource,
-    dtype=jnp.float32, remat: str = 'none',
+    dtype=jnp.float32, remat: str = 'none', attention: str = 'auto',
   ):
     self.config = config
     self.tokenizer = tokenizer
     self.test = test
-    self.clip = Network.of(CLIP, config.clip, dtype=dtype, remat=remat)
+    self.clip = Network.of(CLIP, config.clip, dtype=dtype, remat=remat, attention=attention)
     self.frozen: Frozen = {}
 
   def initialize(self, key: jax.Array) -> Params:

@@ -184,7 +184,8 @@ class FinetuneTask(DiffusionTask):
 
 
 def make_finetune_task(
-  config: FinetuneTaskConfig, train, test, mesh: Mesh, dtype, remat: str = 'none'
+  config: FinetuneTaskConfig, train, test, mesh: Mesh, dtype, remat: str = 'none',
+  attention: str = 'auto',
 ) -> FinetuneTask:
   """The task with its frozen networks on the mesh. UserError where something does not fit."""
   if not config.model:
@@ -193,6 +194,7 @@ def make_finetune_task(
       '--config.settings.model=models/stable-diffusion-v1-5.'
     )
   model, parts, _ = read_pipeline(config.model, dtype)
+  model = model.attending(attention)
   if not model.text.tokenizers:
     raise UserError(f'{config.model} reads no prompts; only models that do can be trained on.')
   if config.objective.prediction != model.prediction:
