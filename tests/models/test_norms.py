@@ -24,7 +24,7 @@ def layer_formula(x, scale, bias, epsilon):
   return (x - mean) / jnp.sqrt(variance + epsilon) * scale + bias
 
 
-def compare(ours, formula, offset: float):
+def assert_as_in_float64(ours, formula, offset: float):
   """Value and gradients in float32 beside the formula's in float64."""
   rng = np.random.default_rng(0)
   x = np.float32(rng.normal(size=(2, 5, 6)) + offset)
@@ -44,7 +44,7 @@ def compare(ours, formula, offset: float):
 @pytest.mark.parametrize('offset', [0.0, 30.0])
 def test_layer_norm(offset):
   with_epsilon = lambda norm: lambda *args: norm(*args, 1e-3)
-  compare(with_epsilon(layer_norm), with_epsilon(layer_formula), offset)
+  assert_as_in_float64(with_epsilon(layer_norm), with_epsilon(layer_formula), offset)
 
 
 def test_layer_norm_in_half_precision_has_statistics_in_float32():
@@ -60,7 +60,7 @@ def test_layer_norm_in_half_precision_has_statistics_in_float32():
 @pytest.mark.parametrize('offset', [0.0, 30.0])
 def test_value_and_all_gradients(activate, offset):
   with_rest = lambda norm: lambda *args: norm(*args, 3, 1e-3, activate)
-  compare(with_rest(group_norm), with_rest(formula), offset)
+  assert_as_in_float64(with_rest(group_norm), with_rest(formula), offset)
 
 
 def test_gradients_of_gradients_exist():
