@@ -13,7 +13,9 @@ LAYERS = (
   ('train', 'evaluation', 'pipelines'),
   ('io', 'data', 'parallel', 'viz'), ('diffusion', 'models'),
 )
-SHARED = {'types', 'errors', 'config', 'compile_cache', 'layout', 'xla', 'host_memory', '__init__'}
+SHARED = {
+  'types', 'errors', 'config', 'compile_cache', 'layout', 'xla', 'sums', 'host_memory', '__init__',
+}
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PACKAGE = ROOT / 'diffusion_jax'
 FILES = sorted(PACKAGE.rglob('*.py'))

@@ -21,6 +21,10 @@ def test_a_killed_run_is_known_to_be_and_its_lost_work_is_counted(tmp_path):
   loop = {'total_steps': 1_000_000, 'log_every_steps': 10, 'checkpoint_every_steps': 100_000}
   with Ranks(run, 1, loop=loop) as ranks:
     ranks.wait_for('training', step=400)
+    # The status is written at most once a second, which may be more steps than that.
+    end = time.monotonic() + 30
+    while not _status(run)['step'] and time.monotonic() < end:
+      time.sleep(0.01)
     assert _status(run)['retry'] is True
     ranks.signal(0, signal.SIGKILL)
     assert ranks.codes() == [-signal.SIGKILL]
