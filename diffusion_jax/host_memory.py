@@ -14,9 +14,9 @@ def keep_freed_memory() -> None:
   """Lets the process keep what it frees, for the next step to take, on a machine without a chip.
 
   To be called before NumPy and JAX start their threads, so before they are imported. XLA for CPUs
-  allocates the temporary memory of each run anew; glibc gives blocks of such a size back to the
-  kernel at once, which has to clear them again: a gigabyte a step of a U-Net of 18 million
-  parameters, a tenth of its time.
+  allocates the temporary memory of each run anew; glibc gives large blocks back to the kernel at
+  once, which has to clear them again. Above 64 MB, the most that a thread's arena holds, it still
+  does (docs/speed.md).
   """
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
   if mallopt is None or _has_chip():
