@@ -20,7 +20,7 @@ def main(path: str) -> None:
   last = None
   for line in sys.stdin:
     last = json.loads(line)
-  if last is None or last['state'] in FINAL:
+  if last is None or last['state'] in FINAL or _was_said(path, last):
     return
   what = last.pop('what')
   phase = last['state']
@@ -33,6 +33,16 @@ def main(path: str) -> None:
   with open(temporary, 'w') as file:
     file.write(json.dumps(last, indent=2) + '\n')
   os.replace(temporary, path)
+
+
+def _was_said(path: str, last: dict) -> bool:
+  """Whether the file has a final word of the same process: the end came before it was heard."""
+  try:
+    with open(path) as file:
+      found = json.load(file)
+  except (OSError, ValueError):
+    return False
+  return found.get('state') in FINAL and all(found.get(k) == last[k] for k in ('pid', 'host'))
 
 
 if __name__ == '__main__':

@@ -58,10 +58,15 @@ class Status:
         'state': state, 'retry': state in RETRY, 'message': '', **values, 'pid': os.getpid(),
         'host': socket.gethostname(), 'updated': time.time(),
       }
+      # The keeper hears of what goes on before the file shows it, and of the end after it: whenever
+      # a kill comes, what the keeper then writes is not older than the file, and never missing.
+      if not self.final:
+        self._tell_keeper(record)
       if self._main or everyone:
         with contextlib.suppress(OSError):  # A full disk must not end what it can only describe.
           self._directory.write_json('status.json', record)
-      self._tell_keeper(record)
+      if self.final:
+        self._tell_keeper(record)
 
   def _tell_keeper(self, record: dict[str, Any]) -> None:
     if self._keeper is None:

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -63,3 +65,30 @@ def test_only_process_0_writes_what_goes_on_and_anyone_writes_why_it_ends(tmp_pa
   status('stalled', everyone=True, step=3, message='no step')
   status.close()
   assert _status(tmp_path)['message'] == 'no step' and _status(tmp_path)['retry'] is True
+
+
+_KILLED_WHILE_WRITING = """
+import os, pathlib, signal, sys
+from diffusion_jax.io.run_directory import RunDirectory
+from diffusion_jax.io.status import Status
+
+class Dies(RunDirectory):
+  def write_json(self, name, value):
+    super().write_json(name, value)
+    if value['step'] == 4:
+      os.kill(os.getpid(), signal.SIGKILL)
+
+status = Status(Dies(pathlib.Path(sys.argv[1])), 0, 1)
+status('training', step=3)
+status(sys.argv[2], step=4)
+"""
+
+
+@pytest.mark.parametrize('last, state', [('training', 'killed'), ('finished', 'finished')])
+def test_a_kill_right_after_the_file_was_written_takes_nothing_back(tmp_path, last, state):
+  # The keeper inherits the pipe, so reading to its end waits for the keeper, too.
+  command = [sys.executable, '-c', _KILLED_WHILE_WRITING, str(tmp_path), last]
+  child = subprocess.run(command, stderr=subprocess.PIPE, timeout=60)
+  assert child.returncode == -signal.SIGKILL
+  found = _status(tmp_path)
+  assert (found['state'], found['step']) == (state, 4)
