@@ -1,4 +1,4 @@
-"""What the C library does with memory that is freed. Imports neither NumPy nor JAX."""
+"""What the C library does with memory that is freed; neither NumPy nor JAX is imported above."""
 
 import ctypes
 import os
@@ -15,14 +15,17 @@ def keep_freed_memory() -> None:
 
   To be called before NumPy and JAX start their threads, so before they are imported. XLA for CPUs
   allocates the temporary memory of each run anew; glibc gives large blocks back to the kernel at
-  once, which has to clear them again. Above 64 MB, the most that a thread's arena holds, it still
-  does (docs/speed.md).
+  once, which has to clear them again. Programs run on the thread that calls them, not on one of
+  XLA's: the arena of a thread holds blocks up to 64 MB, only the first one's larger ones.
   """
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
   if mallopt is None or _has_chip():
     return
   for option, value in GLIBC:
     mallopt(option, value)
+  import jax
+
+  jax.config.update('jax_cpu_enable_async_dispatch', False)
 
 
 def _has_chip() -> bool:
