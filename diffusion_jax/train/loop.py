@@ -53,6 +53,7 @@ class _Session:
   def __init__(self, training: Training, safety: Safety, show: bool):
     self.t, self.safety, self.show = training, safety, show
     self.goodput = Goodput()
+    self.on_cpu = jax.default_backend() == 'cpu'
     self.step = 0
     self.pending: tuple | None = None
     self.last: dict[str, Any] = {}
@@ -161,6 +162,9 @@ class _Session:
       batch = next(self.t.loader)
     fields = {name: batch[name] for name in self.t.task.batch_fields}
     self.state, metrics = self.update(self.state, self.frozen, put_batch(fields, self.t.mesh))
+    if self.on_cpu:
+      # A step that is called while another runs would get its memory on a thread that keeps none.
+      jax.block_until_ready(metrics)
     self._log()  # What the step before closed: the device is busy again by now.
     self.meter.add(metrics)
     self.step += 1

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,6 +12,7 @@ from PIL import Image
 from diffusion_jax.io.pretrained import load_params
 from diffusion_jax.models.text.tokenizer import load_tokenizer
 from diffusion_jax.pipelines.directory import load_text_to_image
+from diffusion_jax.train import loop
 from tests import tiny
 
 LOSSES = {
@@ -88,3 +90,26 @@ def test_the_exported_denoiser_loads_with_its_settings(trained, parts):
   _, wanted = load_params('autoencoder', parts['autoencoder'])
   for name, value in wanted.items():
     np.testing.assert_array_equal(weights['autoencoder'][name], value)
+
+
+def test_on_cpus_no_step_is_called_while_another_runs(tmp_path, command, monkeypatch):
+  """Else its temporary memory would come from a thread that cannot keep it (host_memory)."""
+  compile_step, seen = loop.compile_step, []
+
+  def watched(*args):
+    step, report = compile_step(*args)
+
+    def call(*args):
+      seen.append(all(leaf.is_ready() for leaf in jax.tree.leaves(args[0])))
+      return step(*args)
+
+    return call, report
+
+  monkeypatch.setattr(loop, 'compile_step', watched)
+  values = tiny.toy_config(
+    {'width': 256, 'depth': 2}, loop={'batch_size': 2048, 'evaluate_samples': 0},
+  )
+  config = tiny.write_config(tmp_path / 'recipe.py', values)
+  with tiny.few_devices():
+    assert command('train', '--config', config, '--workdir', tmp_path / 'run', '--quiet') == 0
+  assert seen == [True] * 4
