@@ -7,7 +7,7 @@ formats. They run in turn, round after round, and are compared within rounds. Be
 CPU time, which other work on the machine disturbs less; and what the statistics take of it, summed
 on the host and on the device.
 
-  python -m benchmarks.features --json benchmarks/features.json
+  python -m benchmarks.features --json benchmarks/speed/features.json
 """
 
 import argparse
@@ -16,7 +16,6 @@ import importlib
 import importlib.util
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -171,7 +170,7 @@ def main() -> None:
   sums = statistics(args.batch_size)
   own = figures['diffusion_jax']['cpu_ms_per_image']
   result = {
-    'device': f'{platform.processor() or platform.machine()}, {cores} cores',
+    'what': 'features', 'device': {'platform': 'cpu', 'cpu_cores': cores},
     'command': f'python -m benchmarks.features --images {args.images} --batch-size '
                f'{args.batch_size} --rounds {args.rounds} --json FILE',
     'load_average': os.getloadavg()[0],

@@ -11,6 +11,21 @@ ROOT = Path(__file__).parents[1]
 README, FIGURES = ROOT / 'README.md', ROOT / 'benchmarks' / 'speed'
 BEGIN = '<!-- Speed: written by python -m benchmarks.table -->'
 END = '<!-- End of speed -->'
+KINDS = {name: name for name in ('peers', 'features', 'scaling', 'time_to_loss')}
+"""By what a file says it is of; all others are of the command `benchmark`."""
+PEERS = (
+  'Beside diffusers in PyTorch, in turn in one run, each in a process of its own '
+  '(`benchmarks/peers.py`); a ratio below 1 is faster than it:'
+)
+FEATURES = (
+  "The FID Inception's features of 256 x 256 images beside torch-fidelity's, in turn in one run "
+  '(`benchmarks/features.py`):'
+)
+RUNS = 'By `python -m diffusion_jax benchmark`:'
+SCALING = (
+  'What a device sends in a step (`--scaling`), of simulated devices. XLA for CPUs writes a '
+  'reduce-scatter as an all-reduce, which sends twice as much:'
+)
 
 
 def read() -> dict[str, dict[str, Any]]:
@@ -87,27 +102,57 @@ def scaling_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
   ]
 
 
+def loss_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+  """A row for each run."""
+  return [
+    (f'`{found["config_file"]}`, {name}', machine(found),
+     *(seconds(at['seconds']) if at else 'never' for at in one['losses'].values()),
+     seconds(one['seconds_by_phase']['compile']))
+    for name, one in found['runs'].items()
+  ]
+
+
+def feature_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+  """A row for each side."""
+  ratio = found['time_over_ours']
+  return [
+    (name.replace('_', ' '), machine(found), f'{one["images_per_second"]:.3g}',
+     f'{ratio[name]:.2f}' if name in ratio else '-')
+    for name, one in found['figures'].items()
+  ]
+
+
+def loss_table(found: dict[str, Any]) -> str:
+  """When runs reached losses."""
+  losses = next(iter(found['runs'].values()))['losses']
+  head = ('run', 'device', *(f'loss {loss}' for loss in losses), 'of these compiling')
+  text = (
+    f'Time from the start of a run until the mean of {found["lines"]} lines of its loss was as low '
+    '(`benchmarks/time_to_loss.py`), one run after the other:'
+  )
+  return f'{text}\n\n{markdown(head, loss_rows(found))}'
+
+
 def tables() -> str:
   """What stands between the two marks."""
-  every = read().values()
-  peers = [row for found in every if 'what' not in found for row in peer_rows(found)]
-  runs = [run_row(found) for found in every if found.get('what', 'scaling') != 'scaling']
-  scaling = [r for found in every if found.get('what') == 'scaling' for r in scaling_rows(found)]
+  of_kind: dict[str, list] = {}
+  for found in read().values():
+    of_kind.setdefault(KINDS.get(found.get('what', 'peers'), 'runs'), []).append(found)
+  rows = lambda kind, make: [row for found in of_kind.get(kind, []) for row in make(found)]
   parts = []
-  if peers:
-    parts.append('Beside diffusers in PyTorch, in turn in one run, each in a process of its own '
-                 '(`benchmarks/peers.py`); a ratio below 1 is faster than it:')
-    parts.append(markdown(('work', 'device', 'ours', 'diffusers', 'theirs', 'ratio'), peers))
-  if runs:
-    parts.append('By `python -m diffusion_jax benchmark`:')
-    parts.append(markdown(('what', 'device', 'median', 'images/s', 'MFU', 'peak memory',
-                           'compiling, from the cache'), runs))
-  if scaling:
-    parts.append('What a device sends in a step (`--scaling`), of simulated devices. XLA for CPUs '
-                 'writes a reduce-scatter as an all-reduce, which sends twice as much:')
-    parts.append(markdown(('config', 'devices', 'mesh', 'sent', 'as', 'by formula',
-                           'beside parameters'), scaling))
-  return '\n\n'.join(parts)
+  for kind, make, head, text in (
+    ('peers', peer_rows, ('work', 'device', 'ours', 'diffusers', 'theirs', 'ratio'), PEERS),
+    ('features', feature_rows, ('FID features', 'device', 'images/s', 'its time over ours'),
+     FEATURES),
+    ('runs', lambda found: [run_row(found)],
+     ('what', 'device', 'median', 'images/s', 'MFU', 'peak memory', 'compiling, from the cache'),
+     RUNS),
+    ('scaling', scaling_rows,
+     ('config', 'devices', 'mesh', 'sent', 'as', 'by formula', 'beside parameters'), SCALING),
+  ):
+    if kind in of_kind:
+      parts += [text, markdown(head, rows(kind, make))]
+  return '\n\n'.join([*parts, *map(loss_table, of_kind.get('time_to_loss', []))])
 
 
 def replaced(text: str) -> str:
