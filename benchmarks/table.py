@@ -47,10 +47,9 @@ def seconds(value: float) -> str:
 def machine(found: dict[str, Any]) -> str:
   """The device, with its cores where it is a CPU."""
   device = found['device']
-  name = device.get('kind') or device['device']
-  count = device.get('devices', 1)
   if device.get('platform') == 'cpu':
     return f'CPU, {device["cpu_cores"]} cores'
+  name, count = device.get('kind') or device['device'], device.get('devices', 1)
   return f'{count} x {name}' if count > 1 else name
 
 
