@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -80,4 +81,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
+  # As at an exception, its processes end and its folder is deleted.
+  signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
   main()

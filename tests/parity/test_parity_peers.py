@@ -102,12 +102,13 @@ def within(seconds: float, holds) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self').is_dir(), reason='finds processes in /proc')
-@pytest.mark.parametrize(('killed', 'code', 'message'), [
-  ('ours', 1, 'The process of diffusion_jax was ended by SIGKILL.\n'),
-  ('theirs', 1, f'The process of diffusers {PEER} was ended by SIGKILL.\n'),
-  ('command', -signal.SIGKILL, ''),
-], ids=['ours', 'theirs', 'command'])
-def test_all_processes_end_with_any_of_them(killed, code, message, tmp_path):
+@pytest.mark.parametrize(('killed', 'number', 'code', 'message'), [
+  ('ours', signal.SIGKILL, 1, 'The process of diffusion_jax was ended by SIGKILL.\n'),
+  ('theirs', signal.SIGKILL, 1, f'The process of diffusers {PEER} was ended by SIGKILL.\n'),
+  ('command', signal.SIGKILL, -signal.SIGKILL, ''),
+  ('command', signal.SIGTERM, 128 + signal.SIGTERM, ''),
+], ids=['ours', 'theirs', 'command', 'command stopped'])
+def test_all_processes_end_with_any_of_them(killed, number, code, message, tmp_path):
   command = subprocess.Popen(
     [sys.executable, '-m', 'benchmarks.peers', *SMALL, '--only', 'step', '--pairs', '1000000'],
     cwd=tiny.ROOT, env=tiny.environment('', 1, TMPDIR=str(tmp_path)), text=True,
@@ -117,12 +118,15 @@ def test_all_processes_end_with_any_of_them(killed, code, message, tmp_path):
     try:
       within(300, lambda: len(sides(command.pid)) == 2)
       every = {'command': command.pid, **sides(command.pid)}
-      os.kill(every[killed], signal.SIGKILL)
+      os.kill(every[killed], number)
       _, said = command.communicate(timeout=300)
     finally:
       command.kill()
   assert (command.returncode, said) == (code, message)
   within(60, lambda: not any(map(alive, every.values())))
+  # The weights lie there; only a killed command cannot delete them.
+  left = list(tmp_path.glob('peers_*'))
+  assert len(left) == (code == -signal.SIGKILL)
 
 
 def test_steps_that_diffusers_rounds_otherwise_are_refused(capsys):
