@@ -86,7 +86,9 @@ def make_step(
     (grads, loss, metrics), seen = _gradients(task, state, frozen, batch, key, accumulation, mesh)
     norm = global_norm(grads)
     use, finite, watch = judge(state.guard, guard, loss, norm)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, use=use)
+    updates, opt_state = optimizer.update(
+      grads, state.opt_state, state.params, use=use, norm=norm
+    )
     params = task.constrain(optax.apply_updates(state.params, updates))
     average = state.ema
     if average:
