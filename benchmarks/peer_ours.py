@@ -110,8 +110,8 @@ class Side:
     optimizer = make_optimizer(
       OptimizerConfig(learning_rate=LEARNING_RATE), self.network.shapes, 1000
     )
-    state = create_state(task, optimizer, True, 0, self.mesh, self._take_params())
     abstract = abstract_state(task, optimizer, True, self.mesh)
+    state = create_state(task, optimizer, True, 0, self.mesh, self._take_params(), abstract)
     step = make_step(
       task, optimizer, batch_size=len(batch['x']), ema_halflife_images=HALFLIFE, accumulation=1,
       mesh=self.mesh, shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),

@@ -72,6 +72,7 @@ def of_squares(arrays: Iterable[jax.Array]) -> jax.Array:
   return total + jnp.trace(sum(products)) if products else total
 
 
+@jax.jit  # So that arrays of one shape are traced once.
 def _product(x: jax.Array) -> jax.Array:
   """[... c] -> [WIDTH WIDTH], with the sums of squares of each WIDTH-th column on the diagonal."""
   x = x.reshape(*x.shape[:-1], x.shape[-1] // WIDTH, WIDTH)

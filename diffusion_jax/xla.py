@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 OPTIONS: dict[str, tuple[dict[str, str], ...]] = {
   'cpu': (
@@ -71,3 +72,24 @@ def settled(tree: Any) -> Any:
   one kernel makes several results, which this would take apart.
   """
   return lax.optimization_barrier(tree) if jax.default_backend() == 'cpu' else tree
+
+
+def apart(function: Callable) -> Callable:
+  """The function as a part of its own of the program that calls it, where that makes loading quick.
+
+  When it loads a program, XLA for CPUs compares each of its kernels with each other; kernels of two
+  parts it does not compare, nor does it merge them. The first of the results must be computed, not
+  one of the arguments.
+  """
+  inner = jax.jit(function)
+
+  @functools.wraps(function)
+  def call(*args):
+    if jax.default_backend() != 'cpu':
+      return function(*args)
+    leaves, structure = jax.tree.flatten(inner(*args))
+    # What is said of a result is noted at the call that it comes from.
+    leaves[0] = set_xla_metadata(leaves[0], inlineable='false')
+    return jax.tree.unflatten(structure, leaves)
+
+  return call

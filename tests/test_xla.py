@@ -1,4 +1,4 @@
-"""Options of XLA that this version does not know are left out."""
+"""Options of XLA that this version does not know are left out; parts of programs stay apart."""
 
 import jax
 import jax.numpy as jnp
@@ -30,3 +30,13 @@ def test_a_platform_without_options_has_none(forget, monkeypatch):
   assert xla.options() is None
   x = jnp.ones(3)
   assert xla.settled(x) is x
+
+
+def test_a_part_stays_apart_on_cpus_alone(monkeypatch):
+  part = lambda x, y: {'sum': x + y, 'same': y}
+  program = lambda: jax.jit(lambda x: xla.apart(part)(jnp.sin(x), x)).lower(2.0).compile()
+  out = program()(2.0)
+  assert out['sum'] == jnp.sin(2.0) + 2.0 and out['same'] == 2.0
+  assert ' call(' in program().as_text()
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+  assert ' call(' not in program().as_text()

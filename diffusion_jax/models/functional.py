@@ -69,6 +69,9 @@ def initialize(make: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> Params
   return split(make(Keys(key)))[1]
 
 
+_initialize_once = jax.jit(initialize, static_argnums=0)
+
+
 def count(params: Params) -> int:
   """Number of scalar parameters."""
   return sum(leaf.size for leaf in params.values())
@@ -144,7 +147,9 @@ class Network(NamedTuple):
 
   def initialize(self, key: jax.Array) -> Params:
     """Fresh parameters."""
-    return initialize(self.make, key)
+    # Both the shapes of a state and the program that begins it are traced from this.
+    once = isinstance(key, jax.core.Tracer)
+    return (_initialize_once if once else initialize)(self.make, key)
 
 
 def prefixed(prefix: str, params: Params) -> Params:

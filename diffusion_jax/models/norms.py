@@ -95,6 +95,8 @@ def group_norm(
   return _forward(x, scale, bias, groups, epsilon, activate)[0]
 
 
+# Jitted, as is the gradient, so that what is alike for all norms of one shape is traced once.
+@partial(jax.jit, static_argnums=(3, 4, 5))
 def _forward(x, scale, bias, groups, epsilon, activate):
   # One pass gives both moments, about the first position so that a large mean does not cancel.
   # Summing positions before channels keeps the channels contiguous: 2-3 times faster on CPUs than
@@ -114,6 +116,7 @@ def _centered(x, shift, mean):
   return x.astype(jnp.float32) - shift[:, None] - mean[:, None]
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _backward(groups, epsilon, activate, saved, dz):
   del epsilon
   x, scale, bias, shift, mean, inverse = saved

@@ -1,11 +1,13 @@
 """AdamW in one pass: clipping, moments, decay, factors and learning rate, or nothing at all."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from diffusion_jax.sums import of_squares
 from diffusion_jax.types import Params
@@ -22,8 +24,9 @@ def adamw(
 ) -> optax.GradientTransformationExtraArgs:
   """AdamW (Loshchilov & Hutter 2019, algorithm 2) on parameters by name.
 
-  update(gradients, state, parameters, use=True): where `use` is False, a scalar, updates are zero
-  and the state stays as it is, whatever the gradients hold.
+  update(gradients, state, parameters, use=True, norm=None): where `use` is False, a scalar, updates
+  are zero and the state stays as it is, whatever the gradients hold. norm: of all gradients, by
+  `global_norm`, where it is known.
 
   Args:
     schedule: learning rate of update n = 0, 1, ...
@@ -38,39 +41,35 @@ def adamw(
     return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
 
   # Jitted, so that what is alike for all parameters of one shape is traced once.
-  @jax.jit
-  def moments(mu, nu, g, scale, use) -> tuple[jax.Array, jax.Array]:
+  @partial(jax.jit, static_argnames='decay')
+  def one(p, mu, nu, g, scale, use, first, second, rate, *, decay):
     g = g * scale
-    first, second = b1 * mu + (1 - b1) * g, b2 * nu + (1 - b2) * jnp.square(g)
-    return jnp.where(use, first, mu), jnp.where(use, second, nu)
+    mu = lax.select(use, b1 * mu + (1 - b1) * g, mu)
+    nu = lax.select(use, b2 * nu + (1 - b2) * jnp.square(g), nu)
+    direction = mu * first / (lax.sqrt(nu * second) + eps)
+    direction = direction + decay * p if decay else direction
+    return (rate * direction).astype(p.dtype), mu, nu
 
-  @jax.jit
-  def move(p, mu, nu, first, second, rate, factor, decay) -> jax.Array:
-    direction = mu * first / (jnp.sqrt(nu * second) + eps)
-    return (-rate * factor * (direction + decay * p)).astype(p.dtype)
-
-  def update(grads: Params, state: optax.ScaleByAdamState, params: Params, *, use=True, **_):
-    scale = clipping({name: grads[name] for name in trained}, clip_norm)
-    mu, nu = dict(state.mu), dict(state.nu)
-    for name in trained:
-      mu[name], nu[name] = moments(mu[name], nu[name], grads[name], scale, use)
+  def update(
+    grads: Params, state: optax.ScaleByAdamState, params: Params, *, use=True, norm=None, **_
+  ):
+    if norm is None or len(trained) < len(grads):
+      norm = global_norm([grads[name] for name in trained])
+    scale = jnp.minimum(1.0, clip_norm / norm) if clip_norm else 1.0
+    use = jnp.asarray(use)
     count = state.count + use
     # Kept apart from zero, as it is before the first update that is used.
     n = jnp.maximum(count, 1).astype(jnp.float32)
     first, second = 1 / (1 - b1**n), 1 / (1 - b2**n)
     rate = jnp.where(use, schedule(state.count), 0.0)
-
-    def step(name: str, p: jax.Array) -> jax.Array:
-      if not factors[name]:
-        return jnp.zeros_like(p)
-      return move(p, mu[name], nu[name], first, second, rate, factors[name], decays[name])
-
-    updates = {name: step(name, p) for name, p in params.items()}
+    rates = {factor: -rate * factor for factor in set(factors.values())}
+    updates = {name: jnp.zeros_like(p) for name, p in params.items() if not factors[name]}
+    mu, nu = dict(state.mu), dict(state.nu)
+    for name in trained:
+      updates[name], mu[name], nu[name] = one(
+        params[name], mu[name], nu[name], grads[name], scale, use, first, second,
+        rates[factors[name]], decay=decays[name],
+      )
     return updates, optax.ScaleByAdamState(count, mu, nu)
 
   return optax.GradientTransformationExtraArgs(init, update)
-
-
-def clipping(grads: Params, clip_norm: float) -> jax.Array | float:
-  """What gradients are multiplied with, so that their norm is at most `clip_norm`, if not 0."""
-  return jnp.minimum(1.0, clip_norm / global_norm(grads)) if clip_norm else 1.0

@@ -13,7 +13,7 @@ from diffusion_jax.train.adamw import global_norm
 from diffusion_jax.train.guard import GuardConfig, choose, judge
 from diffusion_jax.train.state import TrainState, replicated
 from diffusion_jax.train.tasks.task import Metrics, Task
-from diffusion_jax.xla import jit
+from diffusion_jax.xla import apart, jit
 
 DEFAULT = GuardConfig()
 
@@ -84,9 +84,16 @@ def make_step(
   def on_mesh(state: TrainState, frozen, batch) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     (grads, loss, metrics), seen = _gradients(task, state, frozen, batch, key, accumulation, mesh)
+    # Across parts of a program XLA's partitioner knows nothing of how arrays are split.
+    own = apart(advance) if mesh.size == 1 else advance
+    return own(state, grads, loss, metrics, seen)
+
+  def advance(state: TrainState, grads, loss, metrics, seen) -> tuple[TrainState, Metrics]:
     norm = global_norm(grads)
     use, finite, watch = judge(state.guard, guard, loss, norm)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, use=use)
+    updates, opt_state = optimizer.update(
+      grads, state.opt_state, state.params, use=use, norm=norm
+    )
     params = task.constrain(optax.apply_updates(state.params, updates))
     average = state.ema
     if average:
@@ -94,7 +101,7 @@ def make_step(
       average = ema.update(average, params, jnp.where(use, decay, 1.0))
     memory = choose(use, task.remember(state.memory, seen), state.memory)
     one = jnp.ones((), jnp.float32)
-    metrics['gradient_norm'] = (norm, one)
+    metrics = {**metrics, 'gradient_norm': (norm, one)}
     metrics = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), metrics)
     given_up = watch.in_a_row >= guard.max_skipped_in_a_row
     metrics['skipped_fraction'] = (1 - use.astype(jnp.float32), one)

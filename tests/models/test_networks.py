@@ -19,7 +19,7 @@ from diffusion_jax.models.controlnet import (
 )
 from diffusion_jax.models.discriminator import Discriminator, DiscriminatorConfig
 from diffusion_jax.models.embeddings import timestep_embedding
-from diffusion_jax.models.layers import Conv
+from diffusion_jax.models.layers import Conv, Linear
 from diffusion_jax.models.norms import GroupNorm
 from diffusion_jax.models.text.clip import CLIP
 from diffusion_jax.models.text.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
@@ -39,6 +39,21 @@ from diffusion_jax.models.unet import UNet, UNetConfig
 def test_published_sizes(module, config, scalars, tensors):
   _, shapes = functional.abstract(lambda rngs: module(config, rngs=rngs))
   assert (functional.count(shapes), len(shapes)) == (scalars, tensors)
+
+
+def test_a_network_is_traced_once_for_the_shapes_and_the_program_of_its_parameters():
+  made = []
+
+  def layer(config, rngs):
+    made.append(config)
+    return Linear(*config, rngs=rngs)
+
+  network = functional.Network.of(layer, (2, 3))
+  start = len(made)
+  for _ in range(2):
+    shapes = jax.eval_shape(network.initialize, jax.random.key(0))
+  jax.jit(lambda key: network.initialize(key)).lower(jax.random.key(0))
+  assert len(made) == start + 1 and shapes['kernel'].shape == (2, 3)
 
 
 TINY_UNET = UNetConfig(

@@ -106,6 +106,20 @@ def test_factor_zero_freezes_against_decay_and_leaves_the_clipping():
     np.testing.assert_array_equal(update['body.kernel'], other['body.kernel'])
 
 
+def test_a_norm_that_is_given_is_that_of_clipping_unless_some_are_frozen():
+  def first_moments(groups, **norm):
+    optimizer = make_optimizer(OptimizerConfig(clip_norm=0.1, groups=groups), PARAMS, 10)
+    return optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS, **norm)[1].mu
+
+  twice = 2 * global_norm(GRADS)
+  for name, moment in first_moments((), norm=twice).items():
+    np.testing.assert_allclose(moment, first_moments(())[name] / 2, rtol=1e-6)
+  frozen = (('^head', 0),)
+  jax.tree.map(
+    np.testing.assert_array_equal, first_moments(frozen, norm=twice), first_moments(frozen)
+  )
+
+
 def test_a_pattern_without_effect_is_named():
   with pytest.raises(UserError, match=r"'\^tail' matches no parameter"):
     make_optimizer(OptimizerConfig(groups=(('^tail', 0.1),)), PARAMS, 10)

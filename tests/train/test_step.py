@@ -63,7 +63,10 @@ def clip_on_one_device():
 
 
 def test_the_state_is_updated_in_place():
-  """What a step returns lies where its arguments lay, and none of them is copied first."""
+  """What a step returns lies where its arguments lay, and none of them is copied first.
+
+  So it is though the optimizer is a part of its own.
+  """
   task, mesh = Regression(), make_mesh(MeshConfig(), jax.devices()[:1])
   shapes = jax.eval_shape(task.initialize, jax.random.key(0))
   optimizer = make_optimizer(OptimizerConfig(), shapes, 10)
@@ -76,6 +79,7 @@ def test_the_state_is_updated_in_place():
   weights = (abstract.params, abstract.ema, abstract.opt_state.mu, abstract.opt_state.nu)
   assert compiled.memory_analysis().alias_size_in_bytes >= held(weights) > 0
   assert not re.search(r'f32\[\d\S* copy\(', compiled.as_text())
+  assert re.search(r' call\(.*advance', compiled.as_text())
 
 
 def test_a_step_is_repeatable_to_the_bit_and_steps_differ():
