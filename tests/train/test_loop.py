@@ -11,6 +11,7 @@ from PIL import Image
 from diffusion_jax.io.pretrained import load_params
 from diffusion_jax.models.text.tokenizer import load_tokenizer
 from diffusion_jax.pipelines.directory import load_text_to_image
+from diffusion_jax.train import loop
 from tests import tiny
 
 LOSSES = {
@@ -54,6 +55,23 @@ def test_a_run_leaves_all_its_files(trained, task):
   card = (run / 'README.md').read_text()
   assert 'Steps: 4 of 4, 32 images, batch 8' in card and 'CC BY-SA 4.0' in card
   assert (run / 'model' / 'README.md').read_text() == card
+
+
+def test_metrics_are_read_while_the_next_step_runs(command, tmp_path, monkeypatch):
+  """So that no step waits for the metrics of the one before, nor the device for the host."""
+  order = []
+
+  def spy(owner, name, word):
+    real = getattr(owner, name)
+    told = lambda *args: (order.append(word), real(*args))[1]
+    monkeypatch.setattr(owner, name, staticmethod(told))
+
+  spy(loop, 'put_batch', 'step')
+  spy(loop.Meter, 'read', 'read')
+  values = tiny.toy_config(loop={'checkpoint_every_steps': 4, 'evaluate_samples': 0})
+  config = tiny.write_config(tmp_path / 'toy.py', values)
+  assert command('train', '--config', config, '--workdir', tmp_path / 'run', '--quiet') == 0
+  assert order[:7] == ['step', *['step', 'read'] * 3]
 
 
 def test_losses_of_the_adversary_appear_at_its_step(trained):
