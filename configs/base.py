@@ -10,6 +10,7 @@ def base(task: str) -> ConfigDict:
   config.dtype = 'float32'
   config.remat = 'none'
   config.attention = 'auto'
+  config.products = 'plain'
   config.weights_from = ''
   config.data = ConfigDict(
     {'dataset': 'openmoji', 'size': 64, 'data_dir': '', 'prepare': True, 'transforms': (),

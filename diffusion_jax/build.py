@@ -22,6 +22,7 @@ from diffusion_jax.io.metrics_backends import check_wandb
 from diffusion_jax.io.run_directory import RunDirectory
 from diffusion_jax.io.trained import run_weights
 from diffusion_jax.models.attend import check_attention
+from diffusion_jax.models.float8 import check_products
 from diffusion_jax.models.text.tokenizer import (
   Tokenize,
   load_tokenizer,
@@ -92,7 +93,9 @@ def build_task(
   if config.task == 'clip':
     return _clip_task(settings, train, test, directory, options)
   if config.task == 'finetune':
-    task = make_finetune_task(settings, train, test, mesh, **options)
+    task = make_finetune_task(
+      settings, train, test, mesh, products=config.products, **options
+    )
     _check_size(config, task.model)
     return task
   model, frozen = assemble(
@@ -102,7 +105,7 @@ def build_task(
   )
   _check_size(config, model)
   model = model.attending(config.attention)
-  return DiffusionTask(settings, model, frozen, train, test, config.remat)
+  return DiffusionTask(settings, model, frozen, train, test, config.remat, config.products)
 
 
 def _check_size(config: TrainingConfig, model) -> None:
@@ -231,6 +234,7 @@ def build(config: ConfigDict | dict, workdir: str, synthetic: bool = False) -> T
     _check_host_memory(mesh)
   if checked.attention != 'auto':
     check_attention(checked.attention, DTYPES[checked.dtype])
+  check_products(checked.products)
   if checked.task in LATENT and checked.settings.cache and checked.data.transforms:
     raise UserError(
       'data.transforms have no effect with settings.cache; empty them or switch the cache off.'

@@ -16,6 +16,7 @@ from diffusion_jax.config import typed
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.run_directory import flatten, normalise
 from diffusion_jax.models.attend_ways import ATTENTION
+from diffusion_jax.models.float8 import PRODUCTS
 from diffusion_jax.models.remat import REMAT
 from diffusion_jax.parallel.mesh import MeshConfig
 from diffusion_jax.train.config import LoopConfig, SafetyConfig
@@ -61,8 +62,9 @@ class TrainingConfig:
   dtype: type of the computation, float32 or bfloat16; parameters are always float32. remat: what
   the backward pass computes again instead of keeping it, one of `models.remat.REMAT`. attention:
   how the network that is trained computes it, one of `models.attend_ways.ATTENTION`; frozen ones
-  choose for themselves. weights_from: workdir of a run of the same network whose last weights this
-  one begins with; '' for none.
+  choose for themselves. products: of dense layers, where the loss is one of latents; one of
+  `models.float8.PRODUCTS`. weights_from: workdir of a run of the same network whose last weights
+  this one begins with; '' for none.
   """
 
   task: str
@@ -75,12 +77,13 @@ class TrainingConfig:
   dtype: str = 'float32'
   remat: str = 'none'
   attention: str = 'auto'
+  products: str = 'plain'
   weights_from: str = ''
 
   def __post_init__(self):
     if self.dtype not in DTYPES:
       raise UserError(f'config.dtype is {self.dtype!r}; choose one of {", ".join(DTYPES)}.')
-    for name, known in (('remat', REMAT), ('attention', ATTENTION)):
+    for name, known in (('remat', REMAT), ('attention', ATTENTION), ('products', PRODUCTS)):
       value = getattr(self, name)
       if value not in known:
         raise UserError(f'config.{name} is {value!r}; choose one of {", ".join(known)}.')
@@ -88,6 +91,8 @@ class TrainingConfig:
         raise UserError(
           f'config.{name} has no effect on task toy, whose network is small; set {known[0]}.'
         )
+    if self.task not in LATENT and self.products != 'plain':
+      raise UserError(f'config.products has no effect on task {self.task}; set plain.')
 
 
 LATENT = ('diffusion', 'finetune')

@@ -47,7 +47,8 @@ WITH_TEXT = [['choose_caption', {}], ['tokenize', {}], *NORMALIZE]
 def _config(task: str, transforms: list, settings: dict, **sections: dict) -> dict:
   """A whole config of four steps; `sections` change keys of data, optimizer, loop or mesh."""
   values = {
-    'task': task, 'dtype': 'float32', 'attention': 'auto', 'settings': settings,
+    'task': task, 'dtype': 'float32', 'attention': 'auto', 'products': 'plain',
+    'settings': settings,
     'data': {'dataset': 'openmoji', 'size': SIZE, 'data_dir': '', 'prepare': False,
              'transforms': transforms},
     'optimizer': {'learning_rate': 1e-3, 'schedule': 'constant', 'warmup_steps': 2},

@@ -44,7 +44,7 @@ def scaled_dot_product_attention(  # By this name programs show it; its FLOPs ar
   """`attend` without a say about the mesh."""
   d = q.shape[-1]
   if attention == 'auto':
-    attention = choose(*_chip(), q.dtype, q.shape[1], k.shape[1], d)
+    attention = choose(*chip(), q.dtype, q.shape[1], k.shape[1], d)
   else:
     check_attention(attention, q.dtype, d)
   return compute(attention, q, k, v)
@@ -52,11 +52,11 @@ def scaled_dot_product_attention(  # By this name programs show it; its FLOPs ar
 
 def check_attention(attention: str, dtype: jnp.dtype, d: int | None = None) -> None:
   """Raises UserError where that way cannot serve: heads of d channels, or any at all, here."""
-  why = refusal(attention, *_chip(), dtype, d)
+  why = refusal(attention, *chip(), dtype, d)
   require(not why, f'attention {attention!r} cannot serve here: {why}.')
 
 
-def _chip() -> tuple[str, Capability]:
+def chip() -> tuple[str, Capability]:
   """(platform, compute capability) of what programs are for."""
   device = jax.local_devices()[0]
   # An AMD GPU has a name in its place.

@@ -16,6 +16,8 @@ from flax import nnx
 from diffusion_jax.models.attend import Attends
 from diffusion_jax.models.attend_ways import ATTENTION
 from diffusion_jax.models.checks import require
+from diffusion_jax.models.float8 import PRODUCTS
+from diffusion_jax.models.layers import Linear
 from diffusion_jax.models.remat import REMAT, Blocks
 from diffusion_jax.types import Params
 
@@ -92,12 +94,15 @@ class Network(NamedTuple):
   @classmethod
   def of(
     cls, module: type[nnx.Module], config: Any, remat: str = 'none', attention: str = 'auto',
-    **kwargs,
+    products: str = 'plain', **kwargs,
   ) -> 'Network':
-    """The network `module(config, **kwargs, rngs=...)`, with one each of REMAT and ATTENTION."""
+    """The network `module(config, **kwargs, rngs=...)`.
+
+    With one each of REMAT, ATTENTION and PRODUCTS.
+    """
     make = lambda rngs: module(config, **kwargs, rngs=rngs)
     made = cls(config, *abstract(make), make, kwargs)
-    return made.rematerialised(remat).attending(attention)
+    return made.rematerialised(remat).attending(attention).multiplying(products)
 
   def remade(self, make: Callable[[nnx.Rngs], nnx.Module]) -> 'Network':
     """A network of the same config that is built otherwise."""
@@ -118,6 +123,14 @@ class Network(NamedTuple):
       UserError: no such way, or a network without attention that has no mask and no bias.
     """
     return self._with('attention', attention, ATTENTION, Attends, 'attention of that kind')
+
+  def multiplying(self, products: str) -> 'Network':
+    """The same network, whose dense layers multiply in that way (see `models.float8`).
+
+    Raises:
+      UserError: no such way, or a network without dense layers.
+    """
+    return self._with('products', products, PRODUCTS, Linear, 'dense layers')
 
   def _with(
     self, option: str, value: str, known: Sequence[str], kind: type[nnx.Module], parts: str

@@ -11,6 +11,7 @@ from flax import nnx
 from jax import lax
 
 from diffusion_jax.layout import constrain
+from diffusion_jax.models import float8
 from diffusion_jax.models.norms import GroupNorm
 from diffusion_jax.sums import add_bias
 
@@ -77,7 +78,12 @@ def pointwise(in_features: int, out_features: int, **kw) -> Conv:
 
 
 class Linear(nnx.Module):
-  """Dense layer, [... i] -> [... o]. Parameters: kernel [i o], bias [o]."""
+  """Dense layer, [... i] -> [... o]. Parameters: kernel [i o], bias [o].
+
+  `products` is one of `float8.PRODUCTS`, which `Network.of` sets.
+  """
+
+  products = 'plain'
 
   def __init__(
     self, in_features: int, out_features: int, *, use_bias: bool = True, init=kernel_init,
@@ -90,7 +96,9 @@ class Linear(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x = x.astype(self.dtype)
-    y = x @ self.kernel[...].astype(self.dtype)
+    kernel = self.kernel[...]
+    narrow = self.products == 'float8' and float8.fits(x, kernel)
+    y = float8.product(x, kernel) if narrow else x @ kernel.astype(self.dtype)
     y = y if self.bias is None else add_bias(y, self.bias[...])
     return y if self.lora is None else y + self.lora(x)
 

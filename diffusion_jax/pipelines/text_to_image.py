@@ -121,6 +121,11 @@ class TextToImage:
     control = self.controlnet and self.controlnet.attending(attention)
     return dataclasses.replace(self, unet=self.unet.attending(attention), controlnet=control)
 
+  def multiplying(self, products: str) -> 'TextToImage':
+    """The same model for training, whose U-Net and ControlNet multiply in that way."""
+    control = self.controlnet and self.controlnet.multiplying(products)
+    return dataclasses.replace(self, unet=self.unet.multiplying(products), controlnet=control)
+
   def on_mesh(self, weights: Weights, mesh: Mesh) -> Weights:
     """Host arrays onto their shards."""
     return {role: put_params(params, mesh) for role, params in weights.items()}

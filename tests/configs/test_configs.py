@@ -130,5 +130,5 @@ def test_the_base_is_locked_and_has_every_section():
     assert settings and base(task).task == task
   assert set(base('clip').keys()) == {
     'data', 'optimizer', 'loop', 'safety', 'mesh', 'dtype', 'remat', 'attention',
-    'weights_from', 'task',
+    'products', 'weights_from', 'task',
   }

@@ -1,6 +1,7 @@
 """The loader: every example once, anew each epoch, and the same again after a restart."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -171,6 +172,23 @@ def test_going_to_a_far_position_reads_nothing():
   state = loader.get_state() | {'position': 10**12}
   loader.set_state(state)
   assert loader.get_state() == state
+
+
+@pytest.mark.parametrize(('threads', 'ahead'), [(2, 4), (0, 0)])
+def test_batches_are_made_while_one_is_used(threads, ahead):
+  read = []
+
+  class Slow(Noise):
+    def __call__(self, record, rng):
+      read.append(record['n'])
+      return super().__call__(record, rng)
+
+  loader = _loader([Slow()], num_threads=threads, prefetch=4)
+  next(loader)
+  end = time.monotonic() + 10
+  while len(read) < 4 * (1 + ahead) and time.monotonic() < end:
+    time.sleep(0.01)
+  assert len(read) >= 4 * (1 + ahead) if threads else len(read) == 4
 
 
 def test_the_spec_is_of_a_global_batch_and_moves_nothing():

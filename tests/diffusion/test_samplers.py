@@ -113,3 +113,16 @@ def test_an_image_has_its_own_noise():
   np.testing.assert_array_equal(noise[3:], noise_3)
   np.testing.assert_array_equal(jax.random.key_data(keys[3:]), jax.random.key_data(keys_3))
   assert not np.allclose(noise[0], noise[1])
+
+
+def test_noise_is_made_by_one_program_beside_those_of_the_seed():
+  """Small programs are too quick to compile to be kept for the next start."""
+  compiled = []
+  listen = lambda name, *_, **more: 'backend_compile' in name and compiled.append(more['fun_name'])
+  jax.clear_caches()
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    initial_noise(7, 0, 5, (4, 4, 3))
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  assert [name for name in compiled if 'noise' in name] and len(compiled) <= 3, compiled

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion_jax.diffusion.guidance import classifier_free
 from diffusion_jax.diffusion.samplers import SAMPLERS, initial_noise, sampler
 from diffusion_jax.diffusion.samplers.hoisting import hoisted
 from tests.diffusion.exact_mixture import geometric
@@ -57,6 +58,25 @@ def test_products_of_the_text_leave_the_denoiser(wrap):
   grid = geometric(8.0, 0.1, 3)
   draw = lambda x: sampler('heun')(plain, x, grid, keys)
   assert products(loop_of(jax.make_jaxpr(draw)(x).jaxpr)) == 4  # Two calls of two.
+
+
+@pytest.mark.parametrize('wrap', [lambda denoise: denoise, jax.jit])
+def test_products_of_the_text_leave_the_branches_of_an_interval(wrap):
+  """Guided and not: each branch keeps the products of what changes, two of four."""
+  x, keys = initial_noise(0, 0, 2, (4, 3))
+  told = lambda x, alpha, sigma, text: attention(PARAMS, text)(x, alpha, sigma)
+  plain = wrap(classifier_free(told, TEXT, -TEXT, 3.0, interval=(0.3, 2.0)))
+  fixed = hoisted(plain, x, *PAIR)
+  assert products(jax.make_jaxpr(plain)(x, *PAIR).jaxpr) == 8
+  assert products(jax.make_jaxpr(fixed)(x, *PAIR).jaxpr) == 4
+  for alpha in (0.1, 0.8):  # Outside, and within.
+    pair = jnp.float32(alpha), PAIR[1]
+    np.testing.assert_allclose(fixed(x, *pair), plain(x, *pair), rtol=1e-5)
+  grid = geometric(8.0, 0.1, 6)
+  draw = lambda hoist: jax.jit(
+    lambda x: (sampler('heun') if hoist else SAMPLERS['heun'].function)(plain, x, grid, keys)
+  )(x)
+  np.testing.assert_allclose(draw(True), draw(False), rtol=2e-5)
 
 
 def test_gradients_and_samples_stay_the_same():

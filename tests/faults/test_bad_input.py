@@ -47,6 +47,8 @@ def train_fails(fails, tmp_path, small_data):
   ('--config.dtype=float8', ('float8', 'bfloat16')),
   ('--config.attention=flash', ("config.attention is 'flash'", 'auto, xla, cudnn, splash')),
   ('--config.attention=cudnn', ("'cudnn' cannot serve here", 'NVIDIA GPU', 'to auto')),
+  ('--config.products=float8', ("'float8' cannot serve here", '8.9', 'set products to plain')),
+  ('--config.products=int8', ("config.products is 'int8'", 'plain, float8')),
   ('--batchsize=3', ('--batchsize',)),
 ])
 def test_wrong_overrides(recipe, train_fails, override, words):

@@ -52,6 +52,9 @@ def test_decoding_in_slices_and_tiles(parts):
   z = rng.normal(size=(2, 4, 80, 4)).astype(np.float32)
   whole, sliced, tiled = (model.decode(params, z, how) for how in DECODINGS)
   np.testing.assert_allclose(sliced, whole, atol=1e-5)
+  loops = [str(jax.make_jaxpr(lambda z, how=how: model.decode(params, z, how))(z)).count('scan[')
+           for how in DECODINGS]
+  assert loops[1] == loops[0] + 1  # One after the other; memory: tests/models/test_tiling.py.
   by_hand = decode_tiled(model.autoencoder.bind(params), z / 0.8 + 0.1)
   np.testing.assert_allclose(tiled, jnp.clip(by_hand, -1, 1), atol=1e-5)
   assert 1e-4 < np.abs(tiled - whole).max()
@@ -84,6 +87,31 @@ def test_every_sampler_takes_the_pipeline_s_denoiser(zero_snr, name):
   weights = {'unet': zero_snr.unet.shapes}
   out = jax.eval_shape(sample, weights, config.numbers(zero_snr.schedule))
   assert (out.shape, out.dtype) == (noise.shape, jnp.float32)
+
+
+def products(jaxpr, looped=False):
+  """(operands' shapes, whether it is in a loop) of every matrix product."""
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == 'dot_general':
+      yield tuple(var.aval.shape for var in eqn.invars), looped
+    for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+      yield from products(inner, looped or eqn.primitive.name in ('scan', 'while'))
+
+
+@pytest.mark.parametrize('interval', [(0.0, None), (0.1, 5.0)])
+@pytest.mark.parametrize('name', ['ddim', 'heun'])
+def test_keys_and_values_of_the_text_are_made_once(zero_snr, name, interval):
+  """Of ten tokens of 16 channels: in no loop, and in one product each for every size of a batch."""
+  config = SampleConfig(name, steps=4, guidance=2.0, guidance_interval=interval)
+  noise, text = jnp.zeros((2, 16, 16, 4)), Condition(jnp.zeros((2, 10, 16)))
+  keys = jax.random.split(jax.random.key(0), 2)
+  found = list(products(jax.make_jaxpr(lambda params, numbers: zero_snr.sample_latents(
+    params, noise, keys, text, text, config.program, numbers
+  ))({'unet': zero_snr.unet.shapes}, config.numbers(zero_snr.schedule)).jaxpr))
+  of_text = [(left[0], looped) for (left, _), looped in found if left[1:] == (10, 16)]
+  sizes = [4] if interval[1] is None else [2, 4]
+  assert sorted(of_text) == [(size, False) for size in sizes for _ in 'kv']
+  assert any(looped for _, looped in found)
 
 
 def test_a_learned_variance_lies_between_the_fixed_ones(zero_snr):

@@ -52,13 +52,17 @@ def test_recipes_like_the_others_train(recipe, tuned, pipelines):
     assert not [name for name in before if np.array_equal(before[name], after[name])]
 
 
-def test_attention_is_computed_as_the_config_says(arguments, tmp_path):
-  file, more = arguments('controlnet', tmp_path, attention='xla')
+def test_attention_and_products_are_computed_as_the_config_says(arguments, tmp_path, monkeypatch):
+  monkeypatch.setattr(build, 'check_products', lambda products: None)  # CPUs have none of float8.
+  file, more = arguments('controlnet', tmp_path, attention='xla', products='float8')
   with tiny.few_devices():
     task = build.build(load_config(file, more), str(tmp_path)).task
   for model in (task.model, task.learning):
     said = {role: n.options.get('attention', 'auto') for role, n in model.networks.items()}
     assert said.pop('unet') == said.pop('controlnet') == 'xla' and set(said.values()) == {'auto'}
+  kinds = {role: n.options.get('products') for role, n in task.learning.networks.items()}
+  assert kinds.pop('unet') == kinds.pop('controlnet') == 'float8' and set(kinds.values()) == {None}
+  assert not [n for n in task.model.networks.values() if 'products' in n.options]
 
 
 @pytest.fixture(scope='module')

@@ -58,6 +58,23 @@ def test_a_run_leaves_all_its_files(trained, task):
   assert (run / 'model' / 'README.md').read_text() == card
 
 
+def test_metrics_are_read_while_the_next_step_runs(command, tmp_path, monkeypatch):
+  """So that no step waits for the metrics of the one before, nor the device for the host."""
+  order = []
+
+  def spy(owner, name, word):
+    real = getattr(owner, name)
+    told = lambda *args: (order.append(word), real(*args))[1]
+    monkeypatch.setattr(owner, name, staticmethod(told))
+
+  spy(loop, 'put_batch', 'step')
+  spy(loop.Meter, 'read', 'read')
+  values = tiny.toy_config(loop={'checkpoint_every_steps': 4, 'evaluate_samples': 0})
+  config = tiny.write_config(tmp_path / 'toy.py', values)
+  assert command('train', '--config', config, '--workdir', tmp_path / 'run', '--quiet') == 0
+  assert order[:7] == ['step', *['step', 'read'] * 3]
+
+
 def test_losses_of_the_adversary_appear_at_its_step(trained):
   lines = tiny.metrics(trained('autoencoder'))
   assert [lines[step]['loss_discriminator'] is None for step in range(1, 5)] == [1, 1, 0, 0]

@@ -7,6 +7,8 @@ on the batch it was drawn in. In place of keys a function may give the noise. `t
 returns the states on the way, too.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -37,8 +39,12 @@ def initial_noise(seed: int, first: int, count: int, shape: tuple[int, ...]):
 
   Image i has the same noise whatever the batch it is drawn in.
   """
-  root = jax.random.key(seed)
-  keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(jnp.arange(first, first + count))
+  return _noise(jax.random.key(seed), first, count, shape)
+
+
+# One program for the cache: ten small ones, too quick to be kept in it, took a tenth of a start.
+@partial(jax.jit, static_argnums=(2, 3))
+def _noise(root: jax.Array, first: int, count: int, shape: tuple[int, ...]):
+  keys = jax.vmap(lambda i: jax.random.fold_in(root, i))(first + jnp.arange(count))
   pairs = jax.vmap(jax.random.split)(keys)
-  noise = jax.vmap(lambda key: jax.random.normal(key, shape))(pairs[:, 0])
-  return noise, pairs[:, 1]
+  return jax.vmap(lambda key: jax.random.normal(key, shape))(pairs[:, 0]), pairs[:, 1]

@@ -1,10 +1,16 @@
 """What a denoiser computes alike at every step, such as keys and values of the text, made once.
 
 XLA takes such work out of a loop, but not out of a `lax.cond` within it, as samplers have them for
-steps to skip and for second calls. So it is done here, before the loop.
+steps to skip and for second calls, and guidance for its interval. So it is done here, before the
+loop.
 """
 
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
 import jax
+from jax import lax
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun, jaxprs_in_params
 
 from diffusion_jax.diffusion.denoiser import Denoiser
@@ -23,44 +29,84 @@ def hoisted(denoise: Denoiser, x: Latents, alpha: jax.Array, sigma: jax.Array) -
     x, alpha, sigma: arguments of the shapes and dtypes to come; their values do not matter.
   """
   closed, shapes = jax.make_jaxpr(denoise, return_shape=True)(x, alpha, sigma)
-  closed = jax.make_jaxpr(lambda *args: _run(closed.jaxpr, closed.consts, args))(x, alpha, sigma)
-  jaxpr = closed.jaxpr
-  once, kept = _invariant(jaxpr)
-  if not once:
+  closed = _flat(closed, (x, alpha, sigma), [True] * 3)
+  made, rest = _parted(closed, [True] * 3, [])
+  if not made:
     return denoise
-  rest = [eqn for i, eqn in enumerate(jaxpr.eqns) if i not in once]
-  first = _function(jaxpr, jaxpr.constvars, kept, [jaxpr.eqns[i] for i in sorted(once)])
-  then = _function(jaxpr, [*jaxpr.constvars, *kept, *jaxpr.invars], jaxpr.outvars, rest)
-  values = first(*closed.consts)
   types = [(value.shape, value.dtype) for value in map(jax.typeof, (x, alpha, sigma))]
 
   def denoise_with(*arguments):
     if [(value.shape, value.dtype) for value in map(jax.typeof, arguments)] != types:
       return denoise(*arguments)
-    out = then(*closed.consts, *values, *arguments)
-    return jax.tree.unflatten(jax.tree.structure(shapes), out)
+    return jax.tree.unflatten(jax.tree.structure(shapes), rest(*made, *arguments))
 
   return denoise_with
 
 
-def _run(jaxpr, consts, args) -> list:
-  """The results of a jaxpr, computed without the calls of jitted functions that it is made of."""
-  values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-  read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]
+def _flat(closed: ClosedJaxpr, args: Sequence, moving: Sequence[bool]) -> ClosedJaxpr:
+  """The same program, of which `_run` has taken calls and branches apart."""
+  run = lambda *args: [value for value, _ in _run(closed, zip(args, moving, strict=True))]
+  return jax.make_jaxpr(run)(*args)
+
+
+def _parted(
+  closed: ClosedJaxpr, moving: Sequence[bool], fixed: Sequence
+) -> tuple[list, Callable[..., list]]:
+  """(what is made once, the function of that and of all arguments that computes the rest).
+
+  Args:
+    moving: whether each argument changes from call to call.
+    fixed: the values of those that do not.
+  """
+  jaxpr = closed.jaxpr
+  once, kept = _invariant(jaxpr, itertools.compress(jaxpr.invars, moving))
+  still = [var for var, moves in zip(jaxpr.invars, moving, strict=True) if not moves]
+  some = lambda wanted: [eqn for i, eqn in enumerate(jaxpr.eqns) if (i in once) == wanted]
+  first = _function(jaxpr, [*jaxpr.constvars, *still], kept, some(True))
+  then = _function(jaxpr, [*jaxpr.constvars, *kept, *jaxpr.invars], jaxpr.outvars, some(False))
+  return first(*closed.consts, *fixed), partial(then, *closed.consts)
+
+
+def _run(closed: ClosedJaxpr, inputs: Iterable[tuple]) -> list[tuple]:
+  """The results of a program, without its calls of jitted functions, and branches `_parted`.
+
+  Inputs and results are pairs: a value, and whether it changes from call to call.
+  """
+  jaxpr = closed.jaxpr
+  values = dict(zip(jaxpr.invars, inputs, strict=True))
+  values |= {var: (const, False) for var, const in zip(jaxpr.constvars, closed.consts, strict=True)}
+  read = lambda atom: (atom.val, False) if isinstance(atom, Literal) else values[atom]
   for eqn in jaxpr.eqns:
+    given = [read(atom) for atom in eqn.invars]
     if eqn.primitive.name in ('jit', 'pjit'):
-      inner = eqn.params['jaxpr']
-      out = _run(inner.jaxpr, inner.consts, map(read, eqn.invars))
+      out = _run(eqn.params['jaxpr'], given)
     else:
-      needed = list(dict.fromkeys(_variables(eqn.invars)))
-      out = _function(jaxpr, needed, eqn.outvars, [eqn])(*map(read, needed))
+      moves = bool(eqn.effects) or any(moves for _, moves in given)
+      if eqn.primitive.name == 'cond':
+        made = _switch(eqn.params['branches'], given)
+      else:
+        needed = list(dict.fromkeys(_variables(eqn.invars)))
+        made = _function(jaxpr, needed, eqn.outvars, [eqn])(*(values[var][0] for var in needed))
+      out = [(value, moves) for value in made]
     values.update(zip(eqn.outvars, out, strict=True))
   return [read(atom) for atom in jaxpr.outvars]
 
 
-def _invariant(jaxpr) -> tuple[set[int], list]:
+def _switch(branches: Sequence[ClosedJaxpr], inputs: Sequence[tuple]) -> list:
+  """The branch of that number, where what each of them can have made before is made before."""
+  (number, _), *operands = inputs
+  args, moving = [value for value, _ in operands], [moves for _, moves in operands]
+  fixed = [value for value, moves in operands if not moves]
+  parts = [_parted(_flat(branch, args, moving), moving, fixed) for branch in branches]
+  # Each branch takes its own of what was made.
+  choices = [lambda made, args, i=i, rest=rest: rest(*made[i], *args)
+             for i, (_, rest) in enumerate(parts)]
+  return lax.switch(number, choices, [made for made, _ in parts], args)
+
+
+def _invariant(jaxpr, moving: Iterable) -> tuple[set[int], list]:
   """Numbers of the equations to compute once, and those of their results that others need."""
-  moving = set(jaxpr.invars)
+  moving = set(moving)
   fixed = []
   for i, eqn in enumerate(jaxpr.eqns):
     if eqn.effects or not moving.isdisjoint(_variables(eqn.invars)):

@@ -92,12 +92,12 @@ class DiffusionTask(NoisingTask):
 
   def __init__(
     self, config: LatentTaskConfig, model: TextToImage, frozen: Frozen,
-    train: ImageSource, test: ImageSource, remat: str = 'none',
+    train: ImageSource, test: ImageSource, remat: str = 'none', products: str = 'plain',
   ):
-    """`remat`, one of `models.remat.REMAT`, is that of the loss alone."""
+    """`remat` and `products`, of `models.remat` and `models.float8`, are of the loss alone."""
     config.sample.check(model.schedule, config.objective.prediction)
     self.config, self.model, self.train, self.test = config, model, train, test
-    self.learning = model.rematerialised(remat)
+    self.learning = model.rematerialised(remat).multiplying(products)
     self.objective = Objective(config.objective, TableLevels(model.schedule))
     null = jax.jit(model.text.encode)(frozen, model.tokens(['']))
     bias = {f'{name}.bias': to_host(value)[0] for name, value in null._asdict().items()

@@ -127,9 +127,9 @@ class FinetuneTask(DiffusionTask):
 
   def __init__(
     self, config: FinetuneTaskConfig, trainable: Trainable, model: TextToImage, frozen: Frozen,
-    train: Sequence, test: Sequence, remat: str = 'none',
+    train: Sequence, test: Sequence, remat: str = 'none', products: str = 'plain',
   ):
-    super().__init__(config, model, frozen, train, test, remat)
+    super().__init__(config, model, frozen, train, test, remat, products)
     self.trainable = trainable
     if not config.cache:
       more = ['weight'] * bool(config.prior.folder)
@@ -185,7 +185,7 @@ class FinetuneTask(DiffusionTask):
 
 def make_finetune_task(
   config: FinetuneTaskConfig, train, test, mesh: Mesh, dtype, remat: str = 'none',
-  attention: str = 'auto',
+  attention: str = 'auto', products: str = 'plain',
 ) -> FinetuneTask:
   """The task with its frozen networks on the mesh. UserError where something does not fit."""
   if not config.model:
@@ -215,7 +215,7 @@ def make_finetune_task(
     del parts['unet']
   # What is not trained is kept as it is computed with.
   frozen = load_weights(parts, dtype=dtype, mesh=mesh)
-  return FinetuneTask(config, trainable, model, frozen, train, test, remat)
+  return FinetuneTask(config, trainable, model, frozen, train, test, remat, products)
 
 
 def _check_architecture(config: FinetuneTaskConfig, model: TextToImage) -> None:

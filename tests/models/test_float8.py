@@ -1,0 +1,130 @@
+"""Products of float8: exact where the numbers fit, else as near as three bits or two allow."""
+
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import build
+from diffusion_jax.errors import UserError
+from diffusion_jax.io.run_directory import RunDirectory
+from diffusion_jax.models import float8
+from diffusion_jax.models.functional import Network
+from diffusion_jax.models.lora import LoRAConfig, targets, with_lora
+from diffusion_jax.models.unet import UNet
+from diffusion_jax.models.unet_config import UNetConfig
+from diffusion_jax.recipe import parse
+from tests import tiny
+
+WIDE = UNetConfig(
+  sample_size=4, block_out_channels=(32,), layers_per_block=1, norm_num_groups=4,
+  cross_attention_dim=16, attention_head_dim=2, down_block_types=('DownBlock2D',),
+  up_block_types=('UpBlock2D',),
+)
+
+
+def value_and_slopes(product, x, kernel, dy):
+  y, back = jax.vjp(product, x, kernel)
+  return y, *back(dy)
+
+
+def whole(rng, largest, *shape):
+  """Whole numbers up to `largest`, which occurs."""
+  x = rng.integers(-largest, largest + 1, shape).astype(np.float32)
+  x.flat[0] = largest
+  return x
+
+
+def test_numbers_that_fit_give_exact_products():
+  """Scaled by powers of two, as 14 * 32 is the largest of E4M3 and 7 * 2^13 that of E5M2."""
+  rng = np.random.default_rng(0)
+  x, kernel, dy = whole(rng, 14, 2, 3, 32), whole(rng, 14, 32, 16), whole(rng, 7, 2, 3, 16)
+  found = value_and_slopes(float8.product, x, kernel / 1024, dy)
+  np.testing.assert_array_equal(found[0], x @ kernel / 1024)
+  np.testing.assert_array_equal(found[1], dy @ kernel.T / 1024)
+  np.testing.assert_array_equal(found[2], np.einsum('abi,abo->io', x, dy))
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_products_are_as_near_as_the_types_allow(dtype):
+  """Rounding to 3 bits errs by 2.6% on the average over all numbers, to 2 by 5.2%."""
+  rng = np.random.default_rng(0)
+  draw = lambda *shape, scale: (scale * rng.normal(size=shape)).astype(np.float32)
+  x, kernel, dy = draw(4, 64, 256, scale=9), draw(256, 128, scale=1e-3), draw(4, 64, 128, scale=1e4)
+  given = jnp.asarray(x, dtype), kernel, jnp.asarray(dy, dtype)
+  found = value_and_slopes(float8.product, *given)
+  assert [y.dtype for y in found] == [dtype, dtype, jnp.float32]
+  wanted = value_and_slopes(jnp.matmul, x, kernel, dy)
+  errors = [np.linalg.norm(np.asarray(a - b)) / np.linalg.norm(b)
+            for a, b in zip(found, wanted, strict=True)]
+  assert 0.03 < errors[0] < 0.045 and all(0.05 < error < 0.065 for error in errors[1:]), errors
+
+
+@pytest.mark.parametrize('wrong', [np.nan, np.inf])
+def test_what_is_not_finite_stays_visible_and_nothing_gives_nothing(wrong):
+  x, kernel = np.ones((1, 2, 16), np.float32), np.ones((16, 16), np.float32)
+  np.testing.assert_array_equal(float8.product(0 * x, kernel), np.zeros((1, 2, 16)))
+  x[0, 0, 0] = wrong
+  assert np.isnan(float8.product(x, kernel)).all()
+
+
+def products(network):
+  """Types of the operands of each matrix product with weights of float8, and of all."""
+  c = network.config
+  inputs = jnp.ones((1, 4, 4, 4)), jnp.ones(1), jnp.ones((1, 5, c.cross_attention_dim))
+  run = lambda params: jnp.square(network.bind(params)(*inputs)).mean()
+  exported = jax.export.export(jax.jit(jax.grad(run)), platforms=['cuda'])(network.shapes)
+  lines = [line for line in exported.mlir_module().splitlines() if 'dot_general' in line]
+  return [line for line in lines if 'f8E' in line], lines
+
+
+def test_dense_layers_over_tokens_take_them_for_gpus():
+  """Ten in one transformer block: seven of attention, to_k and to_v of the text among them, two of
+  the feed-forward layer; forward, and two each backward save for the text, which has no gradient.
+  """
+  narrow, _ = products(Network.of(UNet, WIDE, products='float8'))
+  forward = [line for line in narrow if line.count('f8E4M3FN') == 2]
+  backward = [line for line in narrow if 'f8E5M2' in line and 'f8E4M3FN' in line]
+  assert all('xf32>' in line.rpartition('->')[2] for line in narrow)
+  assert len(forward) + len(backward) == len(narrow)
+  assert len(forward) == 10 and len(backward) == 18
+  assert not products(Network.of(UNet, WIDE))[0]
+
+
+def test_adapters_keep_them_and_the_network_is_the_same_otherwise():
+  plain, network = Network.of(UNet, WIDE), Network.of(UNet, WIDE, products='float8')
+  assert network.shapes == plain.shapes
+  adapted = with_lora(network, targets(network, LoRAConfig()))
+  (transformer,) = adapted.bind(adapted.shapes).mid_block.attentions
+  assert transformer.transformer_blocks[0].attn1.to_q.products == 'float8'
+  params = jax.jit(plain.initialize)(jax.random.key(0))
+  inputs = jnp.ones((1, 4, 4, 4)), jnp.ones(1), jnp.ones((1, 5, 16))
+  wanted, found = (net.bind(params)(*inputs) for net in (plain, network))
+  assert 1e-4 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.05
+  with pytest.raises(UserError, match="products is 'int8'; choose one of plain, float8"):
+    Network.of(UNet, WIDE, products='int8')
+
+
+def test_they_are_of_the_loss_alone(parts, sources, tmp_path):
+  values = tiny.diffusion_config(parts, {'cache': False}) | {'products': 'float8'}
+  task = build.build_task(parse(values), *sources, RunDirectory(tmp_path), None)
+  said = {role: network.options.get('products') for role, network in task.learning.networks.items()}
+  assert said.pop('unet') == 'float8' and set(said.values()) == {None}
+  assert not [n for n in task.model.networks.values() if 'products' in n.options]
+  with pytest.raises(UserError, match='products has no effect on task clip; set plain'):
+    parse(tiny.clip_config() | {'products': 'float8'})
+
+
+@pytest.mark.parametrize(('chip', 'serves'), [
+  (('gpu', (9, 0)), True), (('gpu', (8, 9)), True), (('gpu', (8, 0)), False),
+  (('gpu', None), False), (('tpu', None), False), (('cpu', None), False),
+])
+def test_chips_without_them_are_named(monkeypatch, chip, serves):
+  monkeypatch.setattr(float8, 'chip', lambda: chip)
+  float8.check_products('plain')
+  if serves:
+    return float8.check_products('float8')
+  found = '8.0' if chip[1] else chip[0]
+  with pytest.raises(UserError, match=f"'float8' cannot serve here.*here is {found}; set products"):
+    float8.check_products('float8')
