@@ -123,6 +123,8 @@ class TextToImage:
 
   def multiplying(self, products: str) -> 'TextToImage':
     """The same model for training, whose U-Net and ControlNet multiply in that way."""
+    if products == 'plain':
+      return self
     control = self.controlnet and self.controlnet.multiplying(products)
     return dataclasses.replace(self, unet=self.unet.multiplying(products), controlnet=control)
 
