@@ -53,6 +53,12 @@ def machine(found: dict[str, Any]) -> str:
   return f'{count} x {name}' if count > 1 else name
 
 
+def compiling(found: dict[str, Any]) -> str:
+  """Seconds at a first start and, where they were taken, at a second."""
+  cold = f'{found["cold_seconds"]:.0f} s' if found else '-'
+  return f'{cold}, {found["cached_seconds"]:.1f} s' if 'cached_seconds' in found else cold
+
+
 def peer_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
   """A row for each kind of work and each peer."""
   config, rows = found['config'], []
@@ -69,6 +75,7 @@ def peer_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
         seconds(one['ours_seconds']['median']), kind.replace('_', ' '),
         seconds(one['theirs_seconds']['median']),
         f'{ratio["median"]:.2f} ({ratio["quartiles"][0]:.2f} to {ratio["quartiles"][1]:.2f})',
+        compiling(found['compiling'][what]),
       ))
   return rows
 
@@ -76,17 +83,14 @@ def peer_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
 def run_row(found: dict[str, Any]) -> tuple[str, ...]:
   """A row for what the command `benchmark` has measured."""
   times = found.get('step_seconds') or found.get('batch_seconds')
-  compiling = found.get('compile', {})
-  start = f'{compiling["cold_seconds"]:.0f} s' if compiling else '-'
-  if 'cached_seconds' in compiling:
-    start += f', {compiling["cached_seconds"]:.1f} s'
   share = f'{found["mfu"]:.0%}' if 'mfu' in found else '-'
   one = f'{seconds(times["median"])} for {found["batch_size"]}' if times else '-'
   memory = found['memory']
   peak = memory.get('device_peak_bytes') or memory['host_peak_bytes']
   return (
     f'{found["what"]}, `{found["config_file"]}`', machine(found), one,
-    f'{found["images_per_second"]:,.4g}', share, f'{peak / 1e9:.2f} GB', start,
+    f'{found["images_per_second"]:,.4g}', share, f'{peak / 1e9:.2f} GB',
+    compiling(found.get('compile', {})),
   )
 
 
@@ -140,7 +144,9 @@ def tables() -> str:
   rows = lambda kind, make: [row for found in of_kind.get(kind, []) for row in make(found)]
   parts = []
   for kind, make, head, text in (
-    ('peers', peer_rows, ('work', 'device', 'ours', 'diffusers', 'theirs', 'ratio'), PEERS),
+    ('peers', peer_rows,
+     ('work', 'device', 'ours', 'diffusers', 'theirs', 'ratio', 'compiling, from the cache'),
+     PEERS),
     ('features', feature_rows, ('FID features', 'device', 'images/s', 'its time over ours'),
      FEATURES),
     ('runs', lambda found: [run_row(found)],
