@@ -266,7 +266,8 @@ print('later', writer.trouble)
 start = time.monotonic()
 writer.close(20)
 print('closed', time.monotonic() - start < 19)
-if sys.argv[2] == 'offline':  # Another start of the same run.
+if sys.argv[2] == 'offline':  # Another start of the same run, whose folder is named by the second.
+  time.sleep(1)
   writer = MetricsWriter(run, True, wandb_project='p')
   writer.write('train', 50, {'loss': 1.0})
   writer.close()
