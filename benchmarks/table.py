@@ -131,7 +131,7 @@ def loss_table(found: dict[str, Any]) -> str:
   head = ('run', 'device', *(f'loss {loss}' for loss in losses), 'of these compiling')
   text = (
     f'Time from the start of a run until the mean of {found["lines"]} lines of its loss was as low '
-    '(`benchmarks/time_to_loss.py`), one run after the other:'
+    '(`benchmarks/time_to_loss.py`), quiet, on one machine and one day:'
   )
   return f'{text}\n\n{markdown(head, loss_rows(found))}'
 
