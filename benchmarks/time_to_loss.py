@@ -10,6 +10,7 @@ made one after another on one quiet machine, and read on the same.
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +68,8 @@ def main(argv: list[str] | None = None) -> None:
       print(f'{name}: loss {loss} {when}')
   of = runs[name]['versions']
   found = {
-    'what': 'time_to_loss', 'config_file': args.title, 'lines': args.lines,
+    'command': shlex.join(['python', '-m', 'benchmarks.time_to_loss', *args.runs]),
+    'what': 'time_to_loss', 'config_file': args.title, 'lines': args.lines, 'versions': of,
     'device': {**{name: of[name] for name in ('platform', 'device', 'devices')},
                'cpu_cores': cpu_cores()},
     'runs': runs,
