@@ -17,15 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_jax.benchmark.timing import cpu_cores
-
-
-def lines(workdir: Path) -> list[dict[str, Any]]:
-  """Lines of training in the order of steps."""
-  try:
-    found = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  except OSError as error:
-    sys.exit(f'{workdir} is no workdir of a run that has trained: {error.strerror}.')
-  return [line for line in found if line['kind'] == 'train']
+from diffusion_jax.errors import UserError
+from diffusion_jax.viz.rundir import read_run
 
 
 def reached(found: Sequence[dict[str, Any]], loss: float, count: int) -> dict[str, float] | None:
@@ -38,13 +31,11 @@ def reached(found: Sequence[dict[str, Any]], loss: float, count: int) -> dict[st
 
 def measure(workdir: Path, losses: Sequence[float], count: int) -> dict[str, Any]:
   """When a run reached the losses, and its seconds by phase in all."""
-  found = lines(workdir)
-  status = json.loads((workdir / 'status.json').read_text())
+  run = read_run(workdir)
   return {
-    'losses': {str(loss): reached(found, loss, count) for loss in losses},
-    'steps': found[-1]['step'], 'seconds_by_phase': status['goodput'],
-    'config': json.loads((workdir / 'config.json').read_text()),
-    'versions': json.loads((workdir / 'versions.json').read_text()),
+    'losses': {str(loss): reached(run.train, loss, count) for loss in losses},
+    'steps': run.train[-1]['step'] if run.train else 0,
+    'seconds_by_phase': run.status['goodput'], 'config': run.config, 'versions': run.versions,
   }
 
 
@@ -62,7 +53,10 @@ def main(argv: list[str] | None = None) -> None:
     name, separator, workdir = given.partition('=')
     if not separator:
       parser.error(f'{given}: NAME=WORKDIR is wanted')
-    runs[name] = measure(Path(workdir), args.losses, args.lines)
+    try:
+      runs[name] = measure(Path(workdir), args.losses, args.lines)
+    except UserError as error:
+      sys.exit(str(error))
     for loss, at in runs[name]['losses'].items():
       when = f'after {at["seconds"]} s, step {at["step"]}' if at else 'never'
       print(f'{name}: loss {loss} {when}')

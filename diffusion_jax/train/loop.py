@@ -165,7 +165,7 @@ class _Session:
     if self.on_cpu:
       # A step that is called while another runs would get its memory on a thread that keeps none.
       jax.block_until_ready(metrics)
-    self._log()  # What the step before closed: the device is busy again by now.
+    self._log()  # What the step before closed: a chip is busy again by now.
     self.meter.add(metrics)
     self.step += 1
     if self.step % self.t.loop.log_every_steps == 0:
