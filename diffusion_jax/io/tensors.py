@@ -7,6 +7,7 @@ is in memory than the tensor at hand, and a slice of it reads only its own part.
 
 import dataclasses
 import json
+import math
 import os
 import struct
 from collections.abc import Callable, Mapping
@@ -15,11 +16,11 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from diffusion_jax.errors import UserError
 from diffusion_jax.io.whole import replacing
 from diffusion_jax.models.checks import require
+from diffusion_jax.reading import parse_json, read_object, reading
 
 DTYPES = {
   'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16,
@@ -28,6 +29,8 @@ DTYPES = {
   'U16': np.uint16, 'U8': np.uint8, 'BOOL': np.bool_,
 }
 _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+MOST_HEADER = 2**24
+"""Bytes of a header: room for a hundred thousand tensors."""
 INDEX = '.index.json'
 PICKLES = ('.bin', '.ckpt', '.pt', '.pth', '.pkl')
 
@@ -75,34 +78,42 @@ def open_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     path.suffix not in PICKLES,
     f'{path} is a pickle, which can run any code and is never opened; convert it to safetensors.',
   )
-  require(path.is_file(), f'There is no file {path}; check the path.')
-  try:
-    with safe_open(path, 'numpy'):
-      pass  # Opening checks the whole header against the file's size.
-    with open(path, 'rb') as file:
-      length = struct.unpack('<Q', file.read(8))[0]
-      header = json.loads(file.read(length))
-  except (SafetensorError, OSError, ValueError, struct.error) as error:
-    raise UserError(
-      f'{path} is not a whole safetensors file ({error}); fetch or write it again.'
-    ) from error
+  header, start = _read_header(path)
   header.pop('__metadata__', None)
   for name, entry in header.items():
     require(
       entry['dtype'] in DTYPES,
       f'{path}: {name} is of type {entry["dtype"]}; only {", ".join(DTYPES)} can be read.',
     )
+    require(
+      math.prod(max(edge, 1) for edge in entry['shape']) < 2**60,
+      f'{path}: {name} has the shape {entry["shape"]}, which no array can have.',
+    )
   return {
     name: Tensor(path, np.dtype(DTYPES[entry['dtype']]), tuple(entry['shape']),
-                 8 + length + entry['data_offsets'][0])
+                 start + entry['data_offsets'][0])
     for name, entry in header.items()
   }
 
 
 def metadata(path: str | os.PathLike) -> dict[str, str]:
-  """The texts that a safetensors file carries beside its tensors; the file has been opened."""
-  with safe_open(path, 'numpy') as file:
-    return file.metadata() or {}
+  """The texts that a safetensors file carries beside its tensors. UserError as `open_tensors`."""
+  return _read_header(Path(path))[0].get('__metadata__') or {}
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+  """(the header, the place of the first tensor's bytes). UserError unless the file is whole."""
+  require(path.is_file(), f'There is no file {path}; check the path.')
+  with reading(path, 'is not a whole safetensors file'):
+    with open(path, 'rb') as file:
+      length = struct.unpack('<Q', file.read(8))[0]
+      if length > MOST_HEADER:
+        raise ValueError(f'its header has {length:,} bytes, where {MOST_HEADER:,} are allowed')
+      text = file.read(length)
+    header = parse_json(text)
+    with safe_open(path, 'numpy'):
+      pass  # Opening checks the whole header against the file's size.
+  return header, 8 + length
 
 
 def _open_shards(path: Path) -> dict[str, Tensor]:
@@ -165,15 +176,12 @@ def _bytes(name: str, tensor: NewTensor) -> np.ndarray:
   return array.reshape(-1).view(np.uint8)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-  """A JSON object. UserError where there is none."""
-  require(path.is_file(), f'There is no file {path}; give the directory of a saved model.')
-  try:
-    values = json.loads(path.read_text())
-  except (ValueError, OSError) as error:
-    raise UserError(f'{path} is not readable JSON ({error}); write it again.') from error
-  require(isinstance(values, dict), f'{path} must hold a JSON object.')
-  return values
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+  """The JSON object of a saved model. UserError where there is none."""
+  require(
+    Path(path).is_file(), f'There is no file {path}; give the directory of a saved model.'
+  )
+  return read_object(path)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
