@@ -4,11 +4,12 @@ import gc
 import sys
 from collections.abc import Sequence
 
+from diffusion_jax.cli.interrupts import Interrupts, say_interrupted
+from diffusion_jax.host_memory import ask_for_huge_pages, keep_freed_memory
+
 
 def set_up_process() -> None:
   """What has to be set before NumPy and JAX are imported."""
-  from diffusion_jax.host_memory import keep_freed_memory
-
   # Imports and tracing make objects by the hundred thousand and keep them; looking through them for
   # garbage after every 700 takes a tenth of the time to start.
   gc.set_threshold(20_000, 10, 10)
@@ -17,11 +18,21 @@ def set_up_process() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; returns its exit code (2: a mistake in what was given)."""
-  set_up_process()
-  from diffusion_jax.cli.main import run
+  try:
+    with Interrupts():
+      set_up_process()
+      from diffusion_jax.cli.main import run
 
-  return run(sys.argv[1:] if argv is None else argv)
+      return run(sys.argv[1:] if argv is None else argv)
+  except KeyboardInterrupt:
+    return say_interrupted()
+
+
+def start() -> int:
+  """`main` in a process of its own, which is started again where huge pages make it faster."""
+  ask_for_huge_pages()
+  return main()
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  sys.exit(start())

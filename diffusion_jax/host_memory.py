@@ -1,13 +1,57 @@
-"""What the C library does with memory that is freed; neither NumPy nor JAX is imported above."""
+"""Which memory the C library takes, and what it does with what is freed.
 
+Neither NumPy nor JAX is imported above.
+"""
+
+import contextlib
 import ctypes
 import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+TRANSPARENT = Path('/sys/kernel/mm/transparent_hugepage/enabled')
+HUGE_PAGES = 'glibc.malloc.hugetlb'
+SWITCH = 'DIFFUSION_JAX_HUGE_PAGES'
+"""An environment variable: 0 leaves the pages as they are."""
 
 GLIBC = ((-4, 0), (-1, 2**31 - 1), (-2, 2**26))
 """M_MMAP_MAX: large blocks come from what is free, too. M_TRIM_THRESHOLD: so much of it is kept.
 M_TOP_PAD: so much more is asked for at a time (numbers from glibc's malloc.h). Threads keep arenas
 of their own: in one for all, a product that packs its operands searches what compiling has left
 behind, which doubles a step's time."""
+
+
+def ask_for_huge_pages() -> None:
+  """Starts this program again, once, where that makes the C library ask for huge pages.
+
+  Where the kernel gives huge pages only to memory that asks for them (`madvise`), a process without
+  them spends half of its time on small ones. The C library reads the setting when a process
+  starts, so before Python runs.
+  """
+  environment = _with_huge_pages(os.environ, TRANSPARENT, sys.platform)
+  if environment is not None and sys.executable and sys.orig_argv:
+    # Ctrl-C waits until the program can answer (`cli.interrupts`).
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    with contextlib.suppress(OSError):  # Then it is as before, only slower.
+      os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def _with_huge_pages(
+  environment: Mapping[str, str], transparent: Path, platform: str
+) -> dict[str, str] | None:
+  """The environment to start again in; None where there is nothing to gain, or it was done."""
+  tunables = environment.get('GLIBC_TUNABLES', '')
+  if platform != 'linux' or environment.get(SWITCH) == '0' or HUGE_PAGES in tunables:
+    return None
+  try:
+    if '[madvise]' not in transparent.read_text(encoding='ascii'):
+      return None
+  except (OSError, UnicodeError):
+    return None
+  asked = f'{HUGE_PAGES}=1'
+  return {**environment, 'GLIBC_TUNABLES': f'{tunables}:{asked}' if tunables else asked}
 
 
 def keep_freed_memory() -> None:

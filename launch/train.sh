@@ -31,10 +31,15 @@ variable=XLA_FLAGS
 if [[ $platform == tpu ]]; then variable=LIBTPU_INIT_ARGS; fi
 given=${!variable:-}
 export "$variable=$flags${given:+ $given}"
+# Huge pages for the C library, where the kernel gives them to who asks (diffusion_jax/host_memory.py).
+if [[ ${DIFFUSION_JAX_HUGE_PAGES:-} != 0 && ${GLIBC_TUNABLES:-} != *glibc.malloc.hugetlb=* ]]; then
+  export GLIBC_TUNABLES=${GLIBC_TUNABLES:+$GLIBC_TUNABLES:}glibc.malloc.hugetlb=1
+fi
 
 if [[ $DRY_RUN ]]; then
   quote export "RUN_ID=$RUN_ID" "JAX_PLATFORMS=$JAX_PLATFORMS"
   quote export "$variable=${!variable}"
+  if [[ ${GLIBC_TUNABLES:-} ]]; then quote export "GLIBC_TUNABLES=$GLIBC_TUNABLES"; fi
   quote exec "$PYTHON" -u -m diffusion_jax train "${TRAIN[@]}"
   exit
 fi

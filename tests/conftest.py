@@ -12,6 +12,8 @@ if OWN_CACHE:
 os.environ['JAX_COMPILATION_CACHE_DIR'] = os.environ['DIFFUSION_JAX_TEST_CACHE']
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 os.environ['JAX_PLATFORMS'] = 'cpu'
+# Read when a process starts: by workers and subprocesses, not by this one.
+os.environ.setdefault('GLIBC_TUNABLES', 'glibc.malloc.hugetlb=1')
 # Where in the sources each operation comes from is looked up for nobody.
 os.environ['JAX_TRACEBACK_IN_LOCATIONS_LIMIT'] = '0'
 # Else each of many subprocesses would compile the sources of the package again, for a second.

@@ -1,8 +1,7 @@
 """What the recipes for fine-tuning share: captioned pictures, and AdamW as diffusers has it."""
 
+from diffusion_jax.configs.base import base
 from ml_collections import ConfigDict
-
-from configs.base import base
 
 PROMPTS = ('a photo of a red apple on a table', 'a castle by the sea, oil painting')
 

@@ -1,8 +1,7 @@
 """A ControlNet for Stable Diffusion 1 that follows edges, on captioned pictures of 512 pixels."""
 
+from diffusion_jax.configs.finetune.base import finetune_base
 from ml_collections import ConfigDict
-
-from configs.finetune.base import finetune_base
 
 
 def get_config() -> ConfigDict:

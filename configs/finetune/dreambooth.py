@@ -1,8 +1,7 @@
 """DreamBooth with prior preservation: one subject in a few pictures, and pictures of its class."""
 
+from diffusion_jax.configs.finetune.base import finetune_base
 from ml_collections import ConfigDict
-
-from configs.finetune.base import finetune_base
 
 
 def get_config() -> ConfigDict:

@@ -1,8 +1,7 @@
 """Inpainting: Stable Diffusion 1's U-Net with five channels more, on pictures of 512 pixels."""
 
+from diffusion_jax.configs.finetune import sd15
 from ml_collections import ConfigDict
-
-from configs.finetune import sd15
 
 
 def get_config() -> ConfigDict:

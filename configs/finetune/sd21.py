@@ -1,8 +1,7 @@
 """All of Stable Diffusion 2.1's U-Net, which predicts v, on captioned pictures of 768 pixels."""
 
+from diffusion_jax.configs.finetune import sd15
 from ml_collections import ConfigDict
-
-from configs.finetune import sd15
 
 
 def get_config() -> ConfigDict:

@@ -1,8 +1,7 @@
 """All of Stable Diffusion XL's U-Net on captioned pictures of 1024 pixels, over all devices."""
 
+from diffusion_jax.configs.finetune.base import finetune_base
 from ml_collections import ConfigDict
-
-from configs.finetune.base import finetune_base
 
 
 def get_config() -> ConfigDict:

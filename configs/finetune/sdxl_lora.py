@@ -1,8 +1,7 @@
 """LoRA on the attentions of Stable Diffusion XL's U-Net, on captioned pictures of 1024 pixels."""
 
+from diffusion_jax.configs.finetune import lora
 from ml_collections import ConfigDict
-
-from configs.finetune import lora
 
 
 def get_config() -> ConfigDict:

@@ -1,8 +1,7 @@
 """Textual inversion: the embedding of a new word for what a few pictures show."""
 
+from diffusion_jax.configs.finetune.base import finetune_base
 from ml_collections import ConfigDict
-
-from configs.finetune.base import finetune_base
 
 # Some of the neutral captions of Gal et al. 2022.
 CAPTIONS = (

@@ -1,8 +1,7 @@
 """The small autoencoder in the package: 64 x 64 pixels <-> latents of 16 x 16 x 4."""
 
+from diffusion_jax.configs.base import base
 from ml_collections import ConfigDict
-
-from configs.base import base
 
 
 def get_config() -> ConfigDict:

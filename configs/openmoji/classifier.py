@@ -1,8 +1,7 @@
 """A classifier of OpenMoji's groups (flag, people, person, body, other) at 64 pixels."""
 
+from diffusion_jax.configs.base import base
 from ml_collections import ConfigDict
-
-from configs.base import base
 
 
 def get_config() -> ConfigDict:

@@ -1,8 +1,7 @@
 """The small CLIP in the package: 64 x 64 pixels and captions of up to 24 tokens."""
 
+from diffusion_jax.configs.base import base
 from ml_collections import ConfigDict
-
-from configs.base import base
 
 
 def get_config() -> ConfigDict:

@@ -1,8 +1,7 @@
 """Text to image on OpenMoji within minutes on two CPU cores: frozen parts, latents encoded once."""
 
+from diffusion_jax.configs.base import base
 from ml_collections import ConfigDict
-
-from configs.base import base
 
 CAPTIONS = (
   'grinning face', 'red heart', 'man farmer medium-light skin tone', 'cat face', 'flag of Japan',

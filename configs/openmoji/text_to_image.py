@@ -1,8 +1,7 @@
 """The quickstart, wider and longer: for a machine with more time or an accelerator."""
 
+from diffusion_jax.configs.openmoji import quickstart
 from ml_collections import ConfigDict
-
-from configs.openmoji import quickstart
 
 
 def get_config() -> ConfigDict:

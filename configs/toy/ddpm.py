@@ -1,8 +1,7 @@
 """DDPM on points in the plane: a table of 100 timesteps, epsilon, ancestral sampling."""
 
+from diffusion_jax.configs.base import base
 from ml_collections import ConfigDict
-
-from configs.base import base
 
 
 def get_config() -> ConfigDict:

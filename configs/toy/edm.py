@@ -1,8 +1,7 @@
 """EDM: preconditioned network, log-normal noise levels, Heun's method on Karras's grid."""
 
+from diffusion_jax.configs.toy import ddpm
 from ml_collections import ConfigDict
-
-from configs.toy import ddpm
 
 
 def get_config() -> ConfigDict:

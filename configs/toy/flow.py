@@ -1,8 +1,7 @@
 """Rectified flow: the velocity of straight paths, logit-normal times, Heun's method."""
 
+from diffusion_jax.configs.toy import ddpm
 from ml_collections import ConfigDict
-
-from configs.toy import ddpm
 
 
 def get_config() -> ConfigDict:

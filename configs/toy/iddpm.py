@@ -1,8 +1,7 @@
 """Improved DDPM: a learned variance by the hybrid loss, timesteps drawn by their loss."""
 
+from diffusion_jax.configs.toy import ddpm
 from ml_collections import ConfigDict
-
-from configs.toy import ddpm
 
 
 def get_config() -> ConfigDict:

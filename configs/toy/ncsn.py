@@ -1,8 +1,7 @@
 """NCSN: scores at geometric noise levels by score matching, annealed Langevin dynamics."""
 
+from diffusion_jax.configs.toy import ddpm
 from ml_collections import ConfigDict
-
-from configs.toy import ddpm
 
 
 def get_config() -> ConfigDict:

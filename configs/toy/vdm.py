@@ -1,8 +1,7 @@
 """VDM: the continuous-time variational bound itself is trained, in bits per dimension."""
 
+from diffusion_jax.configs.toy import ddpm
 from ml_collections import ConfigDict
-
-from configs.toy import ddpm
 
 
 def get_config() -> ConfigDict:

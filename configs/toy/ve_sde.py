@@ -1,8 +1,7 @@
 """Score-based model of the variance-exploding SDE, sampled by Euler-Maruyama in reverse."""
 
+from diffusion_jax.configs.toy import ddpm
 from ml_collections import ConfigDict
-
-from configs.toy import ddpm
 
 
 def get_config() -> ConfigDict:

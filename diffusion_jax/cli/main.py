@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from diffusion_jax import __version__
 from diffusion_jax.cli import benchmark, convert, draw, evaluate, prepare, report, sample, train
+from diffusion_jax.cli.interrupts import say_interrupted
 from diffusion_jax.errors import UserError
 
 COMMANDS = {
@@ -54,5 +55,4 @@ def run(argv: Sequence[str]) -> int:
     print(f'diffusion_jax {args.command}: {error}', file=sys.stderr)
     return 1
   except KeyboardInterrupt:
-    print(f'diffusion_jax {args.command}: interrupted', file=sys.stderr)
-    return 130
+    return say_interrupted(args.command)

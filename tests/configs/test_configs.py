@@ -121,7 +121,7 @@ def test_frozen_parts_fit(path):
 
 
 def test_the_base_is_locked_and_has_every_section():
-  from configs.base import base
+  from diffusion_jax.configs.base import base
 
   config = base('clip')
   with pytest.raises((KeyError, AttributeError)):

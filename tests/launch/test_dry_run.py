@@ -50,7 +50,8 @@ CASES = {
 
 def shell(*arguments, **env):
   """Runs a launcher with no variable that would change what it does."""
-  changing = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'JAX_PLATFORMS', 'RUN_ID', 'PYTHON')
+  changing = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'JAX_PLATFORMS', 'RUN_ID', 'PYTHON',
+              'GLIBC_TUNABLES', 'DIFFUSION_JAX_HUGE_PAGES')
   inherited = {k: v for k, v in os.environ.items()
                if k not in changing and not k.startswith('RETRY_')}
   return subprocess.run(
@@ -117,6 +118,17 @@ def test_a_run_without_a_workdir_is_named_after_its_config_and_the_time():
   name = re.search(r'RUN_ID=(quickstart-\d{8}-\d{6}) ', done.stdout)
   assert name and f'--workdir runs/{name[1]}' in done.stdout
   assert 'RUN_ID=fox ' in shell('launch/train.sh', 'cpu', *RUN, '--dry-run', RUN_ID='fox').stdout
+
+
+@pytest.mark.parametrize(('given', 'tunables'), [
+  ({}, 'glibc.malloc.hugetlb=1'),
+  ({'GLIBC_TUNABLES': 'glibc.malloc.check=0'}, 'glibc.malloc.check=0:glibc.malloc.hugetlb=1'),
+  ({'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=2'}, 'glibc.malloc.hugetlb=2'),
+  ({'DIFFUSION_JAX_HUGE_PAGES': '0'}, None),
+])
+def test_huge_pages_are_asked_for_beside_what_is_set(given, tunables):
+  done = shell('launch/train.sh', 'cpu', *RUN, '--dry-run', **given).stdout
+  assert re.findall(r"GLIBC_TUNABLES=([^'\n]+)", done) == ([] if tunables is None else [tunables])
 
 
 def flags(platform):
