@@ -1,6 +1,7 @@
 """Configuration to objects."""
 
 import dataclasses
+import sys
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffusion_jax.data.labelled import open_labelled
 from diffusion_jax.data.loader import Loader, Source
 from diffusion_jax.data.points import open_points
 from diffusion_jax.data.sources import open_source
+from diffusion_jax.data.splits import APART, measured_on
 from diffusion_jax.data.synthetic import SyntheticImages
 from diffusion_jax.data.transforms import Label, build_transforms
 from diffusion_jax.errors import UserError
@@ -66,9 +68,9 @@ def open_sources(config: TrainingConfig, synthetic: bool = False) -> tuple[Sourc
   if data.dataset.startswith(FOLDER) and config.task == 'classifier':
     if data.caption:
       raise UserError('data.caption has no effect on a classifier; empty it.')
-    return open_labelled(data.dataset, data.size)
+    return open_labelled(data.dataset, data.size, data.test_fraction)
   if data.dataset.startswith(FOLDER):
-    return open_folder(data.dataset, data.size, data.caption)
+    return open_folder(data.dataset, data.size, data.caption, data.test_fraction)
   train, test = (
     open_source(
       data.dataset, split, size=data.size, data_dir=data.data_dir or None, prepare=data.prepare
@@ -76,6 +78,14 @@ def open_sources(config: TrainingConfig, synthetic: bool = False) -> tuple[Sourc
     for split in ('train', 'test')
   )
   return train, test
+
+
+def _say_what_is_measured(test: Source) -> None:
+  """Tells the split that we have chosen, since no one else has."""
+  measured = measured_on(test)
+  if measured != APART and jax.process_index() == 0:
+    where = measured.told[0].lower() + measured.told[1:]
+    print(f'diffusion_jax train: scores are measured {where}', file=sys.stderr)
 
 
 def build_task(
@@ -259,6 +269,7 @@ def build(config: ConfigDict | dict, workdir: str, synthetic: bool = False) -> T
   optimizer = make_optimizer(checked.optimizer, shapes, steps)
   # Last, because filling a cache takes long.
   loader = _loader(checked, task, train, mesh, synthetic)
+  _say_what_is_measured(test)
   if task.name == 'clip' and jax.process_index() == 0:
     save_tokenizer(task.tokenizer, directory.tokenizer)
   return Training(
@@ -266,4 +277,5 @@ def build(config: ConfigDict | dict, workdir: str, synthetic: bool = False) -> T
     optimizer=optimizer,
     learning_rates=learning_rates(checked.optimizer, steps), loader=loader, mesh=mesh,
     directory=directory, start=start, data_credit=CREDITS.get(checked.data.dataset, ''),
+    measured=measured_on(test),
   )

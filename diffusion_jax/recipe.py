@@ -12,6 +12,8 @@ from ml_collections import ConfigDict, config_flags
 
 from diffusion_jax import configs
 from diffusion_jax.config import typed
+from diffusion_jax.data.folder import FOLDER
+from diffusion_jax.data.splits import TEST_FRACTION, check_fraction
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.run_directory import flatten, normalise
 from diffusion_jax.models.attend_ways import ATTENTION
@@ -35,7 +37,9 @@ class DataConfig:
   """dataset: a name that `prepare` knows, of `POINT_SETS`, or 'folder:PATH' of pictures, for a
   classifier in folders by class; size: edge
   of the images in pixels, or points in a record; prepare: make it if missing; caption: of every
-  picture of a folder that has none of its own, or several, one a line.
+  picture of a folder that has none of its own, or several, one a line; test_fraction: share of the
+  pictures of a folder without folders train and test that is left to the test split, 0 to train on
+  all.
 
   transforms: (name, arguments) pairs in order, applied to every training image; workers: threads
   that read and transform, in each process; 0 does it between the steps.
@@ -46,12 +50,19 @@ class DataConfig:
   data_dir: str = ''
   prepare: bool = False
   caption: str = ''
+  test_fraction: float = TEST_FRACTION
   transforms: tuple = ()
   workers: int = 2
 
   def __post_init__(self):
     if self.workers < 0:
       raise UserError(f'data.workers is {self.workers}; give a number of threads, or 0.')
+    check_fraction(self.test_fraction)
+    if self.test_fraction != TEST_FRACTION and not self.dataset.startswith(FOLDER):
+      raise UserError(
+        f'data.test_fraction has no effect on {self.dataset}, which has a test split; set it to '
+        f'{TEST_FRACTION}.'
+      )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,9 @@ def get_config() -> ConfigDict:
     config.settings.prior = ConfigDict({
       'folder': 'data/class', 'prompt': 'a photo of dog', 'images': 200, 'weight': 1.0,
     })
-  config.data.update({'dataset': 'folder:data/subject', 'caption': 'a photo of sks dog'})
+  config.data.update({  # Few pictures: all are trained on.
+    'dataset': 'folder:data/subject', 'caption': 'a photo of sks dog', 'test_fraction': 0.0,
+  })
   config.settings.update({
     'caption_dropout': 0.0,
     'preview_captions': ('a photo of sks dog', 'a photo of sks dog in a bucket', 'a photo of dog'),

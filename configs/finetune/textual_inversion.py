@@ -17,7 +17,9 @@ def get_config() -> ConfigDict:
     config.settings.placeholder = ConfigDict({
       'token': '<concept>', 'vectors': 1, 'initializer': 'object',
     })
-  config.data.update({'dataset': 'folder:data/concept', 'caption': '\n'.join(CAPTIONS)})
+  config.data.update({  # Few pictures: all are trained on.
+    'dataset': 'folder:data/concept', 'caption': '\n'.join(CAPTIONS), 'test_fraction': 0.0,
+  })
   config.settings.update({
     'train': 'embeddings', 'caption_dropout': 0.0,
     'preview_captions': ('a photo of a <concept>', 'a <concept> on the beach'),

@@ -2,9 +2,10 @@
 
 A picture's captions are the lines of the text file beside it (cat.png, cat.txt), or its entry in
 metadata.jsonl ({"file_name": "cat.png", "text": "a cat"}), or those given for all, one a line. With
-folders train/ and test/ inside, each is a split; otherwise both splits are the folder itself.
+folders train/ and test/ inside, each is a split; otherwise the pictures are split by their content.
 """
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import SupportsIndex
 import numpy as np
 
 from diffusion_jax.data.images import image_size, read_image
+from diffusion_jax.data.splits import APART, TEST_FRACTION, Measured, by_content
 from diffusion_jax.errors import UserError
 
 FOLDER = 'folder:'
@@ -20,9 +22,13 @@ SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')
 
 
 def open_folder(
-  dataset: str, size: int, caption: str = ''
+  dataset: str, size: int, caption: str = '', test_fraction: float = TEST_FRACTION
 ) -> tuple['FolderSource', 'FolderSource']:
   """(train, test) of 'folder:PATH', pictures of size x size pixels.
+
+  Args:
+    caption: of those that have none of their own.
+    test_fraction: share of the pictures that is for the test, where no folders say which.
 
   Raises:
     UserError: no such folder, no picture in it, a picture without caption, or a bad metadata.jsonl.
@@ -31,8 +37,11 @@ def open_folder(
   if not folder.is_dir():
     raise UserError(f'there is no folder {folder}; give data.dataset=folder:PATH of pictures.')
   split = [folder / name for name in ('train', 'test')]
-  places = split if all(place.is_dir() for place in split) else [folder, folder]
-  return tuple(FolderSource(place, size, caption) for place in places)
+  if all(place.is_dir() for place in split):
+    return tuple(FolderSource(place, size, caption) for place in split)
+  every = FolderSource(folder, size, caption)
+  parts = by_content(every.files, test_fraction)
+  return every.part(parts.train, parts.measured), every.part(parts.test, parts.measured)
 
 
 def pictures(folder: Path) -> list[Path]:
@@ -49,12 +58,20 @@ class FolderSource:
   """
 
   def __init__(self, folder: Path, size: int, caption: str = ''):
-    self.folder, self.size = folder, size
+    self.folder, self.size, self.measured = folder, size, APART
     self.files = pictures(folder)
     if not self.files:
       raise UserError(f'the folder {folder} has no picture ({", ".join(SUFFIXES)}); add some.')
     known = _metadata(folder / 'metadata.jsonl')
     self.captions = [_captions(file, known, caption) for file in self.files]
+
+  def part(self, numbers: Sequence[int], measured: Measured) -> 'FolderSource':
+    """A source of these records alone."""
+    part = copy.copy(self)
+    part.files = [self.files[i] for i in numbers]
+    part.captions = [self.captions[i] for i in numbers]
+    part.measured = measured
+    return part
 
   def __len__(self) -> int:
     return len(self.files)

@@ -1,7 +1,7 @@
 """Pictures in folders by class: PATH/cat/1.png, PATH/dog/1.png.
 
 With folders train/ and test/ inside, each is a split that holds one folder for each class.
-Otherwise every tenth picture of each class, by name, is left to the test split.
+Otherwise the pictures are split by their content.
 """
 
 from collections.abc import Sequence
@@ -10,14 +10,17 @@ from typing import SupportsIndex
 
 from diffusion_jax.data.folder import FOLDER, SUFFIXES, pictures
 from diffusion_jax.data.images import read_image
+from diffusion_jax.data.splits import APART, TEST_FRACTION, Measured, by_content
 from diffusion_jax.errors import UserError
 
-EVERY = 10
-"""One in so many pictures of a class is for the test, where there are no folders that say it."""
 
-
-def open_labelled(dataset: str, size: int) -> tuple['LabelledFolder', 'LabelledFolder']:
+def open_labelled(
+  dataset: str, size: int, test_fraction: float = TEST_FRACTION
+) -> tuple['LabelledFolder', 'LabelledFolder']:
   """(train, test) of 'folder:PATH', pictures of size x size pixels.
+
+  Args:
+    test_fraction: share of the pictures that is for the test, where no folders say which.
 
   Raises:
     UserError: no such folder, or a split without pictures in folders of classes.
@@ -31,18 +34,12 @@ def open_labelled(dataset: str, size: int) -> tuple['LabelledFolder', 'LabelledF
       LabelledFolder([file for files in _by_class(place) for file in files], size)
       for place in split
     )
-  classes = _by_class(folder)
-  tested = lambda number: number % EVERY == EVERY - 1
-  parts = [
-    [file for files in classes for i, file in enumerate(files) if tested(i) == test]
-    for test in (False, True)
-  ]
-  if not parts[1]:
-    raise UserError(
-      f'no class of {folder} has {EVERY} pictures, of which one would be for the test; add some, '
-      'or make folders train and test in it.'
-    )
-  return tuple(LabelledFolder(part, size) for part in parts)
+  files = [file for files in _by_class(folder) for file in files]
+  parts = by_content(files, test_fraction, [file.parent.name for file in files])
+  return tuple(
+    LabelledFolder([files[i] for i in part], size, parts.measured)
+    for part in (parts.train, parts.test)
+  )
 
 
 def _by_class(folder: Path) -> list[list[Path]]:
@@ -61,8 +58,8 @@ class LabelledFolder:
   """Records of pictures whose label is their folder's name; image uint8 [size size 3], the central
   square."""
 
-  def __init__(self, files: Sequence[Path], size: int):
-    self.files, self.size = list(files), size
+  def __init__(self, files: Sequence[Path], size: int, measured: Measured = APART):
+    self.files, self.size, self.measured = list(files), size, measured
 
   def __len__(self) -> int:
     return len(self.files)

@@ -16,9 +16,10 @@ TITLES = {
 
 def model_card(
   config: dict[str, Any], *, parameters: int, steps: int, seconds: float, command: str,
-  scores: dict[str, dict[str, Any]], credit: str,
+  scores: dict[str, dict[str, Any]], credit: str, measured: str,
 ) -> str:
-  """Markdown. `seconds` is the time spent training, with drawing and scoring."""
+  """Markdown. `seconds` is the time spent training, with drawing and scoring; `measured` says
+  what the scores are measured on."""
   data, loop = config['data'], config['loop']
   records = steps * loop['batch_size']
   one, edge = 'images', f'{data["size"]} x {data["size"]} pixels'
@@ -35,7 +36,7 @@ def model_card(
     '- Settings: see config.json of the run', '',
   ]
   if scores:
-    lines += ['## Scores', '', 'On the test split, which was not trained on.', '']
+    lines += ['## Scores', '', measured, '']
     lines += _table(scores)
   if credit:
     lines += ['## Credit', '', credit, '']

@@ -117,7 +117,7 @@ class Showing:
     return model_card(
       self.t.config, parameters=sum(p.size for p in jax.tree.leaves(state.params)),
       steps=int(state.step), seconds=seconds, command=command_line(), scores=scores,
-      credit=self.t.data_credit,
+      credit=self.t.data_credit, measured=self.t.measured.told,
     )
 
 

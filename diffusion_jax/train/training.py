@@ -8,6 +8,7 @@ import optax
 from jax.sharding import Mesh
 
 from diffusion_jax.data.loader import Loader
+from diffusion_jax.data.splits import APART, Measured
 from diffusion_jax.io.run_directory import RunDirectory
 from diffusion_jax.train.config import LoopConfig, SafetyConfig
 from diffusion_jax.train.tasks.task import Task
@@ -19,6 +20,7 @@ class Training:
   """Everything the loop needs, built and checked.
 
   start: gives the parameters on a mesh that a new run begins with, None for fresh ones.
+  measured: what the scores are measured on.
   """
 
   config: dict[str, Any]
@@ -32,3 +34,4 @@ class Training:
   directory: RunDirectory
   start: Callable[[Mesh], Params | None]
   data_credit: str = ''
+  measured: Measured = APART

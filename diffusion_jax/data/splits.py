@@ -1,0 +1,115 @@
+"""Which pictures are trained on and which are for the test, where no folders say it.
+
+The side of a picture follows from the bytes of its file alone. So it stays where it is when files
+are renamed, copied or added, and the same picture is never on both sides.
+"""
+
+import concurrent.futures
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from diffusion_jax.errors import UserError
+
+TEST_FRACTION = 0.1
+"""Share of the pictures that is for the test, where nothing else is said."""
+FEWEST = 20
+"""Pictures of which some are left to the test; fewer are all trained on."""
+_ENDS = 2**15
+"""Bytes at the start and at the end of a file that are read: pictures that are alike there and as
+long would only be on one side together."""
+_READERS = 8
+
+
+class Measured(NamedTuple):
+  """What scores of a run are measured on: a sentence for people, and whether these records are
+  trained on, too."""
+
+  told: str
+  trained_on: bool = False
+
+
+APART = Measured('On the test split, which was not trained on.')
+
+
+class Parts(NamedTuple):
+  """The two sides, by number, in order; and what scores are measured on."""
+
+  train: list[int]
+  test: list[int]
+  measured: Measured
+
+
+def measured_on(test: Sequence) -> Measured:
+  """What a test split says of itself; that of a prepared data set is apart from the other."""
+  return getattr(test, 'measured', APART)
+
+
+def check_fraction(fraction: float) -> None:
+  """UserError for what is no share of the pictures."""
+  if not 0 <= fraction < 1:
+    raise UserError(
+      f'data.test_fraction is {fraction}; give a share from 0, which trains on all, to below 1.'
+    )
+
+
+def by_content(files: Sequence[Path], fraction: float, labels: Sequence[str] = ()) -> Parts:
+  """Splits pictures by a hash of their files' content.
+
+  Where they are too few, both sides are all of them.
+
+  Args:
+    files: at least one.
+    fraction: expected share of the test, in [0, 1).
+    labels: of the pictures; one with pictures in the test has others that are trained on.
+
+  Raises:
+    UserError: a file cannot be read.
+  """
+  every, count = list(range(len(files))), len(files)
+  if not fraction:
+    return Parts(every, every, Measured(
+      f'On the {count:,} pictures that are trained on: data.test_fraction is 0.', True
+    ))
+  side = _sides(content_hashes(files), fraction, labels) if count >= FEWEST else [False] * count
+  parts = [[i for i in every if side[i] == test] for test in (False, True)]
+  if not parts[1]:
+    return Parts(every, every, Measured(
+      f'On the {count:,} pictures that are trained on: they are too few for a test part.', True
+    ))
+  return Parts(*parts, Measured(
+    f'On {len(parts[1]):,} of {count:,} pictures, chosen by their content, which are not trained '
+    'on.'
+  ))
+
+
+def content_hashes(files: Sequence[Path]) -> list[bytes]:
+  """Of each file's length, start and end. UserError, naming it, where one cannot be read."""
+  with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+    return list(pool.map(_content_hash, files))
+
+
+def _content_hash(path: Path) -> bytes:
+  try:
+    with path.open('rb') as file:
+      size = file.seek(0, 2)
+      file.seek(0)
+      data = file.read(_ENDS)
+      file.seek(max(len(data), size - _ENDS))
+      data += file.read(_ENDS)
+  except OSError as error:
+    raise UserError(f'the picture {path} cannot be read ({error.strerror}).') from error
+  return hashlib.sha256(b'%d:' % size + data).digest()
+
+
+def _sides(hashes: Sequence[bytes], fraction: float, labels: Sequence[str]) -> list[bool]:
+  """Whether each picture is for the test."""
+  tested = {each for each in hashes if int.from_bytes(each[:8]) < fraction * 2**64}
+  by_label: Mapping[str, set[bytes]] = {}
+  for each, label in zip(hashes, labels or [''] * len(hashes), strict=True):
+    by_label.setdefault(label, set()).add(each)
+  for own in by_label.values():
+    if own <= tested:  # Nothing would be left to learn it from.
+      tested -= own
+  return [each in tested for each in hashes]

@@ -1,0 +1,110 @@
+"""Pictures split by their content: nothing moves them, and what scores are measured on is told."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax.data.folder import open_folder
+from diffusion_jax.data.labelled import open_labelled
+from diffusion_jax.data.splits import measured_on
+from diffusion_jax.errors import UserError
+
+
+def picture(path, seed):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)).save(path)
+
+
+def folder(path, count, first=0):
+  for i in range(first, first + count):
+    picture(path / f'{i:03d}.png', i)
+  return path
+
+
+def sides(path, **options):
+  """Names of the files in (train, test)."""
+  parts = open_folder(f'folder:{path}', 4, 'x', **options)
+  return tuple({part[i]['id'] for i in range(len(part))} for part in parts)
+
+
+def contents(path, names):
+  return {(path / f'{name}.png').read_bytes() for name in names}
+
+
+def test_no_picture_is_trained_on_and_tested(tmp_path):
+  train, test = sides(folder(tmp_path / 'a', 200))
+  assert not train & test and len(train | test) == 200
+  assert 8 <= len(test) <= 35  # Binomial: 20 on average, deviation 4.2.
+  _, source = open_folder(f'folder:{tmp_path / "a"}', 4, 'x')
+  measured = measured_on(source)
+  assert not measured.trained_on
+  assert measured.told == (
+    f'On {len(test)} of 200 pictures, chosen by their content, which are not trained on.'
+  )
+
+
+def test_names_copies_and_more_pictures_move_none(tmp_path):
+  path = folder(tmp_path / 'a', 60)
+  train, test = (contents(path, names) for names in sides(path))
+  other = tmp_path / 'b'
+  other.mkdir()
+  for i, file in enumerate(sorted(path.iterdir(), reverse=True)):
+    shutil.copyfile(file, other / f'z{i}.png')
+    shutil.copyfile(file, other / f'copy of {i}.png')
+  folder(other, 40, first=100)
+  more = [contents(other, names) for names in sides(other)]
+  assert train <= more[0] and test <= more[1] and not more[0] & more[1]
+
+
+def test_a_larger_share_only_adds_to_the_test(tmp_path):
+  path = folder(tmp_path / 'a', 60)
+  few, many = (sides(path, test_fraction=share)[1] for share in (0.1, 0.5))
+  assert few < many and 15 <= len(many) <= 45
+
+
+@pytest.mark.parametrize(('count', 'share', 'why'), [
+  (4, 0.1, 'they are too few for a test part'), (40, 0.0, 'data.test_fraction is 0'),
+])
+def test_all_are_trained_on_where_they_are_few_or_it_is_asked_for(tmp_path, count, share, why):
+  path = folder(tmp_path / 'a', count)
+  train, test = sides(path, test_fraction=share)
+  assert train == test and len(train) == count
+  measured = measured_on(open_folder(f'folder:{path}', 4, 'x', test_fraction=share)[1])
+  assert measured == (f'On the {count} pictures that are trained on: {why}.', True)
+
+
+def test_every_class_is_trained_on(tmp_path):
+  for i in range(60):
+    folder(tmp_path / f'class{i:02d}', 1, first=i)
+  folder(tmp_path / 'common', 60, first=100)
+  train, test = open_labelled(f'folder:{tmp_path}', 4)
+  assert len(set(train.labels)) == 61 and set(test.labels) == {'common'}
+  bytes_of = lambda part: {file.read_bytes() for file in part.files}
+  assert not bytes_of(train) & bytes_of(test)
+
+
+def test_a_split_of_one_s_own_is_taken_as_it_is(tmp_path):
+  folder(tmp_path / 'train', 3)
+  folder(tmp_path / 'test', 2, first=3)
+  assert sides(tmp_path) == ({'000', '001', '002'}, {'003', '004'})
+  measured = measured_on(open_folder(f'folder:{tmp_path}', 4, 'x')[1])
+  assert measured == ('On the test split, which was not trained on.', False)
+
+
+@pytest.mark.parametrize('share', [-0.1, 1.0, float('nan')])
+def test_shares_that_are_none(fails, tmp_path, share):
+  arguments = ('train', '--config', 'configs/finetune/lora.py', '--workdir', tmp_path / 'run')
+  line = fails(*arguments, f'--config.data.test_fraction={share}')
+  assert 'data.test_fraction is' in line and 'from 0' in line
+  line = fails('train', '--config', 'configs/openmoji/clip.py', '--workdir', tmp_path / 'run',
+               '--config.data.test_fraction=0.2')
+  assert 'data.test_fraction has no effect on openmoji' in line
+
+
+def test_a_picture_that_is_gone_meanwhile_is_named(tmp_path, monkeypatch):
+  from diffusion_jax.data.splits import content_hashes
+
+  with pytest.raises(UserError, match=r'the picture .*gone\.png cannot be read \(No such file'):
+    content_hashes([tmp_path / 'gone.png'])
