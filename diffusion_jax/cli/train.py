@@ -17,12 +17,13 @@ example:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """--config, --workdir and overrides."""
-  parser.add_argument('--config', required=True, metavar='FILE.py', help='config file to run')
+  parser.add_argument('--config', required=True, metavar='FILE', help='config file to run, or the '
+                      'name of a recipe of the package, such as openmoji/quickstart')
   parser.add_argument('--workdir', required=True, metavar='DIR',
                       help='where config, checkpoints, metrics, grids, report and model go')
   parser.add_argument('--config.KEY', dest='example', metavar='VALUE',
                       help='change any key of the config; repeat for several')
-  parser.add_argument('--quiet', action='store_true', help='no progress bar')
+  parser.add_argument('--quiet', action='store_true', help='no progress; only where the results lie')
 
 
 def run(args: argparse.Namespace) -> int:

@@ -253,7 +253,7 @@ class _Session:
       'interrupted', message=f'stopped by {signal.Signals(number).name}, saved step {saved}'
     )
     self.showing.report(last=True)
-    if self.show:
+    if jax.process_index() == 0:
       print(
         f'saved step {saved} of {self.t.loop.total_steps} in {self.t.directory.path}; '
         f'to go on, run again: {command_line()}'
@@ -276,7 +276,7 @@ class _Session:
       self.saver.wait()
     self.safety.tell('finished', message=self.saver.trouble)
     self.showing.report(last=True)
-    if self.show:
+    if jax.process_index() == 0:
       directory = self.t.directory
       print(f'finished: see {directory.path / "report.html"}; the model is in {directory.model}')
     return 0

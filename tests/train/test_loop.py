@@ -58,6 +58,16 @@ def test_a_run_leaves_all_its_files(trained, task):
   assert (run / 'model' / 'README.md').read_text() == card
 
 
+def test_a_quiet_run_says_only_where_its_results_lie(command, tmp_path, capfd):
+  config = tiny.write_config(tmp_path / 'toy.py', tiny.toy_config(loop={'evaluate_samples': 0}))
+  run = tmp_path / 'run'
+  assert command('train', '--config', config, '--workdir', run, '--quiet') == 0
+  report, model = run / 'report.html', run / 'model'
+  last = capfd.readouterr().out.splitlines()[-1]
+  assert last == f'finished: see {report}; the model is in {model}'
+  assert report.exists() and model.exists()
+
+
 def test_metrics_are_read_while_the_next_step_runs(command, tmp_path, monkeypatch):
   """So that no step waits for the metrics of the one before, nor the device for the host."""
   order = []
