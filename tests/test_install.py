@@ -57,7 +57,8 @@ def test_a_clone_does_not_hide_its_own_editable_install(clone, tmp_path):
     '--no-build-isolation', '-e', clone / 'diffusion_jax', cwd=tmp_path,
     PYTHONPATH=sysconfig.get_path('purelib'),
   )
-  assert not os.path.exists(os.path.join(site.strip(), 'diffusion_jax'))  # A second copy of recipes.
+  # Recipes that a clone has are not copied.
+  assert not os.path.exists(os.path.join(site.strip(), 'diffusion_jax'))
   # What it depends on is here already; a folder that another adds does not read its .pth files.
   with open(os.path.join(site.strip(), 'dependencies.pth'), 'w', encoding='utf-8') as file:
     file.write(sysconfig.get_path('purelib') + '\n')

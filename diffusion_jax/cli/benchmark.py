@@ -26,8 +26,8 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """--config, what to measure, and how often."""
-  parser.add_argument('--config', required=True, metavar='FILE', help='config file to measure, or the '
-                      'name of a recipe of the package, such as openmoji/quickstart')
+  parser.add_argument('--config', required=True, metavar='FILE', help='config file to '
+                      'measure, or the name of a recipe of the package, as openmoji/quickstart')
   parser.add_argument('--json', metavar='FILE', help='where the figures go, with device, versions, '
                       'command and config')
   parser.add_argument('--what', default='train', choices=WHAT, help='default: train')

@@ -23,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help='where config, checkpoints, metrics, grids, report and model go')
   parser.add_argument('--config.KEY', dest='example', metavar='VALUE',
                       help='change any key of the config; repeat for several')
-  parser.add_argument('--quiet', action='store_true', help='no progress; only where the results lie')
+  parser.add_argument('--quiet', action='store_true', help='no progress bar, only '
+                      'where the results lie')
 
 
 def run(args: argparse.Namespace) -> int:
