@@ -91,22 +91,24 @@ def parse_json(data: bytes | str) -> Any:
   return value
 
 
-def read_json(path: str | Path, most: int = MOST_BYTES) -> Any:
+def read_json(
+  path: str | Path, most: int = MOST_BYTES, remedy: str = 'write or fetch it again'
+) -> Any:
   """The value in a JSON file of at most `most` bytes. UserError, naming it, for anything else."""
   data = bounded_bytes(path, most)
   try:
     return parse_json(data)
   except (ValueError, MemoryError) as error:
-    raise UserError(
-      f'{path} is not readable JSON ({first_line(error)}); write or fetch it again.'
-    ) from error
+    raise UserError(f'{path} is not readable JSON ({first_line(error)}); {remedy}.') from error
 
 
-def read_object(path: str | Path, most: int = MOST_BYTES) -> dict[str, Any]:
+def read_object(
+  path: str | Path, most: int = MOST_BYTES, remedy: str = 'write or fetch it again'
+) -> dict[str, Any]:
   """The JSON object in a file. UserError, naming it, where there is none."""
-  value = read_json(path, most)
+  value = read_json(path, most, remedy)
   if not isinstance(value, dict):
-    raise UserError(f'{path} must hold a JSON object; write or fetch it again.')
+    raise UserError(f'{path} must hold a JSON object; {remedy}.')
   return value
 
 

@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from diffusion_jax.data.prepared_metadata import METADATA, check_metadata
 from diffusion_jax.errors import UserError
+from diffusion_jax.reading import first_line, reading
 
 _ENVIRONMENT = 'DIFFUSION_JAX_DATA'
 
@@ -53,18 +55,16 @@ def make_builder(dataset: str, size: int, data_dir: str | None = None) -> Any:
   if size not in sizes:
     raise UserError(f'{dataset} has no size {size!r}: use one of {", ".join(map(str, sizes))}.')
   root = str(Path(data_dir or default_data_dir()).expanduser())
-  try:
+  remedy = 'delete that folder and prepare it again'
+  with reading(f'The data set {dataset} in {root}', remedy=remedy):
+    for info in Path(root, dataset, str(size)).glob(f'*/{METADATA}'):
+      check_metadata(info.parent)
     return make(size, root)
-  except Exception as error:  # TFDS lets through whatever its parsers raise.
-    raise UserError(
-      f'The data set {dataset} in {root} cannot be read ({_first_line(error)}): '
-      'delete that folder and prepare it again.'
-    ) from error
 
 
 def is_prepared(builder: Any) -> bool:
   """Whether the data set of this builder is complete on disk."""
-  return (Path(builder.data_dir) / 'dataset_info.json').exists()
+  return (Path(builder.data_dir) / METADATA).exists()
 
 
 def _openmoji(size: int, data_dir: str) -> Any:
@@ -89,7 +89,7 @@ def _generate(builder: Any) -> None:
     # TFDS renames a finished folder into place, which fails when another process was faster.
     if not is_prepared(builder):
       raise UserError(
-        f'Cannot write the data set to {builder.data_dir} ({_first_line(error)}): '
+        f'Cannot write the data set to {builder.data_dir} ({first_line(error)}): '
         f'choose another folder with --data_dir or ${_ENVIRONMENT}.'
       ) from error
 

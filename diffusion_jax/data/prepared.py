@@ -1,5 +1,6 @@
 """The images of any data set that TFDS has prepared as ArrayRecord, from its folder alone."""
 
+import contextlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,9 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from diffusion_jax.data.images import read_pixels
+from diffusion_jax.data.prepared_metadata import METADATA, check_metadata, check_shards
 from diffusion_jax.errors import UserError
+from diffusion_jax.reading import reading
 
-METADATA = 'dataset_info.json'
+__all__ = ['METADATA', 'PreparedImages']
 
 
 class PreparedImages(Sequence):
@@ -24,53 +27,45 @@ class PreparedImages(Sequence):
 
   def __init__(self, folder: str | Path, split: str = ''):
     import tensorflow_datasets as tfds
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+    from tensorflow_datasets.proto import tf_example_pb2
 
-    self.folder = Path(folder)
-    try:
-      builder = tfds.builder_from_directory(str(folder))
+    self.folder = Path(folder).absolute()
+    check_metadata(self.folder)
+    with self._reading():
+      builder = tfds.builder_from_directory(str(self.folder))
       splits, features = sorted(builder.info.splits), builder.info.features
-      has_images = 'image' in features
-    except Exception as error:  # TFDS lets through whatever its parsers raise.
-      raise self._unreadable(error) from error
+      has_images = 'image' in features and isinstance(features['image'], tfds.features.Image)
     if not has_images:
       raise UserError(
         f"the data set in {folder} has no feature 'image', but {', '.join(features)}."
       )
     if not split and len(splits) > 1:
       raise UserError(f'{folder} has the splits {", ".join(splits)}; give {folder}:{splits[-1]}.')
-    self.split = split or splits[0]
+    with self._reading():
+      self.split = split or splits[0]
     try:
-      builder.info.splits[self.split]
+      chosen = builder.info.splits[self.split]
     except (KeyError, ValueError) as error:
       raise UserError(f'{folder} has no split {split!r}, but {", ".join(splits)}.') from error
-    try:
-      # Pillow decodes: TFDS would ask for OpenCV, and damaged images must be named.
-      self._records = builder.as_data_source(
-        split=self.split, decoders={'image': tfds.decode.SkipDecoding()}
-      )
+    with self._reading():
+      check_shards(self.folder, chosen)
+      self._records = ArrayRecordDataSource(chosen.file_instructions)
       self._length = len(self._records)
-    except Exception as error:  # Such as missing files, or ones that are no ArrayRecord.
-      raise self._unreadable(error) from error
+      self._example = tf_example_pb2.Example
 
   def __len__(self) -> int:
     return self._length
 
   def __getitem__(self, index: int) -> np.ndarray:
     """Image `index`, uint8 [h w 3]. UserError, naming it, where it cannot be read."""
+    index = range(self._length)[index]
     where = f'{index} of {self.split} in {self.folder}'
-    try:
-      data = self._records[index]['image']
-    except Exception as error:  # ArrayRecord raises bare ones from C++.
-      raise UserError(
-        f'the image {where} cannot be read ({_first_line(error)}); prepare the data set again.'
-      ) from error
+    with reading(f'the image {where}', remedy='prepare the data set again'):
+      # Of the record only the image is decoded, by Pillow: TFDS would ask for OpenCV.
+      record = self._example.FromString(self._records[index])
+      (data,) = record.features.feature['image'].bytes_list.value
     return read_pixels(io.BytesIO(data), where)
 
-  def _unreadable(self, error: Exception) -> UserError:
-    return UserError(
-      f'the data set in {self.folder} cannot be read ({_first_line(error)}); prepare it again.'
-    )
-
-
-def _first_line(error: BaseException) -> str:
-  return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+  def _reading(self) -> contextlib.AbstractContextManager:
+    return reading(f'the data set in {self.folder}', remedy='prepare it again')

@@ -1,5 +1,6 @@
 """Random access to records: prepared data sets on disk, and columns in memory."""
 
+import contextlib
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,9 @@ from PIL import Image
 
 from diffusion_jax.data.prepare import is_prepared, make_builder
 from diffusion_jax.data.prepare import prepare as prepare_dataset
+from diffusion_jax.data.prepared_metadata import check_shards
 from diffusion_jax.errors import UserError
+from diffusion_jax.reading import reading
 from diffusion_jax.types import Record
 
 
@@ -39,15 +42,14 @@ def open_source(
       f'run python -m diffusion_jax prepare --dataset {dataset} --size {size}{folder}'
     )
   _check_split(builder, dataset, split)
-  try:
+  name = f'{dataset} in {builder.data_dir}'
+  with _reading(name):
     import tensorflow_datasets as tfds
 
+    check_shards(builder.data_dir, builder.info.splits[split])
     # Pillow decodes: TFDS would ask for OpenCV, and damaged images must be named.
     decoders = {'image': tfds.decode.SkipDecoding()}
-    records = builder.as_data_source(split=split, decoders=decoders)
-    return ImageSource(records, f'{dataset} in {builder.data_dir}')
-  except (ValueError, AssertionError, OSError, RuntimeError) as error:
-    raise _unreadable(f'{dataset} in {builder.data_dir}', error) from error
+    return ImageSource(builder.as_data_source(split=split, decoders=decoders), name)
 
 
 class ImageSource:
@@ -69,24 +71,21 @@ class ImageSource:
       UserError: the file is damaged.
     """
     index = _checked(index, self._length)
-    try:
+    with _reading(self._name):
       raw = self._records[index]
       image = np.array(Image.open(io.BytesIO(raw['image'])).convert('RGB'))
-    except Exception as error:  # ArrayRecord raises bare ones from C++.
-      raise _unreadable(self._name, error) from error
-    captions = [text.decode() for text in raw['captions']]
-    record: Record = {'image': image, 'captions': captions, 'id': raw['id'].decode()}
-    return record | {'label': raw['group'].decode()} if 'group' in raw else record
+      captions = [text.decode() for text in raw['captions']]
+      record: Record = {'image': image, 'captions': captions, 'id': raw['id'].decode()}
+      return record | {'label': raw['group'].decode()} if 'group' in raw else record
 
   @property
   def labels(self) -> list[str]:
     """Of every record, in order; no image is decoded. UserError where there are none."""
-    try:
-      return [raw['group'].decode() for raw in self._records]
-    except KeyError:
-      raise UserError(f'The data set {self._name} has no labels: use another.') from None
-    except Exception as error:  # ArrayRecord raises bare ones from C++.
-      raise _unreadable(self._name, error) from error
+    with _reading(self._name):
+      try:
+        return [raw['group'].decode() for raw in self._records]
+      except KeyError:
+        raise UserError(f'The data set {self._name} has no labels: use another.') from None
 
   def __repr__(self) -> str:
     return f'ImageSource({self._name}, {self._length} records)'
@@ -138,9 +137,6 @@ def _checked(index: SupportsIndex, length: int) -> int:
   return position % length
 
 
-def _unreadable(name: str, error: BaseException) -> UserError:
-  first = (str(error).strip() or type(error).__name__).splitlines()[0]
+def _reading(name: str) -> contextlib.AbstractContextManager:
   folder = Path(name.rpartition(' in ')[2])
-  return UserError(
-    f'The data set {name} cannot be read ({first[:200]}): delete {folder} and prepare it again.'
-  )
+  return reading(f'The data set {name}', remedy=f'delete {folder} and prepare it again')

@@ -166,5 +166,5 @@ def test_missing_shard_and_broken_description(copy):
     _read_all(copy)
   (info,) = copy.rglob('dataset_info.json')
   info.write_text(info.read_text()[:100])
-  with pytest.raises(UserError, match='prepare it again'):
+  with pytest.raises(UserError, match='prepare the data set again'):
     _read_all(copy)

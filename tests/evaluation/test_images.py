@@ -192,7 +192,7 @@ def test_a_prepared_data_set(small_data, sources, tmp_path):
   with pytest.raises(UserError, match='cannot be read'):
     print(open_images(f'{copy}:test')[0])
   (copy / 'features.json').write_text('{')
-  with pytest.raises(UserError, match=f'the data set in {copy} cannot be read'):
+  with pytest.raises(UserError, match=r'features\.json is not readable JSON .*prepare the'):
     open_images(f'{copy}:test')
 
 

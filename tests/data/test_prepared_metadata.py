@@ -1,0 +1,199 @@
+"""Metadata of prepared data sets that others have made: nothing that it names is imported."""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from diffusion_jax.data.prepared import PreparedImages
+from diffusion_jax.errors import UserError
+from tests.data.foreign_set import IMAGES, write_foreign_set
+
+OURS = 'tensorflow_datasets.core.features.'
+TEXT = {'pythonClassName': f'{OURS}text_feature.Text', 'text': {}}
+
+
+@pytest.fixture(scope='module')
+def foreign(tmp_path_factory):
+  return write_foreign_set(tmp_path_factory.mktemp('foreign'))
+
+
+@pytest.fixture
+def folder(foreign, tmp_path):
+  """A private copy of the data set."""
+  return shutil.copytree(foreign, tmp_path / 'pictures')
+
+
+def edit(folder, name, change):
+  values = json.loads((folder / name).read_text())
+  values = change(values) or values
+  (folder / name).write_text(json.dumps(values))
+
+
+def test_every_kind_of_feature_is_let_through_and_the_image_alone_is_decoded(folder):
+  images = [image for split in ('train', 'test') for image in PreparedImages(folder, split)]
+  np.testing.assert_array_equal(sorted(i.tobytes() for i in images),
+                                sorted(i.tobytes() for i in IMAGES))
+  # As TFDS wrote it until version 4.5, and with a list that is never there.
+  def legacy(values):
+    image = {'shape': {'dimensions': ['-1', '-1', '3']}, 'dtype': 'uint8', 'encodingFormat': 'png'}
+    return {'type': f'{OURS}features_dict.FeaturesDict', 'proto_cls': '', 'content': {
+      'image': {'type': f'{OURS}image_feature.Image', 'content': image,
+                'proto_cls': 'tensorflow_datasets.ImageFeature'},
+      'rows': {'type': f'{OURS}sequence_feature.Sequence', 'content': {
+        'feature': {'type': f'{OURS}text_feature.Text', 'content': {}}, 'length': 10**9}},
+    }}
+  edit(folder, 'features.json', legacy)
+  assert len(PreparedImages(folder, 'train')) == 3
+
+
+def _features(values):
+  return values['featuresDict']['features']
+
+
+def _json(name):
+  inner = {'feature': {'type': name, 'content': {}}, 'length': 3}
+  return {'pythonClassName': f'{OURS}sequence_feature.Sequence',
+          'jsonFeature': {'json': json.dumps(inner)}}
+
+
+def _legacy(name):
+  inner = {'pythonClassName': name, 'text': {}}
+  return {'type': f'{OURS}sequence_feature.Sequence', 'proto_cls': 'tensorflow_datasets.Sequence',
+          'content': json.dumps({'feature': inner})}
+
+
+NAMES = {
+  'module': 'evil.Feature',
+  'package': 'pictures.evil.Feature',
+  'below_ours': f'{OURS}evil.Feature',
+  'through_ours': f'{OURS}image_feature.os.system',
+  'a_test_of_ours': f'{OURS}image_feature_test.ImageFeatureTest',
+  'case': f'{OURS}image_feature.image',
+  'unicode_dots': 'pictures\u2024evil.Feature',
+  'space': f' {OURS}text_feature.Text',
+  'no_text': ['pictures.evil.Feature'],
+}
+PLACES = {
+  'top': lambda values, name: values.update(pythonClassName=name),
+  'snake_case': lambda values, name: _features(values).update(
+    extra={'python_class_name': name, 'text': {}}),
+  'nested': lambda values, name: _features(_features(values)['nested']).update(
+    extra={'pythonClassName': name, 'text': {}}),
+  'sequence': lambda values, name: _features(values)['words']['sequence'].update(
+    feature={'pythonClassName': name, 'text': {}}),
+  'json_feature': lambda values, name: _features(values).update(extra=_json(name)),
+  'legacy': lambda values, name: {'type': name, 'content': {}},
+  'legacy_nested': lambda values, name: {
+    'type': f'{OURS}features_dict.FeaturesDict', 'content': {'image': {
+      'type': name, 'content': {}}}},
+  'legacy_proto': lambda values, name: {
+    'type': f'{OURS}features_dict.FeaturesDict', 'content': {'image': _legacy(name)}},
+}
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('place', PLACES)
+def test_no_class_but_those_of_tfds_may_be_named(folder, name, place):
+  edit(folder, 'features.json', lambda values: PLACES[place](values, NAMES[name]))
+  before = {*sys.modules}
+  with pytest.raises(UserError, match=r'features\.json names the class .*, which TFDS would'):
+    PreparedImages(folder, 'train')
+  assert {*sys.modules} == before
+
+
+EVIL = "open('RAN', 'w').write('code of the data set ran')\n"
+
+
+@pytest.mark.parametrize('place', ['features', 'json_feature', 'info', 'module_name'])
+def test_a_data_set_with_code_is_evaluated_or_refused_and_never_run(folder, place):
+  # In the folder above the data set `pictures.evil` can be imported.
+  (folder / 'evil.py').write_text(EVIL)
+  (folder.parent / 'evil.py').write_text(EVIL)
+  name = 'pictures.evil.Feature'
+  feature = {'pythonClassName': name, 'text': {}}
+  if place == 'features':
+    edit(folder, 'features.json', lambda v: _features(v).update(image=feature))
+  elif place == 'json_feature':
+    edit(folder, 'features.json', lambda v: _features(v).update(extra=_json(name)))
+  elif place == 'info':
+    edit(folder, 'dataset_info.json', lambda v: v.update(features=feature))
+  else:  # Only a text, which published data sets have; it is never followed.
+    edit(folder, 'dataset_info.json', lambda v: v.update(moduleName='pictures.evil'))
+  program = (
+    'import sys; from diffusion_jax.evaluation.images import open_images; '
+    'from diffusion_jax.errors import UserError\n'
+    'try: images = open_images(sys.argv[1]); print(len(images), images[0].pixels.shape)\n'
+    'except UserError as error: print(error)'
+  )
+  here = os.pathsep.join(['', *filter(None, sys.path)])
+  done = subprocess.run(
+    [sys.executable, '-c', program, 'pictures:train'], cwd=folder.parent, text=True,
+    capture_output=True, timeout=120, env={**os.environ, 'PYTHONPATH': here},
+  )
+  assert done.returncode == 0, done.stderr
+  assert not [*folder.parent.rglob('RAN')] and not [*folder.parent.rglob('__pycache__')]
+  wanted = '3 (8, 10, 3)' if place == 'module_name' else f'names the class {name!r}'
+  assert wanted in done.stdout and len(done.stdout.splitlines()) == 1
+
+
+def _split(**values):
+  return lambda info: info['splits'][0].update(values)
+
+
+@pytest.mark.parametrize(('change', 'words'), [
+  (_split(filepathTemplate='/etc/{SPLIT}'), 'not one of a file within the folder'),
+  (_split(filepathTemplate='../{DATASET}-{SPLIT}'), 'not one of a file within the folder'),
+  (_split(filepathTemplate='gs://bucket/{SPLIT}'), 'not one of a file within the folder'),
+  (_split(filepathTemplate='x\\..\\{SPLIT}'), 'not one of a file within the folder'),
+  (_split(filepathTemplate='{SPLIT.__class__}'), 'not one of a file within the folder'),
+  (_split(filepathTemplate='{SPLIT:>999999999}'), 'not one of a file within the folder'),
+  (_split(filepathTemplate='x\n{SPLIT}'), 'not one of a file within the folder'),
+  (_split(name='../train'), 'a split named'),
+  (_split(name='train\n'), 'a split named'),
+  (_split(shardLengths=['1000000000000']), '1,000,000,000,000 records'),
+  (_split(shardLengths=['-3']), 'a negative number of records'),
+  (_split(shardLengths=['1'] * 100_001), '100,002 files of records'),
+  (_split(shardLengths=['many']), 'cannot be read'),
+  (_split(shardLengths=['1', '2']), 'it has no file'),
+  (lambda info: info.update(name='../../other'), 'which is no plain one'),
+  (lambda info: info.update(configName='a/../b'), 'which is no plain one'),
+  (lambda info: info.update(moduleName='os; import evil'), 'which is none'),
+  (lambda info: info.update(module_name='a', moduleName='b'), 'one key in two spellings'),
+  (lambda info: info.update(fileFormat='parquet'), 'where ArrayRecord alone is read'),
+  (lambda info: info.update(alternativeFileFormats=['parquet']), 'ArrayRecord alone'),
+  (lambda info: info.update(splits=5), 'cannot be read'),
+  (lambda info: info.update(splits=[]), 'has no splits'),
+  (lambda info: info.update(version='latest'), 'cannot be read'),
+])
+def test_descriptions_that_point_elsewhere_or_promise_too_much(folder, change, words):
+  edit(folder, 'dataset_info.json', change)
+  with pytest.raises(UserError, match=words) as caught:
+    PreparedImages(folder, 'train')
+  assert len(str(caught.value).splitlines()) == 1 and 'again' in str(caught.value)
+
+
+def test_files_that_would_hang_or_fill_the_memory(folder):
+  edit(folder, 'features.json', lambda v: _features(v).update({'../x': copy.deepcopy(TEXT)}))
+  with pytest.raises(UserError, match=r"feature named '\.\./x'"):
+    PreparedImages(folder, 'train')
+  edit(folder, 'features.json', lambda v: _features(v).pop('../x') and None)
+  labels = folder / 'label.labels.txt'
+  labels.unlink()
+  os.mkfifo(labels)
+  with pytest.raises(UserError, match=r'label\.labels\.txt is not a file'):
+    PreparedImages(folder, 'train')
+  labels.unlink()
+  (shard,) = folder.glob('*train.array_record*')
+  shard.unlink()
+  os.mkfifo(shard)
+  with pytest.raises(UserError, match=r'it has no file .*train\.array_record'):
+    PreparedImages(folder, 'train')
+  (folder / 'features.json').write_text('[' * 10**5)
+  with pytest.raises(UserError, match='nested more than 100 deep'):
+    PreparedImages(folder, 'train')
