@@ -6,13 +6,15 @@ HELP = 'convert Stable Diffusion between layouts of files'
 DESCRIPTION = """Converts a pipeline of Stable Diffusion 1, 2 or XL between the directory of
 diffusers, the single file of CompVis, Stability and ComfyUI, and our own directory, whose weights
 each device reads as they lie. A directory of one network is converted between diffusers and native.
-Weights go tensor by tensor; nothing is downloaded and no pickle is opened.
+Weights go tensor by tensor; nothing is downloaded and no code of a file is run. The tensors of a
+file of PyTorch, such as the FID Inception's weights, become safetensors by the layout tensors.
 
 examples:
   python -m diffusion_jax convert --from sd15/ --to sd15.safetensors --layout single-file
   python -m diffusion_jax convert --from sd15.safetensors --to sd15/ --layout diffusers \\
     --tokenizer clip/
-  python -m diffusion_jax convert --from sd15/ --to sd15-native/ --layout native --dtype bfloat16"""
+  python -m diffusion_jax convert --from sd15/ --to sd15-native/ --layout native --dtype bfloat16
+  python -m diffusion_jax convert --from weights.pth --to weights.safetensors --layout tensors"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--to', dest='target', required=True, metavar='PATH',
                       help='what is written; it must not exist')
   parser.add_argument('--layout', required=True, metavar='NAME',
-                      help='diffusers, single-file or native')
+                      help='diffusers, single-file, native or tensors')
   parser.add_argument('--dtype', metavar='NAME', help='float32, float16 or bfloat16 '
                       '(default: each tensor as it is)')
   parser.add_argument('--type', dest='kind', metavar='NAME', help='the kind of one network, such '

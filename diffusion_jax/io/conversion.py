@@ -19,15 +19,17 @@ from diffusion_jax.io.pipeline_files import (
   new_directory,
   read_part,
   read_pipeline,
+  typed,
   write_part,
   write_pipeline,
 )
 from diffusion_jax.io.pretrained import DTYPES, resolve
 from diffusion_jax.io.single_file.files import read_single_file, write_single_file
-from diffusion_jax.io.tensors import PICKLES, read_json
+from diffusion_jax.io.tensors import PICKLES, NewTensor, read_json, write_tensors
+from diffusion_jax.io.torch_files import read_state
 from diffusion_jax.models.checks import require
 
-LAYOUTS = ('diffusers', 'single-file', 'native')
+LAYOUTS = ('diffusers', 'single-file', 'native', 'tensors')
 
 
 def convert(
@@ -39,7 +41,8 @@ def convert(
   Args:
     source: a pipeline's directory (diffusers or native), a single .safetensors file, or the
       directory of one network.
-    layout: one of LAYOUTS.
+    layout: one of LAYOUTS; 'tensors' writes those that a file of PyTorch holds by name, as they
+      are, to a .safetensors file.
     dtype: of the floating tensors; None leaves each as it is.
     kind: of one network, where its config.json does not tell; one of KINDS.
     prediction: of a single file that does not say it: 'epsilon' or 'v_prediction'.
@@ -54,9 +57,18 @@ def convert(
   )
   where, there = resolve(source), Path(target)
   require(where.exists(), f'There is no {source}; check --from.')
+  if layout == 'tensors':
+    require(
+      where.is_file() and where.suffix in PICKLES and there.suffix == '.safetensors',
+      '--layout tensors makes a .safetensors file of a file of PyTorch '
+      f'({", ".join(PICKLES)}); check --from and --to.',
+    )
+    _convert_tensors(where, there, dtype)
+    return []
   require(
     where.suffix not in PICKLES,
-    f'{source} is a pickle, which can run any code and is never opened; convert it to safetensors.',
+    f'{source} is a pickle, which can run any code and is never opened as a model; make it '
+    'safetensors with --layout tensors.',
   )
   if where.is_dir() and not is_pipeline(where):
     _convert_part(where, there, layout, dtype, kind)
@@ -86,6 +98,14 @@ def _read(
     f'{where} is a single file already; to change its type, convert to diffusers and back.',
   )
   return read_single_file(where, prediction, None if tokenizers is None else Path(tokenizers))
+
+
+def _convert_tensors(where: Path, there: Path, dtype: str | None) -> None:
+  require(not there.exists(), f'{there} exists already; choose another --to.')
+  found = read_state(where)
+  require(bool(found), f'{where} holds no tensors by name.')
+  new = {name: NewTensor(t.dtype, t.shape, lambda t=t: t) for name, t in found.items()}
+  write_tensors(there, typed(new, dtype))
 
 
 def _convert_part(

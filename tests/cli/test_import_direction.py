@@ -14,7 +14,7 @@ LAYERS = (
   ('io', 'data', 'parallel', 'viz'), ('diffusion', 'models'),
 )
 SHARED = {
-  'types', 'errors', 'config', 'compile_cache', 'layout', 'xla', 'sums', 'host_memory', 'reading',
+  'types', 'errors', 'config', 'configs', 'compile_cache', 'layout', 'xla', 'sums', 'host_memory', 'reading',
   '__init__',
 }
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -126,7 +126,7 @@ def test_pickles_are_refused(tmp_path, fails):
     line = fails(
       'convert', '--from', tmp_path / name, '--to', tmp_path / 'out', '--layout', 'diffusers'
     )
-    assert name in line and 'is a pickle' in line and 'never opened' in line
+    assert name in line and 'is a pickle' in line and 'never opened as a model' in line
 
 
 def test_mistakes_are_sentences(pipeline, tmp_path, fails):

@@ -5,13 +5,14 @@ With a sixteenth of the channels; tests/parity compares the network itself.
 
 import io
 import pickle
+import re
 import sys
 import zipfile
 
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.inception import load_inception
@@ -19,6 +20,7 @@ from diffusion_jax.io.torch_files import _Unpickler, read_script
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.inception import Inception, InceptionConfig
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from tests.tiny import ROOT
 
 TINY = InceptionConfig(divisor=16, classes=5)
 SHAPES = Network.of(Inception, TINY).shapes
@@ -69,6 +71,44 @@ def modules(state):
     else:
       module.register_buffer(leaf, torch.tensor(value))
   return root
+
+
+def _readme_command():
+  text = (ROOT / 'README.md').read_text(encoding='utf-8')
+  line, = re.findall(r'python -m diffusion_jax (convert --from pt_inception.*)', text)
+  return line.split()
+
+
+@pytest.mark.parametrize('script', [False, True])
+def test_the_command_of_the_readme_makes_the_published_file_safetensors(
+  state, modules, script, tmp_path, monkeypatch, command
+):
+  torch = pytest.importorskip('torch')
+  monkeypatch.chdir(tmp_path)
+  arguments = _readme_command()
+  source, target = (arguments[arguments.index(name) + 1] for name in ('--from', '--to'))
+  if script:
+    torch.jit.script(modules).save(source)
+  else:
+    torch.save({name: torch.tensor(value) for name, value in state.items()}, source)
+  assert command(*arguments) == 0
+  assert_equal = lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+  jax.tree.map(assert_equal, load_file(target), state)
+  jax.tree.map(assert_equal, load_inception(target, TINY)[1], load_inception(source, TINY)[1])
+
+
+def test_only_files_of_pytorch_become_tensors_and_none_that_runs_code(tmp_path, fails):
+  class Evil:
+    def __reduce__(self):
+      return (open, (str(tmp_path / 'ran'), 'w'))
+
+  (tmp_path / 'evil.pth').write_bytes(pickle.dumps({'a': Evil()}))
+  run = lambda source, target: fails('convert', '--from', source, '--to', target,
+                                     '--layout', 'tensors')
+  assert 'without running code' in run(tmp_path / 'evil.pth', tmp_path / 'x.safetensors')
+  assert 'a file of PyTorch' in run(tmp_path / 'evil.pth', tmp_path / 'x.bin')
+  assert 'a file of PyTorch' in run(tmp_path, tmp_path / 'x.safetensors')
+  assert {path.name for path in tmp_path.iterdir()} == {'evil.pth'}
 
 
 def test_a_norm_and_its_convolution_become_one(state, tmp_path):
