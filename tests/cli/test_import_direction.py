@@ -14,8 +14,8 @@ LAYERS = (
   ('io', 'data', 'parallel', 'viz'), ('diffusion', 'models'),
 )
 SHARED = {
-  'types', 'errors', 'config', 'configs', 'compile_cache', 'layout', 'xla', 'sums', 'host_memory', 'reading',
-  '__init__',
+  'types', 'errors', 'config', 'configs', 'compile_cache', 'layout', 'xla', 'sums', 'host_memory',
+  'reading', '__init__',
 }
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PACKAGE = ROOT / 'diffusion_jax'
