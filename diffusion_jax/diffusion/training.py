@@ -193,15 +193,15 @@ class Objective:
   ) -> Losses:
     """Losses of a batch x0 [b ...]; noise and levels follow from the key."""
     config = self.config
-    key_t, key_noise, key_more = jax.random.split(key, 3)
+    key_t, key_noise, key_input, key_directions = jax.random.split(key, 4)
     eps = objectives.offset_noise(key_noise, x0.shape, config.offset_noise)
     if config.loss == 'vdm':
       return self._vdm(network, x0, eps, key_t)
     level, factor = self.draw(key_t, len(x0), history)
-    noise = objectives.perturb_input(key_more, eps, config.input_perturbation)
+    noise = objectives.perturb_input(key_input, eps, config.input_perturbation)
     x = objectives.add_noise(x0, noise, level.alpha, level.sigma)
     if config.loss == 'sliced':
-      return self._sliced(network, x0, x, level, key_more)
+      return self._sliced(network, x0, x, level, key_directions)
     seen = x
     if config.prediction == 'edm':
       scale = preconditioning(level.alpha, level.sigma, config.data_std).scale

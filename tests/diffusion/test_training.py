@@ -155,6 +155,30 @@ def test_sliced_score_matching_is_lowest_at_the_score():
   assert (values[0] - values[1]) / (values[2] - values[1]) == pytest.approx(1, abs=0.25)
 
 
+def test_directions_of_the_sliced_loss_are_independent_of_the_perturbed_input():
+  """Of the score |x|^2 x / 2 with Jacobian |x|^2 / 2 + x x^T, over independent signs v."""
+  n, d, seen = N, 16, []
+
+  def network(x, label):
+    seen.append(x)
+    return 0.5 * x * (x**2).sum(axis=(1, 2, 3), keepdims=True)
+
+  def run(loss):
+    config = ObjectiveConfig(prediction='score', loss=loss, input_perturbation=1.0)
+    x0 = jnp.zeros((n, 2, 2, d // 4))
+    return Objective(config, TABLE).losses(network, x0, jax.random.key(3))
+
+  # The same key gives the simple loss the same input, which the sliced one differentiates.
+  x = np.asarray(jax.jit(lambda: (run('simple'), seen[-1])[1])(), np.float64).reshape(n, d)
+  out = jax.jit(lambda: run('sliced'))()
+  square, fourth = (x**2).sum(axis=1), (x**4).sum(axis=1)
+  found = np.asarray(out.loss, np.float64) * d / np.asarray(out.level.sigma, np.float64) ** 2
+  rest = found - (d * square / 2 + square + square**3 / 8)
+  variance = 2 * (square**2 - fourth)  # Of (v x)^2 over v.
+  assert abs(rest.mean()) < 4.5 * (variance.mean() / n) ** 0.5
+  assert rest.var() == pytest.approx(variance.mean(), rel=0.2)
+
+
 def test_importance_prefers_what_was_lost_and_stays_unbiased():
   config = ObjectiveConfig(times='importance')
   few = TableLevels(Schedule(ScheduleConfig(num_train_timesteps=4, beta_end=0.9)))
@@ -172,7 +196,7 @@ def test_importance_prefers_what_was_lost_and_stays_unbiased():
 def test_huber_offset_and_perturbation_are_those_of_the_objectives():
   """Recomputed from what the network saw, with the same key."""
   key = jax.random.key(1)
-  _, key_noise, key_more = jax.random.split(key, 3)
+  _, key_noise, key_input, _ = jax.random.split(key, 4)
   config = ObjectiveConfig(
     error='pseudo_huber', huber_delta=0.2, offset_noise=0.3, input_perturbation=0.1
   )
@@ -182,7 +206,7 @@ def test_huber_offset_and_perturbation_are_those_of_the_objectives():
   out, seen = jax.jit(lambda: (Objective(config, TABLE).losses(network, x0, key), seen))()
   eps = objectives.offset_noise(key_noise, x0.shape, 0.3)
   x = objectives.add_noise(
-    x0, objectives.perturb_input(key_more, eps, 0.1), out.level.alpha, out.level.sigma
+    x0, objectives.perturb_input(key_input, eps, 0.1), out.level.alpha, out.level.sigma
   )
   np.testing.assert_allclose(seen[0], x, atol=1e-6)
   delta = 0.2 ** (np.asarray(out.level.label) / 1000)

@@ -241,7 +241,9 @@ def test_the_mask_and_the_rest_of_the_picture_are_shown(opened):
   task = training.task
   batch, key = first_batch(training)
   weights = task.weights(params, task.frozen)
-  tell = jax.jit(lambda weights, batch: task._told(weights, batch, None, key))
+  tell = jax.jit(
+    lambda weights, batch: task._shown(weights, batch, random_text(task.model), key)
+  )
   image = np.asarray(tell({**weights, 'null': task.frozen['null']}, batch).image)
   mask = image[..., 0]
   assert image.shape == (8, 8, 8, 5) and set(np.unique(mask)) <= {0.0, 1.0}
@@ -258,7 +260,7 @@ def test_xl_is_told_sizes_and_drops_the_pooled_text_too(opened, monkeypatch):
   batch, key = first_batch(training)
   weights = task.weights(params, task.frozen)
   monkeypatch.setattr(task, 'config', dataclasses.replace(task.config, caption_dropout=1.0))
-  told = jax.jit(lambda batch: task._told(weights, batch, None, key))(batch)
+  told = jax.jit(lambda batch: task._told(weights, batch, key))(batch)
   for name in ('text', 'pooled'):
     null = task.frozen['null'][f'{name}.bias']
     np.testing.assert_array_equal(getattr(told, name), np.broadcast_to(null, (8, *null.shape)))

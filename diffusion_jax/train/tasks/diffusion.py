@@ -124,9 +124,8 @@ class DiffusionTask(NoisingTask):
     latents = self.model.latents(mean + std * jax.random.normal(key, mean.shape))
     return constrain(latents, 'image')
 
-  def _told(self, weights: Weights, batch: dict, x0: Latents, key: jax.Array) -> Condition:
+  def _told(self, weights: Weights, batch: dict, key: jax.Array) -> Condition:
     """What the network is told of a batch, with a share of the captions dropped."""
-    del x0
     if 'text' in batch:
       told = Condition(batch['text'], batch.get('pooled'))
     else:
@@ -143,12 +142,17 @@ class DiffusionTask(NoisingTask):
       for name in ('text', 'pooled') if getattr(told, name) is not None
     })
 
+  def _shown(self, weights: Weights, batch: dict, told: Condition, key: jax.Array) -> Condition:
+    """The condition with what the network is shown beside the text: here nothing."""
+    del weights, batch, key
+    return told
+
   def losses(self, params, frozen, memory: Memory, batch, key) -> Losses:
     """Losses of each example, and the noise level it was given."""
-    key_z, key_drop, key = jax.random.split(key, 3)
+    key_z, key_drop, key, key_shown = jax.random.split(key, 4)
     weights = self.weights(params, frozen)
     x0 = self._latents(weights, batch, key_z)
-    told = self._told(weights, batch, x0, key_drop)
+    told = self._shown(weights, batch, self._told(weights, batch, key_drop), key_shown)
     network = self.learning.network(weights)
     losses = self.objective.losses(
       lambda x, t: network(x, t, told), x0, key, history_of(memory)

@@ -29,7 +29,7 @@ from diffusion_jax.train.tasks.trainable import (
   WholeUNet,
   Words,
 )
-from diffusion_jax.types import Condition, Latents, Params, Weights
+from diffusion_jax.types import Condition, Params, Weights
 
 TRAINED = {'unet': '', 'lora': 'lora', 'controlnet': 'controlnet', 'embeddings': 'placeholder'}
 """What can be trained, and the section of the settings that speaks of that alone."""
@@ -146,13 +146,12 @@ class FinetuneTask(DiffusionTask):
   def weights(self, params: Params, frozen: Frozen) -> Weights:
     return self.trainable.weights(params, frozen)
 
-  def _told(self, weights: Weights, batch: dict, x0: Latents, key: jax.Array) -> Condition:
-    told = super()._told(weights, batch, x0, key)
+  def _shown(self, weights: Weights, batch: dict, told: Condition, key: jax.Array) -> Condition:
     if 'control' in batch:
-      ones = jnp.ones(len(x0), jnp.float32)
+      ones = jnp.ones(len(batch['control']), jnp.float32)
       told = told._replace(control=batch['control'] / jnp.float32(255), strength=ones)
     if self.config.inputs == 'inpaint':
-      masks = random_masks(jax.random.fold_in(key, 1), batch['image'].shape[:3])
+      masks = random_masks(key, batch['image'].shape[:3])
       image = inpainting_image(self.model, weights['autoencoder'], batch['image'], masks)
       told = told._replace(image=image)
     return told

@@ -208,8 +208,13 @@ class Words:
     return jax.eval_shape(self.initialize, jax.random.key(0))
 
   def initialize(self, key: jax.Array) -> Params:
-    draw = lambda width: 0.02 * jax.random.normal(key, (self.config.vectors, width))
-    return {f'{role}.embedding': draw(width) for role, (_, width) in self._tables().items()}
+    tables = self._tables()
+    draw = lambda key, width: 0.02 * jax.random.normal(key, (self.config.vectors, width))
+    return {
+      f'{role}.embedding': draw(key, width)
+      for key, (role, (_, width)) in zip(jax.random.split(key, len(tables)), tables.items(),
+                                         strict=True)
+    }
 
   def start(self, frozen: Weights, mesh: Mesh) -> Params:
     rows = {}
