@@ -129,12 +129,15 @@ def parts(once, sources):
 
 @pytest.fixture(scope='session')
 def command():
-  """command(*arguments, devices=1): one command in this process; its exit code."""
+  """command(*arguments, devices=1): one command in this process; its exit code.
+
+  A random key that is used twice ends it.
+  """
 
   def run(*arguments, devices=1):
     from diffusion_jax.__main__ import main
 
-    with tiny.few_devices(devices):
+    with tiny.few_devices(devices), jax.debug_key_reuse(True):
       return main([str(argument) for argument in arguments])
 
   return run

@@ -43,7 +43,9 @@ def sliced_score_matching(
     directions: v [b ...] with E[v v^T] = 1, such as standard normals or random signs.
     reduce_variance: uses 1/2 |score|^2, the expectation of the second term over v (eq. 9).
   """
-  value, slope = jax.jvp(score, (x,), (directions,))
+  # v^T J, not J v: networks have layers whose derivatives are written for this direction alone.
+  value, pull = jax.vjp(score, x)
+  slope, = pull(directions)
   if reduce_variance:
     return total(directions * slope) + total(value**2) / 2
   return total(directions * slope) + total(directions * value) ** 2 / 2

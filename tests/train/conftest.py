@@ -2,6 +2,7 @@
 
 import shutil
 
+import jax
 import pytest
 
 from tests import tiny, tiny_pipeline
@@ -21,6 +22,13 @@ SMALL = {
   'loop.total_steps': 4, 'loop.batch_size': 8, 'loop.log_every_steps': 1,
   'loop.checkpoint_every_steps': 2, 'loop.sample_every_steps': 0, 'loop.ema_halflife_images': 0.0,
 }
+
+
+@pytest.fixture(autouse=True)
+def keys_are_watched():
+  """A random key that is used twice fails the test."""
+  with jax.debug_key_reuse(True):
+    yield
 
 
 @pytest.fixture(scope='session')

@@ -90,7 +90,7 @@ def test_classes_come_from_the_labels_or_from_the_config():
     ClassifierConfig(**SMALL, class_names=('a', 'b', 'a'))
 
 
-def _draw(folder, count=20):
+def draw_classes(folder, count=20):
   """Stripes across, stripes down, and none, in any two colours."""
   rng = np.random.default_rng(0)
   stripes = np.arange(SIZE) // 2 % 2 == 0
@@ -105,7 +105,7 @@ def _draw(folder, count=20):
       Image.fromarray(pixels).save(folder / name / f'{i:03d}.png')
 
 
-def _config(folder, **settings):
+def classifier_config(folder, **settings):
   values = {
     'task': 'classifier', 'dtype': 'float32',
     'settings': {'classifier': SMALL, 'export_dtype': 'float32', **settings},
@@ -124,8 +124,8 @@ def run(once, command):
   """Folder with pictures/ and run/, a finished run on them."""
 
   def make(folder):
-    _draw(folder / 'pictures')
-    config = tiny.write_config(folder / 'recipe.py', _config(folder / 'pictures'))
+    draw_classes(folder / 'pictures')
+    config = tiny.write_config(folder / 'recipe.py', classifier_config(folder / 'pictures'))
     assert command('train', '--config', config, '--workdir', folder / 'run', '--quiet') == 0
 
   return once('trained_classifier', make)
@@ -190,7 +190,7 @@ def test_images_of_other_sizes_are_resized_as_for_training():
   ('settings', {'classifier': SMALL | {'image_size': 18}}, 'image_size=18 must be a multiple of 4'),
 ])
 def test_what_does_not_fit_is_named(run, fails, tmp_path, section, changes, words):
-  values = _config(run / 'pictures')
+  values = classifier_config(run / 'pictures')
   values[section] |= changes
   config = tiny.write_config(tmp_path / 'recipe.py', values)
   assert words in fails('train', '--config', config, '--workdir', tmp_path / 'run')
