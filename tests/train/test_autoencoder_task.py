@@ -55,7 +55,7 @@ def test_the_adversary_starts_exactly_at_its_step(params, images):
   # Where real and fake both lie within the hinge's margin, the last bias pulls equally both ways.
   last = max(name for name in params if name.startswith('discriminator.') and 'bias' in name)
   params = {**params, last: params[last] + 5.0}
-  before, (metrics, _) = gradient(params, {}, {}, batch, key, START - 1)
+  before, (metrics, _) = gradient(params, {}, {}, batch, jax.random.clone(key), START - 1)
   assert metrics['loss_discriminator'] == metrics['loss_generator'] == (0, 0)
   assert not any(g.any() for n, g in before.items() if n.startswith('discriminator.'))
   after, (metrics, _) = gradient(params, {}, {}, batch, key, START)
