@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffusion_jax.data.credits import CREDITS
+from diffusion_jax.data.fingerprint import fingerprint
 from diffusion_jax.data.folder import FOLDER, Together, open_folder
 from diffusion_jax.data.labelled import open_labelled
 from diffusion_jax.data.loader import Loader, Source
@@ -20,6 +21,7 @@ from diffusion_jax.data.synthetic import SyntheticImages
 from diffusion_jax.data.transforms import Label, build_transforms
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.job import check_samples
+from diffusion_jax.io.data_record import check_data, write_data
 from diffusion_jax.io.metrics_backends import check_wandb
 from diffusion_jax.io.run_directory import RunDirectory
 from diffusion_jax.io.trained import run_weights
@@ -70,7 +72,9 @@ def open_sources(config: TrainingConfig, synthetic: bool = False) -> tuple[Sourc
       raise UserError('data.caption has no effect on a classifier; empty it.')
     return open_labelled(data.dataset, data.size, data.test_fraction)
   if data.dataset.startswith(FOLDER):
-    return open_folder(data.dataset, data.size, data.caption, data.test_fraction)
+    return open_folder(
+      data.dataset, data.size, data.caption, data.test_fraction, data.caption_column
+    )
   train, test = (
     open_source(
       data.dataset, split, size=data.size, data_dir=data.data_dir or None, prepare=data.prepare
@@ -80,12 +84,12 @@ def open_sources(config: TrainingConfig, synthetic: bool = False) -> tuple[Sourc
   return train, test
 
 
-def _say_what_is_measured(test: Source) -> None:
-  """Tells the split that we have chosen, since no one else has."""
-  measured = measured_on(test)
-  if measured != APART and jax.process_index() == 0:
-    where = measured.told[0].lower() + measured.told[1:]
-    print(f'diffusion_jax train: scores are measured {where}', file=sys.stderr)
+def _told(train: Source, test: Source) -> list[str]:
+  """What of the data is left out, and the split that we have chosen: no one else tells it."""
+  told, measured = list(getattr(train, 'notes', ())), measured_on(test)
+  if measured != APART:
+    told.append(f'scores are measured {measured.told[0].lower()}{measured.told[1:]}')
+  return told if jax.process_index() == 0 else []
 
 
 def build_task(
@@ -250,6 +254,9 @@ def build(config: ConfigDict | dict, workdir: str, synthetic: bool = False) -> T
       'data.transforms have no effect with settings.cache; empty them or switch the cache off.'
     )
   train, test = open_sources(checked, synthetic)
+  data = {} if synthetic else {'training': fingerprint(train), 'test': fingerprint(test)}
+  check_data(directory, data)
+  told = _told(train, test)
   if checked.task in LATENT and checked.loop.evaluate_samples:
     if checked.task == 'finetune':
       checked.settings.check_scored()
@@ -258,6 +265,8 @@ def build(config: ConfigDict | dict, workdir: str, synthetic: bool = False) -> T
   _check_evaluation(checked, task, mesh)
   if checked.task == 'finetune' and checked.settings.prior.folder:
     prior = train if synthetic else draw_prior(task, mesh)
+    data |= {'prior': fingerprint(prior)}
+    check_data(directory, data)
     train = Together(train, prior, checked.settings.prior.weight)
   shapes = jax.eval_shape(task.initialize, jax.random.key(0))
   start = task.start
@@ -269,9 +278,12 @@ def build(config: ConfigDict | dict, workdir: str, synthetic: bool = False) -> T
   optimizer = make_optimizer(checked.optimizer, shapes, steps)
   # Last, because filling a cache takes long.
   loader = _loader(checked, task, train, mesh, synthetic)
-  _say_what_is_measured(test)
-  if task.name == 'clip' and jax.process_index() == 0:
-    save_tokenizer(task.tokenizer, directory.tokenizer)
+  if jax.process_index() == 0:
+    write_data(directory, data)
+    if task.name == 'clip':
+      save_tokenizer(task.tokenizer, directory.tokenizer)
+  for text in told:
+    print(f'diffusion_jax train: {text}', file=sys.stderr)
   return Training(
     config=resolved(checked), task=task, loop=checked.loop, safety=checked.safety,
     optimizer=optimizer,

@@ -39,7 +39,8 @@ class DataConfig:
   of the images in pixels, or points in a record; prepare: make it if missing; caption: of every
   picture of a folder that has none of its own, or several, one a line; test_fraction: share of the
   pictures of a folder without folders train and test that is left to the test split, 0 to train on
-  all.
+  all; caption_column: the one column of captions in its metadata.jsonl or metadata.csv, '' for all
+  of `metadata.CAPTIONS`.
 
   transforms: (name, arguments) pairs in order, applied to every training image; workers: threads
   that read and transform, in each process; 0 does it between the steps.
@@ -50,6 +51,7 @@ class DataConfig:
   data_dir: str = ''
   prepare: bool = False
   caption: str = ''
+  caption_column: str = ''
   test_fraction: float = TEST_FRACTION
   transforms: tuple = ()
   workers: int = 2

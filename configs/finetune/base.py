@@ -12,6 +12,7 @@ def finetune_base(architecture: str, size: int) -> ConfigDict:
   with config.unlocked():
     config.data.update({
       'dataset': 'folder:data/pictures', 'size': size, 'caption': '',
+      'caption_column': '',
       'transforms': (
         ('random_flip', {}), ('choose_caption', {}), ('tokenize', {}), ('normalize', {}),
       ),

@@ -1,69 +1,125 @@
 """A folder of pictures with captions, as people keep them for fine-tuning.
 
-A picture's captions are the lines of the text file beside it (cat.png, cat.txt), or its entry in
-metadata.jsonl ({"file_name": "cat.png", "text": "a cat"}), or those given for all, one a line. With
-folders train/ and test/ inside, each is a split; otherwise the pictures are split by their content.
+A picture's captions are the lines of the text file beside it (cat.png, cat.txt), or its row in
+metadata.jsonl ({"file_name": "cat.png", "text": "a cat"}) or metadata.csv, or those given for all,
+one a line. Pictures may lie in folders within. With folders train/ and test/ inside, each is a
+split; otherwise the pictures are split by their content.
 """
 
 import copy
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import SupportsIndex
 
 import numpy as np
 
+from diffusion_jax.data.captions import captions_of
+from diffusion_jax.data.finding import (
+  SUFFIXES,
+  Left,
+  find_files,
+  key_of,
+  own_splits,
+  with_suffixes,
+)
+from diffusion_jax.data.fingerprint import of_files, of_texts
 from diffusion_jax.data.images import image_size, read_image
 from diffusion_jax.data.splits import APART, TEST_FRACTION, Measured, by_content
 from diffusion_jax.errors import UserError
 
 FOLDER = 'folder:'
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')
 
 
 def open_folder(
-  dataset: str, size: int, caption: str = '', test_fraction: float = TEST_FRACTION
+  dataset: str, size: int, caption: str = '', test_fraction: float = TEST_FRACTION,
+  caption_column: str = '',
 ) -> tuple['FolderSource', 'FolderSource']:
   """(train, test) of 'folder:PATH', pictures of size x size pixels.
 
   Args:
     caption: of those that have none of their own.
     test_fraction: share of the pictures that is for the test, where no folders say which.
+    caption_column: of metadata.jsonl or metadata.csv; '' for all of `metadata.CAPTIONS`.
 
   Raises:
-    UserError: no such folder, no picture in it, a picture without caption, or a bad metadata.jsonl.
+    UserError: no such folder, no picture in it, a picture without caption, or a list of captions
+      that cannot be read.
   """
-  folder = Path(dataset.removeprefix(FOLDER))
-  if not folder.is_dir():
-    raise UserError(f'there is no folder {folder}; give data.dataset=folder:PATH of pictures.')
-  split = [folder / name for name in ('train', 'test')]
-  if all(place.is_dir() for place in split):
-    return tuple(FolderSource(place, size, caption) for place in split)
-  every = FolderSource(folder, size, caption)
-  parts = by_content(every.files, test_fraction)
-  return every.part(parts.train, parts.measured), every.part(parts.test, parts.measured)
+  root, left = Path(dataset.removeprefix(FOLDER)), Left()
+  files = files_of(root, left)
+  pictures = with_suffixes(files)
+  first, second = own_splits(pictures, root)
+  chosen = within(pictures, first, second, left)
+  captions = captions_of(files, [*chosen[0], *chosen[1]], root, caption, caption_column, left)
+  notes = left_out(root, left)
+  train = FolderSource(first, chosen[0], captions[: len(chosen[0])], size, notes)
+  if second:
+    return train, FolderSource(second, chosen[1], captions[len(chosen[0]) :], size)
+  parts = by_content(train.files, test_fraction)
+  return train.part(parts.train, parts.measured), train.part(parts.test, parts.measured)
 
 
-def pictures(folder: Path) -> list[Path]:
-  """The files of a folder that are pictures by their names, in order."""
-  files = (path for path in folder.iterdir() if not path.name.startswith('.'))
-  return sorted(path for path in files if path.suffix.lower() in SUFFIXES)
+def open_all(root: Path, size: int, caption: str) -> 'FolderSource':
+  """All pictures of a folder. UserError as `open_folder`."""
+  left = Left()
+  files = files_of(root, left)
+  pictures = with_suffixes(files)
+  captions = captions_of(files, pictures, root, caption, '', left)
+  return FolderSource(root, pictures, captions, size, left_out(root, left))
+
+
+def files_of(root: Path, left: Left) -> list[Path]:
+  """All files of a folder of pictures. UserError where it has no picture, or is none."""
+  if not root.is_dir():
+    raise UserError(f'there is no folder {root}; give data.dataset=folder:PATH of pictures.')
+  files = find_files(root, left)
+  if not with_suffixes(files):
+    told = f', but {"; ".join(left.told())}' if left.told() else ''
+    raise UserError(f'the folder {root} has no picture ({", ".join(SUFFIXES)}){told}; add some.')
+  return files
+
+
+def within(
+  pictures: Sequence[Path], first: Path, second: Path | None, left: Left
+) -> tuple[list[Path], ...]:
+  """The pictures below each of two folders; `left` is told of others."""
+  chosen = [[path for path in pictures if place and path.is_relative_to(place)]
+            for place in (first, second)]
+  if second:
+    outside = set(pictures).difference(*chosen)
+    for path in sorted(outside):
+      left.add(
+        f'pictures outside of {first.name} and {second.name}', path.relative_to(first.parent)
+      )
+  return tuple(chosen)
+
+
+def left_out(root: Path, left: Left) -> tuple[str, ...]:
+  """What to tell people of a folder that has more in it than its pictures."""
+  told = '; '.join(left.told())
+  return (f'of {root} not everything is used: {told}.',) if told else ()
+
+
+def id_of(path: Path, folder: Path) -> str:
+  """A picture's path below a folder, without its suffix."""
+  return key_of(path.relative_to(folder).with_suffix('').as_posix())
 
 
 class FolderSource:
-  """Records of the pictures in a folder; image uint8 [size size 3], its central square.
+  """Records of pictures in a folder; image uint8 [size size 3], its central square.
 
   A record also has 'sizes', float32 [6]: height and width of the upright picture, top and left of
   the square in it once its shorter edge is `size`, and the size twice, as SDXL is told them.
+
+  notes: what of the folder is not used, for people. measured: what scores on it are measured on.
   """
 
-  def __init__(self, folder: Path, size: int, caption: str = ''):
-    self.folder, self.size, self.measured = folder, size, APART
-    self.files = pictures(folder)
-    if not self.files:
-      raise UserError(f'the folder {folder} has no picture ({", ".join(SUFFIXES)}); add some.')
-    known = _metadata(folder / 'metadata.jsonl')
-    self.captions = [_captions(file, known, caption) for file in self.files]
+  def __init__(
+    self, folder: Path, files: Sequence[Path], captions: Sequence[list[str]], size: int,
+    notes: tuple[str, ...] = (),
+  ):
+    self.folder, self.files, self.captions = folder, list(files), list(captions)
+    self.size, self.notes, self.measured = size, notes, APART
 
   def part(self, numbers: Sequence[int], measured: Measured) -> 'FolderSource':
     """A source of these records alone."""
@@ -72,6 +128,12 @@ class FolderSource:
     part.captions = [self.captions[i] for i in numbers]
     part.measured = measured
     return part
+
+  def fingerprint(self) -> dict[str, str]:
+    """Changes with the pictures, or with their captions."""
+    return {
+      'pictures': of_files(self.files, self.folder), 'captions': of_texts(self.captions),
+    }
 
   def __len__(self) -> int:
     return len(self.files)
@@ -86,7 +148,7 @@ class FolderSource:
     offset = lambda edge: (round(edge * scale) - self.size) // 2
     sizes = (height, width, offset(height), offset(width), self.size, self.size)
     return {
-      'image': image, 'captions': self.captions[index], 'id': file.stem,
+      'image': image, 'captions': self.captions[index], 'id': id_of(file, self.folder),
       'sizes': np.asarray(sizes, np.float32),
     }
 
@@ -109,30 +171,3 @@ class Together:
     which, place = index % 2, index // 2
     source = self.sources[which]
     return source[place % len(source)] | {'weight': np.float32(self.weights[which])}
-
-
-def _metadata(path: Path) -> dict[str, str]:
-  if not path.is_file():
-    return {}
-  try:
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    return {row['file_name']: str(row['text']) for row in rows}
-  except (ValueError, KeyError, TypeError, OSError) as error:
-    raise UserError(
-      f'{path} cannot be read ({error}); give one object a line with file_name and text.'
-    ) from error
-
-
-def _captions(file: Path, known: dict[str, str], caption: str) -> list[str]:
-  beside = file.with_suffix('.txt')
-  try:
-    text = beside.read_text() if beside.is_file() else known.get(file.name, caption)
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f'the captions {beside} cannot be read ({error}); save UTF-8.') from error
-  lines = [line.strip() for line in text.splitlines() if line.strip()]
-  if not lines:
-    raise UserError(
-      f'{file} has no caption; write {beside.name} beside it, name it in metadata.jsonl, or set '
-      'data.caption.'
-    )
-  return lines

@@ -1,14 +1,17 @@
 """Pictures in folders by class: PATH/cat/1.png, PATH/dog/1.png.
 
-With folders train/ and test/ inside, each is a split that holds one folder for each class.
-Otherwise the pictures are split by their content.
+A class has the pictures of its folder and of the folders in it. With folders train/ and test/
+inside, each is a split that holds one folder for each class. Otherwise the pictures are split by
+their content.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import SupportsIndex
 
-from diffusion_jax.data.folder import FOLDER, SUFFIXES, pictures
+from diffusion_jax.data.finding import SUFFIXES, Left, key_of, own_splits, with_suffixes
+from diffusion_jax.data.fingerprint import of_files
+from diffusion_jax.data.folder import FOLDER, files_of, id_of, left_out, within
 from diffusion_jax.data.images import read_image
 from diffusion_jax.data.splits import APART, TEST_FRACTION, Measured, by_content
 from diffusion_jax.errors import UserError
@@ -25,27 +28,36 @@ def open_labelled(
   Raises:
     UserError: no such folder, or a split without pictures in folders of classes.
   """
-  folder = Path(dataset.removeprefix(FOLDER))
-  if not folder.is_dir():
-    raise UserError(f'there is no folder {folder}; give data.dataset=folder:PATH of pictures.')
-  split = [folder / name for name in ('train', 'test')]
-  if all(place.is_dir() for place in split):
-    return tuple(
-      LabelledFolder([file for files in _by_class(place) for file in files], size)
-      for place in split
-    )
-  files = [file for files in _by_class(folder) for file in files]
-  parts = by_content(files, test_fraction, [file.parent.name for file in files])
+  root, left = Path(dataset.removeprefix(FOLDER)), Left()
+  files = files_of(root, left)
+  for path in files:
+    if path.suffix.lower() not in SUFFIXES:
+      left.add(f'files of another kind ({path.suffix or "no suffix"})', path.relative_to(root))
+  pictures = with_suffixes(files)
+  places = own_splits(pictures, root)
+  chosen = [
+    _in_classes(part, place, left)
+    for part, place in zip(within(pictures, *places, left), places, strict=True) if place
+  ]
+  notes = left_out(root, left)
+  train = LabelledFolder(places[0], chosen[0], size, notes=notes)
+  if len(chosen) == 2:
+    return train, LabelledFolder(places[1], chosen[1], size)
+  parts = by_content(train.files, test_fraction, train.labels)
   return tuple(
-    LabelledFolder([files[i] for i in part], size, parts.measured)
+    LabelledFolder(places[0], [train.files[i] for i in part], size, parts.measured, notes)
     for part in (parts.train, parts.test)
   )
 
 
-def _by_class(folder: Path) -> list[list[Path]]:
-  """The pictures of each folder of a folder, in order."""
-  places = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.'))
-  found = [files for place in places if (files := pictures(place))]
+def _in_classes(pictures: Sequence[Path], folder: Path, left: Left) -> list[Path]:
+  """Those that are in a folder of `folder`."""
+  found = []
+  for path in pictures:
+    if len(path.relative_to(folder).parts) > 1:
+      found.append(path)
+    else:
+      left.add('pictures outside of the folders of classes', path.name)
   if not found:
     raise UserError(
       f'the folder {folder} has no folders of pictures ({", ".join(SUFFIXES)}); make one for each '
@@ -56,10 +68,17 @@ def _by_class(folder: Path) -> list[list[Path]]:
 
 class LabelledFolder:
   """Records of pictures whose label is their folder's name; image uint8 [size size 3], the central
-  square."""
+  square.
 
-  def __init__(self, files: Sequence[Path], size: int, measured: Measured = APART):
-    self.files, self.size, self.measured = list(files), size, measured
+  notes: what of the folder is not used, for people. measured: what scores on it are measured on.
+  """
+
+  def __init__(
+    self, folder: Path, files: Sequence[Path], size: int, measured: Measured = APART,
+    notes: tuple[str, ...] = (),
+  ):
+    self.folder, self.files, self.size = folder, list(files), size
+    self.measured, self.notes = measured, notes
 
   def __len__(self) -> int:
     return len(self.files)
@@ -67,13 +86,20 @@ class LabelledFolder:
   @property
   def labels(self) -> list[str]:
     """Of every record, without reading a picture."""
-    return [file.parent.name for file in self.files]
+    return [self._label(file) for file in self.files]
+
+  def _label(self, file: Path) -> str:
+    return key_of(file.relative_to(self.folder).parts[0])
+
+  def fingerprint(self) -> dict[str, str]:
+    """Changes with the pictures, or with their classes."""
+    return {'pictures': of_files(self.files, self.folder)}
 
   def __getitem__(self, index: SupportsIndex) -> dict:
     """Record `index`. UserError where the picture cannot be read."""
     file = self.files[range(len(self.files))[index]]
-    label = file.parent.name
+    label = self._label(file)
     return {
-      'image': read_image(file, self.size), 'captions': [label], 'id': f'{label}/{file.stem}',
+      'image': read_image(file, self.size), 'captions': [label], 'id': id_of(file, self.folder),
       'label': label,
     }

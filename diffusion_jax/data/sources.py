@@ -9,6 +9,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 from PIL import Image
 
+from diffusion_jax.data.fingerprint import IMAGES, RECORDS, of_images, of_texts, spread
 from diffusion_jax.data.prepare import is_prepared, make_builder
 from diffusion_jax.data.prepare import prepare as prepare_dataset
 from diffusion_jax.data.prepared_metadata import check_shards
@@ -86,6 +87,30 @@ class ImageSource:
         return [raw['group'].decode() for raw in self._records]
       except KeyError:
         raise UserError(f'The data set {self._name} has no labels: use another.') from None
+
+  def fingerprint(self) -> dict[str, str]:
+    """Changes with texts, and with pixels, of records all over the split; not with the way in
+    which they are compressed."""
+
+    return {
+      'captions': of_texts([self._texts(i) for i in spread(self._length, RECORDS)]),
+      'pictures': of_images([self._pixels(i) for i in spread(self._length, IMAGES)]),
+    }
+
+  def _texts(self, index: int) -> list[list[str]] | None:
+    """All texts of a record; None of one that cannot be read."""
+    try:
+      raw = self._records[index]
+      return [[text.decode() for text in np.atleast_1d(raw[name]).tolist()]
+              for name in ('id', 'captions', 'group') if name in raw]
+    except Exception:  # ArrayRecord raises bare ones from C++.
+      return None
+
+  def _pixels(self, index: int) -> np.ndarray:
+    try:
+      return self[index]['image']
+    except UserError:
+      return np.zeros((0, 0, 3), np.uint8)
 
   def __repr__(self) -> str:
     return f'ImageSource({self._name}, {self._length} records)'

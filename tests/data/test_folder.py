@@ -59,9 +59,9 @@ def test_sizes_are_of_the_file_and_of_the_square_in_it(tmp_path):
 @pytest.mark.parametrize(('name', 'content', 'message'), [
   (None, None, r'has no picture \(.png'),
   ('a.png', None, r'a.png has no caption; write a.txt beside it'),
-  ('metadata.jsonl', b'{"file_name": "a.png"}', r'metadata.jsonl cannot be read'),
-  ('metadata.jsonl', b'not json', r'metadata.jsonl cannot be read'),
-  ('a.txt', b'\xff\xfe', r'a.txt cannot be read'),
+  ('metadata.jsonl', b'{"file_name": "a.png"}', r'a.png has no caption \(lists without a column'),
+  ('metadata.jsonl', b'not json', r'metadata.jsonl cannot be read \(line 1: '),
+  ('a.txt', b'caf\xe9', r'a.txt cannot be read'),
   ('a.txt', b' \n', r'a.png has no caption'),
 ])
 def test_what_is_wrong_is_named(tmp_path, name, content, message):

@@ -8,7 +8,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from PIL import Image
 
-from diffusion_jax.data.folder import FolderSource, pictures
+from diffusion_jax.data.finding import Left, find_files, with_suffixes
+from diffusion_jax.data.folder import FolderSource, open_all
 from diffusion_jax.errors import UserError
 from diffusion_jax.pipelines.text_to_image import TextToImage
 from diffusion_jax.train.tasks.diffusion import DiffusionTask
@@ -47,12 +48,16 @@ def draw_prior(task: DiffusionTask, mesh: Mesh) -> FolderSource:
   prior, model = task.config.prior, task.model
   folder = Path(prior.folder)
   folder.mkdir(parents=True, exist_ok=True)
-  found = {path.name for path in pictures(folder)}
+  found = {str(path.relative_to(folder)) for path in _pictures(folder)}
   if len(found) < prior.images:
     _draw(task, model, mesh, folder, found)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('prior')  # All pictures are written before any is read.
-  return FolderSource(folder, model.image_size, prior.prompt)
+  return open_all(folder, model.image_size, prior.prompt)
+
+
+def _pictures(folder: Path) -> list[Path]:
+  return with_suffixes(find_files(folder, Left()))
 
 
 def _draw(task: DiffusionTask, model: TextToImage, mesh: Mesh, folder: Path, found: set) -> None:

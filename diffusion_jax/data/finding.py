@@ -1,0 +1,129 @@
+"""Pictures, and what goes with them, in a folder and in the folders in it."""
+
+import os
+import unicodedata
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from diffusion_jax.errors import UserError
+
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')
+"""Of pictures."""
+_UNPACKED_BY_MACS = '__MACOSX'
+
+
+class Left:
+  """What was left out of a data set, by kind: how often, and the first of each."""
+
+  def __init__(self):
+    self._kinds: dict[str, tuple[int, str]] = {}
+
+  def add(self, kind: str, example: str | Path = '', count: int = 1) -> None:
+    """One more of a kind, such as 'rows without a picture', or so many."""
+    before, first = self._kinds.get(kind, (0, ''))
+    self._kinds[kind] = before + count, first or str(example)
+
+  def counts(self) -> dict[str, int]:
+    """Kind -> how many."""
+    return {kind: count for kind, (count, _) in self._kinds.items()}
+
+  def told(self) -> list[str]:
+    """'rows without a picture: 3, such as gone.png' for each kind."""
+    return [
+      f'{kind}: {count:,}' + (f', such as {first}' if first else '')
+      for kind, (count, first) in self._kinds.items()
+    ]
+
+
+def key_of(name: str) -> str:
+  """A path below a folder as one spelling of it: Macs write other accents, Windows other bars."""
+  return unicodedata.normalize('NFC', name.replace('\\', '/'))
+
+
+def find_files(root: str | Path, left: Left) -> list[Path]:
+  """The regular files in a folder and in the folders in it, sorted, as paths below `root`.
+
+  Links are followed. A folder that several paths lead to is read once, by a path without links
+  where there is one. Hidden files and folders are left out, and what leads nowhere.
+
+  Raises:
+    UserError: there is no such folder.
+  """
+  root = Path(root)
+  if not root.is_dir():
+    raise UserError(f'there is no folder {root}; give one of pictures.')
+  files: list[Path] = []
+  top = os.path.realpath(root)
+  folders, links, seen = [root], [], {top}
+  while folders or links:
+    folder = folders.pop() if folders else links.pop(0)
+    if folder.is_symlink() and folder != root:
+      real = os.path.realpath(folder)
+      if real in seen or Path(real) in Path(top).parents:
+        left.add('links to folders that are read already, or above', folder.relative_to(root))
+        continue
+      seen.add(real)
+    for entry in _entries(folder, root, left):
+      path = Path(entry.path)
+      if entry.is_dir():
+        if entry.is_symlink():
+          links.append(path)
+        elif (real := os.path.realpath(path)) not in seen:
+          seen.add(real)
+          folders.append(path)
+      else:
+        files.append(path)
+  return sorted(files)
+
+
+def _entries(folder: Path, root: Path, left: Left) -> Iterator[os.DirEntry]:
+  """Folders and regular files that are not hidden, by name."""
+  try:
+    with os.scandir(folder) as found:
+      entries = sorted(found, key=lambda entry: entry.name)
+  except OSError:
+    left.add('folders that cannot be read', folder.relative_to(root))
+    return
+  for entry in entries:
+    name = Path(entry.path).relative_to(root)
+    try:
+      is_dir, is_file = entry.is_dir(), entry.is_file()
+      leads = is_dir or os.path.exists(entry.path)
+    except OSError:  # Such as links in a circle.
+      is_dir = is_file = leads = False
+    if entry.name.startswith('.') or entry.name == _UNPACKED_BY_MACS:
+      left.add('hidden folders' if is_dir else 'hidden files', name)
+    elif not leads:
+      left.add('links that lead nowhere', name)
+    elif not is_dir and not is_file:
+      left.add('pipes, sockets and devices', name)
+    else:
+      yield entry
+
+
+def with_suffixes(files: Sequence[Path], suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+  """Those whose names end so, in capitals or not."""
+  return [file for file in files if file.suffix.lower() in suffixes]
+
+
+TRAIN = ('train', 'training')
+TEST = ('test', 'testing', 'validation', 'valid', 'val', 'eval', 'dev')
+"""Names of folders that are splits; of several the first in this order is the test."""
+
+
+def own_splits(pictures: Sequence[Path], root: Path) -> tuple[Path, Path | None]:
+  """(folder to train on, folder of the test) where folders say it, else (root, None).
+
+  A folder train that has all pictures there are is what is meant by its parent.
+  """
+  tops = {name.parts[0] for name in (path.relative_to(root) for path in pictures)
+          if len(name.parts) > 1}
+  named = lambda names: next(
+    (root / top for name in names for top in sorted(tops) if top.lower() == name), None
+  )
+  train, test = named(TRAIN), named(TEST)
+  if train and test:
+    return train, test
+  if train and all(path.is_relative_to(train) for path in pictures):
+    return train, None
+  return root, None
