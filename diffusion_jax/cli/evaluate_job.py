@@ -123,13 +123,12 @@ def labels_of(args: argparse.Namespace) -> list[str] | None:
 
 def lines(path: str, what: str = 'captions') -> list[str]:
   """The captions, or what else it is, of a file, one a line."""
-  try:
-    lines = [line.strip() for line in Path(path).read_text(encoding='utf-8').splitlines()]
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f'the {what} {path} cannot be read ({error}); give UTF-8 text.') from error
-  if not any(lines):
+  from diffusion_jax.data.text import read_lines
+
+  found = read_lines(path, what)
+  if not found:
     raise UserError(f'{path} has no {what}; write one a line.')
-  return [line for line in lines if line]
+  return found
 
 
 def start() -> None:
@@ -282,4 +281,9 @@ def of_folder(args: argparse.Namespace, out: Path, shown: dict) -> dict[str, Any
   images = open_images(args.images)  # Before a data set is prepared, which may take minutes.
   comparison = open_comparison(args, out, functools.partial(open_split, args))
   found = comparison({'samples': Column(of_images(images))})
-  return None if found is None else report(args, comparison, found, shown)
+  if found is None:
+    return None
+  for note in images.notes:
+    print(f'note: {note}')
+  found.scores[found.first].warnings.extend(images.notes)
+  return report(args, comparison, found, shown)

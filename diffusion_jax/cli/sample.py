@@ -52,11 +52,9 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
   """
   prompts = list(args.prompt)
   if args.prompts:
-    try:
-      lines = Path(args.prompts).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-      raise UserError(f'the prompts file {args.prompts} cannot be read ({error}).') from error
-    prompts += [line for line in lines if line.strip()]
+    from diffusion_jax.data.text import read_lines
+
+    prompts += read_lines(args.prompts, 'prompts file')
   if not prompts:
     raise UserError('there is no prompt; give --prompt TEXT or --prompts FILE.')
   if any(not prompt.strip() for prompt in prompts):

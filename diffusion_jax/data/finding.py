@@ -34,6 +34,11 @@ class Left:
       for kind, (count, first) in self._kinds.items()
     ]
 
+  def notes(self, root: Path) -> tuple[str, ...]:
+    """A sentence for people, where anything of a folder was left out."""
+    told = '; '.join(self.told())
+    return (f'of {root} not everything is used: {told}.',) if told else ()
+
 
 def key_of(name: str) -> str:
   """A path below a folder as one spelling of it: Macs write other accents, Windows other bars."""

@@ -51,7 +51,7 @@ def open_folder(
   first, second = own_splits(pictures, root)
   chosen = within(pictures, first, second, left)
   captions = captions_of(files, [*chosen[0], *chosen[1]], root, caption, caption_column, left)
-  notes = left_out(root, left)
+  notes = left.notes(root)
   train = FolderSource(first, chosen[0], captions[: len(chosen[0])], size, notes)
   if second:
     return train, FolderSource(second, chosen[1], captions[len(chosen[0]) :], size)
@@ -65,7 +65,7 @@ def open_all(root: Path, size: int, caption: str) -> 'FolderSource':
   files = files_of(root, left)
   pictures = with_suffixes(files)
   captions = captions_of(files, pictures, root, caption, '', left)
-  return FolderSource(root, pictures, captions, size, left_out(root, left))
+  return FolderSource(root, pictures, captions, size, left.notes(root))
 
 
 def files_of(root: Path, left: Left) -> list[Path]:
@@ -92,12 +92,6 @@ def within(
         f'pictures outside of {first.name} and {second.name}', path.relative_to(first.parent)
       )
   return tuple(chosen)
-
-
-def left_out(root: Path, left: Left) -> tuple[str, ...]:
-  """What to tell people of a folder that has more in it than its pictures."""
-  told = '; '.join(left.told())
-  return (f'of {root} not everything is used: {told}.',) if told else ()
 
 
 def id_of(path: Path, folder: Path) -> str:

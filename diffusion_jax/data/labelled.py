@@ -11,7 +11,7 @@ from typing import SupportsIndex
 
 from diffusion_jax.data.finding import SUFFIXES, Left, key_of, own_splits, with_suffixes
 from diffusion_jax.data.fingerprint import of_files
-from diffusion_jax.data.folder import FOLDER, files_of, id_of, left_out, within
+from diffusion_jax.data.folder import FOLDER, files_of, id_of, within
 from diffusion_jax.data.images import read_image
 from diffusion_jax.data.splits import APART, TEST_FRACTION, Measured, by_content
 from diffusion_jax.errors import UserError
@@ -39,7 +39,7 @@ def open_labelled(
     _in_classes(part, place, left)
     for part, place in zip(within(pictures, *places, left), places, strict=True) if place
   ]
-  notes = left_out(root, left)
+  notes = left.notes(root)
   train = LabelledFolder(places[0], chosen[0], size, notes=notes)
   if len(chosen) == 2:
     return train, LabelledFolder(places[1], chosen[1], size)

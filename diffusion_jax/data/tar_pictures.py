@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffusion_jax.data.folder import SUFFIXES
+from diffusion_jax.data.finding import SUFFIXES
 from diffusion_jax.data.images import read_pixels
 from diffusion_jax.errors import UserError
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from diffusion_jax.data.folder import SUFFIXES
+from diffusion_jax.data.finding import SUFFIXES, Left, find_files, with_suffixes
 from diffusion_jax.data.image_batch import ImageBatch, holds_batch
 from diffusion_jax.data.images import read_pixels
 from diffusion_jax.data.prepared import METADATA, PreparedImages
@@ -29,10 +29,14 @@ class Picture(NamedTuple):
 
 
 class ImageSet(Protocol):
-  """Images by number. `name` says which they are, for people; `stamp` changes with their files."""
+  """Images by number. `name` says which they are, for people; `stamp` changes with their files.
+
+  notes: what was left out, for people.
+  """
 
   name: str
   stamp: str
+  notes: tuple[str, ...]
 
   def __len__(self) -> int: ...
 
@@ -48,14 +52,15 @@ class Folder:
   """
 
   def __init__(self, folder: str | Path):
-    root = Path(folder)
-    if not root.is_dir():
-      raise UserError(f'there is no folder {root}; give one of pictures.')
-    self.name = f'folder:{root.resolve()}'
-    self.files = _files(root, SUFFIXES)
-    self.stamp = stamp_of(self.files, root)
+    root, left = Path(folder), Left()
+    self.files = with_suffixes(find_files(root, left))
+    self.notes = left.notes(root)
     if not self.files:
-      raise UserError(f'the folder {root} has no picture ({", ".join(SUFFIXES)}).')
+      raise UserError(
+        f'the folder {root} has no picture ({", ".join(SUFFIXES)}){_but(self.notes)}.'
+      )
+    self.name = f'folder:{root.resolve()}'
+    self.stamp = stamp_of(self.files, root)
 
   def __len__(self) -> int:
     return len(self.files)
@@ -71,6 +76,7 @@ class Pixels:
   pictures: Sequence[np.ndarray]
   name: str
   stamp: str = ''
+  notes: tuple[str, ...] = ()
 
   def __len__(self) -> int:
     return len(self.pictures)
@@ -86,6 +92,7 @@ class Split:
   records: Sequence
   name: str
   stamp: str = ''
+  notes: tuple[str, ...] = ()
 
   def __len__(self) -> int:
     return len(self.records)
@@ -115,6 +122,10 @@ class First:
   @property
   def stamp(self) -> str:
     return self.images.stamp
+
+  @property
+  def notes(self) -> tuple[str, ...]:
+    return self.images.notes
 
   def __len__(self) -> int:
     return self.count
@@ -160,17 +171,22 @@ def holds_images(file: str | Path) -> bool:
 def _in_folder(folder: Path) -> ImageSet:
   if (folder / METADATA).is_file():
     return _prepared(folder)
-  files = _files(folder, (*SUFFIXES, '.tar'))
-  archives = [path for path in files if path.suffix.lower() == '.tar']
+  left = Left()
+  files = with_suffixes(find_files(folder, left), (*SUFFIXES, '.tar'))
+  archives, notes = with_suffixes(files, ('.tar',)), left.notes(folder)
   if not files:
-    raise UserError(f'there are no images in {folder}; give {KNOWN}.')
+    raise UserError(f'there are no images in {folder}{_but(notes)}; give {KNOWN}.')
   if not archives:
     return Folder(folder)
   if len(archives) < len(files):
     raise UserError(f'{folder} has both pictures and tar files; move one kind elsewhere.')
   return Pixels(
-    TarPictures(archives), f'tar:{folder.resolve()}', stamp_of(archives, folder)
+    TarPictures(archives), f'tar:{folder.resolve()}', stamp_of(archives, folder), notes
   )
+
+
+def _but(notes: Sequence[str]) -> str:
+  return f' ({notes[0].rstrip(".")})' if notes else ''
 
 
 def _prepared(folder: Path, split: str = '') -> ImageSet:
@@ -187,11 +203,3 @@ def stamp_of(files: Sequence[Path], folder: Path | None = None) -> str:
   ]
   checksum = zlib.crc32(json.dumps(found).encode())
   return f'{len(found)} files, {sum(size for _, size, _ in found)} bytes, {checksum:08x}'
-
-
-def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-  """Those of a folder and of the folders in it whose names end so, in order; none is hidden."""
-  return sorted(
-    path for path in folder.rglob('*')
-    if path.suffix.lower() in suffixes and not path.name.startswith('.')
-  )

@@ -33,7 +33,7 @@ def open_reference(
   if Path(path).is_file() and not holds_images(path):
     return path, *moments_of(path, columns)
   images = open_images(path)
-  return images.name, images, []
+  return images.name, images, [*images.notes]
 
 
 def moments_of(
