@@ -40,28 +40,51 @@ case ${OPTION[platform]} in
   *) die "--platform is '${OPTION[platform]}'; give tpu or gpu" ;;
 esac
 need_number nodes per-node slices restarts
+# The forms that Kubernetes gives them; words that YAML takes for something else are none.
+need_form namespace '[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?' default
+need_form claim '[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?' runs
+need_form image '[A-Za-z0-9]([A-Za-z0-9._/:@-]{0,500}[A-Za-z0-9])?' gcr.io/mine/diffusion:1
+need_form accelerator '[a-z]([-a-z0-9.]{0,61}[a-z0-9])?' nvidia-h100-80gb
+need_form topology '[1-9][0-9]*(x[1-9][0-9]*){1,2}' 4x4
+case ${OPTION[accelerator]} in
+  true | false | null | yes | no | on | off | y | n) die '--accelerator must be the name of one' ;;
+esac
 if [[ ${FLAG[spot]} ]]; then selectors+=$'\ncloud.google.com/gke-spot: "true"'; fi
 if [[ $WORKDIR == "runs/$RUN_ID" ]]; then TRAIN[3]=/runs/$RUN_ID; fi
 
 # JSON strings are YAML strings.
-json() { "$PYTHON" -c 'import json, sys; print(json.dumps(sys.argv[1:]))' "$@"; }
+json() {
+  "$PYTHON" - "$@" <<'PYTHON' || die 'an argument is not text in UTF-8; write it anew'
+import json, sys
+try:
+  sys.stdout.buffer.write(json.dumps(sys.argv[1:], ensure_ascii=False).encode())
+except UnicodeEncodeError:
+  sys.exit(1)
+PYTHON
+}
 
 # indented N TEXT: all lines but the first, so that a placeholder's own indentation holds for all.
 indented() { sed "2,\$s/^/$(printf '%*s' "$1" '')/" <<<"$2"; }
 
 render() {
-  local text key
+  local rest done='' key command
+  command=$(json bash launch/train.sh "${OPTION[platform]}" "${TRAIN[@]}") || exit
   local -A value=(
     [NAME]=$RUN_ID [NAMESPACE]=${OPTION[namespace]} [RESTARTS]=${OPTION[restarts]}
     [SLICES]=${OPTION[slices]} [NODES]=${OPTION[nodes]} [IMAGE]=${OPTION[image]}
     [RESOURCE]=$resource [PER_NODE]=${OPTION[per-node]} [CLAIM]=${OPTION[claim]}
     [SELECTORS]=$(indented 14 "$selectors")
-    [COMMAND]=$(json bash launch/train.sh "${OPTION[platform]}" "${TRAIN[@]}")
+    [COMMAND]=$command
   )
-  text=$(sed '/^ *#/d' "$LAUNCH/jobset.yaml")
-  for key in "${!value[@]}"; do text=${text//"{{$key}}"/"${value[$key]}"}; done
-  [[ $text != *'{{'* ]] || die "launch/jobset.yaml has an unknown placeholder: ${text#*'{{'}"
-  printf '%s\n' "$text"
+  rest=$(sed '/^ *#/d' "$LAUNCH/jobset.yaml")
+  # In one pass: braces in a value are no placeholder.
+  while [[ $rest =~ \{\{([A-Z_]+)\}\} ]]; do
+    key=${BASH_REMATCH[1]}
+    [[ ${value[$key]+set} ]] || die "launch/jobset.yaml has an unknown placeholder: $key"
+    done+=${rest%%"{{$key}}"*}${value[$key]}
+    rest=${rest#*"{{$key}}"}
+  done
+  printf '%s\n' "$done$rest"
 }
 
 if [[ $DRY_RUN ]]; then
@@ -71,4 +94,5 @@ if [[ $DRY_RUN ]]; then
   bash "$LAUNCH/train.sh" "${OPTION[platform]}" "${TRAIN[@]}" --dry-run
   exit
 fi
-render | kubectl apply -f -
+text=$(render) || exit
+kubectl apply -f - <<<"$text"

@@ -20,6 +20,21 @@ die() {
   exit 2
 }
 
+# plain NAME TEXT: dies where a text holds a line break or another control character, in ASCII or,
+# as YAML knows them, beyond it. No option needs one, and what is written below could end with it.
+plain() {
+  local LC_ALL=C
+  case $2 in
+    *[[:cntrl:]]* | *$'\xc2'[$'\x80'-$'\x9f']* | *$'\xe2\x80'[$'\xa8\xa9']*)
+      die "$1 is ${2@Q}, with a line break or another control character; leave it out"
+      ;;
+  esac
+}
+
+# All words that the launcher was given, and the variables that it reads.
+for given in "$@"; do plain 'an argument' "$given"; done
+for given in PYTHON RUN_ID "${!RETRY_@}"; do plain "$given" "${!given:-}"; done
+
 # The comment at the head of the script.
 usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
 
@@ -51,7 +66,7 @@ parse() {
       -h | --help) usage && exit 0 ;;
       --dry-run) DRY_RUN=yes ;;
       --quiet) more+=(--quiet) ;;
-      --config.*=*) more+=("$1") ;;
+      --config.*=*) _key "${1#--config.}" && more+=("$1") ;;
       --*)
         if [[ ${FLAG[$name]+set} ]]; then
           FLAG[$name]=yes
@@ -62,17 +77,23 @@ parse() {
         fi
         ;;
       *=*)
-        [[ $1 =~ ^[A-Za-z_][A-Za-z0-9_.]*= ]] || die "'$1' is not KEY=VALUE with a key of the config"
-        more+=("--config.$1")
+        _key "$1" && more+=("--config.$1")
         ;;
       *) die "'$1' is neither an option nor KEY=VALUE; see $0 --help" ;;
     esac
     shift
   done
   [[ $CONFIG ]] || die 'give --config FILE.py'
+  [[ $CONFIG != -* ]] || die "--config is '$CONFIG'; give a file whose name begins with no -"
+  [[ $WORKDIR != -* ]] || die "--workdir is '$WORKDIR'; give a folder whose name begins with no -"
   _name_the_run
   # shellcheck disable=SC2034  # for the launchers
   TRAIN=(--config "$CONFIG" --workdir "$WORKDIR" "${more[@]}")
+}
+
+_key() {
+  local LC_ALL=C
+  [[ $1 =~ ^[A-Za-z_][A-Za-z0-9_.]*= ]] || die "'$1' is not KEY=VALUE with a key of the config"
 }
 
 _option() {
@@ -89,7 +110,7 @@ _option() {
 
 # One name for all: the workdir's, so that a second start of the same run has the same name.
 _name_the_run() {
-  local name
+  local name LC_ALL=C
   if [[ ! $RUN_ID && $WORKDIR ]]; then
     name=$(basename "$WORKDIR")
   else
@@ -113,9 +134,17 @@ need() {
   for name in "$@"; do [[ ${OPTION[$name]} ]] || die "give --$name; see $0 --help"; done
 }
 
+# need_form NAME PATTERN EXAMPLE: this option, where it is given, must match. It becomes a part of
+# YAML, of a batch script or of a command on another machine, where anything else would be read as
+# something else.
+need_form() {
+  local value=${OPTION[$1]} LC_ALL=C
+  [[ ! $value || $value =~ ^($2)$ ]] || die "--$1 is '$value'; give one such as $3"
+}
+
 # need_number NAME...: these options must be whole numbers above 0.
 need_number() {
-  local name
+  local name LC_ALL=C
   for name in "$@"; do
     [[ ${OPTION[$name]} =~ ^[1-9][0-9]*$ ]] || die "--$name is '${OPTION[$name]}'; give a number"
   done

@@ -18,6 +18,7 @@ shift
 OPTION=([platform]=cpu [port]='' [grace]=60)
 parse "$@"
 need_number grace
+if [[ ${OPTION[port]} ]]; then need_number port; fi
 [[ ${OPTION[platform]} =~ ^(cpu|gpu)$ ]] || die "--platform is '${OPTION[platform]}'; give cpu or gpu"
 
 port=${OPTION[port]}

@@ -20,6 +20,11 @@ OPTION=(
 parse "$@"
 need type runtime zone
 need_number poll
+need_form type '[a-z][-a-z0-9]*' v5litepod-16
+need_form runtime '[a-z][-a-z0-9._]*' v2-alpha-tpuv5-lite
+need_form zone '[a-z][-a-z0-9]*' us-west4-a
+need_form project '[a-z][-a-z0-9.:]*' my-project
+need_form directory '[^-].*' diffusion_jax
 
 where=("--zone=${OPTION[zone]}")
 if [[ ${OPTION[project]} ]]; then where+=("--project=${OPTION[project]}"); fi

@@ -16,6 +16,10 @@ OPTION=([bucket]='' [nodes]=1 [gpus]=H100:8 [infra]='')
 parse "$@"
 need bucket
 need_number nodes
+need_form bucket '[a-z0-9]+://[A-Za-z0-9][A-Za-z0-9._/-]*' s3://mine
+need_form gpus '[A-Za-z0-9][A-Za-z0-9_.-]*(:[1-9][0-9]*)?' H100:8
+place='(\*|[A-Za-z0-9][A-Za-z0-9_.@:-]*)'
+need_form infra "$place(/$place){0,2}" aws/us-east-1
 if [[ $WORKDIR == "runs/$RUN_ID" ]]; then TRAIN[3]=/runs/$RUN_ID; fi
 
 sky=(sky jobs launch --yes --name "$RUN_ID" --num-nodes "${OPTION[nodes]}"

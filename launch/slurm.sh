@@ -18,6 +18,11 @@ OPTION=(
 )
 parse "$@"
 need_number nodes gpus-per-node tasks-per-node
+if [[ ${OPTION[cpus-per-task]} ]]; then need_number cpus-per-task; fi
+need_form time '[0-9]+(-[0-9]+)?(:[0-9]+){0,2}|UNLIMITED|INFINITE' '1-12:00:00'
+need_form partition '[A-Za-z0-9_][A-Za-z0-9_.,+-]*' gpu
+need_form account '[A-Za-z0-9_][A-Za-z0-9_.+-]*' vision
+need_form log '[A-Za-z0-9_./%][A-Za-z0-9_./%@:,+=-]*' 'logs/%j.log'
 
 batch_script() {
   local name

@@ -16,6 +16,10 @@ FLAG=([retry]='' [detach]='')
 OPTION=([tpu]='' [zone]='' [project]='' [directory]=diffusion_jax)
 parse "$@"
 need tpu zone
+need_form tpu '[a-z][-a-z0-9]*' pod
+need_form zone '[a-z][-a-z0-9]*' us-west4-a
+need_form project '[a-z][-a-z0-9.:]*' my-project
+need_form directory '[^-].*' diffusion_jax
 
 command=(bash launch/train.sh tpu "${TRAIN[@]}")
 if [[ ${FLAG[retry]} ]]; then command=(bash launch/retry.sh "${command[@]}"); fi
