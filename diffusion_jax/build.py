@@ -37,6 +37,7 @@ from diffusion_jax.parallel.mesh import make_mesh
 from diffusion_jax.parallel.sharding import local_rows
 from diffusion_jax.pipelines.directory import assemble
 from diffusion_jax.recipe import DTYPES, LATENT, TrainingConfig, completed, parse, resolved
+from diffusion_jax.sizes import check_sizes
 from diffusion_jax.train.cache import ChooseText, cached_source, synthetic_cache
 from diffusion_jax.train.optimizer import learning_rates, make_optimizer
 from diffusion_jax.train.tasks.autoencoder import AutoencoderTask
@@ -107,43 +108,24 @@ def build_task(
   if config.task == 'clip':
     return _clip_task(settings, train, test, directory, options)
   if config.task == 'finetune':
-    task = make_finetune_task(
+    return make_finetune_task(
       settings, train, test, mesh, products=config.products, **options
     )
-    _check_size(config, task.model)
-    return task
   model, frozen = assemble(
     settings.unet, settings.autoencoder, settings.clip, settings.schedule,
     settings.objective.prediction,
     settings.latent_patch_size, dtype,
   )
-  _check_size(config, model)
   model = model.attending(config.attention)
   return DiffusionTask(settings, model, frozen, train, test, config.remat, config.products)
-
-
-def _check_size(config: TrainingConfig, model) -> None:
-  size = model.unet.config.sample_size
-  factor = model.image_size // size
-  if config.data.size != model.image_size:
-    other = '' if config.task == 'finetune' else f' or sample_size to {config.data.size // factor}'
-    raise UserError(
-      f'data.size {config.data.size} gives latents of {config.data.size / factor:g}, but '
-      f'sample_size of the U-Net is {size}; set data.size to {size * factor}{other}.'
-    )
 
 
 def _classifier_task(
   config: TrainingConfig, train, test, options: dict[str, Any]
 ) -> ClassifierTask:
-  size = config.settings.classifier.image_size
-  if config.data.size != size:
-    raise UserError(
-      f'data.size is {config.data.size}, but settings.classifier.image_size is {size}; set both '
-      'alike.'
-    )
   settings = with_classes(config.settings, train.labels, test.labels)
-  made = build_transforms(config.data.transforms, classes=settings.classifier.class_names)
+  context = {'size': config.data.size, 'classes': settings.classifier.class_names}
+  made = build_transforms(config.data.transforms, **context)
   if not any(isinstance(one, Label) for one in made):
     raise UserError('data.transforms of a classifier need label; put it before normalize.')
   return ClassifierTask(settings, test, **options)
@@ -186,7 +168,9 @@ def _loader(
     transforms = [ChooseText()]
   else:
     source = train
-    transforms = build_transforms(config.data.transforms, **_context(task))
+    transforms = build_transforms(
+      config.data.transforms, size=config.data.size, **_context(task)
+    )
   return Loader(
     source, transforms, batch_size=batch_size, rows=local_rows(mesh, batch_size),
     seed=config.loop.seed, num_threads=config.data.workers,
@@ -253,6 +237,7 @@ def build(config: ConfigDict | dict, workdir: str, synthetic: bool = False) -> T
     raise UserError(
       'data.transforms have no effect with settings.cache; empty them or switch the cache off.'
     )
+  check_sizes(checked)
   train, test = open_sources(checked, synthetic)
   data = {} if synthetic else {'training': fingerprint(train), 'test': fingerprint(test)}
   check_data(directory, data)

@@ -8,7 +8,7 @@ def get_config() -> ConfigDict:
   config = base('classifier')
   with config.unlocked():
     config.data.transforms = (
-      ('random_resized_crop', {'size': 64, 'scale': (0.6, 1.0), 'ratio': (0.8, 1.25)}),
+      ('random_resized_crop', {'scale': (0.6, 1.0), 'ratio': (0.8, 1.25)}),
       ('random_flip', {'keep_sided': False}),
       ('label', {}),
       ('normalize', {}),

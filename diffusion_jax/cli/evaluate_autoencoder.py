@@ -117,5 +117,6 @@ def _open(args: argparse.Namespace) -> tuple:
   if half_life is not None:
     raise UserError('--ema_halflife_images needs --workdir: a model alone has one average.')
   config, params = load_params('autoencoder', args.model)
-  name, images = evaluate_model.identity(args.model), evaluate_job.open_split(args, 'test')
+  own = config.sample_size if args.size is None and isinstance(config.sample_size, int) else None
+  name, images = evaluate_model.identity(args.model), evaluate_job.open_split(args, 'test', own)
   return Network.of(AutoencoderKL, config), lambda: params, name, images

@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                      'folder, of tar files, of a prepared data set (FOLDER:SPLIT), or of an npz '
                      'with arr_0')
   group.add_argument('--size', type=int, metavar='N', help='with --images, or an autoencoder by '
-                     f'--model, edge of the images of --dataset in pixels (default: {SIZE})')
+                     f'--model, edge of the images of --dataset in pixels (default: {SIZE}, or '
+                     'what the autoencoder was trained at)')
   group.add_argument('--most_unreadable', type=float, metavar='SHARE',
                      help='with --images, of the pictures that may be damaged; they are named and '
                      'left out (default: 0)')

@@ -1,5 +1,5 @@
-"""cli -> trained -> benchmark -> build -> recipe -> train, evaluation, pipelines -> io, data,
-parallel, viz -> diffusion, models.
+"""cli -> trained -> benchmark -> build -> sizes -> recipe -> train, evaluation, pipelines -> io,
+data, parallel, viz -> diffusion, models.
 """
 
 import ast
@@ -9,7 +9,7 @@ import pytest
 from tests.tiny import ROOT
 
 LAYERS = (
-  ('cli', '__main__'), ('trained',), ('benchmark',), ('build',), ('recipe',),
+  ('cli', '__main__'), ('trained',), ('benchmark',), ('build',), ('sizes',), ('recipe',),
   ('train', 'evaluation', 'pipelines'),
   ('io', 'data', 'parallel', 'viz'), ('diffusion', 'models'),
 )

@@ -194,7 +194,7 @@ class AutoencoderTask(Task):
     """The autoencoder in diffusers' layout, with the scaling that gives latents unit variance."""
     test = scores['test']
     config = dataclasses.replace(
-      self.config.autoencoder,
+      self.config.autoencoder, sample_size=len(self.test[0]['image']),
       shift_factor=round(test['latent_mean'], 6), scaling_factor=round(1 / test['latent_std'], 6),
     )
     save_params(directory, config, under('autoencoder', params), dtype=self.config.export_dtype)
