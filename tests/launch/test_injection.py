@@ -139,7 +139,8 @@ def test_a_jobset_of_what_is_no_text_is_not_applied(launch):
   arguments = [*BASES['gke_tpu'][:1], *BASES['gke_tpu'][5:], *RUN[:6], b'data.caption=\xff']
   done = subprocess.run(
     arguments, cwd=ROOT, capture_output=True, timeout=60,
-    env={**os.environ, 'PATH': f'{launch.folder}:{os.environ["PATH"]}'},
+    env={**os.environ, 'SEEN': str(launch.folder / 'seen'),
+         'PATH': f'{launch.folder}:{os.environ["PATH"]}'},
   )
   assert done.returncode == 2 and b'not text in UTF-8' in done.stderr
   assert not (launch.folder / 'seen').exists()
