@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffusion_jax.cli import evaluate_autoencoder, evaluate_follow, evaluate_job, evaluate_model
 from diffusion_jax.cli.evaluate_model import BITS_DRAWS, SAMPLES
-from diffusion_jax.cli.options import add_model_arguments, add_sample_arguments
+from diffusion_jax.cli.options import add_model_arguments, add_sample_arguments, check_numbers
 from diffusion_jax.errors import UserError
 
 HELP = 'score a model on the test captions'
@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
   out = Path(args.out)
   if out.is_dir():
     raise UserError(f'--out {out} is a directory; name a file such as {out / "scores.json"}.')
+  check_numbers(args)
   evaluate_job.check(args)
   out.parent.mkdir(parents=True, exist_ok=True)
   shown: dict = {}

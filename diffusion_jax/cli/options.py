@@ -5,6 +5,7 @@ import dataclasses
 import math
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.seeds import check_seed
 
 DEFAULT_MODEL = 'asset:text-to-image-openmoji-64'
 OF_SAMPLER = ('options', 'drop_last', 'fractional', 'set_alpha_to_one')
@@ -90,16 +91,18 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
                       help='layers of the text encoder to leave out at the end')
   parser.add_argument('--decoding', metavar='HOW', help='whole, or with less memory sliced (image '
                       'by image) or tiled (for large images)')
-  parser.add_argument('--seed', type=int, default=0, metavar='S', help='random seed (default: 0)')
+  parser.add_argument('--seed', type=int, default=0, metavar='S',
+                      help='random seed, from 0 to 2**32 - 1 (default: 0)')
   parser.add_argument('--batch', type=int, default=16, metavar='N',
-                      help='images drawn at a time (default: 16); does not change the images')
+                      help='images drawn at a time (default: 16); another number rounds otherwise, '
+                      'which now and then moves a value of a picture by 1 of 255')
 
 
 def load_run(args: argparse.Namespace):
   """(the run of --workdir, sample settings with the arguments applied)."""
   from diffusion_jax.trained import TrainedRun
 
-  _check_batch(args)
+  check_numbers(args)
   run = TrainedRun(args.workdir)
   sample = with_arguments(run.sample, args)
   sample.check(run.model.schedule, run.model.prediction)
@@ -114,7 +117,7 @@ def load(args: argparse.Namespace, mesh):
     run, sample = load_run(args)
     weights = run.weights(ema_halflife_images=args.ema_halflife_images)
     return run.model, run.model.on_mesh(weights, mesh), sample, args.workdir
-  _check_batch(args)
+  check_numbers(args)
   if args.ema_halflife_images is not None:
     raise UserError('--ema_halflife_images needs --workdir: a model alone has one average.')
   name = args.model or DEFAULT_MODEL
@@ -124,7 +127,9 @@ def load(args: argparse.Namespace, mesh):
   return model, model.on_mesh(weights, mesh), sample, name
 
 
-def _check_batch(args: argparse.Namespace) -> None:
+def check_numbers(args: argparse.Namespace) -> None:
+  """UserError for a seed or a batch that cannot be."""
+  check_seed(args.seed, '--seed')
   if args.batch < 1:
     raise UserError(f'--batch is {args.batch}; draw at least 1 image at a time.')
 

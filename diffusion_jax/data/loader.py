@@ -16,8 +16,7 @@ import numpy as np
 
 from diffusion_jax.data.transforms import apply
 from diffusion_jax.errors import UserError
-
-_MAX_SEED = 2**32
+from diffusion_jax.seeds import check_seed
 
 
 class Source(Protocol):
@@ -40,7 +39,7 @@ class Loader:
     batch_size: examples per global batch, of all processes together.
     rows: which examples of a global batch to make, such as `parallel.sharding.local_rows`; None
       for all of them.
-    seed: in [0, 2**32); determines shuffling and random transforms.
+    seed: in [0, 2**32), as `check_seed` has it; determines shuffling and random transforms.
     shuffle: shuffle every epoch anew; otherwise keep the source's order.
     num_threads: batches that are made at the same time; 0 makes them when asked for.
     prefetch: batches that are made ahead, at least one for each thread.
@@ -177,8 +176,7 @@ def _column(values: list[Any]) -> Any:
 
 
 def _check(examples: int, batch_size: int, seed: int, num_threads: int) -> None:
-  if not 0 <= seed < _MAX_SEED:
-    raise UserError(f'The data seed {seed} is out of range: choose one from 0 to {_MAX_SEED - 1}.')
+  check_seed(seed, 'The data seed')
   if batch_size < 1:
     raise UserError(f'batch_size is {batch_size}: it must be at least 1.')
   if num_threads < 0:

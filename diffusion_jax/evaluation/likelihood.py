@@ -35,6 +35,7 @@ from diffusion_jax.evaluation.job import fresh_weights, shuffled
 from diffusion_jax.evaluation.scores import DISCRETE_BITS
 from diffusion_jax.parallel.sharding import in_batches
 from diffusion_jax.pipelines.text_to_image import TextToImage
+from diffusion_jax.seeds import check_seed
 from diffusion_jax.types import Latents, PerExample, Record, Weights
 from diffusion_jax.xla import jit
 
@@ -155,7 +156,7 @@ def discrete_bits(
 
   The figure of `evaluate_likelihood` for the same records, seed and draws.
   """
-  _, key_latents, key_noise, key_offset = jax.random.split(jax.random.key(seed), 4)
+  _, key_latents, key_noise, key_offset = jax.random.split(jax.random.key(check_seed(seed)), 4)
   keys = [image_keys(key, len(records)) for key in (key_latents, key_noise)]
   config, offset = LikelihoodConfig(draws=draws), jax.random.uniform(key_offset)
   encode, score = make_encoder(model), make_scorer(model, config, offset, ('discrete',))
@@ -193,7 +194,8 @@ def evaluate_likelihood(
       f'{samples} samples cannot be scored; choose {MINIMUM} to {len(test)}, the number of test '
       'images.'
     )
-  key_train, key_latents, key_noise, key_offset = jax.random.split(jax.random.key(seed), 4)
+  root = jax.random.key(check_seed(seed))
+  key_train, key_latents, key_noise, key_offset = jax.random.split(root, 4)
   batches = partial(_over_images, mesh=mesh, progress=progress)
   encode, records = make_encoder(model), shuffled(test, samples)
   fitted = _images(shuffled(train, min(TRAIN_LIMIT, len(train))))

@@ -107,6 +107,12 @@ def to_host(tree):
   return jax.tree.map(fetch, tree)
 
 
+def whole_batch(batch_size: int, mesh: Mesh) -> int:
+  """The batch size rounded up to a multiple of the devices that share a batch."""
+  ways = mesh.shape['data'] * mesh.shape['fsdp']
+  return -(-batch_size // ways) * ways
+
+
 def in_batches(function, params, *arrays: np.ndarray, mesh: Mesh, batch_size: int = 64):
   """Yields function(params, *batch) on the host for equal batches; the last is padded, then cut.
 
@@ -115,10 +121,9 @@ def in_batches(function, params, *arrays: np.ndarray, mesh: Mesh, batch_size: in
 
   Args:
     arrays: [n ...] each.
-    batch_size: rounded up to a multiple of the devices that share a batch.
+    batch_size: rounded up as `whole_batch` does.
   """
-  ways = mesh.shape['data'] * mesh.shape['fsdp']
-  batch_size = -(-batch_size // ways) * ways
+  batch_size = whole_batch(batch_size, mesh)
   n = len(arrays[0])
   for start in range(0, n, batch_size):
     # Repeating the last row keeps padding harmless for any function of single examples.

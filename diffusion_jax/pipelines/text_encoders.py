@@ -12,6 +12,7 @@ import numpy as np
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.functional import Network
+from diffusion_jax.models.text.long_texts import Cut
 from diffusion_jax.models.text.tokenizer import Tokenize, add_placeholder
 from diffusion_jax.types import Condition, Weights
 
@@ -33,6 +34,7 @@ class TextEncoders:
     normalize: whether the final norm is applied to the hidden states (not in SDXL).
     pooled: whether the model is told the pooled text of the last encoder, too.
     zero_null: whether the empty text is all zeros, as SDXL was trained.
+    cut: counts the texts that were too long for the first of the tokenizers.
   """
 
   networks: dict[str, Network]
@@ -41,6 +43,7 @@ class TextEncoders:
   normalize: bool = True
   pooled: bool = False
   zero_null: bool = False
+  cut: Cut = dataclasses.field(default_factory=Cut)
 
   def replaced(self, networks: dict[str, Network]) -> 'TextEncoders':
     """The same with other networks."""
@@ -58,7 +61,11 @@ class TextEncoders:
 
   def tokens(self, prompts: Sequence[str], on_long: str = 'truncate') -> np.ndarray:
     """Prompts -> int32 [n e l], e encoders. With 'error' a prompt that does not fit is refused."""
-    columns = [Tokenize(t, self.length, on_long).batch(list(prompts)) for t in self.tokenizers]
+    told = (self.cut, *(Cut(lambda _: None) for _ in self.tokenizers[1:]))
+    columns = [
+      Tokenize(tokenizer, self.length, on_long, cut).batch(list(prompts))
+      for tokenizer, cut in zip(self.tokenizers, told, strict=True)
+    ]
     return np.stack(columns, axis=1)
 
   def tokenize(self, prompt: str) -> np.ndarray:

@@ -19,11 +19,12 @@ from diffusion_jax.models.functional import Network
 from diffusion_jax.models.tiling import decode_sliced, decode_tiled
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.models.unet_config import UNetConfig
-from diffusion_jax.parallel.sharding import in_batches, put_params
+from diffusion_jax.parallel.sharding import in_batches, put_params, whole_batch
 from diffusion_jax.pipelines.conditions import Inputs, check_edited, prepared
 from diffusion_jax.pipelines.image_encoder import ImageEncoder
 from diffusion_jax.pipelines.sampling import Numbers, Program, SampleConfig
 from diffusion_jax.pipelines.text_encoders import TextEncoders
+from diffusion_jax.seeds import check_seed
 from diffusion_jax.types import Condition, Images, Latents, Params, Tokens, Weights
 from diffusion_jax.viz.grids import to_uint8
 from diffusion_jax.xla import jitted
@@ -237,11 +238,14 @@ class TextToImage:
   ) -> Iterator[np.ndarray]:
     """Yields images, float32 [b h w 3] in [-1, 1], batch after batch; one compilation for all.
 
-    Image i depends on the seed, its number first + i and its prompt, not on the batch it is in.
+    Image i depends on the seed, its number first + i and its prompt, not on the batch it is in; at
+    another batch size sums are rounded otherwise. Memory does not grow with the number of prompts.
     What is compiled depends on the config's `program` alone, on the batch size, and on which
-    inputs there are.
+    inputs there are. A prompt that is empty, or of spaces alone, draws without condition; where all
+    are and `negative` is, too, guidance changes nothing and is left out, with its cost.
 
     Args:
+      seed: from 0 to 2**32 - 1.
       inputs: pictures to start from, masks, controls: whatever the model takes beside the prompt.
       noise: float32 [n h w c], what the sampler starts from, or a picture is noised with; None for
         unit Gaussian noise of the seed. Samplers that add noise on the way draw it from the seed.
@@ -250,27 +254,38 @@ class TextToImage:
       UserError: for a config that cannot be sampled, and inputs that do not fit the model.
     """
     config.check(self.schedule, self.prediction)
+    check_seed(seed)
     inputs, n = inputs or Inputs(), len(prompts)
     given = inputs.rows(self, n)
     check_edited(self, config.image_guidance)
-    own, keys = initial_noise(seed, first, n, self.latent_shape)
-    rows = {
-      'x': _start(noise, own), 'keys': np.asarray(jax.random.key_data(keys)),
-      'tokens': self.tokens(prompts), **given,
-      'negative': np.repeat(self.tokens([negative]), n, axis=0),
-    }
+    if noise is not None:
+      given['x'] = _checked_noise(noise, (n, *self.latent_shape))
+    given['tokens'] = self.tokens(prompts)
+    given['negative'] = np.broadcast_to(self.tokens([negative]), given['tokens'].shape)
+    if 'reference' not in given and not config.clip_skip and _same(given):
+      config = dataclasses.replace(config, guidance=1.0)
     numbers = config.numbers(self.schedule, inputs.share(self))
+    size = whole_batch(batch_size, mesh)
+    names = tuple(dict.fromkeys(('x', 'keys', *given)))
     draw = lambda weights, *columns: self._draw(
-      weights, dict(zip(rows, columns, strict=True)), config.program, numbers
+      weights, dict(zip(names, columns, strict=True)), config.program, numbers
     )
-    yield from in_batches(draw, weights, *rows.values(), mesh=mesh, batch_size=batch_size)
+    for start in range(0, n, size):
+      rows = {name: column[start : start + size] for name, column in given.items()}
+      x, keys = initial_noise(seed, first + start, min(size, n), self.latent_shape)
+      own = {'x': np.asarray(x), 'keys': np.asarray(jax.random.key_data(keys))}
+      rows = {name: column[: len(rows['tokens'])] for name, column in own.items()} | rows
+      yield from in_batches(
+        draw, weights, *(rows[name] for name in names), mesh=mesh, batch_size=size
+      )
 
 
-def _start(given: np.ndarray | None, own: jax.Array) -> np.ndarray:
-  if given is None:
-    return np.asarray(own)
-  if given.shape != own.shape:
-    raise UserError(
-      f'noise is {list(given.shape)}; give one array for each prompt, {list(own.shape)}.'
-    )
+def _same(given: dict[str, np.ndarray]) -> bool:
+  """Whether what is to be drawn and what is not are the same texts."""
+  return bool((given['tokens'] == given['negative']).all())
+
+
+def _checked_noise(given: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  if given.shape != shape:
+    raise UserError(f'noise is {list(given.shape)}; give one array for each prompt, {list(shape)}.')
   return np.asarray(given, np.float32)

@@ -3,6 +3,7 @@
 import dataclasses
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.seeds import check_seed
 from diffusion_jax.train.guard import GuardConfig
 
 
@@ -40,6 +41,7 @@ class LoopConfig:
   wandb_project: str = ''
 
   def __post_init__(self):
+    check_seed(self.seed, 'loop.seed')
     for name in ('total_steps', 'batch_size', 'accumulation_steps', 'log_every_steps',
                  'keep_checkpoints', 'profile_steps'):
       if getattr(self, name) < 1:

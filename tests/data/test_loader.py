@@ -253,7 +253,7 @@ def test_state_of_another_source_or_none():
   [
     ({'batch_size': 32}, '31 examples, fewer than one batch of 32'),
     ({'batch_size': 40}, 'lower the batch size to 31'),
-    ({'seed': -1}, 'seed -1'),
+    ({'seed': -1}, 'seed is -1'),
     ({'num_threads': -1}, '-1 data threads'),
     ({'batch_size': 0}, 'at least 1'),
   ],

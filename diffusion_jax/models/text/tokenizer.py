@@ -19,6 +19,7 @@ import numpy as np
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.checks import require
+from diffusion_jax.models.text.long_texts import CHARACTERS, Cut, shortened
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
@@ -29,6 +30,9 @@ DIRECT = ('CLIPTokenizer', 'TokenizersBackend')
 
 SMALLEST = 256 + 2
 """Every byte is a token, so that any text can be written; and the two frame tokens."""
+
+AT_A_TIME = 256
+"""Texts that are tokenized together, so that memory stays bounded."""
 
 
 def _transformers():
@@ -48,7 +52,8 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerBase:
   """A byte-level BPE of at most `vocab_size` tokens; ids 0 and 1 are BOS and EOS.
 
-  Text is lowercased. `max_length` counts the two frame tokens. UserError if either is too small.
+  Text is lowercased. `max_length` counts the two frame tokens, and of each caption only the first
+  CHARACTERS for each of them are learned from. UserError if either number is too small.
   """
   require(vocab_size >= SMALLEST, f'vocab_size must be at least {SMALLEST}, not {vocab_size}.')
   require(max_length >= 3, f'max_length must be at least 3, not {max_length}.')
@@ -59,7 +64,8 @@ def train_tokenizer(
   bpe.normalizer = parts.normalizers.Lowercase()
   bpe.pre_tokenizer = parts.pre_tokenizers.ByteLevel(add_prefix_space=False)
   bpe.decoder = parts.decoders.ByteLevel()
-  bpe.train_from_iterator(captions, parts.trainers.BpeTrainer(
+  most = CHARACTERS * max_length
+  bpe.train_from_iterator((caption[:most] for caption in captions), parts.trainers.BpeTrainer(
     vocab_size=vocab_size, special_tokens=[BOS, EOS], show_progress=False,
     initial_alphabet=sorted(parts.pre_tokenizers.ByteLevel.alphabet()),
   ))
@@ -155,13 +161,15 @@ class Tokenize:
   """Text -> framed and padded token ids of one length.
 
   `max_length` counts the frame's tokens. `on_long` says what happens to a longer text: 'truncate'
-  cuts it and keeps the end token, 'error' raises a UserError. The empty text (the null caption) is
-  allowed. Padding is the tokenizer's pad token, or else its end token.
+  cuts it, keeps the end token and counts it in `cut`, 'error' raises a UserError. Of any text only
+  CHARACTERS * max_length characters are looked at. The empty text, or one of nothing but spaces, is
+  the null caption. Padding is the tokenizer's pad token, or else its end token.
   """
 
   tokenizer: PreTrainedTokenizerBase
   max_length: int
   on_long: str = 'truncate'
+  cut: Cut = dataclasses.field(default_factory=Cut, compare=False)
 
   def __post_init__(self):
     least = self._frame() + 1
@@ -183,19 +191,42 @@ class Tokenize:
 
   def batch_and_mask(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Texts -> (ids, mask), int32 [b l] each; the mask is 1 at the text and its frame."""
-    for text in texts:
-      require(isinstance(text, str), f'A prompt must be text, not {type(text).__name__}.')
     pad = self.tokenizer.pad_token_id
     pad = self.tokenizer.eos_token_id if pad is None else pad
     out = np.full((len(texts), self.max_length), pad, np.int32)
     mask = np.zeros_like(out)
-    encoded = self.tokenizer(list(texts), verbose=False)['input_ids'] if texts else []
-    several = placeholders(self.tokenizer)
-    for number, (ids, text) in enumerate(zip(encoded, texts, strict=True)):
-      ids = self._fit([every for one in ids for every in several.get(one, [one])], text)
-      out[number, : len(ids)] = ids
-      mask[number, : len(ids)] = 1
+    several, long = placeholders(self.tokenizer), []
+    for first in range(0, len(texts), AT_A_TIME):
+      bounded = [self._bounded(text) for text in texts[first : first + AT_A_TIME]]
+      encoded = self.tokenizer(bounded, verbose=False)['input_ids']
+      for number, ids in enumerate(encoded, first):
+        ids = [every for one in ids for every in several.get(one, [one])]
+        fitting = self._fit(ids, texts[number])
+        if len(ids) > len(fitting):
+          long.append((texts[number], len(ids) - len(fitting)))
+        out[number, : len(fitting)] = fitting
+        mask[number, : len(fitting)] = 1
+    if long:
+      self.cut.count(long, self.max_length - self._frame())
     return out, mask
+
+  def _bounded(self, text: str) -> str:
+    """As much of a text as may matter. UserError for what is no text, or is too long to be read."""
+    require(isinstance(text, str), f'A prompt must be text, not {type(text).__name__}.')
+    most = CHARACTERS * self.max_length
+    if len(text) > most and self.on_long == 'error':
+      raise UserError(
+        f'The prompt {shortened(text)!r} has {len(text):,} characters, but only '
+        f'{self.max_length - self._frame()} tokens fit; shorten it.'
+      )
+    text = '' if text.isspace() else text[:most]
+    try:
+      text.encode()
+    except UnicodeEncodeError as error:  # What the shell hands over of bytes that are no text.
+      raise UserError(
+        f'The prompt {shortened(text)!r} is not UTF-8 ({error.reason}); write it as UTF-8 text.'
+      ) from error
+    return text
 
   def _frame(self) -> int:
     """How many tokens begin and end a text."""
@@ -206,11 +237,7 @@ class Tokenize:
       return ids
     if self.on_long == 'error':
       raise UserError(
-        f'The prompt {_shorten(text)!r} has {len(ids) - self._frame()} tokens, but only '
+        f'The prompt {shortened(text)!r} has {len(ids) - self._frame()} tokens, but only '
         f'{self.max_length - self._frame()} fit; shorten it.'
       )
     return [*ids[: self.max_length - 1], ids[-1]]
-
-
-def _shorten(text: str, length: int = 60) -> str:
-  return text if len(text) <= length else text[: length - 3] + '...'

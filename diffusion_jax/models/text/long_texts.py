@@ -1,0 +1,45 @@
+"""Texts that are longer than a model reads: bounded before any work, counted and said."""
+
+import threading
+
+CHARACTERS = 256
+"""Of a text, so many are read for each token that a model has room for: English has 4 a token."""
+
+
+class Cut:
+  """Counts the different texts of which tokens were left out, and says so.
+
+  It speaks after the first, the tenth, the hundredth ..., so that a set of millions says it a few
+  times. Several threads may count.
+  """
+
+  def __init__(self, say=print):
+    self._say, self._lock = say, threading.Lock()
+    self._known: set[int] = set()
+    self._tokens, self._next = 0, 1
+
+  def count(self, texts: list[tuple[str, int]], room: int) -> None:
+    """Takes note of texts with the number of tokens that were left out of each.
+
+    Args:
+      room: tokens of a text that are read.
+    """
+    with self._lock:
+      for text, over in texts:
+        if hash(text) not in self._known:
+          self._known.add(hash(text))
+          self._tokens += over
+      if len(self._known) < self._next:
+        return
+      self._next = 10 ** len(str(len(self._known)))
+      many = len(self._known)
+      self._say(
+        f'note: {many:,} text{"s" * (many > 1)} so far, such as {shortened(texts[0][0])!r}, '
+        f'{"are" if many > 1 else "is"} longer than the {room} tokens that are read; '
+        f'{self._tokens:,} tokens are left out.'
+      )
+
+
+def shortened(text: str, length: int = 60) -> str:
+  """The text, or its beginning and three points."""
+  return text if len(text) <= length else text[: length - 3] + '...'
