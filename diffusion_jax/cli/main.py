@@ -40,6 +40,9 @@ def run(argv: Sequence[str]) -> int:
   """Parses and runs. 0: done, 2: a mistake in what was given, 1: anything else that went wrong."""
   from diffusion_jax.train.diverged import Diverged
 
+  for stream in (sys.stdout, sys.stderr):
+    stream.reconfigure(errors='backslashreplace')  # Names of files need not be text.
+
   args, rest = make_parser().parse_known_args(argv)
   try:
     if rest and args.command not in CHANGE_CONFIGS:

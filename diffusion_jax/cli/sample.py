@@ -1,9 +1,12 @@
 """sample: prompts to PNGs."""
 
+from __future__ import annotations
+
 import argparse
-import math
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffusion_jax import __version__
 from diffusion_jax.cli.options import (
@@ -16,9 +19,13 @@ from diffusion_jax.cli.options import (
 )
 from diffusion_jax.errors import UserError
 
+if TYPE_CHECKING:
+  import numpy as np
+
 HELP = 'draw pictures for prompts'
 DESCRIPTION = """Draws one picture for each prompt, as PNG with the prompt and all settings in its
-metadata, and one grid of them all. The same seed gives the same pictures whatever the batch size.
+metadata, and one grid of the first 256. The same seed gives the same pictures, but for what
+--batch says of rounding. An empty prompt draws without condition.
 
 examples:
   python -m diffusion_jax sample --prompt 'grinning cat' --prompt 'red apple' --out pictures
@@ -35,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add_model_arguments(parser)
   parser.add_argument('--prompt', action='append', default=[], metavar='TEXT',
                       help='what to draw; repeat for several pictures')
-  parser.add_argument('--prompts', metavar='FILE', help='a text file with one prompt a line')
+  parser.add_argument('--prompts', metavar='FILE', help='a text file with one prompt a line; blank lines are passed over')
   parser.add_argument('--negative', default='', metavar='TEXT',
                       help='what not to draw (default: nothing)')
   parser.add_argument('--out', required=True, metavar='DIR', help='where the pictures go')
@@ -47,8 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def read_prompts(args: argparse.Namespace) -> list[str]:
   """All prompts, checked.
 
+  An empty one draws without condition; in a file blank lines only divide others.
+
   Raises:
-    UserError: no prompt, an empty one, or a file that cannot be read.
+    UserError: no prompt, or a file that cannot be read.
   """
   prompts = list(args.prompt)
   if args.prompts:
@@ -56,21 +65,24 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
     prompts += read_lines(args.prompts, 'prompts file')
   if not prompts:
-    raise UserError('there is no prompt; give --prompt TEXT or --prompts FILE.')
-  if any(not prompt.strip() for prompt in prompts):
-    raise UserError('a prompt is empty; say what to draw.')
+    raise UserError(
+      "there is no prompt; give --prompt TEXT (--prompt '' draws without one) or --prompts FILE."
+    )
   return prompts
 
 
 def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
   """What a model may be shown beside the prompt."""
-  group = parser.add_argument_group('pictures; the central square of each is taken')
+  group = parser.add_argument_group(
+    'pictures; the central square is taken, of all that are given at the same place'
+  )
   group.add_argument('--image', metavar='FILE', help='a picture to start from, repaint or edit')
   group.add_argument('--strength', type=float, metavar='S',
                      help='with --image: share of the steps that are taken, up to 1; 1 keeps '
                      f'least of the picture (default: {STRENGTH}; 1 where the model is shown it)')
   group.add_argument('--mask', metavar='FILE',
-                     help='for an inpainting model: white where to paint')
+                     help='for an inpainting model: white where to paint; laid over the image '
+                     'whatever its size, and what is transparent is not painted')
   group.add_argument('--control', metavar='FILE', help='what a ControlNet sees')
   group.add_argument('--control_strength', type=float, metavar='S',
                      help='share of what the ControlNet adds (default: 1)')
@@ -88,10 +100,8 @@ def read_inputs(args: argparse.Namespace, model, steps: int) -> tuple:
   Raises:
     UserError: an image that cannot be read, or a strength that is none.
   """
-  import numpy as np
-
-  from diffusion_jax.data.images import read_image
   from diffusion_jax.pipelines.conditions import Inputs
+  from diffusion_jax.pipelines.pictures import read_pictures
 
   for name, needed in NEEDED.items():
     if getattr(args, name) is not None and getattr(args, needed) is None:
@@ -107,16 +117,9 @@ def read_inputs(args: argparse.Namespace, model, steps: int) -> tuple:
   given = {name: getattr(args, name) for name in edges if getattr(args, name)}
   if 'reference' in given and not edges['reference']:
     raise UserError('the model varies no picture; leave --reference out, or use a model that does.')
-  pictures = {name: read_image(path, edges[name])[None] for name, path in given.items()}
-  if 'mask' in pictures:
-    pictures['masks'] = pictures.pop('mask').mean(axis=-1) > 127.5
-  if 'image' in pictures:
-    pictures['images'] = pictures.pop('image')
-  if 'depth' in pictures:
-    depth = pictures['depth'].mean(axis=-1)
-    # Models of depth were shown maps that fill the range.
-    low, high = depth.min(), max(depth.max(), depth.min() + 1)
-    pictures['depth'] = (2 * (depth - low) / (high - low) - 1).astype(np.float32)
+  pictures, notes = read_pictures(given, edges)
+  for note in notes:
+    print(f'note: {note}')
   numbers = {name: getattr(args, name) for name in NEEDED if getattr(args, name) is not None}
   inputs = Inputs(**pictures, **numbers)
   inputs.rows(model, 1)  # So that what does not fit is said before anything is drawn.
@@ -130,16 +133,38 @@ def file_name(index: int, prompt: str) -> str:
   return f'{index:04d}_{re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:60]}.png'
 
 
-def run(args: argparse.Namespace) -> int:
-  """Draws and writes."""
-  prompts = read_prompts(args)
-  import numpy as np
+def write(
+  out: Path, batches: Iterable[np.ndarray], prompts: Sequence[str], settings: dict[str, str]
+) -> str:
+  """Writes each picture as it comes, then the grid; returns what to tell people.
+
+  Args:
+    batches: uint8 [b h w 3], of all prompts in their order.
+  """
   from PIL import Image
   from tqdm import tqdm
 
+  from diffusion_jax.viz.grids import MOST, Overview, save_png
+
+  overview, shown = Overview(len(prompts)), prompts[:MOST]
+  images = (image for batch in batches for image in batch)
+  with tqdm(total=len(prompts), desc='drawing', unit='img', leave=False) as bar:
+    for index, image in enumerate(images):
+      metadata = {'prompt': prompts[index], 'index': str(index), **settings}
+      save_png(Image.fromarray(image), out / file_name(index, prompts[index]), metadata)
+      overview.add(image)
+      bar.update()
+  save_png(overview.grid(shown), out / 'grid.png', {'prompts': '\n'.join(shown), **settings})
+  more = len(prompts) - len(shown)
+  left_out = f'; grid.png shows the first {len(shown)} and leaves out {more:,}' * bool(more)
+  return f'{len(prompts)} pictures and grid.png are in {out}{left_out}'
+
+
+def run(args: argparse.Namespace) -> int:
+  """Draws and writes."""
+  prompts = read_prompts(args)
   from diffusion_jax.compile_cache import enable_compile_cache
   from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-  from diffusion_jax.viz.grids import make_grid, save_png
 
   enable_compile_cache()
   out = Path(args.out)
@@ -154,21 +179,13 @@ def run(args: argparse.Namespace) -> int:
     'negative': args.negative, **sample.in_force(), **started, **named_adapters(args),
     'seed': str(args.seed), 'model': name, 'software': f'diffusion_jax {__version__}',
   }
-  images = []
-  with tqdm(total=len(prompts), desc='drawing', unit='img', leave=False) as bar:
-    for batch in model.generate(
-      model.on_mesh(weights, mesh), prompts, sample, seed=args.seed, mesh=mesh,
-      negative=args.negative, batch_size=min(args.batch, len(prompts)), inputs=inputs,
-    ):
-      for image in batch:
-        index = len(images)
-        metadata = {'prompt': prompts[index], 'index': str(index), **settings}
-        save_png(Image.fromarray(image), out / file_name(index, prompts[index]), metadata)
-        images.append(image)
-        bar.update()
-  columns = math.ceil(math.sqrt(len(images)))
-  scale = max(1, 192 // images[0].shape[0])
-  grid = make_grid(np.stack(images), columns=columns, captions=prompts, scale=scale)
-  save_png(grid, out / 'grid.png', {'prompts': '\n'.join(prompts), **settings})
-  print(f'{len(images)} pictures and grid.png are in {out}')
+  batches = model.generate(
+    model.on_mesh(weights, mesh), prompts, sample, seed=args.seed, mesh=mesh,
+    negative=args.negative, batch_size=min(args.batch, len(prompts)), inputs=inputs,
+  )
+  try:
+    out.mkdir(parents=True, exist_ok=True)
+    print(write(out, batches, prompts, settings))
+  except OSError as error:
+    raise UserError(f'--out {out} cannot be written to ({error}).') from error
   return 0

@@ -23,14 +23,17 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
   return Resize(size)(square)['image']
 
 
-def read_pixels(source: str | Path | BinaryIO, path: str | Path = '') -> np.ndarray:
-  """The picture at its own size, uint8 [h w 3]; transparent places become white.
+def read_pixels(
+  source: str | Path | BinaryIO, path: str | Path = '', background: str = 'white'
+) -> np.ndarray:
+  """The picture at its own size, uint8 [h w 3], over a background that shows where it is clear.
 
   Turned upright as its EXIF data say; of several frames the first.
 
   Args:
     source: a file by its path, or one that is open.
     path: what an open one is called in errors.
+    background: a color by name.
 
   Raises:
     UserError: no file, no picture in it, a damaged one, more than 8 bits a channel, or more than
@@ -56,8 +59,8 @@ def read_pixels(source: str | Path | BinaryIO, path: str | Path = '') -> np.ndar
     raise UserError(
       f'the image {path} cannot be read ({error}); give a file of {", ".join(FORMATS)}.'
     ) from error
-  white = Image.new('RGBA', image.size, 'white')
-  return np.asarray(Image.alpha_composite(white, image).convert('RGB'))
+  below = Image.new('RGBA', image.size, background)
+  return np.asarray(Image.alpha_composite(below, image).convert('RGB'))
 
 
 def image_size(path: str | Path) -> tuple[int, int]:

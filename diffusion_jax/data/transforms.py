@@ -2,7 +2,8 @@
 
 Each transform is a small frozen dataclass. Deterministic ones are called as f(record), random ones
 (`random` is True) as f(record, rng). None changes the record it is given; each returns a new one.
-Images are uint8 [h, w, c] in [0, 255] until `normalize`.
+Images are uint8 [h, w, c] in [0, 255] until `normalize`. What moves an image moves the other
+PICTURES of its record alike.
 """
 
 import dataclasses
@@ -17,6 +18,9 @@ from diffusion_jax.errors import UserError
 
 _SIDED = re.compile(r'\b(?:left|right|leftwards|rightwards|clockwise|counterclockwise)\b', re.I)
 
+PICTURES = ('image', 'control')
+"""Fields of a record that show the same places."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Resize:
@@ -29,7 +33,8 @@ class Resize:
     image = _image(record)
     height, width = image.shape[:2]
     scale = self.size / min(height, width)
-    return record | {'image': _resize(image, round(height * scale), round(width * scale))}
+    height, width = round(height * scale), round(width * scale)
+    return _moved(record, lambda picture: _resize(picture, height, width))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +47,7 @@ class CenterCrop:
   def __call__(self, record: dict) -> dict:
     image = _at_least(_image(record), self.size)
     top, left = ((edge - self.size) // 2 for edge in image.shape[:2])
-    return record | {'image': image[top : top + self.size, left : left + self.size]}
+    return _moved(record, lambda picture: picture[top : top + self.size, left : left + self.size])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +60,11 @@ class RandomCrop:
 
   def __call__(self, record: dict, rng: np.random.Generator) -> dict:
     pad = (self.padding, self.padding)
-    image = _at_least(np.pad(_image(record), (pad, pad, (0, 0)), mode='edge'), self.size)
+    padded = lambda picture: np.pad(picture, (pad, pad, (0, 0)), mode='edge')
+    image = _at_least(padded(_image(record)), self.size)
     top, left = (int(rng.integers(edge - self.size + 1)) for edge in image.shape[:2])
-    return record | {'image': image[top : top + self.size, left : left + self.size]}
+    rows, columns = slice(top, top + self.size), slice(left, left + self.size)
+    return _moved(record, lambda picture: padded(picture)[rows, columns])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +99,8 @@ class RandomResizedCrop:
     cut_h = min(height, max(1, round(np.sqrt(area / ratio))))
     cut_w = min(width, max(1, round(np.sqrt(area * ratio))))
     top, left = int(rng.integers(height - cut_h + 1)), int(rng.integers(width - cut_w + 1))
-    cut = image[top : top + cut_h, left : left + cut_w]
-    return record | {'image': _resize(cut, self.size, self.size)}
+    rows, columns = slice(top, top + cut_h), slice(left, left + cut_w)
+    return _moved(record, lambda picture: _resize(picture[rows, columns], self.size, self.size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +117,12 @@ class RandomFlip:
   random: ClassVar[bool] = True
 
   def __call__(self, record: dict, rng: np.random.Generator) -> dict:
-    image = _image(record)
+    _image(record)
     flip = rng.random() < self.probability  # Drawn always, so that captions do not shift the rng.
     texts = [*record.get('captions', ()), record.get('caption', '')]
     if not flip or (self.keep_sided and any(map(_SIDED.search, texts))):
       return record
-    return record | {'image': np.ascontiguousarray(image[:, ::-1])}
+    return _moved(record, lambda picture: np.ascontiguousarray(picture[:, ::-1]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,6 +299,18 @@ def _image(record: Mapping[str, Any]) -> np.ndarray:
       'give uint8 [height, width, channels], and put normalize last.'
     )
   return image
+
+
+def _moved(record: dict, move: Callable[[np.ndarray], np.ndarray]) -> dict:
+  """The record with all of its pictures moved. UserError where one is not as large as the image."""
+  found = {name: record[name] for name in PICTURES if name in record}
+  for name, picture in found.items():
+    if picture.shape[:2] != record['image'].shape[:2]:
+      raise UserError(
+        f'The {name} of record {record.get("id", "?")} is {list(picture.shape)} and its image '
+        f'{list(record["image"].shape)}: give both alike.'
+      )
+  return record | {name: move(picture) for name, picture in found.items()}
 
 
 def _at_least(image: np.ndarray, size: int) -> np.ndarray:

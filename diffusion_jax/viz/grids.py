@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,12 @@ _BACKGROUND = (255, 255, 255)
 _INK = (51, 51, 51)
 _ELLIPSIS = '…'
 _CAPTION_LINES = 3
+MOST = 256
+"""Images of an `Overview`."""
+_CELL = 192
+"""Pixels that small images are enlarged to in an `Overview`."""
+_PIXELS = 2**25
+"""Of all images of an `Overview`, which any program can open."""
 
 
 def to_uint8(images: Float[np.ndarray, '*shape']) -> UInt8[np.ndarray, '*shape']:
@@ -67,6 +74,33 @@ def make_grid(
     for number, line in enumerate(lines[i] if lines else []):
       draw.text((x, y + h * scale + 2 + number * line_height), line, _INK, font)
   return grid
+
+
+class Overview:
+  """The first MOST of any number of square images as one square grid; keeps no more than it shows.
+
+  Pixels of small images are repeated, and large ones are shrunk so that all fit into 2**25 pixels.
+  """
+
+  def __init__(self, total: int):
+    self._count = min(total, MOST)
+    self._images: list[np.ndarray] = []
+
+  def add(self, image: UInt8[np.ndarray, 'h h 3']) -> None:
+    """Takes note of the next image."""
+    if len(self._images) == self._count:
+      return
+    factor = math.ceil(math.sqrt(image.shape[0] * image.shape[1] * self._count / _PIXELS))
+    small = Image.fromarray(image).reduce(factor) if factor > 1 else image
+    self._images.append(np.asarray(small))
+
+  def grid(self, captions: Sequence[str]) -> Image.Image:
+    """Of the images so far, with their captions."""
+    images = np.stack(self._images)
+    return make_grid(
+      images, columns=math.ceil(math.sqrt(len(images))), captions=captions,
+      scale=max(1, _CELL // images.shape[1]),
+    )
 
 
 def _check_grid(

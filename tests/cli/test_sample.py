@@ -1,5 +1,7 @@
 """sample: the pictures depend on seed, prompt and model, and on nothing else."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -102,6 +104,39 @@ def test_prompts_from_a_file(draw, pictures, tmp_path):
   file.write_text('\n'.join([PROMPTS[0], '', *PROMPTS[1:], '']))
   found = draw('--seed', 3, '--prompts', file, prompts=())
   assert not _differ(_pixels(pictures), _pixels(found))
+
+
+def test_an_empty_prompt_draws_without_condition(draw, finished):
+  """As guidance by nothing does, whatever its scale, of a run and of the model that it wrote."""
+  for source in (('--workdir', finished), ('--model', finished / 'model')):
+    free = _pixels(draw('--seed', 3, '--guidance', 1, source=source, prompts=('', ' \t', 'sun')))
+    drawn = draw('--seed', 3, source=source, prompts=('', ' \t', 'sun'))
+    found = _pixels(drawn)
+    assert sorted(found) == ['0000_.png', '0001_.png', '0002_sun.png']
+    for name in ('0000_.png', '0001_.png'):
+      assert np.abs(found[name].astype(int) - free[name]).max() <= 1
+    assert _differ(found, free) == ['0002_sun.png']
+    assert drawn['0000_.png'].text['prompt'] == ''
+
+
+def test_prompts_of_any_characters(draw):
+  prompts = ('\x00\x07\x1b[2J', 'é/猫\n', '../..', '\ufffe\u202e', 'con')
+  found = draw(prompts=prompts)
+  assert len(found) == len(prompts) + 1
+  for name, image in found.items():
+    if name != 'grid.png':
+      assert image.text['prompt'] == prompts[int(name[:4])]
+
+
+def test_a_folder_whose_name_is_no_text(command, finished, tmp_path, capsys):
+  out = os.fsencode(tmp_path) + b'/caf\xe9'
+  assert command('sample', '--workdir', finished, '--prompt', 'sun', '--out', os.fsdecode(out)) == 0
+  assert len(os.listdir(out)) == 2 and r'caf\udce9' in capsys.readouterr().out
+
+
+def test_what_cannot_be_written_is_a_sentence(fails, finished):
+  line = fails('sample', '--workdir', finished, '--prompt', 'sun', '--out', '/proc/nowhere')
+  assert '--out /proc/nowhere cannot be written to' in line
 
 
 def test_the_exported_model_draws_the_same(draw, pictures, finished):

@@ -149,6 +149,20 @@ def test_wrong_images(image):
       _apply((name, {'size': 2} if name in sized else {}), _record(image))
 
 
+@pytest.mark.parametrize('spec', [
+  ('resize', {'size': 5}), ('center_crop', {'size': 6}), ('random_crop', {'size': 6, 'padding': 2}),
+  ('random_resized_crop', {'size': 5, 'ratio': (0.5, 2.0)}), ('random_flip', {'probability': 1.0}),
+])
+def test_what_moves_an_image_moves_its_control(spec):
+  image = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
+  for seed in range(8):
+    out = _apply(spec, _record(image) | {'control': image.copy()}, seed)
+    np.testing.assert_array_equal(out['control'], out['image'])
+    assert not np.array_equal(out['image'], image)
+  with pytest.raises(UserError, match=r'The control of record x is .*: give both alike'):
+    _apply(spec, _record(image) | {'control': image[:4]})
+
+
 def test_crop_larger_than_image():
   for name in ('center_crop', 'random_crop'):
     with pytest.raises(UserError, match='5 x 5 pixels from an image of 4 x 6'):

@@ -1,6 +1,7 @@
 """Mistakes in what is given: one sentence, exit code 2, and a workdir left as it was."""
 
 import json
+import os
 
 import pytest
 
@@ -37,6 +38,8 @@ def train_fails(fails, tmp_path, small_data):
   ('--config.task=diffusio', ('diffusio', 'autoencoder, classifier, clip, diffusion')),
   ('--config.loop.batch_size=12', ('batch_size 12', '8')),
   ('--config.loop.total_steps=0', ('total_steps', 'at least 1')),
+  (f'--config.loop.seed={2**64}', ('loop.seed is 18446744073709551616', '0 to 4294967295')),
+  ('--config.loop.seed=-1', ('loop.seed is -1',)),
   ('--config.settings.sample.sampler=eular', ('eular', 'ddim')),
   ('--config.settings.sample.steps=2000', ('2000', '1000')),
   ('--config.settings.clip=asset:none', ('asset:none',)),
@@ -162,8 +165,10 @@ def test_training_goes_on_from_before_a_truncated_checkpoint(command, finished, 
 
 
 @pytest.mark.parametrize(('arguments', 'words'), [
-  (['--prompt', '  '], ('empty',)),
-  ([], ('--prompt',)),
+  ([], ('there is no prompt', "--prompt '' draws without one")),
+  (['--prompt', os.fsdecode(b'caf\xe9')], (r"'caf\udce9' is not UTF-8",)),
+  (['--prompt', 'cat', '--negative', os.fsdecode(b'\xff')], (r"'\udcff' is not UTF-8",)),
+  (['--prompt', 'cat ' * 10**6], ('4,000,000 characters, but only 10 tokens fit', 'shorten')),
   (['--prompts', 'nowhere.txt'], ('nowhere.txt',)),
   (['--prompt', 'one two three four five six seven eight nine ten'], ('10 fit', 'shorten')),
   (['--prompt', 'cat', '--negative', 'word ' * 30], ('shorten',)),
@@ -178,6 +183,10 @@ def test_training_goes_on_from_before_a_truncated_checkpoint(command, finished, 
   (['--prompt', 'cat', '--steps', '1001'], ('1001', '1000')),
   (['--prompt', 'cat', '--steps', '0'], ('0 sampling steps',)),
   (['--prompt', 'cat', '--batch', '0'], ('--batch is 0',)),
+  (['--prompt', 'cat', '--seed', 2**64], ('--seed is 18446744073709551616', '0 to 4294967295')),
+  (['--prompt', 'cat', '--seed', 2**32], ('--seed is 4294967296', '0 to 4294967295')),
+  (['--prompt', 'cat', '--seed', -1], ('--seed is -1',)),
+  (['--prompt', 'cat', '--seed', 10**4000], ('--seed is a number of 13288 bits',)),
   (['--prompt', 'cat', '--size', '9'], ('--size',)),
 ])
 def test_wrong_sample_arguments(fails, finished, tmp_path, arguments, words):
@@ -208,6 +217,15 @@ def test_too_few_and_too_many_samples(fails, finished, tmp_path, samples):
   )
   assert f'{samples} samples' in message and '16 to' in message
   assert not (tmp_path / 'scores.json').exists()
+
+
+@pytest.mark.parametrize('more', [(), ('--likelihood',), ('--images', 'docs')])
+def test_scores_of_an_impossible_seed(fails, finished, tmp_path, more):
+  subject = () if '--images' in more else ('--workdir', finished)
+  out = tmp_path / 'new' / 'scores.json'
+  message = fails('evaluate', *subject, *more, '--out', out, '--seed', 2**32)
+  assert '--seed is 4294967296; give a whole number from 0 to 4294967295' in message
+  assert not out.parent.exists()
 
 
 def test_no_run_to_report_on(fails, tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -240,6 +241,34 @@ def test_noise_can_be_given(draw, model_and_weights):
   assert (draw(noise=-np.asarray(noise)) != plain).any()
   with pytest.raises(UserError, match='one array for each prompt'):
     draw(noise=np.asarray(noise)[:2])
+
+
+@pytest.mark.parametrize('seed', [2**32, 2**64 + 7, -1, 1.5, '7', None])
+def test_a_seed_that_would_draw_what_another_draws_is_refused(draw, seed):
+  with pytest.raises(UserError, match=r'seed is .*; give a whole number from 0 to 4294967295'):
+    draw(seed=seed)
+
+
+def test_an_empty_prompt_draws_without_condition(draw, model_and_weights, compilations):
+  """By hand: DDIM with what the network says of the null caption."""
+  model, weights = model_and_weights
+  null = model.encode_text(weights, model.tokens(['', '', '']))
+  denoise, (alphas, sigmas) = model.denoiser(weights), sampling_grid(model.schedule, 3)
+  x, _ = initial_noise(5, 0, 3, model.latent_shape)
+  pairs = list(zip(alphas, sigmas, strict=True))
+  for (alpha, sigma), (next_alpha, next_sigma) in itertools.pairwise(pairs):
+    clean = denoise(x, alpha, sigma, null)
+    x = next_alpha * clean + next_sigma * (x - alpha * clean) / sigma
+  wanted = to_uint8(model.decode(weights['autoencoder'], x)).astype(int)
+  mixed = draw(seed=5, prompts=('', 'cat face', ' \t'))
+  assert np.abs(mixed - wanted)[[0, 2]].max() <= 1 < np.abs(mixed - wanted)[1].max()
+  unguided = dataclasses.replace(CONFIG, guidance=1.0)
+  assert np.abs(draw(unguided, seed=5, prompts=['', '', '']) - wanted).max() <= 1
+  compilations.clear()
+  assert np.abs(draw(seed=5, prompts=['', ' ', '\n']) - wanted).max() <= 1
+  assert not compilations  # Guidance costs nothing: it is the same program as without.
+  against = draw(seed=5, prompts=['', '', ''], negative='blue flag')
+  assert np.abs(against - wanted).max() > 1
 
 
 def test_numbers_of_one_bucket_have_one_shape(model_and_weights):

@@ -6,7 +6,7 @@ from PIL import Image
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.viz import grids
-from diffusion_jax.viz.grids import make_grid, save_png, to_uint8
+from diffusion_jax.viz.grids import Overview, make_grid, save_png, to_uint8
 
 
 def _solid(*colours, h=6, w=8):
@@ -53,7 +53,23 @@ def test_captions_are_drawn_below_their_own_image_only():
   assert (grid[24:, 84:] == 255).all()
 
 
-@pytest.mark.parametrize('caption', ['word ' * 200, 'x' * 500, 'a\nb\tc ' * 50])
+def test_an_overview_shows_the_first_and_stays_small():
+  overview = Overview(10_000)
+  for i in range(300):
+    overview.add(np.full((1000, 1000, 3), i % 251, np.uint8))
+  grid = overview.grid(['c'] * 256)
+  pixels, cell = np.asarray(grid), (grid.width - 4) // 16 - 4
+  assert cell == 334 and grid.width * grid.height < 2**26
+  for i in (0, 17, 255):
+    y, x = 4 + i // 16 * (grid.height - 4) // 16, 4 + i % 16 * (cell + 4)
+    assert (pixels[y : y + cell, x : x + cell] == i % 251).all()
+  few = Overview(3)
+  for image in (images := _solid(0, 90, 200, h=64, w=64)):
+    few.add(image)
+  np.testing.assert_array_equal(few.grid('abc'), make_grid(images, 2, 'abc', scale=3))
+
+
+@pytest.mark.parametrize('caption', ['word '  * 200, 'x' * 500, 'a\nb\tc ' * 50])
 def test_long_captions_stay_in_their_cell(caption):
   images = _solid(0, 0, h=20, w=80)
   grid = np.asarray(make_grid(images, 2, [caption, ''], padding=10))

@@ -19,7 +19,7 @@ class Cut:
     self._tokens, self._next = 0, 1
 
   def count(self, texts: list[tuple[str, int]], room: int) -> None:
-    """Takes note of texts with the number of tokens that were left out of each.
+    """Takes note of texts, each with the tokens that were left out of what was looked at.
 
     Args:
       room: tokens of a text that are read.
@@ -36,7 +36,7 @@ class Cut:
       self._say(
         f'note: {many:,} text{"s" * (many > 1)} so far, such as {shortened(texts[0][0])!r}, '
         f'{"are" if many > 1 else "is"} longer than the {room} tokens that are read; '
-        f'{self._tokens:,} tokens are left out.'
+        f'at least {self._tokens:,} tokens are left out.'
       )
 
 

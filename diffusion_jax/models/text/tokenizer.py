@@ -202,7 +202,7 @@ class Tokenize:
       for number, ids in enumerate(encoded, first):
         ids = [every for one in ids for every in several.get(one, [one])]
         fitting = self._fit(ids, texts[number])
-        if len(ids) > len(fitting):
+        if len(ids) > len(fitting) or len(texts[number]) > CHARACTERS * self.max_length:
           long.append((texts[number], len(ids) - len(fitting)))
         out[number, : len(fitting)] = fitting
         mask[number, : len(fitting)] = 1
