@@ -41,8 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Model, prompts, settings."""
   add_model_arguments(parser)
   parser.add_argument('--prompt', action='append', default=[], metavar='TEXT',
-                      help='what to draw; repeat for several pictures')
-  parser.add_argument('--prompts', metavar='FILE', help='a text file with one prompt a line; blank lines are passed over')
+                      help='what to draw; repeat for several pictures. An empty one draws '
+                      'without condition')
+  parser.add_argument('--prompts', metavar='FILE',
+                      help='a text file with one prompt a line; blank lines are passed over')
   parser.add_argument('--negative', default='', metavar='TEXT',
                       help='what not to draw (default: nothing)')
   parser.add_argument('--out', required=True, metavar='DIR', help='where the pictures go')
