@@ -1,4 +1,4 @@
-"""Files of low-rank adapters (Hu et al. 2022): kohya's layout, and that of PEFT and diffusers.
+"""Files of low-rank adapters (Hu et al. 2022), in all layouts that diffusers reads.
 
 In memory a LoRA is {role: {layer: LoRAWeights}}; roles are 'unet', 'text_encoder' and
 'text_encoder_2'. Arrays keep the type that they have in the file.
@@ -6,10 +6,8 @@ In memory a LoRA is {role: {layer: LoRAWeights}}; roles are 'unet', 'text_encode
 
 import collections
 import json
-import math
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,21 +15,19 @@ import numpy as np
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.convert import from_published_layout, to_published_layout
-from diffusion_jax.io.lora_names import KOHYA, kohya_names, layers
-from diffusion_jax.io.tensors import metadata, open_tensors, read_json, write_tensors
+from diffusion_jax.io.lora_config import METADATA, AdapterConfig, check_alpha, read_configs
+from diffusion_jax.io.lora_keys import KOHYA, Place, is_word, of_other_kinds, places, some
+from diffusion_jax.io.lora_names import TOWER, layers
+from diffusion_jax.io.tensors import PICKLES, open_tensors, write_tensors
+from diffusion_jax.io.torch_files import load_plain, tensors_of
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.lora import Rank
 
 LAYOUTS = ('kohya', 'peft')
-_FILES = ('pytorch_lora_weights.safetensors', 'adapter_model.safetensors')
-_BARE = 'base_model.model.'
-_METADATA = 'lora_adapter_metadata'
-_TOWER = 'text_model.'
-_KOHYA_PARTS = {'lora_down.weight': 'a', 'lora_up.weight': 'b', 'alpha': 'alpha'}
-_PEFT_PARTS = {  # The last two pairs are those of diffusers' training scripts.
-  '.lora_A.weight': 'a', '.lora_B.weight': 'b', '.lora.down.weight': 'a', '.lora.up.weight': 'b',
-  '.lora_linear_layer.down.weight': 'a', '.lora_linear_layer.up.weight': 'b',
-}
+_OF_PEFT = 'adapter_model'
+_FILES = tuple(
+  f'{stem}{end}' for end in ('.safetensors', '.bin') for stem in ('pytorch_lora_weights', _OF_PEFT)
+)
 
 
 class LoRAWeights(NamedTuple):
@@ -50,10 +46,6 @@ class LoRAWeights(NamedTuple):
 
 
 LoRAs = dict[str, dict[str, LoRAWeights]]
-Place = tuple[str, str, str]
-"""Role, layer and part ('a', 'b' or 'alpha') of one tensor of a file."""
-
-
 def to_params(
   weights: Mapping[str, LoRAWeights]
 ) -> tuple[dict[str, Rank], dict[str, np.ndarray]]:
@@ -70,70 +62,104 @@ def from_params(params: Mapping[str, Any], sizes: Mapping[str, Rank]) -> dict[st
   return {n: LoRAWeights(part(n, 'a'), part(n, 'b'), size.alpha) for n, size in sizes.items()}
 
 
-def read_lora(path: str | os.PathLike, networks: Mapping[str, Mapping[str, Any]]) -> LoRAs:
+def read_lora(
+  path: str | os.PathLike, networks: Mapping[str, Mapping[str, Any]], *, words: bool = False
+) -> LoRAs:
   """Reads a LoRA of any layout that `write_lora`, kohya's scripts, diffusers or PEFT write.
 
   Args:
-    path: a safetensors file, or the directory that diffusers or PEFT wrote.
+    path: a safetensors file, a .bin of PyTorch, of which only arrays are read, or the directory
+      that diffusers or PEFT wrote.
     networks: parameters (or their shapes) of the networks it is for, by role.
+    words: whether the caller takes the learned words that the file may hold beside its matrices,
+      too, with `io.textual_inversion.bundled_words`; False: a file with such is refused.
 
   Raises:
-    UserError: what the networks lack or the file holds half, or in wrong shapes, all named at once.
+    UserError: another kind of adapter; what the networks lack or the file holds half, empty, not
+      finite or in wrong shapes, all named at once.
   """
   require(bool(networks), 'read_lora needs the parameters of at least one network.')
-  path = _find(Path(path))
-  tensors = open_tensors(path)
+  path = lora_file(Path(path))
+  tensors = _tensors(path)
+  learned = [name for name in tensors if is_word(name)]
+  tensors = {name: tensor for name, tensor in tensors.items() if name not in set(learned)}
+  require(
+    not learned or (words and bool(tensors) and path.suffix not in PICKLES),
+    f'{path} holds a learned word ({some(learned)})'
+    + (' beside its LoRA; --lora of sample and evaluate reads both, from safetensors.' if tensors
+       else ', which is no LoRA; give it as --words.'),
+  )
+  others = of_other_kinds(tensors)
+  problems = [f'{kind}, which is not implemented: {some(of)}' for kind, of in others.items()]
   known = {role: layers(params) for role, params in networks.items()}
-  kohya = any(name.startswith('lora_') for name in tensors)
-  place = _kohya_place(known) if kohya else _peft_place(known, tensors, path)
-  found: dict[tuple[str, str], dict[str, Any]] = {}
-  unknown = []
-  for name, tensor in tensors.items():
-    if (where := place(name)) is None:
-      unknown.append(name)
-    else:
-      found.setdefault(where[:2], {})[where[2]] = tensor
-  configs = {} if kohya else _configs(path, known)
-  problems = _some(unknown, 'no part of a LoRA of the given networks')
-  return _assemble(found, known, configs, problems, path)
-
-
-def _assemble(found, known, configs, problems: list[str], path: Path) -> LoRAs:
+  found, unknown = places(tensors.keys() - set().union(*others.values()), known, path)
+  configs = {} if path.suffix in PICKLES else read_configs(
+    path, known, alone=path.stem == _OF_PEFT
+  )
+  if unknown:
+    problems.append(f'no part of a LoRA of the given networks: {some(unknown)}')
   out: LoRAs = {}
-  half, misshapen = [], []
-  for (role, layer), parts in found.items():
-    if not {'a', 'b'} <= parts.keys():
-      half.append(f'{role} {layer}')
-      continue
-    kernel = known[role][layer]
-    a, b = (_reshape(parts[which], len(kernel)) for which in 'ab')
-    rank = a.shape[-1]
-    window = kernel[:-2]
-    if a.shape != (*kernel[:-1], rank) or b.shape != (*(1 for _ in window), rank, kernel[-1]):
-      shapes = ' and '.join(str(list(parts[which].shape)) for which in 'ab')
-      misshapen.append(f'{role} {layer} ({shapes} for a kernel {list(kernel)})')
-      continue
-    if 'alpha' in parts:
-      alpha = float(np.asarray(parts['alpha']).reshape(()))
-    else:
-      alpha = _alpha(configs.get(role), layer, rank)
-    out.setdefault(role, {})[layer] = LoRAWeights(a, b, alpha)
-  problems = [
-    *problems, *_some(half, 'without its other matrix'), *_some(misshapen, 'of a wrong shape')
-  ]
-  require(not problems, f'{path} does not fit: {"; ".join(problems)}.')
+  for (role, layer), names in found.items():
+    parts = {part: tensors[name] for part, name in names.items()}
+    try:
+      one = _layer(parts, names, known[role][layer], (role, layer), configs.get(role))
+      out.setdefault(role, {})[layer] = one
+    except UserError as error:
+      problems.append(str(error))
+  more = f'; and {len(problems) - 6} more' * (len(problems) > 6)
+  require(not problems, f'{path} does not fit: {"; ".join(problems[:6])}{more}.')
   require(bool(out), f'{path} holds no LoRA.')
   return out
 
 
-def _some(names: list[str], what: str) -> list[str]:
-  more = f' and {len(names) - 3} more' * (len(names) > 3)
-  return [f'{what}: {", ".join(sorted(names)[:3])}{more}'] if names else []
+def _tensors(path: Path) -> Mapping[str, Any]:
+  if path.suffix not in PICKLES:
+    return open_tensors(path)
+  values = load_plain(path)
+  tensors = tensors_of(values)
+  require(
+    len(tensors) == len(values),
+    f'{path} holds {some(map(str, values.keys() - tensors.keys()))}, which is no tensor.',
+  )
+  return tensors
 
 
-def _reshape(tensor: Any, dims: int) -> np.ndarray:
+def _layer(
+  parts: Mapping[str, Any], names: Mapping[str, str], kernel: tuple[int, ...], place: Place,
+  config: AdapterConfig | None,
+) -> LoRAWeights:
+  """The adapter of a layer with that kernel. UserError, without the file's name, for a bad one."""
+  where = ' '.join(place)
+  require({'a', 'b'} <= parts.keys(), f'without its other matrix: {where}')
+  a, b = (_reshape(parts[part], names[part], len(kernel)) for part in 'ab')
+  rank, window, middle = a.shape[-1], kernel[:-2], parts.get('mid')
+  require(rank > 0 and b.size > 0, f'of rank 0: {where}')
+  if middle is not None:
+    a = _composed(a, _reshape(middle, names['mid'], len(kernel)), names['mid'])
+  ones = tuple(1 for _ in window)
+  require(
+    a.shape == (*kernel[:-1], rank) and b.shape == (*ones, rank, kernel[-1]),
+    f'of a wrong shape: {where} ({list(parts["a"].shape)} and {list(parts["b"].shape)} for a '
+    f'kernel {list(kernel)})',
+  )
+  if 'alpha' in parts:
+    alpha, said = _scalar(parts['alpha'], names['alpha']), names['alpha']
+  elif config is not None:
+    alpha = config.alpha_of((place[1], place[1].removeprefix(TOWER)), rank)
+    said = f'{config.where}: alpha of {where}'
+  else:
+    alpha, said = float(rank), where
+  check_alpha(alpha, rank, said)
+  return LoRAWeights(a, b, alpha)
+
+
+def _reshape(tensor: Any, name: str, dims: int) -> np.ndarray:
   """A published matrix in our layout; a window of 1x1 may be stored or not, whatever the layer."""
   value = np.array(tensor)
+  require(value.dtype.kind in 'fV', f'{name} is of type {value.dtype}, not of floating numbers')
+  with np.errstate(over='ignore'):
+    finite = np.isfinite(value.astype(np.float32)).all()
+  require(bool(finite), f'{name} has values that are not finite')
   if dims == 2 and value.ndim == 4 and value.shape[2:] == (1, 1):
     value = value[..., 0, 0]
   elif dims == 4 and value.ndim == 2:
@@ -141,93 +167,31 @@ def _reshape(tensor: Any, dims: int) -> np.ndarray:
   return np.ascontiguousarray(from_published_layout('kernel.kernel', value))
 
 
-def _kohya_place(known) -> Callable[[str], Place | None]:
-  stems = {
-    prefix + stored: (role, layer)
-    for role, names in known.items() for stored, layer in kohya_names(names).items()
-    for prefix in KOHYA.get(role, ())
-  }
-
-  def place(name: str) -> Place | None:
-    stem, _, rest = name.partition('.')
-    known_here = stem in stems and rest in _KOHYA_PARTS
-    return (*stems[stem], _KOHYA_PARTS[rest]) if known_here else None
-
-  return place
-
-
-def _peft_place(known, names, path: Path) -> Callable[[str], Place | None]:
-  def split(name: str) -> tuple[str | None, str, str] | None:
-    end = next((end for end in _PEFT_PARTS if name.endswith(end)), None)
-    if end is None:
-      return None
-    layer = name.removesuffix(end).removeprefix(_BARE)
-    role = next((role for role in (*KOHYA, *known) if layer.startswith(f'{role}.')), None)
-    return role, layer.removeprefix(f'{role}.'), _PEFT_PARTS[end]
-
-  bare = [one[1] for one in map(split, names) if one is not None and one[0] is None]
-  fits = [role for role, have in known.items() if all(_layer(n, have) for n in bare)]
+def _composed(a: np.ndarray, middle: np.ndarray, name: str) -> np.ndarray:
+  """LyCORIS' third matrix of a convolution, [k k r r], after the first, [1 1 i r]: [k k i r]."""
+  rank = a.shape[-1]
   require(
-    not bare or len(fits) <= 1,
-    f'{path} does not say whether it is for {" or ".join(fits)}; give one network alone.',
+    a.ndim == 4 and a.shape[:2] == (1, 1) and middle.shape[2:] == (rank, rank),
+    f'{name} of shape {list(middle.shape)} stands between no two matrices of a convolution',
   )
-
-  def place(name: str) -> Place | None:
-    if (one := split(name)) is None:
-      return None
-    role = one[0] or next(iter(fits), next(iter(known)))
-    layer = _layer(one[1], known.get(role, {}))
-    return None if layer is None else (role, layer, one[2])
-
-  return place
+  return a[0, 0].astype(np.float32) @ middle.astype(np.float32)
 
 
-def _layer(name: str, known) -> str | None:
-  """The layer of that name; transformers 5 leaves the prefix out of a text tower alone."""
-  return next((one for one in (name, _TOWER + name) if one in known), None)
+def _scalar(tensor: Any, name: str) -> float:
+  value = np.asarray(tensor)
+  good = value.size == 1 and value.dtype.kind in 'fVi'
+  require(good, f'{name} of shape {list(value.shape)} and type {value.dtype} is no number')
+  return float(value.reshape(()))
 
 
-def _find(path: Path) -> Path:
+def lora_file(path: Path) -> Path:
+  """The file of a LoRA that is given by it or by its directory. UserError where there is none."""
   if not path.is_dir():
     return path
   found = next((path / name for name in _FILES if (path / name).is_file()), None)
   if found is None:
     raise UserError(f'{path} holds neither {" nor ".join(_FILES)}; give the file of a LoRA.')
   return found
-
-
-def _configs(path: Path, known) -> dict[str, dict[str, Any]]:
-  """PEFT's LoraConfig of each role, where the file or adapter_config.json beside it has one."""
-  beside = path.parent / 'adapter_config.json'
-  text = metadata(path).get(_METADATA)
-  if text is not None:
-    try:
-      values = json.loads(text)
-    except ValueError as error:
-      raise UserError(f'{path}: {_METADATA} is not readable JSON ({error}).') from error
-  elif path.name == _FILES[1] and beside.is_file():
-    values = read_json(beside)
-  else:
-    return {}
-  found = {}
-  for role in known:
-    start = f'{role}.'
-    own = {k.removeprefix(start): v for k, v in values.items() if k.startswith(start)}
-    found[role] = own or {k: v for k, v in values.items() if '.' not in k}
-    for key in ('use_dora', 'lora_bias'):
-      require(not found[role].get(key), f'{path}: {key} is not implemented.')
-  return found
-
-
-def _alpha(config: Mapping[str, Any] | None, layer: str, rank: int) -> float:
-  """As PEFT finds it: the first pattern that ends the layer's name, else the general value."""
-  if not config:
-    return float(rank)
-  names = (layer, layer.removeprefix(_TOWER))
-  hit = lambda key: any(re.match(rf'(.*\.)?({key})$', name) for name in names)
-  patterns = config.get('alpha_pattern') or {}
-  alpha = next((v for key, v in patterns.items() if hit(key)), config.get('lora_alpha', rank))
-  return float(alpha) * (math.sqrt(rank) if config.get('use_rslora') else 1.0)
 
 
 def write_lora(
@@ -259,14 +223,14 @@ def write_lora(
       }
     if layout == 'peft' and weights:
       texts |= {f'{role}.{key}': value for key, value in _peft_config(weights).items()}
-  text = {_METADATA: json.dumps(texts, indent=2, sort_keys=True)} if texts else {}
+  text = {METADATA: json.dumps(texts, indent=2, sort_keys=True)} if texts else {}
   write_tensors(path, tensors, text)
 
 
 def _peft_config(weights: Mapping[str, LoRAWeights]) -> dict[str, Any]:
   """The arguments of PEFT's LoraConfig that describe these adapters."""
   # PEFT matches the ends of names, so that without the tower's prefix both spellings fit.
-  sizes = {layer.removeprefix(_TOWER): one.size for layer, one in weights.items()}
+  sizes = {layer.removeprefix(TOWER): one.size for layer, one in weights.items()}
   common = lambda values: collections.Counter(values).most_common(1)[0][0]
   rank = common(size.rank for size in sizes.values())
   alpha = common(size.alpha for size in sizes.values())

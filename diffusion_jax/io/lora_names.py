@@ -5,17 +5,16 @@ join the parts of a name by underscores, so it can only be undone by knowing the
 Stable Diffusion XL they number the blocks of the U-Net as single files do.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from diffusion_jax.io.single_file.unet import ENDS, MLP, RESNET, SHORTCUT
 
-KOHYA = {
-  'unet': ('lora_unet_',), 'text_encoder': ('lora_te_', 'lora_te1_'),
-  'text_encoder_2': ('lora_te2_',),
-}
-"""How the names of each role begin in kohya's files; lora_te1_ where there are two encoders."""
-
+TOWER = 'text_model.'
+"""Before the layers of a text encoder; some writers leave it out."""
+_FORMERLY = {'q_proj': 'to_q', 'k_proj': 'to_k', 'v_proj': 'to_v', 'out_proj': 'to_out'}
+"""What diffusers called the projections of text encoders while it replaced their processors."""
 _RESNET = RESNET | SHORTCUT
 _ENDS = ENDS | {f'add_embedding.{name}': stored for name, stored in MLP.items()}
 
@@ -28,11 +27,38 @@ def layers(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
   }
 
 
-def kohya_names(names: Iterable[str]) -> dict[str, str]:
-  """Names in kohya's files, without the role -> layers; both numberings of a U-Net's blocks."""
+def spellings(names: Iterable[str]) -> dict[str, str]:
+  """Dotted names in files, without the network's name -> layers.
+
+  A layer's own name, that of its former attention processor, without the tower of a text encoder,
+  and by the block numbers of a single file.
+  """
   names = list(names)
+  stored = [*zip(names, names, strict=True), *single_file_names(names).items()]
   found: dict[str, str] = {}
-  for stored, name in [*zip(names, names, strict=True), *single_file_names(names).items()]:
+  for spelt, name in stored:
+    for one in (spelt, *_former(spelt)):
+      for key in (one, one.removeprefix(TOWER)):
+        found.setdefault(key, name)
+  return found
+
+
+def _former(name: str) -> Iterator[str]:
+  """As attention processors were called: attn1.processor.to_q, and to_out for to_out.0."""
+  if found := re.fullmatch(r'(.+\.attn\d)\.(to_[qkv]|to_out)(\.0)?', name):
+    yield f'{found[1]}.processor.{found[2]}'
+    if found[3]:
+      yield f'{found[1]}.processor.{found[2]}.0'
+      yield f'{found[1]}.{found[2]}'
+  module, _, leaf = name.rpartition('.')
+  if module.endswith('.self_attn') and leaf in _FORMERLY:
+    yield f'{module}.{_FORMERLY[leaf]}'
+
+
+def kohya_names(names: Iterable[str]) -> dict[str, str]:
+  """Names in kohya's files, without the role -> layers; all `spellings`, joined by underscores."""
+  found: dict[str, str] = {}
+  for stored, name in spellings(names).items():
     key = stored.replace('.', '_')
     if found.setdefault(key, name) != name:
       raise ValueError(f'{name} and {found[key]} are both called {key}.')

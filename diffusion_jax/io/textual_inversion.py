@@ -2,17 +2,19 @@
 
 diffusers' files hold one tensor called by its token, and a directory has one for each text encoder.
 AUTOMATIC1111's hold `emb_params`, or for the two encoders of Stable Diffusion XL `clip_l` and
-`clip_g`; there the token is the file's name.
+`clip_g`; there the token is the file's name. Files of LoRA may hold words of either layout beside
+their matrices, under `bundle_emb.TOKEN.` or as they are.
 """
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffusion_jax.io.tensors import open_tensors, write_tensors
+from diffusion_jax.io.lora_keys import is_lora, is_word, some
+from diffusion_jax.io.tensors import PICKLES, open_tensors, write_tensors
 from diffusion_jax.io.torch_files import load_plain, tensors_of
 from diffusion_jax.models.checks import require
 
@@ -21,7 +23,15 @@ FILES = {
 }
 """What a directory holds, by role."""
 LAYOUTS = ('diffusers', 'a1111')
-_A1111 = {'emb_params': 'text_encoder', 'clip_l': 'text_encoder', 'clip_g': 'text_encoder_2'}
+_A1111 = {
+  'emb_params': 'text_encoder', 'string_to_param.*': 'text_encoder', 'clip_l': 'text_encoder',
+  'clip_g': 'text_encoder_2', 'text_encoders_0': 'text_encoder',
+  'text_encoders_1': 'text_encoder_2',
+}
+_BUNDLE = 'bundle_emb.'
+MOST_ROWS = 1000
+"""Of one word; a prompt has room for 75."""
+MOST_CHARACTERS = 200
 
 
 class TextualInversion(NamedTuple):
@@ -47,18 +57,68 @@ def read_textual_inversion(
   path = Path(path)
   if path.is_dir():
     return _read_directory(path, widths)
-  token, stored = _read_pickle(path) if path.suffix in ('.pt', '.bin') else _read_tensors(path)
-  rows = {key: value[None] if value.ndim == 1 else value for key, value in stored.items()}
-  if rows and set(rows) <= set(_A1111):
-    found = TextualInversion(token or path.stem, {_A1111[key]: v for key, v in rows.items()})
+  token, stored = _read_pickle(path) if path.suffix in PICKLES else (None, open_tensors(path))
+  require(
+    not any(map(is_lora, stored)),
+    f'{path} is a LoRA rather than a learned word; give it as --lora, which also reads the words '
+    'that it may hold.',
+  )
+  if any(name.startswith(_BUNDLE) for name in stored):
+    words = bundled_words(path, widths)
+    require(len(words) == 1, f'{path} holds {len(words)} words; give a file for each.')
+    return words[0]
+  return _word(path, token, stored, widths)
+
+
+def bundled_words(
+  path: str | os.PathLike, widths: Mapping[str, int] | None = None
+) -> list[TextualInversion]:
+  """The words that a safetensors file of a LoRA holds beside its matrices; arguments as above.
+
+  Raises:
+    UserError: a word of no known layout, or one that does not fit the encoders.
+  """
+  path = Path(path)
+  if path.suffix in PICKLES:
+    return []
+  groups: dict[str, dict[str, Any]] = {}
+  for name, tensor in open_tensors(path).items():
+    if not is_word(name):
+      continue
+    token, key = '', name
+    if name.startswith(_BUNDLE):
+      token, _, key = name.removeprefix(_BUNDLE).rpartition('.')
+      if key == '*':  # Of string_to_param.*
+        token, _, key = token.rpartition('.')[0], '', 'string_to_param.*'
+      require(
+        key in _A1111 and bool(token),
+        f'{path} holds {name[:200]}, a part of a learned word that is not known here.',
+      )
+    elif name not in _A1111:
+      token = name
+    groups.setdefault(token, {})[key] = tensor
+  return [_word(path, token or None, stored, widths) for token, stored in groups.items()]
+
+
+def _word(
+  path: Path, token: Any, stored: Mapping[str, Any], widths: Mapping[str, int] | None
+) -> TextualInversion:
+  known = set(stored) <= set(_A1111)
+  require(
+    bool(stored) and (known or len(stored) == 1),
+    f'{path} holds {some(stored) or "nothing"}: neither one tensor called by its token nor '
+    f'{", ".join(_A1111)}.',
+  )
+  arrays = {key: np.array(tensor) for key, tensor in stored.items()}
+  rows = {key: value[None] if value.ndim == 1 else value for key, value in arrays.items()}
+  if known:
+    roles = [_A1111[key] for key in rows]
+    require(len(set(roles)) == len(roles), f'{path} holds {some(rows)}, two of one text encoder.')
+    token = path.stem if token is None else token
+    found = TextualInversion(token, dict(zip(roles, rows.values(), strict=True)))
   else:
-    require(
-      len(rows) == 1,
-      f'{path} holds {", ".join(sorted(rows)) or "nothing"}: neither one tensor called by its '
-      f'token nor {", ".join(_A1111)}.',
-    )
-    [(token, value)] = rows.items()
-    found = TextualInversion(token, {_role(path, value, widths): value})
+    [(key, value)] = rows.items()
+    found = TextualInversion(key, {_role(path, value, widths): value})
   _check(found, widths, path)
   return found
 
@@ -87,11 +147,21 @@ def _role(path: Path, value: np.ndarray, widths: Mapping[str, int] | None) -> st
 
 
 def _check(found: TextualInversion, widths: Mapping[str, int] | None, path: Path) -> None:
-  counts = {len(rows) for rows in found.embeddings.values()}
+  every = list(found.embeddings.values())
   require(
-    all(rows.ndim == 2 and len(rows) for rows in found.embeddings.values()) and len(counts) == 1,
-    f'{path} must hold rows [n d], as many for each encoder, not '
-    f'{" and ".join(str(list(rows.shape)) for rows in found.embeddings.values())}.',
+    all(rows.ndim == 2 and 0 < len(rows) <= MOST_ROWS for rows in every)
+    and len({len(rows) for rows in every}) == 1,
+    f'{path} must hold 1 to {MOST_ROWS} rows [n d], as many for each encoder, not '
+    f'{" and ".join(str(list(rows.shape)) for rows in every)}.',
+  )
+  with np.errstate(over='ignore'):
+    finite = [
+      rows.dtype.kind in 'fV' and np.isfinite(rows.astype(np.float32)).all() for rows in every
+    ]
+  require(all(finite), f'{path} must hold finite floating numbers; fetch it again.')
+  require(
+    isinstance(found.token, str) and 0 < len(found.token) <= MOST_CHARACTERS,
+    f'{path} must name its word in 1 to {MOST_CHARACTERS} characters.',
   )
   for role, rows in found.embeddings.items():
     if widths is not None:
@@ -103,15 +173,15 @@ def _check(found: TextualInversion, widths: Mapping[str, int] | None, path: Path
       )
 
 
-def _read_tensors(path: Path) -> tuple[str | None, dict[str, np.ndarray]]:
-  return None, {name: np.array(tensor) for name, tensor in open_tensors(path).items()}
-
-
-def _read_pickle(path: Path) -> tuple[str | None, dict[str, np.ndarray]]:
+def _read_pickle(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
   """Old files of either layout."""
   values, token = load_plain(path), None
   if 'string_to_param' in values:
-    token, values = values.get('name'), {'emb_params': values['string_to_param'].get('*')}
+    table = values['string_to_param']
+    require(
+      isinstance(table, dict) and '*' in table, f'{path} has no rows in its string_to_param.'
+    )
+    token, values = values.get('name'), {'emb_params': table['*']}
   return token, tensors_of(values)
 
 

@@ -48,7 +48,8 @@ def load_plain(path: str | os.PathLike) -> dict[str, Any]:
     raise UserError(
       f'{path} cannot be read without running code from it ({reason}); convert it to safetensors.'
     ) from error
-  require(isinstance(values, dict), f'{path} holds no tensors by name.')
+  named = isinstance(values, dict) and all(isinstance(name, str) for name in values)
+  require(named, f'{path} holds no tensors by name.')
   return values
 
 

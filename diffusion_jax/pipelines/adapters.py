@@ -1,15 +1,20 @@
 """Adds to a loaded model what others have trained for it: LoRA, ControlNet, learned words."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.lora import read_lora, to_params
+from diffusion_jax.io.lora import lora_file, read_lora, to_params
 from diffusion_jax.io.pretrained import load_params, read_config, resolve
-from diffusion_jax.io.textual_inversion import read_textual_inversion
+from diffusion_jax.io.textual_inversion import (
+  TextualInversion,
+  bundled_words,
+  read_textual_inversion,
+)
 from diffusion_jax.models.controlnet import ControlNet, ControlNetConfig
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.lora import Rank, merge_lora
@@ -21,16 +26,22 @@ from diffusion_jax.types import Weights
 def add_lora(model: TextToImage, weights: Weights, path: str, scale: float = 1.0) -> Weights:
   """The weights with a LoRA merged into them, `scale` times as strong as it was trained.
 
+  Words that were learned with it, and are in the same file, are added as by `add_words`.
+
   Raises:
     UserError: a file that is none, or not one for this model.
   """
-  roles = ('unet', *model.text.networks)
-  lora = read_lora(resolve(path), {role: model.networks[role].shapes for role in roles})
+  if not math.isfinite(scale):
+    raise UserError(f'the scale of the LoRA {path} is {scale}; give a finite number.')
+  roles, file = ('unet', *model.text.networks), lora_file(resolve(path))
+  lora = read_lora(file, {role: model.networks[role].shapes for role in roles}, words=True)
   out = dict(weights)
   for role, layers in lora.items():
     sizes, params = to_params(layers)
     sizes = {name: Rank(size.rank, scale * size.alpha) for name, size in sizes.items()}
     out[role] = merge_lora({**weights[role], **params}, sizes)
+  for learned in bundled_words(file, _widths(model) if model.text.tokenizers else None):
+    out = _with_word(model, out, learned)
   return out
 
 
@@ -67,11 +78,19 @@ def add_words(model: TextToImage, weights: Weights, path: str) -> Weights:
   Raises:
     UserError: a file that is none, or one for other text encoders.
   """
+  learned = read_textual_inversion(Path(resolve(path)), _widths(model))
+  return _with_word(model, weights, learned)
+
+
+def _widths(model: TextToImage) -> dict[str, int]:
+  """Of the table of tokens of each text encoder, by role. UserError where there is none."""
   if not model.text.tokenizers:
     raise UserError('the model reads no words; leave --words out, or use a model that does.')
-  widths = {role: embedding_table(n)[1] for role, n in model.text.networks.items()}
-  learned = read_textual_inversion(Path(resolve(path)), widths)
-  rows = learned.embeddings
+  return {role: embedding_table(n)[1] for role, n in model.text.networks.items()}
+
+
+def _with_word(model: TextToImage, weights: Weights, learned: TextualInversion) -> Weights:
+  rows, widths = learned.embeddings, _widths(model)
   before = {
     role: np.asarray(weights[role].get(EXTRA, np.zeros((0, widths[role]), np.float32)))
     for role in rows

@@ -1,6 +1,8 @@
 """Files of LoRA: names with known answers, and errors. Libraries: tests/parity."""
 
 import json
+import re
+import time
 
 import ml_dtypes
 import numpy as np
@@ -11,6 +13,9 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.io.lora import LoRAWeights, read_lora, write_lora
 from diffusion_jax.io.lora_names import kohya_names, single_file_names
 from diffusion_jax.io.tensors import metadata
+from diffusion_jax.pipelines.adapters import add_lora
+from diffusion_jax.pipelines.directory import load_text_to_image
+from diffusion_jax.pipelines.text_encoders import EXTRA, embedding_table
 
 ATTENTION = 'transformer_blocks.0.attn1.to_q'
 # Stable Diffusion XL: three levels of two layers, attention in the lower two.
@@ -195,12 +200,181 @@ def bare(path, **config):
   ({'alpha_pattern': {'^encoder.layers.0.mlp.fc1': 7}}, 7),  # As transformers 5 names it.
   ({'alpha_pattern': {'lp.fc1': 3}}, 8),
   ({'alpha_pattern': {r'layers\.\d.mlp.*': 5, 'fc1': 3}}, 5),
+  ({'alpha_pattern': {'fc1': 3, r'layers\.\d.mlp.*': 5}}, 3),
+  ({'alpha_pattern': {'encoder.layers.1.mlp.fc1': 3, r'.*\.(fc2|fc\d)$': 4}}, 4),
+  ({'alpha_pattern': {'^mlp.fc1': 3, '^fc[1-2]': 4, '[a-e]*fc1': 5}, 'rank_pattern': {'fc1': 2},
+    'r': 9}, 5),
   ({'use_rslora': True}, 8 * 2**0.5),
 ])
 def test_adapter_config_of_peft(config, alpha, tmp_path):
   network = {'text_encoder': NETWORKS['text_encoder']}
   found = read_lora(bare(tmp_path, **config), network)['text_encoder'][FC]
   assert found.alpha == pytest.approx(alpha)
+
+
+KEY = 'lora_unet_mid_block_attentions_0_to_q'
+TO_Q = 'unet mid_block.attentions.0.to_q'
+
+
+def changed(path, lora, **changes):
+  """A file of kohya whose tensors of one layer, by their ends, are others or gone (None)."""
+  write_lora(path, lora)
+  tensors = load_file(path)
+  for end, value in changes.items():
+    tensors.pop(f'{KEY}.{end}', None)
+    if value is not None:
+      tensors[f'{KEY}.{end}'] = np.asarray(value)
+  save_file(tensors, path)
+  return path
+
+
+F32 = np.float32
+DOWN, UP = 'lora_down.weight', 'lora_up.weight'
+
+
+@pytest.mark.parametrize(('changes', 'words'), [
+  ({'alpha': [F32(np.nan)]}, f'{KEY}.alpha is nan for the rank 3'),
+  ({'alpha': [F32(np.inf)]}, f'{KEY}.alpha is inf'),
+  ({'alpha': [-F32(np.inf)]}, f'{KEY}.alpha is -inf'),
+  ({'alpha': [F32(1e30)]}, f'{KEY}.alpha is 1e+30'),
+  ({'alpha': [np.float64(-1e300)]}, f'{KEY}.alpha is -1e+300'),
+  ({'alpha': np.ones(2, F32)}, f'{KEY}.alpha of shape [2] and type float32 is no number'),
+  ({'alpha': np.ones(0, F32)}, f'{KEY}.alpha of shape [0]'),
+  ({'alpha': np.ones(1, bool)}, 'type bool is no number'),
+  ({DOWN: np.ones((0, 4), F32), UP: np.ones((7, 0), F32)}, f'of rank 0: {TO_Q}'),
+  ({DOWN: np.ones((0, 4), F32)}, f'of rank 0: {TO_Q}'),
+  ({UP: np.ones((0, 3), F32)}, f'of rank 0: {TO_Q}'),
+  ({UP: np.ones((7, 2), F32)}, f'of a wrong shape: {TO_Q} ([3, 4] and [7, 2] for a kernel [4, 7])'),
+  ({UP: np.ones(7, F32)}, f'of a wrong shape: {TO_Q}'),
+  ({UP: F32([1])}, f'of a wrong shape: {TO_Q}'),
+  ({UP: np.ones((1, 7, 3, 1, 1), F32)}, f'of a wrong shape: {TO_Q}'),
+  ({UP: np.full((7, 3), np.nan, F32)}, f'{KEY}.{UP} has values that are not finite'),
+  ({DOWN: np.full((3, 4), np.inf, np.float16)}, f'{KEY}.{DOWN} has values that are not finite'),
+  ({DOWN: np.full((3, 4), 1e300)}, f'{KEY}.{DOWN} has values that are not finite'),
+  ({UP: np.ones((7, 3), np.int32)}, f'{KEY}.{UP} is of type int32'),
+  ({UP: None}, f'without its other matrix: {TO_Q}'),
+  ({DOWN: None, UP: None}, f'without its other matrix: {TO_Q}'),
+  ({'lora_mid.weight': np.ones((3, 3), F32)}, f'{KEY}.lora_mid.weight of shape [3, 3] stands'),
+  ({'lora_A.weight': np.ones((3, 4), F32)}, 'which are one part of one layer'),
+  ({'dora_scale': np.ones(7, F32)}, 'DoRA, which is not implemented'),
+  ({'lokr_w1': np.ones((7, 4), F32)}, 'LoKr, which is not implemented'),
+  ({'hada_w1_a': np.ones((7, 4), F32)}, 'LoHa, which is not implemented'),
+  ({'oft_blocks': np.ones((7, 4), F32)}, 'OFT, which is not implemented'),
+  ({'diff': np.ones((7, 4), F32)}, 'whole differences of weights, which is not implemented'),
+  ({'lora_B.bias': np.ones(7, F32)}, 'adapters with biases, which is not implemented'),
+  ({'other': np.ones(7, F32)}, f'no part of a LoRA of the given networks: {KEY}.other'),
+])
+def test_what_would_make_black_pictures_or_nothing_is_refused_by_name(
+  changes, words, lora, tmp_path
+):
+  path = changed(tmp_path / 'x.safetensors', lora, **changes)
+  with pytest.raises(UserError, match=re.escape(words)) as error:
+    read_lora(path, NETWORKS)
+  assert '\n' not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_the_sign_of_alpha_is_kept(lora, tmp_path):
+  path = changed(tmp_path / 'x.safetensors', lora, alpha=[F32(-2)])
+  assert read_lora(path, NETWORKS)['unet']['mid_block.attentions.0.to_q'].alpha == -2
+
+
+def test_float8_is_read_as_it_is(lora, tmp_path):
+  half = lambda array: array.astype(ml_dtypes.float8_e4m3fn)
+  layers = {n: LoRAWeights(half(o.a), half(o.b), o.alpha) for n, o in lora['unet'].items()}
+  write_lora(tmp_path / 'x.safetensors', {'unet': layers})
+  found = read_lora(tmp_path / 'x.safetensors', NETWORKS)
+  assert_same(found, {'unet': layers})
+
+
+@pytest.mark.parametrize(('config', 'words'), [
+  ({'lora_alpha': float('nan')}, 'alpha of text_encoder .* is nan'),
+  ({'lora_alpha': float('inf')}, 'is inf'), ({'lora_alpha': '8'}, 'lora_alpha is "8"'),
+  ({'lora_alpha': True}, 'lora_alpha is true'), ({'lora_alpha': 10**400}, 'lora_alpha is 1000'),
+  ({'lora_alpha': [8]}, 'must be a number'),
+  ({'alpha_pattern': {'fc1': float('nan')}}, 'is nan'),
+  ({'alpha_pattern': {'fc1': None}}, 'alpha_pattern has no number for fc1'),
+  ({'alpha_pattern': {'fc1': {}}}, 'alpha_pattern of fc1 is {}'),
+  ({'alpha_pattern': ['fc1']}, 'alpha_pattern must be a table'),
+  ({'r': 4}, 'gives .*fc1 the rank 4, but its matrices have 2'), ({'r': 0}, 'r is 0; it must be a'),
+  ({'rank_pattern': {'fc1': 3}}, 'the rank 3'), ({'rank_pattern': {'x': -1}}, 'rank_pattern of x'),
+  ({'peft_type': 'LOHA'}, 'peft_type="LOHA"'),
+  ({'init_lora_weights': 'pissa_niter_4'}, 'changes the weights'),
+  ({'init_lora_weights': 'loftq'}, 'changes the weights'), ({'lora_bias': True}, 'lora_bias'),
+  ({'alora_invocation_tokens': [1]}, 'alora_invocation_tokens'),
+  ({'alpha_pattern': {'(?=a)fc1': 3}}, 'is more than names'),
+  ({'alpha_pattern': {'fc{1,9}': 3}}, 'is more than names'),
+  ({'alpha_pattern': {'(fc1': 3}}, 'is more than names'),
+  ({'alpha_pattern': {'fc1)': 3}}, 'is more than names'),
+  ({'alpha_pattern': {'[z-a]': 3}}, 'is more than names'),
+  ({'alpha_pattern': {'(' * 100000: 3}}, 'over 2000 characters'),
+  ({'alpha_pattern': {'(' * 1000: 3}}, 'is more than names'),
+  ({'alpha_pattern': {f'a*{n}': 3 for n in range(1000)}}, 'over 2000 characters'),
+])
+def test_configs_that_say_nothing_sound(config, words, tmp_path):
+  with pytest.raises(UserError, match=words) as error:
+    read_lora(bare(tmp_path, **config), {'text_encoder': NETWORKS['text_encoder']})
+  assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize('pattern', ['(a|a)?' * 150 + 'b', '.*' * 400 + 'b', 'f*' * 500 + '[^f]+x'])
+def test_a_pattern_cannot_keep_the_reader_busy(pattern, tmp_path):
+  """Each would take a backtracking matcher for ever on a layer of this name."""
+  layer = 'f' * 60 + '.fc1'
+  network = {'unet': {f'{layer}.kernel': np.zeros((3, 8))}}
+  one = weights((3, 8))
+  write_lora(tmp_path / 'adapter_model.safetensors', {'unet': {layer: one}}, 'kohya')
+  tensors = {n: t for n, t in load_file(tmp_path / 'adapter_model.safetensors').items()
+             if 'alpha' not in n}
+  save_file(tensors, tmp_path / 'adapter_model.safetensors')
+  config = {'lora_alpha': 5, 'alpha_pattern': {pattern: 3}}
+  (tmp_path / 'adapter_config.json').write_text(json.dumps(config))
+  start = time.process_time()
+  assert read_lora(tmp_path, network)['unet'][layer].alpha == 5
+  assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize('text', ['[1]', '{"r": ', '3', '{"a":' * 100000 + '1' + '}' * 100000])
+def test_metadata_that_is_no_config(text, lora, tmp_path):
+  path = tmp_path / 'x.safetensors'
+  write_lora(path, lora, 'peft')
+  save_file(load_file(path), path, {'lora_adapter_metadata': text})
+  with pytest.raises(UserError, match=r'lora_adapter_metadata (is not readable JSON|must hold)'):
+    read_lora(path, NETWORKS)
+
+
+def test_a_learned_word_is_called_one(lora, tmp_path):
+  path = tmp_path / 'x.safetensors'
+  write_lora(path, lora)
+  tensors, row = load_file(path), np.zeros((1, 3), np.float32)
+  bundled = ('bundle_emb.cat.emb_params', 'bundle_emb.cat.clip_g')
+  for name in (*bundled, 'emb_params', 'clip_l', '<cat>'):
+    save_file(tensors | {name: row}, path)
+    with pytest.raises(UserError, match=rf'holds a learned word \({re.escape(name)}\) beside'):
+      read_lora(path, NETWORKS)
+    assert_same(read_lora(path, NETWORKS, words=True), lora)
+    save_file({name: row}, path)
+    with pytest.raises(UserError, match=r'which is no LoRA; give it as --words'):
+      read_lora(path, NETWORKS, words=True)
+
+
+def test_a_lora_and_the_word_learned_with_it_are_added_together(tmp_path):
+  source = 'asset:text-to-image-openmoji-64'
+  model, params, _ = load_text_to_image(source)
+  name = next(n for n in params['unet'] if n.endswith('attn2.to_q.kernel'))
+  layer, path = name.removesuffix('.kernel'), tmp_path / 'x.safetensors'
+  write_lora(path, {'unet': {layer: weights(params['unet'][name].shape)}})
+  width = embedding_table(model.text.networks['text_encoder'])[1]
+  rows = np.ones((2, width), np.float32)
+  save_file(load_file(path) | {'bundle_emb.zyx.emb_params': rows}, path)
+  before = model.tokens(['zyx'])
+  added = add_lora(model, params, str(path))
+  assert not np.array_equal(added['unet'][name], params['unet'][name])
+  np.testing.assert_array_equal(added['text_encoder'][EXTRA], rows)
+  known = embedding_table(model.text.networks['text_encoder'])[2]
+  assert set(model.tokens(['zyx']).ravel()) - set(before.ravel()) == {known, known + 1}
+  for scale in (float('nan'), float('inf')):
+    with pytest.raises(UserError, match='give a finite number'):
+      add_lora(model, params, str(path), scale)
 
 
 def test_mistakes(lora, tmp_path):

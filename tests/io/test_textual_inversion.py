@@ -8,6 +8,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.io.textual_inversion import (
   FILES,
   TextualInversion,
+  bundled_words,
   read_textual_inversion,
   write_textual_inversion,
 )
@@ -50,11 +51,51 @@ def test_one_row_without_its_axis_and_the_name_in_a_directory(tmp_path):
   ({'<cat>': WIDE[:, :4]}, r'embeddings \[2, 4\] for the text_encoder, whose table is 3 wide'),
   ({'emb_params': WIDE}, 'whose table is 3 wide'),
   ({'<cat>': ROWS[None]}, r'rows \[n d\]'),
+  ({'<cat>': ROWS[:0]}, r'not \[0, 3\]'),
+  ({'<cat>': np.zeros((1001, 3), np.float32)}, r'1 to 1000 rows .* not \[1001, 3\]'),
+  ({'<cat>': np.where(ROWS > 4, np.nan, ROWS)}, 'finite floating numbers'),
+  ({'emb_params': ROWS.astype(np.int32)}, 'finite floating numbers'),
+  ({'x' * 201: ROWS}, 'in 1 to 200 characters'),
+  ({'clip_l': ROWS, 'emb_params': ROWS}, 'two of one text encoder'),
+  ({f'{n}.lora_A.weight': ROWS for n in 'abcd'}, 'is a LoRA .* --lora'),
+  ({f't{n}': ROWS for n in range(5)}, 'holds t0, t1, t2 and 2 more: neither'),
 ])
 def test_files_that_do_not_fit(tensors, words, tmp_path):
   save_file(tensors, tmp_path / 'x.safetensors')
   with pytest.raises(UserError, match=words):
     read_textual_inversion(tmp_path / 'x.safetensors', WIDTHS)
+
+
+def test_words_beside_a_lora(tmp_path):
+  """As AUTOMATIC1111, kohya and OneTrainer bundle them, and as they are."""
+  path = tmp_path / 'file.safetensors'
+  matrices = {'lora_unet_conv_in.lora_down.weight': ROWS, 'lora_unet_conv_in.alpha': ROWS[0, :1]}
+  words = {
+    'bundle_emb.cat.emb_params': ROWS, 'bundle_emb.a.b.string_to_param.*': ROWS[:1],
+    'bundle_emb.both.clip_l': ROWS, 'bundle_emb.both.clip_g': WIDE, '<dog>': WIDE,
+    'text_encoders_0': ROWS, 'text_encoders_1': WIDE,
+  }
+  save_file(matrices | words, path)
+  found = {word.token: word for word in bundled_words(path, WIDTHS)}
+  both = {'text_encoder': ROWS, 'text_encoder_2': WIDE}
+  wanted = {
+    'cat': {'text_encoder': ROWS}, 'a.b': {'text_encoder': ROWS[:1]}, 'both': both,
+    '<dog>': {'text_encoder_2': WIDE}, 'file': both,
+  }
+  assert found.keys() == wanted.keys()
+  for token, embeddings in wanted.items():
+    assert_same(found[token], TextualInversion(token, embeddings))
+  save_file(matrices, path)
+  assert bundled_words(path, WIDTHS) == []
+  save_file({'bundle_emb.cat.emb_params': ROWS}, path)
+  assert_same(read_textual_inversion(path, WIDTHS), TextualInversion('cat', wanted['cat']))
+  save_file({f'bundle_emb.{name}.emb_params': ROWS for name in 'ab'}, path)
+  with pytest.raises(UserError, match='holds 2 words'):
+    read_textual_inversion(path, WIDTHS)
+  for name, value in (('cat.t5', ROWS), ('cat.emb_params', WIDE)):
+    save_file({f'bundle_emb.{name}': value}, path)
+    with pytest.raises(UserError, match=r'learned word that is not known|whose table is 3 wide'):
+      bundled_words(path, WIDTHS)
 
 
 def test_two_encoders_for_a_model_of_one(tmp_path):
@@ -69,11 +110,20 @@ def test_pickles_are_read_as_data_only(tmp_path):
   for values, wanted in (
     ({'string_to_token': {'*': 265}, 'string_to_param': {'*': rows}, 'name': 'cat'}, 'cat'),
     ({'<cat>': rows.requires_grad_()}, '<cat>'),
-    ({'emb_params': rows}, 'x'),
+    ({'emb_params': rows}, 'x'), ({'string_to_param': {'*': rows}}, 'x'),
   ):
     torch.save(values, tmp_path / 'x.pt')
     found = read_textual_inversion(tmp_path / 'x.pt', {'text_encoder': 3})
     assert_same(found, TextualInversion(wanted, {'text_encoder': ROWS}))
+
+  for values, words in (
+    ({'string_to_param': {}}, 'no rows'), ({'string_to_param': rows}, 'no rows'),
+    ({'string_to_param': {'*': rows}, 'name': 7}, 'characters'), ({3: rows}, 'by name'),
+    ({}, 'holds nothing'), ([rows], 'no tensors by name'),
+  ):
+    torch.save(values, tmp_path / 'x.pt')
+    with pytest.raises(UserError, match=words):
+      read_textual_inversion(tmp_path / 'x.pt')
 
   class Evil:
     def __reduce__(self):

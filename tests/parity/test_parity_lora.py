@@ -92,10 +92,13 @@ def ours_out(role, network, params, weights, quick_jit):
 def adapted(role, model, seed=0, **options):
   """Their model with an adapter that does something, every rank and alpha its own."""
   torch.manual_seed(seed)
-  model.add_adapter(peft.LoraConfig(
+  config = peft.LoraConfig(
     r=4, lora_alpha=2, target_modules=TARGETS[role], init_lora_weights=False,
     rank_pattern={TARGETS[role][0]: 3}, alpha_pattern={TARGETS[role][1]: 5}, **options,
-  ))
+  )
+  # Not by transformers' add_adapter, some of whose releases want a PEFT that is not yet out.
+  peft.inject_adapter_in_model(config, model)
+  model.peft_config, model._hf_peft_config_loaded = {'default': config}, True
   return model
 
 

@@ -183,9 +183,10 @@ def test_lora(load, tmp_path):
   states = {}
   for role, targets in (('unet', ['to_q', 'conv1']), ('text_encoder', ['q_proj', 'fc2'])):
     network = getattr(source, role)
-    network.add_adapter(peft.LoraConfig(
-      r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False
-    ))
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False)
+    # Not by transformers' add_adapter, some of whose releases want a PEFT that is not yet out.
+    peft.inject_adapter_in_model(config, network)
+    network.peft_config, network._hf_peft_config_loaded = {'default': config}, True
     states[role] = peft.get_peft_model_state_dict(network)
   configs = {f'{role}_lora_adapter_metadata': getattr(source, role).peft_config['default'].to_dict()
              for role in states}
