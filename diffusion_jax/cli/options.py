@@ -35,7 +35,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
   """What others have trained for the model."""
   parser.add_argument('--lora', action='append', default=[], metavar='FILE[:SCALE]',
-                      help='a LoRA to merge, of PEFT, diffusers, kohya or ComfyUI; repeat for several')
+                      help='a LoRA to merge, of any usual trainer; repeat for several')
   parser.add_argument('--controlnet', metavar='DIR', help='a ControlNet made for the model')
   parser.add_argument('--words', action='append', default=[], metavar='FILE',
                       help='a learned word (textual inversion); repeat for several')

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion_jax.errors import UserError
 from diffusion_jax.io.name_patterns import NamePatterns
 from diffusion_jax.io.tensors import metadata, read_json
 from diffusion_jax.models.checks import require
@@ -128,10 +127,7 @@ def _number(value: Any, where: str, whole: bool = False) -> Any:
     good and (not whole or value > 0),
     f'{where} is {_shown(value)}; it must be a {"positive whole " * whole}number.',
   )
-  try:
-    return value if whole else float(value)
-  except OverflowError:
-    raise UserError(f'{where} is {_shown(value)}; give a smaller number.') from None
+  return value if whole else float(value)
 
 
 def _shown(value: Any) -> str:
