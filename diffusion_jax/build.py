@@ -69,8 +69,9 @@ def open_sources(config: TrainingConfig, synthetic: bool = False) -> tuple[Sourc
       raise UserError('data.transforms have no effect on points; empty them.')
     return tuple(open_points(data.dataset, split, data.size) for split in ('train', 'test'))
   if data.dataset.startswith(FOLDER) and config.task == 'classifier':
-    if data.caption:
-      raise UserError('data.caption has no effect on a classifier; empty it.')
+    for name in ('caption', 'caption_column'):
+      if getattr(data, name):
+        raise UserError(f'data.{name} has no effect on a classifier; empty it.')
     return open_labelled(data.dataset, data.size, data.test_fraction)
   if data.dataset.startswith(FOLDER):
     return open_folder(

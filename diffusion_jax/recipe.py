@@ -65,6 +65,8 @@ class DataConfig:
         f'data.test_fraction has no effect on {self.dataset}, which has a test split; set it to '
         f'{TEST_FRACTION}.'
       )
+    if self.caption_column and not self.dataset.startswith(FOLDER):
+      raise UserError(f'data.caption_column has no effect on {self.dataset}; empty it.')
 
 
 @dataclasses.dataclass(frozen=True)

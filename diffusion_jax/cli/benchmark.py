@@ -148,5 +148,5 @@ def _write(path: Path, args: argparse.Namespace, config: dict, result: dict) -> 
   device['cpu_cores'] = cpu_cores()
   values = {'command': command_line(), 'device': device, 'versions': found, **result,
             'config_file': args.config, 'config': config}
-  path.write_text(json.dumps(values, indent=2) + '\n')
+  path.write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')
   print(f'the figures are in {path}')

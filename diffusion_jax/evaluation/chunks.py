@@ -42,7 +42,7 @@ class Chunks:
     plan = json.loads(json.dumps(plan))
     file = self.directory / PLAN
     try:
-      known = json.loads(file.read_text()) if file.is_file() else None
+      known = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else None
     except (OSError, ValueError) as error:
       raise UserError(
         f'{file} cannot be read ({error}); delete {self.directory} to begin anew.'

@@ -168,7 +168,7 @@ class WeightsAndBiases:
     file = self._directory.path / 'wandb_run_id'
     if not file.exists():
       self._directory.write_text(file.name, secrets.token_hex(4) + '\n')
-    return file.read_text().strip()
+    return file.read_text(encoding='utf-8').strip()
 
   def write(self, record: Record) -> None:
     values = record.numbers

@@ -18,7 +18,8 @@ def resources() -> dict[str, float]:
   """
   found: dict[str, float] = {'threads': threading.active_count()}
   if _PROC.is_dir():
-    lines = dict(line.split(':', 1) for line in (_PROC / 'status').read_text().splitlines())
+    status = (_PROC / 'status').read_text(encoding='utf-8', errors='replace')
+    lines = dict(line.split(':', 1) for line in status.splitlines())
     kilobytes = lambda name: int(lines[name].split()[0]) * 1024
     found |= {
       'host_memory': kilobytes('VmRSS'), 'host_memory_peak': kilobytes('VmHWM'),

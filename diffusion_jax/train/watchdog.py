@@ -96,7 +96,7 @@ class Watchdog:
     """The file, or stderr where there can be none: this thread must not die of a full disk."""
     try:
       self._directory.mkdir(parents=True, exist_ok=True)
-      return self._file().open('w')
+      return self._file().open('w', encoding='utf-8')
     except OSError:
       return _STDERR
 

@@ -98,7 +98,7 @@ def _class_of(directory: Path) -> type:
   300 MB.
   """
   try:
-    name = json.loads((directory / 'tokenizer_config.json').read_text())['tokenizer_class']
+    name = json.loads((directory / 'tokenizer_config.json').read_bytes())['tokenizer_class']
   except (OSError, ValueError, LookupError, TypeError):
     name = None
   return getattr(_transformers(), name if name in DIRECT else 'AutoTokenizer')

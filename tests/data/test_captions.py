@@ -1,0 +1,220 @@
+"""Captions of a folder: lists of all kinds, folders within folders, and what is left out."""
+
+import json
+import os
+import unicodedata
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_jax.data.folder import open_folder
+from diffusion_jax.errors import UserError
+
+
+def pictures(folder, *names):
+  for name in names:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
+
+
+def rows(*values, **options):
+  return ''.join(json.dumps(value, **options) + '\n' for value in values)
+
+
+def row(name, text):
+  return {'file_name': name, 'text': text}
+
+
+def opened(folder, caption='', **options):
+  """(captions by id, notes)."""
+  source, _ = open_folder(f'folder:{folder}', 4, caption, **options)
+  return {source[i]['id']: source[i]['captions'] for i in range(len(source))}, ''.join(source.notes)
+
+
+def listed(folder, text, name='metadata.jsonl'):
+  (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+  return opened(folder)
+
+
+@pytest.mark.parametrize(('value', 'captions'), [
+  ({'text': 'a cat'}, ['a cat']),
+  ({'text': ' a cat\u2028on a mat\n'}, ['a cat\u2028on a mat']),
+  ({'text': ['a cat', 'a kitten', 'a cat']}, ['a cat', 'a kitten']),
+  ({'captions': ['a cat', 'a kitten']}, ['a cat', 'a kitten']),
+  ({'text': 'a cat', 'captions': ['a kitten', 'a cat'], 'other': [1]}, ['a cat', 'a kitten']),
+  ({'Caption': 'a cat', 'score': float('nan')}, ['a cat']),
+  ({'text': None, 'caption': 'a cat'}, ['a cat']),
+])
+def test_what_a_row_says(tmp_path, value, captions):
+  pictures(tmp_path, 'a.png')
+  for ascii in (True, False):
+    found, _ = listed(tmp_path, rows({'file_name': 'a.png', **value}, ensure_ascii=ascii))
+    assert found == {'a': captions}
+
+
+@pytest.mark.parametrize(('value', 'kind'), [
+  (None, 'null'), (5, 'a number'), (float('nan'), 'a number'), (True, 'a number'),
+  ({'en': 'a cat'}, 'an object'), ([None], 'null'), ([['a cat']], 'a list'), (' ', 'empty'),
+  ('a' * 70_000, 'more than 65,536 characters'),
+])
+def test_what_is_no_caption_is_counted_not_turned_into_words(tmp_path, value, kind):
+  pictures(tmp_path, 'a.png', 'b.png')
+  (tmp_path / 'b.txt').write_text('a dog')
+  with pytest.raises(UserError, match=r'a\.png has no caption') as error:
+    listed(tmp_path, rows(row('a.png', value)))
+  assert f'{kind}: 1, such as line 1 of metadata.jsonl' in str(error.value)
+  found, notes = opened(tmp_path, 'a thing')
+  assert found == {'a': ['a thing'], 'b': ['a dog']}
+  assert f'{kind}: 1, such as line 1' in notes
+  assert 'pictures without a caption of their own, which have data.caption: 1' in notes
+
+
+def test_names_in_every_spelling(tmp_path):
+  nfc, nfd = (unicodedata.normalize(form, 'é.png') for form in ('NFC', 'NFD'))
+  pictures(tmp_path, 'a.png', 'dogs/b.png', 'dogs/c.png', 'd.png', nfd)
+  found, notes = listed(tmp_path, rows(
+    row('./a.png', 'one'), row('dogs\\b.png', 'two'), row('x/../dogs//c.png', 'three'),
+    row(str(tmp_path / 'd.png'), 'four'), row(nfc, 'five'),
+  ))
+  assert found == {
+    'a': ['one'], 'dogs/b': ['two'], 'dogs/c': ['three'], 'd': ['four'], nfc[:-4]: ['five'],
+  }
+  assert notes == ''
+
+
+@pytest.mark.parametrize('name', ['../a.png', '/etc/a.png', 'x/../../a.png', '..', 'C:\\a.png'])
+def test_names_that_lead_out_are_refused(tmp_path, name):
+  pictures(tmp_path, 'in/a.png')
+  with pytest.raises(UserError, match=r'metadata\.jsonl names .* which is not in .*/in;'):
+    listed(tmp_path / 'in', rows(row('a.png', 'x'), row(name, 'y')))
+
+
+def test_rows_and_texts_without_a_picture_are_counted(tmp_path):
+  pictures(tmp_path, 'a.png')
+  (tmp_path / 'b.txt').write_text('a dog')
+  (tmp_path / 'c.heic').write_bytes(b'x')
+  found, notes = listed(tmp_path, rows(
+    row('gone.png', 'x'), row('a.png', 'a cat'), row('dogs/gone.png', 'y'), {'text': 'z'}
+  ))
+  assert found == {'a': ['a cat']}
+  assert notes == (
+    f'of {tmp_path} not everything is used: rows without file_name: 1, such as line 4 of '
+    'metadata.jsonl; rows without a picture: 2, such as dogs/gone.png; texts beside no picture: 1, '
+    'such as b.txt; files of another kind (.heic): 1, such as c.heic.'
+  )
+
+
+CSV = 'file_name,text\na.png,"a cat,\n""Tom"", on a mat"\nb.png,a dog\nb.png,a puppy\nb.png,a dog\n'
+
+
+@pytest.mark.parametrize(('name', 'text'), [
+  ('metadata.csv', CSV), ('metadata.csv', '\ufeff' + CSV),
+  ('metadata.tsv', CSV.replace('g,', 'g\t').replace('e,', 'e\t')),
+  ('metadata.csv', CSV.replace('g,', 'g;').replace('e,', 'e;')),
+  ('METADATA.CSV', CSV.replace('file_name,text', 'Image, Caption ') + '\n,\n'),
+])
+def test_csv(tmp_path, name, text):
+  pictures(tmp_path, 'a.png', 'b.png')
+  found, notes = listed(tmp_path, text, name)
+  assert found == {'a': ['a cat,\n"Tom", on a mat'], 'b': ['a dog', 'a puppy']}
+  assert notes == ''
+
+
+@pytest.mark.parametrize(('name', 'text', 'reason'), [
+  ('metadata.csv', 'file_name,text\na.png,a cat, on a mat\n', 'line 2: 3 values for 2 columns'),
+  ('metadata.csv', 'file_name,text\na.png,"a cat\n', 'line 2: unexpected end of data'),
+  ('metadata.csv', 'file_name,text\na.png,caf\xe9\n'.encode('latin-1'), "'utf-8' codec"),
+  ('metadata.csv', 'file_name,text\na.png,a\0cat\n', 'line 1: it has null characters'),
+  ('metadata.csv', f'file_name,text\na.png,{"a" * 200_000}\n', 'line 2: field larger than'),
+  ('metadata.jsonl', rows(row('a.png', 'x')) + '{"file_name": "a', 'line 2: '),
+  ('metadata.jsonl', '[1]\n', 'line 1: it is no object, but a list'),
+  ('metadata.jsonl', '[' * 100_000, 'line 1: it is nested'),
+  ('metadata.jsonl', r'{"file_name": "a.png", "text": "\ud800"}', 'line 1: it holds half a char'),
+  ('metadata.jsonl', '{"text": "' + 'a' * 3_000_000 + '"}', 'a line has more than'),
+])
+def test_damaged_lists_are_refused_by_line(tmp_path, name, text, reason):
+  pictures(tmp_path, 'a.png')
+  with pytest.raises(UserError) as error:
+    listed(tmp_path, text, name)
+  assert f'{tmp_path / name} cannot be read ({reason}' in str(error.value)
+
+
+def test_which_source_counts(tmp_path):
+  pictures(tmp_path, 'a.png', 'b.png', 'in/c.png', 'in/d.png', 'e.png')
+  (tmp_path / 'a.txt').write_text('beside\n')
+  (tmp_path / 'a.caption').write_text('other\n')
+  (tmp_path / 'e.txt').write_text('\n')
+  (tmp_path / 'metadata.csv').write_text('file_name,text\nb.png,from csv\nin/d.png,far csv\n')
+  (tmp_path / 'in').joinpath('metadata.jsonl').write_text(rows(row('c.png', 'near')))
+  found, notes = listed(tmp_path, rows(
+    row('a.png', 'list'), row('b.png', 'from jsonl'), row('in/c.png', 'far'), row('e.png', 'e'),
+  ))
+  assert found == {
+    'a': ['beside'], 'b': ['from jsonl'], 'e': ['e'], 'in/c': ['near'], 'in/d': ['far csv'],
+  }
+  for part in ('rows of pictures that have a text beside them: 1, such as a.png',
+               'rows of pictures that another list names first: 2, such as in/c.png',
+               'texts beside pictures that have another: 1, such as a.caption'):
+    assert part in notes
+
+
+def test_one_column_may_be_chosen(tmp_path):
+  pictures(tmp_path, 'a.png')
+  text = rows({'file_name': 'a.png', 'text': 'raw', 'Blip': 'a cat'})
+  assert listed(tmp_path, text)[0] == {'a': ['raw']}
+  assert opened(tmp_path, caption_column='Blip')[0] == {'a': ['a cat']}
+  with pytest.raises(UserError, match=r'lists without a column none: 1, such as metadata.jsonl'):
+    opened(tmp_path, caption_column='none')
+
+
+def test_splits_with_a_list_above_them(tmp_path):
+  pictures(tmp_path, 'train/a.png', 'test/b.png', 'validation/c.png', 'd.png')
+  (tmp_path / 'metadata.jsonl').write_text(rows(
+    row('train/a.png', 'a cat'), row('test/b.png', 'a dog'), row('d.png', 'x')
+  ))
+  train, test = open_folder(f'folder:{tmp_path}', 4)
+  assert (train[0]['id'], train.captions) == ('a', [['a cat']])
+  assert (test[0]['id'], test.captions) == ('b', [['a dog']])
+  assert 'pictures outside of train and test: 2, such as d.png' in train.notes[0]
+
+
+@pytest.mark.parametrize('name', ['validation', 'Test', 'val'])
+def test_splits_by_other_names(tmp_path, name):
+  pictures(tmp_path, 'Train/a.png', f'{name}/b.png')
+  assert [len(source) for source in open_folder(f'folder:{tmp_path}', 4, 'x')] == [1, 1]
+
+
+def test_a_folder_train_alone_is_split_by_content(tmp_path):
+  pictures(tmp_path, 'train/a.png', 'train/in/b.png')
+  (tmp_path / 'test').mkdir()
+  train, test = open_folder(f'folder:{tmp_path}', 4, 'x')
+  assert [train[i]['id'] for i in range(2)] == ['a', 'in/b'] and test.measured.trained_on
+
+
+def test_what_is_hidden_or_no_file_is_counted(tmp_path):
+  pictures(tmp_path, 'a.png', '._a.png', '__MACOSX/a.png', '.git/x.png')
+  os.mkfifo(tmp_path / 'pipe.png')
+  (tmp_path / 'gone.png').symlink_to('nowhere.png')
+  (tmp_path / 'round.png').symlink_to('round.png')
+  found, notes = opened(tmp_path, 'x')
+  assert found == {'a': ['x']}
+  for part in ('hidden files: 1, such as ._a.png', 'hidden folders: 2, such as .git',
+               'pipes, sockets and devices: 1, such as pipe.png',
+               'links that lead nowhere: 2, such as gone.png'):
+    assert part in notes
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+  root = tmp_path / 'data'
+  pictures(root, 'z/a.png')
+  pictures(tmp_path, 'elsewhere/b.png', 'elsewhere/in/c.png')
+  (root / 'again').symlink_to('z')
+  (root / 'link').symlink_to(tmp_path / 'elsewhere')
+  (tmp_path / 'elsewhere' / 'back').symlink_to(root)
+  (root / 'up').symlink_to('..')
+  (root / 'linked.png').symlink_to(tmp_path / 'elsewhere' / 'b.png')
+  found, notes = opened(root, 'x')
+  assert sorted(found) == ['link/b', 'link/in/c', 'linked', 'z/a']
+  assert 'links to folders that are read already, or above: 3, such as again' in notes
