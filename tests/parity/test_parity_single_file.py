@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.conversion import convert
 from tests.parity import tiny_pipelines
@@ -129,13 +130,74 @@ def test_what_real_files_hold_besides_is_ignored(made, tmp_path):
   add = lambda values: values.update({k: np.ones(n, np.float32) for k, n in more.items()})
   both = edited(file, tmp_path / 'more.safetensors', add)
   options = dict(prediction='epsilon', tokenizers=folder)
-  notes = convert(both, tmp_path / 'back', 'diffusers', **options)
-  assert len(notes) == 1 and 'the depth estimator' in notes[0]
+  [note] = convert(both, tmp_path / 'back', 'diffusers', **options)
+  assert 'the depth estimator (depth_model., 1 tensors)' in note
+  assert 'averages of the weights (model_ema., 2 tensors)' in note
   assert_same_tensors(folder, tmp_path / 'back')
 
 
+XL = 'conditioner.embedders.0.transformer'
+
+
+@pytest.mark.parametrize('more', [
+  {f'{XL}.text_projection.weight': 4}, {'conditioner.embedders.0.logit_scale': 1},
+  {f'{XL}.logit_scale': 1}, {f'{XL}.vision_model.encoder.layers.0.mlp.fc1.weight': 4},
+  {'denoiser.log_sigmas': 1000}, {'__index_level_0__': 1}, {'optimizer.state.0.exp_avg': 4},
+  {'first_stage_model.discriminator.main.0.weight': 4}, {'model_ema.num_updates': 1},
+  {'conditioner.embedders.1.model.visual.conv1.weight': 4}, {'safety_checker.concept_embeds': 4},
+  {f'{n}': 1 for n in range(1000)},
+], ids=lambda more: next(iter(more)))
+def test_what_is_over_is_named_and_left(made, tmp_path, more):
+  _, folder, file = made('sdxl')
+  add = lambda values: values.update({k: np.ones(n, np.float32) for k, n in more.items()})
+  both = edited(file, tmp_path / 'more.safetensors', add)
+  [note] = convert(both, tmp_path / 'back', 'diffusers', tokenizers=folder)
+  group = next(iter(more)).partition('.')[0]
+  assert next(iter(more)) in note or (group in ('model_ema', 'safety_checker') and group in note)
+  assert f'{len(more)} tensors' in note and len(note) < 500
+  assert_same_tensors(folder, tmp_path / 'back')
+
+
+@pytest.mark.parametrize(('more', 'words'), [
+  ('lora_unet_conv_in.lora_down.weight', 'holds a LoRA'),
+  ('unet.conv_in.lora_A.weight', 'holds a LoRA'), ('lora_unet_conv_in.lokr_w1', 'holds LoKr'),
+  ('control_model.input_blocks.0.0.weight', 'holds a ControlNet'),
+  ('noise_augmentor.data_mean', 'the parts of unCLIP'),
+  ('text_encoders.t5xxl.transformer.shared.weight', 'the parts of a later model'),
+  ('unet.conv_in.weight', 'a model in the names of diffusers'),
+  ('conditioner.embedders.2.model.ln_final.weight', 'another text encoder'),
+  ('cond_stage_model.mapper.weight', 'another text encoder'),
+  ('model.diffusion_model.joint_blocks.0.x.weight', r'holds joint_blocks\.0\.x'),
+  ('model.diffusion_model.input_blocks.1.1.motion_modules.0.weight', 'holds input_blocks'),
+  ('first_stage_model.quantize.embedding.weight', 'holds quantize'),
+  ('first_stage_model.decoder.time_mix_conv.weight', 'holds decoder'),
+  (f'{XL}.text_model.encoder.layers.0.mlp.fc3.weight', 'holds text_model'),
+  (f'{XL}.embeddings.token_embedding.weight', r'with and without text_model\.'),
+])
+def test_what_makes_a_file_another_model_is_refused(made, tmp_path, more, words):
+  _, folder, file = made('sdxl')
+  other = edited(
+    file, tmp_path / 'more.safetensors', lambda v: v.update({more: np.ones((2, 2), np.float32)})
+  )
+  with pytest.raises(UserError, match=words):
+    convert(other, tmp_path / 'back', 'diffusers', tokenizers=folder)
+  assert not (tmp_path / 'back').exists()
+
+
+@pytest.mark.parametrize(('table', 'said'), [
+  (Schedule(ScheduleConfig()), False),
+  (Schedule(ScheduleConfig(rescale_betas_zero_snr=True)), False),
+  (Schedule(ScheduleConfig('linear', 1e-4, 0.02)), True),
+])
+def test_another_noise_schedule_in_the_file_is_said(made, tmp_path, table, said):
+  _, folder, file = made('sd1')
+  add = lambda values: values.update(alphas_cumprod=table.alpha_bar.astype(np.float16))
+  other = edited(file, tmp_path / 'more.safetensors', add)
+  notes = convert(other, tmp_path / 'back', 'diffusers', tokenizers=folder)
+  assert len(notes) == said and all('another noise schedule' in note for note in notes)
+
+
 @pytest.mark.parametrize(('change', 'words'), [
-  (lambda v: v.update(extra=np.ones(1)), 'holds extra, which belongs to no known part'),
   (lambda v: v.update({'model.diffusion_model.out.3.weight': np.ones(1)}), r'holds out\.3\.weight'),
   (lambda v: v.pop('model.diffusion_model.middle_block.1.norm.bias'),
    r'lacks middle_block\.1\.norm\.bias'),

@@ -73,19 +73,16 @@ IGNORED = (
   'conditioner.embedders.1.model.logit_scale',
 )
 IGNORED_PREFIXES = (
-  'model_ema.',  # The average of the weights, where a file has it beside those in use.
   'low_res_model.',  # The upscaler's second noise schedule.
   'first_stage_model.loss.',
   # OpenCLIP's last layer: Stable Diffusion 2 takes the text of the last but one.
   'cond_stage_model.model.transformer.resblocks.23.',
 )
-LEFT_OUT_PREFIXES = {'depth_model.': 'the depth estimator'}
-"""Networks that a single file may hold and that are not converted."""
 
 
 def ignored(name: str) -> bool:
-  """Whether a tensor of a single file holds no parameter of a network that is converted."""
-  return name in IGNORED or name.startswith((*IGNORED_PREFIXES, *LEFT_OUT_PREFIXES)) or (
+  """Whether a tensor of a single file follows from its family, or is called by no pipeline."""
+  return name in IGNORED or name.startswith(IGNORED_PREFIXES) or (
     name.endswith(('.embeddings.position_ids', '.attn_mask'))
   )
 

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.io.lora_keys import some
 from diffusion_jax.io.pipeline_files import Part, Pipeline, check_part, lazy, typed
 from diffusion_jax.io.single_file import autoencoder, families, text, unet
-from diffusion_jax.io.single_file.families import FAMILIES, LEFT_OUT_PREFIXES, LOW_RES_SCHEDULER
+from diffusion_jax.io.single_file.extras import schedule_note, sort_out
+from diffusion_jax.io.single_file.families import FAMILIES, LOW_RES_SCHEDULER
 from diffusion_jax.io.single_file.rules import Rule, from_stored, to_stored
 from diffusion_jax.io.tensors import (
   NewTensor,
@@ -138,15 +140,16 @@ def read_single_file(path: Path, prediction: str | None, tokenizers: Path | None
     tokenizers: a directory with the tokenizer's files, or with tokenizer/ and tokenizer_2/ in it.
 
   Raises:
-    UserError: the file is broken or of no known family, a tensor is missing or unused, or the
-      prediction or the tokenizers are not known.
+    UserError: the file is broken, of no known family or holds another model beside, a tensor is
+      missing, or the prediction or the tokenizers are not known.
   """
   opened = open_tensors(path)
   name = families.of_names(opened, str(path))
-  left_out = [
-    what for prefix, what in LEFT_OUT_PREFIXES.items() if any(n.startswith(prefix) for n in opened)
-  ]
-  stored = {_stored_name(n): t for n, t in opened.items() if not families.ignored(n)}
+  renamed = {n: _stored_name(n) for n in opened}
+  twice = [n for n, new in renamed.items() if new != n and new in opened]
+  require(not twice, f'{path} holds {some(twice)} with and without text_model.; fetch it again.')
+  kept, notes = sort_out(renamed.values(), name, str(path))
+  stored = {renamed[n]: tensor for n, tensor in opened.items() if renamed[n] in kept}
   channels = _input_channels(opened, path)
   prediction = _prediction(name, channels, opened, path, prediction)
   try:
@@ -156,20 +159,22 @@ def read_single_file(path: Path, prediction: str | None, tokenizers: Path | None
   parts = {part: _part(part, configs[part], name) for part in configs}
   parts |= _schedulers(name, prediction, 'ztsnr' in opened) | _tokenizers(list(configs), tokenizers)
   _fill(parts, name, stored, str(path))
+  scheduler = parts['scheduler'].texts['scheduler_config.json']
+  notes += schedule_note(opened, scheduler, str(path))
   index: dict[str, Any] = {'_class_name': FAMILIES[name].pipelines[channels]}
   if name == 'sdxl':
     index['force_zeros_for_empty_prompt'] = True
   else:
     index |= {part: [None, None] for part in ('safety_checker', 'feature_extractor')}
-  notes = [f'{what} of {path} is left out: it is not converted.' for what in left_out]
   return Pipeline(index, parts, notes)
 
 
 def _stored_name(name: str) -> str:
   """Some files leave CLIP's prefix out."""
   for prefix in ('cond_stage_model.transformer.', 'conditioner.embedders.0.transformer.'):
-    if name.startswith(prefix) and not name.startswith(f'{prefix}text_model.'):
-      return f'{prefix}text_model.{name.removeprefix(prefix)}'
+    inner = name.removeprefix(prefix)
+    if inner != name and inner.startswith(('embeddings.', 'encoder.', 'final_layer_norm.')):
+      return f'{prefix}text_model.{inner}'
   return name
 
 
@@ -212,13 +217,9 @@ def _part(name: str, config: dict[str, Any], family: str) -> Part:
 
 
 def _fill(parts: dict[str, Part], family: str, stored: dict[str, Tensor], where: str) -> None:
-  """Gives the parts their tensors; every tensor must belong to one and fit its config."""
+  """Gives the parts their tensors, each of which must fit its config."""
   prefixes = {'unet': unet.PREFIX, 'vae': autoencoder.PREFIX}
   prefixes |= {encoder: prefix for encoder, (prefix, _) in FAMILIES[family].text.items()}
-  unused = [name for name in stored if not name.startswith(tuple(prefixes.values()))]
-  require(
-    not unused, f'{where} holds {", ".join(sorted(unused)[:3])}, which belongs to no known part.'
-  )
   for part, prefix in prefixes.items():
     source = f'{where} ({prefix})'
     own = {
