@@ -18,6 +18,7 @@ from typing import Any
 
 from diffusion_jax.benchmark.timing import cpu_cores
 from diffusion_jax.errors import UserError
+from diffusion_jax.viz.metrics_file import read_lines
 from diffusion_jax.viz.rundir import read_run
 
 
@@ -32,9 +33,13 @@ def reached(found: Sequence[dict[str, Any]], loss: float, count: int) -> dict[st
 def measure(workdir: Path, losses: Sequence[float], count: int) -> dict[str, Any]:
   """When a run reached the losses, and its seconds by phase in all."""
   run = read_run(workdir)
+  # All lines, of each step the last, however long the run was.
+  train = {line['step']: line for line in read_lines(workdir / 'metrics.jsonl')
+           if line['kind'] == 'train'}
+  train = [line for _, line in sorted(train.items())]
   return {
-    'losses': {str(loss): reached(run.train, loss, count) for loss in losses},
-    'steps': run.train[-1]['step'] if run.train else 0,
+    'losses': {str(loss): reached(train, loss, count) for loss in losses},
+    'steps': train[-1]['step'] if train else 0,
     'seconds_by_phase': run.status['goodput'], 'config': run.config, 'versions': run.versions,
   }
 

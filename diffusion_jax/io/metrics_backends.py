@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
@@ -61,8 +61,7 @@ class JsonLines:
     self._path.parent.mkdir(parents=True, exist_ok=True)
     if self._path.is_file():
       with self._path.open('rb+') as file:
-        data = file.read()
-        file.truncate(data.rfind(b'\n') + 1)
+        file.truncate(_after_last_line(file))
     self._file = self._path.open('ab', buffering=0)
 
   def write(self, record: Record) -> None:
@@ -78,6 +77,19 @@ class JsonLines:
   def close(self) -> None:
     if self._file:
       self._file.close()
+
+
+def _after_last_line(file: BinaryIO) -> int:
+  """The place behind the last line end, found from the end on: the file may be long."""
+  end = file.seek(0, os.SEEK_END)
+  while end:
+    start = max(0, end - 2**16)
+    file.seek(start)
+    found = file.read(end - start).rfind(b'\n')
+    if found >= 0:
+      return start + found + 1
+    end = start
+  return 0
 
 
 @contextlib.contextmanager

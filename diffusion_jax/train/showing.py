@@ -18,8 +18,9 @@ from diffusion_jax.train.state import TrainState
 from diffusion_jax.train.tasks.task import Scores
 from diffusion_jax.train.training import Training
 from diffusion_jax.viz.grids import make_grid, save_png
+from diffusion_jax.viz.metrics_file import MetricsFile, read_lines
 from diffusion_jax.viz.report import write_report
-from diffusion_jax.viz.rundir import read_run
+from diffusion_jax.viz.rundir import find_grids
 
 REPORT_EVERY = 20
 """Times as long as a report takes to write pass before the next, but for the last."""
@@ -32,6 +33,7 @@ class Showing:
     self.t, self._writer, self._frozen = training, writer, frozen
     self._main = jax.process_index() == 0
     self._next_report = 0.0
+    self._metrics = MetricsFile(training.directory.metrics)
     self._count = SampleCount(training.directory, training.loop)
 
   def describe(self, state: TrainState, seconds: float) -> None:
@@ -82,10 +84,11 @@ class Showing:
     """(grid, scores) that a step should have and has not: the run was stopped while making them."""
     found = np.zeros(2, bool)
     if self._main:
-      run = read_run(self.t.directory.path)
+      directory = self.t.directory
       found = np.array([
-        any(drawn == step for drawn, _ in run.grids),
-        any(line['step'] == step for line in run.evaluation),
+        any(drawn == step for drawn, _ in find_grids(directory.samples)),
+        any(line['kind'] == 'evaluation' and line['step'] == step
+            for line in read_lines(directory.metrics)),
       ])
     grid, scores = multihost_utils.broadcast_one_to_all(found)
     loop = self.t.loop
@@ -99,7 +102,7 @@ class Showing:
     start = time.monotonic()
     if self._main and (last or start >= self._next_report):
       self._writer.flush()
-      write_report(self.t.directory.path)
+      write_report(self.t.directory.path, self._metrics)
       now = time.monotonic()
       self._next_report = now + REPORT_EVERY * (now - start)
 

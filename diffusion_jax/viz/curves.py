@@ -27,6 +27,8 @@ def line_chart(
   ylabel: str = '',
   smoothing: float = 0.0,
   log_y: bool = False,
+  means: Mapping[str, Sequence[Point]] | None = None,
+  left_out: int | None = None,
 ) -> str:
   """Draws one line per series of (step, value) and returns the chart as an SVG string.
 
@@ -37,16 +39,20 @@ def line_chart(
     smoothing: weight in [0, 1) of a neighbouring point, as in `smooth`; above 0 the values are
       drawn faint and their average strong, in series of at least 3 / (1 - smoothing) points.
     log_y: logarithmic values, unless one is 0 or below or they span less than a factor of 3.
+    means: what is smoothed, where the points are the extremes of stretches of a longer series.
+    left_out: how many values interrupt the line, where the points do not show all of them.
   """
   with matplotlib.rc_context(svg.STYLE):
     figure, axes = _figure(xlabel, ylabel)
     cleaned = {name: _finite(points) for name, points in series.items()}
     values = [v for points in cleaned.values() for _, v in points if not math.isnan(v)]
     for number, (name, points) in enumerate(cleaned.items()):
-      _line(axes, points, name, PALETTE[number % len(PALETTE)], smoothing)
+      averages = smooth((means or series)[name], smoothing) if smoothing > 0 else []
+      _line(axes, points, name, PALETTE[number % len(PALETTE)], averages, smoothing)
     if log_y and values and min(values) > 0:
       _log_scale(axes, values)
-    svg.notes(axes, len(values), sum(map(len, cleaned.values())) - len(values))
+    gaps = sum(map(len, cleaned.values())) - len(values) if left_out is None else left_out
+    svg.notes(axes, len(values), gaps)
     if len(series) > 1:
       svg.legend(axes)
     return svg.render(figure, title)
@@ -146,9 +152,9 @@ def _figure(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
 
 
 def _line(
-  axes: Axes, points: list[tuple[float, float]], name: str, colour: str, smoothing: float
+  axes: Axes, points: list[tuple[float, float]], name: str, colour: str,
+  average: list[tuple[float, float]], smoothing: float,
 ) -> None:
-  average = smooth(points, smoothing) if smoothing > 0 else []
   strong, faint = (average, points) if len(average) * (1 - smoothing) >= 3 else (points, [])
   if faint:
     axes.plot(*zip(*thin(faint), strict=True), color=colour, alpha=0.4, linewidth=0.9)

@@ -14,10 +14,11 @@ from diffusion_jax.diffusion.schedules import ScheduleConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.whole import replacing
 from diffusion_jax.viz import page
-from diffusion_jax.viz.curves import line_chart, timestep_chart
+from diffusion_jax.viz.curves import Point, line_chart, timestep_chart
 from diffusion_jax.viz.diffusion import schedule_chart
+from diffusion_jax.viz.metrics_file import MOST_METRICS, Curve, MetricsFile, is_number
 from diffusion_jax.viz.report_grids import grids_section
-from diffusion_jax.viz.rundir import Line, Run, is_number, read_run
+from diffusion_jax.viz.rundir import Run, read_run
 from diffusion_jax.viz.svg import inline
 
 MAX_BYTES = 8_000_000
@@ -51,18 +52,22 @@ _RESOURCES = {
 """Told in a table, not drawn: they should not change."""
 
 
-def write_report(workdir: Path) -> Path:
+def write_report(workdir: Path, metrics: MetricsFile | None = None) -> Path:
   """Writes `report.html` into a run directory and returns its path.
 
   The page needs nothing else to be viewed and stays below about 8 MB: images are made smaller
   where they would exceed it. It is made from config.json, metrics.jsonl, samples/step_*.png (with
   the text in the PNG), scores.json, versions.json and status.json, each of which may be missing.
 
+  Args:
+    metrics: what has read the metrics of this run before, so that a run which reports again and
+      again reads each line once.
+
   Raises:
     UserError: the directory is missing, holds none of a run's files, or a JSON file is damaged.
   """
   workdir = Path(workdir)
-  run = read_run(workdir)
+  run = read_run(workdir, metrics)
   before = _header(run) + _key_figures(run) + _scores(run)
   after = (
     _losses(run) + _metrics(run) + _learning_rates(run) + _timesteps(run) + _speed(run)
@@ -106,7 +111,7 @@ def _header(run: Run) -> str:
 
 def _key_figures(run: Run) -> str:
   line = run.latest
-  speeds = [v for _, v in _points(run.train, 'images_per_second') if v is not None]
+  speeds = _values(run.metrics['train'].curve('images_per_second').means)
   figures = {'Step': page.number(line['step'])} if line else {}
   if is_number(line.get('loss')):
     figures['Loss'] = page.number(line['loss'])
@@ -140,18 +145,23 @@ def _scores(run: Run) -> str:
   return page.section('scores', 'Scores', note, body)
 
 
-def _points(lines: list[Line], key: str) -> list[tuple[float, float | None]]:
-  """(step, value) of the lines that have the key; what is not a number counts as missing."""
-  return [
-    (line['step'], line[key] if is_number(line[key]) else None) for line in lines if key in line
-  ]
+def _values(points: Iterable[Point]) -> list[float]:
+  return [value for _, value in points if value is not None]
 
 
-def _numeric_keys(lines: Iterable[Line], wanted: Callable[[str], bool]) -> list[str]:
-  keys = {
-    key: None for line in lines for key, value in line.items() if is_number(value) and wanted(key)
-  }
-  return [key for key in keys if key not in ('step', 'time')]
+def _names(run: Run, kinds: Iterable[str], wanted: Callable[[str], bool]) -> list[str]:
+  names = dict.fromkeys(name for kind in kinds for name in run.metrics[kind].names)
+  return [name for name in names if wanted(name)]
+
+
+def _chart(
+  curves: dict[str, Curve], title: str, smoothing: float = 0.0, log_y: bool = False
+) -> str:
+  return inline(line_chart(
+    {name: curve.points for name, curve in curves.items()}, title=title, smoothing=smoothing,
+    log_y=log_y, means={name: curve.means for name, curve in curves.items()},
+    left_out=sum(curve.missing for curve in curves.values()),
+  ))
 
 
 def _is_speed(key: str) -> bool:
@@ -168,14 +178,14 @@ def _is_other(key: str) -> bool:
 def _charts(run: Run, wanted: Callable[[str], bool]) -> str:
   """One chart for each metric, with training and evaluation in one where both have it."""
   charts = []
-  for key in _numeric_keys([*run.train, *run.evaluation], wanted):
-    series = {'training': _points(run.train, key), 'evaluation': _points(run.evaluation, key)}
-    series = {name: points for name, points in series.items() if points}
-    positive = [v for points in series.values() for _, v in points if v is not None and v > 0]
+  for key in _names(run, ('train', 'evaluation'), wanted):
+    found = {'training': run.metrics['train'], 'evaluation': run.metrics['evaluation']}
+    curves = {name: metrics.curve(key) for name, metrics in found.items()}
+    curves = {name: curve for name, curve in curves.items() if curve.points}
+    positive = [v for curve in curves.values() for v in _values(curve.points) if v > 0]
     wide = bool(positive) and not _is_speed(key) and max(positive) > 20 * min(positive)
     title = _METRICS.get(key, key)
-    svg = line_chart(series, title=title, smoothing=_SMOOTHING, log_y=wide)
-    charts.append((title, inline(svg)))
+    charts.append((title, _chart(curves, title, _SMOOTHING, wide)))
   return page.chart_grid(charts)
 
 
@@ -190,11 +200,11 @@ def _metrics(run: Run) -> str:
 
 
 def _learning_rates(run: Run) -> str:
-  keys = _numeric_keys(run.train, lambda key: key.startswith('learning_rate'))
+  keys = _names(run, ['train'], lambda key: key.startswith('learning_rate'))
   if not keys:
     return ''
-  svg = line_chart({key: _points(run.train, key) for key in keys}, title='Learning rate')
-  body = page.chart_grid([(', '.join(keys), inline(svg))])
+  chart = _chart({key: run.metrics['train'].curve(key) for key in keys}, 'Learning rate')
+  body = page.chart_grid([(', '.join(keys), chart)])
   return page.section('learning-rate', 'Learning rate', '', body)
 
 
@@ -238,9 +248,10 @@ def _resources(run: Run) -> str:
   rows = []
   for key, title in _RESOURCES.items():
     scale = 1e-6 if 'memory' in key else 1.0
-    values = [scale * v for _, v in _points(run.train, key) if v is not None]
-    if values:
-      rows.append((title, [page.number(v) for v in (values[0], values[-1], max(values))]))
+    curve = run.metrics['train'].curve(key)
+    if values := _values(curve.points):
+      told = (curve.first, curve.last, max(values))
+      rows.append((title, [page.number(scale * v) for v in told]))
   body = page.number_table(['', 'first line', 'last line', 'most'], rows) if rows else ''
   return page.section('resources', 'Resources', '', body)
 
@@ -280,7 +291,10 @@ def _versions(run: Run) -> str:
 
 
 def _footer(run: Run) -> str:
-  if not run.unreadable:
-    return ''
-  lines = '1 line' if run.unreadable == 1 else f'{run.unreadable} lines'
-  return f'<footer class="muted">{lines} of metrics.jsonl could not be read: left out.</footer>'
+  told = []
+  if run.unreadable:
+    lines = '1 line' if run.unreadable == 1 else f'{run.unreadable} lines'
+    told.append(f'{lines} of metrics.jsonl could not be read: left out.')
+  if sum(metrics.left_out for metrics in run.metrics.values()):
+    told.append(f'Of the metrics only the first {MOST_METRICS} by name are shown.')
+  return f'<footer class="muted">{" ".join(told)}</footer>' if told else ''

@@ -1,10 +1,10 @@
 """The sample grids of a run as a section of its page."""
 
-import json
 from typing import Any
 
 from PIL import Image
 
+from diffusion_jax.reading import parse_json
 from diffusion_jax.viz import page
 from diffusion_jax.viz.curves import spread
 from diffusion_jax.viz.rundir import Run
@@ -58,8 +58,8 @@ def _image_text(image: Image.Image) -> str:
   parts = []
   for key, text in image.info.get('text', {}).items():
     try:
-      value: Any = json.loads(text)
-    except (ValueError, RecursionError):
+      value: Any = parse_json(text)
+    except ValueError:
       value = text
     if isinstance(value, list):
       shown = '<ol>' + ''.join(f'<li>{page.escape(page.plain(v))}</li>' for v in value) + '</ol>'

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.reading import read_object, reading
+from diffusion_jax.viz.metrics_file import Line, Metrics, MetricsFile
 
-Line = dict[str, Any]
+__all__ = ['Line', 'Run', 'read_run']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,9 @@ class Run:
 
   Attributes:
     name: the directory's own name.
-    train, evaluation: one line of metrics per step, in order of the step.
+    train, evaluation: one line of metrics per step, in order of the step; of long runs one for each
+      stretch of steps, with means.
+    metrics: the same by kind, with what is kept of each metric.
     latest: the train line written last, which after a resume need not be that of the largest step.
     unreadable: lines of metrics.jsonl that were left out, such as one torn by a crash.
     grids: (step, path) of the sample grids, in order of the step.
@@ -30,6 +33,7 @@ class Run:
   config: dict[str, Any]
   train: list[Line]
   evaluation: list[Line]
+  metrics: dict[str, Metrics]
   latest: Line
   unreadable: int
   grids: list[tuple[int, Path]]
@@ -39,74 +43,50 @@ class Run:
   has_model_card: bool
 
 
-def read_run(workdir: Path) -> Run:
-  """Reads a run directory. UserError if it is missing, holds no run or a JSON file is damaged."""
+def read_run(workdir: Path, metrics: MetricsFile | None = None) -> Run:
+  """Reads a run directory.
+
+  Args:
+    metrics: what has read the metrics of this run before, which then reads on.
+
+  Raises:
+    UserError: the directory is missing, holds no run or a JSON file is damaged.
+  """
   workdir = Path(workdir)
   if not workdir.is_dir():
     raise UserError(f'There is no run directory {workdir}: give the workdir of a training run.')
-  lines, unreadable = _read_metrics(workdir / 'metrics.jsonl')
-  grids = _find_grids(workdir / 'samples')
+  metrics = metrics or MetricsFile(workdir / 'metrics.jsonl')
+  with reading(workdir / 'metrics.jsonl', remedy='check the disk'):
+    metrics.update()
+  grids = find_grids(workdir / 'samples')
   objects = {name: _read_object(workdir / f'{name}.json')
              for name in ('config', 'scores', 'versions', 'status')}
-  if not (lines or grids or objects['config'] or objects['scores']):
+  train, evaluation = (metrics.kinds[kind].lines for kind in ('train', 'evaluation'))
+  if not (train or evaluation or grids or objects['config'] or objects['scores']):
     raise UserError(
       f'{workdir} holds no run (no config.json, metrics.jsonl, samples or scores.json): give the '
       'workdir of a training run that has started.'
     )
-  train = [line for line in lines if line['kind'] == 'train']
   return Run(
     name=workdir.resolve().name,
-    train=_one_per_step(train),
-    evaluation=_one_per_step([line for line in lines if line['kind'] == 'evaluation']),
-    latest=train[-1] if train else {},
-    unreadable=unreadable,
+    train=train,
+    evaluation=evaluation,
+    metrics=metrics.kinds,
+    latest=metrics.latest,
+    unreadable=metrics.unreadable,
     grids=grids,
     has_model_card=(workdir / 'README.md').is_file(),
     **objects,
   )
 
 
-def is_number(value: Any) -> bool:
-  """Whether a JSON value is a number; true and false are not."""
-  return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _read_metrics(path: Path) -> tuple[list[Line], int]:
-  """All whole lines that have a kind and a step, in the order written, and how many are not."""
-  if not path.is_file():
-    return [], 0
-  lines, unreadable = [], 0
-  for text in path.read_text(encoding='utf-8', errors='replace').split('\n'):
-    if not text.strip():
-      continue
-    try:
-      line = json.loads(text)
-    except (ValueError, RecursionError):
-      line = None
-    if isinstance(line, dict) and isinstance(line.get('kind'), str) and is_number(line.get('step')):
-      lines.append(line)
-    else:
-      unreadable += 1
-  return lines, unreadable
-
-
-def _one_per_step(lines: list[Line]) -> list[Line]:
-  """The last line of each step: a resume repeats the steps after its checkpoint."""
-  return [line for _, line in sorted({line['step']: line for line in lines}.items())]
-
-
-def _find_grids(folder: Path) -> list[tuple[int, Path]]:
+def find_grids(folder: Path) -> list[tuple[int, Path]]:
+  """(step, path) of the sample grids in a folder, in order of the step."""
   matches = ((re.fullmatch(r'step_(\d+)\.png', path.name), path) for path in folder.glob('*.png'))
   return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-  if not path.is_file():
+  if not path.exists():
     return {}
-  try:
-    value = json.loads(path.read_text(encoding='utf-8'))
-  except (ValueError, RecursionError) as error:
-    raise UserError(f'{path} is not valid JSON: repair it, or remove it and try again.') from error
-  if not isinstance(value, dict):
-    raise UserError(f'{path} must hold a JSON object: repair it, or remove it and try again.')
-  return value
+  return read_object(path, remedy='repair it, or remove it and try again')

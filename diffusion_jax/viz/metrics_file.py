@@ -1,0 +1,328 @@
+"""metrics.jsonl, read a line at a time, into memory that does not grow with its length.
+
+A run of months logs millions of lines. All are kept while they are few; later each stretch of steps
+keeps, of every metric, the mean and the extremes, and stretches grow with the run. The file is read
+on from where the last reading ended, so that the reports of a run read every line once.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Line = dict[str, Any]
+Point = tuple[float, float | None]
+
+MOST_STRETCHES = 2000
+"""Of steps, of which each keeps a line of its own."""
+MOST_METRICS = 300
+"""By name, of one kind of line; those that come later are left out."""
+MOST_BYTES = 2**18
+"""Of a line, for longer ones count as damaged."""
+_USUAL_BYTES = 2**13
+"""Of a line, from which on only what is small of it is kept."""
+MOST_STEP = 2**53
+_LARGEST = 1e30
+"""Beyond it no chart can be drawn."""
+
+
+def is_number(value: Any) -> bool:
+  """Whether a JSON value is a number; true and false are not."""
+  return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+class Curve(NamedTuple):
+  """One metric over the steps.
+
+  points: (step, value) of all lines in order of the step, or of long runs the extremes of each
+  stretch; the value is None where it was no finite number. means: the same, or the mean of each
+  stretch. missing: how many values were no finite numbers. first, last: those of the lines that
+  have a number.
+  """
+
+  points: list[Point]
+  means: list[Point]
+  missing: int
+  first: float | None
+  last: float | None
+
+
+class _Sums:
+  """What is kept of one metric in a stretch of steps."""
+
+  __slots__ = ('count', 'gap', 'high', 'low', 'missing', 'total')
+
+  def __init__(self):
+    self.count, self.total, self.missing = 0, 0.0, 0
+    self.low: tuple[float, float] | None = None
+    self.high: tuple[float, float] | None = None
+    self.gap: float | None = None
+
+  def add(self, step: float, value: Any) -> None:
+    if not _drawable(value):
+      self.missing += 1
+      self.gap = step if self.gap is None else self.gap
+      return
+    self.count += 1
+    self.total += value
+    if self.low is None or value < self.low[1]:
+      self.low = step, value
+    if self.high is None or value > self.high[1]:
+      self.high = step, value
+
+  def take(self, other: '_Sums') -> None:
+    self.count += other.count
+    self.total += other.total
+    self.missing += other.missing
+    self.gap = other.gap if self.gap is None else self.gap
+    if other.low and (self.low is None or other.low[1] < self.low[1]):
+      self.low = other.low
+    if other.high and (self.high is None or other.high[1] > self.high[1]):
+      self.high = other.high
+
+  @property
+  def mean(self) -> float | None:
+    return self.total / self.count if self.count else None
+
+  @property
+  def points(self) -> list[Point]:
+    gap = [] if self.gap is None else [(self.gap, None)]
+    ends = {self.low, self.high} if self.count else set()
+    return sorted([*ends, *gap], key=lambda point: point[0])
+
+
+class _Stretch:
+  """Lines of neighbouring steps; the last of them is kept as it is."""
+
+  __slots__ = ('count', 'last', 'steps', 'sums')
+
+  def __init__(self, line: Line):
+    self.count, self.steps, self.last = 1, line['step'], line
+    self.sums: dict[str, _Sums] | None = None  # None as long as it is one line.
+
+  def take(self, other: '_Stretch') -> None:
+    """Adds the lines of a later stretch."""
+    mine = self.sums = self._summed()
+    if other.sums is None:  # The usual case while a file is read.
+      _add_line(mine, other.last)
+      self.count, self.steps, self.last = self.count + 1, self.steps + other.steps, other.last
+      return
+    for key, sums in other.sums.items():
+      if key in mine:
+        mine[key].take(sums)
+      else:
+        mine[key] = sums
+    self.count += other.count
+    self.steps += other.steps
+    self.last = other.last
+
+  def _summed(self) -> dict[str, _Sums]:
+    if self.sums is not None:
+      return self.sums
+    found: dict[str, _Sums] = {}
+    _add_line(found, self.last)
+    return found
+
+  @property
+  def line(self) -> Line:
+    if self.sums is None:
+      return self.last
+    means = {key: sums.mean for key, sums in self.sums.items()}
+    return self.last | means | {'step': round(self.steps / self.count)}
+
+  def curve(self, key: str) -> tuple[list[Point], list[Point], int] | None:
+    if self.sums is None:
+      if key not in self.last:
+        return None
+      value = self.last[key] if is_number(self.last[key]) else None
+      points = [(self.last['step'], value)]
+      return points, points, int(not _drawable(value))
+    if key not in self.sums:
+      return None
+    sums = self.sums[key]
+    return sums.points, [(round(self.steps / self.count), sums.mean)], sums.missing
+
+
+def _add_line(sums: dict[str, _Sums], line: Line) -> None:
+  step = line['step']
+  for key, value in line.items():
+    if type(value) in (int, float, bool, type(None)) and key != 'step':
+      if key not in sums:
+        sums[key] = _Sums()
+      sums[key].add(step, value)
+
+
+class Metrics:
+  """The lines of one kind: of each step the last, for a resume repeats the steps after its
+  checkpoint. Of long runs what follows the step that a resume goes back to is dropped."""
+
+  def __init__(self):
+    self._stretches: dict[int, _Stretch] = {}
+    self._width, self._newest = 1, -1.0
+    self._first: dict[str, float | None] = {}  # Number of each name, in order of appearance.
+    self._settled: set[str] = set()  # Of names, those that need not be looked at again.
+    self.left_out = 0
+
+  def add(self, line: Line) -> None:
+    """Takes one line with a step in [0, MOST_STEP)."""
+    line = self._within_bounds(line)
+    step = line['step']
+    number = int(step // self._width)
+    if self._width == 1:
+      self._stretches[number] = _Stretch(line)
+    else:
+      if step <= self._newest:
+        self._stretches = {n: s for n, s in self._stretches.items() if n <= number}
+      if number in self._stretches:
+        self._stretches[number].take(_Stretch(line))
+      else:
+        self._stretches[number] = _Stretch(line)
+    self._newest = step
+    while len(self._stretches) > MOST_STRETCHES:
+      self._widen()
+
+  def _widen(self) -> None:
+    self._width *= 2
+    old = sorted(self._stretches.items())
+    self._stretches = {}
+    for number, stretch in old:
+      if number // 2 in self._stretches:
+        self._stretches[number // 2].take(stretch)
+      else:
+        self._stretches[number // 2] = stretch
+
+  def _within_bounds(self, line: Line) -> Line:
+    if line.keys() <= self._settled:
+      return line
+    kept = {}
+    for key, value in line.items():
+      if key not in self._first and (len(self._first) >= MOST_METRICS or len(key) > 200):
+        self.left_out += 1
+        continue
+      if self._first.get(key) is None:
+        self._first[key] = value if is_number(value) else None
+      if self._first[key] is not None or isinstance(value, (str, list)):
+        self._settled.add(key)
+      kept[key] = value
+    return kept | {'step': line['step']}
+
+  @property
+  def lines(self) -> list[Line]:
+    """In order of the step; of long runs one of each stretch, with the means."""
+    return [stretch.line for _, stretch in sorted(self._stretches.items())]
+
+  @property
+  def names(self) -> list[str]:
+    """Of what has been a number at least once, in order of appearance."""
+    return [
+      name for name, first in self._first.items()
+      if first is not None and name not in ('step', 'time')
+    ]
+
+  def curve(self, key: str) -> Curve:
+    """The values of one metric."""
+    points: list[Point] = []
+    means: list[Point] = []
+    missing, last = 0, None
+    for _, stretch in sorted(self._stretches.items()):
+      if found := stretch.curve(key):
+        points += found[0]
+        means += found[1]
+        missing += found[2]
+      last = stretch.last[key] if is_number(stretch.last.get(key)) else last
+    return Curve(points, means, missing, self._first.get(key), last)
+
+
+class MetricsFile:
+  """A metrics.jsonl that is read on as it grows, and anew where it was replaced.
+
+  Attributes:
+    kinds: lines of training and of evaluations.
+    latest: the train line written last, which after a resume need not be that of the largest step.
+    unreadable: lines that were left out, such as one torn by a crash.
+  """
+
+  def __init__(self, path: Path):
+    self._path = path
+    self._forget()
+
+  def _forget(self) -> None:
+    self.kinds = {'train': Metrics(), 'evaluation': Metrics()}
+    self.latest: Line = {}
+    self._damaged, self._torn = 0, False
+    self._offset, self._file = 0, (0, 0)
+
+  @property
+  def unreadable(self) -> int:
+    return self._damaged + self._torn
+
+  def update(self) -> None:
+    """Reads what is new. OSError where that cannot be done."""
+    if not self._path.is_file():
+      self._forget()
+      return
+    stat = self._path.stat()
+    if stat.st_size < self._offset or (stat.st_dev, stat.st_ino) != self._file:
+      self._forget()
+      self._file = stat.st_dev, stat.st_ino
+    self._torn = False
+    for line, offset in _lines(self._path, self._offset):
+      if line is None:
+        self._torn = offset == self._offset
+        self._damaged += not self._torn
+      elif line['kind'] in self.kinds:
+        self.kinds[line['kind']].add(line)
+        self.latest = line if line['kind'] == 'train' else self.latest
+      self._offset = offset
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+  """All whole lines that have a kind and a step, in the order written, each read when asked for."""
+  if path.is_file():
+    yield from (line for line, _ in _lines(path, 0) if line is not None)
+
+
+def _lines(path: Path, offset: int) -> Iterator[tuple[Line | None, int]]:
+  """(a line, None where it is damaged; the place behind it) from a place in the file on.
+
+  The place of a last line that is torn is that before it: its end may come.
+  """
+  with path.open('rb') as file:
+    end = os.fstat(file.fileno()).st_size  # Or it might grow as fast as it is read.
+    file.seek(offset)
+    while offset < end and (text := file.readline(MOST_BYTES)):
+      whole = text.endswith(b'\n')
+      while not whole and (more := file.readline(MOST_BYTES)):
+        whole, text = more.endswith(b'\n'), b'?'  # Too long.
+      if text.strip():
+        line = _parsed(text)
+        yield line, file.tell() if whole or line else offset
+      offset = file.tell()
+
+
+def _parsed(text: bytes) -> Line | None:
+  try:
+    line = json.loads(text.decode(errors='replace'))
+  except (ValueError, RecursionError, MemoryError):
+    return None
+  good = isinstance(line, dict) and isinstance(line.get('kind'), str) and _is_step(line.get('step'))
+  if good and len(text) > _USUAL_BYTES:
+    line = {key: value for key, value in line.items() if _is_small(value)}
+  return line if good else None
+
+
+def _is_small(value: Any) -> bool:
+  if isinstance(value, list):
+    return len(value) <= 1000 and all(v is None or is_number(v) for v in value)
+  if isinstance(value, str):
+    return len(value) < 200
+  return value is None or isinstance(value, (int, float))
+
+
+def _is_step(value: Any) -> bool:
+  return is_number(value) and 0 <= value < MOST_STEP and value == int(value)
+
+
+def _drawable(value: Any) -> bool:
+  return is_number(value) and -_LARGEST < value < _LARGEST
