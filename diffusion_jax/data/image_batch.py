@@ -19,6 +19,8 @@ _LOCAL_HEADER = 30
 
 def holds_batch(path: str | Path) -> bool:
   """Whether a file is an npz with an array of the name that batches of images have."""
+  if not Path(path).is_file():  # A pipe would wait for a writer for ever.
+    return False
   try:
     with zipfile.ZipFile(path) as archive:
       return ARRAY in archive.namelist()

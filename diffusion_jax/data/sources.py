@@ -2,18 +2,18 @@
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
-from PIL import Image
 
 from diffusion_jax.data.fingerprint import IMAGES, RECORDS, of_images, of_texts, spread
+from diffusion_jax.data.images import read_pixels
 from diffusion_jax.data.prepare import is_prepared, make_builder
 from diffusion_jax.data.prepare import prepare as prepare_dataset
 from diffusion_jax.data.prepared_metadata import check_shards
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import Unreadable, UserError
 from diffusion_jax.reading import reading
 from diffusion_jax.types import Record
 
@@ -69,15 +69,14 @@ class ImageSource:
 
     Raises:
       IndexError: no such record.
-      UserError: the file is damaged.
+      Unreadable: the record is damaged, or the file that it is in.
     """
     index = _checked(index, self._length)
-    with _reading(self._name):
+    with _reading(f'{index} of {self._name}', Unreadable):
       raw = self._records[index]
-      image = np.array(Image.open(io.BytesIO(raw['image'])).convert('RGB'))
-      captions = [text.decode() for text in raw['captions']]
-      record: Record = {'image': image, 'captions': captions, 'id': raw['id'].decode()}
-      return record | {'label': raw['group'].decode()} if 'group' in raw else record
+      image, group = raw['image'], {'label': raw['group'].decode()} if 'group' in raw else {}
+      texts = {'captions': [text.decode() for text in raw['captions']], 'id': raw['id'].decode()}
+    return {'image': read_pixels(io.BytesIO(image), f'{index} of {self._name}'), **texts, **group}
 
   @property
   def labels(self) -> list[str]:
@@ -162,6 +161,11 @@ def _checked(index: SupportsIndex, length: int) -> int:
   return position % length
 
 
-def _reading(name: str) -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def _reading(name: str, kind: type[UserError] = UserError) -> Iterator[None]:
   folder = Path(name.rpartition(' in ')[2])
-  return reading(f'The data set {name}', remedy=f'delete {folder} and prepare it again')
+  try:
+    with reading(f'The data set {name}', remedy=f'delete {folder} and prepare it again'):
+      yield
+  except UserError as error:
+    raise kind(str(error)) from error

@@ -13,7 +13,7 @@ from diffusion_jax.data.images import read_pixels
 from diffusion_jax.errors import UserError
 
 MAX_BYTES = 2**28
-"""Of a member: what no picture of `data.images.MAX_PIXELS` pixels needs."""
+"""Of a member, which is read whole."""
 
 
 class Member(NamedTuple):
@@ -70,6 +70,8 @@ class TarPictures(Sequence):
 def _members(archive: Path) -> Iterator[Member]:
   """The pictures of one archive. UserError where it is none."""
   try:
+    if not archive.is_file():  # A pipe would wait for a writer for ever.
+      raise OSError('it is not a regular file')
     with tarfile.open(archive, 'r:') as tar:
       yield from _pictures(tar, archive)
   except (tarfile.TarError, OSError, ValueError, EOFError) as error:

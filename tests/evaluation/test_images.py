@@ -126,10 +126,10 @@ def test_a_tar_file_that_lies_about_sizes(tmp_path):
   assert '1.png' in trouble[0] and '1,099,511,627,776 bytes' in trouble[0]
   _same(good, IMAGES[:1])
   buffer = io.BytesIO()
-  Image.new('1', (10_000, 10_000)).save(buffer, 'PNG')
+  Image.new('1', (20_000, 20_000)).save(buffer, 'PNG')
   _tar(path, [('small.png', buffer.getvalue())])
   trouble, _ = _trouble(open_images(path))
-  assert f'the image small.png in {path} has 10000 x 10000 pixels' in trouble[0]
+  assert f'the image small.png in {path} has 20000 x 20000 pixels' in trouble[0]
 
 
 @pytest.mark.parametrize('save', [np.savez, np.savez_compressed])
