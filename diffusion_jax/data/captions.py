@@ -31,23 +31,23 @@ def captions_of(
   Raises:
     UserError: a picture has no caption, or something cannot be read.
   """
-  key = lambda path: key_of(path.relative_to(root).as_posix())
+  keys = {path: key_of(path.relative_to(root).as_posix()) for path in files}
   listed = _listed(files, root, column, left)
-  beside = _beside(files, root, left)
-  every = with_suffixes(files)
-  for name in sorted(listed.keys() - set(map(key, every))):
+  beside = _beside(files, keys, left)
+  every = [keys[path] for path in with_suffixes(files)]
+  for name in sorted(listed.keys() - set(every)):
     left.add('rows without a picture', name)
-  for stem in sorted(beside.keys() - {_stem(key(path)) for path in every}):
-    left.add('texts beside no picture', beside[stem].relative_to(root))
+  for stem in sorted(beside.keys() - set(map(_stem, every))):
+    left.add('texts beside no picture', keys[beside[stem]])
   for path in files:
     if path.suffix.lower() not in (*SUFFIXES, *TEXTS) and path.name.lower() not in LISTS:
-      left.add(f'files of another kind ({path.suffix or "no suffix"})', path.relative_to(root))
+      left.add(f'files of another kind ({path.suffix or "no suffix"})', keys[path])
   general, found, without = lines_of(caption, 'data.caption'), [], []
   for path in pictures:
-    text, rows = beside.get(_stem(key(path))), listed.get(key(path), [])
+    text, rows = beside.get(_stem(keys[path])), listed.get(keys[path], [])
     own = read_lines(text, 'captions') if text else []
     if own and rows:
-      left.add('rows of pictures that have a text beside them', path.relative_to(root))
+      left.add('rows of pictures that have a text beside them', keys[path])
     found.append(own or rows or general)
     if not (own or rows):
       without.append(path)
@@ -56,7 +56,7 @@ def captions_of(
   if without and len(without) < len(pictures):
     left.add(
       'pictures without a caption of their own, which have data.caption',
-      without[0].relative_to(root), len(without),
+      keys[without[0]], len(without),
     )
   return found
 
@@ -76,14 +76,14 @@ def _listed(
   return known
 
 
-def _beside(files: Sequence[Path], root: Path, left: Left) -> dict[str, Path]:
+def _beside(files: Sequence[Path], keys: dict[Path, str], left: Left) -> dict[str, Path]:
   """Key of a text without its suffix -> its path."""
   texts = with_suffixes(files, TEXTS)
   texts.sort(key=lambda path: TEXTS.index(path.suffix.lower()))
   found: dict[str, Path] = {}
   for path in texts:
-    if found.setdefault(_stem(key_of(path.relative_to(root).as_posix())), path) != path:
-      left.add('texts beside pictures that have another', path.relative_to(root))
+    if found.setdefault(_stem(keys[path]), path) != path:
+      left.add('texts beside pictures that have another', keys[path])
   return found
 
 

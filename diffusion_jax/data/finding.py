@@ -90,20 +90,21 @@ def _entries(folder: Path, root: Path, left: Left) -> Iterator[os.DirEntry]:
     left.add('folders that cannot be read', folder.relative_to(root))
     return
   for entry in entries:
-    name = Path(entry.path).relative_to(root)
     try:
       is_dir, is_file = entry.is_dir(), entry.is_file()
-      leads = is_dir or os.path.exists(entry.path)
+      leads = is_dir or is_file or os.path.exists(entry.path)
     except OSError:  # Such as links in a circle.
       is_dir = is_file = leads = False
     if entry.name.startswith('.') or entry.name == _UNPACKED_BY_MACS:
-      left.add('hidden folders' if is_dir else 'hidden files', name)
+      kind = 'hidden folders' if is_dir else 'hidden files'
     elif not leads:
-      left.add('links that lead nowhere', name)
+      kind = 'links that lead nowhere'
     elif not is_dir and not is_file:
-      left.add('pipes, sockets and devices', name)
+      kind = 'pipes, sockets and devices'
     else:
       yield entry
+      continue
+    left.add(kind, Path(entry.path).relative_to(root))
 
 
 def with_suffixes(files: Sequence[Path], suffixes: Sequence[str] = SUFFIXES) -> list[Path]:

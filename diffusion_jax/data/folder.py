@@ -24,7 +24,7 @@ from diffusion_jax.data.finding import (
 )
 from diffusion_jax.data.fingerprint import of_files, of_texts
 from diffusion_jax.data.images import image_size, read_image
-from diffusion_jax.data.splits import APART, TEST_FRACTION, Measured, by_content
+from diffusion_jax.data.splits import APART, TEST_FRACTION, Measured, by_content, of_own_folders
 from diffusion_jax.errors import UserError
 
 FOLDER = 'folder:'
@@ -54,7 +54,9 @@ def open_folder(
   notes = left.notes(root)
   train = FolderSource(first, chosen[0], captions[: len(chosen[0])], size, notes)
   if second:
-    return train, FolderSource(second, chosen[1], captions[len(chosen[0]) :], size)
+    test = FolderSource(second, chosen[1], captions[len(chosen[0]) :], size)
+    test.measured = of_own_folders(*chosen)
+    return train, test
   parts = by_content(train.files, test_fraction)
   return train.part(parts.train, parts.measured), train.part(parts.test, parts.measured)
 

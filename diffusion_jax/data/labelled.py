@@ -13,7 +13,7 @@ from diffusion_jax.data.finding import SUFFIXES, Left, key_of, own_splits, with_
 from diffusion_jax.data.fingerprint import of_files
 from diffusion_jax.data.folder import FOLDER, files_of, id_of, within
 from diffusion_jax.data.images import read_image
-from diffusion_jax.data.splits import APART, TEST_FRACTION, Measured, by_content
+from diffusion_jax.data.splits import APART, TEST_FRACTION, Measured, by_content, of_own_folders
 from diffusion_jax.errors import UserError
 
 
@@ -42,7 +42,7 @@ def open_labelled(
   notes = left.notes(root)
   train = LabelledFolder(places[0], chosen[0], size, notes=notes)
   if len(chosen) == 2:
-    return train, LabelledFolder(places[1], chosen[1], size)
+    return train, LabelledFolder(places[1], chosen[1], size, of_own_folders(*chosen))
   parts = by_content(train.files, test_fraction, train.labels)
   return tuple(
     LabelledFolder(places[0], [train.files[i] for i in part], size, parts.measured, notes)

@@ -93,6 +93,15 @@ def test_a_split_of_one_s_own_is_taken_as_it_is(tmp_path):
   assert measured == ('On the test split, which was not trained on.', False)
 
 
+def test_pictures_on_both_sides_of_such_a_split_are_told(tmp_path):
+  folder(tmp_path / 'train' / 'a', 5)
+  folder(tmp_path / 'test' / 'a', 3, first=3)  # Two of them under the same names.
+  picture(tmp_path / 'test' / 'a' / 'other name.png', 0)
+  told = 'On the test split, of whose 4 pictures 3 are trained on, too.'
+  assert measured_on(open_folder(f'folder:{tmp_path}', 4, 'x')[1]).told == told
+  assert measured_on(open_labelled(f'folder:{tmp_path}', 4)[1]).told == told
+
+
 @pytest.mark.parametrize('share', [-0.1, 1.0, float('nan')])
 def test_shares_that_are_none(fails, tmp_path, share):
   arguments = ('train', '--config', 'configs/finetune/lora.py', '--workdir', tmp_path / 'run')

@@ -1,6 +1,7 @@
 """Sets of images by what is at a path, and what is damaged in them."""
 
 import io
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -14,6 +15,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extraction import Made, reader
 from diffusion_jax.evaluation.images import open_images
 from diffusion_jax.evaluation.keeping import Keeper
+from diffusion_jax.evaluation.reference import open_reference
 from tests import tiny
 
 RNG = np.random.default_rng(0)
@@ -194,6 +196,30 @@ def test_a_prepared_data_set(small_data, sources, tmp_path):
   (copy / 'features.json').write_text('{')
   with pytest.raises(UserError, match=r'features\.json is not readable JSON .*prepare the'):
     open_images(f'{copy}:test')
+
+
+def test_folders_behind_links_and_what_is_left_out(tmp_path):
+  root, other = tmp_path / 'set', tmp_path / 'other'
+  for i, folder in enumerate((root / 'in' / 'in', other, other / 'in')):
+    folder.mkdir(parents=True)
+    Image.fromarray(IMAGES[i]).save(folder / f'{i}.png')
+  (root / 'link').symlink_to(other)
+  (other / 'back').symlink_to(root)
+  (root / 'gone.png').symlink_to('nowhere.png')
+  (root / '._0.png').write_bytes(b'x')
+  os.mkfifo(root / 'pipe.png')
+  images = open_images(root)
+  _same(_pixels(images), [IMAGES[0], IMAGES[1], IMAGES[2]])
+  assert images.notes == (
+    f'of {root} not everything is used: hidden files: 1, such as ._0.png; links that lead nowhere: '
+    '1, such as gone.png; pipes, sockets and devices: 1, such as pipe.png; links to folders that '
+    'are read already, or above: 1, such as link/back.',
+  )
+  assert open_reference(str(root), {})[2] == [*images.notes]
+  with pytest.raises(UserError, match=r'no images in .* \(of .*hidden files: 1, such as \._a\.png'):
+    (tmp_path / 'hidden').mkdir()
+    (tmp_path / 'hidden' / '._a.png').write_bytes(b'x')
+    open_images(tmp_path / 'hidden')
 
 
 def test_what_is_none_of_these(tmp_path):
