@@ -14,6 +14,7 @@ from diffusion_jax.data.fingerprint import of_files
 from diffusion_jax.data.folder import FOLDER, files_of, id_of, within
 from diffusion_jax.data.images import read_image
 from diffusion_jax.data.splits import APART, TEST_FRACTION, Measured, by_content, of_own_folders
+from diffusion_jax.data.text import check_characters
 from diffusion_jax.errors import UserError
 
 
@@ -55,6 +56,7 @@ def _in_classes(pictures: Sequence[Path], folder: Path, left: Left) -> list[Path
   found = []
   for path in pictures:
     if len(path.relative_to(folder).parts) > 1:
+      check_characters(path.relative_to(folder).parts[0], f'a folder of a class in {folder}')
       found.append(path)
     else:
       left.add('pictures outside of the folders of classes', path.name)

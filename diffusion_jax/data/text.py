@@ -53,8 +53,9 @@ def read_lines(path: str | Path, what: str = 'text') -> list[str]:
 def lines_of(text: str, where: str | Path) -> list[str]:
   """The lines of a text that are not blank, without the blanks around them.
 
-  UserError, which names `where`, for a line of more than LONGEST characters.
+  UserError, which names `where`, for a line of more than LONGEST characters, or half ones.
   """
+  check_characters(text, where)
   lines = [line for part in _LINE_END.split(text) if (line := clean(part))]
   for line in lines:
     if len(line) > LONGEST:
@@ -62,6 +63,14 @@ def lines_of(text: str, where: str | Path) -> list[str]:
         f'a line of {where} has {len(line):,} characters; write at most {LONGEST:,}.'
       )
   return lines
+
+
+def check_characters(text: str, where: str | Path) -> None:
+  """UserError for halves of characters, which stand for bytes that are not UTF-8."""
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(f'{where} is not UTF-8 ({first_line(error)}); write it as UTF-8.') from error
 
 
 def clean(text: str) -> str:

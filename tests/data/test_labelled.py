@@ -1,5 +1,6 @@
 """Pictures in folders by class: labels, splits, and what is wrong with them by name."""
 
+import os
 from collections import Counter
 
 import numpy as np
@@ -49,6 +50,12 @@ def test_what_is_wrong_is_named(tmp_path):
     open_labelled(f'folder:{tmp_path / "nowhere"}', 4)
   picture(tmp_path / 'a.png')
   with pytest.raises(UserError, match='has no folders of pictures'):
+    open_labelled(f'folder:{tmp_path}', 4)
+
+
+def test_a_class_whose_name_is_no_text_is_refused(tmp_path):
+  picture(tmp_path / os.fsdecode(b'caf\xe9') / 'a.png')
+  with pytest.raises(UserError, match=r'a folder of a class in .* is not UTF-8'):
     open_labelled(f'folder:{tmp_path}', 4)
 
 

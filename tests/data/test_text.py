@@ -58,6 +58,12 @@ def test_what_is_no_text_is_one_sentence(tmp_path, data, reason):
   assert 'a.txt' in str(error.value) and '\n' not in str(error.value)
 
 
+def test_half_characters_are_refused():
+  """As Python makes them of arguments that are not UTF-8."""
+  with pytest.raises(UserError, match=r'data\.caption is not UTF-8'):
+    lines_of(os.fsdecode(b'caf\xe9'), 'data.caption')
+
+
 def test_pipes_folders_and_nothing(tmp_path):
   os.mkfifo(tmp_path / 'pipe.txt')  # To open it would wait for ever.
   for name, reason in (('pipe.txt', 'no regular file'), ('.', 'no regular file'),
