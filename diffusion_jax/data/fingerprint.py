@@ -25,6 +25,14 @@ def fingerprint(source: Any) -> dict[str, str]:
   return source.fingerprint() if hasattr(source, 'fingerprint') else {}
 
 
+def of_records(records: Sequence[dict[str, Any]]) -> dict[str, str]:
+  """Of captions of records that are in memory, and of pixels of some."""
+  return {
+    'captions': of_texts([record['captions'] for record in records]),
+    'pictures': of_images([records[i]['image'] for i in spread(len(records), IMAGES)]),
+  }
+
+
 def of_files(files: Sequence[Path], folder: Path) -> str:
   """Of their names below the folder and sizes, and of the content of some."""
   found = hashlib.sha256()

@@ -4,6 +4,7 @@ Images keep their own size: each kind of features has its own rule to resize by.
 """
 
 import dataclasses
+import functools
 import json
 import re
 import zlib
@@ -14,6 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from diffusion_jax.data.finding import SUFFIXES, Left, find_files, with_suffixes
+from diffusion_jax.data.fingerprint import fingerprint, of_records
 from diffusion_jax.data.image_batch import ImageBatch, holds_batch
 from diffusion_jax.data.images import read_pixels
 from diffusion_jax.data.prepared import METADATA, PreparedImages
@@ -91,11 +93,16 @@ class Split:
 
   records: Sequence
   name: str
-  stamp: str = ''
   notes: tuple[str, ...] = ()
 
   def __len__(self) -> int:
     return len(self.records)
+
+  @functools.cached_property
+  def stamp(self) -> str:
+    """Of what is in the records, for a folder may have got other pictures since."""
+    found = fingerprint(self.records) or of_records(self.records)
+    return f'{zlib.crc32(json.dumps(found).encode()):08x}'
 
   def __getitem__(self, index: int) -> Picture:
     record = self.records[index]

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion_jax.data.folder import open_folder
 from diffusion_jax.data.image_batch import ImageBatch
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extraction import Made, reader
-from diffusion_jax.evaluation.images import open_images
+from diffusion_jax.evaluation.images import Split, open_images
 from diffusion_jax.evaluation.keeping import Keeper
 from diffusion_jax.evaluation.reference import open_reference
 from tests import tiny
@@ -220,6 +221,19 @@ def test_folders_behind_links_and_what_is_left_out(tmp_path):
     (tmp_path / 'hidden').mkdir()
     (tmp_path / 'hidden' / '._a.png').write_bytes(b'x')
     open_images(tmp_path / 'hidden')
+
+
+def test_a_split_of_other_pictures_has_another_stamp(tmp_path):
+  """By which features that were made before are not taken for those of the new pictures."""
+  for i in range(3):
+    Image.fromarray(IMAGES[i]).save(tmp_path / f'{i}.png')
+  opened = lambda: open_folder(f'folder:{tmp_path}', 4, 'x')[0]
+  in_memory = lambda: [opened()[i] for i in range(3)]
+  stamps = lambda: [Split(records, 'it').stamp for records in (opened(), in_memory())]
+  before = stamps()
+  assert stamps() == before and before[0] != before[1]
+  Image.fromarray(IMAGES[3]).save(tmp_path / '1.png')
+  assert all(new != old for new, old in zip(stamps(), before, strict=True))
 
 
 def test_what_is_none_of_these(tmp_path):
