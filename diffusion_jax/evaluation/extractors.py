@@ -21,6 +21,7 @@ from diffusion_jax.io.inception import load_inception
 from diffusion_jax.io.kinds import KINDS
 from diffusion_jax.io.pretrained import load_params, resolve
 from diffusion_jax.io.tensors import read_json
+from diffusion_jax.links import inside
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.inception import SIZE
@@ -124,11 +125,11 @@ def load_clip_extractor(path: str | os.PathLike, *, mesh: Mesh | None = None) ->
   Its preprocessor_config.json says mean and std. UserError where it cannot be read.
   """
   directory, kind = resolve(path), 'clip_vision_projection'
-  if not KINDS[kind].describes(read_json(directory / 'config.json')):
+  if not KINDS[kind].describes(read_json(inside(directory / 'config.json', directory))):
     kind = 'clip'
   config, params = load_params(kind, path, mesh=mesh)
   file = directory / 'preprocessor_config.json'
-  values = read_json(file) if file.is_file() else {}
+  values = read_json(inside(file, directory)) if file.is_file() else {}
   pixels = {name: values[f'image_{name}'] for name in ('mean', 'std') if f'image_{name}' in values}
   network = Network.of(KINDS[kind].module, config)
   return CLIPExtractor(network, params, directory.resolve().name, **pixels)

@@ -27,6 +27,7 @@ from diffusion_jax.io.pretrained import DTYPES, resolve
 from diffusion_jax.io.single_file.files import read_single_file, write_single_file
 from diffusion_jax.io.tensors import PICKLES, NewTensor, read_json, write_tensors
 from diffusion_jax.io.torch_files import read_state
+from diffusion_jax.links import inside
 from diffusion_jax.models.checks import require
 
 LAYOUTS = ('diffusers', 'single-file', 'native', 'tensors')
@@ -119,7 +120,7 @@ def _convert_part(
   )
   if kind is not None:
     find_kind(kind)
-  config = read_json(where / 'config.json')
+  config = read_json(inside(where / 'config.json', where))
   part = read_part(where, ('', ''), kind)
   require(
     part.kind is not None,

@@ -20,6 +20,7 @@ from diffusion_jax.io.lora_keys import KOHYA, Place, is_word, of_other_kinds, pl
 from diffusion_jax.io.lora_names import TOWER, layers
 from diffusion_jax.io.tensors import PICKLES, open_tensors, write_tensors
 from diffusion_jax.io.torch_files import load_plain, tensors_of
+from diffusion_jax.links import inside
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.lora import Rank
 
@@ -188,7 +189,7 @@ def lora_file(path: Path) -> Path:
   """The file of a LoRA that is given by it or by its directory. UserError where there is none."""
   if not path.is_dir():
     return path
-  found = next((path / name for name in _FILES if (path / name).is_file()), None)
+  found = next((inside(path / n, path) for n in _FILES if (path / n).is_file()), None)
   if found is None:
     raise UserError(f'{path} holds neither {" nor ".join(_FILES)}; give the file of a LoRA.')
   return found

@@ -13,6 +13,7 @@ from typing import Any
 
 from diffusion_jax.io.name_patterns import NamePatterns
 from diffusion_jax.io.tensors import metadata, read_json
+from diffusion_jax.links import inside
 from diffusion_jax.models.checks import require
 from diffusion_jax.reading import parse_json, reading
 
@@ -76,7 +77,7 @@ def read_configs(path: Path, roles: Iterable[str], *, alone: bool) -> dict[str, 
     require(isinstance(values, dict), f'{where} must hold a JSON object.')
   elif alone and (path.parent / BESIDE).is_file():
     where = str(path.parent / BESIDE)
-    values = read_json(path.parent / BESIDE)
+    values = read_json(inside(path.parent / BESIDE, path.parent))
   else:
     return {}
   found = {}

@@ -36,10 +36,10 @@ from diffusion_jax.io.tensors import (
   write_json,
   write_tensors,
 )
+from diffusion_jax.links import INDEX, inside
 from diffusion_jax.models import functional
 from diffusion_jax.models.checks import require
 
-INDEX = 'model_index.json'
 _TEXTS = ('.json', '.txt', '.model')
 _WEIGHTS = '.safetensors'
 
@@ -84,7 +84,7 @@ def read_pipeline(path: Path) -> Pipeline:
   Raises:
     UserError: a part is missing or broken, or its name leads out of the directory.
   """
-  values = read_json(path / INDEX)
+  values = read_json(inside(path / INDEX, path))
   found = Pipeline({}, {})
   for name, entry in values.items():
     if not (isinstance(entry, list) and len(entry) == 2) or name.startswith('_'):
@@ -101,7 +101,7 @@ def read_pipeline(path: Path) -> Pipeline:
     require(
       (path / name).is_dir(), f'{path / INDEX} names a part {name}, but there is no {path / name}.'
     )
-    found.parts[name] = read_part(path / name, (str(entry[0]), str(entry[1])))
+    found.parts[name] = read_part(inside(path / name, path), (str(entry[0]), str(entry[1])))
   require(
     bool(found.parts),
     f'{path / INDEX} names no parts as [library, class]; give a pipeline in the layout of '
@@ -126,14 +126,16 @@ def _leave_out_pickles(pipeline: Pipeline, folder: Path, name: str, part: Part) 
 
 def read_part(folder: Path, entry: tuple[str, str], kind: str | None = None) -> Part:
   """One part; `kind` overrides what its config.json says."""
-  config = read_json(folder / 'config.json') if (folder / 'config.json').is_file() else None
+  file = folder / 'config.json'
+  config = read_json(inside(file, folder)) if file.is_file() else None
   if kind is None and config is not None:
     kind = next((name for name, spec in KINDS.items() if spec.describes(config)), None)
   files = sorted(file for file in folder.iterdir() if file.is_file())
   if kind is None:
-    return Part(entry, files=[f for f in files if f.suffix in (*_TEXTS, _WEIGHTS)])
+    copied = [f for f in files if f.suffix in (*_TEXTS, _WEIGHTS)]
+    return Part(entry, files=[inside(f, folder) for f in copied])
   others = [
-    f for f in files if f.suffix in _TEXTS and f.name != 'config.json'
+    inside(f, folder) for f in files if f.suffix in _TEXTS and f.name != 'config.json'
     and not re.search(r'\.safetensors\.index(\..+)?\.json$|\.bin\.index\.json$', f.name)
   ]
   return Part(entry, kind, config, read_weights(folder, KINDS[kind], config or {}), others)
@@ -143,10 +145,10 @@ def read_weights(folder: Path, spec: Kind, config: dict[str, Any]) -> dict[str, 
   """The tensors of one network by published names, from either layout."""
   native = folder / NATIVE
   if not native.is_file():
-    tensors = open_tensors(find_weights(folder, spec.weights))
+    tensors = open_tensors(inside(find_weights(folder, spec.weights), folder))
     renamed = ((spec.rename(name), tensor) for name, tensor in tensors.items())
     return {name: lazy(tensor) for name, tensor in renamed if name is not None}
-  tensors = open_tensors(native)
+  tensors = open_tensors(inside(native, folder))
   matched = match_native(tensors, _shapes(spec, config, folder), str(native))
   return {published_name(name): _to_published(name, t) for name, t in matched.items()}
 

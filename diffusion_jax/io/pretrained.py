@@ -40,6 +40,7 @@ from diffusion_jax.io.tensors import (
   write_json,
   write_tensors,
 )
+from diffusion_jax.links import inside
 from diffusion_jax.models import functional
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.lpips import lpips_shapes
@@ -111,7 +112,7 @@ def save(
 def read_config(kind: str, path: str | os.PathLike) -> Any:
   """The config of the network in a directory. UserError where it is of another kind."""
   spec, file = find_kind(kind), resolve(path) / 'config.json'
-  values = read_json(file)
+  values = read_json(inside(file, file.parent))
   require(
     spec.describes(values),
     f'{file} describes no {kind}: its {spec.named[0]} is {values.get(spec.named[0])!r} and must be '
@@ -127,7 +128,7 @@ def load_params(
   config, spec, directory = read_config(kind, path), find_kind(kind), resolve(path)
   shapes = functional.abstract(lambda rngs: spec.module(config, rngs=rngs))[1]
   native = directory / NATIVE
-  file = native if native.is_file() else find_weights(directory, spec.weights)
+  file = inside(native if native.is_file() else find_weights(directory, spec.weights), directory)
   return config, read_params(file, spec, shapes, dtype=dtype, mesh=mesh)
 
 

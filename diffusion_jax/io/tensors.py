@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import safe_open
 
 from diffusion_jax.io.whole import replacing
+from diffusion_jax.links import inside
 from diffusion_jax.models.checks import require
 from diffusion_jax.reading import parse_json, read_object, reading
 
@@ -119,12 +120,14 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 def _open_shards(path: Path) -> dict[str, Tensor]:
   table = read_json(path).get('weight_map')
   names = isinstance(table, dict) and all(
-    isinstance(name, str) and Path(name).name == name for name in table.values()
+    isinstance(name, str) and Path(name).name == name and name not in ('', '..')
+    and not name.endswith(INDEX) and '\0' not in name for name in table.values()
   )
   require(
     names, f'{path} must have a weight_map from tensors to files beside it; fetch it again.'
   )
-  files = {name: open_tensors(path.parent / name) for name in sorted(set(table.values()))}
+  folder = path.parent
+  files = {n: open_tensors(inside(folder / n, folder)) for n in sorted(set(table.values()))}
   for tensor, name in table.items():
     require(
       tensor in files[name],

@@ -16,6 +16,7 @@ import numpy as np
 from diffusion_jax.io.lora_keys import is_lora, is_word, some
 from diffusion_jax.io.tensors import PICKLES, open_tensors, write_tensors
 from diffusion_jax.io.torch_files import load_plain, tensors_of
+from diffusion_jax.links import inside
 from diffusion_jax.models.checks import require
 
 FILES = {
@@ -124,7 +125,7 @@ def _word(
 
 
 def _read_directory(path: Path, widths: Mapping[str, int] | None) -> TextualInversion:
-  files = [path / name for name in FILES.values() if (path / name).is_file()]
+  files = [inside(path / n, path) for n in FILES.values() if (path / n).is_file()]
   require(
     bool(files), f'{path} holds no {" or ".join(FILES.values())}; name a file of another name.'
   )

@@ -22,6 +22,7 @@ from diffusion_jax.io.kinds import KINDS
 from diffusion_jax.io.pretrained import load_params, resolve, save_params
 from diffusion_jax.io.published.scheduler import Scheduler, read_scheduler
 from diffusion_jax.io.tensors import PICKLES, read_json, write_json
+from diffusion_jax.links import INDEX, check_folder, inside
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.text.tokenizer import load_tokenizer
@@ -32,7 +33,6 @@ from diffusion_jax.pipelines.text_encoders import ROLES, TextEncoders
 from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
 from diffusion_jax.types import Params, Weights
 
-INDEX = 'model_index.json'
 OURS = 'TextToImage'
 TEXT_KINDS = ('clip_text_projection', 'clip_text', 'clip')
 EDITS = 'StableDiffusionInstructPix2PixPipeline'
@@ -90,6 +90,8 @@ def assemble(
   Raises:
     UserError: a part cannot be read, or the parts do not fit together.
   """
+  for path in (autoencoder, clip):
+    check_folder(resolve(path))  # They are copied beside what is trained, at the end.
   autoencoder_config, autoencoder_params = load_params('autoencoder', autoencoder)
   part = read_part(clip, TEXT_KINDS)
   clip_params = load_params(part.kind, clip)[1]
@@ -104,7 +106,7 @@ def assemble(
 def read_part(path: str, kinds: tuple[str, ...]) -> Part:
   """The first of `kinds` that a directory's config.json describes. UserError where none does."""
   file = resolve(path) / 'config.json'
-  values = read_json(file)
+  values = read_json(inside(file, file.parent))
   for name in kinds:
     if KINDS[name].describes(values):
       return Part(name, KINDS[name].read(values, str(file)), path)
@@ -130,7 +132,7 @@ def read_pipeline(
       f'{path} is no text-to-image model: it has no {INDEX}; give a directory that train or '
       'convert wrote, or a pipeline of diffusers.'
     )
-  index = read_json(directory / INDEX)
+  index = read_json(inside(directory / INDEX, directory))
   ours = index.get('_class_name') == OURS
   parts = _parts(directory, index, ours)
   schedule, prediction, sample = _scheduler(directory, index, ours)
@@ -152,7 +154,7 @@ def _told_by(
   roles = [role for role in ROLES if role in parts]
   if not roles and ROLE in parts:
     file = directory / 'feature_extractor' / 'preprocessor_config.json'
-    values = read_json(file) if file.is_file() else {}
+    values = read_json(inside(file, directory)) if file.is_file() else {}
     pixels = (tuple(values.get(f'image_{name}', d)) for name, d in (('mean', MEAN), ('std', STD)))
     return ImageEncoder(parts[ROLE].network(dtype), *pixels)
   if not roles:
@@ -204,7 +206,7 @@ def _scheduler(directory: Path, index: Mapping[str, Any], ours: bool):
   if not ours:
     found = _read_scheduler(file)
     return found.schedule, found.prediction, sample_config(found, index.get('_class_name'))
-  scheduler = read_json(file)
+  scheduler = read_json(inside(file, directory))
   prediction = scheduler.get('prediction_type', 'epsilon')
   if prediction not in PREDICTIONS:
     raise UserError(
@@ -219,7 +221,7 @@ def _scheduler(directory: Path, index: Mapping[str, Any], ours: bool):
 
 
 def _read_scheduler(file: Path) -> Scheduler:
-  return read_scheduler(read_json(file), str(file))
+  return read_scheduler(read_json(inside(file, file.parent)), str(file))
 
 
 def sample_config(scheduler: Scheduler, pipeline: str | None = None) -> SampleConfig:
@@ -306,6 +308,7 @@ def save_changed(
     weights = {name for name in names if Path(name).suffix in ('.safetensors', *PICKLES)}
     return (skip & set(names)) | weights | {name for name in names if name.startswith('.')}
 
+  check_folder(origin)
   shutil.copytree(origin, directory, ignore=ignore, dirs_exist_ok=True)
   for role, (config, params) in changed.items():
     save_params(directory / folders.get(role, role), config, params, dtype=dtype)

@@ -21,6 +21,7 @@ from diffusion_jax.io.tensors import (
   read_json,
   write_tensors,
 )
+from diffusion_jax.links import inside
 from diffusion_jax.models.checks import require
 
 # The key of Stability's ModelSpec that tells epsilon from v-prediction.
@@ -264,7 +265,7 @@ def _tokenizers(configs: list[str], given: Path | None) -> dict[str, Part]:
   for name in wanted:
     folder = given / name if (given / name).is_dir() or len(wanted) > 1 else given
     files = [
-      folder / file for file in (
+      inside(folder / file, given) for file in (
         'vocab.json', 'merges.txt', 'tokenizer.json', 'tokenizer_config.json',
         'special_tokens_map.json', 'added_tokens.json',
       ) if (folder / file).is_file()

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.links import inside
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.text.long_texts import CHARACTERS, Cut, shortened
+from diffusion_jax.reading import reading
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 BOS, EOS = '<|startoftext|>', '<|endoftext|>'
 DIRECT = ('CLIPTokenizer', 'TokenizersBackend')
 """Classes of transformers that read their files by themselves: CLIP's, and that of ours."""
+_FILES = ('.json', '.txt', '.model', '.jinja')
 
 SMALLEST = 256 + 2
 """Every byte is a token, so that any text can be written; and the two frame tokens."""
@@ -111,14 +114,16 @@ def load_tokenizer(directory: str | os.PathLike) -> PreTrainedTokenizerBase:
   require(
     directory.is_dir(), f'There is no tokenizer directory {directory}; check the path.'
   )
-  try:
-    return _class_of(directory).from_pretrained(os.fspath(directory), local_files_only=True)
-  except Exception as error:  # transformers raises many kinds; all mean the same to a person.
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    raise UserError(
-      f'{directory} holds no tokenizer that can be read ({reason}); give a directory with '
-      'tokenizer.json, or with vocab.json and merges.txt.'
-    ) from error
+  remedy = 'give a directory with tokenizer.json, or with vocab.json and merges.txt'
+  with reading(directory, 'holds no tokenizer that can be read', remedy):
+    for file in directory.iterdir():
+      if file.suffix in _FILES:
+        inside(file, directory)
+        require(file.is_file(), f'{file} is no file; leave it out.')
+    # Code that a tokenizer brings is never run, nor asked for.
+    return _class_of(directory).from_pretrained(
+      os.fspath(directory), local_files_only=True, trust_remote_code=False
+    )
 
 
 def add_placeholder(tokenizer: PreTrainedTokenizerBase, token: str, count: int = 1) -> list[int]:

@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.lora import from_params, write_lora
-from diffusion_jax.io.pretrained import cast, load_params, save_params
+from diffusion_jax.io.pretrained import cast, load_params, resolve, save_params
 from diffusion_jax.io.textual_inversion import FILES, TextualInversion, write_textual_inversion
+from diffusion_jax.links import check_folder
 from diffusion_jax.models.controlnet import ControlNet, ControlNetConfig, from_unet
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.lora import LoRAConfig, is_lora, targets, with_lora
@@ -56,6 +57,7 @@ class WholeUNet:
 
   def __init__(self, source: str, part: Part | None):
     self.source, self.part = source, part
+    check_folder(resolve(source))  # It is copied when training ends.
 
   def adapted(self, model: TextToImage) -> TextToImage:
     self.model = model
