@@ -12,6 +12,7 @@ from typing import Any
 
 from diffusion_jax.cli import evaluate_job, evaluate_model
 from diffusion_jax.errors import UserError
+from diffusion_jax.reading import read_object, reading
 
 POLL_SECONDS = 5.0
 STALE_SECONDS = 1800.0
@@ -146,15 +147,12 @@ def _write(
 
 def _history(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
   """What an earlier start has found. UserError where that was another evaluation."""
-  if not out.is_file():
+  if not out.exists():
     return []
-  try:
-    known = json.loads(out.read_text())
-    history, was = known['history'], known['settings']
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise UserError(
-      f'{out} is not what --follow writes ({error!r}); name another --out.'
-    ) from error
+  with reading(out, 'is not what --follow writes', 'name another --out'):
+    known = read_object(out, remedy='name another --out')
+    history = [{**line, 'step': int(line['step'])} for line in known['history']]
+    was = dict(known['settings'])
   wanted = json.loads(json.dumps(settings))
   for name in sorted(wanted):
     if was.get(name) != wanted[name]:

@@ -5,12 +5,13 @@ import threading
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
+from diffusion_jax.data.images import MAX_PIXELS
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.whole import ARCHIVE_DAMAGE
+from diffusion_jax.io.npz import check_member, fill, opened, read_header
+from diffusion_jax.reading import reading
 
 ARRAY = 'arr_0.npy'
 _PART = 2**20
@@ -22,9 +23,9 @@ def holds_batch(path: str | Path) -> bool:
   if not Path(path).is_file():  # A pipe would wait for a writer for ever.
     return False
   try:
-    with zipfile.ZipFile(path) as archive:
+    with reading(path), opened(path) as archive:
       return ARRAY in archive.namelist()
-  except (OSError, zipfile.BadZipFile):
+  except UserError:
     return False
 
 
@@ -42,19 +43,22 @@ class ImageBatch(Sequence):
     self.path = Path(path)
     if not self.path.is_file():
       raise UserError(f'There are no images at {path}: correct the path.')
-    try:
-      with zipfile.ZipFile(self.path) as archive:
-        with archive.open(ARRAY) as file:
-          self.shape, self._start = _header(file)
-          while file.read(_PART):  # At the end the archive compares its checksum.
-            pass
-        entry = archive.getinfo(ARRAY)
-    except ARCHIVE_DAMAGE as error:
-      raise UserError(
-        f'{path} is not a whole npz with images as arr_0: make it or fetch it again.'
-      ) from error
-    if not self.shape:
+    fault, remedy = 'is not a whole npz with images as arr_0', 'make it or fetch it again'
+    with reading(path, fault, remedy), opened(self.path) as archive:
+      entry = archive.getinfo(ARRAY)
+      check_member(archive, entry)
+      with archive.open(entry) as file:
+        header = read_header(file, entry)
+        while file.read(_PART):  # At the end the archive compares its checksum.
+          pass
+    self.shape, self._start = header.shape, header.start
+    rgb = header.dtype == np.uint8 and len(self.shape) == 4 and self.shape[-1] == 3
+    if not rgb or header.fortran or not all(self.shape):
       raise UserError(f'arr_0 in {path} is not uint8 [n h w 3]: give a batch of RGB images.')
+    if math.prod(self.shape[1:]) > 3 * MAX_PIXELS:
+      raise UserError(
+        f'the images in {path} have {self.shape[1]} x {self.shape[2]} pixels; give smaller ones.'
+      )
     self._stored = entry.compress_type == zipfile.ZIP_STORED
     self._entry = entry.header_offset
     self._images: np.ndarray | None = None
@@ -66,15 +70,13 @@ class ImageBatch(Sequence):
   def __getitem__(self, index: int) -> np.ndarray:
     """Image `index`, uint8 [h w 3]. UserError where the file can no longer be read."""
     index = range(len(self))[index]
-    try:
+    with reading(self.path, 'can no longer be read', 'fetch it again'):
       if self._stored:
         return self._at(index)
       with self._lock:  # Several threads read; only one shall unpack.
         if self._images is None:
           self._images = self._unpacked()
       return self._images[index]
-    except ARCHIVE_DAMAGE as error:
-      raise UserError(f'{self.path} can no longer be read ({error}).') from error
 
   def _at(self, index: int) -> np.ndarray:
     size = math.prod(self.shape[1:])
@@ -90,21 +92,8 @@ class ImageBatch(Sequence):
     return np.frombuffer(data, np.uint8).reshape(self.shape[1:])
 
   def _unpacked(self) -> np.ndarray:
-    with zipfile.ZipFile(self.path) as archive, archive.open(ARRAY) as file:
+    with opened(self.path) as archive, archive.open(ARRAY) as file:
       file.read(self._start)
       images = np.empty(self.shape, np.uint8)
-      into = memoryview(images.reshape(-1))
-      while read := file.readinto(into):
-        into = into[read:]
-      if len(into):
-        raise EOFError('it ends too early')
+      fill(images, file)
     return images
-
-
-def _header(file: BinaryIO) -> tuple[tuple[int, ...], int]:
-  """(shape, bytes before the data); an empty shape for what are no images."""
-  version = np.lib.format.read_magic(file)
-  read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-  shape, fortran, dtype = read[version](file)
-  good = dtype == np.uint8 and len(shape) == 4 and shape[-1] == 3 and all(shape) and not fortran
-  return shape if good else (), file.tell()

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.whole import ARCHIVE_DAMAGE, replacing
+from diffusion_jax.io.whole import replacing
+from diffusion_jax.reading import read_object, reading
 
 PLAN = 'plan.json'
 
@@ -41,12 +42,8 @@ class Chunks:
   def _check(self, plan: dict[str, Any]) -> None:
     plan = json.loads(json.dumps(plan))
     file = self.directory / PLAN
-    try:
-      known = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else None
-    except (OSError, ValueError) as error:
-      raise UserError(
-        f'{file} cannot be read ({error}); delete {self.directory} to begin anew.'
-      ) from error
+    remedy = f'delete {self.directory} to begin anew'
+    known = read_object(file, remedy=remedy) if file.exists() else None
     if known is None:
       with replacing(file) as new:
         new.write(json.dumps(plan, indent=2).encode())
@@ -85,13 +82,10 @@ class Chunks:
 
     UserError where it is damaged, which a new start makes good.
     """
-    try:
-      with np.load(self._path(index), allow_pickle=False) as file:
+    path = self._path(index)
+    with reading(path, 'is damaged', 'start again to make it anew'):
+      with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files if name not in without}
-    except ARCHIVE_DAMAGE as error:
-      raise UserError(
-        f'{self._path(index)} is damaged ({error}); start again to make it anew.'
-      ) from error
 
   def joined(self, without: Collection[str] = ()) -> dict[str, np.ndarray]:
     """The results of all items, [total ...] each; all but texts stay on the disk until read.
@@ -124,7 +118,7 @@ class Chunks:
   def _whole(self, index: int) -> bool:
     """Whether the piece is there with all of its bytes; its archive has a checksum for each."""
     try:
-      with zipfile.ZipFile(self._path(index)) as archive:
+      with reading(self._path(index)), zipfile.ZipFile(self._path(index)) as archive:
         return archive.testzip() is None
-    except ARCHIVE_DAMAGE:
+    except UserError:
       return False

@@ -24,11 +24,20 @@ from jaxtyping import Float, UInt8
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.statistics import FittedGaussian, Moments, Statistics
-from diffusion_jax.io.whole import ARCHIVE_DAMAGE, replacing
+from diffusion_jax.io.npz import MOST_TEXT, opened, read_arrays
+from diffusion_jax.io.whole import replacing
+from diffusion_jax.reading import reading
 
 SUFFIXES = ('.npz', '.pt')
 """Of the files that are written: npz, or torch-fidelity's cache."""
-_KEYS = ('mu', 'sigma', 'mu_s', 'sigma_s', 'n', 'features')
+MOST_FEATURES = 8192
+"""Of one sample: four times as many as any extractor has."""
+_MOST_BYTES = {
+  'mu': 8 * MOST_FEATURES, 'sigma': 8 * MOST_FEATURES**2, 'mu_s': 8 * MOST_FEATURES,
+  'sigma_s': 8 * MOST_FEATURES**2, 'n': 8, 'features': MOST_TEXT,
+}
+_MOST_SAMPLES_BYTES = 2**36
+"""Of all features of a reference."""
 
 
 def load_statistics(path: str | os.PathLike, *, spatial: bool = False) -> Moments:
@@ -62,22 +71,22 @@ def _read(path: Path) -> dict[str, Any]:
   """mu and sigma, and what else of _KEYS a file has. UserError where it has not both."""
   if not path.is_file():
     raise UserError(f'There are no statistics at {path}: compute them first or correct the path.')
-  try:
-    with zipfile.ZipFile(path) as archive:
-      names = archive.namelist()
-    if any(name.endswith('data.pkl') for name in names):
+  fault = "is not a whole statistics file, npz with mu and sigma or torch-fidelity's cache"
+  with reading(path, fault, remedy='compute it again or fetch it again'):
+    with opened(path) as archive:
+      members = archive.infolist()
+    if any(info.filename.endswith('data.pkl') for info in members):
+      # Packed ones PyTorch does not write, and would unpack to any size.
+      if any(info.compress_type != zipfile.ZIP_STORED for info in members):
+        raise ValueError('it is packed')
       arrays = _read_torch(path)
     else:
-      with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in _KEYS if name in file}
+      arrays = read_arrays(path, _MOST_BYTES)
     if 'n' in arrays:
       arrays['n'] = int(arrays['n'])
+    if 'features' in arrays:
+      arrays['features'] = str(arrays['features'])[:MOST_TEXT]
     return {'mu': arrays['mu'], 'sigma': arrays['sigma'], **arrays}
-  except ARCHIVE_DAMAGE as error:
-    raise UserError(
-      f"{path} is not a whole statistics file (npz with mu and sigma, or torch-fidelity's cache): "
-      'compute it again or fetch it again.'
-    ) from error
 
 
 def _torch(path: Path):
@@ -92,16 +101,11 @@ def _torch(path: Path):
 
 def _read_torch(path: Path) -> dict[str, Any]:
   torch = _torch(path)
-  from pickle import UnpicklingError
-
   # What numpy arrays are rebuilt by; their kinds of numbers are classes of their own.
   kinds = [type(np.dtype(kind)) for kind in (np.float16, np.float32, np.float64)]
   rebuild = np.zeros(0).__reduce__()[0]
-  try:
-    with torch.serialization.safe_globals([rebuild, np.ndarray, np.dtype, *kinds]):
-      found = torch.load(path, map_location='cpu', weights_only=True)
-  except (UnpicklingError, RuntimeError, AttributeError) as error:
-    raise ValueError('no plain arrays') from error
+  with torch.serialization.safe_globals([rebuild, np.ndarray, np.dtype, *kinds]):
+    found = torch.load(path, map_location='cpu', weights_only=True)
   if not isinstance(found, Mapping):
     raise ValueError('no dictionary')
   arrays = {name: np.asarray(found[name]) for name in ('mu', 'sigma')}
@@ -111,6 +115,8 @@ def _read_torch(path: Path) -> dict[str, Any]:
 def _checked(path: Path, n: int | None, mean: np.ndarray, covariance: np.ndarray) -> Moments:
   numbers = all(np.issubdtype(x.dtype, np.floating) for x in (mean, covariance))
   fit = mean.ndim == 1 and mean.size and covariance.shape == mean.shape * 2
+  if fit and mean.size > MOST_FEATURES:  # A view of few numbers may claim to be of any size.
+    raise UserError(f'{path} is of {mean.size:,} features, where {MOST_FEATURES:,} may be.')
   if not fit or (n is not None and n < 2):
     raise UserError(f'The arrays in {path} do not fit each other: compute the file again.')
   if not numbers or not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
@@ -175,13 +181,9 @@ def load_features(path: str | os.PathLike) -> Float[np.ndarray, 'n d']:
   path = Path(path)
   if not path.is_file():
     raise UserError(f'There are no features at {path}: correct the path.')
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      features = file['feats']
-  except ARCHIVE_DAMAGE as error:
-    raise UserError(
-      f'{path} is not a whole npz with features as feats: compute it again or fetch it again.'
-    ) from error
+  fault, remedy = 'is not a whole npz with features as feats', 'compute it again or fetch it again'
+  with reading(path, fault, remedy):
+    features = read_arrays(path, {'feats': _MOST_SAMPLES_BYTES})['feats']
   if features.ndim != 2 or not np.issubdtype(features.dtype, np.floating):
     raise UserError(f'feats in {path} are not features [n d]: compute the file again.')
   return features

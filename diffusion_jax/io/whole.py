@@ -3,20 +3,9 @@
 import contextlib
 import os
 import secrets
-import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
-
-ARCHIVE_DAMAGE = (
-  LookupError, TypeError, ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile,
-  zlib.error,
-)
-"""What zipfile and numpy raise of an archive whose bytes are not what was written.
-
-RuntimeError: a flipped bit that asks for another way to unpack, or for a password.
-"""
 
 
 @contextlib.contextmanager
