@@ -65,8 +65,9 @@ class DataConfig:
         f'data.test_fraction has no effect on {self.dataset}, which has a test split; set it to '
         f'{TEST_FRACTION}.'
       )
-    if self.caption_column and not self.dataset.startswith(FOLDER):
-      raise UserError(f'data.caption_column has no effect on {self.dataset}; empty it.')
+    for name in ('caption', 'caption_column'):
+      if getattr(self, name) and not self.dataset.startswith(FOLDER):
+        raise UserError(f'data.{name} has no effect on {self.dataset}; empty it.')
 
 
 @dataclasses.dataclass(frozen=True)

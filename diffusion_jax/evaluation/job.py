@@ -172,6 +172,12 @@ def shuffled(source: ImageSource, count: int) -> list[Record]:
 
 def check_samples(samples: int, available: int) -> None:
   """Raises a UserError for fewer samples than 16, or more than there are test captions."""
+  if available < MINIMUM:
+    raise UserError(
+      f'the test split has {available} captions, fewer than the {MINIMUM} that scores need; set '
+      'loop.evaluate_samples to 0, or data.test_fraction of a folder to more, or to 0 to score on '
+      'what is trained on.'
+    )
   if not MINIMUM <= samples <= available:
     raise UserError(
       f'{samples} samples cannot be scored; choose {MINIMUM} to {available}, the number of test '

@@ -82,11 +82,21 @@ def test_other_prepared_data_are_refused(finished, copy_of, fails, small_data, t
   assert 'the captions of the training data are not those' in line
 
 
-def test_before_anything_is_saved_data_may_change(begun, command, tmp_path):
-  """Who stops at once to mend a caption need not choose another workdir."""
+def test_before_anything_is_saved_data_may_change(begun, command, tmp_path, capsys):
+  """Who stops at once to mend a caption need not choose another workdir. What is left out is said.
+  """
+  for name in ('._a.png', 'loose.png'):
+    shutil.copyfile(begun / 'pictures' / 'a' / '0.png', begun / 'pictures' / name)
   run = tmp_path / 'run'
   run.mkdir()
   (run / 'data.json').write_text(json.dumps({'training': {'pictures': 'other'}}))
   assert command('train', '--config', begun / 'recipe.py', '--workdir', run, '--quiet') == 0
   assert json.loads((run / 'data.json').read_text())['training']['pictures'] != 'other'
   assert os.listdir(run / 'checkpoints')
+  said = capsys.readouterr().err.splitlines()
+  assert said == [
+    f'diffusion_jax train: of {begun / "pictures"} not everything is used: hidden files: 1, such '
+    'as ._a.png; pictures outside of the folders of classes: 1, such as loose.png.',
+    'diffusion_jax train: scores are measured on the 24 pictures that are trained on: '
+    'data.test_fraction is 0.',
+  ]

@@ -363,6 +363,7 @@ def test_diffusers_opens_what_was_exported(recipe, tuned):
   ('lora', {'settings.lora.rank': 0}, 'lora.rank is 0'),
   ('controlnet', {'settings.cache': True}, 'settings.cache keeps latents and texts alone'),
   ('controlnet', {'loop.evaluate_samples': 16}, 'set evaluate_samples 0'),
+  ('lora', {'loop.evaluate_samples': 16}, 'the test split has 8 captions, fewer than the 16'),
   ('dreambooth', {'settings.cache': True}, 'settings.cache does not know whose picture'),
   ('dreambooth', {'settings.prior.prompt': ''}, 'settings.prior needs a prompt'),
   ('textual_inversion', {'settings.placeholder.token': 'cat</w>'}, 'without /'),
