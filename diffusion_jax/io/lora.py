@@ -117,7 +117,7 @@ def _tensors(path: Path) -> Mapping[str, Any]:
   if path.suffix not in PICKLES:
     return open_tensors(path)
   values = load_plain(path)
-  tensors = tensors_of(values)
+  tensors = tensors_of(values, path)
   require(
     len(tensors) == len(values),
     f'{path} holds {some(map(str, values.keys() - tensors.keys()))}, which is no tensor.',

@@ -183,7 +183,7 @@ def _read_pickle(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
       isinstance(table, dict) and '*' in table, f'{path} has no rows in its string_to_param.'
     )
     token, values = values.get('name'), {'emb_params': table['*']}
-  return token, tensors_of(values)
+  return token, tensors_of(values, path)
 
 
 def write_textual_inversion(
