@@ -31,7 +31,7 @@ def base(task: str) -> ConfigDict:
   config.safety = ConfigDict({
     'max_skipped_in_a_row': 10, 'spike_deviations': 0.0, 'step_timeout_seconds': 1800.0,
     'compile_timeout_seconds': 7200.0, 'peer_timeout_seconds': 60.0,
-    'checkpoint_retry_seconds': 60.0,
+    'checkpoint_retry_seconds': 60.0, 'room_timeout_seconds': 86_400.0,
   })
   config.mesh = ConfigDict({
     'data': -1, 'fsdp': 1, 'tensor': 1, 'spatial': 1, 'dcn_data': -1, 'dcn_fsdp': 1,

@@ -20,10 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; returns its exit code (2: a mistake in what was given)."""
   try:
     with Interrupts():
-      set_up_process()
       from diffusion_jax.cli.main import run
 
-      return run(sys.argv[1:] if argv is None else argv)
+      return run(sys.argv[1:] if argv is None else argv, set_up_process)
   except KeyboardInterrupt:
     return say_interrupted()
 

@@ -16,6 +16,7 @@ from diffusion_jax.parallel.agreement import agree, in_step
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.parallel.sharding import put_params, to_host
 from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
+from diffusion_jax.reading import reading
 from diffusion_jax.recipe import LATENT, parse
 from diffusion_jax.train.posthoc_ema import Combination, Snapshot, combine
 from diffusion_jax.train.tasks.task import Scores
@@ -31,7 +32,11 @@ class TrainedRun:
 
   def __init__(self, workdir: str):
     self.workdir, self.directory = workdir, RunDirectory(workdir)
-    self.config = parse(self.directory.read_json('config.json'))
+    values = self.directory.read_json('config.json')
+    with reading(
+      self.directory.path / 'config.json', 'is not the config of a run', 'restore that file'
+    ):
+      self.config = parse(values)
     if not self.directory.checkpoints.is_dir():
       raise UserError(f'{workdir} has no checkpoint yet; train longer, or give another workdir.')
     self.sources = open_sources(self.config)

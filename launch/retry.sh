@@ -6,9 +6,10 @@
 #
 # such as: launch/retry.sh launch/local.sh 2 --config configs/toy/edm.py --workdir runs/edm
 #
-# Again:     the file says "retry": true (training, interrupted, peer_lost, stalled).
+# Again:     the file says "retry": true (training, interrupted, peer_lost, stalled, unsaved).
 # Not again: it says false (failed, diverged), the code is 2 (a mistake in what was given), or the
-#            attempt has not touched the file (a bug before the start). Finished is code 0.
+#            attempt has not touched the file (a bug before the start), unless it was killed
+#            by SIGKILL or SIGTERM before it could. Finished is code 0.
 # SIGTERM and SIGINT are passed on to the command, which is then not tried again.
 #
 # Environment:
@@ -108,12 +109,16 @@ for ((attempt = 1; ; attempt++)); do
   elif ((code == 2)); then
     say "$seen: a mistake in what was given; not again"
     exit 2
-  elif [[ $(fingerprint) == "$before" ]]; then
+  elif [[ $(fingerprint) == "$before" ]] && ((code != 137 && code != 143)); then
     say "$seen and has not touched $status: a bug before the start; not again"
     exit "$code"
-  elif [[ ! ${state:-} ]]; then
+  elif [[ ! ${state:-} && -e $status ]]; then
     say "$seen; $status cannot be read; not again"
     exit "$code"
+  elif [[ ! ${state:-} ]]; then  # Killed before it could write one.
+    state=nothing retry=true now=0
+  elif [[ $(fingerprint) == "$before" ]]; then  # What it says is of the attempt before.
+    retry=true
   fi
   seen+=", $state at step $now"
   if [[ $state == finished ]]; then

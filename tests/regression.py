@@ -19,9 +19,6 @@ class Regression(Task):
   def initialize(self, key):
     return {'kernel': jax.random.normal(key, (8, 4)), 'bias': jnp.zeros(4)}
 
-  def constrain(self, params):
-    return params
-
   def loss(self, params, frozen, memory, batch, key, step):
     x = batch['x'] + self.noise * jax.random.normal(key, batch['x'].shape)
     error = jnp.square(x @ params['kernel'] + params['bias'] - batch['y']).mean(axis=1)

@@ -76,17 +76,9 @@ def _next(run, passed: set[int]) -> int | None:
 
 def _over(workdir: str) -> bool:
   from diffusion_jax.io.run_directory import RunDirectory
+  from diffusion_jax.io.status import stands_still
 
-  directory = RunDirectory(workdir)
-  try:
-    status = directory.read_json('status.json')
-    retry, told = status['retry'], status['updated']
-  except (UserError, KeyError):
-    # A run without a word, such as a copy, is known by what it has written last.
-    retry, told = True, max(
-      path.stat().st_mtime for path in (directory.path, directory.checkpoints) if path.is_dir()
-    )
-  return not retry or time.time() - told > STALE_SECONDS
+  return stands_still(RunDirectory(workdir), STALE_SECONDS)
 
 
 def _first_checkpoint(workdir: str) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The table of commands, and how their errors reach a person."""
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from diffusion_jax import __version__
 from diffusion_jax.cli import benchmark, convert, draw, evaluate, prepare, report, sample, train
@@ -36,8 +37,12 @@ def make_parser() -> argparse.ArgumentParser:
   return parser
 
 
-def run(argv: Sequence[str]) -> int:
-  """Parses and runs. 0: done, 2: a mistake in what was given, 1: anything else that went wrong."""
+def run(argv: Sequence[str], set_up: Callable[[], None]) -> int:
+  """Parses and runs. 0: done, 2: a mistake in what was given, 1: anything else that went wrong.
+
+  Args:
+    set_up: prepares the process for what is heavy; nothing of that is imported before.
+  """
   from diffusion_jax.train.diverged import Diverged
 
   for stream in (sys.stdout, sys.stderr):
@@ -50,7 +55,11 @@ def run(argv: Sequence[str]) -> int:
         f'there is no option {rest[0]}; see python -m diffusion_jax {args.command} --help.'
       )
     args.overrides = rest
-    return COMMANDS[args.command].run(args)
+    with contextlib.ExitStack() as stack:
+      if opening := getattr(COMMANDS[args.command], 'opening', None):
+        args.start = stack.enter_context(opening(args))
+      set_up()
+      return COMMANDS[args.command].run(args)
   except UserError as error:
     print(f'diffusion_jax {args.command}: {error}', file=sys.stderr)
     return 2

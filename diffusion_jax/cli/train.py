@@ -3,6 +3,8 @@
 import argparse
 
 from diffusion_jax.cli.options import check_overrides
+from diffusion_jax.io.start import Start
+from diffusion_jax.parallel.startup import find_cluster
 
 HELP = 'train an autoencoder, a CLIP, a diffusion model or a toy'
 DESCRIPTION = """Trains what the config describes. Running the same command again goes on from the
@@ -27,9 +29,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       'where the results lie')
 
 
+def opening(args: argparse.Namespace) -> Start:
+  """Takes the workdir, before anything heavy is imported: a kill at any time leaves a word there.
+
+  Raises:
+    UserError: the workdir cannot be used, or another run is in it.
+  """
+  check_overrides(args)
+  cluster = find_cluster()
+  start = Start(args.workdir)
+  if cluster.processes:  # Else only the TPU's own service knows how many there are.
+    start.open(cluster.index, cluster.processes)
+  return start
+
+
 def run(args: argparse.Namespace) -> int:
   """Trains."""
-  check_overrides(args)
   from diffusion_jax.build import build
   from diffusion_jax.compile_cache import enable_compile_cache
   from diffusion_jax.parallel.startup import start_distributed
@@ -38,5 +53,6 @@ def run(args: argparse.Namespace) -> int:
 
   enable_compile_cache()
   start_distributed()
+  args.start.meet()
   training = build(load_config(args.config, args.overrides), args.workdir)
-  return train(training, progress=not args.quiet)
+  return train(training, progress=not args.quiet, start=args.start)

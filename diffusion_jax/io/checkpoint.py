@@ -4,8 +4,10 @@ Storage fails in many ways and none of them may cost a run: a save that fails is
 again, a damaged checkpoint is moved aside and the one before it is used.
 """
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -23,19 +25,24 @@ from diffusion_jax.io.quarantine import NAME as QUARANTINE
 from diffusion_jax.io.quarantine import quarantine, quarantined
 from diffusion_jax.io.restoring import read_step
 from diffusion_jax.io.saving import NotSaved, Saving, reason, remove_leftovers
+from diffusion_jax.io.scores import NAME as SCORES
 from diffusion_jax.io.scores import Scores
+from diffusion_jax.io.set_aside import set_aside_damaged
 from diffusion_jax.parallel.agreement import agree, in_step
 
 ITEMS = ('params', 'opt_state', 'ema', 'rest')
 """Parts of a state that are stored apart, so that sampling reads only the parameters."""
 
 DELETING = '.deleting'
+STEP = re.compile(r'0|[1-9][0-9]{0,17}')
+"""A step as it is written here, which other digits, signs, zeros and spaces are not."""
 RETRY_SECONDS = 60.0
 
 
 def to_stderr(text: str) -> None:
   """One line for people."""
-  print(text, file=sys.stderr, flush=True)
+  with contextlib.suppress(OSError, ValueError):
+    print(text, file=sys.stderr, flush=True)
 
 
 class Checkpoints:
@@ -58,24 +65,52 @@ class Checkpoints:
     self._say = say if jax.process_index() == 0 else lambda text: None
     self._failed_at: float | None = None
     self._step = -1
+    if not read_only:
+      self._tidy_up()
     self._scores = Scores(self.directory, self._say)
     self._saving = Saving(self.directory)
-    if not read_only and jax.process_index() == 0:
-      remove_leftovers(self.directory)
+
+  def _tidy_up(self) -> None:
+    if os.path.lexists(self.directory) and not self.directory.is_dir():
+      raise UserError(f'{self.directory} is not a folder; move it out of the way.')
+    if jax.process_index() != 0:
+      return
+    remove_leftovers(self.directory)
+    with contextlib.suppress(OSError):  # What cannot be read or removed shows when it is needed.
+      set_aside_damaged(self.directory / SCORES, self._say)
       for path in self.directory.glob(f'*{DELETING}'):
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
+      self._tell_of_strangers()
 
   def steps(self) -> list[int]:
     """The steps on disk, damaged ones too, in ascending order."""
+    return sorted(int(name) for name in self._folders() if STEP.fullmatch(name))
+
+  def _folders(self) -> list[str]:
     if not self.directory.is_dir():
       return []
-    names = (entry.name for entry in os.scandir(self.directory) if entry.is_dir())
-    return sorted(int(name) for name in names if name.isdecimal())
+    return [entry.name for entry in os.scandir(self.directory) if entry.is_dir()]
+
+  def _tell_of_strangers(self) -> None:
+    """Names folders that look like a step to a person; they are left alone."""
+    strange = sorted(
+      name for name in self._folders()
+      if not STEP.fullmatch(name) and name.strip(' +-_.').isnumeric()
+    )
+    if strange:
+      more = f' and {len(strange) - 3} more' if len(strange) > 3 else ''
+      self._say(
+        f'{self.directory} holds {", ".join(map(ascii, strange[:3]))}{more}, which no step is '
+        'written as; it is left alone.'
+      )
 
   def latest(self) -> int | None:
     """The newest step that looks whole (nothing is read), None when there is none."""
-    whole = (s for s in reversed(self.steps()) if (self.directory / str(s) / MANIFEST).is_file())
-    return next(whole, None)
+    try:
+      whole = (s for s in reversed(self.steps()) if (self.directory / str(s) / MANIFEST).is_file())
+      return next(whole, None)
+    except OSError:  # Only said; what is wrong with the storage shows elsewhere.
+      return None
 
   def seal(self, step: int) -> str:
     """Changes with the content of a checkpoint; '' where there is none."""
@@ -114,7 +149,7 @@ class Checkpoints:
       self._scores.add(step, scores)
     parts = {name: state[name] for name in ITEMS if _has_leaves(state[name])}
     try:
-      if not self._saving.start(step, parts, data, then=self._prune):
+      if not self._saving.start(step, parts, data, self._prune, self._say):
         self._succeeded()
     except (NotSaved, TimeoutError) as error:
       self._failed(step, error)
@@ -175,14 +210,18 @@ class Checkpoints:
 
   def _prune(self) -> None:
     """Deletes what the rule does not keep; process 0 alone."""
-    steps = self.steps()
+    try:
+      steps = self.steps()
+    except OSError as error:
+      self._say(f'{self.directory} cannot be read ({reason(error)}); nothing is deleted there.')
+      return
     known = self._scores.of(self.keep.best) if self.keep.best else {}
     stay = kept(steps, known, self.keep, self._scores.of('samples'))
     for step in sorted(set(steps) - stay):
       folder = self.directory / str(step)
       try:  # Renamed first, so that what is half deleted never passes for a checkpoint.
         away = folder.rename(folder.with_name(folder.name + DELETING))
-        shutil.rmtree(away)
+        remove(away)
       except OSError as error:
         self._say(f'the old checkpoint {folder} cannot be deleted ({reason(error)}).')
 
@@ -245,8 +284,7 @@ class Checkpoints:
 
   def _newest(self, wanted: dict, everything: bool) -> tuple[int, dict[str, Any], Any] | None:
     self._collect()
-    listed = json.dumps([self.steps(), quarantined(self.directory)])
-    steps, moved = json.loads(agree('steps', listed)[0])
+    steps, moved = json.loads(agree('steps', in_step('listing', self._listed, (UserError,)))[0])
     problem = ''
     for step in reversed(steps):
       try:
@@ -261,6 +299,14 @@ class Checkpoints:
       f'all checkpoints are damaged ({problem or "they were found so before"}); they are in '
       f'{where}: put a copy in their place, or delete that folder to begin anew.'
     )
+
+  def _listed(self) -> str:
+    try:
+      return json.dumps([self.steps(), quarantined(self.directory)])
+    except OSError as error:
+      raise UserError(
+        f'{self.directory} cannot be read ({reason(error)}); make it readable and start again.'
+      ) from error
 
   def _pass_over(self, step: int, problem: str) -> None:
     folder = self.directory / str(step)
@@ -284,6 +330,14 @@ class Checkpoints:
     """Waits, then frees threads."""
     self._collect()
     self._saving.close()
+
+
+def remove(folder: Path) -> None:
+  """Removes a folder, or a link to one, with what can be removed of it."""
+  if folder.is_symlink():
+    folder.unlink()
+  else:
+    shutil.rmtree(folder)
 
 
 def _has_leaves(tree: Any) -> bool:

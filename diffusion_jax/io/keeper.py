@@ -7,22 +7,28 @@ the other process is gone: unless its last status was a final one, this writes t
 It needs the standard library alone, so it costs a few megabytes and no start-up time.
 """
 
+import contextlib
 import json
 import os
 import sys
 import time
 
-FINAL = ('finished', 'interrupted', 'peer_lost', 'stalled', 'failed', 'diverged')
+FINAL = (
+  'finished', 'interrupted', 'peer_lost', 'stalled', 'failed', 'diverged', 'unsaved', 'refused',
+)
 
 
 def main(path: str) -> None:
   """Reads until the end of the input, then writes `path` if the last status was not final."""
   last = None
   for line in sys.stdin:
-    last = json.loads(line)
-  if last is None or last['state'] in FINAL or _was_said(path, last):
+    with contextlib.suppress(ValueError):  # The line in which the other process was killed.
+      last = json.loads(line)
+  if last is None or last['state'] in FINAL:
     return
-  what = last.pop('what')
+  what, before = last.pop('what'), last.pop('before')
+  if not _may_be_replaced(path, last['start'], before):
+    return
   phase = last['state']
   last |= {
     'state': 'killed', 'retry': True, 'updated': time.time(),
@@ -30,19 +36,26 @@ def main(path: str) -> None:
                'because it lost its coordinator; start again to go on from the last checkpoint',
   }
   temporary = f'{path}.{os.getpid()}'
-  with open(temporary, 'w') as file:
-    file.write(json.dumps(last, indent=2) + '\n')
-  os.replace(temporary, path)
+  try:
+    with open(temporary, 'w') as file:
+      file.write(json.dumps(last, indent=2) + '\n')
+    os.replace(temporary, path)
+  except OSError:  # A full disk, say. What is there goes on saying that the run goes on.
+    with contextlib.suppress(OSError):
+      os.unlink(temporary)
 
 
-def _was_said(path: str, last: dict) -> bool:
-  """Whether the file has a final word of the same process: the end came before it was heard."""
+def _may_be_replaced(path: str, start: str, before: str) -> bool:
+  """Whether the file is not of a later start, nor the final word of any process of this one."""
   try:
     with open(path) as file:
       found = json.load(file)
-  except (OSError, ValueError):
-    return False
-  return found.get('state') in FINAL and all(found.get(k) == last[k] for k in ('pid', 'host'))
+    state, of = found['state'], found.get('start', '')
+  except FileNotFoundError:
+    return True
+  except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+    return True  # Whatever it is, it says nothing.
+  return state not in FINAL if of == start else of == before
 
 
 if __name__ == '__main__':

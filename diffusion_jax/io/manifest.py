@@ -70,3 +70,5 @@ def check_manifest(folder: Path, parts: Sequence[str]) -> None:
         raise Damaged(f'{name} is not what was saved')
   except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
     raise Damaged(f'{Path(error.filename).relative_to(folder)} is missing') from error
+  except (ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    raise Damaged(f'{NAME} cannot be understood') from error

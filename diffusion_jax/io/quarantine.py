@@ -1,5 +1,6 @@
 """Where damaged checkpoints go: out of the way, but not deleted, for somebody may look at them."""
 
+import os
 from pathlib import Path
 
 NAME = 'quarantine'
@@ -14,7 +15,7 @@ def quarantine(directory: Path, step: int) -> Path:
   folder = directory / NAME
   folder.mkdir(exist_ok=True)
   target, number = folder / str(step), 1
-  while target.exists():
+  while os.path.lexists(target):
     number += 1
     target = folder / f'{step}-{number}'
   return (directory / str(step)).rename(target)

@@ -29,9 +29,9 @@ def write_shares(folder: Path, shares: dict[str, dict]) -> None:
   (folder / NAME / f'digests_{jax.process_index()}.json').write_text(json.dumps(shares))
 
 
-def write_record(folder: Path, arrays: dict[str, dict], data: Any) -> None:
+def write_record(folder: Path, step: int, arrays: dict[str, dict], data: Any) -> None:
   """What `describe` gives for every item, and the position of the data loader; process 0 alone."""
-  values = {'arrays': arrays, 'data': data, 'processes': jax.process_count()}
+  values = {'step': step, 'arrays': arrays, 'data': data, 'processes': jax.process_count()}
   (folder / NAME / 'record.json').write_text(json.dumps(values))
 
 
@@ -39,7 +39,8 @@ def read_record(folder: Path) -> tuple[dict[str, dict], dict[str, dict], Any]:
   """(arrays of every item, digests of every item, position of the data loader).
 
   Raises:
-    Damaged: a file is missing or cannot be understood.
+    Damaged: a file is missing or cannot be understood, or it is the record of another step than the
+      one that the folder is named after.
   """
   try:
     record = json.loads((folder / NAME / 'record.json').read_text())
@@ -48,9 +49,23 @@ def read_record(folder: Path) -> tuple[dict[str, dict], dict[str, dict], Any]:
       for index in range(record['processes'])
     ]
     digests = {item: add_up([share[item] for share in shares]) for item in record['arrays']}
-    return record['arrays'], digests, record['data']
-  except (FileNotFoundError, ValueError, KeyError, TypeError, IndexError) as error:
+    arrays, data = record['arrays'], record['data']
+    step = record.get('step', int(folder.name))  # Older ones do not say; their arrays do.
+  except (FileNotFoundError, ValueError, KeyError, TypeError, IndexError, AttributeError,
+          RecursionError) as error:
     raise Damaged(f'{NAME} cannot be read: {error}') from error
+  check_step(folder, step)
+  return arrays, digests, data
+
+
+def check_step(folder: Path, step: Any) -> None:
+  """Makes sure that a folder that is named after a step holds that one.
+
+  Raises:
+    Damaged: it was renamed, copied or linked.
+  """
+  if step != int(folder.name):
+    raise Damaged(f'it is the checkpoint of step {step} under another name')
 
 
 def check_arrays(

@@ -45,7 +45,21 @@ def read_step(
     for leaf, found in digests(tree).items():
       if saved_digests[item].get(leaf) != found:
         raise Damaged(f'{item}{leaf} is not what was saved')
+  state = trees.get('rest')
+  if isinstance(state, dict) and 'step' in state:
+    record.check_step(folder, int(state['step']))
   return trees, data
+
+
+def read_step_alone(folder: Path) -> None:
+  """Makes sure, without reading an array, that a folder holds a checkpoint of its step.
+
+  Raises:
+    Damaged: what is stored is not what was saved there.
+    OSError: it cannot be read for another reason.
+  """
+  check_manifest(folder, (record.NAME,))
+  record.read_record(folder)
 
 
 def _open(folder: Path, wanted: dict[str, Any], everything: bool) -> tuple[dict[str, dict], Any]:

@@ -2,16 +2,16 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.whole import replacing
+from diffusion_jax.reading import read_object, reading
 
 PACKAGES = (
   'diffusion_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'array_record',
@@ -53,14 +53,15 @@ class RunDirectory:
     Raises:
       UserError: the file is missing or damaged.
     """
-    try:
-      return json.loads((self.path / name).read_text())
-    except FileNotFoundError:
+    if not os.path.lexists(self.path / name):
       raise UserError(
         f'{self.path} has no {name}; give the workdir of a run that train has started.'
-      ) from None
-    except (OSError, ValueError) as error:
-      raise UserError(f'{self.path / name} cannot be read ({error}); restore that file.') from error
+      )
+    try:
+      return read_object(self.path / name)
+    except UserError as error:
+      reason = str(error).rpartition(';')[0] or str(error)
+      raise UserError(f'{reason}; restore that file.') from error
 
   def check_config(
     self, config: dict[str, Any], complete: Callable[[dict[str, Any]], dict[str, Any]]
@@ -75,9 +76,14 @@ class RunDirectory:
     """
     if self.path.exists() and not self.path.is_dir():
       raise UserError(f'the workdir {self.path} is a file; choose a directory.')
-    if not (self.path / 'config.json').exists():
+    if not os.path.lexists(self.path / 'config.json'):
       return
-    before = flatten(normalise(complete(self.read_json('config.json'))))
+    values = self.read_json('config.json')
+    with reading(
+      self.path / 'config.json', 'is not the config of a run',
+      'restore that file, or choose another workdir',
+    ):
+      before = flatten(normalise(complete(values)))
     now = flatten(normalise(config))
     for key in sorted(before.keys() | now.keys()):
       if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE):
@@ -105,6 +111,8 @@ def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
 
 def versions() -> dict[str, Any]:
   """Versions of Python, of the packages that numbers depend on, and the devices."""
+  import jax  # Here, for the first word of a start comes before anything heavy is imported.
+
   found = {}
   for package in PACKAGES:
     try:

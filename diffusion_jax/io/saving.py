@@ -10,6 +10,7 @@ import concurrent.futures
 import errno
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +22,9 @@ from etils import epath
 
 from diffusion_jax.io import record
 from diffusion_jax.io.digests import local_digests
-from diffusion_jax.io.manifest import write_manifest
-from diffusion_jax.io.restoring import sentence
+from diffusion_jax.io.manifest import Damaged, write_manifest
+from diffusion_jax.io.quarantine import quarantine
+from diffusion_jax.io.restoring import read_step_alone, sentence
 from diffusion_jax.parallel.agreement import agree
 
 TEMPORARY = '.orbax-checkpoint-tmp'
@@ -68,12 +70,16 @@ class Saving:
     if running is not None:
       running.result()
 
-  def start(self, step: int, parts: dict[str, Any], data: Any, then: Callable[[], None]) -> bool:
+  def start(
+    self, step: int, parts: dict[str, Any], data: Any, then: Callable[[], None],
+    say: Callable[[str], None],
+  ) -> bool:
     """Copies the arrays to the host and starts to write; no save may be under way.
 
     Args:
       parts: item -> pytree of arrays.
       then: is called by process 0 in the background once the step is on disk.
+      say: is told of what was in the way and has been moved.
 
     Returns:
       False where the step is on disk already.
@@ -83,7 +89,7 @@ class Saving:
     """
     folder = self.directory / f'{step}{TEMPORARY}'
     shares = {item: local_digests(tree) for item, tree in parts.items()}
-    if self._prepare(step, folder, parts):
+    if self._prepare(step, folder, parts, say):
       return False
     arrays = {item: record.describe(tree) for item, tree in parts.items()}
     problem, writes = '', []
@@ -93,7 +99,7 @@ class Saving:
       problem = reason(error)
 
     def finish() -> None:
-      self._write(folder, writes, shares, arrays, data, problem)
+      self._write(folder, step, writes, shares, arrays, data, problem)
       self._commit(folder, self.directory / str(step), list(parts))
       if jax.process_index() == 0:
         then()
@@ -101,13 +107,13 @@ class Saving:
     self._running = self._pool.submit(finish)
     return True
 
-  def _prepare(self, step: int, folder: Path, parts: dict[str, Any]) -> bool:
+  def _prepare(self, step: int, folder: Path, parts: dict[str, Any], say) -> bool:
     """Makes the folders where there is room; True where the step is there already."""
     problem = ''
-    if jax.process_index() == 0 and (self.directory / str(step)).is_dir():
-      problem = 'have'
-    else:
-      try:
+    try:
+      if jax.process_index() == 0 and self._have(step, say):
+        problem = 'have'
+      else:
         self.directory.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
           remove_leftovers(self.directory)
@@ -115,13 +121,26 @@ class Saving:
         if jax.process_index() == 0 and not problem:
           for name in (*parts, record.NAME):
             (folder / name).mkdir(parents=True)
-      except OSError as error:
-        problem = reason(error)
+    except OSError as error:
+      problem = reason(error)
     answers = agree(f'{self._name}/preparing', problem)
     if answers[0] == 'have':
       return True
     self._stop_where(answers, folder)
     return False
+
+  def _have(self, step: int, say: Callable[[str], None]) -> bool:
+    """Whether the step is there; what stands in its place and is no such checkpoint is moved."""
+    folder = self.directory / str(step)
+    if not os.path.lexists(folder):
+      return False
+    try:
+      read_step_alone(folder)
+    except Damaged as error:
+      target = quarantine(self.directory, step)
+      say(f'{folder} is no checkpoint of that step ({error}); it was moved to {target}.')
+      return False
+    return True
 
   async def _begin(self, folder: Path, parts: dict[str, Any]) -> list:
     writes = []
@@ -131,7 +150,7 @@ class Saving:
       writes += await handler.async_save(epath.Path(folder / item), args=args) or []
     return writes
 
-  def _write(self, folder, writes, shares, arrays, data, problem) -> None:
+  def _write(self, folder, step, writes, shares, arrays, data, problem) -> None:
     for write in writes:  # All of them, for the folder may only go when nobody writes into it.
       try:
         write.result()
@@ -141,7 +160,7 @@ class Saving:
       if not problem:
         record.write_shares(folder, {item: fetch() for item, fetch in shares.items()})
         if jax.process_index() == 0:
-          record.write_record(folder, arrays, data)
+          record.write_record(folder, step, arrays, data)
     except Exception as error:
       problem = reason(error)
     self._stop_where(agree(f'{self._name}/written', problem), folder)
@@ -179,9 +198,17 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def reason(error: BaseException) -> str:
-  """Why a save failed, in few words."""
+  """Why something could not be written, in few words."""
   full = getattr(error, 'errno', None) == errno.ENOSPC or 'No space left' in str(error)
   return 'the disk is full' if full else sentence(error)
+
+
+def of_storage(error: BaseException) -> bool:
+  """Whether an error says that something cannot be written, rather than that it is wrong.
+
+  Libraries in other languages have kinds of their own, which quote the number of the system's.
+  """
+  return isinstance(error, OSError) or bool(re.search(r'os error \d+|No space left', str(error)))
 
 
 def _lack_of_room(directory: Path, parts: dict[str, Any]) -> str:

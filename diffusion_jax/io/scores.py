@@ -1,13 +1,16 @@
 """Evaluation scores of checkpoints, in one small file beside them."""
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
+from diffusion_jax.errors import UserError
 from diffusion_jax.io.whole import replacing
+from diffusion_jax.reading import read_object, reading
 
 NAME = 'scores.json'
 
@@ -21,13 +24,14 @@ class Scores:
     self._values: dict[int, dict[str, float]] = self._read()
 
   def _read(self) -> dict[int, dict[str, float]]:
-    try:
-      values = json.loads(self._file.read_text())
-      return {int(step): {k: float(v) for k, v in each.items()} for step, each in values.items()}
-    except FileNotFoundError:
+    if not os.path.lexists(self._file):
       return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-      self._say(f'{self._file} cannot be read ({error}); scores of old checkpoints are forgotten.')
+    try:
+      with reading(self._file, remedy='scores of old checkpoints are forgotten'):
+        values = read_object(self._file)
+        return {int(step): {k: float(v) for k, v in each.items()} for step, each in values.items()}
+    except UserError as error:
+      self._say(str(error))
       return {}
 
   def of(self, metric: str) -> dict[int, float]:

@@ -9,6 +9,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.io.checkpoint import Checkpoints
 from diffusion_jax.io.run_directory import RunDirectory
 from diffusion_jax.parallel.sharding import shard_params
+from diffusion_jax.reading import reading
 from diffusion_jax.types import Params
 
 
@@ -29,7 +30,9 @@ def run_weights(
   """
   directory = RunDirectory(workdir)
   if ema is None:
-    ema = directory.read_json('config.json')['loop']['ema_halflife_images'] > 0
+    values = directory.read_json('config.json')
+    with reading(directory.path / 'config.json', 'is not the config of a run', 'restore that file'):
+      ema = values['loop']['ema_halflife_images'] > 0
   checkpoints = Checkpoints(directory.checkpoints, read_only=True)
   if not checkpoints.steps():
     raise UserError(f'{workdir} has no checkpoint yet; train longer, or give another workdir.')

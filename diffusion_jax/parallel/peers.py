@@ -24,6 +24,7 @@ import jax
 from jax._src import distributed  # No public door leads to the key-value store.
 
 from diffusion_jax.parallel.agreement import agree
+from diffusion_jax.reading import first_line
 
 PERIOD_SECONDS = 0.1
 PERIOD_SECONDS_A_PROCESS = 0.001
@@ -126,7 +127,7 @@ class Peers:
       except Exception as error:  # The runtime raises its own kinds, some of them bare.
         if time.monotonic() - reached > self._timeout:
           self._lose(0, '', f'the coordinator (process 0) has not answered for '
-                     f'{self._timeout:g} s ({str(error).splitlines()[0][:120]})')
+                     f'{self._timeout:g} s ({first_line(error)[:120]})')
           return
     try:
       self._publish()  # 'done': its silence from now on means nothing.

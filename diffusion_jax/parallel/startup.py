@@ -4,8 +4,6 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 
-import jax
-
 from diffusion_jax.errors import UserError
 from diffusion_jax.parallel.clusters import (
   EXPLICIT,
@@ -82,6 +80,8 @@ def start_distributed(
     UserError: see `find_cluster`; or the processes did not meet within
       COORDINATOR_TIMEOUT_SECONDS (300).
   """
+  import jax  # Here, for `find_cluster` comes before anything heavy is imported.
+
   cluster = find_cluster()
   if jax.distributed.is_initialized():
     return cluster
@@ -109,6 +109,8 @@ def start_distributed(
 
 def _join_tpu(cluster: Cluster, heartbeat: int, timeout: int, say) -> Cluster:
   """TPU hosts are joined by jax's own detection, which asks the TPU's services."""
+  import jax
+
   say(f'a process of {cluster.processes or "all"} ({NAMES[cluster.kind]}: {cluster.found}), '
       'joined by jax itself')
   try:

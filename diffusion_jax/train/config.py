@@ -75,17 +75,20 @@ class SafetyConfig(GuardConfig):
   that long, all stacks are written down and the process leaves. compile_timeout_seconds: the same
   for compiling, and for the first step. peer_timeout_seconds: a process that is silent for so long
   is lost, and the others leave. checkpoint_retry_seconds: between a save that failed, such as for
-  want of space, and the next try.
+  want of space, and the next try. room_timeout_seconds: that the end of a run waits for its last
+  checkpoint and its model to be written, before it leaves without.
   """
 
   step_timeout_seconds: float = 1800.0
   compile_timeout_seconds: float = 7200.0
   peer_timeout_seconds: float = 60.0
   checkpoint_retry_seconds: float = 60.0
+  room_timeout_seconds: float = 86_400.0
 
   def __post_init__(self):
     super().__post_init__()
-    for name in ('step_timeout_seconds', 'compile_timeout_seconds', 'checkpoint_retry_seconds'):
+    for name in ('step_timeout_seconds', 'compile_timeout_seconds', 'checkpoint_retry_seconds',
+                 'room_timeout_seconds'):
       if getattr(self, name) < 0:
         raise UserError(f'safety.{name} is {getattr(self, name)}; give seconds, or 0 for none.')
     if self.peer_timeout_seconds <= 0:

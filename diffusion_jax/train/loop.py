@@ -1,45 +1,62 @@
 """The train loop. There is one; what differs between tasks is in `train/tasks`."""
 
+import contextlib
 import signal
 import sys
-import time
 from typing import Any
 
 import jax
 from tqdm import tqdm
 
+from diffusion_jax.errors import UserError
 from diffusion_jax.io.metrics_writer import MetricsWriter
 from diffusion_jax.io.run_directory import command_line
+from diffusion_jax.io.start import Start
 from diffusion_jax.parallel.sharding import put_batch, put_params, to_host
+from diffusion_jax.reading import first_line
 from diffusion_jax.train.compiling import compile_step, step_and_batch
 from diffusion_jax.train.diverged import Diverged
 from diffusion_jax.train.goodput import Goodput
 from diffusion_jax.train.meter import Meter
 from diffusion_jax.train.profiling import ProfilerWindow
+from diffusion_jax.train.rescue import rescue
 from diffusion_jax.train.resources import Compilations, resources
-from diffusion_jax.train.safety import Safety
+from diffusion_jax.train.room import wait_for_room
+from diffusion_jax.train.safety import TRY_AGAIN, Safety
 from diffusion_jax.train.saving import Saver
 from diffusion_jax.train.showing import Showing, due
+from diffusion_jax.train.side_work import SideWork
 from diffusion_jax.train.state import TrainState, abstract_state, create_state
 from diffusion_jax.train.stop import Stopping
 from diffusion_jax.train.training import Training
 
 
-def train(training: Training, progress: bool = True) -> int:
+def train(training: Training, progress: bool = True, start: Start | None = None) -> int:
   """Trains to the last step, or goes on from the last checkpoint in the workdir.
 
+  Args:
+    start: where the lock of the workdir has been taken already.
+
   Returns:
-    0 when finished; 128 + the signal's number when stopped by one, after saving.
+    0 when finished; 128 + the signal's number when stopped by one, after saving; 75 when the last
+    checkpoint or the model could not be written.
 
   Raises:
-    UserError: all checkpoints in the workdir are damaged, or they are of another model.
+    UserError: all checkpoints in the workdir are damaged, or they are of another model or of more
+      steps; or another run is in it.
     Diverged: too many steps in a row were not finite; parameters are from before them.
 
-  With several processes one that fails, or sees that another is gone, leaves by itself, with exit
-  code 1 or 75; status.json says why.
+  After any other error the state is saved before it is raised. With several processes one that
+  fails, or sees that another is gone, leaves by itself, with exit code 1 or 75; status.json says
+  why.
   """
-  safety = Safety(training.directory, training.safety)
-  with safety.watching(), jax.set_mesh(training.mesh):
+  with contextlib.ExitStack() as stack:
+    if start is None:
+      start = stack.enter_context(Start(training.directory.path))
+    start.meet()
+    safety = Safety(start, training.safety)
+    stack.enter_context(safety.watching())
+    stack.enter_context(jax.set_mesh(training.mesh))
     session = _Session(training, safety, progress and jax.process_index() == 0)
     try:
       return session.run()
@@ -56,14 +73,15 @@ class _Session:
     self.on_cpu = jax.default_backend() == 'cpu'
     self.step = 0
     self.pending: tuple | None = None
+    self.undrawn: dict[str, Any] | None = None  # Where the data stood before a step under way.
     self.last: dict[str, Any] = {}
     self.compilations, self.recompilations = Compilations(), None
     self.profiler = ProfilerWindow(
       training.directory.path / 'profile', training.loop.profile_first_step,
       training.loop.profile_steps,
     )
+    self.side = SideWork(self._say, training.safety.checkpoint_retry_seconds)
     self.writer: MetricsWriter | None = None
-    safety.facts = self._facts
     safety.tell('starting')
     with safety.watchdog.allow(training.safety.compile_timeout_seconds, 'compilation'):
       abstract = abstract_state(
@@ -75,7 +93,7 @@ class _Session:
         training.directory, jax.process_index() == 0, wandb_project=training.loop.wandb_project,
         config=training.config,
       )
-      self.showing = Showing(training, self.writer, self.frozen)
+      self.showing = Showing(training, self.writer, self.frozen, self.side)
       self.showing.describe(self.state, self.goodput.seconds())
       with self.goodput.phase('compile'):
         self._compile(abstract)
@@ -92,13 +110,19 @@ class _Session:
       )
     else:
       self.state = found.state
-    before = self.safety.before
+    before = self.safety.start.status
     self.goodput.goes_on(
-      found.goodput if found else None, before.get('goodput'),
-      down=time.time() - before.get('updated', time.time()),
+      found.goodput if found else None, before.goodput_before(), down=before.seconds_since()
     )
     self.meter = Meter(self.t.loop.batch_size, self.goodput, found.totals if found else {})
     self.step = int(self.state.step)
+    if self.step > self.t.loop.total_steps:
+      raise UserError(
+        f'the run in {self.t.directory.path} has made {self.step} steps, more than '
+        f'loop.total_steps {self.t.loop.total_steps}; give at least {self.step}, or choose another '
+        'workdir.'
+      )
+    self.safety.facts = self._facts
     self.frozen = {
       role: put_params(params, self.t.mesh) for role, params in self.t.task.frozen.items()
     }
@@ -110,7 +134,9 @@ class _Session:
     step, batch = step_and_batch(t, abstract)
     self.update, report = compile_step(step, self.state, self.frozen, batch)
     if jax.process_index() == 0:
-      t.directory.write_json('step.json', report.as_json())
+      self.side(
+        'step.json', lambda: t.directory.write_json('step.json', report.as_json()), keep=True
+      )
     if self.show:
       print('\n'.join(report.lines(t.mesh, t.loop.batch_size)))
 
@@ -121,7 +147,8 @@ class _Session:
       'seconds': round(self.goodput.seconds(), 1), 'goodput': self.goodput.totals(),
     }
     if self.writer is not None:
-      trouble = [text for text in (self.saver.trouble, *self.writer.trouble) if text]
+      trouble = [self.saver.trouble, *self.writer.trouble, *self.side.trouble]
+      trouble = [text for text in trouble if text]
       facts |= {'trouble': trouble} if trouble else {}
     return facts
 
@@ -139,6 +166,7 @@ class _Session:
     )
     with bar:
       try:
+        self.safety.training = True
         if self.resumed:
           self._pictures(bar, *self.showing.missing(self.step))
         self.safety.stop.settle()  # Compiling may have taken long.
@@ -155,28 +183,37 @@ class _Session:
         return self._finish()
       except Stopping:
         return self._leave(bar)
+      except Exception as error:
+        self._rescue(error)
+        raise
 
   def _one_step(self) -> None:
     self.profiler.before(self.step)
     with self.goodput.phase('data'):
+      self.undrawn = self.t.loader.get_state()
       batch = next(self.t.loader)
     fields = {name: batch[name] for name in self.t.task.batch_fields}
     self.state, metrics = self.update(self.state, self.frozen, put_batch(fields, self.t.mesh))
     if self.on_cpu:
       # A step that is called while another runs would get its memory on a thread that keeps none.
       jax.block_until_ready(metrics)
-    self._log()  # What the step before closed: a chip is busy again by now.
+    # First of all what belongs to the step, so that state and counts agree whatever fails below.
+    closed, self.pending = self.pending, None
     self.meter.add(metrics)
-    self.step += 1
+    self.step, self.undrawn = self.step + 1, None
     if self.step % self.t.loop.log_every_steps == 0:
       self.pending = (self.step, *self.meter.close_window())
+    self._write_line(closed)  # What the step before closed: a chip is busy again by now.
 
   def _log(self) -> None:
-    """Writes the closed window, if there is one."""
-    if self.pending is None:
+    """Writes the window that the last step has closed, if it has."""
+    closed, self.pending = self.pending, None
+    self._write_line(closed)
+
+  def _write_line(self, closed: tuple | None) -> None:
+    if closed is None:
       return
-    step, totals, speed = self.pending
-    self.pending = None
+    step, totals, speed = closed
     values = self.meter.read(totals)
     given_up = values.pop('given_up')
     rates = {name: float(rate(step - 1)) for name, rate in self.t.learning_rates.items()}
@@ -209,6 +246,7 @@ class _Session:
       bar, due(self.step, loop.sample_every_steps, loop),
       due(self.step, loop.evaluate_every_steps, loop),
     )
+    self.side.again()
 
   def _pictures(self, bar, preview: bool, evaluate: bool) -> None:
     """Draws and scores, and brings the report up to date."""
@@ -242,16 +280,35 @@ class _Session:
       self.saver.save(self.step, self.state, self.meter.totals, self.goodput.totals())
     self.safety.tell('training')
 
+  def _rescue(self, error: Exception) -> None:
+    """Saves before an error ends the run, unless the state itself is what is wrong."""
+    if isinstance(error, Diverged):
+      return
+    try:
+      self._log()
+    except Diverged:
+      return
+    except Exception as other:  # What has failed may be this.
+      self._say(f'a line of metrics is lost ({first_line(other)})')
+    with self.safety.watchdog.allow(0, 'checkpoint'):
+      saved = rescue(
+        self.saver, self.state, self.meter.totals, self.goodput.totals(),
+        self.t.safety.max_skipped_in_a_row, self.undrawn,
+      )
+    self.safety.note = f'; {saved}'
+    self._say(f'an error ends the run: {saved}')
+
   def _leave(self, bar) -> int:
     self._save()
     with self.safety.watchdog.allow(0, 'checkpoint'):
       self.saver.wait()
     number = self.safety.stop.signal or signal.SIGTERM
     bar.close()
-    saved = self.saver.latest
-    self.safety.tell(
-      'interrupted', message=f'stopped by {signal.Signals(number).name}, saved step {saved}'
-    )
+    saved, trouble = self.saver.latest, self.saver.trouble
+    self.safety.tell('interrupted', message=(
+      f'stopped by {signal.Signals(number).name}, saved step {saved}'
+      f'{f"; {trouble}" if trouble else ""}'
+    ))
     self.showing.report(last=True)
     if jax.process_index() == 0:
       print(
@@ -271,11 +328,19 @@ class _Session:
         scores, figures = self.showing.evaluate(self.state, self.step, final=True)
         self._compare(figures)
     params = to_host(self.state.eval_params)
-    self.showing.finish(self.state, self.goodput.seconds(), scores, params)
-    with self.safety.watchdog.allow(0, 'checkpoint'):
-      self.saver.wait()
-    self.safety.tell('finished', message=self.saver.trouble)
+    missing = wait_for_room(
+      self.safety, self.saver, save=self._save, say=self._say,
+      export=lambda: self.showing.finish(self.state, self.goodput.seconds(), scores, params),
+    )
+    self.side.again(now=True)
+    if missing:
+      self.safety.tell('unsaved', message=missing)
+      self._say(f'the run has not finished: {missing}')
+    else:
+      self.safety.tell('finished', message='; '.join(self.side.trouble))
     self.showing.report(last=True)
+    if missing:
+      return TRY_AGAIN
     if jax.process_index() == 0:
       directory = self.t.directory
       print(f'finished: see {directory.path / "report.html"}; the model is in {directory.model}')

@@ -12,8 +12,7 @@ from typing import Any
 import jax
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.run_directory import RunDirectory
-from diffusion_jax.io.status import Status
+from diffusion_jax.io.start import Start
 from diffusion_jax.parallel.peers import Peers
 from diffusion_jax.parallel.pulse import listening
 from diffusion_jax.train.config import SafetyConfig
@@ -22,7 +21,8 @@ from diffusion_jax.train.stop import StopRequest
 from diffusion_jax.train.watchdog import Watchdog
 
 TRY_AGAIN = 75
-"""Exit code of a process that left because another was lost or because nothing moved any more."""
+"""Exit code of a process that left because another was lost, because nothing moved any more, or
+because the last checkpoint or the model could not be written."""
 
 _OF_A_PEER = ('gloo', 'nccl', 'connection', 'socket', 'unavailable', 'deadline', 'coordination',
               'aborted', 'heartbeat', 'barrier')
@@ -32,19 +32,22 @@ class Safety:
   """The status file, the bonds between processes, the watchdog and stop requests of one start.
 
   facts: a function that says how far things are, for the status file.
+  training: whether training has begun, so that what ends it now is more than a refused start.
+  note: is added to the message when an error ends the run.
   """
 
-  def __init__(self, directory: RunDirectory, config: SafetyConfig):
-    self.facts: Callable[[], dict[str, Any]] = dict
+  def __init__(self, start: Start, config: SafetyConfig):
+    self.start, self.config, self._status = start, config, start.status
+    self.facts: Callable[[], dict[str, Any]] = self._status.facts_before
+    self.training, self.note = False, ''
     self._index, self._count = jax.process_index(), jax.process_count()
-    self._status = Status(directory, self._index, self._count)
-    self.before = self._status.before()
-    """The last word of the start before this one."""
     self._told = 0.0
+    if start.lock is not None:
+      start.lock.on_lost = self._replaced
     self.peers = Peers(config.peer_timeout_seconds, self._lost)
     self.stop = StopRequest(self.peers)
     self.watchdog = Watchdog(
-      config.step_timeout_seconds, directory=directory.path, on_stall=self._stalled,
+      config.step_timeout_seconds, directory=start.directory.path, on_stall=self._stalled,
       exit_code=TRY_AGAIN,
     )
 
@@ -57,6 +60,8 @@ class Safety:
   def check(self) -> None:
     """A sign of life; raises Stopping where all processes stop."""
     self.watchdog.beat()
+    if self.start.lock is not None:
+      self.start.lock.check()
     self.stop.check()
 
   @contextmanager
@@ -71,7 +76,6 @@ class Safety:
     finally:
       self.watchdog.close()
       self.peers.close()
-      self._status.close()
 
   def _fail(self, error: BaseException) -> None:
     message = f'{type(error).__name__}: {error}'
@@ -80,9 +84,13 @@ class Safety:
       with self.watchdog.allow(0, 'word of the other processes'):
         self.peers.confirm_gone()
     state, code = _verdict(error)
-    if state == 'interrupted':
+    if state == 'interrupted' and self.training:
       message = 'left at once by a second signal, without saving'
-    self._status(state, everyone=True, **self.facts(), message=message[:500])
+    if self.training:
+      message = f'{message[:500]}{self.note}'
+      self._status(state, everyone=True, **self.facts(), message=message)
+    else:
+      self.start.end(error)
     if self._count > 1:
       # Leaving in order would wait for processes that wait for this one.
       if isinstance(error, UserError | Diverged):
@@ -90,7 +98,7 @@ class Safety:
       else:
         traceback.print_exc()
       self.peers.leave(state)
-      _leave_at_once(code)
+      self._leave_at_once(code)
 
   def _lost(self, sentence: str) -> None:
     _, why = self.peers.gone
@@ -98,13 +106,27 @@ class Safety:
       message = f'{sentence}; start again to go on from the last checkpoint'
       self._status('peer_lost', everyone=True, **self.facts(), message=message)
     print(f'diffusion_jax: process {self._index} leaves: {sentence}', file=sys.stderr)
-    _leave_at_once(TRY_AGAIN if why in ('', 'stalled') else 1)
+    self._leave_at_once(TRY_AGAIN if why in ('', 'stalled') else 1)
+
+  def _replaced(self, sentence: str) -> None:
+    """Another start has the workdir now: from here on every file in it is that one's."""
+    self._status.silence()
+    print(f'diffusion_jax train: {sentence}; leaving', file=sys.stderr)
+    self.peers.leave('replaced')
+    self._leave_at_once(1)
+
+  def _leave_at_once(self, code: int) -> None:
+    self.start.release_at_once()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
   def _stalled(self, message: str) -> None:
     self._status('stalled', everyone=True, **self.facts(), message=message)
     last_word = threading.Thread(target=self.peers.leave, args=('stalled',), daemon=True)
     last_word.start()
     last_word.join(10)  # The coordinator may stand still, too.
+    self.start.release_at_once()
 
 
 def _verdict(error: BaseException) -> tuple[str, int]:
@@ -114,9 +136,3 @@ def _verdict(error: BaseException) -> tuple[str, int]:
   if isinstance(error, Diverged):
     return 'diverged', 1
   return 'failed', 2 if isinstance(error, UserError) else 1
-
-
-def _leave_at_once(code: int) -> None:
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(code)

@@ -1,11 +1,13 @@
 """How many samples each evaluation of a run is of."""
 
-import json
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from diffusion_jax.errors import UserError
 from diffusion_jax.io.run_directory import RunDirectory
 from diffusion_jax.train.config import LoopConfig
 
@@ -26,8 +28,12 @@ class SampleCount:
     seconds: that it may take, 0 for no limit.
   """
 
-  def __init__(self, directory: RunDirectory, loop: LoopConfig):
-    self._directory = directory
+  def __init__(
+    self, directory: RunDirectory, loop: LoopConfig,
+    write: Callable[[str, dict[str, Any]], None] | None = None,
+  ):
+    """write: takes the name of a file and what belongs into it, in place of the directory."""
+    self._directory, self._write = directory, write or directory.write_json
     self._settings = {'of': loop.evaluate_samples, 'seconds': loop.evaluate_seconds}
     self.wanted, self.seconds = loop.evaluate_samples, loop.evaluate_seconds
     self._chosen = not self.seconds
@@ -39,10 +45,12 @@ class SampleCount:
   def _read(self) -> int:
     """The number that this run has chosen, 0 for none."""
     try:
-      known = json.loads((self._directory.path / NAME).read_text())
-      return int(known['samples']) if self._settings.items() <= known.items() else 0
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+      known = self._directory.read_json(NAME)
+    except UserError:
       return 0  # None yet, or damaged: it is chosen anew.
+    samples = known.get('samples')
+    fits = type(samples) is int and 0 < samples <= self._settings['of']
+    return samples if fits and self._settings.items() <= known.items() else 0
 
   def took(self, samples: int) -> str:
     """Tells of how many samples an evaluation was; what is to be said of that, or ''."""
@@ -56,7 +64,7 @@ class SampleCount:
     self._chosen, self.wanted = True, samples
     self.seconds = self._settings['seconds']
     if jax.process_index() == 0:
-      self._directory.write_json(NAME, {'samples': samples, **self._settings})
+      self._write(NAME, {'samples': samples, **self._settings})
     if samples == self._settings['of']:
       return ''
     return (

@@ -72,6 +72,10 @@ class Saver:
     }
     self._checkpoints.save(step, _as_parts(state), extra)
 
+  def rewind(self, data: dict[str, Any]) -> None:
+    """Sets the loader back to what it said of itself."""
+    self._loader.set_state(data)
+
   def scores(self, step: int, values: dict[str, float]) -> None:
     """Tells how a step was scored, which decides what is kept."""
     self._checkpoints.scores(step, values)

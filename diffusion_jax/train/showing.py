@@ -2,8 +2,8 @@
 
 import json
 import math
-import sys
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -11,9 +11,12 @@ from jax.experimental import multihost_utils
 
 from diffusion_jax.io.metrics_writer import MetricsWriter
 from diffusion_jax.io.run_directory import command_line, versions
+from diffusion_jax.io.set_aside import set_aside_damaged
 from diffusion_jax.train.card import model_card
 from diffusion_jax.train.config import LoopConfig
+from diffusion_jax.train.sample_count import NAME as SAMPLE_COUNT
 from diffusion_jax.train.sample_count import SampleCount
+from diffusion_jax.train.side_work import SideWork
 from diffusion_jax.train.state import TrainState
 from diffusion_jax.train.tasks.task import Scores
 from diffusion_jax.train.training import Training
@@ -27,44 +30,71 @@ REPORT_EVERY = 20
 
 
 class Showing:
-  """Every process draws and scores; process 0 writes."""
+  """Every process draws and scores; process 0 writes.
 
-  def __init__(self, training: Training, writer: MetricsWriter, frozen: dict):
-    self.t, self._writer, self._frozen = training, writer, frozen
+  Only `finish` raises where something cannot be written; all else is side work.
+  """
+
+  def __init__(
+    self, training: Training, writer: MetricsWriter, frozen: dict, side: SideWork
+  ):
+    self.t, self._writer, self._frozen, self._side = training, writer, frozen, side
     self._main = jax.process_index() == 0
     self._next_report = 0.0
     self._metrics = MetricsFile(training.directory.metrics)
-    self._count = SampleCount(training.directory, training.loop)
+    self._count = SampleCount(training.directory, training.loop, self._write_json)
 
   def describe(self, state: TrainState, seconds: float) -> None:
     """Writes what the run is before anything can go wrong in it."""
     if self._main:
       directory = self.t.directory
-      directory.write_json('config.json', self.t.config)
-      directory.write_json('versions.json', versions())
-      directory.write_text('README.md', self._card(state, seconds, {}))
+      for name in ('versions.json', 'scores.json', 'step.json', SAMPLE_COUNT):
+        set_aside_damaged(directory.path / name, self._side.say)
+      self._write_json('config.json', self.t.config)
+      self._write_json('versions.json', versions())
+      self._write('README.md', lambda: directory.write_text(
+        'README.md', self._card(state, seconds, {})
+      ))
+
+  def _write(self, name: str, work: Callable[[], None]) -> None:
+    self._side(name, work, keep=True)
+
+  def _write_json(self, name: str, values: dict) -> None:
+    self._write(name, lambda: self.t.directory.write_json(name, values))
 
   def preview(self, state: TrainState, step: int) -> None:
     """Draws the grid of a step."""
-    images, captions = self.t.task.preview(state.eval_params, self._frozen, self.t.mesh)
-    if not self._main:
-      return
+    drawn = self._side.together('the pictures of the sample grid', lambda: self.t.task.preview(
+      state.eval_params, self._frozen, self.t.mesh
+    ))
+    if drawn is not None and self._main:
+      self._side('the sample grid', lambda: self._grid(step, *drawn))
+
+  def _grid(self, step: int, images: np.ndarray, captions: list[str]) -> None:
     columns = min(8, math.ceil(math.sqrt(len(images))))
     scale = max(1, 128 // images.shape[1])
     grid = make_grid(images, columns=columns, captions=captions, scale=scale)
-    save_png(
-      grid, self.t.directory.samples / f'step_{step:08d}.png',
-      {'step': str(step), 'captions': json.dumps(captions)},
-    )
     self._writer.image('samples', step, np.asarray(grid.convert('RGB')))
+    name = f'step_{step:08d}.png'
+    texts = {'step': str(step), 'captions': json.dumps(captions)}
+    self._write(
+      f'samples/{name}', lambda: save_png(grid, self.t.directory.samples / name, texts)
+    )
 
   def evaluate(
     self, state: TrainState, step: int, final: bool = False
   ) -> tuple[Scores, dict[str, float]]:
     """(scores of a step, those figures that can be compared with those of other steps).
 
-    The first column goes to the metrics.
+    The first column goes to the metrics. Both are empty where it failed.
     """
+    return self._side.together(
+      'the evaluation', lambda: self._evaluate(state, step, final), ({}, {})
+    )
+
+  def _evaluate(
+    self, state: TrainState, step: int, final: bool
+  ) -> tuple[Scores, dict[str, float]]:
     count = self._count
     # Tasks that read a fixed set know of no seconds; `build` refuses them there.
     limit = {'seconds': count.seconds} if count.seconds else {}
@@ -75,7 +105,7 @@ class Showing:
     if limit:
       taken = scores['settings']['samples']
       if (text := count.took(taken)) and self._main:
-        print(f'diffusion_jax train: {text}', file=sys.stderr)
+        self._side.say(text)
     figures['samples'] = taken
     self._writer.write('evaluation', step, figures)
     return scores, figures if taken == count.wanted else {}
@@ -84,12 +114,7 @@ class Showing:
     """(grid, scores) that a step should have and has not: the run was stopped while making them."""
     found = np.zeros(2, bool)
     if self._main:
-      directory = self.t.directory
-      found = np.array([
-        any(drawn == step for drawn, _ in find_grids(directory.samples)),
-        any(line['kind'] == 'evaluation' and line['step'] == step
-            for line in read_lines(directory.metrics)),
-      ])
+      found = self._side('what the start before has shown', lambda: self._shown(step), found)
     grid, scores = multihost_utils.broadcast_one_to_all(found)
     loop = self.t.loop
     return (
@@ -97,24 +122,38 @@ class Showing:
       due(step, loop.evaluate_every_steps, loop) and not scores,
     )
 
+  def _shown(self, step: int) -> np.ndarray:
+    directory = self.t.directory
+    return np.array([
+      any(drawn == step for drawn, _ in find_grids(directory.samples)),
+      any(line['kind'] == 'evaluation' and line['step'] == step
+          for line in read_lines(directory.metrics)),
+    ])
+
   def report(self, last: bool = False) -> None:
     """Brings report.html up to date, unless that would take more than a few percent of the time."""
     start = time.monotonic()
     if self._main and (last or start >= self._next_report):
       self._writer.flush()
-      write_report(self.t.directory.path, self._metrics)
+      self._side('report.html', lambda: write_report(self.t.directory.path, self._metrics))
       now = time.monotonic()
       self._next_report = now + REPORT_EVERY * (now - start)
 
   def finish(self, state: TrainState, seconds: float, scores: Scores, params: dict) -> None:
-    """Exports the model with its scores; `params` are whole, on the host."""
+    """Exports the model with its scores; `params` are whole, on the host.
+
+    Raises:
+      OSError: there is no room, or nothing can be written; it may be called again.
+    """
     if self._main:
       directory = self.t.directory
-      directory.write_json('scores.json', scores)
+      if scores or not self.t.loop.evaluate_samples:  # Else they failed: older ones stay.
+        directory.write_json('scores.json', scores)
       self.t.task.export(directory.model, params, scores)
-      card = self._card(state, seconds, scores)
-      directory.write_text('README.md', card)
-      directory.write_text('model/README.md', card)
+      card = self._side('the model card', lambda: self._card(state, seconds, scores))
+      if card is not None:
+        directory.write_text('README.md', card)
+        directory.write_text('model/README.md', card)
 
   def _card(self, state: TrainState, seconds: float, scores: Scores) -> str:
     return model_card(

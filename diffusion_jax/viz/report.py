@@ -89,7 +89,7 @@ def _task(run: Run) -> str:
   return task.replace('_', ' ') if isinstance(task, str) and task else 'Training run'
 
 
-_INSIDE = ('retry', 'pid', 'host', 'updated', 'goodput')
+_INSIDE = ('retry', 'pid', 'host', 'updated', 'goodput', 'start')
 """Keys of status.json that are for programs, or told elsewhere."""
 
 

@@ -207,7 +207,7 @@ def test_runs_that_cannot_be_sampled(fails, finished, copy_of, tmp_path):
   assert 'no checkpoint yet' in fails('sample', '--workdir', run, *arguments)
   assert [path.name for path in run.iterdir()] == ['config.json']
   (run / 'config.json').write_text('{"task": ')
-  assert 'config.json cannot be read' in fails('sample', '--workdir', run, *arguments)
+  assert 'config.json is not readable JSON' in fails('sample', '--workdir', run, *arguments)
 
 
 @pytest.mark.parametrize('samples', [3, 100_000])

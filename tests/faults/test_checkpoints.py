@@ -57,26 +57,6 @@ def test_killed_at_random_moments_of_saving(tmp_path):
   assert all(path.name.isdecimal() for path in tmp_path.iterdir())
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-  """small_disk(options): the mount point of a fresh tmpfs."""
-  folder = tmp_path / 'disk'
-  folder.mkdir()
-
-  def mount(options):
-    made = subprocess.run(
-      ['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', str(folder)], capture_output=True, text=True
-    )
-    if made.returncode:
-      pytest.skip(f'a tmpfs cannot be mounted here: {made.stderr.strip()}')
-    return folder
-
-  try:
-    yield mount
-  finally:
-    subprocess.run(['umount', '-l', str(folder)], capture_output=True)
-
-
 def _state(step):
   noise = np.random.default_rng(step).standard_normal((2, 1 << 17), np.float32)
   return {'params': {'x': jnp.asarray(noise)}, 'opt_state': {}, 'ema': {}, 'rest': {}}

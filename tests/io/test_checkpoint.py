@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.checkpoint import Checkpoints
 from diffusion_jax.io.keeping import Keep
+from diffusion_jax.io.manifest import write_manifest
 
 
 def _state(step):
@@ -284,12 +285,119 @@ def test_a_metric_that_nobody_measures_is_said(tmp_path, opened):
   ]
 
 
-def test_damaged_scores_are_forgotten(copy, opened):
-  (copy / 'scores.json').write_text('{"3": {"fid"')
+@pytest.mark.parametrize('content', [
+  b'{"3": {"fid" 1}}', b'', b'[]', b'null', b'7', b'\x00\xff', b'{"3": null}', b'{"x": {}}',
+  b'{"\xc2\xb2": {"fid": 1}}', b'{"3": {"fid": [1]}}', b'{"3": {"fid": "many"}}', b'[' * 50_000,
+  b'{"3": {"fid": 1' + b'0' * 5000 + b'}}', None,
+])
+def test_damaged_scores_are_forgotten(copy, opened, content):
+  file = copy / 'scores.json'
+  if content is None:
+    file.mkdir()
+  else:
+    file.write_bytes(content)
   checkpoints, said = opened(copy, Keep(best='fid'))
-  assert checkpoints.best() is None and 'scores.json cannot be read' in said[0]
-  checkpoints.scores(2, {'fid': 1.0})
-  assert checkpoints.best() == 2
+  assert checkpoints.best() is None and len(said) == 1 and 'scores.json' in said[0]
+  checkpoints.scores(3, {'fid': 1.0})
+  assert checkpoints.best() == 3 and json.loads(file.read_text()) == {'3': {'fid': 1.0}}
+
+
+NAMES = ('\u0663', '\u0661\u0662', '\uff13', '\u00b2', '\u2167', '007', '+5', '-5', '5.0', ' 5',
+         '1e3', '9' * 40, '0x5', '5_0')
+
+
+def test_folders_whose_names_only_look_like_steps(copy, opened):
+  for name in NAMES:
+    (copy / name).mkdir()
+  for options in ({}, {'read_only': True}):
+    checkpoints, _ = opened(copy, Keep(last=9), **options)
+    assert checkpoints.steps() == [1, 2, 3] and checkpoints.latest() == 3
+    assert checkpoints.restore_latest(_abstract(_state(0)))[0] == 3
+  assert checkpoints.directory == copy and all((copy / name).is_dir() for name in NAMES)
+  first = opened(copy, Keep(last=9))[1]
+  assert len(first) == 1 and "'+5'" in first[0] and 'left alone' in first[0]
+
+
+def _rename(copy):
+  (copy / '3').rename(copy / '50')
+  return 2
+
+
+def _copy_on(copy):
+  shutil.copytree(copy / '1', copy / '50')
+  return 3
+
+
+def _link_on(copy):
+  (copy / '50').symlink_to('2', target_is_directory=True)
+  return 3
+
+
+def _swap(copy):
+  for old, new in (('3', 'x'), ('2', '3'), ('x', '2')):
+    (copy / old).rename(copy / new)
+  return 1
+
+
+@pytest.mark.parametrize('change', [_rename, _copy_on, _link_on, _swap])
+def test_a_checkpoint_under_the_number_of_another_step_is_set_aside(copy, opened, change):
+  good = change(copy)
+  reader, said = opened(copy, read_only=True)
+  params = reader.restore_params(None, _abstract(_state(0)['params']), ema=False)
+  jax.tree.map(np.testing.assert_array_equal, params, _state(good)['params'])
+  assert 'it is the checkpoint of step' in said[0]
+  checkpoints, said = opened(copy, Keep(last=9))
+  step, found, data = checkpoints.restore_latest(_abstract(_state(0)))
+  assert (step, data) == (good, {'read': good})
+  _assert_state(found, good)
+  assert all('it is the checkpoint of step' in line and 'quarantine' in line for line in said)
+  assert len(said) == (2 if change is _swap else 1)
+  assert not (copy / '50').exists()
+
+
+def test_one_of_an_older_version_is_known_by_the_step_in_its_arrays(copy, opened):
+  (copy / '3').rename(copy / '50')
+  for folder in (copy / '50', copy / '2'):
+    file = folder / 'record' / 'record.json'
+    record = json.loads(file.read_text())
+    del record['step']
+    file.write_text(json.dumps(record))
+    write_manifest(folder)
+  checkpoints, said = opened(copy, Keep(last=9))
+  assert checkpoints.restore_latest(_abstract(_state(0)))[0] == 2
+  assert 'it is the checkpoint of step 3 under another name' in said[0]
+
+
+@pytest.mark.parametrize('what', ['copy', 'empty', 'file', 'link'])
+def test_what_stands_where_a_step_is_to_be_saved_is_moved(copy, opened, what):
+  place = copy / '4'
+  if what == 'copy':
+    shutil.copytree(copy / '2', place)
+  elif what == 'empty':
+    place.mkdir()
+  elif what == 'file':
+    place.write_text('4')
+  else:
+    place.symlink_to('nowhere')
+  checkpoints, said = opened(copy, Keep(last=9))
+  assert checkpoints.save(4, _state(4), {'read': 4}) and checkpoints.wait()
+  assert checkpoints.restore_latest(_abstract(_state(0)))[0] == 4
+  assert len(said) == 1 and 'is no checkpoint of that step' in said[0]
+
+
+def test_a_checkpoint_behind_a_link_is_one_and_only_the_link_is_deleted(copy, opened, tmp_path):
+  elsewhere = (copy / '3').rename(tmp_path / 'elsewhere')
+  (copy / '3').symlink_to(elsewhere, target_is_directory=True)
+  checkpoints, said = opened(copy, Keep(last=1))
+  assert checkpoints.restore_latest(_abstract(_state(0)))[0] == 3
+  assert checkpoints.save(4, _state(4), {}) and checkpoints.wait() and said == []
+  assert checkpoints.steps() == [4] and (elsewhere / 'manifest.json').is_file()
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+  (tmp_path / 'checkpoints').write_text('')
+  with pytest.raises(UserError, match='is not a folder'):
+    Checkpoints(tmp_path / 'checkpoints')
 
 
 def test_a_write_that_fails_in_the_background(copy, opened):
@@ -311,6 +419,7 @@ def test_a_write_that_fails_in_the_background(copy, opened):
   assert sorted(path.name for path in copy.iterdir()) == ['1', '2', '3']
   time.sleep(0.25)
   assert checkpoints.should_retry()
+  large |= {'rest': _state(8)['rest']}
   assert checkpoints.save(8, large, {}) and checkpoints.wait()
   assert not checkpoints.should_retry() and checkpoints.trouble == ''
   assert said[1:] == ['checkpoints can be saved again.'] and checkpoints.steps() == [2, 3, 8]

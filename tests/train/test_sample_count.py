@@ -1,6 +1,7 @@
 """Evaluations within a time budget: all of a run are of one number of samples."""
 
 import json
+import sys
 import time
 import types
 
@@ -10,6 +11,7 @@ from diffusion_jax.io.run_directory import RunDirectory
 from diffusion_jax.train.config import LoopConfig
 from diffusion_jax.train.sample_count import SampleCount
 from diffusion_jax.train.showing import Showing
+from diffusion_jax.train.side_work import SideWork
 from tests import tiny
 
 
@@ -62,14 +64,15 @@ def test_scores_of_fewer_samples_than_before_are_not_compared(tmp_path, capsys):
   )
   state = types.SimpleNamespace(eval_params={})
   writer = MetricsWriter(training.directory, True)
-  showing = Showing(training, writer, {})
+  say = lambda text: print(text, file=sys.stderr)
+  showing = Showing(training, writer, {}, SideWork(say))
   scores, figures = showing.evaluate(state, 10)
   assert figures == {'fid': 84.0, 'samples': 16} and 'samples' not in scores['generated']
   assert 'allow 16 of 64 samples' in capsys.readouterr().err
   assert showing.evaluate(state, 20)[1] == figures
   # A run that has chosen more, on a machine that was faster.
   (tmp_path / 'evaluation.json').write_text('{"samples": 48, "of": 64, "seconds": 1e-06}')
-  slower = Showing(training, writer, {})
+  slower = Showing(training, writer, {}, SideWork(say))
   assert slower.evaluate(state, 30)[1] == {}
   assert 'had time for 16 samples only, in place of 48' in capsys.readouterr().err
   writer.close()

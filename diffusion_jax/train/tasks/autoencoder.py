@@ -94,9 +94,6 @@ class AutoencoderTask(Task):
       params |= prefixed('discriminator', self.discriminator.initialize(second))
     return params
 
-  def constrain(self, params: Params) -> Params:
-    return params
-
   def _reconstruction(self, output: Images, images: Images, frozen: Frozen) -> jax.Array:
     error = output - images
     error = jnp.abs(error) if self.config.reconstruction == 'l1' else error**2

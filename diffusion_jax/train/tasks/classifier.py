@@ -96,9 +96,6 @@ class ClassifierTask(Task):
   def initialize(self, key: jax.Array) -> Params:
     return self.network.initialize(key)
 
-  def constrain(self, params: Params) -> Params:
-    return params
-
   def loss(self, params, frozen, memory, batch, key, step) -> tuple[jax.Array, tuple]:
     _, logits = self.network.bind(params)(batch['image'])
     loss = cross_entropy(logits, batch['label'], self.config.label_smoothing)

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from diffusion_jax.diffusion.timesteps import LossHistory, update_history
 from diffusion_jax.diffusion.training import Losses, Objective
 from diffusion_jax.train.tasks.task import Memory, Seen, Task, mean_metric
-from diffusion_jax.types import Params
 
 TIME_BUCKETS = 10
 
@@ -22,9 +21,6 @@ class NoisingTask(Task):
 
   def remember(self, memory: Memory, seen: Seen) -> Memory:
     return update_history(LossHistory(**memory), *seen)._asdict() if memory else memory
-
-  def constrain(self, params: Params) -> Params:
-    return params
 
   def summary(self, losses: Losses, memory: Memory) -> tuple[jax.Array, tuple]:
     """What `loss` returns: the mean, metrics with the error by noise level, and what was seen."""

@@ -1,7 +1,7 @@
 """What the one train loop and the one step ask of a task."""
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,10 +25,11 @@ Scores = dict[str, dict[str, float]]
 """Metric values by column, such as {'generated': {...}, 'real': {...}}."""
 
 
-class Task(Protocol):
+class Task:
   """One thing to train. Holds networks without weights; all methods are free of hidden state.
 
-  A class that names Task as its base has no memory unless it says so.
+  What most tasks do alike is done here: they begin with fresh parameters, carry no memory beside
+  them, and let an update stand as it is. The rest has no default.
   """
 
   name: str
@@ -39,10 +40,12 @@ class Task(Protocol):
 
   def initialize(self, key: jax.Array) -> Params:
     """Fresh trainable parameters; pure."""
+    raise NotImplementedError
 
   def start(self, mesh: Mesh) -> Params | None:
     """Parameters on the mesh to begin with, such as pretrained ones; None for fresh ones."""
     del mesh
+    return None
 
   def memory(self) -> Memory:
     """What training begins to carry beside the parameters; replicated and checkpointed."""
@@ -53,6 +56,7 @@ class Task(Protocol):
     step: jax.Array,
   ) -> tuple[jax.Array, tuple[Metrics, Seen]]:
     """Mean loss over the batch, metrics, and what `remember` wants of each example; pure."""
+    raise NotImplementedError
 
   def remember(self, memory: Memory, seen: Seen) -> Memory:
     """The memory after a step that has seen these examples of the global batch; pure."""
@@ -61,17 +65,21 @@ class Task(Protocol):
 
   def constrain(self, params: Params) -> Params:
     """Projects parameters after an update, such as a clamp; pure."""
+    return params
 
   def preview(self, params: Params, frozen: Frozen, mesh: Mesh) -> tuple[np.ndarray, list[str]]:
     """A fixed set of pictures, uint8 [n h w 3], with their captions, to compare over time."""
+    raise NotImplementedError
 
   def evaluate(
     self, params: Params, frozen: Frozen, mesh: Mesh, *, samples: int, final: bool
   ) -> Scores:
     """Scores on the test split; `final` adds the columns to compare with."""
+    raise NotImplementedError
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
     """Writes the trained model as safetensors with its configuration and model card."""
+    raise NotImplementedError
 
 
 def mean_metric(values: jax.Array) -> tuple[jax.Array, jax.Array]:
