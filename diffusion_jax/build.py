@@ -24,6 +24,7 @@ from diffusion_jax.evaluation.job import check_samples
 from diffusion_jax.io.data_record import check_data, write_data
 from diffusion_jax.io.metrics_backends import check_wandb
 from diffusion_jax.io.run_directory import RunDirectory
+from diffusion_jax.io.saving import of_storage, reason
 from diffusion_jax.io.trained import run_weights
 from diffusion_jax.models.attend import check_attention
 from diffusion_jax.models.float8 import check_products
@@ -265,9 +266,17 @@ def build(config: ConfigDict | dict, workdir: str, synthetic: bool = False) -> T
   # Last, because filling a cache takes long.
   loader = _loader(checked, task, train, mesh, synthetic)
   if jax.process_index() == 0:
-    write_data(directory, data)
-    if task.name == 'clip':
-      save_tokenizer(task.tokenizer, directory.tokenizer)
+    try:
+      write_data(directory, data)
+      if task.name == 'clip' and not (directory.tokenizer / 'tokenizer.json').exists():
+        save_tokenizer(task.tokenizer, directory.tokenizer)
+    except Exception as error:
+      if not of_storage(error):
+        raise
+      raise UserError(
+        f'the workdir {directory.path} cannot be written ({reason(error)}); make room, or choose '
+        'another.'
+      ) from error
   for text in told:
     print(f'diffusion_jax train: {text}', file=sys.stderr)
   return Training(

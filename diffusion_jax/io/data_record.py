@@ -4,6 +4,7 @@ import sys
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.run_directory import RunDirectory
+from diffusion_jax.io.set_aside import set_aside_damaged
 from diffusion_jax.reading import read_object
 
 NAME = 'data.json'
@@ -43,9 +44,19 @@ def other_data(directory: RunDirectory, found: Found) -> str:
 
 
 def write_data(directory: RunDirectory, found: Found) -> None:
-  """Keeps what a run is trained on."""
-  if any(found.values()):
-    directory.write_json(NAME, found)
+  """Keeps what a run is trained on.
+
+  Raises:
+    OSError: it is not known yet, and cannot be written.
+  """
+  if not any(found.values()):
+    return
+  try:
+    if directory.read_json(NAME) == found:
+      return
+  except UserError:  # None yet, or damaged.
+    set_aside_damaged(directory.path / NAME, lambda text: print(f'note: {text}', file=sys.stderr))
+  directory.write_json(NAME, found)
 
 
 def _has_saved(directory: RunDirectory) -> bool:

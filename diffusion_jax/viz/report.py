@@ -235,7 +235,8 @@ def _speed(run: Run) -> str:
 
 def _time_table(run: Run) -> str:
   """Where the time of all starts went, from the status file."""
-  goodput = {n: s for n, s in run.status.get('goodput', {}).items() if is_number(s)}
+  found = run.status.get('goodput')
+  goodput = {n: s for n, s in found.items() if is_number(s)} if isinstance(found, dict) else {}
   total = sum(goodput.values())
   if not total:
     return ''

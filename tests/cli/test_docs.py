@@ -88,7 +88,7 @@ def test_the_page_on_operations_names_every_state_and_key():
   assert {name: float(value) for name, value in rows.items()} == defaults
   faults = page.partition('## What happens when')[2].partition('## What a resume')[0]
   states = set(re.findall(r'^\|[^|]+\|[^|]+\| (\w+)', faults, flags=re.MULTILINE))
-  assert states == {*keeper.FINAL, 'killed', 'training'} - {'finished'}
+  assert states == {*keeper.FINAL, 'killed', 'training'} - {'finished', 'refused'}
   assert '(docs/operations.md)' in (ROOT / 'README.md').read_text()
 
 

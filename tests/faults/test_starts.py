@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +11,12 @@ import time
 import numpy as np
 import pytest
 
+from diffusion_jax.errors import UserError
+from diffusion_jax.io.run_directory import RunDirectory
+from diffusion_jax.io.status import stands_still
 from diffusion_jax.io.tensors import read_tensors
 from diffusion_jax.train import loop
+from diffusion_jax.viz.report import write_report
 from tests import tiny
 from tests.faults.ranks import Ranks
 
@@ -122,7 +127,7 @@ CONTENTS = [
   b' "samples": Infinity, "generated": {"fid": []}, "start": 5, "message": [1]}',
   b'{"updated": 1e308, "goodput": {"step": 1e999, "x": -1}, "step": 1.5, "total_steps": true}',
 ]
-SHOWN = ('status.json', 'scores.json', 'versions.json', 'step.json', 'evaluation.json',
+SHOWN = ('status.json', 'scores.json', 'data.json', 'versions.json', 'step.json', 'evaluation.json',
          'checkpoints/scores.json')
 
 
@@ -156,6 +161,18 @@ def test_damaged_files_that_only_show_stop_no_start(toy, copy_of, command, capsy
       assert (aside / 'inside').read_text() == 'x' and f'moved to {aside.name}' in said.err
 
 
+@pytest.mark.parametrize('name', ['status.json', 'scores.json', 'versions.json'])
+def test_a_report_of_damaged_files_is_one_or_a_sentence(toy, copy_of, name):
+  run = copy_of(toy)
+  for content in CONTENTS:
+    _damage(run / name, content)
+    try:
+      assert write_report(run).is_file()
+    except UserError as error:
+      assert name in str(error)
+    shutil.rmtree(run / name, ignore_errors=True)
+
+
 @pytest.mark.parametrize('content', [
   *CONTENTS[:13], b'{}', b'{"task": 5}', b'{"task": []}', b'{"task": "toy"}',
   b'{"task": "toy", "loop": []}',
@@ -176,9 +193,6 @@ def test_a_damaged_config_is_refused_by_name(toy, copy_of, fails, content):
 
 @pytest.mark.parametrize('content', CONTENTS)
 def test_a_damaged_status_is_no_word_for_who_follows(toy, copy_of, content):
-  from diffusion_jax.io.run_directory import RunDirectory
-  from diffusion_jax.io.status import stands_still
-
   run = copy_of(toy)
   _damage(run / 'status.json', content)
   assert stands_still(RunDirectory(run), 1e4) is False
