@@ -72,6 +72,11 @@ class Subject:
   @functools.cached_property
   def captions(self) -> list[str]:
     """What is drawn. UserError for more than there are, or too few to score."""
+    found = self._captions()
+    self.model.tokens(found)  # Says of all of them together how many are too long.
+    return found
+
+  def _captions(self) -> list[str]:
     if self.args.captions:
       found, samples = evaluate_job.lines(self.args.captions), self.args.samples
       if samples is not None and not 1 <= samples <= len(found):

@@ -94,8 +94,9 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--seed', type=int, default=0, metavar='S',
                       help='random seed, from 0 to 2**32 - 1 (default: 0)')
   parser.add_argument('--batch', type=int, default=16, metavar='N',
-                      help='images drawn at a time (default: 16); another number rounds otherwise, '
-                      'which now and then moves a value of a picture by 1 of 255')
+                      help='images drawn at a time (default: 16); another number rounds otherwise: '
+                      'now and then a value of a picture moves by a level of 255, by more where a '
+                      'device multiplies in less than float32')
 
 
 def load_run(args: argparse.Namespace):

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from diffusion_jax.evaluation.extractors import CLIPExtractor, compiled, load_clip_extractor
 from diffusion_jax.io.pretrained import resolve
 from diffusion_jax.models.checks import require
+from diffusion_jax.models.text.long_texts import Cut
 from diffusion_jax.models.text.tokenizer import Tokenize, load_tokenizer
 from diffusion_jax.parallel.sharding import in_batches
 
@@ -47,7 +48,8 @@ class CLIPFeatures:
     )
     self.extractor, self.mesh, self.batch_size = extractor, mesh, batch_size
     clip = extractor.network
-    self._tokenize = Tokenize(tokenizer, clip.config.text_config.max_position_embeddings)
+    length = clip.config.text_config.max_position_embeddings
+    self._tokenize = Tokenize(tokenizer, length, cut=Cut(reader=extractor.name))
     self._embed_images = compiled(extractor)
     self._embed_texts = jax.jit(
       lambda params, ids: {'embedding': clip.bind(params).encode_text(ids)[1].astype(jnp.float32)}

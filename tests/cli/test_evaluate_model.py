@@ -35,6 +35,17 @@ def drawn(command, finished, tmp_path_factory):
   return json.loads(out.read_text()), folder
 
 
+def test_captions_that_are_too_long_are_counted(command, finished, tmp_path, capsys):
+  captions = tmp_path / 'captions.txt'
+  captions.write_text(''.join(f'sun {number} {"and a cat " * 30}\nsun\n' for number in range(7)))
+  arguments = ('--captions', captions, '--reference', tmp_path / 'nowhere')
+  assert command('evaluate', '--workdir', finished, *arguments, '--out', tmp_path / 'x.json') == 2
+  said = capsys.readouterr().out
+  assert said.count('note: ') == 1
+  assert "note: 7 texts so far, such as 'sun 0 and a cat" in said
+  assert f'longer than the {tiny.LENGTH - 2} tokens that the model reads' in said
+
+
 def test_a_model_draws_captions_of_one_s_own(drawn, command, finished, tmp_path):
   scores, folder = drawn
   assert set(scores) == {'generated', 'untrained', 'intervals', 'warnings', 'settings'}

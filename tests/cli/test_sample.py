@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax.cli import sample
+from diffusion_jax.cli.main import make_parser
 from diffusion_jax.pipelines import conditions
 from tests import tiny
 
@@ -64,6 +65,21 @@ def test_batch_size_and_devices_do_not_change_a_picture(draw, pictures, batch, d
   assert found.keys() == wanted.keys()
   for name, image in wanted.items():
     assert np.abs(found[name].astype(int) - image).max() <= 1, name
+
+
+@pytest.mark.slow
+def test_what_the_help_says_of_batch_holds_for_the_model_of_the_package(draw, capsys):
+  """Now and then a value by one level of 255."""
+  prompts = ('red apple', 'cat face', 'blue car', 'sun', 'green heart')
+  found, wanted = (
+    _pixels(draw('--seed', 0, '--batch', batch, source=(), prompts=prompts)) for batch in (2, 5)
+  )
+  apart = np.stack([np.abs(found[name].astype(int) - image) for name, image in wanted.items()])
+  assert apart.max() <= 1 and (apart > 0).mean() < 1e-3
+  with pytest.raises(SystemExit):
+    make_parser().parse_args(['sample', '--help'])
+  said = ' '.join(capsys.readouterr().out.split())
+  assert 'another number rounds otherwise' in said and 'whatever the batch' not in said
 
 
 def test_the_same_seed_gives_the_same_picture_and_another_does_not(draw, pictures):
