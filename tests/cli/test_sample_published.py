@@ -25,7 +25,7 @@ def files(once):
   """Folder of pipelines, pictures, a LoRA, a word and a ControlNet."""
 
   def make(folder):
-    for name in ('sd1', 'inpaint', 'upscale', 'depth', 'edit', 'variation'):
+    for name in ('sd1', 'sdxl', 'inpaint', 'upscale', 'depth', 'edit', 'variation'):
       small.make(name).save_pretrained(folder / name)
     small.make('controlled').controlnet.save_pretrained(folder / 'controlnet')
     for name in ('one', 'two'):
@@ -85,6 +85,37 @@ def test_what_a_model_is_shown(draw, model, arguments):
   found = draw(model, *arguments)
   for name, value in zip(arguments[::2], arguments[1::2], strict=True):
     assert found.text[name[2:]].endswith(str(value).removeprefix('FILES'))
+
+
+def test_masks_of_any_shape_and_transparency_paint_the_same(draw, files, fails, tmp_path, capsys):
+  photo = np.full((64, 96, 3), 40, np.uint8)
+  photo[16:32, 40:56] = (255, 0, 0)
+  white = Image.fromarray((photo[..., 0] > 200).astype(np.uint8) * 255)
+  clear = Image.new('RGBA', white.size, 'white')
+  clear.putalpha(white)
+  masks = {'same': white, 'square': white.resize((64, 64)), 'clear': clear,
+           'black': Image.new('L', (9, 6)), 'white': Image.new('L', (9, 6), 255)}
+  for name, picture in {'photo': Image.fromarray(photo), **masks}.items():
+    picture.save(tmp_path / f'{name}.png')
+  given = lambda name: ('--image', tmp_path / 'photo.png', '--mask', tmp_path / f'{name}.png')
+  found = {name: np.asarray(draw('inpaint', *given(name))) for name in masks if name != 'black'}
+  np.testing.assert_array_equal(found['square'], found['same'])
+  np.testing.assert_array_equal(found['clear'], found['same'])
+  assert differ(found['white'], found['same'])
+  said = capsys.readouterr().out
+  assert 'square.png is 64 x 64 pixels' in said and 'white.png paints everything' in said
+  assert 'black.png paints nothing' in fails(
+    'sample', '--model', files / 'inpaint', '--prompt', 'cab', '--out', tmp_path / 'out',
+    *given('black')
+  )
+
+
+@pytest.mark.parametrize('model', ['sd1', 'sdxl'])
+def test_an_empty_prompt_draws_without_condition(draw, model):
+  """Guidance by nothing changes nothing, and is left out."""
+  found = np.asarray(draw(model, prompt=''))
+  np.testing.assert_array_equal(found, draw(model, '--guidance', 1, prompt='  '))
+  assert (found != draw(model, '--guidance', 1)).any()
 
 
 @pytest.mark.parametrize(('model', 'arguments', 'words'), [
