@@ -46,8 +46,13 @@ def reading(
 
 def first_line(error: BaseException) -> str:
   """What an error says, in one line of at most 200 characters that can be printed."""
-  text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')[:200]
-  return text.encode('ascii', 'backslashreplace').decode() if not text.isprintable() else text
+  return shown((str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.'))
+
+
+def shown(text: str) -> str:
+  """A name or a message from a file as at most 200 characters that can be printed in one line."""
+  text = text[:200]
+  return text if text.isprintable() else text.encode('unicode_escape').decode()
 
 
 def bounded_bytes(path: str | Path, most: int = MOST_BYTES) -> bytes:

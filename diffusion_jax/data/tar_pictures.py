@@ -4,16 +4,19 @@ import io
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from diffusion_jax.data.finding import SUFFIXES
+from diffusion_jax.data.finding import SUFFIXES, Left
 from diffusion_jax.data.images import read_pixels
 from diffusion_jax.errors import UserError
+from diffusion_jax.reading import first_line, reading, shown
 
 MAX_BYTES = 2**28
 """Of a member, which is read whole."""
+MOST_HEADER_BYTES = 2**20
+"""Of all headers before one member: names of any length, but none that fills the memory."""
 
 
 class Member(NamedTuple):
@@ -33,12 +36,17 @@ class TarPictures(Sequence):
   names are only names, so it does not matter where they point. An archive that is cut or damaged
   has, after its last member that is known, one more that cannot be read.
 
+  Attributes:
+    notes: what was left out, for people.
+
   Raises:
     UserError: no tar file at a path, or no picture in any of them.
   """
 
   def __init__(self, archives: Sequence[Path]):
-    self.members = [member for archive in archives for member in _members(archive)]
+    left = Left()
+    self.members = [member for archive in archives for member in _members(archive, left)]
+    self.notes = left.notes(archives[0] if len(archives) == 1 else archives[0].parent)
     if not self.members:
       raise UserError(
         f'there is no picture ({", ".join(SUFFIXES)}) in {archives[0]}'
@@ -56,43 +64,71 @@ class TarPictures(Sequence):
       raise UserError(f'the image {where} cannot be read ({member.damage}); fetch the file again.')
     if member.size > MAX_BYTES:
       raise UserError(f'the image {where} has {member.size:,} bytes; give one of {MAX_BYTES:,}.')
-    try:
+    with reading(f'the image {where}', remedy='fetch the file again'):
       with member.archive.open('rb') as file:
         file.seek(member.offset)
         data = file.read(member.size)
-    except OSError as error:
-      raise UserError(f'the image {where} cannot be read ({error}).') from error
     if len(data) < member.size:
       raise UserError(f'the image {where} is cut, and what came behind it; fetch the file again.')
     return read_pixels(io.BytesIO(data), where)
 
 
-def _members(archive: Path) -> Iterator[Member]:
+class _Headers:
+  """A file of which no more is read at a time than the headers before one member may take."""
+
+  def __init__(self, file: BinaryIO):
+    self._file, self.left = file, MOST_HEADER_BYTES
+
+  def read(self, size: int) -> bytes:
+    if not 0 <= size <= self.left:
+      raise ValueError(f'a header of more than {MOST_HEADER_BYTES:,} bytes')
+    self.left -= size
+    return self._file.read(size)
+
+  def seek(self, offset: int) -> int:
+    return self._file.seek(offset)
+
+  def tell(self) -> int:
+    return self._file.tell()
+
+
+def _members(archive: Path, left: Left) -> Iterator[Member]:
   """The pictures of one archive. UserError where it is none."""
-  try:
+  with reading(archive, 'is not an uncompressed tar file', 'fetch or pack it again'):
     if not archive.is_file():  # A pipe would wait for a writer for ever.
       raise OSError('it is not a regular file')
-    with tarfile.open(archive, 'r:') as tar:
-      yield from _pictures(tar, archive)
-  except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-    raise UserError(f'{archive} is not an uncompressed tar file ({error}).') from error
+    with archive.open('rb') as file:
+      headers = _Headers(file)
+      with tarfile.open(fileobj=headers, mode='r:') as tar:
+        yield from _pictures(tar, headers, archive, left)
 
 
-def _pictures(tar: tarfile.TarFile, archive: Path) -> Iterator[Member]:
-  last, damage = 'the start', ''
+def _pictures(
+  tar: tarfile.TarFile, headers: _Headers, archive: Path, left: Left
+) -> Iterator[Member]:
+  last, damage, before = 'the start', '', -1
   while True:
+    headers.left = MOST_HEADER_BYTES
     try:
       info = tar.next()
-    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-      info, damage = None, str(error)
+      # A size below 0 would lead back, and round and round.
+      if info is not None and not before < info.offset < tar.offset:
+        raise ValueError('a header points back')
+    except Exception as error:  # Its parser lets through whatever it comes upon.
+      info, damage = None, first_line(error)
     if info is None:
       break
     tar.members.clear()  # It would keep the headers of all.
-    last = info.name
+    before, last = info.offset, shown(info.name)
     name = PurePosixPath(info.name).name
-    if info.isfile() and name.lower().endswith(SUFFIXES) and not name.startswith('.'):
+    if not name.lower().endswith(SUFFIXES) or name.startswith('.') or info.isdir():
+      continue
+    if info.isfile():
       sparse = 'it is stored sparsely' if info.issparse() else ''
-      yield Member(archive, info.name, info.offset_data, info.size, sparse)
+      yield Member(archive, last, info.offset_data, info.size, sparse)
+    else:
+      link = info.issym() or info.islnk()
+      left.add('links in tar files' if link else 'what is no regular file in tar files', last)
   # Python's reader takes a damaged header for the end, which is marked by blocks of zeros.
   if damage or not _ends(archive, tar.offset):
     damage = damage or 'the mark of its end is missing'

@@ -158,7 +158,8 @@ def open_images(path: str | Path) -> ImageSet:
   if place.is_dir():
     return _in_folder(place)
   if place.suffix.lower() == '.tar' and place.is_file():
-    return Pixels(TarPictures([place]), f'tar:{place.resolve()}', stamp_of([place]))
+    pictures = TarPictures([place])
+    return Pixels(pictures, f'tar:{place.resolve()}', stamp_of([place]), pictures.notes)
   if holds_batch(place):
     return Pixels(ImageBatch(place), f'npz:{place.resolve()}', stamp_of([place]))
   if place.is_file():
@@ -187,8 +188,9 @@ def _in_folder(folder: Path) -> ImageSet:
     return Folder(folder)
   if len(archives) < len(files):
     raise UserError(f'{folder} has both pictures and tar files; move one kind elsewhere.')
+  pictures = TarPictures(archives)
   return Pixels(
-    TarPictures(archives), f'tar:{folder.resolve()}', stamp_of(archives, folder), notes
+    pictures, f'tar:{folder.resolve()}', stamp_of(archives, folder), notes + pictures.notes
   )
 
 
