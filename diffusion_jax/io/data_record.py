@@ -3,6 +3,7 @@
 import sys
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.io.checkpoint import STEP
 from diffusion_jax.io.run_directory import RunDirectory
 from diffusion_jax.io.set_aside import set_aside_damaged
 from diffusion_jax.reading import read_object
@@ -61,4 +62,4 @@ def write_data(directory: RunDirectory, found: Found) -> None:
 
 def _has_saved(directory: RunDirectory) -> bool:
   folder = directory.checkpoints
-  return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
+  return folder.is_dir() and any(STEP.fullmatch(path.name) for path in folder.iterdir())

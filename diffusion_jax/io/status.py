@@ -16,6 +16,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.io import keeper
 from diffusion_jax.io.run_directory import RunDirectory
 from diffusion_jax.io.whole import replacing
+from diffusion_jax.reading import first_line
 
 NAME = 'status.json'
 GOES_ON = ('starting', 'compiling', 'training', 'sampling', 'evaluating', 'saving', 'finishing')
@@ -48,6 +49,7 @@ class Status:
     self.before = last_word(directory)
     self.start = secrets.token_hex(8)
     self.final = False
+    self._problem = ''
 
   def facts_before(self) -> dict[str, Any]:
     """How far the start before this one came, as far as it makes sense."""
@@ -84,10 +86,20 @@ class Status:
       if not self.final:
         self._tell_keeper(record)
       if self._main or everyone:
-        with contextlib.suppress(OSError):  # A full disk must not end what it can only describe.
-          self._directory.write_json(NAME, record)
+        self._write(record)
       if self.final:
         self._tell_keeper(record)
+
+  def _write(self, record: dict[str, Any]) -> None:
+    """A full disk must not end what the file can only describe."""
+    problem = ''
+    try:
+      self._directory.write_json(NAME, record)
+    except OSError as error:
+      problem = first_line(error)
+      if problem != self._problem:
+        print(f'diffusion_jax train: {NAME} cannot be written ({problem}).', file=sys.stderr)
+    self._problem = problem
 
   def put_back(self) -> None:
     """The file as this start has found it: the run stands as it stood before."""

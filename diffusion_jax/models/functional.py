@@ -33,7 +33,7 @@ def merge(graphdef: Any, params: Params) -> nnx.Module:
   """Inverse of `split`: a module that computes with `params`."""
   flat = {}
   for name, value in params.items():
-    path = tuple(int(part) if part.isdigit() else part for part in name.split('.'))
+    path = tuple(int(part) if part.isdecimal() else part for part in name.split('.'))
     flat[path] = nnx.Param(value)
   return nnx.merge(graphdef, nnx.from_flat_state(flat))
 

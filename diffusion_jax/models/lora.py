@@ -97,7 +97,7 @@ def with_lora(network: Network, sizes: Mapping[str, Rank]) -> Network:
 
 def _layer(module: nnx.Module, name: str) -> nnx.Module:
   for part in name.split('.'):
-    module = module[int(part)] if part.isdigit() else getattr(module, part)
+    module = module[int(part)] if part.isdecimal() else getattr(module, part)
   require(
     isinstance(module, (Linear, Conv)), f'{name} is no dense layer or convolution: no LoRA fits it.'
   )

@@ -10,6 +10,7 @@ from diffusion_jax.io.checkpoint import Checkpoints
 from diffusion_jax.io.keeping import Keep
 from diffusion_jax.parallel.agreement import agree
 from diffusion_jax.parallel.sharding import to_host
+from diffusion_jax.reading import reading
 from diffusion_jax.train.state import TrainState
 from diffusion_jax.train.tasks.task import Metrics
 from diffusion_jax.train.training import Training
@@ -48,16 +49,21 @@ class Saver:
     found = self._checkpoints.restore_latest(_as_parts(abstract))
     if found is None:
       return None
-    _, parts, extra = found
-    self._loader.set_state(extra['loader'])
-    totals = {
-      name: tuple(np.asarray(part, np.float32) for part in pair)
-      for name, pair in extra['totals'].items()
-    }
+    step, parts, extra = found
+    with reading(
+      f'what the checkpoint of step {step} says of data and metrics', 'cannot be understood',
+      'it was not saved by train: choose another workdir',
+    ):
+      self._loader.set_state(extra['loader'])
+      totals = {
+        name: tuple(np.asarray(part, np.float32) for part in pair)
+        for name, pair in extra['totals'].items()
+      }
+      goodput = {name: float(seconds) for name, seconds in extra['goodput'].items()}
     state = TrainState(
       **{name: parts[name] for name in ('params', 'opt_state', 'ema')}, **parts['rest']
     )
-    return Restored(state, totals, extra['goodput'])
+    return Restored(state, totals, goodput)
 
   def save(
     self, step: int, state: TrainState, totals: Metrics, goodput: dict[str, float]

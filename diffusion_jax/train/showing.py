@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import numpy as np
@@ -52,9 +53,7 @@ class Showing:
         set_aside_damaged(directory.path / name, self._side.say)
       self._write_json('config.json', self.t.config)
       self._write_json('versions.json', versions())
-      self._write('README.md', lambda: directory.write_text(
-        'README.md', self._card(state, seconds, {})
-      ))
+      self._write('README.md', lambda: self._write_card('README.md', state, seconds, {}))
 
   def _write(self, name: str, work: Callable[[], None]) -> None:
     self._side(name, work, keep=True)
@@ -150,10 +149,11 @@ class Showing:
       if scores or not self.t.loop.evaluate_samples:  # Else they failed: older ones stay.
         directory.write_json('scores.json', scores)
       self.t.task.export(directory.model, params, scores)
-      card = self._side('the model card', lambda: self._card(state, seconds, scores))
-      if card is not None:
-        directory.write_text('README.md', card)
-        directory.write_text('model/README.md', card)
+      for name in ('README.md', 'model/README.md'):
+        self._write(name, partial(self._write_card, name, state, seconds, scores))
+
+  def _write_card(self, name: str, state: TrainState, seconds: float, scores: Scores) -> None:
+    self.t.directory.write_text(name, self._card(state, seconds, scores))
 
   def _card(self, state: TrainState, seconds: float, scores: Scores) -> str:
     return model_card(

@@ -95,6 +95,21 @@ def test_an_attempt_that_has_not_touched_the_file_is_a_bug_before_the_start(star
   assert said[1].endswith('status.json: a bug before the start; not again')
 
 
+@pytest.mark.parametrize('plan', [
+  ['- - - kill', 'finished false 9 0'],
+  ['interrupted true 4 143', '- - - kill', '- - - 143', 'finished false 9 0'],
+])
+def test_who_was_killed_before_it_could_write_a_word_is_started_again(start, tmp_path, plan):
+  code, attempts, said = result(start(plan), tmp_path)
+  assert (code, attempts) == (0, len(plan)), said
+  assert all('; again in 0 s' in line for line in said[:-1])
+
+
+def test_killed_again_and_again_before_a_word_is_stuck(start, tmp_path):
+  code, attempts, said = result(start(['- - - kill'] * 5), tmp_path)
+  assert (code, attempts) == (137, 3) and 'have not got beyond that step' in said[-1]
+
+
 def test_a_file_that_cannot_be_read(start, tmp_path):
   process = start(['broken true nothing 1'])
   code, attempts, said = result(process, tmp_path)
