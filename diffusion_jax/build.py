@@ -21,11 +21,13 @@ from diffusion_jax.data.synthetic import SyntheticImages
 from diffusion_jax.data.transforms import Label, build_transforms
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.job import check_samples
+from diffusion_jax.evaluation.provenance import REFERENCE, TESTED, of_features, of_model
 from diffusion_jax.io.data_record import check_data, write_data
 from diffusion_jax.io.metrics_backends import check_wandb
 from diffusion_jax.io.run_directory import RunDirectory
 from diffusion_jax.io.saving import of_storage, reason
 from diffusion_jax.io.trained import run_weights
+from diffusion_jax.io.trained_on import Pictures, pictures_of
 from diffusion_jax.models.attend import check_attention
 from diffusion_jax.models.float8 import check_products
 from diffusion_jax.models.text.tokenizer import (
@@ -85,6 +87,41 @@ def open_sources(config: TrainingConfig, synthetic: bool = False) -> tuple[Sourc
     for split in ('train', 'test')
   )
   return train, test
+
+
+def pictures_in(
+  config: TrainingConfig, train: Source, test: Source
+) -> tuple[Pictures | None, Pictures | None]:
+  """What a run is trained and what it is tested on; None for points and random numbers."""
+  data = config.data
+  return tuple(
+    pictures_of(data.dataset, split, data.size, len(source), fingerprint(source))
+    if hasattr(source, 'fingerprint') else None
+    for split, source in (('train', train), ('test', test))
+  )
+
+
+def told_of(
+  config: TrainingConfig, train: Pictures | None, test: Pictures | None
+) -> tuple[str, ...]:
+  """Sentences on networks that were there before the run: what they were trained on.
+
+  Those whose features score what is drawn, and what the training begins with.
+  """
+  if config.task == 'toy':
+    return ()
+  settings, found = config.settings, []
+  if config.task in LATENT and config.loop.evaluate_samples:
+    named = settings.evaluation.features or (f'clip:{settings.clip}',)
+    found += of_features(named, {REFERENCE: train, TESTED: test})
+  return (*found, *told_of_begin(config, test))
+
+
+def told_of_begin(config: TrainingConfig, test: Pictures | None) -> tuple[str, ...]:
+  """A sentence on what a run began with, if not with fresh weights."""
+  begun = config.weights_from and f'{config.weights_from}/model'
+  begun = begun or (config.task == 'finetune' and config.settings.model)
+  return (of_model(begun, begun, {TESTED: test}),) if begun else ()
 
 
 def _told(train: Source, test: Source) -> list[str]:
@@ -243,7 +280,7 @@ def build(config: ConfigDict | dict, workdir: str, synthetic: bool = False) -> T
   train, test = open_sources(checked, synthetic)
   data = {} if synthetic else {'training': fingerprint(train), 'test': fingerprint(test)}
   check_data(directory, data)
-  told = _told(train, test)
+  told, known = _told(train, test), pictures_in(checked, train, test)
   if checked.task in LATENT and checked.loop.evaluate_samples:
     if checked.task == 'finetune':
       checked.settings.check_scored()
@@ -284,5 +321,5 @@ def build(config: ConfigDict | dict, workdir: str, synthetic: bool = False) -> T
     optimizer=optimizer,
     learning_rates=learning_rates(checked.optimizer, steps), loader=loader, mesh=mesh,
     directory=directory, start=start, data_credit=CREDITS.get(checked.data.dataset, ''),
-    measured=measured_on(test),
+    measured=measured_on(test), told=told_of(checked, *known), trained_on=known[0],
   )

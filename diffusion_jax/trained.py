@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from diffusion_jax.build import build_task, open_sources
+from diffusion_jax.data.splits import measured_on
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.checkpoint import Checkpoints
 from diffusion_jax.io.run_directory import RunDirectory
@@ -20,6 +21,7 @@ from diffusion_jax.reading import reading
 from diffusion_jax.recipe import LATENT, parse
 from diffusion_jax.train.posthoc_ema import Combination, Snapshot, combine
 from diffusion_jax.train.tasks.task import Scores
+from diffusion_jax.train.training import stating
 from diffusion_jax.types import Params, Weights
 
 
@@ -163,6 +165,7 @@ def load_evaluator(workdir: str) -> Callable[[int], Scores]:
   """A function of the number of samples that scores a run's last checkpoint on the test split."""
   run = TrainedRun(workdir)
   frozen = {role: put_params(values, run.mesh) for role, values in run.task.frozen.items()}
-  return lambda samples: run.task.evaluate(
+  told = (measured_on(run.sources[1]).told,)
+  return lambda samples: stating(run.task.evaluate(
     run.params(), frozen, run.mesh, samples=samples, final=True
-  )
+  ), run.newest(), told)

@@ -154,11 +154,13 @@ def _likelihood(args: argparse.Namespace) -> dict:
   settings = LikelihoodConfig(**{k: v for k, v in given.items() if v is not None})
   mesh = make_mesh(MeshConfig())
   subject = evaluate_model.Subject(args, mesh)
-  return evaluate_likelihood(
+  found = evaluate_likelihood(
     subject.model, subject.weights(args.ema_halflife_images)(), subject.train, subject.test,
     settings, samples=LIKELIHOOD_SAMPLES if args.samples is None else args.samples,
     seed=args.seed, mesh=mesh, batch_size=args.batch,
   )
+  whose = f'Of {found["settings"]["samples"]:,} images of {subject.split("test").name}.'
+  return found | {'measured': [whose, *subject.trained_on]}
 
 
 def print_table(scores: dict) -> None:

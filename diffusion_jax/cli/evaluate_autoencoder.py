@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, out: Path, shown: dict) -> dict[str, Any] | No
   check(args)
   evaluate_job.start()
   mesh = local_mesh()
-  network, read, name, test = _open(args)
+  network, read, name, test, about = _open(args)
   originals = First(test, min(SAMPLES, len(test)) if args.samples is None else args.samples)
   default = evaluate_job.PAIR_METRICS + (',lpips' if args.lpips else '')
   comparison = evaluate_job.open_comparison(
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, out: Path, shown: dict) -> dict[str, Any] | No
   if found is None:
     return None
   settings = {'lpips': args.lpips} if args.lpips else {}
-  return evaluate_job.report(args, comparison, found, shown, settings)
+  return evaluate_job.report(args, comparison, found, shown, settings, about, test)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -98,8 +98,10 @@ def _works(
 
 
 def _open(args: argparse.Namespace) -> tuple:
-  """(network, a function that reads its parameters, its name and weights, the test images)."""
-  from diffusion_jax.evaluation.images import Split
+  """(network, a function that reads its parameters, its name and weights, the test images, what it
+  was trained on)."""
+  from diffusion_jax.data.splits import measured_on
+  from diffusion_jax.evaluation.provenance import TESTED, of_model
   from diffusion_jax.io.pretrained import load_params
   from diffusion_jax.models.autoencoder import AutoencoderKL
   from diffusion_jax.models.functional import Network, under
@@ -112,11 +114,12 @@ def _open(args: argparse.Namespace) -> tuple:
     network, step, data = run.autoencoder, run.newest(), run.config.data
     read = lambda: to_host(under('autoencoder', run.params(step, half_life)))
     name = evaluate_model.identity(args.workdir, run, step, half_life)
-    images = Split(run.sources[1], evaluate_job.split_name(data.dataset, data.size, 'test'))
-    return network, read, name, images
+    images = evaluate_job.named_split(run.sources[1], data.dataset, data.size, 'test')
+    return network, read, name, images, [measured_on(run.sources[1]).told]
   if half_life is not None:
     raise UserError('--ema_halflife_images needs --workdir: a model alone has one average.')
   config, params = load_params('autoencoder', args.model)
   own = config.sample_size if args.size is None and isinstance(config.sample_size, int) else None
   name, images = evaluate_model.identity(args.model), evaluate_job.open_split(args, 'test', own)
-  return Network.of(AutoencoderKL, config), lambda: params, name, images
+  about = [of_model(args.model, args.model, {TESTED: images.pictures})]
+  return Network.of(AutoencoderKL, config), lambda: params, name, images, about

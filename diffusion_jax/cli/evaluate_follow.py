@@ -54,7 +54,8 @@ def _score(
     return
   found = comparison(columns)
   if found is not None:
-    _write(args, out, comparison, found, history, settings | {'step': step})
+    about = subject.about, subject.split('test')
+    _write(args, out, comparison, found, history, settings | {'step': step}, about)
   if evaluate_job.all_are_here('scored'):
     shutil.rmtree(place, ignore_errors=True)
 
@@ -123,12 +124,12 @@ def _columns(subject, step: int, place: str) -> dict | None:
 
 def _write(
   args: argparse.Namespace, out: Path, comparison, found, history: list[dict],
-  settings: dict[str, Any],
+  settings: dict[str, Any], about: tuple,
 ) -> None:
   from diffusion_jax.evaluation.writing import write
 
   shown: dict[str, Any] = {}
-  scores = evaluate_job.report(args, comparison, found, shown, settings)
+  scores = evaluate_job.report(args, comparison, found, shown, settings, *about)
   figures = scores['generated']
   history.append({'step': settings['step'], **figures})
   history.sort(key=lambda line: line['step'])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusion_jax.cli import evaluate_told
 from diffusion_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -177,8 +178,8 @@ def open_comparison(
   return Comparison(
     extraction, metrics, reference or _reference(args, metrics, extraction, split),
     out.with_name(f'{out.stem}.parts'),
-    texts=text_towers(named, extraction.extractors, mesh) if captioned else {}, seed=args.seed,
-    most_unreadable=args.most_unreadable or 0.0, kept=kept,
+    texts=text_towers(named, extraction.extractors, mesh) if captioned else {}, named=named,
+    seed=args.seed, most_unreadable=args.most_unreadable or 0.0, kept=kept,
   )
 
 
@@ -203,13 +204,15 @@ def _check_towers(metrics: list[str], extractors: list) -> None:
 
 def report(
   args: argparse.Namespace, comparison: Comparison, found: Found, shown: dict,
-  settings: dict | None = None,
+  settings: dict | None = None, about: Sequence[str] = (), tested: Split | None = None,
 ) -> dict[str, Any]:
-  """Columns of figures, and, of the first, 'intervals', 'warnings', 'settings'; JSON-ready.
+  """Columns of figures, and, of the first, 'intervals', 'measured', 'warnings', 'settings';
+  JSON-ready.
 
   Args:
     shown: is given what the page shows beside them, of that column.
     settings: what else decides the figures.
+    about, tested: as for `evaluate_told.told`.
   """
   from diffusion_jax.evaluation.reference import write_moments
 
@@ -221,7 +224,12 @@ def report(
       args.save_statistics, features.columns, comparison.extraction.extractors
     )
     print(f'statistics of {first} written to {", ".join(map(str, files))}')
-  return found.told() | {'settings': {
+  measured, warnings = evaluate_told.told(comparison, len(features.rows), about, tested)
+  for text in warnings:
+    print(f'note: {text}')
+  scores = found.told()
+  scores['warnings'] = [*warnings, *scores['warnings']]
+  return scores | {'measured': measured, 'settings': {
     'samples': len(features.rows), 'unreadable': len(features.trouble),
     **{name: plan[name] for name in ('images', 'model') if name in plan},
     **settings_of(comparison), **(settings or {}),
@@ -240,11 +248,22 @@ def settings_of(comparison: Comparison) -> dict[str, Any]:
 def open_split(args: argparse.Namespace, name: str, size: int | None = None) -> Split:
   """A split of --dataset, at a size of --size where none is given."""
   from diffusion_jax.data.sources import open_source
-  from diffusion_jax.evaluation.images import Split
 
   size = size or (SIZE if args.size is None else args.size)
   source = open_source(args.dataset, name, size=size, data_dir=args.data_dir, prepare=True)
-  return Split(source, split_name(args.dataset, size, name))
+  return named_split(source, args.dataset, size, name)
+
+
+def named_split(source, dataset: str, size: int, name: str) -> Split:
+  """A split of a data set as a set of images that knows which it is."""
+  from diffusion_jax.data.fingerprint import fingerprint
+  from diffusion_jax.evaluation.images import Split
+  from diffusion_jax.io.trained_on import pictures_of
+
+  return Split(
+    source, split_name(dataset, size, name),
+    pictures=pictures_of(dataset, name, size, len(source), fingerprint(source)),
+  )
 
 
 def split_name(dataset: str, size: int, name: str) -> str:
@@ -287,4 +306,4 @@ def of_folder(args: argparse.Namespace, out: Path, shown: dict) -> dict[str, Any
   for note in images.notes:
     print(f'note: {note}')
   found.scores[found.first].warnings.extend(images.notes)
-  return report(args, comparison, found, shown)
+  return report(args, comparison, found, shown, about=[f'They are of {images.name}.'])

@@ -43,6 +43,7 @@ class Subject:
         for name in ('train', 'test')
       )
     self._held: tuple[Any, Weights | None] = (None, None)
+    self._splits: dict[str, Split] = {}
     self.check_average(args.ema_halflife_images)
 
   def check_average(self, ema_halflife_images: float | None) -> None:
@@ -112,13 +113,32 @@ class Subject:
 
   def split(self, name: str) -> Split:
     """A split of the data set that the model was made for."""
-    from diffusion_jax.evaluation.images import Split
+    if name not in self._splits:
+      dataset, size = self.args.dataset, self.model.image_size
+      if self.run:
+        dataset, size = self.run.config.data.dataset, self.run.config.data.size
+      source = self.train if name == 'train' else self.test
+      self._splits[name] = evaluate_job.named_split(source, dataset, size, name)
+    return self._splits[name]
 
-    dataset, size = self.args.dataset, self.model.image_size
-    if self.run:
-      dataset, size = self.run.config.data.dataset, self.run.config.data.size
-    source = self.train if name == 'train' else self.test
-    return Split(source, evaluate_job.split_name(dataset, size, name))
+  @property
+  def about(self) -> list[str]:
+    """What is drawn, and what the model was trained on."""
+    whose = self.args.captions or f'the captions of {self.split("test").name}'
+    return [f'Each is drawn for one of {whose}.', *self.trained_on]
+
+  @property
+  def trained_on(self) -> list[str]:
+    """What the model was trained on, seen from the test images."""
+    from diffusion_jax.build import told_of_begin
+    from diffusion_jax.data.splits import measured_on
+    from diffusion_jax.evaluation.provenance import TESTED, of_model
+
+    test = self.split('test').pictures
+    if self.run is None:
+      return [of_model(self.name, self.name, {TESTED: test})]
+    own = [] if self.args.captions else [measured_on(self.test).told]
+    return [*own, *told_of_begin(self.run.config, test)]
 
   def weights(self, ema_halflife_images: float | None = None) -> Callable[[], Weights]:
     """On the mesh, read when first called for; of a run, perhaps with an average of another length.
@@ -242,7 +262,9 @@ def pictures(
   })
   if found is None:
     return None
-  return evaluate_job.report(args, comparison, found, shown, settings_of(subject))
+  return evaluate_job.report(
+    args, comparison, found, shown, settings_of(subject), subject.about, subject.split('test')
+  )
 
 
 def sweep(
@@ -272,7 +294,9 @@ def sweep(
   } | subject.real(), choose=lambda figures: best({name: figures[name] for name in every}))
   if found is None:
     return None
-  scores = evaluate_job.report(args, comparison, found, shown)
+  scores = evaluate_job.report(
+    args, comparison, found, shown, about=subject.about, tested=subject.split('test')
+  )
   scores['settings'] |= {
     'model': name_of_model, 'best': found.first, **settings_of(subject)
   }

@@ -102,6 +102,7 @@ class Comparison:
 
   Args:
     texts: column of features -> the CLIP that embeds captions in the same space.
+    named: the features, KIND:PATH each.
     parts: the folder of all pieces; what it has is not made again.
     most_unreadable: share of a set's images that may be damaged.
     kept: where pictures of columns with `keep` go, and as what: one of `keeping.KINDS`.
@@ -109,13 +110,17 @@ class Comparison:
 
   def __init__(
     self, extraction: Extraction, metrics: Sequence[str], reference: Reference, parts: Path, *,
-    texts: Mapping[str, CLIPFeatures], seed: int = 0, most_unreadable: float = 0.0,
+    texts: Mapping[str, CLIPFeatures], named: Sequence[str] = (), seed: int = 0,
+    most_unreadable: float = 0.0,
     kept: tuple[Path, str] | None = None,
   ):
     self.extraction, self.metrics, self.reference = extraction, list(metrics), reference
     self.parts, self.seed, self.most_unreadable, self.kept = parts, seed, most_unreadable, kept
-    self._texts = texts
+    self._texts, self.named = texts, tuple(named)
     self._reference: Pictured | None = None
+    self.checked: list[tuple[str, bool]] | None = None
+    """What its CLIPs make of real pictures, once that has been tried: (sentence, whether to
+    beware)."""
     self._embedded: dict[tuple, dict[str, np.ndarray]] = {}
 
   def check(self, columns: Mapping[str, Column]) -> None:

@@ -21,6 +21,7 @@ from diffusion_jax.data.images import read_pixels
 from diffusion_jax.data.prepared import METADATA, PreparedImages
 from diffusion_jax.data.tar_pictures import TarPictures
 from diffusion_jax.errors import UserError
+from diffusion_jax.io.trained_on import Pictures
 
 
 class Picture(NamedTuple):
@@ -94,6 +95,8 @@ class Split:
   records: Sequence
   name: str
   notes: tuple[str, ...] = ()
+  pictures: Pictures | None = None
+  """What they are, to be compared with what networks were trained on."""
 
   def __len__(self) -> int:
     return len(self.records)

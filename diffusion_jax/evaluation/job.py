@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,11 +14,12 @@ from tqdm import tqdm
 from diffusion_jax.data.sources import ImageSource
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.budget import Budget
+from diffusion_jax.evaluation.chance import PAIRS, real_retrieval
 from diffusion_jax.evaluation.collecting import Collected, Collector, Images
 from diffusion_jax.evaluation.figures import figure_names
 from diffusion_jax.evaluation.named import check_named, load_named, text_towers
 from diffusion_jax.evaluation.scores import METRICS as KNOWN_METRICS
-from diffusion_jax.evaluation.scores import Compared, check_metrics, outputs_of, score
+from diffusion_jax.evaluation.scores import Compared, Scores, check_metrics, outputs_of, score
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.parallel.sharding import put_params, to_host
 from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
@@ -67,7 +70,8 @@ class Evaluation:
     outputs = [name.rpartition(':')[2] for name in self._collect.columns]
     check_metrics(metrics, outputs, ('moments', 'reference', 'texts'), METRICS_KEY)
     asked = any('texts' in KNOWN_METRICS[name].needs for name in metrics)
-    self._towers = text_towers(features, self.extractors, mesh) if asked else {}
+    self._clips = text_towers(features, self.extractors, mesh)
+    self._towers = self._clips if asked else {}
     self.figures = figure_names(metrics, self._collect.columns)
     """Names of all figures that it gives."""
 
@@ -87,9 +91,20 @@ class Evaluation:
       for name, value in self.reference.items()
     }
 
+  @functools.cached_property
+  def _checked(self) -> list[tuple[str, bool]]:
+    """What each CLIP makes of real test images and their captions: (sentence, whether to beware).
+    """
+    records = shuffled(self._test, min(PAIRS, len(self._test)))
+    found = {clip.extractor.name: real_retrieval(clip, records) for clip in self._clips.values()}
+    told = [(one.told(name), one.near_chance) for name, one in found.items()]
+    for text in [text for text, beware in told if beware and jax.process_index() == 0]:
+      print(f'diffusion_jax train: {text}', file=sys.stderr)
+    return told
+
   def _scores(
     self, samples: Collected, moments: dict[str, Statistics], texts: dict, seed: int
-  ) -> dict[str, float]:
+  ) -> Scores:
     """Figures of samples that belong to these texts, against a reference of these moments."""
     compared = []
     for name, values in samples.items():
@@ -98,12 +113,12 @@ class Evaluation:
       else:
         reference, own = self.reference[name], texts.get(name)
         compared.append(Compared(name, values, moments[name], reference, own))
-    return score(self.metrics, compared, seed=seed, intervals=False).values
+    return score(self.metrics, compared, seed=seed, intervals=False)
 
   def __call__(
     self, weights: Weights, untrained: Weights | None, sample: SampleConfig, *, samples: int,
     seed: int, real: bool, seconds: float = 0.0, batch_size: int = DRAW_BATCH,
-  ) -> dict[str, dict[str, float]]:
+  ) -> dict[str, Any]:
     """Draws one image for each of the first `samples` test captions and scores it.
 
     Args:
@@ -112,8 +127,8 @@ class Evaluation:
 
     Returns:
       Columns 'generated', and on request 'untrained' (the same model with fresh weights) and 'real'
-      (the test images of the same captions), each with `figures`; and 'settings', which tell the
-      number of samples.
+      (the test images of the same captions), each with `figures`; 'settings', which tell the number
+      of samples; and sentences, 'measured', on what they are measured, and 'warnings'.
 
     Raises:
       UserError: fewer than 16 samples, or more than the test split has captions.
@@ -122,6 +137,7 @@ class Evaluation:
     records = shuffled(self._test, samples)
     captions = tuple(record['captions'][0] for record in records)
     moments = self._moments  # The reference is embedded before the clock runs.
+    checked = self._checked
 
     def drawn(label: str, params: Weights, budget: Budget) -> Collected:
       batches = self.model.generate(
@@ -136,7 +152,15 @@ class Evaluation:
     if real:
       found['real'] = self._collect([np.stack([r['image'] for r in records[:samples]])])
     texts = {name: tower.texts(captions[:samples]) for name, tower in self._towers.items()}
-    out = {name: self._scores(one, moments, texts, seed) for name, one in found.items()}
+    scores = {name: self._scores(one, moments, texts, seed) for name, one in found.items()}
+    out: dict[str, Any] = {name: one.values for name, one in scores.items()}
+    out['measured'] = [
+      f'Of {samples:,} images, each drawn for a test caption, against {len(self._train):,} images '
+      'of the training split.', *(text for text, beware in checked if not beware),
+    ]
+    out['warnings'] = [
+      *(text for text, beware in checked if beware), *scores['generated'].warnings
+    ]
     out['settings'] = {
       'samples': samples, 'reference_images': len(self._train), 'seed': seed,
       'features': ', '.join(extractor.name for extractor in self.extractors),

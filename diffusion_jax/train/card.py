@@ -1,8 +1,14 @@
 """The model card of a run: what was trained, on what, how, and how well (Mitchell et al. 2019)."""
 
+from collections.abc import Sequence
 from typing import Any
 
-import jax
+import numpy as np
+
+from diffusion_jax.io.trained_on import Pictures
+from diffusion_jax.viz.names import column_title, figure_title, ordered
+from diffusion_jax.viz.page import duration
+from diffusion_jax.viz.rundir import Told
 
 TITLES = {
   'autoencoder': 'KL autoencoder',
@@ -16,41 +22,67 @@ TITLES = {
 
 def model_card(
   config: dict[str, Any], *, parameters: int, steps: int, seconds: float, command: str,
-  scores: dict[str, dict[str, Any]], credit: str, measured: str,
+  scores: dict[str, Any], credit: str, devices: np.ndarray, pictures: Pictures | None = None,
+  told: Sequence[str] = (),
 ) -> str:
-  """Markdown. `seconds` is the time spent training, with drawing and scoring; `measured` says
-  what the scores are measured on."""
+  """Markdown.
+
+  Args:
+    seconds: spent until now, with drawing and scoring.
+    scores: as a run keeps them, with what they are measured on.
+    devices: of the mesh. pictures: what it is trained on, None for points.
+    told: what there is to be said without scores, too.
+  """
   data, loop = config['data'], config['loop']
   records = steps * loop['batch_size']
   one, edge = 'images', f'{data["size"]} x {data["size"]} pixels'
   if config['task'] == 'toy':
     one, edge = f'records of {data["size"]} points', 'points in the plane'
+  of = f' of {pictures.records:,} images' if pictures else ''
   lines = [
     f'# {TITLES[config["task"]]} ({data["dataset"]}, {edge})', '',
     f'Trained with diffusion_jax by `{command}`.', '',
     f'- Trained parameters: {parameters:,}',
-    f'- Steps: {steps:,} of {loop["total_steps"]:,}, {records:,} {one}, '
+    f'- Steps: {steps:,} of {loop["total_steps"]:,}, {records:,} {one} seen, '
     f'batch {loop["batch_size"]}',
-    f'- Time: {seconds / 3600:.2f} hours on {jax.device_count()} x {jax.devices()[0].device_kind}',
-    f'- Data: {data["dataset"]}, {edge}, training split',
+    f'- Time: {duration(seconds)} until this was written, on {devices.size} x '
+    f'{devices.flat[0].device_kind}',
+    f'- Data: {data["dataset"]}, {edge}, training split{of}',
     '- Settings: see config.json of the run', '',
   ]
-  if scores:
-    lines += ['## Scores', '', measured, '']
-    lines += _table(scores)
+  found = Told.of(scores)
+  if found.columns:
+    lines += ['## Scores', '', *_listed(found.measured), *_table(found, config['task'])]
+  elif told:
+    lines += ['## What was there before', '', *_listed(told)]
   if credit:
     lines += ['## Credit', '', credit, '']
   return '\n'.join(lines)
 
 
-def _table(scores: dict[str, dict[str, Any]]) -> list[str]:
-  columns = [name for name in scores if name != 'settings']
-  rows = list(dict.fromkeys(metric for name in columns for metric in scores[name]))
-  lines = [f'| metric | {" | ".join(columns)} |', f'|---|{"---|" * len(columns)}']
+def _table(scores: Told, task: str) -> list[str]:
+  columns = ordered(list(scores.columns))
+  rows = list(dict.fromkeys(metric for name in columns for metric in scores.columns[name]))
+  titles = ' | '.join(column_title(name, task) for name in columns)
+  lines = [f'| metric | {titles} |', f'|---|{"---|" * len(columns)}']
   for row in rows:
-    cells = [f'{scores[c][row]:.4g}' if row in scores[c] else '' for c in columns]
-    lines.append(f'| {row} | {" | ".join(cells)} |')
-  settings = scores.get('settings', {})
+    cells = [
+      f'{scores.columns[c][row]:.4g}' if row in scores.columns[c] else '' for c in columns
+    ]
+    title = figure_title(row, task)
+    name = f'{title} (`{row}`)' if title != row else f'`{row}`'
+    lines.append(f'| {name} | {" | ".join(cells)} |')
+  settings = dict(scores.settings)
+  step = settings.pop('step', None)
+  told = [] if step is None else [f'At step {step:,}.']
   if settings:
-    lines += ['', 'Sampled with ' + ', '.join(f'{k} {v}' for k, v in settings.items()) + '.']
+    told.append('Settings: ' + ', '.join(f'{k} {v}' for k, v in settings.items()) + '.')
+  lines += ['', ' '.join(told)] if told else []
+  if scores.warnings:
+    lines += ['', 'What to beware of:', '', *_listed(scores.warnings)]
   return [*lines, '']
+
+
+def _listed(texts: Sequence[str]) -> list[str]:
+  """One sentence stands for itself; several are a list."""
+  return [*(texts if len(texts) == 1 else [f'- {text}' for text in texts]), '']

@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from diffusion_jax.io.metrics_writer import MetricsWriter
 from diffusion_jax.io.run_directory import command_line, versions
 from diffusion_jax.io.set_aside import set_aside_damaged
+from diffusion_jax.io.trained_on import write_trained_on
 from diffusion_jax.train.card import model_card
 from diffusion_jax.train.config import LoopConfig
 from diffusion_jax.train.sample_count import NAME as SAMPLE_COUNT
@@ -24,6 +25,7 @@ from diffusion_jax.train.training import Training
 from diffusion_jax.viz.grids import make_grid, save_png
 from diffusion_jax.viz.metrics_file import MetricsFile, read_lines
 from diffusion_jax.viz.report import write_report
+from diffusion_jax.viz.report_grids import ABOUT
 from diffusion_jax.viz.rundir import find_grids
 
 REPORT_EVERY = 20
@@ -72,10 +74,10 @@ class Showing:
   def _grid(self, step: int, images: np.ndarray, captions: list[str]) -> None:
     columns = min(8, math.ceil(math.sqrt(len(images))))
     scale = max(1, 128 // images.shape[1])
-    grid = make_grid(images, columns=columns, captions=captions, scale=scale)
+    grid = make_grid(images, columns=columns, captions=captions, scale=scale, lines=6)
     self._writer.image('samples', step, np.asarray(grid.convert('RGB')))
     name = f'step_{step:08d}.png'
-    texts = {'step': str(step), 'captions': json.dumps(captions)}
+    texts = {ABOUT: self.t.task.shows, 'step': str(step), 'captions': json.dumps(captions)}
     self._write(
       f'samples/{name}', lambda: save_png(grid, self.t.directory.samples / name, texts)
     )
@@ -100,6 +102,7 @@ class Showing:
     scores = self.t.task.evaluate(
       state.eval_params, self._frozen, self.t.mesh, samples=count.wanted, final=final, **limit
     )
+    scores = self.t.stating(scores, step)
     figures, taken = dict(next(iter(scores.values()))), count.wanted
     if limit:
       taken = scores['settings']['samples']
@@ -149,6 +152,8 @@ class Showing:
       if scores or not self.t.loop.evaluate_samples:  # Else they failed: older ones stay.
         directory.write_json('scores.json', scores)
       self.t.task.export(directory.model, params, scores)
+      if self.t.trained_on:
+        write_trained_on(directory.model, self.t.trained_on)
       for name in ('README.md', 'model/README.md'):
         self._write(name, partial(self._write_card, name, state, seconds, scores))
 
@@ -159,7 +164,8 @@ class Showing:
     return model_card(
       self.t.config, parameters=sum(p.size for p in jax.tree.leaves(state.params)),
       steps=int(state.step), seconds=seconds, command=command_line(), scores=scores,
-      credit=self.t.data_credit, measured=self.t.measured.told,
+      credit=self.t.data_credit, devices=self.t.mesh.devices, told=self.t.told,
+      pictures=self.t.trained_on,
     )
 
 

@@ -1,7 +1,7 @@
 """What the loop is given."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optax
@@ -10,9 +10,18 @@ from jax.sharding import Mesh
 from diffusion_jax.data.loader import Loader
 from diffusion_jax.data.splits import APART, Measured
 from diffusion_jax.io.run_directory import RunDirectory
+from diffusion_jax.io.trained_on import Pictures
 from diffusion_jax.train.config import LoopConfig, SafetyConfig
-from diffusion_jax.train.tasks.task import Task
+from diffusion_jax.train.tasks.task import Scores, Task
 from diffusion_jax.types import Params
+
+
+def stating(scores: Scores, step: int, told: Sequence[str]) -> Scores:
+  """Scores with sentences on what they are measured on, and the step that they are of."""
+  return scores | {
+    'measured': [*told, *scores.get('measured', ())],
+    'settings': {'step': step} | scores.get('settings', {}),
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +29,8 @@ class Training:
   """Everything the loop needs, built and checked.
 
   start: gives the parameters on a mesh that a new run begins with, None for fresh ones.
-  measured: what the scores are measured on.
+  measured: what the scores are measured on. told: sentences on what was there before this run,
+  such as the networks that score. trained_on: the pictures, None where there are none.
   """
 
   config: dict[str, Any]
@@ -35,3 +45,9 @@ class Training:
   start: Callable[[Mesh], Params | None]
   data_credit: str = ''
   measured: Measured = APART
+  told: tuple[str, ...] = ()
+  trained_on: Pictures | None = None
+
+  def stating(self, scores: Scores, step: int) -> Scores:
+    """Scores with what they are measured on, and at which step."""
+    return stating(scores, step, (self.measured.told, *self.told))

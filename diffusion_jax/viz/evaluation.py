@@ -19,7 +19,7 @@ from diffusion_jax.viz.sweep import sweep_charts
 MOST_POINTS = 1000
 """Of a set in a scatter plot; more make the page large and show nothing else."""
 THUMBNAIL = 128
-BESIDE = ('intervals', 'warnings', 'settings', 'sweep', 'history')
+BESIDE = ('intervals', 'measured', 'warnings', 'settings', 'sweep', 'history')
 """What stands beside columns of figures."""
 MOST_COLUMNS = 4
 """More are shown as rows."""
@@ -82,7 +82,7 @@ def write_evaluation_page(
   body = (
     f'<header>\n<h1>{page.escape(path.stem)}</h1>\n'
     f'<p class="muted">{page.escape(_subject(scores))}</p>\n</header>\n'
-    + _figures(scores) + _warnings(scores) + _classes(classes)
+    + _figures(scores) + _measured(scores) + _warnings(scores) + _classes(classes)
     + _reconstructions('worst', (reconstructions or {}).get('worst', ()))
     + _reconstructions('best', (reconstructions or {}).get('best', ()))
     + page.section('sweep', 'Sweep', SWEPT, page.chart_grid(sweep_charts(scores)))
@@ -116,7 +116,8 @@ def _figures(scores: Mapping[str, Any]) -> str:
     rows = [(column, [cell(column, metric) for metric in metrics]) for column in columns]
     return page.section('figures', 'Figures', note, page.number_table(['', *metrics], rows))
   rows = [(metric, [cell(column, metric) for column in columns]) for metric in metrics]
-  return page.section('figures', 'Figures', note, page.number_table(['', *columns], rows))
+  own = columns.index(first) if first in columns else None
+  return page.section('figures', 'Figures', note, page.number_table(['', *columns], rows, own))
 
 
 def _history(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -136,9 +137,16 @@ def _cell(value: Any, interval: Mapping[str, float] | None) -> str:
   return f'{text} [{page.number(interval["low"])}, {page.number(interval["high"])}]'
 
 
+def _measured(scores: Mapping[str, Any]) -> str:
+  return page.section(
+    'measured', 'What they were measured on', '', page.bullets(scores.get('measured', ()))
+  )
+
+
 def _warnings(scores: Mapping[str, Any]) -> str:
-  items = ''.join(f'<li>{page.escape(text)}</li>\n' for text in scores.get('warnings', ()))
-  return page.section('beware', 'What to beware of', '', f'<ul>\n{items}</ul>' if items else '')
+  return page.section(
+    'beware', 'What to beware of', '', page.bullets(scores.get('warnings', ()))
+  )
 
 
 def _clouds(clouds: Sequence[Cloud]) -> str:

@@ -44,12 +44,13 @@ def make_grid(
   captions: Sequence[str] | None = None,
   scale: int = 1,
   padding: int = 4,
+  lines: int = _CAPTION_LINES,
 ) -> Image.Image:
   """Lays images out row by row on white, each with its caption below.
 
   The top left pixel of image i is at x = padding + column * (w * scale + padding) and
   y = padding + row * (h * scale + caption height + padding). Pixels are repeated `scale` times,
-  never interpolated. Captions wrap to at most three lines as wide as the image and end in an
+  never interpolated. Captions wrap to at most `lines` lines as wide as the image and end in an
   ellipsis where that is not enough; all get the height of the longest.
 
   Raises:
@@ -61,9 +62,9 @@ def make_grid(
   n, h, w, _ = images.shape
   columns = min(columns, n)
   font = _font(captions or [], w * scale)
-  lines = [_wrap(caption, font, w * scale) for caption in captions or []]
+  wrapped = [_wrap(caption, font, w * scale, lines) for caption in captions or []]
   line_height = sum(font.getmetrics()) + 1
-  caption_height = max(map(len, lines), default=0) * line_height + (3 if lines else 0)
+  caption_height = max(map(len, wrapped), default=0) * line_height + (3 if wrapped else 0)
   cell_w, cell_h = w * scale + padding, h * scale + caption_height + padding
   rows = -(-n // columns)
   grid = Image.new('RGB', (padding + columns * cell_w, padding + rows * cell_h), _BACKGROUND)
@@ -71,7 +72,7 @@ def make_grid(
   for i, image in enumerate(images):
     x, y = padding + i % columns * cell_w, padding + i // columns * cell_h
     grid.paste(Image.fromarray(image.repeat(scale, 0).repeat(scale, 1)), (x, y))
-    for number, line in enumerate(lines[i] if lines else []):
+    for number, line in enumerate(wrapped[i] if wrapped else []):
       draw.text((x, y + h * scale + 2 + number * line_height), line, _INK, font)
   return grid
 
@@ -127,8 +128,10 @@ def _font(captions: Sequence[str], width: int) -> ImageFont.FreeTypeFont:
   return ImageFont.truetype(f'{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf', size)
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-  """At most _CAPTION_LINES lines of at most `width` pixels, broken at spaces and hyphens."""
+def _wrap(
+  text: str, font: ImageFont.FreeTypeFont, width: int, most: int = _CAPTION_LINES
+) -> list[str]:
+  """At most `most` lines of at most `width` pixels, broken at spaces and hyphens."""
   lines = ['']
   for part in re.findall(r' ?[^ -]+-*| ?-+', ' '.join(_encodable(text[:1000]).split())):
     if font.getlength(lines[-1] + part) <= width:
@@ -140,14 +143,14 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
       if lines[-1] and font.getlength(lines[-1] + letter) > width:
         lines.append('')
       lines[-1] += letter
-    if len(lines) > _CAPTION_LINES:
+    if len(lines) > most:
       break
-  if len(lines) <= _CAPTION_LINES:
+  if len(lines) <= most:
     return lines
-  last = lines[_CAPTION_LINES - 1]
+  last = lines[most - 1]
   while last and font.getlength(last + _ELLIPSIS) > width:
     last = last[:-1]
-  return [*lines[: _CAPTION_LINES - 1], last.rstrip() + _ELLIPSIS]
+  return [*lines[: most - 1], last.rstrip() + _ELLIPSIS]
 
 
 def save_png(image: Image.Image, path: str | os.PathLike, metadata: Mapping[str, str]) -> None:

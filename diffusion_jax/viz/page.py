@@ -55,7 +55,7 @@ tr:last-child > * { border-bottom: 0; }
 thead th { color: var(--muted); font-weight: 500; }
 tbody th { font-weight: 500; }
 .numbers td, .numbers thead th + th { text-align: right; font-variant-numeric: tabular-nums; }
-.numbers td:nth-child(2) { font-weight: 600; }
+.numbers .own { font-weight: 600; }
 .settings th { width: 40%; overflow-wrap: anywhere; }
 .settings td { font-family: ui-monospace, monospace; font-size: .85rem; overflow-wrap: anywhere; }
 .settings .group th { color: var(--accent); padding-top: 1.1rem; }
@@ -113,12 +113,15 @@ def chart_grid(charts: Sequence[tuple[str, str]], wide: bool = False) -> str:
   return f'<div class="charts{" wide" if wide else ""}">\n{"".join(cards)}\n</div>'
 
 
-def number_table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-  """A table of numbers, each row with its name first."""
+def number_table(
+  columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], strong: int | None = None
+) -> str:
+  """A table of numbers, each row with its name first; the cells `strong` of all rows stand out."""
   head = ''.join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+  own = lambda place: ' class="own"' if place == strong else ''
   body = ''.join(
     f'<tr><th scope="row">{escape(name)}</th>'
-    + ''.join(f'<td>{escape(cell)}</td>' for cell in cells)
+    + ''.join(f'<td{own(place)}>{escape(cell)}</td>' for place, cell in enumerate(cells))
     + '</tr>\n'
     for name, cells in rows
   )
@@ -126,6 +129,12 @@ def number_table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]
     f'<div class="card scroll"><table class="numbers"><thead><tr>{head}</tr></thead>'
     f'<tbody>\n{body}</tbody></table></div>'
   )
+
+
+def bullets(texts: Sequence[str]) -> str:
+  """A list of sentences, or nothing without any."""
+  items = ''.join(f'<li>{escape(text)}</li>\n' for text in texts)
+  return f'<ul>\n{items}</ul>' if items else ''
 
 
 def settings_table(values: dict[str, Any]) -> str:
@@ -148,9 +157,10 @@ def _settings_rows(values: dict[str, Any], path: str, rows: list[str]) -> None:
       _settings_rows(value, f'{path}{key}.', rows)
 
 
-def details(summary: str, body: str) -> str:
-  """A block that is closed until it is asked for."""
-  return f'<details><summary>{escape(summary)}</summary>\n{body}\n</details>'
+def details(summary: str, body: str, is_open: bool = False) -> str:
+  """A block that is closed until it is asked for, or from the start until it is closed."""
+  start = '<details open>' if is_open else '<details>'
+  return f'{start}<summary>{escape(summary)}</summary>\n{body}\n</details>'
 
 
 def number(value: Any) -> str:

@@ -6,6 +6,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,28 +18,19 @@ from diffusion_jax.viz import page
 from diffusion_jax.viz.curves import Point, line_chart, timestep_chart
 from diffusion_jax.viz.diffusion import schedule_chart
 from diffusion_jax.viz.metrics_file import MOST_METRICS, Curve, MetricsFile, is_number
+from diffusion_jax.viz.names import OWN, column_title, figure_title, ordered
 from diffusion_jax.viz.report_grids import grids_section
-from diffusion_jax.viz.rundir import Run, read_run
+from diffusion_jax.viz.rundir import Run, Told, read_run
 from diffusion_jax.viz.svg import inline
 
 MAX_BYTES = 8_000_000
 _SMOOTHING = 0.8
 
-_COLUMNS = {
-  'generated': 'this model', 'real': 'real test images', 'untrained': 'untrained model',
-  'commonest': 'always the commonest class',
-}
-_METRICS = {
-  'fd_clip': 'Fréchet distance, CLIP features ↓',
-  'kid_clip': 'Kernel distance, CLIP features ↓',
-  'fid': 'FID ↓',
-  'kid': 'KID ↓',
-  'clip_score': 'CLIP score ↑',
-  'retrieval_r1': 'Own caption ranked first ↑',
-  'retrieval_r5': 'Own caption among the first 5 ↑',
-  'psnr': 'PSNR, dB ↑',
-  'accuracy': 'Share of images given their own class ↑',
-  'accuracy_per_class': 'The same, as a mean over classes ↑',
+_PHASES = {
+  'start': 'starting', 'compile': 'compiling', 'data': 'waiting for data', 'step': 'steps',
+  'checkpoint': 'saving', 'evaluation': 'drawing and scoring',
+  'lost': 'lost: done again, or never, for want of a checkpoint',
+  'down': 'between starts, which is not in the time above',
 }
 _RESOURCES = {
   'seconds_per_step': 'Seconds per step',
@@ -82,25 +74,23 @@ def write_report(workdir: Path, metrics: MetricsFile | None = None) -> Path:
   return path
 
 
-def _task(run: Run) -> str:
+def _task_name(run: Run) -> str:
   task = run.config.get('task')
-  if isinstance(task, dict):
-    task = task.get('name') or task.get('kind')
-  return task.replace('_', ' ') if isinstance(task, str) and task else 'Training run'
+  return task if isinstance(task, str) else ''
 
 
-_INSIDE = ('retry', 'pid', 'host', 'updated', 'goodput', 'start')
-"""Keys of status.json that are for programs, or told elsewhere."""
+def _task(run: Run) -> str:
+  return _task_name(run).replace('_', ' ') or 'Training run'
 
 
 def _header(run: Run) -> str:
-  status = {k: v for k, v in run.status.items() if v not in ('', None) and k not in _INSIDE}
-  word = status.pop('status', None) or status.pop('state', None)
+  word = run.status.get('state')
   good = re.search('finish|complete|done|succe', str(word).lower())
   bad = re.search('fail|abort|error|diverge|crash', str(word).lower())
   look = ' bad' if bad else ' good' if good else ''
   pill = f'<span class="pill{look}">{page.escape(word)}</span>' if word else ''
-  rest = page.escape(page.plain(status)) if status else ''
+  told = [run.status.get('message'), *_listed(run.status.get('trouble'))]
+  rest = page.escape('; '.join(page.plain(text) for text in told if text))
   card = ' · <a href="README.md">Model card</a>' if run.has_model_card else ''
   return (
     f'<header>\n<h1>{page.escape(_task(run))}</h1>\n'
@@ -109,16 +99,26 @@ def _header(run: Run) -> str:
   )
 
 
+def _listed(value: Any) -> list:
+  return value if isinstance(value, list) else []
+
+
 def _key_figures(run: Run) -> str:
-  line = run.latest
+  """How far the run is now; what is of another moment says so."""
+  line, moment = run.latest, run.moment
   speeds = _values(run.metrics['train'].curve('images_per_second').means)
-  figures = {'Step': page.number(line['step'])} if line else {}
+  figures = {}
+  if moment.step is not None:
+    of = f' of {page.number(moment.of)}' if moment.of else ''
+    figures['Step'] = f'{page.number(moment.step)}{of}'
   if is_number(line.get('loss')):
-    figures['Loss'] = page.number(line['loss'])
+    when = '' if line['step'] == moment.step else f' at step {page.number(line["step"])}'
+    figures[f'Loss{when}'] = page.number(line['loss'])
   if speeds:
-    figures['Images/s, median'] = page.number(statistics.median(speeds))
-  if is_number(line.get('time')):
-    figures['Time'] = page.duration(line['time'])
+    things = 'Records' if run.config.get('task') == 'toy' else 'Images'
+    figures[f'{things}/s, median'] = page.number(statistics.median(speeds))
+  if moment.seconds is not None:
+    figures['Time'] = page.duration(moment.seconds)
   items = ''.join(
     f'<div><dt>{page.escape(name)}</dt><dd>{page.escape(value)}</dd></div>\n'
     for name, value in figures.items()
@@ -127,22 +127,25 @@ def _key_figures(run: Run) -> str:
 
 
 def _scores(run: Run) -> str:
-  scores = {name: group for name, group in run.scores.items() if isinstance(group, dict)}
-  settings = {name: value for name, value in run.scores.items() if name not in scores}
-  settings |= scores.pop('settings', {})
-  if not any(scores.values()):
+  told = Told.of(run.scores)
+  if not any(told.columns.values()):
     return ''
-  columns = sorted(scores, key=lambda name: [*_COLUMNS, name].index(name))
-  metrics = dict.fromkeys(metric for name in columns for metric in scores[name])
+  task, columns = _task_name(run), ordered(list(told.columns))
+  metrics = dict.fromkeys(metric for name in columns for metric in told.columns[name])
+  strong = next((i for i, name in enumerate(columns) if name in OWN), None)
   body = page.number_table(
-    ['', *(_COLUMNS.get(name, name) for name in columns)],
+    ['', *(column_title(name, task) for name in columns)],
     [
-      (_METRICS.get(metric, metric), [page.number(scores[name].get(metric)) for name in columns])
+      (figure_title(metric, task),
+       [page.number(told.columns[name].get(metric)) for name in columns])
       for metric in metrics
-    ],
+    ], strong,
   )
-  note = f'Settings: {page.plain(settings)}' if settings else ''
-  return page.section('scores', 'Scores', note, body)
+  if told.warnings:
+    body += page.details('What to beware of', page.bullets(told.warnings), is_open=True)
+  if told.settings:
+    body += page.details('How they were measured', page.settings_table(told.settings))
+  return page.section('scores', 'Scores', ' '.join(told.measured), body)
 
 
 def _values(points: Iterable[Point]) -> list[float]:
@@ -171,7 +174,7 @@ def _is_speed(key: str) -> bool:
 def _is_other(key: str) -> bool:
   return not (
     key.startswith(('loss', 'learning_rate')) or _is_speed(key) or key in _RESOURCES
-    or key == 'samples'  # The same for all evaluations of a run, as a rule.
+    or key in ('samples', 'images')  # The same for all evaluations of a run, as a rule.
   )
 
 
@@ -184,7 +187,7 @@ def _charts(run: Run, wanted: Callable[[str], bool]) -> str:
     curves = {name: curve for name, curve in curves.items() if curve.points}
     positive = [v for curve in curves.values() for v in _values(curve.points) if v > 0]
     wide = bool(positive) and not _is_speed(key) and max(positive) > 20 * min(positive)
-    title = _METRICS.get(key, key)
+    title = figure_title(key, _task_name(run))
     charts.append((title, _chart(curves, title, _SMOOTHING, wide)))
   return page.chart_grid(charts)
 
@@ -204,7 +207,7 @@ def _learning_rates(run: Run) -> str:
   if not keys:
     return ''
   chart = _chart({key: run.metrics['train'].curve(key) for key in keys}, 'Learning rate')
-  body = page.chart_grid([(', '.join(keys), chart)])
+  body = page.chart_grid([(', '.join(map(figure_title, keys)), chart)])
   return page.section('learning-rate', 'Learning rate', '', body)
 
 
@@ -221,14 +224,16 @@ def _timesteps(run: Run) -> str:
   return page.section(
     'timesteps',
     'Loss by timestep',
-    'Mean loss over equal ranges of the diffusion time: clean images at 0, pure noise at 1.',
+    'Mean error, before any weighting, over equal ranges of the diffusion time: clean data at 0, '
+    'pure noise at 1.',
     page.chart_grid([('Loss over t / T', inline(svg))]),
   )
 
 
 def _speed(run: Run) -> str:
   return page.section(
-    'speed', 'Speed', 'The data wait is the share of the time spent waiting for the next batch.',
+    'speed', 'Speed',
+    'Of training alone: drawing, scoring and saving are in the table below, not in the curves.',
     _charts(run, _is_speed) + _time_table(run),
   )
 
@@ -240,7 +245,11 @@ def _time_table(run: Run) -> str:
   total = sum(goodput.values())
   if not total:
     return ''
-  rows = [(name, [page.duration(s), f'{100 * s / total:.1f} %']) for name, s in goodput.items()]
+  rows = [
+    (_PHASES.get(name, name), [page.duration(s), f'{100 * s / total:.1f} %'])
+    for name, s in goodput.items()
+  ]
+  rows.append(('all of it', [page.duration(total), '100.0 %']))
   return page.number_table(['Time of all starts', '', 'share'], rows)
 
 

@@ -9,6 +9,8 @@ from diffusion_jax.viz import page
 from diffusion_jax.viz.curves import spread
 from diffusion_jax.viz.rundir import Run
 
+ABOUT = 'about'
+"""The text in a grid's PNG that says what the grid shows."""
 _THUMBNAILS = 24
 _THUMBNAIL_SIZE = 416  # Twice what the page shows, for dense screens.
 
@@ -20,7 +22,8 @@ def grids_section(run: Run, limit: int) -> str:
     return ''
   (step, newest), earlier = readable[-1], readable[:-1]
   share = 0.6 if earlier else 0.95
-  label = f'Samples at step {step:,}'
+  label = f'Step {step:,}'
+  about = newest.info['text'].pop(ABOUT, '')
   source = page.embed_image(newest, int(limit * share))
   body = (
     f'<figure class="card latest"><img src="{source}" alt="{label}"></figure>'
@@ -36,7 +39,8 @@ def grids_section(run: Run, limit: int) -> str:
     )
   strip = f'<div class="strip">\n{"".join(thumbnails)}</div>' if thumbnails else ''
   shown = f' Below it {len(earlier)} of {len(run.grids) - 1} earlier ones.' if earlier else ''
-  return page.section('samples', 'Samples', f'{label}.{shown}', body + strip)
+  note = ' '.join(part for part in (about, f'{label}.{shown}') if part)
+  return page.section('samples', 'Pictures', note, body + strip)
 
 
 def _open_grids(run: Run) -> list[tuple[int, Image.Image | None]]:
@@ -66,4 +70,4 @@ def _image_text(image: Image.Image) -> str:
     else:
       shown = page.escape(page.plain(value))
     parts.append(f'<dt class="muted">{page.escape(key)}</dt><dd>{shown}</dd>\n')
-  return page.details('About these samples', f'<dl>{"".join(parts)}</dl>') if parts else ''
+  return page.details('About these pictures', f'<dl>{"".join(parts)}</dl>') if parts else ''

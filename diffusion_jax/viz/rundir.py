@@ -5,13 +5,51 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.reading import read_object, reading
-from diffusion_jax.viz.metrics_file import Line, Metrics, MetricsFile
+from diffusion_jax.viz.metrics_file import Line, Metrics, MetricsFile, is_number
 
 __all__ = ['Line', 'Run', 'read_run']
+
+
+class Moment(NamedTuple):
+  """How far a run is: step, of how many, after how many seconds; None for what is not known."""
+
+  step: float | None = None
+  of: float | None = None
+  seconds: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+  """What scores.json says.
+
+  Attributes:
+    columns: figures by name, for each column.
+    measured: sentences on what they were measured on. warnings: what to beware of.
+    settings: how, and at which step.
+  """
+
+  columns: dict[str, dict[str, Any]]
+  measured: list[str]
+  warnings: list[str]
+  settings: dict[str, Any]
+
+  @classmethod
+  def of(cls, scores: dict[str, Any]) -> 'Told':
+    """Whatever is in there: what is none of these is a setting."""
+    beside = ('settings', 'measured', 'warnings', 'intervals', 'sweep', 'history')
+    columns = {k: v for k, v in scores.items() if isinstance(v, dict) and k not in beside}
+    texts = lambda key: [
+      text for text in (scores[key] if isinstance(scores.get(key), list) else ())
+      if isinstance(text, str)
+    ]
+    more = scores.get('settings')
+    settings = {k: v for k, v in scores.items() if k not in columns and k not in beside}
+    settings |= more if isinstance(more, dict) else {}
+    return cls(columns, texts('measured'), texts('warnings'), settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +79,21 @@ class Run:
   versions: dict[str, Any]
   status: dict[str, Any]
   has_model_card: bool
+
+  @property
+  def moment(self) -> Moment:
+    """The later one of what the status and what the metrics say.
+
+    The time spent on a run only grows, also where it goes back to a checkpoint.
+    """
+    known = lambda values, *keys: [
+      values.get(key) if is_number(values.get(key)) else None for key in keys
+    ]
+    status = Moment(*known(self.status, 'step', 'total_steps', 'seconds'))
+    line = Moment(*known(self.latest, 'step', 'total_steps', 'time'))
+    if status.step is None or (line.seconds or 0) > (status.seconds or 0):
+      return line._replace(of=status.of)
+    return status
 
 
 def read_run(workdir: Path, metrics: MetricsFile | None = None) -> Run:

@@ -95,7 +95,7 @@ def notes(axes: Axes, drawn: int, left_out: int) -> None:
     axes.set_yticks([])
     axes.text(0.5, 0.5, 'no values to draw', ha='center', va='center', transform=axes.transAxes)
   if left_out:
-    text = f'{left_out} value{"s" if left_out > 1 else ""} not finite, left out'
+    text = f'{left_out} value{"s" if left_out > 1 else ""} missing or not finite, left out'
     axes.annotate(text, (1, 1), xycoords='axes fraction', ha='right', va='bottom', fontsize=8)
 
 

@@ -15,7 +15,7 @@ def test_evaluate_compares_with_real_and_untrained(command, finished, tmp_path, 
   assert command('evaluate', '--workdir', finished, '--samples', 16, '--out', out) == 0
   scores = json.loads(out.read_text())
   assert scores.keys() == {
-    'generated', 'real', 'untrained', 'settings', 'intervals', 'warnings'
+    'generated', 'real', 'untrained', 'settings', 'intervals', 'measured', 'warnings'
   }
   for column in ('generated', 'real', 'untrained'):
     assert scores[column].keys() == METRICS
@@ -34,9 +34,10 @@ def test_evaluate_knows_the_other_tasks(command, trained, tmp_path):
   assert command('evaluate', '--workdir', trained('clip'), '--samples', 16, '--out', out) == 0
   wanted = json.loads((trained('clip') / 'scores.json').read_text())
   found = json.loads(out.read_text())
-  assert found.keys() == wanted.keys() and 'retrieval_r1_of_100' in found['test']
-  for column, values in wanted.items():
-    assert found[column] == pytest.approx(values, rel=1e-3, abs=1e-4)
+  assert found.keys() == wanted.keys() and 'retrieval_r1_of_16' in found['test']
+  for column in ('test', 'untrained'):
+    assert found[column] == pytest.approx(wanted[column], rel=1e-3, abs=1e-4)
+  assert found['measured'] == wanted['measured'] and found['settings'] == {'step': 4}
 
 
 @pytest.mark.parametrize(('arguments', 'named'), [

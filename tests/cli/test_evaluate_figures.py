@@ -51,7 +51,9 @@ def reconstructed(command, trained, sources, parts, tmp_path_factory):
 
 def test_an_autoencoder_is_compared_with_its_originals(reconstructed, trained, sources):
   scores, out = reconstructed
-  assert set(scores) == {'reconstructed', 'untrained', 'intervals', 'warnings', 'settings'}
+  assert set(scores) == {
+    'reconstructed', 'untrained', 'intervals', 'measured', 'warnings', 'settings'
+  }
   assert set(scores['reconstructed']) == {'rfd_clip', 'psnr', 'ssim', 'l1'}
   # The figures of the loop itself, of all test images.
   with tiny.few_devices():

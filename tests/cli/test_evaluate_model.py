@@ -48,7 +48,7 @@ def test_captions_that_are_too_long_are_counted(command, finished, tmp_path, cap
 
 def test_a_model_draws_captions_of_one_s_own(drawn, command, finished, tmp_path):
   scores, folder = drawn
-  assert set(scores) == {'generated', 'untrained', 'intervals', 'warnings', 'settings'}
+  assert set(scores) == {'generated', 'untrained', 'intervals', 'measured', 'warnings', 'settings'}
   assert scores['settings']['samples'] == 7 and 'at step 4' in scores['settings']['model']
   kept = sorted((folder / 'scores.images').iterdir())
   assert [path.name for path in kept] == [f'{i:06d}.png' for i in range(7)]

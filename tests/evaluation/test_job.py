@@ -67,7 +67,8 @@ def on_one(evaluation):
 def test_figures_are_those_of_the_pictures(on_one, model, parts, sources):
   """Drawn, embedded and compared by hand."""
   made, weights, scores = on_one
-  assert list(scores) == ['generated', 'real', 'settings'] and scores['settings']['samples'] == 20
+  assert list(scores) == ['generated', 'real', 'measured', 'warnings', 'settings']
+  assert scores['settings']['samples'] == 20
   clip = load_features(parts['clip'], made.mesh)
   records = shuffled(sources[1], 20)
   captions = [record['captions'][0] for record in records]

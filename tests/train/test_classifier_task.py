@@ -148,7 +148,7 @@ def test_a_run_learns_to_tell_classes_apart(run):
   assert last['loss'] < 0.5 * first['loss'] and last['accuracy'] > 0.9
   with Image.open(run / 'run' / 'samples' / 'step_00000040.png') as grid:
     captions = json.loads(grid.text['captions'])
-  assert captions == [f'{name}, is {name}' for name in labels]
+  assert captions == [f'right: {name}' for name in labels]
 
 
 def test_what_is_exported_tells_them_apart_by_name(run):

@@ -48,7 +48,7 @@ def test_odd_data_still_gives_a_chart(series, options):
 def test_left_out_values_are_counted_and_interrupt_the_line():
   points = [(1, 1.0), (2, 2.0), (3, math.nan), (4, math.inf), (5, 3.0), (6, 4.0)]
   svg = line_chart({'loss': points}, title='loss')
-  assert any('2 values not finite' in text for text in _texts(svg))
+  assert any('2 values missing or not finite' in text for text in _texts(svg))
   (path,) = re.findall(rf'<path d="([^"]*)"[^>]*stroke: {PALETTE[0]}; stroke-width: 1.8', svg,
                        flags=re.IGNORECASE)
   assert path.count('M') == 2

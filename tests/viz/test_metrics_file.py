@@ -133,7 +133,7 @@ def test_values_that_cannot_be_drawn_do_no_harm(tmp_path):
   write(tmp_path / 'metrics.jsonl', lines)
   curve = read_run(tmp_path).metrics['train'].curve('loss')
   assert {v for _, v in curve.means} == {1.0} and curve.missing == 5 * 2000
-  assert 'values not finite' in write_report(tmp_path).read_text()
+  assert 'values missing or not finite' in write_report(tmp_path).read_text()
 
 
 def test_names_are_bounded_and_that_is_said(tmp_path, monkeypatch):

@@ -72,7 +72,7 @@ def full(tmp_path_factory):
       'untrained': {'fd_clip': 99.5}, 'generated': {'fd_clip': 12.25, 'clip_score': 31.5},
       'real': {'fd_clip': 3.5}, 'settings': {'guidance': 4.5},
     },
-    versions={'jax': '0.10.2'}, status={'status': 'finished'},
+    versions={'jax': '0.10.2'}, status={'state': 'finished'},
   )
   (workdir / 'README.md').write_text('# Card')
   for step in (100, 200, 300):
@@ -109,14 +109,14 @@ def test_scores_are_a_table_of_metrics_by_model(full_page):
   assert rows[0] == ['', 'this model', 'real test images', 'untrained model']
   assert rows[1] == ['Fréchet distance, CLIP features ↓', '12.25', '3.5', '99.5']
   assert rows[2] == ['CLIP score ↑', '31.5', '–', '–']
-  assert 'Settings: guidance: 4.5' in _text(full_page)
+  assert 'How they were measured guidance 4.5' in _text(full_page)
 
 
 def test_each_metric_has_its_chart(full_page):
   titles = re.findall(r'<figcaption>([^<]*)</figcaption><svg', full_page)
   assert titles == [
-    'loss', 'loss_vlb', 'grad_norm', 'Fréchet distance, CLIP features ↓', 'learning_rate',
-    'Loss over t / T', 'images_per_second', 'data_wait_fraction',
+    'loss', 'loss_vlb', 'grad_norm', 'Fréchet distance, CLIP features ↓', 'Learning rate',
+    'Loss over t / T', 'Images per second ↑', 'Fraction of the time spent waiting for data ↓',
   ]
 
 
@@ -156,7 +156,7 @@ def test_text_of_the_run_is_escaped_everywhere(tmp_path):
     tmp_path / '<b>run', [_train(1, **{evil: 1.0, f'loss{evil}': 1.0, f'learning_rate{evil}': 1})],
     config={'task': evil, 'group' + evil: {evil: evil}}, versions={evil: evil},
     scores={evil: {evil: 1.0, 'word': evil}, 'settings': {evil: evil}},
-    status={'status': evil, 'message': evil},
+    status={'state': evil, 'message': evil},
   )
   _grid(workdir, 1, captions=json.dumps([evil]), prompt=evil)
   page = _page(workdir)
@@ -193,7 +193,7 @@ def test_a_line_torn_inside_a_letter_is_left_out(tmp_path):
 def test_values_that_are_not_finite_do_not_stop_the_report(tmp_path):
   lines = [_train(1, loss=float('nan'), images_per_second=None), _train(2, loss=float('inf'))]
   page = _page(_write(tmp_path, lines))
-  assert '2 values not finite' in _text(page)
+  assert '2 values missing or not finite' in _text(page)
   assert _sections(page) == ['loss']
 
 
@@ -216,7 +216,7 @@ def test_sections_come_only_with_their_data(tmp_path, parts, sections):
 
 def test_scores_of_other_tasks_keep_their_names(tmp_path):
   text = _text(_page(_write(tmp_path, scores={'test': {'psnr': 27.5, 'usage': 0.25}})))
-  assert 'test PSNR, dB ↑ 27.5 usage 0.25' in text
+  assert 'this model PSNR, dB ↑ 27.5 usage 0.25' in text
 
 
 def test_config_is_a_table_with_dotted_groups(tmp_path):
@@ -245,7 +245,7 @@ def test_a_damaged_grid_gives_way_to_the_one_before(tmp_path):
   path.write_bytes(path.read_bytes()[:100])
   (tmp_path / 'samples' / 'other.png').write_bytes(b'')
   page = _page(tmp_path)
-  assert 'Samples at step 1.' in _text(page) and len(_images(page)) == 1
+  assert 'Step 1.' in _text(page) and len(_images(page)) == 1
 
 
 def test_writing_again_replaces_the_page_and_leaves_nothing_else(tmp_path):
@@ -293,3 +293,77 @@ def test_the_schedule_is_that_of_the_config(tmp_path):
 def test_runs_without_a_known_schedule_have_a_page_without_it(tmp_path, settings):
   config = {'task': 'diffusion', 'settings': settings}
   assert _sections(_page(_write(tmp_path / 'a', config=config))) == ['config']
+
+
+def _shown(page):
+  return dict(re.findall(r'<dt>(.*?)</dt><dd>(.*?)</dd>', page))
+
+
+def test_how_far_a_run_is_comes_from_one_moment(tmp_path):
+  """The last line of metrics is of step 240; the run has gone on since."""
+  status = {'state': 'finished', 'step': 250, 'total_steps': 250, 'seconds': 798.0, 'pid': 7,
+            'message': 'said once'}
+  lines = [_train(240, loss=2.0, images_per_second=3.0) | {'time': 420.0}]
+  page = _page(_write(tmp_path, lines, status=status))
+  assert _shown(page) == {
+    'Step': '250 of 250', 'Loss at step 240': '2', 'Images/s, median': '3', 'Time': '13 min 18 s',
+  }
+  header = _text(re.search(r'<header>.*?</header>', page, re.DOTALL)[0])
+  assert header.endswith('finished said once')
+  assert '240' not in header and '798' not in page and '7 min' not in page
+
+
+def test_a_status_that_is_older_than_the_metrics_gives_way(tmp_path):
+  status = {'state': 'killed', 'step': 100, 'total_steps': 900, 'seconds': 50.0}
+  page = _page(_write(tmp_path, [_train(300, loss=2.0)], status=status))
+  assert _shown(page) == {'Step': '300 of 900', 'Loss': '2', 'Time': '2 min 30 s'}
+
+
+def test_only_what_is_scored_stands_out(tmp_path):
+  scores = {'commonest': {'accuracy': 0.5}, 'untrained': {'accuracy': 0.75},
+            'test': {'accuracy': 0.25}}
+  page = _page(_write(tmp_path, scores=scores))
+  table = re.search(r'<table class="numbers">.*?</table>', page, re.DOTALL)[0]
+  assert re.findall(r'<td([^>]*)>(.*?)</td>', table) == [
+    (' class="own"', '0.25'), ('', '0.75'), ('', '0.5')
+  ]
+  heads = re.findall(r'<th scope="col">(.*?)</th>', table)
+  assert heads == ['', 'this model', 'untrained model', 'always the commonest class']
+  assert 'nth-child(2) { font-weight' not in page
+  _write(tmp_path / 'b', scores={'untrained': {'fid': 3.0}})
+  assert 'class="own"' not in _page(tmp_path / 'b')
+
+
+@pytest.mark.parametrize(('task', 'metric', 'title'), [
+  ('classifier', 'accuracy', 'Fraction of images given their own class ↑'),
+  ('clip', 'accuracy', 'accuracy'),
+  ('clip', 'retrieval_r1_of_128', 'Own caption ranked first of 128 ↑'),
+  ('clip', 'retrieval_r5_of_379', 'Own caption among the first 5 of 379 ↑'),
+  ('toy', 'images_per_second', 'Records per second ↑'),
+  ('diffusion', 'fd_dinov2', 'Fréchet distance, DINOv2 features ↓'),
+  ('diffusion', 'fd_clip_infinity', 'Fréchet distance, CLIP features ↓, for infinitely many'),
+  ('diffusion', 'kid_classifier_std',
+   "Kernel distance, the classifier's features, deviation over subsets"),
+])
+def test_a_curve_is_titled_by_what_its_task_measures(tmp_path, task, metric, title):
+  lines = [_train(1, **{metric: 0.5}), _train(2, **{metric: 0.6})]
+  page = _page(_write(tmp_path, lines, config={'task': task}))
+  assert f'<figcaption>{html.escape(title)}</figcaption><svg' in page
+
+
+def test_scores_say_what_they_are_of(tmp_path):
+  page = _page(_write(tmp_path, scores={
+    'generated': {'fid': 3.0}, 'measured': ['On <these>.', 'And those.'],
+    'warnings': ['It is near chance.'], 'settings': {'step': 40, 'seed': 1},
+  }))
+  section = _text(re.search(r'<section id="scores">.*?</section>', page, re.DOTALL)[0])
+  assert section.startswith('Scores On <these>. And those.')
+  assert 'What to beware of It is near chance.' in section and 'step 40' in section
+  assert '<details open><summary>What to beware of' in page
+
+
+def test_a_grid_says_what_it_shows(tmp_path):
+  _grid(tmp_path, 3, about='Test images with <answers>.', captions='["right: a"]')
+  text = _text(_page(tmp_path))
+  assert 'Pictures Test images with <answers>. Step 3.' in text
+  assert text.count('Test images with') == 1

@@ -70,6 +70,7 @@ class AutoencoderTask(Task):
 
   name = 'autoencoder'
   batch_fields = ('image',)
+  shows = 'Test images with their captions, each beside its reconstruction.'
 
   def __init__(
     self, config: AutoencoderTaskConfig, test: ImageSource, dtype=jnp.float32,

@@ -16,7 +16,7 @@ from diffusion_jax.io.pretrained import save_params
 from diffusion_jax.models.classifier import Classifier, ClassifierConfig
 from diffusion_jax.models.functional import Network
 from diffusion_jax.parallel.sharding import in_batches
-from diffusion_jax.train.tasks.task import Frozen, Scores, Task, mean_metric
+from diffusion_jax.train.tasks.task import Frozen, Scores, Task, answer, mean_metric
 from diffusion_jax.types import Params
 from diffusion_jax.xla import jit
 
@@ -76,6 +76,7 @@ class ClassifierTask(Task):
 
   name = 'classifier'
   batch_fields = ('image', 'label')
+  shows = 'Test images, each with the class that the classifier gives it and the one that it is of.'
 
   def __init__(
     self, config: ClassifierTaskConfig, test: Source, dtype=jnp.float32, remat: str = 'none',
@@ -121,7 +122,7 @@ class ClassifierTask(Task):
     """Test images, each with the class that it is given and with its own."""
     images, labels, logits = self._tested(params, mesh, SHOWN)
     pairs = zip(logits.argmax(axis=-1), labels, strict=True)
-    return images, [f'{self.classes[found]}, is {self.classes[true]}' for found, true in pairs]
+    return images, [answer(self.classes[found], self.classes[true]) for found, true in pairs]
 
   def evaluate(self, params, frozen, mesh, *, samples: int, final: bool) -> Scores:
     """Loss without smoothing, accuracy, and its mean over classes, which all count alike there.

@@ -22,7 +22,7 @@ from diffusion_jax.models.text.clip import CLIP
 from diffusion_jax.models.text.clip_config import CLIPConfig
 from diffusion_jax.models.text.tokenizer import save_tokenizer
 from diffusion_jax.parallel.sharding import put_params, to_host
-from diffusion_jax.train.tasks.task import Frozen, Scores, Task, mean_metric
+from diffusion_jax.train.tasks.task import Frozen, Scores, Task, answer, mean_metric
 from diffusion_jax.types import Params
 
 if TYPE_CHECKING:
@@ -69,6 +69,9 @@ class CLIPTask(Task):
 
   name = 'clip'
   batch_fields = ('image', 'tokens')
+  shows = (
+    'Test images, each with the caption, of all of the test, that CLIP finds nearest, and its own.'
+  )
 
   def __init__(
     self, config: CLIPTaskConfig, tokenizer: PreTrainedTokenizerBase, test: ImageSource,
@@ -95,7 +98,7 @@ class CLIPTask(Task):
     loss, accuracy = contrastive_loss(images, texts, scale, self.config.label_smoothing)
     metrics = {
       'loss': mean_metric(loss),
-      'accuracy': mean_metric(accuracy),
+      f'retrieval_r1_of_{len(images)}': mean_metric(accuracy),
       'logit_scale': mean_metric(jnp.exp(scale)),
     }
     return loss.mean(), (metrics, ())
@@ -111,20 +114,22 @@ class CLIPTask(Task):
     return images, captions, features.images(images), features.texts(captions)
 
   def preview(self, params, frozen, mesh: Mesh) -> tuple[np.ndarray, list[str]]:
-    """Test images with the caption, of all test captions, that lies nearest."""
+    """Test images with the caption, of all test captions, that lies nearest, and their own."""
     images, captions, image, text = self._embed(params, mesh, len(self.test))
     chosen = np.linspace(0, len(images) - 1, min(32, len(images))).astype(int)
     nearest = (np.asarray(unit(image[chosen])) @ np.asarray(unit(text)).T).argmax(axis=1)
-    return images[chosen], [captions[i] for i in nearest]
+    pairs = zip(nearest, chosen, strict=True)
+    return images[chosen], [answer(captions[found], captions[own]) for found, own in pairs]
 
   def evaluate(self, params, frozen, mesh, *, samples: int, final: bool) -> Scores:
-    """Retrieval among 100 captions and among all captions of the test split."""
+    """Retrieval among 100 captions, or so many as there are, and among all that are read."""
     _, captions, image, text = self._embed(params, mesh, samples)
+    count = len(captions)
     scores = {
       f'retrieval_r{k}_of_{n}': retrieval_recall(image, text, k=k, candidates=n, seed=0)
-      for n in (100, len(captions)) for k in (1, 5)
+      for n in sorted({min(100, count), count}) for k in (1, 5) if k <= n
     }
-    scores |= {'clip_score': clip_score(image, text), 'images': float(len(captions))}
+    scores |= {'clip_score': clip_score(image, text), 'images': float(count)}
     columns = {'test': scores}
     if final:
       fresh = put_params(to_host(jax.jit(self.initialize)(jax.random.key(1))), mesh)

@@ -89,6 +89,7 @@ class DiffusionTask(NoisingTask):
   """Parameters are the U-Net's."""
 
   name = 'diffusion'
+  shows = 'Drawn for these captions, from the same noise each time.'
 
   def __init__(
     self, config: LatentTaskConfig, model: TextToImage, frozen: Frozen,

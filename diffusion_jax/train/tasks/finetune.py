@@ -125,6 +125,15 @@ class FinetuneTask(DiffusionTask):
 
   name = 'finetune'
 
+  @property
+  def shows(self) -> str:
+    """As the task's; pictures that are shown to the model are of the test split."""
+    if self.config.train == 'controlnet':
+      return 'Drawn for these captions and the edges of test images, from the same noise each time.'
+    if self.config.inputs == 'inpaint':
+      return 'Test images whose middle is drawn for these captions, from the same noise each time.'
+    return super().shows
+
   def __init__(
     self, config: FinetuneTaskConfig, trainable: Trainable, model: TextToImage, frozen: Frozen,
     train: Sequence, test: Sequence, remat: str = 'none', products: str = 'plain',

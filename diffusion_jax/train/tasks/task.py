@@ -21,8 +21,9 @@ Seen = Any
 Frozen = dict[str, Params]
 """Parameters of the networks that are used but not trained, by role."""
 
-Scores = dict[str, dict[str, float]]
-"""Metric values by column, such as {'generated': {...}, 'real': {...}}."""
+Scores = dict[str, Any]
+"""Metric values by column, such as {'generated': {...}, 'real': {...}}; beside them 'settings', and
+sentences in 'measured', on what they were measured, and 'warnings'. The first is a column."""
 
 
 class Task:
@@ -37,6 +38,8 @@ class Task:
   """Host arrays of the frozen networks; the loop puts them onto the mesh."""
   batch_fields: tuple[str, ...]
   """Fields of a record that the loss reads; the rest never reaches a device."""
+  shows: str
+  """A sentence: what the pictures of `preview` and their captions are."""
 
   def initialize(self, key: jax.Array) -> Params:
     """Fresh trainable parameters; pure."""
@@ -80,6 +83,11 @@ class Task:
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
     """Writes the trained model as safetensors with its configuration and model card."""
     raise NotImplementedError
+
+
+def answer(given: str, true: str) -> str:
+  """The caption of a test image that a network has named: its answer, and whether it is right."""
+  return f'right: {true}' if given == true else f'says {given}; is {true}'
 
 
 def mean_metric(values: jax.Array) -> tuple[jax.Array, jax.Array]:

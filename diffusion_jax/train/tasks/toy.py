@@ -91,6 +91,10 @@ class ToyTask(NoisingTask):
 
   name = 'toy'
   batch_fields = ('points',)
+  shows = (
+    'Drawn points, as far as they lie in the frame, over those of the test, and the learned score '
+    'of data with that much noise (sigma / alpha), over noised test points.'
+  )
 
   def __init__(self, config: ToyTaskConfig, test: ArraySource):
     self.config = config
