@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_jax.data.finding import key_of
-from diffusion_jax.data.splits import content_hashes
+from diffusion_jax.data.splits import content_hashes, size_of
 
 FILES = 256
 """Of which a part of the content is read, spread over all."""
@@ -38,7 +38,7 @@ def of_files(files: Sequence[Path], folder: Path) -> str:
   found = hashlib.sha256()
   for path in files:
     name = key_of(path.relative_to(folder).as_posix())
-    found.update(f'{name}\n{path.stat().st_size}\n'.encode(errors='surrogateescape'))
+    found.update(f'{name}\n{size_of(path)}\n'.encode(errors='surrogateescape'))
   for each in content_hashes([files[i] for i in spread(len(files), FILES)]):
     found.update(each)
   return found.hexdigest()[:32]

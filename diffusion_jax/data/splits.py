@@ -6,6 +6,7 @@ are renamed, copied or added, and the same picture is never on both sides.
 
 import concurrent.futures
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -63,9 +64,6 @@ def by_content(files: Sequence[Path], fraction: float, labels: Sequence[str] = (
     files: at least one.
     fraction: expected share of the test, in [0, 1).
     labels: of the pictures; one with pictures in the test has others that are trained on.
-
-  Raises:
-    UserError: a file cannot be read.
   """
   every, count = list(range(len(files))), len(files)
   if not fraction:
@@ -86,9 +84,9 @@ def by_content(files: Sequence[Path], fraction: float, labels: Sequence[str] = (
 
 def of_own_folders(train: Sequence[Path], test: Sequence[Path]) -> Measured:
   """What scores are measured on where people have split: some pictures may be on both sides."""
-  sizes = {path.stat().st_size for path in train} & {path.stat().st_size for path in test}
-  known = set(content_hashes([path for path in train if path.stat().st_size in sizes]))
-  same = content_hashes([path for path in test if path.stat().st_size in sizes])
+  sizes = set(map(size_of, train)) & set(map(size_of, test))
+  known = set(content_hashes([path for path in train if size_of(path) in sizes]))
+  same = content_hashes([path for path in test if size_of(path) in sizes])
   if not (count := sum(each in known for each in same)):
     return APART
   return Measured(
@@ -97,9 +95,17 @@ def of_own_folders(train: Sequence[Path], test: Sequence[Path]) -> Measured:
 
 
 def content_hashes(files: Sequence[Path]) -> list[bytes]:
-  """Of each file's length, start and end. UserError, naming it, where one cannot be read."""
+  """Of each file's length, start and end, or of the name of one that cannot be read."""
   with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
     return list(pool.map(_content_hash, files))
+
+
+def size_of(path: Path) -> int:
+  """In bytes; -1 of a file that is gone."""
+  try:
+    return path.stat().st_size
+  except OSError:
+    return -1
 
 
 def _content_hash(path: Path) -> bytes:
@@ -110,8 +116,8 @@ def _content_hash(path: Path) -> bytes:
       data = file.read(_ENDS)
       file.seek(max(len(data), size - _ENDS))
       data += file.read(_ENDS)
-  except OSError as error:
-    raise UserError(f'the picture {path} cannot be read ({error.strerror}).') from error
+  except OSError:  # It is told when the picture is wanted.
+    size, data = -1, os.fsencode(path.name)
   return hashlib.sha256(b'%d:' % size + data).digest()
 
 

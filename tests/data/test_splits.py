@@ -8,7 +8,7 @@ from PIL import Image
 
 from diffusion_jax.data.folder import open_folder
 from diffusion_jax.data.labelled import open_labelled
-from diffusion_jax.data.splits import measured_on
+from diffusion_jax.data.splits import content_hashes, measured_on
 from diffusion_jax.errors import UserError
 
 
@@ -112,8 +112,15 @@ def test_shares_that_are_none(fails, tmp_path, share):
   assert 'data.test_fraction has no effect on openmoji' in line
 
 
-def test_a_picture_that_is_gone_meanwhile_is_named(tmp_path, monkeypatch):
-  from diffusion_jax.data.splits import content_hashes
-
-  with pytest.raises(UserError, match=r'the picture .*gone\.png cannot be read \(No such file'):
-    content_hashes([tmp_path / 'gone.png'])
+def test_a_picture_that_cannot_be_read_has_a_side_and_is_named_when_it_is_wanted(tmp_path):
+  folder(tmp_path, 40)
+  (tmp_path / '020.png').write_bytes(b'')
+  train, test = open_folder(f'folder:{tmp_path}', 4, 'x')
+  assert len(train) + len(test) == 40
+  (tmp_path / '021.png').unlink()
+  for number in ('020', '021'):
+    path = tmp_path / f'{number}.png'
+    part = train if path in train.files else test
+    with pytest.raises(UserError, match=rf'{number}\.png'):
+      part[part.files.index(path)]
+  assert len(content_hashes([*train.files, *test.files])) == 40
