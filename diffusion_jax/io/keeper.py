@@ -37,7 +37,7 @@ def main(path: str) -> None:
   }
   temporary = f'{path}.{os.getpid()}'
   try:
-    with open(temporary, 'w') as file:
+    with open(temporary, 'w', encoding='utf-8') as file:
       file.write(json.dumps(last, indent=2) + '\n')
     os.replace(temporary, path)
   except OSError:  # A full disk, say. What is there goes on saying that the run goes on.
@@ -48,7 +48,7 @@ def main(path: str) -> None:
 def _may_be_replaced(path: str, start: str, before: str) -> bool:
   """Whether the file is not of a later start, nor the final word of any process of this one."""
   try:
-    with open(path) as file:
+    with open(path, encoding='utf-8') as file:
       found = json.load(file)
     state, of = found['state'], found.get('start', '')
   except FileNotFoundError:

@@ -38,7 +38,7 @@ def write_manifest(folder: Path) -> None:
     for path in sorted(folder.rglob('*')) if path.is_file()
   }
   text = json.dumps(files, indent=0)
-  (folder / NAME).write_text(f'{_sha256(text.encode())}\n{text}')
+  (folder / NAME).write_text(f'{_sha256(text.encode())}\n{text}', encoding='utf-8')
 
 
 def seal(folder: Path) -> str:

@@ -26,13 +26,14 @@ def describe(tree: Any) -> dict[str, list]:
 
 def write_shares(folder: Path, shares: dict[str, dict]) -> None:
   """This process's shares of the digests: {item: {path of a leaf: two sums}}."""
-  (folder / NAME / f'digests_{jax.process_index()}.json').write_text(json.dumps(shares))
+  file = folder / NAME / f'digests_{jax.process_index()}.json'
+  file.write_text(json.dumps(shares), encoding='utf-8')
 
 
 def write_record(folder: Path, step: int, arrays: dict[str, dict], data: Any) -> None:
   """What `describe` gives for every item, and the position of the data loader; process 0 alone."""
   values = {'step': step, 'arrays': arrays, 'data': data, 'processes': jax.process_count()}
-  (folder / NAME / 'record.json').write_text(json.dumps(values))
+  (folder / NAME / 'record.json').write_text(json.dumps(values), encoding='utf-8')
 
 
 def read_record(folder: Path) -> tuple[dict[str, dict], dict[str, dict], Any]:
@@ -43,9 +44,9 @@ def read_record(folder: Path) -> tuple[dict[str, dict], dict[str, dict], Any]:
       one that the folder is named after.
   """
   try:
-    record = json.loads((folder / NAME / 'record.json').read_text())
+    record = json.loads((folder / NAME / 'record.json').read_text(encoding='utf-8'))
     shares = [
-      json.loads((folder / NAME / f'digests_{index}.json').read_text())
+      json.loads((folder / NAME / f'digests_{index}.json').read_text(encoding='utf-8'))
       for index in range(record['processes'])
     ]
     digests = {item: add_up([share[item] for share in shares]) for item in record['arrays']}

@@ -226,7 +226,7 @@ def _this_process() -> dict[str, Any]:
 def _boot() -> str:
   """Changes whenever the machine starts; '' where it cannot be known."""
   try:
-    return Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+    return Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()
   except OSError:
     return ''
 

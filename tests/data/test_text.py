@@ -1,5 +1,6 @@
 """Text that people wrote: how it is decoded, what ends a line, what is refused."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -92,3 +93,28 @@ def test_every_command_reads_prompts_captions_and_labels_so(finished, command, f
     'evaluate', '--workdir', finished, '--out', tmp_path / 'scores.json', '--captions', good,
     '--labels', prompts,
   )
+
+
+def _opens_text_as_the_locale_says(node):
+  """A call of open, read_text or write_text without encoding, of a file that is not binary."""
+  if not isinstance(node, ast.Call) or any(k.arg == 'encoding' for k in node.keywords):
+    return False
+  if isinstance(node.func, ast.Name):
+    mode = node.args[1].value if len(node.args) > 1 else 'r'
+    return node.func.id == 'open' and 'b' not in mode
+  name = getattr(node.func, 'attr', '')
+  if name in ('read_text', 'write_text'):
+    # `RunDirectory` has a method of that name.
+    return not ast.unparse(node.func.value).endswith(('directory', 'self'))
+  modes = [a.value for a in node.args if isinstance(a, ast.Constant)]
+  return name == 'open' and bool({*modes} & {'r', 'w', 'a', 'x', 'r+', 'w+', 'a+', 'rt', 'wt'})
+
+
+def test_no_file_is_decoded_as_the_locale_says():
+  found = [
+    f'{path.relative_to(ROOT)}:{node.lineno}'
+    for path in sorted((ROOT / 'diffusion_jax').rglob('*.py'))
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8')))
+    if _opens_text_as_the_locale_says(node)
+  ]
+  assert found == []
