@@ -100,7 +100,7 @@ def _opens_text_as_the_locale_says(node):
   if not isinstance(node, ast.Call) or any(k.arg == 'encoding' for k in node.keywords):
     return False
   if isinstance(node.func, ast.Name):
-    mode = node.args[1].value if len(node.args) > 1 else 'r'
+    mode = ast.unparse(node.args[1]) if len(node.args) > 1 else 'r'
     return node.func.id == 'open' and 'b' not in mode
   name = getattr(node.func, 'attr', '')
   if name in ('read_text', 'write_text'):
