@@ -14,7 +14,7 @@ def base(task: str) -> ConfigDict:
   config.weights_from = ''
   config.data = ConfigDict(
     {'dataset': 'openmoji', 'size': 64, 'data_dir': '', 'prepare': True, 'test_fraction': 0.1,
-     'transforms': (), 'workers': 2}
+     'transforms': (), 'workers': 2, 'most_unreadable': 0.5}
   )
   config.optimizer = ConfigDict({
     'learning_rate': 1e-4, 'schedule': 'cosine', 'warmup_steps': 100, 'final_fraction': 0.0,

@@ -19,6 +19,7 @@ from diffusion_jax.data.sources import open_source
 from diffusion_jax.data.splits import APART, measured_on
 from diffusion_jax.data.synthetic import SyntheticImages
 from diffusion_jax.data.transforms import Label, build_transforms
+from diffusion_jax.data.unreadable import Counted, Damage, readable
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.job import check_samples
 from diffusion_jax.evaluation.provenance import REFERENCE, TESTED, of_features, of_model
@@ -57,12 +58,31 @@ SYNTHETIC_RECORDS = 64
 """At least; a batch needs as many as it has examples."""
 
 
-def open_sources(config: TrainingConfig, synthetic: bool = False) -> tuple[Source, Source]:
+def open_sources(
+  config: TrainingConfig, synthetic: bool = False, damage: Damage | None = None
+) -> tuple[Source, Source]:
   """(train, test) that a config names, or random numbers in their place.
+
+  `damage` counts the records that cannot be read; by default they are said.
 
   Raises:
     UserError: they are not there, or cannot be read.
   """
+  train, test = _sources(config, synthetic)
+  if synthetic or config.task == 'toy':
+    return train, test
+  damage = Damage(_say_unreadable) if damage is None else damage
+  most = config.data.most_unreadable
+  return (
+    Counted(train, most, damage, 'training records'), Counted(test, most, damage, 'test records')
+  )
+
+
+def _say_unreadable(sentence: str) -> None:
+  print(f'diffusion_jax: left out: {sentence}', file=sys.stderr, flush=True)
+
+
+def _sources(config: TrainingConfig, synthetic: bool) -> tuple[Source, Source]:
   data = config.data
   if synthetic and config.task != 'toy':  # Points are random numbers anyway.
     images = SyntheticImages(data.size, max(config.loop.batch_size, SYNTHETIC_RECORDS))
@@ -178,7 +198,7 @@ def _clip_task(
   if (directory.tokenizer / 'tokenizer.json').exists():
     tokenizer = load_tokenizer(directory.tokenizer)
   else:
-    captions = (caption for i in range(len(train)) for caption in train[i]['captions'])
+    captions = (caption for record in readable(train) for caption in record['captions'])
     tokenizer = train_tokenizer(captions, text.vocab_size, text.max_position_embeddings)
   text = dataclasses.replace(
     text, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
@@ -277,7 +297,8 @@ def build(config: ConfigDict | dict, workdir: str, synthetic: bool = False) -> T
       'data.transforms have no effect with settings.cache; empty them or switch the cache off.'
     )
   check_sizes(checked)
-  train, test = open_sources(checked, synthetic)
+  damage = Damage(_say_unreadable)
+  train, test = open_sources(checked, synthetic, damage)
   data = {} if synthetic else {'training': fingerprint(train), 'test': fingerprint(test)}
   check_data(directory, data)
   told, known = _told(train, test), pictures_in(checked, train, test)
@@ -288,7 +309,10 @@ def build(config: ConfigDict | dict, workdir: str, synthetic: bool = False) -> T
   task = build_task(checked, train, test, directory, mesh)
   _check_evaluation(checked, task, mesh)
   if checked.task == 'finetune' and checked.settings.prior.folder:
-    prior = train if synthetic else draw_prior(task, mesh)
+    prior = train
+    if not synthetic:
+      most = checked.data.most_unreadable
+      prior = Counted(draw_prior(task, mesh), most, damage, 'records of the prior')
     data |= {'prior': fingerprint(prior)}
     check_data(directory, data)
     train = Together(train, prior, checked.settings.prior.weight)
@@ -322,4 +346,5 @@ def build(config: ConfigDict | dict, workdir: str, synthetic: bool = False) -> T
     learning_rates=learning_rates(checked.optimizer, steps), loader=loader, mesh=mesh,
     directory=directory, start=start, data_credit=CREDITS.get(checked.data.dataset, ''),
     measured=measured_on(test), told=told_of(checked, *known), trained_on=known[0],
+    damage=damage,
   )

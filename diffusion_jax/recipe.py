@@ -14,6 +14,7 @@ from diffusion_jax import configs
 from diffusion_jax.config import typed
 from diffusion_jax.data.folder import FOLDER
 from diffusion_jax.data.splits import TEST_FRACTION, check_fraction
+from diffusion_jax.data.unreadable import MOST_UNREADABLE
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.run_directory import flatten, normalise
 from diffusion_jax.models.attend_ways import ATTENTION
@@ -43,7 +44,9 @@ class DataConfig:
   of `metadata.CAPTIONS`.
 
   transforms: (name, arguments) pairs in order, applied to every training image; workers: threads
-  that read and transform, in each process; 0 does it between the steps.
+  that read and transform, in each process; 0 does it between the steps; most_unreadable: share of
+  the records of a split that may be damaged, which are named and replaced by others; with more the
+  run ends.
   """
 
   dataset: str
@@ -55,11 +58,16 @@ class DataConfig:
   test_fraction: float = TEST_FRACTION
   transforms: tuple = ()
   workers: int = 2
+  most_unreadable: float = MOST_UNREADABLE
 
   def __post_init__(self):
     if self.workers < 0:
       raise UserError(f'data.workers is {self.workers}; give a number of threads, or 0.')
     check_fraction(self.test_fraction)
+    if not 0 <= self.most_unreadable <= 1:
+      raise UserError(
+        f'data.most_unreadable is {self.most_unreadable}; give a share of the records, 0 to 1.'
+      )
     if self.test_fraction != TEST_FRACTION and not self.dataset.startswith(FOLDER):
       raise UserError(
         f'data.test_fraction has no effect on {self.dataset}, which has a test split; set it to '

@@ -156,6 +156,8 @@ class Together:
   mixture is the sum of both means.
   """
 
+  turns = 2
+
   def __init__(self, subject: Sequence, other: Sequence, weight: float):
     self.sources, self.weights = (subject, other), (2.0, 2.0 * weight)
 

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from diffusion_jax.data.transforms import apply
-from diffusion_jax.errors import UserError
+from diffusion_jax.data.unreadable import stand_in
+from diffusion_jax.errors import Unreadable, UserError
 from diffusion_jax.seeds import check_seed
 
 
@@ -31,7 +32,9 @@ class Loader:
   """An iterator without end over batches: dictionaries of arrays [rows, ...]; texts as lists.
 
   Reading and transforms run in threads of this process. An error in one of them is raised by the
-  `next` whose batch it belongs to, and by every `next` after it: no example is ever left out.
+  `next` whose batch it belongs to, and by every `next` after it: no example is ever left out, but
+  for those that cannot be read. In the place of these comes another, which follows from the seed
+  and the position (`data.unreadable`).
 
   Args:
     source: records by position.
@@ -65,10 +68,13 @@ class Loader:
     self._identity = {
       'seed': seed, 'shuffle': shuffle, 'batch_size': batch_size, 'examples': len(source),
     }
-    stream = grain.MapDataset.source(source).seed(seed)
+    # Numbers, and not records, so that what takes the place of one can follow from its position.
+    stream = grain.MapDataset.source(range(len(source))).seed(seed)
     stream = (stream.shuffle() if shuffle else stream).repeat()
     # Before the rows are chosen, so that the rng follows the position in the one stream.
-    self._stream = stream.random_map(lambda record, rng: apply(transforms, record, rng))
+    self._stream = stream.random_map(
+      lambda index, rng: apply(transforms, _record(source, index, rng), rng)
+    )
     self._batches = _Batches(self._stream, batch_size, rows)
     # Grain demands both to be zero, or neither.
     self._options = grain.ReadOptions(
@@ -157,6 +163,13 @@ class _Batches(grain.MapDataset):
 
   def __str__(self) -> str:
     return f'batches of {self._batch_size}'
+
+
+def _record(source: Source, index: int, rng: np.random.Generator) -> dict[str, Any]:
+  try:
+    return source[index]
+  except Unreadable:
+    return stand_in(source, index, rng)
 
 
 def _stack(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import contextlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -120,24 +121,30 @@ class ArraySource:
 
   Args:
     columns: by name, arrays [n, ...] or lists of n values.
+    unreadable: why there is nothing in some of the rows.
 
   Raises:
     UserError: no columns, or columns of different lengths.
   """
 
-  def __init__(self, columns: Mapping[str, np.ndarray | list]):
+  def __init__(
+    self, columns: Mapping[str, np.ndarray | list],
+    unreadable: Mapping[int, str] = MappingProxyType({}),
+  ):
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) != 1:
       raise UserError(f'Columns must have one common length, got {lengths}: fix the longer ones.')
-    self._columns = dict(columns)
+    self._columns, self._unreadable = dict(columns), dict(unreadable)
     self._length = next(iter(lengths.values()))
 
   def __len__(self) -> int:
     return self._length
 
   def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
-    """Row `index` as one value per column."""
+    """Row `index` as one value per column. Unreadable where there is nothing in it."""
     index = _checked(index, self._length)
+    if index in self._unreadable:
+      raise Unreadable(self._unreadable[index])
     return {name: column[index] for name, column in self._columns.items()}
 
   def __repr__(self) -> str:

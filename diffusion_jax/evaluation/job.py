@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from diffusion_jax.data.sources import ImageSource
+from diffusion_jax.data.unreadable import readable, some
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.budget import Budget
 from diffusion_jax.evaluation.chance import PAIRS, real_retrieval
@@ -77,12 +79,10 @@ class Evaluation:
 
   @functools.cached_property
   def reference(self) -> Collected:
-    """Of all training images."""
-    blocks = range(0, len(self._train), READ)
-    return self._collect(
-      np.stack([self._train[i]['image'] for i in range(b, min(b + READ, len(self._train)))])
-      for b in blocks
-    )
+    """Of all training images that can be read."""
+    images = (record['image'] for record in readable(self._train))
+    blocks = iter(lambda: list(itertools.islice(images, READ)), [])
+    return self._collect(np.stack(block) for block in blocks)
 
   @functools.cached_property
   def _moments(self) -> dict[str, Statistics]:
@@ -135,6 +135,8 @@ class Evaluation:
     """
     check_samples(samples, len(self._test))
     records = shuffled(self._test, samples)
+    samples = len(records)
+    check_samples(samples, len(self._test))
     captions = tuple(record['captions'][0] for record in records)
     moments = self._moments  # The reference is embedded before the clock runs.
     checked = self._checked
@@ -155,14 +157,14 @@ class Evaluation:
     scores = {name: self._scores(one, moments, texts, seed) for name, one in found.items()}
     out: dict[str, Any] = {name: one.values for name, one in scores.items()}
     out['measured'] = [
-      f'Of {samples:,} images, each drawn for a test caption, against {len(self._train):,} images '
-      'of the training split.', *(text for text, beware in checked if not beware),
+      f'Of {samples:,} images, each drawn for a test caption, against {_size(self.reference):,} '
+      'images of the training split.', *(text for text, beware in checked if not beware),
     ]
     out['warnings'] = [
       *(text for text, beware in checked if beware), *scores['generated'].warnings
     ]
     out['settings'] = {
-      'samples': samples, 'reference_images': len(self._train), 'seed': seed,
+      'samples': samples, 'reference_images': _size(self.reference), 'seed': seed,
       'features': ', '.join(extractor.name for extractor in self.extractors),
       **dataclasses.asdict(sample),
     }
@@ -189,9 +191,11 @@ def _size(collected: Collected) -> int:
 
 
 def shuffled(source: ImageSource, count: int) -> list[Record]:
-  """The first `count` records in an order that is fixed for each length: a fair sample."""
-  order = np.random.default_rng(0).permutation(len(source))
-  return [source[int(i)] for i in order[:count]]
+  """The first `count` records in an order that is fixed for each length: a fair sample.
+
+  Those that cannot be read are left out, and others follow in their place as long as there are any.
+  """
+  return some(source, count, np.random.default_rng(0).permutation(len(source)))
 
 
 def check_samples(samples: int, available: int) -> None:

@@ -198,6 +198,7 @@ def evaluate_likelihood(
   key_train, key_latents, key_noise, key_offset = jax.random.split(root, 4)
   batches = partial(_over_images, mesh=mesh, progress=progress)
   encode, records = make_encoder(model), shuffled(test, samples)
+  samples = len(records)
   fitted = _images(shuffled(train, min(TRAIN_LIMIT, len(train))))
   known = batches(encode, (weights['autoencoder'], jnp.ones(())), fitted,
                   image_keys(key_train, len(fitted)), batch_size=64, label='encoding')

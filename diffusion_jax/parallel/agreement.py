@@ -3,6 +3,8 @@
 No device takes part, so it works from any thread and while programs run on the devices.
 """
 
+import contextlib
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -63,6 +65,24 @@ def in_step(
       raised, text = json.loads(answer)
       raise next(kind for kind in kinds if kind.__name__ == raised)(text)
   return value
+
+
+def post(name: str, text: str) -> None:
+  """Leaves a text for all processes, without waiting for any; nothing with one process."""
+  if jax.process_count() > 1:
+    key = f'diffusion_jax/{name}/{hashlib.sha256(text.encode(errors="replace")).hexdigest()}'
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # Posted before, or no one is there.
+      distributed.global_state.client.key_value_set(key, json.dumps(text))
+
+
+def posted(name: str) -> list[str]:
+  """What all processes have posted under a name so far."""
+  if jax.process_count() == 1:
+    return []
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    found = distributed.global_state.client.key_value_dir_get(f'diffusion_jax/{name}/')
+    return [json.loads(text) for _, text in found]
+  return []
 
 
 def sum_over_processes(x: np.ndarray) -> np.ndarray:

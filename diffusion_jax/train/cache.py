@@ -1,6 +1,7 @@
 """Latents and text embeddings computed once, before training, instead of in every step."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -11,8 +12,11 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from diffusion_jax.data.sources import ArraySource, ImageSource
+from diffusion_jax.errors import Unreadable, UserError
+from diffusion_jax.parallel.agreement import agree
 from diffusion_jax.parallel.sharding import in_batches, put_params
 from diffusion_jax.pipelines.text_to_image import TextToImage
+from diffusion_jax.types import Record
 from diffusion_jax.xla import jit
 
 
@@ -51,11 +55,12 @@ def cached_source(
 
   Columns: 'mean' and 'std' [h w c], moments of the unscaled latents, float32; 'texts' [k l d], the
   embeddings of the record's k captions, float16 to halve the memory; 'pooled' [k p] for SDXL.
+
+  A record that cannot be read in any of the processes has a row that cannot be read, so that all
+  others keep their numbers.
   """
   params = {role: put_params(frozen[role], mesh) for role in ('autoencoder', *model.text.networks)}
-  records = [source[i] for i in tqdm(
-    range(len(source)), desc='reading images', disable=not progress, leave=False
-  )]
+  records, unreadable = _read(source, progress)
   images = np.stack([record['image'] for record in records])
   captions = [caption for record in records for caption in record['captions']]
   moments = list(tqdm(
@@ -76,7 +81,30 @@ def cached_source(
   if model.text.pooled:
     columns['pooled'] = np.concatenate([c.pooled for c in told])
   by_record = {name: np.split(column, ends) for name, column in columns.items()}
-  return ArraySource({'mean': mean, 'std': std, **by_record})
+  return ArraySource({'mean': mean, 'std': std, **by_record}, unreadable)
+
+
+def _read(source: ImageSource, progress: bool) -> tuple[list[Record], dict[int, str]]:
+  """(all records, why some cannot be read); in the place of these is a black image without text.
+
+  All processes have the same, for they encode them together.
+  """
+  records: dict[int, Record] = {}
+  mine: dict[int, str] = {}
+  for i in tqdm(range(len(source)), desc='reading images', disable=not progress, leave=False):
+    try:
+      records[i] = source[i]
+    except Unreadable as error:
+      mine[i] = str(error)
+  unreadable = {
+    int(i): why for each in agree('cache/unreadable', json.dumps(mine))
+    for i, why in json.loads(each).items()
+  }
+  if len(unreadable) == len(source):
+    raise UserError(f'no record can be read, the first because {unreadable[0]}')
+  like = next(record['image'] for record in records.values())
+  blank = Record(image=np.zeros_like(like), captions=[''], id='')
+  return [blank if i in unreadable else records[i] for i in range(len(source))], unreadable
 
 
 def synthetic_cache(model: TextToImage, frozen: dict, count: int) -> ArraySource:

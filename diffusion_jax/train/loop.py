@@ -30,6 +30,9 @@ from diffusion_jax.train.state import TrainState, abstract_state, create_state
 from diffusion_jax.train.stop import Stopping
 from diffusion_jax.train.training import Training
 
+_NAMED = 100
+"""Records that could not be read, in the status file."""
+
 
 def train(training: Training, progress: bool = True, start: Start | None = None) -> int:
   """Trains to the last step, or goes on from the last checkpoint in the workdir.
@@ -150,6 +153,8 @@ class _Session:
       trouble = [self.saver.trouble, *self.writer.trouble, *self.side.trouble]
       trouble = [text for text in trouble if text]
       facts |= {'trouble': trouble} if trouble else {}
+    if unreadable := self.t.damage.sentences:
+      facts['unreadable'] = {'records': len(unreadable), 'first': unreadable[:_NAMED]}
     return facts
 
   def _say(self, text: str) -> None:
@@ -219,7 +224,7 @@ class _Session:
     rates = {name: float(rate(step - 1)) for name, rate in self.t.learning_rates.items()}
     self.writer.write('train', step, {
       'time': self.goodput.seconds(), **values, **rates, **speed, **resources(),
-      'recompilations': self.recompilations or 0,
+      'recompilations': self.recompilations or 0, 'unreadable': len(self.t.damage),
     })
     self.recompilations = self.recompilations or 0
     self.last = {'loss': f'{values["loss"]:.4f}', 'step': step}

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax.data.loader import Loader
 from diffusion_jax.data.splits import APART, Measured
+from diffusion_jax.data.unreadable import Damage
 from diffusion_jax.io.run_directory import RunDirectory
 from diffusion_jax.io.trained_on import Pictures
 from diffusion_jax.train.config import LoopConfig, SafetyConfig
@@ -30,7 +31,8 @@ class Training:
 
   start: gives the parameters on a mesh that a new run begins with, None for fresh ones.
   measured: what the scores are measured on. told: sentences on what was there before this run,
-  such as the networks that score. trained_on: the pictures, None where there are none.
+  such as the networks that score. trained_on: the pictures, None where there are none. damage:
+  records that could not be read.
   """
 
   config: dict[str, Any]
@@ -45,6 +47,7 @@ class Training:
   start: Callable[[Mesh], Params | None]
   data_credit: str = ''
   measured: Measured = APART
+  damage: Damage = dataclasses.field(default_factory=Damage)
   told: tuple[str, ...] = ()
   trained_on: Pictures | None = None
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.data.sources import ImageSource
+from diffusion_jax.data.unreadable import some
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.reconstruction import figures_of_pairs, reconstructor
 from diffusion_jax.io.pretrained import load_lpips, save_params
@@ -154,7 +155,7 @@ class AutoencoderTask(Task):
 
   def preview(self, params, frozen, mesh: Mesh) -> tuple[np.ndarray, list[str]]:
     """Test images, each beside its reconstruction."""
-    records = [self.test[i] for i in range(min(16, len(self.test)))]
+    records = some(self.test, 16)
     images = np.stack([record['image'] for record in records])
     outputs = self.reconstruct(params, images, mesh)
     pairs = np.stack([images, outputs], axis=1).reshape(-1, *images.shape[1:])
@@ -177,9 +178,7 @@ class AutoencoderTask(Task):
 
   def evaluate(self, params, frozen, mesh, *, samples: int, final: bool) -> Scores:
     """PSNR in dB of reconstructed test images, L1 in [-1, 1], and the latents' moments."""
-    if not len(self.test):
-      raise UserError('the test split is empty; choose another data set.')
-    images = np.stack([self.test[i]['image'] for i in range(min(samples, len(self.test)))])
+    images = np.stack([record['image'] for record in some(self.test, samples)])
     outputs = self.reconstruct(params, images, mesh)
     figures = figures_of_pairs(images, outputs, ('psnr', 'l1'))
     mean, std = self.latent_moments(params, images, mesh)
@@ -192,7 +191,7 @@ class AutoencoderTask(Task):
     """The autoencoder in diffusers' layout, with the scaling that gives latents unit variance."""
     test = scores['test']
     config = dataclasses.replace(
-      self.config.autoencoder, sample_size=len(self.test[0]['image']),
+      self.config.autoencoder, sample_size=len(some(self.test, 1)[0]['image']),
       shift_factor=round(test['latent_mean'], 6), scaling_factor=round(1 / test['latent_std'], 6),
     )
     save_params(directory, config, under('autoencoder', params), dtype=self.config.export_dtype)

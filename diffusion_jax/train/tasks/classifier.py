@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.data.loader import Source
+from diffusion_jax.data.unreadable import some
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extractors_classifier import ClassifierExtractor
 from diffusion_jax.io.pretrained import save_params
@@ -108,11 +108,9 @@ class ClassifierTask(Task):
     self, params: Params, mesh: Mesh, count: int
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(images, labels, logits) of so many test records, spread over the split."""
-    if not len(self.test):
-      raise UserError('the test split is empty; choose another data set.')
     count = min(count, len(self.test))
     places = np.linspace(0, len(self.test) - 1, count).round().astype(int)
-    records: list[dict[str, Any]] = [self.test[int(i)] for i in places]
+    records = some(self.test, count, places)
     images = np.stack([record['image'] for record in records])
     labels = np.asarray([self.classes.index(record['label']) for record in records])
     logits = list(in_batches(self._logits, params, images, mesh=mesh))

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.data.sources import ImageSource
+from diffusion_jax.data.unreadable import some
 from diffusion_jax.evaluation.extractors import CLIPExtractor
 from diffusion_jax.evaluation.features import CLIPFeatures, unit
 from diffusion_jax.evaluation.metrics.text import clip_score, retrieval_recall
@@ -107,7 +108,7 @@ class CLIPTask(Task):
     return CLIPFeatures(CLIPExtractor(self.clip, params, 'in training'), self.tokenizer, mesh)
 
   def _embed(self, params: Params, mesh: Mesh, count: int):
-    records = [self.test[i] for i in range(min(count, len(self.test)))]
+    records = some(self.test, count)
     images = np.stack([record['image'] for record in records])
     captions = [record['captions'][0] for record in records]
     features = self._features(params, mesh)

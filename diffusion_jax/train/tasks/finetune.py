@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.data.transforms import edges
+from diffusion_jax.data.unreadable import some
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.job import Evaluation
 from diffusion_jax.models.lora import LoRAConfig
@@ -142,7 +143,7 @@ class FinetuneTask(DiffusionTask):
     self.trainable = trainable
     if not config.cache:
       more = ['weight'] * bool(config.prior.folder)
-      more += ['sizes'] * ('sizes' in model.unet.config.conditions and 'sizes' in train[0])
+      more += ['sizes'] * ('sizes' in model.unet.config.conditions and 'sizes' in some(train, 1)[0])
       more += ['control'] * (config.train == 'controlnet')
       self.batch_fields = (*self.batch_fields, *more)
 
@@ -174,7 +175,8 @@ class FinetuneTask(DiffusionTask):
     if not self.config.pictured:
       return Inputs()
     count = len(self.config.preview_captions)
-    images = np.stack([self.test[i % len(self.test)]['image'] for i in range(count)])
+    records = some(self.test, count)
+    images = np.stack([records[i % len(records)]['image'] for i in range(count)])
     if self.config.train == 'controlnet':
       return Inputs(control=np.stack([edges(image) for image in images]))
     masks = np.zeros(images.shape[:3], bool)

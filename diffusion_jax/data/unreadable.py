@@ -1,0 +1,148 @@
+"""Records that cannot be read: counted, named once each, and replaced by others."""
+
+import itertools
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from diffusion_jax.errors import Unreadable, UserError
+from diffusion_jax.parallel.agreement import post, posted
+
+MOST_UNREADABLE = 0.5
+"""Share of the records that may be unreadable, where nothing else is said."""
+_MOST_TRIES, _POSTED = 1000, 'unreadable'
+
+
+class Damage:
+  """What could not be read so far, a sentence each: of all sources and of all processes of a run.
+
+  say: is told, from any thread, each sentence that this process comes upon, once.
+  """
+
+  def __init__(self, say: Callable[[str], None] = lambda text: None):
+    self._say, self._lock = say, threading.Lock()
+    self._sentences: dict[str, None] = {}
+
+  def __len__(self) -> int:
+    return len(self.sentences)
+
+  @property
+  def sentences(self) -> list[str]:
+    """Of this process in the order in which they came, then of others."""
+    with self._lock:
+      mine = list(self._sentences)
+    return list(dict.fromkeys([*mine, *posted(_POSTED)]))
+
+  def add(self, sentence: str) -> None:
+    """Says it, if it is new."""
+    with self._lock:
+      new = sentence not in self._sentences
+      self._sentences[sentence] = None
+    if new:
+      post(_POSTED, sentence)
+      self._say(sentence)
+
+
+class Counted(Sequence):
+  """A source whose unreadable records are counted, and no longer tried; all else is the source's.
+
+  Args:
+    most: share of the records that may be unreadable, 0 to 1.
+    name: of the records, for people.
+  """
+
+  def __init__(self, source: Sequence, most: float, damage: Damage, name: str):
+    self.source, self._most, self._damage, self._name = source, most, damage, name
+    self._found: dict[int, str] = {}
+    self._lock = threading.Lock()
+
+  def __getattr__(self, name: str) -> Any:
+    if name == 'source':  # Not set yet, such as while it is copied.
+      raise AttributeError(name)
+    return getattr(self.source, name)
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def __getitem__(self, index: SupportsIndex) -> Any:
+    """Record `index`.
+
+    Raises:
+      Unreadable: it cannot be read. UserError: more than the share `most` of all cannot.
+    """
+    index = range(len(self))[index]
+    if index in self._found:
+      self._check()
+      raise Unreadable(self._found[index])
+    try:
+      return self.source[index]
+    except Unreadable as error:
+      self._count(index, str(error))
+      raise
+
+  def _count(self, index: int, sentence: str) -> None:
+    self._damage.add(sentence)
+    with self._lock:
+      self._found[index] = sentence
+    self._check()
+
+  def _check(self) -> None:
+    with self._lock:
+      found = list(self._found.values())
+    if len(found) > self._most * len(self):
+      raise UserError(
+        f'{len(found)} of {len(self)} {self._name} cannot be read, more than the share of '
+        f'{self._most:g} that data.most_unreadable allows: '
+        f'{"; ".join(list(dict.fromkeys(found))[:3])}'
+      )
+
+
+def stand_in(source: Sequence, index: int, rng: np.random.Generator) -> Any:
+  """A record in the place of `index`, which cannot be read.
+
+  Which one follows from `rng` and from which records can be read, whenever and wherever it is
+  asked. Where a source has `turns`, records of so many kinds in turn, it is one of the same kind.
+
+  Raises:
+    UserError: none of a thousand records, or of all, can be read.
+  """
+  turns = getattr(source, 'turns', 1)
+  places = range(index % turns, len(source), turns)
+  place, step = int(rng.integers(len(places))), 0
+  while math.gcd(step, len(places)) != 1:  # So that the walk comes to all of them, once each.
+    step = int(rng.integers(1, len(places) + 1))
+  tried, reason = min(len(places), _MOST_TRIES), ''
+  for i in range(tried):
+    try:
+      return source[places[(place + i * step) % len(places)]]
+    except Unreadable as error:
+      reason = str(error)
+  raise UserError(f'{tried} records in a row cannot be read, the last because {reason}')
+
+
+def readable(source: Sequence, places: Iterable[int] | None = None) -> Iterator[Any]:
+  """Those records, in order, that can be read; of all, or at the places."""
+  for place in range(len(source)) if places is None else places:
+    try:
+      record = source[int(place)]
+    except Unreadable:
+      continue
+    yield record
+
+
+def some(source: Sequence, count: int, places: Iterable[int] | None = None) -> list[Any]:
+  """The first records that can be read, `count` or, if there are fewer, all.
+
+  Raises:
+    UserError: there is none.
+  """
+  found = list(itertools.islice(readable(source, places), count))
+  if not found:
+    raise UserError(
+      f'none of {len(source)} test records can be read; choose another data set.' if len(source)
+      else 'the test split is empty; choose another data set.'
+    )
+  return found
