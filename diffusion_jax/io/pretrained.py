@@ -42,7 +42,7 @@ from diffusion_jax.io.tensors import (
 )
 from diffusion_jax.links import inside
 from diffusion_jax.models import functional
-from diffusion_jax.models.checks import require
+from diffusion_jax.models.checks import require, shown
 from diffusion_jax.models.lpips import lpips_shapes
 from diffusion_jax.parallel.sharding import shard_params
 from diffusion_jax.types import Params
@@ -115,8 +115,8 @@ def read_config(kind: str, path: str | os.PathLike) -> Any:
   values = read_json(inside(file, file.parent))
   require(
     spec.describes(values),
-    f'{file} describes no {kind}: its {spec.named[0]} is {values.get(spec.named[0])!r} and must be '
-    f'{" or ".join(map(repr, spec.named[1]))}.',
+    f'{file} describes no {kind}: its {spec.named[0]} is {shown(values.get(spec.named[0]))} and '
+    f'must be {" or ".join(map(repr, spec.named[1]))}.',
   )
   return spec.read(values, str(file))
 
@@ -126,9 +126,9 @@ def load_params(
 ) -> tuple[Any, Params]:
   """(config, parameters by dotted name), as `load`; without a mesh numpy arrays on the host."""
   config, spec, directory = read_config(kind, path), find_kind(kind), resolve(path)
-  shapes = functional.abstract(lambda rngs: spec.module(config, rngs=rngs))[1]
   native = directory / NATIVE
   file = inside(native if native.is_file() else find_weights(directory, spec.weights), directory)
+  shapes = functional.abstract(lambda rngs: spec.module(config, rngs=rngs))[1]
   return config, read_params(file, spec, shapes, dtype=dtype, mesh=mesh)
 
 

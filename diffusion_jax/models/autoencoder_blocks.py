@@ -12,11 +12,15 @@ from flax import nnx
 from diffusion_jax.layout import constrain
 from diffusion_jax.models.attention import SpatialAttention
 from diffusion_jax.models.checks import (
+  MOST_EDGE,
+  MOST_LAYERS,
+  above_zero,
   all_positive,
   freeze_lists,
   groups_divide,
   positive,
   require,
+  some_blocks,
 )
 from diffusion_jax.models.layers import Conv, Downsample2D, ResnetBlock2D, Upsample2D
 from diffusion_jax.models.norms import GroupNorm
@@ -36,15 +40,15 @@ def check_levels(config: Any) -> None:
   """
   freeze_lists(config)
   name = type(config).__name__
-  positive(config, 'in_channels', 'out_channels', 'latent_channels', 'layers_per_block',
-           'norm_num_groups')
+  positive(config, 'in_channels', 'out_channels', 'latent_channels', 'norm_num_groups')
+  positive(config, 'layers_per_block', most=MOST_LAYERS)
   all_positive(config, 'block_out_channels')
   groups_divide(config)
   if config.sample_size is not None:
-    all_positive(config, 'sample_size')
-  require(config.scaling_factor > 0,
-          f'{name}.scaling_factor must be positive, not {config.scaling_factor}.')
+    all_positive(config, 'sample_size', most=MOST_EDGE)
+  above_zero(config, 'scaling_factor')
   levels = len(config.block_out_channels)
+  some_blocks(config, 2 * levels * config.layers_per_block)
   for field, known in (('down_block_types', DOWN_BLOCKS), ('up_block_types', UP_BLOCKS)):
     types = getattr(config, field) or (next(iter(known)),) * levels
     object.__setattr__(config, field, types)

@@ -11,7 +11,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffusion_jax.models.checks import all_positive, freeze_lists, positive, require, size_fits
+from diffusion_jax.models.checks import (
+  MOST_LAYERS,
+  above_zero,
+  all_positive,
+  freeze_lists,
+  positive,
+  require,
+  size_fits,
+  some_blocks,
+)
 from diffusion_jax.models.layers import Conv
 from diffusion_jax.types import Images, Latents
 
@@ -48,7 +57,9 @@ class AutoencoderTinyConfig:
     fields = ('encoder_block_out_channels', 'decoder_block_out_channels', 'num_encoder_blocks',
               'num_decoder_blocks')
     positive(self, 'in_channels', 'out_channels', 'latent_channels')
-    all_positive(self, *fields)
+    all_positive(self, *fields[:2])
+    all_positive(self, *fields[2:], most=MOST_LAYERS)
+    some_blocks(self, sum(self.num_encoder_blocks) + sum(self.num_decoder_blocks))
     levels = len(self.encoder_block_out_channels)
     for field in fields:
       value = getattr(self, field)
@@ -60,9 +71,7 @@ class AutoencoderTinyConfig:
               f'AutoencoderTinyConfig.{field} must hold one width throughout, not {value}.')
     require(self.act_fn in ACTIVATIONS, f'AutoencoderTinyConfig.act_fn={self.act_fn!r} is not '
             f'implemented; use one of {", ".join(ACTIVATIONS)}.')
-    for field in ('latent_magnitude', 'scaling_factor'):
-      require(getattr(self, field) > 0,
-              f'AutoencoderTinyConfig.{field} must be positive, not {getattr(self, field)}.')
+    above_zero(self, 'latent_magnitude', 'scaling_factor')
 
   @property
   def factor(self) -> int:

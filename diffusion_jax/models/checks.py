@@ -5,11 +5,25 @@ from typing import Any
 
 from diffusion_jax.errors import UserError
 
+MOST = 2**20
+"""Of a width, a size or a vocabulary: beyond every network, so that shapes stay numbers."""
+MOST_EDGE = 2**13
+"""Of a picture or its latents, along a side."""
+MOST_LAYERS, MOST_LEVELS = 512, 12
+"""Of blocks, and of resolutions: what is traced for each takes milliseconds."""
+
 
 def require(condition: bool, message: str) -> None:
   """Raises UserError(message) unless `condition` holds."""
   if not condition:
     raise UserError(message)
+
+
+def shown(value: Any) -> str:
+  """A value as it is written, cut where it is long, for a sentence."""
+  text = repr(value[:20] if isinstance(value, (str, list, tuple)) else value)
+  cut = len(text) > 80 or (isinstance(value, (str, list, tuple)) and len(value) > 20)
+  return f'{text[:80]}...' if cut else text
 
 
 def freeze_lists(config: Any) -> None:
@@ -20,21 +34,51 @@ def freeze_lists(config: Any) -> None:
       object.__setattr__(config, field.name, tuple(value))
 
 
-def positive(config: Any, *names: str) -> None:
-  """Raises UserError unless each named field is one positive whole number."""
+def positive(config: Any, *names: str, most: int = MOST) -> None:
+  """Raises UserError unless each named field is one positive whole number, `most` at most."""
   for name in names:
     value = getattr(config, name)
-    good = type(value) is int and value > 0
-    require(good, f'{type(config).__name__}.{name} must be a positive whole number, not {value!r}.')
+    good = type(value) is int and 0 < value <= most
+    require(
+      good,
+      f'{type(config).__name__}.{name} must be a positive whole number, not {shown(value)}'
+      + (f'; at most {most:,}.' if type(value) is int and value > most else '.'),
+    )
 
 
-def all_positive(config: Any, *names: str) -> None:
-  """Raises UserError unless each named field is a positive whole number or a tuple of them."""
+def all_positive(config: Any, *names: str, most: int = MOST) -> None:
+  """As `positive`, of fields that are such a number or a tuple of them, MOST_LEVELS at most."""
   for name in names:
     value = getattr(config, name)
     values = value if isinstance(value, tuple) else (value,)
-    good = len(values) > 0 and all(type(v) is int and v > 0 for v in values)
-    require(good, f'{type(config).__name__}.{name} must be positive whole numbers, not {value!r}.')
+    good = 0 < len(values) <= MOST_LEVELS and all(
+      type(v) is int and 0 < v <= most for v in values
+    )
+    require(
+      good,
+      f'{type(config).__name__}.{name} must be positive whole numbers, not {shown(value)}; at most '
+      f'{most:,}, and {MOST_LEVELS} of them.',
+    )
+
+
+def some_blocks(config: Any, count: int) -> None:
+  """Raises UserError where a config describes more blocks than any network has."""
+  require(
+    count <= MOST_LAYERS,
+    f'{type(config).__name__} describes {count:,} blocks, where {MOST_LAYERS} are allowed; lower '
+    'its layers.',
+  )
+
+
+def above_zero(config: Any, *names: str, most: float = 1e6) -> None:
+  """Raises UserError unless each named field is one positive number, `most` at most."""
+  for name in names:
+    value = getattr(config, name)
+    good = type(value) in (int, float) and 0 < value <= most
+    require(
+      good,
+      f'{type(config).__name__}.{name} must be positive, at most {most:g}, not {shown(value)}.',
+    )
 
 
 def groups_divide(config: Any) -> None:

@@ -1,12 +1,22 @@
 """A small residual network that names classes; what it sees before its last layer are features."""
 
+import collections
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffusion_jax.models.checks import all_positive, freeze_lists, positive, require, size_fits
+from diffusion_jax.models.checks import (
+  MOST_EDGE,
+  MOST_LAYERS,
+  all_positive,
+  freeze_lists,
+  positive,
+  require,
+  size_fits,
+  some_blocks,
+)
 from diffusion_jax.models.layers import Conv, Downsample2D, ResnetBlock2D, linear
 from diffusion_jax.models.norms import GroupNorm
 from diffusion_jax.models.remat import Blocks
@@ -30,8 +40,11 @@ class ClassifierConfig:
 
   def __post_init__(self):
     freeze_lists(self)
-    positive(self, 'layers_per_block', 'norm_num_groups', 'image_size', 'patch_size')
+    positive(self, 'norm_num_groups')
+    positive(self, 'image_size', 'patch_size', most=MOST_EDGE)
+    positive(self, 'layers_per_block', most=MOST_LAYERS)
     all_positive(self, 'block_out_channels')
+    some_blocks(self, self.layers_per_block * len(self.block_out_channels))
     for channels in self.block_out_channels:
       require(
         channels % self.norm_num_groups == 0,
@@ -43,7 +56,7 @@ class ClassifierConfig:
       f'ClassifierConfig.image_size={self.image_size} must be a multiple of {self.factor}, by '
       'which patch_size and the levels divide it.',
     )
-    twice = sorted({name for name in self.class_names if self.class_names.count(name) > 1})
+    twice = sorted(name for name, n in collections.Counter(self.class_names).items() if n > 1)
     require(not twice, f'ClassifierConfig.class_names has {", ".join(twice)} more than once.')
 
   @property

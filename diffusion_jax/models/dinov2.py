@@ -13,7 +13,15 @@ from flax import nnx
 
 from diffusion_jax.layout import constrain
 from diffusion_jax.models.attend import Attends
-from diffusion_jax.models.checks import positive, require
+from diffusion_jax.models.checks import (
+  MOST,
+  MOST_EDGE,
+  MOST_LAYERS,
+  above_zero,
+  positive,
+  require,
+  shown,
+)
 from diffusion_jax.models.layers import Conv
 from diffusion_jax.models.norms import LayerNorm
 from diffusion_jax.models.remat import Blocks
@@ -50,8 +58,15 @@ class DINOv2Config:
 
   def __post_init__(self):
     positive(
-      self, 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'mlp_ratio', 'image_size',
-      'patch_size', 'num_channels',
+      self, 'hidden_size', 'num_attention_heads', 'mlp_ratio', 'num_channels',
+    )
+    positive(self, 'image_size', 'patch_size', most=MOST_EDGE)
+    positive(self, 'num_hidden_layers', most=MOST_LAYERS)
+    above_zero(self, 'layer_norm_eps', most=1)
+    require(
+      type(self.num_register_tokens) is int and 0 <= self.num_register_tokens <= MOST,
+      f'DINOv2Config.num_register_tokens is {shown(self.num_register_tokens)}; it must be a whole '
+      'number from 0 on.',
     )
     require(
       self.hidden_size % self.num_attention_heads == 0,

@@ -11,7 +11,14 @@ from flax import nnx
 
 from diffusion_jax.layout import constrain
 from diffusion_jax.models.attention import Attention
-from diffusion_jax.models.checks import freeze_lists, positive, require
+from diffusion_jax.models.checks import (
+  MOST_EDGE,
+  MOST_LAYERS,
+  above_zero,
+  freeze_lists,
+  positive,
+  require,
+)
 from diffusion_jax.models.embeddings import TimestepEmbedding, timestep_embedding
 from diffusion_jax.models.layers import Conv, linear
 from diffusion_jax.models.remat import Blocks
@@ -55,11 +62,13 @@ class DiTConfig:
 
   def __post_init__(self):
     freeze_lists(self)
-    positive(self, 'num_attention_heads', 'attention_head_dim', 'in_channels', 'num_layers',
-             'sample_size', 'patch_size', 'num_embeds_ada_norm')
+    positive(self, 'num_attention_heads', 'attention_head_dim', 'in_channels',
+             'num_embeds_ada_norm')
+    positive(self, 'sample_size', 'patch_size', most=MOST_EDGE)
+    positive(self, 'num_layers', most=MOST_LAYERS)
     if self.out_channels is not None:
       positive(self, 'out_channels')
-    require(self.norm_eps > 0, f'DiTConfig.norm_eps must be positive, not {self.norm_eps}.')
+    above_zero(self, 'norm_eps', most=1)
     check_width(self)
 
   @property

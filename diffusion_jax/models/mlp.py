@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffusion_jax.models.checks import positive, require
+from diffusion_jax.models.checks import MOST_LAYERS, above_zero, positive
 from diffusion_jax.models.layers import linear
 
 FREQUENCIES = 8
@@ -24,8 +24,9 @@ class MLPConfig:
   label_range: float = 1.0
 
   def __post_init__(self):
-    positive(self, 'in_features', 'out_features', 'width', 'depth')
-    require(self.label_range > 0, f'MLPConfig.label_range is {self.label_range}; give more than 0.')
+    positive(self, 'in_features', 'out_features', 'width')
+    positive(self, 'depth', most=MOST_LAYERS)
+    above_zero(self, 'label_range')
 
 
 class Block(nnx.Module):

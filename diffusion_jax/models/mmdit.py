@@ -13,7 +13,7 @@ from jax import lax
 
 from diffusion_jax.layout import constrain
 from diffusion_jax.models.attend import Attends
-from diffusion_jax.models.checks import freeze_lists, positive, require
+from diffusion_jax.models.checks import MOST_EDGE, MOST_LAYERS, freeze_lists, positive, require
 from diffusion_jax.models.embeddings import TimestepEmbedding, timestep_embedding
 from diffusion_jax.models.layers import Conv, linear
 from diffusion_jax.models.remat import Blocks
@@ -32,6 +32,10 @@ from diffusion_jax.models.transformer_layers import (
 from diffusion_jax.types import Latents, Text, Timesteps
 
 SINUSOIDS = 256
+
+
+MOST_POSITIONS = 1024
+"""Of patches along a side: the table of all of them is made when the network is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +63,11 @@ class MMDiTConfig:
 
   def __post_init__(self):
     freeze_lists(self)
-    positive(self, 'sample_size', 'patch_size', 'in_channels', 'num_layers', 'attention_head_dim',
-             'num_attention_heads', 'joint_attention_dim', 'caption_projection_dim',
-             'pooled_projection_dim', 'pos_embed_max_size')
+    positive(self, 'in_channels', 'attention_head_dim', 'num_attention_heads',
+             'joint_attention_dim', 'caption_projection_dim', 'pooled_projection_dim')
+    positive(self, 'sample_size', 'patch_size', most=MOST_EDGE)
+    positive(self, 'num_layers', most=MOST_LAYERS)
+    positive(self, 'pos_embed_max_size', most=MOST_POSITIONS)
     if self.out_channels is not None:
       positive(self, 'out_channels')
     check_width(self)
@@ -72,6 +78,9 @@ class MMDiTConfig:
     )
     require(self.qk_norm in (None, 'rms_norm'),
             f"MMDiTConfig.qk_norm={self.qk_norm!r} is not implemented; use None or 'rms_norm'.")
+    require(len(self.dual_attention_layers) <= self.num_layers,
+            f'MMDiTConfig.dual_attention_layers has {len(self.dual_attention_layers):,} entries; '
+            f'there are {self.num_layers} blocks.')
     for layer in self.dual_attention_layers:
       require(type(layer) is int and 0 <= layer < self.num_layers,
               f'MMDiTConfig.dual_attention_layers has {layer!r}; there are blocks 0 to '

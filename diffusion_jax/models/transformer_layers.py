@@ -10,7 +10,7 @@ from jax import lax
 
 from diffusion_jax.layout import constrain
 from diffusion_jax.models.attention import Nothing
-from diffusion_jax.models.checks import require
+from diffusion_jax.models.checks import MOST, require
 from diffusion_jax.models.layers import linear
 
 zeros = nnx.initializers.zeros_init()
@@ -110,6 +110,11 @@ def check_input(config: Any, x: jax.Array, t: jax.Array) -> None:
 
 def check_width(config: Any) -> None:
   """Raises UserError unless sines and cosines of both axes fill the width."""
+  require(
+    config.features <= MOST,
+    f'{type(config).__name__}: num_attention_heads * attention_head_dim is {config.features:,}; '
+    f'it may be {MOST:,}.',
+  )
   require(
     config.features % 4 == 0,
     f'{type(config).__name__}: num_attention_heads * attention_head_dim must be a multiple of 4, '

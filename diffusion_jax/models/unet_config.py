@@ -6,7 +6,17 @@ Field names are the keys of the config.json of diffusers' UNet2DConditionModel.
 import dataclasses
 from typing import Any
 
-from diffusion_jax.models.checks import all_positive, freeze_lists, groups_divide, positive, require
+from diffusion_jax.models.checks import (
+  MOST_EDGE,
+  MOST_LAYERS,
+  above_zero,
+  all_positive,
+  freeze_lists,
+  groups_divide,
+  positive,
+  require,
+  some_blocks,
+)
 
 DOWN_BLOCKS = ('CrossAttnDownBlock2D', 'DownBlock2D')
 MID_BLOCKS = ('UNetMidBlock2DCrossAttn', 'UNetMidBlock2D')
@@ -59,13 +69,17 @@ class EncoderConfig:
 
   def __post_init__(self):
     freeze_lists(self)
-    positive(self, 'in_channels', 'layers_per_block', 'norm_num_groups', 'cross_attention_dim')
-    all_positive(
-      self, 'block_out_channels', 'transformer_layers_per_block', 'attention_head_dim'
-    )
+    positive(self, 'in_channels', 'norm_num_groups', 'cross_attention_dim')
+    all_positive(self, 'block_out_channels', 'attention_head_dim')
+    positive(self, 'layers_per_block', most=MOST_LAYERS)
+    all_positive(self, 'transformer_layers_per_block', most=MOST_LAYERS)
+    above_zero(self, 'norm_eps', most=1)
+    self._one('freq_shift', (0, 1))
     groups_divide(self)
     for name in self._per_level_fields():
       self._check_length(name)
+    # Down, up and in the middle: residual blocks, with transformer blocks in each attention.
+    some_blocks(self, 2 * self.layers_per_block * sum(1 + n for n in self.depths) + self.depths[-1])
     self._each('down_block_types', DOWN_BLOCKS)
     self._one('mid_block_type', (*MID_BLOCKS, None))
     self._one('resnet_time_scale_shift', ('default', 'scale_shift'))
@@ -188,6 +202,8 @@ class UNetConfig(EncoderConfig):
   def __post_init__(self):
     super().__post_init__()
     positive(self, 'out_channels')
+    if self.sample_size is not None:
+      positive(self, 'sample_size', most=MOST_EDGE)
     self._each('up_block_types', UP_BLOCKS)
 
   def _per_level_fields(self) -> tuple[str, ...]:

@@ -19,7 +19,8 @@ def read_autoencoder(values: dict[str, Any], where: str) -> AutoencoderKLConfig:
   """diffusers' AutoencoderKL."""
   # Defaults of diffusers that differ from ours.
   values = {'block_out_channels': [64], 'layers_per_block': 1} | values
-  values['shift_factor'] = values.get('shift_factor') or 0.0
+  if values.get('shift_factor') is None:
+    values['shift_factor'] = 0.0
   return ours(AutoencoderKLConfig, values, {'act_fn': 'silu'}, where)
 
 

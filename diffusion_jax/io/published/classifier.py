@@ -4,12 +4,15 @@ import dataclasses
 from typing import Any
 
 from diffusion_jax.io.published.common import ours
+from diffusion_jax.models.checks import require
 from diffusion_jax.models.classifier import ClassifierConfig
 
 
 def read_classifier(values: dict[str, Any], where: str) -> ClassifierConfig:
   """What `write_classifier` wrote."""
-  return ours(ClassifierConfig, values, {}, where)
+  config = ours(ClassifierConfig, values, {}, where)
+  require(bool(config.class_names), f'{where}: class_names is empty; a classifier has classes.')
+  return config
 
 
 def write_classifier(config: ClassifierConfig) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def read_dinov2(values: dict[str, Any], where: str) -> DINOv2Config:
   """transformers' Dinov2Model or Dinov2WithRegistersModel."""
   # What transformers takes where a key is missing; our own defaults are published networks'.
   values = {'image_size': 224} | values
-  if values['model_type'] == 'dinov2_with_registers':
+  if values.get('model_type') == 'dinov2_with_registers':
     values = {'num_register_tokens': 4, 'patch_size': 16} | values
   return ours(DINOv2Config, values, GENERAL | _TRAINING, where)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from diffusion_jax.io.published.common import ANY, ours
+from diffusion_jax.models.checks import require
 from diffusion_jax.models.text.clip_config import (
   CLIPConfig,
   CLIPTextConfig,
@@ -62,7 +63,9 @@ def read_clip(values: dict[str, Any], where: str) -> CLIPConfig:
   """transformers' CLIPModel. Its old *_config_dict entries override the *_config ones."""
   towers = {}
   for name, cls in (('text_config', CLIPTextConfig), ('vision_config', CLIPVisionConfig)):
-    tower = (values.get(name) or {}) | (values.get(f'{name}_dict') or {})
+    given = [values.get(key) or {} for key in (name, f'{name}_dict')]
+    require(all(isinstance(g, dict) for g in given), f'{where}: {name} must be a JSON object.')
+    tower = given[0] | given[1]
     towers[name] = ours(cls, tower, GENERAL, f'{where}, {name}')
   accepted = GENERAL | {'text_config_dict': ANY, 'vision_config_dict': ANY}
   return ours(CLIPConfig, values | towers, accepted, where)

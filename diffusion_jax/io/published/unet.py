@@ -24,7 +24,9 @@ _DEFAULTS = {'cross_attention_dim': 1280}
 
 def _without_null(values: dict[str, Any]) -> dict[str, Any]:
   """Where diffusers takes null for false."""
-  return values | {'upcast_attention': bool(values.get('upcast_attention'))}
+  return values if values.get('upcast_attention') is not None else (
+    values | {'upcast_attention': False}
+  )
 
 
 def read_unet(values: dict[str, Any], where: str) -> UNetConfig:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.io.kinds import KINDS
 from diffusion_jax.io.lora_keys import some
 from diffusion_jax.io.pipeline_files import Part, Pipeline, check_part, lazy, typed
 from diffusion_jax.io.single_file import autoencoder, families, text, unet
@@ -46,6 +47,8 @@ def write_single_file(pipeline: Pipeline, path: Path, dtype: str | None) -> list
   """
   require(not path.exists(), f'{path} is there already; give a new path.')
   configs = {name: part.config or {} for name, part in pipeline.parts.items() if part.kind}
+  for part, config in configs.items():  # Within bounds, before it is counted along.
+    KINDS[pipeline.parts[part].kind].read(config, f'{part}/config.json')
   name = families.of_parts(configs, 'The pipeline')
   family = FAMILIES[name]
   rules = {

@@ -59,7 +59,7 @@ def clip_config(shapes: Shapes, where: str) -> dict[str, Any]:
     where, shapes.get(f'{tower}.embeddings.token_embedding.weight'),
     shapes.get(f'{tower}.embeddings.position_embedding.weight'),
     shapes.get(f'{tower}.encoder.layers.0.mlp.fc1.weight'),
-    _count(r'text_model\.encoder\.layers\.(\d+)\.', shapes), 'quick_gelu', None,
+    _count(r'text_model\.encoder\.layers\.(\d{1,4})\.', shapes), 'quick_gelu', None,
   )
 
 
@@ -68,7 +68,7 @@ def open_clip_config(shapes: Shapes, where: str) -> dict[str, Any]:
   return _config(
     where, shapes.get('token_embedding.weight'), shapes.get('positional_embedding'),
     shapes.get('transformer.resblocks.0.mlp.c_fc.weight'),
-    _count(r'transformer\.resblocks\.(\d+)\.', shapes), 'gelu', shapes.get('text_projection'),
+    _count(r'transformer\.resblocks\.(\d{1,4})\.', shapes), 'gelu', shapes.get('text_projection'),
   )
 
 

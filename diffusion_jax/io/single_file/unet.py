@@ -196,7 +196,7 @@ def _depths(shapes: Shapes) -> dict[str, int]:
   """Transformer blocks of each block that has attention."""
   depths: dict[str, int] = {}
   for name in shapes:
-    if found := re.match(r'(.+)\.1\.transformer_blocks\.(\d+)\.norm1\.weight$', name):
+    if found := re.match(r'(.+)\.1\.transformer_blocks\.(\d{1,4})\.norm1\.weight$', name):
       depths[found[1]] = max(depths.get(found[1], 0), int(found[2]) + 1)
   return depths
 

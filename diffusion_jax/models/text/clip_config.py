@@ -3,13 +3,15 @@
 import dataclasses
 from typing import Any
 
-from diffusion_jax.models.checks import positive, require
+from diffusion_jax.models.checks import MOST_EDGE, MOST_LAYERS, above_zero, positive, require
 
 ACTIVATIONS = ('quick_gelu', 'gelu', 'gelu_new', 'gelu_pytorch_tanh')
 
 
 def _check_tower(config: Any) -> None:
-  positive(config, 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
+  positive(config, 'hidden_size', 'intermediate_size', 'num_attention_heads')
+  positive(config, 'num_hidden_layers', most=MOST_LAYERS)
+  above_zero(config, 'layer_norm_eps', most=1)
   name = type(config).__name__
   require(
     config.hidden_size % config.num_attention_heads == 0,
@@ -78,7 +80,8 @@ class CLIPVisionConfig:
 
   def __post_init__(self):
     _check_tower(self)
-    positive(self, 'num_channels', 'image_size', 'patch_size')
+    positive(self, 'num_channels')
+    positive(self, 'image_size', 'patch_size', most=MOST_EDGE)
     require(
       self.image_size % self.patch_size == 0,
       f'CLIPVisionConfig.image_size={self.image_size} must be a multiple of patch_size='

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from diffusion_jax.models.checks import positive, require
+from diffusion_jax.models.checks import MOST_LAYERS, above_zero, positive, require
 
 FEED_FORWARDS = ('relu', 'gated-gelu')
 
@@ -30,9 +30,11 @@ class T5Config:
 
   def __post_init__(self):
     positive(
-      self, 'vocab_size', 'd_model', 'd_kv', 'd_ff', 'num_layers', 'num_heads',
+      self, 'vocab_size', 'd_model', 'd_kv', 'd_ff', 'num_heads',
       'relative_attention_num_buckets', 'relative_attention_max_distance',
     )
+    positive(self, 'num_layers', most=MOST_LAYERS)
+    above_zero(self, 'layer_norm_epsilon', most=1)
     buckets, longest = self.relative_attention_num_buckets, self.relative_attention_max_distance
     require(
       buckets % 4 == 0 and longest > buckets // 4,
