@@ -1,12 +1,23 @@
 """Exceptions that are meant for a person rather than for a stack trace."""
 
 
+MOST_LETTERS = 4000
+"""Of a sentence; names from files may have any number."""
+
+
 class UserError(Exception):
   """A mistake in what the user gave: config, path, data, checkpoint, prompt.
 
   The message is one sentence that names the thing and the remedy. The command line prints it
-  without a stack trace and exits with code 2.
+  without a stack trace and exits with code 2. What cannot be printed in one line, such as line ends
+  and commands to a terminal in names from files, is written out.
   """
+
+  def __init__(self, message: str):
+    text = str(message)
+    if len(text) > MOST_LETTERS:
+      text = f'{text[: MOST_LETTERS // 2]} ... {text[-MOST_LETTERS // 2 :]}'
+    super().__init__(''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
 
 
 class Unreadable(UserError):

@@ -80,6 +80,15 @@ def test_whatever_a_parser_raises_is_one_line_that_names_the_file(error):
   assert str(caught.value).isprintable()
 
 
+def test_names_from_files_neither_break_the_line_nor_command_the_terminal():
+  name = 'a\nb\x1b[2J\u2028\udcff'
+  assert str(UserError(f'{name} é 🦊 is missing.')) == (
+    r'a\nb\x1b[2J\u2028\udcff é 🦊 is missing.'
+  )
+  long = str(UserError('start ' + 'x' * 10**6 + ' end.'))
+  assert len(long) < 5000 and long.startswith('start ') and long.endswith(' end.')
+
+
 def test_what_is_no_fault_of_the_file_passes():
   for error in (KeyboardInterrupt(), SystemExit(3), UserError('as it is.')):
     with pytest.raises(type(error)) as caught, reading('a.bin'):

@@ -121,7 +121,8 @@ def _open_shards(path: Path) -> dict[str, Tensor]:
   table = read_json(path).get('weight_map')
   names = isinstance(table, dict) and all(
     isinstance(name, str) and Path(name).name == name and name not in ('', '..')
-    and not name.endswith(INDEX) and '\0' not in name for name in table.values()
+    and not name.endswith(INDEX) and '\0' not in name
+    and len(name.encode()) < 256 for name in table.values()
   )
   require(
     names, f'{path} must have a weight_map from tensors to files beside it; fetch it again.'

@@ -1,0 +1,432 @@
+"""What is fuzzed: how a sound file or folder is made, how its files are damaged, what loads it."""
+
+import dataclasses
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tests.faults import mutants
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclasses.dataclass
+class Target:
+  """files: path below the folder -> functions of `mutants` that damage it."""
+
+  name: str
+  make: Callable[[Path], None]
+  load: Callable[[Path], None]
+  files: dict[str, list[Callable]]
+  count: int
+
+
+def _picture(kind, mode='RGB', **options):
+  buffer = io.BytesIO()
+  Image.fromarray(PIXELS).convert(mode).save(buffer, kind, **options)
+  return buffer.getvalue()
+
+
+def _every(sequence):
+  """All items; one that is refused does not keep the others from being read."""
+  from diffusion_jax.errors import UserError
+
+  for i in range(min(len(sequence), 100)):
+    try:
+      sequence[i]
+    except UserError as error:
+      assert len(str(error).splitlines()) == 1, str(error)
+
+
+def safetensors():
+  from diffusion_jax.io.tensors import metadata, open_tensors, read_tensors, write_tensors
+
+  def make(folder):
+    tensors = {f't{i}': np.arange(6 * i, dtype=np.float32).reshape(2, -1) for i in range(1, 6)}
+    write_tensors(folder / 'x.safetensors', tensors, {'note': 'x'})
+
+  def load(folder):
+    for tensor in open_tensors(folder / 'x.safetensors').values():
+      assert tensor.nbytes <= 10**6
+    read_tensors(folder / 'x.safetensors')
+    metadata(folder / 'x.safetensors')
+
+  return Target('safetensors', make, load, {'x.safetensors': [mutants.safetensors]}, 400)
+
+
+def shards():
+  from diffusion_jax.io.tensors import read_tensors, write_json, write_tensors
+
+  def make(folder):
+    table = {}
+    for i in range(3):
+      write_tensors(folder / f'{i}.safetensors', {f't{i}': np.ones(4, np.float32)})
+      table[f't{i}'] = f'{i}.safetensors'
+    write_json(folder / 'm.safetensors.index.json', {'metadata': {}, 'weight_map': table})
+
+  return Target(
+    'shards', make, lambda folder: read_tensors(folder / 'm.safetensors.index.json'),
+    {'m.safetensors.index.json': [mutants.any_json], '1.safetensors': [mutants.safetensors]}, 150,
+  )
+
+
+def statistics():
+  from diffusion_jax.evaluation.statistics_files import described, load_statistics
+
+  def make(folder):
+    np.savez(folder / 'x.npz', mu=np.arange(3.0), sigma=np.eye(3), n=9, features='clip')
+
+  def load(folder):
+    described(folder / 'x.npz')
+    load_statistics(folder / 'x.npz')
+
+  return Target('statistics', make, load, {'x.npz': [mutants.zip_file]}, 300)
+
+
+def features():
+  from diffusion_jax.evaluation.statistics_files import load_features
+
+  return Target(
+    'features', lambda f: np.savez_compressed(f / 'x.npz', feats=np.ones((9, 4), np.float32)),
+    lambda folder: load_features(folder / 'x.npz'), {'x.npz': [mutants.zip_file]}, 200,
+  )
+
+
+def image_batch():
+  from diffusion_jax.data.image_batch import ImageBatch, holds_batch
+
+  def make(folder):
+    np.savez_compressed(folder / 'a.npz', np.stack([PIXELS] * 3))
+    np.savez(folder / 'b.npz', np.stack([PIXELS] * 3))
+
+  def load(folder):
+    for name in ('a.npz', 'b.npz'):
+      holds_batch(folder / name)
+      _every(ImageBatch(folder / name))
+
+  zips = [mutants.zip_file]
+  return Target('image_batch', make, load, {'a.npz': zips, 'b.npz': zips}, 200)
+
+
+def tar():
+  from diffusion_jax.data.tar_pictures import TarPictures
+
+  def make(folder):
+    with tarfile.open(folder / 'x.tar', 'w', format=tarfile.GNU_FORMAT) as archive:
+      for name in ('a.png', 'x' * 150 + '.png', 'b/c.txt', 'd.png'):
+        info, data = tarfile.TarInfo(name), _picture('png')
+        info.size = len(data)
+        archive.addfile(info, io.BytesIO(data))
+
+  return Target('tar', make, lambda folder: _every(TarPictures([folder / 'x.tar'])),
+                {'x.tar': [mutants.tar_file]}, 400)
+
+
+def png():
+  from diffusion_jax.data.images import read_pixels
+
+  def make(folder):
+    (folder / 'a.png').write_bytes(_picture('png'))
+    (folder / 'b.png').write_bytes(_picture('png', 'P'))
+
+  def load(folder):
+    for name in ('a.png', 'b.png'):
+      assert read_pixels(folder / name).ndim == 3
+
+  return Target('png', make, load, {'a.png': [mutants.png], 'b.png': [mutants.png]}, 400)
+
+
+def jpeg():
+  from diffusion_jax.data.images import image_size, read_image, read_pixels
+
+  def make(folder):
+    (folder / 'a.jpg').write_bytes(_picture('jpeg'))
+    (folder / 'b.jpg').write_bytes(_picture('jpeg', progressive=True))
+
+  def load(folder):
+    for name in ('a.jpg', 'b.jpg'):
+      image_size(folder / name)
+      assert read_pixels(folder / name).ndim == 3
+      assert read_image(folder / name, 8).shape == (8, 8, 3)
+
+  return Target('jpeg', make, load, {'a.jpg': [mutants.jpeg], 'b.jpg': [mutants.jpeg]}, 300)
+
+
+def other_pictures():
+  from diffusion_jax.data.images import read_pixels
+
+  kinds = ('webp', 'gif', 'bmp', 'tiff')
+
+  def make(folder):
+    for kind in kinds:
+      (folder / f'x.{kind}').write_bytes(_picture(kind))
+
+  def load(folder):
+    for kind in kinds:
+      read_pixels(folder / f'x.{kind}')
+
+  return Target('other_pictures', make, load,
+                {f'x.{kind}': [mutants.any_bytes] for kind in kinds}, 250)
+
+
+def _captioned(name, file, text):
+  from diffusion_jax.data.folder import open_folder
+
+  def make(folder):
+    for letter in 'abcd':
+      Image.fromarray(PIXELS).save(folder / f'{letter}.png')
+    (folder / file).write_text(text)
+
+  def load(folder):
+    for source in open_folder(f'folder:{folder}', 16, 'a picture'):
+      _every(source)
+
+  return Target(name, make, load, {file: [mutants.text_lines, mutants.any_bytes]}, 150)
+
+
+def captions_jsonl():
+  rows = [{'file_name': f'{letter}.png', 'text': f'picture {letter}'} for letter in 'abcd']
+  return _captioned('captions_jsonl', 'metadata.jsonl', '\n'.join(map(json.dumps, rows)))
+
+
+def captions_csv():
+  return _captioned('captions_csv', 'metadata.csv', 'file_name,text\n' + '\n'.join(
+    f'{letter}.png,"picture, {letter}"' for letter in 'abcd'))
+
+
+def captions_txt():
+  return _captioned('captions_txt', 'a.txt', 'a fox\na red fox\n')
+
+
+def table():
+  from diffusion_jax.evaluation.table import add_rows
+
+  return Target(
+    'table', lambda f: (f / 'x.csv').write_text('step,fid,note\n10,1.5,"a, b"\n20,1.25,x\n'),
+    lambda folder: add_rows(folder / 'x.csv', [{'step': 30, 'fid': 1.0, 'more': 'y'}]),
+    {'x.csv': [mutants.text_lines, mutants.any_bytes]}, 120,
+  )
+
+
+def prepared():
+  from diffusion_jax.data.prepared import PreparedImages
+  from tests.data.foreign_set import write_foreign_set
+
+  def make(folder):
+    shutil.copytree(write_foreign_set(folder / 'made'), folder, dirs_exist_ok=True)
+    shutil.rmtree(folder / 'made')
+
+  shard = 'foreign_set-train.array_record-00000-of-00001'
+  return Target(
+    'prepared', make, lambda folder: _every(PreparedImages(folder, 'train')),
+    {'dataset_info.json': [mutants.any_json], 'features.json': [mutants.any_json],
+     'label.labels.txt': [mutants.any_bytes], shard: [mutants.any_bytes]}, 250,
+  )
+
+
+SCORES = {'generated': {'fid': 1.5}, 'real': {'fid': 0.5}, 'settings': {'samples': 5}}
+STATUS = {'state': 'training', 'retry': True, 'step': 20, 'pid': 5, 'host': 'a', 'updated': 1.5,
+          'message': 'x', 'goodput': {'training': 5.0}}
+
+
+def _make_run(folder):
+  lines = [
+    {'kind': 'train', 'step': i, 'loss': 1 / i, 'time': float(i), 'learning_rate': 1e-3,
+     'images_per_second': 5.0, 'loss_by_timestep': [1.0, None]} for i in range(1, 20)
+  ] + [{'kind': 'evaluation', 'step': 19, 'fid': 2.0}]
+  (folder / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n')
+  schedule = {'beta_schedule': 'linear', 'num_train_timesteps': 50}
+  for name, values in {
+    'config': {'task': 'diffusion', 'loop': {'seed': 0}, 'settings': {'schedule': schedule}},
+    'scores': SCORES, 'versions': {'jax': '0.10'}, 'status': STATUS,
+    'evaluation': {'samples': 5, 'of': 9, 'seconds': 1.0},
+  }.items():
+    (folder / f'{name}.json').write_text(json.dumps(values))
+
+
+RUN_FILES = {f'{name}.json': [mutants.any_json]
+             for name in ('config', 'scores', 'versions', 'status', 'evaluation')}
+
+
+def run_directory():
+  from diffusion_jax.errors import UserError
+  from diffusion_jax.io.run_directory import RunDirectory
+  from diffusion_jax.io.scores import Scores
+  from diffusion_jax.io.status import stands_still
+  from diffusion_jax.viz.rundir import read_run
+
+  def load(folder):
+    directory = RunDirectory(folder)
+    Scores(folder, lambda text: None).of('fid')
+    stands_still(directory, 60)
+    for read in (
+      lambda: directory.check_config({'task': 'diffusion', 'loop': {'seed': 0}}, lambda c: c),
+      lambda: read_run(folder),
+    ):
+      try:
+        read()
+      except UserError as error:
+        assert len(str(error).splitlines()) == 1
+
+  return Target('run_directory', _make_run, load,
+                {**RUN_FILES, 'metrics.jsonl': [mutants.text_lines, mutants.any_bytes]}, 300)
+
+
+def report():
+  from diffusion_jax.viz.report import write_report
+
+  return Target('report', _make_run, write_report,
+                {**RUN_FILES, 'metrics.jsonl': [mutants.text_lines]}, 16)
+
+
+def lora():
+  from diffusion_jax.io.lora import LoRAWeights, read_lora, write_lora
+
+  shapes = {'mid.to_q.kernel': np.zeros((4, 6)), 'mid.conv.kernel': np.zeros((3, 3, 4, 4))}
+
+  def make(folder):
+    rng = np.random.default_rng(0)
+    dense = LoRAWeights(rng.normal(size=(4, 2)), rng.normal(size=(2, 6)), 2.0)
+    conv = LoRAWeights(rng.normal(size=(3, 3, 4, 2)), rng.normal(size=(1, 1, 2, 4)), 2.0)
+    weights = {'unet': {'mid.to_q': dense, 'mid.conv': conv}}
+    write_lora(folder / 'x.safetensors', weights)
+
+  return Target(
+    'lora', make, lambda folder: read_lora(folder / 'x.safetensors', {'unet': shapes}),
+    {'x.safetensors': [mutants.safetensors]}, 200,
+  )
+
+
+def words():
+  from diffusion_jax.io.tensors import write_tensors
+  from diffusion_jax.io.textual_inversion import read_textual_inversion
+
+  return Target(
+    'words', lambda f: write_tensors(f / 'x.safetensors', {'<fox>': np.ones((1, 8), np.float32)}),
+    lambda folder: read_textual_inversion(folder / 'x.safetensors', {'text_encoder': 8}),
+    {'x.safetensors': [mutants.safetensors]}, 120,
+  )
+
+
+def scheduler():
+  from diffusion_jax.io.published.scheduler import read_scheduler
+  from diffusion_jax.pipelines.directory import sample_config
+  from diffusion_jax.reading import read_object
+
+  configs = {
+    'a': {'_class_name': 'DDIMScheduler', 'beta_start': 0.00085, 'beta_end': 0.012,
+          'beta_schedule': 'scaled_linear', 'num_train_timesteps': 1000, 'clip_sample': False,
+          'set_alpha_to_one': False, 'steps_offset': 1, 'prediction_type': 'epsilon'},
+    'b': {'_class_name': 'DPMSolverMultistepScheduler', 'use_karras_sigmas': True,
+          'solver_order': 2, 'algorithm_type': 'dpmsolver++', 'beta_schedule': 'linear',
+          'lambda_min_clipped': float('-inf'), 'thresholding': True, 'sample_max_value': 2.0,
+          'timestep_spacing': 'linspace', 'trained_betas': None, 'final_sigmas_type': 'zero'},
+    'c': {'_class_name': 'FlowMatchEulerDiscreteScheduler', 'num_train_timesteps': 1000,
+          'shift': 3.0},
+  }
+
+  def make(folder):
+    for name, values in configs.items():
+      (folder / f'{name}.json').write_text(json.dumps(values))
+
+  def load(folder):
+    from diffusion_jax.diffusion.schedules import Schedule
+
+    for name in configs:
+      found = read_scheduler(read_object(folder / f'{name}.json'), name)
+      Schedule(found.schedule)
+      sample_config(found)
+
+  return Target('scheduler', make, load,
+                {f'{name}.json': [mutants.json_value] for name in configs}, 250)
+
+
+def pipeline():
+  from diffusion_jax.pipelines.directory import read_pipeline
+  from tests.tiny_pipeline import SD, write_tiny_pipeline
+
+  files = ('model_index.json', 'unet/config.json', 'vae/config.json', 'text_encoder/config.json',
+           'scheduler/scheduler_config.json', 'tokenizer/tokenizer_config.json',
+           'tokenizer/tokenizer.json')
+  return Target(
+    'pipeline', lambda folder: write_tiny_pipeline(folder, SD),
+    lambda folder: read_pipeline(str(folder)), {name: [mutants.any_json] for name in files}, 200,
+  )
+
+
+def _network(kind, config, count):
+  from diffusion_jax.io.pretrained import load_params, save_params
+  from tests.tiny_pipeline import random_params
+
+  return Target(
+    f'network_{kind}', lambda folder: save_params(folder, config, random_params(config)),
+    lambda folder: load_params(kind, folder), {'config.json': [mutants.any_json]}, count,
+  )
+
+
+def unet():
+  from tests.tiny_pipeline import SD
+
+  return _network('unet', SD['unet'], 40)
+
+
+def autoencoder():
+  from tests.tiny_pipeline import AUTOENCODER
+
+  return _network('autoencoder', AUTOENCODER, 40)
+
+
+def clip_text():
+  from tests.tiny_pipeline import SD
+
+  return _network('clip_text', SD['text_encoder'], 40)
+
+
+def torch_state():
+  import torch
+
+  from diffusion_jax.io.torch_files import read_state
+
+  def make(folder):
+    torch.save({'a': torch.ones(3, 4), 'b': torch.arange(5)}, folder / 'x.pt')
+
+    class Net(torch.nn.Module):
+      def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(3, 4)
+
+      def forward(self, x):
+        return self.inner(x)
+
+    torch.jit.script(Net()).save(str(folder / 'y.pt'))
+
+  def load(folder):
+    read_state(folder / 'x.pt')
+    read_state(folder / 'y.pt')
+
+  zips = [mutants.zip_file]
+  return Target('torch_state', make, load, {'x.pt': zips, 'y.pt': zips}, 200)
+
+
+def torch_statistics():
+  from diffusion_jax.evaluation.statistics import Statistics
+  from diffusion_jax.evaluation.statistics_files import load_statistics, save_statistics
+
+  found = Statistics.from_features(np.random.default_rng(0).normal(size=(9, 3)))
+  return Target('torch_statistics', lambda folder: save_statistics(folder / 'x.pt', found),
+                lambda folder: load_statistics(folder / 'x.pt'), {'x.pt': [mutants.zip_file]}, 100)
+
+
+GROUPS = {
+  'arrays': [safetensors, shards, statistics, features, image_batch, tar],
+  'pictures': [png, jpeg, other_pictures, captions_jsonl, captions_csv, captions_txt, table],
+  'runs': [prepared, run_directory, report],
+  'weights': [lora, words, torch_state, torch_statistics],
+}
