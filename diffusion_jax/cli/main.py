@@ -46,7 +46,8 @@ def run(argv: Sequence[str], set_up: Callable[[], None]) -> int:
   from diffusion_jax.train.diverged import Diverged
 
   for stream in (sys.stdout, sys.stderr):
-    stream.reconfigure(errors='backslashreplace')  # Names of files need not be text.
+    if hasattr(stream, 'reconfigure'):  # A notebook's has not.
+      stream.reconfigure(errors='backslashreplace')  # Names of files need not be text.
 
   args, rest = make_parser().parse_known_args(argv)
   try:
