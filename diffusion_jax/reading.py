@@ -16,8 +16,8 @@ MOST_DEPTH = 100
 MOST_VALUES = 4_000_000
 """Of all lists, objects and values together: ten times as many as such a tokenizer's. An empty list
 of three bytes takes twenty times as much memory, and a microsecond."""
-_MOST_DIGITS = 20
-"""Of a whole number: those of 64 bits have no more."""
+_MOST_DIGITS = 40
+"""Of a whole number: tokenizers of any length of text say 10^30."""
 _SURROGATE = re.compile(r'\\u[dD][89a-fA-F]')
 
 
@@ -78,7 +78,7 @@ def parse_json(data: bytes | str) -> Any:
 
   Raises:
     ValueError: it is no JSON, or not safe to hand on: deeper than MOST_DEPTH, a key twice in an
-      object, half a character (a lone surrogate), a whole number of more than 64 bits, more than
+      object, half a character (a lone surrogate), a whole number of more than 40 digits, more than
       MOST_VALUES values.
   """
   text = data if isinstance(data, str) else data.decode(json.detect_encoding(data))

@@ -10,6 +10,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffusion_jax.reading import parse_json
+
 NAME = 'manifest.json'
 
 
@@ -60,7 +62,7 @@ def check_manifest(folder: Path, parts: Sequence[str]) -> None:
     seal, _, text = (folder / NAME).read_bytes().partition(b'\n')
     if seal.decode(errors='replace') != _sha256(text):
       raise Damaged(f'{NAME} is not what was saved')
-    for name, (size, seal) in json.loads(text).items():
+    for name, (size, seal) in parse_json(text).items():
       if Path(name).parts[0] not in parts:
         continue
       found = os.stat(folder / name).st_size
@@ -70,5 +72,5 @@ def check_manifest(folder: Path, parts: Sequence[str]) -> None:
         raise Damaged(f'{name} is not what was saved')
   except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
     raise Damaged(f'{Path(error.filename).relative_to(folder)} is missing') from error
-  except (ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
+  except (ValueError, TypeError, AttributeError, IndexError) as error:
     raise Damaged(f'{NAME} cannot be understood') from error

@@ -12,6 +12,7 @@ import jax
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.digests import add_up
 from diffusion_jax.io.manifest import Damaged
+from diffusion_jax.reading import read_object
 
 NAME = 'record'
 
@@ -44,16 +45,15 @@ def read_record(folder: Path) -> tuple[dict[str, dict], dict[str, dict], Any]:
       one that the folder is named after.
   """
   try:
-    record = json.loads((folder / NAME / 'record.json').read_text(encoding='utf-8'))
+    record = read_object(folder / NAME / 'record.json')
     shares = [
-      json.loads((folder / NAME / f'digests_{index}.json').read_text(encoding='utf-8'))
+      read_object(folder / NAME / f'digests_{index}.json')
       for index in range(record['processes'])
     ]
     digests = {item: add_up([share[item] for share in shares]) for item in record['arrays']}
     arrays, data = record['arrays'], record['data']
     step = record.get('step', int(folder.name))  # Older ones do not say; their arrays do.
-  except (FileNotFoundError, ValueError, KeyError, TypeError, IndexError, AttributeError,
-          RecursionError) as error:
+  except Exception as error:  # Whatever comes of a file that holds something else.
     raise Damaged(f'{NAME} cannot be read: {error}') from error
   check_step(folder, step)
   return arrays, digests, data

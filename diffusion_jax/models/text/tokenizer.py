@@ -8,7 +8,6 @@ token for padding. Files are those of transformers, so the published tokenizers 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -21,7 +20,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.links import inside
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.text.long_texts import CHARACTERS, Cut, shortened
-from diffusion_jax.reading import reading
+from diffusion_jax.reading import MOST_BYTES, read_object, reading
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
@@ -101,8 +100,8 @@ def _class_of(directory: Path) -> type:
   300 MB.
   """
   try:
-    name = json.loads((directory / 'tokenizer_config.json').read_bytes())['tokenizer_class']
-  except (OSError, ValueError, LookupError, TypeError):
+    name = read_object(directory / 'tokenizer_config.json').get('tokenizer_class')
+  except UserError:
     name = None
   return getattr(_transformers(), name if name in DIRECT else 'AutoTokenizer')
 
@@ -120,6 +119,8 @@ def load_tokenizer(directory: str | os.PathLike) -> PreTrainedTokenizerBase:
       if file.suffix in _FILES:
         inside(file, directory)
         require(file.is_file(), f'{file} is no file; leave it out.')
+        size = file.stat().st_size
+        require(size <= MOST_BYTES, f'{file} has {size:,} bytes, which no tokenizer needs.')
     # Code that a tokenizer brings is never run, nor asked for.
     return _class_of(directory).from_pretrained(
       os.fspath(directory), local_files_only=True, trust_remote_code=False
