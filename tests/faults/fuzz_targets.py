@@ -429,4 +429,5 @@ GROUPS = {
   'pictures': [png, jpeg, other_pictures, captions_jsonl, captions_csv, captions_txt, table],
   'runs': [prepared, run_directory, report],
   'weights': [lora, words, torch_state, torch_statistics],
+  'configs': [unet, autoencoder, clip_text],
 }
