@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import unicodedata
 
 import numpy as np
@@ -218,3 +219,36 @@ def test_links_to_folders_are_followed_once(tmp_path):
   found, notes = opened(root, 'x')
   assert sorted(found) == ['link/b', 'link/in/c', 'linked', 'z/a']
   assert 'links to folders that are read already, or above: 3, such as again' in notes
+
+
+SEEDS = {
+  'metadata.jsonl': rows(row('a.png', ['x', 'y']), {'file_name': 'b.png', 'caption': None}),
+  'metadata.csv': 'file_name,text\n"a.png","x, ""y"""\nb.png,z\n',
+  'metadata.tsv': 'file_name\ttext\na.png\tx\n', 'a.txt': 'café\nx\n',
+}
+PIECES = [
+  b'"', b',', b'\n', b'\r', b'\0', b'\xff\xfe', b'\xef\xbb\xbf', b'[', b'{', b'NaN', b'1e999',
+  b'\\ud800', b'null', b'../', b'/', b'\\', b'C:', b'\t', b';', b'9' * 30, b'\x85', b'\xe2\x80\xa8',
+]
+
+
+def test_mutants_are_read_or_refused_in_one_sentence(tmp_path):
+  rng = random.Random(0)
+  pictures(tmp_path, 'a.png', 'b.png')
+  read = 0
+  for _ in range(500):
+    name = rng.choice([*SEEDS])
+    data = bytearray(SEEDS[name].encode(rng.choice(['utf-8'] * 4 + ['utf-16', 'utf-16-le'])))
+    for _ in range(rng.randint(1, 5)):
+      place = rng.randrange(len(data))
+      data[place : place + rng.randrange(4)] = rng.choice([*PIECES, bytes([rng.randrange(256)])])
+    (tmp_path / name).write_bytes(data)
+    try:
+      source = open_folder(f'folder:{tmp_path}', 4, 'a thing')[0]
+      assert all(text.strip() for texts in source.captions for text in texts)
+      assert all(source.captions)
+      read += 1
+    except UserError as error:
+      assert '\n' not in str(error)
+    (tmp_path / name).unlink()
+  assert 50 < read < 450
