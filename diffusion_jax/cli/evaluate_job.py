@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                      f'--model, edge of the images of --dataset in pixels (default: {SIZE}, or '
                      'what the autoencoder was trained at)')
   group.add_argument('--most_unreadable', type=float, metavar='SHARE',
-                     help='with --images, of the pictures that may be damaged; they are named and '
-                     'left out (default: 0)')
+                     help='of the pictures of a set that may be damaged; they are named and left '
+                     "out (default: the run's data.most_unreadable, else 0)")
   group.add_argument('--sweep', action='append', metavar='NAME=A,B', help='score every combination '
                      'of values of guidance, steps, sampler, spacing, guidance_rescale, '
                      'image_guidance, clip_skip, ema_halflife_images; repeat for several names')
@@ -62,7 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                      f'{PAIR_METRICS})')
 
 
-OF_IMAGES = ('most_unreadable',)
 OF_MODELS = ('captions', 'labels', 'keep', 'samples', 'sweep', 'follow', 'ema_halflife_images')
 OF_BOTH = ('reference', 'features', 'metrics', 'save_statistics')
 
@@ -75,11 +75,9 @@ def check(args: argparse.Namespace) -> None:
 
   if args.images is not None and (args.workdir or args.model or args.likelihood):
     raise UserError('--images takes no model; leave out --workdir, --model and --likelihood.')
-  useless, why = (OF_IMAGES, 'without --images') if args.images is None else (
-    OF_MODELS, 'with --images'
-  )
+  useless, why = () if args.images is None else OF_MODELS, 'with --images'
   if args.likelihood:
-    useless = (*OF_BOTH, *OF_IMAGES, 'captions', 'labels', 'keep', 'sweep', 'follow')
+    useless = (*OF_BOTH, 'most_unreadable', 'captions', 'labels', 'keep', 'sweep', 'follow')
     why = 'with --likelihood'
   for name in useless:
     if getattr(args, name) not in (None, False):
@@ -264,6 +262,11 @@ def named_split(source, dataset: str, size: int, name: str) -> Split:
     source, split_name(dataset, size, name),
     pictures=pictures_of(dataset, name, size, len(source), fingerprint(source)),
   )
+
+
+def say_unreadable(sentence: str) -> None:
+  """Names a record that is left out."""
+  print(f'diffusion_jax evaluate: left out: {sentence}', file=sys.stderr)
 
 
 def split_name(dataset: str, size: int, name: str) -> str:

@@ -31,16 +31,23 @@ class Subject:
   """The model that is scored, the weights that it may have, and what it is asked to draw."""
 
   def __init__(self, args: argparse.Namespace, mesh):
+    from diffusion_jax.data.unreadable import Counted, Damage
+
     self.args, self.mesh, self.run, self.step = args, mesh, None, None
     if args.workdir:
       self.run, self.sample = load_run(args)
       self.model, self.name, self.step = self.run.model, args.workdir, self.run.newest()
       self.train, self.test = self.run.sources
+      if args.most_unreadable is None:
+        args.most_unreadable = self.run.config.data.most_unreadable
     else:
       self.model, self._given, self.sample, self.name = load(args, mesh)
+      damage, most = Damage(evaluate_job.say_unreadable), args.most_unreadable or 0.0
       self.train, self.test = (
-        evaluate_job.open_split(args, name, self.model.image_size).records
-        for name in ('train', 'test')
+        Counted(
+          evaluate_job.open_split(args, name, self.model.image_size).records, most, damage,
+          f'{name} records', '--most_unreadable',
+        ) for name in ('train', 'test')
       )
     self._held: tuple[Any, Weights | None] = (None, None)
     self._splits: dict[str, Split] = {}

@@ -51,11 +51,15 @@ class Counted(Sequence):
 
   Args:
     most: share of the records that may be unreadable, 0 to 1.
-    name: of the records, for people.
+    name: of the records, for people. limit: what sets `most`, for people.
   """
 
-  def __init__(self, source: Sequence, most: float, damage: Damage, name: str):
+  def __init__(
+    self, source: Sequence, most: float, damage: Damage, name: str,
+    limit: str = 'data.most_unreadable',
+  ):
     self.source, self._most, self._damage, self._name = source, most, damage, name
+    self._limit = limit
     self._found: dict[int, str] = {}
     self._lock = threading.Lock()
 
@@ -95,7 +99,7 @@ class Counted(Sequence):
     if len(found) > self._most * len(self):
       raise UserError(
         f'{len(found)} of {len(self)} {self._name} cannot be read, more than the share of '
-        f'{self._most:g} that data.most_unreadable allows: '
+        f'{self._most:g} that {self._limit} allows: '
         f'{"; ".join(list(dict.fromkeys(found))[:3])}'
       )
 

@@ -158,6 +158,10 @@ def compare(
   scores = score(metrics, compared, seed=seed, intervals=intervals)
   if samples.trouble:
     scores.warnings.append(f'{len(samples.trouble)} images could not be read and were left out.')
+  if isinstance(reference, Features) and reference.trouble:
+    scores.warnings.append(
+      f'{len(reference.trouble)} images of the reference could not be read and were left out.'
+    )
   if isinstance(reference, Features) and None not in (samples.edge, reference.edge):
     if samples.edge != reference.edge and any(takes_reference(one.output) for one in compared):
       scores.warnings.append(

@@ -37,6 +37,7 @@ _RESOURCES = {
   'goodput': 'Share of the time that went into training',
   'skipped_fraction': 'Share of steps that were skipped',
   'recompilations': 'Programs compiled after the first line',
+  'unreadable': 'Records that could not be read',
   'host_memory': 'Memory of the host, MB', 'host_memory_peak': 'Its peak, MB',
   'device_memory': 'Memory of the fullest device, MB', 'device_memory_peak': 'Its peak, MB',
   'open_files': 'Open files', 'threads': 'Threads',
@@ -63,7 +64,8 @@ def write_report(workdir: Path, metrics: MetricsFile | None = None) -> Path:
   before = _header(run) + _key_figures(run) + _scores(run)
   after = (
     _losses(run) + _metrics(run) + _learning_rates(run) + _timesteps(run) + _speed(run)
-    + _resources(run) + _schedule(run) + _config(run) + _versions(run) + _footer(run)
+    + _resources(run) + _unreadable(run) + _schedule(run) + _config(run) + _versions(run)
+    + _footer(run)
   )
   title = f'{_task(run)} · {run.name}'
   frame = len(page.page(title, before + after).encode())
@@ -284,6 +286,19 @@ def _schedule(run: Run) -> str:
   if sigmas[-1] > 0 == alphas[-1]:
     note += ' The last step is pure noise.'
   return page.section('schedule', 'Noise schedule', note, page.chart_grid([(name, inline(chart))]))
+
+
+def _unreadable(run: Run) -> str:
+  """What the status file tells of records that others were put in the place of."""
+  found = run.status.get('unreadable')
+  if not isinstance(found, dict) or not isinstance(found.get('first'), list):
+    return ''
+  rows = ''.join(f'<li>{page.escape(text)}</li>' for text in found['first'])
+  return page.section(
+    'unreadable', 'Pictures that could not be read',
+    f'{page.plain(found.get("records"))} in the last start. Others took their place.',
+    page.details('Which, and why', f'<ul>{rows}</ul>'),
+  )
 
 
 def _config(run: Run) -> str:

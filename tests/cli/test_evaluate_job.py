@@ -91,7 +91,8 @@ def test_a_file_of_statistics_serves_as_reference(
 
 @pytest.mark.parametrize(('arguments', 'named'), [
   (['--images', 'DIR', '--model', 'x'], '--images takes no model'),
-  (['--most_unreadable', '0.1'], '--most_unreadable does nothing without --images'),
+  (['--likelihood', '--most_unreadable', '0.1'],
+   '--most_unreadable does nothing with --likelihood'),
   (['--images', 'DIR', '--keep', 'png'], '--keep does nothing with --images'),
   (['--likelihood', '--metrics', 'fd'], '--metrics does nothing with --likelihood'),
   (['--keep', 'gif'], '--keep is gif; choose png or tar'),

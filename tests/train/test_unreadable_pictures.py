@@ -53,6 +53,8 @@ def check_told(workdir, said, names=REASONS):
   assert all(len(lines) == 1 for lines in found.values()), said
   assert all(REASONS[name] in lines[0] for name, lines in found.items()), said
   assert len(lines) == len(names)
+  report = (workdir / 'report.html').read_text()
+  assert all(name in report for name in names)
   status = json.loads((workdir / 'status.json').read_text())
   assert status['state'] == 'finished'
   assert status['unreadable']['records'] == len(names)
@@ -97,6 +99,11 @@ def test_runs_finish_without_them(task, pictures, parts, command, tmp_path, caps
   if task in ('diffusion', 'uncached'):
     assert scores['settings']['reference_images'] == GOOD
     assert scores['settings']['samples'] == 16
+  if task == 'uncached':
+    out = tmp_path / 'scores.json'
+    how = ('--samples', 16, '--steps', 1, '--metrics', 'fd')
+    assert command('evaluate', '--workdir', run, '--out', out, *how) == 0
+    assert json.loads(out.read_text())['settings']['reference_images'] in (GOOD, GOOD + 5)
 
 
 def test_a_cache_and_the_pictures_themselves_are_drawn_alike(parts, tmp_path):
@@ -159,6 +166,7 @@ def test_too_many_end_a_run_with_a_sentence_and_more_may_be_allowed(
 ):
   values = config_of('autoencoder', pictures, parts)
   values['data']['workers'] = 0  # Threads would find more than the one that is too many.
+  values['loop'] |= {'batch_size': 2, 'total_steps': 16, 'checkpoint_every_steps': 100}
   config = tiny.write_config(tmp_path / 'recipe.py', values)
   arguments = ('train', '--config', config, '--workdir', tmp_path / 'run', '--quiet')
   capsys.readouterr()
@@ -168,6 +176,8 @@ def test_too_many_end_a_run_with_a_sentence_and_more_may_be_allowed(
   assert sum(name in line for name in REASONS) == 3
   status = json.loads((tmp_path / 'run' / 'status.json').read_text())
   assert status['state'] == 'failed' and 'data.most_unreadable' in status['message']
+  assert status['step'] > 0  # What was done until then is kept.
+  assert (tmp_path / 'run' / 'checkpoints' / str(status['step'])).is_dir()
   assert command(*arguments) == 0
   assert 'data.most_unreadable is 2' in fails(*arguments, '--config.data.most_unreadable=2')
 
