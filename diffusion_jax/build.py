@@ -137,10 +137,16 @@ def told_of(
   return (*found, *told_of_begin(config, test))
 
 
+def begun_with(config: TrainingConfig) -> str:
+  """The model that a run began with, '' for fresh weights."""
+  if config.weights_from:
+    return f'{config.weights_from}/model'
+  return config.settings.model if config.task == 'finetune' else ''
+
+
 def told_of_begin(config: TrainingConfig, test: Pictures | None) -> tuple[str, ...]:
   """A sentence on what a run began with, if not with fresh weights."""
-  begun = config.weights_from and f'{config.weights_from}/model'
-  begun = begun or (config.task == 'finetune' and config.settings.model)
+  begun = begun_with(config)
   return (of_model(begun, begun, {TESTED: test}),) if begun else ()
 
 
@@ -345,6 +351,7 @@ def build(config: ConfigDict | dict, workdir: str, synthetic: bool = False) -> T
     optimizer=optimizer,
     learning_rates=learning_rates(checked.optimizer, steps), loader=loader, mesh=mesh,
     directory=directory, start=start, data_credit=CREDITS.get(checked.data.dataset, ''),
-    measured=measured_on(test), told=told_of(checked, *known), trained_on=known[0],
+    measured=measured_on(test), told=told_of(checked, *known),
+    trained_on=known[0] and dataclasses.replace(known[0], begun=begun_with(checked)),
     damage=damage,
   )

@@ -29,6 +29,10 @@ def told(
   count = f' ({reference.count:,} images)' if reference.count else ''
   measured, warnings = [f'Of {images:,} images{against}{count}.', *about], []
   measured += of_features(comparison.named, sets)
+  measured += [
+    f'{one.name} sees them at {one.size} px, enlarged from {tested.pictures.size}.'
+    for one in comparison.extraction.extractors if tested and one.size > tested.pictures.size
+  ]
   if comparison.checked is None:
     comparison.checked = _checked(comparison, tested or reference.images)
   for text, beware in comparison.checked:

@@ -31,8 +31,16 @@ class Retrieval(NamedTuple):
 
     The hits of the pictures are taken for independent, so that their number is binomial.
     """
+    return self._tail(self.hits) > DOUBT
+
+  @property
+  def too_few(self) -> bool:
+    """Whether not even a perfect CLIP could be told from one near chance."""
+    return self._tail(self.count) > DOUBT
+
+  def _tail(self, hits: int) -> float:
     p = min(NEAR / self.candidates, 1.0)
-    return self.hits == 0 or p == 1 or float(bdtrc(self.hits - 1, self.count, p)) > DOUBT
+    return 1.0 if hits == 0 or p == 1 else float(bdtrc(hits - 1, self.count, p))
 
   def told(self, name: str) -> str:
     """A sentence; a warning where it is near chance."""
@@ -40,14 +48,19 @@ class Retrieval(NamedTuple):
       f'{name} ranks the own caption of {self.count} real pictures first of {self.candidates} for '
       f'{self.hits / self.count:.1%} of them, where chance is {1 / self.candidates:.1%}'
     )
+    if self.too_few:
+      return f'{found}: these are too few to tell whether figures in its features say anything.'
     if not self.near_chance:
       return f'{found}.'
     return f'{found}: it is near chance, so that figures in its features say next to nothing.'
 
 
 def real_retrieval(clip: CLIPFeatures, records: Sequence[Record], seed: int = 0) -> Retrieval:
-  """Of records, each with its image [h w 3] of one size and its first caption; one at least."""
-  records = records[:PAIRS]
+  """Of records, each with its image [h w 3] of one size and its first caption; one at least.
+
+  Of several with one caption, which nothing could tell apart, the first.
+  """
+  records = list({record['captions'][0]: record for record in records[PAIRS - 1 :: -1]}.values())
   images = clip.images(np.stack([record['image'] for record in records]))
   texts = clip.texts([record['captions'][0] for record in records])
   hits = retrieval_hits(images, texts, k=1, candidates=CANDIDATES, seed=seed)

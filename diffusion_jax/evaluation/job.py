@@ -158,7 +158,10 @@ class Evaluation:
     out: dict[str, Any] = {name: one.values for name, one in scores.items()}
     out['measured'] = [
       f'Of {samples:,} images, each drawn for a test caption, against {_size(self.reference):,} '
-      'images of the training split.', *(text for text, beware in checked if not beware),
+      'images of the training split.',
+      *(f'{one.name} sees them at {one.size} px, enlarged from {self.model.image_size}.'
+        for one in self.extractors if one.size > self.model.image_size),
+      *(text for text, beware in checked if not beware),
     ]
     out['warnings'] = [
       *(text for text, beware in checked if beware), *scores['generated'].warnings

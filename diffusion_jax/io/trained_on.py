@@ -21,7 +21,8 @@ class Pictures:
   """One split of a data set.
 
   size: edge in pixels. records: how many. fingerprint: of the pictures, by
-  `data.fingerprint`; '' where there is none.
+  `data.fingerprint`; '' where there is none. begun: the model that was trained on with them, which
+  may know others; '' for one that was trained on these alone.
   """
 
   dataset: str
@@ -29,11 +30,13 @@ class Pictures:
   size: int
   records: int
   fingerprint: str = ''
+  begun: str = ''
 
   @property
   def told(self) -> str:
     """For people."""
-    return f'{self.dataset} ({self.split} split, {self.size} px, {self.records:,} images)'
+    after = f', beginning with {self.begun}' if self.begun else ''
+    return f'{self.dataset} ({self.split} split, {self.size} px, {self.records:,} images){after}'
 
   def same(self, other: Pictures) -> bool:
     """Whether these are the same pictures, perhaps at another size."""
@@ -43,9 +46,10 @@ class Pictures:
     return named and not self.dataset.startswith(MADE)
 
   def apart(self, other: Pictures) -> bool:
-    """Whether they are known to be another split of the same data set."""
-    placed = self.dataset.startswith(MADE)
-    return not placed and self.dataset == other.dataset and self.split != other.split
+    """Whether they are known to be another split of the same data set, and all that is known."""
+    if self.begun or self.dataset.startswith(MADE):
+      return False
+    return self.dataset == other.dataset and self.split != other.split
 
 
 def pictures_of(
@@ -77,5 +81,5 @@ def read_trained_on(directory: Path) -> Pictures | None:
 
 def _sound(known: Mapping[str, Any], fields: Mapping[str, str]) -> bool:
   kinds = {'str': str, 'int': int}
-  whole = known.keys() | {'fingerprint'} >= fields.keys()
+  whole = known.keys() | {'fingerprint', 'begun'} >= fields.keys()
   return whole and all(type(value) is kinds[fields[name]] for name, value in known.items())

@@ -7,7 +7,7 @@ import numpy as np
 
 from diffusion_jax.io.trained_on import Pictures
 from diffusion_jax.viz.names import column_title, figure_title, ordered
-from diffusion_jax.viz.page import duration
+from diffusion_jax.viz.page import duration, plain
 from diffusion_jax.viz.rundir import Told
 
 TITLES = {
@@ -48,6 +48,7 @@ def model_card(
     f'- Time: {duration(seconds)} until this was written, on {devices.size} x '
     f'{devices.flat[0].device_kind}',
     f'- Data: {data["dataset"]}, {edge}, training split{of}',
+    f'- Transforms: {_transforms(data["transforms"])}',
     '- Settings: see config.json of the run', '',
   ]
   found = Told.of(scores)
@@ -58,6 +59,20 @@ def model_card(
   if credit:
     lines += ['## Credit', '', credit, '']
   return '\n'.join(lines)
+
+
+def _transforms(specs: Sequence[Any]) -> str:
+  """Names with their arguments; what training images go through before they are seen."""
+  return ', '.join(' '.join(_words(spec)) for spec in specs) or 'none'
+
+
+def _words(spec: Any) -> list[str]:
+  if isinstance(spec, str):
+    return [spec]
+  values = list(spec.values()) if isinstance(spec, dict) else list(spec)
+  words = [str(value) for value in values if not isinstance(value, dict)]
+  more = {k: v for value in values if isinstance(value, dict) for k, v in value.items()}
+  return words + ([f'({", ".join(f"{k} {plain(v)}" for k, v in more.items())})'] if more else [])
 
 
 def _table(scores: Told, task: str) -> list[str]:

@@ -2,16 +2,19 @@
 
 import json
 import shutil
+import types
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from scipy.stats import binom
 
-from diffusion_jax.evaluation.chance import Retrieval
+from diffusion_jax.evaluation.chance import Retrieval, real_retrieval
 from diffusion_jax.evaluation.provenance import of_features
 from diffusion_jax.io.pretrained import resolve
 from diffusion_jax.io.trained_on import Pictures, read_trained_on, write_trained_on
+from diffusion_jax.train.card import model_card
 from diffusion_jax.train.tasks.task import answer
 from tests import tiny
 
@@ -94,11 +97,46 @@ def test_folders_are_the_same_by_their_pictures_alone():
   assert one.same(Pictures('folder:elsewhere', 'test', 32, 9, 'aa'))
 
 
+def test_a_model_that_was_trained_on_may_know_more(tmp_path):
+  write_trained_on(tmp_path, Pictures('openmoji', 'train', 64, 9, 'aa', begun='models/x'))
+  told = of_features([f'clip:{tmp_path}'], {
+    'the reference': TRAIN, 'the test images': Pictures('openmoji', 'test', 64, 379, 'bb'),
+  })[0]
+  assert 'beginning with models/x: the reference is these images' in told
+  assert 'whether the test images are among them is not known' in told
+
+
+def test_captions_that_are_the_same_do_not_count_against_a_clip():
+  records = [{'image': np.full((4, 4, 3), i, np.uint8), 'captions': [text]}
+             for i, text in enumerate(('a', 'b', 'a', 'c', 'a'))]
+  clip = types.SimpleNamespace(
+    images=lambda images: np.eye(3)[[(0, 1, 0, 2, 0)[i] for i in images[:, 0, 0, 0]]],
+    texts=lambda texts: np.eye(3)[['abc'.index(text) for text in texts]],
+  )
+  found = real_retrieval(clip, records)
+  assert (found.hits, found.count, found.candidates) == (3, 3, 3)
+
+
+def test_a_card_tells_what_pictures_go_through(tmp_path):
+  card = model_card(
+    tiny.autoencoder_config() | {'data': {
+      'dataset': 'openmoji', 'size': 32, 'transforms': [
+        ['resize', {'size': 64}], 'random_flip', {'name': 'random_crop', 'size': 32},
+      ],
+    }}, parameters=1, steps=1, seconds=75.0, command='c', scores={}, credit='',
+    devices=np.array(jax.devices()[:2]), pictures=TRAIN,
+  )
+  assert '- Transforms: resize (size 64), random_flip, random_crop 32' in card
+  assert '- Time: 1 min 15 s until this was written, on 2 x cpu' in card
+  assert 'training split of 3,312 images' in card
+
+
 def test_chance_is_judged_by_the_binomial_tail():
   for candidates, count in ((100, 256), (16, 16), (21, 21), (2, 2)):
     for hits in range(count + 1):
       tail = binom.sf(hits - 1, count, min(1.0, 2 / candidates))
       assert Retrieval(hits, count, candidates).near_chance == (tail > 0.01), (hits, count)
+  assert 'too few to tell' in Retrieval(2, 2, 2).told('clip/x')
   told = Retrieval(3, 256, 100).told('clip/x')
   assert '1.2% of them, where chance is 1.0%: it is near chance' in told
   assert 'near chance' not in Retrieval(60, 256, 100).told('clip/x')
