@@ -179,7 +179,7 @@ def _pairs(pairs: Sequence[Pair]) -> str:
     for pair in pairs
   )
   note = ('Above, the samples that are most like an image of the reference; below, that image, and '
-          'the cosine of their features. Copies of training images would be here.')
+          'the cosine of their features. Copies of images of the reference would be here.')
   body = f'<div class="strip">\n{figures}</div>' if figures else ''
   return page.section('nearest', 'Nearest in the reference', note, body)
 

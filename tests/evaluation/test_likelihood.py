@@ -166,7 +166,7 @@ def test_columns_compare_with_an_untrained_network_and_a_gaussian(
   rows, loaded, by_hand, sources, capsys
 ):
   names = [f'latent_bits_per_dim_{name}' for name in FIGURES] + ['image_bits_per_dim_bound']
-  assert rows.keys() == {'model', 'untrained', 'gaussian', 'settings'}
+  assert rows.keys() == {'model', 'untrained', 'gaussian', 'settings', 'measured'}
   for column in ('model', 'untrained', 'gaussian'):
     assert rows[column].keys() == {row for name in names for row in (name, f'{name}_stderr')}
     assert all(map(math.isfinite, rows[column].values()))
