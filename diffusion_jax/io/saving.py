@@ -30,7 +30,13 @@ from diffusion_jax.parallel.agreement import agree
 TEMPORARY = '.orbax-checkpoint-tmp'
 MARGIN_BYTES, MARGIN_BYTES_A_LEAF = 1 << 20, 2048
 """Room for what is not array data: metadata, the record and the manifest."""
-
+PASSING = tuple(
+  getattr(errno, name) for name in (
+    'ENOSPC', 'EDQUOT', 'EFBIG', 'EROFS', 'EIO', 'EACCES', 'EPERM', 'ESTALE', 'ETIMEDOUT', 'EBUSY',
+    'ENOTCONN', 'EHOSTDOWN', 'EHOSTUNREACH', 'EAGAIN', 'ENOMEM', 'EMFILE', 'ENFILE',
+  ) if hasattr(errno, name)
+)
+"""Errors of storage after which a write may succeed later."""
 
 _numbers = itertools.count()
 
@@ -209,6 +215,12 @@ def of_storage(error: BaseException) -> bool:
   Libraries in other languages have kinds of their own, which quote the number of the system's.
   """
   return isinstance(error, OSError) or bool(re.search(r'os error \d+|No space left', str(error)))
+
+
+def may_pass(trouble: str) -> bool:
+  """Whether what keeps something from being written is of a kind that ends by itself or by making
+  room; `trouble` quotes the reason, which may have come from another process."""
+  return 'the disk is full' in trouble or any(os.strerror(kind) in trouble for kind in PASSING)
 
 
 def _lack_of_room(directory: Path, parts: dict[str, Any]) -> str:

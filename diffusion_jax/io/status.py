@@ -16,7 +16,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.io import keeper
 from diffusion_jax.io.run_directory import RunDirectory
 from diffusion_jax.io.whole import replacing
-from diffusion_jax.reading import first_line
+from diffusion_jax.reading import bounded_bytes, first_line
 
 NAME = 'status.json'
 GOES_ON = ('starting', 'compiling', 'training', 'sampling', 'evaluating', 'saving', 'finishing')
@@ -168,8 +168,8 @@ def stands_still(directory: RunDirectory, seconds: float) -> bool:
 
 def _content(directory: RunDirectory) -> bytes | None:
   try:
-    return (directory.path / NAME).read_bytes()
-  except OSError:
+    return bounded_bytes(directory.path / NAME)
+  except UserError:
     return None
 
 

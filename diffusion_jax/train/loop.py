@@ -11,6 +11,7 @@ from tqdm import tqdm
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.metrics_writer import MetricsWriter
 from diffusion_jax.io.run_directory import command_line
+from diffusion_jax.io.saving import may_pass
 from diffusion_jax.io.start import Start
 from diffusion_jax.parallel.sharding import put_batch, put_params, to_host
 from diffusion_jax.reading import first_line
@@ -42,7 +43,7 @@ def train(training: Training, progress: bool = True, start: Start | None = None)
 
   Returns:
     0 when finished; 128 + the signal's number when stopped by one, after saving; 75 when the last
-    checkpoint or the model could not be written.
+    checkpoint or the model could not be written for want of room, 1 for another reason.
 
   Raises:
     UserError: all checkpoints in the workdir are damaged, or they are of another model or of more
@@ -339,13 +340,13 @@ class _Session:
     )
     self.side.again(now=True)
     if missing:
-      self.safety.tell('unsaved', message=missing)
+      self.safety.tell('unsaved', message=missing, retry=may_pass(missing))
       self._say(f'the run has not finished: {missing}')
     else:
       self.safety.tell('finished', message='; '.join(self.side.trouble))
     self.showing.report(last=True)
     if missing:
-      return TRY_AGAIN
+      return TRY_AGAIN if may_pass(missing) else 1
     if jax.process_index() == 0:
       directory = self.t.directory
       print(f'finished: see {directory.path / "report.html"}; the model is in {directory.model}')

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from diffusion_jax.train import loop
 from diffusion_jax.train.tasks.toy import ToyTask
 from tests import tiny
+from tests.faults.ranks import Ranks
 
 LOOP = {
   'total_steps': 24, 'checkpoint_every_steps': 6, 'sample_every_steps': 4,
@@ -44,13 +46,17 @@ def at(monkeypatch):
   return plan
 
 
-def _fill(disk, leave=0):
-  """Writes until nothing more goes in, then frees `leave` bytes."""
-  with (disk / 'ballast').open('wb', buffering=0) as file:
-    with contextlib.suppress(OSError):
-      while True:
-        file.write(bytes(4096))
-    file.truncate(max(0, file.tell() - leave))
+def _fill(disk):
+  with (disk / 'ballast').open('wb', buffering=0) as file, contextlib.suppress(OSError):
+    while True:
+      file.write(bytes(4096))
+
+
+def _fill_with_files(disk, leave=16):
+  """So many more can be made: enough for all but a checkpoint, which has more."""
+  (disk / 'files').mkdir()
+  for index in range(os.statvfs(disk).f_ffree - leave):
+    (disk / 'files' / str(index)).touch()
 
 
 def _status(run):
@@ -71,7 +77,9 @@ def _whole(run, steps=24):
   assert grids == [f'step_{step:08d}.png' for step in range(4, steps + 1, 4)]
 
 
-@pytest.mark.parametrize('first', [1, 10], ids=['from the first step', 'later'])
+@pytest.mark.parametrize('first', [
+  pytest.param(1, id='from the first step', marks=pytest.mark.slow), pytest.param(10, id='later'),
+])
 def test_a_full_disk_costs_no_step(command, recipe, small_disk, at, capsys, first):
   """Grids, evaluations, reports and checkpoints fall into the time in which nothing can be written.
   """
@@ -135,14 +143,17 @@ def test_at_the_end_the_run_waits_for_room(command, recipe, small_disk, at, caps
   assert ''.join(said).count('Waiting for room') >= 1
 
 
-@pytest.mark.parametrize('number', [None, signal.SIGTERM], ids=['time is up', 'signal'])
+@pytest.mark.parametrize('number', [
+  pytest.param(None, id='time is up'),
+  pytest.param(signal.SIGTERM, id='signal', marks=pytest.mark.slow),
+])
 def test_without_its_last_checkpoint_a_run_has_not_finished(
   command, recipe, small_disk, at, capsys, number
 ):
-  """There is room for small files, also the model, but not for a checkpoint."""
-  disk, said = small_disk('size=24m'), []
+  """There is room for a few files, also the model, but not for a checkpoint."""
+  disk, said = small_disk('size=64m,nr_inodes=400'), []
   run = disk / 'run'
-  at({20: lambda: _fill(disk, leave=900_000)})
+  at({20: lambda: _fill_with_files(disk)})
   arguments = ['train', '--config', recipe, '--workdir', run, '--quiet']
   if number is None:
     code = command(*arguments, '--config.safety.room_timeout_seconds=0.5')
@@ -158,24 +169,44 @@ def test_without_its_last_checkpoint_a_run_has_not_finished(
   assert status['state'] == ('unsaved' if number is None else 'interrupted') and status['retry']
   assert 'step 24 could not be saved (the disk is full' in status['message']
   steps = [int(path.name) for path in (run / 'checkpoints').iterdir() if path.is_dir()]
-  assert max(steps) == 18
-  (disk / 'ballast').unlink()
+  assert 12 <= max(steps) < 24
+  shutil.rmtree(disk / 'files')
   assert command(*arguments) == 0
   _whole(run)
 
 
-def test_a_model_that_cannot_be_exported_is_waited_for(command, recipe, tmp_path, capsys):
-  run, said = tmp_path / 'run', []
+@pytest.mark.slow
+def test_what_no_room_would_help_is_not_waited_for(command, recipe, tmp_path, capsys):
+  run = tmp_path / 'run'
   run.mkdir()
   (run / 'model').write_text('in the way')
-  thread = _when_said(capsys, 'Waiting for room', (run / 'model').unlink, said)
+  assert command('train', '--config', recipe, '--workdir', run, '--quiet') == 1
+  status = _status(run)
+  assert (status['state'], status['retry'], status['step']) == ('unsaved', False, 24)
+  assert 'the model could not be exported' in status['message']
+  assert 'the run has not finished: the model could not be exported' in capsys.readouterr().err
+  assert (run / 'checkpoints' / '24' / 'manifest.json').is_file()
+  (run / 'model').unlink()
   assert command('train', '--config', recipe, '--workdir', run, '--quiet') == 0
-  thread.join()
-  assert 'the model could not be exported' in ''.join(said)
   _whole(run)
 
 
-@pytest.mark.parametrize('where', ['preview', 'evaluate'])
+@pytest.mark.slow
+def test_a_start_on_a_full_disk(command, recipe, small_disk, at, capsys):
+  """What goes on needs no room until its next checkpoint."""
+  disk = small_disk('size=24m')
+  at({5: lambda: os.kill(os.getpid(), signal.SIGTERM), 15: lambda: (disk / 'ballast').unlink()})
+  arguments = ('train', '--config', recipe, '--workdir', disk / 'run', '--quiet')
+  assert command(*arguments) == 143
+  _fill(disk)
+  assert command(*arguments) == 0
+  _whole(disk / 'run')
+  assert 'status.json cannot be written (' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('where', [
+  'preview', pytest.param('evaluate', marks=pytest.mark.slow),
+])
 def test_a_bug_in_what_only_shows_ends_no_run(
   command, recipe, tmp_path, capsys, monkeypatch, where
 ):
@@ -192,6 +223,7 @@ def test_a_bug_in_what_only_shows_ends_no_run(
   assert (run / 'model' / 'diffusion_pytorch_model.safetensors').is_file()
 
 
+@pytest.mark.slow
 def test_what_is_said_may_go_to_a_full_disk(recipe, tmp_path):
   if not os.path.exists('/dev/full'):
     pytest.skip('there is no /dev/full here')
@@ -203,3 +235,24 @@ def test_what_is_said_may_go_to_a_full_disk(recipe, tmp_path):
     )
   assert done.returncode == 0
   _whole(tmp_path / 'run')
+
+
+@pytest.mark.slow
+def test_two_processes_wait_together_for_room(small_disk):
+  """One of them is told to stop meanwhile; the next start finds room."""
+  disk = small_disk('size=32m')
+  run = disk / 'run'
+  changes = {'settings': {'width': 512}, 'loop': {'total_steps': 20}, 'safety': SAFETY}
+  _fill(disk)
+  os.truncate(disk / 'ballast', (disk / 'ballast').stat().st_size - 4_000_000)
+  with Ranks(run, 2, **changes) as ranks:
+    waiting = ranks.wait_for('saving')
+    assert 'step 20 could not be saved (the disk is full' in waiting['message']
+    ranks.signal(1)
+    assert ranks.codes() == [143, 143]
+  assert _status(run)['state'] == 'interrupted'
+  with Ranks(run, 2, **changes) as ranks:
+    ranks.wait_for('saving')
+    (disk / 'ballast').unlink()
+    assert ranks.codes() == [0, 0]
+  assert _status(run)['state'] == 'finished' and (run / 'checkpoints' / '20').is_dir()

@@ -256,27 +256,6 @@ def test_what_the_others_said_of_a_process_that_stands_still_stays(tmp_path):
   assert status['state'] == 'peer_lost' and 'process 1 of 2 is gone' in status['message']
 
 
-@pytest.mark.slow
-def test_two_processes_wait_together_for_room(tmp_path):
-  run = tmp_path / 'run'
-  run.mkdir()
-  (run / 'model').write_text('in the way')
-  changes = {'loop': {'total_steps': 20}, 'safety': {'checkpoint_retry_seconds': 0.3}}
-  with Ranks(run, 2, **changes) as ranks:
-    waiting = ranks.wait_for('saving')
-    assert 'the model could not be exported' in waiting['message']
-    (run / 'model').unlink()
-    assert ranks.codes() == [0, 0]
-  assert _status(run)['state'] == 'finished' and (run / 'model' / 'config.json').is_file()
-  (run / 'model').rename(run / 'away')
-  (run / 'model').write_text('in the way')
-  with Ranks(run, 2, **changes) as ranks:
-    ranks.wait_for('saving')
-    ranks.signal(1)
-    assert ranks.codes() == [143, 143]
-  assert _status(run)['state'] == 'interrupted'
-
-
 _KEEPER = """
 import sys
 from diffusion_jax.io.run_directory import RunDirectory
