@@ -21,7 +21,9 @@ def typed(cls: type[T], values: Mapping[str, Any], where: str = '') -> T:
     UserError: unknown key (with the nearest known one), missing key, or wrong type.
   """
   if not isinstance(values, Mapping):
-    raise UserError(f'config.{where.rstrip(".")} is {values!r}; it must be a section of keys.')
+    raise UserError(
+      f'config.{where.rstrip(".")} is {values!r:.80}; it must be a section of keys.'
+    )
   hints = typing.get_type_hints(cls)
   fields = {field.name: field for field in dataclasses.fields(cls)}
   for key in values:
@@ -82,4 +84,4 @@ def _wrong(hint: Any, value: Any, where: str) -> UserError:
   name = getattr(hint, '__name__', str(hint))
   if typing.get_origin(hint) is not None:
     name = str(hint)
-  return UserError(f'config.{where} is {value!r}, a {type(value).__name__}; it must be {name}.')
+  return UserError(f'config.{where} is {value!r:.80}, a {type(value).__name__}; it must be {name}.')

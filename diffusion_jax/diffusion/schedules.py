@@ -77,6 +77,10 @@ def zero_terminal_snr(alpha_bar: np.ndarray) -> np.ndarray:
   return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
+MOST_TIMESTEPS = 100_000
+"""Of a table of noise levels; published ones have 1,000 to 4,000."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
   """A table of `num_train_timesteps` noise levels; names follow diffusers' scheduler_config.
@@ -94,20 +98,33 @@ class ScheduleConfig:
   shift: float = 1.0
 
   def __post_init__(self):
-    if self.beta_schedule not in BETAS | SAMPLED:
+    name = self.beta_schedule
+    if not isinstance(name, str) or name not in BETAS | SAMPLED:
       raise UserError(
-        f'schedule.beta_schedule is {self.beta_schedule!r}; choose one of '
+        f'schedule.beta_schedule is {name!r:.80}; choose one of '
         f'{", ".join(BETAS | SAMPLED)}.'
       )
-    if self.num_train_timesteps < 2:
-      raise UserError('schedule.num_train_timesteps must be at least 2.')
+    steps = self.num_train_timesteps
+    if type(steps) is not int or not 2 <= steps <= MOST_TIMESTEPS:
+      raise UserError(
+        f'schedule.num_train_timesteps is {steps!r:.80}; it must be a whole number, at least 2 and '
+        f'at most {MOST_TIMESTEPS:,}.'
+      )
+    for field in ('beta_start', 'beta_end'):
+      beta = getattr(self, field)
+      if not isinstance(beta, (int, float)) or (name in BETAS and not 0 <= beta < 1):
+        raise UserError(
+          f'schedule.{field} is {beta!r:.80}; it must be a number of at least 0 and below 1.'
+        )
     if self.rescale_betas_zero_snr and self.beta_schedule in SAMPLED:
       raise UserError(
         f'schedule.rescale_betas_zero_snr has no betas to rescale in {self.beta_schedule!r}; set '
         f'it to False, or choose one of {", ".join(BETAS)}.'
       )
-    if not (self.shift > 0 and math.isfinite(self.shift)):
-      raise UserError(f'schedule.shift is {self.shift}; it must be positive, at least above 0.')
+    if not isinstance(self.shift, (int, float)) or not 0 < self.shift < math.inf:
+      raise UserError(
+        f'schedule.shift is {self.shift!r:.80}; it must be positive, at least above 0.'
+      )
 
   def table(self) -> tuple[np.ndarray, np.ndarray]:
     """(alphas [T], sigmas [T]) float64, from little noise to much."""

@@ -20,6 +20,7 @@ from diffusion_jax.evaluation.resize import OF_INCEPTION, prepare, resize
 from diffusion_jax.io.inception import load_inception
 from diffusion_jax.io.kinds import KINDS
 from diffusion_jax.io.pretrained import load_params, resolve
+from diffusion_jax.io.published.preprocessor import read_pixels
 from diffusion_jax.io.tensors import read_json
 from diffusion_jax.links import inside
 from diffusion_jax.models.checks import require
@@ -129,8 +130,7 @@ def load_clip_extractor(path: str | os.PathLike, *, mesh: Mesh | None = None) ->
     kind = 'clip'
   config, params = load_params(kind, path, mesh=mesh)
   file = directory / 'preprocessor_config.json'
-  values = read_json(inside(file, directory)) if file.is_file() else {}
-  pixels = {name: values[f'image_{name}'] for name in ('mean', 'std') if f'image_{name}' in values}
+  pixels = read_pixels(inside(file, directory)) if file.is_file() else {}
   network = Network.of(KINDS[kind].module, config)
   return CLIPExtractor(network, params, directory.resolve().name, **pixels)
 

@@ -20,10 +20,12 @@ from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.kinds import KINDS
 from diffusion_jax.io.pretrained import load_params, resolve, save_params
+from diffusion_jax.io.published.preprocessor import read_pixels
 from diffusion_jax.io.published.scheduler import Scheduler, read_scheduler
 from diffusion_jax.io.tensors import PICKLES, read_json, write_json
 from diffusion_jax.links import INDEX, check_folder, inside
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
+from diffusion_jax.models.checks import shown
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.text.tokenizer import load_tokenizer
 from diffusion_jax.models.unet import UNet
@@ -34,6 +36,7 @@ from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
 from diffusion_jax.types import Params, Weights
 
 OURS = 'TextToImage'
+MOST_PATCH = 64
 TEXT_KINDS = ('clip_text_projection', 'clip_text', 'clip')
 EDITS = 'StableDiffusionInstructPix2PixPipeline'
 """The class of diffusers that is guided by its picture, too, with a scale of 1.5."""
@@ -154,9 +157,9 @@ def _told_by(
   roles = [role for role in ROLES if role in parts]
   if not roles and ROLE in parts:
     file = directory / 'feature_extractor' / 'preprocessor_config.json'
-    values = read_json(inside(file, directory)) if file.is_file() else {}
-    pixels = (tuple(values.get(f'image_{name}', d)) for name, d in (('mean', MEAN), ('std', STD)))
-    return ImageEncoder(parts[ROLE].network(dtype), *pixels)
+    pixels = read_pixels(inside(file, directory)) if file.is_file() else {}
+    mean, std = pixels.get('mean', MEAN), pixels.get('std', STD)
+    return ImageEncoder(parts[ROLE].network(dtype), mean, std)
   if not roles:
     raise UserError(f'{path} has no text encoder; give a text-to-image model.')
   ours = index.get('_class_name') == OURS
@@ -197,7 +200,8 @@ def _parts(directory: Path, index: Mapping[str, Any], ours: bool) -> dict[str, P
 
 def _has(index: Mapping[str, Any], role: str) -> bool:
   """diffusers names an absent part [null, null]."""
-  return isinstance(index.get(role), list) and index[role][0] is not None
+  entry = index.get(role)
+  return isinstance(entry, list) and len(entry) > 0 and entry[0] is not None
 
 
 def _scheduler(directory: Path, index: Mapping[str, Any], ours: bool):
@@ -208,13 +212,15 @@ def _scheduler(directory: Path, index: Mapping[str, Any], ours: bool):
     return found.schedule, found.prediction, sample_config(found, index.get('_class_name'))
   scheduler = read_json(inside(file, directory))
   prediction = scheduler.get('prediction_type', 'epsilon')
-  if prediction not in PREDICTIONS:
+  if not isinstance(prediction, str) or prediction not in PREDICTIONS:
     raise UserError(
-      f'{directory} predicts {prediction!r}; only {", ".join(PREDICTIONS)} are known.'
+      f'{directory} predicts {shown(prediction)}; only {", ".join(PREDICTIONS)} are known.'
     )
   known = {field.name for field in dataclasses.fields(SampleConfig)}
-  given = {k: v for k, v in index.get('sample', {}).items() if k in known}
   try:
+    given = index.get('sample', {})
+    if isinstance(given, dict):
+      given = {k: v for k, v in given.items() if k in known}
     return _schedule_config(scheduler), prediction, typed(SampleConfig, given, 'sample.')
   except UserError as error:
     raise UserError(f'{directory} cannot be sampled: {error}') from error
@@ -236,13 +242,13 @@ def sample_config(scheduler: Scheduler, pipeline: str | None = None) -> SampleCo
 
 def _schedule_config(values: Mapping[str, Any]) -> ScheduleConfig:
   fields = {field.name for field in dataclasses.fields(ScheduleConfig)}
-  return ScheduleConfig(**{k: v for k, v in values.items() if k in fields})
+  return typed(ScheduleConfig, {k: v for k, v in values.items() if k in fields}, 'schedule.')
 
 
 def _patch(path: str, index: Mapping[str, Any]) -> int:
   patch = index.get('latent_patch_size', 1)
-  if type(patch) is not int or patch < 1:
-    raise UserError(f'{path} has latent_patch_size {patch!r}; give a number from 1 on.')
+  if type(patch) is not int or not 1 <= patch <= MOST_PATCH:
+    raise UserError(f'{path} has latent_patch_size {shown(patch)}; give 1 to {MOST_PATCH}.')
   return patch
 
 

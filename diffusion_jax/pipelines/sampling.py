@@ -97,6 +97,10 @@ class Program(NamedTuple):
     return guided
 
 
+MOST_STEPS = 10_000
+"""Of sampling, whose grid is made beforehand."""
+
+
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
   """How to sample: names of `SAMPLERS` and `SPACINGS` in `diffusion.samplers`.
@@ -136,6 +140,8 @@ class SampleConfig:
   def check(self, schedule: Schedule, prediction: str) -> None:
     """Raises a UserError for what cannot be sampled."""
     sampler(self.sampler, **self.options)
+    if not 1 <= self.steps <= MOST_STEPS:
+      raise UserError(f'steps is {self.steps}; choose 1 to {MOST_STEPS:,}.')
     self._grid(schedule)
     if prediction in BLIND_AT_ZERO_SNR and schedule.zero_terminal:
       raise UserError(

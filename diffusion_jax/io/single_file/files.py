@@ -46,7 +46,9 @@ def write_single_file(pipeline: Pipeline, path: Path, dtype: str | None) -> list
     UserError: the file exists, or a part has no names in such a file.
   """
   require(not path.exists(), f'{path} is there already; give a new path.')
-  configs = {name: part.config or {} for name, part in pipeline.parts.items() if part.kind}
+  configs = {
+    name: _without_null(part.config or {}) for name, part in pipeline.parts.items() if part.kind
+  }
   for part, config in configs.items():  # Within bounds, before it is counted along.
     KINDS[pipeline.parts[part].kind].read(config, f'{part}/config.json')
   name = families.of_parts(configs, 'The pipeline')
@@ -71,6 +73,11 @@ def write_single_file(pipeline: Pipeline, path: Path, dtype: str | None) -> list
   spec = {'epsilon': 'epsilon', 'v_prediction': 'v'}.get(prediction)
   write_tensors(path, typed(stored, dtype), {_SPEC: spec} if spec else None)
   return _left_out(pipeline, set(rules)) + _untold(name, configs, stored, prediction)
+
+
+def _without_null(config: dict[str, Any]) -> dict[str, Any]:
+  """Null stands for what is not said, but where it says that there is no middle."""
+  return {k: v for k, v in config.items() if v is not None or k == 'mid_block_type'}
 
 
 def _scheduler_config(pipeline: Pipeline) -> dict[str, Any]:
