@@ -137,7 +137,7 @@ def test_what_is_trained_changes_and_nothing_else(recipe, opened, pipelines, tun
   source, folder = pipelines / OF.get(recipe, 'sd'), tuned(recipe) / 'model'
   if recipe in FULL:
     before, after = tiny.snapshot(source), tiny.snapshot(folder)
-    assert set(after) - set(before) == {'README.md'}
+    assert set(after) - set(before) == {'README.md', 'trained_on.json'}
     changed = {name for name in before if before[name] != after[name]}
     configs = {'unet/config.json'} if recipe == 'inpainting' else set()
     assert changed == {f'unet/{WEIGHTS}', *configs}
