@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion_jax.models.attention import Nothing
-from diffusion_jax.models.checks import positive, require
+from diffusion_jax.models.checks import MOST_LEVELS, positive, require
 from diffusion_jax.models.layers import Conv
 from diffusion_jax.models.norms import GroupNorm
 from diffusion_jax.types import Images
@@ -28,7 +28,8 @@ class DiscriminatorConfig:
   norm_num_groups: int = 32
 
   def __post_init__(self):
-    positive(self, 'in_channels', 'base_channels', 'n_layers', 'norm_num_groups')
+    positive(self, 'in_channels', 'base_channels', 'norm_num_groups')
+    positive(self, 'n_layers', most=MOST_LEVELS)
     require(
       2 * self.base_channels % self.norm_num_groups == 0,
       f'DiscriminatorConfig.norm_num_groups={self.norm_num_groups} must divide twice base_channels'

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffusion_jax.models.checks import require
+from diffusion_jax.models.checks import MOST, require
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.layers import Conv, Linear, kernel_init
 from diffusion_jax.types import Params
@@ -41,7 +41,9 @@ class LoRAConfig:
   targets: tuple[str, ...] = ('to_q', 'to_k', 'to_v', 'to_out.0')
 
   def __post_init__(self):
-    require(self.rank >= 1, f'lora.rank is {self.rank}; it must be at least 1.')
+    require(
+      1 <= self.rank <= MOST, f'lora.rank is {self.rank}; it must be at least 1, at most {MOST:,}.'
+    )
     require(self.alpha > 0, f'lora.alpha is {self.alpha}; it must be positive.')
     require(len(self.targets) > 0, 'lora.targets is empty; name some layers, such as to_q.')
 
