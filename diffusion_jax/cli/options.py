@@ -8,7 +8,8 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.seeds import check_seed
 
 DEFAULT_MODEL = 'asset:text-to-image-openmoji-64'
-OF_SAMPLER = ('options', 'drop_last', 'fractional', 'set_alpha_to_one')
+OF_SAMPLER = ('options', 'drop_last', 'fractional', 'set_alpha_to_one', 'places', 'timesteps',
+              'scaled_noise')
 """Settings that another sampler does not take over."""
 
 
@@ -82,7 +83,8 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--threshold', metavar='KIND',
                       help='none, static or dynamic: keep each estimate of the latents in bounds')
   parser.add_argument('--threshold_limit', type=float, metavar='L',
-                      help='the bound, in standard deviations of the latents')
+                      help='of static: the bound, in standard deviations of the latents; of '
+                      'dynamic: the most that an estimate is divided by to lie in [-1, 1]')
   parser.add_argument('--threshold_percentile', type=float, metavar='P',
                       help='of dynamic: the share of an image that is not clipped')
   parser.add_argument('--image_guidance', type=float, metavar='G',

@@ -189,14 +189,18 @@ def network_denoiser(
 
 def text_denoiser(
   network: Callable[[Latents, jax.Array, Text], Latents], schedule: Schedule, prediction: str,
-  variance: bool = False,
+  variance: bool = False, label: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> TextDenoiser:
-  """Wraps `network(x, t [b], text)` as a denoiser; see `network_denoiser`."""
+  """Wraps `network(x, t [b], text)` as a denoiser; see `network_denoiser`.
+
+  Args:
+    label: (alpha [], sigma []) -> t []; the schedule's own timestep if not given.
+  """
 
   def denoise(x, alpha, sigma, text):
     told = lambda x, t: network(x, t, text)
     return network_denoiser(
-      told, prediction, schedule.timestep, scale_input=prediction == 'edm', variance=variance
+      told, prediction, label or schedule.timestep, scale_input=prediction == 'edm', variance=variance
     )(x, alpha, sigma)
 
   return denoise

@@ -7,6 +7,7 @@ A scale is a Python number, or an array [] or [b] that may be traced: then anoth
 compilation.
 """
 
+import math
 import numbers
 from collections.abc import Callable
 
@@ -141,35 +142,46 @@ def classifier(denoise: Denoiser, log_probability: LogProbability, scale: Scale)
   return guided
 
 
-def static_threshold(denoise: Denoiser, limit: float = 1.0) -> Denoiser:
-  """Clips the estimate to [-limit, limit], the range of the data (Saharia et al. 2022, 2.3)."""
-  return _of_x0(denoise, lambda x0: jnp.clip(x0, -limit, limit))
+def static_threshold(
+  denoise: Denoiser, limit: float = 1.0, *, keep_estimate: bool = False
+) -> Denoiser:
+  """Clips the estimate to [-limit, limit], the range of the data (Saharia et al. 2022, 2.3).
+
+  Args:
+    keep_estimate: return (the clipped estimate, the estimate), for `ddim` with keep_epsilon.
+  """
+  return _of_x0(denoise, lambda x0: jnp.clip(x0, -limit, limit), keep_estimate)
 
 
 def dynamic_threshold(
-  denoise: Denoiser, percentile: float = 0.95, limit: float = 1.0
+  denoise: Denoiser, percentile: float = 0.95, limit: float = math.inf, *,
+  keep_estimate: bool = False,
 ) -> Denoiser:
-  """Clips each image at its own percentile, then scales it back (Saharia et al. 2022, 2.3).
+  """Clips each image at its own percentile, scaled to [-1, 1] (Saharia et al. 2022, 2.3).
 
-  With s the percentile of an image's absolute values, at least `limit`: clip(x_0, -s, s) limit / s.
-  For pixels in [-limit, limit]; latents have no such range.
+  With s the percentile of an image's absolute values, at least 1 and at most `limit`: clip(x_0, -s,
+  s) / s. For pixels in [-1, 1]; latents have no such range.
 
   Args:
     percentile: share in [0, 1]; 1 scales without clipping.
+    limit: the largest s, also where it is below 1; diffusers names it sample_max_value.
+    keep_estimate: as in `static_threshold`.
   """
   def threshold(x0):
     s = jnp.quantile(jnp.abs(x0.reshape(len(x0), -1)), percentile, axis=1)
-    s = expand(jnp.maximum(s, limit), x0)
-    return jnp.clip(x0, -s, s) * (limit / s)
+    s = expand(jnp.minimum(jnp.maximum(s, 1), limit), x0)
+    return jnp.clip(x0, -s, s) / s
 
-  return _of_x0(denoise, threshold)
+  return _of_x0(denoise, threshold, keep_estimate)
 
 
-def _of_x0(denoise: Denoiser, function: Callable) -> Denoiser:
+def _of_x0(denoise: Denoiser, function: Callable, keep_estimate: bool) -> Denoiser:
   """The denoiser with its x_0 changed; a learned variance beside it stays."""
 
   def changed(x, alpha, sigma):
     out = denoise(x, alpha, sigma)
+    if keep_estimate:
+      return function(out), out
     return (function(out[0]), *out[1:]) if isinstance(out, tuple) else function(out)
 
   return changed

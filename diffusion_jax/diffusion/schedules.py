@@ -12,14 +12,17 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from diffusion_jax.diffusion import processes
 from diffusion_jax.diffusion.processes import Process
 from diffusion_jax.errors import UserError
 
-Grid = tuple[Float[Array, 'n'], Float[Array, 'n']]
-"""(alphas, sigmas) from noise to data; the last pair is (1, 0)."""
+Grid = tuple
+"""(alphas [n + 1], sigmas [n + 1]) of n steps from noise to data.
+
+A third part, (alphas [n], sigmas [n]), may name a pair for each step: where `ddim` lands if not
+where the next step starts, where `tcd` jumps to before it adds noise, and the midpoints of `pndm`.
+"""
 
 
 def tabulate(process: Process, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -80,6 +83,15 @@ def zero_terminal_snr(alpha_bar: np.ndarray) -> np.ndarray:
 MOST_TIMESTEPS = 100_000
 """Of a table of noise levels; published ones have 1,000 to 4,000."""
 
+LABELS = ('exact', 'nearest', 'down', 'sigma')
+"""What a network is told: the fractional timestep, rounded, rounded down; sigma T of a flow."""
+
+
+def log_level(alpha, sigma, numpy=jnp):
+  """ln(sigma / alpha), within +-24 ln 2 = 16.6; alpha and sigma are arrays of `numpy`'s."""
+  least = 2.0**-24
+  return numpy.log(numpy.maximum(sigma, least * alpha) / numpy.maximum(alpha, least * sigma))
+
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
@@ -87,7 +99,9 @@ class ScheduleConfig:
 
   beta_schedule: a key of BETAS (with beta_start and beta_end per step) or of SAMPLED. shift:
   multiplies sigma / alpha at every step, more than 1 for images larger than the schedule was made
-  for (`processes.resolution_shift`).
+  for (`processes.resolution_shift`). last_alpha_bar: alpha^2 of the last step where
+  rescale_betas_zero_snr leaves nothing of it; 2^-24 in schedulers of diffusers that compute in
+  sigma / alpha.
   """
 
   beta_schedule: str = 'scaled_linear'
@@ -96,6 +110,7 @@ class ScheduleConfig:
   num_train_timesteps: int = 1000
   rescale_betas_zero_snr: bool = False
   shift: float = 1.0
+  last_alpha_bar: float = 0.0
 
   def __post_init__(self):
     name = self.beta_schedule
@@ -121,6 +136,11 @@ class ScheduleConfig:
         f'schedule.rescale_betas_zero_snr has no betas to rescale in {self.beta_schedule!r}; set '
         f'it to False, or choose one of {", ".join(BETAS)}.'
       )
+    last = self.last_alpha_bar
+    if not isinstance(last, (int, float)) or not 0 <= last < 1:
+      raise UserError(
+        f'schedule.last_alpha_bar is {last!r:.80}; it must be a number from 0 on and below 1.'
+      )
     if not isinstance(self.shift, (int, float)) or not 0 < self.shift < math.inf:
       raise UserError(
         f'schedule.shift is {self.shift!r:.80}; it must be positive, at least above 0.'
@@ -139,6 +159,7 @@ class ScheduleConfig:
       alpha_bar = np.cumprod(1 - betas)
       if self.rescale_betas_zero_snr:
         alpha_bar = zero_terminal_snr(alpha_bar)
+        alpha_bar[-1] = self.last_alpha_bar
       alphas, sigmas = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
     if self.shift != 1:
       return processes.shift_pair(alphas, sigmas, self.shift)
@@ -188,6 +209,23 @@ class Schedule:
   def __len__(self) -> int:
     return len(self.alphas)
 
+  def label(self, how: str, grid: Grid) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """(alpha [], sigma []) -> the timestep [] that a network is told, in one of the ways LABELS.
+
+    Rounding is for the levels of the grid; those on the way between them are told as they are.
+    """
+    if how == 'exact':
+      return self.timestep
+    if how == 'sigma':
+      return lambda alpha, sigma: sigma * len(self)
+
+    def rounded(alpha, sigma):
+      t = self.timestep(alpha, sigma)
+      known = ((grid[0] == alpha) & (grid[1] == sigma)).any()
+      return jnp.where(known, jnp.round(t) if how == 'nearest' else jnp.floor(t + 1e-3), t)
+
+    return rounded
+
   def __call__(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(self.alphas)[t], jnp.asarray(self.sigmas)[t]
 
@@ -224,8 +262,14 @@ class Schedule:
   def timestep(self, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
     """The (fractional) timestep at which the schedule has this sigma / alpha.
 
-    Interpolates in the angle atan2(sigma, alpha), which stays finite at zero terminal SNR.
+    Interpolates in ln(sigma / alpha), as diffusers does, and before a last step of alpha = 0, where
+    that is infinite, in the angle atan2(sigma, alpha).
     """
-    angle = jnp.arctan2(sigma, alpha)
-    angles = jnp.asarray(np.arctan2(self.sigmas, self.alphas), angle.dtype)
-    return jnp.interp(angle, angles, jnp.arange(len(self), dtype=angle.dtype))
+    steps = jnp.arange(len(self))
+    at = lambda x, knots: jnp.interp(x, jnp.asarray(knots, x.dtype), steps.astype(x.dtype))
+    level = log_level(jnp.asarray(alpha), jnp.asarray(sigma))
+    t = at(level, log_level(self.alphas, self.sigmas, np))
+    if not self.zero_terminal:
+      return t
+    angle, angles = jnp.arctan2(sigma, alpha), np.arctan2(self.sigmas, self.alphas)
+    return jnp.where(angle > angles[-2], at(angle, angles), t)

@@ -32,6 +32,7 @@ from diffusion_jax.models.unet import UNet
 from diffusion_jax.models.unet_config import UNetConfig
 from diffusion_jax.pipelines.image_encoder import MEAN, ROLE, STD, ImageEncoder
 from diffusion_jax.pipelines.text_encoders import ROLES, TextEncoders
+from diffusion_jax.pipelines.sampling import PLACES
 from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
 from diffusion_jax.types import Params, Weights
 
@@ -232,11 +233,14 @@ def _read_scheduler(file: Path) -> Scheduler:
 
 def sample_config(scheduler: Scheduler, pipeline: str | None = None) -> SampleConfig:
   """How a pipeline of diffusers with this scheduler samples when it is told nothing else."""
+  grid = dict(scheduler.grid)
+  own = {name: grid.pop(name) for name in PLACES if name in grid}
   return SampleConfig(
     sampler=scheduler.sampler, options=dict(scheduler.options), spacing=scheduler.spacing,
     steps=50, guidance=7.5, image_guidance=1.5 if pipeline == EDITS else 1.0,
     threshold=scheduler.threshold, threshold_limit=scheduler.threshold_limit,
-    threshold_percentile=scheduler.threshold_percentile, **scheduler.grid,
+    threshold_percentile=scheduler.threshold_percentile, timesteps=scheduler.timesteps,
+    scaled_noise=scheduler.scaled_noise, **own, places=grid,
   )
 
 

@@ -21,7 +21,7 @@ from diffusion_jax.diffusion.guidance import (
   static_threshold,
 )
 from diffusion_jax.diffusion.samplers import Grid, padded, part_way, sampler, sampling_grid
-from diffusion_jax.diffusion.schedules import Schedule
+from diffusion_jax.diffusion.schedules import LABELS, Schedule
 from diffusion_jax.errors import UserError
 from diffusion_jax.types import Condition
 
@@ -43,7 +43,8 @@ BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 class Numbers(NamedTuple):
   """What a compiled program is given: the grid, padded, and scalars, all float32.
 
-  low and high are the interval's bounds; limit and percentile those of the threshold.
+  low and high are the interval's bounds; limit and percentile those of the threshold; start is the
+  deviation of the noise that is started from.
   """
 
   grid: Grid
@@ -54,6 +55,7 @@ class Numbers(NamedTuple):
   high: jax.Array
   limit: jax.Array
   percentile: jax.Array
+  start: jax.Array
 
 
 class Program(NamedTuple):
@@ -61,7 +63,7 @@ class Program(NamedTuple):
 
   guided, image_guided: whether there is guidance by the text, and by the picture that is edited.
   everywhere: whether at all noise levels. decoding: one of DECODINGS. options: the sampler's, as
-  pairs.
+  pairs. timesteps: one of `schedules.LABELS`.
   """
 
   sampler: str
@@ -72,6 +74,7 @@ class Program(NamedTuple):
   clip_skip: int = 0
   decoding: str = 'whole'
   options: tuple[tuple[str, Option], ...] = ()
+  timesteps: str = 'exact'
 
   def guide(
     self, denoise: TextDenoiser, told: Condition, negative: Condition, numbers: Numbers,
@@ -90,10 +93,11 @@ class Program(NamedTuple):
     else:
       scale = numbers.guidance if self.guided else 1
       guided = classifier_free(denoise, told, negative, scale, **how)
+    keep = bool(dict(self.options).get('keep_epsilon'))
     if self.threshold == 'static':
-      return static_threshold(guided, numbers.limit)
+      return static_threshold(guided, numbers.limit, keep_estimate=keep)
     if self.threshold == 'dynamic':
-      return dynamic_threshold(guided, numbers.percentile, numbers.limit)
+      return dynamic_threshold(guided, numbers.percentile, numbers.limit, keep_estimate=keep)
     return guided
 
 
@@ -108,11 +112,14 @@ class SampleConfig:
   guidance: the classifier-free scale; 1 means none. guidance_rescale: phi in [0, 1] of Lin et al.
   2024, of what the network predicts if that is epsilon or v, else of x_0. guidance_interval: (low,
   high), noise levels sigma / alpha between which there is guidance; a high of None is no bound.
-  threshold: none; static clips x_0 at threshold_limit; dynamic scales each image whose
-  threshold_percentile (a share) is beyond the limit back to it (Saharia et al. 2022). They are made
-  for pixels. Latents here have unit variance and no bounds: the limit is in standard deviations.
-  options: of the sampler, such as its order. steps_offset, drop_last, fractional and
-  set_alpha_to_one: of `sampling_grid`, as the schedulers of diffusers place their steps.
+  threshold: none; static clips x_0 at threshold_limit; dynamic clips each image at its
+  threshold_percentile (a share), from 1 to threshold_limit, and divides by that, which leaves it in
+  [-1, 1] (Saharia et al. 2022). They are made for pixels. Latents here have unit variance and no
+  bounds: the limit of static is in standard deviations, and dynamic takes their contrast away.
+  options: of the sampler, such as its order. steps_offset, drop_last, fractional, set_alpha_to_one
+  and, in places, the other arguments of `sampling_grid`: as the schedulers of diffusers place their
+  steps. timesteps: what the network is told of them, one of `schedules.LABELS`. scaled_noise: start
+  from noise of the first level's sigma, not of unit variance.
   image_guidance: of a model that edits a picture, the scale for that (Brooks et al. 2023, s_I).
   clip_skip: layers of the text encoder that are left out at the end for the prompt, beside those
   that the model leaves out anyway; as in diffusers, the negative prompt keeps them. decoding: one
@@ -133,6 +140,9 @@ class SampleConfig:
   drop_last: bool = False
   fractional: bool = False
   set_alpha_to_one: bool = True
+  places: dict[str, Option] = dataclasses.field(default_factory=dict, hash=False)
+  timesteps: str = 'exact'
+  scaled_noise: bool = False
   image_guidance: float = 1.0
   clip_skip: int = 0
   decoding: str = 'whole'
@@ -157,6 +167,10 @@ class SampleConfig:
       raise UserError(
         f'threshold_limit is {self.threshold_limit}; give a number above 0, in standard deviations '
         'of the latents.'
+      )
+    if self.timesteps not in LABELS:
+      raise UserError(
+        f'timesteps {self.timesteps!r} is unknown; choose one of {", ".join(LABELS)}.'
       )
     if self.decoding not in DECODINGS:
       raise UserError(
@@ -187,15 +201,19 @@ class SampleConfig:
     """What is compiled for this; not more of it differs than what matters."""
     guided, edited = self.guidance != 1, self.image_guidance != 1
     everywhere = not (guided or edited) or self.guidance_interval == (0.0, None)
-    options = tuple(sorted(self.options.items()))
+    # Of all steps, also where a picture to start from leaves some of them out.
+    settle = lambda name, value: (
+      self.steps < value if name == 'lower_order_final' and type(value) is int else value
+    )
+    options = tuple(sorted((name, settle(name, value)) for name, value in self.options.items()))
     return Program(
       self.sampler, guided, edited, everywhere, self.threshold, self.clip_skip, self.decoding,
-      options,
+      options, self.timesteps,
     )
 
   def _grid(self, schedule: Schedule) -> Grid:
     places = {name: getattr(self, name) for name in PLACES}
-    return sampling_grid(schedule, self.steps, self.spacing, **places)
+    return sampling_grid(schedule, self.steps, self.spacing, **places, **self.places)
 
   def numbers(self, schedule: Schedule, strength: float = 1.0) -> Numbers:
     """What the program is given, host arrays; `strength` is the share of the steps that are taken.
@@ -203,14 +221,14 @@ class SampleConfig:
     Raises:
       UserError: for a strength that leaves no step.
     """
-    grid = tuple(map(np.asarray, self._grid(schedule)))
-    grid = part_way(grid, strength)
+    grid = part_way(jax.tree.map(np.asarray, self._grid(schedule)), strength)
     steps = len(grid[0]) - 1
     grid = padded(grid, next((length for length in BUCKETS if length >= steps), steps))
     low, high = self.guidance_interval
     scalars = (
       self.guidance, self.image_guidance, self.guidance_rescale, low,
       math.inf if high is None else high, self.threshold_limit, self.threshold_percentile,
+      grid[1][0] if self.scaled_noise else 1.0,
     )
     return Numbers(grid, *map(np.float32, scalars))
 
@@ -218,7 +236,8 @@ class SampleConfig:
     """Name -> value of what has an effect, for a picture's metadata."""
     names = ['sampler', 'steps', 'spacing', 'guidance']
     default, guided = SampleConfig(), self.program.guided or self.program.image_guided
-    later = ('options', *PLACES, 'image_guidance', 'clip_skip', 'decoding')
+    later = ('options', *PLACES, 'places', 'timesteps', 'scaled_noise', 'image_guidance',
+             'clip_skip', 'decoding')
     names += [name for name in later if getattr(self, name) != getattr(default, name)]
     names += ['guidance_rescale'] * (guided and self.guidance_rescale != 0)
     names += ['guidance_interval'] * (not self.program.everywhere)

@@ -173,9 +173,9 @@ class TextToImage:
 
     return predict
 
-  def denoiser(self, weights: Weights, variance: bool = False) -> TextDenoiser:
+  def denoiser(self, weights: Weights, variance: bool = False, label=None) -> TextDenoiser:
     """D(x, alpha, sigma, condition) -> estimate of the clean latents, without guidance."""
-    return text_denoiser(self.network(weights), self.schedule, self.prediction, variance)
+    return text_denoiser(self.network(weights), self.schedule, self.prediction, variance, label)
 
   def sample_latents(
     self, weights: Weights, x: Latents, keys: jax.Array, condition: Condition,
@@ -183,7 +183,8 @@ class TextToImage:
   ) -> Latents:
     """Noise or noised latents x [b h w c], one key per image, conditions [b ...] -> latents."""
     variance = self.learned_variance and program.sampler == 'ddpm'
-    denoise = self.denoiser(weights, variance)
+    label = self.schedule.label(program.timesteps, numbers.grid)
+    denoise = self.denoiser(weights, variance, label)
     guided = program.guide(denoise, condition, negative, numbers, self.prediction)
     options = dict(program.options) | ({'variance': 'learned'} if variance else {})
     return sampler(program.sampler, **options)(guided, x, numbers.grid, keys)
@@ -220,6 +221,8 @@ class TextToImage:
   @jitted(static_argnums=(0, 3))
   def _draw(self, weights: Weights, rows: dict, program: Program, numbers: Numbers) -> Images:
     condition, negative = self._texts(weights, rows, program.clip_skip)
+    if 'start' not in rows:
+      rows = rows | {'x': numbers.start * rows['x']}
     condition, negative, x = prepared(self, weights, condition, negative, rows, numbers.grid)
     keys = jax.random.wrap_key_data(rows['keys'])
     latents = self.sample_latents(weights, x, keys, condition, negative, program, numbers)

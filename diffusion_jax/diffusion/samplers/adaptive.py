@@ -20,6 +20,7 @@ from diffusion_jax.diffusion.samplers.steps import (
   pair_number,
   pairs_at,
   step_count,
+  to_the_end,
 )
 from diffusion_jax.types import Latents
 
@@ -49,6 +50,7 @@ def probability_flow(
 
   del keys
   x, grid = as_arrays(x, grid)
+  grid = to_the_end(grid)
   angles, norms = jnp.arctan2(grid[1], grid[0]), jnp.hypot(*grid)
   # The slope at phi = 0 is 0 / 0, so that the ODE ends at the pair before the clean one.
   before = step_count(grid) - 1

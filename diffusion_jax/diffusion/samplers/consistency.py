@@ -45,11 +45,15 @@ def tcd(
   Args:
     gamma: 0 jumps to each next pair itself (DDIM), 1 to clean data (`lcm`).
     landing: (alphas, sigmas) [n], the pairs to jump to; the paper's are those at the time (1 -
-      gamma) t of the schedule. Without, atan2(sigma, alpha) stands for the time.
+      gamma) t of the schedule. Without, those of the grid (its third part) and, if it has none,
+      those for which atan2(sigma, alpha) stands for the time.
   """
   noise = noise_source(keys)
-  alphas, sigmas = map(jnp.asarray, grid)
-  if landing is None and not gamma:
+  alphas, sigmas, *of_grid = grid
+  alphas, sigmas = jnp.asarray(alphas), jnp.asarray(sigmas)
+  if landing is None and of_grid:
+    landing = of_grid[0]
+  elif landing is None and not gamma:
     landing = alphas[1:], sigmas[1:]
   elif landing is None:
     angles = (1 - gamma) * jnp.arctan2(sigmas[1:], alphas[1:])

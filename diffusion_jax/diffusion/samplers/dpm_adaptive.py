@@ -19,6 +19,7 @@ from diffusion_jax.diffusion.samplers.steps import (
   pair_number,
   pairs_at,
   step_count,
+  to_the_end,
 )
 from diffusion_jax.errors import UserError
 from diffusion_jax.types import Latents
@@ -91,6 +92,7 @@ def dpm_adaptive(
     raise UserError(f'order of dpm_adaptive is {order}; choose 2 or 3.')
   noise = noise_source(keys)
   x, grid = as_arrays(x, grid)
+  grid = to_the_end(grid)
   x, start = _off_pure_noise(denoise, x, grid)
   last = pair_number(grid, step_count(grid) - (grid[1][-1] == 0))
   end = _half_log_snr(last)

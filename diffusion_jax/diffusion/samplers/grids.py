@@ -33,30 +33,49 @@ FIRST_TIME = 1e-3
 
 def spaced_timesteps(
   total: int, count: int, spacing: str, *, steps_offset: int = 0, drop_last: bool = False,
-  fractional: bool = False,
+  fractional: bool = False, even: bool = False, last: float = 0.0,
+  original_inference_steps: int = 50,
 ) -> np.ndarray:
   """`count` timesteps of [0, total) from high to low.
 
   trailing always contains total - 1, leading always 0, linspace both ends (Lin et al. 2024, table
   2; linspace rounds). beta has quantiles of Beta(.6, .6), dense at both ends (Lee et al. 2024),
-  and is not rounded.
+  and is not rounded. distilled, for consistency models alone, takes every so many of the timesteps
+  that one was distilled at, from total - 1 on (Luo et al. 2023).
 
   Args:
     steps_offset: added to the timesteps of leading; Stable Diffusion 1 has 1.
     drop_last: leading and linspace place one more timestep and leave the last out, as the solvers
       DPM, UniPC and DEIS of diffusers do.
     fractional: linspace does not round, as the schedulers of diffusers after k-diffusion.
+    even: allow only counts that divide `total`.
+    last: where linspace ends.
+    original_inference_steps: of distilled, how many timesteps that were.
 
   Raises:
-    UserError: for an unknown spacing, a count outside [1, total], or an offset beyond the end.
+    UserError: for an unknown spacing, a count outside [1, total] or not allowed, or an offset
+      beyond the end.
   """
   if not 1 <= count <= total:
     raise UserError(f'{count} sampling steps do not fit the schedule; choose 1 to {total}.')
+  if even and total % count:
+    raise UserError(
+      f'{count} sampling steps do not divide the {total} timesteps evenly, as they must for this '
+      'scheduler with trailing spacing; choose a number that does.'
+    )
   if drop_last and spacing in ('leading', 'linspace'):
     more = spaced_timesteps(
       total, count + 1, spacing, steps_offset=steps_offset, fractional=fractional
     )
     return more[:-1]
+  if spacing == 'distilled':
+    if not count <= original_inference_steps <= total:
+      raise UserError(
+        f'{count} sampling steps do not fit a model distilled at {original_inference_steps} of '
+        f'{total} timesteps; choose at most {original_inference_steps}.'
+      )
+    known = np.arange(original_inference_steps, 0, -1) * (total // original_inference_steps) - 1
+    return known[np.floor(np.linspace(0, len(known), count, endpoint=False)).astype(np.int64)]
   if spacing == 'trailing':
     return np.round(np.arange(total, 0, -total / count)).astype(np.int64)[:count] - 1
   if spacing == 'leading':
@@ -68,7 +87,7 @@ def spaced_timesteps(
       )
     return steps
   if spacing == 'linspace':
-    steps = np.linspace(total - 1, 0, count)
+    steps = np.linspace(total - 1, last, count)
     return steps if fractional else np.round(steps).astype(np.int64)
   if spacing == 'beta':
     return (total - 1) * _beta_quantiles(count)
@@ -84,12 +103,22 @@ def _beta_quantiles(count: int, a: float = 0.6, b: float = 0.6) -> np.ndarray:
 
 def karras_levels(count: int, low: float, high: float, rho: float = 7.0) -> np.ndarray:
   """r^(1/rho) linear from high to low (Karras et al. 2022, eq. 5), float64 [count]."""
-  return np.linspace(high ** (1 / rho), low ** (1 / rho), count) ** rho
+  levels = np.linspace(high ** (1 / rho), low ** (1 / rho), count) ** rho
+  return _with_ends(levels, low, high)
 
 
 def polyexponential_levels(count: int, low: float, high: float, rho: float = 1.0) -> np.ndarray:
   """ln r falls as (1 - i / (count - 1))^rho; rho = 1 is the exponential (geometric) spacing."""
-  return low * np.exp(np.linspace(1, 0, count) ** rho * np.log(high / low))
+  levels = low * np.exp(np.linspace(1, 0, count) ** rho * np.log(high / low))
+  return _with_ends(levels, low, high)
+
+
+def _with_ends(levels: np.ndarray, low: float, high: float) -> np.ndarray:
+  """Levels without the rounding of powers at both ends: a grid may end at `low` once more."""
+  if len(levels) > 1:
+    levels[-1] = low
+  levels[0] = high
+  return levels
 
 
 def table_levels(levels: Sequence[float], count: int) -> np.ndarray:
@@ -142,21 +171,33 @@ def _divide(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return p / q
 
 
-def _between(alphas: np.ndarray, sigmas: np.ndarray, positions: np.ndarray):
-  """Pairs at fractional positions of a table: on the chord between neighbours, or on the arc.
+def _is_vp(alphas: np.ndarray, sigmas: np.ndarray) -> bool:
+  return np.allclose(alphas**2 + sigmas**2, 1, rtol=0, atol=1e-6)
 
-  The arc, of norm 1, where the whole table has norm 1; as `steps.pair_between`.
+
+def _between(alphas: np.ndarray, sigmas: np.ndarray, positions: np.ndarray):
+  """Pairs at fractional positions of a table.
+
+  sigma / alpha is linear between neighbours where the whole table has norm 1, as diffusers has it;
+  elsewhere, and next to alpha = 0, the pairs lie on the chord, as those of `steps.pair_between`.
   """
   i = np.clip(np.floor(positions).astype(np.int64), 0, len(alphas) - 2)
   along = positions - i
-  a, s = (part[i] + along * (part[i + 1] - part[i]) for part in (alphas, sigmas))
-  is_vp = np.allclose(alphas**2 + sigmas**2, 1, rtol=0, atol=1e-6)
-  norm = np.hypot(a, s) if is_vp else 1.0
-  return a / norm, s / norm
+  linear = lambda part: part[i] + along * (part[i + 1] - part[i])
+  a, s = linear(alphas), linear(sigmas)
+  if not _is_vp(alphas, sigmas):
+    return a, s
+  inner = alphas[i + 1] > 0
+  level = linear(np.where(alphas > 0, sigmas / np.where(alphas > 0, alphas, 1), 0))
+  a, s = np.where(inner, 1, a), np.where(inner, level, s)
+  return a / np.hypot(a, s), s / np.hypot(a, s)
 
 
 def _at_levels(alphas: np.ndarray, sigmas: np.ndarray, levels: np.ndarray):
   """Pairs of the given sigma / alpha between those of a table, or beyond its ends."""
+  if _is_vp(alphas, sigmas):  # With the table's own first pair, so that both are equal.
+    first, norm = levels == sigmas[0] / alphas[0], np.hypot(1, levels)
+    return np.where(first, alphas[0], 1 / norm), np.where(first, sigmas[0], levels / norm)
   i = np.searchsorted(np.arctan2(sigmas, alphas), np.arctan(levels), side='right') - 1
   i = np.clip(i, 0, len(alphas) - 2)
   over = levels * alphas[i] - sigmas[i]
@@ -169,15 +210,20 @@ def _ended(
   alphas: np.ndarray, sigmas: np.ndarray, last: tuple[float, float] = (1.0, 0.0)
 ) -> Grid:
   """Ends a grid with the clean pair, or another; in JAX's default floating dtype."""
+  return _arrays(np.append(alphas, last[0]), np.append(sigmas, last[1]))
+
+
+def _arrays(alphas: np.ndarray, sigmas: np.ndarray) -> tuple[jax.Array, jax.Array]:
   dtype = jnp.result_type(float)
   # Not by jnp.asarray, which is compiled for each length.
-  end = lambda part, last: jax.device_put(np.append(part, last).astype(dtype))
-  return end(alphas, last[0]), end(sigmas, last[1])
+  return tuple(jax.device_put(part.astype(dtype)) for part in (alphas, sigmas))
 
 
 def sampling_grid(
   schedule: Schedule, count: int, spacing: str | Sequence[float] = 'trailing',
-  rho: float | None = None, *, set_alpha_to_one: bool = True, **places,
+  rho: float | None = None, *, set_alpha_to_one: bool = True, low: float | None = None,
+  high: float | None = None, within: str | None = None, stay_at_end: bool = False,
+  clipped: int = 0, via: str | None = None, share: float = 0.7, **places,
 ) -> Grid:
   """Grid of `count` steps on a table of timesteps, ended by the clean pair (1, 0).
 
@@ -186,21 +232,52 @@ def sampling_grid(
     spacing: one of SPACINGS, or a falling table of noise levels.
     set_alpha_to_one: whether the last pair is clean; otherwise it is the table's first, as Stable
       Diffusion 1's scheduler has it.
-    places: steps_offset, drop_last and fractional of `spaced_timesteps`, for spacings in time.
+    low, high: noise levels between which level spacings run, instead of the table's ends.
+    within: a spacing in time between whose levels they run, where `low` and `high` do not say.
+    stay_at_end: end level spacings at their last level once more, instead of the table's first.
+    clipped: how many of the noisiest timesteps spacings in time leave out.
+    via: names a third part of the grid, a timestep for each of its steps from t to t', where a
+      stride is T // count: 'stride', a stride below t; 'half_stride', half of one below t; 'share',
+      `share` t'.
+    places: the other arguments of `spaced_timesteps`, for spacings in time.
 
   Raises:
     UserError: for an unknown spacing, or one that the schedule does not allow.
   """
   alphas, sigmas = (np.asarray(part, np.float64) for part in (schedule.alphas, schedule.sigmas))
+  first = alphas[0], sigmas[0]
+  spaced = lambda how: spaced_timesteps(len(alphas) - clipped, count, how, **places)
   if spacing in LEVEL_SPACINGS or not isinstance(spacing, str):
     ratios = _divide(sigmas, alphas)
-    levels = spaced_levels(count, spacing, ratios[0], ratios[-1], rho)
+    ends = ratios[[0, -1]] if within is None else np.interp(
+      spaced(within)[[-1, 0]], np.arange(len(ratios)), ratios
+    )
+    low, high = (own if own is not None else end for own, end in zip((low, high), ends, strict=True))
+    levels = spaced_levels(count, spacing, low, high, rho)
     pairs = _at_levels(alphas, sigmas, levels)
+    first = (pairs[0][-1], pairs[1][-1]) if stay_at_end else first
+    return _ended(*pairs, (1.0, 0.0) if set_alpha_to_one else first)
+  steps = spaced(spacing)
+  rounded = steps.dtype == np.int64
+  pairs = (alphas[steps], sigmas[steps]) if rounded else _between(alphas, sigmas, steps)
+  last = (1.0, 0.0) if set_alpha_to_one else first
+  grid = _ended(*pairs, last)
+  return grid if via is None else (*grid, _via(alphas, sigmas, steps, via, share, last))
+
+
+def _via(alphas, sigmas, steps: np.ndarray, via: str, share: float, last: tuple[float, float]):
+  """The third part of a grid of these timesteps (`sampling_grid`); before timestep 0 it ends."""
+  stride = len(alphas) // len(steps)
+  if via == 'share':  # In float32, as the reference rounds.
+    places = np.floor(np.float32(share) * np.append(steps[1:], 0).astype(np.float32))
   else:
-    steps = spaced_timesteps(len(alphas), count, spacing, **places)
-    rounded = steps.dtype == np.int64
-    pairs = (alphas[steps], sigmas[steps]) if rounded else _between(alphas, sigmas, steps)
-  return _ended(*pairs, (1.0, 0.0) if set_alpha_to_one else (alphas[0], sigmas[0]))
+    places = steps - {'stride': stride, 'half_stride': stride // 2}[via]
+  places = places.astype(np.int64)
+  pairs = (
+    np.where(places < 0, end, part[np.maximum(places, 0)])
+    for part, end in zip((alphas, sigmas), last, strict=True)
+  )
+  return _arrays(*pairs)
 
 
 def level_grid(table: tuple[np.ndarray, np.ndarray], levels: np.ndarray) -> Grid:
@@ -249,7 +326,7 @@ def process_grid(
 
 
 def padded(grid: Grid, steps: int) -> Grid:
-  """A grid of `steps` steps, its last pair repeated, on the host; samplers skip what is added.
+  """A grid of `steps` steps, filled up with pairs (0, 0), on the host; samplers skip those.
 
   With it one compiled sampler serves grids of several lengths.
 
@@ -260,8 +337,7 @@ def padded(grid: Grid, steps: int) -> Grid:
   if more < 0:
     raise ValueError(f'a grid of {len(grid[0]) - 1} steps cannot be padded to {steps}.')
   # In numpy, which compiles nothing for a new length.
-  repeat = lambda part: np.pad(np.asarray(part), (0, more), mode='edge')
-  return repeat(grid[0]), repeat(grid[1])
+  return jax.tree.map(lambda part: np.pad(np.asarray(part), (0, more)), tuple(grid))
 
 
 def part_way(grid: Grid, strength: float) -> Grid:
@@ -277,4 +353,5 @@ def part_way(grid: Grid, strength: float) -> Grid:
     raise UserError(
       f'strength {strength} leaves no step of {len(grid[0]) - 1}; choose a share up to 1.'
     )
-  return grid[0][-steps - 1 :], grid[1][-steps - 1 :]
+  pairs = grid[0][-steps - 1 :], grid[1][-steps - 1 :]
+  return *pairs, *(tuple(part[-steps:] for part in via) for via in grid[2:])

@@ -19,6 +19,7 @@ from diffusion_jax.diffusion.samplers.steps import (
   contraction,
   divide,
   epsilon,
+  intervals,
   move,
   noise_source,
   walk,
@@ -31,26 +32,33 @@ VARIANCES = ('fixed_small', 'fixed_large', 'learned')
 
 def ddim(
   denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
-  eta: float = 0.0, s_noise: float = 1.0, trajectory: bool = False,
+  eta: float = 0.0, s_noise: float = 1.0, keep_epsilon: bool = False, trajectory: bool = False,
 ) -> Latents | Trajectory:
   """DDIM (Song et al. 2021, eq. 12 and 16).
 
   eta = 0 is also Euler on the probability-flow ODE, in noise levels as in the time of a flow, and
-  DPM-Solver++(1); eta = 1 is DDPM's posterior and k-diffusion's ancestral Euler.
+  DPM-Solver++(1); eta = 1 is DDPM's posterior and k-diffusion's ancestral Euler. A step lands where
+  the grid says (its third part), or else where the next one starts.
 
   Args:
     eta: share of the posterior's deviation that is added as noise.
     s_noise: factor on that noise.
+    keep_epsilon: where the estimate of x_0 is clipped, eps is that of the estimate before, as in
+      diffusers; `denoise` then returns both (`guidance.static_threshold`). Otherwise eps is what
+      the clipped x_0 leaves of x.
   """
   noise = noise_source(keys)
+  landing = grid[2] if len(grid) > 2 else intervals(grid)[1]
 
-  def step(x, memory, here, there, index):
+  def step(x, memory, here, there, index, landing):
+    del there
     x0 = denoise(x, *here)
-    down, up = ancestral(here, there, eta)
-    x = move(x, x0, here, (there[0], down))
+    x0, free = x0 if keep_epsilon and isinstance(x0, tuple) else (x0, x0)
+    down, up = ancestral(here, landing, eta)
+    x = move(x, free, here, (landing[0], down)) + landing[0] * (x0 - free)
     return (x + s_noise * up * noise(index, x) if eta else x), memory, x0
 
-  return walk(step, x, grid, trajectory=trajectory)
+  return walk(step, x, grid, (landing,), trajectory=trajectory)
 
 
 def ddpm(

@@ -56,9 +56,9 @@ def noise_source(keys: Keys) -> Noise:
 
 def as_arrays(x: Latents, grid: Grid) -> tuple[Latents, Grid]:
   """x and the grid as arrays of the wider dtype of both."""
-  x, alphas, sigmas = map(jnp.asarray, (x, *grid))
-  dtype = jnp.result_type(x, alphas, sigmas)
-  return x.astype(dtype), (alphas.astype(dtype), sigmas.astype(dtype))
+  x, grid = jax.tree.map(jnp.asarray, (x, tuple(grid)))
+  dtype = jnp.result_type(x, *grid[:2])
+  return jax.tree.map(lambda part: part.astype(dtype), (x, grid))
 
 
 def pair_number(grid: Grid, i) -> Pair:
@@ -68,46 +68,70 @@ def pair_number(grid: Grid, i) -> Pair:
 
 def intervals(grid: Grid) -> tuple[Pair, Pair]:
   """The grid's steps: (alpha [n], sigma [n]) where each starts and where it ends."""
-  alphas, sigmas = grid
+  alphas, sigmas, *_ = grid
   return (alphas[:-1], sigmas[:-1]), (alphas[1:], sigmas[1:])
 
 
+def is_padding(pair: Pair) -> jax.Array:
+  """Whether it is (0, 0), neither data nor noise, with which `grids.padded` fills a grid up."""
+  return (pair[0] == 0) & (pair[1] == 0)
+
+
+def real_steps(here: Pair, there: Pair) -> jax.Array:
+  """Which steps are of the grid itself: not of its padding, nor after it is clean."""
+  return (here[1] > 0) & ~is_padding(there)
+
+
 def step_count(grid: Grid) -> jax.Array:
-  """How many steps a grid has, those not counted that repeat its last pair (`grids.padded`)."""
-  alphas, sigmas = grid
-  return jnp.argmax((alphas == alphas[-1]) & (sigmas == sigmas[-1]))
+  """How many steps a grid has, without its padding; one from a pair to itself counts."""
+  return real_steps(*intervals(grid)).sum()
 
 
 def moves(here: Pair, there: Pair) -> jax.Array:
   """Whether a step leads anywhere; one that does not is skipped."""
-  return (here[0] != there[0]) | (here[1] != there[1])
+  apart = (here[0] != there[0]) | (here[1] != there[1])
+  return apart & ~is_padding(here) & ~is_padding(there)
+
+
+def to_the_end(grid: Grid) -> Grid:
+  """The grid with its last pair in place of its padding, for samplers that look at its ends."""
+  alphas, sigmas, *_ = grid
+  padding, last = is_padding((alphas, sigmas)), step_count(grid)
+  return jnp.where(padding, alphas[last], alphas), jnp.where(padding, sigmas[last], sigmas)
 
 
 def walk(
   step: Callable, x: Latents, grid: Grid, extra: tuple = (), *,
-  memory: Callable[[Latents], Any] = lambda x: (), trajectory: bool = False,
+  memory: Callable[[Latents], Any] = lambda x: (), taken: jax.Array | None = None,
+  trajectory: bool = False,
 ) -> Latents | Trajectory:
   """Scans step(x, memory, here, there, index, *extra) -> (x, memory, x0) along the grid.
 
   A step from a pair to itself is skipped: it costs no network call and changes neither x nor the
-  memory, so that a grid may be padded at its end (`grids.padded`).
+  memory. So are those of a grid's padding (`grids.padded`).
 
   Args:
     extra: trees of arrays [n ...]; a step gets its row of each.
     memory: x -> what a step hands to the next, at the first.
+    taken: [n], the steps that are not skipped, where those that move are not all.
     trajectory: return a `Trajectory` instead of the last x; skipped steps have x as their x_0.
   """
   x, grid = as_arrays(x, grid)
-  return scan_steps(step, x, *intervals(grid), extra, memory=memory, trajectory=trajectory)
+  return scan_steps(
+    step, x, *intervals(grid), extra, memory=memory, taken=taken, trajectory=trajectory
+  )
 
 
 def scan_steps(
   step: Callable, x: Latents, here: Pair, there: Pair, extra: tuple = (), *,
-  memory: Callable[[Latents], Any] = lambda x: (), trajectory: bool = False,
+  memory: Callable[[Latents], Any] = lambda x: (), taken: jax.Array | None = None,
+  trajectory: bool = False,
 ) -> Latents | Trajectory:
   """`walk` for steps given as the pairs (alpha [n], sigma [n]) that each starts and ends with."""
 
-  def body(carry, inputs):
+  def body(carry, row):
+    inputs, wanted = row
+
     def take():
       x, memory, x0 = step(*carry, *inputs)
       return (x, memory), (x, x0.astype(x.dtype)) if trajectory else ()
@@ -115,10 +139,11 @@ def scan_steps(
     def skip():
       return carry, (carry[0], carry[0]) if trajectory else ()
 
-    return jax.lax.cond(moves(*inputs[:2]), take, skip)
+    return jax.lax.cond(wanted, take, skip)
 
   inputs = (here, there, jnp.arange(len(here[0])), *extra)
-  (x, _), rows = jax.lax.scan(body, (x, memory(x)), inputs)
+  wanted = moves(here, there) if taken is None else taken
+  (x, _), rows = jax.lax.scan(body, (x, memory(x)), (inputs, wanted))
   return Trajectory(x, *rows, *there) if trajectory else x
 
 
@@ -196,7 +221,7 @@ def pair_between(here: Pair, there: Pair, direction: Pair) -> Pair:
 
 def pairs_at(grid: Grid, direction: Pair) -> Pair:
   """Pairs (alpha [...], sigma [...]) of direction's noise levels on the process of a grid."""
-  alphas, sigmas = grid
+  alphas, sigmas, *_ = grid
   angles = -jnp.arctan2(sigmas, alphas)
   i = jnp.searchsorted(angles, -jnp.arctan2(direction[1], direction[0]), side='right') - 1
   i = jnp.clip(i, 0, step_count(grid) - 1)

@@ -57,28 +57,47 @@ def first_order(grid: Grid, eta=0.0) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def usable(
-  grid: Grid, order: int, *, to_clean: bool = False, lower_order_final: bool = False
+  grid: Grid, order: int, *, to_clean: bool = False, lower_order_final: bool | int = False,
+  euler_at_final: bool = False,
 ) -> jax.Array:
   """How many values [n], at most `order`, each step may interpolate, its own included.
 
+  Steps that do not move have none: they are not among those that later steps look back to.
+
   Args:
     to_clean: whether the formulas also hold for a step to sigma = 0.
-    lower_order_final: interpolate no more values than there are steps left.
+    lower_order_final: interpolate no more values than there are steps left; a number: on grids of
+      fewer steps than that.
+    euler_at_final: interpolate nothing in the last step.
   """
   here, there = intervals(grid)
-  index = jnp.arange(len(here[0]))
+  index, steps = jnp.arange(len(here[0])), step_count(grid)
   inner = here[0] > 0 if to_clean else is_inner(here, there)
-  past = index + 1 - (here[0][0] == 0)
-  counts = jnp.where(inner & moves(here, there), jnp.clip(past, 1, order), 1)
-  left = jnp.maximum(step_count(grid) - index, 1)
-  return jnp.minimum(counts, left) if lower_order_final else counts
+  moving = moves(here, there)
+  past = jnp.cumsum(moving & (here[0] > 0))
+  counts = jnp.where(inner & moving, jnp.clip(past, 1, order), 1)
+  if lower_order_final:
+    fewer = jnp.minimum(counts, jnp.maximum(steps - index, 1))
+    always = lower_order_final is True
+    counts = fewer if always else jnp.where(steps < lower_order_final, fewer, counts)
+  return jnp.where(index == steps - 1, 1, counts) if euler_at_final else counts
 
 
-def past_nodes(values: jax.Array, counts: jax.Array, order: int) -> jax.Array:
-  """Nodes [n order]: values[i - j] for j < counts[i], and distinct made-up ones beyond."""
-  i, j = jnp.arange(len(counts))[:, None], jnp.arange(order)
-  real = values[jnp.maximum(i - j, 0)]
-  return jnp.where(j < counts[:, None], real, real[:, :1] - j * (1 + jnp.abs(real[:, :1])))
+def past_nodes(grid: Grid, values: jax.Array, counts: jax.Array, order: int) -> jax.Array:
+  """Nodes [n order]: for j < counts[i] the value where the j-th last moving step started.
+
+  Beyond them they are made up, and distinct.
+
+  Args:
+    values: [n+1], of the grid's pairs.
+    counts: [n], of `usable`.
+  """
+  done = jnp.cumsum(moves(*intervals(grid)))
+  j = jnp.arange(order)
+  starts = jnp.searchsorted(done, jnp.maximum(done[:, None] - j, 1))
+  own = values[: len(counts), None]
+  real = jnp.where(j == 0, own, values[starts])
+  return jnp.where(j < counts[:, None], real, own - j * (1 + jnp.abs(own)))
 
 
 def lagrange(nodes: jax.Array, points: jax.Array) -> jax.Array:
@@ -112,7 +131,7 @@ def by_count(counts: jax.Array, order: int, weigh: Callable[[int], jax.Array]) -
 
 def half_log_snr(grid: Grid) -> jax.Array:
   """ln(alpha / sigma) [n+1]; 0 in place of infinities, which no formula may use."""
-  alphas, sigmas = grid
+  alphas, sigmas, *_ = grid
   finite = (alphas > 0) & (sigmas > 0)
   return jnp.where(finite, jnp.log(jnp.where(finite, divide(alphas, sigmas), 1)), 0)
 
@@ -166,21 +185,23 @@ def exponential(
 
 def exponential_table(
   grid: Grid, order: int, eta=0.0, *, slope: str = 'exact', curvature: float = 1.0,
-  lower_order_final: bool = False,
+  lower_order_final: bool | int = False, euler_at_final: bool = False,
 ) -> Table:
   """The explicit exponential Adams method of x_0 that interpolates `order` values.
 
   Args:
-    eta, slope, curvature: as in `exponential`; lower_order_final: as in `usable`.
+    eta, slope, curvature: as in `exponential`; the others as in `usable`.
   """
-  counts = usable(grid, order, lower_order_final=lower_order_final)
-  nodes = past_nodes(half_log_snr(grid), counts, order)
+  counts = usable(
+    grid, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final
+  )
+  nodes = past_nodes(grid, half_log_snr(grid), counts, order)
   correction = exponential(grid, nodes, counts, eta, slope=slope, curvature=curvature)
   return Table(*first_order(grid, eta), correction)
 
 
 def corrector_table(
-  grid: Grid, order: int, eta=0.0, *, slope: str, lower_order_final: bool = False
+  grid: Grid, order: int, eta=0.0, *, slope: str, lower_order_final: bool | int = False
 ) -> Table:
   """The implicit method of x_0 interpolating `order` values: of its end, its start and before.
 
@@ -192,7 +213,7 @@ def corrector_table(
   here, there = intervals(grid)
   before = usable(grid, order - 1, lower_order_final=lower_order_final)
   lam = half_log_snr(grid)
-  past = past_nodes(lam, before, order - 1)
+  past = past_nodes(grid, lam, before, order - 1)
   nodes = jnp.concatenate([past[:, :1], lam[1:, None], past[:, 1:]], axis=1)
   counts = jnp.where(is_inner(here, there) & moves(here, there), before + 1, 1)
   correction = exponential(grid, nodes, counts, eta, slope=slope)
@@ -202,19 +223,21 @@ def corrector_table(
 
 
 def eps_table(
-  grid: Grid, order: int, coordinate: Kernel, rate: Kernel, *, to_clean: bool = False
+  grid: Grid, order: int, coordinate: Kernel, rate: Kernel, *, to_clean: bool = False,
+  lower_order_final: bool | int = False,
 ) -> Table:
   """The explicit Adams method of eps, polynomial in u = coordinate(r): a' int l_j(u) dr.
 
   Args:
     rate: dr / du as a function of u.
     to_clean: whether u is finite at r = 0.
+    lower_order_final: as in `usable`.
   """
-  alphas, sigmas = grid
-  counts = usable(grid, order, to_clean=to_clean)
+  alphas, sigmas, *_ = grid
+  counts = usable(grid, order, to_clean=to_clean, lower_order_final=lower_order_final)
   levels = divide(sigmas, alphas)
   u = coordinate(levels if to_clean else jnp.where(levels > 0, levels, 1))
-  nodes = past_nodes(u, counts, order)
+  nodes = past_nodes(grid, u, counts, order)
 
   def weigh(count):
     result = integrals(nodes[:, :count], u[:-1], u[1:], rate)

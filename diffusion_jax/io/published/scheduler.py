@@ -2,15 +2,20 @@
 
 A scheduler of diffusers is all of these at once. A config may carry keys of other classes, which
 diffusers ignores, as is done here; a key that its class heeds and that has no counterpart is an
-error that names it.
+error that names it. `scheduler_classes` lists every argument of every class.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from diffusion_jax.diffusion.schedules import BETAS, ScheduleConfig
 from diffusion_jax.errors import UserError
+from diffusion_jax.io.published.scheduler_classes import CLASSES, SchedulerClass
+from diffusion_jax.io.published.scheduler_grids import place_steps, told_timesteps
 from diffusion_jax.models.checks import require
 
 
@@ -20,7 +25,8 @@ class Scheduler:
 
   sampler, options: for `diffusion.samplers.sampler(name, **options)`.
   spacing, grid: for `sampling_grid(schedule, count, spacing, **grid)`.
-  threshold and its limit and percentile: as in `pipelines.sampling.SampleConfig`.
+  threshold and its limit and percentile, timesteps, scaled_noise: as in
+  `pipelines.sampling.SampleConfig`.
   """
 
   schedule: ScheduleConfig = ScheduleConfig()
@@ -32,154 +38,22 @@ class Scheduler:
   threshold: str = 'none'
   threshold_limit: float = 1.0
   threshold_percentile: float = 0.995
+  timesteps: str = 'exact'
+  scaled_noise: bool = False
 
 
+Values = Mapping[str, Any]
 Choice = tuple[str, dict[str, Any]]
 """A sampler's name and its options."""
 
+MOST_TIMESTEPS = 100_000
+FEW_STEPS = 15
+"""On grids of fewer steps, diffusers lowers the order of the last ones."""
 
-@dataclasses.dataclass(frozen=True)
-class _Class:
-  """How one class of diffusers is read.
+TAU_TIMESTEPS = (200, 800)
+"""Where SA-Solver adds noise: timesteps from the first to the second."""
 
-  sampler: its config -> our sampler.
-  defaults: of keys that its config may leave out, where they are not `_DEFAULTS`.
-  family: 'table', by timesteps and alpha-bar; 'sigma', after k-diffusion; 'solver', in log-SNR, the
-  last timestep left out; 'flow'.
-  fixed: keys that it heeds, with the only values that have a counterpart.
-  """
-
-  sampler: Callable[[Mapping[str, Any]], Choice]
-  family: str
-  defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  fixed: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
-
-
-_DEFAULTS = {
-  'num_train_timesteps': 1000, 'beta_start': 0.0001, 'beta_end': 0.02, 'beta_schedule': 'linear',
-  'rescale_betas_zero_snr': False, 'prediction_type': 'epsilon', 'steps_offset': 0,
-}
-_K_DIFFUSION = {'beta_start': 0.00085, 'beta_end': 0.012}
-_CONSISTENCY = _K_DIFFUSION | {'beta_schedule': 'scaled_linear'}
-_SOLVER = {
-  'use_flow_sigmas': (False,), 'use_lu_lambdas': (False,), 'use_dynamic_shifting': (False,),
-  'variance_type': (None,),
-}
-
-
-# Classes that heed final_sigmas_type, and those that always end at the table's first level.
-_FREE_ENDS = (
-  'EulerDiscreteScheduler', 'DPMSolverMultistepScheduler', 'UniPCMultistepScheduler'
-)
-_NOISY_ENDS = ('DEISMultistepScheduler', 'SASolverScheduler')
-
-
-def _always(name: str, **options) -> Callable[[Mapping[str, Any]], Choice]:
-  return lambda values: (name, options)
-
-
-def _ddpm(values: Mapping[str, Any]) -> Choice:
-  variance = values.get('variance_type', 'fixed_small')
-  names = {
-    'fixed_small': ('ddpm', {}), 'fixed_large': ('ddpm_large', {}),
-    'learned_range': ('ddpm', {'variance': 'learned'}),
-  }
-  return _pick('variance_type', variance, names)
-
-
-def _dpm(values: Mapping[str, Any]) -> Choice:
-  order = values.get('solver_order', 2)
-  algorithm = values.get('algorithm_type', 'dpmsolver++')
-  slope = {'heun': {'slope': 'exact'}}.get(values.get('solver_type', 'midpoint'), {})
-  exact = {'eta': 0.0, 'slope': 'exact'} if slope else None
-  return _pick('algorithm_type and solver_order', (algorithm, order), {
-    ('dpmsolver++', 1): ('ddim', {}), ('dpmsolver', 1): ('ddim', {}),
-    ('dpmsolver++', 2): ('dpmpp_2m_sde', exact) if exact else ('dpmpp_2m', {}),
-    ('dpmsolver++', 3): ('dpmpp_3m_sde', {'eta': 0.0}),
-    ('sde-dpmsolver++', 2): ('dpmpp_2m_sde', slope),
-  })
-
-
-def _renamed(name: str, keys: Mapping[str, tuple[str, Any, Any]]) -> Callable:
-  """A sampler with the options that differ; option -> (key, default there, default here)."""
-
-  def choose(values: Mapping[str, Any]) -> Choice:
-    given = {o: (values.get(key, there), here) for o, (key, there, here) in keys.items()}
-    return name, {option: value for option, (value, here) in given.items() if value != here}
-
-  return choose
-
-
-OPTIONS = {
-  'unipc': {
-    'order': ('solver_order', 2, 2), 'variant': ('solver_type', 'bh2', 'bh2'),
-    'lower_order_final': ('lower_order_final', True, True),
-  },
-  'deis': {'order': ('solver_order', 2, 3)},
-  'sa_solver': {
-    'order': ('predictor_order', 2, 2), 'corrector_order': ('corrector_order', 2, 2),
-    'lower_order_final': ('lower_order_final', True, True),
-  },
-}
-"""Options of samplers: ours -> (the key of diffusers, its default, ours)."""
-
-
-def _pick(key: str, value: Any, table: Mapping[Any, Choice]) -> Choice:
-  try:
-    return table[value]
-  except (KeyError, TypeError):
-    raise UserError(
-      f'A scheduler with {key} {value!r} is not implemented; choose one of '
-      f'{", ".join(map(repr, table))}.'
-    ) from None
-
-
-CLASSES: dict[str, _Class] = {
-  'DDIMScheduler': _Class(_always('ddim'), 'table'),
-  'DDPMScheduler': _Class(_ddpm, 'table'),
-  'PNDMScheduler': _Class(
-    lambda values: ('plms' if values.get('skip_prk_steps', False) else 'pndm', {}), 'table',
-    {'set_alpha_to_one': False},
-  ),
-  'LCMScheduler': _Class(_always('lcm'), 'table', _CONSISTENCY),
-  'TCDScheduler': _Class(_always('tcd'), 'table', _CONSISTENCY),
-  'EulerDiscreteScheduler': _Class(_always('euler'), 'sigma', {}, {
-    'interpolation_type': ('linear',), 'timestep_type': ('discrete',), 'sigma_min': (None,),
-    'sigma_max': (None,),
-  }),
-  'EulerAncestralDiscreteScheduler': _Class(_always('euler_ancestral'), 'sigma'),
-  'LMSDiscreteScheduler': _Class(_always('lms'), 'sigma'),
-  'HeunDiscreteScheduler': _Class(_always('heun'), 'sigma', _K_DIFFUSION),
-  'KDPM2DiscreteScheduler': _Class(_always('dpm2'), 'sigma', _K_DIFFUSION),
-  'KDPM2AncestralDiscreteScheduler': _Class(_always('dpm2_ancestral'), 'sigma', _K_DIFFUSION),
-  'DPMSolverSDEScheduler': _Class(_always('dpmpp_sde'), 'sigma', _K_DIFFUSION),
-  'DPMSolverMultistepScheduler': _Class(_dpm, 'solver', {}, _SOLVER),
-  'UniPCMultistepScheduler': _Class(_renamed('unipc', OPTIONS['unipc']), 'solver', {}, _SOLVER | {
-    'predict_x0': (True,), 'disable_corrector': ([],), 'solver_p': (None,),
-  }),
-  'DEISMultistepScheduler': _Class(_renamed('deis', OPTIONS['deis']), 'solver', {}, _SOLVER | {
-    'solver_type': ('logrho',),
-  }),
-  'SASolverScheduler': _Class(_renamed('sa_solver', OPTIONS['sa_solver']), 'solver', {}, _SOLVER | {
-    'algorithm_type': ('data_prediction',),
-  }),
-  'FlowMatchEulerDiscreteScheduler': _Class(_always('flow_euler'), 'flow', {}, {
-    'use_dynamic_shifting': (False,), 'invert_sigmas': (False,), 'shift_terminal': (None,),
-    'use_karras_sigmas': (False,), 'use_exponential_sigmas': (False,),
-    'stochastic_sampling': (False,),
-  }),
-  'FlowMatchHeunDiscreteScheduler': _Class(_always('flow_heun'), 'flow'),
-}
-"""Classes of diffusers that have a counterpart here.
-
-Three differences remain. LCM and TCD take their timesteps from those of the distillation; ours are
-spaced by 'trailing', which is close. With use_karras_sigmas, the classes after k-diffusion run
-between the levels of their first and last timestep, ours between the ends of the table. Flow
-matching with a shift ends there at a level that is shifted twice.
-"""
-
-
-def read_scheduler(values: Mapping[str, Any], where: str) -> Scheduler:
+def read_scheduler(values: Values, where: str) -> Scheduler:
   """A scheduler_config.json.
 
   Raises:
@@ -187,93 +61,237 @@ def read_scheduler(values: Mapping[str, Any], where: str) -> Scheduler:
   """
   name = values.get('_class_name')
   require(
-    name in CLASSES,
+    isinstance(name, str) and name in CLASSES,
     f'{where}: the scheduler {name!r} is not implemented; one of {", ".join(CLASSES)} is.',
   )
   spec = CLASSES[name]
-  always = {'trained_betas': (None,), 'use_beta_sigmas': (False,)}
-  for key, allowed in (always | dict(spec.fixed)).items():
-    value = values.get(key, allowed[0])
-    require(
-      value in allowed, f'{where}: {key}={value!r} of {name} is not implemented; only '
-      f'{" and ".join(map(repr, allowed))} is.',
-    )
-  values = _DEFAULTS | dict(spec.defaults) | {k: v for k, v in values.items() if v is not None}
   try:
-    sampler, options = spec.sampler(values)
-    if spec.family == 'flow':
-      return _flow(values, sampler, options)
-    fields = {field.name for field in dataclasses.fields(ScheduleConfig)} - {'shift'}
-    schedule = ScheduleConfig(**{key: values[key] for key in fields})
+    _check_only(name, spec, values)
+    read = _read(name, spec, values)
+    return _flow(name, read) if spec.family == 'flow' else _noised(name, spec, read)
   except UserError as error:
     raise UserError(f'{where}: {error}') from error
+
+
+def _check_only(name: str, spec: SchedulerClass, values: Values) -> None:
+  for key, allowed in spec.only.items():
+    value = values.get(key)
+    require(
+      value is None or value in allowed, f'{key}={value!r} of {name} is not implemented; only '
+      f'{" and ".join(map(repr, allowed))} is.',
+    )
+
+
+def _read(name: str, spec: SchedulerClass, values: Values) -> dict[str, Any]:
+  """The arguments that the class reads, of the type of their defaults."""
+  found = {}
+  for key, default in {**dict.fromkeys(spec.hidden), **spec.reads}.items():
+    value = values.get(key)
+    value = default if value is None else value
+    number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    kinds = {
+      bool: isinstance(value, bool), str: isinstance(value, str),
+      int: number and value == int(value) if number and abs(value) < math.inf else False,
+    }
+    fits = kinds.get(type(default), number)
+    require(
+      value is default or fits, f'{key}={value!r} of {name} is not what it should be, like '
+      f'{1.0 if default is None else default!r}.',
+    )
+    found[key] = int(value) if type(default) is int else value
   require(
-    schedule.beta_schedule in BETAS,
-    f'{where}: beta_schedule={schedule.beta_schedule!r} is not one of diffusers.',
+    2 <= found['num_train_timesteps'] <= MOST_TIMESTEPS,
+    f'num_train_timesteps={found["num_train_timesteps"]} is outside 2 to {MOST_TIMESTEPS}.',
   )
-  spacing, grid = _grid(name, spec, values, where)
+  return found
+
+
+def _noised(name: str, spec: SchedulerClass, values: Values) -> Scheduler:
+  schedule = _schedule(spec, values)
   prediction = values['prediction_type']
   require(
-    prediction in ('epsilon', 'sample', 'v_prediction'),
-    f'{where}: prediction_type={prediction!r} is not known; use epsilon, sample or v_prediction.',
+    prediction in spec.predictions, f'prediction_type={prediction!r} of {name} is not known; use '
+    f'{" or ".join(spec.predictions)}.',
   )
-  threshold = _threshold(name, values)
-  return Scheduler(schedule, prediction, sampler, options, spacing, grid, **threshold)
-
-
-def _flow(values: Mapping[str, Any], sampler: str, options: dict[str, Any]) -> Scheduler:
-  schedule = ScheduleConfig(
-    'flow', num_train_timesteps=values['num_train_timesteps'], shift=values.get('shift', 1.0)
-  )
+  spacing, grid = place_steps(name, spec.family, values, schedule)
+  threshold = _threshold(values)
+  told = told_timesteps(name, spec.family, values)
+  sampler, options = SAMPLERS[name](values)
+  if name == 'SASolverScheduler':
+    options = options | _tau_window(schedule, told)
+  if name == 'DDIMScheduler' and threshold:
+    options = options | {'keep_epsilon': True}
+  scaled = spec.family == 'sigma' and values['timestep_spacing'] != 'leading'
   return Scheduler(
-    schedule, 'flow_prediction', sampler, options, 'linspace', {'fractional': True}
+    schedule, prediction, sampler, options, spacing, grid, **threshold, timesteps=told,
+    scaled_noise=scaled,
   )
 
 
-def _grid(
-  name: str, spec: _Class, values: Mapping[str, Any], where: str
-) -> tuple[str, dict[str, Any]]:
-  """(spacing, arguments of sampling_grid)."""
-  grid: dict[str, Any] = {}
-  if not _ends_clean(name, spec.family, values):
-    grid['set_alpha_to_one'] = False
-  for key, spacing in (('use_karras_sigmas', 'karras'), ('use_exponential_sigmas', 'exponential')):
-    if spec.family != 'table' and values.get(key):
-      return spacing, grid
-  if name in ('LCMScheduler', 'TCDScheduler'):
-    return 'trailing', grid
-  spacing = values.get('timestep_spacing', 'leading' if spec.family == 'table' else 'linspace')
+def _schedule(spec: SchedulerClass, values: Values) -> ScheduleConfig:
+  for key in ('beta_start', 'beta_end'):
+    require(0 <= values[key] < 1, f'{key}={values[key]!r} is not a beta; it lies in [0, 1).')
   require(
-    spacing in ('leading', 'trailing', 'linspace'),
-    f'{where}: timestep_spacing={spacing!r} is not known; use leading, trailing or linspace.',
+    values['beta_schedule'] in BETAS,
+    f'beta_schedule={values["beta_schedule"]!r} is not one of {", ".join(BETAS)}.',
   )
-  if spacing == 'leading' and values['steps_offset']:
-    grid['steps_offset'] = values['steps_offset']
-  if spacing == 'linspace' and spec.family == 'sigma':
-    grid['fractional'] = True
-  if spacing != 'trailing' and spec.family == 'solver':
-    grid['drop_last'] = True
-  return spacing, grid
+  keys = ('beta_schedule', 'beta_start', 'beta_end', 'num_train_timesteps')
+  rescaled = values.get('rescale_betas_zero_snr', False)
+  # In sigma / alpha there has to be some signal left.
+  last = 2.0**-24 if rescaled and spec.family != 'table' else 0.0
+  return ScheduleConfig(
+    **{key: values[key] for key in keys}, rescale_betas_zero_snr=rescaled, last_alpha_bar=last
+  )
 
 
-def _ends_clean(name: str, family: str, values: Mapping[str, Any]) -> bool:
-  if family == 'table':
-    return values.get('set_alpha_to_one', True)
-  if name in _FREE_ENDS:
-    return values.get('final_sigmas_type', 'zero') == 'zero'
-  return name not in _NOISY_ENDS
-
-
-def _threshold(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-  """Clipping of the estimates of x_0; those after k-diffusion have none, but Heun's."""
-  family = CLASSES[name].family
-  if family in ('table', 'solver') and name != 'PNDMScheduler' and values.get('thresholding'):
+def _threshold(values: Values) -> dict[str, Any]:
+  """Clipping of the estimates of x_0."""
+  if values.get('thresholding'):
     return {
-      'threshold': 'dynamic', 'threshold_limit': values.get('sample_max_value', 1.0),
-      'threshold_percentile': values.get('dynamic_thresholding_ratio', 0.995),
+      'threshold': 'dynamic', 'threshold_limit': float(values['sample_max_value']),
+      'threshold_percentile': values['dynamic_thresholding_ratio'],
     }
-  default = name in ('DDIMScheduler', 'DDPMScheduler')
-  clips = default or name in ('LCMScheduler', 'TCDScheduler', 'HeunDiscreteScheduler')
-  if clips and values.get('clip_sample', default):
-    return {'threshold': 'static', 'threshold_limit': values.get('clip_sample_range', 1.0)}
+  if values.get('clip_sample'):
+    return {'threshold': 'static', 'threshold_limit': float(values['clip_sample_range'])}
   return {}
+
+
+def _flow(name: str, values: Values) -> Scheduler:
+  """The levels are shifted twice at their end: between those of the shifted table, once more."""
+  total, shift = values['num_train_timesteps'], values['shift']
+  schedule = ScheduleConfig('flow', num_train_timesteps=total, shift=shift)
+  end = shift / (total + shift - 1)
+  grid = {'fractional': True} | ({'last': total * end - 1} if shift != 1 else {})
+  sampler, options = SAMPLERS[name](values)
+  return Scheduler(
+    schedule, 'flow_prediction', sampler, options, 'linspace', grid, timesteps='sigma'
+  )
+
+
+def _always(name: str) -> Callable[[Values], Choice]:
+  return lambda values: (name, {})
+
+
+def _pick(key: str, value: Any, table: Mapping[Any, Choice]) -> Choice:
+  require(
+    value in table, f'A scheduler with {key} {value!r} is not implemented; choose one of '
+    f'{", ".join(map(repr, table))}.',
+  )
+  return table[value]
+
+
+def _ddpm(values: Values) -> Choice:
+  variance = values['variance_type']
+  last_is_zero = values['timestep_spacing'] != 'trailing' and (
+    values['timestep_spacing'] == 'linspace' or not values['steps_offset']
+  )
+  require(
+    last_is_zero or variance.startswith('fixed_small'),
+    f'variance_type {variance!r} adds noise in the last step, too, where that is not from timestep '
+    '0; only steps_offset 0 with leading or linspace timestep_spacing is implemented.',
+  )
+  return _pick('variance_type', variance, {
+    'fixed_small': ('ddpm', {}), 'fixed_small_log': ('ddpm', {}), 'fixed_large': ('ddpm_large', {}),
+    'learned_range': ('ddpm', {'variance': 'learned'}),
+  })
+
+
+def _pndm(values: Values) -> Choice:
+  """diffusers averages what the network predicts."""
+  averaged = {'average': 'v_prediction'} if values['prediction_type'] == 'v_prediction' else {}
+  return ('plms' if values['skip_prk_steps'] else 'pndm'), averaged
+
+
+def _lcm(values: Values) -> Choice:
+  """The share of x that LCM mixes into x_0 is .25 / ((s t)^2 + .25) at timestep t."""
+  least = values['num_train_timesteps'] // max(values['original_inference_steps'], 1) - 1
+  require(
+    values['timestep_scaling'] * least >= 50, f'timestep_scaling={values["timestep_scaling"]:g} '
+    f'and a first timestep of {least} mix x into the estimates of x_0, which is not implemented; '
+    'their product has to be 50 or more.',
+  )
+  return 'lcm', {}
+
+
+def _dpm(values: Values) -> Choice:
+  order, heun = values['solver_order'], values['solver_type'] == 'heun'
+  algorithm = {'deis': 'dpmsolver++'}.get(values['algorithm_type'], values['algorithm_type'])
+  _pick('solver_type', values['solver_type'], dict.fromkeys(
+    ('midpoint', 'heun', 'logrho', 'bh1', 'bh2'), ('', {})
+  ))
+  clean = values['final_sigmas_type'] == 'zero'
+  final = {'lower_order_final': FEW_STEPS} if values['lower_order_final'] else {}
+  final = {} if clean and order < 3 else final  # A step to sigma = 0 is of order 1 anyway.
+  final |= {'euler_at_final': True} if values['euler_at_final'] and not clean else {}
+  slope = {'slope': 'exact'} if heun else {}
+  name, options = _pick('algorithm_type and solver_order', (algorithm, order), {
+    ('dpmsolver++', 1): ('ddim', {}), ('dpmsolver', 1): ('ddim', {}),
+    ('sde-dpmsolver++', 1): ('euler_ancestral', {}),
+    ('dpmsolver++', 2): ('dpmpp_2m_sde', {'eta': 0.0} | slope) if heun else ('dpmpp_2m', {}),
+    ('dpmsolver++', 3): ('dpmpp_3m_sde', {'eta': 0.0} | ({} if heun else {'slope': 'midpoint'})),
+    ('sde-dpmsolver++', 2): ('dpmpp_2m_sde', slope),
+  })
+  return name, options | (final if order > 1 else {})
+
+
+def _unipc(values: Values) -> Choice:
+  variant = values['solver_type']
+  variant = 'bh2' if variant in ('midpoint', 'heun', 'logrho') else variant
+  options = {'order': values['solver_order'], 'variant': variant}
+  return 'unipc', _but(options | _lowered(values), order=2, variant='bh2')
+
+
+def _deis(values: Values) -> Choice:
+  others = ('midpoint', 'heun', 'bh1', 'bh2'), ('dpmsolver', 'dpmsolver++')
+  for key, known in zip(('solver_type', 'algorithm_type'), others, strict=True):
+    own = CLASSES['DEISMultistepScheduler'].reads[key]
+    _pick(key, values[key], dict.fromkeys((own, *known), ('', {})))
+  final = {'lower_order_final': FEW_STEPS} if values['lower_order_final'] else {}
+  return 'deis', _but({'order': values['solver_order']}, order=3) | final
+
+
+def _sa_solver(values: Values) -> Choice:
+  require(
+    values['corrector_order'] != 1, 'corrector_order=1 of SASolverScheduler is not implemented; '
+    'only 2 or more is.',
+  )
+  options = {'order': values['predictor_order'], 'corrector_order': values['corrector_order']}
+  return 'sa_solver', _but(options | _lowered(values), order=2, corrector_order=2)
+
+
+def _lowered(values: Values) -> dict[str, Any]:
+  return {} if values['lower_order_final'] else {'lower_order_final': False}
+
+
+def _but(options: dict[str, Any], **defaults) -> dict[str, Any]:
+  """The options that are not our defaults."""
+  return {k: v for k, v in options.items() if k not in defaults or v != defaults[k]}
+
+
+def _tau_window(config: ScheduleConfig, told: str) -> dict[str, Any]:
+  """The noise levels of `TAU_TIMESTEPS`, by the timesteps that the network is told."""
+  alphas, sigmas = config.table()
+  if len(alphas) <= TAU_TIMESTEPS[0]:
+    return {'tau': 0.0}
+  shift = np.array([0.0, 1.0] if told == 'down' else [-0.5, 0.5])
+  places = np.array(TAU_TIMESTEPS) + shift
+  logs = np.log(sigmas / alphas)
+  low, high = np.exp(np.interp(places, np.arange(len(logs)), logs))
+  beyond = 2.0 if places[1] >= len(logs) - 1 else 1.0
+  return {'low': float(low), 'high': float(high * beyond)}
+
+
+SAMPLERS: dict[str, Callable[[Values], Choice]] = {
+  'DDIMScheduler': _always('ddim'), 'DDPMScheduler': _ddpm, 'PNDMScheduler': _pndm,
+  'LCMScheduler': _lcm, 'TCDScheduler': _always('tcd'),
+  'EulerDiscreteScheduler': _always('euler'),
+  'EulerAncestralDiscreteScheduler': _always('euler_ancestral'),
+  'LMSDiscreteScheduler': _always('lms'), 'HeunDiscreteScheduler': _always('heun'),
+  'KDPM2DiscreteScheduler': _always('dpm2'),
+  'KDPM2AncestralDiscreteScheduler': _always('dpm2_ancestral'),
+  'DPMSolverSDEScheduler': _always('dpmpp_sde'), 'DPMSolverMultistepScheduler': _dpm,
+  'UniPCMultistepScheduler': _unipc, 'DEISMultistepScheduler': _deis,
+  'SASolverScheduler': _sa_solver, 'FlowMatchEulerDiscreteScheduler': _always('flow_euler'),
+  'FlowMatchHeunDiscreteScheduler': _always('flow_heun'),
+}
+"""Class of diffusers -> our sampler, from what the class reads."""

@@ -4,7 +4,8 @@ import dataclasses
 from typing import Any
 
 from diffusion_jax.diffusion.schedules import BETAS
-from diffusion_jax.io.published.scheduler import CLASSES, OPTIONS, Scheduler, read_scheduler
+from diffusion_jax.io.published.scheduler import Scheduler, read_scheduler
+from diffusion_jax.io.published.scheduler_classes import CLASSES
 from diffusion_jax.models.checks import require
 
 _WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
@@ -22,12 +23,22 @@ _WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
   'dpmpp_sde': ('DPMSolverSDEScheduler', {}),
   'dpmpp_2m': ('DPMSolverMultistepScheduler', {'algorithm_type': 'dpmsolver++'}),
   'dpmpp_2m_sde': ('DPMSolverMultistepScheduler', {'algorithm_type': 'sde-dpmsolver++'}),
+  'dpmpp_3m_sde': (
+    'DPMSolverMultistepScheduler', {'algorithm_type': 'dpmsolver++', 'solver_order': 3}
+  ),
   'unipc': ('UniPCMultistepScheduler', {}), 'deis': ('DEISMultistepScheduler', {}),
   'sa_solver': ('SASolverScheduler', {}),
   'flow_euler': ('FlowMatchEulerDiscreteScheduler', {}),
   'flow_heun': ('FlowMatchHeunDiscreteScheduler', {}),
 }
 """Our sampler -> the class of diffusers and what names it there."""
+
+_OPTIONS = {
+  'unipc': {'order': ('solver_order', 2), 'variant': ('solver_type', 'bh2')},
+  'deis': {'order': ('solver_order', 3)},
+  'sa_solver': {'order': ('predictor_order', 2), 'corrector_order': ('corrector_order', 2)},
+}
+"""Options of samplers: ours -> (the key of diffusers, our default)."""
 
 
 def write_scheduler(scheduler: Scheduler) -> dict[str, Any]:
@@ -45,18 +56,20 @@ def write_scheduler(scheduler: Scheduler) -> dict[str, Any]:
     schedule = dataclasses.replace(scheduler.schedule, beta_schedule='squaredcos_cap_v2')
     scheduler = dataclasses.replace(scheduler, schedule=schedule)
   name, more = _WRITTEN[scheduler.sampler]
-  values = {'_class_name': name, **more, **_schedule(scheduler), **_options(scheduler)}
-  if CLASSES[name].family != 'flow':
-    values |= _spacing(CLASSES[name].family, scheduler)
   known = (set(BETAS) - {'cosine'}) | {'flow'}
   require(
     scheduler.schedule.beta_schedule in known,
     f'diffusers has no beta_schedule {scheduler.schedule.beta_schedule!r}.',
   )
+  wanted = {**more, **_schedule(scheduler), **_options(scheduler), **_spacing(scheduler)}
+  spec = CLASSES[name]
+  heeded = {*spec.reads, *spec.only, *spec.hidden}
+  values = {'_class_name': name} | {k: v for k, v in wanted.items() if k in heeded}
   again = read_scheduler(values, 'scheduler_config.json')
   for field in dataclasses.fields(Scheduler):
     has, will = getattr(scheduler, field.name), getattr(again, field.name)
     unused = scheduler.threshold == 'none' and field.name.startswith('threshold_')
+    unused |= scheduler.threshold == 'static' and field.name == 'threshold_percentile'
     require(
       has == will or unused,
       f'{name} of diffusers cannot have {field.name} {has!r} (it would be {will!r}); choose '
@@ -66,27 +79,27 @@ def write_scheduler(scheduler: Scheduler) -> dict[str, Any]:
 
 
 def _schedule(scheduler: Scheduler) -> dict[str, Any]:
-  config = scheduler.schedule
-  if config.beta_schedule == 'flow':
-    return {'num_train_timesteps': config.num_train_timesteps, 'shift': config.shift}
-  values = dataclasses.asdict(config)
-  del values['shift']
-  return values | {'prediction_type': scheduler.prediction, 'trained_betas': None}
+  config = dataclasses.asdict(scheduler.schedule)
+  return config | {'prediction_type': scheduler.prediction, 'trained_betas': None}
 
 
 def _options(scheduler: Scheduler) -> dict[str, Any]:
   """Those options of samplers that diffusers names otherwise; the threshold."""
-  names = OPTIONS.get(scheduler.sampler, {})
-  values = {key: scheduler.options.get(option, here) for option, (key, _, here) in names.items()}
-  if scheduler.options.get('variance') == 'learned':
+  options, names = scheduler.options, _OPTIONS.get(scheduler.sampler, {})
+  values = {key: options.get(option, here) for option, (key, here) in names.items()}
+  own = scheduler.sampler in ('unipc', 'sa_solver')  # Their default is True.
+  values['lower_order_final'] = bool(options.get('lower_order_final', own))
+  values['euler_at_final'] = options.get('euler_at_final', False)
+  if options.get('variance') == 'learned':
     values['variance_type'] = 'learned_range'
-  if scheduler.options.get('slope') == 'exact':
+  if scheduler.sampler == 'dpmpp_2m_sde' and options.get('slope') == 'exact':
     values |= {'solver_type': 'heun', 'solver_order': 2}
-    if scheduler.options.get('eta') == 0:
-      values['algorithm_type'] = 'dpmsolver++'
-  if scheduler.schedule.beta_schedule != 'flow':
-    values['clip_sample'] = scheduler.threshold == 'static'
-    values['thresholding'] = scheduler.threshold == 'dynamic'
+  if scheduler.sampler == 'dpmpp_3m_sde' and 'slope' not in options:
+    values['solver_type'] = 'heun'
+  if options.get('eta') == 0:
+    values['algorithm_type'] = 'dpmsolver++'
+  values['clip_sample'] = scheduler.threshold == 'static'
+  values['thresholding'] = scheduler.threshold == 'dynamic'
   key = 'sample_max_value' if scheduler.threshold == 'dynamic' else 'clip_sample_range'
   if scheduler.threshold != 'none':
     values[key] = scheduler.threshold_limit
@@ -95,15 +108,17 @@ def _options(scheduler: Scheduler) -> dict[str, Any]:
   return values
 
 
-def _spacing(family: str, scheduler: Scheduler) -> dict[str, Any]:
-  clean = scheduler.grid.get('set_alpha_to_one', True)
-  if family == 'table':
-    values: dict[str, Any] = {'set_alpha_to_one': clean}
-  else:
-    values = {'final_sigmas_type': 'zero' if clean else 'sigma_min'}
+def _spacing(scheduler: Scheduler) -> dict[str, Any]:
+  grid = scheduler.grid
+  clean = grid.get('set_alpha_to_one', True)
+  values = {'set_alpha_to_one': clean, 'final_sigmas_type': 'zero' if clean else 'sigma_min'}
+  values |= {'sigma_min': grid.get('low'), 'sigma_max': grid.get('high')}
+  values['original_inference_steps'] = grid.get('original_inference_steps', 50)
   levels = {'karras': 'use_karras_sigmas', 'exponential': 'use_exponential_sigmas'}
-  if scheduler.spacing in levels:
-    return values | {levels[scheduler.spacing]: True}
-  return values | {
-    'timestep_spacing': scheduler.spacing, 'steps_offset': scheduler.grid.get('steps_offset', 0)
-  }
+  spacing = scheduler.spacing
+  if spacing in levels:
+    values[levels[spacing]] = True
+    if spacing == 'exponential' and scheduler.timesteps == 'nearest':
+      values |= {'use_exponential_sigmas': False, 'use_lu_lambdas': True}
+    spacing = grid.get('within', 'linspace')
+  return values | {'timestep_spacing': spacing, 'steps_offset': grid.get('steps_offset', 0)}

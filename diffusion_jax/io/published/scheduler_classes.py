@@ -1,0 +1,163 @@
+"""The scheduler classes of diffusers that are read, and every argument of each.
+
+An argument is read, or allowed one value alone, or has no effect on what is drawn, for the reason
+given. `scheduler` turns what is read into our terms.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerClass:
+  """How one class is read.
+
+  family: 'table', by timesteps and alpha-bar; 'sigma', after k-diffusion; 'solver', in log-SNR, the
+  last timestep left out; 'flow'.
+  reads: argument -> its default, of those that are read.
+  only: argument -> the values it may have, its default first; others are refused.
+  idle: argument -> why it has no effect.
+  hidden: keys beside the arguments that the class heeds if a config has them.
+  predictions: what networks may predict; the class has no formula for others.
+  """
+
+  family: str
+  reads: Mapping[str, Any]
+  only: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+  idle: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  hidden: tuple[str, ...] = ()
+  predictions: tuple[str, ...] = ('epsilon', 'sample', 'v_prediction')
+
+
+_TABLE = {
+  'num_train_timesteps': 1000, 'beta_start': 0.0001, 'beta_end': 0.02, 'beta_schedule': 'linear',
+  'prediction_type': 'epsilon',
+}
+_NARROW = _TABLE | {'beta_start': 0.00085, 'beta_end': 0.012}
+_RESCALED = {'rescale_betas_zero_snr': False}
+_LEADING = {'timestep_spacing': 'leading', 'steps_offset': 0}
+_LINSPACE = {'timestep_spacing': 'linspace', 'steps_offset': 0}
+_LEVELS = {'use_karras_sigmas': False, 'use_exponential_sigmas': False}
+_BOUNDS = {'sigma_min': None, 'sigma_max': None}
+_THRESHOLD = {
+  'thresholding': False, 'dynamic_thresholding_ratio': 0.995, 'sample_max_value': 1.0
+}
+_CLIP = {'clip_sample': False, 'clip_sample_range': 1.0}
+_CLIPS = _CLIP | {'clip_sample': True}
+_SOLVER = _TABLE | _LINSPACE | _LEVELS | _THRESHOLD | {'lower_order_final': True}
+
+_NO_TABLE = {'trained_betas': (None,)}
+_NO_BETA = _NO_TABLE | {'use_beta_sigmas': (False,)}
+_NO_FLOW = _NO_BETA | {'use_flow_sigmas': (False,)}
+_NO_SHIFT = {'use_dynamic_shifting': (False,)}
+_NO_VARIANCE = {'variance_type': (None,)}
+
+_FLOW_IDLE = {'flow_shift': 'it shifts flow sigmas alone, which are refused'}
+_SHIFT_IDLE = {'time_shift_type': 'it is of dynamic shifting alone, which is refused'}
+_DISTILLED = 'its timesteps are those of the distillation'
+
+_EPSILON_OR_V = ('epsilon', 'v_prediction')
+
+_CONSISTENCY = _NARROW | _RESCALED | {
+  'beta_schedule': 'scaled_linear', 'original_inference_steps': 50,
+}
+
+CLASSES: dict[str, SchedulerClass] = {
+  'DDIMScheduler': SchedulerClass(
+    'table', _TABLE | _RESCALED | _LEADING | _THRESHOLD | _CLIPS | {'set_alpha_to_one': True},
+    _NO_TABLE,
+  ),
+  'DDPMScheduler': SchedulerClass(
+    'table', _TABLE | _RESCALED | _LEADING | _THRESHOLD | _CLIPS | {'variance_type': 'fixed_small'},
+    _NO_TABLE,
+  ),
+  'PNDMScheduler': SchedulerClass(
+    'table', _TABLE | _LEADING | {'skip_prk_steps': False, 'set_alpha_to_one': False}, _NO_TABLE,
+    predictions=_EPSILON_OR_V,
+  ),
+  'LCMScheduler': SchedulerClass(
+    'table', _CONSISTENCY | _THRESHOLD | _CLIP | {'timestep_scaling': 10.0}, _NO_TABLE, {
+      'timestep_spacing': _DISTILLED, 'steps_offset': _DISTILLED,
+      'set_alpha_to_one': 'its last step returns the estimate of x_0',
+    },
+  ),
+  'TCDScheduler': SchedulerClass(
+    'table', _CONSISTENCY, _NO_TABLE, {
+      'timestep_spacing': _DISTILLED, 'steps_offset': _DISTILLED,
+      'set_alpha_to_one': 'its last step ends at the first timestep',
+      'timestep_scaling': 'its step has no boundary condition',
+    } | dict.fromkeys(_THRESHOLD | _CLIP, 'its step clips nothing'),
+  ),
+  'EulerDiscreteScheduler': SchedulerClass(
+    'sigma', _TABLE | _RESCALED | _LINSPACE | _LEVELS | _BOUNDS | {'final_sigmas_type': 'zero'},
+    _NO_BETA | {'interpolation_type': ('linear',), 'timestep_type': ('discrete',)},
+  ),
+  'EulerAncestralDiscreteScheduler': SchedulerClass(
+    'sigma', _TABLE | _RESCALED | _LINSPACE, _NO_TABLE, predictions=_EPSILON_OR_V
+  ),
+  'LMSDiscreteScheduler': SchedulerClass(
+    'sigma', _TABLE | _LINSPACE | _LEVELS, _NO_BETA, hidden=tuple(_BOUNDS)
+  ),
+  'HeunDiscreteScheduler': SchedulerClass(
+    'sigma', _NARROW | _LINSPACE | _LEVELS | _CLIP, _NO_BETA, hidden=tuple(_BOUNDS)
+  ),
+  'KDPM2DiscreteScheduler': SchedulerClass(
+    'sigma', _NARROW | _LINSPACE | _LEVELS, _NO_BETA, hidden=tuple(_BOUNDS),
+    predictions=_EPSILON_OR_V,
+  ),
+  'KDPM2AncestralDiscreteScheduler': SchedulerClass(
+    'sigma', _NARROW | _LINSPACE | _LEVELS, _NO_BETA, hidden=tuple(_BOUNDS),
+    predictions=_EPSILON_OR_V,
+  ),
+  'DPMSolverSDEScheduler': SchedulerClass(
+    'sigma', _NARROW | _LINSPACE | _LEVELS, _NO_BETA,
+    {'noise_sampler_seed': 'noise is drawn from the keys that the sampler is given'},
+    hidden=tuple(_BOUNDS), predictions=_EPSILON_OR_V,
+  ),
+  'DPMSolverMultistepScheduler': SchedulerClass(
+    'solver', _SOLVER | _RESCALED | {
+      'solver_order': 2, 'algorithm_type': 'dpmsolver++', 'solver_type': 'midpoint',
+      'euler_at_final': False, 'use_lu_lambdas': False, 'final_sigmas_type': 'zero',
+      'lambda_min_clipped': -math.inf,
+    },
+    _NO_FLOW | _NO_SHIFT | _NO_VARIANCE, _FLOW_IDLE | _SHIFT_IDLE, tuple(_BOUNDS),
+  ),
+  'UniPCMultistepScheduler': SchedulerClass(
+    'solver', _SOLVER | _RESCALED | _BOUNDS | {
+      'solver_order': 2, 'solver_type': 'bh2', 'final_sigmas_type': 'zero',
+    },
+    _NO_FLOW | _NO_SHIFT | {
+      'predict_x0': (True,), 'disable_corrector': ([],), 'solver_p': (None,),
+      'shift_terminal': (None,),
+    },
+    _FLOW_IDLE | _SHIFT_IDLE,
+  ),
+  'DEISMultistepScheduler': SchedulerClass(
+    'solver', _SOLVER | {'solver_order': 2, 'solver_type': 'logrho', 'algorithm_type': 'deis'},
+    _NO_FLOW | _NO_SHIFT, _FLOW_IDLE | _SHIFT_IDLE, tuple(_BOUNDS),
+  ),
+  'SASolverScheduler': SchedulerClass(
+    'solver', _SOLVER | {
+      'predictor_order': 2, 'corrector_order': 2, 'lambda_min_clipped': -math.inf
+    },
+    _NO_FLOW | _NO_VARIANCE | {'algorithm_type': ('data_prediction',), 'tau_func': (None,)},
+    _FLOW_IDLE, tuple(_BOUNDS),
+  ),
+  'FlowMatchEulerDiscreteScheduler': SchedulerClass(
+    'flow', {'num_train_timesteps': 1000, 'shift': 1.0}, _NO_SHIFT | {
+      'invert_sigmas': (False,), 'shift_terminal': (None,), 'use_karras_sigmas': (False,),
+      'use_exponential_sigmas': (False,), 'use_beta_sigmas': (False,),
+      'stochastic_sampling': (False,),
+    },
+    _SHIFT_IDLE | dict.fromkeys(
+      ('base_shift', 'max_shift', 'base_image_seq_len', 'max_image_seq_len'),
+      _SHIFT_IDLE['time_shift_type'],
+    ),
+  ),
+  'FlowMatchHeunDiscreteScheduler': SchedulerClass(
+    'flow', {'num_train_timesteps': 1000, 'shift': 1.0}
+  ),
+}
+"""Classes that have a counterpart here; all others are refused by name."""
