@@ -200,7 +200,8 @@ def text_denoiser(
   def denoise(x, alpha, sigma, text):
     told = lambda x, t: network(x, t, text)
     return network_denoiser(
-      told, prediction, label or schedule.timestep, scale_input=prediction == 'edm', variance=variance
+      told, prediction, label or schedule.timestep, scale_input=prediction == 'edm',
+      variance=variance,
     )(x, alpha, sigma)
 
   return denoise

@@ -20,8 +20,9 @@ from diffusion_jax.errors import UserError
 Grid = tuple
 """(alphas [n + 1], sigmas [n + 1]) of n steps from noise to data.
 
-A third part, (alphas [n], sigmas [n]), may name a pair for each step: where `ddim` lands if not
-where the next step starts, where `tcd` jumps to before it adds noise, and the midpoints of `pndm`.
+A third part, (alphas [n ...], sigmas [n ...]), may name pairs for each step: where `ddim` lands if
+not where the next step starts, where `tcd` jumps to before it adds noise, and the midpoints of
+`pndm`.
 """
 
 

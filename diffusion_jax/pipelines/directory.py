@@ -31,8 +31,8 @@ from diffusion_jax.models.text.tokenizer import load_tokenizer
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.models.unet_config import UNetConfig
 from diffusion_jax.pipelines.image_encoder import MEAN, ROLE, STD, ImageEncoder
-from diffusion_jax.pipelines.text_encoders import ROLES, TextEncoders
 from diffusion_jax.pipelines.sampling import PLACES
+from diffusion_jax.pipelines.text_encoders import ROLES, TextEncoders
 from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
 from diffusion_jax.types import Params, Weights
 

@@ -246,16 +246,26 @@ def test_autoguidance_and_perturbed_attention(x):
 
 
 def test_dynamic_threshold_is_imagens():
+  """clip(x_0, -s, s) / s with s from 1 to the limit, which wins where it is below 1."""
   x0 = images(3, spread=1.5).at[1].multiply(0.1)  # The second image lies within the range.
   flat = np.abs(np.asarray(x0)).reshape(3, -1)
-  for limit in (1.0, 0.5):
-    s = np.maximum(np.percentile(flat, 95, axis=1), limit).reshape(3, 1, 1, 1)
-    wanted = np.clip(x0, -s, s) / s * limit
+  found = guidance.dynamic_threshold(constant(x0), 0.95)(x0, ALPHA, SIGMA)
+  s = np.maximum(np.percentile(flat, 95, axis=1), 1).reshape(3, 1, 1, 1)
+  np.testing.assert_allclose(found, np.clip(x0, -s, s) / s, rtol=1e-12)
+  np.testing.assert_allclose(found[1], x0[1], rtol=1e-12)
+  assert (s[0] > 1.2).all() and np.abs(found).max() == 1
+  for limit in (1.2, 0.5):  # Both are less than the percentile of the first image.
     found = guidance.dynamic_threshold(constant(x0), 0.95, limit)(x0, ALPHA, SIGMA)
-    np.testing.assert_allclose(found, wanted, rtol=1e-12)
-    assert (s[0] > limit).all() and (np.abs(found) <= limit + 1e-12).all()
-  unchanged = guidance.dynamic_threshold(constant(x0))(x0, ALPHA, SIGMA)
-  np.testing.assert_allclose(unchanged[1], x0[1], rtol=1e-12)
+    np.testing.assert_allclose(found[0], np.clip(x0[0], -limit, limit) / limit, rtol=1e-12)
+  np.testing.assert_allclose(found[1], np.clip(x0[1], -0.5, 0.5) / 0.5, rtol=1e-12)
+
+
+def test_a_threshold_may_keep_the_estimate_beside_the_clipped_one():
+  x0 = images(3, spread=1.5)
+  for threshold in (guidance.static_threshold, guidance.dynamic_threshold):
+    clipped, kept = threshold(constant(x0), 0.8, keep_estimate=True)(x0, ALPHA, SIGMA)
+    np.testing.assert_array_equal(kept, x0)
+    np.testing.assert_array_equal(clipped, threshold(constant(x0), 0.8)(x0, ALPHA, SIGMA))
 
 
 def test_static_threshold_clips():

@@ -196,8 +196,8 @@ def test_settings_reach_the_denoiser(model_and_weights):
   np.testing.assert_allclose(clipped[0], np.clip(clipped[1], -2, 2), rtol=1e-6)
   config = SampleConfig(threshold='dynamic', threshold_limit=2.0, threshold_percentile=0.5)
   found, plain, _ = guide(config, schedule)
-  s = np.maximum(np.quantile(np.abs(plain), 0.5, axis=(1, 2, 3), keepdims=True), 2.0)
-  np.testing.assert_allclose(found, np.clip(plain, -s, s) * 2 / s, rtol=1e-5)
+  s = np.clip(np.quantile(np.abs(plain), 0.5, axis=(1, 2, 3), keepdims=True), 1.0, 2.0)
+  np.testing.assert_allclose(found, np.clip(plain, -s, s) / s, rtol=1e-5)
 
 
 def test_a_published_scheduler_becomes_settings(model_and_weights):
@@ -216,13 +216,15 @@ def test_a_published_scheduler_becomes_settings(model_and_weights):
   alphas, sigmas = dataclasses.replace(config, steps=4).numbers(schedule).grid
   places = [801, 601, 401, 201]  # Of 5 the last is left out.
   np.testing.assert_allclose(alphas[:4], schedule.alphas[places], rtol=1e-6)
-  np.testing.assert_allclose(sigmas[4:], schedule.sigmas[0], rtol=1e-6)
+  np.testing.assert_allclose(sigmas[4], schedule.sigmas[0], rtol=1e-6)
+  assert len(sigmas) == 9 and not sigmas[5:].any() and not alphas[5:].any()  # Filled up.
   assert sample_config(found, 'StableDiffusionInstructPix2PixPipeline').image_guidance == 1.5
 
 
 def test_another_sampler_leaves_behind_what_was_said_for_the_first():
   read = SampleConfig('unipc', options={'order': 3}, steps_offset=1, drop_last=True,
-                      set_alpha_to_one=False)
+                      set_alpha_to_one=False, places={'low': 0.1}, timesteps='nearest',
+                      scaled_noise=True)
   with_sampler = lambda name: with_arguments(read, argparse.Namespace(sampler=name, steps=7))
   assert with_sampler('unipc') == dataclasses.replace(read, steps=7)
   assert with_sampler('heun') == SampleConfig('heun', 7, steps_offset=1)

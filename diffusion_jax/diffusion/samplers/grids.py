@@ -236,9 +236,9 @@ def sampling_grid(
     within: a spacing in time between whose levels they run, where `low` and `high` do not say.
     stay_at_end: end level spacings at their last level once more, instead of the table's first.
     clipped: how many of the noisiest timesteps spacings in time leave out.
-    via: names a third part of the grid, a timestep for each of its steps from t to t', where a
-      stride is T // count: 'stride', a stride below t; 'half_stride', half of one below t; 'share',
-      `share` t'.
+    via: names a third part of the grid, timesteps for each of its steps from t to t', where a
+      stride is T // count: 'stride', a stride below t; 'half_stride', half of one below t, and half
+      of one above t', which is the same for even ones; 'share', `share` t'.
     places: the other arguments of `spaced_timesteps`, for spacings in time.
 
   Raises:
@@ -252,7 +252,7 @@ def sampling_grid(
     ends = ratios[[0, -1]] if within is None else np.interp(
       spaced(within)[[-1, 0]], np.arange(len(ratios)), ratios
     )
-    low, high = (own if own is not None else end for own, end in zip((low, high), ends, strict=True))
+    low, high = ends[0] if low is None else low, ends[1] if high is None else high
     levels = spaced_levels(count, spacing, low, high, rho)
     pairs = _at_levels(alphas, sigmas, levels)
     first = (pairs[0][-1], pairs[1][-1]) if stay_at_end else first
@@ -270,8 +270,10 @@ def _via(alphas, sigmas, steps: np.ndarray, via: str, share: float, last: tuple[
   stride = len(alphas) // len(steps)
   if via == 'share':  # In float32, as the reference rounds.
     places = np.floor(np.float32(share) * np.append(steps[1:], 0).astype(np.float32))
+  elif via == 'half_stride':
+    places = np.stack([steps - stride // 2, steps - stride + stride // 2], axis=1)
   else:
-    places = steps - {'stride': stride, 'half_stride': stride // 2}[via]
+    places = steps - stride
   places = places.astype(np.int64)
   pairs = (
     np.where(places < 0, end, part[np.maximum(places, 0)])
@@ -337,7 +339,8 @@ def padded(grid: Grid, steps: int) -> Grid:
   if more < 0:
     raise ValueError(f'a grid of {len(grid[0]) - 1} steps cannot be padded to {steps}.')
   # In numpy, which compiles nothing for a new length.
-  return jax.tree.map(lambda part: np.pad(np.asarray(part), (0, more)), tuple(grid))
+  fill = lambda part: np.pad(np.asarray(part), [(0, more)] + [(0, 0)] * (np.ndim(part) - 1))
+  return jax.tree.map(fill, tuple(grid))
 
 
 def part_way(grid: Grid, strength: float) -> Grid:

@@ -214,8 +214,9 @@ def pndm(
 
   Args:
     runge_kutta: start with three steps of the pseudo Runge-Kutta method, four calls each, their
-      midpoints those of the grid (its third part), or else halfway in log-SNR; otherwise (PLMS)
-      with one step of the improved Euler method, two calls.
+      midpoints those of the grid (its third part [n 2]: where the first move ends, and where the
+      second does and the network is called), or else halfway in log-SNR; otherwise (PLMS) with one
+      step of the improved Euler method, two calls.
     average: what the weights average, 'epsilon' or, of variance-preserving processes,
       'v_prediction' = alpha eps - sigma x_0, whose mean is read as v where the step starts.
 
@@ -227,7 +228,9 @@ def pndm(
   del keys
   here, there = intervals(grid)
   rows = jnp.clip(jnp.cumsum(moves(here, there)) - 1, 0, 3)
-  middles = grid[2] if len(grid) > 2 else jax.vmap(log_midpoint)(here, there)
+  middles = grid[2] if len(grid) > 2 else jax.tree.map(
+    lambda part: jnp.stack([part, part], axis=1), jax.vmap(log_midpoint)(here, there)
+  )
   of_v = average == 'v_prediction'
 
   def value(x, x0, pair):
@@ -246,8 +249,9 @@ def pndm(
       return (first + at(to(first, there), there)) / 2
 
     def classical():
-      second = at(to(first, middle), middle)
-      third = at(to(second, middle), middle)
+      before, after = ((middle[0][i], middle[1][i]) for i in (0, 1))
+      second = at(to(first, before), after)
+      third = at(to(second, after), after)
       fourth = at(to(third, there), there)
       return (first + 2 * second + 2 * third + fourth) / 6
 

@@ -16,12 +16,14 @@ from diffusion_jax.diffusion.samplers.steps import (
   Keys,
   Trajectory,
   ancestral,
+  as_arrays,
   contraction,
   divide,
   epsilon,
   intervals,
   move,
   noise_source,
+  real_steps,
   walk,
 )
 from diffusion_jax.errors import UserError
@@ -45,10 +47,13 @@ def ddim(
     s_noise: factor on that noise.
     keep_epsilon: where the estimate of x_0 is clipped, eps is that of the estimate before, as in
       diffusers; `denoise` then returns both (`guidance.static_threshold`). Otherwise eps is what
-      the clipped x_0 leaves of x.
+      the clipped x_0 leaves of x, and a step from a pair to itself changes nothing.
   """
   noise = noise_source(keys)
-  landing = grid[2] if len(grid) > 2 else intervals(grid)[1]
+  x, grid = as_arrays(x, grid)
+  here, there = intervals(grid)
+  landing = grid[2] if len(grid) > 2 else there
+  taken = real_steps(here, there) if keep_epsilon else None
 
   def step(x, memory, here, there, index, landing):
     del there
@@ -58,7 +63,7 @@ def ddim(
     x = move(x, free, here, (landing[0], down)) + landing[0] * (x0 - free)
     return (x + s_noise * up * noise(index, x) if eta else x), memory, x0
 
-  return walk(step, x, grid, (landing,), trajectory=trajectory)
+  return walk(step, x, grid, (landing,), taken=taken, trajectory=trajectory)
 
 
 def ddpm(

@@ -64,7 +64,7 @@ def _sde(function, order, calls, description, citation) -> SamplerInfo:
 EDM_CHURN = dict(s_churn=40.0, s_tmin=0.05, s_tmax=50.0, s_noise=1.003)
 
 SAMPLERS: dict[str, SamplerInfo] = {
-  'ddim': _ode(ddim, 1, 1, 'DDIM, eta = 0', 'Song et al. 2021'),
+  'ddim': _ode(ddim, 1, 1, 'DDIM, eta = 0; eps follows a clipped x_0', 'Song et al. 2021'),
   'ddpm': _sde(
     ddpm, 1, 1, "ancestral, the posterior's variance, or a learned one", 'Ho et al. 2020'
   ),
@@ -84,10 +84,12 @@ SAMPLERS: dict[str, SamplerInfo] = {
   'lms': _ode(lms, 4, 1, 'Adams-Bashforth of 4 steps in sigma / alpha', 'k-diffusion'),
   'plms': _ode(
     partial(pndm, runge_kutta=False), 2, 1,
-    'pseudo multistep; one call more in the first step', 'Liu et al. 2022',
+    'pseudo multistep of eps; one call more in the first step', 'Liu et al. 2022',
   ),
-  'pndm': _ode(pndm, 2, 1, 'pseudo multistep; four calls in each of the first three steps',
-               'Liu et al. 2022'),
+  'pndm': _ode(
+    pndm, 2, 1, 'pseudo multistep of eps; in three steps four calls, midpoints in log-SNR',
+    'Liu et al. 2022',
+  ),
   'deis': _ode(deis, 3, 1, 'exponential multistep of eps', 'Zhang & Chen 2023'),
   'dpmpp_2m': _ode(dpmpp_2m, 2, 1, 'DPM-Solver++(2M)', 'Lu et al. 2022'),
   'unipc': _ode(unipc, 3, 1, 'UniPC, predictor of order 2, corrector of order 3',

@@ -107,9 +107,10 @@ CLASSES: dict[str, SchedulerClass] = {
     'sigma', _NARROW | _LINSPACE | _LEVELS, _NO_BETA, hidden=tuple(_BOUNDS),
     predictions=_EPSILON_OR_V,
   ),
+  # With Karras levels it tells the network a rounded timestep, and another at the same level.
   'KDPM2AncestralDiscreteScheduler': SchedulerClass(
-    'sigma', _NARROW | _LINSPACE | _LEVELS, _NO_BETA, hidden=tuple(_BOUNDS),
-    predictions=_EPSILON_OR_V,
+    'sigma', _NARROW | _LINSPACE | {'use_exponential_sigmas': False},
+    _NO_BETA | {'use_karras_sigmas': (False,)}, hidden=tuple(_BOUNDS), predictions=_EPSILON_OR_V,
   ),
   'DPMSolverSDEScheduler': SchedulerClass(
     'sigma', _NARROW | _LINSPACE | _LEVELS, _NO_BETA,

@@ -123,4 +123,5 @@ def told_timesteps(name: str, family: str, values: Values) -> str:
   if family == 'solver' and key:
     fine = name == 'DPMSolverMultistepScheduler' and values['beta_schedule'] == 'squaredcos_cap_v2'
     return 'down' if key == 'use_exponential_sigmas' or fine else 'nearest'
-  return 'nearest' if key == 'use_karras_sigmas' and name.startswith('KDPM2') else 'exact'
+  rounds = key == 'use_karras_sigmas' and name == 'KDPM2DiscreteScheduler'
+  return 'nearest' if rounds else 'exact'

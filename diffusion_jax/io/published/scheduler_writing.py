@@ -68,6 +68,9 @@ def write_scheduler(scheduler: Scheduler) -> dict[str, Any]:
   again = read_scheduler(values, 'scheduler_config.json')
   for field in dataclasses.fields(Scheduler):
     has, will = getattr(scheduler, field.name), getattr(again, field.name)
+    if field.name == 'grid' and name == 'DDIMScheduler' and 'via' not in has:
+      # Steps of T // count timesteps end where the next start, if the count divides T.
+      will = {key: value for key, value in will.items() if key != 'via'}
     unused = scheduler.threshold == 'none' and field.name.startswith('threshold_')
     unused |= scheduler.threshold == 'static' and field.name == 'threshold_percentile'
     require(
