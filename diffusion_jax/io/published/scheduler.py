@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_jax.diffusion.schedules import BETAS, ScheduleConfig
+from diffusion_jax.diffusion.schedules import BETAS, MOST_TIMESTEPS, ScheduleConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.io.published.scheduler_classes import CLASSES, SchedulerClass
 from diffusion_jax.io.published.scheduler_grids import place_steps, told_timesteps
@@ -46,7 +46,6 @@ Values = Mapping[str, Any]
 Choice = tuple[str, dict[str, Any]]
 """A sampler's name and its options."""
 
-MOST_TIMESTEPS = 100_000
 FEW_STEPS = 15
 """On grids of fewer steps, diffusers lowers the order of the last ones."""
 
