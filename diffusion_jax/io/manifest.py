@@ -4,6 +4,7 @@ It is read before anything else of a checkpoint, and guards itself. Files of arr
 with their size alone: what they hold is guarded by digests of the arrays (`io/digests`).
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -43,10 +44,16 @@ def write_manifest(folder: Path) -> None:
   (folder / NAME).write_text(f'{_sha256(text.encode())}\n{text}', encoding='utf-8')
 
 
+def _content(path: Path) -> bytes:
+  if not path.is_file():  # A pipe would wait for a writer for ever.
+    raise FileNotFoundError(errno.ENOENT, 'no regular file', str(path))
+  return path.read_bytes()
+
+
 def seal(folder: Path) -> str:
   """What a checkpoint's list is sealed with, which changes with its content; '' without a list."""
   try:
-    return (folder / NAME).read_bytes().partition(b'\n')[0].decode(errors='replace')
+    return _content(folder / NAME).partition(b'\n')[0].decode(errors='replace')
   except OSError:
     return ''
 
@@ -59,7 +66,7 @@ def check_manifest(folder: Path, parts: Sequence[str]) -> None:
     OSError: a file cannot be read for another reason.
   """
   try:
-    seal, _, text = (folder / NAME).read_bytes().partition(b'\n')
+    seal, _, text = _content(folder / NAME).partition(b'\n')
     if seal.decode(errors='replace') != _sha256(text):
       raise Damaged(f'{NAME} is not what was saved')
     for name, (size, seal) in parse_json(text).items():
@@ -68,7 +75,7 @@ def check_manifest(folder: Path, parts: Sequence[str]) -> None:
       found = os.stat(folder / name).st_size
       if found != size:
         raise Damaged(f'{name} has {found} bytes instead of {size}')
-      if seal and _sha256((folder / name).read_bytes()) != seal:
+      if seal and _sha256(_content(folder / name)) != seal:
         raise Damaged(f'{name} is not what was saved')
   except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
     raise Damaged(f'{Path(error.filename).relative_to(folder)} is missing') from error

@@ -135,7 +135,8 @@ def read_run(workdir: Path, metrics: MetricsFile | None = None) -> Run:
 
 def find_grids(folder: Path) -> list[tuple[int, Path]]:
   """(step, path) of the sample grids in a folder, in order of the step."""
-  matches = ((re.fullmatch(r'step_(\d+)\.png', path.name), path) for path in folder.glob('*.png'))
+  found = (path for path in folder.glob('*.png') if path.is_file())
+  matches = ((re.fullmatch(r'step_(\d+)\.png', path.name), path) for path in found)
   return sorted((int(match[1]), path) for match, path in matches if match)
 
 
