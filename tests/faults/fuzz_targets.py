@@ -357,7 +357,7 @@ def pipeline():
            'tokenizer/tokenizer.json')
   return Target(
     'pipeline', lambda folder: write_tiny_pipeline(folder, SD),
-    lambda folder: read_pipeline(str(folder)), {name: [mutants.any_json] for name in files}, 200,
+    lambda folder: read_pipeline(str(folder)), {name: [mutants.any_json] for name in files}, 120,
   )
 
 
@@ -387,6 +387,37 @@ def clip_text():
   from tests.tiny_pipeline import SD
 
   return _network('clip_text', SD['text_encoder'], 40)
+
+
+def single_file():
+  from diffusion_jax.io.pipeline_files import read_pipeline
+  from diffusion_jax.io.single_file.files import read_single_file, write_single_file
+  from diffusion_jax.models.autoencoder import AutoencoderKLConfig
+  from diffusion_jax.models.text.clip_config import CLIPTextConfig
+  from diffusion_jax.models.unet_config import UNetConfig
+  from tests.tiny_pipeline import TEXT, write_tiny_pipeline
+
+  # Of the widths that a reader of a single file has to assume.
+  text = TEXT | {'hidden_size': 64, 'intermediate_size': 64, 'num_attention_heads': 1}
+  parts = {
+    'vae': AutoencoderKLConfig(block_out_channels=(32, 32, 64), layers_per_block=2,
+                               sample_size=16, scaling_factor=0.18215),
+    'text_encoder': CLIPTextConfig(**text, num_hidden_layers=1),
+    'unet': UNetConfig(
+      sample_size=8, block_out_channels=(32, 64), layers_per_block=2, attention_head_dim=8,
+      cross_attention_dim=64, down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'),
+      up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'),
+    ),
+  }
+
+  def make(folder):
+    write_tiny_pipeline(folder / 'parts', parts)
+    write_single_file(read_pipeline(folder / 'parts'), folder / 'x.safetensors', None)
+
+  def load(folder):
+    read_single_file(folder / 'x.safetensors', 'epsilon', folder / 'parts')
+
+  return Target('single_file', make, load, {'x.safetensors': [mutants.safetensors]}, 40)
 
 
 def torch_state():
@@ -429,5 +460,5 @@ GROUPS = {
   'pictures': [png, jpeg, other_pictures, captions_jsonl, captions_csv, captions_txt, table],
   'runs': [prepared, run_directory, report],
   'weights': [lora, words, torch_state, torch_statistics],
-  'configs': [unet, autoencoder, clip_text],
+  'configs': [scheduler, pipeline, unet, autoencoder, clip_text, single_file],
 }

@@ -97,7 +97,8 @@ def _read(name: str, spec: SchedulerClass, values: Values) -> dict[str, Any]:
       value is default or fits, f'{key}={value!r} of {name} is not what it should be, like '
       f'{1.0 if default is None else default!r}.',
     )
-    found[key] = int(value) if type(default) is int else value
+    # A whole number of many digits is one that no array takes.
+    found[key] = type(default)(value) if type(default) in (int, float) else value
   require(
     2 <= found['num_train_timesteps'] <= MOST_TIMESTEPS,
     f'num_train_timesteps={found["num_train_timesteps"]} is outside 2 to {MOST_TIMESTEPS}.',
