@@ -205,8 +205,13 @@ def remove_leftovers(directory: Path) -> None:
 
 def reason(error: BaseException) -> str:
   """Why something could not be written, in few words."""
-  full = getattr(error, 'errno', None) == errno.ENOSPC or 'No space left' in str(error)
-  return 'the disk is full' if full else sentence(error)
+  text = str(error)
+  if getattr(error, 'errno', None) == errno.ENOSPC or 'No space left' in text:
+    return 'the disk is full'
+  short = sentence(error)
+  # Libraries quote the system's words behind long paths.
+  named = next((word for word in map(os.strerror, PASSING) if word in text), '')
+  return short if named in short else f'{named}: {short}'
 
 
 def of_storage(error: BaseException) -> bool:
@@ -220,7 +225,8 @@ def of_storage(error: BaseException) -> bool:
 def may_pass(trouble: str) -> bool:
   """Whether what keeps something from being written is of a kind that ends by itself or by making
   room; `trouble` quotes the reason, which may have come from another process."""
-  return 'the disk is full' in trouble or any(os.strerror(kind) in trouble for kind in PASSING)
+  words = ('the disk is full', 'did not agree', *map(os.strerror, PASSING))
+  return any(word in trouble for word in words)
 
 
 def _lack_of_room(directory: Path, parts: dict[str, Any]) -> str:

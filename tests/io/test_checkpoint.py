@@ -1,6 +1,8 @@
 """What is saved comes back, on any mesh; whatever damages it is noticed, down to one bit."""
 
+import errno
 import json
+import os
 import resource
 import shutil
 import time
@@ -15,6 +17,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.io.checkpoint import Checkpoints
 from diffusion_jax.io.keeping import Keep
 from diffusion_jax.io.manifest import write_manifest
+from diffusion_jax.io.saving import may_pass, reason
 
 
 def _state(step):
@@ -425,3 +428,15 @@ def test_a_write_that_fails_in_the_background(copy, opened):
   assert said[1:] == ['checkpoints can be saved again.'] and checkpoints.steps() == [2, 3, 8]
   found = checkpoints.restore(8, _abstract(large))[0]
   jax.tree.map(np.testing.assert_array_equal, found, large)
+
+
+@pytest.mark.parametrize(('error', 'words', 'passes'), [
+  (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 'the disk is full', True),
+  (ValueError(f'{"x" * 300}: No space left on device (os error 28)'), 'the disk is full', True),
+  (ValueError(f'{"x" * 300}: {os.strerror(errno.EROFS)} [30]'), os.strerror(errno.EROFS), True),
+  (OSError(errno.EIO, os.strerror(errno.EIO)), os.strerror(errno.EIO), True),
+  (FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)), os.strerror(errno.EEXIST), False),
+  (ValueError('the moon is full'), 'the moon is full', False),
+])
+def test_what_may_pass_is_told_from_what_may_not(error, words, passes):
+  assert words in reason(error) and may_pass(reason(error)) == passes
