@@ -101,6 +101,24 @@ def test_of_many_who_find_a_dead_lock_exactly_one_takes_it(start):
     holders[outcomes.index('taken')].kill()
 
 
+def test_who_looked_before_another_came_looks_again(start, tmp_path):
+  """It stands still between looking at dead locks and taking their place."""
+  first = start()
+  assert first.outcome() == 'taken'
+  first.kill()
+  (tmp_path / 'run' / 'run.1.lock').rename(tmp_path / 'run' / 'run.2.lock')
+  (tmp_path / 'run' / 'run.1.lock').write_bytes(b'')
+  slow = start()
+  assert slow.line().startswith('said: ')  # It watches the one that says nothing.
+  slow.process.send_signal(signal.SIGSTOP)
+  (tmp_path / 'run' / 'run.1.lock').unlink()
+  quick = start()
+  assert quick.outcome() == 'taken' and _locks(tmp_path) == ['run.3.lock']
+  slow.process.send_signal(signal.SIGCONT)
+  assert f'in use by process {quick.process.pid} on' in slow.outcome()
+  assert _locks(tmp_path) == ['run.3.lock']
+
+
 def test_another_process_of_the_same_number_is_not_the_holder(start, tmp_path):
   first = start()
   assert first.outcome() == 'taken'
