@@ -59,8 +59,6 @@ class JsonLines:
   def open(self) -> None:
     """Opens to append; a line that a crash or a full disk has torn is cut off."""
     self._path.parent.mkdir(parents=True, exist_ok=True)
-    if self._path.exists() and not self._path.is_file():  # A pipe would wait for a reader.
-      raise OSError(f'{self._path} is not a regular file')
     if self._path.is_file():
       with self._path.open('rb+') as file:
         file.truncate(_after_last_line(file))
