@@ -42,6 +42,8 @@ TABLE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear')
   ({'_class_name': 'DDIMScheduler', 'num_train_timesteps': '1000'}, "num_train_timesteps='1000'"),
   ({'_class_name': 'DDIMScheduler', 'num_train_timesteps': float('nan')}, 'num_train_timesteps'),
   ({'_class_name': 'DDIMScheduler', 'num_train_timesteps': 10.5}, 'num_train_timesteps=10.5'),
+  ({'_class_name': 'DDPMScheduler', 'steps_offset': 10**30}, 'steps_offset=1000'),
+  ({'_class_name': 'FlowMatchHeunDiscreteScheduler', 'shift': 10**40}, 'shift=1000'),
   ({'_class_name': 'DDIMScheduler', 'beta_end': [0.1]}, 'beta_end='),
   ({'_class_name': 'DDIMScheduler', 'beta_end': 1.5}, 'beta_end=1.5'),
   ({'_class_name': 'DDIMScheduler', 'clip_sample': 'yes'}, "clip_sample='yes'"),

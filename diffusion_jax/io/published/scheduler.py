@@ -46,6 +46,9 @@ Values = Mapping[str, Any]
 Choice = tuple[str, dict[str, Any]]
 """A sampler's name and its options."""
 
+LARGEST = 1e6
+"""Of any number that a config holds, but infinity."""
+
 FEW_STEPS = 15
 """On grids of fewer steps, diffusers lowers the order of the last ones."""
 
@@ -87,10 +90,12 @@ def _read(name: str, spec: SchedulerClass, values: Values) -> dict[str, Any]:
   for key, default in {**dict.fromkeys(spec.hidden), **spec.reads}.items():
     value = values.get(key)
     value = default if value is None else value
-    number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    number = isinstance(value, int | float) and not isinstance(value, bool) and (
+      abs(value) <= LARGEST or abs(value) == math.inf
+    )
     kinds = {
       bool: isinstance(value, bool), str: isinstance(value, str),
-      int: number and value == int(value) if number and abs(value) < math.inf else False,
+      int: number and abs(value) < math.inf and value == int(value),
     }
     fits = kinds.get(type(default), number)
     require(
