@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -237,8 +238,9 @@ def identity(
   from diffusion_jax.viz.sweep import short
 
   if run is None:
-    files = [path.stat() for path in resolve(name).rglob('*.safetensors')]
-    return f'{name} of {max((int(file.st_mtime) for file in files), default=0)}'
+    dates = [path.stat().st_mtime for path in resolve(name).rglob('*.safetensors')]
+    date = time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(max(dates, default=0)))
+    return f'{name} of {date} UTC'
   average = '' if ema_halflife_images is None else (
     f', averaged over {short(ema_halflife_images)} images'
   )
