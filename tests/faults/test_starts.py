@@ -127,8 +127,9 @@ CONTENTS = [
   b' "samples": Infinity, "generated": {"fid": []}, "start": 5, "message": [1]}',
   b'{"updated": 1e308, "goodput": {"step": 1e999, "x": -1}, "step": 1.5, "total_steps": true}',
 ]
-SHOWN = ('status.json', 'scores.json', 'data.json', 'versions.json', 'step.json', 'evaluation.json',
+SHOWN = ('status.json', 'scores.json', 'versions.json', 'step.json', 'evaluation.json',
          'checkpoints/scores.json')
+"""Of a toy, whose points have no data.json."""
 
 
 def _damage(file, content):
