@@ -110,14 +110,17 @@ def _sources(config: TrainingConfig, synthetic: bool) -> tuple[Source, Source]:
 
 
 def pictures_in(
-  config: TrainingConfig, train: Source, test: Source
+  config: TrainingConfig, train: Source, test: Source, prints: dict[str, dict[str, str]]
 ) -> tuple[Pictures | None, Pictures | None]:
-  """What a run is trained and what it is tested on; None for points and random numbers."""
+  """What a run is trained and what it is tested on; None for points and random numbers.
+
+  `prints` are the fingerprints of both, as in data.json.
+  """
   data = config.data
   return tuple(
-    pictures_of(data.dataset, split, data.size, len(source), fingerprint(source))
-    if hasattr(source, 'fingerprint') else None
-    for split, source in (('train', train), ('test', test))
+    pictures_of(data.dataset, split, data.size, len(source), prints[name])
+    if prints.get(name) else None
+    for split, name, source in (('train', 'training', train), ('test', 'test', test))
   )
 
 
@@ -280,6 +283,30 @@ def _check_evaluation(config: TrainingConfig, task: Task, mesh: Mesh) -> None:
       )
 
 
+def _check_computing(config: TrainingConfig, mesh: Mesh) -> None:
+  """Whether the devices can do what the config asks for."""
+  if config.remat == 'offload':
+    _check_host_memory(mesh)
+  if config.attention != 'auto':
+    check_attention(config.attention, DTYPES[config.dtype])
+  check_products(config.products)
+
+
+def _keep(directory: RunDirectory, data: dict[str, Any], task: Task) -> None:
+  """Writes what a resume needs to know of the data, and a tokenizer that was trained on them."""
+  try:
+    write_data(directory, data)
+    if task.name == 'clip' and not (directory.tokenizer / 'tokenizer.json').exists():
+      save_tokenizer(task.tokenizer, directory.tokenizer)
+  except Exception as error:
+    if not of_storage(error):
+      raise
+    raise UserError(
+      f'the workdir {directory.path} cannot be written ({reason(error)}); make room, or choose '
+      'another.'
+    ) from error
+
+
 def build(config: ConfigDict | dict, workdir: str, synthetic: bool = False) -> Training:
   """Everything the train loop needs. Nothing is written before all of it is known to be good.
 
@@ -293,11 +320,7 @@ def build(config: ConfigDict | dict, workdir: str, synthetic: bool = False) -> T
   directory = RunDirectory(workdir)
   directory.check_config(resolved(checked), completed)
   mesh = make_mesh(checked.mesh)
-  if checked.remat == 'offload':
-    _check_host_memory(mesh)
-  if checked.attention != 'auto':
-    check_attention(checked.attention, DTYPES[checked.dtype])
-  check_products(checked.products)
+  _check_computing(checked, mesh)
   if checked.task in LATENT and checked.settings.cache and checked.data.transforms:
     raise UserError(
       'data.transforms have no effect with settings.cache; empty them or switch the cache off.'
@@ -307,7 +330,7 @@ def build(config: ConfigDict | dict, workdir: str, synthetic: bool = False) -> T
   train, test = open_sources(checked, synthetic, damage)
   data = {} if synthetic else {'training': fingerprint(train), 'test': fingerprint(test)}
   check_data(directory, data)
-  told, known = _told(train, test), pictures_in(checked, train, test)
+  told, known = _told(train, test), pictures_in(checked, train, test, data)
   if checked.task in LATENT and checked.loop.evaluate_samples:
     if checked.task == 'finetune':
       checked.settings.check_scored()
@@ -315,10 +338,9 @@ def build(config: ConfigDict | dict, workdir: str, synthetic: bool = False) -> T
   task = build_task(checked, train, test, directory, mesh)
   _check_evaluation(checked, task, mesh)
   if checked.task == 'finetune' and checked.settings.prior.folder:
-    prior = train
-    if not synthetic:
-      most = checked.data.most_unreadable
-      prior = Counted(draw_prior(task, mesh), most, damage, 'records of the prior')
+    prior = train if synthetic else Counted(
+      draw_prior(task, mesh), checked.data.most_unreadable, damage, 'records of the prior'
+    )
     data |= {'prior': fingerprint(prior)}
     check_data(directory, data)
     train = Together(train, prior, checked.settings.prior.weight)
@@ -333,17 +355,7 @@ def build(config: ConfigDict | dict, workdir: str, synthetic: bool = False) -> T
   # Last, because filling a cache takes long.
   loader = _loader(checked, task, train, mesh, synthetic)
   if jax.process_index() == 0:
-    try:
-      write_data(directory, data)
-      if task.name == 'clip' and not (directory.tokenizer / 'tokenizer.json').exists():
-        save_tokenizer(task.tokenizer, directory.tokenizer)
-    except Exception as error:
-      if not of_storage(error):
-        raise
-      raise UserError(
-        f'the workdir {directory.path} cannot be written ({reason(error)}); make room, or choose '
-        'another.'
-      ) from error
+    _keep(directory, data, task)
   for text in told:
     print(f'diffusion_jax train: {text}', file=sys.stderr)
   return Training(

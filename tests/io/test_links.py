@@ -96,9 +96,12 @@ def test_the_cache_of_the_hub_is_read_and_converted(hub, whole, tmp_path):
 
 
 def test_links_within_a_model_are_followed(model):
+  _, before = load_params('unet', model / 'unet')
   (model / 'shared.safetensors').write_bytes((model / 'unet' / WEIGHTS).read_bytes())
   replaced(model / 'unet' / WEIGHTS, '../shared.safetensors')
-  load_params('unet', model / 'unet')
+  _, params = load_params('unet', model / 'unet')
+  assert params.keys() == before.keys()
+  assert all(np.array_equal(params[name], before[name]) for name in before)
 
 
 @pytest.mark.parametrize('place', [
