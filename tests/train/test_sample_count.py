@@ -12,6 +12,7 @@ from diffusion_jax.train.config import LoopConfig
 from diffusion_jax.train.sample_count import SampleCount
 from diffusion_jax.train.showing import Showing
 from diffusion_jax.train.side_work import SideWork
+from diffusion_jax.train.training import stating
 from tests import tiny
 
 
@@ -60,7 +61,8 @@ class Slow:
 def test_scores_of_fewer_samples_than_before_are_not_compared(tmp_path, capsys):
   loop = LoopConfig(evaluate_samples=64, evaluate_seconds=1e-6)
   training = types.SimpleNamespace(
-    directory=RunDirectory(tmp_path), loop=loop, task=Slow(), mesh=None
+    directory=RunDirectory(tmp_path), loop=loop, task=Slow(), mesh=None,
+    stating=lambda scores, step: stating(scores, step, ()),
   )
   state = types.SimpleNamespace(eval_params={})
   writer = MetricsWriter(training.directory, True)

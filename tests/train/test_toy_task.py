@@ -121,7 +121,8 @@ def test_importance_resumes_to_the_bit_and_the_run_is_whole(tmp_path, command):
   # Without the memory the second part would draw timesteps uniformly: other losses.
   assert tiny.metrics(tmp_path / 'whole')[6]['loss'] == tiny.metrics(tmp_path / 'parts')[6]['loss']
   scores = json.loads((tmp_path / 'whole' / 'scores.json').read_text())
-  assert set(scores) == {'generated', 'untrained', 'real'}
+  assert set(scores) == {'generated', 'untrained', 'real', 'measured', 'settings'}
+  assert scores['settings']['step'] == 8
   config, params = load_params('mlp', tmp_path / 'whole' / 'model')
   assert config.width == 16 and params['conv_in.kernel'].shape == (2, 16)
   assert '16 points' in (tmp_path / 'whole' / 'README.md').read_text()
