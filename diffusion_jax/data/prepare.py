@@ -92,7 +92,3 @@ def _generate(builder: Any) -> None:
         f'Cannot write the data set to {builder.data_dir} ({first_line(error)}): '
         f'choose another folder with --data_dir or ${_ENVIRONMENT}.'
       ) from error
-
-
-def _first_line(error: BaseException) -> str:
-  return (str(error).strip() or type(error).__name__).splitlines()[0]
