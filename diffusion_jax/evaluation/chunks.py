@@ -91,8 +91,11 @@ class Chunks:
     """The results of all items, [total ...] each; all but texts stay on the disk until read.
 
     Each is in a file without a name in the same folder, which is gone with the array, so that
-    memory does not grow with the number of items.
+    memory does not grow with the number of items. What processes that were killed have left half
+    written is deleted: now that all pieces are whole, nobody writes one.
     """
+    for left in self.directory.glob('.*.npz.*.tmp'):
+      left.unlink(missing_ok=True)
     texts: dict[str, list[np.ndarray]] = {}
     found: dict[str, np.ndarray] = {}
     for index in range(self.count):

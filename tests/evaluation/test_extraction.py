@@ -78,11 +78,14 @@ def test_what_is_whole_is_kept_and_what_is_damaged_made_again(folder, mesh, tmp_
   data[len(data) // 2] ^= 1
   file.write_bytes(data)
   (tmp_path / 'parts' / '000002.npz').write_bytes(b'')
+  half = tmp_path / 'parts' / '.000002.npz.0123abcd.tmp'  # Of a process that was killed.
+  half.write_bytes(data[:100])
   calls.clear()
   again = _chunks(tmp_path / 'parts', len(images))
   extract(again, make, extraction)
   assert calls == [range(4, 8), range(8, 11)]
   np.testing.assert_array_equal(gather(again).columns['colours:mean'], wanted)
+  assert not half.exists()
 
 
 def test_results_of_another_plan_are_not_mixed_in(tmp_path):

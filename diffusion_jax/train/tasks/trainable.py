@@ -57,7 +57,8 @@ class WholeUNet:
 
   def __init__(self, source: str, part: Part | None):
     self.source, self.part = source, part
-    check_folder(resolve(source))  # It is copied when training ends.
+    if part is not None:
+      check_folder(resolve(source))  # It is copied when training ends.
 
   def adapted(self, model: TextToImage) -> TextToImage:
     self.model = model
