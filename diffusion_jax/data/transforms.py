@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.pixels import resize, to_float
 
 _SIDED = re.compile(r'\b(?:left|right|leftwards|rightwards|clockwise|counterclockwise)\b', re.I)
 
@@ -34,7 +34,7 @@ class Resize:
     height, width = image.shape[:2]
     scale = self.size / min(height, width)
     height, width = round(height * scale), round(width * scale)
-    return _moved(record, lambda picture: _resize(picture, height, width))
+    return _moved(record, lambda picture: resize(picture, height, width))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ class RandomResizedCrop:
     cut_w = min(width, max(1, round(np.sqrt(area * ratio))))
     top, left = int(rng.integers(height - cut_h + 1)), int(rng.integers(width - cut_w + 1))
     rows, columns = slice(top, top + cut_h), slice(left, left + cut_w)
-    return _moved(record, lambda picture: _resize(picture[rows, columns], self.size, self.size))
+    return _moved(record, lambda picture: resize(picture[rows, columns], self.size, self.size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +191,7 @@ class Normalize:
   random: ClassVar[bool] = False
 
   def __call__(self, record: dict) -> dict:
-    return record | {'image': _image(record).astype(np.float32) / np.float32(127.5) - 1}
+    return record | {'image': to_float(_image(record))}
 
 
 def edges(image: np.ndarray) -> np.ndarray:
@@ -320,12 +320,6 @@ def _at_least(image: np.ndarray, size: int) -> np.ndarray:
       f'Cannot cut {size} x {size} pixels from an image of {height} x {width}: put resize before.'
     )
   return image
-
-
-def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-  flat = image[..., 0] if image.shape[-1] == 1 else image  # Pillow has no [h, w, 1].
-  resized = Image.fromarray(flat).resize((width, height), Image.Resampling.BICUBIC)
-  return np.asarray(resized).reshape(height, width, image.shape[-1])
 
 
 def _captions(record: Mapping[str, Any]) -> list[str]:

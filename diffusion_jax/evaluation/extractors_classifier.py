@@ -11,6 +11,7 @@ from diffusion_jax.evaluation.resize import resize
 from diffusion_jax.io.pretrained import load_params, resolve
 from diffusion_jax.models.classifier import Classifier
 from diffusion_jax.models.functional import Network
+from diffusion_jax.pixels import to_float
 from diffusion_jax.types import Params
 
 
@@ -33,7 +34,7 @@ class ClassifierExtractor:
 
   def apply(self, params: Params, images: jax.Array) -> dict[str, jax.Array]:
     """uint8 [b h w 3] -> {'penultimate': [b d], 'logits': [b classes]}, float32."""
-    pixels = resize(images, self.size, self.resizing) / 127.5 - 1
+    pixels = to_float(resize(images, self.size, self.resizing))
     features, logits = self.network.bind(params)(pixels)
     return {'penultimate': features, 'logits': logits}
 

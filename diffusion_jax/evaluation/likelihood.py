@@ -35,6 +35,7 @@ from diffusion_jax.evaluation.job import fresh_weights, shuffled
 from diffusion_jax.evaluation.scores import DISCRETE_BITS
 from diffusion_jax.parallel.sharding import in_batches
 from diffusion_jax.pipelines.text_to_image import TextToImage
+from diffusion_jax.pixels import to_float
 from diffusion_jax.seeds import check_seed
 from diffusion_jax.types import Latents, PerExample, Record, Weights
 from diffusion_jax.xla import jit
@@ -116,7 +117,7 @@ def make_encoder(model: TextToImage) -> Callable:
   @jit
   def encode(params, images, keys):
     autoencoder, variance = params
-    x = images.astype(jnp.float32) / 127.5 - 1
+    x = to_float(images)
     moments = model.autoencoder.bind(autoencoder).encode(x)
     mean, logvar = (part.astype(jnp.float32) for part in moments)
     eps = unit_noise(jax.random.wrap_key_data(keys), 0, mean)

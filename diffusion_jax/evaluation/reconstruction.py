@@ -17,8 +17,8 @@ from diffusion_jax.evaluation.offline import Work
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.lpips import lpips
 from diffusion_jax.parallel.sharding import in_batches
+from diffusion_jax.pixels import to_float, to_uint8
 from diffusion_jax.types import Params
-from diffusion_jax.viz.grids import to_uint8
 from diffusion_jax.xla import jit
 
 FIGURES: Mapping[str, Callable] = {'psnr': psnr_of_each, 'ssim': ssim_of_each, 'l1': l1_of_each}
@@ -32,7 +32,7 @@ def reconstructor(network: Network, mesh: Mesh, batch_size: int = BATCH) -> Call
   @jit
   def run(params: Params, images: jax.Array) -> jax.Array:
     model = network.bind(params)
-    images = model.decode(model.encode(images.astype(jnp.float32) / 127.5 - 1)[0])
+    images = model.decode(model.encode(to_float(images))[0])
     return images.astype(jnp.float32)
 
   def reconstruct(params: Params, images: np.ndarray) -> np.ndarray:
@@ -47,14 +47,13 @@ def figures_of_pairs(
   names: Sequence[str],
 ) -> dict[str, Float[np.ndarray, 'n']]:
   """Figures of FIGURES, of each pair: PSNR in dB, SSIM up to 1, L1 of values in [-1, 1]."""
-  x, y = (images / 127.5 - 1 for images in (originals, outputs))
+  x, y = (to_float(images, np.float64) for images in (originals, outputs))
   return {name: FIGURES[name](y, x) for name in names}
 
 
 def perceptual(params: Params, mesh: Mesh, batch_size: int = BATCH) -> Callable:
   """(originals, reconstructions), uint8 [n h w 3] -> LPIPS [n]; params: of `lpips`, on the mesh."""
-  scaled = lambda images: images.astype(jnp.float32) / 127.5 - 1
-  run = jit(lambda params, a, b: lpips(params, scaled(a), scaled(b)))
+  run = jit(lambda params, a, b: lpips(params, to_float(a), to_float(b)))
 
   def distances(originals: np.ndarray, outputs: np.ndarray) -> np.ndarray:
     return np.concatenate(list(

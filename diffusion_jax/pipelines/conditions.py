@@ -14,6 +14,7 @@ import numpy as np
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.pipelines.image_encoder import ImageEncoder
+from diffusion_jax.pixels import to_float
 from diffusion_jax.types import Condition, Latents, Weights
 
 OPTIONS = {
@@ -121,11 +122,6 @@ def _fitting(name: str, value: np.ndarray, shape: tuple[int, ...], n: int) -> np
       f'{", ".join(map(str, shape))}].'
     )
   return np.broadcast_to(value, (n, *shape))
-
-
-def to_float(images: jax.Array) -> jax.Array:
-  """uint8 -> [-1, 1]."""
-  return images / jnp.float32(127.5) - 1
 
 
 def prepared(

@@ -24,9 +24,9 @@ from diffusion_jax.pipelines.conditions import Inputs, check_edited, prepared
 from diffusion_jax.pipelines.image_encoder import ImageEncoder
 from diffusion_jax.pipelines.sampling import Numbers, Program, SampleConfig
 from diffusion_jax.pipelines.text_encoders import TextEncoders
+from diffusion_jax.pixels import to_uint8
 from diffusion_jax.seeds import check_seed
 from diffusion_jax.types import Condition, Images, Latents, Params, Tokens, Weights
-from diffusion_jax.viz.grids import to_uint8
 from diffusion_jax.xla import jitted
 
 __all__ = ['SampleConfig', 'TextToImage', 'Weights', 'fold', 'unfold']

@@ -16,6 +16,7 @@ from diffusion_jax.errors import Unreadable, UserError
 from diffusion_jax.parallel.agreement import agree
 from diffusion_jax.parallel.sharding import in_batches, put_params
 from diffusion_jax.pipelines.text_to_image import TextToImage
+from diffusion_jax.pixels import to_float
 from diffusion_jax.types import Record
 from diffusion_jax.xla import jit
 
@@ -42,7 +43,7 @@ def moments_encoder(model: TextToImage) -> Callable:
   """The jitted (autoencoder, uint8 images [b h w 3]) -> mean and std of unscaled latents."""
 
   def encode(params, images):
-    mean, logvar = model.autoencoder.bind(params).encode(images.astype(jnp.float32) / 127.5 - 1)
+    mean, logvar = model.autoencoder.bind(params).encode(to_float(images))
     return mean.astype(jnp.float32), jnp.exp(logvar.astype(jnp.float32) / 2)
 
   return jit(encode)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from diffusion_jax.errors import UserError
@@ -26,16 +26,6 @@ _CELL = 192
 """Pixels that small images are enlarged to in an `Overview`."""
 _PIXELS = 2**25
 """Of all images of an `Overview`, which any program can open."""
-
-
-def to_uint8(images: Float[np.ndarray, '*shape']) -> UInt8[np.ndarray, '*shape']:
-  """Maps [-1, 1] to [0, 255], rounded to the nearest and clipped; NaN becomes 0.
-
-  The inverse of x / 127.5 - 1: every uint8 value survives the way there and back.
-  """
-  values = (np.asarray(images).astype(np.float32) + 1) * 127.5
-  values = np.nan_to_num(values, nan=0.0, posinf=255.0, neginf=0.0)
-  return np.floor(np.clip(values, 0, 255) + 0.5).astype(np.uint8)
 
 
 def make_grid(
@@ -110,7 +100,7 @@ def _check_grid(
   if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or images.size == 0:
     raise UserError(
       f'A grid is made of uint8 images [n h w 3], not {images.dtype} {list(images.shape)}: '
-      'convert them with to_uint8.'
+      'convert them with pixels.to_uint8.'
     )
   if columns < 1 or scale < 1:
     raise UserError(f'A grid needs columns and scale of 1 or more, not {columns} and {scale}.')

@@ -23,7 +23,7 @@ from diffusion_jax.models.functional import Network
 from diffusion_jax.models.lpips import lpips, lpips_shapes
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.parallel.sharding import put_params
-from diffusion_jax.viz.grids import to_uint8
+from diffusion_jax.pixels import to_uint8
 from tests.evaluation.colours import Colours
 
 RNG = np.random.default_rng(0)

@@ -21,7 +21,7 @@ from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.conditions import Inputs
 from diffusion_jax.pipelines.directory import assemble, sample_config
 from diffusion_jax.pipelines.sampling import BUCKETS, SampleConfig
-from diffusion_jax.viz.grids import to_uint8
+from diffusion_jax.pixels import to_uint8
 from tests import tiny
 
 CONFIG = SampleConfig('ddim', steps=3, guidance=3.0, guidance_interval=(0.1, 5.0))

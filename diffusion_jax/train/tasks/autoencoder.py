@@ -21,6 +21,7 @@ from diffusion_jax.models.discriminator import Discriminator, DiscriminatorConfi
 from diffusion_jax.models.functional import Network, prefixed, under
 from diffusion_jax.models.lpips import lpips
 from diffusion_jax.parallel.sharding import in_batches
+from diffusion_jax.pixels import to_float
 from diffusion_jax.train.tasks.task import Frozen, Metrics, Scores, Task, mean_metric
 from diffusion_jax.types import Images, Latents, Params
 from diffusion_jax.xla import jit
@@ -168,7 +169,7 @@ class AutoencoderTask(Task):
   def latent_moments(self, params: Params, images: np.ndarray, mesh: Mesh) -> tuple[float, float]:
     """Mean and standard deviation over all sampled latent values of the images."""
     def run(params, images):
-      mean, logvar = self.autoencoder.bind(params).encode(images.astype(jnp.float32) / 127.5 - 1)
+      mean, logvar = self.autoencoder.bind(params).encode(to_float(images))
       return jnp.stack([mean, jnp.exp(logvar)], axis=-1).astype(jnp.float32)
 
     own = under('autoencoder', params)
