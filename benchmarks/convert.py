@@ -26,14 +26,13 @@ from flax import nnx
 from peak_memory import PeakMemory
 
 from diffusion_jax import __version__
-from diffusion_jax.io.conversion import convert
-from diffusion_jax.io.convert import published_name, published_shape
-from diffusion_jax.io.kinds import KINDS
-from diffusion_jax.io.pretrained import DTYPES, load
-from diffusion_jax.io.published.architectures import UNETS
-from diffusion_jax.io.published.autoencoder_architectures import AUTOENCODERS
-from diffusion_jax.io.published.text_architectures import TEXT_ENCODERS
-from diffusion_jax.io.tensors import NewTensor, write_json, write_tensors
+from diffusion_jax.formats.autoencoder import AUTOENCODERS
+from diffusion_jax.formats.convert import convert
+from diffusion_jax.formats.networks import DTYPES, KINDS, load
+from diffusion_jax.formats.published import published_name, published_shape
+from diffusion_jax.formats.tensors import NewTensor, write_json, write_tensors
+from diffusion_jax.formats.text import TEXT_ENCODERS
+from diffusion_jax.formats.unet import UNETS
 from diffusion_jax.models import functional
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 

@@ -34,7 +34,7 @@ from diffusion_jax.evaluation import device_statistics
 from diffusion_jax.evaluation.extraction import Extraction
 from diffusion_jax.evaluation.extractors import InceptionExtractor
 from diffusion_jax.evaluation.statistics import Statistics
-from diffusion_jax.io.inception import fold
+from diffusion_jax.formats.inception import fold
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.inception import Inception, InceptionConfig
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh

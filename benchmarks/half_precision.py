@@ -23,8 +23,7 @@ import torch
 import transformers
 
 from diffusion_jax import __version__
-from diffusion_jax.io.kinds import KINDS
-from diffusion_jax.io.pretrained import load_params
+from diffusion_jax.formats.networks import KINDS, load_params
 from diffusion_jax.models.functional import Network
 
 CROSS, PLAIN, UP_CROSS, UP_PLAIN = (

@@ -16,8 +16,8 @@ from diffusion_jax.diffusion.denoiser import text_denoiser
 from diffusion_jax.diffusion.guidance import classifier_free
 from diffusion_jax.diffusion.samplers import sampler, sampling_grid
 from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
-from diffusion_jax.io.convert import to_published
-from diffusion_jax.io.published.architectures import UNETS
+from diffusion_jax.formats.published import to_published
+from diffusion_jax.formats.unet import UNETS
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.models.unet_config import UNetConfig

@@ -59,7 +59,7 @@ def make_task(model: str, remat: str):
   import jax
   import jax.numpy as jnp
 
-  from diffusion_jax.io.published.architectures import UNETS
+  from diffusion_jax.formats.unet import UNETS
   from diffusion_jax.models.functional import Network
   from diffusion_jax.models.unet import UNet
   from diffusion_jax.train.tasks.task import Task, mean_metric

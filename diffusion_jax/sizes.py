@@ -14,7 +14,7 @@ from diffusion_jax.data.transforms import (
   build_transforms,
 )
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.pretrained import read_config
+from diffusion_jax.formats.networks import read_config
 from diffusion_jax.pipelines.directory import read_pipeline
 from diffusion_jax.recipe import LATENT, TrainingConfig
 

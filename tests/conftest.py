@@ -107,7 +107,7 @@ def parts(once, sources):
   """{'autoencoder': DIR, 'clip': DIR}: frozen parts with random weights and a real tokenizer."""
 
   def make(folder):
-    from diffusion_jax.io.pretrained import save_params
+    from diffusion_jax.formats.networks import save_params
     from diffusion_jax.models.autoencoder import AutoencoderKL
     from diffusion_jax.models.functional import Network
     from diffusion_jax.models.text.clip import CLIP

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import build
-from diffusion_jax.io.tensors import read_json
+from diffusion_jax.formats.tensors import read_json
 from diffusion_jax.recipe import load_config, parse
 from diffusion_jax.sizes import check_sizes
 from tests import tiny, tiny_pipeline

@@ -9,9 +9,8 @@ import numpy as np
 import transformers
 from PIL import Image
 
-from diffusion_jax.io.kinds import kind_of_config
-from diffusion_jax.io.pretrained import save_params
-from diffusion_jax.io.tensors import write_json
+from diffusion_jax.formats.networks import kind_of_config, save_params
+from diffusion_jax.formats.tensors import write_json
 from diffusion_jax.models import functional
 from diffusion_jax.models.autoencoder import AutoencoderKLConfig
 from diffusion_jax.models.text.clip_config import CLIPTextConfig, CLIPTextProjectionConfig

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
   """Converts."""
-  from diffusion_jax.io.conversion import convert
+  from diffusion_jax.formats.convert import convert
 
   notes = convert(
     args.source, args.target, args.layout, dtype=args.dtype, kind=args.kind,

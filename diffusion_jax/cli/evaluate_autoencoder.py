@@ -25,9 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def names_autoencoder(path: str | None) -> bool:
   """Whether --model is a directory of an autoencoder, not of a whole model."""
-  from diffusion_jax.io.kinds import KINDS
-  from diffusion_jax.io.pretrained import resolve
-  from diffusion_jax.io.tensors import read_json
+  from diffusion_jax.formats.networks import KINDS, resolve
+  from diffusion_jax.formats.tensors import read_json
 
   file = resolve(path) / 'config.json' if path else None
   return bool(file) and file.is_file() and KINDS['autoencoder'].describes(read_json(file))
@@ -81,7 +80,7 @@ def _works(
     perceptual,
     reconstructor,
   )
-  from diffusion_jax.io.pretrained import load_lpips
+  from diffusion_jax.formats.networks import load_lpips
   from diffusion_jax.parallel.sharding import put_params, to_host
 
   distances = None
@@ -102,7 +101,7 @@ def _open(args: argparse.Namespace) -> tuple:
   was trained on)."""
   from diffusion_jax.data.splits import measured_on
   from diffusion_jax.evaluation.provenance import TESTED, of_model
-  from diffusion_jax.io.pretrained import load_params
+  from diffusion_jax.formats.networks import load_params
   from diffusion_jax.models.autoencoder import AutoencoderKL
   from diffusion_jax.models.functional import Network, under
   from diffusion_jax.parallel.sharding import to_host

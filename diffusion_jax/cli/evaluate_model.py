@@ -234,7 +234,7 @@ def identity(
   ema_halflife_images: float | None = None,
 ) -> str:
   """What tells weights apart: a run's, with its step and its average, or a directory's, by date."""
-  from diffusion_jax.io.pretrained import resolve
+  from diffusion_jax.formats.networks import resolve
   from diffusion_jax.viz.sweep import short
 
   if run is None:

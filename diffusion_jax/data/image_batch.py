@@ -10,7 +10,7 @@ import numpy as np
 
 from diffusion_jax.data.images import MAX_PIXELS
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.npz import check_member, fill, opened, read_header
+from diffusion_jax.formats.npz import check_member, fill, opened, read_header
 from diffusion_jax.reading import reading
 
 ARRAY = 'arr_0.npy'

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from diffusion_jax.evaluation.resize import resize
-from diffusion_jax.io.pretrained import load_params, resolve
+from diffusion_jax.formats.networks import load_params, resolve
 from diffusion_jax.models.classifier import Classifier
 from diffusion_jax.models.functional import Network
 from diffusion_jax.pixels import to_float

@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.evaluation.resize import resize
-from diffusion_jax.io.pretrained import load_params, resolve
-from diffusion_jax.io.published.dinov2 import DINOV2
+from diffusion_jax.formats.dinov2 import DINOV2
+from diffusion_jax.formats.networks import load_params, resolve
 from diffusion_jax.models.dinov2 import DINOv2, DINOv2Config
 from diffusion_jax.models.functional import Network
 from diffusion_jax.types import Params

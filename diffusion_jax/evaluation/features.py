@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from diffusion_jax.evaluation.extractors import CLIPExtractor, compiled, load_clip_extractor
-from diffusion_jax.io.pretrained import resolve
+from diffusion_jax.formats.networks import resolve
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.text.long_texts import Cut
 from diffusion_jax.models.text.tokenizer import Tokenize, load_tokenizer

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.pretrained import resolve
+from diffusion_jax.formats.networks import resolve
 from diffusion_jax.io.trained_on import Pictures, read_trained_on
 
 REFERENCE, TESTED = 'the reference', 'the test images'

@@ -24,7 +24,7 @@ from jaxtyping import Float, UInt8
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.statistics import FittedGaussian, Moments, Statistics
-from diffusion_jax.io.npz import MOST_TEXT, opened, read_arrays
+from diffusion_jax.formats.npz import MOST_TEXT, opened, read_arrays
 from diffusion_jax.io.whole import replacing
 from diffusion_jax.reading import reading
 

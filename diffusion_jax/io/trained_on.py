@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.tensors import write_json
+from diffusion_jax.formats.tensors import write_json
 from diffusion_jax.reading import read_object
 
 NAME = 'trained_on.json'

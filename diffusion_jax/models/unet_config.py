@@ -191,7 +191,7 @@ class EncoderConfig:
 class UNetConfig(EncoderConfig):
   """Shape of the U-Net; the defaults are Stable Diffusion 1's.
 
-  The published ones are in io/published/architectures.py. `sample_size` is the side of the
+  The published ones are in formats/unet.py. `sample_size` is the side of the
   training latents and does not restrict the network.
   """
 

@@ -8,9 +8,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.lora import lora_file, read_lora, to_params
-from diffusion_jax.io.pretrained import load_params, read_config, resolve
-from diffusion_jax.io.textual_inversion import (
+from diffusion_jax.formats.adapters import lora_file, read_lora, to_params
+from diffusion_jax.formats.networks import load_params, read_config, resolve
+from diffusion_jax.formats.textual_inversion import (
   TextualInversion,
   bundled_words,
   read_textual_inversion,

@@ -6,10 +6,10 @@ import functools
 import jax.numpy as jnp
 
 from diffusion_jax.diffusion.schedules import ScheduleConfig
-from diffusion_jax.io.kinds import KINDS
-from diffusion_jax.io.published.architectures import UNETS
-from diffusion_jax.io.published.autoencoder_architectures import AUTOENCODERS
-from diffusion_jax.io.published.text_architectures import TEXT_ENCODERS
+from diffusion_jax.formats.autoencoder import AUTOENCODERS
+from diffusion_jax.formats.networks import KINDS
+from diffusion_jax.formats.text import TEXT_ENCODERS
+from diffusion_jax.formats.unet import UNETS
 from diffusion_jax.models.functional import Network
 from diffusion_jax.pipelines.directory import make_model
 from diffusion_jax.pipelines.text_encoders import ROLES, TextEncoders

@@ -1,5 +1,5 @@
-"""cli -> trained -> benchmark -> build -> sizes -> recipe -> train, evaluation, pipelines -> io,
-data, parallel, viz -> diffusion, models.
+"""cli -> trained -> benchmark -> build -> sizes -> recipe -> train, evaluation, pipelines ->
+formats, io, data, parallel, viz -> diffusion, models.
 """
 
 import ast
@@ -11,7 +11,7 @@ from tests.tiny import ROOT
 LAYERS = (
   ('cli', '__main__'), ('trained',), ('benchmark',), ('build',), ('sizes',), ('recipe',),
   ('train', 'evaluation', 'pipelines'),
-  ('io', 'data', 'parallel', 'viz'), ('diffusion', 'models'),
+  ('formats', 'io', 'data', 'parallel', 'viz'), ('diffusion', 'models'),
 )
 SHARED = {
   'types', 'errors', 'config', 'configs', 'compile_cache', 'layout', 'xla', 'sums', 'host_memory',

@@ -6,9 +6,9 @@ from PIL import Image
 
 pytest.importorskip('diffusers')
 
-from diffusion_jax.io.lora import LoRAWeights, write_lora
-from diffusion_jax.io.lora_names import layers
-from diffusion_jax.io.textual_inversion import (
+from diffusion_jax.formats.adapter_names import layers
+from diffusion_jax.formats.adapters import LoRAWeights, write_lora
+from diffusion_jax.formats.textual_inversion import (
   FILES,
   TextualInversion,
   write_textual_inversion,

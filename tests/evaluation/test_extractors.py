@@ -16,7 +16,7 @@ from diffusion_jax.evaluation.extractors import (
   load_extractor,
 )
 from diffusion_jax.evaluation.features import CLIPFeatures, load_features
-from diffusion_jax.io.pretrained import load
+from diffusion_jax.formats.networks import load
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.inception import Inception, InceptionConfig
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh

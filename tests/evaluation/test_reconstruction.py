@@ -17,7 +17,7 @@ from diffusion_jax.evaluation.reconstruction import (
   perceptual,
   reconstructor,
 )
-from diffusion_jax.io.pretrained import load_params
+from diffusion_jax.formats.networks import load_params
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.lpips import lpips, lpips_shapes

@@ -46,7 +46,7 @@ def _every(sequence):
 
 
 def safetensors():
-  from diffusion_jax.io.tensors import metadata, open_tensors, read_tensors, write_tensors
+  from diffusion_jax.formats.tensors import metadata, open_tensors, read_tensors, write_tensors
 
   def make(folder):
     tensors = {f't{i}': np.arange(6 * i, dtype=np.float32).reshape(2, -1) for i in range(1, 6)}
@@ -62,7 +62,7 @@ def safetensors():
 
 
 def shards():
-  from diffusion_jax.io.tensors import read_tensors, write_json, write_tensors
+  from diffusion_jax.formats.tensors import read_tensors, write_json, write_tensors
 
   def make(folder):
     table = {}
@@ -287,7 +287,7 @@ def report():
 
 
 def lora():
-  from diffusion_jax.io.lora import LoRAWeights, read_lora, write_lora
+  from diffusion_jax.formats.adapters import LoRAWeights, read_lora, write_lora
 
   shapes = {'mid.to_q.kernel': np.zeros((4, 6)), 'mid.conv.kernel': np.zeros((3, 3, 4, 4))}
 
@@ -305,8 +305,8 @@ def lora():
 
 
 def words():
-  from diffusion_jax.io.tensors import write_tensors
-  from diffusion_jax.io.textual_inversion import read_textual_inversion
+  from diffusion_jax.formats.tensors import write_tensors
+  from diffusion_jax.formats.textual_inversion import read_textual_inversion
 
   return Target(
     'words', lambda f: write_tensors(f / 'x.safetensors', {'<fox>': np.ones((1, 8), np.float32)}),
@@ -316,7 +316,7 @@ def words():
 
 
 def scheduler():
-  from diffusion_jax.io.published.scheduler import read_scheduler
+  from diffusion_jax.formats.scheduler import read_scheduler
   from diffusion_jax.pipelines.directory import sample_config
   from diffusion_jax.reading import read_object
 
@@ -362,7 +362,7 @@ def pipeline():
 
 
 def _network(kind, config, count):
-  from diffusion_jax.io.pretrained import load_params, save_params
+  from diffusion_jax.formats.networks import load_params, save_params
   from tests.tiny_pipeline import random_params
 
   return Target(
@@ -390,8 +390,8 @@ def clip_text():
 
 
 def single_file():
-  from diffusion_jax.io.pipeline_files import read_pipeline
-  from diffusion_jax.io.single_file.files import read_single_file, write_single_file
+  from diffusion_jax.formats.pipeline import read_pipeline
+  from diffusion_jax.formats.single_file import read_single_file, write_single_file
   from diffusion_jax.models.autoencoder import AutoencoderKLConfig
   from diffusion_jax.models.text.clip_config import CLIPTextConfig
   from diffusion_jax.models.unet_config import UNetConfig
@@ -423,7 +423,7 @@ def single_file():
 def torch_state():
   import torch
 
-  from diffusion_jax.io.torch_files import read_state
+  from diffusion_jax.formats.torch_files import read_state
 
   def make(folder):
     torch.save({'a': torch.ones(3, 4), 'b': torch.arange(5)}, folder / 'x.pt')

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from diffusion_jax.io.tensors import read_tensors
+from diffusion_jax.formats.tensors import read_tensors
 from tests import tiny
 from tests.faults.ranks import Ranks
 

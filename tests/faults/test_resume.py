@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion_jax.io.tensors import read_tensors
+from diffusion_jax.formats.tensors import read_tensors
 from diffusion_jax.train import loop
 from tests import tiny
 

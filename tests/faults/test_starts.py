@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.formats.tensors import read_tensors
 from diffusion_jax.io.run_directory import RunDirectory
 from diffusion_jax.io.status import stands_still
-from diffusion_jax.io.tensors import read_tensors
 from diffusion_jax.train import loop
 from diffusion_jax.viz.report import write_report
 from tests import tiny

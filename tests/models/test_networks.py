@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.published.architectures import CONTROLNETS, UNETS
+from diffusion_jax.formats.unet import CONTROLNETS, UNETS
 from diffusion_jax.models import attention, functional
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.controlnet import (

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.kinds import kind_of_config
-from diffusion_jax.io.published.text_architectures import TEXT_ENCODERS
+from diffusion_jax.formats.networks import kind_of_config
+from diffusion_jax.formats.text import TEXT_ENCODERS
 from diffusion_jax.layout import parameter_spec
 from diffusion_jax.models import functional
 from diffusion_jax.models.text.clip_config import (

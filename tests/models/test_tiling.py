@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.pretrained import load
+from diffusion_jax.formats.networks import load
 from diffusion_jax.models import functional
 from diffusion_jax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from diffusion_jax.models.tiling import decode_sliced, decode_tiled, encode_tiled

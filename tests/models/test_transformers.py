@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.published.dit import TRANSFORMERS, read_dit, read_mmdit, write_dit
+from diffusion_jax.formats.dit import TRANSFORMERS, read_dit, read_mmdit, write_dit
 from diffusion_jax.models import functional
 from diffusion_jax.models.dit import DiT, DiTConfig
 from diffusion_jax.models.mmdit import MMDiT, MMDiTConfig

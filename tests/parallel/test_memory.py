@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.published.architectures import UNETS
+from diffusion_jax.formats.unet import UNETS
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.discriminator import Discriminator
 from diffusion_jax.models.dit import DiT, DiTConfig

@@ -6,9 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion_jax.io.convert import from_published
-from diffusion_jax.io.kinds import KINDS
-from diffusion_jax.io.pretrained import load_params
+from diffusion_jax.formats.networks import KINDS, load_params
+from diffusion_jax.formats.published import from_published
 from diffusion_jax.models import functional
 
 torch = pytest.importorskip('torch')

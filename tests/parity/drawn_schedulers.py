@@ -19,7 +19,7 @@ import torch
 from diffusion_jax.diffusion.denoiser import text_denoiser
 from diffusion_jax.diffusion.samplers import sampler
 from diffusion_jax.diffusion.schedules import Schedule
-from diffusion_jax.io.published.scheduler import read_scheduler
+from diffusion_jax.formats.scheduler import read_scheduler
 from diffusion_jax.pipelines.directory import sample_config
 
 X = np.linspace(-20, 30, 24).reshape(2, 3, 2, 2)

@@ -5,10 +5,10 @@ import math
 
 import pytest
 
-from diffusion_jax.io.convert import published_shape, to_published_names
-from diffusion_jax.io.kinds import kind_of_config
-from diffusion_jax.io.published.autoencoder_architectures import AUTOENCODERS
-from diffusion_jax.io.published.dit import TRANSFORMERS
+from diffusion_jax.formats.autoencoder import AUTOENCODERS
+from diffusion_jax.formats.dit import TRANSFORMERS
+from diffusion_jax.formats.networks import kind_of_config
+from diffusion_jax.formats.published import published_shape, to_published_names
 from diffusion_jax.models import functional
 
 torch = pytest.importorskip('torch')

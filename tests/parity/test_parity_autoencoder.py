@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.io.pretrained import save_params
+from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models import functional
 
 torch = pytest.importorskip('torch')
@@ -109,8 +109,8 @@ def test_diffusers_opens_what_we_write(name, tmp_path, randomized, ported, asser
 
 
 def test_attention_names_of_before_diffusers_0_18(randomized, ported):
-  from diffusion_jax.io.convert import from_published
-  from diffusion_jax.io.kinds import KINDS
+  from diffusion_jax.formats.networks import KINDS
+  from diffusion_jax.formats.published import from_published
   theirs = randomized(reference(CONFIGS['two levels']))
   _, _, params = ported('autoencoder', theirs)
   old = {'to_q': 'query', 'to_k': 'key', 'to_v': 'value', 'to_out.0': 'proj_attn'}

@@ -7,7 +7,7 @@ import pytest
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from diffusion_jax.io.pretrained import load_params, save_params
+from diffusion_jax.formats.networks import load_params, save_params
 from diffusion_jax.models import functional
 
 torch = pytest.importorskip('torch')

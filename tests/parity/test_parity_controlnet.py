@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.io.pretrained import load_params, save_params
+from diffusion_jax.formats.networks import load_params, save_params
 from diffusion_jax.models import functional
 from diffusion_jax.models.controlnet import ControlNet, ControlNetConfig, from_unet
 

@@ -7,9 +7,9 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.convert import published_shape, to_published_names
-from diffusion_jax.io.pretrained import load, load_params, save, save_params
-from diffusion_jax.io.published.dinov2 import DINOV2, write_dinov2
+from diffusion_jax.formats.dinov2 import DINOV2, write_dinov2
+from diffusion_jax.formats.networks import load, load_params, save, save_params
+from diffusion_jax.formats.published import published_shape, to_published_names
 from diffusion_jax.models import functional
 from diffusion_jax.models.dinov2 import DINOv2
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.pretrained import load, save, save_params
-from diffusion_jax.io.published.dit import copy_embedding, share_embedding
+from diffusion_jax.formats.dit import copy_embedding, share_embedding
+from diffusion_jax.formats.networks import load, save, save_params
 from diffusion_jax.models import functional
 from diffusion_jax.models.dit import DiT
 

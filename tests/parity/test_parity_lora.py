@@ -5,8 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.io.lora import LoRAWeights, from_params, read_lora, to_params, write_lora
-from diffusion_jax.io.lora_names import layers, single_file_names
+from diffusion_jax.formats.adapter_names import layers, single_file_names
+from diffusion_jax.formats.adapters import (
+  LoRAWeights,
+  from_params,
+  read_lora,
+  to_params,
+  write_lora,
+)
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.lora import Rank, with_lora
 from diffusion_jax.models.text.clip_text import CLIPTextModel
@@ -60,7 +66,7 @@ def pair(randomized, tmp_path_factory):
   """(their network, ours, its parameters) with the same random weights."""
 
   def make(role):
-    from diffusion_jax.io.pretrained import load_params
+    from diffusion_jax.formats.networks import load_params
     kind, module, reference = KINDS[role]
     theirs, path = randomized(reference()), tmp_path_factory.mktemp(role)
     theirs.save_pretrained(path)

@@ -8,10 +8,10 @@ import functools
 import numpy as np
 import pytest
 
-from diffusion_jax.io.convert import published_name
-from diffusion_jax.io.kinds import KINDS
-from diffusion_jax.io.lora import read_lora, to_params
-from diffusion_jax.io.lora_names import layers, single_file_names
+from diffusion_jax.formats.adapter_names import layers, single_file_names
+from diffusion_jax.formats.adapters import read_lora, to_params
+from diffusion_jax.formats.networks import KINDS
+from diffusion_jax.formats.published import published_name
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.lora import merge_lora
 
@@ -49,7 +49,7 @@ ATTENTION = ('to_q', 'to_k', 'to_v', 'to_out.0', 'q_proj', 'k_proj', 'v_proj', '
 @pytest.fixture(scope='module')
 def networks(tmp_path_factory):
   """By role: (a function that makes theirs anew, our network, its parameters)."""
-  from diffusion_jax.io.pretrained import load_params
+  from diffusion_jax.formats.networks import load_params
 
   found = {}
   for role, (kind, make) in MAKE.items():
@@ -100,7 +100,7 @@ def theirs(networks, path, role):
   return weights
 
 
-def ours(networks, path, roles):
+def parse_config(networks, path, roles):
   """Merged weights by published names, by role."""
   found = read_lora(path, {role: networks[role][1].shapes for role in roles})
   assert found.keys() == set(roles)
@@ -113,9 +113,9 @@ def ours(networks, path, roles):
 
 
 def assert_merged(networks, path, roles):
-  from diffusion_jax.io.convert import to_published_layout
+  from diffusion_jax.formats.published import to_published_layout
 
-  for role, merged in ours(networks, path, roles).items():
+  for role, merged in parse_config(networks, path, roles).items():
     reference, changed = theirs(networks, path, role), 0
     for name, value in merged.items():
       key = published_name(name)
@@ -269,7 +269,7 @@ def test_the_third_matrix_of_lycoris_convolutions(networks, tmp_path):
     f'{name}.lora_down.weight': down, f'{name}.lora_mid.weight': mid, f'{name}.lora_up.weight': up,
     f'{name}.alpha': torch.tensor(ALPHA),
   }, tmp_path / 'x.safetensors')
-  merged = ours(networks, tmp_path / 'x.safetensors', ['unet'])['unet'][f'{layer}.kernel']
+  merged = parse_config(networks, tmp_path / 'x.safetensors', ['unet'])['unet'][f'{layer}.kernel']
   change = merged - networks['unet'][2][f'{layer}.kernel']
   x = torch.randn(2, 8, 5, 5)
   conv = torch.nn.functional.conv2d

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from diffusion_jax.io.convert import from_published
-from diffusion_jax.io.pretrained import load_lpips
+from diffusion_jax.formats.networks import load_lpips
+from diffusion_jax.formats.published import from_published
 from diffusion_jax.models import functional
 from diffusion_jax.models.discriminator import Discriminator, DiscriminatorConfig
 from diffusion_jax.models.lpips import _unit, lpips

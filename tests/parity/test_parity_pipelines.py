@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion_jax.io.published.scheduler import read_scheduler
-from diffusion_jax.io.textual_inversion import FILES, TextualInversion, write_textual_inversion
+from diffusion_jax.formats.scheduler import read_scheduler
+from diffusion_jax.formats.textual_inversion import FILES, TextualInversion, write_textual_inversion
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.adapters import add_lora, add_words
 from diffusion_jax.pipelines.conditions import Inputs

@@ -14,9 +14,8 @@ from diffusers import SchedulerMixin
 
 from diffusion_jax.diffusion.schedules import Schedule
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.published.scheduler import read_scheduler
-from diffusion_jax.io.published.scheduler_classes import CLASSES
-from diffusion_jax.io.published.scheduler_writing import write_scheduler
+from diffusion_jax.formats.scheduler import read_scheduler, write_scheduler
+from diffusion_jax.formats.scheduler_classes import CLASSES
 from tests.parity.drawn_schedulers import (
   NOISES,
   X,

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.conversion import convert
+from diffusion_jax.formats.convert import convert
 from tests.parity import tiny_pipelines
 from tests.parity.tiny_pipelines import networks
 

@@ -8,7 +8,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from diffusion_jax.io.pretrained import load_params, save_params
+from diffusion_jax.formats.networks import load_params, save_params
 from diffusion_jax.models import functional
 from diffusion_jax.models.text.t5 import relative_position_buckets
 

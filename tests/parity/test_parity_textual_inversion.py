@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import transformers
 
-from diffusion_jax.io.pretrained import load
-from diffusion_jax.io.textual_inversion import (
+from diffusion_jax.formats.networks import load
+from diffusion_jax.formats.textual_inversion import (
   TextualInversion,
   read_textual_inversion,
   write_textual_inversion,

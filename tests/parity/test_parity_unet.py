@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.io.pretrained import save_params
+from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models import functional
 
 torch = pytest.importorskip('torch')

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.pretrained import save_params
-from diffusion_jax.io.published.autoencoders import read_vq
+from diffusion_jax.formats.autoencoder import read_vq
+from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models import functional
 
 torch = pytest.importorskip('torch')

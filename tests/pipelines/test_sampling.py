@@ -16,7 +16,7 @@ from diffusion_jax.diffusion.guidance import classifier_free
 from diffusion_jax.diffusion.samplers import initial_noise, sampling_grid
 from diffusion_jax.diffusion.schedules import ScheduleConfig
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.published.scheduler import read_scheduler
+from diffusion_jax.formats.scheduler import read_scheduler
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.conditions import Inputs
 from diffusion_jax.pipelines.directory import assemble, sample_config

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.convert import to_published
+from diffusion_jax.formats.published import to_published
 from diffusion_jax.models.lpips import lpips, lpips_shapes
 from diffusion_jax.train.tasks.autoencoder import (
   AutoencoderTask,

@@ -16,7 +16,7 @@ from diffusion_jax.evaluation.extractors_classifier import (
   ClassifierExtractor,
   load_classifier_extractor,
 )
-from diffusion_jax.io.pretrained import load_params
+from diffusion_jax.formats.networks import load_params
 from diffusion_jax.models.classifier import Classifier, ClassifierConfig
 from diffusion_jax.models.functional import Network
 from diffusion_jax.train.tasks.classifier import (

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from diffusion_jax.io.tensors import read_tensors
+from diffusion_jax.formats.tensors import read_tensors
 from tests import tiny
 
 LOOP = {'total_steps': 8, 'checkpoint_every_steps': 2, 'evaluate_every_steps': 2,

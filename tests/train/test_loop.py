@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.io.pretrained import load_params
+from diffusion_jax.formats.networks import load_params
 from diffusion_jax.models.text.tokenizer import load_tokenizer
 from diffusion_jax.pipelines.directory import load_text_to_image
 from diffusion_jax.train import loop

@@ -12,8 +12,8 @@ from scipy.spatial.distance import cdist
 from diffusion_jax.data.points import open_points
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.metrics.energy import energy_distance
-from diffusion_jax.io.pretrained import load_params
-from diffusion_jax.io.tensors import read_tensors
+from diffusion_jax.formats.networks import load_params
+from diffusion_jax.formats.tensors import read_tensors
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.recipe import load_config, parse
 from diffusion_jax.train.tasks.toy import ToyTask, ToyTaskConfig

@@ -15,7 +15,7 @@ from diffusion_jax.data.sources import ImageSource
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.reconstruction import figures_of_pairs, reconstructor
-from diffusion_jax.io.pretrained import load_lpips, save_params
+from diffusion_jax.formats.networks import load_lpips, save_params
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.discriminator import Discriminator, DiscriminatorConfig
 from diffusion_jax.models.functional import Network, prefixed, under

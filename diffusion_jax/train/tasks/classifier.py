@@ -12,7 +12,7 @@ from diffusion_jax.data.loader import Source
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extractors_classifier import ClassifierExtractor
-from diffusion_jax.io.pretrained import save_params
+from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models.classifier import Classifier, ClassifierConfig
 from diffusion_jax.models.functional import Network
 from diffusion_jax.parallel.sharding import in_batches

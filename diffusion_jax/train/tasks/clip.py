@@ -17,7 +17,7 @@ from diffusion_jax.data.unreadable import some
 from diffusion_jax.evaluation.extractors import CLIPExtractor
 from diffusion_jax.evaluation.features import CLIPFeatures, unit
 from diffusion_jax.evaluation.metrics.text import clip_score, retrieval_recall
-from diffusion_jax.io.pretrained import save_params
+from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.text.clip import CLIP
 from diffusion_jax.models.text.clip_config import CLIPConfig

@@ -14,9 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.lora import from_params, write_lora
-from diffusion_jax.io.pretrained import cast, load_params, resolve, save_params
-from diffusion_jax.io.textual_inversion import FILES, TextualInversion, write_textual_inversion
+from diffusion_jax.formats.adapters import from_params, write_lora
+from diffusion_jax.formats.networks import cast, load_params, resolve, save_params
+from diffusion_jax.formats.textual_inversion import FILES, TextualInversion, write_textual_inversion
 from diffusion_jax.links import check_folder
 from diffusion_jax.models.controlnet import ControlNet, ControlNetConfig, from_unet
 from diffusion_jax.models.functional import Network

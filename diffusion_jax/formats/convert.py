@@ -1,0 +1,146 @@
+"""Converts pipelines and single networks between the layouts of diffusers, single files and ours.
+
+Between the first two tensors are only renamed and reshaped. One tensor at a time is in memory.
+"""
+
+import math
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from diffusion_jax.formats.networks import DTYPES, KINDS, find_kind, resolve
+from diffusion_jax.formats.pipeline import (
+  Part,
+  Pipeline,
+  is_pipeline,
+  new_directory,
+  read_part,
+  read_pipeline,
+  typed,
+  write_part,
+  write_pipeline,
+)
+from diffusion_jax.formats.single_file import read_single_file, write_single_file
+from diffusion_jax.formats.tensors import PICKLES, NewTensor, read_json, write_tensors
+from diffusion_jax.formats.torch_files import read_state
+from diffusion_jax.links import inside
+from diffusion_jax.models.checks import require
+
+LAYOUTS = ('diffusers', 'single-file', 'native', 'tensors')
+
+
+def convert(
+  source: str, target: str, layout: str, *, dtype: str | None = None, kind: str | None = None,
+  prediction: str | None = None, tokenizers: str | None = None,
+) -> list[str]:
+  """Writes `target`, a new directory or file, from `source`; returns sentences for a person.
+
+  Args:
+    source: a pipeline's directory (diffusers or native), a single .safetensors file, or the
+      directory of one network.
+    layout: one of LAYOUTS; 'tensors' writes those that a file of PyTorch holds by name, as they
+      are, to a .safetensors file.
+    dtype: of the floating tensors; None leaves each as it is.
+    kind: of one network, where its config.json does not tell; one of KINDS.
+    prediction: of a single file that does not say it: 'epsilon' or 'v_prediction'.
+    tokenizers: for a single file, which holds none: the directory to copy them from.
+
+  Raises:
+    UserError: `source` cannot be read, `target` exists or cannot hold it.
+  """
+  require(layout in LAYOUTS, f'--layout is {layout!r}; choose one of {", ".join(LAYOUTS)}.')
+  require(
+    dtype is None or dtype in DTYPES, f'--dtype is {dtype!r}; choose one of {", ".join(DTYPES)}.'
+  )
+  where, there = resolve(source), Path(target)
+  require(where.exists(), f'There is no {source}; check --from.')
+  if layout == 'tensors':
+    require(
+      where.is_file() and where.suffix in PICKLES and there.suffix == '.safetensors',
+      '--layout tensors makes a .safetensors file of a file of PyTorch '
+      f'({", ".join(PICKLES)}); check --from and --to.',
+    )
+    _convert_tensors(where, there, dtype)
+    return []
+  require(
+    where.suffix not in PICKLES,
+    f'{source} is a pickle, which can run any code and is never opened as a model; make it '
+    'safetensors with --layout tensors.',
+  )
+  if where.is_dir() and not is_pipeline(where):
+    _convert_part(where, there, layout, dtype, kind)
+    return []
+  require(
+    kind is None, '--type names the kind of one network; a pipeline says the kinds of its parts.'
+  )
+  pipeline = _read(where, layout, prediction, tokenizers)
+  _check_space(pipeline.parts.values(), there, dtype)
+  notes = pipeline.notes
+  if layout == 'single-file':
+    require(
+      there.suffix == '.safetensors', f'--to is {target}; a single file ends in .safetensors.'
+    )
+    return notes + write_single_file(pipeline, there, dtype)
+  write_pipeline(pipeline, there, layout, dtype)
+  return notes
+
+
+def _read(
+  where: Path, layout: str, prediction: str | None, tokenizers: str | None
+) -> Pipeline:
+  if where.is_dir():
+    return read_pipeline(where)
+  require(
+    layout != 'single-file',
+    f'{where} is a single file already; to change its type, convert to diffusers and back.',
+  )
+  return read_single_file(where, prediction, None if tokenizers is None else Path(tokenizers))
+
+
+def _convert_tensors(where: Path, there: Path, dtype: str | None) -> None:
+  require(not there.exists(), f'{there} exists already; choose another --to.')
+  found = read_state(where)
+  require(bool(found), f'{where} holds no tensors by name.')
+  new = {name: NewTensor(t.dtype, t.shape, lambda t=t: t) for name, t in found.items()}
+  write_tensors(there, typed(new, dtype))
+
+
+def _convert_part(
+  where: Path, there: Path, layout: str, dtype: str | None, kind: str | None
+) -> None:
+  """One network, given by its directory."""
+  require(
+    layout != 'single-file',
+    f'{where} holds one network; a single file is made of a whole pipeline, which has a '
+    'model_index.json.',
+  )
+  if kind is not None:
+    find_kind(kind)
+  config = read_json(inside(where / 'config.json', where))
+  part = read_part(where, ('', ''), kind)
+  require(
+    part.kind is not None,
+    f'{where / "config.json"} describes no network that is known here '
+    f'({config.get("_class_name") or config.get("architectures")}); name it with --type, one of '
+    f'{", ".join(KINDS)}.',
+  )
+  _check_space([part], there, dtype)
+  with new_directory(there) as folder:
+    write_part(part, folder, layout, dtype)
+
+
+def _check_space(parts: Iterable[Part], there: Path, dtype: str | None) -> None:
+  """Raises a UserError where the disk is too small, before any work."""
+  size = lambda tensor: np.dtype(DTYPES[dtype] if dtype else tensor.dtype).itemsize
+  needed = sum(
+    size(tensor) * math.prod(tensor.shape) for part in parts for tensor in part.tensors.values()
+  )
+  parent = next(folder for folder in there.absolute().parents if folder.is_dir())
+  free = shutil.disk_usage(parent).free
+  require(
+    free >= needed,
+    f'{there} needs {needed / 1e9:.1f} GB, but {parent} has {free / 1e9:.1f} GB left; free some, '
+    'or choose another --to or a smaller --dtype.',
+  )

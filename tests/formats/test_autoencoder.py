@@ -1,0 +1,31 @@
+"""Published autoencoders have their published sizes, and their configs survive config.json."""
+
+import json
+
+import pytest
+
+from diffusion_jax.formats.autoencoder import AUTOENCODERS
+from diffusion_jax.formats.networks import kind_of_config
+from diffusion_jax.models import functional
+
+# Scalars and tensors. diffusers builds the same from these configs on the meta device.
+SIZES = {
+  'sd15': (83_653_863, 248), 'sd21': (83_653_863, 248), 'sdxl': (83_653_863, 248),
+  'sd_x4_upscaler': (55_325_927, 204), 'taesd': (2_445_063, 134), 'vq_f4': (55_322_782, 205),
+}
+
+
+@pytest.mark.parametrize('name', AUTOENCODERS)
+def test_sizes(name):
+  config = AUTOENCODERS[name]
+  module = kind_of_config(config).module
+  _, shapes = functional.abstract(lambda rngs: module(config, rngs=rngs))
+  assert (functional.count(shapes), len(shapes)) == SIZES[name]
+
+
+@pytest.mark.parametrize('name', AUTOENCODERS)
+def test_configs_survive_config_json(name):
+  config = AUTOENCODERS[name]
+  kind = kind_of_config(config)
+  values = json.loads(json.dumps(kind.write(config)))
+  assert kind.describes(values) and kind.read(values, 'here') == config

@@ -1,0 +1,151 @@
+"""Reading and writing model directories: errors and exactness. Libraries: tests/parity."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.formats import networks
+from diffusion_jax.formats.networks import load_params, resolve, save_params
+from diffusion_jax.formats.published import from_published, to_published
+from diffusion_jax.models import functional
+from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
+
+CONFIG = AutoencoderKLConfig(
+  block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, scaling_factor=0.7,
+  shift_factor=0.2,
+)
+WEIGHTS = 'diffusion_pytorch_model.safetensors'
+
+
+@pytest.fixture(scope='module')
+def params(random_params):
+  return random_params(functional.abstract(lambda rngs: AutoencoderKL(CONFIG, rngs=rngs))[1])
+
+
+@pytest.fixture
+def saved(tmp_path, params):
+  save_params(tmp_path, CONFIG, params)
+  return tmp_path
+
+
+def test_round_trip_is_exact(saved, params):
+  config, again = load_params('autoencoder', saved)
+  assert config == CONFIG and again.keys() == params.keys()
+  for name, value in params.items():
+    np.testing.assert_array_equal(again[name], value)
+  assert sorted(p.name for p in saved.iterdir()) == ['config.json', WEIGHTS]
+
+
+def test_conversion_is_its_own_inverse(params):
+  published = to_published(params)
+  assert published['encoder.conv_in.weight'].shape == (4, 3, 3, 3)
+  assert 'decoder.mid_block.attentions.0.to_out.0.weight' in published
+  back = from_published(published, params, 'here')
+  assert all(np.array_equal(back[name], params[name]) for name in params)
+
+
+def test_float16_is_stored_and_loaded_as_float32(tmp_path, params):
+  save_params(tmp_path, CONFIG, params, dtype='float16')
+  assert {t.dtype for t in load_file(tmp_path / WEIGHTS).values()} == {np.dtype('float16')}
+  _, again = load_params('autoencoder', tmp_path)
+  for name, value in params.items():
+    assert again[name].dtype == np.float32
+    np.testing.assert_array_equal(again[name], np.asarray(value, np.float16))
+
+
+def test_float16_that_overflows_is_refused(tmp_path, params):
+  large = params | {'encoder.conv_in.bias': params['encoder.conv_in.bias'] + 1e6}
+  with pytest.raises(UserError, match=r'encoder\.conv_in\.bias .* float16'):
+    save_params(tmp_path, CONFIG, large, dtype='float16')
+  assert not list(tmp_path.iterdir())
+
+
+def edit(path, change):
+  tensors = load_file(path / WEIGHTS)
+  change(tensors)
+  save_file(tensors, path / WEIGHTS)
+
+
+def test_missing_unused_and_misshapen_tensors_are_named(saved):
+  key = 'quant_conv.weight'
+  value = load_file(saved / WEIGHTS)[key]
+  edit(saved, lambda t: t.pop(key))
+  with pytest.raises(UserError, match=r'lacks quant_conv\.weight'):
+    load_params('autoencoder', saved)
+  edit(saved, lambda t: t.update({key: value[:, :4]}))
+  with pytest.raises(UserError, match=r'quant_conv\.weight has shape \[8, 4, 1, 1\]'):
+    load_params('autoencoder', saved)
+  edit(saved, lambda t: t.update({key: value, 'extra.bias': value}))
+  with pytest.raises(UserError, match=r'holds extra\.bias'):
+    load_params('autoencoder', saved)
+
+
+def test_truncated_or_missing_files_are_named(saved):
+  whole = (saved / WEIGHTS).read_bytes()
+  for size in (0, 5, len(whole) // 2, len(whole) - 1):
+    (saved / WEIGHTS).write_bytes(whole[:size])
+    with pytest.raises(UserError, match='not a whole safetensors file'):
+      load_params('autoencoder', saved)
+  (saved / WEIGHTS).unlink()
+  (saved / 'diffusion_pytorch_model.bin').write_bytes(b'')
+  with pytest.raises(UserError, match=f'no .*{WEIGHTS} .*pickle'):
+    load_params('autoencoder', saved)
+  (saved / 'config.json').write_text('{"_class_name": ')
+  with pytest.raises(UserError, match='not readable JSON'):
+    load_params('autoencoder', saved)
+  (saved / 'config.json').unlink()
+  with pytest.raises(UserError, match=r'no file .*config\.json'):
+    load_params('autoencoder', saved)
+
+
+@pytest.mark.parametrize(('change', 'words'), [
+  ({'use_quant_conv': False}, r'holds quant_conv\.bias, quant_conv\.weight'),
+  ({'latents_mean': [0.1]}, 'latents_mean'),
+  ({'down_block_types': ['AttnDownEncoderBlock2D'] * 2}, r'lacks encoder\.down_blocks\.0\.att'),
+  ({'down_block_types': ['DownBlock2D'] * 2}, "down_block_types has 'DownBlock2D'"),
+  ({'up_block_types': ['UpDecoderBlock2D']}, 'up_block_types must have 2 entries'),
+  ({'_class_name': 'AutoencoderTiny'}, "'AutoencoderTiny'"),
+  ({'norm_num_groups': 3}, 'norm_num_groups=3'),
+])
+def test_what_we_do_not_implement_is_refused(saved, change, words):
+  values = json.loads((saved / 'config.json').read_text())
+  (saved / 'config.json').write_text(json.dumps(values | change))
+  with pytest.raises(UserError, match=words):
+    load_params('autoencoder', saved)
+
+
+def test_keys_without_effect_are_accepted(saved):
+  values = json.loads((saved / 'config.json').read_text())
+  more = {'latents_mean': None, 'latents_std': None, '_name_or_path': 'x'}
+  (saved / 'config.json').write_text(json.dumps(values | more))
+  assert load_params('autoencoder', saved)[0] == CONFIG
+
+
+def test_a_failed_write_leaves_the_old_files(saved, params):
+  before = {p.name: p.read_bytes() for p in saved.iterdir()}
+  broken = params | {'encoder.conv_in.bias': params['encoder.conv_in.bias'] * np.nan}
+  with pytest.raises(UserError, match=r'encoder\.conv_in\.bias'):
+    save_params(saved, CONFIG, broken)
+  assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+def test_assets(tmp_path, monkeypatch, params):
+  monkeypatch.setattr(networks, 'ASSETS', tmp_path / 'assets')
+  with pytest.raises(UserError, match='no asset at all'):
+    resolve('asset:x')
+  save_params(tmp_path / 'assets' / 'tiny', CONFIG, params)
+  assert resolve('asset:tiny') == tmp_path / 'assets' / 'tiny'
+  assert load_params('autoencoder', 'asset:tiny')[0] == CONFIG
+  assert str(resolve('some/where')) == 'some/where'
+  (tmp_path / 'secret').mkdir()
+  for name in ('asset:none', 'asset:../secret', 'asset:', 'asset:/etc'):
+    with pytest.raises(UserError, match='there is asset:tiny'):
+      resolve(name)
+
+
+def test_unknown_kinds_are_listed(tmp_path):
+  with pytest.raises(UserError, match='autoencoder, unet, controlnet'):
+    load_params('vae', tmp_path)

@@ -1,0 +1,251 @@
+"""What a config says is judged before anything is built: what is absurd is one sentence."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.formats.convert import convert
+from diffusion_jax.formats.networks import KINDS, load_params, save_params
+from diffusion_jax.formats.preprocessor import read_pixels
+from diffusion_jax.formats.tensors import write_json
+from diffusion_jax.models import functional
+from diffusion_jax.models.text.clip_config import CLIPTextConfig, CLIPVisionConfig
+from diffusion_jax.models.text.tokenizer import load_tokenizer
+from diffusion_jax.pipelines.directory import load_text_to_image
+from tests.tiny import ROOT
+
+LEVELS = dict(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2)
+DOWN, UP = ('DownBlock2D', 'CrossAttnDownBlock2D'), ('CrossAttnUpBlock2D', 'UpBlock2D')
+ENCODER = LEVELS | dict(down_block_types=DOWN, cross_attention_dim=8, attention_head_dim=1)
+TOWER = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+TEXT = TOWER | dict(vocab_size=9, max_position_embeddings=5)
+VISION = TOWER | dict(image_size=8, patch_size=4)
+HEADS = dict(num_attention_heads=2, attention_head_dim=4, num_layers=1, sample_size=4)
+SMALL = {
+  'autoencoder': LEVELS, 'vq': LEVELS | dict(num_vq_embeddings=8),
+  'unet': ENCODER | dict(up_block_types=UP), 'controlnet': ENCODER,
+  'clip': dict(text_config=CLIPTextConfig(**TEXT), vision_config=CLIPVisionConfig(**VISION)),
+  'clip_text': TEXT, 'clip_text_projection': TEXT, 'clip_vision': VISION,
+  'clip_vision_projection': VISION,
+  'dinov2': dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=28),
+  't5': dict(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2),
+  'autoencoder_tiny': dict(
+    encoder_block_out_channels=(4, 4), decoder_block_out_channels=(4, 4),
+    num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
+  ),
+  'dit': HEADS | dict(shared_embedding=False),
+  'mmdit': HEADS | dict(
+    caption_projection_dim=8, joint_attention_dim=8, pooled_projection_dim=8, pos_embed_max_size=4
+  ),
+  'classifier': dict(block_out_channels=(8,), class_names=('a', 'b'), image_size=8),
+  'mlp': dict(width=8),
+}
+NAN, LONG = float('nan'), 'x' * 10**5
+NO_SIZE = [10**9, -1, 0, NAN, 1.5, '1', True, [10**9], [[1]], [1] * 10**5, {}]
+
+
+@pytest.fixture(params=KINDS)
+def saved(request, tmp_path):
+  """(kind, its directory, its config.json as a table), of a network with a few parameters."""
+  kind = KINDS[request.param]
+  config = kind.config(**SMALL[request.param])
+  shapes = functional.abstract(lambda rngs: kind.module(config, rngs=rngs))[1]
+  save_params(tmp_path, config, {n: np.ones(p.shape, np.float32) for n, p in shapes.items()})
+  load_params(request.param, tmp_path)
+  return request.param, tmp_path, json.loads((tmp_path / 'config.json').read_text())
+
+
+def sizes(values):
+  """Keys of what counts: whole numbers, and lists of them."""
+  for key, value in values.items():
+    first = value[0] if isinstance(value, list) and value else value
+    if type(first) is int and not key.endswith('_token_id'):
+      yield key
+
+
+def test_sizes_of_every_kind_of_network(saved):
+  name, folder, values = saved
+  unused = {'freq_shift', 'latent_magnitude'}
+  unused |= {'projection_dim'} if name in ('clip_text', 'clip_vision') else set()
+  places = [(values, key) for key in sizes(values)]
+  if name == 'clip':
+    towers = [values[f'{tower}_config'] for tower in ('text', 'vision')]
+    places += [(tower, key) for tower in towers for key in sizes(tower) if key != 'projection_dim']
+  assert len(places) > 3
+  for table, key in places:
+    if key in unused:
+      continue
+    before = table[key]
+    for bad in NO_SIZE:
+      table[key] = bad
+      (folder / 'config.json').write_text(json.dumps(values))
+      start = time.process_time()
+      with pytest.raises(UserError) as error:
+        load_params(name, folder)
+      assert time.process_time() - start < 3, (key, bad)
+      assert len(str(error.value)) < 400 and str(folder) in str(error.value), (key, bad)
+    table[key] = before
+
+
+def test_other_fields_have_their_types(saved):
+  name, folder, values = saved
+  for key, value in values.items():
+    bad = {bool: ['false', 1, [True]], float: [NAN, '1', -1e300, []], str: [LONG, 3, ['a'], {}]}
+    for other in bad.get(type(value), []):
+      if key in ('dtype', 'model_type', 'dense_act_fn', 'norm_type', 'is_encoder_decoder'):
+        continue  # Without effect on the network.
+      (folder / 'config.json').write_text(json.dumps(values | {key: other}))
+      if key in ('is_gated_act',):
+        continue
+      with pytest.raises(UserError) as error:
+        load_params(name, folder)
+      assert len(str(error.value)) < 400, (key, other)
+
+
+@pytest.mark.parametrize('text', [
+  '[' * 10**5 + ']' * 10**5, '{"a":' * 10**5 + '1' + '}' * 10**5, f'{{"a": {"1" * 10**5}}}', '[]',
+  'null', '', '{"_class_name": "MLP", "_class_name": "MLP"}', '\ud800',
+], ids=['lists', 'objects', 'digits', 'list', 'null', 'empty', 'twice', 'surrogate'])
+def test_texts_that_are_no_config(text, tmp_path):
+  (tmp_path / 'config.json').write_bytes(text.encode('utf-8', 'surrogatepass'))
+  with pytest.raises(UserError, match=r'config\.json'):
+    load_params('mlp', tmp_path)
+  with pytest.raises(UserError, match=r'config\.json'):
+    convert(tmp_path, tmp_path / 'out', 'native')
+
+
+def test_a_config_of_a_hundred_megabytes(tmp_path):
+  with (tmp_path / 'config.json').open('wb') as file:
+    file.truncate(10**8)
+  start = time.process_time()
+  with pytest.raises(UserError, match='bytes'):
+    load_params('mlp', tmp_path)
+  assert time.process_time() - start < 2
+
+
+def model(folder, **changes):
+  """A model of our own class whose files are changed: {file: {key: value}} by keyword."""
+  source = ROOT / 'diffusion_jax' / 'assets' / 'text-to-image-openmoji-64'
+  for file in source.rglob('*'):
+    if file.is_file():
+      target = folder / file.relative_to(source)
+      target.parent.mkdir(parents=True, exist_ok=True)
+      target.write_bytes(file.read_bytes())
+  files = {'index': 'model_index.json', 'scheduler': 'scheduler/scheduler_config.json',
+           'unet': 'unet/config.json'}
+  for name, values in changes.items():
+    path = folder / files[name]
+    write_json(path, json.loads(path.read_text()) | values)
+  return str(folder)
+
+
+@pytest.mark.parametrize('changes', [
+  *({'scheduler': {'num_train_timesteps': bad}} for bad in NO_SIZE),
+  *({'scheduler': {key: bad}} for key in ('beta_start', 'beta_end')
+    for bad in (NAN, -1, 2, '0.1', [], 1e300)),
+  *({'scheduler': {'beta_schedule': bad}} for bad in (3, [], LONG)),
+  *({'scheduler': {'prediction_type': bad}} for bad in (3, [], LONG)),
+  *({'index': {'latent_patch_size': bad}} for bad in NO_SIZE),
+  *({'index': {'sample': bad}} for bad in ([], 3, LONG, {'steps': '3'}, {'guidance': []})),
+  *({'index': {'_class_name': 'Other', 'unet': bad}} for bad in ([], 3, {})),
+  *({'unet': {key: 10**9}} for key in ('layers_per_block', 'cross_attention_dim', 'in_channels')),
+])
+def test_models_of_our_own(changes, tmp_path):
+  with pytest.raises(UserError) as error:
+    load_text_to_image(model(tmp_path, **changes))
+  assert len(str(error.value)) < 400
+
+
+def test_steps_of_a_model(tmp_path, fails):
+  for steps in (10**9, 0, -1):
+    path = model(tmp_path, index={'sample': {'steps': steps, 'spacing': 'karras'}})
+    line = fails('sample', '--model', path, '--prompt', 'x', '--out', tmp_path / 'out')
+    assert f'steps is {steps}' in line
+
+
+@pytest.mark.parametrize('values', [
+  {'image_mean': bad} for bad in (3, [1, 2], ['a'] * 3, [NAN] * 3, [[1]] * 3, LONG, [1e300] * 3)
+] + [{'image_std': [0, 1, 1]}, {'image_std': [-1, 1, 1]}, {'image_std': [True, 1, 1]}])
+def test_pixels(values, tmp_path):
+  (tmp_path / 'x.json').write_text(json.dumps(values))
+  with pytest.raises(UserError, match='must be three finite numbers'):
+    read_pixels(tmp_path / 'x.json')
+
+
+def test_convert_counts_no_layers_that_are_not_there(tmp_path):
+  """A single file is written along its config: whatever that says is bounded before."""
+  for kind, name in (('unet', 'unet'), ('autoencoder', 'vae'), ('clip_text', 'text_encoder')):
+    config = KINDS[kind].config(**SMALL[kind])
+    shapes = functional.abstract(lambda rngs, k=kind, c=config: KINDS[k].module(c, rngs=rngs))[1]
+    params = {n: np.ones(p.shape, np.float32) for n, p in shapes.items()}
+    save_params(tmp_path / name, config, params)
+  write_json(tmp_path / 'model_index.json', {
+    'unet': ['d', 'UNet2DConditionModel'], 'vae': ['d', 'AutoencoderKL'],
+    'text_encoder': ['t', 'CLIPTextModel'],
+  })
+  convert(tmp_path, tmp_path / 'good.safetensors', 'single-file')
+  for part, key in (
+    ('unet', 'layers_per_block'), ('unet', 'transformer_layers_per_block'),
+    ('vae', 'layers_per_block'), ('text_encoder', 'num_hidden_layers'),
+  ):
+    path = tmp_path / part / 'config.json'
+    before = path.read_text()
+    for bad in (10**9, -1, 'x', None if key != 'layers_per_block' else []):
+      write_json(path, json.loads(before) | {key: bad})
+      start = time.process_time()
+      try:
+        convert(tmp_path, tmp_path / 'bad.safetensors', 'single-file')
+      except UserError as error:
+        assert part in str(error)
+      else:
+        assert bad is None
+      (tmp_path / 'bad.safetensors').unlink(missing_ok=True)
+      assert time.process_time() - start < 3
+    path.write_text(before)
+
+
+CODE = 'import sys, pathlib; pathlib.Path(__file__).with_name("ran").touch()\nclass T: pass\n'
+
+
+@pytest.mark.parametrize('config', [
+  {'auto_map': {'AutoTokenizer': ['code.T', None]}, 'tokenizer_class': 'T'},
+  {'auto_map': {'AutoTokenizer': ['code.T', 'code.T']}},
+  {'auto_map': ['code.T', None], 'tokenizer_class': 'CLIPTokenizer'},
+])
+def test_a_tokenizer_with_code_of_its_own_is_neither_run_nor_asked_about(config, tmp_path):
+  """Nor does a yes at hand make it run."""
+  write_json(tmp_path / 'tokenizer_config.json', config)
+  write_json(tmp_path / 'config.json', {'model_type': 'x', 'auto_map': {'AutoConfig': 'code.T'}})
+  (tmp_path / 'vocab.json').write_text('{"a": 0}')
+  (tmp_path / 'merges.txt').write_text('#version: 0.2\n')
+  (tmp_path / 'code.py').write_text(CODE)
+  program = (
+    'import sys\nfrom diffusion_jax.models.text.tokenizer import load_tokenizer\n'
+    'from diffusion_jax.errors import UserError\n'
+    'try: print(type(load_tokenizer(sys.argv[1])).__name__)\n'
+    'except UserError as error: print("UserError:", error)\n'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', program, str(tmp_path)], input='y\ny\ny\n',
+    capture_output=True, text=True, timeout=120, env={**os.environ, 'PYTHONPATH': str(ROOT)},
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'UserError: ' in done.stdout or 'CLIPTokenizer' in done.stdout
+  assert 'Do you wish' not in done.stdout and not (tmp_path / 'ran').exists()
+
+
+def test_tokenizer_configs(tmp_path):
+  (tmp_path / 'tokenizer.json').write_text('[' * 10**5)
+  for text in ('[' * 10**5, '{"tokenizer_class": []}', '{"tokenizer_class": 10}', '3', '\ud800'):
+    (tmp_path / 'tokenizer_config.json').write_bytes(text.encode('utf-8', 'surrogatepass'))
+    with pytest.raises(UserError, match='holds no tokenizer that can be read') as error:
+      load_tokenizer(tmp_path)
+    assert len(str(error.value)) < 600 and '\n' not in str(error.value)
+  assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4e6

@@ -1,0 +1,60 @@
+"""config.json of U-Nets and ControlNets: what is read, what is refused, what is written."""
+
+import json
+
+import pytest
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.formats.unet import (
+  CONTROLNETS,
+  UNETS,
+  read_controlnet,
+  read_unet,
+  write_controlnet,
+  write_unet,
+)
+
+
+@pytest.mark.parametrize(('table', 'read', 'write'), [
+  (UNETS, read_unet, write_unet), (CONTROLNETS, read_controlnet, write_controlnet),
+])
+def test_what_is_written_is_read(table, read, write):
+  for config in table.values():
+    assert read(json.loads(json.dumps(write(config))), 'here') == config
+
+
+def test_the_defaults_are_those_of_diffusers():
+  unet, controlnet = read_unet({}, 'here'), read_controlnet({}, 'here')
+  assert (unet.cross_attention_dim, unet.sample_size) == (1280, None)
+  assert controlnet.cross_attention_dim == 1280
+
+
+def test_keys_without_effect_are_read():
+  values = {
+    'upcast_attention': None, 'num_attention_heads': None, 'dropout': 0.0, '_anything': 1,
+    'reverse_transformer_layers_per_block': None, 'addition_embed_type_num_heads': 64,
+    'encoder_hid_dim': None, 'downsample_padding': 1, 'class_embeddings_concat': False,
+  }
+  assert read_unet(values, 'here') == read_unet({}, 'here')
+
+
+def test_heads_are_named_in_two_ways():
+  assert read_unet({'attention_head_dim': [5, 10, 20, 20]}, 'here').heads == (5, 10, 20, 20)
+  both = {'attention_head_dim': 8, 'num_attention_heads': 4}
+  assert read_controlnet(both, 'here').heads == (4,) * 4
+  with pytest.raises(UserError, match='here: num_attention_heads=4'):  # As in diffusers.
+    read_unet(both, 'here')
+
+
+@pytest.mark.parametrize(('key', 'value'), [
+  ('time_cond_proj_dim', 256), ('encoder_hid_dim_type', 'text_proj'), ('act_fn', 'gelu'),
+  ('reverse_transformer_layers_per_block', [1, 2, 3, 4]), ('dual_cross_attention', True),
+  ('class_embed_type', 'simple_projection'), ('addition_embed_type', 'image'),
+  ('mid_block_type', 'UNetMidBlock2DSimpleCrossAttn'), ('resnet_time_scale_shift', 'spatial'),
+  ('time_embedding_dim', 512), ('transformer_layers_per_block', [[1, 2], 1, 1, 1]),
+  ('layers_per_block', [2, 2, 2, 1]), ('cross_attention_dim', [8, 8, 8, 8]),
+  ('conv_in_kernel', 1), ('unheard_of', 0),
+])
+def test_what_we_lack_is_refused_by_name(key, value):
+  with pytest.raises(UserError, match=key):
+    read_unet({key: value}, 'here')
