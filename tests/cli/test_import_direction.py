@@ -15,7 +15,7 @@ LAYERS = (
 )
 SHARED = {
   'types', 'errors', 'config', 'configs', 'compile_cache', 'layout', 'xla', 'sums', 'host_memory',
-  'links', 'pixels', 'reading', 'seeds', '__init__',
+  'links', 'pixels', 'reading', 'registry', 'seeds', '__init__',
 }
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PACKAGE = ROOT / 'diffusion_jax'

@@ -1,0 +1,135 @@
+"""Every kind of part by name: one table each, whose rows are imported when they are asked for.
+
+A row maps the name that configs and options use to 'module:Name'. A part from outside the package
+is one row more: `register(SAMPLERS, 'mine', 'my_package.sampler:INFO')`, in the config file or in a
+module that the command line imports first, because DIFFUSION_JAX_PLUGINS names it (several are
+divided by commas) or an installed package has it as an entry point of the group 'diffusion_jax'.
+"""
+
+import difflib
+import functools
+import importlib
+import importlib.metadata
+import os
+from typing import Any
+
+from diffusion_jax.errors import UserError
+
+PLUGINS = 'DIFFUSION_JAX_PLUGINS'
+"""Environment variable: modules that register parts."""
+
+Table = dict[str, Any]
+"""Name -> 'module:Name', or the object itself."""
+
+TASKS: Table = {
+  'autoencoder': 'diffusion_jax.train.tasks.autoencoder:AutoencoderTask',
+  'classifier': 'diffusion_jax.train.tasks.classifier:ClassifierTask',
+  'clip': 'diffusion_jax.train.tasks.clip:CLIPTask',
+  'diffusion': 'diffusion_jax.train.tasks.diffusion:DiffusionTask',
+  'finetune': 'diffusion_jax.train.tasks.finetune:FinetuneTask',
+  'toy': 'diffusion_jax.train.tasks.toy:ToyTask',
+}
+"""Subclasses of `train.tasks.task.Task`."""
+
+NETWORKS: Table = {}
+"""How a kind of network is built, described and stored."""
+
+SPACES: Table = {}
+"""What a generative model is of: pixels, latents of an autoencoder."""
+
+CONDITIONERS: Table = {}
+"""What a denoiser may be conditioned on."""
+
+SOURCES: Table = {}
+"""Functions of a `DataConfig` that return the sources (train, test). In `data.dataset` a name may
+be followed by a colon and what the function makes of the rest, such as 'folder:PATH'."""
+
+TRANSFORMS: Table = {
+  'resize': 'diffusion_jax.data.transforms:Resize',
+  'center_crop': 'diffusion_jax.data.transforms:CenterCrop',
+  'random_crop': 'diffusion_jax.data.transforms:RandomCrop',
+  'random_resized_crop': 'diffusion_jax.data.transforms:RandomResizedCrop',
+  'random_flip': 'diffusion_jax.data.transforms:RandomFlip',
+  'choose_caption': 'diffusion_jax.data.transforms:ChooseCaption',
+  'first_caption': 'diffusion_jax.data.transforms:FirstCaption',
+  'tokenize': 'diffusion_jax.data.transforms:Tokenize',
+  'edges': 'diffusion_jax.data.transforms:Edges',
+  'label': 'diffusion_jax.data.transforms:Label',
+  'normalize': 'diffusion_jax.data.transforms:Normalize',
+}
+"""Dataclasses that are called with a record, and with a random generator where `random` is True."""
+
+SAMPLERS: Table = {}
+"""`SamplerInfo` objects."""
+
+METRICS: Table = {}
+"""`Metric` objects."""
+
+EVALUATORS: Table = {}
+"""What scores a model, while it is trained and after."""
+
+OPTIMIZERS: Table = {}
+"""Functions of an `OptimizerConfig`, see `train.optimizer`."""
+
+_TABLES = {
+  'task': TASKS, 'network': NETWORKS, 'space': SPACES, 'conditioner': CONDITIONERS,
+  'source of data': SOURCES, 'transform': TRANSFORMS, 'sampler': SAMPLERS, 'metric': METRICS,
+  'evaluator': EVALUATORS, 'optimizer': OPTIMIZERS,
+}
+
+
+def load(table: Table, name: str, where: str = '') -> Any:
+  """Return the object of that name, imported now.
+
+  Args:
+    where: the key or option that gives the name, such as 'config.task', for the error.
+
+  Raises:
+    UserError: no row has the name; the sentence says which is nearest.
+  """
+  check(table, name, where)
+  target = table[name]
+  if not isinstance(target, str):
+    return target
+  module, _, attribute = target.partition(':')
+  return getattr(importlib.import_module(module), attribute)
+
+
+def check(table: Table, name: str, where: str = '') -> str:
+  """Return the name; UserError, with the nearest known one, where no row has it."""
+  if name not in table:
+    _plugins()
+  if name in table:
+    return name
+  close = difflib.get_close_matches(str(name), table, n=1)
+  known = f'choose one of {", ".join(table)}'
+  hint = f'did you mean {close[0]}? If not, {known}.' if close else f'{known}.'
+  raise UserError(f'{where} is {name!r}; {hint}' if where else (
+    f'there is no {_kind(table)} {name!r}; {hint}'
+  ))
+
+
+def register(table: Table, name: str, target: Any) -> None:
+  """Add a row: 'module:Name', or the object itself.
+
+  Raises:
+    ValueError: the name is taken by another target.
+  """
+  if table.setdefault(name, target) != target:
+    raise ValueError(f'there is already a {_kind(table)} {name!r}: {table[name]}')
+
+
+def _kind(table: Table) -> str:
+  return next((kind for kind, known in _TABLES.items() if known is table), 'part')
+
+
+@functools.cache
+def _plugins() -> None:
+  """Import, once, what registers parts from outside."""
+  for module in filter(None, os.environ.get(PLUGINS, '').split(',')):
+    try:
+      importlib.import_module(module)
+    except ImportError as error:
+      raise UserError(f'{PLUGINS} names {module}, which cannot be imported ({error}).') from error
+  for point in importlib.metadata.entry_points(group='diffusion_jax'):
+    point.load()
