@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from diffusion_jax.data.cache import ChooseText, cached_source, synthetic_cache
 from diffusion_jax.data.credits import CREDITS
 from diffusion_jax.data.fingerprint import fingerprint
 from diffusion_jax.data.folder import FOLDER, Together, open_folder
@@ -42,14 +43,13 @@ from diffusion_jax.parallel.sharding import local_rows
 from diffusion_jax.pipelines.directory import assemble
 from diffusion_jax.recipe import DTYPES, LATENT, TrainingConfig, completed, parse, resolved
 from diffusion_jax.sizes import check_sizes
-from diffusion_jax.train.cache import ChooseText, cached_source, synthetic_cache
 from diffusion_jax.train.optimizer import learning_rates, make_optimizer
 from diffusion_jax.train.tasks.autoencoder import AutoencoderTask
 from diffusion_jax.train.tasks.classifier import ClassifierTask, with_classes
 from diffusion_jax.train.tasks.clip import CLIPTask, CLIPTaskConfig
 from diffusion_jax.train.tasks.diffusion import DiffusionTask
 from diffusion_jax.train.tasks.finetune import make_finetune_task
-from diffusion_jax.train.tasks.prior import draw_prior
+from diffusion_jax.train.tasks.prior_preservation import draw_prior
 from diffusion_jax.train.tasks.task import Task
 from diffusion_jax.train.tasks.toy import ToyTask
 from diffusion_jax.train.training import Training

@@ -16,7 +16,7 @@ from diffusion_jax.models.functional import Network
 from diffusion_jax.parallel.agreement import agree, in_step
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.parallel.sharding import put_params, to_host
-from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
+from diffusion_jax.pipelines.model import Diffusion, SampleConfig
 from diffusion_jax.reading import reading
 from diffusion_jax.recipe import LATENT, parse
 from diffusion_jax.train.posthoc_ema import Combination, Snapshot, combine
@@ -48,7 +48,7 @@ class TrainedRun:
     self._checkpoints = Checkpoints(self.directory.checkpoints, read_only=True)
 
   @property
-  def model(self) -> TextToImage:
+  def model(self) -> Diffusion:
     """UserError where the run trains something else."""
     if self.config.task not in LATENT:
       raise UserError(
@@ -151,7 +151,7 @@ class TrainedRun:
     return run_weights(self.workdir, self._shapes, self.mesh, step, bool(ema_halflife_images))
 
 
-def load_trained(workdir: str) -> tuple[TextToImage, Weights, SampleConfig]:
+def load_trained(workdir: str) -> tuple[Diffusion, Weights, SampleConfig]:
   """The text-to-image model of a run's last checkpoint, averaged weights where there are some.
 
   Raises:

@@ -190,11 +190,11 @@ def test_what_is_trained_is_not_written_beside_what_lies_elsewhere(model, secret
 
 
 def test_a_folder_that_is_copied_at_the_end_is_looked_through_at_the_start(model, secret):
-  from diffusion_jax.train.tasks.trainable import WholeUNet
+  from diffusion_jax.train.tasks.trainable import Full
 
   replaced(model / 'notes.md', secret)
   with pytest.raises(UserError, match=r'notes\.md is a link that leads out'):
-    WholeUNet(str(model), None)
+    Full(str(model), None)
 
 
 def test_a_pipe_is_no_tokenizer(model):

@@ -9,10 +9,10 @@ import numpy as np
 from diffusion_jax.benchmark.flops import Flops, count_flops
 from diffusion_jax.benchmark.timing import peak_memory, quartiles, repeat, utilisation
 from diffusion_jax.benchmark.training import Counts
+from diffusion_jax.data.cache import moments_encoder
 from diffusion_jax.diffusion.samplers import sampler
 from diffusion_jax.parallel.sharding import in_batches
-from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
-from diffusion_jax.train.cache import moments_encoder
+from diffusion_jax.pipelines.model import Diffusion, SampleConfig
 from diffusion_jax.train.training import Training
 from diffusion_jax.types import Weights
 
@@ -42,12 +42,12 @@ def measure_sampling(training: Training, counts: Counts, batch_size: int) -> dic
   }
 
 
-def _read(model: TextToImage, weights: Weights) -> Weights:
+def _read(model: Diffusion, weights: Weights) -> Weights:
   """What drawing reads of the weights of training."""
   return {role: weights[role] for role in model.networks}
 
 
-def count_calls(model: TextToImage, config: SampleConfig) -> int:
+def count_calls(model: Diffusion, config: SampleConfig) -> int:
   """How often the sampler calls its denoiser, counted on one that does nothing."""
   calls: list[int] = []
 
@@ -65,7 +65,7 @@ def count_calls(model: TextToImage, config: SampleConfig) -> int:
 
 
 def sampling_flops(
-  model: TextToImage, weights: Weights, config: SampleConfig, calls: int, batch_size: int
+  model: Diffusion, weights: Weights, config: SampleConfig, calls: int, batch_size: int
 ) -> Flops:
   """Of a batch of pictures: text once, the network so many times, the decoder once."""
   guided = 2 if config.program.guided else 1

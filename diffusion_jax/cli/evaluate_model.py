@@ -17,7 +17,7 @@ from diffusion_jax.errors import UserError
 if TYPE_CHECKING:
   from diffusion_jax.evaluation.comparison import Column
   from diffusion_jax.evaluation.images import Split
-  from diffusion_jax.pipelines.text_to_image import SampleConfig
+  from diffusion_jax.pipelines.model import SampleConfig
   from diffusion_jax.trained import TrainedRun
   from diffusion_jax.types import Weights
 

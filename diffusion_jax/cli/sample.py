@@ -102,8 +102,7 @@ def read_inputs(args: argparse.Namespace, model, steps: int) -> tuple:
   Raises:
     UserError: an image that cannot be read, or a strength that is none.
   """
-  from diffusion_jax.pipelines.conditions import Inputs
-  from diffusion_jax.pipelines.pictures import read_pictures
+  from diffusion_jax.pipelines.conditions import Inputs, read_pictures
 
   for name, needed in NEEDED.items():
     if getattr(args, name) is not None and getattr(args, needed) is None:

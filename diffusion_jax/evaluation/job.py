@@ -24,7 +24,7 @@ from diffusion_jax.evaluation.scores import METRICS as KNOWN_METRICS
 from diffusion_jax.evaluation.scores import Compared, Scores, check_metrics, outputs_of, score
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.parallel.sharding import put_params, to_host
-from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
+from diffusion_jax.pipelines.model import Diffusion, SampleConfig
 from diffusion_jax.types import Record, Weights
 
 MINIMUM = 16
@@ -61,7 +61,7 @@ class Evaluation:
   """
 
   def __init__(
-    self, model: TextToImage, features: Sequence[str], metrics: Sequence[str],
+    self, model: Diffusion, features: Sequence[str], metrics: Sequence[str],
     train: ImageSource, test: ImageSource, mesh: Mesh,
   ):
     """UserError for weights that cannot be read, or a metric that these features cannot have."""
@@ -216,7 +216,7 @@ def check_samples(samples: int, available: int) -> None:
     )
 
 
-def fresh_weights(model: TextToImage, weights: Weights, mesh: Mesh, seed: int = 1) -> Weights:
+def fresh_weights(model: Diffusion, weights: Weights, mesh: Mesh, seed: int = 1) -> Weights:
   """The same model with an untrained U-Net."""
   fresh = jax.jit(model.unet.initialize)(jax.random.key(seed))
   return {**weights, 'unet': put_params(to_host(fresh), mesh)}

@@ -34,7 +34,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.job import fresh_weights, shuffled
 from diffusion_jax.evaluation.scores import DISCRETE_BITS
 from diffusion_jax.parallel.sharding import in_batches
-from diffusion_jax.pipelines.text_to_image import TextToImage
+from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.pixels import to_float
 from diffusion_jax.seeds import check_seed
 from diffusion_jax.types import Latents, PerExample, Record, Weights
@@ -105,7 +105,7 @@ def image_keys(key: jax.Array, count: int) -> np.ndarray:
   return np.asarray(jax.random.key_data(keys))
 
 
-def make_encoder(model: TextToImage) -> Callable:
+def make_encoder(model: Diffusion) -> Callable:
   """((autoencoder, decoder variance []), uint8 images [b h w 3], key data [b k]) -> a dictionary.
 
   'latents' [b h w c], scaled, sampled; 'log_q' [b], their log-density in nats; 'decoder' [b],
@@ -134,7 +134,7 @@ def make_encoder(model: TextToImage) -> Callable:
 
 
 def make_scorer(
-  model: TextToImage, config: LikelihoodConfig, offset: jax.Array, figures: Sequence[str] = FIGURES
+  model: Diffusion, config: LikelihoodConfig, offset: jax.Array, figures: Sequence[str] = FIGURES
 ) -> Callable:
   """(weights, latents [b h w c], tokens [b l], key data [b k]) -> what `latent_bits` returns."""
 
@@ -150,7 +150,7 @@ def make_scorer(
 
 
 def discrete_bits(
-  model: TextToImage, records: Sequence[Record], *, draws: int, seed: int, mesh: Mesh,
+  model: Diffusion, records: Sequence[Record], *, draws: int, seed: int, mesh: Mesh,
   batch_size: int = 16,
 ) -> Callable[[Weights, range], dict[str, np.ndarray]]:
   """A function of weights and a range of records: their latent_bits_per_dim_discrete, [n].
@@ -175,7 +175,7 @@ def discrete_bits(
 
 
 def evaluate_likelihood(
-  model: TextToImage, weights: Weights, train: ImageSource, test: ImageSource,
+  model: Diffusion, weights: Weights, train: ImageSource, test: ImageSource,
   config: LikelihoodConfig, *, samples: int, seed: int, mesh: Mesh, batch_size: int = 16,
   progress: bool = True,
 ) -> dict[str, dict[str, float]]:

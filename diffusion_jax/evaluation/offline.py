@@ -21,7 +21,7 @@ from diffusion_jax.evaluation.scores import Compared, Scores, score, takes_refer
 from diffusion_jax.evaluation.statistics import Moments
 from diffusion_jax.parallel.agreement import agree
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
+from diffusion_jax.pipelines.model import Diffusion, SampleConfig
 from diffusion_jax.types import Weights
 
 CHUNK = 64
@@ -64,7 +64,7 @@ def of_images(images: ImageSet) -> Work:
 
 
 def of_model(
-  model: TextToImage, weights: Callable[[], Weights], name: str, captions: Sequence[str],
+  model: Diffusion, weights: Callable[[], Weights], name: str, captions: Sequence[str],
   sample: SampleConfig, *, seed: int, mesh: Mesh, batch_size: int = 16,
   figures: FiguresOf | None = None,
 ) -> Work:

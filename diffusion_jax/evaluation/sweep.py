@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from diffusion_jax.diffusion.samplers import SAMPLERS, sampler
 from diffusion_jax.errors import UserError
-from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
+from diffusion_jax.pipelines.model import Diffusion, SampleConfig
 from diffusion_jax.types import Condition
 
 EMA = 'ema_halflife_images'
@@ -55,7 +55,7 @@ def applied(sample: SampleConfig, combination: Mapping[str, Any]) -> SampleConfi
   return dataclasses.replace(sample, **{k: v for k, v in combination.items() if k != EMA})
 
 
-def network_calls(model: TextToImage, sample: SampleConfig) -> int | None:
+def network_calls(model: Diffusion, sample: SampleConfig) -> int | None:
   """Rows that the U-Net computes for one picture: a guided step counts twice for each call.
 
   They are counted while the sampler runs, with a network that always says zero. None for samplers

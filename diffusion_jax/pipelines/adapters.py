@@ -18,12 +18,12 @@ from diffusion_jax.formats.textual_inversion import (
 from diffusion_jax.models.controlnet import ControlNet, ControlNetConfig
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.lora import Rank, merge_lora
-from diffusion_jax.pipelines.text_encoders import EXTRA, embedding_table
-from diffusion_jax.pipelines.text_to_image import TextToImage
+from diffusion_jax.pipelines.conditioners import EXTRA, embedding_table
+from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.types import Weights
 
 
-def add_lora(model: TextToImage, weights: Weights, path: str, scale: float = 1.0) -> Weights:
+def add_lora(model: Diffusion, weights: Weights, path: str, scale: float = 1.0) -> Weights:
   """The weights with a LoRA merged into them, `scale` times as strong as it was trained.
 
   Words that were learned with it, and are in the same file, are added as by `add_words`.
@@ -46,15 +46,15 @@ def add_lora(model: TextToImage, weights: Weights, path: str, scale: float = 1.0
 
 
 def add_controlnet(
-  model: TextToImage, weights: Weights, path: str, mesh: Mesh | None = None
-) -> tuple[TextToImage, Weights]:
+  model: Diffusion, weights: Weights, path: str, mesh: Mesh | None = None
+) -> tuple[Diffusion, Weights]:
   """The model with a ControlNet from a directory. UserError where it is none for this U-Net."""
   network = Network.of(ControlNet, controlnet_config(model, path), **model.unet.options)
   params = load_params('controlnet', path, mesh=mesh)[1]
   return dataclasses.replace(model, controlnet=network), {**weights, 'controlnet': params}
 
 
-def controlnet_config(model: TextToImage, path: str) -> ControlNetConfig:
+def controlnet_config(model: Diffusion, path: str) -> ControlNetConfig:
   """Of the ControlNet in a directory. UserError where it is none for the model's U-Net."""
   config = read_config('controlnet', path)
   for name in ('block_out_channels', 'cross_attention_dim', 'layers_per_block'):
@@ -66,7 +66,7 @@ def controlnet_config(model: TextToImage, path: str) -> ControlNetConfig:
   return config
 
 
-def add_words(model: TextToImage, weights: Weights, path: str) -> Weights:
+def add_words(model: Diffusion, weights: Weights, path: str) -> Weights:
   """The weights with the rows of a learned word, whose token the model's tokenizers then know.
 
   Several words may be added one after another; they follow the vocabulary in that order. A text
@@ -82,14 +82,14 @@ def add_words(model: TextToImage, weights: Weights, path: str) -> Weights:
   return _with_word(model, weights, learned)
 
 
-def _widths(model: TextToImage) -> dict[str, int]:
+def _widths(model: Diffusion) -> dict[str, int]:
   """Of the table of tokens of each text encoder, by role. UserError where there is none."""
   if not model.text.tokenizers:
     raise UserError('the model reads no words; leave --words out, or use a model that does.')
   return {role: embedding_table(n)[1] for role, n in model.text.networks.items()}
 
 
-def _with_word(model: TextToImage, weights: Weights, learned: TextualInversion) -> Weights:
+def _with_word(model: Diffusion, weights: Weights, learned: TextualInversion) -> Weights:
   rows, widths = learned.embeddings, _widths(model)
   before = {
     role: np.asarray(weights[role].get(EXTRA, np.zeros((0, widths[role]), np.float32)))

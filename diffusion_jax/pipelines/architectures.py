@@ -11,9 +11,9 @@ from diffusion_jax.formats.networks import KINDS
 from diffusion_jax.formats.text import TEXT_ENCODERS
 from diffusion_jax.formats.unet import UNETS
 from diffusion_jax.models.functional import Network
+from diffusion_jax.pipelines.conditioners import ROLES, TextEncoders
 from diffusion_jax.pipelines.directory import make_model
-from diffusion_jax.pipelines.text_encoders import ROLES, TextEncoders
-from diffusion_jax.pipelines.text_to_image import TextToImage
+from diffusion_jax.pipelines.model import Diffusion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ ARCHITECTURES = {
 
 
 @functools.cache
-def architecture_model(name: str, dtype=jnp.float32) -> TextToImage:
+def architecture_model(name: str, dtype=jnp.float32) -> Diffusion:
   """The model of that name without weights and tokenizers; nothing is allocated."""
   a = ARCHITECTURES[name]
   sdxl = len(a.text) > 1

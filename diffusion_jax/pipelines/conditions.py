@@ -4,16 +4,26 @@ What the U-Net is told beside the latents follows from how many channels it take
 depth map; 1 + c, a mask and the latents of the masked picture (inpainting); c, the latents of the
 picture to edit (InstructPix2Pix, Brooks et al. 2023); 3, a small picture to enlarge (Rombach et al.
 2022, sec. 4.5) with a noise level. c are the channels of the latents.
+
+Pictures in files that belong together keep their places: masks, controls and depth maps are laid
+over the picture that they belong to, whatever their own size, and the same central square is cut
+out of all.
 """
 
 import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
+from diffusion_jax.data.images import read_pixels
 from diffusion_jax.errors import UserError
-from diffusion_jax.pipelines.image_encoder import ImageEncoder
+from diffusion_jax.pipelines.conditioners import ImageEncoder
 from diffusion_jax.pixels import to_float
 from diffusion_jax.types import Condition, Latents, Weights
 
@@ -188,3 +198,107 @@ def check_edited(model, image_guidance: float) -> None:
     raise UserError(
       f'image_guidance is {image_guidance:g}, but the model edits no picture; leave it at 1.'
     )
+
+
+FRAMES = ('image', 'small', 'control', 'depth', 'mask')
+"""Of the pictures that are given, the first of these is laid out by itself, the others over it."""
+ALONE = 'reference'
+"""A picture whose places mean nothing to the one that is drawn."""
+ON_BLACK = ('mask', 'control', 'depth')
+"""What is transparent in these is nothing: not painted, not drawn, far away. In others it is white.
+"""
+STRETCHED = 1.05
+"""Ratio of two shapes from which on people are told that one of them is stretched."""
+
+
+class Pictures(NamedTuple):
+  """What `read_pictures` made of files: arguments of `conditions.Inputs`, and what to tell people.
+  """
+
+  arrays: dict[str, np.ndarray]
+  notes: list[str]
+
+
+def read_pictures(files: Mapping[str, str | Path], edges: Mapping[str, int]) -> Pictures:
+  """Reads pictures that belong together.
+
+  Masks paint where they are white: shrunk or enlarged with Lanczos' filter and cut at half, as
+  diffusers does it. Depth maps fill the range from -1 to 1.
+
+  Args:
+    files: 'image', 'mask', 'control', 'depth', 'small' and 'reference', those that there are.
+    edges: of each the edge in pixels that the model takes.
+
+  Raises:
+    UserError: one that cannot be read, or a mask that paints nothing of what is cut out.
+  """
+  frame = next((name for name in FRAMES if name in files), None)
+  arrays, notes, sizes = {}, [], {}
+  for name in sorted(files, key=lambda name: name != frame):
+    pixels = read_pixels(files[name], background='black' if name in ON_BLACK else 'white')
+    own = sizes[name] = pixels.shape[:2]
+    frame_size = own if name == ALONE else sizes[frame]
+    if _ratio(own, frame_size) > STRETCHED:
+      notes.append(
+        f'{files[name]} is {own[1]} x {own[0]} pixels, {files[frame]} '
+        f'{frame_size[1]} x {frame_size[0]}; it is stretched to lie over it.'
+      )
+    kind = Image.Resampling.LANCZOS if name == 'mask' else Image.Resampling.BICUBIC
+    arrays[name] = central_square(pixels, frame_size, edges[name], kind)[None]
+  if 'mask' in arrays:
+    arrays['masks'], said = _painted(arrays.pop('mask'), files['mask'])
+    notes += said
+  if 'image' in arrays:
+    arrays['images'] = arrays.pop('image')
+  if 'depth' in arrays:
+    arrays['depth'] = _filling(arrays['depth'].mean(axis=-1))
+  return Pictures(arrays, notes)
+
+
+def central_square(
+  pixels: np.ndarray, frame: tuple[int, int], edge: int,
+  filtered: Image.Resampling = Image.Resampling.BICUBIC,
+) -> np.ndarray:
+  """The central square of a frame (height, width) out of a picture that is laid over it.
+
+  Args:
+    pixels: uint8 [h w 3].
+
+  Returns:
+    uint8 [edge edge 3].
+  """
+  side = min(frame)
+  lows = [(whole - side) // 2 for whole in frame]
+  scales = [own / whole for own, whole in zip(pixels.shape, frame, strict=False)]
+  top, left = (low * scale for low, scale in zip(lows, scales, strict=True))
+  bottom, right = ((low + side) * scale for low, scale in zip(lows, scales, strict=True))
+  y, x = math.floor(top), math.floor(left)
+  # Cut first, so that nothing beyond the square shows in it.
+  cut = Image.fromarray(pixels[y : math.ceil(bottom), x : math.ceil(right)])
+  box = (left - x, top - y, min(right - x, cut.width), min(bottom - y, cut.height))
+  return np.asarray(cut.resize((edge, edge), filtered, box))
+
+
+def _ratio(a: tuple[int, int], b: tuple[int, int]) -> float:
+  """How many times as wide for its height one is as the other, at least 1."""
+  ratio = a[1] * b[0] / (a[0] * b[1])
+  return max(ratio, 1 / ratio)
+
+
+def _painted(pixels: np.ndarray, file: str | Path) -> tuple[np.ndarray, list[str]]:
+  """bool [1 h w], true where uint8 [1 h w 3] is white, and what is to be said of it."""
+  gray = np.asarray(Image.fromarray(pixels[0]).convert('L'))[None]
+  painted = gray >= 128
+  if not painted.any():
+    raise UserError(
+      f'the mask {file} paints nothing of the central square; make white and opaque what is to be '
+      'painted.'
+    )
+  said = f'the mask {file} paints everything, so that nothing of the picture is kept.'
+  return painted, [said] * bool(painted.all())
+
+
+def _filling(depth: np.ndarray) -> np.ndarray:
+  """float32 in [-1, 1]: models of depth were shown maps that fill the range."""
+  low, high = depth.min(), max(depth.max(), depth.min() + 1)
+  return (2 * (depth - low) / (high - low) - 1).astype(np.float32)

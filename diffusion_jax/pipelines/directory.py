@@ -29,10 +29,9 @@ from diffusion_jax.models.functional import Network
 from diffusion_jax.models.text.tokenizer import load_tokenizer
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.models.unet_config import UNetConfig
-from diffusion_jax.pipelines.image_encoder import MEAN, ROLE, STD, ImageEncoder
+from diffusion_jax.pipelines.conditioners import MEAN, ROLE, ROLES, STD, ImageEncoder, TextEncoders
+from diffusion_jax.pipelines.model import Diffusion, SampleConfig
 from diffusion_jax.pipelines.sampling import PLACES
-from diffusion_jax.pipelines.text_encoders import ROLES, TextEncoders
-from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
 from diffusion_jax.types import Params, Weights
 
 OURS = 'TextToImage'
@@ -59,7 +58,7 @@ def make_model(
   unet: UNetConfig, autoencoder: AutoencoderKLConfig, text: TextEncoders | ImageEncoder,
   schedule: ScheduleConfig, prediction: str, *, latent_patch_size: int = 1, dtype=jnp.float32,
   **more,
-) -> TextToImage:
+) -> Diffusion:
   """A model without weights. UserError where its parts do not fit together."""
   if unet.cross_attention_dim != text.width:
     raise UserError(
@@ -74,7 +73,7 @@ def make_model(
       f'{channels}; set both to {channels}, or out_channels to {2 * channels} for a learned '
       'variance.'
     )
-  return TextToImage(
+  return Diffusion(
     unet=Network.of(UNet, unet, dtype=dtype),
     autoencoder=Network.of(AutoencoderKL, autoencoder, dtype=dtype), text=text,
     schedule=Schedule(schedule), prediction=prediction, latent_patch_size=latent_patch_size, **more,
@@ -84,7 +83,7 @@ def make_model(
 def assemble(
   unet: UNetConfig, autoencoder: str, clip: str, schedule: ScheduleConfig, prediction: str,
   latent_patch_size: int = 1, dtype=jnp.float32,
-) -> tuple[TextToImage, Weights]:
+) -> tuple[Diffusion, Weights]:
   """A model of a U-Net without weights and of two loaded, frozen parts.
 
   Returns:
@@ -118,7 +117,7 @@ def read_part(path: str, kinds: tuple[str, ...]) -> Part:
 
 def read_pipeline(
   path: str, dtype=jnp.float32
-) -> tuple[TextToImage, dict[str, Part], SampleConfig]:
+) -> tuple[Diffusion, dict[str, Part], SampleConfig]:
   """The model of a directory, or 'asset:NAME', without its weights; where they are; how to sample.
 
   Raises:
@@ -267,7 +266,7 @@ def load_weights(
 
 def load_text_to_image(
   path: str, dtype=jnp.float32, mesh: Mesh | None = None
-) -> tuple[TextToImage, Weights, SampleConfig]:
+) -> tuple[Diffusion, Weights, SampleConfig]:
   """Reads a model directory, or 'asset:NAME'. `dtype` is the type of the computation.
 
   Raises:
@@ -278,7 +277,7 @@ def load_text_to_image(
 
 
 def save_text_to_image(
-  directory: Path, model: TextToImage, unet: Params, *, autoencoder: str, clip: str,
+  directory: Path, model: Diffusion, unet: Params, *, autoencoder: str, clip: str,
   sample: SampleConfig, dtype: str,
 ) -> None:
   """Writes a model of our own class; `load_text_to_image` reads it."""

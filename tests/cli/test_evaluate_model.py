@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax.cli import evaluate_follow
-from diffusion_jax.pipelines.text_to_image import TextToImage
+from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.trained import TrainedRun
 from tests import tiny
 
@@ -65,11 +65,11 @@ def test_a_model_draws_captions_of_one_s_own(drawn, command, finished, tmp_path)
 
 
 def test_what_is_drawn_is_not_drawn_again(drawn, command, finished, tmp_path, monkeypatch):
-  from diffusion_jax.pipelines.text_to_image import TextToImage
+  from diffusion_jax.pipelines.model import Diffusion
 
   scores, folder = drawn
   run = shutil.copytree(folder, tmp_path / 'again')
-  monkeypatch.setattr(TextToImage, 'draw', lambda *_, **__: 1 / 0)
+  monkeypatch.setattr(Diffusion, 'draw', lambda *_, **__: 1 / 0)
   arguments = ('--captions', run / 'captions.txt', '--metrics', 'fd,clip_score,retrieval')
   out = run / 'scores.json'
   assert command('evaluate', '--workdir', finished, *arguments, '--out', out) == 0
@@ -201,7 +201,7 @@ def test_follow_scores_each_checkpoint_once(
   assert 'fd_clip of each checkpoint' in out.with_suffix('.html').read_text()
   left = {path.name for path in (tmp_path / 'followed.parts').iterdir()}
   assert left == {'reference', 'untrained'}
-  monkeypatch.setattr(TextToImage, 'draw', lambda *_, **__: 1 / 0)
+  monkeypatch.setattr(Diffusion, 'draw', lambda *_, **__: 1 / 0)
   assert command(*arguments, '--metrics', 'fd,clip_score') == 0
   assert json.loads(out.read_text()) == scores and len(_rows(out)) == 2
   assert 'is of another evaluation (metrics was' in fails(*arguments, '--metrics', 'fd')

@@ -14,7 +14,7 @@ from diffusion_jax.evaluation.metrics.text import clip_score
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.directory import assemble
-from diffusion_jax.pipelines.text_to_image import SampleConfig
+from diffusion_jax.pipelines.model import SampleConfig
 from tests import tiny
 
 SAMPLE = SampleConfig(sampler='ddim', steps=1, guidance=2.0)

@@ -30,7 +30,7 @@ from diffusion_jax.evaluation.likelihood import (
 )
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.parallel.sharding import in_batches, put_params
-from diffusion_jax.pipelines.text_to_image import fold
+from diffusion_jax.pipelines.model import fold
 from diffusion_jax.trained import load_trained
 from tests import tiny
 

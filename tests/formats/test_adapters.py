@@ -14,8 +14,8 @@ from diffusion_jax.formats.adapter_names import kohya_names, single_file_names
 from diffusion_jax.formats.adapters import LoRAWeights, read_lora, write_lora
 from diffusion_jax.formats.tensors import metadata
 from diffusion_jax.pipelines.adapters import add_lora
+from diffusion_jax.pipelines.conditioners import EXTRA, embedding_table
 from diffusion_jax.pipelines.directory import load_text_to_image
-from diffusion_jax.pipelines.text_encoders import EXTRA, embedding_table
 
 ATTENTION = 'transformer_blocks.0.attn1.to_q'
 # Stable Diffusion XL: three levels of two layers, attention in the lower two.

@@ -16,9 +16,9 @@ from diffusion_jax.formats.scheduler import read_scheduler
 from diffusion_jax.formats.textual_inversion import FILES, TextualInversion, write_textual_inversion
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.adapters import add_lora, add_words
+from diffusion_jax.pipelines.conditioners import EXTRA
 from diffusion_jax.pipelines.conditions import Inputs
 from diffusion_jax.pipelines.directory import load_text_to_image, sample_config
-from diffusion_jax.pipelines.text_encoders import EXTRA
 from tests.parity import small_pipelines as small
 
 PROMPTS, NEGATIVE = ['cab ab', 'b a c d e f g h a b c'], 'a'

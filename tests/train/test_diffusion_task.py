@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion_jax.data.cache import ChooseText, cached_source
 from diffusion_jax.data.transforms import apply, build_transforms
 from diffusion_jax.diffusion.schedules import ScheduleConfig
 from diffusion_jax.diffusion.training import ObjectiveConfig
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.directory import assemble
-from diffusion_jax.train.cache import ChooseText, cached_source
 from diffusion_jax.train.tasks.diffusion import NULL, DiffusionTask, DiffusionTaskConfig
 from diffusion_jax.types import Condition
 from tests import tiny

@@ -304,7 +304,7 @@ def test_only_the_new_row_of_the_table_is_trained(opened, tuned, original):
 
 
 def test_what_is_missing_of_the_prior_is_drawn(opened, pipelines, tuned, tmp_path, monkeypatch):
-  from diffusion_jax.train.tasks import prior
+  from diffusion_jax.train.tasks import prior_preservation
 
   task = opened('dreambooth')[0].task
   drawn = tuned('dreambooth').parent / 'class'
@@ -316,10 +316,10 @@ def test_what_is_missing_of_the_prior_is_drawn(opened, pipelines, tuned, tmp_pat
   changed = type(config)(str(tmp_path), config.prompt, 8, config.weight)
   monkeypatch.setattr(task, 'config', dataclasses.replace(task.config, prior=changed))
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-  assert len(prior.draw_prior(task, mesh)) == 8
+  assert len(prior_preservation.draw_prior(task, mesh)) == 8
   assert tiny.snapshot(tmp_path) == tiny.snapshot(drawn)
   monkeypatch.setattr(task.model.__class__, 'generate', None)  # Nothing is left to draw.
-  assert len(prior.draw_prior(task, mesh)) == 8
+  assert len(prior_preservation.draw_prior(task, mesh)) == 8
 
 
 @pytest.mark.parametrize('recipe', ['controlnet', 'inpainting'])

@@ -1,4 +1,7 @@
-"""Trains the denoiser of a latent diffusion model; autoencoder and text encoder stay frozen."""
+"""What tasks share that train a network on noised data by an `Objective`.
+
+Trains the denoiser of a latent diffusion model; autoencoder and text encoder stay frozen.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -11,6 +14,7 @@ from jax.sharding import Mesh
 from diffusion_jax.data.sources import ImageSource
 from diffusion_jax.diffusion.levels import TableLevels
 from diffusion_jax.diffusion.schedules import ScheduleConfig
+from diffusion_jax.diffusion.timesteps import LossHistory, update_history
 from diffusion_jax.diffusion.training import Losses, Objective, ObjectiveConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.job import DRAW_BATCH, Evaluation, EvaluationConfig, fresh_weights
@@ -19,10 +23,41 @@ from diffusion_jax.models.unet_config import UNetConfig
 from diffusion_jax.parallel.sharding import to_host
 from diffusion_jax.pipelines.conditions import Inputs
 from diffusion_jax.pipelines.directory import save_text_to_image
-from diffusion_jax.pipelines.text_to_image import SampleConfig, TextToImage
-from diffusion_jax.train.tasks.noising import NoisingTask, history_of
-from diffusion_jax.train.tasks.task import Frozen, Memory, Scores
+from diffusion_jax.pipelines.model import Diffusion, SampleConfig
+from diffusion_jax.train.tasks.task import Frozen, Memory, Scores, Seen, Task, mean_metric
 from diffusion_jax.types import Condition, Latents, Params, Weights
+
+TIME_BUCKETS = 10
+
+
+class NoisingTask(Task):
+  """A task with an objective, whose memory are the losses that importance sampling needs."""
+
+  objective: Objective
+
+  def memory(self) -> Memory:
+    history = self.objective.history()
+    return history._asdict() if history else {}
+
+  def remember(self, memory: Memory, seen: Seen) -> Memory:
+    return update_history(LossHistory(**memory), *seen)._asdict() if memory else memory
+
+  def summary(self, losses: Losses, memory: Memory) -> tuple[jax.Array, tuple]:
+    """What `loss` returns: the mean, metrics with the error by noise level, and what was seen."""
+    bucket = jnp.floor(losses.level.position * TIME_BUCKETS).astype(int)
+    which = jax.nn.one_hot(bucket, TIME_BUCKETS)
+    metrics = {
+      'loss': mean_metric(losses.loss),
+      'loss_by_timestep': (losses.error @ which, which.sum(axis=0)),
+    }
+    seen = (losses.level.label, losses.error) if memory else ()
+    return losses.loss.mean(), (metrics, seen)
+
+
+def history_of(memory: Memory) -> LossHistory | None:
+  """The memory as `Objective.losses` takes it."""
+  return LossHistory(**memory) if memory else None
+
 
 NULL = 'null'
 """The role under which the null caption's condition is kept: 'text.bias', 'pooled.bias'."""
@@ -92,7 +127,7 @@ class DiffusionTask(NoisingTask):
   shows = 'Drawn for these captions, from the same noise each time.'
 
   def __init__(
-    self, config: LatentTaskConfig, model: TextToImage, frozen: Frozen,
+    self, config: LatentTaskConfig, model: Diffusion, frozen: Frozen,
     train: ImageSource, test: ImageSource, remat: str = 'none', products: str = 'plain',
   ):
     """`remat` and `products`, of `models.remat` and `models.float8`, are of the loss alone."""

@@ -15,20 +15,20 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.job import Evaluation
 from diffusion_jax.models.lora import LoRAConfig
 from diffusion_jax.pipelines.architectures import ARCHITECTURES, architecture_model
+from diffusion_jax.pipelines.conditioners import random_masks
 from diffusion_jax.pipelines.conditions import Inputs, inpainting_image, kind_of_input
 from diffusion_jax.pipelines.directory import Part, load_weights, read_pipeline
-from diffusion_jax.pipelines.text_to_image import TextToImage
+from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.train.tasks.diffusion import DiffusionTask, LatentTaskConfig
-from diffusion_jax.train.tasks.masks import random_masks
-from diffusion_jax.train.tasks.prior import PriorConfig
+from diffusion_jax.train.tasks.prior_preservation import PriorConfig
 from diffusion_jax.train.tasks.task import Frozen, Scores
 from diffusion_jax.train.tasks.trainable import (
-  Adapters,
-  Control,
+  ControlNet,
+  Full,
+  LoRA,
   PlaceholderConfig,
+  TextualInversion,
   Trainable,
-  WholeUNet,
-  Words,
 )
 from diffusion_jax.types import Condition, Params, Weights
 
@@ -93,15 +93,15 @@ class FinetuneTaskConfig(LatentTaskConfig):
 def make_trainable(config: FinetuneTaskConfig, part: Part | None = None) -> Trainable:
   """What the config trains; `part` is the pretrained U-Net, needed to `start`."""
   if config.train == 'lora':
-    return Adapters(config.lora)
+    return LoRA(config.lora)
   if config.train == 'controlnet':
-    return Control(config.controlnet, part)
+    return ControlNet(config.controlnet, part)
   if config.train == 'embeddings':
-    return Words(config.placeholder)
-  return WholeUNet(config.model, part)
+    return TextualInversion(config.placeholder)
+  return Full(config.model, part)
 
 
-def shown(model: TextToImage, inputs: str) -> TextToImage:
+def shown(model: Diffusion, inputs: str) -> Diffusion:
   """The model with the input channels that `inputs` needs, where it has none yet."""
   found = kind_of_input(model)
   if found == inputs:
@@ -136,7 +136,7 @@ class FinetuneTask(DiffusionTask):
     return super().shows
 
   def __init__(
-    self, config: FinetuneTaskConfig, trainable: Trainable, model: TextToImage, frozen: Frozen,
+    self, config: FinetuneTaskConfig, trainable: Trainable, model: Diffusion, frozen: Frozen,
     train: Sequence, test: Sequence, remat: str = 'none', products: str = 'plain',
   ):
     super().__init__(config, model, frozen, train, test, remat, products)
@@ -228,7 +228,7 @@ def make_finetune_task(
   return FinetuneTask(config, trainable, model, frozen, train, test, remat, products)
 
 
-def _check_architecture(config: FinetuneTaskConfig, model: TextToImage) -> None:
+def _check_architecture(config: FinetuneTaskConfig, model: Diffusion) -> None:
   wanted = architecture_model(config.architecture)
   for role, network in wanted.networks.items():
     found = model.networks.get(role)

@@ -24,7 +24,7 @@ from diffusion_jax.models.functional import Network
 from diffusion_jax.models.mlp import MLP, MLPConfig
 from diffusion_jax.parallel.pulse import beat
 from diffusion_jax.parallel.sharding import to_host
-from diffusion_jax.train.tasks.noising import NoisingTask, history_of
+from diffusion_jax.train.tasks.diffusion import NoisingTask, history_of
 from diffusion_jax.train.tasks.task import Frozen, Scores
 from diffusion_jax.types import Params
 from diffusion_jax.viz.points import field_picture, scatter_picture

@@ -16,23 +16,25 @@ from jax.sharding import Mesh
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.adapters import from_params, write_lora
 from diffusion_jax.formats.networks import cast, load_params, resolve, save_params
-from diffusion_jax.formats.textual_inversion import FILES, TextualInversion, write_textual_inversion
+from diffusion_jax.formats.textual_inversion import FILES, write_textual_inversion
+from diffusion_jax.formats.textual_inversion import TextualInversion as Learned
 from diffusion_jax.links import check_folder
-from diffusion_jax.models.controlnet import ControlNet, ControlNetConfig, from_unet
+from diffusion_jax.models.controlnet import ControlNet as ControlNetModule
+from diffusion_jax.models.controlnet import ControlNetConfig, from_unet
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.lora import LoRAConfig, is_lora, targets, with_lora
 from diffusion_jax.parallel.sharding import put_params, shard_params, to_host
 from diffusion_jax.pipelines.adapters import controlnet_config
+from diffusion_jax.pipelines.conditioners import EXTRA, embedding_table
 from diffusion_jax.pipelines.directory import Part, save_changed
-from diffusion_jax.pipelines.text_encoders import EXTRA, embedding_table
-from diffusion_jax.pipelines.text_to_image import TextToImage
+from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.types import Params, Weights
 
 
 class Trainable(Protocol):
   """A part of a model that is trained while all others are frozen."""
 
-  def adapted(self, model: TextToImage) -> TextToImage:
+  def adapted(self, model: Diffusion) -> Diffusion:
     """The model with room for the trained parameters; before anything else is asked."""
 
   @property
@@ -52,7 +54,7 @@ class Trainable(Protocol):
     """Writes what was trained as its users expect it."""
 
 
-class WholeUNet:
+class Full:
   """All of the U-Net; the result is a whole pipeline."""
 
   def __init__(self, source: str, part: Part | None):
@@ -60,7 +62,7 @@ class WholeUNet:
     if part is not None:
       check_folder(resolve(source))  # It is copied when training ends.
 
-  def adapted(self, model: TextToImage) -> TextToImage:
+  def adapted(self, model: Diffusion) -> Diffusion:
     self.model = model
     return model
 
@@ -97,13 +99,13 @@ def widened(params: Params, shapes: Params, mesh: Mesh) -> Params:
   return {**params, **put_params({name: wide}, mesh)}
 
 
-class Adapters:
+class LoRA:
   """LoRA on the U-Net; the result are adapters in the layouts of PEFT and kohya."""
 
   def __init__(self, config: LoRAConfig):
     self.config = config
 
-  def adapted(self, model: TextToImage) -> TextToImage:
+  def adapted(self, model: Diffusion) -> Diffusion:
     self.sizes = targets(model.unet, self.config)
     self.network = with_lora(model.unet, self.sizes)
     return dataclasses.replace(model, unet=self.network)
@@ -127,15 +129,15 @@ class Adapters:
     write_lora(directory / 'kohya.safetensors', lora, layout='kohya')
 
 
-class Control:
+class ControlNet:
   """A ControlNet (Zhang et al. 2023) beside the frozen U-Net, from whose weights it begins."""
 
   def __init__(self, source: str, part: Part | None):
     self.source, self.part = source, part
 
-  def adapted(self, model: TextToImage) -> TextToImage:
+  def adapted(self, model: Diffusion) -> Diffusion:
     found = controlnet_config(model, self.source) if self.source else _new_controlnet(model)
-    self.network = Network.of(ControlNet, found, **model.unet.options)
+    self.network = Network.of(ControlNetModule, found, **model.unet.options)
     return dataclasses.replace(model, controlnet=self.network)
 
   @property
@@ -160,7 +162,7 @@ class Control:
     save_params(directory, self.network.config, params, dtype=dtype)
 
 
-def _new_controlnet(model: TextToImage) -> ControlNetConfig:
+def _new_controlnet(model: Diffusion) -> ControlNetConfig:
   """A ControlNet that brings pictures to the size of the model's latents."""
   config = ControlNetConfig.for_unet(model.unet.config)
   factor = model.image_size // model.unet.config.sample_size
@@ -189,13 +191,13 @@ class PlaceholderConfig:
       raise UserError('settings.placeholder.initializer is empty; name a word of the same kind.')
 
 
-class Words:
+class TextualInversion:
   """Textual inversion (Gal et al. 2023): only the embedding of a new word is trained."""
 
   def __init__(self, config: PlaceholderConfig):
     self.config = config
 
-  def adapted(self, model: TextToImage) -> TextToImage:
+  def adapted(self, model: Diffusion) -> Diffusion:
     self.text = model.text
     if model.text.tokenizers:  # There are none without weights.
       counts = dict.fromkeys(model.text.networks, self.config.vectors)
@@ -238,9 +240,9 @@ class Words:
     params = _cast(params, dtype)
     rows = {role: params[f'{role}.embedding'] for role in self._tables()}
     for role, value in rows.items():
-      write_textual_inversion(directory / FILES[role], TextualInversion(token, {role: value}))
+      write_textual_inversion(directory / FILES[role], Learned(token, {role: value}))
     a1111 = directory / 'a1111' / f'{token}.safetensors'
-    write_textual_inversion(a1111, TextualInversion(token, rows), 'a1111')
+    write_textual_inversion(a1111, Learned(token, rows), 'a1111')
 
 
 def _cast(params: Params, dtype: str) -> Params:

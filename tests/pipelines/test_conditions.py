@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.pipelines.pictures import read_pictures
+from diffusion_jax.pipelines.conditions import read_pictures
 
 EDGE, LATENT = 16, 8
 EDGES = {'image': EDGE, 'mask': EDGE, 'control': EDGE, 'depth': LATENT, 'small': LATENT,

@@ -20,16 +20,15 @@ from diffusion_jax.models.tiling import decode_sliced, decode_tiled
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.models.unet_config import UNetConfig
 from diffusion_jax.parallel.sharding import in_batches, put_params, whole_batch
+from diffusion_jax.pipelines.conditioners import ImageEncoder, TextEncoders
 from diffusion_jax.pipelines.conditions import Inputs, check_edited, prepared
-from diffusion_jax.pipelines.image_encoder import ImageEncoder
 from diffusion_jax.pipelines.sampling import Numbers, Program, SampleConfig
-from diffusion_jax.pipelines.text_encoders import TextEncoders
 from diffusion_jax.pixels import to_uint8
 from diffusion_jax.seeds import check_seed
 from diffusion_jax.types import Condition, Images, Latents, Params, Tokens, Weights
 from diffusion_jax.xla import jitted
 
-__all__ = ['SampleConfig', 'TextToImage', 'Weights', 'fold', 'unfold']
+__all__ = ['Diffusion', 'SampleConfig', 'Weights', 'fold', 'unfold']
 
 
 DECODERS = {
@@ -53,7 +52,7 @@ def unfold(x: Latents, patch: int) -> Latents:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TextToImage:
+class Diffusion:
   """A latent diffusion model without its weights.
 
   `controlnet` adds to the U-Net's skips where there is one; `small_schedule` has the noise levels
@@ -97,11 +96,11 @@ class TextToImage:
     """Channels that the U-Net takes beside the latents."""
     return self.unet.config.in_channels - self.channels
 
-  def with_unet(self, config: UNetConfig) -> 'TextToImage':
+  def with_unet(self, config: UNetConfig) -> 'Diffusion':
     """The same model with a U-Net of another config."""
     return dataclasses.replace(self, unet=Network.of(UNet, config, **self.unet.options))
 
-  def rematerialised(self, remat: str) -> 'TextToImage':
+  def rematerialised(self, remat: str) -> 'Diffusion':
     """The same model for training: of its networks, the backward pass keeps less.
 
     The autoencoder is left out, because no gradient passes through it.
@@ -114,7 +113,7 @@ class TextToImage:
       text=self.text.replaced({role: less(n) for role, n in self.text.networks.items()}),
     )
 
-  def attending(self, attention: str) -> 'TextToImage':
+  def attending(self, attention: str) -> 'Diffusion':
     """The same model, whose U-Net and ControlNet compute attention in that way.
 
     Others choose for themselves: the one head of an autoencoder is too wide for kernels.
@@ -122,7 +121,7 @@ class TextToImage:
     control = self.controlnet and self.controlnet.attending(attention)
     return dataclasses.replace(self, unet=self.unet.attending(attention), controlnet=control)
 
-  def multiplying(self, products: str) -> 'TextToImage':
+  def multiplying(self, products: str) -> 'Diffusion':
     """The same model for training, whose U-Net and ControlNet multiply in that way."""
     if products == 'plain':
       return self

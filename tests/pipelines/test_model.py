@@ -14,8 +14,8 @@ from diffusion_jax.diffusion.schedules import ScheduleConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.tiling import decode_tiled
 from diffusion_jax.pipelines.directory import INDEX, assemble, load_text_to_image
+from diffusion_jax.pipelines.model import SampleConfig, fold, unfold
 from diffusion_jax.pipelines.sampling import DECODINGS
-from diffusion_jax.pipelines.text_to_image import SampleConfig, fold, unfold
 from diffusion_jax.types import Condition
 from tests import tiny
 

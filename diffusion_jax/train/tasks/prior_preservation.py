@@ -11,7 +11,7 @@ from PIL import Image
 from diffusion_jax.data.finding import Left, find_files, with_suffixes
 from diffusion_jax.data.folder import FolderSource, open_all
 from diffusion_jax.errors import UserError
-from diffusion_jax.pipelines.text_to_image import TextToImage
+from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.train.tasks.diffusion import DiffusionTask
 from diffusion_jax.viz.grids import save_png
 
@@ -60,7 +60,7 @@ def _pictures(folder: Path) -> list[Path]:
   return with_suffixes(find_files(folder, Left()))
 
 
-def _draw(task: DiffusionTask, model: TextToImage, mesh: Mesh, folder: Path, found: set) -> None:
+def _draw(task: DiffusionTask, model: Diffusion, mesh: Mesh, folder: Path, found: set) -> None:
   prior, missing = task.config.prior, task.config.prior.images - len(found)
   free = (name for i in range(prior.images + len(found)) if (name := f'{i:05d}.png') not in found)
   params = task.start(mesh) or jax.jit(task.initialize)(jax.random.key(0))

@@ -15,7 +15,6 @@ from diffusion_jax.data.sources import ArraySource, ImageSource
 from diffusion_jax.errors import Unreadable, UserError
 from diffusion_jax.parallel.agreement import agree
 from diffusion_jax.parallel.sharding import in_batches, put_params
-from diffusion_jax.pipelines.text_to_image import TextToImage
 from diffusion_jax.pixels import to_float
 from diffusion_jax.types import Record
 from diffusion_jax.xla import jit
@@ -39,7 +38,7 @@ class ChooseText:
     return out
 
 
-def moments_encoder(model: TextToImage) -> Callable:
+def moments_encoder(model) -> Callable:
   """The jitted (autoencoder, uint8 images [b h w 3]) -> mean and std of unscaled latents."""
 
   def encode(params, images):
@@ -50,7 +49,7 @@ def moments_encoder(model: TextToImage) -> Callable:
 
 
 def cached_source(
-  source: ImageSource, model: TextToImage, frozen: dict, mesh: Mesh, progress: bool = True
+  source: ImageSource, model, frozen: dict, mesh: Mesh, progress: bool = True
 ) -> ArraySource:
   """Encodes every image and every caption of `source` once.
 
@@ -108,7 +107,7 @@ def _read(source: ImageSource, progress: bool) -> tuple[list[Record], dict[int, 
   return [blank if i in unreadable else records[i] for i in range(len(source))], unreadable
 
 
-def synthetic_cache(model: TextToImage, frozen: dict, count: int) -> ArraySource:
+def synthetic_cache(model, frozen: dict, count: int) -> ArraySource:
   """What `cached_source` gives, of random numbers; nothing is encoded."""
   images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.uint8)
   latents, _ = jax.eval_shape(moments_encoder(model), frozen['autoencoder'], images)
