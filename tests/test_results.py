@@ -1,6 +1,6 @@
-"""Results that no rebuilding may change: pictures of the packaged model and losses of the quickstart.
+"""Results that no rebuilding may change: images of the packaged model, losses of the quickstart.
 
-Both were recorded on a CPU by real commands. Pictures are equal to the bit under the versions of JAX
+Both were recorded on a CPU by real commands. Images are equal to the bit under the version of JAX
 that they were recorded with, and elsewhere within the rounding of another compiler.
 """
 
