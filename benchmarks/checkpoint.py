@@ -25,13 +25,12 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax import __version__
+from diffusion_jax.checkpoint import restoring, saving
+from diffusion_jax.checkpoint.checkpoints import Checkpoints
 from diffusion_jax.formats.unet import UNETS
-from diffusion_jax.io import restoring, saving
-from diffusion_jax.io.checkpoint import Checkpoints
 from diffusion_jax.models import functional
 from diffusion_jax.models.unet import UNet
-from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from diffusion_jax.parallel.sharding import shard_params
+from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, shard_params
 
 
 def arguments() -> argparse.Namespace:

@@ -54,8 +54,7 @@ def on_devices(features, shards: int, batch: int):
   import numpy as np
 
   from diffusion_jax.evaluation import device_statistics
-  from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-  from diffusion_jax.parallel.sharding import put_batch
+  from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 
   mesh = make_mesh(MeshConfig(), jax.devices()[:shards])
   step = jax.jit(functools.partial(device_statistics.update, mesh=mesh), donate_argnums=0)

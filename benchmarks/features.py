@@ -37,8 +37,7 @@ from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.formats.inception import fold
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.inception import Inception, InceptionConfig
-from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from diffusion_jax.parallel.sharding import put_batch, put_params
+from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_batch, put_params
 from tests.parity.reference.inception import random_inception
 
 WIDTH = 2048

@@ -21,9 +21,8 @@ from diffusion_jax.formats.unet import UNETS
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.models.unet_config import UNetConfig
-from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from diffusion_jax.parallel.sharding import put_batch, put_params
-from diffusion_jax.train.compiling import compile_step
+from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_batch, put_params
+from diffusion_jax.train.compile import compile_step
 from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
 from diffusion_jax.train.state import abstract_state, create_state
 from diffusion_jax.train.step import make_step

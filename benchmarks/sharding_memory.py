@@ -90,7 +90,7 @@ def abstract_batch(config, b: int, size: int, mesh) -> dict:
   import jax
   import jax.numpy as jnp
 
-  from diffusion_jax.parallel.sharding import batch_sharding
+  from diffusion_jax.parallel.mesh import batch_sharding
 
   shapes = {
     'mean': (b, size, size, config.in_channels), 't': (b,),

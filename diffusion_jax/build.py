@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from diffusion_jax.checkpoint.saving import of_storage, reason
 from diffusion_jax.data.cache import ChooseText, cached_source, synthetic_cache
 from diffusion_jax.data.credits import CREDITS
 from diffusion_jax.data.fingerprint import fingerprint
@@ -24,12 +25,7 @@ from diffusion_jax.data.unreadable import Counted, Damage, readable
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.job import check_samples
 from diffusion_jax.evaluation.provenance import REFERENCE, TESTED, of_features, of_model
-from diffusion_jax.io.data_record import check_data, write_data
-from diffusion_jax.io.metrics_backends import check_wandb
-from diffusion_jax.io.run_directory import RunDirectory
-from diffusion_jax.io.saving import of_storage, reason
 from diffusion_jax.io.trained import run_weights
-from diffusion_jax.io.trained_on import Pictures, pictures_of
 from diffusion_jax.models.attend import check_attention
 from diffusion_jax.models.float8 import check_products
 from diffusion_jax.models.text.tokenizer import (
@@ -38,10 +34,12 @@ from diffusion_jax.models.text.tokenizer import (
   save_tokenizer,
   train_tokenizer,
 )
-from diffusion_jax.parallel.mesh import make_mesh
-from diffusion_jax.parallel.sharding import local_rows
+from diffusion_jax.parallel.mesh import local_rows, make_mesh
 from diffusion_jax.pipelines.directory import assemble
 from diffusion_jax.recipe import DTYPES, LATENT, TrainingConfig, completed, parse, resolved
+from diffusion_jax.runs.directory import RunDirectory
+from diffusion_jax.runs.metrics import check_wandb
+from diffusion_jax.runs.trained_on import Pictures, check_data, pictures_of, write_data
 from diffusion_jax.sizes import check_sizes
 from diffusion_jax.train.optimizer import learning_rates, make_optimizer
 from diffusion_jax.train.tasks.autoencoder import AutoencoderTask

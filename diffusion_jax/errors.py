@@ -22,3 +22,7 @@ class UserError(Exception):
 
 class Unreadable(UserError):
   """A picture, or another record of a data set, that cannot be read; others of the set may be."""
+
+
+class Diverged(RuntimeError):
+  """The loss or the gradient is not finite, step after step."""

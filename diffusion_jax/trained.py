@@ -7,18 +7,17 @@ from collections.abc import Callable, Sequence
 import jax
 
 from diffusion_jax.build import build_task, open_sources
+from diffusion_jax.checkpoint.checkpoints import Checkpoints
 from diffusion_jax.data.splits import measured_on
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.checkpoint import Checkpoints
-from diffusion_jax.io.run_directory import RunDirectory
+from diffusion_jax.files import reading
 from diffusion_jax.io.trained import run_weights
 from diffusion_jax.models.functional import Network
-from diffusion_jax.parallel.agreement import agree, in_step
-from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from diffusion_jax.parallel.sharding import put_params, to_host
+from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_params, to_host
+from diffusion_jax.parallel.processes import agree, in_step
 from diffusion_jax.pipelines.model import Diffusion, SampleConfig
-from diffusion_jax.reading import reading
 from diffusion_jax.recipe import LATENT, parse
+from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.train.posthoc_ema import Combination, Snapshot, combine
 from diffusion_jax.train.tasks.task import Scores
 from diffusion_jax.train.training import stating

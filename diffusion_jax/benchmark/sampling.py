@@ -11,7 +11,7 @@ from diffusion_jax.benchmark.timing import peak_memory, quartiles, repeat, utili
 from diffusion_jax.benchmark.training import Counts
 from diffusion_jax.data.cache import moments_encoder
 from diffusion_jax.diffusion.samplers import sampler
-from diffusion_jax.parallel.sharding import in_batches
+from diffusion_jax.parallel.mesh import in_batches
 from diffusion_jax.pipelines.model import Diffusion, SampleConfig
 from diffusion_jax.train.training import Training
 from diffusion_jax.types import Weights

@@ -14,8 +14,8 @@ from diffusion_jax.benchmark.collectives import (
 )
 from diffusion_jax.benchmark.flops import read_arguments
 from diffusion_jax.benchmark.training import abstract_of
-from diffusion_jax.parallel.sharding import shard_params
-from diffusion_jax.train.compiling import step_and_batch
+from diffusion_jax.parallel.mesh import shard_params
+from diffusion_jax.train.compile import step_and_batch
 from diffusion_jax.train.training import Training
 from diffusion_jax.types import Params
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax.benchmark.flops import Flops
 from diffusion_jax.benchmark.peaks import Peak, peak_of
-from diffusion_jax.train.resources import resources
+from diffusion_jax.train.health import resources
 
 
 def quartiles(seconds: Sequence[float]) -> dict[str, float]:

@@ -10,9 +10,9 @@ import jax
 from diffusion_jax.benchmark.compile_time import compile_twice
 from diffusion_jax.benchmark.flops import step_flops
 from diffusion_jax.benchmark.timing import peak_memory, quartiles, utilisation
-from diffusion_jax.parallel.sharding import put_batch, put_params
-from diffusion_jax.train.compiling import compile_step, step_and_batch
-from diffusion_jax.train.resources import Compilations
+from diffusion_jax.parallel.mesh import put_batch, put_params
+from diffusion_jax.train.compile import compile_step, step_and_batch
+from diffusion_jax.train.health import Compilations
 from diffusion_jax.train.state import TrainState, abstract_state, create_state
 from diffusion_jax.train.training import Training
 

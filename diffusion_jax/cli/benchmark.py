@@ -141,7 +141,7 @@ def _measure(config: dict, args: argparse.Namespace) -> dict:
 
 def _write(path: Path, args: argparse.Namespace, config: dict, result: dict) -> None:
   from diffusion_jax.benchmark.timing import cpu_cores
-  from diffusion_jax.io.run_directory import command_line, versions
+  from diffusion_jax.runs.directory import command_line, versions
 
   found = versions()
   device = {name: found.pop(name) for name in ('platform', 'device', 'devices', 'processes')}

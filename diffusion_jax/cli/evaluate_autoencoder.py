@@ -81,7 +81,7 @@ def _works(
     reconstructor,
   )
   from diffusion_jax.formats.networks import load_lpips
-  from diffusion_jax.parallel.sharding import put_params, to_host
+  from diffusion_jax.parallel.mesh import put_params, to_host
 
   distances = None
   if args.lpips:
@@ -104,7 +104,7 @@ def _open(args: argparse.Namespace) -> tuple:
   from diffusion_jax.formats.networks import load_params
   from diffusion_jax.models.autoencoder import AutoencoderKL
   from diffusion_jax.models.functional import Network, under
-  from diffusion_jax.parallel.sharding import to_host
+  from diffusion_jax.parallel.mesh import to_host
   from diffusion_jax.trained import TrainedRun
 
   half_life = args.ema_halflife_images

@@ -12,7 +12,7 @@ from typing import Any
 
 from diffusion_jax.cli import evaluate_job, evaluate_model
 from diffusion_jax.errors import UserError
-from diffusion_jax.reading import read_object, reading
+from diffusion_jax.files import read_object, reading
 
 POLL_SECONDS = 5.0
 STALE_SECONDS = 1800.0
@@ -62,7 +62,7 @@ def _score(
 
 def _next(run, passed: set[int]) -> int | None:
   """The first step that is not passed, waited for; None once there will be no more."""
-  from diffusion_jax.parallel.agreement import agree
+  from diffusion_jax.parallel.processes import agree
 
   while True:
     # First whether it is over, then what there is, or the last checkpoint could be overlooked.
@@ -76,17 +76,17 @@ def _next(run, passed: set[int]) -> int | None:
 
 
 def _over(workdir: str) -> bool:
-  from diffusion_jax.io.run_directory import RunDirectory
-  from diffusion_jax.io.status import stands_still
+  from diffusion_jax.runs.directory import RunDirectory
+  from diffusion_jax.runs.status import stands_still
 
   return stands_still(RunDirectory(workdir), STALE_SECONDS)
 
 
 def _first_checkpoint(workdir: str) -> dict[str, Any]:
   """Waits for it; the run's config. UserError where there is no run, or it has ended without."""
-  from diffusion_jax.io.checkpoint import Checkpoints
-  from diffusion_jax.io.run_directory import RunDirectory
-  from diffusion_jax.parallel.agreement import agree
+  from diffusion_jax.checkpoint.checkpoints import Checkpoints
+  from diffusion_jax.parallel.processes import agree
+  from diffusion_jax.runs.directory import RunDirectory
 
   directory = RunDirectory(workdir)
   config = directory.read_json('config.json')

@@ -143,7 +143,7 @@ def all_are_here(name: str) -> bool:
   """
   import jax
 
-  from diffusion_jax.parallel.agreement import A_DAY, agree
+  from diffusion_jax.parallel.processes import A_DAY, agree
 
   agree(name, '', A_DAY)
   return jax.process_index() == 0
@@ -256,7 +256,7 @@ def named_split(source, dataset: str, size: int, name: str) -> Split:
   """A split of a data set as a set of images that knows which it is."""
   from diffusion_jax.data.fingerprint import fingerprint
   from diffusion_jax.evaluation.images import Split
-  from diffusion_jax.io.trained_on import pictures_of
+  from diffusion_jax.runs.trained_on import pictures_of
 
   return Split(
     source, split_name(dataset, size, name),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from diffusion_jax import __version__
 from diffusion_jax.cli import benchmark, convert, draw, evaluate, prepare, report, sample, train
 from diffusion_jax.cli.interrupts import say_interrupted
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import Diverged, UserError
 
 COMMANDS = {
   'train': train, 'sample': sample, 'evaluate': evaluate, 'report': report, 'draw': draw,
@@ -43,8 +43,6 @@ def run(argv: Sequence[str], set_up: Callable[[], None]) -> int:
   Args:
     set_up: prepares the process for what is heavy; nothing of that is imported before.
   """
-  from diffusion_jax.train.diverged import Diverged
-
   for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, 'reconfigure'):  # A notebook's has not.
       stream.reconfigure(errors='backslashreplace')  # Names of files need not be text.

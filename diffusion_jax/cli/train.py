@@ -3,8 +3,8 @@
 import argparse
 
 from diffusion_jax.cli.options import check_overrides
-from diffusion_jax.io.start import Start
 from diffusion_jax.parallel.startup import find_cluster
+from diffusion_jax.runs.start import Start
 
 HELP = 'train an autoencoder, a CLIP, a diffusion model or a toy'
 DESCRIPTION = """Trains what the config describes. Running the same command again goes on from the

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from diffusion_jax.data.sources import ArraySource, ImageSource
 from diffusion_jax.errors import Unreadable, UserError
-from diffusion_jax.parallel.agreement import agree
-from diffusion_jax.parallel.sharding import in_batches, put_params
+from diffusion_jax.parallel.mesh import in_batches, put_params
+from diffusion_jax.parallel.processes import agree
 from diffusion_jax.pixels import to_float
 from diffusion_jax.types import Record
 from diffusion_jax.xla import jit

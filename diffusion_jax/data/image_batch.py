@@ -10,8 +10,8 @@ import numpy as np
 
 from diffusion_jax.data.images import MAX_PIXELS
 from diffusion_jax.errors import UserError
+from diffusion_jax.files import reading
 from diffusion_jax.formats.npz import check_member, fill, opened, read_header
-from diffusion_jax.reading import reading
 
 ARRAY = 'arr_0.npy'
 _PART = 2**20

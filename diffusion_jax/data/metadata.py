@@ -16,7 +16,7 @@ from typing import Any
 from diffusion_jax.data.finding import Left, key_of
 from diffusion_jax.data.text import LONGEST, clean, stream_lines
 from diffusion_jax.errors import UserError
-from diffusion_jax.reading import first_line, parse_json
+from diffusion_jax.files import first_line, parse_json
 
 LISTS = ('metadata.jsonl', 'metadata.csv', 'metadata.tsv')
 """Where a folder has several, the first that names a picture has its captions."""

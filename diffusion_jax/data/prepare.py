@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusion_jax.data.prepared_metadata import METADATA, check_metadata
 from diffusion_jax.errors import UserError
-from diffusion_jax.reading import first_line, reading
+from diffusion_jax.files import first_line, reading
 
 _ENVIRONMENT = 'DIFFUSION_JAX_DATA'
 

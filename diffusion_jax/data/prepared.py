@@ -10,7 +10,7 @@ import numpy as np
 from diffusion_jax.data.images import read_pixels
 from diffusion_jax.data.prepared_metadata import METADATA, check_metadata, check_shards
 from diffusion_jax.errors import UserError
-from diffusion_jax.reading import reading
+from diffusion_jax.files import reading
 
 __all__ = ['METADATA', 'PreparedImages']
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.reading import bounded_bytes, read_object, reading
+from diffusion_jax.files import bounded_bytes, read_object, reading
 
 METADATA, FEATURES = 'dataset_info.json', 'features.json'
 MOST_SHARDS = 100_000

@@ -15,7 +15,7 @@ from diffusion_jax.data.prepare import is_prepared, make_builder
 from diffusion_jax.data.prepare import prepare as prepare_dataset
 from diffusion_jax.data.prepared_metadata import check_shards
 from diffusion_jax.errors import Unreadable, UserError
-from diffusion_jax.reading import reading
+from diffusion_jax.files import reading
 from diffusion_jax.types import Record
 
 

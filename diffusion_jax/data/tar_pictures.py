@@ -11,7 +11,7 @@ import numpy as np
 from diffusion_jax.data.finding import SUFFIXES, Left
 from diffusion_jax.data.images import read_pixels
 from diffusion_jax.errors import UserError
-from diffusion_jax.reading import first_line, reading, shown
+from diffusion_jax.files import first_line, reading, shown
 
 MAX_BYTES = 2**28
 """Of a member, which is read whole."""

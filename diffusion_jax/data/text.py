@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.reading import first_line
+from diffusion_jax.files import first_line
 
 MOST_BYTES = 2**26
 """Of a file that is read as a whole: a million prompts."""

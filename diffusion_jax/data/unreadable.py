@@ -9,7 +9,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from diffusion_jax.errors import Unreadable, UserError
-from diffusion_jax.parallel.agreement import post, posted
+from diffusion_jax.parallel.processes import post, posted
 
 MOST_UNREADABLE = 0.5
 """Share of the records that may be unreadable, where nothing else is said."""

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from diffusion_jax.parallel.agreement import agree
+from diffusion_jax.parallel.processes import agree
 
 
 class Budget:

@@ -16,8 +16,7 @@ import jax
 import numpy as np
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.whole import replacing
-from diffusion_jax.reading import read_object, reading
+from diffusion_jax.files import atomic_write, read_object, reading
 
 PLAN = 'plan.json'
 
@@ -45,7 +44,7 @@ class Chunks:
     remedy = f'delete {self.directory} to begin anew'
     known = read_object(file, remedy=remedy) if file.exists() else None
     if known is None:
-      with replacing(file) as new:
+      with atomic_write(file) as new:
         new.write(json.dumps(plan, indent=2).encode())
     elif known != plan:
       names = sorted(k for k in {*known, *plan} if known.get(k) != plan.get(k))
@@ -74,7 +73,7 @@ class Chunks:
     wrong = [name for name, value in arrays.items() if len(value) != rows]
     if wrong:
       raise ValueError(f'{wrong[0]} has {len(arrays[wrong[0]])} rows; piece {index} has {rows}.')
-    with replacing(self._path(index), flushed=True) as file:
+    with atomic_write(self._path(index), flushed=True) as file:
       np.savez(file, **arrays)
 
   def load(self, index: int, without: Collection[str] = ()) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from diffusion_jax.evaluation.extraction import column
 from diffusion_jax.evaluation.extractors import Extractor
 from diffusion_jax.evaluation.figures import sums_suffice
 from diffusion_jax.evaluation.statistics import Statistics
-from diffusion_jax.parallel.sharding import in_batches
+from diffusion_jax.parallel.mesh import in_batches
 from diffusion_jax.xla import jit
 
 Images = UInt8[np.ndarray, 'b h w 3']

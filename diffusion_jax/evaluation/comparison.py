@@ -26,7 +26,7 @@ from diffusion_jax.evaluation.showing import (
   worst_classes,
 )
 from diffusion_jax.evaluation.statistics import Moments
-from diffusion_jax.parallel.agreement import A_DAY, in_step
+from diffusion_jax.parallel.processes import A_DAY, in_step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,8 +25,8 @@ from diffusion_jax.evaluation.extractors import Extractor, compiled
 from diffusion_jax.evaluation.images import ImageSet
 from diffusion_jax.evaluation.resize import resize_on_host
 from diffusion_jax.evaluation.statistics import PART, Statistics
-from diffusion_jax.parallel.pulse import beat
-from diffusion_jax.parallel.sharding import in_batches
+from diffusion_jax.parallel.mesh import in_batches
+from diffusion_jax.parallel.processes import heartbeat
 from diffusion_jax.types import Params
 
 MOST_SHAPES = 4
@@ -144,7 +144,7 @@ def extract(
       if kept:
         kept.result()
       chunks.save(index, arrays)
-      beat()
+      heartbeat()
       bar.update(len(made.images))
 
 

@@ -17,16 +17,16 @@ from jaxtyping import Array, Float, UInt8
 from diffusion_jax.evaluation.extractors_classifier import load_classifier_extractor
 from diffusion_jax.evaluation.extractors_dinov2 import load_dinov2_extractor
 from diffusion_jax.evaluation.resize import OF_INCEPTION, prepare, resize
+from diffusion_jax.files import inside
 from diffusion_jax.formats.inception import load_inception
 from diffusion_jax.formats.networks import KINDS, load_params, resolve
 from diffusion_jax.formats.preprocessor import read_pixels
 from diffusion_jax.formats.tensors import read_json
-from diffusion_jax.links import inside
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.inception import SIZE
 from diffusion_jax.models.text.clip_config import CLIPConfig
-from diffusion_jax.parallel.sharding import put_params
+from diffusion_jax.parallel.mesh import put_params
 from diffusion_jax.types import Params
 from diffusion_jax.xla import jit
 

@@ -16,7 +16,7 @@ from diffusion_jax.formats.networks import resolve
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.text.long_texts import Cut
 from diffusion_jax.models.text.tokenizer import Tokenize, load_tokenizer
-from diffusion_jax.parallel.sharding import in_batches
+from diffusion_jax.parallel.mesh import in_batches
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase

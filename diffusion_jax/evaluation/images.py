@@ -21,7 +21,7 @@ from diffusion_jax.data.images import read_pixels
 from diffusion_jax.data.prepared import METADATA, PreparedImages
 from diffusion_jax.data.tar_pictures import TarPictures
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.trained_on import Pictures
+from diffusion_jax.runs.trained_on import Pictures
 
 
 class Picture(NamedTuple):

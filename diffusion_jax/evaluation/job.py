@@ -23,7 +23,7 @@ from diffusion_jax.evaluation.named import check_named, load_named, text_towers
 from diffusion_jax.evaluation.scores import METRICS as KNOWN_METRICS
 from diffusion_jax.evaluation.scores import Compared, Scores, check_metrics, outputs_of, score
 from diffusion_jax.evaluation.statistics import Statistics
-from diffusion_jax.parallel.sharding import put_params, to_host
+from diffusion_jax.parallel.mesh import put_params, to_host
 from diffusion_jax.pipelines.model import Diffusion, SampleConfig
 from diffusion_jax.types import Record, Weights
 

@@ -11,7 +11,7 @@ from PIL import Image
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.chunks import Chunks
 from diffusion_jax.evaluation.extraction import THUMBNAILS, Made
-from diffusion_jax.io.whole import replacing
+from diffusion_jax.files import atomic_write
 
 KINDS = ('png', 'tar')
 
@@ -39,11 +39,11 @@ class Keeper:
     images = [pair for pair in zip(items, made.images, strict=True) if pair[1] is not None]
     if self._kind == 'png':
       for number, image in images:
-        with replacing(self._file(number)) as file:
+        with atomic_write(self._file(number)) as file:
           file.write(_png(image))
       return
     with (
-      replacing(self._archive(items)) as file,
+      atomic_write(self._archive(items)) as file,
       tarfile.open(fileobj=file, mode='w') as archive,
     ):
       for number, image in images:

@@ -33,7 +33,7 @@ from diffusion_jax.diffusion.variational import discretized_gaussian, gaussian_l
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.job import fresh_weights, shuffled
 from diffusion_jax.evaluation.scores import DISCRETE_BITS
-from diffusion_jax.parallel.sharding import in_batches
+from diffusion_jax.parallel.mesh import in_batches
 from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.pixels import to_float
 from diffusion_jax.seeds import check_seed

@@ -19,8 +19,8 @@ from diffusion_jax.evaluation.images import ImageSet
 from diffusion_jax.evaluation.keeping import Keeper, Thumbnails
 from diffusion_jax.evaluation.scores import Compared, Scores, score, takes_reference
 from diffusion_jax.evaluation.statistics import Moments
-from diffusion_jax.parallel.agreement import agree
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from diffusion_jax.parallel.processes import agree
 from diffusion_jax.pipelines.model import Diffusion, SampleConfig
 from diffusion_jax.types import Weights
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import resolve
-from diffusion_jax.io.trained_on import Pictures, read_trained_on
+from diffusion_jax.runs.trained_on import Pictures, read_trained_on
 
 REFERENCE, TESTED = 'the reference', 'the test images'
 

@@ -16,7 +16,7 @@ from diffusion_jax.evaluation.metrics.images import l1_of_each, psnr_of_each, ss
 from diffusion_jax.evaluation.offline import Work
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.lpips import lpips
-from diffusion_jax.parallel.sharding import in_batches
+from diffusion_jax.parallel.mesh import in_batches
 from diffusion_jax.pixels import to_float, to_uint8
 from diffusion_jax.types import Params
 from diffusion_jax.xla import jit

@@ -24,9 +24,8 @@ from jaxtyping import Float, UInt8
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.statistics import FittedGaussian, Moments, Statistics
+from diffusion_jax.files import atomic_write, reading
 from diffusion_jax.formats.npz import MOST_TEXT, opened, read_arrays
-from diffusion_jax.io.whole import replacing
-from diffusion_jax.reading import reading
 
 SUFFIXES = ('.npz', '.pt')
 """Of the files that are written: npz, or torch-fidelity's cache."""
@@ -153,14 +152,14 @@ def save_statistics(
     if spatial is not None or images is not None:
       raise UserError(f'{path}, a cache of torch-fidelity, cannot hold more; write an npz.')
     torch = _torch(path)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
       torch.save(arrays | known, file)
     return
   if spatial is not None:
     arrays |= {'mu_s': spatial.mean, 'sigma_s': spatial.covariance}
   if images is not None:
     arrays['arr_0'] = images
-  with replacing(path) as file:
+  with atomic_write(path) as file:
     np.savez(file, **arrays, **known)
 
 

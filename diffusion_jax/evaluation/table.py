@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.whole import replacing
+from diffusion_jax.files import atomic_write
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
@@ -46,5 +46,5 @@ def add_rows(path: Path, new: Sequence[Mapping[str, object]]) -> None:
   writer = csv.DictWriter(text, names, restval='')
   writer.writeheader()
   writer.writerows(rows)
-  with replacing(path) as file:
+  with atomic_write(path) as file:
     file.write(text.getvalue().encode())

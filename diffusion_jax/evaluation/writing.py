@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusion_jax.evaluation.comparable import incomparable
 from diffusion_jax.evaluation.table import add_rows, as_read, read_rows
-from diffusion_jax.io.whole import replacing
+from diffusion_jax.files import atomic_write
 from diffusion_jax.viz.evaluation import figure_columns, write_evaluation_page
 
 
@@ -58,5 +58,5 @@ def write(
   add_rows(table, new)
   write_evaluation_page(out.with_suffix('.html'), scores, **shown)
   # Last, for a checkpoint that is in here is not scored again.
-  with replacing(out) as file:
+  with atomic_write(out) as file:
     file.write((json.dumps(scores, indent=2) + '\n').encode())

@@ -19,7 +19,7 @@ from diffusion_jax.formats.tensors import PICKLES, open_tensors
 from diffusion_jax.formats.torch_files import read_state
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.inception import Inception, InceptionConfig
-from diffusion_jax.parallel.sharding import put_params
+from diffusion_jax.parallel.mesh import put_params
 from diffusion_jax.types import Params
 
 EPSILON = 1e-3

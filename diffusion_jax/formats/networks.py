@@ -24,6 +24,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.files import inside
 from diffusion_jax.formats import autoencoder, classifier, dinov2, dit, mlp, text, unet
 from diffusion_jax.formats.published import (
   from_published,
@@ -43,7 +44,6 @@ from diffusion_jax.formats.tensors import (
   write_json,
   write_tensors,
 )
-from diffusion_jax.links import inside
 from diffusion_jax.models import functional
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.autoencoder_tiny import AutoencoderTiny
@@ -61,7 +61,7 @@ from diffusion_jax.models.text.clip_vision import CLIPVisionModel, CLIPVisionMod
 from diffusion_jax.models.text.t5 import T5EncoderModel
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.models.vq import VQModel
-from diffusion_jax.parallel.sharding import shard_params
+from diffusion_jax.parallel.mesh import shard_params
 from diffusion_jax.types import Params
 
 DIFFUSERS, TRANSFORMERS = 'diffusion_pytorch_model.safetensors', 'model.safetensors'

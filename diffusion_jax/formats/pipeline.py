@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_jax.files import INDEX, inside
 from diffusion_jax.formats.networks import (
   DTYPES,
   KINDS,
@@ -44,7 +45,6 @@ from diffusion_jax.formats.tensors import (
   write_json,
   write_tensors,
 )
-from diffusion_jax.links import INDEX, inside
 from diffusion_jax.models import functional
 from diffusion_jax.models.checks import require
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
 from diffusion_jax.errors import UserError
+from diffusion_jax.files import inside
 from diffusion_jax.formats import autoencoder, text, unet
 from diffusion_jax.formats.adapter_names import is_lora, of_other_kinds, some
 from diffusion_jax.formats.networks import KINDS
@@ -32,7 +33,6 @@ from diffusion_jax.formats.tensors import (
   read_json,
   write_tensors,
 )
-from diffusion_jax.links import inside
 from diffusion_jax.models.checks import require
 
 Shapes = Mapping[str, tuple[int, ...]]

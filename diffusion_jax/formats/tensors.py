@@ -18,10 +18,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
-from diffusion_jax.io.whole import replacing
-from diffusion_jax.links import inside
+from diffusion_jax.files import atomic_write, inside, parse_json, read_object, reading
 from diffusion_jax.models.checks import require
-from diffusion_jax.reading import parse_json, read_object, reading
 
 DTYPES = {
   'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16,
@@ -167,7 +165,7 @@ def write_tensors(
   text = json.dumps(header, separators=(',', ':')).encode()
   text += b' ' * (-len(text) % 8)
   chunks = (_bytes(name, new[name]) for name in order)
-  with replacing(Path(path), flushed=True) as file:
+  with atomic_write(Path(path), flushed=True) as file:
     file.write(struct.pack('<Q', len(text)) + text)
     for chunk in chunks:
       file.write(memoryview(chunk))
@@ -191,5 +189,5 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
   """Writes a JSON object; the file appears whole or not at all."""
   text = json.dumps(values, indent=2, sort_keys=True) + '\n'
-  with replacing(path, flushed=True) as file:
+  with atomic_write(path, flushed=True) as file:
     file.write(text.encode())

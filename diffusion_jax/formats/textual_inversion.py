@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffusion_jax.files import inside
 from diffusion_jax.formats.adapter_names import is_lora, is_word, some
 from diffusion_jax.formats.tensors import PICKLES, open_tensors, write_tensors
 from diffusion_jax.formats.torch_files import load_plain, tensors_of
-from diffusion_jax.links import inside
 from diffusion_jax.models.checks import require
 
 FILES = {

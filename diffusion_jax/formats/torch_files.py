@@ -20,8 +20,8 @@ import ml_dtypes
 import numpy as np
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.files import reading
 from diffusion_jax.models.checks import require
-from diffusion_jax.reading import reading
 
 _STORAGES = {
   'FloatStorage': np.float32, 'DoubleStorage': np.float64, 'HalfStorage': np.float16,

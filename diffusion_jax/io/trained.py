@@ -5,11 +5,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from diffusion_jax.checkpoint.checkpoints import Checkpoints
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.checkpoint import Checkpoints
-from diffusion_jax.io.run_directory import RunDirectory
-from diffusion_jax.parallel.sharding import shard_params
-from diffusion_jax.reading import reading
+from diffusion_jax.files import reading
+from diffusion_jax.parallel.mesh import shard_params
+from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.types import Params
 
 

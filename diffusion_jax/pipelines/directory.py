@@ -18,11 +18,11 @@ from diffusion_jax.config import typed
 from diffusion_jax.diffusion.denoiser import PREDICTIONS
 from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
 from diffusion_jax.errors import UserError
+from diffusion_jax.files import INDEX, check_folder, inside
 from diffusion_jax.formats.networks import KINDS, load_params, resolve, save_params
 from diffusion_jax.formats.preprocessor import read_pixels
 from diffusion_jax.formats.scheduler import Scheduler, read_scheduler
 from diffusion_jax.formats.tensors import PICKLES, read_json, write_json
-from diffusion_jax.links import INDEX, check_folder, inside
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.checks import shown
 from diffusion_jax.models.functional import Network

@@ -19,7 +19,7 @@ from diffusion_jax.models.functional import Network
 from diffusion_jax.models.tiling import decode_sliced, decode_tiled
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.models.unet_config import UNetConfig
-from diffusion_jax.parallel.sharding import in_batches, put_params, whole_batch
+from diffusion_jax.parallel.mesh import in_batches, put_params, whole_batch
 from diffusion_jax.pipelines.conditioners import ImageEncoder, TextEncoders
 from diffusion_jax.pipelines.conditions import Inputs, check_edited, prepared
 from diffusion_jax.pipelines.sampling import Numbers, Program, SampleConfig

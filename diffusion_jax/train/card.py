@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_jax.io.trained_on import Pictures
+from diffusion_jax.runs.trained_on import Pictures
 from diffusion_jax.viz.names import column_title, figure_title, ordered
 from diffusion_jax.viz.page import duration, plain
 from diffusion_jax.viz.rundir import Told

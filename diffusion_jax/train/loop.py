@@ -8,27 +8,22 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from diffusion_jax.errors import UserError
-from diffusion_jax.io.metrics_writer import MetricsWriter
-from diffusion_jax.io.run_directory import command_line
-from diffusion_jax.io.saving import may_pass
-from diffusion_jax.io.start import Start
-from diffusion_jax.parallel.sharding import put_batch, put_params, to_host
-from diffusion_jax.reading import first_line
-from diffusion_jax.train.compiling import compile_step, step_and_batch
-from diffusion_jax.train.diverged import Diverged
+from diffusion_jax.checkpoint.saving import may_pass
+from diffusion_jax.errors import Diverged, UserError
+from diffusion_jax.files import first_line
+from diffusion_jax.parallel.mesh import put_batch, put_params, to_host
+from diffusion_jax.runs.directory import command_line
+from diffusion_jax.runs.metrics import MetricsWriter
+from diffusion_jax.runs.start import Start
+from diffusion_jax.train.compile import compile_step, step_and_batch
 from diffusion_jax.train.goodput import Goodput
+from diffusion_jax.train.health import TRY_AGAIN, Compilations, Safety, Stopping, resources
 from diffusion_jax.train.meter import Meter
 from diffusion_jax.train.profiling import ProfilerWindow
-from diffusion_jax.train.rescue import rescue
-from diffusion_jax.train.resources import Compilations, resources
-from diffusion_jax.train.room import wait_for_room
-from diffusion_jax.train.safety import TRY_AGAIN, Safety
-from diffusion_jax.train.saving import Saver
+from diffusion_jax.train.saving import Saver, rescue, wait_for_room
 from diffusion_jax.train.showing import Showing, due
 from diffusion_jax.train.side_work import SideWork
 from diffusion_jax.train.state import TrainState, abstract_state, create_state
-from diffusion_jax.train.stop import Stopping
 from diffusion_jax.train.training import Training
 
 _NAMED = 100

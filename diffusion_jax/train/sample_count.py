@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.run_directory import RunDirectory
+from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.train.config import LoopConfig
 
 NAME = 'evaluation.json'

@@ -1,16 +1,27 @@
-"""What of a run goes into a checkpoint, and back."""
+"""What of a run goes into a checkpoint, and back.
 
+Saves what there is before an error ends a run.
+
+The end of a run waits until its last checkpoint and its model are on disk.
+"""
+
+import json
+import math
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.io.checkpoint import Checkpoints
-from diffusion_jax.io.keeping import Keep
-from diffusion_jax.parallel.agreement import agree
-from diffusion_jax.parallel.sharding import to_host
-from diffusion_jax.reading import reading
+from diffusion_jax.checkpoint.checkpoints import Checkpoints
+from diffusion_jax.checkpoint.keeping import Keep
+from diffusion_jax.checkpoint.saving import may_pass, of_storage, reason
+from diffusion_jax.files import reading
+from diffusion_jax.parallel.mesh import to_host
+from diffusion_jax.parallel.processes import A_DAY, agree
+from diffusion_jax.train.health import Safety
 from diffusion_jax.train.state import TrainState
 from diffusion_jax.train.tasks.task import Metrics
 from diffusion_jax.train.training import Training
@@ -119,3 +130,103 @@ def _as_parts(state: TrainState) -> dict[str, Any]:
     'params': state.params, 'opt_state': state.opt_state, 'ema': state.ema,
     'rest': {name: getattr(state, name) for name in ('step', 'key', 'memory', 'guard')},
   }
+
+
+MEET_SECONDS = 30.0
+"""For all processes to come: those that wait within a step for the one that failed never do."""
+
+
+def rescue(
+  saver: Saver, state: TrainState, totals: Metrics, goodput: dict[str, float], most_skipped: int,
+  data: dict[str, Any] | None,
+) -> str:
+  """Saves the state if it is whole and sound; a few words on what became of it. Never raises.
+
+  Args:
+    most_skipped: steps in a row that are skipped before a run counts as diverged.
+    data: where the loader stood before a batch that has been drawn in vain, None for none.
+  """
+  try:
+    if jax.process_count() > 1:
+      agree('rescue', '', MEET_SECONDS)
+    if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+      return _not_saved(saver, 'the step that failed has taken the state with it')
+    if int(state.guard.in_a_row) >= most_skipped or not _finite(state):
+      return _not_saved(saver, 'the state has diverged')
+    step = int(state.step)
+    if data is not None:
+      saver.rewind(data)
+    saver.save(step, state, totals, goodput)
+    saver.wait()
+    return _not_saved(saver, saver.trouble) if saver.trouble else f'step {step} was saved before'
+  except Exception as error:  # Of whatever broke the run; that error matters, not this one.
+    return _not_saved(saver, f'{type(error).__name__}: {error}'[:200])
+
+
+def _not_saved(saver: Saver, why: str) -> str:
+  return f'the last checkpoint is of step {saver.latest} ({why})'
+
+
+def _finite(state: TrainState) -> bool:
+  floats = [
+    leaf for leaf in jax.tree.leaves((state.params, state.ema, state.opt_state))
+    if jnp.issubdtype(leaf.dtype, jnp.inexact)
+  ]
+  return bool(jax.jit(lambda leaves: jnp.stack([jnp.isfinite(x).all() for x in leaves]).all())(
+    floats
+  ))
+
+
+TRIES = 3
+
+
+def wait_for_room(
+  safety: Safety, saver: Saver, *, save: Callable[[], None], export: Callable[[], None],
+  say: Callable[[str], None],
+) -> str:
+  """Returns '' once both are written, or what is missing when the time for that is up.
+
+  What more room would not mend, such as a file where a folder should be, is tried `TRIES` times.
+  All processes must call it together. Each try is said.
+
+  Args:
+    save: starts to save the last step, by all processes.
+    export: writes the model; does nothing on processes other than 0.
+
+  Raises:
+    Stopping: a process was asked to stop meanwhile.
+  """
+  end = time.monotonic() + (safety.config.room_timeout_seconds or math.inf)
+  pause = safety.config.checkpoint_retry_seconds
+  exported, tries = False, 0
+  while True:
+    with safety.watchdog.allow(0, 'checkpoint'):
+      saver.wait()
+      problem = '' if exported else _tried(export)
+      exported = not problem
+      # Process 0 alone exports, and its clock decides for all.
+      tries += 1
+      troubles = list(filter(None, (saver.trouble, problem)))
+      over = time.monotonic() > end or (tries >= TRIES and not all(map(may_pass, troubles)))
+      missing, over = json.loads(agree('room', json.dumps([' '.join(troubles), over]), A_DAY)[0])
+    if not missing or over:
+      return missing
+    say(f'{missing} Waiting for room; the next try is in {pause:g} s, and a signal ends that.')
+    safety.tell('saving', message=missing)
+    for _ in range(max(1, math.ceil(pause))):  # As often on all processes.
+      time.sleep(min(1.0, pause))
+      safety.watchdog.beat()
+      safety.stop.settle()
+    if saver.trouble:
+      save()
+
+
+def _tried(export: Callable[[], None]) -> str:
+  """What keeps the model from being written, '' once it is."""
+  try:
+    export()
+  except Exception as error:
+    if not of_storage(error):
+      raise
+    return f'the model could not be exported ({reason(error)}).'
+  return ''

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from diffusion_jax.io.metrics_writer import MetricsWriter
-from diffusion_jax.io.run_directory import command_line, versions
-from diffusion_jax.io.set_aside import set_aside_damaged
-from diffusion_jax.io.trained_on import write_trained_on
+from diffusion_jax.files import set_aside_damaged
+from diffusion_jax.runs.directory import command_line, versions
+from diffusion_jax.runs.metrics import MetricsWriter
+from diffusion_jax.runs.trained_on import write_trained_on
 from diffusion_jax.train.card import model_card
 from diffusion_jax.train.config import LoopConfig
 from diffusion_jax.train.sample_count import NAME as SAMPLE_COUNT

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import jax
 
-from diffusion_jax.reading import first_line
-from diffusion_jax.train.stop import Stopping
+from diffusion_jax.files import first_line
+from diffusion_jax.train.health import Stopping
 
 T = TypeVar('T')
 RETRY_SECONDS = 60.0

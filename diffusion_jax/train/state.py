@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diffusion_jax.parallel.sharding import shard_like
+from diffusion_jax.parallel.mesh import shard_like
 from diffusion_jax.train.guard import Guard
 from diffusion_jax.train.tasks.task import Memory, Task
 from diffusion_jax.types import Params

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diffusion_jax.parallel.sharding import batch_sharding
+from diffusion_jax.parallel.mesh import batch_sharding
 from diffusion_jax.train import ema
 from diffusion_jax.train.adamw import global_norm
 from diffusion_jax.train.guard import GuardConfig, choose, judge

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from diffusion_jax.data.loader import Loader
 from diffusion_jax.data.splits import APART, Measured
 from diffusion_jax.data.unreadable import Damage
-from diffusion_jax.io.run_directory import RunDirectory
-from diffusion_jax.io.trained_on import Pictures
+from diffusion_jax.runs.directory import RunDirectory
+from diffusion_jax.runs.trained_on import Pictures
 from diffusion_jax.train.config import LoopConfig, SafetyConfig
 from diffusion_jax.train.tasks.task import Scores, Task
 from diffusion_jax.types import Params

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from diffusion_jax.io.whole import replacing
+from diffusion_jax.files import atomic_write
 from diffusion_jax.viz import page
 from diffusion_jax.viz.curves import PALETTE, line_chart
 from diffusion_jax.viz.svg import empty_figure, inline, legend, plain_axes, render
@@ -90,7 +90,7 @@ def write_evaluation_page(
     + _prompts('best', 'Best prompts', best) + _prompts('worst', 'Worst prompts', worst)
     + _clouds(clouds) + _pairs(pairs) + _settings(scores)
   )
-  with replacing(path) as file:
+  with atomic_write(path) as file:
     file.write(page.page(f'Evaluation · {path.stem}', body).encode())
 
 

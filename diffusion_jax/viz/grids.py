@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.whole import replacing
+from diffusion_jax.files import atomic_write
 
 _BACKGROUND = (255, 255, 255)
 _INK = (51, 51, 51)
@@ -157,7 +157,7 @@ def save_png(image: Image.Image, path: str | os.PathLike, metadata: Mapping[str,
         f'{key!r} cannot name PNG metadata: use 1 to 79 printable Latin-1 characters.'
       )
     chunks.add_text(key, _encodable(value))
-  with replacing(path) as file:
+  with atomic_write(path) as file:
     image.save(file, format='PNG', pnginfo=chunks)
 
 

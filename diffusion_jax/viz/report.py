@@ -13,7 +13,7 @@ import numpy as np
 from diffusion_jax.config import typed
 from diffusion_jax.diffusion.schedules import ScheduleConfig
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.whole import replacing
+from diffusion_jax.files import atomic_write
 from diffusion_jax.viz import page
 from diffusion_jax.viz.curves import Point, line_chart, timestep_chart
 from diffusion_jax.viz.diffusion import schedule_chart
@@ -71,7 +71,7 @@ def write_report(workdir: Path, metrics: MetricsFile | None = None) -> Path:
   frame = len(page.page(title, before + after).encode())
   text = page.page(title, before + grids_section(run, MAX_BYTES - frame) + after)
   path = workdir / 'report.html'
-  with replacing(path) as file:
+  with atomic_write(path) as file:
     file.write(text.encode(errors='replace'))
   return path
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from PIL import Image
 
-from diffusion_jax.reading import parse_json
+from diffusion_jax.files import parse_json
 from diffusion_jax.viz import page
 from diffusion_jax.viz.curves import spread
 from diffusion_jax.viz.rundir import Run

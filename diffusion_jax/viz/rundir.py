@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.reading import read_object, reading
+from diffusion_jax.files import read_object, reading
 from diffusion_jax.viz.metrics_file import Line, Metrics, MetricsFile, is_number
 
 __all__ = ['Line', 'Run', 'read_run']

@@ -11,11 +11,11 @@ from tests.tiny import ROOT
 LAYERS = (
   ('cli', '__main__'), ('trained',), ('benchmark',), ('build',), ('sizes',), ('recipe',),
   ('train', 'evaluation', 'pipelines'),
-  ('formats', 'io', 'data', 'parallel', 'viz'), ('diffusion', 'models'),
+  ('formats', 'io', 'data', 'parallel', 'viz', 'checkpoint', 'runs'), ('diffusion', 'models'),
 )
 SHARED = {
   'types', 'errors', 'config', 'configs', 'compile_cache', 'layout', 'xla', 'sums', 'host_memory',
-  'links', 'pixels', 'reading', 'registry', 'seeds', '__init__',
+  'files', 'pixels', 'registry', 'seeds', '__init__',
 }
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PACKAGE = ROOT / 'diffusion_jax'

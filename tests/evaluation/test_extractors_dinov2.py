@@ -11,8 +11,7 @@ from diffusion_jax.formats.dinov2 import DINOV2
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models.dinov2 import DINOv2, DINOv2Config
 from diffusion_jax.models.functional import Network
-from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from diffusion_jax.parallel.sharding import in_batches
+from diffusion_jax.parallel.mesh import MeshConfig, in_batches, make_mesh
 
 transformers = pytest.importorskip('transformers')
 torch = pytest.importorskip('torch')

@@ -28,8 +28,7 @@ from diffusion_jax.evaluation.likelihood import (
   make_encoder,
   make_scorer,
 )
-from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from diffusion_jax.parallel.sharding import in_batches, put_params
+from diffusion_jax.parallel.mesh import MeshConfig, in_batches, make_mesh, put_params
 from diffusion_jax.pipelines.model import fold
 from diffusion_jax.trained import load_trained
 from tests import tiny

@@ -256,10 +256,10 @@ RUN_FILES = {f'{name}.json': [mutants.any_json]
 
 
 def run_directory():
+  from diffusion_jax.checkpoint.keeping import Scores
   from diffusion_jax.errors import UserError
-  from diffusion_jax.io.run_directory import RunDirectory
-  from diffusion_jax.io.scores import Scores
-  from diffusion_jax.io.status import stands_still
+  from diffusion_jax.runs.directory import RunDirectory
+  from diffusion_jax.runs.status import stands_still
   from diffusion_jax.viz.rundir import read_run
 
   def load(folder):
@@ -316,9 +316,9 @@ def words():
 
 
 def scheduler():
+  from diffusion_jax.files import read_object
   from diffusion_jax.formats.scheduler import read_scheduler
   from diffusion_jax.pipelines.directory import sample_config
-  from diffusion_jax.reading import read_object
 
   configs = {
     'a': {'_class_name': 'DDIMScheduler', 'beta_start': 0.00085, 'beta_end': 0.012,

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.io import run_lock
+from diffusion_jax.runs import lock as run_lock
 
 
 def tell(text: str) -> None:

@@ -7,7 +7,7 @@ import time
 
 import jax
 
-from diffusion_jax.parallel.peers import Peers
+from diffusion_jax.parallel.processes import Peers
 
 TIMEOUT = 2.0
 

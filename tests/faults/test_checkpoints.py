@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.io.checkpoint import Checkpoints
-from diffusion_jax.io.keeping import Keep
+from diffusion_jax.checkpoint.checkpoints import Checkpoints
+from diffusion_jax.checkpoint.keeping import Keep
 from tests import tiny
 from tests.faults import two_savers
 

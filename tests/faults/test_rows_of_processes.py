@@ -19,7 +19,7 @@ jax.distributed.initialize(address, 2, index)
 from diffusion_jax.data.loader import Loader
 from diffusion_jax.data.sources import ArraySource
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from diffusion_jax.parallel.sharding import local_rows, put_batch
+from diffusion_jax.parallel.mesh import local_rows, put_batch
 
 class Noise:
   random = True

@@ -13,8 +13,8 @@ import pytest
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.tensors import read_tensors
-from diffusion_jax.io.run_directory import RunDirectory
-from diffusion_jax.io.status import stands_still
+from diffusion_jax.runs.directory import RunDirectory
+from diffusion_jax.runs.status import stands_still
 from diffusion_jax.train import loop
 from diffusion_jax.viz.report import write_report
 from tests import tiny
@@ -271,8 +271,8 @@ def test_what_the_others_said_of_a_process_that_stands_still_stays(tmp_path):
 
 _KEEPER = """
 import sys
-from diffusion_jax.io.run_directory import RunDirectory
-from diffusion_jax.io.status import Status
+from diffusion_jax.runs.directory import RunDirectory
+from diffusion_jax.runs.status import Status
 status = Status(RunDirectory(sys.argv[1]), 1, 2)
 status.start = sys.argv[2]
 status('training', step=7)

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from diffusion_jax.io.run_directory import RunDirectory
-from diffusion_jax.io.status import Status
+from diffusion_jax.runs.directory import RunDirectory
+from diffusion_jax.runs.status import Status
 from tests.faults.ranks import Ranks
 
 
@@ -69,8 +69,8 @@ def test_only_process_0_writes_what_goes_on_and_anyone_writes_why_it_ends(tmp_pa
 
 _KILLED_WHILE_WRITING = """
 import os, pathlib, signal, sys
-from diffusion_jax.io.run_directory import RunDirectory
-from diffusion_jax.io.status import Status
+from diffusion_jax.runs.directory import RunDirectory
+from diffusion_jax.runs.status import Status
 
 class Dies(RunDirectory):
   def write_json(self, name, value):

@@ -10,7 +10,7 @@ from tests.tiny import ROOT
 
 SCRIPT = """
 import ctypes, pathlib, sys, threading, time
-import diffusion_jax.train.watchdog as module
+import diffusion_jax.train.health as module
 
 folder = pathlib.Path(sys.argv[1])
 

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from diffusion_jax.io.checkpoint import Checkpoints
-from diffusion_jax.io.keeping import Keep
-from diffusion_jax.parallel.agreement import agree
+from diffusion_jax.checkpoint.checkpoints import Checkpoints
+from diffusion_jax.checkpoint.keeping import Keep
+from diffusion_jax.parallel.processes import agree
 
 SIZE = 1 << 16
 

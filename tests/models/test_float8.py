@@ -8,13 +8,13 @@ import pytest
 
 from diffusion_jax import build
 from diffusion_jax.errors import UserError
-from diffusion_jax.io.run_directory import RunDirectory
 from diffusion_jax.models import float8
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.lora import LoRAConfig, targets, with_lora
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.models.unet_config import UNetConfig
 from diffusion_jax.recipe import parse
+from diffusion_jax.runs.directory import RunDirectory
 from tests import tiny
 
 WIDE = UNetConfig(

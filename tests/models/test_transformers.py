@@ -15,8 +15,7 @@ from diffusion_jax.models import functional
 from diffusion_jax.models.dit import DiT, DiTConfig
 from diffusion_jax.models.mmdit import MMDiT, MMDiTConfig
 from diffusion_jax.models.transformer_layers import grid_positions, sincos_positions
-from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from diffusion_jax.parallel.sharding import shard_params
+from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, shard_params
 from diffusion_jax.train.optimizer import decay_mask
 
 DIT = DiTConfig(

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.parallel.roll_call import roll_call
+from diffusion_jax.parallel.startup import roll_call
 
 
 @pytest.fixture

@@ -3,8 +3,13 @@
 import pytest
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.parallel.slurm import expand_nodes, tasks_of_nodes
-from diffusion_jax.parallel.startup import Cluster, find_cluster, start_distributed
+from diffusion_jax.parallel.startup import (
+  Cluster,
+  expand_nodes,
+  find_cluster,
+  start_distributed,
+  tasks_of_nodes,
+)
 
 SLURM = {
   'SLURM_JOB_ID': '12345', 'SLURM_NTASKS': '4', 'SLURM_PROCID': '3', 'SLURM_LOCALID': '1',

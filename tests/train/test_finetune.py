@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 
 from diffusion_jax import build
+from diffusion_jax.checkpoint.checkpoints import Checkpoints
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.tensors import read_tensors
-from diffusion_jax.io.checkpoint import Checkpoints
-from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from diffusion_jax.parallel.sharding import shard_params, to_host
+from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, shard_params, to_host
 from diffusion_jax.pipelines.adapters import add_controlnet, add_lora, add_words
 from diffusion_jax.pipelines.conditions import Inputs
 from diffusion_jax.pipelines.directory import load_text_to_image

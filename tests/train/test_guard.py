@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from diffusion_jax.parallel.sharding import put_batch
+from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from diffusion_jax.train.guard import SETTLED, GuardConfig
 from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
 from diffusion_jax.train.state import abstract_state, create_state

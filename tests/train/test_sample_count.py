@@ -6,8 +6,8 @@ import time
 import types
 
 from diffusion_jax.evaluation.budget import Budget
-from diffusion_jax.io.metrics_writer import MetricsWriter
-from diffusion_jax.io.run_directory import RunDirectory
+from diffusion_jax.runs.directory import RunDirectory
+from diffusion_jax.runs.metrics import MetricsWriter
 from diffusion_jax.train.config import LoopConfig
 from diffusion_jax.train.sample_count import SampleCount
 from diffusion_jax.train.showing import Showing

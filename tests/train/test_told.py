@@ -13,7 +13,7 @@ from scipy.stats import binom
 from diffusion_jax.evaluation.chance import Retrieval, real_retrieval
 from diffusion_jax.evaluation.provenance import of_features
 from diffusion_jax.formats.networks import resolve
-from diffusion_jax.io.trained_on import Pictures, read_trained_on, write_trained_on
+from diffusion_jax.runs.trained_on import Pictures, read_trained_on, write_trained_on
 from diffusion_jax.train.card import model_card
 from diffusion_jax.train.tasks.task import answer
 from tests import tiny

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.links import inside
+from diffusion_jax.files import MOST_BYTES, inside, read_object, reading
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.text.long_texts import CHARACTERS, Cut, shortened
-from diffusion_jax.reading import MOST_BYTES, read_object, reading
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase

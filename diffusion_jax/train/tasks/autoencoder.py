@@ -20,7 +20,7 @@ from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.discriminator import Discriminator, DiscriminatorConfig
 from diffusion_jax.models.functional import Network, prefixed, under
 from diffusion_jax.models.lpips import lpips
-from diffusion_jax.parallel.sharding import in_batches
+from diffusion_jax.parallel.mesh import in_batches
 from diffusion_jax.pixels import to_float
 from diffusion_jax.train.tasks.task import Frozen, Metrics, Scores, Task, mean_metric
 from diffusion_jax.types import Images, Latents, Params

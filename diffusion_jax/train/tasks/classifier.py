@@ -15,7 +15,7 @@ from diffusion_jax.evaluation.extractors_classifier import ClassifierExtractor
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models.classifier import Classifier, ClassifierConfig
 from diffusion_jax.models.functional import Network
-from diffusion_jax.parallel.sharding import in_batches
+from diffusion_jax.parallel.mesh import in_batches
 from diffusion_jax.train.tasks.task import Frozen, Scores, Task, answer, mean_metric
 from diffusion_jax.types import Params
 from diffusion_jax.xla import jit

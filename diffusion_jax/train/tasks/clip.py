@@ -22,7 +22,7 @@ from diffusion_jax.models.functional import Network
 from diffusion_jax.models.text.clip import CLIP
 from diffusion_jax.models.text.clip_config import CLIPConfig
 from diffusion_jax.models.text.tokenizer import save_tokenizer
-from diffusion_jax.parallel.sharding import put_params, to_host
+from diffusion_jax.parallel.mesh import put_params, to_host
 from diffusion_jax.train.tasks.task import Frozen, Scores, Task, answer, mean_metric
 from diffusion_jax.types import Params
 

@@ -20,7 +20,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.job import DRAW_BATCH, Evaluation, EvaluationConfig, fresh_weights
 from diffusion_jax.layout import constrain
 from diffusion_jax.models.unet_config import UNetConfig
-from diffusion_jax.parallel.sharding import to_host
+from diffusion_jax.parallel.mesh import to_host
 from diffusion_jax.pipelines.conditions import Inputs
 from diffusion_jax.pipelines.directory import save_text_to_image
 from diffusion_jax.pipelines.model import Diffusion, SampleConfig

@@ -22,8 +22,8 @@ from diffusion_jax.evaluation.metrics.energy import energy_distance
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.mlp import MLP, MLPConfig
-from diffusion_jax.parallel.pulse import beat
-from diffusion_jax.parallel.sharding import to_host
+from diffusion_jax.parallel.mesh import to_host
+from diffusion_jax.parallel.processes import heartbeat
 from diffusion_jax.train.tasks.diffusion import NoisingTask, history_of
 from diffusion_jax.train.tasks.task import Frozen, Scores
 from diffusion_jax.types import Params
@@ -190,11 +190,11 @@ class ToyTask(NoisingTask):
   def preview(self, params, frozen, mesh: Mesh) -> tuple[np.ndarray, list[str]]:
     """Samples over the data, and the learned score of the data with three amounts of noise."""
     points = to_host(self._sample(params, 0, PREVIEW_POINTS))
-    beat()
+    heartbeat()
     axis = np.linspace(-EXTENT, EXTENT, LATTICE, dtype=np.float32)
     lattice = np.stack(np.meshgrid(axis, axis), axis=-1)
     fields = to_host(self._fields(params, lattice.reshape(-1, 2)))
-    beat()
+    heartbeat()
     noise = np.random.default_rng(0).standard_normal((PREVIEW_POINTS, 2))
     data = self.test[:PREVIEW_POINTS]
     pictures = [scatter_picture(points, data, EXTENT)] + [
@@ -213,12 +213,12 @@ class ToyTask(NoisingTask):
     scores = {}
     for name, values in columns.items():
       found = to_host(self._sample(values, 1, count))
-      beat()
+      heartbeat()
       scores[name] = {'energy_distance': energy_distance(found, self.test)}
       if final and (points := self.config.likelihood_points):
         bits = to_host(self._bits(values, self.test[:points]))
         scores[name]['bits_per_dim'] = float(bits.mean())
-        beat()
+        heartbeat()
     if final:
       half = len(self.test) // 2
       real = energy_distance(self.test[:half], self.test[half:])

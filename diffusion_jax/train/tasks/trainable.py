@@ -14,16 +14,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.files import check_folder
 from diffusion_jax.formats.adapters import from_params, write_lora
 from diffusion_jax.formats.networks import cast, load_params, resolve, save_params
 from diffusion_jax.formats.textual_inversion import FILES, write_textual_inversion
 from diffusion_jax.formats.textual_inversion import TextualInversion as Learned
-from diffusion_jax.links import check_folder
 from diffusion_jax.models.controlnet import ControlNet as ControlNetModule
 from diffusion_jax.models.controlnet import ControlNetConfig, from_unet
 from diffusion_jax.models.functional import Network
 from diffusion_jax.models.lora import LoRAConfig, is_lora, targets, with_lora
-from diffusion_jax.parallel.sharding import put_params, shard_params, to_host
+from diffusion_jax.parallel.mesh import put_params, shard_params, to_host
 from diffusion_jax.pipelines.adapters import controlnet_config
 from diffusion_jax.pipelines.conditioners import EXTRA, embedding_table
 from diffusion_jax.pipelines.directory import Part, save_changed

@@ -1,0 +1,130 @@
+"""Which checkpoints stay on disk.
+
+Evaluation scores of checkpoints, in one small file beside them.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import jax
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.files import atomic_write, read_object, reading
+
+BEST_IS = ('lowest', 'highest')
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+  """The newest `last`, every step that is a multiple of every_steps, and the best one.
+
+  every_steps: 0 for none. best: a figure of the evaluation, '' for none. best_is: whether the
+  lowest or the highest value of that figure is best.
+  """
+
+  last: int = 2
+  every_steps: int = 0
+  best: str = ''
+  best_is: str = 'lowest'
+
+  def __post_init__(self):
+    if self.last < 1:
+      raise UserError(f'loop.keep_last is {self.last}; it must be at least 1.')
+    if self.every_steps < 0:
+      raise UserError(
+        f'loop.keep_every_steps is {self.every_steps}; give a number of steps, or 0 for none.'
+      )
+    if self.best_is not in BEST_IS:
+      raise UserError(
+        f'loop.keep_best_is is {self.best_is!r}; choose one of {", ".join(BEST_IS)}.'
+      )
+
+
+def best_step(steps: Iterable[int], scores: Mapping[int, float], keep: Keep) -> int | None:
+  """The step of the best finite score, the newest of equal ones; None when no step has one."""
+  sign = 1 if keep.best_is == 'highest' else -1
+  return max(
+    _scored(steps, scores), key=lambda step: (sign * scores[step], step), default=None
+  )
+
+
+def comparable(
+  steps: Iterable[int], scores: Mapping[int, float], samples: Mapping[int, float]
+) -> list[int]:
+  """The steps with a finite score of as many samples as the newest of them."""
+  scored = _scored(steps, scores)
+  return [step for step in scored if samples.get(step) == samples.get(max(scored))]
+
+
+def _scored(steps: Iterable[int], scores: Mapping[int, float]) -> list[int]:
+  return [step for step in steps if math.isfinite(scores.get(step, math.nan))]
+
+
+def kept(
+  steps: Iterable[int], scores: Mapping[int, float], keep: Keep,
+  samples: Mapping[int, float] | None = None,
+) -> set[int]:
+  """The steps that stay.
+
+  Args:
+    steps: those on disk.
+    scores: step -> value of the figure `keep.best`; steps may be missing.
+    samples: step -> number of samples that it was computed of. Figures of other numbers cannot be
+      compared (FID falls as they grow), so the best of each number stays.
+  """
+  steps = sorted(steps)
+  stay = set(steps[-keep.last :])
+  if keep.every_steps:
+    stay |= {step for step in steps if step % keep.every_steps == 0}
+  if keep.best:
+    of = {step: (samples or {}).get(step) for step in steps}
+    bests = (best_step([s for s in steps if of[s] == n], scores, keep) for n in set(of.values()))
+    stay |= {best for best in bests if best is not None}
+  return stay
+
+
+SCORES = 'scores.json'
+
+
+class Scores:
+  """`directory`/scores.json: {step: {metric: value}}. Only process 0 writes."""
+
+  def __init__(self, directory: Path, say: Callable[[str], None]):
+    self._file, self._say = directory / SCORES, say
+    self._lock = threading.Lock()  # Steps are pruned in the thread that saves.
+    self._values: dict[int, dict[str, float]] = self._read()
+
+  def _read(self) -> dict[int, dict[str, float]]:
+    if not os.path.lexists(self._file):
+      return {}
+    try:
+      with reading(self._file, remedy='scores of old checkpoints are forgotten'):
+        values = read_object(self._file)
+        return {int(step): {k: float(v) for k, v in each.items()} for step, each in values.items()}
+    except UserError as error:
+      self._say(str(error))
+      return {}
+
+  def of(self, metric: str) -> dict[int, float]:
+    """Step -> value of a metric, of the steps that have one."""
+    with self._lock:
+      return {step: v[metric] for step, v in self._values.items() if metric in v}
+
+  def add(self, step: int, values: dict[str, float]) -> None:
+    """Notes values at a step; trouble with the storage is only said."""
+    with self._lock:
+      known = self._values.setdefault(step, {})
+      known |= {name: float(value) for name, value in values.items()}
+      text = json.dumps(self._values, indent=1)
+    if jax.process_index() != 0:
+      return
+    try:
+      with atomic_write(self._file) as file:
+        file.write(text.encode())
+    except OSError as error:
+      self._say(f'{self._file} cannot be written ({error}).')

@@ -1,0 +1,325 @@
+"""Files that others have written: bounded before they are parsed, and every fault one sentence.
+
+Files that are whole or not there, whatever ends the process that writes them.
+
+Damaged files of a run that may be written anew: out of the way, but kept and told of.
+
+Links in the folders of models: followed within the model, never out of it.
+
+Who is sent a model may read, copy and publish what is in its folder. A link in it must not make
+another file of the disk a part of that. The cache of the hub is made of links itself, from
+models--NAME/snapshots/REVISION to models--NAME/blobs, which belong to the model.
+
+What is said goes on where it can: a log file on a full disk must not end what it tells of.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from diffusion_jax.errors import UserError
+
+MOST_BYTES = 2**26
+"""Of a JSON file: several times the largest tokenizer that is published."""
+MOST_DEPTH = 100
+"""Of lists and objects within each other; what walks through them may call itself as often."""
+MOST_VALUES = 4_000_000
+"""Of all lists, objects and values together: ten times as many as such a tokenizer's. An empty list
+of three bytes takes twenty times as much memory, and a microsecond."""
+_MOST_DIGITS = 40
+"""Of a whole number: tokenizers of any length of text say 10^30."""
+_SURROGATE = re.compile(r'\\u[dD][89a-fA-F]')
+
+
+@contextlib.contextmanager
+def reading(
+  what: str | Path, fault: str = 'cannot be read', remedy: str = 'fetch or write it again'
+) -> Iterator[None]:
+  """Makes one sentence, WHAT FAULT (REASON); REMEDY., of anything that a parser raises within.
+
+  Parsers of damaged files raise whatever comes up on the way: lists of exceptions are never
+  complete. Within stands nothing but the reading of one file.
+
+  Raises:
+    UserError: in place of any error; one from within is left as it is.
+  """
+  try:
+    yield
+  except UserError:
+    raise
+  except BaseException as error:
+    # A panic of a parser in Rust is no Exception, so that nobody catches it by accident.
+    if not isinstance(error, Exception) and type(error).__name__ != 'PanicException':
+      raise
+    raise UserError(f'{what} {fault} ({first_line(error)}); {remedy}.') from error
+
+
+def first_line(error: BaseException) -> str:
+  """What an error says, in one line of at most 200 characters that can be printed."""
+  return shown((str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.'))
+
+
+def shown(text: str) -> str:
+  """A name or a message from a file as at most 200 characters that can be printed in one line."""
+  text = text[:200]
+  return text if text.isprintable() else text.encode('unicode_escape').decode()
+
+
+def bounded_bytes(path: str | Path, most: int = MOST_BYTES) -> bytes:
+  """The content of a regular file. UserError for anything else, or for more than `most` bytes."""
+  path = Path(path)
+  with reading(path):
+    if not path.exists():
+      raise UserError(f'There is no file {path}; check the path.')
+    if not path.is_file():
+      raise UserError(f'{path} is not a file; check the path.')
+    with path.open('rb') as file:
+      data = file.read(most + 1)
+  if len(data) > most:
+    raise UserError(f'{path} has more than {most:,} bytes, which none of its kind needs.')
+  return data
+
+
+def parse_json(data: bytes | str) -> Any:
+  """The value of a JSON text, in any of Unicode's encodings, with or without a byte order mark.
+
+  Infinity is allowed, as in published configs, and NaN, which only those who ask for a number can
+  refuse.
+
+  Raises:
+    ValueError: it is no JSON, or not safe to hand on: deeper than MOST_DEPTH, a key twice in an
+      object, half a character (a lone surrogate), a whole number of more than 40 digits, more than
+      MOST_VALUES values.
+  """
+  text = data if isinstance(data, str) else data.decode(json.detect_encoding(data))
+  if sum(map(text.count, ',[{')) > MOST_VALUES:
+    raise ValueError(f'it holds more than {MOST_VALUES:,} values')
+  try:
+    value = json.loads(
+      text.removeprefix('\ufeff'), parse_int=_whole_number, object_pairs_hook=_each_once
+    )
+  except RecursionError:
+    raise ValueError(f'it is nested more than {MOST_DEPTH} deep') from None
+  _check_depth(value)
+  if _SURROGATE.search(text) or not isinstance(data, bytes):
+    _check_characters(value)
+  return value
+
+
+def read_json(
+  path: str | Path, most: int = MOST_BYTES, remedy: str = 'write or fetch it again'
+) -> Any:
+  """The value in a JSON file of at most `most` bytes. UserError, naming it, for anything else."""
+  data = bounded_bytes(path, most)
+  try:
+    return parse_json(data)
+  except (ValueError, MemoryError) as error:
+    raise UserError(f'{path} is not readable JSON ({first_line(error)}); {remedy}.') from error
+
+
+def read_object(
+  path: str | Path, most: int = MOST_BYTES, remedy: str = 'write or fetch it again'
+) -> dict[str, Any]:
+  """The JSON object in a file. UserError, naming it, where there is none."""
+  value = read_json(path, most, remedy)
+  if not isinstance(value, dict):
+    raise UserError(f'{path} must hold a JSON object; {remedy}.')
+  return value
+
+
+def _whole_number(text: str) -> int:
+  if len(text) > _MOST_DIGITS:
+    raise ValueError(f'a whole number of {len(text):,} digits')
+  return int(text)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  values = dict(pairs)
+  if len(values) != len(pairs):
+    seen: set[str] = set()
+    twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+    raise ValueError(f'the key {twice[:100]!r} stands twice in one object')
+  return values
+
+
+def _containers(value: Any) -> Iterator[tuple[Any, int]]:
+  """Every list and object with its depth, without recursion."""
+  stack = [(value, 1)]
+  while stack:
+    value, depth = stack.pop()
+    if isinstance(value, (dict, list)):
+      yield value, depth
+      inner = value.values() if isinstance(value, dict) else value
+      stack += [(each, depth + 1) for each in inner if isinstance(each, (dict, list))]
+
+
+def _check_depth(value: Any) -> None:
+  if any(depth > MOST_DEPTH for _, depth in _containers(value)):
+    raise ValueError(f'it is nested more than {MOST_DEPTH} deep')
+
+
+def _check_characters(value: Any) -> None:
+  values = [value, *(each for each, _ in _containers(value))]
+  for each in values:
+    texts = [*each, *each.values()] if isinstance(each, dict) else each
+    for text in texts if isinstance(each, (dict, list)) else [each]:
+      if isinstance(text, str) and not _encodes(text):
+        raise ValueError('it holds half a character, a surrogate without the other')
+
+
+def _encodes(text: str) -> bool:
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, *, flushed: bool = False) -> Iterator[BinaryIO]:
+  """A file that takes the place of `path`, in a folder that is made if need be, once it is left.
+
+  An exception within leaves `path` as it was. Several may write it at once: the last one counts.
+
+  Args:
+    flushed: whether it must be on the disk first, so that it is whole also after a loss of power.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  # Not by the process's number, which containers that share a folder have in common.
+  temporary = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
+  try:
+    with temporary.open('wb') as file:
+      yield file
+      if flushed:
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def set_aside_damaged(path: Path, say: Callable[[str], None]) -> None:
+  """Moves what should be a JSON object and is not to NAME.damaged.
+
+  For files that only show something, or that say what can be found out again.
+  """
+  if not os.path.lexists(path):
+    return
+  try:
+    read_object(path)
+  except UserError as error:
+    target, number = path.with_name(f'{path.name}.damaged'), 1
+    while os.path.lexists(target):
+      number += 1
+      target = path.with_name(f'{path.name}.damaged-{number}')
+    try:
+      path.rename(target)
+    except OSError as problem:
+      say(f'{path} is damaged and cannot be moved ({first_line(problem)}).')
+      return
+    say(f'{str(error).rpartition(";")[0] or error}; it was moved to {target.name}.')
+
+
+INDEX = 'model_index.json'
+_ASSETS = Path(__file__).resolve().parent / 'assets'
+
+
+def inside(path: Path, folder: Path) -> Path:
+  """`path`, a file or folder of the model in `folder`, which may be a part of a pipeline.
+
+  `folder` itself may be a link: whoever names it means it, but for a part of a pipeline.
+
+  Raises:
+    UserError: `path` is, or lies behind, a link that leads out of the model.
+  """
+  if folder.is_relative_to(_ASSETS):  # Installers may make links of the package's own files.
+    return path
+  root = folder.parent if (folder.parent / INDEX).is_file() else folder
+  found = Path(os.path.realpath(path))
+  if not any(found.is_relative_to(place) for place in _places(root)):
+    raise UserError(
+      f'{path} is a link that leads out of its model, to {found}; put the file itself there, or '
+      'leave it out.'
+    )
+  return path
+
+
+def check_folder(folder: Path) -> None:
+  """UserError, before a model's folder is copied, for what in it is not to be copied.
+
+  That is a link out of the model, a link to a folder, by which a copy may have no end, and what is
+  neither a file nor a folder.
+  """
+  for place, folders, files in os.walk(folder):
+    for name in (*folders, *files):
+      path = inside(Path(place, name), folder)
+      if path.is_symlink() and path.is_dir():
+        raise UserError(f'{path} is a link to a folder; put the folder itself there.')
+      if not path.is_file() and not path.is_dir():
+        raise UserError(f'{path} is neither a file nor a folder; leave it out.')
+
+
+def _places(root: Path) -> list[Path]:
+  """What a model's links may lead to."""
+  real = Path(os.path.realpath(root))
+  blobs = [
+    above.parent / 'blobs' for above in real.parents
+    if above.name == 'snapshots' and above.parent.name.startswith('models--')
+  ]
+  return [real, *(Path(os.path.realpath(place)) for place in blobs)]
+
+
+class _Tolerant:
+  """A text stream whose errors of storage are swallowed, with what it could not write."""
+
+  def __init__(self, stream: Any):
+    self._stream = stream
+
+  def write(self, text: str) -> int:
+    with contextlib.suppress(OSError, ValueError):
+      self._stream.write(text)
+    return len(text)
+
+  def writelines(self, lines: Any) -> None:
+    for line in lines:
+      self.write(line)
+
+  def flush(self) -> None:
+    with contextlib.suppress(OSError, ValueError):
+      self._stream.flush()
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def tolerant_streams() -> Iterator[None]:
+  """Within, nothing that is printed raises for want of room, or because nobody listens any more."""
+  before = sys.stdout, sys.stderr
+  sys.stdout, sys.stderr = map(_Tolerant, before)
+  try:
+    yield
+  finally:
+    sys.stdout, sys.stderr = before
+    for stream in before:
+      _drop_what_cannot_be_written(stream)
+
+
+def _drop_what_cannot_be_written(stream: Any) -> None:
+  """Else Python would try once more when it ends, and leave with code 120."""
+  try:
+    stream.flush()
+  except ValueError:  # It is closed.
+    return
+  except OSError:
+    with contextlib.suppress(OSError, io.UnsupportedOperation):
+      nowhere = os.open(os.devnull, os.O_WRONLY)
+      os.dup2(nowhere, stream.fileno())
+      os.close(nowhere)

@@ -1,0 +1,303 @@
+"""What several processes decide together, over JAX's coordination service.
+
+No device takes part, so it works from any thread and while programs run on the devices.
+
+Signs of life from long work, so that whoever waits for it can tell work from standing still.
+
+Loops over batches, wherever they are, call `heartbeat` after each. Training listens while it saves,
+draws and scores: it feeds its watchdog and may stop between two batches.
+
+What the processes of one run tell each other beside their collectives.
+
+A collective that one process does not join hangs or fails on all others, so these things cannot
+travel by collectives: that a process was asked to stop, that it is alive, that it gave up. A thread
+of each process puts its news into the key-value store of JAX's coordination service ten times a
+second, less often where there are many; the thread of process 0 reads them all and puts up one
+verdict, which the others read. So a process costs two small messages each time.
+
+Stopping: every process counts its polls, which all make in the same order (before each step, after
+each batch of an evaluation). Once one was asked to stop, each thread publishes how far its process
+has come and lets it go no further than the next poll before the verdict is known: the largest count
+plus one. That poll is where all of them stop. The main threads need not answer for it, so it
+works while they wait for each other within a step.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax._src import distributed  # No public door leads to the key-value store.
+
+from diffusion_jax.files import first_line
+
+T = TypeVar('T')
+
+TIMEOUT_SECONDS, A_DAY = 1200, 86_400
+_rounds: Counter[str] = Counter()
+
+
+def agree(name: str, value: str, timeout_seconds: float = TIMEOUT_SECONDS) -> list[str]:
+  """Every process's value, in the order of processes; the same list on all of them.
+
+  All processes must call it equally often under each name, and from one thread at a time. It waits
+  for the slowest; with one process it costs nothing.
+
+  Raises:
+    TimeoutError: a process did not come in time.
+  """
+  count, index = jax.process_count(), jax.process_index()
+  if count == 1:
+    return [value]
+  _rounds[name] += 1
+  client = distributed.global_state.client
+  keys = [f'diffusion_jax/{name}/{_rounds[name] - back}' for back in (0, 1)]
+  get = lambda key: json.loads(client.blocking_key_value_get(key, int(timeout_seconds * 1000)))
+  try:
+    if index:
+      client.key_value_set(f'{keys[0]}/{index}', json.dumps(value))
+      return get(f'{keys[0]}/all')
+    values = [value, *(get(f'{keys[0]}/{other}') for other in range(1, count))]
+    client.key_value_set(f'{keys[0]}/all', json.dumps(values))
+  except jax.errors.JaxRuntimeError as error:
+    raise TimeoutError(f'processes did not agree on {name}: {error}') from error
+  if _rounds[name] > 1:  # Who has come to this round has read the one before.
+    client.key_value_delete(f'{keys[1]}/')
+  return values
+
+
+def in_step(
+  name: str, function: Callable[[], T], kinds: tuple[type[Exception], ...],
+  timeout_seconds: float = TIMEOUT_SECONDS,
+) -> T:
+  """What function() returns here; where it raises one of `kinds` anywhere, all raise the same."""
+  value, mine = None, ''
+  try:
+    value = function()
+  except kinds as error:
+    kind = next(kind for kind in kinds if isinstance(error, kind))
+    mine = json.dumps([kind.__name__, str(error)])
+  for answer in agree(name, mine, timeout_seconds):
+    if answer:
+      raised, text = json.loads(answer)
+      raise next(kind for kind in kinds if kind.__name__ == raised)(text)
+  return value
+
+
+def post(name: str, text: str) -> None:
+  """Leaves a text for all processes, without waiting for any; nothing with one process."""
+  if jax.process_count() > 1:
+    key = f'diffusion_jax/{name}/{hashlib.sha256(text.encode(errors="replace")).hexdigest()}'
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # Posted before, or no one is there.
+      distributed.global_state.client.key_value_set(key, json.dumps(text))
+
+
+def posted(name: str) -> list[str]:
+  """What all processes have posted under a name so far."""
+  if jax.process_count() == 1:
+    return []
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    found = distributed.global_state.client.key_value_dir_get(f'diffusion_jax/{name}/')
+    return [json.loads(text) for _, text in found]
+  return []
+
+
+def sum_over_processes(x: np.ndarray) -> np.ndarray:
+  """The sum of every process's array; all must call it with equal shapes, none under way elsewhere.
+
+  Unlike `agree` it goes over the devices, for it is made for what is large.
+  """
+  if jax.process_count() == 1:
+    return x
+  from jax.experimental import multihost_utils
+
+  return multihost_utils.process_allgather(x).sum(axis=0, dtype=x.dtype)
+
+
+_listener: ContextVar[Callable[[], None] | None] = ContextVar('listener', default=None)
+
+
+def heartbeat() -> None:
+  """One piece of work is done. Whoever listens may raise here, to stop the work."""
+  if (listener := _listener.get()) is not None:
+    listener()
+
+
+@contextmanager
+def listening(listener: Callable[[], None]) -> Iterator[None]:
+  """Calls `listener` at every heartbeat within."""
+  token = _listener.set(listener)
+  try:
+    yield
+  finally:
+    _listener.reset(token)
+
+
+PERIOD_SECONDS = 0.1
+PERIOD_SECONDS_A_PROCESS = 0.001
+"""So that process 0 hears some 2,000 messages a second at most, however many there are."""
+
+_meetings = itertools.count()
+
+
+class Peers:
+  """Threads that keep processes in touch; with one process, a flag.
+
+  Args:
+    timeout_seconds: without news of a process for that long, it counts as lost.
+    on_lost: called from the thread, once, with a sentence that names the process.
+  """
+
+  def __init__(self, timeout_seconds: float, on_lost: Callable[[str], None]):
+    self._timeout, self._on_lost = timeout_seconds, on_lost
+    self._count, self._index = jax.process_count(), jax.process_index()
+    period = PERIOD_SECONDS + PERIOD_SECONDS_A_PROCESS * self._count
+    self._period = min(period, timeout_seconds / 5)
+    self._news = {'beat': 0, 'stop': False, 'polls': None, 'left': ''}
+    self._polls = 0
+    self._lock = threading.Condition()
+    self._verdict: dict = {'stop': False, 'until': None, 'gone': None}
+    self._asked = False
+    self._closed = threading.Event()
+    # Keys outlive a meeting; all processes hold the same number of them in the same order.
+    self._room = f'diffusion_jax/peers/{next(_meetings)}'
+    self.gone: tuple[int, str] | None = None
+    """(process, why) of the first process that is gone; why is '' for one that fell silent."""
+    if self._count > 1:
+      self._client = distributed.global_state.client
+      self._thread = threading.Thread(target=self._run, name='peers', daemon=True)
+      self._thread.start()
+
+  def ask_to_stop(self) -> None:
+    """Asks all processes to stop; safe in a signal handler."""
+    self._asked = True
+
+  def poll(self) -> bool:
+    """Whether to stop here. Every process polls as often as the others, and all stop at one."""
+    if self._count == 1:
+      return self._asked
+    with self._lock:
+      self._polls += 1
+      while self._news['polls'] is not None and self._verdict['until'] is None:
+        self._lock.wait(self._period)  # All others publish from threads, so this ends.
+      until = self._verdict['until']
+      return until is not None and self._polls >= until
+
+  def leave(self, why: str) -> None:
+    """Tells the others that this process gives up and why; returns once it has been said."""
+    if self._count == 1 or self._closed.is_set():
+      return
+    self._news['left'] = why or 'left'
+    with contextlib.suppress(Exception):  # It may be the coordinator that is gone.
+      self._publish()
+      if self._index == 0:  # With process 0 goes the place where news are kept.
+        self._judge({})
+        time.sleep(3 * self._period)
+
+  def confirm_gone(self) -> None:
+    """Waits a little longer than the timeout for news that another process is gone.
+
+    Returns if there is none; otherwise `on_lost` is called, and what it does happens.
+    """
+    if self._count == 1:
+      return
+    end = time.monotonic() + self._timeout + 3 * self._period
+    while self.gone is None and time.monotonic() < end:
+      time.sleep(self._period / 2)
+    if self.gone is not None:
+      self._thread.join()
+
+  def settle(self) -> bool:
+    """Whether any process has been asked to stop by now; waits for all of them, without delay.
+
+    For places where something else begins: `poll` may have to wait for the news to travel.
+    """
+    return 'True' in agree('stop', str(self._asked))
+
+  def close(self) -> None:
+    """Ends the thread; from here on nothing is watched."""
+    self._closed.set()
+    if self._count > 1 and threading.current_thread() is not self._thread:
+      self._news['left'] = self._news['left'] or 'done'
+      self._thread.join(5)
+
+  def _run(self) -> None:
+    seen: dict[int, tuple[int, float]] = {}
+    reached = time.monotonic()
+    while not self._closed.wait(self._period):
+      try:
+        self._publish()
+        if self._index == 0:
+          self._judge(seen)
+        self._obey()
+        reached = time.monotonic()
+      except Exception as error:  # The runtime raises its own kinds, some of them bare.
+        if time.monotonic() - reached > self._timeout:
+          self._lose(0, '', f'the coordinator (process 0) has not answered for '
+                     f'{self._timeout:g} s ({first_line(error)[:120]})')
+          return
+    try:
+      self._publish()  # 'done': its silence from now on means nothing.
+    except Exception:  # The coordinator may be the first to go.
+      return
+
+  def _publish(self) -> None:
+    news = self._news
+    news['beat'] += 1
+    news['stop'] = news['stop'] or self._asked
+    self._client.key_value_set(
+      f'{self._room}/news/{self._index}', json.dumps(news), allow_overwrite=True
+    )
+
+  def _judge(self, seen: dict[int, tuple[int, float]]) -> None:
+    """Process 0 draws conclusions from everybody's news and puts them up."""
+    now, verdict = time.monotonic(), dict(self._verdict)
+    news = {
+      int(key.rpartition('/')[2]): json.loads(value)
+      for key, value in self._client.key_value_dir_get(f'{self._room}/news/')
+    }
+    for index, item in news.items():
+      if index not in seen or seen[index][0] != item['beat']:
+        seen[index] = (item['beat'], now)
+      silent = now - seen[index][1] > self._timeout and item['left'] != 'done'
+      if verdict['gone'] is None and (silent or item['left'] not in ('', 'done')):
+        verdict['gone'] = [index, item['left']]
+    verdict['stop'] = verdict['stop'] or any(item['stop'] for item in news.values())
+    polls = [item['polls'] for item in news.values()]
+    if verdict['until'] is None and len(polls) == self._count and None not in polls:
+      verdict['until'] = max(polls) + 1
+    self._client.key_value_set(
+      f'{self._room}/verdict/0', json.dumps(verdict), allow_overwrite=True
+    )
+
+  def _obey(self) -> None:
+    """Takes over what process 0 has concluded."""
+    verdicts = self._client.key_value_dir_get(f'{self._room}/verdict/')
+    if not verdicts:  # Process 0 has not begun yet.
+      return
+    with self._lock:
+      self._verdict = json.loads(verdicts[0][1])
+      if self._verdict['stop'] and self._news['polls'] is None:
+        self._news['polls'] = self._polls
+      self._lock.notify_all()
+    if self._verdict['gone'] is not None:
+      index, why = self._verdict['gone']
+      if index != self._index:
+        said = f'said: {why}' if why else f'has been silent for {self._timeout:g} s'
+        self._lose(index, why, f'process {index} of {self._count} is gone; it {said}')
+
+  def _lose(self, index: int, why: str, sentence: str) -> None:
+    if self.gone is None and not self._closed.is_set():
+      self.gone = (index, why)
+      if self._index == 0:  # It keeps the news: the others, too, must have read them.
+        time.sleep(3 * self._period)
+      self._on_lost(sentence)

@@ -1,0 +1,133 @@
+"""The files of one run: what a person, a report and the next start find in its workdir."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.files import atomic_write, read_object, reading
+
+PACKAGES = (
+  'diffusion_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'array_record',
+  'tensorflow-datasets', 'transformers', 'tokenizers', 'numpy',
+)
+
+MAY_CHANGE = ('loop.total_steps', 'loop.log_every_steps', 'loop.checkpoint_every_steps',
+              'loop.sample_every_steps', 'loop.evaluate_every_steps', 'loop.evaluate_samples',
+              'loop.evaluate_seconds', 'loop.keep_', 'loop.profile_', 'loop.wandb_project',
+              'data.data_dir', 'data.prepare', 'data.workers', 'data.most_unreadable', 'mesh.',
+              'safety.', 'remat', 'attention')
+"""What a resumed run may change; everything else would make it another run."""
+
+
+class RunDirectory:
+  """Paths and small files below a workdir. Writes are atomic."""
+
+  def __init__(self, path: str | Path):
+    self.path = Path(path).expanduser().absolute()
+    self.checkpoints = self.path / 'checkpoints'
+    self.samples = self.path / 'samples'
+    self.model = self.path / 'model'
+    self.metrics = self.path / 'metrics.jsonl'
+    self.tensorboard = self.path / 'tensorboard'
+    self.tokenizer = self.path / 'tokenizer'
+
+  def write_json(self, name: str, values: dict[str, Any]) -> None:
+    """Writes `name` in one move, so that a reader never sees half of it."""
+    self.write_text(name, json.dumps(values, indent=2, sort_keys=False) + '\n')
+
+  def write_text(self, name: str, text: str) -> None:
+    """Writes `name` in one move."""
+    with atomic_write(self.path / name) as file:
+      file.write(text.encode())
+
+  def read_json(self, name: str) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
+    if not os.path.lexists(self.path / name):
+      raise UserError(
+        f'{self.path} has no {name}; give the workdir of a run that train has started.'
+      )
+    try:
+      return read_object(self.path / name)
+    except UserError as error:
+      reason = str(error).rpartition(';')[0] or str(error)
+      raise UserError(f'{reason}; restore that file.') from error
+
+  def check_config(
+    self, config: dict[str, Any], complete: Callable[[dict[str, Any]], dict[str, Any]]
+  ) -> None:
+    """Makes sure that this workdir is new or belongs to `config`.
+
+    Args:
+      complete: gives a config that an older version has written the keys that are new since.
+
+    Raises:
+      UserError: it belongs to another config; the message names the first difference.
+    """
+    if self.path.exists() and not self.path.is_dir():
+      raise UserError(f'the workdir {self.path} is a file; choose a directory.')
+    if not os.path.lexists(self.path / 'config.json'):
+      return
+    values = self.read_json('config.json')
+    with reading(
+      self.path / 'config.json', 'is not the config of a run',
+      'restore that file, or choose another workdir',
+    ):
+      before = flatten(normalise(complete(values)))
+    now = flatten(normalise(config))
+    for key in sorted(before.keys() | now.keys()):
+      if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE):
+        raise UserError(
+          f'the workdir {self.path} belongs to another config: {key} was {before.get(key)!r} and '
+          f'is now {now.get(key)!r}; choose another workdir or restore that value.'
+        )
+
+
+def normalise(config: dict[str, Any]) -> dict[str, Any]:
+  """As JSON would give it back: tuples become lists."""
+  return json.loads(json.dumps(config))
+
+
+def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Nested dictionaries -> one dictionary with dotted keys."""
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      flat |= flatten(value, f'{prefix}{key}.')
+    else:
+      flat[f'{prefix}{key}'] = value
+  return flat
+
+
+def versions() -> dict[str, Any]:
+  """Versions of Python, of the packages that numbers depend on, and the devices."""
+  import jax  # Here, for the first word of a start comes before anything heavy is imported.
+
+  found = {}
+  for package in PACKAGES:
+    try:
+      found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      found[package] = 'not installed'
+  device = jax.devices()[0]
+  return {
+    'python': platform.python_version(), **found, 'platform': device.platform,
+    'device': device.device_kind, 'devices': jax.device_count(), 'processes': jax.process_count(),
+  }
+
+
+def command_line() -> str:
+  """The command that started this process, to repeat it."""
+  import shlex
+
+  arguments = sys.argv[1:]
+  return shlex.join(['python', '-m', 'diffusion_jax', *arguments])

@@ -1,0 +1,411 @@
+"""Where metrics can go: a file of JSON lines, TensorBoard, Weights & Biases.
+
+A back-end is opened and written to from a thread of its own (`metrics_writer`), so it may be slow
+and it may raise. A record that `write` took without an error is as safe as it can be there. The
+packages are imported beforehand: Python 3.11 fails now and then where two threads import at once.
+
+Metrics of a run on their way to every back-end, none of which can slow or stop training.
+"""
+
+import collections
+import contextlib
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol
+
+import numpy as np
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.runs.directory import RunDirectory
+
+
+class Record(NamedTuple):
+  """What is written at one step: numbers (`line` holds them as JSON), or a picture.
+
+  numbers: name with its kind -> finite number; image: uint8 [h w 3] or None; time: seconds since
+  the epoch.
+  """
+
+  step: int
+  time: float
+  line: str = ''
+  numbers: dict[str, float] | None = None
+  name: str = ''
+  image: np.ndarray | None = None
+
+
+class Backend(Protocol):
+  """One place for metrics. Any method may raise; after an error it is closed and opened anew."""
+
+  name: str
+
+  def open(self) -> None: ...
+
+  def write(self, record: Record) -> None: ...
+
+  def close(self) -> None: ...
+
+
+class JsonLines:
+  """metrics.jsonl: a line for each record of numbers."""
+
+  name = 'metrics.jsonl'
+
+  def __init__(self, path: Path):
+    self._path = path
+    self._file = None
+
+  def open(self) -> None:
+    """Opens to append; a line that a crash or a full disk has torn is cut off."""
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    if self._path.is_file():
+      with self._path.open('rb+') as file:
+        file.truncate(_after_last_line(file))
+    self._file = self._path.open('ab', buffering=0)
+
+  def write(self, record: Record) -> None:
+    if not record.line:
+      return
+    # A deleted file would go on taking lines that nobody can read.
+    if not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
+      raise FileNotFoundError(f'{self._path} was replaced')
+    data = memoryview(record.line.encode() + b'\n')
+    while data:  # A disk that is nearly full takes a part and refuses the rest.
+      data = data[self._file.write(data) :]
+
+  def close(self) -> None:
+    if self._file:
+      self._file.close()
+
+
+def _after_last_line(file: BinaryIO) -> int:
+  """The place behind the last line end, found from the end on: the file may be long."""
+  end = file.seek(0, os.SEEK_END)
+  while end:
+    start = max(0, end - 2**16)
+    file.seek(start)
+    found = file.read(end - start).rfind(b'\n')
+    if found >= 0:
+      return start + found + 1
+    end = start
+  return 0
+
+
+@contextlib.contextmanager
+def _without_torch():
+  """Within, PyTorch cannot be imported, unless it has been: tensorboardX would, if it is there.
+
+  It needs only the name of a class, which we do not, for some seconds and 300 MB of every run.
+  """
+  absent = object()
+  before = sys.modules.get('torch', absent)
+  if before is absent:
+    sys.modules['torch'] = None
+  try:
+    yield
+  finally:
+    if before is absent:
+      del sys.modules['torch']
+
+
+class TensorBoard:
+  """Event files, without tensorboardX's own thread: it dies at the first error, unheard, and then
+  blocks whoever adds the eleventh event."""
+
+  name = 'tensorboard'
+
+  def __init__(self, folder: Path):
+    """Raises ImportError where tensorboardX is missing."""
+    with _without_torch():
+      from tensorboardX import record_writer, summary
+      from tensorboardX.proto import event_pb2
+
+    self._records, self._summary, self._event = record_writer, summary, event_pb2.Event
+    self._folder = folder
+    self._file = None
+
+  def open(self) -> None:
+    """Begins a file of its own, as TensorBoard stops reading one at a torn event."""
+    self._folder.mkdir(parents=True, exist_ok=True)
+    # TensorBoard reads the files in the order of their names.
+    name = f'events.out.tfevents.{time.time():.3f}.{socket.gethostname()}.{os.getpid()}'
+    self._file = self._records.RecordWriter(str(self._folder / name))
+    self._add(wall_time=time.time(), file_version='brain.Event:2')
+
+  def write(self, record: Record) -> None:
+    os.stat(self._file.path)  # A deleted file would go on taking events that nobody can read.
+    if record.image is not None:
+      values = [self._summary.image(record.name, record.image, dataformats='HWC')]
+    else:
+      values = [self._summary.scalar(name, value) for name, value in record.numbers.items()]
+    for value in values:
+      self._add(wall_time=record.time, step=record.step, summary=value)
+    self._file.flush()
+
+  def _add(self, **fields: Any) -> None:
+    self._file.write(self._event(**fields).SerializeToString())
+
+  def close(self) -> None:
+    if self._file:
+      self._file.close()
+
+
+class WeightsAndBiases:
+  """A run of Weights & Biases, the same one after a restart; obeys WANDB_MODE and its kin."""
+
+  name = 'wandb'
+
+  def __init__(self, run: RunDirectory, project: str, config: dict[str, Any]):
+    import wandb
+
+    self._wandb = wandb
+    self._directory, self._project, self._config = run, project, config
+    self._run = None
+
+  def open(self) -> None:
+    wandb = self._wandb
+    settings = wandb.Settings(silent=True, console='off', init_timeout=60, finish_timeout=60)
+    mode = os.environ.get('WANDB_MODE', 'online')
+    if mode == 'online' and not wandb.login(prompt=False):
+      raise RuntimeError('no API key: run `wandb login`, or set WANDB_MODE=offline')
+    self._run = wandb.init(
+      project=self._project, id=self._id(), name=self._directory.path.name, resume='allow',
+      dir=str(self._directory.path), config=self._config, settings=settings,
+    )
+    # Its own counter of steps never goes back; ours does after a restart.
+    self._run.define_metric('*', step_metric='step')
+
+  def _id(self) -> str:
+    file = self._directory.path / 'wandb_run_id'
+    if not file.exists():
+      self._directory.write_text(file.name, secrets.token_hex(4) + '\n')
+    return file.read_text(encoding='utf-8').strip()
+
+  def write(self, record: Record) -> None:
+    values = record.numbers
+    if record.image is not None:
+      values = {record.name: self._wandb.Image(record.image)}
+    self._run.log({'step': record.step, **values})
+
+  def close(self) -> None:
+    if not self._run:
+      return
+    run, self._run = self._run, None
+    try:
+      run.finish()
+    except Exception:
+      self._wandb.teardown()  # Or a service that died would be asked again for ever.
+      raise
+
+
+def check_wandb(project: str) -> None:
+  """Whether wandb can be used, where it is asked for.
+
+  Raises:
+    UserError: it is not installed.
+  """
+  if not project:
+    return
+  try:
+    import wandb  # noqa: F401
+  except ImportError as error:
+    raise UserError(
+      f"loop.wandb_project is set but the package wandb cannot be imported ({error}); pip install "
+      "'diffusion_jax[wandb]', or leave loop.wandb_project empty."
+    ) from error
+
+
+_MOST_RECORDS, _MOST_IMAGES = 10_000, 8
+"""Kept in memory for a back-end that is slow or away."""
+
+
+class MetricsWriter:
+  """metrics.jsonl, TensorBoard if tensorboardX is there, and wandb if asked for; on process 0.
+
+  Each has a thread of its own. One that fails is switched off with a line on stderr and tried again
+  later; what it has missed is kept for it, within bounds. `write` never waits and never raises for
+  the sake of a back-end.
+
+  Args:
+    active: False on all other processes, where nothing is written.
+    wandb_project: name of the project, or '' for none.
+    config: of the run, for wandb.
+    retry_seconds: until a back-end that has failed is tried again.
+  """
+
+  def __init__(
+    self,
+    run: RunDirectory,
+    active: bool,
+    *,
+    wandb_project: str = '',
+    config: dict[str, Any] | None = None,
+    retry_seconds: float = 300.0,
+  ):
+    backends: list[Backend] = []
+    if active:
+      backends.append(JsonLines(run.metrics))
+      try:
+        backends.append(TensorBoard(run.tensorboard))
+      except ImportError:
+        _say('TensorBoard events are not written; for them, pip install tensorboardX.')
+      if wandb_project:
+        backends.append(WeightsAndBiases(run, wandb_project, config or {}))
+    self._workers = [_Worker(backend, retry_seconds) for backend in backends]
+
+  @property
+  def trouble(self) -> list[str]:
+    """A sentence for each back-end that is switched off or has lost something."""
+    return [worker.trouble for worker in self._workers if worker.trouble]
+
+  def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+    """One line of numbers (lists and None allowed), and every plain number as an event."""
+    if not self._workers:
+      return
+    line = json.dumps({'kind': kind, 'step': step, **_finite(values)})
+    numbers = {
+      f'{kind}/{name}': value for name, value in values.items()
+      if isinstance(value, (int, float)) and np.isfinite(value)
+    }
+    self._put(Record(step, time.time(), line, numbers))
+
+  def image(self, name: str, step: int, image: np.ndarray) -> None:
+    """uint8 [h w 3] as an event."""
+    self._put(Record(step, time.time(), name=name, image=image))
+
+  def _put(self, record: Record) -> None:
+    for worker in self._workers:
+      worker.put(record)
+
+  def flush(self, timeout: float = 10.0) -> None:
+    """Waits until all is written, save by back-ends that are switched off, or time is up."""
+    end = time.monotonic() + timeout
+    for worker in self._workers:
+      worker.wait(end - time.monotonic())
+
+  def close(self, timeout: float = 60.0) -> None:
+    """Tries once more to write what is left, and leaves behind what does not finish in time."""
+    end = time.monotonic() + timeout
+    for worker in self._workers:
+      worker.finish()
+    for worker in self._workers:
+      worker.join(max(end - time.monotonic(), 0.0))
+      if worker.is_alive():
+        _say(f'{worker.name} did not finish within {timeout:g} s and is left behind.')
+    self._workers = []
+
+
+class _Worker(threading.Thread):
+  """Hands records to one back-end, in order."""
+
+  def __init__(self, backend: Backend, retry_seconds: float):
+    super().__init__(name=backend.name, daemon=True)
+    self._backend, self._retry_seconds = backend, retry_seconds
+    self._records: collections.deque[Record] = collections.deque()
+    self._changed = threading.Condition()
+    self._open = self._closing = self._busy = False
+    self._error, self._retry_at, self._lost = '', 0.0, 0
+    self.start()
+
+  @property
+  def trouble(self) -> str:
+    """What is wrong with the back-end, if anything."""
+    lost = f'{self._lost} records lost' if self._lost else ''
+    return ': '.join([self.name, *filter(None, (self._error, lost))]) if self._error or lost else ''
+
+  def put(self, record: Record) -> None:
+    """Leaves the record to the thread."""
+    with self._changed:
+      self._records.append(record)
+      self._keep_within_bounds()
+      self._changed.notify_all()
+
+  def _keep_within_bounds(self) -> None:
+    too_old = None
+    if self._records[-1].image is not None:
+      images = [i for i, record in enumerate(self._records) if record.image is not None]
+      too_old = images[0] if len(images) > _MOST_IMAGES else None
+    if too_old is None and len(self._records) > _MOST_RECORDS:
+      too_old = 0
+    if too_old is not None:
+      del self._records[too_old]
+      self._lost += 1
+
+  def wait(self, timeout: float) -> None:
+    """Until nothing is left to write or the back-end is switched off."""
+    with self._changed:
+      self._changed.wait_for(
+        lambda: self._error or not (self._records or self._busy), max(timeout, 0.0)
+      )
+
+  def finish(self) -> None:
+    """Makes the thread end when it has tried to write what is left."""
+    with self._changed:
+      self._closing = True
+      self._changed.notify_all()
+
+  def run(self) -> None:
+    while (record := self._next()) is not None:
+      try:
+        if not self._open:
+          self._backend.open()
+          self._open = True
+        self._backend.write(record)
+      except (Exception, SystemExit) as error:
+        self._failed(record, error)
+      else:
+        self._done()
+    self._close()
+
+  def _next(self) -> Record | None:
+    """The next record when it is time for it; None at the end."""
+    with self._changed:
+      while True:
+        wait = self._retry_at - time.monotonic()
+        if self._closing and (not self._records or self._retry_at == float('inf')):
+          return None
+        if self._records and (wait <= 0 or self._closing):
+          self._busy = True
+          return self._records.popleft()
+        self._changed.wait(wait if self._records else None)
+
+  def _failed(self, record: Record, error: BaseException) -> None:
+    self._close()
+    reason = ' '.join(str(error).split())[:200] or type(error).__name__
+    with self._changed:
+      first, self._error, self._busy = not self._error, reason, False
+      self._records.appendleft(record)
+      # One more try at the end, no more.
+      self._retry_at = float('inf') if self._closing else time.monotonic() + self._retry_seconds
+      self._changed.notify_all()
+    if first:
+      _say(f'{self.name} is switched off ({reason}); trying again in {self._retry_seconds:g} s.')
+
+  def _done(self) -> None:
+    with self._changed:
+      back, self._error, self._busy = bool(self._error), '', False
+      self._changed.notify_all()
+    if back:
+      _say(f'{self.name} is back.')
+
+  def _close(self) -> None:
+    self._open = False
+    with contextlib.suppress(Exception, SystemExit):  # What is unwritten is still in our hands.
+      self._backend.close()
+
+
+def _say(text: str) -> None:
+  with contextlib.suppress(OSError, ValueError):  # stderr may be on the same full disk.
+    print(f'metrics: {text}', file=sys.stderr, flush=True)
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+  """NaN and infinity are no JSON; they become None."""
+  clean = lambda v: None if isinstance(v, float) and not np.isfinite(v) else v
+  return {k: [clean(x) for x in v] if isinstance(v, list) else clean(v) for k, v in values.items()}

@@ -1,0 +1,148 @@
+"""What a network was trained on, in a small file beside its weights, so that scores can say it.
+
+What a run is trained on, in its workdir, so that other data are noticed when it goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusion_jax.checkpoint.checkpoints import STEP
+from diffusion_jax.errors import UserError
+from diffusion_jax.files import read_object, set_aside_damaged
+from diffusion_jax.formats.tensors import write_json
+from diffusion_jax.runs.directory import RunDirectory
+
+TRAINED_ON = 'trained_on.json'
+MADE = 'folder:'
+"""What names of data sets begin with that are places: the same name may be other pictures."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+  """One split of a data set.
+
+  size: edge in pixels. records: how many. fingerprint: of the pictures, by
+  `data.fingerprint`; '' where there is none. begun: the model that was trained on with them, which
+  may know others; '' for one that was trained on these alone.
+  """
+
+  dataset: str
+  split: str
+  size: int
+  records: int
+  fingerprint: str = ''
+  begun: str = ''
+
+  @property
+  def told(self) -> str:
+    """For people."""
+    after = f', beginning with {self.begun}' if self.begun else ''
+    return f'{self.dataset} ({self.split} split, {self.size} px, {self.records:,} images){after}'
+
+  def same(self, other: Pictures) -> bool:
+    """Whether these are the same pictures, perhaps at another size."""
+    if self.fingerprint and self.fingerprint == other.fingerprint:
+      return True
+    named = (self.dataset, self.split) == (other.dataset, other.split)
+    return named and not self.dataset.startswith(MADE)
+
+  def apart(self, other: Pictures) -> bool:
+    """Whether they are known to be another split of the same data set, and all that is known."""
+    if self.begun or self.dataset.startswith(MADE):
+      return False
+    return self.dataset == other.dataset and self.split != other.split
+
+
+def pictures_of(
+  dataset: str, split: str, size: int, records: int, fingerprint: Mapping[str, str]
+) -> Pictures:
+  """A split, by what `data.fingerprint.fingerprint` says of its source."""
+  return Pictures(dataset, split, size, records, fingerprint.get('pictures', ''))
+
+
+def write_trained_on(directory: Path, pictures: Pictures) -> None:
+  """Writes the file into the directory of a network or model."""
+  write_json(directory / TRAINED_ON, dataclasses.asdict(pictures))
+
+
+def read_trained_on(directory: Path) -> Pictures | None:
+  """What the network in a directory was trained on; None where nothing, or nothing sound, says it.
+  """
+  file = directory / TRAINED_ON
+  if not file.is_file():
+    return None
+  try:
+    values = read_object(file)
+  except UserError:
+    return None
+  fields = {field.name: field.type for field in dataclasses.fields(Pictures)}
+  known = {name: values.get(name) for name in fields if name in values}
+  return Pictures(**known) if _sound(known, fields) else None
+
+
+def _sound(known: Mapping[str, Any], fields: Mapping[str, str]) -> bool:
+  kinds = {'str': str, 'int': int}
+  whole = known.keys() | {'fingerprint', 'begun'} >= fields.keys()
+  return whole and all(type(value) is kinds[fields[name]] for name, value in known.items())
+
+
+DATA = 'data.json'
+
+Found = dict[str, dict[str, str]]
+"""Split -> part of it, such as captions -> its hash."""
+
+
+def check_data(directory: RunDirectory, found: Found) -> None:
+  """UserError where a run that has saved was trained on other data than these."""
+  if (other := other_data(directory, found)) and _has_saved(directory):
+    raise UserError(
+      f'{other} are not those that {directory.path} was trained on; restore them, or begin another '
+      f'run from its weights with --config.weights_from={directory.path}.'
+    )
+
+
+def other_data(directory: RunDirectory, found: Found) -> str:
+  """What of the data has changed since a run was begun, such as 'the captions of the test split'.
+
+  '' where nothing has, as far as is known.
+  """
+  path = directory.path / DATA
+  if not path.exists():
+    return ''
+  try:
+    before = read_object(path)
+  except UserError as error:
+    print(f'note: whether the data are still the same cannot be told, as {error}', file=sys.stderr)
+    return ''
+  for split, parts in found.items():
+    known = before.get(split)
+    for part, value in parts.items():
+      if isinstance(known, dict) and known.get(part, value) != value:
+        return f'the {part} of the {split} data'
+  return ''
+
+
+def write_data(directory: RunDirectory, found: Found) -> None:
+  """Keeps what a run is trained on.
+
+  Raises:
+    OSError: it is not known yet, and cannot be written.
+  """
+  if not any(found.values()):
+    return
+  try:
+    if directory.read_json(DATA) == found:
+      return
+  except UserError:  # None yet, or damaged.
+    set_aside_damaged(directory.path / DATA, lambda text: print(f'note: {text}', file=sys.stderr))
+  directory.write_json(DATA, found)
+
+
+def _has_saved(directory: RunDirectory) -> bool:
+  folder = directory.checkpoints
+  return folder.is_dir() and any(STEP.fullmatch(path.name) for path in folder.iterdir())

@@ -1,0 +1,346 @@
+"""Ctrl-C and SIGTERM as a polite request: finish the step, save, leave.
+
+Notices that nothing moves any more, and ends the process instead of burning its machine's time.
+
+A hanging collective, file system or data source waits for ever in silence. The stacks say where.
+
+What a process holds, so that a leak shows as a curve before it ends the run.
+
+What surrounds training, so that no end of it goes untold: signals, lost processes, stalls.
+"""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import jax
+from jax import monitoring
+
+from diffusion_jax.errors import Diverged, UserError
+from diffusion_jax.parallel.processes import Peers, listening
+from diffusion_jax.runs.start import Start
+from diffusion_jax.train.config import SafetyConfig
+
+
+class Stopping(Exception):
+  """All processes have agreed to stop here, in the midst of drawing or scoring."""
+
+
+class StopRequest:
+  """While entered, the first SIGINT or SIGTERM only asks to stop; a second one interrupts.
+
+  A request to one process reaches all of them (`parallel.peers`).
+  """
+
+  def __init__(self, peers: Peers):
+    self.signal: int | None = None
+    """The signal that this process got, None where another was asked."""
+    self._peers = peers
+    self._previous = {}
+
+  def __enter__(self) -> 'StopRequest':
+    for number in (signal.SIGINT, signal.SIGTERM):
+      self._previous[number] = signal.signal(number, self._handle)
+    return self
+
+  def __exit__(self, *_) -> None:
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+  def _handle(self, number: int, frame) -> None:
+    if self.signal is not None:
+      raise KeyboardInterrupt
+    self.signal = number
+    self._peers.ask_to_stop()
+
+  def agreed(self) -> bool:
+    """Whether all processes stop here; each asks as often as the others."""
+    return self._peers.poll()
+
+  def check(self) -> None:
+    """Raises Stopping where all processes stop."""
+    if self.agreed():
+      raise Stopping
+
+  def settle(self) -> None:
+    """Raises Stopping if any process was asked to stop by now; between two kinds of work."""
+    if self._peers.settle():
+      raise Stopping
+
+
+GRACE_SECONDS = 30.0
+"""Until the second line of defence acts, which needs no interpreter."""
+_STDERR = 2  # The file itself, whatever stands in for sys.stderr.
+
+
+class Watchdog:
+  """A thread that waits for signs of life.
+
+  When none comes in time it writes the stacks of all threads to stderr and to
+  `directory`/stacks_PROCESS.txt, calls `on_stall` with a sentence, and leaves at once. Where the
+  interpreter itself stands still (a library that never gives back its lock), faulthandler's own
+  thread writes the stacks and leaves, with exit code 1.
+
+  Args:
+    seconds: without a beat for so long, the process is stalled; 0 never.
+    exit_code: what the process leaves with.
+  """
+
+  def __init__(
+    self, seconds: float, *, directory: Path, on_stall: Callable[[str], None], exit_code: int
+  ):
+    self._seconds = self._usual = seconds
+    self._directory, self._on_stall, self._exit_code = directory, on_stall, exit_code
+    self._what = 'step'
+    self._closed = threading.Event()
+    self._stacks = None
+    self.beat()
+    self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
+    self._thread.start()
+
+  def beat(self) -> None:
+    """A sign of life."""
+    self._last = time.monotonic()
+
+  @contextlib.contextmanager
+  def allow(self, seconds: float, what: str) -> Iterator[None]:
+    """Within, a beat is due every `seconds`; 0 for no limit. `what` names the work."""
+    before = (self._seconds, self._what)
+    self.beat()
+    self._seconds, self._what = seconds, what
+    try:
+      yield
+    finally:
+      self.beat()
+      self._seconds, self._what = before
+
+  def close(self) -> None:
+    """Stops watching."""
+    self._closed.set()
+    self._thread.join()
+    if self._stacks is not None:
+      faulthandler.cancel_dump_traceback_later()
+      if self._stacks is not _STDERR:
+        self._stacks.close()
+        with contextlib.suppress(OSError):  # The directory may be gone, or be read-only by now.
+          if not self._file().stat().st_size:
+            self._file().unlink()
+
+  def _watch(self) -> None:
+    wait = 1.0
+    while not self._closed.wait(wait):
+      limit, what, silent = self._seconds, self._what, time.monotonic() - self._last
+      wait = min(max(limit / 20, 0.05), 5.0) if limit else 1.0
+      self._arm(limit)
+      if limit and silent > limit:
+        self._stall(f'no {what} has been finished for {silent:.0f} s')
+
+  def _arm(self, limit: float) -> None:
+    """Puts off faulthandler, which acts when even this thread runs no more."""
+    if not limit:
+      if self._stacks is not None:
+        faulthandler.cancel_dump_traceback_later()
+      return
+    if self._stacks is None:
+      self._stacks = self._open()
+    faulthandler.dump_traceback_later(limit + GRACE_SECONDS, exit=True, file=self._stacks)
+
+  def _open(self) -> IO[str] | int:
+    """The file, or stderr where there can be none: this thread must not die of a full disk."""
+    try:
+      self._directory.mkdir(parents=True, exist_ok=True)
+      return self._file().open('w', encoding='utf-8')
+    except OSError:
+      return _STDERR
+
+  def _file(self) -> Path:
+    return self._directory / f'stacks_{jax.process_index()}.txt'
+
+  def _stall(self, sentence: str) -> None:
+    faulthandler.dump_traceback_later(GRACE_SECONDS, exit=True, file=self._stacks)
+    with contextlib.suppress(OSError, ValueError):  # stderr may be on the same full disk.
+      print(f'diffusion_jax: {sentence}; the stacks of all threads follow', file=sys.stderr)
+      sys.stderr.flush()
+    faulthandler.dump_traceback(file=_STDERR, all_threads=True)
+    if self._stacks is not _STDERR:
+      faulthandler.dump_traceback(file=self._stacks, all_threads=True)
+    try:
+      self._on_stall(f'{sentence}; where, is in {self._file()}')
+      sys.stdout.flush()
+      sys.stderr.flush()
+    finally:
+      os._exit(self._exit_code)
+
+
+_PROC = Path('/proc/self')
+
+
+def resources() -> dict[str, float]:
+  """Numbers for a line of metrics: host memory and peak in bytes, open files, threads.
+
+  And of the fullest device of this process its memory in use and peak, where devices tell (CPUs do
+  not). Outside of Linux the files and the memory of the host are left out.
+  """
+  found: dict[str, float] = {'threads': threading.active_count()}
+  if _PROC.is_dir():
+    status = (_PROC / 'status').read_text(encoding='utf-8', errors='replace')
+    lines = dict(line.split(':', 1) for line in status.splitlines())
+    kilobytes = lambda name: int(lines[name].split()[0]) * 1024
+    found |= {
+      'host_memory': kilobytes('VmRSS'), 'host_memory_peak': kilobytes('VmHWM'),
+      'threads': int(lines['Threads']), 'open_files': len(os.listdir(_PROC / 'fd')),
+    }
+  stats = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
+  for name, key in (('device_memory', 'bytes_in_use'), ('device_memory_peak', 'peak_bytes_in_use')):
+    values = [one[key] for one in stats if key in one]
+    if values:
+      found[name] = max(values)
+  return found
+
+
+class Compilations:
+  """Counts the programs that XLA has compiled, or fetched from its cache, since it was made.
+
+  After the first step there should be none for training: each is a shape or a type that changed.
+  """
+
+  _EVENT = '/jax/core/compile/backend_compile_duration'
+
+  def __init__(self):
+    self.count = 0
+    monitoring.register_event_duration_secs_listener(self._heard)
+
+  def _heard(self, event: str, seconds: float, **more) -> None:
+    del seconds, more
+    self.count += event == self._EVENT
+
+  def close(self) -> None:
+    """Stops counting."""
+    monitoring.unregister_event_duration_listener(self._heard)
+
+
+TRY_AGAIN = 75
+"""Exit code of a process that left because another was lost, because nothing moved any more, or
+because the last checkpoint or the model could not be written."""
+
+_OF_A_PEER = ('gloo', 'nccl', 'connection', 'socket', 'unavailable', 'deadline', 'coordination',
+              'aborted', 'heartbeat', 'barrier')
+
+
+class Safety:
+  """The status file, the bonds between processes, the watchdog and stop requests of one start.
+
+  facts: a function that says how far things are, for the status file.
+  training: whether training has begun, so that what ends it now is more than a refused start.
+  note: is added to the message when an error ends the run.
+  """
+
+  def __init__(self, start: Start, config: SafetyConfig):
+    self.start, self.config, self._status = start, config, start.status
+    self.facts: Callable[[], dict[str, Any]] = self._status.facts_before
+    self.training, self.note = False, ''
+    self._index, self._count = jax.process_index(), jax.process_count()
+    self._told = 0.0
+    if start.lock is not None:
+      start.lock.on_lost = self._replaced
+    self.peers = Peers(config.peer_timeout_seconds, self._lost)
+    self.stop = StopRequest(self.peers)
+    self.watchdog = Watchdog(
+      config.step_timeout_seconds, directory=start.directory.path, on_stall=self._stalled,
+      exit_code=TRY_AGAIN,
+    )
+
+  def tell(self, state: str, *, now: bool = True, **more: Any) -> None:
+    """Writes how things stand; without `now` no more than once a second."""
+    if now or time.monotonic() - self._told > 1:
+      self._told = time.monotonic()
+      self._status(state, **self.facts(), **more)
+
+  def check(self) -> None:
+    """A sign of life; raises Stopping where all processes stop."""
+    self.watchdog.beat()
+    if self.start.lock is not None:
+      self.start.lock.check()
+    self.stop.check()
+
+  @contextmanager
+  def watching(self):
+    """Reports whatever ends what is done within, then lets it end."""
+    try:
+      with self.stop, listening(self.check):
+        yield
+    except BaseException as error:
+      self._fail(error)
+      raise
+    finally:
+      self.watchdog.close()
+      self.peers.close()
+
+  def _fail(self, error: BaseException) -> None:
+    message = f'{type(error).__name__}: {error}'
+    if self._count > 1 and any(word in message.lower() for word in _OF_A_PEER):
+      # Most likely another process is gone; then `_lost` leaves from its thread meanwhile.
+      with self.watchdog.allow(0, 'word of the other processes'):
+        self.peers.confirm_gone()
+    state, code = _verdict(error)
+    if state == 'interrupted' and self.training:
+      message = 'left at once by a second signal, without saving'
+    if self.training:
+      message = f'{message[:500]}{self.note}'
+      self._status(state, everyone=True, **self.facts(), message=message)
+    else:
+      self.start.end(error)
+    if self._count > 1:
+      # Leaving in order would wait for processes that wait for this one.
+      if isinstance(error, UserError | Diverged):
+        print(f'diffusion_jax train: {error}', file=sys.stderr)
+      else:
+        traceback.print_exc()
+      self.peers.leave(state)
+      self._leave_at_once(code)
+
+  def _lost(self, sentence: str) -> None:
+    _, why = self.peers.gone
+    if not why:
+      message = f'{sentence}; start again to go on from the last checkpoint'
+      self._status('peer_lost', everyone=True, **self.facts(), message=message)
+    print(f'diffusion_jax: process {self._index} leaves: {sentence}', file=sys.stderr)
+    self._leave_at_once(TRY_AGAIN if why in ('', 'stalled') else 1)
+
+  def _replaced(self, sentence: str) -> None:
+    """Another start has the workdir now: from here on every file in it is that one's."""
+    self._status.silence()
+    print(f'diffusion_jax train: {sentence}; leaving', file=sys.stderr)
+    self.peers.leave('replaced')
+    self._leave_at_once(1)
+
+  def _leave_at_once(self, code: int) -> None:
+    self.start.release_at_once()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+  def _stalled(self, message: str) -> None:
+    self._status('stalled', everyone=True, **self.facts(), message=message)
+    last_word = threading.Thread(target=self.peers.leave, args=('stalled',), daemon=True)
+    last_word.start()
+    last_word.join(10)  # The coordinator may stand still, too.
+    self.start.release_at_once()
+
+
+def _verdict(error: BaseException) -> tuple[str, int]:
+  """(state, exit code) of a run that this error ends."""
+  if isinstance(error, KeyboardInterrupt):
+    return 'interrupted', 130
+  if isinstance(error, Diverged):
+    return 'diverged', 1
+  return 'failed', 2 if isinstance(error, UserError) else 1
