@@ -1,6 +1,7 @@
 """What XLA has to be told on one platform and not on another, with what it gains."""
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -93,3 +94,15 @@ def apart(function: Callable) -> Callable:
     return jax.tree.unflatten(structure, leaves)
 
   return call
+
+
+Capability = tuple[int, int] | None
+"""Of an NVIDIA GPU, such as (9, 0); None for all else."""
+
+
+def chip() -> tuple[str, Capability]:
+  """(platform, compute capability) of what programs are for."""
+  device = jax.local_devices()[0]
+  # An AMD GPU has a name in its place.
+  found = re.fullmatch(r'(\d+)\.(\d+)', str(getattr(device, 'compute_capability', '')))
+  return device.platform, (int(found[1]), int(found[2])) if found else None

@@ -1,6 +1,5 @@
 """Scaled dot-product attention, by the way that is said or that suits device and lengths."""
 
-import re
 from functools import partial
 
 import jax
@@ -8,8 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion_jax.layout import constrain
-from diffusion_jax.models.attend_ways import Capability, choose, compute, refusal
+from diffusion_jax.models.attend_ways import choose, compute, refusal
 from diffusion_jax.models.checks import require
+from diffusion_jax.xla import chip
 
 
 class Attends(nnx.Module):
@@ -54,11 +54,3 @@ def check_attention(attention: str, dtype: jnp.dtype, d: int | None = None) -> N
   """Raises UserError where that way cannot serve: heads of d channels, or any at all, here."""
   why = refusal(attention, *chip(), dtype, d)
   require(not why, f'attention {attention!r} cannot serve here: {why}.')
-
-
-def chip() -> tuple[str, Capability]:
-  """(platform, compute capability) of what programs are for."""
-  device = jax.local_devices()[0]
-  # An AMD GPU has a name in its place.
-  found = re.fullmatch(r'(\d+)\.(\d+)', str(getattr(device, 'compute_capability', '')))
-  return device.platform, (int(found[1]), int(found[2])) if found else None

@@ -9,9 +9,7 @@ import jax.numpy as jnp
 from diffusion_jax.layout import on_each_device
 from diffusion_jax.models.attend_chunked import chunked
 from diffusion_jax.models.attend_splash import splash
-
-Capability = tuple[int, int] | None
-"""Of an NVIDIA GPU, such as (9, 0); None for all else."""
+from diffusion_jax.xla import Capability
 
 SHORT, LONG, LARGE = 128, 4096, 2**26
 """Lengths up to which, and from which, a kernel does not pay or does; logits of one head."""

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from diffusion_jax.models.attend import chip
 from diffusion_jax.models.checks import require
+from diffusion_jax.xla import chip
 
 PRODUCTS = ('plain', 'float8')
 """plain: in the network's own type. float8: those of dense layers over tokens, forward and
@@ -50,23 +50,23 @@ def fits(x: jax.Array, kernel: jax.Array) -> bool:
 @jax.custom_vjp
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """x [... i] times kernel [i o], in x's type; NaN where either is not finite."""
-  return _forward(x, kernel)[0]
+  return _forward_product(x, kernel)[0]
 
 
-def _forward(x: jax.Array, kernel: jax.Array):
+def _forward_product(x: jax.Array, kernel: jax.Array):
   left, right = _scaled(x, FORWARD), _scaled(kernel, FORWARD)
   y = _dot(left, right, ((x.ndim - 1,), (0,))).astype(x.dtype)
   return y, (left, right, kernel)
 
 
-def _backward(kept: tuple[Scaled, Scaled, jax.Array], dy: jax.Array):
+def _backward_product(kept: tuple[Scaled, Scaled, jax.Array], dy: jax.Array):
   left, right, kernel = kept
   slope, rows = _scaled(dy, BACKWARD), tuple(range(dy.ndim - 1))
   dx = _dot(slope, right, ((dy.ndim - 1,), (1,))).astype(dy.dtype)
   return dx, _dot(left, slope, (rows, rows)).astype(kernel.dtype)
 
 
-product.defvjp(_forward, _backward)
+product.defvjp(_forward_product, _backward_product)
 
 
 def _scaled(x: jax.Array, dtype: jnp.dtype) -> Scaled:

@@ -13,11 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffusion_jax.models.attend import Attends
-from diffusion_jax.models.attend_ways import ATTENTION
 from diffusion_jax.models.checks import require
-from diffusion_jax.models.float8 import PRODUCTS
-from diffusion_jax.models.layers import Linear
 from diffusion_jax.models.remat import REMAT, Blocks
 from diffusion_jax.types import Params
 
@@ -122,6 +118,9 @@ class Network(NamedTuple):
     Raises:
       UserError: no such way, or a network without attention that has no mask and no bias.
     """
+    from diffusion_jax.models.attend import Attends
+    from diffusion_jax.models.attend_ways import ATTENTION
+
     return self._with('attention', attention, ATTENTION, Attends, 'attention of that kind')
 
   def multiplying(self, products: str) -> 'Network':
@@ -130,6 +129,9 @@ class Network(NamedTuple):
     Raises:
       UserError: no such way, or a network without dense layers.
     """
+    from diffusion_jax.models.float8 import PRODUCTS
+    from diffusion_jax.models.layers import Linear
+
     return self._with('products', products, PRODUCTS, Linear, 'dense layers')
 
   def _with(
