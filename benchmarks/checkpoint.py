@@ -28,7 +28,7 @@ from diffusion_jax import __version__
 from diffusion_jax.checkpoint import restoring, saving
 from diffusion_jax.checkpoint.checkpoints import Checkpoints
 from diffusion_jax.formats.unet import UNETS
-from diffusion_jax.models import functional
+from diffusion_jax.models import network
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, shard_params
 
@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
 def make_state(channels: list[int], mesh) -> dict:
   """Random arrays onto their shards; none is alike another."""
   config = dataclasses.replace(UNETS['sd15'], block_out_channels=tuple(channels))
-  shapes = functional.abstract(lambda rngs: UNet(config, rngs=rngs))[1]
+  shapes = network.abstract(lambda rngs: UNet(config, rngs=rngs))[1]
   shardings = shard_params(shapes, mesh)
 
   def draw(seed: int) -> dict:

@@ -33,7 +33,7 @@ from diffusion_jax.formats.published import published_name, published_shape
 from diffusion_jax.formats.tensors import NewTensor, write_json, write_tensors
 from diffusion_jax.formats.text import TEXT_ENCODERS
 from diffusion_jax.formats.unet import UNETS
-from diffusion_jax.models import functional
+from diffusion_jax.models import network
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 
 LIMIT_SECONDS = 120
@@ -70,7 +70,7 @@ def arguments() -> argparse.Namespace:
 
 def shapes_of(kind: str, config) -> dict[str, tuple[int, ...]]:
   """Published name -> shape of every tensor of a network."""
-  leaves = functional.abstract(lambda rngs: KINDS[kind].module(config, rngs=rngs))[1]
+  leaves = network.abstract(lambda rngs: KINDS[kind].module(config, rngs=rngs))[1]
   return {published_name(n): published_shape(n, leaf.shape) for n, leaf in leaves.items()}
 
 

@@ -35,8 +35,8 @@ from diffusion_jax.evaluation.extraction import Extraction
 from diffusion_jax.evaluation.extractors import InceptionExtractor
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.formats.inception import fold
-from diffusion_jax.models.functional import Network
-from diffusion_jax.models.inception import Inception, InceptionConfig
+from diffusion_jax.models.features.inception import Inception, InceptionConfig
+from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_batch, put_params
 from tests.parity.reference.inception import random_inception
 

@@ -24,7 +24,7 @@ import transformers
 
 from diffusion_jax import __version__
 from diffusion_jax.formats.networks import KINDS, load_params
-from diffusion_jax.models.functional import Network
+from diffusion_jax.models.network import Network
 
 CROSS, PLAIN, UP_CROSS, UP_PLAIN = (
   'CrossAttnDownBlock2D', 'DownBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'

@@ -9,6 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from diffusion_jax import __version__
+from diffusion_jax.backend.xla import jit
 from diffusion_jax.benchmark.compile_time import compile_twice
 from diffusion_jax.benchmark.flops import count_flops
 from diffusion_jax.benchmark.timing import cpu_cores
@@ -18,16 +19,14 @@ from diffusion_jax.diffusion.samplers import sampler, sampling_grid
 from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
 from diffusion_jax.formats.published import to_published
 from diffusion_jax.formats.unet import UNETS
-from diffusion_jax.models.functional import Network
-from diffusion_jax.models.unet import UNet
-from diffusion_jax.models.unet_config import UNetConfig
+from diffusion_jax.models.network import Network
+from diffusion_jax.models.unet import UNet, UNetConfig
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_batch, put_params
 from diffusion_jax.train.compile import compile_step
 from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
 from diffusion_jax.train.state import abstract_state, create_state
 from diffusion_jax.train.step import make_step
 from diffusion_jax.train.tasks.task import Task, mean_metric
-from diffusion_jax.xla import jit
 
 LEARNING_RATE, HALFLIFE = 1e-4, 10_000.0
 

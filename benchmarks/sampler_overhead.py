@@ -22,9 +22,8 @@ from diffusion_jax import __version__
 from diffusion_jax.diffusion.denoiser import text_denoiser
 from diffusion_jax.diffusion.samplers import SAMPLERS, initial_noise, sampler, sampling_grid
 from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
-from diffusion_jax.models.functional import Network
-from diffusion_jax.models.unet import UNet
-from diffusion_jax.models.unet_config import UNetConfig
+from diffusion_jax.models.network import Network
+from diffusion_jax.models.unet import UNet, UNetConfig
 
 LIMIT = 1.02
 # A hundred calls a level would measure the calls rather than the sampler.

@@ -60,7 +60,7 @@ def make_task(model: str, remat: str):
   import jax.numpy as jnp
 
   from diffusion_jax.formats.unet import UNETS
-  from diffusion_jax.models.functional import Network
+  from diffusion_jax.models.network import Network
   from diffusion_jax.models.unet import UNet
   from diffusion_jax.train.tasks.task import Task, mean_metric
 

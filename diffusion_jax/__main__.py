@@ -4,8 +4,8 @@ import gc
 import sys
 from collections.abc import Sequence
 
+from diffusion_jax.backend.host_memory import ask_for_huge_pages, keep_freed_memory
 from diffusion_jax.cli.interrupts import Interrupts, say_interrupted
-from diffusion_jax.host_memory import ask_for_huge_pages, keep_freed_memory
 
 
 def set_up_process() -> None:

@@ -26,8 +26,8 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.job import check_samples
 from diffusion_jax.evaluation.provenance import REFERENCE, TESTED, of_features, of_model
 from diffusion_jax.io.trained import run_weights
-from diffusion_jax.models.attend import check_attention
-from diffusion_jax.models.float8 import check_products
+from diffusion_jax.models.attention import check_attention
+from diffusion_jax.models.kernels import check_products
 from diffusion_jax.models.text.tokenizer import (
   Tokenize,
   load_tokenizer,

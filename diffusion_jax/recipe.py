@@ -16,9 +16,9 @@ from diffusion_jax.data.folder import FOLDER
 from diffusion_jax.data.splits import TEST_FRACTION, check_fraction
 from diffusion_jax.data.unreadable import MOST_UNREADABLE
 from diffusion_jax.errors import UserError
-from diffusion_jax.models.attend_ways import ATTENTION
-from diffusion_jax.models.float8 import PRODUCTS
-from diffusion_jax.models.remat import REMAT
+from diffusion_jax.models.attention import ATTENTION
+from diffusion_jax.models.kernels import PRODUCTS
+from diffusion_jax.models.network import REMAT
 from diffusion_jax.parallel.mesh import MeshConfig
 from diffusion_jax.runs.directory import flatten, normalise
 from diffusion_jax.train.config import LoopConfig, SafetyConfig

@@ -12,7 +12,7 @@ from diffusion_jax.data.splits import measured_on
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import reading
 from diffusion_jax.io.trained import run_weights
-from diffusion_jax.models.functional import Network
+from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_params, to_host
 from diffusion_jax.parallel.processes import agree, in_step
 from diffusion_jax.pipelines.model import Diffusion, SampleConfig

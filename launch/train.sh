@@ -31,7 +31,7 @@ variable=XLA_FLAGS
 if [[ $platform == tpu ]]; then variable=LIBTPU_INIT_ARGS; fi
 given=${!variable:-}
 export "$variable=$flags${given:+ $given}"
-# Huge pages for the C library, where the kernel gives them to who asks (diffusion_jax/host_memory.py).
+# Huge pages for the C library, where the kernel gives them to who asks (diffusion_jax/backend/host_memory.py).
 if [[ ${DIFFUSION_JAX_HUGE_PAGES:-} != 0 && ${GLIBC_TUNABLES:-} != *glibc.malloc.hugetlb=* ]]; then
   export GLIBC_TUNABLES=${GLIBC_TUNABLES:+$GLIBC_TUNABLES:}glibc.malloc.hugetlb=1
 fi

@@ -109,7 +109,7 @@ def parts(once, sources):
   def make(folder):
     from diffusion_jax.formats.networks import save_params
     from diffusion_jax.models.autoencoder import AutoencoderKL
-    from diffusion_jax.models.functional import Network
+    from diffusion_jax.models.network import Network
     from diffusion_jax.models.text.clip import CLIP
     from diffusion_jax.models.text.tokenizer import save_tokenizer, train_tokenizer
 

@@ -13,9 +13,9 @@ import jax
 import pytest
 
 from diffusion_jax.models.autoencoder import AutoencoderKLConfig
-from diffusion_jax.models.discriminator import DiscriminatorConfig
-from diffusion_jax.models.text.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
-from diffusion_jax.models.unet_config import UNetConfig
+from diffusion_jax.models.perceptual import DiscriminatorConfig
+from diffusion_jax.models.text.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from diffusion_jax.models.unet import UNetConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIZE = 32

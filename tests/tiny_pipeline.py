@@ -11,10 +11,10 @@ from PIL import Image
 
 from diffusion_jax.formats.networks import kind_of_config, save_params
 from diffusion_jax.formats.tensors import write_json
-from diffusion_jax.models import functional
+from diffusion_jax.models import network
 from diffusion_jax.models.autoencoder import AutoencoderKLConfig
-from diffusion_jax.models.text.clip_config import CLIPTextConfig, CLIPTextProjectionConfig
-from diffusion_jax.models.unet_config import UNetConfig
+from diffusion_jax.models.text.clip import CLIPTextConfig, CLIPTextProjectionConfig
+from diffusion_jax.models.unet import UNetConfig
 
 SIZE = 16
 LETTERS = 'abcdefghijklmnopqrstuvwxyz'
@@ -57,7 +57,7 @@ CLASSES = {
 def random_params(config, seed: int = 0) -> dict[str, np.ndarray]:
   """Every parameter of the network with this config."""
   module = kind_of_config(config).module
-  shapes = functional.abstract(lambda rngs: module(config, rngs=rngs))[1]
+  shapes = network.abstract(lambda rngs: module(config, rngs=rngs))[1]
   rng = np.random.default_rng(seed)
   draw = lambda name, shape: 0.2 * rng.normal(size=shape) + name.endswith('scale')
   return {name: draw(name, leaf.shape).astype(np.float32) for name, leaf in shapes.items()}

@@ -78,8 +78,8 @@ def check(args: argparse.Namespace) -> list[int]:
 def run(args: argparse.Namespace) -> int:
   """Measures, prints, writes."""
   counts = check(args)
+  from diffusion_jax.backend.xla import enable_compile_cache
   from diffusion_jax.benchmark.report import NOTE, collective_rows, rows, table
-  from diffusion_jax.compile_cache import enable_compile_cache
   from diffusion_jax.recipe import load_config, parse, resolved
 
   config = resolved(parse(load_config(args.config, args.overrides)))

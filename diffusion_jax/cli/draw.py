@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
   """Computes and writes."""
   from tqdm import tqdm
 
-  from diffusion_jax.compile_cache import enable_compile_cache
+  from diffusion_jax.backend.xla import enable_compile_cache
   from diffusion_jax.pipelines.drawings import draw
   from diffusion_jax.viz.gallery import Section, write_gallery
 

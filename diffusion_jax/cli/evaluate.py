@@ -80,7 +80,7 @@ def add_likelihood_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
   """Scores and writes."""
-  from diffusion_jax.compile_cache import enable_compile_cache
+  from diffusion_jax.backend.xla import enable_compile_cache
   from diffusion_jax.evaluation.writing import write
 
   enable_compile_cache()

@@ -103,7 +103,7 @@ def _open(args: argparse.Namespace) -> tuple:
   from diffusion_jax.evaluation.provenance import TESTED, of_model
   from diffusion_jax.formats.networks import load_params
   from diffusion_jax.models.autoencoder import AutoencoderKL
-  from diffusion_jax.models.functional import Network, under
+  from diffusion_jax.models.network import Network, under
   from diffusion_jax.parallel.mesh import to_host
   from diffusion_jax.trained import TrainedRun
 

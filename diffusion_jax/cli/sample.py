@@ -164,7 +164,7 @@ def write(
 def run(args: argparse.Namespace) -> int:
   """Draws and writes."""
   prompts = read_prompts(args)
-  from diffusion_jax.compile_cache import enable_compile_cache
+  from diffusion_jax.backend.xla import enable_compile_cache
   from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 
   enable_compile_cache()

@@ -45,8 +45,8 @@ def opening(args: argparse.Namespace) -> Start:
 
 def run(args: argparse.Namespace) -> int:
   """Trains."""
+  from diffusion_jax.backend.xla import enable_compile_cache
   from diffusion_jax.build import build
-  from diffusion_jax.compile_cache import enable_compile_cache
   from diffusion_jax.parallel.startup import start_distributed
   from diffusion_jax.recipe import load_config
   from diffusion_jax.train.loop import train

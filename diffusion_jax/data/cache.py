@@ -11,13 +11,13 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from diffusion_jax.backend.xla import jit
 from diffusion_jax.data.sources import ArraySource, ImageSource
 from diffusion_jax.errors import Unreadable, UserError
 from diffusion_jax.parallel.mesh import in_batches, put_params
 from diffusion_jax.parallel.processes import agree
 from diffusion_jax.pixels import to_float
 from diffusion_jax.types import Record
-from diffusion_jax.xla import jit
 
 
 @dataclasses.dataclass(frozen=True)

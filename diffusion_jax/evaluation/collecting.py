@@ -12,13 +12,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
+from diffusion_jax.backend.xla import jit
 from diffusion_jax.evaluation.device_statistics import DeviceStatistics, collect, empty, update
 from diffusion_jax.evaluation.extraction import column
 from diffusion_jax.evaluation.extractors import Extractor
 from diffusion_jax.evaluation.figures import sums_suffice
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.parallel.mesh import in_batches
-from diffusion_jax.xla import jit
 
 Images = UInt8[np.ndarray, 'b h w 3']
 Collected = dict[str, Float[np.ndarray, 'n d'] | Statistics]

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.statistics import Statistics
-from diffusion_jax.layout import BATCH, EXAMPLES
+from diffusion_jax.parallel.layout import BATCH, EXAMPLES
 from diffusion_jax.parallel.mesh import to_host
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
+from diffusion_jax.backend.xla import jit
 from diffusion_jax.evaluation.extractors_classifier import load_classifier_extractor
 from diffusion_jax.evaluation.extractors_dinov2 import load_dinov2_extractor
 from diffusion_jax.evaluation.resize import OF_INCEPTION, prepare, resize
@@ -23,12 +24,11 @@ from diffusion_jax.formats.networks import KINDS, load_params, resolve
 from diffusion_jax.formats.preprocessor import read_pixels
 from diffusion_jax.formats.tensors import read_json
 from diffusion_jax.models.checks import require
-from diffusion_jax.models.functional import Network
-from diffusion_jax.models.inception import SIZE
-from diffusion_jax.models.text.clip_config import CLIPConfig
+from diffusion_jax.models.features.inception import SIZE
+from diffusion_jax.models.network import Network
+from diffusion_jax.models.text.clip import CLIPConfig
 from diffusion_jax.parallel.mesh import put_params
 from diffusion_jax.types import Params
-from diffusion_jax.xla import jit
 
 
 class Extractor(Protocol):

@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 
 from diffusion_jax.evaluation.resize import resize
 from diffusion_jax.formats.networks import load_params, resolve
-from diffusion_jax.models.classifier import Classifier
-from diffusion_jax.models.functional import Network
+from diffusion_jax.models.network import Network
+from diffusion_jax.models.vision.classifier import Classifier
 from diffusion_jax.pixels import to_float
 from diffusion_jax.types import Params
 

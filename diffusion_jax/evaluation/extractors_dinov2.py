@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from diffusion_jax.evaluation.resize import resize
 from diffusion_jax.formats.dinov2 import DINOV2
 from diffusion_jax.formats.networks import load_params, resolve
-from diffusion_jax.models.dinov2 import DINOv2, DINOv2Config
-from diffusion_jax.models.functional import Network
+from diffusion_jax.models.network import Network
+from diffusion_jax.models.vision.dinov2 import DINOv2, DINOv2Config
 from diffusion_jax.types import Params
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

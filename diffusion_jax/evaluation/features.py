@@ -14,8 +14,7 @@ from jaxtyping import Array, Float
 from diffusion_jax.evaluation.extractors import CLIPExtractor, compiled, load_clip_extractor
 from diffusion_jax.formats.networks import resolve
 from diffusion_jax.models.checks import require
-from diffusion_jax.models.text.long_texts import Cut
-from diffusion_jax.models.text.tokenizer import Tokenize, load_tokenizer
+from diffusion_jax.models.text.tokenizer import Cut, Tokenize, load_tokenizer
 from diffusion_jax.parallel.mesh import in_batches
 
 if TYPE_CHECKING:

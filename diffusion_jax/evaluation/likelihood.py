@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from diffusion_jax.backend.xla import jit
 from diffusion_jax.data.sources import ImageSource
 from diffusion_jax.diffusion.bounds import continuous_bound, discrete_bound
 from diffusion_jax.diffusion.denoiser import Denoiser
@@ -38,7 +39,6 @@ from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.pixels import to_float
 from diffusion_jax.seeds import check_seed
 from diffusion_jax.types import Latents, PerExample, Record, Weights
-from diffusion_jax.xla import jit
 
 FIGURES = ('discrete', 'continuous', 'flow')
 MINIMUM = 2

@@ -10,7 +10,7 @@ from diffusion_jax.evaluation.extractors import NAMES, Extractor, load_extractor
 from diffusion_jax.evaluation.features import CLIPFeatures
 from diffusion_jax.evaluation.scores import outputs_of
 from diffusion_jax.formats.networks import resolve
-from diffusion_jax.models.inception import InceptionConfig
+from diffusion_jax.models.features.inception import InceptionConfig
 from diffusion_jax.models.text.tokenizer import load_tokenizer
 
 

@@ -10,16 +10,16 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
+from diffusion_jax.backend.xla import jit
 from diffusion_jax.evaluation.extraction import Made, reader
 from diffusion_jax.evaluation.images import ImageSet
 from diffusion_jax.evaluation.metrics.images import l1_of_each, psnr_of_each, ssim_of_each
 from diffusion_jax.evaluation.offline import Work
-from diffusion_jax.models.functional import Network
-from diffusion_jax.models.lpips import lpips
+from diffusion_jax.models.network import Network
+from diffusion_jax.models.perceptual import lpips
 from diffusion_jax.parallel.mesh import in_batches
 from diffusion_jax.pixels import to_float, to_uint8
 from diffusion_jax.types import Params
-from diffusion_jax.xla import jit
 
 FIGURES: Mapping[str, Callable] = {'psnr': psnr_of_each, 'ssim': ssim_of_each, 'l1': l1_of_each}
 BATCH = 32

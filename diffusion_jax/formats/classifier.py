@@ -5,7 +5,7 @@ from typing import Any
 
 from diffusion_jax.formats.published import parse_config
 from diffusion_jax.models.checks import require
-from diffusion_jax.models.classifier import ClassifierConfig
+from diffusion_jax.models.vision.classifier import ClassifierConfig
 
 
 def read_classifier(values: dict[str, Any], where: str) -> ClassifierConfig:

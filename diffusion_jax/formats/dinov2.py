@@ -5,7 +5,7 @@ from typing import Any
 
 from diffusion_jax.formats.published import ANY, parse_config
 from diffusion_jax.formats.text import GENERAL
-from diffusion_jax.models.dinov2 import DINOv2Config
+from diffusion_jax.models.vision.dinov2 import DINOv2Config
 
 MODEL_TYPES = ('dinov2', 'dinov2_with_registers')
 _ARCHITECTURES = dict(zip(MODEL_TYPES, ('Dinov2Model', 'Dinov2WithRegistersModel'), strict=True))

@@ -17,8 +17,8 @@ from diffusion_jax.formats.networks import resolve
 from diffusion_jax.formats.published import from_published_layout, match
 from diffusion_jax.formats.tensors import PICKLES, open_tensors
 from diffusion_jax.formats.torch_files import read_state
-from diffusion_jax.models.functional import Network
-from diffusion_jax.models.inception import Inception, InceptionConfig
+from diffusion_jax.models.features.inception import Inception, InceptionConfig
+from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import put_params
 from diffusion_jax.types import Params
 

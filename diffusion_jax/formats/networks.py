@@ -44,22 +44,26 @@ from diffusion_jax.formats.tensors import (
   write_json,
   write_tensors,
 )
-from diffusion_jax.models import functional
+from diffusion_jax.models import network
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.autoencoder_tiny import AutoencoderTiny
 from diffusion_jax.models.checks import require, shown
-from diffusion_jax.models.classifier import Classifier
 from diffusion_jax.models.controlnet import ControlNet
-from diffusion_jax.models.dinov2 import DINOv2
 from diffusion_jax.models.dit import DiT
-from diffusion_jax.models.lpips import lpips_shapes
 from diffusion_jax.models.mlp import MLP
 from diffusion_jax.models.mmdit import MMDiT
-from diffusion_jax.models.text.clip import CLIP
-from diffusion_jax.models.text.clip_text import CLIPTextModel, CLIPTextModelWithProjection
-from diffusion_jax.models.text.clip_vision import CLIPVisionModel, CLIPVisionModelWithProjection
+from diffusion_jax.models.perceptual import lpips_shapes
+from diffusion_jax.models.text.clip import (
+  CLIP,
+  CLIPTextModel,
+  CLIPTextModelWithProjection,
+  CLIPVisionModel,
+  CLIPVisionModelWithProjection,
+)
 from diffusion_jax.models.text.t5 import T5EncoderModel
 from diffusion_jax.models.unet import UNet
+from diffusion_jax.models.vision.classifier import Classifier
+from diffusion_jax.models.vision.dinov2 import DINOv2
 from diffusion_jax.models.vq import VQModel
 from diffusion_jax.parallel.mesh import shard_params
 from diffusion_jax.types import Params
@@ -276,7 +280,7 @@ def load(
   """
   config, params = load_params(kind, path, dtype=dtype, mesh=mesh)
   make = lambda rngs: find_kind(kind).module(config, dtype=dtype, param_dtype=dtype, rngs=rngs)
-  return functional.merge(functional.abstract(make)[0], params)
+  return network.merge(network.abstract(make)[0], params)
 
 
 def save(
@@ -291,7 +295,7 @@ def save(
     UserError: a weight that dtype cannot hold, or a module of no known kind.
   """
   kind_of(module)
-  save_params(path, module.config, functional.split(module)[1], dtype=dtype, layout=layout)
+  save_params(path, module.config, network.split(module)[1], dtype=dtype, layout=layout)
 
 
 def read_config(kind: str, path: str | os.PathLike) -> Any:
@@ -313,7 +317,7 @@ def load_params(
   config, spec, directory = read_config(kind, path), find_kind(kind), resolve(path)
   native = directory / NATIVE
   file = inside(native if native.is_file() else find_weights(directory, spec.weights), directory)
-  shapes = functional.abstract(lambda rngs: spec.module(config, rngs=rngs))[1]
+  shapes = network.abstract(lambda rngs: spec.module(config, rngs=rngs))[1]
   return config, read_params(file, spec, shapes, dtype=dtype, mesh=mesh)
 
 

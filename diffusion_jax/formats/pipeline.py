@@ -45,7 +45,7 @@ from diffusion_jax.formats.tensors import (
   write_json,
   write_tensors,
 )
-from diffusion_jax.models import functional
+from diffusion_jax.models import network
 from diffusion_jax.models.checks import require
 
 _TEXTS = ('.json', '.txt', '.model')
@@ -184,7 +184,7 @@ def _shapes(spec: Kind, config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=8)
 def _abstract(module: type, config: Any) -> dict[str, Any]:
-  return functional.abstract(lambda rngs: module(config, rngs=rngs))[1]
+  return network.abstract(lambda rngs: module(config, rngs=rngs))[1]
 
 
 def write_pipeline(pipeline: Pipeline, path: Path, layout: str, dtype: str | None) -> None:

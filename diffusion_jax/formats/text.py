@@ -13,14 +13,14 @@ from typing import Any
 from diffusion_jax.formats.published import ANY, parse_config
 from diffusion_jax.formats.rules import Rule, same
 from diffusion_jax.models.checks import require
-from diffusion_jax.models.text.clip_config import (
+from diffusion_jax.models.text.clip import (
   CLIPConfig,
   CLIPTextConfig,
   CLIPTextProjectionConfig,
   CLIPVisionConfig,
   CLIPVisionProjectionConfig,
 )
-from diffusion_jax.models.text.t5_config import T5Config
+from diffusion_jax.models.text.t5 import T5Config
 
 # What transformers writes into every config and what only text generation reads.
 GENERAL = dict.fromkeys((

@@ -19,7 +19,7 @@ from diffusion_jax.formats.published import ANY, parse_config
 from diffusion_jax.formats.rules import Rule, same
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.controlnet import ControlNetConfig
-from diffusion_jax.models.unet_config import UNetConfig
+from diffusion_jax.models.unet import UNetConfig
 
 _BOTH = {
   'act_fn': 'silu', 'downsample_padding': 1, 'mid_block_scale_factor': 1,

@@ -1,17 +1,207 @@
-"""The KL autoencoder of latent diffusion (Rombach et al. 2022, sec. 3.1 and appendix G).
+"""Encoder and decoder that the KL and the vector-quantised autoencoders of latent diffusion share.
+
+Rombach et al. 2022, appendix G; shape and names are those of diffusers: every norm has epsilon
+1e-6, downsampling pads right and bottom only, attention has one head as wide as its channels.
+
+The KL autoencoder of latent diffusion (Rombach et al. 2022, sec. 3.1 and appendix G).
 
 Shape and names are those of Stable Diffusion's (diffusers' AutoencoderKL).
+
+Encoding and decoding in parts, for batches and images whose activations do not fit in memory.
+
+Works with every autoencoder here, that is with any object that has `encode`, `decode` and
+`config.factor`. All functions can be jitted: shapes alone decide the parts, which lax.map takes one
+after the other. For Stable Diffusion's autoencoder in float32, XLA's plan for CPUs needs for
+activations 3.5 GiB to decode one image of 1024 x 1024 and 0.9 GiB in tiles, 7.0 GiB for eight of
+512 x 512 and 0.9 GiB in slices.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
-from diffusion_jax.models.autoencoder_blocks import Decoder, Encoder, check_levels
-from diffusion_jax.models.checks import size_fits
-from diffusion_jax.models.layers import pointwise
+from diffusion_jax.models.attention import SpatialAttention
+from diffusion_jax.models.checks import (
+  MOST_EDGE,
+  MOST_LAYERS,
+  above_zero,
+  all_positive,
+  freeze_lists,
+  groups_divide,
+  positive,
+  require,
+  size_fits,
+  some_blocks,
+)
+from diffusion_jax.models.layers import Conv, Downsample2D, ResnetBlock2D, Upsample2D, pointwise
+from diffusion_jax.models.network import Blocks
+from diffusion_jax.models.norms import GroupNorm
+from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.types import Images, Latents
+
+EPSILON = 1e-6
+# Whether each residual block is followed by attention.
+DOWN_BLOCKS = {'DownEncoderBlock2D': False, 'AttnDownEncoderBlock2D': True}
+UP_BLOCKS = {'UpDecoderBlock2D': False, 'AttnUpDecoderBlock2D': True}
+
+
+def check_levels(config: Any) -> None:
+  """Checks what encoder and decoder read of a config; block types left empty become the plain ones.
+
+  Raises:
+    UserError: naming the field.
+  """
+  freeze_lists(config)
+  name = type(config).__name__
+  positive(config, 'in_channels', 'out_channels', 'latent_channels', 'norm_num_groups')
+  positive(config, 'layers_per_block', most=MOST_LAYERS)
+  all_positive(config, 'block_out_channels')
+  groups_divide(config)
+  if config.sample_size is not None:
+    all_positive(config, 'sample_size', most=MOST_EDGE)
+  above_zero(config, 'scaling_factor')
+  levels = len(config.block_out_channels)
+  some_blocks(config, 2 * levels * config.layers_per_block)
+  for field, known in (('down_block_types', DOWN_BLOCKS), ('up_block_types', UP_BLOCKS)):
+    types = getattr(config, field) or (next(iter(known)),) * levels
+    object.__setattr__(config, field, types)
+    require(len(types) == levels,
+            f'{name}.{field} must have {levels} entries, one per level, not {len(types)}.')
+    for kind in types:
+      require(kind in known, f'{name}.{field} has {kind!r}; use {" or ".join(known)}.')
+
+
+class DownEncoderBlock2D(Blocks):
+  """`layers` residual blocks, with attention after each or not; then, unless last, halving."""
+
+  def __init__(
+    self, i: int, o: int, *, layers: int, attention: bool, halve: bool, groups: int, **kw
+  ):
+    norm = dict(groups=groups, epsilon=EPSILON)
+    self.resnets = nnx.List([
+      ResnetBlock2D(i if n == 0 else o, o, **norm, **kw) for n in range(layers)
+    ])
+    self.attentions = nnx.List([
+      SpatialAttention(o, **norm, **kw) for _ in range(layers if attention else 0)
+    ])
+    self.downsamplers = nnx.List([Downsample2D(o, asymmetric=True, **kw)] if halve else [])
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    for layer in (*_alternate(self.resnets, self.attentions), *self.downsamplers):
+      x = self.run(layer, x)
+    return x
+
+
+class UpDecoderBlock2D(Blocks):
+  """`layers` residual blocks, with attention after each or not; then, unless last, doubling."""
+
+  def __init__(
+    self, i: int, o: int, *, layers: int, attention: bool, double: bool, groups: int, **kw
+  ):
+    norm = dict(groups=groups, epsilon=EPSILON)
+    self.resnets = nnx.List([
+      ResnetBlock2D(i if n == 0 else o, o, **norm, **kw) for n in range(layers)
+    ])
+    self.attentions = nnx.List([
+      SpatialAttention(o, **norm, **kw) for _ in range(layers if attention else 0)
+    ])
+    self.upsamplers = nnx.List([Upsample2D(o, **kw)] if double else [])
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    for layer in (*_alternate(self.resnets, self.attentions), *self.upsamplers):
+      x = self.run(layer, x)
+    return x
+
+
+def _alternate(resnets: nnx.List, attentions: nnx.List) -> list[nnx.Module]:
+  if not attentions:
+    return list(resnets)
+  return [layer for pair in zip(resnets, attentions, strict=True) for layer in pair]
+
+
+class UNetMidBlock2D(Blocks):
+  """Residual block, attention (optional), residual block: [b h w c] -> [b h w c]."""
+
+  def __init__(self, channels: int, *, attention: bool, groups: int, **kw):
+    norm = dict(groups=groups, epsilon=EPSILON)
+    self.attentions = nnx.List([SpatialAttention(channels, **norm, **kw)] if attention else [])
+    self.resnets = nnx.List([ResnetBlock2D(channels, channels, **norm, **kw) for _ in range(2)])
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    for layer in (self.resnets[0], *self.attentions, self.resnets[1]):
+      x = self.run(layer, x)
+    return x
+
+
+class Encoder(Blocks):
+  """Images [b h w i] -> [b h/f w/f out_channels]."""
+
+  def __init__(self, config: Any, out_channels: int, **kw):
+    widths, groups = config.block_out_channels, config.norm_num_groups
+    self.conv_in = Conv(config.in_channels, widths[0], **kw)
+    self.down_blocks = nnx.List([
+      DownEncoderBlock2D(
+        widths[max(n - 1, 0)], width, layers=config.layers_per_block,
+        attention=DOWN_BLOCKS[config.down_block_types[n]], halve=n < len(widths) - 1,
+        groups=groups, **kw,
+      )
+      for n, width in enumerate(widths)
+    ])
+    self.mid_block = UNetMidBlock2D(
+      widths[-1], attention=config.mid_block_add_attention, groups=groups, **kw
+    )
+    self.conv_norm_out = GroupNorm(groups, widths[-1], EPSILON, **kw)
+    self.conv_out = Conv(widths[-1], out_channels, **kw)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.run_all(self._encode, x)
+
+  def _encode(self, x: jax.Array) -> jax.Array:
+    x = constrain(self.conv_in(x), 'image')
+    for block in self.down_blocks:
+      x = block(x)
+    return self.run(self._finish, self.mid_block(x))
+
+  def _finish(self, x: jax.Array) -> jax.Array:
+    return constrain(self.conv_out(self.conv_norm_out(x, activate=True)), 'image')
+
+
+class Decoder(Blocks):
+  """Latents [b h/f w/f c] -> images [b h w o]; one residual block more per level than down."""
+
+  def __init__(self, config: Any, **kw):
+    widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+    self.conv_in = Conv(config.latent_channels, widths[0], **kw)
+    self.mid_block = UNetMidBlock2D(
+      widths[0], attention=config.mid_block_add_attention, groups=groups, **kw
+    )
+    self.up_blocks = nnx.List([
+      UpDecoderBlock2D(
+        widths[max(n - 1, 0)], width, layers=config.layers_per_block + 1,
+        attention=UP_BLOCKS[config.up_block_types[n]], double=n < len(widths) - 1,
+        groups=groups, **kw,
+      )
+      for n, width in enumerate(widths)
+    ])
+    self.conv_norm_out = GroupNorm(groups, widths[-1], EPSILON, **kw)
+    self.conv_out = Conv(widths[-1], config.out_channels, **kw)
+
+  def __call__(self, z: jax.Array) -> jax.Array:
+    return self.run_all(self._decode, z)
+
+  def _decode(self, z: jax.Array) -> jax.Array:
+    x = self.mid_block(constrain(self.conv_in(z), 'image'))
+    for block in self.up_blocks:
+      x = block(x)
+    return self.run(self._finish, x)
+
+  def _finish(self, x: jax.Array) -> jax.Array:
+    return constrain(self.conv_out(self.conv_norm_out(x, activate=True)), 'image')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,3 +271,111 @@ class AutoencoderKL(nnx.Module):
     """Unscaled latents [b h/f w/f c] -> images [b h w 3], about [-1, 1] but not clipped."""
     size_fits(z.shape, self.config.latent_channels, 1, 'The latents to decode')
     return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+
+
+def encode_sliced(autoencoder: Any, images: Images, *, at_once: int = 1) -> Any:
+  """autoencoder.encode(images), `at_once` images at a time; the same numbers in less memory."""
+  return _sliced(autoencoder.encode, images, at_once)
+
+
+def decode_sliced(autoencoder: Any, z: Latents, *, at_once: int = 1) -> Images:
+  """autoencoder.decode(z), `at_once` images at a time; the same numbers in less memory."""
+  return _sliced(autoencoder.decode, z, at_once)
+
+
+def encode_tiled(autoencoder: Any, images: Images, *, tile: int = 64, overlap: int = 16) -> Any:
+  """autoencoder.encode(images) from overlapping tiles; `tile` and `overlap` are in latent cells.
+
+  See `decode_tiled`. Every array that `encode` returns is blended, such as the log-variance.
+  """
+  factor = autoencoder.config.factor
+  return _tiled(autoencoder.encode, images, tile, overlap, (factor, 1))
+
+
+def decode_tiled(autoencoder: Any, z: Latents, *, tile: int = 64, overlap: int = 16) -> Images:
+  """autoencoder.decode(z) from overlapping tiles; `tile` and `overlap` are in latent cells.
+
+  Tiles start every `tile - overlap` cells and end with the image. Where two overlap, the result
+  goes linearly from one to the other, as in diffusers' `enable_tiling` (there the overlap is a
+  quarter of the tile). Norms and attention see one tile only, so that colours may differ a little
+  from those of the image decoded whole. Tiles at the right and bottom edges are smaller, and each
+  shape of tile is compiled once: at most nine. UserError where 2 overlap > tile.
+  """
+  return _tiled(autoencoder.decode, z, tile, overlap, (1, autoencoder.config.factor))
+
+
+def _sliced(function: Callable, x: jax.Array, at_once: int) -> Any:
+  require(at_once > 0, f'at_once must be positive, not {at_once}.')
+  x, b = jnp.asarray(x), x.shape[0]
+  if b <= at_once:
+    return function(x)
+  parts = -(-b // at_once)
+  # Repeating the last row fills up the last part and changes no other.
+  rows = jnp.minimum(jnp.arange(parts * at_once), b - 1).reshape(parts, at_once)
+  out = lax.map(lambda part: function(x[part]), rows)
+  return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:b], out)
+
+
+def _tiled(
+  function: Callable, x: jax.Array, tile: int, overlap: int, factors: tuple[int, int]
+) -> Any:
+  """`factors`: the size of a latent cell in the input and in the output."""
+  require(0 <= 2 * overlap <= tile and tile > 0,
+          f'overlap={overlap} must be at least 0 and at most half of tile={tile}.')
+  x = jnp.asarray(x)
+  size, step = tile * factors[0], (tile - overlap) * factors[0]
+  if max(x.shape[1:3]) <= size:
+    return function(x)
+  starts = [
+    (i, j) for i in range(0, x.shape[1], step) for j in range(0, x.shape[2], step)
+  ]
+  done = _each_tile(function, x, starts, size)
+  leaves, structure = zip(*(jax.tree.flatten(done[start]) for start in starts), strict=True)
+  tiles = [dict(zip(starts, arrays, strict=True)) for arrays in zip(*leaves, strict=True)]
+  keep, blend = ((n * factors[1]) for n in (tile - overlap, overlap))
+  return jax.tree.unflatten(structure[0], [_blend(t, step, keep, blend) for t in tiles])
+
+
+def _each_tile(function: Callable, x: jax.Array, starts: list[tuple[int, int]], size: int) -> dict:
+  """{start: function(tile)}; tiles of one shape go through one compiled loop."""
+  shape = lambda i, j: (min(size, x.shape[1] - i), min(size, x.shape[2] - j))
+  groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
+  for start in starts:
+    groups.setdefault(shape(*start), []).append(start)
+  done = {}
+  for (h, w), members in groups.items():
+    cut = lambda at: lax.dynamic_slice(
+      x, (0, at[0], at[1], 0), (x.shape[0], h, w, x.shape[3])  # noqa: B023
+    )
+    out = lax.map(lambda at: function(cut(at)), jnp.array(members))  # noqa: B023
+    for n, start in enumerate(members):
+      done[start] = jax.tree.map(lambda y: y[n], out)  # noqa: B023
+  return done
+
+
+def _blend(tiles: dict[tuple[int, int], jax.Array], step: int, keep: int, blend: int) -> jax.Array:
+  """Joins tiles of which each shows its first `keep` rows and columns.
+
+  A tile's first `blend` rows and columns go over from the finished tiles above and to the left.
+  """
+  finished: dict[tuple[int, int], jax.Array] = {}
+  rows: dict[int, list[jax.Array]] = {}
+  for (i, j), tile in tiles.items():
+    if i > 0:
+      tile = _fade(finished[i - step, j], tile, blend, axis=1)
+    if j > 0:
+      tile = _fade(finished[i, j - step], tile, blend, axis=2)
+    finished[i, j] = tile
+    rows.setdefault(i, []).append(tile[:, :keep, :keep])
+  return jnp.concatenate([jnp.concatenate(row, axis=2) for row in rows.values()], axis=1)
+
+
+def _fade(before: jax.Array, after: jax.Array, length: int, axis: int) -> jax.Array:
+  """`after` with its first `length` entries along `axis` faded in over the last of `before`."""
+  length = min(length, before.shape[axis], after.shape[axis])
+  old = lax.slice_in_dim(before, before.shape[axis] - length, None, axis=axis)
+  new = lax.slice_in_dim(after, 0, length, axis=axis)
+  rest = lax.slice_in_dim(after, length, None, axis=axis)
+  weight = (jnp.arange(length, dtype=jnp.float32) / max(length, 1)).astype(after.dtype)
+  weight = jnp.expand_dims(weight, [n for n in range(after.ndim) if n != axis])
+  return jnp.concatenate([old * (1 - weight) + new * weight, rest], axis=axis)

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffusion_jax.layout import constrain
 from diffusion_jax.models.checks import all_positive, positive, require
 from diffusion_jax.models.layers import Conv, pointwise
-from diffusion_jax.models.unet_config import EncoderConfig, UNetConfig
-from diffusion_jax.models.unet_encoder import Encoder
+from diffusion_jax.models.unet import Encoder, EncoderConfig, UNetConfig
+from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.types import Images, Latents, Params, Residuals, Text, Timesteps
 
 zeros = nnx.initializers.zeros

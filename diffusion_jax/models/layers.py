@@ -3,17 +3,21 @@
 Arrays are NHWC. Every module holds parameters only. `dtype` is the type of the computation,
 `param_dtype` that of the parameters; norms take their statistics in float32 whatever `dtype` is.
 Submodule names are those of the diffusers checkpoints, so conversion is a renaming of leaves.
+
+Embeddings of the diffusion time and of other numbers.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from diffusion_jax.layout import constrain
-from diffusion_jax.models import float8
+from diffusion_jax.backend.cpu import add_bias
+from diffusion_jax.models import kernels
 from diffusion_jax.models.norms import GroupNorm
-from diffusion_jax.sums import add_bias
+from diffusion_jax.parallel.layout import constrain
 
 # PyTorch's default, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), from which the references were trained.
 kernel_init = nnx.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
@@ -80,7 +84,7 @@ def pointwise(in_features: int, out_features: int, **kw) -> Conv:
 class Linear(nnx.Module):
   """Dense layer, [... i] -> [... o]. Parameters: kernel [i o], bias [o].
 
-  `products` is one of `float8.PRODUCTS`, which `Network.of` sets.
+  `products` is one of `kernels.PRODUCTS`, which `Network.of` sets.
   """
 
   products = 'plain'
@@ -97,8 +101,8 @@ class Linear(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     x = x.astype(self.dtype)
     kernel = self.kernel[...]
-    narrow = self.products == 'float8' and float8.fits(x, kernel)
-    y = float8.product(x, kernel) if narrow else x @ kernel.astype(self.dtype)
+    narrow = self.products == 'float8' and kernels.fits(x, kernel)
+    y = kernels.product(x, kernel) if narrow else x @ kernel.astype(self.dtype)
     y = y if self.bias is None else add_bias(y, self.bias[...])
     return y if self.lora is None else y + self.lora(x)
 
@@ -176,3 +180,32 @@ class Downsample2D(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return constrain(self.conv(x), 'image')
+
+
+def timestep_embedding(t: jax.Array, features: int, *, flip_sin_to_cos: bool = True,
+                       freq_shift: float = 0.0, max_period: float = 10_000.0) -> jax.Array:
+  """Sinusoids of the time (Vaswani et al. 2017, sec. 3.5), float32: t [b] -> [b features].
+
+  Frequencies are max_period^(-i / (features/2 - freq_shift)). Stable Diffusion puts cosines first
+  (`flip_sin_to_cos`). An odd `features` is filled up with a zero.
+  """
+  half = features // 2
+  exponents = -math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
+  angles = t.astype(jnp.float32)[:, None] * jnp.exp(exponents)[None]
+  pair = jnp.sin(angles), jnp.cos(angles)
+  pair = pair[::-1] if flip_sin_to_cos else pair
+  pair = [constrain(part, 'vector') for part in pair]
+  both = constrain(jnp.concatenate(pair, -1), 'vector')
+  return jnp.pad(both, ((0, 0), (0, features % 2)))
+
+
+class TimestepEmbedding(nnx.Module):
+  """Two-layer SiLU MLP over the sinusoids: [b i] -> [b o]."""
+
+  def __init__(self, in_features: int, out_features: int, **kw):
+    self.linear_1 = linear(in_features, out_features, **kw)
+    self.linear_2 = linear(out_features, out_features, **kw)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    hidden = constrain(self.linear_1(x), 'vector')
+    return constrain(self.linear_2(nnx.silu(hidden)), 'vector')

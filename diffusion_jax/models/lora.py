@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion_jax.models.checks import MOST, require
-from diffusion_jax.models.functional import Network
 from diffusion_jax.models.layers import Conv, Linear, kernel_init
+from diffusion_jax.models.network import Network
 from diffusion_jax.types import Params
 
 

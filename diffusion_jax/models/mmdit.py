@@ -11,13 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from diffusion_jax.layout import constrain
-from diffusion_jax.models.attend import Attends
+from diffusion_jax.models.attention import Attends
 from diffusion_jax.models.checks import MOST_EDGE, MOST_LAYERS, freeze_lists, positive, require
-from diffusion_jax.models.embeddings import TimestepEmbedding, timestep_embedding
-from diffusion_jax.models.layers import Conv, linear
-from diffusion_jax.models.remat import Blocks
-from diffusion_jax.models.transformer_layers import (
+from diffusion_jax.models.dit import (
   FeedForward,
   Modulation,
   check_input,
@@ -29,6 +25,9 @@ from diffusion_jax.models.transformer_layers import (
   unpatch,
   zeros,
 )
+from diffusion_jax.models.layers import Conv, TimestepEmbedding, linear, timestep_embedding
+from diffusion_jax.models.network import Blocks
+from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.types import Latents, Text, Timesteps
 
 SINUSOIDS = 256

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from diffusion_jax.backend.cpu import along_features, over_groups, over_leading, over_positions
+from diffusion_jax.backend.xla import settled
 from diffusion_jax.models.checks import require
-from diffusion_jax.sums import along_features, over_groups, over_leading, over_positions
-from diffusion_jax.xla import settled
 
 
 class LayerNorm(nnx.Module):

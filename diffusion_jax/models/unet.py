@@ -1,22 +1,459 @@
-"""The text-conditional U-Net of latent diffusion (Rombach et al. 2022; Ronneberger et al. 2015).
+"""Configs of the U-Net and of what it shares with a ControlNet.
+
+Field names are the keys of the config.json of diffusers' UNet2DConditionModel.
+
+The U-Net's levels: residual blocks, each with or without attention to the text after it.
+
+From the latents to the mid block: the half that a U-Net and its ControlNets share.
+
+The text-conditional U-Net of latent diffusion (Rombach et al. 2022; Ronneberger et al. 2015).
 
 Names and computation follow diffusers' UNet2DConditionModel in the shapes of Stable Diffusion 1,
 2 and XL and of the models made from them. The network knows nothing of noise: what its output
 means is the denoiser's business.
 """
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffusion_jax.layout import constrain
-from diffusion_jax.models.checks import require
-from diffusion_jax.models.layers import Conv
+from diffusion_jax.models.attention import Transformer2DModel
+from diffusion_jax.models.checks import (
+  MOST_EDGE,
+  MOST_LAYERS,
+  above_zero,
+  all_positive,
+  freeze_lists,
+  groups_divide,
+  positive,
+  require,
+  size_fits,
+  some_blocks,
+)
+from diffusion_jax.models.layers import (
+  Conv,
+  Downsample2D,
+  ResnetBlock2D,
+  TimestepEmbedding,
+  Upsample2D,
+  timestep_embedding,
+)
+from diffusion_jax.models.network import Blocks
 from diffusion_jax.models.norms import GroupNorm
-from diffusion_jax.models.unet_blocks import UpBlock
-from diffusion_jax.models.unet_config import UNetConfig
-from diffusion_jax.models.unet_encoder import Encoder
+from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.types import Latents, Residuals, Text, Timesteps
+
+DOWN_BLOCKS = ('CrossAttnDownBlock2D', 'DownBlock2D')
+MID_BLOCKS = ('UNetMidBlock2DCrossAttn', 'UNetMidBlock2D')
+UP_BLOCKS = ('CrossAttnUpBlock2D', 'UpBlock2D')
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+  """Shape of the half that a U-Net and its ControlNets share, from the input to the mid block.
+
+  The defaults are Stable Diffusion 1's. Where a field takes one value or one per level, levels
+  count from the highest resolution down.
+
+  mid_block_type: with attention, without (UNetMidBlock2D), or None for no mid block at all.
+  transformer_layers_per_block: transformer blocks in each attention; one or one per level.
+  attention_head_dim: for historical reasons the NUMBER of heads; one or one per level.
+  only_cross_attention: one or one per level: where it holds, the first attention of each
+    transformer block of the level, going down and up, is to the text too. Never in the mid block.
+  upcast_attention: for diffusers, which reads it; attention logits here are always float32.
+  resnet_time_scale_shift: the time embedding is added ('default') or scales and shifts the norm.
+  class_embed_type: how the call's `labels` [b] become an embedding that is added to that of the
+    time. None with num_class_embeds: a table, for whole numbers below it. 'timestep': as the time
+    itself. 'projection': an MLP over `labels` [b projection_class_embeddings_input_dim].
+  addition_embed_type: 'text_time' is Stable Diffusion XL's: `pooled` and the sinusoids, each
+    addition_time_embed_dim wide, of `sizes`, together projection_class_embeddings_input_dim wide,
+    through an MLP, added likewise.
+  """
+
+  in_channels: int = 4
+  down_block_types: tuple[str, ...] = (*['CrossAttnDownBlock2D'] * 3, 'DownBlock2D')
+  mid_block_type: str | None = 'UNetMidBlock2DCrossAttn'
+  block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+  layers_per_block: int = 2
+  norm_num_groups: int = 32
+  norm_eps: float = 1e-5
+  cross_attention_dim: int = 768
+  transformer_layers_per_block: int | tuple[int, ...] = 1
+  attention_head_dim: int | tuple[int, ...] = 8
+  only_cross_attention: bool | tuple[bool, ...] = False
+  use_linear_projection: bool = False
+  upcast_attention: bool = False
+  resnet_time_scale_shift: str = 'default'
+  flip_sin_to_cos: bool = True
+  freq_shift: int = 0
+  class_embed_type: str | None = None
+  num_class_embeds: int | None = None
+  projection_class_embeddings_input_dim: int | None = None
+  addition_embed_type: str | None = None
+  addition_time_embed_dim: int | None = None
+
+  def __post_init__(self):
+    freeze_lists(self)
+    positive(self, 'in_channels', 'norm_num_groups', 'cross_attention_dim')
+    all_positive(self, 'block_out_channels', 'attention_head_dim')
+    positive(self, 'layers_per_block', most=MOST_LAYERS)
+    all_positive(self, 'transformer_layers_per_block', most=MOST_LAYERS)
+    above_zero(self, 'norm_eps', most=1)
+    self._one('freq_shift', (0, 1))
+    groups_divide(self)
+    for name in self._per_level_fields():
+      self._check_length(name)
+    # Down, up and in the middle: residual blocks, with transformer blocks in each attention.
+    some_blocks(self, 2 * self.layers_per_block * sum(1 + n for n in self.depths) + self.depths[-1])
+    self._each('down_block_types', DOWN_BLOCKS)
+    self._one('mid_block_type', (*MID_BLOCKS, None))
+    self._one('resnet_time_scale_shift', ('default', 'scale_shift'))
+    self._one('class_embed_type', (None, 'timestep', 'projection'))
+    self._one('addition_embed_type', (None, 'text_time'))
+    self._check_conditions()
+    self._check_attention()
+
+  def _per_level_fields(self) -> tuple[str, ...]:
+    return (
+      'down_block_types', 'attention_head_dim', 'transformer_layers_per_block',
+      'only_cross_attention',
+    )
+
+  def _check_length(self, name: str) -> None:
+    value, levels = getattr(self, name), len(self.block_out_channels)
+    require(
+      not isinstance(value, tuple) or len(value) == levels,
+      f'{self._name(name)} must have {levels} entries, one per entry of block_out_channels, '
+      f'not {value!r}.',
+    )
+
+  def _each(self, name: str, known: tuple[str, ...]) -> None:
+    for value in getattr(self, name):
+      require(
+        value in known, f'{self._name(name)} has {value!r}; it may hold only {", ".join(known)}.'
+      )
+
+  def _one(self, name: str, known: tuple[str | None, ...]) -> None:
+    value = getattr(self, name)
+    require(
+      value in known,
+      f'{self._name(name)}={value!r} is not implemented; use one of {", ".join(map(str, known))}.',
+    )
+
+  def _check_conditions(self) -> None:
+    needed = {
+      'class_embed_type': {'projection': ('projection_class_embeddings_input_dim',)},
+      'addition_embed_type': {
+        'text_time': ('projection_class_embeddings_input_dim', 'addition_time_embed_dim')
+      },
+    }
+    for kind, of_value in needed.items():
+      for name in of_value.get(getattr(self, kind), ()):
+        require(
+          getattr(self, name) is not None,
+          f'{self._name(kind)}={getattr(self, kind)!r} needs {name}; set it.',
+        )
+    for name in (
+      'num_class_embeds', 'projection_class_embeddings_input_dim', 'addition_time_embed_dim'
+    ):
+      if getattr(self, name) is not None:
+        positive(self, name)
+
+  def _check_attention(self) -> None:
+    only = self.only_cross_attention
+    require(
+      all(type(value) is bool for value in (only if isinstance(only, tuple) else (only,))),
+      f'{self._name("only_cross_attention")} must be true or false, or one of them per level, '
+      f'not {only!r}.',
+    )
+    for heads, channels in zip(self.heads, self.block_out_channels, strict=True):
+      require(
+        channels % heads == 0,
+        f'{self._name("attention_head_dim")}: {heads} heads do not divide {channels} channels '
+        '(the field is the number of heads); choose a divisor.',
+      )
+
+  def _name(self, field: str) -> str:
+    return f'{type(self).__name__}.{field}'
+
+  @property
+  def heads(self) -> tuple[int, ...]:
+    """Attention heads at each level, from the highest resolution down."""
+    return self._per_level(self.attention_head_dim)
+
+  @property
+  def depths(self) -> tuple[int, ...]:
+    """Transformer blocks per attention at each level."""
+    return self._per_level(self.transformer_layers_per_block)
+
+  @property
+  def only_text(self) -> tuple[bool, ...]:
+    """Whether both attentions are to the text, at each level."""
+    return self._per_level(self.only_cross_attention)
+
+  def _per_level(self, value: Any) -> tuple:
+    return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
+
+  @property
+  def factor(self) -> int:
+    """Height and width of the latents must be multiples of this."""
+    return 2 ** (len(self.block_out_channels) - 1)
+
+  @property
+  def time_features(self) -> int:
+    """Width of the time embedding."""
+    return 4 * self.block_out_channels[0]
+
+  @property
+  def conditions(self) -> tuple[str, ...]:
+    """The keyword arguments that a call must have besides x, t and text."""
+    labelled = self.class_embed_type is not None or self.num_class_embeds is not None
+    sized = self.addition_embed_type == 'text_time'
+    return ('pooled', 'sizes') * sized + ('labels',) * labelled
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig(EncoderConfig):
+  """Shape of the U-Net; the defaults are Stable Diffusion 1's.
+
+  The published ones are in formats/unet.py. `sample_size` is the side of the
+  training latents and does not restrict the network.
+  """
+
+  sample_size: int | None = 64
+  out_channels: int = 4
+  up_block_types: tuple[str, ...] = ('UpBlock2D', *['CrossAttnUpBlock2D'] * 3)
+
+  def __post_init__(self):
+    super().__post_init__()
+    positive(self, 'out_channels')
+    if self.sample_size is not None:
+      positive(self, 'sample_size', most=MOST_EDGE)
+    self._each('up_block_types', UP_BLOCKS)
+
+  def _per_level_fields(self) -> tuple[str, ...]:
+    return (*super()._per_level_fields(), 'up_block_types')
+
+
+def _resnet(config: EncoderConfig, i: int, o: int, **kw) -> ResnetBlock2D:
+  return ResnetBlock2D(
+    i, o, groups=config.norm_num_groups, epsilon=config.norm_eps,
+    time_features=config.time_features,
+    scale_shift=config.resnet_time_scale_shift == 'scale_shift', **kw,
+  )
+
+
+def _transformer(
+  config: EncoderConfig, level: int, *, only_text: bool = False, **kw
+) -> Transformer2DModel:
+  return Transformer2DModel(
+    config.block_out_channels[level], heads=config.heads[level], depth=config.depths[level],
+    context_features=config.cross_attention_dim, groups=config.norm_num_groups,
+    linear_projection=config.use_linear_projection, only_text=only_text, **kw,
+  )
+
+
+class DownBlock(Blocks):
+  """Residual blocks, each with attention after it where the level has it; then halving.
+
+  The last level does not halve.
+
+  x [b h w i] -> [b h/2 w/2 o] and every intermediate result, for the skip connections.
+  """
+
+  def __init__(self, config: EncoderConfig, level: int, **kw):
+    widths, layers = config.block_out_channels, config.layers_per_block
+    i, o = widths[max(level - 1, 0)], widths[level]
+    attend = config.down_block_types[level].startswith('CrossAttn')
+    self.resnets = nnx.List([_resnet(config, i if n == 0 else o, o, **kw) for n in range(layers)])
+    self.attentions = nnx.List([
+      _transformer(config, level, only_text=config.only_text[level], **kw)
+      for _ in range(layers if attend else 0)
+    ])
+    last = level == len(widths) - 1
+    self.downsamplers = nnx.List([] if last else [Downsample2D(o, **kw)])
+
+  def __call__(
+    self, x: jax.Array, time: jax.Array, text: jax.Array
+  ) -> tuple[jax.Array, list[jax.Array]]:
+    skips = []
+    for n, resnet in enumerate(self.resnets):
+      x = self.run(resnet, x, time)
+      x = self.attentions[n](x, text) if self.attentions else x
+      skips.append(x)
+    for downsample in self.downsamplers:
+      x = self.run(downsample, x)
+      skips.append(x)
+    return x, skips
+
+
+class MidBlock(Blocks):
+  """Residual block, attention, residual block at the lowest resolution: [b h w c] -> [b h w c].
+
+  'UNetMidBlock2D' is the first residual block alone.
+  """
+
+  def __init__(self, config: EncoderConfig, **kw):
+    c, attend = config.block_out_channels[-1], config.mid_block_type.endswith('CrossAttn')
+    level = len(config.block_out_channels) - 1
+    self.attentions = nnx.List([_transformer(config, level, **kw) for _ in range(int(attend))])
+    self.resnets = nnx.List([_resnet(config, c, c, **kw) for _ in range(2 if attend else 1)])
+
+  def __call__(self, x: jax.Array, time: jax.Array, text: jax.Array) -> jax.Array:
+    x = self.run(self.resnets[0], x, time)
+    for attention in self.attentions:
+      x = self.run(self.resnets[1], attention(x, text), time)
+    return x
+
+
+class UpBlock(Blocks):
+  """Like DownBlock, one residual block more, each fed the skip that it mirrors; then doubling.
+
+  `step` counts from the lowest resolution; x [b h w i], skips (taken from the end) -> [b 2h 2w o].
+  """
+
+  def __init__(self, config: UNetConfig, step: int, **kw):
+    widths, layers = config.block_out_channels, config.layers_per_block + 1
+    level = len(widths) - 1 - step
+    below, above = widths[min(level + 1, len(widths) - 1)], widths[max(level - 1, 0)]
+    o = widths[level]
+    attend = config.up_block_types[step].startswith('CrossAttn')
+    # The last skip of a level is the result of the level above it, after halving.
+    skips = [o] * (layers - 1) + [above]
+    self.resnets = nnx.List([
+      _resnet(config, (below if n == 0 else o) + skip, o, **kw) for n, skip in enumerate(skips)
+    ])
+    self.attentions = nnx.List([
+      _transformer(config, level, only_text=config.only_text[level], **kw)
+      for _ in range(layers if attend else 0)
+    ])
+    self.upsamplers = nnx.List([] if level == 0 else [Upsample2D(o, **kw)])
+
+  def __call__(
+    self, x: jax.Array, skips: list[jax.Array], time: jax.Array, text: jax.Array
+  ) -> jax.Array:
+    for n, resnet in enumerate(self.resnets):
+      x = self.run(resnet, x, time, skips.pop())
+      x = self.attentions[n](x, text) if self.attentions else x
+    for upsample in self.upsamplers:
+      x = self.run(upsample, x)
+    return x
+
+
+class Encoder(Blocks):
+  """Input convolution, embeddings of time and other conditions, down blocks and mid block.
+
+  A subclass adds what it makes of the results; its submodules stand beside these, as in the
+  published files.
+  """
+
+  def __init__(self, config: EncoderConfig, **kw):
+    width, features = config.block_out_channels[0], config.time_features
+    self.config = config
+    self.conv_in = Conv(config.in_channels, width, **kw)
+    self.time_embedding = TimestepEmbedding(width, features, **kw)
+    projected = config.projection_class_embeddings_input_dim
+    if config.class_embed_type is not None:
+      inputs = width if config.class_embed_type == 'timestep' else projected
+      self.class_embedding = TimestepEmbedding(inputs, features, **kw)
+    elif config.num_class_embeds is not None:
+      init = nnx.initializers.normal(1.0)  # PyTorch's default, as for every layer here.
+      self.class_embedding = nnx.Embed(
+        config.num_class_embeds, features, embedding_init=init, **kw
+      )
+    if config.addition_embed_type == 'text_time':
+      self.add_embedding = TimestepEmbedding(projected, features, **kw)
+    levels = range(len(config.block_out_channels))
+    self.down_blocks = nnx.List([DownBlock(config, level, **kw) for level in levels])
+    self.mid_block = None if config.mid_block_type is None else MidBlock(config, **kw)
+
+  def embed(
+    self, t: jax.Array, pooled: jax.Array | None, sizes: jax.Array | None,
+    labels: jax.Array | None,
+  ) -> jax.Array:
+    """The sum of the embeddings of the time and of all other conditions: [b e]."""
+    config, width = self.config, self.config.block_out_channels[0]
+    time = self.time_embedding(self._sinusoids(t, width))
+    if labels is not None:
+      timed = config.class_embed_type == 'timestep'
+      time = time + self.class_embedding(self._sinusoids(labels, width) if timed else labels)
+    if sizes is not None:
+      each = self._sinusoids(sizes.reshape(-1), config.addition_time_embed_dim)
+      each = each.reshape(len(sizes), -1)
+      time = time + self.add_embedding(jnp.concatenate([pooled.astype(each.dtype), each], -1))
+    return time
+
+  def descend(
+    self, x: jax.Array, time: jax.Array, text: jax.Array
+  ) -> tuple[jax.Array, list[jax.Array]]:
+    """Features [b h w c] -> the mid block's result and every skip on the way, x first."""
+    skips = [x]
+    for block in self.down_blocks:
+      x, more = block(x, time, text)
+      skips += more
+    return x if self.mid_block is None else self.mid_block(x, time, text), skips
+
+  def _sinusoids(self, t: jax.Array, features: int) -> jax.Array:
+    return timestep_embedding(
+      t, features, flip_sin_to_cos=self.config.flip_sin_to_cos, freq_shift=self.config.freq_shift
+    )
+
+  def check(self, x: jax.Array, t: jax.Array, text: jax.Array, **conditions) -> None:
+    """UserError unless every input has the shape that the config asks for."""
+    size_fits(x.shape, self.config.in_channels, self.config.factor, 'The latents')
+    b, width = len(x), self.config.cross_attention_dim
+    require(
+      text.ndim == 3 and text.shape[0] == b and text.shape[-1] == width,
+      f'The text must have shape [{b} l {width}] (cross_attention_dim), not {list(text.shape)}.',
+    )
+    require(t.shape == (b,), f'The times must have shape [{b}], not {list(t.shape)}.')
+    self._check_presence(conditions)
+    if conditions['labels'] is not None:
+      self._check_labels(b, conditions['labels'])
+    if conditions['sizes'] is not None:
+      self._check_sizes(b, conditions['pooled'], conditions['sizes'])
+
+  def _check_presence(self, conditions: dict[str, jax.Array | None]) -> None:
+    who, needed = type(self).__name__, self.config.conditions
+    why = {'labels': 'class_embed_type or num_class_embeds'}
+    for name, value in conditions.items():
+      keys = why.get(name, 'addition_embed_type')
+      require(
+        value is not None or name not in needed,
+        f'This {who} needs `{name}`, because its config has {keys}; pass it.',
+      )
+      require(
+        value is None or name in needed,
+        f'This {who} takes no `{name}`, because its config has no {keys}; leave it out.',
+      )
+
+  def _check_labels(self, b: int, labels: jax.Array) -> None:
+    config = self.config
+    projected = config.class_embed_type == 'projection'
+    wanted = (b, config.projection_class_embeddings_input_dim) if projected else (b,)
+    require(
+      labels.shape == wanted,
+      f'`labels` must have shape {list(wanted)}, not {list(labels.shape)}.',
+    )
+    require(
+      config.class_embed_type is not None or jnp.issubdtype(labels.dtype, jnp.integer),
+      f'`labels` must be whole numbers in [0, {config.num_class_embeds}), not {labels.dtype}.',
+    )
+
+  def _check_sizes(self, b: int, pooled: jax.Array, sizes: jax.Array) -> None:
+    config = self.config
+    total, each = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
+    require(
+      pooled.ndim == sizes.ndim == 2 and len(pooled) == len(sizes) == b
+      and pooled.shape[1] + each * sizes.shape[1] == total,
+      f'`pooled` [{b} p] and `sizes` [{b} n] must have p + {each} n = {total} '
+      '(projection_class_embeddings_input_dim), but their shapes are '
+      f'{list(pooled.shape)} and {list(sizes.shape)}.',
+    )
+
 
 __all__ = ['UNet', 'UNetConfig']
 

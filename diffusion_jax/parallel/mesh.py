@@ -1,6 +1,6 @@
 """The device mesh. One device is the smallest mesh.
 
-Puts parameters, their copies and batches where the table in `diffusion_jax.layout` has them.
+Parameters, their copies and batches are placed as the table in `parallel.layout` says.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.layout import AXES, BATCH, batch_spec, parameter_spec
+from diffusion_jax.parallel.layout import AXES, BATCH, batch_spec, parameter_spec
 from diffusion_jax.parallel.processes import heartbeat
 from diffusion_jax.types import Params
 

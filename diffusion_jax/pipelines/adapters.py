@@ -16,8 +16,8 @@ from diffusion_jax.formats.textual_inversion import (
   read_textual_inversion,
 )
 from diffusion_jax.models.controlnet import ControlNet, ControlNetConfig
-from diffusion_jax.models.functional import Network
 from diffusion_jax.models.lora import Rank, merge_lora
+from diffusion_jax.models.network import Network
 from diffusion_jax.pipelines.conditioners import EXTRA, embedding_table
 from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.types import Weights

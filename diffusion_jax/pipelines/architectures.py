@@ -10,7 +10,7 @@ from diffusion_jax.formats.autoencoder import AUTOENCODERS
 from diffusion_jax.formats.networks import KINDS
 from diffusion_jax.formats.text import TEXT_ENCODERS
 from diffusion_jax.formats.unet import UNETS
-from diffusion_jax.models.functional import Network
+from diffusion_jax.models.network import Network
 from diffusion_jax.pipelines.conditioners import ROLES, TextEncoders
 from diffusion_jax.pipelines.directory import make_model
 from diffusion_jax.pipelines.model import Diffusion

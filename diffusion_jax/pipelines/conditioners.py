@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.models.functional import Network
-from diffusion_jax.models.text.long_texts import Cut
-from diffusion_jax.models.text.tokenizer import Tokenize, add_placeholder
+from diffusion_jax.models.network import Network
+from diffusion_jax.models.text.tokenizer import Cut, Tokenize, add_placeholder
 from diffusion_jax.types import Condition, Text, Weights
 
 if TYPE_CHECKING:

@@ -25,10 +25,9 @@ from diffusion_jax.formats.scheduler import Scheduler, read_scheduler
 from diffusion_jax.formats.tensors import PICKLES, read_json, write_json
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.checks import shown
-from diffusion_jax.models.functional import Network
+from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.tokenizer import load_tokenizer
-from diffusion_jax.models.unet import UNet
-from diffusion_jax.models.unet_config import UNetConfig
+from diffusion_jax.models.unet import UNet, UNetConfig
 from diffusion_jax.pipelines.conditioners import MEAN, ROLE, ROLES, STD, ImageEncoder, TextEncoders
 from diffusion_jax.pipelines.model import Diffusion, SampleConfig
 from diffusion_jax.pipelines.sampling import PLACES

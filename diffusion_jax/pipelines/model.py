@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from diffusion_jax.backend.xla import jitted
 from diffusion_jax.diffusion.denoiser import TextDenoiser, text_denoiser
 from diffusion_jax.diffusion.samplers import initial_noise, sampler
 from diffusion_jax.diffusion.schedules import Schedule
 from diffusion_jax.errors import UserError
-from diffusion_jax.models.functional import Network
-from diffusion_jax.models.tiling import decode_sliced, decode_tiled
-from diffusion_jax.models.unet import UNet
-from diffusion_jax.models.unet_config import UNetConfig
+from diffusion_jax.models.autoencoder import decode_sliced, decode_tiled
+from diffusion_jax.models.network import Network
+from diffusion_jax.models.unet import UNet, UNetConfig
 from diffusion_jax.parallel.mesh import in_batches, put_params, whole_batch
 from diffusion_jax.pipelines.conditioners import ImageEncoder, TextEncoders
 from diffusion_jax.pipelines.conditions import Inputs, check_edited, prepared
@@ -26,7 +26,6 @@ from diffusion_jax.pipelines.sampling import Numbers, Program, SampleConfig
 from diffusion_jax.pixels import to_uint8
 from diffusion_jax.seeds import check_seed
 from diffusion_jax.types import Condition, Images, Latents, Params, Tokens, Weights
-from diffusion_jax.xla import jitted
 
 __all__ = ['Diffusion', 'SampleConfig', 'Weights', 'fold', 'unfold']
 

@@ -5,8 +5,8 @@ import re
 
 import optax
 
+from diffusion_jax.backend.cpu import adamw
 from diffusion_jax.errors import UserError
-from diffusion_jax.train.adamw import adamw
 from diffusion_jax.types import Params
 
 SCHEDULES = ('constant', 'linear', 'cosine')

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from diffusion_jax.backend.cpu import global_norm
+from diffusion_jax.backend.xla import apart, jit
 from diffusion_jax.parallel.mesh import batch_sharding
 from diffusion_jax.train import ema
-from diffusion_jax.train.adamw import global_norm
 from diffusion_jax.train.guard import GuardConfig, choose, judge
 from diffusion_jax.train.state import TrainState, replicated
 from diffusion_jax.train.tasks.task import Metrics, Task
-from diffusion_jax.xla import apart, jit
 
 DEFAULT = GuardConfig()
 

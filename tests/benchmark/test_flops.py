@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 from diffusion_jax.benchmark.flops import count_flops
-from diffusion_jax.models.attend import attend
+from diffusion_jax.models.attention import attend
 from diffusion_jax.models.dit import DiT, DiTConfig
-from diffusion_jax.models.functional import Network
+from diffusion_jax.models.network import Network
 from diffusion_jax.models.unet import UNet, UNetConfig
 
 CROSS = 'CrossAttnDownBlock2D'

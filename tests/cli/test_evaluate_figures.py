@@ -11,8 +11,8 @@ from PIL import Image
 from diffusion_jax.evaluation.extractors_classifier import load_classifier_extractor
 from diffusion_jax.evaluation.job import shuffled
 from diffusion_jax.formats.networks import save_params
-from diffusion_jax.models.classifier import Classifier, ClassifierConfig
-from diffusion_jax.models.functional import Network
+from diffusion_jax.models.network import Network
+from diffusion_jax.models.vision.classifier import Classifier, ClassifierConfig
 from diffusion_jax.trained import load_evaluator
 from tests import tiny
 

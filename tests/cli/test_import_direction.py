@@ -1,5 +1,5 @@
 """cli -> trained -> benchmark -> build -> sizes -> recipe -> train, evaluation, pipelines ->
-formats, io, data, parallel, viz -> diffusion, models.
+formats, io, data, viz -> diffusion, models -> backend, parallel.
 """
 
 import ast
@@ -11,10 +11,11 @@ from tests.tiny import ROOT
 LAYERS = (
   ('cli', '__main__'), ('trained',), ('benchmark',), ('build',), ('sizes',), ('recipe',),
   ('train', 'evaluation', 'pipelines'),
-  ('formats', 'io', 'data', 'parallel', 'viz', 'checkpoint', 'runs'), ('diffusion', 'models'),
+  ('formats', 'io', 'data', 'viz', 'checkpoint', 'runs'), ('diffusion', 'models'),
+  ('backend', 'parallel'),
 )
 SHARED = {
-  'types', 'errors', 'config', 'configs', 'compile_cache', 'layout', 'xla', 'sums', 'host_memory',
+  'types', 'errors', 'config', 'configs',
   'files', 'pixels', 'registry', 'seeds', '__init__',
 }
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

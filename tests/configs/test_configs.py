@@ -9,7 +9,7 @@ import pytest
 from diffusion_jax.data.points import open_points
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import load_params
-from diffusion_jax.models.functional import Network
+from diffusion_jax.models.network import Network
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.pipelines.directory import assemble
 from diffusion_jax.recipe import SETTINGS, load_config, parse, resolved

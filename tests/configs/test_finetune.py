@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from diffusion_jax.models.functional import count
+from diffusion_jax.models.network import count
 from diffusion_jax.pipelines.architectures import ARCHITECTURES, architecture_model
 from diffusion_jax.recipe import load_config, parse
 from diffusion_jax.train.tasks.finetune import abstract_parameters

@@ -18,7 +18,7 @@ from diffusion_jax.evaluation.extraction import Extraction, extract, gather, rea
 from diffusion_jax.evaluation.extractors import CLIPExtractor
 from diffusion_jax.evaluation.images import First, Folder, Split
 from diffusion_jax.evaluation.offline import features_of, of_images
-from diffusion_jax.models.functional import Network
+from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.clip import CLIP
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from tests import tiny

@@ -17,8 +17,8 @@ from diffusion_jax.evaluation.extractors import (
 )
 from diffusion_jax.evaluation.features import CLIPFeatures, load_features
 from diffusion_jax.formats.networks import load
-from diffusion_jax.models.functional import Network
-from diffusion_jax.models.inception import Inception, InceptionConfig
+from diffusion_jax.models.features.inception import Inception, InceptionConfig
+from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from tests import tiny
 

@@ -9,8 +9,8 @@ from diffusion_jax.evaluation.extractors import load_extractor
 from diffusion_jax.evaluation.extractors_dinov2 import load_dinov2_extractor, size_name
 from diffusion_jax.formats.dinov2 import DINOV2
 from diffusion_jax.formats.networks import save_params
-from diffusion_jax.models.dinov2 import DINOv2, DINOv2Config
-from diffusion_jax.models.functional import Network
+from diffusion_jax.models.network import Network
+from diffusion_jax.models.vision.dinov2 import DINOv2, DINOv2Config
 from diffusion_jax.parallel.mesh import MeshConfig, in_batches, make_mesh
 
 transformers = pytest.importorskip('transformers')

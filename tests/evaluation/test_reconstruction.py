@@ -19,8 +19,8 @@ from diffusion_jax.evaluation.reconstruction import (
 )
 from diffusion_jax.formats.networks import load_params
 from diffusion_jax.models.autoencoder import AutoencoderKL
-from diffusion_jax.models.functional import Network
-from diffusion_jax.models.lpips import lpips, lpips_shapes
+from diffusion_jax.models.network import Network
+from diffusion_jax.models.perceptual import lpips, lpips_shapes
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_params
 from diffusion_jax.pixels import to_uint8
 from tests.evaluation.colours import Colours

@@ -393,8 +393,8 @@ def single_file():
   from diffusion_jax.formats.pipeline import read_pipeline
   from diffusion_jax.formats.single_file import read_single_file, write_single_file
   from diffusion_jax.models.autoencoder import AutoencoderKLConfig
-  from diffusion_jax.models.text.clip_config import CLIPTextConfig
-  from diffusion_jax.models.unet_config import UNetConfig
+  from diffusion_jax.models.text.clip import CLIPTextConfig
+  from diffusion_jax.models.unet import UNetConfig
   from tests.tiny_pipeline import TEXT, write_tiny_pipeline
 
   # Of the widths that a reader of a single file has to assume.

@@ -6,7 +6,7 @@ import pytest
 
 from diffusion_jax.formats.autoencoder import AUTOENCODERS
 from diffusion_jax.formats.networks import kind_of_config
-from diffusion_jax.models import functional
+from diffusion_jax.models import network
 
 # Scalars and tensors. diffusers builds the same from these configs on the meta device.
 SIZES = {
@@ -19,8 +19,8 @@ SIZES = {
 def test_sizes(name):
   config = AUTOENCODERS[name]
   module = kind_of_config(config).module
-  _, shapes = functional.abstract(lambda rngs: module(config, rngs=rngs))
-  assert (functional.count(shapes), len(shapes)) == SIZES[name]
+  _, shapes = network.abstract(lambda rngs: module(config, rngs=rngs))
+  assert (network.count(shapes), len(shapes)) == SIZES[name]
 
 
 @pytest.mark.parametrize('name', AUTOENCODERS)

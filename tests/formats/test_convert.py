@@ -14,12 +14,10 @@ from diffusion_jax.formats.convert import convert
 from diffusion_jax.formats.networks import load_params, save_params
 from diffusion_jax.formats.published import published_name, published_shape
 from diffusion_jax.formats.unet import UNETS, read_unet, write_unet
-from diffusion_jax.models import functional
+from diffusion_jax.models import network
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
-from diffusion_jax.models.text.clip_config import CLIPTextConfig
-from diffusion_jax.models.text.clip_text import CLIPTextModel
-from diffusion_jax.models.unet import UNet
-from diffusion_jax.models.unet_config import UNetConfig
+from diffusion_jax.models.text.clip import CLIPTextConfig, CLIPTextModel
+from diffusion_jax.models.unet import UNet, UNetConfig
 
 VAE = AutoencoderKLConfig(block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=2)
 TEXT = CLIPTextConfig(
@@ -44,7 +42,7 @@ def written(tmp_path_factory):
   rng = np.random.default_rng(0)
   index = {'_class_name': 'StableDiffusionPipeline', 'requires_safety_checker': False}
   for name, (module, config, entry) in PARTS.items():
-    shapes = functional.abstract(lambda rngs, m=module, c=config: m(c, rngs=rngs))[1]
+    shapes = network.abstract(lambda rngs, m=module, c=config: m(c, rngs=rngs))[1]
     draw = lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32)
     save_params(folder / name, config, jax.tree.map(draw, shapes))
     index[name] = entry
@@ -205,7 +203,7 @@ def test_published_u_nets_have_their_names_and_counts(architecture, count, some)
 def test_the_config_of_a_published_u_net_follows_from_its_shapes():
   """Stable Diffusion 2: all that its family does not tell."""
   config = UNETS['sd21_base']
-  shapes = functional.abstract(lambda rngs: UNet(config, rngs=rngs))[1]
+  shapes = network.abstract(lambda rngs: UNet(config, rngs=rngs))[1]
 
 
   published = {published_name(n): published_shape(n, t.shape) for n, t in shapes.items()}

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.inception import load_inception
 from diffusion_jax.formats.torch_files import _Unpickler, read_script
-from diffusion_jax.models.functional import Network
-from diffusion_jax.models.inception import Inception, InceptionConfig
+from diffusion_jax.models.features.inception import Inception, InceptionConfig
+from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.tiny import ROOT
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 
 from diffusion_jax.formats.networks import save_params
-from diffusion_jax.models import functional
+from diffusion_jax.models import network
 from diffusion_jax.models.mlp import MLP, MLPConfig
 from tests.tiny import ROOT
 
@@ -39,7 +39,7 @@ print(json.dumps({'arrays': arrays, 'loading': loading, 'converting': peak.bytes
 
 def test_loading_and_converting_hold_one_tensor_at_a_time(tmp_path):
   for name, config in (('large', CONFIG), ('tiny', MLPConfig(width=8))):
-    shapes = functional.abstract(lambda rngs, c=config: MLP(c, rngs=rngs))[1]
+    shapes = network.abstract(lambda rngs, c=config: MLP(c, rngs=rngs))[1]
     arrays = {k: np.full(leaf.shape, 0.5, np.float32) for k, leaf in shapes.items()}
     save_params(tmp_path / name, config, arrays)
   run = subprocess.run(

@@ -10,7 +10,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.formats import networks
 from diffusion_jax.formats.networks import load_params, resolve, save_params
 from diffusion_jax.formats.published import from_published, to_published
-from diffusion_jax.models import functional
+from diffusion_jax.models import network
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 
 CONFIG = AutoencoderKLConfig(
@@ -22,7 +22,7 @@ WEIGHTS = 'diffusion_pytorch_model.safetensors'
 
 @pytest.fixture(scope='module')
 def params(random_params):
-  return random_params(functional.abstract(lambda rngs: AutoencoderKL(CONFIG, rngs=rngs))[1])
+  return random_params(network.abstract(lambda rngs: AutoencoderKL(CONFIG, rngs=rngs))[1])
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.models import attend_chunked
-from diffusion_jax.models.attend import attend
+from diffusion_jax.models import kernels
+from diffusion_jax.models.attention import attend
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.models.exact_attention import assert_near, draw, exact, found
 
@@ -18,13 +18,13 @@ from tests.models.exact_attention import assert_near, draw, exact, found
   (20, 256, (6, 10)),  # Less than two rows of one head.
 ])
 def test_pieces_make_the_whole(logits, rows, pieces, monkeypatch):
-  monkeypatch.setattr(attend_chunked, 'LOGITS', logits)
-  monkeypatch.setattr(attend_chunked, 'ROWS', rows)
+  monkeypatch.setattr(kernels, 'LOGITS', logits)
+  monkeypatch.setattr(kernels, 'ROWS', rows)
   jax.clear_caches()  # What was traced with other sizes.
   args = draw(2, 10, 3, 4, keys=11)
   heads, parts = pieces
-  taken, count = attend_chunked._rows(10, 11)
-  assert (6 // attend_chunked._heads(6, taken * 11), count) == (heads, parts)
+  taken, count = kernels._rows(10, 11)
+  assert (6 // kernels._heads(6, taken * 11), count) == (heads, parts)
   assert_near(found(*args, attend), exact(*args))
 
 
@@ -33,7 +33,7 @@ def test_pieces_make_the_whole(logits, rows, pieces, monkeypatch):
   MeshConfig(tensor=8),  # Three heads, which eight do not divide.
 ])
 def test_on_eight_devices_it_is_the_same(mesh, monkeypatch):
-  monkeypatch.setattr(attend_chunked, 'LOGITS', 64)
+  monkeypatch.setattr(kernels, 'LOGITS', 64)
   jax.clear_caches()
   args = draw(4, 8, 3 if mesh.tensor == 8 else 2, 4, keys=16)
   with jax.set_mesh(make_mesh(mesh)):

@@ -7,14 +7,14 @@ import pytest
 from diffusion_jax import build
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.autoencoder import AutoencoderKL
-from diffusion_jax.models.classifier import ClassifierConfig
-from diffusion_jax.models.dinov2 import DINOv2, DINOv2Config
 from diffusion_jax.models.dit import DiT, DiTConfig
-from diffusion_jax.models.functional import Network
 from diffusion_jax.models.lora import LoRAConfig, targets, with_lora
 from diffusion_jax.models.mmdit import MMDiT, MMDiTConfig
+from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.clip import CLIP
 from diffusion_jax.models.unet import UNet
+from diffusion_jax.models.vision.classifier import ClassifierConfig
+from diffusion_jax.models.vision.dinov2 import DINOv2, DINOv2Config
 from diffusion_jax.recipe import completed, parse, resolved
 from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.train.tasks.classifier import ClassifierTask, ClassifierTaskConfig

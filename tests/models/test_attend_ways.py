@@ -12,10 +12,17 @@ import numpy as np
 import pytest
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.layout import on_each_device
-from diffusion_jax.models.attend import attend, check_attention
-from diffusion_jax.models.attend_splash import _blocks, splash
-from diffusion_jax.models.attend_ways import WAYS, choose, compute, cudnn, refusal
+from diffusion_jax.models.attention import (
+  WAYS,
+  attend,
+  check_attention,
+  choose,
+  compute,
+  cudnn,
+  refusal,
+)
+from diffusion_jax.models.kernels import _blocks, splash
+from diffusion_jax.parallel.layout import on_each_device
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.models.exact_attention import assert_near, draw, exact, found
 

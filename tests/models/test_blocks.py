@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from diffusion_jax.models.layers import Linear
-from diffusion_jax.models.remat import Blocks
+from diffusion_jax.models.network import Blocks
 
 TRACED = []
 

@@ -8,11 +8,10 @@ import pytest
 
 from diffusion_jax import build
 from diffusion_jax.errors import UserError
-from diffusion_jax.models import float8
-from diffusion_jax.models.functional import Network
+from diffusion_jax.models import kernels
 from diffusion_jax.models.lora import LoRAConfig, targets, with_lora
-from diffusion_jax.models.unet import UNet
-from diffusion_jax.models.unet_config import UNetConfig
+from diffusion_jax.models.network import Network
+from diffusion_jax.models.unet import UNet, UNetConfig
 from diffusion_jax.recipe import parse
 from diffusion_jax.runs.directory import RunDirectory
 from tests import tiny
@@ -40,7 +39,7 @@ def test_numbers_that_fit_give_exact_products():
   """Scaled by powers of two, as 14 * 32 is the largest of E4M3 and 7 * 2^13 that of E5M2."""
   rng = np.random.default_rng(0)
   x, kernel, dy = whole(rng, 14, 2, 3, 32), whole(rng, 14, 32, 16), whole(rng, 7, 2, 3, 16)
-  found = value_and_slopes(float8.product, x, kernel / 1024, dy)
+  found = value_and_slopes(kernels.product, x, kernel / 1024, dy)
   np.testing.assert_array_equal(found[0], x @ kernel / 1024)
   np.testing.assert_array_equal(found[1], dy @ kernel.T / 1024)
   np.testing.assert_array_equal(found[2], np.einsum('abi,abo->io', x, dy))
@@ -53,7 +52,7 @@ def test_products_are_as_near_as_the_types_allow(dtype):
   draw = lambda *shape, scale: (scale * rng.normal(size=shape)).astype(np.float32)
   x, kernel, dy = draw(4, 64, 256, scale=9), draw(256, 128, scale=1e-3), draw(4, 64, 128, scale=1e4)
   given = jnp.asarray(x, dtype), kernel, jnp.asarray(dy, dtype)
-  found = value_and_slopes(float8.product, *given)
+  found = value_and_slopes(kernels.product, *given)
   assert [y.dtype for y in found] == [dtype, dtype, jnp.float32]
   wanted = value_and_slopes(jnp.matmul, x, kernel, dy)
   errors = [np.linalg.norm(np.asarray(a - b)) / np.linalg.norm(b)
@@ -64,9 +63,9 @@ def test_products_are_as_near_as_the_types_allow(dtype):
 @pytest.mark.parametrize('wrong', [np.nan, np.inf])
 def test_what_is_not_finite_stays_visible_and_nothing_gives_nothing(wrong):
   x, kernel = np.ones((1, 2, 16), np.float32), np.ones((16, 16), np.float32)
-  np.testing.assert_array_equal(float8.product(0 * x, kernel), np.zeros((1, 2, 16)))
+  np.testing.assert_array_equal(kernels.product(0 * x, kernel), np.zeros((1, 2, 16)))
   x[0, 0, 0] = wrong
-  assert np.isnan(float8.product(x, kernel)).all()
+  assert np.isnan(kernels.product(x, kernel)).all()
 
 
 def products(network):
@@ -121,10 +120,10 @@ def test_they_are_of_the_loss_alone(parts, sources, tmp_path):
   (('gpu', None), False), (('tpu', None), False), (('cpu', None), False),
 ])
 def test_chips_without_them_are_named(monkeypatch, chip, serves):
-  monkeypatch.setattr(float8, 'chip', lambda: chip)
-  float8.check_products('plain')
+  monkeypatch.setattr(kernels, 'chip', lambda: chip)
+  kernels.check_products('plain')
   if serves:
-    return float8.check_products('float8')
+    return kernels.check_products('float8')
   found = '8.0' if chip[1] else chip[0]
   with pytest.raises(UserError, match=f"'float8' cannot serve here.*here is {found}; set products"):
-    float8.check_products('float8')
+    kernels.check_products('float8')

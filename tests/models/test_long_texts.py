@@ -8,8 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.models.text.long_texts import CHARACTERS, Cut
-from diffusion_jax.models.text.tokenizer import Tokenize, train_tokenizer
+from diffusion_jax.models.text.tokenizer import CHARACTERS, Cut, Tokenize, train_tokenizer
 
 MEGABYTES = 10 * 2**20
 LETTERS = 'abcdefghijklmnopqrstuvwxyz'

@@ -9,7 +9,7 @@ import pytest
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.unet import CONTROLNETS, UNETS
-from diffusion_jax.models import attention, functional
+from diffusion_jax.models import attention, network
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.controlnet import (
   ControlNet,
@@ -17,12 +17,10 @@ from diffusion_jax.models.controlnet import (
   add_residuals,
   from_unet,
 )
-from diffusion_jax.models.discriminator import Discriminator, DiscriminatorConfig
-from diffusion_jax.models.embeddings import timestep_embedding
-from diffusion_jax.models.layers import Conv, Linear
+from diffusion_jax.models.layers import Conv, Linear, timestep_embedding
 from diffusion_jax.models.norms import GroupNorm
-from diffusion_jax.models.text.clip import CLIP
-from diffusion_jax.models.text.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from diffusion_jax.models.perceptual import Discriminator, DiscriminatorConfig
+from diffusion_jax.models.text.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from diffusion_jax.models.unet import UNet, UNetConfig
 
 
@@ -37,8 +35,8 @@ from diffusion_jax.models.unet import UNet, UNetConfig
   (AutoencoderKL, AutoencoderKLConfig(), 83_653_863, 248),
 ])
 def test_published_sizes(module, config, scalars, tensors):
-  _, shapes = functional.abstract(lambda rngs: module(config, rngs=rngs))
-  assert (functional.count(shapes), len(shapes)) == (scalars, tensors)
+  _, shapes = network.abstract(lambda rngs: module(config, rngs=rngs))
+  assert (network.count(shapes), len(shapes)) == (scalars, tensors)
 
 
 def test_a_network_is_traced_once_for_the_shapes_and_the_program_of_its_parameters():
@@ -48,11 +46,11 @@ def test_a_network_is_traced_once_for_the_shapes_and_the_program_of_its_paramete
     made.append(config)
     return Linear(*config, rngs=rngs)
 
-  network = functional.Network.of(layer, (2, 3))
+  made_of = network.Network.of(layer, (2, 3))
   start = len(made)
   for _ in range(2):
-    shapes = jax.eval_shape(network.initialize, jax.random.key(0))
-  jax.jit(lambda key: network.initialize(key)).lower(jax.random.key(0))
+    shapes = jax.eval_shape(made_of.initialize, jax.random.key(0))
+  jax.jit(lambda key: made_of.initialize(key)).lower(jax.random.key(0))
   assert len(made) == start + 1 and shapes['kernel'].shape == (2, 3)
 
 
@@ -140,11 +138,11 @@ NO_EFFECT = ('.to_k.bias', '.k_proj.bias')
 def test_gradient_reaches_every_parameter_and_bfloat16_computes(name, quick_jit, random_params):
   module, config, run = NETWORKS[name]
   key = jax.random.key(0)
-  graphdef, shapes = functional.abstract(lambda rngs: module(config, rngs=rngs))
+  graphdef, shapes = network.abstract(lambda rngs: module(config, rngs=rngs))
   params = random_params(shapes)
 
   def loss(params):
-    y = run(functional.merge(graphdef, params), key)
+    y = run(network.merge(graphdef, params), key)
     weights = jax.random.normal(key, y.shape)  # A plain mean would be blind to what norms undo.
     return jnp.mean(y * weights), y
 
@@ -155,9 +153,9 @@ def test_gradient_reaches_every_parameter_and_bfloat16_computes(name, quick_jit,
     assert leaf.endswith(NO_EFFECT) or np.abs(gradient).max() > floor, leaf
 
   make = lambda rngs: module(config, dtype=jnp.bfloat16, rngs=rngs)
-  graphdef, shapes = functional.abstract(make)
+  graphdef, shapes = network.abstract(make)
   assert {leaf.dtype for leaf in shapes.values()} == {jnp.dtype('float32')}
-  half = quick_jit(lambda params: run(functional.merge(graphdef, params), key))(params)
+  half = quick_jit(lambda params: run(network.merge(graphdef, params), key))(params)
   assert full.dtype == jnp.float32 and half.dtype == jnp.bfloat16
   error = jnp.sqrt(jnp.square(full - half.astype(jnp.float32)).mean() / jnp.square(full).mean())
   assert 0 < float(error) < 0.1
@@ -265,16 +263,16 @@ def test_lists_in_configs_become_tuples():
 ])
 def test_wrong_inputs_say_what_is_wrong(name, call, words):
   module, config, _ = NETWORKS[name]
-  graphdef, shapes = functional.abstract(lambda rngs: module(config, rngs=rngs))
+  graphdef, shapes = network.abstract(lambda rngs: module(config, rngs=rngs))
   with pytest.raises(UserError, match=words):
-    jax.eval_shape(lambda params: call(functional.merge(graphdef, params)), shapes)
+    jax.eval_shape(lambda params: call(network.merge(graphdef, params)), shapes)
 
 
 def test_fresh_parameters_have_the_spread_of_the_references():
   make = lambda rngs: attention.Transformer2DModel(
     8, heads=2, depth=1, context_features=64, groups=4, linear_projection=True, rngs=rngs
   )
-  params = functional.initialize(make, jax.random.key(0))
+  params = network.initialize(make, jax.random.key(0))
   kernel = params['transformer_blocks.0.attn2.to_k.kernel']  # Uniform in +-1/sqrt(64).
   assert 0.12 < float(jnp.abs(kernel).max()) <= 0.125
   assert float(jnp.abs(params['proj_in.bias']).max()) == 0
@@ -286,12 +284,12 @@ def test_a_fresh_controlnet_changes_nothing(quick_jit):
     TINY_CONTROLNET, down_block_types=('DownBlock2D',), mid_block_type='UNetMidBlock2D'
   )
   run = lambda rngs: _controlnet(ControlNet(config, rngs=rngs), jax.random.key(1))
-  residuals = quick_jit(lambda key: run(functional.Keys(key)))(jax.random.key(0))
+  residuals = quick_jit(lambda key: run(network.Keys(key)))(jax.random.key(0))
   assert float(jnp.abs(residuals).max()) == 0
 
 
 def test_a_controlnet_of_another_shape_takes_no_parameters_from_a_unet():
-  shapes = lambda module, config: functional.abstract(lambda rngs: module(config, rngs=rngs))[1]
+  shapes = lambda module, config: network.abstract(lambda rngs: module(config, rngs=rngs))[1]
   control = shapes(ControlNet, ControlNetConfig.for_unet(TINY_UNET))
   unet = shapes(UNet, TINY_UNET)
   assert from_unet(control, unet)['mid_block.resnets.0.conv1.bias'].shape == (16,)
@@ -311,8 +309,8 @@ def test_residuals_of_several_controlnets_add_up():
 
 
 def test_text_is_causal_and_padding_counts(random_params):
-  graphdef, shapes = functional.abstract(lambda rngs: CLIP(TINY_CLIP, rngs=rngs))
-  clip = functional.merge(graphdef, random_params(shapes))
+  graphdef, shapes = network.abstract(lambda rngs: CLIP(TINY_CLIP, rngs=rngs))
+  clip = network.merge(graphdef, random_params(shapes))
   a, b = (clip.encode_text(jnp.array([[0, 5, end, 1, 1]]))[0][0] for end in (6, 7))
   np.testing.assert_array_equal(a[:2], b[:2])
   assert np.abs(a[3:] - b[3:]).max() > 1e-6

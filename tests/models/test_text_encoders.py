@@ -8,18 +8,17 @@ import pytest
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import kind_of_config
 from diffusion_jax.formats.text import TEXT_ENCODERS
-from diffusion_jax.layout import parameter_spec
-from diffusion_jax.models import functional
-from diffusion_jax.models.text.clip_config import (
+from diffusion_jax.models import network
+from diffusion_jax.models.text.clip import (
   CLIPConfig,
   CLIPTextConfig,
+  CLIPTextModel,
   CLIPTextProjectionConfig,
   CLIPVisionConfig,
   CLIPVisionProjectionConfig,
 )
-from diffusion_jax.models.text.clip_text import CLIPTextModel
-from diffusion_jax.models.text.t5 import T5EncoderModel
-from diffusion_jax.models.text.t5_config import T5Config
+from diffusion_jax.models.text.t5 import T5Config, T5EncoderModel
+from diffusion_jax.parallel.layout import parameter_spec
 
 LARGE = CLIPVisionConfig(
   hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
@@ -42,8 +41,8 @@ HUGE = CLIPVisionProjectionConfig(
 ])
 def test_published_sizes(config, scalars, tensors):
   module = kind_of_config(config).module
-  _, shapes = functional.abstract(lambda rngs: module(config, rngs=rngs))
-  assert (functional.count(shapes), len(shapes)) == (scalars, tensors)
+  _, shapes = network.abstract(lambda rngs: module(config, rngs=rngs))
+  assert (network.count(shapes), len(shapes)) == (scalars, tensors)
 
 
 TEXT = CLIPTextConfig(
@@ -57,7 +56,7 @@ T5 = T5Config(
 
 
 def build(module, config, random_params, **kw):
-  graphdef, shapes = functional.abstract(lambda rngs: module(config, rngs=rngs, **kw))
+  graphdef, shapes = network.abstract(lambda rngs: module(config, rngs=rngs, **kw))
   return graphdef, random_params(shapes)
 
 
@@ -66,7 +65,7 @@ def test_skipped_layers_cost_nothing_unless_pooled(random_params):
   ids = jnp.ones((1, 6), int)
 
   def flops(skip, which):
-    run = lambda p: functional.merge(graphdef, p).encode_text(ids, skip=skip)[which]
+    run = lambda p: network.merge(graphdef, p).encode_text(ids, skip=skip)[which]
     return jax.jit(run).lower(params).compile().cost_analysis()['flops']
 
   full, less, pooled = flops(0, 0), flops(2, 0), flops(2, 1)
@@ -78,7 +77,7 @@ def test_an_extra_embedding_is_no_end_of_text(random_params, quick_jit):
   extra = params['text_model.embeddings.token_embedding.embedding'][3:5]
   added, plain = jnp.array([[0, 20, 21, 19, 1, 1]]), jnp.array([[0, 3, 4, 19, 1, 1]])
   run = quick_jit(
-    lambda ids: functional.merge(graphdef, params).encode_text(ids, extra_embeddings=extra)
+    lambda ids: network.merge(graphdef, params).encode_text(ids, extra_embeddings=extra)
   )
   for found, wanted in zip(run(added), run(plain), strict=True):
     np.testing.assert_allclose(found, wanted, atol=1e-6)
@@ -87,7 +86,7 @@ def test_an_extra_embedding_is_no_end_of_text(random_params, quick_jit):
 
 def test_t5_padding_changes_nothing(random_params, quick_jit):
   graphdef, params = build(T5EncoderModel, T5, random_params)
-  run = quick_jit(lambda *args: functional.merge(graphdef, params).encode_text(*args)[0])
+  run = quick_jit(lambda *args: network.merge(graphdef, params).encode_text(*args)[0])
   a, b = (jnp.array([[5, 6, 7, pad, pad]]) for pad in (0, 9))
   mask = jnp.array([[1, 1, 1, 0, 0]])
   seen = [run(ids, mask)[:, :3] for ids in (a, b)]
@@ -109,7 +108,7 @@ def test_t5_survives_large_activations(feed_forward, random_params, quick_jit):
   def run(dtype):
     def both(params):
       graphdef = build(T5EncoderModel, config, random_params, dtype=dtype)[0]
-      t5 = functional.merge(graphdef, params)
+      t5 = network.merge(graphdef, params)
       # Attention in float16 is not to be had on CPUs, so there only the feed-forward.
       hidden = None if dtype == jnp.float16 else t5.encode_text(ids)[0]
       return hidden, t5.encoder.block[0].layer[1](states)
@@ -133,7 +132,7 @@ def test_t5_adds_to_its_states_in_float32(random_params):
   graphdef, params = build(T5EncoderModel, T5, random_params, dtype=jnp.bfloat16)
   silent = ('.o.kernel', '.wo.kernel')
   params = {name: p * (not name.endswith(silent)) for name, p in params.items()}
-  block = functional.merge(graphdef, params).encoder.block[1]
+  block = network.merge(graphdef, params).encoder.block[1]
   states = 4097 + jnp.arange(16.0).reshape(1, 1, 16)  # bfloat16 has no 4097.
   np.testing.assert_array_equal(block(states, jnp.zeros((1, 2, 1, 1)), None), states)
 
@@ -173,6 +172,6 @@ def test_wrong_configs_say_what_is_wrong(make, words):
     jnp.ones((1, 3), int), jnp.ones((1, 4))), r'mask must be \[1, 3\]'),
 ])
 def test_wrong_inputs_say_what_is_wrong(module, config, call, words):
-  graphdef, shapes = functional.abstract(lambda rngs: module(config, rngs=rngs))
+  graphdef, shapes = network.abstract(lambda rngs: module(config, rngs=rngs))
   with pytest.raises(UserError, match=words):
-    jax.eval_shape(lambda params: call(functional.merge(graphdef, params)), shapes)
+    jax.eval_shape(lambda params: call(network.merge(graphdef, params)), shapes)

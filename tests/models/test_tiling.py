@@ -9,9 +9,9 @@ import pytest
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import load
-from diffusion_jax.models import functional
+from diffusion_jax.models import network
+from diffusion_jax.models.autoencoder import decode_sliced, decode_tiled, encode_tiled
 from diffusion_jax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
-from diffusion_jax.models.tiling import decode_sliced, decode_tiled, encode_tiled
 from diffusion_jax.models.vq import VQConfig, VQModel
 
 TINY = AutoencoderTinyConfig(
@@ -22,8 +22,8 @@ TINY = AutoencoderTinyConfig(
 
 @pytest.fixture(scope='module')
 def tiny(random_params):
-  graphdef, shapes = functional.abstract(lambda rngs: AutoencoderTiny(TINY, rngs=rngs))
-  return functional.merge(graphdef, random_params(shapes))
+  graphdef, shapes = network.abstract(lambda rngs: AutoencoderTiny(TINY, rngs=rngs))
+  return network.merge(graphdef, random_params(shapes))
 
 
 def compiled(run, *arrays):
@@ -60,10 +60,10 @@ def disks():
 
 
 def test_tiles_leave_no_seams(quick_jit):
-  graphdef, params = functional.split(load('autoencoder', 'asset:autoencoder-openmoji-64'))
+  graphdef, params = network.split(load('autoencoder', 'asset:autoencoder-openmoji-64'))
 
   def run(params, images):
-    ours = functional.merge(graphdef, params)
+    ours = network.merge(graphdef, params)
     z = ours.encode(images)[0]
     whole = ours.decode(z)
     return [decode_tiled(ours, z, tile=16, overlap=n) - whole for n in (0, 4)]
@@ -92,8 +92,8 @@ def test_every_autoencoder_can_be_tiled(random_params, tiny, quick_jit):
     block_out_channels=(4,), layers_per_block=1, norm_num_groups=2, num_vq_embeddings=5,
     mid_block_add_attention=False,
   )
-  graphdef, shapes = functional.abstract(lambda rngs: VQModel(config, rngs=rngs))
-  vq = functional.merge(graphdef, random_params(shapes))
+  graphdef, shapes = network.abstract(lambda rngs: VQModel(config, rngs=rngs))
+  vq = network.merge(graphdef, random_params(shapes))
   images = jax.random.uniform(jax.random.key(0), (1, 4, 12, 3), minval=-1)
   for autoencoder, factor, channels in ((vq, 1, 3), (tiny, 2, 4)):
     run = lambda x: encode_tiled(autoencoder, x, tile=8 // factor, overlap=2)  # noqa: B023

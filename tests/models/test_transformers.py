@@ -11,10 +11,9 @@ from flax import nnx
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.dit import TRANSFORMERS, read_dit, read_mmdit, write_dit
-from diffusion_jax.models import functional
-from diffusion_jax.models.dit import DiT, DiTConfig
+from diffusion_jax.models import network
+from diffusion_jax.models.dit import DiT, DiTConfig, grid_positions, sincos_positions
 from diffusion_jax.models.mmdit import MMDiT, MMDiTConfig
-from diffusion_jax.models.transformer_layers import grid_positions, sincos_positions
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, shard_params
 from diffusion_jax.train.optimizer import decay_mask
 
@@ -45,17 +44,17 @@ NETWORKS = {'dit': (DiT, DIT, run_dit), 'mmdit': (MMDiT, MMDIT, run_mmdit)}
 def test_published_size():
   """Their code counts the fixed table of 256 positions too. Other networks: tests/parity."""
   config = TRANSFORMERS['dit_xl_2_256']
-  _, shapes = functional.abstract(lambda rngs: DiT(config, rngs=rngs))
-  assert functional.count(shapes) == 675_129_632 - 256 * 1152
+  _, shapes = network.abstract(lambda rngs: DiT(config, rngs=rngs))
+  assert network.count(shapes) == 675_129_632 - 256 * 1152
 
 
 @pytest.mark.parametrize('name', NETWORKS)
 def test_a_fresh_network_gives_zero_and_learns(name, quick_jit):
   module, config, run = NETWORKS[name]
-  graphdef, params = functional.split(module(config, rngs=nnx.Rngs(0)))
+  graphdef, params = network.split(module(config, rngs=nnx.Rngs(0)))
 
   def loss(params):
-    y = run(functional.merge(graphdef, params))
+    y = run(network.merge(graphdef, params))
     return (y - 1).sum(), y
 
   gradients, y = quick_jit(jax.grad(loss, has_aux=True))(params)
@@ -68,7 +67,7 @@ def test_a_fresh_network_gives_zero_and_learns(name, quick_jit):
 @pytest.mark.parametrize('name', NETWORKS)
 def test_gradient_reaches_every_parameter_and_bfloat16_computes(name, random_params, quick_jit):
   module, config, run = NETWORKS[name]
-  graphdef, shapes = functional.abstract(lambda rngs: module(config, rngs=rngs))
+  graphdef, shapes = network.abstract(lambda rngs: module(config, rngs=rngs))
   params = random_params(shapes)
   if name == 'dit':
     table = 'transformer_blocks.0.norm1.emb.class_embedder.embedding_table.embedding'
@@ -83,7 +82,7 @@ def test_gradient_reaches_every_parameter_and_bfloat16_computes(name, random_par
   }
 
   def loss(params):
-    y = run(functional.merge(graphdef, params), **more)
+    y = run(network.merge(graphdef, params), **more)
     return jnp.square(y).mean(), y
 
   gradients, full = quick_jit(jax.grad(loss, has_aux=True))(params)
@@ -92,18 +91,18 @@ def test_gradient_reaches_every_parameter_and_bfloat16_computes(name, random_par
   assert decay_mask(params)[table] == (name == 'dit')
   shard_params(shapes, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
 
-  half = functional.abstract(lambda rngs: module(config, dtype=jnp.bfloat16, rngs=rngs))[0]
-  low = quick_jit(lambda params: run(functional.merge(half, params), **more))(params)
+  half = network.abstract(lambda rngs: module(config, dtype=jnp.bfloat16, rngs=rngs))[0]
+  low = quick_jit(lambda params: run(network.merge(half, params), **more))(params)
   assert full.dtype == jnp.float32 and low.dtype == jnp.bfloat16
   error = np.sqrt(np.square(full - np.asarray(low, np.float32)).mean() / np.square(full).mean())
   assert 0 < error < 0.1
 
 
 def test_labels_matter_and_the_null_label_is_a_row_of_its_own(random_params, quick_jit):
-  graphdef, shapes = functional.abstract(lambda rngs: DiT(DIT, rngs=rngs))
+  graphdef, shapes = network.abstract(lambda rngs: DiT(DIT, rngs=rngs))
   x, t = np.repeat(X[:1], 6, 0), np.repeat(T[:1], 6, 0)
   params = random_params(shapes)
-  y = quick_jit(lambda p: run_dit(functional.merge(graphdef, p), x, t, range(6)))(params)
+  y = quick_jit(lambda p: run_dit(network.merge(graphdef, p), x, t, range(6)))(params)
   assert DIT.null_label == 5
   gaps = [np.abs(y[i] - y[j]).max() for i in range(6) for j in range(i)]
   assert min(gaps) > 1e-3

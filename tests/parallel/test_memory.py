@@ -9,20 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion_jax.backend.xla import jit
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.unet import UNETS
 from diffusion_jax.models.autoencoder import AutoencoderKL
-from diffusion_jax.models.discriminator import Discriminator
 from diffusion_jax.models.dit import DiT, DiTConfig
-from diffusion_jax.models.functional import Network
 from diffusion_jax.models.lora import LoRAConfig, targets, with_lora
+from diffusion_jax.models.network import Network
+from diffusion_jax.models.perceptual import Discriminator
 from diffusion_jax.models.text.clip import CLIP
 from diffusion_jax.models.unet import UNet, UNetConfig
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
 from diffusion_jax.train.state import abstract_state, initializer
 from diffusion_jax.train.tasks.task import Task
-from diffusion_jax.xla import jit
 from tests import tiny
 
 FSDP = MeshConfig(data=1, fsdp=8)

@@ -16,16 +16,15 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.layout import AXES, constrain, parameter_spec
 from diffusion_jax.models.autoencoder import AutoencoderKL
-from diffusion_jax.models.classifier import Classifier, ClassifierConfig
 from diffusion_jax.models.controlnet import ControlNet, ControlNetConfig
-from diffusion_jax.models.dinov2 import DINOv2, DINOv2Config
-from diffusion_jax.models.discriminator import Discriminator
-from diffusion_jax.models.functional import Network
-from diffusion_jax.models.lpips import lpips_shapes
+from diffusion_jax.models.network import Network
+from diffusion_jax.models.perceptual import Discriminator, lpips_shapes
 from diffusion_jax.models.text.clip import CLIP
 from diffusion_jax.models.unet import UNet
+from diffusion_jax.models.vision.classifier import Classifier, ClassifierConfig
+from diffusion_jax.models.vision.dinov2 import DINOv2, DINOv2Config
+from diffusion_jax.parallel.layout import AXES, constrain, parameter_spec
 from diffusion_jax.parallel.mesh import (
   MeshConfig,
   in_batches,

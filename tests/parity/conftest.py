@@ -8,7 +8,7 @@ import pytest
 
 from diffusion_jax.formats.networks import KINDS, load_params
 from diffusion_jax.formats.published import from_published
-from diffusion_jax.models import functional
+from diffusion_jax.models import network
 
 torch = pytest.importorskip('torch')
 
@@ -46,7 +46,7 @@ def ported(tmp_path):
   def port(kind, model):
     model.save_pretrained(tmp_path / 'reference')
     config, params = load_params(kind, tmp_path / 'reference')
-    graphdef, _ = functional.abstract(lambda rngs: KINDS[kind].module(config, rngs=rngs))
+    graphdef, _ = network.abstract(lambda rngs: KINDS[kind].module(config, rngs=rngs))
     return config, graphdef, jax.tree.map(jax.numpy.asarray, params)
 
   return port

@@ -9,7 +9,7 @@ from diffusion_jax.formats.autoencoder import AUTOENCODERS
 from diffusion_jax.formats.dit import TRANSFORMERS
 from diffusion_jax.formats.networks import kind_of_config
 from diffusion_jax.formats.published import published_shape, to_published_names
-from diffusion_jax.models import functional
+from diffusion_jax.models import network
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
@@ -31,7 +31,7 @@ def test_names_and_shapes(name):
   values = kind.write(config)
   with torch.device('meta'):
     theirs = getattr(diffusers, values['_class_name']).from_config(values)
-  _, shapes = functional.abstract(lambda rngs: kind.module(config, rngs=rngs))
+  _, shapes = network.abstract(lambda rngs: kind.module(config, rngs=rngs))
   ours = {
     published: published_shape(own, shapes[own].shape)
     for own, published in to_published_names(shapes).items()
@@ -39,5 +39,5 @@ def test_names_and_shapes(name):
   assert ours == {n: tuple(p.shape) for n, p in theirs.state_dict().items()}
   if name in SIZES:
     table = ours.get('pos_embed.pos_embed', (0,))
-    assert functional.count(shapes) - math.prod(table) == SIZES[name]
+    assert network.count(shapes) - math.prod(table) == SIZES[name]
     assert SIZES[name] == sum(p.numel() for p in theirs.parameters())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.formats.networks import save_params
-from diffusion_jax.models import functional
+from diffusion_jax.models import network
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
@@ -79,7 +79,7 @@ def test_outputs_and_gradients(name, images, randomized, ported, quick_jit, asse
   (decoded.square().mean() + posterior.logvar.mean()).backward()
 
   def loss(params):
-    ours = functional.merge(graphdef, params)
+    ours = network.merge(graphdef, params)
     mean, logvar = ours.encode(jnp.asarray(images))
     image = ours.decode(mean)
     return jnp.square(image).mean() + logvar.mean(), (mean, logvar, image)

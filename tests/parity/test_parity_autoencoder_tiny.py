@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.formats.networks import save_params
-from diffusion_jax.models import functional
+from diffusion_jax.models import network
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
@@ -44,7 +44,7 @@ def test_outputs_gradients_and_files(
   decoded.square().mean().backward()
 
   def loss(params):
-    ours = functional.merge(graphdef, params)
+    ours = network.merge(graphdef, params)
     z = ours.encode(jnp.asarray(images)) * 5
     image = ours.decode(z)
     stored = ours.scale_latents(z)

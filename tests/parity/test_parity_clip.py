@@ -8,7 +8,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from diffusion_jax.formats.networks import load_params, save_params
-from diffusion_jax.models import functional
+from diffusion_jax.models import network
 
 torch = pytest.importorskip('torch')
 
@@ -46,7 +46,7 @@ def test_outputs_gradients_and_files(
   out.logits_per_image.square().mean().backward()
 
   def loss(params):
-    clip = functional.merge(graphdef, params)
+    clip = network.merge(graphdef, params)
     hidden, text = clip.encode_text(jnp.asarray(IDS))
     image = clip.encode_image(jnp.asarray(pixels))
     normal = lambda e: e / jnp.linalg.norm(e, axis=-1, keepdims=True)
@@ -97,7 +97,7 @@ def test_towers_alone(name, tmp_path, randomized, ported, quick_jit, assert_same
   config, graphdef, params = ported(kind, theirs)
   compare = compare_texts if 'text' in kind else compare_images
   compare(theirs, config, lambda run: quick_jit(
-    lambda params: run(functional.merge(graphdef, params)))(params))
+    lambda params: run(network.merge(graphdef, params)))(params))
 
   save_params(tmp_path / 'ours', config, params)
   assert_same_weights(theirs, type(theirs).from_pretrained(tmp_path / 'ours'))
@@ -159,7 +159,7 @@ def test_random_configs(seed, randomized, ported, quick_jit):
   shared = [name for name in vars(ours) if hasattr(config, name)]
   assert len(shared) > 8 and all(getattr(ours, n) == getattr(config, n) for n in shared)
   compare_texts(theirs, ours, lambda run: quick_jit(
-    lambda params: run(functional.merge(graphdef, params)))(params))
+    lambda params: run(network.merge(graphdef, params)))(params))
 
 
 def test_extra_embeddings_are_rows_after_the_vocabulary(randomized, ported, quick_jit):
@@ -177,7 +177,7 @@ def test_extra_embeddings_are_rows_after_the_vocabulary(randomized, ported, quic
   (out.last_hidden_state.square().sum() + out.pooler_output.sum()).backward()
 
   def loss(extra):
-    text = functional.merge(graphdef, params)
+    text = network.merge(graphdef, params)
     hidden, pooled = text.encode_text(jnp.asarray(ids), extra_embeddings=extra)
     return jnp.square(hidden).sum() + pooled.sum(), (hidden, pooled)
 

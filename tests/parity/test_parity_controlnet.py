@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.formats.networks import load_params, save_params
-from diffusion_jax.models import functional
+from diffusion_jax.models import network
 from diffusion_jax.models.controlnet import ControlNet, ControlNetConfig, from_unet
 
 torch = pytest.importorskip('torch')
@@ -58,7 +58,7 @@ def test_residuals_gradients_and_files(
   sum(r.square().mean() for r in wanted).backward()
 
   def loss(params, scale):
-    controlnet = functional.merge(graphdef, params)
+    controlnet = network.merge(graphdef, params)
     skips, mid = controlnet(*map(jnp.asarray, args), image, **conditions, scale=scale)
     return sum(jnp.square(r).mean() for r in (*skips, mid)), [*skips, mid]
 
@@ -93,7 +93,7 @@ def test_a_unet_under_control(randomized, ported, quick_jit):
       *their_args, down_block_additional_residuals=[nchw(r) for r in skips],
       mid_block_additional_residual=nchw(mid),
     ).sample
-  run = lambda params, skips, mid: functional.merge(graphdef, params)(
+  run = lambda params, skips, mid: network.merge(graphdef, params)(
     *args, residuals=(skips, mid)
   )
   found = quick_jit(run)(params, skips, mid)
@@ -110,7 +110,7 @@ def test_a_controlnet_starts_as_the_unet_that_it_is_for(tmp_path, quick_jit):
   widths = (3, 5)
   control = ControlNetConfig.for_unet(config, conditioning_embedding_out_channels=widths)
   make = lambda rngs: ControlNet(control, rngs=rngs)
-  fresh = quick_jit(lambda key: functional.initialize(make, key))(jax.random.key(0))
+  fresh = quick_jit(lambda key: network.initialize(make, key))(jax.random.key(0))
   ours = from_unet(fresh, params)
   save_params(tmp_path / 'ours', control, ours)
   wanted = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)

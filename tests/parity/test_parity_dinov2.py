@@ -10,8 +10,8 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.formats.dinov2 import DINOV2, write_dinov2
 from diffusion_jax.formats.networks import load, load_params, save, save_params
 from diffusion_jax.formats.published import published_shape, to_published_names
-from diffusion_jax.models import functional
-from diffusion_jax.models.dinov2 import DINOv2
+from diffusion_jax.models import network
+from diffusion_jax.models.vision.dinov2 import DINOv2
 
 torch = pytest.importorskip('torch')
 
@@ -36,7 +36,7 @@ def reference(**changes):
 def compare(theirs, graphdef, params, shapes, quick_jit):
   rng = np.random.default_rng(0)
   pixels = [rng.normal(size=(2, *shape, 3)).astype(np.float32) for shape in shapes]
-  found = quick_jit(lambda params: [functional.merge(graphdef, params)(jnp.asarray(x))
+  found = quick_jit(lambda params: [network.merge(graphdef, params)(jnp.asarray(x))
                                     for x in pixels])(params)
   for x, ours in zip(pixels, found, strict=True):
     with torch.no_grad():
@@ -80,8 +80,8 @@ def test_full_sizes_without_weights(size):
   values = write_dinov2(config)
   with torch.device('meta'):
     theirs = transformers.Dinov2Model(transformers.Dinov2Config(**values))
-  shapes = functional.abstract(lambda rngs: DINOv2(config, rngs=rngs))[1]
-  assert functional.count(shapes) == sum(p.numel() for p in theirs.parameters())
+  shapes = network.abstract(lambda rngs: DINOv2(config, rngs=rngs))[1]
+  assert network.count(shapes) == sum(p.numel() for p in theirs.parameters())
   published = {
     name: published_shape(own, shapes[own].shape)
     for own, name in to_published_names(shapes).items()
@@ -91,7 +91,7 @@ def test_full_sizes_without_weights(size):
   assert len(known) > 6 * config.num_hidden_layers
   assert known == {name: published[name] for name in known}
   if size == 'small':
-    assert functional.count(shapes) == 22_056_576
+    assert network.count(shapes) == 22_056_576
 
 
 def test_a_body_under_a_head_is_found(tmp_path, randomized):

@@ -8,7 +8,7 @@ import pytest
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.dit import copy_embedding, share_embedding
 from diffusion_jax.formats.networks import load, save, save_params
-from diffusion_jax.models import functional
+from diffusion_jax.models import network
 from diffusion_jax.models.dit import DiT
 
 torch = pytest.importorskip('torch')
@@ -55,7 +55,7 @@ def test_outputs_and_gradients(randomized, ported, quick_jit, assert_same_gradie
   wanted.square().mean().backward()
 
   def loss(params):
-    y = functional.merge(graphdef, params)(jnp.asarray(x), jnp.asarray(t), jnp.asarray(labels))
+    y = network.merge(graphdef, params)(jnp.asarray(x), jnp.asarray(t), jnp.asarray(labels))
     return jnp.square(y).mean(), y
 
   gradients, y = quick_jit(jax.grad(loss, has_aux=True))(params)
@@ -72,7 +72,7 @@ def test_random_configs_at_another_size(seed, randomized, ported, quick_jit):
   x, t, labels = batch(config, *(2 * [4 * config['patch_size']]))
   with torch.no_grad():
     wanted = theirs(nchw(x), torch.tensor(t), torch.tensor(labels)).sample
-  y = quick_jit(lambda params: functional.merge(graphdef, params)(x, t, labels))(params)
+  y = quick_jit(lambda params: network.merge(graphdef, params)(x, t, labels))(params)
   np.testing.assert_allclose(y, nhwc(wanted), atol=1e-4)
 
 
@@ -85,7 +85,7 @@ def test_oblong_latents(randomized, ported, quick_jit):
   theirs.proj_out_2.register_forward_hook(lambda module, inputs, output: tokens.append(output))
   with torch.no_grad(), pytest.raises(RuntimeError):
     theirs(nchw(x[:, :, :14]), torch.tensor(t), torch.tensor(labels))
-  y = quick_jit(lambda params: functional.merge(graphdef, params)(x[:, :, :14], t, labels))(params)
+  y = quick_jit(lambda params: network.merge(graphdef, params)(x[:, :, :14], t, labels))(params)
   patches = np.asarray(y).reshape(3, 2, 2, 7, 2, 6).swapaxes(2, 3).reshape(3, 14, 24)
   np.testing.assert_allclose(patches, tokens[0], atol=1e-4)
 
@@ -106,17 +106,17 @@ def test_files_and_the_shared_embedding(
   same = {n: params[n.replace('blocks.1.norm1.emb', 'blocks.0.norm1.emb')] for n in params}
   shared_config, shared = share_embedding(config, same)
   assert len(params) - len(shared) == 5
-  graph, _ = functional.abstract(lambda rngs: DiT(shared_config, rngs=rngs))
+  graph, _ = network.abstract(lambda rngs: DiT(shared_config, rngs=rngs))
   x, t, labels = batch(SMALLEST, 4, 4)
   run = lambda graph, params: quick_jit(
-    lambda params: functional.merge(graph, params)(x, t, labels)
+    lambda params: network.merge(graph, params)(x, t, labels)
   )(params)
   np.testing.assert_array_equal(run(graph, shared), run(graphdef, same))
   copied_config, copied = copy_embedding(shared_config, shared)
   assert copied_config == config and copied.keys() == same.keys()
   assert all(np.array_equal(copied[name], same[name]) for name in same)
 
-  save(functional.merge(graph, shared), tmp_path / 'shared')
+  save(network.merge(graph, shared), tmp_path / 'shared')
   again = load('dit', tmp_path / 'shared')
   assert again.config == shared_config
-  assert all(np.array_equal(v, shared[n]) for n, v in functional.split(again)[1].items())
+  assert all(np.array_equal(v, shared[n]) for n, v in network.split(again)[1].items())

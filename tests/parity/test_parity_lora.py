@@ -13,9 +13,9 @@ from diffusion_jax.formats.adapters import (
   to_params,
   write_lora,
 )
-from diffusion_jax.models.functional import Network
 from diffusion_jax.models.lora import Rank, with_lora
-from diffusion_jax.models.text.clip_text import CLIPTextModel
+from diffusion_jax.models.network import Network
+from diffusion_jax.models.text.clip import CLIPTextModel
 from diffusion_jax.models.unet import UNet
 
 torch = pytest.importorskip('torch')

@@ -12,8 +12,8 @@ from diffusion_jax.formats.adapter_names import layers, single_file_names
 from diffusion_jax.formats.adapters import read_lora, to_params
 from diffusion_jax.formats.networks import KINDS
 from diffusion_jax.formats.published import published_name
-from diffusion_jax.models.functional import Network
 from diffusion_jax.models.lora import merge_lora
+from diffusion_jax.models.network import Network
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')

@@ -8,9 +8,8 @@ from safetensors.numpy import save_file
 
 from diffusion_jax.formats.networks import load_lpips
 from diffusion_jax.formats.published import from_published
-from diffusion_jax.models import functional
-from diffusion_jax.models.discriminator import Discriminator, DiscriminatorConfig
-from diffusion_jax.models.lpips import _unit, lpips
+from diffusion_jax.models import network
+from diffusion_jax.models.perceptual import Discriminator, DiscriminatorConfig, _unit, lpips
 
 torch = pytest.importorskip('torch')
 
@@ -104,7 +103,7 @@ def test_discriminator(layers, randomized, quick_jit, assert_same_gradients):
   theirs.main = torch.nn.Sequential(*parts, conv(o, 1, 4, 1, 1))
   randomized(theirs)
 
-  graphdef, shapes = functional.abstract(lambda rngs: Discriminator(config, rngs=rngs))
+  graphdef, shapes = network.abstract(lambda rngs: Discriminator(config, rngs=rngs))
   state = {name: value.numpy() for name, value in theirs.state_dict().items()}
   params = {n: jnp.asarray(v) for n, v in from_published(state, shapes, 'reference').items()}
   x = np.random.default_rng(0).uniform(-1, 1, (2, 32, 40, 3)).astype(np.float32)
@@ -112,7 +111,7 @@ def test_discriminator(layers, randomized, quick_jit, assert_same_gradients):
   wanted.square().mean().backward()
 
   def loss(params):
-    y = functional.merge(graphdef, params)(jnp.asarray(x))
+    y = network.merge(graphdef, params)(jnp.asarray(x))
     return jnp.square(y).mean(), y
 
   gradients, y = quick_jit(jax.grad(loss, has_aux=True))(params)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.formats.networks import save_params
-from diffusion_jax.models import functional
+from diffusion_jax.models import network
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
@@ -64,7 +64,7 @@ def test_outputs_and_gradients(randomized, ported, quick_jit, assert_same_gradie
   wanted.square().mean().backward()
 
   def loss(params, inputs):
-    y = functional.merge(graphdef, params)(**inputs)
+    y = network.merge(graphdef, params)(**inputs)
     return jnp.square(y).mean(), y
 
   gradients, y = quick_jit(jax.grad(loss, has_aux=True))(params, inputs)
@@ -83,7 +83,7 @@ def test_outputs(config, randomized, ported, quick_jit):
   inputs = batch(config)
   with torch.no_grad():
     wanted = theirs_of(theirs, **inputs)
-  y = quick_jit(lambda params, inputs: functional.merge(graphdef, params)(**inputs))(params, inputs)
+  y = quick_jit(lambda params, inputs: network.merge(graphdef, params)(**inputs))(params, inputs)
   np.testing.assert_allclose(y, wanted, atol=1e-4)
 
 
@@ -98,8 +98,8 @@ def test_diffusers_opens_what_we_write(name, tmp_path, randomized, ported, asser
     found = getattr(back.config, key)
     assert (tuple(found) if isinstance(found, list) else found) == value, key
   # A fresh network's positions are those of the reference.
-  module = type(functional.merge(graphdef, params))
-  fresh = functional.initialize(lambda rngs: module(config, rngs=rngs), jax.random.key(0))
+  module = type(network.merge(graphdef, params))
+  fresh = network.initialize(lambda rngs: module(config, rngs=rngs), jax.random.key(0))
   np.testing.assert_allclose(
     fresh['pos_embed.pos_embed'], params['pos_embed.pos_embed'], atol=1e-6
   )

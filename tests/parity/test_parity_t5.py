@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from diffusion_jax.formats.networks import load_params, save_params
-from diffusion_jax.models import functional
+from diffusion_jax.models import network
 from diffusion_jax.models.text.t5 import relative_position_buckets
 
 torch = pytest.importorskip('torch')
@@ -50,13 +50,13 @@ def test_outputs_gradients_and_files(
     unmasked = theirs(ids).last_hidden_state.numpy()
 
   def loss(params):
-    hidden, pooled = functional.merge(graphdef, params).encode_text(IDS, MASK)
+    hidden, pooled = network.merge(graphdef, params).encode_text(IDS, MASK)
     assert pooled is None
     return jnp.square(hidden * MASK[..., None]).mean(), hidden
 
   gradients, hidden = quick_jit(jax.grad(loss, has_aux=True))(params)
   np.testing.assert_allclose(hidden, wanted.detach().numpy(), atol=1e-4)
-  plain, _ = quick_jit(lambda params: functional.merge(graphdef, params).encode_text(IDS))(params)
+  plain, _ = quick_jit(lambda params: network.merge(graphdef, params).encode_text(IDS))(params)
   np.testing.assert_allclose(plain, unmasked, atol=1e-4)
   assert_same_gradients(theirs, gradients)
 
@@ -81,7 +81,7 @@ def test_random_configs(seed, randomized, ported, quick_jit):
   _, graphdef, params = ported('t5', theirs)
   with torch.no_grad():
     wanted = theirs(torch.tensor(IDS), attention_mask=torch.tensor(MASK)).last_hidden_state
-  hidden, _ = quick_jit(lambda p: functional.merge(graphdef, p).encode_text(IDS, MASK))(params)
+  hidden, _ = quick_jit(lambda p: network.merge(graphdef, p).encode_text(IDS, MASK))(params)
   np.testing.assert_allclose(hidden, wanted.numpy(), atol=1e-4)
 
 

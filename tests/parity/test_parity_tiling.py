@@ -4,8 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.models import functional
-from diffusion_jax.models.tiling import decode_sliced, decode_tiled, encode_sliced, encode_tiled
+from diffusion_jax.models import network
+from diffusion_jax.models.autoencoder import (
+  decode_sliced,
+  decode_tiled,
+  encode_sliced,
+  encode_tiled,
+)
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
@@ -42,7 +47,7 @@ def test_tiles(theirs, ported, quick_jit):
   decoded = theirs.decode(nchw(z)).sample
 
   def run(params):
-    ours = functional.merge(graphdef, params)
+    ours = network.merge(graphdef, params)
     return (*encode_tiled(ours, jnp.asarray(images), tile=8, overlap=2),
             decode_tiled(ours, jnp.asarray(z), tile=8, overlap=2))
 
@@ -61,7 +66,7 @@ def test_slices(theirs, ported, quick_jit):
   decoded = theirs.decode(posterior.mean).sample
 
   def run(params):
-    ours = functional.merge(graphdef, params)
+    ours = network.merge(graphdef, params)
     mean, logvar = encode_sliced(ours, jnp.asarray(images), at_once=2)
     return mean, logvar, decode_sliced(ours, mean)
 

@@ -8,7 +8,7 @@ import pytest
 from diffusion_jax.diffusion.levels import TableLevels
 from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
 from diffusion_jax.diffusion.training import Objective, ObjectiveConfig
-from diffusion_jax.models import functional
+from diffusion_jax.models import network
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
@@ -49,7 +49,7 @@ def test_gradients_of_the_training_loss(
   wanted.backward()
 
   def loss(params):
-    unet = functional.merge(graphdef, params)
+    unet = network.merge(graphdef, params)
     return objective.losses(lambda x, t: unet(x, t, text), x0, key, None).loss.mean()
 
   value, gradients = quick_jit(jax.value_and_grad(loss))(params)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.formats.networks import save_params
-from diffusion_jax.models import functional
+from diffusion_jax.models import network
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
@@ -63,7 +63,7 @@ def test_outputs_gradients_and_files(
   wanted.square().mean().backward()
 
   def loss(params):
-    y = functional.merge(graphdef, params)(*map(jnp.asarray, args), **conditions)
+    y = network.merge(graphdef, params)(*map(jnp.asarray, args), **conditions)
     return jnp.square(y).mean(), y
 
   # Gradients take long to compile: only where the network is small.
@@ -109,7 +109,7 @@ def test_any_mixture_of_options(seed, randomized, ported, quick_jit):
   theirs = randomized(diffusers.UNet2DConditionModel(**_draw(rng)))
   config, graphdef, params = ported('unet', theirs)
   (args, conditions), (their_args, their_conditions) = inputs(config, rng, (2, 4))
-  run = quick_jit(lambda params: functional.merge(graphdef, params)(*args, **conditions))
+  run = quick_jit(lambda params: network.merge(graphdef, params)(*args, **conditions))
   with torch.no_grad():
     wanted = nhwc(theirs(*their_args, **their_conditions).sample)
   np.testing.assert_allclose(run(jax.tree.map(jnp.asarray, params)), wanted, atol=1e-4)

@@ -8,7 +8,7 @@ import pytest
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.autoencoder import read_vq
 from diffusion_jax.formats.networks import save_params
-from diffusion_jax.models import functional
+from diffusion_jax.models import network
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
@@ -61,7 +61,7 @@ def test_outputs_and_gradients(name, images, randomized, ported, quick_jit, asse
   small = name == 'plain'
 
   def loss(params):
-    ours = functional.merge(graphdef, params)
+    ours = network.merge(graphdef, params)
     z = ours.encode(jnp.asarray(images))
     quantized, indices, commitment = ours.quantize(z)
     image = ours.decode(quantized, quantized=True)
@@ -97,7 +97,7 @@ def test_the_loss_weighs_one_term(legacy, randomized, ported):
   theirs(nchw(z))[1].backward()
 
   def loss(codes):
-    ours = functional.merge(graphdef, params | {name: codes})
+    ours = network.merge(graphdef, params | {name: codes})
     return ours.quantize(jnp.asarray(z), beta=0.1, legacy=legacy)[2].mean()
 
   np.testing.assert_allclose(

@@ -12,7 +12,7 @@ import pytest
 from diffusion_jax.diffusion.samplers import SAMPLERS
 from diffusion_jax.diffusion.schedules import ScheduleConfig
 from diffusion_jax.errors import UserError
-from diffusion_jax.models.tiling import decode_tiled
+from diffusion_jax.models.autoencoder import decode_tiled
 from diffusion_jax.pipelines.directory import INDEX, assemble, load_text_to_image
 from diffusion_jax.pipelines.model import SampleConfig, fold, unfold
 from diffusion_jax.pipelines.sampling import DECODINGS

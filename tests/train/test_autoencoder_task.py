@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.published import to_published
-from diffusion_jax.models.lpips import lpips, lpips_shapes
+from diffusion_jax.models.perceptual import lpips, lpips_shapes
 from diffusion_jax.train.tasks.autoencoder import (
   AutoencoderTask,
   AutoencoderTaskConfig,

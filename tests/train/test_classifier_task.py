@@ -17,8 +17,8 @@ from diffusion_jax.evaluation.extractors_classifier import (
   load_classifier_extractor,
 )
 from diffusion_jax.formats.networks import load_params
-from diffusion_jax.models.classifier import Classifier, ClassifierConfig
-from diffusion_jax.models.functional import Network
+from diffusion_jax.models.network import Network
+from diffusion_jax.models.vision.classifier import Classifier, ClassifierConfig
 from diffusion_jax.train.tasks.classifier import (
   ClassifierTask,
   ClassifierTaskConfig,

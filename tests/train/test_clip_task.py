@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from diffusion_jax.layout import BATCH
+from diffusion_jax.parallel.layout import BATCH
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.train.tasks.clip import CLIPTask, CLIPTaskConfig, contrastive_loss
 from tests import tiny

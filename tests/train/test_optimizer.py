@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion_jax.backend.cpu import global_norm
 from diffusion_jax.errors import UserError
-from diffusion_jax.models.functional import Network
+from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.clip import CLIP
-from diffusion_jax.train.adamw import global_norm
 from diffusion_jax.train.optimizer import (
   OptimizerConfig,
   decay_mask,

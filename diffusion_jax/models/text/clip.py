@@ -1,17 +1,418 @@
-"""CLIP (Radford et al. 2021): a text tower and a vision tower with one embedding space.
+"""Configs of CLIP; field names are the keys of transformers' config.json.
+
+The transformer that both towers of CLIP are made of, with the names of transformers.
+
+Initialisation is that of the paper's code: residual branches shrink with depth. Softmax and norms
+are in float32.
+
+CLIP's text tower (Radford et al. 2021, sec. 2.4), alone and with its projection.
+
+It is causal and does not mask padding, as OpenAI's.
+
+CLIP's vision tower, a ViT (Dosovitskiy et al. 2021), alone and with its projection.
+
+CLIP (Radford et al. 2021): a text tower and a vision tower with one embedding space.
 
 Names and computation follow transformers' CLIPModel.
 """
+
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffusion_jax.models.text.clip_config import CLIPConfig
-from diffusion_jax.models.text.clip_layers import dense
-from diffusion_jax.models.text.clip_text import CLIPTextTransformer
-from diffusion_jax.models.text.clip_vision import CLIPVisionTransformer
+from diffusion_jax.models.attention import Attends
+from diffusion_jax.models.checks import MOST_EDGE, MOST_LAYERS, above_zero, positive, require
+from diffusion_jax.models.layers import Conv, Linear
+from diffusion_jax.models.network import Blocks
+from diffusion_jax.models.norms import LayerNorm
+from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.types import Images, Text, Tokens
+
+ACTIVATIONS = ('quick_gelu', 'gelu', 'gelu_new', 'gelu_pytorch_tanh')
+
+
+def _check_tower(config: Any) -> None:
+  positive(config, 'hidden_size', 'intermediate_size', 'num_attention_heads')
+  positive(config, 'num_hidden_layers', most=MOST_LAYERS)
+  above_zero(config, 'layer_norm_eps', most=1)
+  name = type(config).__name__
+  require(
+    config.hidden_size % config.num_attention_heads == 0,
+    f'{name}.num_attention_heads={config.num_attention_heads} does not divide hidden_size='
+    f'{config.hidden_size}; choose a divisor.',
+  )
+  require(
+    config.hidden_act in ACTIVATIONS,
+    f'{name}.hidden_act={config.hidden_act!r} is not known; use one of {", ".join(ACTIVATIONS)}.',
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig:
+  """The text tower; the defaults are those of CLIP ViT-B/32 (hidden 768, 12 heads: ViT-L/14).
+
+  `eos_token_id` decides where a text is pooled: 2 (an old mistake that checkpoints carry) means at
+  the largest id, anything else at the first such id.
+  """
+
+  vocab_size: int = 49408
+  hidden_size: int = 512
+  intermediate_size: int = 2048
+  num_hidden_layers: int = 12
+  num_attention_heads: int = 8
+  max_position_embeddings: int = 77
+  hidden_act: str = 'quick_gelu'
+  layer_norm_eps: float = 1e-5
+  bos_token_id: int = 49406
+  eos_token_id: int = 49407
+  pad_token_id: int = 1
+
+  def __post_init__(self):
+    _check_tower(self)
+    positive(self, 'vocab_size', 'max_position_embeddings')
+    require(
+      isinstance(self.eos_token_id, int),
+      f'CLIPTextConfig.eos_token_id must be one whole number, not {self.eos_token_id!r}.',
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextProjectionConfig(CLIPTextConfig):
+  """The text tower and the width of its projection."""
+
+  projection_dim: int = 512
+
+  def __post_init__(self):
+    super().__post_init__()
+    positive(self, 'projection_dim')
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPVisionConfig:
+  """The vision tower, a ViT over square images of one fixed size; defaults of ViT-B/32."""
+
+  hidden_size: int = 768
+  intermediate_size: int = 3072
+  num_hidden_layers: int = 12
+  num_attention_heads: int = 12
+  num_channels: int = 3
+  image_size: int = 224
+  patch_size: int = 32
+  hidden_act: str = 'quick_gelu'
+  layer_norm_eps: float = 1e-5
+
+  def __post_init__(self):
+    _check_tower(self)
+    positive(self, 'num_channels')
+    positive(self, 'image_size', 'patch_size', most=MOST_EDGE)
+    require(
+      self.image_size % self.patch_size == 0,
+      f'CLIPVisionConfig.image_size={self.image_size} must be a multiple of patch_size='
+      f'{self.patch_size}.',
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPVisionProjectionConfig(CLIPVisionConfig):
+  """The vision tower and the width of its projection."""
+
+  projection_dim: int = 512
+
+  def __post_init__(self):
+    super().__post_init__()
+    positive(self, 'projection_dim')
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+  """Both towers, the width of the space they share, and where the log of 1/temperature starts."""
+
+  text_config: CLIPTextConfig = CLIPTextConfig()
+  vision_config: CLIPVisionConfig = CLIPVisionConfig()
+  projection_dim: int = 512
+  logit_scale_init_value: float = 2.6592
+
+  def __post_init__(self):
+    positive(self, 'projection_dim')
+
+
+def dense(i: int, o: int, std: float, **kw) -> Linear:
+  """A dense layer whose kernel starts normal with that standard deviation."""
+  return Linear(i, o, init=nnx.initializers.normal(std), **kw)
+
+
+def embed(count: int, features: int, std: float, **kw) -> nnx.Embed:
+  """A table of `count` rows that start normal with that standard deviation."""
+  return nnx.Embed(count, features, embedding_init=nnx.initializers.normal(std), **kw)
+
+
+def activation(name: str, x: jax.Array) -> jax.Array:
+  """'quick_gelu' is x sigmoid(1.702 x) and 'gelu_new' the tanh (Hendrycks & Gimpel 2016, sec. 2).
+
+  'gelu' is exact; 'gelu_pytorch_tanh' is another name of 'gelu_new'.
+  """
+  if name == 'quick_gelu':
+    return x * jax.nn.sigmoid(1.702 * x)
+  return jax.nn.gelu(x, approximate=name != 'gelu')
+
+
+class CLIPAttention(Attends):
+  """Multi-head self-attention with biases: [b l d] -> [b l d]."""
+
+  def __init__(self, features: int, heads: int, depth: int, *, causal: bool, **kw):
+    std = features**-0.5 * (2 * depth) ** -0.5
+    self.q_proj = dense(features, features, std, **kw)
+    self.k_proj = dense(features, features, std, **kw)
+    self.v_proj = dense(features, features, std, **kw)
+    self.out_proj = dense(features, features, features**-0.5, **kw)
+    self.heads, self.causal = heads, causal
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
+    q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+    y = _attend_before(q, k, v) if self.causal else self.attend(q, k, v)
+    return constrain(self.out_proj(y.reshape(x.shape)), 'tokens')
+
+
+def _attend_before(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """Attention of each query to keys up to its own place: all [b l h d]."""
+  q, k, v = constrain(q, 'queries'), constrain(k, 'keys'), constrain(v, 'keys')
+  return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+
+class CLIPMLP(nnx.Module):
+  """Two dense layers around the config's activation: [b l d] -> [b l d]."""
+
+  def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, **kw):
+    d, hidden, depth = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    self.fc1 = dense(d, hidden, (2 * d) ** -0.5, **kw)
+    self.fc2 = dense(hidden, d, d**-0.5 * (2 * depth) ** -0.5, **kw)
+    self.hidden_act = config.hidden_act
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    hidden = activation(self.hidden_act, constrain(self.fc1(x), 'hidden'))
+    return constrain(self.fc2(hidden), 'tokens')
+
+
+class CLIPEncoderLayer(nnx.Module):
+  """Pre-norm transformer block: [b l d] -> [b l d]."""
+
+  def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, causal: bool, **kw):
+    d, eps = config.hidden_size, config.layer_norm_eps
+    heads, depth = config.num_attention_heads, config.num_hidden_layers
+    self.self_attn = CLIPAttention(d, heads, depth, causal=causal, **kw)
+    self.layer_norm1 = LayerNorm(d, eps, **kw)
+    self.mlp = CLIPMLP(config, **kw)
+    self.layer_norm2 = LayerNorm(d, eps, **kw)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = x + self.self_attn(self.layer_norm1(x))
+    return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPEncoder(Blocks):
+  """The stack of blocks: [b l d] -> the states before the last `skip` blocks and after all."""
+
+  def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, causal: bool, **kw):
+    self.layers = nnx.List([
+      CLIPEncoderLayer(config, causal=causal, **kw) for _ in range(config.num_hidden_layers)
+    ])
+
+  def __call__(self, x: jax.Array, skip: int = 0) -> tuple[jax.Array, jax.Array]:
+    return self.run_all(lambda x: self._states(x, skip), x)
+
+  def _states(self, x: jax.Array, skip: int) -> tuple[jax.Array, jax.Array]:
+    early = x
+    for number, layer in enumerate(self.layers, 1):
+      x = self.run(layer, x)
+      early = x if number == len(self.layers) - skip else early
+    return early, x
+
+
+class CLIPTextEmbeddings(nnx.Module):
+  """Token plus learned position embedding: ids [b l] -> [b l d].
+
+  Ids from vocab_size on choose rows of `extra` [n d], as learned by textual inversion; an id past
+  those gives NaN.
+  """
+
+  def __init__(self, config: CLIPTextConfig, **kw):
+    d = config.hidden_size
+    self.token_embedding = embed(config.vocab_size, d, 0.02, **kw)
+    self.position_embedding = embed(config.max_position_embeddings, d, 0.02, **kw)
+
+  def __call__(self, ids: Tokens, extra: jax.Array | None = None) -> Text:
+    positions = self.position_embedding(jnp.arange(ids.shape[1]))
+    if extra is None:
+      return constrain(self.token_embedding(ids) + positions, 'tokens')
+    table = self.token_embedding
+    require(
+      extra.ndim == 2 and extra.shape[1] == table.features,
+      f'Extra token embeddings must be [n {table.features}], not {list(extra.shape)}.',
+    )
+    # Two lookups: appending the rows would copy the whole table at every call.
+    known = table(jnp.minimum(ids, table.num_embeddings - 1))
+    added = jnp.take(extra, jnp.maximum(ids - table.num_embeddings, 0), axis=0, mode='fill')
+    is_added = (ids >= table.num_embeddings)[..., None]
+    states = jnp.where(is_added, added.astype(known.dtype), known) + positions
+    return constrain(states, 'tokens')
+
+
+class CLIPTextTransformer(nnx.Module):
+  """ids [b l] -> (hidden states [b l d], pooled [b d] after the final norm)."""
+
+  def __init__(self, config: CLIPTextConfig, **kw):
+    self.config = config
+    self.embeddings = CLIPTextEmbeddings(config, **kw)
+    self.encoder = CLIPEncoder(config, causal=True, **kw)
+    self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, **kw)
+
+  def __call__(
+    self, ids: Tokens, *, skip: int = 0, normalize: bool = True,
+    extra_embeddings: jax.Array | None = None,
+  ) -> tuple[Text, jax.Array]:
+    longest, depth = self.config.max_position_embeddings, self.config.num_hidden_layers
+    require(
+      ids.ndim == 2 and ids.shape[1] <= longest,
+      f'The text encoder takes token ids [b l] with l <= {longest}, not {list(ids.shape)}.',
+    )
+    require(
+      0 <= skip < depth,
+      f'skip={skip} must be from 0 to {depth - 1}: the encoder has {depth} layers.',
+    )
+    early, last = self.encoder(self.embeddings(ids, extra_embeddings), skip)
+    place = self._end(ids)[:, None, None]
+    pooled = self.final_layer_norm(jnp.take_along_axis(last, place, axis=1)[:, 0])
+    return self.final_layer_norm(early) if normalize else early, pooled
+
+  def _end(self, ids: Tokens) -> jax.Array:
+    """Where each text is pooled: [b]. Ids of extra embeddings are no end, however large."""
+    if self.config.eos_token_id == 2:
+      return jnp.argmax(jnp.where(ids < self.config.vocab_size, ids, -1), axis=-1)
+    return jnp.argmax(ids == self.config.eos_token_id, axis=-1)
+
+
+class CLIPTextModel(nnx.Module):
+  """The text tower alone: the text encoder of Stable Diffusion 1 and 2."""
+
+  def __init__(
+    self, config: CLIPTextConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
+  ):
+    self.config = config
+    self.text_model = CLIPTextTransformer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+  def encode_text(
+    self, ids: Tokens, *, skip: int = 0, normalize: bool = True,
+    extra_embeddings: jax.Array | None = None,
+  ) -> tuple[Text, jax.Array]:
+    """ids [b l] -> (hidden states [b l d], the pooled one [b d]).
+
+    Args:
+      skip: how many of the last layers `hidden` leaves out ("clip skip" less one); 1: penultimate.
+      normalize: whether `hidden` goes through the final norm. `pooled` always does, and is always
+        of the last layer.
+      extra_embeddings: [n d], rows that the ids vocab_size, vocab_size + 1, ... choose.
+    """
+    return self.text_model(
+      ids, skip=skip, normalize=normalize, extra_embeddings=extra_embeddings
+    )
+
+
+class CLIPTextModelWithProjection(CLIPTextModel):
+  """The text tower with its projection: the second text encoder of Stable Diffusion XL."""
+
+  def __init__(
+    self, config: CLIPTextProjectionConfig, *, dtype=jnp.float32, param_dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    super().__init__(config, **kw)
+    d = config.hidden_size
+    self.text_projection = dense(d, config.projection_dim, d**-0.5, use_bias=False, **kw)
+
+  def encode_text(self, ids: Tokens, **options) -> tuple[Text, jax.Array]:
+    """As CLIPTextModel's, but the pooled state is projected: (hidden [b l d], pooled [b p])."""
+    hidden, pooled = super().encode_text(ids, **options)
+    return hidden, self.text_projection(pooled)
+
+
+class CLIPVisionEmbeddings(nnx.Module):
+  """Class token, patches and learned positions: pixels [b s s c] -> [b 1+(s/p)^2 d]."""
+
+  def __init__(self, config: CLIPVisionConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    d, p = config.hidden_size, config.patch_size
+    init = nnx.initializers.normal(d**-0.5)
+    self.class_embedding = nnx.Param(init(rngs.params(), (d,), param_dtype))
+    self.patch_embedding = Conv(
+      config.num_channels, d, p, stride=p, padding=0, use_bias=False, **kw
+    )
+    self.position_embedding = embed((config.image_size // p) ** 2 + 1, d, 0.02, **kw)
+
+  def __call__(self, pixels: Images) -> jax.Array:
+    patches = self.patch_embedding(pixels)
+    b, d = patches.shape[0], patches.shape[-1]
+    first = jnp.broadcast_to(self.class_embedding[...].astype(patches.dtype), (b, 1, d))
+    x = jnp.concatenate([first, patches.reshape(b, -1, d)], axis=1)
+    return constrain(x + self.position_embedding(jnp.arange(x.shape[1])), 'tokens')
+
+
+class CLIPVisionTransformer(nnx.Module):
+  """Normalised pixels [b s s c] -> the class token after the last norm [b d]."""
+
+  def __init__(self, config: CLIPVisionConfig, **kw):
+    d, eps = config.hidden_size, config.layer_norm_eps
+    self.config = config
+    self.embeddings = CLIPVisionEmbeddings(config, **kw)
+    self.pre_layrnorm = LayerNorm(d, eps, **kw)  # Spelt so in every published checkpoint.
+    self.encoder = CLIPEncoder(config, causal=False, **kw)
+    self.post_layernorm = LayerNorm(d, eps, **kw)
+
+  def __call__(self, pixels: Images) -> jax.Array:
+    size = self.config.image_size
+    expected = (size, size, self.config.num_channels)
+    require(
+      pixels.shape[1:] == expected,
+      f'The vision tower takes images {list(expected)}, not {list(pixels.shape[1:])}; resize them.',
+    )
+    states, _ = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
+    return self.post_layernorm(states[:, 0])
+
+
+class CLIPVisionModel(nnx.Module):
+  """The vision tower alone."""
+
+  def __init__(
+    self, config: CLIPVisionConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
+  ):
+    self.config = config
+    self.vision_model = CLIPVisionTransformer(
+      config, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+    )
+
+  def encode_image(self, pixels: Images) -> jax.Array:
+    """Pixels [b s s c], already normalised -> the class token after the last norm [b d]."""
+    return self.vision_model(pixels)
+
+
+class CLIPVisionModelWithProjection(CLIPVisionModel):
+  """The vision tower with its projection: the image encoder of image variations."""
+
+  def __init__(
+    self, config: CLIPVisionProjectionConfig, *, dtype=jnp.float32, param_dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    super().__init__(config, **kw)
+    d = config.hidden_size
+    self.visual_projection = dense(d, config.projection_dim, d**-0.5, use_bias=False, **kw)
+
+  def encode_image(self, pixels: Images) -> jax.Array:
+    """Pixels [b s s c], already normalised -> embedding [b p], projected but not normalised."""
+    return self.visual_projection(super().encode_image(pixels))
 
 
 class CLIP(nnx.Module):

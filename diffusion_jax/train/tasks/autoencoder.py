@@ -11,20 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from diffusion_jax.backend.xla import jit
 from diffusion_jax.data.sources import ImageSource
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.reconstruction import figures_of_pairs, reconstructor
 from diffusion_jax.formats.networks import load_lpips, save_params
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
-from diffusion_jax.models.discriminator import Discriminator, DiscriminatorConfig
-from diffusion_jax.models.functional import Network, prefixed, under
-from diffusion_jax.models.lpips import lpips
+from diffusion_jax.models.network import Network, prefixed, under
+from diffusion_jax.models.perceptual import Discriminator, DiscriminatorConfig, lpips
 from diffusion_jax.parallel.mesh import in_batches
 from diffusion_jax.pixels import to_float
 from diffusion_jax.train.tasks.task import Frozen, Metrics, Scores, Task, mean_metric
 from diffusion_jax.types import Images, Latents, Params
-from diffusion_jax.xla import jit
 
 
 @dataclasses.dataclass(frozen=True)

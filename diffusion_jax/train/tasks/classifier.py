@@ -8,17 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from diffusion_jax.backend.xla import jit
 from diffusion_jax.data.loader import Source
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extractors_classifier import ClassifierExtractor
 from diffusion_jax.formats.networks import save_params
-from diffusion_jax.models.classifier import Classifier, ClassifierConfig
-from diffusion_jax.models.functional import Network
+from diffusion_jax.models.network import Network
+from diffusion_jax.models.vision.classifier import Classifier, ClassifierConfig
 from diffusion_jax.parallel.mesh import in_batches
 from diffusion_jax.train.tasks.task import Frozen, Scores, Task, answer, mean_metric
 from diffusion_jax.types import Params
-from diffusion_jax.xla import jit
 
 SHOWN = 32
 

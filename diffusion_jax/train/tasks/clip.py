@@ -18,9 +18,8 @@ from diffusion_jax.evaluation.extractors import CLIPExtractor
 from diffusion_jax.evaluation.features import CLIPFeatures, unit
 from diffusion_jax.evaluation.metrics.text import clip_score, retrieval_recall
 from diffusion_jax.formats.networks import save_params
-from diffusion_jax.models.functional import Network
-from diffusion_jax.models.text.clip import CLIP
-from diffusion_jax.models.text.clip_config import CLIPConfig
+from diffusion_jax.models.network import Network
+from diffusion_jax.models.text.clip import CLIP, CLIPConfig
 from diffusion_jax.models.text.tokenizer import save_tokenizer
 from diffusion_jax.parallel.mesh import put_params, to_host
 from diffusion_jax.train.tasks.task import Frozen, Scores, Task, answer, mean_metric

@@ -18,8 +18,8 @@ from diffusion_jax.diffusion.timesteps import LossHistory, update_history
 from diffusion_jax.diffusion.training import Losses, Objective, ObjectiveConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.job import DRAW_BATCH, Evaluation, EvaluationConfig, fresh_weights
-from diffusion_jax.layout import constrain
-from diffusion_jax.models.unet_config import UNetConfig
+from diffusion_jax.models.unet import UNetConfig
+from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.parallel.mesh import to_host
 from diffusion_jax.pipelines.conditions import Inputs
 from diffusion_jax.pipelines.directory import save_text_to_image

@@ -20,8 +20,8 @@ from diffusion_jax.diffusion.training import Objective, ObjectiveConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.metrics.energy import energy_distance
 from diffusion_jax.formats.networks import save_params
-from diffusion_jax.models.functional import Network
 from diffusion_jax.models.mlp import MLP, MLPConfig
+from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import to_host
 from diffusion_jax.parallel.processes import heartbeat
 from diffusion_jax.train.tasks.diffusion import NoisingTask, history_of

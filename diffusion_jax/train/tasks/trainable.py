@@ -21,8 +21,8 @@ from diffusion_jax.formats.textual_inversion import FILES, write_textual_inversi
 from diffusion_jax.formats.textual_inversion import TextualInversion as Learned
 from diffusion_jax.models.controlnet import ControlNet as ControlNetModule
 from diffusion_jax.models.controlnet import ControlNetConfig, from_unet
-from diffusion_jax.models.functional import Network
 from diffusion_jax.models.lora import LoRAConfig, is_lora, targets, with_lora
+from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import put_params, shard_params, to_host
 from diffusion_jax.pipelines.adapters import controlnet_config
 from diffusion_jax.pipelines.conditioners import EXTRA, embedding_table

@@ -1,13 +1,28 @@
-"""What XLA has to be told on one platform and not on another, with what it gains."""
+"""JAX's persistent compilation cache, so that a second start does not compile again.
+
+What XLA has to be told on one platform and not on another, with what it gains.
+"""
 
 import functools
+import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
+
+
+def enable_compile_cache() -> None:
+  """Uses $JAX_COMPILATION_CACHE_DIR, else ~/.cache/diffusion_jax/compiled."""
+  if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+    folder = Path.home() / '.cache' / 'diffusion_jax' / 'compiled'
+    jax.config.update('jax_compilation_cache_dir', str(folder))
+  if not os.environ.get('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'):
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
+
 
 OPTIONS: dict[str, tuple[dict[str, str], ...]] = {
   'cpu': (

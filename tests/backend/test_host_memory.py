@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from diffusion_jax import host_memory
+from diffusion_jax.backend import host_memory
 from tests.tiny import ROOT
 
 
@@ -20,7 +20,7 @@ def environment(**more):
 
 CLEARED = """
 import resource, sys
-from diffusion_jax.host_memory import keep_freed_memory
+from diffusion_jax.backend.host_memory import keep_freed_memory
 if sys.argv[1:]:
   keep_freed_memory()
 import jax, jax.numpy as jnp
@@ -55,7 +55,7 @@ def test_the_host_of_a_chip_is_left_alone(asked, chip, monkeypatch):
 ASK = """
 import os, sys
 from pathlib import Path
-from diffusion_jax import host_memory
+from diffusion_jax.backend import host_memory
 host_memory.TRANSPARENT = Path(os.environ['TRANSPARENT'])
 with open('starts', 'a') as file:
   file.write(f'{os.getpid()} {sys.argv[1:]}\\n')

@@ -1,4 +1,10 @@
-"""Between Flax NNX modules and plain functions of parameters named by dotted path.
+"""What the backward pass computes again instead of keeping it (Chen et al. 2016).
+
+A block is a residual block, a transformer block or one of the few layers between such. A network
+whose class is a `Blocks` runs its blocks by `run`, and all of itself by `run_all`; what
+they then do is said by `remat`, which `Network.of` sets.
+
+Between Flax NNX modules and plain functions of parameters named by dotted path.
 
 Everything outside `models` sees a network as (graphdef, params): params is one flat dictionary such
 as {'down_blocks.0.resnets.1.conv1.kernel': array}. Names therefore serve, unchanged, as keys for
@@ -6,16 +12,58 @@ sharding rules, optimizer groups, checkpoints and conversion tables.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from diffusion_jax.models.checks import require
-from diffusion_jax.models.remat import REMAT, Blocks
 from diffusion_jax.types import Params
+
+REMAT = ('none', 'block', 'offload')
+"""none: all results are kept. block: only those of blocks, each of which is computed again.
+offload: those, too, wait for the backward pass in the host's memory."""
+
+RESULT = 'block'
+
+
+@partial(jax.jit, static_argnums=0)
+def _once(graphdef: Any, state: Any, *args) -> Any:
+  return nnx.merge(graphdef, state)(*args)
+
+
+class Blocks(nnx.Module):
+  """A module that has blocks. `remat` is one of REMAT."""
+
+  remat = 'none'
+
+  def run(self, call: Callable[..., Any], *args) -> Any:
+    """call(*args), of which the backward pass finds the arguments alone.
+
+    A module that is like another, with arguments like those of the other, is traced once.
+    """
+    if isinstance(call, nnx.Module):
+      graphdef, state = nnx.split(call)
+      call, args = partial(_once, graphdef), (state, *args)
+    if self.remat == 'none':
+      return call(*args)
+    result = jax.checkpoint(lambda *args: call(*args))(*args)
+    return jax.tree.map(lambda y: checkpoint_name(y, RESULT), result)
+
+  def run_all(self, call: Callable[..., Any], *args) -> Any:
+    """call(*args), in which `run` is used; results of blocks move to the host if so wished."""
+    if self.remat != 'offload':
+      return call(*args)
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=[], names_which_can_be_offloaded=[RESULT],
+      offload_src='device', offload_dst='pinned_host',
+    )
+    # The blocks within keep XLA from merging both computations of anything that is large.
+    return jax.checkpoint(lambda *args: call(*args), policy=policy, prevent_cse=False)(*args)
 
 
 def split(module: nnx.Module) -> tuple[Any, Params]:
@@ -118,8 +166,7 @@ class Network(NamedTuple):
     Raises:
       UserError: no such way, or a network without attention that has no mask and no bias.
     """
-    from diffusion_jax.models.attend import Attends
-    from diffusion_jax.models.attend_ways import ATTENTION
+    from diffusion_jax.models.attention import ATTENTION, Attends
 
     return self._with('attention', attention, ATTENTION, Attends, 'attention of that kind')
 
@@ -129,7 +176,7 @@ class Network(NamedTuple):
     Raises:
       UserError: no such way, or a network without dense layers.
     """
-    from diffusion_jax.models.float8 import PRODUCTS
+    from diffusion_jax.models.kernels import PRODUCTS
     from diffusion_jax.models.layers import Linear
 
     return self._with('products', products, PRODUCTS, Linear, 'dense layers')

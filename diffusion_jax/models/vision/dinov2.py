@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diffusion_jax.layout import constrain
-from diffusion_jax.models.attend import Attends
+from diffusion_jax.models.attention import Attends
 from diffusion_jax.models.checks import (
   MOST,
   MOST_EDGE,
@@ -23,10 +22,10 @@ from diffusion_jax.models.checks import (
   shown,
 )
 from diffusion_jax.models.layers import Conv
+from diffusion_jax.models.network import Blocks
 from diffusion_jax.models.norms import LayerNorm
-from diffusion_jax.models.remat import Blocks
-from diffusion_jax.models.text.clip_config import ACTIVATIONS
-from diffusion_jax.models.text.clip_layers import CLIPMLP, dense
+from diffusion_jax.models.text.clip import ACTIVATIONS, CLIPMLP, dense
+from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.types import Images
 
 STD = 0.02

@@ -18,8 +18,8 @@ from diffusion_jax.models.checks import (
   some_blocks,
 )
 from diffusion_jax.models.layers import Conv, Downsample2D, ResnetBlock2D, linear
+from diffusion_jax.models.network import Blocks
 from diffusion_jax.models.norms import GroupNorm
-from diffusion_jax.models.remat import Blocks
 from diffusion_jax.types import Images
 
 
