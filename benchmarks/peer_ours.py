@@ -54,7 +54,7 @@ class Denoising(Task):
   def constrain(self, params):
     return params
 
-  def loss(self, params, frozen, memory, batch, key, step):
+  def loss(self, params, frozen, carry, batch, key, step):
     out = self.network.bind(params)(batch['x'], batch['t'], batch['text'])
     error = jnp.square(out.astype(jnp.float32) - batch['noise']).mean((1, 2, 3))
     return error.mean(), ({'loss': mean_metric(error)}, ())

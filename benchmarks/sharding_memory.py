@@ -75,7 +75,7 @@ def make_task(model: str, remat: str):
     def constrain(self, params):
       return params
 
-    def loss(self, params, frozen, memory, batch, key, step):
+    def loss(self, params, frozen, carry, batch, key, step):
       more = {name: batch[name] for name in ('pooled', 'sizes') if name in batch}
       out = network.bind(params)(batch['mean'], batch['t'], batch['text'], **more)
       error = jnp.square(out.astype(jnp.float32) - jax.random.normal(key, out.shape))

@@ -19,7 +19,7 @@ class Regression(Task):
   def initialize(self, key):
     return {'kernel': jax.random.normal(key, (8, 4)), 'bias': jnp.zeros(4)}
 
-  def loss(self, params, frozen, memory, batch, key, step):
+  def loss(self, params, frozen, carry, batch, key, step):
     x = batch['x'] + self.noise * jax.random.normal(key, batch['x'].shape)
     error = jnp.square(x @ params['kernel'] + params['bias'] - batch['y']).mean(axis=1)
     return error.mean(), ({'loss': mean_metric(error)}, ())

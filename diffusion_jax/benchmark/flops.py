@@ -68,7 +68,7 @@ def step_flops(task: Any, state: Any, frozen: dict, batch: dict) -> Flops:
   """Of one training step on a global batch; arguments as those of `train.step`, or their shapes."""
 
   def loss(params, frozen, batch):
-    memory = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state.memory)
+    memory = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state.carry)
     return task.loss(params, frozen, memory, batch, jax.random.key(0), jnp.zeros((), jnp.int32))[0]
 
   shapes = jax.tree.map(

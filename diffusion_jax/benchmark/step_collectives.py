@@ -58,7 +58,7 @@ def _abstract(params: Params, mesh: Mesh) -> Params:
 
 def _loss(training: Training, state: Any, frozen: dict, batch: dict) -> jax.Array:
   zeros = lambda tree: jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), tree)
-  params, memory, batch = zeros(state.params), zeros(state.memory), zeros(batch)
+  params, memory, batch = zeros(state.params), zeros(state.carry), zeros(batch)
   return training.task.loss(params, frozen, memory, batch, jax.random.key(0), 0)[0]
 
 

@@ -10,25 +10,16 @@ from diffusion_jax.viz.names import column_title, figure_title, ordered
 from diffusion_jax.viz.page import duration, plain
 from diffusion_jax.viz.rundir import Told
 
-TITLES = {
-  'autoencoder': 'KL autoencoder',
-  'classifier': 'Classifier of images',
-  'clip': 'CLIP, text and image encoder',
-  'diffusion': 'Text-to-image latent diffusion model',
-  'finetune': 'Fine-tuned text-to-image model',
-  'toy': 'Denoiser of points in the plane',
-}
-
 
 def model_card(
-  config: dict[str, Any], *, parameters: int, steps: int, seconds: float, command: str,
+  title: str, config: dict[str, Any], *, parameters: int, steps: int, seconds: float, command: str,
   scores: dict[str, Any], credit: str, devices: np.ndarray, pictures: Pictures | None = None,
   told: Sequence[str] = (),
 ) -> str:
   """Markdown.
 
   Args:
-    seconds: spent until now, with drawing and scoring.
+    title: of the task. seconds: spent until now, with drawing and scoring.
     scores: as a run keeps them, with what they are measured on.
     devices: of the mesh. pictures: what it is trained on, None for points.
     told: what there is to be said without scores, too.
@@ -40,7 +31,7 @@ def model_card(
     one, edge = f'records of {data["size"]} points', 'points in the plane'
   of = f' of {pictures.records:,} images' if pictures else ''
   lines = [
-    f'# {TITLES[config["task"]]} ({data["dataset"]}, {edge})', '',
+    f'# {title} ({data["dataset"]}, {edge})', '',
     f'Trained with diffusion_jax by `{command}`.', '',
     f'- Trained parameters: {parameters:,}',
     f'- Steps: {steps:,} of {loop["total_steps"]:,}, {records:,} {one} seen, '

@@ -71,8 +71,10 @@ class Saver:
         for name, pair in extra['totals'].items()
       }
       goodput = {name: float(seconds) for name, seconds in extra['goodput'].items()}
+    rest = parts['rest']
     state = TrainState(
-      **{name: parts[name] for name in ('params', 'opt_state', 'ema')}, **parts['rest']
+      rest['step'], rest['key'], parts['params'], parts['opt_state'], parts['ema'],
+      rest['memory'], rest['guard'],
     )
     return Restored(state, totals, goodput)
 
@@ -128,7 +130,7 @@ class Saver:
 def _as_parts(state: TrainState) -> dict[str, Any]:
   return {
     'params': state.params, 'opt_state': state.opt_state, 'ema': state.ema,
-    'rest': {name: getattr(state, name) for name in ('step', 'key', 'memory', 'guard')},
+    'rest': {'step': state.step, 'key': state.key, 'memory': state.carry, 'guard': state.guard},
   }
 
 

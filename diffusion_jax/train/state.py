@@ -9,13 +9,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion_jax.parallel.mesh import shard_like
 from diffusion_jax.train.guard import Guard
-from diffusion_jax.train.tasks.task import Memory, Task
+from diffusion_jax.train.tasks.task import Carry, Task
 from diffusion_jax.types import Params
 
 
 class TrainState(NamedTuple):
   """step: updates made so far. key: root of all randomness, never changed; a step's randomness is
-  fold_in(key, step). ema: averaged parameters, empty when there is no averaging. memory: what the
+  fold_in(key, step). ema: averaged parameters, empty when there is no averaging. carry: what the
   task carries beside them, often nothing. guard: what tells a step that would spoil them."""
 
   step: jax.Array
@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
   params: Params
   opt_state: optax.OptState
   ema: Params
-  memory: Memory
+  carry: Carry
   guard: Guard
 
   @property
@@ -43,7 +43,7 @@ def _initialize(
     params=params,
     opt_state=optimizer.init(params),
     ema=jax.tree.map(jnp.copy, params) if use_ema else {},
-    memory=task.memory(),
+    carry=task.carry(),
     guard=Guard.fresh(),
   )
 

@@ -33,32 +33,32 @@ def _microbatches(batch: dict, count: int, mesh: Mesh) -> dict:
 
 
 def _gradients(task: Task, state: TrainState, frozen, batch, key, accumulation: int, mesh: Mesh):
-  """Mean gradient and loss, summed metrics and what was seen of each example of the batch.
+  """Mean gradient and loss, summed metrics and what was observed of each example of the batch.
 
   In `accumulation` parts one after another.
   """
 
   def part(micro, key):
-    (loss, (metrics, seen)), grads = jax.value_and_grad(task.loss, has_aux=True)(
-      state.params, frozen, state.memory, micro, key, state.step
+    (loss, (metrics, observed)), grads = jax.value_and_grad(task.loss, has_aux=True)(
+      state.params, frozen, state.carry, micro, key, state.step
     )
-    return (grads, loss, metrics), seen
+    return (grads, loss, metrics), observed
 
   if accumulation == 1:
     return part(batch, key)
 
   def body(total, inputs):
     micro, index = inputs
-    one, seen = part(micro, jax.random.fold_in(key, index))
-    return jax.tree.map(jnp.add, total, one), seen
+    one, observed = part(micro, jax.random.fold_in(key, index))
+    return jax.tree.map(jnp.add, total, one), observed
 
   parts = _microbatches(batch, accumulation, mesh)
   shapes, _ = jax.eval_shape(part, jax.tree.map(lambda x: x[0], parts), key)
   zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-  (grads, loss, metrics), seen = jax.lax.scan(body, zero, (parts, jnp.arange(accumulation)))
-  seen = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), seen)
+  (grads, loss, metrics), observed = jax.lax.scan(body, zero, (parts, jnp.arange(accumulation)))
+  observed = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), observed)
   grads, loss = jax.tree.map(lambda total: total / accumulation, (grads, loss))
-  return (grads, loss, metrics), seen
+  return (grads, loss, metrics), observed
 
 
 def make_step(
@@ -83,12 +83,14 @@ def make_step(
 
   def on_mesh(state: TrainState, frozen, batch) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    (grads, loss, metrics), seen = _gradients(task, state, frozen, batch, key, accumulation, mesh)
+    (grads, loss, metrics), observed = _gradients(
+      task, state, frozen, batch, key, accumulation, mesh
+    )
     # Across parts of a program XLA's partitioner knows nothing of how arrays are split.
     own = apart(advance) if mesh.size == 1 else advance
-    return own(state, grads, loss, metrics, seen)
+    return own(state, grads, loss, metrics, observed)
 
-  def advance(state: TrainState, grads, loss, metrics, seen) -> tuple[TrainState, Metrics]:
+  def advance(state: TrainState, grads, loss, metrics, observed) -> tuple[TrainState, Metrics]:
     norm = global_norm(grads)
     use, finite, watch = judge(state.guard, guard, loss, norm)
     updates, opt_state = optimizer.update(
@@ -99,7 +101,7 @@ def make_step(
     if average:
       decay = ema.decay_per_step(ema_halflife_images, batch_size, state.step)
       average = ema.update(average, params, jnp.where(use, decay, 1.0))
-    memory = choose(use, task.remember(state.memory, seen), state.memory)
+    carry = choose(use, task.next_carry(state.carry, observed), state.carry)
     one = jnp.ones((), jnp.float32)
     metrics = {**metrics, 'gradient_norm': (norm, one)}
     metrics = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), metrics)
@@ -107,7 +109,7 @@ def make_step(
     metrics['skipped_fraction'] = (1 - use.astype(jnp.float32), one)
     metrics['given_up'] = (given_up.astype(jnp.float32), one)
     return TrainState(
-      state.step + 1, state.key, params, opt_state, average, memory, watch
+      state.step + 1, state.key, params, opt_state, average, carry, watch
     ), metrics
 
   def step(state: TrainState, frozen, batch) -> tuple[TrainState, Metrics]:

@@ -60,7 +60,7 @@ def _assert_same(a, b):
 def test_one_nan_touches_nothing_and_training_goes_on(accumulation):
   states, metrics = _run([GOOD, GOOD, NAN, GOOD], accumulation=accumulation)
   before, after = states[2], states[3]
-  for name in ('params', 'opt_state', 'ema', 'memory', 'key'):
+  for name in ('params', 'opt_state', 'ema', 'carry', 'key'):
     _assert_same(getattr(before, name), getattr(after, name))
   assert int(after.step) == 3 and int(after.guard.skipped) == int(after.guard.in_a_row) == 1
   without, _ = _run([GOOD, GOOD, GOOD], accumulation=accumulation)

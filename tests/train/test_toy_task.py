@@ -47,10 +47,10 @@ def _trained(task):
       )
       updates, state = optimizer.update(grads, state, params)
       params = optax.apply_updates(params, updates)
-      return (params, state, task.remember(memory, seen)), loss
+      return (params, state, task.next_carry(memory, seen)), loss
 
     keys = jax.random.split(jax.random.key(1), STEPS)
-    carry = params, optimizer.init(params), task.memory()
+    carry = params, optimizer.init(params), task.carry()
     return jax.lax.scan(step, carry, (batches, keys))[0][0]
 
   return train(jax.jit(task.initialize)(jax.random.key(0)))

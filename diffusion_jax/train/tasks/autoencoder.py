@@ -69,7 +69,8 @@ def kl_divergence(mean: Latents, logvar: Latents) -> jax.Array:
 class AutoencoderTask(Task):
   """Parameters are named 'autoencoder.*' and, with an adversarial loss, 'discriminator.*'."""
 
-  name = 'autoencoder'
+  Config = AutoencoderTaskConfig
+  name, title = 'autoencoder', 'KL autoencoder'
   batch_fields = ('image',)
   shows = 'Test images with their captions, each beside its reconstruction.'
 
@@ -108,7 +109,7 @@ class AutoencoderTask(Task):
     grown = jnp.minimum(step / max(self.config.kl_warmup_steps, 1), 1.0)
     return self.config.kl_weight * (grown if self.config.kl_warmup_steps else 1.0)
 
-  def loss(self, params, frozen, memory, batch, key, step) -> tuple[jax.Array, tuple]:
+  def loss(self, params, frozen, carry, batch, key, step) -> tuple[jax.Array, tuple]:
     images = batch['image']
     model = self.autoencoder.bind(under('autoencoder', params))
     mean, logvar = (x.astype(jnp.float32) for x in model.encode(images))

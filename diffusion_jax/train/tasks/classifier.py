@@ -74,7 +74,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
 class ClassifierTask(Task):
   """A residual network from scratch; the classes of its config must be known (`with_classes`)."""
 
-  name = 'classifier'
+  Config = ClassifierTaskConfig
+  name, title = 'classifier', 'Classifier of images'
   batch_fields = ('image', 'label')
   shows = 'Test images, each with the class that the classifier gives it and the one that it is of.'
 
@@ -97,7 +98,7 @@ class ClassifierTask(Task):
   def initialize(self, key: jax.Array) -> Params:
     return self.network.initialize(key)
 
-  def loss(self, params, frozen, memory, batch, key, step) -> tuple[jax.Array, tuple]:
+  def loss(self, params, frozen, carry, batch, key, step) -> tuple[jax.Array, tuple]:
     _, logits = self.network.bind(params)(batch['image'])
     loss = cross_entropy(logits, batch['label'], self.config.label_smoothing)
     right = logits.argmax(axis=-1) == batch['label']

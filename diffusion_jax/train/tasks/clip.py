@@ -67,7 +67,8 @@ def contrastive_loss(
 class CLIPTask(Task):
   """Both towers and the temperature, trained from scratch."""
 
-  name = 'clip'
+  Config = CLIPTaskConfig
+  name, title = 'clip', 'CLIP, text and image encoder'
   batch_fields = ('image', 'tokens')
   shows = (
     'Test images, each with the caption, of all of the test, that CLIP finds nearest, and its own.'
@@ -90,7 +91,7 @@ class CLIPTask(Task):
     """Clamps the temperature so that logits are scaled by 1 to 100 (section 2.5)."""
     return params | {'logit_scale': jnp.clip(params['logit_scale'], 0.0, MAX_LOGIT_SCALE)}
 
-  def loss(self, params, frozen, memory, batch, key, step) -> tuple[jax.Array, tuple]:
+  def loss(self, params, frozen, carry, batch, key, step) -> tuple[jax.Array, tuple]:
     model = self.clip.bind(params)
     images = model.encode_image(batch['image']).astype(jnp.float32)
     texts = model.encode_text(batch['tokens'])[1].astype(jnp.float32)

@@ -24,39 +24,39 @@ from diffusion_jax.parallel.mesh import to_host
 from diffusion_jax.pipelines.conditions import Inputs
 from diffusion_jax.pipelines.directory import save_text_to_image
 from diffusion_jax.pipelines.model import Diffusion, SampleConfig
-from diffusion_jax.train.tasks.task import Frozen, Memory, Scores, Seen, Task, mean_metric
+from diffusion_jax.train.tasks.task import Carry, Frozen, Observed, Scores, Task, mean_metric
 from diffusion_jax.types import Condition, Latents, Params, Weights
 
 TIME_BUCKETS = 10
 
 
 class NoisingTask(Task):
-  """A task with an objective, whose memory are the losses that importance sampling needs."""
+  """A task with an objective, whose carry is the losses that importance sampling needs."""
 
   objective: Objective
 
-  def memory(self) -> Memory:
+  def carry(self) -> Carry:
     history = self.objective.history()
     return history._asdict() if history else {}
 
-  def remember(self, memory: Memory, seen: Seen) -> Memory:
-    return update_history(LossHistory(**memory), *seen)._asdict() if memory else memory
+  def next_carry(self, carry: Carry, observed: Observed) -> Carry:
+    return update_history(LossHistory(**carry), *observed)._asdict() if carry else carry
 
-  def summary(self, losses: Losses, memory: Memory) -> tuple[jax.Array, tuple]:
-    """What `loss` returns: the mean, metrics with the error by noise level, and what was seen."""
+  def summary(self, losses: Losses, carry: Carry) -> tuple[jax.Array, tuple]:
+    """What `loss` returns: the mean, metrics with the error by noise level, and what `next_carry` needs."""
     bucket = jnp.floor(losses.level.position * TIME_BUCKETS).astype(int)
     which = jax.nn.one_hot(bucket, TIME_BUCKETS)
     metrics = {
       'loss': mean_metric(losses.loss),
       'loss_by_timestep': (losses.error @ which, which.sum(axis=0)),
     }
-    seen = (losses.level.label, losses.error) if memory else ()
-    return losses.loss.mean(), (metrics, seen)
+    observed = (losses.level.label, losses.error) if carry else ()
+    return losses.loss.mean(), (metrics, observed)
 
 
-def history_of(memory: Memory) -> LossHistory | None:
-  """The memory as `Objective.losses` takes it."""
-  return LossHistory(**memory) if memory else None
+def history_of(carry: Carry) -> LossHistory | None:
+  """Return the carry as `Objective.losses` takes it."""
+  return LossHistory(**carry) if carry else None
 
 
 NULL = 'null'
@@ -123,7 +123,8 @@ class DiffusionTaskConfig(LatentTaskConfig):
 class DiffusionTask(NoisingTask):
   """Parameters are the U-Net's."""
 
-  name = 'diffusion'
+  Config = DiffusionTaskConfig
+  name, title = 'diffusion', 'Text-to-image latent diffusion model'
   shows = 'Drawn for these captions, from the same noise each time.'
 
   def __init__(
@@ -183,7 +184,7 @@ class DiffusionTask(NoisingTask):
     del weights, batch, key
     return told
 
-  def losses(self, params, frozen, memory: Memory, batch, key) -> Losses:
+  def losses(self, params, frozen, carry: Carry, batch, key) -> Losses:
     """Losses of each example, and the noise level it was given."""
     key_z, key_drop, key, key_shown = jax.random.split(key, 4)
     weights = self.weights(params, frozen)
@@ -191,14 +192,14 @@ class DiffusionTask(NoisingTask):
     told = self._shown(weights, batch, self._told(weights, batch, key_drop), key_shown)
     network = self.learning.network(weights)
     losses = self.objective.losses(
-      lambda x, t: network(x, t, told), x0, key, history_of(memory)
+      lambda x, t: network(x, t, told), x0, key, history_of(carry)
     )
     if 'weight' not in batch:
       return losses
     return losses._replace(loss=losses.loss * batch['weight'])
 
-  def loss(self, params, frozen, memory, batch, key, step) -> tuple[jax.Array, tuple]:
-    return self.summary(self.losses(params, frozen, memory, batch, key), memory)
+  def loss(self, params, frozen, carry, batch, key, step) -> tuple[jax.Array, tuple]:
+    return self.summary(self.losses(params, frozen, carry, batch, key), carry)
 
   def preview_inputs(self) -> Inputs:
     """What the previews are drawn with beside their captions."""

@@ -124,7 +124,8 @@ def abstract_parameters(config: FinetuneTaskConfig) -> Params:
 class FinetuneTask(DiffusionTask):
   """Parameters are those of a `Trainable`."""
 
-  name = 'finetune'
+  Config = FinetuneTaskConfig
+  name, title = 'finetune', 'Fine-tuned text-to-image model'
 
   @property
   def shows(self) -> str:

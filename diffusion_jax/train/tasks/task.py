@@ -1,7 +1,8 @@
 """What the one train loop and the one step ask of a task."""
 
+import abc
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -12,11 +13,11 @@ from diffusion_jax.types import Params
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 """Sums and counts by name; adding them up over microbatches and steps keeps means exact."""
 
-Memory = dict[str, jax.Array]
+Carry = dict[str, jax.Array]
 """Arrays that training carries beside the parameters, such as past losses."""
 
-Seen = Any
-"""A pytree of arrays [b ...], what `remember` wants to know of each example."""
+Observed = Any
+"""A pytree of arrays [b ...], what `next_carry` needs of each example."""
 
 Frozen = dict[str, Params]
 """Parameters of the networks that are used but not trained, by role."""
@@ -26,14 +27,18 @@ Scores = dict[str, Any]
 sentences in 'measured', on what they were measured, and 'warnings'. The first is a column."""
 
 
-class Task:
+class Task(abc.ABC):
   """One thing to train. Holds networks without weights; all methods are free of hidden state.
 
-  What most tasks do alike is done here: they begin with fresh parameters, carry no memory beside
-  them, and let an update stand as it is. The rest has no default.
+  A task has a loss and a way to initialise its parameters. All else has a default: nothing is
+  carried beside the parameters, and an update stands as it is.
   """
 
-  name: str
+  Config: ClassVar[type]
+  """The dataclass of its `settings` in a config."""
+  name: ClassVar[str]
+  title: ClassVar[str]
+  """What is trained, for a model card."""
   frozen: Frozen
   """Host arrays of the frozen networks; the loop puts them onto the mesh."""
   batch_fields: tuple[str, ...]
@@ -41,47 +46,47 @@ class Task:
   shows: str
   """A sentence: what the pictures of `preview` and their captions are."""
 
+  @abc.abstractmethod
   def initialize(self, key: jax.Array) -> Params:
-    """Fresh trainable parameters; pure."""
-    raise NotImplementedError
+    """Return fresh trainable parameters; pure."""
+
+  @abc.abstractmethod
+  def loss(
+    self, params: Params, frozen: Frozen, carry: Carry, batch: dict, key: jax.Array,
+    step: jax.Array,
+  ) -> tuple[jax.Array, tuple[Metrics, Observed]]:
+    """Return the mean loss over the batch, (metrics, what `next_carry` needs); pure."""
 
   def start(self, mesh: Mesh) -> Params | None:
-    """Parameters on the mesh to begin with, such as pretrained ones; None for fresh ones."""
+    """Return parameters on the mesh to begin with, such as pretrained ones; None for fresh ones."""
     del mesh
     return None
 
-  def memory(self) -> Memory:
-    """What training begins to carry beside the parameters; replicated and checkpointed."""
+  def carry(self) -> Carry:
+    """Return what training begins to carry; replicated and checkpointed."""
     return {}
 
-  def loss(
-    self, params: Params, frozen: Frozen, memory: Memory, batch: dict, key: jax.Array,
-    step: jax.Array,
-  ) -> tuple[jax.Array, tuple[Metrics, Seen]]:
-    """Mean loss over the batch, metrics, and what `remember` wants of each example; pure."""
-    raise NotImplementedError
-
-  def remember(self, memory: Memory, seen: Seen) -> Memory:
-    """The memory after a step that has seen these examples of the global batch; pure."""
-    del seen
-    return memory
+  def next_carry(self, carry: Carry, observed: Observed) -> Carry:
+    """Return the carry after a step on these examples of the global batch; pure."""
+    del observed
+    return carry
 
   def constrain(self, params: Params) -> Params:
-    """Projects parameters after an update, such as a clamp; pure."""
+    """Project parameters after an update, such as by a clamp; pure."""
     return params
 
   def preview(self, params: Params, frozen: Frozen, mesh: Mesh) -> tuple[np.ndarray, list[str]]:
-    """A fixed set of pictures, uint8 [n h w 3], with their captions, to compare over time."""
+    """Return a fixed set of images, uint8 [n h w 3], and their captions, to compare over time."""
     raise NotImplementedError
 
   def evaluate(
     self, params: Params, frozen: Frozen, mesh: Mesh, *, samples: int, final: bool
   ) -> Scores:
-    """Scores on the test split; `final` adds the columns to compare with."""
+    """Score the test split; `final` adds the columns to compare with."""
     raise NotImplementedError
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
-    """Writes the trained model as safetensors with its configuration and model card."""
+    """Write the trained model as safetensors with its configuration and model card."""
     raise NotImplementedError
 
 

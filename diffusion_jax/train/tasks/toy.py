@@ -89,7 +89,8 @@ class ToyTaskConfig:
 class ToyTask(NoisingTask):
   """Parameters are the MLP's."""
 
-  name = 'toy'
+  Config = ToyTaskConfig
+  name, title = 'toy', 'Denoiser of points in the plane'
   batch_fields = ('points',)
   shows = (
     'Drawn points, as far as they lie in the frame, over those of the test, and the learned score '
@@ -154,10 +155,10 @@ class ToyTask(NoisingTask):
   def denoiser(self, params: Params) -> Denoiser:
     return self.objective.denoiser(self.network(params))
 
-  def loss(self, params, frozen, memory, batch, key, step) -> tuple[jax.Array, tuple]:
+  def loss(self, params, frozen, carry, batch, key, step) -> tuple[jax.Array, tuple]:
     x0 = batch['points'].reshape(-1, 2)
-    losses = self.objective.losses(self.network(params), x0, key, history_of(memory))
-    return self.summary(losses, memory)
+    losses = self.objective.losses(self.network(params), x0, key, history_of(carry))
+    return self.summary(losses, carry)
 
   def _draw(self, params: Params, seed: int, count: int) -> jax.Array:
     sample = self.config.sample
