@@ -43,7 +43,7 @@ class NoisingTask(Task):
     return update_history(LossHistory(**carry), *observed)._asdict() if carry else carry
 
   def summary(self, losses: Losses, carry: Carry) -> tuple[jax.Array, tuple]:
-    """What `loss` returns: the mean, metrics with the error by noise level, and what `next_carry` needs."""
+    """Return what `loss` does; the metrics have the error by noise level."""
     bucket = jnp.floor(losses.level.position * TIME_BUCKETS).astype(int)
     which = jax.nn.one_hot(bucket, TIME_BUCKETS)
     metrics = {
