@@ -6,16 +6,16 @@ import sys
 from collections.abc import Callable, Sequence
 
 from diffusion_jax import __version__
-from diffusion_jax.cli import benchmark, convert, draw, evaluate, prepare, report, sample, train
+from diffusion_jax.cli import convert, evaluate, prepare, report, sample, train
 from diffusion_jax.cli.interrupts import say_interrupted
 from diffusion_jax.errors import Diverged, UserError
 
 COMMANDS = {
-  'train': train, 'sample': sample, 'evaluate': evaluate, 'report': report, 'draw': draw,
-  'prepare': prepare, 'convert': convert, 'benchmark': benchmark,
+  'train': train, 'sample': sample, 'evaluate': evaluate, 'report': report, 'prepare': prepare,
+  'convert': convert,
 }
 
-CHANGE_CONFIGS = ('train', 'benchmark')
+CHANGE_CONFIGS = ('train',)
 """Commands that take --config.KEY=VALUE."""
 
 
