@@ -5,7 +5,7 @@ most memory that a process of it held. {} in the command is a new folder, such a
 cache, that is removed afterwards.
 
   python -m benchmarks.huge_pages --pairs 3 --json benchmarks/huge_pages.json \\
-    -- python -m diffusion_jax benchmark --config openmoji/quickstart --synthetic
+    -- python -m benchmarks.run train --config openmoji/quickstart --synthetic
 """
 
 import argparse

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from benchmarks.timing import compile_twice, cpu_cores
 from diffusion_jax import __version__
 from diffusion_jax.backend.xla import jit
-from diffusion_jax.benchmark.compile_time import compile_twice
-from diffusion_jax.benchmark.flops import count_flops
-from diffusion_jax.benchmark.timing import cpu_cores
+from diffusion_jax.costs.flops import count_flops
 from diffusion_jax.diffusion.denoiser import text_denoiser
 from diffusion_jax.diffusion.guidance import classifier_free
 from diffusion_jax.diffusion.samplers import sampler, sampling_grid

@@ -12,7 +12,7 @@ README, FIGURES = ROOT / 'README.md', ROOT / 'benchmarks' / 'speed'
 BEGIN = '<!-- Speed: written by python -m benchmarks.table -->'
 END = '<!-- End of speed -->'
 KINDS = {name: name for name in ('peers', 'features', 'scaling', 'time_to_loss')}
-"""By what a file says it is of; all others are of the command `benchmark`."""
+"""By what a file says it is of; all others are of `benchmarks.run`."""
 PEERS = (
   'Beside diffusers in PyTorch, in turn in one run, each in a process of its own '
   '(`benchmarks/peers.py`); a ratio below 1 is faster than it:'
@@ -21,9 +21,9 @@ FEATURES = (
   "The FID Inception's features of 256 x 256 images beside torch-fidelity's, in turn in one run "
   '(`benchmarks/features.py`):'
 )
-RUNS = 'By `python -m diffusion_jax benchmark`:'
+RUNS = 'By `python -m benchmarks.run`:'
 SCALING = (
-  'What a device sends in a step (`--scaling`), of simulated devices. XLA for CPUs writes a '
+  'What a device sends in a step (`scaling`), of simulated devices. XLA for CPUs writes a '
   'reduce-scatter as an all-reduce, which sends twice as much:'
 )
 

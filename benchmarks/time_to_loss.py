@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion_jax.benchmark.timing import cpu_cores
+from benchmarks.timing import cpu_cores
 from diffusion_jax.errors import UserError
 from diffusion_jax.viz.metrics_file import read_lines
 from diffusion_jax.viz.rundir import read_run

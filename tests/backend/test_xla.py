@@ -9,8 +9,8 @@ import pytest
 from jax import monitoring
 from jax.experimental.compilation_cache import compilation_cache
 
+from benchmarks.timing import HIT
 from diffusion_jax.backend import xla
-from diffusion_jax.benchmark.compile_time import HIT
 from tests import tiny
 
 
@@ -64,11 +64,10 @@ def home(tmp_path, monkeypatch):
   compilation_cache.reset_cache()
 
 
-@pytest.mark.parametrize('name', ['draw', 'sample', 'train'])
+@pytest.mark.parametrize('name', ['sample', 'train'])
 def test_a_second_start_compiles_nothing(home, name, command, finished):
   toy = tiny.write_config(home / 'toy.py', tiny.toy_config())
   arguments = {
-    'draw': ('--what', 'scores'),
     'sample': ('--workdir', finished, '--prompt', 'sun'),
     'train': ('--config', toy, '--quiet'),
   }[name]

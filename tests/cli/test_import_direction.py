@@ -9,7 +9,7 @@ import pytest
 from tests.tiny import ROOT
 
 LAYERS = (
-  ('cli', '__main__'), ('trained',), ('benchmark',), ('build',), ('sizes',), ('recipe',),
+  ('cli', '__main__'), ('trained',), ('costs',), ('build',), ('sizes',), ('recipe',),
   ('train', 'evaluation', 'pipelines'),
   ('formats', 'io', 'data', 'viz', 'checkpoint', 'runs'), ('diffusion', 'models'),
   ('backend', 'parallel'),

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import build, recipe
-from diffusion_jax.benchmark.collectives import by_kind, moved, read_collectives
-from diffusion_jax.benchmark.step_collectives import beside_parameters
+from diffusion_jax.costs.collectives import beside_parameters, by_kind, moved, read_collectives
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_batch, put_params, to_host
 from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
 from diffusion_jax.train.state import abstract_state, create_state

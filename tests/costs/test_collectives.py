@@ -5,9 +5,15 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from diffusion_jax.benchmark.building import built
-from diffusion_jax.benchmark.collectives import Collective, by_kind, moved, read_collectives
-from diffusion_jax.benchmark.step_collectives import beside_parameters, step_collectives
+from benchmarks.run import built
+from diffusion_jax.costs.collectives import (
+  Collective,
+  beside_parameters,
+  by_kind,
+  moved,
+  read_collectives,
+  step_collectives,
+)
 from diffusion_jax.recipe import parse, resolved
 from tests import tiny
 

@@ -1,17 +1,22 @@
-"""draw: the files, the page, and what is refused."""
+"""The gallery: the files, the page, and what is refused."""
 
 import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from diffusion_jax.__main__ import main
+from benchmarks.command import run_command
+from benchmarks.gallery import __main__ as gallery
+
+
+def draw(out, *arguments):
+  return run_command('benchmarks.gallery', gallery, ['--out', str(out), *arguments])
 
 
 def test_files_are_whole_svgs_and_the_page_needs_none_of_them(tmp_path, capsys):
   out = tmp_path / 'new' / 'drawings'
   arguments = ['--samplers', 'ddim', '--what', 'scores,trajectories,errors,schedules']
-  assert main(['draw', '--out', str(out), *arguments]) == 0
+  assert draw(out, *arguments) == 0
   names = {path.name for path in out.iterdir()}
   assert names == {
     'schedules.svg', 'schedules_exploding.svg', 'schedules_tables.svg', 'errors.svg',
@@ -40,12 +45,12 @@ def test_files_are_whole_svgs_and_the_page_needs_none_of_them(tmp_path, capsys):
   (['--samplers', 'ddim,lcm', '--what', 'errors'], "sampler 'lcm' has no error"),
 ])
 def test_what_cannot_be_drawn_is_said_before_anything_is(tmp_path, capsys, arguments, named):
-  assert main(['draw', '--out', str(tmp_path / 'out'), *arguments]) == 2
+  assert draw(tmp_path / 'out', *arguments) == 2
   said = capsys.readouterr().err
   assert named in said and len(said.splitlines()) == 1 and not (tmp_path / 'out').exists()
 
 
 def test_a_file_in_the_place_of_the_directory_is_named(tmp_path, capsys):
   (tmp_path / 'file').write_text('')
-  assert main(['draw', '--out', str(tmp_path / 'file'), '--what', 'schedules']) == 2
+  assert draw(tmp_path / 'file', '--what', 'schedules') == 2
   assert 'is a file; choose a directory' in capsys.readouterr().err

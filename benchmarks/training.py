@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 
-from diffusion_jax.benchmark.compile_time import compile_twice
-from diffusion_jax.benchmark.flops import step_flops
-from diffusion_jax.benchmark.timing import peak_memory, quartiles, utilisation
+from benchmarks.timing import compile_twice, peak_memory, quartiles, utilisation
+from diffusion_jax.costs.collectives import abstract_of
+from diffusion_jax.costs.flops import step_flops
 from diffusion_jax.parallel.mesh import put_batch, put_params
 from diffusion_jax.train.compile import compile_step, step_and_batch
 from diffusion_jax.train.health import Compilations
-from diffusion_jax.train.state import TrainState, abstract_state, create_state
+from diffusion_jax.train.state import TrainState, create_state
 from diffusion_jax.train.training import Training
 
 
@@ -59,13 +59,6 @@ def measure_training(training: Training, counts: Counts) -> dict[str, Any]:
       'memory': {**peak_memory(), 'state_bytes': report.state, 'batch_bytes': report.batch,
                  'temporary_bytes': report.temporary},
     }
-
-
-def abstract_of(training: Training) -> TrainState:
-  """Shapes of the state that a run begins with."""
-  return abstract_state(
-    training.task, training.optimizer, training.loop.ema_halflife_images > 0, training.mesh
-  )
 
 
 def _steps(

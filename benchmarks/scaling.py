@@ -3,7 +3,7 @@
 Each number of devices has a process of its own, which compiles the step and never runs it. The
 batch grows with the devices (weak scaling).
 
-  python -m diffusion_jax.benchmark.scaling < CONFIG.json
+  python -m benchmarks.scaling < CONFIG.json
 """
 
 import json
@@ -37,7 +37,7 @@ def _in_process(config: dict[str, Any], count: int) -> list[dict[str, Any]]:
   flags = f'{flags} --xla_force_host_platform_device_count={count}'
   flags += ' '.join(['', *(flag for flag in QUICK.split() if flag not in flags)])
   done = subprocess.run(
-    [sys.executable, '-m', 'diffusion_jax.benchmark.scaling'], input=json.dumps(config), text=True,
+    [sys.executable, '-m', 'benchmarks.scaling'], input=json.dumps(config), text=True,
     capture_output=True, timeout=TIMEOUT, check=False,
     env={**os.environ, 'XLA_FLAGS': flags.strip(), 'JAX_PLATFORMS': 'cpu'},
   )
@@ -49,8 +49,8 @@ def _in_process(config: dict[str, Any], count: int) -> list[dict[str, Any]]:
 
 def main() -> None:
   """Compiles the step of the config on stdin for each of MESHES on the devices there are."""
-  from diffusion_jax.benchmark.building import built
-  from diffusion_jax.benchmark.step_collectives import step_collectives
+  from benchmarks.run import built
+  from diffusion_jax.costs.collectives import step_collectives
 
   config, found = json.load(sys.stdin), []
   import jax

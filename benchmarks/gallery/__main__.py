@@ -1,22 +1,25 @@
-"""draw: pictures of schedules, samplers and scores."""
+"""Draw what diffusion does where the exact answers are known.
+
+  python -m benchmarks.gallery --out drawings
+"""
 
 import argparse
+import sys
 from pathlib import Path
 
 from diffusion_jax.errors import UserError
 
-HELP = 'draw schedules, errors and paths of samplers, and scores'
 DESCRIPTION = """Draws what diffusion does where the exact answers are known: schedules, errors of
 samplers against network calls, their paths in the plane, and scores. Writes SVG files and one page,
 index.html. Needs no model.
 
 example:
-  python -m diffusion_jax draw --out drawings
-  python -m diffusion_jax draw --what errors --samplers ddim,heun,unipc --out drawings"""
+  python -m benchmarks.gallery --out drawings
+  python -m benchmarks.gallery --what errors --samplers ddim,heun,unipc --out drawings"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """--out, --what, --samplers."""
+  """Add --out, --what and --samplers."""
   parser.add_argument('--out', required=True, metavar='DIR', help='where the files go')
   parser.add_argument('--what', default='', metavar='NAMES',
                       help='which of schedules,errors,trajectories,scores (default: all)')
@@ -26,12 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  """Computes and writes."""
+  """Compute and write."""
   from tqdm import tqdm
 
+  from benchmarks.gallery.drawings import draw
+  from benchmarks.gallery.page import Section, write_gallery
   from diffusion_jax.backend.xla import enable_compile_cache
-  from diffusion_jax.pipelines.drawings import draw
-  from diffusion_jax.viz.gallery import Section, write_gallery
 
   enable_compile_cache()
   out = Path(args.out)
@@ -51,3 +54,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _names(text: str) -> list[str]:
   return list(dict.fromkeys(name.strip() for name in text.split(',') if name.strip()))
+
+
+if __name__ == '__main__':
+  from benchmarks.command import run_command
+
+  sys.exit(run_command('benchmarks.gallery', sys.modules[__name__]))

@@ -5,11 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.diffusion import processes
-from diffusion_jax.diffusion.samplers import SAMPLERS, process_grid, sampler
-from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import on_mixtures
-from diffusion_jax.evaluation.on_mixtures import (
+from benchmarks.gallery import mixtures
+from benchmarks.gallery.mixtures import (
   FIVE_MODES,
   GAUSSIAN,
   TWO_MODES,
@@ -20,6 +17,9 @@ from diffusion_jax.evaluation.on_mixtures import (
   paths,
   quantiles,
 )
+from diffusion_jax.diffusion import processes
+from diffusion_jax.diffusion.samplers import SAMPLERS, process_grid, sampler
+from diffusion_jax.errors import UserError
 
 
 @pytest.mark.parametrize(('name', 'slope', 'calls'), [
@@ -36,7 +36,7 @@ def test_errors_fall_with_the_order(name, slope, calls):
 def test_the_error_of_one_euler_step_is_the_one_computed_by_hand():
   """x_0 of the start, carried to the last level, against the quantiles of the data there."""
   (alpha, last_alpha), (sigma, last_sigma) = going_on(1, 1)
-  shares = (np.arange(on_mixtures.POINTS) + 0.5) / on_mixtures.POINTS
+  shares = (np.arange(mixtures.POINTS) + 0.5) / mixtures.POINTS
   x = quantiles(TWO_MODES, shares, alpha, sigma)
   with jax.enable_x64(True):
     x0 = np.asarray(TWO_MODES.denoise(jnp.asarray(x).reshape(-1, 1, 1, 1), alpha, sigma)).ravel()
@@ -65,7 +65,7 @@ def test_calls_are_those_made_and_steps_beyond_the_last_level_change_nothing():
     return TWO_MODES.denoise(x, alpha, sigma)
 
   (used, error), _ = errors('plms', (8, 12))
-  shares = (np.arange(on_mixtures.POINTS) + 0.5) / on_mixtures.POINTS
+  shares = (np.arange(mixtures.POINTS) + 0.5) / mixtures.POINTS
   alphas, sigmas = going_on(8, 8)
   with jax.enable_x64(True):
     x = jnp.asarray(quantiles(TWO_MODES, shares, alphas[0], sigmas[0])).reshape(-1, 1, 1, 1)

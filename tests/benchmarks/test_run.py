@@ -1,17 +1,26 @@
-"""The benchmark command on networks that are as small as they can be."""
+"""Measurements on networks that are as small as they can be."""
 
 import json
 
+import jax
 import pytest
 
+from benchmarks import run
+from benchmarks.command import run_command
+from benchmarks.run import built
+from benchmarks.sampling import count_calls, measure_encoding, measure_sampling
 from benchmarks.table import run_row
-from diffusion_jax.benchmark.building import built
-from diffusion_jax.benchmark.sampling import count_calls, measure_encoding, measure_sampling
-from diffusion_jax.benchmark.training import Counts
+from benchmarks.training import Counts
 from diffusion_jax.pipelines.directory import assemble
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.recipe import parse, resolved
 from tests import tiny
+
+
+def measure(*arguments):
+  """The exit code of the command in this process, on one device."""
+  with tiny.few_devices(1), jax.debug_key_reuse(True):
+    return run_command('benchmarks.run', run, list(map(str, arguments)), overrides=True)
 
 
 @pytest.fixture
@@ -19,10 +28,10 @@ def toy(tmp_path):
   return tiny.write_config(tmp_path / 'recipe.py', tiny.toy_config())
 
 
-def test_training_steps(command, toy, tmp_path, capsys):
+def test_training_steps(toy, tmp_path, capsys):
   out = tmp_path / 'train.json'
-  code = command(
-    'benchmark', '--config', toy, '--steps', 4, '--warmup', 1, '--json', out,
+  code = measure(
+    'train', '--config', toy, '--steps', 4, '--warmup', 1, '--json', out,
     '--config.loop.batch_size=4',
   )
   found = json.loads(out.read_text())
@@ -38,7 +47,7 @@ def test_training_steps(command, toy, tmp_path, capsys):
   assert 0.2 < found['flops'] / found['flops_by_xla'] <= 1  # The rest is elementwise.
   assert found['memory']['host_peak_bytes'] > found['memory']['state_bytes'] > 0
   assert found['config']['loop']['batch_size'] == 4 and found['versions']['jax']
-  assert found['device']['platform'] == 'cpu' and 'python -m diffusion_jax' in found['command']
+  assert found['device']['platform'] == 'cpu' and 'python -m benchmarks.run' in found['command']
   printed = capsys.readouterr().out
   assert all(word in printed for word in ('MFU', 'images/s', 'from the cache', 'recompilations'))
   row = run_row(found)
@@ -47,9 +56,9 @@ def test_training_steps(command, toy, tmp_path, capsys):
   assert left - {'__pycache__'} == {'train.json', 'recipe.py'}
 
 
-def test_reading(command, toy, tmp_path):
+def test_reading(toy, tmp_path):
   out = tmp_path / 'data.json'
-  assert command('benchmark', '--config', toy, '--what', 'data', '--steps', 3, '--json', out) == 0
+  assert measure('data', '--config', toy, '--steps', 3, '--json', out) == 0
   data = json.loads(out.read_text())
   assert data['batches'] == 3 and data['images_per_second'] > 0 and 'flops' not in data
 
@@ -82,27 +91,28 @@ def test_calls_are_counted(parts):
 
 
 @pytest.mark.parametrize(('arguments', 'named'), [
-  (['--steps', '0'], '--steps is 0; give 1 or more'),
-  (['--batch', '4'], '--batch does nothing with --what train'),
-  (['--json', '/nowhere/file.json'], '/nowhere/file.json cannot be written'),
-  (['--scaling', '1,x'], '--scaling 1,x is no list of devices'),
-  (['--scaling', '2', '--what', 'data'], '--scaling is of training steps'),
-  (['--config.loop.batchsize=2'], 'is not a known key; did you mean config.loop.batch_size?'),
-  (['--stesp', '3'], 'benchmark does not know --stesp'),
+  (['train', '--json', '/nowhere/file.json'], '/nowhere/file.json cannot be written'),
+  (['train', '--config.loop.batchsize=2'], 'did you mean config.loop.batch_size?'),
+  (['sample'], 'this config trains toy; use train or data'),
 ])
-def test_bad_options_are_one_sentence(fails, toy, arguments, named):
-  assert named in fails('benchmark', '--config', toy, *arguments)
+def test_mistakes_are_one_sentence(toy, capsys, arguments, named):
+  assert measure(*arguments, '--config', toy) == 2
+  said = capsys.readouterr().err
+  assert named in said and len(said.splitlines()) == 1
 
 
-def test_what_draws_nothing_is_not_sampled(fails, toy):
-  message = fails('benchmark', '--config', toy, '--what', 'sample')
-  assert 'this config trains toy; use --what train or data' in message
+@pytest.mark.parametrize('arguments', [
+  ['train', '--steps', '0'], ['scaling', '--devices', '1,x'], ['train', '--stesp', '3'],
+])
+def test_options_are_checked(toy, arguments):
+  with pytest.raises(SystemExit, match='2'):
+    measure(*arguments, '--config', toy)
 
 
 @pytest.mark.slow
-def test_scaling_compiles_in_processes_of_their_own(command, toy, tmp_path, capsys):
+def test_scaling_compiles_in_processes_of_their_own(toy, tmp_path, capsys):
   out = tmp_path / 'out.json'
-  assert command('benchmark', '--config', toy, '--scaling', '2', '--json', out) == 0
+  assert measure('scaling', '--config', toy, '--devices', '2', '--json', out) == 0
   found = {one['mesh']: one for one in json.loads(out.read_text())['meshes']}
   assert found.keys() == {'data', 'fsdp'}
   assert all(one['devices'] == 2 and one['batch_size'] == 16 for one in found.values())

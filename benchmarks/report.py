@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from diffusion_jax.benchmark.collectives import KINDS
+from diffusion_jax.costs.collectives import KINDS
 
 NOTE = """MB that a device sends in a step. XLA for CPUs writes a reduce-scatter as an all-reduce,
 which sends twice as much; on GPUs and TPUs it does not."""
@@ -91,10 +91,12 @@ def collective_rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
   return lines
 
 
-def table(lines: list[tuple[str, ...]]) -> str:
-  """Columns, each as wide as its widest entry."""
+def table(result: dict[str, Any]) -> str:
+  """Return what one of the measurements returned, in columns as wide as their widest entry."""
+  lines = collective_rows(result['meshes']) if 'meshes' in result else rows(result)
   widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-  return '\n'.join(
+  text = '\n'.join(
     '  '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
     for line in lines
   )
+  return f'{text}\n{NOTE}' if 'meshes' in result else text

@@ -6,15 +6,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.benchmark.flops import Flops, count_flops
-from diffusion_jax.benchmark.timing import peak_memory, quartiles, repeat, utilisation
-from diffusion_jax.benchmark.training import Counts
+from benchmarks.timing import peak_memory, quartiles, repeat, utilisation
+from benchmarks.training import Counts
+from diffusion_jax.costs.flops import Flops, count_flops
 from diffusion_jax.data.cache import moments_encoder
 from diffusion_jax.diffusion.samplers import sampler
+from diffusion_jax.errors import UserError
 from diffusion_jax.parallel.mesh import in_batches
 from diffusion_jax.pipelines.model import Diffusion, SampleConfig
+from diffusion_jax.recipe import LATENT
 from diffusion_jax.train.training import Training
 from diffusion_jax.types import Weights
+
+
+def check(config: dict[str, Any], what: str) -> None:
+  """Raise UserError for a config of a model that does not sample from prompts alone."""
+  settings = config['settings']
+  if config['task'] not in LATENT:
+    raise UserError(
+      f'{what} is of models that sample from prompts, and this config trains {config["task"]}; '
+      'use train or data.'
+    )
+  if what == 'sample' and (
+    settings.get('train') == 'controlnet' or settings.get('inputs', 'none') != 'none'
+  ):
+    raise UserError('sample is of models that are conditioned on a prompt alone; use train.')
 
 
 def measure_sampling(training: Training, counts: Counts, batch_size: int) -> dict[str, Any]:

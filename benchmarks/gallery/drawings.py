@@ -4,19 +4,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from benchmarks.gallery import mixtures
+from benchmarks.gallery.charts import error_chart, lattice, score_chart, trajectory_chart
+from benchmarks.gallery.page import Picture, Section
 from diffusion_jax.diffusion import processes
 from diffusion_jax.diffusion.samplers import SAMPLERS, sampler
 from diffusion_jax.diffusion.schedules import ScheduleConfig, tabulate
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import on_mixtures
-from diffusion_jax.viz.diffusion import (
-  error_chart,
-  lattice,
-  schedule_chart,
-  score_chart,
-  trajectory_chart,
-)
-from diffusion_jax.viz.gallery import Picture, Section
+from diffusion_jax.viz.diffusion import schedule_chart
 
 EXPLODING = ('karras', 'exponential', 'polyexponential')
 
@@ -70,7 +65,7 @@ def errors(samplers: Sequence[str] = ()) -> Iterator[str | Section]:
   found = {}
   for name in names:
     yield f'error of {name}'
-    found[name] = on_mixtures.errors(name, CALLS)
+    found[name] = mixtures.errors(name, CALLS)
   kinds = {
     'errors': (False, 'Deterministic samplers, two modes', 'mean |x − exact flow|', (1, 2, 3, 4)),
     'errors_stochastic': (
@@ -85,7 +80,7 @@ def errors(samplers: Sequence[str] = ()) -> Iterator[str | Section]:
       pictures.append(Picture(name, heading, chart, False))
   yield Section('errors', 'Errors of samplers', (
     'The denoiser is exact, so the error is the sampler’s own, on Karras steps from noise level '
-    f'{on_mixtures.FIRST_LEVEL:g} to {on_mixtures.LAST_LEVEL:g}. Deterministic samplers are '
+    f'{mixtures.FIRST_LEVEL:g} to {mixtures.LAST_LEVEL:g}. Deterministic samplers are '
     'compared with the exact flow of a mixture of two modes. Stochastic ones have no such map; '
     'on Gaussian data the standard deviation of their samples is known without drawing any. A '
     'method of order p falls like the faint line of that order.'
@@ -96,17 +91,17 @@ def trajectories(samplers: Sequence[str] = ()) -> Iterator[str | Section]:
   """Paths of the same points under several samplers, in the plane."""
   names = samplers or OF_PATHS
   points = lattice(REACH, 121)
-  density, _ = on_mixtures.field(points, 1.0, 0.0)
+  density, _ = mixtures.field(points, 1.0, 0.0)
   pictures = []
   for name in names:
     yield f'paths of {name}'
-    states = on_mixtures.paths(name).states
+    states = mixtures.paths(name).states
     kind = 'stochastic' if SAMPLERS[name].stochastic else 'deterministic'
     heading = f'{name}, {kind}'
     chart = trajectory_chart(states, title=f'Paths of {heading}', density=(points, density))
     pictures.append(Picture(f'trajectory_{name}', heading, chart, False))
   yield Section('trajectories', 'Paths of samplers', (
-    f'The same {on_mixtures.PATHS} points of pure noise, taken by {on_mixtures.PATH_STEPS} steps '
+    f'The same {mixtures.PATHS} points of pure noise, taken by {mixtures.PATH_STEPS} steps '
     'to a mixture of five modes, whose exact density is the blue below. Deterministic samplers '
     'agree on where a point goes; stochastic ones wander, and reach the same density.'
   ), tuple(pictures))
@@ -118,8 +113,8 @@ def scores(samplers: Sequence[str] = ()) -> Iterator[Section]:
   fine, coarse = lattice(REACH, 121), lattice(REACH * 0.95, 19)
   pictures = []
   for level in SCORE_LEVELS:
-    density, _ = on_mixtures.field(fine, 1.0, level)
-    _, vectors = on_mixtures.field(coarse, 1.0, level)
+    density, _ = mixtures.field(fine, 1.0, level)
+    _, vectors = mixtures.field(coarse, 1.0, level)
     heading = f'Score at σ / α = {level:g}'
     chart = score_chart(coarse, vectors, title=heading, density=(fine, density))
     pictures.append(Picture(f'score_{level:g}'.replace('.', '_'), heading, chart, False))
@@ -150,7 +145,7 @@ def draw(what: Sequence[str] = (), samplers: Sequence[str] = ()) -> Iterator[str
       raise UserError(f'drawing {name!r} is unknown; choose from {", ".join(DRAWINGS)}.')
   what = what or tuple(DRAWINGS)
   for name in samplers:
-    (on_mixtures.check_measurable if 'errors' in what else sampler)(name)
+    (mixtures.check_measurable if 'errors' in what else sampler)(name)
   return _parts(what, samplers)
 
 
