@@ -53,12 +53,12 @@ def on_devices(features, shards: int, batch: int):
   import jax
   import numpy as np
 
-  from diffusion_jax.evaluation import device_statistics
+  from diffusion_jax.evaluation import statistics
   from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 
   mesh = make_mesh(MeshConfig(), jax.devices()[:shards])
-  step = jax.jit(functools.partial(device_statistics.update, mesh=mesh), donate_argnums=0)
-  state, size, seconds = device_statistics.empty(features.shape[1], mesh), batch * shards, []
+  step = jax.jit(functools.partial(statistics.update, mesh=mesh), donate_argnums=0)
+  state, size, seconds = statistics.empty(features.shape[1], mesh), batch * shards, []
   for start in range(0, len(features), size):
     rows = features[start : start + size]
     valid = np.arange(size) < len(rows)
@@ -67,7 +67,7 @@ def on_devices(features, shards: int, batch: int):
     begin = time.perf_counter()
     state = jax.block_until_ready(step(state, rows, valid))
     seconds.append(time.perf_counter() - begin)
-  return device_statistics.collect(state, mesh=mesh), float(np.median(seconds[1:]))
+  return statistics.collect(state, mesh=mesh), float(np.median(seconds[1:]))
 
 
 def raw_moments(features):

@@ -30,9 +30,9 @@ import numpy as np
 import torch
 
 from diffusion_jax import __version__
-from diffusion_jax.evaluation import device_statistics
-from diffusion_jax.evaluation.extraction import Extraction
-from diffusion_jax.evaluation.extractors import InceptionExtractor
+from diffusion_jax.evaluation import statistics as sums_of
+from diffusion_jax.evaluation.extract import Extraction
+from diffusion_jax.evaluation.extractors.inception import InceptionExtractor
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.formats.inception import fold
 from diffusion_jax.models.features.inception import Inception, InceptionConfig
@@ -105,9 +105,9 @@ def statistics(batch_size: int) -> dict[str, float]:
   mesh = make_mesh(MeshConfig())
   batch, valid = put_batch((rows[:batch_size], np.ones(batch_size, bool)), mesh)
   update = jax.jit(
-    lambda state, batch: device_statistics.update(state, batch, valid, mesh=mesh), donate_argnums=0
+    lambda state, batch: sums_of.update(state, batch, valid, mesh=mesh), donate_argnums=0
   )
-  state = [update(device_statistics.empty(WIDTH, mesh), batch)]
+  state = [update(sums_of.empty(WIDTH, mesh), batch)]
 
   def on_device():
     state[0] = update(state[0], jnp.asarray(batch))

@@ -23,8 +23,8 @@ from diffusion_jax.data.synthetic import SyntheticImages
 from diffusion_jax.data.transforms import Label, build_transforms
 from diffusion_jax.data.unreadable import Counted, Damage, readable
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.job import check_samples
-from diffusion_jax.evaluation.provenance import REFERENCE, TESTED, of_features, of_model
+from diffusion_jax.evaluation.generated import check_samples
+from diffusion_jax.evaluation.report import REFERENCE, TESTED, of_features, of_model
 from diffusion_jax.io.trained import run_weights
 from diffusion_jax.models.attention import check_attention
 from diffusion_jax.models.kernels import check_products

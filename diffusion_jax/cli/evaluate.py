@@ -81,7 +81,7 @@ def add_likelihood_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   """Scores and writes."""
   from diffusion_jax.backend.xla import enable_compile_cache
-  from diffusion_jax.evaluation.writing import write
+  from diffusion_jax.evaluation.report import write
 
   enable_compile_cache()
   out = Path(args.out)

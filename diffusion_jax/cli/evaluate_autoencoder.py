@@ -34,9 +34,8 @@ def names_autoencoder(path: str | None) -> bool:
 
 def run(args: argparse.Namespace, out: Path, shown: dict) -> dict[str, Any] | None:
   """Scores of 'reconstructed' and 'untrained', both against the originals."""
-  from diffusion_jax.evaluation.comparison import Column, Reference
+  from diffusion_jax.evaluation.comparison import Column, Reference, local_mesh
   from diffusion_jax.evaluation.images import First
-  from diffusion_jax.evaluation.offline import local_mesh
 
   check(args)
   evaluate_job.start()
@@ -100,7 +99,7 @@ def _open(args: argparse.Namespace) -> tuple:
   """(network, a function that reads its parameters, its name and weights, the test images, what it
   was trained on)."""
   from diffusion_jax.data.splits import measured_on
-  from diffusion_jax.evaluation.provenance import TESTED, of_model
+  from diffusion_jax.evaluation.report import TESTED, of_model
   from diffusion_jax.formats.networks import load_params
   from diffusion_jax.models.autoencoder import AutoencoderKL
   from diffusion_jax.models.network import Network, under

@@ -126,7 +126,7 @@ def _write(
   args: argparse.Namespace, out: Path, comparison, found, history: list[dict],
   settings: dict[str, Any], about: tuple,
 ) -> None:
-  from diffusion_jax.evaluation.writing import write
+  from diffusion_jax.evaluation.report import write
 
   shown: dict[str, Any] = {}
   scores = evaluate_job.report(args, comparison, found, shown, settings, *about)

@@ -69,9 +69,9 @@ OF_BOTH = ('reference', 'features', 'metrics', 'save_statistics')
 
 def check(args: argparse.Namespace) -> None:
   """Raises a UserError for options that would do nothing, or whose value is none."""
-  from diffusion_jax.evaluation.keeping import KINDS
+  from diffusion_jax.evaluation.pieces import KINDS
   from diffusion_jax.evaluation.scores import outputs_of
-  from diffusion_jax.evaluation.statistics_files import check_suffix
+  from diffusion_jax.evaluation.statistics import check_suffix
 
   if args.images is not None and (args.workdir or args.model or args.likelihood):
     raise UserError('--images takes no model; leave out --workdir, --model and --likelihood.')
@@ -160,10 +160,10 @@ def open_comparison(
     clip: the features without --features.
     reference: in place of --reference. default: the metrics without --metrics.
   """
-  from diffusion_jax.evaluation.comparison import Comparison
-  from diffusion_jax.evaluation.extraction import Extraction
-  from diffusion_jax.evaluation.named import load_named, text_towers
-  from diffusion_jax.evaluation.offline import local_mesh
+  from diffusion_jax.evaluation.comparison import Comparison, local_mesh
+  from diffusion_jax.evaluation.extract import Extraction
+  from diffusion_jax.evaluation.extractors import load_named
+  from diffusion_jax.evaluation.extractors.clip import text_towers
 
   mesh = local_mesh()
   named = args.features or [f'clip:{clip}']
@@ -296,9 +296,8 @@ def _reference(
 
 def of_folder(args: argparse.Namespace, out: Path, shown: dict) -> dict[str, Any] | None:
   """Scores of the pictures of --images."""
-  from diffusion_jax.evaluation.comparison import Column
+  from diffusion_jax.evaluation.comparison import Column, of_images
   from diffusion_jax.evaluation.images import open_images
-  from diffusion_jax.evaluation.offline import of_images
 
   start()
   images = open_images(args.images)  # Before a data set is prepared, which may take minutes.

@@ -70,7 +70,7 @@ class Subject:
   @functools.cached_property
   def records(self) -> list | None:
     """The test split's records whose captions are drawn; None for captions of one's own."""
-    from diffusion_jax.evaluation.job import check_samples, shuffled
+    from diffusion_jax.evaluation.generated import check_samples, shuffled
 
     if self.args.captions:
       return None
@@ -106,8 +106,8 @@ class Subject:
   @functools.cached_property
   def _bits(self):
     """Bits per dimension of the test images of the captions, where --metrics names them."""
+    from diffusion_jax.evaluation.comparison import FiguresOf
     from diffusion_jax.evaluation.likelihood import discrete_bits
-    from diffusion_jax.evaluation.offline import FiguresOf
     from diffusion_jax.evaluation.scores import DISCRETE_BITS
 
     if not wants_bits(self.args):
@@ -140,7 +140,7 @@ class Subject:
     """What the model was trained on, seen from the test images."""
     from diffusion_jax.build import told_of_begin
     from diffusion_jax.data.splits import measured_on
-    from diffusion_jax.evaluation.provenance import TESTED, of_model
+    from diffusion_jax.evaluation.report import TESTED, of_model
 
     test = self.split('test').pictures
     if self.run is None:
@@ -181,8 +181,7 @@ class Subject:
     self, weights: Callable[[], Weights], name: str, sample: SampleConfig, keep: bool,
     place: str = '',
   ) -> Column:
-    from diffusion_jax.evaluation.comparison import Column
-    from diffusion_jax.evaluation.offline import of_model
+    from diffusion_jax.evaluation.comparison import Column, of_model
 
     return Column(of_model(
       self.model, weights, name, self.captions, sample, seed=self.args.seed, mesh=self.mesh,
@@ -191,7 +190,7 @@ class Subject:
 
   def untrained(self, weights: Callable[[], Weights]) -> Column:
     """The same network with fresh weights."""
-    from diffusion_jax.evaluation.job import fresh_weights
+    from diffusion_jax.evaluation.generated import fresh_weights
 
     @functools.cache
     def fresh() -> Weights:
@@ -203,9 +202,8 @@ class Subject:
 
   def real(self) -> dict[str, Column]:
     """'real', the test images of the captions, where these are the test split's."""
-    from diffusion_jax.evaluation.comparison import Column
+    from diffusion_jax.evaluation.comparison import Column, of_images
     from diffusion_jax.evaluation.images import Split
-    from diffusion_jax.evaluation.offline import of_images
 
     if self.records is None:
       return {}
@@ -250,7 +248,7 @@ def identity(
 
 def open_subject(args: argparse.Namespace, out: Path, config: dict | None) -> tuple:
   """(the model, what it is compared with)."""
-  from diffusion_jax.evaluation.offline import local_mesh
+  from diffusion_jax.evaluation.comparison import local_mesh
 
   evaluate_job.start()
   subject = Subject(args, local_mesh())

@@ -20,7 +20,7 @@ def told(
     images: that were scored. about: what these are.
     tested: the test split, where they are of it: real pictures with captions.
   """
-  from diffusion_jax.evaluation.provenance import REFERENCE, TESTED, of_features
+  from diffusion_jax.evaluation.report import REFERENCE, TESTED, of_features
 
   reference = comparison.reference
   sets = {REFERENCE: _pictures(reference.images)} if reference.count else {}
@@ -48,9 +48,9 @@ def _pictures(images: ImageSet | None):
 
 def _checked(comparison: Comparison, real: ImageSet | None) -> list[tuple[str, bool]]:
   """What each CLIP makes of real pictures and their captions: (sentence, whether to beware)."""
-  from diffusion_jax.evaluation.chance import PAIRS, real_retrieval
-  from diffusion_jax.evaluation.job import shuffled
-  from diffusion_jax.evaluation.named import text_towers
+  from diffusion_jax.evaluation.extractors.clip import text_towers
+  from diffusion_jax.evaluation.generated import shuffled
+  from diffusion_jax.evaluation.report import PAIRS, real_retrieval
 
   clips = text_towers(
     comparison.named, comparison.extraction.extractors, comparison.extraction.mesh

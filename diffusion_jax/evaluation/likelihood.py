@@ -32,7 +32,7 @@ from diffusion_jax.diffusion.schedules import Schedule
 from diffusion_jax.diffusion.score_matching import total
 from diffusion_jax.diffusion.variational import discretized_gaussian, gaussian_log_density
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.job import fresh_weights, shuffled
+from diffusion_jax.evaluation.generated import fresh_weights, shuffled
 from diffusion_jax.evaluation.scores import DISCRETE_BITS
 from diffusion_jax.parallel.mesh import in_batches
 from diffusion_jax.pipelines.model import Diffusion

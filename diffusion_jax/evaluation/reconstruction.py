@@ -10,11 +10,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
-from diffusion_jax.backend.xla import jit
-from diffusion_jax.evaluation.extraction import Made, reader
+from diffusion_jax.evaluation.comparison import Work
+from diffusion_jax.evaluation.extract import reader
 from diffusion_jax.evaluation.images import ImageSet
 from diffusion_jax.evaluation.metrics.images import l1_of_each, psnr_of_each, ssim_of_each
-from diffusion_jax.evaluation.offline import Work
+from diffusion_jax.evaluation.pieces import Made
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.perceptual import lpips
 from diffusion_jax.parallel.mesh import in_batches

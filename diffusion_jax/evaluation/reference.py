@@ -10,8 +10,9 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extractors import Extractor
 from diffusion_jax.evaluation.images import ImageSet, holds_images, open_images
 from diffusion_jax.evaluation.scores import METRICS
-from diffusion_jax.evaluation.statistics import Moments, Statistics
-from diffusion_jax.evaluation.statistics_files import (
+from diffusion_jax.evaluation.statistics import (
+  Moments,
+  Statistics,
   check_suffix,
   described,
   load_statistics,

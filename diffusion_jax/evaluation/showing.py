@@ -7,12 +7,12 @@ import numpy as np
 from jaxtyping import Int
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.extraction import Features
-from diffusion_jax.evaluation.keeping import Thumbnails
+from diffusion_jax.evaluation.extract import Features
 from diffusion_jax.evaluation.metrics.gaussians import principal_components
 from diffusion_jax.evaluation.metrics.logits import class_hits
-from diffusion_jax.evaluation.metrics.nearest import nearest_neighbours
+from diffusion_jax.evaluation.metrics.manifold import nearest_neighbours
 from diffusion_jax.evaluation.metrics.text import clip_score_of_each
+from diffusion_jax.evaluation.pieces import Thumbnails
 from diffusion_jax.viz.evaluation import ClassRow, Cloud, Pair, Prompt
 
 PAIRS, PROMPTS, CLASSES = 12, 12, 5

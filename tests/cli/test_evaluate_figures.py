@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.evaluation.extractors_classifier import load_classifier_extractor
-from diffusion_jax.evaluation.job import shuffled
+from diffusion_jax.evaluation.extractors.classifier import load_classifier_extractor
+from diffusion_jax.evaluation.generated import shuffled
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.vision.classifier import Classifier, ClassifierConfig

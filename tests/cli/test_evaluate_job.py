@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.evaluation.features import load_features
+from diffusion_jax.evaluation.extractors.clip import load_features
 from diffusion_jax.evaluation.metrics.frechet import frechet_distance
-from diffusion_jax.evaluation.statistics import Statistics
-from diffusion_jax.evaluation.statistics_files import save_statistics
+from diffusion_jax.evaluation.statistics import Statistics, save_statistics
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from tests import tiny
 
@@ -150,8 +149,7 @@ def test_what_only_the_first_process_finds_out_ends_the_others_alike(
 
 
 def test_pictures_are_kept_in_tar_files(tmp_path):
-  from diffusion_jax.evaluation.extraction import Made
-  from diffusion_jax.evaluation.keeping import Keeper
+  from diffusion_jax.evaluation.pieces import Keeper, Made
 
   images = [np.full((4, 5, 3), i, np.uint8) for i in range(3)]
   made = Made([images[0], None, images[2]], ['', 'damaged', ''])

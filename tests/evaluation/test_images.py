@@ -13,9 +13,9 @@ from PIL import Image
 from diffusion_jax.data.folder import open_folder
 from diffusion_jax.data.image_batch import ImageBatch
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.extraction import Made, reader
+from diffusion_jax.evaluation.extract import Made, reader
 from diffusion_jax.evaluation.images import Split, open_images
-from diffusion_jax.evaluation.keeping import Keeper
+from diffusion_jax.evaluation.pieces import Keeper
 from diffusion_jax.evaluation.reference import open_reference
 from tests import tiny
 

@@ -17,7 +17,7 @@ from diffusion_jax.diffusion.gaussian_mixture import GaussianMixture
 from diffusion_jax.diffusion.likelihood import flow_likelihood
 from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.job import shuffled
+from diffusion_jax.evaluation.generated import shuffled
 from diffusion_jax.evaluation.likelihood import (
   FIGURES,
   LikelihoodConfig,

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion_jax.evaluation.extraction import Extraction, Made
+from diffusion_jax.evaluation.comparison import Work, features_of
+from diffusion_jax.evaluation.extract import Extraction, Made
 from diffusion_jax.evaluation.metrics.frechet import frechet_distance
-from diffusion_jax.evaluation.offline import Work, features_of
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from tests import tiny
@@ -62,8 +62,8 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from benchmarks.peak_memory import PeakMemory, anonymous_bytes
-from diffusion_jax.evaluation import extraction
-from diffusion_jax.evaluation.offline import compare
+from diffusion_jax.evaluation import extract as extraction
+from diffusion_jax.evaluation.comparison import compare
 from tests.evaluation.test_memory import PIECE, features_of_two
 
 extraction.MOST_THUMBNAILS = 0

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.evaluation.extraction import Extraction
+from diffusion_jax.evaluation.comparison import compare, features_of, of_images
+from diffusion_jax.evaluation.extract import Extraction
 from diffusion_jax.evaluation.images import Folder
 from diffusion_jax.evaluation.metrics.images import psnr, ssim
-from diffusion_jax.evaluation.offline import compare, features_of, of_images
 from diffusion_jax.evaluation.reconstruction import (
   figures_of_pairs,
   of_autoencoder,

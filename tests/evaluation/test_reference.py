@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.extraction import Features
-from diffusion_jax.evaluation.offline import compare
+from diffusion_jax.evaluation.comparison import compare
+from diffusion_jax.evaluation.extract import Features
 from diffusion_jax.evaluation.reference import comparable, moments_of, open_reference, write_moments
-from diffusion_jax.evaluation.statistics import Statistics
-from diffusion_jax.evaluation.statistics_files import load_statistics
+from diffusion_jax.evaluation.statistics import Statistics, load_statistics
 
 RNG = np.random.default_rng(0)
 NAME = 'inception/w/clean'

@@ -8,13 +8,13 @@ import pytest
 from PIL import Image
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.extraction import Extraction, Features
+from diffusion_jax.evaluation.comparison import compare, features_of, of_images
+from diffusion_jax.evaluation.extract import Extraction, Features
 from diffusion_jax.evaluation.images import Folder
 from diffusion_jax.evaluation.metrics.frechet import frechet_distance
 from diffusion_jax.evaluation.metrics.kernel import kernel_distance
 from diffusion_jax.evaluation.metrics.manifold import precision_recall
 from diffusion_jax.evaluation.metrics.text import clip_score, retrieval_recall
-from diffusion_jax.evaluation.offline import compare, features_of, of_images
 from diffusion_jax.evaluation.scores import METRICS, Compared, outputs_of, score
 from diffusion_jax.evaluation.statistics import FittedGaussian, Statistics
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh

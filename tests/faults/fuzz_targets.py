@@ -78,7 +78,7 @@ def shards():
 
 
 def statistics():
-  from diffusion_jax.evaluation.statistics_files import described, load_statistics
+  from diffusion_jax.evaluation.statistics import described, load_statistics
 
   def make(folder):
     np.savez(folder / 'x.npz', mu=np.arange(3.0), sigma=np.eye(3), n=9, features='clip')
@@ -91,7 +91,7 @@ def statistics():
 
 
 def features():
-  from diffusion_jax.evaluation.statistics_files import load_features
+  from diffusion_jax.evaluation.statistics import load_features
 
   return Target(
     'features', lambda f: np.savez_compressed(f / 'x.npz', feats=np.ones((9, 4), np.float32)),
@@ -206,7 +206,7 @@ def captions_txt():
 
 
 def table():
-  from diffusion_jax.evaluation.table import add_rows
+  from diffusion_jax.evaluation.report import add_rows
 
   return Target(
     'table', lambda f: (f / 'x.csv').write_text('step,fid,note\n10,1.5,"a, b"\n20,1.25,x\n'),
@@ -447,8 +447,7 @@ def torch_state():
 
 
 def torch_statistics():
-  from diffusion_jax.evaluation.statistics import Statistics
-  from diffusion_jax.evaluation.statistics_files import load_statistics, save_statistics
+  from diffusion_jax.evaluation.statistics import Statistics, load_statistics, save_statistics
 
   found = Statistics.from_features(np.random.default_rng(0).normal(size=(9, 3)))
   return Target('torch_statistics', lambda folder: save_statistics(folder / 'x.pt', found),

@@ -14,7 +14,7 @@ import itertools, sys
 import jax
 index, port = int(sys.argv[1]), sys.argv[2]
 jax.distributed.initialize(f'127.0.0.1:{port}', 2, index)
-from diffusion_jax.evaluation.budget import Budget
+from diffusion_jax.evaluation.generated import Budget
 clock = itertools.count(0, 1 + 5 * index)  # For the second, all takes six times as long.
 budget = Budget(10.0, lambda: next(clock))
 print(next(batch for batch in range(1, 100) if budget.over()))

@@ -10,7 +10,7 @@ import pytest
 
 from diffusion_jax.data.image_batch import ImageBatch
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.statistics_files import load_features, load_statistics
+from diffusion_jax.evaluation.statistics import load_features, load_statistics
 
 MU, SIGMA = np.zeros(3), np.eye(3)
 

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip('torch')
 
 from diffusion_jax.evaluation.extractors import compiled, load_extractor  # noqa: E402
-from diffusion_jax.evaluation.resize import OF_INCEPTION, prepare  # noqa: E402
+from diffusion_jax.evaluation.extractors.resize import OF_INCEPTION, prepare  # noqa: E402
 from diffusion_jax.models.features.inception import SIZE, InceptionConfig  # noqa: E402
 from tests.parity.reference import resizers  # noqa: E402
 from tests.parity.reference.inception import random_inception  # noqa: E402

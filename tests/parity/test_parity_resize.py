@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.resize import (
+from diffusion_jax.evaluation.extractors.resize import (
   OF_INCEPTION,
   RULES,
   prepare,

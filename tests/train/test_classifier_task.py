@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffusion_jax.data.labelled import open_labelled
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.extractors_classifier import (
+from diffusion_jax.evaluation.extractors.classifier import (
   ClassifierExtractor,
   load_classifier_extractor,
 )

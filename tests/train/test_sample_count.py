@@ -5,7 +5,7 @@ import sys
 import time
 import types
 
-from diffusion_jax.evaluation.budget import Budget
+from diffusion_jax.evaluation.generated import Budget
 from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.runs.metrics import MetricsWriter
 from diffusion_jax.train.config import LoopConfig

@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 from scipy.stats import binom
 
-from diffusion_jax.evaluation.chance import Retrieval, real_retrieval
-from diffusion_jax.evaluation.provenance import of_features
+from diffusion_jax.evaluation.report import Retrieval, of_features, real_retrieval
 from diffusion_jax.formats.networks import resolve
 from diffusion_jax.runs.trained_on import Pictures, read_trained_on, write_trained_on
 from diffusion_jax.train.card import model_card

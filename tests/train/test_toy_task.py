@@ -11,7 +11,7 @@ from scipy.spatial.distance import cdist
 
 from diffusion_jax.data.points import open_points
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.metrics.energy import energy_distance
+from diffusion_jax.evaluation.metrics.kernel import energy_distance
 from diffusion_jax.formats.networks import load_params
 from diffusion_jax.formats.tensors import read_tensors
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.metrics.checks import matrix
+from diffusion_jax.evaluation.metrics.pairwise import matrix
 from diffusion_jax.evaluation.statistics import Moments, Statistics, check_same_width
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.metrics.checks import pair
+from diffusion_jax.evaluation.metrics.pairwise import pair
 from diffusion_jax.evaluation.statistics import Moments, check_same_width
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.metrics.checks import matrix
+from diffusion_jax.evaluation.metrics.pairwise import matrix
 
 
 def inception_score(

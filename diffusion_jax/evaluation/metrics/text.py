@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.metrics.checks import matrix
+from diffusion_jax.evaluation.metrics.pairwise import matrix
 
 # Two captions with one embedding score alike only up to the order in which products are summed.
 _TIE = 1e-12

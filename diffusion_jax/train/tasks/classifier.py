@@ -12,7 +12,7 @@ from diffusion_jax.backend.xla import jit
 from diffusion_jax.data.loader import Source
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.extractors_classifier import ClassifierExtractor
+from diffusion_jax.evaluation.extractors.classifier import ClassifierExtractor
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.vision.classifier import Classifier, ClassifierConfig

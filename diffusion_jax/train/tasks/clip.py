@@ -14,8 +14,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax.data.sources import ImageSource
 from diffusion_jax.data.unreadable import some
-from diffusion_jax.evaluation.extractors import CLIPExtractor
-from diffusion_jax.evaluation.features import CLIPFeatures, unit
+from diffusion_jax.evaluation.extractors.clip import CLIPExtractor, CLIPFeatures, unit
 from diffusion_jax.evaluation.metrics.text import clip_score, retrieval_recall
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models.network import Network

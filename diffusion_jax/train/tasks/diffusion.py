@@ -17,7 +17,12 @@ from diffusion_jax.diffusion.schedules import ScheduleConfig
 from diffusion_jax.diffusion.timesteps import LossHistory, update_history
 from diffusion_jax.diffusion.training import Losses, Objective, ObjectiveConfig
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.job import DRAW_BATCH, Evaluation, EvaluationConfig, fresh_weights
+from diffusion_jax.evaluation.generated import (
+  DRAW_BATCH,
+  Evaluation,
+  EvaluationConfig,
+  fresh_weights,
+)
 from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.parallel.mesh import to_host

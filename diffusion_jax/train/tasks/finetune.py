@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from diffusion_jax.data.transforms import edges
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.job import Evaluation
+from diffusion_jax.evaluation.generated import Evaluation
 from diffusion_jax.models.lora import LoRAConfig
 from diffusion_jax.pipelines.architectures import ARCHITECTURES, architecture_model
 from diffusion_jax.pipelines.conditioners import random_masks

@@ -18,7 +18,7 @@ from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
 from diffusion_jax.diffusion.training import Network as Denoising
 from diffusion_jax.diffusion.training import Objective, ObjectiveConfig
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.metrics.energy import energy_distance
+from diffusion_jax.evaluation.metrics.kernel import energy_distance
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models.mlp import MLP, MLPConfig
 from diffusion_jax.models.network import Network

@@ -9,8 +9,11 @@ from scipy.spatial.distance import cdist
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.metrics import pairwise
 from diffusion_jax.evaluation.metrics.kernel import cmmd
-from diffusion_jax.evaluation.metrics.manifold import density_coverage, precision_recall
-from diffusion_jax.evaluation.metrics.nearest import nearest_neighbours
+from diffusion_jax.evaluation.metrics.manifold import (
+  density_coverage,
+  nearest_neighbours,
+  precision_recall,
+)
 from diffusion_jax.evaluation.metrics.pairwise import count_in_balls, neighbour_radii
 
 

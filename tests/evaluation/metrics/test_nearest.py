@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.metrics.nearest import nearest_neighbours
+from diffusion_jax.evaluation.metrics.manifold import nearest_neighbours
 
 
 @pytest.mark.parametrize('block', [4096, 37])

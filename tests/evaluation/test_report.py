@@ -2,9 +2,7 @@
 
 import pytest
 
-from diffusion_jax.evaluation.comparable import family_of, incomparable
-from diffusion_jax.evaluation.table import add_rows, read_rows
-from diffusion_jax.evaluation.writing import write
+from diffusion_jax.evaluation.report import add_rows, family_of, incomparable, read_rows, write
 
 
 def _row(*figures, **settings):

@@ -1,10 +1,14 @@
-"""Scores a text-to-image model on the captions of the test split, again and again as it trains."""
+"""How long the drawing of samples for one evaluation may take.
+
+Scores a text-to-image model on the captions of the test split, again and again as it trains.
+"""
 
 import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,17 +19,51 @@ from tqdm import tqdm
 from diffusion_jax.data.sources import ImageSource
 from diffusion_jax.data.unreadable import readable, some
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.budget import Budget
-from diffusion_jax.evaluation.chance import PAIRS, real_retrieval
-from diffusion_jax.evaluation.collecting import Collected, Collector, Images
-from diffusion_jax.evaluation.figures import figure_names
-from diffusion_jax.evaluation.named import check_named, load_named, text_towers
+from diffusion_jax.evaluation.extract import Collected, Collector, Images
+from diffusion_jax.evaluation.extractors import check_named, load_named
+from diffusion_jax.evaluation.extractors.clip import text_towers
+from diffusion_jax.evaluation.report import PAIRS, real_retrieval
 from diffusion_jax.evaluation.scores import METRICS as KNOWN_METRICS
-from diffusion_jax.evaluation.scores import Compared, Scores, check_metrics, outputs_of, score
+from diffusion_jax.evaluation.scores import (
+  Compared,
+  Scores,
+  check_metrics,
+  figure_names,
+  outputs_of,
+  score,
+)
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.parallel.mesh import put_params, to_host
+from diffusion_jax.parallel.processes import agree
 from diffusion_jax.pipelines.model import Diffusion, SampleConfig
 from diffusion_jax.types import Record, Weights
+
+
+class Budget:
+  """Seconds for a loop over equal batches, by the clock of the first process.
+
+  The first batch may have to compile its program, which is not counted against it: it counts no
+  more than the second. So there are always two batches, if so many are wanted.
+  """
+
+  def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic):
+    self.seconds, self._clock = seconds, clock
+    self._last = clock()
+    self._times: list[float] = []
+
+  def over(self) -> bool:
+    """Whether one batch more would take too long; after each batch, on all processes alike.
+
+    All processes must ask equally often.
+    """
+    now = self._clock()
+    self._times.append(now - self._last)
+    self._last = now
+    if not self.seconds or len(self._times) < 2:
+      return False
+    spent = sum(self._times[1:]) + min(self._times[:2])
+    return agree('evaluation', str(spent + self._times[-1] > self.seconds))[0] == 'True'
+
 
 MINIMUM = 16
 DRAW_BATCH = 32

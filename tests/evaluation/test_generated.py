@@ -7,8 +7,8 @@ import pytest
 from diffusion_jax.data.sources import ImageSource
 from diffusion_jax.diffusion.schedules import ScheduleConfig
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.features import load_features
-from diffusion_jax.evaluation.job import Evaluation, EvaluationConfig, shuffled
+from diffusion_jax.evaluation.extractors.clip import load_features
+from diffusion_jax.evaluation.generated import Evaluation, EvaluationConfig, shuffled
 from diffusion_jax.evaluation.metrics.frechet import frechet_distance
 from diffusion_jax.evaluation.metrics.text import clip_score
 from diffusion_jax.evaluation.statistics import Statistics

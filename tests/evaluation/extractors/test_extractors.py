@@ -9,13 +9,13 @@ import transformers
 from PIL import Image
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.extractors import (
-  InceptionExtractor,
-  compiled,
+from diffusion_jax.evaluation.extractors import compiled, load_extractor
+from diffusion_jax.evaluation.extractors.clip import (
+  CLIPFeatures,
   load_clip_extractor,
-  load_extractor,
+  load_features,
 )
-from diffusion_jax.evaluation.features import CLIPFeatures, load_features
+from diffusion_jax.evaluation.extractors.inception import InceptionExtractor
 from diffusion_jax.formats.networks import load
 from diffusion_jax.models.features.inception import Inception, InceptionConfig
 from diffusion_jax.models.network import Network

@@ -7,7 +7,7 @@ import os
 import jax
 from jax.sharding import Mesh
 
-from diffusion_jax.evaluation.resize import resize
+from diffusion_jax.evaluation.extractors.resize import resize
 from diffusion_jax.formats.networks import load_params, resolve
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.vision.classifier import Classifier

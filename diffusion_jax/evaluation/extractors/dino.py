@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax.evaluation.resize import resize
+from diffusion_jax.evaluation.extractors.resize import resize
 from diffusion_jax.formats.dinov2 import DINOV2
 from diffusion_jax.formats.networks import load_params, resolve
 from diffusion_jax.models.network import Network

@@ -1,0 +1,110 @@
+"""Networks that turn images into features, by name: Inception with each resize rule, CLIP, DINOv2
+and classifiers. Commands and configs name them KIND:PATH."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import jax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, UInt8
+
+from diffusion_jax.backend.xla import jit
+from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.scores import outputs_of
+from diffusion_jax.models.checks import require
+from diffusion_jax.models.features.inception import InceptionConfig
+from diffusion_jax.types import Params
+
+EXTRACTORS = {
+  **{
+    f'inception/{rule}': 'diffusion_jax.evaluation.extractors.inception:load_inception_extractor'
+    for rule in ('tensorflow', 'pytorch', 'clean')
+  },
+  'clip': 'diffusion_jax.evaluation.extractors.clip:load_clip_extractor',
+  'dinov2': 'diffusion_jax.evaluation.extractors.dino:load_dinov2_extractor',
+  'classifier': 'diffusion_jax.evaluation.extractors.classifier:load_classifier_extractor',
+}
+"""Kind -> its loader (path, *, mesh), or for one KIND/RULE (path, rule, outputs, *, mesh)."""
+
+
+class Extractor(Protocol):
+  """Images -> features, as a pure function of parameters.
+
+  Attributes:
+    name: tells features apart that must not be compared: network, file of weights, resize rule.
+    widths: of each output by name.
+    params: what `apply` computes with.
+    size, resizing: edge of the images that the network sees, and the rule of `resize.RULES` that
+      takes them there; images of 0-255 that have been resized so already, float32, stay as they
+      are.
+  """
+
+  name: str
+  widths: dict[str, int]
+  params: Params
+  size: int
+  resizing: str
+
+  def apply(
+    self, params: Params, images: UInt8[Array, 'b h w 3']
+  ) -> dict[str, Float[Array, 'b d']]:
+    """Float32 features of uint8 images of any size. Pure, so it can be jitted and sharded."""
+    ...
+
+
+def compiled(extractor: Extractor) -> Callable[[Params, jax.Array], dict[str, jax.Array]]:
+  """jax.jit of `apply`, with the options under which convolutions are quickest."""
+  return jit(extractor.apply)
+
+
+def load_extractor(
+  name: str, path: str | os.PathLike, *, outputs: Sequence[str] = (), mesh: Mesh | None = None
+) -> Extractor:
+  """Load an extractor of EXTRACTORS with the weights at a path, on the mesh, or on the host.
+
+  Args:
+    outputs: of Inception, which computes no further than it must; 'pool3' where none is named.
+
+  Raises:
+    UserError: no such extractor, weights that cannot be read, or an output it does not have.
+  """
+  require(name in EXTRACTORS, f'There are no features {name!r}; choose of {", ".join(EXTRACTORS)}.')
+  module, _, loader = EXTRACTORS[name].partition(':')
+  load, rule = getattr(importlib.import_module(module), loader), name.partition('/')[2]
+  made = load(path, rule, outputs or ('pool3',), mesh=mesh) if rule else load(path, mesh=mesh)
+  missing = sorted(set(outputs) - set(made.widths))
+  require(not missing, f'{name} has no {", ".join(missing)}; choose of {", ".join(made.widths)}.')
+  return made
+
+
+def check_named(named: Sequence[str], option: str = '--features') -> None:
+  """UserError, naming the option, for a name that is not KIND:PATH with a kind of EXTRACTORS."""
+  for text in named:
+    kind, colon, _ = text.partition(':')
+    if not colon or kind not in EXTRACTORS:
+      raise UserError(
+        f'{option} {text} is not of the form KIND:PATH with a kind of {", ".join(EXTRACTORS)}.'
+      )
+
+
+def load_named(
+  named: Sequence[str], metrics: Sequence[str], mesh: Mesh, option: str = '--features'
+) -> list[Extractor]:
+  """An extractor for each KIND:PATH, on the mesh; Inception computes what the metrics need.
+
+  UserError for a name of another form, an unknown metric, or weights that cannot be read.
+  """
+  check_named(named, option)
+  found = []
+  for text in named:
+    kind, _, path = text.partition(':')
+    inception = kind.startswith('inception')
+    # ImageNet's logits know nothing of the classes of one's own.
+    widths = {k: v for k, v in InceptionConfig().widths.items() if k != 'logits'}
+    outputs = outputs_of(metrics, widths) if inception else ()
+    found.append(load_extractor(kind, path, outputs=outputs, mesh=mesh))
+  return found

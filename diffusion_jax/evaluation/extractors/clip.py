@@ -1,0 +1,137 @@
+"""Embeddings of images and texts by CLIP, in batches over the mesh."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from diffusion_jax.evaluation.extract import column
+from diffusion_jax.evaluation.extractors import Extractor, compiled
+from diffusion_jax.evaluation.extractors.resize import resize
+from diffusion_jax.files import inside
+from diffusion_jax.formats.networks import KINDS, load_params, resolve
+from diffusion_jax.formats.preprocessor import read_pixels
+from diffusion_jax.formats.tensors import read_json
+from diffusion_jax.models.checks import require
+from diffusion_jax.models.network import Network
+from diffusion_jax.models.text.clip import CLIPConfig
+from diffusion_jax.models.text.tokenizer import Cut, Tokenize, load_tokenizer
+from diffusion_jax.parallel.mesh import in_batches
+from diffusion_jax.types import Params
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerBase
+
+
+def unit(x: Float[Array, 'n p']) -> Float[Array, 'n p']:
+  """Scales rows to Euclidean length 1."""
+  return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def load_features(path: str, mesh: Mesh) -> CLIPFeatures:
+  """The CLIP, both towers, in a directory or 'asset:NAME'. UserError where it cannot be read."""
+  return CLIPFeatures(load_clip_extractor(path, mesh=mesh), load_tokenizer(resolve(path)), mesh)
+
+
+class CLIPExtractor:
+  """CLIP's image tower with its projection: 'embedding' [b p], not normalised.
+
+  Images are resized by PIL's bicubic rule with antialiasing, whatever their shape, to the tower's
+  square. `has_texts` says whether the network also has a tower for texts.
+
+  Args:
+    clip: a CLIP, or a CLIPVisionModelWithProjection.
+    mean, std: of each channel of the pixels in [0, 1]; the tower sees (pixel - mean) / std. The
+      defaults, to [-1, 1], are those of the towers that are trained here.
+  """
+
+  def __init__(
+    self, clip: Network, params: Params, weights: str, mean: Sequence[float] = (0.5,) * 3,
+    std: Sequence[float] = (0.5,) * 3,
+  ):
+    self.name = f'clip/{weights}/bicubic'
+    self.widths = {'embedding': clip.config.projection_dim}
+    self.network, self.params = clip, params
+    self.has_texts = isinstance(clip.config, CLIPConfig)
+    vision = clip.config.vision_config if self.has_texts else clip.config
+    self.size, self.resizing = vision.image_size, 'clean'
+    self._mean, self._std = (np.asarray(v, np.float32) * 255 for v in (mean, std))
+
+  def apply(self, params: Params, images: jax.Array) -> dict[str, jax.Array]:
+    """uint8 [b h w 3] -> {'embedding': [b p]}."""
+    pixels = (resize(images, self.size, self.resizing) - self._mean) / self._std
+    return {'embedding': self.network.bind(params).encode_image(pixels).astype(jnp.float32)}
+
+
+def load_clip_extractor(path: str | os.PathLike, *, mesh: Mesh | None = None) -> CLIPExtractor:
+  """The CLIP in a directory or 'asset:NAME', or an image tower of one with its projection.
+
+  Its preprocessor_config.json says mean and std. UserError where it cannot be read.
+  """
+  directory, kind = resolve(path), 'clip_vision_projection'
+  if not KINDS[kind].describes(read_json(inside(directory / 'config.json', directory))):
+    kind = 'clip'
+  config, params = load_params(kind, path, mesh=mesh)
+  file = directory / 'preprocessor_config.json'
+  pixels = read_pixels(inside(file, directory)) if file.is_file() else {}
+  network = Network.of(KINDS[kind].module, config)
+  return CLIPExtractor(network, params, directory.resolve().name, **pixels)
+
+
+class CLIPFeatures:
+  """CLIP's embeddings of images and texts: projected, float32, not normalised.
+
+  UserError for an image tower alone.
+  """
+
+  def __init__(
+    self, extractor: CLIPExtractor, tokenizer: PreTrainedTokenizerBase, mesh: Mesh,
+    batch_size: int = 64,
+  ):
+    require(
+      extractor.has_texts,
+      f'{extractor.name} is an image tower alone and knows no texts; give a CLIP with both towers.',
+    )
+    self.extractor, self.mesh, self.batch_size = extractor, mesh, batch_size
+    clip = extractor.network
+    length = clip.config.text_config.max_position_embeddings
+    self._tokenize = Tokenize(tokenizer, length, cut=Cut(reader=extractor.name))
+    self._embed_images = compiled(extractor)
+    self._embed_texts = jax.jit(
+      lambda params, ids: {'embedding': clip.bind(params).encode_text(ids)[1].astype(jnp.float32)}
+    )
+
+  def _run(self, function, values: np.ndarray) -> np.ndarray:
+    batches = in_batches(
+      function, self.extractor.params, values, mesh=self.mesh, batch_size=self.batch_size
+    )
+    return np.concatenate([batch['embedding'] for batch in batches])
+
+  def images(self, images: np.ndarray) -> np.ndarray:
+    """uint8 [n h w 3] -> [n p]; other sizes than the tower's are resized (bicubic, antialiased)."""
+    return self._run(self._embed_images, images)
+
+  def texts(self, texts: Sequence[str]) -> np.ndarray:
+    """Texts -> [n p]; longer ones than the context are cut."""
+    return self._run(self._embed_texts, self._tokenize.batch(texts))
+
+
+def text_towers(
+  named: Sequence[str], extractors: Sequence[Extractor], mesh: Mesh
+) -> dict[str, CLIPFeatures]:
+  """Column -> what embeds captions for it, of every CLIP with a text tower among them."""
+  found = {}
+  for text, extractor in zip(named, extractors, strict=True):
+    kind, _, path = text.partition(':')
+    if kind == 'clip' and extractor.has_texts:
+      found[column(extractor, 'embedding')] = CLIPFeatures(
+        extractor, load_tokenizer(resolve(path)), mesh
+      )
+  return found
