@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
+from diffusion_jax.backend.xla import jit
 from diffusion_jax.evaluation.comparison import Work
 from diffusion_jax.evaluation.extract import reader
 from diffusion_jax.evaluation.images import ImageSet
