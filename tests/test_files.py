@@ -318,7 +318,7 @@ def test_a_folder_that_is_copied_at_the_end_is_looked_through_at_the_start(model
 
   replaced(model / 'notes.md', secret)
   with pytest.raises(UserError, match=r'notes\.md is a link that leads out'):
-    Full(str(model), None)
+    Full(str(model), object())
 
 
 def test_a_pipe_is_no_tokenizer(model):

@@ -84,20 +84,49 @@ def test_two_processes_of_a_launcher_meet_and_compute_together(environment, name
     assert code == 0, err[-2000:]
     found, *_, computed = out.splitlines()  # Gloo speaks, too.
     assert computed == f'[[10, 1], [20, 1]] {i} 2'
-    assert found.startswith(f'process {i} of 2 ({name}: ') and found.endswith(f':{port}')
+    assert found.startswith(f'process {i} of 2 ({name}: ')
+
+
+def _explicit(index: int, port: int, **more: str) -> dict[str, str]:
+  # Without the log of jaxlib, which tells process 0 that it ends what it has begun.
+  return {
+    'COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'PROCESS_COUNT': '2', 'PROCESS_INDEX': str(index),
+    'TF_CPP_MIN_LOG_LEVEL': '3', **more,
+  }
 
 
 @pytest.mark.parametrize('index', [0, 1])
 def test_without_its_peer_a_process_leaves_with_one_sentence(index):
   # jaxlib itself would end the process with SIGABRT and a stack trace.
   start, port = time.monotonic(), _free_port()
-  [(code, _, err)] = _results(_start(
-    COORDINATOR_ADDRESS=f'127.0.0.1:{port}', PROCESS_COUNT='2', PROCESS_INDEX=str(index),
-    COORDINATOR_TIMEOUT_SECONDS='1',
-  ))
+  [(code, _, err)] = _results(_start(**_explicit(index, port, COORDINATOR_TIMEOUT_SECONDS='1')))
   assert code == 2 and len(err.splitlines()) == 1, err
-  assert err.startswith((
-    f'process 0 waited 1 s at 127.0.0.1:{port}, but process 1 of 2 did not come',
-    f'process 1 of 2 could not reach process 0 at 127.0.0.1:{port} within 1 s (Connection refused)',
-  )[index]), err
+  assert err.startswith(f'not all processes have met at 127.0.0.1:{port} within 1 s; see what')
   assert time.monotonic() - start < 20
+
+
+def test_a_port_that_another_program_uses():
+  with socket.create_server(('', 0)) as server:
+    port = server.getsockname()[1]
+    [(code, _, err)] = _results(_start(**_explicit(0, port)))
+  assert code == 2 and f'could not join the others at 127.0.0.1:{port}' in err, err
+
+
+def test_a_launcher_that_jax_does_not_understand():
+  """Version 5 of Open MPI no longer says where mpirun runs."""
+  [(code, _, err)] = _results(_start(OMPI_COMM_WORLD_SIZE='2', OMPI_COMM_WORLD_RANK='0'))
+  assert code == 2 and 'where jax does not know the cluster set COORDINATOR_ADDRESS' in err, err
+
+
+def test_a_signal_between_joining_and_training_is_heard():
+  """jaxlib has a handler of SIGTERM of its own, which would swallow it."""
+  script = f"""
+import os, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+from diffusion_jax.parallel.startup import _join
+_join(60, coordinator_address='127.0.0.1:{_free_port()}', num_processes=1, process_id=0)
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+  env = os.environ | {'PYTHONPATH': str(tiny.ROOT)}
+  done = subprocess.run([sys.executable, '-c', script], env=env, timeout=60, check=False)
+  assert done.returncode == 143
