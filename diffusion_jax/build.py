@@ -12,14 +12,11 @@ from ml_collections import ConfigDict
 from diffusion_jax.checkpoint.saving import of_storage, reason
 from diffusion_jax.data.cache import ChooseText, cached_source, synthetic_cache
 from diffusion_jax.data.credits import CREDITS
-from diffusion_jax.data.fingerprint import fingerprint
-from diffusion_jax.data.folder import FOLDER, Together, open_folder
-from diffusion_jax.data.labelled import open_labelled
 from diffusion_jax.data.loader import Loader, Source
-from diffusion_jax.data.points import open_points
-from diffusion_jax.data.sources import open_source
-from diffusion_jax.data.splits import APART, measured_on
-from diffusion_jax.data.synthetic import SyntheticImages
+from diffusion_jax.data.sources.arrays import SyntheticImages, open_points
+from diffusion_jax.data.sources.folder import FOLDER, Together, open_folder, open_labelled
+from diffusion_jax.data.sources.tfds import open_source
+from diffusion_jax.data.splits import APART, fingerprint, measured_on
 from diffusion_jax.data.transforms import Label, build_transforms
 from diffusion_jax.data.unreadable import Counted, Damage, readable
 from diffusion_jax.errors import UserError

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict, config_flags
 
 from diffusion_jax import configs
 from diffusion_jax.config import typed
-from diffusion_jax.data.folder import FOLDER
+from diffusion_jax.data.sources.folder import FOLDER
 from diffusion_jax.data.splits import TEST_FRACTION, check_fraction
 from diffusion_jax.data.unreadable import MOST_UNREADABLE
 from diffusion_jax.errors import UserError

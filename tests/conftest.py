@@ -78,13 +78,13 @@ def small_data(once):
   """Root of a data set of a few hundred OpenMoji at 32 px; $DIFFUSION_JAX_DATA points to it."""
 
   def make(folder):
-    from diffusion_jax.data.datasets.openmoji import render
-    from diffusion_jax.data.prepare import prepare
+    from diffusion_jax.data.sources.openmoji import builder
+    from diffusion_jax.data.sources.tfds import prepare_dataset
 
-    every = render.drawings
+    every = builder.drawings
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(render, 'drawings', lambda: itertools.islice(every(), 0, None, 12))
-      prepare('openmoji', tiny.SIZE, str(folder))
+      patch.setattr(builder, 'drawings', lambda: itertools.islice(every(), 0, None, 12))
+      prepare_dataset('openmoji', tiny.SIZE, str(folder))
 
   root = str(once('small_data', make))
   os.environ['DIFFUSION_JAX_DATA'] = root
@@ -94,7 +94,7 @@ def small_data(once):
 @pytest.fixture(scope='session')
 def sources(small_data):
   """(train, test) of the small data set."""
-  from diffusion_jax.data.sources import open_source
+  from diffusion_jax.data.sources.tfds import open_source
 
   return tuple(
     open_source('openmoji', split, size=tiny.SIZE, data_dir=small_data)

@@ -64,13 +64,13 @@ def half_sized_data(once):
   """Root of every twelfth OpenMoji at the size of the quickstart."""
 
   def make(folder):
-    from diffusion_jax.data.datasets.openmoji import render
-    from diffusion_jax.data.prepare import prepare
+    from diffusion_jax.data.sources.openmoji import builder
+    from diffusion_jax.data.sources.tfds import prepare_dataset
 
-    every = render.drawings
+    every = builder.drawings
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(render, 'drawings', lambda: itertools.islice(every(), 0, None, 12))
-      prepare('openmoji', 64, str(folder))
+      patch.setattr(builder, 'drawings', lambda: itertools.islice(every(), 0, None, 12))
+      prepare_dataset('openmoji', 64, str(folder))
 
   return str(once('half_sized_data', make))
 

@@ -123,7 +123,7 @@ def labels_of(args: argparse.Namespace) -> list[str] | None:
 
 def lines(path: str, what: str = 'captions') -> list[str]:
   """The captions, or what else it is, of a file, one a line."""
-  from diffusion_jax.data.text import read_lines
+  from diffusion_jax.data.captions import read_lines
 
   found = read_lines(path, what)
   if not found:
@@ -245,7 +245,7 @@ def settings_of(comparison: Comparison) -> dict[str, Any]:
 
 def open_split(args: argparse.Namespace, name: str, size: int | None = None) -> Split:
   """A split of --dataset, at a size of --size where none is given."""
-  from diffusion_jax.data.sources import open_source
+  from diffusion_jax.data.sources.tfds import open_source
 
   size = size or (SIZE if args.size is None else args.size)
   source = open_source(args.dataset, name, size=size, data_dir=args.data_dir, prepare=True)
@@ -254,7 +254,7 @@ def open_split(args: argparse.Namespace, name: str, size: int | None = None) -> 
 
 def named_split(source, dataset: str, size: int, name: str) -> Split:
   """A split of a data set as a set of images that knows which it is."""
-  from diffusion_jax.data.fingerprint import fingerprint
+  from diffusion_jax.data.splits import fingerprint
   from diffusion_jax.evaluation.images import Split
   from diffusion_jax.runs.trained_on import pictures_of
 

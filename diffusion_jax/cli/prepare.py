@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
   """Prepares."""
-  from diffusion_jax.data.prepare import prepare
+  from diffusion_jax.data.sources.tfds import prepare_dataset
 
-  print(f'the data set is in {prepare(args.dataset, args.size, args.data_dir)}')
+  print(f'the data set is in {prepare_dataset(args.dataset, args.size, args.data_dir)}')
   return 0

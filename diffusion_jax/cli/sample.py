@@ -63,7 +63,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
   """
   prompts = list(args.prompt)
   if args.prompts:
-    from diffusion_jax.data.text import read_lines
+    from diffusion_jax.data.captions import read_lines
 
     prompts += read_lines(args.prompts, 'prompts file')
   if not prompts:

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from diffusion_jax.backend.xla import jit
-from diffusion_jax.data.sources import ArraySource, ImageSource
+from diffusion_jax.data.sources.arrays import ArraySource
+from diffusion_jax.data.sources.tfds import ImageSource
 from diffusion_jax.errors import Unreadable, UserError
 from diffusion_jax.parallel.mesh import in_batches, put_params
 from diffusion_jax.parallel.processes import agree

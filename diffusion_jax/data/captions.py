@@ -1,16 +1,250 @@
-"""Which captions belong to which picture of a folder.
+"""People's text out of files: one way to decode it, one way to tell lines apart.
+
+Lists of captions: metadata.jsonl, metadata.csv and metadata.tsv, as diffusers' users keep them.
+
+A row has the name of a picture below the list's folder (`file_name`) and its caption (`text`). A
+list of texts, several columns of captions and several rows are several captions. Null, numbers and
+objects are none.
+
+Which captions belong to which picture of a folder.
 
 The text file beside a picture counts first, then the list nearest to it, then what is given for
 all.
 """
 
-from collections.abc import Sequence
+import codecs
+import csv
+import os
+import posixpath
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from diffusion_jax.data.finding import SUFFIXES, Left, key_of, with_suffixes
-from diffusion_jax.data.metadata import LISTS, read_list
-from diffusion_jax.data.text import lines_of, read_lines
 from diffusion_jax.errors import UserError
+from diffusion_jax.files import first_line, parse_json
+
+MOST_BYTES = 2**26
+"""Of a file that is read as a whole: a million prompts."""
+LONGEST = 2**16
+"""Characters of one text; no text encoder reads a hundredth of it."""
+_MARKS = (
+  (codecs.BOM_UTF32_LE, 'utf-32'), (codecs.BOM_UTF32_BE, 'utf-32'), (codecs.BOM_UTF8, 'utf-8-sig'),
+  (codecs.BOM_UTF16_LE, 'utf-16'), (codecs.BOM_UTF16_BE, 'utf-16'),
+)
+_LINE_END = re.compile(r'\r\n|\r|\n')
+_OPEN_ALREADY = ('/dev/stdin', '/dev/fd/', '/proc/self/fd/')
+"""Where a shell hands over what another command writes."""
+
+
+def read_lines(path: str | Path, what: str = 'text') -> list[str]:
+  """The lines of a file that are not blank, without the blanks around them.
+
+  It is UTF-8, whatever the locale, or what its byte order mark says, which is no text itself. Only
+  CR, LF and both end a line: others of Unicode's separators may stand within a caption.
+
+  Args:
+    what: it is called in errors, such as 'captions'.
+
+  Raises:
+    UserError: no regular file, no text, more than MOST_BYTES, or a line of more than LONGEST
+      characters.
+  """
+  path = Path(path)
+  try:
+    if not path.is_file() and path.exists() and not str(path).startswith(_OPEN_ALREADY):
+      raise ValueError('it is no regular file')
+    with path.open('rb') as file:
+      data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+      raise ValueError(f'it has more than {MOST_BYTES:,} bytes')
+    text = _checked(data.decode(encoding_of(data)))
+  except (OSError, ValueError) as error:
+    raise UserError(
+      f'the {what} {path} cannot be read ({first_line(error)}); give UTF-8 text.'
+    ) from error
+  return lines_of(text, path)
+
+
+def lines_of(text: str, where: str | Path) -> list[str]:
+  """The lines of a text that are not blank, without the blanks around them.
+
+  UserError, which names `where`, for a line of more than LONGEST characters, or half ones.
+  """
+  check_characters(text, where)
+  lines = [line for part in _LINE_END.split(text) if (line := clean(part))]
+  for line in lines:
+    if len(line) > LONGEST:
+      raise UserError(
+        f'a line of {where} has {len(line):,} characters; write at most {LONGEST:,}.'
+      )
+  return lines
+
+
+def check_characters(text: str, where: str | Path) -> None:
+  """UserError for halves of characters, which stand for bytes that are not UTF-8."""
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(f'{where} is not UTF-8 ({first_line(error)}); write it as UTF-8.') from error
+
+
+def clean(text: str) -> str:
+  """Without blanks around it, and byte order marks, which remain where files were put together."""
+  return text.strip().strip('\ufeff').strip()
+
+
+def encoding_of(start: bytes) -> str:
+  """That of a file by its first bytes."""
+  return next((name for mark, name in _MARKS if start.startswith(mark)), 'utf-8')
+
+
+def stream_lines(path: Path, longest: int = LONGEST) -> Iterator[str]:
+  """Decoded lines, their ends kept, of a file that may be larger than memory.
+
+  ValueError for what is no text, or a line of more than `longest` characters.
+  """
+  with path.open('rb') as file:
+    encoding = encoding_of(file.read(4))
+  with path.open(encoding=encoding, newline='') as lines:
+    while line := lines.readline(longest + 1):
+      if len(line) > longest:
+        raise ValueError(f'a line has more than {longest:,} characters')
+      yield _checked(line)
+
+
+def _checked(text: str) -> str:
+  if '\0' in text:
+    raise ValueError('it has null characters, as UTF-16 without its mark has, or what is no text')
+  return text
+
+
+LISTS = ('metadata.jsonl', 'metadata.csv', 'metadata.tsv')
+"""Where a folder has several, the first that names a picture has its captions."""
+NAMES = ('file_name', 'filename', 'file', 'image', 'image_path', 'file_path', 'path')
+"""Columns for the name of the picture; the first that a row has counts."""
+CAPTIONS = (
+  'text', 'texts', 'caption', 'captions', 'prompt', 'prompts', 'description', 'descriptions',
+)
+"""Columns for captions, in the order in which they are taken."""
+_LONGEST_ROW = 16 * LONGEST
+
+
+def read_list(path: Path, root: Path, column: str, left: Left) -> dict[str, list[str]]:
+  """Key of each picture below `root` that a list names (`finding.key_of`) -> its captions.
+
+  Args:
+    column: the only one for captions; '' for all of CAPTIONS.
+    left: is told of rows and values that are no captions.
+
+  Raises:
+    UserError: the list cannot be read, or names a picture outside of `root`.
+  """
+  columns = (column.lower(),) if column else CAPTIONS
+  found: dict[str, list[str]] = {}
+  seen: set[str] = set()
+  without: list[str] = []
+  try:
+    for line, row in _rows(path):
+      seen |= row.keys()
+      where = f'line {line} of {path.relative_to(root)}'
+      name = next((row[c] for c in NAMES if isinstance(row.get(c), str) and clean(row[c])), None)
+      if name is None:
+        left.add('rows without file_name', where)
+        continue
+      texts = found.setdefault(_key(clean(name), path, root), [])
+      values = [row[c] for c in columns if c in row]
+      without += [] if values else [where]
+      new = [text for value in values for text in _texts(value, where, left)]
+      texts += [text for text in dict.fromkeys(new) if text not in texts]
+  except UserError:
+    raise
+  except (OSError, ValueError) as error:
+    raise UserError(
+      f'{path} cannot be read ({first_line(error)}); give each picture a row with file_name and '
+      'text.'
+    ) from error
+  if seen and not seen & {*columns}:
+    other = f'{path.relative_to(root)} with {", ".join(sorted(seen))}'
+    left.add(f'lists without a column {columns[0]}', other[:200])
+  elif without:
+    left.add('rows without a caption', without[0], len(without))
+  return found
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+  """(number of its last line, row) with names of columns in small letters."""
+  lines = stream_lines(path, _LONGEST_ROW)
+  if path.suffix == '.jsonl':
+    yield from _json_rows(lines)
+    return
+  first = next(lines, '')
+  lines = _again(first, lines)
+  separator = '\t' if path.suffix == '.tsv' else max(',;\t', key=first.count)
+  reader = csv.reader(lines, delimiter=separator, strict=True)
+  try:
+    header = [clean(name).lower() for name in next(reader, [])]
+    for values in reader:
+      if len(values) > len(header):
+        raise ValueError(
+          f'{len(values)} values for {len(header)} columns; put texts with {separator!r} in quotes'
+        )
+      if any(map(clean, values)):
+        yield reader.line_num, dict(zip(header, values, strict=False))
+  except (ValueError, csv.Error) as error:
+    raise ValueError(f'line {reader.line_num}: {first_line(error)}') from error
+
+
+def _json_rows(lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+  for number, line in enumerate(lines, 1):
+    if text := clean(line):
+      try:
+        row = parse_json(text)
+      except ValueError as error:
+        raise ValueError(f'line {number}: {first_line(error)}') from error
+      if not isinstance(row, Mapping):
+        raise ValueError(f'line {number}: it is no object, but a {type(row).__name__}')
+      yield number, {clean(name).lower(): value for name, value in row.items()}
+
+
+def _again(first: str, lines: Iterator[str]) -> Iterator[str]:
+  yield first
+  yield from lines
+
+
+def _texts(value: Any, where: str, left: Left) -> list[str]:
+  """The captions in a value, which may be a list of them."""
+  texts = []
+  for each in value if isinstance(value, list) else [value]:
+    if not isinstance(each, str):
+      kind = 'null' if each is None else {dict: 'an object', list: 'a list'}.get(
+        type(each), 'a number'
+      )
+      left.add(f'captions that are {kind}', where)
+    elif not clean(each):
+      left.add('captions that are empty', where)
+    elif len(each) > LONGEST:
+      left.add(f'captions of more than {LONGEST:,} characters', where)
+    else:
+      texts.append(clean(each))
+  return texts
+
+
+def _key(name: str, path: Path, root: Path) -> str:
+  """UserError for a name that leads out of `root`."""
+  place = name.replace('\\', '/')
+  if posixpath.isabs(place):
+    place = posixpath.relpath(place, Path(os.path.abspath(root)).as_posix())
+  else:
+    place = posixpath.join(path.parent.relative_to(root).as_posix(), place)
+  place = posixpath.normpath(place)
+  if place in ('.', '..') or place.startswith('../') or re.match('[A-Za-z]:/', place):
+    raise UserError(
+      f'{path} names {name[:200]!r}, which is not in {root}; name pictures of its folder.'
+    )
+  return key_of(place)
+
 
 TEXTS = ('.txt', '.caption')
 """Of files beside pictures, one caption a line; the first that is there counts."""

@@ -1,26 +1,223 @@
-"""Pictures that people have, as arrays of 8 bits a channel."""
+"""Pictures of every mode that Pillow has as RGB of 8 bits.
+
+Files of pictures with their headers read: which format, how large, and how they are turned.
+
+Pictures that people have, as arrays of 8 bits a channel.
+"""
 
 import contextlib
+import functools
+import io
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
-
-from diffusion_jax.data.eight_bits import WITH_RANGE, as_rgb, scaled
-from diffusion_jax.data.picture_files import (
-  FORMATS,
-  Header,
-  as_it_lies,
-  corner_as_it_lies,
-  is_swapped,
-  opened,
-  read_header,
+from PIL import (
+  BmpImagePlugin,
+  ExifTags,
+  GifImagePlugin,
+  Image,
+  ImageCms,
+  ImageFile,
+  JpegImagePlugin,
+  PngImagePlugin,
+  TiffImagePlugin,
+  WebPImagePlugin,
 )
-from diffusion_jax.data.png_strips import PngStrips
+
+from diffusion_jax.data.png import SIGNATURE, Joined, PngStrips, without_extras
 from diffusion_jax.data.transforms import Resize
 from diffusion_jax.errors import Unreadable
+
+WITH_RANGE = ('I', 'F')
+"""Modes whose values have no range of their own."""
+_OPAQUE = ('1', 'L', 'RGB', 'CMYK', 'YCbCr')
+_RANGES = (255.0, 65535.0, 2.0**32 - 1)
+
+
+def as_rgb(image: Image.Image, background: str = 'white') -> Image.Image:
+  """The picture as RGB over a background of that name; of 16 bits, 65535 becomes 255.
+
+  Those of the modes WITH_RANGE are to be `scaled` first. ValueError for what cannot be converted.
+  """
+  if image.mode.startswith('I;16'):
+    return _from_sixteen(image, background)
+  if image.mode == 'LAB':
+    return ImageCms.applyTransform(image, _from_lab())
+  if image.mode in _OPAQUE and 'transparency' not in image.info:
+    return image.convert('RGB')
+  image = image.convert('RGBA')
+  return Image.alpha_composite(Image.new('RGBA', image.size, background), image).convert('RGB')
+
+
+def scaled(image: Image.Image, extrema: tuple[float, float]) -> Image.Image:
+  """Numbers of 32 bits as 8 bits of gray.
+
+  Scaled from the first of the usual ranges that holds them all ([0, 1] for floats, then 8, 16 and
+  32 bits), or, if some are below 0, from the lowest to the highest.
+
+  Args:
+    extrema: of the values, lowest and highest; of the whole picture, where `image` is part of one.
+  """
+  values, (low, high) = np.asarray(image), extrema
+  if not np.isfinite(extrema).all():
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+  if low >= 0:
+    ranges = (1.0, *_RANGES) if image.mode == 'F' else _RANGES
+    low, high = 0.0, next((top for top in ranges if high <= top), high)
+  shares = (np.nan_to_num(values.astype(np.float64), nan=low) - low) / max(high - low, 1e-30)
+  return Image.fromarray(np.rint(np.clip(shares, 0, 1) * 255).astype(np.uint8))
+
+
+def _from_sixteen(image: Image.Image, background: str) -> Image.Image:
+  values = np.asarray(image).astype(np.uint32)
+  gray = ((values * 255 + 32767) // 65535).astype(np.uint8)
+  clear = image.info.get('transparency')
+  if isinstance(clear, int):
+    opaque = Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
+    ground = Image.new('RGB', image.size, background)
+    return Image.composite(Image.fromarray(gray).convert('RGB'), ground, opaque)
+  return Image.fromarray(gray).convert('RGB')
+
+
+@functools.cache
+def _from_lab() -> ImageCms.ImageCmsTransform:
+  lab, rgb = ImageCms.createProfile('LAB'), ImageCms.createProfile('sRGB')
+  return ImageCms.buildTransform(lab, rgb, 'LAB', 'RGB')
+
+
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF')
+_STARTS = {
+  'PNG': (SIGNATURE,), 'JPEG': (b'\xff\xd8\xff',), 'BMP': (b'BM',), 'GIF': (b'GIF87a', b'GIF89a'),
+  'TIFF': tuple(TiffImagePlugin.PREFIXES),
+}
+_TURNS = {
+  1: (False, False, False), 2: (False, True, False), 3: (True, True, False),
+  4: (True, False, False), 5: (False, False, True), 6: (False, True, True),
+  7: (True, True, True), 8: (True, False, True),
+}
+"""EXIF's orientations: which axes of the upright picture are mirrored, and whether they are then
+swapped, to give the picture as it lies in the file."""
+_WIDTH, _HEIGHT = 256, 257
+MOST_BYTES = 2**28
+"""Of a file that is read whole, for which no picture has use."""
+
+
+class _Tiff(TiffImagePlugin.TiffImageFile):
+  """A TIFF whose pixels stay as they lie, for Pillow turns those of this format alone by itself."""
+
+  def load_end(self) -> None:
+    pass
+
+
+_OPENERS = {
+  'PNG': PngImagePlugin.PngImageFile, 'JPEG': JpegImagePlugin.JpegImageFile,
+  'WEBP': WebPImagePlugin.WebPImageFile, 'BMP': BmpImagePlugin.BmpImageFile,
+  'GIF': GifImagePlugin.GifImageFile, 'TIFF': _Tiff,
+}
+
+
+@contextlib.contextmanager
+def opened(source: str | Path | BinaryIO) -> Iterator[BinaryIO]:
+  """A file for reading, at its start. OSError for what is no regular file, which is not opened."""
+  if not isinstance(source, str | os.PathLike):
+    source.seek(0)
+    yield source
+    return
+  # A pipe would wait for a writer for ever, and a device may do anything.
+  if not stat.S_ISREG(os.stat(source).st_mode):
+    raise OSError('it is not a regular file')
+  with open(source, 'rb') as file:
+    yield file
+
+
+class Header(NamedTuple):
+  """A picture of which the header is read, and its pixels are not.
+
+  height, width: as it lies in the file. orientation: as EXIF counts it, 1 to 8. png: its chunks,
+  of a PNG.
+  """
+
+  image: ImageFile.ImageFile
+  height: int
+  width: int
+  orientation: int
+  png: Joined | None
+
+  @property
+  def upright(self) -> tuple[int, int]:
+    """(height, width) of the upright picture."""
+    swapped = is_swapped(self.orientation)
+    return (self.width, self.height) if swapped else (self.height, self.width)
+
+
+def read_header(file: BinaryIO) -> Header:
+  """Of the picture in a file. ValueError where it begins like none; else what Pillow raises.
+
+  Pillow's own limit of a picture's size is not asked.
+  """
+  kind, png = _kind(file), None
+  if not kind:
+    raise ValueError('it begins like no picture')
+  if kind == 'WEBP' and file.seek(0, io.SEEK_END) > MOST_BYTES:  # Pillow reads them whole.
+    raise ValueError(f'it has more than {MOST_BYTES:,} bytes')
+  if kind == 'PNG':
+    png = without_extras(file)
+  file.seek(0)
+  image = _OPENERS[kind](io.BufferedReader(png) if png else file)
+  if kind == 'TIFF':  # Its `size` is upright in some versions of Pillow.
+    height, width = int(image.tag_v2[_HEIGHT]), int(image.tag_v2[_WIDTH])
+  else:
+    height, width = image.height, image.width
+  return Header(image, height, width, _orientation(image), png)
+
+
+def _orientation(image: ImageFile.ImageFile) -> int:
+  try:
+    # Pillow's own method for PNGs decodes those that have no EXIF data before their pixels.
+    tags = image.tag_v2 if isinstance(image, _Tiff) else Image.Image.getexif(image)
+    found = tags.get(ExifTags.Base.Orientation)
+  except Exception:  # Whatever damaged EXIF data make of Pillow, the pixels are sound.
+    return 1
+  return found if isinstance(found, int) and found in _TURNS else 1
+
+
+def as_it_lies(upright: np.ndarray, orientation: int) -> np.ndarray:
+  """A view of an upright array [h w ...] whose axes are those of the picture in its file."""
+  rows, columns, swapped = _TURNS[orientation]
+  view = upright[:: -1 if rows else 1, :: -1 if columns else 1]
+  return view.swapaxes(0, 1) if swapped else view
+
+
+def corner_as_it_lies(
+  corner: tuple[int, int], rest: tuple[int, int], orientation: int
+) -> tuple[int, int]:
+  """Where the upper left corner (row, column) of a part of the upright picture lies in the file.
+
+  rest: by how much the picture is higher and wider than the part.
+  """
+  *mirrored, swapped = _TURNS[orientation]
+  places = [r - c if m else c for c, r, m in zip(corner, rest, mirrored, strict=True)]
+  return tuple(places[::-1] if swapped else places)
+
+
+def is_swapped(orientation: int) -> bool:
+  """Whether the upright picture is as high as the one in the file is wide."""
+  return _TURNS[orientation][2]
+
+
+def _kind(file: BinaryIO) -> str:
+  file.seek(0)
+  start = file.read(16)
+  file.seek(0)
+  if start[:4] == b'RIFF' and start[8:12] == b'WEBP':
+    return 'WEBP'
+  return next((kind for kind, starts in _STARTS.items() if start.startswith(starts)), '')
+
 
 MAX_PIXELS, MAX_EDGE = 2**28, 2**20
 """Pictures with more are taken for decompression bombs and not decoded."""

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from diffusion_jax.data.sources import ImageSource
+from diffusion_jax.data.sources.tfds import ImageSource
 from diffusion_jax.data.unreadable import readable, some
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extract import Collected, Collector, Images

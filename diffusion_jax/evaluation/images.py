@@ -15,11 +15,15 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from diffusion_jax.data.finding import SUFFIXES, Left, find_files, with_suffixes
-from diffusion_jax.data.fingerprint import fingerprint, of_records
-from diffusion_jax.data.image_batch import ImageBatch, holds_batch
+from diffusion_jax.data.image_sets import (
+  METADATA,
+  ImageBatch,
+  PreparedImages,
+  TarPictures,
+  holds_batch,
+)
 from diffusion_jax.data.images import read_pixels
-from diffusion_jax.data.prepared import METADATA, PreparedImages
-from diffusion_jax.data.tar_pictures import TarPictures
+from diffusion_jax.data.splits import fingerprint, of_records
 from diffusion_jax.errors import UserError
 from diffusion_jax.runs.trained_on import Pictures
 

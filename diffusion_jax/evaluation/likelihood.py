@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from diffusion_jax.backend.xla import jit
-from diffusion_jax.data.sources import ImageSource
+from diffusion_jax.data.sources.tfds import ImageSource
 from diffusion_jax.diffusion.bounds import continuous_bound, discrete_bound
 from diffusion_jax.diffusion.denoiser import Denoiser
 from diffusion_jax.diffusion.gaussian_bounds import gaussian_bits

@@ -6,7 +6,7 @@ import difflib
 import jax
 import pytest
 
-from diffusion_jax.data.points import open_points
+from diffusion_jax.data.sources.arrays import open_points
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import load_params
 from diffusion_jax.models.network import Network

@@ -4,8 +4,7 @@ import os
 
 import pytest
 
-from diffusion_jax.data.prepare import prepare
-from diffusion_jax.data.sources import open_source
+from diffusion_jax.data.sources.tfds import open_source, prepare_dataset
 
 SIZE = 32
 
@@ -15,7 +14,7 @@ def data_dir(tmp_path_factory):
   base = tmp_path_factory.getbasetemp()
   shared = base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base
   root = str(shared / 'data_sets')
-  prepare('openmoji', SIZE, root)
+  prepare_dataset('openmoji', SIZE, root)
   return root
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.data.folder import open_folder
+from diffusion_jax.data.sources.folder import open_folder
 from diffusion_jax.errors import UserError
 
 

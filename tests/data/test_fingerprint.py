@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.data.fingerprint import fingerprint, spread
-from diffusion_jax.data.folder import open_folder
-from diffusion_jax.data.labelled import open_labelled
-from diffusion_jax.data.points import open_points
-from diffusion_jax.data.sources import open_source
+from diffusion_jax.data.sources.arrays import open_points
+from diffusion_jax.data.sources.folder import open_folder, open_labelled
+from diffusion_jax.data.sources.tfds import open_source
+from diffusion_jax.data.splits import fingerprint, spread
 from tests.data.conftest import SIZE
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.data.labelled import open_labelled
+from diffusion_jax.data.sources.folder import open_labelled
 from diffusion_jax.data.transforms import build_transforms
 from diffusion_jax.errors import UserError
 

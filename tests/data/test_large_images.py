@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax.data.images import read_image, read_pixels
-from diffusion_jax.data.png import without_extras
-from diffusion_jax.data.png_strips import PngStrips
+from diffusion_jax.data.png import PngStrips, without_extras
 from diffusion_jax.errors import Unreadable
 
 READ = """

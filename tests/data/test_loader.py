@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from diffusion_jax.data.loader import Loader
-from diffusion_jax.data.sources import ArraySource, open_source
+from diffusion_jax.data.sources.arrays import ArraySource
+from diffusion_jax.data.sources.tfds import open_source
 from diffusion_jax.data.transforms import build_transforms
 from diffusion_jax.errors import UserError
 

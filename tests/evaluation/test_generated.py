@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion_jax.data.sources import ImageSource
+from diffusion_jax.data.sources.tfds import ImageSource
 from diffusion_jax.diffusion.schedules import ScheduleConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extractors.clip import load_features

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.data.folder import open_folder
-from diffusion_jax.data.image_batch import ImageBatch
+from diffusion_jax.data.image_sets import ImageBatch
+from diffusion_jax.data.sources.folder import open_folder
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extract import Made, reader
 from diffusion_jax.evaluation.images import Split, open_images

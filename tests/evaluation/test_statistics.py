@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_jax.data.image_batch import ImageBatch
+from diffusion_jax.data.image_sets import ImageBatch
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import statistics
 from diffusion_jax.evaluation.metrics.frechet import frechet_distance

@@ -100,7 +100,7 @@ def features():
 
 
 def image_batch():
-  from diffusion_jax.data.image_batch import ImageBatch, holds_batch
+  from diffusion_jax.data.image_sets import ImageBatch, holds_batch
 
   def make(folder):
     np.savez_compressed(folder / 'a.npz', np.stack([PIXELS] * 3))
@@ -116,7 +116,7 @@ def image_batch():
 
 
 def tar():
-  from diffusion_jax.data.tar_pictures import TarPictures
+  from diffusion_jax.data.image_sets import TarPictures
 
   def make(folder):
     with tarfile.open(folder / 'x.tar', 'w', format=tarfile.GNU_FORMAT) as archive:
@@ -177,7 +177,7 @@ def other_pictures():
 
 
 def _captioned(name, file, text):
-  from diffusion_jax.data.folder import open_folder
+  from diffusion_jax.data.sources.folder import open_folder
 
   def make(folder):
     for letter in 'abcd':
@@ -216,7 +216,7 @@ def table():
 
 
 def prepared():
-  from diffusion_jax.data.prepared import PreparedImages
+  from diffusion_jax.data.image_sets import PreparedImages
   from tests.data.foreign_set import write_foreign_set
 
   def make(folder):

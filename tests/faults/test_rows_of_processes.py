@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 index, address = int(sys.argv[1]), sys.argv[2]
 jax.distributed.initialize(address, 2, index)
 from diffusion_jax.data.loader import Loader
-from diffusion_jax.data.sources import ArraySource
+from diffusion_jax.data.sources.arrays import ArraySource
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.parallel.mesh import local_rows, put_batch
 

@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from diffusion_jax.data.image_batch import ImageBatch
+from diffusion_jax.data.image_sets import ImageBatch
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.statistics import load_features, load_statistics
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.data.labelled import open_labelled
+from diffusion_jax.data.sources.folder import open_labelled
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extractors.classifier import (
   ClassifierExtractor,

@@ -9,7 +9,7 @@ import optax
 import pytest
 from scipy.spatial.distance import cdist
 
-from diffusion_jax.data.points import open_points
+from diffusion_jax.data.sources.arrays import open_points
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.metrics.kernel import energy_distance
 from diffusion_jax.formats.networks import load_params

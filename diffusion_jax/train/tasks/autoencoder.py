@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.backend.xla import jit
-from diffusion_jax.data.sources import ImageSource
+from diffusion_jax.data.sources.tfds import ImageSource
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.reconstruction import figures_of_pairs, reconstructor

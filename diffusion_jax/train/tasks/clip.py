@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax.data.sources import ImageSource
+from diffusion_jax.data.sources.tfds import ImageSource
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.evaluation.extractors.clip import CLIPExtractor, CLIPFeatures, unit
 from diffusion_jax.evaluation.metrics.text import clip_score, retrieval_recall

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax.data.sources import ImageSource
+from diffusion_jax.data.sources.tfds import ImageSource
 from diffusion_jax.diffusion.levels import TableLevels
 from diffusion_jax.diffusion.schedules import ScheduleConfig
 from diffusion_jax.diffusion.timesteps import LossHistory, update_history

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from diffusion_jax.data.finding import Left, find_files, with_suffixes
-from diffusion_jax.data.folder import FolderSource, open_all
+from diffusion_jax.data.sources.folder import FolderSource, open_all
 from diffusion_jax.errors import UserError
 from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.train.tasks.diffusion import DiffusionTask

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax.data.sources import ArraySource
+from diffusion_jax.data.sources.arrays import ArraySource
 from diffusion_jax.diffusion import processes
 from diffusion_jax.diffusion.denoiser import Denoiser
 from diffusion_jax.diffusion.levels import ContinuousLevels, Levels, TableLevels

@@ -6,17 +6,17 @@ import jax
 import numpy as np
 from PIL import Image
 
-from diffusion_jax.data.datasets.openmoji import glyphs, render, split
-from diffusion_jax.data.datasets.openmoji.builder import group
+from diffusion_jax.data.sources.openmoji import builder, glyphs
+from diffusion_jax.data.sources.openmoji.builder import group
 from diffusion_jax.evaluation.extractors import load_extractor
 
 
 def test_held_out_emoji_are_given_their_groups():
-  drawn = [(glyphs.glyph(hexcode), path) for hexcode, path in render.drawings()]
-  unseen = [(one, path) for one, path in drawn if one and split.is_unseen_concept(one.concept)]
+  drawn = [(glyphs.glyph(hexcode), path) for hexcode, path in builder.drawings()]
+  unseen = [(one, path) for one, path in drawn if one and glyphs.is_unseen_concept(one.concept)]
   unseen = unseen[::3]
   images = np.stack([
-    np.asarray(Image.open(io.BytesIO(render.render(path, 64)[0])).convert('RGB'))
+    np.asarray(Image.open(io.BytesIO(builder.render(path, 64)[0])).convert('RGB'))
     for _, path in unseen
   ])
   extractor = load_extractor('classifier', 'asset:classifier-openmoji-64')

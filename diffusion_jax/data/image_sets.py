@@ -1,0 +1,297 @@
+"""Batches of images in npz files, as ADM (guided-diffusion) writes samples and references.
+
+Pictures in tar files, such as the shards of webdataset, read in place.
+
+The images of any data set that TFDS has prepared as ArrayRecord, from its folder alone.
+"""
+
+import contextlib
+import io
+import math
+import tarfile
+import threading
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from diffusion_jax.data.finding import SUFFIXES, Left
+from diffusion_jax.data.images import MAX_PIXELS, read_pixels
+from diffusion_jax.data.sources.tfds import METADATA, check_metadata, check_shards
+from diffusion_jax.errors import UserError
+from diffusion_jax.files import first_line, reading, shown
+from diffusion_jax.formats.npz import check_member, fill, opened, read_header
+
+ARRAY = 'arr_0.npy'
+_PART = 2**20
+_LOCAL_HEADER = 30
+
+
+def holds_batch(path: str | Path) -> bool:
+  """Whether a file is an npz with an array of the name that batches of images have."""
+  if not Path(path).is_file():  # A pipe would wait for a writer for ever.
+    return False
+  try:
+    with reading(path), opened(path) as archive:
+      return ARRAY in archive.namelist()
+  except UserError:
+    return False
+
+
+class ImageBatch(Sequence):
+  """The images arr_0 of an npz, uint8 [n h w 3].
+
+  They are read from their places in the file, or, where it is compressed, all unpacked into memory
+  when the first is asked for. The array's checksum is compared once, at the start.
+
+  Raises:
+    UserError: the file is missing or damaged, or arr_0 is missing or holds no images.
+  """
+
+  def __init__(self, path: str | Path):
+    self.path = Path(path)
+    if not self.path.is_file():
+      raise UserError(f'There are no images at {path}: correct the path.')
+    fault, remedy = 'is not a whole npz with images as arr_0', 'make it or fetch it again'
+    with reading(path, fault, remedy), opened(self.path) as archive:
+      entry = archive.getinfo(ARRAY)
+      check_member(archive, entry)
+      with archive.open(entry) as file:
+        header = read_header(file, entry)
+        while file.read(_PART):  # At the end the archive compares its checksum.
+          pass
+    self.shape, self._start = header.shape, header.start
+    rgb = header.dtype == np.uint8 and len(self.shape) == 4 and self.shape[-1] == 3
+    if not rgb or header.fortran or not all(self.shape):
+      raise UserError(f'arr_0 in {path} is not uint8 [n h w 3]: give a batch of RGB images.')
+    if math.prod(self.shape[1:]) > 3 * MAX_PIXELS:
+      raise UserError(
+        f'the images in {path} have {self.shape[1]} x {self.shape[2]} pixels; give smaller ones.'
+      )
+    self._stored = entry.compress_type == zipfile.ZIP_STORED
+    self._entry = entry.header_offset
+    self._images: np.ndarray | None = None
+    self._lock = threading.Lock()
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    """Image `index`, uint8 [h w 3]. UserError where the file can no longer be read."""
+    index = range(len(self))[index]
+    with reading(self.path, 'can no longer be read', 'fetch it again'):
+      if self._stored:
+        return self._at(index)
+      with self._lock:  # Several threads read; only one shall unpack.
+        if self._images is None:
+          self._images = self._unpacked()
+      return self._images[index]
+
+  def _at(self, index: int) -> np.ndarray:
+    size = math.prod(self.shape[1:])
+    with self.path.open('rb') as file:
+      file.seek(self._entry)
+      header = file.read(_LOCAL_HEADER)
+      # The name and the extra field before the data need not be as long as in the directory.
+      before = sum(int.from_bytes(header[at : at + 2], 'little') for at in (26, 28))
+      file.seek(self._entry + _LOCAL_HEADER + before + self._start + index * size)
+      data = file.read(size)
+    if len(data) < size:
+      raise EOFError(f'it ends within image {index}')
+    return np.frombuffer(data, np.uint8).reshape(self.shape[1:])
+
+  def _unpacked(self) -> np.ndarray:
+    with opened(self.path) as archive, archive.open(ARRAY) as file:
+      file.read(self._start)
+      images = np.empty(self.shape, np.uint8)
+      fill(images, file)
+    return images
+
+
+MAX_BYTES = 2**28
+"""Of a member, which is read whole."""
+MOST_HEADER_BYTES = 2**20
+"""Of all headers before one member: names of any length, but none that fills the memory."""
+
+
+class Member(NamedTuple):
+  """A picture in an archive by the place of its bytes; `damage` says why it cannot be read."""
+
+  archive: Path
+  name: str
+  offset: int = 0
+  size: int = 0
+  damage: str = ''
+
+
+class TarPictures(Sequence):
+  """All pictures of uncompressed tar files, archive after archive, in the order in them.
+
+  Headers are read once; pixels are read by offset when they are asked for. Nothing is written and
+  names are only names, so it does not matter where they point. An archive that is cut or damaged
+  has, after its last member that is known, one more that cannot be read.
+
+  Attributes:
+    notes: what was left out, for people.
+
+  Raises:
+    UserError: no tar file at a path, or no picture in any of them.
+  """
+
+  def __init__(self, archives: Sequence[Path]):
+    left = Left()
+    self.members = [member for archive in archives for member in _members(archive, left)]
+    self.notes = left.notes(archives[0] if len(archives) == 1 else archives[0].parent)
+    if not self.members:
+      raise UserError(
+        f'there is no picture ({", ".join(SUFFIXES)}) in {archives[0]}'
+        + (f' and {len(archives) - 1} more tar files.' if len(archives) > 1 else '.')
+      )
+
+  def __len__(self) -> int:
+    return len(self.members)
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    """Picture `index`, uint8 [h w 3]. UserError, naming it, where it cannot be read."""
+    member = self.members[index]
+    where = f'{member.name} in {member.archive}'
+    if member.damage:
+      raise UserError(f'the image {where} cannot be read ({member.damage}); fetch the file again.')
+    if member.size > MAX_BYTES:
+      raise UserError(f'the image {where} has {member.size:,} bytes; give one of {MAX_BYTES:,}.')
+    with reading(f'the image {where}', remedy='fetch the file again'):
+      with member.archive.open('rb') as file:
+        file.seek(member.offset)
+        data = file.read(member.size)
+    if len(data) < member.size:
+      raise UserError(f'the image {where} is cut, and what came behind it; fetch the file again.')
+    return read_pixels(io.BytesIO(data), where)
+
+
+class _Headers:
+  """A file of which no more is read at a time than the headers before one member may take."""
+
+  def __init__(self, file: BinaryIO):
+    self._file, self.left = file, MOST_HEADER_BYTES
+
+  def read(self, size: int) -> bytes:
+    if not 0 <= size <= self.left:
+      raise ValueError(f'a header of more than {MOST_HEADER_BYTES:,} bytes')
+    self.left -= size
+    return self._file.read(size)
+
+  def seek(self, offset: int) -> int:
+    return self._file.seek(offset)
+
+  def tell(self) -> int:
+    return self._file.tell()
+
+
+def _members(archive: Path, left: Left) -> Iterator[Member]:
+  """The pictures of one archive. UserError where it is none."""
+  with reading(archive, 'is not an uncompressed tar file', 'fetch or pack it again'):
+    if not archive.is_file():  # A pipe would wait for a writer for ever.
+      raise OSError('it is not a regular file')
+    with archive.open('rb') as file:
+      headers = _Headers(file)
+      with tarfile.open(fileobj=headers, mode='r:') as tar:
+        yield from _pictures(tar, headers, archive, left)
+
+
+def _pictures(
+  tar: tarfile.TarFile, headers: _Headers, archive: Path, left: Left
+) -> Iterator[Member]:
+  last, damage, before = 'the start', '', -1
+  while True:
+    headers.left = MOST_HEADER_BYTES
+    try:
+      info = tar.next()
+      # A size below 0 would lead back, and round and round.
+      if info is not None and not before < info.offset < tar.offset:
+        raise ValueError('a header points back')
+    except Exception as error:  # Its parser lets through whatever it comes upon.
+      info, damage = None, first_line(error)
+    if info is None:
+      break
+    tar.members.clear()  # It would keep the headers of all.
+    before, last = info.offset, shown(info.name)
+    name = PurePosixPath(info.name).name
+    if not name.lower().endswith(SUFFIXES) or name.startswith('.') or info.isdir():
+      continue
+    if info.isfile():
+      sparse = 'it is stored sparsely' if info.issparse() else ''
+      yield Member(archive, last, info.offset_data, info.size, sparse)
+    else:
+      link = info.issym() or info.islnk()
+      left.add('links in tar files' if link else 'what is no regular file in tar files', last)
+  # Python's reader takes a damaged header for the end, which is marked by blocks of zeros.
+  if damage or not _ends(archive, tar.offset):
+    damage = damage or 'the mark of its end is missing'
+    yield Member(archive, f'what follows {last}', damage=damage)
+
+
+def _ends(archive: Path, offset: int) -> bool:
+  with archive.open('rb') as file:
+    file.seek(offset)
+    return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+
+
+__all__ = ['METADATA', 'PreparedImages']
+
+
+class PreparedImages(Sequence):
+  """The feature 'image' of one split, by a folder with dataset_info.json and ArrayRecord files.
+
+  Args:
+    split: a name, or a TFDS slice such as 'train[:100]'; '' where there is only one split.
+
+  Raises:
+    UserError: a folder that cannot be read, another split, or records without images.
+  """
+
+  def __init__(self, folder: str | Path, split: str = ''):
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    self.folder = Path(folder).absolute()
+    check_metadata(self.folder)
+    with self._reading():
+      builder = tfds.builder_from_directory(str(self.folder))
+      splits, features = sorted(builder.info.splits), builder.info.features
+      has_images = 'image' in features and isinstance(features['image'], tfds.features.Image)
+    if not has_images:
+      raise UserError(
+        f"the data set in {folder} has no feature 'image', but {', '.join(features)}."
+      )
+    if not split and len(splits) > 1:
+      raise UserError(f'{folder} has the splits {", ".join(splits)}; give {folder}:{splits[-1]}.')
+    with self._reading():
+      self.split = split or splits[0]
+    try:
+      chosen = builder.info.splits[self.split]
+    except (KeyError, ValueError) as error:
+      raise UserError(f'{folder} has no split {split!r}, but {", ".join(splits)}.') from error
+    with self._reading():
+      check_shards(self.folder, chosen)
+      self._records = ArrayRecordDataSource(chosen.file_instructions)
+      self._length = len(self._records)
+      self._example = tf_example_pb2.Example
+
+  def __len__(self) -> int:
+    return self._length
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    """Image `index`, uint8 [h w 3]. UserError, naming it, where it cannot be read."""
+    index = range(self._length)[index]
+    where = f'{index} of {self.split} in {self.folder}'
+    with reading(f'the image {where}', remedy='prepare the data set again'):
+      # Of the record only the image is decoded, by Pillow: TFDS would ask for OpenCV.
+      record = self._example.FromString(self._records[index])
+      (data,) = record.features.feature['image'].bytes_list.value
+    return read_pixels(io.BytesIO(data), where)
+
+  def _reading(self) -> contextlib.AbstractContextManager:
+    return reading(f'the data set in {self.folder}', remedy='prepare it again')

@@ -1,0 +1,125 @@
+"""Sources in memory: columns, points in the plane, and random images that measure speed."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from diffusion_jax.errors import Unreadable, UserError
+
+SPLITS = {'train': (0, 32_768), 'test': (1, 2_048)}
+"""Seed and number of points."""
+
+
+class ArraySource:
+  """Rows of in-memory columns, such as cached latents with their text embeddings.
+
+  Args:
+    columns: by name, arrays [n, ...] or lists of n values.
+    unreadable: why there is nothing in some of the rows.
+
+  Raises:
+    UserError: no columns, or columns of different lengths.
+  """
+
+  def __init__(
+    self, columns: Mapping[str, np.ndarray | list], unreadable: Mapping[int, str] | None = None
+  ):
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) != 1:
+      raise UserError(f'Columns must have one common length, got {lengths}: fix the longer ones.')
+    self._columns, self._unreadable = dict(columns), dict(unreadable or {})
+    self._length = next(iter(lengths.values()))
+
+  def __len__(self) -> int:
+    return self._length
+
+  def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+    """Row `index` as one value per column. Unreadable where there is nothing in it."""
+    index = range(self._length)[index]
+    if index in self._unreadable:
+      raise Unreadable(self._unreadable[index])
+    return {name: column[index] for name, column in self._columns.items()}
+
+  def __repr__(self) -> str:
+    return f'ArraySource({", ".join(self._columns)}, {self._length} rows)'
+
+
+def moons(rng: np.random.Generator, count: int) -> np.ndarray:
+  """Two half circles that reach into each other, with noise of deviation 0.07."""
+  angle = np.pi * rng.random(count)
+  upper = rng.random(count) < 0.5
+  x = np.where(upper, np.cos(angle), 1 - np.cos(angle))
+  y = np.where(upper, np.sin(angle), 0.5 - np.sin(angle))
+  points = np.stack([x - 0.5, y - 0.25], axis=1)
+  return 1.4 * (points + 0.07 * rng.standard_normal((count, 2)))
+
+
+def rings(rng: np.random.Generator, count: int) -> np.ndarray:
+  """Two circles about the origin, of radii 0.7 and 1.7, with noise of deviation 0.07."""
+  angle = 2 * np.pi * rng.random(count)
+  radius = np.where(rng.random(count) < 0.5, 0.7, 1.7) + 0.07 * rng.standard_normal(count)
+  return radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+
+
+def mixture(rng: np.random.Generator, count: int) -> np.ndarray:
+  """Eight Gaussians of deviation 0.12, on a circle of radius 1.4."""
+  angle = np.pi / 4 * rng.integers(8, size=count)
+  centres = 1.4 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+  return centres + 0.12 * rng.standard_normal((count, 2))
+
+
+POINT_SETS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+  'moons': moons, 'rings': rings, 'mixture': mixture,
+}
+
+
+def open_points(name: str, split: str, size: int) -> ArraySource:
+  """Records of `size` points, 'points' [size 2], float32, of about unit deviation.
+
+  Always the same. Many points make one record, so that reading does not take longer than training.
+
+  Raises:
+    UserError: for a name that is not in the table, or more points than there are.
+  """
+  if name not in POINT_SETS:
+    raise UserError(f'there are no points {name!r}; choose one of {", ".join(POINT_SETS)}.')
+  seed, count = SPLITS[split]
+  if not 1 <= size <= count:
+    raise UserError(f'data.size is {size}; give the points of a record, from 1 to {count}.')
+  points = POINT_SETS[name](np.random.default_rng(seed), count // size * size)
+  return ArraySource({'points': points.astype(np.float32).reshape(-1, size, 2)})
+
+
+LABELS = 10
+PICTURES = 8
+"""So many different pictures: making one takes longer than reading it."""
+
+
+class SyntheticImages(Sequence):
+  """Records as of a folder of pictures: image uint8 [size size 3], two captions, label, sizes."""
+
+  def __init__(self, size: int, count: int):
+    rng = np.random.default_rng(0)
+    self._images = rng.integers(0, 256, (PICTURES, size, size, 3), np.uint8)
+    letters = rng.integers(ord('a'), ord('z') + 1, (count, 2, 4, 5))
+    self._captions = [
+      [' '.join(''.join(map(chr, word)) for word in caption) for caption in record]
+      for record in letters
+    ]
+    self._sizes = np.asarray([size, size, 0, 0, size, size], np.float32)
+
+  def __len__(self) -> int:
+    return len(self._captions)
+
+  @property
+  def labels(self) -> list[str]:
+    """Of every record."""
+    return [f'class {index % LABELS}' for index in range(len(self))]
+
+  def __getitem__(self, index: SupportsIndex) -> dict:
+    index = range(len(self))[index]
+    return {
+      'image': self._images[index % PICTURES], 'captions': self._captions[index],
+      'id': str(index), 'label': f'class {index % LABELS}', 'sizes': self._sizes,
+    }

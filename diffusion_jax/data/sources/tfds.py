@@ -1,0 +1,382 @@
+"""What may stand in the metadata of a prepared data set that others have made.
+
+TFDS imports the module of any class of features that `features.json` or `dataset_info.json` names,
+and puts names from them together to paths. Both are read and checked here before TFDS sees them.
+
+Makes a data set on disk, once, in a form that is read at random and without TensorFlow.
+
+Random access to records: prepared data sets on disk, and columns in memory.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from diffusion_jax.data.images import read_pixels
+from diffusion_jax.data.splits import IMAGES, RECORDS, of_images, of_texts, spread
+from diffusion_jax.errors import Unreadable, UserError
+from diffusion_jax.files import bounded_bytes, first_line, read_object, reading
+from diffusion_jax.types import Record
+
+METADATA, FEATURES = 'dataset_info.json', 'features.json'
+MOST_SHARDS = 100_000
+REMEDY = 'prepare the data set again'
+_SHIPPED = 'tensorflow_datasets.core.features.'
+_NAME = re.compile(r'\w[\w.+-]{0,199}')
+_MODULE = re.compile(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*){0,50}', re.ASCII)
+_PLACEHOLDER = re.compile(r'\{(DATASET|SPLIT|FILEFORMAT|SHARD_INDEX|NUM_SHARDS|SHARD_X_OF_Y)\}')
+_TEMPLATE = re.compile(r'[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*')
+
+
+def check_metadata(folder: str | Path) -> None:
+  """Reads all metadata of a prepared data set and refuses what could do harm.
+
+  Raises:
+    UserError: a file is missing or damaged, or names a class that TFDS does not ship, a path out of
+      the folder, another format than ArrayRecord or an impossible number of records.
+  """
+  folder = Path(folder)
+  info = read_object(folder / METADATA, remedy=REMEDY)
+  with reading(folder / METADATA, remedy=REMEDY):
+    _check_classes(folder / METADATA, info.get('features', {}))
+    _check_info(folder / METADATA, info)
+  if (folder / FEATURES).exists():
+    features = read_object(folder / FEATURES, remedy=REMEDY)
+    with reading(folder / FEATURES, remedy=REMEDY):
+      _check_classes(folder / FEATURES, features)
+      _check_keys(folder / FEATURES, features)
+  # TFDS reads them whole, whatever they are.
+  for path in folder.rglob('*.labels.txt'):
+    bounded_bytes(path)
+
+
+def check_shards(folder: str | Path, split: Any) -> None:
+  """Makes sure that the files of one split can hold the records that its metadata promises.
+
+  Args:
+    split: a split of TFDS, whole or a part of one.
+
+  Raises:
+    UserError: a file lies elsewhere, is missing, or is smaller than its number of records.
+  """
+  def bad(why: str) -> UserError:
+    return UserError(f'the data set in {folder} cannot be read ({why}); prepare it again.')
+
+  for part in split.file_instructions:
+    path = Path(part.filename)
+    if not path.is_relative_to(Path(folder)) or '..' in path.parts:
+      raise bad(f'it names the file {path}, which is elsewhere')
+    if not path.is_file():
+      raise bad(f'it has no file {path.name}')
+    size = path.stat().st_size
+    if not 0 <= part.skip <= part.skip + part.take <= part.examples_in_shard <= size:
+      raise bad(f'{path.name} has {size:,} bytes for {part.examples_in_shard:,} records')
+
+
+def _check_classes(path: Path, features: Any) -> None:
+  """UserError for a class of features that TFDS would have to import."""
+  from tensorflow_datasets.core.features.feature import FeatureConnector
+
+  # The table by which TFDS itself decides whether to import anything.
+  known = {
+    name for name, found in FeatureConnector._registered_features.items()
+    if name.startswith(_SHIPPED) and found.__module__.startswith(_SHIPPED)
+  }
+  for key, value in _items(features):
+    # Both spellings of protocol buffers, and that of older versions; a feature may be called type.
+    names = _plain(key) in ('pythonclassname', 'type') and not isinstance(value, dict)
+    if names and not (isinstance(value, str) and value in known):
+      raise UserError(
+        f'{path} names the class {str(value)[:200]!r}, which TFDS would import and run; only its '
+        f'own classes of {_SHIPPED}* may be named.'
+      )
+
+
+def _check_keys(path: Path, features: Any) -> None:
+  """TFDS looks for files whose names begin with the name of a feature."""
+  for key, _ in _items(features):
+    if '..' in key or key.startswith('/') or re.search(r'[\\*?\[\]\x00-\x1f]', key):
+      raise UserError(f'{path} has a feature named {key[:200]!r}; use letters, digits and _.')
+
+
+def _check_info(path: Path, info: dict[str, Any]) -> None:
+  """Names, formats and numbers of dataset_info.json."""
+  def check(good: Any, what: str) -> None:
+    if not good:
+      raise UserError(f'{path} has {what}; prepare the data set again.')
+
+  values = {_plain(key): value for key, value in info.items()}
+  check(len(values) == len(info), 'one key in two spellings')
+  for key in ('name', 'configname'):
+    name = values.get(key, '')
+    check(name == '' or _is_name(name), f'the name {str(name)[:200]!r}, which is no plain one')
+  module = values.get('modulename', '')
+  check(
+    isinstance(module, str) and (not module or _MODULE.fullmatch(module)),
+    f'the module {str(module)[:200]!r}, which is none',
+  )
+  formats = [values.get('fileformat', ''), *values.get('alternativefileformats', ())]
+  check(
+    'array_record' in formats and {*formats} <= {'array_record', 'tfrecord'},
+    f'the format {", ".join(map(str, formats))[:200]!r}, where ArrayRecord alone is read',
+  )
+  check(values.get('splits'), 'no splits')
+  count = 0
+  for split in values['splits']:
+    split = {_plain(key): value for key, value in split.items()}
+    check(_is_name(split.get('name')), f'a split named {str(split.get("name"))[:200]!r}')
+    template = split.get('filepathtemplate', '')
+    check(
+      isinstance(template, str) and (not template or _is_template(template)),
+      f'the file name {str(template)[:200]!r}, which is not one of a file within the folder',
+    )
+    lengths = [int(length) for length in split.get('shardlengths', [])]
+    check(all(length >= 0 for length in lengths), 'a negative number of records')
+    count += len(lengths)
+  check(count <= MOST_SHARDS, f'{count:,} files of records, where {MOST_SHARDS:,} are allowed')
+
+
+def _is_name(name: Any) -> bool:
+  return isinstance(name, str) and bool(_NAME.fullmatch(name)) and '..' not in name
+
+
+def _is_template(template: str) -> bool:
+  """Whether it is a relative path with TFDS's own placeholders and none of Python's formats."""
+  filled = _PLACEHOLDER.sub('X', template)
+  return bool(_TEMPLATE.fullmatch(filled)) and '..' not in filled
+
+
+def _plain(key: str) -> str:
+  return key.replace('_', '').lower()
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+  """Every key with its value, however deep, also in texts that are JSON themselves."""
+  stack = [value]
+  while stack:
+    value = stack.pop()
+    if isinstance(value, str) and value.lstrip()[:1] in ('{', '['):
+      try:
+        value = json.loads(value)
+      except ValueError:  # Neither can TFDS read it.
+        continue
+    if isinstance(value, dict):
+      yield from value.items()
+      stack += value.values()
+    elif isinstance(value, list):
+      stack += value
+
+
+_ENVIRONMENT = 'DIFFUSION_JAX_DATA'
+
+
+def prepare_dataset(dataset: str, size: int, data_dir: str | None = None) -> str:
+  """Prepares a data set unless that is done already.
+
+  An interrupted run leaves a folder with another name, which is never read. When two processes
+  prepare at once, the first to finish wins and the second uses its result.
+
+  Args:
+    dataset: a name in `DATASETS`.
+    size: image edge in pixels.
+    data_dir: folder for all data sets; by default $DIFFUSION_JAX_DATA, else
+      ~/.cache/diffusion_jax/data.
+
+  Returns:
+    The folder of the prepared data set.
+
+  Raises:
+    UserError: unknown data set or size, missing packages, or a folder that cannot be written.
+  """
+  builder = make_builder(dataset, size, data_dir)
+  if not is_prepared(builder):
+    _generate(builder)
+  return str(builder.data_dir)
+
+
+def default_data_dir() -> str:
+  """Where data sets are kept when no folder is given."""
+  return os.environ.get(_ENVIRONMENT) or str(Path.home() / '.cache' / 'diffusion_jax' / 'data')
+
+
+def make_builder(dataset: str, size: int, data_dir: str | None = None) -> Any:
+  """The TFDS builder of a data set, prepared or not.
+
+  Raises:
+    UserError: unknown data set or size, or a data set on disk that cannot be understood.
+  """
+  if dataset not in DATASETS:
+    known = ', '.join(sorted(DATASETS))
+    raise UserError(f'Unknown data set {dataset!r}: use one of {known}.')
+  make, sizes = DATASETS[dataset]
+  if size not in sizes:
+    raise UserError(f'{dataset} has no size {size!r}: use one of {", ".join(map(str, sizes))}.')
+  root = str(Path(data_dir or default_data_dir()).expanduser())
+  remedy = 'delete that folder and prepare it again'
+  with reading(f'The data set {dataset} in {root}', remedy=remedy):
+    for info in Path(root, dataset, str(size)).glob(f'*/{METADATA}'):
+      check_metadata(info.parent)
+    return make(size, root)
+
+
+def is_prepared(builder: Any) -> bool:
+  """Whether the data set of this builder is complete on disk."""
+  return (Path(builder.data_dir) / METADATA).exists()
+
+
+def _openmoji(size: int, data_dir: str) -> Any:
+  from diffusion_jax.data.sources.openmoji.builder import Openmoji
+
+  return Openmoji(config=str(size), data_dir=data_dir, file_format='array_record')
+
+
+DATASETS = {'openmoji': (_openmoji, (32, 64, 128))}
+"""By name: how to make the builder from (size, data_dir), and the sizes there are."""
+
+
+def _generate(builder: Any) -> None:
+  import tensorflow_datasets as tfds
+
+  tfds.disable_progress_bar()  # Ours says more in one line.
+  config = tfds.download.DownloadConfig(try_download_gcs=False)
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):
+      builder.download_and_prepare(download_config=config)
+  except OSError as error:
+    # TFDS renames a finished folder into place, which fails when another process was faster.
+    if not is_prepared(builder):
+      raise UserError(
+        f'Cannot write the data set to {builder.data_dir} ({first_line(error)}): '
+        f'choose another folder with --data_dir or ${_ENVIRONMENT}.'
+      ) from error
+
+
+def open_source(
+  dataset: str, split: str, *, size: int, data_dir: str | None = None, prepare: bool = False
+) -> 'ImageSource':
+  """Opens one split of a prepared data set.
+
+  Args:
+    dataset: name of the data set, such as 'openmoji'.
+    split: 'train', 'test', or a TFDS slice such as 'train[:100]'.
+    size: image edge in pixels.
+    data_dir: folder for all data sets; see `prepare_dataset`.
+    prepare: prepare the data set first where it is missing.
+
+  Raises:
+    UserError: unknown name, size or split, missing data, or data that cannot be read.
+  """
+  if prepare:
+    prepare_dataset(dataset, size, data_dir)
+  builder = make_builder(dataset, size, data_dir)
+  if not is_prepared(builder):
+    folder = f' --data_dir {data_dir}' if data_dir else ''
+    raise UserError(
+      f'The data set {dataset} at {size} px is not in {builder.data_dir}: '
+      f'run python -m diffusion_jax prepare --dataset {dataset} --size {size}{folder}'
+    )
+  _check_split(builder, dataset, split)
+  name = f'{dataset} in {builder.data_dir}'
+  with _reading(name):
+    import tensorflow_datasets as tfds
+
+    check_shards(builder.data_dir, builder.info.splits[split])
+    # Pillow decodes: TFDS would ask for OpenCV, and damaged images must be named.
+    decoders = {'image': tfds.decode.SkipDecoding()}
+    return ImageSource(builder.as_data_source(split=split, decoders=decoders), name)
+
+
+class ImageSource:
+  """Records of a TFDS data source as `types.Record`. Pickles, so worker processes can read it."""
+
+  def __init__(self, records: Sequence[Mapping[str, Any]], name: str):
+    self._records = records
+    self._name = name
+    self._length = len(records)
+
+  def __len__(self) -> int:
+    return self._length
+
+  def __getitem__(self, index: SupportsIndex) -> Record:
+    """Record `index`.
+
+    Raises:
+      IndexError: no such record.
+      Unreadable: the record is damaged, or the file that it is in.
+    """
+    index = _checked(index, self._length)
+    with _reading(f'{index} of {self._name}', Unreadable):
+      raw = self._records[index]
+      image, group = raw['image'], {'label': raw['group'].decode()} if 'group' in raw else {}
+      texts = {'captions': [text.decode() for text in raw['captions']], 'id': raw['id'].decode()}
+    return {'image': read_pixels(io.BytesIO(image), f'{index} of {self._name}'), **texts, **group}
+
+  @property
+  def labels(self) -> list[str]:
+    """Of every record, in order; no image is decoded. UserError where there are none."""
+    with _reading(self._name):
+      try:
+        return [raw['group'].decode() for raw in self._records]
+      except KeyError:
+        raise UserError(f'The data set {self._name} has no labels: use another.') from None
+
+  def fingerprint(self) -> dict[str, str]:
+    """Changes with texts, and with pixels, of records all over the split; not with the way in
+    which they are compressed."""
+
+    return {
+      'captions': of_texts([self._texts(i) for i in spread(self._length, RECORDS)]),
+      'pictures': of_images([self._pixels(i) for i in spread(self._length, IMAGES)]),
+    }
+
+  def _texts(self, index: int) -> list[list[str]] | None:
+    """All texts of a record; None of one that cannot be read."""
+    try:
+      raw = self._records[index]
+      return [[text.decode() for text in np.atleast_1d(raw[name]).tolist()]
+              for name in ('id', 'captions', 'group') if name in raw]
+    except Exception:  # ArrayRecord raises bare ones from C++.
+      return None
+
+  def _pixels(self, index: int) -> np.ndarray:
+    try:
+      return self[index]['image']
+    except UserError:
+      return np.zeros((0, 0, 3), np.uint8)
+
+  def __repr__(self) -> str:
+    return f'ImageSource({self._name}, {self._length} records)'
+
+
+def _check_split(builder: Any, dataset: str, split: str) -> None:
+  try:
+    builder.info.splits[split]
+  except (KeyError, ValueError) as error:
+    known = ', '.join(sorted(builder.info.splits))
+    raise UserError(
+      f"{dataset} has no split {split!r}: use one of {known}, or a slice such as 'train[:100]'."
+    ) from error
+
+
+def _checked(index: SupportsIndex, length: int) -> int:
+  position = index.__index__()
+  if not -length <= position < length:
+    raise IndexError(f'no record {position} in {length}')
+  return position % length
+
+
+@contextlib.contextmanager
+def _reading(name: str, kind: type[UserError] = UserError) -> Iterator[None]:
+  folder = Path(name.rpartition(' in ')[2])
+  try:
+    with reading(f'The data set {name}', remedy=f'delete {folder} and prepare it again'):
+      yield
+  except UserError as error:
+    raise kind(str(error)) from error
