@@ -27,13 +27,12 @@ from peak_memory import PeakMemory
 
 from diffusion_jax import __version__
 from diffusion_jax.formats.autoencoder import AUTOENCODERS
+from diffusion_jax.formats.clip import TEXT_ENCODERS
 from diffusion_jax.formats.convert import convert
-from diffusion_jax.formats.networks import DTYPES, KINDS, load
+from diffusion_jax.formats.networks import DTYPES, load, network_format
 from diffusion_jax.formats.published import published_name, published_shape
 from diffusion_jax.formats.tensors import NewTensor, write_json, write_tensors
-from diffusion_jax.formats.text import TEXT_ENCODERS
 from diffusion_jax.formats.unet import UNETS
-from diffusion_jax.models import network
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 
 LIMIT_SECONDS = 120
@@ -70,7 +69,7 @@ def arguments() -> argparse.Namespace:
 
 def shapes_of(kind: str, config) -> dict[str, tuple[int, ...]]:
   """Published name -> shape of every tensor of a network."""
-  leaves = network.abstract(lambda rngs: KINDS[kind].module(config, rngs=rngs))[1]
+  leaves = network_format(kind).shapes(config)
   return {published_name(n): published_shape(n, leaf.shape) for n, leaf in leaves.items()}
 
 
@@ -84,8 +83,8 @@ def write_pipeline(folder: Path, model: str, dtype: str, shapes: dict[str, dict]
       key: NewTensor(DTYPES[dtype], shape, lambda shape=shape: draw(shape))
       for key, shape in shapes[name].items()
     }
-    write_tensors(folder / name / KINDS[kind].weights, tensors)
-    write_json(folder / name / 'config.json', KINDS[kind].write(config))
+    write_tensors(folder / name / network_format(kind).weights, tensors)
+    write_json(folder / name / 'config.json', network_format(kind).describe(config))
   files = {'tokenizer': 'tokenizer.json', 'scheduler': 'scheduler_config.json'}
   if 'text_encoder_2' in parts:
     files['tokenizer_2'] = 'tokenizer.json'

@@ -23,8 +23,7 @@ import torch
 import transformers
 
 from diffusion_jax import __version__
-from diffusion_jax.formats.networks import KINDS, load_params
-from diffusion_jax.models.network import Network
+from diffusion_jax.formats.networks import load_params, network_format
 
 CROSS, PLAIN, UP_CROSS, UP_PLAIN = (
   'CrossAttnDownBlock2D', 'DownBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'
@@ -115,7 +114,7 @@ def measure(kind: str, model, theirs, ours) -> dict[str, float]:
       model.save_pretrained(folder)
       config, params = load_params(kind, folder)
     run = lambda dtype, cast: np.asarray(jax.jit(
-      lambda p: ours(Network.of(KINDS[kind].module, config, dtype=dtype).bind(p))
+      lambda p: ours(network_format(kind).network(config, dtype=dtype).bind(p))
     )(jax.tree.map(lambda p: jnp.asarray(p, cast), params)).astype(jnp.float32))
     exact = run(jnp.float32, jnp.float32)
     theirs_exact = theirs(model, torch.float32)

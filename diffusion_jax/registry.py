@@ -31,8 +31,26 @@ TASKS: Table = {
 }
 """Subclasses of `train.tasks.task.Task`."""
 
-NETWORKS: Table = {}
-"""How a kind of network is built, described and stored."""
+NETWORKS: Table = {
+  'autoencoder': 'diffusion_jax.formats.autoencoder:AUTOENCODER',
+  'unet': 'diffusion_jax.formats.unet:UNET',
+  'controlnet': 'diffusion_jax.formats.unet:CONTROLNET',
+  'clip': 'diffusion_jax.formats.clip:CLIP',
+  'clip_text': 'diffusion_jax.formats.clip:TEXT',
+  'clip_text_projection': 'diffusion_jax.formats.clip:TEXT_PROJECTION',
+  'clip_vision': 'diffusion_jax.formats.clip:VISION',
+  'clip_vision_projection': 'diffusion_jax.formats.clip:VISION_PROJECTION',
+  'dinov2': 'diffusion_jax.formats.dinov2:DINOV2',
+  't5': 'diffusion_jax.formats.t5:T5',
+  'vq': 'diffusion_jax.formats.autoencoder:VQ',
+  'autoencoder_tiny': 'diffusion_jax.formats.autoencoder:TINY',
+  'dit': 'diffusion_jax.formats.dit:DIT',
+  'mmdit': 'diffusion_jax.formats.dit:MMDIT',
+  'classifier': 'diffusion_jax.formats.classifier:CLASSIFIER',
+  'mlp': 'diffusion_jax.models.mlp:MLP',
+}
+"""`formats.published.NetworkFormat` objects, or networks with its default: a class whose __init__
+annotates `config` with a dataclass."""
 
 SPACES: Table = {}
 """What a generative model is of: pixels, latents of an autoencoder."""
@@ -98,7 +116,7 @@ def load(table: Table, name: str, where: str = '') -> Any:
 def check(table: Table, name: str, where: str = '') -> str:
   """Return the name; UserError, with the nearest known one, where no row has it."""
   if name not in table:
-    _plugins()
+    import_plugins()
   if name in table:
     return name
   close = difflib.get_close_matches(str(name), table, n=1)
@@ -124,7 +142,7 @@ def _kind(table: Table) -> str:
 
 
 @functools.cache
-def _plugins() -> None:
+def import_plugins() -> None:
   """Import, once, what registers parts from outside."""
   for module in filter(None, os.environ.get(PLUGINS, '').split(',')):
     try:

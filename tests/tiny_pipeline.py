@@ -9,9 +9,8 @@ import numpy as np
 import transformers
 from PIL import Image
 
-from diffusion_jax.formats.networks import kind_of_config, save_params
+from diffusion_jax.formats.networks import format_of, save_params
 from diffusion_jax.formats.tensors import write_json
-from diffusion_jax.models import network
 from diffusion_jax.models.autoencoder import AutoencoderKLConfig
 from diffusion_jax.models.text.clip import CLIPTextConfig, CLIPTextProjectionConfig
 from diffusion_jax.models.unet import UNetConfig
@@ -56,8 +55,7 @@ CLASSES = {
 
 def random_params(config, seed: int = 0) -> dict[str, np.ndarray]:
   """Every parameter of the network with this config."""
-  module = kind_of_config(config).module
-  shapes = network.abstract(lambda rngs: module(config, rngs=rngs))[1]
+  shapes = format_of(config).shapes(config)
   rng = np.random.default_rng(seed)
   draw = lambda name, shape: 0.2 * rng.normal(size=shape) + name.endswith('scale')
   return {name: draw(name, leaf.shape).astype(np.float32) for name, leaf in shapes.items()}

@@ -25,11 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def names_autoencoder(path: str | None) -> bool:
   """Whether --model is a directory of an autoencoder, not of a whole model."""
-  from diffusion_jax.formats.networks import KINDS, resolve
+  from diffusion_jax.formats.networks import network_format, resolve
   from diffusion_jax.formats.tensors import read_json
 
   file = resolve(path) / 'config.json' if path else None
-  return bool(file) and file.is_file() and KINDS['autoencoder'].describes(read_json(file))
+  return bool(file) and file.is_file() and network_format('autoencoder').matches(
+    read_json(file)
+  )
 
 
 def run(args: argparse.Namespace, out: Path, shown: dict) -> dict[str, Any] | None:

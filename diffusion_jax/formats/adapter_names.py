@@ -1,17 +1,8 @@
-"""Values by patterns of layer names, as PEFT's configs bring them, found in bounded time.
-
-PEFT matches re.match(rf'(.*\.)?({pattern})$', name) with the patterns as they come. A backtracking
-matcher can be kept busy for ever by a pattern, so here each is followed along a name once, with all
-places that it may have come to at a time. Known are characters, classes such as [a-z], . \d \w,
-the repetitions * + ? of one of these, the anchors ^ and $, and choices as in (to_q|to_k)(_proj)?.
-
-What files of LoRA call the layers of a network.
+"""The keys in files of LoRA: which layer of which network a tensor belongs to, and as what.
 
 A layer is the dotted name of a dense layer or a convolution, here and in diffusers. kohya's files
 join the parts of a name by underscores, so it can only be undone by knowing the network. For
 Stable Diffusion XL they number the blocks of the U-Net as single files do.
-
-Keys of files of LoRA: which layer of which network a tensor belongs to, and what it is there.
 
 Writers differ in how they spell a layer and in how they end a key. Read are PEFT (with the name of
 an adapter or without), diffusers now, its training scripts and its former attention processors,
@@ -38,7 +29,14 @@ _ONE = re.compile(r'(\\[dDwWsS]|\\[^\w\s]|\[\^?[\w.\\-]+\]|[^\\\[\](){}|*+?^$])(
 
 
 class NamePatterns:
-  """The first of `patterns` that matches a name's end, from a dot on, tells its value."""
+  r"""Values by patterns of layer names, as PEFT's configs bring them, found in bounded time.
+
+  The first pattern that matches a name's end, from a dot on, tells its value. PEFT matches
+  re.match(rf'(.*\.)?({pattern})$', name) with the patterns as they come. A backtracking matcher can
+  be kept busy for ever by a pattern, so here each is followed along a name once, with all places
+  that it may have come to at a time. Known are characters, classes such as [a-z], . \d \w, the
+  repetitions * + ? of one of these, the anchors ^ and $, and choices as in (to_q|to_k)(_proj)?.
+  """
 
   def __init__(self, patterns: Mapping[str, Any], where: str):
     """`where` names the source in the UserError for a pattern that is not known here."""

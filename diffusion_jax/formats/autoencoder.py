@@ -1,69 +1,56 @@
-"""config.json of the autoencoders.
+"""The autoencoders: config.json, published configs, names in a single file.
 
-Configs of published autoencoders, by name.
-
-The autoencoder: diffusers' names <-> `first_stage_model.`, whose attention is convolutions.
+A single file has them under `first_stage_model.`, with attention as convolutions.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from diffusion_jax.formats.published import ANY, parse_config
+from diffusion_jax.formats.published import ANY, NetworkFormat
 from diffusion_jax.formats.rules import Rule, same
-from diffusion_jax.models.autoencoder import AutoencoderKLConfig
-from diffusion_jax.models.autoencoder_tiny import AutoencoderTinyConfig
+from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
+from diffusion_jax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from diffusion_jax.models.checks import require
-from diffusion_jax.models.vq import VQConfig
+from diffusion_jax.models.vq import VQConfig, VQModel
 
-_VQ = {'act_fn': 'silu', 'norm_type': 'group', 'force_upcast': ANY}
-_TINY = {
+# Autoencoders saved before diffusers 0.18 name the parts of their attention so.
+_OLD_ATTENTION = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}
+
+
+def _new_attention(name: str) -> str:
+  parts = name.split('.')
+  if len(parts) >= 4 and parts[-4] == 'attentions':
+    parts[-2] = _OLD_ATTENTION.get(parts[-2], parts[-2])
+  return '.'.join(parts)
+
+
+class _AutoencoderFormat(NetworkFormat):
+  """Without what diffusers fails on: a sample_size of null, and a shift_factor of 0."""
+
+  def describe(self, config: Any) -> dict[str, Any]:
+    values = super().describe(config)
+    if config.sample_size is None:
+      del values['sample_size']
+    if 'shift_factor' in values:
+      values['shift_factor'] = config.shift_factor or None
+    return values
+
+
+AUTOENCODER = _AutoencoderFormat(
+  AutoencoderKL, AutoencoderKLConfig, ('AutoencoderKL',), accepted={'act_fn': 'silu'},
+  defaults={'block_out_channels': [64], 'layers_per_block': 1}, written={'act_fn': 'silu'},
+  rename=_new_attention,
+)
+VQ = _AutoencoderFormat(
+  VQModel, VQConfig, ('VQModel',),
+  accepted={'act_fn': 'silu', 'norm_type': 'group', 'force_upcast': ANY},
+  defaults={'block_out_channels': [64], 'layers_per_block': 1, 'num_vq_embeddings': 256},
+  written={'act_fn': 'silu', 'norm_type': 'group'}, rename=_new_attention,
+)
+TINY = NetworkFormat(AutoencoderTiny, AutoencoderTinyConfig, ('AutoencoderTiny',), accepted={
   'upsample_fn': 'nearest', 'upsampling_scaling_factor': 2, 'force_upcast': ANY,
   'block_out_channels': ANY,  # A copy of decoder_block_out_channels.
-}
-
-
-def read_autoencoder(values: dict[str, Any], where: str) -> AutoencoderKLConfig:
-  """diffusers' AutoencoderKL."""
-  # Defaults of diffusers that differ from ours.
-  values = {'block_out_channels': [64], 'layers_per_block': 1} | values
-  if values.get('shift_factor') is None:
-    values['shift_factor'] = 0.0
-  return parse_config(AutoencoderKLConfig, values, {'act_fn': 'silu'}, where)
-
-
-def write_autoencoder(config: AutoencoderKLConfig) -> dict[str, Any]:
-  return _known(config) | {
-    '_class_name': 'AutoencoderKL', 'act_fn': 'silu', 'shift_factor': config.shift_factor or None,
-  }
-
-
-def read_vq(values: dict[str, Any], where: str) -> VQConfig:
-  """diffusers' VQModel."""
-  values = {'block_out_channels': [64], 'layers_per_block': 1, 'num_vq_embeddings': 256} | values
-  return parse_config(VQConfig, values, _VQ, where)
-
-
-def write_vq(config: VQConfig) -> dict[str, Any]:
-  return _known(config) | {'_class_name': 'VQModel', 'act_fn': 'silu', 'norm_type': 'group'}
-
-
-def read_autoencoder_tiny(values: dict[str, Any], where: str) -> AutoencoderTinyConfig:
-  """diffusers' AutoencoderTiny."""
-  return parse_config(AutoencoderTinyConfig, values, _TINY, where)
-
-
-def write_autoencoder_tiny(config: AutoencoderTinyConfig) -> dict[str, Any]:
-  return dataclasses.asdict(config) | {'_class_name': 'AutoencoderTiny'}
-
-
-def _known(config: Any) -> dict[str, Any]:
-  """All fields; diffusers fails on a sample_size of null."""
-  values = dataclasses.asdict(config)
-  if config.sample_size is None:
-    del values['sample_size']
-  return values
-
+})
 
 AUTOENCODERS: dict[str, AutoencoderKLConfig | AutoencoderTinyConfig | VQConfig] = {
   'sd15': AutoencoderKLConfig(sample_size=512),
@@ -75,8 +62,7 @@ AUTOENCODERS: dict[str, AutoencoderKLConfig | AutoencoderTinyConfig | VQConfig] 
   'taesd': AutoencoderTinyConfig(),
   'vq_f4': VQConfig(sample_size=256),  # Latent diffusion's, with 8192 codes of 3 channels.
 }
-"""What the published config.json say, without weights: what `KINDS` would read from them."""
-
+"""The published autoencoders by name, as their config.json describe them."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from diffusion_jax import registry
 from diffusion_jax.files import inside
-from diffusion_jax.formats.networks import DTYPES, KINDS, find_kind, resolve
+from diffusion_jax.formats.networks import DTYPES, resolve
 from diffusion_jax.formats.pipeline import (
   Part,
   Pipeline,
@@ -43,7 +44,7 @@ def convert(
     layout: one of LAYOUTS; 'tensors' writes those that a file of PyTorch holds by name, as they
       are, to a .safetensors file.
     dtype: of the floating tensors; None leaves each as it is.
-    kind: of one network, where its config.json does not tell; one of KINDS.
+    kind: of one network, where its config.json does not tell; a row of NETWORKS.
     prediction: of a single file that does not say it: 'epsilon' or 'v_prediction'.
     tokenizers: for a single file, which holds none: the directory to copy them from.
 
@@ -117,14 +118,14 @@ def _convert_part(
     'model_index.json.',
   )
   if kind is not None:
-    find_kind(kind)
+    registry.check(registry.NETWORKS, kind, '--type')
   config = read_json(inside(where / 'config.json', where))
   part = read_part(where, ('', ''), kind)
   require(
     part.kind is not None,
     f'{where / "config.json"} describes no network that is known here '
     f'({config.get("_class_name") or config.get("architectures")}); name it with --type, one of '
-    f'{", ".join(KINDS)}.',
+    f'{", ".join(registry.NETWORKS)}.',
   )
   _check_space([part], there, dtype)
   with new_directory(there) as folder:

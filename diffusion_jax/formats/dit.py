@@ -1,22 +1,34 @@
-"""config.json of the transformer denoisers, and published architectures by name."""
+"""The transformer denoisers: config.json and published configs."""
 
-import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
+from diffusion_jax.formats.published import ANY, NetworkFormat
+from diffusion_jax.models.dit import DiT, DiTConfig
+from diffusion_jax.models.mmdit import MMDiT, MMDiTConfig
 
-from diffusion_jax.formats.published import ANY, parse_config
-from diffusion_jax.models.checks import require
-from diffusion_jax.models.dit import DiTConfig
-from diffusion_jax.models.mmdit import MMDiTConfig
-from diffusion_jax.types import Params
 
-# A DiT whose blocks share one embedding has a class name of ours: diffusers has no such network.
-DIT_CLASSES = ('DiTTransformer2DModel', 'DiT')
-_DIT = {
-  'dropout': 0.0, 'norm_num_groups': ANY, 'activation_fn': 'gelu-approximate',
-  'upcast_attention': ANY, 'norm_type': 'ada_norm_zero', 'norm_elementwise_affine': False,
-}
+class _DiTFormat(NetworkFormat):
+  """A DiT whose blocks share one embedding has a class name of ours: diffusers has none such."""
+
+  def parse(self, values: Mapping[str, Any], where: str) -> DiTConfig:
+    shared = values.get('_class_name') == 'DiT'
+    return super().parse({**values, 'shared_embedding': shared}, where)
+
+  def describe(self, config: DiTConfig) -> dict[str, Any]:
+    values = super().describe(config)
+    return values | {'_class_name': self.names[values.pop('shared_embedding')]}
+
+
+DIT = _DiTFormat(
+  DiT, DiTConfig, ('DiTTransformer2DModel', 'DiT'), defaults={'out_channels': None},
+  accepted={
+    'dropout': 0.0, 'norm_num_groups': ANY, 'activation_fn': 'gelu-approximate',
+    'upcast_attention': ANY, 'norm_type': 'ada_norm_zero', 'norm_elementwise_affine': False,
+  },
+  written={'norm_type': 'ada_norm_zero'},
+)
+MMDIT = NetworkFormat(MMDiT, MMDiTConfig, ('SD3Transformer2DModel',))
 
 TRANSFORMERS: dict[str, DiTConfig | MMDiTConfig] = {
   'dit_xl_2_256': DiTConfig(),
@@ -33,59 +45,4 @@ TRANSFORMERS: dict[str, DiTConfig | MMDiTConfig] = {
     qk_norm='rms_norm',
   ),
 }
-
-
-def read_dit(values: dict[str, Any], where: str) -> DiTConfig:
-  """diffusers' DiTTransformer2DModel, or what `write_dit` wrote."""
-  shared = values.get('_class_name') == 'DiT'
-  values = {'out_channels': None} | values | {'shared_embedding': shared}
-  return parse_config(DiTConfig, values, _DIT, where)
-
-
-def write_dit(config: DiTConfig) -> dict[str, Any]:
-  values = dataclasses.asdict(config)
-  shared = values.pop('shared_embedding')
-  return values | {'_class_name': DIT_CLASSES[shared], 'norm_type': 'ada_norm_zero'}
-
-
-def read_mmdit(values: dict[str, Any], where: str) -> MMDiTConfig:
-  """diffusers' SD3Transformer2DModel."""
-  return parse_config(MMDiTConfig, values, {}, where)
-
-
-def write_mmdit(config: MMDiTConfig) -> dict[str, Any]:
-  return dataclasses.asdict(config) | {'_class_name': 'SD3Transformer2DModel'}
-
-
-def share_embedding(config: DiTConfig, params: Params) -> tuple[DiTConfig, Params]:
-  """The same network with one embedding for all blocks, a ninth smaller for DiT-XL/2.
-
-  UserError where the blocks' embeddings differ, as they may after training in diffusers.
-  """
-  kept = {}
-  for name, value in params.items():
-    first = _of_first_block(name)
-    if first in (None, name):
-      kept[name] = value
-      continue
-    require(np.array_equal(value, params[first]),
-            f'{name} differs from {first}: the blocks of this DiT do not share an embedding.')
-  return dataclasses.replace(config, shared_embedding=True), kept
-
-
-def copy_embedding(config: DiTConfig, params: Params) -> tuple[DiTConfig, Params]:
-  """The same network with an embedding in every block, as diffusers stores it."""
-  copies = dict(params)
-  for name, value in params.items():
-    if _of_first_block(name) == name:
-      end = name.removeprefix('transformer_blocks.0.')
-      copies |= {f'transformer_blocks.{n}.{end}': value for n in range(config.num_layers)}
-  return dataclasses.replace(config, shared_embedding=False), copies
-
-
-def _of_first_block(name: str) -> str | None:
-  """The first block's name of a parameter of an embedding; None for other parameters."""
-  parts = name.split('.')
-  if parts[0] != 'transformer_blocks' or parts[2:4] != ['norm1', 'emb']:
-    return None
-  return '.'.join([parts[0], '0', *parts[2:]])
+"""The published ones by name."""

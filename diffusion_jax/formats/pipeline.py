@@ -7,7 +7,6 @@ directory or a single file says, not its weights.
 
 import contextlib
 import dataclasses
-import functools
 import os
 import re
 import shutil
@@ -21,15 +20,16 @@ import numpy as np
 from diffusion_jax.files import INDEX, inside
 from diffusion_jax.formats.networks import (
   DTYPES,
-  KINDS,
   NATIVE,
-  TRANSFORMERS,
-  Kind,
   cast,
   find_weights,
+  kind_of,
   match_native,
+  network_format,
 )
 from diffusion_jax.formats.published import (
+  TRANSFORMERS,
+  NetworkFormat,
   from_published_layout,
   match,
   published_name,
@@ -45,7 +45,6 @@ from diffusion_jax.formats.tensors import (
   write_json,
   write_tensors,
 )
-from diffusion_jax.models import network
 from diffusion_jax.models.checks import require
 
 _TEXTS = ('.json', '.txt', '.model')
@@ -57,7 +56,7 @@ class Part:
   """One part of a pipeline.
 
   library, class: what model_index.json says.
-  kind: its name in KINDS, or None where we have no network for it.
+  kind: its name in NETWORKS, or None where we have no network for it.
   config: config.json, of parts with tensors.
   tensors: by published names, of parts with a kind.
   files: all others, copied as they are.
@@ -137,7 +136,7 @@ def read_part(folder: Path, entry: tuple[str, str], kind: str | None = None) -> 
   file = folder / 'config.json'
   config = read_json(inside(file, folder)) if file.is_file() else None
   if kind is None and config is not None:
-    kind = next((name for name, spec in KINDS.items() if spec.describes(config)), None)
+    kind = kind_of(config)
   files = sorted(file for file in folder.iterdir() if file.is_file())
   if kind is None:
     copied = [f for f in files if f.suffix in (*_TEXTS, _WEIGHTS)]
@@ -146,10 +145,10 @@ def read_part(folder: Path, entry: tuple[str, str], kind: str | None = None) -> 
     inside(f, folder) for f in files if f.suffix in _TEXTS and f.name != 'config.json'
     and not re.search(r'\.safetensors\.index(\..+)?\.json$|\.bin\.index\.json$', f.name)
   ]
-  return Part(entry, kind, config, read_weights(folder, KINDS[kind], config or {}), others)
+  return Part(entry, kind, config, read_weights(folder, network_format(kind), config or {}), others)
 
 
-def read_weights(folder: Path, spec: Kind, config: dict[str, Any]) -> dict[str, NewTensor]:
+def read_weights(folder: Path, spec: NetworkFormat, config: dict[str, Any]) -> dict[str, NewTensor]:
   """The tensors of one network by published names, from either layout."""
   native = folder / NATIVE
   if not native.is_file():
@@ -164,7 +163,7 @@ def read_weights(folder: Path, spec: Kind, config: dict[str, Any]) -> dict[str, 
 def check_part(part: Part, where: str) -> None:
   """Raises a UserError for a tensor whose name or shape is not that of the part's config."""
   if part.kind is not None:
-    match(part.tensors, _shapes(KINDS[part.kind], part.config or {}, Path(where)), where)
+    match(part.tensors, _shapes(network_format(part.kind), part.config or {}, Path(where)), where)
 
 
 def lazy(tensor: Tensor) -> NewTensor:
@@ -177,14 +176,9 @@ def _to_published(name: str, tensor: Tensor) -> NewTensor:
   return NewTensor(tensor.dtype, shape, lambda: to_published_layout(name, np.asarray(tensor)))
 
 
-def _shapes(spec: Kind, config: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _shapes(spec: NetworkFormat, config: dict[str, Any], folder: Path) -> dict[str, Any]:
   """Name -> shape of our network of that config."""
-  return _abstract(spec.module, spec.read(config, str(folder / 'config.json')))
-
-
-@functools.lru_cache(maxsize=8)
-def _abstract(module: type, config: Any) -> dict[str, Any]:
-  return network.abstract(lambda rngs: module(config, rngs=rngs))[1]
+  return spec.shapes(spec.parse(config, str(folder / 'config.json')))
 
 
 def write_pipeline(pipeline: Pipeline, path: Path, layout: str, dtype: str | None) -> None:
@@ -209,7 +203,7 @@ def write_part(part: Part, folder: Path, layout: str, dtype: str | None) -> None
     write_json(folder / name, values)
   if part.kind is None:
     return
-  spec, tensors = KINDS[part.kind], part.tensors
+  spec, tensors = network_format(part.kind), part.tensors
   if layout == 'native':
     tensors = _to_native(part, spec, folder)
   config = dict(part.config or {})
@@ -220,7 +214,7 @@ def write_part(part: Part, folder: Path, layout: str, dtype: str | None) -> None
   write_tensors(folder / (NATIVE if layout == 'native' else spec.weights), typed(tensors, dtype))
 
 
-def _to_native(part: Part, spec: Kind, folder: Path) -> dict[str, NewTensor]:
+def _to_native(part: Part, spec: NetworkFormat, folder: Path) -> dict[str, NewTensor]:
   shapes = _shapes(spec, part.config or {}, folder)
 
   def native(name: str, tensor: NewTensor) -> NewTensor:

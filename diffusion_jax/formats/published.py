@@ -1,15 +1,15 @@
-"""Our parameter names and layouts <-> those of the published (PyTorch) checkpoints.
+"""The rules that all networks share between our parameters and configs and the published ones.
 
 Modules are named alike, so only leaves differ: kernel, scale and embedding are all `weight`, a
 convolution is stored [o i h w] instead of [h w i o], a matrix [out in] instead of [in out]. Both
 directions are total: a missing, unused or misshapen tensor is an error that names it.
 
-Our configs <-> the config.json of diffusers and transformers: what all families share.
-
-Reading accepts a key that is not ours only with the values under which the published network
-computes what ours does; anything else is an error that names the key.
+A key of config.json that is no field of ours is accepted only with the values under which the
+published network computes what ours does; anything else is an error that names the key.
 """
 
+import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -19,6 +19,11 @@ import numpy as np
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.checks import require, shown
+from diffusion_jax.models.network import Network, abstract
+from diffusion_jax.types import Params
+
+DIFFUSERS, TRANSFORMERS = 'diffusion_pytorch_model.safetensors', 'model.safetensors'
+"""The files of weights of the two libraries."""
 
 _TO_PUBLISHED = {2: (1, 0), 4: (3, 2, 0, 1)}
 _FROM_PUBLISHED = {2: (1, 0), 4: (2, 3, 1, 0)}
@@ -109,6 +114,7 @@ def from_published(
 
 
 def same_names(have: set[str], want: set[str], where: str) -> None:
+  """UserError, naming up to three of each, where names are missing or left over."""
   missing, unused = sorted(want - have), sorted(have - want)
   some = lambda names: ', '.join(names[:3]) + (f' and {len(names) - 3} more' * (len(names) > 3))
   require(
@@ -122,13 +128,95 @@ def same_names(have: set[str], want: set[str], where: str) -> None:
 
 
 ANY = object()  # The key has no effect on the network.
+GENERAL = dict.fromkeys((
+  'architectures', 'attention_dropout', 'bad_words_ids', 'bos_token_id', 'chunk_size_feed_forward',
+  'decoder_start_token_id', 'diversity_penalty', 'do_sample', 'dropout', 'dtype', 'early_stopping',
+  'encoder_no_repeat_ngram_size', 'eos_token_id', 'exponential_decay_length_penalty',
+  'finetuning_task', 'id2label', 'initializer_factor', 'initializer_range', 'label2id',
+  'length_penalty', 'max_length', 'min_length', 'model_type', 'no_repeat_ngram_size',
+  'num_beam_groups', 'num_beams', 'num_return_sequences', 'output_attentions',
+  'output_hidden_states', 'output_scores', 'pad_token_id', 'prefix', 'problem_type',
+  'projection_dim', 'remove_invalid_values', 'repetition_penalty', 'return_dict',
+  'return_dict_in_generate', 'sep_token_id', 'suppress_tokens', 'task_specific_params',
+  'temperature', 'tf_legacy_loss', 'tie_encoder_decoder', 'tie_word_embeddings',
+  'tokenizer_class', 'top_k', 'top_p', 'torch_dtype', 'torchscript', 'transformers_version',
+  'typical_p', 'use_bfloat16',
+), ANY) | {'is_decoder': False, 'is_encoder_decoder': False, 'add_cross_attention': False,
+           'pruned_heads': {}}
+"""What transformers writes into every config and what only text generation reads."""
 _LARGEST, _LONGEST = 1e6, 200  # Of a factor, and of a name.
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkFormat:
+  """How one kind of network is built, described in config.json and stored.
+
+  module, config: the network, and the dataclass that it is made from.
+  names: what config.json may have under `key`; the first is written.
+  key: '_class_name', as in diffusers, or one of transformers' keys.
+  accepted: keys that are no fields of `config` -> the value that each may have, or ANY.
+  defaults: of keys that are missing, where the library has others than `config`.
+  written: keys that are written beside the fields.
+  rename: a tensor's name in a file -> its name by the modules of our network, `.weight` for every
+  kernel, scale and embedding; None for a tensor that holds no parameter, such as a position table.
+  """
+
+  module: type
+  config: type
+  names: tuple[Any, ...]
+  key: str = '_class_name'
+  accepted: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  written: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  rename: Callable[[str], str | None] = lambda name: name
+
+  @classmethod
+  def default(cls, module: type) -> 'NetworkFormat':
+    """Return the format of a network that no library knows: its class name and its config's fields.
+
+    Raises:
+      TypeError: the network's __init__ takes no `config` that is annotated with a dataclass.
+    """
+    config = typing.get_type_hints(module.__init__).get('config')
+    if not dataclasses.is_dataclass(config):
+      raise TypeError(f'{module.__name__}.__init__ must annotate `config` with a dataclass.')
+    return cls(module, config, (module.__name__,))
+
+  @property
+  def weights(self) -> str:
+    """The name of the file of weights in the library's layout."""
+    return DIFFUSERS if self.key == '_class_name' else TRANSFORMERS
+
+  def matches(self, values: Mapping[str, Any]) -> bool:
+    """Return whether a config.json describes this kind of network."""
+    return values.get(self.key) in self.names
+
+  def parse(self, values: Mapping[str, Any], where: str) -> Any:
+    """Return the config that a config.json describes. UserError, after `where`, for any other."""
+    return parse_config(self.config, {**self.defaults, **values}, self.accepted, where)
+
+  def describe(self, config: Any) -> dict[str, Any]:
+    """Return the config.json of a config, which `parse` reads back."""
+    return dataclasses.asdict(config) | {self.key: self.names[0], **self.written}
+
+  def network(self, config: Any, **options) -> Network:
+    """Return the network of a config, without weights."""
+    return Network.of(self.module, config, **options)
+
+  def shapes(self, config: Any) -> Params:
+    """Return the parameters' shapes by name, without building the network."""
+    return _shapes(self.module, config)
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(module: type, config: Any) -> Params:
+  return abstract(lambda rngs: module(config, rngs=rngs))[1]
 
 
 def parse_config(
   cls: type, values: Mapping[str, Any], accepted: Mapping[str, Any], where: str
 ) -> Any:
-  """A `cls` from those of `values` that are its fields, after judging all the others.
+  """Return a `cls` from those of `values` that are its fields, after judging all the others.
 
   Every field has the type that `cls` says, its numbers are finite, and null stands for the default
   where the type does not have it.
@@ -144,6 +232,9 @@ def parse_config(
     )
   fields = {key: value for key, value in values.items() if key in hints}
   fields = {k: v for k, v in fields.items() if v is not None or type(None) in _choices(hints[k])}
+  for key, value in fields.items():
+    if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
+      fields[key] = parse_config(hints[key], value, accepted, f'{where}, {key}')
   try:
     return cls(**{key: _typed(hints[key], value, key) for key, value in fields.items()})
   except UserError as error:
@@ -151,11 +242,12 @@ def parse_config(
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
-  return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+  union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+  return typing.get_args(hint) if union else (hint,)
 
 
 def _typed(hint: Any, value: Any, key: str) -> Any:
-  """A value of JSON as its field's type, lists as tuples. UserError where it is of another."""
+  """Return a value of JSON as its field's type, lists as tuples. UserError for another type."""
   for choice in _choices(hint):
     if isinstance(value, list | tuple) and typing.get_origin(choice) is tuple:
       inner = typing.get_args(choice)[0]

@@ -20,9 +20,9 @@ import numpy as np
 from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import inside
-from diffusion_jax.formats import autoencoder, text, unet
+from diffusion_jax.formats import autoencoder, clip, unet
 from diffusion_jax.formats.adapter_names import is_lora, of_other_kinds, some
-from diffusion_jax.formats.networks import KINDS
+from diffusion_jax.formats.networks import network_format
 from diffusion_jax.formats.pipeline import Part, Pipeline, check_part, lazy, typed
 from diffusion_jax.formats.rules import Rule, from_stored, to_stored
 from diffusion_jax.formats.tensors import (
@@ -313,7 +313,7 @@ _CLASSES = {'unet': 'UNet2DConditionModel', 'vae': 'AutoencoderKL'}
 
 def _text_rules(style: str, config: Mapping[str, Any]) -> list[Rule]:
   projection = config.get('architectures') == ['CLIPTextModelWithProjection']
-  make = text.clip_rules if style == 'clip' else text.open_clip_rules
+  make = clip.clip_rules if style == 'clip' else clip.open_clip_rules
   return make(config.get('num_hidden_layers', 12), projection)
 
 
@@ -328,7 +328,7 @@ def write_single_file(pipeline: Pipeline, path: Path, dtype: str | None) -> list
     name: _without_null(part.config or {}) for name, part in pipeline.parts.items() if part.kind
   }
   for part, config in configs.items():  # Within bounds, before it is counted along.
-    KINDS[pipeline.parts[part].kind].read(config, f'{part}/config.json')
+    network_format(pipeline.parts[part].kind).parse(config, f'{part}/config.json')
   name = of_parts(configs, 'The pipeline')
   family = FAMILIES[name]
   rules = {
@@ -404,7 +404,7 @@ def _configs(family: str, shapes: dict[str, tuple], prediction: str) -> dict[str
   }
   configs = {}
   for encoder, (prefix, style) in spec.text.items():
-    make = text.clip_config if style == 'clip' else text.open_clip_config
+    make = clip.clip_config if style == 'clip' else clip.open_clip_config
     configs[encoder] = make(of(prefix), f'{where} ({prefix})')
   pooled = configs.get('text_encoder_2', {}).get('projection_dim')
   of_unet = of(unet.PREFIX)

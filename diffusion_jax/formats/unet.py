@@ -1,8 +1,4 @@
-"""config.json of the U-Net and of the ControlNet.
-
-The published networks by name, as their config.json describe them.
-
-The U-Net: diffusers' names <-> `model.diffusion_model.`; structure from a config or from shapes.
+"""The U-Net and the ControlNet: config.json, published configs, names in a single file.
 
 A single file numbers its blocks through: input_blocks.0 is the first convolution, then each level
 has its layers and, but for the last level, a downsampling; output_blocks count the layers upwards,
@@ -15,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.formats.published import ANY, parse_config
+from diffusion_jax.formats.published import ANY, NetworkFormat
 from diffusion_jax.formats.rules import Rule, same
 from diffusion_jax.models.checks import require
-from diffusion_jax.models.controlnet import ControlNetConfig
-from diffusion_jax.models.unet import UNetConfig
+from diffusion_jax.models.controlnet import ControlNet, ControlNetConfig
+from diffusion_jax.models.unet import UNet, UNetConfig
 
 _BOTH = {
   'act_fn': 'silu', 'downsample_padding': 1, 'mid_block_scale_factor': 1,
@@ -32,38 +28,28 @@ _UNET = _BOTH | {
   'class_embeddings_concat': False,
   'mid_block_only_cross_attention': ANY,  # Of a mid block that we refuse.
 }
-# Defaults of diffusers that differ from ours.
-_DEFAULTS = {'cross_attention_dim': 1280}
 
 
-def _without_null(values: dict[str, Any]) -> dict[str, Any]:
-  """Where diffusers takes null for false."""
-  return values if values.get('upcast_attention') is not None else (
-    values | {'upcast_attention': False}
-  )
+class _UNetFormat(NetworkFormat):
+  """Null for false, as diffusers takes it; of a ControlNet, num_attention_heads comes first."""
+
+  def parse(self, values: Mapping[str, Any], where: str) -> Any:
+    values = dict(values)
+    if values.get('upcast_attention') is None:
+      values['upcast_attention'] = False
+    if self.module is ControlNet and (heads := values.pop('num_attention_heads', None)) is not None:
+      values['attention_head_dim'] = heads
+    return super().parse(values, where)
 
 
-def read_unet(values: dict[str, Any], where: str) -> UNetConfig:
-  """diffusers' UNet2DConditionModel."""
-  values = _without_null({'sample_size': None} | _DEFAULTS | values)
-  return parse_config(UNetConfig, values, _UNET, where)
-
-
-def write_unet(config: UNetConfig) -> dict[str, Any]:
-  return dataclasses.asdict(config) | {'_class_name': 'UNet2DConditionModel', 'act_fn': 'silu'}
-
-
-def read_controlnet(values: dict[str, Any], where: str) -> ControlNetConfig:
-  """diffusers' ControlNetModel, in which num_attention_heads goes before attention_head_dim."""
-  values = _without_null(_DEFAULTS | values)
-  heads = values.pop('num_attention_heads', None)
-  if heads is not None:
-    values['attention_head_dim'] = heads
-  return parse_config(ControlNetConfig, values, _BOTH, where)
-
-
-def write_controlnet(config: ControlNetConfig) -> dict[str, Any]:
-  return dataclasses.asdict(config) | {'_class_name': 'ControlNetModel', 'act_fn': 'silu'}
+UNET = _UNetFormat(
+  UNet, UNetConfig, ('UNet2DConditionModel',), accepted=_UNET,
+  defaults={'sample_size': None, 'cross_attention_dim': 1280}, written={'act_fn': 'silu'},
+)
+CONTROLNET = _UNetFormat(
+  ControlNet, ControlNetConfig, ('ControlNetModel',), accepted=_BOTH,
+  defaults={'cross_attention_dim': 1280}, written={'act_fn': 'silu'},
+)
 
 
 _CROSS, _PLAIN = 'CrossAttnDownBlock2D', 'DownBlock2D'
@@ -99,6 +85,7 @@ UNETS: dict[str, UNetConfig] = {
     projection_class_embeddings_input_dim=2816,
   ),
 }
+"""The published U-Nets by name, as their config.json describe them."""
 
 CONTROLNETS: dict[str, ControlNetConfig] = {
   name: ControlNetConfig.for_unet(UNETS[name]) for name in ('sd15', 'sdxl')

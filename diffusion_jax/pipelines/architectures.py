@@ -7,10 +7,9 @@ import jax.numpy as jnp
 
 from diffusion_jax.diffusion.schedules import ScheduleConfig
 from diffusion_jax.formats.autoencoder import AUTOENCODERS
-from diffusion_jax.formats.networks import KINDS
-from diffusion_jax.formats.text import TEXT_ENCODERS
+from diffusion_jax.formats.clip import TEXT_ENCODERS
+from diffusion_jax.formats.networks import network_format
 from diffusion_jax.formats.unet import UNETS
-from diffusion_jax.models.network import Network
 from diffusion_jax.pipelines.conditioners import ROLES, TextEncoders
 from diffusion_jax.pipelines.directory import make_model
 from diffusion_jax.pipelines.model import Diffusion
@@ -44,7 +43,7 @@ def architecture_model(name: str, dtype=jnp.float32) -> Diffusion:
   for role, encoder in zip(ROLES, a.text, strict=False):
     config = TEXT_ENCODERS[encoder]
     kind = 'clip_text_projection' if role == ROLES[1] else 'clip_text'
-    networks[role] = Network.of(KINDS[kind].module, config, dtype=dtype)
+    networks[role] = network_format(kind).network(config, dtype=dtype)
   text = TextEncoders(
     networks, (), skip=int(sdxl), normalize=not sdxl, pooled=sdxl, zero_null=sdxl
   )

@@ -19,7 +19,7 @@ from diffusion_jax.diffusion.denoiser import PREDICTIONS
 from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import INDEX, check_folder, inside
-from diffusion_jax.formats.networks import KINDS, load_params, resolve, save_params
+from diffusion_jax.formats.networks import load_params, network_format, resolve, save_params
 from diffusion_jax.formats.preprocessor import read_pixels
 from diffusion_jax.formats.scheduler import Scheduler, read_scheduler
 from diffusion_jax.formats.tensors import PICKLES, read_json, write_json
@@ -50,7 +50,7 @@ class Part:
 
   def network(self, dtype) -> Network:
     """Without weights."""
-    return Network.of(KINDS[self.kind].module, self.config, dtype=dtype)
+    return network_format(self.kind).network(self.config, dtype=dtype)
 
 
 def make_model(
@@ -109,8 +109,9 @@ def read_part(path: str, kinds: tuple[str, ...]) -> Part:
   file = resolve(path) / 'config.json'
   values = read_json(inside(file, file.parent))
   for name in kinds:
-    if KINDS[name].describes(values):
-      return Part(name, KINDS[name].read(values, str(file)), path)
+    spec = network_format(name)
+    if spec.matches(values):
+      return Part(name, spec.parse(values, str(file)), path)
   raise UserError(f'{file} describes none of {", ".join(kinds)}; check which network it is.')
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from diffusion_jax.formats.autoencoder import AUTOENCODERS
-from diffusion_jax.formats.networks import kind_of_config
+from diffusion_jax.formats.networks import format_of
 from diffusion_jax.models import network
 
 # Scalars and tensors. diffusers builds the same from these configs on the meta device.
@@ -18,14 +18,13 @@ SIZES = {
 @pytest.mark.parametrize('name', AUTOENCODERS)
 def test_sizes(name):
   config = AUTOENCODERS[name]
-  module = kind_of_config(config).module
-  _, shapes = network.abstract(lambda rngs: module(config, rngs=rngs))
+  shapes = format_of(config).shapes(config)
   assert (network.count(shapes), len(shapes)) == SIZES[name]
 
 
 @pytest.mark.parametrize('name', AUTOENCODERS)
 def test_configs_survive_config_json(name):
   config = AUTOENCODERS[name]
-  kind = kind_of_config(config)
-  values = json.loads(json.dumps(kind.write(config)))
-  assert kind.describes(values) and kind.read(values, 'here') == config
+  kind = format_of(config)
+  values = json.loads(json.dumps(kind.describe(config)))
+  assert kind.matches(values) and kind.parse(values, 'here') == config

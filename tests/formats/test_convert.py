@@ -13,7 +13,7 @@ from diffusion_jax.formats import unet as names
 from diffusion_jax.formats.convert import convert
 from diffusion_jax.formats.networks import load_params, save_params
 from diffusion_jax.formats.published import published_name, published_shape
-from diffusion_jax.formats.unet import UNETS, read_unet, write_unet
+from diffusion_jax.formats.unet import UNETS
 from diffusion_jax.models import network
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.text.clip import CLIPTextConfig, CLIPTextModel
@@ -137,7 +137,8 @@ def test_mistakes_are_sentences(pipeline, tmp_path, fails):
   assert 'ends in .safetensors' in run(layout='single-file')
   assert 'a whole pipeline' in run(pipeline / 'unet', layout='single-file')
   assert 'describes no network' in run(pipeline / 'safety_checker')
-  assert 'no kind of model' in run(pipeline / 'unet', tmp_path / 'out', 'native', '--type', 'x')
+  unknown = run(pipeline / 'unet', tmp_path / 'out', 'native', '--type', 'x')
+  assert "--type is 'x'; choose one of autoencoder" in unknown
   (pipeline / 'tokenizer' / 'vocab.json').unlink()
   edit_index(pipeline, tokenizer_2=['transformers', 'CLIPTokenizer'])
   assert 'names a part tokenizer_2' in run()
@@ -194,7 +195,7 @@ def test_one_network_there_and_back(written, tmp_path):
                   'output_blocks.2.2.conv.bias', 'output_blocks.8.0.skip_connection.weight']),
 ])
 def test_published_u_nets_have_their_names_and_counts(architecture, count, some):
-  structure = names.of_config(write_unet(UNETS[architecture]), architecture)
+  structure = names.of_config(names.UNET.describe(UNETS[architecture]), architecture)
   rules = names.rules(structure)
   assert len({rule.stored for rule in rules}) == len({rule.published for rule in rules}) == count
   assert set(some) <= {rule.stored for rule in rules}
@@ -207,8 +208,8 @@ def test_the_config_of_a_published_u_net_follows_from_its_shapes():
 
 
   published = {published_name(n): published_shape(n, t.shape) for n, t in shapes.items()}
-  rules = names.rules(names.of_config(write_unet(config), 'sd21'))
+  rules = names.rules(names.of_config(names.UNET.describe(config), 'sd21'))
   stored = {rule.stored: published[rule.published[0]] for rule in rules}
   structure = names.of_shapes(stored, 'here', labels_are_sizes=False)
   found = names.config(structure, stored, 'here', heads=None, pooled=None)
-  assert read_unet(found | {'sample_size': 64}, 'here') == config
+  assert names.UNET.parse(found | {'sample_size': 64}, 'here') == config

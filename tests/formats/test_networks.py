@@ -1,17 +1,21 @@
 """Reading and writing model directories: errors and exactness. Libraries: tests/parity."""
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from diffusion_jax import registry
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats import networks
-from diffusion_jax.formats.networks import load_params, resolve, save_params
+from diffusion_jax.formats.networks import load, load_params, resolve, save_params
 from diffusion_jax.formats.published import from_published, to_published
-from diffusion_jax.models import network
-from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
+from diffusion_jax.models.autoencoder import AutoencoderKLConfig
+from tests.tiny_pipeline import random_params
 
 CONFIG = AutoencoderKLConfig(
   block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, scaling_factor=0.7,
@@ -21,8 +25,8 @@ WEIGHTS = 'diffusion_pytorch_model.safetensors'
 
 
 @pytest.fixture(scope='module')
-def params(random_params):
-  return random_params(network.abstract(lambda rngs: AutoencoderKL(CONFIG, rngs=rngs))[1])
+def params():
+  return random_params(CONFIG)
 
 
 @pytest.fixture
@@ -149,3 +153,31 @@ def test_assets(tmp_path, monkeypatch, params):
 def test_unknown_kinds_are_listed(tmp_path):
   with pytest.raises(UserError, match='autoencoder, unet, controlnet'):
     load_params('vae', tmp_path)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleConfig:
+  """A network that no library knows."""
+
+  width: int = 2
+  edges: tuple[int, ...] = (1, 2)
+
+
+class Scale(nnx.Module):
+
+  def __init__(self, config: ScaleConfig, *, dtype=None, param_dtype=np.float32, rngs: nnx.Rngs):
+    del dtype, rngs
+    self.config, self.scale = config, nnx.Param(jax.numpy.ones(config.width, param_dtype))
+
+
+def test_a_network_from_outside_is_saved_and_loaded(tmp_path, monkeypatch):
+  monkeypatch.setitem(registry.NETWORKS, 'scale', Scale)
+  params = {'scale': np.arange(3, dtype=np.float32)}
+  for layout in ('diffusers', 'native'):
+    save_params(tmp_path / layout, ScaleConfig(3, (4,)), params, layout=layout)
+    config, found = load_params('scale', tmp_path / layout)
+    assert config == ScaleConfig(3, (4,))
+    np.testing.assert_array_equal(found['scale'], params['scale'])
+  assert isinstance(load('scale', tmp_path / 'native'), Scale)
+  with pytest.raises(UserError, match="there is no network 'scal'; did you mean scale"):
+    load('scal', tmp_path / 'native')

@@ -10,12 +10,12 @@ import time
 import numpy as np
 import pytest
 
+from diffusion_jax import registry
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.convert import convert
-from diffusion_jax.formats.networks import KINDS, load_params, save_params
+from diffusion_jax.formats.networks import load_params, network_format, save_params
 from diffusion_jax.formats.preprocessor import read_pixels
 from diffusion_jax.formats.tensors import write_json
-from diffusion_jax.models import network
 from diffusion_jax.models.text.clip import CLIPTextConfig, CLIPVisionConfig
 from diffusion_jax.models.text.tokenizer import load_tokenizer
 from diffusion_jax.pipelines.directory import load_text_to_image
@@ -51,12 +51,12 @@ NAN, LONG = float('nan'), 'x' * 10**5
 NO_SIZE = [10**9, -1, 0, NAN, 1.5, '1', True, [10**9], [[1]], [1] * 10**5, {}]
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=registry.NETWORKS)
 def saved(request, tmp_path):
   """(kind, its directory, its config.json as a table), of a network with a few parameters."""
-  kind = KINDS[request.param]
+  kind = network_format(request.param)
   config = kind.config(**SMALL[request.param])
-  shapes = network.abstract(lambda rngs: kind.module(config, rngs=rngs))[1]
+  shapes = kind.shapes(config)
   save_params(tmp_path, config, {n: np.ones(p.shape, np.float32) for n, p in shapes.items()})
   load_params(request.param, tmp_path)
   return request.param, tmp_path, json.loads((tmp_path / 'config.json').read_text())
@@ -182,8 +182,9 @@ def test_pixels(values, tmp_path):
 def test_convert_counts_no_layers_that_are_not_there(tmp_path):
   """A single file is written along its config: whatever that says is bounded before."""
   for kind, name in (('unet', 'unet'), ('autoencoder', 'vae'), ('clip_text', 'text_encoder')):
-    config = KINDS[kind].config(**SMALL[kind])
-    shapes = network.abstract(lambda rngs, k=kind, c=config: KINDS[k].module(c, rngs=rngs))[1]
+    spec = network_format(kind)
+    config = spec.config(**SMALL[kind])
+    shapes = spec.shapes(config)
     params = {n: np.ones(p.shape, np.float32) for n, p in shapes.items()}
     save_params(tmp_path / name, config, params)
   write_json(tmp_path / 'model_index.json', {

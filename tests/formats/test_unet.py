@@ -5,26 +5,17 @@ import json
 import pytest
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.formats.unet import (
-  CONTROLNETS,
-  UNETS,
-  read_controlnet,
-  read_unet,
-  write_controlnet,
-  write_unet,
-)
+from diffusion_jax.formats.unet import CONTROLNET, CONTROLNETS, UNET, UNETS
 
 
-@pytest.mark.parametrize(('table', 'read', 'write'), [
-  (UNETS, read_unet, write_unet), (CONTROLNETS, read_controlnet, write_controlnet),
-])
-def test_what_is_written_is_read(table, read, write):
+@pytest.mark.parametrize(('table', 'spec'), [(UNETS, UNET), (CONTROLNETS, CONTROLNET)])
+def test_what_is_written_is_read(table, spec):
   for config in table.values():
-    assert read(json.loads(json.dumps(write(config))), 'here') == config
+    assert spec.parse(json.loads(json.dumps(spec.describe(config))), 'here') == config
 
 
 def test_the_defaults_are_those_of_diffusers():
-  unet, controlnet = read_unet({}, 'here'), read_controlnet({}, 'here')
+  unet, controlnet = UNET.parse({}, 'here'), CONTROLNET.parse({}, 'here')
   assert (unet.cross_attention_dim, unet.sample_size) == (1280, None)
   assert controlnet.cross_attention_dim == 1280
 
@@ -35,15 +26,15 @@ def test_keys_without_effect_are_read():
     'reverse_transformer_layers_per_block': None, 'addition_embed_type_num_heads': 64,
     'encoder_hid_dim': None, 'downsample_padding': 1, 'class_embeddings_concat': False,
   }
-  assert read_unet(values, 'here') == read_unet({}, 'here')
+  assert UNET.parse(values, 'here') == UNET.parse({}, 'here')
 
 
 def test_heads_are_named_in_two_ways():
-  assert read_unet({'attention_head_dim': [5, 10, 20, 20]}, 'here').heads == (5, 10, 20, 20)
+  assert UNET.parse({'attention_head_dim': [5, 10, 20, 20]}, 'here').heads == (5, 10, 20, 20)
   both = {'attention_head_dim': 8, 'num_attention_heads': 4}
-  assert read_controlnet(both, 'here').heads == (4,) * 4
+  assert CONTROLNET.parse(both, 'here').heads == (4,) * 4
   with pytest.raises(UserError, match='here: num_attention_heads=4'):  # As in diffusers.
-    read_unet(both, 'here')
+    UNET.parse(both, 'here')
 
 
 @pytest.mark.parametrize(('key', 'value'), [
@@ -57,4 +48,4 @@ def test_heads_are_named_in_two_ways():
 ])
 def test_what_we_lack_is_refused_by_name(key, value):
   with pytest.raises(UserError, match=key):
-    read_unet({key: value}, 'here')
+    UNET.parse({key: value}, 'here')

@@ -10,7 +10,9 @@ import pytest
 from flax import nnx
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.formats.dit import TRANSFORMERS, read_dit, read_mmdit, write_dit
+from diffusion_jax.formats.dit import DIT as DIT_FORMAT
+from diffusion_jax.formats.dit import MMDIT as MMDIT_FORMAT
+from diffusion_jax.formats.dit import TRANSFORMERS
 from diffusion_jax.models import network
 from diffusion_jax.models.dit import DiT, DiTConfig, grid_positions, sincos_positions
 from diffusion_jax.models.mmdit import MMDiT, MMDiTConfig
@@ -124,9 +126,12 @@ def test_positions_have_the_known_values():
   (lambda: MMDiTConfig(num_attention_heads=24), 'caption_projection_dim=1152 must be .* 1536'),
   (lambda: MMDiTConfig(qk_norm='layer_norm'), "qk_norm='layer_norm'"),
   (lambda: MMDiTConfig(dual_attention_layers=(18,)), 'has 18; there are blocks 0 to 17'),
-  (lambda: read_dit({'norm_elementwise_affine': True}, 'here'), 'norm_elementwise_affine=True'),
-  (lambda: read_dit({'activation_fn': 'geglu'}, 'here'), "activation_fn='geglu'"),
-  (lambda: read_mmdit({'guidance_embeds': True}, 'here'), 'guidance_embeds=True'),
+  (
+    lambda: DIT_FORMAT.parse({'norm_elementwise_affine': True}, 'here'),
+    'norm_elementwise_affine=True',
+  ),
+  (lambda: DIT_FORMAT.parse({'activation_fn': 'geglu'}, 'here'), "activation_fn='geglu'"),
+  (lambda: MMDIT_FORMAT.parse({'guidance_embeds': True}, 'here'), 'guidance_embeds=True'),
 ])
 def test_impossible_configs_are_refused(make, words):
   with pytest.raises(UserError, match=words):
@@ -134,8 +139,8 @@ def test_impossible_configs_are_refused(make, words):
 
 
 def test_out_channels_that_a_file_leaves_out_are_those_in():
-  assert read_dit({'_class_name': 'DiTTransformer2DModel'}, 'here').out_channels is None
-  assert read_dit(write_dit(DIT), 'here') == DIT
+  assert DIT_FORMAT.parse({'_class_name': 'DiTTransformer2DModel'}, 'here').out_channels is None
+  assert DIT_FORMAT.parse(DIT_FORMAT.describe(DIT), 'here') == DIT
 
 
 @pytest.mark.parametrize(('name', 'changes', 'words'), [

@@ -6,9 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion_jax.formats.networks import KINDS, load_params
+from diffusion_jax.formats.networks import load_params, network_format
 from diffusion_jax.formats.published import from_published
-from diffusion_jax.models import network
 
 torch = pytest.importorskip('torch')
 
@@ -46,7 +45,7 @@ def ported(tmp_path):
   def port(kind, model):
     model.save_pretrained(tmp_path / 'reference')
     config, params = load_params(kind, tmp_path / 'reference')
-    graphdef, _ = network.abstract(lambda rngs: KINDS[kind].module(config, rngs=rngs))
+    graphdef = network_format(kind).network(config).graphdef
     return config, graphdef, jax.tree.map(jax.numpy.asarray, params)
 
   return port

@@ -7,7 +7,7 @@ import pytest
 
 from diffusion_jax.formats.autoencoder import AUTOENCODERS
 from diffusion_jax.formats.dit import TRANSFORMERS
-from diffusion_jax.formats.networks import kind_of_config
+from diffusion_jax.formats.networks import format_of
 from diffusion_jax.formats.published import published_shape, to_published_names
 from diffusion_jax.models import network
 
@@ -27,11 +27,11 @@ SIZES = {'dit_xl_2': 749_826_464, 'sd3_medium': 2_028_328_000}
 @pytest.mark.parametrize('name', NETWORKS)
 def test_names_and_shapes(name):
   config = NETWORKS[name]
-  kind = kind_of_config(config)
-  values = kind.write(config)
+  kind = format_of(config)
+  values = kind.describe(config)
   with torch.device('meta'):
     theirs = getattr(diffusers, values['_class_name']).from_config(values)
-  _, shapes = network.abstract(lambda rngs: kind.module(config, rngs=rngs))
+  shapes = kind.shapes(config)
   ours = {
     published: published_shape(own, shapes[own].shape)
     for own, published in to_published_names(shapes).items()

@@ -109,7 +109,7 @@ def test_diffusers_opens_what_we_write(name, tmp_path, randomized, ported, asser
 
 
 def test_attention_names_of_before_diffusers_0_18(randomized, ported):
-  from diffusion_jax.formats.networks import KINDS
+  from diffusion_jax.formats.autoencoder import AUTOENCODER
   from diffusion_jax.formats.published import from_published
   theirs = randomized(reference(CONFIGS['two levels']))
   _, _, params = ported('autoencoder', theirs)
@@ -120,6 +120,6 @@ def test_attention_names_of_before_diffusers_0_18(randomized, ported):
       name = name.replace(f'attentions.0.{new_part}.', f'attentions.0.{old_part}.')
     tensors[name] = value.numpy()
   assert any('proj_attn' in name for name in tensors)
-  again = from_published(tensors, params, 'old', KINDS['autoencoder'].rename)
+  again = from_published(tensors, params, 'old', AUTOENCODER.rename)
   for name, value in params.items():
     np.testing.assert_array_equal(again[name], value)

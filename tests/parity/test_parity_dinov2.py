@@ -7,7 +7,8 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.formats.dinov2 import DINOV2, write_dinov2
+from diffusion_jax.formats.dinov2 import DINOV2 as FORMAT
+from diffusion_jax.formats.dinov2 import SIZES
 from diffusion_jax.formats.networks import load, load_params, save, save_params
 from diffusion_jax.formats.published import published_shape, to_published_names
 from diffusion_jax.models import network
@@ -73,11 +74,11 @@ def test_random_configs(seed, randomized, ported, quick_jit):
   compare(theirs, graphdef, params, (sizes,), quick_jit)
 
 
-@pytest.mark.parametrize('size', DINOV2)
+@pytest.mark.parametrize('size', SIZES)
 def test_full_sizes_without_weights(size):
   """Names, shapes and counts of transformers' own network, of which nothing is in memory."""
-  config = DINOV2[size]
-  values = write_dinov2(config)
+  config = SIZES[size]
+  values = FORMAT.describe(config)
   with torch.device('meta'):
     theirs = transformers.Dinov2Model(transformers.Dinov2Config(**values))
   shapes = network.abstract(lambda rngs: DINOv2(config, rngs=rngs))[1]

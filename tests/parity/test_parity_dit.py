@@ -1,12 +1,12 @@
 """DiT against diffusers' DiTTransformer2DModel, with random weights."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.errors import UserError
-from diffusion_jax.formats.dit import copy_embedding, share_embedding
 from diffusion_jax.formats.networks import load, save, save_params
 from diffusion_jax.models import network
 from diffusion_jax.models.dit import DiT
@@ -101,21 +101,16 @@ def test_files_and_the_shared_embedding(
   for key, value in SMALLEST.items():
     assert getattr(back.config, key) == value, key
 
-  with pytest.raises(UserError, match=r'blocks\.1\.norm1\.emb.* differs'):
-    share_embedding(config, params)
-  same = {n: params[n.replace('blocks.1.norm1.emb', 'blocks.0.norm1.emb')] for n in params}
-  shared_config, shared = share_embedding(config, same)
+  shared_config = dataclasses.replace(config, shared_embedding=True)
+  graph, shapes = network.abstract(lambda rngs: DiT(shared_config, rngs=rngs))
+  shared = {name: params[name] for name in shapes}
   assert len(params) - len(shared) == 5
-  graph, _ = network.abstract(lambda rngs: DiT(shared_config, rngs=rngs))
+  same = {n: params[n.replace('blocks.1.norm1.emb', 'blocks.0.norm1.emb')] for n in params}
   x, t, labels = batch(SMALLEST, 4, 4)
   run = lambda graph, params: quick_jit(
     lambda params: network.merge(graph, params)(x, t, labels)
   )(params)
   np.testing.assert_array_equal(run(graph, shared), run(graphdef, same))
-  copied_config, copied = copy_embedding(shared_config, shared)
-  assert copied_config == config and copied.keys() == same.keys()
-  assert all(np.array_equal(copied[name], same[name]) for name in same)
-
   save(network.merge(graph, shared), tmp_path / 'shared')
   again = load('dit', tmp_path / 'shared')
   assert again.config == shared_config

@@ -10,10 +10,9 @@ import pytest
 
 from diffusion_jax.formats.adapter_names import layers, single_file_names
 from diffusion_jax.formats.adapters import read_lora, to_params
-from diffusion_jax.formats.networks import KINDS
+from diffusion_jax.formats.networks import network_format
 from diffusion_jax.formats.published import published_name
 from diffusion_jax.models.lora import merge_lora
-from diffusion_jax.models.network import Network
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
@@ -58,7 +57,7 @@ def networks(tmp_path_factory):
     make().save_pretrained(path)
     config, params = load_params(kind, path)
     again = lambda make=make, path=path: type(make()).from_pretrained(path)
-    found[role] = again, Network.of(KINDS[kind].module, config), params
+    found[role] = again, network_format(kind).network(config), params
   return found
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.formats.autoencoder import read_vq
+from diffusion_jax.formats.autoencoder import VQ
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models import network
 
@@ -119,4 +119,4 @@ def test_diffusers_opens_what_we_write(name, tmp_path, randomized, ported, asser
 
 def test_spatial_norms_are_refused():
   with pytest.raises(UserError, match="norm_type='spatial'"):
-    read_vq({'norm_type': 'spatial'}, 'here')
+    VQ.parse({'norm_type': 'spatial'}, 'here')

@@ -16,7 +16,7 @@ from diffusion_jax.evaluation.extract import column
 from diffusion_jax.evaluation.extractors import Extractor, compiled
 from diffusion_jax.evaluation.extractors.resize import resize
 from diffusion_jax.files import inside
-from diffusion_jax.formats.networks import KINDS, load_params, resolve
+from diffusion_jax.formats.networks import load_params, network_format, resolve
 from diffusion_jax.formats.preprocessor import read_pixels
 from diffusion_jax.formats.tensors import read_json
 from diffusion_jax.models.checks import require
@@ -76,12 +76,12 @@ def load_clip_extractor(path: str | os.PathLike, *, mesh: Mesh | None = None) ->
   Its preprocessor_config.json says mean and std. UserError where it cannot be read.
   """
   directory, kind = resolve(path), 'clip_vision_projection'
-  if not KINDS[kind].describes(read_json(inside(directory / 'config.json', directory))):
+  if not network_format(kind).matches(read_json(inside(directory / 'config.json', directory))):
     kind = 'clip'
   config, params = load_params(kind, path, mesh=mesh)
   file = directory / 'preprocessor_config.json'
   pixels = read_pixels(inside(file, directory)) if file.is_file() else {}
-  network = Network.of(KINDS[kind].module, config)
+  network = network_format(kind).network(config)
   return CLIPExtractor(network, params, directory.resolve().name, **pixels)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.evaluation.extractors.resize import resize
-from diffusion_jax.formats.dinov2 import DINOV2
+from diffusion_jax.formats.dinov2 import SIZES
 from diffusion_jax.formats.networks import load_params, resolve
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.vision.dinov2 import DINOv2, DINOv2Config
@@ -26,7 +26,7 @@ EDGE = 224
 def size_name(config: DINOv2Config) -> str:
   """'small', 'base', 'large' or 'giant', or the width and depth of a network of another size."""
   shape = lambda c: (c.hidden_size, c.num_hidden_layers)
-  found = [name for name, known in DINOV2.items() if shape(known) == shape(config)]
+  found = [name for name, known in SIZES.items() if shape(known) == shape(config)]
   name = found[0] if found else 'x'.join(map(str, shape(config)))
   return f'{name}-registers' if config.num_register_tokens else name
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from diffusion_jax.evaluation.extractors import load_extractor
 from diffusion_jax.evaluation.extractors.dino import load_dinov2_extractor, size_name
-from diffusion_jax.formats.dinov2 import DINOV2
+from diffusion_jax.formats.dinov2 import SIZES
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.vision.dinov2 import DINOv2, DINOv2Config
@@ -75,4 +75,4 @@ def test_features_on_eight_devices_are_those_of_one(tmp_path):
 
 
 def test_sizes_have_the_names_of_the_published_ones():
-  assert [size_name(config) for config in DINOV2.values()] == ['small', 'base', 'large', 'giant']
+  assert [size_name(config) for config in SIZES.values()] == ['small', 'base', 'large', 'giant']
