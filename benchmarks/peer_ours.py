@@ -12,10 +12,10 @@ from benchmarks.timing import compile_twice, cpu_cores
 from diffusion_jax import __version__
 from diffusion_jax.backend.xla import jit
 from diffusion_jax.costs.flops import count_flops
-from diffusion_jax.diffusion.denoiser import text_denoiser
-from diffusion_jax.diffusion.guidance import classifier_free
+from diffusion_jax.diffusion.denoiser import classifier_free, make_denoiser
+from diffusion_jax.diffusion.noise import Schedule, ScheduleConfig
+from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.diffusion.samplers import sampler, sampling_grid
-from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
 from diffusion_jax.formats.published import to_published
 from diffusion_jax.formats.unet import UNETS
 from diffusion_jax.models.network import Network
@@ -132,7 +132,9 @@ class Side:
 
     def draw(params, x, text, negative):
       network = self.network.bind(params)
-      denoise = text_denoiser(lambda x, t, c: network(x, t, c), schedule, 'epsilon')
+      denoise = lambda x, alpha, sigma, text: make_denoiser(
+        lambda x, t: network(x, t, text), Parameterization(), schedule.timestep
+      )(x, alpha, sigma)
       return sampler('ddim')(
         classifier_free(denoise, text, negative, guidance), x, grid, keys
       )

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax import __version__
-from diffusion_jax.diffusion.denoiser import text_denoiser
+from diffusion_jax.diffusion.denoiser import make_denoiser
+from diffusion_jax.diffusion.noise import Schedule, ScheduleConfig
+from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.diffusion.samplers import SAMPLERS, initial_noise, sampler, sampling_grid
-from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.unet import UNet, UNetConfig
 
@@ -98,9 +99,9 @@ class Bench:
 
     def run(params, x, text, grid, keys):
       module = self.network.bind(params)
-      network = lambda x, t, text: module(x, t, text)
-      denoise = text_denoiser(network, self.schedule, 'epsilon')
-      return draw(lambda x, a, s: denoise(x, a, s, text), x, grid, keys)
+      network = lambda x, t: module(x, t, text)
+      denoise = make_denoiser(network, Parameterization(), self.schedule.timestep)
+      return draw(denoise, x, grid, keys)
 
     return jax.jit(run)
 

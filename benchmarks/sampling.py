@@ -74,7 +74,7 @@ def count_calls(model: Diffusion, config: SampleConfig) -> int:
   x = jnp.ones((1, 1, 1, model.channels))
   keys = jax.random.split(jax.random.key(0), 1)
   run = sampler(config.program.sampler, **dict(config.program.options))
-  grid = config.numbers(model.schedule).grid
+  grid = config.numbers(model.noise).grid
   jax.block_until_ready(jax.jit(lambda: run(denoise, x, grid, keys))())
   jax.effects_barrier()
   return len(calls)

@@ -176,7 +176,7 @@ def build_task(
     )
   model, frozen = assemble(
     settings.unet, settings.autoencoder, settings.clip, settings.schedule,
-    settings.objective.prediction,
+    settings.objective.parameterization,
     settings.latent_patch_size, dtype,
   )
   model = model.attending(config.attention)

@@ -8,8 +8,9 @@ from benchmarks.gallery import mixtures
 from benchmarks.gallery.charts import error_chart, lattice, score_chart, trajectory_chart
 from benchmarks.gallery.page import Picture, Section
 from diffusion_jax.diffusion import processes
+from diffusion_jax.diffusion.noise import ScheduleConfig
+from diffusion_jax.diffusion.processes import tabulate
 from diffusion_jax.diffusion.samplers import SAMPLERS, sampler
-from diffusion_jax.diffusion.schedules import ScheduleConfig, tabulate
 from diffusion_jax.errors import UserError
 from diffusion_jax.viz.diffusion import schedule_chart
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from scipy.stats import norm
 
 from diffusion_jax.diffusion import processes
-from diffusion_jax.diffusion.gaussian_mixture import GaussianMixture
+from diffusion_jax.diffusion.mixture import GaussianMixture
 from diffusion_jax.diffusion.samplers import SAMPLERS, Grid, process_grid, sampler, spaced_levels
 from diffusion_jax.errors import UserError
 

@@ -291,7 +291,7 @@ def sweep(
   subject, comparison = open_subject(args, out, config)
   samples = {name: applied(subject.sample, one) for name, one in every.items()}
   for name, sample in samples.items():
-    sample.check(subject.model.schedule, subject.model.prediction)
+    sample.check(subject.model.noise, subject.model.parameterization)
     subject.check_average(every[name].get(EMA))
   own = args.ema_halflife_images
   name_of_model = subject.identity(own)  # By all processes: they agree on the checkpoint.

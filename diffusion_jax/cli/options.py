@@ -108,7 +108,7 @@ def load_run(args: argparse.Namespace):
   check_numbers(args)
   run = TrainedRun(args.workdir)
   sample = with_arguments(run.sample, args)
-  sample.check(run.model.schedule, run.model.prediction)
+  sample.check(run.model.noise, run.model.parameterization)
   return run, sample
 
 
@@ -126,7 +126,7 @@ def load(args: argparse.Namespace, mesh):
   name = args.model or DEFAULT_MODEL
   model, weights, sample = load_text_to_image(name, mesh=mesh)
   sample = with_arguments(sample, args)
-  sample.check(model.schedule, model.prediction)
+  sample.check(model.noise, model.parameterization)
   return model, model.on_mesh(weights, mesh), sample, name
 
 

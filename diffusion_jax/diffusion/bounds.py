@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from diffusion_jax.diffusion.denoiser import Denoiser
 from diffusion_jax.diffusion.likelihood import stratified_times, unit_noise
+from diffusion_jax.diffusion.losses import total
 from diffusion_jax.diffusion.processes import Process
-from diffusion_jax.diffusion.score_matching import total
 from diffusion_jax.diffusion.variational import (
   bits_per_dim,
   discretized_gaussian,

@@ -1,207 +1,285 @@
-"""What a network predicts, and how any prediction becomes an estimate of the clean sample x_0.
+"""Denoisers D(x, alpha, sigma) -> x_0: made of a network, and changed by guidance.
 
-With x = alpha x_0 + sigma eps, each prediction y is a combination of x_0 and eps:
-  epsilon          eps                        Ho et al. 2020, eq. 14
-  sample           x_0
-  v_prediction     alpha eps - sigma x_0      Salimans & Ho 2022, appendix D
-  score            -eps / sigma               Song & Ermon 2019; grad_x ln p(x | x_0)
-  edm              (x_0 - c_skip x) / c_out   Karras et al. 2022, eq. 7
-  flow_prediction  eps - x_0                  Liu et al. 2023; dx/dt of `processes.flow`
+Guidance maps a denoiser to a denoiser, so that samplers and likelihoods know nothing of it. All of
+it acts on estimates of x_0. Epsilon, v and the score are affine in x_0 at a given x, and the
+weights of an extrapolation sum to 1: extrapolating any of them is the same.
 
-x and y together determine x_0 and eps, except where x holds no signal or no noise and y does not
-tell the missing one: epsilon and score at alpha = 0, sample at sigma = 0. There conversions
-return finite numbers without meaning.
+A scale is a Python number, or an array [] or [b] that may be traced: then another value needs no
+compilation.
 """
 
 import math
+import numbers
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.diffusion.schedules import Schedule
+from diffusion_jax.diffusion.parameterization import RESCALE_SPACES, Parameterization, expand
 from diffusion_jax.errors import UserError
-from diffusion_jax.types import Latents, Text
-
-PREDICTIONS = ('epsilon', 'sample', 'v_prediction', 'score', 'edm', 'flow_prediction')
-
-BLIND_AT_ZERO_SNR = ('epsilon', 'score')
-"""Predictions that say nothing of x_0 where alpha = 0."""
-
-MAX_LOG_SNR = 20.0
-"""Weights and labels see log-SNRs within +-20, so that both ends stay finite in float32."""
+from diffusion_jax.types import Latents, PerExample, Text
 
 Denoiser = Callable[[Latents, jax.Array, jax.Array], Latents]
 """D(x [b h w c], alpha [], sigma []) -> estimate of x_0 [b h w c]."""
 
 TextDenoiser = Callable[[Latents, jax.Array, jax.Array, Text], Latents]
-"""The same, conditioned on text [b l d]."""
+"""The same, under a condition: text [b l d], or any tree of arrays [b ...]."""
+
+Label = Callable[[jax.Array, jax.Array], jax.Array]
+"""(alpha, sigma), [] or [b] -> what a network is told of the noise, of their shape."""
+
+Scale = float | jax.Array
+
+LogProbability = Callable[[Latents, jax.Array, jax.Array], PerExample]
+"""(x [b h w c], alpha [], sigma []) -> log p(y | x_t = x), [b]."""
+
+Interval = tuple[Scale, Scale]
+"""(low, high): noise levels sigma / alpha that are guided, low < sigma / alpha <= high."""
 
 
-def expand(value: jax.Array, like: jax.Array) -> jax.Array:
-  """[b] or [] -> broadcastable against `like` [b ...]."""
-  value = jnp.asarray(value)
-  return value.reshape(value.shape + (1,) * (like.ndim - value.ndim)) if value.ndim else value
-
-
-def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-  """numerator / denominator; a denominator within tiny^(1/4) of 0 (3e-10 in float32) is that."""
-  numerator, denominator = jnp.asarray(numerator), jnp.asarray(denominator)
-  floor = float(jnp.finfo(jnp.result_type(numerator, denominator)).tiny) ** 0.25
-  return numerator / jnp.where(jnp.abs(denominator) < floor, floor, denominator)
-
-
-def clamp_log_snr(alpha: jax.Array, sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The pair with its smaller member raised so that |log-SNR| <= MAX_LOG_SNR."""
-  alpha, sigma = jnp.asarray(alpha), jnp.asarray(sigma)
-  ratio = math.exp(-MAX_LOG_SNR / 2)
-  return jnp.maximum(alpha, ratio * sigma), jnp.maximum(sigma, ratio * alpha)
-
-
-def _combination(prediction: str, alpha, sigma, data_std: float):
-  """(p, q, scale) with scale y = p x_0 + q eps."""
-  if prediction not in PREDICTIONS:
-    raise UserError(
-      f'prediction {prediction!r} is unknown; choose one of {", ".join(PREDICTIONS)}.'
-    )
-  one, zero = jnp.ones_like(alpha), jnp.zeros_like(alpha)
-  spread = jnp.sqrt((alpha * data_std) ** 2 + sigma**2)
-  return {
-    'epsilon': (zero, one, one),
-    'sample': (one, zero, one),
-    'v_prediction': (-sigma, alpha, one),
-    'score': (zero, -one, sigma),
-    'edm': (sigma, -alpha * data_std**2, spread * data_std),
-    'flow_prediction': (-one, one, one),
-  }[prediction]
-
-
-def target(prediction: str, x0, eps, alpha, sigma, data_std: float = 1.0) -> jax.Array:
-  """What the network is asked to output [b ...]; alpha and sigma are [b] or [].
-
-  Args:
-    data_std: standard deviation of the data, for 'edm' alone; 0.5 in Karras et al.
-  """
-  alpha, sigma = expand(alpha, x0), expand(sigma, x0)
-  p, q, scale = _combination(prediction, alpha, sigma, data_std)
-  return divide(p * x0 + q * eps, scale)
-
-
-def to_pair(
-  prediction: str, output, x, alpha, sigma, data_std: float = 1.0
-) -> tuple[jax.Array, jax.Array]:
-  """(x_0 [b ...], eps [b ...]) from the network's output: the 2x2 system of x and y solved.
-
-  alpha x_0 + sigma eps = x wherever both are determined.
-  """
-  alpha, sigma = expand(alpha, x), expand(sigma, x)
-  p, q, scale = _combination(prediction, alpha, sigma, data_std)
-  output = scale * output
-  determinant = alpha * q - sigma * p
-  # Where y holds one of the two alone, its own value needs no solving and no division.
-  x0 = output if prediction == 'sample' else divide(q * x - sigma * output, determinant)
-  eps = output / q if prediction in BLIND_AT_ZERO_SNR else divide(
-    alpha * output - p * x, determinant
-  )
-  return x0, eps
-
-
-def to_x0(prediction: str, output, x, alpha, sigma, data_std: float = 1.0) -> jax.Array:
-  """Estimate of x_0 from the network's output."""
-  return to_pair(prediction, output, x, alpha, sigma, data_std)[0]
-
-
-def convert(
-  prediction: str, wanted: str, output, x, alpha, sigma, data_std: float = 1.0
-) -> jax.Array:
-  """The output [b ...] that a network of another parameterisation would have given."""
-  x0, eps = to_pair(prediction, output, x, alpha, sigma, data_std)
-  return target(wanted, x0, eps, alpha, sigma, data_std)
-
-
-def gain(prediction: str, alpha: jax.Array, sigma: jax.Array, data_std: float = 1.0) -> jax.Array:
-  """d x_0 / d output at fixed x, of alpha's shape: error in x_0 per error in the prediction.
-
-  One rule for all: -sigma scale / (alpha q - sigma p) in the terms of `_combination`; the log-SNR
-  is clamped, so that it is finite everywhere.
-  """
-  alpha, sigma = clamp_log_snr(alpha, sigma)
-  p, q, scale = _combination(prediction, alpha, sigma, data_std)
-  return -sigma * scale / (alpha * q - sigma * p)
-
-
-class Preconditioning(NamedTuple):
-  """D(x) = skip x + out F(scale x, noise), each [] or [b]."""
-
-  skip: jax.Array
-  out: jax.Array
-  scale: jax.Array
-  noise: jax.Array
-
-
-def preconditioning(alpha: jax.Array, sigma: jax.Array, data_std: float = 1.0) -> Preconditioning:
-  """c_skip, c_out, c_in and c_noise of Karras et al. 2022, table 1, for any alpha.
-
-  Theirs is alpha = 1; x / alpha and sigma / alpha carry it over. With alpha^2 + sigma^2 = 1 and
-  data_std = 1, F is -v. c_noise = ln(sigma / alpha) / 4, within +-2.5.
-  """
-  alpha, sigma = jnp.asarray(alpha), jnp.asarray(sigma)
-  spread = jnp.sqrt((alpha * data_std) ** 2 + sigma**2)
-  return Preconditioning(
-    skip=alpha * data_std**2 / spread**2, out=sigma * data_std / spread, scale=1 / spread,
-    noise=noise_label(alpha, sigma),
-  )
-
-
-def noise_label(alpha: jax.Array, sigma: jax.Array) -> jax.Array:
-  """ln(sigma / alpha) / 4, within +-2.5: what a network may be told instead of a timestep."""
-  alpha, sigma = clamp_log_snr(alpha, sigma)
-  return (jnp.log(sigma) - jnp.log(alpha)) / 4
-
-
-def network_denoiser(
-  network: Callable[[jax.Array, jax.Array], jax.Array], prediction: str,
-  label: Callable[[jax.Array, jax.Array], jax.Array] = noise_label, *,
-  data_std: float = 1.0, scale_input: bool = False, variance: bool = False,
+def make_denoiser(
+  network: Callable[[Latents, jax.Array], jax.Array], parameterization: Parameterization,
+  label: Label, *, variance: bool = False,
 ) -> Denoiser:
-  """Wraps `network(x, label [b])` as a denoiser; computes in x's dtype outside the network.
+  """Return `network(x, label [b])` as a denoiser; computes in x's dtype outside the network.
 
   An output of twice x's channels holds a learned variance, too, which is left out unless wanted.
 
   Args:
-    label: (alpha, sigma) -> what the network is told of the noise, such as `Schedule.timestep`.
-    scale_input: whether the network sees c_in x, of unit variance at every noise level.
-    variance: return (x_0, share), share [b ...] in [0, 1] of the larger variance (Nichol & Dhariwal
-      2021, eq. 15), as `samplers.ddpm` takes it.
+    network: with its weights and its condition bound.
+    label: usually `NoiseSchedule.label`.
+    variance: return (x_0, fraction), fraction [b ...] in [0, 1] of the larger variance (Nichol &
+      Dhariwal 2021, eq. 15), as `samplers.ddpm` takes it.
   """
 
   def denoise(x, alpha, sigma):
-    c_in = preconditioning(alpha, sigma, data_std).scale if scale_input else 1.0
-    told = jnp.broadcast_to(label(alpha, sigma), x.shape[:1])
-    output = network(expand(c_in, x) * x if scale_input else x, told).astype(x.dtype)
+    labels = jnp.broadcast_to(label(alpha, sigma), x.shape[:1])
+    output = network(parameterization.scale_input(x, alpha, sigma), labels).astype(x.dtype)
     output, more = output[..., : x.shape[-1]], output[..., x.shape[-1] :]
-    x0 = to_x0(prediction, output, x, alpha, sigma, data_std)
+    x0 = parameterization.to_x0(output, x, alpha, sigma)
     return (x0, jnp.clip((more + 1) / 2, 0, 1)) if variance else x0
 
   return denoise
 
 
-def text_denoiser(
-  network: Callable[[Latents, jax.Array, Text], Latents], schedule: Schedule, prediction: str,
-  variance: bool = False, label: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
-) -> TextDenoiser:
-  """Wraps `network(x, t [b], text)` as a denoiser; see `network_denoiser`.
+def classifier_free(
+  denoise: TextDenoiser, text: Text, negative: Text, scale: Scale, *,
+  rescale: Scale = 0.0, rescale_in: str = 'sample', interval: Interval | None = None,
+) -> Denoiser:
+  """Classifier-free guidance (Ho & Salimans 2022, eq. 6): negative + scale (text - negative).
+
+  A scale that is the number 1 is the conditional model and costs one network call a step; any
+  other costs one call on a batch twice as large, within the interval if there is one.
 
   Args:
-    label: (alpha [], sigma []) -> t []; the schedule's own timestep if not given.
+    text: [b l d], or any tree of arrays [b ...] that the denoiser takes.
+    negative: like text: the null caption or a negative prompt.
+    rescale, rescale_in, interval: as in `autoguidance`.
   """
+  conditional = lambda x, alpha, sigma: denoise(x, alpha, sigma, text)
+  both = jax.tree.map(lambda *pair: jnp.concatenate(pair), negative, text)
 
-  def denoise(x, alpha, sigma, text):
-    told = lambda x, t: network(x, t, text)
-    return network_denoiser(
-      told, prediction, label or schedule.timestep, scale_input=prediction == 'edm',
-      variance=variance,
-    )(x, alpha, sigma)
+  def predictions(x, alpha, sigma):
+    out = denoise(jnp.concatenate([x, x]), alpha, sigma, both)
+    half = lambda start: jax.tree.map(lambda part: part[start : start + len(x)], out)
+    return half(len(x)), half(0)
 
-  return denoise
+  return _extrapolated(conditional, predictions, scale, rescale, rescale_in, interval)
+
+
+def classifier_free_edit(
+  denoise: TextDenoiser, edit: Text, image: Text, nothing: Text, scale: Scale, image_scale: Scale,
+  *, rescale: Scale = 0.0, rescale_in: str = 'sample', interval: Interval | None = None,
+) -> Denoiser:
+  """Guidance by a text and by a picture that it edits (Brooks et al. 2023, eq. 3).
+
+  nothing + image_scale (image - nothing) + scale (edit - image), in one call on a batch three times
+  as large, within the interval if there is one.
+
+  Args:
+    edit, image, nothing: what the denoiser is told: text and picture, the picture alone, neither;
+      trees of arrays [b ...].
+    rescale, rescale_in, interval: as in `autoguidance`.
+  """
+  conditional = lambda x, alpha, sigma: denoise(x, alpha, sigma, edit)
+  every = jax.tree.map(lambda *parts: jnp.concatenate(parts), edit, image, nothing)
+
+  def predictions(x, alpha, sigma):
+    out = denoise(jnp.concatenate([x, x, x]), alpha, sigma, every)
+    x0, more = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
+    edited, shown, free = jnp.split(x0, 3)
+    # The same shift of both leaves their difference, which the text's scale multiplies.
+    shift = (_like(image_scale, x) - 1) * (shown - free)
+    pair = edited + shift, shown + shift
+    return pair if more is None else tuple((part, *(m[: len(x)] for m in more)) for part in pair)
+
+  # An array, as the number 1 would leave the picture's scale out, too.
+  scale = jnp.asarray(scale, jnp.float32)
+  return _extrapolated(conditional, predictions, scale, rescale, rescale_in, interval)
+
+
+def autoguidance(
+  denoise: Denoiser, worse: Denoiser, scale: Scale, *,
+  rescale: Scale = 0.0, rescale_in: str = 'sample', interval: Interval | None = None,
+) -> Denoiser:
+  """Guidance by a worse version of the model itself (Karras et al. 2024, section 4).
+
+  worse + scale (denoise - worse); the number 1 as scale costs no call of the worse model.
+
+  Args:
+    rescale: phi in [0, 1] of Lin et al. 2024, section 3.4: how far the deviation over each image
+      goes back to what it was without guidance; they use 0.7.
+    rescale_in: the quantity whose deviation is meant: 'sample', 'epsilon' or 'v_prediction'.
+    interval: noise levels that are guided (Kynkaanniemi et al. 2024, section 3); at all others
+      only `denoise` is called, on the batch as it is.
+
+  Raises:
+    UserError: for an unknown `rescale_in`.
+  """
+  predictions = lambda x, alpha, sigma: (denoise(x, alpha, sigma), worse(x, alpha, sigma))
+  return _extrapolated(denoise, predictions, scale, rescale, rescale_in, interval)
+
+
+def perturbed_attention(
+  denoise: Denoiser, perturbed: Denoiser, scale: Scale, *, interval: Interval | None = None
+) -> Denoiser:
+  """Perturbed-attention guidance (Ahn et al. 2024): denoise + scale (denoise - perturbed).
+
+  Args:
+    perturbed: the same network with the self-attention maps of some layers made the identity.
+    scale: the paper's s, from 0 (no guidance, no call of the perturbed network).
+    interval: as in `autoguidance`.
+  """
+  return autoguidance(denoise, perturbed, 1 + scale, interval=interval)
+
+
+def classifier(denoise: Denoiser, log_probability: LogProbability, scale: Scale) -> Denoiser:
+  """Guidance by the gradient of a classifier of noised data (Dhariwal & Nichol 2021, alg. 2).
+
+  Adding scale * grad log p(y | x_t) to the score adds scale sigma^2 / alpha times it to x_0. Where
+  alpha = 0 there is nothing to classify, and the estimate stays as it is.
+
+  Args:
+    log_probability: of the wanted class of each image, given the noised images.
+    scale: 0 costs no gradient; 1 is Bayes' rule.
+  """
+  if _is_number(scale, 0):
+    return denoise
+
+  def guided(x, alpha, sigma):
+    gradient = jax.grad(lambda x: log_probability(x, alpha, sigma).sum())(x)
+    some = jnp.asarray(alpha) > 0
+    factor = jnp.where(some, sigma**2 / jnp.where(some, alpha, 1), 0).astype(x.dtype)
+    return denoise(x, alpha, sigma) + _like(scale, x) * factor * gradient
+
+  return guided
+
+
+def static_threshold(
+  denoise: Denoiser, limit: float = 1.0, *, keep_estimate: bool = False
+) -> Denoiser:
+  """Clips the estimate to [-limit, limit], the range of the data (Saharia et al. 2022, 2.3).
+
+  Args:
+    keep_estimate: return (the clipped estimate, the estimate), for `ddim` with keep_epsilon.
+  """
+  return _of_x0(denoise, lambda x0: jnp.clip(x0, -limit, limit), keep_estimate)
+
+
+def dynamic_threshold(
+  denoise: Denoiser, percentile: float = 0.95, limit: float = math.inf, *,
+  keep_estimate: bool = False,
+) -> Denoiser:
+  """Clips each image at its own percentile, scaled to [-1, 1] (Saharia et al. 2022, 2.3).
+
+  With s the percentile of an image's absolute values, at least 1 and at most `limit`: clip(x_0, -s,
+  s) / s. For pixels in [-1, 1]; latents have no such range.
+
+  Args:
+    percentile: share in [0, 1]; 1 scales without clipping.
+    limit: the largest s, also where it is below 1; diffusers names it sample_max_value.
+    keep_estimate: as in `static_threshold`.
+  """
+  def threshold(x0):
+    s = jnp.quantile(jnp.abs(x0.reshape(len(x0), -1)), percentile, axis=1)
+    s = expand(jnp.minimum(jnp.maximum(s, 1), limit), x0)
+    return jnp.clip(x0, -s, s) / s
+
+  return _of_x0(denoise, threshold, keep_estimate)
+
+
+def _of_x0(denoise: Denoiser, function: Callable, keep_estimate: bool) -> Denoiser:
+  """The denoiser with its x_0 changed; a learned variance beside it stays."""
+
+  def changed(x, alpha, sigma):
+    out = denoise(x, alpha, sigma)
+    if keep_estimate:
+      return function(out), out
+    return (function(out[0]), *out[1:]) if isinstance(out, tuple) else function(out)
+
+  return changed
+
+
+def _is_number(scale: Scale, value: float) -> bool:
+  """Whether the scale is that very Python number, known when the program is traced."""
+  return isinstance(scale, numbers.Real) and scale == value
+
+
+def _like(scale: Scale, x: jax.Array) -> jax.Array:
+  return expand(jnp.asarray(scale, x.dtype), x)
+
+
+def _extrapolated(conditional, predictions, scale, rescale, rescale_in, interval) -> Denoiser:
+  """Denoiser of worse + scale (better - worse), `predictions` giving the pair (better, worse)."""
+  if rescale_in not in RESCALE_SPACES:
+    raise UserError(
+      f'guidance rescale in {rescale_in!r} is unknown; choose one of {", ".join(RESCALE_SPACES)}.'
+    )
+  if _is_number(scale, 1):
+    return conditional
+
+  def guided(x, alpha, sigma):
+    better, worse = predictions(x, alpha, sigma)
+    if isinstance(better, tuple):  # With a learned variance, which is not guided.
+      (better, share), (worse, _) = better, worse
+      return extrapolate(x, better, worse, alpha, sigma), share
+    return extrapolate(x, better, worse, alpha, sigma)
+
+  def extrapolate(x, better, worse, alpha, sigma):
+    x0 = worse + _like(scale, x) * (better - worse)
+    if _is_number(rescale, 0):
+      return x0
+    return _rescaled(x, x0, better, alpha, sigma, _like(rescale, x), rescale_in)
+
+  if interval is None:
+    return guided
+
+  def within(x, alpha, sigma):
+    # sigma / alpha without dividing, as alpha may be 0.
+    low, high = map(jnp.asarray, interval)
+    inside = (sigma > low * alpha) & (jnp.isinf(high) | (sigma <= high * alpha))
+    return jax.lax.cond(inside, guided, conditional, x, alpha, sigma)
+
+  return within
+
+
+def _rescaled(x, x0, conditional, alpha, sigma, phi, space: str) -> jax.Array:
+  """Guided x_0 with the deviation per image of the conditional one (Lin et al. 2024, 3.4).
+
+  Each space's quantity is p x - q x_0 up to a factor: multiplying it by k means x_0 becomes
+  k x_0 + (1 - k) (p / q) x.
+  """
+  alpha, sigma = jnp.asarray(alpha, x.dtype), jnp.asarray(sigma, x.dtype)
+  p, q = {
+    'sample': (0.0, jnp.ones_like(alpha)),
+    'epsilon': (1.0, alpha),
+    'v_prediction': (alpha, alpha**2 + sigma**2),
+  }[space]
+  variance = lambda x0: jnp.var(p * x - q * x0, axis=tuple(range(1, x.ndim)), keepdims=True)
+  guided = variance(x0)
+  some = guided > 0
+  # 1 where nothing varies, inside the root: its gradient at 0 would be infinite.
+  ratio = jnp.sqrt(jnp.where(some, variance(conditional), 1) / jnp.where(some, guided, 1))
+  # At alpha = 0 epsilon is x whatever x_0 is: there is nothing to rescale.
+  k = jnp.where(q > 0, phi * ratio + 1 - phi, 1)
+  return k * x0 + (1 - k) * (p / jnp.where(q > 0, q, 1)) * x

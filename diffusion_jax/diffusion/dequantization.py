@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax.diffusion.likelihood import unit_noise
-from diffusion_jax.diffusion.score_matching import total
+from diffusion_jax.diffusion.losses import total
 from diffusion_jax.diffusion.variational import bits_per_dim, gaussian_log_density
 from diffusion_jax.types import Images, PerExample
 

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.diffusion import sdes
+from diffusion_jax.diffusion import processes
 from diffusion_jax.diffusion.denoiser import Denoiser
+from diffusion_jax.diffusion.losses import total
 from diffusion_jax.diffusion.processes import Process
-from diffusion_jax.diffusion.score_matching import total
 from diffusion_jax.diffusion.variational import bits_per_dim, gaussian_log_density
 from diffusion_jax.errors import UserError
 from diffusion_jax.types import Latents, PerExample
@@ -121,7 +121,7 @@ def flow_likelihood(
     t_min: where data begins; sigma must be above 0 there.
     start_noise: start from alpha x + sigma eps, which is what the network knows, rather than from
       alpha x; the expectation is then an upper bound (Zheng et al. 2023).
-    prior_std: of the Gaussian at t = 1; default `sdes.prior_std`, which is 1 for VP.
+    prior_std: of the Gaussian at t = 1; default `processes.prior_std`, which is 1 for VP.
 
   Raises:
     UserError: for an unknown trace or solver.
@@ -132,14 +132,14 @@ def flow_likelihood(
     raise UserError(f'solver {solver!r} is unknown; choose one of {", ".join(SOLVERS)}.')
   alpha, sigma = process(jnp.asarray(t_min, x.dtype))
   start = alpha * x + (sigma * unit_noise(keys, 0, x) if start_noise else 0)
-  derivative = _derivative(sdes.velocity(process, denoise), trace, probes, keys, x)
+  derivative = _derivative(processes.velocity(process, denoise), trace, probes, keys, x)
   state = (start, jnp.zeros(len(x), x.dtype))
   if solver == 'adaptive':
     (end, gained), taken = _adaptive(derivative, state, t_min, rtol, atol, max_steps)
   else:
     times = stratified_times(process, jnp.linspace(0, 1, steps + 1, dtype=x.dtype), t_min, 1e-4)
     (end, gained), taken = _fixed(derivative, state, times, *TABLEAUX[solver]), jnp.array(steps)
-  prior_std = sdes.prior_std(process, x.dtype) if prior_std is None else prior_std
+  prior_std = processes.prior_std(process, x.dtype) if prior_std is None else prior_std
   nats = -total(gaussian_log_density(end, 0.0, 2 * jnp.log(prior_std)))
   # gained is nats per dimension; the density of x_t / alpha_t is alpha_t^d times that of x_t.
   nats = nats - (gained + jnp.log(alpha)) * x[0].size

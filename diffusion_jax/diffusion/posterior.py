@@ -9,8 +9,8 @@ neighbouring levels of a DDPM alpha_{t|s}^2 = 1 - beta_t and sigma_{t|s}^2 = bet
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.diffusion.denoiser import divide, expand
-from diffusion_jax.diffusion.schedules import Grid
+from diffusion_jax.diffusion.parameterization import divide, expand
+from diffusion_jax.diffusion.samplers.grid import Grid
 
 Level = tuple[jax.Array, jax.Array]
 """(alpha, sigma) [] or [b]."""

@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import log_ndtr
 
-from diffusion_jax.diffusion.denoiser import Denoiser, divide, expand
-from diffusion_jax.diffusion.objectives import add_noise
+from diffusion_jax.diffusion.denoiser import Denoiser
+from diffusion_jax.diffusion.losses import Weighting, add_noise, total
+from diffusion_jax.diffusion.parameterization import divide, expand
 from diffusion_jax.diffusion.posterior import Level, posterior
 from diffusion_jax.diffusion.processes import Process, log_snr_rate, time_derivative
-from diffusion_jax.diffusion.score_matching import total
-from diffusion_jax.diffusion.weightings import Weighting
 from diffusion_jax.types import PerExample
 
 Decoder = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -152,17 +151,3 @@ def vdm_loss(
     return loss
   snr = divide(alpha, sigma) ** 2
   return weighting(snr) / snr * loss
-
-
-def vdm_discrete_loss(
-  denoise: Denoiser, process: Process, x0: jax.Array, eps: jax.Array, t: jax.Array, steps: int
-) -> PerExample:
-  """steps / 2 (SNR(s) - SNR(t)) |x_0 - estimate|^2 [b], s = t - 1 / steps (Kingma et al., eq. 14).
-
-  The mean over t = 1/steps .. 1 is the diffusion term of the bound with that many steps.
-  """
-  alpha, sigma = process(t)
-  alpha_there, sigma_there = process(t - 1 / steps)
-  # SNR(s) / SNR(t) - 1
-  growth = divide(alpha_there * sigma, alpha * sigma_there) ** 2 - 1
-  return steps / 2 * growth * _epsilon_error(denoise, x0, eps, alpha, sigma)

@@ -28,8 +28,8 @@ from diffusion_jax.diffusion.bounds import continuous_bound, discrete_bound
 from diffusion_jax.diffusion.denoiser import Denoiser
 from diffusion_jax.diffusion.gaussian_bounds import gaussian_bits
 from diffusion_jax.diffusion.likelihood import SOLVERS, TRACES, flow_likelihood, unit_noise
-from diffusion_jax.diffusion.schedules import Schedule
-from diffusion_jax.diffusion.score_matching import total
+from diffusion_jax.diffusion.losses import total
+from diffusion_jax.diffusion.noise import NoiseSchedule
 from diffusion_jax.diffusion.variational import discretized_gaussian, gaussian_log_density
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.generated import fresh_weights, shuffled
@@ -73,7 +73,7 @@ class LikelihoodConfig:
 
 
 def latent_bits(
-  denoise: Denoiser, schedule: Schedule, x0: Latents, keys: jax.Array, config: LikelihoodConfig,
+  denoise: Denoiser, noise: NoiseSchedule, x0: Latents, keys: jax.Array, config: LikelihoodConfig,
   offset: float | jax.Array = 0.5, figures: Sequence[str] = FIGURES,
 ) -> dict[str, PerExample]:
   """By name, those of FIGURES: bits per dimension [b] of latents x0 [b h w c].
@@ -82,11 +82,11 @@ def latent_bits(
     keys: [b], one per example; the figures share their noise.
     offset: of `discrete_bound`.
   """
-  process = schedule.smooth_process
+  process = noise.smooth_process
   draws = {'draws': config.draws, 'offset': offset}
   compute = {
     'discrete': lambda: discrete_bound(
-      denoise, x0, schedule.alphas, schedule.sigmas, keys, **draws
+      denoise, x0, *noise.levels(), keys, **draws
     ).total,
     'continuous': lambda: continuous_bound(
       denoise, x0, process, keys, t_min=0.0, **draws
@@ -144,7 +144,7 @@ def make_scorer(
     denoise = model.denoiser(weights)
     given = lambda x, alpha, sigma: denoise(x, alpha, sigma, told)
     keys = jax.random.wrap_key_data(keys)
-    return latent_bits(given, model.schedule, latents, keys, config, offset, figures)
+    return latent_bits(given, model.noise, latents, keys, config, offset, figures)
 
   return score
 
@@ -215,12 +215,12 @@ def evaluate_likelihood(
   }
   moments = known['latents'].mean(axis=0), known['latents'].var(axis=0)
   columns['gaussian'] = gaussian_bits(
-    given['latents'], *moments, model.schedule.alphas, model.schedule.sigmas
+    given['latents'], *moments, *model.noise.levels()
   )
   settings = {
     'samples': samples, 'training_images': len(fitted), 'seed': seed,
     'latent_dims': int(given['latents'][0].size),
-    'latent_blur_std': float(model.schedule.sigmas[0] / model.schedule.alphas[0]),
+    'latent_blur_std': float(np.divide(*(part[0] for part in reversed(model.noise.levels())))),
     'decoder_std_in_levels': float(127.5 * np.sqrt(variance)), **dataclasses.asdict(config),
   }
   pixels = int(np.prod(records[0]['image'].shape))

@@ -69,9 +69,9 @@ def network_calls(model: Diffusion, sample: SampleConfig) -> int | None:
     jax.debug.callback(partial(rows.append, len(x)))
     return jnp.zeros_like(x)
 
-  program, numbers = sample.program, sample.numbers(model.schedule)
+  program, numbers = sample.program, sample.numbers(model.noise)
   told = Condition(text=jnp.zeros((1, 1, 1)), image=jnp.zeros((1, 1, 1, 1)))
-  denoise = program.guide(network, told, told, numbers, model.prediction)
+  denoise = program.guide(network, told, told, numbers, model.parameterization)
   draw = sampler(program.sampler, **dict(program.options))
   jax.block_until_ready(draw(
     denoise, jnp.ones((1, 1, 1, 1)), numbers.grid, jax.random.split(jax.random.key(0), 1)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_jax.diffusion.schedules import BETAS, MOST_TIMESTEPS, ScheduleConfig
+from diffusion_jax.diffusion.noise import BETAS, MOST_TIMESTEPS, ScheduleConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.scheduler_classes import (
   CLASSES,

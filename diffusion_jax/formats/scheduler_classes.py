@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion_jax.diffusion.schedules import ScheduleConfig
+from diffusion_jax.diffusion.noise import ScheduleConfig
 from diffusion_jax.models.checks import require
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
+from diffusion_jax.diffusion.noise import Schedule, ScheduleConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import inside
 from diffusion_jax.formats import autoencoder, clip, unet

@@ -5,7 +5,8 @@ import functools
 
 import jax.numpy as jnp
 
-from diffusion_jax.diffusion.schedules import ScheduleConfig
+from diffusion_jax.diffusion.noise import NoiseConfig, NoiseSchedule
+from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.formats.autoencoder import AUTOENCODERS
 from diffusion_jax.formats.clip import TEXT_ENCODERS
 from diffusion_jax.formats.networks import network_format
@@ -48,5 +49,6 @@ def architecture_model(name: str, dtype=jnp.float32) -> Diffusion:
     networks, (), skip=int(sdxl), normalize=not sdxl, pooled=sdxl, zero_null=sdxl
   )
   return make_model(
-    UNETS[a.unet], AUTOENCODERS[a.autoencoder], text, ScheduleConfig(), a.prediction, dtype=dtype
+    UNETS[a.unet], AUTOENCODERS[a.autoencoder], text, NoiseSchedule.of(NoiseConfig()),
+    Parameterization(a.prediction), dtype=dtype
   )

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from diffusion_jax.config import typed
-from diffusion_jax.diffusion.denoiser import PREDICTIONS
-from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
+from diffusion_jax.diffusion.noise import NoiseConfig, NoiseSchedule, Schedule, ScheduleConfig
+from diffusion_jax.diffusion.parameterization import PREDICTIONS, Parameterization
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import INDEX, check_folder, inside
 from diffusion_jax.formats.networks import load_params, network_format, resolve, save_params
@@ -55,8 +55,8 @@ class Part:
 
 def make_model(
   unet: UNetConfig, autoencoder: AutoencoderKLConfig, text: TextEncoders | ImageEncoder,
-  schedule: ScheduleConfig, prediction: str, *, latent_patch_size: int = 1, dtype=jnp.float32,
-  **more,
+  noise: NoiseSchedule, parameterization: Parameterization, *, latent_patch_size: int = 1,
+  dtype=jnp.float32, **more,
 ) -> Diffusion:
   """A model without weights. UserError where its parts do not fit together."""
   if unet.cross_attention_dim != text.width:
@@ -75,13 +75,13 @@ def make_model(
   return Diffusion(
     unet=Network.of(UNet, unet, dtype=dtype),
     autoencoder=Network.of(AutoencoderKL, autoencoder, dtype=dtype), text=text,
-    schedule=Schedule(schedule), prediction=prediction, latent_patch_size=latent_patch_size, **more,
+    noise=noise, parameterization=parameterization, latent_patch_size=latent_patch_size, **more,
   )
 
 
 def assemble(
-  unet: UNetConfig, autoencoder: str, clip: str, schedule: ScheduleConfig, prediction: str,
-  latent_patch_size: int = 1, dtype=jnp.float32,
+  unet: UNetConfig, autoencoder: str, clip: str, schedule: ScheduleConfig,
+  parameterization: Parameterization, latent_patch_size: int = 1, dtype=jnp.float32,
 ) -> tuple[Diffusion, Weights]:
   """A model of a U-Net without weights and of two loaded, frozen parts.
 
@@ -98,8 +98,8 @@ def assemble(
   clip_params = load_params(part.kind, clip)[1]
   text = TextEncoders({ROLES[0]: part.network(dtype)}, (load_tokenizer(resolve(clip)),))
   model = make_model(
-    unet, autoencoder_config, text, schedule, prediction, latent_patch_size=latent_patch_size,
-    dtype=dtype,
+    unet, autoencoder_config, text, NoiseSchedule.of(schedule), parameterization,
+    latent_patch_size=latent_patch_size, dtype=dtype,
   )
   return model, {'autoencoder': autoencoder_params, ROLES[0]: clip_params}
 
@@ -141,8 +141,8 @@ def read_pipeline(
   text = _told_by(path, directory, index, parts, dtype)
   low = directory / 'low_res_scheduler' / 'scheduler_config.json'
   model = make_model(
-    parts['unet'].config, parts['autoencoder'].config, text, schedule, prediction,
-    latent_patch_size=_patch(path, index), dtype=dtype,
+    parts['unet'].config, parts['autoencoder'].config, text, NoiseSchedule.of(schedule),
+    Parameterization(prediction), latent_patch_size=_patch(path, index), dtype=dtype,
     controlnet=parts['controlnet'].network(dtype) if 'controlnet' in parts else None,
     small_schedule=Schedule(_read_scheduler(low).schedule) if low.is_file() else None,
   )
@@ -242,9 +242,9 @@ def sample_config(scheduler: Scheduler, pipeline: str | None = None) -> SampleCo
   )
 
 
-def _schedule_config(values: Mapping[str, Any]) -> ScheduleConfig:
-  fields = {field.name for field in dataclasses.fields(ScheduleConfig)}
-  return typed(ScheduleConfig, {k: v for k, v in values.items() if k in fields}, 'schedule.')
+def _schedule_config(values: Mapping[str, Any]) -> NoiseConfig:
+  fields = {field.name for field in dataclasses.fields(NoiseConfig)}
+  return typed(NoiseConfig, {k: v for k, v in values.items() if k in fields}, 'schedule.')
 
 
 def _patch(path: str, index: Mapping[str, Any]) -> int:
@@ -283,8 +283,8 @@ def save_text_to_image(
   """Writes a model of our own class; `load_text_to_image` reads it."""
   save_params(directory / 'unet', model.unet.config, unet, dtype=dtype)
   scheduler = {
-    '_class_name': 'DDIMScheduler', **dataclasses.asdict(model.schedule.config),
-    'prediction_type': model.prediction, 'timestep_spacing': sample.spacing,
+    '_class_name': 'DDIMScheduler', **model.noise.config.saved(),
+    'prediction_type': model.parameterization.name, 'timestep_spacing': sample.spacing,
     'clip_sample': False, 'set_alpha_to_one': True, 'steps_offset': 0,
   }
   write_json(directory / 'scheduler' / 'scheduler_config.json', scheduler)

@@ -12,9 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.backend.xla import jitted
-from diffusion_jax.diffusion.denoiser import TextDenoiser, text_denoiser
+from diffusion_jax.diffusion.denoiser import Label, TextDenoiser, make_denoiser
+from diffusion_jax.diffusion.noise import NoiseSchedule, Schedule
+from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.diffusion.samplers import initial_noise, sampler
-from diffusion_jax.diffusion.schedules import Schedule
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.autoencoder import decode_sliced, decode_tiled
 from diffusion_jax.models.network import Network
@@ -61,8 +62,8 @@ class Diffusion:
   unet: Network
   autoencoder: Network
   text: TextEncoders | ImageEncoder
-  schedule: Schedule
-  prediction: str
+  noise: NoiseSchedule
+  parameterization: Parameterization
   latent_patch_size: int = 1
   controlnet: Network | None = None
   small_schedule: Schedule | None = None
@@ -171,9 +172,17 @@ class Diffusion:
 
     return predict
 
-  def denoiser(self, weights: Weights, variance: bool = False, label=None) -> TextDenoiser:
+  def denoiser(
+    self, weights: Weights, variance: bool = False, label: Label | None = None
+  ) -> TextDenoiser:
     """D(x, alpha, sigma, condition) -> estimate of the clean latents, without guidance."""
-    return text_denoiser(self.network(weights), self.schedule, self.prediction, variance, label)
+    network, label = self.network(weights), label or self.noise.label
+
+    def denoise(x, alpha, sigma, condition):
+      bound = lambda x, t: network(x, t, condition)
+      return make_denoiser(bound, self.parameterization, label, variance=variance)(x, alpha, sigma)
+
+    return denoise
 
   def sample_latents(
     self, weights: Weights, x: Latents, keys: jax.Array, condition: Condition,
@@ -181,9 +190,9 @@ class Diffusion:
   ) -> Latents:
     """Noise or noised latents x [b h w c], one key per image, conditions [b ...] -> latents."""
     variance = self.learned_variance and program.sampler == 'ddpm'
-    label = self.schedule.label(program.timesteps, numbers.grid)
+    label = self.noise.label_as(program.timesteps, numbers.grid)
     denoise = self.denoiser(weights, variance, label)
-    guided = program.guide(denoise, condition, negative, numbers, self.prediction)
+    guided = program.guide(denoise, condition, negative, numbers, self.parameterization)
     options = dict(program.options) | ({'variance': 'learned'} if variance else {})
     return sampler(program.sampler, **options)(guided, x, numbers.grid, keys)
 
@@ -254,7 +263,7 @@ class Diffusion:
     Raises:
       UserError: for a config that cannot be sampled, and inputs that do not fit the model.
     """
-    config.check(self.schedule, self.prediction)
+    config.check(self.noise, self.parameterization)
     check_seed(seed)
     inputs, n = inputs or Inputs(), len(prompts)
     given = inputs.rows(self, n)
@@ -265,7 +274,7 @@ class Diffusion:
     given['negative'] = np.broadcast_to(self.tokens([negative]), given['tokens'].shape)
     if 'reference' not in given and not config.clip_skip and _same(given):
       config = dataclasses.replace(config, guidance=1.0)
-    numbers = config.numbers(self.schedule, inputs.share(self))
+    numbers = config.numbers(self.noise, inputs.share(self))
     size = whole_batch(batch_size, mesh)
     names = tuple(dict.fromkeys(('x', 'keys', *given)))
     draw = lambda weights, *columns: self._draw(

@@ -12,16 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.diffusion.denoiser import BLIND_AT_ZERO_SNR, Denoiser, TextDenoiser
-from diffusion_jax.diffusion.guidance import (
-  RESCALE_SPACES,
+from diffusion_jax.diffusion.denoiser import (
+  Denoiser,
+  TextDenoiser,
   classifier_free,
   classifier_free_edit,
   dynamic_threshold,
   static_threshold,
 )
-from diffusion_jax.diffusion.samplers import Grid, padded, part_way, sampler, sampling_grid
-from diffusion_jax.diffusion.schedules import LABELS, Schedule
+from diffusion_jax.diffusion.noise import LABELS, NoiseSchedule
+from diffusion_jax.diffusion.parameterization import Parameterization
+from diffusion_jax.diffusion.samplers import Grid, padded, part_way, sampler
 from diffusion_jax.errors import UserError
 from diffusion_jax.types import Condition
 
@@ -78,12 +79,12 @@ class Program(NamedTuple):
 
   def guide(
     self, denoise: TextDenoiser, told: Condition, negative: Condition, numbers: Numbers,
-    prediction: str,
+    parameterization: Parameterization,
   ) -> Denoiser:
-    """The denoiser with guidance and threshold; `prediction` is what the network predicts."""
+    """The denoiser with guidance and threshold."""
     how = {
       'rescale': numbers.rescale,
-      'rescale_in': prediction if prediction in RESCALE_SPACES else 'sample',
+      'rescale_in': parameterization.rescale_space,
       'interval': None if self.everywhere else (numbers.low, numbers.high),
     }
     if self.image_guided:
@@ -147,15 +148,15 @@ class SampleConfig:
   clip_skip: int = 0
   decoding: str = 'whole'
 
-  def check(self, schedule: Schedule, prediction: str) -> None:
+  def check(self, noise: NoiseSchedule, parameterization: Parameterization) -> None:
     """Raises a UserError for what cannot be sampled."""
     sampler(self.sampler, **self.options)
     if not 1 <= self.steps <= MOST_STEPS:
       raise UserError(f'steps is {self.steps}; choose 1 to {MOST_STEPS:,}.')
-    self._grid(schedule)
-    if prediction in BLIND_AT_ZERO_SNR and schedule.zero_terminal:
+    grid = self._grid(noise)
+    if parameterization.blind_at_zero_snr and noise.zero_terminal:
       raise UserError(
-        f'the prediction {prediction!r} says nothing at zero terminal SNR; set '
+        f'the prediction {parameterization.name!r} says nothing at zero terminal SNR; set '
         'objective.prediction to v_prediction, or schedule.rescale_betas_zero_snr to False.'
       )
     self._check_guidance()
@@ -172,6 +173,7 @@ class SampleConfig:
       raise UserError(
         f'timesteps {self.timesteps!r} is unknown; choose one of {", ".join(LABELS)}.'
       )
+    noise.label_as(self.timesteps, grid)
     if self.decoding not in DECODINGS:
       raise UserError(
         f'decoding {self.decoding!r} is unknown; choose one of {", ".join(DECODINGS)}.'
@@ -211,17 +213,17 @@ class SampleConfig:
       options, self.timesteps,
     )
 
-  def _grid(self, schedule: Schedule) -> Grid:
+  def _grid(self, noise: NoiseSchedule) -> Grid:
     places = {name: getattr(self, name) for name in PLACES}
-    return sampling_grid(schedule, self.steps, self.spacing, **places, **self.places)
+    return noise.grid(self.steps, self.spacing, **places, **self.places)
 
-  def numbers(self, schedule: Schedule, strength: float = 1.0) -> Numbers:
+  def numbers(self, noise: NoiseSchedule, strength: float = 1.0) -> Numbers:
     """What the program is given, host arrays; `strength` is the share of the steps that are taken.
 
     Raises:
       UserError: for a strength that leaves no step.
     """
-    grid = part_way(jax.tree.map(np.asarray, self._grid(schedule)), strength)
+    grid = part_way(jax.tree.map(np.asarray, self._grid(noise)), strength)
     steps = len(grid[0]) - 1
     grid = padded(grid, next((length for length in BUCKETS if length >= steps), steps))
     low, high = self.guidance_interval

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_jax.config import typed
-from diffusion_jax.diffusion.schedules import ScheduleConfig
+from diffusion_jax.diffusion.noise import ScheduleConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import atomic_write
 from diffusion_jax.viz import page

@@ -85,7 +85,7 @@ def test_calls_are_counted(parts):
   """Of two in each step, from no signal and to no noise there is one."""
   settings = parse(tiny.diffusion_config(parts)).settings
   model, _ = assemble(settings.unet, settings.autoencoder, settings.clip, settings.schedule,
-                      settings.objective.prediction, settings.latent_patch_size)
+                      settings.objective.parameterization, settings.latent_patch_size)
   for name, steps, calls in (('ddim', 5, 5), ('heun', 5, 8), ('dpm2', 3, 4)):
     assert count_calls(model, SampleConfig(sampler=name, steps=steps)) == calls, name
 

@@ -7,10 +7,10 @@ import re
 import pytest
 
 from diffusion_jax.cli.main import COMMANDS
-from diffusion_jax.diffusion.denoiser import PREDICTIONS
+from diffusion_jax.diffusion.losses import WEIGHTINGS
+from diffusion_jax.diffusion.parameterization import PREDICTIONS
 from diffusion_jax.diffusion.processes import PROCESSES
 from diffusion_jax.diffusion.samplers import SAMPLERS
-from diffusion_jax.diffusion.weightings import WEIGHTINGS
 from diffusion_jax.models.attention import ATTENTION
 from diffusion_jax.models.network import REMAT
 from diffusion_jax.parallel.mesh import MeshConfig

@@ -110,14 +110,14 @@ def test_frozen_parts_fit(path):
   try:
     autoencoder, _ = load_params('autoencoder', settings.autoencoder)
     model, _ = assemble(settings.unet, settings.autoencoder, settings.clip, settings.schedule,
-                        settings.objective.prediction, settings.latent_patch_size)
+                        settings.objective.parameterization, settings.latent_patch_size)
   except UserError as error:
     assert 'There is no asset:' in str(error)
     return
   assert config.data.size == (
     settings.unet.sample_size * settings.latent_patch_size * autoencoder.factor
   )
-  settings.sample.check(model.schedule, settings.objective.prediction)
+  settings.sample.check(model.noise, settings.objective.parameterization)
 
 
 def test_the_base_is_locked_and_has_every_section():

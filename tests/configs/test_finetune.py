@@ -67,8 +67,8 @@ def test_a_recipe_fits_its_architecture(name, configs):
   config = configs[name]
   model = architecture_model(config.settings.architecture)
   assert config.data.size == model.image_size
-  assert config.settings.objective.prediction == model.prediction
-  config.settings.sample.check(model.schedule, model.prediction)
+  assert config.settings.objective.prediction == model.parameterization.name
+  config.settings.sample.check(model.noise, model.parameterization)
   assert config.settings.model == '' and config.data.dataset.startswith('folder:')
 
 

@@ -16,7 +16,7 @@ from diffusion_jax.diffusion.bounds import (
   discrete_bound,
   discretized_gaussian_decoder,
 )
-from diffusion_jax.diffusion.gaussian_mixture import GaussianMixture
+from diffusion_jax.diffusion.mixture import GaussianMixture
 from diffusion_jax.errors import UserError
 
 LN2 = math.log(2)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.diffusion.gaussian_mixture import GaussianMixture
+from diffusion_jax.diffusion.mixture import GaussianMixture
 
 WEIGHTS, MEANS, VARIANCES = np.array([0.3, 0.7]), np.array([-1.0, 2.0]), np.array([0.25, 0.5])
 LINE = GaussianMixture(WEIGHTS, MEANS, VARIANCES)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diffusion_jax.diffusion.samplers.grids import (
+from diffusion_jax.diffusion.samplers.common import pair_between, pairs_at
+from diffusion_jax.diffusion.samplers.grid import (
   AYS_TABLES,
   LEVEL_SPACINGS,
   SPACINGS,
@@ -22,7 +23,6 @@ from diffusion_jax.diffusion.samplers.grids import (
   spaced_levels,
   spaced_timesteps,
 )
-from diffusion_jax.diffusion.samplers.steps import pair_between, pairs_at
 from diffusion_jax.errors import UserError
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.diffusion import guidance
-from diffusion_jax.diffusion.gaussian_mixture import GaussianMixture
+from diffusion_jax.diffusion import denoiser
+from diffusion_jax.diffusion.mixture import GaussianMixture
 from diffusion_jax.errors import UserError
 
 MIXTURE = GaussianMixture(
@@ -63,7 +63,7 @@ def constant(x0):
 
 @pytest.mark.parametrize('scale', [0.0, 1.0, 3.5, np.array([0.0, 1.0, 2.0, 5.0])])
 def test_classifier_free_guides_the_score(x, scale):
-  guided = guidance.classifier_free(denoise, TEXT, NULL, scale)(x, ALPHA, SIGMA)
+  guided = denoiser.classifier_free(denoise, TEXT, NULL, scale)(x, ALPHA, SIGMA)
   every, own = scores(x)
   wanted = every + np.reshape(scale, (-1, 1)) * (own - every)
   np.testing.assert_allclose(score_of(guided, x), wanted, rtol=1e-10, atol=1e-12)
@@ -71,7 +71,7 @@ def test_classifier_free_guides_the_score(x, scale):
 
 def test_a_negative_prompt_takes_the_place_of_the_null_caption(x):
   negative = np.eye(3)[[1, 1, 0, 2]]
-  guided = guidance.classifier_free(denoise, TEXT, negative, 2.0)(x, ALPHA, SIGMA)
+  guided = denoiser.classifier_free(denoise, TEXT, negative, 2.0)(x, ALPHA, SIGMA)
   wanted = 2 * conditional(x, ALPHA, SIGMA) - denoise(x, ALPHA, SIGMA, negative)
   np.testing.assert_allclose(guided, wanted, rtol=1e-12)
 
@@ -85,7 +85,7 @@ def test_an_edit_is_guided_by_text_and_picture(x, scale, image_scale):
     return denoise(x, alpha, sigma, text), 2 * x
 
   picture = np.eye(3)[[1, 1, 0, 2]]
-  guided = guidance.classifier_free_edit(spy, TEXT, picture, NULL, scale, image_scale)
+  guided = denoiser.classifier_free_edit(spy, TEXT, picture, NULL, scale, image_scale)
   found, share = guided(x, ALPHA, SIGMA)
   edited, shown, free = (denoise(x, ALPHA, SIGMA, told) for told in (TEXT, picture, NULL))
   wanted = free + image_scale * (shown - free) + scale * (edited - shown)
@@ -93,16 +93,16 @@ def test_an_edit_is_guided_by_text_and_picture(x, scale, image_scale):
   np.testing.assert_array_equal(share, 2 * x)
   assert calls == [3 * len(x)]
   if scale != 1:
-    both = guidance.classifier_free_edit(denoise, TEXT, picture, NULL, scale, 1)
-    wanted = guidance.classifier_free(denoise, TEXT, picture, scale)(x, ALPHA, SIGMA)
+    both = denoiser.classifier_free_edit(denoise, TEXT, picture, NULL, scale, 1)
+    wanted = denoiser.classifier_free(denoise, TEXT, picture, scale)(x, ALPHA, SIGMA)
     np.testing.assert_allclose(both(x, ALPHA, SIGMA), wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_text_may_be_a_tree(x):
   two = lambda x, alpha, sigma, text: denoise(x, alpha, sigma, text['a'] + text['b'])
   halves = [{'a': 0.25 * text, 'b': 0.75 * text} for text in (TEXT, NULL)]
-  found = guidance.classifier_free(two, *halves, 2.0)(x, ALPHA, SIGMA)
-  wanted = guidance.classifier_free(denoise, TEXT, NULL, 2.0)(x, ALPHA, SIGMA)
+  found = denoiser.classifier_free(two, *halves, 2.0)(x, ALPHA, SIGMA)
+  wanted = denoiser.classifier_free(denoise, TEXT, NULL, 2.0)(x, ALPHA, SIGMA)
   np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 
@@ -125,7 +125,7 @@ def test_calls_while_sampling(x, scale, interval, wanted):
     jax.debug.callback(lambda: calls.append(len(x)))
     return denoise(x, alpha, sigma, text)
 
-  guided = guidance.classifier_free(spy, TEXT, NULL, scale, interval=interval)
+  guided = denoiser.classifier_free(spy, TEXT, NULL, scale, interval=interval)
   run = jax.jit(lambda x: jax.lax.scan(lambda x, p: (guided(x, *p), None), x, (alphas, sigmas))[0])
   run(x).block_until_ready()
   jax.effects_barrier()
@@ -134,9 +134,9 @@ def test_calls_while_sampling(x, scale, interval, wanted):
 
 @pytest.mark.parametrize('alpha,sigma,inside', [(0.5, 1.0, True), (1.0, 0.3, False), (0, 1, False)])
 def test_outside_the_interval_the_model_is_conditional(x, alpha, sigma, inside):
-  guided = guidance.classifier_free(denoise, TEXT, NULL, 3.0, interval=(0.3, 2.0))
+  guided = denoiser.classifier_free(denoise, TEXT, NULL, 3.0, interval=(0.3, 2.0))
   scale = 3.0 if inside else 1.0
-  wanted = guidance.classifier_free(denoise, TEXT, NULL, scale)(x, alpha, sigma)
+  wanted = denoiser.classifier_free(denoise, TEXT, NULL, scale)(x, alpha, sigma)
   np.testing.assert_allclose(guided(x, alpha, sigma), wanted, rtol=1e-12)
 
 
@@ -147,10 +147,10 @@ def test_another_scale_rescale_or_interval_does_not_compile_again(x):
   def run(x, scale, rescale, interval):
     traced.append(1)
     options = {'rescale': rescale, 'interval': interval}
-    return guidance.classifier_free(denoise, TEXT, NULL, scale, **options)(x, ALPHA, SIGMA)
+    return denoiser.classifier_free(denoise, TEXT, NULL, scale, **options)(x, ALPHA, SIGMA)
 
   for scale, rescale, high in ((2.0, 0.0, 5.0), (4.0, 0.7, 5.0), (1.0, 0.0, 0.1)):
-    static = guidance.classifier_free(
+    static = denoiser.classifier_free(
       denoise, TEXT, NULL, scale, rescale=rescale, interval=(0.0, high)
     )
     found = run(x, scale, rescale, (0.0, high))
@@ -158,10 +158,10 @@ def test_another_scale_rescale_or_interval_does_not_compile_again(x):
   assert len(traced) == 1
 
 
-@pytest.mark.parametrize('space', guidance.RESCALE_SPACES)
+@pytest.mark.parametrize('space', denoiser.RESCALE_SPACES)
 def test_rescale_is_lin_et_al_in_each_space(space):
   x, better, worse = images(0), images(1), images(2)
-  guided = guidance.autoguidance(constant(better), constant(worse), 4.0, rescale=0.7,
+  guided = denoiser.autoguidance(constant(better), constant(worse), 4.0, rescale=0.7,
                                  rescale_in=space)
   there, back = {
     'sample': (lambda x0: x0, lambda out: out),
@@ -177,27 +177,27 @@ def test_rescale_is_lin_et_al_in_each_space(space):
   np.testing.assert_allclose(guided(x, ALPHA, SIGMA), back(out), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize('space', guidance.RESCALE_SPACES)
+@pytest.mark.parametrize('space', denoiser.RESCALE_SPACES)
 @pytest.mark.parametrize('alpha,sigma', [(0.0, 1.0), (1.0, 0.0)])
 def test_rescale_is_finite_at_both_ends(space, alpha, sigma):
   x, better, worse = images(0), images(1), images(2)
 
   def total(alpha, sigma, x):
     options = {'rescale': 0.7, 'rescale_in': space}
-    guided = guidance.autoguidance(
+    guided = denoiser.autoguidance(
       lambda x, a, s: better + x, lambda x, a, s: worse, 4.0, **options
     )
     return guided(x, alpha, sigma).sum()
 
   for value in (total(alpha, sigma, x), *jax.grad(total, (0, 1, 2))(alpha, sigma, x)):
     assert jnp.isfinite(value).all()
-  flat = guidance.autoguidance(constant(0 * x), constant(0 * x), 4.0, rescale=0.7, rescale_in=space)
+  flat = denoiser.autoguidance(constant(0 * x), constant(0 * x), 4.0, rescale=0.7, rescale_in=space)
   assert jnp.isfinite(flat(0 * x, alpha, sigma)).all()
 
 
 def test_extrapolating_x0_epsilon_or_v_is_the_same(x):
   own, every = conditional(x, ALPHA, SIGMA), unconditional(x, ALPHA, SIGMA)
-  guided = guidance.classifier_free(denoise, TEXT, NULL, 3.0)(x, ALPHA, SIGMA)
+  guided = denoiser.classifier_free(denoise, TEXT, NULL, 3.0)(x, ALPHA, SIGMA)
   eps = [(x - ALPHA * x0) / SIGMA for x0 in (every, own)]
   v = [ALPHA * e - SIGMA * x0 for e, x0 in zip(eps, (every, own), strict=True)]
   by_eps = (x - SIGMA * (eps[0] + 3 * (eps[1] - eps[0]))) / ALPHA
@@ -212,13 +212,13 @@ def test_an_exact_classifier_gives_the_conditional_score(x, scale):
     every = MIXTURE.diffused(alpha, sigma).log_class_probabilities(x)
     return every[np.arange(4), CLASSES]
 
-  guided = guidance.classifier(unconditional, log_probability, scale)(x, ALPHA, SIGMA)
+  guided = denoiser.classifier(unconditional, log_probability, scale)(x, ALPHA, SIGMA)
   every, own = scores(x)
   wanted = every + np.reshape(scale, (-1, 1)) * (own - every)
   np.testing.assert_allclose(score_of(guided, x), wanted, rtol=1e-9, atol=1e-11)
   if np.ndim(scale) == 0 and scale == 1:
     np.testing.assert_allclose(guided, conditional(x, ALPHA, SIGMA), rtol=1e-9)
-  pure = guidance.classifier(unconditional, log_probability, scale)(x, 0.0, 1.0)
+  pure = denoiser.classifier(unconditional, log_probability, scale)(x, 0.0, 1.0)
   np.testing.assert_allclose(pure, unconditional(x, 0.0, 1.0), rtol=1e-12)
 
 
@@ -227,9 +227,9 @@ def test_no_scale_costs_nothing(x):
     raise AssertionError('called')
 
   for guided in (
-    guidance.classifier(unconditional, never, 0.0),
-    guidance.autoguidance(unconditional, never, 1.0),
-    guidance.perturbed_attention(unconditional, never, 0.0),
+    denoiser.classifier(unconditional, never, 0.0),
+    denoiser.autoguidance(unconditional, never, 1.0),
+    denoiser.perturbed_attention(unconditional, never, 0.0),
   ):
     np.testing.assert_array_equal(guided(x, ALPHA, SIGMA), unconditional(x, ALPHA, SIGMA))
 
@@ -237,11 +237,11 @@ def test_no_scale_costs_nothing(x):
 def test_autoguidance_and_perturbed_attention(x):
   blurred = MIXTURE._replace(variances=MIXTURE.variances + 0.2).denoise
   good, bad = unconditional(x, ALPHA, SIGMA), blurred(x, ALPHA, SIGMA)
-  auto = guidance.autoguidance(unconditional, blurred, 2.0)(x, ALPHA, SIGMA)
+  auto = denoiser.autoguidance(unconditional, blurred, 2.0)(x, ALPHA, SIGMA)
   np.testing.assert_allclose(auto, 2 * good - bad, rtol=1e-12)
-  perturbed = guidance.perturbed_attention(unconditional, blurred, 3.0)(x, ALPHA, SIGMA)
+  perturbed = denoiser.perturbed_attention(unconditional, blurred, 3.0)(x, ALPHA, SIGMA)
   np.testing.assert_allclose(perturbed, good + 3 * (good - bad), rtol=1e-12)
-  outside = guidance.perturbed_attention(unconditional, blurred, 3.0, interval=(1.0, 2.0))
+  outside = denoiser.perturbed_attention(unconditional, blurred, 3.0, interval=(1.0, 2.0))
   np.testing.assert_allclose(outside(x, ALPHA, SIGMA), good, rtol=1e-12)
 
 
@@ -249,20 +249,20 @@ def test_dynamic_threshold_is_imagens():
   """clip(x_0, -s, s) / s with s from 1 to the limit, which wins where it is below 1."""
   x0 = images(3, spread=1.5).at[1].multiply(0.1)  # The second image lies within the range.
   flat = np.abs(np.asarray(x0)).reshape(3, -1)
-  found = guidance.dynamic_threshold(constant(x0), 0.95)(x0, ALPHA, SIGMA)
+  found = denoiser.dynamic_threshold(constant(x0), 0.95)(x0, ALPHA, SIGMA)
   s = np.maximum(np.percentile(flat, 95, axis=1), 1).reshape(3, 1, 1, 1)
   np.testing.assert_allclose(found, np.clip(x0, -s, s) / s, rtol=1e-12)
   np.testing.assert_allclose(found[1], x0[1], rtol=1e-12)
   assert (s[0] > 1.2).all() and np.abs(found).max() == 1
   for limit in (1.2, 0.5):  # Both are less than the percentile of the first image.
-    found = guidance.dynamic_threshold(constant(x0), 0.95, limit)(x0, ALPHA, SIGMA)
+    found = denoiser.dynamic_threshold(constant(x0), 0.95, limit)(x0, ALPHA, SIGMA)
     np.testing.assert_allclose(found[0], np.clip(x0[0], -limit, limit) / limit, rtol=1e-12)
   np.testing.assert_allclose(found[1], np.clip(x0[1], -0.5, 0.5) / 0.5, rtol=1e-12)
 
 
 def test_a_threshold_may_keep_the_estimate_beside_the_clipped_one():
   x0 = images(3, spread=1.5)
-  for threshold in (guidance.static_threshold, guidance.dynamic_threshold):
+  for threshold in (denoiser.static_threshold, denoiser.dynamic_threshold):
     clipped, kept = threshold(constant(x0), 0.8, keep_estimate=True)(x0, ALPHA, SIGMA)
     np.testing.assert_array_equal(kept, x0)
     np.testing.assert_array_equal(clipped, threshold(constant(x0), 0.8)(x0, ALPHA, SIGMA))
@@ -270,14 +270,14 @@ def test_a_threshold_may_keep_the_estimate_beside_the_clipped_one():
 
 def test_static_threshold_clips():
   x0 = images(3, spread=1.5)
-  found = guidance.static_threshold(constant(x0), 0.8)(x0, ALPHA, SIGMA)
+  found = denoiser.static_threshold(constant(x0), 0.8)(x0, ALPHA, SIGMA)
   np.testing.assert_array_equal(found, np.clip(x0, -0.8, 0.8))
   assert (np.abs(x0) > 0.8).any()
 
 
 def test_the_dtype_is_kept():
   text, null, scale = np.float32(TEXT), np.float32(NULL), np.float64(2)
-  guided = guidance.classifier_free(
+  guided = denoiser.classifier_free(
     denoise, text, null, scale, rescale=jnp.float64(0.5), interval=(0.1, 9.0)
   )
   assert guided(jnp.ones((4, 2), jnp.float32), ALPHA, SIGMA).dtype == jnp.float32
@@ -285,4 +285,4 @@ def test_the_dtype_is_kept():
 
 def test_an_unknown_space_is_refused():
   with pytest.raises(UserError, match='v_prediction'):
-    guidance.autoguidance(unconditional, unconditional, 2.0, rescale_in='velocity')
+    denoiser.autoguidance(unconditional, unconditional, 2.0, rescale_in='velocity')

@@ -9,16 +9,15 @@ import pytest
 
 from diffusion_jax.diffusion import dequantization, processes
 from diffusion_jax.diffusion.bounds import continuous_bound, discrete_bound
-from diffusion_jax.diffusion.levels import ContinuousLevels, TableLevels
 from diffusion_jax.diffusion.likelihood import flow_likelihood
+from diffusion_jax.diffusion.noise import NoiseSchedule, ScheduleConfig
+from diffusion_jax.diffusion.objective import LOSSES, TIMES, Objective, ObjectiveConfig
 from diffusion_jax.diffusion.samplers import SAMPLERS, initial_noise, sampler
-from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
-from diffusion_jax.diffusion.training import LOSSES, TIMES, Objective, ObjectiveConfig
 from tests.diffusion.exact_mixture import denoise, geometric
 from tests.diffusion.test_samplers import QUICK
 
-TABLE = TableLevels(Schedule(ScheduleConfig(num_train_timesteps=20)))
-KARRAS = ContinuousLevels(processes.karras())
+TABLE = NoiseSchedule.of(ScheduleConfig(num_train_timesteps=20))
+KARRAS = NoiseSchedule(processes.karras())
 NOISY = {'offset_noise': 0.1, 'input_perturbation': 0.1}
 
 
@@ -76,7 +75,7 @@ def test_samplers_use_each_key_once_and_no_number_of_it_twice(name):
 
 @pytest.mark.parametrize('trace', ['rademacher', 'gaussian'])
 def test_likelihoods_use_each_key_once(trace):
-  schedule = TABLE.schedule
+  schedule = TABLE.table
   x = jnp.ones((2, 2, 2, 1))
   keys = [jax.random.split(jax.random.key(seed), 2) for seed in range(4)]
   shrink = lambda x, alpha, sigma: alpha * x / (alpha**2 + sigma**2)

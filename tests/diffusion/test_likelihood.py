@@ -8,15 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.diffusion.denoiser import text_denoiser
-from diffusion_jax.diffusion.gaussian_mixture import GaussianMixture
+from diffusion_jax.diffusion.denoiser import make_denoiser
 from diffusion_jax.diffusion.likelihood import (
   exact_divergence,
   flow_likelihood,
   hutchinson_divergence,
   stratified_times,
 )
-from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
+from diffusion_jax.diffusion.mixture import GaussianMixture
+from diffusion_jax.diffusion.noise import Schedule, ScheduleConfig
+from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.errors import UserError
 
 MIXTURE = GaussianMixture(
@@ -178,11 +179,12 @@ def test_an_example_keeps_its_value_in_any_batch(keys):
 def test_a_network_on_a_table_of_timesteps_is_scored():
   """For unit Gaussian data the v prediction is 0; x_t / alpha_t has variance 1 / alpha^2."""
   schedule = Schedule(ScheduleConfig())
-  network = lambda x, t, text: 0 * x
-  denoise = text_denoiser(network, schedule, 'v_prediction')
+  denoise = make_denoiser(
+    lambda x, t: 0 * x, Parameterization('v_prediction'), schedule.timestep
+  )
   x = np.zeros((2, 2, 2, 1), np.float32)
   found = run(
-    lambda x, alpha, sigma: denoise(x, alpha, sigma, None), x, schedule.process,
+    denoise, x, schedule.process,
     jax.random.split(jax.random.key(0), 2), solver='heun', steps=8, t_min=1 / len(schedule),
   )
   wanted = 1.325748 - math.log2(schedule.alphas[0])

@@ -5,21 +5,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.diffusion import objectives, processes, sdes
-from diffusion_jax.diffusion.denoiser import BLIND_AT_ZERO_SNR, PREDICTIONS, target
-from diffusion_jax.diffusion.objectives import (
+from diffusion_jax.diffusion import losses
+from diffusion_jax.diffusion.losses import (
+  WEIGHTINGS,
   add_noise,
-  edm_loss,
-  flow_matching_loss,
   huber_delta,
+  min_snr,
   offset_noise,
   perturb_input,
   pseudo_huber,
   squared_error,
+  weight,
   weighted_loss,
+  weighting,
 )
-from diffusion_jax.diffusion.weightings import WEIGHTINGS, min_snr, weight, weighting
-from tests.diffusion.quadrature import normal_nodes
+from diffusion_jax.diffusion.parameterization import (
+  BLIND_AT_ZERO_SNR,
+  PREDICTIONS,
+  Parameterization,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -82,17 +86,16 @@ def test_the_weighted_loss_is_weight_times_error(prediction):
   rng = np.random.default_rng(0)
   x0, eps, output = map(jnp.asarray, rng.normal(size=(3, 2, 5)))
   alpha, sigma = jnp.array([0.9, 0.3]), jnp.array([0.4, 0.8])
-  wanted = target(prediction, x0, eps, alpha, sigma, 0.5)
-  simple = weighted_loss(prediction, output, x0, eps, alpha, sigma, data_std=0.5)
+  parameterization = Parameterization(prediction, 0.5)
+  wanted = parameterization.target(x0, eps, alpha, sigma)
+  simple = weighted_loss(parameterization, output, x0, eps, alpha, sigma)
   np.testing.assert_allclose(simple, ((output - wanted) ** 2).mean(1), rtol=1e-12)
   # Perfect but for one error in x_0 of 0.1: uniform weighting on x_0 sees just that.
-  moved = target(prediction, x0 + 0.1, eps - 0.1 * (alpha / sigma)[:, None], alpha, sigma, 0.5)
-  found = weighted_loss(
-    prediction, moved, x0, eps, alpha, sigma, weighting('uniform'), data_std=0.5
-  )
+  moved = parameterization.target(x0 + 0.1, eps - 0.1 * (alpha / sigma)[:, None], alpha, sigma)
+  found = weighted_loss(parameterization, moved, x0, eps, alpha, sigma, weighting('uniform'))
   np.testing.assert_allclose(found, [0.01, 0.01], rtol=1e-10)
   huber = weighted_loss(
-    prediction, output, x0, eps, alpha, sigma, data_std=0.5,
+    parameterization, output, x0, eps, alpha, sigma,
     error=lambda a, b: pseudo_huber(a, b, 0.1),
   )
   np.testing.assert_allclose(huber, pseudo_huber(output, wanted, 0.1), rtol=1e-12)
@@ -106,56 +109,13 @@ def test_zero_terminal_snr_has_finite_losses_and_gradients(prediction, name):
   alpha, sigma = jnp.array([0.0, 1.0], jnp.float32), jnp.array([1.0, last], jnp.float32)
   x0, eps = jnp.full((2, 3), 0.5, jnp.float32), jnp.full((2, 3), -0.7, jnp.float32)
   made = weighting(name) if name else None
-  loss = lambda output: weighted_loss(prediction, output, x0, eps, alpha, sigma, made)
+  parameterization = Parameterization(prediction)
+  loss = lambda output: weighted_loss(parameterization, output, x0, eps, alpha, sigma, made)
   value, slope = loss(x0), jax.grad(lambda output: loss(output).sum())(x0)
   assert value.shape == (2,) and value.dtype == jnp.float32
   assert np.isfinite(value).all() and np.isfinite(slope).all()
-  exact = target(prediction, x0, eps, alpha, sigma)
+  exact = parameterization.target(x0, eps, alpha, sigma)
   np.testing.assert_array_equal(loss(exact), 0)
-
-
-def test_edm_loss_by_hand():
-  """D = c x: the error of x_0 is (c - 1) x_0 + c sigma eps."""
-  x0, eps, sigma = jnp.array([[1.0, 2.0]]), jnp.array([[-1.0, 0.5]]), jnp.array([3.0])
-  found = edm_loss(lambda x, alpha, sigma: 0.2 * x, x0, eps, sigma, 0.5)
-  error = np.mean([(-0.8 + 0.6 * -1) ** 2, (-1.6 + 0.6 * 0.5) ** 2])
-  np.testing.assert_allclose(found, [(9 + 0.25) / (3 * 0.5) ** 2 * error], rtol=1e-12)
-
-
-@pytest.mark.parametrize('sigma', [0.1, 1.0, 10.0])
-def test_edm_loss_of_the_exact_denoiser_of_gaussian_data_is_one(sigma):
-  """E|D - x_0|^2 = s^2 sigma^2 / (s^2 + sigma^2), the inverse of the weight at data_std = s."""
-  x0, eps, weights = normal_nodes(0.5, 1.0)
-  denoise = lambda x, a, s: (0.25 / (0.25 + s**2))[:, None] * x
-  loss = edm_loss(denoise, x0, eps, jnp.full(len(x0), sigma), 0.5)
-  np.testing.assert_allclose(weights @ loss, 1, rtol=1e-12)
-
-
-@pytest.mark.parametrize('made', [processes.flow(), processes.cosine(), processes.linear()])
-def test_flow_matching_is_minimised_by_the_velocity(made):
-  """Gaussian data: the derivative of the expected loss vanishes at the exact velocity."""
-  x0, eps, weights = normal_nodes(0.5, 1.0)
-  denoise = lambda x, a, s: (0.25 * a / (0.25 * a**2 + s**2))[:, None] * x
-  exact = sdes.velocity(made, denoise)
-  t = jnp.full(len(x0), 0.4)
-
-  def expected(change):
-    velocity = lambda x, t: exact(x, t) + change[0] * x + change[1]
-    return weights @ flow_matching_loss(velocity, made, x0, eps, t)
-
-  np.testing.assert_allclose(jax.grad(expected)(jnp.zeros(2)), 0, atol=1e-12)
-  assert expected(jnp.array([0.1, 0.0])) > expected(jnp.zeros(2)) > 0.01
-
-
-def test_flow_matching_on_straight_paths_is_the_flow_prediction():
-  rng = np.random.default_rng(0)
-  x0, eps = map(jnp.asarray, rng.normal(size=(2, 3, 4)))
-  t = jnp.array([0.1, 0.5, 0.9])
-  network = lambda x, t: 0.3 * x
-  found = flow_matching_loss(network, processes.flow(), x0, eps, t)
-  output = network(add_noise(x0, eps, 1 - t, t), t)
-  wanted = weighted_loss('flow_prediction', output, x0, eps, 1 - t, t)
-  np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -169,12 +129,12 @@ def test_flow_matching_on_straight_paths_is_the_flow_prediction():
 def test_min_snr_weights(prediction, formula):
   snr = np.array([1e-3, 0.5, 5.0, 7.0, 900.0])
   alpha, sigma = np.sqrt(snr / (1 + snr)), np.sqrt(1 / (1 + snr))
-  found = weight(min_snr(5.0), prediction, jnp.asarray(alpha), jnp.asarray(sigma))
+  found = weight(min_snr(5.0), Parameterization(prediction), jnp.asarray(alpha), jnp.asarray(sigma))
   np.testing.assert_allclose(found, formula(snr, 5.0), rtol=1e-12)
-  at_zero = weight(min_snr(5.0), prediction, jnp.zeros(1), jnp.ones(1))
+  at_zero = weight(min_snr(5.0), Parameterization(prediction), jnp.zeros(1), jnp.ones(1))
   limit = 1.0 if prediction in BLIND_AT_ZERO_SNR else 0.0
   np.testing.assert_allclose(at_zero, [limit], atol=1e-8)
 
 
 def test_per_example_means():
-  np.testing.assert_allclose(objectives.per_example(jnp.arange(6.0).reshape(2, 3, 1)), [1, 4])
+  np.testing.assert_allclose(losses.per_example(jnp.arange(6.0).reshape(2, 3, 1)), [1, 4])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.diffusion import processes
+from diffusion_jax.diffusion.noise import BETAS, Schedule, ScheduleConfig
 from diffusion_jax.diffusion.posterior import (
   learned_log_variance,
   log_variances,
@@ -13,7 +14,6 @@ from diffusion_jax.diffusion.posterior import (
   transition,
 )
 from diffusion_jax.diffusion.samplers import sampling_grid
-from diffusion_jax.diffusion.schedules import BETAS, Schedule, ScheduleConfig
 
 PROCESSES = {
   'vp': processes.linear(), 've': processes.exponential(0.1, 20.0), 'flow': processes.flow(),

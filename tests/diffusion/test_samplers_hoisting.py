@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.diffusion.guidance import classifier_free
+from diffusion_jax.diffusion.denoiser import classifier_free
 from diffusion_jax.diffusion.samplers import SAMPLERS, initial_noise, sampler
 from diffusion_jax.diffusion.samplers.hoisting import hoisted
 from tests.diffusion.exact_mixture import geometric

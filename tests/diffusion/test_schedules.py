@@ -6,12 +6,8 @@ import numpy as np
 import pytest
 
 from diffusion_jax.diffusion import processes
-from diffusion_jax.diffusion.schedules import (
-  BETAS,
-  Schedule,
-  ScheduleConfig,
-  tabulate,
-)
+from diffusion_jax.diffusion.noise import BETAS, Schedule, ScheduleConfig
+from diffusion_jax.diffusion.processes import tabulate
 from diffusion_jax.errors import UserError
 
 TABLE = {

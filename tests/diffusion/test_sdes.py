@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.diffusion import processes, sdes
-from diffusion_jax.diffusion.gaussian_mixture import GaussianMixture
+from diffusion_jax.diffusion import processes
+from diffusion_jax.diffusion.mixture import GaussianMixture
 
 PROCESSES = {
   'vp': processes.linear(),
@@ -60,7 +60,7 @@ def remaining(t):
 ])
 def test_drift_and_diffusion_are_the_published_ones(name, drift, squared):
   """Song et al. 2021, eq. 25, 27 and 30; and a flow by hand, sigma = 2 t / (1 + t)."""
-  sde, t = sdes.forward(PROCESSES[name]), np.linspace(0.02, 0.98, 13)
+  sde, t = processes.forward(PROCESSES[name]), np.linspace(0.02, 0.98, 13)
   x = jnp.linspace(-2, 3, 13)[:, None]
   np.testing.assert_allclose(
     sde.drift(x, jnp.asarray(t)), drift(t)[:, None] * x, rtol=1e-9, atol=1e-12
@@ -71,7 +71,7 @@ def test_drift_and_diffusion_are_the_published_ones(name, drift, squared):
 def test_diffusion_at_the_clean_end_is_the_rate():
   """sigma starts like sqrt(t), with an infinite slope; g^2 = beta does not notice."""
   for dtype in (jnp.float32, jnp.float64):
-    g = sdes.forward(PROCESSES['vp']).diffusion(jnp.zeros((), dtype))
+    g = processes.forward(PROCESSES['vp']).diffusion(jnp.zeros((), dtype))
     np.testing.assert_allclose(g**2, 0.1, rtol=1e-5)
 
 
@@ -79,7 +79,7 @@ def test_diffusion_at_the_clean_end_is_the_rate():
 @pytest.mark.parametrize('name', PROCESSES)
 def test_the_forward_sde_satisfies_fokker_planck(name, dims):
   """d ln p / dt = -div f - f . s + g^2 / 2 (div s + |s|^2), s = grad ln p, at every point."""
-  process, sde = PROCESSES[name], sdes.forward(PROCESSES[name])
+  process, sde = PROCESSES[name], processes.forward(PROCESSES[name])
   log_p = log_density(mixture(dims), process)
 
   @jax.jit
@@ -105,12 +105,13 @@ def test_velocities_satisfy_the_continuity_equation(name, dims):
   process, data = PROCESSES[name], mixture(dims)
   log_p = log_density(data, process)
   denoise = lambda x, alpha, sigma: data.denoise(x, alpha, sigma)
-  flow = sdes.probability_flow(sdes.forward(process), sdes.score_function(process, denoise))
+  score = processes.score_function(process, denoise)
+  flow = processes.probability_flow(processes.forward(process), score)
 
   @jax.jit
   def residual(x, t):
     out = []
-    for velocity in (flow, sdes.velocity(process, denoise)):
+    for velocity in (flow, processes.velocity(process, denoise)):
       one = lambda x, velocity=velocity: velocity(x[None], t)[0]
       terms = (
         jax.grad(log_p, argnums=1)(x, t), jnp.trace(jax.jacfwd(one)(x)),
@@ -127,7 +128,7 @@ def test_velocities_satisfy_the_continuity_equation(name, dims):
 def test_score_is_the_gradient_of_the_log_density(name):
   process, data = PROCESSES[name], mixture(2)
   log_p = log_density(data, process)
-  score = sdes.score_function(process, data.denoise)
+  score = processes.score_function(process, data.denoise)
   for t in TIMES:
     wanted = jax.vmap(jax.grad(log_p), (0, None))(points(2), t)
     np.testing.assert_allclose(score(points(2), t), wanted, rtol=1e-8, atol=1e-9)
@@ -147,7 +148,7 @@ def test_the_reverse_sde_has_the_forward_marginals(name, noise):
     m, v = exact(t)
     return (m - x) / v
 
-  sde = sdes.reverse(sdes.forward(process), score, noise)
+  sde = processes.reverse(processes.forward(process), score, noise)
 
   def rate(moments, t):
     m, v = moments
@@ -171,11 +172,11 @@ def test_the_reverse_sde_has_the_forward_marginals(name, noise):
 
 def test_the_marginal_and_the_prior():
   x0 = jnp.arange(6.0).reshape(2, 3)
-  mean, std = sdes.marginal(PROCESSES['vp'], x0, jnp.array([0.2, 0.5]))
+  mean, std = processes.marginal(PROCESSES['vp'], x0, jnp.array([0.2, 0.5]))
   np.testing.assert_allclose(mean[1], np.sqrt(remaining(0.5)) * x0[1], rtol=1e-12)
   np.testing.assert_allclose(std, np.sqrt(1 - remaining(np.array([0.2, 0.5]))), rtol=1e-12)
   for name, scale in (('ve', np.hypot(1, 50)), ('flow', 1.0), ('vp', 1.0)):
-    found = sdes.prior_log_density(PROCESSES[name], x0)
+    found = processes.prior_log_density(PROCESSES[name], x0)
     squares = np.array([0 + 1 + 4, 9 + 16 + 25])
     wanted = -squares / scale**2 / 2 - 3 * np.log(scale * np.sqrt(2 * np.pi))
     np.testing.assert_allclose(found, wanted, rtol=1e-12)
@@ -186,13 +187,14 @@ def test_no_signal_at_all_gives_a_finite_velocity(name):
   """At alpha = 0: alpha' E[x_0] + sigma' x / sigma, in float32 and with finite gradients."""
   process, data = PROCESSES[name], mixture(2)
   x = jnp.ones((3, 2), jnp.float32)
-  velocity = sdes.velocity(process, data.denoise)
+  velocity = processes.velocity(process, data.denoise)
   (_, sigma), rates = processes.time_derivative(process, jnp.float32(1))
   wanted = rates[0] * data.mean() + rates[1] * x / sigma
   np.testing.assert_allclose(velocity(x, jnp.float32(1)), wanted, rtol=1e-3, atol=1e-4)
   for end in (0.0, 1.0):
     slope = jax.grad(lambda x, end=end: velocity(x, jnp.float32(end)).sum())(x)
     assert np.isfinite(slope).all()
-    reverse = sdes.reverse(sdes.forward(process), sdes.score_function(process, data.denoise))
+    score = processes.score_function(process, data.denoise)
+    reverse = processes.reverse(processes.forward(process), score)
     assert np.isfinite(reverse.drift(x, jnp.float32(end))).all()
     assert np.isfinite(reverse.diffusion(jnp.float32(end)))

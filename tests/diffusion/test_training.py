@@ -5,18 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.diffusion import objectives, processes, timesteps
-from diffusion_jax.diffusion.denoiser import convert, target
-from diffusion_jax.diffusion.levels import ContinuousLevels, TableLevels
-from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
-from diffusion_jax.diffusion.training import Objective, ObjectiveConfig
+from diffusion_jax.diffusion import losses, processes
+from diffusion_jax.diffusion.noise import NoiseSchedule, ScheduleConfig
+from diffusion_jax.diffusion.objective import Objective, ObjectiveConfig, update_history
+from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.errors import UserError
 
 STD = 0.7
-TABLE = TableLevels(Schedule(ScheduleConfig(
+TABLE = NoiseSchedule.of(ScheduleConfig(
   beta_schedule='linear', beta_start=1e-4, beta_end=0.02, rescale_betas_zero_snr=False
-)))
-KARRAS = ContinuousLevels(processes.karras())
+))
+KARRAS = NoiseSchedule(processes.karras())
 N = 4096
 
 
@@ -28,15 +27,15 @@ def _exact(prediction, levels, data_std=1.0, scaled=False):
   """network(x, label): the best output for data N(0, STD^2), found from the label alone."""
 
   def network(x, label):
-    if isinstance(levels, TableLevels):
-      alpha, sigma = levels.schedule(label.astype(int))
+    if levels.table is not None:
+      alpha, sigma = levels.table(label.astype(int))
     else:
       alpha, sigma = jnp.ones_like(label), jnp.exp(4 * label)
     alpha, sigma = (part[:, None, None, None] for part in (alpha, sigma))
     if scaled:
       x = x * jnp.sqrt((alpha * data_std) ** 2 + sigma**2)
     x0 = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * x
-    return convert('sample', prediction, x0, x, alpha, sigma, data_std)
+    return Parameterization('sample', data_std).convert(prediction, x0, x, alpha, sigma)
 
   return network
 
@@ -90,10 +89,10 @@ def test_a_level_is_found_by_its_ratio(levels):
 def test_the_bound_is_the_sum_of_its_closed_forms():
   """Each term of Ho et al. 2020, eq. 5 for the best network on N(0, STD^2)."""
   betas = {'beta_schedule': 'linear', 'beta_start': 0.02, 'beta_end': 0.6}
-  levels = TableLevels(Schedule(ScheduleConfig(**betas, num_train_timesteps=12)))
+  levels = NoiseSchedule.of(ScheduleConfig(**betas, num_train_timesteps=12))
   config = ObjectiveConfig(loss='bound', stratified=True, prediction='sample')
   out = _run(config, levels, _exact('sample', levels), n=10 * N)
-  alpha, sigma = levels.schedule.alphas, levels.schedule.sigmas
+  alpha, sigma = levels.table.alphas, levels.table.sigmas
   left = STD**2 * sigma**2 / (alpha**2 * STD**2 + sigma**2)  # Of x_0 given x.
   prior = (alpha[-1] ** 2 * STD**2 + sigma[-1] ** 2 - 1 - 2 * np.log(sigma[-1])) / 2
   added = sigma[1:] ** 2 - (alpha[1:] / alpha[:-1] * sigma[:-1]) ** 2
@@ -108,7 +107,7 @@ def test_the_bound_is_the_sum_of_its_closed_forms():
 
 def test_the_continuous_bound_is_the_entropy():
   """With the best network, prior and decoder added (Kingma et al. 2021, eq. 11)."""
-  levels = ContinuousLevels(processes.linear(), t_min=0.05)
+  levels = NoiseSchedule(processes.linear(), t_min=0.05)
   config = ObjectiveConfig(loss='vdm', stratified=True, prediction='sample')
   loss = _run(config, levels, lambda x, label: _best(x, label), n=4 * N).loss.mean()
   alpha, sigma = levels.process(jnp.asarray(0.05))
@@ -181,11 +180,11 @@ def test_directions_of_the_sliced_loss_are_independent_of_the_perturbed_input():
 
 def test_importance_prefers_what_was_lost_and_stays_unbiased():
   config = ObjectiveConfig(times='importance')
-  few = TableLevels(Schedule(ScheduleConfig(num_train_timesteps=4, beta_end=0.9)))
+  few = NoiseSchedule.of(ScheduleConfig(num_train_timesteps=4, beta_end=0.9))
   objective = Objective(config, few)
   history = objective.history()
   t = jnp.tile(jnp.arange(4), 10)
-  history = jax.jit(timesteps.update_history)(history, t, jnp.where(t == 2, 6.0, 2.0))
+  history = jax.jit(update_history)(history, t, jnp.where(t == 2, 6.0, 2.0))
   level, factor = jax.jit(objective.draw, static_argnums=1)(jax.random.key(0), 20_000, history)
   share = np.bincount(level.label, minlength=4) / 20_000
   np.testing.assert_allclose(share, [1 / 6, 1 / 6, 1 / 2, 1 / 6], atol=0.02)
@@ -204,13 +203,13 @@ def test_huber_offset_and_perturbation_are_those_of_the_objectives():
   network = lambda x, t: (seen.append(x), 0.5 * x)[1]
   x0 = _data(16)
   out, seen = jax.jit(lambda: (Objective(config, TABLE).losses(network, x0, key), seen))()
-  eps = objectives.offset_noise(key_noise, x0.shape, 0.3)
-  x = objectives.add_noise(
-    x0, objectives.perturb_input(key_input, eps, 0.1), out.level.alpha, out.level.sigma
+  eps = losses.offset_noise(key_noise, x0.shape, 0.3)
+  x = losses.add_noise(
+    x0, losses.perturb_input(key_input, eps, 0.1), out.level.alpha, out.level.sigma
   )
   np.testing.assert_allclose(seen[0], x, atol=1e-6)
   delta = 0.2 ** (np.asarray(out.level.label) / 1000)
-  error = 0.5 * np.asarray(x) - np.asarray(target('epsilon', x0, eps, 1.0, 1.0))
+  error = 0.5 * np.asarray(x) - np.asarray(Parameterization().target(x0, eps, 1.0, 1.0))
   d = delta[:, None, None, None]
   by_hand = (2 * d * (np.sqrt(error**2 + d**2) - d)).mean(axis=(1, 2, 3))
   np.testing.assert_allclose(out.loss, by_hand, rtol=1e-4)

@@ -7,10 +7,11 @@ import pytest
 from scipy import stats
 
 from diffusion_jax.diffusion import learned_process, processes
-from diffusion_jax.diffusion.denoiser import expand
+from diffusion_jax.diffusion.losses import weighting
+from diffusion_jax.diffusion.noise import Schedule, ScheduleConfig
+from diffusion_jax.diffusion.parameterization import expand
 from diffusion_jax.diffusion.posterior import learned_log_variance, log_variances, posterior
 from diffusion_jax.diffusion.samplers import sampling_grid
-from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
 from diffusion_jax.diffusion.variational import (
   bits_per_dim,
   bound_loss,
@@ -20,10 +21,8 @@ from diffusion_jax.diffusion.variational import (
   gaussian_log_density,
   hybrid_loss,
   prior_term,
-  vdm_discrete_loss,
   vdm_loss,
 )
-from diffusion_jax.diffusion.weightings import weighting
 from tests.diffusion.quadrature import normal_nodes
 
 STD = 0.6
@@ -249,26 +248,6 @@ def test_the_bound_of_unit_gaussian_data_in_bits():
   prior = weights @ prior_term(x0, alpha_1, sigma_1)
   total = prior + diffusion_term(made, 1.0) + decoder
   np.testing.assert_allclose(bits_per_dim(total, x0), 2.047097, atol=5e-7)
-
-
-def test_the_discrete_vdm_loss_is_the_kl_of_its_step():
-  steps, made = 16, processes.log_linear(-6.0, 4.0)
-  x0, eps, weights = normal_nodes(STD, 1.0, count=3)
-  total = 0.0
-  for i in (1, 7, 16):
-    t = jnp.full(len(x0), i / steps)
-    found = weights @ vdm_discrete_loss(exact(STD), made, x0, eps, t, steps) / steps
-    here, there = made(i / steps), made((i - 1) / steps)
-    x = here[0] * x0 + here[1] * eps
-    small = jnp.log(posterior(x, x0, here, there)[1])
-    kl = weights @ bound_term(x0, x, exact(STD)(x, *here), here, there, small)
-    np.testing.assert_allclose(found, kl, rtol=1e-9)
-    total += found
-  assert total > 0.1
-  # One over T of the rate is what is left of it as T grows.
-  t = jnp.full(len(x0), 0.5)
-  fine = weights @ vdm_discrete_loss(exact(STD), made, x0, eps, t, 10**6)
-  np.testing.assert_allclose(fine, weights @ vdm_loss(exact(STD), made, x0, eps, t), rtol=1e-4)
 
 
 def test_a_weighted_bound():

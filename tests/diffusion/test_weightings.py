@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.diffusion.denoiser import PREDICTIONS, convert
-from diffusion_jax.diffusion.weightings import WEIGHTINGS, weight, weighting
+from diffusion_jax.diffusion.losses import WEIGHTINGS, weight, weighting
+from diffusion_jax.diffusion.parameterization import PREDICTIONS, Parameterization
 from diffusion_jax.errors import UserError
 
 SNR = np.array([1e-4, 0.03, 0.5, 1.0, 4.0, 5.0, 7.0, 900.0])
@@ -62,7 +62,7 @@ FORMULAS = [
 @pytest.mark.parametrize('name,options,prediction,formula', FORMULAS)
 def test_formulas_at_unit_variance(name, options, prediction, formula):
   alpha, sigma = np.sqrt(SNR / (1 + SNR)), np.sqrt(1 / (1 + SNR))
-  found = weight(weighting(name, **options), prediction, alpha, sigma)
+  found = weight(weighting(name, **options), Parameterization(prediction), alpha, sigma)
   np.testing.assert_allclose(found, formula(SNR), rtol=1e-12)
 
 
@@ -77,14 +77,16 @@ def test_formulas_at_unit_variance(name, options, prediction, formula):
   ('snr', {}, 'epsilon', lambda s: 1 + 0 * s),
 ])
 def test_formulas_at_alpha_one(name, options, prediction, formula):
-  found = weight(weighting(name, **options), prediction, jnp.ones(8), jnp.asarray(SIGMA), 0.5)
+  found = weight(
+    weighting(name, **options), Parameterization(prediction, 0.5), jnp.ones(8), jnp.asarray(SIGMA)
+  )
   np.testing.assert_allclose(found, formula(SIGMA), rtol=1e-12)
 
 
 def test_flow_velocity_weighs_one_over_the_squared_noise():
   """eps - x_0 on alpha = 1 - t, sigma = t: an error e in it is t e in x_0."""
   t = np.linspace(0.05, 0.95, 7)
-  found = weight(weighting('uniform'), 'flow_prediction', 1 - t, t)
+  found = weight(weighting('uniform'), Parameterization('flow_prediction'), 1 - t, t)
   np.testing.assert_allclose(found, t**2, rtol=1e-12)
 
 
@@ -94,10 +96,10 @@ def test_the_same_error_costs_the_same_in_every_parameterisation(name, predictio
   """A weighting is a choice about noise levels: converting the output must not change the loss."""
   alpha, sigma = jnp.array([0.95, 0.5, 0.05]), jnp.array([0.2, 0.7, 1.3])
   x, x0, guess = jnp.ones((3, 1)), jnp.full((3, 1), 0.3), jnp.full((3, 1), 0.9)
-  as_other = lambda v: convert('sample', prediction, v, x, alpha, sigma, 0.5)
+  as_other = lambda v: Parameterization('sample').convert(prediction, v, x, alpha, sigma)
   error = (as_other(guess) - as_other(x0))[:, 0] ** 2
   made = weighting(name)
-  found = weight(made, prediction, alpha, sigma, 0.5) * error
+  found = weight(made, Parameterization(prediction), alpha, sigma) * error
   np.testing.assert_allclose(found, made((alpha / sigma) ** 2) * 0.36, rtol=1e-11)
 
 
@@ -105,11 +107,12 @@ def test_the_same_error_costs_the_same_in_every_parameterisation(name, predictio
 @pytest.mark.parametrize('prediction', PREDICTIONS)
 def test_both_ends_are_finite_with_finite_gradients_in_float32(name, prediction):
   ends = jnp.array([0.0, 1.0], jnp.float32), jnp.array([1.0, 0.0], jnp.float32)
-  total = lambda alpha, sigma: weight(weighting(name), prediction, alpha, sigma).sum()
+  made = Parameterization(prediction)
+  total = lambda alpha, sigma: weight(weighting(name), made, alpha, sigma).sum()
   value, slopes = jax.value_and_grad(total, (0, 1))(*ends)
   assert value.dtype == jnp.float32
   assert np.isfinite(value) and all(np.isfinite(slope).all() for slope in slopes)
-  assert (weight(weighting(name), prediction, *ends) >= 0).all()
+  assert (weight(weighting(name), Parameterization(prediction), *ends) >= 0).all()
 
 
 @pytest.mark.parametrize('name,prediction,wanted', [
@@ -119,7 +122,7 @@ def test_both_ends_are_finite_with_finite_gradients_in_float32(name, prediction)
   ('truncated_snr', 'v_prediction', 1.0), ('edm', 'v_prediction', 4.0),
 ])
 def test_limits_at_zero_terminal_snr(name, prediction, wanted):
-  found = weight(weighting(name), prediction, jnp.zeros(1), jnp.ones(1))
+  found = weight(weighting(name), Parameterization(prediction), jnp.zeros(1), jnp.ones(1))
   np.testing.assert_allclose(found, [wanted], atol=2e-8)
 
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from diffusion_jax.data.sources.tfds import ImageSource
-from diffusion_jax.diffusion.schedules import ScheduleConfig
+from diffusion_jax.diffusion.noise import ScheduleConfig
+from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extractors.clip import load_features
 from diffusion_jax.evaluation.generated import Evaluation, EvaluationConfig, shuffled
@@ -33,7 +34,9 @@ class Some(ImageSource):
 
 @pytest.fixture(scope='module')
 def model(parts):
-  return assemble(tiny.UNET, **parts, schedule=ScheduleConfig(), prediction='epsilon')
+  return assemble(
+    tiny.UNET, **parts, schedule=ScheduleConfig(), parameterization=Parameterization(),
+  )
 
 
 @pytest.fixture(scope='module')

@@ -13,9 +13,9 @@ from scipy.stats import norm
 from diffusion_jax.diffusion import bounds, likelihood
 from diffusion_jax.diffusion.bounds import continuous_bound, discrete_bound
 from diffusion_jax.diffusion.gaussian_bounds import gaussian_bits
-from diffusion_jax.diffusion.gaussian_mixture import GaussianMixture
 from diffusion_jax.diffusion.likelihood import flow_likelihood
-from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
+from diffusion_jax.diffusion.mixture import GaussianMixture
+from diffusion_jax.diffusion.noise import NoiseSchedule, Schedule, ScheduleConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.generated import shuffled
 from diffusion_jax.evaluation.likelihood import (
@@ -51,7 +51,8 @@ def test_the_ideal_denoiser_of_a_gaussian_has_the_closed_forms(zero, monkeypatch
     monkeypatch.setattr(module, 'unit_noise', noise)
   config = LikelihoodConfig(draws=1000, ode_steps=32)
   with jax.enable_x64(True):
-    score = jax.jit(partial(latent_bits, DATA.denoise, schedule, keys=None, config=config))
+    noise = NoiseSchedule.of_table(schedule)
+    score = jax.jit(partial(latent_bits, DATA.denoise, noise, keys=None, config=config))
     found = score(jnp.asarray(np.repeat(images, 4, axis=0)))
   wanted = gaussian_bits(
     images, DATA.means[0], DATA.variances[0], schedule.alphas, schedule.sigmas
@@ -124,13 +125,13 @@ def by_hand(loaded, sources):
 
 def test_the_rows_are_the_means_of_direct_calls(rows, loaded, by_hand):
   model, weights = loaded
-  schedule, x0, keys = model.schedule, by_hand['latents'], by_hand['keys']
+  schedule, x0, keys = model.noise, by_hand['latents'], by_hand['keys']
 
   @jax.jit
   def direct(weights, x0, text, keys, offset):
     denoise = lambda x, a, s: model.denoiser(weights)(x, a, s, text)
     draws = {'draws': CHEAP.draws, 'offset': offset}
-    levels = schedule.alphas, schedule.sigmas
+    levels = schedule.levels()
     return {
       'discrete': discrete_bound(denoise, x0, *levels, keys, **draws).total,
       'continuous': continuous_bound(
@@ -182,7 +183,7 @@ def test_columns_compare_with_an_untrained_network_and_a_gaussian(
   scale = model.autoencoder.config.scaling_factor
   moments = latents.mean(axis=0), latents.var(axis=0) + scale**2 * fold(noise, 2)[0]
   bits = gaussian_bits(
-    by_hand['latents'], *moments, model.schedule.alphas, model.schedule.sigmas
+    by_hand['latents'], *moments, *model.noise.levels()
   )
   for name, value in bits.items():
     assert rows['gaussian'][f'latent_bits_per_dim_{name}'] == pytest.approx(value.mean(), abs=0.02)

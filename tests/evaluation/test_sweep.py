@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
+from diffusion_jax.diffusion.noise import NoiseSchedule, ScheduleConfig
+from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.sweep import applied, best, combinations, network_calls
 from diffusion_jax.pipelines.sampling import SampleConfig
@@ -33,8 +34,8 @@ def test_what_is_no_sweep_is_named(texts, named):
 class Model:
   """As much of a model as decides how often its network is called."""
 
-  schedule: Schedule
-  prediction: str = 'epsilon'
+  noise: NoiseSchedule
+  parameterization: Parameterization = Parameterization()
 
 
 @pytest.mark.parametrize(('sampler', 'guidance', 'calls'), [
@@ -46,12 +47,13 @@ class Model:
 ])
 def test_network_calls(sampler, guidance, calls):
   config = SampleConfig(sampler=sampler, steps=10, guidance=guidance, spacing='linspace')
-  assert network_calls(Model(Schedule(ScheduleConfig())), config) == calls
+  assert network_calls(Model(NoiseSchedule.of(ScheduleConfig())), config) == calls
 
 
 def test_only_steps_within_the_interval_are_guided():
-  model, config = Model(Schedule(ScheduleConfig())), SampleConfig('ddim', steps=10, guidance=3.0)
-  grid = config.numbers(model.schedule).grid
+  model = Model(NoiseSchedule.of(ScheduleConfig()))
+  config = SampleConfig('ddim', steps=10, guidance=3.0)
+  grid = config.numbers(model.noise).grid
   levels = sorted(float(s / a) for a, s in zip(*grid, strict=True) if s > 0)[:10]
   between = lambda i: (levels[i] + levels[i + 1]) / 2
   inside = dataclasses.replace(config, guidance_interval=(between(1), between(5)))

@@ -337,7 +337,7 @@ def scheduler():
       (folder / f'{name}.json').write_text(json.dumps(values))
 
   def load(folder):
-    from diffusion_jax.diffusion.schedules import Schedule
+    from diffusion_jax.diffusion.noise import Schedule
 
     for name in configs:
       found = read_scheduler(read_object(folder / f'{name}.json'), name)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffusion_jax.diffusion.schedules import ScheduleConfig
+from diffusion_jax.diffusion.noise import ScheduleConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.scheduler import Scheduler, read_scheduler, write_scheduler
 

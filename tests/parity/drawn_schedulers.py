@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from diffusion_jax.diffusion.denoiser import text_denoiser
+from diffusion_jax.diffusion.denoiser import make_denoiser
+from diffusion_jax.diffusion.noise import NoiseSchedule
+from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.diffusion.samplers import sampler
-from diffusion_jax.diffusion.schedules import Schedule
 from diffusion_jax.formats.scheduler import read_scheduler
 from diffusion_jax.pipelines.directory import sample_config
 
@@ -103,21 +104,23 @@ def ours(kind, config, steps, x=X, noises=NOISES, strength=1.0):
   """The same config read by us, drawn as the pipelines do, without compiling each."""
   with jax.enable_x64(True), jax.disable_jit():
     found = read_scheduler({'_class_name': kind, **config}, 'scheduler_config.json')
-    schedule = Schedule(found.schedule)
+    noise = NoiseSchedule.of(found.schedule)
+    parameterization = Parameterization(found.prediction)
     settings = dataclasses.replace(sample_config(found), steps=steps, guidance=1.0)
-    settings.check(schedule, found.prediction)
-    program, numbers = settings.program, settings.numbers(schedule, strength)
+    settings.check(noise, parameterization)
+    program, numbers = settings.program, settings.numbers(noise, strength)
     grid = jax.tree.map(jnp.asarray, numbers.grid)
-    network = lambda x, t, text: x * (t / (t + 1)).reshape(-1, 1, 1, 1)
-    label = jax.jit(schedule.label(program.timesteps, grid))
+    network = lambda x, t: x * (t / (t + 1)).reshape(-1, 1, 1, 1)
+    label = jax.jit(noise.label_as(program.timesteps, grid))
 
     def quick_label(alpha, sigma):
       with jax.disable_jit(False):  # Its interpolation takes most of the time otherwise.
         return label(alpha, sigma)
 
-    denoise = text_denoiser(network, schedule, found.prediction, label=quick_label)
+    bound = make_denoiser(network, parameterization, quick_label)
+    denoise = lambda x, alpha, sigma, nothing: bound(x, alpha, sigma)
     nothing = jnp.zeros((len(x), 1))
-    guided = program.guide(denoise, nothing, nothing, numbers, found.prediction)
+    guided = program.guide(denoise, nothing, nothing, numbers, parameterization)
     run = partial(sampler(program.sampler, **dict(program.options)), trajectory=True)
     scale = numbers.start if strength == 1 else 1.0
     drawn = run(guided, scale * jnp.asarray(x), grid, lambda i, like: jnp.asarray(noises)[i])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import SchedulerMixin
 
-from diffusion_jax.diffusion.schedules import Schedule
+from diffusion_jax.diffusion.noise import Schedule
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.scheduler import read_scheduler, write_scheduler
 from diffusion_jax.formats.scheduler_classes import CLASSES

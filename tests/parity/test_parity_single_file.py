@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
+from diffusion_jax.diffusion.noise import Schedule, ScheduleConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.convert import convert
 from tests.parity import tiny_pipelines

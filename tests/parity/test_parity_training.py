@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.diffusion.levels import TableLevels
-from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
-from diffusion_jax.diffusion.training import Objective, ObjectiveConfig
+from diffusion_jax.diffusion.noise import NoiseSchedule, ScheduleConfig
+from diffusion_jax.diffusion.objective import Objective, ObjectiveConfig
 from diffusion_jax.models import network
 
 torch = pytest.importorskip('torch')
@@ -30,7 +29,7 @@ def test_gradients_of_the_training_loss(
   x0 = rng.normal(size=(3, 8, 8, 4)).astype(np.float32)
   text = rng.normal(size=(3, 5, 6)).astype(np.float32)
   objective = Objective(
-    ObjectiveConfig(prediction=prediction), TableLevels(Schedule(ScheduleConfig()))
+    ObjectiveConfig(prediction=prediction), NoiseSchedule.of(ScheduleConfig())
   )
   seen = []
   objective.losses(lambda x, t: (seen.append((x, t)), x)[1], jnp.asarray(x0), key, None)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion_jax.diffusion.noise import ScheduleConfig
+from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.diffusion.samplers import SAMPLERS
-from diffusion_jax.diffusion.schedules import ScheduleConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.autoencoder import decode_tiled
 from diffusion_jax.pipelines.directory import INDEX, assemble, load_text_to_image
@@ -34,8 +35,10 @@ def test_decoding_undoes_the_scaling_and_the_folding(parts, patch):
   unet = dataclasses.replace(
     tiny.UNET, in_channels=4 * patch**2, out_channels=4 * patch**2, sample_size=16 // patch
   )
-  model, frozen = assemble(unet, **parts, schedule=ScheduleConfig(), prediction='epsilon',
-                           latent_patch_size=patch)
+  model, frozen = assemble(
+    unet, **parts, schedule=ScheduleConfig(), parameterization=Parameterization(),
+    latent_patch_size=patch,
+  )
   config, autoencoder = model.autoencoder.config, model.autoencoder.bind(frozen['autoencoder'])
   z = 0.1 * np.random.default_rng(0).normal(size=(2, 16, 16, 4)).astype(np.float32)
   latents = model.latents(z)
@@ -47,7 +50,9 @@ def test_decoding_undoes_the_scaling_and_the_folding(parts, patch):
 
 
 def test_decoding_in_slices_and_tiles(parts):
-  model, frozen = assemble(tiny.UNET, **parts, schedule=ScheduleConfig(), prediction='epsilon')
+  model, frozen = assemble(
+    tiny.UNET, **parts, schedule=ScheduleConfig(), parameterization=Parameterization(),
+  )
   params, rng = frozen['autoencoder'], np.random.default_rng(0)
   z = rng.normal(size=(2, 4, 80, 4)).astype(np.float32)
   whole, sliced, tiled = (model.decode(params, z, how) for how in DECODINGS)
@@ -59,33 +64,37 @@ def test_decoding_in_slices_and_tiles(parts):
   np.testing.assert_allclose(tiled, jnp.clip(by_hand, -1, 1), atol=1e-5)
   assert 1e-4 < np.abs(tiled - whole).max()
   with pytest.raises(UserError, match='whole, sliced, tiled'):
-    SampleConfig(decoding='half').check(model.schedule, 'epsilon')
+    SampleConfig(decoding='half').check(model.noise, model.parameterization)
 
 
 def test_a_network_of_unfolded_latents_is_refused(parts):
   with pytest.raises(UserError, match='folded 2 x 2, have 16; set both to 16'):
-    assemble(tiny.UNET, **parts, schedule=ScheduleConfig(), prediction='epsilon',
-             latent_patch_size=2)
+    assemble(
+      tiny.UNET, **parts, schedule=ScheduleConfig(), parameterization=Parameterization(),
+      latent_patch_size=2,
+    )
 
 
 @pytest.fixture(scope='module')
 def zero_snr(parts):
   schedule = ScheduleConfig(rescale_betas_zero_snr=True)
-  return assemble(tiny.UNET, **parts, schedule=schedule, prediction='v_prediction')[0]
+  return assemble(
+    tiny.UNET, **parts, schedule=schedule, parameterization=Parameterization('v_prediction'),
+  )[0]
 
 
 @pytest.mark.parametrize('name', SAMPLERS)
 def test_every_sampler_takes_the_pipeline_s_denoiser(zero_snr, name):
   """Traced only: what they compute is tested in tests/diffusion."""
   config = SampleConfig(name, steps=4, guidance=2.0)
-  config.check(zero_snr.schedule, zero_snr.prediction)
+  config.check(zero_snr.noise, zero_snr.parameterization)
   noise, text = jnp.zeros((2, 16, 16, 4)), Condition(jnp.zeros((2, 10, 16)))
   keys = jax.random.split(jax.random.key(0), 2)
   sample = lambda params, numbers: zero_snr.sample_latents(
     params, noise, keys, text, text, config.program, numbers
   )
   weights = {'unet': zero_snr.unet.shapes}
-  out = jax.eval_shape(sample, weights, config.numbers(zero_snr.schedule))
+  out = jax.eval_shape(sample, weights, config.numbers(zero_snr.noise))
   assert (out.shape, out.dtype) == (noise.shape, jnp.float32)
 
 
@@ -107,7 +116,7 @@ def test_keys_and_values_of_the_text_are_made_once(zero_snr, name, interval):
   keys = jax.random.split(jax.random.key(0), 2)
   found = list(products(jax.make_jaxpr(lambda params, numbers: zero_snr.sample_latents(
     params, noise, keys, text, text, config.program, numbers
-  ))({'unet': zero_snr.unet.shapes}, config.numbers(zero_snr.schedule)).jaxpr))
+  ))({'unet': zero_snr.unet.shapes}, config.numbers(zero_snr.noise)).jaxpr))
   of_text = [(left[0], looped) for (left, _), looped in found if left[1:] == (10, 16)]
   sizes = [4] if interval[1] is None else [2, 4]
   assert sorted(of_text) == [(size, False) for size in sizes for _ in 'kv']
@@ -127,7 +136,7 @@ def test_a_learned_variance_lies_between_the_fixed_ones(zero_snr):
     stand_in = types.SimpleNamespace(config=config, bind=lambda _: network)
     model = dataclasses.replace(zero_snr, unet=stand_in)
     sample = SampleConfig(name, steps=3, guidance=2.0)
-    numbers = sample.numbers(model.schedule)
+    numbers = sample.numbers(model.noise)
     told = Condition(text), Condition(-text)
     run = lambda: model.sample_latents({'unet': {}}, noise, keys, *told, sample.program, numbers)
     return np.asarray(jax.jit(run)())

@@ -12,9 +12,10 @@ import pytest
 
 from diffusion_jax.cli.options import with_arguments
 from diffusion_jax.config import typed
-from diffusion_jax.diffusion.guidance import classifier_free
+from diffusion_jax.diffusion.denoiser import classifier_free
+from diffusion_jax.diffusion.noise import ScheduleConfig
+from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.diffusion.samplers import initial_noise, sampling_grid
-from diffusion_jax.diffusion.schedules import ScheduleConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.scheduler import read_scheduler
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
@@ -32,7 +33,8 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (3, tiny.SIZE, tiny.SIZE, 3),
 @pytest.fixture(scope='module')
 def model_and_weights(parts):
   schedule = ScheduleConfig(rescale_betas_zero_snr=True)
-  model, frozen = assemble(tiny.UNET, **parts, schedule=schedule, prediction='v_prediction')
+  v = Parameterization('v_prediction')
+  model, frozen = assemble(tiny.UNET, **parts, schedule=schedule, parameterization=v)
   unet = jax.jit(model.unet.initialize)(jax.random.key(0))
   return model, {**frozen, 'unet': unet}
 
@@ -93,7 +95,7 @@ def test_image_to_image_starts_from_the_noised_image(draw, model_and_weights):
   """A network that gives v = 0 makes DDIM a factor cos(phi - phi') for each step."""
   model, weights = model_and_weights
   found = draw(zeroed=True, inputs=Inputs(IMAGES, 0.7), seed=4)
-  grid = np.asarray(sampling_grid(model.schedule, 3))[:, -3:]  # round(0.7 * 3) = 2 steps.
+  grid = np.asarray(sampling_grid(model.noise.table, 3))[:, -3:]  # round(0.7 * 3) = 2 steps.
   factor = np.cos(np.diff(np.arctan2(grid[1], grid[0]))).prod()
   z = model.autoencoder.bind(weights['autoencoder']).encode(IMAGES / np.float32(127.5) - 1)[0]
   noise, _ = initial_noise(4, 0, 3, model.latent_shape)
@@ -137,7 +139,7 @@ def test_images_that_cannot_be_started_from(draw, images, strength, words):
 def test_wrong_settings_are_refused(model_and_weights, change, words):
   model, _ = model_and_weights
   with pytest.raises(UserError, match=words):
-    dataclasses.replace(CONFIG, **change).check(model.schedule, model.prediction)
+    dataclasses.replace(CONFIG, **change).check(model.noise, model.parameterization)
 
 
 def test_settings_survive_json():
@@ -164,7 +166,9 @@ def guide(config, schedule, calls=None, prediction='epsilon'):
   text, negative, x = (jax.random.normal(jax.random.key(i), shape) for i in range(3))
   numbers = config.numbers(schedule)
   pair = [part[1] for part in numbers.grid]
-  denoiser = config.program.guide(denoise, text, negative, numbers, prediction)
+  denoiser = config.program.guide(
+    denoise, text, negative, numbers, Parameterization(prediction)
+  )
   plain = classifier_free(denoise, text, negative, config.guidance)
   x = x[..., None]
   return denoiser(x, *pair), plain(x, *pair), lambda **more: classifier_free(
@@ -173,7 +177,7 @@ def guide(config, schedule, calls=None, prediction='epsilon'):
 
 
 def test_no_guidance_costs_one_call_of_the_same_size(model_and_weights):
-  schedule = model_and_weights[0].schedule
+  schedule = model_and_weights[0].noise
   for scale, size in ((1.0, 2), (1, 2), (4.0, 4)):
     calls = []
     guide(SampleConfig(guidance=scale), schedule, calls)
@@ -181,7 +185,7 @@ def test_no_guidance_costs_one_call_of_the_same_size(model_and_weights):
 
 
 def test_settings_reach_the_denoiser(model_and_weights):
-  schedule = model_and_weights[0].schedule
+  schedule = model_and_weights[0].noise
   found, plain, _ = guide(SampleConfig(), schedule)
   np.testing.assert_allclose(found, plain, rtol=1e-6)
   for prediction, space in (('epsilon', 'epsilon'), ('flow_prediction', 'sample')):
@@ -212,11 +216,11 @@ def test_a_published_scheduler_becomes_settings(model_and_weights):
     steps_offset=1, drop_last=True, set_alpha_to_one=False,
   )
   assert config.program.options == (('order', 3),)
-  schedule = model_and_weights[0].schedule
+  schedule = model_and_weights[0].noise
   alphas, sigmas = dataclasses.replace(config, steps=4).numbers(schedule).grid
   places = [801, 601, 401, 201]  # Of 5 the last is left out.
-  np.testing.assert_allclose(alphas[:4], schedule.alphas[places], rtol=1e-6)
-  np.testing.assert_allclose(sigmas[4], schedule.sigmas[0], rtol=1e-6)
+  np.testing.assert_allclose(alphas[:4], schedule.table.alphas[places], rtol=1e-6)
+  np.testing.assert_allclose(sigmas[4], schedule.table.sigmas[0], rtol=1e-6)
   assert len(sigmas) == 9 and not sigmas[5:].any() and not alphas[5:].any()  # Filled up.
   assert sample_config(found, 'StableDiffusionInstructPix2PixPipeline').image_guidance == 1.5
 
@@ -255,7 +259,7 @@ def test_an_empty_prompt_draws_without_condition(draw, model_and_weights, compil
   """By hand: DDIM with what the network says of the null caption."""
   model, weights = model_and_weights
   null = model.encode_text(weights, model.tokens(['', '', '']))
-  denoise, (alphas, sigmas) = model.denoiser(weights), sampling_grid(model.schedule, 3)
+  denoise, (alphas, sigmas) = model.denoiser(weights), sampling_grid(model.noise.table, 3)
   x, _ = initial_noise(5, 0, 3, model.latent_shape)
   pairs = list(zip(alphas, sigmas, strict=True))
   for (alpha, sigma), (next_alpha, next_sigma) in itertools.pairwise(pairs):
@@ -275,7 +279,7 @@ def test_an_empty_prompt_draws_without_condition(draw, model_and_weights, compil
 
 
 def test_numbers_of_one_bucket_have_one_shape(model_and_weights):
-  schedule = model_and_weights[0].schedule
+  schedule = model_and_weights[0].noise
   lengths = [len(SampleConfig(steps=n).numbers(schedule).grid[0]) for n in (1, 8, 9, 20, 900, 1000)]
   assert lengths == [9, 9, 17, 25, 901, 1001] and BUCKETS == tuple(sorted(BUCKETS))
 

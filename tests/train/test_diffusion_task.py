@@ -10,8 +10,8 @@ import pytest
 
 from diffusion_jax.data.cache import ChooseText, cached_source
 from diffusion_jax.data.transforms import apply, build_transforms
-from diffusion_jax.diffusion.schedules import ScheduleConfig
-from diffusion_jax.diffusion.training import ObjectiveConfig
+from diffusion_jax.diffusion.noise import ScheduleConfig
+from diffusion_jax.diffusion.objective import ObjectiveConfig
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.directory import assemble
 from diffusion_jax.train.tasks.diffusion import NULL, DiffusionTask, DiffusionTaskConfig
@@ -26,7 +26,8 @@ def make_task(parts, sources):
   def make(network=None, **settings):
     config = DiffusionTaskConfig(**parts, unet=tiny.UNET, preview_captions=('cat',), **settings)
     model, frozen = assemble(
-      tiny.UNET, **parts, schedule=ScheduleConfig(), prediction=config.objective.prediction
+      tiny.UNET, **parts, schedule=ScheduleConfig(),
+      parameterization=config.objective.parameterization,
     )
     if network:
       stand_in = types.SimpleNamespace(config=tiny.UNET, bind=lambda _: network)

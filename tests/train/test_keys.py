@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import build
-from diffusion_jax.diffusion import objectives
+from diffusion_jax.diffusion import losses
 from diffusion_jax.recipe import load_config
 from tests import tiny
 
@@ -42,7 +42,7 @@ def test_the_sliced_loss_with_perturbed_inputs_trains(task, parts, small_data, c
 def test_a_key_that_is_used_twice_ends_a_run(command, tmp_path, monkeypatch):
   """What the tests of all tasks rely on."""
   twice = lambda key, shape, _: jax.random.normal(key, shape) + jax.random.normal(key, shape)
-  monkeypatch.setattr(objectives, 'offset_noise', twice)
+  monkeypatch.setattr(losses, 'offset_noise', twice)
   config = tiny.write_config(tmp_path / 'recipe.py', _toy())
   with pytest.raises(jax.errors.KeyReuseError):
     command('train', '--config', config, '--workdir', tmp_path / 'run', '--quiet')

@@ -109,7 +109,7 @@ def test_the_exported_clip_loads_with_its_tokenizer(trained):
 
 def test_the_exported_denoiser_loads_with_its_settings(trained, parts):
   model, weights, sample = load_text_to_image(str(trained('diffusion') / 'model'))
-  assert model.prediction == 'v_prediction' and model.schedule.config.rescale_betas_zero_snr
+  assert model.parameterization.name == 'v_prediction' and model.noise.config.rescale_betas_zero_snr
   assert (sample.sampler, sample.steps, sample.guidance) == ('ddim', 2, 2.0)
   folded = dataclasses.replace(tiny.UNET, sample_size=8, in_channels=16, out_channels=16)
   assert model.unet.config == folded and model.latent_patch_size == 2

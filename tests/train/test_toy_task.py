@@ -75,7 +75,7 @@ def test_an_idle_network_is_an_idle_denoiser(family):
   """Zero parameters: no noise is seen, so the estimate of x_0 is x / alpha."""
   task = _task(family)
   params = {name: jnp.zeros(leaf.shape) for name, leaf in task.mlp.shapes.items()}
-  level = task.levels.at_ratio(jnp.asarray([0.5]))
+  level = task.noise.at_ratio(jnp.asarray([0.5]))
   x = jnp.asarray([[0.3, -0.4]])
   alpha, sigma = level.alpha[0], level.sigma[0]
   np.testing.assert_allclose(task.denoiser(params)(x, alpha, sigma), x / alpha, rtol=1e-5)
@@ -84,10 +84,10 @@ def test_an_idle_network_is_an_idle_denoiser(family):
 def test_the_label_tells_the_pair():
   for family in ('ddpm', 'vp_sde', 've_sde'):
     task = _task(family)
-    level = task.levels.at(jnp.asarray([0.1, 0.5, 0.9]))
-    alpha, sigma = task._pair(level.label)
-    np.testing.assert_allclose(alpha[:, 0], level.alpha, rtol=1e-3)
-    np.testing.assert_allclose(sigma[:, 0], level.sigma, rtol=1e-3)
+    level = task.noise.at(jnp.asarray([0.1, 0.5, 0.9]))
+    alpha, sigma = task.noise.at_label(level.label)
+    np.testing.assert_allclose(alpha, level.alpha, rtol=1e-3)
+    np.testing.assert_allclose(sigma, level.sigma, rtol=1e-3)
 
 
 def test_learned_scores_are_drawn_on_the_scale_of_the_data():
@@ -129,7 +129,7 @@ def test_importance_resumes_to_the_bit_and_the_run_is_whole(tmp_path, command):
 
 
 @pytest.mark.parametrize(('values', 'words'), [
-  ({'process': 'flow', 'schedule': {'shift': 2.0}}, 'schedule has no effect'),
+  ({'process': 'flow', 'schedule': {'shift': 2.0}}, 'schedule.shift has no effect'),
   ({'process': 'table', 'sub_vp': True}, 'no effect on a table'),
 ])
 def test_settings_without_effect_are_refused(values, words):

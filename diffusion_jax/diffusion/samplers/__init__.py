@@ -12,7 +12,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.diffusion.samplers.grids import (
+from diffusion_jax.diffusion.samplers.common import Trajectory
+from diffusion_jax.diffusion.samplers.grid import (
   SPACINGS,
   Grid,
   level_grid,
@@ -23,8 +24,7 @@ from diffusion_jax.diffusion.samplers.grids import (
   spaced_levels,
   spaced_timesteps,
 )
-from diffusion_jax.diffusion.samplers.one_step import ddim_inversion
-from diffusion_jax.diffusion.samplers.steps import Trajectory
+from diffusion_jax.diffusion.samplers.ode import ddim_inversion
 from diffusion_jax.diffusion.samplers.table import SAMPLERS, Sampler, SamplerInfo, sampler
 
 __all__ = [

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax.diffusion.denoiser import Denoiser
-from diffusion_jax.diffusion.samplers.grids import Grid
-from diffusion_jax.diffusion.samplers.steps import (
+from diffusion_jax.diffusion.samplers.common import (
   Keys,
   Trajectory,
   as_arrays,
@@ -22,6 +21,7 @@ from diffusion_jax.diffusion.samplers.steps import (
   step_count,
   to_the_end,
 )
+from diffusion_jax.diffusion.samplers.grid import Grid
 from diffusion_jax.types import Latents
 
 if TYPE_CHECKING:

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax.diffusion.denoiser import Denoiser
-from diffusion_jax.diffusion.samplers.grids import Grid
-from diffusion_jax.diffusion.samplers.steps import (
+from diffusion_jax.diffusion.samplers.common import (
   Keys,
   Pair,
   Trajectory,
@@ -21,6 +20,7 @@ from diffusion_jax.diffusion.samplers.steps import (
   step_count,
   to_the_end,
 )
+from diffusion_jax.diffusion.samplers.grid import Grid
 from diffusion_jax.errors import UserError
 from diffusion_jax.types import Latents
 

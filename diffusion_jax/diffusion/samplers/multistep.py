@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.diffusion.denoiser import Denoiser
-from diffusion_jax.diffusion.samplers.grids import Grid
-from diffusion_jax.diffusion.samplers.steps import (
+from diffusion_jax.diffusion.samplers.common import (
   Keys,
   Noise,
   Trajectory,
@@ -29,6 +28,7 @@ from diffusion_jax.diffusion.samplers.steps import (
   straight,
   walk,
 )
+from diffusion_jax.diffusion.samplers.grid import Grid
 from diffusion_jax.diffusion.samplers.weights import (
   Table,
   corrector_table,

@@ -2,6 +2,15 @@
 
 The score is (alpha x_0 - x) / sigma^2 (Efron 2011). A step to sigma = 0 returns alpha' x_0, and
 one from alpha = 0 takes the posterior.
+
+Single-step stochastic solvers of the second order: two network calls a step.
+
+Each step goes to less than the wanted noise and adds the rest afresh. A step from alpha = 0 or to
+sigma = 0 is of the first order.
+
+Restart sampling: a deterministic solver that goes back up and down again (Xu et al. 2023).
+
+Samplers of distilled networks, whose denoiser jumps to x_0 in one call and is noised again.
 """
 
 from collections.abc import Callable
@@ -10,17 +19,26 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax.diffusion.denoiser import Denoiser
-from diffusion_jax.diffusion.samplers.grids import Grid
-from diffusion_jax.diffusion.samplers.steps import (
+from diffusion_jax.diffusion.samplers.common import (
   Keys,
   Pair,
   Trajectory,
+  ancestral,
+  as_arrays,
   contraction,
   divide,
+  fresh,
+  intervals,
   is_inner,
+  log_midpoint,
+  move,
   noise_source,
+  pairs_at,
+  scan_steps,
   walk,
 )
+from diffusion_jax.diffusion.samplers.grid import Grid
+from diffusion_jax.diffusion.samplers.ode import heun_step
 from diffusion_jax.types import Latents
 
 
@@ -154,3 +172,184 @@ def annealed_langevin(
     return jax.lax.cond(is_inner(here, there), stay, leave), memory, x0
 
   return walk(step, x, grid, trajectory=trajectory)
+
+
+def dpmpp_2s_ancestral(
+  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
+  eta: float = 1.0, s_noise: float = 1.0, trajectory: bool = False,
+) -> Latents | Trajectory:
+  """DPM-Solver++(2S) to less than the wanted noise, then the rest as fresh noise (k-diffusion).
+
+  The solver is Lu et al. 2022, DPM-Solver++, algorithm 1 with r = 1/2.
+
+  Args:
+    eta: share of the posterior's deviation that is added as noise; 0 is DPM-Solver++(2S).
+    s_noise: factor on that noise.
+  """
+  noise = noise_source(keys)
+
+  def step(x, memory, here, there, index):
+    x0 = denoise(x, *here)
+    down, up = ancestral(here, there, eta)
+    target = (there[0], down)
+
+    def at_middle():
+      middle = log_midpoint(here, there, target)
+      return denoise(move(x, x0, here, middle), *middle).astype(x.dtype)
+
+    used = jax.lax.cond(is_inner(here, target), at_middle, lambda: x0.astype(x.dtype))
+    x = move(x, used, here, target)
+    return (x + s_noise * up * noise(index, x) if eta else x), memory, x0
+
+  return walk(step, x, grid, trajectory=trajectory)
+
+
+def dpmpp_sde(
+  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
+  eta: float = 1.0, s_noise: float = 1.0, trajectory: bool = False,
+) -> Latents | Trajectory:
+  """DPM-Solver++(SDE) (k-diffusion): an ancestral step to the log-midpoint, its x_0 for the whole.
+
+  Both noises of a step come from one Brownian path in sigma / alpha, as k-diffusion draws them: the
+  correlation makes the variance right to second order in the step, independent noise only to first.
+  Draws 2 i and 2 i + 1 belong to step i.
+
+  Args:
+    eta: share of the posterior's deviation that is added as noise.
+    s_noise: factor on that noise.
+  """
+  noise = noise_source(keys)
+
+  def step(x, memory, here, there, index):
+    x0 = denoise(x, *here)
+    z = noise(2 * index, x) if eta else jnp.zeros_like(x)
+
+    def at_middle():
+      middle = log_midpoint(here, there)
+      down, up = ancestral(here, middle, eta)
+      x_middle = move(x, x0, here, (middle[0], down)) + s_noise * up * z
+      return denoise(x_middle, *middle).astype(x.dtype), path_correlation(here, middle, there)
+
+    used, shared = jax.lax.cond(
+      is_inner(here, there), at_middle, lambda: (x0.astype(x.dtype), jnp.zeros_like(here[0]))
+    )
+    down, up = ancestral(here, there, eta)
+    x = move(x, used, here, (there[0], down))
+    if eta:
+      z = shared * z + jnp.sqrt((1 - shared) * (1 + shared)) * noise(2 * index + 1, x)
+      x = x + s_noise * up * z
+    return x, memory, x0
+
+  return walk(step, x, grid, trajectory=trajectory)
+
+
+def path_correlation(here, middle, there) -> jax.Array:
+  """Of a Brownian path's increments from r to the middle and from r to r', r = sigma / alpha."""
+  r, r_middle, r_next = (divide(pair[1], pair[0]) for pair in (here, middle, there))
+  return jnp.sqrt((r - r_middle) / (r - r_next))
+
+
+def restart(
+  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
+  low: float = 0.1, high: float = 2.0, steps: int = 6, repeats: int = 2, s_noise: float = 1.0,
+  trajectory: bool = False,
+) -> Latents | Trajectory:
+  """Heun's method that goes `repeats` times from noise level `low` back up to `high`.
+
+  Xu et al. 2023, algorithm 1 with one interval: at the pair nearest to `low`, noise lifts x to
+  `high`, and `steps` Heun steps, spaced as `karras_levels`, bring it down again. The noise forgets
+  errors of the steps before; the steps after it are deterministic.
+
+  Args:
+    low, high: noise levels sigma / alpha, each cut to those of the grid.
+    s_noise: factor on the noise that lifts x.
+  """
+  noise = noise_source(keys)
+  x, grid = as_arrays(x, grid)
+  starts, ends = _with_restarts(grid, low, high, steps, repeats)
+  before = tuple(
+    jnp.concatenate([start[:1], end[:-1]]) for start, end in zip(starts, ends, strict=True)
+  )
+
+  def step(x, memory, here, there, index, before):
+    scale = jnp.where(here[0] == before[0], 1, divide(here[0], before[0]))
+    x = scale * x + s_noise * fresh(here[1], scale * before[1]) * noise(index, x)
+    x, x0 = heun_step(denoise, x, here, there)
+    return x, memory, x0
+
+  return scan_steps(step, x, starts, ends, (before,), trajectory=trajectory)
+
+
+def _with_restarts(grid: Grid, low, high, steps: int, repeats: int) -> tuple[Pair, Pair]:
+  """The grid's steps with `repeats * steps` more where it passes `low`: pairs of start and end."""
+  here, there = intervals(grid)
+  levels = divide(there[1], there[0])
+  distance = jnp.abs(jnp.log(jnp.where(levels > 0, levels, 1)) - jnp.log(low))
+  turn = jnp.argmin(jnp.where(levels > 0, distance, jnp.inf))
+  top = jnp.where(here[0][0] > 0, jnp.minimum(high, divide(here[1][0], here[0][0])), high)
+  bottom = levels[turn]
+  root = jnp.linspace(jnp.maximum(top, bottom) ** (1 / 7), bottom ** (1 / 7), steps + 1)
+  alphas, sigmas = pairs_at(grid, (jnp.ones_like(root), root**7))
+  inner = alphas.at[-1].set(there[0][turn]), sigmas.at[-1].set(there[1][turn])
+
+  extra = repeats * steps
+  k = jnp.arange(len(levels) + extra)
+  main = jnp.where(k <= turn, k, jnp.maximum(k - extra, 0))
+  again = (k > turn) & (k <= turn + extra)
+  part = (k - turn - 1) % max(steps, 1)
+  insert = lambda main_pairs, shift: tuple(
+    jnp.where(again, of_restart[part + shift], of_main[main])
+    for of_restart, of_main in zip(inner, main_pairs, strict=True)
+  )
+  return insert(here, 0), insert(there, 1)
+
+
+def lcm(
+  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *, trajectory: bool = False
+) -> Latents | Trajectory:
+  """Multistep consistency sampling: x' = alpha' f(x) + sigma' z.
+
+  Song et al. 2023, algorithm 1; Luo et al. 2023. The denoiser is the consistency
+  function f with its boundary condition f(x) = x at the least noise.
+  """
+  noise = noise_source(keys)
+
+  def step(x, memory, here, there, index):
+    x0 = denoise(x, *here)
+    return there[0] * x0 + there[1] * noise(index, x), memory, x0
+
+  return walk(step, x, grid, trajectory=trajectory)
+
+
+def tcd(
+  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
+  gamma: float = 0.3, landing: Grid | None = None, trajectory: bool = False,
+) -> Latents | Trajectory:
+  """Trajectory consistency: a jump to less noise than wanted, then noise.
+
+  Strategic stochastic sampling of Zheng et al. 2024.
+
+  Args:
+    gamma: 0 jumps to each next pair itself (DDIM), 1 to clean data (`lcm`).
+    landing: (alphas, sigmas) [n], the pairs to jump to; the paper's are those at the time (1 -
+      gamma) t of the schedule. Without, those of the grid (its third part) and, if it has none,
+      those for which atan2(sigma, alpha) stands for the time.
+  """
+  noise = noise_source(keys)
+  alphas, sigmas, *of_grid = grid
+  alphas, sigmas = jnp.asarray(alphas), jnp.asarray(sigmas)
+  if landing is None and of_grid:
+    landing = of_grid[0]
+  elif landing is None and not gamma:
+    landing = alphas[1:], sigmas[1:]
+  elif landing is None:
+    angles = (1 - gamma) * jnp.arctan2(sigmas[1:], alphas[1:])
+    landing = pairs_at((alphas, sigmas), (jnp.cos(angles), jnp.sin(angles)))
+
+  def step(x, memory, here, there, index, landing):
+    x0 = denoise(x, *here)
+    scale = divide(there[0], landing[0])
+    x = scale * move(x, x0, here, landing)
+    return x + fresh(there[1], scale * landing[1]) * noise(index, x), memory, x0
+
+  return walk(step, x, grid, (landing,), trajectory=trajectory)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from diffusion_jax.diffusion.samplers.adaptive import probability_flow
-from diffusion_jax.diffusion.samplers.consistency import lcm, tcd
+from diffusion_jax.diffusion.samplers.common import as_arrays, pair_number
 from diffusion_jax.diffusion.samplers.dpm_adaptive import dpm_adaptive
 from diffusion_jax.diffusion.samplers.hoisting import hoisted
 from diffusion_jax.diffusion.samplers.multistep import (
@@ -19,16 +19,25 @@ from diffusion_jax.diffusion.samplers.multistep import (
   sa_solver,
   unipc,
 )
-from diffusion_jax.diffusion.samplers.one_step import ddim, ddpm, euler
-from diffusion_jax.diffusion.samplers.restart import restart
+from diffusion_jax.diffusion.samplers.ode import (
+  ddim,
+  ddpm,
+  dpm2,
+  dpm2_ancestral,
+  euler,
+  flow_heun,
+  heun,
+)
 from diffusion_jax.diffusion.samplers.sde import (
   annealed_langevin,
+  dpmpp_2s_ancestral,
+  dpmpp_sde,
   euler_maruyama,
+  lcm,
   predictor_corrector,
+  restart,
+  tcd,
 )
-from diffusion_jax.diffusion.samplers.steps import as_arrays, pair_number
-from diffusion_jax.diffusion.samplers.stochastic import dpmpp_2s_ancestral, dpmpp_sde
-from diffusion_jax.diffusion.samplers.two_step import dpm2, dpm2_ancestral, flow_heun, heun
 from diffusion_jax.errors import UserError
 
 Sampler = Callable

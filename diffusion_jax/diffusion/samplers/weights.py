@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.diffusion.samplers.grids import Grid
-from diffusion_jax.diffusion.samplers.steps import (
+from diffusion_jax.diffusion.samplers.common import (
   contraction,
   divide,
   intervals,
@@ -23,6 +22,7 @@ from diffusion_jax.diffusion.samplers.steps import (
   moves,
   step_count,
 )
+from diffusion_jax.diffusion.samplers.grid import Grid
 from diffusion_jax.errors import UserError
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)

@@ -12,10 +12,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.data.sources.tfds import ImageSource
-from diffusion_jax.diffusion.levels import TableLevels
-from diffusion_jax.diffusion.schedules import ScheduleConfig
-from diffusion_jax.diffusion.timesteps import LossHistory, update_history
-from diffusion_jax.diffusion.training import Losses, Objective, ObjectiveConfig
+from diffusion_jax.diffusion.noise import NoiseConfig
+from diffusion_jax.diffusion.objective import (
+  Losses,
+  LossHistory,
+  Objective,
+  ObjectiveConfig,
+  update_history,
+)
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.generated import (
   DRAW_BATCH,
@@ -110,7 +114,7 @@ class DiffusionTaskConfig(LatentTaskConfig):
 
   autoencoder: str
   unet: UNetConfig = UNetConfig()
-  schedule: ScheduleConfig = ScheduleConfig()
+  schedule: NoiseConfig = NoiseConfig()
   latent_patch_size: int = 1
 
   def __post_init__(self):
@@ -137,10 +141,10 @@ class DiffusionTask(NoisingTask):
     train: ImageSource, test: ImageSource, remat: str = 'none', products: str = 'plain',
   ):
     """`remat` and `products`, of `models.remat` and `models.float8`, are of the loss alone."""
-    config.sample.check(model.schedule, config.objective.prediction)
+    config.sample.check(model.noise, model.parameterization)
     self.config, self.model, self.train, self.test = config, model, train, test
     self.learning = model.rematerialised(remat).multiplying(products)
-    self.objective = Objective(config.objective, TableLevels(model.schedule))
+    self.objective = Objective(config.objective, model.noise, model.parameterization)
     null = jax.jit(model.text.encode)(frozen, model.tokens(['']))
     bias = {f'{name}.bias': to_host(value)[0] for name, value in null._asdict().items()
             if value is not None}

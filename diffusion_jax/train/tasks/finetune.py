@@ -208,10 +208,10 @@ def make_finetune_task(
   model = model.attending(attention)
   if not model.text.tokenizers:
     raise UserError(f'{config.model} reads no prompts; only models that do can be trained on.')
-  if config.objective.prediction != model.prediction:
+  if config.objective.prediction != model.parameterization.name:
     raise UserError(
       f'objective.prediction is {config.objective.prediction!r}, but {config.model} predicts '
-      f'{model.prediction!r}; set it to that.'
+      f'{model.parameterization.name!r}; set it to that.'
     )
   if config.architecture:
     _check_architecture(config, model)

@@ -9,15 +9,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.data.sources.arrays import ArraySource
-from diffusion_jax.diffusion import processes
 from diffusion_jax.diffusion.denoiser import Denoiser
-from diffusion_jax.diffusion.levels import ContinuousLevels, Levels, TableLevels
 from diffusion_jax.diffusion.likelihood import flow_likelihood
-from diffusion_jax.diffusion.samplers import initial_noise, process_grid, sampler, sampling_grid
-from diffusion_jax.diffusion.schedules import Schedule, ScheduleConfig
-from diffusion_jax.diffusion.training import Network as Denoising
-from diffusion_jax.diffusion.training import Objective, ObjectiveConfig
-from diffusion_jax.errors import UserError
+from diffusion_jax.diffusion.noise import NoiseConfig, NoiseSchedule, ScheduleConfig
+from diffusion_jax.diffusion.objective import Network as Denoising
+from diffusion_jax.diffusion.objective import Objective, ObjectiveConfig
+from diffusion_jax.diffusion.samplers import initial_noise, sampler
 from diffusion_jax.evaluation.metrics.kernel import energy_distance
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models.mlp import MLP, MLPConfig
@@ -66,24 +63,16 @@ class ToyTaskConfig:
   export_dtype: str = 'float32'
 
   def __post_init__(self):
-    if self.process == 'table' and (self.process_options or self.sub_vp):
-      raise UserError(
-        'settings.process_options and sub_vp have no effect on a table; choose another process.'
-      )
-    if self.process != 'table' and self.schedule != ScheduleConfig():
-      raise UserError(
-        f'settings.schedule has no effect on the process {self.process}; remove it, or set '
-        'process to table.'
-      )
-    if self.process != 'table':
-      processes.named(self.process, **self.process_options)
+    NoiseSchedule.of(self.noise)
 
-  def levels(self) -> Levels:
+  @property
+  def noise(self) -> NoiseConfig:
     """Where the network is trained."""
-    if self.process == 'table':
-      return TableLevels(Schedule(self.schedule))
-    process = processes.named(self.process, **self.process_options)
-    return ContinuousLevels(processes.sub_vp(process) if self.sub_vp else process)
+    label = 'timestep' if self.process == 'table' else 'log_snr'
+    return NoiseConfig(
+      **dataclasses.asdict(self.schedule), process=self.process, sub_vp=self.sub_vp, label=label,
+      process_options=self.process_options,
+    )
 
 
 class ToyTask(NoisingTask):
@@ -100,26 +89,18 @@ class ToyTask(NoisingTask):
   def __init__(self, config: ToyTaskConfig, test: ArraySource):
     self.config = config
     self.frozen: Frozen = {}
-    self.levels = config.levels()
-    self.objective = Objective(config.objective, self.levels)
+    self.noise = NoiseSchedule.of(config.noise)
+    self.objective = Objective(config.objective, self.noise)
     self.test = np.concatenate([test[i]['points'] for i in range(len(test))])
-    self.is_table = config.process == 'table'
     self.mlp = Network.of(MLP, MLPConfig(
       width=config.width, depth=config.depth,
       out_features=4 if config.objective.learned_variance else 2,
-      label_range=float(len(self.levels.schedule)) if self.is_table else 2.5,
+      label_range=self.noise.label_range,
     ))
-    self.grid = self._grid()
+    self.grid = self.noise.grid(config.sample.steps, config.sample.spacing)
     self._sample = jax.jit(self._draw, static_argnums=2)
     self._fields = jax.jit(self._scores)
     self._bits = jax.jit(self._likelihood)
-
-  def _grid(self):
-    sample = self.config.sample
-    if self.is_table:
-      return sampling_grid(self.levels.schedule, sample.steps, sample.spacing)
-    first = self.levels.t_min
-    return process_grid(self.levels.process, sample.steps, sample.spacing, first_time=first)
 
   def initialize(self, key: jax.Array) -> Params:
     return self.mlp.initialize(key)
@@ -131,26 +112,15 @@ class ToyTask(NoisingTask):
     Ermon 2020, technique 3): the score of little noise is large.
     """
     mlp = self.mlp.bind(params)
-    prediction = self.config.objective.prediction
+    parameterization = self.objective.parameterization
 
     def network(x, label):
-      alpha, sigma = self._pair(label)
-      if prediction != 'edm':  # Whose input is scaled already.
+      alpha, sigma = (part[:, None] for part in self.noise.at_label(label))
+      if not parameterization.scales_input:
         x = x / jnp.sqrt(alpha**2 + sigma**2)
-      return mlp(x, label) / sigma if prediction == 'score' else mlp(x, label)
+      return mlp(x, label) / sigma if parameterization.name == 'score' else mlp(x, label)
 
     return network
-
-  def _pair(self, label):
-    """(alpha, sigma) [b 1] that the label tells; of norm 1 unless the process is VE."""
-    if self.is_table:
-      pair = self.levels.process((label + 1) / len(self.levels.schedule))
-    else:
-      ratio = jnp.exp(4 * label)
-      explodes = self.levels.process(jnp.ones(()))[0] == 1
-      alpha = jnp.where(explodes, 1.0, 1 / jnp.sqrt(1 + ratio**2))
-      pair = alpha, ratio * alpha
-    return tuple(part[:, None] for part in pair)
 
   def denoiser(self, params: Params) -> Denoiser:
     return self.objective.denoiser(self.network(params))
@@ -173,7 +143,7 @@ class ToyTask(NoisingTask):
     """Learned scores [k n 2] of the data with FIELD_LEVELS of noise, at alpha x [n 2]."""
 
     def one(ratio):
-      level = self.levels.at_ratio(ratio[None])
+      level = self.noise.at_ratio(ratio[None])
       alpha, sigma = level.alpha[0], level.sigma[0]
       x0 = self.denoiser(params)(alpha * x, alpha, sigma)
       # Of x / alpha, so that all levels are drawn on the scale of the data.
@@ -184,8 +154,8 @@ class ToyTask(NoisingTask):
   def _likelihood(self, params: Params, x: jax.Array) -> jax.Array:
     keys = jax.random.split(jax.random.key(0), len(x))
     return flow_likelihood(
-      self.denoiser(params), x, self.levels.process, keys, trace='exact', solver='heun',
-      steps=LIKELIHOOD_STEPS, t_min=self.levels.t_min,
+      self.denoiser(params), x, self.noise.process, keys, trace='exact', solver='heun',
+      steps=LIKELIHOOD_STEPS, t_min=self.noise.t_min,
     ).bits
 
   def preview(self, params, frozen, mesh: Mesh) -> tuple[np.ndarray, list[str]]:

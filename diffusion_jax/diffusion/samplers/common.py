@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.diffusion.samplers.grids import Grid
+from diffusion_jax.diffusion.samplers.grid import Grid
 from diffusion_jax.errors import UserError
 from diffusion_jax.types import Latents
 

@@ -1,4 +1,7 @@
-"""Tables of T noise levels, and the grids that samplers walk, from the continuous processes.
+"""Noise: how much of it there is at each time, and what a network is told of it.
+
+A `NoiseSchedule` is a process t -> (alpha, sigma) in continuous time, or a table of T timesteps
+made from one. Models, objectives and samplers share one such object.
 
 Index i of a table is time t = (i + 1) / T of a process; t = 0 is the clean pair (1, 0). The
 published schedules of betas are the process's rate per step, beta_i = rate(i / (T - 1)), multiplied
@@ -7,30 +10,19 @@ up; any other process is sampled. `Schedule.process` interpolates a table back t
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.diffusion import processes
-from diffusion_jax.diffusion.processes import Process
+from diffusion_jax.diffusion.parameterization import noise_label
+from diffusion_jax.diffusion.processes import Process, tabulate
+from diffusion_jax.diffusion.samplers.grid import Grid, process_grid, sampling_grid
 from diffusion_jax.errors import UserError
-
-Grid = tuple
-"""(alphas [n + 1], sigmas [n + 1]) of n steps from noise to data.
-
-A third part, (alphas [n ...], sigmas [n ...]), may name pairs for each step: where `ddim` lands if
-not where the next step starts, where `tcd` jumps to before it adds noise, and the midpoints of
-`pndm`.
-"""
-
-
-def tabulate(process: Process, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """(alphas [n], sigmas [n]) of a process at times [n], float64 whatever JAX's default."""
-  with jax.enable_x64(True), jax.ensure_compile_time_eval():
-    alphas, sigmas = process(jnp.asarray(times, jnp.float64))
-    return np.asarray(alphas, np.float64), np.asarray(sigmas, np.float64)
+from diffusion_jax.types import PerExample
 
 
 def linear_betas(steps: int, start: float, end: float) -> np.ndarray:
@@ -85,7 +77,12 @@ MOST_TIMESTEPS = 100_000
 """Of a table of noise levels; published ones have 1,000 to 4,000."""
 
 LABELS = ('exact', 'nearest', 'down', 'sigma')
-"""What a network is told: the fractional timestep, rounded, rounded down; sigma T of a flow."""
+"""What a sampler tells the network: the fractional timestep, rounded, rounded down; sigma T of a
+flow."""
+
+NETWORK_LABELS = ('timestep', 'log_snr')
+"""What a network on a process is told: a number in [0, num_train_timesteps] that grows with
+ln(sigma / alpha), or ln(sigma / alpha) / 4."""
 
 
 def log_level(alpha, sigma, numpy=jnp):
@@ -274,3 +271,217 @@ class Schedule:
       return t
     angle, angles = jnp.arctan2(sigma, alpha), np.arctan2(self.sigmas, self.alphas)
     return jnp.where(angle > angles[-2], at(angle, angles), t)
+
+
+def timestep(u: jax.Array, steps: int) -> jax.Array:
+  """u in [0, 1) -> integer timestep in [0, steps)."""
+  return jnp.clip(jnp.floor(u * steps).astype(int), 0, steps - 1)
+
+
+class Level(NamedTuple):
+  """One noise level an example, each [b].
+
+  alpha, sigma: x = alpha x_0 + sigma eps. label: what the network is told. position: in [0, 1),
+  growing with the noise.
+  """
+
+  alpha: PerExample
+  sigma: PerExample
+  label: PerExample
+  position: PerExample
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseConfig(ScheduleConfig):
+  """A table of timesteps, or a process in continuous time.
+
+  process: 'table', for the T timesteps of the fields of `ScheduleConfig`, or a name of
+  `processes.PROCESSES` with its process_options, such as {'sigma_max': 50.0}. sub_vp: the sub-VP
+  process of that one. label: what the network is told, one of NETWORK_LABELS; on a process alone.
+  """
+
+  process: str = 'table'
+  process_options: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
+  sub_vp: bool = False
+  label: str = 'timestep'
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.label not in NETWORK_LABELS:
+      raise UserError(
+        f'schedule.label is {self.label!r}; choose one of {", ".join(NETWORK_LABELS)}.'
+      )
+    if self.is_table:
+      if self.process_options or self.sub_vp or self.label != 'timestep':
+        raise UserError(
+          'process_options, sub_vp and label have no effect on a table; choose another process.'
+        )
+      return
+    for field in dataclasses.fields(ScheduleConfig):
+      changed = getattr(self, field.name) != field.default
+      if changed and (field.name != 'num_train_timesteps' or self.label != 'timestep'):
+        raise UserError(
+          f'schedule.{field.name} has no effect on the process {self.process}; remove it, or set '
+          'process to table.'
+        )
+    processes.named(self.process, **self.process_options)
+
+  @property
+  def is_table(self) -> bool:
+    return self.process == 'table'
+
+  def saved(self) -> dict:
+    """Return the fields that a file should keep: those of the table, or those of the process."""
+    values = dataclasses.asdict(self)
+    if self.is_table:
+      return {field.name: values[field.name] for field in dataclasses.fields(ScheduleConfig)}
+    names = 'num_train_timesteps', 'process', 'process_options', 'sub_vp', 'label'
+    return {name: values[name] for name in names}
+
+
+class NoiseSchedule:
+  """The noise levels of a model, in continuous time or of a table.
+
+  Attributes:
+    config: what it was made from, or None.
+    process: t in [0, 1] -> (alpha, sigma).
+    table: the T timesteps, or None in continuous time.
+    t_min: the earliest time at which the network is trained.
+    label_range: the labels' largest absolute value.
+  """
+
+  def __init__(
+    self, process: Process, table: Schedule | None = None, *, t_min: float = 1e-3,
+    timesteps: int = 0, config: NoiseConfig | None = None,
+  ):
+    """Labels are in [0, timesteps], or ln(sigma / alpha) / 4 where there are 0 timesteps."""
+    self.process, self.table, self.config = process, table, config
+    self.t_min = t_min if table is None else 1 / len(table)
+    self.timesteps = timesteps if table is None else len(table)
+    self.label_range = float(self.timesteps) or 2.5
+
+  @classmethod
+  def of(cls, config: ScheduleConfig) -> 'NoiseSchedule':
+    """Return what a config describes."""
+    if type(config) is ScheduleConfig:
+      config = NoiseConfig(**dataclasses.asdict(config))
+    if config.is_table:
+      return cls.of_table(Schedule(config), config)
+    process = processes.named(config.process, **config.process_options)
+    return cls(
+      processes.sub_vp(process) if config.sub_vp else process, config=config,
+      timesteps=config.num_train_timesteps if config.label == 'timestep' else 0,
+    )
+
+  @classmethod
+  def of_table(cls, table: Schedule, config: NoiseConfig | None = None) -> 'NoiseSchedule':
+    """Return the schedule of a table that is there already."""
+    return cls(table.process, table, config=config)
+
+  @property
+  def zero_terminal(self) -> bool:
+    """True if the last level holds no signal."""
+    if self.table is not None:
+      return self.table.zero_terminal
+    return bool(tabulate(self.process, np.ones(1))[0] == 0)
+
+  @property
+  def smooth_process(self) -> Process:
+    """The levels of training from t = 0 to 1, smooth in t, for integration over them."""
+    if self.table is not None:
+      return self.table.smooth_process
+    return lambda t: self.process(self.t_min + (1 - self.t_min) * t)
+
+  def levels(self, count: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+    """Return (alphas [T], sigmas [T]) of training, from data to noise, float64.
+
+    Those of the table, or else `count` of the process, evenly spaced in time.
+    """
+    if self.table is not None:
+      return self.table.alphas, self.table.sigmas
+    return tabulate(self.process, np.linspace(self.t_min, 1, count))
+
+  def at_timestep(self, t: jax.Array) -> Level:
+    """Return the levels of the table's integer timesteps t [b]."""
+    return Level(*self.table(t), t, t / len(self.table))
+
+  def at(self, t: PerExample) -> Level:
+    """Return the levels at times t [b] in [0, 1) of the range of training."""
+    if self.table is not None:
+      return self.at_timestep(timestep(t, len(self.table)))
+    alpha, sigma = self.process(self.t_min + (1 - self.t_min) * t)
+    return Level(alpha, sigma, self.label(alpha, sigma), t)
+
+  def at_ratio(self, ratio: PerExample) -> Level:
+    """Return the levels of, or nearest to, sigma / alpha = ratio [b].
+
+    Beyond the ends of a process that is the level of the end.
+    """
+    if self.table is not None:
+      return self.at_timestep(
+        jnp.round(self.table.timestep(jnp.ones_like(ratio), ratio)).astype(int)
+      )
+
+    def halve(_, ends):  # The ratio grows with t.
+      low, high = ends
+      middle = (low + high) / 2
+      alpha, sigma = self.process(self.t_min + (1 - self.t_min) * middle)
+      below = sigma < ratio * alpha
+      return jnp.where(below, middle, low), jnp.where(below, high, middle)
+
+    low, high = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(ratio), jnp.ones_like(ratio)))
+    return self.at((low + high) / 2)
+
+  def label(self, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+    """Return what the network is told at any pair, of alpha's shape, within `label_range`.
+
+    On a table the (fractional) timestep; on a process ln(sigma / alpha) / 4, or that stretched to
+    [0, timesteps] for networks that are made for timesteps.
+    """
+    if self.table is not None:
+      return self.table.timestep(alpha, sigma)
+    label = noise_label(alpha, sigma)
+    return self.timesteps * (label / 5 + 0.5) if self.timesteps else label
+
+  def at_label(self, label: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the pair that a label tells; in continuous time of norm 1, unless alpha stays 1."""
+    if self.table is not None:
+      return self.process((label + 1) / len(self.table))
+    if self.timesteps:
+      label = 5 * (label / self.timesteps - 0.5)
+    ratio = jnp.exp(4 * label)
+    explodes = self.process(jnp.ones(()))[0] == 1
+    alpha = jnp.where(explodes, 1.0, 1 / jnp.sqrt(1 + ratio**2))
+    return alpha, ratio * alpha
+
+  def label_as(self, how: str, grid: Grid) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Return `label` in one of the ways LABELS, for samplers on that grid.
+
+    Raises:
+      UserError: for another way than 'exact' in continuous time.
+    """
+    if self.table is not None:
+      return self.table.label(how, grid)
+    if how != 'exact':
+      raise UserError(f'timesteps {how!r} are of a table; choose exact for a process.')
+    return self.label
+
+  def grid(
+    self, steps: int, spacing: str | Sequence[float] = 'trailing', rho: float | None = None,
+    **places,
+  ) -> Grid:
+    """Return a sampler's grid; `places` are the other arguments of `sampling_grid`.
+
+    Raises:
+      UserError: for a spacing that there is none of, and for places in continuous time.
+    """
+    if self.table is not None:
+      return sampling_grid(self.table, steps, spacing, rho, **places)
+    for name, value in places.items():
+      if value != _PLACES.get(name):
+        raise UserError(f'{name} places timesteps of a table; leave it out for a process.')
+    return process_grid(self.process, steps, spacing, rho, first_time=self.t_min)
+
+
+_PLACES = {'steps_offset': 0, 'drop_last': False, 'fractional': False, 'set_alpha_to_one': True}
+"""Arguments of `sampling_grid` that say nothing at these values."""

@@ -1,4 +1,9 @@
-"""The training loss of a network, put together from its parts by a configuration.
+"""Which noise levels to train at: times t in [0, 1], sigmas, or timesteps drawn by importance.
+
+Every distribution is a quantile function of u, uniform in [0, 1), so that plain and stratified
+draws (`uniform`, `stratified`) serve all of them.
+
+The training loss of a network, put together from its parts by a configuration.
 
 A prediction, a weighting, a distribution of noise levels and an error make the published losses:
 
@@ -19,30 +24,113 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import ndtri
 
-from diffusion_jax.diffusion import objectives, score_matching, timesteps, variational
-from diffusion_jax.diffusion.denoiser import (
-  PREDICTIONS,
-  Denoiser,
-  expand,
-  network_denoiser,
-  preconditioning,
-  to_x0,
-)
-from diffusion_jax.diffusion.levels import Level, Levels, TableLevels
+from diffusion_jax.diffusion import losses, variational
+from diffusion_jax.diffusion.denoiser import Denoiser, make_denoiser
+from diffusion_jax.diffusion.losses import WEIGHTINGS, Error, weighting
+from diffusion_jax.diffusion.noise import Level, NoiseSchedule
+from diffusion_jax.diffusion.parameterization import PREDICTIONS, Parameterization, expand
 from diffusion_jax.diffusion.posterior import learned_log_variance, log_variances
-from diffusion_jax.diffusion.timesteps import LossHistory
-from diffusion_jax.diffusion.weightings import WEIGHTINGS, weighting
 from diffusion_jax.errors import UserError
 from diffusion_jax.types import Latents, PerExample
+
+
+def uniform(key: jax.Array, count: int) -> PerExample:
+  """Independent u [count] in [0, 1)."""
+  return jax.random.uniform(key, (count,))
+
+
+def stratified(key: jax.Array, count: int) -> PerExample:
+  """u_i = (u_0 + i / count) mod 1, one random u_0 (Kingma et al. 2021, appendix I.1).
+
+  Each is uniform, together they are evenly spaced: less variance in a batch's mean loss.
+  """
+  return jnp.mod(jax.random.uniform(key, ()) + jnp.arange(count) / count, 1.0)
+
+
+def _normal(u: jax.Array) -> jax.Array:
+  """Standard normal quantile, finite at 0 and 1."""
+  eps = jnp.finfo(u.dtype).eps
+  return ndtri(jnp.clip(u, eps, 1 - eps))
+
+
+def logit_normal(u: jax.Array, mean: float = 0.0, std: float = 1.0) -> jax.Array:
+  """t with logit(t) ~ N(mean, std^2) (Esser et al. 2024, eq. 19)."""
+  return jax.nn.sigmoid(mean + std * _normal(u))
+
+
+def mode(u: jax.Array, scale: float = 1.29) -> jax.Array:
+  """t = 1 - v - scale (cos^2(pi v / 2) - 1 + v), v = 1 - u (Esser et al. 2024, eq. 20).
+
+  Written with v = 1 - u so that t grows with u. scale 0 is uniform; above 0 prefers the middle,
+  below 0 the ends. Monotone for scale in [-1, 2 / (pi - 2)].
+  """
+  v = 1 - u
+  return u - scale * (jnp.cos(jnp.pi * v / 2) ** 2 - u)
+
+
+def log_normal(u: jax.Array, mean: float = -1.2, std: float = 1.2) -> jax.Array:
+  """sigma (not t) with ln sigma ~ N(mean, std^2), at alpha = 1 (Karras et al. 2022, table 1)."""
+  return jnp.exp(mean + std * _normal(u))
+
+
+class LossHistory(NamedTuple):
+  """The last losses at each timestep: losses [T, n], and how many of them are filled, [T]."""
+
+  losses: jax.Array
+  count: jax.Array
+
+
+def init_history(steps: int, length: int = 10) -> LossHistory:
+  """No losses seen; the last `length` will be kept."""
+  return LossHistory(jnp.zeros((steps, length)), jnp.zeros((steps,), jnp.int32))
+
+
+def update_history(history: LossHistory, t: jax.Array, loss: PerExample) -> LossHistory:
+  """Adds unweighted losses [b] at timesteps t [b], oldest out first; a t may occur repeatedly."""
+
+  def add(history, pair):
+    index, value = pair
+    row = history.losses[index]
+    count = history.count[index]
+    full = count >= row.shape[0]
+    row = jnp.where(full, jnp.roll(row, -1), row).at[jnp.where(full, -1, count)].set(value)
+    counts = history.count.at[index].set(jnp.where(full, count, count + 1))
+    return LossHistory(history.losses.at[index].set(row), counts), None
+
+  return jax.lax.scan(add, history, (t, loss.astype(history.losses.dtype)))[0]
+
+
+def importance(history: LossHistory, uniform_share: float = 0.001) -> jax.Array:
+  """Probability [T] of each timestep (Nichol & Dhariwal 2021, eq. 18).
+
+  Proportional to sqrt(E[loss^2]), mixed with a uniform share; uniform until every timestep has as
+  many losses as the history holds.
+  """
+  steps, length = history.losses.shape
+  moment = jnp.sqrt((history.losses**2).mean(1))
+  total = moment.sum()
+  ready = (history.count >= length).all() & (total > 0)
+  share = jnp.where(ready, moment / jnp.where(ready, total, 1.0), 1 / steps)
+  return (1 - uniform_share) * share + uniform_share / steps
+
+
+def by_importance(u: jax.Array, probability: jax.Array) -> tuple[jax.Array, PerExample]:
+  """(timestep [b], weight [b]) for u [b]; weight = 1 / (T p_t) keeps the mean loss unbiased."""
+  steps = len(probability)
+  t = jnp.searchsorted(jnp.cumsum(probability), u * probability.sum(), side='right')
+  t = jnp.minimum(t, steps - 1)
+  return t, 1 / (steps * probability[t])
+
 
 LOSSES = ('simple', 'hybrid', 'bound', 'vdm', 'sliced')
 OF_A_TABLE = ('hybrid', 'bound')
 QUANTILES: dict[str, Callable] = {
   'uniform': lambda u: u,
-  'logit_normal': timesteps.logit_normal,
-  'mode': timesteps.mode,
-  'log_normal': timesteps.log_normal,
+  'logit_normal': logit_normal,
+  'mode': mode,
+  'log_normal': log_normal,
 }
 TIMES = (*QUANTILES, 'importance')
 ERRORS = ('squared', 'pseudo_huber')
@@ -112,6 +200,11 @@ class ObjectiveConfig:
     _check_options('weighting', self.weighting, WEIGHTINGS, self.weighting_options)
     _check_options('times', self.times, QUANTILES, self.times_options)
 
+  @property
+  def parameterization(self) -> Parameterization:
+    """What the network predicts, for a model to be made with."""
+    return Parameterization(self.prediction, self.data_std)
+
   def _check_effects(self) -> None:
     """No key may be without effect."""
     if self.weighting != 'none' and self.loss in ('bound', 'sliced'):
@@ -150,15 +243,21 @@ class Losses(NamedTuple):
 class Objective:
   """A training loss, pure in the network, the data and the key.
 
+  noise and parameterization are the model's own objects.
+
   Raises:
-    UserError: a loss or distribution that needs a table of timesteps, on a process.
+    UserError: a loss or distribution that needs a table of timesteps, on a process; another
+      parameterization than the config's.
   """
 
-  def __init__(self, config: ObjectiveConfig, levels: Levels):
-    self.config, self.levels = config, levels
-    self.is_table = isinstance(levels, TableLevels)
+  def __init__(
+    self, config: ObjectiveConfig, noise: NoiseSchedule,
+    parameterization: Parameterization | None = None,
+  ):
+    self.config, self.noise = config, noise
+    self.parameterization = parameterization or config.parameterization
     needs = config.loss if config.loss in OF_A_TABLE else config.times
-    if needs in (*OF_A_TABLE, 'importance') and not self.is_table:
+    if needs in (*OF_A_TABLE, 'importance') and noise.table is None:
       raise UserError(f'objective: {needs} needs a table of timesteps; choose a discrete schedule.')
     self.weighting = None
     if config.weighting != 'none':
@@ -168,25 +267,21 @@ class Objective:
     """Where losses by timestep are kept for importance sampling; None where they are not."""
     if self.config.times != 'importance':
       return None
-    return timesteps.init_history(len(self.levels.schedule))
+    return init_history(len(self.noise.table))
 
   def denoiser(self, network: Network, variance: bool = False) -> Denoiser:
-    """The network, trained by this objective, as a denoiser; see `network_denoiser`."""
-    config = self.config
-    return network_denoiser(
-      network, config.prediction, self.levels.label, data_std=config.data_std,
-      scale_input=config.prediction == 'edm', variance=variance,
-    )
+    """Return the network, trained by this objective, as a denoiser; see `make_denoiser`."""
+    return make_denoiser(network, self.parameterization, self.noise.label, variance=variance)
 
   def draw(self, key: jax.Array, count: int, history: LossHistory | None = None):
     """(levels [count], factor [count] or 1 that keeps the mean over times what it was)."""
     config = self.config
-    u = (timesteps.stratified if config.stratified else timesteps.uniform)(key, count)
+    u = (stratified if config.stratified else uniform)(key, count)
     if config.times == 'importance':
-      t, factor = timesteps.by_importance(u, timesteps.importance(history))
-      return self.levels.at_timestep(t), factor
+      t, factor = by_importance(u, importance(history))
+      return self.noise.at_timestep(t), factor
     t = QUANTILES[config.times](u, **config.times_options)
-    return (self.levels.at_ratio if config.times == 'log_normal' else self.levels.at)(t), 1.0
+    return (self.noise.at_ratio if config.times == 'log_normal' else self.noise.at)(t), 1.0
 
   def losses(
     self, network: Network, x0: Latents, key: jax.Array, history: LossHistory | None = None
@@ -194,48 +289,45 @@ class Objective:
     """Losses of a batch x0 [b ...]; noise and levels follow from the key."""
     config = self.config
     key_t, key_noise, key_input, key_directions = jax.random.split(key, 4)
-    eps = objectives.offset_noise(key_noise, x0.shape, config.offset_noise)
+    eps = losses.offset_noise(key_noise, x0.shape, config.offset_noise)
     if config.loss == 'vdm':
       return self._vdm(network, x0, eps, key_t)
     level, factor = self.draw(key_t, len(x0), history)
-    noise = objectives.perturb_input(key_input, eps, config.input_perturbation)
-    x = objectives.add_noise(x0, noise, level.alpha, level.sigma)
+    noise = losses.perturb_input(key_input, eps, config.input_perturbation)
+    x = losses.add_noise(x0, noise, level.alpha, level.sigma)
     if config.loss == 'sliced':
       return self._sliced(network, x0, x, level, key_directions)
-    seen = x
-    if config.prediction == 'edm':
-      scale = preconditioning(level.alpha, level.sigma, config.data_std).scale
-      seen = expand(scale, x) * x
+    seen = self.parameterization.scale_input(x, level.alpha, level.sigma)
     output = network(seen, level.label)
     output, variance = (
       jnp.split(output, 2, axis=-1) if config.learned_variance else (output, None)
     )
     measure = partial(
-      objectives.weighted_loss, config.prediction, output, x0, eps, level.alpha, level.sigma,
-      data_std=config.data_std, error=self._error(level),
+      losses.weighted_loss, self.parameterization, output, x0, eps, level.alpha, level.sigma,
+      error=self._error(level),
     )
     error, loss = measure(), measure(self.weighting)
     if config.loss != 'simple':
       loss = self._bound(x0, x, output, variance, level, loss)
     return Losses(factor * loss, error, level)
 
-  def _error(self, level: Level) -> objectives.Error:
+  def _error(self, level: Level) -> Error:
     if self.config.error == 'squared':
-      return objectives.squared_error
-    delta = objectives.huber_delta(level.position, self.config.huber_delta)
-    return lambda output, wanted: objectives.pseudo_huber(output, wanted, delta)
+      return losses.squared_error
+    delta = losses.huber_delta(level.position, self.config.huber_delta)
+    return lambda output, wanted: losses.pseudo_huber(output, wanted, delta)
 
   def _bound(self, x0, x, output, variance, level: Level, simple: PerExample) -> PerExample:
     """The hybrid loss, or the whole bound in bits per dimension."""
-    config, schedule = self.config, self.levels.schedule
+    config, schedule = self.config, self.noise.table
     steps, t = len(schedule), level.label
     grid = np.append(schedule.alphas[::-1], 1.0), np.append(schedule.sigmas[::-1], 0.0)
     # From step n of a grid, which goes from noise to data, to timestep t = T - 1 - n.
     lower, upper = (bound[::-1][t] for bound in log_variances(grid))
     there = tuple(jnp.asarray(part)[::-1][t] for part in (grid[0][1:], grid[1][1:]))
     log_variance = lower if variance is None else learned_log_variance(variance, lower, upper)
-    estimate = to_x0(
-      config.prediction, output.astype(x.dtype), x, level.alpha, level.sigma, config.data_std
+    estimate = self.parameterization.to_x0(
+      output.astype(x.dtype), x, level.alpha, level.sigma
     )
     pairs = (level.alpha, level.sigma), there
     decoder = DECODERS[config.decoder]
@@ -253,15 +345,15 @@ class Objective:
 
   def _vdm(self, network, x0, eps, key) -> Losses:
     """In continuous time, on a table, too: its process runs through it."""
-    draw = timesteps.stratified if self.config.stratified else timesteps.uniform
+    draw = stratified if self.config.stratified else uniform
     u = draw(key, len(x0))
-    t = self.levels.t_min + (1 - self.levels.t_min) * u
-    alpha, sigma = self.levels.process(t)
-    nats = (1 - self.levels.t_min) * variational.vdm_loss(
-      self.denoiser(network), self.levels.process, x0, eps, t, self.weighting
+    t = self.noise.t_min + (1 - self.noise.t_min) * u
+    alpha, sigma = self.noise.process(t)
+    nats = (1 - self.noise.t_min) * variational.vdm_loss(
+      self.denoiser(network), self.noise.process, x0, eps, t, self.weighting
     )
     loss = variational.bits_per_dim(nats, x0)
-    return Losses(loss, loss, Level(alpha, sigma, self.levels.label(alpha, sigma), u))
+    return Losses(loss, loss, Level(alpha, sigma, self.noise.label(alpha, sigma), u))
 
   def _sliced(self, network, x0, x, level: Level, key) -> Losses:
     """sigma^2 times the sliced loss of the noised data's score, a dimension (Song et al. 2019)."""
@@ -269,6 +361,6 @@ class Objective:
     alpha, sigma = (expand(part, x) for part in (level.alpha, level.sigma))
     score = lambda x: (alpha * denoise(x, level.alpha, level.sigma) - x) / sigma**2
     directions = jax.random.rademacher(key, x.shape, x.dtype)
-    loss = score_matching.sliced_score_matching(score, x, directions)
+    loss = losses.sliced_score_matching(score, x, directions)
     loss = level.sigma**2 * loss / x0[0].size
     return Losses(loss, loss, level)

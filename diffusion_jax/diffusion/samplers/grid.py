@@ -7,14 +7,25 @@ exponential, polyexponential, given tables), and either on a table of timesteps 
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.diffusion.processes import Process
-from diffusion_jax.diffusion.schedules import Grid, Schedule, tabulate
+from diffusion_jax.diffusion.processes import Process, tabulate
 from diffusion_jax.errors import UserError
+
+if TYPE_CHECKING:
+  from diffusion_jax.diffusion.noise import Schedule
+
+Grid = tuple
+"""(alphas [n + 1], sigmas [n + 1]) of n steps from noise to data.
+
+A third part, (alphas [n ...], sigmas [n ...]), may name pairs for each step: where `ddim` lands if
+not where the next step starts, where `tcd` jumps to before it adds noise, and the midpoints of
+`pndm`.
+"""
 
 AYS_TABLES = {
   'ays_sd1': (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
@@ -220,7 +231,7 @@ def _arrays(alphas: np.ndarray, sigmas: np.ndarray) -> tuple[jax.Array, jax.Arra
 
 
 def sampling_grid(
-  schedule: Schedule, count: int, spacing: str | Sequence[float] = 'trailing',
+  schedule: 'Schedule', count: int, spacing: str | Sequence[float] = 'trailing',
   rho: float | None = None, *, set_alpha_to_one: bool = True, low: float | None = None,
   high: float | None = None, within: str | None = None, stay_at_end: bool = False,
   clipped: int = 0, via: str | None = None, share: float = 0.7, **places,

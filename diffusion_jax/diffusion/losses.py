@@ -1,0 +1,229 @@
+"""Weights on the loss by noise level.
+
+Each weighting is defined once, as a weight on the squared error in x_0 as a function of
+SNR = alpha^2 / sigma^2. On the squared error of another prediction it is that weight times
+(d x_0 / d prediction)^2, `denoiser.gain`: the one rule of `weight`.
+
+Score matching: losses whose minimiser is grad_x ln p(x) of the noised data.
+
+Training losses of a denoising network, one value per example.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_jax.diffusion.parameterization import Parameterization, clamp_log_snr, expand
+from diffusion_jax.errors import UserError
+from diffusion_jax.types import Latents, PerExample
+
+Weighting = Callable[[jax.Array], jax.Array]
+"""SNR [...] -> weight [...] on the squared error in x_0."""
+
+
+def uniform() -> Weighting:
+  """1 on x_0's error."""
+  return jnp.ones_like
+
+
+def snr() -> Weighting:
+  """SNR: 1 on epsilon's error, the simple loss of Ho et al. 2020, eq. 14."""
+  return lambda value: value
+
+
+def truncated_snr() -> Weighting:
+  """max(SNR, 1) (Salimans & Ho 2022, section 4)."""
+  return lambda value: jnp.maximum(value, 1.0)
+
+
+def snr_plus_one() -> Weighting:
+  """SNR + 1: 1 on v's error (Salimans & Ho 2022, section 4)."""
+  return lambda value: value + 1
+
+
+def min_snr(gamma: float = 5.0) -> Weighting:
+  """min(SNR, gamma) (Hang et al. 2023, eq. 8)."""
+  return lambda value: jnp.minimum(value, gamma)
+
+
+def soft_min_snr(gamma: float = 4.0) -> Weighting:
+  """SNR gamma / (SNR + gamma) = 1 / (1 / SNR + 1 / gamma) (Crowson et al. 2024, section 3.3)."""
+  return lambda value: value * gamma / (value + gamma)
+
+
+def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
+  """SNR / (k + SNR)^gamma: 1 / (k + SNR)^gamma on epsilon's error (Choi et al. 2022, eq. 8)."""
+  return lambda value: value / (k + value) ** gamma
+
+
+def edm(data_std: float = 0.5) -> Weighting:
+  """SNR + 1 / data_std^2 = (sigma^2 + s^2) / (sigma s)^2 at alpha = 1 (Karras et al. 2022, t. 1).
+
+  1 on the error of the 'edm' prediction with that data_std.
+  """
+  return lambda value: value + 1 / data_std**2
+
+
+def sigmoid(bias: float = 0.0) -> Weighting:
+  """sigmoid(bias - ln SNR) on epsilon's error (Kingma & Gao 2023; Hoogeboom et al. 2024).
+
+  SNR e^bias / (SNR + e^bias) on x_0's error: `soft_min_snr` with gamma = e^bias.
+  """
+  return lambda value: value * jax.nn.sigmoid(bias - jnp.log(value))
+
+
+def debiased() -> Weighting:
+  """sqrt(SNR): 1 / sqrt(SNR) on epsilon's error (Yu et al. 2023, eq. 11)."""
+  return jnp.sqrt
+
+
+WEIGHTINGS: dict[str, Callable[..., Weighting]] = {
+  'uniform': uniform,
+  'snr': snr,
+  'truncated_snr': truncated_snr,
+  'snr_plus_one': snr_plus_one,
+  'min_snr': min_snr,
+  'soft_min_snr': soft_min_snr,
+  'p2': p2,
+  'edm': edm,
+  'sigmoid': sigmoid,
+  'debiased': debiased,
+}
+
+
+def weighting(name: str, **options) -> Weighting:
+  """The weighting of that name; options are its constructor's, such as gamma=5.
+
+  Raises:
+    UserError: for a name that is not in the table.
+  """
+  if name not in WEIGHTINGS:
+    raise UserError(f'weighting {name!r} is unknown; choose one of {", ".join(WEIGHTINGS)}.')
+  return WEIGHTINGS[name](**options)
+
+
+def weight(
+  weighting: Weighting, parameterization: Parameterization, alpha: jax.Array, sigma: jax.Array
+) -> PerExample:
+  """Weight [b] on a prediction's squared error that is `weighting` on x_0's.
+
+  Finite at alpha = 0 and sigma = 0: both factors see a log-SNR within +-20
+  (`denoiser.MAX_LOG_SNR`), whose end values stand for the limits.
+
+  Args:
+    alpha, sigma: [b].
+  """
+  alpha, sigma = clamp_log_snr(alpha, sigma)
+  return weighting((alpha / sigma) ** 2) * parameterization.gain(alpha, sigma) ** 2
+
+
+def total(values: jax.Array) -> PerExample:
+  """Sum over all but the first axis."""
+  return values.reshape(len(values), -1).sum(1)
+
+
+def sliced_score_matching(
+  score: Callable[[jax.Array], jax.Array], x: jax.Array, directions: jax.Array,
+  reduce_variance: bool = True,
+) -> PerExample:
+  """v^T (d score / d x) v + 1/2 (v^T score)^2 [b] (Song et al. 2019, eq. 8).
+
+  Needs no noise levels and no score of q(x | x_0): x [b ...] are draws of the distribution whose
+  score is wanted. Equals denoising score matching up to a constant.
+
+  Args:
+    score: x [b ...] -> [b ...], each example by itself.
+    directions: v [b ...] with E[v v^T] = 1, such as standard normals or random signs.
+    reduce_variance: uses 1/2 |score|^2, the expectation of the second term over v (eq. 9).
+  """
+  # v^T J, not J v: networks have layers whose derivatives are written for this direction alone.
+  value, pull = jax.vjp(score, x)
+  slope, = pull(directions)
+  if reduce_variance:
+    return total(directions * slope) + total(value**2) / 2
+  return total(directions * slope) + total(directions * value) ** 2 / 2
+
+
+Error = Callable[[jax.Array, jax.Array], PerExample]
+"""(output [b ...], wanted [b ...]) -> [b]."""
+
+
+def add_noise(x0: Latents, eps: Latents, alpha: jax.Array, sigma: jax.Array) -> Latents:
+  """x_t = alpha_t x_0 + sigma_t eps (Ho et al. 2020, eq. 4)."""
+  return expand(alpha, x0) * x0 + expand(sigma, x0) * eps
+
+
+def offset_noise(key: jax.Array, shape: tuple[int, ...], strength: float) -> Latents:
+  """Unit Gaussian noise [b h w c] plus `strength` times one Gaussian per image and channel.
+
+  The offset teaches the network to move the mean of an image (Guttenberg 2023).
+  """
+  pixel_key, offset_key = jax.random.split(key)
+  noise = jax.random.normal(pixel_key, shape)
+  if strength:
+    offset = (shape[0], *(1,) * (len(shape) - 2), shape[-1])
+    noise += strength * jax.random.normal(offset_key, offset)
+  return noise
+
+
+def perturb_input(key: jax.Array, eps: Latents, strength: float) -> Latents:
+  """eps + strength xi: the noise that makes x_t, while eps stays the target (Ning et al. 2023).
+
+  Imitates, in training, the errors that sampling feeds back; the paper's strength is 0.1.
+  """
+  return eps + strength * jax.random.normal(key, eps.shape, eps.dtype) if strength else eps
+
+
+def per_example(values: jax.Array) -> PerExample:
+  """Mean over all but the first axis."""
+  return values.mean(axis=tuple(range(1, values.ndim)))
+
+
+def _difference(output: jax.Array, wanted: jax.Array) -> jax.Array:
+  """output - wanted, in float32 at least."""
+  dtype = jnp.promote_types(jnp.result_type(output, wanted), jnp.float32)
+  return output.astype(dtype) - wanted.astype(dtype)
+
+
+def squared_error(output: jax.Array, wanted: jax.Array) -> PerExample:
+  """Mean over all but the first axis, in float32 at least."""
+  return per_example(_difference(output, wanted) ** 2)
+
+
+def pseudo_huber(output: jax.Array, wanted: jax.Array, delta: jax.Array) -> PerExample:
+  """2 delta (sqrt(e^2 + delta^2) - delta): e^2 for small e, 2 delta |e| for large (Charbonnier).
+
+  delta is [] or [b], positive. The squared error is the limit of a large delta.
+  """
+  error = _difference(output, wanted)
+  delta = expand(delta, error)
+  return per_example(2 * delta * error**2 / (jnp.sqrt(error**2 + delta**2) + delta))
+
+
+def huber_delta(t: jax.Array, last: float = 0.1) -> jax.Array:
+  """delta(t) = last^t: 1 at t = 0 falling to `last` at t = 1 (Khrapov et al. 2024, section 4.2).
+
+  Outliers count less where there is much noise, details keep their squared error.
+  """
+  return last**t
+
+
+def weighted_loss(
+  parameterization: Parameterization, output: jax.Array, x0: Latents, eps: Latents,
+  alpha: jax.Array, sigma: jax.Array, weighting: Weighting | None = None, *,
+  error: Error = squared_error,
+) -> PerExample:
+  """weight x error of a network's output, [b].
+
+  Without a weighting this is the simple loss (Ho et al. 2020, eq. 14), and with 'flow_prediction'
+  flow matching on straight paths (Lipman et al. 2023, eq. 23; Liu et al. 2023, eq. 1).
+
+  Args:
+    output: what the network gave for x = alpha x_0 + sigma eps; alpha and sigma are [b].
+    weighting: a weight on x_0's error, carried over to this prediction's.
+  """
+  loss = error(output, parameterization.target(x0, eps, alpha, sigma))
+  if weighting is None:
+    return loss
+  return weight(weighting, parameterization, alpha, sigma) * loss
