@@ -11,11 +11,9 @@ from ml_collections import ConfigDict
 
 from diffusion_jax.checkpoint.saving import of_storage, reason
 from diffusion_jax.data.cache import ChooseText, cached_source, synthetic_cache
-from diffusion_jax.data.credits import CREDITS
 from diffusion_jax.data.loader import Loader, Source
-from diffusion_jax.data.sources.arrays import SyntheticImages, open_points
-from diffusion_jax.data.sources.folder import FOLDER, Together, open_folder, open_labelled
-from diffusion_jax.data.sources.tfds import open_source
+from diffusion_jax.data.sources import open_data, without_effect
+from diffusion_jax.data.sources.folder import FOLDER, Together, open_labelled
 from diffusion_jax.data.splits import APART, fingerprint, measured_on
 from diffusion_jax.data.transforms import Label, build_transforms
 from diffusion_jax.data.unreadable import Counted, Damage, readable
@@ -79,29 +77,14 @@ def _say_unreadable(sentence: str) -> None:
 
 def _sources(config: TrainingConfig, synthetic: bool) -> tuple[Source, Source]:
   data = config.data
-  if synthetic and config.task != 'toy':  # Points are random numbers anyway.
-    images = SyntheticImages(data.size, max(config.loop.batch_size, SYNTHETIC_RECORDS))
-    return images, images
-  if config.task == 'toy':
+  if config.task == 'toy':  # Points are random numbers anyway.
     if data.transforms:
       raise UserError('data.transforms have no effect on points; empty them.')
-    return tuple(open_points(data.dataset, split, data.size) for split in ('train', 'test'))
-  if data.dataset.startswith(FOLDER) and config.task == 'classifier':
-    for name in ('caption', 'caption_column'):
-      if getattr(data, name):
-        raise UserError(f'data.{name} has no effect on a classifier; empty it.')
+    return open_data(data)
+  if data.dataset.startswith(FOLDER) and config.task == 'classifier' and not synthetic:
+    without_effect(data, 'a classifier', 'caption', 'caption_column')
     return open_labelled(data.dataset, data.size, data.test_fraction)
-  if data.dataset.startswith(FOLDER):
-    return open_folder(
-      data.dataset, data.size, data.caption, data.test_fraction, data.caption_column
-    )
-  train, test = (
-    open_source(
-      data.dataset, split, size=data.size, data_dir=data.data_dir or None, prepare=data.prepare
-    )
-    for split in ('train', 'test')
-  )
-  return train, test
+  return open_data(data, max(config.loop.batch_size, SYNTHETIC_RECORDS) if synthetic else 0)
 
 
 def pictures_in(
@@ -357,7 +340,7 @@ def build(config: ConfigDict | dict, workdir: str, synthetic: bool = False) -> T
     config=resolved(checked), task=task, loop=checked.loop, safety=checked.safety,
     optimizer=optimizer,
     learning_rates=learning_rates(checked.optimizer, steps), loader=loader, mesh=mesh,
-    directory=directory, start=start, data_credit=CREDITS.get(checked.data.dataset, ''),
+    directory=directory, start=start, data_credit=getattr(train, 'credit', ''),
     measured=measured_on(test), told=told_of(checked, *known),
     trained_on=known[0] and dataclasses.replace(known[0], begun=begun_with(checked)),
     damage=damage,

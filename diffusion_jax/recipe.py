@@ -12,7 +12,6 @@ from ml_collections import ConfigDict, config_flags
 
 from diffusion_jax import configs
 from diffusion_jax.config import typed
-from diffusion_jax.data.sources.folder import FOLDER
 from diffusion_jax.data.splits import TEST_FRACTION, check_fraction
 from diffusion_jax.data.unreadable import MOST_UNREADABLE
 from diffusion_jax.errors import UserError
@@ -35,8 +34,8 @@ DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """dataset: a name that `prepare` knows, of `POINT_SETS`, or 'folder:PATH' of pictures, for a
-  classifier in folders by class; size: edge
+  """dataset: of the table SOURCES, such as openmoji, or 'folder:PATH' of pictures, for a classifier
+  in folders by class; size: edge
   of the images in pixels, or points in a record; prepare: make it if missing; caption: of every
   picture of a folder that has none of its own, or several, one a line; test_fraction: share of the
   pictures of a folder without folders train and test that is left to the test split, 0 to train on
@@ -68,14 +67,6 @@ class DataConfig:
       raise UserError(
         f'data.most_unreadable is {self.most_unreadable}; give a share of the records, 0 to 1.'
       )
-    if self.test_fraction != TEST_FRACTION and not self.dataset.startswith(FOLDER):
-      raise UserError(
-        f'data.test_fraction has no effect on {self.dataset}, which has a test split; set it to '
-        f'{TEST_FRACTION}.'
-      )
-    for name in ('caption', 'caption_column'):
-      if getattr(self, name) and not self.dataset.startswith(FOLDER):
-        raise UserError(f'data.{name} has no effect on {self.dataset}; empty it.')
 
 
 @dataclasses.dataclass(frozen=True)

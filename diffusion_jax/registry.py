@@ -58,7 +58,13 @@ SPACES: Table = {}
 CONDITIONERS: Table = {}
 """What a denoiser may be conditioned on."""
 
-SOURCES: Table = {}
+SOURCES: Table = {
+  'openmoji': 'diffusion_jax.data.sources.tfds:prepared',
+  'folder': 'diffusion_jax.data.sources.folder:captioned',
+  'moons': 'diffusion_jax.data.sources.arrays:points',
+  'rings': 'diffusion_jax.data.sources.arrays:points',
+  'mixture': 'diffusion_jax.data.sources.arrays:points',
+}
 """Functions of a `DataConfig` that return the sources (train, test). In `data.dataset` a name may
 be followed by a colon and what the function makes of the rest, such as 'folder:PATH'."""
 

@@ -4,22 +4,11 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_jax.data.transforms import (
-  TRANSFORMS,
-  Edges,
-  Label,
-  RandomFlip,
-  Tokenize,
-  apply,
-  build_transforms,
-)
+from diffusion_jax.data.transforms import check_transforms
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import read_config
 from diffusion_jax.pipelines.directory import read_pipeline
 from diffusion_jax.recipe import LATENT, TrainingConfig
-
-_TEXTS = (Label, Tokenize)
-"""Transforms that leave pictures as they are, and need to know more than a config says."""
 
 
 def check_sizes(config: TrainingConfig) -> None:
@@ -31,7 +20,7 @@ def check_sizes(config: TrainingConfig) -> None:
     return
   _CHECKS[config.task](config.settings, config.data.size)
   if not (config.task in LATENT and config.settings.cache):
-    _check_transforms(config.data.transforms, config.data.size)
+    check_transforms(config.data.transforms, config.data.size)
 
 
 def _same(key: str, value: int, size: int) -> None:
@@ -85,34 +74,3 @@ _CHECKS = {
   'autoencoder': _autoencoder, 'classifier': _classifier, 'clip': _clip, 'diffusion': _diffusion,
   'finetune': _finetune,
 }
-
-
-def _check_transforms(specs: Any, size: int) -> None:
-  """Applies them to a blank picture, as they will be to those of the data."""
-  made = build_transforms(specs, size=size, tokenizer=None, classes=())
-  record = {'image': np.zeros((size, size, 3), np.uint8), 'captions': ['a'], 'id': 'none'}
-  rng, last, drawn = np.random.default_rng(0), '', False
-  for transform in made:
-    if isinstance(transform, _TEXTS):
-      continue
-    before = record['image'].shape
-    record = apply([transform], record, rng)
-    name = _name(transform)
-    moved = record['image'].shape != before
-    last = name if moved else last
-    if drawn and (moved or isinstance(transform, RandomFlip) or hasattr(transform, 'size')):
-      raise UserError(
-        f'data.transforms have edges before {name}, which would move the picture away from them; '
-        'put edges after it.'
-      )
-    drawn = drawn or isinstance(transform, Edges)
-  height, width = record['image'].shape[:2]
-  if (height, width) != (size, size):
-    raise UserError(
-      f'data.size is {size}, but data.transforms make pictures of {height} x {width} pixels '
-      f'({last}); leave out its size, which is then data.size, or set both alike.'
-    )
-
-
-def _name(transform: Any) -> str:
-  return next(name for name, kind in TRANSFORMS.items() if isinstance(transform, kind))

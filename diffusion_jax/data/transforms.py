@@ -1,9 +1,9 @@
-"""What happens to a record between its source and its batch.
+"""Transforms of a record between its source and its batch; the table TRANSFORMS names them.
 
-Each transform is a small frozen dataclass. Deterministic ones are called as f(record), random ones
-(`random` is True) as f(record, rng). None changes the record it is given; each returns a new one.
-Images are uint8 [h, w, c] in [0, 255] until `normalize`. What moves an image moves the other
-PICTURES of its record alike.
+Each is a small frozen dataclass. Deterministic ones are called as f(record), random ones (`random`
+is True) as f(record, rng). None changes the record it is given; each returns a new one. Images are
+uint8 [h, w, c] in [0, 255] until `normalize`. What moves an image moves the other PICTURES of its
+record alike.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import numpy as np
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.pixels import resize, to_float
+from diffusion_jax.registry import TRANSFORMS, load
 
 _SIDED = re.compile(r'\b(?:left|right|leftwards|rightwards|clockwise|counterclockwise)\b', re.I)
 
@@ -220,22 +221,6 @@ class Edges:
     return record | {'control': edges(_image(record))}
 
 
-TRANSFORMS: dict[str, type] = {
-  'resize': Resize,
-  'center_crop': CenterCrop,
-  'random_crop': RandomCrop,
-  'random_resized_crop': RandomResizedCrop,
-  'random_flip': RandomFlip,
-  'choose_caption': ChooseCaption,
-  'first_caption': FirstCaption,
-  'tokenize': Tokenize,
-  'edges': Edges,
-  'label': Label,
-  'normalize': Normalize,
-}
-"""Every transform by the name that configs use."""
-
-
 def build_transforms(specs: Iterable[Any], **context: Any) -> list[Callable]:
   """Makes transforms from their description.
 
@@ -257,6 +242,41 @@ def apply(transforms: Iterable[Callable], record: dict, rng: np.random.Generator
   return record
 
 
+def check_transforms(specs: Any, size: int) -> None:
+  """Apply transforms to a blank image, as they will be to those of the data.
+
+  UserError unless they keep images of `size` x `size`, and edges where they are drawn.
+  """
+  made = build_transforms(specs, size=size, tokenizer=None, classes=())
+  record = {'image': np.zeros((size, size, 3), np.uint8), 'captions': ['a'], 'id': 'none'}
+  rng, last, drawn = np.random.default_rng(0), '', False
+  for transform in made:
+    if isinstance(transform, (Label, Tokenize)):
+      continue
+    before = record['image'].shape
+    record = apply([transform], record, rng)
+    name = _name_of(transform)
+    moved = record['image'].shape != before
+    last = name if moved else last
+    if drawn and (moved or isinstance(transform, RandomFlip) or hasattr(transform, 'size')):
+      raise UserError(
+        f'data.transforms have edges before {name}, which would move the picture away from them; '
+        'put edges after it.'
+      )
+    drawn = drawn or isinstance(transform, Edges)
+  height, width = record['image'].shape[:2]
+  if (height, width) != (size, size):
+    raise UserError(
+      f'data.size is {size}, but data.transforms make pictures of {height} x {width} pixels '
+      f'({last}); leave out its size, which is then data.size, or set both alike.'
+    )
+
+
+def _name_of(transform: Any) -> str:
+  kind = type(transform)
+  return next((name for name in TRANSFORMS if load(TRANSFORMS, name) is kind), kind.__name__)
+
+
 def _parse(spec: Any) -> tuple[str, dict[str, Any]]:
   if isinstance(spec, str):
     return spec, {}
@@ -270,9 +290,8 @@ def _parse(spec: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _build(name: str, arguments: dict[str, Any], context: Mapping[str, Any]) -> Callable:
-  if name not in TRANSFORMS:
-    raise UserError(f'Unknown transform {name!r}: use one of {", ".join(TRANSFORMS)}.')
-  fields = {field.name: field for field in dataclasses.fields(TRANSFORMS[name])}
+  kind = load(TRANSFORMS, name, 'a name in data.transforms')
+  fields = {field.name: field for field in dataclasses.fields(kind)}
   for argument in arguments:
     if argument not in fields:
       known = ', '.join(fields) or 'none'
@@ -281,7 +300,7 @@ def _build(name: str, arguments: dict[str, Any], context: Mapping[str, Any]) -> 
   for key, field in fields.items():
     if key not in given and field.default is dataclasses.MISSING:
       raise UserError(f'The transform {name} needs the argument {key!r}: add it to its entry.')
-  return TRANSFORMS[name](**given)
+  return kind(**given)
 
 
 def _image(record: Mapping[str, Any]) -> np.ndarray:

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.data.transforms import TRANSFORMS, apply, build_transforms, edges
+from diffusion_jax.data.transforms import apply, build_transforms, edges
 from diffusion_jax.errors import UserError
+from diffusion_jax.registry import TRANSFORMS, load
 
 IMAGE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
 
@@ -123,7 +124,7 @@ def test_tokenize_drops_texts():
 @pytest.mark.parametrize(
   ('spec', 'message'),
   [
-    ('blur', "Unknown transform 'blur': use one of resize"),
+    ('blur', "a name in data.transforms is 'blur'; choose one of resize"),
     (('resize', {'size': 3, 'edge': 1}), "resize has no argument 'edge': it takes size"),
     ('resize', "resize needs the argument 'size'"),
     ({'size': 3}, 'has no name'),
@@ -170,7 +171,8 @@ def test_crop_larger_than_image():
 
 
 def test_every_transform_is_frozen_and_says_whether_it_is_random():
-  for name, made in TRANSFORMS.items():
+  for name in TRANSFORMS:
+    made = load(TRANSFORMS, name)
     assert made.random == (name.startswith('random') or name == 'choose_caption')
     assert made.__dataclass_params__.frozen
 

@@ -1,0 +1,41 @@
+"""Sources of records, opened by the name in `data.dataset`: 'KIND' or 'KIND:REST'.
+
+A source has `len()` and records by number, each a dictionary with 'image', uint8 [h w 3], and what
+else transforms and the task ask for: 'captions', a list of texts, 'label', 'id'. It raises
+`Unreadable` for a damaged record. All else is optional: `fingerprint()`, hashes that change with
+the data; `labels`, of all records; `measured` (`data.splits.Measured`), `notes` and `credit`,
+sentences for people; `turns`, how many kinds of records there are in turn.
+"""
+
+import dataclasses
+from typing import Any
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.registry import SOURCES, load
+
+
+def open_data(config: Any, synthetic: int = 0) -> tuple[Any, Any]:
+  """Return (train, test) that a `DataConfig` names, or so many random images in their place.
+
+  Raises:
+    UserError: no row of SOURCES has the name, or the data are not there or cannot be read.
+  """
+  if synthetic:
+    from diffusion_jax.data.sources.arrays import SyntheticImages
+
+    images = SyntheticImages(config.size, synthetic)
+    return images, images
+  return load(SOURCES, config.dataset.partition(':')[0], 'data.dataset')(config)
+
+
+def without_effect(config: Any, what: str, *names: str) -> None:
+  """Raise UserError where keys of a `DataConfig` that do nothing for `what` have been set."""
+  for field in dataclasses.fields(config):
+    if field.name in names and getattr(config, field.name) != field.default:
+      raise UserError(
+        f'data.{field.name} has no effect on {what}; leave it at {field.default!r}.'
+      )
+
+
+OF_FOLDERS = ('caption', 'caption_column', 'test_fraction')
+"""Keys of a `DataConfig` that concern folders alone."""

@@ -5,6 +5,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
+from diffusion_jax.data.sources import OF_FOLDERS, without_effect
 from diffusion_jax.errors import Unreadable, UserError
 
 SPLITS = {'train': (0, 32_768), 'test': (1, 2_048)}
@@ -72,6 +73,13 @@ def mixture(rng: np.random.Generator, count: int) -> np.ndarray:
 POINT_SETS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
   'moons': moons, 'rings': rings, 'mixture': mixture,
 }
+
+
+def points(config: Any) -> tuple[ArraySource, ArraySource]:
+  """Return (train, test) of the points that a `DataConfig` names."""
+  without_effect(config, 'points', *OF_FOLDERS)
+  train, test = (open_points(config.dataset, split, config.size) for split in SPLITS)
+  return train, test
 
 
 def open_points(name: str, split: str, size: int) -> ArraySource:

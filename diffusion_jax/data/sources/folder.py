@@ -15,7 +15,7 @@ their content.
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -41,6 +41,13 @@ from diffusion_jax.data.splits import (
 from diffusion_jax.errors import UserError
 
 FOLDER = 'folder:'
+
+
+def captioned(config: Any) -> tuple['FolderSource', 'FolderSource']:
+  """Return (train, test) of the folder that a `DataConfig` names."""
+  return open_folder(
+    config.dataset, config.size, config.caption, config.test_fraction, config.caption_column
+  )
 
 
 def open_folder(
@@ -173,6 +180,7 @@ class Together:
 
   def __init__(self, subject: Sequence, other: Sequence, weight: float):
     self.sources, self.weights = (subject, other), (2.0, 2.0 * weight)
+    self.credit = getattr(subject, 'credit', '')
 
   def __len__(self) -> int:
     return 2 * max(map(len, self.sources))

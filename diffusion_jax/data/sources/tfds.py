@@ -20,6 +20,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from diffusion_jax.data.images import read_pixels
+from diffusion_jax.data.sources import OF_FOLDERS, without_effect
 from diffusion_jax.data.splits import IMAGES, RECORDS, of_images, of_texts, spread
 from diffusion_jax.errors import Unreadable, UserError
 from diffusion_jax.files import bounded_bytes, first_line, read_object, reading
@@ -215,7 +216,7 @@ def make_builder(dataset: str, size: int, data_dir: str | None = None) -> Any:
   if dataset not in DATASETS:
     known = ', '.join(sorted(DATASETS))
     raise UserError(f'Unknown data set {dataset!r}: use one of {known}.')
-  make, sizes = DATASETS[dataset]
+  make, sizes, _ = DATASETS[dataset]
   if size not in sizes:
     raise UserError(f'{dataset} has no size {size!r}: use one of {", ".join(map(str, sizes))}.')
   root = str(Path(data_dir or default_data_dir()).expanduser())
@@ -237,8 +238,12 @@ def _openmoji(size: int, data_dir: str) -> Any:
   return Openmoji(config=str(size), data_dir=data_dir, file_format='array_record')
 
 
-DATASETS = {'openmoji': (_openmoji, (32, 64, 128))}
-"""By name: how to make the builder from (size, data_dir), and the sizes there are."""
+OPENMOJI = (
+  'Images: OpenMoji, the open-source emoji and icon project, https://openmoji.org, licence '
+  'CC BY-SA 4.0. Captions: names from the `emoji` package and from OpenMoji.'
+)
+DATASETS = {'openmoji': (_openmoji, (32, 64, 128), OPENMOJI)}
+"""By name: how to make the builder from (size, data_dir), the sizes there are, whom to thank."""
 
 
 def _generate(builder: Any) -> None:
@@ -256,6 +261,19 @@ def _generate(builder: Any) -> None:
         f'Cannot write the data set to {builder.data_dir} ({first_line(error)}): '
         f'choose another folder with --data_dir or ${_ENVIRONMENT}.'
       ) from error
+
+
+def prepared(config: Any) -> tuple['ImageSource', 'ImageSource']:
+  """Return (train, test) of the data set that a `DataConfig` names."""
+  without_effect(config, config.dataset, *OF_FOLDERS)
+  train, test = (
+    open_source(
+      config.dataset, split, size=config.size, data_dir=config.data_dir or None,
+      prepare=config.prepare,
+    )
+    for split in ('train', 'test')
+  )
+  return train, test
 
 
 def open_source(
@@ -290,16 +308,16 @@ def open_source(
     check_shards(builder.data_dir, builder.info.splits[split])
     # Pillow decodes: TFDS would ask for OpenCV, and damaged images must be named.
     decoders = {'image': tfds.decode.SkipDecoding()}
-    return ImageSource(builder.as_data_source(split=split, decoders=decoders), name)
+    records = builder.as_data_source(split=split, decoders=decoders)
+    return ImageSource(records, name, DATASETS[dataset][-1])
 
 
 class ImageSource:
   """Records of a TFDS data source as `types.Record`. Pickles, so worker processes can read it."""
 
-  def __init__(self, records: Sequence[Mapping[str, Any]], name: str):
-    self._records = records
-    self._name = name
-    self._length = len(records)
+  def __init__(self, records: Sequence[Mapping[str, Any]], name: str, credit: str = ''):
+    self._records, self._name, self._length = records, name, len(records)
+    self.credit = credit
 
   def __len__(self) -> int:
     return self._length
