@@ -96,18 +96,19 @@ class TrainedRun:
       )
     return total
 
-  def seal(self, step: int, ema_halflife_images: float | None = None) -> str:
+  def fingerprint(self, step: int, ema_halflife_images: float | None = None) -> str:
     """Changes with the checkpoints that `params` reads, also where their steps are the same."""
     own = self.config.loop.ema_halflife_images
     used = [step] if ema_halflife_images in (None, own, 0) else sorted({
       snapshot.step for snapshot in self.averages(step, ema_halflife_images)[0]
     })
     # One may be deleted just now: all fail alike, or go by what the first process has seen.
-    seals = in_step('sealing', lambda: ''.join(map(self._checkpoints.seal, used)), (UserError,))
-    return agree('seal', f'{zlib.crc32(seals.encode()):08x}')[0]
+    read = lambda: ''.join(map(self._checkpoints.fingerprint, used))
+    prints = in_step('reading fingerprints', read, (UserError,))
+    return agree('fingerprint', f'{zlib.crc32(prints.encode()):08x}')[0]
 
   @property
-  def settings_seal(self) -> str:
+  def settings_fingerprint(self) -> str:
     """Changes with the networks that the run is of and with the data that it learns from."""
     config = self.directory.read_json('config.json')
     used = [config['settings'], config['data']['dataset'], config['data']['size']]

@@ -17,15 +17,9 @@ from typing import Any
 
 import jax
 
-from diffusion_jax.checkpoint.keeping import SCORES, Keep, Scores, best_step, comparable, kept
-from diffusion_jax.checkpoint.record import (
-  MANIFEST,
-  QUARANTINE,
-  Damaged,
-  quarantine,
-  quarantined,
-  seal,
-)
+from diffusion_jax.checkpoint import record
+from diffusion_jax.checkpoint.keeping import SCORES, Keep, Scores, kept
+from diffusion_jax.checkpoint.record import Damaged
 from diffusion_jax.checkpoint.restoring import read_step
 from diffusion_jax.checkpoint.saving import NotSaved, Saving, reason, remove_leftovers
 from diffusion_jax.errors import UserError
@@ -42,7 +36,7 @@ RETRY_SECONDS = 60.0
 
 
 def to_stderr(text: str) -> None:
-  """One line for people."""
+  """Print one line for people."""
   with contextlib.suppress(OSError, ValueError):
     print(text, file=sys.stderr, flush=True)
 
@@ -52,7 +46,7 @@ class Checkpoints:
 
   Whatever saves or restores must be called by all processes together.
 
-  trouble: why the last save failed, a sentence for people; '' once one has succeeded again.
+  error: why the last save failed, a sentence for people; '' once one has succeeded again.
   """
 
   def __init__(
@@ -63,14 +57,14 @@ class Checkpoints:
     deletions that were cut off are removed at once. `say` is called by process 0 alone."""
     self.directory = Path(directory).absolute()
     self.keep, self.read_only, self.retry_seconds = keep, read_only, retry_seconds
-    self.trouble = ''
+    self.error = ''
     self._say = say if jax.process_index() == 0 else lambda text: None
     self._failed_at: float | None = None
     self._step = -1
     if not read_only:
       self._tidy_up()
     self._scores = Scores(self.directory, self._say)
-    self._saving = Saving(self.directory)
+    self._saving = Saving(self.directory, self._say)
 
   def _tidy_up(self) -> None:
     if os.path.lexists(self.directory) and not self.directory.is_dir():
@@ -81,61 +75,36 @@ class Checkpoints:
     with contextlib.suppress(OSError):  # What cannot be read or removed shows when it is needed.
       set_aside_damaged(self.directory / SCORES, self._say)
       for path in self.directory.glob(f'*{DELETING}'):
-        remove(path)
-      self._tell_of_strangers()
+        _remove(path)
 
   def steps(self) -> list[int]:
-    """The steps on disk, damaged ones too, in ascending order."""
-    return sorted(int(name) for name in self._folders() if STEP.fullmatch(name))
-
-  def _folders(self) -> list[str]:
+    """Return the steps on disk, damaged ones too, in ascending order."""
     if not self.directory.is_dir():
       return []
-    return [entry.name for entry in os.scandir(self.directory) if entry.is_dir()]
-
-  def _tell_of_strangers(self) -> None:
-    """Names folders that look like a step to a person; they are left alone."""
-    strange = sorted(
-      name for name in self._folders()
-      if not STEP.fullmatch(name) and name.strip(' +-_.').isnumeric()
-    )
-    if strange:
-      more = f' and {len(strange) - 3} more' if len(strange) > 3 else ''
-      self._say(
-        f'{self.directory} holds {", ".join(map(ascii, strange[:3]))}{more}, which no step is '
-        'written as; it is left alone.'
-      )
+    names = [entry.name for entry in os.scandir(self.directory) if entry.is_dir()]
+    return sorted(int(name) for name in names if STEP.fullmatch(name))
 
   def latest(self) -> int | None:
-    """The newest step that looks whole (nothing is read), None when there is none."""
+    """Return the newest step that looks intact (nothing is read), None when there is none."""
     try:
-      whole = (s for s in reversed(self.steps()) if (self.directory / str(s) / MANIFEST).is_file())
-      return next(whole, None)
+      return next((
+        step for step in reversed(self.steps())
+        if (self.directory / str(step) / record.MANIFEST).is_file()
+      ), None)
     except OSError:  # Only said; what is wrong with the storage shows elsewhere.
       return None
 
-  def seal(self, step: int) -> str:
-    """Changes with the content of a checkpoint; '' where there is none."""
-    return seal(self.directory / str(step))
-
-  def best(self) -> int | None:
-    """The step on disk with the best value of `keep.best`; None when no step has one.
-
-    Of as many samples as the newest value is.
-    """
-    if not self.keep.best:
-      return None
-    scores = self._scores.of(self.keep.best)
-    steps = comparable(self.steps(), scores, self._scores.of('samples'))
-    return best_step(steps, scores, self.keep)
+  def fingerprint(self, step: int) -> str:
+    """Return what changes with the content of a checkpoint; '' where there is none."""
+    return record.fingerprint(self.directory / str(step))
 
   def save(
     self, step: int, state: dict[str, Any], data: Any, scores: dict[str, float] | None = None
   ) -> bool:
-    """Starts to save; returns before the files are written unless a save is still under way.
+    """Start to save; return before the files are written unless a save is still under way.
 
-    Trouble with the storage never raises: it is said and kept in `trouble`, here or at the next
-    call of `save`, `poll` or `wait`.
+    Errors of storage never raise: they are said and kept in `error`, here or at the next call of
+    `save`, `poll` or `wait`.
 
     Args:
       state: pytrees of arrays under the names in `ITEMS`; empty ones are left out. They may be
@@ -149,9 +118,8 @@ class Checkpoints:
     self._collect()
     if scores is not None:
       self._scores.add(step, scores)
-    parts = {name: state[name] for name in ITEMS if _has_leaves(state[name])}
     try:
-      if not self._saving.start(step, parts, data, self._prune, self._say):
+      if not self._saving.start(step, _present(state), data, self._prune):
         self._succeeded()
     except (NotSaved, TimeoutError) as error:
       self._failed(step, error)
@@ -160,16 +128,16 @@ class Checkpoints:
     return True
 
   def poll(self) -> None:
-    """Notices what became of a save in the background; costs nothing and waits for nothing."""
+    """Notice what became of a save in the background; costs nothing and waits for nothing."""
     if self._saving.done:
       self._collect()
 
   def wait(self) -> bool:
-    """Blocks until every save is on disk or has failed; whether the last one succeeded."""
+    """Block until every save is on disk or has failed; return whether the last one succeeded."""
     self._collect()
     if jax.process_index() == 0 and not self.read_only:
       self._prune()  # Scores may have come since the save began.
-    return not self.trouble
+    return not self.error
 
   def should_retry(self) -> bool:
     """Whether the last save failed at least `retry_seconds` ago and none has begun since.
@@ -190,17 +158,17 @@ class Checkpoints:
       self._failed(self._step, error)
 
   def _succeeded(self) -> None:
-    if self.trouble:
+    if self.error:
       self._say('checkpoints can be saved again.')
-    self.trouble, self._failed_at = '', None
+    self.error, self._failed_at = '', None
 
   def _failed(self, step: int, error: Exception) -> None:
-    self.trouble = f'step {step} could not be saved ({error}); the run goes on and tries again.'
+    self.error = f'step {step} could not be saved ({error}); the run goes on and tries again.'
     self._failed_at = time.monotonic()
-    self._say(self.trouble)
+    self._say(self.error)
 
   def scores(self, step: int, values: dict[str, float]) -> None:
-    """Notes values of evaluation metrics at a step that is saved, which may change what is kept."""
+    """Note values of evaluation metrics at a saved step, which may change what is kept."""
     self._scores.add(step, values)
     if self.keep.best and self.keep.best not in values:
       self._say(
@@ -211,7 +179,7 @@ class Checkpoints:
       self._prune()
 
   def _prune(self) -> None:
-    """Deletes what the rule does not keep; process 0 alone."""
+    """Delete what the rule does not keep; process 0 alone."""
     try:
       steps = self.steps()
     except OSError as error:
@@ -222,13 +190,12 @@ class Checkpoints:
     for step in sorted(set(steps) - stay):
       folder = self.directory / str(step)
       try:  # Renamed first, so that what is half deleted never passes for a checkpoint.
-        away = folder.rename(folder.with_name(folder.name + DELETING))
-        remove(away)
+        _remove(folder.rename(folder.with_name(folder.name + DELETING)))
       except OSError as error:
         self._say(f'the old checkpoint {folder} cannot be deleted ({reason(error)}).')
 
   def restore_latest(self, abstract: dict[str, Any]) -> tuple[int, dict, Any] | None:
-    """(step, state, data) of the newest checkpoint that is whole, onto `abstract`'s shardings.
+    """Return (step, state, data) of the newest intact checkpoint, onto `abstract`'s shardings.
 
     Damaged ones are moved to `directory`/quarantine, and `say` names them. The mesh and the number
     of processes may differ from those that saved.
@@ -237,32 +204,29 @@ class Checkpoints:
       None when there never was a checkpoint.
 
     Raises:
-      UserError: all are damaged, or the newest whole one is of another model.
+      UserError: all are damaged, or the newest intact one is of another model.
     """
-    wanted = {name: abstract[name] for name in ITEMS if _has_leaves(abstract[name])}
-    found = self._newest(wanted, everything=True)
+    found = self._newest(_present(abstract), everything=True)
     if found is None:
       return None
     step, trees, data = found
     return step, {name: trees.get(name, abstract[name]) for name in ITEMS}, data
 
   def restore(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """(state, data) of a step, onto the shardings of `abstract`; nothing is moved.
+    """Return (state, data) of a step, onto the shardings of `abstract`; nothing is moved.
 
-    Raises:
-      UserError: the checkpoint is damaged, or of another model.
+    UserError where the checkpoint is damaged, or of another model.
     """
-    wanted = {name: abstract[name] for name in ITEMS if _has_leaves(abstract[name])}
-    trees, data = self._read(step, wanted, everything=True)
+    trees, data = self._read(step, _present(abstract), everything=True)
     return {name: trees.get(name, abstract[name]) for name in ITEMS}, data
 
   def restore_params(
     self, step: int | None, abstract: dict[str, Any], ema: bool
   ) -> dict[str, Any]:
-    """Only the parameters of a step, averaged ones where `ema` says that there are some.
+    """Return the parameters alone of a step, averaged ones with `ema`.
 
     Args:
-      step: None for the newest whose parameters are whole; `say` names the ones passed over.
+      step: None for the newest whose parameters are intact; `say` names the ones passed over.
 
     Raises:
       UserError: there is no checkpoint, it is damaged, or of another model.
@@ -296,15 +260,17 @@ class Checkpoints:
       self._pass_over(step, problem)
     if not steps and not moved:
       return None
-    where = self.directory if steps and self.read_only else self.directory / QUARANTINE
+    where = self.directory if steps and self.read_only else self.directory / record.QUARANTINE
     raise UserError(
       f'all checkpoints are damaged ({problem or "they were found so before"}); they are in '
       f'{where}: put a copy in their place, or delete that folder to begin anew.'
     )
 
   def _listed(self) -> str:
+    """Return the steps, and whether any were moved to the quarantine, as JSON."""
     try:
-      return json.dumps([self.steps(), quarantined(self.directory)])
+      moved = self.directory / record.QUARANTINE
+      return json.dumps([self.steps(), moved.is_dir() and bool(os.listdir(moved))])
     except OSError as error:
       raise UserError(
         f'{self.directory} cannot be read ({reason(error)}); make it readable and start again.'
@@ -318,7 +284,7 @@ class Checkpoints:
 
     def move() -> str:
       try:
-        return str(quarantine(self.directory, step)) if jax.process_index() == 0 else ''
+        return str(record.quarantine(self.directory, step)) if jax.process_index() == 0 else ''
       except OSError as error:
         raise UserError(
           f'the checkpoint {folder} is damaged ({problem}) and cannot be moved ({reason(error)}); '
@@ -329,18 +295,19 @@ class Checkpoints:
     self._say(f'the checkpoint {folder} is damaged ({problem}); it was moved to {target}.')
 
   def close(self) -> None:
-    """Waits, then frees threads."""
+    """Wait, then free threads."""
     self._collect()
     self._saving.close()
 
 
-def remove(folder: Path) -> None:
-  """Removes a folder, or a link to one, with what can be removed of it."""
+def _remove(folder: Path) -> None:
+  """Remove a folder, or a link to one."""
   if folder.is_symlink():
     folder.unlink()
   else:
     shutil.rmtree(folder)
 
 
-def _has_leaves(tree: Any) -> bool:
-  return bool(jax.tree.leaves(tree))
+def _present(state: dict[str, Any]) -> dict[str, Any]:
+  """Return the items that have any leaves."""
+  return {name: state[name] for name in ITEMS if jax.tree.leaves(state[name])}

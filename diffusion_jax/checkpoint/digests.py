@@ -1,8 +1,7 @@
-"""Digests of arrays that live on devices, to notice storage that changed.
+"""Digests of arrays on devices, by which damaged array data are noticed: Orbax returns them as they
+are.
 
-Orbax gives back damaged array data without a word, so each checkpoint carries one digest a leaf. A
-digest is a sum over all words, so each process adds up the parts that it holds, and no program
-waits for another device.
+A digest is a sum over all words, so that each process adds up what it holds and waits for no other.
 """
 
 import functools
@@ -20,17 +19,17 @@ WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
 def _words(x: jax.Array) -> jax.Array:
-  """Bits of x, of 32 at most each; arrays of 8-byte numbers get another axis [... 2]."""
+  """Return the bits of x as words of at most 32 bits; 8-byte numbers get another axis [... 2]."""
   if x.dtype == jnp.bool_:
     x = x.astype(jnp.uint8)
   return jax.lax.bitcast_convert_type(x, WORDS[x.dtype.itemsize])
 
 
 def _places(part: tuple[int, ...], start: tuple, shape: tuple[int, ...]) -> jax.Array:
-  """Places in a whole array of `shape` of the words of the part that begins at `start`.
+  """Return the places, in an array of `shape`, of the words of the part that begins at `start`.
 
-  Axes that are whole in the part are merged with those before them, as far as can be: an index that
-  has to be taken apart again costs more than all else.
+  Axes that the part holds in full are merged with those before them: taking an index apart again
+  costs more than all else.
   """
   axes = [(1, 0, 1)]
   for size, first, whole in zip(part, start, shape, strict=True):
@@ -47,11 +46,10 @@ def _places(part: tuple[int, ...], start: tuple, shape: tuple[int, ...]) -> jax.
 
 
 def _digest(x: jax.Array, start: tuple, shape: tuple[int, ...]) -> jax.Array:
-  """The share [2] uint32 of the part x, which begins at `start` in an array of `shape`.
+  """Return the summand [2] uint32 of the part x, which begins at `start` in an array of `shape`.
 
-  Two sums of all words, each times an odd number that depends on its place in the whole array.
-  Modulo 2^32 an odd factor never hides a change of one word. Two different factors make it unlikely
-  that several changes cancel.
+  Two sums of all words, each times an odd number that depends on its place in the array. Modulo
+  2^32 an odd factor never hides a change of one word; with two, several changes hardly cancel.
   """
   words = _words(x)
   more = words.shape[x.ndim :]
@@ -72,7 +70,7 @@ _digest_part = jax.jit(_digest, static_argnums=2)
 
 @functools.lru_cache(maxsize=1024)
 def _digest_parts(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> Callable:
-  """One program for the parts on all devices of a mesh: -> [devices 2], a row on each device."""
+  """Compile one program for the parts on all devices of a mesh: -> [devices 2], a row on each."""
 
   def part(x: jax.Array) -> jax.Array:
     names = (*spec, *(None,) * (x.ndim - len(spec)))
@@ -89,7 +87,7 @@ def _digest_parts(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> Ca
 
 
 def _dispatch(x: jax.Array) -> list[jax.Array]:
-  """Shares of the parts of x that this process answers for; each part has one first replica."""
+  """Start the summands of the parts of x whose first replica is here."""
   if not isinstance(x, jax.Array):
     x = jnp.asarray(x)
   own = [shard for shard in x.addressable_shards if shard.replica_id == 0]
@@ -104,13 +102,10 @@ def _dispatch(x: jax.Array) -> list[jax.Array]:
 
 
 def local_digests(tree: Any) -> Callable[[], dict[str, list[int]]]:
-  """Starts to add up this process's shares of the digests of a pytree of arrays.
-
-  Nothing waits for the devices before the returned function is called, from any thread; the arrays
-  may be donated at once.
+  """Start the sums over what this process holds of a pytree; the arrays may be donated at once.
 
   Returns:
-    A function that gives {path of a leaf: its two sums here, modulo 2^32}.
+    A function, to be called from any thread, that waits for {path of a leaf: its two sums here}.
   """
   started = {
     jax.tree_util.keystr(path): _dispatch(leaf)
@@ -128,16 +123,15 @@ def local_digests(tree: Any) -> Callable[[], dict[str, list[int]]]:
   return fetch
 
 
-def add_up(shares: list[dict[str, list[int]]]) -> dict[str, list[int]]:
-  """The digests of whole arrays from the shares of all processes."""
+def add_up(parts: list[dict[str, list[int]]]) -> dict[str, list[int]]:
+  """Return the digests of whole arrays from the sums of all processes."""
   return {
-    path: [sum(share[path][i] for share in shares) % 2**32 for i in range(2)]
-    for path in shares[0]
+    path: [sum(part[path][i] for part in parts) % 2**32 for i in range(2)] for path in parts[0]
   }
 
 
 def digests(tree: Any) -> dict[str, list[int]]:
-  """{path of a leaf: its digest} of whole arrays; all processes must call it together."""
+  """Return {path of a leaf: its digest}; all processes must call it together."""
   local = local_digests(tree)()
   total = sum_over_processes(np.asarray(list(local.values()), np.uint32).reshape(-1, 2))
   return dict(zip(local, total.tolist(), strict=True))

@@ -1,7 +1,4 @@
-"""Which checkpoints stay on disk.
-
-Evaluation scores of checkpoints, in one small file beside them.
-"""
+"""Which checkpoints stay on disk, and the evaluation scores that this depends on."""
 
 import dataclasses
 import json
@@ -16,6 +13,7 @@ import jax
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import atomic_write, read_object, reading
 
+SCORES = 'scores.json'
 BEST_IS = ('lowest', 'highest')
 
 
@@ -23,8 +21,8 @@ BEST_IS = ('lowest', 'highest')
 class Keep:
   """The newest `last`, every step that is a multiple of every_steps, and the best one.
 
-  every_steps: 0 for none. best: a figure of the evaluation, '' for none. best_is: whether the
-  lowest or the highest value of that figure is best.
+  every_steps: 0 for none. best: a metric of the evaluation, '' for none. best_is: whether its
+  lowest or its highest value is best.
   """
 
   last: int = 2
@@ -45,50 +43,34 @@ class Keep:
       )
 
 
-def best_step(steps: Iterable[int], scores: Mapping[int, float], keep: Keep) -> int | None:
-  """The step of the best finite score, the newest of equal ones; None when no step has one."""
-  sign = 1 if keep.best_is == 'highest' else -1
-  return max(
-    _scored(steps, scores), key=lambda step: (sign * scores[step], step), default=None
-  )
-
-
-def comparable(
-  steps: Iterable[int], scores: Mapping[int, float], samples: Mapping[int, float]
-) -> list[int]:
-  """The steps with a finite score of as many samples as the newest of them."""
-  scored = _scored(steps, scores)
-  return [step for step in scored if samples.get(step) == samples.get(max(scored))]
-
-
-def _scored(steps: Iterable[int], scores: Mapping[int, float]) -> list[int]:
-  return [step for step in steps if math.isfinite(scores.get(step, math.nan))]
-
-
 def kept(
   steps: Iterable[int], scores: Mapping[int, float], keep: Keep,
   samples: Mapping[int, float] | None = None,
 ) -> set[int]:
-  """The steps that stay.
+  """Return the steps that stay.
+
+  Orbax's policies know no numbers of samples, and run only within its manager.
 
   Args:
     steps: those on disk.
-    scores: step -> value of the figure `keep.best`; steps may be missing.
-    samples: step -> number of samples that it was computed of. Figures of other numbers cannot be
+    scores: step -> value of the metric `keep.best`; steps may be missing.
+    samples: step -> number of samples that it was computed of. Metrics of other numbers cannot be
       compared (FID falls as they grow), so the best of each number stays.
   """
-  steps = sorted(steps)
+  steps, samples = sorted(steps), samples or {}
   stay = set(steps[-keep.last :])
   if keep.every_steps:
     stay |= {step for step in steps if step % keep.every_steps == 0}
   if keep.best:
-    of = {step: (samples or {}).get(step) for step in steps}
-    bests = (best_step([s for s in steps if of[s] == n], scores, keep) for n in set(of.values()))
-    stay |= {best for best in bests if best is not None}
+    sign = 1 if keep.best_is == 'highest' else -1
+    best: dict[float | None, int] = {}
+    for step in steps:  # The newest of equal ones.
+      if math.isfinite(score := scores.get(step, math.nan)):
+        rival = best.get(samples.get(step))
+        if rival is None or sign * score >= sign * scores[rival]:
+          best[samples.get(step)] = step
+    stay |= set(best.values())
   return stay
-
-
-SCORES = 'scores.json'
 
 
 class Scores:
@@ -111,12 +93,12 @@ class Scores:
       return {}
 
   def of(self, metric: str) -> dict[int, float]:
-    """Step -> value of a metric, of the steps that have one."""
+    """Return {step: value} of a metric, of the steps that have one."""
     with self._lock:
       return {step: v[metric] for step, v in self._values.items() if metric in v}
 
   def add(self, step: int, values: dict[str, float]) -> None:
-    """Notes values at a step; trouble with the storage is only said."""
+    """Note values at a step; errors of storage are only said."""
     with self._lock:
       known = self._values.setdefault(step, {})
       known |= {name: float(value) for name, value in values.items()}

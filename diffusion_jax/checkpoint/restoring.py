@@ -14,18 +14,19 @@ from etils import epath
 
 from diffusion_jax.checkpoint import record
 from diffusion_jax.checkpoint.digests import digests
-from diffusion_jax.checkpoint.record import Damaged, check_manifest
+from diffusion_jax.checkpoint.record import Damaged
 from diffusion_jax.errors import UserError
+from diffusion_jax.files import first_line
 from diffusion_jax.parallel.processes import in_step
 
-# Neither says that the files are bad.
 NOT_DAMAGE = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED')
+"""Words of storage that do not say that the files are bad."""
 
 
 def read_step(
   folder: Path, wanted: dict[str, Any], everything: bool
 ) -> tuple[dict[str, Any], Any]:
-  """The wanted items of a checkpoint, onto the shardings of `wanted`, and the loader's position.
+  """Read the wanted items, onto the shardings of `wanted`, and the loader's position.
 
   All processes must call it together.
 
@@ -35,7 +36,7 @@ def read_step(
 
   Raises:
     Damaged: what is stored is not what was saved.
-    UserError: the checkpoint is whole but of another model, or cannot be read for a reason that
+    UserError: the checkpoint is intact but of another model, or cannot be read for a reason that
       says nothing about the files.
   """
   kinds = (Damaged, UserError)
@@ -51,21 +52,10 @@ def read_step(
   return trees, data
 
 
-def read_step_alone(folder: Path) -> None:
-  """Makes sure, without reading an array, that a folder holds a checkpoint of its step.
-
-  Raises:
-    Damaged: what is stored is not what was saved there.
-    OSError: it cannot be read for another reason.
-  """
-  check_manifest(folder, (record.RECORD,))
-  record.read_record(folder)
-
-
 def _open(folder: Path, wanted: dict[str, Any], everything: bool) -> tuple[dict[str, dict], Any]:
   try:
     if jax.process_index() == 0:  # The same files for all, so one looks.
-      check_manifest(folder, (record.RECORD, *wanted))
+      record.check_manifest(folder, (record.RECORD, *wanted))
     arrays, saved_digests, data = record.read_record(folder)
   except OSError as error:
     if error.errno == errno.EIO:
@@ -87,17 +77,13 @@ def _read_arrays(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
   except Exception as error:  # Orbax and its storage raise many kinds, some of them bare.
     if isinstance(error, MemoryError) or any(word in str(error) for word in NOT_DAMAGE):
       raise _unreadable(folder, error) from error
-    raise Damaged(sentence(error)) from error
+    raise Damaged(first_line(error)) from error
   finally:
     handler.close()
 
 
 def _unreadable(folder: Path, error: Exception) -> UserError:
   return UserError(
-    f'the checkpoint {folder} cannot be read ({sentence(error)}); make it readable and start again.'
+    f'the checkpoint {folder} cannot be read ({first_line(error)}); make it readable and start '
+    'again.'
   )
-
-
-def sentence(error: BaseException) -> str:
-  """The first line of an error, short."""
-  return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

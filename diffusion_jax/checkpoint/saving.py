@@ -1,7 +1,7 @@
 """Writes one checkpoint at a time in the background, all of it or nothing.
 
-The files are written to STEP.orbax-checkpoint-tmp and renamed to STEP at the end. Orbax's handlers
-write the arrays. Its Checkpointer does not serve here: where one process fails to write, the others
+The files go to STEP.orbax-checkpoint-tmp, which is renamed to STEP at the end. Orbax's handlers
+write the arrays. Its Checkpointer does not serve: where one process fails to write, the others
 would wait at its barriers for many minutes; here the one tells them.
 """
 
@@ -22,8 +22,8 @@ from etils import epath
 
 from diffusion_jax.checkpoint import record
 from diffusion_jax.checkpoint.digests import local_digests
-from diffusion_jax.checkpoint.record import Damaged, quarantine, write_manifest
-from diffusion_jax.checkpoint.restoring import read_step_alone, sentence
+from diffusion_jax.checkpoint.record import Damaged
+from diffusion_jax.files import first_line
 from diffusion_jax.parallel.processes import agree
 
 TEMPORARY = '.orbax-checkpoint-tmp'
@@ -47,8 +47,9 @@ class NotSaved(Exception):
 class Saving:
   """Saves into `directory`, one step after the other."""
 
-  def __init__(self, directory: Path):
-    self.directory = directory
+  def __init__(self, directory: Path, say: Callable[[str], None]):
+    """`say` is told of what was in the way of a step and has been moved."""
+    self.directory, self._say = directory, say
     self._name = f'saving_{next(_numbers)}'  # The same in all processes, as paths need not be.
     # One thread: it starts the next save only when the one before is on disk or has failed.
     self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
@@ -57,34 +58,28 @@ class Saving:
 
   @property
   def busy(self) -> bool:
-    """Whether a save is under way or its outcome not yet collected."""
+    """A save is under way, or its outcome not yet collected."""
     return self._running is not None
 
   @property
   def done(self) -> bool:
-    """Whether there is an outcome to collect; asks nothing but a flag in memory."""
+    """There is an outcome to collect; asks nothing but a flag in memory."""
     return self._running is not None and self._running.done()
 
   def collect(self) -> None:
-    """Waits for the save under way, if any.
-
-    Raises:
-      NotSaved: it failed, here or in another process.
-    """
+    """Wait for the save under way, if any. NotSaved where it failed, here or elsewhere."""
     running, self._running = self._running, None
     if running is not None:
       running.result()
 
   def start(
-    self, step: int, parts: dict[str, Any], data: Any, then: Callable[[], None],
-    say: Callable[[str], None],
+    self, step: int, parts: dict[str, Any], data: Any, then: Callable[[], None]
   ) -> bool:
-    """Copies the arrays to the host and starts to write; no save may be under way.
+    """Copy the arrays to the host and start to write; no save may be under way.
 
     Args:
       parts: item -> pytree of arrays.
       then: is called by process 0 in the background once the step is on disk.
-      say: is told of what was in the way and has been moved.
 
     Returns:
       False where the step is on disk already.
@@ -93,8 +88,8 @@ class Saving:
       NotSaved: there is no room, or no folder can be made; on all processes alike.
     """
     folder = self.directory / f'{step}{TEMPORARY}'
-    shares = {item: local_digests(tree) for item, tree in parts.items()}
-    if self._prepare(step, folder, parts, say):
+    digests = {item: local_digests(tree) for item, tree in parts.items()}
+    if self._prepare(step, folder, parts):
       return False
     arrays = {item: record.describe(tree) for item, tree in parts.items()}
     problem, writes = '', []
@@ -103,20 +98,34 @@ class Saving:
     except Exception as error:  # Of many kinds, and the peers must hear of all.
       problem = reason(error)
 
+    def write() -> None:
+      record.write_digests(folder, {item: fetch() for item, fetch in digests.items()})
+      if jax.process_index() == 0:
+        record.write_record(folder, step, arrays, data)
+
+    def commit() -> None:
+      for item in parts:
+        self._handlers[item].finalize(epath.Path(folder / item))
+      record.write_manifest(folder)
+      os.rename(folder, self.directory / str(step))
+
     def finish() -> None:
-      self._write(folder, step, writes, shares, arrays, data, problem)
-      self._commit(folder, self.directory / str(step), list(parts))
+      # All of them, for the folder may only go when nobody writes into it.
+      problems = [problem, *(_tried(one.result) for one in writes)]
+      begun = next(filter(None, problems), '')
+      self._agree('written', begun or _tried(write), folder)
+      self._agree('committed', _tried(commit) if jax.process_index() == 0 else '', folder)
       if jax.process_index() == 0:
         then()
 
     self._running = self._pool.submit(finish)
     return True
 
-  def _prepare(self, step: int, folder: Path, parts: dict[str, Any], say) -> bool:
-    """Makes the folders where there is room; True where the step is there already."""
+  def _prepare(self, step: int, folder: Path, parts: dict[str, Any]) -> bool:
+    """Make the folders where there is room; True where the step is there already."""
     problem = ''
     try:
-      if jax.process_index() == 0 and self._have(step, say):
+      if jax.process_index() == 0 and self._have(step):
         problem = 'have'
       else:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -128,22 +137,19 @@ class Saving:
             (folder / name).mkdir(parents=True)
     except OSError as error:
       problem = reason(error)
-    answers = agree(f'{self._name}/preparing', problem)
-    if answers[0] == 'have':
-      return True
-    self._stop_where(answers, folder)
-    return False
+    return self._agree('preparing', problem, folder) == 'have'
 
-  def _have(self, step: int, say: Callable[[str], None]) -> bool:
-    """Whether the step is there; what stands in its place and is no such checkpoint is moved."""
+  def _have(self, step: int) -> bool:
+    """Say whether the step is there; what stands in its place and is none is moved."""
     folder = self.directory / str(step)
     if not os.path.lexists(folder):
       return False
     try:
-      read_step_alone(folder)
+      record.check_manifest(folder, (record.RECORD,))
+      record.read_record(folder)
     except Damaged as error:
-      target = quarantine(self.directory, step)
-      say(f'{folder} is no checkpoint of that step ({error}); it was moved to {target}.')
+      target = record.quarantine(self.directory, step)
+      self._say(f'{folder} is no checkpoint of that step ({error}); it was moved to {target}.')
       return False
     return True
 
@@ -155,81 +161,69 @@ class Saving:
       writes += await handler.async_save(epath.Path(folder / item), args=args) or []
     return writes
 
-  def _write(self, folder, step, writes, shares, arrays, data, problem) -> None:
-    for write in writes:  # All of them, for the folder may only go when nobody writes into it.
-      try:
-        write.result()
-      except Exception as error:
-        problem = problem or reason(error)
-    try:
-      if not problem:
-        record.write_shares(folder, {item: fetch() for item, fetch in shares.items()})
-        if jax.process_index() == 0:
-          record.write_record(folder, step, arrays, data)
-    except Exception as error:
-      problem = reason(error)
-    self._stop_where(agree(f'{self._name}/written', problem), folder)
-
-  def _commit(self, folder: Path, target: Path, items: list[str]) -> None:
-    problem = ''
-    if jax.process_index() == 0:
-      try:
-        for item in items:
-          self._handlers[item].finalize(epath.Path(folder / item))
-        write_manifest(folder)
-        os.rename(folder, target)
-      except Exception as error:
-        problem = reason(error)
-    self._stop_where(agree(f'{self._name}/committed', problem), folder)
-
-  def _stop_where(self, problems: list[str], folder: Path) -> None:
-    problem = next((problem for problem in problems if problem), '')
-    if problem:
+  def _agree(self, stage: str, problem: str, folder: Path) -> str:
+    """Return process 0's answer where it is 'have', '' where none has a problem."""
+    problems = agree(f'{self._name}/{stage}', problem)
+    if problems[0] == 'have':
+      return 'have'
+    if problem := next(filter(None, problems), ''):
       if jax.process_index() == 0:
         shutil.rmtree(folder, ignore_errors=True)
       raise NotSaved(problem)
+    return ''
 
   def close(self) -> None:
-    """Frees the thread; a save under way is finished first."""
+    """Free the thread; a save under way is finished first."""
     self._pool.shutdown()
     for handler in self._handlers.values():
       handler.close()
 
 
+def _tried(work: Callable[[], Any]) -> str:
+  """Return why `work` failed, '' where it did not."""
+  try:
+    work()
+  except Exception as error:  # Of Orbax and its storage, of many kinds.
+    return reason(error)
+  return ''
+
+
 def remove_leftovers(directory: Path) -> None:
-  """Removes what saves left that were cut off or failed; none may be under way."""
+  """Remove what saves left that were cut off or failed; none may be under way."""
   for path in directory.glob(f'*{TEMPORARY}*'):
     shutil.rmtree(path, ignore_errors=True)
 
 
 def reason(error: BaseException) -> str:
-  """Why something could not be written, in few words."""
+  """Return why something could not be written, in few words."""
   text = str(error)
   if getattr(error, 'errno', None) == errno.ENOSPC or 'No space left' in text:
     return 'the disk is full'
-  short = sentence(error)
+  short = first_line(error)
   # Libraries quote the system's words behind long paths.
   named = next((word for word in map(os.strerror, PASSING) if word in text), '')
   return short if named in short else f'{named}: {short}'
 
 
 def of_storage(error: BaseException) -> bool:
-  """Whether an error says that something cannot be written, rather than that it is wrong.
+  """Tell an error of writing from a mistake in what is written.
 
   Libraries in other languages have kinds of their own, which quote the number of the system's.
   """
   return isinstance(error, OSError) or bool(re.search(r'os error \d+|No space left', str(error)))
 
 
-def may_pass(trouble: str) -> bool:
-  """Whether what keeps something from being written is of a kind that ends by itself or by making
-  room; `trouble` quotes the reason, which may have come from another process."""
+def may_pass(problem: str) -> bool:
+  """Tell whether what keeps something from being written ends by itself or by making room.
+
+  `problem` quotes the reason, which may have come from another process.
+  """
   words = ('the disk is full', 'did not agree', *map(os.strerror, PASSING))
-  return any(word in trouble for word in words)
+  return any(word in problem for word in words)
 
 
 def _lack_of_room(directory: Path, parts: dict[str, Any]) -> str:
-  """'' where all of the arrays fit, whoever writes them, or else a sentence."""
+  """Return '' where all of the arrays fit, whoever writes them, or else a sentence."""
   leaves = jax.tree.leaves(parts)
   needed = sum(leaf.nbytes for leaf in leaves) * 11 // 10
   needed += MARGIN_BYTES + MARGIN_BYTES_A_LEAF * len(leaves)

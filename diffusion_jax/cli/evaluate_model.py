@@ -197,7 +197,7 @@ class Subject:
       return fresh_weights(self.model, weights(), self.mesh)
 
     # The same at each step of a run, whose frozen parts stay as they are.
-    name = f'{self.name} ({self.run.settings_seal})' if self.run else self.identity()
+    name = f'{self.name} ({self.run.settings_fingerprint})' if self.run else self.identity()
     return self._column(fresh, f'untrained {name}', self.sample, False)
 
   def real(self) -> dict[str, Column]:
@@ -243,7 +243,7 @@ def identity(
     f', averaged over {short(ema_halflife_images)} images'
   )
   # A run that was begun anew has the same names.
-  return f'{name} at step {step}{average} ({run.seal(step, ema_halflife_images)})'
+  return f'{name} at step {step}{average} ({run.fingerprint(step, ema_halflife_images)})'
 
 
 def open_subject(args: argparse.Namespace, out: Path, config: dict | None) -> tuple:

@@ -1,10 +1,7 @@
-"""Where metrics can go: a file of JSON lines, TensorBoard, Weights & Biases.
+"""Metrics of a run on their way to JSON lines, TensorBoard and Weights & Biases.
 
-A back-end is opened and written to from a thread of its own (`metrics_writer`), so it may be slow
-and it may raise. A record that `write` took without an error is as safe as it can be there. The
+None of these can slow or stop training: each is opened and written to from a thread of its own. The
 packages are imported beforehand: Python 3.11 fails now and then where two threads import at once.
-
-Metrics of a run on their way to every back-end, none of which can slow or stop training.
 """
 
 import collections
@@ -17,16 +14,19 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.runs.directory import RunDirectory
 
+_MOST_RECORDS, _MOST_IMAGES = 10_000, 8
+"""Kept in memory for a back-end that is slow or away."""
+
 
 class Record(NamedTuple):
-  """What is written at one step: numbers (`line` holds them as JSON), or a picture.
+  """What is written at one step: numbers (`line` holds them as JSON), or an image.
 
   numbers: name with its kind -> finite number; image: uint8 [h w 3] or None; time: seconds since
   the epoch.
@@ -40,33 +40,28 @@ class Record(NamedTuple):
   image: np.ndarray | None = None
 
 
-class Backend(Protocol):
-  """One place for metrics. Any method may raise; after an error it is closed and opened anew."""
-
-  name: str
-
-  def open(self) -> None: ...
-
-  def write(self, record: Record) -> None: ...
-
-  def close(self) -> None: ...
-
-
 class JsonLines:
   """metrics.jsonl: a line for each record of numbers."""
 
   name = 'metrics.jsonl'
 
   def __init__(self, path: Path):
-    self._path = path
-    self._file = None
+    self._path, self._file = path, None
 
   def open(self) -> None:
-    """Opens to append; a line that a crash or a full disk has torn is cut off."""
+    """Open to append; a line that a crash or a full disk has torn is cut off."""
     self._path.parent.mkdir(parents=True, exist_ok=True)
     if self._path.is_file():
       with self._path.open('rb+') as file:
-        file.truncate(_after_last_line(file))
+        end = file.seek(0, os.SEEK_END)
+        while end:  # From the end on: the file may be long.
+          start = max(0, end - 2**16)
+          file.seek(start)
+          if (found := file.read(end - start).rfind(b'\n')) >= 0:
+            end = start + found + 1
+            break
+          end = start
+        file.truncate(end)
     self._file = self._path.open('ab', buffering=0)
 
   def write(self, record: Record) -> None:
@@ -84,36 +79,6 @@ class JsonLines:
       self._file.close()
 
 
-def _after_last_line(file: BinaryIO) -> int:
-  """The place behind the last line end, found from the end on: the file may be long."""
-  end = file.seek(0, os.SEEK_END)
-  while end:
-    start = max(0, end - 2**16)
-    file.seek(start)
-    found = file.read(end - start).rfind(b'\n')
-    if found >= 0:
-      return start + found + 1
-    end = start
-  return 0
-
-
-@contextlib.contextmanager
-def _without_torch():
-  """Within, PyTorch cannot be imported, unless it has been: tensorboardX would, if it is there.
-
-  It needs only the name of a class, which we do not, for some seconds and 300 MB of every run.
-  """
-  absent = object()
-  before = sys.modules.get('torch', absent)
-  if before is absent:
-    sys.modules['torch'] = None
-  try:
-    yield
-  finally:
-    if before is absent:
-      del sys.modules['torch']
-
-
 class TensorBoard:
   """Event files, without tensorboardX's own thread: it dies at the first error, unheard, and then
   blocks whoever adds the eleventh event."""
@@ -121,17 +86,22 @@ class TensorBoard:
   name = 'tensorboard'
 
   def __init__(self, folder: Path):
-    """Raises ImportError where tensorboardX is missing."""
-    with _without_torch():
+    """Raise ImportError where tensorboardX is missing."""
+    # It would import PyTorch, for the name of a class: seconds and 300 MB of every run.
+    without_torch = 'torch' not in sys.modules
+    if without_torch:
+      sys.modules['torch'] = None
+    try:
       from tensorboardX import record_writer, summary
       from tensorboardX.proto import event_pb2
-
+    finally:
+      if without_torch:
+        del sys.modules['torch']
     self._records, self._summary, self._event = record_writer, summary, event_pb2.Event
-    self._folder = folder
-    self._file = None
+    self._folder, self._file = folder, None
 
   def open(self) -> None:
-    """Begins a file of its own, as TensorBoard stops reading one at a torn event."""
+    """Begin a file of its own, as TensorBoard stops reading one at a torn event."""
     self._folder.mkdir(parents=True, exist_ok=True)
     # TensorBoard reads the files in the order of their names.
     name = f'events.out.tfevents.{time.time():.3f}.{socket.gethostname()}.{os.getpid()}'
@@ -164,28 +134,22 @@ class WeightsAndBiases:
   def __init__(self, run: RunDirectory, project: str, config: dict[str, Any]):
     import wandb
 
-    self._wandb = wandb
+    self._wandb, self._run = wandb, None
     self._directory, self._project, self._config = run, project, config
-    self._run = None
 
   def open(self) -> None:
-    wandb = self._wandb
-    settings = wandb.Settings(silent=True, console='off', init_timeout=60, finish_timeout=60)
-    mode = os.environ.get('WANDB_MODE', 'online')
-    if mode == 'online' and not wandb.login(prompt=False):
+    wandb, file = self._wandb, self._directory.path / 'wandb_run_id'
+    if os.environ.get('WANDB_MODE', 'online') == 'online' and not wandb.login(prompt=False):
       raise RuntimeError('no API key: run `wandb login`, or set WANDB_MODE=offline')
+    if not file.exists():
+      self._directory.write_text(file.name, secrets.token_hex(4) + '\n')
     self._run = wandb.init(
-      project=self._project, id=self._id(), name=self._directory.path.name, resume='allow',
-      dir=str(self._directory.path), config=self._config, settings=settings,
+      project=self._project, id=file.read_text(encoding='utf-8').strip(), resume='allow',
+      name=self._directory.path.name, dir=str(self._directory.path), config=self._config,
+      settings=wandb.Settings(silent=True, console='off', init_timeout=60, finish_timeout=60),
     )
     # Its own counter of steps never goes back; ours does after a restart.
     self._run.define_metric('*', step_metric='step')
-
-  def _id(self) -> str:
-    file = self._directory.path / 'wandb_run_id'
-    if not file.exists():
-      self._directory.write_text(file.name, secrets.token_hex(4) + '\n')
-    return file.read_text(encoding='utf-8').strip()
 
   def write(self, record: Record) -> None:
     values = record.numbers
@@ -205,11 +169,7 @@ class WeightsAndBiases:
 
 
 def check_wandb(project: str) -> None:
-  """Whether wandb can be used, where it is asked for.
-
-  Raises:
-    UserError: it is not installed.
-  """
+  """Raise UserError where wandb is asked for and not installed."""
   if not project:
     return
   try:
@@ -221,16 +181,11 @@ def check_wandb(project: str) -> None:
     ) from error
 
 
-_MOST_RECORDS, _MOST_IMAGES = 10_000, 8
-"""Kept in memory for a back-end that is slow or away."""
-
-
 class MetricsWriter:
   """metrics.jsonl, TensorBoard if tensorboardX is there, and wandb if asked for; on process 0.
 
-  Each has a thread of its own. One that fails is switched off with a line on stderr and tried again
-  later; what it has missed is kept for it, within bounds. `write` never waits and never raises for
-  the sake of a back-end.
+  One that fails is switched off with a line on stderr and tried again later; what it has missed is
+  kept for it, within bounds. `write` never waits and never raises for the sake of a back-end.
 
   Args:
     active: False on all other processes, where nothing is written.
@@ -240,15 +195,10 @@ class MetricsWriter:
   """
 
   def __init__(
-    self,
-    run: RunDirectory,
-    active: bool,
-    *,
-    wandb_project: str = '',
-    config: dict[str, Any] | None = None,
-    retry_seconds: float = 300.0,
+    self, run: RunDirectory, active: bool, *, wandb_project: str = '',
+    config: dict[str, Any] | None = None, retry_seconds: float = 300.0,
   ):
-    backends: list[Backend] = []
+    backends: list[Any] = []
     if active:
       backends.append(JsonLines(run.metrics))
       try:
@@ -260,23 +210,24 @@ class MetricsWriter:
     self._workers = [_Worker(backend, retry_seconds) for backend in backends]
 
   @property
-  def trouble(self) -> list[str]:
+  def errors(self) -> list[str]:
     """A sentence for each back-end that is switched off or has lost something."""
-    return [worker.trouble for worker in self._workers if worker.trouble]
+    return [worker.sentence for worker in self._workers if worker.sentence]
 
   def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-    """One line of numbers (lists and None allowed), and every plain number as an event."""
-    if not self._workers:
-      return
-    line = json.dumps({'kind': kind, 'step': step, **_finite(values)})
+    """Write one line of numbers (lists and None allowed), and every plain number as an event."""
+    # NaN and infinity are no JSON; they become None.
+    clean = lambda v: None if isinstance(v, float) and not np.isfinite(v) else v
+    line = {k: [*map(clean, v)] if isinstance(v, list) else clean(v) for k, v in values.items()}
     numbers = {
       f'{kind}/{name}': value for name, value in values.items()
       if isinstance(value, (int, float)) and np.isfinite(value)
     }
-    self._put(Record(step, time.time(), line, numbers))
+    text = json.dumps({'kind': kind, 'step': step, **line})
+    self._put(Record(step, time.time(), text, numbers))
 
   def image(self, name: str, step: int, image: np.ndarray) -> None:
-    """uint8 [h w 3] as an event."""
+    """Write uint8 [h w 3] as an event."""
     self._put(Record(step, time.time(), name=name, image=image))
 
   def _put(self, record: Record) -> None:
@@ -284,13 +235,13 @@ class MetricsWriter:
       worker.put(record)
 
   def flush(self, timeout: float = 10.0) -> None:
-    """Waits until all is written, save by back-ends that are switched off, or time is up."""
+    """Wait until all is written, save by back-ends that are switched off, or time is up."""
     end = time.monotonic() + timeout
     for worker in self._workers:
       worker.wait(end - time.monotonic())
 
   def close(self, timeout: float = 60.0) -> None:
-    """Tries once more to write what is left, and leaves behind what does not finish in time."""
+    """Try once more to write what is left, and leave behind what does not finish in time."""
     end = time.monotonic() + timeout
     for worker in self._workers:
       worker.finish()
@@ -302,9 +253,9 @@ class MetricsWriter:
 
 
 class _Worker(threading.Thread):
-  """Hands records to one back-end, in order."""
+  """Hands records to one back-end, in order. After an error it is closed and opened anew."""
 
-  def __init__(self, backend: Backend, retry_seconds: float):
+  def __init__(self, backend: Any, retry_seconds: float):
     super().__init__(name=backend.name, daemon=True)
     self._backend, self._retry_seconds = backend, retry_seconds
     self._records: collections.deque[Record] = collections.deque()
@@ -314,57 +265,52 @@ class _Worker(threading.Thread):
     self.start()
 
   @property
-  def trouble(self) -> str:
+  def sentence(self) -> str:
     """What is wrong with the back-end, if anything."""
     lost = f'{self._lost} records lost' if self._lost else ''
     return ': '.join([self.name, *filter(None, (self._error, lost))]) if self._error or lost else ''
 
   def put(self, record: Record) -> None:
-    """Leaves the record to the thread."""
+    """Leave the record to the thread; beyond the bounds the oldest is lost."""
     with self._changed:
       self._records.append(record)
-      self._keep_within_bounds()
+      images = [] if record.image is None else [
+        i for i, record in enumerate(self._records) if record.image is not None
+      ]
+      if len(images) > _MOST_IMAGES or len(self._records) > _MOST_RECORDS:
+        del self._records[images[0] if len(images) > _MOST_IMAGES else 0]
+        self._lost += 1
       self._changed.notify_all()
 
-  def _keep_within_bounds(self) -> None:
-    too_old = None
-    if self._records[-1].image is not None:
-      images = [i for i, record in enumerate(self._records) if record.image is not None]
-      too_old = images[0] if len(images) > _MOST_IMAGES else None
-    if too_old is None and len(self._records) > _MOST_RECORDS:
-      too_old = 0
-    if too_old is not None:
-      del self._records[too_old]
-      self._lost += 1
-
   def wait(self, timeout: float) -> None:
-    """Until nothing is left to write or the back-end is switched off."""
+    """Wait until nothing is left to write or the back-end is switched off."""
     with self._changed:
       self._changed.wait_for(
         lambda: self._error or not (self._records or self._busy), max(timeout, 0.0)
       )
 
   def finish(self) -> None:
-    """Makes the thread end when it has tried to write what is left."""
+    """Make the thread end when it has tried to write what is left."""
     with self._changed:
       self._closing = True
       self._changed.notify_all()
 
   def run(self) -> None:
     while (record := self._next()) is not None:
+      error = ''
       try:
         if not self._open:
           self._backend.open()
           self._open = True
         self._backend.write(record)
-      except (Exception, SystemExit) as error:
-        self._failed(record, error)
-      else:
-        self._done()
+      except (Exception, SystemExit) as raised:
+        error = ' '.join(str(raised).split())[:200] or type(raised).__name__
+        self._close()
+      self._done(record, error)
     self._close()
 
   def _next(self) -> Record | None:
-    """The next record when it is time for it; None at the end."""
+    """Return the next record when it is time for it; None at the end."""
     with self._changed:
       while True:
         wait = self._retry_at - time.monotonic()
@@ -375,23 +321,17 @@ class _Worker(threading.Thread):
           return self._records.popleft()
         self._changed.wait(wait if self._records else None)
 
-  def _failed(self, record: Record, error: BaseException) -> None:
-    self._close()
-    reason = ' '.join(str(error).split())[:200] or type(error).__name__
+  def _done(self, record: Record, error: str) -> None:
     with self._changed:
-      first, self._error, self._busy = not self._error, reason, False
-      self._records.appendleft(record)
-      # One more try at the end, no more.
-      self._retry_at = float('inf') if self._closing else time.monotonic() + self._retry_seconds
+      before, self._error, self._busy = self._error, error, False
+      if error:
+        self._records.appendleft(record)
+        # One more try at the end, no more.
+        self._retry_at = float('inf') if self._closing else time.monotonic() + self._retry_seconds
       self._changed.notify_all()
-    if first:
-      _say(f'{self.name} is switched off ({reason}); trying again in {self._retry_seconds:g} s.')
-
-  def _done(self) -> None:
-    with self._changed:
-      back, self._error, self._busy = bool(self._error), '', False
-      self._changed.notify_all()
-    if back:
+    if error and not before:
+      _say(f'{self.name} is switched off ({error}); trying again in {self._retry_seconds:g} s.')
+    elif before and not error:
       _say(f'{self.name} is back.')
 
   def _close(self) -> None:
@@ -403,9 +343,3 @@ class _Worker(threading.Thread):
 def _say(text: str) -> None:
   with contextlib.suppress(OSError, ValueError):  # stderr may be on the same full disk.
     print(f'metrics: {text}', file=sys.stderr, flush=True)
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-  """NaN and infinity are no JSON; they become None."""
-  clean = lambda v: None if isinstance(v, float) and not np.isfinite(v) else v
-  return {k: [clean(x) for x in v] if isinstance(v, list) else clean(v) for k, v in values.items()}

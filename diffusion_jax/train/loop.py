@@ -146,9 +146,9 @@ class _Session:
       'seconds': round(self.goodput.seconds(), 1), 'goodput': self.goodput.totals(),
     }
     if self.writer is not None:
-      trouble = [self.saver.trouble, *self.writer.trouble, *self.side.trouble]
-      trouble = [text for text in trouble if text]
-      facts |= {'trouble': trouble} if trouble else {}
+      errors = [self.saver.error, *self.writer.errors, *self.side.errors]
+      errors = [text for text in errors if text]
+      facts |= {'trouble': errors} if errors else {}
     if unreadable := self.t.damage.sentences:
       facts['unreadable'] = {'records': len(unreadable), 'first': unreadable[:_NAMED]}
     return facts
@@ -305,10 +305,10 @@ class _Session:
       self.saver.wait()
     number = self.safety.stop.signal or signal.SIGTERM
     bar.close()
-    saved, trouble = self.saver.latest, self.saver.trouble
+    saved, error = self.saver.latest, self.saver.error
     self.safety.tell('interrupted', message=(
       f'stopped by {signal.Signals(number).name}, saved step {saved}'
-      f'{f"; {trouble}" if trouble else ""}'
+      f'{f"; {error}" if error else ""}'
     ))
     self.showing.report(last=True)
     if jax.process_index() == 0:
@@ -338,7 +338,7 @@ class _Session:
       self.safety.tell('unsaved', message=missing, retry=may_pass(missing))
       self._say(f'the run has not finished: {missing}')
     else:
-      self.safety.tell('finished', message='; '.join(self.side.trouble))
+      self.safety.tell('finished', message='; '.join(self.side.errors))
     self.showing.report(last=True)
     if missing:
       return TRY_AGAIN if may_pass(missing) else 1

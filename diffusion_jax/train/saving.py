@@ -38,7 +38,7 @@ class Restored(NamedTuple):
 class Saver:
   """The checkpoints of a run, in the background.
 
-  A checkpoint that cannot be written, such as for want of space, does not end the run: `trouble`
+  A checkpoint that cannot be written, such as for want of space, does not end the run: `error`
   says what is wrong, and `retry_is_due` when to try again.
   """
 
@@ -100,9 +100,9 @@ class Saver:
     self._checkpoints.scores(step, values)
 
   @property
-  def trouble(self) -> str:
+  def error(self) -> str:
     """What keeps checkpoints from being written, '' for nothing."""
-    return self._checkpoints.trouble
+    return self._checkpoints.error
 
   @property
   def latest(self) -> int | None:
@@ -113,7 +113,7 @@ class Saver:
     """Whether a save has failed and it is time to try again; the same on every process."""
     if jax.process_count() == 1:  # Several would not notice at the same step.
       self._checkpoints.poll()
-    if not self._checkpoints.trouble or step % self._ask_every:
+    if not self._checkpoints.error or step % self._ask_every:
       return False
     # Clocks differ, so process 0 decides.
     return agree('retry', str(self._checkpoints.should_retry()))[0] == 'True'
@@ -160,7 +160,7 @@ def rescue(
       saver.rewind(data)
     saver.save(step, state, totals, goodput)
     saver.wait()
-    return _not_saved(saver, saver.trouble) if saver.trouble else f'step {step} was saved before'
+    return _not_saved(saver, saver.error) if saver.error else f'step {step} was saved before'
   except Exception as error:  # Of whatever broke the run; that error matters, not this one.
     return _not_saved(saver, f'{type(error).__name__}: {error}'[:200])
 
@@ -208,9 +208,9 @@ def wait_for_room(
       exported = not problem
       # Process 0 alone exports, and its clock decides for all.
       tries += 1
-      troubles = list(filter(None, (saver.trouble, problem)))
-      over = time.monotonic() > end or (tries >= TRIES and not all(map(may_pass, troubles)))
-      missing, over = json.loads(agree('room', json.dumps([' '.join(troubles), over]), A_DAY)[0])
+      problems = list(filter(None, (saver.error, problem)))
+      over = time.monotonic() > end or (tries >= TRIES and not all(map(may_pass, problems)))
+      missing, over = json.loads(agree('room', json.dumps([' '.join(problems), over]), A_DAY)[0])
     if not missing or over:
       return missing
     say(f'{missing} Waiting for room; the next try is in {pause:g} s, and a signal ends that.')
@@ -219,7 +219,7 @@ def wait_for_room(
       time.sleep(min(1.0, pause))
       safety.watchdog.beat()
       safety.stop.settle()
-    if saver.trouble:
+    if saver.error:
       save()
 
 

@@ -42,7 +42,7 @@ class SideWork:
     self._dropped = 0
 
   @property
-  def trouble(self) -> list[str]:
+  def errors(self) -> list[str]:
     """A sentence for each work whose last try has failed."""
     found = [
       f'{what}: {failure.reason}' + (f' ({failure.times} times)' if failure.times > 1 else '')
@@ -56,7 +56,7 @@ class SideWork:
     """What work() returns, `otherwise` where it fails.
 
     Args:
-      what: names it; trouble ends when work of this name succeeds.
+      what: names it; the error ends when work of this name succeeds.
       keep: try it again later, by `again`.
     """
     try:

@@ -47,7 +47,7 @@ def saved(tmp_path_factory):
   for step in (1, 2, 3):
     assert checkpoints.save(step, _state(step), {'read': step})
   checkpoints.close()
-  assert checkpoints.trouble == '' and checkpoints.steps() == [1, 2, 3]
+  assert checkpoints.error == '' and checkpoints.steps() == [1, 2, 3]
   return directory
 
 
@@ -73,7 +73,7 @@ def opened():
 
 def test_what_is_saved_comes_back(saved, opened):
   checkpoints, said = opened(saved, read_only=True)
-  assert checkpoints.latest() == 3 and checkpoints.best() is None
+  assert checkpoints.latest() == 3
   step, found, data = checkpoints.restore_latest(_abstract(_state(0)))
   assert (step, data) == (3, {'read': 3})
   _assert_state(found, 3)
@@ -267,17 +267,14 @@ def test_scores_decide_what_stays(tmp_path, opened):
   checkpoints, said = opened(tmp_path, keep)
   for step, fid in ((1, 9.0), (2, 3.0), (3, 5.0)):
     assert checkpoints.save(step, _state(step), {}, scores={'fid': fid}) and checkpoints.wait()
-  assert checkpoints.steps() == [2, 3] and checkpoints.best() == 2
+  assert checkpoints.steps() == [2, 3]
   checkpoints.scores(3, {'fid': 1.0})
-  assert checkpoints.steps() == [3] and checkpoints.best() == 3
+  assert checkpoints.steps() == [3]
   assert json.loads((tmp_path / 'scores.json').read_text())['3'] == {'fid': 1.0}
-  again, _ = opened(tmp_path, keep)
-  assert again.best() == 3
+  again, said = opened(tmp_path, keep)
   for step in (4, 5, 6):
     assert again.save(step, _state(step), {}) and again.wait()
   assert again.steps() == [3, 4, 6] and said == []
-  again.scores(6, {'kid': 0.1})
-  assert again.best() == 3
 
 
 def test_a_metric_that_nobody_measures_is_said(tmp_path, opened):
@@ -300,9 +297,9 @@ def test_damaged_scores_are_forgotten(copy, opened, content):
   else:
     file.write_bytes(content)
   checkpoints, said = opened(copy, Keep(best='fid'))
-  assert checkpoints.best() is None and len(said) == 1 and 'scores.json' in said[0]
+  assert len(said) == 1 and 'scores.json' in said[0]
   checkpoints.scores(3, {'fid': 1.0})
-  assert checkpoints.best() == 3 and json.loads(file.read_text()) == {'3': {'fid': 1.0}}
+  assert json.loads(file.read_text()) == {'3': {'fid': 1.0}}
 
 
 NAMES = ('\u0663', '\u0661\u0662', '\uff13', '\u00b2', '\u2167', '007', '+5', '-5', '5.0', ' 5',
@@ -317,8 +314,6 @@ def test_folders_whose_names_only_look_like_steps(copy, opened):
     assert checkpoints.steps() == [1, 2, 3] and checkpoints.latest() == 3
     assert checkpoints.restore_latest(_abstract(_state(0)))[0] == 3
   assert checkpoints.directory == copy and all((copy / name).is_dir() for name in NAMES)
-  first = opened(copy, Keep(last=9))[1]
-  assert len(first) == 1 and "'+5'" in first[0] and 'left alone' in first[0]
 
 
 def _rename(copy):
@@ -412,19 +407,19 @@ def test_a_write_that_fails_in_the_background(copy, opened):
   try:
     assert checkpoints.save(7, large, {})
     end = time.monotonic() + 30
-    while not checkpoints.trouble and time.monotonic() < end:
+    while not checkpoints.error and time.monotonic() < end:
       checkpoints.poll()
       time.sleep(0.01)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-  assert said == [checkpoints.trouble] and 'step 7 could not be saved' in checkpoints.trouble
+  assert said == [checkpoints.error] and 'step 7 could not be saved' in checkpoints.error
   assert not checkpoints.should_retry()
   assert sorted(path.name for path in copy.iterdir()) == ['1', '2', '3']
   time.sleep(0.25)
   assert checkpoints.should_retry()
   large |= {'rest': _state(8)['rest']}
   assert checkpoints.save(8, large, {}) and checkpoints.wait()
-  assert not checkpoints.should_retry() and checkpoints.trouble == ''
+  assert not checkpoints.should_retry() and checkpoints.error == ''
   assert said[1:] == ['checkpoints can be saved again.'] and checkpoints.steps() == [2, 3, 8]
   found = checkpoints.restore(8, _abstract(large))[0]
   jax.tree.map(np.testing.assert_array_equal, found, large)

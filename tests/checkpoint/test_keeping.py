@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from diffusion_jax.checkpoint.keeping import Keep, best_step, comparable, kept
+from diffusion_jax.checkpoint.keeping import Keep, kept
 from diffusion_jax.errors import UserError
 
 STEPS = [10, 20, 30, 40, 50, 60]
@@ -32,9 +32,6 @@ def test_the_best_of_each_number_of_samples_stays():
   scores = {10: 3.0, 20: 4.0, 30: 9.0, 40: 8.0, 50: 10.0}
   assert kept(STEPS, scores, keep, samples) == {10, 40, 60}
   assert kept(STEPS, scores, keep) == {10, 60}
-  assert comparable(STEPS, scores, samples) == [30, 40, 50]
-  assert comparable(STEPS, {**scores, 50: math.nan}, {10: 256, 20: 256}) == [30, 40]
-  assert comparable(STEPS, {}, samples) == []
 
 
 def test_scores_that_say_nothing():
@@ -42,8 +39,7 @@ def test_scores_that_say_nothing():
   assert kept(STEPS, {}, keep) == {60}
   assert kept(STEPS, {10: math.nan, 20: -math.inf, 30: 4.0}, keep) == {30, 60}
   assert kept(STEPS, {5: 0.0, 30: 4.0}, keep) == {30, 60}  # 5 is not on disk.
-  assert best_step(STEPS, {}, keep) is None
-  assert best_step(STEPS, {10: 4.0, 30: 4.0}, keep) == 30
+  assert kept(STEPS, {10: 4.0, 30: 4.0}, keep) == {30, 60}  # The newer of equal ones.
   assert kept([], {}, keep) == set()
 
 

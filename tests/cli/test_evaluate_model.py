@@ -235,19 +235,19 @@ def test_weights_of_one_name_are_told_apart(finished, copy_of, small_data):
   folder = copy_of(finished)
   with tiny.few_devices():
     run = TrainedRun(str(folder))
-  seals = lambda: [run.seal(4), run.seal(4, 0), run.seal(2), run.seal(4, 3.0)]
-  before, settings = seals(), run.settings_seal
+  prints = lambda: [run.fingerprint(*given) for given in ((4,), (4, 0), (2,), (4, 3.0))]
+  before, settings = prints(), run.settings_fingerprint
   assert before[0] == before[1] and len({*before}) == 3
   manifest = folder / 'checkpoints' / '2' / 'manifest.json'
   manifest.write_text('0' + manifest.read_text())
-  assert [a != b for a, b in zip(before, seals(), strict=True)] == [False, False, True, True]
+  assert [a != b for a, b in zip(before, prints(), strict=True)] == [False, False, True, True]
   values = json.loads((folder / 'config.json').read_text())
   values['loop']['total_steps'] += 1
   (folder / 'config.json').write_text(json.dumps(values))
-  assert run.settings_seal == settings
+  assert run.settings_fingerprint == settings
   values['settings']['unet']['block_out_channels'] = [16]
   (folder / 'config.json').write_text(json.dumps(values))
-  assert run.settings_seal != settings
+  assert run.settings_fingerprint != settings
 
 
 @pytest.mark.slow

@@ -73,8 +73,8 @@ def _survives(directory, fill, make_room):
   fill()
   started = checkpoints.save(2, _state(2), 2)
   assert not checkpoints.wait()
-  assert said == [checkpoints.trouble]
-  assert 'step 2 could not be saved (the disk is full' in checkpoints.trouble
+  assert said == [checkpoints.error]
+  assert 'step 2 could not be saved (the disk is full' in checkpoints.error
   assert sorted(path.name for path in directory.iterdir()) == ['1']
   step, found, _ = checkpoints.restore_latest(abstract)
   assert step == 1
@@ -85,7 +85,7 @@ def _survives(directory, fill, make_room):
   assert not checkpoints.should_retry() and len(said) == 2
   make_room()
   assert checkpoints.save(3, _state(3), 3) and checkpoints.wait()
-  assert checkpoints.trouble == '' and said[2:] == ['checkpoints can be saved again.']
+  assert checkpoints.error == '' and said[2:] == ['checkpoints can be saved again.']
   step, found, data = checkpoints.restore_latest(abstract)
   assert (step, data) == (3, 3)
   jax.tree.map(np.testing.assert_array_equal, found, _state(3))
@@ -134,8 +134,8 @@ def test_two_processes_come_to_one_verdict(tmp_path):
   assert first['saved'] == second['saved'] == [True] * 3
   assert first['waited'] and second['waited']
   assert first['failed'] == second['failed']
-  succeeded, trouble, steps = first['failed']
-  assert not succeeded and 'step 4 could not be saved' in trouble and steps == [1, 2, 3]
+  succeeded, error, steps = first['failed']
+  assert not succeeded and 'step 4 could not be saved' in error and steps == [1, 2, 3]
   assert first['again'] == second['again'] == [True, True, [1, 2, 3, 4]]
   assert first['restored'] == second['restored'] == [2, 2]
   assert second['said'] == []  # Process 0 speaks for both.

@@ -52,7 +52,7 @@ def main(address: str, index: int, folder: Path, other: Path) -> dict:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limits[1]))
   checkpoints.save(4, state(4, put), 4)
-  seen['failed'] = checkpoints.wait(), checkpoints.trouble, checkpoints.steps()
+  seen['failed'] = checkpoints.wait(), checkpoints.error, checkpoints.steps()
   if index == 1:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
   seen['again'] = checkpoints.save(4, state(4, put), 4), checkpoints.wait(), checkpoints.steps()

@@ -90,7 +90,7 @@ def test_numbers_and_images_reach_the_file_and_tensorboard(run, writer):
     {'kind': 'train', 'step': 2, 'loss': None},
   ]
   assert _events(run) == [(1, 'train/loss'), (2, 'samples')]
-  assert one.trouble == []
+  assert one.errors == []
 
 
 def test_other_processes_write_nothing(run):
@@ -99,7 +99,7 @@ def test_other_processes_write_nothing(run):
   one.image('samples', 1, IMAGE)
   one.flush()
   one.close()
-  assert not run.path.exists() and one.trouble == []
+  assert not run.path.exists() and one.errors == []
 
 
 def test_a_full_disk_is_reported_and_nothing_is_lost_when_it_has_room_again(run, writer, capsys):
@@ -111,9 +111,9 @@ def test_a_full_disk_is_reported_and_nothing_is_lost_when_it_has_room_again(run,
       one.write('train', step, {'loss': 1.0})
     one.image('samples', 50, IMAGE)
     one.flush()
-    _wait(lambda: len(one.trouble) == 2)
-    assert all('too large' in trouble for trouble in one.trouble), one.trouble
-  _wait(lambda: one.trouble == [])
+    _wait(lambda: len(one.errors) == 2)
+    assert all('too large' in error for error in one.errors), one.errors
+  _wait(lambda: one.errors == [])
   one.flush()
   assert _steps(run) == list(range(50))  # Nor is there half a line.
   assert set(_events(run)) == {(step, 'train/loss') for step in range(50)} | {(50, 'samples')}
@@ -129,9 +129,9 @@ def test_no_space_left(run, writer):
   one = writer()
   one.write('train', 1, {'loss': 1.0})
   one.flush()
-  assert one.trouble == ['metrics.jsonl: [Errno 28] No space left on device']
+  assert one.errors == ['metrics.jsonl: [Errno 28] No space left on device']
   run.metrics.unlink()
-  _wait(lambda: one.trouble == [])
+  _wait(lambda: one.errors == [])
   assert _steps(run) == [1]
 
 
@@ -142,8 +142,8 @@ def test_a_deleted_directory(run, writer):
   shutil.rmtree(run.path)
   one.write('train', 2, {'loss': 1.0})
   one.flush()
-  assert len(one.trouble) == 2
-  _wait(lambda: one.trouble == [])
+  assert len(one.errors) == 2
+  _wait(lambda: one.errors == [])
   assert _steps(run) == [2]
   assert _events(run) == [(2, 'train/loss')]
 
@@ -154,8 +154,8 @@ def test_a_file_where_the_folder_belongs(run, writer):
   one = writer()
   one.write('train', 1, {'loss': 1.0})
   one.flush()
-  trouble, = one.trouble
-  assert trouble.startswith('tensorboard: ') and _steps(run) == [1]
+  error, = one.errors
+  assert error.startswith('tensorboard: ') and _steps(run) == [1]
 
 
 def test_a_blocked_back_end_blocks_nobody(run, writer, capsys):
@@ -169,7 +169,7 @@ def test_a_blocked_back_end_blocks_nobody(run, writer, capsys):
   for step in range(20):
     one.image('samples', step, IMAGE)
   assert time.monotonic() - start < 2
-  assert any(trouble.startswith('metrics.jsonl: ') and 'lost' in trouble for trouble in one.trouble)
+  assert any(error.startswith('metrics.jsonl: ') and 'lost' in error for error in one.errors)
   start = time.monotonic()
   one.flush(0.1)
   one.close(0.3)
@@ -192,7 +192,7 @@ def test_closing_writes_what_is_left_although_a_retry_is_far_off(run):
   one = MetricsWriter(run, True, retry_seconds=1e6)
   one.write('train', 1, {'loss': 1.0})
   one.flush()
-  assert len(one.trouble) == 1
+  assert len(one.errors) == 1
   run.metrics.unlink()
   one.write('train', 2, {'loss': 1.0})
   one.close()
@@ -214,7 +214,7 @@ def test_tensorboard_that_is_not_there(monkeypatch, run, writer, capsys):
   one = writer()
   one.write('train', 1, {'loss': 1.0})
   one.flush()
-  assert _steps(run) == [1] and not run.tensorboard.exists() and one.trouble == []
+  assert _steps(run) == [1] and not run.tensorboard.exists() and one.errors == []
   assert capsys.readouterr().err == (
     'metrics: TensorBoard events are not written; for them, pip install tensorboardX.\n'
   )
@@ -247,7 +247,7 @@ writer = MetricsWriter(run, True, wandb_project='p', config={'a': 1}, retry_seco
 writer.write('train', 1, {'loss': 1.0})
 writer.image('samples', 1, np.zeros((4, 4, 3), np.uint8))
 writer.flush(60)
-print('first', writer.trouble)
+print('first', writer.errors)
 if sys.argv[2] == 'kill':
   children = subprocess.run(['ps', '-o', 'pid=,args=', '--ppid', str(os.getpid())],
                             capture_output=True, text=True).stdout.splitlines()
@@ -257,11 +257,11 @@ if sys.argv[2] == 'kill':
 for step in range(2, 50):
   writer.write('train', step, {'loss': 1.0})
 writer.flush(60)
-print('then', writer.trouble)
+print('then', writer.errors)
 end = time.monotonic() + 20
-while sys.argv[2] == 'kill' and writer.trouble and time.monotonic() < end:
+while sys.argv[2] == 'kill' and writer.errors and time.monotonic() < end:
   time.sleep(0.1)
-print('later', writer.trouble)
+print('later', writer.errors)
 start = time.monotonic()
 writer.close(20)
 print('closed', time.monotonic() - start < 19)
