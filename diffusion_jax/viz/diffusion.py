@@ -37,8 +37,8 @@ def schedule_chart(
     for number, (name, (t, alpha, sigma)) in enumerate(curves.items()):
       line = dict(color=PALETTE[number % len(PALETTE)], linewidth=1.6)
       if scales or not apart:
-        panels[0].plot(t, _finite(alpha), **line)
-      of_sigma.plot(t, _finite(sigma), linestyle='-' if apart else '--', **line)
+        panels[0].plot(t, _with_gaps(alpha), **line)
+      of_sigma.plot(t, _with_gaps(sigma), linestyle='-' if apart else '--', **line)
       of_log_snr.plot(t, _log_snr(alpha, sigma), label=svg.visible(name), **line)
     for axes, label in zip(panels, labels, strict=True):
       svg.plain_axes(axes, 't' if apart or axes is of_log_snr else '', label)
@@ -56,5 +56,5 @@ def _log_snr(alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
   return np.where(np.abs(value) > _MAX_LOG_SNR, np.nan, value)
 
 
-def _finite(values: np.ndarray) -> np.ndarray:
+def _with_gaps(values: np.ndarray) -> np.ndarray:
   return np.where(np.isfinite(values), values, np.nan)
