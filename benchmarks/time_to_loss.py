@@ -18,8 +18,7 @@ from typing import Any
 
 from benchmarks.timing import cpu_cores
 from diffusion_jax.errors import UserError
-from diffusion_jax.viz.metrics_file import read_lines
-from diffusion_jax.viz.rundir import read_run
+from diffusion_jax.viz.run_files import read_lines, read_run
 
 
 def reached(found: Sequence[dict[str, Any]], loss: float, count: int) -> dict[str, float] | None:

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.viz import svg
-from diffusion_jax.viz.svg import INK, PALETTE
+from diffusion_jax.viz import charts
+from diffusion_jax.viz.charts import INK, PALETTE
 
 Density = tuple[Float[np.ndarray, 'h w 2'], Float[np.ndarray, 'h w']]
 """(points of a `lattice`, density there)."""
@@ -45,10 +45,10 @@ def error_chart(
     orders: slopes to draw as faint guides: of order p is an error that falls as calls^-p.
     title: as in `schedule_chart`.
   """
-  with matplotlib.rc_context(svg.STYLE):
-    figure = svg.empty_figure(3.2 + 0.17 * -(-len(errors) // 3))
+  with matplotlib.rc_context(charts.STYLE):
+    figure = charts.empty_figure(3.2 + 0.17 * -(-len(errors) // 3))
     axes = figure.add_subplot()
-    svg.plain_axes(axes, 'network calls', ylabel)
+    charts.plain_axes(axes, 'network calls', ylabel)
     drawn, left_out = [], 0
     for number, (name, points) in enumerate(errors.items()):
       kept = sorted(p for p in points if min(p) > 0 and np.isfinite(p).all())
@@ -56,14 +56,14 @@ def error_chart(
       axes.plot(
         *zip(*kept, strict=True) if kept else ([], []), color=PALETTE[number % len(PALETTE)],
         linestyle=_LINES[number // len(PALETTE) % len(_LINES)], linewidth=1.5, marker='o',
-        markersize=3, label=svg.visible(name),
+        markersize=3, label=charts.visible(name),
       )
     if drawn:
       _log_log(axes, np.array(drawn), orders)
-    svg.notes(axes, len(drawn), left_out)
+    charts.notes(axes, len(drawn), left_out)
     if errors:
-      svg.legend_below(figure, axes)
-    return svg.render(figure, title)
+      charts.legend_below(figure, axes)
+    return charts.render(figure, title)
 
 
 def _log_log(axes: Axes, points: np.ndarray, orders: Sequence[int]) -> None:
@@ -71,8 +71,8 @@ def _log_log(axes: Axes, points: np.ndarray, orders: Sequence[int]) -> None:
   axes.set_xscale('log')
   axes.set_yscale('log')
   (low, bottom), (high, top) = points.min(axis=0), points.max(axis=0)
-  svg.log_axis(axes.xaxis, (1, 2, 5))
-  svg.log_axis(axes.yaxis)
+  charts.log_axis(axes.xaxis, (1, 2, 5))
+  charts.log_axis(axes.yaxis)
   bottom /= 4  # The steepest guide may run below all points.
   for order in orders if high > low else ():
     end = min(high, low * (top / bottom) ** (1 / order)) if top > bottom else high
@@ -102,14 +102,14 @@ def trajectory_chart(
   if paths.shape[1] > _PATHS:
     paths = paths[:, np.linspace(0, paths.shape[1] - 1, _PATHS).round().astype(int)]
   paths = _finite(paths)
-  with matplotlib.rc_context(svg.STYLE):
+  with matplotlib.rc_context(charts.STYLE):
     figure, axes = _plane(density, paths)
     axes.plot(paths[..., 0], paths[..., 1], color=INK, linewidth=0.7, alpha=0.45)
     start, end = paths[0], paths[-1]
     axes.plot(*start.T, 'o', markersize=3, markerfacecolor='none', color=PALETTE[1], label='start')
     axes.plot(*end.T, 'o', markersize=3, color=PALETTE[1], label='end')
     axes.legend(loc='upper right', frameon=False, fontsize=8, handletextpad=0.2)
-    return _smooth(svg.render(figure, title))
+    return _smooth(charts.render(figure, title))
 
 
 def score_chart(
@@ -140,14 +140,14 @@ def score_chart(
   spacing = np.ptp(points.reshape(-1, 2), axis=0).max() / max(len(points) - 1, 1)
   scale = spacing / np.maximum(lengths, max(longest, 1e-30))
   arrows = (vectors * scale[..., None])[finite]
-  with matplotlib.rc_context(svg.STYLE):
+  with matplotlib.rc_context(charts.STYLE):
     figure, axes = _plane(density, points)
     if samples is not None:
       axes.plot(*_planar(samples, 2, 'samples').T, 'o', markersize=1.6, markeredgewidth=0,
                 color=PALETTE[1], alpha=0.7)
     axes.quiver(*points[finite].T, *arrows.T, angles='xy', scale_units='xy', scale=1, pivot='mid',
                 color=INK, alpha=0.75, width=0.0035)
-    return _smooth(svg.render(figure, title))
+    return _smooth(charts.render(figure, title))
 
 
 def _planar(array: np.ndarray, ndim: int, name: str) -> np.ndarray:
@@ -166,7 +166,7 @@ def _finite(values: np.ndarray) -> np.ndarray:
 
 def _plane(density: Density | None, points: np.ndarray) -> tuple[Figure, Axes]:
   """Square axes of equal scales around the density, or else around the finite points."""
-  figure = svg.empty_figure(4.6)
+  figure = charts.empty_figure(4.6)
   axes = figure.add_subplot()
   axes.patch.set_visible(False)
   axes.spines[:].set_alpha(0.3)

@@ -12,7 +12,7 @@ from diffusion_jax.diffusion.noise import ScheduleConfig
 from diffusion_jax.diffusion.processes import tabulate
 from diffusion_jax.diffusion.samplers import SAMPLERS, sampler
 from diffusion_jax.errors import UserError
-from diffusion_jax.viz.diffusion import schedule_chart
+from diffusion_jax.viz.charts import schedule_chart
 
 EXPLODING = ('karras', 'exponential', 'polyexponential')
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.viz import page
-from diffusion_jax.viz.svg import inline, standalone
+from diffusion_jax.viz.charts import inline, standalone
 
 
 class Picture(NamedTuple):

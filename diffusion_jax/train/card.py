@@ -8,7 +8,7 @@ import numpy as np
 from diffusion_jax.runs.trained_on import Pictures
 from diffusion_jax.viz.names import column_title, figure_title, ordered
 from diffusion_jax.viz.page import duration, plain
-from diffusion_jax.viz.rundir import Told
+from diffusion_jax.viz.run_files import Told
 
 
 def model_card(

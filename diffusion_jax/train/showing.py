@@ -23,10 +23,8 @@ from diffusion_jax.train.state import TrainState
 from diffusion_jax.train.tasks.task import Scores
 from diffusion_jax.train.training import Training
 from diffusion_jax.viz.grids import make_grid, save_png
-from diffusion_jax.viz.metrics_file import MetricsFile, read_lines
-from diffusion_jax.viz.report import write_report
-from diffusion_jax.viz.report_grids import ABOUT
-from diffusion_jax.viz.rundir import find_grids
+from diffusion_jax.viz.report import ABOUT, write_report
+from diffusion_jax.viz.run_files import MetricsFile, find_grids, read_lines
 
 REPORT_EVERY = 20
 """Times as long as a report takes to write pass before the next, but for the last."""

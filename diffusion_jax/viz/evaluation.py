@@ -12,8 +12,15 @@ from PIL import Image
 
 from diffusion_jax.files import atomic_write
 from diffusion_jax.viz import page
-from diffusion_jax.viz.curves import PALETTE, line_chart
-from diffusion_jax.viz.svg import empty_figure, inline, legend, plain_axes, render
+from diffusion_jax.viz.charts import (
+  PALETTE,
+  empty_figure,
+  inline,
+  legend,
+  line_chart,
+  plain_axes,
+  render,
+)
 from diffusion_jax.viz.sweep import sweep_charts
 
 MOST_POINTS = 1000

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import matplotlib
 
-from diffusion_jax.viz import svg
-from diffusion_jax.viz.svg import PALETTE
+from diffusion_jax.viz import charts
+from diffusion_jax.viz.charts import PALETTE
 
 MARKERS = 'osD^vP'
 SHORT = 24
@@ -70,7 +70,7 @@ def sweep_charts(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
       known = [p for p in points if p.get(chart.x) is not None and (p[chart.x] or not chart.log_x)]
       if len({p[chart.x] for p in known}) > 1:
         heading = f'{y} against {chart.xlabel}'
-        found.append((heading, svg.inline(_drawn(_lines(known, chart, y), chart, y, heading))))
+        found.append((heading, charts.inline(_drawn(_lines(known, chart, y), chart, y, heading))))
   return found
 
 
@@ -92,22 +92,22 @@ def _lines(points: Sequence[Mapping[str, Any]], chart: Chart, y: str) -> dict[st
 def _drawn(
   lines: Mapping[str, Sequence[Labelled]], chart: Chart, ylabel: str, title: str
 ) -> str:
-  with matplotlib.rc_context(svg.STYLE):
-    figure = svg.empty_figure(3.4)
+  with matplotlib.rc_context(charts.STYLE):
+    figure = charts.empty_figure(3.4)
     axes = figure.add_subplot()
-    svg.plain_axes(axes, chart.xlabel, ylabel)
+    charts.plain_axes(axes, chart.xlabel, ylabel)
     if chart.log_x:
       axes.set_xscale('log')
-      svg.log_axis(axes.xaxis, (1, 2, 5))
+      charts.log_axis(axes.xaxis, (1, 2, 5))
     labelled = sum(map(len, lines.values())) <= MOST_LABELLED
     for number, (name, points) in enumerate(lines.items()):
       colour = PALETTE[number % len(PALETTE)]
       axes.plot(
         [p.x for p in points], [p.y for p in points], color=colour, linewidth=1.4, markersize=4,
-        marker=MARKERS[number // len(PALETTE) % len(MARKERS)], label=svg.visible(name or 'all'),
+        marker=MARKERS[number // len(PALETTE) % len(MARKERS)], label=charts.visible(name or 'all'),
       )
       for p in points if labelled else ():
         axes.annotate(p.text, (p.x, p.y), xytext=(4, 4), textcoords='offset points', fontsize=7)
     if len(lines) > 1:
-      svg.legend_below(figure, axes, columns=1 if max(map(len, lines)) > SHORT else 2)
-    return svg.render(figure, title)
+      charts.legend_below(figure, axes, columns=1 if max(map(len, lines)) > SHORT else 2)
+    return charts.render(figure, title)

@@ -260,7 +260,7 @@ def run_directory():
   from diffusion_jax.errors import UserError
   from diffusion_jax.runs.directory import RunDirectory
   from diffusion_jax.runs.status import stands_still
-  from diffusion_jax.viz.rundir import read_run
+  from diffusion_jax.viz.run_files import read_run
 
   def load(folder):
     directory = RunDirectory(folder)

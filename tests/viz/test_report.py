@@ -15,7 +15,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.viz import report
 from diffusion_jax.viz.grids import make_grid, save_png
 from diffusion_jax.viz.report import write_report
-from diffusion_jax.viz.rundir import read_run
+from diffusion_jax.viz.run_files import read_run
 
 
 def _train(step, **values):

@@ -24,7 +24,7 @@ from diffusion_jax.parallel.processes import heartbeat
 from diffusion_jax.train.tasks.diffusion import NoisingTask, history_of
 from diffusion_jax.train.tasks.task import Frozen, Scores
 from diffusion_jax.types import Params
-from diffusion_jax.viz.points import field_picture, scatter_picture
+from diffusion_jax.viz.charts import field_picture, scatter_picture
 
 PREVIEW_POINTS = 1024
 FIELD_LEVELS = (1.0, 0.4, 0.15)

@@ -8,10 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from diffusion_jax.viz import metrics_file
-from diffusion_jax.viz.metrics_file import MetricsFile, read_lines
+from diffusion_jax.viz import run_files
 from diffusion_jax.viz.report import write_report
-from diffusion_jax.viz.rundir import read_run
+from diffusion_jax.viz.run_files import MetricsFile, read_lines, read_run
 from tests.tiny import ROOT
 
 
@@ -137,7 +136,7 @@ def test_values_that_cannot_be_drawn_do_no_harm(tmp_path):
 
 
 def test_names_are_bounded_and_that_is_said(tmp_path, monkeypatch):
-  monkeypatch.setattr(metrics_file, 'MOST_METRICS', 6)
+  monkeypatch.setattr(run_files, 'MOST_METRICS', 6)
   write(tmp_path / 'metrics.jsonl', [train(i, **{f'm{i}': 1.0, 'k' * 300: 1.0}) for i in range(9)])
   run = read_run(tmp_path)
   assert run.metrics['train'].names == ['m0', 'm1', 'm2']
@@ -153,7 +152,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     for i in range(100):
       file.write(json.dumps(train(90_000 + i, **{'x': [0] * 30_000})) + '\n')
   program = (
-    'import sys, resource, pathlib; from diffusion_jax.viz.metrics_file import MetricsFile\n'
+    'import sys, resource, pathlib; from diffusion_jax.viz.run_files import MetricsFile\n'
     'peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n'
     'before = peak(); file = MetricsFile(pathlib.Path(sys.argv[1])); file.update()\n'
     'print(len(file.kinds["train"].lines), (peak() - before) // 1024)'

@@ -1,0 +1,432 @@
+"""What all charts share: figures without pyplot, their look, and the figure as SVG.
+
+Text, axes and grid are drawn in `currentColor` on a transparent ground, so that one chart is
+legible on light and dark pages; series use the Okabe-Ito palette, which colour-blind readers tell
+apart. No global state, no window system. The same data gives the same bytes, and ids differ between
+charts, so that many can share a page.
+
+Line charts of a run, as inline SVG: metrics over steps, the loss over the diffusion time.
+
+Pictures of points and vector fields in the plane, as arrays for grids of samples.
+
+The chart of a noise schedule, inline SVG in the style of `svg`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import io
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+# Okabe and Ito 2008, the blue lightened for dark pages.
+PALETTE = ('#2A8FD0', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#8C8C8C')
+# Drawn instead of currentColor, which matplotlib does not know, and replaced in the SVG.
+INK = '#010203'
+STYLE = {
+  'svg.hashsalt': 'diffusion_jax',
+  'svg.fonttype': 'none',
+  'font.size': 9,
+  'text.color': INK,
+  'text.parse_math': False,
+  'axes.edgecolor': INK,
+  'axes.labelcolor': INK,
+  'axes.formatter.useoffset': False,
+  'xtick.color': INK,
+  'ytick.color': INK,
+}
+"""For `matplotlib.rc_context`, around all drawing."""
+
+WIDTH = 4.8
+"""Inches: about a phone's width in CSS pixels, so that text is not scaled below its size."""
+
+_HEADING = 24.0
+_MARGIN = 8.0
+_GROUND = """<style>
+.chart { color: #24272d; }
+.chart text { font-family: system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif !important; }
+.ground { fill: #ffffff; }
+@media (prefers-color-scheme: dark) { .chart { color: #e4e5e8; } .ground { fill: #1d2025; } }
+</style>"""
+
+
+def empty_figure(height: float, width: float = WIDTH) -> Figure:
+  """A transparent figure without axes, in inches."""
+  figure = Figure(figsize=(width, height), layout='constrained')
+  FigureCanvasSVG(figure)
+  figure.patch.set_visible(False)
+  return figure
+
+
+def plain_axes(axes: Axes, xlabel: str, ylabel: str) -> None:
+  """The look of the line charts: a line below, a faint grid, no ticks."""
+  axes.patch.set_visible(False)
+  axes.spines[['top', 'right', 'left']].set_visible(False)
+  axes.spines['bottom'].set_alpha(0.4)
+  axes.grid(axis='y', color=INK, alpha=0.14, linewidth=0.7)
+  axes.tick_params(length=0, which='both')
+  axes.set_xlabel(xlabel)
+  axes.set_ylabel(ylabel)
+
+
+def log_axis(axis: Axis, subs: tuple[float, ...] = (1,)) -> None:
+  """Gives an axis that is logarithmic ticks at `subs` times powers of ten, with plain labels."""
+  axis.set_major_locator(LogLocator(subs=subs, numticks=8))
+  axis.set_major_formatter(FuncFormatter(lambda value, _: _plain_number(value)))
+  axis.set_minor_locator(NullLocator())
+
+
+def _plain_number(value: float) -> str:
+  """0.001 as it is, 0.0001 as 10⁻⁴."""
+  digits, _, power = f'{value:.0e}'.partition('e')
+  if abs(int(power)) < 4 or digits != '1':
+    return f'{value:g}'
+  return '10' + str(int(power)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))
+
+
+def visible(name: str) -> str:
+  """The name for a legend, from which a leading underscore would hide it."""
+  return f' {name}' if name.startswith('_') else name
+
+
+def notes(axes: Axes, drawn: int, left_out: int) -> None:
+  """Says in words what the lines cannot show."""
+  if not drawn:
+    axes.set_yticks([])
+    axes.text(0.5, 0.5, 'no values to draw', ha='center', va='center', transform=axes.transAxes)
+  if left_out:
+    text = f'{left_out} value{"s" if left_out > 1 else ""} missing or not finite, left out'
+    axes.annotate(text, (1, 1), xycoords='axes fraction', ha='right', va='bottom', fontsize=8)
+
+
+def legend(axes: Axes) -> None:
+  """Inside the axes, where it hides least."""
+  axes.legend(loc='best', frameon=False, fontsize=8, handlelength=1.4)
+
+
+def legend_below(figure: Figure, axes: Axes, columns: int = 3) -> None:
+  """Below the whole figure: for many lines, or several axes of the same lines."""
+  handles, labels = axes.get_legend_handles_labels()
+  figure.legend(handles, labels, loc='outside lower center', ncols=columns, frameon=False,
+                fontsize=8, handlelength=2.8)
+
+
+def render(figure: Figure, title: str) -> str:
+  """The figure as an <svg> element: scalable, labelled, with ids of its own.
+
+  Args:
+    title: what is shown, read out by screen readers; not drawn.
+  """
+  buffer = io.StringIO()
+  # A date would make every file differ.
+  figure.savefig(buffer, format='svg', metadata={'Date': None})
+  svg = buffer.getvalue()
+  svg = svg[svg.index('<svg') :].strip()
+  svg = re.sub(r'<metadata>.*?</metadata>\s*', '', svg, flags=re.DOTALL)
+  svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1', svg, count=1)
+  svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1', svg, count=1)
+  svg = svg.replace('>*{', '>.chart *{').replace(INK, 'currentColor')
+  own = 'c' + hashlib.sha256(f'{title}\0{svg}'.encode()).hexdigest()[:10]
+  svg = re.sub(r'(\bid="|url\(#|href="#)', rf'\g<1>{own}-', svg)
+  label = html.escape(title, quote=True)
+  return svg.replace('<svg', f'<svg class="chart" role="img" aria-label="{label}"', 1)
+
+
+def inline(svg: str) -> str:
+  """Inside HTML an <svg> needs no namespaces; without them no address is left in the page."""
+  return re.sub(r' xmlns(:xlink)?="[^"]*"', '', svg, count=2)
+
+
+def standalone(svg: str, heading: str) -> str:
+  """A rendered chart as a file of its own: a ground in light or dark, a heading, a size.
+
+  Ground and ink change together, with what the reader's system prefers, so that the picture is
+  legible on any page that shows it.
+  """
+  _, _, width, height = map(float, re.search(r'viewBox="([^"]*)"', svg)[1].split())
+  wide, high = width + 2 * _MARGIN, height + _HEADING + 2 * _MARGIN
+  box = f'{-_MARGIN:g} {-_MARGIN - _HEADING:g} {wide:g} {high:g}'
+  svg = re.sub(r'viewBox="[^"]*"', f'viewBox="{box}" width="{wide:g}pt" height="{high:g}pt"', svg,
+               count=1)
+  place = f'x="{-_MARGIN:g}" y="{-_MARGIN - _HEADING:g}"'
+  ground = (
+    f'{_GROUND}\n<rect class="ground" {place} width="{wide:g}" height="{high:g}" rx="6" '
+    f'fill="#ffffff"/>\n<text x="{width / 2:g}" y="-8" text-anchor="middle" font-size="11" '
+    f'font-weight="600" fill="currentColor">{html.escape(heading)}</text>\n'
+  )
+  end = svg.index('>', svg.index('<svg')) + 1
+  return f'<?xml version="1.0" encoding="utf-8"?>\n{svg[:end]}\n{ground}{svg[end:]}\n'
+
+
+Point = tuple[float, float | None]
+
+_POINTS = 600
+
+
+def line_chart(
+  series: Mapping[str, Sequence[Point]],
+  *,
+  title: str,
+  xlabel: str = 'step',
+  ylabel: str = '',
+  smoothing: float = 0.0,
+  log_y: bool = False,
+  means: Mapping[str, Sequence[Point]] | None = None,
+  left_out: int | None = None,
+) -> str:
+  """Draws one line per series of (step, value) and returns the chart as an SVG string.
+
+  Args:
+    series: points by name; values that are None, NaN, infinite or beyond 1e30 interrupt the line
+      and are counted in a note. None at all is drawn as an empty chart that says so.
+    title: what is shown, read out by screen readers; not drawn.
+    smoothing: weight in [0, 1) of a neighbouring point, as in `smooth`; above 0 the values are
+      drawn faint and their average strong, in series of at least 3 / (1 - smoothing) points.
+    log_y: logarithmic values, unless one is 0 or below or they span less than a factor of 3.
+    means: what is smoothed, where the points are the extremes of stretches of a longer series.
+    left_out: how many values interrupt the line, where the points do not show all of them.
+  """
+  with matplotlib.rc_context(STYLE):
+    figure, axes = _figure(xlabel, ylabel)
+    cleaned = {name: _finite(points) for name, points in series.items()}
+    values = [v for points in cleaned.values() for _, v in points if not math.isnan(v)]
+    for number, (name, points) in enumerate(cleaned.items()):
+      averages = smooth((means or series)[name], smoothing) if smoothing > 0 else []
+      _line(axes, points, name, PALETTE[number % len(PALETTE)], averages, smoothing)
+    if log_y and values and min(values) > 0:
+      _log_scale(axes, values)
+    gaps = sum(map(len, cleaned.values())) - len(values) if left_out is None else left_out
+    notes(axes, len(values), gaps)
+    if len(series) > 1:
+      legend(axes)
+    return render(figure, title)
+
+
+def timestep_chart(
+  records: Sequence[tuple[float, Sequence[float | None]]], *, title: str, lines: int = 5
+) -> str:
+  """Draws the loss over the diffusion time, one line per recorded step, and returns an SVG string.
+
+  Args:
+    records: (step, losses over equal ranges of t in [0, T)), in order of the step; None or NaN
+      where no example fell into a range.
+    title: as in `line_chart`.
+    lines: how many records are drawn, spread evenly with the first and the last.
+  """
+  chosen = spread(records, lines)
+  with matplotlib.rc_context(STYLE):
+    figure, axes = _figure('t / T', '')
+    axes.set_xlim(0, 1)
+    seen, missing = [], 0
+    colours = matplotlib.colormaps['plasma']
+    for number, (step, losses) in enumerate(chosen):
+      points = _finite([((i + 0.5) / len(losses), v) for i, v in enumerate(losses)])
+      finite = [v for _, v in points if not math.isnan(v)]
+      seen, missing = seen + finite, missing + len(points) - len(finite)
+      colour = colours(0.8 - 0.38 * number / max(len(chosen) - 1, 1))
+      axes.plot(*zip(*points, strict=True) if points else ([], []), color=colour, marker='o',
+                markersize=3, linewidth=1.6, label=f'step {step:,.0f}')
+    if seen and min(seen) > 0 and max(seen) > 20 * min(seen):
+      _log_scale(axes, seen)
+    notes(axes, len(seen), 0)
+    if len(chosen) > 1:
+      legend(axes)
+    return render(figure, title)
+
+
+def spread(items: Sequence, count: int) -> list:
+  """At most `count` items, evenly spread over the sequence, always with the last and the first."""
+  if len(items) <= count:
+    return list(items)
+  if count == 1:
+    return [items[-1]]
+  return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+def smooth(points: Sequence[Point], weight: float) -> list[tuple[float, float]]:
+  """Averages each value with those around it, weighted by weight^distance; NaN is left out.
+
+  Both sides count, so that the average does not lag behind a falling loss.
+  """
+  known = [(s, v) for s, v in points if v is not None and math.isfinite(v)]
+  values = [v for _, v in known]
+  ones = [1.0] * len(values)
+  totals, masses = _decaying_sums(values, weight), _decaying_sums(ones, weight)
+  return [(s, t / m) for (s, _), t, m in zip(known, totals, masses, strict=True)]
+
+
+def _decaying_sums(values: list[float], weight: float) -> list[float]:
+  """sum_j weight^|i-j| values[j] for each i, in one pass each way."""
+  decay = lambda total, value: weight * total + value
+  forward = itertools.accumulate(values, decay)
+  backward = [*itertools.accumulate(reversed(values), decay)][::-1]
+  return [f + b - v for f, b, v in zip(forward, backward, values, strict=True)]
+
+
+def thin(points: Sequence[tuple[float, float]], limit: int = _POINTS) -> list[tuple[float, float]]:
+  """At most about `limit` points, keeping the extremes (and gaps) of each stretch: spikes stay."""
+  if len(points) <= limit:
+    return list(points)
+  size = math.ceil(len(points) / (limit // 3))
+  kept = []
+  for start in range(0, len(points), size):
+    stretch = range(start, min(start + size, len(points)))
+    gaps = [i for i in stretch if math.isnan(points[i][1])][:1]
+    finite = [i for i in stretch if not math.isnan(points[i][1])]
+    ends = [f(finite, key=lambda i: points[i][1]) for f in (min, max)] if finite else []
+    kept += sorted({*gaps, *ends})
+  return [points[i] for i in kept]
+
+
+def _finite(points: Sequence[Point]) -> list[tuple[float, float]]:
+  """Values that cannot be drawn become NaN, which interrupts the line."""
+  drawable = lambda v: v is not None and math.isfinite(v) and abs(v) < 1e30
+  return [(step, float(v) if drawable(v) else math.nan) for step, v in points]
+
+
+def _figure(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+  figure = empty_figure(2.5)
+  axes = figure.add_subplot()
+  plain_axes(axes, xlabel, ylabel)
+  axes.xaxis.set_major_locator(MaxNLocator(6))
+  if xlabel == 'step':
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=''))
+  return figure, axes
+
+
+def _line(
+  axes: Axes, points: list[tuple[float, float]], name: str, colour: str,
+  average: list[tuple[float, float]], smoothing: float,
+) -> None:
+  strong, faint = (average, points) if len(average) * (1 - smoothing) >= 3 else (points, [])
+  if faint:
+    axes.plot(*zip(*thin(faint), strict=True), color=colour, alpha=0.4, linewidth=0.9)
+  alone = sum(not math.isnan(v) for _, v in strong) <= 20
+  axes.plot(*zip(*thin(strong), strict=True) if strong else ([], []), color=colour, linewidth=1.8,
+            marker='o' if alone else None, markersize=3.5, label=visible(name),
+            solid_joinstyle='round')
+
+
+def _log_scale(axes: Axes, values: Sequence[float]) -> None:
+  """Logarithmic values with plain labels; left linear where the values span less than 3 times."""
+  ratio = max(values) / min(values)
+  if ratio < 3:
+    return
+  axes.set_yscale('log')
+  log_axis(axes.yaxis, (1, 2, 5) if ratio < 100 else (1,))
+
+
+PIXELS = 384
+Picture = UInt8[np.ndarray, 'h w 3']
+
+
+def scatter_picture(
+  points: Float[np.ndarray, 'n 2'], reference: Float[np.ndarray, 'm 2'], extent: float
+) -> Picture:
+  """Points over grey reference points, both axes from -extent to extent."""
+  figure, axes = _axes(extent)
+  axes.plot(*np.asarray(reference).T, 'o', markersize=2.2, markeredgewidth=0, color='0.8')
+  axes.plot(*np.asarray(points).T, 'o', markersize=1.6, markeredgewidth=0, color=PALETTE[0],
+            alpha=0.8)
+  return _pixels(figure)
+
+
+def field_picture(
+  lattice: Float[np.ndarray, 'h w 2'], vectors: Float[np.ndarray, 'h w 2'],
+  points: Float[np.ndarray, 'n 2'],
+) -> Picture:
+  """Vectors at a lattice, over points. Arrows are cut to the lattice's spacing, not scaled to it.
+
+  The longest tenth is as long as the spacing; vectors that are not finite are left out.
+  """
+  extent = float(np.abs(lattice).max()) * 1.02
+  figure, axes = _axes(extent)
+  axes.plot(*np.asarray(points).T, 'o', markersize=1.6, markeredgewidth=0, color=PALETTE[1],
+            alpha=0.5)
+  finite = np.isfinite(vectors).all(axis=-1)
+  lengths = np.linalg.norm(np.where(finite[..., None], vectors, 0.0), axis=-1)
+  longest = np.percentile(lengths[finite], 90) if finite.any() else 1.0
+  spacing = np.ptp(lattice[..., 0]) / max(len(lattice) - 1, 1)
+  arrows = vectors * (spacing / np.maximum(lengths, max(longest, 1e-30)))[..., None]
+  axes.quiver(*lattice[finite].T, *arrows[finite].T, angles='xy', scale_units='xy', scale=1,
+              pivot='mid', color='0.15', width=0.004)
+  return _pixels(figure)
+
+
+def _axes(extent: float):
+  figure = Figure(figsize=(PIXELS / 100, PIXELS / 100), dpi=100)
+  FigureCanvasAgg(figure)
+  axes = figure.add_axes((0, 0, 1, 1))
+  axes.set_axis_off()
+  axes.set_xlim(-extent, extent)
+  axes.set_ylim(-extent, extent)
+  return figure, axes
+
+
+def _pixels(figure: Figure) -> Picture:
+  figure.canvas.draw()
+  return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+
+
+_MAX_LOG_SNR = 30.0
+
+
+def schedule_chart(
+  schedules: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], *, title: str
+) -> str:
+  """Draws alpha, sigma and the log-SNR against time; returns an SVG string.
+
+  Args:
+    schedules: (t [n], alpha [n], sigma [n]) by name. Up to two share a panel for alpha, a solid
+      line, and sigma, a dashed one; more have a panel for each, without one for alpha where all
+      are 1. Sigmas above 3 make its axis logarithmic. Log-SNRs beyond +-30 (an alpha or sigma of
+      0, or its rounding error) interrupt their line.
+    title: what is shown, read out by screen readers; not drawn.
+  """
+  curves = {name: [np.asarray(part, np.float64) for part in of] for name, of in schedules.items()}
+  apart = len(curves) > 2
+  scales = not all((alpha == 1).all() for _, alpha, _ in curves.values())
+  labels = (('α',) if scales else ()) + ('σ', 'log-SNR')
+  labels = labels if apart else ('α solid, σ dashed', 'log-SNR')
+  with matplotlib.rc_context(STYLE):
+    figure = empty_figure(3.1 if apart else 4.4, 8.4 if apart else WIDTH)
+    panels = figure.subplots(*(1, len(labels)) if apart else (2, 1), sharex=True)
+    of_sigma, of_log_snr = panels[-2:]
+    for number, (name, (t, alpha, sigma)) in enumerate(curves.items()):
+      line = dict(color=PALETTE[number % len(PALETTE)], linewidth=1.6)
+      if scales or not apart:
+        panels[0].plot(t, _with_gaps(alpha), **line)
+      of_sigma.plot(t, _with_gaps(sigma), linestyle='-' if apart else '--', **line)
+      of_log_snr.plot(t, _log_snr(alpha, sigma), label=visible(name), **line)
+    for axes, label in zip(panels, labels, strict=True):
+      plain_axes(axes, 't' if apart or axes is of_log_snr else '', label)
+    if any(np.max(sigma) > 3 for _, _, sigma in curves.values()):
+      of_sigma.set_yscale('log')
+      log_axis(of_sigma.yaxis)
+    if len(curves) > 1:
+      legend_below(figure, of_log_snr, 6 if apart else 3)
+    return render(figure, title)
+
+
+def _log_snr(alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+  with np.errstate(divide='ignore'):
+    value = 2 * (np.log(alpha) - np.log(sigma))
+  return np.where(np.abs(value) > _MAX_LOG_SNR, np.nan, value)
+
+
+def _with_gaps(values: np.ndarray) -> np.ndarray:
+  return np.where(np.isfinite(values), values, np.nan)
