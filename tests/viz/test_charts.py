@@ -38,7 +38,8 @@ _ODD = [
 
 
 def _texts(svg):
-  return [''.join(e.itertext()).strip() for e in ElementTree.fromstring(svg).iter() if e.tag[-4:] == 'text']
+  found = ElementTree.fromstring(svg).iter()
+  return [''.join(e.itertext()).strip() for e in found if e.tag[-4:] == 'text']
 
 
 def _lines(svg, colour):
