@@ -6,8 +6,7 @@ A single file has them under `first_stage_model.`, with attention as convolution
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from diffusion_jax.formats.published import ANY, NetworkFormat
-from diffusion_jax.formats.rules import Rule, same
+from diffusion_jax.formats.published import ANY, NetworkFormat, Rule, same
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from diffusion_jax.models.checks import require

@@ -24,7 +24,7 @@ from diffusion_jax.formats import autoencoder, clip, unet
 from diffusion_jax.formats.adapter_names import is_lora, of_other_kinds, some
 from diffusion_jax.formats.networks import network_format
 from diffusion_jax.formats.pipeline import Part, Pipeline, check_part, lazy, typed
-from diffusion_jax.formats.rules import Rule, from_stored, to_stored
+from diffusion_jax.formats.published import Rule, from_stored, to_stored
 from diffusion_jax.formats.tensors import (
   NewTensor,
   Tensor,

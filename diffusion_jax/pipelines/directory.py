@@ -19,8 +19,8 @@ from diffusion_jax.diffusion.noise import NoiseConfig, NoiseSchedule, Schedule, 
 from diffusion_jax.diffusion.parameterization import PREDICTIONS, Parameterization
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import INDEX, check_folder, inside
+from diffusion_jax.formats.clip import read_pixels
 from diffusion_jax.formats.networks import load_params, network_format, resolve, save_params
-from diffusion_jax.formats.preprocessor import read_pixels
 from diffusion_jax.formats.scheduler import Scheduler, read_scheduler
 from diffusion_jax.formats.tensors import PICKLES, read_json, write_json
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig

@@ -12,9 +12,9 @@ import pytest
 
 from diffusion_jax import registry
 from diffusion_jax.errors import UserError
+from diffusion_jax.formats.clip import read_pixels
 from diffusion_jax.formats.convert import convert
 from diffusion_jax.formats.networks import load_params, network_format, save_params
-from diffusion_jax.formats.preprocessor import read_pixels
 from diffusion_jax.formats.tensors import write_json
 from diffusion_jax.models.text.clip import CLIPTextConfig, CLIPVisionConfig
 from diffusion_jax.models.text.tokenizer import load_tokenizer

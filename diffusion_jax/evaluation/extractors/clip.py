@@ -16,8 +16,8 @@ from diffusion_jax.evaluation.extract import column
 from diffusion_jax.evaluation.extractors import Extractor, compiled
 from diffusion_jax.evaluation.extractors.resize import resize
 from diffusion_jax.files import inside
+from diffusion_jax.formats.clip import read_pixels
 from diffusion_jax.formats.networks import load_params, network_format, resolve
-from diffusion_jax.formats.preprocessor import read_pixels
 from diffusion_jax.formats.tensors import read_json
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.network import Network
