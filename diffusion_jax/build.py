@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from diffusion_jax.data.splits import APART, fingerprint, measured_on
 from diffusion_jax.data.transforms import Label, build_transforms
 from diffusion_jax.data.unreadable import Counted, Damage, readable
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.evaluator import EVALUATE, Evaluator
 from diffusion_jax.evaluation.generated import check_samples
 from diffusion_jax.evaluation.report import REFERENCE, TESTED, of_features, of_model
 from diffusion_jax.io.trained import run_weights
@@ -103,19 +105,16 @@ def pictures_in(
 
 
 def told_of(
-  config: TrainingConfig, train: Pictures | None, test: Pictures | None
+  config: TrainingConfig, train: Pictures | None, test: Pictures | None,
+  evaluators: Sequence[Evaluator],
 ) -> tuple[str, ...]:
   """Sentences on networks that were there before the run: what they were trained on.
 
   Those whose features score what is drawn, and what the training begins with.
   """
-  if config.task == 'toy':
-    return ()
-  settings, found = config.settings, []
-  if config.task in LATENT and config.loop.evaluate_samples:
-    named = settings.evaluation.features or (f'clip:{settings.clip}',)
-    found += of_features(named, {REFERENCE: train, TESTED: test})
-  return (*found, *told_of_begin(config, test))
+  named = [name for one in evaluators for name in getattr(one, 'features', ())]
+  sets = {REFERENCE: train, TESTED: test}
+  return (*of_features(named, sets), *told_of_begin(config, test))
 
 
 def begun_with(config: TrainingConfig) -> str:
@@ -244,21 +243,27 @@ def _check_host_memory(mesh: Mesh) -> None:
     )
 
 
-def _check_evaluation(config: TrainingConfig, task: Task, mesh: Mesh) -> None:
-  """Whether what scores the model can be had, and gives the figure that checkpoints are kept by."""
-  loop = config.loop
-  if config.task not in LATENT and loop.evaluate_seconds:
+def _evaluators(config: TrainingConfig, task: Task, mesh: Mesh) -> list[Evaluator]:
+  """Return those of the task that are wanted, with what scores loaded.
+
+  UserError where it cannot be, or does not give the metric that checkpoints are kept by.
+  """
+  loop, found = config.loop, task.evaluators(mesh)
+  scoring = [one for one in found if one.when == EVALUATE]
+  if loop.evaluate_seconds and not any(hasattr(one, 'seconds') for one in scoring):
     raise UserError(
       'loop.evaluate_seconds limits how long pictures are drawn for scores, and task '
       f'{config.task} draws none; set it to 0 and choose loop.evaluate_samples.'
     )
-  if config.task in LATENT and loop.evaluate_samples:
-    figures = task.evaluation(mesh).figures
-    if loop.keep_best and loop.keep_best not in figures:
-      raise UserError(
-        f'loop.keep_best is {loop.keep_best!r}, which settings.evaluation does not measure; it '
-        f'measures {", ".join(figures)}.'
-      )
+  if not loop.evaluate_samples:
+    return [one for one in found if one not in scoring]
+  known = [name for one in scoring for name in getattr(one, 'metrics', ())]
+  if loop.keep_best and known and loop.keep_best not in known:
+    raise UserError(
+      f'loop.keep_best is {loop.keep_best!r}, which settings.evaluation does not measure; it '
+      f'measures {", ".join(known)}.'
+    )
+  return list(found)
 
 
 def _check_computing(config: TrainingConfig, mesh: Mesh) -> None:
@@ -314,7 +319,7 @@ def build(config: ConfigDict | dict, workdir: str, synthetic: bool = False) -> T
       checked.settings.check_scored()
     check_samples(checked.loop.evaluate_samples, len(test))
   task = build_task(checked, train, test, directory, mesh)
-  _check_evaluation(checked, task, mesh)
+  evaluators = _evaluators(checked, task, mesh)
   if checked.task == 'finetune' and checked.settings.prior.folder:
     prior = train if synthetic else Counted(
       draw_prior(task, mesh), checked.data.most_unreadable, damage, 'records of the prior'
@@ -341,7 +346,7 @@ def build(config: ConfigDict | dict, workdir: str, synthetic: bool = False) -> T
     optimizer=optimizer,
     learning_rates=learning_rates(checked.optimizer, steps), loader=loader, mesh=mesh,
     directory=directory, start=start, data_credit=getattr(train, 'credit', ''),
-    measured=measured_on(test), told=told_of(checked, *known),
+    measured=measured_on(test), told=told_of(checked, *known, evaluators),
     trained_on=known[0] and dataclasses.replace(known[0], begun=begun_with(checked)),
-    damage=damage,
+    damage=damage, evaluators=evaluators,
   )

@@ -10,6 +10,7 @@ from diffusion_jax.build import build_task, open_sources
 from diffusion_jax.checkpoint.checkpoints import Checkpoints
 from diffusion_jax.data.splits import measured_on
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.evaluator import EVALUATE, Scores, run_all, scores_of
 from diffusion_jax.files import reading
 from diffusion_jax.io.trained import run_weights
 from diffusion_jax.models.network import Network
@@ -19,7 +20,6 @@ from diffusion_jax.pipelines.model import Diffusion, SampleConfig
 from diffusion_jax.recipe import LATENT, parse
 from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.train.posthoc_ema import Combination, Snapshot, combine
-from diffusion_jax.train.tasks.task import Scores
 from diffusion_jax.train.training import stating
 from diffusion_jax.types import Params, Weights
 
@@ -164,8 +164,11 @@ def load_trained(workdir: str) -> tuple[Diffusion, Weights, SampleConfig]:
 def load_evaluator(workdir: str) -> Callable[[int], Scores]:
   """A function of the number of samples that scores a run's last checkpoint on the test split."""
   run = TrainedRun(workdir)
-  frozen = {role: put_params(values, run.mesh) for role, values in run.task.frozen.items()}
+  task = run.task
+  frozen = {role: put_params(values, run.mesh) for role, values in task.frozen.items()}
+  scoring = [one for one in task.evaluators(run.mesh) if one.when == EVALUATE]
   told = (measured_on(run.sources[1]).told,)
-  return lambda samples: stating(run.task.evaluate(
-    run.params(), frozen, run.mesh, samples=samples, final=True
-  ), run.newest(), told)
+  return lambda samples: stating(scores_of(run_all(
+    scoring, task.model, task.weights(run.params(), frozen), jax.random.key(0), samples=samples,
+    baselines=True,
+  )), run.newest(), told)

@@ -1,7 +1,4 @@
-"""How long the drawing of samples for one evaluation may take.
-
-Scores a text-to-image model on the captions of the test split, again and again as it trains.
-"""
+"""Scores and shows what a text-to-image model makes, again and again as it trains."""
 
 import dataclasses
 import functools
@@ -9,7 +6,6 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,6 +15,14 @@ from tqdm import tqdm
 from diffusion_jax.data.sources.tfds import ImageSource
 from diffusion_jax.data.unreadable import readable, some
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.evaluator import (
+  EVALUATE,
+  SAMPLE,
+  Picture,
+  Value,
+  named,
+  seed_of,
+)
 from diffusion_jax.evaluation.extract import Collected, Collector, Images
 from diffusion_jax.evaluation.extractors import check_named, load_named
 from diffusion_jax.evaluation.extractors.clip import text_towers
@@ -35,6 +39,7 @@ from diffusion_jax.evaluation.scores import (
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.parallel.mesh import put_params, to_host
 from diffusion_jax.parallel.processes import agree
+from diffusion_jax.pipelines.conditions import Inputs
 from diffusion_jax.pipelines.model import Diffusion, SampleConfig
 from diffusion_jax.types import Record, Weights
 
@@ -91,10 +96,10 @@ class EvaluationConfig:
       raise UserError(f'{METRICS_KEY} is empty; name one at least, or set loop.evaluate_samples 0.')
 
 
-class Evaluation:
-  """What every evaluation of one model shares: the features, and the reference, computed once.
+class ImageScorer:
+  """Shared by all evaluations of one model: the features, and the reference, computed once.
 
-  The reference are the images of the training split, so that real test images have figures of
+  The reference is the images of the training split, so that real test images have figures of
   their own: the floor that a perfect model could reach.
   """
 
@@ -106,31 +111,31 @@ class Evaluation:
     self.model, self.mesh, self.metrics = model, mesh, tuple(metrics)
     self._train, self._test = train, test
     self.extractors = load_named(features, metrics, mesh, FEATURES_KEY)
-    self._collect = Collector(self.extractors, mesh, metrics)
-    outputs = [name.rpartition(':')[2] for name in self._collect.columns]
+    self.collect = Collector(self.extractors, mesh, metrics)
+    outputs = [name.rpartition(':')[2] for name in self.collect.columns]
     check_metrics(metrics, outputs, ('moments', 'reference', 'texts'), METRICS_KEY)
     asked = any('texts' in KNOWN_METRICS[name].needs for name in metrics)
     self._clips = text_towers(features, self.extractors, mesh)
     self._towers = self._clips if asked else {}
-    self.figures = figure_names(metrics, self._collect.columns)
-    """Names of all figures that it gives."""
+    self.names = figure_names(metrics, self.collect.columns)
+    """Of all metrics that it gives."""
 
   @functools.cached_property
   def reference(self) -> Collected:
     """Of all training images that can be read."""
     images = (record['image'] for record in readable(self._train))
     blocks = iter(lambda: list(itertools.islice(images, READ)), [])
-    return self._collect(np.stack(block) for block in blocks)
+    return self.collect(np.stack(block) for block in blocks)
 
   @functools.cached_property
-  def _moments(self) -> dict[str, Statistics]:
+  def moments(self) -> dict[str, Statistics]:
     return {
       name: value if isinstance(value, Statistics) else Statistics.from_features(value)
       for name, value in self.reference.items()
     }
 
   @functools.cached_property
-  def _checked(self) -> list[tuple[str, bool]]:
+  def checked(self) -> list[tuple[str, bool]]:
     """What each CLIP makes of real test images and their captions: (sentence, whether to beware).
     """
     records = shuffled(self._test, min(PAIRS, len(self._test)))
@@ -140,76 +145,131 @@ class Evaluation:
       print(f'diffusion_jax train: {text}', file=sys.stderr)
     return told
 
-  def _scores(
-    self, samples: Collected, moments: dict[str, Statistics], texts: dict, seed: int
-  ) -> Scores:
-    """Figures of samples that belong to these texts, against a reference of these moments."""
+  def scores(self, samples: Collected, texts: dict, seed: int) -> Scores:
+    """Return the metrics of samples that belong to these texts, against the reference."""
     compared = []
     for name, values in samples.items():
+      moments = self.moments[name]
       if isinstance(values, Statistics):
-        compared.append(Compared(name, None, moments[name], sums=values))
+        compared.append(Compared(name, None, moments, sums=values))
       else:
         reference, own = self.reference[name], texts.get(name)
-        compared.append(Compared(name, values, moments[name], reference, own))
+        compared.append(Compared(name, values, moments, reference, own))
     return score(self.metrics, compared, seed=seed, intervals=False)
 
-  def __call__(
-    self, weights: Weights, untrained: Weights | None, sample: SampleConfig, *, samples: int,
-    seed: int, real: bool, seconds: float = 0.0, batch_size: int = DRAW_BATCH,
-  ) -> dict[str, Any]:
-    """Draws one image for each of the first `samples` test captions and scores it.
+  def texts(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return column -> embeddings of the captions, of every CLIP that a metric needs."""
+    return {name: tower.texts(captions) for name, tower in self._towers.items()}
 
-    Args:
-      seconds: that drawing and its features may take, compilation not counted; then it ends with
-        fewer samples, 16 and two batches at least. 0 for as long as it takes.
 
-    Returns:
-      Columns 'generated', and on request 'untrained' (the same model with fresh weights) and 'real'
-      (the test images of the same captions), each with `figures`; 'settings', which tell the number
-      of samples; and sentences, 'measured', on what they are measured, and 'warnings'.
+@dataclasses.dataclass(frozen=True, eq=False)
+class CaptionPreview:
+  """Images of the same captions with the same noise every time.
 
-    Raises:
-      UserError: fewer than 16 samples, or more than the test split has captions.
-    """
-    check_samples(samples, len(self._test))
-    records = shuffled(self._test, samples)
-    samples = len(records)
-    check_samples(samples, len(self._test))
+  inputs: makes what they are drawn with beside the captions. batch_size: as for the evaluation, so
+  that both share one compiled program.
+  """
+
+  captions: Sequence[str]
+  sample: SampleConfig
+  mesh: Mesh
+  about: str = 'Drawn for these captions, from the same noise each time.'
+  batch_size: int = DRAW_BATCH
+  inputs: Callable[[], Inputs] = Inputs
+  name = 'caption_preview'
+  when = SAMPLE
+
+  def run(
+    self, model: Diffusion, params: Weights, key: jax.Array
+  ) -> Iterator[tuple[str, Value]]:
+    images = model.generate(
+      params, list(self.captions), self.sample, seed=seed_of(key), mesh=self.mesh,
+      batch_size=self.batch_size, inputs=self.inputs(),
+    )
+    yield 'samples', Picture(np.concatenate(list(images)), list(self.captions), self.about)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GeneratedImages:
+  """Draws one image for each of the first `samples` test captions and scores it.
+
+  Columns are 'generated', and as baselines 'untrained' (the same model with fresh weights) and
+  'real' (the test images of the same captions).
+
+  Attributes:
+    scorer: gives the one scorer of all evaluations; called when it is first needed.
+    seconds: that drawing and its features may take, compilation not counted; then it ends with
+      fewer samples, 16 and two batches at least. 0 for as long as it takes.
+
+  `run` raises a UserError for fewer than 16 samples, or more than the test split has captions.
+  """
+
+  scorer: Callable[[], ImageScorer]
+  sample: SampleConfig
+  features: Sequence[str]
+  test: ImageSource
+  mesh: Mesh
+  samples: int = 256
+  seconds: float = 0.0
+  baselines: bool = True
+  batch_size: int = DRAW_BATCH
+  name = 'generated_images'
+  when = EVALUATE
+
+  @property
+  def metrics(self) -> list[str]:
+    """Names of all metrics that it gives. UserError for features that cannot be loaded."""
+    return self.scorer().names
+
+  def run(
+    self, model: Diffusion, params: Weights, key: jax.Array
+  ) -> Iterator[tuple[str, Value]]:
+    check_samples(self.samples, len(self.test))
+    records = shuffled(self.test, self.samples)
+    check_samples(len(records), len(self.test))
     captions = tuple(record['captions'][0] for record in records)
-    moments = self._moments  # The reference is embedded before the clock runs.
-    checked = self._checked
-
-    def drawn(label: str, params: Weights, budget: Budget) -> Collected:
-      batches = self.model.generate(
-        params, captions[:samples], sample, seed=seed, mesh=self.mesh, batch_size=batch_size
-      )
-      return self._collect(_within(budget, batches, samples, label))
-
-    found = {'generated': drawn('generated', weights, Budget(seconds))}
+    scorer, seed = self.scorer(), seed_of(key)
+    scorer.moments, scorer.checked  # noqa: B018  The reference is embedded before the clock runs.
+    drawn = functools.partial(self._drawn, model, captions, seed)
+    found = {'generated': drawn('generated', params, Budget(self.seconds))}
     samples = _size(found['generated'])
-    if untrained:
-      found['untrained'] = drawn('untrained', untrained, Budget(0))
-    if real:
-      found['real'] = self._collect([np.stack([r['image'] for r in records[:samples]])])
-    texts = {name: tower.texts(captions[:samples]) for name, tower in self._towers.items()}
-    scores = {name: self._scores(one, moments, texts, seed) for name, one in found.items()}
-    out: dict[str, Any] = {name: one.values for name, one in scores.items()}
-    out['measured'] = [
-      f'Of {samples:,} images, each drawn for a test caption, against {_size(self.reference):,} '
-      'images of the training split.',
-      *(f'{one.name} sees them at {one.size} px, enlarged from {self.model.image_size}.'
-        for one in self.extractors if one.size > self.model.image_size),
-      *(text for text, beware in checked if not beware),
+    captions = captions[:samples]
+    if self.baselines:
+      drawn = functools.partial(self._drawn, model, captions, seed)
+      found['untrained'] = drawn(
+        'untrained', fresh_weights(model, params, self.mesh), Budget(0)
+      )
+      found['real'] = scorer.collect([np.stack([r['image'] for r in records[:samples]])])
+    texts = scorer.texts(captions)
+    scores = {name: scorer.scores(one, texts, seed) for name, one in found.items()}
+    yield from named({name: one.values for name, one in scores.items()})
+    yield from self._told(scorer, model, samples, scores['generated'].warnings, seed)
+
+  def _drawn(
+    self, model: Diffusion, captions: Sequence[str], seed: int, label: str, params: Weights,
+    budget: Budget,
+  ) -> Collected:
+    batches = model.generate(
+      params, captions, self.sample, seed=seed, mesh=self.mesh, batch_size=self.batch_size
+    )
+    return self.scorer().collect(_within(budget, batches, len(captions), label))
+
+  def _told(
+    self, scorer: ImageScorer, model: Diffusion, samples: int, warnings: list[str], seed: int
+  ) -> Iterator[tuple[str, Value]]:
+    yield 'measured', [
+      f'Of {samples:,} images, each drawn for a test caption, against '
+      f'{_size(scorer.reference):,} images of the training split.',
+      *(f'{one.name} sees them at {one.size} px, enlarged from {model.image_size}.'
+        for one in scorer.extractors if one.size > model.image_size),
+      *(text for text, beware in scorer.checked if not beware),
     ]
-    out['warnings'] = [
-      *(text for text, beware in checked if beware), *scores['generated'].warnings
-    ]
-    out['settings'] = {
-      'samples': samples, 'reference_images': _size(self.reference), 'seed': seed,
-      'features': ', '.join(extractor.name for extractor in self.extractors),
-      **dataclasses.asdict(sample),
+    yield 'warnings', [*(text for text, beware in scorer.checked if beware), *warnings]
+    yield 'settings', {
+      'samples': samples, 'reference_images': _size(scorer.reference), 'seed': seed,
+      'features': ', '.join(extractor.name for extractor in scorer.extractors),
+      **dataclasses.asdict(self.sample),
     }
-    return out
 
 
 def _within(budget: Budget, batches: Iterator[Images], total: int, label: str) -> Iterator[Images]:

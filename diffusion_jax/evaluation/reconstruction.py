@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,10 @@ from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from diffusion_jax.backend.xla import jit
+from diffusion_jax.data.sources.tfds import ImageSource
+from diffusion_jax.data.unreadable import some
 from diffusion_jax.evaluation.comparison import Work
+from diffusion_jax.evaluation.evaluator import EVALUATE, SAMPLE, TEST, Picture, Value, named
 from diffusion_jax.evaluation.extract import reader
 from diffusion_jax.evaluation.images import ImageSet
 from diffusion_jax.evaluation.metrics.images import l1_of_each, psnr_of_each, ssim_of_each
@@ -99,3 +103,56 @@ def of_autoencoder(
 
   plan = {'model': name, 'images': images.name, 'files': images.stamp, 'lpips': weights}
   return Work(len(images), plan, make, params, every)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ReconstructionPreview:
+  """Test images, each beside its reconstruction; reconstruct: of `reconstructor`."""
+
+  reconstruct: Callable
+  test: ImageSource
+  name = 'reconstruction_preview'
+  when = SAMPLE
+  about = 'Test images with their captions, each beside its reconstruction.'
+
+  def run(self, model: Network, params: Params, key) -> Iterator[tuple[str, Value]]:
+    records = some(self.test, 16)
+    images = np.stack([record['image'] for record in records])
+    outputs = self.reconstruct(params, images)
+    pairs = np.stack([images, outputs], axis=1).reshape(-1, *images.shape[1:])
+    captions = [text for r in records for text in (r['captions'][0], 'reconstruction')]
+    yield 'samples', Picture(pairs, captions, self.about)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reconstruction:
+  """PSNR in dB of reconstructed test images, L1 in [-1, 1], and the latents' moments."""
+
+  reconstruct: Callable
+  test: ImageSource
+  mesh: Mesh
+  samples: int = 256
+  name = 'reconstruction'
+  when = EVALUATE
+
+  def run(self, model: Network, params: Params, key) -> Iterator[tuple[str, Value]]:
+    images = np.stack([record['image'] for record in some(self.test, self.samples)])
+    values = figures_of_pairs(images, self.reconstruct(params, images), ('psnr', 'l1'))
+    scores = {name: float(each.mean()) for name, each in values.items()}
+    mean, deviation = latent_moments(model, params, images, self.mesh)
+    scores |= {'latent_mean': mean, 'latent_std': deviation, 'images': float(len(images))}
+    yield from named({TEST: scores})
+
+
+def latent_moments(
+  network: Network, params: Params, images: UInt8[np.ndarray, 'n h w 3'], mesh: Mesh
+) -> tuple[float, float]:
+  """Return the mean and standard deviation over all sampled latent values of the images."""
+
+  def run(params, images):
+    mean, logvar = network.bind(params).encode(to_float(images))
+    return jnp.stack([mean, jnp.exp(logvar)], axis=-1).astype(jnp.float32)
+
+  both = np.concatenate(list(in_batches(jit(run), params, images, mesh=mesh)))
+  variance = both[..., 0].var() + both[..., 1].mean()
+  return float(both[..., 0].mean()), float(variance**0.5)

@@ -18,10 +18,10 @@ from diffusion_jax.runs.start import Start
 from diffusion_jax.train.compile import compile_step, step_and_batch
 from diffusion_jax.train.goodput import Goodput
 from diffusion_jax.train.health import TRY_AGAIN, Compilations, Safety, Stopping, resources
+from diffusion_jax.train.hooks import Hooks, due
 from diffusion_jax.train.meter import Meter
 from diffusion_jax.train.profiling import ProfilerWindow
 from diffusion_jax.train.saving import Saver, rescue, wait_for_room
-from diffusion_jax.train.showing import Showing, due
 from diffusion_jax.train.side_work import SideWork
 from diffusion_jax.train.state import TrainState, abstract_state, create_state
 from diffusion_jax.train.training import Training
@@ -92,8 +92,8 @@ class _Session:
         training.directory, jax.process_index() == 0, wandb_project=training.loop.wandb_project,
         config=training.config,
       )
-      self.showing = Showing(training, self.writer, self.frozen, self.side)
-      self.showing.describe(self.state, self.goodput.seconds())
+      self.hooks = Hooks(training, self.writer, self.frozen, self.side)
+      self.hooks.describe(self.state, self.goodput.seconds())
       with self.goodput.phase('compile'):
         self._compile(abstract)
     self.goodput.enter('step')
@@ -169,7 +169,7 @@ class _Session:
       try:
         self.safety.training = True
         if self.resumed:
-          self._pictures(bar, *self.showing.missing(self.step))
+          self._pictures(bar, *self.hooks.missing(self.step))
         self.safety.stop.settle()  # Compiling may have taken long.
         self.safety.tell('training')
         while self.step < loop.total_steps:
@@ -256,12 +256,12 @@ class _Session:
     with self.goodput.phase('evaluation'):
       if preview:
         self.safety.tell('sampling')
-        self.showing.preview(self.state, self.step)
+        self.hooks.preview(self.state, self.step)
       if evaluate:
         self.safety.tell('evaluating')
-        _, figures = self.showing.evaluate(self.state, self.step)
+        _, figures = self.hooks.evaluate(self.state, self.step)
         self._compare(figures)
-      self.showing.report()
+      self.hooks.report()
       bar.refresh()
     self.safety.stop.settle()
     self.safety.tell('training')
@@ -310,7 +310,7 @@ class _Session:
       f'stopped by {signal.Signals(number).name}, saved step {saved}'
       f'{f"; {error}" if error else ""}'
     ))
-    self.showing.report(last=True)
+    self.hooks.report(last=True)
     if jax.process_index() == 0:
       print(
         f'saved step {saved} of {self.t.loop.total_steps} in {self.t.directory.path}; '
@@ -323,15 +323,15 @@ class _Session:
     self._save()
     self.safety.tell('finishing')
     with self.goodput.phase('evaluation'):
-      self.showing.preview(self.state, self.step)
+      self.hooks.preview(self.state, self.step)
       scores = {}
       if self.t.loop.evaluate_samples:
-        scores, figures = self.showing.evaluate(self.state, self.step, final=True)
+        scores, figures = self.hooks.evaluate(self.state, self.step, final=True)
         self._compare(figures)
     params = to_host(self.state.eval_params)
     missing = wait_for_room(
       self.safety, self.saver, save=self._save, say=self._say,
-      export=lambda: self.showing.finish(self.state, self.goodput.seconds(), scores, params),
+      export=lambda: self.hooks.finish(self.state, self.goodput.seconds(), scores, params),
     )
     self.side.again(now=True)
     if missing:
@@ -339,7 +339,7 @@ class _Session:
       self._say(f'the run has not finished: {missing}')
     else:
       self.safety.tell('finished', message='; '.join(self.side.errors))
-    self.showing.report(last=True)
+    self.hooks.report(last=True)
     if missing:
       return TRY_AGAIN if may_pass(missing) else 1
     if jax.process_index() == 0:

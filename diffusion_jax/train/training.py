@@ -10,10 +10,11 @@ from jax.sharding import Mesh
 from diffusion_jax.data.loader import Loader
 from diffusion_jax.data.splits import APART, Measured
 from diffusion_jax.data.unreadable import Damage
+from diffusion_jax.evaluation.evaluator import Evaluator, Scores
 from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.runs.trained_on import Pictures
 from diffusion_jax.train.config import LoopConfig, SafetyConfig
-from diffusion_jax.train.tasks.task import Scores, Task
+from diffusion_jax.train.tasks.task import Task
 from diffusion_jax.types import Params
 
 
@@ -31,8 +32,8 @@ class Training:
 
   start: gives the parameters on a mesh that a new run begins with, None for fresh ones.
   measured: what the scores are measured on. told: sentences on what was there before this run,
-  such as the networks that score. trained_on: the pictures, None where there are none. damage:
-  records that could not be read.
+  such as the networks that score. evaluators: those of the task that are wanted. trained_on: the
+  pictures, None where there are none. damage: records that could not be read.
   """
 
   config: dict[str, Any]
@@ -49,6 +50,7 @@ class Training:
   measured: Measured = APART
   damage: Damage = dataclasses.field(default_factory=Damage)
   told: tuple[str, ...] = ()
+  evaluators: Sequence[Evaluator] = ()
   trained_on: Pictures | None = None
 
   def stating(self, scores: Scores, step: int) -> Scores:

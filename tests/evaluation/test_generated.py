@@ -8,8 +8,14 @@ from diffusion_jax.data.sources.tfds import ImageSource
 from diffusion_jax.diffusion.noise import ScheduleConfig
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.evaluator import run_all, scores_of
 from diffusion_jax.evaluation.extractors.clip import load_features
-from diffusion_jax.evaluation.generated import Evaluation, EvaluationConfig, shuffled
+from diffusion_jax.evaluation.generated import (
+  EvaluationConfig,
+  GeneratedImages,
+  ImageScorer,
+  shuffled,
+)
 from diffusion_jax.evaluation.metrics.frechet import frechet_distance
 from diffusion_jax.evaluation.metrics.text import clip_score
 from diffusion_jax.evaluation.statistics import Statistics
@@ -53,24 +59,32 @@ def evaluation(model, parts, sources):
     }
     weights = network.on_mesh({**frozen, 'unet': unet}, mesh)
     named = (f'clip:{parts["clip"]}',)
-    return Evaluation(network, named, metrics, Some(sources[0], 40), sources[1], mesh), weights
+    scorer = ImageScorer(network, named, metrics, Some(sources[0], 40), sources[1], mesh)
+    evaluator = GeneratedImages(
+      lambda: scorer, SAMPLE, named, sources[1], mesh, samples=20, batch_size=8
+    )
+    return evaluator, network, weights
 
   return make
 
 
+def _scores(evaluator, network, weights, **options):
+  return scores_of(run_all([evaluator], network, weights, jax.random.key(0), **options))
+
+
 @pytest.fixture(scope='module')
 def on_one(evaluation):
-  """(evaluation, weights, scores of 20 samples) on one device."""
-  made, weights = evaluation(1, 'fd', 'kid', 'clip_score', 'retrieval')
-  assert made.figures == FIGURES
-  scores = made(weights, None, SAMPLE, samples=20, seed=0, real=True, batch_size=8)
-  return made, weights, scores
+  """((evaluator, model, weights), scores of 20 samples) on one device."""
+  made = evaluation(1, 'fd', 'kid', 'clip_score', 'retrieval')
+  assert made[0].metrics == FIGURES
+  return made, _scores(*made)
 
 
 def test_figures_are_those_of_the_pictures(on_one, model, parts, sources):
   """Drawn, embedded and compared by hand."""
-  made, weights, scores = on_one
-  assert list(scores) == ['generated', 'real', 'measured', 'warnings', 'settings']
+  (made, _, weights), scores = on_one
+  columns = ['generated', 'untrained', 'real']
+  assert list(scores) == [*columns, 'measured', 'warnings', 'settings']
   assert scores['settings']['samples'] == 20
   clip = load_features(parts['clip'], made.mesh)
   records = shuffled(sources[1], 20)
@@ -93,26 +107,26 @@ def test_figures_are_those_of_the_pictures(on_one, model, parts, sources):
 
 def test_eight_devices_score_as_one(on_one, evaluation):
   for metrics in (('fd', 'kid', 'clip_score', 'retrieval'), ('fd', 'kl')):
-    made, weights = evaluation(8, *metrics)
-    found = made(weights, None, SAMPLE, samples=20, seed=0, real=True, batch_size=8)
+    made, *rest = evaluation(8, *metrics)
+    found = _scores(made, *rest)
     for column in ('generated', 'real'):
-      assert list(found[column]) == made.figures
-      for name in set(made.figures) & set(FIGURES):
+      assert list(found[column]) == made.metrics
+      for name in set(made.metrics) & set(FIGURES):
         # With fd and kl alone, features are summed on the devices.
         assert found[column][name] == pytest.approx(
-          on_one[2][column][name], rel=2e-3, abs=1e-6
+          on_one[1][column][name], rel=2e-3, abs=1e-6
         ), name
-  assert 'kl_clip' in made.figures and isinstance(next(iter(made.reference.values())), Statistics)
+  reference = made.scorer().reference
+  assert 'kl_clip' in made.metrics and isinstance(next(iter(reference.values())), Statistics)
 
 
 def test_a_budget_ends_drawing_after_two_batches_and_16_samples(on_one):
-  made, weights, whole = on_one
-  cut = made(weights, None, SAMPLE, samples=20, seed=0, real=True, seconds=1e-6, batch_size=8)
+  made, whole = on_one
+  cut = _scores(*made, seconds=1e-6)
   assert cut['settings']['samples'] == 16
-  wanted = made(weights, None, SAMPLE, samples=16, seed=0, real=True, batch_size=8)
-  assert cut == wanted and cut['generated'] != whole['generated']
-  slow = made(weights, None, SAMPLE, samples=20, seed=0, real=False, seconds=1e6, batch_size=8)
-  assert slow['settings']['samples'] == 20
+  assert cut == _scores(*made, samples=16) and cut['generated'] != whole['generated']
+  slow = _scores(*made, seconds=1e6, baselines=False)
+  assert slow['settings']['samples'] == 20 and 'real' not in slow
 
 
 @pytest.mark.parametrize(('features', 'metrics', 'named'), [

@@ -1,16 +1,18 @@
 """Evaluations within a time budget: all of a run are of one number of samples."""
 
+import dataclasses
 import json
 import sys
 import time
 import types
 
+from diffusion_jax.evaluation.evaluator import EVALUATE
 from diffusion_jax.evaluation.generated import Budget
 from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.runs.metrics import MetricsWriter
 from diffusion_jax.train.config import LoopConfig
+from diffusion_jax.train.hooks import Hooks
 from diffusion_jax.train.sample_count import SampleCount
-from diffusion_jax.train.showing import Showing
 from diffusion_jax.train.side_work import SideWork
 from diffusion_jax.train.training import stating
 from tests import tiny
@@ -45,36 +47,43 @@ def test_all_that_was_wanted_needs_no_word(tmp_path):
   assert json.loads((tmp_path / 'evaluation.json').read_text())['samples'] == 256
 
 
+@dataclasses.dataclass
 class Slow:
-  """A task whose samples take a while: batches of 8."""
+  """An evaluator whose samples take a while: batches of 8."""
 
-  def evaluate(self, params, frozen, mesh, *, samples, final, seconds):
-    budget, drawn = Budget(seconds), 0
-    while drawn < samples:
+  samples: int = 0
+  seconds: float = 0.0
+  when = EVALUATE
+
+  def run(self, model, params, key):
+    budget, drawn = Budget(self.seconds), 0
+    while drawn < self.samples:
       time.sleep(0.01)
       drawn += 8
       if budget.over():
         break
-    return {'generated': {'fid': 100.0 - drawn}, 'settings': {'samples': drawn}}
+    yield 'generated.fid', 100.0 - drawn
+    yield 'settings', {'samples': drawn}
 
 
 def test_scores_of_fewer_samples_than_before_are_not_compared(tmp_path, capsys):
   loop = LoopConfig(evaluate_samples=64, evaluate_seconds=1e-6)
   training = types.SimpleNamespace(
-    directory=RunDirectory(tmp_path), loop=loop, task=Slow(), mesh=None,
+    directory=RunDirectory(tmp_path), loop=loop, evaluators=[Slow()], mesh=None,
+    task=types.SimpleNamespace(model=None, weights=lambda params, frozen: params),
     stating=lambda scores, step: stating(scores, step, ()),
   )
   state = types.SimpleNamespace(eval_params={})
   writer = MetricsWriter(training.directory, True)
   say = lambda text: print(text, file=sys.stderr)
-  showing = Showing(training, writer, {}, SideWork(say))
-  scores, figures = showing.evaluate(state, 10)
+  hooks = Hooks(training, writer, {}, SideWork(say))
+  scores, figures = hooks.evaluate(state, 10)
   assert figures == {'fid': 84.0, 'samples': 16} and 'samples' not in scores['generated']
   assert 'allow 16 of 64 samples' in capsys.readouterr().err
-  assert showing.evaluate(state, 20)[1] == figures
+  assert hooks.evaluate(state, 20)[1] == figures
   # A run that has chosen more, on a machine that was faster.
   (tmp_path / 'evaluation.json').write_text('{"samples": 48, "of": 64, "seconds": 1e-06}')
-  slower = Showing(training, writer, {}, SideWork(say))
+  slower = Hooks(training, writer, {}, SideWork(say))
   assert slower.evaluate(state, 30)[1] == {}
   assert 'had time for 16 samples only, in place of 48' in capsys.readouterr().err
   writer.close()

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 from scipy.stats import binom
 
+from diffusion_jax.evaluation.recognition import answer
 from diffusion_jax.evaluation.report import Retrieval, of_features, real_retrieval
 from diffusion_jax.formats.networks import resolve
 from diffusion_jax.runs.trained_on import Pictures, read_trained_on, write_trained_on
 from diffusion_jax.train.card import model_card
-from diffusion_jax.train.tasks.task import answer
 from tests import tiny
 
 ASSETS = ('autoencoder', 'classifier', 'clip', 'text-to-image')

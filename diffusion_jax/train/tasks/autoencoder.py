@@ -8,21 +8,22 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax.backend.xla import jit
 from diffusion_jax.data.sources.tfds import ImageSource
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.reconstruction import figures_of_pairs, reconstructor
+from diffusion_jax.evaluation.evaluator import Evaluator, Scores
+from diffusion_jax.evaluation.reconstruction import (
+  Reconstruction,
+  ReconstructionPreview,
+  reconstructor,
+)
 from diffusion_jax.formats.networks import load_lpips, save_params
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.network import Network, prefixed, under
 from diffusion_jax.models.perceptual import Discriminator, DiscriminatorConfig, lpips
-from diffusion_jax.parallel.mesh import in_batches
-from diffusion_jax.pixels import to_float
-from diffusion_jax.train.tasks.task import Frozen, Metrics, Scores, Task, mean_metric
+from diffusion_jax.train.tasks.task import Frozen, Metrics, Task, mean_metric
 from diffusion_jax.types import Images, Latents, Params
 
 
@@ -72,7 +73,6 @@ class AutoencoderTask(Task):
   Config = AutoencoderTaskConfig
   name, title = 'autoencoder', 'KL autoencoder'
   batch_fields = ('image',)
-  shows = 'Test images with their captions, each beside its reconstruction.'
 
   def __init__(
     self, config: AutoencoderTaskConfig, test: ImageSource, dtype=jnp.float32,
@@ -80,7 +80,7 @@ class AutoencoderTask(Task):
   ):
     self.config = config
     self.test = test
-    self.autoencoder = Network.of(
+    self.autoencoder = self.model = Network.of(
       AutoencoderKL, config.autoencoder, dtype=dtype, remat=remat, attention=attention
     )
     self.discriminator = Network.of(Discriminator, config.discriminator, dtype=dtype)
@@ -154,39 +154,12 @@ class AutoencoderTask(Task):
     loss, fool, hinge, count = jax.lax.cond(started, active, idle, output)
     return loss, {'loss_generator': (fool, count), 'loss_discriminator': (hinge, count)}
 
-  def preview(self, params, frozen, mesh: Mesh) -> tuple[np.ndarray, list[str]]:
-    """Test images, each beside its reconstruction."""
-    records = some(self.test, 16)
-    images = np.stack([record['image'] for record in records])
-    outputs = self.reconstruct(params, images, mesh)
-    pairs = np.stack([images, outputs], axis=1).reshape(-1, *images.shape[1:])
-    return pairs, [text for r in records for text in (r['captions'][0], 'reconstruction')]
+  def weights(self, params: Params, frozen: Frozen) -> Params:
+    return under('autoencoder', params)
 
-  def reconstruct(self, params: Params, images: np.ndarray, mesh: Mesh) -> np.ndarray:
-    """uint8 [n h w 3] -> reconstructions through the latent means, uint8."""
-    return reconstructor(self.autoencoder, mesh)(under('autoencoder', params), images)
-
-  def latent_moments(self, params: Params, images: np.ndarray, mesh: Mesh) -> tuple[float, float]:
-    """Mean and standard deviation over all sampled latent values of the images."""
-    def run(params, images):
-      mean, logvar = self.autoencoder.bind(params).encode(to_float(images))
-      return jnp.stack([mean, jnp.exp(logvar)], axis=-1).astype(jnp.float32)
-
-    own = under('autoencoder', params)
-    both = np.concatenate(list(in_batches(jit(run), own, images, mesh=mesh)))
-    variance = both[..., 0].var() + both[..., 1].mean()
-    return float(both[..., 0].mean()), float(variance**0.5)
-
-  def evaluate(self, params, frozen, mesh, *, samples: int, final: bool) -> Scores:
-    """PSNR in dB of reconstructed test images, L1 in [-1, 1], and the latents' moments."""
-    images = np.stack([record['image'] for record in some(self.test, samples)])
-    outputs = self.reconstruct(params, images, mesh)
-    figures = figures_of_pairs(images, outputs, ('psnr', 'l1'))
-    mean, std = self.latent_moments(params, images, mesh)
-    return {'test': {
-      **{name: float(each.mean()) for name, each in figures.items()},
-      'latent_mean': mean, 'latent_std': std, 'images': float(len(images)),
-    }}
+  def evaluators(self, mesh: Mesh) -> list[Evaluator]:
+    known = reconstructor(self.autoencoder, mesh), self.test
+    return [ReconstructionPreview(*known), Reconstruction(*known, mesh)]
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
     """The autoencoder in diffusers' layout, with the scaling that gives latents unit variance."""

@@ -5,22 +5,21 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax.backend.xla import jit
 from diffusion_jax.data.loader import Source
-from diffusion_jax.data.unreadable import some
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.extractors.classifier import ClassifierExtractor
+from diffusion_jax.evaluation.evaluator import Evaluator, Scores
+from diffusion_jax.evaluation.recognition import (
+  Classification,
+  ClassificationPreview,
+  logits_of,
+)
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.vision.classifier import Classifier, ClassifierConfig
-from diffusion_jax.parallel.mesh import in_batches
-from diffusion_jax.train.tasks.task import Frozen, Scores, Task, answer, mean_metric
+from diffusion_jax.train.tasks.task import Frozen, Task, mean_metric
 from diffusion_jax.types import Params
-
-SHOWN = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +76,6 @@ class ClassifierTask(Task):
   Config = ClassifierTaskConfig
   name, title = 'classifier', 'Classifier of images'
   batch_fields = ('image', 'label')
-  shows = 'Test images, each with the class that the classifier gives it and the one that it is of.'
 
   def __init__(
     self, config: ClassifierTaskConfig, test: Source, dtype=jnp.float32, remat: str = 'none',
@@ -85,15 +83,11 @@ class ClassifierTask(Task):
   ):
     self.config, self.test = config, test
     self.classes = config.classifier.class_names
-    self.network = Network.of(
+    self.network = self.model = Network.of(
       Classifier, config.classifier, dtype=dtype, remat=remat, attention=attention
     )
     self.frozen: Frozen = {}
-    self._logits = jit(
-      lambda params, images: ClassifierExtractor(self.network, {}, '').apply(params, images)[
-        'logits'
-      ]
-    )
+    self._logits = logits_of(self.network)
 
   def initialize(self, key: jax.Array) -> Params:
     return self.network.initialize(key)
@@ -105,48 +99,10 @@ class ClassifierTask(Task):
     metrics = {'loss': mean_metric(loss), 'accuracy': mean_metric(right.astype(jnp.float32))}
     return loss.mean(), (metrics, ())
 
-  def _tested(
-    self, params: Params, mesh: Mesh, count: int
-  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(images, labels, logits) of so many test records, spread over the split."""
-    count = min(count, len(self.test))
-    places = np.linspace(0, len(self.test) - 1, count).round().astype(int)
-    records = some(self.test, count, places)
-    images = np.stack([record['image'] for record in records])
-    labels = np.asarray([self.classes.index(record['label']) for record in records])
-    logits = list(in_batches(self._logits, params, images, mesh=mesh))
-    return images, labels, np.concatenate(logits)
-
-  def preview(self, params, frozen, mesh: Mesh) -> tuple[np.ndarray, list[str]]:
-    """Test images, each with the class that it is given and with its own."""
-    images, labels, logits = self._tested(params, mesh, SHOWN)
-    pairs = zip(logits.argmax(axis=-1), labels, strict=True)
-    return images, [answer(self.classes[found], self.classes[true]) for found, true in pairs]
-
-  def evaluate(self, params, frozen, mesh, *, samples: int, final: bool) -> Scores:
-    """Loss without smoothing, accuracy, and its mean over classes, which all count alike there.
-
-    Beside it, where `final`: an answer that knows nothing but how common each class is in the test.
-    """
-    _, labels, logits = self._tested(params, mesh, samples)
-    scores = lambda logits: _scores(logits, labels)
-    columns = {'test': scores(logits)}
-    if final:
-      shares = np.bincount(labels, minlength=len(self.classes)) / len(labels)
-      known = np.log(np.maximum(shares, 1e-12)).astype(np.float32)
-      columns['commonest'] = scores(np.broadcast_to(known, logits.shape))
-    return columns
+  def evaluators(self, mesh: Mesh) -> list[Evaluator]:
+    known = self._logits, self.classes, self.test, mesh
+    return [ClassificationPreview(*known), Classification(*known)]
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
     """The network with the names of its classes, as `load_params` reads it."""
     save_params(directory, self.config.classifier, params, dtype=self.config.export_dtype)
-
-
-def _scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-  right = logits.argmax(axis=-1) == labels
-  return {
-    'loss': float(cross_entropy(jnp.asarray(logits), jnp.asarray(labels)).mean()),
-    'accuracy': float(right.mean()),
-    'accuracy_per_class': float(np.mean([right[labels == k].mean() for k in np.unique(labels)])),
-    'images': float(len(labels)),
-  }

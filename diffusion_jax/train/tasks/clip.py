@@ -9,19 +9,17 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.data.sources.tfds import ImageSource
-from diffusion_jax.data.unreadable import some
-from diffusion_jax.evaluation.extractors.clip import CLIPExtractor, CLIPFeatures, unit
-from diffusion_jax.evaluation.metrics.text import clip_score, retrieval_recall
+from diffusion_jax.evaluation.evaluator import Evaluator, Scores
+from diffusion_jax.evaluation.extractors.clip import unit
+from diffusion_jax.evaluation.recognition import Retrieval, RetrievalPreview
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.clip import CLIP, CLIPConfig
 from diffusion_jax.models.text.tokenizer import save_tokenizer
-from diffusion_jax.parallel.mesh import put_params, to_host
-from diffusion_jax.train.tasks.task import Frozen, Scores, Task, answer, mean_metric
+from diffusion_jax.train.tasks.task import Frozen, Task, mean_metric
 from diffusion_jax.types import Params
 
 if TYPE_CHECKING:
@@ -69,9 +67,6 @@ class CLIPTask(Task):
   Config = CLIPTaskConfig
   name, title = 'clip', 'CLIP, text and image encoder'
   batch_fields = ('image', 'tokens')
-  shows = (
-    'Test images, each with the caption, of all of the test, that CLIP finds nearest, and its own.'
-  )
 
   def __init__(
     self, config: CLIPTaskConfig, tokenizer: PreTrainedTokenizerBase, test: ImageSource,
@@ -80,7 +75,9 @@ class CLIPTask(Task):
     self.config = config
     self.tokenizer = tokenizer
     self.test = test
-    self.clip = Network.of(CLIP, config.clip, dtype=dtype, remat=remat, attention=attention)
+    self.clip = self.model = Network.of(
+      CLIP, config.clip, dtype=dtype, remat=remat, attention=attention
+    )
     self.frozen: Frozen = {}
 
   def initialize(self, key: jax.Array) -> Params:
@@ -103,40 +100,9 @@ class CLIPTask(Task):
     }
     return loss.mean(), (metrics, ())
 
-  def _features(self, params: Params, mesh: Mesh) -> CLIPFeatures:
-    return CLIPFeatures(CLIPExtractor(self.clip, params, 'in training'), self.tokenizer, mesh)
-
-  def _embed(self, params: Params, mesh: Mesh, count: int):
-    records = some(self.test, count)
-    images = np.stack([record['image'] for record in records])
-    captions = [record['captions'][0] for record in records]
-    features = self._features(params, mesh)
-    return images, captions, features.images(images), features.texts(captions)
-
-  def preview(self, params, frozen, mesh: Mesh) -> tuple[np.ndarray, list[str]]:
-    """Test images with the caption, of all test captions, that lies nearest, and their own."""
-    images, captions, image, text = self._embed(params, mesh, len(self.test))
-    chosen = np.linspace(0, len(images) - 1, min(32, len(images))).astype(int)
-    nearest = (np.asarray(unit(image[chosen])) @ np.asarray(unit(text)).T).argmax(axis=1)
-    pairs = zip(nearest, chosen, strict=True)
-    return images[chosen], [answer(captions[found], captions[own]) for found, own in pairs]
-
-  def evaluate(self, params, frozen, mesh, *, samples: int, final: bool) -> Scores:
-    """Retrieval among 100 captions, or so many as there are, and among all that are read."""
-    _, captions, image, text = self._embed(params, mesh, samples)
-    count = len(captions)
-    scores = {
-      f'retrieval_r{k}_of_{n}': retrieval_recall(image, text, k=k, candidates=n, seed=0)
-      for n in sorted({min(100, count), count}) for k in (1, 5) if k <= n
-    }
-    scores |= {'clip_score': clip_score(image, text), 'images': float(count)}
-    columns = {'test': scores}
-    if final:
-      fresh = put_params(to_host(jax.jit(self.initialize)(jax.random.key(1))), mesh)
-      columns['untrained'] = self.evaluate(
-        fresh, frozen, mesh, samples=samples, final=False
-      )['test']
-    return columns
+  def evaluators(self, mesh: Mesh) -> list[Evaluator]:
+    known = self.tokenizer, self.test, mesh
+    return [RetrievalPreview(*known), Retrieval(*known)]
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
     """CLIP in transformers' layout, with its tokenizer."""

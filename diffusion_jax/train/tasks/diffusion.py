@@ -4,11 +4,11 @@ Trains the denoiser of a latent diffusion model; autoencoder and text encoder st
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.data.sources.tfds import ImageSource
@@ -21,19 +21,20 @@ from diffusion_jax.diffusion.objective import (
   update_history,
 )
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.evaluator import Evaluator, Scores
 from diffusion_jax.evaluation.generated import (
   DRAW_BATCH,
-  Evaluation,
+  CaptionPreview,
   EvaluationConfig,
-  fresh_weights,
+  GeneratedImages,
+  ImageScorer,
 )
 from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.parallel.mesh import to_host
-from diffusion_jax.pipelines.conditions import Inputs
 from diffusion_jax.pipelines.directory import save_text_to_image
 from diffusion_jax.pipelines.model import Diffusion, SampleConfig
-from diffusion_jax.train.tasks.task import Carry, Frozen, Observed, Scores, Task, mean_metric
+from diffusion_jax.train.tasks.task import Carry, Frozen, Observed, Task, mean_metric
 from diffusion_jax.types import Condition, Latents, Params, Weights
 
 TIME_BUCKETS = 10
@@ -134,7 +135,6 @@ class DiffusionTask(NoisingTask):
 
   Config = DiffusionTaskConfig
   name, title = 'diffusion', 'Text-to-image latent diffusion model'
-  shows = 'Drawn for these captions, from the same noise each time.'
 
   def __init__(
     self, config: LatentTaskConfig, model: Diffusion, frozen: Frozen,
@@ -151,7 +151,6 @@ class DiffusionTask(NoisingTask):
     self.frozen: Frozen = {**frozen, NULL: bias}
     cached = ('mean', 'std', 'text', *(['pooled'] if model.text.pooled else []))
     self.batch_fields = cached if config.cache else ('image', 'tokens')
-    self._evaluation: Evaluation | None = None
 
   def initialize(self, key: jax.Array) -> Params:
     return self.model.unet.initialize(key)
@@ -210,47 +209,27 @@ class DiffusionTask(NoisingTask):
   def loss(self, params, frozen, carry, batch, key, step) -> tuple[jax.Array, tuple]:
     return self.summary(self.losses(params, frozen, carry, batch, key), carry)
 
-  def preview_inputs(self) -> Inputs:
-    """What the previews are drawn with beside their captions."""
-    return Inputs()
-
-  def preview(self, params, frozen, mesh: Mesh) -> tuple[np.ndarray, list[str]]:
-    """The preview captions with the same noise every time."""
-    captions = list(self.config.preview_captions)
-    images = self.model.generate(
-      self.weights(params, frozen), captions, self.config.sample, seed=0, mesh=mesh,
-      # The evaluation's batch, so that both share one compiled program.
-      batch_size=self.draw_batch, inputs=self.preview_inputs(),
-    )
-    return np.concatenate(list(images)), captions
-
   @property
   def draw_batch(self) -> int:
     """Images that are drawn at a time."""
     return DRAW_BATCH
 
-  def evaluation(self, mesh: Mesh) -> Evaluation:
-    """What scores the model, with its networks loaded, once.
-
-    UserError where `config.evaluation` cannot be: asked for before training, it is known then.
-    """
-    if self._evaluation is None:
-      config = self.config.evaluation
-      self._evaluation = Evaluation(
-        self.model, config.features or (f'clip:{self.config.clip}',), config.metrics,
-        self.train, self.test, mesh,
-      )
-    return self._evaluation
-
-  def evaluate(
-    self, params, frozen, mesh, *, samples: int, final: bool, seconds: float = 0.0
-  ) -> Scores:
-    """Metrics of images drawn for the test captions, for which there are `seconds`, 0 for all."""
-    weights = self.weights(params, frozen)
-    return self.evaluation(mesh)(
-      weights, fresh_weights(self.model, weights, mesh) if final else None, self.config.sample,
-      samples=samples, seed=0, real=final, seconds=seconds, batch_size=self.draw_batch,
+  def preview(self, mesh: Mesh) -> Evaluator:
+    """Return what draws the preview captions."""
+    config = self.config
+    return CaptionPreview(
+      config.preview_captions, config.sample, mesh, batch_size=self.draw_batch
     )
+
+  def evaluators(self, mesh: Mesh) -> list[Evaluator]:
+    config = self.config.evaluation
+    features = config.features or (f'clip:{self.config.clip}',)
+    scorer = functools.cache(lambda: ImageScorer(
+      self.model, features, config.metrics, self.train, self.test, mesh
+    ))
+    return [self.preview(mesh), GeneratedImages(
+      scorer, self.config.sample, features, self.test, mesh, batch_size=self.draw_batch
+    )]
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
     """The whole model as a directory that `sample --model` reads."""

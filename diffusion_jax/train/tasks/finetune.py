@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from diffusion_jax.data.transforms import edges
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.generated import Evaluation
+from diffusion_jax.evaluation.evaluator import Evaluator, Scores
 from diffusion_jax.models.lora import LoRAConfig
 from diffusion_jax.pipelines.architectures import ARCHITECTURES, architecture_model
 from diffusion_jax.pipelines.conditioners import random_masks
@@ -21,7 +21,7 @@ from diffusion_jax.pipelines.directory import Part, load_weights, read_pipeline
 from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.train.tasks.diffusion import DiffusionTask, LatentTaskConfig
 from diffusion_jax.train.tasks.prior_preservation import PriorConfig
-from diffusion_jax.train.tasks.task import Frozen, Scores
+from diffusion_jax.train.tasks.task import Frozen
 from diffusion_jax.train.tasks.trainable import (
   ControlNet,
   Full,
@@ -127,15 +127,6 @@ class FinetuneTask(DiffusionTask):
   Config = FinetuneTaskConfig
   name, title = 'finetune', 'Fine-tuned text-to-image model'
 
-  @property
-  def shows(self) -> str:
-    """As the task's; pictures that are shown to the model are of the test split."""
-    if self.config.train == 'controlnet':
-      return 'Drawn for these captions and the edges of test images, from the same noise each time.'
-    if self.config.inputs == 'inpaint':
-      return 'Test images whose middle is drawn for these captions, from the same noise each time.'
-    return super().shows
-
   def __init__(
     self, config: FinetuneTaskConfig, trainable: Trainable, model: Diffusion, frozen: Frozen,
     train: Sequence, test: Sequence, remat: str = 'none', products: str = 'plain',
@@ -185,9 +176,21 @@ class FinetuneTask(DiffusionTask):
     masks[:, quarter:-quarter, quarter:-quarter] = True
     return Inputs(images=images, masks=masks)
 
-  def evaluation(self, mesh: Mesh) -> Evaluation:
-    self.config.check_scored()
-    return super().evaluation(mesh)
+  def preview(self, mesh: Mesh) -> Evaluator:
+    about = ''
+    if self.config.train == 'controlnet':
+      about = (
+        'Drawn for these captions and the edges of test images, from the same noise each time.'
+      )
+    if self.config.inputs == 'inpaint':
+      about = (
+        'Test images whose middle is drawn for these captions, from the same noise each time.'
+      )
+    known = {'inputs': self.preview_inputs, 'about': about} if about else {}
+    return dataclasses.replace(super().preview(mesh), **known)
+
+  def evaluators(self, mesh: Mesh) -> list[Evaluator]:
+    return [self.preview(mesh)] if self.config.pictured else super().evaluators(mesh)
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
     """What was trained, in the layout of diffusers."""

@@ -1,6 +1,7 @@
 """What the one train loop and the one step ask of a task."""
 
 import abc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -8,7 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax.types import Params
+from diffusion_jax.evaluation.evaluator import Evaluator, Scores
+from diffusion_jax.types import Params, Weights
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 """Sums and counts by name; adding them up over microbatches and steps keeps means exact."""
@@ -21,10 +23,6 @@ Observed = Any
 
 Frozen = dict[str, Params]
 """Parameters of the networks that are used but not trained, by role."""
-
-Scores = dict[str, Any]
-"""Metric values by column, such as {'generated': {...}, 'real': {...}}; beside them 'settings', and
-sentences in 'measured', on what they were measured, and 'warnings'. The first is a column."""
 
 
 class Task(abc.ABC):
@@ -43,8 +41,8 @@ class Task(abc.ABC):
   """Host arrays of the frozen networks; the loop puts them onto the mesh."""
   batch_fields: tuple[str, ...]
   """Fields of a record that the loss reads; the rest never reaches a device."""
-  shows: str
-  """A sentence: what the pictures of `preview` and their captions are."""
+  model: Any = None
+  """What evaluators are given with its weights."""
 
   @abc.abstractmethod
   def initialize(self, key: jax.Array) -> Params:
@@ -75,24 +73,19 @@ class Task(abc.ABC):
     """Project parameters after an update, such as by a clamp; pure."""
     return params
 
-  def preview(self, params: Params, frozen: Frozen, mesh: Mesh) -> tuple[np.ndarray, list[str]]:
-    """Return a fixed set of images, uint8 [n h w 3], and their captions, to compare over time."""
-    raise NotImplementedError
+  def weights(self, params: Params, frozen: Frozen) -> Weights:
+    """Return all weights of `model`, of what is trained and of what is not."""
+    del frozen
+    return params
 
-  def evaluate(
-    self, params: Params, frozen: Frozen, mesh: Mesh, *, samples: int, final: bool
-  ) -> Scores:
-    """Score the test split; `final` adds the columns to compare with."""
-    raise NotImplementedError
+  def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
+    """Return what shows and scores `model` on the test split; nothing heavy is loaded here."""
+    del mesh
+    return ()
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
     """Write the trained model as safetensors with its configuration and model card."""
     raise NotImplementedError
-
-
-def answer(given: str, true: str) -> str:
-  """The caption of a test image that a network has named: its answer, and whether it is right."""
-  return f'right: {true}' if given == true else f'says {given}; is {true}'
 
 
 def mean_metric(values: jax.Array) -> tuple[jax.Array, jax.Array]:

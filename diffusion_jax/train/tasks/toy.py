@@ -15,20 +15,16 @@ from diffusion_jax.diffusion.noise import NoiseConfig, NoiseSchedule, ScheduleCo
 from diffusion_jax.diffusion.objective import Network as Denoising
 from diffusion_jax.diffusion.objective import Objective, ObjectiveConfig
 from diffusion_jax.diffusion.samplers import initial_noise, sampler
-from diffusion_jax.evaluation.metrics.kernel import energy_distance
+from diffusion_jax.evaluation.evaluator import Evaluator, Scores
+from diffusion_jax.evaluation.points import Points, PointsPreview
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models.mlp import MLP, MLPConfig
 from diffusion_jax.models.network import Network
-from diffusion_jax.parallel.mesh import to_host
-from diffusion_jax.parallel.processes import heartbeat
 from diffusion_jax.train.tasks.diffusion import NoisingTask, history_of
-from diffusion_jax.train.tasks.task import Frozen, Scores
+from diffusion_jax.train.tasks.task import Frozen
 from diffusion_jax.types import Params
-from diffusion_jax.viz.charts import field_picture, scatter_picture
 
-PREVIEW_POINTS = 1024
 FIELD_LEVELS = (1.0, 0.4, 0.15)
-LATTICE, EXTENT = 21, 2.6
 LIKELIHOOD_STEPS = 40
 
 
@@ -81,10 +77,6 @@ class ToyTask(NoisingTask):
   Config = ToyTaskConfig
   name, title = 'toy', 'Denoiser of points in the plane'
   batch_fields = ('points',)
-  shows = (
-    'Drawn points, as far as they lie in the frame, over those of the test, and the learned score '
-    'of data with that much noise (sigma / alpha), over noised test points.'
-  )
 
   def __init__(self, config: ToyTaskConfig, test: ArraySource):
     self.config = config
@@ -158,43 +150,13 @@ class ToyTask(NoisingTask):
       steps=LIKELIHOOD_STEPS, t_min=self.noise.t_min,
     ).bits
 
-  def preview(self, params, frozen, mesh: Mesh) -> tuple[np.ndarray, list[str]]:
-    """Samples over the data, and the learned score of the data with three amounts of noise."""
-    points = to_host(self._sample(params, 0, PREVIEW_POINTS))
-    heartbeat()
-    axis = np.linspace(-EXTENT, EXTENT, LATTICE, dtype=np.float32)
-    lattice = np.stack(np.meshgrid(axis, axis), axis=-1)
-    fields = to_host(self._fields(params, lattice.reshape(-1, 2)))
-    heartbeat()
-    noise = np.random.default_rng(0).standard_normal((PREVIEW_POINTS, 2))
-    data = self.test[:PREVIEW_POINTS]
-    pictures = [scatter_picture(points, data, EXTENT)] + [
-      field_picture(lattice, field.reshape(lattice.shape), data + ratio * noise[: len(data)])
-      for field, ratio in zip(fields, FIELD_LEVELS, strict=True)
+  def evaluators(self, mesh: Mesh) -> list[Evaluator]:
+    return [
+      PointsPreview(self._sample, self._fields, FIELD_LEVELS, self.test),
+      Points(
+        self._sample, self._bits, self.initialize, self.test, self.config.likelihood_points
+      ),
     ]
-    captions = ['samples over data'] + [f'score at sigma / alpha {r:g}' for r in FIELD_LEVELS]
-    return np.stack(pictures), captions
-
-  def evaluate(self, params, frozen, mesh, *, samples: int, final: bool) -> Scores:
-    """Energy distance to the test points, and at the end bits per dimension of some of them."""
-    count = min(samples, len(self.test))
-    columns = {'generated': params}
-    if final:
-      columns['untrained'] = jax.jit(self.initialize)(jax.random.key(1))
-    scores = {}
-    for name, values in columns.items():
-      found = to_host(self._sample(values, 1, count))
-      heartbeat()
-      scores[name] = {'energy_distance': energy_distance(found, self.test)}
-      if final and (points := self.config.likelihood_points):
-        bits = to_host(self._bits(values, self.test[:points]))
-        scores[name]['bits_per_dim'] = float(bits.mean())
-        heartbeat()
-    if final:
-      half = len(self.test) // 2
-      real = energy_distance(self.test[:half], self.test[half:])
-      scores['real'] = {'energy_distance': real}
-    return scores
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
     """The network; `config.json` of the run says how it was trained."""

@@ -1,4 +1,4 @@
-"""What a run shows of itself: sample grids, scores, model card and report."""
+"""Run beside training: evaluators that are due, their grids and scores, model card and report."""
 
 import json
 import math
@@ -10,6 +10,15 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from diffusion_jax.evaluation.evaluator import (
+  EVALUATE,
+  SAMPLE,
+  Picture,
+  Scores,
+  Value,
+  run_all,
+  scores_of,
+)
 from diffusion_jax.files import set_aside_damaged
 from diffusion_jax.runs.directory import command_line, versions
 from diffusion_jax.runs.metrics import MetricsWriter
@@ -20,7 +29,6 @@ from diffusion_jax.train.sample_count import NAME as SAMPLE_COUNT
 from diffusion_jax.train.sample_count import SampleCount
 from diffusion_jax.train.side_work import SideWork
 from diffusion_jax.train.state import TrainState
-from diffusion_jax.train.tasks.task import Scores
 from diffusion_jax.train.training import Training
 from diffusion_jax.viz.grids import make_grid, save_png
 from diffusion_jax.viz.report import ABOUT, write_report
@@ -30,7 +38,7 @@ REPORT_EVERY = 20
 """Times as long as a report takes to write pass before the next, but for the last."""
 
 
-class Showing:
+class Hooks:
   """Every process draws and scores; process 0 writes.
 
   Only `finish` raises where something cannot be written; all else is side work.
@@ -61,23 +69,31 @@ class Showing:
   def _write_json(self, name: str, values: dict) -> None:
     self._write(name, lambda: self.t.directory.write_json(name, values))
 
-  def preview(self, state: TrainState, step: int) -> None:
-    """Draws the grid of a step."""
-    drawn = self._side.together('the pictures of the sample grid', lambda: self.t.task.preview(
-      state.eval_params, self._frozen, self.t.mesh
-    ))
-    if drawn is not None and self._main:
-      self._side('the sample grid', lambda: self._grid(step, *drawn))
+  def _run(self, when: str, state: TrainState, **options) -> list[tuple[str, Value]]:
+    """Return what the evaluators yield that are due, in the same way at each step."""
+    task, due_now = self.t.task, [one for one in self.t.evaluators if one.when == when]
+    weights = task.weights(state.eval_params, self._frozen)
+    return list(run_all(due_now, task.model, weights, jax.random.key(0), **options))
 
-  def _grid(self, step: int, images: np.ndarray, captions: list[str]) -> None:
+  def preview(self, state: TrainState, step: int) -> None:
+    """Draw the grid of a step."""
+    drawn = self._side.together(
+      'the pictures of the sample grid', lambda: self._run(SAMPLE, state)
+    )
+    for name, value in drawn or ():
+      if self._main and isinstance(value, Picture):
+        self._side('the sample grid', partial(self._grid, name, step, value))
+
+  def _grid(self, name: str, step: int, picture: Picture) -> None:
+    images, captions = picture.images, list(picture.captions)
     columns = min(8, math.ceil(math.sqrt(len(images))))
     scale = max(1, 128 // images.shape[1])
     grid = make_grid(images, columns=columns, captions=captions, scale=scale, lines=6)
-    self._writer.image('samples', step, np.asarray(grid.convert('RGB')))
-    name = f'step_{step:08d}.png'
-    texts = {ABOUT: self.t.task.shows, 'step': str(step), 'captions': json.dumps(captions)}
+    self._writer.image(name, step, np.asarray(grid.convert('RGB')))
+    file = f'step_{step:08d}.png' if name == 'samples' else f'{name}_{step:08d}.png'
+    texts = {ABOUT: picture.about, 'step': str(step), 'captions': json.dumps(captions)}
     self._write(
-      f'samples/{name}', lambda: save_png(grid, self.t.directory.samples / name, texts)
+      f'samples/{file}', lambda: save_png(grid, self.t.directory.samples / file, texts)
     )
 
   def evaluate(
@@ -95,14 +111,14 @@ class Showing:
     self, state: TrainState, step: int, final: bool
   ) -> tuple[Scores, dict[str, float]]:
     count = self._count
-    # Tasks that read a fixed set know of no seconds; `build` refuses them there.
-    limit = {'seconds': count.seconds} if count.seconds else {}
-    scores = self.t.task.evaluate(
-      state.eval_params, self._frozen, self.t.mesh, samples=count.wanted, final=final, **limit
-    )
+    scores = scores_of(self._run(
+      EVALUATE, state, samples=count.wanted, seconds=count.seconds, baselines=final
+    ))
+    if not scores:
+      return {}, {}
     scores = self.t.stating(scores, step)
     figures, taken = dict(next(iter(scores.values()))), count.wanted
-    if limit:
+    if count.seconds:
       taken = scores['settings']['samples']
       if (text := count.took(taken)) and self._main:
         self._side.say(text)

@@ -1,0 +1,106 @@
+"""What scores a model, or shows what it makes: the same while it is trained and after."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+
+from diffusion_jax.types import Params
+
+SAMPLE, EVALUATE = 'sample', 'evaluate'
+TEST = 'test'
+"""The column of a model that is scored on what it makes of test records."""
+
+Scores = dict[str, Any]
+"""Metric values by column, such as {'generated': {...}, 'real': {...}}; beside them 'settings', and
+sentences in 'measured', on what they were measured, and 'warnings'. The first is a column."""
+
+
+class Picture(NamedTuple):
+  """Images that stay the same but for the model, to compare over time.
+
+  captions: one for each. about: a sentence on what the images and captions are.
+  """
+
+  images: UInt8[np.ndarray, 'n h w 3']
+  captions: Sequence[str]
+  about: str = ''
+
+
+Value = float | Picture | Mapping[str, Any] | Sequence[str]
+
+
+class Evaluator(Protocol):
+  """Scores a model, or shows what it makes.
+
+  Attributes:
+    name: of the row in `registry.EVALUATORS`.
+    when: 'sample' or 'evaluate': it runs every loop.sample_every_steps or evaluate_every_steps, and
+      at the end of a run.
+
+  Dataclasses may have fields that the caller sets (`with_options`): samples, how many; seconds,
+  that they may take; baselines, whether to add the columns to compare with. Those that know
+  them beforehand may have `metrics`, the names of all values, and `features`, the networks that
+  score, KIND:PATH each; reading them loads what is needed, and raises a UserError where it cannot
+  be.
+  """
+
+  name: str
+  when: str
+
+  def run(self, model: Any, params: Params, key: jax.Array) -> Iterator[tuple[str, Value]]:
+    """Yield (name, value).
+
+    Numbers are named COLUMN.METRIC, or METRIC alone in the first column; 'measured' and 'warnings'
+    are sentences, 'settings' what decides the numbers. Anything else is a `Picture`.
+
+    Args:
+      model: of the task, such as `pipelines.model.Diffusion`; params: all of its weights.
+      key: a typed key; of one seed, so that results can be compared over time.
+    """
+    ...
+
+
+def with_options(evaluator: Evaluator, **options: Any) -> Evaluator:
+  """Return the evaluator with those of the options that it has fields for."""
+  known = dataclasses.fields(evaluator) if dataclasses.is_dataclass(evaluator) else ()
+  given = {field.name: options[field.name] for field in known if field.name in options}
+  return dataclasses.replace(evaluator, **given) if given else evaluator
+
+
+def run_all(
+  evaluators: Iterable[Evaluator], model: Any, params: Params, key: jax.Array, **options: Any
+) -> Iterator[tuple[str, Value]]:
+  """Yield what several evaluators yield, each with those of the options that it knows."""
+  for evaluator in evaluators:
+    yield from with_options(evaluator, **options).run(model, params, key)
+
+
+def scores_of(results: Iterable[tuple[str, Value]]) -> Scores:
+  """Return the numbers by column, then sentences and settings; pictures are left out."""
+  columns: dict[str, dict[str, float]] = {}
+  beside: dict[str, Any] = {}
+  for name, value in results:
+    if name in ('measured', 'warnings'):
+      beside.setdefault(name, []).extend(value)
+    elif name == 'settings':
+      beside.setdefault(name, {}).update(value)
+    elif not isinstance(value, Picture):
+      column, _, metric = name.rpartition('.')
+      columns.setdefault(column or next(iter(columns), TEST), {})[metric] = float(value)
+  return columns | beside
+
+
+def named(columns: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[str, float]]:
+  """Yield the numbers of columns as an evaluator does."""
+  for column, values in columns.items():
+    for metric, value in values.items():
+      yield f'{column}.{metric}', value
+
+
+def seed_of(key: jax.Array) -> int:
+  """Return the seed that a key was made of by `jax.random.key`."""
+  return int(jax.random.key_data(key)[-1])

@@ -1,0 +1,161 @@
+"""Scores and shows networks that recognise test images: CLIP by caption, classifiers by class."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from diffusion_jax.backend.xla import jit
+from diffusion_jax.data.sources.tfds import ImageSource
+from diffusion_jax.data.unreadable import some
+from diffusion_jax.evaluation.evaluator import EVALUATE, SAMPLE, TEST, Picture, Value, named
+from diffusion_jax.evaluation.extractors.classifier import ClassifierExtractor
+from diffusion_jax.evaluation.extractors.clip import CLIPExtractor, CLIPFeatures, unit
+from diffusion_jax.evaluation.metrics.text import clip_score, retrieval_recall
+from diffusion_jax.models.network import Network
+from diffusion_jax.parallel.mesh import in_batches, put_params, to_host
+from diffusion_jax.types import Params
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerBase
+
+SHOWN = 32
+
+
+def answer(given: str, true: str) -> str:
+  """Return the caption of an image that a network has named: its answer, and whether it is right.
+  """
+  return f'right: {true}' if given == true else f'says {given}; is {true}'
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RetrievalPreview:
+  """Test images with the caption, of all test captions, that lies nearest, and their own."""
+
+  tokenizer: PreTrainedTokenizerBase
+  test: ImageSource
+  mesh: Mesh
+  name = 'retrieval_preview'
+  when = SAMPLE
+  about = (
+    'Test images, each with the caption, of all of the test, that CLIP finds nearest, and its own.'
+  )
+
+  def run(self, model: Network, params: Params, key) -> Iterator[tuple[str, Value]]:
+    images, captions, image, text = self.embed(model, params, len(self.test))
+    chosen = np.linspace(0, len(images) - 1, min(SHOWN, len(images))).astype(int)
+    nearest = (np.asarray(unit(image[chosen])) @ np.asarray(unit(text)).T).argmax(axis=1)
+    pairs = zip(nearest, chosen, strict=True)
+    told = [answer(captions[found], captions[own]) for found, own in pairs]
+    yield 'samples', Picture(images[chosen], told, self.about)
+
+  def embed(self, model: Network, params: Params, count: int) -> tuple:
+    """Return (images, captions, embeddings of images, of captions) of so many test records."""
+    records = some(self.test, count)
+    images = np.stack([record['image'] for record in records])
+    captions = [record['captions'][0] for record in records]
+    features = CLIPFeatures(
+      CLIPExtractor(model, params, 'in training'), self.tokenizer, self.mesh
+    )
+    return images, captions, features.images(images), features.texts(captions)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Retrieval(RetrievalPreview):
+  """Retrieval among 100 captions, or so many as there are, and among all that are read."""
+
+  samples: int = 256
+  baselines: bool = True
+  name = 'retrieval'
+  when = EVALUATE
+
+  def run(self, model: Network, params: Params, key) -> Iterator[tuple[str, Value]]:
+    yield from named({TEST: self._scores(model, params)})
+    if self.baselines:
+      fresh = to_host(jax.jit(model.initialize)(jax.random.key(1)))
+      yield from named({'untrained': self._scores(model, put_params(fresh, self.mesh))})
+
+  def _scores(self, model: Network, params: Params) -> dict[str, float]:
+    _, captions, image, text = self.embed(model, params, self.samples)
+    count = len(captions)
+    scores = {
+      f'retrieval_r{k}_of_{n}': retrieval_recall(image, text, k=k, candidates=n, seed=0)
+      for n in sorted({min(100, count), count}) for k in (1, 5) if k <= n
+    }
+    return scores | {'clip_score': clip_score(image, text), 'images': float(count)}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClassificationPreview:
+  """Test images, each with the class that it is given and with its own; logits: of `logits_of`."""
+
+  logits: Callable
+  classes: Sequence[str]
+  test: ImageSource
+  mesh: Mesh
+  name = 'classification_preview'
+  when = SAMPLE
+  about = 'Test images, each with the class that the classifier gives it and the one that it is of.'
+
+  def run(self, model: Network, params: Params, key) -> Iterator[tuple[str, Value]]:
+    images, labels, logits = self.tested(params, SHOWN)
+    pairs = zip(logits.argmax(axis=-1), labels, strict=True)
+    told = [answer(self.classes[found], self.classes[true]) for found, true in pairs]
+    yield 'samples', Picture(images, told, self.about)
+
+  def tested(self, params: Params, count: int) -> tuple[np.ndarray, ...]:
+    """Return (images, labels, logits) of so many test records, spread over the split."""
+    count = min(count, len(self.test))
+    places = np.linspace(0, len(self.test) - 1, count).round().astype(int)
+    records = some(self.test, count, places)
+    images = np.stack([record['image'] for record in records])
+    labels = np.asarray([self.classes.index(record['label']) for record in records])
+    logits = list(in_batches(self.logits, params, images, mesh=self.mesh))
+    return images, labels, np.concatenate(logits)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Classification(ClassificationPreview):
+  """Loss without smoothing, accuracy, and its mean over classes, which all count alike there.
+
+  With baselines an answer that knows nothing but how common each class is in the test, too.
+  """
+
+  samples: int = 256
+  baselines: bool = True
+  name = 'classification'
+  when = EVALUATE
+
+  def run(self, model: Network, params: Params, key) -> Iterator[tuple[str, Value]]:
+    _, labels, logits = self.tested(params, self.samples)
+    yield from named({TEST: _of_logits(logits, labels)})
+    if self.baselines:
+      fractions = np.bincount(labels, minlength=len(self.classes)) / len(labels)
+      known = np.log(np.maximum(fractions, 1e-12)).astype(np.float32)
+      known = np.broadcast_to(known, logits.shape)
+      yield from named({'commonest': _of_logits(known, labels)})
+
+
+def logits_of(network: Network) -> Callable:
+  """Return a compiled (params, uint8 images [b h w 3]) -> logits [b classes]."""
+  return jit(
+    lambda params, images: ClassifierExtractor(network, {}, '').apply(params, images)['logits']
+  )
+
+
+def _of_logits(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+  right = logits.argmax(axis=-1) == labels
+  log = jax.nn.log_softmax(jnp.asarray(logits).astype(jnp.float32))
+  loss = -jnp.take_along_axis(log, jnp.asarray(labels)[:, None], axis=-1)[:, 0]
+  return {
+    'loss': float(loss.mean()),
+    'accuracy': float(right.mean()),
+    'accuracy_per_class': float(np.mean([right[labels == k].mean() for k in np.unique(labels)])),
+    'images': float(len(labels)),
+  }
