@@ -1,25 +1,11 @@
-"""What several processes decide together, over JAX's coordination service.
+"""What the processes of one run tell each other beside their collectives.
 
-No device takes part, so it works from any thread and while programs run on the devices.
+A collective that one process does not join hangs or fails on all others, so these things travel by
+the key-value store of JAX's coordination service, from any thread and while programs run on the
+devices: barriers that agree on something, heartbeats, that a process gave up or was asked to stop.
 
-Signs of life from long work, so that whoever waits for it can tell work from standing still.
-
-Loops over batches, wherever they are, call `heartbeat` after each. Training listens while it saves,
-draws and scores: it feeds its watchdog and may stop between two batches.
-
-What the processes of one run tell each other beside their collectives.
-
-A collective that one process does not join hangs or fails on all others, so these things cannot
-travel by collectives: that a process was asked to stop, that it is alive, that it gave up. A thread
-of each process puts its news into the key-value store of JAX's coordination service ten times a
-second, less often where there are many; the thread of process 0 reads them all and puts up one
-verdict, which the others read. So a process costs two small messages each time.
-
-Stopping: every process counts its polls, which all make in the same order (before each step, after
-each batch of an evaluation). Once one was asked to stop, each thread publishes how far its process
-has come and lets it go no further than the next poll before the verdict is known: the largest count
-plus one. That poll is where all of them stop. The main threads need not answer for it, so it
-works while they wait for each other within a step.
+Orbax's `reached_preemption` knows SIGTERM alone, not Ctrl-C; and JAX's own heartbeats end a process
+by SIGABRT, without a word in status.json and with an exit code that says nothing.
 """
 
 import contextlib
@@ -30,24 +16,33 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed  # No public door leads to the key-value store.
+from jax.experimental import multihost_utils
 
 from diffusion_jax.files import first_line
 
 T = TypeVar('T')
 
 TIMEOUT_SECONDS, A_DAY = 1200, 86_400
+PERIOD_SECONDS, PERIOD_SECONDS_A_PROCESS = 0.1, 0.001
+"""Between two heartbeats, so that process 0 hears some 2,000 messages a second at most."""
 _rounds: Counter[str] = Counter()
+_meetings = itertools.count()
+_listener: ContextVar[Callable[[], None] | None] = ContextVar('listener', default=None)
+
+
+def _store() -> Any:
+  from jax._src import distributed  # No public door leads to the key-value store.
+
+  return distributed.global_state.client
 
 
 def agree(name: str, value: str, timeout_seconds: float = TIMEOUT_SECONDS) -> list[str]:
-  """Every process's value, in the order of processes; the same list on all of them.
+  """Return every process's value, in the order of processes; a barrier without devices.
 
   All processes must call it equally often under each name, and from one thread at a time. It waits
   for the slowest; with one process it costs nothing.
@@ -59,19 +54,19 @@ def agree(name: str, value: str, timeout_seconds: float = TIMEOUT_SECONDS) -> li
   if count == 1:
     return [value]
   _rounds[name] += 1
-  client = distributed.global_state.client
+  store = _store()
   keys = [f'diffusion_jax/{name}/{_rounds[name] - back}' for back in (0, 1)]
-  get = lambda key: json.loads(client.blocking_key_value_get(key, int(timeout_seconds * 1000)))
+  get = lambda key: json.loads(store.blocking_key_value_get(key, int(timeout_seconds * 1000)))
   try:
     if index:
-      client.key_value_set(f'{keys[0]}/{index}', json.dumps(value))
+      store.key_value_set(f'{keys[0]}/{index}', json.dumps(value))
       return get(f'{keys[0]}/all')
     values = [value, *(get(f'{keys[0]}/{other}') for other in range(1, count))]
-    client.key_value_set(f'{keys[0]}/all', json.dumps(values))
+    store.key_value_set(f'{keys[0]}/all', json.dumps(values))
   except jax.errors.JaxRuntimeError as error:
     raise TimeoutError(f'processes did not agree on {name}: {error}') from error
   if _rounds[name] > 1:  # Who has come to this round has read the one before.
-    client.key_value_delete(f'{keys[1]}/')
+    store.key_value_delete(f'{keys[1]}/')
   return values
 
 
@@ -79,7 +74,7 @@ def in_step(
   name: str, function: Callable[[], T], kinds: tuple[type[Exception], ...],
   timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> T:
-  """What function() returns here; where it raises one of `kinds` anywhere, all raise the same."""
+  """Return function() of here; where it raises one of `kinds` anywhere, all raise the same."""
   value, mine = None, ''
   try:
     value = function()
@@ -94,47 +89,39 @@ def in_step(
 
 
 def post(name: str, text: str) -> None:
-  """Leaves a text for all processes, without waiting for any; nothing with one process."""
+  """Leave a text for all processes, without waiting for any; nothing with one process."""
   if jax.process_count() > 1:
     key = f'diffusion_jax/{name}/{hashlib.sha256(text.encode(errors="replace")).hexdigest()}'
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # Posted before, or no one is there.
-      distributed.global_state.client.key_value_set(key, json.dumps(text))
+      _store().key_value_set(key, json.dumps(text))
 
 
 def posted(name: str) -> list[str]:
-  """What all processes have posted under a name so far."""
+  """Return what all processes have posted under a name so far."""
   if jax.process_count() == 1:
     return []
   with contextlib.suppress(jax.errors.JaxRuntimeError):
-    found = distributed.global_state.client.key_value_dir_get(f'diffusion_jax/{name}/')
+    found = _store().key_value_dir_get(f'diffusion_jax/{name}/')
     return [json.loads(text) for _, text in found]
   return []
 
 
 def sum_over_processes(x: np.ndarray) -> np.ndarray:
-  """The sum of every process's array; all must call it with equal shapes, none under way elsewhere.
-
-  Unlike `agree` it goes over the devices, for it is made for what is large.
-  """
+  """Return the sum of every process's array, over the devices; all must call it together."""
   if jax.process_count() == 1:
     return x
-  from jax.experimental import multihost_utils
-
   return multihost_utils.process_allgather(x).sum(axis=0, dtype=x.dtype)
 
 
-_listener: ContextVar[Callable[[], None] | None] = ContextVar('listener', default=None)
-
-
 def heartbeat() -> None:
-  """One piece of work is done. Whoever listens may raise here, to stop the work."""
+  """Tell whoever listens that one batch of long work is done; it may raise, to stop the work."""
   if (listener := _listener.get()) is not None:
     listener()
 
 
-@contextmanager
+@contextlib.contextmanager
 def listening(listener: Callable[[], None]) -> Iterator[None]:
-  """Calls `listener` at every heartbeat within."""
+  """Call `listener` at every heartbeat within."""
   token = _listener.set(listener)
   try:
     yield
@@ -142,15 +129,17 @@ def listening(listener: Callable[[], None]) -> Iterator[None]:
     _listener.reset(token)
 
 
-PERIOD_SECONDS = 0.1
-PERIOD_SECONDS_A_PROCESS = 0.001
-"""So that process 0 hears some 2,000 messages a second at most, however many there are."""
-
-_meetings = itertools.count()
-
-
 class Peers:
   """Threads that keep processes in touch; with one process, a flag.
+
+  A thread of each process puts its news into the store every period; that of process 0 reads them
+  all and puts up one verdict, which the others read. So a process costs two small messages.
+
+  Stopping: every process counts its polls, which all make in the same order (before each step,
+  after each batch of an evaluation). Once one was asked to stop, each thread publishes how far its
+  process has come and lets it go no further than the next poll before the verdict is known: the
+  largest count plus one. There all stop. The main threads need not answer for it, so it works while
+  they wait for each other within a step.
 
   Args:
     timeout_seconds: without news of a process for that long, it counts as lost.
@@ -173,12 +162,12 @@ class Peers:
     self.gone: tuple[int, str] | None = None
     """(process, why) of the first process that is gone; why is '' for one that fell silent."""
     if self._count > 1:
-      self._client = distributed.global_state.client
+      self._store = _store()
       self._thread = threading.Thread(target=self._run, name='peers', daemon=True)
       self._thread.start()
 
   def ask_to_stop(self) -> None:
-    """Asks all processes to stop; safe in a signal handler."""
+    """Ask all processes to stop; safe in a signal handler."""
     self._asked = True
 
   def poll(self) -> bool:
@@ -192,8 +181,15 @@ class Peers:
       until = self._verdict['until']
       return until is not None and self._polls >= until
 
+  def any_asked(self) -> bool:
+    """Whether any process has been asked to stop by now; a barrier.
+
+    For places where something else begins: `poll` may have to wait for the news to travel.
+    """
+    return 'True' in agree('stop', str(self._asked))
+
   def leave(self, why: str) -> None:
-    """Tells the others that this process gives up and why; returns once it has been said."""
+    """Tell the others that this process gives up and why; return once it has been said."""
     if self._count == 1 or self._closed.is_set():
       return
     self._news['left'] = why or 'left'
@@ -204,7 +200,7 @@ class Peers:
         time.sleep(3 * self._period)
 
   def confirm_gone(self) -> None:
-    """Waits a little longer than the timeout for news that another process is gone.
+    """Wait a little longer than the timeout for news that another process is gone.
 
     Returns if there is none; otherwise `on_lost` is called, and what it does happens.
     """
@@ -216,15 +212,8 @@ class Peers:
     if self.gone is not None:
       self._thread.join()
 
-  def settle(self) -> bool:
-    """Whether any process has been asked to stop by now; waits for all of them, without delay.
-
-    For places where something else begins: `poll` may have to wait for the news to travel.
-    """
-    return 'True' in agree('stop', str(self._asked))
-
   def close(self) -> None:
-    """Ends the thread; from here on nothing is watched."""
+    """End the thread; from here on nothing is watched."""
     self._closed.set()
     if self._count > 1 and threading.current_thread() is not self._thread:
       self._news['left'] = self._news['left'] or 'done'
@@ -245,25 +234,23 @@ class Peers:
           self._lose(0, '', f'the coordinator (process 0) has not answered for '
                      f'{self._timeout:g} s ({first_line(error)[:120]})')
           return
-    try:
+    with contextlib.suppress(Exception):  # The coordinator may be the first to go.
       self._publish()  # 'done': its silence from now on means nothing.
-    except Exception:  # The coordinator may be the first to go.
-      return
 
   def _publish(self) -> None:
-    news = self._news
-    news['beat'] += 1
-    news['stop'] = news['stop'] or self._asked
-    self._client.key_value_set(
-      f'{self._room}/news/{self._index}', json.dumps(news), allow_overwrite=True
-    )
+    self._news['beat'] += 1
+    self._news['stop'] = self._news['stop'] or self._asked
+    self._put(f'news/{self._index}', self._news)
+
+  def _put(self, key: str, value: dict) -> None:
+    self._store.key_value_set(f'{self._room}/{key}', json.dumps(value), allow_overwrite=True)
 
   def _judge(self, seen: dict[int, tuple[int, float]]) -> None:
-    """Process 0 draws conclusions from everybody's news and puts them up."""
+    """Draw process 0's conclusions from everybody's news and put them up."""
     now, verdict = time.monotonic(), dict(self._verdict)
     news = {
       int(key.rpartition('/')[2]): json.loads(value)
-      for key, value in self._client.key_value_dir_get(f'{self._room}/news/')
+      for key, value in self._store.key_value_dir_get(f'{self._room}/news/')
     }
     for index, item in news.items():
       if index not in seen or seen[index][0] != item['beat']:
@@ -275,13 +262,11 @@ class Peers:
     polls = [item['polls'] for item in news.values()]
     if verdict['until'] is None and len(polls) == self._count and None not in polls:
       verdict['until'] = max(polls) + 1
-    self._client.key_value_set(
-      f'{self._room}/verdict/0', json.dumps(verdict), allow_overwrite=True
-    )
+    self._put('verdict/0', verdict)
 
   def _obey(self) -> None:
-    """Takes over what process 0 has concluded."""
-    verdicts = self._client.key_value_dir_get(f'{self._room}/verdict/')
+    """Take over what process 0 has concluded."""
+    verdicts = self._store.key_value_dir_get(f'{self._room}/verdict/')
     if not verdicts:  # Process 0 has not begun yet.
       return
     with self._lock:

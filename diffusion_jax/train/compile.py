@@ -1,8 +1,11 @@
-"""Compiles the step before the first one is made, and tells what it needs."""
+"""Compiles the step, once for each shape of batch, and says what it needs."""
 
+import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -17,7 +20,7 @@ MEGABYTE = 1e6
 
 @dataclasses.dataclass(frozen=True)
 class StepReport:
-  """What the compiled step needs of one device; bytes, and operations by XLA's own count.
+  """Needs of the compiled step on one device: bytes, and operations by XLA's own count.
 
   state: parameters, optimizer, average and frozen networks as they lie on a device. batch: its part
   of the batch. temporary: activations, gradients and whatever else lives during the step. flops: of
@@ -39,7 +42,7 @@ class StepReport:
     return self.state + self.batch + self.temporary
 
   def lines(self, mesh: Any, batch_size: int) -> list[str]:
-    """The report for people."""
+    """Return the report for people."""
     sizes = ' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1)
     size = lambda n: f'{n / MEGABYTE:,.1f} MB'
     flops = ''
@@ -54,12 +57,12 @@ class StepReport:
     ]
 
   def as_json(self) -> dict[str, Any]:
-    """For step.json."""
+    """Return what belongs into step.json."""
     return {**dataclasses.asdict(self), 'bytes': self.bytes}
 
 
 def step_and_batch(training: Training, abstract: TrainState) -> tuple[Step, dict]:
-  """(jitted step, shapes of a global batch) of what is trained, from the shapes of its state."""
+  """Return (jitted step, shapes of a global batch), from the shapes of the state."""
   t = training
   step = make_step(
     t.task, t.optimizer, batch_size=t.loop.batch_size, mesh=t.mesh,
@@ -71,7 +74,7 @@ def step_and_batch(training: Training, abstract: TrainState) -> tuple[Step, dict
 
 
 def compile_step(step: Any, state: TrainState, frozen: dict, batch: dict):
-  """(compiled, report) of a jitted step for arguments of these shapes, types and shardings."""
+  """Return (compiled, report) of a jitted step for arguments like these, arrays or shapes."""
   start = time.perf_counter()
   compiled = step.lower(state, frozen, batch).compile()
   seconds = time.perf_counter() - start
@@ -88,8 +91,37 @@ def compile_step(step: Any, state: TrainState, frozen: dict, batch: dict):
   return compiled, report
 
 
+class StepPrograms:
+  """A jitted step with one executable for each shape of batch, compiled when it first comes.
+
+  It is called as the step is. All processes must give batches of one shape at a time.
+  """
+
+  def __init__(
+    self, step: Any, compiling: Callable[[], AbstractContextManager] = contextlib.nullcontext
+  ):
+    """`compiling` surrounds every compilation, such as with a longer timeout."""
+    self._step, self._compiling = step, compiling
+    self._programs: dict[tuple, Callable] = {}
+
+  def prepare(self, state: TrainState, frozen: dict, batch: dict) -> StepReport:
+    """Compile for batches of this shape, given as arrays or as shapes with shardings."""
+    with self._compiling():
+      self._programs[_shapes(batch)], report = compile_step(self._step, state, frozen, batch)
+    return report
+
+  def __call__(self, state: TrainState, frozen: dict, batch: dict) -> Any:
+    if (shapes := _shapes(batch)) not in self._programs:
+      self.prepare(state, frozen, batch)
+    return self._programs[shapes](state, frozen, batch)
+
+
+def _shapes(batch: dict) -> tuple:
+  return tuple((name, batch[name].shape, batch[name].dtype) for name in sorted(batch))
+
+
 def held(tree: Any) -> int:
-  """Bytes of a tree of arrays, or of shapes with shardings, on one device."""
+  """Return the bytes of a tree of arrays, or of shapes with shardings, on one device."""
   return sum(
     leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
     for leaf in jax.tree.leaves(tree)

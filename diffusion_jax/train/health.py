@@ -1,15 +1,9 @@
-"""Ctrl-C and SIGTERM as a polite request: finish the step, save, leave.
-
-Notices that nothing moves any more, and ends the process instead of burning its machine's time.
-
-A hanging collective, file system or data source waits for ever in silence. The stacks say where.
-
-What a process holds, so that a leak shows as a curve before it ends the run.
-
-What surrounds training, so that no end of it goes untold: signals, lost processes, stalls.
+"""What surrounds training, so that no end of it goes unsaid: signals, lost processes, stalls,
+leaks, and errors of work that only shows.
 """
 
 import contextlib
+import dataclasses
 import faulthandler
 import os
 import signal
@@ -18,32 +12,48 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import jax
 from jax import monitoring
 
 from diffusion_jax.errors import Diverged, UserError
+from diffusion_jax.files import first_line
 from diffusion_jax.parallel.processes import Peers, listening
 from diffusion_jax.runs.start import Start
 from diffusion_jax.train.config import SafetyConfig
 
+T = TypeVar('T')
+
+TRY_AGAIN = 75
+"""Exit code of a process that left because another was lost, because nothing moved any more, or
+because the last checkpoint or the model could not be written."""
+GRACE_SECONDS = 30.0
+"""Until the watchdog's second line of defence acts, which needs no interpreter."""
+RETRY_SECONDS = 60.0
+_MOST_KEPT = 12
+"""Work that is kept to be tried again; each may hold an image of some megabytes."""
+_STDERR = 2  # The file itself, whatever stands in for sys.stderr.
+_OF_A_PEER = ('gloo', 'nccl', 'connection', 'socket', 'unavailable', 'deadline', 'coordination',
+              'aborted', 'heartbeat', 'barrier')
+
 
 class Stopping(Exception):
-  """All processes have agreed to stop here, in the midst of drawing or scoring."""
+  """All processes have agreed to stop here, in the midst of sampling or scoring."""
 
 
 class StopRequest:
-  """While entered, the first SIGINT or SIGTERM only asks to stop; a second one interrupts.
+  """Ctrl-C and SIGTERM as a polite request: finish the step, save, leave.
 
-  A request to one process reaches all of them (`parallel.peers`).
+  While entered, the first SIGINT or SIGTERM only asks to stop; a second one interrupts. A request
+  to one process reaches all of them (`Peers`).
+
+  signal: the one that this process got, None where another was asked.
   """
 
   def __init__(self, peers: Peers):
     self.signal: int | None = None
-    """The signal that this process got, None where another was asked."""
     self._peers = peers
     self._previous = {}
 
@@ -62,69 +72,59 @@ class StopRequest:
     self.signal = number
     self._peers.ask_to_stop()
 
-  def agreed(self) -> bool:
-    """Whether all processes stop here; each asks as often as the others."""
-    return self._peers.poll()
-
   def check(self) -> None:
-    """Raises Stopping where all processes stop."""
-    if self.agreed():
+    """Raise Stopping where all processes stop; each asks as often as the others."""
+    if self._peers.poll():
       raise Stopping
 
-  def settle(self) -> None:
-    """Raises Stopping if any process was asked to stop by now; between two kinds of work."""
-    if self._peers.settle():
+  def barrier(self) -> None:
+    """Raise Stopping if any process was asked to stop by now; between two kinds of work."""
+    if self._peers.any_asked():
       raise Stopping
-
-
-GRACE_SECONDS = 30.0
-"""Until the second line of defence acts, which needs no interpreter."""
-_STDERR = 2  # The file itself, whatever stands in for sys.stderr.
 
 
 class Watchdog:
-  """A thread that waits for signs of life.
+  """A thread that ends the process when nothing moves, instead of burning its machine's time.
 
-  When none comes in time it writes the stacks of all threads to stderr and to
-  `directory`/stacks_PROCESS.txt, calls `on_stall` with a sentence, and leaves at once. Where the
-  interpreter itself stands still (a library that never gives back its lock), faulthandler's own
-  thread writes the stacks and leaves, with exit code 1.
+  A hanging collective, file system or data source waits for ever in silence. Without a heartbeat in
+  time it writes the stacks of all threads to stderr and to `directory`/stacks_PROCESS.txt, calls
+  `on_stall` with a sentence, and leaves. Where the interpreter itself stands still (a library that
+  keeps its lock), faulthandler's own thread writes the stacks and leaves, with exit code 1.
 
   Args:
-    seconds: without a beat for so long, the process is stalled; 0 never.
+    seconds: without a heartbeat for so long, the process is stalled; 0 never.
     exit_code: what the process leaves with.
   """
 
   def __init__(
     self, seconds: float, *, directory: Path, on_stall: Callable[[str], None], exit_code: int
   ):
-    self._seconds = self._usual = seconds
+    self._seconds, self._what = seconds, 'step'
     self._directory, self._on_stall, self._exit_code = directory, on_stall, exit_code
-    self._what = 'step'
     self._closed = threading.Event()
     self._stacks = None
-    self.beat()
+    self.heartbeat()
     self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
     self._thread.start()
 
-  def beat(self) -> None:
-    """A sign of life."""
+  def heartbeat(self) -> None:
+    """Note a sign of life."""
     self._last = time.monotonic()
 
   @contextlib.contextmanager
   def allow(self, seconds: float, what: str) -> Iterator[None]:
-    """Within, a beat is due every `seconds`; 0 for no limit. `what` names the work."""
+    """Expect a heartbeat every `seconds` within; 0 for no limit. `what` names the work."""
     before = (self._seconds, self._what)
-    self.beat()
+    self.heartbeat()
     self._seconds, self._what = seconds, what
     try:
       yield
     finally:
-      self.beat()
+      self.heartbeat()
       self._seconds, self._what = before
 
   def close(self) -> None:
-    """Stops watching."""
+    """Stop watching."""
     self._closed.set()
     self._thread.join()
     if self._stacks is not None:
@@ -145,17 +145,15 @@ class Watchdog:
         self._stall(f'no {what} has been finished for {silent:.0f} s')
 
   def _arm(self, limit: float) -> None:
-    """Puts off faulthandler, which acts when even this thread runs no more."""
-    if not limit:
-      if self._stacks is not None:
-        faulthandler.cancel_dump_traceback_later()
-      return
-    if self._stacks is None:
-      self._stacks = self._open()
-    faulthandler.dump_traceback_later(limit + GRACE_SECONDS, exit=True, file=self._stacks)
+    """Put off faulthandler, which acts when even this thread runs no more."""
+    if limit:
+      self._stacks = self._open() if self._stacks is None else self._stacks
+      faulthandler.dump_traceback_later(limit + GRACE_SECONDS, exit=True, file=self._stacks)
+    elif self._stacks is not None:
+      faulthandler.cancel_dump_traceback_later()
 
   def _open(self) -> IO[str] | int:
-    """The file, or stderr where there can be none: this thread must not die of a full disk."""
+    """Open the file, or stderr where there can be none: this thread must not die of a full disk."""
     try:
       self._directory.mkdir(parents=True, exist_ok=True)
       return self._file().open('w', encoding='utf-8')
@@ -181,23 +179,21 @@ class Watchdog:
       os._exit(self._exit_code)
 
 
-_PROC = Path('/proc/self')
-
-
 def resources() -> dict[str, float]:
-  """Numbers for a line of metrics: host memory and peak in bytes, open files, threads.
+  """Return numbers in which a leak shows: host memory and peak in bytes, open files, threads.
 
   And of the fullest device of this process its memory in use and peak, where devices tell (CPUs do
   not). Outside of Linux the files and the memory of the host are left out.
   """
   found: dict[str, float] = {'threads': threading.active_count()}
-  if _PROC.is_dir():
-    status = (_PROC / 'status').read_text(encoding='utf-8', errors='replace')
+  proc = Path('/proc/self')
+  if proc.is_dir():
+    status = (proc / 'status').read_text(encoding='utf-8', errors='replace')
     lines = dict(line.split(':', 1) for line in status.splitlines())
     kilobytes = lambda name: int(lines[name].split()[0]) * 1024
     found |= {
       'host_memory': kilobytes('VmRSS'), 'host_memory_peak': kilobytes('VmHWM'),
-      'threads': int(lines['Threads']), 'open_files': len(os.listdir(_PROC / 'fd')),
+      'threads': int(lines['Threads']), 'open_files': len(os.listdir(proc / 'fd')),
     }
   stats = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
   for name, key in (('device_memory', 'bytes_in_use'), ('device_memory_peak', 'peak_bytes_in_use')):
@@ -210,7 +206,7 @@ def resources() -> dict[str, float]:
 class Compilations:
   """Counts the programs that XLA has compiled, or fetched from its cache, since it was made.
 
-  After the first step there should be none for training: each is a shape or a type that changed.
+  After the first step there should be none for training but for new shapes of batches.
   """
 
   _EVENT = '/jax/core/compile/backend_compile_duration'
@@ -224,16 +220,87 @@ class Compilations:
     self.count += event == self._EVENT
 
   def close(self) -> None:
-    """Stops counting."""
+    """Stop counting."""
     monitoring.unregister_event_duration_listener(self._heard)
 
 
-TRY_AGAIN = 75
-"""Exit code of a process that left because another was lost, because nothing moved any more, or
-because the last checkpoint or the model could not be written."""
+@dataclasses.dataclass
+class _Failure:
+  """reason: of the last time. times: in a row. again: the work, None where it is not to be kept."""
 
-_OF_A_PEER = ('gloo', 'nccl', 'connection', 'socket', 'unavailable', 'deadline', 'coordination',
-              'aborted', 'heartbeat', 'barrier')
+  reason: str
+  times: int
+  again: Callable[[], Any] | None
+  due: float
+
+
+class SideWork:
+  """Does what only shows. What fails is named, counted, tried again, and never raises.
+
+  A full disk, one that can only be read, a damaged file and a bug in what draws are all alike here:
+  none of them is worth the steps since the last checkpoint.
+  """
+
+  def __init__(self, say: Callable[[str], None], retry_seconds: float = RETRY_SECONDS):
+    """`say` takes a line for people."""
+    self.say, self._retry_seconds = say, retry_seconds
+    self._failures: dict[str, _Failure] = {}
+    self._dropped = 0
+
+  @property
+  def errors(self) -> list[str]:
+    """A sentence for each work whose last try has failed."""
+    found = [
+      f'{what}: {failure.reason}' + (f' ({failure.times} times)' if failure.times > 1 else '')
+      for what, failure in self._failures.items()
+    ]
+    return found + ([f'{self._dropped} more were given up'] if self._dropped else [])
+
+  def __call__(
+    self, what: str, work: Callable[[], T], otherwise: T | None = None, *, keep: bool = False
+  ) -> T | None:
+    """Return work(), or `otherwise` where it fails.
+
+    Args:
+      what: names it; the error ends when work of this name succeeds.
+      keep: try it again later, by `again`.
+    """
+    try:
+      result = work()
+    except Stopping:
+      raise
+    except Exception as error:
+      self._failed(what, error, work if keep else None)
+      return otherwise
+    if self._failures.pop(what, None) is not None:
+      self.say(f'{what} has succeeded again.')
+    return result
+
+  def together(self, what: str, work: Callable[[], T], otherwise: T | None = None) -> T | None:
+    """Do as a call does, for work in which all processes take part.
+
+    With several an error is raised: the others may wait within it for this one.
+    """
+    return work() if jax.process_count() > 1 else self(what, work, otherwise)
+
+  def _failed(self, what: str, error: Exception, again: Callable[[], Any] | None) -> None:
+    before, reason = self._failures.pop(what, None), first_line(error)
+    self._failures[what] = _Failure(
+      reason, before.times + 1 if before else 1, again, time.monotonic() + self._retry_seconds
+    )
+    if before is None or before.reason != reason:
+      later = f'; trying again in {self._retry_seconds:g} s' if again else ''
+      self.say(f'{what} failed ({reason}); training goes on without{later}.')
+    kept = [name for name, failure in self._failures.items() if failure.again is not None]
+    for name in kept[:-_MOST_KEPT]:
+      del self._failures[name]
+      self._dropped += 1
+
+  def again(self, now: bool = False) -> None:
+    """Try again what has failed and is due; all of it with `now`."""
+    for what, failure in list(self._failures.items()):
+      if failure.again is not None and (now or time.monotonic() >= failure.due):
+        self(what, failure.again, keep=True)
 
 
 class Safety:
@@ -260,21 +327,21 @@ class Safety:
     )
 
   def tell(self, state: str, *, now: bool = True, **more: Any) -> None:
-    """Writes how things stand; without `now` no more than once a second."""
+    """Write how things stand; without `now` no more than once a second."""
     if now or time.monotonic() - self._told > 1:
       self._told = time.monotonic()
       self._status(state, **self.facts(), **more)
 
   def check(self) -> None:
-    """A sign of life; raises Stopping where all processes stop."""
-    self.watchdog.beat()
+    """Note a sign of life; raise Stopping where all processes stop."""
+    self.watchdog.heartbeat()
     if self.start.lock is not None:
       self.start.lock.check()
     self.stop.check()
 
-  @contextmanager
+  @contextlib.contextmanager
   def watching(self):
-    """Reports whatever ends what is done within, then lets it end."""
+    """Report whatever ends what is done within, then let it end."""
     try:
       with self.stop, listening(self.check):
         yield
@@ -317,7 +384,7 @@ class Safety:
     self._leave_at_once(TRY_AGAIN if why in ('', 'stalled') else 1)
 
   def _replaced(self, sentence: str) -> None:
-    """Another start has the workdir now: from here on every file in it is that one's."""
+    """Leave, as another start has the workdir now: every file in it is that one's."""
     self._status.silence()
     print(f'diffusion_jax train: {sentence}; leaving', file=sys.stderr)
     self.peers.leave('replaced')
@@ -338,7 +405,7 @@ class Safety:
 
 
 def _verdict(error: BaseException) -> tuple[str, int]:
-  """(state, exit code) of a run that this error ends."""
+  """Return (state, exit code) of a run that this error ends."""
   if isinstance(error, KeyboardInterrupt):
     return 'interrupted', 130
   if isinstance(error, Diverged):

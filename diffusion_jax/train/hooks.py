@@ -25,9 +25,9 @@ from diffusion_jax.runs.metrics import MetricsWriter
 from diffusion_jax.runs.trained_on import write_trained_on
 from diffusion_jax.train.card import model_card
 from diffusion_jax.train.config import LoopConfig
+from diffusion_jax.train.health import SideWork
 from diffusion_jax.train.sample_count import NAME as SAMPLE_COUNT
 from diffusion_jax.train.sample_count import SampleCount
-from diffusion_jax.train.side_work import SideWork
 from diffusion_jax.train.state import TrainState
 from diffusion_jax.train.training import Training
 from diffusion_jax.viz.grids import make_grid, save_png

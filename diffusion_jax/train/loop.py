@@ -15,14 +15,20 @@ from diffusion_jax.parallel.mesh import put_batch, put_params, to_host
 from diffusion_jax.runs.directory import command_line
 from diffusion_jax.runs.metrics import MetricsWriter
 from diffusion_jax.runs.start import Start
-from diffusion_jax.train.compile import compile_step, step_and_batch
+from diffusion_jax.train.compile import StepPrograms, step_and_batch
 from diffusion_jax.train.goodput import Goodput
-from diffusion_jax.train.health import TRY_AGAIN, Compilations, Safety, Stopping, resources
+from diffusion_jax.train.health import (
+  TRY_AGAIN,
+  Compilations,
+  Safety,
+  SideWork,
+  Stopping,
+  resources,
+)
 from diffusion_jax.train.hooks import Hooks, due
 from diffusion_jax.train.meter import Meter
 from diffusion_jax.train.profiling import ProfilerWindow
 from diffusion_jax.train.saving import Saver, rescue, wait_for_room
-from diffusion_jax.train.side_work import SideWork
 from diffusion_jax.train.state import TrainState, abstract_state, create_state
 from diffusion_jax.train.training import Training
 
@@ -127,11 +133,14 @@ class _Session:
     }
 
   def _compile(self, abstract: TrainState) -> None:
-    """The step, compiled before any time is spent on training, with a report of what it needs."""
+    """Compile the step before any time is spent on training, and report what it needs."""
     t = self.t
     self.safety.tell('compiling')
     step, batch = step_and_batch(t, abstract)
-    self.update, report = compile_step(step, self.state, self.frozen, batch)
+    self.update = StepPrograms(step, lambda: self.safety.watchdog.allow(
+      t.safety.compile_timeout_seconds, 'compilation'
+    ))
+    report = self.update.prepare(self.state, self.frozen, batch)
     if jax.process_index() == 0:
       self.side(
         'step.json', lambda: t.directory.write_json('step.json', report.as_json()), keep=True
@@ -170,7 +179,7 @@ class _Session:
         self.safety.training = True
         if self.resumed:
           self._pictures(bar, *self.hooks.missing(self.step))
-        self.safety.stop.settle()  # Compiling may have taken long.
+        self.safety.stop.barrier()  # Compiling may have taken long.
         self.safety.tell('training')
         while self.step < loop.total_steps:
           self.safety.check()
@@ -263,7 +272,7 @@ class _Session:
         self._compare(figures)
       self.hooks.report()
       bar.refresh()
-    self.safety.stop.settle()
+    self.safety.stop.barrier()
     self.safety.tell('training')
 
   def _compare(self, figures: dict[str, float]) -> None:

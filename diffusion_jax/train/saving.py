@@ -217,8 +217,8 @@ def wait_for_room(
     safety.tell('saving', message=missing)
     for _ in range(max(1, math.ceil(pause))):  # As often on all processes.
       time.sleep(min(1.0, pause))
-      safety.watchdog.beat()
-      safety.stop.settle()
+      safety.watchdog.heartbeat()
+      safety.stop.barrier()
     if saver.error:
       save()
 

@@ -122,7 +122,7 @@ def test_ctrl_c_before_training_is_an_interruption_and_takes_nothing_from_a_fini
     raise KeyboardInterrupt
 
   monkeypatch.setattr(loop, 'create_state', interrupted)
-  monkeypatch.setattr(loop, 'compile_step', interrupted)
+  monkeypatch.setattr(loop, 'step_and_batch', interrupted)
   recipe, run = toy.parent / 'toy.py', copy_of(toy)
   assert command(*_train(run, recipe)) == 130
   assert _status(run) == _status(toy)

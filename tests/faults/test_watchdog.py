@@ -29,7 +29,7 @@ def lock_free():
 
 module.GRACE_SECONDS = 1.0
 watchdog = module.Watchdog({seconds}, directory=folder, on_stall=on_stall, exit_code=75)
-watchdog.beat()
+watchdog.heartbeat()
 {body}
 watchdog.close()
 print('left')
@@ -88,7 +88,7 @@ next(loader)
 @pytest.mark.slow
 def test_code_that_holds_the_interpreter_lock(tmp_path):
   """After a beat or two, so that the timer that needs no interpreter is set."""
-  body = 'for _ in range(15): watchdog.beat(); time.sleep(0.1)\nlock_held()'
+  body = 'for _ in range(15): watchdog.heartbeat(); time.sleep(0.1)\nlock_held()'
   done, seconds = _run(tmp_path / 'run', body)
   assert done.returncode == 1 and seconds < 20 and done.stdout == ''
   assert 'in lock_held' in (tmp_path / 'run' / 'stacks_0.txt').read_text()
@@ -116,7 +116,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('body', 'seconds'), [
-  ('for _ in range(12): watchdog.beat(); time.sleep(0.1)', 0.5),
+  ('for _ in range(12): watchdog.heartbeat(); time.sleep(0.1)', 0.5),
   ("with watchdog.allow(30, 'save'): time.sleep(2)", 0.5),
   ("with watchdog.allow(0, 'save'): time.sleep(2)", 0.5),
   ("with watchdog.allow(30, 'save'): ctypes.PyDLL(None).usleep(4000000)", 0.5),

@@ -12,7 +12,7 @@ from PIL import Image
 from diffusion_jax.formats.networks import load_params
 from diffusion_jax.models.text.tokenizer import load_tokenizer
 from diffusion_jax.pipelines.directory import load_text_to_image
-from diffusion_jax.train import loop
+from diffusion_jax.train import compile, loop
 from tests import tiny
 
 LOSSES = {
@@ -121,7 +121,7 @@ def test_the_exported_denoiser_loads_with_its_settings(trained, parts):
 
 def test_on_cpus_no_step_is_called_while_another_runs(tmp_path, command, monkeypatch):
   """Else its temporary memory would come from a thread that cannot keep it (host_memory)."""
-  compile_step, seen = loop.compile_step, []
+  compile_step, seen = compile.compile_step, []
 
   def watched(*args):
     step, report = compile_step(*args)
@@ -132,7 +132,7 @@ def test_on_cpus_no_step_is_called_while_another_runs(tmp_path, command, monkeyp
 
     return call, report
 
-  monkeypatch.setattr(loop, 'compile_step', watched)
+  monkeypatch.setattr(compile, 'compile_step', watched)
   values = tiny.toy_config(
     {'width': 256, 'depth': 2}, loop={'batch_size': 2048, 'evaluate_samples': 0},
   )
