@@ -3,7 +3,6 @@
 The other way, `bounds`, is cheaper and a bound. Both need only a denoiser D(x, alpha, sigma) and a
 process t -> (alpha, sigma), t in [0, 1]; keys [b], one per example, make a value independent of the
 batch that it was computed in. A density is that of the space x lives in: for latents, of latents.
-Images of integers get a probability by dequantisation.
 """
 
 from collections.abc import Callable
@@ -12,11 +11,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.diffusion import processes
+from diffusion_jax.diffusion.bounds import (
+  bits_per_dim,
+  gaussian_log_density,
+  stratified_times,
+)
 from diffusion_jax.diffusion.denoiser import Denoiser
 from diffusion_jax.diffusion.losses import total
-from diffusion_jax.diffusion.processes import Process
-from diffusion_jax.diffusion.variational import bits_per_dim, gaussian_log_density
+from diffusion_jax.diffusion.parameterization import divide, expand
+from diffusion_jax.diffusion.processes import Process, time_derivative
+from diffusion_jax.diffusion.samplers.common import unit_noise
 from diffusion_jax.errors import UserError
 from diffusion_jax.types import Latents, PerExample
 
@@ -41,37 +45,20 @@ class FlowLikelihood(NamedTuple):
   steps: jax.Array
 
 
-def unit_noise(keys: jax.Array, index, like: jax.Array, draw=jax.random.normal) -> jax.Array:
-  """The index-th noise [b ...] of each key of keys [b]."""
-  one = lambda key: draw(jax.random.fold_in(key, index), like.shape[1:], like.dtype)
-  return jax.vmap(one)(keys)
+def velocity(process: Process, denoise: Denoiser) -> Callable[[Latents, jax.Array], Latents]:
+  """Return dx/dt = alpha' x_0 + sigma' eps with estimates for both (Lipman et al. 2023, eq. 23).
 
-
-def stratified_times(process: Process, fractions: jax.Array, t_min: float, floor: float):
-  """Times [n] that divide the range of log(floor + SNR) over [t_min, 1] at fractions [n].
-
-  Found by bisection, as the SNR falls with t. At a floor above 0 the range is finite for processes
-  that end in pure noise; a large floor puts most times where there is much signal.
+  The probability-flow ODE (Song et al. 2021, eq. 7) without a division by alpha: finite at
+  alpha = 0.
   """
-  def value(t):
-    alpha, sigma = process(t)
-    return jnp.log(alpha**2 + floor * sigma**2) - 2 * jnp.log(sigma)
 
-  low, high = jnp.asarray(t_min, fractions.dtype), jnp.ones((), fractions.dtype)
-  wanted = value(low) + fractions * (value(high) - value(low))
+  def drift(x, t):
+    (alpha, sigma), rates = time_derivative(process, t)
+    x0 = denoise(x, alpha, sigma)
+    eps = divide(x - expand(alpha, x) * x0, expand(sigma, x))
+    return expand(rates[0], x) * x0 + expand(rates[1], x) * eps
 
-  def halve(_, ends):
-    low, high = ends
-    # Between times of different magnitude the geometric mean is the better middle.
-    middle = jnp.where(low > 0, jnp.sqrt(low * high), high / 2)
-    middle = jnp.where(high > 2 * low, middle, (low + high) / 2)
-    early = value(middle) > wanted
-    return jnp.where(early, middle, low), jnp.where(early, high, middle)
-
-  ends = jnp.broadcast_to(low, fractions.shape), jnp.broadcast_to(high, fractions.shape)
-  low, high = jax.lax.fori_loop(0, 80, halve, ends)
-  times = jnp.where(fractions <= 0, t_min, (low + high) / 2)
-  return jnp.where(fractions >= 1, 1.0, times)
+  return drift
 
 
 def exact_divergence(field: Field, x: Latents) -> tuple[Latents, PerExample]:
@@ -119,9 +106,9 @@ def flow_likelihood(
       on nats per dimension, or 'rk4' or 'heun' with `steps` steps, even in log(1e-4 + SNR).
     max_steps: of the adaptive solver; where they do not suffice, bits are NaN.
     t_min: where data begins; sigma must be above 0 there.
+    prior_std: of the Gaussian at t = 1; default sqrt(alpha(1)^2 + sigma(1)^2), 1 for VP.
     start_noise: start from alpha x + sigma eps, which is what the network knows, rather than from
       alpha x; the expectation is then an upper bound (Zheng et al. 2023).
-    prior_std: of the Gaussian at t = 1; default `processes.prior_std`, which is 1 for VP.
 
   Raises:
     UserError: for an unknown trace or solver.
@@ -132,14 +119,15 @@ def flow_likelihood(
     raise UserError(f'solver {solver!r} is unknown; choose one of {", ".join(SOLVERS)}.')
   alpha, sigma = process(jnp.asarray(t_min, x.dtype))
   start = alpha * x + (sigma * unit_noise(keys, 0, x) if start_noise else 0)
-  derivative = _derivative(processes.velocity(process, denoise), trace, probes, keys, x)
+  derivative = _derivative(velocity(process, denoise), trace, probes, keys, x)
   state = (start, jnp.zeros(len(x), x.dtype))
   if solver == 'adaptive':
     (end, gained), taken = _adaptive(derivative, state, t_min, rtol, atol, max_steps)
   else:
     times = stratified_times(process, jnp.linspace(0, 1, steps + 1, dtype=x.dtype), t_min, 1e-4)
     (end, gained), taken = _fixed(derivative, state, times, *TABLEAUX[solver]), jnp.array(steps)
-  prior_std = processes.prior_std(process, x.dtype) if prior_std is None else prior_std
+  if prior_std is None:  # Of x_1 for data of unit variance, 1 for VP.
+    prior_std = jnp.hypot(*process(jnp.ones((), x.dtype)))
   nats = -total(gaussian_log_density(end, 0.0, 2 * jnp.log(prior_std)))
   # gained is nats per dimension; the density of x_t / alpha_t is alpha_t^d times that of x_t.
   nats = nats - (gained + jnp.log(alpha)) * x[0].size

@@ -97,9 +97,9 @@ class ScheduleConfig:
 
   beta_schedule: a key of BETAS (with beta_start and beta_end per step) or of SAMPLED. shift:
   multiplies sigma / alpha at every step, more than 1 for images larger than the schedule was made
-  for (`processes.resolution_shift`). last_alpha_bar: alpha^2 of the last step where
-  rescale_betas_zero_snr leaves nothing of it; 2^-24 in schedulers of diffusers that compute in
-  sigma / alpha.
+  for (by the ratio of their edges: Esser et al. 2024, 5.3.2). last_alpha_bar: alpha^2 of the last
+  step where rescale_betas_zero_snr leaves nothing of it; 2^-24 in schedulers of diffusers that
+  compute in sigma / alpha.
   """
 
   beta_schedule: str = 'scaled_linear'

@@ -26,12 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import ndtri
 
-from diffusion_jax.diffusion import losses, variational
+from diffusion_jax.diffusion import bounds, losses
+from diffusion_jax.diffusion.bounds import learned_log_variance, log_variances
 from diffusion_jax.diffusion.denoiser import Denoiser, make_denoiser
 from diffusion_jax.diffusion.losses import WEIGHTINGS, Error, weighting
 from diffusion_jax.diffusion.noise import Level, NoiseSchedule
 from diffusion_jax.diffusion.parameterization import PREDICTIONS, Parameterization, expand
-from diffusion_jax.diffusion.posterior import learned_log_variance, log_variances
 from diffusion_jax.errors import UserError
 from diffusion_jax.types import Latents, PerExample
 
@@ -135,7 +135,7 @@ QUANTILES: dict[str, Callable] = {
 TIMES = (*QUANTILES, 'importance')
 ERRORS = ('squared', 'pseudo_huber')
 DECODERS = {
-  'gaussian': variational.gaussian_log_density, 'discretized': variational.discretized_gaussian,
+  'gaussian': bounds.gaussian_log_density, 'discretized': bounds.discretized_gaussian,
 }
 
 Network = Callable[[Latents, PerExample], jax.Array]
@@ -332,16 +332,16 @@ class Objective:
     pairs = (level.alpha, level.sigma), there
     decoder = DECODERS[config.decoder]
     if config.loss == 'hybrid':
-      return variational.hybrid_loss(
+      return bounds.hybrid_loss(
         simple, x0, x, estimate, *pairs, log_variance, steps, weight=config.bound_weight,
         decoder=decoder,
       )
     last = schedule.alphas[-1], schedule.sigmas[-1]
-    nats = variational.bound_loss(
+    nats = bounds.bound_loss(
       x0, x, estimate, *pairs, log_variance, steps, last, decoder=decoder,
       prior_std=float(np.hypot(*last)),
     )
-    return variational.bits_per_dim(nats, x0)
+    return bounds.bits_per_dim(nats, x0)
 
   def _vdm(self, network, x0, eps, key) -> Losses:
     """In continuous time, on a table, too: its process runs through it."""
@@ -349,10 +349,10 @@ class Objective:
     u = draw(key, len(x0))
     t = self.noise.t_min + (1 - self.noise.t_min) * u
     alpha, sigma = self.noise.process(t)
-    nats = (1 - self.noise.t_min) * variational.vdm_loss(
+    nats = (1 - self.noise.t_min) * bounds.vdm_loss(
       self.denoiser(network), self.noise.process, x0, eps, t, self.weighting
     )
-    loss = variational.bits_per_dim(nats, x0)
+    loss = bounds.bits_per_dim(nats, x0)
     return Losses(loss, loss, Level(alpha, sigma, self.noise.label(alpha, sigma), u))
 
   def _sliced(self, network, x0, x, level: Level, key) -> Losses:

@@ -24,13 +24,17 @@ from tqdm import tqdm
 
 from diffusion_jax.backend.xla import jit
 from diffusion_jax.data.sources.tfds import ImageSource
-from diffusion_jax.diffusion.bounds import continuous_bound, discrete_bound
+from diffusion_jax.diffusion.bounds import (
+  continuous_bound,
+  discrete_bound,
+  discretized_gaussian,
+  gaussian_bits,
+  gaussian_log_density,
+)
 from diffusion_jax.diffusion.denoiser import Denoiser
-from diffusion_jax.diffusion.gaussian_bounds import gaussian_bits
 from diffusion_jax.diffusion.likelihood import SOLVERS, TRACES, flow_likelihood, unit_noise
 from diffusion_jax.diffusion.losses import total
 from diffusion_jax.diffusion.noise import NoiseSchedule
-from diffusion_jax.diffusion.variational import discretized_gaussian, gaussian_log_density
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.generated import fresh_weights, shuffled
 from diffusion_jax.evaluation.scores import DISCRETE_BITS

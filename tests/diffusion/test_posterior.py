@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from diffusion_jax.diffusion import processes
-from diffusion_jax.diffusion.noise import BETAS, Schedule, ScheduleConfig
-from diffusion_jax.diffusion.posterior import (
+from diffusion_jax.diffusion.bounds import (
   learned_log_variance,
   log_variances,
   posterior,
   transition,
 )
+from diffusion_jax.diffusion.noise import BETAS, Schedule, ScheduleConfig
 from diffusion_jax.diffusion.samplers import sampling_grid
 
 PROCESSES = {

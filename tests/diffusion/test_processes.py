@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.diffusion import learned_process, processes
+from diffusion_jax.diffusion import processes
 from diffusion_jax.errors import UserError
 
 T = np.linspace(0, 1, 41)
-PARAMS = learned_process.init_monotone(jax.random.key(1), 16)
+PARAMS = processes.init_monotone(jax.random.key(1), 16)
 MADE = {name: make() for name, make in processes.PROCESSES.items()} | {
   'sub_vp': processes.sub_vp(processes.linear()),
   'zero_terminal': processes.zero_terminal(processes.scaled_linear()),
@@ -19,7 +19,7 @@ MADE = {name: make() for name, make in processes.PROCESSES.items()} | {
   'flow_shifted': processes.flow(3.0),
   'cosine_shifted': processes.shifted(processes.cosine(), 2.0),
   'sigmoid_rate': processes.variance_preserving(processes.sigmoid_rate(0.1, 20.0)),
-  'learned': learned_process.learned(PARAMS, -13.3, 5.0),
+  'learned': processes.learned(PARAMS, -13.3, 5.0),
 }
 VP = (
   'linear', 'scaled_linear', 'cosine', 'sigmoid', 'log_linear', 'zero_terminal', 'trigonometric',
@@ -123,7 +123,7 @@ def test_a_learned_schedule_falls_between_its_ends_for_any_parameters(seed):
     name: 3 * jax.random.normal(key, value.shape)
     for key, (name, value) in zip(keys, PARAMS.items(), strict=True)
   }
-  made = lambda params, low: learned_process.learned(params, low, 5.0)
+  made = lambda params, low: processes.learned(params, low, 5.0)
   log_snr = lambda params, low: processes.log_snr(made(params, low), jnp.asarray(T))
   value = log_snr(params, -13.3)
   np.testing.assert_allclose(value[jnp.array([0, -1])], [13.3, -5.0], rtol=1e-9)
@@ -138,7 +138,6 @@ def test_flow_shift_is_esser_et_al_eq_23():
   alpha, sigma = at('flow_shifted')
   np.testing.assert_allclose(sigma, 3 * T / (1 + 2 * T), rtol=1e-14)
   np.testing.assert_allclose(alpha + sigma, 1, rtol=1e-14)
-  assert processes.resolution_shift(1024, 512) == 2
   inside = jnp.asarray(T[1:-1])
   for name, shifted, shift in (('flow', 'flow_shifted', 3), ('cosine', 'cosine_shifted', 2)):
     fall = processes.log_snr(MADE[name], inside) - processes.log_snr(MADE[shifted], inside)

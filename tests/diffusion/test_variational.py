@@ -6,13 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diffusion_jax.diffusion import learned_process, processes
-from diffusion_jax.diffusion.losses import weighting
-from diffusion_jax.diffusion.noise import Schedule, ScheduleConfig
-from diffusion_jax.diffusion.parameterization import expand
-from diffusion_jax.diffusion.posterior import learned_log_variance, log_variances, posterior
-from diffusion_jax.diffusion.samplers import sampling_grid
-from diffusion_jax.diffusion.variational import (
+from diffusion_jax.diffusion import processes
+from diffusion_jax.diffusion.bounds import (
   bits_per_dim,
   bound_loss,
   bound_term,
@@ -20,9 +15,16 @@ from diffusion_jax.diffusion.variational import (
   gaussian_kl,
   gaussian_log_density,
   hybrid_loss,
+  learned_log_variance,
+  log_variances,
+  posterior,
   prior_term,
   vdm_loss,
 )
+from diffusion_jax.diffusion.losses import weighting
+from diffusion_jax.diffusion.noise import Schedule, ScheduleConfig
+from diffusion_jax.diffusion.parameterization import expand
+from diffusion_jax.diffusion.samplers import sampling_grid
 from tests.diffusion.quadrature import normal_nodes
 
 STD = 0.6
@@ -233,8 +235,8 @@ def test_the_continuous_bound_depends_on_the_end_points_alone(std):
   """1/2 [ln(1 + s^2 e^-g0) - ln(1 + s^2 e^-g1)], also for a learned schedule of random shape."""
   closed = (np.log1p(std**2 * np.exp(13.3)) - np.log1p(std**2 * np.exp(-5.0))) / 2
   np.testing.assert_allclose(diffusion_term(processes.log_linear(), std), closed, rtol=1e-9)
-  params = {k: 3 * v for k, v in learned_process.init_monotone(jax.random.key(0), 4).items()}
-  learned = learned_process.learned(params, -13.3, 5.0)
+  params = {k: 3 * v for k, v in processes.init_monotone(jax.random.key(0), 4).items()}
+  learned = processes.learned(params, -13.3, 5.0)
   np.testing.assert_allclose(diffusion_term(learned, std), closed, rtol=1e-7)
 
 

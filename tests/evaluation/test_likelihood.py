@@ -11,8 +11,7 @@ import pytest
 from scipy.stats import norm
 
 from diffusion_jax.diffusion import bounds, likelihood
-from diffusion_jax.diffusion.bounds import continuous_bound, discrete_bound
-from diffusion_jax.diffusion.gaussian_bounds import gaussian_bits
+from diffusion_jax.diffusion.bounds import continuous_bound, discrete_bound, gaussian_bits
 from diffusion_jax.diffusion.likelihood import flow_likelihood
 from diffusion_jax.diffusion.mixture import GaussianMixture
 from diffusion_jax.diffusion.noise import NoiseSchedule, Schedule, ScheduleConfig

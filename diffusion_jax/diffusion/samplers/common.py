@@ -40,6 +40,12 @@ class Trajectory(NamedTuple):
   sigmas: jax.Array
 
 
+def unit_noise(keys: jax.Array, index, like: jax.Array, draw=jax.random.normal) -> jax.Array:
+  """The index-th noise [b ...] of each key of keys [b]."""
+  one = lambda key: draw(jax.random.fold_in(key, index), like.shape[1:], like.dtype)
+  return jax.vmap(one)(keys)
+
+
 def noise_source(keys: Keys) -> Noise:
   """Draw number i of an image depends on its key and on i alone, not on the batch it is in."""
   if callable(keys):
@@ -48,8 +54,7 @@ def noise_source(keys: Keys) -> Noise:
   def draw(index, like):
     if keys is None:
       raise UserError('This sampler adds noise; give it one random key per image.')
-    one = lambda key: jax.random.normal(jax.random.fold_in(key, index), like.shape[1:], like.dtype)
-    return jax.vmap(one)(keys)
+    return unit_noise(keys, index, like)
 
   return draw
 
@@ -73,7 +78,7 @@ def intervals(grid: Grid) -> tuple[Pair, Pair]:
 
 
 def is_padding(pair: Pair) -> jax.Array:
-  """Whether it is (0, 0), neither data nor noise, with which `grids.padded` fills a grid up."""
+  """Whether it is (0, 0), neither data nor noise, with which `grid.padded` fills a grid up."""
   return (pair[0] == 0) & (pair[1] == 0)
 
 
@@ -108,7 +113,7 @@ def walk(
   """Scans step(x, memory, here, there, index, *extra) -> (x, memory, x0) along the grid.
 
   A step from a pair to itself is skipped: it costs no network call and changes neither x nor the
-  memory. So are those of a grid's padding (`grids.padded`).
+  memory. So are those of a grid's padding (`grid.padded`).
 
   Args:
     extra: trees of arrays [n ...]; a step gets its row of each.
