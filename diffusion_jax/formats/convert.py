@@ -12,8 +12,9 @@ import numpy as np
 
 from diffusion_jax import registry
 from diffusion_jax.files import inside
-from diffusion_jax.formats.networks import DTYPES, resolve
+from diffusion_jax.formats.networks import DTYPES, network_format, resolve
 from diffusion_jax.formats.pipeline import (
+  SCHEDULER,
   Part,
   Pipeline,
   is_pipeline,
@@ -92,12 +93,41 @@ def _read(
   where: Path, layout: str, prediction: str | None, tokenizers: str | None
 ) -> Pipeline:
   if where.is_dir():
-    return read_pipeline(where)
+    return _to_diffusers(read_pipeline(where), where)
   require(
     layout != 'single-file',
     f'{where} is a single file already; to change its type, convert to diffusers and back.',
   )
   return read_single_file(where, prediction, None if tokenizers is None else Path(tokenizers))
+
+
+def _to_diffusers(pipeline: Pipeline, where: Path) -> Pipeline:
+  """A model that was trained here as a pipeline of diffusers; any other as it is."""
+  if not pipeline.own:
+    return pipeline
+  require(
+    pipeline.latent_patch_size == 1,
+    f'{where} has latents that are folded {pipeline.latent_patch_size} x '
+    f'{pipeline.latent_patch_size} (latent_patch_size), for which no other layout has a name; '
+    'convert its parts, unet/ and the autoencoder, by themselves.',
+  )
+  parts = dict(pipeline.parts)
+  scheduler = parts['scheduler'].json(SCHEDULER)[0].get('_class_name')
+  require(
+    isinstance(scheduler, str),
+    f'{where} has no {SCHEDULER}: {pipeline.index.get("scheduler_note", "it is gone")}.',
+  )
+  parts['scheduler'].entry = ('diffusers', scheduler)
+  text = parts['text_encoder']
+  if text.kind == 'clip':  # Of which a pipeline has the text tower alone.
+    parts['text_encoder'] = Part(
+      text.entry, kind='clip_text',
+      values=network_format('clip_text').describe(text.config.text_config),
+      stored={n: tensor for n, tensor in text.tensors.items() if n.startswith('text_model.')},
+    )
+  absent = {key: [None, None] for key in ('safety_checker', 'feature_extractor', 'image_encoder')}
+  index = {'_class_name': 'StableDiffusionPipeline', 'requires_safety_checker': False, **absent}
+  return Pipeline(index, parts)
 
 
 def _convert_tensors(where: Path, there: Path, dtype: str | None) -> None:
@@ -120,7 +150,7 @@ def _convert_part(
   if kind is not None:
     registry.check(registry.NETWORKS, kind, '--type')
   config = read_json(inside(where / 'config.json', where))
-  part = read_part(where, ('', ''), kind)
+  part = read_part(where, kind=kind)
   require(
     part.kind is not None,
     f'{where / "config.json"} describes no network that is known here '

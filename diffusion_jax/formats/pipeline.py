@@ -1,41 +1,52 @@
 """A pipeline as a directory: model_index.json and a folder for each part that it names.
 
 The layout is that of diffusers, or our own with the same folders, where the weights are in
-params.safetensors. Tensors stay in their files until they are written: a `Pipeline` is what a
-directory or a single file says, not its weights.
+params.safetensors. A model that was trained here has a model_index.json of its own class,
+TextToImage, in which the autoencoder and CLIP may be 'asset:NAME'; it is read as the same parts.
+Tensors stay in their files until they are asked for: a `Pipeline` is what a directory or a single
+file says, not its weights.
 """
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from diffusion_jax.files import INDEX, inside
+from diffusion_jax.diffusion.noise import NoiseConfig
+from diffusion_jax.diffusion.parameterization import PREDICTIONS
+from diffusion_jax.files import INDEX, check_folder, inside
 from diffusion_jax.formats.networks import (
   DTYPES,
   NATIVE,
   cast,
   find_weights,
   kind_of,
+  load_params,
   match_native,
   network_format,
+  resolve,
+  save_params,
 )
 from diffusion_jax.formats.published import (
   TRANSFORMERS,
-  NetworkFormat,
   from_published_layout,
   match,
+  parse_config,
   published_name,
   published_shape,
   to_published_layout,
 )
+from diffusion_jax.formats.scheduler import Scheduler, read_scheduler, scheduler_or_plain
 from diffusion_jax.formats.tensors import (
   PICKLES,
   NewTensor,
@@ -45,8 +56,21 @@ from diffusion_jax.formats.tensors import (
   write_json,
   write_tensors,
 )
-from diffusion_jax.models.checks import require
+from diffusion_jax.models.checks import require, shown
+from diffusion_jax.models.network import Network
+from diffusion_jax.types import Params
 
+OWN = 'TextToImage'
+"""The class of a model that was trained here."""
+SCHEDULER = 'scheduler_config.json'
+MOST_PATCH = 64
+FOLDERS = {'denoiser': 'unet', 'autoencoder': 'vae'}
+"""Our roles of networks -> diffusers' folders, where they differ."""
+TOKENIZER = (
+  'vocab.json', 'merges.txt', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
+  'added_tokens.json',
+)
+"""Files of a tokenizer."""
 _TEXTS = ('.json', '.txt', '.model')
 _WEIGHTS = '.safetensors'
 
@@ -55,20 +79,58 @@ _WEIGHTS = '.safetensors'
 class Part:
   """One part of a pipeline.
 
-  library, class: what model_index.json says.
-  kind: its name in NETWORKS, or None where we have no network for it.
-  config: config.json, of parts with tensors.
-  tensors: by published names, of parts with a kind.
-  files: all others, copied as they are.
+  entry: library and class in model_index.json.
+  path: its folder, which may be 'asset:NAME'; empty for a part of a single file.
+  kind: its row of NETWORKS; None where there is none for it.
+  values: config.json of a network.
+  files: what is copied as it is.
   texts: name -> JSON object that is written beside the weights.
+  stored: tensors by published names, of a part of a single file.
   """
 
-  entry: tuple[str, str]
+  entry: tuple[str, str] = ('', '')
+  path: str = ''
   kind: str | None = None
-  config: dict[str, Any] | None = None
-  tensors: dict[str, NewTensor] = dataclasses.field(default_factory=dict)
+  values: dict[str, Any] = dataclasses.field(default_factory=dict)
   files: list[Path] = dataclasses.field(default_factory=list)
   texts: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+  stored: dict[str, NewTensor] | None = None
+
+  @functools.cached_property
+  def config(self) -> Any:
+    """The network's config."""
+    where = str(resolve(self.path) / 'config.json') if self.path else 'config.json'
+    return network_format(self.kind).parse(self.values, where)
+
+  @functools.cached_property
+  def tensors(self) -> dict[str, NewTensor]:
+    """The network's tensors by published names, unread, from either layout."""
+    if self.stored is not None or self.kind is None:
+      return self.stored or {}
+    folder, spec = resolve(self.path), network_format(self.kind)
+    native = folder / NATIVE
+    if not native.is_file():
+      opened = open_tensors(inside(find_weights(folder, spec.weights), folder))
+      renamed = ((spec.rename(name), tensor) for name, tensor in opened.items())
+      return {name: lazy(tensor) for name, tensor in renamed if name is not None}
+    opened = open_tensors(inside(native, folder))
+    matched = match_native(opened, spec.shapes(self.config), str(native))
+    return {published_name(name): _to_published(name, t) for name, t in matched.items()}
+
+  def network(self, **options) -> Network:
+    """Return the network without weights; options such as dtype."""
+    return network_format(self.kind).network(self.config, **options)
+
+  def load(self, *, dtype=jnp.float32, mesh: Mesh | None = None) -> Params:
+    """Return the network's parameters, onto the mesh or on the host."""
+    return load_params(self.kind, self.path, dtype=dtype, mesh=mesh)[1]
+
+  def json(self, name: str) -> tuple[dict[str, Any], str]:
+    """Return one of the JSON files and where it is; an empty one where there is none."""
+    file = next((file for file in self.files if file.name == name), None)
+    if name in self.texts or file is None:
+      return self.texts.get(name, {}), str(Path(self.path) / name)
+    return read_json(file), str(file)
 
 
 @dataclasses.dataclass
@@ -79,19 +141,78 @@ class Pipeline:
   parts: dict[str, Part]
   notes: list[str] = dataclasses.field(default_factory=list)
 
+  @property
+  def own(self) -> bool:
+    """True for a model that was trained here."""
+    return self.index.get('_class_name') == OWN
+
+  @property
+  def latent_patch_size(self) -> int:
+    """Edge of the squares of latents that are folded into channels."""
+    patch = self.index.get('latent_patch_size', 1)
+    require(
+      type(patch) is int and 1 <= patch <= MOST_PATCH,
+      f'{INDEX} has latent_patch_size {shown(patch)}; give 1 to {MOST_PATCH}.',
+    )
+    return patch
+
+  def scheduler(self, part: str = 'scheduler') -> Scheduler:
+    """Return the noise schedule, the prediction and how to sample.
+
+    Of a model that was trained here, `index['sample']` says how to sample.
+
+    Raises:
+      UserError: there is no such part, or what it says is not implemented.
+    """
+    require(part in self.parts, f'{INDEX} names no {part}; give a text-to-image pipeline.')
+    values, where = self.parts[part].json(SCHEDULER)
+    if not self.own:
+      return read_scheduler(values, where)
+    prediction = self.index.get('prediction', values.get('prediction_type', 'epsilon'))
+    require(
+      isinstance(prediction, str) and prediction in PREDICTIONS,
+      f'{where} predicts {shown(prediction)}; only {", ".join(PREDICTIONS)} are known.',
+    )
+    noise = self.index.get('noise', values)
+    require(isinstance(noise, dict), f'{INDEX}: noise is {shown(noise)}; it must be an object.')
+    known = {field.name for field in dataclasses.fields(NoiseConfig)}
+    noise = parse_config(NoiseConfig, {k: v for k, v in noise.items() if k in known}, {}, where)
+    data_std = self.index.get('data_std', 1.0)
+    require(
+      type(data_std) in (int, float) and 0 < data_std < 1e6,
+      f'{INDEX}: data_std is {shown(data_std)}; it must be a number above 0.',
+    )
+    return Scheduler(noise, prediction, data_std=data_std)
+
 
 def is_pipeline(path: Path) -> bool:
-  """Whether a directory is one of a pipeline rather than of one network."""
+  """Return whether a directory is one of a pipeline rather than of one network."""
   return (path / INDEX).is_file()
 
 
-def read_pipeline(path: Path) -> Pipeline:
-  """The pipeline in a directory of either layout.
+def read_pipeline(path: str | os.PathLike, names: Container[str] | None = None) -> Pipeline:
+  """Return the pipeline in a directory of either layout, or 'asset:NAME'.
+
+  Args:
+    names: of the parts that are read; None for all, each of which must then be there.
 
   Raises:
-    UserError: a part is missing or broken, or its name leads out of the directory.
+    UserError: no pipeline, or a part that is missing or broken, or leads out of the directory.
   """
-  values = read_json(inside(path / INDEX, path))
+  directory = resolve(path)
+  require(
+    directory.suffix != _WEIGHTS or not directory.is_file(),
+    f'{path} is a single file, which holds no tokenizer; make a directory of it: python -m '
+    f'diffusion_jax convert --from {path} --to DIR --layout diffusers --tokenizer DIR.',
+  )
+  require(
+    is_pipeline(directory),
+    f'{path} is no text-to-image model: it has no {INDEX}; give a directory that train or convert '
+    'wrote, or a pipeline of diffusers.',
+  )
+  values = read_json(inside(directory / INDEX, directory))
+  if values.get('_class_name') == OWN:
+    return Pipeline(values, _own_parts(directory, values))
   found = Pipeline({}, {})
   for name, entry in values.items():
     if not (isinstance(entry, list) and len(entry) == 2) or name.startswith('_'):
@@ -99,24 +220,43 @@ def read_pipeline(path: Path) -> Pipeline:
       continue
     require(
       re.fullmatch(r'[A-Za-z0-9_]+', name) is not None,
-      f'{path / INDEX} names a part {name!r}; a part must be a folder beside it, named in letters, '
-      'digits and underscores.',
+      f'{directory / INDEX} names a part {name!r}; a part must be a folder beside it, named in '
+      'letters, digits and underscores.',
     )
     if entry[0] is None or entry[1] is None:
       found.index[name] = [None, None]
-      continue
-    require(
-      (path / name).is_dir(), f'{path / INDEX} names a part {name}, but there is no {path / name}.'
-    )
-    found.parts[name] = read_part(inside(path / name, path), (str(entry[0]), str(entry[1])))
+    elif names is None or name in names:
+      folder = directory / name
+      require(
+        folder.is_dir(), f'{directory / INDEX} names a part {name}, but there is no {folder}.'
+      )
+      part = read_part(inside(folder, directory), (str(entry[0]), str(entry[1])))
+      found.parts[name] = part
   require(
     bool(found.parts),
-    f'{path / INDEX} names no parts as [library, class]; give a pipeline in the layout of '
+    f'{directory / INDEX} names no parts as [library, class]; give a pipeline in the layout of '
     'diffusers.',
   )
-  for name, part in list(found.parts.items()):
-    _leave_out_pickles(found, path / name, name, part)
+  for name, part in list(found.parts.items()) if names is None else ():
+    _leave_out_pickles(found, directory / name, name, part)
   return found
+
+
+def _own_parts(directory: Path, index: Mapping[str, Any]) -> dict[str, Part]:
+  """The parts of a model that was trained here, by the names that diffusers has for them."""
+  at = lambda role: (
+    named if (named := str(index.get(role, role))).startswith('asset:') else directory / role
+  )
+  text = read_part(at('clip'), ('transformers', 'CLIPTextModel'))
+  files = [file for file in text.files if file.name in TOKENIZER]
+  tokenizer = Part(('transformers', 'CLIPTokenizer'), text.path, files=files)
+  text.files = []
+  return {
+    'unet': read_part(directory / 'unet', ('diffusers', 'UNet2DConditionModel')),
+    'vae': read_part(at('autoencoder'), ('diffusers', 'AutoencoderKL')),
+    'text_encoder': text, 'tokenizer': tokenizer,
+    'scheduler': read_part(directory / 'scheduler', ('diffusers', 'DDIMScheduler')),
+  }
 
 
 def _leave_out_pickles(pipeline: Pipeline, folder: Path, name: str, part: Part) -> None:
@@ -131,43 +271,46 @@ def _leave_out_pickles(pipeline: Pipeline, folder: Path, name: str, part: Part) 
     )
 
 
-def read_part(folder: Path, entry: tuple[str, str], kind: str | None = None) -> Part:
-  """One part; `kind` overrides what its config.json says."""
+def read_part(
+  path: str | os.PathLike, entry: tuple[str, str] = ('', ''), kind: str | None = None,
+  kinds: Sequence[str] = (),
+) -> Part:
+  """Return one part, of a pipeline or alone.
+
+  Args:
+    kind: overrides what its config.json says.
+    kinds: those that it may be of, if not all.
+
+  Raises:
+    UserError: there is no such folder, or it is of another kind.
+  """
+  folder = resolve(path)
   file = folder / 'config.json'
-  config = read_json(inside(file, folder)) if file.is_file() else None
-  if kind is None and config is not None:
-    kind = kind_of(config)
-  files = sorted(file for file in folder.iterdir() if file.is_file())
+  values = read_json(inside(file, folder)) if kinds or file.is_file() else {}
+  kind = kind or kind_of(values)
+  require(
+    not kinds or kind in kinds,
+    f'{file} describes none of {", ".join(kinds)}; check which network it is.',
+  )
+  files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
   if kind is None:
-    copied = [f for f in files if f.suffix in (*_TEXTS, _WEIGHTS)]
-    return Part(entry, files=[inside(f, folder) for f in copied])
+    copied = [inside(f, folder) for f in files if f.suffix in (*_TEXTS, _WEIGHTS)]
+    return Part(entry, os.fspath(path), files=copied)
   others = [
     inside(f, folder) for f in files if f.suffix in _TEXTS and f.name != 'config.json'
     and not re.search(r'\.safetensors\.index(\..+)?\.json$|\.bin\.index\.json$', f.name)
   ]
-  return Part(entry, kind, config, read_weights(folder, network_format(kind), config or {}), others)
-
-
-def read_weights(folder: Path, spec: NetworkFormat, config: dict[str, Any]) -> dict[str, NewTensor]:
-  """The tensors of one network by published names, from either layout."""
-  native = folder / NATIVE
-  if not native.is_file():
-    tensors = open_tensors(inside(find_weights(folder, spec.weights), folder))
-    renamed = ((spec.rename(name), tensor) for name, tensor in tensors.items())
-    return {name: lazy(tensor) for name, tensor in renamed if name is not None}
-  tensors = open_tensors(inside(native, folder))
-  matched = match_native(tensors, _shapes(spec, config, folder), str(native))
-  return {published_name(name): _to_published(name, t) for name, t in matched.items()}
+  return Part(entry, os.fspath(path), kind, values, others)
 
 
 def check_part(part: Part, where: str) -> None:
-  """Raises a UserError for a tensor whose name or shape is not that of the part's config."""
+  """Raise a UserError for a tensor whose name or shape is not that of the part's config."""
   if part.kind is not None:
-    match(part.tensors, _shapes(network_format(part.kind), part.config or {}, Path(where)), where)
+    match(part.tensors, network_format(part.kind).shapes(part.config), where)
 
 
 def lazy(tensor: Tensor) -> NewTensor:
-  """A tensor of a file as one to be written."""
+  """Return a tensor of a file as one to be written."""
   return NewTensor(tensor.dtype, tensor.shape, lambda: np.asarray(tensor))
 
 
@@ -176,13 +319,8 @@ def _to_published(name: str, tensor: Tensor) -> NewTensor:
   return NewTensor(tensor.dtype, shape, lambda: to_published_layout(name, np.asarray(tensor)))
 
 
-def _shapes(spec: NetworkFormat, config: dict[str, Any], folder: Path) -> dict[str, Any]:
-  """Name -> shape of our network of that config."""
-  return spec.shapes(spec.parse(config, str(folder / 'config.json')))
-
-
 def write_pipeline(pipeline: Pipeline, path: Path, layout: str, dtype: str | None) -> None:
-  """Writes the directory, all or nothing; an unchanged type where dtype is None.
+  """Write the directory, all or nothing; with unchanged types where dtype is None.
 
   Raises:
     UserError: a network that we do not implement (native), or values that dtype cannot hold.
@@ -195,7 +333,7 @@ def write_pipeline(pipeline: Pipeline, path: Path, layout: str, dtype: str | Non
 
 
 def write_part(part: Part, folder: Path, layout: str, dtype: str | None) -> None:
-  """Writes the folder of one part."""
+  """Write the folder of one part."""
   folder.mkdir(parents=True, exist_ok=True)
   for file in part.files:
     shutil.copyfile(file, folder / file.name)
@@ -205,8 +343,8 @@ def write_part(part: Part, folder: Path, layout: str, dtype: str | None) -> None
     return
   spec, tensors = network_format(part.kind), part.tensors
   if layout == 'native':
-    tensors = _to_native(part, spec, folder)
-  config = dict(part.config or {})
+    tensors = _to_native(part, folder)
+  config = dict(part.values)
   if dtype and spec.weights == TRANSFORMERS:
     config.pop('torch_dtype', None)
     config['dtype'] = dtype
@@ -214,8 +352,8 @@ def write_part(part: Part, folder: Path, layout: str, dtype: str | None) -> None
   write_tensors(folder / (NATIVE if layout == 'native' else spec.weights), typed(tensors, dtype))
 
 
-def _to_native(part: Part, spec: NetworkFormat, folder: Path) -> dict[str, NewTensor]:
-  shapes = _shapes(spec, part.config or {}, folder)
+def _to_native(part: Part, folder: Path) -> dict[str, NewTensor]:
+  shapes = network_format(part.kind).shapes(part.config)
 
   def native(name: str, tensor: NewTensor) -> NewTensor:
     shape = tuple(shapes[name].shape)
@@ -226,7 +364,7 @@ def _to_native(part: Part, spec: NetworkFormat, folder: Path) -> dict[str, NewTe
 
 
 def typed(tensors: dict[str, NewTensor], dtype: str | None) -> dict[str, NewTensor]:
-  """The tensors in another floating type; whole numbers stay, and all where dtype is None."""
+  """Return the tensors in another floating type; whole numbers stay, all where dtype is None."""
   if dtype is None:
     return tensors
   is_floating = lambda tensor: tensor.dtype.kind in 'fV'  # Those of ml_dtypes have the kind V.
@@ -253,3 +391,58 @@ def new_directory(path: Path) -> Iterator[Path]:
     os.replace(folder, path)
   finally:
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_trained(
+  directory: Path, config: Any, params: Params, scheduler: Scheduler, *, sample: Mapping[str, Any],
+  latent_patch_size: int, autoencoder: str, clip: str, dtype: str,
+) -> None:
+  """Write a model that was trained here; `read_pipeline` reads it.
+
+  Args:
+    config, params: of the denoiser.
+    scheduler: the noise schedule, the prediction and the steps; scheduler_config.json is what
+      diffusers samples alike with, or, where it has nothing for these steps, plain ones, and
+      model_index.json says why. Without a class for the noise schedule there is no such file.
+    sample: how to sample, in our terms.
+    autoencoder, clip: folders that are copied, or 'asset:NAME'.
+  """
+  save_params(directory / 'unet', config, params, dtype=dtype)
+  values, why = scheduler_or_plain(scheduler)
+  index = {
+    '_class_name': OWN, 'sample': dict(sample), 'latent_patch_size': latent_patch_size,
+    'noise': scheduler.schedule.saved(), 'prediction': scheduler.prediction,
+    'data_std': scheduler.data_std,
+  }
+  (directory / 'scheduler').mkdir(parents=True, exist_ok=True)
+  if values is not None:
+    write_json(directory / 'scheduler' / SCHEDULER, values)
+  if why is not None:
+    index['scheduler_note'] = why
+  for role, path in (('autoencoder', autoencoder), ('clip', clip)):
+    index[role] = path if path.startswith('asset:') else role
+    if index[role] == role:
+      shutil.copytree(resolve(path), directory / role, dirs_exist_ok=True)
+  write_json(directory / INDEX, index)
+
+
+def save_changed(
+  directory: Path, source: str, changed: Mapping[str, tuple[Any, Params]], dtype: str
+) -> None:
+  """Write a copy of the pipeline in `source` with other (config, params) for some roles.
+
+  Single files of weights that lie beside the parts are of the old model and left behind.
+  """
+  skip = {FOLDERS.get(role, role) for role in changed}
+  origin = resolve(source)
+
+  def ignore(folder: str, names: list[str]) -> set[str]:
+    if Path(folder) != origin:
+      return set()
+    weights = {name for name in names if Path(name).suffix in (_WEIGHTS, *PICKLES)}
+    return (skip & set(names)) | weights | {name for name in names if name.startswith('.')}
+
+  check_folder(origin)
+  shutil.copytree(origin, directory, ignore=ignore, dirs_exist_ok=True)
+  for role, (config, params) in changed.items():
+    save_params(directory / FOLDERS.get(role, role), config, params, dtype=dtype)

@@ -1,10 +1,8 @@
-"""scheduler_config.json of diffusers <-> our schedule, prediction, sampler and grid.
+"""scheduler_config.json of diffusers <-> our noise schedule, prediction, sampler and grid.
 
 A scheduler of diffusers is all of these at once. A config may carry keys of other classes, which
 diffusers ignores, as is done here; a key that its class heeds and that has no counterpart is an
 error that names it. `scheduler_classes` lists every argument of every class.
-
-Our schedule, prediction, sampler and grid as a scheduler_config.json of diffusers.
 """
 
 import dataclasses
@@ -14,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_jax.diffusion.noise import BETAS, MOST_TIMESTEPS, ScheduleConfig
+from diffusion_jax.diffusion.noise import BETAS, MOST_TIMESTEPS, NoiseConfig, NoiseSchedule
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.scheduler_classes import (
   CLASSES,
@@ -29,13 +27,14 @@ from diffusion_jax.models.checks import require
 class Scheduler:
   """What a scheduler_config.json says, in our terms.
 
+  schedule, prediction, data_std: of the `NoiseSchedule` and the `Parameterization`.
   sampler, options: for `diffusion.samplers.sampler(name, **options)`.
   spacing, grid: for `sampling_grid(schedule, count, spacing, **grid)`.
   threshold and its limit and percentile, timesteps, scaled_noise: as in
   `pipelines.sampling.SampleConfig`.
   """
 
-  schedule: ScheduleConfig = ScheduleConfig()
+  schedule: NoiseConfig = NoiseConfig()
   prediction: str = 'epsilon'
   sampler: str = 'ddim'
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -46,6 +45,7 @@ class Scheduler:
   threshold_percentile: float = 0.995
   timesteps: str = 'exact'
   scaled_noise: bool = False
+  data_std: float = 1.0
 
 
 Values = Mapping[str, Any]
@@ -60,6 +60,10 @@ FEW_STEPS = 15
 
 TAU_TIMESTEPS = (200, 800)
 """Where SA-Solver adds noise: timesteps from the first to the second."""
+
+T_MIN = 1e-3
+"""The time of the least noise in training on a process, `NoiseSchedule.t_min`."""
+
 
 def read_scheduler(values: Values, where: str) -> Scheduler:
   """A scheduler_config.json.
@@ -76,7 +80,9 @@ def read_scheduler(values: Values, where: str) -> Scheduler:
   try:
     _check_only(name, spec, values)
     read = _read(name, spec, values)
-    return _flow(name, read) if spec.family == 'flow' else _noised(name, spec, read)
+    if spec.family in _CONTINUOUS:
+      return _CONTINUOUS[spec.family](name, read)
+    return _noised(name, spec, read)
   except UserError as error:
     raise UserError(f'{where}: {error}') from error
 
@@ -111,8 +117,8 @@ def _read(name: str, spec: SchedulerClass, values: Values) -> dict[str, Any]:
     # A whole number of many digits is one that no array takes.
     found[key] = type(default)(value) if type(default) in (int, float) else value
   require(
-    2 <= found['num_train_timesteps'] <= MOST_TIMESTEPS,
-    f'num_train_timesteps={found["num_train_timesteps"]} is outside 2 to {MOST_TIMESTEPS}.',
+    2 <= found.get('num_train_timesteps', 1000) <= MOST_TIMESTEPS,
+    f'num_train_timesteps={found.get("num_train_timesteps")} is outside 2 to {MOST_TIMESTEPS}.',
   )
   return found
 
@@ -139,7 +145,7 @@ def _noised(name: str, spec: SchedulerClass, values: Values) -> Scheduler:
   )
 
 
-def _schedule(spec: SchedulerClass, values: Values) -> ScheduleConfig:
+def _schedule(spec: SchedulerClass, values: Values) -> NoiseConfig:
   for key in ('beta_start', 'beta_end'):
     require(0 <= values[key] < 1, f'{key}={values[key]!r} is not a beta; it lies in [0, 1).')
   require(
@@ -150,7 +156,7 @@ def _schedule(spec: SchedulerClass, values: Values) -> ScheduleConfig:
   rescaled = values.get('rescale_betas_zero_snr', False)
   # In sigma / alpha there has to be some signal left.
   last = 2.0**-24 if rescaled and spec.family != 'table' else 0.0
-  return ScheduleConfig(
+  return NoiseConfig(
     **{key: values[key] for key in keys}, rescale_betas_zero_snr=rescaled, last_alpha_bar=last
   )
 
@@ -170,13 +176,42 @@ def _threshold(values: Values) -> dict[str, Any]:
 def _flow(name: str, values: Values) -> Scheduler:
   """The levels are shifted twice at their end: between those of the shifted table, once more."""
   total, shift = values['num_train_timesteps'], values['shift']
-  schedule = ScheduleConfig('flow', num_train_timesteps=total, shift=shift)
+  schedule = NoiseConfig('flow', num_train_timesteps=total, shift=shift)
   end = shift / (total + shift - 1)
   grid = {'fractional': True} | ({'last': total * end - 1} if shift != 1 else {})
   sampler, options = SAMPLERS[name](values)
   return Scheduler(
     schedule, 'flow_prediction', sampler, options, 'linspace', grid, timesteps='sigma'
   )
+
+
+def _edm(name: str, values: Values) -> Scheduler:
+  """Levels from sigma_max to sigma_min, which our process has at the time where training begins."""
+  low, high, rho = values['sigma_min'], values['sigma_max'], values['rho']
+  require(
+    0 < low < high < math.inf and 0 < rho <= 100 and 0 < values['sigma_data'] < math.inf,
+    f'sigma_min={low!r}, sigma_max={high!r}, rho={rho!r} and sigma_data={values["sigma_data"]!r} '
+    'must be positive numbers, sigma_min below sigma_max.',
+  )
+  first, last = low ** (1 / rho), high ** (1 / rho)
+  start = (first - T_MIN * last) / (1 - T_MIN)
+  require(start > 0, f'sigma_min={low!r} is too small for sigma_max={high!r}.')
+  process = {'sigma_min': start**rho, 'sigma_max': float(high), 'rho': float(rho)}
+  spacing = values['sigma_schedule']
+  require(
+    spacing in ('karras', 'exponential'),
+    f'sigma_schedule={spacing!r} is not known; use karras or exponential.',
+  )
+  sampler, options = SAMPLERS[name](values)
+  return Scheduler(
+    NoiseConfig(process='karras', process_options=process, label='log_snr'), 'edm', sampler,
+    options, spacing, {'rho': float(rho)} if spacing == 'karras' and rho != 7 else {},
+    data_std=float(values['sigma_data']),
+  )
+
+
+_CONTINUOUS = {'flow': _flow, 'edm': _edm}
+"""How families without a table of betas are read."""
 
 
 def _always(name: str) -> Callable[[Values], Choice]:
@@ -279,7 +314,7 @@ def _but(options: dict[str, Any], **defaults) -> dict[str, Any]:
   return {k: v for k, v in options.items() if k not in defaults or v != defaults[k]}
 
 
-def _tau_window(config: ScheduleConfig, told: str) -> dict[str, Any]:
+def _tau_window(config: NoiseConfig, told: str) -> dict[str, Any]:
   """The noise levels of `TAU_TIMESTEPS`, by the timesteps that the network is told."""
   alphas, sigmas = config.table()
   if len(alphas) <= TAU_TIMESTEPS[0]:
@@ -303,7 +338,7 @@ SAMPLERS: dict[str, Callable[[Values], Choice]] = {
   'DPMSolverSDEScheduler': _always('dpmpp_sde'), 'DPMSolverMultistepScheduler': _dpm,
   'UniPCMultistepScheduler': _unipc, 'DEISMultistepScheduler': _deis,
   'SASolverScheduler': _sa_solver, 'FlowMatchEulerDiscreteScheduler': _always('flow_euler'),
-  'FlowMatchHeunDiscreteScheduler': _always('flow_heun'),
+  'FlowMatchHeunDiscreteScheduler': _always('flow_heun'), 'EDMEulerScheduler': _always('euler'),
 }
 """Class of diffusers -> our sampler, from what the class reads."""
 
@@ -342,11 +377,13 @@ _OPTIONS = {
 
 
 def write_scheduler(scheduler: Scheduler) -> dict[str, Any]:
-  """The scheduler_config.json that `read_scheduler` and diffusers read back.
+  """Return the scheduler_config.json that `read_scheduler` and diffusers read back.
 
   Raises:
     UserError: diffusers has no class for the sampler, or none with such a schedule or spacing.
   """
+  if not scheduler.schedule.is_table:
+    return _write_process(scheduler)
   require(
     scheduler.sampler in _WRITTEN,
     f'diffusers has no scheduler for the sampler {scheduler.sampler!r}; choose one of '
@@ -371,6 +408,8 @@ def write_scheduler(scheduler: Scheduler) -> dict[str, Any]:
     if field.name == 'grid' and name == 'DDIMScheduler' and 'via' not in has:
       # Steps of T // count timesteps end where the next start, if the count divides T.
       will = {key: value for key, value in will.items() if key != 'via'}
+    if field.name == 'schedule':  # diffusers leaves alpha = 2^-12 at the end for some classes.
+      will = dataclasses.replace(will, last_alpha_bar=has.last_alpha_bar)
     unused = scheduler.threshold == 'none' and field.name.startswith('threshold_')
     unused |= scheduler.threshold == 'static' and field.name == 'threshold_percentile'
     require(
@@ -379,6 +418,75 @@ def write_scheduler(scheduler: Scheduler) -> dict[str, Any]:
       'another sampler.',
     )
   return values
+
+
+def scheduler_or_plain(scheduler: Scheduler) -> tuple[dict[str, Any] | None, str | None]:
+  """Return the scheduler_config.json for an export, and why it samples otherwise, if it does.
+
+  Where diffusers has nothing for the sampler or the spacing, that is a scheduler with plain Euler
+  or DDIM steps on the same noise schedule; None where it has no class for that either.
+  """
+  try:
+    return write_scheduler(scheduler), None
+  except UserError as error:
+    why = str(error)
+  ddim = dataclasses.replace(scheduler, sampler='ddim')
+  if scheduler.sampler == 'euler' and not scheduler.options:  # The same steps on the same levels.
+    try:
+      return write_scheduler(ddim), None
+    except UserError:
+      pass
+  spacing = {'flow': 'linspace', 'karras': 'karras'}.get(scheduler.schedule.process, 'trailing')
+  plain = Scheduler(
+    scheduler.schedule, scheduler.prediction, 'ddim', spacing=spacing, data_std=scheduler.data_std
+  )
+  try:
+    return write_scheduler(plain), f'diffusers samples with other steps: {why}'
+  except UserError as error:
+    return None, f'diffusers cannot sample: {error}'
+
+
+def _write_process(scheduler: Scheduler) -> dict[str, Any]:
+  """The config of Euler's steps on a process in continuous time; DDIM's are the same there."""
+  noise, grid = scheduler.schedule, scheduler.grid
+  expected = {'flow': ('sigma', 'flow_prediction'), 'karras': ('log_snr', 'edm')}
+  require(
+    noise.process in expected and not noise.sub_vp
+    and expected[noise.process] == (noise.label, scheduler.prediction),
+    f'diffusers has no scheduler for the process {noise.process!r} with the label {noise.label!r} '
+    f'and the prediction {scheduler.prediction!r}; it has them for flow, sigma, flow_prediction '
+    'and for karras, log_snr, edm.',
+  )
+  require(
+    scheduler.sampler in ('euler', 'ddim', 'flow_euler') and not scheduler.options
+    and scheduler.threshold == 'none',
+    f'diffusers has no scheduler for the sampler {scheduler.sampler!r} with these settings on a '
+    'process; choose euler without options and threshold.',
+  )
+  ends = NoiseSchedule.of(noise).levels(2)
+  if noise.process == 'flow':
+    require(
+      scheduler.spacing == 'linspace' and not grid
+      and abs(noise.num_train_timesteps * ends[1][0] - 1) < 1e-6,
+      f'FlowMatchEulerDiscreteScheduler of diffusers cannot have the spacing {scheduler.spacing!r} '
+      f'with {noise.process_options} and num_train_timesteps {noise.num_train_timesteps}; choose '
+      'linspace, no shift and 1000.',
+    )
+    return {
+      '_class_name': 'FlowMatchEulerDiscreteScheduler', 'shift': 1.0,
+      'num_train_timesteps': noise.num_train_timesteps,
+    }
+  require(
+    scheduler.spacing in ('karras', 'exponential') and set(grid) <= {'rho'},
+    f'EDMEulerScheduler of diffusers cannot have the spacing {scheduler.spacing!r}; choose karras '
+    'or exponential.',
+  )
+  return {
+    '_class_name': 'EDMEulerScheduler', 'prediction_type': 'epsilon', 'final_sigmas_type': 'zero',
+    'sigma_min': float(ends[1][0]), 'sigma_max': float(ends[1][-1]),
+    'sigma_data': scheduler.data_std, 'sigma_schedule': scheduler.spacing,
+    'rho': grid.get('rho', 7.0),
+  }
 
 
 def _schedule_values(scheduler: Scheduler) -> dict[str, Any]:

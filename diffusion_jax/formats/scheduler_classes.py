@@ -1,9 +1,8 @@
-"""The scheduler classes of diffusers that are read, and every argument of each.
+"""The scheduler classes of diffusers that are read, every argument of each, and their grids.
 
-An argument is read, or allowed one value alone, or has no effect on what is drawn, for the reason
-given. `scheduler` turns what is read into our terms.
-
-Where a scheduler of diffusers places its steps, in terms of `sampling_grid`.
+An argument is read, or allowed one value alone, or has no effect on what is sampled, for the reason
+given. `scheduler` turns what is read into our terms; where a class places its steps is told here,
+in terms of `sampling_grid`.
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ class SchedulerClass:
   """How one class is read.
 
   family: 'table', by timesteps and alpha-bar; 'sigma', after k-diffusion; 'solver', in log-SNR, the
-  last timestep left out; 'flow'.
+  last timestep left out; 'flow'; 'edm'.
   reads: argument -> its default, of those that are read.
   only: argument -> the values it may have, its default first; others are refused.
   idle: argument -> why it has no effect.
@@ -164,6 +163,15 @@ CLASSES: dict[str, SchedulerClass] = {
   ),
   'FlowMatchHeunDiscreteScheduler': SchedulerClass(
     'flow', {'num_train_timesteps': 1000, 'shift': 1.0}
+  ),
+  'EDMEulerScheduler': SchedulerClass(
+    'edm', {
+      'sigma_min': 0.002, 'sigma_max': 80.0, 'sigma_data': 0.5, 'sigma_schedule': 'karras',
+      'rho': 7.0,
+    },
+    {'prediction_type': ('epsilon',), 'final_sigmas_type': ('zero',)},
+    {'num_train_timesteps': 'its levels are placed between sigma_min and sigma_max'},
+    predictions=('edm',),
   ),
 }
 """Classes that have a counterpart here; all others are refused by name."""

@@ -23,14 +23,21 @@ from diffusion_jax.files import inside
 from diffusion_jax.formats import autoencoder, clip, unet
 from diffusion_jax.formats.adapter_names import is_lora, of_other_kinds, some
 from diffusion_jax.formats.networks import network_format
-from diffusion_jax.formats.pipeline import Part, Pipeline, check_part, lazy, typed
+from diffusion_jax.formats.pipeline import (
+  SCHEDULER,
+  TOKENIZER,
+  Part,
+  Pipeline,
+  check_part,
+  lazy,
+  typed,
+)
 from diffusion_jax.formats.published import Rule, from_stored, to_stored
 from diffusion_jax.formats.tensors import (
   NewTensor,
   Tensor,
   metadata,
   open_tensors,
-  read_json,
   write_tensors,
 )
 from diffusion_jax.models.checks import require
@@ -325,7 +332,7 @@ def write_single_file(pipeline: Pipeline, path: Path, dtype: str | None) -> list
   """
   require(not path.exists(), f'{path} is there already; give a new path.')
   configs = {
-    name: _without_null(part.config or {}) for name, part in pipeline.parts.items() if part.kind
+    name: _without_null(part.values) for name, part in pipeline.parts.items() if part.kind
   }
   for part, config in configs.items():  # Within bounds, before it is counted along.
     network_format(pipeline.parts[part].kind).parse(config, f'{part}/config.json')
@@ -342,7 +349,7 @@ def write_single_file(pipeline: Pipeline, path: Path, dtype: str | None) -> list
     for part, (prefix, table) in rules.items()
     for key, tensor in to_stored(table, pipeline.parts[part].tensors, part).items()
   }
-  values = _scheduler_config(pipeline)
+  values = pipeline.parts.get('scheduler', Part()).json(SCHEDULER)[0]
   prediction = values.get('prediction_type', 'epsilon')
   marks = {'v_pred': prediction == 'v_prediction', 'ztsnr': values.get('rescale_betas_zero_snr')}
   if name == 'sdxl':  # Empty tensors by which ComfyUI knows such models.
@@ -356,12 +363,6 @@ def write_single_file(pipeline: Pipeline, path: Path, dtype: str | None) -> list
 def _without_null(config: dict[str, Any]) -> dict[str, Any]:
   """Null stands for what is not said, but where it says that there is no middle."""
   return {k: v for k, v in config.items() if v is not None or k == 'mid_block_type'}
-
-
-def _scheduler_config(pipeline: Pipeline) -> dict[str, Any]:
-  part, name = pipeline.parts.get('scheduler', Part(('', ''))), 'scheduler_config.json'
-  files = [read_json(file) for file in part.files if file.name == name]
-  return part.texts.get(name) or (files[0] if files else {})
 
 
 def _left_out(pipeline: Pipeline, kept: set[str]) -> list[str]:
@@ -448,7 +449,7 @@ def read_single_file(path: Path, prediction: str | None, tokenizers: Path | None
   parts = {part: _part(part, configs[part], name) for part in configs}
   parts |= _schedulers(name, prediction, 'ztsnr' in opened) | _tokenizers(list(configs), tokenizers)
   _fill(parts, name, stored, str(path))
-  scheduler = parts['scheduler'].texts['scheduler_config.json']
+  scheduler = parts['scheduler'].texts[SCHEDULER]
   notes += schedule_note(opened, scheduler, str(path))
   index: dict[str, Any] = {'_class_name': FAMILIES[name].pipelines[channels]}
   if name == 'sdxl':
@@ -499,10 +500,10 @@ def _prediction(
 def _part(name: str, config: dict[str, Any], family: str) -> Part:
   if name in _CLASSES:
     kind = {'unet': 'unet', 'vae': 'autoencoder'}[name]
-    return Part(('diffusers', _CLASSES[name]), kind, config)
+    return Part(('diffusers', _CLASSES[name]), kind=kind, values=config)
   architecture = config['architectures'][0]
   kinds = {'CLIPTextModel': 'clip_text', 'CLIPTextModelWithProjection': 'clip_text_projection'}
-  return Part(('transformers', architecture), kinds[architecture], config)
+  return Part(('transformers', architecture), kind=kinds[architecture], values=config)
 
 
 def _fill(parts: dict[str, Part], family: str, stored: dict[str, Tensor], where: str) -> None:
@@ -515,8 +516,8 @@ def _fill(parts: dict[str, Part], family: str, stored: dict[str, Tensor], where:
       name.removeprefix(prefix): lazy(tensor) for name, tensor in stored.items()
       if name.startswith(prefix)
     }
-    parts[part].tensors = from_stored(
-      _rules(part, family, parts[part].config, own, where), own, source
+    parts[part].stored = from_stored(
+      _rules(part, family, parts[part].values, own, where), own, source
     )
     check_part(parts[part], source)
 
@@ -535,9 +536,8 @@ def _schedulers(family: str, prediction: str, zero_snr: bool) -> dict[str, Part]
   if family == 'x4_upscaler':
     found['low_res_scheduler'] = LOW_RES_SCHEDULER
   return {
-    name: Part(('diffusers', kind), texts={
-      'scheduler_config.json': values | {'_class_name': kind}
-    }) for name, (kind, values) in found.items()
+    name: Part(('diffusers', kind), texts={SCHEDULER: values | {'_class_name': kind}})
+    for name, (kind, values) in found.items()
   }
 
 
@@ -553,10 +553,7 @@ def _tokenizers(configs: list[str], given: Path | None) -> dict[str, Part]:
   for name in wanted:
     folder = given / name if (given / name).is_dir() or len(wanted) > 1 else given
     files = [
-      inside(folder / file, given) for file in (
-        'vocab.json', 'merges.txt', 'tokenizer.json', 'tokenizer_config.json',
-        'special_tokens_map.json', 'added_tokens.json',
-      ) if (folder / file).is_file()
+      inside(folder / file, given) for file in TOKENIZER if (folder / file).is_file()
     ]
     has = {file.name for file in files}
     require(

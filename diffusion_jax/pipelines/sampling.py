@@ -230,9 +230,16 @@ class SampleConfig:
     scalars = (
       self.guidance, self.image_guidance, self.guidance_rescale, low,
       math.inf if high is None else high, self.threshold_limit, self.threshold_percentile,
-      grid[1][0] if self.scaled_noise else 1.0,
+      self._start(noise, grid),
     )
     return Numbers(grid, *map(np.float32, scalars))
+
+  def _start(self, noise: NoiseSchedule, grid: Grid) -> float:
+    """The deviation of the noise to start from; on a process, as of data of unit variance."""
+    alpha, sigma = float(grid[0][0]), float(grid[1][0])
+    if noise.table is None:
+      return math.hypot(alpha, sigma)
+    return sigma if self.scaled_noise else 1.0
 
   def in_force(self) -> dict[str, str]:
     """Name -> value of what has an effect, for a picture's metadata."""

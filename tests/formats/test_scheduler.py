@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffusion_jax.diffusion.noise import ScheduleConfig
+from diffusion_jax.diffusion.noise import NoiseConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.scheduler import Scheduler, read_scheduler, write_scheduler
 
@@ -10,7 +10,10 @@ TABLE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear')
 
 
 @pytest.mark.parametrize(('values', 'words'), [
-  ({'_class_name': 'EDMEulerScheduler'}, "'EDMEulerScheduler' is not implemented; one of DDIM"),
+  ({'_class_name': 'KarrasVeScheduler'}, "'KarrasVeScheduler' is not implemented; one of DDIM"),
+  ({'_class_name': 'EDMEulerScheduler', 'prediction_type': 'v_prediction'}, 'prediction_type'),
+  ({'_class_name': 'EDMEulerScheduler', 'sigma_min': 90.0}, 'sigma_min below sigma_max'),
+  ({'_class_name': 'EDMEulerScheduler', 'sigma_schedule': 'x'}, "sigma_schedule='x'"),
   ({}, 'scheduler None'), ({'_class_name': ['DDIMScheduler']}, 'scheduler .*DDIMScheduler'),
   ({'_class_name': 'DDIMScheduler', 'trained_betas': [0.1]}, 'trained_betas'),
   ({'_class_name': 'DDIMScheduler', 'prediction_type': 'x'}, "prediction_type='x'"),
@@ -97,8 +100,8 @@ def test_keys_of_other_classes_have_no_effect(kind, others):
 @pytest.mark.parametrize(('scheduler', 'words'), [
   (Scheduler(sampler='restart'), "no scheduler for the sampler 'restart'"),
   (Scheduler(spacing='beta'), "timestep_spacing='beta'"),
-  (Scheduler(ScheduleConfig(shift=2.0)), 'cannot have schedule'),
-  (Scheduler(ScheduleConfig('log_linear')), "beta_schedule 'log_linear'"),
+  (Scheduler(NoiseConfig(shift=2.0)), 'cannot have schedule'),
+  (Scheduler(NoiseConfig('log_linear')), "beta_schedule 'log_linear'"),
   (Scheduler(sampler='dpmpp_2m'), 'cannot have grid'),
   (Scheduler(sampler='lcm'), 'cannot have spacing'),
   (Scheduler(threshold='static'), 'cannot have options'),  # Here eps follows the clipped x_0.
@@ -111,5 +114,5 @@ def test_what_diffusers_cannot_say_is_refused(scheduler, words):
 
 
 def test_a_cosine_schedule_has_another_name_there():
-  cosine = Scheduler(ScheduleConfig('cosine', beta_end=0.999), 'v_prediction', spacing='trailing')
+  cosine = Scheduler(NoiseConfig('cosine', beta_end=0.999), 'v_prediction', spacing='trailing')
   assert write_scheduler(cosine)['beta_schedule'] == 'squaredcos_cap_v2'

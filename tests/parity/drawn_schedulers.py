@@ -105,7 +105,7 @@ def ours(kind, config, steps, x=X, noises=NOISES, strength=1.0):
   with jax.enable_x64(True), jax.disable_jit():
     found = read_scheduler({'_class_name': kind, **config}, 'scheduler_config.json')
     noise = NoiseSchedule.of(found.schedule)
-    parameterization = Parameterization(found.prediction)
+    parameterization = Parameterization(found.prediction, found.data_std)
     settings = dataclasses.replace(sample_config(found), steps=steps, guidance=1.0)
     settings.check(noise, parameterization)
     program, numbers = settings.program, settings.numbers(noise, strength)

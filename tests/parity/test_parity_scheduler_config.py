@@ -55,7 +55,8 @@ OTHERWISE = {
   'predict_x0': False, 'disable_corrector': [0], 'solver_p': 'x', 'shift_terminal': 0.1,
   'tau_func': 'x', 'invert_sigmas': True, 'stochastic_sampling': True, 'flow_shift': 3.0,
   'time_shift_type': 'linear', 'noise_sampler_seed': 3, 'base_shift': 0.7, 'max_shift': 2.0,
-  'base_image_seq_len': 128, 'max_image_seq_len': 2048,
+  'base_image_seq_len': 128, 'max_image_seq_len': 2048, 'sigma_data': 0.7, 'rho': 5.0,
+  'sigma_schedule': 'exponential',
 }
 """Another value than the default for every argument of which the defaults of all classes agree."""
 
@@ -89,7 +90,7 @@ NO_EFFECT = {
 def table_of(kind):
   """Some of the classes after k-diffusion take long to search a long table."""
   short = {'num_train_timesteps': 200}
-  return {'table': LINEAR, 'solver': LINEAR, 'sigma': LINEAR | short, 'flow': {}}[
+  return {'table': LINEAR, 'solver': LINEAR, 'sigma': LINEAR | short, 'flow': {}, 'edm': {}}[
     CLASSES[kind].family
   ]
 
@@ -142,7 +143,7 @@ def test_the_table_has_every_argument_with_its_default(kind):
   assert all(reason for reason in spec.idle.values())
 
 
-NOISED = [kind for kind, spec in CLASSES.items() if spec.family != 'flow']
+NOISED = [kind for kind, spec in CLASSES.items() if spec.family not in ('flow', 'edm')]
 
 
 @pytest.mark.parametrize('kind', NOISED)
@@ -161,7 +162,7 @@ def test_tables(kind):
 
 ARGUMENTS = [
   (kind, key) for kind, spec in CLASSES.items() for key in (*spec.reads, *spec.hidden)
-  if spec.family == 'flow' or key not in TABLE_KEYS[:4]
+  if spec.family in ('flow', 'edm') or key not in TABLE_KEYS[:4]
 ]
 
 
@@ -323,6 +324,8 @@ def test_what_we_write_is_read_alike_by_both(kind, more):
     return read_scheduler(values, 'scheduler_config.json')
 
   refused = {key: False for key in CLASSES[kind].only if key.startswith('use_')}
+  if CLASSES[kind].family == 'edm':
+    refused |= {'prediction_type': 'epsilon', 'final_sigmas_type': 'zero'}
   first = read(make(kind, WRITTEN | more | refused))
   values = write_scheduler(first)
   assert values['_class_name'] == kind
