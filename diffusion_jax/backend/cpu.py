@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from diffusion_jax.backend.xla import settled
+from diffusion_jax.backend.xla import on_cpu, optimization_barrier
 from diffusion_jax.parallel.layout import mesh_sizes
 from diffusion_jax.types import Params
 
@@ -24,15 +24,11 @@ WIDTH = 8
 """Of the products that stand for sums of squares: as many columns times themselves."""
 
 
-def _products() -> bool:
-  return jax.default_backend() == 'cpu'
-
-
 def over_leading(x: jax.Array) -> jax.Array:
   """Sum over all but the last dimension, float32: [... c] -> [c]."""
   x = x.astype(jnp.float32)
   axes = tuple(range(x.ndim - 1))
-  if not _products() or not axes:
+  if not on_cpu() or not axes:
     return x.sum(axes)
   return lax.dot_general(jnp.ones(x.shape[:-1], jnp.float32), x, ((axes, axes), ((), ())))
 
@@ -40,7 +36,7 @@ def over_leading(x: jax.Array) -> jax.Array:
 def over_positions(x: jax.Array) -> jax.Array:
   """Sum over positions, float32: [b n c] -> [b c]."""
   x = x.astype(jnp.float32)
-  if not _products():
+  if not on_cpu():
     return x.sum(1)
   return lax.dot_general(jnp.ones(x.shape[:2], jnp.float32), x, (((1,), (1,)), ((0,), (0,))))
 
@@ -48,7 +44,7 @@ def over_positions(x: jax.Array) -> jax.Array:
 def along_features(x: jax.Array, weight: jax.Array | None = None) -> jax.Array:
   """Sum along the last dimension, of x or of x times weight [c], float32: [... c] -> [... 1]."""
   x = x.astype(jnp.float32)
-  if not _products():
+  if not on_cpu():
     return (x if weight is None else x * weight).sum(-1, keepdims=True)
   weight = jnp.ones(x.shape[-1], jnp.float32) if weight is None else weight
   return (x @ weight)[..., None]
@@ -57,7 +53,7 @@ def along_features(x: jax.Array, weight: jax.Array | None = None) -> jax.Array:
 def over_groups(s: jax.Array, groups: int) -> jax.Array:
   """Mean over the channels of each group, at each of its channels: [b c] -> [b c], float32."""
   b, c = s.shape
-  if not _products():
+  if not on_cpu():
     return jnp.repeat(s.reshape(b, groups, -1).mean(-1), c // groups, axis=-1)
   group = jnp.arange(c) * groups // c
   return s @ ((group[:, None] == group) * (groups / c))
@@ -67,13 +63,13 @@ def of_squares(arrays: Iterable[jax.Array]) -> jax.Array:
   """Sum of the squares of all entries of all arrays, float32, scalar."""
   arrays = [x.astype(jnp.float32) for x in arrays]
   # Of products of what is split over columns and put into shape, the partitioner gave wrong sums.
-  if not _products() or mesh_sizes():
+  if not on_cpu() or mesh_sizes():
     return sum((jnp.square(x).sum() for x in arrays), jnp.zeros((), jnp.float32))
   wide = lambda x: x.ndim > 1 and x.shape[-1] % WIDTH == 0
   vectors = [x.ravel() for x in arrays if not wide(x)]
   total = jnp.zeros((), jnp.float32)
   if vectors:
-    total = jnp.square(settled(jnp.concatenate(vectors))).sum()
+    total = jnp.square(optimization_barrier(jnp.concatenate(vectors))).sum()
   products = [_product(x) for x in arrays if wide(x)]
   return total + jnp.trace(sum(products)) if products else total
 

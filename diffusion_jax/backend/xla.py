@@ -1,28 +1,32 @@
-"""JAX's persistent compilation cache, so that a second start does not compile again.
+"""What a program is compiled for, and what XLA has to be told there.
 
-What XLA has to be told on one platform and not on another, with what it gains.
+A program is for the devices of the mesh in force (`jax.set_mesh`) or, where there is none, for
+those that hold its arguments (`jit`). What this process would compute on by default is asked only
+where neither is given, so that programs can be compiled for chips that are not here.
 """
 
+import contextlib
 import functools
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh
 
+Capability = tuple[int, int] | None
+"""Of an NVIDIA GPU, such as (9, 0); None for all else."""
 
-def enable_compile_cache() -> None:
-  """Uses $JAX_COMPILATION_CACHE_DIR, else ~/.cache/diffusion_jax/compiled."""
-  if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
-    folder = Path.home() / '.cache' / 'diffusion_jax' / 'compiled'
-    jax.config.update('jax_compilation_cache_dir', str(folder))
-  if not os.environ.get('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'):
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
-
+GPUS = (
+  (r'B[23]00', (10, 0)), (r'H[128]00|H20\b|GH200', (9, 0)), (r'L4\b|L40|RTX 40|Ada', (8, 9)),
+  (r'A10\b|A40\b|A16|RTX 30|RTX A', (8, 6)), (r'A[138]00?\b', (8, 0)), (r'T4\b|RTX 20', (7, 5)),
+  (r'V100', (7, 0)),
+)
+"""Compute capabilities by the name of a GPU that is not here."""
 
 OPTIONS: dict[str, tuple[dict[str, str], ...]] = {
   'cpu': (
@@ -41,9 +45,56 @@ OPTIONS: dict[str, tuple[dict[str, str], ...]] = {
 tried before they are used."""
 
 
-def options() -> dict[str, str] | None:
-  """Compiler options for programs of the default platform that run often, or are large."""
-  return _known(jax.default_backend())
+def enable_compile_cache() -> None:
+  """Keep compiled programs in $JAX_COMPILATION_CACHE_DIR, else ~/.cache/diffusion_jax/compiled."""
+  if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+    folder = Path.home() / '.cache' / 'diffusion_jax' / 'compiled'
+    jax.config.update('jax_compilation_cache_dir', str(folder))
+  if not os.environ.get('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'):
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
+
+
+class Chip(NamedTuple):
+  """A kind of device: 'cpu', 'gpu' or 'tpu', and an NVIDIA GPU's compute capability."""
+
+  platform: str
+  capability: Capability = None
+
+
+def chip(mesh: Mesh | AbstractMesh | None = None) -> Chip:
+  """Return what programs of a mesh run on; None: of the mesh in force, see above."""
+  mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+  device = (mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh).abstract_device
+  return _chip(device.platform, device.device_kind) if device else _default()
+
+
+def on_cpu() -> bool:
+  """Return whether programs of the mesh in force run on CPUs."""
+  return chip().platform == 'cpu'
+
+
+def _default() -> Chip:
+  device = jax.config.jax_default_device or jax.default_backend()
+  platform = device if isinstance(device, str) else device.platform
+  return Chip(platform) if platform in ('cpu', 'tpu') else _chip(
+    platform, jax.local_devices(backend=platform)[0].device_kind
+  )
+
+
+@functools.cache
+def _chip(platform: str, kind: str) -> Chip:
+  if platform not in ('gpu', 'cuda', 'rocm'):
+    return Chip(platform)
+  here = [device for device in jax.local_devices() if device.device_kind == kind]
+  if here:  # An AMD GPU has a name in this place.
+    found = re.fullmatch(r'(\d+)\.(\d+)', str(getattr(here[0], 'compute_capability', '')))
+    return Chip('gpu', (int(found[1]), int(found[2])) if found else None)
+  return Chip('gpu', next((able for names, able in GPUS if re.search(names, kind)), None))
+
+
+def options(platform: str) -> dict[str, str] | None:
+  """Return compiler options for programs of that platform that run often, or are large."""
+  return _known(platform)
 
 
 @functools.cache
@@ -51,47 +102,80 @@ def _known(platform: str) -> dict[str, str] | None:
   known: dict[str, str] = {}
   for some in OPTIONS.get(platform, ()):
     try:
-      jax.jit(lambda: 0, compiler_options=some).lower().compile()
-    except jax.errors.JaxRuntimeError:
+      with jax.default_device(jax.local_devices(backend=platform)[0]):
+        jax.jit(lambda: 0, compiler_options=some).lower().compile()
+    except (RuntimeError, jax.errors.JaxRuntimeError):
       continue
     known.update(some)
   return known or None
 
 
 def jit(function: Callable, **how) -> Callable:
-  """jax.jit with `options`, or without them within another program; `how` is for jax.jit."""
-  alone, within = jax.jit(function, compiler_options=options(), **how), jax.jit(function, **how)
+  """Return jax.jit of a function of positional arguments, compiled with `options`.
+
+  Within another program it has the options of that one. Its devices are those of the mesh in force
+  or, without one, of its arguments. `how` is for jax.jit.
+  """
+  within = jax.jit(function, **how)
+  alone = functools.cache(
+    lambda platform: jax.jit(function, compiler_options=options(platform), **how)
+  )
+
+  def there(method: str, *args):
+    with _for_devices_of(args):
+      return getattr(alone(chip().platform), method)(*args)
 
   @functools.wraps(function)
   def call(*args):
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args))
-    return (within if traced else alone)(*args)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
+      return within(*args)
+    return there('__call__', *args)
 
-  call.lower, call.trace = alone.lower, alone.trace
+  call.lower, call.trace = functools.partial(there, 'lower'), functools.partial(there, 'trace')
   return call
 
 
 def jitted(**how) -> Callable[[Callable], Callable]:
-  """`jit` as a decorator of what is defined before the platform is known."""
-  def decorate(function: Callable) -> Callable:
-    made = functools.cache(lambda: jit(function, **how))
-    return functools.wraps(function)(lambda *args: made()(*args))
-
-  return decorate
+  """Return `jit` as a decorator."""
+  return functools.partial(jit, **how)
 
 
-def settled(tree: Any) -> Any:
-  """The tree, whose arrays are computed before whatever depends on them.
+def _for_devices_of(args: Any) -> contextlib.AbstractContextManager:
+  """Return what puts a mesh without axes in force, of the devices that hold the arguments."""
+  if jax.sharding.get_abstract_mesh().abstract_device is not None:
+    return contextlib.nullcontext()
+  found = (getattr(leaf, 'sharding', None) for leaf in jax.tree.leaves(args))
+  sharding = next((sharding for sharding in found if sharding is not None), None)
+  if sharding is None:
+    return contextlib.nullcontext()
+  if isinstance(mesh := getattr(sharding, 'mesh', None), AbstractMesh):
+    device = mesh.abstract_device
+  else:
+    device = min(sharding.device_set, key=lambda device: device.id)
+  if device is None:
+    return contextlib.nullcontext()
+  return jax.sharding.use_abstract_mesh(_without_axes(device.platform, device.device_kind))
+
+
+@functools.cache
+def _without_axes(platform: str, kind: str) -> AbstractMesh:
+  return AbstractMesh(
+    (), (), axis_types=(), abstract_device=AbstractDevice(kind, None, platform)
+  )
+
+
+def optimization_barrier(tree: Any) -> Any:
+  """Return the tree, whose arrays are computed before whatever depends on them, on CPUs.
 
   XLA for CPUs makes one kernel for each result and computes within it, again, what other kernels
   compute as well; what it reads for that can then not be overwritten in place. On other platforms
   one kernel makes several results, which this would take apart.
   """
-  return lax.optimization_barrier(tree) if jax.default_backend() == 'cpu' else tree
+  return lax.optimization_barrier(tree) if on_cpu() else tree
 
 
-def apart(function: Callable) -> Callable:
-  """The function as a part of its own of the program that calls it, where that makes loading quick.
+def separate(function: Callable) -> Callable:
+  """Return the function as a part of its own of the program that calls it, on CPUs.
 
   When it loads a program, XLA for CPUs compares each of its kernels with each other; kernels of two
   parts it does not compare, nor does it merge them. The first of the results must be computed, not
@@ -101,7 +185,7 @@ def apart(function: Callable) -> Callable:
 
   @functools.wraps(function)
   def call(*args):
-    if jax.default_backend() != 'cpu':
+    if not on_cpu():
       return function(*args)
     leaves, structure = jax.tree.flatten(inner(*args))
     # What is said of a result is noted at the call that it comes from.
@@ -109,15 +193,3 @@ def apart(function: Callable) -> Callable:
     return jax.tree.unflatten(structure, leaves)
 
   return call
-
-
-Capability = tuple[int, int] | None
-"""Of an NVIDIA GPU, such as (9, 0); None for all else."""
-
-
-def chip() -> tuple[str, Capability]:
-  """(platform, compute capability) of what programs are for."""
-  device = jax.local_devices()[0]
-  # An AMD GPU has a name in its place.
-  found = re.fullmatch(r'(\d+)\.(\d+)', str(getattr(device, 'compute_capability', '')))
-  return device.platform, (int(found[1]), int(found[2])) if found else None

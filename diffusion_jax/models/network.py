@@ -1,34 +1,69 @@
-"""What the backward pass computes again instead of keeping it (Chen et al. 2016).
+"""Networks as plain functions of parameters by dotted name, and how they compute.
 
-A block is a residual block, a transformer block or one of the few layers between such. A network
-whose class is a `Blocks` runs its blocks by `run`, and all of itself by `run_all`; what
-they then do is said by `remat`, which `Network.of` sets.
+Everything outside `models` sees a Flax NNX module as (graphdef, params): params is one flat
+dictionary such as {'down_blocks.0.resnets.1.conv1.kernel': array}. Names therefore serve, unchanged,
+as keys for sharding rules, optimizer groups, checkpoints and conversion tables.
 
-Between Flax NNX modules and plain functions of parameters named by dotted path.
-
-Everything outside `models` sees a network as (graphdef, params): params is one flat dictionary such
-as {'down_blocks.0.resnets.1.conv1.kernel': array}. Names therefore serve, unchanged, as keys for
-sharding rules, optimizer groups, checkpoints and conversion tables.
+Every module here is made by `Module(..., compute=Compute(...), rngs=...)` and hands both on to its
+parts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from diffusion_jax.models.checks import require
 from diffusion_jax.types import Params
 
 REMAT = ('none', 'block', 'offload')
-"""none: all results are kept. block: only those of blocks, each of which is computed again.
-offload: those, too, wait for the backward pass in the host's memory."""
+"""What the backward pass computes again (Chen et al. 2016). none: nothing, all results are kept.
+block: all but the results of blocks. offload: those, too, wait in the host's memory."""
+
+ATTENTION = ('auto', 'xla', 'cudnn', 'splash', 'chunked')
+"""How attention is computed, see `models.attention`; auto: as suits device and lengths."""
+
+MATMUL_PRECISION = ('plain', 'float8')
+"""Of dense layers over tokens, forward and backward. plain: the network's own type. What is said of
+an image as a whole, such as its time, stays plain."""
 
 RESULT = 'block'
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+  """How a network computes, whatever its shape.
+
+  dtype: of the computation; norms and softmax are float32 whatever it is. param_dtype: of
+  parameters that are made. remat, attention and matmul_precision: one each of the tables above.
+  """
+
+  dtype: DTypeLike = jnp.float32
+  param_dtype: DTypeLike = jnp.float32
+  remat: str = 'none'
+  attention: str = 'auto'
+  matmul_precision: str = 'plain'
+
+  def __post_init__(self):
+    for name, known in (
+      ('remat', REMAT), ('attention', ATTENTION), ('matmul_precision', MATMUL_PRECISION)
+    ):
+      value = getattr(self, name)
+      require(value in known, f'{name} is {value!r}; choose one of {", ".join(known)}.')
+
+
+NEEDS = {
+  'remat': 'blocks to compute again', 'attention': 'attention of that kind',
+  'matmul_precision': 'dense layers',
+}
+"""Options of Compute that only some modules heed, and what those are. Their classes say so by
+`heeds`."""
 
 
 @partial(jax.jit, static_argnums=0)
@@ -37,12 +72,19 @@ def _once(graphdef: Any, state: Any, *args) -> Any:
 
 
 class Blocks(nnx.Module):
-  """A module that has blocks. `remat` is one of REMAT."""
+  """A module of blocks: residual or transformer blocks, or one of the few layers between such.
 
-  remat = 'none'
+  It runs its blocks by `run`, and all of itself by `run_all`.
+  """
+
+  heeds = 'remat'
+
+  def __init__(self, *, compute: Compute = Compute(), rngs: Any = None):
+    del rngs
+    self.remat = compute.remat
 
   def run(self, call: Callable[..., Any], *args) -> Any:
-    """call(*args), of which the backward pass finds the arguments alone.
+    """Return call(*args), of which the backward pass finds the arguments alone.
 
     A module that is like another, with arguments like those of the other, is traced once.
     """
@@ -55,7 +97,7 @@ class Blocks(nnx.Module):
     return jax.tree.map(lambda y: checkpoint_name(y, RESULT), result)
 
   def run_all(self, call: Callable[..., Any], *args) -> Any:
-    """call(*args), in which `run` is used; results of blocks move to the host if so wished."""
+    """Return call(*args), in which `run` is used; offload moves its results to the host."""
     if self.remat != 'offload':
       return call(*args)
     policy = jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -67,14 +109,14 @@ class Blocks(nnx.Module):
 
 
 def split(module: nnx.Module) -> tuple[Any, Params]:
-  """Splits a module into its static graph and its parameters by dotted name."""
+  """Return a module's static graph and its parameters by dotted name."""
   graphdef, state = nnx.split(module)
   flat = nnx.to_flat_state(state)
   return graphdef, {'.'.join(map(str, path)): leaf.get_value() for path, leaf in flat}
 
 
 def merge(graphdef: Any, params: Params) -> nnx.Module:
-  """Inverse of `split`: a module that computes with `params`."""
+  """Invert `split`: return a module that computes with `params`."""
   flat = {}
   for name, value in params.items():
     path = tuple(int(part) if part.isdecimal() else part for part in name.split('.'))
@@ -105,13 +147,17 @@ class Keys:
     return jax.random.wrap_key_data(self.block[place], impl=jax.random.key_impl(self.key))
 
 
-def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Any, Params]:
-  """(graphdef, parameter shapes) of the module that `make` builds, without building it."""
+Make = Callable[[Any], nnx.Module]
+"""From nnx.Rngs, or Keys, to a module."""
+
+
+def abstract(make: Make) -> tuple[Any, Params]:
+  """Return (graphdef, parameter shapes) of the module that `make` builds, without building it."""
   return split(nnx.eval_shape(lambda: make(Keys(jax.random.key(0)))))
 
 
-def initialize(make: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> Params:
-  """Fresh parameters. Pure, so it can be jitted with sharded outputs."""
+def initialize(make: Make, key: jax.Array) -> Params:
+  """Return fresh parameters. Pure, so it can be jitted with sharded outputs."""
   return split(make(Keys(key)))[1]
 
 
@@ -119,107 +165,87 @@ _initialize_once = jax.jit(initialize, static_argnums=0)
 
 
 def count(params: Params) -> int:
-  """Number of scalar parameters."""
+  """Return the number of scalar parameters."""
   return sum(leaf.size for leaf in params.values())
 
 
 class Network(NamedTuple):
-  """A network without weights: its configuration, static graph and parameter shapes.
+  """A network without weights: its configuration, static graph, parameter shapes and Compute.
 
-  options: what it was built with beside the config, such as dtype.
+  build: a Compute -> what makes the module, so that the same network can be built to compute
+  otherwise.
   """
 
   config: Any
   graphdef: Any
   shapes: Params
-  make: Callable[[nnx.Rngs], nnx.Module]
-  options: Mapping[str, Any] = MappingProxyType({})
+  make: Make
+  build: Callable[[Compute], Make]
+  compute: Compute = Compute()
 
   @classmethod
   def of(
-    cls, module: type[nnx.Module], config: Any, remat: str = 'none', attention: str = 'auto',
-    products: str = 'plain', **kwargs,
+    cls, module: type[nnx.Module], config: Any, compute: Compute = Compute(), **changes
   ) -> 'Network':
-    """The network `module(config, **kwargs, rngs=...)`.
+    """Return the network `module(config, compute=..., rngs=...)`.
 
-    With one each of REMAT, ATTENTION and PRODUCTS.
+    `changes` are to fields of the Compute. UserError where it says what no part of the network
+    heeds, such as a kind of attention where there is none.
     """
-    make = lambda rngs: module(config, **kwargs, rngs=rngs)
-    made = cls(config, *abstract(make), make, kwargs)
-    return made.rematerialised(remat).attending(attention).multiplying(products)
+    def build(compute: Compute) -> Make:
+      return lambda rngs: module(config, compute=compute, rngs=rngs)
 
-  def remade(self, make: Callable[[nnx.Rngs], nnx.Module]) -> 'Network':
-    """A network of the same config that is built otherwise."""
-    return Network(self.config, *abstract(make), make, self.options)
+    return cls.built(config, build, dataclasses.replace(compute, **changes))
 
-  def rematerialised(self, remat: str) -> 'Network':
-    """The same network, of which the backward pass keeps less (see `models.remat`).
-
-    Raises:
-      UserError: no such kind, or a network without blocks.
-    """
-    return self._with('remat', remat, REMAT, Blocks, 'blocks to compute again')
-
-  def attending(self, attention: str) -> 'Network':
-    """The same network, whose attention is computed in that way (see `models.attend_ways`).
-
-    Raises:
-      UserError: no such way, or a network without attention that has no mask and no bias.
-    """
-    from diffusion_jax.models.attention import ATTENTION, Attends
-
-    return self._with('attention', attention, ATTENTION, Attends, 'attention of that kind')
-
-  def multiplying(self, products: str) -> 'Network':
-    """The same network, whose dense layers multiply in that way (see `models.float8`).
-
-    Raises:
-      UserError: no such way, or a network without dense layers.
-    """
-    from diffusion_jax.models.kernels import PRODUCTS
-    from diffusion_jax.models.layers import Linear
-
-    return self._with('products', products, PRODUCTS, Linear, 'dense layers')
-
-  def _with(
-    self, option: str, value: str, known: Sequence[str], kind: type[nnx.Module], parts: str
-  ) -> 'Network':
-    """The same network, with an attribute of all its parts of that kind set to the value."""
-    if value == self.options.get(option, known[0]):
-      return self
-    require(value in known, f'{option} is {value!r}; choose one of {", ".join(known)}.')
-
-    def change(module: nnx.Module) -> nnx.Module:
-      found = [part for _, part in nnx.iter_modules(module) if isinstance(part, kind)]
+  @classmethod
+  def built(cls, config: Any, build: Callable[[Compute], Make], compute: Compute) -> 'Network':
+    """Return the network that `build` makes."""
+    make = build(compute)
+    module = nnx.eval_shape(lambda: make(Keys(jax.random.key(0))))
+    plain = Compute()
+    for option, parts in NEEDS.items():
+      default = getattr(plain, option)
+      heeded = getattr(compute, option) == default or any(
+        getattr(part, 'heeds', None) == option for _, part in nnx.iter_modules(module)
+      )
       name = type(module).__name__
-      require(bool(found), f'{name} has no {parts}; set {option} to {known[0]}.')
-      for part in found:
-        setattr(part, option, value)
-      return module
+      require(heeded, f'{name} has no {parts}; set {option} to {default}.')
+    return cls(config, *split(module), make, build, compute)
 
-    graphdef = split(change(self.bind(self.shapes)))[0]
-    options = {**self.options, option: value}
-    return self._replace(
-      graphdef=graphdef, make=lambda rngs: change(self.make(rngs)), options=options
-    )
+  def computing(self, **changes) -> 'Network':
+    """Return the same network with changes to its Compute."""
+    compute = dataclasses.replace(self.compute, **changes)
+    return self if compute == self.compute else self.built(self.config, self.build, compute)
+
+  def with_remat(self, remat: str) -> 'Network':
+    """Return the same network, of which the backward pass keeps less (see REMAT)."""
+    return self.computing(remat=remat)
+
+  def with_attention(self, attention: str) -> 'Network':
+    """Return the same network, whose attention is computed in that way (see ATTENTION)."""
+    return self.computing(attention=attention)
+
+  def with_matmul_precision(self, precision: str) -> 'Network':
+    """Return the same network, whose dense layers multiply so (see MATMUL_PRECISION)."""
+    return self.computing(matmul_precision=precision)
 
   def bind(self, params: Params) -> nnx.Module:
-    """A module that computes with `params`."""
+    """Return a module that computes with `params`."""
     return merge(self.graphdef, params)
 
   def initialize(self, key: jax.Array) -> Params:
-    """Fresh parameters."""
+    """Return fresh parameters."""
     # Both the shapes of a state and the program that begins it are traced from this.
     once = isinstance(key, jax.core.Tracer)
     return (_initialize_once if once else initialize)(self.make, key)
 
 
 def prefixed(prefix: str, params: Params) -> Params:
-  """Adds 'prefix.' to every name, so that several networks fit into one dictionary."""
+  """Return the parameters with 'prefix.' before every name, so that several networks fit into one."""
   return {f'{prefix}.{name}': value for name, value in params.items()}
 
 
 def under(prefix: str, params: Params) -> Params:
-  """The entries whose names start with 'prefix.', without it."""
+  """Return the entries whose names start with 'prefix.', without it."""
   start = f'{prefix}.'
   return {n.removeprefix(start): value for n, value in params.items() if n.startswith(start)}

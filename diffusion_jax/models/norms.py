@@ -8,7 +8,7 @@ from flax import nnx
 from jax import lax
 
 from diffusion_jax.backend.cpu import along_features, over_groups, over_leading, over_positions
-from diffusion_jax.backend.xla import settled
+from diffusion_jax.backend.xla import optimization_barrier
 from diffusion_jax.models.checks import require
 
 
@@ -124,7 +124,7 @@ def _backward(groups, epsilon, activate, saved, dz):
   if activate:
     y = _centered(x, shift, mean) * (inverse * scale)[:, None] + bias
     gate = nnx.sigmoid(y)
-    dy = settled(dz * gate * (1 + y * (1 - gate)))
+    dy = optimization_barrier(dz * gate * (1 + y * (1 - gate)))
   away = _centered(x, shift, mean)
   total, along = over_positions(dy), over_positions(dy * away) * inverse
   n = x.shape[1]

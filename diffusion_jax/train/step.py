@@ -8,7 +8,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion_jax.backend.cpu import global_norm
-from diffusion_jax.backend.xla import apart, jit
+from diffusion_jax.backend.xla import jit, separate
 from diffusion_jax.parallel.mesh import batch_sharding
 from diffusion_jax.train import ema
 from diffusion_jax.train.guard import GuardConfig, choose, judge
@@ -87,7 +87,7 @@ def make_step(
       task, state, frozen, batch, key, accumulation, mesh
     )
     # Across parts of a program XLA's partitioner knows nothing of how arrays are split.
-    own = apart(advance) if mesh.size == 1 else advance
+    own = separate(advance) if mesh.size == 1 else advance
     return own(state, grads, loss, metrics, observed)
 
   def advance(state: TrainState, grads, loss, metrics, observed) -> tuple[TrainState, Metrics]:
