@@ -1,12 +1,7 @@
-"""The ways to compute attention by name, what each can serve, and which suits where.
+"""Scaled dot-product attention by several ways, and the transformer blocks made with it.
 
-Each takes q [b n h d], k and v [b l h d] to [b n h d] and has a gradient.
-
-Scaled dot-product attention, by the way that is said or that suits device and lengths.
-
-Attention and transformer blocks with the names and conventions of diffusers.
-
-Softmax is taken in float32. Feed-forward layers use GEGLU (Shazeer 2020) with the exact GELU.
+Each way takes q [b n h d], k and v [b l h d] to [b n h d] and has a gradient; softmax is float32.
+Blocks have the names and conventions of diffusers: GEGLU (Shazeer 2020) with the exact GELU.
 """
 
 from functools import partial
@@ -14,12 +9,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from diffusion_jax.backend.xla import Capability, chip
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.kernels import chunked, splash
 from diffusion_jax.models.layers import linear, pointwise
-from diffusion_jax.models.network import Blocks
+from diffusion_jax.models.network import PLAIN, Blocks, Compute
 from diffusion_jax.models.norms import GroupNorm, LayerNorm
 from diffusion_jax.parallel.layout import constrain, on_each_device
 
@@ -51,12 +47,9 @@ def cudnn(
 
 WAYS = {'xla': xla, 'cudnn': cudnn, 'splash': splash, 'chunked': chunked}
 
-ATTENTION = ('auto', *WAYS)
-"""What a config may say; auto is `choose`."""
 
-
-def compute(name: str, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """Attention by that way, on a mesh by each device of what it holds unless XLA splits it."""
+def attend_by(name: str, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """Return attention by that way; on a mesh each device computes its part, unless XLA splits it."""
   if name == 'xla':
     return xla(q, k, v)
   # XLA cannot split the programs within kernels; cuDNN's have a rule, but not for split queries.
@@ -67,7 +60,7 @@ def compute(name: str, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 def refusal(
   name: str, platform: str, capability: Capability, dtype: jnp.dtype, d: int | None = None
 ) -> str:
-  """Why that way cannot serve, and what to do; '' where it can. None as d: whatever the heads."""
+  """Return why that way cannot serve, and what to do; '' where it can. d None: whatever heads."""
   if name == 'splash':
     if platform != 'tpu':
       return f'it needs a TPU, and here is {platform}; set attention to auto'
@@ -95,7 +88,7 @@ def refusal(
 def choose(
   platform: str, capability: Capability, dtype: jnp.dtype, n: int, keys: int, d: int
 ) -> str:
-  """The name of the way for n queries and so many keys, both of d channels."""
+  """Return the name of the way for n queries and so many keys, both of d channels."""
   serves = lambda name: not refusal(name, platform, capability, dtype, d)
   # At the sizes of the recipes here up to five times as fast as XLA, which writes all logits to
   # memory (docs/speed.md).
@@ -121,22 +114,23 @@ def choose(
 
 
 class Attends(nnx.Module):
-  """A module with attention that has no mask and no bias.
+  """A module with attention that has no mask and no bias."""
 
-  `attention` is one of `attend_ways.ATTENTION`, which `Network.of` sets.
-  """
+  heeds = 'attention'
 
-  attention = 'auto'
+  def __init__(self, *, compute: Compute = PLAIN, rngs: nnx.Rngs | None = None):
+    del rngs
+    self.attention = compute.attention
 
   def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """`attend` by this module's way."""
+    """Return `attend` by this module's way."""
     return attend(q, k, v, self.attention)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, attention: str = 'auto') -> jax.Array:
   """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1), softmax in float32.
 
-  q [b n h d], k and v [b l h d] -> [b n h d]. `attention` is one of `attend_ways.ATTENTION`.
+  q [b n h d], k and v [b l h d] -> [b n h d]. `attention` is one of `network.ATTENTION`.
 
   Raises:
     UserError: the way cannot serve on this platform, in this type or for heads of this size.
@@ -149,23 +143,25 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, attention: str = 'auto') ->
 def scaled_dot_product_attention(  # By this name programs show it; its FLOPs are of a formula.
   q: jax.Array, k: jax.Array, v: jax.Array, attention: str = 'auto'
 ) -> jax.Array:
-  """`attend` without a say about the mesh."""
+  """Return `attend` of arrays as they lie."""
   d = q.shape[-1]
   if attention == 'auto':
     attention = choose(*chip(), q.dtype, q.shape[1], k.shape[1], d)
   else:
     check_attention(attention, q.dtype, d)
-  return compute(attention, q, k, v)
+  return attend_by(attention, q, k, v)
 
 
-def check_attention(attention: str, dtype: jnp.dtype, d: int | None = None) -> None:
-  """Raises UserError where that way cannot serve: heads of d channels, or any at all, here."""
-  why = refusal(attention, *chip(), dtype, d)
+def check_attention(
+  attention: str, dtype: jnp.dtype, d: int | None = None, mesh: Mesh | None = None
+) -> None:
+  """Raise UserError where that way cannot serve heads of d channels, or any, on the mesh."""
+  why = refusal(attention, *chip(mesh), dtype, d)
   require(not why, f'attention {attention!r} cannot serve here: {why}.')
 
 
 class Nothing(nnx.Module):
-  """Keeps the place of a layer without parameters (dropout) in a numbered list."""
+  """The place of a layer without parameters (dropout) in a numbered list."""
 
 
 class Attention(Attends):
@@ -179,6 +175,7 @@ class Attention(Attends):
     self, features: int, *, heads: int, context_features: int | None = None,
     qkv_bias: bool = False, **kw,
   ):
+    super().__init__(**kw)
     require(features % heads == 0, f'{heads} attention heads do not divide {features} channels.')
     source = features if context_features is None else context_features
     self.to_q = linear(features, features, use_bias=qkv_bias, **kw)
@@ -268,6 +265,7 @@ class Transformer2DModel(Blocks):
     self, channels: int, *, heads: int, depth: int, context_features: int, groups: int,
     linear_projection: bool, only_text: bool = False, **kw,
   ):
+    super().__init__(**kw)
     project = linear if linear_projection else pointwise
     self.norm = GroupNorm(groups, channels, 1e-6, **kw)
     self.proj_in = project(channels, channels, **kw)

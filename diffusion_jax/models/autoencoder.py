@@ -82,6 +82,7 @@ class DownEncoderBlock2D(Blocks):
   def __init__(
     self, i: int, o: int, *, layers: int, attention: bool, halve: bool, groups: int, **kw
   ):
+    super().__init__(**kw)
     norm = dict(groups=groups, epsilon=EPSILON)
     self.resnets = nnx.List([
       ResnetBlock2D(i if n == 0 else o, o, **norm, **kw) for n in range(layers)
@@ -103,6 +104,7 @@ class UpDecoderBlock2D(Blocks):
   def __init__(
     self, i: int, o: int, *, layers: int, attention: bool, double: bool, groups: int, **kw
   ):
+    super().__init__(**kw)
     norm = dict(groups=groups, epsilon=EPSILON)
     self.resnets = nnx.List([
       ResnetBlock2D(i if n == 0 else o, o, **norm, **kw) for n in range(layers)
@@ -128,6 +130,7 @@ class UNetMidBlock2D(Blocks):
   """Residual block, attention (optional), residual block: [b h w c] -> [b h w c]."""
 
   def __init__(self, channels: int, *, attention: bool, groups: int, **kw):
+    super().__init__(**kw)
     norm = dict(groups=groups, epsilon=EPSILON)
     self.attentions = nnx.List([SpatialAttention(channels, **norm, **kw)] if attention else [])
     self.resnets = nnx.List([ResnetBlock2D(channels, channels, **norm, **kw) for _ in range(2)])
@@ -142,6 +145,7 @@ class Encoder(Blocks):
   """Images [b h w i] -> [b h/f w/f out_channels]."""
 
   def __init__(self, config: Any, out_channels: int, **kw):
+    super().__init__(**kw)
     widths, groups = config.block_out_channels, config.norm_num_groups
     self.conv_in = Conv(config.in_channels, widths[0], **kw)
     self.down_blocks = nnx.List([
@@ -175,6 +179,7 @@ class Decoder(Blocks):
   """Latents [b h/f w/f c] -> images [b h w o]; one residual block more per level than down."""
 
   def __init__(self, config: Any, **kw):
+    super().__init__(**kw)
     widths, groups = config.block_out_channels[::-1], config.norm_num_groups
     self.conv_in = Conv(config.latent_channels, widths[0], **kw)
     self.mid_block = UNetMidBlock2D(
@@ -243,11 +248,7 @@ class AutoencoderKLConfig:
 class AutoencoderKL(nnx.Module):
   """Images in [-1, 1] <-> a diagonal Gaussian over latents, both NHWC."""
 
-  def __init__(
-    self, config: AutoencoderKLConfig, *, dtype=jnp.float32, param_dtype=jnp.float32,
-    rngs: nnx.Rngs,
-  ):
-    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  def __init__(self, config: AutoencoderKLConfig, **kw):
     c = config.latent_channels
     self.config = config
     self.encoder = Encoder(config, 2 * c, **kw)

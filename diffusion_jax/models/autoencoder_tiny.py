@@ -149,11 +149,7 @@ class DecoderTiny(nnx.Module):
 class AutoencoderTiny(nnx.Module):
   """Images in [-1, 1] <-> latents, both NHWC."""
 
-  def __init__(
-    self, config: AutoencoderTinyConfig, *, dtype=jnp.float32, param_dtype=jnp.float32,
-    rngs: nnx.Rngs,
-  ):
-    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  def __init__(self, config: AutoencoderTinyConfig, **kw):
     self.config = config
     self.encoder = EncoderTiny(config, **kw)
     self.decoder = DecoderTiny(config, **kw)

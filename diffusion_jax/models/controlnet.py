@@ -83,10 +83,7 @@ class ControlNet(Encoder):
   Fresh, every residual is zero, so that training starts from the U-Net as it is.
   """
 
-  def __init__(
-    self, config: ControlNetConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
-  ):
-    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  def __init__(self, config: ControlNetConfig, **kw):
     super().__init__(config, **kw)
     self.controlnet_cond_embedding = ControlNetConditioningEmbedding(config, **kw)
     widths = config.block_out_channels

@@ -24,7 +24,7 @@ from diffusion_jax.models.checks import (
   positive,
   require,
 )
-from diffusion_jax.models.layers import Conv, TimestepEmbedding, linear, timestep_embedding
+from diffusion_jax.models.layers import Conv, TimestepEmbedding, embed, linear, timestep_embedding
 from diffusion_jax.models.network import Blocks
 from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.types import Latents, Timesteps
@@ -193,9 +193,8 @@ class LabelEmbedding(nnx.Module):
   """Labels [b] -> [b c]; the last row is that of no class."""
 
   def __init__(self, config: DiTConfig, **kw):
-    self.embedding_table = nnx.Embed(
-      config.num_embeds_ada_norm + 1, config.features,
-      embedding_init=nnx.initializers.normal(0.02), **kw,
+    self.embedding_table = embed(
+      config.num_embeds_ada_norm + 1, config.features, nnx.initializers.normal(0.02), **kw
     )
 
   def __call__(self, labels: jax.Array) -> jax.Array:
@@ -260,10 +259,8 @@ class PatchEmbed(nnx.Module):
 class DiT(Blocks):
   """x, time and label -> an array of x's height and width; zero as long as it is untrained."""
 
-  def __init__(
-    self, config: DiTConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
-  ):
-    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  def __init__(self, config: DiTConfig, **kw):
+    super().__init__(**kw)
     c = config.features
     self.config = config
     self.pos_embed = PatchEmbed(config, **kw)

@@ -1,18 +1,17 @@
-"""Attention in pieces that stay in a processor's cache, forwards and backwards, for CPUs.
+"""What compilers do not find by themselves: attention in pieces, and products of eight bits.
 
-As in FlashAttention (Dao et al. 2022, algorithm 2 and appendix B) nothing of the size queries x
-keys outlives its piece: the backward pass keeps the logarithms of the softmax's denominators, and
-computes the weights again from them. Weights lie as [keys, queries], so that the largest of each
-query's logits is found over rows of contiguous queries, and all five products read them in the
-order in which they lie.
+`chunked` is attention for CPUs in pieces that stay in a processor's cache. As in FlashAttention
+(Dao et al. 2022, algorithm 2 and appendix B) nothing of the size queries x keys outlives its piece:
+the backward pass keeps the logarithms of the softmax's denominators, and computes the weights again
+from them. Weights lie as [keys, queries], so that the largest of each query's logits is found over
+rows of contiguous queries, and all five products read them in the order in which they lie.
 
-Attention by JAX's kernel for TPUs, whose logits never leave a core, forwards and backwards.
+`splash` is JAX's kernel for TPUs, whose logits never leave a core.
 
-Matrix products of numbers of eight bits, which some chips multiply at twice the speed.
-
-After Micikevicius et al. 2022 ("FP8 formats for deep learning"): inputs and weights in E4M3,
-gradients in E5M2. Each array is scaled as a whole by its own largest entry, which then is the
-largest number of its type; sums are float32.
+`product` is of numbers of eight bits, which some chips multiply at twice the speed (Micikevicius et
+al. 2022, "FP8 formats for deep learning"): inputs and weights in E4M3, gradients in E5M2. Each
+array is scaled as a whole by its own largest entry, which then is the largest number of its type;
+sums are float32.
 """
 
 import math
@@ -22,6 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
 from diffusion_jax.backend.xla import chip
 from diffusion_jax.models.checks import require
@@ -179,10 +179,6 @@ def _blocks(length: int) -> tuple[int, int]:
   return block, count * block
 
 
-PRODUCTS = ('plain', 'float8')
-"""plain: in the network's own type. float8: those of dense layers over tokens, forward and
-backward; what is said of an image as a whole, such as its time, stays plain."""
-
 FORWARD, BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2
 
 MULTIPLE = 16
@@ -196,19 +192,19 @@ class Scaled(NamedTuple):
   scale: jax.Array
 
 
-def check_products(products: str) -> None:
-  """Raises UserError where products of that kind are no quicker here, or cannot be had at all."""
-  platform, capability = chip()
+def check_matmul_precision(precision: str, mesh: Mesh | None = None) -> None:
+  """Raise UserError where such products are no quicker on the mesh, or cannot be had at all."""
+  platform, capability = chip(mesh)
   found = '.'.join(map(str, capability or (platform,)))
   require(
-    products == 'plain' or (capability or (0, 0)) >= (8, 9),
-    f'products {products!r} cannot serve here: it needs an NVIDIA GPU of compute capability 8.9 or '
-    f'more, and here is {found}; set products to plain.',
+    precision == 'plain' or (capability or (0, 0)) >= (8, 9),
+    f'products {precision!r} cannot serve here: it needs an NVIDIA GPU of compute capability 8.9 '
+    f'or more, and here is {found}; set products to plain.',
   )
 
 
 def fits(x: jax.Array, kernel: jax.Array) -> bool:
-  """Whether x [... i] are tokens, and the kernel [i o] has lengths that such products take."""
+  """Return whether x [... i] are tokens and the kernel [i o] has lengths for such products."""
   return x.ndim > 2 and all(length % MULTIPLE == 0 for length in kernel.shape)
 
 

@@ -16,6 +16,7 @@ from jax import lax
 
 from diffusion_jax.backend.cpu import add_bias
 from diffusion_jax.models import kernels
+from diffusion_jax.models.network import PLAIN, Compute
 from diffusion_jax.models.norms import GroupNorm
 from diffusion_jax.parallel.layout import constrain
 
@@ -35,15 +36,15 @@ class Conv(nnx.Module):
   def __init__(
     self, in_features: int, out_features: int, kernel_size: int = 3, *, stride: int = 1,
     padding: int | tuple[tuple[int, int], tuple[int, int]] = 1, use_bias: bool = True,
-    init=kernel_init, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs,
+    init=kernel_init, compute: Compute = PLAIN, rngs: nnx.Rngs,
   ):
     shape = (kernel_size, kernel_size, in_features, out_features)
-    self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
-    self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
+    self.kernel = nnx.Param(init(rngs.params(), shape, compute.param_dtype))
+    self.bias = nnx.Param(jnp.zeros((out_features,), compute.param_dtype)) if use_bias else None
     self.stride = stride
     self.padding = ((padding, padding),) * 2 if isinstance(padding, int) else padding
     self.lora = nnx.data(None)
-    self.dtype = dtype
+    self.dtype = compute.dtype
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x = x.astype(self.dtype)
@@ -82,29 +83,34 @@ def pointwise(in_features: int, out_features: int, **kw) -> Conv:
 
 
 class Linear(nnx.Module):
-  """Dense layer, [... i] -> [... o]. Parameters: kernel [i o], bias [o].
+  """Dense layer, [... i] -> [... o]. Parameters: kernel [i o], bias [o]."""
 
-  `products` is one of `kernels.PRODUCTS`, which `Network.of` sets.
-  """
-
-  products = 'plain'
+  heeds = 'matmul_precision'
 
   def __init__(
     self, in_features: int, out_features: int, *, use_bias: bool = True, init=kernel_init,
-    dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs,
+    compute: Compute = PLAIN, rngs: nnx.Rngs,
   ):
-    self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features), param_dtype))
-    self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype)) if use_bias else None
+    self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features), compute.param_dtype))
+    self.bias = nnx.Param(jnp.zeros((out_features,), compute.param_dtype)) if use_bias else None
     self.lora = nnx.data(None)
-    self.dtype = dtype
+    self.dtype, self.matmul_precision = compute.dtype, compute.matmul_precision
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x = x.astype(self.dtype)
     kernel = self.kernel[...]
-    narrow = self.products == 'float8' and kernels.fits(x, kernel)
+    narrow = self.matmul_precision == 'float8' and kernels.fits(x, kernel)
     y = kernels.product(x, kernel) if narrow else x @ kernel.astype(self.dtype)
     y = y if self.bias is None else add_bias(y, self.bias[...])
     return y if self.lora is None else y + self.lora(x)
+
+
+def embed(count: int, features: int, init, *, compute: Compute = PLAIN, rngs) -> nnx.Embed:
+  """A table of `count` rows, [...] -> [... features]."""
+  return nnx.Embed(
+    count, features, embedding_init=init, dtype=compute.dtype, param_dtype=compute.param_dtype,
+    rngs=rngs,
+  )
 
 
 def linear(in_features: int, out_features: int, **kw) -> Linear:

@@ -16,7 +16,7 @@ from flax import nnx
 
 from diffusion_jax.models.checks import MOST, require
 from diffusion_jax.models.layers import Conv, Linear, kernel_init
-from diffusion_jax.models.network import Network
+from diffusion_jax.models.network import PLAIN, Compute, Make, Network
 from diffusion_jax.types import Params
 
 
@@ -51,11 +51,13 @@ class LoRAConfig:
 class LoRA(nnx.Module):
   """The adapter of one layer: a [(k k) i r], b [(1 1) r o]."""
 
-  def __init__(self, window: tuple[int, ...], i: int, o: int, size: Rank, *, dtype, param_dtype,
-               rngs: nnx.Rngs):
-    self.a = nnx.Param(kernel_init(rngs.params(), (*window, i, size.rank), param_dtype))
-    self.b = nnx.Param(jnp.zeros((*(1 for _ in window), size.rank, o), param_dtype))
-    self.scale, self.dtype = size.alpha / size.rank, dtype
+  def __init__(
+    self, window: tuple[int, ...], i: int, o: int, size: Rank, *, compute: Compute = PLAIN,
+    rngs: nnx.Rngs,
+  ):
+    self.a = nnx.Param(kernel_init(rngs.params(), (*window, i, size.rank), compute.param_dtype))
+    self.b = nnx.Param(jnp.zeros((*(1 for _ in window), size.rank, o), compute.param_dtype))
+    self.scale, self.dtype = size.alpha / size.rank, compute.dtype
 
   def __call__(
     self, x: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul
@@ -88,13 +90,18 @@ def with_lora(network: Network, sizes: Mapping[str, Rank]) -> Network:
   """The same network with adapters of these sizes at the layers of these dotted names."""
   sizes = dict(sizes)
 
-  def make(rngs: nnx.Rngs) -> nnx.Module:
-    module = network.make(rngs)
-    for name, size in sizes.items():
-      _adapt(_layer(module, name), size, rngs)
-    return module
+  def build(compute: Compute) -> Make:
+    plain = network.build(compute)
 
-  return network.remade(make)
+    def make(rngs: nnx.Rngs) -> nnx.Module:
+      module = plain(rngs)
+      for name, size in sizes.items():
+        _adapt(_layer(module, name), size, rngs)
+      return module
+
+    return make
+
+  return Network.built(network.config, build, network.compute)
 
 
 def _layer(module: nnx.Module, name: str) -> nnx.Module:
@@ -109,7 +116,7 @@ def _layer(module: nnx.Module, name: str) -> nnx.Module:
 def _adapt(layer: Linear | Conv, size: Rank, rngs: nnx.Rngs) -> None:
   *window, i, o = layer.kernel.shape
   layer.lora = LoRA(
-    tuple(window), i, o, size, dtype=layer.dtype, param_dtype=layer.kernel.dtype, rngs=rngs
+    tuple(window), i, o, size, compute=Compute(layer.dtype, layer.kernel.dtype), rngs=rngs
   )
 
 

@@ -26,7 +26,7 @@ from diffusion_jax.models.dit import (
   zeros,
 )
 from diffusion_jax.models.layers import Conv, TimestepEmbedding, linear, timestep_embedding
-from diffusion_jax.models.network import Blocks
+from diffusion_jax.models.network import PLAIN, Blocks, Compute
 from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.types import Latents, Text, Timesteps
 
@@ -91,6 +91,11 @@ class MMDiTConfig:
     return self.num_attention_heads * self.attention_head_dim
 
 
+def _head_norm(features: int, *, compute: Compute = PLAIN, rngs: nnx.Rngs) -> nnx.RMSNorm:
+  dtypes = dict(dtype=compute.dtype, param_dtype=compute.param_dtype)
+  return nnx.RMSNorm(features, epsilon=1e-6, **dtypes, rngs=rngs)
+
+
 class JointAttention(Attends):
   """Attention of image tokens, and of text tokens if given, to both (Esser et al. 2024, fig. 2).
 
@@ -99,9 +104,10 @@ class JointAttention(Attends):
   """
 
   def __init__(self, config: MMDiTConfig, *, joint: bool, last: bool = False, **kw):
+    super().__init__(**kw)
     c, self.heads = config.features, config.num_attention_heads
     normed = config.qk_norm is not None
-    norm = lambda: nnx.RMSNorm(config.attention_head_dim, epsilon=1e-6, **kw) if normed else None
+    norm = lambda: _head_norm(config.attention_head_dim, **kw) if normed else None
     self.to_q, self.to_k, self.to_v = (linear(c, c, **kw) for _ in range(3))
     self.to_out = nnx.List([linear(c, c, **kw)])
     self.norm_q, self.norm_k = norm(), norm()
@@ -181,7 +187,7 @@ class CroppedPatchEmbed(nnx.Module):
     self.proj = Conv(config.in_channels, config.features, p, stride=p, padding=0, **kw)
     positions = grid_positions(side, config.sample_size // p)
     table = sincos_positions(positions, positions, config.features).reshape(1, side**2, -1)
-    self.pos_embed = nnx.Param(table.astype(kw['param_dtype']))
+    self.pos_embed = nnx.Param(table.astype(kw.get('compute', PLAIN).param_dtype))
     self.side = side
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -207,10 +213,8 @@ class TimeAndText(nnx.Module):
 class MMDiT(Blocks):
   """x, time and text -> an array of x's height and width; zero as long as it is untrained."""
 
-  def __init__(
-    self, config: MMDiTConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
-  ):
-    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  def __init__(self, config: MMDiTConfig, **kw):
+    super().__init__(**kw)
     c = config.features
     self.config = config
     self.pos_embed = CroppedPatchEmbed(config, **kw)

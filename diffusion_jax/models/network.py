@@ -1,8 +1,8 @@
 """Networks as plain functions of parameters by dotted name, and how they compute.
 
 Everything outside `models` sees a Flax NNX module as (graphdef, params): params is one flat
-dictionary such as {'down_blocks.0.resnets.1.conv1.kernel': array}. Names therefore serve, unchanged,
-as keys for sharding rules, optimizer groups, checkpoints and conversion tables.
+dictionary such as {'down_blocks.0.resnets.1.conv1.kernel': array}. Names therefore serve,
+unchanged, as keys for sharding rules, optimizer groups, checkpoints and conversion tables.
 
 Every module here is made by `Module(..., compute=Compute(...), rngs=...)` and hands both on to its
 parts.
@@ -58,6 +58,8 @@ class Compute:
       require(value in known, f'{name} is {value!r}; choose one of {", ".join(known)}.')
 
 
+PLAIN = Compute()
+
 NEEDS = {
   'remat': 'blocks to compute again', 'attention': 'attention of that kind',
   'matmul_precision': 'dense layers',
@@ -79,7 +81,7 @@ class Blocks(nnx.Module):
 
   heeds = 'remat'
 
-  def __init__(self, *, compute: Compute = Compute(), rngs: Any = None):
+  def __init__(self, *, compute: Compute = PLAIN, rngs: Any = None):
     del rngs
     self.remat = compute.remat
 
@@ -181,11 +183,11 @@ class Network(NamedTuple):
   shapes: Params
   make: Make
   build: Callable[[Compute], Make]
-  compute: Compute = Compute()
+  compute: Compute = PLAIN
 
   @classmethod
   def of(
-    cls, module: type[nnx.Module], config: Any, compute: Compute = Compute(), **changes
+    cls, module: type[nnx.Module], config: Any, compute: Compute = PLAIN, **changes
   ) -> 'Network':
     """Return the network `module(config, compute=..., rngs=...)`.
 
@@ -202,9 +204,8 @@ class Network(NamedTuple):
     """Return the network that `build` makes."""
     make = build(compute)
     module = nnx.eval_shape(lambda: make(Keys(jax.random.key(0))))
-    plain = Compute()
     for option, parts in NEEDS.items():
-      default = getattr(plain, option)
+      default = getattr(PLAIN, option)
       heeded = getattr(compute, option) == default or any(
         getattr(part, 'heeds', None) == option for _, part in nnx.iter_modules(module)
       )
@@ -241,7 +242,7 @@ class Network(NamedTuple):
 
 
 def prefixed(prefix: str, params: Params) -> Params:
-  """Return the parameters with 'prefix.' before every name, so that several networks fit into one."""
+  """Return the parameters with 'prefix.' before every name; several networks fit into one."""
   return {f'{prefix}.{name}': value for name, value in params.items()}
 
 

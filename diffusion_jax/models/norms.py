@@ -10,19 +10,19 @@ from jax import lax
 from diffusion_jax.backend.cpu import along_features, over_groups, over_leading, over_positions
 from diffusion_jax.backend.xla import optimization_barrier
 from diffusion_jax.models.checks import require
+from diffusion_jax.models.network import PLAIN, Compute
 
 
 class LayerNorm(nnx.Module):
   """Layer normalisation (Ba et al. 2016, section 3) of [... c]; parameters: scale [c], bias [c]."""
 
   def __init__(
-    self, features: int, epsilon: float = 1e-5, *, dtype=jnp.float32,
-    param_dtype=jnp.float32, rngs: nnx.Rngs,
+    self, features: int, epsilon: float = 1e-5, *, compute: Compute = PLAIN, rngs: nnx.Rngs
   ):
     del rngs  # Scale and bias start at one and zero.
-    self.scale = nnx.Param(jnp.ones((features,), param_dtype))
-    self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
-    self.epsilon, self.dtype = epsilon, dtype
+    self.scale = nnx.Param(jnp.ones((features,), compute.param_dtype))
+    self.bias = nnx.Param(jnp.zeros((features,), compute.param_dtype))
+    self.epsilon, self.dtype = epsilon, compute.dtype
 
   def __call__(self, x: jax.Array) -> jax.Array:
     scale, bias = (p[...].astype(jnp.float32) for p in (self.scale, self.bias))
@@ -68,14 +68,14 @@ class GroupNorm(nnx.Module):
   """
 
   def __init__(
-    self, groups: int, features: int, epsilon: float, *, dtype=jnp.float32,
-    param_dtype=jnp.float32, rngs: nnx.Rngs,
+    self, groups: int, features: int, epsilon: float, *, compute: Compute = PLAIN,
+    rngs: nnx.Rngs,
   ):
     del rngs  # Scale and bias start at one and zero.
     require(features % groups == 0, f'{groups} groups do not divide {features} channels.')
-    self.scale = nnx.Param(jnp.ones((features,), param_dtype))
-    self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
-    self.groups, self.epsilon, self.dtype = groups, epsilon, dtype
+    self.scale = nnx.Param(jnp.ones((features,), compute.param_dtype))
+    self.bias = nnx.Param(jnp.zeros((features,), compute.param_dtype))
+    self.groups, self.epsilon, self.dtype = groups, epsilon, compute.dtype
 
   def __call__(self, x: jax.Array, activate: bool = False) -> jax.Array:
     flat = x.reshape(x.shape[0], -1, x.shape[-1])

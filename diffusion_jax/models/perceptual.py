@@ -63,11 +63,7 @@ class LeakyReLU(Nothing):
 class Discriminator(nnx.Module):
   """Images [b h w 3] in [-1, 1] -> logits [b h' w' 1], positive for real patches."""
 
-  def __init__(
-    self, config: DiscriminatorConfig, *, dtype=jnp.float32, param_dtype=jnp.float32,
-    rngs: nnx.Rngs,
-  ):
-    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  def __init__(self, config: DiscriminatorConfig, **kw):
     init = nnx.initializers.normal(0.02)  # As in the paper, appendix 6.2.
     widths = config.widths
     conv = lambda i, o, **more: Conv(i, o, 4, init=init, **more, **kw)

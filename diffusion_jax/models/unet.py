@@ -39,6 +39,7 @@ from diffusion_jax.models.layers import (
   ResnetBlock2D,
   TimestepEmbedding,
   Upsample2D,
+  embed,
   timestep_embedding,
 )
 from diffusion_jax.models.network import Blocks
@@ -265,6 +266,7 @@ class DownBlock(Blocks):
   """
 
   def __init__(self, config: EncoderConfig, level: int, **kw):
+    super().__init__(**kw)
     widths, layers = config.block_out_channels, config.layers_per_block
     i, o = widths[max(level - 1, 0)], widths[level]
     attend = config.down_block_types[level].startswith('CrossAttn')
@@ -297,6 +299,7 @@ class MidBlock(Blocks):
   """
 
   def __init__(self, config: EncoderConfig, **kw):
+    super().__init__(**kw)
     c, attend = config.block_out_channels[-1], config.mid_block_type.endswith('CrossAttn')
     level = len(config.block_out_channels) - 1
     self.attentions = nnx.List([_transformer(config, level, **kw) for _ in range(int(attend))])
@@ -316,6 +319,7 @@ class UpBlock(Blocks):
   """
 
   def __init__(self, config: UNetConfig, step: int, **kw):
+    super().__init__(**kw)
     widths, layers = config.block_out_channels, config.layers_per_block + 1
     level = len(widths) - 1 - step
     below, above = widths[min(level + 1, len(widths) - 1)], widths[max(level - 1, 0)]
@@ -351,6 +355,7 @@ class Encoder(Blocks):
   """
 
   def __init__(self, config: EncoderConfig, **kw):
+    super().__init__(**kw)
     width, features = config.block_out_channels[0], config.time_features
     self.config = config
     self.conv_in = Conv(config.in_channels, width, **kw)
@@ -361,9 +366,7 @@ class Encoder(Blocks):
       self.class_embedding = TimestepEmbedding(inputs, features, **kw)
     elif config.num_class_embeds is not None:
       init = nnx.initializers.normal(1.0)  # PyTorch's default, as for every layer here.
-      self.class_embedding = nnx.Embed(
-        config.num_class_embeds, features, embedding_init=init, **kw
-      )
+      self.class_embedding = embed(config.num_class_embeds, features, init, **kw)
     if config.addition_embed_type == 'text_time':
       self.add_embedding = TimestepEmbedding(projected, features, **kw)
     levels = range(len(config.block_out_channels))
@@ -461,10 +464,7 @@ __all__ = ['UNet', 'UNetConfig']
 class UNet(Encoder):
   """x, time, text and other conditions -> an array shaped like x (with out_channels)."""
 
-  def __init__(
-    self, config: UNetConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
-  ):
-    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  def __init__(self, config: UNetConfig, **kw):
     super().__init__(config, **kw)
     width, levels = config.block_out_channels[0], range(len(config.block_out_channels))
     self.up_blocks = nnx.List([UpBlock(config, step, **kw) for step in levels])

@@ -13,7 +13,7 @@ from jax import lax
 
 from diffusion_jax.models.autoencoder import Decoder, Encoder, check_levels
 from diffusion_jax.models.checks import positive, require, size_fits
-from diffusion_jax.models.layers import pointwise
+from diffusion_jax.models.layers import embed, pointwise
 from diffusion_jax.types import Images, Latents, PerExample
 
 
@@ -64,7 +64,7 @@ class Codebook(nnx.Module):
     def init(key, shape, dtype):
       return jax.random.uniform(key, shape, dtype, -1 / count, 1 / count)
 
-    self.embedding = nnx.Embed(count, features, embedding_init=init, **kw)
+    self.embedding = embed(count, features, init, **kw)
 
   def nearest(self, z: jax.Array) -> jax.Array:
     """Index [...] of the code vector nearest to each z [... e], found in float32."""
@@ -99,10 +99,7 @@ class VQModel(nnx.Module):
   `quantize` is a Codebook: quantize(z) gives the code vectors, their indices and the loss.
   """
 
-  def __init__(
-    self, config: VQConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
-  ):
-    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  def __init__(self, config: VQConfig, **kw):
     c, e = config.latent_channels, config.code_channels
     self.config = config
     self.encoder = Encoder(config, c, **kw)

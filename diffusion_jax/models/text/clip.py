@@ -25,11 +25,13 @@ from flax import nnx
 
 from diffusion_jax.models.attention import Attends
 from diffusion_jax.models.checks import MOST_EDGE, MOST_LAYERS, above_zero, positive, require
-from diffusion_jax.models.layers import Conv, Linear
-from diffusion_jax.models.network import Blocks
+from diffusion_jax.models.layers import Conv, Linear, embed
+from diffusion_jax.models.network import PLAIN, Blocks, Compute
 from diffusion_jax.models.norms import LayerNorm
 from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.types import Images, Text, Tokens
+
+normal = nnx.initializers.normal
 
 ACTIVATIONS = ('quick_gelu', 'gelu', 'gelu_new', 'gelu_pytorch_tanh')
 
@@ -144,11 +146,6 @@ def dense(i: int, o: int, std: float, **kw) -> Linear:
   return Linear(i, o, init=nnx.initializers.normal(std), **kw)
 
 
-def embed(count: int, features: int, std: float, **kw) -> nnx.Embed:
-  """A table of `count` rows that start normal with that standard deviation."""
-  return nnx.Embed(count, features, embedding_init=nnx.initializers.normal(std), **kw)
-
-
 def activation(name: str, x: jax.Array) -> jax.Array:
   """'quick_gelu' is x sigmoid(1.702 x) and 'gelu_new' the tanh (Hendrycks & Gimpel 2016, sec. 2).
 
@@ -163,6 +160,7 @@ class CLIPAttention(Attends):
   """Multi-head self-attention with biases: [b l d] -> [b l d]."""
 
   def __init__(self, features: int, heads: int, depth: int, *, causal: bool, **kw):
+    super().__init__(**kw)
     std = features**-0.5 * (2 * depth) ** -0.5
     self.q_proj = dense(features, features, std, **kw)
     self.k_proj = dense(features, features, std, **kw)
@@ -217,6 +215,7 @@ class CLIPEncoder(Blocks):
   """The stack of blocks: [b l d] -> the states before the last `skip` blocks and after all."""
 
   def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, causal: bool, **kw):
+    super().__init__(**kw)
     self.layers = nnx.List([
       CLIPEncoderLayer(config, causal=causal, **kw) for _ in range(config.num_hidden_layers)
     ])
@@ -241,8 +240,8 @@ class CLIPTextEmbeddings(nnx.Module):
 
   def __init__(self, config: CLIPTextConfig, **kw):
     d = config.hidden_size
-    self.token_embedding = embed(config.vocab_size, d, 0.02, **kw)
-    self.position_embedding = embed(config.max_position_embeddings, d, 0.02, **kw)
+    self.token_embedding = embed(config.vocab_size, d, normal(0.02), **kw)
+    self.position_embedding = embed(config.max_position_embeddings, d, normal(0.02), **kw)
 
   def __call__(self, ids: Tokens, extra: jax.Array | None = None) -> Text:
     positions = self.position_embedding(jnp.arange(ids.shape[1]))
@@ -298,11 +297,9 @@ class CLIPTextTransformer(nnx.Module):
 class CLIPTextModel(nnx.Module):
   """The text tower alone: the text encoder of Stable Diffusion 1 and 2."""
 
-  def __init__(
-    self, config: CLIPTextConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
-  ):
+  def __init__(self, config: CLIPTextConfig, **kw):
     self.config = config
-    self.text_model = CLIPTextTransformer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    self.text_model = CLIPTextTransformer(config, **kw)
 
   def encode_text(
     self, ids: Tokens, *, skip: int = 0, normalize: bool = True,
@@ -324,11 +321,7 @@ class CLIPTextModel(nnx.Module):
 class CLIPTextModelWithProjection(CLIPTextModel):
   """The text tower with its projection: the second text encoder of Stable Diffusion XL."""
 
-  def __init__(
-    self, config: CLIPTextProjectionConfig, *, dtype=jnp.float32, param_dtype=jnp.float32,
-    rngs: nnx.Rngs,
-  ):
-    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  def __init__(self, config: CLIPTextProjectionConfig, **kw):
     super().__init__(config, **kw)
     d = config.hidden_size
     self.text_projection = dense(d, config.projection_dim, d**-0.5, use_bias=False, **kw)
@@ -342,15 +335,15 @@ class CLIPTextModelWithProjection(CLIPTextModel):
 class CLIPVisionEmbeddings(nnx.Module):
   """Class token, patches and learned positions: pixels [b s s c] -> [b 1+(s/p)^2 d]."""
 
-  def __init__(self, config: CLIPVisionConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
-    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  def __init__(self, config: CLIPVisionConfig, *, compute: Compute = PLAIN, rngs: nnx.Rngs):
+    kw = dict(compute=compute, rngs=rngs)
     d, p = config.hidden_size, config.patch_size
     init = nnx.initializers.normal(d**-0.5)
-    self.class_embedding = nnx.Param(init(rngs.params(), (d,), param_dtype))
+    self.class_embedding = nnx.Param(init(rngs.params(), (d,), compute.param_dtype))
     self.patch_embedding = Conv(
       config.num_channels, d, p, stride=p, padding=0, use_bias=False, **kw
     )
-    self.position_embedding = embed((config.image_size // p) ** 2 + 1, d, 0.02, **kw)
+    self.position_embedding = embed((config.image_size // p) ** 2 + 1, d, normal(0.02), **kw)
 
   def __call__(self, pixels: Images) -> jax.Array:
     patches = self.patch_embedding(pixels)
@@ -385,13 +378,9 @@ class CLIPVisionTransformer(nnx.Module):
 class CLIPVisionModel(nnx.Module):
   """The vision tower alone."""
 
-  def __init__(
-    self, config: CLIPVisionConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
-  ):
+  def __init__(self, config: CLIPVisionConfig, **kw):
     self.config = config
-    self.vision_model = CLIPVisionTransformer(
-      config, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-    )
+    self.vision_model = CLIPVisionTransformer(config, **kw)
 
   def encode_image(self, pixels: Images) -> jax.Array:
     """Pixels [b s s c], already normalised -> the class token after the last norm [b d]."""
@@ -401,11 +390,7 @@ class CLIPVisionModel(nnx.Module):
 class CLIPVisionModelWithProjection(CLIPVisionModel):
   """The vision tower with its projection: the image encoder of image variations."""
 
-  def __init__(
-    self, config: CLIPVisionProjectionConfig, *, dtype=jnp.float32, param_dtype=jnp.float32,
-    rngs: nnx.Rngs,
-  ):
-    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  def __init__(self, config: CLIPVisionProjectionConfig, **kw):
     super().__init__(config, **kw)
     d = config.hidden_size
     self.visual_projection = dense(d, config.projection_dim, d**-0.5, use_bias=False, **kw)
@@ -418,10 +403,8 @@ class CLIPVisionModelWithProjection(CLIPVisionModel):
 class CLIP(nnx.Module):
   """Both towers with their projections; `logit_scale` is the log of 1/temperature, a scalar."""
 
-  def __init__(
-    self, config: CLIPConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
-  ):
-    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  def __init__(self, config: CLIPConfig, *, compute: Compute = PLAIN, rngs: nnx.Rngs):
+    kw = dict(compute=compute, rngs=rngs)
     text, vision, p = config.text_config, config.vision_config, config.projection_dim
     project = lambda d: dense(d, p, d**-0.5, use_bias=False, **kw)
     self.config = config
@@ -429,7 +412,7 @@ class CLIP(nnx.Module):
     self.vision_model = CLIPVisionTransformer(vision, **kw)
     self.text_projection = project(text.hidden_size)
     self.visual_projection = project(vision.hidden_size)
-    self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, param_dtype))
+    self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, compute.param_dtype))
 
   def encode_text(
     self, ids: Tokens, *, skip: int = 0, normalize: bool = True,

@@ -8,7 +8,6 @@ are in float32 whatever `dtype` is; the other products are in `dtype`.
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -18,8 +17,8 @@ from flax import nnx
 from jax import lax
 
 from diffusion_jax.models.checks import MOST_LAYERS, above_zero, positive, require
-from diffusion_jax.models.layers import Linear
-from diffusion_jax.models.network import Blocks
+from diffusion_jax.models.layers import Linear, embed
+from diffusion_jax.models.network import PLAIN, Blocks, Compute
 from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.types import Text, Tokens
 
@@ -87,13 +86,19 @@ def _dense(i: int, o: int, std: float, **kw) -> Linear:
   return Linear(i, o, use_bias=False, init=nnx.initializers.normal(std), **kw)
 
 
+def _in_float32(*, compute: Compute = PLAIN, rngs: nnx.Rngs) -> dict:
+  return dict(compute=dataclasses.replace(compute, dtype=jnp.float32), rngs=rngs)
+
+
 class RMSNorm(nnx.Module):
   """x scale / sqrt(mean(x^2) + epsilon) (Zhang & Sennrich 2019, eq. 4) in float32: [... d]."""
 
-  def __init__(self, features: int, epsilon: float, *, dtype, param_dtype, rngs: nnx.Rngs):
+  def __init__(
+    self, features: int, epsilon: float, *, compute: Compute = PLAIN, rngs: nnx.Rngs
+  ):
     del rngs  # The scale starts at one.
-    self.scale = nnx.Param(jnp.ones((features,), param_dtype))
-    self.epsilon, self.dtype = epsilon, dtype
+    self.scale = nnx.Param(jnp.ones((features,), compute.param_dtype))
+    self.epsilon, self.dtype = epsilon, compute.dtype
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x = x.astype(jnp.float32)
@@ -113,11 +118,10 @@ class T5Attention(nnx.Module):
     self.k = _dense(d, inner, d**-0.5, **kw)
     self.v = _dense(d, inner, d**-0.5, **kw)
     self.o = _dense(inner, d, inner**-0.5, **kw)
-    table = functools.partial(
-      nnx.Embed, config.relative_attention_num_buckets, config.num_heads,
-      embedding_init=nnx.initializers.normal(d**-0.5), **kw | {'dtype': jnp.float32},
-    )
-    self.relative_attention_bias = table() if has_bias else None
+    self.relative_attention_bias = embed(
+      config.relative_attention_num_buckets, config.num_heads, nnx.initializers.normal(d**-0.5),
+      **_in_float32(**kw),
+    ) if has_bias else None
     self.config = config
 
   def position_bias(self, length: int) -> jax.Array:
@@ -142,7 +146,7 @@ class T5DenseActDense(nnx.Module):
   def __init__(self, config: T5Config, **kw):
     d, hidden = config.d_model, config.d_ff
     self.wi = _dense(d, hidden, d**-0.5, **kw)
-    self.wo = _dense(hidden, d, hidden**-0.5, **kw | {'dtype': jnp.float32})
+    self.wo = _dense(hidden, d, hidden**-0.5, **_in_float32(**kw))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return constrain(self.wo(jax.nn.relu(constrain(self.wi(x), 'hidden'))), 'tokens')
@@ -155,7 +159,7 @@ class T5DenseGatedActDense(nnx.Module):
     d, hidden = config.d_model, config.d_ff
     self.wi_0 = _dense(d, hidden, d**-0.5, **kw)
     self.wi_1 = _dense(d, hidden, d**-0.5, **kw)
-    self.wo = _dense(hidden, d, hidden**-0.5, **kw | {'dtype': jnp.float32})
+    self.wo = _dense(hidden, d, hidden**-0.5, **_in_float32(**kw))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     gate, value = self.wi_0(x).astype(jnp.float32), self.wi_1(x).astype(jnp.float32)
@@ -204,6 +208,7 @@ class T5Stack(Blocks):
   """The blocks and the final norm: float32 [b l d] -> [b l d]."""
 
   def __init__(self, config: T5Config, **kw):
+    super().__init__(**kw)
     self.block = nnx.List([
       T5Block(config, has_bias=number == 0, **kw) for number in range(config.num_layers)
     ])
@@ -222,14 +227,10 @@ class T5Stack(Blocks):
 class T5EncoderModel(nnx.Module):
   """Token embeddings and the encoder."""
 
-  def __init__(
-    self, config: T5Config, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
-  ):
-    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  def __init__(self, config: T5Config, **kw):
     self.config = config
-    self.shared = nnx.Embed(
-      config.vocab_size, config.d_model, embedding_init=nnx.initializers.normal(1.0),
-      **kw | {'dtype': jnp.float32},
+    self.shared = embed(
+      config.vocab_size, config.d_model, nnx.initializers.normal(1.0), **_in_float32(**kw)
     )
     self.encoder = T5Stack(config, **kw)
 

@@ -81,10 +81,8 @@ class Level(nnx.Module):
 class Classifier(Blocks):
   """Residual network (He et al. 2016) with group norms and a mean over all places at its end."""
 
-  def __init__(
-    self, config: ClassifierConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
-  ):
-    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  def __init__(self, config: ClassifierConfig, **kw):
+    super().__init__(**kw)
     self.config, p, widths = config, config.patch_size, config.block_out_channels
     into = (widths[0], *widths)
     self.conv_in = Conv(3, widths[0], p, stride=p, padding=0, **kw)

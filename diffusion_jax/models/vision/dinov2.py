@@ -22,7 +22,7 @@ from diffusion_jax.models.checks import (
   shown,
 )
 from diffusion_jax.models.layers import Conv
-from diffusion_jax.models.network import Blocks
+from diffusion_jax.models.network import PLAIN, Blocks, Compute
 from diffusion_jax.models.norms import LayerNorm
 from diffusion_jax.models.text.clip import ACTIVATIONS, CLIPMLP, dense
 from diffusion_jax.parallel.layout import constrain
@@ -135,13 +135,14 @@ def interpolated(table: jax.Array, grid: tuple[int, int], antialias: bool) -> ja
 class DINOv2Embeddings(nnx.Module):
   """CLS token, registers, patches and positions: pixels [b h w c] -> [b 1+r+n d]."""
 
-  def __init__(self, config: DINOv2Config, *, dtype, param_dtype, rngs: nnx.Rngs):
-    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  def __init__(self, config: DINOv2Config, *, compute: Compute = PLAIN, rngs: nnx.Rngs):
+    kw = dict(compute=compute, rngs=rngs)
     d, self.config = config.hidden_size, config
-    draw = lambda *shape: nnx.Param(nnx.initializers.normal(STD)(rngs.params(), shape, param_dtype))
+    init = nnx.initializers.normal(STD)
+    draw = lambda *shape: nnx.Param(init(rngs.params(), shape, compute.param_dtype))
     self.cls_token = draw(1, 1, d)
     # Training alone puts it in the place of patches; here it is kept, so that files stay whole.
-    masked = nnx.Param(jnp.zeros((1, d), param_dtype)) if config.use_mask_token else None
+    masked = nnx.Param(jnp.zeros((1, d), compute.param_dtype)) if config.use_mask_token else None
     self.mask_token = masked
     self.patch_embeddings = PatchEmbeddings(config, **kw)
     self.position_embeddings = draw(1, 1 + (config.image_size // config.patch_size) ** 2, d)
@@ -170,6 +171,7 @@ class SelfAttention(Attends):
   """Queries, keys and values of a multi-head attention to itself: [b l d] -> [b l d]."""
 
   def __init__(self, config: DINOv2Config, **kw):
+    super().__init__(**kw)
     make = lambda: dense(
       config.hidden_size, config.hidden_size, STD, use_bias=config.qkv_bias, **kw
     )
@@ -220,9 +222,10 @@ class SwiGLU(nnx.Module):
 class LayerScale(nnx.Module):
   """A learned gain of each channel (Touvron et al. 2021, eq. 5)."""
 
-  def __init__(self, config: DINOv2Config, *, dtype, param_dtype, rngs: nnx.Rngs):
-    del dtype, rngs
-    self.lambda1 = nnx.Param(jnp.full((config.hidden_size,), config.layerscale_value, param_dtype))
+  def __init__(self, config: DINOv2Config, *, compute: Compute = PLAIN, rngs: nnx.Rngs):
+    del rngs
+    scale = jnp.full((config.hidden_size,), config.layerscale_value, compute.param_dtype)
+    self.lambda1 = nnx.Param(scale)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return x * self.lambda1[...].astype(x.dtype)
@@ -249,6 +252,7 @@ class DINOv2Encoder(Blocks):
   """The stack of blocks: [b l d] -> [b l d]."""
 
   def __init__(self, config: DINOv2Config, **kw):
+    super().__init__(**kw)
     self.layer = nnx.List([DINOv2Layer(config, **kw) for _ in range(config.num_hidden_layers)])
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -263,10 +267,7 @@ class DINOv2Encoder(Blocks):
 class DINOv2(nnx.Module):
   """The whole network; pixels are normalised by ImageNet's mean and deviation."""
 
-  def __init__(
-    self, config: DINOv2Config, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs
-  ):
-    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+  def __init__(self, config: DINOv2Config, **kw):
     self.config = config
     self.embeddings = DINOv2Embeddings(config, **kw)
     self.encoder = DINOv2Encoder(config, **kw)
