@@ -24,7 +24,7 @@ from diffusion_jax.evaluation.generated import check_samples
 from diffusion_jax.evaluation.report import REFERENCE, TESTED, of_features, of_model
 from diffusion_jax.io.trained import run_weights
 from diffusion_jax.models.attention import check_attention
-from diffusion_jax.models.kernels import check_products
+from diffusion_jax.models.kernels import check_matmul_precision
 from diffusion_jax.models.text.tokenizer import (
   Tokenize,
   load_tokenizer,
@@ -161,7 +161,7 @@ def build_task(
     settings.objective.parameterization,
     settings.latent_patch_size, dtype,
   )
-  model = model.attending(config.attention)
+  model = model.with_attention(config.attention)
   return DiffusionTask(settings, model, frozen, train, test, config.remat, config.products)
 
 
@@ -271,8 +271,8 @@ def _check_computing(config: TrainingConfig, mesh: Mesh) -> None:
   if config.remat == 'offload':
     _check_host_memory(mesh)
   if config.attention != 'auto':
-    check_attention(config.attention, DTYPES[config.dtype])
-  check_products(config.products)
+    check_attention(config.attention, DTYPES[config.dtype], mesh=mesh)
+  check_matmul_precision(config.products, mesh)
 
 
 def _keep(directory: RunDirectory, data: dict[str, Any], task: Task) -> None:

@@ -15,9 +15,7 @@ from diffusion_jax.config import typed
 from diffusion_jax.data.splits import TEST_FRACTION, check_fraction
 from diffusion_jax.data.unreadable import MOST_UNREADABLE
 from diffusion_jax.errors import UserError
-from diffusion_jax.models.attention import ATTENTION
-from diffusion_jax.models.kernels import PRODUCTS
-from diffusion_jax.models.network import REMAT
+from diffusion_jax.models.network import ATTENTION, MATMUL_PRECISION, REMAT
 from diffusion_jax.parallel.mesh import MeshConfig
 from diffusion_jax.runs.directory import flatten, normalise
 from diffusion_jax.train.config import LoopConfig, SafetyConfig
@@ -74,11 +72,11 @@ class TrainingConfig:
   """The whole configuration; the type of `settings` follows from `task`.
 
   dtype: type of the computation, float32 or bfloat16; parameters are always float32. remat: what
-  the backward pass computes again instead of keeping it, one of `models.remat.REMAT`. attention:
-  how the network that is trained computes it, one of `models.attend_ways.ATTENTION`; frozen ones
+  the backward pass computes again instead of keeping it, one of `models.network.REMAT`. attention:
+  how the network that is trained computes it, one of `models.network.ATTENTION`; frozen ones
   choose for themselves. products: of dense layers, where the loss is one of latents; one of
-  `models.float8.PRODUCTS`. weights_from: workdir of a run of the same network whose last weights
-  this one begins with; '' for none.
+  `models.network.MATMUL_PRECISION`. weights_from: workdir of a run of the same network whose last
+  weights this one begins with; '' for none.
   """
 
   task: str
@@ -97,7 +95,7 @@ class TrainingConfig:
   def __post_init__(self):
     if self.dtype not in DTYPES:
       raise UserError(f'config.dtype is {self.dtype!r}; choose one of {", ".join(DTYPES)}.')
-    for name, known in (('remat', REMAT), ('attention', ATTENTION), ('products', PRODUCTS)):
+    for name, known in (('remat', REMAT), ('attention', ATTENTION), ('products', MATMUL_PRECISION)):
       value = getattr(self, name)
       if value not in known:
         raise UserError(f'config.{name} is {value!r}; choose one of {", ".join(known)}.')

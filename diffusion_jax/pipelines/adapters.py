@@ -49,7 +49,7 @@ def add_controlnet(
   model: Diffusion, weights: Weights, path: str, mesh: Mesh | None = None
 ) -> tuple[Diffusion, Weights]:
   """The model with a ControlNet from a directory. UserError where it is none for this U-Net."""
-  network = Network.of(ControlNet, controlnet_config(model, path), **model.unet.options)
+  network = Network.of(ControlNet, controlnet_config(model, path), model.unet.compute)
   params = load_params('controlnet', path, mesh=mesh)[1]
   return dataclasses.replace(model, controlnet=network), {**weights, 'controlnet': params}
 

@@ -98,35 +98,37 @@ class Diffusion:
 
   def with_unet(self, config: UNetConfig) -> 'Diffusion':
     """The same model with a U-Net of another config."""
-    return dataclasses.replace(self, unet=Network.of(UNet, config, **self.unet.options))
+    return dataclasses.replace(self, unet=Network.of(UNet, config, self.unet.compute))
 
-  def rematerialised(self, remat: str) -> 'Diffusion':
+  def with_remat(self, remat: str) -> 'Diffusion':
     """The same model for training: of its networks, the backward pass keeps less.
 
     The autoencoder is left out, because no gradient passes through it.
     """
     if remat == 'none':
       return self
-    less = lambda network: network and network.rematerialised(remat)
+    less = lambda network: network and network.with_remat(remat)
     return dataclasses.replace(
       self, unet=less(self.unet), controlnet=less(self.controlnet),
       text=self.text.replaced({role: less(n) for role, n in self.text.networks.items()}),
     )
 
-  def attending(self, attention: str) -> 'Diffusion':
+  def with_attention(self, attention: str) -> 'Diffusion':
     """The same model, whose U-Net and ControlNet compute attention in that way.
 
     Others choose for themselves: the one head of an autoencoder is too wide for kernels.
     """
-    control = self.controlnet and self.controlnet.attending(attention)
-    return dataclasses.replace(self, unet=self.unet.attending(attention), controlnet=control)
+    control = self.controlnet and self.controlnet.with_attention(attention)
+    return dataclasses.replace(self, unet=self.unet.with_attention(attention), controlnet=control)
 
-  def multiplying(self, products: str) -> 'Diffusion':
+  def with_matmul_precision(self, precision: str) -> 'Diffusion':
     """The same model for training, whose U-Net and ControlNet multiply in that way."""
-    if products == 'plain':
+    if precision == 'plain':
       return self
-    control = self.controlnet and self.controlnet.multiplying(products)
-    return dataclasses.replace(self, unet=self.unet.multiplying(products), controlnet=control)
+    control = self.controlnet and self.controlnet.with_matmul_precision(precision)
+    return dataclasses.replace(
+      self, unet=self.unet.with_matmul_precision(precision), controlnet=control
+    )
 
   def on_mesh(self, weights: Weights, mesh: Mesh) -> Weights:
     """Host arrays onto their shards."""

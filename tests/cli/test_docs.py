@@ -11,8 +11,7 @@ from diffusion_jax.diffusion.losses import WEIGHTINGS
 from diffusion_jax.diffusion.parameterization import PREDICTIONS
 from diffusion_jax.diffusion.processes import PROCESSES
 from diffusion_jax.diffusion.samplers import SAMPLERS
-from diffusion_jax.models.attention import ATTENTION
-from diffusion_jax.models.network import REMAT
+from diffusion_jax.models.network import ATTENTION, REMAT
 from diffusion_jax.parallel.mesh import MeshConfig
 from diffusion_jax.runs import keeper
 from diffusion_jax.train.config import SafetyConfig

@@ -15,6 +15,7 @@ from diffusion_jax.formats import networks
 from diffusion_jax.formats.networks import load, load_params, resolve, save_params
 from diffusion_jax.formats.published import from_published, to_published
 from diffusion_jax.models.autoencoder import AutoencoderKLConfig
+from diffusion_jax.models.network import PLAIN, Compute
 from tests.tiny_pipeline import random_params
 
 CONFIG = AutoencoderKLConfig(
@@ -165,9 +166,10 @@ class ScaleConfig:
 
 class Scale(nnx.Module):
 
-  def __init__(self, config: ScaleConfig, *, dtype=None, param_dtype=np.float32, rngs: nnx.Rngs):
-    del dtype, rngs
-    self.config, self.scale = config, nnx.Param(jax.numpy.ones(config.width, param_dtype))
+  def __init__(self, config: ScaleConfig, *, compute: Compute = PLAIN, rngs: nnx.Rngs):
+    del rngs
+    self.config = config
+    self.scale = nnx.Param(jax.numpy.ones(config.width, compute.param_dtype))
 
 
 def test_a_network_from_outside_is_saved_and_loaded(tmp_path, monkeypatch):

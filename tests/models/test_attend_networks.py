@@ -10,7 +10,7 @@ from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.dit import DiT, DiTConfig
 from diffusion_jax.models.lora import LoRAConfig, targets, with_lora
 from diffusion_jax.models.mmdit import MMDiT, MMDiTConfig
-from diffusion_jax.models.network import Network
+from diffusion_jax.models.network import Compute, Network
 from diffusion_jax.models.text.clip import CLIP
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.models.vision.classifier import ClassifierConfig
@@ -60,8 +60,8 @@ def test_a_network_computes_attention_as_it_is_told(module):
 def test_adapters_keep_it_and_networks_without_attention_refuse_it():
   network = Network.of(UNet, tiny.UNET, remat='block', attention='xla')
   adapted = with_lora(network, targets(network, LoRAConfig()))
-  assert adapted.options == network.options == {'remat': 'block', 'attention': 'xla'}
-  for one in (adapted, network.rematerialised('none')):
+  assert adapted.compute == network.compute == Compute(remat='block', attention='xla')
+  for one in (adapted, network.with_remat('none')):
     (transformer,) = one.bind(one.shapes).mid_block.attentions
     assert transformer.transformer_blocks[0].attn2.attention == 'xla'
   small = ClassifierConfig(image_size=32, class_names=('a', 'b'))
@@ -76,11 +76,11 @@ def test_tasks_train_with_what_the_config_says(parts, sources, tmp_path):
     parse({**values, 'attention': 'xla'}), *sources, RunDirectory(tmp_path), None
   )
   task = make(tiny.diffusion_config(parts, {'cache': False}))
-  said = {role: network.options.get('attention') for role, network in task.model.networks.items()}
-  assert said['unet'] == task.learning.unet.options['attention'] == 'xla'
-  assert said['autoencoder'] is None
-  assert make(tiny.autoencoder_config()).autoencoder.options['attention'] == 'xla'
-  assert make(tiny.clip_config()).clip.options['attention'] == 'xla'
+  said = {role: network.compute.attention for role, network in task.model.networks.items()}
+  assert said['unet'] == task.learning.unet.compute.attention == 'xla'
+  assert said['autoencoder'] == 'auto'
+  assert make(tiny.autoencoder_config()).autoencoder.compute.attention == 'xla'
+  assert make(tiny.clip_config()).clip.compute.attention == 'xla'
 
 
 def test_a_task_without_attention_refuses_it():

@@ -15,9 +15,9 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.models.attention import (
   WAYS,
   attend,
+  attend_by,
   check_attention,
   choose,
-  compute,
   cudnn,
   refusal,
 )
@@ -77,7 +77,7 @@ def test_a_kernel_on_eight_devices_gives_the_same(mesh):
 def lowered(name, platform, n=96, keys=96, mesh=None):
   """What a gradient by that way is to the compiler of that platform."""
   shape = lambda length: jax.ShapeDtypeStruct((8, length, 4, 64), jnp.bfloat16)
-  loss = lambda q, k, v: compute(name, q, k, v).astype(jnp.float32).sum()
+  loss = lambda q, k, v: attend_by(name, q, k, v).astype(jnp.float32).sum()
   trace = lambda: jax.jit(jax.grad(loss, (0, 1, 2))).trace(shape(n), shape(keys), shape(keys))
   if mesh is None:
     return trace().lower(lowering_platforms=(platform,)).as_text()

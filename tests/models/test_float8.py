@@ -82,7 +82,7 @@ def test_dense_layers_over_tokens_take_them_for_gpus():
   """Ten in one transformer block: seven of attention, to_k and to_v of the text among them, two of
   the feed-forward layer; forward, and two each backward save for the text, which has no gradient.
   """
-  narrow, _ = products(Network.of(UNet, WIDE, products='float8'))
+  narrow, _ = products(Network.of(UNet, WIDE, matmul_precision='float8'))
   forward = [line for line in narrow if line.count('f8E4M3FN') == 2]
   backward = [line for line in narrow if 'f8E5M2' in line and 'f8E4M3FN' in line]
   assert all('xf32>' in line.rpartition('->')[2] for line in narrow)
@@ -92,25 +92,25 @@ def test_dense_layers_over_tokens_take_them_for_gpus():
 
 
 def test_adapters_keep_them_and_the_network_is_the_same_otherwise():
-  plain, network = Network.of(UNet, WIDE), Network.of(UNet, WIDE, products='float8')
+  plain, network = Network.of(UNet, WIDE), Network.of(UNet, WIDE, matmul_precision='float8')
   assert network.shapes == plain.shapes
   adapted = with_lora(network, targets(network, LoRAConfig()))
   (transformer,) = adapted.bind(adapted.shapes).mid_block.attentions
-  assert transformer.transformer_blocks[0].attn1.to_q.products == 'float8'
+  assert transformer.transformer_blocks[0].attn1.to_q.matmul_precision == 'float8'
   params = jax.jit(plain.initialize)(jax.random.key(0))
   inputs = jnp.ones((1, 4, 4, 4)), jnp.ones(1), jnp.ones((1, 5, 16))
   wanted, found = (net.bind(params)(*inputs) for net in (plain, network))
   assert 1e-4 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.05
-  with pytest.raises(UserError, match="products is 'int8'; choose one of plain, float8"):
-    Network.of(UNet, WIDE, products='int8')
+  with pytest.raises(UserError, match="matmul_precision is 'int8'; choose one of plain, float8"):
+    Network.of(UNet, WIDE, matmul_precision='int8')
 
 
 def test_they_are_of_the_loss_alone(parts, sources, tmp_path):
   values = tiny.diffusion_config(parts, {'cache': False}) | {'products': 'float8'}
   task = build.build_task(parse(values), *sources, RunDirectory(tmp_path), None)
-  said = {role: network.options.get('products') for role, network in task.learning.networks.items()}
-  assert said.pop('unet') == 'float8' and set(said.values()) == {None}
-  assert not [n for n in task.model.networks.values() if 'products' in n.options]
+  said = {role: n.compute.matmul_precision for role, n in task.learning.networks.items()}
+  assert said.pop('unet') == 'float8' and set(said.values()) == {'plain'}
+  assert {n.compute.matmul_precision for n in task.model.networks.values()} == {'plain'}
   with pytest.raises(UserError, match='products has no effect on task clip; set plain'):
     parse(tiny.clip_config() | {'products': 'float8'})
 
@@ -120,10 +120,10 @@ def test_they_are_of_the_loss_alone(parts, sources, tmp_path):
   (('gpu', None), False), (('tpu', None), False), (('cpu', None), False),
 ])
 def test_chips_without_them_are_named(monkeypatch, chip, serves):
-  monkeypatch.setattr(kernels, 'chip', lambda: chip)
-  kernels.check_products('plain')
+  monkeypatch.setattr(kernels, 'chip', lambda mesh: chip)
+  kernels.check_matmul_precision('plain')
   if serves:
-    return kernels.check_products('float8')
+    return kernels.check_matmul_precision('float8')
   found = '8.0' if chip[1] else chip[0]
   with pytest.raises(UserError, match=f"'float8' cannot serve here.*here is {found}; set products"):
-    kernels.check_products('float8')
+    kernels.check_matmul_precision('float8')

@@ -7,10 +7,9 @@ import pytest
 from flax import nnx
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.models import network
 from diffusion_jax.models.layers import Conv, Linear
 from diffusion_jax.models.lora import LoRAConfig, Rank, is_lora, merge_lora, targets, with_lora
-from diffusion_jax.models.network import Network
+from diffusion_jax.models.network import PLAIN, Network
 from diffusion_jax.models.unet import UNet
 from tests import tiny
 
@@ -33,8 +32,7 @@ class Holder(nnx.Module):
 
 
 def network_of(make):
-  whole = lambda rngs: Holder(make, rngs)
-  return Network(None, *network.abstract(whole), whole)
+  return Network.built(None, lambda compute: lambda rngs: Holder(make, rngs), PLAIN)
 
 
 @pytest.mark.parametrize('name', LAYERS)

@@ -18,6 +18,7 @@ from diffusion_jax.models.controlnet import (
   from_unet,
 )
 from diffusion_jax.models.layers import Conv, Linear, timestep_embedding
+from diffusion_jax.models.network import Compute
 from diffusion_jax.models.norms import GroupNorm
 from diffusion_jax.models.perceptual import Discriminator, DiscriminatorConfig
 from diffusion_jax.models.text.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
@@ -42,7 +43,7 @@ def test_published_sizes(module, config, scalars, tensors):
 def test_a_network_is_traced_once_for_the_shapes_and_the_program_of_its_parameters():
   made = []
 
-  def layer(config, rngs):
+  def layer(config, compute, rngs):
     made.append(config)
     return Linear(*config, rngs=rngs)
 
@@ -152,7 +153,7 @@ def test_gradient_reaches_every_parameter_and_bfloat16_computes(name, quick_jit,
     floor = 1e-7 * float(jnp.abs(full).mean())
     assert leaf.endswith(NO_EFFECT) or np.abs(gradient).max() > floor, leaf
 
-  make = lambda rngs: module(config, dtype=jnp.bfloat16, rngs=rngs)
+  make = lambda rngs: module(config, compute=Compute(jnp.bfloat16), rngs=rngs)
   graphdef, shapes = network.abstract(make)
   assert {leaf.dtype for leaf in shapes.values()} == {jnp.dtype('float32')}
   half = quick_jit(lambda params: run(network.merge(graphdef, params), key))(params)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from diffusion_jax.models.network import Compute
 from diffusion_jax.models.norms import LayerNorm, group_norm, layer_norm
 
 
@@ -48,7 +49,7 @@ def test_layer_norm(offset):
 
 
 def test_layer_norm_in_half_precision_has_statistics_in_float32():
-  norm = LayerNorm(64, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+  norm = LayerNorm(64, compute=Compute(jnp.bfloat16), rngs=nnx.Rngs(0))
   x = jnp.asarray(np.random.default_rng(0).normal(100, 1, (3, 64)), jnp.bfloat16)
   y = norm(x)
   wanted = layer_formula(np.float64(x), 1.0, 0.0, 1e-5)

@@ -10,6 +10,7 @@ from diffusion_jax.formats.clip import TEXT_ENCODERS
 from diffusion_jax.formats.networks import format_of
 from diffusion_jax.formats.t5 import T5_ENCODERS
 from diffusion_jax.models import network
+from diffusion_jax.models.network import Compute
 from diffusion_jax.models.text.clip import (
   CLIPConfig,
   CLIPTextConfig,
@@ -107,7 +108,7 @@ def test_t5_survives_large_activations(feed_forward, random_params, quick_jit):
 
   def run(dtype):
     def both(params):
-      graphdef = build(T5EncoderModel, config, random_params, dtype=dtype)[0]
+      graphdef = build(T5EncoderModel, config, random_params, compute=Compute(dtype))[0]
       t5 = network.merge(graphdef, params)
       # Attention in float16 is not to be had on CPUs, so there only the feed-forward.
       hidden = None if dtype == jnp.float16 else t5.encode_text(ids)[0]
@@ -129,7 +130,7 @@ def test_t5_survives_large_activations(feed_forward, random_params, quick_jit):
 
 
 def test_t5_adds_to_its_states_in_float32(random_params):
-  graphdef, params = build(T5EncoderModel, T5, random_params, dtype=jnp.bfloat16)
+  graphdef, params = build(T5EncoderModel, T5, random_params, compute=Compute(jnp.bfloat16))
   silent = ('.o.kernel', '.wo.kernel')
   params = {name: p * (not name.endswith(silent)) for name, p in params.items()}
   block = network.merge(graphdef, params).encoder.block[1]

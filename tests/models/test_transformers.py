@@ -16,6 +16,7 @@ from diffusion_jax.formats.dit import TRANSFORMERS
 from diffusion_jax.models import network
 from diffusion_jax.models.dit import DiT, DiTConfig, grid_positions, sincos_positions
 from diffusion_jax.models.mmdit import MMDiT, MMDiTConfig
+from diffusion_jax.models.network import Compute
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, shard_params
 from diffusion_jax.train.optimizer import decay_mask
 
@@ -93,7 +94,7 @@ def test_gradient_reaches_every_parameter_and_bfloat16_computes(name, random_par
   assert decay_mask(params)[table] == (name == 'dit')
   shard_params(shapes, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
 
-  half = network.abstract(lambda rngs: module(config, dtype=jnp.bfloat16, rngs=rngs))[0]
+  half = network.abstract(lambda rngs: module(config, compute=Compute(jnp.bfloat16), rngs=rngs))[0]
   low = quick_jit(lambda params: run(network.merge(half, params), **more))(params)
   assert full.dtype == jnp.float32 and low.dtype == jnp.bfloat16
   error = np.sqrt(np.square(full - np.asarray(low, np.float32)).mean() / np.square(full).mean())

@@ -143,7 +143,7 @@ def test_rematerialised_gradients_are_the_same_and_take_less_memory(module, conf
   assert 'pinned_host' not in text
   for remat in ('block', 'offload'):
     network = Network.of(module, config, remat=remat)
-    assert network.shapes.keys() == plain.shapes.keys() and network.options['remat'] == remat
+    assert network.shapes.keys() == plain.shapes.keys() and network.compute.remat == remat
     temporary, found, text = gradients(network, *inputs)
     assert temporary < most * kept
     for name, value in wanted.items():

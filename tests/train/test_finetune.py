@@ -52,16 +52,17 @@ def test_recipes_like_the_others_train(recipe, tuned, pipelines):
 
 
 def test_attention_and_products_are_computed_as_the_config_says(arguments, tmp_path, monkeypatch):
-  monkeypatch.setattr(build, 'check_products', lambda products: None)  # CPUs have none of float8.
+  monkeypatch.setattr(build, 'check_matmul_precision', lambda *_: None)  # CPUs have no float8.
   file, more = arguments('controlnet', tmp_path, attention='xla', products='float8')
   with tiny.few_devices():
     task = build.build(load_config(file, more), str(tmp_path)).task
   for model in (task.model, task.learning):
-    said = {role: n.options.get('attention', 'auto') for role, n in model.networks.items()}
+    said = {role: n.compute.attention for role, n in model.networks.items()}
     assert said.pop('unet') == said.pop('controlnet') == 'xla' and set(said.values()) == {'auto'}
-  kinds = {role: n.options.get('products') for role, n in task.learning.networks.items()}
-  assert kinds.pop('unet') == kinds.pop('controlnet') == 'float8' and set(kinds.values()) == {None}
-  assert not [n for n in task.model.networks.values() if 'products' in n.options]
+  kinds = {role: n.compute.matmul_precision for role, n in task.learning.networks.items()}
+  assert kinds.pop('unet') == kinds.pop('controlnet') == 'float8'
+  assert set(kinds.values()) == {'plain'}
+  assert {n.compute.matmul_precision for n in task.model.networks.values()} == {'plain'}
 
 
 @pytest.fixture(scope='module')

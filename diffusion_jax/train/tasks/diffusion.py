@@ -140,10 +140,10 @@ class DiffusionTask(NoisingTask):
     self, config: LatentTaskConfig, model: Diffusion, frozen: Frozen,
     train: ImageSource, test: ImageSource, remat: str = 'none', products: str = 'plain',
   ):
-    """`remat` and `products`, of `models.remat` and `models.float8`, are of the loss alone."""
+    """`remat` and `products`, of `models.network`, are of the loss alone."""
     config.sample.check(model.noise, model.parameterization)
     self.config, self.model, self.train, self.test = config, model, train, test
-    self.learning = model.rematerialised(remat).multiplying(products)
+    self.learning = model.with_remat(remat).with_matmul_precision(products)
     self.objective = Objective(config.objective, model.noise, model.parameterization)
     null = jax.jit(model.text.encode)(frozen, model.tokens(['']))
     bias = {f'{name}.bias': to_host(value)[0] for name, value in null._asdict().items()

@@ -208,7 +208,7 @@ def make_finetune_task(
       '--config.settings.model=models/stable-diffusion-v1-5.'
     )
   model, parts, _ = read_pipeline(config.model, dtype)
-  model = model.attending(attention)
+  model = model.with_attention(attention)
   if not model.text.tokenizers:
     raise UserError(f'{config.model} reads no prompts; only models that do can be trained on.')
   if config.objective.prediction != model.parameterization.name:

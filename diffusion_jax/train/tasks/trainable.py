@@ -137,7 +137,7 @@ class ControlNet:
 
   def adapted(self, model: Diffusion) -> Diffusion:
     found = controlnet_config(model, self.source) if self.source else _new_controlnet(model)
-    self.network = Network.of(ControlNetModule, found, **model.unet.options)
+    self.network = Network.of(ControlNetModule, found, model.unet.compute)
     return dataclasses.replace(model, controlnet=self.network)
 
   @property

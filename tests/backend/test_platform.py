@@ -1,0 +1,88 @@
+"""What programs are compiled for is what their mesh or their arguments lie on, not what is here."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from diffusion_jax.backend import cpu, xla
+from diffusion_jax.errors import UserError
+from diffusion_jax.models.attention import attend, check_attention
+from diffusion_jax.models.kernels import check_matmul_precision
+from diffusion_jax.parallel.layout import AXES
+
+CHIPS = {
+  'tpu': ('tpu', 'TPU v5p', None), 'h100': ('gpu', 'NVIDIA H100 80GB HBM3', (9, 0)),
+  'a100': ('gpu', 'NVIDIA A100-SXM4-40GB', (8, 0)), 'amd': ('rocm', 'MI300X', None),
+  'cpu': ('cpu', 'cpu', None),
+}
+
+
+def mesh_of(name):
+  """An abstract mesh of 4 such chips."""
+  platform, kind, _ = CHIPS[name]
+  return AbstractMesh(
+    (4, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4,
+    abstract_device=AbstractDevice(kind, None, platform),
+  )
+
+
+@pytest.mark.parametrize('name', CHIPS)
+def test_the_chip_is_that_of_the_mesh(name):
+  platform, _, capability = CHIPS[name]
+  wanted = xla.Chip('gpu' if platform == 'rocm' else platform, capability)
+  assert xla.chip(mesh_of(name)) == wanted
+  with jax.sharding.use_abstract_mesh(mesh_of(name)):
+    assert xla.chip() == wanted and xla.on_cpu() == (platform == 'cpu')
+  assert xla.chip() == xla.Chip('cpu')  # What is here.
+
+
+def lowered(name, function, *shapes):
+  """The text of a program for 4 such chips, lowered in a process that has CPUs alone."""
+  mesh = mesh_of(name)
+  arguments = [
+    jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec('data')))
+    for shape in shapes
+  ]
+  with jax.sharding.use_abstract_mesh(mesh):
+    traced = jax.jit(function).trace(*arguments)
+  platform = {'h100': 'cuda', 'a100': 'cuda'}.get(name, CHIPS[name][0])
+  return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_a_program_for_a_chip_that_is_not_here_has_nothing_that_is_meant_for_cpus():
+  def program(x):
+    x = xla.optimization_barrier(x)
+    y = xla.separate(lambda x: (2 * x,))(x)[0]
+    return cpu.over_positions(y) + cpu.of_squares([y])
+
+  here, there = lowered('cpu', program, (8, 64, 8)), lowered('tpu', program, (8, 64, 8))
+  for words in ('optimization_barrier', 'inlineable', 'dot_general'):
+    assert words in here and words not in there
+
+
+def test_attention_is_computed_as_suits_the_mesh():
+  # Long enough for each platform's own way.
+  shape = (4, 4096, 1, 64)
+  text = {name: lowered(name, attend, shape, shape, shape) for name in ('cpu', 'tpu')}
+  assert 'tpu_custom_call' in text['tpu'] and 'while' in text['cpu']
+
+
+def test_checks_are_of_the_mesh():
+  check_attention('cudnn', jnp.bfloat16, mesh=mesh_of('a100'))
+  check_matmul_precision('float8', mesh_of('h100'))
+  for name in ('a100', 'tpu', 'cpu'):
+    with pytest.raises(UserError, match="'float8' cannot serve here"):
+      check_matmul_precision('float8', mesh_of(name))
+  with pytest.raises(UserError, match='needs a TPU, and here is gpu'):
+    check_attention('splash', jnp.bfloat16, mesh=mesh_of('h100'))
+
+
+def test_a_program_without_a_mesh_is_for_the_devices_of_its_arguments(monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+  seen = []
+  double = xla.jit(lambda x: (seen.append(xla.chip().platform), 2 * x)[1])
+  assert double(jnp.ones(3)).sum() == 6 and seen == ['cpu']
+  where = NamedSharding(mesh_of('h100'), PartitionSpec())
+  double.trace(jax.ShapeDtypeStruct((3,), jnp.float32, sharding=where))
+  assert seen == ['cpu', 'gpu']
