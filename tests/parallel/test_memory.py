@@ -46,6 +46,9 @@ class Training(Task):
   def initialize(self, key):
     return self.network.initialize(key)
 
+  def loss(self, *_):
+    raise NotImplementedError
+
 
 class Known(Training):
   """Begins with zeros of the shapes that are known: tracing a large network's takes seconds."""
