@@ -118,7 +118,7 @@ def _test(text: str) -> re.Pattern:
 
 
 def _matches(choices: list, name: str) -> bool:
-  """Sets of places in the name are the bits of whole numbers; bit n is after n characters."""
+  """Set of places in the name are the bits of whole numbers; bit n is after n characters."""
   starts = 1 | sum(2 << i for i, character in enumerate(name) if character == '.')
   bits: dict[re.Pattern, int] = {}
 
@@ -199,7 +199,7 @@ def _former(name: str) -> Iterator[str]:
 
 
 def kohya_names(names: Iterable[str]) -> dict[str, str]:
-  """Names in kohya's files, without the role -> layers; all `spellings`, joined by underscores."""
+  """Name in kohya's files, without the role -> layers; all `spellings`, joined by underscores."""
   found: dict[str, str] = {}
   for stored, name in spellings(names).items():
     key = stored.replace('.', '_')
@@ -209,7 +209,7 @@ def kohya_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def single_file_names(names: Iterable[str]) -> dict[str, str]:
-  """Names by the block numbers of a single file -> layers; empty for what is no U-Net."""
+  """Name by the block numbers of a single file -> layers; empty for what is no U-Net."""
   names = set(names)
   blocks = dict(_blocks(names))
   found = {stored: name for name, stored in _ENDS.items() if name in names and blocks}

@@ -1,11 +1,9 @@
-"""PEFT's LoraConfig beside the tensors of a LoRA: what it says of each layer, checked.
-
-diffusers keeps one for each role in the file's own metadata, PEFT in adapter_config.json.
-
-Files of low-rank adapters (Hu et al. 2022), in all layouts that diffusers reads.
+"""Files of low-rank adapters (Hu et al. 2022), in all layouts that diffusers reads.
 
 In memory a LoRA is {role: {layer: LoRAWeights}}; roles are 'unet', 'text_encoder' and
-'text_encoder_2'. Arrays keep the type that they have in the file.
+'text_encoder_2'. Arrays keep the type that they have in the file. PEFT's LoraConfig says more of
+each layer: diffusers keeps one for each role in the file's own metadata, PEFT in
+adapter_config.json.
 """
 
 import collections
@@ -36,7 +34,7 @@ from diffusion_jax.formats.adapter_names import (
 from diffusion_jax.formats.published import from_published_layout, to_published_layout
 from diffusion_jax.formats.tensors import PICKLES, metadata, open_tensors, read_json, write_tensors
 from diffusion_jax.formats.torch_files import load_plain, tensors_of
-from diffusion_jax.models.checks import require
+from diffusion_jax.models.checks import require, shown
 from diffusion_jax.models.lora import Rank
 
 METADATA = 'lora_adapter_metadata'
@@ -113,12 +111,12 @@ def read_configs(path: Path, roles: Iterable[str], *, alone: bool) -> dict[str, 
 
 def _config(values: Mapping[str, Any], where: str) -> AdapterConfig:
   kind, start = values.get('peft_type', 'LORA'), values.get('init_lora_weights', True)
-  require(kind in ('LORA', None), f'{where}: peft_type={_shown(kind)} is not implemented.')
+  require(kind in ('LORA', None), f'{where}: peft_type={shown(kind)} is not implemented.')
   for key in _NOT_IMPLEMENTED:
     require(not values.get(key), f'{where}: {key} is not implemented.')
   require(
     any(start is known or (isinstance(known, str) and start == known) for known in _STARTS),
-    f'{where}: init_lora_weights={_shown(start)} changes the weights that the LoRA is added to; '
+    f'{where}: init_lora_weights={shown(start)} changes the weights that the LoRA is added to; '
     "convert it to a plain LoRA with PEFT's path_initial_model_for_weight_conversion.",
   )
   return AdapterConfig(
@@ -148,14 +146,9 @@ def _number(value: Any, where: str, whole: bool = False) -> Any:
   good = isinstance(value, int if whole else numbers.Real) and not isinstance(value, bool)
   require(
     good and (not whole or value > 0),
-    f'{where} is {_shown(value)}; it must be a {"positive whole " * whole}number.',
+    f'{where} is {shown(value)}; it must be a {"positive whole " * whole}number.',
   )
   return value if whole else float(value)
-
-
-def _shown(value: Any) -> str:
-  text = json.dumps(value)
-  return text if len(text) <= 40 else f'{text[:40]}...'
 
 
 LAYOUTS = ('kohya', 'peft')
@@ -181,6 +174,8 @@ class LoRAWeights(NamedTuple):
 
 
 LoRAs = dict[str, dict[str, LoRAWeights]]
+
+
 def to_params(
   weights: Mapping[str, LoRAWeights]
 ) -> tuple[dict[str, Rank], dict[str, np.ndarray]]:
@@ -200,7 +195,7 @@ def from_params(params: Mapping[str, Any], sizes: Mapping[str, Rank]) -> dict[st
 def read_lora(
   path: str | os.PathLike, networks: Mapping[str, Mapping[str, Any]], *, words: bool = False
 ) -> LoRAs:
-  """Reads a LoRA of any layout that `write_lora`, kohya's scripts, diffusers or PEFT write.
+  """Read a LoRA of any layout that `write_lora`, kohya's scripts, diffusers or PEFT write.
 
   Args:
     path: a safetensors file, a .bin of PyTorch, of which only arrays are read, or the directory
@@ -332,7 +327,7 @@ def lora_file(path: Path) -> Path:
 def write_lora(
   path: str | os.PathLike, lora: Mapping[str, Mapping[str, LoRAWeights]], layout: str = 'kohya'
 ) -> None:
-  """Writes one safetensors file that kohya's scripts or diffusers read.
+  """Write one safetensors file that kohya's scripts or diffusers read.
 
   Args:
     lora: by role. Where it has a 'text_encoder_2', even an empty one, kohya's names of the first

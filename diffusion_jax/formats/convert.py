@@ -37,7 +37,7 @@ def convert(
   source: str, target: str, layout: str, *, dtype: str | None = None, kind: str | None = None,
   prediction: str | None = None, tokenizers: str | None = None,
 ) -> list[str]:
-  """Writes `target`, a new directory or file, from `source`; returns sentences for a person.
+  """Write `target`, a new directory or file, from `source`; returns sentences for a person.
 
   Args:
     source: a pipeline's directory (diffusers or native), a single .safetensors file, or the
@@ -163,7 +163,7 @@ def _convert_part(
 
 
 def _check_space(parts: Iterable[Part], there: Path, dtype: str | None) -> None:
-  """Raises a UserError where the disk is too small, before any work."""
+  """Raise a UserError where the disk is too small, before any work."""
   size = lambda tensor: np.dtype(DTYPES[dtype] if dtype else tensor.dtype).itemsize
   needed = sum(
     size(tensor) * math.prod(tensor.shape) for part in parts for tensor in part.tensors.values()

@@ -29,7 +29,6 @@ from diffusion_jax.formats.published import (
   from_published_layout,
   match,
   published_shape,
-  same_names,
   to_published_layout,
   to_published_names,
 )
@@ -132,7 +131,7 @@ def load(
 def save(
   module: nnx.Module, path: str | os.PathLike, *, dtype: str = 'float32', layout: str = 'diffusers'
 ) -> None:
-  """Writes a network as a directory that `load` and, but for 'native', its own library open.
+  """Write a network as a directory that `load` and, but for 'native', its own library open.
 
   Args:
     dtype: 'float32', 'float16' or 'bfloat16'.
@@ -170,10 +169,8 @@ def read_params(
 ) -> Params:
   """The parameters of `shapes` from one file or index, onto the mesh; published names or ours."""
   tensors, ours = open_tensors(file), file.name == NATIVE
-  if ours:
-    matched = match_native(tensors, shapes, str(file))
-  else:
-    matched = match(tensors, shapes, str(file), spec.rename)
+  rename = (lambda name: name) if ours else spec.rename
+  matched = match(tensors, shapes, str(file), rename, native=ours)
   shardings = None if mesh is None else shard_params(shapes, mesh)
   params = {}
   for name, tensor in matched.items():
@@ -188,23 +185,11 @@ def read_params(
   return params
 
 
-def match_native(tensors: Mapping[str, Any], shapes: Params, where: str) -> dict[str, Any]:
-  """Tensors by our own names, checked against the network's as `convert.match` does."""
-  same_names(set(tensors), set(shapes), where)
-  for name, leaf in shapes.items():
-    require(
-      tuple(tensors[name].shape) == tuple(leaf.shape),
-      f'{where}: {name} has shape {list(tensors[name].shape)}, which does not fit the config; it '
-      f'must be {list(leaf.shape)}.',
-    )
-  return {name: tensors[name] for name in shapes}
-
-
 def save_params(
   path: str | os.PathLike, config: Any, params: Mapping[str, Any], *, dtype: str = 'float32',
   layout: str = 'diffusers',
 ) -> None:
-  """Writes a network given by its config and parameters, as `save`."""
+  """Write a network given by its config and parameters, as `save`."""
   require(dtype in DTYPES, f'dtype must be one of {", ".join(DTYPES)}, not {dtype!r}.')
   require(layout in LAYOUTS, f'layout must be one of {", ".join(LAYOUTS)}, not {layout!r}.')
   spec, path = format_of(config), Path(path)

@@ -95,7 +95,7 @@ def read_arrays(path: str | Path, most: Mapping[str, int]) -> dict[str, np.ndarr
 
 
 def fill(array: np.ndarray, file: BinaryIO) -> None:
-  """Reads a contiguous array from a member up to its end, where the archive compares its checksum.
+  """Read a contiguous array from a member up to its end, where the archive compares its checksum.
 
   EOFError where it ends too early.
   """

@@ -32,7 +32,6 @@ from diffusion_jax.formats.networks import (
   find_weights,
   kind_of,
   load_params,
-  match_native,
   network_format,
   resolve,
   save_params,
@@ -114,7 +113,7 @@ class Part:
       renamed = ((spec.rename(name), tensor) for name, tensor in opened.items())
       return {name: lazy(tensor) for name, tensor in renamed if name is not None}
     opened = open_tensors(inside(native, folder))
-    matched = match_native(opened, spec.shapes(self.config), str(native))
+    matched = match(opened, spec.shapes(self.config), str(native), native=True)
     return {published_name(name): _to_published(name, t) for name, t in matched.items()}
 
   def network(self, **options) -> Network:

@@ -81,22 +81,27 @@ def to_published(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def match(
   tensors: Mapping[str, Any], shapes: Mapping[str, Any], where: str,
-  rename: Callable[[str], str | None] = lambda name: name,
+  rename: Callable[[str], str | None] = lambda name: name, native: bool = False,
 ) -> dict[str, Any]:
   """Tensors by published names -> the same tensors, unread, by the names of `shapes`.
 
-  Two tensors that `rename` gives one name are one parameter, stored twice. `where` names the
-  source in errors. UserError if a tensor is missing, left over or of another shape.
+  Two tensors that `rename` gives one name are one parameter, stored twice. Those of our own layout
+  are `native`, with our names and shapes already. `where` names the source in errors.
+
+  Raises:
+    UserError: a tensor is missing, left over or of another shape.
   """
   found: dict[str, Any] = {}
   for name, tensor in tensors.items():
     key = rename(name)
     if key is not None:
       found.setdefault(key, tensor)
-  wanted = {key: name for name, key in to_published_names(shapes).items()}
+  names = {name: name for name in shapes} if native else to_published_names(shapes)
+  wanted = {key: name for name, key in names.items()}
   same_names(set(found), set(wanted), where)
   for key, name in wanted.items():
-    shape, expected = tuple(found[key].shape), published_shape(name, tuple(shapes[name].shape))
+    shape, expected = tuple(found[key].shape), tuple(shapes[name].shape)
+    expected = expected if native else published_shape(name, expected)
     require(
       shape == expected,
       f'{where}: {key} has shape {list(shape)}, which does not fit the config; it must be '

@@ -483,7 +483,8 @@ def _write_process(scheduler: Scheduler) -> dict[str, Any]:
   )
   return {
     '_class_name': 'EDMEulerScheduler', 'prediction_type': 'epsilon', 'final_sigmas_type': 'zero',
-    'sigma_min': float(ends[1][0]), 'sigma_max': float(ends[1][-1]),
+    # Rounded, so that reading and writing many times changes nothing.
+    'sigma_min': float(f'{ends[1][0]:.12g}'), 'sigma_max': float(f'{ends[1][-1]:.12g}'),
     'sigma_data': scheduler.data_std, 'sigma_schedule': scheduler.spacing,
     'rho': grid.get('rho', 7.0),
   }

@@ -325,7 +325,7 @@ def _text_rules(style: str, config: Mapping[str, Any]) -> list[Rule]:
 
 
 def write_single_file(pipeline: Pipeline, path: Path, dtype: str | None) -> list[str]:
-  """Writes U-Net, autoencoder and text encoders into one file; returns sentences on the rest.
+  """Write U-Net, autoencoder and text encoders into one file; returns sentences on the rest.
 
   Raises:
     UserError: the file exists, or a part has no names in such a file.
@@ -507,7 +507,7 @@ def _part(name: str, config: dict[str, Any], family: str) -> Part:
 
 
 def _fill(parts: dict[str, Part], family: str, stored: dict[str, Tensor], where: str) -> None:
-  """Gives the parts their tensors, each of which must fit its config."""
+  """Give the parts their tensors, each of which must fit its config."""
   prefixes = {'unet': unet.PREFIX, 'vae': autoencoder.PREFIX}
   prefixes |= {encoder: prefix for encoder, (prefix, _) in FAMILIES[family].text.items()}
   for part, prefix in prefixes.items():

@@ -144,7 +144,7 @@ def write_tensors(
   path: str | os.PathLike, tensors: Mapping[str, NewTensor | np.ndarray],
   texts: Mapping[str, str] | None = None,
 ) -> None:
-  """Writes a safetensors file, one tensor at a time; it appears whole or not at all.
+  """Write a safetensors file, one tensor at a time; it appears whole or not at all.
 
   The widest types come first, as the format wants its tensors aligned.
   """
@@ -187,7 +187,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-  """Writes a JSON object; the file appears whole or not at all."""
+  """Write a JSON object; the file appears whole or not at all."""
   text = json.dumps(values, indent=2, sort_keys=True) + '\n'
   with atomic_write(path, flushed=True) as file:
     file.write(text.encode())

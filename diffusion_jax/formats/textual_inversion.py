@@ -45,7 +45,7 @@ class TextualInversion(NamedTuple):
 def read_textual_inversion(
   path: str | os.PathLike, widths: Mapping[str, int] | None = None
 ) -> TextualInversion:
-  """Reads a file of either layout; of a .pt file only arrays, never code, and only with PyTorch.
+  """Read a file of either layout; of a .pt file only arrays, never code, and only with PyTorch.
 
   Args:
     path: the file, or a directory with one or both of FILES.
@@ -189,7 +189,7 @@ def _read_pickle(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
 def write_textual_inversion(
   path: str | os.PathLike, learned: TextualInversion, layout: str = 'diffusers'
 ) -> None:
-  """Writes safetensors. In layout 'a1111' the token is not stored: it is the file's name.
+  """Write safetensors. In layout 'a1111' the token is not stored: it is the file's name.
 
   UserError for two encoders in diffusers' layout, which has one file for each: write them apart.
   """
