@@ -1,16 +1,8 @@
-"""Files that others have written: bounded before they are parsed, and every fault one sentence.
+"""Files that others write or read: bounded before they are parsed, written at once or not at all.
 
-Files that are whole or not there, whatever ends the process that writes them.
-
-Damaged files of a run that may be written anew: out of the way, but kept and told of.
-
-Links in the folders of models: followed within the model, never out of it.
-
-Who is sent a model may read, copy and publish what is in its folder. A link in it must not make
-another file of the disk a part of that. The cache of the hub is made of links itself, from
-models--NAME/snapshots/REVISION to models--NAME/blobs, which belong to the model.
-
-What is said goes on where it can: a log file on a full disk must not end what it tells of.
+Every fault of a file is one sentence. Links in the folder of a model are followed within it, never
+out of it: who is sent a model may read, copy and publish it, and a link must not make another file
+of the disk a part of that.
 """
 
 import contextlib
@@ -42,7 +34,7 @@ _SURROGATE = re.compile(r'\\u[dD][89a-fA-F]')
 def reading(
   what: str | Path, fault: str = 'cannot be read', remedy: str = 'fetch or write it again'
 ) -> Iterator[None]:
-  """Makes one sentence, WHAT FAULT (REASON); REMEDY., of anything that a parser raises within.
+  """Make one sentence, WHAT FAULT (REASON); REMEDY., of anything that a parser raises within.
 
   Parsers of damaged files raise whatever comes up on the way: lists of exceptions are never
   complete. Within stands nothing but the reading of one file.
@@ -62,18 +54,18 @@ def reading(
 
 
 def first_line(error: BaseException) -> str:
-  """What an error says, in one line of at most 200 characters that can be printed."""
+  """Return what an error says, in one line of at most 200 characters that can be printed."""
   return shown((str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.'))
 
 
 def shown(text: str) -> str:
-  """A name or a message from a file as at most 200 characters that can be printed in one line."""
+  """Return a name or a message as at most 200 characters that can be printed in one line."""
   text = text[:200]
   return text if text.isprintable() else text.encode('unicode_escape').decode()
 
 
 def bounded_bytes(path: str | Path, most: int = MOST_BYTES) -> bytes:
-  """The content of a regular file. UserError for anything else, or for more than `most` bytes."""
+  """Return the content of a regular file of at most `most` bytes. UserError for anything else."""
   path = Path(path)
   with reading(path):
     if not path.exists():
@@ -88,7 +80,7 @@ def bounded_bytes(path: str | Path, most: int = MOST_BYTES) -> bytes:
 
 
 def parse_json(data: bytes | str) -> Any:
-  """The value of a JSON text, in any of Unicode's encodings, with or without a byte order mark.
+  """Return the value of a JSON text in any encoding of Unicode, with a byte order mark or without.
 
   Infinity is allowed, as in published configs, and NaN, which only those who ask for a number can
   refuse.
@@ -116,7 +108,7 @@ def parse_json(data: bytes | str) -> Any:
 def read_json(
   path: str | Path, most: int = MOST_BYTES, remedy: str = 'write or fetch it again'
 ) -> Any:
-  """The value in a JSON file of at most `most` bytes. UserError, naming it, for anything else."""
+  """Return the value in a JSON file of at most `most` bytes; UserError for anything else."""
   data = bounded_bytes(path, most)
   try:
     return parse_json(data)
@@ -127,7 +119,7 @@ def read_json(
 def read_object(
   path: str | Path, most: int = MOST_BYTES, remedy: str = 'write or fetch it again'
 ) -> dict[str, Any]:
-  """The JSON object in a file. UserError, naming it, where there is none."""
+  """Return the JSON object in a file. UserError, naming it, where there is none."""
   value = read_json(path, most, remedy)
   if not isinstance(value, dict):
     raise UserError(f'{path} must hold a JSON object; {remedy}.')
@@ -150,7 +142,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _containers(value: Any) -> Iterator[tuple[Any, int]]:
-  """Every list and object with its depth, without recursion."""
+  """Yield every list and object with its depth, without recursion."""
   stack = [(value, 1)]
   while stack:
     value, depth = stack.pop()
@@ -170,26 +162,18 @@ def _check_characters(value: Any) -> None:
   for each in values:
     texts = [*each, *each.values()] if isinstance(each, dict) else each
     for text in texts if isinstance(each, (dict, list)) else [each]:
-      if isinstance(text, str) and not _encodes(text):
+      if isinstance(text, str) and text.encode(errors='ignore').decode() != text:
         raise ValueError('it holds half a character, a surrogate without the other')
-
-
-def _encodes(text: str) -> bool:
-  try:
-    text.encode()
-  except UnicodeEncodeError:
-    return False
-  return True
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path, *, flushed: bool = False) -> Iterator[BinaryIO]:
-  """A file that takes the place of `path`, in a folder that is made if need be, once it is left.
+  """Open a file that takes the place of `path`, in a folder made if need be, once it is left.
 
   An exception within leaves `path` as it was. Several may write it at once: the last one counts.
 
   Args:
-    flushed: whether it must be on the disk first, so that it is whole also after a loss of power.
+    flushed: whether it must be on the disk first, so that a loss of power leaves it complete.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   # Not by the process's number, which containers that share a folder have in common.
@@ -206,7 +190,7 @@ def atomic_write(path: Path, *, flushed: bool = False) -> Iterator[BinaryIO]:
 
 
 def set_aside_damaged(path: Path, say: Callable[[str], None]) -> None:
-  """Moves what should be a JSON object and is not to NAME.damaged.
+  """Move what should be a JSON object and is not to NAME.damaged.
 
   For files that only show something, or that say what can be found out again.
   """
@@ -232,7 +216,7 @@ _ASSETS = Path(__file__).resolve().parent / 'assets'
 
 
 def inside(path: Path, folder: Path) -> Path:
-  """`path`, a file or folder of the model in `folder`, which may be a part of a pipeline.
+  """Return `path`, a file or folder of the model in `folder`, which may be a part of a pipeline.
 
   `folder` itself may be a link: whoever names it means it, but for a part of a pipeline.
 
@@ -252,7 +236,7 @@ def inside(path: Path, folder: Path) -> Path:
 
 
 def check_folder(folder: Path) -> None:
-  """UserError, before a model's folder is copied, for what in it is not to be copied.
+  """Raise UserError, before a model's folder is copied, for what in it is not to be copied.
 
   That is a link out of the model, a link to a folder, by which a copy may have no end, and what is
   neither a file nor a folder.
@@ -267,8 +251,9 @@ def check_folder(folder: Path) -> None:
 
 
 def _places(root: Path) -> list[Path]:
-  """What a model's links may lead to."""
+  """Return the folders that a model's links may lead to."""
   real = Path(os.path.realpath(root))
+  # The cache of the hub has links from models--NAME/snapshots/REVISION to models--NAME/blobs.
   blobs = [
     above.parent / 'blobs' for above in real.parents
     if above.name == 'snapshots' and above.parent.name.startswith('models--')
@@ -301,7 +286,10 @@ class _Tolerant:
 
 @contextlib.contextmanager
 def tolerant_streams() -> Iterator[None]:
-  """Within, nothing that is printed raises for want of room, or because nobody listens any more."""
+  """Let nothing that is printed within raise, for want of room or because nobody listens.
+
+  A log file on a full disk must not end what it tells of.
+  """
   before = sys.stdout, sys.stderr
   sys.stdout, sys.stderr = map(_Tolerant, before)
   try:
@@ -313,7 +301,7 @@ def tolerant_streams() -> Iterator[None]:
 
 
 def _drop_what_cannot_be_written(stream: Any) -> None:
-  """Else Python would try once more when it ends, and leave with code 120."""
+  """Drop it, or Python would try once more when it ends, and leave with code 120."""
   try:
     stream.flush()
   except ValueError:  # It is closed.

@@ -140,7 +140,7 @@ class Checkpoints:
     return not self.error
 
   def should_retry(self) -> bool:
-    """Whether the last save failed at least `retry_seconds` ago and none has begun since.
+    """Say whether the last save failed at least `retry_seconds` ago and none has begun since.
 
     Clocks differ: with several processes let one of them decide for all.
     """

@@ -172,7 +172,7 @@ def put_params(params: dict[str, np.ndarray], mesh: Mesh) -> Params:
 
 
 def batch_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-  """How a field of that shape [b ...] lies on the mesh; b may be that of one process."""
+  """Return how a field [b ...] lies on the mesh; b may be that of one process."""
   return NamedSharding(mesh, batch_spec(shape, mesh.shape))
 
 
@@ -239,7 +239,7 @@ def whole_batch(batch_size: int, mesh: Mesh) -> int:
 
 
 def in_batches(function, params, *arrays: np.ndarray, mesh: Mesh, batch_size: int = 64):
-  """Yields function(params, *batch) on the host for equal batches; the last is padded, then cut.
+  """Yield function(params, *batch) on the host for equal batches; the last is padded, then cut.
 
   Every process is given the same arrays and gets the same results; the work is split over the
   mesh. One batch size means one compilation.

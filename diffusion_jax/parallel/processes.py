@@ -171,7 +171,7 @@ class Peers:
     self._asked = True
 
   def poll(self) -> bool:
-    """Whether to stop here. Every process polls as often as the others, and all stop at one."""
+    """Say whether to stop here. Each polls as often as the others, and all stop at one poll."""
     if self._count == 1:
       return self._asked
     with self._lock:
@@ -182,7 +182,7 @@ class Peers:
       return until is not None and self._polls >= until
 
   def any_asked(self) -> bool:
-    """Whether any process has been asked to stop by now; a barrier.
+    """Say whether any process has been asked to stop by now; a barrier.
 
     For places where something else begins: `poll` may have to wait for the news to travel.
     """

@@ -38,16 +38,16 @@ class RunDirectory:
     self.tokenizer = self.path / 'tokenizer'
 
   def write_json(self, name: str, values: dict[str, Any]) -> None:
-    """Writes `name` in one move, so that a reader never sees half of it."""
+    """Write `name` in one move, so that a reader never sees half of it."""
     self.write_text(name, json.dumps(values, indent=2, sort_keys=False) + '\n')
 
   def write_text(self, name: str, text: str) -> None:
-    """Writes `name` in one move."""
+    """Write `name` in one move."""
     with atomic_write(self.path / name) as file:
       file.write(text.encode())
 
   def read_json(self, name: str) -> dict[str, Any]:
-    """Reads a JSON object.
+    """Read a JSON object.
 
     Raises:
       UserError: the file is missing or damaged.
@@ -65,7 +65,7 @@ class RunDirectory:
   def check_config(
     self, config: dict[str, Any], complete: Callable[[dict[str, Any]], dict[str, Any]]
   ) -> None:
-    """Makes sure that this workdir is new or belongs to `config`.
+    """Make sure that this workdir is new or belongs to `config`.
 
     Args:
       complete: gives a config that an older version has written the keys that are new since.

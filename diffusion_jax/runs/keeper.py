@@ -19,7 +19,7 @@ FINAL = (
 
 
 def main(path: str) -> None:
-  """Reads until the end of the input, then writes `path` if the last status was not final."""
+  """Read until the end of the input, then writes `path` if the last status was not final."""
   last = None
   for line in sys.stdin:
     with contextlib.suppress(ValueError):  # The line in which the other process was killed.
@@ -46,7 +46,7 @@ def main(path: str) -> None:
 
 
 def _may_be_replaced(path: str, start: str, before: str) -> bool:
-  """Whether the file is not of a later start, nor the final word of any process of this one."""
+  """Say no for the file of a later start, and for the final word of any process of this one."""
   try:
     with open(path, encoding='utf-8') as file:
       found = json.load(file)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import parse_json
 
-BEAT_SECONDS = 5.0
+HEARTBEAT_SECONDS = 5.0
 LEASE_SECONDS = 65.0
 """A lock that has not been touched for so long is a dead process's. Some shared file systems show a
 change only after a minute."""
@@ -64,7 +64,7 @@ class RunLock:
     self.lost = False
 
   def take(self) -> None:
-    """Takes the lock.
+    """Take the lock.
 
     Raises:
       UserError: another run holds it; the sentence names the process, the host, and what to do.
@@ -88,7 +88,7 @@ class RunLock:
     threading.Thread(target=self._keep, name='run lock', daemon=True).start()
 
   def _make(self, path: Path) -> bool:
-    """Whether this process could make the file, which it then holds."""
+    """Make the file, which this process then holds; False where another has made it."""
     try:
       file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
@@ -112,7 +112,7 @@ class RunLock:
     return found
 
   def _outlive(self, path: Path, first: Seen) -> None:
-    """Returns once a lock is known to be a dead process's, or gone. UserError if it lives."""
+    """Return once a lock is known to be a dead process's, or gone. UserError if it lives."""
     since, told, lock = time.monotonic(), False, first
     while lock is not None:
       holder = _holder(lock.text)
@@ -133,16 +133,16 @@ class RunLock:
         since, first = time.monotonic(), lock
 
   def _keep(self) -> None:
-    while not self._closed.wait(BEAT_SECONDS):
+    while not self._closed.wait(HEARTBEAT_SECONDS):
       self.confirm()
 
   def check(self) -> None:
-    """Makes sure that a pause has not cost the lock; costs nothing where there was none."""
+    """Make sure that a pause has not cost the lock; costs nothing where there was none."""
     if time.monotonic() - self._confirmed > LEASE_SECONDS / 2:
       self.confirm()
 
   def confirm(self) -> None:
-    """Touches the lock, or learns that another has taken it over."""
+    """Touch the lock, or learns that another has taken it over."""
     with self._turn:
       if self._closed.is_set() or self.lost:
         return
@@ -185,7 +185,7 @@ class RunLock:
     return lock is not None and self._text.startswith(lock.text)
 
   def release(self) -> None:
-    """Lets the next one in; a lock that another has taken over is left alone."""
+    """Let the next one in; a lock that another has taken over is left alone."""
     with self._turn:
       if self._path is None or self._closed.is_set():
         return
@@ -259,7 +259,7 @@ def _holder(text: bytes) -> dict[str, Any]:
 
 
 def _lives(holder: dict[str, Any], lock: Seen) -> bool | None:
-  """Whether the process of a lock is alive; None where it cannot be asked from here."""
+  """Return whether the process of a lock is alive; None where it cannot be asked from here."""
   pid, host, boot, started = (holder.get(name) for name in ('pid', 'host', 'boot', 'started'))
   if type(pid) is not int or not 0 < pid < 2**31 or not isinstance(boot, str):
     return None

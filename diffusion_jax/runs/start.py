@@ -119,7 +119,7 @@ class Start:
       self._streams.__exit__(None, None, None)
 
   def close(self) -> None:
-    """Lets the keeper and the lock go, and removes a workdir that was made for nothing."""
+    """Let the keeper and the lock go, and removes a workdir that was made for nothing."""
     if self.status is not None:
       self.status.close()
     if self.lock is not None:
@@ -130,7 +130,7 @@ class Start:
           path.rmdir()
 
   def release_at_once(self) -> None:
-    """Lets the lock go before the process leaves without ending in order; waits for no storage."""
+    """Let the lock go before the process leaves without ending in order; waits for no storage."""
     if self.lock is not None:
       thread = threading.Thread(target=self.lock.release, daemon=True)
       thread.start()
@@ -145,7 +145,7 @@ class Start:
 
 
 def _make_folder(path: Path) -> list[Path]:
-  """Makes a folder and those above it; the ones that were not there, the innermost first."""
+  """Make a folder and those above it; the ones that were not there, the innermost first."""
   missing = []
   for folder in (path, *path.parents):
     if folder.exists():

@@ -51,7 +51,7 @@ class Status:
     self._problem = ''
 
   def facts_before(self) -> dict[str, Any]:
-    """How far the start before this one came, as far as it makes sense."""
+    """Return how far the start before this one came, as far as it makes sense."""
     found = {name: self.before.get(name) for name in ('step', 'total_steps', 'seconds')}
     facts = {name: value for name, value in found.items() if _is_amount(value)}
     return {'step': 0} | facts | ({'goodput': spent} if (spent := self.goodput_before()) else {})
@@ -67,7 +67,7 @@ class Status:
     return max(0.0, time.time() - told) if _is_amount(told) else 0.0
 
   def __call__(self, state: str, *, everyone: bool = False, **values: Any) -> None:
-    """Notes the state; after a final one nothing more is written.
+    """Note the state; after a final one nothing more is written.
 
     Args:
       everyone: any process writes it, not only process 0.
@@ -135,7 +135,7 @@ class Status:
       self._keeper.stdin.flush()
 
   def close(self) -> None:
-    """Lets the keeper go. Without a final state it writes that the run was killed."""
+    """Let the keeper go. Without a final state it writes that the run was killed."""
     if self._keeper is not None:
       with contextlib.suppress(OSError):
         self._keeper.stdin.close()
@@ -145,7 +145,7 @@ class Status:
 
 
 def last_word(directory: RunDirectory) -> dict[str, Any]:
-  """What a run's status.json says; {} where there is none or it cannot be read."""
+  """Return what a run's status.json says; {} where there is none or it cannot be read."""
   try:
     return directory.read_json(NAME)
   except UserError:
@@ -153,7 +153,7 @@ def last_word(directory: RunDirectory) -> dict[str, Any]:
 
 
 def stands_still(directory: RunDirectory, seconds: float) -> bool:
-  """Whether a run is over, or has said nothing for so long.
+  """Say whether a run is over, or has said nothing for so long.
 
   One without a word, such as a copy, is known by what it has written last.
   """

@@ -1,25 +1,28 @@
-"""What a network was trained on, in a small file beside its weights, so that scores can say it.
+"""What a network or a run was trained on.
 
-What a run is trained on, in its workdir, so that other data are noticed when it goes on.
+trained_on.json lies beside weights, so that scores can say it; data.json in a workdir, so that
+other data are noticed when a run goes on.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion_jax.checkpoint.checkpoints import STEP
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import read_object, set_aside_damaged
 from diffusion_jax.formats.tensors import write_json
 from diffusion_jax.runs.directory import RunDirectory
 
-TRAINED_ON = 'trained_on.json'
+TRAINED_ON, DATA = 'trained_on.json', 'data.json'
 MADE = 'folder:'
 """What names of data sets begin with that are places: the same name may be other pictures."""
+Found = dict[str, dict[str, str]]
+"""Split -> part of it, such as captions -> its hash."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,19 +43,19 @@ class Pictures:
 
   @property
   def told(self) -> str:
-    """For people."""
+    """A few words for people."""
     after = f', beginning with {self.begun}' if self.begun else ''
     return f'{self.dataset} ({self.split} split, {self.size} px, {self.records:,} images){after}'
 
   def same(self, other: Pictures) -> bool:
-    """Whether these are the same pictures, perhaps at another size."""
+    """Say whether these are the same images, perhaps at another size."""
     if self.fingerprint and self.fingerprint == other.fingerprint:
       return True
     named = (self.dataset, self.split) == (other.dataset, other.split)
     return named and not self.dataset.startswith(MADE)
 
   def apart(self, other: Pictures) -> bool:
-    """Whether they are known to be another split of the same data set, and all that is known."""
+    """Say whether they are known to be another split of one data set, and all that is known."""
     if self.begun or self.dataset.startswith(MADE):
       return False
     return self.dataset == other.dataset and self.split != other.split
@@ -61,18 +64,17 @@ class Pictures:
 def pictures_of(
   dataset: str, split: str, size: int, records: int, fingerprint: Mapping[str, str]
 ) -> Pictures:
-  """A split, by what `data.fingerprint.fingerprint` says of its source."""
+  """Return a split, by what `data.fingerprint.fingerprint` says of its source."""
   return Pictures(dataset, split, size, records, fingerprint.get('pictures', ''))
 
 
 def write_trained_on(directory: Path, pictures: Pictures) -> None:
-  """Writes the file into the directory of a network or model."""
+  """Write the file into the directory of a network or model."""
   write_json(directory / TRAINED_ON, dataclasses.asdict(pictures))
 
 
 def read_trained_on(directory: Path) -> Pictures | None:
-  """What the network in a directory was trained on; None where nothing, or nothing sound, says it.
-  """
+  """Return what the network in a directory was trained on; None where nothing sound says it."""
   file = directory / TRAINED_ON
   if not file.is_file():
     return None
@@ -91,14 +93,8 @@ def _sound(known: Mapping[str, Any], fields: Mapping[str, str]) -> bool:
   return whole and all(type(value) is kinds[fields[name]] for name, value in known.items())
 
 
-DATA = 'data.json'
-
-Found = dict[str, dict[str, str]]
-"""Split -> part of it, such as captions -> its hash."""
-
-
 def check_data(directory: RunDirectory, found: Found) -> None:
-  """UserError where a run that has saved was trained on other data than these."""
+  """Raise UserError where a run that has saved was trained on other data than these."""
   if (other := other_data(directory, found)) and _has_saved(directory):
     raise UserError(
       f'{other} are not those that {directory.path} was trained on; restore them, or begin another '
@@ -107,7 +103,7 @@ def check_data(directory: RunDirectory, found: Found) -> None:
 
 
 def other_data(directory: RunDirectory, found: Found) -> str:
-  """What of the data has changed since a run was begun, such as 'the captions of the test split'.
+  """Return what of the data has changed since a run began, such as 'the captions of the test data'.
 
   '' where nothing has, as far as is known.
   """
@@ -128,7 +124,7 @@ def other_data(directory: RunDirectory, found: Found) -> str:
 
 
 def write_data(directory: RunDirectory, found: Found) -> None:
-  """Keeps what a run is trained on.
+  """Keep what a run is trained on.
 
   Raises:
     OSError: it is not known yet, and cannot be written.
@@ -145,4 +141,6 @@ def write_data(directory: RunDirectory, found: Found) -> None:
 
 def _has_saved(directory: RunDirectory) -> bool:
   folder = directory.checkpoints
-  return folder.is_dir() and any(STEP.fullmatch(path.name) for path in folder.iterdir())
+  return folder.is_dir() and any(
+    re.fullmatch('[0-9]+', path.name) for path in folder.iterdir()
+  )

@@ -1,12 +1,13 @@
 """Traces of a few steps, chosen beforehand or asked for by a signal while a run goes on."""
 
-import contextlib
 import signal
 import sys
 import threading
 from pathlib import Path
 
 import jax
+
+from diffusion_jax.files import first_line
 
 
 class ProfilerWindow:
@@ -28,7 +29,7 @@ class ProfilerWindow:
     on_signal: signal.Signals | None = signal.SIGUSR1,
   ):
     self._directory, self._first_step, self._steps = Path(directory), first_step, steps
-    self._asked = False
+    self._asked = self._unwritten = False
     self._end: int | None = None
     self._signal = on_signal if threading.current_thread() is threading.main_thread() else None
     if self._signal is not None:
@@ -38,7 +39,7 @@ class ProfilerWindow:
     self._asked = True
 
   def before(self, step: int) -> None:
-    """To be called before each step, with the number of steps done."""
+    """Open or end a window; to be called before each step, with the number of steps done."""
     if self._end is not None and step >= self._end:
       self._stop()
     if self._end is None and (self._asked or step == self._first_step > 0):
@@ -46,7 +47,7 @@ class ProfilerWindow:
       self._start(step)
 
   def close(self) -> None:
-    """Ends a window that is open, and listens no more."""
+    """End a window that is open, and listen no more."""
     if self._end is not None:
       self._stop()
     if self._signal is not None:
@@ -59,9 +60,12 @@ class ProfilerWindow:
       folder = folder / f'process_{jax.process_index()}'
     try:
       _wait_for_devices()
+      if self._unwritten:  # JAX starts no other before it has ended the last; its content is gone.
+        jax.profiler.stop_trace()
+        self._unwritten = False
       jax.profiler.start_trace(str(folder))
     except Exception as error:  # Another trace, a full disk, a driver: no reason to stop training.
-      _say(f'no trace from step {step} on ({_reason(error)})')
+      _say(f'no trace from step {step} on ({first_line(error)})')
       return
     self._end = step + self._steps
     _say(f'tracing {self._steps} steps from step {step} on into {folder}')
@@ -72,30 +76,17 @@ class ProfilerWindow:
       _wait_for_devices()
       jax.profiler.stop_trace()
     except Exception as error:
-      _say(f'the trace could not be written ({_reason(error)})')
-      _forget()
+      _say(f'the trace could not be written ({first_line(error)})')
+      self._unwritten = True
 
 
 def _wait_for_devices() -> None:
-  """Until each device has done what it was given, so that a trace holds whole steps and no others.
+  """Wait until each device has done what it was given, so that a trace holds complete steps alone.
 
   A device takes work in order, so that something small that comes last is done last.
   """
   last = [jax.device_put(0.0, device) + 1 for device in jax.local_devices()]
   jax.block_until_ready(last)
-
-
-def _forget() -> None:
-  """Lets a next trace start, which JAX would refuse for ever after one that was not written."""
-  # There is no public way: stop_trace clears its state last.
-  with contextlib.suppress(ImportError, AttributeError):
-    from jax._src.profiler import _profile_state
-
-    _profile_state.reset()
-
-
-def _reason(error: Exception) -> str:
-  return ' '.join(str(error).split())[:200] or type(error).__name__
 
 
 def _say(text: str) -> None:

@@ -53,7 +53,7 @@ class SampleCount:
     return samples if fits and self._settings.items() <= known.items() else 0
 
   def took(self, samples: int) -> str:
-    """Tells of how many samples an evaluation was; what is to be said of that, or ''."""
+    """Tell of how many samples an evaluation was; what is to be said of that, or ''."""
     if samples >= self.wanted and self._chosen:
       return ''
     if self._chosen:

@@ -1,9 +1,4 @@
-"""What of a run goes into a checkpoint, and back.
-
-Saves what there is before an error ends a run.
-
-The end of a run waits until its last checkpoint and its model are on disk.
-"""
+"""Checkpoints of a run: while it trains, before an error ends it, and at its end."""
 
 import json
 import math
@@ -25,6 +20,12 @@ from diffusion_jax.train.health import Safety
 from diffusion_jax.train.state import TrainState
 from diffusion_jax.train.tasks.task import Metrics
 from diffusion_jax.train.training import Training
+
+MEET_SECONDS = 30.0
+"""For all processes to come before a rescue: those that wait within a step for the one that failed
+never do."""
+TRIES = 3
+"""Of the last writes, where what is wrong will not pass by itself."""
 
 
 class Restored(NamedTuple):
@@ -52,7 +53,7 @@ class Saver:
     )
 
   def restore(self, abstract: TrainState) -> Restored | None:
-    """The newest state that is whole, with the loader set to what comes after it.
+    """Return the newest intact state, and set the loader to what comes after it.
 
     Raises:
       UserError: there are checkpoints, but all are damaged, or they are of another model.
@@ -81,7 +82,7 @@ class Saver:
   def save(
     self, step: int, state: TrainState, totals: Metrics, goodput: dict[str, float]
   ) -> None:
-    """Starts to save a step that is not saved yet."""
+    """Start to save a step that is not saved yet."""
     extra: dict[str, Any] = {
       'loader': self._loader.get_state(),
       'totals': {
@@ -92,11 +93,11 @@ class Saver:
     self._checkpoints.save(step, _as_parts(state), extra)
 
   def rewind(self, data: dict[str, Any]) -> None:
-    """Sets the loader back to what it said of itself."""
+    """Set the loader back to what it said of itself."""
     self._loader.set_state(data)
 
   def scores(self, step: int, values: dict[str, float]) -> None:
-    """Tells how a step was scored, which decides what is kept."""
+    """Tell how a step was scored, which decides what is kept."""
     self._checkpoints.scores(step, values)
 
   @property
@@ -110,7 +111,7 @@ class Saver:
     return self._checkpoints.latest()
 
   def retry_is_due(self, step: int) -> bool:
-    """Whether a save has failed and it is time to try again; the same on every process."""
+    """Say whether a save has failed and it is time to try again; the same on every process."""
     if jax.process_count() == 1:  # Several would not notice at the same step.
       self._checkpoints.poll()
     if not self._checkpoints.error or step % self._ask_every:
@@ -119,11 +120,11 @@ class Saver:
     return agree('retry', str(self._checkpoints.should_retry()))[0] == 'True'
 
   def wait(self) -> None:
-    """Blocks until what can be written is on disk."""
+    """Block until what can be written is on disk."""
     self._checkpoints.wait()
 
   def close(self) -> None:
-    """Waits, then frees threads."""
+    """Wait, then frees threads."""
     self._checkpoints.close()
 
 
@@ -134,19 +135,15 @@ def _as_parts(state: TrainState) -> dict[str, Any]:
   }
 
 
-MEET_SECONDS = 30.0
-"""For all processes to come: those that wait within a step for the one that failed never do."""
-
-
 def rescue(
   saver: Saver, state: TrainState, totals: Metrics, goodput: dict[str, float], most_skipped: int,
   data: dict[str, Any] | None,
 ) -> str:
-  """Saves the state if it is whole and sound; a few words on what became of it. Never raises.
+  """Save the state if it is complete and finite; return a few words on that. Never raises.
 
   Args:
     most_skipped: steps in a row that are skipped before a run counts as diverged.
-    data: where the loader stood before a batch that has been drawn in vain, None for none.
+    data: where the loader stood before a batch that was read in vain, None for none.
   """
   try:
     if jax.process_count() > 1:
@@ -179,14 +176,11 @@ def _finite(state: TrainState) -> bool:
   ))
 
 
-TRIES = 3
-
-
 def wait_for_room(
   safety: Safety, saver: Saver, *, save: Callable[[], None], export: Callable[[], None],
   say: Callable[[str], None],
 ) -> str:
-  """Returns '' once both are written, or what is missing when the time for that is up.
+  """Wait until the last checkpoint and the model are on disk; return what is missing, or ''.
 
   What more room would not mend, such as a file where a folder should be, is tried `TRIES` times.
   All processes must call it together. Each try is said.
@@ -224,7 +218,7 @@ def wait_for_room(
 
 
 def _tried(export: Callable[[], None]) -> str:
-  """What keeps the model from being written, '' once it is."""
+  """Return what keeps the model from being written, '' once it is."""
   try:
     export()
   except Exception as error:

@@ -18,7 +18,7 @@ def tell(text: str) -> None:
 
 def main(folder: str, host: str, boot: str, lease: str) -> None:
   run_lock.LEASE_SECONDS = float(lease)
-  run_lock.BEAT_SECONDS = float(lease) / 10
+  run_lock.HEARTBEAT_SECONDS = float(lease) / 10
   if host != '-':
     socket.gethostname = lambda: host
   if boot != '-':

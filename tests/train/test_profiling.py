@@ -19,13 +19,14 @@ def _traced(folder):
   return sorted({int(number) for number in re.findall(rb'mark_(\d+)_', file.read_bytes())})
 
 
-def _train(window, steps):
+def _train(window, steps, actions=None):
   step = jax.jit(lambda x: x + 1)
   x = jnp.zeros(())
   for number in range(steps):
     window.before(number)
     with jax.profiler.TraceAnnotation(f'mark_{number}_'):
       x = step(x)
+    (actions or {}).get(number, lambda: None)()
   window.close()
   return float(x)
 
@@ -62,12 +63,16 @@ def test_a_trace_that_cannot_be_started_stops_nothing(tmp_path, capfd):
 
 
 def test_a_trace_that_cannot_be_written_stops_nothing_and_the_next_one_works(tmp_path, capfd):
-  (tmp_path / 'step_1').write_text('a file where the folder belongs')
-  window = ProfilerWindow(tmp_path, 1, 2)
-  assert _train(window, 5) == 5
-  assert 'profiler: ' in capfd.readouterr().err
-  assert _train(ProfilerWindow(tmp_path / 'good', 1, 2), 5) == 5
-  assert _traced(tmp_path / 'good' / 'step_1') == [1, 2]
+  blocked = tmp_path / 'step_1'
+  blocked.write_text('a file where the folder belongs')
+
+  def again():
+    assert 'profiler: the trace could not be written (' in capfd.readouterr().err
+    blocked.unlink()
+    signal.raise_signal(signal.SIGUSR1)
+
+  assert _train(ProfilerWindow(tmp_path, 1, 2), 8, {4: again}) == 8
+  assert _traced(tmp_path / 'step_5') == [5, 6]
 
 
 SCRIPT = """
