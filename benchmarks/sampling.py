@@ -14,7 +14,7 @@ from diffusion_jax.diffusion.samplers import sampler
 from diffusion_jax.errors import UserError
 from diffusion_jax.parallel.mesh import in_batches
 from diffusion_jax.pipelines.model import Diffusion, SampleConfig
-from diffusion_jax.recipe import LATENT
+from diffusion_jax.registry import TASKS, load
 from diffusion_jax.train.training import Training
 from diffusion_jax.types import Weights
 
@@ -22,7 +22,7 @@ from diffusion_jax.types import Weights
 def check(config: dict[str, Any], what: str) -> None:
   """Raise UserError for a config of a model that does not sample from prompts alone."""
   settings = config['settings']
-  if config['task'] not in LATENT:
+  if not load(TASKS, config['task']).draws:
     raise UserError(
       f'{what} is of models that sample from prompts, and this config trains {config["task"]}; '
       'use train or data.'

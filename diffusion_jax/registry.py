@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.metadata
 import os
+from collections.abc import Collection
 from typing import Any
 
 from diffusion_jax.errors import UserError
@@ -92,8 +93,16 @@ METRICS: Table = {}
 EVALUATORS: Table = {}
 """What scores a model, while it is trained and after."""
 
-OPTIMIZERS: Table = {}
-"""Functions of an `OptimizerConfig`, see `train.optimizer`."""
+OPTIMIZERS: Table = {
+  'adamw': 'diffusion_jax.train.optimizer:adamw',
+  'adam': 'diffusion_jax.train.optimizer:adam',
+  'sgd': 'diffusion_jax.train.optimizer:sgd',
+  'lion': 'diffusion_jax.train.optimizer:lion',
+  'lamb': 'diffusion_jax.train.optimizer:lamb',
+  'adafactor': 'diffusion_jax.train.optimizer:adafactor',
+}
+"""Functions (OptimizerConfig, schedule of the learning rate, mask of what decays) -> optax
+transformation."""
 
 _TABLES = {
   'task': TASKS, 'network': NETWORKS, 'space': SPACES, 'conditioner': CONDITIONERS,
@@ -119,12 +128,13 @@ def load(table: Table, name: str, where: str = '') -> Any:
   return getattr(importlib.import_module(module), attribute)
 
 
-def check(table: Table, name: str, where: str = '') -> str:
+def check(table: Collection[str], name: str, where: str = '') -> str:
   """Return the name; UserError, with the nearest known one, where no row has it."""
-  if name not in table:
-    import_plugins()
-  if name in table:
-    return name
+  if isinstance(name, str):
+    if name not in table:
+      import_plugins()
+    if name in table:
+      return name
   close = difflib.get_close_matches(str(name), table, n=1)
   known = f'choose one of {", ".join(table)}'
   hint = f'did you mean {close[0]}? If not, {known}.' if close else f'{known}.'

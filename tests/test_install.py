@@ -21,7 +21,8 @@ def get_config():
 """
 READ = """
 import sys
-from diffusion_jax.recipe import load_config, parse, recipes
+from diffusion_jax.config import parse
+from diffusion_jax.recipe import load_config, recipes
 print(len([parse(load_config(name)) for name in recipes()]), 'recipes')
 print(load_config(sys.argv[1]).loop.batch_size)
 """

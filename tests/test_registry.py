@@ -42,10 +42,10 @@ def test_a_module_named_by_the_environment_registers_before_a_name_is_refused(
   monkeypatch.setenv(registry.PLUGINS, 'my_parts')
   monkeypatch.setitem(registry.TRANSFORMS, 'mirror', '')
   del registry.TRANSFORMS['mirror']
-  registry._plugins.cache_clear()
+  registry.import_plugins.cache_clear()
   assert registry.load(registry.TRANSFORMS, 'mirror').__name__ == 'Mirror'
   monkeypatch.setenv(registry.PLUGINS, 'not_there')
-  registry._plugins.cache_clear()
+  registry.import_plugins.cache_clear()
   with pytest.raises(UserError, match='names not_there, which cannot be imported'):
     registry.load(registry.TRANSFORMS, 'other')
-  registry._plugins.cache_clear()
+  registry.import_plugins.cache_clear()

@@ -11,8 +11,7 @@ def finetune_base(architecture: str, size: int) -> ConfigDict:
   config = base('finetune')
   with config.unlocked():
     config.data.update({
-      'dataset': 'folder:data/pictures', 'size': size, 'caption': '',
-      'caption_column': '',
+      'dataset': 'folder:data/pictures', 'size': size,
       'transforms': (
         ('random_flip', {}), ('choose_caption', {}), ('tokenize', {}), ('normalize', {}),
       ),
@@ -24,7 +23,6 @@ def finetune_base(architecture: str, size: int) -> ConfigDict:
       'evaluation': {'features': (), 'metrics': ('fd', 'kid', 'clip_score', 'retrieval')},
       'preview_captions': PROMPTS, 'export_dtype': 'float16',
     })
-  config.optimizer.update({'schedule': 'constant', 'warmup_steps': 0, 'b2': 0.999})
   config.loop.update({
     'batch_size': 4, 'checkpoint_every_steps': 500, 'sample_every_steps': 500,
     'evaluate_samples': 0,

@@ -23,7 +23,10 @@ def get_config() -> ConfigDict:
       'adversarial_weight': 0.0,
       'export_dtype': 'float16',
     })
-  config.optimizer.update({'learning_rate': 1e-3, 'warmup_steps': 100, 'weight_decay': 1e-4})
+  config.optimizer.update({
+    'learning_rate': 1e-3, 'schedule': 'cosine', 'warmup_steps': 100, 'b2': 0.99,
+    'weight_decay': 1e-4,
+  })
   config.loop.update({
     'total_steps': 1400, 'batch_size': 8, 'ema_halflife_images': 1000.0,
     'checkpoint_every_steps': 300, 'sample_every_steps': 500, 'evaluate_samples': 379,

@@ -21,9 +21,10 @@ def get_config() -> ConfigDict:
       'label_smoothing': 0.05,
       'export_dtype': 'float16',
     })
-  config.optimizer.update(
-    {'learning_rate': 2e-3, 'warmup_steps': 50, 'b2': 0.98, 'weight_decay': 0.1}
-  )
+  config.optimizer.update({
+    'learning_rate': 2e-3, 'schedule': 'cosine', 'warmup_steps': 50, 'b2': 0.98,
+    'weight_decay': 0.1,
+  })
   config.loop.update({
     'total_steps': 400, 'batch_size': 64, 'ema_halflife_images': 4_000.0,
     'checkpoint_every_steps': 200, 'sample_every_steps': 200, 'evaluate_every_steps': 100,

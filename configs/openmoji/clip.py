@@ -30,9 +30,10 @@ def get_config() -> ConfigDict:
       'label_smoothing': 0.05,
       'export_dtype': 'float16',
     })
-  config.optimizer.update(
-    {'learning_rate': 1e-3, 'warmup_steps': 100, 'b2': 0.98, 'weight_decay': 0.1}
-  )
+  config.optimizer.update({
+    'learning_rate': 1e-3, 'schedule': 'cosine', 'warmup_steps': 100, 'b2': 0.98,
+    'weight_decay': 0.1,
+  })
   config.loop.update({
     'total_steps': 450, 'batch_size': 128, 'ema_halflife_images': 10_000.0,
     'checkpoint_every_steps': 150, 'sample_every_steps': 225, 'evaluate_every_steps': 150,

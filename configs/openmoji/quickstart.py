@@ -33,7 +33,10 @@ def get_config() -> ConfigDict:
       'evaluation': {'features': (), 'metrics': ('fd', 'kid', 'clip_score', 'retrieval')},
       'preview_captions': CAPTIONS,
     })
-  config.optimizer.update({'learning_rate': 1.5e-3, 'warmup_steps': 60, 'weight_decay': 0.01})
+  config.optimizer.update({
+    'learning_rate': 1.5e-3, 'schedule': 'cosine', 'warmup_steps': 60, 'b2': 0.99,
+    'weight_decay': 0.01,
+  })
   config.loop.update({
     'total_steps': 800, 'batch_size': 32, 'ema_halflife_images': 2000.0,
     'checkpoint_every_steps': 400, 'sample_every_steps': 400, 'evaluate_samples': 128,

@@ -15,7 +15,9 @@ def get_config() -> ConfigDict:
       'sample': {'sampler': 'ddpm', 'steps': 100},
     })
   config.data.update({'dataset': 'moons', 'size': 64})
-  config.optimizer.update({'learning_rate': 2e-3, 'warmup_steps': 50})
+  config.optimizer.update(
+    {'learning_rate': 2e-3, 'schedule': 'cosine', 'warmup_steps': 50, 'b2': 0.99}
+  )
   config.loop.update({
     'total_steps': 1000, 'batch_size': 8, 'ema_halflife_images': 800.0, 'log_every_steps': 100,
     'checkpoint_every_steps': 1000, 'sample_every_steps': 0, 'evaluate_samples': 1024,

@@ -104,8 +104,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace, out: Path, shown: dict) -> dict | None:
+  from diffusion_jax.run import load_evaluator
   from diffusion_jax.runs.directory import RunDirectory
-  from diffusion_jax.trained import load_evaluator
 
   config = RunDirectory(args.workdir).read_json('config.json') if args.workdir else None
   task = config['task'] if config else 'diffusion'

@@ -106,7 +106,7 @@ def _open(args: argparse.Namespace) -> tuple:
   from diffusion_jax.models.autoencoder import AutoencoderKL
   from diffusion_jax.models.network import Network, under
   from diffusion_jax.parallel.mesh import to_host
-  from diffusion_jax.trained import TrainedRun
+  from diffusion_jax.run import TrainedRun
 
   half_life = args.ema_halflife_images
   if args.workdir:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
   from diffusion_jax.evaluation.comparison import Column
   from diffusion_jax.evaluation.images import Split
   from diffusion_jax.pipelines.model import SampleConfig
-  from diffusion_jax.trained import TrainedRun
+  from diffusion_jax.run import TrainedRun
   from diffusion_jax.types import Weights
 
 SAMPLES = 256
@@ -138,7 +138,7 @@ class Subject:
   @property
   def trained_on(self) -> list[str]:
     """What the model was trained on, seen from the test images."""
-    from diffusion_jax.build import told_of_begin
+    from diffusion_jax.build import provenance_of_start
     from diffusion_jax.data.splits import measured_on
     from diffusion_jax.evaluation.report import TESTED, of_model
 
@@ -146,7 +146,7 @@ class Subject:
     if self.run is None:
       return [of_model(self.name, self.name, {TESTED: test})]
     own = [] if self.args.captions else [measured_on(self.test).told]
-    return [*own, *told_of_begin(self.run.config, test)]
+    return [*own, *provenance_of_start(self.run.config, self.run.task, test)]
 
   def weights(self, ema_halflife_images: float | None = None) -> Callable[[], Weights]:
     """On the mesh, read when first called for; of a run, perhaps with an average of another length.

@@ -5,7 +5,7 @@ import dataclasses
 import math
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.seeds import check_seed
+from diffusion_jax.limits import check_seed
 
 DEFAULT_MODEL = 'asset:text-to-image-openmoji-64'
 OF_SAMPLER = ('options', 'drop_last', 'fractional', 'set_alpha_to_one', 'places', 'timesteps',
@@ -103,7 +103,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_run(args: argparse.Namespace):
   """(the run of --workdir, sample settings with the arguments applied)."""
-  from diffusion_jax.trained import TrainedRun
+  from diffusion_jax.run import TrainedRun
 
   check_numbers(args)
   run = TrainedRun(args.workdir)

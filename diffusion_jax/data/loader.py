@@ -17,7 +17,7 @@ import numpy as np
 from diffusion_jax.data.transforms import apply
 from diffusion_jax.data.unreadable import stand_in
 from diffusion_jax.errors import Unreadable, UserError
-from diffusion_jax.seeds import check_seed
+from diffusion_jax.limits import check_seed
 
 
 class Source(Protocol):

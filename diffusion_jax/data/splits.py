@@ -19,10 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_jax.data.finding import key_of
-from diffusion_jax.errors import UserError
 
-TEST_FRACTION = 0.1
-"""Share of the pictures that is for the test, where nothing else is said."""
 FEWEST = 20
 """Pictures of which some are left to the test; fewer are all trained on."""
 _ENDS = 2**15
@@ -53,14 +50,6 @@ class Parts(NamedTuple):
 def measured_on(test: Sequence) -> Measured:
   """What a test split says of itself; that of a prepared data set is apart from the other."""
   return getattr(test, 'measured', APART)
-
-
-def check_fraction(fraction: float) -> None:
-  """UserError for what is no share of the pictures."""
-  if not 0 <= fraction < 1:
-    raise UserError(
-      f'data.test_fraction is {fraction}; give a share from 0, which trains on all, to below 1.'
-    )
 
 
 def by_content(files: Sequence[Path], fraction: float, labels: Sequence[str] = ()) -> Parts:

@@ -11,8 +11,6 @@ import numpy as np
 from diffusion_jax.errors import Unreadable, UserError
 from diffusion_jax.parallel.processes import post, posted
 
-MOST_UNREADABLE = 0.5
-"""Share of the records that may be unreadable, where nothing else is said."""
 _MOST_TRIES, _POSTED = 1000, 'unreadable'
 
 

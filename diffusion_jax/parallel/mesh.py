@@ -3,7 +3,6 @@
 Parameters, their copies and batches are placed as the table in `parallel.layout` says.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -12,33 +11,13 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from diffusion_jax.config import MeshConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.parallel.layout import AXES, BATCH, batch_spec, parameter_spec
 from diffusion_jax.parallel.processes import heartbeat
 from diffusion_jax.types import Params
 
 DCN_AXES = ('data', 'fsdp')
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-  """Sizes of the mesh axes within a slice, whose devices share a fast network (ICI, NVLink).
-
-  data: replicas. fsdp: parameters and batch are both split. tensor: heads and inner channels are
-  split. spatial: rows of images are split, for images too large for one device; not together with
-  tensor. One of the four may be -1: all devices of the slice that are left.
-
-  dcn_data, dcn_fsdp: sizes of the same axes over slices, which a slower network (DCN) joins; one
-  may be -1: all slices that are left. There are none for tensor and spatial: those talk within
-  every layer, data once in a step and fsdp once for the parameters of a layer.
-  """
-
-  data: int = -1
-  fsdp: int = 1
-  tensor: int = 1
-  spatial: int = 1
-  dcn_data: int = -1
-  dcn_fsdp: int = 1
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:

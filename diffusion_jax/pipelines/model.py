@@ -17,6 +17,7 @@ from diffusion_jax.diffusion.noise import NoiseSchedule, Schedule
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.diffusion.samplers import initial_noise, sampler
 from diffusion_jax.errors import UserError
+from diffusion_jax.limits import check_seed
 from diffusion_jax.models.autoencoder import decode_sliced, decode_tiled
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.unet import UNet, UNetConfig
@@ -25,7 +26,6 @@ from diffusion_jax.pipelines.conditioners import ImageEncoder, TextEncoders
 from diffusion_jax.pipelines.conditions import Inputs, check_edited, prepared
 from diffusion_jax.pipelines.sampling import Numbers, Program, SampleConfig
 from diffusion_jax.pixels import to_uint8
-from diffusion_jax.seeds import check_seed
 from diffusion_jax.types import Condition, Images, Latents, Params, Tokens, Weights
 
 __all__ = ['Diffusion', 'SampleConfig', 'Weights', 'fold', 'unfold']

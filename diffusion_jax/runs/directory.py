@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diffusion_jax.config import flatten
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import atomic_write, read_object, reading
 
@@ -95,17 +96,6 @@ class RunDirectory:
 def normalise(config: dict[str, Any]) -> dict[str, Any]:
   """As JSON would give it back: tuples become lists."""
   return json.loads(json.dumps(config))
-
-
-def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Nested dictionaries -> one dictionary with dotted keys."""
-  flat = {}
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      flat |= flatten(value, f'{prefix}{key}.')
-    else:
-      flat[f'{prefix}{key}'] = value
-  return flat
 
 
 def versions() -> dict[str, Any]:

@@ -5,38 +5,17 @@ touches parameters, optimizer or average, and once too many came in a row no ste
 that the state is the same however late the host looks.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.config import GuardConfig
 
 DECAY = 0.98
 """Of the running mean and variance of the loss, so that they look back over some 50 steps."""
 SETTLED = 50
 """Steps before a spike can be told from the start of training."""
-
-
-@dataclasses.dataclass(frozen=True)
-class GuardConfig:
-  """max_skipped_in_a_row: after so many the run stops. spike_deviations: a step whose loss lies so
-  many standard deviations above its running mean is skipped, too; 0 for no such check.
-  """
-
-  max_skipped_in_a_row: int = 10
-  spike_deviations: float = 0.0
-
-  def __post_init__(self):
-    if self.max_skipped_in_a_row < 1:
-      raise UserError(
-        f'safety.max_skipped_in_a_row is {self.max_skipped_in_a_row}; it must be at least 1.'
-      )
-    if self.spike_deviations < 0:
-      raise UserError(
-        f'safety.spike_deviations is {self.spike_deviations}; give 0 for none, or such as 6.'
-      )
 
 
 class Guard(NamedTuple):

@@ -18,11 +18,11 @@ from typing import IO, Any, TypeVar
 import jax
 from jax import monitoring
 
+from diffusion_jax.config import SafetyConfig
 from diffusion_jax.errors import Diverged, UserError
 from diffusion_jax.files import first_line
 from diffusion_jax.parallel.processes import Peers, listening
 from diffusion_jax.runs.start import Start
-from diffusion_jax.train.config import SafetyConfig
 
 T = TypeVar('T')
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from diffusion_jax.config import LoopConfig
 from diffusion_jax.evaluation.evaluator import (
   EVALUATE,
   SAMPLE,
@@ -24,7 +25,6 @@ from diffusion_jax.runs.directory import command_line, versions
 from diffusion_jax.runs.metrics import MetricsWriter
 from diffusion_jax.runs.trained_on import write_trained_on
 from diffusion_jax.train.card import model_card
-from diffusion_jax.train.config import LoopConfig
 from diffusion_jax.train.health import SideWork
 from diffusion_jax.train.sample_count import NAME as SAMPLE_COUNT
 from diffusion_jax.train.sample_count import SampleCount

@@ -1,50 +1,23 @@
-"""AdamW with warm-up, decay, clipping, a weight-decay mask and learning-rate groups by name."""
+"""Optimizers by name, with warm-up, decay, clipping, a weight-decay mask and groups by name."""
 
-import dataclasses
 import re
 
+import jax
+import jax.numpy as jnp
 import optax
 
-from diffusion_jax.backend.cpu import adamw
+from diffusion_jax.backend import cpu
+from diffusion_jax.config import OptimizerConfig
 from diffusion_jax.errors import UserError
+from diffusion_jax.registry import OPTIMIZERS, load
 from diffusion_jax.types import Params
 
-SCHEDULES = ('constant', 'linear', 'cosine')
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-  """AdamW (Loshchilov & Hutter 2019).
-
-  learning_rate: peak. schedule: constant, linear or cosine, from the end of the warm-up to the last
-  step, ending at final_fraction of the peak. clip_norm: largest global gradient norm, 0 for none.
-  groups: (regular expression over parameter names, factor on the learning rate); the first that
-  matches counts, factor 0 freezes, no match means 1.
-  """
-
-  learning_rate: float = 1e-4
-  schedule: str = 'constant'
-  warmup_steps: int = 0
-  final_fraction: float = 0.0
-  b1: float = 0.9
-  b2: float = 0.999
-  eps: float = 1e-8
-  weight_decay: float = 0.01
-  clip_norm: float = 1.0
-  groups: tuple = ()
-
-  def __post_init__(self):
-    if self.schedule not in SCHEDULES:
-      raise UserError(
-        f'optimizer.schedule is {self.schedule!r}; choose one of {", ".join(SCHEDULES)}.'
-      )
-    for group in self.groups:
-      if len(group) != 2 or not isinstance(group[0], str) or not isinstance(group[1], (int, float)):
-        raise UserError(f'optimizer.groups has {group!r}; each must be (pattern, factor).')
+Mask = dict[str, bool]
+"""Which parameters decay."""
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-  """Learning rate of update n = 0, 1, ...: rises over the warm-up, then follows the schedule."""
+  """Return the learning rate of update n = 0, 1, ...: a warm-up, then the schedule."""
   peak, floor = config.learning_rate, config.learning_rate * config.final_fraction
   after = max(total_steps - config.warmup_steps, 1)
   decay = {
@@ -59,8 +32,8 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
   return optax.join_schedules([rise, decay], [config.warmup_steps])
 
 
-def decay_mask(params: Params) -> dict[str, bool]:
-  """True for matrices and convolutions; norms, biases, single vectors and scales are spared.
+def decay_mask(params: Params) -> Mask:
+  """Return True for matrices and convolutions; norms, biases, single vectors and scales are spared.
 
   So are tables of positions, which are not learned.
   """
@@ -68,7 +41,7 @@ def decay_mask(params: Params) -> dict[str, bool]:
 
 
 def group_factors(params: Params, groups: tuple) -> dict[str, float]:
-  """Factor on the learning rate of every parameter.
+  """Return the factor on the learning rate of every parameter.
 
   Raises:
     UserError: when a pattern matches no parameter, as it then does nothing.
@@ -84,23 +57,106 @@ def group_factors(params: Params, groups: tuple) -> dict[str, float]:
   return factors
 
 
-def make_optimizer(
-  config: OptimizerConfig, params: Params, total_steps: int
-) -> optax.GradientTransformationExtraArgs:
-  """Clip, Adam, decoupled weight decay, group factors, learning rate, in this order.
+Transformation = optax.GradientTransformationExtraArgs
 
-  Clipping takes one global norm over the groups that are trained.
-  """
-  mask = decay_mask(params)
-  return adamw(
-    learning_rate_schedule(config, total_steps), config.b1, config.b2, config.eps,
-    clip_norm=config.clip_norm, factors=group_factors(params, config.groups),
-    decays={name: config.weight_decay * decayed for name, decayed in mask.items()},
+
+def adamw(config: OptimizerConfig, schedule: optax.Schedule, mask: Mask) -> Transformation:
+  """AdamW (Loshchilov & Hutter 2019, algorithm 2). Its state is that of the one-pass AdamW."""
+  adam = optax.scale_by_adam(config.b1, config.b2, config.eps, **config.options)
+
+  def update(grads: Params, state, params: Params, **_):
+    rate = schedule(state.count)
+    updates, state = adam.update(grads, state, params)
+    decay = lambda name: config.weight_decay * mask[name] * params[name]
+    return {name: -rate * (u + decay(name)) for name, u in updates.items()}, state
+
+  return Transformation(adam.init, update)
+
+
+def adam(config: OptimizerConfig, schedule: optax.Schedule, mask: Mask) -> Transformation:
+  """Adam (Kingma & Ba 2015); weight_decay is a penalty within the gradient."""
+  made = optax.adam(schedule, config.b1, config.b2, config.eps, **config.options)
+  return optax.chain(optax.add_decayed_weights(config.weight_decay, mask), made)
+
+
+def sgd(config: OptimizerConfig, schedule: optax.Schedule, mask: Mask) -> Transformation:
+  """Gradient descent; options momentum and nesterov. weight_decay is within the gradient."""
+  made = optax.sgd(schedule, **config.options)
+  return optax.chain(optax.add_decayed_weights(config.weight_decay, mask), made)
+
+
+def lion(config: OptimizerConfig, schedule: optax.Schedule, mask: Mask) -> Transformation:
+  """Lion (Chen et al. 2023)."""
+  return optax.lion(
+    schedule, config.b1, config.b2, weight_decay=config.weight_decay, mask=mask, **config.options
   )
 
 
+def lamb(config: OptimizerConfig, schedule: optax.Schedule, mask: Mask) -> Transformation:
+  """LAMB (You et al. 2020)."""
+  return optax.lamb(
+    schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=mask,
+    **config.options,
+  )
+
+
+def adafactor(config: OptimizerConfig, schedule: optax.Schedule, mask: Mask) -> Transformation:
+  """Adafactor (Shazeer & Stern 2018); here, too, weight_decay is times the learning rate."""
+  made = optax.adafactor(schedule, **config.options)
+  decay = optax.add_decayed_weights(lambda n: -config.weight_decay * schedule(n), mask)
+  return optax.chain(made, decay)
+
+
+FUSED = {('adamw', 'cpu'): cpu.adamw}
+"""Optimizers that a platform has in one pass, with clipping and factors."""
+
+
+def make_optimizer(
+  config: OptimizerConfig, params: Params, total_steps: int, platform: str = ''
+) -> Transformation:
+  """Return the optimizer of the config: clip, update, group factors, in this order.
+
+  update(gradients, state, parameters, use=True, norm=None): where `use` is False, a scalar, updates
+  are zero and the state stays as it is, whatever the gradients hold. norm: of all gradients, where
+  it is known. Clipping takes one global norm over the groups that are trained.
+
+  Args:
+    platform: of the mesh, such as 'cpu'.
+
+  Raises:
+    UserError: unknown name, or a group that matches no parameter.
+  """
+  schedule, mask = learning_rate_schedule(config, total_steps), decay_mask(params)
+  factors = group_factors(params, config.groups)
+  if (fused := FUSED.get((config.name, platform))) and not config.options:
+    return fused(
+      schedule, config.b1, config.b2, config.eps, clip_norm=config.clip_norm, factors=factors,
+      decays={name: config.weight_decay * decayed for name, decayed in mask.items()},
+    )
+  made = load(OPTIMIZERS, config.name, 'optimizer.name')(config, schedule, mask)
+  return _guarded(optax.with_extra_args_support(made), config.clip_norm, factors)
+
+
+def _guarded(made: Transformation, clip_norm: float, factors: dict[str, float]) -> Transformation:
+  """The optimizer with clipping, factors, and a switch that leaves everything as it is."""
+  trained = [name for name, factor in factors.items() if factor]
+
+  def update(grads: Params, state, params: Params, *, use=True, norm=None, **_):
+    if norm is None or len(trained) < len(grads):
+      norm = cpu.global_norm([grads[name] for name in trained])
+    scale = jnp.minimum(1.0, clip_norm / norm) if clip_norm else 1.0
+    grads = {name: g * scale * bool(factors[name]) for name, g in grads.items()}
+    updates, after = made.update(grads, state, params)
+    updates = {
+      name: jnp.where(use, factors[name] * u, 0.0).astype(u.dtype) for name, u in updates.items()
+    }
+    return updates, jax.tree.map(lambda a, b: jnp.where(use, a, b), after, state)
+
+  return Transformation(made.init, update)
+
+
 def learning_rates(config: OptimizerConfig, total_steps: int) -> dict[str, optax.Schedule]:
-  """Schedules to log: 'learning_rate', and one more for every group with another factor."""
+  """Return the schedules to log: 'learning_rate', and one for every group with another factor."""
   base = learning_rate_schedule(config, total_steps)
   rates = {'learning_rate': base}
   for pattern, factor in config.groups:

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from diffusion_jax.config import LoopConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.runs.directory import RunDirectory
-from diffusion_jax.train.config import LoopConfig
 
 NAME = 'evaluation.json'
 FIRST_SHARE = 0.9

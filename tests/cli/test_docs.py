@@ -7,6 +7,7 @@ import re
 import pytest
 
 from diffusion_jax.cli.main import COMMANDS
+from diffusion_jax.config import SafetyConfig
 from diffusion_jax.diffusion.losses import WEIGHTINGS
 from diffusion_jax.diffusion.parameterization import PREDICTIONS
 from diffusion_jax.diffusion.processes import PROCESSES
@@ -14,7 +15,6 @@ from diffusion_jax.diffusion.samplers import SAMPLERS
 from diffusion_jax.models.network import ATTENTION, REMAT
 from diffusion_jax.parallel.mesh import MeshConfig
 from diffusion_jax.runs import keeper
-from diffusion_jax.train.config import SafetyConfig
 from tests.tiny import ROOT
 
 TEXT = (ROOT / 'docs' / 'diffusion.md').read_text()

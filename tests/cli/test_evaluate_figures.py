@@ -13,7 +13,7 @@ from diffusion_jax.evaluation.generated import shuffled
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.vision.classifier import Classifier, ClassifierConfig
-from diffusion_jax.trained import load_evaluator
+from diffusion_jax.run import load_evaluator
 from tests import tiny
 
 BITS = 'latent_bits_per_dim_discrete'

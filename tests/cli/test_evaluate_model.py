@@ -13,7 +13,7 @@ from PIL import Image
 
 from diffusion_jax.cli import evaluate_follow
 from diffusion_jax.pipelines.model import Diffusion
-from diffusion_jax.trained import TrainedRun
+from diffusion_jax.run import TrainedRun
 from tests import tiny
 
 

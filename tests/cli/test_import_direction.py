@@ -1,4 +1,4 @@
-"""cli -> trained -> benchmark -> build -> sizes -> recipe -> train, evaluation, pipelines ->
+"""cli -> run -> costs -> build -> train, evaluation, pipelines ->
 formats, io, data, viz -> diffusion, models -> backend, parallel.
 """
 
@@ -9,14 +9,14 @@ import pytest
 from tests.tiny import ROOT
 
 LAYERS = (
-  ('cli', '__main__'), ('trained',), ('costs',), ('build',), ('sizes',), ('recipe',),
+  ('cli', '__main__'), ('run',), ('costs',), ('build',),
   ('train', 'evaluation', 'pipelines'),
   ('formats', 'io', 'data', 'viz', 'checkpoint', 'runs'), ('diffusion', 'models'),
   ('backend', 'parallel'),
 )
 SHARED = {
   'types', 'errors', 'config', 'configs',
-  'files', 'pixels', 'registry', 'seeds', '__init__',
+  'files', 'pixels', 'registry', 'limits', 'recipe', '__init__',
 }
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PACKAGE = ROOT / 'diffusion_jax'
@@ -54,11 +54,11 @@ def test_imports_point_one_way(path):
       assert {own, part} != {'models', 'diffusion'}, f'{own} imports {part}'
 
 
-def test_only_build_and_recipe_know_a_config_dict():
+def test_only_recipe_knows_a_config_dict():
   readers = {
     str(path.relative_to(PACKAGE)) for path in FILES if 'ml_collections' in path.read_text()
   }
-  assert readers == {'build.py', 'recipe.py'}
+  assert readers == {'recipe.py'}
 
 
 def test_every_layer_exists():

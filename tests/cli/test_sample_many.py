@@ -16,7 +16,7 @@ import itertools, resource, sys
 import jax
 from diffusion_jax.__main__ import main
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from diffusion_jax.trained import load_trained
+from diffusion_jax.run import load_trained
 
 def peak():
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

@@ -4,9 +4,10 @@ import re
 
 import pytest
 
+from diffusion_jax.config import parse
 from diffusion_jax.models.network import count
 from diffusion_jax.pipelines.architectures import ARCHITECTURES, architecture_model
-from diffusion_jax.recipe import load_config, parse
+from diffusion_jax.recipe import load_config
 from diffusion_jax.train.tasks.finetune import abstract_parameters
 from tests.tiny import ROOT
 

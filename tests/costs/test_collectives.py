@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks.run import built
+from diffusion_jax.config import parse, resolved
 from diffusion_jax.costs.collectives import (
   Collective,
   beside_parameters,
@@ -14,7 +15,6 @@ from diffusion_jax.costs.collectives import (
   read_collectives,
   step_collectives,
 )
-from diffusion_jax.recipe import parse, resolved
 from tests import tiny
 
 TEXT = """HloModule jit_step

@@ -29,7 +29,7 @@ from diffusion_jax.evaluation.likelihood import (
 )
 from diffusion_jax.parallel.mesh import MeshConfig, in_batches, make_mesh, put_params
 from diffusion_jax.pipelines.model import fold
-from diffusion_jax.trained import load_trained
+from diffusion_jax.run import load_trained
 from tests import tiny
 
 CHEAP = LikelihoodConfig(draws=3, solver='heun', ode_steps=2)

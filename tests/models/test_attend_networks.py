@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from diffusion_jax import build
+from diffusion_jax.config import completed, parse, resolved
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.dit import DiT, DiTConfig
@@ -15,7 +16,6 @@ from diffusion_jax.models.text.clip import CLIP
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.models.vision.classifier import ClassifierConfig
 from diffusion_jax.models.vision.dinov2 import DINOv2, DINOv2Config
-from diffusion_jax.recipe import completed, parse, resolved
 from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.train.tasks.classifier import ClassifierTask, ClassifierTaskConfig
 from tests import tiny

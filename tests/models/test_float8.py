@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from diffusion_jax import build
+from diffusion_jax.config import parse
 from diffusion_jax.errors import UserError
 from diffusion_jax.models import kernels
 from diffusion_jax.models.lora import LoRAConfig, targets, with_lora
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.unet import UNet, UNetConfig
-from diffusion_jax.recipe import parse
 from diffusion_jax.runs.directory import RunDirectory
 from tests import tiny
 

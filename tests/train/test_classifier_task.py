@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion_jax.config import typed
 from diffusion_jax.data.sources.folder import open_labelled
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extractors.classifier import (
@@ -85,7 +86,7 @@ def test_classes_come_from_the_labels_or_from_the_config():
   with pytest.raises(UserError, match='there is one class, a; give'):
     names(['a'], ['a'])
   with pytest.raises(UserError, match='label_smoothing is 1'):
-    ClassifierTaskConfig(CONFIG, label_smoothing=1.0)
+    typed(ClassifierTaskConfig, {'label_smoothing': 1.0})
   with pytest.raises(UserError, match='has a more than once'):
     ClassifierConfig(**SMALL, class_names=('a', 'b', 'a'))
 

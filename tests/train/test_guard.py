@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from diffusion_jax.config import typed
 from diffusion_jax.errors import UserError
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from diffusion_jax.train.guard import SETTLED, GuardConfig
@@ -107,4 +108,4 @@ def test_the_running_mean_and_variance_are_those_of_the_losses():
 ])
 def test_impossible_settings(values, words):
   with pytest.raises(UserError, match=words):
-    GuardConfig(**values)
+    typed(GuardConfig, values, 'config.safety.')

@@ -3,12 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from diffusion_jax.backend.cpu import global_norm
+from diffusion_jax.config import typed
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.clip import CLIP
+from diffusion_jax.registry import OPTIMIZERS
 from diffusion_jax.train.optimizer import (
   OptimizerConfig,
   decay_mask,
@@ -28,9 +31,9 @@ GRADS = {
 }
 
 
-def _updates(config, gradients, params=PARAMS):
+def _updates(config, gradients, params=PARAMS, platform='cpu'):
   """Updates that the optimizer makes of these gradients, one after another."""
-  optimizer = make_optimizer(config, params, 100)
+  optimizer = make_optimizer(config, params, 100, platform)
   state, out = optimizer.init(params), []
   for gradient in gradients:
     update, state = optimizer.update(gradient, state, params)
@@ -126,12 +129,15 @@ def test_a_pattern_without_effect_is_named():
 
 
 @pytest.mark.parametrize(('arguments', 'words'), [
+  ({'name': 'adamm'}, r"optimizer\.name is 'adamm'; did you mean adam"),
+  ({'name': 'sgd', 'options': {'momentun': 0.9}}, 'options do not fit sgd .*momentun'),
   ({'schedule': 'cosinus'}, 'cosinus.*choose one of constant, linear, cosine'),
-  ({'groups': (('head',),)}, 'must be .pattern, factor.'),
+  ({'groups': (('head',),)}, r"groups\[0\] is .'head',., a tuple; it must be tuple"),
+  ({'clip_norm': -1.0}, 'clip_norm is -1.0; give at least 0'),
 ])
 def test_wrong_settings_say_what_is_wrong(arguments, words):
   with pytest.raises(UserError, match=words):
-    OptimizerConfig(**arguments)
+    typed(OptimizerConfig, arguments, 'config.optimizer.')
 
 
 def test_every_group_has_its_own_logged_rate():
@@ -157,3 +163,74 @@ def test_an_update_that_is_not_used_moves_nothing_whatever_the_gradient():
 def test_the_norm_is_that_of_all_numbers():
   tree = {'a': jnp.array([3.0]), 'b': jnp.full((2, 2, 3), 1.0), 'c': jnp.array(2.0)}
   np.testing.assert_allclose(global_norm(tree), 5.0, rtol=1e-6)
+
+
+def _mask(params):
+  return {name: p.ndim == 2 for name, p in params.items()}
+
+
+BY_OPTAX = {
+  'adamw': lambda rate: optax.adamw(rate, 0.8, 0.95, 1e-6, weight_decay=0.1, mask=_mask),
+  'adam': lambda rate: optax.chain(
+    optax.add_decayed_weights(0.1, _mask), optax.adam(rate, 0.8, 0.95, 1e-6)
+  ),
+  'sgd': lambda rate: optax.chain(
+    optax.add_decayed_weights(0.1, _mask), optax.sgd(rate, momentum=0.9, nesterov=True)
+  ),
+  'lion': lambda rate: optax.lion(rate, 0.8, 0.95, weight_decay=0.1, mask=_mask),
+  'lamb': lambda rate: optax.lamb(rate, 0.8, 0.95, 1e-6, weight_decay=0.1, mask=_mask),
+  'adafactor': lambda rate: optax.adafactor(rate, min_dim_size_to_factor=2),
+}
+OPTIONS = {
+  'sgd': {'momentum': 0.9, 'nesterov': True}, 'adafactor': {'min_dim_size_to_factor': 2},
+}
+
+
+def test_every_optimizer_is_held_against_optax():
+  assert set(BY_OPTAX) == set(OPTIMIZERS)
+
+
+def _config(name, **more):
+  decay = 0.0 if name == 'adafactor' else 0.1
+  return OptimizerConfig(
+    name, learning_rate=0.01, schedule='cosine', warmup_steps=2, b1=0.8, b2=0.95, eps=1e-6,
+    weight_decay=decay, options=OPTIONS.get(name, {}), **more,
+  )
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'gpu'])
+@pytest.mark.parametrize('name', BY_OPTAX)
+def test_updates_are_those_of_optax(name, platform):
+  config = _config(name, clip_norm=0.3)
+  gradients = [jax.tree.map(lambda g, k=k: g * (1 + k) - 0.02 * k, GRADS) for k in range(4)]
+  updates = _updates(config, gradients, platform=platform)
+  rate = learning_rate_schedule(config, 100)
+  wanted = optax.chain(optax.clip_by_global_norm(0.3), BY_OPTAX[name](rate))
+  state = wanted.init(PARAMS)
+  for gradient, update in zip(gradients, updates, strict=True):
+    other, state = wanted.update(gradient, state, PARAMS)
+    for key in PARAMS:
+      np.testing.assert_allclose(update[key], other[key], rtol=2e-5, atol=1e-8, err_msg=key)
+
+
+@pytest.mark.parametrize('name', BY_OPTAX)
+def test_groups_and_unused_steps_are_alike_for_every_optimizer(name):
+  groups = (('^head', 0), ('bias', 0.5))
+  optimizer = make_optimizer(_config(name, groups=groups), PARAMS, 100)
+  plain, = _updates(_config(name, groups=(('^head', 0),)), [GRADS], platform='gpu')
+  before = optimizer.init(PARAMS)
+  updates, after = optimizer.update(GRADS, before, PARAMS)
+  assert not updates['head.kernel'].any()
+  np.testing.assert_allclose(updates['body.bias'], 0.5 * plain['body.bias'], rtol=1e-6)
+  broken = jax.tree.map(lambda g: g * jnp.nan, GRADS)
+  none, still = optimizer.update(broken, after, PARAMS, use=jnp.array(False))
+  assert all((update == 0).all() for update in none.values())
+  jax.tree.map(np.testing.assert_array_equal, still, after)
+
+
+def test_the_one_pass_adamw_has_the_same_state_as_the_other():
+  config = OptimizerConfig()
+  states = [
+    make_optimizer(config, PARAMS, 10, platform).init(PARAMS) for platform in ('cpu', 'tpu')
+  ]
+  assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])

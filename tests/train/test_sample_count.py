@@ -6,11 +6,11 @@ import sys
 import time
 import types
 
+from diffusion_jax.config import LoopConfig
 from diffusion_jax.evaluation.evaluator import EVALUATE
 from diffusion_jax.evaluation.generated import Budget
 from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.runs.metrics import MetricsWriter
-from diffusion_jax.train.config import LoopConfig
 from diffusion_jax.train.health import SideWork
 from diffusion_jax.train.hooks import Hooks
 from diffusion_jax.train.sample_count import SampleCount

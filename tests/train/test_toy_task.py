@@ -9,13 +9,14 @@ import optax
 import pytest
 from scipy.spatial.distance import cdist
 
+from diffusion_jax.config import parse
 from diffusion_jax.data.sources.arrays import open_points
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.metrics.kernel import energy_distance
 from diffusion_jax.formats.networks import load_params
 from diffusion_jax.formats.tensors import read_tensors
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from diffusion_jax.recipe import load_config, parse
+from diffusion_jax.recipe import load_config
 from diffusion_jax.train.tasks.toy import ToyTask, ToyTaskConfig
 from tests import tiny
 

@@ -10,11 +10,12 @@ sentences for people; `turns`, how many kinds of records there are in turn.
 import dataclasses
 from typing import Any
 
+from diffusion_jax.config import DataConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.registry import SOURCES, load
 
 
-def open_data(config: Any, synthetic: int = 0) -> tuple[Any, Any]:
+def open_data(config: DataConfig, synthetic: int = 0) -> tuple[Any, Any]:
   """Return (train, test) that a `DataConfig` names, or so many random images in their place.
 
   Raises:
@@ -28,7 +29,7 @@ def open_data(config: Any, synthetic: int = 0) -> tuple[Any, Any]:
   return load(SOURCES, config.dataset.partition(':')[0], 'data.dataset')(config)
 
 
-def without_effect(config: Any, what: str, *names: str) -> None:
+def without_effect(config: DataConfig, what: str, *names: str) -> None:
   """Raise UserError where keys of a `DataConfig` that do nothing for `what` have been set."""
   for field in dataclasses.fields(config):
     if field.name in names and getattr(config, field.name) != field.default:

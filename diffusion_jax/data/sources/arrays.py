@@ -5,6 +5,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
+from diffusion_jax.config import DataConfig
 from diffusion_jax.data.sources import OF_FOLDERS, without_effect
 from diffusion_jax.errors import Unreadable, UserError
 
@@ -75,7 +76,7 @@ POINT_SETS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 }
 
 
-def points(config: Any) -> tuple[ArraySource, ArraySource]:
+def points(config: DataConfig) -> tuple[ArraySource, ArraySource]:
   """Return (train, test) of the points that a `DataConfig` names."""
   without_effect(config, 'points', *OF_FOLDERS)
   train, test = (open_points(config.dataset, split, config.size) for split in SPLITS)

@@ -15,10 +15,11 @@ their content.
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 import numpy as np
 
+from diffusion_jax.config import DataConfig
 from diffusion_jax.data.captions import captions_of, check_characters
 from diffusion_jax.data.finding import (
   SUFFIXES,
@@ -31,7 +32,6 @@ from diffusion_jax.data.finding import (
 from diffusion_jax.data.images import image_size, read_image
 from diffusion_jax.data.splits import (
   APART,
-  TEST_FRACTION,
   Measured,
   by_content,
   of_files,
@@ -43,7 +43,7 @@ from diffusion_jax.errors import UserError
 FOLDER = 'folder:'
 
 
-def captioned(config: Any) -> tuple['FolderSource', 'FolderSource']:
+def captioned(config: DataConfig) -> tuple['FolderSource', 'FolderSource']:
   """Return (train, test) of the folder that a `DataConfig` names."""
   return open_folder(
     config.dataset, config.size, config.caption, config.test_fraction, config.caption_column
@@ -51,7 +51,7 @@ def captioned(config: Any) -> tuple['FolderSource', 'FolderSource']:
 
 
 def open_folder(
-  dataset: str, size: int, caption: str = '', test_fraction: float = TEST_FRACTION,
+  dataset: str, size: int, caption: str = '', test_fraction: float = DataConfig.test_fraction,
   caption_column: str = '',
 ) -> tuple['FolderSource', 'FolderSource']:
   """(train, test) of 'folder:PATH', pictures of size x size pixels.
@@ -193,7 +193,7 @@ class Together:
 
 
 def open_labelled(
-  dataset: str, size: int, test_fraction: float = TEST_FRACTION
+  dataset: str, size: int, test_fraction: float = DataConfig.test_fraction
 ) -> tuple['LabelledFolder', 'LabelledFolder']:
   """(train, test) of 'folder:PATH', pictures of size x size pixels.
 

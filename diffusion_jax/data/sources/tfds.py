@@ -19,6 +19,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
+from diffusion_jax.config import DataConfig
 from diffusion_jax.data.images import read_pixels
 from diffusion_jax.data.sources import OF_FOLDERS, without_effect
 from diffusion_jax.data.splits import IMAGES, RECORDS, of_images, of_texts, spread
@@ -263,7 +264,7 @@ def _generate(builder: Any) -> None:
       ) from error
 
 
-def prepared(config: Any) -> tuple['ImageSource', 'ImageSource']:
+def prepared(config: DataConfig) -> tuple['ImageSource', 'ImageSource']:
   """Return (train, test) of the data set that a `DataConfig` names."""
   without_effect(config, config.dataset, *OF_FOLDERS)
   train, test = (

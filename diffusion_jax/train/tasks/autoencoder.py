@@ -1,15 +1,20 @@
-"""Trains the KL autoencoder: reconstruction + KL, later a PatchGAN, LPIPS if its weights are given.
+"""Train the KL autoencoder: reconstruction + KL, later a PatchGAN, LPIPS if its weights are given.
 
 The objective is that of Rombach et al. 2022, appendix G, after Esser et al. 2021, eq. 4-7.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
+from diffusion_jax.config import TrainingConfig
 from diffusion_jax.data.sources.tfds import ImageSource
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.errors import UserError
@@ -20,10 +25,11 @@ from diffusion_jax.evaluation.reconstruction import (
   reconstructor,
 )
 from diffusion_jax.formats.networks import load_lpips, save_params
+from diffusion_jax.limits import same_size
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.network import Network, prefixed, under
 from diffusion_jax.models.perceptual import Discriminator, DiscriminatorConfig, lpips
-from diffusion_jax.train.tasks.task import Frozen, Metrics, Task, mean_metric
+from diffusion_jax.train.tasks.task import Env, Frozen, Metrics, Task, mean_metric
 from diffusion_jax.types import Images, Latents, Params
 
 
@@ -44,7 +50,7 @@ class AutoencoderTaskConfig:
   """
 
   autoencoder: AutoencoderKLConfig = AutoencoderKLConfig()
-  reconstruction: str = 'l1'
+  reconstruction: Literal['l1', 'l2'] = 'l1'
   initial_logvar: float = 0.0
   kl_weight: float = 1e-3
   kl_warmup_steps: int = 0
@@ -54,10 +60,6 @@ class AutoencoderTaskConfig:
   lpips_weights: str = ''
   lpips_weight: float = 1.0
   export_dtype: str = 'float16'
-
-  def __post_init__(self):
-    if self.reconstruction not in ('l1', 'l2'):
-      raise UserError(f'settings.reconstruction is {self.reconstruction!r}; choose l1 or l2.')
 
 
 def kl_divergence(mean: Latents, logvar: Latents) -> jax.Array:
@@ -87,6 +89,24 @@ class AutoencoderTask(Task):
     self.frozen: Frozen = {}
     if config.lpips_weights:
       self.frozen['lpips'] = load_lpips(config.lpips_weights)
+
+  @classmethod
+  def check_data(cls, config: TrainingConfig) -> None:
+    size, autoencoder = config.data.size, config.settings.autoencoder
+    given = autoencoder.sample_size
+    for edge in () if given is None else np.ravel(given):
+      same_size('settings.autoencoder.sample_size', int(edge), size)
+    if size % autoencoder.factor:
+      raise UserError(
+        f'data.size is {size}, but the autoencoder halves pictures to 1/{autoencoder.factor}; '
+        f'choose a multiple of {autoencoder.factor}, or other '
+        'settings.autoencoder.block_out_channels.'
+      )
+    super().check_data(config)
+
+  @classmethod
+  def build(cls, config: TrainingConfig, env: Env) -> AutoencoderTask:
+    return cls(config.settings, env.test, **cls.compute(config))
 
   def initialize(self, key: jax.Array) -> Params:
     first, second = jax.random.split(key)

@@ -1,13 +1,20 @@
-"""Trains a classifier on one's own labels, whose features then compare images of its domain."""
+"""Train a classifier on one's own labels, whose features then compare images of its domain."""
+
+from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from diffusion_jax.config import TrainingConfig
 from diffusion_jax.data.loader import Source
+from diffusion_jax.data.sources import without_effect
+from diffusion_jax.data.sources.folder import FOLDER, open_labelled
+from diffusion_jax.data.transforms import Label
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.evaluator import Evaluator, Scores
 from diffusion_jax.evaluation.recognition import (
@@ -16,9 +23,10 @@ from diffusion_jax.evaluation.recognition import (
   logits_of,
 )
 from diffusion_jax.formats.networks import save_params
+from diffusion_jax.limits import Range, same_size
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.vision.classifier import Classifier, ClassifierConfig
-from diffusion_jax.train.tasks.task import Frozen, Task, mean_metric
+from diffusion_jax.train.tasks.task import Env, Frozen, Task, mean_metric
 from diffusion_jax.types import Params
 
 
@@ -31,14 +39,8 @@ class ClassifierTaskConfig:
   """
 
   classifier: ClassifierConfig = ClassifierConfig()
-  label_smoothing: float = 0.0
+  label_smoothing: Annotated[float, Range(0, 1, below=True)] = 0.0
   export_dtype: str = 'float16'
-
-  def __post_init__(self):
-    if not 0 <= self.label_smoothing < 1:
-      raise UserError(
-        f'settings.label_smoothing is {self.label_smoothing}; give a share from 0 to below 1.'
-      )
 
 
 def with_classes(
@@ -88,6 +90,33 @@ class ClassifierTask(Task):
     )
     self.frozen: Frozen = {}
     self._logits = logits_of(self.network)
+
+  @classmethod
+  def check_data(cls, config: TrainingConfig) -> None:
+    size = config.settings.classifier.image_size
+    same_size('settings.classifier.image_size', size, config.data.size)
+    super().check_data(config)
+
+  @classmethod
+  def open_sources(cls, config: TrainingConfig, synthetic: bool) -> tuple[Source, Source]:
+    """Folders by class are labelled; other data sets as they are."""
+    data = config.data
+    if synthetic or not data.dataset.startswith(FOLDER):
+      return super().open_sources(config, synthetic)
+    without_effect(data, 'a classifier', 'caption', 'caption_column')
+    return open_labelled(data.dataset, data.size, data.test_fraction)
+
+  @classmethod
+  def build(cls, config: TrainingConfig, env: Env) -> ClassifierTask:
+    settings = with_classes(config.settings, env.train.labels, env.test.labels)
+    task = cls(settings, env.test, **cls.compute(config))
+    _, transforms = task.examples(config, env)
+    if not any(isinstance(one, Label) for one in transforms):
+      raise UserError('data.transforms of a classifier need label; put it before normalize.')
+    return task
+
+  def context(self) -> dict[str, Any]:
+    return {'classes': self.classes}
 
   def initialize(self, key: jax.Array) -> Params:
     return self.network.initialize(key)

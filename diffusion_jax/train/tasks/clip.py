@@ -1,25 +1,34 @@
-"""Trains CLIP: images and captions that belong together get similar embeddings."""
+"""Train CLIP: images and captions that belong together get similar embeddings."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from diffusion_jax.config import TrainingConfig
 from diffusion_jax.data.sources.tfds import ImageSource
+from diffusion_jax.data.unreadable import readable
 from diffusion_jax.evaluation.evaluator import Evaluator, Scores
 from diffusion_jax.evaluation.extractors.clip import unit
 from diffusion_jax.evaluation.recognition import Retrieval, RetrievalPreview
 from diffusion_jax.formats.networks import save_params
+from diffusion_jax.limits import same_size
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.clip import CLIP, CLIPConfig
-from diffusion_jax.models.text.tokenizer import save_tokenizer
-from diffusion_jax.train.tasks.task import Frozen, Task, mean_metric
+from diffusion_jax.models.text.tokenizer import (
+  Tokenize,
+  load_tokenizer,
+  save_tokenizer,
+  train_tokenizer,
+)
+from diffusion_jax.runs.directory import RunDirectory
+from diffusion_jax.train.tasks.task import Env, Frozen, Task, mean_metric
 from diffusion_jax.types import Params
 
 if TYPE_CHECKING:
@@ -79,6 +88,38 @@ class CLIPTask(Task):
       CLIP, config.clip, dtype=dtype, remat=remat, attention=attention
     )
     self.frozen: Frozen = {}
+
+  @classmethod
+  def check_data(cls, config: TrainingConfig) -> None:
+    size = config.settings.clip.vision_config.image_size
+    same_size('settings.clip.vision_config.image_size', size, config.data.size)
+    super().check_data(config)
+
+  @classmethod
+  def build(cls, config: TrainingConfig, env: Env) -> CLIPTask:
+    """Train the tokenizer, or read the one that this run trained when it began."""
+    settings = config.settings
+    text = settings.clip.text_config
+    if (env.directory.tokenizer / 'tokenizer.json').exists():
+      tokenizer = load_tokenizer(env.directory.tokenizer)
+    else:
+      captions = (caption for record in readable(env.train) for caption in record['captions'])
+      tokenizer = train_tokenizer(captions, text.vocab_size, text.max_position_embeddings)
+    text = dataclasses.replace(
+      text, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+      eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
+    )
+    clip = dataclasses.replace(settings.clip, text_config=text)
+    settings = dataclasses.replace(settings, clip=clip)
+    return cls(settings, tokenizer, env.test, **cls.compute(config))
+
+  def context(self) -> dict[str, Any]:
+    length = self.clip.config.text_config.max_position_embeddings
+    return {'tokenizer': Tokenize(self.tokenizer, length)}
+
+  def keep(self, directory: RunDirectory) -> None:
+    if not (directory.tokenizer / 'tokenizer.json').exists():
+      save_tokenizer(self.tokenizer, directory.tokenizer)
 
   def initialize(self, key: jax.Array) -> Params:
     return self.clip.initialize(key)

@@ -5,12 +5,17 @@ Trains the denoiser of a latent diffusion model; autoencoder and text encoder st
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from diffusion_jax.config import TrainingConfig
+from diffusion_jax.data.cache import ChooseText, cached_source, synthetic_cache
+from diffusion_jax.data.loader import Source
 from diffusion_jax.data.sources.tfds import ImageSource
 from diffusion_jax.diffusion.noise import NoiseConfig
 from diffusion_jax.diffusion.objective import (
@@ -28,13 +33,15 @@ from diffusion_jax.evaluation.generated import (
   EvaluationConfig,
   GeneratedImages,
   ImageScorer,
+  check_samples,
 )
+from diffusion_jax.formats.networks import read_config
 from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.parallel.mesh import to_host
-from diffusion_jax.pipelines.directory import save_text_to_image
+from diffusion_jax.pipelines.directory import assemble, save_text_to_image
 from diffusion_jax.pipelines.model import Diffusion, SampleConfig
-from diffusion_jax.train.tasks.task import Carry, Frozen, Observed, Task, mean_metric
+from diffusion_jax.train.tasks.task import Carry, Env, Frozen, Observed, Task, mean_metric
 from diffusion_jax.types import Condition, Latents, Params, Weights
 
 TIME_BUCKETS = 10
@@ -135,6 +142,7 @@ class DiffusionTask(NoisingTask):
 
   Config = DiffusionTaskConfig
   name, title = 'diffusion', 'Text-to-image latent diffusion model'
+  computing = ('remat', 'attention', 'products')
 
   def __init__(
     self, config: LatentTaskConfig, model: Diffusion, frozen: Frozen,
@@ -151,6 +159,57 @@ class DiffusionTask(NoisingTask):
     self.frozen: Frozen = {**frozen, NULL: bias}
     cached = ('mean', 'std', 'text', *(['pooled'] if model.text.pooled else []))
     self.batch_fields = cached if config.cache else ('image', 'tokens')
+
+  @classmethod
+  def check_data(cls, config: TrainingConfig) -> None:
+    if config.settings.cache and config.data.transforms:
+      raise UserError(
+        'data.transforms have no effect with settings.cache; empty them or switch the cache off.'
+      )
+    cls.check_size(config)
+    if not config.settings.cache:
+      super().check_data(config)
+
+  @classmethod
+  def check_size(cls, config: TrainingConfig) -> None:
+    """UserError unless the denoiser is of the latents of images of `data.size`."""
+    settings, size = config.settings, config.data.size
+    factor = settings.latent_patch_size * read_config('autoencoder', settings.autoencoder).factor
+    sample_size = settings.unet.sample_size
+    if size != sample_size * factor:
+      raise UserError(
+        f'data.size {size} gives latents of {size / factor:g}, but sample_size of the U-Net is '
+        f'{sample_size}; set data.size to {sample_size * factor} or sample_size to '
+        f'{size // factor}.'
+      )
+
+  @classmethod
+  def build(cls, config: TrainingConfig, env: Env) -> 'DiffusionTask':
+    settings = config.settings
+    cls.check_samples(config, env)
+    model, frozen = assemble(
+      settings.unet, settings.autoencoder, settings.clip, settings.schedule,
+      settings.objective.parameterization, settings.latent_patch_size, getattr(jnp, config.dtype),
+    )
+    model = model.with_attention(config.attention)
+    return cls(settings, model, frozen, env.train, env.test, config.remat, config.products)
+
+  @classmethod
+  def check_samples(cls, config: TrainingConfig, env: Env) -> None:
+    """UserError unless the test split has as many captions as are scored."""
+    if config.loop.evaluate_samples:
+      check_samples(config.loop.evaluate_samples, len(env.test))
+
+  def context(self) -> dict[str, Any]:
+    return {'tokenizer': self.model.text.tokenize}
+
+  def examples(self, config: TrainingConfig, env: Env) -> tuple[Source, list[Callable]]:
+    """Images with captions, or, with a cache, latents and embeddings of texts."""
+    if not self.config.cache:
+      return super().examples(config, env)
+    if env.synthetic:
+      return synthetic_cache(self.model, self.frozen, len(env.train)), [ChooseText()]
+    return cached_source(env.train, self.model, self.frozen, env.mesh), [ChooseText()]
 
   def initialize(self, key: jax.Array) -> Params:
     return self.model.unet.initialize(key)

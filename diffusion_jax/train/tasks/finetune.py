@@ -1,7 +1,7 @@
 """Trains a pretrained pipeline on: all of its U-Net, or a small part beside it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from diffusion_jax.config import TrainingConfig
+from diffusion_jax.data.loader import Source
+from diffusion_jax.data.sources.folder import Together
 from diffusion_jax.data.transforms import edges
-from diffusion_jax.data.unreadable import some
+from diffusion_jax.data.unreadable import Counted, some
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.evaluator import Evaluator, Scores
 from diffusion_jax.models.lora import LoRAConfig
@@ -20,8 +23,8 @@ from diffusion_jax.pipelines.conditions import Inputs, inpainting_image, kind_of
 from diffusion_jax.pipelines.directory import Part, load_weights, read_pipeline
 from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.train.tasks.diffusion import DiffusionTask, LatentTaskConfig
-from diffusion_jax.train.tasks.prior_preservation import PriorConfig
-from diffusion_jax.train.tasks.task import Frozen
+from diffusion_jax.train.tasks.prior_preservation import PriorConfig, draw_prior
+from diffusion_jax.train.tasks.task import Env, Frozen
 from diffusion_jax.train.tasks.trainable import (
   ControlNet,
   Full,
@@ -126,6 +129,48 @@ class FinetuneTask(DiffusionTask):
 
   Config = FinetuneTaskConfig
   name, title = 'finetune', 'Fine-tuned text-to-image model'
+
+  @classmethod
+  def check_size(cls, config: TrainingConfig) -> None:
+    settings, size = config.settings, config.data.size
+    if not settings.model:
+      return  # Which says more when it is opened.
+    model = read_pipeline(settings.model)[0]
+    if size != model.image_size:
+      raise UserError(
+        f'data.size is {size}, but {settings.model} draws {model.image_size} pixels (sample_size '
+        f'of its U-Net is {model.unet.config.sample_size}); set data.size to {model.image_size}.'
+      )
+
+  @classmethod
+  def build(cls, config: TrainingConfig, env: Env) -> 'FinetuneTask':
+    if config.loop.evaluate_samples:
+      config.settings.check_scored()
+    cls.check_samples(config, env)
+    return make_finetune_task(
+      config.settings, env.train, env.test, env.mesh, getattr(jnp, config.dtype), config.remat,
+      config.attention, config.products,
+    )
+
+  @property
+  def begins_with(self) -> str:
+    return self.config.model
+
+  def more_data(self, config: TrainingConfig, env: Env) -> dict[str, Source]:
+    """Prior preservation's images of the class, sampled now where they are not there yet."""
+    if not self.config.prior.folder:
+      return {}
+    if env.synthetic:
+      return {'prior': env.train}
+    most = config.data.most_unreadable
+    prior = draw_prior(self, env.mesh)
+    return {'prior': Counted(prior, most, env.damage, 'records of the prior')}
+
+  def examples(self, config: TrainingConfig, env: Env) -> tuple[Source, list[Callable]]:
+    if 'prior' in env.more:
+      both = Together(env.train, env.more['prior'], self.config.prior.weight)
+      env = dataclasses.replace(env, train=both)
+    return super().examples(config, env)
 
   def __init__(
     self, config: FinetuneTaskConfig, trainable: Trainable, model: Diffusion, frozen: Frozen,

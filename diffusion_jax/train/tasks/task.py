@@ -1,16 +1,28 @@
 """What the one train loop and the one step ask of a task."""
 
 import abc
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from diffusion_jax.config import TrainingConfig
+from diffusion_jax.data.loader import Source
+from diffusion_jax.data.sources import open_data
+from diffusion_jax.data.transforms import build_transforms, check_transforms
+from diffusion_jax.data.unreadable import Damage
+from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.evaluator import Evaluator, Scores
+from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.types import Params, Weights
+
+SYNTHETIC = 64
+"""Random images at least; a batch needs as many as it has examples."""
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 """Sums and counts by name; adding them up over microbatches and steps keeps means exact."""
@@ -25,6 +37,24 @@ Frozen = dict[str, Params]
 """Parameters of the networks that are used but not trained, by role."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Env:
+  """What a task is built in.
+
+  train, test: sources of records. directory: of the run. synthetic: whether random numbers take the
+  place of the data. damage: counts the records that cannot be read. more: the sources of
+  `Task.more_data`, by name.
+  """
+
+  train: Source
+  test: Source
+  directory: RunDirectory
+  mesh: Mesh
+  synthetic: bool = False
+  damage: Damage = dataclasses.field(default_factory=Damage)
+  more: dict[str, Source] = dataclasses.field(default_factory=dict)
+
+
 class Task(abc.ABC):
   """One thing to train. Holds networks without weights; all methods are free of hidden state.
 
@@ -37,12 +67,68 @@ class Task(abc.ABC):
   name: ClassVar[str]
   title: ClassVar[str]
   """What is trained, for a model card."""
+  computing: ClassVar[tuple[str, ...]] = ('remat', 'attention')
+  """What of remat, attention and products has an effect."""
   frozen: Frozen
   """Host arrays of the frozen networks; the loop puts them onto the mesh."""
   batch_fields: tuple[str, ...]
   """Fields of a record that the loss reads; the rest never reaches a device."""
   model: Any = None
   """What evaluators are given with its weights."""
+
+  begins_with: str = ''
+  """The model whose weights `start` gives."""
+
+  @staticmethod
+  def compute(config: TrainingConfig) -> dict[str, Any]:
+    """Return how the network that is trained computes, as `Network.of` takes it."""
+    dtype = getattr(jnp, config.dtype)
+    return {'dtype': dtype, 'remat': config.remat, 'attention': config.attention}
+
+  @classmethod
+  def check(cls, config: TrainingConfig) -> None:
+    """UserError for what the types of a config cannot say, before any data are read."""
+    for name in ('remat', 'attention', 'products'):
+      without = getattr(TrainingConfig, name)
+      if name not in cls.computing and getattr(config, name) != without:
+        raise UserError(
+          f'config.{name} has no effect on task {config.task}; set {without}.'
+        )
+    cls.check_data(config)
+
+  @classmethod
+  def check_data(cls, config: TrainingConfig) -> None:
+    """UserError unless the settings fit `data.size` and the transforms keep to it."""
+    check_transforms(config.data.transforms, config.data.size)
+
+  @classmethod
+  def open_sources(cls, config: TrainingConfig, synthetic: bool) -> tuple[Source, Source]:
+    """Return (train, test): of the registry, or random images."""
+    return open_data(config.data, max(config.loop.batch_size, SYNTHETIC) if synthetic else 0)
+
+  @classmethod
+  def build(cls, config: TrainingConfig, env: Env) -> Self:
+    """Return the task with its frozen networks loaded, large ones onto the mesh."""
+    del env
+    return cls(config.settings)
+
+  def more_data(self, config: TrainingConfig, env: Env) -> dict[str, Source]:
+    """Return sources by name that training needs beside the data set; they may be made now."""
+    del config, env
+    return {}
+
+  def context(self) -> dict[str, Any]:
+    """Return what transforms may ask for by the name of an argument, such as `tokenizer`."""
+    return {}
+
+  def examples(self, config: TrainingConfig, env: Env) -> tuple[Source, list[Callable]]:
+    """Return (source, transforms) that batches are made of."""
+    data = config.data
+    return env.train, build_transforms(data.transforms, size=data.size, **self.context())
+
+  def keep(self, directory: RunDirectory) -> None:
+    """Write what the task has made of the data and a resume needs, such as a tokenizer."""
+    del directory
 
   @abc.abstractmethod
   def initialize(self, key: jax.Array) -> Params:
@@ -90,7 +176,7 @@ class Task(abc.ABC):
 
 def mean_metric(values: jax.Array) -> tuple[jax.Array, jax.Array]:
   """(sum, count) of a scalar or of one value per example."""
-  return values.sum(), jax.numpy.asarray(values.size, jax.numpy.float32)
+  return values.sum(), jnp.asarray(values.size, jnp.float32)
 
 
 def combine(totals: Metrics, new: Metrics) -> Metrics:

@@ -8,20 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax.data.sources.arrays import ArraySource
+from diffusion_jax.config import TrainingConfig
+from diffusion_jax.data.loader import Source
+from diffusion_jax.data.sources import open_data
+from diffusion_jax.data.sources.arrays import POINT_SETS, ArraySource
 from diffusion_jax.diffusion.denoiser import Denoiser
 from diffusion_jax.diffusion.likelihood import flow_likelihood
 from diffusion_jax.diffusion.noise import NoiseConfig, NoiseSchedule, ScheduleConfig
 from diffusion_jax.diffusion.objective import Network as Denoising
 from diffusion_jax.diffusion.objective import Objective, ObjectiveConfig
 from diffusion_jax.diffusion.samplers import initial_noise, sampler
+from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.evaluator import Evaluator, Scores
 from diffusion_jax.evaluation.points import Points, PointsPreview
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models.mlp import MLP, MLPConfig
 from diffusion_jax.models.network import Network
 from diffusion_jax.train.tasks.diffusion import NoisingTask, history_of
-from diffusion_jax.train.tasks.task import Frozen
+from diffusion_jax.train.tasks.task import Env, Frozen
 from diffusion_jax.types import Params
 
 FIELD_LEVELS = (1.0, 0.4, 0.15)
@@ -77,6 +81,7 @@ class ToyTask(NoisingTask):
   Config = ToyTaskConfig
   name, title = 'toy', 'Denoiser of points in the plane'
   batch_fields = ('points',)
+  computing = ()
 
   def __init__(self, config: ToyTaskConfig, test: ArraySource):
     self.config = config
@@ -93,6 +98,25 @@ class ToyTask(NoisingTask):
     self._sample = jax.jit(self._draw, static_argnums=2)
     self._fields = jax.jit(self._scores)
     self._bits = jax.jit(self._likelihood)
+
+  @classmethod
+  def check_data(cls, config: TrainingConfig) -> None:
+    if config.data.transforms:
+      raise UserError('data.transforms have no effect on points; empty them.')
+
+  @classmethod
+  def open_sources(cls, config: TrainingConfig, synthetic: bool) -> tuple[Source, Source]:
+    """Points are random numbers anyway."""
+    return open_data(config.data)
+
+  @classmethod
+  def build(cls, config: TrainingConfig, env: Env) -> 'ToyTask':
+    if 'points' not in env.test[0]:
+      raise UserError(
+        f'data.dataset is {config.data.dataset!r}, which holds no points; choose one of '
+        f'{", ".join(POINT_SETS)}.'
+      )
+    return cls(config.settings, env.test)
 
   def initialize(self, key: jax.Array) -> Params:
     return self.mlp.initialize(key)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from diffusion_jax import build
+from diffusion_jax.config import parse
 from diffusion_jax.formats.tensors import read_json
-from diffusion_jax.recipe import load_config, parse
-from diffusion_jax.sizes import check_sizes
+from diffusion_jax.recipe import load_config
+from diffusion_jax.registry import TASKS, load
 from tests import tiny, tiny_pipeline
 from tests.train.test_classifier_task import classifier_config
 
@@ -99,9 +100,10 @@ def test_the_size_of_a_recipe_is_changed_in_one_place(recipe, size):
     'autoencoder': [], 'clip': ['settings.clip.vision_config.image_size'],
     'classifier': ['settings.classifier.image_size'],
   }[recipe]
-  check_sizes(parse(load_config(f'openmoji/{recipe}', [
+  config = parse(load_config(f'openmoji/{recipe}', [
     f'--config.{key}={size}' for key in ('data.size', *more)
-  ])))
+  ]))
+  load(TASKS, config.task).check(config)
 
 
 def test_transforms_without_a_size_take_that_of_the_data(small_data, tmp_path):

@@ -8,17 +8,17 @@ import jax
 
 from diffusion_jax.build import build_task, open_sources
 from diffusion_jax.checkpoint.checkpoints import Checkpoints
+from diffusion_jax.config import parse
 from diffusion_jax.data.splits import measured_on
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.evaluator import EVALUATE, Scores, run_all, scores_of
 from diffusion_jax.files import reading
-from diffusion_jax.io.trained import run_weights
 from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_params, to_host
 from diffusion_jax.parallel.processes import agree, in_step
 from diffusion_jax.pipelines.model import Diffusion, SampleConfig
-from diffusion_jax.recipe import LATENT, parse
 from diffusion_jax.runs.directory import RunDirectory
+from diffusion_jax.runs.weights import run_weights
 from diffusion_jax.train.posthoc_ema import Combination, Snapshot, combine
 from diffusion_jax.train.training import stating
 from diffusion_jax.types import Params, Weights
@@ -49,7 +49,7 @@ class TrainedRun:
   @property
   def model(self) -> Diffusion:
     """UserError where the run trains something else."""
-    if self.config.task not in LATENT:
+    if not hasattr(self.task, 'model'):
       raise UserError(
         f'{self.workdir} trains {self.config.task}; give the workdir of a diffusion run.'
       )
@@ -58,7 +58,7 @@ class TrainedRun:
   @property
   def autoencoder(self) -> Network:
     """UserError where the run trains something else."""
-    if self.config.task != 'autoencoder':
+    if not hasattr(self.task, 'autoencoder'):
       raise UserError(
         f'{self.workdir} trains {self.config.task}; give the workdir of an autoencoder.'
       )

@@ -1,0 +1,109 @@
+"""Limits of what people choose, as types of config values: `Annotated[float, Range(0, 1)]`."""
+
+import dataclasses
+import importlib
+import math
+import operator
+from collections.abc import Collection
+from typing import Annotated, Any
+
+from diffusion_jax import registry
+from diffusion_jax.errors import UserError
+
+MOST_SEED = 2**32 - 1
+"""The largest seed: JAX would cut a longer one to 32 bits and draw what another seed draws."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+  """Numbers from low to high; NaN is in no range.
+
+  above, below: whether low and high are left out themselves. text: what to give instead of a value
+  outside, where the limits alone do not say it.
+  """
+
+  low: float = -math.inf
+  high: float = math.inf
+  above: bool = False
+  below: bool = False
+  text: str = ''
+
+  def check(self, value: float, where: str) -> None:
+    """UserError, which names the key `where`, for a value outside."""
+    low = value > self.low if self.above else value >= self.low
+    high = value < self.high if self.below else value <= self.high
+    if not (low and high):
+      raise UserError(f'{where} is {value!r:.40}; give {self.text or self._text()}.')
+
+  def _text(self) -> str:
+    if self.high == math.inf:
+      return f'{"more than" if self.above else "at least"} {self.low:g}'
+    high = f'{"below " * self.below}{self.high:.10g}'
+    return f'a number from {"above " * self.above}{self.low:g} to {high}'
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OneOf:
+  """A name of a table: the table or a tuple of names, or 'module:NAME' of one, imported when used.
+  """
+
+  names: Collection[str] | str
+
+  def check(self, value: str, where: str) -> None:
+    """UserError, with the nearest known name, for one that is not in the table."""
+    names = self.names
+    if isinstance(names, str):
+      module, _, attribute = names.partition(':')
+      names = getattr(importlib.import_module(module), attribute)
+    registry.check(names, value, where)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ByType:
+  """A section whose key `type` names the part of a registry that it configures.
+
+  The part is a dataclass, or has one as `Config`. default: the type where the section names none;
+  it is not written down.
+  """
+
+  table: registry.Table
+  default: str = ''
+
+  def section(self, name: str, where: str) -> type:
+    """Return the dataclass of that type. UserError for an unknown one."""
+    part = registry.load(self.table, name, f'{where}.type')
+    return getattr(part, 'Config', part)
+
+  def name(self, section: Any) -> str:
+    """Return the type that a section is of, '' for the default."""
+    own = (name for name in self.table if self.section(name, '') is type(section))
+    found = next(own, self.default)
+    return '' if found == self.default else found
+
+
+Fraction = Annotated[float, Range(0, 1)]
+Positive = Annotated[int, Range(1)]
+Count = Annotated[int, Range(0)]
+"""0 is often 'never' or 'none'."""
+Seconds = Annotated[float, Range(0, text='seconds, or 0 for no limit')]
+Seed = Annotated[int, Range(0, MOST_SEED, text=f'a whole number from 0 to {MOST_SEED}')]
+
+
+def check_seed(seed: int, name: str = 'seed') -> int:
+  """Return the seed. UserError, calling it `name`, for what is no whole number up to MOST_SEED."""
+  try:
+    number = operator.index(seed)
+  except TypeError:
+    number = -1
+  if not 0 <= number <= MOST_SEED:
+    shown = f'{seed!r:.40}' if not isinstance(seed, int) or abs(seed) < 10**20 else (
+      f'a number of {seed.bit_length()} bits'
+    )
+    raise UserError(f'{name} is {shown}; give a whole number from 0 to {MOST_SEED}.')
+  return number
+
+
+def same_size(key: str, value: int, size: int) -> None:
+  """UserError unless what a key of the config says agrees with `data.size`."""
+  if value != size:
+    raise UserError(f'data.size is {size}, but {key} is {value}; set both alike.')
