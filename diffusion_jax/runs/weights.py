@@ -16,13 +16,13 @@ from diffusion_jax.types import Params
 def run_weights(
   workdir: str, shapes: dict[str, Any], mesh: Mesh, step: int | None = None, ema: bool | None = None
 ) -> Params:
-  """The parameters of a run's checkpoint on a mesh, averaged where there are averages.
+  """Return the parameters of a checkpoint of a run on a mesh, averaged where there are averages.
 
   Neither optimizer nor anything else is read, and nothing in the run's directory changes.
 
   Args:
     shapes: what the parameters must be, by name.
-    step: None for the newest checkpoint that is whole.
+    step: None for the newest intact checkpoint.
     ema: whether averaged; None where the run has averages.
 
   Raises:

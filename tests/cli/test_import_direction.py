@@ -1,5 +1,5 @@
 """cli -> run -> costs -> build -> train, evaluation, pipelines ->
-formats, io, data, viz -> diffusion, models -> backend, parallel.
+formats, data, viz -> diffusion, models -> backend, parallel.
 """
 
 import ast
@@ -11,7 +11,7 @@ from tests.tiny import ROOT
 LAYERS = (
   ('cli', '__main__'), ('run',), ('costs',), ('build',),
   ('train', 'evaluation', 'pipelines'),
-  ('formats', 'io', 'data', 'viz', 'checkpoint', 'runs'), ('diffusion', 'models'),
+  ('formats', 'data', 'viz', 'checkpoint', 'runs'), ('diffusion', 'models'),
   ('backend', 'parallel'),
 )
 SHARED = {

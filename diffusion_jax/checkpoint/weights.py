@@ -1,0 +1,43 @@
+"""Weights alone out of a run's checkpoints, to draw, score, or train on from."""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from diffusion_jax.checkpoint.checkpoints import Checkpoints
+from diffusion_jax.errors import UserError
+from diffusion_jax.files import reading
+from diffusion_jax.parallel.mesh import shard_params
+from diffusion_jax.runs.directory import RunDirectory
+from diffusion_jax.types import Params
+
+
+def run_weights(
+  workdir: str, shapes: dict[str, Any], mesh: Mesh, step: int | None = None, ema: bool | None = None
+) -> Params:
+  """Return the parameters of a checkpoint of a run on a mesh, averaged where there are averages.
+
+  Neither optimizer nor anything else is read, and nothing in the run's directory changes.
+
+  Args:
+    shapes: what the parameters must be, by name.
+    step: None for the newest intact checkpoint.
+    ema: whether averaged; None where the run has averages.
+
+  Raises:
+    UserError: no run, no checkpoint yet, all of them damaged, or of another model.
+  """
+  directory = RunDirectory(workdir)
+  if ema is None:
+    values = directory.read_json('config.json')
+    with reading(directory.path / 'config.json', 'is not the config of a run', 'restore that file'):
+      ema = values['loop']['ema_halflife_images'] > 0
+  checkpoints = Checkpoints(directory.checkpoints, read_only=True)
+  if not checkpoints.steps():
+    raise UserError(f'{workdir} has no checkpoint yet; train longer, or give another workdir.')
+  abstract = jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    shapes, shard_params(shapes, mesh),
+  )
+  return checkpoints.restore_params(step, abstract, ema)
