@@ -13,7 +13,8 @@ from diffusion_jax.data.cache import moments_encoder
 from diffusion_jax.diffusion.samplers import sampler
 from diffusion_jax.errors import UserError
 from diffusion_jax.parallel.mesh import in_batches
-from diffusion_jax.pipelines.model import Diffusion, SampleConfig
+from diffusion_jax.pipelines.model import Diffusion
+from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.registry import TASKS, load
 from diffusion_jax.train.training import Training
 from diffusion_jax.types import Weights
@@ -71,7 +72,7 @@ def count_calls(model: Diffusion, config: SampleConfig) -> int:
     jax.debug.callback(lambda: calls.append(1))
     return alpha * x
 
-  x = jnp.ones((1, 1, 1, model.channels))
+  x = jnp.ones((1, 1, 1, model.space.channels))
   keys = jax.random.split(jax.random.key(0), 1)
   run = sampler(config.program.sampler, **dict(config.program.options))
   grid = config.numbers(model.noise).grid
@@ -87,18 +88,19 @@ def sampling_flops(
   guided = 2 if config.program.guided else 1
   shape = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
   weights = shape(weights)
-  tokens = shape(model.tokens([''] * 2 * batch_size))
-  told = jax.eval_shape(model.encode_text, weights, tokens)
+  rows = shape(model.rows([''] * 2 * batch_size))
+  told = jax.eval_shape(model.condition, weights, rows)
   told = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct((guided * batch_size, *a.shape[1:]), a.dtype), told
   )
-  latents = lambda n: jax.ShapeDtypeStruct((n, *model.latent_shape), jnp.float32)
+  size = model.space.shape(*model.trained_size)
+  latents = lambda n: jax.ShapeDtypeStruct((n, *size), jnp.float32)
   times = jax.ShapeDtypeStruct((guided * batch_size,), jnp.float32)
   network = lambda weights, x, t, told: model.network(weights)(x, t, told)
   return (
-    count_flops(model.encode_text, weights, tokens)
+    count_flops(model.condition, weights, rows)
     + count_flops(network, weights, latents(guided * batch_size), times, told).times(calls)
-    + count_flops(model.decode, weights['autoencoder'], latents(batch_size))
+    + count_flops(model.space.decode, weights, latents(batch_size))
   )
 
 
@@ -106,13 +108,14 @@ def measure_encoding(training: Training, counts: Counts, batch_size: int) -> dic
   """What `settings.cache` computes once: moments of latents, embeddings of one caption an image."""
   task, mesh = training.task, training.mesh
   model, dtype = task.model, training.config['dtype']
-  weights = model.on_mesh({r: task.frozen[r] for r in ('autoencoder', *model.text.networks)}, mesh)
-  edge = model.image_size
+  weights = model.on_mesh({r: task.frozen[r] for r in model.networks if r in task.frozen}, mesh)
+  edge = max(model.trained_size)
   images = np.random.default_rng(0).integers(0, 256, (batch_size, edge, edge, 3), np.uint8)
-  tokens = model.tokens([f'picture {index}' for index in range(batch_size)])
+  tokens = model.text.tokens([f'picture {index}' for index in range(batch_size)])
+  captions = jax.jit(lambda weights, tokens: model.text.encode(weights, {'tokens': tokens}))
   parts = {
-    'images': (moments_encoder(model), weights['autoencoder'], images),
-    'captions': (jax.jit(model.text.encode), weights, tokens),
+    'images': (moments_encoder(model), weights, images),
+    'captions': (captions, weights, tokens),
   }
   found, total = {}, 0.0
   for name, (encode, params, rows) in parts.items():

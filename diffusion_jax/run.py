@@ -16,7 +16,8 @@ from diffusion_jax.files import reading
 from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_params, to_host
 from diffusion_jax.parallel.processes import agree, in_step
-from diffusion_jax.pipelines.model import Diffusion, SampleConfig
+from diffusion_jax.pipelines.model import Diffusion
+from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.runs.weights import run_weights
 from diffusion_jax.train.posthoc_ema import Combination, Snapshot, combine

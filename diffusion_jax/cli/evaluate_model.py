@@ -17,7 +17,7 @@ from diffusion_jax.errors import UserError
 if TYPE_CHECKING:
   from diffusion_jax.evaluation.comparison import Column
   from diffusion_jax.evaluation.images import Split
-  from diffusion_jax.pipelines.model import SampleConfig
+  from diffusion_jax.pipelines.sampling import SampleConfig
   from diffusion_jax.run import TrainedRun
   from diffusion_jax.types import Weights
 
@@ -46,7 +46,7 @@ class Subject:
       damage, most = Damage(evaluate_job.say_unreadable), args.most_unreadable or 0.0
       self.train, self.test = (
         Counted(
-          evaluate_job.open_split(args, name, self.model.image_size).records, most, damage,
+          evaluate_job.open_split(args, name, max(self.model.trained_size)).records, most, damage,
           f'{name} records', '--most_unreadable',
         ) for name in ('train', 'test')
       )
@@ -82,7 +82,7 @@ class Subject:
   def captions(self) -> list[str]:
     """What is drawn. UserError for more than there are, or too few to score."""
     found = self._captions()
-    self.model.tokens(found)  # Says of all of them together how many are too long.
+    self.model.rows(found)  # Says of all of them together how many are too long.
     return found
 
   def _captions(self) -> list[str]:
@@ -122,7 +122,7 @@ class Subject:
   def split(self, name: str) -> Split:
     """A split of the data set that the model was made for."""
     if name not in self._splits:
-      dataset, size = self.args.dataset, self.model.image_size
+      dataset, size = self.args.dataset, max(self.model.trained_size)
       if self.run:
         dataset, size = self.run.config.data.dataset, self.run.config.data.size
       source = self.train if name == 'train' else self.test

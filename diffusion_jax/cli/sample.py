@@ -112,9 +112,11 @@ def read_inputs(args: argparse.Namespace, model, steps: int) -> tuple:
     raise UserError(
       f'--strength {strength:g} leaves no step of {steps}; choose a share up to 1.'
     )
-  latent = model.latent_shape[0]
-  edges = {'image': model.image_size, 'mask': model.image_size, 'control': model.image_size,
-           'depth': latent, 'small': latent, 'reference': getattr(model.text, 'size', 0)}
+  edge = max(model.trained_size)
+  latent = max(model.space.shape(edge, edge)[:2])
+  seen = model.conditioners['text'].pictures(model.space, edge, edge).get('reference')
+  edges = {'image': edge, 'mask': edge, 'control': edge, 'depth': latent, 'small': latent,
+           'reference': seen[0][0] if seen else 0}
   given = {name: getattr(args, name) for name in edges if getattr(args, name)}
   if 'reference' in given and not edges['reference']:
     raise UserError('the model varies no picture; leave --reference out, or use a model that does.')
@@ -123,9 +125,9 @@ def read_inputs(args: argparse.Namespace, model, steps: int) -> tuple:
     print(f'note: {note}')
   numbers = {name: getattr(args, name) for name in NEEDED if getattr(args, name) is not None}
   inputs = Inputs(**pictures, **numbers)
-  inputs.rows(model, 1)  # So that what does not fit is said before anything is drawn.
-  if 'image' in given and inputs.share(model) < 1:
-    numbers['strength'] = inputs.share(model)
+  inputs.rows(model, 1, edge, edge)  # So that what does not fit is said before anything is drawn.
+  if 'image' in given and inputs.fraction(model) < 1:
+    numbers['strength'] = inputs.fraction(model)
   return inputs, given | {name: f'{value:g}' for name, value in numbers.items()}
 
 
@@ -174,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
   mesh = make_mesh(MeshConfig())
   model, weights, sample, name = load(args, mesh)
   model, weights = with_adapters(model, weights, args)
-  model.tokens([*prompts, args.negative], on_long='error')
+  model.check_prompts([*prompts, args.negative])
   inputs, started = read_inputs(args, model, sample.steps)
   settings = {
     'negative': args.negative, **sample.in_force(), **started, **named_adapters(args),

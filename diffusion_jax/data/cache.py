@@ -1,4 +1,4 @@
-"""Latents and text embeddings computed once, before training, instead of in every step."""
+"""What frozen networks make of images and captions, computed once before training."""
 
 import dataclasses
 import json
@@ -23,66 +23,79 @@ from diffusion_jax.types import Record
 
 @dataclasses.dataclass(frozen=True)
 class ChooseText:
-  """A record of the cache -> 'mean', 'std' [h w c], 'text' [l d] of one of its captions.
+  """A record of the cache -> the same with 'text' [l d] of one of its captions in place of all.
 
-  And 'pooled' [p], where the model is told it.
+  And with 'pooled' [p], where the model is conditioned on it.
   """
 
   random: ClassVar[bool] = True
 
   def __call__(self, record: dict, rng: np.random.Generator) -> dict:
+    if 'texts' not in record:
+      return record
+    out = {name: value for name, value in record.items() if name not in ('texts', 'pooled')}
     chosen = int(rng.integers(len(record['texts'])))
-    text = record['texts'][chosen]
-    out = {'mean': record['mean'], 'std': record['std'], 'text': text.astype(np.float32)}
+    out['text'] = record['texts'][chosen].astype(np.float32)
     if 'pooled' in record:
       out['pooled'] = record['pooled'][chosen].astype(np.float32)
     return out
 
 
-def moments_encoder(model) -> Callable:
-  """The jitted (autoencoder, uint8 images [b h w 3]) -> mean and std of unscaled latents."""
-
-  def encode(params, images):
-    mean, logvar = model.autoencoder.bind(params).encode(to_float(images))
-    return mean.astype(jnp.float32), jnp.exp(logvar.astype(jnp.float32) / 2)
-
-  return jit(encode)
-
-
 def cached_source(
   source: ImageSource, model, frozen: dict, mesh: Mesh, progress: bool = True
 ) -> ArraySource:
-  """Encodes every image and every caption of `source` once.
+  """Encode every image and every caption of `source` once.
 
-  Columns: 'mean' and 'std' [h w c], moments of the unscaled latents, float32; 'texts' [k l d], the
-  embeddings of the record's k captions, float16 to halve the memory; 'pooled' [k p] for SDXL.
+  Columns: the moments of the model's space, float32, such as 'mean' and 'std' [h w c]; 'texts'
+  [k l d], the embeddings of the record's k captions, float16 to halve the memory; 'pooled' [k p]
+  for SDXL; and what other conditioners make of a record.
 
   A record that cannot be read in any of the processes has a row that cannot be read, so that all
   others keep their numbers.
+
+  Args:
+    model: a `pipelines.model.Diffusion`.
   """
-  params = {role: put_params(frozen[role], mesh) for role in ('autoencoder', *model.text.networks)}
   records, unreadable = _read(source, progress)
   images = np.stack([record['image'] for record in records])
-  captions = [caption for record in records for caption in record['captions']]
+  weights = {role: put_params(frozen[role], mesh) for role in model.space.networks}
   moments = list(tqdm(
-    in_batches(moments_encoder(model), params['autoencoder'], images, mesh=mesh),
+    in_batches(moments_encoder(model), weights, images, mesh=mesh),
     total=-(-len(images) // 64), desc='encoding images', disable=not progress, leave=False,
   ))
-  mean, std = (np.concatenate(part) for part in zip(*moments, strict=True))
-  told = [
-    jax.tree.map(lambda part: part.astype(np.float16), condition) for condition in tqdm(
-      in_batches(
-        jax.jit(model.text.encode), params, model.tokens(captions), mesh=mesh, batch_size=256
-      ),
+  columns = _joined(moments)
+  if model.text is not None:
+    columns |= _captions(records, model.text, frozen, mesh, progress)
+  for conditioner in model.conditioners.values():
+    if conditioner is not model.text:
+      rows = [conditioner.of_record(record) for record in records]
+      columns |= {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+  return ArraySource(columns, unreadable)
+
+
+def moments_encoder(model) -> Callable:
+  """The jitted (weights, uint8 images [b h w 3]) -> moments of their z."""
+  return jit(lambda weights, images: model.space.moments(weights, to_float(images)))
+
+
+def _captions(records: list[Record], text, frozen: dict, mesh: Mesh, progress: bool) -> dict:
+  captions = [caption for record in records for caption in record['captions']]
+  weights = {role: put_params(frozen[role], mesh) for role in text.networks}
+  encode = jax.jit(lambda weights, tokens: text.encode(weights, {'tokens': tokens}))
+  encoded = [
+    {name: part.astype(np.float16) for name, part in one.items()} for one in tqdm(
+      in_batches(encode, weights, text.tokens(captions), mesh=mesh, batch_size=256),
       total=-(-len(captions) // 256), desc='encoding captions', disable=not progress, leave=False,
     )
   ]
   ends = np.cumsum([len(record['captions']) for record in records])[:-1]
-  columns = {'texts': np.concatenate([c.text for c in told])}
-  if model.text.pooled:
-    columns['pooled'] = np.concatenate([c.pooled for c in told])
-  by_record = {name: np.split(column, ends) for name, column in columns.items()}
-  return ArraySource({'mean': mean, 'std': std, **by_record}, unreadable)
+  columns = {name: np.split(column, ends) for name, column in _joined(encoded).items()}
+  columns['texts'] = columns.pop('text')
+  return columns
+
+
+def _joined(batches: list[dict]) -> dict[str, np.ndarray]:
+  return {name: np.concatenate([one[name] for one in batches]) for name in batches[0]}
 
 
 def _read(source: ImageSource, progress: bool) -> tuple[list[Record], dict[int, str]]:
@@ -108,18 +121,26 @@ def _read(source: ImageSource, progress: bool) -> tuple[list[Record], dict[int, 
   return [blank if i in unreadable else records[i] for i in range(len(source))], unreadable
 
 
-def synthetic_cache(model, frozen: dict, count: int) -> ArraySource:
-  """What `cached_source` gives, of random numbers; nothing is encoded."""
-  images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.uint8)
-  latents, _ = jax.eval_shape(moments_encoder(model), frozen['autoencoder'], images)
-  told = jax.eval_shape(model.text.encode, frozen, model.tokens(['']))
+def synthetic_cache(model, frozen: dict, count: int, size: int) -> ArraySource:
+  """Return what `cached_source` does, of random numbers; nothing is encoded.
+
+  Args:
+    size: edge of the images, in pixels.
+  """
+  images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
   rng = np.random.default_rng(0)
   draw = lambda *shape: rng.standard_normal((count, *shape), np.float32)
-  shape = latents.shape[1:]
   columns = {
-    'mean': draw(*shape), 'std': np.full((count, *shape), 0.1, np.float32),
-    'texts': draw(1, *told.text.shape[1:]).astype(np.float16),
+    name: np.full((count, *leaf.shape[1:]), 0.1, np.float32) if name == 'std'
+    else draw(*leaf.shape[1:])
+    for name, leaf in jax.eval_shape(moments_encoder(model), frozen, images).items()
   }
-  if told.pooled is not None:
-    columns['pooled'] = draw(1, *told.pooled.shape[1:]).astype(np.float16)
+  if model.text is not None:
+    encoded = jax.eval_shape(model.text.encode, frozen, {'tokens': model.text.tokens([''])})
+    texts = {n: draw(1, *leaf.shape[1:]).astype(np.float16) for n, leaf in encoded.items()}
+    columns |= {'texts': texts.pop('text'), **texts}
+  blank = Record(image=np.zeros((size, size, 3), np.uint8), captions=[''], id='', label='')
+  for conditioner in model.conditioners.values():
+    if conditioner is not model.text:
+      columns |= {n: np.stack([row] * count) for n, row in conditioner.of_record(blank).items()}
   return ArraySource(columns)

@@ -41,7 +41,8 @@ from diffusion_jax.evaluation.showing import (
 from diffusion_jax.evaluation.statistics import Moments
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.parallel.processes import A_DAY, agree, in_step
-from diffusion_jax.pipelines.model import Diffusion, SampleConfig
+from diffusion_jax.pipelines.model import Diffusion
+from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.types import Weights
 
 CHUNK = 64

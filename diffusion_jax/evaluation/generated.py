@@ -40,7 +40,8 @@ from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.parallel.mesh import put_params, to_host
 from diffusion_jax.parallel.processes import agree
 from diffusion_jax.pipelines.conditions import Inputs
-from diffusion_jax.pipelines.model import Diffusion, SampleConfig
+from diffusion_jax.pipelines.model import Diffusion
+from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.types import Record, Weights
 
 
@@ -260,8 +261,8 @@ class GeneratedImages:
     yield 'measured', [
       f'Of {samples:,} images, each drawn for a test caption, against '
       f'{_size(scorer.reference):,} images of the training split.',
-      *(f'{one.name} sees them at {one.size} px, enlarged from {model.image_size}.'
-        for one in scorer.extractors if one.size > model.image_size),
+      *(f'{one.name} sees them at {one.size} px, enlarged from {max(model.trained_size)}.'
+        for one in scorer.extractors if one.size > max(model.trained_size)),
       *(text for text, beware in scorer.checked if not beware),
     ]
     yield 'warnings', [*(text for text, beware in scorer.checked if beware), *warnings]
@@ -315,6 +316,6 @@ def check_samples(samples: int, available: int) -> None:
 
 
 def fresh_weights(model: Diffusion, weights: Weights, mesh: Mesh, seed: int = 1) -> Weights:
-  """The same model with an untrained U-Net."""
-  fresh = jax.jit(model.unet.initialize)(jax.random.key(seed))
-  return {**weights, 'unet': put_params(to_host(fresh), mesh)}
+  """The same model with an untrained denoiser."""
+  fresh = jax.jit(model.denoiser.initialize)(jax.random.key(seed))
+  return {**weights, 'denoiser': put_params(to_host(fresh), mesh)}

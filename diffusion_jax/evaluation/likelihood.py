@@ -41,6 +41,7 @@ from diffusion_jax.evaluation.scores import DISCRETE_BITS
 from diffusion_jax.limits import check_seed
 from diffusion_jax.parallel.mesh import in_batches
 from diffusion_jax.pipelines.model import Diffusion
+from diffusion_jax.pipelines.spaces import AUTOENCODER, LatentSpace
 from diffusion_jax.pixels import to_float
 from diffusion_jax.types import Latents, PerExample, Record, Weights
 
@@ -116,17 +117,20 @@ def make_encoder(model: Diffusion) -> Callable:
   -log P(image | latents) in nats, by a Gaussian of that variance in the bins of the 256 levels;
   'error' [b], mean squared error of the decoded image.
   """
-  scale = model.autoencoder.config.scaling_factor
+  space = model.space
+  if not isinstance(space, LatentSpace):
+    raise UserError('the likelihood of an image is measured through latents; the model has none.')
+  scale = space.autoencoder.config.scaling_factor
 
   @jit
   def encode(params, images, keys):
     autoencoder, variance = params
-    x = to_float(images)
-    moments = model.autoencoder.bind(autoencoder).encode(x)
+    weights, x = {AUTOENCODER: autoencoder}, to_float(images)
+    moments = space.autoencoder.bind(autoencoder).encode(x)
     mean, logvar = (part.astype(jnp.float32) for part in moments)
     eps = unit_noise(jax.random.wrap_key_data(keys), 0, mean)
-    latents = model.latents(mean + jnp.exp(logvar / 2) * eps)
-    output = model.decode(autoencoder, latents)
+    latents = space.scaled(mean + jnp.exp(logvar / 2) * eps)
+    output = space.decode(weights, latents)
     return {
       'latents': latents,
       'log_q': total(gaussian_log_density(eps, 0.0, 0.0) - logvar / 2 - jnp.log(scale)),
@@ -138,14 +142,18 @@ def make_encoder(model: Diffusion) -> Callable:
 
 
 def make_scorer(
-  model: Diffusion, config: LikelihoodConfig, offset: jax.Array, figures: Sequence[str] = FIGURES
+  model: Diffusion, names: Sequence[str], config: LikelihoodConfig, offset: jax.Array,
+  figures: Sequence[str] = FIGURES,
 ) -> Callable:
-  """(weights, latents [b h w c], tokens [b l], key data [b k]) -> what `latent_bits` returns."""
+  """(weights, latents [b h w c], key data [b k], columns) -> what `latent_bits` returns.
+
+  The columns are those of `Diffusion.rows` with these names.
+  """
 
   @jit
-  def score(weights: Weights, latents, tokens, keys):
-    told = model.encode_text(weights, tokens)
-    denoise = model.denoiser(weights)
+  def score(weights: Weights, latents, keys, *columns):
+    told = model.condition(weights, dict(zip(names, columns, strict=True)))
+    denoise = model.denoise(weights)
     given = lambda x, alpha, sigma: denoise(x, alpha, sigma, told)
     keys = jax.random.wrap_key_data(keys)
     return latent_bits(given, model.noise, latents, keys, config, offset, figures)
@@ -164,15 +172,17 @@ def discrete_bits(
   _, key_latents, key_noise, key_offset = jax.random.split(jax.random.key(check_seed(seed)), 4)
   keys = [image_keys(key, len(records)) for key in (key_latents, key_noise)]
   config, offset = LikelihoodConfig(draws=draws), jax.random.uniform(key_offset)
-  encode, score = make_encoder(model), make_scorer(model, config, offset, ('discrete',))
+  given = model.rows([record['captions'][0] for record in records])
+  encode = make_encoder(model)
+  score = make_scorer(model, tuple(given), config, offset, ('discrete',))
   batches = partial(_over_images, mesh=mesh, batch_size=batch_size, label='', progress=False)
 
   def bits(weights: Weights, items: range) -> dict[str, np.ndarray]:
     rows = slice(items.start, items.stop)
     known = (weights['autoencoder'], jnp.ones(()))
-    given = batches(encode, known, _images(records[rows]), keys[0][rows])
-    tokens = model.tokens([record['captions'][0] for record in records[rows]])
-    found = batches(score, weights, given['latents'], tokens, keys[1][rows])
+    latents = batches(encode, known, _images(records[rows]), keys[0][rows])['latents']
+    columns = (column[rows] for column in given.values())
+    found = batches(score, weights, latents, keys[1][rows], *columns)
     return {DISCRETE_BITS: found['discrete']}
 
   return bits
@@ -185,11 +195,11 @@ def evaluate_likelihood(
 ) -> dict[str, dict[str, float]]:
   """Bits per dimension of the first `samples` test images, shuffled as in `job.Evaluation`.
 
-  Columns: 'model'; 'untrained', the same with a fresh U-Net; 'gaussian', a diagonal Gaussian fitted
-  to the latents of training images, in closed form and blind to captions. Rows: means over images
-  of the three figures of `latent_bits`, and image_bits_per_dim_bound, from the continuous one and a
-  decoder whose variance is the mean squared error on those training images; to each row its
-  standard error over images. An image's values depend on the seed and its number alone.
+  Columns: 'model'; 'untrained', the same with a fresh denoiser; 'gaussian', a diagonal Gaussian
+  fitted to the latents of training images, in closed form and blind to captions. Rows: means over
+  images of the three figures of `latent_bits`, and image_bits_per_dim_bound, from the continuous
+  one and a decoder whose variance is the mean squared error on those training images; to each row
+  its standard error over images. An image's values depend on the seed and its number alone.
 
   Raises:
     UserError: fewer than 2 samples, or more than there are test images.
@@ -210,9 +220,9 @@ def evaluate_likelihood(
   variance = jnp.asarray(known['error'].mean(), jnp.float32)
   given = batches(encode, (weights['autoencoder'], variance), _images(records),
                   image_keys(key_latents, samples), batch_size=64, label='encoding')
-  score = make_scorer(model, config, jax.random.uniform(key_offset))
-  rows = (given['latents'], model.tokens([record['captions'][0] for record in records]),
-          image_keys(key_noise, samples))
+  told = model.rows([record['captions'][0] for record in records])
+  score = make_scorer(model, tuple(told), config, jax.random.uniform(key_offset))
+  rows = (given['latents'], image_keys(key_noise, samples), *told.values())
   columns = {
     name: batches(score, params, *rows, batch_size=min(batch_size, samples), label=name)
     for name, params in {'model': weights, 'untrained': fresh_weights(model, weights, mesh)}.items()

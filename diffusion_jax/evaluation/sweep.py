@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from diffusion_jax.diffusion.samplers import SAMPLERS, sampler
 from diffusion_jax.errors import UserError
-from diffusion_jax.pipelines.model import Diffusion, SampleConfig
+from diffusion_jax.pipelines.model import Diffusion
+from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.types import Condition
 
 EMA = 'ema_halflife_images'

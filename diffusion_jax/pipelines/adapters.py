@@ -1,6 +1,5 @@
 """Adds to a loaded model what others have trained for it: LoRA, ControlNet, learned words."""
 
-import dataclasses
 import math
 from pathlib import Path
 
@@ -18,8 +17,10 @@ from diffusion_jax.formats.textual_inversion import (
 from diffusion_jax.models.controlnet import ControlNet, ControlNetConfig
 from diffusion_jax.models.lora import Rank, merge_lora
 from diffusion_jax.models.network import Network
-from diffusion_jax.pipelines.conditioners import EXTRA, embedding_table
-from diffusion_jax.pipelines.model import Diffusion
+from diffusion_jax.pipelines.conditioners import CONTROLNET
+from diffusion_jax.pipelines.conditioners import ControlNet as ControlNetConditioner
+from diffusion_jax.pipelines.encoders import EXTRA, embedding_table
+from diffusion_jax.pipelines.model import DENOISER, Diffusion
 from diffusion_jax.types import Weights
 
 
@@ -33,14 +34,16 @@ def add_lora(model: Diffusion, weights: Weights, path: str, scale: float = 1.0) 
   """
   if not math.isfinite(scale):
     raise UserError(f'the scale of the LoRA {path} is {scale}; give a finite number.')
-  roles, file = ('unet', *model.text.networks), lora_file(resolve(path))
-  lora = read_lora(file, {role: model.networks[role].shapes for role in roles}, words=True)
+  text, file = model.text.networks if model.text else {}, lora_file(resolve(path))
+  shapes = {'unet': model.denoiser.shapes, **{role: n.shapes for role, n in text.items()}}
+  lora = read_lora(file, shapes, words=True)
   out = dict(weights)
-  for role, layers in lora.items():
+  for name, layers in lora.items():
+    role = DENOISER if name == 'unet' else name
     sizes, params = to_params(layers)
     sizes = {name: Rank(size.rank, scale * size.alpha) for name, size in sizes.items()}
     out[role] = merge_lora({**weights[role], **params}, sizes)
-  for learned in bundled_words(file, _widths(model) if model.text.tokenizers else None):
+  for learned in bundled_words(file, _widths(model) if model.text else None):
     out = _with_word(model, out, learned)
   return out
 
@@ -48,20 +51,21 @@ def add_lora(model: Diffusion, weights: Weights, path: str, scale: float = 1.0) 
 def add_controlnet(
   model: Diffusion, weights: Weights, path: str, mesh: Mesh | None = None
 ) -> tuple[Diffusion, Weights]:
-  """The model with a ControlNet from a directory. UserError where it is none for this U-Net."""
-  network = Network.of(ControlNet, controlnet_config(model, path), model.unet.compute)
+  """The model with a ControlNet from a directory. UserError where it is none for this denoiser."""
+  network = Network.of(ControlNet, controlnet_config(model, path), model.denoiser.compute)
   params = load_params('controlnet', path, mesh=mesh)[1]
-  return dataclasses.replace(model, controlnet=network), {**weights, 'controlnet': params}
+  model = model.with_conditioner('control', ControlNetConditioner(network))
+  return model, {**weights, CONTROLNET: params}
 
 
 def controlnet_config(model: Diffusion, path: str) -> ControlNetConfig:
-  """Of the ControlNet in a directory. UserError where it is none for the model's U-Net."""
+  """Of the ControlNet in a directory. UserError where it is none for the model's denoiser."""
   config = read_config('controlnet', path)
   for name in ('block_out_channels', 'cross_attention_dim', 'layers_per_block'):
-    own, other = getattr(model.unet.config, name), getattr(config, name)
+    own, other = getattr(model.denoiser.config, name, None), getattr(config, name)
     if own != other:
       raise UserError(
-        f'the ControlNet {path} has {name} {other}, but the U-Net {own}; use one made for it.'
+        f'the ControlNet {path} has {name} {other}, but the denoiser {own}; use one made for it.'
       )
   return config
 
@@ -84,7 +88,7 @@ def add_words(model: Diffusion, weights: Weights, path: str) -> Weights:
 
 def _widths(model: Diffusion) -> dict[str, int]:
   """Of the table of tokens of each text encoder, by role. UserError where there is none."""
-  if not model.text.tokenizers:
+  if model.text is None:
     raise UserError('the model reads no words; leave --words out, or use a model that does.')
   return {role: embedding_table(n)[1] for role, n in model.text.networks.items()}
 

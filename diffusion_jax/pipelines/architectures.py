@@ -11,9 +11,10 @@ from diffusion_jax.formats.autoencoder import AUTOENCODERS
 from diffusion_jax.formats.clip import TEXT_ENCODERS
 from diffusion_jax.formats.networks import network_format
 from diffusion_jax.formats.unet import UNETS
-from diffusion_jax.pipelines.conditioners import ROLES, TextEncoders
 from diffusion_jax.pipelines.directory import make_model
+from diffusion_jax.pipelines.encoders import ROLES, TextEncoders
 from diffusion_jax.pipelines.model import Diffusion
+from diffusion_jax.pipelines.spaces import LatentSpace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,9 @@ def architecture_model(name: str, dtype=jnp.float32) -> Diffusion:
   text = TextEncoders(
     networks, (), skip=int(sdxl), normalize=not sdxl, pooled=sdxl, zero_null=sdxl
   )
+  denoiser = network_format('unet').network(UNETS[a.unet], dtype=dtype)
+  autoencoder = network_format('autoencoder').network(AUTOENCODERS[a.autoencoder], dtype=dtype)
   return make_model(
-    UNETS[a.unet], AUTOENCODERS[a.autoencoder], text, NoiseSchedule.of(NoiseConfig()),
-    Parameterization(a.prediction), dtype=dtype
+    denoiser, LatentSpace(autoencoder), {'text': text}, NoiseSchedule.of(NoiseConfig()),
+    Parameterization(a.prediction),
   )

@@ -23,18 +23,29 @@ from diffusion_jax.formats.clip import read_pixels
 from diffusion_jax.formats.networks import load_params, network_format, resolve, save_params
 from diffusion_jax.formats.scheduler import Scheduler, read_scheduler
 from diffusion_jax.formats.tensors import PICKLES, read_json, write_json
-from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
+from diffusion_jax.models.autoencoder import AutoencoderKL
 from diffusion_jax.models.checks import shown
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.tokenizer import load_tokenizer
 from diffusion_jax.models.unet import UNet, UNetConfig
-from diffusion_jax.pipelines.conditioners import MEAN, ROLE, ROLES, STD, ImageEncoder, TextEncoders
-from diffusion_jax.pipelines.model import Diffusion, SampleConfig
-from diffusion_jax.pipelines.sampling import PLACES
+from diffusion_jax.pipelines.conditioners import Conditioner, ControlNet, Sizes, concatenated
+from diffusion_jax.pipelines.encoders import (
+  IMAGE_ENCODER,
+  MEAN,
+  ROLES,
+  STD,
+  ImageEncoder,
+  TextEncoders,
+)
+from diffusion_jax.pipelines.model import DENOISER, Diffusion, output_channels
+from diffusion_jax.pipelines.sampling import PLACES, SampleConfig
+from diffusion_jax.pipelines.spaces import AUTOENCODER, LatentSpace, Space
 from diffusion_jax.types import Params, Weights
 
 OURS = 'TextToImage'
 MOST_PATCH = 64
+FOLDERS = {AUTOENCODER: 'vae', DENOISER: 'unet'}
+"""Of diffusers, where they are not called as the roles here."""
 TEXT_KINDS = ('clip_text_projection', 'clip_text', 'clip')
 EDITS = 'StableDiffusionInstructPix2PixPipeline'
 """The class of diffusers that is guided by its picture, too, with a scale of 1.5."""
@@ -54,29 +65,35 @@ class Part:
 
 
 def make_model(
-  unet: UNetConfig, autoencoder: AutoencoderKLConfig, text: TextEncoders | ImageEncoder,
-  noise: NoiseSchedule, parameterization: Parameterization, *, latent_patch_size: int = 1,
-  dtype=jnp.float32, **more,
+  denoiser: Network, space: Space, conditioners: Mapping[str, Conditioner], noise: NoiseSchedule,
+  parameterization: Parameterization, low_resolution: Schedule | None = None,
 ) -> Diffusion:
-  """A model without weights. UserError where its parts do not fit together."""
-  if unet.cross_attention_dim != text.width:
+  """A model without weights. UserError where its parts do not fit together.
+
+  Input channels of the denoiser that are neither z's nor taken by a conditioner are those of a
+  picture, see `conditioners.CONCATENATED`; `low_resolution` has the noise levels of an upscaler's.
+  """
+  config = denoiser.config
+  for conditioner in conditioners.values():
+    wanted, width = getattr(config, 'cross_attention_dim', None), getattr(conditioner, 'width', 0)
+    if width and wanted and width != wanted:
+      raise UserError(
+        f'unet.cross_attention_dim is {wanted}, but the text encoder gives texts of width {width}; '
+        f'set it to {width}.'
+      )
+  channels, out = space.channels, output_channels(config)
+  taken = getattr(config, 'in_channels', channels)
+  if out not in (channels, 2 * channels) or taken < channels:
     raise UserError(
-      f'unet.cross_attention_dim is {unet.cross_attention_dim}, but the text encoder gives texts '
-      f'of width {text.width}; set it to {text.width}.'
-    )
-  channels = autoencoder.latent_channels * latent_patch_size**2
-  if unet.out_channels not in (channels, 2 * channels) or unet.in_channels < channels:
-    raise UserError(
-      f'the U-Net has {unet.in_channels} input and {unet.out_channels} output channels, but '
-      f'latents of the autoencoder, folded {latent_patch_size} x {latent_patch_size}, have '
+      f'the denoiser has {taken} input and {out} output channels, but what it is to denoise has '
       f'{channels}; set both to {channels}, or out_channels to {2 * channels} for a learned '
       'variance.'
     )
-  return Diffusion(
-    unet=Network.of(UNet, unet, dtype=dtype),
-    autoencoder=Network.of(AutoencoderKL, autoencoder, dtype=dtype), text=text,
-    noise=noise, parameterization=parameterization, latent_patch_size=latent_patch_size, **more,
-  )
+  if getattr(config, 'addition_embed_type', None) == 'text_time':
+    conditioners = {**conditioners, 'sizes': Sizes()}
+  beside = taken - channels - sum(c.channels(space) for c in conditioners.values())
+  conditioners = {**conditioners, **concatenated(space, beside, schedule=low_resolution)}
+  return Diffusion(space, denoiser, conditioners, noise, parameterization)
 
 
 def assemble(
@@ -91,17 +108,32 @@ def assemble(
   Raises:
     UserError: a part cannot be read, or the parts do not fit together.
   """
-  for path in (autoencoder, clip):
-    check_folder(resolve(path))  # They are copied beside what is trained, at the end.
-  autoencoder_config, autoencoder_params = load_params('autoencoder', autoencoder)
-  part = read_part(clip, TEXT_KINDS)
-  clip_params = load_params(part.kind, clip)[1]
-  text = TextEncoders({ROLES[0]: part.network(dtype)}, (load_tokenizer(resolve(clip)),))
+  space, frozen = load_latent_space(autoencoder, latent_patch_size, dtype)
+  text, weights = load_text_encoder(clip, dtype)
   model = make_model(
-    unet, autoencoder_config, text, NoiseSchedule.of(schedule), parameterization,
-    latent_patch_size=latent_patch_size, dtype=dtype,
+    Network.of(UNet, unet, dtype=dtype), space, {'text': text}, NoiseSchedule.of(schedule),
+    parameterization,
   )
-  return model, {'autoencoder': autoencoder_params, ROLES[0]: clip_params}
+  return model, frozen | weights
+
+
+def load_latent_space(
+  path: str, patch: int = 1, dtype=jnp.float32
+) -> tuple[LatentSpace, Weights]:
+  """The latents of the autoencoder in a directory, or 'asset:NAME', and its host parameters."""
+  check_folder(resolve(path))  # It is copied beside what is trained, at the end.
+  config, params = load_params('autoencoder', path)
+  network = Network.of(AutoencoderKL, config, dtype=dtype)
+  return LatentSpace(network, patch), {AUTOENCODER: params}
+
+
+def load_text_encoder(path: str, dtype=jnp.float32) -> tuple[TextEncoders, Weights]:
+  """The text tower of a CLIP with its tokenizer, and its host parameters."""
+  check_folder(resolve(path))
+  part = read_part(path, TEXT_KINDS)
+  params = load_params(part.kind, path)[1]
+  text = TextEncoders({ROLES[0]: part.network(dtype)}, (load_tokenizer(resolve(path)),))
+  return text, {ROLES[0]: params}
 
 
 def read_part(path: str, kinds: tuple[str, ...]) -> Part:
@@ -138,27 +170,29 @@ def read_pipeline(
   ours = index.get('_class_name') == OURS
   parts = _parts(directory, index, ours)
   schedule, prediction, sample = _scheduler(directory, index, ours)
-  text = _told_by(path, directory, index, parts, dtype)
+  conditioners = {'text': _prompts(path, directory, index, parts, dtype)}
+  if 'controlnet' in parts:
+    conditioners['control'] = ControlNet(parts['controlnet'].network(dtype))
   low = directory / 'low_res_scheduler' / 'scheduler_config.json'
   model = make_model(
-    parts['unet'].config, parts['autoencoder'].config, text, NoiseSchedule.of(schedule),
-    Parameterization(prediction), latent_patch_size=_patch(path, index), dtype=dtype,
-    controlnet=parts['controlnet'].network(dtype) if 'controlnet' in parts else None,
-    small_schedule=Schedule(_read_scheduler(low).schedule) if low.is_file() else None,
+    parts[DENOISER].network(dtype),
+    LatentSpace(parts[AUTOENCODER].network(dtype), _patch(path, index)), conditioners,
+    NoiseSchedule.of(schedule), Parameterization(prediction),
+    Schedule(_read_scheduler(low).schedule) if low.is_file() else None,
   )
   return model, parts, sample
 
 
-def _told_by(
+def _prompts(
   path: str, directory: Path, index: Mapping[str, Any], parts: Mapping[str, Part], dtype
 ) -> TextEncoders | ImageEncoder:
-  """What reads the prompts of a model, or the picture in place of them."""
+  """The conditioner that reads the prompts of a model, or the picture in place of them."""
   roles = [role for role in ROLES if role in parts]
-  if not roles and ROLE in parts:
+  if not roles and IMAGE_ENCODER in parts:
     file = directory / 'feature_extractor' / 'preprocessor_config.json'
     pixels = read_pixels(inside(file, directory)) if file.is_file() else {}
     mean, std = pixels.get('mean', MEAN), pixels.get('std', STD)
-    return ImageEncoder(parts[ROLE].network(dtype), mean, std)
+    return ImageEncoder(parts[IMAGE_ENCODER].network(dtype), mean, std)
   if not roles:
     raise UserError(f'{path} has no text encoder; give a text-to-image model.')
   ours = index.get('_class_name') == OURS
@@ -179,21 +213,22 @@ def _parts(directory: Path, index: Mapping[str, Any], ours: bool) -> dict[str, P
     named = lambda role: str(index.get(role, role))
     ours_at = lambda role: named(role) if named(role).startswith('asset:') else place(role)
     return {
-      'unet': read_part(place('unet'), ('unet',)),
+      DENOISER: read_part(place('unet'), ('unet',)),
       'autoencoder': read_part(ours_at('autoencoder'), ('autoencoder',)),
       ROLES[0]: read_part(ours_at('clip'), TEXT_KINDS),
     }
   kinds = {'unet': ('unet',), 'vae': ('autoencoder',), 'controlnet': ('controlnet',)}
   kinds |= dict.fromkeys(ROLES, TEXT_KINDS)
   if not any(_has(index, role) for role in ROLES):
-    kinds[ROLE] = ('clip_vision_projection',)
+    kinds[IMAGE_ENCODER] = ('clip_vision_projection',)
   found = {
     role: read_part(place(role), names) for role, names in kinds.items() if _has(index, role)
   }
   for role in ('unet', 'vae'):
     if role not in found:
       raise UserError(f'{directory / INDEX} names no {role}; give a text-to-image pipeline.')
-  found['autoencoder'] = found.pop('vae')
+  found[AUTOENCODER] = found.pop('vae')
+  found[DENOISER] = found.pop('unet')
   return found
 
 
@@ -277,11 +312,11 @@ def load_text_to_image(
 
 
 def save_text_to_image(
-  directory: Path, model: Diffusion, unet: Params, *, autoencoder: str, clip: str,
+  directory: Path, model: Diffusion, denoiser: Params, *, autoencoder: str, clip: str,
   sample: SampleConfig, dtype: str,
 ) -> None:
   """Writes a model of our own class; `load_text_to_image` reads it."""
-  save_params(directory / 'unet', model.unet.config, unet, dtype=dtype)
+  save_params(directory / 'unet', model.denoiser.config, denoiser, dtype=dtype)
   scheduler = {
     '_class_name': 'DDIMScheduler', **model.noise.config.saved(),
     'prediction_type': model.parameterization.name, 'timestep_spacing': sample.spacing,
@@ -290,7 +325,7 @@ def save_text_to_image(
   write_json(directory / 'scheduler' / 'scheduler_config.json', scheduler)
   index = {
     '_class_name': OURS, 'sample': dataclasses.asdict(sample),
-    'latent_patch_size': model.latent_patch_size,
+    'latent_patch_size': model.space.patch,
   }
   for role, path in (('autoencoder', autoencoder), ('clip', clip)):
     index[role] = path if path.startswith('asset:') else role
@@ -306,8 +341,7 @@ def save_changed(
 
   Single files of weights that lie beside the parts are of the old model and left behind.
   """
-  folders = {'autoencoder': 'vae'}
-  skip = {folders.get(role, role) for role in changed}
+  skip = {FOLDERS.get(role, role) for role in changed}
   origin = resolve(source)
 
   def ignore(folder: str, names: list[str]) -> set[str]:
@@ -319,4 +353,4 @@ def save_changed(
   check_folder(origin)
   shutil.copytree(origin, directory, ignore=ignore, dirs_exist_ok=True)
   for role, (config, params) in changed.items():
-    save_params(directory / folders.get(role, role), config, params, dtype=dtype)
+    save_params(directory / FOLDERS.get(role, role), config, params, dtype=dtype)

@@ -1,10 +1,16 @@
-"""Text to image: prompts -> text embeddings -> latents by a sampler -> images by the decoder.
+"""One description of a generative diffusion model, without weights and without a size.
 
-The same model draws with whatever else its U-Net takes: see `pipelines.conditions`.
+A model is a space (what is noised), a denoiser (any network of x, t and fields of `Condition`),
+conditioners by name, a noise schedule and a parameterization. Training, sampling, editing, export,
+evaluation and likelihood take it as it is. Height and width are arguments of sampling; a program is
+compiled for each shape and kept.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,171 +19,148 @@ from jax.sharding import Mesh
 
 from diffusion_jax.backend.xla import jitted
 from diffusion_jax.diffusion.denoiser import Label, TextDenoiser, make_denoiser
-from diffusion_jax.diffusion.noise import NoiseSchedule, Schedule
+from diffusion_jax.diffusion.noise import NoiseSchedule
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.diffusion.samplers import initial_noise, sampler
 from diffusion_jax.errors import UserError
 from diffusion_jax.limits import check_seed
-from diffusion_jax.models.autoencoder import decode_sliced, decode_tiled
 from diffusion_jax.models.network import Network
-from diffusion_jax.models.unet import UNet, UNetConfig
 from diffusion_jax.parallel.mesh import in_batches, put_params, whole_batch
-from diffusion_jax.pipelines.conditioners import ImageEncoder, TextEncoders
-from diffusion_jax.pipelines.conditions import Inputs, check_edited, prepared
+from diffusion_jax.pipelines.conditioners import CONTROLNET, Conditioner, Request
+from diffusion_jax.pipelines.conditions import Inputs, check_edited
+from diffusion_jax.pipelines.encoders import TextEncoders
 from diffusion_jax.pipelines.sampling import Numbers, Program, SampleConfig
-from diffusion_jax.pixels import to_uint8
-from diffusion_jax.types import Condition, Images, Latents, Params, Tokens, Weights
+from diffusion_jax.pipelines.spaces import Space
+from diffusion_jax.pixels import to_float, to_uint8
+from diffusion_jax.types import Condition, Images, Latents, Weights
 
-__all__ = ['Diffusion', 'SampleConfig', 'Weights', 'fold', 'unfold']
-
-
-DECODERS = {
-  'whole': lambda autoencoder, z: autoencoder.decode(z), 'sliced': decode_sliced,
-  'tiled': decode_tiled,
-}
-
-
-def fold(x: Latents, patch: int) -> Latents:
-  """Squares of positions become channels: [b h w c] -> [b h/patch w/patch patch*patch*c]."""
-  b, h, w, c = x.shape
-  x = x.reshape(b, h // patch, patch, w // patch, patch, c).swapaxes(2, 3)
-  return x.reshape(b, h // patch, w // patch, patch * patch * c)
-
-
-def unfold(x: Latents, patch: int) -> Latents:
-  """Inverse of `fold`."""
-  b, h, w, c = x.shape
-  x = x.reshape(b, h, w, patch, patch, c // patch**2).swapaxes(2, 3)
-  return x.reshape(b, h * patch, w * patch, c // patch**2)
+DENOISER = 'denoiser'
+"""The role of its weights."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Diffusion:
-  """A latent diffusion model without its weights.
+  """A generative model without its weights; `conditioners` are by name, in a fixed order."""
 
-  `controlnet` adds to the U-Net's skips where there is one; `small_schedule` has the noise levels
-  of the small pictures that an upscaler enlarges.
-  """
-
-  unet: Network
-  autoencoder: Network
-  text: TextEncoders | ImageEncoder
+  space: Space
+  denoiser: Network
+  conditioners: Mapping[str, Conditioner]
   noise: NoiseSchedule
   parameterization: Parameterization
-  latent_patch_size: int = 1
-  controlnet: Network | None = None
-  small_schedule: Schedule | None = None
 
   @property
   def networks(self) -> dict[str, Network]:
-    """Every network by role."""
-    own = {'unet': self.unet, 'autoencoder': self.autoencoder, **self.text.networks}
-    return own | ({'controlnet': self.controlnet} if self.controlnet else {})
+    """Every network by the role of its weights."""
+    out = {DENOISER: self.denoiser, **self.space.networks}
+    for conditioner in self.conditioners.values():
+      out |= conditioner.networks
+    return out
 
   @property
-  def channels(self) -> int:
-    """Channels of one latent, as the U-Net sees it."""
-    return self.autoencoder.config.latent_channels * self.latent_patch_size**2
+  def text(self) -> TextEncoders | None:
+    """The conditioner that reads prompts, if there is one."""
+    return next((c for c in self.conditioners.values() if isinstance(c, TextEncoders)), None)
 
   @property
-  def latent_shape(self) -> tuple[int, int, int]:
-    """[h w c] of one latent."""
-    size = self.unet.config.sample_size
-    return size, size, self.channels
+  def trained_size(self) -> tuple[int, int]:
+    """(height, width) in pixels that the denoiser's config tells of its training, or the least."""
+    size = getattr(self.denoiser.config, 'sample_size', None) or 1
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return height * self.space.factor, width * self.space.factor
 
   @property
-  def image_size(self) -> int:
-    """Edge of the images in pixels."""
-    places = self.unet.config.sample_size * self.latent_patch_size
-    return places * self.autoencoder.config.factor
+  def learned_variance(self) -> bool:
+    """Whether the denoiser predicts a variance, too, in as many channels again."""
+    return output_channels(self.denoiser.config) == 2 * self.space.channels
 
-  @property
-  def beside(self) -> int:
-    """Channels that the U-Net takes beside the latents."""
-    return self.unet.config.in_channels - self.channels
+  def replaced(self, networks: Mapping[str, Network]) -> 'Diffusion':
+    """The same model with other networks for the denoiser or the conditioners, by role."""
+    conditioners = {name: c.replaced(networks) for name, c in self.conditioners.items()}
+    denoiser = networks.get(DENOISER, self.denoiser)
+    return dataclasses.replace(self, denoiser=denoiser, conditioners=conditioners)
 
-  def with_unet(self, config: UNetConfig) -> 'Diffusion':
-    """The same model with a U-Net of another config."""
-    return dataclasses.replace(self, unet=Network.of(UNet, config, self.unet.compute))
+  def with_conditioner(self, name: str, conditioner: Conditioner) -> 'Diffusion':
+    """The same model with one conditioner more, or another one of that name."""
+    return dataclasses.replace(self, conditioners={**self.conditioners, name: conditioner})
+
+  def _each(self, change: Callable[[Network], Network], roles: Sequence[str]) -> 'Diffusion':
+    return self.replaced({r: change(n) for r, n in self.networks.items() if r in roles})
 
   def with_remat(self, remat: str) -> 'Diffusion':
     """The same model for training: of its networks, the backward pass keeps less.
 
-    The autoencoder is left out, because no gradient passes through it.
+    Those of the space are left out, because no gradient passes through them.
     """
     if remat == 'none':
       return self
-    less = lambda network: network and network.with_remat(remat)
-    return dataclasses.replace(
-      self, unet=less(self.unet), controlnet=less(self.controlnet),
-      text=self.text.replaced({role: less(n) for role, n in self.text.networks.items()}),
-    )
+    roles = self.networks.keys() - self.space.networks.keys()
+    return self._each(lambda network: network.with_remat(remat), roles)
 
   def with_attention(self, attention: str) -> 'Diffusion':
-    """The same model, whose U-Net and ControlNet compute attention in that way.
+    """The same model, whose denoiser and ControlNet compute attention in that way.
 
     Others choose for themselves: the one head of an autoencoder is too wide for kernels.
     """
-    control = self.controlnet and self.controlnet.with_attention(attention)
-    return dataclasses.replace(self, unet=self.unet.with_attention(attention), controlnet=control)
+    return self._each(lambda network: network.with_attention(attention), (DENOISER, CONTROLNET))
 
   def with_matmul_precision(self, precision: str) -> 'Diffusion':
-    """The same model for training, whose U-Net and ControlNet multiply in that way."""
+    """The same model for training, whose denoiser and ControlNet multiply in that way."""
     if precision == 'plain':
       return self
-    control = self.controlnet and self.controlnet.with_matmul_precision(precision)
-    return dataclasses.replace(
-      self, unet=self.unet.with_matmul_precision(precision), controlnet=control
-    )
+    change = lambda network: network.with_matmul_precision(precision)
+    return self._each(change, (DENOISER, CONTROLNET))
 
   def on_mesh(self, weights: Weights, mesh: Mesh) -> Weights:
     """Host arrays onto their shards."""
     return {role: put_params(params, mesh) for role, params in weights.items()}
 
-  def tokens(self, prompts: Sequence[str], on_long: str = 'truncate') -> np.ndarray:
-    """Prompts -> int32 [n e l]. With on_long='error' a prompt that does not fit is a UserError."""
-    return self.text.tokens(prompts, on_long)
+  def check_prompts(self, prompts: Sequence[str]) -> None:
+    """UserError for a prompt that does not fit the model."""
+    if self.text is not None:
+      self.text.tokens(prompts, on_long='error')
+    else:
+      self.rows(prompts)
 
-  def encode_text(self, weights: Weights, tokens: Tokens, clip_skip: int = 0) -> Condition:
-    """Tokens [b e l] -> what the U-Net is told of them; SDXL's sizes are those of whole images."""
-    return self.with_sizes(self.text.encode(weights, tokens, clip_skip))
+  def rows(
+    self, prompts: Sequence[str], negative: str = '', inputs: Inputs | None = None,
+    height: int | None = None, width: int | None = None,
+  ) -> dict[str, np.ndarray]:
+    """Host arrays [n ...] of everything that the model is conditioned on, pictures included.
 
-  def with_sizes(self, condition: Condition, sizes: jax.Array | None = None) -> Condition:
-    """Adds the sizes [b 6] that SDXL is told, those of whole images where none are given."""
-    if getattr(self.unet.config, 'addition_embed_type', None) != 'text_time':
-      return condition
-    edge = float(self.image_size)
-    whole = jnp.asarray([edge, edge, 0, 0, edge, edge], jnp.float32)
-    sizes = jnp.broadcast_to(whole, (len(condition.text), 6)) if sizes is None else sizes
-    return condition._replace(sizes=sizes)
-
-  @property
-  def learned_variance(self) -> bool:
-    """Whether the U-Net predicts a variance, too, in as many channels again."""
-    return self.unet.config.out_channels == 2 * self.channels
-
-  def network(self, weights: Weights):
-    """(x [b h w c], t [b], condition) -> the U-Net's output, with a ControlNet where there is one.
+    UserError for what does not fit the model.
     """
-    unet = self.unet.bind(weights['unet'])
-    control = self.controlnet.bind(weights['controlnet']) if self.controlnet else None
+    height, width = height or self.trained_size[0], width or self.trained_size[1]
+    inputs = inputs or Inputs()
+    request = Request(prompts, negative, inputs, height, width)
+    out = inputs.rows(self, len(prompts), height, width)
+    for conditioner in self.conditioners.values():
+      out |= conditioner.rows(request)
+    return out
+
+  def condition(self, weights: Weights, rows: Mapping[str, jax.Array]) -> Condition:
+    """Rows of prompts and pictures -> what the denoiser is conditioned on; pure."""
+    return joined(c.encode(weights, rows) for c in self.conditioners.values())
+
+  def network(self, weights: Weights) -> Callable[[Latents, jax.Array, Condition], Latents]:
+    """(x [b ...], t [b], condition) -> the denoiser's output, given all that it takes."""
+    denoiser = self.denoiser.bind(weights[DENOISER])
+    takes = inspect.signature(denoiser).parameters
 
     def predict(x: Latents, t: jax.Array, c: Condition) -> Latents:
-      more = {name: getattr(c, name) for name in ('pooled', 'sizes', 'labels')}
-      given = {name: value for name, value in more.items() if value is not None}
-      if control is not None and c.control is not None:
-        residuals = control(x, t, c.text, c.control, **given)
-        strength = c.strength[:, None, None, None]
-        given['residuals'] = jax.tree.map(lambda r: r * strength.astype(r.dtype), residuals)
+      given = {'condition': c} if 'condition' in takes else {
+        name: value for name, value in c.given().items() if name in takes
+      }
+      for conditioner in self.conditioners.values():
+        given |= conditioner.at_step(weights, x, t, c)
       seen = x if c.image is None else jnp.concatenate([x, c.image.astype(x.dtype)], axis=-1)
-      return unet(seen, t, c.text, **given)
+      return denoiser(seen, t, **given)
 
     return predict
 
-  def denoiser(
+  def denoise(
     self, weights: Weights, variance: bool = False, label: Label | None = None
   ) -> TextDenoiser:
-    """D(x, alpha, sigma, condition) -> estimate of the clean latents, without guidance."""
+    """D(x, alpha, sigma, condition) -> estimate of the clean z, without guidance."""
     network, label = self.network(weights), label or self.noise.label
 
     def denoise(x, alpha, sigma, condition):
@@ -186,115 +169,106 @@ class Diffusion:
 
     return denoise
 
-  def sample_latents(
+  def sample_z(
     self, weights: Weights, x: Latents, keys: jax.Array, condition: Condition,
     negative: Condition, program: Program, numbers: Numbers,
   ) -> Latents:
-    """Noise or noised latents x [b h w c], one key per image, conditions [b ...] -> latents."""
+    """Noise or noised z, x [b ...], one key for each, conditions [b ...] -> z."""
     variance = self.learned_variance and program.sampler == 'ddpm'
     label = self.noise.label_as(program.timesteps, numbers.grid)
-    denoise = self.denoiser(weights, variance, label)
+    denoise = self.denoise(weights, variance, label)
     guided = program.guide(denoise, condition, negative, numbers, self.parameterization)
     options = dict(program.options) | ({'variance': 'learned'} if variance else {})
     return sampler(program.sampler, **options)(guided, x, numbers.grid, keys)
 
-  def latents(self, z: Latents) -> Latents:
-    """The autoencoder's latents -> what the U-Net sees: unit variance, folded."""
-    config = self.autoencoder.config
-    return fold((z - config.shift_factor) * config.scaling_factor, self.latent_patch_size)
-
-  def encode(self, autoencoder: Params, images: Images) -> Latents:
-    """Images [b h w 3] in [-1, 1] -> means of their latents as the U-Net sees them."""
-    mean, _ = self.autoencoder.bind(autoencoder).encode(images)
-    return self.latents(mean.astype(jnp.float32))
-
-  def decode(self, autoencoder: Params, latents: Latents, how: str = 'whole') -> Images:
-    """What the U-Net sees -> images [b h w 3] in [-1, 1]; `how` is one of `sampling.DECODINGS`."""
-    config = self.autoencoder.config
-    z = unfold(latents, self.latent_patch_size) / config.scaling_factor + config.shift_factor
-    images = DECODERS[how](self.autoencoder.bind(autoencoder), z)
-    return jnp.clip(images.astype(jnp.float32), -1.0, 1.0)
-
-  def _texts(self, weights: Weights, rows: dict, clip_skip: int) -> tuple[Condition, Condition]:
-    """What the U-Net is told of the prompts and of what is not to be drawn."""
-    if clip_skip:
-      return (
-        self.encode_text(weights, rows['tokens'], clip_skip),
-        self.encode_text(weights, rows['negative']),
-      )
-    n, tokens = len(rows['x']), jnp.concatenate([rows['tokens'], rows['negative']])
-    both = self.encode_text(weights, tokens)
-    condition, negative = (jax.tree.map(lambda a, s=s: a[s : s + n], both) for s in (0, n))
-    return condition, negative
-
   @jitted(static_argnums=(0, 3))
-  def _draw(self, weights: Weights, rows: dict, program: Program, numbers: Numbers) -> Images:
-    condition, negative = self._texts(weights, rows, program.clip_skip)
-    if 'start' not in rows:
-      rows = rows | {'x': numbers.start * rows['x']}
-    condition, negative, x = prepared(self, weights, condition, negative, rows, numbers.grid)
+  def _sample(self, weights: Weights, rows: dict, program: Program, numbers: Numbers) -> Images:
+    pairs = [c.pair(weights, rows, program.clip_skip) for c in self.conditioners.values()]
+    condition, negative = (joined(pair[i] for pair in pairs) for i in (0, 1))
+    if 'start' in rows:
+      alpha, sigma = numbers.grid[0][0], numbers.grid[1][0]
+      x = alpha * self.space.encode(weights, to_float(rows['start'])) + sigma * rows['x']
+    else:
+      x = numbers.start * rows['x']
     keys = jax.random.wrap_key_data(rows['keys'])
-    latents = self.sample_latents(weights, x, keys, condition, negative, program, numbers)
-    return self.decode(weights['autoencoder'], latents, program.decoding)
+    z = self.sample_z(weights, x, keys, condition, negative, program, numbers)
+    return self.space.decode(weights, z, program.decoding)
 
   def generate(
     self, weights: Weights, prompts: Sequence[str], config: SampleConfig, **how
   ) -> Iterator[np.ndarray]:
-    """Yields images, uint8 [b h w 3], batch after batch; the rest is as in `draw`."""
-    return map(to_uint8, self.draw(weights, prompts, config, **how))
+    """Yields images, uint8 [b h w 3], batch after batch; the rest is as in `sample`."""
+    return map(to_uint8, self.sample(weights, prompts, config, **how))
 
-  def draw(
+  def sample(
     self, weights: Weights, prompts: Sequence[str], config: SampleConfig, *, seed: int, mesh: Mesh,
     negative: str = '', batch_size: int = 16, first: int = 0, inputs: Inputs | None = None,
-    noise: np.ndarray | None = None,
+    noise: np.ndarray | None = None, height: int | None = None, width: int | None = None,
   ) -> Iterator[np.ndarray]:
     """Yields images, float32 [b h w 3] in [-1, 1], batch after batch; one compilation for all.
 
     Image i depends on the seed, its number first + i and its prompt, not on the batch it is in; at
     another batch size sums are rounded otherwise. Memory does not grow with the number of prompts.
-    What is compiled depends on the config's `program` alone, on the batch size, and on which
-    inputs there are. A prompt that is empty, or of spaces alone, draws without condition; where all
-    are and `negative` is, too, guidance changes nothing and is left out, with its cost.
+    What is compiled depends on the config's `program` alone, on the batch size and the images'
+    size, and on which inputs there are. A prompt that is empty, or of spaces alone, samples without
+    condition; where all are and `negative` is, too, guidance changes nothing and is left out, with
+    its cost.
 
     Args:
       seed: from 0 to 2**32 - 1.
       inputs: pictures to start from, masks, controls: whatever the model takes beside the prompt.
-      noise: float32 [n h w c], what the sampler starts from, or a picture is noised with; None for
-        unit Gaussian noise of the seed. Samplers that add noise on the way draw it from the seed.
+      noise: float32 [n ...] of z's shape, what the sampler starts from, or a picture is noised
+        with; None for unit Gaussian noise of the seed. Samplers that add noise on the way draw it
+        from the seed.
+      height, width: of the images, in pixels; None for those that the denoiser was trained on.
 
     Raises:
       UserError: for a config that cannot be sampled, and inputs that do not fit the model.
     """
     config.check(self.noise, self.parameterization)
     check_seed(seed)
-    inputs, n = inputs or Inputs(), len(prompts)
-    given = inputs.rows(self, n)
     check_edited(self, config.image_guidance)
+    if config.clip_skip and self.text is None:
+      raise UserError('the model has no text encoder; leave clip_skip at 0.')
+    height, width = height or self.trained_size[0], width or self.trained_size[1]
+    inputs, n, shape = inputs or Inputs(), len(prompts), self.space.shape(height, width)
+    given = self.rows(prompts, negative, inputs, height, width)
     if noise is not None:
-      given['x'] = _checked_noise(noise, (n, *self.latent_shape))
-    given['tokens'] = self.tokens(prompts)
-    given['negative'] = np.broadcast_to(self.tokens([negative]), given['tokens'].shape)
-    if 'reference' not in given and not config.clip_skip and _same(given):
+      given['x'] = _checked_noise(noise, (n, *shape))
+    if not config.clip_skip and all(
+      conditioner.same(given) for conditioner in self.conditioners.values()
+    ):
       config = dataclasses.replace(config, guidance=1.0)
-    numbers = config.numbers(self.noise, inputs.share(self))
+    numbers = config.numbers(self.noise, inputs.fraction(self))
     size = whole_batch(batch_size, mesh)
     names = tuple(dict.fromkeys(('x', 'keys', *given)))
-    draw = lambda weights, *columns: self._draw(
+    sample = lambda weights, *columns: self._sample(
       weights, dict(zip(names, columns, strict=True)), config.program, numbers
     )
     for start in range(0, n, size):
       rows = {name: column[start : start + size] for name, column in given.items()}
-      x, keys = initial_noise(seed, first + start, min(size, n), self.latent_shape)
+      x, keys = initial_noise(seed, first + start, min(size, n), shape)
+      count = min(size, n - start)
       own = {'x': np.asarray(x), 'keys': np.asarray(jax.random.key_data(keys))}
-      rows = {name: column[: len(rows['tokens'])] for name, column in own.items()} | rows
+      rows = {name: column[:count] for name, column in own.items()} | rows
       yield from in_batches(
-        draw, weights, *(rows[name] for name in names), mesh=mesh, batch_size=size
+        sample, weights, *(rows[name] for name in names), mesh=mesh, batch_size=size
       )
 
 
-def _same(given: dict[str, np.ndarray]) -> bool:
-  """Whether what is to be drawn and what is not are the same texts."""
-  return bool((given['tokens'] == given['negative']).all())
+def joined(parts) -> Condition:
+  """One condition of the fields that several conditioners give."""
+  fields: dict[str, Any] = functools.reduce(lambda a, b: {**a, **b}, parts, {})
+  more = {name: fields.pop(name) for name in list(fields) if name not in Condition._fields}
+  return Condition(**fields, more=more or None)
+
+
+def output_channels(config: Any) -> int | None:
+  """Of a denoiser's output, as its config tells them; None where it does not."""
+  for name in ('out_channels', 'out_features', 'in_channels'):
+    if getattr(config, name, None) is not None:
+      return getattr(config, name)
+  return None
 
 
 def _checked_noise(given: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

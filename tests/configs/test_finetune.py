@@ -16,12 +16,12 @@ NAMES = sorted(path.stem for path in RECIPES.glob('*.py') if path.stem not in ('
 TEXT = (ROOT / 'docs' / 'finetuning.md').read_text()
 
 AUTOENCODER, CLIP_L, OPENCLIP_H, BIGG = 83_653_863, 123_060_480, 340_387_840, 694_659_840
-SD1 = {'unet': 859_520_964, 'autoencoder': AUTOENCODER, 'text_encoder': CLIP_L}
+SD1 = {'denoiser': 859_520_964, 'autoencoder': AUTOENCODER, 'text_encoder': CLIP_L}
 NETWORKS = {
-  'sd15': SD1, 'sd15_inpaint': SD1 | {'unet': 859_535_364},
-  'sd21_base': {'unet': 865_910_724, 'autoencoder': AUTOENCODER, 'text_encoder': OPENCLIP_H},
-  'sd21': {'unet': 865_910_724, 'autoencoder': AUTOENCODER, 'text_encoder': OPENCLIP_H},
-  'sdxl': {'unet': 2_567_463_684, 'autoencoder': AUTOENCODER, 'text_encoder': CLIP_L,
+  'sd15': SD1, 'sd15_inpaint': SD1 | {'denoiser': 859_535_364},
+  'sd21_base': {'denoiser': 865_910_724, 'autoencoder': AUTOENCODER, 'text_encoder': OPENCLIP_H},
+  'sd21': {'denoiser': 865_910_724, 'autoencoder': AUTOENCODER, 'text_encoder': OPENCLIP_H},
+  'sdxl': {'denoiser': 2_567_463_684, 'autoencoder': AUTOENCODER, 'text_encoder': CLIP_L,
            'text_encoder_2': BIGG},
 }
 
@@ -60,14 +60,14 @@ def test_trained_parameters_are_the_published_ones(trained):
 def test_every_network_of_an_architecture_is_the_published_one(name):
   model = architecture_model(name)
   assert {role: count(network.shapes) for role, network in model.networks.items()} == NETWORKS[name]
-  assert model.image_size == {'sd21': 768, 'sdxl': 1024}.get(name, 512)
+  assert max(model.trained_size) == {'sd21': 768, 'sdxl': 1024}.get(name, 512)
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_a_recipe_fits_its_architecture(name, configs):
   config = configs[name]
   model = architecture_model(config.settings.architecture)
-  assert config.data.size == model.image_size
+  assert config.data.size == max(model.trained_size)
   assert config.settings.objective.prediction == model.parameterization.name
   config.settings.sample.check(model.noise, model.parameterization)
   assert config.settings.model == '' and config.data.dataset.startswith('folder:')
@@ -77,7 +77,7 @@ def gigabytes(config, trained: int) -> float:
   """Parameters, gradients, two moments of Adam, and the average, in float32; and what is frozen."""
   networks = dict(NETWORKS[config.settings.architecture])
   if config.settings.train == 'unet':
-    del networks['unet']
+    del networks['denoiser']
   copies = 4 + (config.loop.ema_halflife_images > 0)
   frozen = sum(networks.values()) * (2 if config.dtype == 'bfloat16' else 4)
   return (4 * copies * trained + frozen) / 1e9

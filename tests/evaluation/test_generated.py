@@ -21,7 +21,7 @@ from diffusion_jax.evaluation.metrics.text import clip_score
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.directory import assemble
-from diffusion_jax.pipelines.model import SampleConfig
+from diffusion_jax.pipelines.sampling import SampleConfig
 from tests import tiny
 
 SAMPLE = SampleConfig(sampler='ddim', steps=1, guidance=2.0)
@@ -55,9 +55,9 @@ def evaluation(model, parts, sources):
     rng = np.random.default_rng(0)
     unet = {
       name: 0.1 * rng.normal(size=leaf.shape).astype(np.float32)
-      for name, leaf in network.unet.shapes.items()
+      for name, leaf in network.denoiser.shapes.items()
     }
-    weights = network.on_mesh({**frozen, 'unet': unet}, mesh)
+    weights = network.on_mesh({**frozen, 'denoiser': unet}, mesh)
     named = (f'clip:{parts["clip"]}',)
     scorer = ImageScorer(network, named, metrics, Some(sources[0], 40), sources[1], mesh)
     evaluator = GeneratedImages(

@@ -28,7 +28,7 @@ from diffusion_jax.evaluation.likelihood import (
   make_scorer,
 )
 from diffusion_jax.parallel.mesh import MeshConfig, in_batches, make_mesh, put_params
-from diffusion_jax.pipelines.model import fold
+from diffusion_jax.pipelines.spaces import fold
 from diffusion_jax.run import load_trained
 from tests import tiny
 
@@ -103,20 +103,20 @@ def rows(finished, command, tmp_path_factory):
 def by_hand(loaded, sources):
   """(latents, text, keys, offset, images) of those images, step by step from the docstrings."""
   model, weights = loaded
-  config = model.autoencoder.config
+  config = model.space.autoencoder.config
   records = shuffled(sources[1], SAMPLES)
   images = np.stack([record['image'] for record in records]) / 127.5 - 1
   _, key_latents, key_noise, key_offset = jax.random.split(jax.random.key(3), 4)
   each = lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(SAMPLES))
-  mean, logvar = jax.jit(model.autoencoder.bind(weights['autoencoder']).encode)(images)
+  mean, logvar = jax.jit(model.space.autoencoder.bind(weights['autoencoder']).encode)(images)
   eps = jnp.stack([
     jax.random.normal(jax.random.fold_in(key, 0), mean.shape[1:]) for key in each(key_latents)
   ])
   log_q = norm.logpdf(eps) - np.asarray(logvar) / 2 - math.log(config.scaling_factor)
-  tokens = model.tokens([record['captions'][0] for record in records])
-  text = jax.jit(model.encode_text)(weights, tokens)
+  tokens = model.text.tokens([record['captions'][0] for record in records])
+  text = jax.jit(model.condition)(weights, {'tokens': tokens})
   return {
-    'latents': model.latents(mean + jnp.exp(logvar / 2) * eps), 'text': text,
+    'latents': model.space.scaled(mean + jnp.exp(logvar / 2) * eps), 'text': text,
     'log_q': log_q.sum(axis=(1, 2, 3)), 'keys': each(key_noise), 'images': images,
     'offset': jax.random.uniform(key_offset),
   }
@@ -128,7 +128,7 @@ def test_the_rows_are_the_means_of_direct_calls(rows, loaded, by_hand):
 
   @jax.jit
   def direct(weights, x0, text, keys, offset):
-    denoise = lambda x, a, s: model.denoiser(weights)(x, a, s, text)
+    denoise = lambda x, a, s: model.denoise(weights)(x, a, s, text)
     draws = {'draws': CHEAP.draws, 'offset': offset}
     levels = schedule.levels()
     return {
@@ -151,7 +151,7 @@ def test_the_rows_are_the_means_of_direct_calls(rows, loaded, by_hand):
     assert rows['model'][f'{row}_stderr'] == pytest.approx(error, rel=0.01)
 
   variance = (rows['settings']['decoder_std_in_levels'] / 127.5) ** 2
-  output = np.asarray(jax.jit(model.decode)(weights['autoencoder'], x0), np.float64)
+  output = np.asarray(jax.jit(model.space.decode)(weights, x0), np.float64)
   std, half, images = variance**0.5, 1 / 255, by_hand['images']
   upper = np.where(images > 1 - half, 1, norm.cdf((images + half - output) / std))
   lower = np.where(images < half - 1, 0, norm.cdf((images - half - output) / std))
@@ -175,11 +175,11 @@ def test_columns_compare_with_an_untrained_network_and_a_gaussian(
   assert settings['latent_dims'] == 8 * 8 * 16 and settings['solver'] == 'heun'
 
   model, weights = loaded
-  encode = jax.jit(model.autoencoder.bind(weights['autoencoder']).encode)
+  encode = jax.jit(model.space.autoencoder.bind(weights['autoencoder']).encode)
   images = np.stack([record['image'] for record in sources[0]]) / 127.5 - 1
   mean, logvar = encode(images)
-  latents, noise = model.latents(mean), jnp.exp(logvar).mean(axis=0)[None]
-  scale = model.autoencoder.config.scaling_factor
+  latents, noise = model.space.scaled(mean), jnp.exp(logvar).mean(axis=0)[None]
+  scale = model.space.autoencoder.config.scaling_factor
   moments = latents.mean(axis=0), latents.var(axis=0) + scale**2 * fold(noise, 2)[0]
   bits = gaussian_bits(
     by_hand['latents'], *moments, *model.noise.levels()
@@ -190,12 +190,12 @@ def test_columns_compare_with_an_untrained_network_and_a_gaussian(
 
 def test_an_image_keeps_its_value_in_any_batch_and_the_caption_counts(loaded, by_hand, mesh):
   model, weights = loaded
-  score = make_scorer(model, CHEAP, by_hand['offset'])
+  score = make_scorer(model, ('tokens',), CHEAP, by_hand['offset'])
   latents, keys = np.asarray(by_hand['latents']), image_keys(jax.random.key(5), SAMPLES)
-  tokens = model.tokens(['red apple', 'cat face', 'car', 'book', 'flag', 'tree'])
+  tokens = model.text.tokens(['red apple', 'cat face', 'car', 'book', 'flag', 'tree'])
   run = lambda *rows: next(in_batches(score, weights, *rows, mesh=mesh, batch_size=8))
-  together = run(latents, tokens, keys)
-  other = run(latents[[4, 1, 1]], tokens[[4, 1, 2]], keys[[4, 1, 1]])
+  together = run(latents, keys, tokens)
+  other = run(latents[[4, 1, 1]], keys[[4, 1, 1]], tokens[[4, 1, 2]])
   for name in FIGURES:
     assert len(set(together[name].round(5))) == SAMPLES
     np.testing.assert_allclose(other[name][:2], together[name][[4, 1]], rtol=1e-5)

@@ -14,8 +14,8 @@ from diffusion_jax.formats.adapter_names import kohya_names, single_file_names
 from diffusion_jax.formats.adapters import LoRAWeights, read_lora, write_lora
 from diffusion_jax.formats.tensors import metadata
 from diffusion_jax.pipelines.adapters import add_lora
-from diffusion_jax.pipelines.conditioners import EXTRA, embedding_table
 from diffusion_jax.pipelines.directory import load_text_to_image
+from diffusion_jax.pipelines.encoders import EXTRA, embedding_table
 
 ATTENTION = 'transformer_blocks.0.attn1.to_q'
 # Stable Diffusion XL: three levels of two layers, attention in the lower two.
@@ -360,18 +360,18 @@ def test_a_learned_word_is_called_one(lora, tmp_path):
 def test_a_lora_and_the_word_learned_with_it_are_added_together(tmp_path):
   source = 'asset:text-to-image-openmoji-64'
   model, params, _ = load_text_to_image(source)
-  name = next(n for n in params['unet'] if n.endswith('attn2.to_q.kernel'))
+  name = next(n for n in params['denoiser'] if n.endswith('attn2.to_q.kernel'))
   layer, path = name.removesuffix('.kernel'), tmp_path / 'x.safetensors'
-  write_lora(path, {'unet': {layer: weights(params['unet'][name].shape)}})
+  write_lora(path, {'unet': {layer: weights(params['denoiser'][name].shape)}})
   width = embedding_table(model.text.networks['text_encoder'])[1]
   rows = np.ones((2, width), np.float32)
   save_file(load_file(path) | {'bundle_emb.zyx.emb_params': rows}, path)
-  before = model.tokens(['zyx'])
+  before = model.text.tokens(['zyx'])
   added = add_lora(model, params, str(path))
-  assert not np.array_equal(added['unet'][name], params['unet'][name])
+  assert not np.array_equal(added['denoiser'][name], params['denoiser'][name])
   np.testing.assert_array_equal(added['text_encoder'][EXTRA], rows)
   known = embedding_table(model.text.networks['text_encoder'])[2]
-  assert set(model.tokens(['zyx']).ravel()) - set(before.ravel()) == {known, known + 1}
+  assert set(model.text.tokens(['zyx']).ravel()) - set(before.ravel()) == {known, known + 1}
   for scale in (float('nan'), float('inf')):
     with pytest.raises(UserError, match='give a finite number'):
       add_lora(model, params, str(path), scale)

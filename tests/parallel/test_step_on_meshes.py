@@ -43,7 +43,7 @@ def task(parts, sources):
 def batch(task, sources):
   records = [sources[0][i] for i in range(BATCH)]
   images = np.stack([record['image'] for record in records]).astype(np.float32) / 127.5 - 1
-  return {'image': images, 'tokens': task.model.tokens([r['captions'][0] for r in records])}
+  return {'image': images, 'tokens': task.model.text.tokens([r['captions'][0] for r in records])}
 
 
 @pytest.fixture(scope='module')

@@ -226,7 +226,7 @@ def renamed(change):
 @pytest.mark.parametrize('spell', [
   comfyui,
   renamed(lambda n: n.replace('.weight', '.default.weight')),  # The state of a PEFT model.
-  renamed(lambda n: n.replace('unet.', 'base_model.model.unet.')),
+  renamed(lambda n: n.replace('unet.', 'base_model.model.denoiser.')),
   renamed(lambda n: n.replace('unet.', 'unet.base_model.model.')),
   renamed(lambda n: n.replace('.weight', '')),
   renamed(lambda n: n.replace('text_model.', '')),  # As transformers 5 calls its layers.

@@ -16,9 +16,9 @@ from diffusion_jax.formats.scheduler import read_scheduler
 from diffusion_jax.formats.textual_inversion import FILES, TextualInversion, write_textual_inversion
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.adapters import add_lora, add_words
-from diffusion_jax.pipelines.conditioners import EXTRA
 from diffusion_jax.pipelines.conditions import Inputs
 from diffusion_jax.pipelines.directory import load_text_to_image, sample_config
+from diffusion_jax.pipelines.encoders import EXTRA
 from tests.parity import small_pipelines as small
 
 PROMPTS, NEGATIVE = ['cab ab', 'b a c d e f g h a b c'], 'a'
@@ -72,7 +72,7 @@ def draw(model, weights, sample, noise=NOISE, negative=NEGATIVE, prompts=PROMPTS
   """Ours, in [0, 1] as theirs."""
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
   sample = dataclasses.replace(sample, steps=STEPS, **changes)
-  [images] = model.draw(
+  [images] = model.sample(
     model.on_mesh(weights, mesh), prompts, sample, seed=0, mesh=mesh, negative=negative,
     noise=noise, batch_size=2, inputs=inputs,
   )
@@ -258,7 +258,7 @@ def test_a_word_learned_for_two_encoders(with_word):
   """From a directory with a file for each, as is trained here, and from one of AUTOMATIC1111."""
   theirs, *ours, other = with_word
   prompts = ['cab <h> a', '<h>']
-  np.testing.assert_array_equal(ours[0].tokens(prompts), other.tokens(prompts))
+  np.testing.assert_array_equal(ours[0].text.tokens(prompts), other.text.tokens(prompts))
   wanted = draw_theirs(theirs, prompts=prompts)
   assert_same(draw(*ours, prompts=prompts), wanted, 'words')
   assert np.abs(wanted - draw_theirs(theirs, prompts=['cab h a', 'h'])).max() > 1e-2

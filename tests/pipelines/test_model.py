@@ -15,8 +15,8 @@ from diffusion_jax.diffusion.samplers import SAMPLERS
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.autoencoder import decode_tiled
 from diffusion_jax.pipelines.directory import INDEX, assemble, load_text_to_image
-from diffusion_jax.pipelines.model import SampleConfig, fold, unfold
-from diffusion_jax.pipelines.sampling import DECODINGS
+from diffusion_jax.pipelines.sampling import DECODINGS, SampleConfig
+from diffusion_jax.pipelines.spaces import fold, unfold
 from diffusion_jax.types import Condition
 from tests import tiny
 
@@ -39,28 +39,29 @@ def test_decoding_undoes_the_scaling_and_the_folding(parts, patch):
     unet, **parts, schedule=ScheduleConfig(), parameterization=Parameterization(),
     latent_patch_size=patch,
   )
-  config, autoencoder = model.autoencoder.config, model.autoencoder.bind(frozen['autoencoder'])
+  config = model.space.autoencoder.config
+  autoencoder = model.space.autoencoder.bind(frozen['autoencoder'])
   z = 0.1 * np.random.default_rng(0).normal(size=(2, 16, 16, 4)).astype(np.float32)
-  latents = model.latents(z)
-  assert latents.shape == (2, *model.latent_shape)
+  latents = model.space.scaled(z)
+  assert latents.shape == (2, *model.space.shape(*model.trained_size))
   scaled = (z[0, 0, 0] - config.shift_factor) * config.scaling_factor
   np.testing.assert_allclose(latents[0, 0, 0, :4], scaled, rtol=1e-6)
   wanted = jnp.clip(autoencoder.decode(z), -1, 1)
-  np.testing.assert_allclose(model.decode(frozen['autoencoder'], latents), wanted, atol=1e-5)
+  np.testing.assert_allclose(model.space.decode(frozen, latents), wanted, atol=1e-5)
 
 
 def test_decoding_in_slices_and_tiles(parts):
   model, frozen = assemble(
     tiny.UNET, **parts, schedule=ScheduleConfig(), parameterization=Parameterization(),
   )
-  params, rng = frozen['autoencoder'], np.random.default_rng(0)
+  space, rng = model.space, np.random.default_rng(0)
   z = rng.normal(size=(2, 4, 80, 4)).astype(np.float32)
-  whole, sliced, tiled = (model.decode(params, z, how) for how in DECODINGS)
+  whole, sliced, tiled = (space.decode(frozen, z, how) for how in DECODINGS)
   np.testing.assert_allclose(sliced, whole, atol=1e-5)
-  loops = [str(jax.make_jaxpr(lambda z, how=how: model.decode(params, z, how))(z)).count('scan[')
+  loops = [str(jax.make_jaxpr(lambda z, how=how: space.decode(frozen, z, how))(z)).count('scan[')
            for how in DECODINGS]
   assert loops[1] == loops[0] + 1  # One after the other; memory: tests/models/test_tiling.py.
-  by_hand = decode_tiled(model.autoencoder.bind(params), z / 0.8 + 0.1)
+  by_hand = decode_tiled(space.autoencoder.bind(frozen['autoencoder']), z / 0.8 + 0.1)
   np.testing.assert_allclose(tiled, jnp.clip(by_hand, -1, 1), atol=1e-5)
   assert 1e-4 < np.abs(tiled - whole).max()
   with pytest.raises(UserError, match='whole, sliced, tiled'):
@@ -68,7 +69,7 @@ def test_decoding_in_slices_and_tiles(parts):
 
 
 def test_a_network_of_unfolded_latents_is_refused(parts):
-  with pytest.raises(UserError, match='folded 2 x 2, have 16; set both to 16'):
+  with pytest.raises(UserError, match='has 16; set both to 16'):
     assemble(
       tiny.UNET, **parts, schedule=ScheduleConfig(), parameterization=Parameterization(),
       latent_patch_size=2,
@@ -90,10 +91,10 @@ def test_every_sampler_takes_the_pipeline_s_denoiser(zero_snr, name):
   config.check(zero_snr.noise, zero_snr.parameterization)
   noise, text = jnp.zeros((2, 16, 16, 4)), Condition(jnp.zeros((2, 10, 16)))
   keys = jax.random.split(jax.random.key(0), 2)
-  sample = lambda params, numbers: zero_snr.sample_latents(
+  sample = lambda params, numbers: zero_snr.sample_z(
     params, noise, keys, text, text, config.program, numbers
   )
-  weights = {'unet': zero_snr.unet.shapes}
+  weights = {'denoiser': zero_snr.denoiser.shapes}
   out = jax.eval_shape(sample, weights, config.numbers(zero_snr.noise))
   assert (out.shape, out.dtype) == (noise.shape, jnp.float32)
 
@@ -114,9 +115,9 @@ def test_keys_and_values_of_the_text_are_made_once(zero_snr, name, interval):
   config = SampleConfig(name, steps=4, guidance=2.0, guidance_interval=interval)
   noise, text = jnp.zeros((2, 16, 16, 4)), Condition(jnp.zeros((2, 10, 16)))
   keys = jax.random.split(jax.random.key(0), 2)
-  found = list(products(jax.make_jaxpr(lambda params, numbers: zero_snr.sample_latents(
+  found = list(products(jax.make_jaxpr(lambda params, numbers: zero_snr.sample_z(
     params, noise, keys, text, text, config.program, numbers
-  ))({'unet': zero_snr.unet.shapes}, config.numbers(zero_snr.noise)).jaxpr))
+  ))({'denoiser': zero_snr.denoiser.shapes}, config.numbers(zero_snr.noise)).jaxpr))
   of_text = [(left[0], looped) for (left, _), looped in found if left[1:] == (10, 16)]
   sizes = [4] if interval[1] is None else [2, 4]
   assert sorted(of_text) == [(size, False) for size in sizes for _ in 'kv']
@@ -132,18 +133,18 @@ def test_a_learned_variance_lies_between_the_fixed_ones(zero_snr):
   mean = lambda x, t, text: 0.3 * x + 0.1 * text.mean((1, 2))[:, None, None, None]
 
   def draw(name, network, channels):
-    config = dataclasses.replace(zero_snr.unet.config, out_channels=channels)
+    config = dataclasses.replace(zero_snr.denoiser.config, out_channels=channels)
     stand_in = types.SimpleNamespace(config=config, bind=lambda _: network)
-    model = dataclasses.replace(zero_snr, unet=stand_in)
+    model = dataclasses.replace(zero_snr, denoiser=stand_in)
     sample = SampleConfig(name, steps=3, guidance=2.0)
     numbers = sample.numbers(model.noise)
     told = Condition(text), Condition(-text)
-    run = lambda: model.sample_latents({'unet': {}}, noise, keys, *told, sample.program, numbers)
+    run = lambda: model.sample_z({'denoiser': {}}, noise, keys, *told, sample.program, numbers)
     return np.asarray(jax.jit(run)())
 
   def learned(v):
-    return draw('ddpm', lambda *inputs: jnp.concatenate(
-      [mean(*inputs), jnp.full_like(inputs[0], v)], axis=-1
+    return draw('ddpm', lambda x, t, text: jnp.concatenate(
+      [mean(x, t, text), jnp.full_like(x, v)], axis=-1
     ), 8)
 
   small, large = draw('ddpm', mean, 4), draw('ddpm_large', mean, 4)

@@ -35,8 +35,8 @@ def model_and_weights(parts):
   schedule = ScheduleConfig(rescale_betas_zero_snr=True)
   v = Parameterization('v_prediction')
   model, frozen = assemble(tiny.UNET, **parts, schedule=schedule, parameterization=v)
-  unet = jax.jit(model.unet.initialize)(jax.random.key(0))
-  return model, {**frozen, 'unet': unet}
+  denoiser = jax.jit(model.denoiser.initialize)(jax.random.key(0))
+  return model, {**frozen, 'denoiser': denoiser}
 
 
 @pytest.fixture(scope='module')
@@ -48,7 +48,7 @@ def draw(model_and_weights):
   def run(config=CONFIG, seed=0, prompts=PROMPTS, zeroed=False, **more):
     used = dict(weights)
     if zeroed:
-      used['unet'] = jax.tree.map(jnp.zeros_like, used['unet'])
+      used['denoiser'] = jax.tree.map(jnp.zeros_like, used['denoiser'])
     used = model.on_mesh(jax.tree.map(np.asarray, used), mesh)
     batches = model.generate(used, prompts, config, seed=seed, mesh=mesh, batch_size=2, **more)
     return np.concatenate(list(batches))
@@ -97,10 +97,10 @@ def test_image_to_image_starts_from_the_noised_image(draw, model_and_weights):
   found = draw(zeroed=True, inputs=Inputs(IMAGES, 0.7), seed=4)
   grid = np.asarray(sampling_grid(model.noise.table, 3))[:, -3:]  # round(0.7 * 3) = 2 steps.
   factor = np.cos(np.diff(np.arctan2(grid[1], grid[0]))).prod()
-  z = model.autoencoder.bind(weights['autoencoder']).encode(IMAGES / np.float32(127.5) - 1)[0]
-  noise, _ = initial_noise(4, 0, 3, model.latent_shape)
-  start = grid[0][0] * model.latents(z) + grid[1][0] * noise
-  wanted = to_uint8(model.decode(weights['autoencoder'], factor * start))
+  z = model.space.autoencoder.bind(weights['autoencoder']).encode(IMAGES / np.float32(127.5) - 1)[0]
+  noise, _ = initial_noise(4, 0, 3, model.space.shape(*model.trained_size))
+  start = grid[0][0] * model.space.scaled(z) + grid[1][0] * noise
+  wanted = to_uint8(model.space.decode(weights, factor * start))
   assert np.abs(found.astype(int) - wanted).max() <= 1
   assert np.abs(wanted[0].astype(int) - wanted[1]).max() > 10
 
@@ -240,7 +240,7 @@ def test_guidance_by_a_picture_needs_a_model_that_edits(draw):
 
 
 def test_noise_can_be_given(draw, model_and_weights):
-  shape = (3, *model_and_weights[0].latent_shape)
+  shape = (3, *model_and_weights[0].space.shape(32, 32))
   noise, _ = initial_noise(0, 0, 3, shape[1:])
   plain = draw()
   np.testing.assert_array_equal(draw(noise=np.asarray(noise)), plain)
@@ -258,14 +258,14 @@ def test_a_seed_that_would_draw_what_another_draws_is_refused(draw, seed):
 def test_an_empty_prompt_draws_without_condition(draw, model_and_weights, compilations):
   """By hand: DDIM with what the network says of the null caption."""
   model, weights = model_and_weights
-  null = model.encode_text(weights, model.tokens(['', '', '']))
-  denoise, (alphas, sigmas) = model.denoiser(weights), sampling_grid(model.noise.table, 3)
-  x, _ = initial_noise(5, 0, 3, model.latent_shape)
+  null = model.condition(weights, model.rows(['', '', '']))
+  denoise, (alphas, sigmas) = model.denoise(weights), sampling_grid(model.noise.table, 3)
+  x, _ = initial_noise(5, 0, 3, model.space.shape(*model.trained_size))
   pairs = list(zip(alphas, sigmas, strict=True))
   for (alpha, sigma), (next_alpha, next_sigma) in itertools.pairwise(pairs):
     clean = denoise(x, alpha, sigma, null)
     x = next_alpha * clean + next_sigma * (x - alpha * clean) / sigma
-  wanted = to_uint8(model.decode(weights['autoencoder'], x)).astype(int)
+  wanted = to_uint8(model.space.decode(weights, x)).astype(int)
   mixed = draw(seed=5, prompts=('', 'cat face', ' \t'))
   assert np.abs(mixed - wanted)[[0, 2]].max() <= 1 < np.abs(mixed - wanted)[1].max()
   unguided = dataclasses.replace(CONFIG, guidance=1.0)

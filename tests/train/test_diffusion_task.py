@@ -15,7 +15,6 @@ from diffusion_jax.diffusion.objective import ObjectiveConfig
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.directory import assemble
 from diffusion_jax.train.tasks.diffusion import NULL, DiffusionTask, DiffusionTaskConfig
-from diffusion_jax.types import Condition
 from tests import tiny
 
 
@@ -23,15 +22,16 @@ from tests import tiny
 def make_task(parts, sources):
   """make_task(**settings): the task between the tiny frozen parts."""
 
-  def make(network=None, **settings):
-    config = DiffusionTaskConfig(**parts, unet=tiny.UNET, preview_captions=('cat',), **settings)
+  def make(network=None, cache=True, **settings):
+    config = DiffusionTaskConfig(**parts, unet=tiny.UNET, preview_captions=('cat',), cache=cache,
+                                 **settings)
     model, frozen = assemble(
       tiny.UNET, **parts, schedule=ScheduleConfig(),
       parameterization=config.objective.parameterization,
     )
     if network:
       stand_in = types.SimpleNamespace(config=tiny.UNET, bind=lambda _: network)
-      model = dataclasses.replace(model, unet=stand_in)
+      model = dataclasses.replace(model, denoiser=stand_in)
     return DiffusionTask(config, model, frozen, *sources)
 
   return make
@@ -85,12 +85,13 @@ def test_the_loss_is_the_one_computed_by_hand(make_task, prediction, gamma):
 def test_captions_are_dropped_at_the_rate_and_become_the_null_embedding(make_task):
   task = make_task(caption_dropout=0.2)
   null = task.frozen[NULL]['text.bias']
-  wanted = task.model.encode_text(task.frozen, task.model.tokens([''])).text[0]
+  rows = {'tokens': task.model.text.tokens([''])}
+  wanted = task.model.condition(task.frozen, rows).text[0]
   np.testing.assert_allclose(null, wanted, atol=1e-5)
   n = 2000
   text = jnp.ones((n, *null.shape)) * 9.0
-  out = task.drop_captions(Condition(text), task.frozen[NULL], jax.random.key(0))
-  out = np.asarray(out.text)
+  out = task.drop({'text': {'text': text}}, task.frozen[NULL], jax.random.key(0))
+  out = np.asarray(out['text']['text'])
   dropped = (out == np.asarray(null)).all(axis=(1, 2))
   assert ((out == 9.0).all(axis=(1, 2)) | dropped).all()
   assert abs(dropped.mean() - 0.2) < 4.5 * (0.2 * 0.8 / n) ** 0.5
@@ -105,7 +106,7 @@ def test_the_network_sees_dropped_captions_as_the_null_embedding(make_task):
 
 
 def test_cached_latents_and_texts_are_the_uncached_ones(make_task, sources):
-  task = make_task(caption_dropout=0.0)
+  task, from_cache = make_task(cache=False, caption_dropout=0.0), make_task(caption_dropout=0.0)
   few = [sources[0][i] for i in range(5)]
   cache = cached_source(few, task.model, task.frozen, make_mesh(MeshConfig()), progress=False)
   tokenize = task.model.text.tokenize
@@ -118,11 +119,12 @@ def test_cached_latents_and_texts_are_the_uncached_ones(make_task, sources):
   cached = {name: np.stack([row[name] for row in rows]) for name in ('mean', 'std', 'text')}
   assert all(len(cache[i]['texts']) == len(few[i]['captions']) for i in range(5))
   key = jax.random.key(5)
-  encode = jax.jit(lambda batch: (
-    task._latents(task.frozen, batch, jax.random.clone(key)),
-    task._told(task.frozen, batch, jax.random.clone(key)).text,
-  ))
-  (z, text), (z_cached, text_cached) = map(encode, (uncached, cached))
+
+  def encode(task, batch):
+    moments, told, _ = jax.jit(task.encode)(task.frozen, batch, jax.random.clone(key))
+    return task.model.space.sample(moments, jax.random.clone(key)), told['text']['text']
+
+  (z, text), (z_cached, text_cached) = encode(task, uncached), encode(from_cache, cached)
   assert float(np.std(z)) > 0.01
   np.testing.assert_allclose(z_cached, z, atol=1e-4)
   np.testing.assert_allclose(text_cached, text, atol=2e-3, rtol=2e-3)

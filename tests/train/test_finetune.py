@@ -58,9 +58,10 @@ def test_attention_and_products_are_computed_as_the_config_says(arguments, tmp_p
     task = build.build(load_config(file, more), str(tmp_path)).task
   for model in (task.model, task.learning):
     said = {role: n.compute.attention for role, n in model.networks.items()}
-    assert said.pop('unet') == said.pop('controlnet') == 'xla' and set(said.values()) == {'auto'}
+    assert said.pop('denoiser') == said.pop('controlnet') == 'xla'
+    assert set(said.values()) == {'auto'}
   kinds = {role: n.compute.matmul_precision for role, n in task.learning.networks.items()}
-  assert kinds.pop('unet') == kinds.pop('controlnet') == 'float8'
+  assert kinds.pop('denoiser') == kinds.pop('controlnet') == 'float8'
   assert set(kinds.values()) == {'plain'}
   assert {n.compute.matmul_precision for n in task.model.networks.values()} == {'plain'}
 
@@ -118,8 +119,8 @@ def test_training_begins_with_the_pretrained_model(recipe, opened, original, tun
     new = model.text.networks['text_encoder'].config.vocab_size
     assert (batch['tokens'] == new).any(axis=(1, 2)).all()
     batch['tokens'] = np.where(batch['tokens'] == new, cat, batch['tokens'])
-  unet = weights.pop('unet')
-  plain = DiffusionTask(training.task.config, model, weights, None, None)
+  unet = weights.pop('denoiser')
+  plain = DiffusionTask(training.task.config, model, weights, training.task.train, None)
   loss, _ = jax.jit(plain.loss)(unet, plain.frozen, {}, batch, key, 0)
   np.testing.assert_allclose(tiny.metrics(tuned(recipe))[1]['loss'], loss, rtol=1e-5)
 
@@ -172,11 +173,12 @@ def test_what_is_written_is_the_whole_trained_model(recipe, opened, original, tu
     assert all(np.array_equal(weights[role][name], value) for name, value in values.items()), role
     assert model.networks[role].config == task.model.networks[role].config
   prompt = ['a <concept>' if recipe == 'textual_inversion' else 'a cat']
-  np.testing.assert_array_equal(model.tokens(prompt), task.model.tokens(prompt))
+  np.testing.assert_array_equal(model.text.tokens(prompt), task.model.text.tokens(prompt))
 
 
 def output(model, weights, told):
-  x = np.random.default_rng(3).normal(size=(2, *model.latent_shape)).astype(np.float32)
+  shape = (2, *model.space.shape(*model.trained_size))
+  x = np.random.default_rng(3).normal(size=shape).astype(np.float32)
   t = np.array([100, 700], np.int32)
   return jax.jit(lambda weights, x, told: model.network(weights)(x, t, told))(weights, x, told)
 
@@ -194,11 +196,12 @@ def test_merged_adapters_compute_as_those_that_were_trained(opened, original, tu
   wanted = output(task.model, task.weights(params, task.frozen), random_text(model))
   np.testing.assert_allclose(found, wanted, atol=2e-5 * float(jnp.abs(wanted).max()))
   merged, kohya = (
-    add_lora(model, before, str(folder / f'{name}.safetensors'))['unet']
+    add_lora(model, before, str(folder / f'{name}.safetensors'))['denoiser']
     for name in ('pytorch_lora_weights', 'kohya')
   )
   assert all(np.array_equal(value, kohya[name]) for name, value in merged.items())
-  changed = {name for name, value in merged.items() if np.abs(value - before['unet'][name]).max()}
+  old = before['denoiser']
+  changed = {name for name, value in merged.items() if np.abs(value - old[name]).max()}
   assert changed == {f'{name}.kernel' for name in task.trainable.sizes} and len(changed) == 8
 
 
@@ -232,7 +235,7 @@ def test_new_input_channels_begin_without_effect(opened, original):
   image = np.random.default_rng(5).uniform(size=(2, 8, 8, 5)).astype(np.float32)
   wanted = output(plain, before, random_text(plain))
   found = output(training.task.model, whole, random_text(plain)._replace(image=image))
-  assert whole['unet']['conv_in.kernel'].shape[2] == 9
+  assert whole['denoiser']['conv_in.kernel'].shape[2] == 9
   np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -242,15 +245,13 @@ def test_the_mask_and_the_rest_of_the_picture_are_shown(opened):
   task = training.task
   batch, key = first_batch(training)
   weights = task.weights(params, task.frozen)
-  tell = jax.jit(
-    lambda weights, batch: task._shown(weights, batch, random_text(task.model), key)
-  )
-  image = np.asarray(tell({**weights, 'null': task.frozen['null']}, batch).image)
+  tell = jax.jit(lambda weights, batch: task.encode(weights, batch, key).told['inpaint']['image'])
+  image = np.asarray(tell(weights, batch))
   mask = image[..., 0]
   assert image.shape == (8, 8, 8, 5) and set(np.unique(mask)) <= {0.0, 1.0}
   whole = mask.all(axis=(1, 2))
   assert (whole < 1).any() and mask.any(axis=(1, 2)).all()
-  blank = jax.jit(task.model.encode)(weights['autoencoder'], jnp.zeros((1, 16, 16, 3)))
+  blank = jax.jit(task.model.space.encode)(weights, jnp.zeros((1, 16, 16, 3)))
   for i in np.flatnonzero(whole):
     np.testing.assert_allclose(image[i, ..., 1:], blank[0], atol=1e-5)
 
@@ -261,7 +262,9 @@ def test_xl_is_told_sizes_and_drops_the_pooled_text_too(opened, monkeypatch):
   batch, key = first_batch(training)
   weights = task.weights(params, task.frozen)
   monkeypatch.setattr(task, 'config', dataclasses.replace(task.config, caption_dropout=1.0))
-  told = jax.jit(lambda batch: task._told(weights, batch, key))(batch)
+  told = jax.jit(lambda batch: task.condition(
+    task.encode(weights, batch, key).told, task.frozen['null'], key, (8, 8, 8, 4)
+  ))(batch)
   for name in ('text', 'pooled'):
     null = task.frozen['null'][f'{name}.bias']
     np.testing.assert_array_equal(getattr(told, name), np.broadcast_to(null, (8, *null.shape)))
@@ -335,7 +338,7 @@ def test_previews_are_drawn_from_pictures(opened):
   for recipe, names in (('controlnet', {'control'}), ('inpainting', {'images', 'masks'})):
     task = opened(recipe)[0].task
     inputs = task.preview_inputs()
-    assert isinstance(inputs, Inputs) and set(inputs.rows(task.model, 1)) - {'strength'} == names
+    assert isinstance(inputs, Inputs) and set(inputs.rows(task.model, 1, 16, 16)) == names
 
 
 @pytest.mark.parametrize('recipe', ['sdxl', 'inpainting'])
@@ -387,7 +390,7 @@ def test_a_model_of_another_architecture_is_refused(pipelines):
   config = FinetuneTaskConfig(
     model=str(pipelines / 'sd'), architecture='sd15', preview_captions=('a cat',)
   )
-  with pytest.raises(UserError, match=r"the unet of .* is not that of sd15; set settings"):
+  with pytest.raises(UserError, match=r"the denoiser of .* is not that of sd15; set settings"):
     make_finetune_task(config, None, None, make_mesh(MeshConfig()), jnp.float32)
 
 

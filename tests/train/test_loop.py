@@ -112,8 +112,8 @@ def test_the_exported_denoiser_loads_with_its_settings(trained, parts):
   assert model.parameterization.name == 'v_prediction' and model.noise.config.rescale_betas_zero_snr
   assert (sample.sampler, sample.steps, sample.guidance) == ('ddim', 2, 2.0)
   folded = dataclasses.replace(tiny.UNET, sample_size=8, in_channels=16, out_channels=16)
-  assert model.unet.config == folded and model.latent_patch_size == 2
-  assert weights['unet'].keys() == model.unet.shapes.keys()
+  assert model.denoiser.config == folded and model.space.patch == 2
+  assert weights['denoiser'].keys() == model.denoiser.shapes.keys()
   _, wanted = load_params('autoencoder', parts['autoencoder'])
   for name, value in wanted.items():
     np.testing.assert_array_equal(weights['autoencoder'][name], value)

@@ -118,9 +118,10 @@ def test_a_cache_and_the_pictures_themselves_are_drawn_alike(parts, tmp_path):
     with tiny.few_devices():
       training = build(config_of(task, tmp_path / 'all', parts), str(tmp_path / task))
     model, batches = training.task.model, [next(training.loader)[field] for _ in range(8)]
-    known = model.tokens(texts)
+    known = model.text.tokens(texts)
     if field == 'text':
-      known = np.asarray(model.text.encode(training.task.frozen, known).text)
+      rows = {'tokens': known}
+      known = np.asarray(model.text.encode(training.task.frozen, rows)['text'])
     rows, known = (np.reshape(x, (len(x), -1)) for x in (np.concatenate(batches), known))
     found[task] = np.abs(rows[:, None] - known).max(axis=-1).argmin(axis=1).tolist()
   assert found['diffusion'] == found['uncached'] and len(set(found['uncached'])) == GOOD

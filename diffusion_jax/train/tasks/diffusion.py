@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from diffusion_jax.config import TrainingConfig
 from diffusion_jax.data.cache import ChooseText, cached_source, synthetic_cache
 from diffusion_jax.data.loader import Source
 from diffusion_jax.data.sources.tfds import ImageSource
+from diffusion_jax.data.unreadable import some
 from diffusion_jax.diffusion.noise import NoiseConfig
 from diffusion_jax.diffusion.objective import (
   Losses,
@@ -39,10 +40,13 @@ from diffusion_jax.formats.networks import read_config
 from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.parallel.mesh import to_host
+from diffusion_jax.pipelines.conditioners import Arrays, Conditioner, Sizes
 from diffusion_jax.pipelines.directory import assemble, save_text_to_image
-from diffusion_jax.pipelines.model import Diffusion, SampleConfig
+from diffusion_jax.pipelines.model import DENOISER, Diffusion, joined
+from diffusion_jax.pipelines.sampling import SampleConfig
+from diffusion_jax.pipelines.spaces import Moments
 from diffusion_jax.train.tasks.task import Carry, Env, Frozen, Observed, Task, mean_metric
-from diffusion_jax.types import Condition, Latents, Params, Weights
+from diffusion_jax.types import Condition, Params, Weights
 
 TIME_BUCKETS = 10
 
@@ -137,8 +141,32 @@ class DiffusionTaskConfig(LatentTaskConfig):
       )
 
 
+class Encoded(NamedTuple):
+  """A batch as the loss takes it, made now or before training.
+
+  moments: of z, see `spaces.Space`. told: fields of `Condition` by conditioner. weight: [b] of the
+  losses, if they have one.
+  """
+
+  moments: Moments
+  told: dict[str, Arrays]
+  weight: jax.Array | None = None
+
+
+def _keys(names: list[str], key: jax.Array) -> dict[str, jax.Array]:
+  """A key for each name; the key itself where there is but one."""
+  keys = jax.random.split(key, len(names)) if len(names) > 1 else [key] * len(names)
+  return dict(zip(names, keys, strict=True))
+
+
+def null_of(model: Diffusion, frozen: Frozen) -> Params:
+  """What the conditioners give for nothing, on the host, as parameters that lie on every device."""
+  nulls = [c.null(frozen) for c in model.conditioners.values() if c.guided]
+  return {f'{name}.bias': to_host(value) for one in nulls for name, value in one.items()}
+
+
 class DiffusionTask(NoisingTask):
-  """Parameters are the U-Net's."""
+  """Parameters are the denoiser's."""
 
   Config = DiffusionTaskConfig
   name, title = 'diffusion', 'Text-to-image latent diffusion model'
@@ -153,12 +181,18 @@ class DiffusionTask(NoisingTask):
     self.config, self.model, self.train, self.test = config, model, train, test
     self.learning = model.with_remat(remat).with_matmul_precision(products)
     self.objective = Objective(config.objective, model.noise, model.parameterization)
-    null = jax.jit(model.text.encode)(frozen, model.tokens(['']))
-    bias = {f'{name}.bias': to_host(value)[0] for name, value in null._asdict().items()
-            if value is not None}
-    self.frozen: Frozen = {**frozen, NULL: bias}
-    cached = ('mean', 'std', 'text', *(['pooled'] if model.text.pooled else []))
-    self.batch_fields = cached if config.cache else ('image', 'tokens')
+    self.frozen: Frozen = {**frozen, NULL: null_of(model, frozen)}
+    # Whether records tell what was cut off from them; else all images are whole.
+    self._has_sizes = (
+      'sizes' in model.conditioners and not config.cache and 'sizes' in some(train, 1)[0]
+    )
+    if config.cache:
+      self.encode = self._from_cache
+      fields = (*model.space.kept, *(name for c in self._told().values() for name in c.cached()))
+    else:
+      self.encode = self._from_examples
+      fields = (model.space.field, *(name for c in self._told().values() for name in c.fields))
+    self.batch_fields = tuple(dict.fromkeys(fields))
 
   @classmethod
   def check_data(cls, config: TrainingConfig) -> None:
@@ -208,62 +242,72 @@ class DiffusionTask(NoisingTask):
     if not self.config.cache:
       return super().examples(config, env)
     if env.synthetic:
-      return synthetic_cache(self.model, self.frozen, len(env.train)), [ChooseText()]
+      return synthetic_cache(
+        self.model, self.frozen, len(env.train), config.data.size
+      ), [ChooseText()]
     return cached_source(env.train, self.model, self.frozen, env.mesh), [ChooseText()]
 
   def initialize(self, key: jax.Array) -> Params:
-    return self.model.unet.initialize(key)
+    return self.model.denoiser.initialize(key)
 
   def weights(self, params: Params, frozen: Frozen) -> Weights:
     """Parameters of the whole model by role, of what is trained and of what is not."""
-    return {**frozen, 'unet': params}
+    return {**frozen, DENOISER: params}
 
-  def _latents(self, weights: Weights, batch: dict, key: jax.Array) -> Latents:
-    """Sampled, scaled latents [b h w c] of a batch, cached or not."""
-    if 'mean' in batch:
-      mean, std = batch['mean'], batch['std']
-    else:
-      mean, logvar = self.model.autoencoder.bind(weights['autoencoder']).encode(batch['image'])
-      mean, std = mean.astype(jnp.float32), jnp.exp(logvar.astype(jnp.float32) / 2)
-    latents = self.model.latents(mean + std * jax.random.normal(key, mean.shape))
-    return constrain(latents, 'image')
+  def _told(self) -> dict[str, Conditioner]:
+    """The conditioners that take something from a batch."""
+    return {
+      name: conditioner for name, conditioner in self.learning.conditioners.items()
+      if self._has_sizes or not isinstance(conditioner, Sizes)
+    }
 
-  def _told(self, weights: Weights, batch: dict, key: jax.Array) -> Condition:
-    """What the network is told of a batch, with a share of the captions dropped."""
-    if 'text' in batch:
-      told = Condition(batch['text'], batch.get('pooled'))
-    else:
-      told = self.learning.text.encode(weights, batch['tokens'])
-    told = self.drop_captions(told, weights[NULL], key)
-    return self.model.with_sizes(told, batch.get('sizes'))
+  def _from_examples(self, weights: Weights, batch: dict, key: jax.Array) -> Encoded:
+    """What the frozen networks make of a batch of examples."""
+    space, conditioners = self.model.space, self._told()
+    keys = _keys([name for name, one in conditioners.items() if one.random], key)
+    told = {
+      name: one.of_batch(weights, batch, keys.get(name)) for name, one in conditioners.items()
+    }
+    return Encoded(space.moments(weights, batch[space.field]), told, batch.get('weight'))
 
-  def drop_captions(self, told: Condition, null: Params, key: jax.Array) -> Condition:
-    """Replaces a share of the texts [b ...] by the null caption's [...]."""
-    drop = jax.random.bernoulli(key, self.config.caption_dropout, (len(told.text),))
-    replace = lambda x, bias: jnp.where(drop.reshape(-1, *[1] * bias.ndim), bias, x)
-    return told._replace(**{
-      name: replace(getattr(told, name), null[f'{name}.bias'])
-      for name in ('text', 'pooled') if getattr(told, name) is not None
-    })
+  def _from_cache(self, weights: Weights, batch: dict, key: jax.Array) -> Encoded:
+    """The same of a batch out of the cache, where it has been computed before."""
+    del weights, key
+    told = {name: one.of_cache(batch) for name, one in self._told().items()}
+    return Encoded({name: batch[name] for name in self.model.space.kept}, told)
 
-  def _shown(self, weights: Weights, batch: dict, told: Condition, key: jax.Array) -> Condition:
-    """The condition with what the network is shown beside the text: here nothing."""
-    del weights, batch, key
-    return told
+  def drop(self, told: dict[str, Arrays], null: Params, key: jax.Array) -> dict[str, Arrays]:
+    """Put the null in the place of a fraction of each condition that has one."""
+    guided = {name: one for name, one in self.learning.conditioners.items() if one.guided}
+    nulls = {name.removesuffix('.bias'): value for name, value in null.items()}
+    keys, fraction = _keys(list(guided), key), self.config.caption_dropout
+    return told | {
+      name: one.drop(told[name], nulls, keys[name], fraction) for name, one in guided.items()
+    }
+
+  def condition(
+    self, told: dict[str, Arrays], null: Params, key: jax.Array, shape: tuple[int, ...]
+  ) -> Condition:
+    """What the denoiser is given of z [shape], a fraction of it dropped."""
+    told = self.drop(told, null, key)
+    if 'sizes' in self.model.conditioners and 'sizes' not in told:
+      height, width = (edge * self.model.space.factor for edge in shape[1:3])
+      told['sizes'] = {'sizes': jnp.asarray(Sizes.whole(shape[0], height, width))}
+    return joined(told.values())
 
   def losses(self, params, frozen, carry: Carry, batch, key) -> Losses:
     """Losses of each example, and the noise level it was given."""
-    key_z, key_drop, key, key_shown = jax.random.split(key, 4)
-    weights = self.weights(params, frozen)
-    x0 = self._latents(weights, batch, key_z)
-    told = self._shown(weights, batch, self._told(weights, batch, key_drop), key_shown)
+    key_z, key_drop, key, key_told = jax.random.split(key, 4)
+    weights, space = self.weights(params, frozen), self.model.space
+    moments, told, weight = self.encode(weights, batch, key_told)
+    x0 = space.sample(moments, key_z)
+    x0 = constrain(x0, 'image') if x0.ndim == 4 else x0
+    condition = self.condition(told, weights[NULL], key_drop, x0.shape)
     network = self.learning.network(weights)
     losses = self.objective.losses(
-      lambda x, t: network(x, t, told), x0, key, history_of(carry)
+      lambda x, t: network(x, t, condition), x0, key, history_of(carry)
     )
-    if 'weight' not in batch:
-      return losses
-    return losses._replace(loss=losses.loss * batch['weight'])
+    return losses if weight is None else losses._replace(loss=losses.loss * weight)
 
   def loss(self, params, frozen, carry, batch, key, step) -> tuple[jax.Array, tuple]:
     return self.summary(self.losses(params, frozen, carry, batch, key), carry)

@@ -5,23 +5,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.config import TrainingConfig
 from diffusion_jax.data.loader import Source
 from diffusion_jax.data.sources.folder import Together
-from diffusion_jax.data.transforms import edges
 from diffusion_jax.data.unreadable import Counted, some
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.evaluator import Evaluator, Scores
 from diffusion_jax.models.lora import LoRAConfig
+from diffusion_jax.models.network import Network
+from diffusion_jax.models.unet import UNet
 from diffusion_jax.pipelines.architectures import ARCHITECTURES, architecture_model
-from diffusion_jax.pipelines.conditioners import random_masks
-from diffusion_jax.pipelines.conditions import Inputs, inpainting_image, kind_of_input
+from diffusion_jax.pipelines.conditioners import CONCATENATED
+from diffusion_jax.pipelines.conditions import Inputs
 from diffusion_jax.pipelines.directory import Part, load_weights, read_pipeline
-from diffusion_jax.pipelines.model import Diffusion
+from diffusion_jax.pipelines.model import DENOISER, Diffusion
 from diffusion_jax.train.tasks.diffusion import DiffusionTask, LatentTaskConfig
 from diffusion_jax.train.tasks.prior_preservation import PriorConfig, draw_prior
 from diffusion_jax.train.tasks.task import Env, Frozen
@@ -33,12 +33,13 @@ from diffusion_jax.train.tasks.trainable import (
   TextualInversion,
   Trainable,
 )
-from diffusion_jax.types import Condition, Params, Weights
+from diffusion_jax.types import Params, Weights
 
 TRAINED = {'unet': '', 'lora': 'lora', 'controlnet': 'controlnet', 'embeddings': 'placeholder'}
 """What can be trained, and the section of the settings that speaks of that alone."""
 
-INPUTS = ('none', 'inpaint')
+INPUTS = ('none', *(name for name, kind in CONCATENATED.items() if kind.fields))
+"""Pictures that a denoiser can be taught to take beside z: those that can be made of a batch."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,21 +105,31 @@ def make_trainable(config: FinetuneTaskConfig, part: Part | None = None) -> Trai
   return Full(config.model, part)
 
 
-def shown(model: Diffusion, inputs: str) -> Diffusion:
+def picture_of(model: Diffusion) -> str:
+  """The name in CONCATENATED of the picture that a model takes beside z, or 'none'."""
+  return next((name for name in CONCATENATED if name in model.conditioners), 'none')
+
+
+def with_picture(model: Diffusion, inputs: str) -> Diffusion:
   """The model with the input channels that `inputs` needs, where it has none yet."""
-  found = kind_of_input(model)
+  found = picture_of(model)
   if found == inputs:
     return model
   if found != 'none':
     known = f'set settings.inputs to {found!r}' if found in INPUTS else 'use another model'
-    raise UserError(f'the U-Net is made for {found}, but settings.inputs is {inputs!r}; {known}.')
-  config = dataclasses.replace(model.unet.config, in_channels=2 * model.channels + 1)
-  return model.with_unet(config)
+    raise UserError(
+      f'the denoiser is made for {found}, but settings.inputs is {inputs!r}; {known}.'
+    )
+  picture = CONCATENATED[inputs](model.space)
+  channels = model.space.channels + picture.channels(model.space)
+  config = dataclasses.replace(model.denoiser.config, in_channels=channels)
+  denoiser = Network.of(UNet, config, model.denoiser.compute)
+  return model.replaced({DENOISER: denoiser}).with_conditioner(inputs, picture)
 
 
 def abstract_parameters(config: FinetuneTaskConfig) -> Params:
   """Shapes of what a recipe trains, at the size of its architecture; nothing is read or made."""
-  model = shown(architecture_model(config.architecture), config.inputs)
+  model = with_picture(architecture_model(config.architecture), config.inputs)
   trainable = make_trainable(config)
   trainable.adapted(model)
   return trainable.shapes
@@ -136,10 +147,11 @@ class FinetuneTask(DiffusionTask):
     if not settings.model:
       return  # Which says more when it is opened.
     model = read_pipeline(settings.model)[0]
-    if size != model.image_size:
+    if (size, size) != model.trained_size:
+      edge = max(model.trained_size)
       raise UserError(
-        f'data.size is {size}, but {settings.model} draws {model.image_size} pixels (sample_size '
-        f'of its U-Net is {model.unet.config.sample_size}); set data.size to {model.image_size}.'
+        f'data.size is {size}, but {settings.model} draws {edge} pixels (sample_size of its '
+        f'denoiser is {model.denoiser.config.sample_size}); set data.size to {edge}.'
       )
 
   @classmethod
@@ -178,11 +190,8 @@ class FinetuneTask(DiffusionTask):
   ):
     super().__init__(config, model, frozen, train, test, remat, products)
     self.trainable = trainable
-    if not config.cache:
-      more = ['weight'] * bool(config.prior.folder)
-      more += ['sizes'] * ('sizes' in model.unet.config.conditions and 'sizes' in some(train, 1)[0])
-      more += ['control'] * (config.train == 'controlnet')
-      self.batch_fields = (*self.batch_fields, *more)
+    if config.prior.folder:
+      self.batch_fields = (*self.batch_fields, 'weight')
 
   def initialize(self, key: jax.Array) -> Params:
     return self.trainable.initialize(key)
@@ -192,16 +201,6 @@ class FinetuneTask(DiffusionTask):
 
   def weights(self, params: Params, frozen: Frozen) -> Weights:
     return self.trainable.weights(params, frozen)
-
-  def _shown(self, weights: Weights, batch: dict, told: Condition, key: jax.Array) -> Condition:
-    if 'control' in batch:
-      ones = jnp.ones(len(batch['control']), jnp.float32)
-      told = told._replace(control=batch['control'] / jnp.float32(255), strength=ones)
-    if self.config.inputs == 'inpaint':
-      masks = random_masks(key, batch['image'].shape[:3])
-      image = inpainting_image(self.model, weights['autoencoder'], batch['image'], masks)
-      told = told._replace(image=image)
-    return told
 
   @property
   def draw_batch(self) -> int:
@@ -214,23 +213,11 @@ class FinetuneTask(DiffusionTask):
     count = len(self.config.preview_captions)
     records = some(self.test, count)
     images = np.stack([records[i % len(records)]['image'] for i in range(count)])
-    if self.config.train == 'controlnet':
-      return Inputs(control=np.stack([edges(image) for image in images]))
-    masks = np.zeros(images.shape[:3], bool)
-    quarter = images.shape[1] // 4
-    masks[:, quarter:-quarter, quarter:-quarter] = True
-    return Inputs(images=images, masks=masks)
+    shown = [conditioner.examples(images) for conditioner in self.model.conditioners.values()]
+    return Inputs(**{name: array for one in shown for name, array in one.items()})
 
   def preview(self, mesh: Mesh) -> Evaluator:
-    about = ''
-    if self.config.train == 'controlnet':
-      about = (
-        'Drawn for these captions and the edges of test images, from the same noise each time.'
-      )
-    if self.config.inputs == 'inpaint':
-      about = (
-        'Test images whose middle is drawn for these captions, from the same noise each time.'
-      )
+    about = next((c.shows for c in self.model.conditioners.values() if c.shows), '')
     known = {'inputs': self.preview_inputs, 'about': about} if about else {}
     return dataclasses.replace(super().preview(mesh), **known)
 
@@ -254,7 +241,7 @@ def make_finetune_task(
     )
   model, parts, _ = read_pipeline(config.model, dtype)
   model = model.with_attention(attention)
-  if not model.text.tokenizers:
+  if model.text is None:
     raise UserError(f'{config.model} reads no prompts; only models that do can be trained on.')
   if config.objective.prediction != model.parameterization.name:
     raise UserError(
@@ -263,15 +250,15 @@ def make_finetune_task(
     )
   if config.architecture:
     _check_architecture(config, model)
-  trainable = make_trainable(config, parts['unet'])
-  if config.train != 'unet' and kind_of_input(model) != config.inputs:
+  trainable = make_trainable(config, parts[DENOISER])
+  if config.train != 'unet' and picture_of(model) != config.inputs:
     raise UserError(
       f'settings.inputs is {config.inputs!r}, but {config.model} is made for '
-      f'{kind_of_input(model)!r}; set it to that, or settings.train to unet, which can teach it.'
+      f'{picture_of(model)!r}; set it to that, or settings.train to unet, which can teach it.'
     )
-  model = trainable.adapted(shown(model, config.inputs))
+  model = trainable.adapted(with_picture(model, config.inputs))
   if config.train == 'unet':
-    del parts['unet']
+    del parts[DENOISER]
   # What is not trained is kept as it is computed with.
   frozen = load_weights(parts, dtype=dtype, mesh=mesh)
   return FinetuneTask(config, trainable, model, frozen, train, test, remat, products)

@@ -53,7 +53,7 @@ def draw_prior(task: DiffusionTask, mesh: Mesh) -> FolderSource:
     _draw(task, model, mesh, folder, found)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('prior')  # All pictures are written before any is read.
-  return open_all(folder, model.image_size, prior.prompt)
+  return open_all(folder, max(model.trained_size), prior.prompt)
 
 
 def _pictures(folder: Path) -> list[Path]:

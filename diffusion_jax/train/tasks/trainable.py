@@ -1,4 +1,4 @@
-"""What of a pretrained model is trained: all of the U-Net, adapters, a ControlNet, a few words.
+"""What of a pretrained model is trained: all of the denoiser, adapters, a ControlNet, a few words.
 
 Each kind says which parameters there are, with what they begin, how the whole model is put
 together with them, and what is written at the end.
@@ -25,9 +25,11 @@ from diffusion_jax.models.lora import LoRAConfig, is_lora, targets, with_lora
 from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import put_params, shard_params, to_host
 from diffusion_jax.pipelines.adapters import controlnet_config
-from diffusion_jax.pipelines.conditioners import EXTRA, embedding_table
+from diffusion_jax.pipelines.conditioners import CONTROLNET
+from diffusion_jax.pipelines.conditioners import ControlNet as ControlNetConditioner
 from diffusion_jax.pipelines.directory import Part, save_changed
-from diffusion_jax.pipelines.model import Diffusion
+from diffusion_jax.pipelines.encoders import EXTRA, embedding_table
+from diffusion_jax.pipelines.model import DENOISER, Diffusion
 from diffusion_jax.types import Params, Weights
 
 
@@ -55,7 +57,7 @@ class Trainable(Protocol):
 
 
 class Full:
-  """All of the U-Net; the result is a whole pipeline."""
+  """All of the denoiser; the result is a whole pipeline."""
 
   def __init__(self, source: str, part: Part | None):
     self.source, self.part = source, part
@@ -68,24 +70,24 @@ class Full:
 
   @property
   def shapes(self) -> Params:
-    return self.model.unet.shapes
+    return self.model.denoiser.shapes
 
   def initialize(self, key: jax.Array) -> Params:
-    return self.model.unet.initialize(key)
+    return self.model.denoiser.initialize(key)
 
   def start(self, frozen: Weights, mesh: Mesh) -> Params:
-    """The pretrained U-Net; input channels that it does not have yet begin at zero.
+    """The pretrained denoiser; input channels that it does not have yet begin at zero.
 
     So inpainting begins as the plain model does (Rombach et al. 2022, sec. 4.5).
     """
     params = load_params('unet', self.part.path, mesh=mesh)[1]
-    return widened(params, self.model.unet.shapes, mesh)
+    return widened(params, self.model.denoiser.shapes, mesh)
 
   def weights(self, params: Params, frozen: Weights) -> Weights:
-    return {**frozen, 'unet': params}
+    return {**frozen, DENOISER: params}
 
   def export(self, directory: Path, params: Params, dtype: str) -> None:
-    save_changed(directory, self.source, {'unet': (self.model.unet.config, params)}, dtype)
+    save_changed(directory, self.source, {DENOISER: (self.model.denoiser.config, params)}, dtype)
 
 
 def widened(params: Params, shapes: Params, mesh: Mesh) -> Params:
@@ -100,15 +102,15 @@ def widened(params: Params, shapes: Params, mesh: Mesh) -> Params:
 
 
 class LoRA:
-  """LoRA on the U-Net; the result are adapters in the layouts of PEFT and kohya."""
+  """LoRA on the denoiser; the result are adapters in the layouts of PEFT and kohya."""
 
   def __init__(self, config: LoRAConfig):
     self.config = config
 
   def adapted(self, model: Diffusion) -> Diffusion:
-    self.sizes = targets(model.unet, self.config)
-    self.network = with_lora(model.unet, self.sizes)
-    return dataclasses.replace(model, unet=self.network)
+    self.sizes = targets(model.denoiser, self.config)
+    self.network = with_lora(model.denoiser, self.sizes)
+    return model.replaced({DENOISER: self.network})
 
   @property
   def shapes(self) -> Params:
@@ -121,7 +123,7 @@ class LoRA:
     del frozen, mesh
 
   def weights(self, params: Params, frozen: Weights) -> Weights:
-    return {**frozen, 'unet': {**frozen['unet'], **params}}
+    return {**frozen, DENOISER: {**frozen[DENOISER], **params}}
 
   def export(self, directory: Path, params: Params, dtype: str) -> None:
     lora = {'unet': from_params(_cast(params, dtype), self.sizes)}
@@ -130,15 +132,15 @@ class LoRA:
 
 
 class ControlNet:
-  """A ControlNet (Zhang et al. 2023) beside the frozen U-Net, from whose weights it begins."""
+  """A ControlNet (Zhang et al. 2023) beside the frozen denoiser, from whose weights it begins."""
 
   def __init__(self, source: str, part: Part | None):
     self.source, self.part = source, part
 
   def adapted(self, model: Diffusion) -> Diffusion:
     found = controlnet_config(model, self.source) if self.source else _new_controlnet(model)
-    self.network = Network.of(ControlNetModule, found, model.unet.compute)
-    return dataclasses.replace(model, controlnet=self.network)
+    self.network = Network.of(ControlNetModule, found, model.denoiser.compute)
+    return model.with_conditioner('control', ControlNetConditioner(self.network))
 
   @property
   def shapes(self) -> Params:
@@ -156,7 +158,7 @@ class ControlNet:
     return jax.jit(begin, out_shardings=shard_params(self.network.shapes, mesh))(unet)
 
   def weights(self, params: Params, frozen: Weights) -> Weights:
-    return {**frozen, 'controlnet': params}
+    return {**frozen, CONTROLNET: params}
 
   def export(self, directory: Path, params: Params, dtype: str) -> None:
     save_params(directory, self.network.config, params, dtype=dtype)
@@ -164,8 +166,8 @@ class ControlNet:
 
 def _new_controlnet(model: Diffusion) -> ControlNetConfig:
   """A ControlNet that brings pictures to the size of the model's latents."""
-  config = ControlNetConfig.for_unet(model.unet.config)
-  factor = model.image_size // model.unet.config.sample_size
+  config = ControlNetConfig.for_unet(model.denoiser.config)
+  factor = model.space.factor
   widths = config.conditioning_embedding_out_channels[: factor.bit_length()]
   config = dataclasses.replace(config, conditioning_embedding_out_channels=widths)
   if config.image_factor != factor:
