@@ -288,7 +288,7 @@ def test_float8_is_read_as_it_is(lora, tmp_path):
 
 @pytest.mark.parametrize(('config', 'words'), [
   ({'lora_alpha': float('nan')}, 'alpha of text_encoder .* is nan'),
-  ({'lora_alpha': float('inf')}, 'is inf'), ({'lora_alpha': '8'}, 'lora_alpha is "8"'),
+  ({'lora_alpha': float('inf')}, 'is inf'), ({'lora_alpha': '8'}, "lora_alpha is '8'"),
   ({'lora_alpha': True}, 'lora_alpha is true'), ({'lora_alpha': 10**400}, '401 digits'),
   ({'lora_alpha': [8]}, 'must be a number'),
   ({'alpha_pattern': {'fc1': float('nan')}}, 'is nan'),
@@ -297,7 +297,7 @@ def test_float8_is_read_as_it_is(lora, tmp_path):
   ({'alpha_pattern': ['fc1']}, 'alpha_pattern must be a table'),
   ({'r': 4}, 'gives .*fc1 the rank 4, but its matrices have 2'), ({'r': 0}, 'r is 0; it must be a'),
   ({'rank_pattern': {'fc1': 3}}, 'the rank 3'), ({'rank_pattern': {'x': -1}}, 'rank_pattern of x'),
-  ({'peft_type': 'LOHA'}, 'peft_type="LOHA"'),
+  ({'peft_type': 'LOHA'}, "peft_type='LOHA'"),
   ({'init_lora_weights': 'pissa_niter_4'}, 'changes the weights'),
   ({'init_lora_weights': 'loftq'}, 'changes the weights'), ({'lora_bias': True}, 'lora_bias'),
   ({'alora_invocation_tokens': [1]}, 'alora_invocation_tokens'),
