@@ -1,15 +1,10 @@
-"""Families of Stable Diffusion: where a single file has their parts; what shapes do not tell.
+"""Whole pipelines from and to one safetensors file in the names of CompVis and Stability.
 
-What a single file may hold beside the networks that are converted: left and named, or refused.
-
-A tensor that no network of the family has is harmless where nothing would have been computed with
-it: a head of a text encoder, a table, an average, what an optimizer or another program left. It is
-not where the file is another model than its family's: then it is refused by name.
-
-Whole pipelines from and to one safetensors file in the names of CompVis and Stability.
+A tensor that no network of the file's family has is harmless where nothing would have been computed
+with it: a head of a text encoder, a table, an average, what an optimizer or another program left.
+Such are left and named. Where it makes the file another model than its family's, it is refused.
 """
 
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +17,14 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.files import inside
 from diffusion_jax.formats import autoencoder, clip, unet
 from diffusion_jax.formats.adapter_names import is_lora, of_other_kinds, some
+from diffusion_jax.formats.families import (
+  FAMILIES,
+  LOW_RES_SCHEDULER,
+  ignored,
+  of_names,
+  of_parts,
+  scheduler,
+)
 from diffusion_jax.formats.networks import network_format
 from diffusion_jax.formats.pipeline import (
   SCHEDULER,
@@ -41,166 +44,6 @@ from diffusion_jax.formats.tensors import (
   write_tensors,
 )
 from diffusion_jax.models.checks import require
-
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-  """One family.
-
-  text: name of a text encoder -> (prefix in a single file, 'clip' or 'open_clip').
-  heads: attention heads at every level of the U-Net; None for one for every 64 channels.
-  pipelines: input channels of the U-Net -> the class in diffusers' model_index.json.
-  predictions: input channels -> what the network predicts, where all published ones agree.
-  sample_sizes: prediction -> edge of the latents of training.
-  """
-
-  text: dict[str, tuple[str, str]]
-  heads: int | None
-  scaling_factor: float
-  pipelines: dict[int, str]
-  predictions: dict[int, str]
-  sample_sizes: dict[str, int]
-
-
-_OPEN_CLIP = {'text_encoder': ('cond_stage_model.model.', 'open_clip')}
-
-FAMILIES: dict[str, Family] = {
-  'sd1': Family(
-    {'text_encoder': ('cond_stage_model.transformer.', 'clip')}, 8, 0.18215,
-    {4: 'StableDiffusionPipeline', 9: 'StableDiffusionInpaintPipeline',
-     8: 'StableDiffusionInstructPix2PixPipeline'},
-    {4: 'epsilon', 9: 'epsilon', 8: 'epsilon'}, {'epsilon': 64, 'v_prediction': 96},
-  ),
-  'sd2': Family(
-    _OPEN_CLIP, None, 0.18215,
-    {4: 'StableDiffusionPipeline', 9: 'StableDiffusionInpaintPipeline',
-     5: 'StableDiffusionDepth2ImgPipeline'},
-    {9: 'epsilon', 5: 'epsilon'}, {'epsilon': 64, 'v_prediction': 96},
-  ),
-  'x4_upscaler': Family(
-    _OPEN_CLIP, 8, 0.08333, {7: 'StableDiffusionUpscalePipeline'}, {7: 'v_prediction'},
-    {'epsilon': 128, 'v_prediction': 128},
-  ),
-  'sdxl': Family(
-    {'text_encoder': ('conditioner.embedders.0.transformer.', 'clip'),
-     'text_encoder_2': ('conditioner.embedders.1.model.', 'open_clip')},
-    None, 0.13025,
-    {4: 'StableDiffusionXLPipeline', 9: 'StableDiffusionXLInpaintPipeline',
-     8: 'StableDiffusionXLInstructPix2PixPipeline'},
-    {4: 'epsilon', 9: 'epsilon', 8: 'epsilon'}, {'epsilon': 128, 'v_prediction': 128},
-  ),
-}
-
-IGNORED = (
-  # Tables of the noise schedule, which follow from the scheduler's config.
-  'alphas_cumprod', 'alphas_cumprod_prev', 'betas', 'log_one_minus_alphas_cumprod', 'logvar',
-  'posterior_log_variance_clipped', 'posterior_mean_coef1', 'posterior_mean_coef2',
-  'posterior_variance', 'sqrt_alphas_cumprod', 'sqrt_one_minus_alphas_cumprod',
-  'sqrt_recip_alphas_cumprod', 'sqrt_recipm1_alphas_cumprod', 'lvlb_weights', 'scale_factor',
-  'denoiser.sigmas', 'global_step',
-  # Read as facts, not as parameters.
-  'v_pred', 'ztsnr',
-  # Parts of CLIP that no pipeline calls.
-  'cond_stage_model.logit_scale', 'cond_stage_model.model.logit_scale',
-  'cond_stage_model.model.text_projection',
-  'cond_stage_model.transformer.text_projection.weight',
-  'conditioner.embedders.1.model.logit_scale',
-)
-IGNORED_PREFIXES = (
-  'low_res_model.',  # The upscaler's second noise schedule.
-  'first_stage_model.loss.',
-  # OpenCLIP's last layer: Stable Diffusion 2 takes the text of the last but one.
-  'cond_stage_model.model.transformer.resblocks.23.',
-)
-
-
-def ignored(name: str) -> bool:
-  """Whether a tensor of a single file follows from its family, or is called by no pipeline."""
-  return name in IGNORED or name.startswith(IGNORED_PREFIXES) or (
-    name.endswith(('.embeddings.position_ids', '.attn_mask'))
-  )
-
-
-def of_names(names: Mapping[str, Any], where: str) -> str:
-  """The family by the names of the tensors. UserError where it is none that can be read."""
-  has = lambda prefix: any(name.startswith(prefix) for name in names)
-  require(
-    has('model.diffusion_model.input_blocks.') and has('first_stage_model.'),
-    f'{where} holds no whole Stable Diffusion (model.diffusion_model. and first_stage_model. must '
-    'be in it); give a whole model.',
-  )
-  require(
-    not {'edm_mean', 'edm_std'} & set(names),
-    f"{where} was trained with EDM's preconditioning, which is not implemented here.",
-  )
-  if has('conditioner.embedders.1.model.'):
-    return 'sdxl'
-  require(
-    not has('conditioner.'),
-    f'{where} has the text encoder of a refiner or of a later model, which is not implemented; '
-    'give a Stable Diffusion 1, 2 or XL (base).',
-  )
-  if has('cond_stage_model.model.'):
-    upscaler = 'model.diffusion_model.label_emb.weight' in names
-    return 'x4_upscaler' if upscaler else 'sd2'
-  require(
-    has('cond_stage_model.transformer.'),
-    f'{where} has no text encoder that is known here; give a whole model.',
-  )
-  return 'sd1'
-
-
-def of_parts(configs: Mapping[str, dict[str, Any]], where: str) -> str:
-  """The family of a directory by the configs of its parts. UserError where it is none."""
-  unet, text = configs.get('unet'), configs.get('text_encoder')
-  require(
-    unet is not None and text is not None and 'vae' in configs,
-    f'{where} has no unet, vae and text_encoder, which a single file must hold; convert to another '
-    'layout.',
-  )
-  if unet.get('addition_embed_type') == 'text_time':
-    require('text_encoder_2' in configs, f'{where} has no text_encoder_2; give a whole model.')
-    return 'sdxl'
-  require(
-    'text_encoder_2' not in configs,
-    f'{where} has two text encoders but no U-Net of Stable Diffusion XL; convert to another '
-    'layout.',
-  )
-  if text.get('hidden_act') == 'quick_gelu':
-    return 'sd1'
-  return 'x4_upscaler' if unet.get('num_class_embeds') else 'sd2'
-
-
-def scheduler(family: str, prediction: str, zero_snr: bool) -> tuple[str, dict[str, Any]]:
-  """(class, scheduler_config.json) of a family, as published with it."""
-  values = {
-    'num_train_timesteps': 1000, 'beta_schedule': 'scaled_linear', 'beta_start': 0.00085,
-    'beta_end': 0.012, 'trained_betas': None, 'prediction_type': prediction, 'steps_offset': 1,
-    'timestep_spacing': 'leading',
-  }
-  if zero_snr:
-    values |= {'rescale_betas_zero_snr': True, 'timestep_spacing': 'trailing'}
-  if family == 'sdxl':
-    return 'EulerDiscreteScheduler', values | {
-      'interpolation_type': 'linear', 'use_karras_sigmas': False
-    }
-  values |= {'clip_sample': False, 'set_alpha_to_one': False}
-  if family == 'x4_upscaler':
-    values |= {'beta_start': 0.0001, 'beta_end': 0.02}
-  if prediction == 'epsilon' and not zero_snr:
-    return 'PNDMScheduler', values | {'skip_prk_steps': True}
-  return 'DDIMScheduler', values
-
-
-LOW_RES_SCHEDULER = ('DDPMScheduler', {
-  'num_train_timesteps': 1000, 'beta_schedule': 'scaled_linear', 'beta_start': 0.0001,
-  'beta_end': 0.02, 'trained_betas': None, 'prediction_type': 'epsilon', 'clip_sample': True,
-  'variance_type': 'fixed_small',
-})
-"""Of the noise that the upscaler's small image is given."""
-
 
 _GROUPS = {
   'depth_model.': 'the depth estimator', 'model_ema.': 'averages of the weights',
@@ -247,7 +90,7 @@ def sort_out(names: Iterable[str], family: str, where: str) -> tuple[set[str], l
 
 
 def _has(name: str, family: str) -> bool:
-  """Whether a tensor is where the networks of a family are; whether they have it is seen later."""
+  """Return whether a tensor is where a family has its networks; they may still not have it."""
   if name.startswith(unet.PREFIX):
     return True
   if name.startswith(autoencoder.PREFIX):

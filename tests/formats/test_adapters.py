@@ -289,7 +289,7 @@ def test_float8_is_read_as_it_is(lora, tmp_path):
 @pytest.mark.parametrize(('config', 'words'), [
   ({'lora_alpha': float('nan')}, 'alpha of text_encoder .* is nan'),
   ({'lora_alpha': float('inf')}, 'is inf'), ({'lora_alpha': '8'}, "lora_alpha is '8'"),
-  ({'lora_alpha': True}, 'lora_alpha is true'), ({'lora_alpha': 10**400}, '401 digits'),
+  ({'lora_alpha': True}, 'lora_alpha is True'), ({'lora_alpha': 10**400}, '401 digits'),
   ({'lora_alpha': [8]}, 'must be a number'),
   ({'alpha_pattern': {'fc1': float('nan')}}, 'is nan'),
   ({'alpha_pattern': {'fc1': None}}, 'alpha_pattern has no number for fc1'),
