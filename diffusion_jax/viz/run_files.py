@@ -1,10 +1,9 @@
-"""metrics.jsonl, read a line at a time, into memory that does not grow with its length.
+"""The files of a run directory, read also while the run goes on and after a crash.
 
-A run of months logs millions of lines. All are kept while they are few; later each stretch of steps
-keeps, of every metric, the mean and the extremes, and stretches grow with the run. The file is read
-on from where the last reading ended, so that the reports of a run read every line once.
-
-Reads what a run leaves in its directory, also while it goes on and after a crash.
+metrics.jsonl is read a line at a time, into memory that does not grow with it: a run of months logs
+millions of lines. All are kept while they are few; later each stretch of steps keeps, of every
+metric, the mean and the extremes, and stretches grow with the run. The file is read on from where
+the last reading ended, so that the reports of a run read every line once.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ MOST_STRETCHES = 2000
 MOST_METRICS = 300
 """By name, of one kind of line; those that come later are left out."""
 MOST_BYTES = 2**18
-"""Of a line, for longer ones count as damaged."""
+"""Of a line; longer ones count as damaged."""
 _USUAL_BYTES = 2**13
-"""Of a line, from which on only what is small of it is kept."""
+"""Of a line; only what is small is kept of a longer one."""
 MOST_STEP = 2**53
 _LARGEST = 1e30
 """Beyond it no chart can be drawn."""
 
 
 def is_number(value: Any) -> bool:
-  """Whether a JSON value is a number; true and false are not."""
+  """Return whether a JSON value is a number; true and false are not."""
   return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -58,18 +57,16 @@ class Curve(NamedTuple):
 
 
 class _Sums:
-  """What is kept of one metric in a stretch of steps."""
+  """What is kept of one metric in a stretch of steps; low, high: (step, value)."""
 
   __slots__ = ('count', 'gap', 'high', 'low', 'missing', 'total')
 
   def __init__(self):
     self.count, self.total, self.missing = 0, 0.0, 0
-    self.low: tuple[float, float] | None = None
-    self.high: tuple[float, float] | None = None
-    self.gap: float | None = None
+    self.low = self.high = self.gap = None
 
   def add(self, step: float, value: Any) -> None:
-    if not _drawable(value):
+    if not (is_number(value) and -_LARGEST < value < _LARGEST):
       self.missing += 1
       self.gap = step if self.gap is None else self.gap
       return
@@ -80,7 +77,7 @@ class _Sums:
     if self.high is None or value > self.high[1]:
       self.high = step, value
 
-  def take(self, other: '_Sums') -> None:
+  def take(self, other: _Sums) -> None:
     self.count += other.count
     self.total += other.total
     self.missing += other.missing
@@ -107,59 +104,38 @@ class _Stretch:
   __slots__ = ('count', 'last', 'steps', 'sums')
 
   def __init__(self, line: Line):
-    self.count, self.steps, self.last = 1, line['step'], line
-    self.sums: dict[str, _Sums] | None = None  # None as long as it is one line.
+    self.count, self.steps, self.sums = 0, 0, {}
+    self.add(line)
 
-  def take(self, other: '_Stretch') -> None:
-    """Adds the lines of a later stretch."""
-    mine = self.sums = self._summed()
-    if other.sums is None:  # The usual case while a file is read.
-      _add_line(mine, other.last)
-      self.count, self.steps, self.last = self.count + 1, self.steps + other.steps, other.last
-      return
+  def add(self, line: Line) -> None:
+    """Add a later line."""
+    step = line['step']
+    for key, value in line.items():
+      if type(value) in (int, float, bool, type(None)) and key != 'step':
+        if key not in self.sums:
+          self.sums[key] = _Sums()
+        self.sums[key].add(step, value)
+    self.count, self.steps, self.last = self.count + 1, self.steps + step, line
+
+  def take(self, other: _Stretch) -> None:
+    """Add the lines of a later stretch."""
     for key, sums in other.sums.items():
-      if key in mine:
-        mine[key].take(sums)
+      if key in self.sums:
+        self.sums[key].take(sums)
       else:
-        mine[key] = sums
-    self.count += other.count
-    self.steps += other.steps
+        self.sums[key] = sums
+    self.count, self.steps = self.count + other.count, self.steps + other.steps
     self.last = other.last
 
-  def _summed(self) -> dict[str, _Sums]:
-    if self.sums is not None:
-      return self.sums
-    found: dict[str, _Sums] = {}
-    _add_line(found, self.last)
-    return found
+  @property
+  def step(self) -> int:
+    return round(self.steps / self.count)
 
   @property
   def line(self) -> Line:
-    if self.sums is None:
+    if self.count == 1:
       return self.last
-    means = {key: sums.mean for key, sums in self.sums.items()}
-    return self.last | means | {'step': round(self.steps / self.count)}
-
-  def curve(self, key: str) -> tuple[list[Point], list[Point], int] | None:
-    if self.sums is None:
-      if key not in self.last:
-        return None
-      value = self.last[key] if is_number(self.last[key]) else None
-      points = [(self.last['step'], value)]
-      return points, points, int(not _drawable(value))
-    if key not in self.sums:
-      return None
-    sums = self.sums[key]
-    return sums.points, [(round(self.steps / self.count), sums.mean)], sums.missing
-
-
-def _add_line(sums: dict[str, _Sums], line: Line) -> None:
-  step = line['step']
-  for key, value in line.items():
-    if type(value) in (int, float, bool, type(None)) and key != 'step':
-      if key not in sums:
-        sums[key] = _Sums()
-      sums[key].add(step, value)
+    return self.last | {key: sums.mean for key, sums in self.sums.items()} | {'step': self.step}
 
 
 class Metrics:
@@ -174,32 +150,30 @@ class Metrics:
     self.left_out = 0
 
   def add(self, line: Line) -> None:
-    """Takes one line with a step in [0, MOST_STEP)."""
+    """Add one line with a step in [0, MOST_STEP)."""
     line = self._within_bounds(line)
-    step = line['step']
-    number = int(step // self._width)
-    if self._width == 1:
-      self._stretches[number] = _Stretch(line)
+    step, number = line['step'], int(line['step'] // self._width)
+    if self._width > 1 and step <= self._newest:
+      self._stretches = {n: s for n, s in self._stretches.items() if n <= number}
+    if self._width > 1 and number in self._stretches:
+      self._stretches[number].add(line)
     else:
-      if step <= self._newest:
-        self._stretches = {n: s for n, s in self._stretches.items() if n <= number}
-      if number in self._stretches:
-        self._stretches[number].take(_Stretch(line))
-      else:
-        self._stretches[number] = _Stretch(line)
+      self._stretches[number] = _Stretch(line)
     self._newest = step
     while len(self._stretches) > MOST_STRETCHES:
       self._widen()
 
   def _widen(self) -> None:
     self._width *= 2
-    old = sorted(self._stretches.items())
-    self._stretches = {}
+    old, self._stretches = self._ordered(), {}
     for number, stretch in old:
       if number // 2 in self._stretches:
         self._stretches[number // 2].take(stretch)
       else:
         self._stretches[number // 2] = stretch
+
+  def _ordered(self) -> list[tuple[int, _Stretch]]:
+    return sorted(self._stretches.items())
 
   def _within_bounds(self, line: Line) -> Line:
     if line.keys() <= self._settled:
@@ -219,7 +193,7 @@ class Metrics:
   @property
   def lines(self) -> list[Line]:
     """In order of the step; of long runs one of each stretch, with the means."""
-    return [stretch.line for _, stretch in sorted(self._stretches.items())]
+    return [stretch.line for _, stretch in self._ordered()]
 
   @property
   def names(self) -> list[str]:
@@ -230,15 +204,13 @@ class Metrics:
     ]
 
   def curve(self, key: str) -> Curve:
-    """The values of one metric."""
-    points: list[Point] = []
-    means: list[Point] = []
-    missing, last = 0, None
-    for _, stretch in sorted(self._stretches.items()):
-      if found := stretch.curve(key):
-        points += found[0]
-        means += found[1]
-        missing += found[2]
+    """Return the values of one metric."""
+    points, means, missing, last = [], [], 0, None
+    for _, stretch in self._ordered():
+      if sums := stretch.sums.get(key):
+        points += sums.points
+        means.append((stretch.step, sums.mean))
+        missing += sums.missing
       last = stretch.last[key] if is_number(stretch.last.get(key)) else last
     return Curve(points, means, missing, self._first.get(key), last)
 
@@ -267,7 +239,7 @@ class MetricsFile:
     return self._damaged + self._torn
 
   def update(self) -> None:
-    """Reads what is new. OSError where that cannot be done."""
+    """Read what is new. OSError where that cannot be done."""
     if not self._path.is_file():
       self._forget()
       return
@@ -287,7 +259,7 @@ class MetricsFile:
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-  """All whole lines that have a kind and a step, in the order written, each read when asked for."""
+  """Yield all whole lines that have a kind and a step, in the order written."""
   if path.is_file():
     yield from (line for line, _ in _lines(path, 0) if line is not None)
 
@@ -333,13 +305,6 @@ def _is_step(value: Any) -> bool:
   return is_number(value) and 0 <= value < MOST_STEP and value == int(value)
 
 
-def _drawable(value: Any) -> bool:
-  return is_number(value) and -_LARGEST < value < _LARGEST
-
-
-__all__ = ['Line', 'Run', 'read_run']
-
-
 class Moment(NamedTuple):
   """How far a run is: step, of how many, after how many seconds; None for what is not known."""
 
@@ -352,10 +317,8 @@ class Moment(NamedTuple):
 class Told:
   """What scores.json says.
 
-  Attributes:
-    columns: figures by name, for each column.
-    measured: sentences on what they were measured on. warnings: what to beware of.
-    settings: how, and at which step.
+  columns: metrics by name, for each column. measured: sentences on what they were measured on.
+  warnings: what to beware of. settings: how, and at which step.
   """
 
   columns: dict[str, dict[str, Any]]
@@ -365,7 +328,7 @@ class Told:
 
   @classmethod
   def of(cls, scores: dict[str, Any]) -> 'Told':
-    """Whatever is in there: what is none of these is a setting."""
+    """Sort what is in there; what is none of these is a setting."""
     beside = ('settings', 'measured', 'warnings', 'intervals', 'sweep', 'history')
     columns = {k: v for k, v in scores.items() if isinstance(v, dict) and k not in beside}
     texts = lambda key: [
@@ -423,10 +386,7 @@ class Run:
 
 
 def read_run(workdir: Path, metrics: MetricsFile | None = None) -> Run:
-  """Reads a run directory.
-
-  Args:
-    metrics: what has read the metrics of this run before, which then reads on.
+  """Read a run directory; `metrics` has read those of this run before, and reads on.
 
   Raises:
     UserError: the directory is missing, holds no run or a JSON file is damaged.
@@ -460,7 +420,7 @@ def read_run(workdir: Path, metrics: MetricsFile | None = None) -> Run:
 
 
 def find_grids(folder: Path) -> list[tuple[int, Path]]:
-  """(step, path) of the sample grids in a folder, in order of the step."""
+  """Return (step, path) of the sample grids in a folder, in order of the step."""
   found = (path for path in folder.glob('*.png') if path.is_file())
   matches = ((re.fullmatch(r'step_(\d+)\.png', path.name), path) for path in found)
   return sorted((int(match[1]), path) for match, path in matches if match)
