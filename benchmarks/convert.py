@@ -115,7 +115,7 @@ def do(job: str, folder: Path) -> int:
 
 
 def job_process(job: str, folder: Path) -> None:
-  """Prints the figures of a job, in a process of its own."""
+  """Print the figures of a job, in a process of its own."""
   jax.device_put(np.zeros(8)).block_until_ready()
   with PeakMemory() as peak:
     start = time.perf_counter()
@@ -128,7 +128,7 @@ def job_process(job: str, folder: Path) -> None:
 
 
 def run_job(job: str, folder: Path) -> dict:
-  """Starts the process of a job and times it."""
+  """Start the process of a job and times it."""
   devices = job.rpartition('_')[2] if job.startswith('load') else '1'
   environment = os.environ | {
     'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'

@@ -80,7 +80,7 @@ class Side:
     }
 
   def save(self, path: str) -> None:
-    """Writes the weights as diffusers names and shapes them."""
+    """Write the weights as diffusers names and shapes them."""
     published = to_published(self.params)
     save_file({name: np.ascontiguousarray(x) for name, x in published.items()}, path)
 

@@ -72,7 +72,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-  """Compares, measures, prints, writes."""
+  """Compare, measures, prints, writes."""
   args = arguments(argv)
   given = sys.argv[1:] if argv is None else argv
   found = {'command': ' '.join(['python', '-m', 'benchmarks.peers', *given]), **compare(args)}

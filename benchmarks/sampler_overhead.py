@@ -106,7 +106,7 @@ class Bench:
     return jax.jit(run)
 
   def measure(self, name: str) -> dict:
-    """Calls, seconds and the ratio of one sampler."""
+    """Call, seconds and the ratio of one sampler."""
     draw = sampler(name, **OPTIONS.get(name, {}))
     calls = count_calls(draw, self.noise, self.grid, self.keys)
     run = self.sampled(name)

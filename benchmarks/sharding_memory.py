@@ -43,7 +43,7 @@ def arguments() -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace, dump: str) -> list[int]:
-  """Sets as many simulated devices as the mesh has, and XLA's notes; before JAX is imported."""
+  """Set as many simulated devices as the mesh has, and XLA's notes; before JAX is imported."""
   sizes = [int(size) for size in args.mesh.split('x')]
   os.environ['JAX_PLATFORMS'] = 'cpu'
   os.environ['XLA_FLAGS'] = (

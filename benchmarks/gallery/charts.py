@@ -37,7 +37,7 @@ def error_chart(
   errors: Mapping[str, Sequence[tuple[float, float]]], *, title: str, orders: Sequence[int] = (),
   ylabel: str = 'error',
 ) -> str:
-  """Draws error against network calls, both logarithmic; returns an SVG string.
+  """Draw error against network calls, both logarithmic; returns an SVG string.
 
   Args:
     errors: (calls, error) points by sampler; those that are not positive and finite are left out
@@ -87,7 +87,7 @@ def _log_log(axes: Axes, points: np.ndarray, orders: Sequence[int]) -> None:
 def trajectory_chart(
   paths: Float[np.ndarray, 's n 2'], *, title: str, density: Density | None = None
 ) -> str:
-  """Draws the paths of n points over s states in the plane; returns an SVG string.
+  """Draw the paths of n points over s states in the plane; returns an SVG string.
 
   Args:
     paths: from noise (open circles) to data (filled circles); of more than 200 points an even
@@ -116,7 +116,7 @@ def score_chart(
   points: Float[np.ndarray, 'h w 2'], vectors: Float[np.ndarray, 'h w 2'], *, title: str,
   density: Density | None = None, samples: Float[np.ndarray, 'n 2'] | None = None,
 ) -> str:
-  """Draws a vector field, such as a score, as arrows in the plane; returns an SVG string.
+  """Draw a vector field, such as a score, as arrows in the plane; returns an SVG string.
 
   Args:
     points: a `lattice`, about 20 by 20.
@@ -187,7 +187,7 @@ def _plane(density: Density | None, points: np.ndarray) -> tuple[Figure, Axes]:
 
 
 def _smooth(picture: str) -> str:
-  """Lets the browser interpolate the density, which is stored at the lattice's own resolution."""
+  """Let the browser interpolate the density, which is stored at the lattice's own resolution."""
   return re.sub(r' style="image-rendering:[^"]*"', '', picture)
 
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.viz import page
-from diffusion_jax.viz.charts import inline, standalone
+from diffusion_jax.viz.charts import inline
+
+_HEADING = 24.0
+_MARGIN = 8.0
+_GROUND = """<style>
+.chart { color: #24272d; }
+.chart text { font-family: system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif !important; }
+.ground { fill: #ffffff; }
+@media (prefers-color-scheme: dark) { .chart { color: #e4e5e8; } .ground { fill: #1d2025; } }
+</style>"""
 
 
 class Picture(NamedTuple):
@@ -30,7 +41,7 @@ class Section(NamedTuple):
 
 
 def write_gallery(out: Path, sections: Sequence[Section], title: str) -> list[Path]:
-  """Writes NAME.svg for each picture and index.html, which needs none of them; returns all paths.
+  """Write NAME.svg for each picture and index.html, which needs none of them; returns all paths.
 
   Raises:
     UserError: `out` cannot be made or written to.
@@ -56,3 +67,24 @@ def _cards(pictures: Sequence[Picture]) -> str:
   card = lambda picture: (picture.heading, inline(picture.svg))
   wide = [page.chart_grid([card(picture)], wide=True) for picture in pictures if picture.wide]
   return '\n'.join(wide) + page.chart_grid([card(p) for p in pictures if not p.wide])
+
+
+def standalone(svg: str, heading: str) -> str:
+  """A rendered chart as a file of its own: a ground in light or dark, a heading, a size.
+
+  Ground and ink change together, with what the reader's system prefers, so that the picture is
+  legible on any page that shows it.
+  """
+  _, _, width, height = map(float, re.search(r'viewBox="([^"]*)"', svg)[1].split())
+  wide, high = width + 2 * _MARGIN, height + _HEADING + 2 * _MARGIN
+  box = f'{-_MARGIN:g} {-_MARGIN - _HEADING:g} {wide:g} {high:g}'
+  svg = re.sub(r'viewBox="[^"]*"', f'viewBox="{box}" width="{wide:g}pt" height="{high:g}pt"', svg,
+               count=1)
+  place = f'x="{-_MARGIN:g}" y="{-_MARGIN - _HEADING:g}"'
+  ground = (
+    f'{_GROUND}\n<rect class="ground" {place} width="{wide:g}" height="{high:g}" rx="6" '
+    f'fill="#ffffff"/>\n<text x="{width / 2:g}" y="-8" text-anchor="middle" font-size="11" '
+    f'font-weight="600" fill="currentColor">{html.escape(heading)}</text>\n'
+  )
+  end = svg.index('>', svg.index('<svg')) + 1
+  return f'<?xml version="1.0" encoding="utf-8"?>\n{svg[:end]}\n{ground}{svg[end:]}\n'

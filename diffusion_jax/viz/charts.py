@@ -1,14 +1,9 @@
-"""What all charts share: figures without pyplot, their look, and the figure as SVG.
+"""Charts as inline SVG: metrics over steps, the loss over the diffusion time, noise schedules.
 
 Text, axes and grid are drawn in `currentColor` on a transparent ground, so that one chart is
 legible on light and dark pages; series use the Okabe-Ito palette, which colour-blind readers tell
 apart. No global state, no window system. The same data gives the same bytes, and ids differ between
 charts, so that many can share a page.
-
-Line charts of a run, as inline SVG: metrics over steps, the loss over the diffusion time.
-
-
-The chart of a noise schedule, inline SVG in the style of `svg`.
 """
 
 from __future__ import annotations
@@ -49,15 +44,10 @@ STYLE = {
 
 WIDTH = 4.8
 """Inches: about a phone's width in CSS pixels, so that text is not scaled below its size."""
-
-_HEADING = 24.0
-_MARGIN = 8.0
-_GROUND = """<style>
-.chart { color: #24272d; }
-.chart text { font-family: system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif !important; }
-.ground { fill: #ffffff; }
-@media (prefers-color-scheme: dark) { .chart { color: #e4e5e8; } .ground { fill: #1d2025; } }
-</style>"""
+Point = tuple[float, float | None]
+_POINTS = 600
+"""Of a line that is drawn, at most."""
+_MAX_LOG_SNR = 30.0
 
 
 def empty_figure(height: float, width: float = WIDTH) -> Figure:
@@ -80,7 +70,7 @@ def plain_axes(axes: Axes, xlabel: str, ylabel: str) -> None:
 
 
 def log_axis(axis: Axis, subs: tuple[float, ...] = (1,)) -> None:
-  """Gives an axis that is logarithmic ticks at `subs` times powers of ten, with plain labels."""
+  """Give an axis that is logarithmic ticks at `subs` times powers of ten, with plain labels."""
   axis.set_major_locator(LogLocator(subs=subs, numticks=8))
   axis.set_major_formatter(FuncFormatter(lambda value, _: _plain_number(value)))
   axis.set_minor_locator(NullLocator())
@@ -147,32 +137,6 @@ def inline(svg: str) -> str:
   return re.sub(r' xmlns(:xlink)?="[^"]*"', '', svg, count=2)
 
 
-def standalone(svg: str, heading: str) -> str:
-  """A rendered chart as a file of its own: a ground in light or dark, a heading, a size.
-
-  Ground and ink change together, with what the reader's system prefers, so that the picture is
-  legible on any page that shows it.
-  """
-  _, _, width, height = map(float, re.search(r'viewBox="([^"]*)"', svg)[1].split())
-  wide, high = width + 2 * _MARGIN, height + _HEADING + 2 * _MARGIN
-  box = f'{-_MARGIN:g} {-_MARGIN - _HEADING:g} {wide:g} {high:g}'
-  svg = re.sub(r'viewBox="[^"]*"', f'viewBox="{box}" width="{wide:g}pt" height="{high:g}pt"', svg,
-               count=1)
-  place = f'x="{-_MARGIN:g}" y="{-_MARGIN - _HEADING:g}"'
-  ground = (
-    f'{_GROUND}\n<rect class="ground" {place} width="{wide:g}" height="{high:g}" rx="6" '
-    f'fill="#ffffff"/>\n<text x="{width / 2:g}" y="-8" text-anchor="middle" font-size="11" '
-    f'font-weight="600" fill="currentColor">{html.escape(heading)}</text>\n'
-  )
-  end = svg.index('>', svg.index('<svg')) + 1
-  return f'<?xml version="1.0" encoding="utf-8"?>\n{svg[:end]}\n{ground}{svg[end:]}\n'
-
-
-Point = tuple[float, float | None]
-
-_POINTS = 600
-
-
 def line_chart(
   series: Mapping[str, Sequence[Point]],
   *,
@@ -184,7 +148,7 @@ def line_chart(
   means: Mapping[str, Sequence[Point]] | None = None,
   left_out: int | None = None,
 ) -> str:
-  """Draws one line per series of (step, value) and returns the chart as an SVG string.
+  """Draw one line per series of (step, value) and returns the chart as an SVG string.
 
   Args:
     series: points by name; values that are None, NaN, infinite or beyond 1e30 interrupt the line
@@ -215,7 +179,7 @@ def line_chart(
 def timestep_chart(
   records: Sequence[tuple[float, Sequence[float | None]]], *, title: str, lines: int = 5
 ) -> str:
-  """Draws the loss over the diffusion time, one line per recorded step, and returns an SVG string.
+  """Draw the loss over the diffusion time, one line per recorded step, and returns an SVG string.
 
   Args:
     records: (step, losses over equal ranges of t in [0, T)), in order of the step; None or NaN
@@ -330,7 +294,7 @@ def _log_scale(axes: Axes, values: Sequence[float]) -> None:
 def schedule_chart(
   schedules: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], *, title: str
 ) -> str:
-  """Draws alpha, sigma and the log-SNR against time; returns an SVG string.
+  """Draw alpha, sigma and the log-SNR against time; returns an SVG string.
 
   Args:
     schedules: (t [n], alpha [n], sigma [n]) by name. Up to two share a panel for alpha, a solid

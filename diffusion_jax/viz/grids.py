@@ -78,7 +78,7 @@ class Overview:
     self._images: list[np.ndarray] = []
 
   def add(self, image: UInt8[np.ndarray, 'h h 3']) -> None:
-    """Takes note of the next image."""
+    """Take note of the next image."""
     if len(self._images) == self._count:
       return
     factor = math.ceil(math.sqrt(image.shape[0] * image.shape[1] * self._count / _PIXELS))
@@ -144,7 +144,7 @@ def _wrap(
 
 
 def save_png(image: Image.Image, path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
-  """Writes a PNG whose text chunks hold `metadata`: tEXt, or iTXt where Latin-1 is not enough.
+  """Write a PNG whose text chunks hold `metadata`: tEXt, or iTXt where Latin-1 is not enough.
 
   The file appears whole or not at all; missing parent directories are made. Read the metadata
   back with `PIL.Image.open(path).text`. UserError if a key is not 1 to 79 Latin-1 characters.

@@ -102,6 +102,11 @@ def section(name: str, heading: str, note: str, body: str) -> str:
   return f'<section id="{escape(name)}">\n<h2>{escape(heading)}</h2>\n{about}\n{body}\n</section>\n'
 
 
+def pill(text: Any, look: str = '') -> str:
+  """A word in a rounded frame; look: ' good', ' bad', or nothing."""
+  return f'<span class="pill{look}">{escape(text)}</span>'
+
+
 def chart_grid(charts: Sequence[tuple[str, str]], wide: bool = False) -> str:
   """Cards of (title, SVG) side by side, wide ones in a row each, or nothing without charts."""
   if not charts:

@@ -1,11 +1,7 @@
-"""The sample grids of a run as a section of its page.
-
-One self-contained HTML page about a run: what it is, how it went, what it makes.
-"""
+"""One self-contained HTML page about a run: what it is, how it went, what it makes."""
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from diffusion_jax.config import typed
-from diffusion_jax.diffusion.noise import ScheduleConfig
+from diffusion_jax.diffusion.noise import NoiseConfig, NoiseSchedule
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import atomic_write, parse_json
 from diffusion_jax.viz import page
@@ -40,24 +36,138 @@ from diffusion_jax.viz.run_files import (
 
 ABOUT = 'about'
 """The text in a grid's PNG that says what the grid shows."""
-_THUMBNAILS = 24
-_THUMBNAIL_SIZE = 416  # Twice what the page shows, for dense screens.
+MAX_BYTES = 8_000_000
+_THUMBNAILS, _THUMBNAIL_SIZE = 24, 416  # Pixels: twice what the page shows, for dense screens.
+_SMOOTHING = 0.8
+_LOOKS = {'finished': ' good'} | dict.fromkeys(
+  ('failed', 'killed', 'diverged', 'stalled', 'peer_lost', 'unsaved', 'refused'), ' bad'
+)
+"""Of states; all others are neither."""
+_PHASES = {
+  'start': 'starting', 'compile': 'compiling', 'data': 'waiting for data', 'step': 'steps',
+  'checkpoint': 'saving', 'evaluation': 'drawing and scoring',
+  'lost': 'lost: done again, or never, for want of a checkpoint',
+  'down': 'between starts, which is not in the time above',
+}
+_RESOURCES = {
+  'seconds_per_step': 'Seconds per step',
+  'goodput': 'Fraction of the time that went into training',
+  'skipped_fraction': 'Fraction of steps that were skipped',
+  'recompilations': 'Programs compiled after the first line',
+  'unreadable': 'Records that could not be read',
+  'host_memory': 'Memory of the host, MB', 'host_memory_peak': 'Its peak, MB',
+  'device_memory': 'Memory of the fullest device, MB', 'device_memory_peak': 'Its peak, MB',
+  'open_files': 'Open files', 'threads': 'Threads',
+}
+"""Told in a table, not drawn: they should not change."""
 
 
-def grids_section(run: Run, limit: int) -> str:
-  """The newest grid large, earlier ones small, in at most about `limit` characters."""
-  readable = [(step, image) for step, image in _open_grids(run) if image is not None]
-  if not readable or limit < 50_000:
+def write_report(workdir: Path, metrics: MetricsFile | None = None) -> Path:
+  """Write `report.html` into a run directory and return its path.
+
+  The page needs nothing else to be viewed and stays below about 8 MB: images are made smaller
+  where they would exceed it. It is made from config.json, metrics.jsonl, samples/step_*.png (with
+  the text in the PNG), scores.json, versions.json and status.json, each of which may be missing.
+
+  Args:
+    metrics: what has read the metrics of this run before, so that a run which reports again and
+      again reads each line once.
+
+  Raises:
+    UserError: the directory is missing, holds none of a run's files, or a JSON file is damaged.
+  """
+  workdir = Path(workdir)
+  run = read_run(workdir, metrics)
+  before = _header(run) + _key_figures(run) + _scores(run)
+  after = ''.join(part(run) for part in (
+    _losses, _metrics, _learning_rates, _timesteps, _speed, _resources, _unreadable, _schedule,
+    _config, _versions, _footer,
+  ))
+  title = f'{_task(run)} · {run.name}'
+  frame = len(page.page(title, before + after).encode())
+  text = page.page(title, before + _grids(run, MAX_BYTES - frame) + after)
+  path = workdir / 'report.html'
+  with atomic_write(path) as file:
+    file.write(text.encode(errors='replace'))
+  return path
+
+
+def _task_name(run: Run) -> str:
+  task = run.config.get('task')
+  return task if isinstance(task, str) else ''
+
+
+def _task(run: Run) -> str:
+  return _task_name(run).replace('_', ' ') or 'Training run'
+
+
+def _header(run: Run) -> str:
+  state, errors = run.status.get('state'), run.status.get('trouble')
+  pill = page.pill(state, _LOOKS.get(str(state), '')) if state else ''
+  notes = [run.status.get('message'), *(errors if isinstance(errors, list) else [])]
+  rest = page.escape('; '.join(page.plain(text) for text in notes if text))
+  card = ' · <a href="README.md">Model card</a>' if run.has_model_card else ''
+  return (
+    f'<header>\n<h1>{page.escape(_task(run))}</h1>\n'
+    f'<p class="muted">{page.escape(run.name)}{card}</p>\n'
+    f'<div>{pill}<span class="muted">{rest}</span></div>\n</header>\n'
+  )
+
+
+def _key_figures(run: Run) -> str:
+  """How far the run is now; what is of another moment says so."""
+  line, moment = run.latest, run.moment
+  speeds = _values(run.metrics['train'].curve('images_per_second').means)
+  found = {}
+  if moment.step is not None:
+    of = f' of {page.number(moment.of)}' if moment.of else ''
+    found['Step'] = f'{page.number(moment.step)}{of}'
+  if is_number(line.get('loss')):
+    when = '' if line['step'] == moment.step else f' at step {page.number(line["step"])}'
+    found[f'Loss{when}'] = page.number(line['loss'])
+  if speeds:
+    things = 'Records' if _task_name(run) == 'toy' else 'Images'
+    found[f'{things}/s, median'] = page.number(statistics.median(speeds))
+  if moment.seconds is not None:
+    found['Time'] = page.duration(moment.seconds)
+  items = ''.join(
+    f'<div><dt>{page.escape(name)}</dt><dd>{page.escape(value)}</dd></div>\n'
+    for name, value in found.items()
+  )
+  return f'<dl class="figures">\n{items}</dl>\n' if items else ''
+
+
+def _scores(run: Run) -> str:
+  found, task = Told.of(run.scores), _task_name(run)
+  if not any(found.columns.values()):
     return ''
-  (step, newest), earlier = readable[-1], readable[:-1]
-  share = 0.6 if earlier else 0.95
+  columns = ordered(list(found.columns))
+  metrics = dict.fromkeys(metric for name in columns for metric in found.columns[name])
+  rows = [
+    (figure_title(metric, task), [page.number(found.columns[name].get(metric)) for name in columns])
+    for metric in metrics
+  ]
+  own = next((i for i, name in enumerate(columns) if name in OWN), None)
+  body = page.number_table(['', *(column_title(name, task) for name in columns)], rows, own)
+  if found.warnings:
+    body += page.details('What to beware of', page.bullets(found.warnings), is_open=True)
+  if found.settings:
+    body += page.details('How they were measured', page.settings_table(found.settings))
+  return page.section('scores', 'Scores', ' '.join(found.measured), body)
+
+
+def _grids(run: Run, limit: int) -> str:
+  """The newest sample grid large, earlier ones small, in at most about `limit` characters."""
+  grids = [(step, image) for step, image in map(_opened, spread(run.grids, _THUMBNAILS + 1))
+           if image is not None]
+  if not grids or limit < 50_000:
+    return ''
+  (step, newest), earlier = grids[-1], grids[:-1]
   label = f'Step {step:,}'
   about = newest.info['text'].pop(ABOUT, '')
-  source = page.embed_image(newest, int(limit * share))
-  body = (
-    f'<figure class="card latest"><img src="{source}" alt="{label}"></figure>'
-    + _image_text(newest)
-  )
+  source = page.embed_image(newest, int(limit * (0.6 if earlier else 0.95)))
+  body = f'<figure class="card latest"><img src="{source}" alt="{label}"></figure>'
+  body += _image_text(newest)
   thumbnails = []
   for earlier_step, image in earlier:
     image.thumbnail((_THUMBNAIL_SIZE, _THUMBNAIL_SIZE), Image.Resampling.LANCZOS)
@@ -66,24 +176,22 @@ def grids_section(run: Run, limit: int) -> str:
     thumbnails.append(
       f'<figure><img src="{source}" alt="{name}"><figcaption>{name}</figcaption></figure>\n'
     )
-  strip = f'<div class="strip">\n{"".join(thumbnails)}</div>' if thumbnails else ''
+  body += f'<div class="strip">\n{"".join(thumbnails)}</div>' if thumbnails else ''
   shown = f' Below it {len(earlier)} of {len(run.grids) - 1} earlier ones.' if earlier else ''
   note = ' '.join(part for part in (about, f'{label}.{shown}') if part)
-  return page.section('samples', 'Pictures', note, body + strip)
+  return page.section('samples', 'Pictures', note, body)
 
 
-def _open_grids(run: Run) -> list[tuple[int, Image.Image | None]]:
-  """The grids that are shown; None for a file that is damaged or still being written."""
-  opened = []
-  for step, path in spread(run.grids, _THUMBNAILS + 1):
-    try:
-      with Image.open(path) as file:
-        image = file.convert('RGB')
-        image.info = {'text': dict(getattr(file, 'text', {}))}
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-      image = None
-    opened.append((step, image))
-  return opened
+def _opened(grid: tuple[int, Path]) -> tuple[int, Image.Image | None]:
+  """(step, image); None for a file that is damaged or still being written."""
+  step, path = grid
+  try:
+    with Image.open(path) as file:
+      image = file.convert('RGB')
+      image.info = {'text': dict(getattr(file, 'text', {}))}
+  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    return step, None
+  return step, image
 
 
 def _image_text(image: Image.Image) -> str:
@@ -102,140 +210,8 @@ def _image_text(image: Image.Image) -> str:
   return page.details('About these pictures', f'<dl>{"".join(parts)}</dl>') if parts else ''
 
 
-MAX_BYTES = 8_000_000
-_SMOOTHING = 0.8
-
-_PHASES = {
-  'start': 'starting', 'compile': 'compiling', 'data': 'waiting for data', 'step': 'steps',
-  'checkpoint': 'saving', 'evaluation': 'drawing and scoring',
-  'lost': 'lost: done again, or never, for want of a checkpoint',
-  'down': 'between starts, which is not in the time above',
-}
-_RESOURCES = {
-  'seconds_per_step': 'Seconds per step',
-  'goodput': 'Share of the time that went into training',
-  'skipped_fraction': 'Share of steps that were skipped',
-  'recompilations': 'Programs compiled after the first line',
-  'unreadable': 'Records that could not be read',
-  'host_memory': 'Memory of the host, MB', 'host_memory_peak': 'Its peak, MB',
-  'device_memory': 'Memory of the fullest device, MB', 'device_memory_peak': 'Its peak, MB',
-  'open_files': 'Open files', 'threads': 'Threads',
-}
-"""Told in a table, not drawn: they should not change."""
-
-
-def write_report(workdir: Path, metrics: MetricsFile | None = None) -> Path:
-  """Writes `report.html` into a run directory and returns its path.
-
-  The page needs nothing else to be viewed and stays below about 8 MB: images are made smaller
-  where they would exceed it. It is made from config.json, metrics.jsonl, samples/step_*.png (with
-  the text in the PNG), scores.json, versions.json and status.json, each of which may be missing.
-
-  Args:
-    metrics: what has read the metrics of this run before, so that a run which reports again and
-      again reads each line once.
-
-  Raises:
-    UserError: the directory is missing, holds none of a run's files, or a JSON file is damaged.
-  """
-  workdir = Path(workdir)
-  run = read_run(workdir, metrics)
-  before = _header(run) + _key_figures(run) + _scores(run)
-  after = (
-    _losses(run) + _metrics(run) + _learning_rates(run) + _timesteps(run) + _speed(run)
-    + _resources(run) + _unreadable(run) + _schedule(run) + _config(run) + _versions(run)
-    + _footer(run)
-  )
-  title = f'{_task(run)} · {run.name}'
-  frame = len(page.page(title, before + after).encode())
-  text = page.page(title, before + grids_section(run, MAX_BYTES - frame) + after)
-  path = workdir / 'report.html'
-  with atomic_write(path) as file:
-    file.write(text.encode(errors='replace'))
-  return path
-
-
-def _task_name(run: Run) -> str:
-  task = run.config.get('task')
-  return task if isinstance(task, str) else ''
-
-
-def _task(run: Run) -> str:
-  return _task_name(run).replace('_', ' ') or 'Training run'
-
-
-def _header(run: Run) -> str:
-  word = run.status.get('state')
-  good = re.search('finish|complete|done|succe', str(word).lower())
-  bad = re.search('fail|abort|error|diverge|crash', str(word).lower())
-  look = ' bad' if bad else ' good' if good else ''
-  pill = f'<span class="pill{look}">{page.escape(word)}</span>' if word else ''
-  told = [run.status.get('message'), *_listed(run.status.get('trouble'))]
-  rest = page.escape('; '.join(page.plain(text) for text in told if text))
-  card = ' · <a href="README.md">Model card</a>' if run.has_model_card else ''
-  return (
-    f'<header>\n<h1>{page.escape(_task(run))}</h1>\n'
-    f'<p class="muted">{page.escape(run.name)}{card}</p>\n'
-    f'<div>{pill}<span class="muted">{rest}</span></div>\n</header>\n'
-  )
-
-
-def _listed(value: Any) -> list:
-  return value if isinstance(value, list) else []
-
-
-def _key_figures(run: Run) -> str:
-  """How far the run is now; what is of another moment says so."""
-  line, moment = run.latest, run.moment
-  speeds = _values(run.metrics['train'].curve('images_per_second').means)
-  figures = {}
-  if moment.step is not None:
-    of = f' of {page.number(moment.of)}' if moment.of else ''
-    figures['Step'] = f'{page.number(moment.step)}{of}'
-  if is_number(line.get('loss')):
-    when = '' if line['step'] == moment.step else f' at step {page.number(line["step"])}'
-    figures[f'Loss{when}'] = page.number(line['loss'])
-  if speeds:
-    things = 'Records' if run.config.get('task') == 'toy' else 'Images'
-    figures[f'{things}/s, median'] = page.number(statistics.median(speeds))
-  if moment.seconds is not None:
-    figures['Time'] = page.duration(moment.seconds)
-  items = ''.join(
-    f'<div><dt>{page.escape(name)}</dt><dd>{page.escape(value)}</dd></div>\n'
-    for name, value in figures.items()
-  )
-  return f'<dl class="figures">\n{items}</dl>\n' if items else ''
-
-
-def _scores(run: Run) -> str:
-  told = Told.of(run.scores)
-  if not any(told.columns.values()):
-    return ''
-  task, columns = _task_name(run), ordered(list(told.columns))
-  metrics = dict.fromkeys(metric for name in columns for metric in told.columns[name])
-  strong = next((i for i, name in enumerate(columns) if name in OWN), None)
-  body = page.number_table(
-    ['', *(column_title(name, task) for name in columns)],
-    [
-      (figure_title(metric, task),
-       [page.number(told.columns[name].get(metric)) for name in columns])
-      for metric in metrics
-    ], strong,
-  )
-  if told.warnings:
-    body += page.details('What to beware of', page.bullets(told.warnings), is_open=True)
-  if told.settings:
-    body += page.details('How they were measured', page.settings_table(told.settings))
-  return page.section('scores', 'Scores', ' '.join(told.measured), body)
-
-
 def _values(points: Iterable[Point]) -> list[float]:
   return [value for _, value in points if value is not None]
-
-
-def _names(run: Run, kinds: Iterable[str], wanted: Callable[[str], bool]) -> list[str]:
-  names = dict.fromkeys(name for kind in kinds for name in run.metrics[kind].names)
-  return [name for name in names if wanted(name)]
 
 
 def _chart(
@@ -261,10 +237,10 @@ def _is_other(key: str) -> bool:
 
 def _charts(run: Run, wanted: Callable[[str], bool]) -> str:
   """One chart for each metric, with training and evaluation in one where both have it."""
+  kinds = {'training': run.metrics['train'], 'evaluation': run.metrics['evaluation']}
   charts = []
-  for key in _names(run, ('train', 'evaluation'), wanted):
-    found = {'training': run.metrics['train'], 'evaluation': run.metrics['evaluation']}
-    curves = {name: metrics.curve(key) for name, metrics in found.items()}
+  for key in filter(wanted, dict.fromkeys(name for kind in kinds.values() for name in kind.names)):
+    curves = {name: metrics.curve(key) for name, metrics in kinds.items()}
     curves = {name: curve for name, curve in curves.items() if curve.points}
     positive = [v for curve in curves.values() for v in _values(curve.points) if v > 0]
     wide = bool(positive) and not _is_speed(key) and max(positive) > 20 * min(positive)
@@ -284,10 +260,11 @@ def _metrics(run: Run) -> str:
 
 
 def _learning_rates(run: Run) -> str:
-  keys = _names(run, ['train'], lambda key: key.startswith('learning_rate'))
+  metrics = run.metrics['train']
+  keys = [name for name in metrics.names if name.startswith('learning_rate')]
   if not keys:
     return ''
-  chart = _chart({key: run.metrics['train'].curve(key) for key in keys}, 'Learning rate')
+  chart = _chart({key: metrics.curve(key) for key in keys}, 'Learning rate')
   body = page.chart_grid([(', '.join(map(figure_title, keys)), chart)])
   return page.section('learning-rate', 'Learning rate', '', body)
 
@@ -296,18 +273,16 @@ def _timesteps(run: Run) -> str:
   key = 'loss_by_timestep'
   records = [
     (line['step'], [v if is_number(v) else None for v in line[key]])
-    for line in run.train
-    if isinstance(line.get(key), list) and line[key]
+    for line in run.train if isinstance(line.get(key), list) and line[key]
   ]
   if not records:
     return ''
-  svg = timestep_chart(records, title='Loss by timestep')
+  chart = inline(timestep_chart(records, title='Loss by timestep'))
   return page.section(
-    'timesteps',
-    'Loss by timestep',
+    'timesteps', 'Loss by timestep',
     'Mean error, before any weighting, over equal ranges of the diffusion time: clean data at 0, '
     'pure noise at 1.',
-    page.chart_grid([('Loss over t / T', inline(svg))]),
+    page.chart_grid([('Loss over t / T', chart)]),
   )
 
 
@@ -322,16 +297,13 @@ def _speed(run: Run) -> str:
 def _time_table(run: Run) -> str:
   """Where the time of all starts went, from the status file."""
   found = run.status.get('goodput')
-  goodput = {n: s for n, s in found.items() if is_number(s)} if isinstance(found, dict) else {}
-  total = sum(goodput.values())
-  if not total:
+  spent = {n: s for n, s in found.items() if is_number(s)} if isinstance(found, dict) else {}
+  if not (total := sum(spent.values())):
     return ''
-  rows = [
-    (_PHASES.get(name, name), [page.duration(s), f'{100 * s / total:.1f} %'])
-    for name, s in goodput.items()
-  ]
-  rows.append(('all of it', [page.duration(total), '100.0 %']))
-  return page.number_table(['Time of all starts', '', 'share'], rows)
+  rows = [(_PHASES.get(name, name), s) for name, s in spent.items()] + [('all of it', total)]
+  return page.number_table(['Time of all starts', '', 'fraction'], [
+    (name, [page.duration(s), f'{100 * s / total:.1f} %']) for name, s in rows
+  ])
 
 
 def _resources(run: Run) -> str:
@@ -341,10 +313,22 @@ def _resources(run: Run) -> str:
     scale = 1e-6 if 'memory' in key else 1.0
     curve = run.metrics['train'].curve(key)
     if values := _values(curve.points):
-      told = (curve.first, curve.last, max(values))
-      rows.append((title, [page.number(scale * v) for v in told]))
+      shown = (curve.first, curve.last, max(values))
+      rows.append((title, [page.number(scale * v) for v in shown]))
   body = page.number_table(['', 'first line', 'last line', 'most'], rows) if rows else ''
   return page.section('resources', 'Resources', '', body)
+
+
+def _unreadable(run: Run) -> str:
+  """What the status file tells of records that others were put in the place of."""
+  found = run.status.get('unreadable')
+  if not isinstance(found, dict) or not isinstance(found.get('first'), list):
+    return ''
+  return page.section(
+    'unreadable', 'Pictures that could not be read',
+    f'{page.plain(found.get("records"))} in the last start. Others took their place.',
+    page.details('Which, and why', page.bullets(found['first'])),
+  )
 
 
 def _schedule(run: Run) -> str:
@@ -354,51 +338,36 @@ def _schedule(run: Run) -> str:
   if not isinstance(values, dict):
     return ''
   try:
-    schedule = typed(ScheduleConfig, values)
+    config = typed(NoiseConfig, values)
+    schedule = NoiseSchedule.of(config)
   except (UserError, TypeError):  # Of another version.
     return ''
-  alphas, sigmas = schedule.table()
+  alphas, sigmas = schedule.levels()
   times = np.arange(1, len(alphas) + 1) / len(alphas)
-  name = schedule.beta_schedule
+  name = config.beta_schedule if config.is_table else config.process
+  steps = f', at t of {len(alphas):,} steps' if config.is_table else ''
   chart = schedule_chart({name: (times, alphas, sigmas)}, title='Noise schedule')
-  note = f'A noised image is α times the image and σ times noise, at t of {len(alphas):,} steps.'
+  note = f'A noised image is α times the image and σ times noise{steps}.'
   if sigmas[-1] > 0 == alphas[-1]:
     note += ' The last step is pure noise.'
   return page.section('schedule', 'Noise schedule', note, page.chart_grid([(name, inline(chart))]))
 
 
-def _unreadable(run: Run) -> str:
-  """What the status file tells of records that others were put in the place of."""
-  found = run.status.get('unreadable')
-  if not isinstance(found, dict) or not isinstance(found.get('first'), list):
-    return ''
-  rows = ''.join(f'<li>{page.escape(text)}</li>' for text in found['first'])
-  return page.section(
-    'unreadable', 'Pictures that could not be read',
-    f'{page.plain(found.get("records"))} in the last start. Others took their place.',
-    page.details('Which, and why', f'<ul>{rows}</ul>'),
-  )
-
-
 def _config(run: Run) -> str:
-  if not run.config:
-    return ''
-  body = page.details('All settings', page.settings_table(run.config))
+  body = page.details('All settings', page.settings_table(run.config)) if run.config else ''
   return page.section('config', 'Configuration', '', body)
 
 
 def _versions(run: Run) -> str:
-  if not run.versions:
-    return ''
-  body = f'<div class="card">{page.settings_table(run.versions)}</div>'
-  return page.section('versions', 'Versions', '', body)
+  table = page.settings_table(run.versions) if run.versions else ''
+  return page.section('versions', 'Versions', '', table and f'<div class="card">{table}</div>')
 
 
 def _footer(run: Run) -> str:
-  told = []
+  notes = []
   if run.unreadable:
     lines = '1 line' if run.unreadable == 1 else f'{run.unreadable} lines'
-    told.append(f'{lines} of metrics.jsonl could not be read: left out.')
+    notes.append(f'{lines} of metrics.jsonl could not be read: left out.')
   if sum(metrics.left_out for metrics in run.metrics.values()):
-    told.append(f'Of the metrics only the first {MOST_METRICS} by name are shown.')
-  return f'<footer class="muted">{" ".join(told)}</footer>' if told else ''
+    notes.append(f'Of the metrics only the first {MOST_METRICS} by name are shown.')
+  return f'<footer class="muted">{" ".join(notes)}</footer>' if notes else ''

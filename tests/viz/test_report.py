@@ -286,6 +286,14 @@ def test_the_schedule_is_that_of_the_config(tmp_path):
   assert (np.diff(alpha[:, 1]) > 0).all()
 
 
+def test_a_continuous_schedule_is_drawn_by_its_name(tmp_path):
+  config = {'task': 'diffusion', 'settings': {'schedule': {'process': 'flow'}}}
+  section = re.search(r'<section id="schedule">.*', _page(_write(tmp_path, config=config)))[0]
+  page = (tmp_path / 'report.html').read_text()
+  assert section and 'flow</figcaption><svg' in page and 'steps.' not in page
+  assert 'The last step is pure noise.' in page
+
+
 @pytest.mark.parametrize('settings', [
   None, 7, {}, {'schedule': 'flow'}, {'schedule': {'beta_schedule': 'of a later version'}},
   {'schedule': {'gone': 1}},
