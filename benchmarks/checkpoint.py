@@ -95,7 +95,7 @@ class Bench:
     assert self.checkpoints.wait()
     self._note('on_disk_after', start)
     start = time.perf_counter()
-    jax.block_until_ready(self.checkpoints.restore(step, self.abstract)[0])
+    jax.block_until_ready(self.checkpoints.restore(self.abstract, step)[1])
     self._note('restore', start)
 
   def _note(self, name: str, start: float) -> None:

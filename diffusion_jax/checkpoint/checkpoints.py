@@ -194,62 +194,42 @@ class Checkpoints:
       except OSError as error:
         self._say(f'the old checkpoint {folder} cannot be deleted ({reason(error)}).')
 
-  def restore_latest(self, abstract: dict[str, Any]) -> tuple[int, dict, Any] | None:
-    """Return (step, state, data) of the newest intact checkpoint, onto `abstract`'s shardings.
+  def restore(
+    self, abstract: dict[str, Any], step: int | None = None, *, everything: bool = True
+  ) -> tuple[int, dict[str, Any], Any] | None:
+    """Return (step, state, data) of a checkpoint, onto the shardings of `abstract`.
 
-    Damaged ones are moved to `directory`/quarantine, and `say` names them. The mesh and the number
-    of processes may differ from those that saved.
+    The mesh and the number of processes may differ from those that saved.
+
+    Args:
+      abstract: shapes with shardings of the items of a state.
+      step: None for the newest that is intact: `say` names the damaged ones, which are moved to
+        `directory`/quarantine.
+      everything: whether an item that is saved but not wanted makes it one of another model.
 
     Returns:
       None when there never was a checkpoint.
 
     Raises:
-      UserError: all are damaged, or the newest intact one is of another model.
+      UserError: the checkpoint or all of them are damaged, or it is of another model.
     """
-    found = self._newest(_present(abstract), everything=True)
-    if found is None:
-      return None
-    step, trees, data = found
-    return step, {name: trees.get(name, abstract[name]) for name in ITEMS}, data
-
-  def restore(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """Return (state, data) of a step, onto the shardings of `abstract`; nothing is moved.
-
-    UserError where the checkpoint is damaged, or of another model.
-    """
-    trees, data = self._read(step, _present(abstract), everything=True)
-    return {name: trees.get(name, abstract[name]) for name in ITEMS}, data
-
-  def restore_params(
-    self, step: int | None, abstract: dict[str, Any], ema: bool
-  ) -> dict[str, Any]:
-    """Return the parameters alone of a step, averaged ones with `ema`.
-
-    Args:
-      step: None for the newest whose parameters are intact; `say` names the ones passed over.
-
-    Raises:
-      UserError: there is no checkpoint, it is damaged, or of another model.
-    """
-    name = 'ema' if ema else 'params'
-    if step is not None:
-      return self._read(step, {name: abstract}, everything=False)[0][name]
-    found = self._newest({name: abstract}, everything=False)
-    if found is None:
-      raise UserError(f'{self.directory} has no checkpoint yet; train longer first.')
-    return found[1][name]
-
-  def _read(self, step: int, wanted: dict, everything: bool) -> tuple[dict[str, Any], Any]:
     self._collect()
-    try:
-      return read_step(self.directory / str(step), wanted, everything)
-    except Damaged as error:
-      raise UserError(
-        f'the checkpoint {self.directory / str(step)} is damaged ({error}); choose another step.'
-      ) from error
+    wanted = _present(abstract)
+    if step is None:
+      found = self._newest(wanted, everything)
+      if found is None:
+        return None
+      step, trees, data = found
+    else:
+      try:
+        trees, data = read_step(self.directory / str(step), wanted, everything)
+      except Damaged as error:
+        raise UserError(
+          f'the checkpoint {self.directory / str(step)} is damaged ({error}); choose another step.'
+        ) from error
+    return step, {name: trees.get(name, tree) for name, tree in abstract.items()}, data
 
   def _newest(self, wanted: dict, everything: bool) -> tuple[int, dict[str, Any], Any] | None:
-    self._collect()
     steps, moved = json.loads(agree('steps', in_step('listing', self._listed, (UserError,)))[0])
     problem = ''
     for step in reversed(steps):
@@ -310,4 +290,4 @@ def _remove(folder: Path) -> None:
 
 def _present(state: dict[str, Any]) -> dict[str, Any]:
   """Return the items that have any leaves."""
-  return {name: state[name] for name in ITEMS if jax.tree.leaves(state[name])}
+  return {name: state[name] for name in ITEMS if jax.tree.leaves(state.get(name))}

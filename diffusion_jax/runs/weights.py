@@ -34,10 +34,12 @@ def run_weights(
     with reading(directory.path / 'config.json', 'is not the config of a run', 'restore that file'):
       ema = values['loop']['ema_halflife_images'] > 0
   checkpoints = Checkpoints(directory.checkpoints, read_only=True)
-  if not checkpoints.steps():
-    raise UserError(f'{workdir} has no checkpoint yet; train longer, or give another workdir.')
   abstract = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     shapes, shard_params(shapes, mesh),
   )
-  return checkpoints.restore_params(step, abstract, ema)
+  item = 'ema' if ema else 'params'
+  found = checkpoints.restore({item: abstract}, step, everything=False)
+  if found is None:
+    raise UserError(f'{workdir} has no checkpoint yet; train longer, or give another workdir.')
+  return found[1][item]

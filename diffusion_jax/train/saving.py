@@ -58,7 +58,7 @@ class Saver:
     Raises:
       UserError: there are checkpoints, but all are damaged, or they are of another model.
     """
-    found = self._checkpoints.restore_latest(_as_parts(abstract))
+    found = self._checkpoints.restore(_as_parts(abstract))
     if found is None:
       return None
     step, parts, extra = found

@@ -35,6 +35,11 @@ def _abstract(state):
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
+def _params(checkpoints, step=None):
+  wanted = {'params': _abstract(_state(0)['params'])}
+  return checkpoints.restore(wanted, step, everything=False)[1]['params']
+
+
 def _assert_state(found, step):
   jax.tree.map(np.testing.assert_array_equal, found, _state(step))
 
@@ -74,14 +79,14 @@ def opened():
 def test_what_is_saved_comes_back(saved, opened):
   checkpoints, said = opened(saved, read_only=True)
   assert checkpoints.latest() == 3
-  step, found, data = checkpoints.restore_latest(_abstract(_state(0)))
+  step, found, data = checkpoints.restore(_abstract(_state(0)))
   assert (step, data) == (3, {'read': 3})
   _assert_state(found, 3)
-  found, data = checkpoints.restore(1, _abstract(_state(0)))
+  _, found, data = checkpoints.restore(_abstract(_state(0)), 1)
   assert data == {'read': 1}
   _assert_state(found, 1)
   for step, wanted in ((None, 3), (2, 2)):
-    params = checkpoints.restore_params(step, _abstract(_state(0)['params']), ema=False)
+    params = _params(checkpoints, step)
     jax.tree.map(np.testing.assert_array_equal, params, _state(wanted)['params'])
   assert said == []
 
@@ -93,7 +98,7 @@ def test_arrays_may_be_donated_once_save_returns(tmp_path, opened):
   for _ in range(20):
     state = change(state)
   assert checkpoints.wait()
-  _assert_state(checkpoints.restore(5, _abstract(_state(0)))[0], 5)
+  _assert_state(checkpoints.restore(_abstract(_state(0)), 5)[1], 5)
 
 
 def test_a_step_is_saved_once(copy, opened):
@@ -106,9 +111,7 @@ def test_a_step_is_saved_once(copy, opened):
 def test_a_workdir_without_checkpoints(tmp_path, opened):
   checkpoints, said = opened(tmp_path / 'none', read_only=True)
   assert checkpoints.latest() is None and checkpoints.steps() == [] and said == []
-  assert checkpoints.restore_latest(_abstract(_state(0))) is None
-  with pytest.raises(UserError, match='no checkpoint yet'):
-    checkpoints.restore_params(None, _abstract(_state(0)['params']), ema=False)
+  assert checkpoints.restore(_abstract(_state(0))) is None
   assert not (tmp_path / 'none').exists()
 
 
@@ -134,7 +137,7 @@ def test_restores_onto_other_meshes(tmp_path, opened, writer, readers):
     abstract = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), _state(0), shardings
     )
-    found = checkpoints.restore(4, abstract)[0]
+    found = checkpoints.restore(abstract, 4)[1]
     _assert_state(found, 4)
     assert jax.tree.map(lambda x: x.sharding, found) == shardings
 
@@ -161,7 +164,7 @@ def test_a_fault_in_any_file_but_the_arrays_is_found(saved, copy, opened, fault)
   for file in rng.choice(files, size=5, replace=False):
     _damage(copy / '3' / file, fault, rng)
     checkpoints, said = opened(copy)
-    step, found, data = checkpoints.restore_latest(abstract)
+    step, found, data = checkpoints.restore(abstract)
     assert (step, data) == (2, {'read': 2}), file
     _assert_state(found, 2)
     sentence, = said
@@ -182,7 +185,7 @@ def test_a_flipped_bit_never_passes_for_the_saved_state(saved, copy, opened):
         _damage(file, 'bit', rng)
         checkpoints, _ = opened(copy, read_only=True)
         try:
-          _assert_state(checkpoints.restore(3, _abstract(_state(0)))[0], 3)
+          _assert_state(checkpoints.restore(_abstract(_state(0)), 3)[1], 3)
         except UserError as error:  # Some bits are of parts that nothing refers to.
           assert f'{copy / "3"} is damaged' in str(error)
           noticed += 1
@@ -196,7 +199,7 @@ def test_a_missing_item_and_two_damaged_steps(copy, opened):
   (copy / '2' / 'manifest.json').unlink()
   (copy / 'quarantine' / '3').mkdir(parents=True)
   checkpoints, said = opened(copy)
-  step, found, _ = checkpoints.restore_latest(_abstract(_state(0)))
+  step, found, _ = checkpoints.restore(_abstract(_state(0)))
   assert step == 1 and len(said) == 2
   _assert_state(found, 1)
   assert sorted(path.name for path in (copy / 'quarantine').iterdir()) == ['2', '3', '3-2']
@@ -209,7 +212,7 @@ def test_all_damaged_is_an_error_now_and_at_the_next_start(copy, opened):
   for _ in range(2):
     checkpoints, _ = opened(copy)
     with pytest.raises(UserError, match='all checkpoints are damaged') as error:
-      checkpoints.restore_latest(_abstract(_state(0)))
+      checkpoints.restore(_abstract(_state(0)))
     assert str(copy / 'quarantine') in str(error.value)
     assert sorted(path.name for path in (copy / 'quarantine').iterdir()) == ['1', '2', '3']
 
@@ -221,13 +224,13 @@ def test_reading_only_moves_nothing(copy, opened):
   (copy / '4.orbax-checkpoint-tmp').mkdir()
   before = sorted(copy.rglob('*'))
   checkpoints, said = opened(copy, read_only=True)
-  params = checkpoints.restore_params(None, _abstract(_state(0)['params']), ema=False)
+  params = _params(checkpoints)
   jax.tree.map(np.testing.assert_array_equal, params, _state(2)['params'])
   sentence, = said
   assert f'{copy / "3"} is damaged (params/_METADATA is missing)' in sentence
-  assert checkpoints.restore_latest(_abstract(_state(0)))[0] == 1
+  assert checkpoints.restore(_abstract(_state(0)))[0] == 1
   with pytest.raises(UserError, match='3 is damaged'):
-    checkpoints.restore_params(3, _abstract(_state(0)['params']), ema=False)
+    _params(checkpoints, 3)
   assert sorted(copy.rglob('*')) == before
 
 
@@ -249,7 +252,7 @@ def test_another_model_is_no_damage(saved, opened, change, words):
   before = sorted(saved.rglob('*'))
   checkpoints, said = opened(saved, Keep(last=3))
   with pytest.raises(UserError, match=words) as error:
-    checkpoints.restore_latest(_other(change))
+    checkpoints.restore(_other(change))
   assert 'of another model' in str(error.value)
   assert said == [] and sorted(saved.rglob('*')) == before
 
@@ -312,7 +315,7 @@ def test_folders_whose_names_only_look_like_steps(copy, opened):
   for options in ({}, {'read_only': True}):
     checkpoints, _ = opened(copy, Keep(last=9), **options)
     assert checkpoints.steps() == [1, 2, 3] and checkpoints.latest() == 3
-    assert checkpoints.restore_latest(_abstract(_state(0)))[0] == 3
+    assert checkpoints.restore(_abstract(_state(0)))[0] == 3
   assert checkpoints.directory == copy and all((copy / name).is_dir() for name in NAMES)
 
 
@@ -341,11 +344,11 @@ def _swap(copy):
 def test_a_checkpoint_under_the_number_of_another_step_is_set_aside(copy, opened, change):
   good = change(copy)
   reader, said = opened(copy, read_only=True)
-  params = reader.restore_params(None, _abstract(_state(0)['params']), ema=False)
+  params = _params(reader)
   jax.tree.map(np.testing.assert_array_equal, params, _state(good)['params'])
   assert 'it is the checkpoint of step' in said[0]
   checkpoints, said = opened(copy, Keep(last=9))
-  step, found, data = checkpoints.restore_latest(_abstract(_state(0)))
+  step, found, data = checkpoints.restore(_abstract(_state(0)))
   assert (step, data) == (good, {'read': good})
   _assert_state(found, good)
   assert all('it is the checkpoint of step' in line and 'quarantine' in line for line in said)
@@ -362,7 +365,7 @@ def test_one_of_an_older_version_is_known_by_the_step_in_its_arrays(copy, opened
     file.write_text(json.dumps(record))
     write_manifest(folder)
   checkpoints, said = opened(copy, Keep(last=9))
-  assert checkpoints.restore_latest(_abstract(_state(0)))[0] == 2
+  assert checkpoints.restore(_abstract(_state(0)))[0] == 2
   assert 'it is the checkpoint of step 3 under another name' in said[0]
 
 
@@ -379,7 +382,7 @@ def test_what_stands_where_a_step_is_to_be_saved_is_moved(copy, opened, what):
     place.symlink_to('nowhere')
   checkpoints, said = opened(copy, Keep(last=9))
   assert checkpoints.save(4, _state(4), {'read': 4}) and checkpoints.wait()
-  assert checkpoints.restore_latest(_abstract(_state(0)))[0] == 4
+  assert checkpoints.restore(_abstract(_state(0)))[0] == 4
   assert len(said) == 1 and 'is no checkpoint of that step' in said[0]
 
 
@@ -387,7 +390,7 @@ def test_a_checkpoint_behind_a_link_is_one_and_only_the_link_is_deleted(copy, op
   elsewhere = (copy / '3').rename(tmp_path / 'elsewhere')
   (copy / '3').symlink_to(elsewhere, target_is_directory=True)
   checkpoints, said = opened(copy, Keep(last=1))
-  assert checkpoints.restore_latest(_abstract(_state(0)))[0] == 3
+  assert checkpoints.restore(_abstract(_state(0)))[0] == 3
   assert checkpoints.save(4, _state(4), {}) and checkpoints.wait() and said == []
   assert checkpoints.steps() == [4] and (elsewhere / 'manifest.json').is_file()
 
@@ -421,7 +424,7 @@ def test_a_write_that_fails_in_the_background(copy, opened):
   assert checkpoints.save(8, large, {}) and checkpoints.wait()
   assert not checkpoints.should_retry() and checkpoints.error == ''
   assert said[1:] == ['checkpoints can be saved again.'] and checkpoints.steps() == [2, 3, 8]
-  found = checkpoints.restore(8, _abstract(large))[0]
+  found = checkpoints.restore(_abstract(large), 8)[1]
   jax.tree.map(np.testing.assert_array_equal, found, large)
 
 

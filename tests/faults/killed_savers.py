@@ -36,7 +36,7 @@ def child(folder: Path, out: int) -> None:
   place = jax.devices()[0]
   sharding = jax.sharding.SingleDeviceSharding(place)
   checkpoints = Checkpoints(folder, Keep(last=2))
-  found = checkpoints.restore_latest(jax.tree.map(
+  found = checkpoints.restore(jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state(0)
   ))
   step = 0

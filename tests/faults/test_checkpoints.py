@@ -76,7 +76,7 @@ def _survives(directory, fill, make_room):
   assert said == [checkpoints.error]
   assert 'step 2 could not be saved (the disk is full' in checkpoints.error
   assert sorted(path.name for path in directory.iterdir()) == ['1']
-  step, found, _ = checkpoints.restore_latest(abstract)
+  step, found, _ = checkpoints.restore(abstract)
   assert step == 1
   jax.tree.map(np.testing.assert_array_equal, found, _state(1))
   time.sleep(0.15)
@@ -86,7 +86,7 @@ def _survives(directory, fill, make_room):
   make_room()
   assert checkpoints.save(3, _state(3), 3) and checkpoints.wait()
   assert checkpoints.error == '' and said[2:] == ['checkpoints can be saved again.']
-  step, found, data = checkpoints.restore_latest(abstract)
+  step, found, data = checkpoints.restore(abstract)
   assert (step, data) == (3, 3)
   jax.tree.map(np.testing.assert_array_equal, found, _state(3))
   checkpoints.close()
@@ -148,7 +148,7 @@ def test_two_processes_come_to_one_verdict(tmp_path):
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), two_savers.state(0)
   )
   checkpoints = Checkpoints(folder)
-  step, found, data = checkpoints.restore_latest(abstract)
+  step, found, data = checkpoints.restore(abstract)
   assert (step, data) == (2, 2)
   jax.tree.map(np.testing.assert_array_equal, found, two_savers.state(2))
   checkpoints.close()

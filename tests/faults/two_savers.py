@@ -74,7 +74,7 @@ def main(address: str, index: int, folder: Path, other: Path) -> dict:
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0, put)
   )
   checkpoints = Checkpoints(other if index else folder, say=said.append)
-  step, found, data = checkpoints.restore_latest(abstract)
+  step, found, data = checkpoints.restore(abstract)
   for name, x in arrays(step).items():
     for shard in found['params'][name].addressable_shards:
       np.testing.assert_array_equal(shard.data, x[shard.index])

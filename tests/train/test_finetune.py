@@ -82,7 +82,9 @@ def opened(tuned, arguments):
         n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=put[n]) for n, s in shapes.items()
       }
       checkpoints = Checkpoints(training.directory.checkpoints, read_only=True)
-      known[recipe] = training, to_host(checkpoints.restore_params(4, abstract, ema=False))
+      known[recipe] = training, to_host(
+        checkpoints.restore({'params': abstract}, 4, everything=False)[1]['params']
+      )
     return known[recipe]
 
   return make
