@@ -1,11 +1,7 @@
-"""What may stand in the metadata of a prepared data set that others have made.
+"""Data sets that TFDS has prepared as ArrayRecord: made, checked, and read at random.
 
 TFDS imports the module of any class of features that `features.json` or `dataset_info.json` names,
-and puts names from them together to paths. Both are read and checked here before TFDS sees them.
-
-Makes a data set on disk, once, in a form that is read at random and without TensorFlow.
-
-Random access to records: prepared data sets on disk, and columns in memory.
+and puts names from them together to paths. Both are read and checked before TFDS sees them.
 """
 
 import contextlib
@@ -179,37 +175,32 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
 _ENVIRONMENT = 'DIFFUSION_JAX_DATA'
 
 
-def prepare_dataset(dataset: str, size: int, data_dir: str | None = None) -> str:
-  """Prepares a data set unless that is done already.
-
-  An interrupted run leaves a folder with another name, which is never read. When two processes
-  prepare at once, the first to finish wins and the second uses its result.
-
-  Args:
-    dataset: a name in `DATASETS`.
-    size: image edge in pixels.
-    data_dir: folder for all data sets; by default $DIFFUSION_JAX_DATA, else
-      ~/.cache/diffusion_jax/data.
-
-  Returns:
-    The folder of the prepared data set.
-
-  Raises:
-    UserError: unknown data set or size, missing packages, or a folder that cannot be written.
-  """
-  builder = make_builder(dataset, size, data_dir)
-  if not is_prepared(builder):
-    _generate(builder)
-  return str(builder.data_dir)
-
-
 def default_data_dir() -> str:
-  """Where data sets are kept when no folder is given."""
+  """Return the folder of all data sets where none is given."""
   return os.environ.get(_ENVIRONMENT) or str(Path.home() / '.cache' / 'diffusion_jax' / 'data')
 
 
+def _openmoji(size: int, data_dir: str) -> Any:
+  from diffusion_jax.data.sources.openmoji.builder import Openmoji
+
+  return Openmoji(config=str(size), data_dir=data_dir, file_format='array_record')
+
+
+OPENMOJI = (
+  'Images: OpenMoji, the open-source emoji and icon project, https://openmoji.org, licence '
+  'CC BY-SA 4.0. Captions: names from the `emoji` package and from OpenMoji.'
+)
+DATASETS = {'openmoji': (_openmoji, (32, 64, 128), OPENMOJI)}
+"""By name: how to make the builder from (size, data_dir), the sizes there are, whom to thank."""
+
+
 def make_builder(dataset: str, size: int, data_dir: str | None = None) -> Any:
-  """The TFDS builder of a data set, prepared or not.
+  """Return the TFDS builder of a data set, prepared or not.
+
+  Args:
+    dataset: a key of DATASETS. size: image edge in pixels.
+    data_dir: folder of all data sets; by default $DIFFUSION_JAX_DATA, else
+      ~/.cache/diffusion_jax/data.
 
   Raises:
     UserError: unknown data set or size, or a data set on disk that cannot be understood.
@@ -229,22 +220,23 @@ def make_builder(dataset: str, size: int, data_dir: str | None = None) -> Any:
 
 
 def is_prepared(builder: Any) -> bool:
-  """Whether the data set of this builder is complete on disk."""
+  """Return whether the data set of a builder is complete on disk."""
   return (Path(builder.data_dir) / METADATA).exists()
 
 
-def _openmoji(size: int, data_dir: str) -> Any:
-  from diffusion_jax.data.sources.openmoji.builder import Openmoji
+def prepare_dataset(dataset: str, size: int, data_dir: str | None = None) -> str:
+  """Prepare a data set unless that is done already; return its folder.
 
-  return Openmoji(config=str(size), data_dir=data_dir, file_format='array_record')
+  An interrupted run leaves a folder with another name, which is never read. When two processes
+  prepare at once, the first to finish wins and the second uses its result.
 
-
-OPENMOJI = (
-  'Images: OpenMoji, the open-source emoji and icon project, https://openmoji.org, licence '
-  'CC BY-SA 4.0. Captions: names from the `emoji` package and from OpenMoji.'
-)
-DATASETS = {'openmoji': (_openmoji, (32, 64, 128), OPENMOJI)}
-"""By name: how to make the builder from (size, data_dir), the sizes there are, whom to thank."""
+  Raises:
+    UserError: as `make_builder`; missing packages, or a folder that cannot be written.
+  """
+  builder = make_builder(dataset, size, data_dir)
+  if not is_prepared(builder):
+    _generate(builder)
+  return str(builder.data_dir)
 
 
 def _generate(builder: Any) -> None:
@@ -280,14 +272,10 @@ def prepared(config: DataConfig) -> tuple['ImageSource', 'ImageSource']:
 def open_source(
   dataset: str, split: str, *, size: int, data_dir: str | None = None, prepare: bool = False
 ) -> 'ImageSource':
-  """Opens one split of a prepared data set.
+  """Open one split of a prepared data set, 'train', 'test', or a slice such as 'train[:100]'.
 
   Args:
-    dataset: name of the data set, such as 'openmoji'.
-    split: 'train', 'test', or a TFDS slice such as 'train[:100]'.
-    size: image edge in pixels.
-    data_dir: folder for all data sets; see `prepare_dataset`.
-    prepare: prepare the data set first where it is missing.
+    dataset, size, data_dir: as `make_builder`. prepare: prepare the data set where it is missing.
 
   Raises:
     UserError: unknown name, size or split, missing data, or data that cannot be read.
@@ -301,12 +289,18 @@ def open_source(
       f'The data set {dataset} at {size} px is not in {builder.data_dir}: '
       f'run python -m diffusion_jax prepare --dataset {dataset} --size {size}{folder}'
     )
-  _check_split(builder, dataset, split)
+  try:
+    chosen = builder.info.splits[split]
+  except (KeyError, ValueError) as error:
+    known = ', '.join(sorted(builder.info.splits))
+    raise UserError(
+      f"{dataset} has no split {split!r}: use one of {known}, or a slice such as 'train[:100]'."
+    ) from error
   name = f'{dataset} in {builder.data_dir}'
   with _reading(name):
     import tensorflow_datasets as tfds
 
-    check_shards(builder.data_dir, builder.info.splits[split])
+    check_shards(builder.data_dir, chosen)
     # Pillow decodes: TFDS would ask for OpenCV, and damaged images must be named.
     decoders = {'image': tfds.decode.SkipDecoding()}
     records = builder.as_data_source(split=split, decoders=decoders)
@@ -314,28 +308,27 @@ def open_source(
 
 
 class ImageSource:
-  """Records of a TFDS data source as `types.Record`. Pickles, so worker processes can read it."""
+  """Records of a TFDS data source: image, captions, id, and label where it has groups.
+
+  Pickles, so that worker processes can read it.
+  """
 
   def __init__(self, records: Sequence[Mapping[str, Any]], name: str, credit: str = ''):
-    self._records, self._name, self._length = records, name, len(records)
-    self.credit = credit
+    self._records, self._name, self.credit = records, name, credit
+    self._length = len(records)
 
   def __len__(self) -> int:
     return self._length
 
   def __getitem__(self, index: SupportsIndex) -> Record:
-    """Record `index`.
-
-    Raises:
-      IndexError: no such record.
-      Unreadable: the record is damaged, or the file that it is in.
-    """
-    index = _checked(index, self._length)
-    with _reading(f'{index} of {self._name}', Unreadable):
+    """Return record `index`. Unreadable where it is damaged, or the file that it is in."""
+    index = range(self._length)[index]
+    where = f'{index} of {self._name}'
+    with _reading(where, Unreadable):
       raw = self._records[index]
-      image, group = raw['image'], {'label': raw['group'].decode()} if 'group' in raw else {}
+      image, label = raw['image'], {'label': raw['group'].decode()} if 'group' in raw else {}
       texts = {'captions': [text.decode() for text in raw['captions']], 'id': raw['id'].decode()}
-    return {'image': read_pixels(io.BytesIO(image), f'{index} of {self._name}'), **texts, **group}
+    return {'image': read_pixels(io.BytesIO(image), where), **texts, **label}
 
   @property
   def labels(self) -> list[str]:
@@ -347,9 +340,7 @@ class ImageSource:
         raise UserError(f'The data set {self._name} has no labels: use another.') from None
 
   def fingerprint(self) -> dict[str, str]:
-    """Changes with texts, and with pixels, of records all over the split; not with the way in
-    which they are compressed."""
-
+    """Return hashes that change with the texts and pixels of records, not with their storage."""
     return {
       'captions': of_texts([self._texts(i) for i in spread(self._length, RECORDS)]),
       'pictures': of_images([self._pixels(i) for i in spread(self._length, IMAGES)]),
@@ -369,26 +360,6 @@ class ImageSource:
       return self[index]['image']
     except UserError:
       return np.zeros((0, 0, 3), np.uint8)
-
-  def __repr__(self) -> str:
-    return f'ImageSource({self._name}, {self._length} records)'
-
-
-def _check_split(builder: Any, dataset: str, split: str) -> None:
-  try:
-    builder.info.splits[split]
-  except (KeyError, ValueError) as error:
-    known = ', '.join(sorted(builder.info.splits))
-    raise UserError(
-      f"{dataset} has no split {split!r}: use one of {known}, or a slice such as 'train[:100]'."
-    ) from error
-
-
-def _checked(index: SupportsIndex, length: int) -> int:
-  position = index.__index__()
-  if not -length <= position < length:
-    raise IndexError(f'no record {position} in {length}')
-  return position % length
 
 
 @contextlib.contextmanager
