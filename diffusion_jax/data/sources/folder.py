@@ -27,7 +27,6 @@ from diffusion_jax.data.finding import (
 from diffusion_jax.data.images import image_size, read_image
 from diffusion_jax.data.splits import (
   APART,
-  TEST_FRACTION,
   Measured,
   by_content,
   of_files,
@@ -47,7 +46,7 @@ def captioned(config: DataConfig) -> tuple['FolderSource', 'FolderSource']:
 
 
 def open_folder(
-  dataset: str, size: int, caption: str = '', test_fraction: float = TEST_FRACTION,
+  dataset: str, size: int, caption: str = '', test_fraction: float = DataConfig.test_fraction,
   caption_column: str = '',
 ) -> tuple['FolderSource', 'FolderSource']:
   """Return (train, test) of 'folder:PATH', images of size x size pixels with captions.
@@ -74,7 +73,7 @@ def open_folder(
 
 
 def open_labelled(
-  dataset: str, size: int, test_fraction: float = TEST_FRACTION
+  dataset: str, size: int, test_fraction: float = DataConfig.test_fraction
 ) -> tuple['FolderSource', 'FolderSource']:
   """Return (train, test) of 'folder:PATH', images of size x size pixels with classes.
 
