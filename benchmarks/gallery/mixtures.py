@@ -42,9 +42,6 @@ POINTS = 128
 PATHS, PATH_STEPS = 16, 24
 """How many points are followed, in how many steps."""
 
-MORE_CALLS = {'plms': 1, 'pndm': 9}
-"""Network calls in the first steps beyond those of the later ones."""
-
 OF_LENGTH = ('heun_churn',)
 """Samplers that do another thing on a grid of more steps: their grid must not go on."""
 
@@ -128,7 +125,7 @@ def errors(name: str, calls: Sequence[int]) -> list[tuple[int, float]]:
       grid = going_on(count, count if name in OF_LENGTH else counts[-1])
       states, sigmas, error = measure(run, grid, count)
       steps = np.flatnonzero(sigmas == grid[1][count])[-1]  # A restart passes it again.
-      used = info.calls * int(steps + 1) + MORE_CALLS.get(name, 0)
+      used = info.calls * int(steps + 1) + info.more_calls
       found.append((used, float(error(states[steps].ravel()))))
   return found
 

@@ -12,8 +12,6 @@ from tests.diffusion.exact_mixture import denoise, gaussian, geometric, of_level
 ADAPTIVE = ('dpm_adaptive', 'probability_flow')
 # Fewer steps than usual within a step.
 QUICK = {'annealed_langevin': {'steps': 3}, 'restart': {'steps': 2, 'repeats': 1}}
-# Network calls beyond `calls` a step, on a grid of five steps without ends.
-MORE_CALLS = {'plms': 1, 'pndm': 9, 'restart': 4}
 
 
 def quick(name):
@@ -43,7 +41,8 @@ def test_one_compilation_and_the_same_image_in_every_batch(name):
   if name not in ADAPTIVE:
     in_a_step = 4 if name == 'annealed_langevin' else SAMPLERS[name].calls
     # On this grid, without end, Langevin's last level is left without a denoising step.
-    wanted = 15 if name == 'annealed_langevin' else 5 * in_a_step + MORE_CALLS.get(name, 0)
+    wanted = 15 if name == 'annealed_langevin' else 5 * in_a_step + SAMPLERS[name].more_calls
+    wanted += 4 * (name == 'restart')  # Of its two steps more.
     assert len(calls) == wanted
   other = run(noise[2:], keys[2:], grid)
   if name in ADAPTIVE:

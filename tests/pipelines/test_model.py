@@ -99,31 +99,6 @@ def test_every_sampler_takes_the_pipeline_s_denoiser(zero_snr, name):
   assert (out.shape, out.dtype) == (noise.shape, jnp.float32)
 
 
-def products(jaxpr, looped=False):
-  """(operands' shapes, whether it is in a loop) of every matrix product."""
-  for eqn in jaxpr.eqns:
-    if eqn.primitive.name == 'dot_general':
-      yield tuple(var.aval.shape for var in eqn.invars), looped
-    for inner in jax.extend.core.jaxprs_in_params(eqn.params):
-      yield from products(inner, looped or eqn.primitive.name in ('scan', 'while'))
-
-
-@pytest.mark.parametrize('interval', [(0.0, None), (0.1, 5.0)])
-@pytest.mark.parametrize('name', ['ddim', 'heun'])
-def test_keys_and_values_of_the_text_are_made_once(zero_snr, name, interval):
-  """Of ten tokens of 16 channels: in no loop, and in one product each for every size of a batch."""
-  config = SampleConfig(name, steps=4, guidance=2.0, guidance_interval=interval)
-  noise, text = jnp.zeros((2, 16, 16, 4)), Condition(jnp.zeros((2, 10, 16)))
-  keys = jax.random.split(jax.random.key(0), 2)
-  found = list(products(jax.make_jaxpr(lambda params, numbers: zero_snr.sample_z(
-    params, noise, keys, text, text, config.program, numbers
-  ))({'denoiser': zero_snr.denoiser.shapes}, config.numbers(zero_snr.noise)).jaxpr))
-  of_text = [(left[0], looped) for (left, _), looped in found if left[1:] == (10, 16)]
-  sizes = [4] if interval[1] is None else [2, 4]
-  assert sorted(of_text) == [(size, False) for size in sizes for _ in 'kv']
-  assert any(looped for _, looped in found)
-
-
 def test_a_learned_variance_lies_between_the_fixed_ones(zero_snr):
   """Channels of -1 and 1 are the posterior's variance and the larger one; guidance spares them."""
   rng = np.random.default_rng(0)

@@ -243,6 +243,13 @@ def log_midpoint(here: Pair, there: Pair, target: Pair | None = None) -> Pair:
   return pair_between(here, there, (jnp.ones_like(level), level))
 
 
+def half_log_snr(grid: Grid) -> jax.Array:
+  """Return ln(alpha / sigma) [n+1]; 0 in place of infinities, which no formula may use."""
+  alphas, sigmas, *_ = grid
+  finite = (alphas > 0) & (sigmas > 0)
+  return jnp.where(finite, jnp.log(jnp.where(finite, divide(alphas, sigmas), 1)), 0)
+
+
 class Churn(NamedTuple):
   """Noise added before each step (Karras et al. 2022, algorithm 2).
 

@@ -1,11 +1,16 @@
 """Multistep samplers: one network call a step; the estimates of earlier steps raise the order.
 
-The first steps have no past, and a step to sigma = 0 no finite log-SNR: these are of lower order.
-A step from a pair to itself is as if the grid did not have it, but that a corrector uses its call.
-All coefficients depend on the grid alone and are computed before the scan (`weights`).
+An Adams method replaces the estimate m (x_0 or eps) over a step by the polynomial through its
+values at the pairs visited last. The coefficients depend on the grid alone and are computed before
+the scan, as corrections to the first order: x' = keep x + clean x_0 + noise z + sum_j correction_j
+m_{i-j}, with corrections of sum 0. They are 0 where there is no such polynomial: no past yet,
+alpha = 0, or sigma' = 0. A step from a pair to itself is as if the grid did not have it, but that a
+corrector uses its call.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +22,10 @@ from diffusion_jax.diffusion.samplers.common import (
   Noise,
   Trajectory,
   as_arrays,
+  contraction,
+  divide,
   epsilon,
+  half_log_snr,
   intervals,
   is_inner,
   log_midpoint,
@@ -25,18 +33,204 @@ from diffusion_jax.diffusion.samplers.common import (
   moves,
   noise_source,
   real_steps,
+  step_count,
   straight,
   walk,
 )
 from diffusion_jax.diffusion.samplers.grid import Grid
-from diffusion_jax.diffusion.samplers.weights import (
-  Table,
-  corrector_table,
-  eps_table,
-  exponential_table,
-)
 from diffusion_jax.errors import UserError
 from diffusion_jax.types import Latents
+
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)
+
+SLOPES = ('exact', 'midpoint', 'linear')
+
+Kernel = Callable[[jax.Array], jax.Array]
+
+
+class Table(NamedTuple):
+  """Coefficients of n steps: keep, clean and noise [n], correction [n k] of the last k values."""
+
+  keep: jax.Array
+  clean: jax.Array
+  noise: jax.Array
+  correction: jax.Array
+
+
+def first_order(grid: Grid, eta=0.0) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Return keep, clean and noise [n] of the exponential integrator of the reverse SDE, x_0 held.
+
+  x' = s'/s q^eta x + a' (1 - q^(1 + eta)) x_0 + s' sqrt(1 - q^(2 eta)) z with q = r' / r (Lu et al.
+  2022, DPM-Solver++, section 5; Xue et al. 2023, SA-Solver, with eta = tau^2). eta is [] or [n]; 0
+  is the ODE (DDIM), 1 the reverse SDE.
+  """
+  here, there = intervals(grid)
+  slower = contraction(here, there) ** jnp.asarray(eta, grid[0].dtype)
+  keep = divide(there[1], here[1]) * slower
+  return keep, there[0] - keep * here[0], there[1] * jnp.sqrt((1 - slower) * (1 + slower))
+
+
+def usable(
+  grid: Grid, order: int, *, to_clean: bool = False, lower_order_final: bool | int = False,
+  euler_at_final: bool = False,
+) -> jax.Array:
+  """Return how many values [n], at most `order`, each step may interpolate, its own included.
+
+  to_clean: the formulas also hold for a step to sigma = 0. lower_order_final: interpolate no more
+  values than there are steps left; a number: on grids of fewer steps than that. euler_at_final:
+  interpolate nothing in the last step.
+  """
+  here, there = intervals(grid)
+  index, steps = jnp.arange(len(here[0])), step_count(grid)
+  inner = here[0] > 0 if to_clean else is_inner(here, there)
+  moving = moves(here, there)
+  past = jnp.cumsum(moving & (here[0] > 0))
+  counts = jnp.where(inner & moving, jnp.clip(past, 1, order), 1)
+  if lower_order_final:
+    fewer = jnp.minimum(counts, jnp.maximum(steps - index, 1))
+    always = lower_order_final is True
+    counts = fewer if always else jnp.where(steps < lower_order_final, fewer, counts)
+  return jnp.where(index == steps - 1, 1, counts) if euler_at_final else counts
+
+
+def past_nodes(grid: Grid, values: jax.Array, counts: jax.Array, order: int) -> jax.Array:
+  """Return nodes [n order]: for j < counts[i] the value where the j-th last moving step started.
+
+  Beyond them they are made up, and distinct. values: [n+1], of the grid's pairs; counts: [n].
+  """
+  done = jnp.cumsum(moves(*intervals(grid)))
+  j = jnp.arange(order)
+  starts = jnp.searchsorted(done, jnp.maximum(done[:, None] - j, 1))
+  own = values[: len(counts), None]
+  real = jnp.where(j == 0, own, values[starts])
+  return jnp.where(j < counts[:, None], real, own - j * (1 + jnp.abs(own)))
+
+
+def lagrange(nodes: jax.Array, points: jax.Array) -> jax.Array:
+  """Values [n k q] at points [n q] of the k Lagrange polynomials of nodes [n k]."""
+  own = jnp.eye(nodes.shape[1], dtype=bool)
+  gaps = jnp.where(own, 1, nodes[:, :, None] - nodes[:, None, :])
+  offsets = jnp.where(own[..., None], 1, points[:, None, None, :] - nodes[:, None, :, None])
+  return jnp.prod(offsets / gaps[..., None], axis=2)
+
+
+def integrals(nodes: jax.Array, start: jax.Array, end: jax.Array, kernel: Kernel) -> jax.Array:
+  """Return int_start^end kernel(u) l_j(u) du [n k], start and end [n], kernel: u [n q] -> [n q].
+
+  By 16 points of Gauss-Legendre: exact for polynomials, to 1e-13 for exp over steps of up to 20.
+  """
+  half = (end - start)[:, None] / 2
+  points = (start + end)[:, None] / 2 + half * jnp.asarray(NODES, nodes.dtype)
+  weights = half * jnp.asarray(WEIGHTS, nodes.dtype) * kernel(points)
+  return (weights[:, None, :] * lagrange(nodes, points)).sum(-1)
+
+
+def by_count(counts: jax.Array, order: int, weigh: Callable[[int], jax.Array]) -> jax.Array:
+  """Rows of weigh(count) [n count] for each step's own count, padded with zeros to [n order]."""
+  tables = [weigh(count) for count in range(1, order + 1)]
+  padded = jnp.stack([jnp.pad(t, ((0, 0), (0, order - t.shape[1]))) for t in tables])
+  return padded[counts - 1, jnp.arange(len(counts))]
+
+
+def exponential(
+  grid: Grid, nodes: jax.Array, counts: jax.Array, eta=0.0, *,
+  slope: str = 'exact', curvature: float = 1.0,
+) -> jax.Array:
+  """Return corrections [n k] to `first_order` for the polynomial through x_0's values at `nodes`.
+
+  The exact weights are a' (1 + eta) int exp((1 + eta) (u - lambda')) l_j(u) du over the step, with
+  lambda = ln(alpha / sigma) (Lu et al. 2022, DPM-Solver++, section 4; Xue et al. 2023).
+
+  Args:
+    nodes: [n k], values of lambda, the first the step's start, of which counts [n] are used.
+    eta: [] or [n], as in `first_order`.
+    slope: the kernel's first moment used with two nodes, h being the step's length in lambda:
+      'exact'; 'midpoint', h / 2 times the kernel's integral (DPM-Solver++(2M), UniPC's B_2);
+      'linear', (1 + eta) h^2 / 2 (UniPC's B_1, SA-Solver).
+    curvature: factor on the second moment used with three nodes.
+
+  Raises:
+    UserError: for an unknown slope.
+  """
+  if slope not in SLOPES:
+    raise UserError(f'slope is {slope!r}; choose one of {", ".join(SLOPES)}.')
+  lam = half_log_snr(grid)
+  start, end = lam[:-1], lam[1:]
+  rate = jnp.broadcast_to(1 + jnp.asarray(eta, lam.dtype), start.shape)[:, None]
+  kernel = lambda u: rate * jnp.exp(rate * (u - end[:, None]))
+  h = (end - start)[:, None]
+  moment = lambda power: integrals(
+    start[:, None], start, end, lambda u: kernel(u) * (u - start[:, None]) ** power
+  )
+
+  def weigh(count):
+    used = nodes[:, :count]
+    if count == 2 and slope != 'exact':
+      first_moment = h / 2 * (moment(0) if slope == 'midpoint' else h * rate)
+      other = first_moment / (used[:, 1:] - used[:, :1])
+      return jnp.concatenate([-other, other], axis=1)
+    result = integrals(used, start, end, kernel).at[:, :1].add(-moment(0))
+    if count == 3 and curvature != 1:
+      gaps = jnp.where(jnp.eye(3, dtype=bool), 1, used[:, :, None] - used[:, None, :])
+      result -= (1 - curvature) * moment(2) / jnp.prod(gaps, axis=2)
+    return result
+
+  return grid[0][1:, None] * by_count(counts, nodes.shape[1], weigh)
+
+
+def exponential_table(
+  grid: Grid, order: int, eta=0.0, *, slope: str = 'exact', curvature: float = 1.0,
+  lower_order_final: bool | int = False, euler_at_final: bool = False,
+) -> Table:
+  """Return the explicit exponential Adams method; arguments of `exponential` and `usable`."""
+  counts = usable(
+    grid, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final
+  )
+  nodes = past_nodes(grid, half_log_snr(grid), counts, order)
+  correction = exponential(grid, nodes, counts, eta, slope=slope, curvature=curvature)
+  return Table(*first_order(grid, eta), correction)
+
+
+def corrector_table(
+  grid: Grid, order: int, eta=0.0, *, slope: str, lower_order_final: bool | int = False
+) -> Table:
+  """Return the implicit method of x_0 through `order` values: of its end, its start and before.
+
+  Row i belongs to step i - 1, whose end is where step i starts; row 0 to none.
+  """
+  here, there = intervals(grid)
+  before = usable(grid, order - 1, lower_order_final=lower_order_final)
+  lam = half_log_snr(grid)
+  past = past_nodes(grid, lam, before, order - 1)
+  nodes = jnp.concatenate([past[:, :1], lam[1:, None], past[:, 1:]], axis=1)
+  counts = jnp.where(is_inner(here, there) & moves(here, there), before + 1, 1)
+  correction = exponential(grid, nodes, counts, eta, slope=slope)
+  newest_first = jnp.concatenate([correction[:, 1:2], correction[:, :1], correction[:, 2:]], axis=1)
+  table = Table(*first_order(grid, eta), newest_first)
+  return jax.tree.map(lambda rows: jnp.roll(rows, 1, axis=0), table)
+
+
+def eps_table(
+  grid: Grid, order: int, coordinate: Kernel, rate: Kernel, *, to_clean: bool = False,
+  lower_order_final: bool | int = False,
+) -> Table:
+  """Return the explicit Adams method of eps, polynomial in u = coordinate(r): a' int l_j(u) dr.
+
+  rate: dr / du as a function of u. to_clean: True if u is finite at r = 0.
+  """
+  alphas, sigmas, *_ = grid
+  counts = usable(grid, order, to_clean=to_clean, lower_order_final=lower_order_final)
+  levels = divide(sigmas, alphas)
+  u = coordinate(levels if to_clean else jnp.where(levels > 0, levels, 1))
+  nodes = past_nodes(grid, u, counts, order)
+
+  def weigh(count):
+    result = integrals(nodes[:, :count], u[:-1], u[1:], rate)
+    return result.at[:, :1].add(-integrals(nodes[:, :1], u[:-1], u[1:], rate))
+
+  correction = alphas[1:, None] * by_count(counts, order, weigh)
+  return Table(*first_order(grid), correction)
+
 
 ADAMS_BASHFORTH = np.array(
   [[1, 0, 0, 0], [3 / 2, -1 / 2, 0, 0], [23 / 12, -16 / 12, 5 / 12, 0],
@@ -53,12 +247,7 @@ def adams(
   denoise: Denoiser, x: Latents, grid: Grid, table: Table, *,
   of_eps: bool = False, noise: Noise | None = None, trajectory: bool = False,
 ) -> Latents | Trajectory:
-  """An explicit linear multistep method with the coefficients of `table`.
-
-  Args:
-    of_eps: whether the values interpolated are eps rather than x_0.
-    noise: None for a deterministic method.
-  """
+  """Run the explicit method of `table`, whose values are x_0 or, with of_eps, eps."""
   order = table.correction.shape[1]
 
   def step(x, past, here, there, index, row):
@@ -76,10 +265,10 @@ def predict_correct(
   denoise: Denoiser, x: Latents, grid: Grid, predictor: Table, corrector: Table, *,
   noise: Noise | None = None, trajectory: bool = False,
 ) -> Latents | Trajectory:
-  """Predicts with one table; the call at the predicted x corrects it with the other.
+  """Predict with one table; the call at the predicted x corrects it with the other.
 
-  The corrected x is not evaluated again. A step's prediction and correction share their noise. The
-  last step is corrected only if one from its end to itself follows: that one calls, too.
+  The corrected x is not evaluated again. Prediction and correction share their noise. The last step
+  is corrected only if one from its end to itself follows: that one calls, too.
   """
   k, c = predictor.correction.shape[1], corrector.correction.shape[1]
   here, there = intervals(grid)
@@ -115,8 +304,7 @@ def dpmpp_2m(
 ) -> Latents | Trajectory:
   """DPM-Solver++(2M) (Lu et al. 2022, DPM-Solver++, algorithm 2).
 
-  Args:
-    lower_order_final, euler_at_final: as in `dpmpp_2m_sde`.
+  The options are those of `dpmpp_2m_sde`.
   """
   return dpmpp_2m_sde(
     denoise, x, grid, keys, eta=0.0, lower_order_final=lower_order_final,
@@ -135,9 +323,7 @@ def dpmpp_2m_sde(
     eta: 1 is the reverse SDE, 0 `dpmpp_2m`.
     s_noise: factor on the noise.
     slope: 'midpoint', or 'exact', which k-diffusion names heun.
-    lower_order_final: interpolate no more values than there are steps left; a number: on grids of
-      fewer steps than that. euler_at_final: interpolate nothing in the last step. One to sigma = 0
-      never does.
+    lower_order_final, euler_at_final: as in `usable`.
 
   Raises:
     UserError: for an unknown slope.
@@ -157,12 +343,9 @@ def dpmpp_3m_sde(
   """SDE-DPM-Solver++(3M) (k-diffusion, after Lu et al. 2022).
 
   Args:
-    eta: 1 is the reverse SDE, 0 the ODE.
-    s_noise: factor on the noise.
-    slope: of steps that interpolate two values, as in `dpmpp_2m_sde`.
+    eta, s_noise, slope, lower_order_final, euler_at_final: as in `dpmpp_2m_sde`.
     curvature: factor on the quadratic term. k-diffusion and diffusers take half of what
       interpolation gives, which leaves the method at order 2; 1 makes it of order 3.
-    lower_order_final, euler_at_final: as in `dpmpp_2m_sde`.
   """
   x, grid = as_arrays(x, grid)
   table = exponential_table(
@@ -182,7 +365,7 @@ def lms(
   denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
   order: int = 4, trajectory: bool = False,
 ) -> Latents | Trajectory:
-  """Adams-Bashforth in r = sigma / alpha for dy = eps dr (k-diffusion); full order to sigma = 0."""
+  """Adams-Bashforth in sigma / alpha for dy = eps dr (k-diffusion); full order to sigma = 0."""
   del keys
   x, grid = as_arrays(x, grid)
   table = eps_table(grid, order, lambda r: r, jnp.ones_like, to_clean=True)
@@ -193,11 +376,7 @@ def deis(
   denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
   order: int = 3, lower_order_final: bool | int = False, trajectory: bool = False,
 ) -> Latents | Trajectory:
-  """DEIS (Zhang & Chen 2023, section 3) with eps a polynomial in ln(sigma / alpha).
-
-  Args:
-    order: values that are interpolated; lower_order_final: as in `dpmpp_2m_sde`.
-  """
+  """DEIS (Zhang & Chen 2023, section 3): eps a polynomial in ln(sigma / alpha), `order` values."""
   del keys
   x, grid = as_arrays(x, grid)
   table = eps_table(grid, order, jnp.log, jnp.exp, lower_order_final=lower_order_final)
@@ -214,9 +393,8 @@ def pndm(
 
   Args:
     runge_kutta: start with three steps of the pseudo Runge-Kutta method, four calls each, their
-      midpoints those of the grid (its third part [n 2]: where the first move ends, and where the
-      second does and the network is called), or else halfway in log-SNR; otherwise (PLMS) with one
-      step of the improved Euler method, two calls.
+      midpoints those of the grid (its third part [n 2]: the ends of the first and second moves), or
+      else halfway in log-SNR; otherwise (PLMS) with one step of improved Euler, two calls.
     average: what the weights average, 'epsilon' or, of variance-preserving processes,
       'v_prediction' = alpha eps - sigma x_0, whose mean is read as v where the step starts.
 
@@ -274,12 +452,8 @@ def unipc(
   """UniPC for x_0 (Zhao et al. 2023, algorithms 1 and 2): order p predicted, p + 1 corrected.
 
   Args:
-    order: p, of the predictor.
+    order: p, of the predictor. lower_order_final: as in `usable`.
     variant: 'bh1' or 'bh2', the function B(h); it matters where two values are interpolated.
-    lower_order_final: as in `dpmpp_2m_sde`.
-
-  Raises:
-    UserError: for an unknown variant.
   """
   del keys
   slopes = {'bh1': 'linear', 'bh2': 'midpoint'}
@@ -300,15 +474,10 @@ def sa_solver(
   """SA-Solver, stochastic Adams methods for x_0 (Xue et al. 2023, algorithm 1).
 
   Args:
-    tau: strength of the noise: 0 is the ODE, 1 the reverse SDE.
-    low, high: noise levels sigma / alpha between which tau applies; 0 elsewhere.
+    tau: 0 is the ODE, 1 the reverse SDE, at noise levels sigma / alpha from low to high.
     order: values that the predictor interpolates; corrector_order: values that the corrector does,
       one of them at the predicted x; 0 for no corrector.
-    s_noise: factor on the noise.
-    lower_order_final: as in `dpmpp_2m_sde`.
-
-  Raises:
-    UserError: for a corrector_order of 1.
+    s_noise: factor on the noise. lower_order_final: as in `usable`.
   """
   if corrector_order == 1:
     raise UserError('corrector_order of sa_solver is 1; choose 0 for none, or at least 2.')

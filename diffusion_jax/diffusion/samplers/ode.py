@@ -1,11 +1,9 @@
-"""Samplers of the first order: one network call a step, nothing remembered.
+"""Samplers of the first order, one network call a step, and of the second, two calls.
 
 All are `sampler(denoise, x, grid, keys, **options)`: x [b ...] is noise of the grid's first sigma,
-or data noised to its first pair, and the result is at its last pair. All take `trajectory=True`.
-
-Runge-Kutta samplers of the second order: two network calls a step, one where it ends clean.
-
-A step from alpha = 0 or to sigma = 0 is DDIM's: there y = x / alpha or the slope is not finite.
+or data noised to its first pair, and the result is at its last pair. All take `trajectory=True`. A
+step of the second order from alpha = 0 or to sigma = 0 is DDIM's: there y = x / alpha or the slope
+is not finite.
 """
 
 import math

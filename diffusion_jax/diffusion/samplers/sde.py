@@ -1,16 +1,7 @@
-"""The reverse SDE step by step, and Langevin dynamics at fixed noise levels.
+"""Stochastic samplers: the reverse SDE, Langevin dynamics, restarts, and distilled networks.
 
-The score is (alpha x_0 - x) / sigma^2 (Efron 2011). A step to sigma = 0 returns alpha' x_0, and
-one from alpha = 0 takes the posterior.
-
-Single-step stochastic solvers of the second order: two network calls a step.
-
-Each step goes to less than the wanted noise and adds the rest afresh. A step from alpha = 0 or to
-sigma = 0 is of the first order.
-
-Restart sampling: a deterministic solver that goes back up and down again (Xu et al. 2023).
-
-Samplers of distilled networks, whose denoiser jumps to x_0 in one call and is noised again.
+The score is (alpha x_0 - x) / sigma^2 (Efron 2011). A step to sigma = 0 returns alpha' x_0, and one
+from alpha = 0 takes the posterior.
 """
 
 from collections.abc import Callable

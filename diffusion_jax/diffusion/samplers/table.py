@@ -5,10 +5,8 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 
-from diffusion_jax.diffusion.samplers.adaptive import probability_flow
-from diffusion_jax.diffusion.samplers.common import as_arrays, pair_number
-from diffusion_jax.diffusion.samplers.dpm_adaptive import dpm_adaptive
-from diffusion_jax.diffusion.samplers.hoisting import hoisted
+from diffusion_jax.diffusion.samplers.adaptive import dpm_adaptive, probability_flow
+from diffusion_jax.diffusion.samplers.common import as_arrays
 from diffusion_jax.diffusion.samplers.multistep import (
   deis,
   dpmpp_2m,
@@ -51,7 +49,8 @@ class SamplerInfo:
   order: by which power of the step the error falls on a smooth grid: that of the sample, or, of
   stochastic samplers, that of the variance of Gaussian data; None where it does not fall to 0.
   Steps that an option counts, those of restart, must grow alike.
-  calls: of the network in each step; None where the sampler chooses its steps.
+  calls: of the network in each step; None where the sampler chooses its steps. more_calls: in the
+  first steps, beyond those.
   """
 
   function: Sampler
@@ -60,10 +59,11 @@ class SamplerInfo:
   calls: int | None
   description: str
   citation: str
+  more_calls: int = 0
 
 
-def _ode(function, order, calls, description, citation) -> SamplerInfo:
-  return SamplerInfo(function, False, order, calls, description, citation)
+def _ode(function, order, calls, description, citation, more_calls=0) -> SamplerInfo:
+  return SamplerInfo(function, False, order, calls, description, citation, more_calls)
 
 
 def _sde(function, order, calls, description, citation) -> SamplerInfo:
@@ -93,11 +93,11 @@ SAMPLERS: dict[str, SamplerInfo] = {
   'lms': _ode(lms, 4, 1, 'Adams-Bashforth of 4 steps in sigma / alpha', 'k-diffusion'),
   'plms': _ode(
     partial(pndm, runge_kutta=False), 2, 1,
-    'pseudo multistep of eps; one call more in the first step', 'Liu et al. 2022',
+    'pseudo multistep of eps; one call more in the first step', 'Liu et al. 2022', 1,
   ),
   'pndm': _ode(
     pndm, 2, 1, 'pseudo multistep of eps; in three steps four calls, midpoints in log-SNR',
-    'Liu et al. 2022',
+    'Liu et al. 2022', 9,
   ),
   'deis': _ode(deis, 3, 1, 'exponential multistep of eps', 'Zhang & Chen 2023'),
   'dpmpp_2m': _ode(dpmpp_2m, 2, 1, 'DPM-Solver++(2M)', 'Lu et al. 2022'),
@@ -141,7 +141,7 @@ SAMPLERS: dict[str, SamplerInfo] = {
 
 
 def sampler(name: str, **options) -> Sampler:
-  """The sampler of that name, with options bound, that computes once what no step changes.
+  """Return the sampler of that name, with its options bound.
 
   Raises:
     UserError: for a name that is not in the table, or an option that the sampler does not have.
@@ -157,9 +157,6 @@ def sampler(name: str, **options) -> Sampler:
     if option not in known:
       raise UserError(f'sampler {name!r} has no option {option!r}; choose from {", ".join(known)}.')
 
-  def draw(denoise, x, grid, keys, **more):
-    x, grid = as_arrays(x, grid)
-    denoise = hoisted(denoise, x, *pair_number(grid, 0))
-    return function(denoise, x, grid, keys, **options, **more)
-
-  return draw
+  return lambda denoise, x, grid, keys, **more: function(
+    denoise, *as_arrays(x, grid), keys, **options, **more
+  )
