@@ -21,7 +21,7 @@ DCN_AXES = ('data', 'fsdp')
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-  """A mesh of all devices with the axes of `layout.AXES`; each slice is a block of it.
+  """Make a mesh of all devices with the axes of `layout.AXES`; each slice is a block of it.
 
   Slices are what devices say they are (TPU, GPU). Other devices are taken for as many equal
   slices, in the order of their processes, as the dcn sizes multiply to; -1 counts as 1 there.
@@ -48,7 +48,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 
 
 def place(slices: Sequence[Sequence], within: Sequence[int], over: Sequence[int]) -> np.ndarray:
-  """Devices of each slice -> their places in the mesh: slices are contiguous blocks of it.
+  """Place the devices of each slice in the mesh: slices are contiguous blocks of it.
 
   As mesh_utils.create_hybrid_device_mesh, which knows no slices on simulated devices.
 
@@ -67,7 +67,7 @@ def place(slices: Sequence[Sequence], within: Sequence[int], over: Sequence[int]
 
 
 def _slices(devices: Sequence, count: int) -> list[list]:
-  """Devices by slice, as they say themselves or else `count` equal parts of them."""
+  """Return devices by slice, as they say themselves or else `count` equal parts of them."""
   numbers = [getattr(device, 'slice_index', None) for device in devices]
   if None not in numbers:
     slices = [[d for d, m in zip(devices, numbers, strict=True) if m == n]
@@ -96,7 +96,7 @@ def _slices(devices: Sequence, count: int) -> list[list]:
 
 
 def _filled(sizes: dict[str, int], total: int, prefix: str, of: str) -> dict[str, int]:
-  """The sizes with -1 filled in, so that they multiply to `total`."""
+  """Return the sizes with -1 filled in, so that they multiply to `total`."""
   for axis, size in sizes.items():
     if size == 0 or size < -1:
       raise UserError(f'{prefix}{axis} is {size}; give a positive size, or -1 for what is left.')
@@ -114,7 +114,7 @@ def _filled(sizes: dict[str, int], total: int, prefix: str, of: str) -> dict[str
 
 
 def shard_params(params: Params, mesh: Mesh) -> dict[str, NamedSharding]:
-  """The sharding of every parameter (arrays or shapes) by name."""
+  """Return the sharding of every parameter (arrays or shapes) by name."""
   sizes = mesh.shape
   return {
     name: NamedSharding(mesh, parameter_spec(name, p.shape, sizes)) for name, p in params.items()
@@ -122,7 +122,7 @@ def shard_params(params: Params, mesh: Mesh) -> dict[str, NamedSharding]:
 
 
 def shard_like(tree, params: Params, mesh: Mesh):
-  """Shardings for a tree that holds copies of `params`, such as an optimizer state or the EMA.
+  """Return shardings for copies of `params`, such as in an optimizer state or the EMA.
 
   A leaf below a dictionary key that names a parameter of the same shape is split like it; all else
   (counters, keys) is replicated.
@@ -139,7 +139,7 @@ def shard_like(tree, params: Params, mesh: Mesh):
 
 
 def put_params(params: dict[str, np.ndarray], mesh: Mesh) -> Params:
-  """Host arrays onto their shards; arrays that are there already stay."""
+  """Put host arrays onto their shards; arrays that are there already stay."""
   shardings = shard_params(params, mesh)
 
   def put(name: str, value: np.ndarray) -> jax.Array:
@@ -156,7 +156,7 @@ def batch_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-  """Rows of a global batch that this process's devices hold: sorted, each once.
+  """Return the rows of a global batch that this process's devices hold: sorted, each once.
 
   Where a tensor axis runs across processes, several processes hold the same rows.
 
@@ -169,9 +169,9 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def put_batch(batch, mesh: Mesh):
-  """This process's rows of a global batch -> global arrays, split over data and fsdp.
+  """Put this process's rows of a global batch into global arrays, split over data and fsdp.
 
-  And images by their rows over spatial.
+  Images are split by their rows over spatial, too.
 
   Args:
     batch: arrays [len(local_rows) ...] in the order of `local_rows`.
@@ -193,14 +193,14 @@ def put_batch(batch, mesh: Mesh):
 
 
 def abstract_batch(spec, mesh: Mesh):
-  """Shapes and types of a global batch -> the same with the shardings that `put_batch` gives."""
+  """Return the shapes of a global batch with the shardings that `put_batch` gives."""
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(x.shape, mesh)), spec
   )
 
 
 def to_host(tree):
-  """Arrays over the mesh -> numpy, whole, on every process."""
+  """Bring arrays from the mesh to every process, as complete numpy arrays."""
   def fetch(x):
     if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
       from jax.experimental import multihost_utils
@@ -212,7 +212,7 @@ def to_host(tree):
 
 
 def whole_batch(batch_size: int, mesh: Mesh) -> int:
-  """The batch size rounded up to a multiple of the devices that share a batch."""
+  """Return the batch size rounded up to a multiple of the devices that divide a batch."""
   ways = mesh.shape['data'] * mesh.shape['fsdp']
   return -(-batch_size // ways) * ways
 

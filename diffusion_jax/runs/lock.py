@@ -113,7 +113,7 @@ class RunLock:
 
   def _outlive(self, path: Path, first: Seen) -> None:
     """Return once a lock is known to be a dead process's, or gone. UserError if it lives."""
-    since, told, lock = time.monotonic(), False, first
+    since, said, lock = time.monotonic(), False, first
     while lock is not None:
       holder = _holder(lock.text)
       lives = _lives(holder, lock)
@@ -121,12 +121,12 @@ class RunLock:
         raise UserError(_refusal(self.folder, path, holder))
       if lives is False or time.monotonic() - since > LEASE_SECONDS:
         return
-      if not told:
+      if not said:
         self._say(
           f'{path} is the lock of {_name(holder)}, which cannot be asked from here; waiting up to '
           f'{LEASE_SECONDS:g} s for a sign of life.'
         )
-        told = True
+        said = True
       time.sleep(min(0.5, LEASE_SECONDS / 10))
       before, lock = lock, _look(path)
       if lock is not None and lock.text != before.text:
@@ -196,8 +196,8 @@ class RunLock:
 
 
 def _look(path: Path) -> Seen | None:
-  """None where there is no such file. By opening it, which shared file systems do not answer from
-  what they remember."""
+  """Read a lock, None where there is none; by opening it, or shared file systems answer from
+  memory."""
   try:
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
   except FileNotFoundError:
@@ -240,8 +240,8 @@ def _namespace() -> str:
 
 
 def _started(pid: int) -> str:
-  """When a process was started, in the kernel's ticks; '' where it cannot be known, and 'dead' for
-  one that has ended and only waits to be asked for its exit code."""
+  """Return when a process was started, in the kernel's ticks; '' where that cannot be known, and
+  'dead' for one that has ended and only waits to be asked for its exit code."""
   try:
     fields = Path(f'/proc/{pid}/stat').read_bytes().rpartition(b')')[2].split()
     return 'dead' if fields[0] in (b'Z', b'X') else fields[19].decode()

@@ -18,7 +18,7 @@ class Start:
 
   Used as a context. A start that is refused, by a UserError before training has begun, leaves the
   workdir as it was: a run that had finished is still finished. Within, nothing that is printed
-  raises (`io.streams`).
+  raises (`files.tolerant_streams`).
 
   Attributes:
     status: after `open`.
@@ -35,7 +35,7 @@ class Start:
     self._streams = tolerant_streams()
 
   def open(self, process: int, processes: int) -> None:
-    """Process 0 takes the lock; with several it raises what is wrong with it only in `meet`.
+    """Take the lock in process 0; with several it raises what is wrong with it only in `meet`.
 
     Raises:
       UserError: the workdir cannot be used, or another run is in it.
@@ -69,7 +69,7 @@ class Start:
       ) from error
 
   def meet(self) -> None:
-    """Once the processes are joined: all take part in this start, or none does.
+    """Make all processes, once joined, take part in this start, or none.
 
     Raises:
       UserError: process 0 could not take the lock; on all processes.
@@ -91,7 +91,7 @@ class Start:
       raise self._refusal
 
   def end(self, error: BaseException) -> None:
-    """The last word of a start that an error ends before training has begun."""
+    """Write the last word of a start that an error ends before training has begun."""
     if self.status is None:
       return
     over = isinstance(error, KeyboardInterrupt) and self.status.before.get('state') == 'finished'
@@ -137,7 +137,7 @@ class Start:
       thread.join(2)
 
   def _lost(self, sentence: str) -> None:
-    """Another start has the workdir now: from here on every file in it is that one's."""
+    """Leave, as another start has the workdir now: every file in it is that one's."""
     if self.status is not None:
       self.status.silence()
     _say(f'{sentence}; leaving')

@@ -31,11 +31,11 @@ class Status:
   (which start of the run it is of) and what the caller adds.
 
   Process 0 writes while things go on, and whichever process fails writes why. Every process has a
-  keeper beside it (`io.keeper`), which writes 'killed' when the process ends without a last word.
+  keeper beside it (`runs.keeper`), which writes 'killed' when the process ends without a last word.
 
   Attributes:
     before: the last word of the start before this one, {} if there is none.
-    start: the name of this start; processes that share one must be given the same.
+    start: the name of this start; all processes must be given the same.
     final: whether this process has said its last word.
   """
 
@@ -57,14 +57,14 @@ class Status:
     return {'step': 0} | facts | ({'goodput': spent} if (spent := self.goodput_before()) else {})
 
   def goodput_before(self) -> dict[str, float]:
-    """Seconds by phase of all starts before this one, {} where that is not known."""
+    """Return the seconds by phase of all starts before this one, {} where that is not known."""
     spent = self.before.get('goodput')
     return spent if isinstance(spent, dict) and all(map(_is_amount, spent.values())) else {}
 
   def seconds_since(self) -> float:
-    """Since the last word of the start before this one; 0 where there is none."""
-    told = self.before.get('updated')
-    return max(0.0, time.time() - told) if _is_amount(told) else 0.0
+    """Return the seconds since the last word of the start before; 0 where there is none."""
+    updated = self.before.get('updated')
+    return max(0.0, time.time() - updated) if _is_amount(updated) else 0.0
 
   def __call__(self, state: str, *, everyone: bool = False, **values: Any) -> None:
     """Note the state; after a final one nothing more is written.
@@ -90,7 +90,7 @@ class Status:
         self._tell_keeper(record)
 
   def _write(self, record: dict[str, Any]) -> None:
-    """A full disk must not end what the file can only describe."""
+    """Write where it is possible: a full disk must not end what the file only describes."""
     problem = ''
     try:
       self._directory.write_json(NAME, record)
@@ -101,7 +101,7 @@ class Status:
     self._problem = problem
 
   def put_back(self) -> None:
-    """The file as this start has found it: the run stands as it stood before."""
+    """Restore the file as this start has found it: the run stands as it stood before."""
     with self._lock:
       if self.final:
         return
@@ -116,7 +116,7 @@ class Status:
               file.write(self._found)
 
   def silence(self) -> None:
-    """From here on neither this process nor its keeper writes anything."""
+    """Let neither this process nor its keeper write anything from here on."""
     self.final = True
     if self._keeper is not None:
       self._tell_keeper({'state': 'refused'})
@@ -130,8 +130,8 @@ class Status:
           stdin=subprocess.PIPE, text=True, start_new_session=True,
         )
       before = self.before.get('start', '')
-      told = {**record, 'what': self._what, 'before': before if isinstance(before, str) else ''}
-      self._keeper.stdin.write(json.dumps(told) + '\n')
+      values = {**record, 'what': self._what, 'before': before if isinstance(before, str) else ''}
+      self._keeper.stdin.write(json.dumps(values) + '\n')
       self._keeper.stdin.flush()
 
   def close(self) -> None:
@@ -158,11 +158,11 @@ def stands_still(directory: RunDirectory, seconds: float) -> bool:
   One without a word, such as a copy, is known by what it has written last.
   """
   status = last_word(directory)
-  retry, told = status.get('retry'), status.get('updated')
-  if not isinstance(retry, bool) or not _is_amount(told):
+  retry, updated = status.get('retry'), status.get('updated')
+  if not isinstance(retry, bool) or not _is_amount(updated):
     found = [path for path in (directory.path, directory.checkpoints) if path.is_dir()]
-    retry, told = True, max((path.stat().st_mtime for path in found), default=0.0)
-  return not retry or time.time() - told > seconds
+    retry, updated = True, max((path.stat().st_mtime for path in found), default=0.0)
+  return not retry or time.time() - updated > seconds
 
 
 def _content(directory: RunDirectory) -> bytes | None:

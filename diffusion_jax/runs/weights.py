@@ -1,4 +1,4 @@
-"""Weights alone out of a run's checkpoints, to draw, score, or train on from."""
+"""Weights alone out of a run's checkpoints, to sample, score, or train on from."""
 
 from typing import Any
 

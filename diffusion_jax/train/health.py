@@ -237,7 +237,7 @@ class _Failure:
 class SideWork:
   """Does what only shows. What fails is named, counted, tried again, and never raises.
 
-  A full disk, one that can only be read, a damaged file and a bug in what draws are all alike here:
+  A full disk, one that can only be read, a damaged file and a bug in a chart are all alike here:
   none of them is worth the steps since the last checkpoint.
   """
 

@@ -12,14 +12,14 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.runs.directory import RunDirectory
 
 NAME = 'evaluation.json'
-FIRST_SHARE = 0.9
+FIRST_FRACTION = 0.9
 """Of the budget, for the first evaluation, so that later ones, some slower, end in time."""
 
 
 class SampleCount:
-  """One number for all evaluations of a run, for figures of other numbers cannot be compared.
+  """One number for all evaluations of a run, for metrics of other numbers cannot be compared.
 
-  Without a time budget it is loop.evaluate_samples. With one, the first evaluation draws as many as
+  Without a time budget it is loop.evaluate_samples. With one, the first evaluation makes as many as
   the time allows, and its number stays: it is written to the run's evaluation.json, where a later
   start finds it, and holds while loop.evaluate_samples and loop.evaluate_seconds are the same.
 
@@ -40,7 +40,7 @@ class SampleCount:
     if self.seconds:
       known = int(multihost_utils.broadcast_one_to_all(np.int32(self._read())))
       self.wanted, self._chosen = known or self.wanted, known > 0
-      self.seconds *= 1 if self._chosen else FIRST_SHARE
+      self.seconds *= 1 if self._chosen else FIRST_FRACTION
 
   def _read(self) -> int:
     """The number that this run has chosen, 0 for none."""
