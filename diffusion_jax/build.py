@@ -17,6 +17,7 @@ from diffusion_jax.data.unreadable import Counted, Damage
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.evaluator import EVALUATE, Evaluator
 from diffusion_jax.evaluation.report import REFERENCE, TESTED, of_features, of_model
+from diffusion_jax.evaluation.scores import best_is
 from diffusion_jax.models.attention import check_attention
 from diffusion_jax.models.kernels import check_matmul_precision
 from diffusion_jax.parallel.mesh import local_rows, make_mesh
@@ -139,6 +140,8 @@ def _evaluators(config: TrainingConfig, task: Task, mesh: Mesh) -> list[Evaluato
     )
   if not loop.evaluate_samples:
     return [one for one in found if one not in scoring]
+  if loop.keep_best and not loop.keep_best_is:
+    best_is(loop.keep_best)
   known = [name for one in scoring for name in getattr(one, 'metrics', ())]
   if loop.keep_best and known and loop.keep_best not in known:
     raise UserError(

@@ -229,7 +229,8 @@ class LoopConfig:
   evaluate_seconds: that sampling them may take, 0 for no limit; the first evaluation finds out how
   many samples that allows, and all later ones are of so many (`train.sample_count`).
   Kept are the last keep_checkpoints, those of every keep_every_steps, and the one that evaluates
-  best by the metric keep_best ('' for none), the lowest or highest as keep_best_is says.
+  best by the metric keep_best ('' for none): the lowest or highest, as keep_best_is says, or, where
+  that is '', as the metric does.
   profile_first_step, profile_steps: the window that is traced into WORKDIR/profile; a SIGUSR1
   traces as many steps from then on. wandb_project: log to Weights & Biases too; '' for no.
   """
@@ -244,7 +245,7 @@ class LoopConfig:
   keep_checkpoints: Positive = 2
   keep_every_steps: int = 0
   keep_best: str = ''
-  keep_best_is: Literal['lowest', 'highest'] = 'lowest'
+  keep_best_is: Literal['', 'lowest', 'highest'] = ''
   sample_every_steps: int = 500
   evaluate_every_steps: int = 0
   evaluate_samples: Count = 256

@@ -87,8 +87,25 @@ TRANSFORMS: Table = {
 SAMPLERS: Table = {}
 """`SamplerInfo` objects."""
 
-METRICS: Table = {}
-"""`Metric` objects."""
+METRICS: Table = {
+  'fd': 'diffusion_jax.evaluation.metrics.frechet:FD',
+  'fd_infinity': 'diffusion_jax.evaluation.metrics.frechet:FD_INFINITY',
+  'kid': 'diffusion_jax.evaluation.metrics.kernel:KID',
+  'precision_recall': 'diffusion_jax.evaluation.metrics.manifold:PRECISION_RECALL',
+  'density_coverage': 'diffusion_jax.evaluation.metrics.manifold:DENSITY_COVERAGE',
+  'cmmd': 'diffusion_jax.evaluation.metrics.kernel:CMMD',
+  'kl': 'diffusion_jax.evaluation.metrics.gaussians:KL',
+  'inception_score': 'diffusion_jax.evaluation.metrics.logits:INCEPTION_SCORE',
+  'clip_score': 'diffusion_jax.evaluation.metrics.text:CLIP_SCORE',
+  'retrieval': 'diffusion_jax.evaluation.metrics.text:RETRIEVAL',
+  'class_accuracy': 'diffusion_jax.evaluation.metrics.logits:CLASS_ACCURACY',
+  'psnr': 'diffusion_jax.evaluation.metrics.images:PSNR',
+  'ssim': 'diffusion_jax.evaluation.metrics.images:SSIM',
+  'l1': 'diffusion_jax.evaluation.metrics.images:L1',
+  'lpips': 'diffusion_jax.evaluation.metrics.images:LPIPS',
+  'bits_per_dim': 'diffusion_jax.evaluation.metrics.images:BITS_PER_DIM',
+}
+"""`evaluation.metrics.metric.Metric` objects."""
 
 EVALUATORS: Table = {}
 """What scores a model, while it is trained and after."""

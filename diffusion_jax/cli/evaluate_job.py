@@ -192,7 +192,7 @@ def _check_towers(metrics: list[str], extractors: list) -> None:
   from diffusion_jax.evaluation import scores
 
   clips = [extractor for extractor in extractors if hasattr(extractor, 'has_texts')]
-  asked = [name for name in metrics if 'texts' in scores.METRICS[name].needs]
+  asked = [name for name in metrics if 'texts' in scores.metric_of(name).needs]
   if asked and clips and not any(clip.has_texts for clip in clips):
     raise UserError(
       f'{asked[0]} needs texts, but {clips[0].name} is an image tower alone; give a CLIP with both '
@@ -283,7 +283,7 @@ def _reference(
   from diffusion_jax.evaluation.reference import open_reference
 
   what = args.reference
-  needs = {need for name in metrics for need in scores.METRICS[name].needs}
+  needs = {need for name in metrics for need in scores.metric_of(name).needs}
   if args.images and what is None and not needs & {'reference', 'moments'}:
     return Reference('none', moments={})
   if what in (None, 'train', 'test'):

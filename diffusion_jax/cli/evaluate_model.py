@@ -108,7 +108,7 @@ class Subject:
     """Bits per dimension of the test images of the captions, where --metrics names them."""
     from diffusion_jax.evaluation.comparison import FiguresOf
     from diffusion_jax.evaluation.likelihood import discrete_bits
-    from diffusion_jax.evaluation.scores import DISCRETE_BITS
+    from diffusion_jax.evaluation.metrics.images import DISCRETE_BITS
 
     if not wants_bits(self.args):
       return None

@@ -20,15 +20,14 @@ from diffusion_jax.evaluation.extract import Extraction, Features, extract, gath
 from diffusion_jax.evaluation.extract import column as column_of
 from diffusion_jax.evaluation.extractors.clip import CLIPFeatures
 from diffusion_jax.evaluation.images import ImageSet
+from diffusion_jax.evaluation.metrics.metric import Compared, MetricValues
 from diffusion_jax.evaluation.pieces import Chunks, Keeper, Made, Thumbnails
 from diffusion_jax.evaluation.scores import (
-  METRICS,
-  Compared,
-  Scores,
   check_metrics,
-  figure_names,
+  metric_of,
   score,
   takes_reference,
+  value_names,
 )
 from diffusion_jax.evaluation.showing import (
   best_and_worst,
@@ -150,7 +149,7 @@ def compare(
   samples: Features, reference: Features | dict[str, Moments], metrics: Sequence[str], *,
   texts: dict[str, np.ndarray] | None = None, labels: dict[str, np.ndarray] | None = None,
   own: bool = False, seed: int = 0, intervals: bool = True,
-) -> Scores:
+) -> MetricValues:
   """Every metric of the samples against the reference.
 
   Args:
@@ -248,7 +247,7 @@ class Found:
 
   columns: dict[str, Column]
   pictured: dict[str, Pictured]
-  scores: dict[str, Scores]
+  scores: dict[str, MetricValues]
   first: str
 
   def told(self) -> dict[str, Any]:
@@ -297,7 +296,7 @@ class Comparison:
     if self._classifiers and all(column.labels for column in columns.values()):
       known.add('labels')
     check_metrics(self.metrics, outputs, known)
-    figure_names(self.metrics, self.extraction.columns)  # Whether each has a name of its own.
+    value_names(self.metrics, self.extraction.columns)  # Whether each has a name of its own.
     for one in columns.values():
       self._labels(one)
 
@@ -366,7 +365,7 @@ class Comparison:
   def _metrics(self, column: Column) -> list[str]:
     """Those that a column can have: real images, say, have no bits per dimension of a model."""
     own = {*column.work.each}
-    return [m for m in self.metrics if not METRICS[m].source or own & {*METRICS[m].outputs}]
+    return [m for m in self.metrics if not metric_of(m).source or own & {*metric_of(m).outputs}]
 
   @property
   def _classifiers(self) -> dict[str, tuple[str, ...]]:

@@ -26,15 +26,14 @@ from diffusion_jax.evaluation.evaluator import (
 from diffusion_jax.evaluation.extract import Collected, Collector, Images
 from diffusion_jax.evaluation.extractors import check_named, load_named
 from diffusion_jax.evaluation.extractors.clip import text_towers
+from diffusion_jax.evaluation.metrics.metric import Compared, MetricValues
 from diffusion_jax.evaluation.report import PAIRS, real_retrieval
-from diffusion_jax.evaluation.scores import METRICS as KNOWN_METRICS
 from diffusion_jax.evaluation.scores import (
-  Compared,
-  Scores,
   check_metrics,
-  figure_names,
+  metric_of,
   outputs_of,
   score,
+  value_names,
 )
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.parallel.mesh import put_params, to_host
@@ -84,7 +83,7 @@ class EvaluationConfig:
   """What a model is scored by while it trains.
 
   features: KIND:PATH each, as for the command evaluate; () for the task's CLIP. metrics: names of
-  `scores.METRICS`.
+  `registry.METRICS`.
   """
 
   features: tuple[str, ...] = ()
@@ -115,10 +114,10 @@ class ImageScorer:
     self.collect = Collector(self.extractors, mesh, metrics)
     outputs = [name.rpartition(':')[2] for name in self.collect.columns]
     check_metrics(metrics, outputs, ('moments', 'reference', 'texts'), METRICS_KEY)
-    asked = any('texts' in KNOWN_METRICS[name].needs for name in metrics)
+    asked = any('texts' in metric_of(name).needs for name in metrics)
     self._clips = text_towers(features, self.extractors, mesh)
     self._towers = self._clips if asked else {}
-    self.names = figure_names(metrics, self.collect.columns)
+    self.names = value_names(metrics, self.collect.columns)
     """Of all metrics that it gives."""
 
   @functools.cached_property
@@ -146,7 +145,7 @@ class ImageScorer:
       print(f'diffusion_jax train: {text}', file=sys.stderr)
     return told
 
-  def scores(self, samples: Collected, texts: dict, seed: int) -> Scores:
+  def scores(self, samples: Collected, texts: dict, seed: int) -> MetricValues:
     """Return the metrics of samples that belong to these texts, against the reference."""
     compared = []
     for name, values in samples.items():

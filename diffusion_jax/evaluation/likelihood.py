@@ -37,7 +37,7 @@ from diffusion_jax.diffusion.losses import total
 from diffusion_jax.diffusion.noise import NoiseSchedule
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.generated import fresh_weights, shuffled
-from diffusion_jax.evaluation.scores import DISCRETE_BITS
+from diffusion_jax.evaluation.metrics.images import DISCRETE_BITS
 from diffusion_jax.limits import check_seed
 from diffusion_jax.parallel.mesh import in_batches
 from diffusion_jax.pipelines.model import Diffusion

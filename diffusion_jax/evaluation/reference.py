@@ -9,7 +9,7 @@ from jaxtyping import Float
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extractors import Extractor
 from diffusion_jax.evaluation.images import ImageSet, holds_images, open_images
-from diffusion_jax.evaluation.scores import METRICS
+from diffusion_jax.evaluation.metrics.metric import POOLED
 from diffusion_jax.evaluation.statistics import (
   Moments,
   Statistics,
@@ -20,7 +20,6 @@ from diffusion_jax.evaluation.statistics import (
 )
 
 SPATIAL = 'spatial'
-POOLED = tuple(output for output in METRICS['fd'].outputs if output != SPATIAL)
 
 
 def open_reference(

@@ -26,6 +26,7 @@ from scipy.special import bdtrc
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extractors.clip import CLIPFeatures
 from diffusion_jax.evaluation.metrics.text import retrieval_hits
+from diffusion_jax.evaluation.scores import value_of
 from diffusion_jax.files import atomic_write
 from diffusion_jax.formats.networks import resolve
 from diffusion_jax.runs.trained_on import Pictures, read_trained_on
@@ -134,17 +135,6 @@ def _are(sets: Sequence[str] | Mapping) -> str:
 Row = Mapping[str, Any]
 """COLUMN.FIGURE or settings.NAME -> value, or its text where it was read from a table."""
 
-_FAMILIES = ('clip', 'dinov2', 'classifier')
-_FAMILY_OF = {
-  'cmmd': 'clip', 'retrieval_r1': 'clip', 'class_accuracy': 'classifier', 'psnr': '', 'ssim': '',
-  'l1': '', 'lpips': '',
-}
-_OF_SETS = re.compile(r'r?s?fi?d(_|$)|precision|recall|density|coverage|kl(_|$)')
-"""Figures of two whole sets, which the number of images moves."""
-_OF_REFERENCE = re.compile(f'{_OF_SETS.pattern}|kid|cmmd|psnr|ssim|l1$|lpips')
-_OF_SAMPLES = re.compile(f'{_OF_SETS.pattern}|inception_score|retrieval')
-
-
 def incomparable(earlier: Sequence[Row], row: Row) -> list[str]:
   """A sentence for each way in which figures differ from the last ones of their names.
 
@@ -168,8 +158,19 @@ def _figures(row: Row) -> set[str]:
   return {figure for column, _, figure in named if column != 'settings'}
 
 
-def _differences(figure: str, last: Row, row: Row) -> Iterator[str]:
-  features = [_features(one, family_of(figure)) for one in (last, row)]
+_SAYS = {
+  'reference': 'the reference was another',
+  'reference_images': 'the reference had another number of images',
+  'samples': 'there was another number of samples',
+}
+
+
+def _differences(name: str, last: Row, row: Row) -> Iterator[str]:
+  known = value_of(name)
+  if known is None:
+    return
+  value, family = known
+  features = [_features(one, family) if family else () for one in (last, row)]
   if all(features) and features[0] != features[1]:
     was, now = (', '.join(sorted(names)) for names in features)
     networks = [{name.rpartition('/')[0] for name in names} for names in features]
@@ -177,22 +178,10 @@ def _differences(figure: str, last: Row, row: Row) -> Iterator[str]:
       'the features were others'
     )
     yield f'{what} ({was}, now {now})'
-  for name, pattern, what in (
-    ('reference', _OF_REFERENCE, 'the reference was another'),
-    ('reference_images', _OF_REFERENCE, 'the reference had another number of images'),
-    ('samples', _OF_SAMPLES, 'there was another number of samples'),
-  ):
-    was, now = (str(one.get(f'settings.{name}') or '') for one in (last, row))
-    infinite = figure.endswith('_infinity') and name != 'reference'
-    if was and now and was != now and pattern.match(figure) and not infinite:
+  for setting, what in _SAYS.items():
+    was, now = (str(one.get(f'settings.{setting}') or '') for one in (last, row))
+    if setting in value.comparable_on and was and now and was != now:
       yield f'{what} ({was}, now {now})'
-
-
-def family_of(figure: str) -> str:
-  """inception, clip, dinov2 or classifier; '' for a figure of no features."""
-  if figure in _FAMILY_OF or 'bits_per_dim' in figure:
-    return _FAMILY_OF.get(figure, '')
-  return next((name for name in _FAMILIES if name in figure.split('_')), 'inception')
 
 
 def _features(row: Row, family: str) -> set[str]:

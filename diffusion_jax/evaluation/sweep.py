@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from diffusion_jax.diffusion.samplers import SAMPLERS, sampler
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.metrics.metric import LOWER
+from diffusion_jax.evaluation.scores import value_of
 from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.types import Condition
@@ -81,10 +83,18 @@ def network_calls(model: Diffusion, sample: SampleConfig) -> int | None:
   return sum(rows)
 
 
-def best(figures: Mapping[str, Mapping[str, float]]) -> str:
-  """The column with the lowest Fréchet distance, else the highest CLIP score, else the first."""
-  first = next(iter(figures.values()))
-  distance = next((name for name in first if name == 'fid' or name.startswith('fd_')), None)
-  if distance:
-    return min(figures, key=lambda name: figures[name][distance])
-  return max(figures, key=lambda name: figures[name].get('clip_score', 0.0))
+def best(columns: Mapping[str, Mapping[str, float]]) -> str:
+  """Return the best column by the first of its metrics that says which way is better.
+
+  A Fréchet distance goes before a CLIP score, and that before all others; the first column where
+  no metric says it.
+  """
+  first = next(iter(columns.values()))
+  known = {name: found[0] for name in first if (found := value_of(name)) and found[0].better}
+  order = ['{distance}', 'clip_score']
+  rank = lambda name: order.index(known[name].name) if known[name].name in order else len(order)
+  chosen = min(known, key=rank, default=None)
+  if chosen is None:
+    return next(iter(columns))
+  pick = min if known[chosen].better == LOWER else max
+  return pick(columns, key=lambda name: columns[name][chosen])

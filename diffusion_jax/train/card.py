@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_jax.runs.trained_on import Pictures
-from diffusion_jax.viz.names import column_title, figure_title, ordered
+from diffusion_jax.viz.names import column_title, metric_title, ordered
 from diffusion_jax.viz.page import duration, plain
 from diffusion_jax.viz.run_files import Told
 
@@ -75,7 +75,7 @@ def _table(scores: Told, task: str) -> list[str]:
     cells = [
       f'{scores.columns[c][row]:.4g}' if row in scores.columns[c] else '' for c in columns
     ]
-    title = figure_title(row, task)
+    title = metric_title(row, task)
     name = f'{title} (`{row}`)' if title != row else f'`{row}`'
     lines.append(f'| {name} | {" | ".join(cells)} |')
   settings = dict(scores.settings)

@@ -13,6 +13,7 @@ import numpy as np
 from diffusion_jax.checkpoint.checkpoints import Checkpoints
 from diffusion_jax.checkpoint.keeping import Keep
 from diffusion_jax.checkpoint.saving import may_pass, of_storage, reason
+from diffusion_jax.evaluation.scores import LOWEST, best_is
 from diffusion_jax.files import reading
 from diffusion_jax.parallel.mesh import to_host
 from diffusion_jax.parallel.processes import A_DAY, agree
@@ -45,10 +46,11 @@ class Saver:
 
   def __init__(self, training: Training, say: Callable[[str], None]):
     loop = training.loop
+    best = loop.keep_best_is or (best_is(loop.keep_best) if loop.keep_best else LOWEST)
     self._loader, self._ask_every = training.loader, loop.log_every_steps
     self._checkpoints = Checkpoints(
       training.directory.checkpoints,
-      Keep(loop.keep_checkpoints, loop.keep_every_steps, loop.keep_best, loop.keep_best_is),
+      Keep(loop.keep_checkpoints, loop.keep_every_steps, loop.keep_best, best),
       retry_seconds=training.safety.checkpoint_retry_seconds, say=say,
     )
 

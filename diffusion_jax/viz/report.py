@@ -23,7 +23,7 @@ from diffusion_jax.viz.charts import (
   spread,
   timestep_chart,
 )
-from diffusion_jax.viz.names import OWN, column_title, figure_title, ordered
+from diffusion_jax.viz.names import OWN, column_title, metric_title, ordered
 from diffusion_jax.viz.run_files import (
   MOST_METRICS,
   Curve,
@@ -144,7 +144,7 @@ def _scores(run: Run) -> str:
   columns = ordered(list(found.columns))
   metrics = dict.fromkeys(metric for name in columns for metric in found.columns[name])
   rows = [
-    (figure_title(metric, task), [page.number(found.columns[name].get(metric)) for name in columns])
+    (metric_title(metric, task), [page.number(found.columns[name].get(metric)) for name in columns])
     for metric in metrics
   ]
   own = next((i for i, name in enumerate(columns) if name in OWN), None)
@@ -244,7 +244,7 @@ def _charts(run: Run, wanted: Callable[[str], bool]) -> str:
     curves = {name: curve for name, curve in curves.items() if curve.points}
     positive = [v for curve in curves.values() for v in _values(curve.points) if v > 0]
     wide = bool(positive) and not _is_speed(key) and max(positive) > 20 * min(positive)
-    title = figure_title(key, _task_name(run))
+    title = metric_title(key, _task_name(run))
     charts.append((title, _chart(curves, title, _SMOOTHING, wide)))
   return page.chart_grid(charts)
 
@@ -265,7 +265,7 @@ def _learning_rates(run: Run) -> str:
   if not keys:
     return ''
   chart = _chart({key: metrics.curve(key) for key in keys}, 'Learning rate')
-  body = page.chart_grid([(', '.join(map(figure_title, keys)), chart)])
+  body = page.chart_grid([(', '.join(map(metric_title, keys)), chart)])
   return page.section('learning-rate', 'Learning rate', '', body)
 
 

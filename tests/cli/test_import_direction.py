@@ -10,8 +10,8 @@ from tests.tiny import ROOT
 
 LAYERS = (
   ('cli', '__main__'), ('run',), ('costs',), ('build',),
-  ('train', 'evaluation', 'pipelines'),
-  ('formats', 'data', 'viz', 'checkpoint', 'runs'), ('diffusion', 'models'),
+  ('train', 'evaluation', 'pipelines', 'viz'),
+  ('formats', 'data', 'checkpoint', 'runs'), ('diffusion', 'models'),
   ('backend', 'parallel'),
 )
 SHARED = {

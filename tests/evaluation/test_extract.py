@@ -28,12 +28,14 @@ from diffusion_jax.evaluation.extract import (
 from diffusion_jax.evaluation.extractors.clip import CLIPExtractor
 from diffusion_jax.evaluation.generated import Budget
 from diffusion_jax.evaluation.images import First, Folder, Split
+from diffusion_jax.evaluation.metrics.metric import Compared
 from diffusion_jax.evaluation.pieces import Chunks
-from diffusion_jax.evaluation.scores import METRICS, Compared, figure_names, score, sums_suffice
+from diffusion_jax.evaluation.scores import metric_of, score, sums_suffice, value_names
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.clip import CLIP
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from diffusion_jax.registry import METRICS
 from tests import tiny
 from tests.evaluation.colours import Colours
 
@@ -318,8 +320,8 @@ def test_images_are_regrouped_in_their_order():
 ])
 def test_two_figures_of_one_name_are_refused_before_any_work(columns, named):
   with pytest.raises(UserError, match=named):
-    figure_names(['fd'], columns)
-  assert len(figure_names(['fd', 'kid'], columns[:1])) == 3
+    value_names(['fd'], columns)
+  assert len(value_names(['fd', 'kid'], columns[:1])) == 3
 
 
 def test_figures_are_called_as_they_are_computed():
@@ -332,11 +334,11 @@ def test_figures_are_called_as_they_are_computed():
              'classifier/x/bicubic:logits']
   labels = np.arange(n) % d
   compared = [Compared(c, samples, moments, reference, samples, labels) for c in columns]
-  metrics = [name for name, metric in METRICS.items() if not metric.source]
+  metrics = [name for name in METRICS if not metric_of(name).source]
   assert len(metrics) >= 10
   for name in metrics:
     found = score([name], compared, intervals=False)
-    assert list(found.values) == figure_names([name], columns), name
+    assert list(found.values) == value_names([name], columns), name
   sums = [Compared(c, None, moments, sums=Statistics.from_features(samples)) for c in columns]
   kept = [c for c in compared if c.column == columns[3]]
   of_sums = score(['fd', 'kl'], [sums[3]]).values

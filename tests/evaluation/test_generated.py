@@ -131,7 +131,7 @@ def test_a_budget_ends_drawing_after_two_batches_and_16_samples(on_one):
 
 @pytest.mark.parametrize(('features', 'metrics', 'named'), [
   (('vgg:x',), ('fd',), 'settings.evaluation.features vgg:x is not of the form KIND:PATH'),
-  ((), ('FID',), "no metric 'FID'; choose of fd"),
+  ((), ('FID',), "no metric 'FID'; choose one of fd"),
   ((), (), 'settings.evaluation.metrics is empty'),
 ])
 def test_a_config_that_cannot_be_is_refused(features, metrics, named):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from diffusion_jax.evaluation.report import add_rows, family_of, incomparable, read_rows, write
+from diffusion_jax.evaluation.report import add_rows, incomparable, read_rows, write
+from diffusion_jax.evaluation.scores import value_of
 
 
 def _row(*figures, **settings):
@@ -48,7 +49,7 @@ def test_the_last_row_with_the_figure_counts():
 
 
 def test_families():
-  found = {name: family_of(name) for name in (
+  found = {name: value_of(name)[1] for name in (
     'fid', 'sfid', 'kid_std', 'inception_score', 'rfd_dinov2', 'kid_clip_std', 'cmmd',
     'class_accuracy', 'fd_classifier_infinity', 'psnr', 'latent_bits_per_dim_discrete',
   )}
@@ -56,6 +57,21 @@ def test_families():
     'inception', 'inception', 'inception', 'inception', 'dinov2', 'clip', 'clip', 'classifier',
     'classifier', '', '',
   ]
+
+
+def test_titles_say_which_way_is_better():
+  titles = {name: value.titled(name, family) for name in (
+    'fid', 'rfid', 'sfid', 'kid_std', 'fd_clip', 'rfd_dinov2_infinity', 'psnr', 'energy_distance',
+    'retrieval_r1_of_3312', 'retrieval_r5_of_100',
+  ) for value, family in [value_of(name)]}
+  assert list(titles.values()) == [
+    'FID ↓', 'rFID ↓', 'sFID ↓', 'KID, deviation over subsets',
+    'Fréchet distance, CLIP features ↓',
+    'Fréchet distance, DINOv2 features, for infinitely many ↓', 'PSNR, dB ↑',
+    'Energy distance to the test points ↓', 'Own caption ranked first of 3,312 ↑',
+    'Own caption among the first 5 of 100 ↑',
+  ]
+  assert value_of('loss') is None
 
 
 def test_figures_are_in_the_json_only_once_they_are_in_the_table(tmp_path):

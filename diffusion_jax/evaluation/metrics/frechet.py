@@ -11,6 +11,16 @@ import numpy as np
 from jaxtyping import Float
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.metrics.bootstrap import Interval, interval_of_groups, random_groups
+from diffusion_jax.evaluation.metrics.metric import (
+  LOWER,
+  OF_SETS,
+  POOLED,
+  Compared,
+  Metric,
+  MetricValues,
+  Value,
+)
 from diffusion_jax.evaluation.metrics.pairwise import matrix
 from diffusion_jax.evaluation.statistics import Moments, Statistics, check_same_width
 
@@ -116,3 +126,55 @@ def extrapolated_frechet_distance(
   return Extrapolation(
     float(value), float(error), float(slope), tuple(sizes.tolist()), tuple(distances.tolist())
   )
+
+
+GROUPS, WIDE = 32, 512
+"""Groups of samples whose halves give the interval of a Fréchet distance; of features wider than
+WIDE fewer halves are tried, for each takes the eigenvalues of a matrix of that width."""
+FEWEST_FOR_FID = 10_000
+"""Below so many samples FID is mostly bias (Chong & Forsyth 2020, fig. 1)."""
+
+
+def _frechet(of: Compared, values: MetricValues, seed: int) -> None:
+  """fid, sfid, or fd_FAMILY, with its interval; rfid ... of reconstructions."""
+  name = of.distance
+  n, d = of.statistics.n, len(of.statistics.mean)
+  reference = FrechetReference(of.moments)
+  value = reference.distance(of.statistics)
+  interval = None
+  if values.with_intervals and of.samples is not None and n >= 4 * GROUPS:
+    groups = random_groups(of.samples, GROUPS, seed=seed)
+    interval = interval_of_groups(
+      reference.distance, groups, resamples=50 if d <= WIDE else 8, seed=seed
+    )._replace(estimate=value)
+  values.add(name, value, interval)
+  if n < FEWEST_FOR_FID:
+    values.warnings.append(
+      f'{name} of {n} samples is not comparable with figures of other numbers of samples: it falls '
+      f'as they grow. Published ones are of 50,000; fd_infinity is without that bias.'
+    )
+  if n <= d:
+    values.warnings.append(f'{name}: {n} samples do not span features of width {d}.')
+
+
+def _frechet_infinity(of: Compared, values: MetricValues, seed: int) -> None:
+  """The same at an infinite number of samples."""
+  found = extrapolated_frechet_distance(of.samples, of.moments, seed=seed)
+  name = f'{of.distance}_infinity'
+  reach = 1.96 * found.standard_error
+  values.add(name, found.value, Interval(
+    found.value, found.value - reach, found.value + reach, found.standard_error, 0.95, 'fit'
+  ))
+
+
+FD = Metric(
+  'fd', _frechet, (*POOLED, 'spatial'), ('moments',), of_moments=True, values=(
+    Value('{distance}', 'Fréchet distance, {features} features', LOWER, OF_SETS, alone='FID'),
+  ),
+)
+FD_INFINITY = Metric('fd_infinity', _frechet_infinity, POOLED, ('moments',), values=(
+  Value(
+    '{distance}_infinity', 'Fréchet distance, {features} features, for infinitely many', LOWER,
+    ('features', 'reference'), alone='FID, for infinitely many',
+  ),
+))

@@ -8,6 +8,15 @@ import numpy as np
 from jaxtyping import Float
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.metrics.metric import (
+  LOWER,
+  OF_SETS,
+  POOLED,
+  Compared,
+  Metric,
+  MetricValues,
+  Value,
+)
 from diffusion_jax.evaluation.metrics.pairwise import pair
 from diffusion_jax.evaluation.statistics import Moments, check_same_width
 
@@ -137,3 +146,23 @@ def principal_components(
   return PrincipalComponents(
     axes, *on_axes, share(on_axes[0], reference), share(on_axes[1], samples)
   )
+
+
+def _kl(of: Compared, values: MetricValues, seed: int) -> None:
+  """kl (samples from reference) and kl_reverse of the fitted Gaussians, in nats."""
+  found = gaussian_kl(of.statistics, of.moments)
+  values.add(f'kl{of.suffix}', found.forward)
+  values.add(f'kl_reverse{of.suffix}', found.backward)
+  shrunk = max(found.shrinkage_a, found.shrinkage_b)
+  if shrunk:
+    values.warnings.append(
+      f'kl{of.suffix}: covariances were shrunk by up to {shrunk:.3g}, for want of samples.'
+    )
+
+
+KL = Metric('kl', _kl, POOLED, ('moments',), of_moments=True, values=(
+  Value('kl{suffix}', 'KL divergence from the reference, {features} features', LOWER, OF_SETS,
+        alone='KL divergence from the reference'),
+  Value('kl_reverse{suffix}', 'KL divergence of the reference, {features} features', LOWER,
+        OF_SETS, alone='KL divergence of the reference'),
+))

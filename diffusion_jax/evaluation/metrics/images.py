@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.metrics.metric import HIGHER, LOWER, Metric, Value, of_each
 
 _WINDOW, _SIGMA = 11, 1.5
 _PEAK = 2.0  # The range of the values.
@@ -101,3 +102,23 @@ def _pairs(x: np.ndarray, y: np.ndarray, name: str) -> tuple[np.ndarray, np.ndar
       f'{list(y.shape)}: give originals and reconstructions in pairs.'
     )
   return x, y
+
+
+DISCRETE_BITS = 'latent_bits_per_dim_discrete'
+_OF_REFERENCE = ('reference', 'reference_images')
+
+
+def _of_pairs(name: str, title: str, better: str, source: str = 'an autoencoder') -> Metric:
+  return Metric(name, of_each, (name,), (), title, better, _OF_REFERENCE, source=source)
+
+
+PSNR = _of_pairs('psnr', 'PSNR, dB', HIGHER)
+SSIM = _of_pairs('ssim', 'SSIM', HIGHER)
+L1 = _of_pairs('l1', 'L1 distance, pixels in [-1, 1]', LOWER)
+LPIPS = _of_pairs('lpips', 'LPIPS', LOWER, 'an autoencoder, and --lpips')
+BITS_PER_DIM = Metric(
+  'bits_per_dim', of_each, (DISCRETE_BITS,), (), comparable_on=(),
+  source='a diffusion model and images to draw', values=(
+    Value(DISCRETE_BITS, 'Bits per dimension of latents, discrete bound', LOWER),
+  ),
+)

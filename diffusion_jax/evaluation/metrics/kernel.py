@@ -13,6 +13,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.metrics.metric import (
+  LOWER,
+  POOLED,
+  Compared,
+  Metric,
+  MetricValues,
+  Value,
+)
 from diffusion_jax.evaluation.metrics.pairwise import blocks, matrix, pair, squared_distances
 
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
@@ -121,3 +129,32 @@ def energy_distance(x: Float[np.ndarray, 'n d'], y: Float[np.ndarray, 'm d']) ->
   between = cdist(x, y).mean()
   within = sum(pdist(points).mean() for points in (x, y))
   return float(2 * between - within)
+
+
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+_OF_REFERENCE = ('features', 'reference', 'reference_images')
+
+
+def _kid(of: Compared, values: MetricValues, seed: int) -> None:
+  """kid, kid_std."""
+  size = min(KID_SUBSET_SIZE, len(of.samples), len(of.reference))
+  value, std = kernel_distance(
+    of.samples, of.reference, subsets=KID_SUBSETS, subset_size=size, seed=seed
+  )
+  values.add(f'kid{of.suffix}', value)
+  values.add(f'kid{of.suffix}_std', std)
+
+
+def _cmmd(of: Compared, values: MetricValues, seed: int) -> None:
+  """cmmd."""
+  values.add('cmmd', cmmd(of.samples, of.reference))
+
+
+KID = Metric('kid', _kid, POOLED, values=(
+  Value('kid{suffix}', 'Kernel distance, {features} features', LOWER, _OF_REFERENCE, alone='KID'),
+  Value('kid{suffix}_std', 'Kernel distance, {features} features, deviation over subsets', '',
+        _OF_REFERENCE, alone='KID, deviation over subsets'),
+))
+CMMD = Metric('cmmd', _cmmd, ('embedding',), values=(
+  Value('cmmd', 'CMMD', LOWER, _OF_REFERENCE, 'clip'),
+))

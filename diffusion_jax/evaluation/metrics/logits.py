@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.metrics.metric import HIGHER, Compared, Metric, MetricValues, Value
 from diffusion_jax.evaluation.metrics.pairwise import matrix
 
 
@@ -70,3 +71,27 @@ def class_accuracy(
 ) -> float:
   """Share of images, in [0, 1], whose label is among the `top` highest logits; see `class_hits`."""
   return float(class_hits(logits, labels, top=top).mean())
+
+
+def _inception_score(of: Compared, values: MetricValues, seed: int) -> None:
+  """inception_score, inception_score_std."""
+  value, std = inception_score(of.samples, splits=min(10, len(of.samples)))
+  values.add('inception_score', value)
+  values.add('inception_score_std', std)
+
+
+def _class_accuracy(of: Compared, values: MetricValues, seed: int) -> None:
+  """class_accuracy: share of images that the classifier finds to be of their own class."""
+  hits = class_hits(of.samples, of.labels)
+  values.add('class_accuracy', hits.mean(), _interval_of_mean(hits, scores, seed))
+
+
+INCEPTION_SCORE = Metric('inception_score', _inception_score, ('logits_unbiased',), (), values=(
+  Value('inception_score', 'Inception score', HIGHER, ('features', 'samples')),
+  Value('inception_score_std', 'Inception score, deviation over parts', '',
+        ('features', 'samples')),
+))
+CLASS_ACCURACY = Metric('class_accuracy', _class_accuracy, ('logits',), ('labels',), values=(
+  Value('class_accuracy', 'Fraction found to be of their class', HIGHER, ('features',),
+        'classifier'),
+))

@@ -13,6 +13,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.metrics.metric import (
+  HIGHER,
+  OF_SETS,
+  POOLED,
+  Compared,
+  Metric,
+  MetricValues,
+  Value,
+)
 from diffusion_jax.evaluation.metrics.pairwise import (
   BLOCK,
   blocks,
@@ -197,3 +206,32 @@ def _keep_most_similar(values, found, x, y, start, columns):
   k = values.shape[1]
   values, place = jax.lax.top_k(jnp.concatenate([values, fresh], axis=1), k)
   return values, jnp.take_along_axis(jnp.concatenate([found, index], axis=1), place, axis=1)
+
+
+def _precision_recall(of: Compared, values: MetricValues, seed: int) -> None:
+  """precision, recall."""
+  found = precision_recall(of.samples, of.reference)
+  values.add(f'precision{of.suffix}', found.precision)
+  values.add(f'recall{of.suffix}', found.recall)
+  if len(of.samples) != len(of.reference):
+    values.warnings.append(
+      f'precision{of.suffix} and recall{of.suffix} of {len(of.samples)} samples against '
+      f'{len(of.reference)} reference images: compare only figures of these numbers.'
+    )
+
+
+def _density_coverage(of: Compared, values: MetricValues, seed: int) -> None:
+  """density, coverage."""
+  found = density_coverage(of.samples, of.reference)
+  values.add(f'density{of.suffix}', found.density)
+  values.add(f'coverage{of.suffix}', found.coverage)
+
+
+PRECISION_RECALL = Metric('precision_recall', _precision_recall, POOLED, values=(
+  Value('precision{suffix}', 'Precision, {features} features', HIGHER, OF_SETS, alone='Precision'),
+  Value('recall{suffix}', 'Recall, {features} features', HIGHER, OF_SETS, alone='Recall'),
+))
+DENSITY_COVERAGE = Metric('density_coverage', _density_coverage, POOLED, values=(
+  Value('density{suffix}', 'Density, {features} features', HIGHER, OF_SETS, alone='Density'),
+  Value('coverage{suffix}', 'Coverage, {features} features', HIGHER, OF_SETS, alone='Coverage'),
+))

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.metrics.metric import HIGHER, Compared, Metric, MetricValues, Value
 from diffusion_jax.evaluation.metrics.pairwise import matrix
 
 # Two captions with one embedding score alike only up to the order in which products are summed.
@@ -90,3 +91,25 @@ def _unit_pairs(
   # A zero vector stays zero, similar to nothing, instead of becoming NaN.
   unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30)
   return unit(images), unit(texts)
+
+
+def _clip_score(of: Compared, values: MetricValues, seed: int) -> None:
+  """clip_score, with its interval."""
+  each = clip_score_of_each(of.samples, of.texts)
+  values.add('clip_score', each.mean(), _interval_of_mean(each, scores, seed))
+
+
+def _retrieval(of: Compared, values: MetricValues, seed: int) -> None:
+  """retrieval_r1: own caption first among 100, with its interval."""
+  hits = retrieval_hits(of.samples, of.texts, k=1, seed=seed)
+  values.add('retrieval_r1', hits.mean(), _interval_of_mean(hits, scores, seed))
+  if len(hits) < 100:
+    values.warnings.append(f'retrieval_r1 ranks {len(hits)} captions instead of 100: it is easier.')
+
+
+CLIP_SCORE = Metric('clip_score', _clip_score, ('embedding',), ('texts',), values=(
+  Value('clip_score', 'CLIP score', HIGHER, ('features',), 'clip'),
+))
+RETRIEVAL = Metric('retrieval', _retrieval, ('embedding',), ('texts',), values=(
+  Value('retrieval_r1', 'Own caption ranked first', HIGHER, ('features', 'samples'), 'clip'),
+))
