@@ -148,7 +148,7 @@ def principal_components(
   )
 
 
-def _kl(of: Compared, values: MetricValues, seed: int) -> None:
+def _divergences(of: Compared, values: MetricValues, seed: int) -> None:
   """kl (samples from reference) and kl_reverse of the fitted Gaussians, in nats."""
   found = gaussian_kl(of.statistics, of.moments)
   values.add(f'kl{of.suffix}', found.forward)
@@ -160,7 +160,7 @@ def _kl(of: Compared, values: MetricValues, seed: int) -> None:
     )
 
 
-KL = Metric('kl', _kl, POOLED, ('moments',), of_moments=True, values=(
+KL = Metric('kl', _divergences, POOLED, ('moments',), of_moments=True, values=(
   Value('kl{suffix}', 'KL divergence from the reference, {features} features', LOWER, OF_SETS,
         alone='KL divergence from the reference'),
   Value('kl_reverse{suffix}', 'KL divergence of the reference, {features} features', LOWER,

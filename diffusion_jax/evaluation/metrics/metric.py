@@ -100,9 +100,10 @@ class Value:
   """A value that a metric gives.
 
   name: in which {suffix} and {distance} depend on the features, see `Compared`, and {k} and {n} are
-  numbers. title: for people; {features} is the network's. better: 'lower', 'higher', or '' where neither is. comparable_on:
-  settings in which two evaluations must agree for their values to be compared. family: of the
-  features, where the name does not tell it. alone: the title where the features are Inception's.
+  numbers. title: for people; {features} is the network's. better: 'lower', 'higher', or '' where
+  neither is. comparable_on: settings in which two evaluations must agree for their values to be
+  compared. family: of the features, where the name does not tell it. alone: the title where the
+  features are Inception's.
   """
 
   name: str
