@@ -83,7 +83,7 @@ def _inception_score(of: Compared, values: MetricValues, seed: int) -> None:
 def _class_accuracy(of: Compared, values: MetricValues, seed: int) -> None:
   """class_accuracy: share of images that the classifier finds to be of their own class."""
   hits = class_hits(of.samples, of.labels)
-  values.add('class_accuracy', hits.mean(), _interval_of_mean(hits, scores, seed))
+  values.add_mean('class_accuracy', hits, seed)
 
 
 INCEPTION_SCORE = Metric('inception_score', _inception_score, ('logits_unbiased',), (), values=(

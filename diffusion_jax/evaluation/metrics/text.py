@@ -96,13 +96,13 @@ def _unit_pairs(
 def _clip_score(of: Compared, values: MetricValues, seed: int) -> None:
   """clip_score, with its interval."""
   each = clip_score_of_each(of.samples, of.texts)
-  values.add('clip_score', each.mean(), _interval_of_mean(each, scores, seed))
+  values.add_mean('clip_score', each, seed)
 
 
 def _retrieval(of: Compared, values: MetricValues, seed: int) -> None:
   """retrieval_r1: own caption first among 100, with its interval."""
   hits = retrieval_hits(of.samples, of.texts, k=1, seed=seed)
-  values.add('retrieval_r1', hits.mean(), _interval_of_mean(hits, scores, seed))
+  values.add_mean('retrieval_r1', hits, seed)
   if len(hits) < 100:
     values.warnings.append(f'retrieval_r1 ranks {len(hits)} captions instead of 100: it is easier.')
 
