@@ -291,6 +291,9 @@ def _log_scale(axes: Axes, values: Sequence[float]) -> None:
   log_axis(axes.yaxis, (1, 2, 5) if ratio < 100 else (1,))
 
 
+_MAX_LOG_SNR = 30.0
+
+
 def schedule_chart(
   schedules: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], *, title: str
 ) -> str:

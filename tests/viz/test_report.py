@@ -349,7 +349,7 @@ def test_only_what_is_scored_stands_out(tmp_path):
   ('clip', 'retrieval_r5_of_379', 'Own caption among the first 5 of 379 ↑'),
   ('toy', 'images_per_second', 'Records per second ↑'),
   ('diffusion', 'fd_dinov2', 'Fréchet distance, DINOv2 features ↓'),
-  ('diffusion', 'fd_clip_infinity', 'Fréchet distance, CLIP features ↓, for infinitely many'),
+  ('diffusion', 'fd_clip_infinity', 'Fréchet distance, CLIP features, for infinitely many ↓'),
   ('diffusion', 'kid_classifier_std',
    "Kernel distance, the classifier's features, deviation over subsets"),
 ])
