@@ -27,13 +27,12 @@ Weights = dict[str, Params]
 
 
 class Condition(NamedTuple):
-  """What a denoiser is given beside x and t; None for what it does not take.
+  """What a denoiser is conditioned on, besides x and t; None for what it does not take.
 
   text: [b l d]. pooled: [b p], the pooled text of SDXL. sizes: [b 6], SDXL's original height and
   width, top and left of the crop, target height and width, in pixels. labels: [b], a class or the
   level of the noise on `image`. image: [b h w c], channels beside x: masks, depth, other latents.
-  control: [b H W 3] in [0, 1], the picture a ControlNet sees, with its strength [b]. more: fields
-  of other names, [b ...].
+  control: [b H W 3] in [0, 1], the picture a ControlNet sees, with its strength [b].
   """
 
   text: Text | None = None
@@ -43,12 +42,6 @@ class Condition(NamedTuple):
   image: Array | None = None
   control: Array | None = None
   strength: Array | None = None
-  more: dict[str, Array] | None = None
-
-  def given(self) -> dict[str, Array]:
-    """Return all fields that a network may take by name; `image` is part of its input x."""
-    named = {name: getattr(self, name) for name in ('text', 'pooled', 'sizes', 'labels')}
-    return {name: value for name, value in named.items() if value is not None} | (self.more or {})
 
 
 class Record(TypedDict):

@@ -14,7 +14,7 @@ MOST_LAYERS, MOST_LEVELS = 512, 12
 
 
 def require(condition: bool, message: str) -> None:
-  """Raises UserError(message) unless `condition` holds."""
+  """Raise UserError(message) unless `condition` holds."""
   if not condition:
     raise UserError(message)
 
@@ -35,7 +35,7 @@ def freeze_lists(config: Any) -> None:
 
 
 def positive(config: Any, *names: str, most: int = MOST) -> None:
-  """Raises UserError unless each named field is one positive whole number, `most` at most."""
+  """Raise UserError unless each named field is one positive whole number, `most` at most."""
   for name in names:
     value = getattr(config, name)
     good = type(value) is int and 0 < value <= most
@@ -62,7 +62,7 @@ def all_positive(config: Any, *names: str, most: int = MOST) -> None:
 
 
 def some_blocks(config: Any, count: int) -> None:
-  """Raises UserError where a config describes more blocks than any network has."""
+  """Raise UserError where a config describes more blocks than any network has."""
   require(
     count <= MOST_LAYERS,
     f'{type(config).__name__} describes {count:,} blocks, where {MOST_LAYERS} are allowed; lower '
@@ -71,7 +71,7 @@ def some_blocks(config: Any, count: int) -> None:
 
 
 def above_zero(config: Any, *names: str, most: float = 1e6) -> None:
-  """Raises UserError unless each named field is one positive number, `most` at most."""
+  """Raise UserError unless each named field is one positive number, `most` at most."""
   for name in names:
     value = getattr(config, name)
     good = type(value) in (int, float) and 0 < value <= most
@@ -82,7 +82,7 @@ def above_zero(config: Any, *names: str, most: float = 1e6) -> None:
 
 
 def groups_divide(config: Any) -> None:
-  """Raises UserError unless norm_num_groups divides every entry of block_out_channels."""
+  """Raise UserError unless norm_num_groups divides every entry of block_out_channels."""
   for channels in config.block_out_channels:
     require(
       channels % config.norm_num_groups == 0,
@@ -92,13 +92,15 @@ def groups_divide(config: Any) -> None:
 
 
 def size_fits(shape: tuple[int, ...], channels: int, factor: int, what: str) -> None:
-  """Raises UserError unless `shape` is [b h w channels] with h and w multiples of `factor`."""
+  """Raise UserError unless `shape` is [b h w channels] with h and w multiples of `factor`."""
   require(len(shape) == 4, f'{what} must have shape [b h w c], not {list(shape)}.')
   require(
     shape[-1] == channels, f'{what} must have {channels} channels, not {shape[-1]} ({list(shape)}).'
   )
+  sizes = shape[1:3]
+  near = 'x'.join(str(max(round(n / factor), 1) * factor) for n in sizes)
   require(
-    shape[1] % factor == 0 and shape[2] % factor == 0 and shape[1] * shape[2] > 0,
-    f'{what} of {shape[1]}x{shape[2]} cannot be halved often enough: height and width must be '
-    f'multiples of {factor}.',
+    all(n > 0 and n % factor == 0 for n in sizes),
+    f'{what} of {shape[1]}x{shape[2]} cannot be divided as the network does: height and width must '
+    f'be multiples of {factor}; the nearest such size is {near}.',
   )

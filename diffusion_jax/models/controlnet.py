@@ -7,14 +7,13 @@ import dataclasses
 import itertools
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from diffusion_jax.models.checks import all_positive, positive, require
 from diffusion_jax.models.layers import Conv, pointwise
 from diffusion_jax.models.unet import Encoder, EncoderConfig, UNetConfig
 from diffusion_jax.parallel.layout import constrain
-from diffusion_jax.types import Images, Latents, Params, Residuals, Text, Timesteps
+from diffusion_jax.types import Condition, Latents, Params, Residuals, Timesteps
 
 zeros = nnx.initializers.zeros
 ORDERS = ('rgb', 'bgr')
@@ -94,39 +93,44 @@ class ControlNet(Encoder):
     self.controlnet_down_blocks = nnx.List([pointwise(o, o, init=zeros, **kw) for o in outputs])
     self.controlnet_mid_block = pointwise(widths[-1], widths[-1], init=zeros, **kw)
 
-  def __call__(
-    self, x: Latents, t: Timesteps, text: Text, image: Images, *,
-    pooled: jax.Array | None = None, sizes: jax.Array | None = None,
-    labels: jax.Array | None = None, scale: float | jax.Array = 1.0,
-  ) -> Residuals:
-    """What the U-Net's call takes as `residuals`, times `scale`.
+  def __call__(self, x: Latents, t: Timesteps, condition: Condition) -> Residuals:
+    """Return what the U-Net's call takes as `residuals`.
 
     Args:
-      image: [b H W 3] in [0, 1], NOT [-1, 1], with H = h * image_factor and W = w * image_factor.
-      scale: a number, which may be traced; 0 switches the ControlNet off.
+      condition: as the U-Net's. Its control is [b H W 3] in [0, 1], NOT [-1, 1], with H = h *
+        image_factor and W = w * image_factor. The residuals are times its strength [b], which may
+        be None: 1.
 
-    The rest, and the errors, are as in UNet's call.
+    Raises:
+      UserError: as the U-Net; a control image of another shape.
     """
-    self.check(x, t, text, pooled=pooled, sizes=sizes, labels=labels)
-    self._check_image(x, image)
-    scale = jnp.asarray(scale)
-    return self.run_all(self._steer, x, t, text, image, pooled, sizes, labels, scale)
+    control = condition.control
+    condition = condition._replace(image=None)
+    x = self.join(x, t, condition)
+    self._check_image(x, control)
+    return self.run_all(self._steer, x, t, condition)
 
-  def _steer(self, x, t, text, image, pooled, sizes, labels, scale: jax.Array) -> Residuals:
+  def _steer(self, x, t, condition: Condition) -> Residuals:
+    image, strength = condition.control, condition.strength
     if self.config.controlnet_conditioning_channel_order == 'bgr':
       image = image[..., ::-1]
-    time = self.embed(t, pooled, sizes, labels)
+    time = self.embed(t, condition)
     seen = self.run(self.controlnet_cond_embedding, image)
     x = constrain(self.conv_in(x) + seen, 'image')
-    x, skips = self.descend(x, time, text)
-    finish = lambda y: self._pool(y) * scale.astype(y.dtype)
+    x, skips = self.descend(x, time, condition.text)
+
+    def finish(y: jax.Array) -> jax.Array:
+      y = self._pool(y)
+      return y if strength is None else y * strength[:, None, None, None].astype(y.dtype)
+
     convs = zip(self.controlnet_down_blocks, skips, strict=True)
     return [finish(conv(y)) for conv, y in convs], finish(self.controlnet_mid_block(x))
 
   def _pool(self, y: jax.Array) -> jax.Array:
     return y.mean((1, 2), keepdims=True) if self.config.global_pool_conditions else y
 
-  def _check_image(self, x: jax.Array, image: jax.Array) -> None:
+  def _check_image(self, x: jax.Array, image: jax.Array | None) -> None:
+    require(image is not None, 'A ControlNet needs the control image; pass it in the condition.')
     b, h, w, _ = x.shape
     factor = self.config.image_factor
     wanted = (b, h * factor, w * factor, self.config.conditioning_channels)

@@ -24,10 +24,10 @@ from diffusion_jax.models.checks import (
   positive,
   require,
 )
+from diffusion_jax.models.denoiser import Denoiser, Shapes
 from diffusion_jax.models.layers import Conv, TimestepEmbedding, embed, linear, timestep_embedding
-from diffusion_jax.models.network import Blocks
 from diffusion_jax.parallel.layout import constrain
-from diffusion_jax.types import Latents, Timesteps
+from diffusion_jax.types import Condition, Latents, Timesteps
 
 zeros = nnx.initializers.zeros_init()
 
@@ -111,19 +111,6 @@ def unpatch(x: jax.Array, grid: tuple[int, int], patch: int) -> jax.Array:
   return x.reshape(x.shape[0], h * patch, w * patch, -1)
 
 
-def check_input(config: Any, x: jax.Array, t: jax.Array) -> None:
-  """Raises UserError unless x is [b h w c] of whole patches and t is [b]."""
-  c, patch = config.in_channels, config.patch_size
-  require(x.ndim == 4 and x.shape[-1] == c,
-          f'The latents must have shape [b h w {c}], not {list(x.shape)}.')
-  require(
-    x.shape[1] % patch == 0 and x.shape[2] % patch == 0 and x.shape[1] * x.shape[2] > 0,
-    f'The latents of {x.shape[1]}x{x.shape[2]} cannot be cut into patches: height and width must '
-    f'be multiples of patch_size={patch}.',
-  )
-  require(t.shape == x.shape[:1], f'The times must have shape [{x.shape[0]}], not {t.shape}.')
-
-
 def check_width(config: Any) -> None:
   """Raises UserError unless sines and cosines of both axes fill the width."""
   require(
@@ -184,9 +171,14 @@ class DiTConfig:
     return self.num_attention_heads * self.attention_head_dim
 
   @property
-  def null_label(self) -> int:
-    """The label of no class, which guidance and the dropout of labels use."""
-    return self.num_embeds_ada_norm
+  def factor(self) -> int:
+    """Height and width of the latents must be multiples of this."""
+    return self.patch_size
+
+  @property
+  def conditions(self) -> Shapes:
+    """What a call must be conditioned on: a class; num_embeds_ada_norm is that of no class."""
+    return {'labels': ()}
 
 
 class LabelEmbedding(nnx.Module):
@@ -256,7 +248,7 @@ class PatchEmbed(nnx.Module):
     return constrain(x.reshape(b, h * w, c), 'tokens')
 
 
-class DiT(Blocks):
+class DiT(Denoiser):
   """x, time and label -> an array of x's height and width; zero as long as it is untrained."""
 
   def __init__(self, config: DiTConfig, **kw):
@@ -272,16 +264,17 @@ class DiT(Blocks):
     out = config.in_channels if config.out_channels is None else config.out_channels
     self.proj_out_2 = linear(c, config.patch_size**2 * out, init=zeros, **kw)
 
-  def __call__(self, x: Latents, t: Timesteps, labels: jax.Array) -> Latents:
-    """x [b h w c], t [b] in [0, T), labels [b] in [0, classes] -> [b h w o].
+  def __call__(self, x: Latents, t: Timesteps, condition: Condition) -> Latents:
+    """Return [b h w o] of x [b h w c], t [b] in [0, T) and labels [b] in [0, classes].
 
-    The label `config.null_label` is that of no class. Sizes need not be that of training: positions
-    are then stretched. UserError where h or w is no multiple of the patch size.
+    The label num_embeds_ada_norm is that of no class. Sizes need not be that of training: positions
+    are then stretched along each axis.
+
+    Raises:
+      UserError: see `Denoiser.join`.
     """
-    check_input(self.config, x, t)
-    require(labels.shape == t.shape,
-            f'The labels must have shape {list(t.shape)}, not {list(labels.shape)}.')
-    return self.run_all(self._predict, x, t, labels)
+    x = self.join(x, t, condition)
+    return self.run_all(self._predict, x, t, condition.labels)
 
   def _predict(self, x: Latents, t: Timesteps, labels: jax.Array) -> Latents:
     p = self.config.patch_size

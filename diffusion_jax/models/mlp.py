@@ -9,6 +9,7 @@ from flax import nnx
 
 from diffusion_jax.models.checks import MOST_LAYERS, above_zero, positive
 from diffusion_jax.models.layers import linear
+from diffusion_jax.types import Condition
 
 FREQUENCIES = 8
 
@@ -42,7 +43,7 @@ class Block(nnx.Module):
 
 
 class MLP(nnx.Module):
-  """x [b in], label [b] -> [b out]; the label as sinusoids of 1/2 to 2^(FREQUENCIES-2) periods."""
+  """A denoiser of points: x [b in], t [b] as sinusoids of 1/2 to 2^(FREQUENCIES-2) periods."""
 
   def __init__(self, config: MLPConfig, **kw):
     self.config = config
@@ -50,8 +51,12 @@ class MLP(nnx.Module):
     self.blocks = nnx.List([Block(config.width, **kw) for _ in range(config.depth)])
     self.conv_out = linear(config.width, config.out_features, **kw)
 
-  def __call__(self, x: jax.Array, label: jax.Array) -> jax.Array:
-    angles = label[:, None] / self.config.label_range * math.pi * 2.0 ** jnp.arange(-1, 7)
+  def __call__(
+    self, x: jax.Array, t: jax.Array, condition: Condition | None = None
+  ) -> jax.Array:
+    """Return [b out]; it is conditioned on nothing."""
+    del condition
+    angles = t[:, None] / self.config.label_range * math.pi * 2.0 ** jnp.arange(-1, 7)
     t = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     h = self.conv_in(x)
     for block in self.blocks:

@@ -13,10 +13,10 @@ from jax import lax
 
 from diffusion_jax.models.attention import Attends
 from diffusion_jax.models.checks import MOST_EDGE, MOST_LAYERS, freeze_lists, positive, require
+from diffusion_jax.models.denoiser import Denoiser, Shapes
 from diffusion_jax.models.dit import (
   FeedForward,
   Modulation,
-  check_input,
   check_width,
   grid_positions,
   modulate,
@@ -26,9 +26,9 @@ from diffusion_jax.models.dit import (
   zeros,
 )
 from diffusion_jax.models.layers import Conv, TimestepEmbedding, linear, timestep_embedding
-from diffusion_jax.models.network import PLAIN, Blocks, Compute
+from diffusion_jax.models.network import PLAIN, Compute
 from diffusion_jax.parallel.layout import constrain
-from diffusion_jax.types import Latents, Text, Timesteps
+from diffusion_jax.types import Condition, Latents, Text, Timesteps
 
 SINUSOIDS = 256
 
@@ -89,6 +89,16 @@ class MMDiTConfig:
   def features(self) -> int:
     """Width of a token."""
     return self.num_attention_heads * self.attention_head_dim
+
+  @property
+  def factor(self) -> int:
+    """Height and width of the latents must be multiples of this."""
+    return self.patch_size
+
+  @property
+  def conditions(self) -> Shapes:
+    """What a call must be conditioned on, see `models.denoiser`."""
+    return {'text': (None, self.joint_attention_dim), 'pooled': (self.pooled_projection_dim,)}
 
 
 def _head_norm(features: int, *, compute: Compute = PLAIN, rngs: nnx.Rngs) -> nnx.RMSNorm:
@@ -210,7 +220,7 @@ class TimeAndText(nnx.Module):
     return self.timestep_embedder(timestep_embedding(t, SINUSOIDS)) + self.text_embedder(pooled)
 
 
-class MMDiT(Blocks):
+class MMDiT(Denoiser):
   """x, time and text -> an array of x's height and width; zero as long as it is untrained."""
 
   def __init__(self, config: MMDiTConfig, **kw):
@@ -227,14 +237,20 @@ class MMDiT(Blocks):
     out = config.in_channels if config.out_channels is None else config.out_channels
     self.proj_out = linear(c, config.patch_size**2 * out, init=zeros, **kw)
 
-  def __call__(self, x: Latents, t: Timesteps, text: Text, *, pooled: jax.Array) -> Latents:
-    """x [b h w c], t [b] in [0, 1000], text [b l d], pooled text [b e] -> [b h w o].
+  def __call__(self, x: Latents, t: Timesteps, condition: Condition) -> Latents:
+    """Return [b h w o] of x [b h w c], t [b] in [0, 1000], text [b l d] and pooled text [b e].
 
-    UserError where h or w is no multiple of the patch size or above pos_embed_max_size patches, or
-    a shape does not match the config.
+    Raises:
+      UserError: see `Denoiser.join`; more than pos_embed_max_size patches along a side.
     """
-    self._check(x, t, text, pooled)
-    return self.run_all(self._predict, x, t, text, pooled)
+    x = self.join(x, t, condition)
+    most = self.config.pos_embed_max_size * self.config.patch_size
+    require(
+      max(x.shape[1:3]) <= most,
+      f'The latents of {x.shape[1]}x{x.shape[2]} are too large: this network has positions for '
+      f'{most}x{most} (pos_embed_max_size * patch_size).',
+    )
+    return self.run_all(self._predict, x, t, condition.text, condition.pooled)
 
   def _predict(self, x: Latents, t: Timesteps, text: Text, pooled: jax.Array) -> Latents:
     p = self.config.patch_size
@@ -245,21 +261,3 @@ class MMDiT(Blocks):
       x, text = self.run(block, x, text, condition)
     scale, shift = self.norm_out(condition)
     return unpatch(self.proj_out(modulate(normalize(x), shift, scale)), grid, p)
-
-  def _check(self, x: jax.Array, t: jax.Array, text: jax.Array, pooled: jax.Array) -> None:
-    config, b = self.config, x.shape[0]
-    check_input(config, x, t)
-    most = config.pos_embed_max_size * config.patch_size
-    require(max(x.shape[1:3]) <= most,
-            f'The latents of {x.shape[1]}x{x.shape[2]} are too large: this network has positions '
-            f'for {most}x{most} (pos_embed_max_size * patch_size).')
-    width = config.joint_attention_dim
-    require(
-      text.ndim == 3 and text.shape[0] == b and text.shape[-1] == width,
-      f'The text must have shape [{b} l {width}] (joint_attention_dim), not {list(text.shape)}.',
-    )
-    require(
-      pooled.shape == (b, config.pooled_projection_dim),
-      f'The pooled text must have shape [{b} {config.pooled_projection_dim}] '
-      f'(pooled_projection_dim), not {list(pooled.shape)}.',
-    )

@@ -30,9 +30,9 @@ from diffusion_jax.models.checks import (
   groups_divide,
   positive,
   require,
-  size_fits,
   some_blocks,
 )
+from diffusion_jax.models.denoiser import Denoiser, Shapes
 from diffusion_jax.models.layers import (
   Conv,
   Downsample2D,
@@ -45,7 +45,7 @@ from diffusion_jax.models.layers import (
 from diffusion_jax.models.network import Blocks
 from diffusion_jax.models.norms import GroupNorm
 from diffusion_jax.parallel.layout import constrain
-from diffusion_jax.types import Latents, Residuals, Text, Timesteps
+from diffusion_jax.types import Condition, Latents, Residuals, Timesteps
 
 DOWN_BLOCKS = ('CrossAttnDownBlock2D', 'DownBlock2D')
 MID_BLOCKS = ('UNetMidBlock2DCrossAttn', 'UNetMidBlock2D')
@@ -209,11 +209,15 @@ class EncoderConfig:
     return 4 * self.block_out_channels[0]
 
   @property
-  def conditions(self) -> tuple[str, ...]:
-    """The keyword arguments that a call must have besides x, t and text."""
-    labelled = self.class_embed_type is not None or self.num_class_embeds is not None
-    sized = self.addition_embed_type == 'text_time'
-    return ('pooled', 'sizes') * sized + ('labels',) * labelled
+  def conditions(self) -> Shapes:
+    """What a call must be conditioned on, see `models.denoiser`."""
+    shapes = {'text': (None, self.cross_attention_dim)}
+    if self.class_embed_type is not None or self.num_class_embeds is not None:
+      projected = self.class_embed_type == 'projection'
+      shapes['labels'] = (self.projection_class_embeddings_input_dim,) if projected else ()
+    if self.addition_embed_type == 'text_time':
+      shapes |= {'pooled': (None,), 'sizes': (None,)}
+    return shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,7 +351,7 @@ class UpBlock(Blocks):
     return x
 
 
-class Encoder(Blocks):
+class Encoder(Denoiser):
   """Input convolution, embeddings of time and other conditions, down blocks and mid block.
 
   A subclass adds what it makes of the results; its submodules stand beside these, as in the
@@ -373,19 +377,16 @@ class Encoder(Blocks):
     self.down_blocks = nnx.List([DownBlock(config, level, **kw) for level in levels])
     self.mid_block = None if config.mid_block_type is None else MidBlock(config, **kw)
 
-  def embed(
-    self, t: jax.Array, pooled: jax.Array | None, sizes: jax.Array | None,
-    labels: jax.Array | None,
-  ) -> jax.Array:
-    """The sum of the embeddings of the time and of all other conditions: [b e]."""
+  def embed(self, t: jax.Array, condition: Condition) -> jax.Array:
+    """Return the sum of the embeddings of the time and of all other conditions: [b e]."""
     config, width = self.config, self.config.block_out_channels[0]
     time = self.time_embedding(self._sinusoids(t, width))
-    if labels is not None:
+    if (labels := condition.labels) is not None:
       timed = config.class_embed_type == 'timestep'
       time = time + self.class_embedding(self._sinusoids(labels, width) if timed else labels)
-    if sizes is not None:
+    if (sizes := condition.sizes) is not None:
       each = self._sinusoids(sizes.reshape(-1), config.addition_time_embed_dim)
-      each = each.reshape(len(sizes), -1)
+      each, pooled = each.reshape(len(sizes), -1), condition.pooled
       time = time + self.add_embedding(jnp.concatenate([pooled.astype(each.dtype), each], -1))
     return time
 
@@ -404,65 +405,26 @@ class Encoder(Blocks):
       t, features, flip_sin_to_cos=self.config.flip_sin_to_cos, freq_shift=self.config.freq_shift
     )
 
-  def check(self, x: jax.Array, t: jax.Array, text: jax.Array, **conditions) -> None:
-    """UserError unless every input has the shape that the config asks for."""
-    size_fits(x.shape, self.config.in_channels, self.config.factor, 'The latents')
-    b, width = len(x), self.config.cross_attention_dim
-    require(
-      text.ndim == 3 and text.shape[0] == b and text.shape[-1] == width,
-      f'The text must have shape [{b} l {width}] (cross_attention_dim), not {list(text.shape)}.',
-    )
-    require(t.shape == (b,), f'The times must have shape [{b}], not {list(t.shape)}.')
-    self._check_presence(conditions)
-    if conditions['labels'] is not None:
-      self._check_labels(b, conditions['labels'])
-    if conditions['sizes'] is not None:
-      self._check_sizes(b, conditions['pooled'], conditions['sizes'])
-
-  def _check_presence(self, conditions: dict[str, jax.Array | None]) -> None:
-    who, needed = type(self).__name__, self.config.conditions
-    why = {'labels': 'class_embed_type or num_class_embeds'}
-    for name, value in conditions.items():
-      keys = why.get(name, 'addition_embed_type')
-      require(
-        value is not None or name not in needed,
-        f'This {who} needs `{name}`, because its config has {keys}; pass it.',
-      )
-      require(
-        value is None or name in needed,
-        f'This {who} takes no `{name}`, because its config has no {keys}; leave it out.',
-      )
-
-  def _check_labels(self, b: int, labels: jax.Array) -> None:
+  def check_conditions(self, b: int, condition: Condition) -> None:
+    super().check_conditions(b, condition)
     config = self.config
-    projected = config.class_embed_type == 'projection'
-    wanted = (b, config.projection_class_embeddings_input_dim) if projected else (b,)
-    require(
-      labels.shape == wanted,
-      f'`labels` must have shape {list(wanted)}, not {list(labels.shape)}.',
-    )
-    require(
-      config.class_embed_type is not None or jnp.issubdtype(labels.dtype, jnp.integer),
-      f'`labels` must be whole numbers in [0, {config.num_class_embeds}), not {labels.dtype}.',
-    )
-
-  def _check_sizes(self, b: int, pooled: jax.Array, sizes: jax.Array) -> None:
-    config = self.config
-    total, each = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
-    require(
-      pooled.ndim == sizes.ndim == 2 and len(pooled) == len(sizes) == b
-      and pooled.shape[1] + each * sizes.shape[1] == total,
-      f'`pooled` [{b} p] and `sizes` [{b} n] must have p + {each} n = {total} '
-      '(projection_class_embeddings_input_dim), but their shapes are '
-      f'{list(pooled.shape)} and {list(sizes.shape)}.',
-    )
-
-
-__all__ = ['UNet', 'UNetConfig']
+    if (labels := condition.labels) is not None:
+      require(
+        config.class_embed_type is not None or jnp.issubdtype(labels.dtype, jnp.integer),
+        f'`labels` must be whole numbers in [0, {config.num_class_embeds}), not {labels.dtype}.',
+      )
+    if (sizes := condition.sizes) is not None:
+      total, each = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
+      p, n = condition.pooled.shape[1], sizes.shape[1]
+      require(
+        p + each * n == total,
+        f'`pooled` [{b} p] and `sizes` [{b} n] must have p + {each} n = {total} '
+        f'(projection_class_embeddings_input_dim), but p is {p} and n is {n}.',
+      )
 
 
 class UNet(Encoder):
-  """x, time, text and other conditions -> an array shaped like x (with out_channels)."""
+  """x, time and conditions -> an array shaped like x (with out_channels)."""
 
   def __init__(self, config: UNetConfig, **kw):
     super().__init__(config, **kw)
@@ -472,27 +434,24 @@ class UNet(Encoder):
     self.conv_out = Conv(width, config.out_channels, **kw)
 
   def __call__(
-    self, x: Latents, t: Timesteps, text: Text, *, pooled: jax.Array | None = None,
-    sizes: jax.Array | None = None, labels: jax.Array | None = None,
-    residuals: Residuals | None = None,
+    self, x: Latents, t: Timesteps, condition: Condition, residuals: Residuals | None = None
   ) -> Latents:
-    """x [b h w c], t [b] in [0, T), text [b l d] -> [b h w c].
+    """Return [b h w o] of x [b h w c], t [b] in [0, T) and what the config's `conditions` name.
 
     Args:
-      pooled: [b p], the text encoder's pooled embedding (Stable Diffusion XL).
-      sizes: [b 6] in pixels: original height and width, top and left of the crop, target height
-        and width (Stable Diffusion XL; Podell et al. 2023, sec. 2.2).
-      labels: [b], a class or a noise level; [b p] where class_embed_type is 'projection'.
+      condition: its labels [b] are a class or a noise level; [b p] where class_embed_type is
+        'projection'. Its sizes and pooled text are Stable Diffusion XL's (Podell et al. 2023,
+        sec. 2.2).
       residuals: a ControlNet's: arrays to add to the skips, and one for the mid block's result.
 
-    UserError where h or w cannot be halved once per level, a shape does not match the config, or
-    a condition is missing or not one of this network's (`config.conditions`).
+    Raises:
+      UserError: see `Denoiser.join`; residuals of another U-Net.
     """
-    self.check(x, t, text, pooled=pooled, sizes=sizes, labels=labels)
-    return self.run_all(self._predict, x, t, text, pooled, sizes, labels, residuals)
+    x = self.join(x, t, condition)
+    return self.run_all(self._predict, x, t, condition, residuals)
 
-  def _predict(self, x, t, text, pooled, sizes, labels, residuals: Residuals | None) -> Latents:
-    time = self.embed(t, pooled, sizes, labels)
+  def _predict(self, x, t, condition: Condition, residuals: Residuals | None) -> Latents:
+    time, text = self.embed(t, condition), condition.text
     x, skips = self.descend(constrain(self.conv_in(x), 'image'), time, text)
     if residuals is not None:
       x, skips = _controlled(x, skips, residuals)
