@@ -24,6 +24,7 @@ import transformers
 
 from diffusion_jax import __version__
 from diffusion_jax.formats.networks import load_params, network_format
+from diffusion_jax.types import Condition
 
 CROSS, PLAIN, UP_CROSS, UP_PLAIN = (
   'CrossAttnDownBlock2D', 'DownBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'
@@ -71,11 +72,11 @@ def references() -> dict:
     num_attention_heads=4, attention_head_dim=64, num_layers=12, sample_size=32,
   )
   return {
-    'U-Net, SD1': ('unet', unet(), with_unet, lambda m: m(x, t, text)),
+    'U-Net, SD1': ('unet', unet(), with_unet, lambda m: m(x, t, Condition(text))),
     'U-Net, SDXL': (
       'unet', sdxl, lambda m, d: m(nchw(x).to(d), torch.tensor(t), torch.tensor(text).to(d),
                                    added_cond_kwargs=added(d)).sample,
-      lambda m: m(x, t, text, pooled=pooled, sizes=sizes),
+      lambda m: m(x, t, Condition(text, pooled, sizes)),
     ),
     'autoencoder, encoding': (
       'autoencoder', vae, lambda m, d: m.encode(nchw(image).to(d)).latent_dist.mean,
@@ -93,7 +94,7 @@ def references() -> dict:
     'DiT': (
       'dit', dit, lambda m, d: m(nchw(x).to(d), timestep=torch.tensor(t),
                                  class_labels=torch.tensor([1, 2])).sample,
-      lambda m: m(x, t, np.array([1, 2])),
+      lambda m: m(x, t, Condition(labels=jnp.array([1, 2]))),
     ),
   }
 

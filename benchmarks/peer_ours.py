@@ -26,6 +26,7 @@ from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
 from diffusion_jax.train.state import abstract_state, create_state
 from diffusion_jax.train.step import make_step
 from diffusion_jax.train.tasks.task import Task, mean_metric
+from diffusion_jax.types import Condition
 
 LEARNING_RATE, HALFLIFE = 1e-4, 10_000.0
 
@@ -54,7 +55,7 @@ class Denoising(Task):
     return params
 
   def loss(self, params, frozen, carry, batch, key, step):
-    out = self.network.bind(params)(batch['x'], batch['t'], batch['text'])
+    out = self.network.bind(params)(batch['x'], batch['t'], Condition(batch['text']))
     error = jnp.square(out.astype(jnp.float32) - batch['noise']).mean((1, 2, 3))
     return error.mean(), ({'loss': mean_metric(error)}, ())
 
@@ -86,13 +87,13 @@ class Side:
 
   def flops(self, batch: dict) -> float:
     """Of a training step, by formula."""
-    loss = lambda params, x, t, text: self.network.bind(params)(x, t, text).sum()
+    loss = lambda params, x, t, text: self.network.bind(params)(x, t, Condition(text)).sum()
     arrays = (batch[name] for name in ('x', 't', 'text'))
     return count_flops(loss, self.network.shapes, *arrays, trained=0).total
 
   def output(self, batch: dict) -> np.ndarray:
     """The U-Net's output."""
-    run = jit(lambda params, x, t, text: self.network.bind(params)(x, t, text))
+    run = jit(lambda params, x, t, text: self.network.bind(params)(x, t, Condition(text)))
     out = run(self.params, batch['x'], batch['t'], batch['text'])
     return np.asarray(out, np.float32)
 

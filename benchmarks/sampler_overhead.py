@@ -25,6 +25,7 @@ from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.diffusion.samplers import SAMPLERS, initial_noise, sampler, sampling_grid
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.unet import UNet, UNetConfig
+from diffusion_jax.types import Condition
 
 LIMIT = 1.02
 # A hundred calls a level would measure the calls rather than the sampler.
@@ -89,7 +90,7 @@ class Bench:
 
     def call(i, x):
       t = jnp.full(len(x), 999.0) - i
-      return module(x, t, text).astype(x.dtype)
+      return module(x, t, Condition(text)).astype(x.dtype)
 
     return jax.lax.fori_loop(0, calls, call, x)
 
@@ -99,7 +100,7 @@ class Bench:
 
     def run(params, x, text, grid, keys):
       module = self.network.bind(params)
-      network = lambda x, t: module(x, t, text)
+      network = lambda x, t: module(x, t, Condition(text))
       denoise = make_denoiser(network, Parameterization(), self.schedule.timestep)
       return draw(denoise, x, grid, keys)
 

@@ -63,6 +63,7 @@ def make_task(model: str, remat: str):
   from diffusion_jax.models.network import Network
   from diffusion_jax.models.unet import UNet
   from diffusion_jax.train.tasks.task import Task, mean_metric
+  from diffusion_jax.types import Condition
 
   network = Network.of(UNet, UNETS[model], dtype=jnp.bfloat16, remat=remat)
 
@@ -76,8 +77,8 @@ def make_task(model: str, remat: str):
       return params
 
     def loss(self, params, frozen, carry, batch, key, step):
-      more = {name: batch[name] for name in ('pooled', 'sizes') if name in batch}
-      out = network.bind(params)(batch['mean'], batch['t'], batch['text'], **more)
+      condition = Condition(batch['text'], batch.get('pooled'), batch.get('sizes'))
+      out = network.bind(params)(batch['mean'], batch['t'], condition)
       error = jnp.square(out.astype(jnp.float32) - jax.random.normal(key, out.shape))
       error = error.mean((1, 2, 3))
       return error.mean(), ({'loss': mean_metric(error)}, ())

@@ -32,7 +32,8 @@ class Condition(NamedTuple):
   text: [b l d]. pooled: [b p], the pooled text of SDXL. sizes: [b 6], SDXL's original height and
   width, top and left of the crop, target height and width, in pixels. labels: [b], a class or the
   level of the noise on `image`. image: [b h w c], channels beside x: masks, depth, other latents.
-  control: [b H W 3] in [0, 1], the picture a ControlNet sees, with its strength [b].
+  control: [b H W 3] in [0, 1], the picture a ControlNet sees, with its strength [b]. more: fields
+  of other names, [b ...].
   """
 
   text: Text | None = None
@@ -42,6 +43,7 @@ class Condition(NamedTuple):
   image: Array | None = None
   control: Array | None = None
   strength: Array | None = None
+  more: dict[str, Array] | None = None
 
 
 class Record(TypedDict):

@@ -162,8 +162,3 @@ def from_unet(fresh: Params, unet: Params) -> Params:
       'make the ControlNet with ControlNetConfig.for_unet.',
     )
   return params
-
-
-def add_residuals(*residuals: Residuals) -> Residuals:
-  """The residuals of several ControlNets together: their sum."""
-  return jax.tree.map(lambda *each: sum(each[1:], each[0]), *residuals)

@@ -279,12 +279,8 @@ class ControlNet(Conditioner):
     return self.encode(weights, {**batch, 'strength': strength})
 
   def at_step(self, weights, x, t, condition):
-    names = ('pooled', 'sizes', 'labels')
-    given = {n: value for n in names if (value := getattr(condition, n)) is not None}
     network = self.network.bind(weights[CONTROLNET])
-    residuals = network(x, t, condition.text, condition.control, **given)
-    strength = condition.strength[:, None, None, None]
-    return {'residuals': jax.tree.map(lambda r: r * strength.astype(r.dtype), residuals)}
+    return {'residuals': network(x, t, condition)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

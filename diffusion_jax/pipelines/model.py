@@ -8,12 +8,10 @@ compiled for each shape and kept.
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -144,16 +142,12 @@ class Diffusion:
   def network(self, weights: Weights) -> Callable[[Latents, jax.Array, Condition], Latents]:
     """(x [b ...], t [b], condition) -> the denoiser's output, given all that it takes."""
     denoiser = self.denoiser.bind(weights[DENOISER])
-    takes = inspect.signature(denoiser).parameters
 
-    def predict(x: Latents, t: jax.Array, c: Condition) -> Latents:
-      given = {'condition': c} if 'condition' in takes else {
-        name: value for name, value in c.given().items() if name in takes
-      }
+    def predict(x: Latents, t: jax.Array, condition: Condition) -> Latents:
+      more = {}
       for conditioner in self.conditioners.values():
-        given |= conditioner.at_step(weights, x, t, c)
-      seen = x if c.image is None else jnp.concatenate([x, c.image.astype(x.dtype)], axis=-1)
-      return denoiser(seen, t, **given)
+        more |= conditioner.at_step(weights, x, t, condition)
+      return denoiser(x, t, condition, **more)
 
     return predict
 

@@ -9,6 +9,7 @@ from diffusion_jax.models.attention import attend
 from diffusion_jax.models.dit import DiT, DiTConfig
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.unet import UNet, UNetConfig
+from diffusion_jax.types import Condition
 
 CROSS = 'CrossAttnDownBlock2D'
 SMALL_UNET = UNetConfig(
@@ -90,11 +91,11 @@ def test_attention_in_chunks_counts_as_attention():
 
 
 def dit_inputs(b):
-  return shape(b, 16, 16, 4), shape(b), jax.ShapeDtypeStruct((b,), jnp.int32)
+  return shape(b, 16, 16, 4), shape(b), Condition(labels=jax.ShapeDtypeStruct((b,), jnp.int32))
 
 
 def unet_inputs(edge, width, b=2):
-  return shape(b, edge, edge, 4), shape(b), shape(b, 5, width)
+  return shape(b, edge, edge, 4), shape(b), Condition(shape(b, 5, width))
 
 
 def of_network(network, *inputs):

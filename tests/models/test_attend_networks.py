@@ -18,21 +18,22 @@ from diffusion_jax.models.vision.classifier import ClassifierConfig
 from diffusion_jax.models.vision.dinov2 import DINOv2, DINOv2Config
 from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.train.tasks.classifier import ClassifierTask, ClassifierTaskConfig
+from diffusion_jax.types import Condition
 from tests import tiny
 
 ones = jnp.ones
 NETWORKS = {
-  UNet: (tiny.UNET, lambda m: m(ones((1, 16, 16, 4)), ones(1), ones((1, 5, 16)))),
+  UNet: (tiny.UNET, lambda m: m(ones((1, 16, 16, 4)), ones(1), Condition(ones((1, 5, 16))))),
   DiT: (
     DiTConfig(num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=1,
               sample_size=8, num_embeds_ada_norm=3),
-    lambda m: m(ones((1, 8, 8, 4)), ones(1), jnp.zeros(1, jnp.int32)),
+    lambda m: m(ones((1, 8, 8, 4)), ones(1), Condition(labels=jnp.zeros(1, jnp.int32))),
   ),
   MMDiT: (
     MMDiTConfig(sample_size=4, in_channels=3, out_channels=3, num_layers=1, attention_head_dim=4,
                 num_attention_heads=2, joint_attention_dim=6, caption_projection_dim=8,
                 pooled_projection_dim=5, pos_embed_max_size=4),
-    lambda m: m(ones((1, 4, 4, 3)), ones(1), ones((1, 5, 6)), pooled=ones((1, 5))),
+    lambda m: m(ones((1, 4, 4, 3)), ones(1), Condition(ones((1, 5, 6)), ones((1, 5)))),
   ),
   AutoencoderKL: (tiny.AUTOENCODER, lambda m: m.encode(ones((1, 32, 32, 3)))),
   CLIP: (tiny.CLIP, lambda m: m.encode_image(ones((1, 32, 32, 3)))),

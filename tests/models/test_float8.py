@@ -14,6 +14,7 @@ from diffusion_jax.models.lora import LoRAConfig, targets, with_lora
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.unet import UNet, UNetConfig
 from diffusion_jax.runs.directory import RunDirectory
+from diffusion_jax.types import Condition
 from tests import tiny
 
 WIDE = UNetConfig(
@@ -71,7 +72,7 @@ def test_what_is_not_finite_stays_visible_and_nothing_gives_nothing(wrong):
 def products(network):
   """Types of the operands of each matrix product with weights of float8, and of all."""
   c = network.config
-  inputs = jnp.ones((1, 4, 4, 4)), jnp.ones(1), jnp.ones((1, 5, c.cross_attention_dim))
+  inputs = jnp.ones((1, 4, 4, 4)), jnp.ones(1), Condition(jnp.ones((1, 5, c.cross_attention_dim)))
   run = lambda params: jnp.square(network.bind(params)(*inputs)).mean()
   exported = jax.export.export(jax.jit(jax.grad(run)), platforms=['cuda'])(network.shapes)
   lines = [line for line in exported.mlir_module().splitlines() if 'dot_general' in line]
@@ -98,7 +99,7 @@ def test_adapters_keep_them_and_the_network_is_the_same_otherwise():
   (transformer,) = adapted.bind(adapted.shapes).mid_block.attentions
   assert transformer.transformer_blocks[0].attn1.to_q.matmul_precision == 'float8'
   params = jax.jit(plain.initialize)(jax.random.key(0))
-  inputs = jnp.ones((1, 4, 4, 4)), jnp.ones(1), jnp.ones((1, 5, 16))
+  inputs = jnp.ones((1, 4, 4, 4)), jnp.ones(1), Condition(jnp.ones((1, 5, 16)))
   wanted, found = (net.bind(params)(*inputs) for net in (plain, network))
   assert 1e-4 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.05
   with pytest.raises(UserError, match="matmul_precision is 'int8'; choose one of plain, float8"):

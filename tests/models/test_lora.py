@@ -11,6 +11,7 @@ from diffusion_jax.models.layers import Conv, Linear
 from diffusion_jax.models.lora import LoRAConfig, Rank, is_lora, merge_lora, targets, with_lora
 from diffusion_jax.models.network import PLAIN, Network
 from diffusion_jax.models.unet import UNet
+from diffusion_jax.types import Condition
 from tests import tiny
 
 X = np.random.default_rng(1).normal(size=(2, 6, 6, 5)).astype(np.float32)
@@ -78,8 +79,8 @@ def test_only_adapters_have_a_gradient_where_only_they_are_trained(random_params
   lora = {name: value for name, value in params.items() if is_lora(name)}
   base = {name: value for name, value in params.items() if name not in lora}
   assert len(lora) == 2 * len(sizes)
-  x, t, text = jnp.ones((1, 4, 4, 4)), jnp.zeros(1), jnp.ones((1, 3, 16))
-  loss = lambda lora: jnp.square(adapted.bind({**base, **lora})(x, t, text)).sum()
+  inputs = jnp.ones((1, 4, 4, 4)), jnp.zeros(1), Condition(jnp.ones((1, 3, 16)))
+  loss = lambda lora: jnp.square(adapted.bind({**base, **lora})(*inputs)).sum()
   gradient = jax.jit(jax.grad(loss))(lora)
   assert all(np.abs(g).max() > 0 for g in gradient.values())
 

@@ -11,18 +11,14 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.formats.unet import CONTROLNETS, UNETS
 from diffusion_jax.models import attention, network
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
-from diffusion_jax.models.controlnet import (
-  ControlNet,
-  ControlNetConfig,
-  add_residuals,
-  from_unet,
-)
+from diffusion_jax.models.controlnet import ControlNet, ControlNetConfig, from_unet
 from diffusion_jax.models.layers import Conv, Linear, timestep_embedding
 from diffusion_jax.models.network import Compute
 from diffusion_jax.models.norms import GroupNorm
 from diffusion_jax.models.perceptual import Discriminator, DiscriminatorConfig
 from diffusion_jax.models.text.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from diffusion_jax.models.unet import UNet, UNetConfig
+from diffusion_jax.types import Condition
 
 
 @pytest.mark.parametrize(('module', 'config', 'scalars', 'tensors'), [
@@ -80,24 +76,29 @@ TINY_DISCRIMINATOR = DiscriminatorConfig(base_channels=4, n_layers=2, norm_num_g
 
 def _unet(net, key):
   x, text = jax.random.normal(key, (2, 4, 6, 4)), jax.random.normal(key, (2, 3, 6))
-  y = net(x, jnp.array([3, 500]), text)
+  y = net(x, jnp.array([3, 500]), Condition(text))
   assert y.shape == x.shape
   return y
 
 
+def _called(net, shape=(1, 4, 4, 4), residuals=None, **condition):
+  condition = {'text': jnp.ones((1, 3, 6)), **condition}
+  return net(jnp.ones(shape), jnp.ones(1), Condition(**condition), residuals)
+
+
 def _controlled(net, **changes):
   inputs = dict(
-    x=jnp.ones((2, 4, 6, 4)), t=jnp.array([3, 500]), text=jnp.ones((2, 3, 6)),
-    image=jnp.ones((2, 8, 12, 3)), pooled=jnp.ones((2, 3)), sizes=jnp.ones((2, 6)),
-    labels=jnp.array([1, 4]),
-  )
-  return net(**inputs | changes)
+    text=jnp.ones((2, 3, 6)), control=jnp.ones((2, 8, 12, 3)), pooled=jnp.ones((2, 3)),
+    sizes=jnp.ones((2, 6)), labels=jnp.array([1, 4]),
+  ) | changes
+  x = inputs.pop('x', jnp.ones((2, 4, 6, 4)))
+  return net(x, jnp.array([3, 500]), Condition(**inputs))
 
 
 def _controlnet(net, key):
   draw = lambda *shape: jax.random.normal(key, shape)
   skips, mid = _controlled(
-    net, x=draw(2, 4, 6, 4), text=draw(2, 3, 6), image=jax.random.uniform(key, (2, 8, 12, 3))
+    net, x=draw(2, 4, 6, 4), text=draw(2, 3, 6), control=jax.random.uniform(key, (2, 8, 12, 3))
   )
   assert [y.shape for y in (*skips, mid)] == [(2, 4, 6, 8)] * 3
   return jnp.stack([*skips, mid])
@@ -236,27 +237,22 @@ def test_lists_in_configs_become_tuples():
 
 
 @pytest.mark.parametrize(('name', 'call', 'words'), [
-  ('unet', lambda n: n(jnp.ones((1, 5, 4, 4)), jnp.ones(1), jnp.ones((1, 3, 6))),
-   'multiples of 2'),
-  ('unet', lambda n: n(jnp.ones((1, 4, 4, 3)), jnp.ones(1), jnp.ones((1, 3, 6))), '4 channels'),
-  ('unet', lambda n: n(jnp.ones((1, 4, 4, 4)), jnp.ones(1), jnp.ones((1, 3, 7))), 'l 6'),
-  ('unet', lambda n: n(jnp.ones((2, 4, 4, 4)), jnp.ones(1), jnp.ones((2, 3, 6))), 'times'),
-  ('unet', lambda n: n(jnp.ones((1, 4, 4, 4)), jnp.ones(1), jnp.ones((1, 3, 6)),
-                       labels=jnp.ones(1)), 'UNet takes no `labels`'),
-  ('unet', lambda n: n(jnp.ones((1, 4, 4, 4)), jnp.ones(1), jnp.ones((1, 3, 6)),
-                       pooled=jnp.ones((1, 3))), 'UNet takes no `pooled`'),
-  ('unet', lambda n: n(jnp.ones((1, 4, 4, 4)), jnp.ones(1), jnp.ones((1, 3, 6)),
-                       residuals=([jnp.ones((1, 4, 4, 8))], jnp.ones((1, 2, 2, 16)))),
+  ('unet', lambda n: _called(n, (1, 5, 4, 4)), 'multiples of 2; the nearest such size is 4x4'),
+  ('unet', lambda n: _called(n, (1, 4, 4, 3)), '4 channels'),
+  ('unet', lambda n: _called(n, text=jnp.ones((1, 3, 7))), r'shape \[1 n 6\]'),
+  ('unet', lambda n: _called(n, (2, 4, 4, 4), text=jnp.ones((2, 3, 6))), 'times'),
+  ('unet', lambda n: _called(n, labels=jnp.ones(1)), 'UNet takes no `labels`'),
+  ('unet', lambda n: _called(n, pooled=jnp.ones((1, 3))), 'UNet takes no `pooled`'),
+  ('unet', lambda n: _called(n, residuals=([jnp.ones((1, 4, 4, 8))], jnp.ones((1, 2, 2, 16)))),
    'must hold 4 arrays .* not 1'),
-  ('unet', lambda n: n(jnp.ones((1, 4, 4, 4)), jnp.ones(1), jnp.ones((1, 3, 6)),
-                       residuals=([jnp.ones((1, 4, 4, 8))] * 4, jnp.ones((1, 2, 2, 16)))),
+  ('unet', lambda n: _called(n, residuals=([jnp.ones((1, 4, 4, 8))] * 4, jnp.ones((1, 2, 2, 16)))),
    r'Residual 2 has shape \[1, 4, 4, 8\], but must have \[1, 2, 2, 8\]'),
   ('controlnet', lambda n: _controlled(n, sizes=None), 'needs `sizes`'),
   ('controlnet', lambda n: _controlled(n, labels=None), 'needs `labels`'),
   ('controlnet', lambda n: _controlled(n, labels=jnp.ones(2)), r'whole numbers in \[0, 5\)'),
   ('controlnet', lambda n: _controlled(n, labels=jnp.ones((2, 1), int)), r'shape \[2\]'),
   ('controlnet', lambda n: _controlled(n, pooled=jnp.ones((2, 4))), r'p \+ 4 n = 27'),
-  ('controlnet', lambda n: _controlled(n, image=jnp.ones((2, 4, 6, 3))), r'\[2, 8, 12, 3\]'),
+  ('controlnet', lambda n: _controlled(n, control=jnp.ones((2, 4, 6, 3))), r'\[2, 8, 12, 3\]'),
   ('autoencoder', lambda n: n.encode(jnp.ones((1, 8, 7, 3))), '8x7 .* multiples of 2'),
   ('clip', lambda n: n.encode_text(jnp.ones((1, 6), int)), 'l <= 5'),
   ('clip', lambda n: n.encode_image(jnp.ones((1, 12, 12, 3))), 'resize'),
@@ -298,15 +294,6 @@ def test_a_controlnet_of_another_shape_takes_no_parameters_from_a_unet():
     from_unet(control, shapes(UNet, dataclasses.replace(TINY_UNET, in_channels=9)))
   with pytest.raises(UserError, match=r'add_embedding\.linear_1.* missing in the U-Net'):
     from_unet(shapes(ControlNet, TINY_CONTROLNET), unet)
-
-
-def test_residuals_of_several_controlnets_add_up():
-  filled = lambda n, side: np.full((1, side, side, 3), n)
-  one, two = (([filled(n, 2), filled(2 * n, 1)], filled(3 * n, 1)) for n in (1.0, 10.0))
-  skips, mid = add_residuals(one, two, one)
-  assert skips[0].shape == (1, 2, 2, 3)
-  assert [float(y.flat[0]) for y in (*skips, mid)] == [12, 24, 36]
-  assert add_residuals(one)[1] is one[1]
 
 
 def test_text_is_causal_and_padding_counts(random_params):

@@ -23,6 +23,7 @@ from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
 from diffusion_jax.train.state import abstract_state, initializer
 from diffusion_jax.train.tasks.task import Task
+from diffusion_jax.types import Condition
 from tests import tiny
 
 FSDP = MeshConfig(data=1, fsdp=8)
@@ -131,9 +132,10 @@ def gradients(network: Network, *inputs):
   return compiled.memory_analysis().temp_size_in_bytes, compiled(params), elsewhere
 
 
-UNET_INPUTS = jnp.ones((4, 16, 16, 4)), jnp.arange(4.0), jnp.ones((4, 5, 64))
+UNET_INPUTS = jnp.ones((4, 16, 16, 4)), jnp.arange(4.0), Condition(jnp.ones((4, 5, 64)))
 DIT_INPUTS = (
-  jax.random.normal(jax.random.key(1), (8, 32, 32, 4)), jnp.arange(8.0), jnp.arange(8) % 3
+  jax.random.normal(jax.random.key(1), (8, 32, 32, 4)), jnp.arange(8.0),
+  Condition(labels=jnp.arange(8) % 3),
 )
 
 

@@ -48,7 +48,7 @@ def test_residuals_gradients_and_files(
   theirs = randomized(diffusers.ControlNetModel(**CONFIGS[name]))
   config, graphdef, params = ported('controlnet', theirs)
   rng = np.random.default_rng(0)
-  (args, conditions), (their_args, their_conditions) = inputs(config, rng, (4, 6))
+  (x, t, condition), (their_args, their_conditions) = inputs(config, rng, (4, 6))
   image = _image(config, rng, 4, 6)
   wanted = theirs(
     *their_args, controlnet_cond=nchw(image), conditioning_scale=0.7, return_dict=False,
@@ -57,13 +57,17 @@ def test_residuals_gradients_and_files(
   wanted = [*wanted[0], wanted[1]]
   sum(r.square().mean() for r in wanted).backward()
 
+  condition = jax.tree.map(jnp.asarray, condition)
+
   def loss(params, scale):
     controlnet = network.merge(graphdef, params)
-    skips, mid = controlnet(*map(jnp.asarray, args), image, **conditions, scale=scale)
+    skips, mid = controlnet(x, t, condition._replace(control=image, strength=scale))
     return sum(jnp.square(r).mean() for r in (*skips, mid)), [*skips, mid]
 
   small = len(config.block_out_channels) == 1
-  gradients, found = quick_jit(jax.grad(loss, has_aux=True) if small else loss)(params, 0.7)
+  gradients, found = quick_jit(jax.grad(loss, has_aux=True) if small else loss)(
+    params, jnp.full(2, 0.7)
+  )
   assert len(found) == len(wanted)
   for ours, reference in zip(found, wanted, strict=True):
     np.testing.assert_allclose(ours, nhwc(reference), atol=1e-4)
@@ -84,7 +88,7 @@ def test_a_unet_under_control(randomized, ported, quick_jit):
   ))
   config, graphdef, params = ported('unet', theirs)
   rng = np.random.default_rng(1)
-  (args, _), (their_args, _) = inputs(config, rng, (4, 6))
+  args, (their_args, _) = inputs(config, rng, (4, 6))
   # The third as from a ControlNet with global_pool_conditions.
   shapes = [(4, 6, 8), (4, 6, 8), (1, 1, 8), (2, 3, 16), (2, 3, 16)]
   *skips, mid = [rng.normal(size=(2, *s)).astype(np.float32) for s in shapes]
@@ -94,7 +98,7 @@ def test_a_unet_under_control(randomized, ported, quick_jit):
       mid_block_additional_residual=nchw(mid),
     ).sample
   run = lambda params, skips, mid: network.merge(graphdef, params)(
-    *args, residuals=(skips, mid)
+    *args, (skips, mid)
   )
   found = quick_jit(run)(params, skips, mid)
   np.testing.assert_allclose(found, nhwc(wanted), atol=1e-4)

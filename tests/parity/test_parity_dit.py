@@ -10,6 +10,7 @@ import pytest
 from diffusion_jax.formats.networks import load, save, save_params
 from diffusion_jax.models import network
 from diffusion_jax.models.dit import DiT
+from diffusion_jax.types import Condition
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
@@ -33,10 +34,12 @@ def random_config(seed):
 
 
 def batch(config, height, width):
+  """Latents, times, and labels for both."""
   rng = np.random.default_rng(0)
   x = rng.normal(size=(3, height, width, config['in_channels'])).astype(np.float32)
   classes = config['num_embeds_ada_norm']
-  return x, np.array([0.0, 17.0, 999.0], np.float32), np.array([0, classes - 1, classes])
+  labels = jnp.array([0, classes - 1, classes])
+  return x, np.array([0.0, 17.0, 999.0], np.float32), labels
 
 
 def nchw(x):
@@ -51,11 +54,11 @@ def test_outputs_and_gradients(randomized, ported, quick_jit, assert_same_gradie
   theirs = randomized(diffusers.DiTTransformer2DModel(**SMALLEST))
   _, graphdef, params = ported('dit', theirs)
   x, t, labels = batch(SMALLEST, 4, 4)
-  wanted = theirs(nchw(x), torch.tensor(t), torch.tensor(labels)).sample
+  wanted = theirs(nchw(x), torch.tensor(t), torch.tensor(np.asarray(labels))).sample
   wanted.square().mean().backward()
 
   def loss(params):
-    y = network.merge(graphdef, params)(jnp.asarray(x), jnp.asarray(t), jnp.asarray(labels))
+    y = network.merge(graphdef, params)(jnp.asarray(x), jnp.asarray(t), Condition(labels=labels))
     return jnp.square(y).mean(), y
 
   gradients, y = quick_jit(jax.grad(loss, has_aux=True))(params)
@@ -71,8 +74,9 @@ def test_random_configs_at_another_size(seed, randomized, ported, quick_jit):
   _, graphdef, params = ported('dit', theirs)
   x, t, labels = batch(config, *(2 * [4 * config['patch_size']]))
   with torch.no_grad():
-    wanted = theirs(nchw(x), torch.tensor(t), torch.tensor(labels)).sample
-  y = quick_jit(lambda params: network.merge(graphdef, params)(x, t, labels))(params)
+    wanted = theirs(nchw(x), torch.tensor(t), torch.tensor(np.asarray(labels))).sample
+  run = lambda params: network.merge(graphdef, params)(x, t, Condition(labels=labels))
+  y = quick_jit(run)(params)
   np.testing.assert_allclose(y, nhwc(wanted), atol=1e-4)
 
 
@@ -84,8 +88,9 @@ def test_oblong_latents(randomized, ported, quick_jit):
   tokens = []
   theirs.proj_out_2.register_forward_hook(lambda module, inputs, output: tokens.append(output))
   with torch.no_grad(), pytest.raises(RuntimeError):
-    theirs(nchw(x[:, :, :14]), torch.tensor(t), torch.tensor(labels))
-  y = quick_jit(lambda params: network.merge(graphdef, params)(x[:, :, :14], t, labels))(params)
+    theirs(nchw(x[:, :, :14]), torch.tensor(t), torch.tensor(np.asarray(labels)))
+  run = lambda params: network.merge(graphdef, params)(x[:, :, :14], t, Condition(labels=labels))
+  y = quick_jit(run)(params)
   patches = np.asarray(y).reshape(3, 2, 2, 7, 2, 6).swapaxes(2, 3).reshape(3, 14, 24)
   np.testing.assert_allclose(patches, tokens[0], atol=1e-4)
 
@@ -108,7 +113,7 @@ def test_files_and_the_shared_embedding(
   same = {n: params[n.replace('blocks.1.norm1.emb', 'blocks.0.norm1.emb')] for n in params}
   x, t, labels = batch(SMALLEST, 4, 4)
   run = lambda graph, params: quick_jit(
-    lambda params: network.merge(graph, params)(x, t, labels)
+    lambda params: network.merge(graph, params)(x, t, Condition(labels=labels))
   )(params)
   np.testing.assert_array_equal(run(graph, shared), run(graphdef, same))
   save(network.merge(graph, shared), tmp_path / 'shared')

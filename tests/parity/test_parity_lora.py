@@ -17,6 +17,7 @@ from diffusion_jax.models.lora import Rank, with_lora
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.clip import CLIPTextModel
 from diffusion_jax.models.unet import UNet
+from diffusion_jax.types import Condition
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
@@ -85,8 +86,10 @@ def theirs_out(role, model):
 
 
 def run(role, module):
-  inputs = map(jnp.asarray, INPUTS[role])
-  return module.encode_text(*inputs)[0] if role == 'text_encoder' else module(*inputs)
+  if role == 'text_encoder':
+    return module.encode_text(jnp.asarray(INPUTS[role][0]))[0]
+  x, t, text = map(jnp.asarray, INPUTS[role])
+  return module(x, t, Condition(text))
 
 
 def ours_out(role, network, params, weights, quick_jit):

@@ -7,6 +7,7 @@ import pytest
 
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models import network
+from diffusion_jax.types import Condition
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
@@ -48,6 +49,10 @@ def batch(config):
   )
 
 
+def ours(x, t, text, pooled):
+  return x, t, Condition(text, pooled)
+
+
 def theirs_of(model, x, t, text, pooled):
   out = model(
     torch.tensor(x.transpose(0, 3, 1, 2)), torch.tensor(text), torch.tensor(pooled),
@@ -64,7 +69,7 @@ def test_outputs_and_gradients(randomized, ported, quick_jit, assert_same_gradie
   wanted.square().mean().backward()
 
   def loss(params, inputs):
-    y = network.merge(graphdef, params)(**inputs)
+    y = network.merge(graphdef, params)(*ours(**inputs))
     return jnp.square(y).mean(), y
 
   gradients, y = quick_jit(jax.grad(loss, has_aux=True))(params, inputs)
@@ -83,7 +88,8 @@ def test_outputs(config, randomized, ported, quick_jit):
   inputs = batch(config)
   with torch.no_grad():
     wanted = theirs_of(theirs, **inputs)
-  y = quick_jit(lambda params, inputs: network.merge(graphdef, params)(**inputs))(params, inputs)
+  run = lambda params, inputs: network.merge(graphdef, params)(*ours(**inputs))
+  y = quick_jit(run)(params, inputs)
   np.testing.assert_allclose(y, wanted, atol=1e-4)
 
 

@@ -8,6 +8,7 @@ import pytest
 from diffusion_jax.diffusion.noise import NoiseSchedule, ScheduleConfig
 from diffusion_jax.diffusion.objective import Objective, ObjectiveConfig
 from diffusion_jax.models import network
+from diffusion_jax.types import Condition
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
@@ -49,7 +50,7 @@ def test_gradients_of_the_training_loss(
 
   def loss(params):
     unet = network.merge(graphdef, params)
-    return objective.losses(lambda x, t: unet(x, t, text), x0, key, None).loss.mean()
+    return objective.losses(lambda x, t: unet(x, t, Condition(text)), x0, key, None).loss.mean()
 
   value, gradients = quick_jit(jax.value_and_grad(loss))(params)
   np.testing.assert_allclose(value, wanted.detach().numpy(), rtol=1e-4)

@@ -58,12 +58,12 @@ def test_outputs_gradients_and_files(
 ):
   theirs = randomized(diffusers.UNet2DConditionModel(sample_size=8, **CONFIGS[name]))
   config, graphdef, params = ported('unet', theirs)
-  (args, conditions), (their_args, their_conditions) = inputs(config, np.random.default_rng(0))
+  args, (their_args, their_conditions) = inputs(config, np.random.default_rng(0))
   wanted = theirs(*their_args, **their_conditions).sample
   wanted.square().mean().backward()
 
   def loss(params):
-    y = network.merge(graphdef, params)(*map(jnp.asarray, args), **conditions)
+    y = network.merge(graphdef, params)(*jax.tree.map(jnp.asarray, args))
     return jnp.square(y).mean(), y
 
   # Gradients take long to compile: only where the network is small.
@@ -108,8 +108,8 @@ def test_any_mixture_of_options(seed, randomized, ported, quick_jit):
   rng = np.random.default_rng(seed)
   theirs = randomized(diffusers.UNet2DConditionModel(**_draw(rng)))
   config, graphdef, params = ported('unet', theirs)
-  (args, conditions), (their_args, their_conditions) = inputs(config, rng, (2, 4))
-  run = quick_jit(lambda params: network.merge(graphdef, params)(*args, **conditions))
+  args, (their_args, their_conditions) = inputs(config, rng, (2, 4))
+  run = quick_jit(lambda params: network.merge(graphdef, params)(*args))
   with torch.no_grad():
     wanted = nhwc(theirs(*their_args, **their_conditions).sample)
   np.testing.assert_allclose(run(jax.tree.map(jnp.asarray, params)), wanted, atol=1e-4)

@@ -3,11 +3,13 @@
 import numpy as np
 import torch
 
+from diffusion_jax.types import Condition
+
 SIDES = (8, 12)  # Divisible by what the tests' networks halve.
 
 
 def inputs(config, rng, size=SIDES):
-  """(positional, keyword) arguments of our call, and of diffusers'."""
+  """Arguments of our call; positional and keyword arguments of diffusers'."""
   draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
   x, t = draw(2, *size, config.in_channels), np.array([3, 700])
   text = draw(2, 5, config.cross_attention_dim)
@@ -25,7 +27,8 @@ def inputs(config, rng, size=SIDES):
     theirs['added_cond_kwargs'] = {
       'text_embeds': torch.tensor(ours['pooled']), 'time_ids': torch.tensor(ours['sizes'])
     }
-  return ((x, t, text), ours), ((nchw(x), torch.tensor(t), torch.tensor(text)), theirs)
+  ours = x, t, Condition(text=text, **ours)
+  return ours, ((nchw(x), torch.tensor(t), torch.tensor(text)), theirs)
 
 
 def nchw(x):

@@ -1,0 +1,60 @@
+"""What every denoiser network shares: it is called as network(x, t, condition).
+
+Its config has
+  in_channels, out_channels: of x, with `condition.image` joined to it, and of the result;
+  factor: what height and width of x must be multiples of;
+  conditions: the fields of a Condition that it reads, each with its shape after the examples.
+The network knows nothing of noise: what its output means is said by a Parameterization.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffusion_jax.models.checks import require, size_fits
+from diffusion_jax.models.network import Blocks
+from diffusion_jax.types import Condition
+
+Shapes = dict[str, tuple[int | None, ...]]
+"""Shapes by name; None for any length."""
+
+CHECKED = ('text', 'pooled', 'sizes', 'labels')
+"""Fields of a Condition that must be there for networks that read them, and for no other."""
+
+
+class Denoiser(Blocks):
+  """A network (x [b h w c], t [b], condition) -> [b h w o]."""
+
+  config: Any
+
+  def join(self, x: jax.Array, t: jax.Array, condition: Condition) -> jax.Array:
+    """Return x with the channels of `condition.image`.
+
+    Raises:
+      UserError: the size cannot be halved or cut into patches, a shape does not match the config,
+        or a condition is missing or is none of this network's.
+    """
+    if condition.image is not None:
+      x = jnp.concatenate([x, condition.image.astype(x.dtype)], axis=-1)
+    size_fits(x.shape, self.config.in_channels, self.config.factor, 'The input')
+    b = len(x)
+    require(t.shape == (b,), f'The times must have shape [{b}], not {list(t.shape)}.')
+    self.check_conditions(b, condition)
+    return x
+
+  def check_conditions(self, b: int, condition: Condition) -> None:
+    """Raise UserError unless the condition has what the config asks for, in its shapes."""
+    who, read = type(self).__name__, self.config.conditions
+    for name in CHECKED:
+      value = getattr(condition, name)
+      if name not in read:
+        require(value is None, f'This {who} takes no `{name}`, by its config; leave it out.')
+        continue
+      require(value is not None, f'This {who} needs `{name}`, by its config; pass it.')
+      wanted = (b, *read[name])
+      fits = len(wanted) == value.ndim and all(
+        length in (None, found) for length, found in zip(wanted, value.shape, strict=True)
+      )
+      words = ' '.join('n' if length is None else str(length) for length in wanted)
+      require(fits, f'`{name}` must have shape [{words}], not {list(value.shape)}.')
