@@ -105,7 +105,7 @@ def test_a_learned_variance_lies_between_the_fixed_ones(zero_snr):
   noise = rng.normal(size=(2, 16, 16, 4)).astype(np.float32)
   text = rng.normal(size=(2, 10, 16)).astype(np.float32)
   keys = jax.random.split(jax.random.key(0), 2)
-  mean = lambda x, t, text: 0.3 * x + 0.1 * text.mean((1, 2))[:, None, None, None]
+  mean = lambda x, t, c: 0.3 * x + 0.1 * c.text.mean((1, 2))[:, None, None, None]
 
   def draw(name, network, channels):
     config = dataclasses.replace(zero_snr.denoiser.config, out_channels=channels)

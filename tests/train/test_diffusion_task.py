@@ -52,8 +52,8 @@ def test_the_loss_is_the_one_computed_by_hand(make_task, prediction, gamma):
   """A network that outputs 0.3 x and shows its inputs; latents without spread, so x0 is known."""
   seen = []
 
-  def network(x, t, text):
-    seen.append((np.asarray(x, np.float64), np.asarray(t), np.asarray(text)))
+  def network(x, t, condition):
+    seen.append((np.asarray(x, np.float64), np.asarray(t), np.asarray(condition.text)))
     return 0.3 * x
 
   weighting = {'weighting': 'min_snr', 'weighting_options': {'gamma': gamma}} if gamma else {}
@@ -99,7 +99,7 @@ def test_captions_are_dropped_at_the_rate_and_become_the_null_embedding(make_tas
 
 def test_the_network_sees_dropped_captions_as_the_null_embedding(make_task):
   seen = []
-  task = make_task(lambda x, t, text: (seen.append(text), x)[1], caption_dropout=1.0)
+  task = make_task(lambda x, t, condition: (seen.append(condition.text), x)[1], caption_dropout=1.0)
   task.losses({}, task.frozen, {}, _batch(), jax.random.key(0))
   null = task.frozen[NULL]['text.bias']
   np.testing.assert_array_equal(seen[0], np.broadcast_to(null, seen[0].shape))
