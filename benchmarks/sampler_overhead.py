@@ -22,7 +22,7 @@ from diffusion_jax import __version__
 from diffusion_jax.diffusion.denoiser import make_denoiser
 from diffusion_jax.diffusion.noise import Schedule, ScheduleConfig
 from diffusion_jax.diffusion.parameterization import Parameterization
-from diffusion_jax.diffusion.samplers import SAMPLERS, initial_noise, sampler, sampling_grid
+from diffusion_jax.diffusion.samplers import infos, initial_noise, sampler, sampling_grid
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.unet import UNet, UNetConfig
 from diffusion_jax.types import Condition
@@ -144,7 +144,7 @@ def main() -> None:
   """Measures, prints and writes."""
   args = arguments()
   bench = Bench(args)
-  names = args.samplers or [name for name, info in SAMPLERS.items() if info.calls]
+  names = args.samplers or [name for name, info in infos().items() if info.calls]
   results = {}
   print(f'{"sampler":20}{"calls":>6}{"ms a call":>11}{"ratio":>8}{"CPU":>8}')
   for name in names:

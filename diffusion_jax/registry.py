@@ -84,8 +84,39 @@ TRANSFORMS: Table = {
 }
 """Dataclasses that are called with a record, and with a random generator where `random` is True."""
 
-SAMPLERS: Table = {}
-"""`SamplerInfo` objects."""
+SAMPLERS: Table = {
+  'ddim': 'diffusion_jax.diffusion.samplers.ode:DDIM',
+  'ddpm': 'diffusion_jax.diffusion.samplers.ode:DDPM',
+  'ddpm_large': 'diffusion_jax.diffusion.samplers.ode:DDPM_LARGE',
+  'euler': 'diffusion_jax.diffusion.samplers.ode:EULER',
+  'euler_ancestral': 'diffusion_jax.diffusion.samplers.ode:EULER_ANCESTRAL',
+  'heun': 'diffusion_jax.diffusion.samplers.ode:HEUN',
+  'heun_churn': 'diffusion_jax.diffusion.samplers.ode:HEUN_CHURN',
+  'dpm2': 'diffusion_jax.diffusion.samplers.ode:DPM2',
+  'dpm2_ancestral': 'diffusion_jax.diffusion.samplers.ode:DPM2_ANCESTRAL',
+  'lms': 'diffusion_jax.diffusion.samplers.multistep:LMS',
+  'plms': 'diffusion_jax.diffusion.samplers.multistep:PLMS',
+  'pndm': 'diffusion_jax.diffusion.samplers.multistep:PNDM',
+  'deis': 'diffusion_jax.diffusion.samplers.multistep:DEIS',
+  'dpmpp_2m': 'diffusion_jax.diffusion.samplers.multistep:DPMPP_2M',
+  'unipc': 'diffusion_jax.diffusion.samplers.multistep:UNIPC',
+  'dpmpp_2s_ancestral': 'diffusion_jax.diffusion.samplers.sde:DPMPP_2S_ANCESTRAL',
+  'dpmpp_sde': 'diffusion_jax.diffusion.samplers.sde:DPMPP_SDE',
+  'dpmpp_2m_sde': 'diffusion_jax.diffusion.samplers.multistep:DPMPP_2M_SDE',
+  'dpmpp_3m_sde': 'diffusion_jax.diffusion.samplers.multistep:DPMPP_3M_SDE',
+  'sa_solver': 'diffusion_jax.diffusion.samplers.multistep:SA_SOLVER',
+  'dpm_adaptive': 'diffusion_jax.diffusion.samplers.adaptive:DPM_ADAPTIVE',
+  'probability_flow': 'diffusion_jax.diffusion.samplers.adaptive:PROBABILITY_FLOW',
+  'euler_maruyama': 'diffusion_jax.diffusion.samplers.sde:EULER_MARUYAMA',
+  'predictor_corrector': 'diffusion_jax.diffusion.samplers.sde:PREDICTOR_CORRECTOR',
+  'annealed_langevin': 'diffusion_jax.diffusion.samplers.sde:ANNEALED_LANGEVIN',
+  'restart': 'diffusion_jax.diffusion.samplers.sde:RESTART',
+  'lcm': 'diffusion_jax.diffusion.samplers.sde:LCM',
+  'tcd': 'diffusion_jax.diffusion.samplers.sde:TCD',
+  'flow_euler': 'diffusion_jax.diffusion.samplers.ode:FLOW_EULER',
+  'flow_heun': 'diffusion_jax.diffusion.samplers.ode:FLOW_HEUN',
+}
+"""`diffusion.samplers.SamplerInfo` objects."""
 
 METRICS: Table = {
   'fd': 'diffusion_jax.evaluation.metrics.frechet:FD',

@@ -10,7 +10,7 @@ from benchmarks.gallery.page import Picture, Section
 from diffusion_jax.diffusion import processes
 from diffusion_jax.diffusion.noise import ScheduleConfig
 from diffusion_jax.diffusion.processes import tabulate
-from diffusion_jax.diffusion.samplers import SAMPLERS, sampler
+from diffusion_jax.diffusion.samplers import info, sampler
 from diffusion_jax.errors import UserError
 from diffusion_jax.viz.charts import schedule_chart
 
@@ -75,7 +75,7 @@ def errors(samplers: Sequence[str] = ()) -> Iterator[str | Section]:
   }
   pictures = []
   for name, (stochastic, heading, label, orders) in kinds.items():
-    of = {name: found[name] for name in names if SAMPLERS[name].stochastic == stochastic}
+    of = {name: found[name] for name in names if info(name).stochastic == stochastic}
     if of:
       chart = error_chart(of, title=heading, ylabel=label, orders=orders)
       pictures.append(Picture(name, heading, chart, False))
@@ -97,7 +97,7 @@ def trajectories(samplers: Sequence[str] = ()) -> Iterator[str | Section]:
   for name in names:
     yield f'paths of {name}'
     states = mixtures.paths(name).states
-    kind = 'stochastic' if SAMPLERS[name].stochastic else 'deterministic'
+    kind = 'stochastic' if info(name).stochastic else 'deterministic'
     heading = f'{name}, {kind}'
     chart = trajectory_chart(states, title=f'Paths of {heading}', density=(points, density))
     pictures.append(Picture(f'trajectory_{name}', heading, chart, False))

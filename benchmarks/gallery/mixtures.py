@@ -15,7 +15,7 @@ from scipy.stats import norm
 
 from diffusion_jax.diffusion import processes
 from diffusion_jax.diffusion.mixture import GaussianMixture
-from diffusion_jax.diffusion.samplers import SAMPLERS, Grid, process_grid, sampler, spaced_levels
+from diffusion_jax.diffusion.samplers import Grid, info, process_grid, sampler, spaced_levels
 from diffusion_jax.errors import UserError
 
 TWO_MODES = GaussianMixture(
@@ -96,7 +96,7 @@ def check_measurable(name: str) -> None:
     UserError: for an unknown sampler, or one whose error does not fall with its number of steps.
   """
   sampler(name)
-  if SAMPLERS[name].order is None or SAMPLERS[name].calls is None:
+  if info(name).order is None or info(name).calls is None:
     raise UserError(
       f'sampler {name!r} has no error that falls with a chosen number of steps; leave it out of '
       'the drawing of errors.'
@@ -115,9 +115,9 @@ def errors(name: str, calls: Sequence[int]) -> list[tuple[int, float]]:
     UserError: as in `check_measurable`.
   """
   check_measurable(name)
-  info = SAMPLERS[name]
-  counts = sorted({max(1, number // info.calls) for number in calls})
-  measure = _stochastic if info.stochastic else _deterministic
+  of = info(name)
+  counts = sorted({max(1, number // of.calls) for number in calls})
+  measure = _stochastic if of.stochastic else _deterministic
   with jax.enable_x64(True):
     run = jax.jit(partial(sampler(name), trajectory=True), static_argnums=(0, 3))
     found = []
@@ -125,7 +125,7 @@ def errors(name: str, calls: Sequence[int]) -> list[tuple[int, float]]:
       grid = going_on(count, count if name in OF_LENGTH else counts[-1])
       states, sigmas, error = measure(run, grid, count)
       steps = np.flatnonzero(sigmas == grid[1][count])[-1]  # A restart passes it again.
-      used = info.calls * int(steps + 1) + info.more_calls
+      used = of.calls * int(steps + 1) + of.more_calls
       found.append((used, float(error(states[steps].ravel()))))
   return found
 

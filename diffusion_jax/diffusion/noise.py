@@ -80,9 +80,9 @@ LABELS = ('exact', 'nearest', 'down', 'sigma')
 """What a sampler tells the network: the fractional timestep, rounded, rounded down; sigma T of a
 flow."""
 
-NETWORK_LABELS = ('timestep', 'log_snr')
-"""What a network on a process is told: a number in [0, num_train_timesteps] that grows with
-ln(sigma / alpha), or ln(sigma / alpha) / 4."""
+NETWORK_LABELS = ('timestep', 'log_snr', 'sigma')
+"""What a network on a process is told: ln(sigma / alpha) stretched to [0, num_train_timesteps],
+ln(sigma / alpha) / 4, or sigma num_train_timesteps."""
 
 
 def log_level(alpha, sigma, numpy=jnp):
@@ -319,7 +319,7 @@ class NoiseConfig(ScheduleConfig):
       return
     for field in dataclasses.fields(ScheduleConfig):
       changed = getattr(self, field.name) != field.default
-      if changed and (field.name != 'num_train_timesteps' or self.label != 'timestep'):
+      if changed and (field.name != 'num_train_timesteps' or self.label == 'log_snr'):
         raise UserError(
           f'schedule.{field.name} has no effect on the process {self.process}; remove it, or set '
           'process to table.'
@@ -352,13 +352,13 @@ class NoiseSchedule:
 
   def __init__(
     self, process: Process, table: Schedule | None = None, *, t_min: float = 1e-3,
-    timesteps: int = 0, config: NoiseConfig | None = None,
+    kind: str = 'log_snr', timesteps: int = 1000, config: NoiseConfig | None = None,
   ):
-    """Labels are in [0, timesteps], or ln(sigma / alpha) / 4 where there are 0 timesteps."""
-    self.process, self.table, self.config = process, table, config
+    """`kind` of NETWORK_LABELS; `timesteps` is what its labels go up to, or are multiples of."""
+    self.process, self.table, self.config, self.kind = process, table, config, kind
     self.t_min = t_min if table is None else 1 / len(table)
     self.timesteps = timesteps if table is None else len(table)
-    self.label_range = float(self.timesteps) or 2.5
+    self.label_range = 2.5 if table is None and kind == 'log_snr' else float(self.timesteps)
 
   @classmethod
   def of(cls, config: ScheduleConfig) -> 'NoiseSchedule':
@@ -368,10 +368,10 @@ class NoiseSchedule:
     if config.is_table:
       return cls.of_table(Schedule(config), config)
     process = processes.named(config.process, **config.process_options)
-    return cls(
-      processes.sub_vp(process) if config.sub_vp else process, config=config,
-      timesteps=config.num_train_timesteps if config.label == 'timestep' else 0,
-    )
+    if config.sub_vp:
+      process = processes.sub_vp(process)
+    steps = config.num_train_timesteps
+    return cls(process, kind=config.label, timesteps=steps, config=config)
 
   @classmethod
   def of_table(cls, table: Schedule, config: NoiseConfig | None = None) -> 'NoiseSchedule':
@@ -435,20 +435,22 @@ class NoiseSchedule:
   def label(self, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
     """Return what the network is told at any pair, of alpha's shape, within `label_range`.
 
-    On a table the (fractional) timestep; on a process ln(sigma / alpha) / 4, or that stretched to
-    [0, timesteps] for networks that are made for timesteps.
+    On a table the (fractional) timestep; see NETWORK_LABELS for those on a process.
     """
     if self.table is not None:
       return self.table.timestep(alpha, sigma)
+    if self.kind == 'sigma':
+      return self.timesteps * sigma
     label = noise_label(alpha, sigma)
-    return self.timesteps * (label / 5 + 0.5) if self.timesteps else label
+    return label if self.kind == 'log_snr' else self.timesteps * (label / 5 + 0.5)
 
   def at_label(self, label: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the pair that a label tells; in continuous time of norm 1, unless alpha stays 1."""
+    """Return the pair that a label of a table, or of kind log_snr, tells.
+
+    In continuous time it has norm 1, unless alpha stays 1.
+    """
     if self.table is not None:
       return self.process((label + 1) / len(self.table))
-    if self.timesteps:
-      label = 5 * (label / self.timesteps - 0.5)
     ratio = jnp.exp(4 * label)
     explodes = self.process(jnp.ones(()))[0] == 1
     alpha = jnp.where(explodes, 1.0, 1 / jnp.sqrt(1 + ratio**2))

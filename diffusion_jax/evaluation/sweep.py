@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.diffusion.samplers import SAMPLERS, sampler
+from diffusion_jax.diffusion.samplers import info, sampler
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.metrics.metric import LOWER
 from diffusion_jax.evaluation.scores import value_of
@@ -64,7 +64,7 @@ def network_calls(model: Diffusion, sample: SampleConfig) -> int | None:
   They are counted while the sampler runs, with a network that always says zero. None for samplers
   that choose their steps by what the network says.
   """
-  if SAMPLERS[sample.sampler].calls is None:
+  if info(sample.sampler).calls is None:
     return None
   rows: list[int] = []
 

@@ -11,11 +11,13 @@ from diffusion_jax.config import SafetyConfig
 from diffusion_jax.diffusion.losses import WEIGHTINGS
 from diffusion_jax.diffusion.parameterization import PREDICTIONS
 from diffusion_jax.diffusion.processes import PROCESSES
-from diffusion_jax.diffusion.samplers import SAMPLERS
+from diffusion_jax.diffusion.samplers import infos
 from diffusion_jax.models.network import ATTENTION, REMAT
 from diffusion_jax.parallel.mesh import MeshConfig
 from diffusion_jax.runs import keeper
 from tests.tiny import ROOT
+
+SAMPLERS = infos()
 
 TEXT = (ROOT / 'docs' / 'diffusion.md').read_text()
 PLAIN = {*PREDICTIONS, *WEIGHTINGS, *SAMPLERS}

@@ -3,7 +3,9 @@
 import json
 
 from benchmarks.table import FIGURES, README, replaced, tables
-from diffusion_jax.diffusion.samplers import SAMPLERS, SPACINGS
+from diffusion_jax.diffusion.samplers import SPACINGS, infos
+
+SAMPLERS = infos()
 
 
 def test_the_table_of_samplers_is_the_one_in_force():

@@ -12,9 +12,11 @@ from diffusion_jax.diffusion.bounds import continuous_bound, discrete_bound
 from diffusion_jax.diffusion.likelihood import flow_likelihood
 from diffusion_jax.diffusion.noise import NoiseSchedule, ScheduleConfig
 from diffusion_jax.diffusion.objective import LOSSES, TIMES, Objective, ObjectiveConfig
-from diffusion_jax.diffusion.samplers import SAMPLERS, initial_noise, sampler
+from diffusion_jax.diffusion.samplers import infos, initial_noise, sampler
 from tests.diffusion.exact_mixture import denoise, geometric
 from tests.diffusion.test_samplers import QUICK
+
+SAMPLERS = infos()
 
 TABLE = NoiseSchedule.of(ScheduleConfig(num_train_timesteps=20))
 KARRAS = NoiseSchedule(processes.karras())

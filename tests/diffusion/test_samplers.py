@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.diffusion.samplers import SAMPLERS, initial_noise, padded, part_way, sampler
+from diffusion_jax.diffusion.samplers import infos, initial_noise, padded, part_way, sampler
 from diffusion_jax.errors import UserError
 from tests.diffusion.exact_mixture import denoise, gaussian, geometric, of_levels
+
+SAMPLERS = infos()
 
 ADAPTIVE = ('dpm_adaptive', 'probability_flow')
 # Fewer steps than usual within a step.

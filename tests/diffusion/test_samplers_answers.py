@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from diffusion_jax.diffusion.samplers import (
-  SAMPLERS,
   ddim_inversion,
+  infos,
   initial_noise,
   part_way,
   sampler,
@@ -24,6 +24,8 @@ from tests.diffusion.exact_mixture import (
   of_levels,
   quantile_map,
 )
+
+SAMPLERS = infos()
 
 ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 LINEAR = types.SimpleNamespace(alphas=np.sqrt(ALPHA_BAR), sigmas=np.sqrt(1 - ALPHA_BAR))

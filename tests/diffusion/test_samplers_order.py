@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.diffusion.samplers import SAMPLERS
+from diffusion_jax.diffusion.samplers import infos
 from diffusion_jax.diffusion.samplers.multistep import dpmpp_3m_sde, lms, sa_solver, unipc
 from diffusion_jax.diffusion.samplers.sde import dpmpp_2s_ancestral
 from tests.diffusion.exact_mixture import denoise, geometric, quantile_map
+
+SAMPLERS = infos()
 
 FULL = {'lower_order_final': False}  # On these grids without clean end it would set the order.
 FUNCTIONS = {

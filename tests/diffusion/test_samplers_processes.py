@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.diffusion.samplers import SAMPLERS, initial_noise, sampler
+from diffusion_jax.diffusion.samplers import infos, initial_noise, sampler
 from tests.diffusion.exact_mixture import denoise, gaussian, of_levels, quantile_map
+
+SAMPLERS = infos()
 
 ADAPTIVE = ('dpm_adaptive', 'probability_flow')
 LINEAR = [

@@ -11,7 +11,7 @@ import pytest
 
 from diffusion_jax.diffusion.noise import ScheduleConfig
 from diffusion_jax.diffusion.parameterization import Parameterization
-from diffusion_jax.diffusion.samplers import SAMPLERS
+from diffusion_jax.diffusion.samplers import infos
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.autoencoder import decode_tiled
 from diffusion_jax.pipelines.directory import INDEX, assemble, load_text_to_image
@@ -19,6 +19,8 @@ from diffusion_jax.pipelines.sampling import DECODINGS, SampleConfig
 from diffusion_jax.pipelines.spaces import fold, unfold
 from diffusion_jax.types import Condition
 from tests import tiny
+
+SAMPLERS = infos()
 
 
 def test_folding_puts_each_square_into_the_channels_of_one_place():

@@ -12,7 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.diffusion.samplers.common import Trajectory
+from diffusion_jax.diffusion.samplers.common import Sampler, SamplerInfo, Trajectory
 from diffusion_jax.diffusion.samplers.grid import (
   SPACINGS,
   Grid,
@@ -25,10 +25,10 @@ from diffusion_jax.diffusion.samplers.grid import (
   spaced_timesteps,
 )
 from diffusion_jax.diffusion.samplers.ode import ddim_inversion
-from diffusion_jax.diffusion.samplers.table import SAMPLERS, Sampler, SamplerInfo, sampler
+from diffusion_jax.diffusion.samplers.table import info, infos, sampler
 
 __all__ = [
-  'SAMPLERS', 'SPACINGS', 'Grid', 'Sampler', 'SamplerInfo', 'Trajectory', 'ddim_inversion',
+  'SPACINGS', 'Grid', 'Sampler', 'SamplerInfo', 'Trajectory', 'ddim_inversion', 'info', 'infos',
   'initial_noise', 'level_grid', 'padded', 'part_way', 'process_grid', 'sampler', 'sampling_grid',
   'spaced_levels', 'spaced_timesteps',
 ]

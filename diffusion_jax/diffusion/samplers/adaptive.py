@@ -12,6 +12,7 @@ from diffusion_jax.diffusion.denoiser import Denoiser
 from diffusion_jax.diffusion.samplers.common import (
   Keys,
   Pair,
+  SamplerInfo,
   Trajectory,
   ancestral,
   as_arrays,
@@ -276,3 +277,11 @@ def _finish(
     jnp.where(wide(rows < done.accepted), x0, sample),
     jnp.where(kept, alphas, there[0]), jnp.where(kept, sigmas, there[1]),
   )
+
+
+DPM_ADAPTIVE = SamplerInfo(
+  dpm_adaptive, 3, None, 'DPM-Solver-23 with adaptive steps of three calls', 'Lu et al. 2022'
+)
+PROBABILITY_FLOW = SamplerInfo(
+  probability_flow, 5, None, 'Dormand-Prince 5(4), adaptive steps of six calls', 'Song et al. 2021'
+)

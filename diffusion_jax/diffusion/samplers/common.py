@@ -5,6 +5,7 @@ probability-flow ODE (Song et al. 2021, eq. 13; Karras et al. 2022, eq. 1). Writ
 formulas hold for any process, and those of the first order also from alpha = 0 and to sigma = 0.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,6 +25,29 @@ Noise = Callable[[jax.Array, Latents], Latents]
 
 Keys = jax.Array | Noise | None
 """One random key per image [b], or the noise itself; None where a sampler draws none."""
+
+
+Sampler = Callable
+"""sampler(denoise, x, grid, keys, *, trajectory=False, **options) -> x, or a `Trajectory`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerInfo:
+  """A row of `registry.SAMPLERS`; documentation is made from it.
+
+  order: by which power of the step the error falls on a smooth grid: that of the sample, or, of
+  stochastic samplers, that of the variance of Gaussian data; None where it does not fall to 0.
+  Steps that an option counts, those of restart, must grow alike. calls: of the network in each
+  step; None where the sampler chooses its steps. more_calls: in the first steps, beyond those.
+  """
+
+  function: Sampler
+  order: int | None
+  calls: int | None
+  description: str
+  citation: str
+  stochastic: bool = False
+  more_calls: int = 0
 
 
 class Trajectory(NamedTuple):
@@ -155,6 +179,11 @@ def scan_steps(
 def divide(p, q) -> jax.Array:
   """p / q, and p where q = 0: for formulas that do not apply there, without NaN in gradients."""
   return p / jnp.where(q == 0, 1, q)
+
+
+def combine(correction: jax.Array, values: tuple[Latents, ...]) -> Latents:
+  """sum_j correction_j values_j, elementwise: a matrix product would round on accelerators."""
+  return sum(c * value for c, value in zip(correction, values, strict=True))
 
 
 def epsilon(x: Latents, x0: Latents, pair: Pair) -> Latents:

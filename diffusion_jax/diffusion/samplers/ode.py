@@ -7,18 +7,22 @@ is not finite.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffusion_jax.diffusion.denoiser import Denoiser
 from diffusion_jax.diffusion.samplers.common import (
   Churn,
   Keys,
   Pair,
+  SamplerInfo,
   Trajectory,
   ancestral,
   as_arrays,
+  combine,
   contraction,
   divide,
   epsilon,
@@ -26,6 +30,7 @@ from diffusion_jax.diffusion.samplers.common import (
   is_inner,
   log_midpoint,
   move,
+  moves,
   noise_source,
   real_steps,
   straight,
@@ -35,6 +40,10 @@ from diffusion_jax.diffusion.samplers.grid import Grid
 from diffusion_jax.errors import UserError
 from diffusion_jax.types import Latents
 
+ADAMS_BASHFORTH = np.array(
+  [[1, 0, 0, 0], [3 / 2, -1 / 2, 0, 0], [23 / 12, -16 / 12, 5 / 12, 0],
+   [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
+)
 VARIANCES = ('fixed_small', 'fixed_large', 'learned')
 
 
@@ -275,3 +284,104 @@ def flow_heun(
     return jax.lax.cond(there[1] > 0, correct, lambda: x + first), memory, x0
 
   return walk(step, x, grid, trajectory=trajectory)
+
+
+def pndm(
+  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
+  runge_kutta: bool = True, average: str = 'epsilon', trajectory: bool = False,
+) -> Latents | Trajectory:
+  """Pseudo numerical methods (Liu et al. 2022, algorithm 2): Adams-Bashforth weights on eps.
+
+  The weights are those of equal steps of time; the move, their transfer part, is DDIM's.
+
+  Args:
+    runge_kutta: start with three steps of the pseudo Runge-Kutta method, four calls each, their
+      midpoints those of the grid (its third part [n 2]: the ends of the first and second moves), or
+      else halfway in log-SNR; otherwise (PLMS) with one step of improved Euler, two calls.
+    average: what the weights average, 'epsilon' or, of variance-preserving processes,
+      'v_prediction' = alpha eps - sigma x_0, whose mean is read as v where the step starts.
+
+  Raises:
+    UserError: for another average.
+  """
+  if average not in ('epsilon', 'v_prediction'):
+    raise UserError(f'average of pndm is {average!r}; choose epsilon or v_prediction.')
+  del keys
+  here, there = intervals(grid)
+  rows = jnp.clip(jnp.cumsum(moves(here, there)) - 1, 0, 3)
+  middles = grid[2] if len(grid) > 2 else jax.tree.map(
+    lambda part: jnp.stack([part, part], axis=1), jax.vmap(log_midpoint)(here, there)
+  )
+  of_v = average == 'v_prediction'
+
+  def value(x, x0, pair):
+    eps = epsilon(x, x0, pair)
+    return (pair[0] * eps - pair[1] * x0 if of_v else eps).astype(x.dtype)
+
+  def step(x, past, here, there, index, row, middle):
+    del index
+    at = lambda x, pair: value(x, denoise(x, *pair), pair)
+    to = lambda mean, pair: straight(x, here[0] * mean + here[1] * x if of_v else mean, here, pair)
+    x0 = denoise(x, *here)
+    first = value(x, x0, here)
+    values = (first, *past)
+
+    def improved_euler():
+      return (first + at(to(first, there), there)) / 2
+
+    def classical():
+      before, after = ((middle[0][i], middle[1][i]) for i in (0, 1))
+      second = at(to(first, before), after)
+      third = at(to(second, after), after)
+      fourth = at(to(third, there), there)
+      return (first + 2 * second + 2 * third + fourth) / 6
+
+    starts = (row < (3 if runge_kutta else 1)) & is_inner(here, there)
+    start = classical if runge_kutta else improved_euler
+    weights = jnp.asarray(ADAMS_BASHFORTH, x.dtype)[row]
+    mean = jax.lax.cond(starts, start, lambda: combine(weights, values))
+    moved = jnp.where(here[0] > 0, to(mean, there), move(x, x0, here, there))
+    return moved, values[:-1], x0
+
+  memory = lambda x: (jnp.zeros_like(x),) * 3
+  return walk(step, x, grid, (rows, middles), memory=memory, trajectory=trajectory)
+
+
+DDIM = SamplerInfo(ddim, 1, 1, 'DDIM, eta = 0; eps follows a clipped x_0', 'Song et al. 2021')
+DDPM = SamplerInfo(
+  ddpm, 1, 1,
+  "ancestral, the posterior's variance, or a learned one", 'Ho et al. 2020', stochastic=True,
+)
+DDPM_LARGE = SamplerInfo(
+  partial(ddpm, variance='fixed_large'), 1, 1,
+  'ancestral, variance beta_t', 'Ho et al. 2020', stochastic=True,
+)
+EULER = SamplerInfo(euler, 1, 1, 'Euler on the probability-flow ODE', 'Karras et al. 2022')
+EULER_ANCESTRAL = SamplerInfo(
+  partial(ddim, eta=1.0), 1, 1,
+  'Euler with fresh noise; DDIM, eta = 1', 'Song et al. 2021', stochastic=True,
+)
+HEUN = SamplerInfo(heun, 2, 2, 'trapezoidal rule in sigma / alpha', 'Karras et al. 2022')
+EDM_CHURN = dict(s_churn=40.0, s_tmin=0.05, s_tmax=50.0, s_noise=1.003)
+HEUN_CHURN = SamplerInfo(
+  partial(heun, **EDM_CHURN), 1, 2,
+  'Heun with noise added and removed', 'Karras et al. 2022', stochastic=True,
+)
+DPM2 = SamplerInfo(dpm2, 2, 2, 'midpoint rule, midpoints in log-SNR', 'Lu et al. 2022')
+DPM2_ANCESTRAL = SamplerInfo(
+  dpm2_ancestral, 2, 2, 'dpm2 with fresh noise', 'Lu et al. 2022', stochastic=True
+)
+FLOW_EULER = SamplerInfo(
+  ddim, 1, 1, 'Euler in the time of a flow; equals ddim', 'Lipman et al. 2023'
+)
+FLOW_HEUN = SamplerInfo(
+  flow_heun, 2, 2, 'trapezoidal rule in the time of a flow', 'Lipman et al. 2023'
+)
+PLMS = SamplerInfo(
+  partial(pndm, runge_kutta=False), 2, 1,
+  'pseudo multistep of eps; one call more in the first step', 'Liu et al. 2022', more_calls=1,
+)
+PNDM = SamplerInfo(
+  pndm, 2, 1, 'pseudo multistep of eps; in three steps four calls, midpoints in log-SNR',
+  'Liu et al. 2022', more_calls=9,
+)

@@ -13,6 +13,7 @@ from diffusion_jax.diffusion.denoiser import Denoiser
 from diffusion_jax.diffusion.samplers.common import (
   Keys,
   Pair,
+  SamplerInfo,
   Trajectory,
   ancestral,
   as_arrays,
@@ -344,3 +345,33 @@ def tcd(
     return x + fresh(there[1], scale * landing[1]) * noise(index, x), memory, x0
 
   return walk(step, x, grid, (landing,), trajectory=trajectory)
+
+
+DPMPP_2S_ANCESTRAL = SamplerInfo(
+  dpmpp_2s_ancestral, 2, 2, 'DPM-Solver++(2S) with fresh noise', 'Lu et al. 2022', stochastic=True
+)
+DPMPP_SDE = SamplerInfo(
+  dpmpp_sde, 2, 2, 'DPM-Solver++ for the reverse SDE', 'Lu et al. 2022', stochastic=True
+)
+EULER_MARUYAMA = SamplerInfo(
+  euler_maruyama, 1, 1, 'Euler-Maruyama on the reverse SDE', 'Song et al. 2021', stochastic=True
+)
+PREDICTOR_CORRECTOR = SamplerInfo(
+  predictor_corrector, None, 2,
+  'Euler-Maruyama after a Langevin step', 'Song et al. 2021', stochastic=True,
+)
+ANNEALED_LANGEVIN = SamplerInfo(
+  annealed_langevin, None, 100,
+  'Langevin dynamics at each noise level', 'Song & Ermon 2019', stochastic=True,
+)
+RESTART = SamplerInfo(
+  restart, 2, 2,
+  'Heun that goes back up from sigma / alpha 0.1 to 2 twice', 'Xu et al. 2023', stochastic=True,
+)
+LCM = SamplerInfo(
+  lcm, None, 1, 'multistep consistency, for distilled networks', 'Luo et al. 2023', stochastic=True
+)
+TCD = SamplerInfo(
+  tcd, None, 1,
+  'trajectory consistency, for distilled networks', 'Zheng et al. 2024', stochastic=True,
+)

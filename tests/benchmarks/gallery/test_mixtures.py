@@ -18,8 +18,10 @@ from benchmarks.gallery.mixtures import (
   quantiles,
 )
 from diffusion_jax.diffusion import processes
-from diffusion_jax.diffusion.samplers import SAMPLERS, process_grid, sampler
+from diffusion_jax.diffusion.samplers import infos, process_grid, sampler
 from diffusion_jax.errors import UserError
+
+SAMPLERS = infos()
 
 
 @pytest.mark.parametrize(('name', 'slope', 'calls'), [
