@@ -243,7 +243,7 @@ class LoopConfig:
   log_every_steps: Positive = 20
   checkpoint_every_steps: int = 500
   keep_checkpoints: Positive = 2
-  keep_every_steps: int = 0
+  keep_every_steps: Count = 0
   keep_best: str = ''
   keep_best_is: Literal['', 'lowest', 'highest'] = ''
   sample_every_steps: int = 500

@@ -98,9 +98,7 @@ class Checkpoints:
     """Return what changes with the content of a checkpoint; '' where there is none."""
     return record.fingerprint(self.directory / str(step))
 
-  def save(
-    self, step: int, state: dict[str, Any], data: Any, scores: dict[str, float] | None = None
-  ) -> bool:
+  def save(self, step: int, state: dict[str, Any], data: Any) -> bool:
     """Start to save; return before the files are written unless a save is still under way.
 
     Errors of storage never raise: they are said and kept in `error`, here or at the next call of
@@ -110,14 +108,11 @@ class Checkpoints:
       state: pytrees of arrays under the names in `ITEMS`; empty ones are left out. They may be
         donated as soon as this returns.
       data: JSON-ready position of the data loader, as process 0 has it.
-      scores: values of evaluation metrics at that step, if any.
 
     Returns:
       Whether the step is on its way to the disk or there already.
     """
     self._collect()
-    if scores is not None:
-      self._scores.add(step, scores)
     try:
       if not self._saving.start(step, _present(state), data, self._prune):
         self._succeeded()

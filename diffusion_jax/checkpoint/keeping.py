@@ -14,7 +14,6 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.files import atomic_write, read_object, reading
 
 SCORES = 'scores.json'
-BEST_IS = ('lowest', 'highest')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,18 +28,6 @@ class Keep:
   every_steps: int = 0
   best: str = ''
   best_is: str = 'lowest'
-
-  def __post_init__(self):
-    if self.last < 1:
-      raise UserError(f'loop.keep_last is {self.last}; it must be at least 1.')
-    if self.every_steps < 0:
-      raise UserError(
-        f'loop.keep_every_steps is {self.every_steps}; give a number of steps, or 0 for none.'
-      )
-    if self.best_is not in BEST_IS:
-      raise UserError(
-        f'loop.keep_best_is is {self.best_is!r}; choose one of {", ".join(BEST_IS)}.'
-      )
 
 
 def kept(

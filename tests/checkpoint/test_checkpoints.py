@@ -269,7 +269,8 @@ def test_scores_decide_what_stays(tmp_path, opened):
   keep = Keep(last=1, every_steps=4, best='fid')
   checkpoints, said = opened(tmp_path, keep)
   for step, fid in ((1, 9.0), (2, 3.0), (3, 5.0)):
-    assert checkpoints.save(step, _state(step), {}, scores={'fid': fid}) and checkpoints.wait()
+    checkpoints.scores(step, {'fid': fid})
+    assert checkpoints.save(step, _state(step), {}) and checkpoints.wait()
   assert checkpoints.steps() == [2, 3]
   checkpoints.scores(3, {'fid': 1.0})
   assert checkpoints.steps() == [3]

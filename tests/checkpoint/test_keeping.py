@@ -5,7 +5,6 @@ import math
 import pytest
 
 from diffusion_jax.checkpoint.keeping import Keep, kept
-from diffusion_jax.errors import UserError
 
 STEPS = [10, 20, 30, 40, 50, 60]
 
@@ -41,13 +40,3 @@ def test_scores_that_say_nothing():
   assert kept(STEPS, {5: 0.0, 30: 4.0}, keep) == {30, 60}  # 5 is not on disk.
   assert kept(STEPS, {10: 4.0, 30: 4.0}, keep) == {30, 60}  # The newer of equal ones.
   assert kept([], {}, keep) == set()
-
-
-@pytest.mark.parametrize(('values', 'word'), [
-  ({'last': 0}, 'loop.keep_last is 0'),
-  ({'every_steps': -1}, 'loop.keep_every_steps is -1'),
-  ({'best_is': 'smallest'}, "loop.keep_best_is is 'smallest'; choose one of lowest, highest"),
-])
-def test_wrong_values_are_named(values, word):
-  with pytest.raises(UserError, match=word):
-    Keep(**values)
