@@ -106,7 +106,8 @@ class Side:
     """A function that makes one training step and returns its loss, when all of it is done."""
     task = Denoising(self.network)
     optimizer = make_optimizer(
-      OptimizerConfig(learning_rate=LEARNING_RATE), self.network.shapes, 1000
+      OptimizerConfig(learning_rate=LEARNING_RATE), self.network.shapes, 1000,
+      self.mesh.devices.flat[0].platform,
     )
     abstract = abstract_state(task, optimizer, True, self.mesh)
     state = create_state(task, optimizer, True, 0, self.mesh, self._take_params(), abstract)

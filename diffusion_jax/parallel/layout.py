@@ -22,7 +22,7 @@ BATCH = PartitionSpec(EXAMPLES)
 
 # Megatron's layout for tensor: the first matrix of a pair is split by columns, the second by rows,
 # so that a pair needs one all-reduce. fsdp takes the other dimension.
-RULES: tuple[tuple[str, PartitionSpec], ...] = (
+RULES: list[tuple[str, PartitionSpec]] = [
   (r'(bias|scale|class_embedding|lambda1|_tokens?)$', PartitionSpec()),
   (r'(to_out\.0|to_add_out|out_proj|fc2|linear_2|net\.2|SelfAttention\.o|wo|conv2|'
    r'output\.dense|weights_out)\.kernel$',
@@ -32,7 +32,8 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
   # Adapters are split along their long side alone; the rank stays whole.
   (r'lora\.a$', PartitionSpec('fsdp', None)),
   (r'lora\.b$', PartitionSpec(None, 'fsdp')),
-)
+]
+"""Patterns over names of parameters, of which the first that is found counts."""
 
 ACTIVATIONS: dict[str, PartitionSpec] = {
   # [b h w c]: an image, latents, or features between two blocks; and within a residual block.
@@ -50,10 +51,15 @@ ACTIVATIONS: dict[str, PartitionSpec] = {
 }
 
 
+def add_rules(*rules: tuple[str, PartitionSpec]) -> None:
+  """Put rules for parameters of further names before RULES, once."""
+  RULES[:0] = [rule for rule in rules if rule not in RULES]
+
+
 def fitted(
   spec: PartitionSpec, shape: Sequence[int], sizes: Mapping[str, int]
 ) -> PartitionSpec:
-  """The spec, whole in dimensions that its axes do not divide; `sizes` of the mesh by axis."""
+  """Return the spec without axes, of such sizes, that do not divide their dimension."""
   def one(length: int, axes) -> str | tuple[str, ...] | None:
     ways = 1
     for axis in (axes,) if isinstance(axes, str) else axes or ():
@@ -66,7 +72,7 @@ def fitted(
 def parameter_spec(
   name: str, shape: tuple[int, ...], sizes: Mapping[str, int]
 ) -> PartitionSpec:
-  """How the parameter of that name and shape is split; scalars never are.
+  """Return how the parameter of that name and shape is split; scalars never are.
 
   Rules speak of the last two dimensions (input, output); leading ones, such as a convolution's
   window, stay whole.
@@ -76,14 +82,16 @@ def parameter_spec(
   """
   rule = next((rule for pattern, rule in RULES if re.search(pattern, name)), None)
   if rule is None:
-    raise ValueError(f'no sharding rule matches the parameter {name!r}; add one to RULES.')
+    raise ValueError(
+      f'no sharding rule matches the parameter {name!r}; add one by `parallel.layout.add_rules`.'
+    )
   rule = tuple(rule)[: len(shape)]
   whole = (None,) * (len(shape) - max(len(rule), min(2, len(shape))))
   return fitted(PartitionSpec(*whole, *rule), shape, sizes)
 
 
 def batch_spec(shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
-  """How a field [b ...] of a batch is split: what has four dimensions is an image [b h w c].
+  """Return how a field [b ...] of a batch is split: what has four dimensions is an image [b h w c].
 
   The first dimension is always split, so that a batch that does not fit is an error.
   """
@@ -92,10 +100,9 @@ def batch_spec(shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, kind: str) -> jax.Array:
-  """Says how an activation of that kind (see ACTIVATIONS) lies on the mesh of `jax.set_mesh`.
+  """Return x laid out on the mesh of `jax.set_mesh` as its kind is (see ACTIVATIONS).
 
-  Without a mesh, or where all its axes in question have size 1, it is x itself. Its gradient lies
-  as it does.
+  Its gradient is laid out in the same way. Without a mesh, or with one device, it is x itself.
   """
   sizes = mesh_sizes()
   return jax.lax.with_sharding_constraint(x, _placed(x, kind, sizes)) if sizes else x
@@ -104,7 +111,7 @@ def constrain(x: jax.Array, kind: str) -> jax.Array:
 def on_each_device(
   function: Callable[..., jax.Array], kinds: Sequence[str], result: str, whole: bool = False
 ) -> Callable[..., jax.Array]:
-  """The function of activations of these kinds, computed by each device of what it holds of them.
+  """Return a function of activations of these kinds that each device computes for its own part.
 
   For what takes examples and heads in portions, which must not be portions of the mesh. The result
   has the first argument's shape. `whole`: the compiler is left no axis of the mesh, as it must be
@@ -126,7 +133,7 @@ def on_each_device(
 
 
 def _of(axes: Set[str], spec: PartitionSpec) -> PartitionSpec:
-  """The spec without other axes."""
+  """Return the spec without other axes."""
   def one(part):
     parts = (part,) if isinstance(part, str) else part or ()
     return tuple(axis for axis in parts if axis in axes) or None
@@ -135,7 +142,7 @@ def _of(axes: Set[str], spec: PartitionSpec) -> PartitionSpec:
 
 
 def mesh_sizes() -> Mapping[str, int]:
-  """Sizes of the axes of the mesh in force, that of `jax.set_mesh`; none if no axis is above 1."""
+  """Return the sizes of the axes of the mesh in force; none where it has one device."""
   sizes = jax.sharding.get_abstract_mesh().shape
   return sizes if any(sizes.get(axis, 1) > 1 for axis in AXES) else {}
 

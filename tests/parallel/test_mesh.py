@@ -24,6 +24,7 @@ from diffusion_jax.models.text.clip import CLIP
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.models.vision.classifier import Classifier, ClassifierConfig
 from diffusion_jax.models.vision.dinov2 import DINOv2, DINOv2Config
+from diffusion_jax.parallel import layout
 from diffusion_jax.parallel.layout import AXES, constrain, parameter_spec
 from diffusion_jax.parallel.mesh import (
   MeshConfig,
@@ -193,8 +194,19 @@ def test_rules(mesh, name, shape, wanted):
 
 
 def test_a_name_without_rule_is_an_error(mesh):
-  with pytest.raises(ValueError, match=r"'block\.gate'; add one to RULES"):
-    shard_params({'block.gate': jnp.ones((4, 4))}, mesh)
+  gate = {'block.gate': jnp.ones((4, 4))}
+  with pytest.raises(ValueError, match=r"'block\.gate'; add one by .*add_rules"):
+    shard_params(gate, mesh)
+
+
+def test_rules_from_outside_come_first(mesh, monkeypatch):
+  monkeypatch.setattr(layout, 'RULES', list(layout.RULES))
+  rules = (r'block\.gate$', P('fsdp')), (r'own\.kernel$', P())
+  for _ in range(2):
+    layout.add_rules(*rules)
+  assert layout.RULES[:2] == list(rules) and layout.RULES.count(rules[0]) == 1
+  assert parameter_spec('block.gate', (4, 4), mesh.shape)[0] == 'fsdp'
+  assert parameter_spec('own.kernel', (4, 4), mesh.shape) == P(None, None)
 
 
 @pytest.mark.parametrize('network', [
