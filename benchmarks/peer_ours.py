@@ -22,10 +22,11 @@ from diffusion_jax.models.network import Network
 from diffusion_jax.models.unet import UNet, UNetConfig
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_batch, put_params
 from diffusion_jax.train.compile import compile_step
+from diffusion_jax.train.meter import mean_metric
 from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
 from diffusion_jax.train.state import abstract_state, create_state
 from diffusion_jax.train.step import make_step
-from diffusion_jax.train.tasks.task import Task, mean_metric
+from diffusion_jax.train.tasks.task import Task
 from diffusion_jax.types import Condition
 
 LEARNING_RATE, HALFLIFE = 1e-4, 10_000.0
@@ -121,7 +122,7 @@ class Side:
     def run() -> float:
       nonlocal state
       state, metrics = jax.block_until_ready(update(state, {}, batch))
-      return float(metrics['loss'][0] / metrics['loss'][1])
+      return float(metrics['loss'].compute())
 
     return run
 

@@ -62,7 +62,8 @@ def make_task(model: str, remat: str):
   from diffusion_jax.formats.unet import UNETS
   from diffusion_jax.models.network import Network
   from diffusion_jax.models.unet import UNet
-  from diffusion_jax.train.tasks.task import Task, mean_metric
+  from diffusion_jax.train.meter import mean_metric
+  from diffusion_jax.train.tasks.task import Task
   from diffusion_jax.types import Condition
 
   network = Network.of(UNet, UNETS[model], dtype=jnp.bfloat16, remat=remat)

@@ -4,6 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -51,10 +52,10 @@ def open_sources(
 
 
 def build_task(
-  config: TrainingConfig, train: Source, test: Source, directory: RunDirectory, mesh: Mesh
+  config: TrainingConfig, train: Source, test: Source, workdir: Path, mesh: Mesh
 ) -> Task:
   """Return the task of a config with its frozen networks loaded, large ones onto the mesh."""
-  return load(TASKS, config.task).build(config, Env(train, test, directory, mesh))
+  return load(TASKS, config.task).build(config, Env(train, test, workdir, mesh))
 
 
 def _say_unreadable(sentence: str) -> None:
@@ -170,7 +171,7 @@ def _keep(directory: RunDirectory, data: dict[str, Any], task: Task) -> None:
   """Write what a resume needs to know of the data, and what the task has made of them."""
   try:
     write_data(directory, data)
-    task.keep(directory)
+    task.keep(directory.path)
   except Exception as error:
     if not of_storage(error):
       raise
@@ -211,7 +212,7 @@ def build(config: dict, workdir: str, synthetic: bool = False) -> Training:
   data = {} if synthetic else {'training': fingerprint(train), 'test': fingerprint(test)}
   check_data(directory, data)
   notes, pictures = _notes(train, test), pictures_in(checked, train, test, data)
-  env = Env(train, test, directory, mesh, synthetic, damage)
+  env = Env(train, test, directory.path, mesh, synthetic, damage)
   task = kind.build(checked, env)
   evaluators = _evaluators(checked, task, mesh)
   if more := task.more_data(checked, env):

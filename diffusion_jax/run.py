@@ -43,7 +43,7 @@ class TrainedRun:
       raise UserError(f'{workdir} has no checkpoint yet; train longer, or give another workdir.')
     self.sources = open_sources(self.config)
     self.mesh = make_mesh(MeshConfig())
-    self.task = build_task(self.config, *self.sources, self.directory, self.mesh)
+    self.task = build_task(self.config, *self.sources, self.directory.path, self.mesh)
     self._shapes = jax.eval_shape(self.task.initialize, jax.random.key(0))
     self._checkpoints = Checkpoints(self.directory.checkpoints, read_only=True)
 

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.train.tasks.task import Task, mean_metric
+from diffusion_jax.train.meter import mean_metric
+from diffusion_jax.train.tasks.task import Task
 
 
 class Regression(Task):

@@ -3,23 +3,37 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from diffusion_jax.runs.trained_on import Pictures
+from diffusion_jax.types import Params
 from diffusion_jax.viz.names import column_title, metric_title, ordered
 from diffusion_jax.viz.page import duration, plain
 from diffusion_jax.viz.run_files import Told
 
+CARD_ROWS = 200
+"""Parameters with a line of their own in a model card, the first by name."""
+
+
+def parameter_table(params: Params, rows: int) -> str:
+  """Return a table of so many parameters, by name, with their shapes and the size of all."""
+  from clu.parameter_overview import get_parameter_overview
+
+  shapes = {name: jax.ShapeDtypeStruct(p.shape, p.dtype) for name, p in params.items()}
+  return get_parameter_overview(shapes, include_stats=False, max_lines=rows + 6)
+
 
 def model_card(
-  title: str, config: dict[str, Any], *, parameters: int, steps: int, seconds: float, command: str,
-  scores: dict[str, Any], credit: str, devices: np.ndarray, pictures: Pictures | None = None,
+  title: str, config: dict[str, Any], *, parameters: Params, steps: int, seconds: float,
+  command: str, scores: dict[str, Any], credit: str, devices: np.ndarray, pictures: Pictures | None = None,
   told: Sequence[str] = (),
 ) -> str:
   """Markdown.
 
   Args:
-    title: of the task. seconds: spent until now, with drawing and scoring.
+    title: of the task. parameters: those that are trained, or their shapes.
+    seconds: spent until now, with sampling and scoring.
     scores: as a run keeps them, with what they are measured on.
     devices: of the mesh. pictures: what it is trained on, None for points.
     told: what there is to be said without scores, too.
@@ -33,7 +47,7 @@ def model_card(
   lines = [
     f'# {title} ({data["dataset"]}, {edge})', '',
     f'Trained with diffusion_jax by `{command}`.', '',
-    f'- Trained parameters: {parameters:,}',
+    f'- Trained parameters: {sum(p.size for p in parameters.values()):,}',
     f'- Steps: {steps:,} of {loop["total_steps"]:,}, {records:,} {one} seen, '
     f'batch {loop["batch_size"]}',
     f'- Time: {duration(seconds)} until this was written, on {devices.size} x '
@@ -47,6 +61,7 @@ def model_card(
     lines += ['## Scores', '', *_listed(found.measured), *_table(found, config['task'])]
   elif told:
     lines += ['## What was there before', '', *_listed(told)]
+  lines += ['## Parameters', '', '```', parameter_table(parameters, CARD_ROWS), '```', '']
   if credit:
     lines += ['## Credit', '', credit, '']
   return '\n'.join(lines)

@@ -177,7 +177,7 @@ class Hooks:
   def _card(self, state: TrainState, seconds: float, scores: Scores) -> str:
     return model_card(
       self.t.task.title, self.t.config,
-      parameters=sum(p.size for p in jax.tree.leaves(state.params)),
+      parameters=state.params,
       steps=int(state.step), seconds=seconds, command=command_line(), scores=scores,
       credit=self.t.data_credit, devices=self.t.mesh.devices, told=self.t.told,
       pictures=self.t.trained_on,

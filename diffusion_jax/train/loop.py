@@ -15,6 +15,7 @@ from diffusion_jax.parallel.mesh import put_batch, put_params, to_host
 from diffusion_jax.runs.directory import command_line
 from diffusion_jax.runs.metrics import MetricsWriter
 from diffusion_jax.runs.start import Start
+from diffusion_jax.train.card import parameter_table
 from diffusion_jax.train.compile import StepPrograms, step_and_batch
 from diffusion_jax.train.goodput import Goodput
 from diffusion_jax.train.health import (
@@ -34,6 +35,8 @@ from diffusion_jax.train.training import Training
 
 _NAMED = 100
 """Records that could not be read, in the status file."""
+_ROWS = 16
+"""Parameters that a person at the terminal is shown."""
 
 
 def train(training: Training, progress: bool = True, start: Start | None = None) -> int:
@@ -75,7 +78,7 @@ class _Session:
   def __init__(self, training: Training, safety: Safety, show: bool):
     self.t, self.safety, self.show = training, safety, show
     self.goodput = Goodput()
-    self.on_cpu = jax.default_backend() == 'cpu'
+    self.on_cpu = training.mesh.devices.flat[0].platform == 'cpu'
     self.step = 0
     self.pending: tuple | None = None
     self.undrawn: dict[str, Any] | None = None  # Where the data stood before a step under way.
@@ -146,6 +149,7 @@ class _Session:
         'step.json', lambda: t.directory.write_json('step.json', report.as_json()), keep=True
       )
     if self.show:
+      print(parameter_table(abstract.params, _ROWS))
       print('\n'.join(report.lines(t.mesh, t.loop.batch_size)))
 
   def _facts(self) -> dict[str, Any]:

@@ -1,9 +1,36 @@
-"""Metrics between two log lines: sums on the device, speed and waiting time on the host."""
+"""Metrics that add up, and what the train loop makes of them between two log lines."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from clu.metrics import Average
 
 from diffusion_jax.train.goodput import Goodput
-from diffusion_jax.train.tasks.task import Metrics, averages, combine
+
+Metrics = dict[str, Average]
+"""Totals and counts by name; merged over microbatches and steps, they keep means exact."""
+
+
+def mean_metric(values: jax.Array) -> Average:
+  """Return the average of a scalar or of one value per example, of which none is left out."""
+  return Average(values.sum(), jnp.asarray(values.size, jnp.float32))
+
+
+def combine(totals: Metrics, new: Metrics) -> Metrics:
+  """Merge two dictionaries with the same names; an empty one is neutral."""
+  return {name: total.merge(new[name]) for name, total in totals.items()} if totals else new
+
+
+def averages(metrics: Metrics) -> dict[str, float | list[float | None]]:
+  """Totals and counts on the host -> means; vectors become lists with None where nothing fell."""
+  out = {}
+  with np.errstate(divide='ignore', invalid='ignore'):
+    for name, average in jax.tree.map(lambda x: np.asarray(x, np.float64), metrics).items():
+      mean = np.where(average.count > 0, average.compute(), np.nan)
+      out[name] = (
+        float(mean) if not mean.ndim else [None if np.isnan(m) else float(m) for m in mean]
+      )
+  return out
 
 
 class Meter:

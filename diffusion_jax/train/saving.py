@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clu.metrics import Average
 
 from diffusion_jax.checkpoint.checkpoints import Checkpoints
 from diffusion_jax.checkpoint.keeping import Keep
@@ -18,8 +19,8 @@ from diffusion_jax.files import reading
 from diffusion_jax.parallel.mesh import to_host
 from diffusion_jax.parallel.processes import A_DAY, agree
 from diffusion_jax.train.health import Safety
+from diffusion_jax.train.meter import Metrics
 from diffusion_jax.train.state import TrainState
-from diffusion_jax.train.tasks.task import Metrics
 from diffusion_jax.train.training import Training
 
 MEET_SECONDS = 30.0
@@ -70,7 +71,7 @@ class Saver:
     ):
       self._loader.set_state(extra['loader'])
       totals = {
-        name: tuple(np.asarray(part, np.float32) for part in pair)
+        name: Average(*(np.asarray(part, np.float32) for part in pair))
         for name, pair in extra['totals'].items()
       }
       goodput = {name: float(seconds) for name, seconds in extra['goodput'].items()}
@@ -88,7 +89,7 @@ class Saver:
     extra: dict[str, Any] = {
       'loader': self._loader.get_state(),
       'totals': {
-        name: [part.tolist() for part in pair] for name, pair in to_host(totals).items()
+        name: [one.total.tolist(), one.count.tolist()] for name, one in to_host(totals).items()
       },
       'goodput': goodput,
     }

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from clu.metrics import Average
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffusion_jax.backend.cpu import global_norm
@@ -12,8 +13,9 @@ from diffusion_jax.backend.xla import jit, separate
 from diffusion_jax.parallel.mesh import batch_sharding
 from diffusion_jax.train import ema
 from diffusion_jax.train.guard import GuardConfig, choose, judge
+from diffusion_jax.train.meter import Metrics
 from diffusion_jax.train.state import TrainState, replicated
-from diffusion_jax.train.tasks.task import Metrics, Task
+from diffusion_jax.train.tasks.task import Task
 
 DEFAULT = GuardConfig()
 
@@ -77,7 +79,7 @@ def make_step(
   A step that the guard rejects changes nothing but the step number and the guard itself; where its
   loss or gradient is not finite, its metrics do not count either.
 
-  Metrics are (total, count) pairs that add up over steps. The step's randomness is
+  Metrics are averages that merge over steps. The step's randomness is
   fold_in(key, step), so a step can be repeated exactly.
   """
 
@@ -103,11 +105,11 @@ def make_step(
       average = ema.update(average, params, jnp.where(use, decay, 1.0))
     carry = choose(use, task.next_carry(state.carry, observed), state.carry)
     one = jnp.ones((), jnp.float32)
-    metrics = {**metrics, 'gradient_norm': (norm, one)}
+    metrics = {**metrics, 'gradient_norm': Average(norm, one)}
     metrics = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), metrics)
     given_up = watch.in_a_row >= guard.max_skipped_in_a_row
-    metrics['skipped_fraction'] = (1 - use.astype(jnp.float32), one)
-    metrics['given_up'] = (given_up.astype(jnp.float32), one)
+    metrics['skipped_fraction'] = Average(1 - use.astype(jnp.float32), one)
+    metrics['given_up'] = Average(given_up.astype(jnp.float32), one)
     return TrainState(
       state.step + 1, state.key, params, opt_state, average, carry, watch
     ), metrics

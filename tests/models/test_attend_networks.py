@@ -16,7 +16,6 @@ from diffusion_jax.models.text.clip import CLIP
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.models.vision.classifier import ClassifierConfig
 from diffusion_jax.models.vision.dinov2 import DINOv2, DINOv2Config
-from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.train.tasks.classifier import ClassifierTask, ClassifierTaskConfig
 from diffusion_jax.types import Condition
 from tests import tiny
@@ -74,7 +73,7 @@ def test_adapters_keep_it_and_networks_without_attention_refuse_it():
 
 def test_tasks_train_with_what_the_config_says(parts, sources, tmp_path):
   make = lambda values: build.build_task(
-    parse({**values, 'attention': 'xla'}), *sources, RunDirectory(tmp_path), None
+    parse({**values, 'attention': 'xla'}), *sources, tmp_path, None
   )
   task = make(tiny.diffusion_config(parts, {'cache': False}))
   said = {role: network.compute.attention for role, network in task.model.networks.items()}
@@ -90,7 +89,7 @@ def test_a_task_without_attention_refuses_it():
 
 
 def test_a_resumed_run_may_change_it_and_need_not_know_it(tmp_path):
-  directory, values = RunDirectory(tmp_path), resolved(parse(tiny.clip_config()))
+  directory, values = tmp_path, resolved(parse(tiny.clip_config()))
   directory.write_json('config.json', values)
   directory.check_config({**values, 'attention': 'xla'}, completed)
   directory.write_json('config.json', {k: v for k, v in values.items() if k != 'attention'})

@@ -13,7 +13,6 @@ from diffusion_jax.models import kernels
 from diffusion_jax.models.lora import LoRAConfig, targets, with_lora
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.unet import UNet, UNetConfig
-from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.types import Condition
 from tests import tiny
 
@@ -108,7 +107,7 @@ def test_adapters_keep_them_and_the_network_is_the_same_otherwise():
 
 def test_they_are_of_the_loss_alone(parts, sources, tmp_path):
   values = tiny.diffusion_config(parts, {'cache': False}) | {'products': 'float8'}
-  task = build.build_task(parse(values), *sources, RunDirectory(tmp_path), None)
+  task = build.build_task(parse(values), *sources, tmp_path, None)
   said = {role: n.compute.matmul_precision for role, n in task.learning.networks.items()}
   assert said.pop('denoiser') == 'float8' and set(said.values()) == {'plain'}
   assert {n.compute.matmul_precision for n in task.model.networks.values()} == {'plain'}

@@ -59,7 +59,7 @@ def test_the_adversary_starts_exactly_at_its_step(params, images):
   assert metrics['loss_discriminator'] == metrics['loss_generator'] == (0, 0)
   assert not any(g.any() for n, g in before.items() if n.startswith('discriminator.'))
   after, (metrics, _) = gradient(params, {}, {}, batch, key, START)
-  assert metrics['loss_discriminator'][1] == metrics['loss_generator'][1] == 1
+  assert metrics['loss_discriminator'].count == metrics['loss_generator'].count == 1
   for name, g in after.items():
     # A bias of all keys shifts each row of attention logits, which softmax forgets.
     assert name.endswith('to_k.bias') or np.abs(g).max() > 1e-9, name

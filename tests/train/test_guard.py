@@ -68,14 +68,14 @@ def test_one_nan_touches_nothing_and_training_goes_on(accumulation):
   _assert_same(states[4].params, without[3].params)
   _assert_same(states[4].opt_state, without[3].opt_state)
   assert int(states[4].guard.in_a_row) == 0 and int(states[4].guard.skipped) == 1
-  assert metrics[2]['loss'] == (0, 0) and metrics[2]['skipped_fraction'] == (1, 1)
-  assert metrics[3]['loss'][1] == BATCH and metrics[3]['skipped_fraction'] == (0, 1)
+  assert metrics[2]['loss'].count == 0 and metrics[2]['skipped_fraction'].compute() == 1
+  assert metrics[3]['loss'].count == BATCH and metrics[3]['skipped_fraction'].total == 0
 
 
 def test_after_too_many_in_a_row_no_step_is_used_any_more():
   guard = GuardConfig(max_skipped_in_a_row=2)
   states, metrics = _run([GOOD, NAN, GOOD, NAN, NAN, GOOD, GOOD], guard)
-  assert [int(m['given_up'][0]) for m in metrics] == [0, 0, 0, 0, 1, 1, 1]
+  assert [int(m['given_up'].total) for m in metrics] == [0, 0, 0, 0, 1, 1, 1]
   for state in states[4:]:
     _assert_same(state.params, states[3].params)
   assert any((states[3].params[n] != states[2].params[n]).any() for n in states[3].params)
@@ -86,17 +86,17 @@ def test_spikes_are_skipped_where_asked_for():
   plain, _ = _run(kinds)
   assert int(plain[-1].guard.skipped) == 0
   careful, metrics = _run(kinds, GuardConfig(spike_deviations=6.0))
-  assert [float(m['skipped_fraction'][0]) for m in metrics] == [0.0] * (SETTLED + 5) + [1.0, 0.0]
+  assert [float(m['skipped_fraction'].total) for m in metrics] == [0.0] * (SETTLED + 5) + [1.0, 0.0]
   _assert_same(careful[-3].params, careful[-2].params)
   # Its numbers are finite, so they are still to be seen.
-  assert metrics[-2]['loss'][0] > 100 * metrics[-1]['loss'][0]
+  assert metrics[-2]['loss'].total > 100 * metrics[-1]['loss'].total
   start, _ = _run([GOOD, SPIKE], GuardConfig(spike_deviations=6.0))
   assert int(start[-1].guard.skipped) == 0
 
 
 def test_the_running_mean_and_variance_are_those_of_the_losses():
   states, metrics = _run([GOOD] * 20)
-  losses = [float(m['loss'][0] / m['loss'][1]) for m in metrics]
+  losses = [float(m['loss'].compute()) for m in metrics]
   guard = states[-1].guard
   assert guard.mean == pytest.approx(np.mean(losses), rel=1e-4)
   assert guard.variance == pytest.approx(np.var(losses), rel=1e-3)

@@ -51,7 +51,7 @@ def _run(task, batch, *, steps=1, mesh=None, accumulation=1, repeat=False):
   state, out = fresh(), []
   for _ in range(steps):
     state, metrics = update(state, {}, on_mesh)
-    out.append({name: float(total / count) for name, (total, count) in metrics.items()})
+    out.append({name: float(one.compute()) for name, one in metrics.items()})
   return types.SimpleNamespace(state=state, metrics=out)
 
 

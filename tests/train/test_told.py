@@ -67,6 +67,7 @@ def test_the_models_in_the_package_say_what_they_were_trained_on(name):
   assert (found.dataset, found.split, found.size, found.records) == ('openmoji', 'train', 64, 3312)
   card = (place / 'README.md').read_text()
   assert 'training split of 3,312 images' in card
+  assert '- Trained parameters: 6' in card and '| kernel | (2, 3) | float64 | 6    |' in card
   assert 'On the test split, 379 images, which was not trained on.' in card
 
 
@@ -123,7 +124,7 @@ def test_a_card_tells_what_pictures_go_through(tmp_path):
       'dataset': 'openmoji', 'size': 32, 'transforms': [
         ['resize', {'size': 64}], 'random_flip', {'name': 'random_crop', 'size': 32},
       ],
-    }}, parameters=1, steps=1, seconds=75.0, command='c', scores={}, credit='',
+    }}, parameters={'kernel': np.zeros((2, 3))}, steps=1, seconds=75.0, command='c', scores={}, credit='',
     devices=np.array(jax.devices()[:2]), pictures=TRAIN,
   )
   assert '- Transforms: resize (size 64), random_flip, random_crop 32' in card

@@ -12,10 +12,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clu.metrics import Average
 from jax.sharding import Mesh
 
 from diffusion_jax.config import TrainingConfig
-from diffusion_jax.data.sources.tfds import ImageSource
+from diffusion_jax.data.loader import Source
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.evaluator import Evaluator, Scores
@@ -29,7 +30,8 @@ from diffusion_jax.limits import same_size
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.network import Network, prefixed, under
 from diffusion_jax.models.perceptual import Discriminator, DiscriminatorConfig, lpips
-from diffusion_jax.train.tasks.task import Env, Frozen, Metrics, Task, mean_metric
+from diffusion_jax.train.meter import mean_metric
+from diffusion_jax.train.tasks.task import Env, Frozen, Metrics, Task
 from diffusion_jax.types import Images, Latents, Params
 
 
@@ -77,7 +79,7 @@ class AutoencoderTask(Task):
   batch_fields = ('image',)
 
   def __init__(
-    self, config: AutoencoderTaskConfig, test: ImageSource, dtype=jnp.float32,
+    self, config: AutoencoderTaskConfig, test: Source, dtype=jnp.float32,
     remat: str = 'none', attention: str = 'auto',
   ):
     self.config = config
@@ -172,7 +174,9 @@ class AutoencoderTask(Task):
     idle = lambda output: (0.0 * output.sum(), jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))
     started = step >= self.config.adversarial_start_step
     loss, fool, hinge, count = jax.lax.cond(started, active, idle, output)
-    return loss, {'loss_generator': (fool, count), 'loss_discriminator': (hinge, count)}
+    return loss, {
+      'loss_generator': Average(fool, count), 'loss_discriminator': Average(hinge, count),
+    }
 
   def weights(self, params: Params, frozen: Frozen) -> Params:
     return under('autoencoder', params)

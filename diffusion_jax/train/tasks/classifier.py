@@ -26,7 +26,8 @@ from diffusion_jax.formats.networks import save_params
 from diffusion_jax.limits import Range, same_size
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.vision.classifier import Classifier, ClassifierConfig
-from diffusion_jax.train.tasks.task import Env, Frozen, Task, mean_metric
+from diffusion_jax.train.meter import mean_metric
+from diffusion_jax.train.tasks.task import Env, Frozen, Task
 from diffusion_jax.types import Params
 
 

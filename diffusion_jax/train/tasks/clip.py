@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from diffusion_jax.config import TrainingConfig
-from diffusion_jax.data.sources.tfds import ImageSource
+from diffusion_jax.data.loader import Source
 from diffusion_jax.data.unreadable import readable
 from diffusion_jax.evaluation.evaluator import Evaluator, Scores
 from diffusion_jax.evaluation.extractors.clip import unit
@@ -27,13 +27,15 @@ from diffusion_jax.models.text.tokenizer import (
   save_tokenizer,
   train_tokenizer,
 )
-from diffusion_jax.runs.directory import RunDirectory
-from diffusion_jax.train.tasks.task import Env, Frozen, Task, mean_metric
+from diffusion_jax.train.meter import mean_metric
+from diffusion_jax.train.tasks.task import Env, Frozen, Task
 from diffusion_jax.types import Params
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
+TOKENIZER = 'tokenizer'
+"""Folder of a workdir with the vocabulary that was trained on its captions."""
 MAX_LOGIT_SCALE = math.log(100.0)
 
 
@@ -78,7 +80,7 @@ class CLIPTask(Task):
   batch_fields = ('image', 'tokens')
 
   def __init__(
-    self, config: CLIPTaskConfig, tokenizer: PreTrainedTokenizerBase, test: ImageSource,
+    self, config: CLIPTaskConfig, tokenizer: PreTrainedTokenizerBase, test: Source,
     dtype=jnp.float32, remat: str = 'none', attention: str = 'auto',
   ):
     self.config = config
@@ -100,8 +102,9 @@ class CLIPTask(Task):
     """Train the tokenizer, or read the one that this run trained when it began."""
     settings = config.settings
     text = settings.clip.text_config
-    if (env.directory.tokenizer / 'tokenizer.json').exists():
-      tokenizer = load_tokenizer(env.directory.tokenizer)
+    folder = env.workdir / TOKENIZER
+    if (folder / 'tokenizer.json').exists():
+      tokenizer = load_tokenizer(folder)
     else:
       captions = (caption for record in readable(env.train) for caption in record['captions'])
       tokenizer = train_tokenizer(captions, text.vocab_size, text.max_position_embeddings)
@@ -117,9 +120,9 @@ class CLIPTask(Task):
     length = self.clip.config.text_config.max_position_embeddings
     return {'tokenizer': Tokenize(self.tokenizer, length)}
 
-  def keep(self, directory: RunDirectory) -> None:
-    if not (directory.tokenizer / 'tokenizer.json').exists():
-      save_tokenizer(self.tokenizer, directory.tokenizer)
+  def keep(self, workdir: Path) -> None:
+    if not (workdir / TOKENIZER / 'tokenizer.json').exists():
+      save_tokenizer(self.tokenizer, workdir / TOKENIZER)
 
   def initialize(self, key: jax.Array) -> Params:
     return self.clip.initialize(key)

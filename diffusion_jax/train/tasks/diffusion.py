@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from clu.metrics import Average
 from jax.sharding import Mesh
 
 from diffusion_jax.config import TrainingConfig
 from diffusion_jax.data.cache import ChooseText, cached_source, synthetic_cache
 from diffusion_jax.data.loader import Source
-from diffusion_jax.data.sources.tfds import ImageSource
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.diffusion.noise import NoiseConfig
 from diffusion_jax.diffusion.objective import (
@@ -45,7 +45,8 @@ from diffusion_jax.pipelines.directory import assemble, save_text_to_image
 from diffusion_jax.pipelines.model import DENOISER, Diffusion, joined
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.pipelines.spaces import Moments
-from diffusion_jax.train.tasks.task import Carry, Env, Frozen, Observed, Task, mean_metric
+from diffusion_jax.train.meter import mean_metric
+from diffusion_jax.train.tasks.task import Carry, Env, Frozen, Observed, Task
 from diffusion_jax.types import Condition, Params, Weights
 
 TIME_BUCKETS = 10
@@ -69,7 +70,7 @@ class NoisingTask(Task):
     which = jax.nn.one_hot(bucket, TIME_BUCKETS)
     metrics = {
       'loss': mean_metric(losses.loss),
-      'loss_by_timestep': (losses.error @ which, which.sum(axis=0)),
+      'loss_by_timestep': Average(losses.error @ which, which.sum(axis=0)),
     }
     observed = (losses.level.label, losses.error) if carry else ()
     return losses.loss.mean(), (metrics, observed)
@@ -174,7 +175,7 @@ class DiffusionTask(NoisingTask):
 
   def __init__(
     self, config: LatentTaskConfig, model: Diffusion, frozen: Frozen,
-    train: ImageSource, test: ImageSource, remat: str = 'none', products: str = 'plain',
+    train: Source, test: Source, remat: str = 'none', products: str = 'plain',
   ):
     """`remat` and `products`, of `models.network`, are of the loss alone."""
     config.sample.check(model.noise, model.parameterization)

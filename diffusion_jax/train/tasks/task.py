@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.config import TrainingConfig
@@ -18,14 +17,11 @@ from diffusion_jax.data.transforms import build_transforms, check_transforms
 from diffusion_jax.data.unreadable import Damage
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.evaluator import Evaluator, Scores
-from diffusion_jax.runs.directory import RunDirectory
+from diffusion_jax.train.meter import Metrics
 from diffusion_jax.types import Params, Weights
 
 SYNTHETIC = 64
 """Random images at least; a batch needs as many as it has examples."""
-
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
-"""Sums and counts by name; adding them up over microbatches and steps keeps means exact."""
 
 Carry = dict[str, jax.Array]
 """Arrays that training carries beside the parameters, such as past losses."""
@@ -41,14 +37,14 @@ Frozen = dict[str, Params]
 class Env:
   """What a task is built in.
 
-  train, test: sources of records. directory: of the run. synthetic: whether random numbers take the
+  train, test: sources of records. workdir: of the run. synthetic: whether random numbers take the
   place of the data. damage: counts the records that cannot be read. more: the sources of
   `Task.more_data`, by name.
   """
 
   train: Source
   test: Source
-  directory: RunDirectory
+  workdir: Path
   mesh: Mesh
   synthetic: bool = False
   damage: Damage = dataclasses.field(default_factory=Damage)
@@ -126,9 +122,9 @@ class Task(abc.ABC):
     data = config.data
     return env.train, build_transforms(data.transforms, size=data.size, **self.context())
 
-  def keep(self, directory: RunDirectory) -> None:
+  def keep(self, workdir: Path) -> None:
     """Write what the task has made of the data and a resume needs, such as a tokenizer."""
-    del directory
+    del workdir
 
   @abc.abstractmethod
   def initialize(self, key: jax.Array) -> Params:
@@ -172,25 +168,3 @@ class Task(abc.ABC):
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
     """Write the trained model as safetensors with its configuration and model card."""
     raise NotImplementedError
-
-
-def mean_metric(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(sum, count) of a scalar or of one value per example."""
-  return values.sum(), jnp.asarray(values.size, jnp.float32)
-
-
-def combine(totals: Metrics, new: Metrics) -> Metrics:
-  """Adds the sums and counts of two dictionaries with the same names; an empty one is neutral."""
-  return jax.tree.map(lambda a, b: a + b, totals, new) if totals else new
-
-
-def averages(metrics: Metrics) -> dict[str, float | list[float | None]]:
-  """Sums and counts on the host -> means; vectors become lists with None where nothing fell."""
-  out = {}
-  for name, (total, count) in metrics.items():
-    total, count = np.asarray(total, np.float64), np.asarray(count, np.float64)
-    mean = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
-    out[name] = (
-      float(mean) if not mean.ndim else [None if np.isnan(m) else float(m) for m in mean]
-    )
-  return out
