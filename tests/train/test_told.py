@@ -124,8 +124,8 @@ def test_a_card_tells_what_pictures_go_through(tmp_path):
       'dataset': 'openmoji', 'size': 32, 'transforms': [
         ['resize', {'size': 64}], 'random_flip', {'name': 'random_crop', 'size': 32},
       ],
-    }}, parameters={'kernel': np.zeros((2, 3))}, steps=1, seconds=75.0, command='c', scores={}, credit='',
-    devices=np.array(jax.devices()[:2]), pictures=TRAIN,
+    }}, parameters={'kernel': np.zeros((2, 3))}, steps=1, seconds=75.0, command='c', scores={},
+    credit='', devices=np.array(jax.devices()[:2]), pictures=TRAIN,
   )
   assert '- Transforms: resize (size 64), random_flip, random_crop 32' in card
   assert '- Time: 1 min 15 s until this was written, on 2 x cpu' in card
