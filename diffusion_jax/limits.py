@@ -81,6 +81,14 @@ class ByType:
     return '' if found == self.default else found
 
 
+@dataclasses.dataclass(frozen=True)
+class Help:
+  """What the command line says of a field; a field with it is an option (`cli.options`)."""
+
+  text: str
+  metavar: str = ''
+
+
 Fraction = Annotated[float, Range(0, 1)]
 Positive = Annotated[int, Range(1)]
 Count = Annotated[int, Range(0)]

@@ -9,7 +9,6 @@ divided by commas) or an installed package has it as an entry point of the group
 import difflib
 import functools
 import importlib
-import importlib.metadata
 import os
 from collections.abc import Collection
 from typing import Any
@@ -213,5 +212,7 @@ def import_plugins() -> None:
       importlib.import_module(module)
     except ImportError as error:
       raise UserError(f'{PLUGINS} names {module}, which cannot be imported ({error}).') from error
-  for point in importlib.metadata.entry_points(group='diffusion_jax'):
+  from importlib import metadata  # Takes a while, and most starts need no plugin.
+
+  for point in metadata.entry_points(group='diffusion_jax'):
     point.load()

@@ -1,16 +1,131 @@
-"""Arguments that sample and evaluate share."""
+"""Options of commands: dataclasses whose fields have a `Help`, and what several commands share."""
 
 import argparse
 import dataclasses
 import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
 
+from diffusion_jax.config import SampleOptions, typed
 from diffusion_jax.errors import UserError
-from diffusion_jax.limits import check_seed
+from diffusion_jax.limits import Help, Positive, Seed
+
+T = TypeVar('T')
 
 DEFAULT_MODEL = 'asset:text-to-image-openmoji-64'
 OF_SAMPLER = ('options', 'drop_last', 'fractional', 'set_alpha_to_one', 'places', 'timesteps',
               'scaled_noise')
 """Settings that another sampler does not take over."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+  """A model, or a run that has made one."""
+
+  workdir: Annotated[str, Help(
+    'a run of train; its last checkpoint is used, averaged weights first', 'DIR'
+  )] = ''
+  model: Annotated[str, Help(
+    f'a model directory, or asset:NAME (default: {DEFAULT_MODEL})', 'DIR'
+  )] = ''
+  ema_halflife_images: Annotated[float | None, Help(
+    'with --workdir, average the weights over another length, put together from the checkpoints '
+    "that are there; 0 for no average (default: the run's own)", 'N'
+  )] = None
+
+  def __post_init__(self):
+    if self.workdir and self.model:
+      raise UserError('--workdir and --model are both given; leave one out.')
+    if self.ema_halflife_images is not None and not self.workdir:
+      raise UserError('--ema_halflife_images needs --workdir: a model alone has one average.')
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterOptions:
+  """What others have trained for a model."""
+
+  lora: Annotated[tuple[str, ...], Help(
+    'a LoRA to merge, of any usual trainer; repeat for several', 'FILE[:SCALE]'
+  )] = ()
+  controlnet: Annotated[str, Help('a ControlNet made for the model', 'DIR')] = ''
+  words: Annotated[tuple[str, ...], Help(
+    'a learned word (textual inversion); repeat for several', 'FILE'
+  )] = ()
+
+  def apply(self, model, weights):
+    """Return (model, weights) with them."""
+    from diffusion_jax.pipelines.adapters import add_controlnet, add_lora, add_words
+
+    for text in self.lora:
+      path, _, scale = text.rpartition(':')
+      try:
+        path, scale = (path, float(scale)) if path else (text, 1.0)
+      except ValueError:
+        path, scale = text, 1.0
+      weights = add_lora(model, weights, path, scale)
+    for path in self.words:
+      weights = add_words(model, weights, path)
+    return add_controlnet(model, weights, self.controlnet) if self.controlnet else (model, weights)
+
+  def named(self) -> dict[str, str]:
+    """Return option -> what it names, of those that were given."""
+    given = {'lora': ' '.join(self.lora), 'controlnet': self.controlnet,
+             'words': ' '.join(self.words)}
+    return {name: value for name, value in given.items() if value}
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawOptions:
+  """Seed and batch of samples."""
+
+  seed: Annotated[Seed, Help('random seed, from 0 to 2**32 - 1 (default: 0)', 'S')] = 0
+  batch: Annotated[Positive, Help(
+    'images sampled at a time (default: 16); another number rounds otherwise: now and then a value '
+    'of a picture moves by a level of 255, by more where a device multiplies in less than float32',
+    'N'
+  )] = 16
+
+
+def add_options(parser: argparse.ArgumentParser, cls: type, title: str = '') -> None:
+  """Add an option for each field of a dataclass that has a `Help`."""
+  group = parser.add_argument_group(title) if title else parser
+  hints = typing.get_type_hints(cls, include_extras=True)
+  for field in dataclasses.fields(cls):
+    name, hint = field.name, hints[field.name]
+    needed = field.default is field.default_factory is dataclasses.MISSING
+    kind, *notes = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+    for note in notes:
+      if isinstance(note, Help):
+        taken = _taken(kind, note) | ({'required': True} if needed else {})
+        group.add_argument(f'--{name}', help=note.text.replace('%', '%%'), **taken)
+
+
+def _taken(kind: Any, note: Help) -> dict[str, Any]:
+  """How argparse takes values of that type."""
+  metavar = {'metavar': note.metavar} if note.metavar else {}
+  if kind is bool:
+    return {'action': 'store_true', 'default': None}
+  if typing.get_origin(kind) is tuple:
+    first, second = typing.get_args(kind)
+    if second is Ellipsis:
+      return {'action': 'append', 'type': first, **metavar}
+    return {'nargs': 2, 'type': first, 'metavar': tuple(note.metavar.split())}
+  if typing.get_origin(kind) in (typing.Union, types.UnionType):
+    kind = typing.get_args(kind)[0]
+  return {'type': kind, **metavar}
+
+
+def given(cls: type, args: argparse.Namespace) -> dict[str, Any]:
+  """Return the fields of a dataclass that were given as options."""
+  values = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(cls)}
+  return {name: value for name, value in values.items() if value is not None}
+
+
+def read_options(cls: type[T], args: argparse.Namespace) -> T:
+  """Return the dataclass with what was given as options. UserError for an impossible value."""
+  return typed(cls, given(cls, args), '--')
 
 
 def check_overrides(args: argparse.Namespace) -> None:
@@ -21,130 +136,67 @@ def check_overrides(args: argparse.Namespace) -> None:
     )
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-  """--workdir or --model."""
-  group = parser.add_mutually_exclusive_group()
-  group.add_argument('--workdir', metavar='DIR',
-                     help='a run of train; its last checkpoint is used, averaged weights first')
-  group.add_argument('--model', metavar='DIR',
-                     help=f'a model directory, or asset:NAME (default: {DEFAULT_MODEL})')
-  parser.add_argument('--ema_halflife_images', type=float, metavar='N', help='with --workdir, '
-                      'average the weights over another length, put together from the checkpoints '
-                      "that are there; 0 for no average (default: the run's own)")
-
-
-def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
-  """What others have trained for the model."""
-  parser.add_argument('--lora', action='append', default=[], metavar='FILE[:SCALE]',
-                      help='a LoRA to merge, of any usual trainer; repeat for several')
-  parser.add_argument('--controlnet', metavar='DIR', help='a ControlNet made for the model')
-  parser.add_argument('--words', action='append', default=[], metavar='FILE',
-                      help='a learned word (textual inversion); repeat for several')
-
-
-def with_adapters(model, weights, args: argparse.Namespace):
-  """(model, weights) with what --lora, --controlnet and --words name."""
-  from diffusion_jax.pipelines.adapters import add_controlnet, add_lora, add_words
-
-  for text in args.lora:
-    path, _, scale = text.rpartition(':')
-    try:
-      path, scale = (path, float(scale)) if path else (text, 1.0)
-    except ValueError:
-      path, scale = text, 1.0
-    weights = add_lora(model, weights, path, scale)
-  for path in args.words:
-    weights = add_words(model, weights, path)
-  if args.controlnet:
-    model, weights = add_controlnet(model, weights, args.controlnet)
-  return model, weights
-
-
-def named_adapters(args: argparse.Namespace) -> dict[str, str]:
-  """Argument -> what it names, of those of `add_adapter_arguments` that were given."""
-  given = {'lora': ' '.join(args.lora), 'controlnet': args.controlnet,
-           'words': ' '.join(args.words)}
-  return {name: value for name, value in given.items() if value}
-
-
-def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
-  """How to sample; what is not given is what the model was trained to be used with."""
-  parser.add_argument('--sampler', metavar='NAME', help='one of the table in README.md, or any '
-                      'other word to have them listed')
-  parser.add_argument('--spacing', metavar='NAME',
-                      help='how the steps are placed, such as trailing, karras or beta')
-  parser.add_argument('--steps', type=int, metavar='N', help='sampling steps')
-  parser.add_argument('--guidance', type=float, metavar='G',
-                      help='classifier-free guidance scale; 1 is none')
-  parser.add_argument('--guidance_rescale', type=float, metavar='PHI',
-                      help='share from 0 to 1 by which guidance keeps the contrast it would raise')
-  parser.add_argument('--guidance_interval', type=float, nargs=2, metavar=('LOW', 'HIGH'),
-                      help='noise levels sigma / alpha that are guided; HIGH may be inf')
-  parser.add_argument('--threshold', metavar='KIND',
-                      help='none, static or dynamic: keep each estimate of the latents in bounds')
-  parser.add_argument('--threshold_limit', type=float, metavar='L',
-                      help='of static: the bound, in standard deviations of the latents; of '
-                      'dynamic: the most that an estimate is divided by to lie in [-1, 1]')
-  parser.add_argument('--threshold_percentile', type=float, metavar='P',
-                      help='of dynamic: the share of an image that is not clipped')
-  parser.add_argument('--image_guidance', type=float, metavar='G',
-                      help='of a model that edits a picture: how closely to keep to it; 1 is none')
-  parser.add_argument('--clip_skip', type=int, metavar='N',
-                      help='layers of the text encoder to leave out at the end')
-  parser.add_argument('--decoding', metavar='HOW', help='whole, or with less memory sliced (image '
-                      'by image) or tiled (for large images)')
-  parser.add_argument('--seed', type=int, default=0, metavar='S',
-                      help='random seed, from 0 to 2**32 - 1 (default: 0)')
-  parser.add_argument('--batch', type=int, default=16, metavar='N',
-                      help='images drawn at a time (default: 16); another number rounds otherwise: '
-                      'now and then a value of a picture moves by a level of 255, by more where a '
-                      'device multiplies in less than float32')
-
-
-def load_run(args: argparse.Namespace):
-  """(the run of --workdir, sample settings with the arguments applied)."""
+def open_run(options: ModelOptions, values: Mapping[str, Any]):
+  """Return (the run of --workdir, its sample settings with `values` in their place)."""
   from diffusion_jax.run import TrainedRun
 
-  check_numbers(args)
-  run = TrainedRun(args.workdir)
-  sample = with_arguments(run.sample, args)
+  run = TrainedRun(options.workdir)
+  sample = with_values(run.sample, values)
   sample.check(run.model.noise, run.model.parameterization)
   return run, sample
 
 
-def load(args: argparse.Namespace, mesh):
-  """(model, weights on the mesh, sample settings with the arguments applied, the model's name)."""
+def open_model(options: ModelOptions, values: Mapping[str, Any], mesh):
+  """Return (model, weights on the mesh, sample settings with `values`, the model's name)."""
   from diffusion_jax.pipelines.directory import load_text_to_image
 
-  if args.workdir:
-    run, sample = load_run(args)
-    weights = run.weights(ema_halflife_images=args.ema_halflife_images)
-    return run.model, run.model.on_mesh(weights, mesh), sample, args.workdir
-  check_numbers(args)
-  if args.ema_halflife_images is not None:
-    raise UserError('--ema_halflife_images needs --workdir: a model alone has one average.')
-  name = args.model or DEFAULT_MODEL
+  if options.workdir:
+    run, sample = open_run(options, values)
+    weights = run.weights(ema_halflife_images=options.ema_halflife_images)
+    return run.model, run.model.on_mesh(weights, mesh), sample, options.workdir
+  name = options.model or DEFAULT_MODEL
   model, weights, sample = load_text_to_image(name, mesh=mesh)
-  sample = with_arguments(sample, args)
+  sample = with_values(sample, values)
   sample.check(model.noise, model.parameterization)
   return model, model.on_mesh(weights, mesh), sample, name
 
 
-def check_numbers(args: argparse.Namespace) -> None:
-  """UserError for a seed or a batch that cannot be."""
-  check_seed(args.seed, '--seed')
-  if args.batch < 1:
-    raise UserError(f'--batch is {args.batch}; draw at least 1 image at a time.')
-
-
-def with_arguments(sample, args: argparse.Namespace):
-  """The settings with those that were given as arguments in place of the model's."""
-  names = {field.name for field in dataclasses.fields(sample)}
-  given = {k: v for k, v in vars(args).items() if k in names and v is not None}
-  if 'guidance_interval' in given:
-    low, high = given['guidance_interval']
-    given['guidance_interval'] = (low, None if high == math.inf else high)
-  if given.get('sampler', sample.sampler) != sample.sampler:
+def with_values(sample: T, values: Mapping[str, Any]) -> T:
+  """Return sample settings with those that were given in place of the model's."""
+  values = dict(values)
+  if 'guidance_interval' in values:
+    low, high = values['guidance_interval']
+    values['guidance_interval'] = (low, None if high == math.inf else high)
+  if values.get('sampler', sample.sampler) != sample.sampler:
     # What a published scheduler says beside its sampler's name holds for that sampler alone.
-    given = {name: getattr(type(sample)(), name) for name in OF_SAMPLER} | given
-  return dataclasses.replace(sample, **given)
+    values = {name: getattr(type(sample)(), name) for name in OF_SAMPLER} | values
+  return dataclasses.replace(sample, **values)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+  """--workdir or --model."""
+  add_options(parser, ModelOptions)
+
+
+def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
+  """How to sample; what is not given is what the model was trained to be used with."""
+  add_options(parser, SampleOptions)
+  add_options(parser, DrawOptions)
+
+
+def load_run(args: argparse.Namespace):
+  """(the run of --workdir, sample settings with the arguments applied)."""
+  check_numbers(args)
+  return open_run(read_options(ModelOptions, args), given(SampleOptions, args))
+
+
+def load(args: argparse.Namespace, mesh):
+  """(model, weights on the mesh, sample settings with the arguments applied, the model's name)."""
+  check_numbers(args)
+  return open_model(read_options(ModelOptions, args), given(SampleOptions, args), mesh)
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+  """Set the seed and the batch; UserError where they cannot be."""
+  draw = read_options(DrawOptions, args)
+  args.seed, args.batch = draw.seed, draw.batch

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
 from diffusion_jax import __version__
 from diffusion_jax.cli.options import (
-  add_adapter_arguments,
-  add_model_arguments,
-  add_sample_arguments,
-  load,
-  named_adapters,
-  with_adapters,
+  AdapterOptions,
+  DrawOptions,
+  ModelOptions,
+  add_options,
+  given,
+  open_model,
+  read_options,
 )
+from diffusion_jax.config import SampleOptions
 from diffusion_jax.errors import UserError
+from diffusion_jax.limits import Help
 
 if TYPE_CHECKING:
   import numpy as np
@@ -37,98 +41,112 @@ NEEDED = {'strength': 'image', 'control_strength': 'control', 'noise_level': 'sm
 """Numbers that mean nothing without a picture."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+  """What to sample, and where to."""
+
+  prompt: Annotated[tuple[str, ...], Help(
+    'what to draw; repeat for several pictures. An empty one draws without condition', 'TEXT'
+  )] = ()
+  prompts: Annotated[str, Help(
+    'a text file with one prompt a line; blank lines are passed over', 'FILE'
+  )] = ''
+  negative: Annotated[str, Help('what not to draw (default: nothing)', 'TEXT')] = ''
+  out: Annotated[str, Help('where the pictures go', 'DIR')]
+
+  def read(self) -> list[str]:
+    """Return all prompts; in a file blank lines only divide others.
+
+    Raises:
+      UserError: no prompt, or a file that cannot be read.
+    """
+    prompts = list(self.prompt)
+    if self.prompts:
+      from diffusion_jax.data.captions import read_lines
+
+      prompts += read_lines(self.prompts, 'prompts file')
+    if not prompts:
+      raise UserError(
+        "there is no prompt; give --prompt TEXT (--prompt '' draws without one) or --prompts FILE."
+      )
+    return prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureOptions:
+  """What a model may be conditioned on beside the prompt."""
+
+  image: Annotated[str, Help('a picture to start from, repaint or edit', 'FILE')] = ''
+  strength: Annotated[float | None, Help(
+    'with --image: fraction of the steps that are taken, up to 1; 1 keeps least of the picture '
+    f'(default: {STRENGTH}; 1 where the model is shown it)', 'S'
+  )] = None
+  mask: Annotated[str, Help(
+    'for an inpainting model: white where to paint; laid over the image whatever its size, and '
+    'what is transparent is not painted', 'FILE'
+  )] = ''
+  control: Annotated[str, Help('what a ControlNet sees', 'FILE')] = ''
+  control_strength: Annotated[float | None, Help(
+    'factor on what the ControlNet adds (default: 1)', 'S'
+  )] = None
+  depth: Annotated[str, Help('for a depth model: white is near', 'FILE')] = ''
+  small: Annotated[str, Help('for an upscaler: a picture to enlarge', 'FILE')] = ''
+  reference: Annotated[str, Help(
+    'for a model that varies a picture; the prompt then only names the file', 'FILE'
+  )] = ''
+  noise_level: Annotated[int | None, Help(
+    'noise put on the small picture, 0 to 350 (default: 20)', 'N'
+  )] = None
+
+  def read(self, model, steps: int) -> tuple:
+    """Return (`Inputs`, metadata) of the pictures that were given.
+
+    Raises:
+      UserError: an image that cannot be read, or a strength that is none.
+    """
+    from diffusion_jax.pipelines.conditions import Inputs, read_pictures
+
+    for name, needed in NEEDED.items():
+      if getattr(self, name) is not None and not getattr(self, needed):
+        raise UserError(f'--{name} needs a picture; give --{needed} FILE, too.')
+    strength = self.strength
+    if strength is not None and (not 0 < strength <= 1 or round(strength * steps) < 1):
+      raise UserError(
+        f'--strength {strength:g} leaves no step of {steps}; choose a fraction up to 1.'
+      )
+    edge = max(model.trained_size)
+    latent = max(model.space.shape(edge, edge)[:2])
+    seen = model.conditioners['text'].pictures(model.space, edge, edge).get('reference')
+    edges = {'image': edge, 'mask': edge, 'control': edge, 'depth': latent, 'small': latent,
+             'reference': seen[0][0] if seen else 0}
+    files = {name: getattr(self, name) for name in edges if getattr(self, name)}
+    if 'reference' in files and not edges['reference']:
+      raise UserError(
+        'the model varies no picture; leave --reference out, or use a model that does.'
+      )
+    pictures, notes = read_pictures(files, edges)
+    for note in notes:
+      print(f'note: {note}')
+    numbers = {name: getattr(self, name) for name in NEEDED if getattr(self, name) is not None}
+    inputs = Inputs(**pictures, **numbers)
+    inputs.rows(model, 1, edge, edge)  # So that what does not fit is said before sampling.
+    if 'image' in files and inputs.fraction(model) < 1:
+      numbers['strength'] = inputs.fraction(model)
+    return inputs, files | {name: f'{value:g}' for name, value in numbers.items()}
+
+
+OPTIONS = {
+  ModelOptions: '', PromptOptions: '', AdapterOptions: '',
+  PictureOptions: 'pictures; the central square is taken, of all that are given at the same place',
+  SampleOptions: '', DrawOptions: '',
+}
+"""Dataclasses of options, and the titles of their groups."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Model, prompts, settings."""
-  add_model_arguments(parser)
-  parser.add_argument('--prompt', action='append', default=[], metavar='TEXT',
-                      help='what to draw; repeat for several pictures. An empty one draws '
-                      'without condition')
-  parser.add_argument('--prompts', metavar='FILE',
-                      help='a text file with one prompt a line; blank lines are passed over')
-  parser.add_argument('--negative', default='', metavar='TEXT',
-                      help='what not to draw (default: nothing)')
-  parser.add_argument('--out', required=True, metavar='DIR', help='where the pictures go')
-  add_adapter_arguments(parser)
-  add_picture_arguments(parser)
-  add_sample_arguments(parser)
-
-
-def read_prompts(args: argparse.Namespace) -> list[str]:
-  """All prompts, checked.
-
-  An empty one draws without condition; in a file blank lines only divide others.
-
-  Raises:
-    UserError: no prompt, or a file that cannot be read.
-  """
-  prompts = list(args.prompt)
-  if args.prompts:
-    from diffusion_jax.data.captions import read_lines
-
-    prompts += read_lines(args.prompts, 'prompts file')
-  if not prompts:
-    raise UserError(
-      "there is no prompt; give --prompt TEXT (--prompt '' draws without one) or --prompts FILE."
-    )
-  return prompts
-
-
-def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
-  """What a model may be shown beside the prompt."""
-  group = parser.add_argument_group(
-    'pictures; the central square is taken, of all that are given at the same place'
-  )
-  group.add_argument('--image', metavar='FILE', help='a picture to start from, repaint or edit')
-  group.add_argument('--strength', type=float, metavar='S',
-                     help='with --image: share of the steps that are taken, up to 1; 1 keeps '
-                     f'least of the picture (default: {STRENGTH}; 1 where the model is shown it)')
-  group.add_argument('--mask', metavar='FILE',
-                     help='for an inpainting model: white where to paint; laid over the image '
-                     'whatever its size, and what is transparent is not painted')
-  group.add_argument('--control', metavar='FILE', help='what a ControlNet sees')
-  group.add_argument('--control_strength', type=float, metavar='S',
-                     help='share of what the ControlNet adds (default: 1)')
-  group.add_argument('--depth', metavar='FILE', help='for a depth model: white is near')
-  group.add_argument('--small', metavar='FILE', help='for an upscaler: a picture to enlarge')
-  group.add_argument('--reference', metavar='FILE',
-                     help='for a model that varies a picture; the prompt then only names the file')
-  group.add_argument('--noise_level', type=int, metavar='N',
-                     help='noise put on the small picture, 0 to 350 (default: 20)')
-
-
-def read_inputs(args: argparse.Namespace, model, steps: int) -> tuple:
-  """(`Inputs`, metadata) of the pictures that were given.
-
-  Raises:
-    UserError: an image that cannot be read, or a strength that is none.
-  """
-  from diffusion_jax.pipelines.conditions import Inputs, read_pictures
-
-  for name, needed in NEEDED.items():
-    if getattr(args, name) is not None and getattr(args, needed) is None:
-      raise UserError(f'--{name} needs a picture; give --{needed} FILE, too.')
-  strength = args.strength
-  if strength is not None and (not 0 < strength <= 1 or round(strength * steps) < 1):
-    raise UserError(
-      f'--strength {strength:g} leaves no step of {steps}; choose a share up to 1.'
-    )
-  edge = max(model.trained_size)
-  latent = max(model.space.shape(edge, edge)[:2])
-  seen = model.conditioners['text'].pictures(model.space, edge, edge).get('reference')
-  edges = {'image': edge, 'mask': edge, 'control': edge, 'depth': latent, 'small': latent,
-           'reference': seen[0][0] if seen else 0}
-  given = {name: getattr(args, name) for name in edges if getattr(args, name)}
-  if 'reference' in given and not edges['reference']:
-    raise UserError('the model varies no picture; leave --reference out, or use a model that does.')
-  pictures, notes = read_pictures(given, edges)
-  for note in notes:
-    print(f'note: {note}')
-  numbers = {name: getattr(args, name) for name in NEEDED if getattr(args, name) is not None}
-  inputs = Inputs(**pictures, **numbers)
-  inputs.rows(model, 1, edge, edge)  # So that what does not fit is said before anything is drawn.
-  if 'image' in given and inputs.fraction(model) < 1:
-    numbers['strength'] = inputs.fraction(model)
-  return inputs, given | {name: f'{value:g}' for name, value in numbers.items()}
+  for cls, title in OPTIONS.items():
+    add_options(parser, cls, title)
 
 
 def file_name(index: int, prompt: str) -> str:
@@ -164,27 +182,38 @@ def write(
 
 
 def run(args: argparse.Namespace) -> int:
-  """Draws and writes."""
-  prompts = read_prompts(args)
+  """Sample and write."""
+  model, prompt, adapters, pictures, draw = (
+    read_options(cls, args) for cls in OPTIONS if cls is not SampleOptions
+  )
+  return sample(model, prompt, adapters, pictures, draw, given(SampleOptions, args))
+
+
+def sample(
+  source: ModelOptions, prompt: PromptOptions, adapters: AdapterOptions, pictures: PictureOptions,
+  draw: DrawOptions, values: Mapping[str, Any],
+) -> int:
+  """Sample and write; `values` are sample settings in place of the model's own."""
+  prompts = prompt.read()
   from diffusion_jax.backend.xla import enable_compile_cache
   from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 
   enable_compile_cache()
-  out = Path(args.out)
+  out = Path(prompt.out)
   if out.exists() and not out.is_dir():
-    raise UserError(f'--out {out} is a file; choose a directory.')
+    raise UserError(f'--out {prompt.out} is a file; choose a directory.')
   mesh = make_mesh(MeshConfig())
-  model, weights, sample, name = load(args, mesh)
-  model, weights = with_adapters(model, weights, args)
-  model.check_prompts([*prompts, args.negative])
-  inputs, started = read_inputs(args, model, sample.steps)
+  model, weights, config, name = open_model(source, values, mesh)
+  model, weights = adapters.apply(model, weights)
+  model.check_prompts([*prompts, prompt.negative])
+  inputs, started = pictures.read(model, config.steps)
   settings = {
-    'negative': args.negative, **sample.in_force(), **started, **named_adapters(args),
-    'seed': str(args.seed), 'model': name, 'software': f'diffusion_jax {__version__}',
+    'negative': prompt.negative, **config.in_force(), **started, **adapters.named(),
+    'seed': str(draw.seed), 'model': name, 'software': f'diffusion_jax {__version__}',
   }
   batches = model.generate(
-    model.on_mesh(weights, mesh), prompts, sample, seed=args.seed, mesh=mesh,
-    negative=args.negative, batch_size=min(args.batch, len(prompts)), inputs=inputs,
+    model.on_mesh(weights, mesh), prompts, config, seed=draw.seed, mesh=mesh,
+    negative=prompt.negative, batch_size=min(draw.batch, len(prompts)), inputs=inputs,
   )
   try:
     out.mkdir(parents=True, exist_ok=True)

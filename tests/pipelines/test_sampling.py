@@ -1,6 +1,5 @@
 """Settings of sampling: what they do, what they compile, and image-to-image, with exact answers."""
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.cli.options import with_arguments
+from diffusion_jax.cli.options import with_values
 from diffusion_jax.config import typed
 from diffusion_jax.diffusion.denoiser import classifier_free
 from diffusion_jax.diffusion.noise import ScheduleConfig
@@ -131,7 +130,7 @@ def test_images_that_cannot_be_started_from(draw, images, strength, words):
   ({'guidance_interval': (-1.0, None)}, 'guidance_interval'),
   ({'guidance_interval': (float('nan'), 1.0)}, 'guidance_interval'),
   ({'threshold': 'hard'}, 'none, static, dynamic'), ({'threshold_limit': 0.0}, 'above 0'),
-  ({'threshold_percentile': 95.0}, 'share'), ({'threshold_percentile': 0.0}, 'share'),
+  ({'threshold_percentile': 95.0}, 'fraction'), ({'threshold_percentile': 0.0}, 'fraction'),
   ({'image_guidance': float('nan')}, 'image_guidance'), ({'clip_skip': -1}, 'clip_skip'),
   ({'options': {'order': 2}}, "no option 'order'"),
   ({'spacing': 'leading', 'steps_offset': 500}, 'offset of 500'),
@@ -229,7 +228,7 @@ def test_another_sampler_leaves_behind_what_was_said_for_the_first():
   read = SampleConfig('unipc', options={'order': 3}, steps_offset=1, drop_last=True,
                       set_alpha_to_one=False, places={'low': 0.1}, timesteps='nearest',
                       scaled_noise=True)
-  with_sampler = lambda name: with_arguments(read, argparse.Namespace(sampler=name, steps=7))
+  with_sampler = lambda name: with_values(read, {'sampler': name, 'steps': 7})
   assert with_sampler('unipc') == dataclasses.replace(read, steps=7)
   assert with_sampler('heun') == SampleConfig('heun', 7, steps_offset=1)
 
