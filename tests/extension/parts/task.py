@@ -9,7 +9,8 @@ import numpy as np
 from diffusion_jax.evaluation.evaluator import EVALUATE, SAMPLE, Picture
 from diffusion_jax.pixels import to_float, to_uint8
 from diffusion_jax.registry import TASKS, register
-from diffusion_jax.train.tasks.task import Task, mean_metric
+from diffusion_jax.train.meter import mean_metric
+from diffusion_jax.train.tasks.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
