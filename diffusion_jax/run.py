@@ -20,7 +20,7 @@ from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.runs.weights import run_weights
-from diffusion_jax.train.posthoc_ema import Combination, Snapshot, combine
+from diffusion_jax.train.ema import Combination, Snapshot, combine
 from diffusion_jax.train.training import stating
 from diffusion_jax.types import Params, Weights
 

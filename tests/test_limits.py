@@ -11,7 +11,7 @@ from diffusion_jax.formats.tensors import read_json
 from diffusion_jax.recipe import load_config
 from diffusion_jax.registry import TASKS, load
 from tests import tiny, tiny_pipeline
-from tests.train.test_classifier_task import classifier_config
+from tests.train.tasks.test_classifier import classifier_config
 
 TO_64 = {
   'resize': [['resize', {'size': 64}]],

@@ -1,7 +1,19 @@
-"""Exponential moving average of the parameters."""
+"""Exponential moving average of the parameters, and averages of another length put together after
+training (Karras et al. 2024, section 3.1).
+
+An average is a sum of the parameters after every update, each with a weight: its profile. So is
+each of the averages and parameters that checkpoints hold, with a profile of its own. The sum of
+those whose profile is nearest to the wanted one in least squares stands for an average that was
+never kept; how near it is follows from the profiles alone, before any weight is read.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
 
 from diffusion_jax.types import Params
 
@@ -27,3 +39,77 @@ def update(ema: Params, params: Params, decay: jax.Array) -> Params:
 @jax.jit  # So that parameters of one shape are traced once.
 def _moved(e: jax.Array, p: jax.Array, decay: jax.Array) -> jax.Array:
   return e + (1 - decay) * (p.astype(e.dtype) - e)
+
+
+BLOCK = 8192
+"""Updates whose weights are in memory at a time."""
+
+
+class Snapshot(NamedTuple):
+  """What a checkpoint holds: at a step, an average with that half-life in images, or, with 0, the
+  parameters themselves."""
+
+  step: int
+  halflife_images: float
+
+
+class Combination(NamedTuple):
+  """factors: of the snapshots, they sum to 1. error: of the profile, relative, in Euclidean norm.
+  """
+
+  factors: Float[np.ndarray, 'k']
+  error: float
+
+
+def combine(wanted: Snapshot, stored: Sequence[Snapshot], batch_size: int) -> Combination:
+  """The sum of stored snapshots that is nearest to the wanted one.
+
+  Only snapshots up to the wanted step are of use. Updates that the guard left out count as if they
+  had been made.
+  """
+  every = [wanted, *stored]
+  logs = {h: _log_decays(h, wanted.step, batch_size) for h in {s.halflife_images for s in every}}
+  products = np.zeros((len(every), len(every)))
+  for start in range(0, wanted.step + 1, BLOCK):
+    block = np.arange(start, min(start + BLOCK, wanted.step + 1))
+    profiles = np.stack([_profile(s, logs[s.halflife_images], block) for s in every])
+    products += profiles @ profiles.T
+  among, towards, own = products[1:, 1:], products[1:, 0], products[0, 0]
+  k = len(stored)
+  # Of all sums whose factors add up to 1: Lagrange's conditions, in the units of the diagonal.
+  scale = np.sqrt(np.diag(among))
+  system = np.block([
+    [among / np.outer(scale, scale), 1 / scale[:, None]], [1 / scale[None], np.zeros((1, 1))]
+  ])
+  found = np.linalg.lstsq(system, np.append(towards / scale, 1.0), rcond=1e-13)[0][:k] / scale
+  left = own - 2 * found @ towards + found @ among @ found
+  return Combination(found, float(np.sqrt(max(left, 0.0) / own)))
+
+
+def profile(snapshot: Snapshot, batch_size: int) -> Float[np.ndarray, 'step+1']:
+  """The weight of the first parameters, then of those after each update."""
+  logs = _log_decays(snapshot.halflife_images, snapshot.step, batch_size)
+  return _profile(snapshot, logs, np.arange(snapshot.step + 1))
+
+
+def _log_decays(halflife: float, steps: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+  """Of each update, the logarithm of the decay up to it and of the share that it gets itself.
+
+  As `ema.decay_per_step`, in float64; the first parameters count as an update with share 1.
+  """
+  if not halflife:
+    return np.zeros(steps + 1), np.zeros(steps + 1)
+  step = np.arange(steps, dtype=np.float64)
+  decay = np.minimum(0.5 ** (batch_size / halflife), (1 + step) / (10 + step))
+  return (
+    np.concatenate([[0.0], np.cumsum(np.log(decay))]),
+    np.concatenate([[0.0], np.log1p(-decay)]),
+  )
+
+
+def _profile(snapshot: Snapshot, logs: tuple[np.ndarray, np.ndarray], at: np.ndarray) -> np.ndarray:
+  if not snapshot.halflife_images:
+    return (at == snapshot.step).astype(np.float64)
+  decayed, shares = logs
+  weights = np.exp(shares[at] + np.minimum(decayed[snapshot.step] - decayed[at], 0.0))
+  return np.where(at <= snapshot.step, weights, 0.0)

@@ -17,7 +17,6 @@ from diffusion_jax.runs.metrics import MetricsWriter
 from diffusion_jax.runs.start import Start
 from diffusion_jax.train.card import parameter_table
 from diffusion_jax.train.compile import StepPrograms, step_and_batch
-from diffusion_jax.train.goodput import Goodput
 from diffusion_jax.train.health import (
   TRY_AGAIN,
   Compilations,
@@ -27,7 +26,7 @@ from diffusion_jax.train.health import (
   resources,
 )
 from diffusion_jax.train.hooks import Hooks, due
-from diffusion_jax.train.meter import Meter
+from diffusion_jax.train.meter import Goodput, Meter
 from diffusion_jax.train.profiling import ProfilerWindow
 from diffusion_jax.train.saving import Saver, rescue, wait_for_room
 from diffusion_jax.train.state import TrainState, abstract_state, create_state

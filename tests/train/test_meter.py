@@ -2,8 +2,7 @@
 
 import pytest
 
-from diffusion_jax.train.goodput import PHASES, Goodput
-from diffusion_jax.train.meter import Meter
+from diffusion_jax.train.meter import PHASES, Goodput, Meter
 
 
 class Clock:
