@@ -10,14 +10,14 @@ compilation.
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from diffusion_jax.diffusion.parameterization import RESCALE_SPACES, Parameterization, expand
 from diffusion_jax.errors import UserError
-from diffusion_jax.types import Latents, PerExample, Text
+from diffusion_jax.types import Latents, Text
 
 Denoiser = Callable[[Latents, jax.Array, jax.Array], Latents]
 """D(x [b h w c], alpha [], sigma []) -> estimate of x_0 [b h w c]."""
@@ -30,11 +30,10 @@ Label = Callable[[jax.Array, jax.Array], jax.Array]
 
 Scale = float | jax.Array
 
-LogProbability = Callable[[Latents, jax.Array, jax.Array], PerExample]
-"""(x [b h w c], alpha [], sigma []) -> log p(y | x_t = x), [b]."""
-
 Interval = tuple[Scale, Scale]
 """(low, high): noise levels sigma / alpha that are guided, low < sigma / alpha <= high."""
+
+Others = Sequence[tuple[Denoiser, Scale]]
 
 
 def make_denoiser(
@@ -63,7 +62,7 @@ def make_denoiser(
 
 
 def classifier_free(
-  denoise: TextDenoiser, text: Text, negative: Text, scale: Scale, *,
+  denoise: TextDenoiser, text: Text, negative: Text, scale: Scale, *, others: Others = (),
   rescale: Scale = 0.0, rescale_in: str = 'sample', interval: Interval | None = None,
 ) -> Denoiser:
   """Classifier-free guidance (Ho & Salimans 2022, eq. 6): negative + scale (text - negative).
@@ -74,7 +73,18 @@ def classifier_free(
   Args:
     text: [b l d], or any tree of arrays [b ...] that the denoiser takes.
     negative: like text: the null caption or a negative prompt.
-    rescale, rescale_in, interval: as in `autoguidance`.
+    others: pairs (worse, s), each of which adds s (conditional - worse) at the cost of a call. For
+      a worse version of the model that is autoguidance with the scale 1 + s (Karras et al. 2024,
+      section 4); for the same network with the self-attention maps of some layers made the
+      identity it is perturbed-attention guidance (Ahn et al. 2024).
+    rescale: phi in [0, 1] of Lin et al. 2024, section 3.4: how far the deviation over each image
+      goes back to what it was without guidance; they use 0.7.
+    rescale_in: the quantity whose deviation is meant, one of RESCALE_SPACES.
+    interval: noise levels that are guided (Kynkaanniemi et al. 2024, section 3); at all others
+      only the conditional model is called, on the batch as it is.
+
+  Raises:
+    UserError: for an unknown `rescale_in`.
   """
   conditional = lambda x, alpha, sigma: denoise(x, alpha, sigma, text)
   both = jax.tree.map(lambda *pair: jnp.concatenate(pair), negative, text)
@@ -84,22 +94,23 @@ def classifier_free(
     half = lambda start: jax.tree.map(lambda part: part[start : start + len(x)], out)
     return half(len(x)), half(0)
 
-  return _extrapolated(conditional, predictions, scale, rescale, rescale_in, interval)
+  return _extrapolated(conditional, predictions, scale, others, rescale, rescale_in, interval)
 
 
 def classifier_free_edit(
   denoise: TextDenoiser, edit: Text, image: Text, nothing: Text, scale: Scale, image_scale: Scale,
-  *, rescale: Scale = 0.0, rescale_in: str = 'sample', interval: Interval | None = None,
+  *, others: Others = (), rescale: Scale = 0.0, rescale_in: str = 'sample',
+  interval: Interval | None = None,
 ) -> Denoiser:
-  """Guidance by a text and by a picture that it edits (Brooks et al. 2023, eq. 3).
+  """Guidance by a text and by an image that it edits (Brooks et al. 2023, eq. 3).
 
   nothing + image_scale (image - nothing) + scale (edit - image), in one call on a batch three times
   as large, within the interval if there is one.
 
   Args:
-    edit, image, nothing: what the denoiser is told: text and picture, the picture alone, neither;
-      trees of arrays [b ...].
-    rescale, rescale_in, interval: as in `autoguidance`.
+    edit, image, nothing: conditions with text and image, the image alone, neither; trees of arrays
+      [b ...].
+    others, rescale, rescale_in, interval: as in `classifier_free`.
   """
   conditional = lambda x, alpha, sigma: denoise(x, alpha, sigma, edit)
   every = jax.tree.map(lambda *parts: jnp.concatenate(parts), edit, image, nothing)
@@ -113,66 +124,9 @@ def classifier_free_edit(
     pair = edited + shift, shown + shift
     return pair if more is None else tuple((part, *(m[: len(x)] for m in more)) for part in pair)
 
-  # An array, as the number 1 would leave the picture's scale out, too.
+  # An array, as the number 1 would leave the image's scale out, too.
   scale = jnp.asarray(scale, jnp.float32)
-  return _extrapolated(conditional, predictions, scale, rescale, rescale_in, interval)
-
-
-def autoguidance(
-  denoise: Denoiser, worse: Denoiser, scale: Scale, *,
-  rescale: Scale = 0.0, rescale_in: str = 'sample', interval: Interval | None = None,
-) -> Denoiser:
-  """Guidance by a worse version of the model itself (Karras et al. 2024, section 4).
-
-  worse + scale (denoise - worse); the number 1 as scale costs no call of the worse model.
-
-  Args:
-    rescale: phi in [0, 1] of Lin et al. 2024, section 3.4: how far the deviation over each image
-      goes back to what it was without guidance; they use 0.7.
-    rescale_in: the quantity whose deviation is meant: 'sample', 'epsilon' or 'v_prediction'.
-    interval: noise levels that are guided (Kynkaanniemi et al. 2024, section 3); at all others
-      only `denoise` is called, on the batch as it is.
-
-  Raises:
-    UserError: for an unknown `rescale_in`.
-  """
-  predictions = lambda x, alpha, sigma: (denoise(x, alpha, sigma), worse(x, alpha, sigma))
-  return _extrapolated(denoise, predictions, scale, rescale, rescale_in, interval)
-
-
-def perturbed_attention(
-  denoise: Denoiser, perturbed: Denoiser, scale: Scale, *, interval: Interval | None = None
-) -> Denoiser:
-  """Perturbed-attention guidance (Ahn et al. 2024): denoise + scale (denoise - perturbed).
-
-  Args:
-    perturbed: the same network with the self-attention maps of some layers made the identity.
-    scale: the paper's s, from 0 (no guidance, no call of the perturbed network).
-    interval: as in `autoguidance`.
-  """
-  return autoguidance(denoise, perturbed, 1 + scale, interval=interval)
-
-
-def classifier(denoise: Denoiser, log_probability: LogProbability, scale: Scale) -> Denoiser:
-  """Guidance by the gradient of a classifier of noised data (Dhariwal & Nichol 2021, alg. 2).
-
-  Adding scale * grad log p(y | x_t) to the score adds scale sigma^2 / alpha times it to x_0. Where
-  alpha = 0 there is nothing to classify, and the estimate stays as it is.
-
-  Args:
-    log_probability: of the wanted class of each image, given the noised images.
-    scale: 0 costs no gradient; 1 is Bayes' rule.
-  """
-  if _is_number(scale, 0):
-    return denoise
-
-  def guided(x, alpha, sigma):
-    gradient = jax.grad(lambda x: log_probability(x, alpha, sigma).sum())(x)
-    some = jnp.asarray(alpha) > 0
-    factor = jnp.where(some, sigma**2 / jnp.where(some, alpha, 1), 0).astype(x.dtype)
-    return denoise(x, alpha, sigma) + _like(scale, x) * factor * gradient
-
-  return guided
+  return _extrapolated(conditional, predictions, scale, others, rescale, rescale_in, interval)
 
 
 def static_threshold(
@@ -229,24 +183,30 @@ def _like(scale: Scale, x: jax.Array) -> jax.Array:
   return expand(jnp.asarray(scale, x.dtype), x)
 
 
-def _extrapolated(conditional, predictions, scale, rescale, rescale_in, interval) -> Denoiser:
+def _extrapolated(
+  conditional, predictions, scale, others, rescale, rescale_in, interval
+) -> Denoiser:
   """Denoiser of worse + scale (better - worse), `predictions` giving the pair (better, worse)."""
   if rescale_in not in RESCALE_SPACES:
     raise UserError(
       f'guidance rescale in {rescale_in!r} is unknown; choose one of {", ".join(RESCALE_SPACES)}.'
     )
   if _is_number(scale, 1):
-    return conditional
+    if not others:
+      return conditional
+    predictions = lambda *at: (conditional(*at),) * 2
 
   def guided(x, alpha, sigma):
     better, worse = predictions(x, alpha, sigma)
     if isinstance(better, tuple):  # With a learned variance, which is not guided.
-      (better, share), (worse, _) = better, worse
-      return extrapolate(x, better, worse, alpha, sigma), share
+      (better, fraction), (worse, _) = better, worse
+      return extrapolate(x, better, worse, alpha, sigma), fraction
     return extrapolate(x, better, worse, alpha, sigma)
 
   def extrapolate(x, better, worse, alpha, sigma):
     x0 = worse + _like(scale, x) * (better - worse)
+    for other, strength in others:
+      x0 = x0 + _like(strength, x) * (better - other(x, alpha, sigma))
     if _is_number(rescale, 0):
       return x0
     return _rescaled(x, x0, better, alpha, sigma, _like(rescale, x), rescale_in)

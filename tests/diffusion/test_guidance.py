@@ -53,6 +53,14 @@ def score_of(x0, x):
   return (ALPHA * x0 - x) / SIGMA**2
 
 
+def away_from(worse, better, scale, **how):
+  """worse + scale (better - worse), as autoguidance has it."""
+  return denoiser.classifier_free(
+    lambda x, alpha, sigma, _: better(x, alpha, sigma), jnp.ones(1), jnp.ones(1), 1,
+    others=[(worse, scale - 1)], **how,
+  )
+
+
 def images(seed, spread=1.0):
   return spread * jax.random.normal(jax.random.key(seed), (3, 4, 4, 2), jnp.float64)
 
@@ -161,8 +169,7 @@ def test_another_scale_rescale_or_interval_does_not_compile_again(x):
 @pytest.mark.parametrize('space', denoiser.RESCALE_SPACES)
 def test_rescale_is_lin_et_al_in_each_space(space):
   x, better, worse = images(0), images(1), images(2)
-  guided = denoiser.autoguidance(constant(better), constant(worse), 4.0, rescale=0.7,
-                                 rescale_in=space)
+  guided = away_from(constant(worse), constant(better), 4.0, rescale=0.7, rescale_in=space)
   there, back = {
     'sample': (lambda x0: x0, lambda out: out),
     'epsilon': (lambda x0: (x - ALPHA * x0) / SIGMA, lambda out: (x - SIGMA * out) / ALPHA),
@@ -184,14 +191,12 @@ def test_rescale_is_finite_at_both_ends(space, alpha, sigma):
 
   def total(alpha, sigma, x):
     options = {'rescale': 0.7, 'rescale_in': space}
-    guided = denoiser.autoguidance(
-      lambda x, a, s: better + x, lambda x, a, s: worse, 4.0, **options
-    )
+    guided = away_from(lambda x, a, s: worse, lambda x, a, s: better + x, 4.0, **options)
     return guided(x, alpha, sigma).sum()
 
   for value in (total(alpha, sigma, x), *jax.grad(total, (0, 1, 2))(alpha, sigma, x)):
     assert jnp.isfinite(value).all()
-  flat = denoiser.autoguidance(constant(0 * x), constant(0 * x), 4.0, rescale=0.7, rescale_in=space)
+  flat = away_from(constant(0 * x), constant(0 * x), 4.0, rescale=0.7, rescale_in=space)
   assert jnp.isfinite(flat(0 * x, alpha, sigma)).all()
 
 
@@ -206,42 +211,17 @@ def test_extrapolating_x0_epsilon_or_v_is_the_same(x):
   np.testing.assert_allclose(guided, by_v, rtol=1e-10)
 
 
-@pytest.mark.parametrize('scale', [1.0, 2.5, np.array([1.0, 0.0, 3.0, 2.0])])
-def test_an_exact_classifier_gives_the_conditional_score(x, scale):
-  def log_probability(x, alpha, sigma):
-    every = MIXTURE.diffused(alpha, sigma).log_class_probabilities(x)
-    return every[np.arange(4), CLASSES]
-
-  guided = denoiser.classifier(unconditional, log_probability, scale)(x, ALPHA, SIGMA)
-  every, own = scores(x)
-  wanted = every + np.reshape(scale, (-1, 1)) * (own - every)
-  np.testing.assert_allclose(score_of(guided, x), wanted, rtol=1e-9, atol=1e-11)
-  if np.ndim(scale) == 0 and scale == 1:
-    np.testing.assert_allclose(guided, conditional(x, ALPHA, SIGMA), rtol=1e-9)
-  pure = denoiser.classifier(unconditional, log_probability, scale)(x, 0.0, 1.0)
-  np.testing.assert_allclose(pure, unconditional(x, 0.0, 1.0), rtol=1e-12)
-
-
-def test_no_scale_costs_nothing(x):
-  def never(*_):
-    raise AssertionError('called')
-
-  for guided in (
-    denoiser.classifier(unconditional, never, 0.0),
-    denoiser.autoguidance(unconditional, never, 1.0),
-    denoiser.perturbed_attention(unconditional, never, 0.0),
-  ):
-    np.testing.assert_array_equal(guided(x, ALPHA, SIGMA), unconditional(x, ALPHA, SIGMA))
-
-
-def test_autoguidance_and_perturbed_attention(x):
+def test_others_are_left_behind_beside_the_null_caption(x):
+  """Autoguidance and perturbed attention, each with a scale, and classifier-free guidance."""
   blurred = MIXTURE._replace(variances=MIXTURE.variances + 0.2).denoise
-  good, bad = unconditional(x, ALPHA, SIGMA), blurred(x, ALPHA, SIGMA)
-  auto = denoiser.autoguidance(unconditional, blurred, 2.0)(x, ALPHA, SIGMA)
-  np.testing.assert_allclose(auto, 2 * good - bad, rtol=1e-12)
-  perturbed = denoiser.perturbed_attention(unconditional, blurred, 3.0)(x, ALPHA, SIGMA)
-  np.testing.assert_allclose(perturbed, good + 3 * (good - bad), rtol=1e-12)
-  outside = denoiser.perturbed_attention(unconditional, blurred, 3.0, interval=(1.0, 2.0))
+  good, bad, null = (d(x, ALPHA, SIGMA) for d in (conditional, blurred, unconditional))
+  others = [(blurred, 2.0), (unconditional, 0.5)]
+  alone = denoiser.classifier_free(denoise, TEXT, NULL, 1, others=others[:1])
+  np.testing.assert_allclose(alone(x, ALPHA, SIGMA), good + 2 * (good - bad), rtol=1e-12)
+  every = denoiser.classifier_free(denoise, TEXT, NULL, 3.0, others=others)
+  wanted = null + 3 * (good - null) + 2 * (good - bad) + 0.5 * (good - null)
+  np.testing.assert_allclose(every(x, ALPHA, SIGMA), wanted, rtol=1e-12)
+  outside = denoiser.classifier_free(denoise, TEXT, NULL, 1, others=others, interval=(1.0, 2.0))
   np.testing.assert_allclose(outside(x, ALPHA, SIGMA), good, rtol=1e-12)
 
 
@@ -285,4 +265,4 @@ def test_the_dtype_is_kept():
 
 def test_an_unknown_space_is_refused():
   with pytest.raises(UserError, match='v_prediction'):
-    denoiser.autoguidance(unconditional, unconditional, 2.0, rescale_in='velocity')
+    denoiser.classifier_free(denoise, TEXT, NULL, 2.0, rescale_in='velocity')
