@@ -51,6 +51,10 @@ class PromptOptions:
   prompts: Annotated[str, Help(
     'a text file with one prompt a line; blank lines are passed over', 'FILE'
   )] = ''
+  height: Annotated[int | None, Help(
+    "height of the pictures in pixels (default: that of the model's training)", 'N'
+  )] = None
+  width: Annotated[int | None, Help('their width', 'N')] = None
   negative: Annotated[str, Help('what not to draw (default: nothing)', 'TEXT')] = ''
   out: Annotated[str, Help('where the pictures go', 'DIR')]
 
@@ -98,13 +102,13 @@ class PictureOptions:
     'noise put on the small picture, 0 to 350 (default: 20)', 'N'
   )] = None
 
-  def read(self, model, steps: int) -> tuple:
-    """Return (`Inputs`, metadata) of the pictures that were given.
+  def read(self, model, steps: int, height: int, width: int) -> tuple:
+    """Return (`Inputs`, metadata) of the pictures that were given, for images of that size.
 
     Raises:
       UserError: an image that cannot be read, or a strength that is none.
     """
-    from diffusion_jax.pipelines.conditions import Inputs, read_pictures
+    from diffusion_jax.pipelines.conditions import Inputs, picture_specs, read_pictures
 
     for name, needed in NEEDED.items():
       if getattr(self, name) is not None and not getattr(self, needed):
@@ -114,22 +118,23 @@ class PictureOptions:
       raise UserError(
         f'--strength {strength:g} leaves no step of {steps}; choose a fraction up to 1.'
       )
-    edge = max(model.trained_size)
-    latent = max(model.space.shape(edge, edge)[:2])
-    seen = model.conditioners['text'].pictures(model.space, edge, edge).get('reference')
-    edges = {'image': edge, 'mask': edge, 'control': edge, 'depth': latent, 'small': latent,
-             'reference': seen[0][0] if seen else 0}
-    files = {name: getattr(self, name) for name in edges if getattr(self, name)}
-    if 'reference' in files and not edges['reference']:
+    latent, needs = model.space.shape(height, width)[:2], picture_specs(model, height, width)
+    sizes = dict.fromkeys(('image', 'mask', 'control'), (height, width)) | dict.fromkeys(
+      ('depth', 'small'), latent
+    )
+    if 'reference' in needs:
+      sizes['reference'] = needs['reference'][0][:2]
+    files = {name: getattr(self, name) for name in (*sizes, 'reference') if getattr(self, name)}
+    if 'reference' in files and 'reference' not in needs:
       raise UserError(
         'the model varies no picture; leave --reference out, or use a model that does.'
       )
-    pictures, notes = read_pictures(files, edges)
+    pictures, notes = read_pictures(files, sizes)
     for note in notes:
       print(f'note: {note}')
     numbers = {name: getattr(self, name) for name in NEEDED if getattr(self, name) is not None}
     inputs = Inputs(**pictures, **numbers)
-    inputs.rows(model, 1, edge, edge)  # So that what does not fit is said before sampling.
+    inputs.rows(model, 1, height, width)  # So that what does not fit is said before sampling.
     if 'image' in files and inputs.fraction(model) < 1:
       numbers['strength'] = inputs.fraction(model)
     return inputs, files | {name: f'{value:g}' for name, value in numbers.items()}
@@ -137,7 +142,7 @@ class PictureOptions:
 
 OPTIONS = {
   ModelOptions: '', PromptOptions: '', AdapterOptions: '',
-  PictureOptions: 'pictures; the central square is taken, of all that are given at the same place',
+  PictureOptions: 'pictures; their middle is taken, of all that are given at the same place',
   SampleOptions: '', DrawOptions: '',
 }
 """Dataclasses of options, and the titles of their groups."""
@@ -206,7 +211,7 @@ def sample(
   model, weights, config, name = open_model(source, values, mesh)
   model, weights = adapters.apply(model, weights)
   model.check_prompts([*prompts, prompt.negative])
-  inputs, started = pictures.read(model, config.steps)
+  inputs, started = pictures.read(model, config.steps, *model.size(prompt.height, prompt.width))
   settings = {
     'negative': prompt.negative, **config.in_force(), **started, **adapters.named(),
     'seed': str(draw.seed), 'model': name, 'software': f'diffusion_jax {__version__}',
@@ -214,6 +219,7 @@ def sample(
   batches = model.generate(
     model.on_mesh(weights, mesh), prompts, config, seed=draw.seed, mesh=mesh,
     negative=prompt.negative, batch_size=min(draw.batch, len(prompts)), inputs=inputs,
+    height=prompt.height, width=prompt.width,
   )
   try:
     out.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """What a model takes beside the prompt: pictures to start from or to follow, masks, controls.
 
 Pictures in files that belong together keep their places: masks, controls and depth maps are laid
-over the picture that they belong to, whatever their own size, and the same central square is cut
-out of all.
+over the picture that they belong to, whatever their own size, and the same central
+rectangle is cut out of all.
 """
 
 import dataclasses
@@ -57,12 +57,12 @@ class Inputs:
     """Fraction of the steps that are taken."""
     if self.strength is not None:
       return self.strength
-    shown = 'images' in _needs(model, *model.trained_size)
+    shown = 'images' in picture_specs(model, *model.trained_size)
     return 1.0 if self.images is None or shown else STRENGTH
 
   def rows(self, model, n: int, height: int, width: int) -> dict[str, np.ndarray]:
     """Columns [n ...] for the compiled program; UserError where they do not fit the model."""
-    needs = _needs(model, height, width)
+    needs = picture_specs(model, height, width)
     given = {
       name: getattr(self, name) for name in OPTIONS if getattr(self, name) is not None
     }
@@ -85,7 +85,7 @@ class Inputs:
     return out
 
 
-def _needs(model, height: int, width: int) -> dict[str, Spec]:
+def picture_specs(model, height: int, width: int) -> dict[str, Spec]:
   """The pictures that all conditioners of a model take, with shape and type."""
   parts = [c.pictures(model.space, height, width) for c in model.conditioners.values()]
   return {name: spec for part in parts for name, spec in part.items()}
@@ -130,7 +130,9 @@ class Pictures(NamedTuple):
   notes: list[str]
 
 
-def read_pictures(files: Mapping[str, str | Path], edges: Mapping[str, int]) -> Pictures:
+def read_pictures(
+  files: Mapping[str, str | Path], sizes: Mapping[str, tuple[int, int]]
+) -> Pictures:
   """Reads pictures that belong together.
 
   Masks paint where they are white: shrunk or enlarged with Lanczos' filter and cut at half, as
@@ -138,24 +140,24 @@ def read_pictures(files: Mapping[str, str | Path], edges: Mapping[str, int]) -> 
 
   Args:
     files: 'image', 'mask', 'control', 'depth', 'small' and 'reference', those that there are.
-    edges: of each the edge in pixels that the model takes.
+    sizes: of each the (height, width) in pixels that the model takes.
 
   Raises:
     UserError: one that cannot be read, or a mask that paints nothing of what is cut out.
   """
   frame = next((name for name in FRAMES if name in files), None)
-  arrays, notes, sizes = {}, [], {}
+  arrays, notes, found = {}, [], {}
   for name in sorted(files, key=lambda name: name != frame):
     pixels = read_pixels(files[name], background='black' if name in ON_BLACK else 'white')
-    own = sizes[name] = pixels.shape[:2]
-    frame_size = own if name == ALONE else sizes[frame]
+    own = found[name] = pixels.shape[:2]
+    frame_size = own if name == ALONE else found[frame]
     if _ratio(own, frame_size) > STRETCHED:
       notes.append(
         f'{files[name]} is {own[1]} x {own[0]} pixels, {files[frame]} '
         f'{frame_size[1]} x {frame_size[0]}; it is stretched to lie over it.'
       )
     kind = Image.Resampling.LANCZOS if name == 'mask' else Image.Resampling.BICUBIC
-    arrays[name] = central_square(pixels, frame_size, edges[name], kind)[None]
+    arrays[name] = central_crop(pixels, frame_size, sizes[name], kind)[None]
   if 'mask' in arrays:
     arrays['masks'], said = _painted(arrays.pop('mask'), files['mask'])
     notes += said
@@ -166,28 +168,32 @@ def read_pictures(files: Mapping[str, str | Path], edges: Mapping[str, int]) -> 
   return Pictures(arrays, notes)
 
 
-def central_square(
-  pixels: np.ndarray, frame: tuple[int, int], edge: int,
+def central_crop(
+  pixels: np.ndarray, frame: tuple[int, int], size: tuple[int, int],
   filtered: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> np.ndarray:
-  """The central square of a frame (height, width) out of a picture that is laid over it.
+  """The middle of a frame (height, width), in the shape of `size`, out of a picture laid over it.
 
   Args:
     pixels: uint8 [h w 3].
 
   Returns:
-    uint8 [edge edge 3].
+    uint8 [*size 3].
   """
-  side = min(frame)
-  lows = [(whole - side) // 2 for whole in frame]
+  height, width = size
+  wide = frame[0] * width <= frame[1] * height
+  sides = (frame[0], frame[0] * width / height) if wide else (frame[1] * height / width, frame[1])
+  lows = [(whole - side) // 2 for whole, side in zip(frame, sides, strict=True)]
   scales = [own / whole for own, whole in zip(pixels.shape, frame, strict=False)]
   top, left = (low * scale for low, scale in zip(lows, scales, strict=True))
-  bottom, right = ((low + side) * scale for low, scale in zip(lows, scales, strict=True))
+  bottom, right = (
+    (low + side) * scale for low, side, scale in zip(lows, sides, scales, strict=True)
+  )
   y, x = math.floor(top), math.floor(left)
-  # Cut first, so that nothing beyond the square shows in it.
+  # Cut first, so that nothing beyond the rectangle shows in it.
   cut = Image.fromarray(pixels[y : math.ceil(bottom), x : math.ceil(right)])
   box = (left - x, top - y, min(right - x, cut.width), min(bottom - y, cut.height))
-  return np.asarray(cut.resize((edge, edge), filtered, box))
+  return np.asarray(cut.resize((width, height), filtered, box))
 
 
 def _ratio(a: tuple[int, int], b: tuple[int, int]) -> float:
@@ -202,8 +208,8 @@ def _painted(pixels: np.ndarray, file: str | Path) -> tuple[np.ndarray, list[str
   painted = gray >= 128
   if not painted.any():
     raise UserError(
-      f'the mask {file} paints nothing of the central square; make white and opaque what is to be '
-      'painted.'
+      f'the mask {file} paints nothing of the middle that is cut out; make white and opaque what '
+      'is to be painted.'
     )
   said = f'the mask {file} paints everything, so that nothing of the picture is kept.'
   return painted, [said] * bool(painted.all())

@@ -66,6 +66,10 @@ class Diffusion:
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
     return height * self.space.factor, width * self.space.factor
 
+  def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+    """(height, width), those that are not given as the denoiser was trained."""
+    return height or self.trained_size[0], width or self.trained_size[1]
+
   @property
   def learned_variance(self) -> bool:
     """Whether the denoiser predicts a variance, too, in as many channels again."""
@@ -127,7 +131,7 @@ class Diffusion:
 
     UserError for what does not fit the model.
     """
-    height, width = height or self.trained_size[0], width or self.trained_size[1]
+    height, width = self.size(height, width)
     inputs = inputs or Inputs()
     request = Request(prompts, negative, inputs, height, width)
     out = inputs.rows(self, len(prompts), height, width)
@@ -224,7 +228,7 @@ class Diffusion:
     check_edited(self, config.image_guidance)
     if config.clip_skip and self.text is None:
       raise UserError('the model has no text encoder; leave clip_skip at 0.')
-    height, width = height or self.trained_size[0], width or self.trained_size[1]
+    height, width = self.size(height, width)
     inputs, n, shape = inputs or Inputs(), len(prompts), self.space.shape(height, width)
     given = self.rows(prompts, negative, inputs, height, width)
     if noise is not None:

@@ -68,7 +68,7 @@ def make_grid(
 
 
 class Overview:
-  """The first MOST of any number of square images as one square grid; keeps no more than it shows.
+  """The first MOST of any number of images as one square grid; keeps no more than it shows.
 
   Pixels of small images are repeated, and large ones are shrunk so that all fit into 2**25 pixels.
   """
@@ -77,7 +77,7 @@ class Overview:
     self._count = min(total, MOST)
     self._images: list[np.ndarray] = []
 
-  def add(self, image: UInt8[np.ndarray, 'h h 3']) -> None:
+  def add(self, image: UInt8[np.ndarray, 'h w 3']) -> None:
     """Take note of the next image."""
     if len(self._images) == self._count:
       return

@@ -68,13 +68,13 @@ def draw_theirs(pipeline, negative=NEGATIVE, noise=NOISE, prompts=PROMPTS, **mor
 
 
 def draw(model, weights, sample, noise=NOISE, negative=NEGATIVE, prompts=PROMPTS, inputs=None,
-         **changes):
+         size=(None, None), **changes):
   """Ours, in [0, 1] as theirs."""
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
   sample = dataclasses.replace(sample, steps=STEPS, **changes)
   [images] = model.sample(
     model.on_mesh(weights, mesh), prompts, sample, seed=0, mesh=mesh, negative=negative,
-    noise=noise, batch_size=2, inputs=inputs,
+    noise=noise, batch_size=2, inputs=inputs, height=size[0], width=size[1],
   )
   return images / 2 + 0.5
 
@@ -98,6 +98,18 @@ def test_text_to_image(load, name):
     'prompts': PROMPTS[::-1]}, {'negative': ''}
   for change in changes:
     assert np.abs(draw(*ours, **change) - wanted).max() > 5e-4, change
+
+
+@pytest.mark.parametrize('name', ['sd1', 'sdxl'])
+def test_any_size(load, name):
+  """Higher than wide and wider than high, at sizes that the U-Net was not made for."""
+  theirs, *ours, _ = load(name)
+  factor = small.SIZE // small.LATENT
+  for height, width in ((64, 96), (96, 64)):
+    noise, = torch_noise((2, 4, height // factor, width // factor), seed=1)
+    wanted = draw_theirs(theirs, noise=noise, height=height, width=width)
+    found = draw(*ours, noise=noise, size=(height, width))
+    assert_same(found, wanted, f'{name} {height} x {width}')
 
 
 def test_inpainting(load):

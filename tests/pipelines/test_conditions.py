@@ -8,8 +8,9 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.pipelines.conditions import read_pictures
 
 EDGE, LATENT = 16, 8
-EDGES = {'image': EDGE, 'mask': EDGE, 'control': EDGE, 'depth': LATENT, 'small': LATENT,
-         'reference': 10}
+SIZES = dict.fromkeys(('image', 'mask', 'control'), (EDGE, EDGE)) | dict.fromkeys(
+  ('depth', 'small'), (LATENT, LATENT)
+) | {'reference': (10, 10)}
 PHOTO = np.zeros((64, 96, 3), np.uint8)
 PHOTO[16:32, 40:56] = 255
 WHERE = np.zeros((EDGE, EDGE), bool)
@@ -21,14 +22,14 @@ WHERE[4:8, 6:10] = True
 def read(tmp_path):
   """read(**pictures): what becomes of them, each an array, a picture, or how one is saved."""
 
-  def run(**given):
+  def run(sizes=SIZES, **given):
     files = {}
     for name, picture in given.items():
       picture, suffix, more = picture if isinstance(picture, tuple) else (picture, 'png', {})
       picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
       picture.save(tmp_path / f'{name}.{suffix}', **more)
       files[name] = tmp_path / f'{name}.{suffix}'
-    return read_pictures(files, EDGES)
+    return read_pictures(files, sizes)
 
   return run
 
@@ -150,10 +151,22 @@ def test_masks_that_paint_nothing_or_everything_are_said(read):
   margin = np.zeros((64, 96), np.uint8)
   margin[:, :16] = 255
   for mask in (black, margin, _with_alpha(black, 'white'), _with_alpha(white, 'black')):
-    with pytest.raises(UserError, match=r'mask\.png paints nothing of the central square; make'):
+    with pytest.raises(UserError, match=r'mask\.png paints nothing of the middle that is cut'):
       read(image=PHOTO, mask=mask)
 
 
 def test_a_picture_that_is_stretched_is_named(read):
   _, (note,) = read(image=PHOTO, mask=_gray((64, 64)))
   assert 'mask.png is 64 x 64 pixels' in note and 'image.png 96 x 64; it is stretched' in note
+
+
+def test_oblong_pictures_keep_their_shape(read):
+  """Nothing is cut off where the shapes agree; else the middle is left, of all alike."""
+  sizes = {'image': (16, 24), 'mask': (16, 24)}
+  arrays, notes = read(sizes, image=PHOTO, mask=_gray((48, 32)))
+  assert arrays['images'].shape == (1, 16, 24, 3) and not notes
+  np.testing.assert_array_equal(np.argwhere(arrays['masks'][0])[[0, -1]], [[4, 10], [7, 13]])
+  arrays, _ = read({'image': (16, 8)}, image=PHOTO)
+  np.testing.assert_array_equal(
+    arrays['images'][0], np.asarray(Image.fromarray(PHOTO[:, 32:64]).resize((8, 16)))
+  )
