@@ -115,6 +115,16 @@ def test_a_picture_to_start_from(draw, pictures, tmp_path):
   assert text['image'] == str(tmp_path / 'red.png') and text['strength'] == '0.5'
 
 
+def test_any_size_is_drawn(draw, fails, finished):
+  """Of a model that was trained on squares."""
+  oblong = draw('--height', tiny.SIZE, '--width', 2 * tiny.SIZE)
+  assert {image.size for name, image in oblong.items() if name != 'grid.png'} == {
+    (2 * tiny.SIZE, tiny.SIZE)
+  }
+  message = fails('sample', '--workdir', finished, '--prompt', 'cat', '--out', 'x', '--width', 30)
+  assert 'width is 30, but the model draws multiples of 4; choose' in message
+
+
 def test_prompts_from_a_file(draw, pictures, tmp_path):
   file = tmp_path / 'prompts.txt'
   file.write_text('\n'.join([PROMPTS[0], '', *PROMPTS[1:], '']))
