@@ -13,7 +13,7 @@ from diffusion_jax.evaluation.metrics.metric import (
   MetricValues,
   Value,
 )
-from diffusion_jax.registry import METRICS, load
+from diffusion_jax.registry import METRICS, import_plugins, load
 
 OF_EVALUATORS = (
   Value('accuracy', 'Fraction of images given their own class', HIGHER),
@@ -35,6 +35,7 @@ def value_of(name: str) -> tuple[Value, str] | None:
   The family is inception, clip, dinov2, classifier ..., or '' for a value of no features. None
   where no metric gives such a value.
   """
+  import_plugins()
   known = [value for metric in map(metric_of, METRICS) for value in metric.given]
   found = [(value, match) for value in (*known, *OF_EVALUATORS) if (match := value.match(name))]
   if not found:
