@@ -21,11 +21,14 @@ SLURM = ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID', 
 OPEN_MPI = ('OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_RANK')
 TPU = ('TPU_WORKER_HOSTNAMES', 'TPU_PROCESS_ADDRESSES', 'TPU_WORKER_ID', 'TPU_ML_PLATFORM',
        'MEGASCALE_COORDINATOR_ADDRESS')
-UNKNOWN = {
-  'PMI_SIZE': 'MPICH or Intel MPI', 'WORLD_SIZE': 'torchrun',
-  'JAX_COORDINATOR_ADDRESS': 'jax.distributed',
+NOT_ALONE = {
+  'SLURM_NTASKS': 'SLURM, but srun has not started this process: start it with srun',
+  'SLURM_JOB_NUM_NODES': 'SLURM, but srun has not started this process: start it with srun',
+  'PMI_SIZE': 'MPICH or Intel MPI, whose variables are not read',
+  'WORLD_SIZE': 'torchrun, whose variables are not read',
+  'JAX_COORDINATOR_ADDRESS': 'jax.distributed, whose variables are not read',
 }
-"""Variables of launchers that are not read. Not to know them is not to be alone."""
+"""Variables above 1 where several processes have begun that would not know each other."""
 NAMES = {'ompi': 'Open MPI', 'slurm': 'SLURM', 'tpu': 'TPU', 'gke': 'GKE'}
 
 
@@ -78,7 +81,12 @@ def find_cluster(env: Env = os.environ) -> Cluster:
     host = '{0}-{1}-0-0.{0}'.format(env['JOBSET_NAME'], env['REPLICATED_JOB_NAME'])
     address = f'{host}:{env.get("JAX_COORDINATOR_PORT") or 8476}'
     return Cluster('gke', processes, index, address, found=_quoted(env, JOBSET))
-  _check_alone(env)
+  for name, launcher in NOT_ALONE.items():
+    if env.get(name, '1') != '1':
+      raise UserError(
+        f'{name}={env[name]} is set by {launcher}; or set {", ".join(EXPLICIT)} for each process '
+        f'(localhost:1, 1 and 0 for one alone), or unset {name}.'
+      )
   return Cluster('single')
 
 
@@ -91,23 +99,6 @@ def _tpu(env: Env, found: str) -> Cluster:
     ',' not in hosts and not env.get('MEGASCALE_COORDINATOR_ADDRESS')
   )
   return Cluster('tpu', 1 if alone else 0, found=found or f'JAX_PLATFORMS={platforms}')
-
-
-def _check_alone(env: Env) -> None:
-  """Raise UserError where a launcher has begun several processes that would not know each other."""
-  for name in ('SLURM_NTASKS', 'SLURM_JOB_NUM_NODES'):
-    if env.get('SLURM_JOB_ID') and env.get(name, '1') != '1':
-      raise UserError(
-        f'this is a SLURM job of several tasks ({name}={env[name]}), but srun has not started this '
-        'process; start it with srun, or for one process on purpose set '
-        'COORDINATOR_ADDRESS=localhost:1, PROCESS_COUNT=1 and PROCESS_INDEX=0.'
-      )
-  for name, launcher in UNKNOWN.items():
-    if env.get(name, '1') != '1':
-      raise UserError(
-        f'{name}={env[name]} is set, by {launcher}, whose variables are not read; set '
-        f'{", ".join(EXPLICIT)} for each process, or unset {name} if this process is alone.'
-      )
 
 
 def _quoted(env: Env, names: Sequence[str]) -> str:
@@ -185,19 +176,15 @@ def start_distributed(
   if cluster.processes == 1:
     say(f'one process ({name}: {cluster.found})')
     return cluster
-  known = {}
-  if cluster.processes:
-    say(f'process {cluster.index} of {cluster.processes} ({name}: {cluster.found})')
-    known = {
-      'num_processes': cluster.processes, 'process_id': cluster.index,
-      'local_device_ids': list(cluster.local_devices),
-      'cluster_detection_method': 'deactivate' if cluster.coordinator else cluster.kind,
-    }
-  else:
-    say(f'a process of all ({name}: {cluster.found})')
-  timeout = 300
-  if os.environ.get('COORDINATOR_TIMEOUT_SECONDS'):
-    timeout = _number(os.environ, 'COORDINATOR_TIMEOUT_SECONDS', 1)
+  place = f'process {cluster.index} of {cluster.processes}'
+  say(f'{place if cluster.processes else "one of all processes"} ({name}: {cluster.found})')
+  known = {} if not cluster.processes else {
+    'num_processes': cluster.processes, 'process_id': cluster.index,
+    'local_device_ids': list(cluster.local_devices),
+    'cluster_detection_method': 'deactivate' if cluster.coordinator else cluster.kind,
+  }
+  timeout = 'COORDINATOR_TIMEOUT_SECONDS'
+  timeout = _number({timeout: '300', **os.environ}, timeout, 1)
   _join(timeout, coordinator_address=cluster.coordinator or None,
         heartbeat_timeout_seconds=heartbeat_seconds, **known)
   return dataclasses.replace(cluster, processes=jax.process_count(), index=jax.process_index())
