@@ -16,7 +16,7 @@ from diffusion_jax.data.loader import Loader, Source
 from diffusion_jax.data.splits import APART, fingerprint, measured_on
 from diffusion_jax.data.unreadable import Counted, Damage
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.evaluator import EVALUATE, Evaluator
+from diffusion_jax.evaluation.evaluator import EVALUATE, Evaluator, with_options
 from diffusion_jax.evaluation.report import REFERENCE, TESTED, of_features, of_model
 from diffusion_jax.evaluation.scores import best_is
 from diffusion_jax.models.attention import check_attention
@@ -143,7 +143,8 @@ def _evaluators(config: TrainingConfig, task: Task, mesh: Mesh) -> list[Evaluato
     return [one for one in found if one not in scoring]
   if loop.keep_best and not loop.keep_best_is:
     best_is(loop.keep_best)
-  known = [name for one in scoring for name in getattr(one, 'metrics', ())]
+  wanted = [with_options(one, samples=loop.evaluate_samples) for one in scoring]
+  known = [name for one in wanted for name in getattr(one, 'metrics', ())]
   if loop.keep_best and known and loop.keep_best not in known:
     raise UserError(
       f'loop.keep_best is {loop.keep_best!r}, which settings.evaluation does not measure; it '

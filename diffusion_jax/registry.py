@@ -10,7 +10,7 @@ import difflib
 import functools
 import importlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from diffusion_jax.errors import UserError
@@ -137,8 +137,29 @@ METRICS: Table = {
 }
 """`evaluation.metrics.metric.Metric` objects."""
 
-EVALUATORS: Table = {}
-"""What scores a model, while it is trained and after."""
+EVALUATORS: Table = {
+  'caption_preview': 'diffusion_jax.evaluation.generated:CaptionPreview',
+  'generated_images': 'diffusion_jax.evaluation.generated:GeneratedImages',
+  'reconstruction_preview': 'diffusion_jax.evaluation.reconstruction:ReconstructionPreview',
+  'reconstruction': 'diffusion_jax.evaluation.reconstruction:Reconstruction',
+  'retrieval_preview': 'diffusion_jax.evaluation.recognition:RetrievalPreview',
+  'retrieval': 'diffusion_jax.evaluation.recognition:Retrieval',
+  'classification_preview': 'diffusion_jax.evaluation.recognition:ClassificationPreview',
+  'classification': 'diffusion_jax.evaluation.recognition:Classification',
+  'points_preview': 'diffusion_jax.evaluation.points:PointsPreview',
+  'points': 'diffusion_jax.evaluation.points:Points',
+}
+"""What shows or scores a model: classes, see `evaluation.evaluator.Evaluator`."""
+
+EXTRACTORS: Table = {
+  'inception/tensorflow': 'diffusion_jax.evaluation.extractors.inception:load_inception_extractor',
+  'inception/pytorch': 'diffusion_jax.evaluation.extractors.inception:load_inception_extractor',
+  'inception/clean': 'diffusion_jax.evaluation.extractors.inception:load_inception_extractor',
+  'clip': 'diffusion_jax.evaluation.extractors.clip:load_clip_extractor',
+  'dinov2': 'diffusion_jax.evaluation.extractors.dino:load_dinov2_extractor',
+  'classifier': 'diffusion_jax.evaluation.extractors.classifier:load_classifier_extractor',
+}
+"""Features: loaders (path, *, mesh), or for one KIND/RULE (path, rule, outputs, *, mesh)."""
 
 OPTIMIZERS: Table = {
   'adamw': 'diffusion_jax.train.optimizer:adamw',
@@ -154,7 +175,7 @@ transformation."""
 _TABLES = {
   'task': TASKS, 'network': NETWORKS, 'space': SPACES, 'conditioner': CONDITIONERS,
   'source of data': SOURCES, 'transform': TRANSFORMS, 'sampler': SAMPLERS, 'metric': METRICS,
-  'evaluator': EVALUATORS, 'optimizer': OPTIMIZERS,
+  'evaluator': EVALUATORS, 'kind of features': EXTRACTORS, 'optimizer': OPTIMIZERS,
 }
 
 
@@ -188,6 +209,16 @@ def check(table: Collection[str], name: str, where: str = '') -> str:
   raise UserError(f'{where} is {name!r}; {hint}' if where else (
     f'there is no {_kind(table)} {name!r}; {hint}'
   ))
+
+
+def check_paths(table: Table, named: Sequence[str], where: str) -> None:
+  """UserError for a text that is not KIND:PATH with a kind of the table."""
+  for text in named:
+    kind, colon, _ = text.partition(':')
+    if not colon or kind not in table:
+      raise UserError(
+        f'{where} {text} is not of the form KIND:PATH with a kind of {", ".join(table)}.'
+      )
 
 
 def register(table: Table, name: str, target: Any) -> None:

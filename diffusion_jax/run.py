@@ -11,7 +11,7 @@ from diffusion_jax.checkpoint.checkpoints import Checkpoints
 from diffusion_jax.config import parse
 from diffusion_jax.data.splits import measured_on
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.evaluator import EVALUATE, Scores, run_all, scores_of
+from diffusion_jax.evaluation.evaluator import EVALUATE, run_all, scores_of
 from diffusion_jax.files import reading
 from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_params, to_host
@@ -22,7 +22,7 @@ from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.runs.weights import run_weights
 from diffusion_jax.train.ema import Combination, Snapshot, combine
 from diffusion_jax.train.training import stating
-from diffusion_jax.types import Params, Weights
+from diffusion_jax.types import Params, Scores, Weights
 
 
 class TrainedRun:

@@ -6,7 +6,7 @@ Latents are what the denoiser sees: (autoencoder latent - shift_factor) * scalin
 they have about unit variance. Timesteps are integers in [0, T).
 """
 
-from typing import NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -17,6 +17,9 @@ Text = Float[Array, 'b l d']
 Tokens = Int[Array, 'b l']
 Timesteps = Float[Array, 'b'] | Int[Array, 'b']
 PerExample = Float[Array, 'b']
+Scores = dict[str, Any]
+"""Metric values by column, such as {'generated': {...}, 'real': {...}}; beside them 'settings', and
+sentences in 'measured', on what they were measured, and 'warnings'. The first is a column."""
 Residuals = tuple[list[Float[Array, 'b h w c']], Float[Array, 'b h w c']]
 """A ControlNet's: what to add to the U-Net's skips, and to its mid block's result."""
 Params = dict[str, Array]

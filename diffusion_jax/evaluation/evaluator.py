@@ -1,22 +1,18 @@
 """What scores a model, or shows what it makes: the same while it is trained and after."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from diffusion_jax.types import Params
+from diffusion_jax.types import Params, Scores
 
 SAMPLE, EVALUATE = 'sample', 'evaluate'
 TEST = 'test'
 """The column of a model that is scored on what it makes of test records."""
-
-Scores = dict[str, Any]
-"""Metric values by column, such as {'generated': {...}, 'real': {...}}; beside them 'settings', and
-sentences in 'measured', on what they were measured, and 'warnings'. The first is a column."""
 
 
 class Picture(NamedTuple):
@@ -62,6 +58,22 @@ class Evaluator(Protocol):
       key: a typed key; of one seed, so that results can be compared over time.
     """
     ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cached:
+  """An evaluator that makes some things once, such as compiled programs.
+
+  cache: is shared by all that `with_options` makes of it, and by whom it is given to.
+  """
+
+  cache: dict[str, Any] = dataclasses.field(default_factory=dict, kw_only=True)
+
+  def once(self, name: str, make: Callable[[], Any]) -> Any:
+    """Return what `make` has returned when it was first asked for by that name."""
+    if name not in self.cache:
+      self.cache[name] = make()
+    return self.cache[name]
 
 
 def with_options(evaluator: Evaluator, **options: Any) -> Evaluator:

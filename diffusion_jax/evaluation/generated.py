@@ -18,20 +18,20 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.evaluator import (
   EVALUATE,
   SAMPLE,
+  Cached,
   Picture,
   Value,
   named,
   seed_of,
 )
 from diffusion_jax.evaluation.extract import Collected, Collector, Images
-from diffusion_jax.evaluation.extractors import check_named, load_named
+from diffusion_jax.evaluation.extractors import load_named
 from diffusion_jax.evaluation.extractors.clip import text_towers
 from diffusion_jax.evaluation.metrics.metric import Compared, MetricValues
 from diffusion_jax.evaluation.report import PAIRS, real_retrieval
 from diffusion_jax.evaluation.scores import (
   check_metrics,
   metric_of,
-  outputs_of,
   score,
   value_names,
 )
@@ -72,28 +72,9 @@ class Budget:
 
 MINIMUM = 16
 DRAW_BATCH = 32
-METRICS = ('fd', 'kid', 'clip_score', 'retrieval')
 READ = 256
 """Images of the data set in memory at a time."""
 FEATURES_KEY, METRICS_KEY = 'settings.evaluation.features', 'settings.evaluation.metrics'
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
-  """What a model is scored by while it trains.
-
-  features: KIND:PATH each, as for the command evaluate; () for the task's CLIP. metrics: names of
-  `registry.METRICS`.
-  """
-
-  features: tuple[str, ...] = ()
-  metrics: tuple[str, ...] = METRICS
-
-  def __post_init__(self):
-    check_named(self.features, FEATURES_KEY)
-    outputs_of(self.metrics, {})
-    if not self.metrics:
-      raise UserError(f'{METRICS_KEY} is empty; name one at least, or set loop.evaluate_samples 0.')
 
 
 class ImageScorer:
@@ -104,11 +85,11 @@ class ImageScorer:
   """
 
   def __init__(
-    self, model: Diffusion, features: Sequence[str], metrics: Sequence[str],
-    train: ImageSource, test: ImageSource, mesh: Mesh,
+    self, features: Sequence[str], metrics: Sequence[str], train: ImageSource, test: ImageSource,
+    mesh: Mesh,
   ):
     """UserError for weights that cannot be read, or a metric that these features cannot have."""
-    self.model, self.mesh, self.metrics = model, mesh, tuple(metrics)
+    self.metrics = tuple(metrics)
     self._train, self._test = train, test
     self.extractors = load_named(features, metrics, mesh, FEATURES_KEY)
     self.collect = Collector(self.extractors, mesh, metrics)
@@ -190,23 +171,24 @@ class CaptionPreview:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class GeneratedImages:
+class GeneratedImages(Cached):
   """Draws one image for each of the first `samples` test captions and scores it.
 
   Columns are 'generated', and as baselines 'untrained' (the same model with fresh weights) and
   'real' (the test images of the same captions).
 
   Attributes:
-    scorer: gives the one scorer of all evaluations; called when it is first needed.
+    features: KIND:PATH each; scored_by: names of `registry.METRICS`.
     seconds: that drawing and its features may take, compilation not counted; then it ends with
       fewer samples, 16 and two batches at least. 0 for as long as it takes.
 
   `run` raises a UserError for fewer than 16 samples, or more than the test split has captions.
   """
 
-  scorer: Callable[[], ImageScorer]
-  sample: SampleConfig
   features: Sequence[str]
+  scored_by: Sequence[str]
+  sample: SampleConfig
+  train: ImageSource
   test: ImageSource
   mesh: Mesh
   samples: int = 256
@@ -217,9 +199,20 @@ class GeneratedImages:
   when = EVALUATE
 
   @property
+  def scorer(self) -> ImageScorer:
+    """The one of all evaluations; its networks are loaded when it is first needed."""
+    return self.once('scorer', lambda: ImageScorer(
+      self.features, self.scored_by, self.train, self.test, self.mesh
+    ))
+
+  @property
   def metrics(self) -> list[str]:
-    """Names of all metrics that it gives. UserError for features that cannot be loaded."""
-    return self.scorer().names
+    """Names of all values that it gives.
+
+    UserError for features that cannot be loaded, or too many or too few samples.
+    """
+    check_samples(self.samples, len(self.test))
+    return self.scorer.names
 
   def run(
     self, model: Diffusion, params: Weights, key: jax.Array
@@ -228,7 +221,7 @@ class GeneratedImages:
     records = shuffled(self.test, self.samples)
     check_samples(len(records), len(self.test))
     captions = tuple(record['captions'][0] for record in records)
-    scorer, seed = self.scorer(), seed_of(key)
+    scorer, seed = self.scorer, seed_of(key)
     scorer.moments, scorer.checked  # noqa: B018  The reference is embedded before the clock runs.
     drawn = functools.partial(self._drawn, model, captions, seed)
     found = {'generated': drawn('generated', params, Budget(self.seconds))}
@@ -252,7 +245,7 @@ class GeneratedImages:
     batches = model.generate(
       params, captions, self.sample, seed=seed, mesh=self.mesh, batch_size=self.batch_size
     )
-    return self.scorer().collect(_within(budget, batches, len(captions), label))
+    return self.scorer.collect(_within(budget, batches, len(captions), label))
 
   def _told(
     self, scorer: ImageScorer, model: Diffusion, samples: int, warnings: list[str], seed: int

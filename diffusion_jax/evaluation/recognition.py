@@ -14,7 +14,15 @@ from jax.sharding import Mesh
 from diffusion_jax.backend.xla import jit
 from diffusion_jax.data.sources.tfds import ImageSource
 from diffusion_jax.data.unreadable import some
-from diffusion_jax.evaluation.evaluator import EVALUATE, SAMPLE, TEST, Picture, Value, named
+from diffusion_jax.evaluation.evaluator import (
+  EVALUATE,
+  SAMPLE,
+  TEST,
+  Cached,
+  Picture,
+  Value,
+  named,
+)
 from diffusion_jax.evaluation.extractors.classifier import ClassifierExtractor
 from diffusion_jax.evaluation.extractors.clip import CLIPExtractor, CLIPFeatures, unit
 from diffusion_jax.evaluation.metrics.text import clip_score, retrieval_recall
@@ -92,10 +100,9 @@ class Retrieval(RetrievalPreview):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ClassificationPreview:
-  """Test images, each with the class that it is given and with its own; logits: of `logits_of`."""
+class ClassificationPreview(Cached):
+  """Test images, each with the class that it is given and with its own."""
 
-  logits: Callable
   classes: Sequence[str]
   test: ImageSource
   mesh: Mesh
@@ -104,19 +111,20 @@ class ClassificationPreview:
   about = 'Test images, each with the class that the classifier gives it and the one that it is of.'
 
   def run(self, model: Network, params: Params, key) -> Iterator[tuple[str, Value]]:
-    images, labels, logits = self.tested(params, SHOWN)
+    images, labels, logits = self.tested(model, params, SHOWN)
     pairs = zip(logits.argmax(axis=-1), labels, strict=True)
     told = [answer(self.classes[found], self.classes[true]) for found, true in pairs]
     yield 'samples', Picture(images, told, self.about)
 
-  def tested(self, params: Params, count: int) -> tuple[np.ndarray, ...]:
+  def tested(self, model: Network, params: Params, count: int) -> tuple[np.ndarray, ...]:
     """Return (images, labels, logits) of so many test records, spread over the split."""
     count = min(count, len(self.test))
     places = np.linspace(0, len(self.test) - 1, count).round().astype(int)
     records = some(self.test, count, places)
     images = np.stack([record['image'] for record in records])
     labels = np.asarray([self.classes.index(record['label']) for record in records])
-    logits = list(in_batches(self.logits, params, images, mesh=self.mesh))
+    run = self.once('logits', lambda: logits_of(model))
+    logits = list(in_batches(run, params, images, mesh=self.mesh))
     return images, labels, np.concatenate(logits)
 
 
@@ -133,7 +141,7 @@ class Classification(ClassificationPreview):
   when = EVALUATE
 
   def run(self, model: Network, params: Params, key) -> Iterator[tuple[str, Value]]:
-    _, labels, logits = self.tested(params, self.samples)
+    _, labels, logits = self.tested(model, params, self.samples)
     yield from named({TEST: _of_logits(logits, labels)})
     if self.baselines:
       fractions = np.bincount(labels, minlength=len(self.classes)) / len(labels)

@@ -15,7 +15,7 @@ from diffusion_jax.backend.xla import jit
 from diffusion_jax.data.sources.tfds import ImageSource
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.evaluation.comparison import Work
-from diffusion_jax.evaluation.evaluator import EVALUATE, SAMPLE, TEST, Picture, Value, named
+from diffusion_jax.evaluation.evaluator import EVALUATE, SAMPLE, TEST, Cached, Picture, Value, named
 from diffusion_jax.evaluation.extract import reader
 from diffusion_jax.evaluation.images import ImageSet
 from diffusion_jax.evaluation.metrics.images import l1_of_each, psnr_of_each, ssim_of_each
@@ -106,11 +106,11 @@ def of_autoencoder(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ReconstructionPreview:
-  """Test images, each beside its reconstruction; reconstruct: of `reconstructor`."""
+class ReconstructionPreview(Cached):
+  """Test images, each beside its reconstruction."""
 
-  reconstruct: Callable
   test: ImageSource
+  mesh: Mesh
   name = 'reconstruction_preview'
   when = SAMPLE
   about = 'Test images with their captions, each beside its reconstruction.'
@@ -118,26 +118,27 @@ class ReconstructionPreview:
   def run(self, model: Network, params: Params, key) -> Iterator[tuple[str, Value]]:
     records = some(self.test, 16)
     images = np.stack([record['image'] for record in records])
-    outputs = self.reconstruct(params, images)
+    outputs = self.reconstruct(model, params, images)
     pairs = np.stack([images, outputs], axis=1).reshape(-1, *images.shape[1:])
     captions = [text for r in records for text in (r['captions'][0], 'reconstruction')]
     yield 'samples', Picture(pairs, captions, self.about)
 
+  def reconstruct(self, model: Network, params: Params, images: np.ndarray) -> np.ndarray:
+    """As `reconstructor`; compiled once."""
+    return self.once('reconstruct', lambda: reconstructor(model, self.mesh))(params, images)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Reconstruction:
+class Reconstruction(ReconstructionPreview):
   """PSNR in dB of reconstructed test images, L1 in [-1, 1], and the latents' moments."""
 
-  reconstruct: Callable
-  test: ImageSource
-  mesh: Mesh
   samples: int = 256
   name = 'reconstruction'
   when = EVALUATE
 
   def run(self, model: Network, params: Params, key) -> Iterator[tuple[str, Value]]:
     images = np.stack([record['image'] for record in some(self.test, self.samples)])
-    values = figures_of_pairs(images, self.reconstruct(params, images), ('psnr', 'l1'))
+    values = figures_of_pairs(images, self.reconstruct(model, params, images), ('psnr', 'l1'))
     scores = {name: float(each.mean()) for name, each in values.items()}
     mean, deviation = latent_moments(model, params, images, self.mesh)
     scores |= {'latent_mean': mean, 'latent_std': deviation, 'images': float(len(images))}

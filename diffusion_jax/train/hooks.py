@@ -15,7 +15,6 @@ from diffusion_jax.evaluation.evaluator import (
   EVALUATE,
   SAMPLE,
   Picture,
-  Scores,
   Value,
   run_all,
   scores_of,
@@ -30,6 +29,7 @@ from diffusion_jax.train.sample_count import NAME as SAMPLE_COUNT
 from diffusion_jax.train.sample_count import SampleCount
 from diffusion_jax.train.state import TrainState
 from diffusion_jax.train.training import Training
+from diffusion_jax.types import Scores
 from diffusion_jax.viz.grids import make_grid, save_png
 from diffusion_jax.viz.report import ABOUT, write_report
 from diffusion_jax.viz.run_files import MetricsFile, find_grids, read_lines

@@ -11,11 +11,11 @@ from diffusion_jax.config import LoopConfig, SafetyConfig
 from diffusion_jax.data.loader import Loader
 from diffusion_jax.data.splits import APART, Measured
 from diffusion_jax.data.unreadable import Damage
-from diffusion_jax.evaluation.evaluator import Evaluator, Scores
+from diffusion_jax.evaluation.evaluator import Evaluator
 from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.runs.trained_on import Pictures
 from diffusion_jax.train.tasks.task import Task
-from diffusion_jax.types import Params
+from diffusion_jax.types import Params, Scores
 
 
 def stating(scores: Scores, step: int, told: Sequence[str]) -> Scores:

@@ -94,7 +94,7 @@ def test_the_page_on_operations_names_every_state_and_key():
 
 
 def test_evaluation_has_a_row_for_each_kind_of_features_and_metric():
-  from diffusion_jax.evaluation.extractors import EXTRACTORS as features
+  from diffusion_jax.registry import EXTRACTORS as features
   from diffusion_jax.registry import METRICS
 
   text = (ROOT / 'docs' / 'evaluation.md').read_text()

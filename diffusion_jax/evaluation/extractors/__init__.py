@@ -3,7 +3,6 @@ and classifiers. Commands and configs name them KIND:PATH."""
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -13,22 +12,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from diffusion_jax.backend.xla import jit
-from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.scores import outputs_of
 from diffusion_jax.models.checks import require
 from diffusion_jax.models.features.inception import InceptionConfig
+from diffusion_jax.registry import EXTRACTORS, check_paths, load
 from diffusion_jax.types import Params
-
-EXTRACTORS = {
-  **{
-    f'inception/{rule}': 'diffusion_jax.evaluation.extractors.inception:load_inception_extractor'
-    for rule in ('tensorflow', 'pytorch', 'clean')
-  },
-  'clip': 'diffusion_jax.evaluation.extractors.clip:load_clip_extractor',
-  'dinov2': 'diffusion_jax.evaluation.extractors.dino:load_dinov2_extractor',
-  'classifier': 'diffusion_jax.evaluation.extractors.classifier:load_classifier_extractor',
-}
-"""Kind -> its loader (path, *, mesh), or for one KIND/RULE (path, rule, outputs, *, mesh)."""
 
 
 class Extractor(Protocol):
@@ -64,7 +52,9 @@ def compiled(extractor: Extractor) -> Callable[[Params, jax.Array], dict[str, ja
 def load_extractor(
   name: str, path: str | os.PathLike, *, outputs: Sequence[str] = (), mesh: Mesh | None = None
 ) -> Extractor:
-  """Load an extractor of EXTRACTORS with the weights at a path, on the mesh, or on the host.
+  """Load an extractor of `registry.EXTRACTORS` with the weights at a path.
+
+  It is on the mesh, or on the host without one.
 
   Args:
     outputs: of Inception, which computes no further than it must; 'pool3' where none is named.
@@ -72,23 +62,11 @@ def load_extractor(
   Raises:
     UserError: no such extractor, weights that cannot be read, or an output it does not have.
   """
-  require(name in EXTRACTORS, f'There are no features {name!r}; choose of {", ".join(EXTRACTORS)}.')
-  module, _, loader = EXTRACTORS[name].partition(':')
-  load, rule = getattr(importlib.import_module(module), loader), name.partition('/')[2]
-  made = load(path, rule, outputs or ('pool3',), mesh=mesh) if rule else load(path, mesh=mesh)
+  loader, rule = load(EXTRACTORS, name), name.partition('/')[2]
+  made = loader(path, rule, outputs or ('pool3',), mesh=mesh) if rule else loader(path, mesh=mesh)
   missing = sorted(set(outputs) - set(made.widths))
   require(not missing, f'{name} has no {", ".join(missing)}; choose of {", ".join(made.widths)}.')
   return made
-
-
-def check_named(named: Sequence[str], option: str = '--features') -> None:
-  """UserError, naming the option, for a name that is not KIND:PATH with a kind of EXTRACTORS."""
-  for text in named:
-    kind, colon, _ = text.partition(':')
-    if not colon or kind not in EXTRACTORS:
-      raise UserError(
-        f'{option} {text} is not of the form KIND:PATH with a kind of {", ".join(EXTRACTORS)}.'
-      )
 
 
 def load_named(
@@ -98,7 +76,7 @@ def load_named(
 
   UserError for a name of another form, an unknown metric, or weights that cannot be read.
   """
-  check_named(named, option)
+  check_paths(EXTRACTORS, named, option)
   found = []
   for text in named:
     kind, _, path = text.partition(':')

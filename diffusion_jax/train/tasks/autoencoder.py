@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,20 +19,15 @@ from diffusion_jax.config import TrainingConfig
 from diffusion_jax.data.loader import Source
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.evaluator import Evaluator, Scores
-from diffusion_jax.evaluation.reconstruction import (
-  Reconstruction,
-  ReconstructionPreview,
-  reconstructor,
-)
 from diffusion_jax.formats.networks import load_lpips, save_params
 from diffusion_jax.limits import same_size
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.network import Network, prefixed, under
 from diffusion_jax.models.perceptual import Discriminator, DiscriminatorConfig, lpips
+from diffusion_jax.registry import EVALUATORS, load
 from diffusion_jax.train.meter import mean_metric
 from diffusion_jax.train.tasks.task import Env, Frozen, Metrics, Task
-from diffusion_jax.types import Images, Latents, Params
+from diffusion_jax.types import Images, Latents, Params, Scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,9 +176,12 @@ class AutoencoderTask(Task):
   def weights(self, params: Params, frozen: Frozen) -> Params:
     return under('autoencoder', params)
 
-  def evaluators(self, mesh: Mesh) -> list[Evaluator]:
-    known = reconstructor(self.autoencoder, mesh), self.test
-    return [ReconstructionPreview(*known), Reconstruction(*known, mesh)]
+  def evaluators(self, mesh: Mesh) -> list[Any]:
+    cache = {}
+    return [
+      load(EVALUATORS, name)(self.test, mesh, cache=cache)
+      for name in ('reconstruction_preview', 'reconstruction')
+    ]
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
     """The autoencoder in diffusers' layout, with the scaling that gives latents unit variance."""

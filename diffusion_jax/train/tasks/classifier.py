@@ -16,19 +16,14 @@ from diffusion_jax.data.sources import without_effect
 from diffusion_jax.data.sources.folder import FOLDER, open_labelled
 from diffusion_jax.data.transforms import Label
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.evaluator import Evaluator, Scores
-from diffusion_jax.evaluation.recognition import (
-  Classification,
-  ClassificationPreview,
-  logits_of,
-)
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.limits import Range, same_size
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.vision.classifier import Classifier, ClassifierConfig
+from diffusion_jax.registry import EVALUATORS, load
 from diffusion_jax.train.meter import mean_metric
 from diffusion_jax.train.tasks.task import Env, Frozen, Task
-from diffusion_jax.types import Params
+from diffusion_jax.types import Params, Scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +85,6 @@ class ClassifierTask(Task):
       Classifier, config.classifier, dtype=dtype, remat=remat, attention=attention
     )
     self.frozen: Frozen = {}
-    self._logits = logits_of(self.network)
 
   @classmethod
   def check_data(cls, config: TrainingConfig) -> None:
@@ -129,9 +123,12 @@ class ClassifierTask(Task):
     metrics = {'loss': mean_metric(loss), 'accuracy': mean_metric(right.astype(jnp.float32))}
     return loss.mean(), (metrics, ())
 
-  def evaluators(self, mesh: Mesh) -> list[Evaluator]:
-    known = self._logits, self.classes, self.test, mesh
-    return [ClassificationPreview(*known), Classification(*known)]
+  def evaluators(self, mesh: Mesh) -> list[Any]:
+    cache = {}
+    return [
+      load(EVALUATORS, name)(self.classes, self.test, mesh, cache=cache)
+      for name in ('classification_preview', 'classification')
+    ]
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
     """The network with the names of its classes, as `load_params` reads it."""

@@ -14,9 +14,7 @@ from jax.sharding import Mesh
 from diffusion_jax.config import TrainingConfig
 from diffusion_jax.data.loader import Source
 from diffusion_jax.data.unreadable import readable
-from diffusion_jax.evaluation.evaluator import Evaluator, Scores
 from diffusion_jax.evaluation.extractors.clip import unit
-from diffusion_jax.evaluation.recognition import Retrieval, RetrievalPreview
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.limits import same_size
 from diffusion_jax.models.network import Network
@@ -27,9 +25,10 @@ from diffusion_jax.models.text.tokenizer import (
   save_tokenizer,
   train_tokenizer,
 )
+from diffusion_jax.registry import EVALUATORS, load
 from diffusion_jax.train.meter import mean_metric
 from diffusion_jax.train.tasks.task import Env, Frozen, Task
-from diffusion_jax.types import Params
+from diffusion_jax.types import Params, Scores
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
@@ -144,9 +143,11 @@ class CLIPTask(Task):
     }
     return loss.mean(), (metrics, ())
 
-  def evaluators(self, mesh: Mesh) -> list[Evaluator]:
-    known = self.tokenizer, self.test, mesh
-    return [RetrievalPreview(*known), Retrieval(*known)]
+  def evaluators(self, mesh: Mesh) -> list[Any]:
+    return [
+      load(EVALUATORS, name)(self.tokenizer, self.test, mesh)
+      for name in ('retrieval_preview', 'retrieval')
+    ]
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
     """CLIP in transformers' layout, with its tokenizer."""

@@ -4,7 +4,6 @@ Trains the denoiser of a latent diffusion model; autoencoder and text encoder st
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,15 +26,6 @@ from diffusion_jax.diffusion.objective import (
   update_history,
 )
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.evaluator import Evaluator, Scores
-from diffusion_jax.evaluation.generated import (
-  DRAW_BATCH,
-  CaptionPreview,
-  EvaluationConfig,
-  GeneratedImages,
-  ImageScorer,
-  check_samples,
-)
 from diffusion_jax.formats.networks import read_config
 from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.parallel.layout import constrain
@@ -45,9 +35,10 @@ from diffusion_jax.pipelines.directory import assemble, save_text_to_image
 from diffusion_jax.pipelines.model import DENOISER, Diffusion, joined
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.pipelines.spaces import Moments
+from diffusion_jax.registry import EVALUATORS, EXTRACTORS, METRICS, check, check_paths, load
 from diffusion_jax.train.meter import mean_metric
 from diffusion_jax.train.tasks.task import Carry, Env, Frozen, Observed, Task
-from diffusion_jax.types import Condition, Params, Weights
+from diffusion_jax.types import Condition, Params, Scores, Weights
 
 TIME_BUCKETS = 10
 
@@ -83,6 +74,28 @@ def history_of(carry: Carry) -> LossHistory | None:
 
 NULL = 'null'
 """The role under which the null caption's condition is kept: 'text.bias', 'pooled.bias'."""
+
+
+FEATURES_KEY, METRICS_KEY = 'settings.evaluation.features', 'settings.evaluation.metrics'
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+  """What a model is scored by while it trains.
+
+  features: KIND:PATH each, as for the command evaluate; () for the task's CLIP. metrics: names of
+  `registry.METRICS`.
+  """
+
+  features: tuple[str, ...] = ()
+  metrics: tuple[str, ...] = ('fd', 'kid', 'clip_score', 'retrieval')
+
+  def __post_init__(self):
+    check_paths(EXTRACTORS, self.features, FEATURES_KEY)
+    for name in self.metrics:
+      check(METRICS, name, METRICS_KEY)
+    if not self.metrics:
+      raise UserError(f'{METRICS_KEY} is empty; name one at least, or set loop.evaluate_samples 0.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,19 +234,12 @@ class DiffusionTask(NoisingTask):
   @classmethod
   def build(cls, config: TrainingConfig, env: Env) -> 'DiffusionTask':
     settings = config.settings
-    cls.check_samples(config, env)
     model, frozen = assemble(
       settings.unet, settings.autoencoder, settings.clip, settings.schedule,
       settings.objective.parameterization, settings.latent_patch_size, getattr(jnp, config.dtype),
     )
     model = model.with_attention(config.attention)
     return cls(settings, model, frozen, env.train, env.test, config.remat, config.products)
-
-  @classmethod
-  def check_samples(cls, config: TrainingConfig, env: Env) -> None:
-    """UserError unless the test split has as many captions as are scored."""
-    if config.loop.evaluate_samples:
-      check_samples(config.loop.evaluate_samples, len(env.test))
 
   def context(self) -> dict[str, Any]:
     return {'tokenizer': self.model.text.tokenize}
@@ -314,25 +320,22 @@ class DiffusionTask(NoisingTask):
     return self.summary(self.losses(params, frozen, carry, batch, key), carry)
 
   @property
-  def draw_batch(self) -> int:
-    """Images that are drawn at a time."""
-    return DRAW_BATCH
+  def sample_batch(self) -> dict[str, int]:
+    """How many images are sampled at a time, where it is not as many as evaluators do."""
+    return {}
 
-  def preview(self, mesh: Mesh) -> Evaluator:
-    """Return what draws the preview captions."""
-    config = self.config
-    return CaptionPreview(
-      config.preview_captions, config.sample, mesh, batch_size=self.draw_batch
+  def preview(self, mesh: Mesh) -> Any:
+    """Return what samples the preview captions."""
+    return load(EVALUATORS, 'caption_preview')(
+      self.config.preview_captions, self.config.sample, mesh, **self.sample_batch
     )
 
-  def evaluators(self, mesh: Mesh) -> list[Evaluator]:
+  def evaluators(self, mesh: Mesh) -> list[Any]:
     config = self.config.evaluation
     features = config.features or (f'clip:{self.config.clip}',)
-    scorer = functools.cache(lambda: ImageScorer(
-      self.model, features, config.metrics, self.train, self.test, mesh
-    ))
-    return [self.preview(mesh), GeneratedImages(
-      scorer, self.config.sample, features, self.test, mesh, batch_size=self.draw_batch
+    return [self.preview(mesh), load(EVALUATORS, 'generated_images')(
+      features, config.metrics, self.config.sample, self.train, self.test, mesh,
+      **self.sample_batch,
     )]
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,6 @@ from diffusion_jax.data.loader import Source
 from diffusion_jax.data.sources.folder import Together
 from diffusion_jax.data.unreadable import Counted, some
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.evaluator import Evaluator, Scores
 from diffusion_jax.models.lora import LoRAConfig
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.unet import UNet
@@ -34,10 +34,13 @@ from diffusion_jax.train.tasks.trainable import (
   TextualInversion,
   Trainable,
 )
-from diffusion_jax.types import Params, Weights
+from diffusion_jax.types import Params, Scores, Weights
 
 TRAINED = {'unet': '', 'lora': 'lora', 'controlnet': 'controlnet', 'embeddings': 'placeholder'}
 """What can be trained, and the section of the settings that speaks of that alone."""
+
+MOST_SAMPLED = 32
+"""Images that are sampled at a time, at most."""
 
 INPUTS = ('none', *(name for name, kind in CONCATENATED.items() if kind.fields))
 """Pictures that a denoiser can be taught to take beside z: those that can be made of a batch."""
@@ -159,7 +162,6 @@ class FinetuneTask(DiffusionTask):
   def build(cls, config: TrainingConfig, env: Env) -> 'FinetuneTask':
     if config.loop.evaluate_samples:
       config.settings.check_scored()
-    cls.check_samples(config, env)
     return make_finetune_task(
       config.settings, env.train, env.test, env.mesh, getattr(jnp, config.dtype), config.remat,
       config.attention, config.products,
@@ -204,8 +206,8 @@ class FinetuneTask(DiffusionTask):
     return self.trainable.weights(params, frozen)
 
   @property
-  def draw_batch(self) -> int:
-    return min(super().draw_batch, len(self.config.preview_captions))
+  def sample_batch(self) -> dict[str, int]:
+    return {'batch_size': min(MOST_SAMPLED, len(self.config.preview_captions))}
 
   def preview_inputs(self) -> Inputs:
     """Pictures of the test split: their edges, or themselves with the middle to be painted."""
@@ -217,12 +219,12 @@ class FinetuneTask(DiffusionTask):
     shown = [conditioner.examples(images) for conditioner in self.model.conditioners.values()]
     return Inputs(**{name: array for one in shown for name, array in one.items()})
 
-  def preview(self, mesh: Mesh) -> Evaluator:
+  def preview(self, mesh: Mesh) -> Any:
     about = next((c.shows for c in self.model.conditioners.values() if c.shows), '')
     known = {'inputs': self.preview_inputs, 'about': about} if about else {}
     return dataclasses.replace(super().preview(mesh), **known)
 
-  def evaluators(self, mesh: Mesh) -> list[Evaluator]:
+  def evaluators(self, mesh: Mesh) -> list[Any]:
     return [self.preview(mesh)] if self.config.pictured else super().evaluators(mesh)
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:

@@ -16,9 +16,8 @@ from diffusion_jax.data.sources import open_data
 from diffusion_jax.data.transforms import build_transforms, check_transforms
 from diffusion_jax.data.unreadable import Damage
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.evaluator import Evaluator, Scores
 from diffusion_jax.train.meter import Metrics
-from diffusion_jax.types import Params, Weights
+from diffusion_jax.types import Params, Scores, Weights
 
 SYNTHETIC = 64
 """Random images at least; a batch needs as many as it has examples."""
@@ -160,7 +159,7 @@ class Task(abc.ABC):
     del frozen
     return params
 
-  def evaluators(self, mesh: Mesh) -> Sequence[Evaluator]:
+  def evaluators(self, mesh: Mesh) -> Sequence[Any]:
     """Return what shows and scores `model` on the test split; nothing heavy is loaded here."""
     del mesh
     return ()

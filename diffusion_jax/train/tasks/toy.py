@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +20,13 @@ from diffusion_jax.diffusion.objective import Network as Denoising
 from diffusion_jax.diffusion.objective import Objective, ObjectiveConfig
 from diffusion_jax.diffusion.samplers import initial_noise, sampler
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.evaluator import Evaluator, Scores
-from diffusion_jax.evaluation.points import Points, PointsPreview
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models.mlp import MLP, MLPConfig
 from diffusion_jax.models.network import Network
+from diffusion_jax.registry import EVALUATORS, load
 from diffusion_jax.train.tasks.diffusion import NoisingTask, history_of
 from diffusion_jax.train.tasks.task import Env, Frozen
-from diffusion_jax.types import Params
+from diffusion_jax.types import Params, Scores
 
 FIELD_LEVELS = (1.0, 0.4, 0.15)
 LIKELIHOOD_STEPS = 40
@@ -174,10 +174,10 @@ class ToyTask(NoisingTask):
       steps=LIKELIHOOD_STEPS, t_min=self.noise.t_min,
     ).bits
 
-  def evaluators(self, mesh: Mesh) -> list[Evaluator]:
+  def evaluators(self, mesh: Mesh) -> list[Any]:
     return [
-      PointsPreview(self._sample, self._fields, FIELD_LEVELS, self.test),
-      Points(
+      load(EVALUATORS, 'points_preview')(self._sample, self._fields, FIELD_LEVELS, self.test),
+      load(EVALUATORS, 'points')(
         self._sample, self._bits, self.initialize, self.test, self.config.likelihood_points
       ),
     ]

@@ -109,7 +109,7 @@ def test_by_name(parts):
   mesh = make_mesh(MeshConfig())
   extractor = load_extractor('clip', parts['clip'], mesh=mesh)
   assert extractor.widths and all(p.sharding.mesh == mesh for p in extractor.params.values())
-  with pytest.raises(UserError, match="no features 'inception'; choose of inception/tensorflow"):
+  with pytest.raises(UserError, match="no kind of features 'inception'; did you mean inception/"):
     load_extractor('inception', 'x.pth')
   with pytest.raises(UserError, match='clip has no pool3; choose of embedding'):
     load_extractor('clip', parts['clip'], outputs=('pool3',))

@@ -12,9 +12,15 @@ from diffusion_jax.data.cache import ChooseText, cached_source
 from diffusion_jax.data.transforms import apply, build_transforms
 from diffusion_jax.diffusion.noise import ScheduleConfig
 from diffusion_jax.diffusion.objective import ObjectiveConfig
+from diffusion_jax.errors import UserError
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.directory import assemble
-from diffusion_jax.train.tasks.diffusion import NULL, DiffusionTask, DiffusionTaskConfig
+from diffusion_jax.train.tasks.diffusion import (
+  NULL,
+  DiffusionTask,
+  DiffusionTaskConfig,
+  EvaluationConfig,
+)
 from tests import tiny
 
 
@@ -142,3 +148,13 @@ def test_gradient_reaches_every_parameter_of_the_denoiser(make_task):
   assert not dead
   total, count = jax.tree.leaves(metrics['loss_by_timestep'])
   assert count.sum() == 6 and total.shape == (10,)
+
+
+@pytest.mark.parametrize(('features', 'metrics', 'named'), [
+  (('vgg:x',), ('fd',), 'settings.evaluation.features vgg:x is not of the form KIND:PATH'),
+  ((), ('FID',), "settings.evaluation.metrics is 'FID'; choose one of fd"),
+  ((), (), 'settings.evaluation.metrics is empty'),
+])
+def test_a_config_that_cannot_be_is_refused(features, metrics, named):
+  with pytest.raises(UserError, match=named):
+    EvaluationConfig(features, metrics)
