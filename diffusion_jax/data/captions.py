@@ -1,15 +1,10 @@
-"""People's text out of files: one way to decode it, one way to tell lines apart.
+"""Captions out of people's files: texts beside pictures, and lists of captions.
 
-Lists of captions: metadata.jsonl, metadata.csv and metadata.tsv, as diffusers' users keep them.
-
-A row has the name of a picture below the list's folder (`file_name`) and its caption (`text`). A
-list of texts, several columns of captions and several rows are several captions. Null, numbers and
-objects are none.
-
-Which captions belong to which picture of a folder.
-
-The text file beside a picture counts first, then the list nearest to it, then what is given for
-all.
+The text file beside a picture counts first, then the nearest list (metadata.jsonl, metadata.csv or
+metadata.tsv, as diffusers' users keep them), then what is given for all. A row of a list has the
+name of a picture below the list's folder (`file_name`) and its caption (`text`). A list of texts,
+several columns of captions and several rows are several captions. Null, numbers and objects are
+none.
 """
 
 import codecs
@@ -39,7 +34,7 @@ _OPEN_ALREADY = ('/dev/stdin', '/dev/fd/', '/proc/self/fd/')
 
 
 def read_lines(path: str | Path, what: str = 'text') -> list[str]:
-  """The lines of a file that are not blank, without the blanks around them.
+  """Return the lines of a file that are not blank, without the blanks around them.
 
   It is UTF-8, whatever the locale, or what its byte order mark says, which is no text itself. Only
   CR, LF and both end a line: others of Unicode's separators may stand within a caption.
@@ -68,7 +63,7 @@ def read_lines(path: str | Path, what: str = 'text') -> list[str]:
 
 
 def lines_of(text: str, where: str | Path) -> list[str]:
-  """The lines of a text that are not blank, without the blanks around them.
+  """Return the lines of a text that are not blank, without the blanks around them.
 
   UserError, which names `where`, for a line of more than LONGEST characters, or half ones.
   """
@@ -83,7 +78,7 @@ def lines_of(text: str, where: str | Path) -> list[str]:
 
 
 def check_characters(text: str, where: str | Path) -> None:
-  """UserError for halves of characters, which stand for bytes that are not UTF-8."""
+  """Raise UserError for halves of characters, which stand for bytes that are not UTF-8."""
   try:
     text.encode()
   except UnicodeEncodeError as error:
@@ -91,17 +86,17 @@ def check_characters(text: str, where: str | Path) -> None:
 
 
 def clean(text: str) -> str:
-  """Without blanks around it, and byte order marks, which remain where files were put together."""
+  """Strip blanks, and byte order marks, which remain where files were put together."""
   return text.strip().strip('\ufeff').strip()
 
 
 def encoding_of(start: bytes) -> str:
-  """That of a file by its first bytes."""
+  """Return the encoding of a file by its first bytes."""
   return next((name for mark, name in _MARKS if start.startswith(mark)), 'utf-8')
 
 
 def stream_lines(path: Path, longest: int = LONGEST) -> Iterator[str]:
-  """Decoded lines, their ends kept, of a file that may be larger than memory.
+  """Yield decoded lines, their ends kept, of a file that may be larger than memory.
 
   ValueError for what is no text, or a line of more than `longest` characters.
   """
@@ -132,11 +127,11 @@ _LONGEST_ROW = 16 * LONGEST
 
 
 def read_list(path: Path, root: Path, column: str, left: Left) -> dict[str, list[str]]:
-  """Key of each picture below `root` that a list names (`finding.key_of`) -> its captions.
+  """Return the captions by key (`finding.key_of`) of the pictures below `root` in a list.
 
   Args:
     column: the only one for captions; '' for all of CAPTIONS.
-    left: is told of rows and values that are no captions.
+    left: notes rows and values that are no captions.
 
   Raises:
     UserError: the list cannot be read, or names a picture outside of `root`.
@@ -254,13 +249,13 @@ def captions_of(
   files: Sequence[Path], pictures: Sequence[Path], root: Path, caption: str, column: str,
   left: Left,
 ) -> list[list[str]]:
-  """The captions of each of `pictures`, one at least.
+  """Return the captions of each of `pictures`, one at least.
 
   Args:
     files: all in the folder `root`.
     caption: of pictures that have none of their own; several, one a line.
     column: of lists; '' for all of `metadata.CAPTIONS`.
-    left: is told of what belongs to no picture, and of what another source is preferred to.
+    left: notes what belongs to no picture, and what another source is preferred to.
 
   Raises:
     UserError: a picture has no caption, or something cannot be read.
@@ -326,10 +321,10 @@ def _stem(key: str) -> str:
 
 
 def _no_caption(without: Sequence[Path], left: Left) -> UserError:
-  first, told = without[0], '; '.join(left.told())
+  first, found = without[0], '; '.join(left.sentences())
   return UserError(
     f'{first} has no caption' + f', nor have {len(without) - 1:,} more' * (len(without) > 1)
-    + f' ({told})' * bool(told)
+    + f' ({found})' * bool(found)
     + f'; write {first.with_suffix(".txt").name} beside it, name it in metadata.jsonl, or set '
     'data.caption.'
   )

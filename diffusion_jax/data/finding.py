@@ -19,34 +19,34 @@ class Left:
     self._kinds: dict[str, tuple[int, str]] = {}
 
   def add(self, kind: str, example: str | Path = '', count: int = 1) -> None:
-    """One more of a kind, such as 'rows without a picture', or so many."""
+    """Count one more of a kind, such as 'rows without a picture', or so many."""
     before, first = self._kinds.get(kind, (0, ''))
     self._kinds[kind] = before + count, first or str(example)
 
   def counts(self) -> dict[str, int]:
-    """Kind -> how many."""
+    """Return how many there are by kind."""
     return {kind: count for kind, (count, _) in self._kinds.items()}
 
-  def told(self) -> list[str]:
-    """'rows without a picture: 3, such as gone.png' for each kind."""
+  def sentences(self) -> list[str]:
+    """Return 'rows without a picture: 3, such as gone.png' for each kind."""
     return [
       f'{kind}: {count:,}' + (f', such as {first}' if first else '')
       for kind, (count, first) in self._kinds.items()
     ]
 
   def notes(self, root: Path) -> tuple[str, ...]:
-    """A sentence for people, where anything of a folder was left out."""
-    told = '; '.join(self.told())
-    return (f'of {root} not everything is used: {told}.',) if told else ()
+    """Return a sentence for people, where anything of a folder was left out."""
+    found = '; '.join(self.sentences())
+    return (f'of {root} not everything is used: {found}.',) if found else ()
 
 
 def key_of(name: str) -> str:
-  """A path below a folder as one spelling of it: Macs write other accents, Windows other bars."""
+  """Return a path in one spelling: Macs write other accents, Windows other bars."""
   return unicodedata.normalize('NFC', name.replace('\\', '/'))
 
 
 def find_files(root: str | Path, left: Left) -> list[Path]:
-  """The regular files in a folder and in the folders in it, sorted, as paths below `root`.
+  """Return the regular files in a folder and in the folders in it, sorted, as paths below `root`.
 
   Links are followed. A folder that several paths lead to is read once, by a path without links
   where there is one. Hidden files and folders are left out, and what leads nowhere.
@@ -108,7 +108,7 @@ def _entries(folder: Path, root: Path, left: Left) -> Iterator[os.DirEntry]:
 
 
 def with_suffixes(files: Sequence[Path], suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
-  """Those whose names end so, in capitals or not."""
+  """Return those whose names end so, in capitals or not."""
   return [file for file in files if file.suffix.lower() in suffixes]
 
 
@@ -118,7 +118,7 @@ TEST = ('test', 'testing', 'validation', 'valid', 'val', 'eval', 'dev')
 
 
 def own_splits(pictures: Sequence[Path], root: Path) -> tuple[Path, Path | None]:
-  """(folder to train on, folder of the test) where folders say it, else (root, None).
+  """Return (folder to train on, folder of the test) where folders say it, else (root, None).
 
   A folder train that has all pictures there are is what is meant by its parent.
   """

@@ -1,8 +1,4 @@
-"""Batches of images in npz files, as ADM (guided-diffusion) writes samples and references.
-
-Pictures in tar files, such as the shards of webdataset, read in place.
-
-The images of any data set that TFDS has prepared as ArrayRecord, from its folder alone.
+"""Sets of pictures in files of others: npz of ADM, tar files, and data sets prepared by TFDS.
 """
 
 import contextlib
@@ -30,7 +26,7 @@ _LOCAL_HEADER = 30
 
 
 def holds_batch(path: str | Path) -> bool:
-  """Whether a file is an npz with an array of the name that batches of images have."""
+  """Return whether a file is an npz with an array of the name that batches of images have."""
   if not Path(path).is_file():  # A pipe would wait for a writer for ever.
     return False
   try:
@@ -79,7 +75,7 @@ class ImageBatch(Sequence):
     return self.shape[0]
 
   def __getitem__(self, index: int) -> np.ndarray:
-    """Image `index`, uint8 [h w 3]. UserError where the file can no longer be read."""
+    """Return image `index`, uint8 [h w 3]. UserError where the file can no longer be read."""
     index = range(len(self))[index]
     with reading(self.path, 'can no longer be read', 'fetch it again'):
       if self._stored:
@@ -154,7 +150,7 @@ class TarPictures(Sequence):
     return len(self.members)
 
   def __getitem__(self, index: int) -> np.ndarray:
-    """Picture `index`, uint8 [h w 3]. UserError, naming it, where it cannot be read."""
+    """Return picture `index`, uint8 [h w 3]. UserError, naming it, where it cannot be read."""
     member = self.members[index]
     where = f'{member.name} in {member.archive}'
     if member.damage:
@@ -284,7 +280,7 @@ class PreparedImages(Sequence):
     return self._length
 
   def __getitem__(self, index: int) -> np.ndarray:
-    """Image `index`, uint8 [h w 3]. UserError, naming it, where it cannot be read."""
+    """Return image `index`, uint8 [h w 3]. UserError, naming it, where it cannot be read."""
     index = range(self._length)[index]
     where = f'{index} of {self.split} in {self.folder}'
     with reading(f'the image {where}', remedy='prepare the data set again'):

@@ -1,8 +1,4 @@
-"""Pictures of every mode that Pillow has as RGB of 8 bits.
-
-Files of pictures with their headers read: which format, how large, and how they are turned.
-
-Pictures that people have, as arrays of 8 bits a channel.
+"""Pictures of any usual format and mode as arrays of 8 bits a channel, in bounded memory.
 """
 
 import contextlib
@@ -39,7 +35,7 @@ _RANGES = (255.0, 65535.0, 2.0**32 - 1)
 
 
 def as_rgb(image: Image.Image, background: str = 'white') -> Image.Image:
-  """The picture as RGB over a background of that name; of 16 bits, 65535 becomes 255.
+  """Return a picture as RGB over a background of that name; of 16 bits, 65535 becomes 255.
 
   Those of the modes WITH_RANGE are to be `scaled` first. ValueError for what cannot be converted.
   """
@@ -54,7 +50,7 @@ def as_rgb(image: Image.Image, background: str = 'white') -> Image.Image:
 
 
 def scaled(image: Image.Image, extrema: tuple[float, float]) -> Image.Image:
-  """Numbers of 32 bits as 8 bits of gray.
+  """Return numbers of 32 bits as 8 bits of gray.
 
   Scaled from the first of the usual ranges that holds them all ([0, 1] for floats, then 8, 16 and
   32 bits), or, if some are below 0, from the lowest to the highest.
@@ -69,8 +65,8 @@ def scaled(image: Image.Image, extrema: tuple[float, float]) -> Image.Image:
   if low >= 0:
     ranges = (1.0, *_RANGES) if image.mode == 'F' else _RANGES
     low, high = 0.0, next((top for top in ranges if high <= top), high)
-  shares = (np.nan_to_num(values.astype(np.float64), nan=low) - low) / max(high - low, 1e-30)
-  return Image.fromarray(np.rint(np.clip(shares, 0, 1) * 255).astype(np.uint8))
+  fractions = (np.nan_to_num(values.astype(np.float64), nan=low) - low) / max(high - low, 1e-30)
+  return Image.fromarray(np.rint(np.clip(fractions, 0, 1) * 255).astype(np.uint8))
 
 
 def _from_sixteen(image: Image.Image, background: str) -> Image.Image:
@@ -123,7 +119,7 @@ _OPENERS = {
 
 @contextlib.contextmanager
 def opened(source: str | Path | BinaryIO) -> Iterator[BinaryIO]:
-  """A file for reading, at its start. OSError for what is no regular file, which is not opened."""
+  """Open a file at its start. OSError for what is no regular file, which is not opened."""
   if not isinstance(source, str | os.PathLike):
     source.seek(0)
     yield source
@@ -156,7 +152,7 @@ class Header(NamedTuple):
 
 
 def read_header(file: BinaryIO) -> Header:
-  """Of the picture in a file. ValueError where it begins like none; else what Pillow raises.
+  """Read the header of a picture. ValueError where a file begins like none, or what Pillow raises.
 
   Pillow's own limit of a picture's size is not asked.
   """
@@ -187,7 +183,7 @@ def _orientation(image: ImageFile.ImageFile) -> int:
 
 
 def as_it_lies(upright: np.ndarray, orientation: int) -> np.ndarray:
-  """A view of an upright array [h w ...] whose axes are those of the picture in its file."""
+  """Return a view of an upright array [h w ...] with the axes of the stored picture."""
   rows, columns, swapped = _TURNS[orientation]
   view = upright[:: -1 if rows else 1, :: -1 if columns else 1]
   return view.swapaxes(0, 1) if swapped else view
@@ -196,7 +192,7 @@ def as_it_lies(upright: np.ndarray, orientation: int) -> np.ndarray:
 def corner_as_it_lies(
   corner: tuple[int, int], rest: tuple[int, int], orientation: int
 ) -> tuple[int, int]:
-  """Where the upper left corner (row, column) of a part of the upright picture lies in the file.
+  """Return where the upper left corner (row, column) of a part of an upright picture is stored.
 
   rest: by how much the picture is higher and wider than the part.
   """
@@ -206,7 +202,7 @@ def corner_as_it_lies(
 
 
 def is_swapped(orientation: int) -> bool:
-  """Whether the upright picture is as high as the one in the file is wide."""
+  """Return whether the upright picture is as high as the stored one is wide."""
   return _TURNS[orientation][2]
 
 
@@ -236,7 +232,7 @@ _STRIP = 2**20
 
 
 def read_image(path: str | Path, size: int) -> np.ndarray:
-  """The picture's central square, scaled to uint8 [size size 3]; else as `read_pixels`."""
+  """Return the central square, scaled to uint8 [size size 3]; else as `read_pixels`."""
   # The square first: a thin strip would grow beyond all bounds if it were scaled as a whole.
   return Resize(size)({'image': _read(path, path, square=True)})['image']
 
@@ -244,7 +240,7 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
 def read_pixels(
   source: str | Path | BinaryIO, path: str | Path = '', background: str = 'white'
 ) -> np.ndarray:
-  """The picture, uint8 [h w 3], upright, over a background that shows where it is clear.
+  """Return a picture, uint8 [h w 3], upright, over a background that shows where it is clear.
 
   Of several frames the first. It has its own size, but if there are LARGE pixels or more: then
   both edges are divided by the first of 2, 4, ... that leaves 2**24 pixels or fewer. While it is
@@ -265,7 +261,7 @@ def read_pixels(
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-  """(height, width) of the upright picture in a file, of which the header is read alone.
+  """Return (height, width) of the upright picture in a file, of which only the header is read.
 
   Raises:
     Unreadable: as `read_pixels`, but for damage after the header.
@@ -276,7 +272,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _named(name: str | Path) -> Iterator[None]:
-  """Makes a sentence of whatever goes wrong with a picture."""
+  """Make a sentence of whatever goes wrong with a picture."""
   try:
     yield
   except Unreadable:
@@ -314,7 +310,7 @@ def _check_size(header: Header, name: str | Path) -> None:
 
 
 def _whole_bytes(header: Header) -> int:
-  """What decoding a large picture takes where it has to be decoded whole, else 0."""
+  """Bytes that decoding a large picture takes where it has to be decoded whole, else 0."""
   image, pixels = header.image, header.height * header.width
   if header.png:
     return 0 if PngStrips(header.png).fits else 4 * pixels

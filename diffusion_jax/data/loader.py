@@ -110,14 +110,14 @@ class Loader:
     }
 
   def get_state(self) -> dict[str, Any]:
-    """What comes next, as JSON-ready values; the same on every process.
+    """Return what comes next, as JSON-ready values; the same on every process.
 
     position: global batches given out so far.
     """
     return {**self._identity, 'position': self._position}
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Continues from `get_state`: the batches that follow are bitwise those that would have been.
+    """Continue from `get_state`: the batches that follow are bitwise those that would have been.
 
     The number of threads and of processes may differ. Nothing is read on the way there.
 

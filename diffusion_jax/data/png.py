@@ -1,6 +1,4 @@
-"""PNG files without what is not needed for their pixels.
-
-Large PNGs by strips of rows, in no more memory than a strip needs.
+"""PNG files without what their pixels do not need, and large ones by strips of rows.
 """
 
 import io
@@ -32,7 +30,7 @@ class Chunk(NamedTuple):
 
 
 def without_extras(file: BinaryIO) -> 'Joined':
-  """The same file with those chunks alone that decide its pixels and how they are turned.
+  """Return the file with only those chunks that decide its pixels and how they are turned.
 
   Texts and profiles, of whatever size, and frames after the first are passed over unread. What is
   left comes before the pixels, so that how these are turned is known before they are decoded.
@@ -48,7 +46,7 @@ def without_extras(file: BinaryIO) -> 'Joined':
 
 
 def made(kind: bytes, data: bytes) -> bytes:
-  """A chunk with its length and checksum."""
+  """Return a chunk with its length and checksum."""
   return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
 
 
@@ -65,7 +63,7 @@ def _chunks(file: BinaryIO) -> Iterator[Chunk]:
 
 
 def _turns(file: BinaryIO, chunk: Chunk) -> bool:
-  """Whether a chunk is whole and may say how the picture is turned."""
+  """Return whether a chunk is whole and may say how the picture is turned."""
   if chunk.kind != b'eXIf' and chunk.kind not in _TEXTS:
     return False
   file.seek(chunk.offset)
@@ -149,7 +147,7 @@ class PngStrips:
     self.fits = not interlaced and self._pixel in _TYPES
 
   def __call__(self, rows: int, first: int = 0) -> Iterator[Image.Image]:
-    """Strips of so many rows, from the top, in the mode that Pillow gives the picture.
+    """Yield strips of so many rows, from the top, in the mode that Pillow gives the picture.
 
     Where `first` is not 0, the first strip has so many rows.
 
@@ -167,7 +165,7 @@ class PngStrips:
         yield _picture(self._header, self._extras, np.pad(raw, ((0, 0), (1, 0))))
 
   def _filtered(self, rows: int, first: int) -> Iterator[np.ndarray]:
-    """Of each strip the rows, uint8 [n r + 1], each with the number of its filter before it."""
+    """Yield the rows of each strip, uint8 [n r + 1], each after the number of its filter."""
     length, left = self._row + 1, self.height
     unpack, parts, waiting = zlib.decompressobj(), self._packed(), b''
     while left:

@@ -1,11 +1,8 @@
-"""Which pictures are trained on and which are for the test, where no folders say it.
+"""Which records are for the test, and hashes that tell whether data are still the same.
 
 The side of a picture follows from the bytes of its file alone. So it stays where it is when files
-are renamed, copied or added, and the same picture is never on both sides.
-
-Whether data are still those that a run began with: hashes of names, sizes, texts and a sample.
-
-Not of dates, which a copy changes.
+are renamed, copied or added, and the same picture is never on both sides. Fingerprints are of
+names, sizes, texts and a sample of the content; not of dates, which a copy changes.
 """
 
 import concurrent.futures
@@ -48,18 +45,15 @@ class Parts(NamedTuple):
 
 
 def measured_on(test: Sequence) -> Measured:
-  """What a test split says of itself; that of a prepared data set is apart from the other."""
+  """Return what a test split says of itself; that of a prepared data set is apart."""
   return getattr(test, 'measured', APART)
 
 
 def by_content(files: Sequence[Path], fraction: float, labels: Sequence[str] = ()) -> Parts:
-  """Splits pictures by a hash of their files' content.
-
-  Where they are too few, both sides are all of them.
+  """Split one or more pictures by content; where they are too few, both sides are all of them.
 
   Args:
-    files: at least one.
-    fraction: expected share of the test, in [0, 1).
+    fraction: expected of the test, in [0, 1).
     labels: of the pictures; one with pictures in the test has others that are trained on.
   """
   every, count = list(range(len(files))), len(files)
@@ -80,7 +74,7 @@ def by_content(files: Sequence[Path], fraction: float, labels: Sequence[str] = (
 
 
 def of_own_folders(train: Sequence[Path], test: Sequence[Path]) -> Measured:
-  """What scores are measured on where people have split: some pictures may be on both sides."""
+  """Say what scores are measured on where people have split: pictures may be on both sides."""
   sizes = set(map(size_of, train)) & set(map(size_of, test))
   known = set(content_hashes([path for path in train if size_of(path) in sizes]))
   same = content_hashes([path for path in test if size_of(path) in sizes])
@@ -92,13 +86,13 @@ def of_own_folders(train: Sequence[Path], test: Sequence[Path]) -> Measured:
 
 
 def content_hashes(files: Sequence[Path]) -> list[bytes]:
-  """Of each file's length, start and end, or of the name of one that cannot be read."""
+  """Hash the length, start and end of each file, or the name of one that cannot be read."""
   with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
     return list(pool.map(_content_hash, files))
 
 
 def size_of(path: Path) -> int:
-  """In bytes; -1 of a file that is gone."""
+  """Return the size in bytes; -1 of a file that is gone."""
   try:
     return path.stat().st_size
   except OSError:
@@ -119,7 +113,6 @@ def _content_hash(path: Path) -> bytes:
 
 
 def _sides(hashes: Sequence[bytes], fraction: float, labels: Sequence[str]) -> list[bool]:
-  """Whether each picture is for the test."""
   tested = {each for each in hashes if int.from_bytes(each[:8]) < fraction * 2**64}
   by_label: Mapping[str, set[bytes]] = {}
   for each, label in zip(hashes, labels or [''] * len(hashes), strict=True):
@@ -137,12 +130,12 @@ RECORDS, IMAGES = 4096, 64
 
 
 def fingerprint(source: Any) -> dict[str, str]:
-  """What of a source -> its hash; empty for one that is made rather than read."""
+  """Return hashes by what they are of; none for a source that is made rather than read."""
   return source.fingerprint() if hasattr(source, 'fingerprint') else {}
 
 
 def of_records(records: Sequence[dict[str, Any]]) -> dict[str, str]:
-  """Of captions of records that are in memory, and of pixels of some."""
+  """Return hashes of the captions of records in memory, and of the pixels of some."""
   return {
     'captions': of_texts([record['captions'] for record in records]),
     'pictures': of_images([records[i]['image'] for i in spread(len(records), IMAGES)]),
@@ -150,7 +143,7 @@ def of_records(records: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def of_files(files: Sequence[Path], folder: Path) -> str:
-  """Of their names below the folder and sizes, and of the content of some."""
+  """Hash the names below the folder and the sizes of files, and the content of some."""
   found = hashlib.sha256()
   for path in files:
     name = key_of(path.relative_to(folder).as_posix())
@@ -161,7 +154,7 @@ def of_files(files: Sequence[Path], folder: Path) -> str:
 
 
 def of_texts(texts: Sequence[Any]) -> str:
-  """Of what JSON can tell."""
+  """Hash values that JSON can hold."""
   found = hashlib.sha256()
   for each in texts:
     found.update(json.dumps(each).encode() + b'\n')
@@ -169,7 +162,7 @@ def of_texts(texts: Sequence[Any]) -> str:
 
 
 def of_images(images: Sequence[np.ndarray]) -> str:
-  """Of pixels and shapes."""
+  """Hash pixels and shapes."""
   found = hashlib.sha256()
   for image in images:
     found.update(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes())
@@ -177,5 +170,5 @@ def of_images(images: Sequence[np.ndarray]) -> str:
 
 
 def spread(count: int, most: int) -> list[int]:
-  """Numbers below `count`, at most so many, evenly spaced, the first and the last among them."""
+  """Return at most so many numbers below `count`, evenly spaced from the first to the last."""
   return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()

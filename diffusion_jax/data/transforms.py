@@ -222,7 +222,7 @@ class Edges:
 
 
 def build_transforms(specs: Iterable[Any], **context: Any) -> list[Callable]:
-  """Makes transforms from their description.
+  """Make transforms from their description.
 
   Args:
     specs: each a name, a pair (name, arguments), or a mapping {'name': ..., **arguments}.

@@ -116,7 +116,7 @@ def _files_of(root: Path, left: Left) -> list[Path]:
     raise UserError(f'there is no folder {root}; give data.dataset=folder:PATH of pictures.')
   files = find_files(root, left)
   if not with_suffixes(files):
-    found = f', but {"; ".join(left.told())}' if left.told() else ''
+    found = f', but {"; ".join(left.sentences())}' if left.sentences() else ''
     raise UserError(f'the folder {root} has no picture ({", ".join(SUFFIXES)}){found}; add some.')
   return files
 

@@ -34,7 +34,7 @@ _TEMPLATE = re.compile(r'[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*')
 
 
 def check_metadata(folder: str | Path) -> None:
-  """Reads all metadata of a prepared data set and refuses what could do harm.
+  """Read all metadata of a prepared data set and refuses what could do harm.
 
   Raises:
     UserError: a file is missing or damaged, or names a class that TFDS does not ship, a path out of
@@ -56,7 +56,7 @@ def check_metadata(folder: str | Path) -> None:
 
 
 def check_shards(folder: str | Path, split: Any) -> None:
-  """Makes sure that the files of one split can hold the records that its metadata promises.
+  """Make sure that the files of one split can hold the records that its metadata promises.
 
   Args:
     split: a split of TFDS, whole or a part of one.
@@ -105,7 +105,7 @@ def _check_keys(path: Path, features: Any) -> None:
 
 
 def _check_info(path: Path, info: dict[str, Any]) -> None:
-  """Names, formats and numbers of dataset_info.json."""
+  """Name, formats and numbers of dataset_info.json."""
   def check(good: Any, what: str) -> None:
     if not good:
       raise UserError(f'{path} has {what}; prepare the data set again.')
@@ -146,7 +146,7 @@ def _is_name(name: Any) -> bool:
 
 
 def _is_template(template: str) -> bool:
-  """Whether it is a relative path with TFDS's own placeholders and none of Python's formats."""
+  """Return whether it is a relative path with TFDS's own placeholders and no format of Python."""
   filled = _PLACEHOLDER.sub('X', template)
   return bool(_TEMPLATE.fullmatch(filled)) and '..' not in filled
 

