@@ -8,6 +8,7 @@ tasks on one host divide its GPUs (jax gives one to each task, also to one that 
 import dataclasses
 import os
 import re
+import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -199,6 +200,15 @@ def _join(timeout: int, **known: Any) -> None:
 
   # jaxlib's handler of SIGTERM would take the place of ours, which also knows Ctrl-C.
   jax.config.update('jax_enable_preemption_service', False)
+  where = known['coordinator_address'] or 'the coordinator that jax has found'
+  if known['coordinator_address'] and not known['process_id']:
+    try:  # Else jaxlib fails, too, and now and then crashes when the process ends.
+      socket.create_server(('', int(where.rpartition(':')[2]))).close()
+    except OSError as error:
+      raise UserError(
+        f'process 0 cannot listen at {where} ({error.strerror}); choose another port by '
+        'COORDINATOR_ADDRESS or JAX_COORDINATOR_PORT, or end the program that uses it.'
+      ) from error
   failed = []
 
   def initialize() -> None:
@@ -210,7 +220,6 @@ def _join(timeout: int, **known: Any) -> None:
   thread = threading.Thread(target=initialize, name='join', daemon=True)
   thread.start()
   thread.join(timeout)
-  where = known['coordinator_address'] or 'the coordinator that jax has found'
   if thread.is_alive():
     raise UserError(
       f'not all processes have met at {where} within {timeout} s; see what became of the others '
@@ -219,7 +228,6 @@ def _join(timeout: int, **known: Any) -> None:
     )
   if failed:
     raise UserError(
-      f'this process could not join the others at {where} ({failed[0]}); where the port is in use '
-      'choose another by COORDINATOR_ADDRESS or JAX_COORDINATOR_PORT; where jax does not know the '
-      f'cluster set {", ".join(EXPLICIT)} for each process.'
+      f'this process could not join the others at {where} ({failed[0]}); where jax does not know '
+      f'the cluster set {", ".join(EXPLICIT)} for each process.'
     ) from failed[0]

@@ -109,7 +109,7 @@ def test_a_port_that_another_program_uses():
   with socket.create_server(('', 0)) as server:
     port = server.getsockname()[1]
     [(code, _, err)] = _results(_start(**_explicit(0, port)))
-  assert code == 2 and f'could not join the others at 127.0.0.1:{port}' in err, err
+  assert code == 2 and f'process 0 cannot listen at 127.0.0.1:{port} (Address already' in err, err
 
 
 def test_a_launcher_that_jax_does_not_understand():
