@@ -344,7 +344,8 @@ class SampleOptions:
   steps_offset, drop_last, fractional, set_alpha_to_one and, in places, the other arguments of
   `sampling_grid`: as the schedulers of diffusers place their steps. timesteps: what the network is
   told of them, one of `noise.LABELS`. scaled_noise: start from noise of the first level's sigma,
-  not of unit variance. image_guidance: s_I of Brooks et al. 2023. clip_skip: beside the layers that
+  not of unit variance. image_guidance: s_I of Brooks et al. 2023. perturbed_attention: s of Ahn et
+  al. 2024. autoguidance: w of Karras et al. 2024. clip_skip: beside the layers that
   the model leaves out anyway, and for the prompt alone; as in diffusers, the negative prompt keeps
   them. decoding: sliced and tiled take less memory, and tiled changes colours a little.
   """
@@ -386,6 +387,15 @@ class SampleOptions:
   scaled_noise: bool = False
   image_guidance: Annotated[float, FINITE, Help(
     'of a model that edits a picture: how closely to keep to it; 1 is none', 'G'
+  )] = 1.0
+  perturbed_attention: Annotated[float, Range(0), Help(
+    'scale of perturbed-attention guidance, beside --guidance; 0 is none', 'S'
+  )] = 0.0
+  perturbed_part: Annotated[str, Help(
+    'the part of the denoiser whose self-attention that perturbs (default: mid_block)', 'NAME'
+  )] = 'mid_block'
+  autoguidance: Annotated[float, FINITE, Help(
+    'with --worse, scale of the guidance away from that model; 1 is none', 'W'
   )] = 1.0
   clip_skip: Annotated[int, Range(0, text='a number of layers, 0 for none'), Help(
     'layers of the text encoder to leave out at the end', 'N'

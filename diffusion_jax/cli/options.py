@@ -53,10 +53,13 @@ class AdapterOptions:
   words: Annotated[tuple[str, ...], Help(
     'a learned word (textual inversion); repeat for several', 'FILE'
   )] = ()
+  worse: Annotated[str, Help(
+    'a smaller or less trained model of the same kind, for --autoguidance', 'DIR'
+  )] = ''
 
   def apply(self, model, weights):
     """Return (model, weights) with them."""
-    from diffusion_jax.pipelines.adapters import add_controlnet, add_lora, add_words
+    from diffusion_jax.pipelines.adapters import add_controlnet, add_lora, add_words, add_worse
 
     for text in self.lora:
       path, _, scale = text.rpartition(':')
@@ -67,12 +70,14 @@ class AdapterOptions:
       weights = add_lora(model, weights, path, scale)
     for path in self.words:
       weights = add_words(model, weights, path)
-    return add_controlnet(model, weights, self.controlnet) if self.controlnet else (model, weights)
+    if self.controlnet:
+      model, weights = add_controlnet(model, weights, self.controlnet)
+    return add_worse(model, weights, self.worse) if self.worse else (model, weights)
 
   def named(self) -> dict[str, str]:
     """Return option -> what it names, of those that were given."""
     given = {'lora': ' '.join(self.lora), 'controlnet': self.controlnet,
-             'words': ' '.join(self.words)}
+             'words': ' '.join(self.words), 'worse': self.worse}
     return {name: value for name, value in given.items() if value}
 
 

@@ -168,8 +168,11 @@ class Attention(Attends):
   """Multi-head attention (Vaswani et al. 2017, eq. 1): x [b n c], context [b l d] -> [b n c].
 
   Without a context it attends to x itself. In the U-Net q, k and v have no bias; in the
-  autoencoder they do.
+  autoencoder they do. Where `perturbed` is set, each position attends to itself alone (Ahn et al.
+  2024); attention to a context stays.
   """
+
+  perturbed = False
 
   def __init__(
     self, features: int, *, heads: int, context_features: int | None = None,
@@ -185,6 +188,8 @@ class Attention(Attends):
     self.heads = heads
 
   def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+    if self.perturbed and context is None:
+      return constrain(self.to_out[0](self.to_v(x)), 'tokens')
     context = x if context is None else context
     split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
     q, k, v = split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context))

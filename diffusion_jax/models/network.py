@@ -230,6 +230,30 @@ class Network(NamedTuple):
     """Return the same network, whose dense layers multiply so (see MATMUL_PRECISION)."""
     return self.computing(matmul_precision=precision)
 
+  def with_perturbed(self, part: str) -> 'Network':
+    """Return the same network whose self-attention within `part` is the identity (Ahn et al. 2024).
+
+    part: the start of a module's name, such as 'mid_block' or 'transformer_blocks.3'. UserError
+    where there is no self-attention.
+    """
+    wanted = part.split('.')
+
+    def build(compute: Compute) -> Make:
+      def make(rngs: Any) -> nnx.Module:
+        module = self.build(compute)(rngs)
+        inside = [
+          each for path, each in nnx.iter_modules(module)
+          if hasattr(each, 'perturbed') and [*map(str, path)][: len(wanted)] == wanted
+        ]
+        require(inside, f'there is no self-attention in {part!r} of {type(module).__name__}.')
+        for each in inside:
+          each.perturbed = True
+        return module
+
+      return make
+
+    return self.built(self.config, build, self.compute)
+
   def bind(self, params: Params) -> nnx.Module:
     """Return a module that computes with `params`."""
     return merge(self.graphdef, params)

@@ -1,5 +1,6 @@
 """Adds to a loaded model what others have trained for it: LoRA, ControlNet, learned words."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from diffusion_jax.models.lora import Rank, merge_lora
 from diffusion_jax.models.network import Network
 from diffusion_jax.pipelines.conditioners import CONTROLNET
 from diffusion_jax.pipelines.conditioners import ControlNet as ControlNetConditioner
+from diffusion_jax.pipelines.directory import load_weights, read_pipeline
 from diffusion_jax.pipelines.encoders import EXTRA, embedding_table
-from diffusion_jax.pipelines.model import DENOISER, Diffusion
+from diffusion_jax.pipelines.model import DENOISER, WORSE, Diffusion
 from diffusion_jax.types import Weights
 
 
@@ -56,6 +58,27 @@ def add_controlnet(
   params = load_params('controlnet', path, mesh=mesh)[1]
   model = model.with_conditioner('control', ControlNetConditioner(network))
   return model, {**weights, CONTROLNET: params}
+
+
+def add_worse(
+  model: Diffusion, weights: Weights, path: str, mesh: Mesh | None = None
+) -> tuple[Diffusion, Weights]:
+  """The model with the denoiser of a directory as the worse one of autoguidance.
+
+  Smaller, or trained for less long (Karras et al. 2024). UserError where it does not take the same.
+  """
+  other, parts, _ = read_pipeline(path, model.denoiser.compute.dtype)
+  own = model.denoiser.config
+  for what, left, right in (
+    ('noise schedule', other.noise.config, model.noise.config),
+    ('prediction', other.parameterization, model.parameterization),
+    ('input', other.denoiser.config.in_channels, own.in_channels),
+    ('conditions', other.denoiser.config.conditions, own.conditions),
+  ):
+    if left != right:
+      raise UserError(f'{path} has another {what} than the model; give a worse version of it.')
+  params = load_weights({WORSE: parts[DENOISER]}, mesh=mesh)
+  return dataclasses.replace(model, worse=other.denoiser), {**weights, **params}
 
 
 def controlnet_config(model: Diffusion, path: str) -> ControlNetConfig:

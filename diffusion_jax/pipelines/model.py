@@ -16,7 +16,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.backend.xla import jitted
-from diffusion_jax.diffusion.denoiser import Label, TextDenoiser, make_denoiser
+from diffusion_jax.diffusion.denoiser import (
+  Denoiser,
+  Label,
+  Others,
+  TextDenoiser,
+  make_denoiser,
+)
 from diffusion_jax.diffusion.noise import NoiseSchedule
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.diffusion.samplers import initial_noise, sampler
@@ -32,24 +38,29 @@ from diffusion_jax.pipelines.spaces import Space
 from diffusion_jax.pixels import to_float, to_uint8
 from diffusion_jax.types import Condition, Images, Latents, Weights
 
-DENOISER = 'denoiser'
-"""The role of its weights."""
+DENOISER, WORSE = 'denoiser', 'worse'
+"""The roles of the weights of the denoiser, and of the one that autoguidance leads away from."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Diffusion:
-  """A generative model without its weights; `conditioners` are by name, in a fixed order."""
+  """A generative model without its weights; `conditioners` are by name, in a fixed order.
+
+  worse: another denoiser of the same x, t and condition, which autoguidance leads away from.
+  """
 
   space: Space
   denoiser: Network
   conditioners: Mapping[str, Conditioner]
   noise: NoiseSchedule
   parameterization: Parameterization
+  worse: Network | None = None
 
   @property
   def networks(self) -> dict[str, Network]:
     """Every network by the role of its weights."""
     out = {DENOISER: self.denoiser, **self.space.networks}
+    out |= {WORSE: self.worse} if self.worse else {}
     for conditioner in self.conditioners.values():
       out |= conditioner.networks
     return out
@@ -175,9 +186,25 @@ class Diffusion:
     variance = self.learned_variance and program.sampler == 'ddpm'
     label = self.noise.label_as(program.timesteps, numbers.grid)
     denoise = self.denoise(weights, variance, label)
-    guided = program.guide(denoise, condition, negative, numbers, self.parameterization)
+    others = self._others(weights, condition, program, numbers, label)
+    guided = program.guide(denoise, condition, negative, numbers, self.parameterization, others)
     options = dict(program.options) | ({'variance': 'learned'} if variance else {})
     return sampler(program.sampler, **options)(guided, x, numbers.grid, keys)
+
+  def _others(self, weights, condition, program: Program, numbers: Numbers, label: Label) -> Others:
+    """Return the denoisers that guidance leads away from beside the null condition's."""
+    others = []
+    if program.perturbed:
+      others.append((self.denoiser.with_perturbed(program.perturbed), DENOISER, numbers.perturbed))
+    if program.autoguided:
+      others.append((self.worse, WORSE, numbers.autoguidance - 1))
+
+    def bound(network: Network, role: str) -> Denoiser:
+      model = dataclasses.replace(self, denoiser=network)
+      denoise = model.denoise({**weights, DENOISER: weights[role]}, label=label)
+      return lambda x, alpha, sigma: denoise(x, alpha, sigma, condition)
+
+    return [(bound(network, role), scale) for network, role, scale in others]
 
   @jitted(static_argnums=(0, 3))
   def _sample(self, weights: Weights, rows: dict, program: Program, numbers: Numbers) -> Images:
@@ -226,6 +253,11 @@ class Diffusion:
     config.check(self.noise, self.parameterization)
     check_seed(seed)
     check_edited(self, config.image_guidance)
+    if config.autoguidance != 1 and self.worse is None:
+      raise UserError(
+        f'autoguidance is {config.autoguidance}, but there is no worse model; give --worse DIR, or '
+        'set it to 1.'
+      )
     if config.clip_skip and self.text is None:
       raise UserError('the model has no text encoder; leave clip_skip at 0.')
     height, width = self.size(height, width)

@@ -14,6 +14,7 @@ import numpy as np
 from diffusion_jax.config import Option, SampleOptions, typed
 from diffusion_jax.diffusion.denoiser import (
   Denoiser,
+  Others,
   TextDenoiser,
   classifier_free,
   classifier_free_edit,
@@ -49,6 +50,8 @@ class Numbers(NamedTuple):
   limit: jax.Array
   percentile: jax.Array
   start: jax.Array
+  perturbed: jax.Array
+  autoguidance: jax.Array
 
 
 class Program(NamedTuple):
@@ -68,14 +71,16 @@ class Program(NamedTuple):
   decoding: str = 'whole'
   options: tuple[tuple[str, Option], ...] = ()
   timesteps: str = 'exact'
+  perturbed: str = ''
+  autoguided: bool = False
 
   def guide(
     self, denoise: TextDenoiser, told: Condition, negative: Condition, numbers: Numbers,
-    parameterization: Parameterization,
+    parameterization: Parameterization, others: Others = (),
   ) -> Denoiser:
     """The denoiser with guidance and threshold."""
     how = {
-      'rescale': numbers.rescale,
+      'others': others, 'rescale': numbers.rescale,
       'rescale_in': parameterization.rescale_space,
       'interval': None if self.everywhere else (numbers.low, numbers.high),
     }
@@ -113,7 +118,10 @@ class SampleConfig(SampleOptions):
   def program(self) -> Program:
     """What is compiled for this; not more of it differs than what matters."""
     guided, edited = self.guidance != 1, self.image_guidance != 1
-    everywhere = not (guided or edited) or self.guidance_interval == (0.0, None)
+    perturbed = self.perturbed_part if self.perturbed_attention else ''
+    autoguided = self.autoguidance != 1
+    some = guided or edited or perturbed or autoguided
+    everywhere = not some or self.guidance_interval == (0.0, None)
     # Of all steps, also where a picture to start from leaves some of them out.
     settle = lambda name, value: (
       self.steps < value if name == 'lower_order_final' and type(value) is int else value
@@ -121,7 +129,7 @@ class SampleConfig(SampleOptions):
     options = tuple(sorted((name, settle(name, value)) for name, value in self.options.items()))
     return Program(
       self.sampler, guided, edited, everywhere, self.threshold, self.clip_skip, self.decoding,
-      options, self.timesteps,
+      options, self.timesteps, perturbed, autoguided,
     )
 
   def _grid(self, noise: NoiseSchedule) -> Grid:
@@ -141,7 +149,7 @@ class SampleConfig(SampleOptions):
     scalars = (
       self.guidance, self.image_guidance, self.guidance_rescale, low,
       math.inf if high is None else high, self.threshold_limit, self.threshold_percentile,
-      self._start(noise, grid),
+      self._start(noise, grid), self.perturbed_attention, self.autoguidance,
     )
     return Numbers(grid, *map(np.float32, scalars))
 
@@ -155,11 +163,13 @@ class SampleConfig(SampleOptions):
   def in_force(self) -> dict[str, str]:
     """Name -> value of what has an effect, for a picture's metadata."""
     names = ['sampler', 'steps', 'spacing', 'guidance']
-    default, guided = SampleConfig(), self.program.guided or self.program.image_guided
+    default, program = SampleConfig(), self.program
+    guided = program.guided or program.image_guided or program.perturbed or program.autoguided
     later = ('options', *PLACES, 'places', 'timesteps', 'scaled_noise', 'image_guidance',
-             'clip_skip', 'decoding')
+             'perturbed_attention', 'autoguidance', 'clip_skip', 'decoding')
     names += [name for name in later if getattr(self, name) != getattr(default, name)]
-    names += ['guidance_rescale'] * (guided and self.guidance_rescale != 0)
+    names += ['perturbed_part'] * bool(program.perturbed)
+    names += ['guidance_rescale'] * bool(guided and self.guidance_rescale != 0)
     names += ['guidance_interval'] * (not self.program.everywhere)
     if self.threshold != 'none':
       names += ['threshold', 'threshold_limit']

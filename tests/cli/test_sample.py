@@ -104,6 +104,16 @@ def test_settings_of_guidance_count_and_are_in_the_file(draw, pictures):
   assert {name: text[name] for name in wanted} == wanted
 
 
+def test_guidance_away_from_others_counts_and_is_in_the_file(draw, pictures, finished):
+  model = finished / 'model'
+  found = draw('--seed', 3, '--perturbed_attention', 3, '--worse', model, '--autoguidance', 2)
+  assert len(_differ(_pixels(pictures), _pixels(found))) == 3
+  wanted = {'perturbed_attention': '3', 'perturbed_part': 'mid_block', 'autoguidance': '2',
+            'worse': str(model)}
+  text = found['0002_sun.png'].text
+  assert {name: text[name] for name in wanted} == wanted
+
+
 def test_a_picture_to_start_from(draw, pictures, tmp_path):
   Image.new('RGB', (50, 40), 'red').save(tmp_path / 'red.png')
   Image.new('RGB', (50, 40), 'blue').save(tmp_path / 'blue.png')

@@ -22,6 +22,7 @@ from diffusion_jax.pipelines.conditions import Inputs
 from diffusion_jax.pipelines.directory import assemble, sample_config
 from diffusion_jax.pipelines.sampling import BUCKETS, SampleConfig
 from diffusion_jax.pixels import to_uint8
+from diffusion_jax.types import Condition
 from tests import tiny
 
 CONFIG = SampleConfig('ddim', steps=3, guidance=3.0, guidance_interval=(0.1, 5.0))
@@ -300,3 +301,39 @@ def test_metadata_names_what_has_an_effect():
   unguided = dataclasses.replace(every, guidance=1.0, threshold='static').in_force()
   assert unguided.keys() == {'sampler', 'steps', 'spacing', 'guidance', 'threshold',
                              'threshold_limit'}
+
+
+def test_guidance_leads_away_from_perturbed_attention_and_a_worse_model(model_and_weights):
+  """One step of DDIM to clean data is the guided estimate itself."""
+  model, weights = model_and_weights
+  rng = np.random.default_rng(0)
+  worse = {n: v + 0.1 * rng.normal(size=v.shape) for n, v in weights['denoiser'].items()}
+  model, weights = dataclasses.replace(model, worse=model.denoiser), {**weights, 'worse': worse}
+  x, keys = initial_noise(0, 0, 2, model.space.shape(tiny.SIZE, tiny.SIZE))
+  text = Condition(text=jnp.asarray(rng.normal(size=(2, 10, 16)), jnp.float32))
+
+  def sample(**settings):
+    config = SampleConfig('ddim', steps=1, guidance=1.0, **settings)
+    numbers = config.numbers(model.noise)
+    return model.sample_z(weights, x, keys, text, text, config.program, numbers)
+
+  estimate = lambda network, params: dataclasses.replace(model, denoiser=network).denoise(
+    {**weights, 'denoiser': params}
+  )(x, jnp.zeros(()), jnp.ones(()), text)
+  plain = estimate(model.denoiser, weights['denoiser'])
+  np.testing.assert_allclose(sample(), plain, atol=1e-5)
+  perturbed = model.denoiser.with_perturbed('mid_block')
+  bad = estimate(perturbed, weights['denoiser'])
+  assert np.abs(bad - plain).max() > 1e-3
+  with_bad = sample(perturbed_attention=2.0)
+  np.testing.assert_allclose(with_bad, plain + 2 * (plain - bad), atol=1e-4)
+  poor = estimate(model.denoiser, worse)
+  both = sample(perturbed_attention=2.0, autoguidance=1.5)
+  np.testing.assert_allclose(both, with_bad + 0.5 * (plain - poor), atol=1e-4)
+  with pytest.raises(UserError, match="no self-attention in 'up_blocks'"):
+    model.denoiser.with_perturbed('up_blocks')
+
+
+def test_autoguidance_needs_a_worse_model(draw):
+  with pytest.raises(UserError, match='give --worse DIR'):
+    draw(dataclasses.replace(CONFIG, autoguidance=2.0))
