@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax.checkpoint.saving import of_storage, reason
 from diffusion_jax.config import TrainingConfig, completed, parse, resolved
-from diffusion_jax.data.loader import Loader, Source
+from diffusion_jax.data.loader import Loader
 from diffusion_jax.data.splits import APART, fingerprint, measured_on
 from diffusion_jax.data.unreadable import Counted, Damage
 from diffusion_jax.errors import UserError
@@ -30,6 +30,7 @@ from diffusion_jax.runs.weights import run_weights
 from diffusion_jax.train.optimizer import learning_rates, make_optimizer
 from diffusion_jax.train.tasks.task import Env, Task
 from diffusion_jax.train.training import Training
+from diffusion_jax.types import Source
 
 
 def open_sources(

@@ -6,7 +6,7 @@ Latents are what the denoiser sees: (autoencoder latent - shift_factor) * scalin
 they have about unit variance. Timesteps are integers in [0, T).
 """
 
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
 
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -57,3 +57,11 @@ class Record(TypedDict):
   id: str
   label: NotRequired[str]
   """The class that the image is of, where the data set has classes."""
+
+
+class Source(Protocol):
+  """Random access to records; see `data.sources` for what they hold."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> dict[str, Any]: ...

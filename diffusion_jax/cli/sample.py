@@ -108,7 +108,8 @@ class PictureOptions:
     Raises:
       UserError: an image that cannot be read, or a strength that is none.
     """
-    from diffusion_jax.pipelines.conditions import Inputs, picture_specs, read_pictures
+    from diffusion_jax.data.pictures import read_pictures
+    from diffusion_jax.pipelines.conditions import Inputs, picture_specs
 
     for name, needed in NEEDED.items():
       if getattr(self, name) is not None and not getattr(self, needed):

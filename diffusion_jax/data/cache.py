@@ -13,12 +13,11 @@ from tqdm import tqdm
 
 from diffusion_jax.backend.xla import jit
 from diffusion_jax.data.sources.arrays import ArraySource
-from diffusion_jax.data.sources.tfds import ImageSource
 from diffusion_jax.errors import Unreadable, UserError
 from diffusion_jax.parallel.mesh import in_batches, put_params
 from diffusion_jax.parallel.processes import agree
 from diffusion_jax.pixels import to_float
-from diffusion_jax.types import Record
+from diffusion_jax.types import Record, Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +41,7 @@ class ChooseText:
 
 
 def cached_source(
-  source: ImageSource, model, frozen: dict, mesh: Mesh, progress: bool = True
+  source: Source, model, frozen: dict, mesh: Mesh, progress: bool = True
 ) -> ArraySource:
   """Encode every image and every caption of `source` once.
 
@@ -98,7 +97,7 @@ def _joined(batches: list[dict]) -> dict[str, np.ndarray]:
   return {name: np.concatenate([one[name] for one in batches]) for name in batches[0]}
 
 
-def _read(source: ImageSource, progress: bool) -> tuple[list[Record], dict[int, str]]:
+def _read(source: Source, progress: bool) -> tuple[list[Record], dict[int, str]]:
   """(all records, why some cannot be read); in the place of these is a black image without text.
 
   All processes have the same, for they encode them together.

@@ -8,7 +8,7 @@ position alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import grain
 import jax
@@ -18,14 +18,7 @@ from diffusion_jax.data.transforms import apply
 from diffusion_jax.data.unreadable import stand_in
 from diffusion_jax.errors import Unreadable, UserError
 from diffusion_jax.limits import check_seed
-
-
-class Source(Protocol):
-  """Random access to records."""
-
-  def __len__(self) -> int: ...
-
-  def __getitem__(self, index: int) -> dict[str, Any]: ...
+from diffusion_jax.types import Source
 
 
 class Loader:

@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from diffusion_jax.data.sources.tfds import ImageSource
 from diffusion_jax.data.unreadable import readable, some
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.evaluator import (
@@ -41,7 +40,7 @@ from diffusion_jax.parallel.processes import agree
 from diffusion_jax.pipelines.conditions import Inputs
 from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.pipelines.sampling import SampleConfig
-from diffusion_jax.types import Record, Weights
+from diffusion_jax.types import Record, Source, Weights
 
 
 class Budget:
@@ -85,7 +84,7 @@ class ImageScorer:
   """
 
   def __init__(
-    self, features: Sequence[str], metrics: Sequence[str], train: ImageSource, test: ImageSource,
+    self, features: Sequence[str], metrics: Sequence[str], train: Source, test: Source,
     mesh: Mesh,
   ):
     """UserError for weights that cannot be read, or a metric that these features cannot have."""
@@ -188,8 +187,8 @@ class GeneratedImages(Cached):
   features: Sequence[str]
   scored_by: Sequence[str]
   sample: SampleConfig
-  train: ImageSource
-  test: ImageSource
+  train: Source
+  test: Source
   mesh: Mesh
   samples: int = 256
   seconds: float = 0.0
@@ -284,7 +283,7 @@ def _size(collected: Collected) -> int:
   return first.n if isinstance(first, Statistics) else len(first)
 
 
-def shuffled(source: ImageSource, count: int) -> list[Record]:
+def shuffled(source: Source, count: int) -> list[Record]:
   """The first `count` records in an order that is fixed for each length: a fair sample.
 
   Those that cannot be read are left out, and others follow in their place as long as there are any.

@@ -23,7 +23,6 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from diffusion_jax.backend.xla import jit
-from diffusion_jax.data.sources.tfds import ImageSource
 from diffusion_jax.diffusion.bounds import (
   continuous_bound,
   discrete_bound,
@@ -43,7 +42,7 @@ from diffusion_jax.parallel.mesh import in_batches
 from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.pipelines.spaces import AUTOENCODER, LatentSpace
 from diffusion_jax.pixels import to_float
-from diffusion_jax.types import Latents, PerExample, Record, Weights
+from diffusion_jax.types import Latents, PerExample, Record, Source, Weights
 
 FIGURES = ('discrete', 'continuous', 'flow')
 MINIMUM = 2
@@ -189,7 +188,7 @@ def discrete_bits(
 
 
 def evaluate_likelihood(
-  model: Diffusion, weights: Weights, train: ImageSource, test: ImageSource,
+  model: Diffusion, weights: Weights, train: Source, test: Source,
   config: LikelihoodConfig, *, samples: int, seed: int, mesh: Mesh, batch_size: int = 16,
   progress: bool = True,
 ) -> dict[str, dict[str, float]]:

@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.backend.xla import jit
-from diffusion_jax.data.sources.tfds import ImageSource
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.evaluation.evaluator import (
   EVALUATE,
@@ -28,7 +27,7 @@ from diffusion_jax.evaluation.extractors.clip import CLIPExtractor, CLIPFeatures
 from diffusion_jax.evaluation.metrics.text import clip_score, retrieval_recall
 from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import in_batches, put_params, to_host
-from diffusion_jax.types import Params
+from diffusion_jax.types import Params, Source
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
@@ -47,7 +46,7 @@ class RetrievalPreview:
   """Test images with the caption, of all test captions, that lies nearest, and their own."""
 
   tokenizer: PreTrainedTokenizerBase
-  test: ImageSource
+  test: Source
   mesh: Mesh
   name = 'retrieval_preview'
   when = SAMPLE
@@ -104,7 +103,7 @@ class ClassificationPreview(Cached):
   """Test images, each with the class that it is given and with its own."""
 
   classes: Sequence[str]
-  test: ImageSource
+  test: Source
   mesh: Mesh
   name = 'classification_preview'
   when = SAMPLE

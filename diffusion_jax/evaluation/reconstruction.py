@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from diffusion_jax.backend.xla import jit
-from diffusion_jax.data.sources.tfds import ImageSource
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.evaluation.comparison import Work
 from diffusion_jax.evaluation.evaluator import EVALUATE, SAMPLE, TEST, Cached, Picture, Value, named
@@ -24,7 +23,7 @@ from diffusion_jax.models.network import Network
 from diffusion_jax.models.perceptual import lpips
 from diffusion_jax.parallel.mesh import in_batches
 from diffusion_jax.pixels import to_float, to_uint8
-from diffusion_jax.types import Params
+from diffusion_jax.types import Params, Source
 
 FIGURES: Mapping[str, Callable] = {'psnr': psnr_of_each, 'ssim': ssim_of_each, 'l1': l1_of_each}
 BATCH = 32
@@ -109,7 +108,7 @@ def of_autoencoder(
 class ReconstructionPreview(Cached):
   """Test images, each beside its reconstruction."""
 
-  test: ImageSource
+  test: Source
   mesh: Mesh
   name = 'reconstruction_preview'
   when = SAMPLE

@@ -16,7 +16,6 @@ from clu.metrics import Average
 from jax.sharding import Mesh
 
 from diffusion_jax.config import TrainingConfig
-from diffusion_jax.data.loader import Source
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import load_lpips, save_params
@@ -27,7 +26,7 @@ from diffusion_jax.models.perceptual import Discriminator, DiscriminatorConfig, 
 from diffusion_jax.registry import EVALUATORS, load
 from diffusion_jax.train.meter import mean_metric
 from diffusion_jax.train.tasks.task import Env, Frozen, Metrics, Task
-from diffusion_jax.types import Images, Latents, Params, Scores
+from diffusion_jax.types import Images, Latents, Params, Scores, Source
 
 
 @dataclasses.dataclass(frozen=True)

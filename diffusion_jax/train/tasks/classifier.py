@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from diffusion_jax.config import TrainingConfig
-from diffusion_jax.data.loader import Source
 from diffusion_jax.data.sources import without_effect
 from diffusion_jax.data.sources.folder import FOLDER, open_labelled
 from diffusion_jax.data.transforms import Label
@@ -23,7 +22,7 @@ from diffusion_jax.models.vision.classifier import Classifier, ClassifierConfig
 from diffusion_jax.registry import EVALUATORS, load
 from diffusion_jax.train.meter import mean_metric
 from diffusion_jax.train.tasks.task import Env, Frozen, Task
-from diffusion_jax.types import Params, Scores
+from diffusion_jax.types import Params, Scores, Source
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from diffusion_jax.config import TrainingConfig
-from diffusion_jax.data.loader import Source
 from diffusion_jax.data.unreadable import readable
 from diffusion_jax.evaluation.extractors.clip import unit
 from diffusion_jax.formats.networks import save_params
@@ -28,7 +27,7 @@ from diffusion_jax.models.text.tokenizer import (
 from diffusion_jax.registry import EVALUATORS, load
 from diffusion_jax.train.meter import mean_metric
 from diffusion_jax.train.tasks.task import Env, Frozen, Task
-from diffusion_jax.types import Params, Scores
+from diffusion_jax.types import Params, Scores, Source
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase

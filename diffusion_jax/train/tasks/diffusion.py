@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 
 from diffusion_jax.config import TrainingConfig
 from diffusion_jax.data.cache import ChooseText, cached_source, synthetic_cache
-from diffusion_jax.data.loader import Source
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.diffusion.noise import NoiseConfig
 from diffusion_jax.diffusion.objective import (
@@ -38,7 +37,7 @@ from diffusion_jax.pipelines.spaces import Moments
 from diffusion_jax.registry import EVALUATORS, EXTRACTORS, METRICS, check, check_paths, load
 from diffusion_jax.train.meter import mean_metric
 from diffusion_jax.train.tasks.task import Carry, Env, Frozen, Observed, Task
-from diffusion_jax.types import Condition, Params, Scores, Weights
+from diffusion_jax.types import Condition, Params, Scores, Source, Weights
 
 TIME_BUCKETS = 10
 

@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.config import TrainingConfig
-from diffusion_jax.data.loader import Source
 from diffusion_jax.data.sources.folder import Together
 from diffusion_jax.data.unreadable import Counted, some
 from diffusion_jax.errors import UserError
@@ -34,7 +33,7 @@ from diffusion_jax.train.tasks.trainable import (
   TextualInversion,
   Trainable,
 )
-from diffusion_jax.types import Params, Scores, Weights
+from diffusion_jax.types import Params, Scores, Source, Weights
 
 TRAINED = {'unet': '', 'lora': 'lora', 'controlnet': 'controlnet', 'embeddings': 'placeholder'}
 """What can be trained, and the section of the settings that speaks of that alone."""

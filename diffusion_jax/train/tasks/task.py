@@ -11,13 +11,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from diffusion_jax.config import TrainingConfig
-from diffusion_jax.data.loader import Source
 from diffusion_jax.data.sources import open_data
 from diffusion_jax.data.transforms import build_transforms, check_transforms
 from diffusion_jax.data.unreadable import Damage
 from diffusion_jax.errors import UserError
 from diffusion_jax.train.meter import Metrics
-from diffusion_jax.types import Params, Scores, Weights
+from diffusion_jax.types import Params, Scores, Source, Weights
 
 SYNTHETIC = 64
 """Random images at least; a batch needs as many as it has examples."""

@@ -10,7 +10,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.config import TrainingConfig
-from diffusion_jax.data.loader import Source
 from diffusion_jax.data.sources import open_data
 from diffusion_jax.data.sources.arrays import POINT_SETS, ArraySource
 from diffusion_jax.diffusion.denoiser import Denoiser
@@ -26,7 +25,7 @@ from diffusion_jax.models.network import Network
 from diffusion_jax.registry import EVALUATORS, load
 from diffusion_jax.train.tasks.diffusion import NoisingTask, history_of
 from diffusion_jax.train.tasks.task import Env, Frozen
-from diffusion_jax.types import Params, Scores
+from diffusion_jax.types import Params, Scores, Source
 
 FIELD_LEVELS = (1.0, 0.4, 0.15)
 LIKELIHOOD_STEPS = 40

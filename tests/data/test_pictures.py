@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion_jax.data.pictures import read_pictures
 from diffusion_jax.errors import UserError
-from diffusion_jax.pipelines.conditions import read_pictures
 
 EDGE, LATENT = 16, 8
 SIZES = dict.fromkeys(('image', 'mask', 'control'), (EDGE, EDGE)) | dict.fromkeys(

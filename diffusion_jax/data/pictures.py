@@ -1,0 +1,117 @@
+"""Pictures in files that belong together keep their places.
+
+Masks, controls and depth maps are laid over the picture that they belong to, whatever their own
+size, and the same central rectangle is cut out of all.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from diffusion_jax.data.images import read_pixels
+from diffusion_jax.errors import UserError
+
+FRAMES = ('image', 'small', 'control', 'depth', 'mask')
+"""Of the pictures that are given, the first of these is laid out by itself, the others over it."""
+ALONE = 'reference'
+"""A picture whose places mean nothing to the one that is drawn."""
+ON_BLACK = ('mask', 'control', 'depth')
+"""What is transparent in these is nothing: not painted, not drawn, far away. In others it is white.
+"""
+STRETCHED = 1.05
+"""Ratio of two shapes from which on people are told that one of them is stretched."""
+
+
+class Pictures(NamedTuple):
+  """arrays: arguments of `pipelines.conditions.Inputs`; notes: what to tell people."""
+
+  arrays: dict[str, np.ndarray]
+  notes: list[str]
+
+
+def read_pictures(
+  files: Mapping[str, str | Path], sizes: Mapping[str, tuple[int, int]]
+) -> Pictures:
+  """Read pictures that belong together.
+
+  Masks paint where they are white: shrunk or enlarged with Lanczos' filter and cut at half, as
+  diffusers does it. Depth maps fill the range from -1 to 1.
+
+  Args:
+    files: 'image', 'mask', 'control', 'depth', 'small' and 'reference', those that there are.
+    sizes: of each the (height, width) in pixels that the model takes.
+
+  Raises:
+    UserError: one that cannot be read, or a mask that paints nothing of what is cut out.
+  """
+  frame = next((name for name in FRAMES if name in files), None)
+  arrays, notes, found = {}, [], {}
+  for name in sorted(files, key=lambda name: name != frame):
+    pixels = read_pixels(files[name], background='black' if name in ON_BLACK else 'white')
+    own = found[name] = pixels.shape[:2]
+    frame_size = own if name == ALONE else found[frame]
+    if _ratio(own, frame_size) > STRETCHED:
+      notes.append(
+        f'{files[name]} is {own[1]} x {own[0]} pixels, {files[frame]} '
+        f'{frame_size[1]} x {frame_size[0]}; it is stretched to lie over it.'
+      )
+    kind = Image.Resampling.LANCZOS if name == 'mask' else Image.Resampling.BICUBIC
+    arrays[name] = central_crop(pixels, frame_size, sizes[name], kind)[None]
+  if 'mask' in arrays:
+    arrays['masks'], said = _painted(arrays.pop('mask'), files['mask'])
+    notes += said
+  if 'image' in arrays:
+    arrays['images'] = arrays.pop('image')
+  if 'depth' in arrays:
+    arrays['depth'] = _filling(arrays['depth'].mean(axis=-1))
+  return Pictures(arrays, notes)
+
+
+def central_crop(
+  pixels: np.ndarray, frame: tuple[int, int], size: tuple[int, int],
+  filtered: Image.Resampling = Image.Resampling.BICUBIC,
+) -> np.ndarray:
+  """Return the middle of a frame (height, width) out of pixels [h w 3] laid over it, [*size 3]."""
+  height, width = size
+  wide = frame[0] * width <= frame[1] * height
+  sides = (frame[0], frame[0] * width / height) if wide else (frame[1] * height / width, frame[1])
+  lows = [(whole - side) // 2 for whole, side in zip(frame, sides, strict=True)]
+  scales = [own / whole for own, whole in zip(pixels.shape, frame, strict=False)]
+  top, left = (low * scale for low, scale in zip(lows, scales, strict=True))
+  bottom, right = (
+    (low + side) * scale for low, side, scale in zip(lows, sides, scales, strict=True)
+  )
+  y, x = math.floor(top), math.floor(left)
+  # Cut first, so that nothing beyond the rectangle shows in it.
+  cut = Image.fromarray(pixels[y : math.ceil(bottom), x : math.ceil(right)])
+  box = (left - x, top - y, min(right - x, cut.width), min(bottom - y, cut.height))
+  return np.asarray(cut.resize((width, height), filtered, box))
+
+
+def _ratio(a: tuple[int, int], b: tuple[int, int]) -> float:
+  """How many times as wide for its height one is as the other, at least 1."""
+  ratio = a[1] * b[0] / (a[0] * b[1])
+  return max(ratio, 1 / ratio)
+
+
+def _painted(pixels: np.ndarray, file: str | Path) -> tuple[np.ndarray, list[str]]:
+  """bool [1 h w], true where uint8 [1 h w 3] is white, and what is to be said of it."""
+  gray = np.asarray(Image.fromarray(pixels[0]).convert('L'))[None]
+  painted = gray >= 128
+  if not painted.any():
+    raise UserError(
+      f'the mask {file} paints nothing of the middle that is cut out; make white and opaque what '
+      'is to be painted.'
+    )
+  said = f'the mask {file} paints everything, so that nothing of the picture is kept.'
+  return painted, [said] * bool(painted.all())
+
+
+def _filling(depth: np.ndarray) -> np.ndarray:
+  """float32 in [-1, 1]: models of depth were shown maps that fill the range."""
+  low, high = depth.min(), max(depth.max(), depth.min() + 1)
+  return (2 * (depth - low) / (high - low) - 1).astype(np.float32)
