@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion_jax.checkpoint.checkpoints import Checkpoints
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
+from diffusion_jax.registry import OPTIMIZERS
 from diffusion_jax.train.compile import held
 from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
 from diffusion_jax.train.state import abstract_state, create_state
@@ -34,11 +36,11 @@ def _cast(batch):
   return {n: x.astype(np.int32 if x.dtype == np.int64 else np.float32) for n, x in batch.items()}
 
 
-def _run(task, batch, *, steps=1, mesh=None, accumulation=1, repeat=False):
+def _run(task, batch, *, steps=1, mesh=None, accumulation=1, repeat=False, optimizer='adamw'):
   """(state, metrics of each step) from a fresh state; with `repeat` the first step runs twice."""
   mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
   shapes = jax.eval_shape(task.initialize, jax.random.key(0))
-  optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), shapes, 10)
+  optimizer = make_optimizer(OptimizerConfig(optimizer, learning_rate=1e-2), shapes, 10)
   abstract = abstract_state(task, optimizer, True, mesh)
   update = make_step(
     task, optimizer, batch_size=BATCH, ema_halflife_images=100.0, accumulation=accumulation,
@@ -129,3 +131,24 @@ def test_eight_devices_compute_what_one_does(config, clip_on_one_device):
     for tree in (many.state.params, many.state.ema, many.state.opt_state.mu):
       whole, shard = tree[name].shape, tree[name].addressable_shards[0].data.shape
       assert shard == (whole[0] // config.fsdp, whole[1] // config.tensor)
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_every_optimizer_lies_on_shards_and_is_saved(name, tmp_path):
+  """The same numbers on eight devices as on one, and the state a checkpoint gives back."""
+  mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+  one = _run(Regression(), regression_batch(BATCH), steps=3, optimizer=name)
+  many = _run(Regression(), regression_batch(BATCH), steps=3, optimizer=name, mesh=mesh)
+  assert one.metrics[0]['loss'] > one.metrics[2]['loss']
+  for param, value in one.state.params.items():
+    np.testing.assert_allclose(many.state.params[param], value, rtol=1e-4, atol=1e-6)
+  parts = {'params': one.state.params, 'opt_state': one.state.opt_state, 'ema': {}, 'rest': {}}
+  checkpoints = Checkpoints(tmp_path)
+  assert checkpoints.save(3, parts, {})
+  checkpoints.wait()
+  checkpoints.close()
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), parts
+  )
+  _, found, _ = Checkpoints(tmp_path, read_only=True).restore(abstract)
+  jax.tree.map(np.testing.assert_array_equal, found['opt_state'], one.state.opt_state)
