@@ -1,4 +1,4 @@
-"""Models out of run directories, ready to draw and to be scored."""
+"""Open a finished run, or one that goes on: its model and weights, to sample and to score."""
 
 import json
 import zlib
@@ -50,7 +50,7 @@ class TrainedRun:
   @property
   def model(self) -> Diffusion:
     """UserError where the run trains something else."""
-    if not hasattr(self.task, 'model'):
+    if not isinstance(self.task.model, Diffusion):
       raise UserError(
         f'{self.workdir} trains {self.config.task}; give the workdir of a diffusion run.'
       )
@@ -67,18 +67,18 @@ class TrainedRun:
 
   @property
   def sample(self) -> SampleConfig:
-    """How its pictures are drawn while it trains."""
+    """Return how it samples while it trains."""
     return self.config.settings.sample
 
   def steps(self) -> list[int]:
-    """Of its checkpoints, in ascending order."""
+    """Return the steps of its checkpoints, in ascending order."""
     return self._checkpoints.steps()
 
   def params(self, step: int | None = None, ema_halflife_images: float | None = None) -> Params:
-    """What is trained, on the mesh, averaged.
+    """Return what is trained, on the mesh, averaged.
 
     Args:
-      step: of a checkpoint, or None for the newest that is whole.
+      step: of a checkpoint, or None for the newest that is intact.
       ema_halflife_images: None for the run's own average, 0 for none; another is put together from
         all checkpoints up to that step; see `averages`.
     """
@@ -98,7 +98,7 @@ class TrainedRun:
     return total
 
   def fingerprint(self, step: int, ema_halflife_images: float | None = None) -> str:
-    """Changes with the checkpoints that `params` reads, also where their steps are the same."""
+    """Return what changes with the checkpoints that `params` reads, if not with their steps."""
     own = self.config.loop.ema_halflife_images
     used = [step] if ema_halflife_images in (None, own, 0) else sorted({
       snapshot.step for snapshot in self.averages(step, ema_halflife_images)[0]
@@ -110,7 +110,7 @@ class TrainedRun:
 
   @property
   def settings_fingerprint(self) -> str:
-    """Changes with the networks that the run is of and with the data that it learns from."""
+    """Return what changes with the networks of the run and with the data that it learns from."""
     config = self.directory.read_json('config.json')
     used = [config['settings'], config['data']['dataset'], config['data']['size']]
     return f'{zlib.crc32(json.dumps(used, sort_keys=True).encode()):08x}'
@@ -118,7 +118,7 @@ class TrainedRun:
   def averages(
     self, step: int | None, ema_halflife_images: float
   ) -> tuple[Sequence[Snapshot], Combination]:
-    """What an average of another length is put together from, and how near it comes."""
+    """Return what an average of another length is put together from, and how near it comes."""
     if ema_halflife_images < 0:
       raise UserError(
         f'ema_halflife_images is {ema_halflife_images}; give a number of images, or 0 for none.'
@@ -134,12 +134,12 @@ class TrainedRun:
     return stored, combine(wanted, stored, self.config.loop.batch_size)
 
   def weights(self, step: int | None = None, ema_halflife_images: float | None = None) -> Weights:
-    """Every network's weights on the host, as `params` for the trained ones."""
+    """Return every network's weights on the host, as `params` for the trained ones."""
     self.model  # noqa: B018
     return self.task.weights(to_host(self.params(step, ema_halflife_images)), self.task.frozen)
 
   def newest(self) -> int:
-    """The step of the last checkpoint that looks whole; all processes must call it together.
+    """Return the step of the last intact checkpoint; all processes must call it together.
 
     UserError where there is none.
     """
@@ -152,18 +152,8 @@ class TrainedRun:
     return run_weights(self.workdir, self._shapes, self.mesh, step, bool(ema_halflife_images))
 
 
-def load_trained(workdir: str) -> tuple[Diffusion, Weights, SampleConfig]:
-  """The text-to-image model of a run's last checkpoint, averaged weights where there are some.
-
-  Raises:
-    UserError: no such run, no checkpoint, another task, or something that cannot be read.
-  """
-  run = TrainedRun(workdir)
-  return run.model, run.weights(), run.sample
-
-
 def load_evaluator(workdir: str) -> Callable[[int], Scores]:
-  """A function of the number of samples that scores a run's last checkpoint on the test split."""
+  """Return a function of the number of samples that scores a run's last checkpoint."""
   run = TrainedRun(workdir)
   task = run.task
   frozen = {role: put_params(values, run.mesh) for role, values in task.frozen.items()}

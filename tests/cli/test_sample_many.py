@@ -16,7 +16,7 @@ import itertools, resource, sys
 import jax
 from diffusion_jax.__main__ import main
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from diffusion_jax.run import load_trained
+from diffusion_jax.run import TrainedRun
 
 def peak():
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -29,7 +29,8 @@ for count in (64, 2000):
     file.writelines(f'cat {number}\\n' for number in range(count))
   assert main(['sample', '--workdir', run, '--prompts', prompts, '--out', f'{out}/{count}']) == 0
   peaks.append(peak())
-model, weights, sample = load_trained(run)
+run = TrainedRun(run)
+model, weights, sample = run.model, run.weights(), run.sample
 mesh = make_mesh(MeshConfig())
 batches = model.generate(
   model.on_mesh(weights, mesh), ['cat'] * 100_000, sample, seed=0, mesh=mesh, batch_size=16

@@ -29,7 +29,7 @@ from diffusion_jax.evaluation.likelihood import (
 )
 from diffusion_jax.parallel.mesh import MeshConfig, in_batches, make_mesh, put_params
 from diffusion_jax.pipelines.spaces import fold
-from diffusion_jax.run import load_trained
+from diffusion_jax.run import TrainedRun
 from tests import tiny
 
 CHEAP = LikelihoodConfig(draws=3, solver='heun', ode_steps=2)
@@ -84,7 +84,8 @@ def mesh():
 @pytest.fixture(scope='module')
 def loaded(finished, mesh):
   with tiny.few_devices():
-    model, weights, _ = load_trained(str(finished))
+    run = TrainedRun(str(finished))
+    model, weights = run.model, run.weights()
   return model, model.on_mesh(weights, mesh)
 
 
