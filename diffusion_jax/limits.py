@@ -5,7 +5,7 @@ import importlib
 import math
 import operator
 from collections.abc import Collection
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from diffusion_jax import registry
 from diffusion_jax.errors import UserError
@@ -95,6 +95,10 @@ Count = Annotated[int, Range(0)]
 """0 is often 'never' or 'none'."""
 Seconds = Annotated[float, Range(0, text='seconds, or 0 for no limit')]
 Seed = Annotated[int, Range(0, MOST_SEED, text=f'a whole number from 0 to {MOST_SEED}')]
+
+
+FileDtype = Literal['float32', 'float16', 'bfloat16']
+"""Of the weights in a file."""
 
 
 def check_seed(seed: int, name: str = 'seed') -> int:

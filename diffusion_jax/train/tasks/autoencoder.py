@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from diffusion_jax.config import TrainingConfig
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import load_lpips, save_params
-from diffusion_jax.limits import same_size
+from diffusion_jax.limits import Count, FileDtype, Range, same_size
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.network import Network, prefixed, under
 from diffusion_jax.models.perceptual import Discriminator, DiscriminatorConfig, lpips
@@ -48,14 +48,14 @@ class AutoencoderTaskConfig:
   autoencoder: AutoencoderKLConfig = AutoencoderKLConfig()
   reconstruction: Literal['l1', 'l2'] = 'l1'
   initial_logvar: float = 0.0
-  kl_weight: float = 1e-3
-  kl_warmup_steps: int = 0
-  adversarial_weight: float = 0.5
-  adversarial_start_step: int = 10_000
+  kl_weight: Annotated[float, Range(0)] = 1e-3
+  kl_warmup_steps: Count = 0
+  adversarial_weight: Annotated[float, Range(0)] = 0.5
+  adversarial_start_step: Count = 10_000
   discriminator: DiscriminatorConfig = DiscriminatorConfig()
   lpips_weights: str = ''
-  lpips_weight: float = 1.0
-  export_dtype: str = 'float16'
+  lpips_weight: Annotated[float, Range(0)] = 1.0
+  export_dtype: FileDtype = 'float16'
 
 
 def kl_divergence(mean: Latents, logvar: Latents) -> jax.Array:

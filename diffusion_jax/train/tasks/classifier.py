@@ -16,7 +16,7 @@ from diffusion_jax.data.sources.folder import FOLDER, open_labelled
 from diffusion_jax.data.transforms import Label
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import save_params
-from diffusion_jax.limits import Range, same_size
+from diffusion_jax.limits import FileDtype, Range, same_size
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.vision.classifier import Classifier, ClassifierConfig
 from diffusion_jax.registry import EVALUATORS, load
@@ -27,7 +27,7 @@ from diffusion_jax.types import Params, Scores, Source
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierTaskConfig:
-  """label_smoothing spreads that share of each target over all classes (Szegedy et al. 2016,
+  """label_smoothing spreads that fraction of each target over all classes (Szegedy et al. 2016,
   section 7).
 
   Where classifier.class_names is empty, the classes are those of the training split, by name.
@@ -35,7 +35,7 @@ class ClassifierTaskConfig:
 
   classifier: ClassifierConfig = ClassifierConfig()
   label_smoothing: Annotated[float, Range(0, 1, below=True)] = 0.0
-  export_dtype: str = 'float16'
+  export_dtype: FileDtype = 'float16'
 
 
 def with_classes(

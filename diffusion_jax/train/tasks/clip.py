@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from diffusion_jax.config import TrainingConfig
 from diffusion_jax.data.unreadable import readable
 from diffusion_jax.evaluation.extractors.clip import unit
 from diffusion_jax.formats.networks import save_params
-from diffusion_jax.limits import same_size
+from diffusion_jax.limits import FileDtype, Range, same_size
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.clip import CLIP, CLIPConfig
 from diffusion_jax.models.text.tokenizer import (
@@ -39,15 +39,15 @@ MAX_LOGIT_SCALE = math.log(100.0)
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTaskConfig:
-  """label_smoothing spreads that share of each target over the whole batch; 0 is CLIP's own loss.
+  """label_smoothing: fraction of each target spread over the whole batch; 0 is CLIP's own loss.
 
   The vocabulary is trained on the captions: text_config.vocab_size is its largest size, and
   max_position_embeddings the length in tokens.
   """
 
   clip: CLIPConfig = CLIPConfig()
-  label_smoothing: float = 0.0
-  export_dtype: str = 'float16'
+  label_smoothing: Annotated[float, Range(0, 1, below=True)] = 0.0
+  export_dtype: FileDtype = 'float16'
 
 
 def contrastive_loss(
@@ -60,7 +60,7 @@ def contrastive_loss(
     logit_scale: logarithm of the inverse temperature.
 
   Returns:
-    (loss [b], share of images whose own caption is the nearest []); logits are float32.
+    (loss [b], fraction of images whose own caption is the nearest []); logits are float32.
   """
   logits = jnp.exp(logit_scale) * unit(images) @ unit(texts).T
   b = logits.shape[0]

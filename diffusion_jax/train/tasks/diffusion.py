@@ -26,6 +26,7 @@ from diffusion_jax.diffusion.objective import (
 )
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import read_config
+from diffusion_jax.limits import FileDtype, Fraction, Positive
 from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.parallel.mesh import to_host
@@ -102,30 +103,28 @@ class LatentTaskConfig:
   """What every task in the space of latents has.
 
   clip: a CLIP with both towers, or 'asset:NAME'; its features score what is drawn, unless
-  `evaluation` names others. caption_dropout: share of captions replaced by the null caption, for
+  `evaluation` names others. caption_dropout: fraction of captions replaced by the null caption, for
   classifier-free guidance. cache: encode all images and captions once before training.
   preview_captions: what the grids show over time.
   """
 
   clip: str = 'asset:clip-openmoji-64'
   objective: ObjectiveConfig = ObjectiveConfig()
-  caption_dropout: float = 0.1
+  caption_dropout: Fraction = 0.1
   cache: bool = False
   sample: SampleConfig = SampleConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
   preview_captions: tuple[str, ...] = ()
-  export_dtype: str = 'float16'
+  export_dtype: FileDtype = 'float16'
 
   def __post_init__(self):
-    if not 0 <= self.caption_dropout <= 1:
-      raise UserError(f'task.caption_dropout is {self.caption_dropout}; give a share from 0 to 1.')
     if self.objective.data_std != 1:
       raise UserError(
         f'objective.data_std is {self.objective.data_std}, but latents are scaled to unit '
         'deviation; leave it at 1.'
       )
     if not self.preview_captions:
-      raise UserError('task.preview_captions is empty; give at least one caption to draw.')
+      raise UserError('settings.preview_captions is empty; give at least one caption to draw.')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,12 +139,10 @@ class DiffusionTaskConfig(LatentTaskConfig):
   autoencoder: str
   unet: UNetConfig = UNetConfig()
   schedule: NoiseConfig = NoiseConfig()
-  latent_patch_size: int = 1
+  latent_patch_size: Positive = 1
 
   def __post_init__(self):
     super().__post_init__()
-    if self.latent_patch_size < 1:
-      raise UserError(f'task.latent_patch_size is {self.latent_patch_size}; give 1 or more.')
     wanted = self.unet.in_channels * (2 if self.objective.learned_variance else 1)
     if self.unet.out_channels != wanted:
       raise UserError(

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from diffusion_jax.config import TrainingConfig
 from diffusion_jax.data.sources.folder import Together
 from diffusion_jax.data.unreadable import Counted, some
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.evaluator import Scores
+from diffusion_jax.limits import OneOf
 from diffusion_jax.models.lora import LoRAConfig
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.unet import UNet
@@ -55,9 +57,9 @@ class FinetuneTaskConfig(LatentTaskConfig):
   """
 
   model: str = ''
-  architecture: str = ''
-  train: str = 'unet'
-  inputs: str = 'none'
+  architecture: Annotated[str, OneOf(('', *ARCHITECTURES))] = ''
+  train: Annotated[str, OneOf(TRAINED)] = 'unet'
+  inputs: Annotated[str, OneOf(INPUTS)] = 'none'
   lora: LoRAConfig = LoRAConfig()
   controlnet: str = ''
   placeholder: PlaceholderConfig = PlaceholderConfig()
@@ -65,12 +67,6 @@ class FinetuneTaskConfig(LatentTaskConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    for name, known in (('train', TRAINED), ('inputs', INPUTS),
-                        ('architecture', ('', *ARCHITECTURES))):
-      if getattr(self, name) not in known:
-        raise UserError(
-          f'settings.{name} is {getattr(self, name)!r}; choose one of {", ".join(known)}.'
-        )
     for train, section in TRAINED.items():
       untouched = getattr(type(self), section, None)
       if section and train != self.train and getattr(self, section) != untouched:

@@ -20,6 +20,7 @@ from diffusion_jax.diffusion.objective import Objective, ObjectiveConfig
 from diffusion_jax.diffusion.samplers import initial_noise, sampler
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import save_params
+from diffusion_jax.limits import FileDtype
 from diffusion_jax.models.mlp import MLP, MLPConfig
 from diffusion_jax.models.network import Network
 from diffusion_jax.registry import EVALUATORS, load
@@ -59,7 +60,7 @@ class ToyTaskConfig:
   width: int = 96
   depth: int = 3
   likelihood_points: int = 512
-  export_dtype: str = 'float32'
+  export_dtype: FileDtype = 'float32'
 
   def __post_init__(self):
     NoiseSchedule.of(self.noise)
