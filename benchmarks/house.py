@@ -17,7 +17,7 @@ TASK = 'train/tasks/diffusion.py'
 PATH = {
   'config': ('config.py', 'recipe.py', 'train/config.py'),
   'build': ('build.py', 'registry.py'),
-  'loop': ('train/loop.py', 'train/training.py'),
+  'loop': ('train/loop.py', 'train/session.py', 'train/training.py'),
   'step': ('train/step.py', 'train/state.py'),
   'task': ('train/tasks/task.py', TASK, 'train/tasks/noising.py'),
   'model': ('pipelines/model.py', 'pipelines/text_to_image.py'),

@@ -236,6 +236,7 @@ def build(config: dict, workdir: str, synthetic: bool = False) -> Training:
     optimizer=optimizer, loader=loader, mesh=mesh, directory=directory, start=start,
     learning_rates=learning_rates(checked.optimizer, checked.loop.total_steps),
     data_credit=getattr(train, 'credit', ''), measured=measured_on(test),
-    told=provenance(checked, task, *pictures, evaluators), damage=damage, evaluators=evaluators,
+    provenance=provenance(checked, task, *pictures, evaluators), damage=damage,
+    evaluators=evaluators,
     trained_on=pictures[0] and dataclasses.replace(pictures[0], begun=begun_with(checked, task)),
   )

@@ -27,16 +27,16 @@ def parameter_table(params: Params, rows: int) -> str:
 def model_card(
   title: str, config: dict[str, Any], *, parameters: Params, steps: int, seconds: float,
   command: str, scores: dict[str, Any], credit: str, devices: np.ndarray,
-  pictures: Pictures | None = None, told: Sequence[str] = (),
+  pictures: Pictures | None = None, provenance: Sequence[str] = (),
 ) -> str:
-  """Markdown.
+  """Return Markdown.
 
   Args:
     title: of the task. parameters: those that are trained, or their shapes.
     seconds: spent until now, with sampling and scoring.
     scores: as a run keeps them, with what they are measured on.
     devices: of the mesh. pictures: what it is trained on, None for points.
-    told: what there is to be said without scores, too.
+    provenance: sentences on networks that were there before the run.
   """
   data, loop = config['data'], config['loop']
   records = steps * loop['batch_size']
@@ -59,8 +59,8 @@ def model_card(
   found = Told.of(scores)
   if found.columns:
     lines += ['## Scores', '', *_listed(found.measured), *_table(found, config['task'])]
-  elif told:
-    lines += ['## What was there before', '', *_listed(told)]
+  elif provenance:
+    lines += ['## What was there before', '', *_listed(provenance)]
   lines += ['## Parameters', '', '```', parameter_table(parameters, CARD_ROWS), '```', '']
   if credit:
     lines += ['## Credit', '', credit, '']
@@ -95,10 +95,10 @@ def _table(scores: Told, task: str) -> list[str]:
     lines.append(f'| {name} | {" | ".join(cells)} |')
   settings = dict(scores.settings)
   step = settings.pop('step', None)
-  told = [] if step is None else [f'At step {step:,}.']
+  about = [] if step is None else [f'At step {step:,}.']
   if settings:
-    told.append('Settings: ' + ', '.join(f'{k} {v}' for k, v in settings.items()) + '.')
-  lines += ['', ' '.join(told)] if told else []
+    about.append('Settings: ' + ', '.join(f'{k} {v}' for k, v in settings.items()) + '.')
+  lines += ['', ' '.join(about)] if about else []
   if scores.warnings:
     lines += ['', 'What to beware of:', '', *_listed(scores.warnings)]
   return [*lines, '']

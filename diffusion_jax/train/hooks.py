@@ -99,7 +99,7 @@ class Hooks:
   def evaluate(
     self, state: TrainState, step: int, final: bool = False
   ) -> tuple[Scores, dict[str, float]]:
-    """(scores of a step, those figures that can be compared with those of other steps).
+    """Return (scores of a step, those values that can be compared with those of other steps).
 
     The first column goes to the metrics. Both are empty where it failed.
     """
@@ -179,7 +179,7 @@ class Hooks:
       self.t.task.title, self.t.config,
       parameters=state.params,
       steps=int(state.step), seconds=seconds, command=command_line(), scores=scores,
-      credit=self.t.data_credit, devices=self.t.mesh.devices, told=self.t.told,
+      credit=self.t.data_credit, devices=self.t.mesh.devices, provenance=self.t.provenance,
       pictures=self.t.trained_on,
     )
 

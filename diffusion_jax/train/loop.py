@@ -2,44 +2,25 @@
 
 import contextlib
 import signal
-import sys
-from typing import Any
 
 import jax
 from tqdm import tqdm
 
 from diffusion_jax.checkpoint.saving import may_pass
-from diffusion_jax.errors import Diverged, UserError
+from diffusion_jax.errors import Diverged
 from diffusion_jax.files import first_line
-from diffusion_jax.parallel.mesh import put_batch, put_params, to_host
+from diffusion_jax.parallel.mesh import put_batch, to_host
 from diffusion_jax.runs.directory import command_line
-from diffusion_jax.runs.metrics import MetricsWriter
 from diffusion_jax.runs.start import Start
-from diffusion_jax.train.card import parameter_table
-from diffusion_jax.train.compile import StepPrograms, step_and_batch
-from diffusion_jax.train.health import (
-  TRY_AGAIN,
-  Compilations,
-  Safety,
-  SideWork,
-  Stopping,
-  resources,
-)
-from diffusion_jax.train.hooks import Hooks, due
-from diffusion_jax.train.meter import Goodput, Meter
-from diffusion_jax.train.profiling import ProfilerWindow
-from diffusion_jax.train.saving import Saver, rescue, wait_for_room
-from diffusion_jax.train.state import TrainState, abstract_state, create_state
+from diffusion_jax.train.health import TRY_AGAIN, Safety, Stopping, resources
+from diffusion_jax.train.hooks import due
+from diffusion_jax.train.saving import rescue, wait_for_room
+from diffusion_jax.train.session import Session
 from diffusion_jax.train.training import Training
-
-_NAMED = 100
-"""Records that could not be read, in the status file."""
-_ROWS = 16
-"""Parameters that a person at the terminal is shown."""
 
 
 def train(training: Training, progress: bool = True, start: Start | None = None) -> int:
-  """Trains to the last step, or goes on from the last checkpoint in the workdir.
+  """Train to the last step, or go on from the last checkpoint in the workdir.
 
   Args:
     start: where the lock of the workdir has been taken already.
@@ -64,112 +45,18 @@ def train(training: Training, progress: bool = True, start: Start | None = None)
     safety = Safety(start, training.safety)
     stack.enter_context(safety.watching())
     stack.enter_context(jax.set_mesh(training.mesh))
-    session = _Session(training, safety, progress and jax.process_index() == 0)
+    session = _Loop(training, safety, progress and jax.process_index() == 0)
     try:
       return session.run()
     finally:
       session.close()
 
 
-class _Session:
-  """One start of a run: from the state it begins with to the state it leaves."""
-
-  def __init__(self, training: Training, safety: Safety, show: bool):
-    self.t, self.safety, self.show = training, safety, show
-    self.goodput = Goodput()
-    self.on_cpu = training.mesh.devices.flat[0].platform == 'cpu'
-    self.step = 0
-    self.pending: tuple | None = None
-    self.undrawn: dict[str, Any] | None = None  # Where the data stood before a step under way.
-    self.last: dict[str, Any] = {}
-    self.compilations, self.recompilations = Compilations(), None
-    self.profiler = ProfilerWindow(
-      training.directory.path / 'profile', training.loop.profile_first_step,
-      training.loop.profile_steps,
-    )
-    self.side = SideWork(self._say, training.safety.checkpoint_retry_seconds)
-    self.writer: MetricsWriter | None = None
-    safety.tell('starting')
-    with safety.watchdog.allow(training.safety.compile_timeout_seconds, 'compilation'):
-      abstract = abstract_state(
-        training.task, training.optimizer, training.loop.ema_halflife_images > 0, training.mesh
-      )
-      self.saver = Saver(training, self._say)
-      self._begin(abstract)
-      self.writer = MetricsWriter(
-        training.directory, jax.process_index() == 0, wandb_project=training.loop.wandb_project,
-        config=training.config,
-      )
-      self.hooks = Hooks(training, self.writer, self.frozen, self.side)
-      self.hooks.describe(self.state, self.goodput.seconds())
-      with self.goodput.phase('compile'):
-        self._compile(abstract)
-    self.goodput.enter('step')
-
-  def _begin(self, abstract: TrainState) -> None:
-    """The state to begin with, restored or fresh."""
-    found = self.saver.restore(abstract)
-    self.resumed = found is not None
-    if found is None:
-      self.state = create_state(
-        self.t.task, self.t.optimizer, bool(abstract.ema), self.t.loop.seed, self.t.mesh,
-        self.t.start(self.t.mesh), abstract,
-      )
-    else:
-      self.state = found.state
-    before = self.safety.start.status
-    self.goodput.goes_on(
-      found.goodput if found else None, before.goodput_before(), down=before.seconds_since()
-    )
-    self.meter = Meter(self.t.loop.batch_size, self.goodput, found.totals if found else {})
-    self.step = int(self.state.step)
-    if self.step > self.t.loop.total_steps:
-      raise UserError(
-        f'the run in {self.t.directory.path} has made {self.step} steps, more than '
-        f'loop.total_steps {self.t.loop.total_steps}; give at least {self.step}, or choose another '
-        'workdir.'
-      )
-    self.safety.facts = self._facts
-    self.frozen = {
-      role: put_params(params, self.t.mesh) for role, params in self.t.task.frozen.items()
-    }
-
-  def _compile(self, abstract: TrainState) -> None:
-    """Compile the step before any time is spent on training, and report what it needs."""
-    t = self.t
-    self.safety.tell('compiling')
-    step, batch = step_and_batch(t, abstract)
-    self.update = StepPrograms(step, lambda: self.safety.watchdog.allow(
-      t.safety.compile_timeout_seconds, 'compilation'
-    ))
-    report = self.update.prepare(self.state, self.frozen, batch)
-    if jax.process_index() == 0:
-      self.side(
-        'step.json', lambda: t.directory.write_json('step.json', report.as_json()), keep=True
-      )
-    if self.show:
-      print(parameter_table(abstract.params, _ROWS))
-      print('\n'.join(report.lines(t.mesh, t.loop.batch_size)))
-
-  def _facts(self) -> dict[str, Any]:
-    """How far things are, for the status file."""
-    facts = {
-      'step': self.step, 'total_steps': self.t.loop.total_steps,
-      'seconds': round(self.goodput.seconds(), 1), 'goodput': self.goodput.totals(),
-    }
-    if self.writer is not None:
-      errors = [self.saver.error, *self.writer.errors, *self.side.errors]
-      errors = [text for text in errors if text]
-      facts |= {'trouble': errors} if errors else {}
-    if unreadable := self.t.damage.sentences:
-      facts['unreadable'] = {'records': len(unreadable), 'first': unreadable[:_NAMED]}
-    return facts
-
-  def _say(self, text: str) -> None:
-    print(f'diffusion_jax train: {text}', file=sys.stderr)
+class _Loop(Session):
+  """From the state that a start begins with to the state that it leaves."""
 
   def run(self) -> int:
-    """Steps until the end or a signal."""
+    """Make steps until the end or a signal."""
     loop = self.t.loop
     if self.resumed and self.show:
       print(f'going on from step {self.step} in {self.t.directory.path}')
@@ -181,7 +68,7 @@ class _Session:
       try:
         self.safety.training = True
         if self.resumed:
-          self._pictures(bar, *self.hooks.missing(self.step))
+          self._run_hooks(bar, *self.hooks.missing(self.step))
         self.safety.stop.barrier()  # Compiling may have taken long.
         self.safety.tell('training')
         while self.step < loop.total_steps:
@@ -219,7 +106,7 @@ class _Session:
     self._write_line(closed)  # What the step before closed: a chip is busy again by now.
 
   def _log(self) -> None:
-    """Writes the window that the last step has closed, if it has."""
+    """Write the window that the last step has closed, if it has."""
     closed, self.pending = self.pending, None
     self._write_line(closed)
 
@@ -251,18 +138,18 @@ class _Session:
       )
 
   def _pauses(self, bar) -> None:
-    """What interrupts training now and then; the last step is left to `_finish`."""
+    """Save, sample and score where it is due; the last step is left to `_finish`."""
     loop = self.t.loop
     if due(self.step, loop.checkpoint_every_steps, loop) or self.saver.retry_is_due(self.step):
       self._save()
-    self._pictures(
+    self._run_hooks(
       bar, due(self.step, loop.sample_every_steps, loop),
       due(self.step, loop.evaluate_every_steps, loop),
     )
     self.side.again()
 
-  def _pictures(self, bar, preview: bool, evaluate: bool) -> None:
-    """Draws and scores, and brings the report up to date."""
+  def _run_hooks(self, bar, preview: bool, evaluate: bool) -> None:
+    """Sample and score, and bring the report up to date."""
     if not preview and not evaluate:
       return
     with self.goodput.phase('evaluation'):
@@ -271,17 +158,18 @@ class _Session:
         self.hooks.preview(self.state, self.step)
       if evaluate:
         self.safety.tell('evaluating')
-        _, figures = self.hooks.evaluate(self.state, self.step)
-        self._compare(figures)
+        self._evaluate()
       self.hooks.report()
       bar.refresh()
     self.safety.stop.barrier()
     self.safety.tell('training')
 
-  def _compare(self, figures: dict[str, float]) -> None:
-    """Figures of this step, if they can be compared, decide which checkpoints stay."""
-    if figures:
-      self.saver.scores(self.step, figures)
+  def _evaluate(self, final: bool = False) -> dict:
+    """Return the scores; those that can be compared decide which checkpoints stay."""
+    scores, comparable = self.hooks.evaluate(self.state, self.step, final=final)
+    if comparable:
+      self.saver.scores(self.step, comparable)
+    return scores
 
   def _save(self) -> None:
     self._log()
@@ -294,7 +182,7 @@ class _Session:
     self.safety.tell('training')
 
   def _rescue(self, error: Exception) -> None:
-    """Saves before an error ends the run, unless the state itself is what is wrong."""
+    """Save before an error ends the run, unless the state itself is what is wrong."""
     if isinstance(error, Diverged):
       return
     try:
@@ -331,15 +219,12 @@ class _Session:
     return 128 + number
 
   def _finish(self) -> int:
-    """Scores, draws and exports the last state. Runs again if it was cut off."""
+    """Sample, score and export the last state; done again if it was cut off."""
     self._save()
     self.safety.tell('finishing')
     with self.goodput.phase('evaluation'):
       self.hooks.preview(self.state, self.step)
-      scores = {}
-      if self.t.loop.evaluate_samples:
-        scores, figures = self.hooks.evaluate(self.state, self.step, final=True)
-        self._compare(figures)
+      scores = self._evaluate(final=True) if self.t.loop.evaluate_samples else {}
     params = to_host(self.state.eval_params)
     missing = wait_for_room(
       self.safety, self.saver, save=self._save, say=self._say,
@@ -358,10 +243,3 @@ class _Session:
       directory = self.t.directory
       print(f'finished: see {directory.path / "report.html"}; the model is in {directory.model}')
     return 0
-
-  def close(self) -> None:
-    """Frees files and threads."""
-    self.compilations.close()
-    self.profiler.close()
-    self.writer.close()
-    self.saver.close()

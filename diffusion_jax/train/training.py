@@ -1,4 +1,4 @@
-"""What the loop is given."""
+"""What the train loop is given."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -18,10 +18,10 @@ from diffusion_jax.train.tasks.task import Task
 from diffusion_jax.types import Params, Scores
 
 
-def stating(scores: Scores, step: int, told: Sequence[str]) -> Scores:
-  """Scores with sentences on what they are measured on, and the step that they are of."""
+def stating(scores: Scores, step: int, about: Sequence[str]) -> Scores:
+  """Return scores with sentences on what they are measured on, and the step that they are of."""
   return scores | {
-    'measured': [*told, *scores.get('measured', ())],
+    'measured': [*about, *scores.get('measured', ())],
     'settings': {'step': step} | scores.get('settings', {}),
   }
 
@@ -31,9 +31,9 @@ class Training:
   """Everything the loop needs, built and checked.
 
   start: gives the parameters on a mesh that a new run begins with, None for fresh ones.
-  measured: what the scores are measured on. told: sentences on what was there before this run,
-  such as the networks that score. evaluators: those of the task that are wanted. trained_on: the
-  pictures, None where there are none. damage: records that could not be read.
+  measured: what the scores are measured on. provenance: sentences on the networks that were there
+  before this run, such as those that score. evaluators: those of the task that are wanted.
+  trained_on: the pictures, None where there are none. damage: records that could not be read.
   """
 
   config: dict[str, Any]
@@ -49,10 +49,10 @@ class Training:
   data_credit: str = ''
   measured: Measured = APART
   damage: Damage = dataclasses.field(default_factory=Damage)
-  told: tuple[str, ...] = ()
+  provenance: tuple[str, ...] = ()
   evaluators: Sequence[Evaluator] = ()
   trained_on: Pictures | None = None
 
   def stating(self, scores: Scores, step: int) -> Scores:
-    """Scores with what they are measured on, and at which step."""
-    return stating(scores, step, (self.measured.told, *self.told))
+    """Return scores with what they are measured on, and at which step."""
+    return stating(scores, step, (self.measured.told, *self.provenance))

@@ -78,7 +78,7 @@ def test_metrics_are_read_while_the_next_step_runs(command, tmp_path, monkeypatc
     monkeypatch.setattr(owner, name, staticmethod(told))
 
   spy(loop, 'put_batch', 'step')
-  spy(loop.Meter, 'read', 'read')
+  spy(Meter, 'read', 'read')
   values = tiny.toy_config(loop={'checkpoint_every_steps': 4, 'evaluate_samples': 0})
   config = tiny.write_config(tmp_path / 'toy.py', values)
   assert command('train', '--config', config, '--workdir', tmp_path / 'run', '--quiet') == 0
