@@ -1,6 +1,7 @@
 """Seconds by phase, to the second, on a clock that the test moves."""
 
 import pytest
+from clu.metrics import Average
 
 from diffusion_jax.train.meter import PHASES, Goodput, Meter
 
@@ -74,7 +75,7 @@ def test_speed_is_that_of_training_alone():
     with goodput.phase('data'):
       clock.now += 1
     clock.now += 3
-    meter.add({'loss': (2.0, 1.0)})
+    meter.add({'loss': Average(2.0, 1.0)})
   with goodput.phase('evaluation'):
     clock.now += 1000
   totals, speed = meter.close_window()
