@@ -228,7 +228,7 @@ class LoopConfig:
   ema_halflife_images: images after which an old weight counts half in the average; 0 for none.
   evaluate_samples: images that are sampled or read for one evaluation; 0 for no scores at all.
   evaluate_seconds: that sampling them may take, 0 for no limit; the first evaluation finds out how
-  many samples that allows, and all later ones are of so many (`train.sample_count`).
+  many samples that allows, and all later ones are of so many (`train.hooks`).
   Kept are the last keep_checkpoints, those of every keep_every_steps, and the one that evaluates
   best by the metric keep_best ('' for none): the lowest or highest, as keep_best_is says, or, where
   that is '', as the metric does.

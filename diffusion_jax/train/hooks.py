@@ -5,12 +5,14 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from diffusion_jax.config import LoopConfig
+from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.evaluator import (
   EVALUATE,
   SAMPLE,
@@ -20,19 +22,79 @@ from diffusion_jax.evaluation.evaluator import (
   scores_of,
 )
 from diffusion_jax.files import set_aside_damaged
-from diffusion_jax.runs.directory import command_line, versions
+from diffusion_jax.runs.directory import RunDirectory, command_line, versions
 from diffusion_jax.runs.metrics import MetricsWriter
 from diffusion_jax.runs.trained_on import write_trained_on
 from diffusion_jax.train.card import model_card
 from diffusion_jax.train.health import SideWork
-from diffusion_jax.train.sample_count import NAME as SAMPLE_COUNT
-from diffusion_jax.train.sample_count import SampleCount
 from diffusion_jax.train.state import TrainState
 from diffusion_jax.train.training import Training
 from diffusion_jax.types import Scores
 from diffusion_jax.viz.grids import make_grid, save_png
 from diffusion_jax.viz.report import ABOUT, write_report
 from diffusion_jax.viz.run_files import MetricsFile, find_grids, read_lines
+
+SAMPLE_COUNT = 'evaluation.json'
+FIRST_FRACTION = 0.9
+"""Of the budget, for the first evaluation, so that later ones, some slower, end in time."""
+
+
+class SampleCount:
+  """One number for all evaluations of a run, for metrics of other numbers cannot be compared.
+
+  Without a time budget it is loop.evaluate_samples. With one, the first evaluation makes as many as
+  the time allows, and its number stays: it is written to the run's evaluation.json, where a later
+  start finds it, and holds while loop.evaluate_samples and loop.evaluate_seconds are the same.
+
+  Attributes:
+    wanted: samples of the next evaluation, at most.
+    seconds: that it may take, 0 for no limit.
+  """
+
+  def __init__(
+    self, directory: RunDirectory, loop: LoopConfig,
+    write: Callable[[str, dict[str, Any]], None] | None = None,
+  ):
+    """write: takes the name of a file and what belongs into it, in place of the directory."""
+    self._directory, self._write = directory, write or directory.write_json
+    self._settings = {'of': loop.evaluate_samples, 'seconds': loop.evaluate_seconds}
+    self.wanted, self.seconds = loop.evaluate_samples, loop.evaluate_seconds
+    self._chosen = not self.seconds
+    if self.seconds:
+      known = int(multihost_utils.broadcast_one_to_all(np.int32(self._read())))
+      self.wanted, self._chosen = known or self.wanted, known > 0
+      self.seconds *= 1 if self._chosen else FIRST_FRACTION
+
+  def _read(self) -> int:
+    """The number that this run has chosen, 0 for none."""
+    try:
+      known = self._directory.read_json(SAMPLE_COUNT)
+    except UserError:
+      return 0  # None yet, or damaged: it is chosen anew.
+    samples = known.get('samples')
+    fits = type(samples) is int and 0 < samples <= self._settings['of']
+    return samples if fits and self._settings.items() <= known.items() else 0
+
+  def took(self, samples: int) -> str:
+    """Tell of how many samples an evaluation was; what is to be said of that, or ''."""
+    if samples >= self.wanted and self._chosen:
+      return ''
+    if self._chosen:
+      return (
+        f'this evaluation had time for {samples} samples only, in place of {self.wanted}, so that '
+        'its metrics are not compared with those of other steps; raise loop.evaluate_seconds.'
+      )
+    self._chosen, self.wanted = True, samples
+    self.seconds = self._settings['seconds']
+    if jax.process_index() == 0:
+      self._write(SAMPLE_COUNT, {'samples': samples, **self._settings})
+    if samples == self._settings['of']:
+      return ''
+    return (
+      f'loop.evaluate_seconds {self.seconds:g} allow {samples} of {self._settings["of"]} samples; '
+      'all evaluations of this run are of so many.'
+    )
+
 
 REPORT_EVERY = 20
 """Times as long as a report takes to write pass before the next, but for the last."""
@@ -54,7 +116,7 @@ class Hooks:
     self._count = SampleCount(training.directory, training.loop, self._write_json)
 
   def describe(self, state: TrainState, seconds: float) -> None:
-    """Writes what the run is before anything can go wrong in it."""
+    """Write what the run is before anything can go wrong in it."""
     if self._main:
       directory = self.t.directory
       for name in ('versions.json', 'scores.json', 'step.json', SAMPLE_COUNT):
@@ -117,14 +179,14 @@ class Hooks:
     if not scores:
       return {}, {}
     scores = self.t.stating(scores, step)
-    figures, taken = dict(next(iter(scores.values()))), count.wanted
+    metrics, taken = dict(next(iter(scores.values()))), count.wanted
     if count.seconds:
       taken = scores['settings']['samples']
       if (text := count.took(taken)) and self._main:
         self._side.say(text)
-    figures['samples'] = taken
-    self._writer.write('evaluation', step, figures)
-    return scores, figures if taken == count.wanted else {}
+    metrics['samples'] = taken
+    self._writer.write('evaluation', step, metrics)
+    return scores, metrics if taken == count.wanted else {}
 
   def missing(self, step: int) -> tuple[bool, bool]:
     """(grid, scores) that a step should have and has not: the run was stopped while making them."""
@@ -185,7 +247,7 @@ class Hooks:
 
 
 def due(step: int, every: int, loop: LoopConfig) -> bool:
-  """Whether something that is done every so many steps is done after this one.
+  """Say whether what is done every so many steps is done after this one.
 
   The last step's is left to the end of the run, which draws and scores in any case.
   """

@@ -12,8 +12,7 @@ from diffusion_jax.evaluation.generated import Budget
 from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.runs.metrics import MetricsWriter
 from diffusion_jax.train.health import SideWork
-from diffusion_jax.train.hooks import Hooks
-from diffusion_jax.train.sample_count import SampleCount
+from diffusion_jax.train.hooks import Hooks, SampleCount
 from diffusion_jax.train.training import stating
 from tests import tiny
 
