@@ -13,6 +13,7 @@ from diffusion_jax.formats.networks import load_params
 from diffusion_jax.models.text.tokenizer import load_tokenizer
 from diffusion_jax.pipelines.directory import load_text_to_image
 from diffusion_jax.train import compile, loop
+from diffusion_jax.train.meter import Meter
 from tests import tiny
 
 LOSSES = {
