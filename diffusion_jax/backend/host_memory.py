@@ -24,7 +24,7 @@ behind, which doubles a step's time."""
 
 
 def ask_for_huge_pages() -> None:
-  """Starts this program again, once, where that makes the C library ask for huge pages.
+  """Start this program again, once, where that makes the C library ask for huge pages.
 
   Where the kernel gives huge pages only to memory that asks for them (`madvise`), a process without
   them spends half of its time on small ones. The C library reads the setting when a process
@@ -55,7 +55,7 @@ def _with_huge_pages(
 
 
 def keep_freed_memory() -> None:
-  """Lets the process keep what it frees, for the next step to take, on a machine without a chip.
+  """Let the process keep what it frees, for the next step to take, on a machine without a chip.
 
   To be called before NumPy and JAX start their threads, so before they are imported. XLA for CPUs
   allocates the temporary memory of each run anew; glibc gives large blocks back to the kernel at

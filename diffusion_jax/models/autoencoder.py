@@ -51,7 +51,7 @@ UP_BLOCKS = {'UpDecoderBlock2D': False, 'AttnUpDecoderBlock2D': True}
 
 
 def check_levels(config: Any) -> None:
-  """Checks what encoder and decoder read of a config; block types left empty become the plain ones.
+  """Check what encoder and decoder read of a config; block types left empty become the plain ones.
 
   Raises:
     UserError: naming the field.

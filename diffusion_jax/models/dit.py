@@ -112,7 +112,7 @@ def unpatch(x: jax.Array, grid: tuple[int, int], patch: int) -> jax.Array:
 
 
 def check_width(config: Any) -> None:
-  """Raises UserError unless sines and cosines of both axes fill the width."""
+  """Raise UserError unless sines and cosines of both axes fill the width."""
   require(
     config.features <= MOST,
     f'{type(config).__name__}: num_attention_heads * attention_head_dim is {config.features:,}; '

@@ -466,7 +466,7 @@ class UNet(Encoder):
 def _controlled(
   x: jax.Array, skips: list[jax.Array], residuals: Residuals
 ) -> tuple[jax.Array, list[jax.Array]]:
-  """Adds a ControlNet's residuals, which may be [b 1 1 c], in the U-Net's own type."""
+  """Add a ControlNet's residuals, which may be [b 1 1 c], in the U-Net's own type."""
   targets, additions = [*skips, x], [*residuals[0], residuals[1]]
   require(
     len(targets) == len(additions),

@@ -285,7 +285,7 @@ class Inception(nnx.Module):
     return {name: found[name] for name in features}
 
   def _features(self, x: jax.Array):
-    """Yields every feature as soon as the network has come to it."""
+    """Yield every feature as soon as the network has come to it."""
     names = iter(('64', '192'))
     for step in STEM:
       x = getattr(self, step.name)(x) if isinstance(step, Step) else POOLS[step](x)

@@ -49,7 +49,7 @@ class Cut:
     self._tokens, self._next = 0, 1
 
   def count(self, texts: list[tuple[str, int]], room: int) -> None:
-    """Takes note of texts, each with the tokens that were left out of what was looked at.
+    """Take note of texts, each with the tokens that were left out of what was looked at.
 
     Args:
       room: tokens of a text that are read.
@@ -134,7 +134,7 @@ def train_tokenizer(
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str | os.PathLike) -> None:
-  """Writes the tokenizer's files, as transformers lays them out, into `directory`.
+  """Write the tokenizer's files, as transformers lays them out, into `directory`.
 
   Another process that finds tokenizer.json finds all of them, whole: it comes last.
   """
@@ -160,7 +160,7 @@ def _class_of(directory: Path) -> type:
 
 
 def load_tokenizer(directory: str | os.PathLike) -> PreTrainedTokenizerBase:
-  """Reads a tokenizer that we, or transformers, saved in a local directory; never the network."""
+  """Read a tokenizer that we, or transformers, saved in a local directory; never the network."""
   _transformers()
   directory = Path(directory)
   require(
@@ -181,7 +181,7 @@ def load_tokenizer(directory: str | os.PathLike) -> PreTrainedTokenizerBase:
 
 
 def add_placeholder(tokenizer: PreTrainedTokenizerBase, token: str, count: int = 1) -> list[int]:
-  """Adds a token that stands for `count` learned embeddings (Gal et al. 2022); gives their ids.
+  """Add a token that stands for `count` learned embeddings (Gal et al. 2022); gives their ids.
 
   The ids follow the vocabulary. Later ones are called token_1, token_2 ..., as in diffusers, and
   `Tokenize` writes them all wherever a text has `token`. UserError where one of them exists.
