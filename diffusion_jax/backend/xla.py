@@ -164,6 +164,15 @@ def _without_axes(platform: str, kind: str) -> AbstractMesh:
   )
 
 
+def settle_on_cpu(results: Any) -> None:
+  """Wait for results of a program on CPUs.
+
+  Another that is called meanwhile would get its memory on a thread that keeps none.
+  """
+  if on_cpu():
+    jax.block_until_ready(results)
+
+
 def optimization_barrier(tree: Any) -> Any:
   """Return the tree, whose arrays are computed before whatever depends on them, on CPUs.
 

@@ -1,23 +1,17 @@
-"""Encoder and decoder that the KL and the vector-quantised autoencoders of latent diffusion share.
+"""The KL autoencoder of latent diffusion (Rombach et al. 2022, sec. 3.1 and appendix G).
 
-Rombach et al. 2022, appendix G; shape and names are those of diffusers: every norm has epsilon
-1e-6, downsampling pads right and bottom only, attention has one head as wide as its channels.
+Shape and names are those of Stable Diffusion's (diffusers' AutoencoderKL): every norm has epsilon
+1e-6, downsampling pads right and bottom only, attention has one head as wide as its channels. The
+vector-quantised autoencoder shares encoder and decoder.
 
-The KL autoencoder of latent diffusion (Rombach et al. 2022, sec. 3.1 and appendix G).
-
-Shape and names are those of Stable Diffusion's (diffusers' AutoencoderKL).
-
-Encoding and decoding in parts, for batches and images whose activations do not fit in memory.
-
-Works with every autoencoder here, that is with any object that has `encode`, `decode` and
-`config.factor`. All functions can be jitted: shapes alone decide the parts, which lax.map takes one
-after the other. For Stable Diffusion's autoencoder in float32, XLA's plan for CPUs needs for
-activations 3.5 GiB to decode one image of 1024 x 1024 and 0.9 GiB in tiles, 7.0 GiB for eight of
-512 x 512 and 0.9 GiB in slices.
+`decode_sliced` and `decode_tiled` are for what does not fit in memory. They work with any object
+that has `decode` and `config.factor`, and can be jitted: shapes alone decide the parts, which
+lax.map takes one after the other. For Stable Diffusion's autoencoder in float32, XLA's plan for
+CPUs needs for activations 3.5 GiB to decode one image of 1024 x 1024 and 0.9 GiB in tiles, 7.0 GiB
+for eight of 512 x 512 and 0.9 GiB in slices.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -274,27 +268,21 @@ class AutoencoderKL(nnx.Module):
     return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
 
-def encode_sliced(autoencoder: Any, images: Images, *, at_once: int = 1) -> Any:
-  """autoencoder.encode(images), `at_once` images at a time; the same numbers in less memory."""
-  return _sliced(autoencoder.encode, images, at_once)
-
-
 def decode_sliced(autoencoder: Any, z: Latents, *, at_once: int = 1) -> Images:
-  """autoencoder.decode(z), `at_once` images at a time; the same numbers in less memory."""
-  return _sliced(autoencoder.decode, z, at_once)
-
-
-def encode_tiled(autoencoder: Any, images: Images, *, tile: int = 64, overlap: int = 16) -> Any:
-  """autoencoder.encode(images) from overlapping tiles; `tile` and `overlap` are in latent cells.
-
-  See `decode_tiled`. Every array that `encode` returns is blended, such as the log-variance.
-  """
-  factor = autoencoder.config.factor
-  return _tiled(autoencoder.encode, images, tile, overlap, (factor, 1))
+  """Return autoencoder.decode(z), computed `at_once` images at a time: the same in less memory."""
+  require(at_once > 0, f'at_once must be positive, not {at_once}.')
+  z, b = jnp.asarray(z), z.shape[0]
+  if b <= at_once:
+    return autoencoder.decode(z)
+  parts = -(-b // at_once)
+  # Repeating the last row fills up the last part and changes no other.
+  rows = jnp.minimum(jnp.arange(parts * at_once), b - 1).reshape(parts, at_once)
+  out = lax.map(lambda part: autoencoder.decode(z[part]), rows)
+  return out.reshape(-1, *out.shape[2:])[:b]
 
 
 def decode_tiled(autoencoder: Any, z: Latents, *, tile: int = 64, overlap: int = 16) -> Images:
-  """autoencoder.decode(z) from overlapping tiles; `tile` and `overlap` are in latent cells.
+  """Return autoencoder.decode(z) of overlapping tiles; `tile` and `overlap` are in latent cells.
 
   Tiles start every `tile - overlap` cells and end with the image. Where two overlap, the result
   goes linearly from one to the other, as in diffusers' `enable_tiling` (there the overlap is a
@@ -302,60 +290,28 @@ def decode_tiled(autoencoder: Any, z: Latents, *, tile: int = 64, overlap: int =
   from those of the image decoded whole. Tiles at the right and bottom edges are smaller, and each
   shape of tile is compiled once: at most nine. UserError where 2 overlap > tile.
   """
-  return _tiled(autoencoder.decode, z, tile, overlap, (1, autoencoder.config.factor))
-
-
-def _sliced(function: Callable, x: jax.Array, at_once: int) -> Any:
-  require(at_once > 0, f'at_once must be positive, not {at_once}.')
-  x, b = jnp.asarray(x), x.shape[0]
-  if b <= at_once:
-    return function(x)
-  parts = -(-b // at_once)
-  # Repeating the last row fills up the last part and changes no other.
-  rows = jnp.minimum(jnp.arange(parts * at_once), b - 1).reshape(parts, at_once)
-  out = lax.map(lambda part: function(x[part]), rows)
-  return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:b], out)
-
-
-def _tiled(
-  function: Callable, x: jax.Array, tile: int, overlap: int, factors: tuple[int, int]
-) -> Any:
-  """`factors`: the size of a latent cell in the input and in the output."""
   require(0 <= 2 * overlap <= tile and tile > 0,
           f'overlap={overlap} must be at least 0 and at most half of tile={tile}.')
-  x = jnp.asarray(x)
-  size, step = tile * factors[0], (tile - overlap) * factors[0]
-  if max(x.shape[1:3]) <= size:
-    return function(x)
-  starts = [
-    (i, j) for i in range(0, x.shape[1], step) for j in range(0, x.shape[2], step)
-  ]
-  done = _each_tile(function, x, starts, size)
-  leaves, structure = zip(*(jax.tree.flatten(done[start]) for start in starts), strict=True)
-  tiles = [dict(zip(starts, arrays, strict=True)) for arrays in zip(*leaves, strict=True)]
-  keep, blend = ((n * factors[1]) for n in (tile - overlap, overlap))
-  return jax.tree.unflatten(structure[0], [_blend(t, step, keep, blend) for t in tiles])
-
-
-def _each_tile(function: Callable, x: jax.Array, starts: list[tuple[int, int]], size: int) -> dict:
-  """{start: function(tile)}; tiles of one shape go through one compiled loop."""
-  shape = lambda i, j: (min(size, x.shape[1] - i), min(size, x.shape[2] - j))
+  z, step, factor = jnp.asarray(z), tile - overlap, autoencoder.config.factor
+  if max(z.shape[1:3]) <= tile:
+    return autoencoder.decode(z)
   groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
-  for start in starts:
-    groups.setdefault(shape(*start), []).append(start)
-  done = {}
-  for (h, w), members in groups.items():
-    cut = lambda at: lax.dynamic_slice(
-      x, (0, at[0], at[1], 0), (x.shape[0], h, w, x.shape[3])  # noqa: B023
+  for i in range(0, z.shape[1], step):
+    for j in range(0, z.shape[2], step):
+      shape = min(tile, z.shape[1] - i), min(tile, z.shape[2] - j)
+      groups.setdefault(shape, []).append((i, j))
+  tiles = {}
+  for shape, starts in groups.items():  # Tiles of one shape go through one compiled loop.
+    cut = lambda at, shape=shape: lax.dynamic_slice(
+      z, (0, at[0], at[1], 0), (z.shape[0], *shape, z.shape[3])
     )
-    out = lax.map(lambda at: function(cut(at)), jnp.array(members))  # noqa: B023
-    for n, start in enumerate(members):
-      done[start] = jax.tree.map(lambda y: y[n], out)  # noqa: B023
-  return done
+    decode = lambda at, cut=cut: autoencoder.decode(cut(at))
+    tiles |= zip(starts, lax.map(decode, jnp.array(starts)), strict=True)
+  return _blend(dict(sorted(tiles.items())), step, step * factor, overlap * factor)
 
 
 def _blend(tiles: dict[tuple[int, int], jax.Array], step: int, keep: int, blend: int) -> jax.Array:
-  """Joins tiles of which each shows its first `keep` rows and columns.
+  """Join tiles of which each shows its first `keep` rows and columns.
 
   A tile's first `blend` rows and columns go over from the finished tiles above and to the left.
   """
@@ -372,7 +328,7 @@ def _blend(tiles: dict[tuple[int, int], jax.Array], step: int, keep: int, blend:
 
 
 def _fade(before: jax.Array, after: jax.Array, length: int, axis: int) -> jax.Array:
-  """`after` with its first `length` entries along `axis` faded in over the last of `before`."""
+  """Return `after`, whose first `length` entries along `axis` fade in over the last of `before`."""
   length = min(length, before.shape[axis], after.shape[axis])
   old = lax.slice_in_dim(before, before.shape[axis] - length, None, axis=axis)
   new = lax.slice_in_dim(after, 0, length, axis=axis)

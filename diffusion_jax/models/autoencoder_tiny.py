@@ -36,7 +36,7 @@ class AutoencoderTinyConfig:
 
   One width and one number of blocks per level; all widths of a side must be equal. The size factor
   is 2^(levels - 1). `scaling_factor` and `shift_factor` are not applied by the network.
-  `latent_magnitude` and `latent_shift` serve `scale_latents` alone.
+  `latent_magnitude` and `latent_shift` are kept for other libraries.
   """
 
   in_channels: int = 3
@@ -169,12 +169,3 @@ class AutoencoderTiny(nnx.Module):
     """
     size_fits(z.shape, self.config.latent_channels, 1, 'The latents to decode')
     return self.decoder(jnp.tanh(z / 3) * 3) * 2 - 1
-
-  def scale_latents(self, z: Latents) -> Latents:
-    """Latents -> [0, 1], to store them as an image: z / (2 magnitude) + shift, clipped."""
-    config = self.config
-    return jnp.clip(z / (2 * config.latent_magnitude) + config.latent_shift, 0.0, 1.0)
-
-  def unscale_latents(self, stored: Latents) -> Latents:
-    """Inverse of `scale_latents` for latents within latent_magnitude."""
-    return (stored - self.config.latent_shift) * (2 * self.config.latent_magnitude)

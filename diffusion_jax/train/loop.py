@@ -6,6 +6,7 @@ import signal
 import jax
 from tqdm import tqdm
 
+from diffusion_jax.backend.xla import settle_on_cpu
 from diffusion_jax.checkpoint.saving import may_pass
 from diffusion_jax.errors import Diverged
 from diffusion_jax.files import first_line
@@ -94,9 +95,7 @@ class _Loop(Session):
       batch = next(self.t.loader)
     fields = {name: batch[name] for name in self.t.task.batch_fields}
     self.state, metrics = self.update(self.state, self.frozen, put_batch(fields, self.t.mesh))
-    if self.on_cpu:
-      # A step that is called while another runs would get its memory on a thread that keeps none.
-      jax.block_until_ready(metrics)
+    settle_on_cpu(metrics)
     # First of all what belongs to the step, so that state and counts agree whatever fails below.
     closed, self.pending = self.pending, None
     self.meter.add(metrics)

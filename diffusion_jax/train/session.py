@@ -30,7 +30,6 @@ class Session:
   def __init__(self, training: Training, safety: Safety, show: bool):
     self.t, self.safety, self.show = training, safety, show
     self.goodput = Goodput()
-    self.on_cpu = training.mesh.devices.flat[0].platform == 'cpu'
     self.step = 0
     self.pending: tuple | None = None
     self.undrawn: dict[str, Any] | None = None  # Where the data stood before a step under way.

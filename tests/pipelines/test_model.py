@@ -63,7 +63,7 @@ def test_decoding_in_slices_and_tiles(parts):
   np.testing.assert_allclose(sliced, whole, atol=1e-5)
   loops = [str(jax.make_jaxpr(lambda z, how=how: space.decode(frozen, z, how))(z)).count('scan[')
            for how in DECODINGS]
-  assert loops[1] == loops[0] + 1  # One after the other; memory: tests/models/test_tiling.py.
+  assert loops[1] == loops[0] + 1  # One after the other; memory: tests/models/test_autoencoder.py.
   by_hand = decode_tiled(space.autoencoder.bind(frozen['autoencoder']), z / 0.8 + 0.1)
   np.testing.assert_allclose(tiled, jnp.clip(by_hand, -1, 1), atol=1e-5)
   assert 1e-4 < np.abs(tiled - whole).max()

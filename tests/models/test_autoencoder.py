@@ -10,9 +10,8 @@ import pytest
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import load
 from diffusion_jax.models import network
-from diffusion_jax.models.autoencoder import decode_sliced, decode_tiled, encode_tiled
+from diffusion_jax.models.autoencoder import decode_sliced, decode_tiled
 from diffusion_jax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
-from diffusion_jax.models.vq import VQConfig, VQModel
 
 TINY = AutoencoderTinyConfig(
   encoder_block_out_channels=(4, 4), decoder_block_out_channels=(16, 16),
@@ -85,23 +84,6 @@ def test_tiles_leave_no_seams(quick_jit):
 def test_what_fits_into_one_tile_is_not_cut(tiny):
   z = jax.random.normal(jax.random.key(0), (1, 4, 6, 4))
   np.testing.assert_array_equal(decode_tiled(tiny, z, tile=6, overlap=2), tiny.decode(z))
-
-
-def test_every_autoencoder_can_be_tiled(random_params, tiny, quick_jit):
-  config = VQConfig(
-    block_out_channels=(4,), layers_per_block=1, norm_num_groups=2, num_vq_embeddings=5,
-    mid_block_add_attention=False,
-  )
-  graphdef, shapes = network.abstract(lambda rngs: VQModel(config, rngs=rngs))
-  vq = network.merge(graphdef, random_params(shapes))
-  images = jax.random.uniform(jax.random.key(0), (1, 4, 12, 3), minval=-1)
-  for autoencoder, factor, channels in ((vq, 1, 3), (tiny, 2, 4)):
-    run = lambda x: encode_tiled(autoencoder, x, tile=8 // factor, overlap=2)  # noqa: B023
-    z = quick_jit(run)(images)
-    assert z.shape == (1, 4 // factor, 12 // factor, channels)
-    # The first rows of the first tile are those of that tile alone.
-    first = autoencoder.encode(images[:, :, :8])[:, :, : 8 // factor - 2]
-    np.testing.assert_allclose(z[:, :, : 8 // factor - 2], first, atol=1e-4)
 
 
 @pytest.mark.parametrize(('make', 'words'), [
