@@ -119,6 +119,8 @@ def _taken(kind: Any, note: Help) -> dict[str, Any]:
     return {'nargs': 2, 'type': first, 'metavar': tuple(note.metavar.split())}
   if typing.get_origin(kind) in (typing.Union, types.UnionType):
     kind = typing.get_args(kind)[0]
+  if typing.get_origin(kind) is typing.Literal:
+    kind = type(typing.get_args(kind)[0])
   return {'type': kind, **metavar}
 
 

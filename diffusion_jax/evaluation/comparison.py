@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extract import Extraction, Features, extract, gather, reader
@@ -28,14 +29,6 @@ from diffusion_jax.evaluation.scores import (
   score,
   takes_reference,
   value_names,
-)
-from diffusion_jax.evaluation.showing import (
-  best_and_worst,
-  class_numbers,
-  clouds,
-  near_copies,
-  reconstructions,
-  worst_classes,
 )
 from diffusion_jax.evaluation.statistics import Moments
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
@@ -234,6 +227,18 @@ class Pictured(NamedTuple):
   thumbnails: Thumbnails | None = None
 
 
+def class_numbers(labels: Sequence[str], classes: Sequence[str]) -> Int[np.ndarray, 'n']:
+  """Names of classes -> which logits stand for them. UserError, with the name, for another."""
+  numbers = {name: number for number, name in enumerate(classes)}
+  unknown = sorted(set(labels) - set(numbers))
+  if unknown:
+    raise UserError(
+      f'the classifier has no class {unknown[0]!r}, which captions are of (it has '
+      f'{", ".join(classes)}); give the one of these labels, or leave out class_accuracy.'
+    )
+  return np.asarray([numbers[label] for label in labels], np.int64)
+
+
 Figures = Mapping[str, Mapping[str, float]]
 """Column -> figure -> value."""
 
@@ -279,7 +284,7 @@ class Comparison:
     self.extraction, self.metrics, self.reference = extraction, list(metrics), reference
     self.parts, self.seed, self.most_unreadable, self.kept = parts, seed, most_unreadable, kept
     self._texts, self.named = texts, tuple(named)
-    self._reference: Pictured | None = None
+    self.read_reference: Pictured | None = None
     self.checked: list[tuple[str, bool]] | None = None
     """What its CLIPs make of real pictures, once that has been tried: (sentence, whether to
     beware)."""
@@ -293,12 +298,12 @@ class Comparison:
     known |= {'texts'} if all(column.captions for column in columns.values()) else set()
     outputs = [column.rpartition(':')[2] for column in self.extraction.columns]
     outputs += next(iter(columns.values())).work.each
-    if self._classifiers and all(column.labels for column in columns.values()):
+    if self.classifiers and all(column.labels for column in columns.values()):
       known.add('labels')
     check_metrics(self.metrics, outputs, known)
     value_names(self.metrics, self.extraction.columns)  # Whether each has a name of its own.
     for one in columns.values():
-      self._labels(one)
+      self.labels(one)
 
   def __call__(
     self, columns: Mapping[str, Column], choose: Callable[[Figures], str] | None = None,
@@ -316,7 +321,7 @@ class Comparison:
     """
     self.check(columns)
     pictured = {name: self._pictured(name, column) for name, column in columns.items()}
-    reference = self._read_reference()
+    reference = self._reference_features()
     compute = lambda: self._compared(columns, pictured, reference, choose, say)
     return in_step('scores', compute, (UserError,), A_DAY)
 
@@ -329,8 +334,8 @@ class Comparison:
     if jax.process_index():
       return None
     score = lambda name, column, intervals=False: compare(
-      pictured[name].features, reference, self._metrics(column), texts=self._captions(column),
-      labels=self._labels(column), own=self.reference.own, seed=self.seed, intervals=intervals,
+      pictured[name].features, reference, self._metrics(column), texts=self.captions(column),
+      labels=self.labels(column), own=self.reference.own, seed=self.seed, intervals=intervals,
     )
     first = '' if choose else next(iter(columns))
     scores = {name: score(name, column, name == first) for name, column in columns.items()}
@@ -352,15 +357,15 @@ class Comparison:
       most_unreadable=self.most_unreadable, keep=keep, label=name,
     ))
 
-  def _read_reference(self) -> Features | Mapping[str, Moments]:
+  def _reference_features(self) -> Features | Mapping[str, Moments]:
     if self.reference.images is None:
       return self.reference.moments
-    if self._reference is None:
-      self._reference = Pictured(*features_of(
+    if self.read_reference is None:
+      self.read_reference = Pictured(*features_of(
         of_images(self.reference.images), self.extraction, self.parts / 'reference',
         most_unreadable=self.most_unreadable, label='reference',
       ))
-    return self._reference.features
+    return self.read_reference.features
 
   def _metrics(self, column: Column) -> list[str]:
     """Those that a column can have: real images, say, have no bits per dimension of a model."""
@@ -368,20 +373,20 @@ class Comparison:
     return [m for m in self.metrics if not metric_of(m).source or own & {*metric_of(m).outputs}]
 
   @property
-  def _classifiers(self) -> dict[str, tuple[str, ...]]:
+  def classifiers(self) -> dict[str, tuple[str, ...]]:
     """Column of features that are logits -> the classes that they stand for."""
     return {
       column_of(one, 'logits'): one.class_names
       for one in self.extraction.extractors if hasattr(one, 'class_names')
     }
 
-  def _labels(self, of: Column) -> dict[str, np.ndarray]:
+  def labels(self, of: Column) -> dict[str, np.ndarray]:
     """Column of logits -> numbers of the classes that the pictures should be of."""
     if 'class_accuracy' not in self.metrics or not of.labels:
       return {}
-    return {name: class_numbers(of.labels, known) for name, known in self._classifiers.items()}
+    return {name: class_numbers(of.labels, known) for name, known in self.classifiers.items()}
 
-  def _captions(self, column: Column) -> dict[str, np.ndarray]:
+  def captions(self, column: Column) -> dict[str, np.ndarray]:
     """Column of features -> embeddings of the captions, of every CLIP."""
     if not column.captions:
       return {}
@@ -389,29 +394,3 @@ class Comparison:
     if key not in self._embedded:
       self._embedded[key] = {name: clip.texts(key) for name, clip in self._texts.items()}
     return self._embedded[key]
-
-  def shown(self, found: Found) -> dict[str, Any]:
-    """What a page shows of the first column beside its figures; see `viz.evaluation`."""
-    first = found.first
-    pictured, column, shown = found.pictured[first], found.columns[first], {}
-    if self._reference is not None:
-      shown = {'clouds': clouds(pictured.features, self._reference.features)}
-      if self.reference.own:
-        shown['reconstructions'] = reconstructions(*pictured, self._reference.thumbnails)
-      else:
-        shown['pairs'] = near_copies(*pictured, *self._reference)
-    shown |= self._worst_classes(found, first)
-    texts = self._captions(column)
-    if texts:
-      features, rows = next(iter(texts.items()))
-      shown |= best_and_worst(*pictured, features, rows, column.captions)
-    return shown
-
-  def _worst_classes(self, found: Found, first: str) -> dict[str, Any]:
-    if 'class_accuracy' not in self.metrics:
-      return {}
-    (name, known), = self._classifiers.items()
-    return {'classes': worst_classes({
-      one: (found.pictured[one].features, self._labels(found.columns[one])[name])
-      for one in (first, 'untrained', 'real') if one in found.columns
-    }, name, known)}

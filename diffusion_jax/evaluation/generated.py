@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from diffusion_jax.data.unreadable import readable, some
+from diffusion_jax.data.unreadable import readable
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.evaluator import (
   EVALUATE,
@@ -26,6 +26,7 @@ from diffusion_jax.evaluation.evaluator import (
 from diffusion_jax.evaluation.extract import Collected, Collector, Images
 from diffusion_jax.evaluation.extractors import load_named
 from diffusion_jax.evaluation.extractors.clip import text_towers
+from diffusion_jax.evaluation.images import shuffled
 from diffusion_jax.evaluation.metrics.metric import Compared, MetricValues
 from diffusion_jax.evaluation.report import PAIRS, real_retrieval
 from diffusion_jax.evaluation.scores import (
@@ -40,7 +41,7 @@ from diffusion_jax.parallel.processes import agree
 from diffusion_jax.pipelines.conditions import Inputs
 from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.pipelines.sampling import SampleConfig
-from diffusion_jax.types import Record, Source, Weights
+from diffusion_jax.types import Source, Weights
 
 
 class Budget:
@@ -281,14 +282,6 @@ def _size(collected: Collected) -> int:
   """Of how many images."""
   first = next(iter(collected.values()))
   return first.n if isinstance(first, Statistics) else len(first)
-
-
-def shuffled(source: Source, count: int) -> list[Record]:
-  """The first `count` records in an order that is fixed for each length: a fair sample.
-
-  Those that cannot be read are left out, and others follow in their place as long as there are any.
-  """
-  return some(source, count, np.random.default_rng(0).permutation(len(source)))
 
 
 def check_samples(samples: int, available: int) -> None:

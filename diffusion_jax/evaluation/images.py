@@ -24,8 +24,10 @@ from diffusion_jax.data.image_sets import (
 )
 from diffusion_jax.data.images import read_pixels
 from diffusion_jax.data.splits import fingerprint, of_records
+from diffusion_jax.data.unreadable import some
 from diffusion_jax.errors import UserError
 from diffusion_jax.runs.trained_on import Pictures
+from diffusion_jax.types import Record
 
 
 class Picture(NamedTuple):
@@ -114,6 +116,14 @@ class Split:
   def __getitem__(self, index: int) -> Picture:
     record = self.records[index]
     return Picture(record['image'], record['captions'][0])
+
+
+def shuffled(source: Sequence[Record], count: int) -> list[Record]:
+  """The first `count` records in an order that is fixed for each length: a fair sample.
+
+  Those that cannot be read are left out, and others follow in their place as long as there are any.
+  """
+  return some(source, count, np.random.default_rng(0).permutation(len(source)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,12 +31,14 @@ from diffusion_jax.diffusion.bounds import (
   gaussian_log_density,
 )
 from diffusion_jax.diffusion.denoiser import Denoiser
-from diffusion_jax.diffusion.likelihood import SOLVERS, TRACES, flow_likelihood, unit_noise
+from diffusion_jax.diffusion.likelihood import flow_likelihood, unit_noise
 from diffusion_jax.diffusion.losses import total
 from diffusion_jax.diffusion.noise import NoiseSchedule
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.generated import fresh_weights, shuffled
+from diffusion_jax.evaluation.generated import fresh_weights
+from diffusion_jax.evaluation.images import shuffled
 from diffusion_jax.evaluation.metrics.images import DISCRETE_BITS
+from diffusion_jax.evaluation.options import LikelihoodConfig
 from diffusion_jax.limits import check_seed
 from diffusion_jax.parallel.mesh import in_batches
 from diffusion_jax.pipelines.model import Diffusion
@@ -47,33 +49,6 @@ from diffusion_jax.types import Latents, PerExample, Record, Source, Weights
 FIGURES = ('discrete', 'continuous', 'flow')
 MINIMUM = 2
 TRAIN_LIMIT = 1024
-
-
-@dataclasses.dataclass(frozen=True)
-class LikelihoodConfig:
-  """How to estimate.
-
-  draws: noise levels of each bound, one network call each. trace: of the ODE's Jacobian, 'exact'
-  (one backward pass per dimension), or estimated with 'rademacher' or 'gaussian' noise; probes: how
-  many of them. solver: 'rk4' (4 calls a step) or 'heun' (2) with ode_steps steps, or 'adaptive',
-  whose steps suit a whole batch, so that values depend on the batch within its tolerance.
-  """
-
-  draws: int = 32
-  trace: str = 'rademacher'
-  probes: int = 1
-  solver: str = 'rk4'
-  ode_steps: int = 8
-
-  def __post_init__(self):
-    for name, known in (('trace', TRACES), ('solver', SOLVERS)):
-      if getattr(self, name) not in known:
-        raise UserError(
-          f'{name} {getattr(self, name)!r} is unknown; choose one of {", ".join(known)}.'
-        )
-    for name in ('draws', 'probes', 'ode_steps'):
-      if getattr(self, name) < 1:
-        raise UserError(f'{name} is {getattr(self, name)}; give 1 or more.')
 
 
 def latent_bits(

@@ -1,14 +1,4 @@
-"""Whether a CLIP can tell pictures apart at all, measured on real pictures and their captions.
-
-What figures are measured on and with, in sentences: which images, and what the networks that
-score were themselves trained on.
-
-Whether a figure may be compared with that of an earlier evaluation in the same table.
-
-One CSV file of many evaluations, a row each, that spreadsheets and pandas read.
-
-What an evaluation leaves: FILE.json, one or more rows of FILE.csv, and a page, FILE.html.
-"""
+"""What an evaluation says: on what it was measured, what to beware of, and its files."""
 
 from __future__ import annotations
 
@@ -18,20 +8,23 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from scipy.special import bdtrc
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.extractors.clip import CLIPFeatures
+from diffusion_jax.evaluation.extractors.clip import CLIPFeatures, text_towers
+from diffusion_jax.evaluation.images import ImageSet, Split, shuffled
 from diffusion_jax.evaluation.metrics.text import retrieval_hits
 from diffusion_jax.evaluation.scores import value_of
 from diffusion_jax.files import atomic_write
 from diffusion_jax.formats.networks import resolve
 from diffusion_jax.runs.trained_on import Pictures, read_trained_on
 from diffusion_jax.types import Record
-from diffusion_jax.viz.evaluation import figure_columns, write_evaluation_page
+
+if TYPE_CHECKING:
+  from diffusion_jax.evaluation.comparison import Comparison
 
 PAIRS, CANDIDATES = 256, 100
 NEAR = 2
@@ -231,10 +224,19 @@ def add_rows(path: Path, new: Sequence[Mapping[str, object]]) -> None:
     file.write(text.getvalue().encode())
 
 
+BESIDE = ('intervals', 'measured', 'warnings', 'settings', 'sweep', 'history')
+"""Entries of scores that are no columns."""
+
+
+def columns_of(scores: Mapping[str, Any]) -> list[str]:
+  """Return the columns of values among what an evaluation has written."""
+  return [name for name in scores if name not in BESIDE]
+
+
 def rows(scores: Mapping[str, Any]) -> list[dict[str, Any]]:
   """Figures as COLUMN.FIGURE, then settings: a row, or, of a sweep, one for each combination."""
   settings = dict(scores.get('settings', {}))
-  columns = figure_columns(scores)
+  columns = columns_of(scores)
   swept = scores.get('sweep', {})
   if not swept:
     return [_row(scores, {name: name for name in columns}, settings)]
@@ -260,14 +262,64 @@ def _before(table: Path, row: Mapping[str, Any]) -> list[dict[str, str]]:
   return known[: known.index(as_read(row))] if as_read(row) in known else known
 
 
-def write(
-  out: Path, scores: Mapping[str, Any], shown: Mapping[str, Any], say: Callable[[str], None] = print
-) -> None:
-  """Writes all three; a row that is in the table already is not written again.
+def measured_and_warnings(
+  comparison: Comparison, images: int, about: Sequence[str], tested: Split | None
+) -> tuple[list[str], list[str]]:
+  """Return (sentences on what scores were measured on, what to beware of).
 
   Args:
-    shown: what the page shows beside figures, as `viz.evaluation.write_evaluation_page` takes it.
-    say: is told of figures that must not be compared with the table's last ones of their names.
+    images: that were scored. about: what these are.
+    tested: the test split, where they are of it: real pictures with captions.
+  """
+  reference = comparison.reference
+  sets = {REFERENCE: _pictures(reference.images)} if reference.count else {}
+  sets |= {TESTED: tested.pictures} if tested else {}
+  against = f', against {reference.name}' if reference.count else ''
+  count = f' ({reference.count:,} images)' if reference.count else ''
+  measured, warnings = [f'Of {images:,} images{against}{count}.', *about], []
+  measured += of_features(comparison.named, sets)
+  measured += [
+    f'{one.name} sees them at {one.size} px, enlarged from {tested.pictures.size}.'
+    for one in comparison.extraction.extractors if tested and one.size > tested.pictures.size
+  ]
+  if comparison.checked is None:
+    comparison.checked = _checked(comparison, tested or reference.images)
+  for text, beware in comparison.checked:
+    (warnings if beware else measured).append(text)
+  return measured, warnings
+
+
+def _pictures(images: ImageSet | None):
+  while hasattr(images, 'images'):  # Some of a set.
+    images = images.images
+  return getattr(images, 'pictures', None)
+
+
+def _checked(comparison: Comparison, real: ImageSet | None) -> list[tuple[str, bool]]:
+  """What each CLIP makes of real pictures and their captions: (sentence, whether to beware)."""
+  clips = text_towers(
+    comparison.named, comparison.extraction.extractors, comparison.extraction.mesh
+  )
+  records = getattr(real, 'records', None)
+  if not records:
+    return [(
+      f'Whether {clip.extractor.name} knows captions of such pictures was not tried: there are no '
+      'real ones with captions.', False,
+    ) for clip in clips.values()]
+  chosen = shuffled(records, min(PAIRS, len(records)))
+  found = {clip.extractor.name: real_retrieval(clip, chosen) for clip in clips.values()}
+  return [(one.told(name), one.near_chance) for name, one in found.items()]
+
+
+def write(
+  out: Path, scores: Mapping[str, Any], page: Callable[[Path, Mapping[str, Any]], None],
+  say: Callable[[str], None] = print,
+) -> None:
+  """Write a row of FILE.csv, the page and the JSON; a row that is there already stays alone.
+
+  Args:
+    page: writes the page of the scores.
+    say: is told of values that must not be compared with the table's last ones of their names.
   """
   table, new = out.with_suffix('.csv'), rows(scores)
   beware = incomparable(_before(table, new[0]), new[0])
@@ -276,7 +328,7 @@ def write(
   if beware:
     scores = {**scores, 'warnings': [*scores.get('warnings', ()), *beware]}
   add_rows(table, new)
-  write_evaluation_page(out.with_suffix('.html'), scores, **shown)
+  page(out.with_suffix('.html'), scores)
   # Last, for a checkpoint that is in here is not scored again.
   with atomic_write(out) as file:
     file.write((json.dumps(scores, indent=2) + '\n').encode())

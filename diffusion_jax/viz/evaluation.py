@@ -10,6 +10,14 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from diffusion_jax.evaluation.comparison import Comparison, Found
+from diffusion_jax.evaluation.extract import Features
+from diffusion_jax.evaluation.metrics.gaussians import principal_components
+from diffusion_jax.evaluation.metrics.logits import class_hits
+from diffusion_jax.evaluation.metrics.manifold import nearest_neighbours
+from diffusion_jax.evaluation.metrics.text import clip_score_of_each
+from diffusion_jax.evaluation.pieces import Thumbnails
+from diffusion_jax.evaluation.report import columns_of
 from diffusion_jax.files import atomic_write
 from diffusion_jax.viz import page
 from diffusion_jax.viz.charts import (
@@ -26,8 +34,6 @@ from diffusion_jax.viz.sweep import sweep_charts
 MOST_POINTS = 1000
 """Of a set in a scatter plot; more make the page large and show nothing else."""
 THUMBNAIL = 128
-BESIDE = ('intervals', 'measured', 'warnings', 'settings', 'sweep', 'history')
-"""What stands beside columns of figures."""
 MOST_COLUMNS = 4
 """More are shown as rows."""
 SWEPT = ('Each point is a combination. Network calls are those for one picture, guided steps count '
@@ -101,18 +107,13 @@ def write_evaluation_page(
     file.write(page.page(f'Evaluation · {path.stem}', body).encode())
 
 
-def figure_columns(scores: Mapping[str, Any]) -> list[str]:
-  """The columns of figures among what an evaluation has written."""
-  return [name for name in scores if name not in BESIDE]
-
-
 def _subject(scores: Mapping[str, Any]) -> str:
   settings = scores.get('settings', {})
   return page.plain({k: settings[k] for k in ('images', 'model', 'reference') if k in settings})
 
 
 def _figures(scores: Mapping[str, Any]) -> str:
-  columns, intervals = figure_columns(scores), scores.get('intervals', {})
+  columns, intervals = columns_of(scores), scores.get('intervals', {})
   metrics = list(dict.fromkeys(metric for column in columns for metric in scores[column]))
   first = scores.get('settings', {}).get('best', columns[0])
   cell = lambda column, metric: _cell(
@@ -240,3 +241,144 @@ def _settings(scores: Mapping[str, Any]) -> str:
     return ''
   body = page.details('All settings', page.settings_table(dict(settings)))
   return page.section('settings', 'Settings', '', body)
+
+
+def print_table(scores: Mapping[str, Any]) -> None:
+  """Print metrics as rows and columns as they are, or, of many columns, the other way round."""
+  columns = columns_of(scores)
+  metrics = list(dict.fromkeys(metric for name in columns for metric in scores[name]))
+  value = lambda column, metric: scores[column].get(metric)
+  if len(columns) > MOST_COLUMNS:
+    columns, metrics, value = metrics, columns, lambda metric, column: scores[column].get(metric)
+  width = max(map(len, metrics), default=0)
+  print(' ' * width + ''.join(f' {name:>13}' for name in columns))
+  for row in metrics:
+    cells = (value(column, row) for column in columns)
+    print(f'{row:<{width}}' + ''.join(' ' * 14 if c is None else f' {c:13.4g}' for c in cells))
+
+
+def examples(comparison: Comparison, found: Found) -> dict[str, Any]:
+  """Return what a page shows of the first column, as `write_evaluation_page` takes it."""
+  first, reference = found.first, comparison.read_reference
+  pictured, column, shown = found.pictured[first], found.columns[first], {}
+  if reference is not None:
+    shown = {'clouds': clouds(pictured.features, reference.features)}
+    if comparison.reference.own:
+      shown['reconstructions'] = reconstructions(*pictured, reference.thumbnails)
+    else:
+      shown['pairs'] = near_copies(*pictured, *reference)
+  if 'class_accuracy' in comparison.metrics:
+    (name, known), = comparison.classifiers.items()
+    shown['classes'] = worst_classes({
+      one: (found.pictured[one].features, comparison.labels(found.columns[one])[name])
+      for one in (first, 'untrained', 'real') if one in found.columns
+    }, name, known)
+  if texts := comparison.captions(column):
+    features, rows = next(iter(texts.items()))
+    shown |= best_and_worst(*pictured, features, rows, column.captions)
+  return shown
+
+
+PAIRS, PROMPTS, CLASSES = 12, 12, 5
+MOST_IN_CLOUD = 5000
+
+
+def clouds(samples: Features, reference: Features) -> list[Cloud]:
+  """Both sets on the leading axes of the reference, for each kind of features.
+
+  Of larger sets some, evenly chosen: a plot shows no more.
+  """
+  some = lambda values: values[:: -(-len(values) // MOST_IN_CLOUD)]
+  found = []
+  for name, values in samples.columns.items():
+    if values.shape[1] >= 2:
+      axes = principal_components(some(reference.columns[name]), some(values), k=2)
+      found.append(Cloud(
+        name, axes.reference, axes.samples, axes.reference_share, axes.samples_share
+      ))
+  return found
+
+
+def near_copies(
+  samples: Features, pictures: Thumbnails, reference: Features, reference_pictures: Thumbnails
+) -> list[Pair]:
+  """The samples that are most like an image of the reference, by the first kind of features.
+
+  None where there are no pictures to show.
+  """
+  if pictures[0] is None or reference_pictures[0] is None:
+    return []
+  first = next(iter(samples.columns))
+  near = nearest_neighbours(samples.columns[first], reference.columns[first])
+  pairs = []
+  for row in np.argsort(-near.similarities[:, 0], kind='stable')[:PAIRS]:
+    own, other = int(samples.rows[row]), int(reference.rows[near.indices[row, 0]])
+    both = pictures[own], reference_pictures[other]
+    if all(picture is not None for picture in both):
+      pairs.append(Pair(*both, float(near.similarities[row, 0]), f'image {own}'))
+  return pairs
+
+
+def best_and_worst(
+  samples: Features, pictures: Thumbnails, column: str, texts: np.ndarray, captions: Sequence[str]
+) -> dict[str, Any]:
+  """The samples that fit their captions best and worst, by CLIP score.
+
+  Args:
+    texts: [total d], embeddings of all captions.
+  """
+  each = clip_score_of_each(samples.columns[column], texts[samples.rows])
+  order = np.argsort(each, kind='stable')
+
+  def shown(rows) -> list[Prompt]:
+    found = [(pictures[int(samples.rows[row])], row) for row in rows]
+    return [
+      Prompt(picture, captions[int(samples.rows[row])], float(each[row]))
+      for picture, row in found if picture is not None
+    ]
+
+  return {'best': shown(order[::-1][:PROMPTS]), 'worst': shown(order[:PROMPTS])}
+
+
+def reconstructions(
+  samples: Features, pictures: Thumbnails, originals: Thumbnails
+) -> dict[str, list[Pair]]:
+  """Those nearest to their originals and those farthest, by PSNR, each beside its original."""
+  each = samples.each.get('psnr')
+  if each is None:
+    return {}
+  order = np.argsort(each, kind='stable')
+
+  def shown(rows) -> list[Pair]:
+    found = [(int(samples.rows[row]), float(each[row])) for row in rows]
+    pairs = [(pictures[number], originals[number], number, value) for number, value in found]
+    return [
+      Pair(picture, original, value, f'image {number}')
+      for picture, original, number, value in pairs if picture is not None and original is not None
+    ]
+
+  return {'best': shown(order[::-1][:PAIRS]), 'worst': shown(order[:PAIRS])}
+
+
+def worst_classes(
+  columns: Mapping[str, tuple[Features, np.ndarray]], logits: str, classes: Sequence[str]
+) -> list[ClassRow]:
+  """The classes that the first column has least often right.
+
+  Args:
+    columns: features, and numbers of the classes [total] that the images should be of.
+    logits: name of the features that are logits.
+  """
+  hits, true = {}, {}
+  for name, (features, numbers) in columns.items():
+    true[name] = numbers[features.rows]
+    hits[name] = class_hits(features.columns[logits], true[name])
+  first = next(iter(columns))
+  rows = [
+    ClassRow(classes[k], int((true[first] == k).sum()), {
+      name: float(hits[name][true[name] == k].mean()) if (true[name] == k).any() else float('nan')
+      for name in columns
+    })
+    for k in np.unique(true[first])
+  ]
+  return sorted(rows, key=lambda row: row.accuracies[first])[:CLASSES]

@@ -12,7 +12,7 @@ METRICS = {'fd_clip', 'kid_clip', 'kid_clip_std', 'clip_score', 'retrieval_r1'}
 
 def test_evaluate_compares_with_real_and_untrained(command, finished, tmp_path, capsys):
   out = tmp_path / 'new' / 'scores.json'
-  assert command('evaluate', '--workdir', finished, '--samples', 16, '--out', out) == 0
+  assert command('evaluate', 'model', '--workdir', finished, '--samples', 16, '--out', out) == 0
   scores = json.loads(out.read_text())
   assert scores.keys() == {
     'generated', 'real', 'untrained', 'settings', 'intervals', 'measured', 'warnings'
@@ -31,7 +31,8 @@ def test_evaluate_compares_with_real_and_untrained(command, finished, tmp_path, 
 
 def test_evaluate_knows_the_other_tasks(command, trained, tmp_path):
   out = tmp_path / 'scores.json'
-  assert command('evaluate', '--workdir', trained('clip'), '--samples', 16, '--out', out) == 0
+  subject = ('evaluate', 'model', '--workdir', trained('clip'))
+  assert command(*subject, '--samples', 16, '--out', out) == 0
   wanted = json.loads((trained('clip') / 'scores.json').read_text())
   found = json.loads(out.read_text())
   assert found.keys() == wanted.keys() and 'retrieval_r1_of_16' in found['test']
@@ -41,22 +42,22 @@ def test_evaluate_knows_the_other_tasks(command, trained, tmp_path):
 
 
 @pytest.mark.parametrize(('arguments', 'named'), [
-  (['--likelihood', '--trace', 'exakt'], 'choose one of exact, rademacher, gaussian'),
-  (['--likelihood', '--samples', '99999'], '99999 samples cannot be scored'),
-  (['--likelihood', '--guidance', '2'], '--guidance does nothing with --likelihood'),
-  (['--draws', '4'], '--draws does nothing without --likelihood'),
+  (['likelihood', '--trace', 'exakt'], 'exact'),
+  (['likelihood', '--samples', '99999'], '99999 samples cannot be scored'),
+  (['likelihood', '--guidance', '2'], 'there is no option --guidance'),
+  (['model', '--draws', '4'], '--draws does nothing without bits_per_dim'),
 ])
 def test_options_of_the_likelihood_are_checked(fails, finished, tmp_path, arguments, named):
   out = tmp_path / 'bits.json'
-  assert named in fails('evaluate', '--workdir', finished, '--out', out, *arguments)
+  assert named in fails('evaluate', *arguments, '--workdir', finished, '--out', out)
   assert not out.exists()
 
 
 def test_the_likelihood_of_an_autoencoder_is_refused(fails, trained, tmp_path):
   message = fails(
-    'evaluate', '--likelihood', '--workdir', trained('autoencoder'), '--out', tmp_path / 'bits.json'
+    'evaluate', 'likelihood', '--workdir', trained('autoencoder'), '--out', tmp_path / 'bits.json'
   )
-  assert 'trains autoencoder; --likelihood needs a diffusion model' in message
+  assert 'trains autoencoder; a likelihood needs a diffusion model' in message
 
 
 def test_report_writes_the_page_anew(command, finished, copy_of):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax.evaluation.extractors.classifier import load_classifier_extractor
-from diffusion_jax.evaluation.generated import shuffled
+from diffusion_jax.evaluation.images import shuffled
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.vision.classifier import Classifier, ClassifierConfig
@@ -45,7 +45,7 @@ def reconstructed(command, trained, sources, parts, tmp_path_factory):
   out = tmp_path_factory.mktemp('reconstructed') / 'scores.json'
   arguments = ('--workdir', trained('autoencoder'), '--samples', len(sources[1]))
   features = ('--features', f'clip:{parts["clip"]}')
-  assert command('evaluate', *arguments, *features, '--out', out) == 0
+  assert command('evaluate', 'autoencoder', *arguments, *features, '--out', out) == 0
   return json.loads(out.read_text()), out
 
 
@@ -83,7 +83,7 @@ def test_what_is_reconstructed_is_not_made_again(
   monkeypatch.setattr(AutoencoderKL, 'encode', lambda *_: 1 / 0)
   arguments = ('--workdir', trained('autoencoder'), '--samples', len(sources[1]))
   features = ('--features', f'clip:{parts["clip"]}')
-  assert command('evaluate', *arguments, *features, '--out', run / out.name) == 0
+  assert command('evaluate', 'autoencoder', *arguments, *features, '--out', run / out.name) == 0
   again = json.loads((run / out.name).read_text())
   assert again['reconstructed'] == pytest.approx(scores['reconstructed'], rel=1e-6)
 
@@ -92,7 +92,7 @@ def test_an_autoencoder_alone_at_a_size_of_one_s_own(command, parts, small_data,
   out = tmp_path / 'scores.json'
   arguments = ('--model', parts['autoencoder'], '--size', tiny.SIZE, '--samples', 3)
   how = ('--features', f'clip:{parts["clip"]}', '--metrics', 'psnr', '--keep', 'png')
-  assert command('evaluate', *arguments, *how, '--out', out) == 0
+  assert command('evaluate', 'autoencoder', *arguments, *how, '--out', out) == 0
   scores = json.loads(out.read_text())
   assert set(scores['reconstructed']) == {'psnr'} and scores['settings']['samples'] == 3
   assert len(list((tmp_path / 'scores.images').iterdir())) == 3
@@ -104,7 +104,7 @@ def drawn(command, finished, classifier, tmp_path_factory):
   out = tmp_path_factory.mktemp('drawn') / 'scores.json'
   features = ('--features', f'classifier:{classifier}', '--metrics', 'class_accuracy,bits_per_dim')
   how = ('--samples', 16, '--draws', 2, '--keep', 'png')
-  assert command('evaluate', '--workdir', finished, *features, *how, '--out', out) == 0
+  assert command('evaluate', 'model', '--workdir', finished, *features, *how, '--out', out) == 0
   return json.loads(out.read_text()), out
 
 
@@ -142,36 +142,38 @@ def test_captions_of_one_s_own_have_labels_of_one_s_own(
   arguments = ('--workdir', finished, '--captions', captions, '--labels', labels, '--keep', 'png')
   how = ('--features', f'classifier:{classifier}', '--metrics', 'class_accuracy', '--out', out)
   labels.write_text('animal\n' * 2)
-  assert 'has 2 labels, but' in fails('evaluate', *arguments, *how)
+  assert 'has 2 labels, but' in fails('evaluate', 'model', *arguments, *how)
   labels.write_text('no such class\n' * 3)
-  assert "has no class 'no such class'" in fails('evaluate', *arguments, *how)
+  assert "has no class 'no such class'" in fails('evaluate', 'model', *arguments, *how)
   assert not out.exists()
   # The classes that the classifier will find: all are right, and then none is.
   labels.write_text(f'{known[0]}\n' * 3)
-  assert command('evaluate', *arguments, *how) == 0
+  assert command('evaluate', 'model', *arguments, *how) == 0
   kept = [np.asarray(Image.open(path)) for path in sorted((tmp_path / 'scores.images').iterdir())]
   found = _named(classifier, kept)
   labels.write_text('\n'.join(found))
-  assert command('evaluate', *arguments, *how) == 0
+  assert command('evaluate', 'model', *arguments, *how) == 0
   assert json.loads(out.read_text())['generated']['class_accuracy'] == 1
   labels.write_text('\n'.join(next(k for k in known if k != one) for one in found))
-  assert command('evaluate', *arguments, *how) == 0
+  assert command('evaluate', 'model', *arguments, *how) == 0
   assert json.loads(out.read_text())['generated']['class_accuracy'] == 0
 
 
 @pytest.mark.parametrize(('arguments', 'named'), [
-  (['--model', 'AUTOENCODER', '--steps', '4'], '--steps does nothing for an autoencoder'),
-  (['--model', 'AUTOENCODER', '--reference', 'train'], '--reference does nothing for an'),
-  (['--model', 'AUTOENCODER', '--metrics', 'lpips'], 'lpips needs an autoencoder, and --lpips'),
-  (['--model', 'AUTOENCODER', '--metrics', 'fd', '--lpips', 'x'], '--lpips does nothing without'),
-  (['--model', 'AUTOENCODER', '--likelihood'], '--likelihood needs a diffusion model'),
-  (['--model', 'AUTOENCODER', '--samples', '99999'], '99999 images cannot be taken of'),
-  (['--lpips', 'x'], '--lpips does nothing without an autoencoder'),
-  (['--size', '32'], '--size does nothing without --images'),
-  (['--labels', 'x'], '--labels are those of --captions'),
-  (['--workdir', 'RUN', '--samples', '16', '--metrics', 'psnr'], 'psnr needs an autoencoder'),
-  (['--workdir', 'RUN', '--samples', '16', '--metrics', 'class_accuracy'], 'the features logits'),
-  (['--images', 'FOLDER', '--metrics', 'bits_per_dim'], 'bits_per_dim needs a diffusion model'),
+  (['autoencoder', '--model', 'AUTOENCODER', '--steps', '4'], 'there is no option --steps'),
+  (['autoencoder', '--model', 'AUTOENCODER', '--metrics', 'lpips'],
+   'lpips needs an autoencoder, and --lpips'),
+  (['autoencoder', '--model', 'AUTOENCODER', '--metrics', 'fd', '--lpips', 'x'],
+   '--lpips does nothing without'),
+  (['autoencoder', '--model', 'AUTOENCODER', '--samples', '99999'], '99999 images cannot be taken'),
+  (['autoencoder'], 'there is no autoencoder; give --workdir'),
+  (['model', '--lpips', 'x'], 'there is no option --lpips'),
+  (['model', '--labels', 'x'], '--labels are those of --captions'),
+  (['model', '--workdir', 'RUN', '--samples', '16', '--metrics', 'psnr'],
+   'psnr needs an autoencoder'),
+  (['model', '--workdir', 'RUN', '--samples', '16', '--metrics', 'class_accuracy'],
+   'the features logits'),
+  (['images', 'FOLDER', '--metrics', 'bits_per_dim'], 'bits_per_dim needs a diffusion model'),
 ])
 def test_what_cannot_be_is_refused(
   fails, finished, parts, small_data, tmp_path, arguments, named
@@ -179,9 +181,8 @@ def test_what_cannot_be_is_refused(
   Image.new('RGB', (8, 8)).save(tmp_path / 'one.png')
   places = {'AUTOENCODER': parts['autoencoder'], 'RUN': finished, 'FOLDER': tmp_path}
   given = [places.get(text, text) for text in arguments]
-  if {'AUTOENCODER', 'FOLDER'} & {*arguments} and '--likelihood' not in arguments:
+  if {'AUTOENCODER', 'FOLDER'} & {*arguments}:
     given += ['--size', tiny.SIZE]
-  if {'AUTOENCODER', 'RUN', 'FOLDER'} & {*arguments} and '--likelihood' not in arguments:
-    given += ['--features', f'clip:{parts["clip"]}']
+  given += ['--features', f'clip:{parts["clip"]}']
   assert named in fails('evaluate', *given, '--out', tmp_path / 'out.json')
   assert not (tmp_path / 'out.json').exists()

@@ -1,6 +1,5 @@
 """evaluate: what a model draws, over a sweep, for each checkpoint, by several processes."""
 
-import argparse
 import csv
 import json
 import os
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.cli import evaluate_follow
+from diffusion_jax.cli.follow import followed, over
 from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.run import TrainedRun
 from tests import tiny
@@ -31,7 +30,9 @@ def drawn(command, finished, tmp_path_factory):
   out = folder / 'scores.json'
   arguments = ('--captions', folder / 'captions.txt', '--keep', 'png', '--batch', 2)
   metrics = ('--metrics', 'fd,clip_score,retrieval')
-  assert command('evaluate', '--workdir', finished, *arguments, *metrics, '--out', out) == 0
+  assert command(
+    'evaluate', 'model', '--workdir', finished, *arguments, *metrics, '--out', out
+  ) == 0
   return json.loads(out.read_text()), folder
 
 
@@ -39,7 +40,8 @@ def test_captions_that_are_too_long_are_counted(command, finished, tmp_path, cap
   captions = tmp_path / 'captions.txt'
   captions.write_text(''.join(f'sun {number} {"and a cat " * 30}\nsun\n' for number in range(7)))
   arguments = ('--captions', captions, '--reference', tmp_path / 'nowhere')
-  assert command('evaluate', '--workdir', finished, *arguments, '--out', tmp_path / 'x.json') == 2
+  out = tmp_path / 'x.json'
+  assert command('evaluate', 'model', '--workdir', finished, *arguments, '--out', out) == 2
   said = capsys.readouterr().out
   assert said.count('note: ') == 1
   assert "note: 7 texts so far, such as 'sun 0 and a cat" in said
@@ -69,10 +71,10 @@ def test_what_is_drawn_is_not_drawn_again(drawn, command, finished, tmp_path, mo
 
   scores, folder = drawn
   run = shutil.copytree(folder, tmp_path / 'again')
-  monkeypatch.setattr(Diffusion, 'draw', lambda *_, **__: 1 / 0)
+  monkeypatch.setattr(Diffusion, 'sample', lambda *_, **__: 1 / 0)
   arguments = ('--captions', run / 'captions.txt', '--metrics', 'fd,clip_score,retrieval')
   out = run / 'scores.json'
-  assert command('evaluate', '--workdir', finished, *arguments, '--out', out) == 0
+  assert command('evaluate', 'model', '--workdir', finished, *arguments, '--out', out) == 0
   again = json.loads(out.read_text())
   for column in ('generated', 'untrained'):
     assert again[column] == pytest.approx(scores[column], rel=1e-6)
@@ -83,7 +85,9 @@ def test_pictures_that_were_not_kept_are_made_once_more(drawn, command, finished
   run = shutil.copytree(folder, tmp_path / 'again')
   shutil.rmtree(run / 'scores.images')
   out, kept = run / 'scores.json', lambda: sorted(path.name for path in run.glob('*.images/*'))
-  arguments = ('evaluate', '--workdir', finished, '--captions', run / 'captions.txt', '--out', out)
+  arguments = (
+    'evaluate', 'model', '--workdir', finished, '--captions', run / 'captions.txt', '--out', out
+  )
   metrics = ('--metrics', 'fd,clip_score,retrieval')
   assert command(*arguments, *metrics) == 0 and kept() == []
   assert command(*arguments, *metrics, '--keep', 'tar') == 0 and kept() == ['000000-000006.tar']
@@ -93,7 +97,7 @@ def test_pictures_that_were_not_kept_are_made_once_more(drawn, command, finished
 def test_one_picture_has_figures_without_intervals(drawn, command, finished, tmp_path):
   out = tmp_path / 'one.json'
   arguments = ('--captions', drawn[1] / 'captions.txt', '--samples', 1, '--metrics', 'clip_score')
-  assert command('evaluate', '--workdir', finished, *arguments, '--out', out) == 0
+  assert command('evaluate', 'model', '--workdir', finished, *arguments, '--out', out) == 0
   scores = json.loads(out.read_text())
   assert scores['settings']['samples'] == 1 and scores['intervals'] == {}
   assert 'samples over the reference' in out.with_suffix('.html').read_text()
@@ -110,9 +114,9 @@ def test_a_sweep_has_a_column_for_each_combination(
   out, read = tmp_path / 'sweep.json', []
   weights = TrainedRun.weights
   monkeypatch.setattr(TrainedRun, 'weights', lambda *a: read.append(a[1:]) or weights(*a))
-  swept = ('--sweep', 'guidance=1,2', '--sweep', 'steps=2,3', '--keep', 'png')
+  swept = ('sweep', 'guidance=1,2', 'steps=2,3', '--keep', 'png')
   metrics = ('--metrics', 'fd,clip_score')
-  assert command('evaluate', '--workdir', finished, *captions, *swept, *metrics, '--out', out) == 0
+  assert command('evaluate', *swept, '--workdir', finished, *captions, *metrics, '--out', out) == 0
   scores = json.loads(out.read_text())
   names = [f'guidance={g} steps={n}' for g in (1, 2) for n in (2, 3)]
   assert list(scores['sweep']) == names and set(names) < set(scores)
@@ -163,22 +167,20 @@ def test_averages_of_other_lengths(finished, small_data):
 @pytest.mark.parametrize('samples', [0, -1, 8])
 def test_captions_that_are_not_there_are_not_drawn(drawn, fails, finished, tmp_path, samples):
   arguments = ('--captions', drawn[1] / 'captions.txt', '--samples', samples)
-  message = fails('evaluate', '--workdir', finished, *arguments, '--out', tmp_path / 'out.json')
+  out = tmp_path / 'out.json'
+  message = fails('evaluate', 'model', '--workdir', finished, *arguments, '--out', out)
   assert 'has 7 captions; choose 1 to 7' in message and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(('arguments', 'named'), [
-  (['--follow'], '--follow needs the run that it follows'),
-  (['--follow', '--workdir', 'RUN', '--sweep', 'steps=2,3'], '--follow takes no --sweep'),
-  (['--sweep', 'steps=2,3', '--steps', '3'], '--steps does nothing beside --sweep steps'),
-  (['--sweep', 'seed=2'], 'with a NAME of guidance'),
-  (['--likelihood', '--sweep', 'steps=2'], '--sweep does nothing with --likelihood'),
-  (['--images', 'RUN', '--sweep', 'steps=2'], '--sweep does nothing with --images'),
-  (['--ema_halflife_images', '9'], '--ema_halflife_images needs --workdir'),
-  (['--workdir', 'RUN', '--ema_halflife_images', '-1'], 'give a number of images'),
-  (['--workdir', 'RUN', '--samples', '16', '--sweep', 'sampler=ddim,euler9'],
-   'euler9'),
-  (['--workdir', 'RUN/none', '--follow'], 'config.json'),
+  (['model', '--follow'], '--follow needs the run that it follows'),
+  (['sweep', 'steps=2,3', '--steps', '3'], '--steps does nothing beside a sweep of steps'),
+  (['sweep', 'seed=2'], 'with a NAME of guidance'),
+  (['likelihood', '--follow'], 'there is no option --follow'),
+  (['model', '--ema_halflife_images', '9'], '--ema_halflife_images needs --workdir'),
+  (['model', '--workdir', 'RUN', '--ema_halflife_images', '-1'], 'give a number of images'),
+  (['sweep', 'sampler=ddim,euler9', '--workdir', 'RUN', '--samples', '16'], 'euler9'),
+  (['model', '--workdir', 'RUN/none', '--follow'], 'config.json'),
 ])
 def test_what_cannot_be_swept_or_followed(fails, finished, tmp_path, arguments, named):
   given = [text.replace('RUN', str(finished)) for text in arguments]
@@ -190,7 +192,7 @@ def test_follow_scores_each_checkpoint_once(
   drawn, captions, command, fails, finished, tmp_path, monkeypatch
 ):
   out = tmp_path / 'followed.json'
-  arguments = ('evaluate', '--workdir', finished, '--follow', *captions, '--out', out)
+  arguments = ('evaluate', 'model', '--workdir', finished, '--follow', *captions, '--out', out)
   assert command(*arguments, '--metrics', 'fd,clip_score') == 0
   scores = json.loads(out.read_text())
   assert [line['step'] for line in scores['history']] == [2, 4]
@@ -201,7 +203,7 @@ def test_follow_scores_each_checkpoint_once(
   assert 'fd_clip of each checkpoint' in out.with_suffix('.html').read_text()
   left = {path.name for path in (tmp_path / 'followed.parts').iterdir()}
   assert left == {'reference', 'untrained'}
-  monkeypatch.setattr(Diffusion, 'draw', lambda *_, **__: 1 / 0)
+  monkeypatch.setattr(Diffusion, 'sample', lambda *_, **__: 1 / 0)
   assert command(*arguments, '--metrics', 'fd,clip_score') == 0
   assert json.loads(out.read_text()) == scores and len(_rows(out)) == 2
   assert 'is of another evaluation (metrics was' in fails(*arguments, '--metrics', 'fd')
@@ -211,8 +213,7 @@ def test_follow_scores_each_checkpoint_once(
 
 def test_checkpoints_of_one_history_are_of_one_run_and_its_captions():
   def known(run, *captions):
-    args = argparse.Namespace(workdir=run, ema_halflife_images=None)
-    return evaluate_follow._followed(args, argparse.Namespace(captions=captions))
+    return followed(run, None, captions)
 
   found = known('runs/a', 'cat', 'dog')
   assert found == known('./runs/a', 'cat', 'dog') and found['captions'] == 2
@@ -224,10 +225,10 @@ def test_a_run_without_a_word_is_over_once_it_has_long_written_nothing(tmp_path,
   (tmp_path / 'checkpoints').mkdir()
   if status is not None:
     (tmp_path / 'status.json').write_text(status)
-  assert not evaluate_follow._over(str(tmp_path))
+  assert not over(str(tmp_path))
   for path in (tmp_path / 'checkpoints', tmp_path):
     os.utime(path, (1e9, 1e9))
-  assert evaluate_follow._over(str(tmp_path))
+  assert over(str(tmp_path))
 
 
 def test_weights_of_one_name_are_told_apart(finished, copy_of, small_data):
@@ -265,8 +266,8 @@ def test_follow_beside_a_run_that_goes_on(parts, captions, command, small_data, 
     while not (run / 'config.json').is_file() and training.poll() is None:
       time.sleep(0.2)
     out = tmp_path / 'followed.json'
-    followed = ('--workdir', run, '--follow', *captions, '--metrics', 'fd', '--out', out)
-    assert command('evaluate', *followed) == 0
+    given = ('--workdir', run, '--follow', *captions, '--metrics', 'fd', '--out', out)
+    assert command('evaluate', 'model', *given) == 0
     assert training.wait(timeout=60) == 0
   finally:
     training.kill()
@@ -281,8 +282,8 @@ def test_two_processes_killed_and_started_again(command, finished, small_data, t
   captions = tmp_path / 'captions.txt'
   captions.write_text('\n'.join(f'a picture of {i}' for i in range(130)))
   arguments = (
-    'evaluate', '--workdir', finished, '--captions', captions, '--metrics', 'fd,clip_score',
-    '--sweep', 'ema_halflife_images=20,0',
+    'evaluate', 'sweep', 'ema_halflife_images=20,0', '--workdir', finished, '--captions', captions,
+    '--metrics', 'fd,clip_score',
   )
   alone, out = tmp_path / 'alone.json', tmp_path / 'killed.json'
   pieces = tmp_path / 'killed.parts' / 'generated ema_halflife_images=0'

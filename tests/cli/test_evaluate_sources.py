@@ -103,7 +103,7 @@ def test_damaged_images_are_counted_named_and_refused(
     'records': lambda: _damaged_records(place, small_data, sources),
   }[kind]()
   out, file = tmp_path / 'out.json', tmp_path / 'statistics.npz'
-  arguments = ('evaluate', '--images', path, *features, '--save_statistics', file, '--out', out)
+  arguments = ('evaluate', 'images', path, *features, '--save_statistics', file, '--out', out)
   message = fails(*arguments)
   total = len(bad) + len(whole)
   assert f'{len(bad)} of {total} images cannot be read, more than the share of 0' in message
@@ -131,7 +131,7 @@ def test_a_reference_batch_gives_its_images_and_statistics_know_their_features(
     Image.fromarray(image).save(folder / f'{i:02d}.png')
   batch, own = tmp_path / 'batch.npz', tmp_path / 'own.npz'
   np.savez(batch, arr_0=stack, mu=np.zeros(8), sigma=np.eye(8))
-  arguments = ('evaluate', '--images', folder, *features, '--out', out)
+  arguments = ('evaluate', 'images', folder, *features, '--out', out)
   more = ('--reference', batch, '--metrics', 'fd,kid', '--save_statistics', own)
   assert command(*arguments, *more) == 0
   scores = json.loads(out.read_text())
@@ -169,9 +169,9 @@ def test_a_reference_batch_gives_its_images_and_statistics_know_their_features(
 
 
 @pytest.mark.parametrize(('arguments', 'named'), [
-  (['--images', 'DIR', '--save_statistics', 'DIR/a.txt'], 'name it NAME.npz or NAME.pt'),
-  (['--likelihood', '--save_statistics', 'DIR/a.npz'], '--save_statistics does nothing'),
-  (['--sweep', 'steps=2,4', '--save_statistics', 'DIR/a.npz'], 'of one set of pictures; leave'),
+  (['images', 'DIR', '--save_statistics', 'DIR/a.txt'], 'name it NAME.npz or NAME.pt'),
+  (['likelihood', '--save_statistics', 'DIR/a.npz'], 'there is no option --save_statistics'),
+  (['sweep', 'steps=2,4', '--save_statistics', 'DIR/a.npz'], 'of one set of pictures; leave'),
 ])
 def test_what_cannot_be_saved_is_refused_at_once(fails, tmp_path, arguments, named):
   given = [text.replace('DIR', str(tmp_path)) for text in arguments]
@@ -184,7 +184,7 @@ def test_texts_are_not_asked_of_an_image_tower(fails, tmp_path):
     **tiny.TOWER, image_size=24, patch_size=8, projection_dim=6,
   )).save_pretrained(tmp_path / 'tower')
   Image.new('RGB', (24, 24)).save(tmp_path / 'a.png')
-  arguments = ('--images', tmp_path, '--features', f'clip:{tmp_path / "tower"}')
+  arguments = ('images', tmp_path, '--features', f'clip:{tmp_path / "tower"}')
   for metric in ('clip_score', 'retrieval'):
     message = fails('evaluate', *arguments, '--metrics', metric, '--out', tmp_path / 'out.json')
     assert f'{metric} needs texts, but clip/tower/bicubic is an image tower alone' in message

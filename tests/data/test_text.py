@@ -86,12 +86,12 @@ def test_every_command_reads_prompts_captions_and_labels_so(finished, command, f
   prompts.write_bytes(b'caf\xe9')
   assert 'the prompts file' in fails(*arguments)
   bad = ('--out', tmp_path / 'scores.json', '--captions', prompts)
-  assert 'the captions' in fails('evaluate', '--workdir', finished, *bad)
+  assert 'the captions' in fails('evaluate', 'model', '--workdir', finished, *bad)
   good = tmp_path / 'captions.txt'
   good.write_text('cat\n', encoding='utf-8')
   assert 'the labels' in fails(
-    'evaluate', '--workdir', finished, '--out', tmp_path / 'scores.json', '--captions', good,
-    '--labels', prompts,
+    'evaluate', 'model', '--workdir', finished, '--out', tmp_path / 'scores.json', '--captions',
+    good, '--labels', prompts,
   )
 
 

@@ -12,8 +12,8 @@ from diffusion_jax.evaluation.evaluator import run_all, scores_of
 from diffusion_jax.evaluation.extractors.clip import load_features
 from diffusion_jax.evaluation.generated import (
   GeneratedImages,
-  shuffled,
 )
+from diffusion_jax.evaluation.images import shuffled
 from diffusion_jax.evaluation.metrics.frechet import frechet_distance
 from diffusion_jax.evaluation.metrics.text import clip_score
 from diffusion_jax.evaluation.statistics import Statistics

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
+from diffusion_jax.config import typed
 from diffusion_jax.diffusion import bounds, likelihood
 from diffusion_jax.diffusion.bounds import continuous_bound, discrete_bound, gaussian_bits
 from diffusion_jax.diffusion.likelihood import flow_likelihood
 from diffusion_jax.diffusion.mixture import GaussianMixture
 from diffusion_jax.diffusion.noise import NoiseSchedule, Schedule, ScheduleConfig
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.generated import shuffled
+from diffusion_jax.evaluation.images import shuffled
 from diffusion_jax.evaluation.likelihood import (
   FIGURES,
   LikelihoodConfig,
@@ -94,7 +95,7 @@ def rows(finished, command, tmp_path_factory):
   """scores.json of the command."""
   out = tmp_path_factory.mktemp('likelihood') / 'bits.json'
   assert command(
-    'evaluate', '--likelihood', '--workdir', finished, '--out', out, '--samples', SAMPLES,
+    'evaluate', 'likelihood', '--workdir', finished, '--out', out, '--samples', SAMPLES,
     '--draws', CHEAP.draws, '--solver', CHEAP.solver, '--ode_steps', CHEAP.ode_steps, '--seed', 3,
   ) == 0
   return json.loads(out.read_text())
@@ -222,7 +223,7 @@ def test_images_have_latents_of_their_own_in_any_batch(loaded, sources):
 def test_impossible_settings_are_refused(options):
   (name, value), = options.items()
   with pytest.raises(UserError, match=f'{name}.*{value}'):
-    LikelihoodConfig(**options)
+    typed(LikelihoodConfig, options)
 
 
 @pytest.mark.parametrize('samples', [1, 100_000])

@@ -4,6 +4,7 @@ import pytest
 
 from diffusion_jax.evaluation.report import add_rows, incomparable, read_rows, write
 from diffusion_jax.evaluation.scores import value_of
+from diffusion_jax.viz.evaluation import write_evaluation_page
 
 
 def _row(*figures, **settings):
@@ -78,14 +79,14 @@ def test_figures_are_in_the_json_only_once_they_are_in_the_table(tmp_path):
   """For what is in there is not computed again."""
   (tmp_path / 'scores.csv').mkdir()
   with pytest.raises(OSError):
-    write(tmp_path / 'scores.json', {'generated': {'fid': 3.0}}, {})
+    write(tmp_path / 'scores.json', {'generated': {'fid': 3.0}}, write_evaluation_page)
   assert not (tmp_path / 'scores.json').exists()
 
 
 def test_an_evaluation_that_is_written_again_says_the_same(tmp_path):
   def evaluated(samples, said):
     scores = {'generated': {'fid': 3.0 + samples}, 'warnings': [], 'settings': {'samples': samples}}
-    write(tmp_path / 'scores.json', scores, {}, said.append)
+    write(tmp_path / 'scores.json', scores, write_evaluation_page, said.append)
     return (tmp_path / 'scores.json').read_text()
 
   said = [[], [], [], []]

@@ -15,7 +15,7 @@ def test_a_metric(outside, trained_with, command, parts, tmp_path):
   assert scores['generated']['spread'] > 0 and scores['real']['spread'] > 0
   out = tmp_path / 'scores.json'
   assert command(
-    'evaluate', '--workdir', workdir, '--samples', 16, '--metrics', 'spread', '--out', out
+    'evaluate', 'model', '--workdir', workdir, '--samples', 16, '--metrics', 'spread', '--out', out
   ) == 0
   found = json.loads(out.read_text())
   assert found['generated']['spread'] > 0 and 'spread' in json.dumps(found['intervals'])

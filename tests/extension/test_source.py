@@ -13,7 +13,7 @@ def test_a_source(outside, trained_with, command, parts, tmp_path):
   assert command('sample', '--workdir', workdir, '--prompt', 'red', '--out', out) == 0
   assert (out / '0000_red.png').exists()
   scores = tmp_path / 'scores.json'
-  assert command('evaluate', '--workdir', workdir, '--samples', 16, '--out', scores) == 0
+  assert command('evaluate', 'model', '--workdir', workdir, '--samples', 16, '--out', scores) == 0
   assert json.loads(scores.read_text())['generated']
 
 

@@ -31,5 +31,5 @@ def test_a_run_of_it_is_scored_by_evaluate(outside, trained_with, command, tmp_p
   values = tiny.autoencoder_config() | {'task': 'mean', 'settings': {}}
   workdir = trained_with(outside('task'), values)
   out = tmp_path / 'scores.json'
-  assert command('evaluate', '--workdir', workdir, '--out', out) == 0
+  assert command('evaluate', 'model', '--workdir', workdir, '--out', out) == 0
   assert 0 < json.loads(out.read_text())['test']['mean_distance'] < 2

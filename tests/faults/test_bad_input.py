@@ -213,17 +213,18 @@ def test_runs_that_cannot_be_sampled(fails, finished, copy_of, tmp_path):
 @pytest.mark.parametrize('samples', [3, 100_000])
 def test_too_few_and_too_many_samples(fails, finished, tmp_path, samples):
   message = fails(
-    'evaluate', '--workdir', finished, '--out', tmp_path / 'scores.json', '--samples', samples
+    'evaluate', 'model', '--workdir', finished, '--out', tmp_path / 'scores.json', '--samples',
+    samples,
   )
   assert f'{samples} samples' in message and '16 to' in message
   assert not (tmp_path / 'scores.json').exists()
 
 
-@pytest.mark.parametrize('more', [(), ('--likelihood',), ('--images', 'docs')])
+@pytest.mark.parametrize('more', [('model',), ('likelihood',), ('images', 'docs')])
 def test_scores_of_an_impossible_seed(fails, finished, tmp_path, more):
-  subject = () if '--images' in more else ('--workdir', finished)
+  subject = () if 'images' in more else ('--workdir', finished)
   out = tmp_path / 'new' / 'scores.json'
-  message = fails('evaluate', *subject, *more, '--out', out, '--seed', 2**32)
+  message = fails('evaluate', *more, *subject, '--out', out, '--seed', 2**32)
   assert '--seed is 4294967296; give a whole number from 0 to 4294967295' in message
   assert not out.parent.exists()
 
@@ -246,7 +247,7 @@ def test_files_where_directories_belong(fails, recipe, finished, tmp_path):
   file.write_text('mine')
   assert 'is a file' in fails('train', '--config', recipe(), '--workdir', file)
   assert 'is a file' in fails('sample', '--workdir', finished, '--prompt', 'cat', '--out', file)
-  assert 'is a directory' in fails('evaluate', '--workdir', finished, '--out', tmp_path)
+  assert 'is a directory' in fails('evaluate', 'model', '--workdir', finished, '--out', tmp_path)
   assert file.read_text() == 'mine'
 
 

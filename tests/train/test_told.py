@@ -157,7 +157,7 @@ def test_an_evaluation_says_what_its_features_know(command, finished, trained, t
   clip = shutil.copytree(trained('clip') / 'model', tmp_path / 'own')
   out = tmp_path / 'scores.json'
   assert command(
-    'evaluate', '--workdir', finished, '--samples', 16, '--metrics', 'fd', '--features',
+    'evaluate', 'model', '--workdir', finished, '--samples', 16, '--metrics', 'fd', '--features',
     f'clip:{clip}', '--out', out,
   ) == 0
   scores = json.loads(out.read_text())
@@ -178,7 +178,7 @@ def test_a_clip_that_knows_captions_is_not_warned_of(command, small_data, tmp_pa
     Image.fromarray(pixels).save(tmp_path / 'pictures' / f'{i}.png')
   out = tmp_path / 'scores.json'
   assert command(
-    'evaluate', '--images', tmp_path / 'pictures', '--reference', 'test', '--size', tiny.SIZE,
+    'evaluate', 'images', tmp_path / 'pictures', '--reference', 'test', '--size', tiny.SIZE,
     '--metrics', 'kid', '--out', out,
   ) == 0
   scores = json.loads(out.read_text())

@@ -102,7 +102,7 @@ def test_runs_finish_without_them(task, pictures, parts, command, tmp_path, caps
   if task == 'uncached':
     out = tmp_path / 'scores.json'
     how = ('--samples', 16, '--steps', 1, '--metrics', 'fd')
-    assert command('evaluate', '--workdir', run, '--out', out, *how) == 0
+    assert command('evaluate', 'model', '--workdir', run, '--out', out, *how) == 0
     assert json.loads(out.read_text())['settings']['reference_images'] in (GOOD, GOOD + 5)
 
 
