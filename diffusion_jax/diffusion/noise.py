@@ -22,7 +22,7 @@ from diffusion_jax.diffusion.parameterization import noise_label
 from diffusion_jax.diffusion.processes import Process, tabulate
 from diffusion_jax.diffusion.samplers.grid import Grid, process_grid, sampling_grid
 from diffusion_jax.errors import UserError
-from diffusion_jax.types import PerExample
+from diffusion_jax.types import Params, PerExample
 
 
 def linear_betas(steps: int, start: float, end: float) -> np.ndarray:
@@ -79,6 +79,8 @@ MOST_TIMESTEPS = 100_000
 LABELS = ('exact', 'nearest', 'down', 'sigma')
 """What a sampler tells the network: the fractional timestep, rounded, rounded down; sigma T of a
 flow."""
+
+LEARNED = 'learned'
 
 NETWORK_LABELS = ('timestep', 'log_snr', 'sigma')
 """What a network on a process is told: ln(sigma / alpha) stretched to [0, num_train_timesteps],
@@ -296,7 +298,8 @@ class NoiseConfig(ScheduleConfig):
   """A table of timesteps, or a process in continuous time.
 
   process: 'table', for the T timesteps of the fields of `ScheduleConfig`, or a name of
-  `processes.PROCESSES` with its process_options, such as {'sigma_max': 50.0}. sub_vp: the sub-VP
+  `processes.PROCESSES` with its process_options, such as {'sigma_max': 50.0}, or 'learned', a
+  log_linear one whose way between its ends is learned beside the network. sub_vp: the sub-VP
   process of that one. label: what the network is told, one of NETWORK_LABELS; on a process alone.
   """
 
@@ -324,7 +327,13 @@ class NoiseConfig(ScheduleConfig):
           f'schedule.{field.name} has no effect on the process {self.process}; remove it, or set '
           'process to table.'
         )
-    processes.named(self.process, **self.process_options)
+    self.make_process()
+
+  def make_process(self) -> Process:
+    """Return the process; one that is learned as it is before."""
+    name = 'log_linear' if self.process == LEARNED else self.process
+    process = processes.named(name, **self.process_options)
+    return processes.sub_vp(process) if self.sub_vp else process
 
   @property
   def is_table(self) -> bool:
@@ -367,16 +376,35 @@ class NoiseSchedule:
       config = NoiseConfig(**dataclasses.asdict(config))
     if config.is_table:
       return cls.of_table(Schedule(config), config)
-    process = processes.named(config.process, **config.process_options)
-    if config.sub_vp:
-      process = processes.sub_vp(process)
-    steps = config.num_train_timesteps
-    return cls(process, kind=config.label, timesteps=steps, config=config)
+    t_min = 0.0 if config.process == LEARNED else 1e-3
+    return cls(
+      config.make_process(), t_min=t_min, kind=config.label,
+      timesteps=config.num_train_timesteps, config=config,
+    )
 
   @classmethod
   def of_table(cls, table: Schedule, config: NoiseConfig | None = None) -> 'NoiseSchedule':
     """Return the schedule of a table that is there already."""
     return cls(table.process, table, config=config)
+
+  @property
+  def learnable(self) -> bool:
+    """True if the process has parameters."""
+    return self.config is not None and self.config.process == LEARNED
+
+  def initialize(self, key: jax.Array) -> Params:
+    """Return fresh parameters of the process, none where it is not learned."""
+    return processes.init_monotone(key) if self.learnable else {}
+
+  def bind(self, params: Params) -> 'NoiseSchedule':
+    """Return the schedule whose process has these parameters."""
+    if not self.learnable:
+      return self
+    ends = -processes.log_snr(self.process, jnp.arange(2.0))
+    process = processes.learned(params, *ends)
+    return NoiseSchedule(
+      process, t_min=self.t_min, kind=self.kind, timesteps=self.timesteps, config=self.config
+    )
 
   @property
   def zero_terminal(self) -> bool:

@@ -33,7 +33,7 @@ from diffusion_jax.diffusion.losses import WEIGHTINGS, Error, weighting
 from diffusion_jax.diffusion.noise import Level, NoiseSchedule
 from diffusion_jax.diffusion.parameterization import PREDICTIONS, Parameterization, expand
 from diffusion_jax.errors import UserError
-from diffusion_jax.types import Latents, PerExample
+from diffusion_jax.types import Latents, Params, PerExample
 
 
 def uniform(key: jax.Array, count: int) -> PerExample:
@@ -257,6 +257,8 @@ class Objective:
     self.config, self.noise = config, noise
     self.parameterization = parameterization or config.parameterization
     needs = config.loss if config.loss in OF_A_TABLE else config.times
+    if noise.learnable and config.loss != 'vdm':
+      raise UserError(f'objective.loss {config.loss} learns no process; set it to vdm.')
     if needs in (*OF_A_TABLE, 'importance') and noise.table is None:
       raise UserError(f'objective: {needs} needs a table of timesteps; choose a discrete schedule.')
     self.weighting = None
@@ -310,6 +312,24 @@ class Objective:
     if config.loss != 'simple':
       loss = self._bound(x0, x, output, variance, level, loss)
     return Losses(factor * loss, error, level)
+
+  def losses_of_learned(
+    self, network: Callable[[Params], Network], params: Params, process: Params, x0: Latents,
+    key: jax.Array,
+  ) -> Losses:
+    """Losses of a network of `params` on a learned process (Kingma et al. 2021, appendix I.2).
+
+    The bound does not depend on the process between its ends, so its gradient is taken in the
+    parameters of the network alone, and that of its square, whose mean is its variance but for a
+    constant, in those of the process. The value is that of the bound.
+    """
+    stop, on = jax.lax.stop_gradient, lambda process: Objective(
+      self.config, self.noise.bind(process), self.parameterization
+    )
+    key, key_square = jax.random.split(key)
+    out = on(stop(process)).losses(network(params), x0, key)
+    square = on(process).losses(network(stop(params)), x0, key_square).loss ** 2
+    return out._replace(loss=out.loss + square - stop(square))
 
   def _error(self, level: Level) -> Error:
     if self.config.error == 'squared':

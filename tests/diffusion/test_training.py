@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from diffusion_jax.diffusion import losses, processes
-from diffusion_jax.diffusion.noise import NoiseSchedule, ScheduleConfig
+from diffusion_jax.diffusion.noise import NoiseConfig, NoiseSchedule, ScheduleConfig
 from diffusion_jax.diffusion.objective import Objective, ObjectiveConfig, update_history
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.errors import UserError
@@ -234,3 +235,43 @@ def test_what_cannot_be_or_has_no_effect_is_refused(values, words):
 def test_a_process_has_no_timesteps_to_weigh():
   with pytest.raises(UserError, match='table of timesteps'):
     Objective(ObjectiveConfig(times='importance'), KARRAS)
+
+
+def test_a_learned_process_lowers_the_variance_of_the_bound():
+  """Its mean stays what the ends of the process make it: half the fall of ln(1 + s^2 SNR)."""
+  ends = {'gamma_min': -8.0, 'gamma_max': 5.0}
+  noise = NoiseSchedule.of(NoiseConfig(process='learned', label='log_snr', process_options=ends))
+  objective = Objective(ObjectiveConfig(prediction='sample', loss='vdm', stratified=True), noise)
+  network = lambda scale: lambda x, label: scale * _best(x[:, None, None], label)[:, 0, 0]
+  x0, optimizer = _data(8192)[:, 0, 0], optax.adam(2e-2)
+  losses = jax.jit(lambda scale, process, key: objective.losses_of_learned(
+    network, scale, process, x0, key
+  ).loss)
+
+  @jax.jit
+  def step(process, state, key):
+    slope = jax.grad(lambda process: losses(1.0, process, key).mean())(process)
+    updates, state = optimizer.update(slope, state)
+    return optax.apply_updates(process, updates), state
+
+  process = noise.initialize(jax.random.key(3))
+  state, first = optimizer.init(process), losses(1.0, process, jax.random.key(99))
+  for i in range(100):
+    process, state = step(process, state, jax.random.key(i))
+  last = losses(1.0, process, jax.random.key(99))
+  wanted = (np.log1p(STD**2 * np.exp(8)) - np.log1p(STD**2 * np.exp(-5))) / 2 / np.log(2)
+  for found in (first, last):
+    assert float(found.mean()) == pytest.approx(wanted, rel=0.02)
+  assert last.std() < 0.85 * first.std()
+  # The network's gradient is that of the bound itself.
+  by_scale = jax.grad(lambda scale: losses(scale, process, jax.random.key(7)).mean())(1.1)
+  bound = Objective(objective.config, noise.bind(process))
+  alone = lambda scale: bound.losses(
+    network(scale), x0, jax.random.split(jax.random.key(7))[0]
+  ).loss.mean()
+  np.testing.assert_allclose(by_scale, jax.grad(alone)(1.1), rtol=1e-4)
+
+
+def test_only_the_bound_learns_a_process():
+  with pytest.raises(UserError, match='set it to vdm'):
+    Objective(ObjectiveConfig(), NoiseSchedule.of(NoiseConfig(process='learned')))

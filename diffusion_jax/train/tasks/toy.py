@@ -22,12 +22,13 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.limits import FileDtype
 from diffusion_jax.models.mlp import MLP, MLPConfig
-from diffusion_jax.models.network import Network
+from diffusion_jax.models.network import Network, prefixed, under
 from diffusion_jax.registry import EVALUATORS, load
 from diffusion_jax.train.tasks.diffusion import NoisingTask, history_of
 from diffusion_jax.train.tasks.task import Env, Frozen
 from diffusion_jax.types import Params, Scores, Source
 
+PROCESS = 'noise'
 FIELD_LEVELS = (1.0, 0.4, 0.15)
 LIKELIHOOD_STEPS = 40
 
@@ -47,9 +48,10 @@ class ToySampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ToyTaskConfig:
-  """process: table, for the T timesteps of `schedule`, or a name of `processes.PROCESSES` with its
-  options, such as {'sigma_max': 50.0}. sub_vp: the sub-VP process of that one. width, depth: of the
-  network. likelihood_points: test points whose bits are counted at the end, 0 for none."""
+  """process: table, for the T timesteps of `schedule`, a name of `processes.PROCESSES` with its
+  options, such as {'sigma_max': 50.0}, or learned. sub_vp: the sub-VP process of that one. width,
+  depth: of the network. likelihood_points: test points whose bits are counted at the end, 0 for
+  none."""
 
   process: str = 'table'
   process_options: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -76,7 +78,7 @@ class ToyTaskConfig:
 
 
 class ToyTask(NoisingTask):
-  """Parameters are the MLP's."""
+  """Parameters are the MLP's and, under 'noise', those of a learned process."""
 
   Config = ToyTaskConfig
   name, title = 'toy', 'Denoiser of points in the plane'
@@ -119,7 +121,8 @@ class ToyTask(NoisingTask):
     return cls(config.settings, env.test)
 
   def initialize(self, key: jax.Array) -> Params:
-    return self.mlp.initialize(key)
+    process = self.noise.initialize(jax.random.fold_in(key, 1)) if self.noise.learnable else {}
+    return self.mlp.initialize(key) | prefixed(PROCESS, process)
 
   def network(self, params: Params) -> Denoising:
     """The MLP between the scales of its process.
@@ -127,7 +130,7 @@ class ToyTask(NoisingTask):
     It sees x at unit variance, and its output is divided by sigma where a score is wanted (Song &
     Ermon 2020, technique 3): the score of little noise is large.
     """
-    mlp = self.mlp.bind(params)
+    mlp = self.mlp.bind({name: params[name] for name in self.mlp.shapes})
     parameterization = self.objective.parameterization
 
     def network(x, label):
@@ -143,7 +146,11 @@ class ToyTask(NoisingTask):
 
   def loss(self, params, frozen, carry, batch, key, step) -> tuple[jax.Array, tuple]:
     x0 = batch['points'].reshape(-1, 2)
-    losses = self.objective.losses(self.network(params), x0, key, history_of(carry))
+    if self.noise.learnable:
+      process = under(PROCESS, params)
+      losses = self.objective.losses_of_learned(self.network, params, process, x0, key)
+    else:
+      losses = self.objective.losses(self.network(params), x0, key, history_of(carry))
     return self.summary(losses, carry)
 
   def _draw(self, params: Params, seed: int, count: int) -> jax.Array:
@@ -183,5 +190,9 @@ class ToyTask(NoisingTask):
     ]
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
-    """The network; `config.json` of the run says how it was trained."""
-    save_params(directory, self.mlp.config, params, dtype=self.config.export_dtype)
+    """The network; `config.json` of the run says how it was trained.
+
+    A learned process is left out: samples and likelihoods depend on its ends alone.
+    """
+    mlp = {name: params[name] for name in self.mlp.shapes}
+    save_params(directory, self.mlp.config, mlp, dtype=self.config.export_dtype)

@@ -143,3 +143,25 @@ def test_settings_without_effect_are_refused(values, words):
 def test_the_settings_of_a_process_are_checked():
   with pytest.raises(UserError, match='choose one of linear'):
     ToyTaskConfig(process='linera')
+
+
+def test_a_learned_process_is_trained_beside_the_network(command, tmp_path):
+  values = tiny.toy_config({
+    'process': 'learned', 'process_options': {'gamma_min': -8.0, 'gamma_max': 5.0},
+    'objective': {'prediction': 'epsilon', 'loss': 'vdm', 'stratified': True},
+    'sample': {'sampler': 'ddpm', 'steps': 2}, 'likelihood_points': 8,
+  }, loop={'total_steps': 2})
+  run = tmp_path / 'run'
+  config = tiny.write_config(tmp_path / 'recipe.py', values)
+  assert command('train', '--config', config, '--workdir', run, '--quiet') == 0
+  task = ToyTask(parse(values).settings, open_points('moons', 'test', 16))
+  first = jax.jit(task.initialize)(jax.random.key(0))
+  assert {'noise.l1.kernel', 'noise.l3.kernel'} < first.keys()
+  _, params = load_params('mlp', str(run / 'model'))
+  assert params.keys() == task.mlp.shapes.keys()
+  batch = {'points': jnp.asarray(open_points('moons', 'train', 16)[0]['points'])[None]}
+  slopes = jax.jit(jax.grad(
+    lambda params: task.loss(params, {}, {}, batch, jax.random.key(1), 0)[0]
+  ))(first)
+  assert all(np.isfinite(slope).all() for slope in slopes.values())
+  assert np.abs(slopes['noise.l3.kernel']).max() > 0
