@@ -25,14 +25,14 @@ def parameter_table(params: Params, rows: int) -> str:
 
 
 def model_card(
-  title: str, config: dict[str, Any], *, parameters: Params, steps: int, seconds: float,
-  command: str, scores: dict[str, Any], credit: str, devices: np.ndarray,
+  title: str, described: tuple[str, str], config: dict[str, Any], *, parameters: Params,
+  steps: int, seconds: float, command: str, scores: dict[str, Any], credit: str, devices: np.ndarray,
   pictures: Pictures | None = None, provenance: Sequence[str] = (),
 ) -> str:
   """Return Markdown.
 
   Args:
-    title: of the task. parameters: those that are trained, or their shapes.
+    title, described: of the task. parameters: those that are trained, or their shapes.
     seconds: spent until now, with sampling and scoring.
     scores: as a run keeps them, with what they are measured on.
     devices: of the mesh. pictures: what it is trained on, None for points.
@@ -40,9 +40,7 @@ def model_card(
   """
   data, loop = config['data'], config['loop']
   records = steps * loop['batch_size']
-  one, edge = 'images', f'{data["size"]} x {data["size"]} pixels'
-  if config['task'] == 'toy':
-    one, edge = f'records of {data["size"]} points', 'points in the plane'
+  one, edge = described
   of = f' of {pictures.records:,} images' if pictures else ''
   lines = [
     f'# {title} ({data["dataset"]}, {edge})', '',

@@ -237,8 +237,9 @@ class Hooks:
     self.t.directory.write_text(name, self._card(state, seconds, scores))
 
   def _card(self, state: TrainState, seconds: float, scores: Scores) -> str:
+    task = self.t.task
     return model_card(
-      self.t.task.title, self.t.config,
+      task.title, task.described(self.t.config['data']['size']), self.t.config,
       parameters=state.params,
       steps=int(state.step), seconds=seconds, command=command_line(), scores=scores,
       credit=self.t.data_credit, devices=self.t.mesh.devices, provenance=self.t.provenance,

@@ -118,7 +118,7 @@ def test_captions_that_are_the_same_do_not_count_against_a_clip():
 
 def test_a_card_tells_what_pictures_go_through(tmp_path):
   card = model_card(
-    'KL autoencoder',
+    'KL autoencoder', ('images', '32 x 32 pixels'),
     tiny.autoencoder_config() | {'data': {
       'dataset': 'openmoji', 'size': 32, 'transforms': [
         ['resize', {'size': 64}], 'random_flip', {'name': 'random_crop', 'size': 32},

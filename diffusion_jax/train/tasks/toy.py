@@ -102,6 +102,10 @@ class ToyTask(NoisingTask):
     self._bits = jax.jit(self._likelihood)
 
   @classmethod
+  def described(cls, size: int) -> tuple[str, str]:
+    return f'records of {size} points', 'points in the plane'
+
+  @classmethod
   def check_data(cls, config: TrainingConfig) -> None:
     if config.data.transforms:
       raise UserError('data.transforms have no effect on points; empty them.')
