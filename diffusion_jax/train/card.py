@@ -26,8 +26,8 @@ def parameter_table(params: Params, rows: int) -> str:
 
 def model_card(
   title: str, described: tuple[str, str], config: dict[str, Any], *, parameters: Params,
-  steps: int, seconds: float, command: str, scores: dict[str, Any], credit: str, devices: np.ndarray,
-  pictures: Pictures | None = None, provenance: Sequence[str] = (),
+  steps: int, seconds: float, command: str, scores: dict[str, Any], credit: str,
+  devices: np.ndarray, pictures: Pictures | None = None, provenance: Sequence[str] = (),
 ) -> str:
   """Return Markdown.
 
