@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.limits import ByType, Count, Help, OneOf, Positive, Range, Seconds, Seed
-from diffusion_jax.registry import OPTIMIZERS, TASKS, check, load
+from diffusion_jax.registry import OPTIMIZERS, SAMPLERS, TASKS, check, load
 
 T = TypeVar('T')
 
@@ -350,7 +350,7 @@ class SampleOptions:
   them. decoding: sliced and tiled take less memory, and tiled changes colours a little.
   """
 
-  sampler: Annotated[str, Help(
+  sampler: Annotated[str, OneOf(SAMPLERS), Help(
     'one of the table in README.md, or any other word to have them listed', 'NAME'
   )] = 'dpmpp_2m'
   steps: Annotated[int, Range(1, 10_000), Help('sampling steps', 'N')] = 20

@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import math
 import operator
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Annotated, Any, Literal
 
 from diffusion_jax import registry
@@ -62,17 +62,18 @@ class OneOf:
 class ByType:
   """A section whose key `type` names the part of a registry that it configures.
 
-  The part is a dataclass, or has one as `Config`. default: the type where the section names none;
-  it is not written down.
+  The part is a dataclass, or has one as `Config`, or `of` returns it. default: the type where the
+  section names none; it is not written down.
   """
 
   table: registry.Table
   default: str = ''
+  of: Callable[[Any], type] | None = None
 
   def section(self, name: str, where: str) -> type:
     """Return the dataclass of that type. UserError for an unknown one."""
     part = registry.load(self.table, name, f'{where}.type')
-    return getattr(part, 'Config', part)
+    return self.of(part) if self.of else getattr(part, 'Config', part)
 
   def name(self, section: Any) -> str:
     """Return the type that a section is of, '' for the default."""
