@@ -77,8 +77,9 @@ class ByType:
 
   def name(self, section: Any) -> str:
     """Return the type that a section is of, '' for the default."""
-    own = (name for name in self.table if self.section(name, '') is type(section))
-    found = next(own, self.default)
+    names = [self.default, *self.table] if self.default else list(self.table)
+    own = (name for name in names if self.section(name, '') is type(section))
+    found = next(own, self.default)  # The default first: each name imports its part.
     return '' if found == self.default else found
 
 
