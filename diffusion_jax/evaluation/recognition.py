@@ -23,9 +23,10 @@ from diffusion_jax.evaluation.evaluator import (
   named,
 )
 from diffusion_jax.evaluation.extractors.classifier import ClassifierExtractor
-from diffusion_jax.evaluation.extractors.clip import CLIPExtractor, CLIPFeatures, unit
+from diffusion_jax.evaluation.extractors.clip import CLIPExtractor, CLIPFeatures
 from diffusion_jax.evaluation.metrics.text import clip_score, retrieval_recall
 from diffusion_jax.models.network import Network
+from diffusion_jax.models.text.clip import unit
 from diffusion_jax.parallel.mesh import in_batches, put_params, to_host
 from diffusion_jax.types import Params, Source
 

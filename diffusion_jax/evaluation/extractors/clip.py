@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
 
 from diffusion_jax.evaluation.extract import column
 from diffusion_jax.evaluation.extractors import Extractor, compiled
@@ -28,11 +27,6 @@ from diffusion_jax.types import Params
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
-
-
-def unit(x: Float[Array, 'n p']) -> Float[Array, 'n p']:
-  """Scales rows to Euclidean length 1."""
-  return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def load_features(path: str, mesh: Mesh) -> CLIPFeatures:

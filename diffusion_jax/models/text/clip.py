@@ -430,3 +430,8 @@ class CLIP(nnx.Module):
   def encode_image(self, pixels: Images) -> jax.Array:
     """Pixels [b s s c], already normalised -> embedding [b p], projected but not normalised."""
     return self.visual_projection(self.vision_model(pixels))
+
+
+def unit(x: jax.Array) -> jax.Array:
+  """Scale rows [n p] to Euclidean length 1."""
+  return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

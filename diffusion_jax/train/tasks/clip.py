@@ -13,11 +13,10 @@ from jax.sharding import Mesh
 
 from diffusion_jax.config import TrainingConfig
 from diffusion_jax.data.unreadable import readable
-from diffusion_jax.evaluation.extractors.clip import unit
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.limits import FileDtype, Range, same_size
 from diffusion_jax.models.network import Network
-from diffusion_jax.models.text.clip import CLIP, CLIPConfig
+from diffusion_jax.models.text.clip import CLIP, CLIPConfig, unit
 from diffusion_jax.models.text.tokenizer import (
   Tokenize,
   load_tokenizer,
