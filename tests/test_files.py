@@ -24,10 +24,11 @@ from diffusion_jax.files import (
 from diffusion_jax.formats.adapters import read_lora
 from diffusion_jax.formats.convert import convert
 from diffusion_jax.formats.networks import load_params, resolve
+from diffusion_jax.formats.pipeline import save_changed
 from diffusion_jax.formats.tensors import read_tensors, write_json, write_tensors
 from diffusion_jax.formats.textual_inversion import read_textual_inversion
 from diffusion_jax.models.text.tokenizer import load_tokenizer
-from diffusion_jax.pipelines.directory import load_text_to_image, save_changed
+from diffusion_jax.pipelines.directory import load_model
 
 DEEP = b'[' * MOST_DEPTH + b']' * MOST_DEPTH
 
@@ -200,8 +201,8 @@ def pipeline(folder):
 
 
 def test_the_cache_of_the_hub_is_read_and_converted(hub, whole, tmp_path):
-  _, weights, _ = load_text_to_image(str(hub))
-  wanted = load_text_to_image(str(whole))[1]
+  _, weights, _ = load_model(str(hub))
+  wanted = load_model(str(whole))[1]
   assert all(
     np.array_equal(weights[role][name], value)
     for role, params in wanted.items() for name, value in params.items()
@@ -254,7 +255,7 @@ def test_a_folder_elsewhere_is_no_part(model, secret, whole, tmp_path):
   replaced(model / 'scheduler', secret.parent / 'scheduler')
   shutil.copyfile(whole / 'model_index.json', model / 'model_index.json')
   with pytest.raises(UserError, match=r'scheduler_config\.json is a link that leads out'):
-    load_text_to_image(str(model))
+    load_model(str(model))
 
 
 def test_other_blobs_are_not_the_models_own(hub, secret, tmp_path):
@@ -266,7 +267,7 @@ def test_other_blobs_are_not_the_models_own(hub, secret, tmp_path):
     target.parent.mkdir(exist_ok=True)
     target.write_text('{}')
     with pytest.raises(UserError, match='leads out of its model'):
-      load_text_to_image(str(hub))
+      load_model(str(hub))
 
 
 @pytest.mark.parametrize('place', [
@@ -277,7 +278,7 @@ def test_other_blobs_are_not_the_models_own(hub, secret, tmp_path):
 def test_nothing_elsewhere_is_read(model, secret, place):
   replaced(model / place, secret)
   with pytest.raises(UserError, match=rf'{place} is a link that leads out of its model'):
-    load_text_to_image(str(model))
+    load_model(str(model))
 
 
 def test_shards_and_adapters(tmp_path, secret):

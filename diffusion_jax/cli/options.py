@@ -155,14 +155,14 @@ def open_run(options: ModelOptions, values: Mapping[str, Any]):
 
 def open_model(options: ModelOptions, values: Mapping[str, Any], mesh):
   """Return (model, weights on the mesh, sample settings with `values`, the model's name)."""
-  from diffusion_jax.pipelines.directory import load_text_to_image
+  from diffusion_jax.pipelines.directory import load_model
 
   if options.workdir:
     run, sample = open_run(options, values)
     weights = run.weights(ema_halflife_images=options.ema_halflife_images)
     return run.model, run.model.on_mesh(weights, mesh), sample, options.workdir
   name = options.model or DEFAULT_MODEL
-  model, weights, sample = load_text_to_image(name, mesh=mesh)
+  model, weights, sample = load_model(name, mesh=mesh)
   sample = with_values(sample, values)
   sample.check(model.noise, model.parameterization)
   return model, model.on_mesh(weights, mesh), sample, name

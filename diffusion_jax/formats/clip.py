@@ -4,11 +4,9 @@ import functools
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from diffusion_jax.formats.published import GENERAL, NetworkFormat, Rule, same
-from diffusion_jax.formats.tensors import read_json
 from diffusion_jax.models.checks import require, shown
 from diffusion_jax.models.text.clip import CLIP as CLIPModule
 from diffusion_jax.models.text.clip import (
@@ -183,12 +181,15 @@ def _count(pattern: str, shapes: Shapes) -> int:
   return max(found, default=-1) + 1
 
 
-def read_pixels(file: Path) -> dict[str, tuple[float, ...]]:
-  """'mean' and 'std' of pixels in [0, 1], for red, green and blue, of those that the file says.
+def pixel_statistics(values: Mapping[str, Any], file: str) -> dict[str, tuple[float, ...]]:
+  """Return 'mean' and 'std' of pixels in [0, 1] for red, green and blue, of those that are said.
 
-  UserError for anything but three finite numbers, a std above zero.
+  Args:
+    values, file: of preprocessor_config.json.
+
+  Raises:
+    UserError: for anything but three finite numbers, a std above zero.
   """
-  values = read_json(file)
   found = {}
   for name in ('mean', 'std'):
     value = values.get(f'image_{name}')

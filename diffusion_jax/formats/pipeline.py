@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax.diffusion.noise import NoiseConfig
 from diffusion_jax.diffusion.parameterization import PREDICTIONS
+from diffusion_jax.errors import UserError
 from diffusion_jax.files import INDEX, check_folder, inside
 from diffusion_jax.formats.networks import (
   DTYPES,
@@ -116,6 +117,14 @@ class Part:
     matched = match(opened, spec.shapes(self.config), str(native), native=True)
     return {published_name(name): _to_published(name, t) for name, t in matched.items()}
 
+  def expect(self, kinds: Sequence[str]) -> 'Part':
+    """Return the part itself. UserError unless it is a network of one of these kinds."""
+    if self.kind not in kinds:
+      file = resolve(self.path) / 'config.json'
+      read_json(file)  # Where there is none, that is what is wrong.
+      raise UserError(f'{file} describes none of {", ".join(kinds)}; check which network it is.')
+    return self
+
   def network(self, **options) -> Network:
     """Return the network without weights; options such as dtype."""
     return network_format(self.kind).network(self.config, **options)
@@ -165,6 +174,8 @@ class Pipeline:
     """
     require(part in self.parts, f'{INDEX} names no {part}; give a text-to-image pipeline.')
     values, where = self.parts[part].json(SCHEDULER)
+    if not values and 'noise' not in self.index:
+      values = read_json(where)
     if not self.own:
       return read_scheduler(values, where)
     prediction = self.index.get('prediction', values.get('prediction_type', 'epsilon'))
@@ -271,26 +282,13 @@ def _leave_out_pickles(pipeline: Pipeline, folder: Path, name: str, part: Part) 
 
 
 def read_part(
-  path: str | os.PathLike, entry: tuple[str, str] = ('', ''), kind: str | None = None,
-  kinds: Sequence[str] = (),
+  path: str | os.PathLike, entry: tuple[str, str] = ('', ''), kind: str | None = None
 ) -> Part:
-  """Return one part, of a pipeline or alone.
-
-  Args:
-    kind: overrides what its config.json says.
-    kinds: those that it may be of, if not all.
-
-  Raises:
-    UserError: there is no such folder, or it is of another kind.
-  """
+  """Return one part, of a pipeline or alone; `kind` overrides what its config.json says."""
   folder = resolve(path)
   file = folder / 'config.json'
-  values = read_json(inside(file, folder)) if kinds or file.is_file() else {}
+  values = read_json(inside(file, folder)) if file.is_file() else {}
   kind = kind or kind_of(values)
-  require(
-    not kinds or kind in kinds,
-    f'{file} describes none of {", ".join(kinds)}; check which network it is.',
-  )
   files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
   if kind is None:
     copied = [inside(f, folder) for f in files if f.suffix in (*_TEXTS, _WEIGHTS)]

@@ -20,7 +20,7 @@ from diffusion_jax.models.lora import Rank, merge_lora
 from diffusion_jax.models.network import Network
 from diffusion_jax.pipelines.conditioners import CONTROLNET
 from diffusion_jax.pipelines.conditioners import ControlNet as ControlNetConditioner
-from diffusion_jax.pipelines.directory import load_weights, read_pipeline
+from diffusion_jax.pipelines.directory import read_model
 from diffusion_jax.pipelines.encoders import EXTRA, embedding_table
 from diffusion_jax.pipelines.model import DENOISER, WORSE, Diffusion
 from diffusion_jax.types import Weights
@@ -67,7 +67,7 @@ def add_worse(
 
   Smaller, or trained for less long (Karras et al. 2024). UserError where it does not take the same.
   """
-  other, parts, _ = read_pipeline(path, model.denoiser.compute.dtype)
+  other, parts, _ = read_model(path, model.denoiser.compute.dtype)
   own = model.denoiser.config
   for what, left, right in (
     ('noise schedule', other.noise.config, model.noise.config),
@@ -77,7 +77,7 @@ def add_worse(
   ):
     if left != right:
       raise UserError(f'{path} has another {what} than the model; give a worse version of it.')
-  params = load_weights({WORSE: parts[DENOISER]}, mesh=mesh)
+  params = {WORSE: parts[DENOISER].load(mesh=mesh)}
   return dataclasses.replace(model, worse=other.denoiser), {**weights, **params}
 
 

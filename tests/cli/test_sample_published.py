@@ -13,7 +13,7 @@ from diffusion_jax.formats.textual_inversion import (
   TextualInversion,
   write_textual_inversion,
 )
-from diffusion_jax.pipelines.directory import read_pipeline
+from diffusion_jax.pipelines.directory import read_model
 from tests.parity import small_pipelines as small
 
 RNG = np.random.default_rng(0)
@@ -31,7 +31,7 @@ def files(once):
     for name in ('one', 'two'):
       pixels = RNG.integers(0, 256, (20, 24, 3), np.uint8)
       Image.fromarray(pixels).save(folder / f'{name}.png')
-    unet = read_pipeline(str(folder / 'sd1'))[0].unet
+    unet = read_model(str(folder / 'sd1'))[0].denoiser
     name, (i, o) = next((n, s) for n, s in layers(unet.shapes).items() if n.endswith('to_q'))
     draw = lambda *shape: RNG.normal(size=shape).astype(np.float32)
     write_lora(folder / 'l.safetensors', {'unet': {name: LoRAWeights(draw(i, 2), draw(2, o), 2.0)}})

@@ -349,7 +349,7 @@ def scheduler():
 
 
 def pipeline():
-  from diffusion_jax.pipelines.directory import read_pipeline
+  from diffusion_jax.pipelines.directory import read_model
   from tests.tiny_pipeline import SD, write_tiny_pipeline
 
   files = ('model_index.json', 'unet/config.json', 'vae/config.json', 'text_encoder/config.json',
@@ -357,7 +357,7 @@ def pipeline():
            'tokenizer/tokenizer.json')
   return Target(
     'pipeline', lambda folder: write_tiny_pipeline(folder, SD),
-    lambda folder: read_pipeline(str(folder)), {name: [mutants.any_json] for name in files}, 120,
+    lambda folder: read_model(str(folder)), {name: [mutants.any_json] for name in files}, 120,
   )
 
 
@@ -390,7 +390,6 @@ def clip_text():
 
 
 def single_file():
-  from diffusion_jax.formats.pipeline import read_pipeline
   from diffusion_jax.formats.single_file import read_single_file, write_single_file
   from diffusion_jax.models.autoencoder import AutoencoderKLConfig
   from diffusion_jax.models.text.clip import CLIPTextConfig

@@ -14,7 +14,7 @@ from diffusion_jax.formats.adapter_names import kohya_names, single_file_names
 from diffusion_jax.formats.adapters import LoRAWeights, read_lora, write_lora
 from diffusion_jax.formats.tensors import metadata
 from diffusion_jax.pipelines.adapters import add_lora
-from diffusion_jax.pipelines.directory import load_text_to_image
+from diffusion_jax.pipelines.directory import load_model
 from diffusion_jax.pipelines.encoders import EXTRA, embedding_table
 
 ATTENTION = 'transformer_blocks.0.attn1.to_q'
@@ -359,7 +359,7 @@ def test_a_learned_word_is_called_one(lora, tmp_path):
 
 def test_a_lora_and_the_word_learned_with_it_are_added_together(tmp_path):
   source = 'asset:text-to-image-openmoji-64'
-  model, params, _ = load_text_to_image(source)
+  model, params, _ = load_model(source)
   name = next(n for n in params['denoiser'] if n.endswith('attn2.to_q.kernel'))
   layer, path = name.removesuffix('.kernel'), tmp_path / 'x.safetensors'
   write_lora(path, {'unet': {layer: weights(params['denoiser'][name].shape)}})

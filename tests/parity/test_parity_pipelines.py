@@ -17,7 +17,7 @@ from diffusion_jax.formats.textual_inversion import FILES, TextualInversion, wri
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.adapters import add_lora, add_words
 from diffusion_jax.pipelines.conditions import Inputs
-from diffusion_jax.pipelines.directory import load_text_to_image, sample_config
+from diffusion_jax.pipelines.directory import load_model, sample_config
 from diffusion_jax.pipelines.encoders import EXTRA
 from tests.parity import small_pipelines as small
 
@@ -41,7 +41,7 @@ def load(tmp_path_factory):
     folder = tmp_path_factory.mktemp('pipelines') / name
     theirs = small.make(name)
     theirs.save_pretrained(folder)
-    return theirs, *load_text_to_image(str(folder)), folder
+    return theirs, *load_model(str(folder)), folder
 
   return run
 
@@ -250,7 +250,7 @@ def with_word(load, tmp_path_factory):
     )
   a1111 = folder / '<h>.safetensors'
   write_textual_inversion(a1111, TextualInversion('<h>', embeddings), 'a1111')
-  other = load_text_to_image(str(source))
+  other = load_model(str(source))
   again = add_words(*other[:2], str(a1111))
   told = add_words(model, weights, str(folder / 'word'))
   for role in embeddings:

@@ -14,8 +14,9 @@ from diffusion_jax.diffusion.noise import ScheduleConfig
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.diffusion.samplers import infos
 from diffusion_jax.errors import UserError
+from diffusion_jax.files import INDEX
 from diffusion_jax.models.autoencoder import decode_tiled
-from diffusion_jax.pipelines.directory import INDEX, assemble, load_text_to_image
+from diffusion_jax.pipelines.directory import assemble, load_model
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.pipelines.spaces import fold, unfold
 from diffusion_jax.types import Condition
@@ -137,4 +138,4 @@ def test_a_model_with_an_impossible_folding_is_refused(finished, copy_of):
     index = json.loads((model / INDEX).read_text())
     (model / INDEX).write_text(json.dumps({**index, 'latent_patch_size': value}))
     with pytest.raises(UserError, match='latent_patch_size'):
-      load_text_to_image(str(model))
+      load_model(str(model))

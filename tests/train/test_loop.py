@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffusion_jax.formats.networks import load_params
 from diffusion_jax.models.text.tokenizer import load_tokenizer
-from diffusion_jax.pipelines.directory import load_text_to_image
+from diffusion_jax.pipelines.directory import load_model
 from diffusion_jax.train import compile, loop
 from diffusion_jax.train.meter import Meter
 from tests import tiny
@@ -109,7 +109,7 @@ def test_the_exported_clip_loads_with_its_tokenizer(trained):
 
 
 def test_the_exported_denoiser_loads_with_its_settings(trained, parts):
-  model, weights, sample = load_text_to_image(str(trained('diffusion') / 'model'))
+  model, weights, sample = load_model(str(trained('diffusion') / 'model'))
   assert model.parameterization.name == 'v_prediction' and model.noise.config.rescale_betas_zero_snr
   assert (sample.sampler, sample.steps, sample.guidance) == ('ddim', 2, 2.0)
   folded = dataclasses.replace(tiny.UNET, sample_size=8, in_channels=16, out_channels=16)

@@ -15,7 +15,7 @@ from diffusion_jax.evaluation.extract import column
 from diffusion_jax.evaluation.extractors import Extractor, compiled
 from diffusion_jax.evaluation.extractors.resize import resize
 from diffusion_jax.files import inside
-from diffusion_jax.formats.clip import read_pixels
+from diffusion_jax.formats.clip import pixel_statistics
 from diffusion_jax.formats.networks import load_params, network_format, resolve
 from diffusion_jax.formats.tensors import read_json
 from diffusion_jax.models.checks import require
@@ -74,7 +74,7 @@ def load_clip_extractor(path: str | os.PathLike, *, mesh: Mesh | None = None) ->
     kind = 'clip'
   config, params = load_params(kind, path, mesh=mesh)
   file = directory / 'preprocessor_config.json'
-  pixels = read_pixels(inside(file, directory)) if file.is_file() else {}
+  pixels = pixel_statistics(read_json(inside(file, directory)), str(file)) if file.is_file() else {}
   network = network_format(kind).network(config)
   return CLIPExtractor(network, params, directory.resolve().name, **pixels)
 

@@ -31,7 +31,7 @@ from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.parallel.mesh import to_host
 from diffusion_jax.pipelines.conditioners import Arrays, Conditioner, Sizes
-from diffusion_jax.pipelines.directory import assemble, save_text_to_image
+from diffusion_jax.pipelines.directory import assemble, save_model
 from diffusion_jax.pipelines.model import DENOISER, Diffusion, joined
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.pipelines.spaces import Moments
@@ -336,7 +336,7 @@ class DiffusionTask(NoisingTask):
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
     """The whole model as a directory that `sample --model` reads."""
-    save_text_to_image(
+    save_model(
       directory, self.model, params, autoencoder=self.config.autoencoder, clip=self.config.clip,
       sample=self.config.sample, dtype=self.config.export_dtype,
     )

@@ -14,6 +14,7 @@ from diffusion_jax.config import TrainingConfig
 from diffusion_jax.data.sources.folder import Together
 from diffusion_jax.data.unreadable import Counted, some
 from diffusion_jax.errors import UserError
+from diffusion_jax.formats.pipeline import Part
 from diffusion_jax.limits import OneOf
 from diffusion_jax.models.lora import LoRAConfig
 from diffusion_jax.models.network import Network
@@ -21,7 +22,7 @@ from diffusion_jax.models.unet import UNet
 from diffusion_jax.pipelines.architectures import ARCHITECTURES, architecture_model
 from diffusion_jax.pipelines.conditioners import CONCATENATED
 from diffusion_jax.pipelines.conditions import Inputs
-from diffusion_jax.pipelines.directory import Part, load_weights, read_pipeline
+from diffusion_jax.pipelines.directory import read_model
 from diffusion_jax.pipelines.model import DENOISER, Diffusion
 from diffusion_jax.train.tasks.diffusion import DiffusionTask, LatentTaskConfig
 from diffusion_jax.train.tasks.prior_preservation import PriorConfig, draw_prior
@@ -144,7 +145,7 @@ class FinetuneTask(DiffusionTask):
     settings, size = config.settings, config.data.size
     if not settings.model:
       return  # Which says more when it is opened.
-    model = read_pipeline(settings.model)[0]
+    model = read_model(settings.model)[0]
     if (size, size) != model.trained_size:
       edge = max(model.trained_size)
       raise UserError(
@@ -236,7 +237,7 @@ def make_finetune_task(
       'settings.model is empty; give the directory of a pretrained pipeline, such as '
       '--config.settings.model=models/stable-diffusion-v1-5.'
     )
-  model, parts, _ = read_pipeline(config.model, dtype)
+  model, parts, _ = read_model(config.model, dtype)
   model = model.with_attention(attention)
   if model.text is None:
     raise UserError(f'{config.model} reads no prompts; only models that do can be trained on.')
@@ -257,7 +258,7 @@ def make_finetune_task(
   if config.train == 'unet':
     del parts[DENOISER]
   # What is not trained is kept as it is computed with.
-  frozen = load_weights(parts, dtype=dtype, mesh=mesh)
+  frozen = {role: part.load(dtype=dtype, mesh=mesh) for role, part in parts.items()}
   return FinetuneTask(config, trainable, model, frozen, train, test, remat, products)
 
 

@@ -17,6 +17,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.files import check_folder
 from diffusion_jax.formats.adapters import from_params, write_lora
 from diffusion_jax.formats.networks import cast, load_params, resolve, save_params
+from diffusion_jax.formats.pipeline import Part, save_changed
 from diffusion_jax.formats.textual_inversion import FILES, write_textual_inversion
 from diffusion_jax.formats.textual_inversion import TextualInversion as Learned
 from diffusion_jax.models.controlnet import ControlNet as ControlNetModule
@@ -27,7 +28,6 @@ from diffusion_jax.parallel.mesh import put_params, shard_params, to_host
 from diffusion_jax.pipelines.adapters import controlnet_config
 from diffusion_jax.pipelines.conditioners import CONTROLNET
 from diffusion_jax.pipelines.conditioners import ControlNet as ControlNetConditioner
-from diffusion_jax.pipelines.directory import Part, save_changed
 from diffusion_jax.pipelines.encoders import EXTRA, embedding_table
 from diffusion_jax.pipelines.model import DENOISER, Diffusion
 from diffusion_jax.types import Params, Weights
@@ -80,7 +80,7 @@ class Full:
 
     So inpainting begins as the plain model does (Rombach et al. 2022, sec. 4.5).
     """
-    params = load_params('unet', self.part.path, mesh=mesh)[1]
+    params = self.part.load(mesh=mesh)
     return widened(params, self.model.denoiser.shapes, mesh)
 
   def weights(self, params: Params, frozen: Weights) -> Weights:
@@ -153,7 +153,7 @@ class ControlNet:
     if self.source:
       return load_params('controlnet', self.source, mesh=mesh)[1]
     # From its file: what is frozen may be kept in half precision.
-    unet = load_params('unet', self.part.path, mesh=mesh)[1]
+    unet = self.part.load(mesh=mesh)
     begin = lambda unet: from_unet(self.initialize(jax.random.key(0)), unet)
     return jax.jit(begin, out_shardings=shard_params(self.network.shapes, mesh))(unet)
 

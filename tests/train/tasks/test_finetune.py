@@ -18,7 +18,7 @@ from diffusion_jax.formats.tensors import read_tensors
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, shard_params, to_host
 from diffusion_jax.pipelines.adapters import add_controlnet, add_lora, add_words
 from diffusion_jax.pipelines.conditions import Inputs
-from diffusion_jax.pipelines.directory import load_text_to_image
+from diffusion_jax.pipelines.directory import load_model
 from diffusion_jax.recipe import load_config
 from diffusion_jax.train.tasks.diffusion import DiffusionTask
 from diffusion_jax.types import Condition
@@ -93,7 +93,7 @@ def opened(tuned, arguments):
 @pytest.fixture(scope='module')
 def original(pipelines):
   """original(recipe): the pipeline that it begins with, (model, weights)."""
-  return lambda recipe: load_text_to_image(str(pipelines / OF.get(recipe, 'sd')))[:2]
+  return lambda recipe: load_model(str(pipelines / OF.get(recipe, 'sd')))[:2]
 
 
 def start_of(training):
@@ -144,7 +144,7 @@ def test_what_is_trained_changes_and_nothing_else(recipe, opened, pipelines, tun
     changed = {name for name in before if before[name] != after[name]}
     configs = {'unet/config.json'} if recipe == 'inpainting' else set()
     assert changed == {f'unet/{WEIGHTS}', *configs}
-  read = load_text_to_image(str(source))[1]
+  read = load_model(str(source))[1]
   assert {'autoencoder', 'text_encoder'} <= training.task.frozen.keys()
   for role, values in training.task.frozen.items():
     if role != 'null':
@@ -154,7 +154,7 @@ def test_what_is_trained_changes_and_nothing_else(recipe, opened, pipelines, tun
 def exported(recipe, folder, original):
   """(model, weights) from what a run has written, as a user would load it."""
   if recipe in FULL:
-    return load_text_to_image(str(folder))[:2]
+    return load_model(str(folder))[:2]
   model, weights = original(recipe)
   if recipe == 'controlnet':
     return add_controlnet(model, weights, str(folder))
