@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.pipelines.directory import load_text_to_image
+from diffusion_jax.pipelines.directory import load_model
 from tests import tiny
 
 HEUN = {'sampler': 'heun', 'steps': 2, 'guidance': 2.0}
@@ -31,7 +31,7 @@ def test_a_run_on_a_process(name, parts, small_data, command, tmp_path):
   config, run = tiny.write_config(tmp_path / 'recipe.py', values), tmp_path / 'run'
   assert command('train', '--config', config, '--workdir', run, '--quiet') == 0
   assert np.isfinite([line['loss'] for line in tiny.metrics(run).values() if 'loss' in line]).all()
-  model, _, settings = load_text_to_image(str(run / 'model'))
+  model, _, settings = load_model(str(run / 'model'))
   assert model.noise.table is None and model.noise.config.process == schedule['process']
   assert model.parameterization.name == objective['prediction']
   numbers = settings.numbers(model.noise)
