@@ -26,6 +26,7 @@ def test_a_sampler(outside, trained_with, command, parts, tmp_path):
   assert np.abs(images['straight'] - images['ddim']).max() <= 2 and images['ddim'].std() > 1
   out = tmp_path / 'scores.json'
   assert command(
-    'evaluate', 'model', '--workdir', workdir, '--samples', 16, '--sampler', 'straight', '--out', out
+    'evaluate', 'model', '--workdir', workdir, '--samples', 16, '--sampler', 'straight',
+    '--out', out,
   ) == 0
   assert json.loads(out.read_text())['settings']['sampler'] == 'straight'
