@@ -189,7 +189,22 @@ def atomic_write(path: Path, *, flushed: bool = False) -> Iterator[BinaryIO]:
     temporary.unlink(missing_ok=True)
 
 
-def set_aside_damaged(path: Path, say: Callable[[str], None]) -> None:
+def say(text: str, who: str = 'diffusion_jax train: ') -> None:
+  """Print one line for people, which never raises: stderr may be on the same full disk."""
+  with contextlib.suppress(OSError, ValueError):
+    print(f'{who}{text}', file=sys.stderr, flush=True)
+
+
+def free_name(path: Path) -> Path:
+  """Return `path`, or PATH-2, PATH-3 and so on: the first that is not there."""
+  found, number = path, 1
+  while os.path.lexists(found):
+    number += 1
+    found = path.with_name(f'{path.name}-{number}')
+  return found
+
+
+def set_aside_damaged(path: Path, say: Callable[[str], None] = say) -> None:
   """Move what should be a JSON object and is not to NAME.damaged.
 
   For files that only show something, or that say what can be found out again.
@@ -199,10 +214,7 @@ def set_aside_damaged(path: Path, say: Callable[[str], None]) -> None:
   try:
     read_object(path)
   except UserError as error:
-    target, number = path.with_name(f'{path.name}.damaged'), 1
-    while os.path.lexists(target):
-      number += 1
-      target = path.with_name(f'{path.name}.damaged-{number}')
+    target = free_name(path.with_name(f'{path.name}.damaged'))
     try:
       path.rename(target)
     except OSError as problem:

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from diffusion_jax.checkpoint.record import Damaged
 from diffusion_jax.checkpoint.restoring import read_step
 from diffusion_jax.checkpoint.saving import NotSaved, Saving, reason, remove_leftovers
 from diffusion_jax.errors import UserError
-from diffusion_jax.files import set_aside_damaged
+from diffusion_jax.files import say, set_aside_damaged
 from diffusion_jax.parallel.processes import agree, in_step
 
 ITEMS = ('params', 'opt_state', 'ema', 'rest')
@@ -33,12 +32,6 @@ DELETING = '.deleting'
 STEP = re.compile(r'0|[1-9][0-9]{0,17}')
 """A step as it is written here, which other digits, signs, zeros and spaces are not."""
 RETRY_SECONDS = 60.0
-
-
-def to_stderr(text: str) -> None:
-  """Print one line for people."""
-  with contextlib.suppress(OSError, ValueError):
-    print(text, file=sys.stderr, flush=True)
 
 
 class Checkpoints:
@@ -51,7 +44,7 @@ class Checkpoints:
 
   def __init__(
     self, directory: Path, keep: Keep = Keep(), *, read_only: bool = False,  # noqa: B008
-    say: Callable[[str], None] = to_stderr, retry_seconds: float = RETRY_SECONDS,
+    say: Callable[[str], None] = lambda text: say(text, ''), retry_seconds: float = RETRY_SECONDS,
   ):
     """With read_only nothing is ever written, moved or deleted; otherwise leftovers of saves and
     deletions that were cut off are removed at once. `say` is called by process 0 alone."""

@@ -17,7 +17,7 @@ import jax
 
 from diffusion_jax.checkpoint.digests import add_up
 from diffusion_jax.errors import UserError
-from diffusion_jax.files import parse_json, read_object
+from diffusion_jax.files import free_name, parse_json, read_object
 
 MANIFEST, RECORD, QUARANTINE = 'manifest.json', 'record', 'quarantine'
 
@@ -164,8 +164,4 @@ def quarantine(directory: Path, step: int) -> Path:
   """
   folder = directory / QUARANTINE
   folder.mkdir(exist_ok=True)
-  target, number = folder / str(step), 1
-  while os.path.lexists(target):
-    number += 1
-    target = folder / f'{step}-{number}'
-  return (directory / str(step)).rename(target)
+  return (directory / str(step)).rename(free_name(folder / str(step)))

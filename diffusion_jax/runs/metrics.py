@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.files import first_line, say
 from diffusion_jax.runs.directory import RunDirectory
 
 _MOST_RECORDS, _MOST_IMAGES = 10_000, 8
@@ -204,7 +205,7 @@ class MetricsWriter:
       try:
         backends.append(TensorBoard(run.tensorboard))
       except ImportError:
-        _say('TensorBoard events are not written; for them, pip install tensorboardX.')
+        say('TensorBoard events are not written; for them, pip install tensorboardX.', 'metrics: ')
       if wandb_project:
         backends.append(WeightsAndBiases(run, wandb_project, config or {}))
     self._workers = [_Worker(backend, retry_seconds) for backend in backends]
@@ -248,7 +249,7 @@ class MetricsWriter:
     for worker in self._workers:
       worker.join(max(end - time.monotonic(), 0.0))
       if worker.is_alive():
-        _say(f'{worker.name} did not finish within {timeout:g} s and is left behind.')
+        say(f'{worker.name} did not finish within {timeout:g} s and is left behind.', 'metrics: ')
     self._workers = []
 
 
@@ -304,7 +305,7 @@ class _Worker(threading.Thread):
           self._open = True
         self._backend.write(record)
       except (Exception, SystemExit) as raised:
-        error = ' '.join(str(raised).split())[:200] or type(raised).__name__
+        error = first_line(raised)
         self._close()
       self._done(record, error)
     self._close()
@@ -330,16 +331,12 @@ class _Worker(threading.Thread):
         self._retry_at = float('inf') if self._closing else time.monotonic() + self._retry_seconds
       self._changed.notify_all()
     if error and not before:
-      _say(f'{self.name} is switched off ({error}); trying again in {self._retry_seconds:g} s.')
+      later = f'trying again in {self._retry_seconds:g} s'
+      say(f'{self.name} is switched off ({error}); {later}.', 'metrics: ')
     elif before and not error:
-      _say(f'{self.name} is back.')
+      say(f'{self.name} is back.', 'metrics: ')
 
   def _close(self) -> None:
     self._open = False
     with contextlib.suppress(Exception, SystemExit):  # What is unwritten is still in our hands.
       self._backend.close()
-
-
-def _say(text: str) -> None:
-  with contextlib.suppress(OSError, ValueError):  # stderr may be on the same full disk.
-    print(f'metrics: {text}', file=sys.stderr, flush=True)

@@ -2,12 +2,11 @@
 
 import contextlib
 import os
-import sys
 import threading
 from pathlib import Path
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.files import set_aside_damaged, tolerant_streams
+from diffusion_jax.files import say, set_aside_damaged, tolerant_streams
 from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.runs.lock import RunLock
 from diffusion_jax.runs.status import NAME, Status
@@ -57,9 +56,9 @@ class Start:
     path = self.directory.path
     try:
       self._made = _make_folder(path)
-      self.lock = RunLock(path, on_lost=self._lost, say=_say)
+      self.lock = RunLock(path, on_lost=self._lost, say=say)
       self.lock.take()
-      set_aside_damaged(path / NAME, _say)
+      set_aside_damaged(path / NAME)
     except (FileExistsError, NotADirectoryError) as error:
       raise UserError(f'the workdir {path} is a file; choose a directory.') from error
     except OSError as error:
@@ -140,7 +139,7 @@ class Start:
     """Leave, as another start has the workdir now: every file in it is that one's."""
     if self.status is not None:
       self.status.silence()
-    _say(f'{sentence}; leaving')
+    say(f'{sentence}; leaving')
     os._exit(1)
 
 
@@ -153,8 +152,3 @@ def _make_folder(path: Path) -> list[Path]:
     missing.append(folder)
   path.mkdir(parents=True, exist_ok=True)
   return missing
-
-
-def _say(text: str) -> None:
-  with contextlib.suppress(OSError, ValueError):
-    print(f'diffusion_jax train: {text}', file=sys.stderr, flush=True)

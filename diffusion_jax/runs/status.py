@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.files import atomic_write, bounded_bytes, first_line
+from diffusion_jax.files import atomic_write, bounded_bytes, first_line, say
 from diffusion_jax.runs import keeper
 from diffusion_jax.runs.directory import RunDirectory
 
@@ -97,7 +97,7 @@ class Status:
     except OSError as error:
       problem = first_line(error)
       if problem != self._problem:
-        print(f'diffusion_jax train: {NAME} cannot be written ({problem}).', file=sys.stderr)
+        say(f'{NAME} cannot be written ({problem}).')
     self._problem = problem
 
   def put_back(self) -> None:

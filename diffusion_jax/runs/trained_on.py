@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.files import read_object, set_aside_damaged
+from diffusion_jax.files import read_object, say, set_aside_damaged
 from diffusion_jax.formats.tensors import write_json
 from diffusion_jax.runs.directory import RunDirectory
 
@@ -113,7 +112,7 @@ def other_data(directory: RunDirectory, found: Found) -> str:
   try:
     before = read_object(path)
   except UserError as error:
-    print(f'note: whether the data are still the same cannot be told, as {error}', file=sys.stderr)
+    say(f'whether the data are still the same cannot be told, as {error}', 'note: ')
     return ''
   for split, parts in found.items():
     known = before.get(split)
@@ -135,7 +134,7 @@ def write_data(directory: RunDirectory, found: Found) -> None:
     if directory.read_json(DATA) == found:
       return
   except UserError:  # None yet, or damaged.
-    set_aside_damaged(directory.path / DATA, lambda text: print(f'note: {text}', file=sys.stderr))
+    set_aside_damaged(directory.path / DATA, lambda text: say(text, 'note: '))
   directory.write_json(DATA, found)
 
 

@@ -20,7 +20,7 @@ from jax import monitoring
 
 from diffusion_jax.config import SafetyConfig
 from diffusion_jax.errors import Diverged, UserError
-from diffusion_jax.files import first_line
+from diffusion_jax.files import first_line, say
 from diffusion_jax.parallel.processes import Peers, listening
 from diffusion_jax.runs.start import Start
 
@@ -165,9 +165,7 @@ class Watchdog:
 
   def _stall(self, sentence: str) -> None:
     faulthandler.dump_traceback_later(GRACE_SECONDS, exit=True, file=self._stacks)
-    with contextlib.suppress(OSError, ValueError):  # stderr may be on the same full disk.
-      print(f'diffusion_jax: {sentence}; the stacks of all threads follow', file=sys.stderr)
-      sys.stderr.flush()
+    say(f'{sentence}; the stacks of all threads follow', 'diffusion_jax: ')
     faulthandler.dump_traceback(file=_STDERR, all_threads=True)
     if self._stacks is not _STDERR:
       faulthandler.dump_traceback(file=self._stacks, all_threads=True)
@@ -369,7 +367,7 @@ class Safety:
     if self._count > 1:
       # Leaving in order would wait for processes that wait for this one.
       if isinstance(error, UserError | Diverged):
-        print(f'diffusion_jax train: {error}', file=sys.stderr)
+        say(str(error))
       else:
         traceback.print_exc()
       self.peers.leave(state)
@@ -380,13 +378,13 @@ class Safety:
     if not why:
       message = f'{sentence}; start again to go on from the last checkpoint'
       self._status('peer_lost', everyone=True, **self.facts(), message=message)
-    print(f'diffusion_jax: process {self._index} leaves: {sentence}', file=sys.stderr)
+    say(f'process {self._index} leaves: {sentence}', 'diffusion_jax: ')
     self._leave_at_once(TRY_AGAIN if why in ('', 'stalled') else 1)
 
   def _replaced(self, sentence: str) -> None:
     """Leave, as another start has the workdir now: every file in it is that one's."""
     self._status.silence()
-    print(f'diffusion_jax train: {sentence}; leaving', file=sys.stderr)
+    say(f'{sentence}; leaving')
     self.peers.leave('replaced')
     self._leave_at_once(1)
 

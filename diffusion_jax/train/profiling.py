@@ -1,13 +1,12 @@
 """Traces of a few steps, chosen beforehand or asked for by a signal while a run goes on."""
 
 import signal
-import sys
 import threading
 from pathlib import Path
 
 import jax
 
-from diffusion_jax.files import first_line
+from diffusion_jax.files import first_line, say
 
 
 class ProfilerWindow:
@@ -65,10 +64,10 @@ class ProfilerWindow:
         self._unwritten = False
       jax.profiler.start_trace(str(folder))
     except Exception as error:  # Another trace, a full disk, a driver: no reason to stop training.
-      _say(f'no trace from step {step} on ({first_line(error)})')
+      say(f'no trace from step {step} on ({first_line(error)})', 'profiler: ')
       return
     self._end = step + self._steps
-    _say(f'tracing {self._steps} steps from step {step} on into {folder}')
+    say(f'tracing {self._steps} steps from step {step} on into {folder}', 'profiler: ')
 
   def _stop(self) -> None:
     self._end = None
@@ -76,7 +75,7 @@ class ProfilerWindow:
       _wait_for_devices()
       jax.profiler.stop_trace()
     except Exception as error:
-      _say(f'the trace could not be written ({first_line(error)})')
+      say(f'the trace could not be written ({first_line(error)})', 'profiler: ')
       self._unwritten = True
 
 
@@ -87,7 +86,3 @@ def _wait_for_devices() -> None:
   """
   last = [jax.device_put(0.0, device) + 1 for device in jax.local_devices()]
   jax.block_until_ready(last)
-
-
-def _say(text: str) -> None:
-  print(f'profiler: {text}', file=sys.stderr, flush=True)
