@@ -1,9 +1,4 @@
-"""Which noise levels to train at: times t in [0, 1], sigmas, or timesteps drawn by importance.
-
-Every distribution is a quantile function of u, uniform in [0, 1), so that plain and stratified
-draws (`uniform`, `stratified`) serve all of them.
-
-The training loss of a network, put together from its parts by a configuration.
+"""The training loss of a network, put together from its parts by a configuration.
 
 A prediction, a weighting, a distribution of noise levels and an error make the published losses:
 
@@ -13,13 +8,16 @@ A prediction, a weighting, a distribution of noise levels and an error make the 
   VDM             loss vdm, stratified                                Kingma et al. 2021
   EDM             prediction edm, weighting edm, times log_normal     Karras et al. 2022
   flow matching   prediction flow_prediction, times logit_normal      Esser et al. 2024
+
+Every distribution of times or sigmas is a quantile function of u, uniform in [0, 1), so that plain
+and stratified draws serve all of them.
 """
 
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +31,7 @@ from diffusion_jax.diffusion.losses import WEIGHTINGS, Error, weighting
 from diffusion_jax.diffusion.noise import Level, NoiseSchedule
 from diffusion_jax.diffusion.parameterization import PREDICTIONS, Parameterization, expand
 from diffusion_jax.errors import UserError
+from diffusion_jax.limits import OneOf, Range
 from diffusion_jax.types import Latents, Params, PerExample
 
 
@@ -133,7 +132,6 @@ QUANTILES: dict[str, Callable] = {
   'log_normal': log_normal,
 }
 TIMES = (*QUANTILES, 'importance')
-ERRORS = ('squared', 'pseudo_huber')
 DECODERS = {
   'gaussian': bounds.gaussian_log_density, 'discretized': bounds.discretized_gaussian,
 }
@@ -146,79 +144,59 @@ Network = Callable[[Latents, PerExample], jax.Array]
 class ObjectiveConfig:
   """What is minimised, at which noise levels.
 
-  prediction: one of `denoiser.PREDICTIONS`. loss: simple, or hybrid (IDDPM), bound (all terms of
-  the variational bound, bits per dimension), vdm (its continuous-time form, bits per dimension),
-  sliced (score matching without a target). weighting: none, or a name of `WEIGHTINGS` with its
-  options, such as {'gamma': 5.0}. times: uniform, logit_normal, mode, log_normal (of sigma / alpha)
-  or importance (by loss), with options; stratified spreads the draws of a batch evenly.
-  error: squared, or pseudo_huber with delta falling from 1 to huber_delta at full noise.
-  offset_noise: 0 for none (usually 0.05 to 0.1). input_perturbation: 0 for none (usually 0.1).
-  learned_variance: the network has twice the output channels. bound_weight: of the bound in the
-  hybrid loss. decoder: of the bound's last term, gaussian, or discretized for 8-bit images.
-  data_std: of the data, for the prediction edm.
+  loss: simple, or hybrid (IDDPM), bound (all terms of the variational bound, bits per dimension),
+  vdm (its continuous-time form, bits per dimension), sliced (score matching without a target).
+  weighting: none, or a name of `WEIGHTINGS` with its options, such as {'gamma': 5.0}. times: of
+  sigma / alpha for log_normal, by loss for importance; stratified spreads those of a batch evenly.
+  pseudo_huber has a delta that falls from 1 to huber_delta at full noise. offset_noise is usually
+  0.05 to 0.1, input_perturbation 0.1. learned_variance: the network has twice the output channels.
+  bound_weight: of the bound in the hybrid loss. decoder: of the bound's last term, discretized for
+  8-bit images. data_std: of the data, for the prediction edm.
   """
 
-  prediction: str = 'epsilon'
-  loss: str = 'simple'
-  weighting: str = 'none'
+  prediction: Annotated[str, OneOf(PREDICTIONS)] = 'epsilon'
+  loss: Annotated[str, OneOf(LOSSES)] = 'simple'
+  weighting: Annotated[str, OneOf(('none', *WEIGHTINGS))] = 'none'
   weighting_options: dict[str, float] = dataclasses.field(default_factory=dict)
-  times: str = 'uniform'
+  times: Annotated[str, OneOf(TIMES)] = 'uniform'
   times_options: dict[str, float] = dataclasses.field(default_factory=dict)
   stratified: bool = False
-  error: str = 'squared'
-  huber_delta: float = 0.1
-  offset_noise: float = 0.0
-  input_perturbation: float = 0.0
+  error: Literal['squared', 'pseudo_huber'] = 'squared'
+  huber_delta: Annotated[float, Range(0, above=True)] = 0.1
+  offset_noise: Annotated[float, Range(0)] = 0.0
+  input_perturbation: Annotated[float, Range(0)] = 0.0
   learned_variance: bool = False
-  bound_weight: float = 0.001
-  decoder: str = 'gaussian'
-  data_std: float = 1.0
+  bound_weight: Annotated[float, Range(0)] = 0.001
+  decoder: Annotated[str, OneOf(DECODERS)] = 'gaussian'
+  data_std: Annotated[float, Range(0, above=True)] = 1.0
 
   def __post_init__(self):
-    for name, choices in (
-      ('prediction', PREDICTIONS), ('loss', LOSSES), ('weighting', ('none', *WEIGHTINGS)),
-      ('times', TIMES), ('error', ERRORS), ('decoder', tuple(DECODERS)),
+    loss, times = self.loss, self.times
+    for refused, why in (
+      (loss == 'hybrid' and not self.learned_variance,
+       'loss hybrid trains a variance; set learned_variance to True'),
+      (self.learned_variance and loss not in OF_A_TABLE,
+       f'loss {loss} never trains the variance; set learned_variance to False, or loss to hybrid'),
+      (self.weighting != 'none' and loss in ('bound', 'sliced'),
+       f'weighting has no effect on the loss {loss}; set it to none'),
+      (self.error != 'squared' and loss not in ('simple', 'hybrid'),
+       f'error has no effect on the loss {loss}; set it to squared'),
+      (loss == 'vdm' and times != 'uniform',
+       'loss vdm is a mean over uniform times; set times to uniform'),
+      (loss == 'bound' and times not in ('uniform', 'importance'),
+       'loss bound is a mean over uniform times; set times to uniform or importance'),
+      (self.stratified and times == 'importance',
+       'stratified has no effect on importance; set it to False'),
     ):
-      if getattr(self, name) not in choices:
-        raise UserError(
-          f'objective.{name} is {getattr(self, name)!r}; choose one of {", ".join(choices)}.'
-        )
-    for name in ('offset_noise', 'input_perturbation', 'bound_weight'):
-      if not getattr(self, name) >= 0:
-        raise UserError(f'objective.{name} is {getattr(self, name)}; give 0 or more.')
-    for name in ('huber_delta', 'data_std'):
-      if not getattr(self, name) > 0:
-        raise UserError(f'objective.{name} is {getattr(self, name)}; give more than 0.')
-    if self.loss == 'hybrid' and not self.learned_variance:
-      raise UserError('objective.loss hybrid trains a variance; set learned_variance to True.')
-    if self.learned_variance and self.loss not in OF_A_TABLE:
-      raise UserError(
-        f'objective.loss {self.loss} never trains the variance; set learned_variance to False, or '
-        'loss to hybrid.'
-      )
-    self._check_effects()
+      if refused:
+        raise UserError(f'objective.{why}.')
     _check_options('weighting', self.weighting, WEIGHTINGS, self.weighting_options)
-    _check_options('times', self.times, QUANTILES, self.times_options)
+    _check_options('times', times, QUANTILES, self.times_options)
 
   @property
   def parameterization(self) -> Parameterization:
     """What the network predicts, for a model to be made with."""
     return Parameterization(self.prediction, self.data_std)
-
-  def _check_effects(self) -> None:
-    """No key may be without effect."""
-    if self.weighting != 'none' and self.loss in ('bound', 'sliced'):
-      raise UserError(f'objective.weighting has no effect on the loss {self.loss}; set it to none.')
-    if self.error != 'squared' and self.loss not in ('simple', 'hybrid'):
-      raise UserError(f'objective.error has no effect on the loss {self.loss}; set it to squared.')
-    if self.loss == 'vdm' and self.times != 'uniform':
-      raise UserError('objective.loss vdm is a mean over uniform times; set times to uniform.')
-    if self.loss == 'bound' and self.times not in ('uniform', 'importance'):
-      raise UserError(
-        'objective.loss bound is a mean over uniform times; set times to uniform or importance.'
-      )
-    if self.stratified and self.times == 'importance':
-      raise UserError('objective.stratified has no effect on importance; set it to False.')
 
 
 def _check_options(key: str, name: str, table: Mapping, options: Mapping[str, float]) -> None:
@@ -246,8 +224,7 @@ class Objective:
   noise and parameterization are the model's own objects.
 
   Raises:
-    UserError: a loss or distribution that needs a table of timesteps, on a process; another
-      parameterization than the config's.
+    UserError: a loss or distribution that needs a table of timesteps, on a process.
   """
 
   def __init__(

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from diffusion_jax.config import typed
 from diffusion_jax.diffusion import losses, processes
 from diffusion_jax.diffusion.noise import NoiseConfig, NoiseSchedule, ScheduleConfig
 from diffusion_jax.diffusion.objective import Objective, ObjectiveConfig, update_history
@@ -225,11 +226,11 @@ def test_huber_offset_and_perturbation_are_those_of_the_objectives():
   ({'loss': 'bound', 'weighting': 'snr'}, 'no effect'),
   ({'loss': 'bound', 'times': 'mode'}, 'uniform or importance'),
   ({'huber_delta': 0.0}, 'more than 0'),
-  ({'input_perturbation': -1.0}, '0 or more'),
+  ({'input_perturbation': -1.0}, 'at least 0'),
 ])
 def test_what_cannot_be_or_has_no_effect_is_refused(values, words):
   with pytest.raises(UserError, match=words):
-    ObjectiveConfig(**values)
+    typed(ObjectiveConfig, values, 'objective.')
 
 
 def test_a_process_has_no_timesteps_to_weigh():
