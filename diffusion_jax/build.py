@@ -46,9 +46,8 @@ def open_sources(
   train, test = load(TASKS, config.task).open_sources(config, synthetic)
   if synthetic:
     return train, test
-  count = partial(
-    Counted, most=config.data.most_unreadable, damage=damage or Damage(_say_unreadable)
-  )
+  damage = Damage(_say_unreadable) if damage is None else damage  # Which is false while empty.
+  count = partial(Counted, most=config.data.most_unreadable, damage=damage)
   return count(train, name='training records'), count(test, name='test records')
 
 
