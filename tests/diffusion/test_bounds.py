@@ -32,12 +32,6 @@ def normal(variance):
   return GaussianMixture(np.ones(1), np.zeros((1, 1)), np.array([variance]))
 
 
-@pytest.fixture(autouse=True)
-def float64():
-  with jax.enable_x64(True):
-    yield
-
-
 def quadrature(monkeypatch, x0, weights, nodes):
   """Makes the noise a rule of `nodes` points: (x0 [n 1], expectation of values [n])."""
   eps, eps_weights = np.polynomial.hermite_e.hermegauss(nodes)

@@ -10,12 +10,6 @@ from diffusion_jax.diffusion.noise import NoiseSchedule, ScheduleConfig
 from diffusion_jax.diffusion.parameterization import Parameterization, noise_label
 
 
-@pytest.fixture(autouse=True)
-def float64():
-  with jax.enable_x64(True):
-    yield
-
-
 def test_a_network_sees_scaled_inputs_and_its_label():
   seen = []
 

@@ -11,12 +11,6 @@ from tests.diffusion.quadrature import normal_nodes
 VARIANCE = 1.6
 
 
-@pytest.fixture(autouse=True)
-def float64():
-  with jax.enable_x64(True):
-    yield
-
-
 def sliced(k, reduce_variance):
   """E of the sliced loss of the score -k x on N(0, VARIANCE) data, by quadrature."""
   x, v, weights = normal_nodes(np.sqrt(VARIANCE), 1.0)

@@ -20,12 +20,6 @@ PROCESSES = {
 TIMES = (0.05, 0.4, 0.9)
 
 
-@pytest.fixture(autouse=True)
-def float64():
-  with jax.enable_x64(True):
-    yield
-
-
 def mixture(dims):
   """Two unequal, overlapping modes in 1-D or 2-D."""
   if dims == 1:

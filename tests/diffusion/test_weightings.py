@@ -13,12 +13,6 @@ SNR = np.array([1e-4, 0.03, 0.5, 1.0, 4.0, 5.0, 7.0, 900.0])
 SIGMA = 1 / np.sqrt(SNR)  # At alpha = 1.
 
 
-@pytest.fixture(autouse=True)
-def float64():
-  with jax.enable_x64(True):
-    yield
-
-
 def sigmoid(x):
   return 1 / (1 + np.exp(-x))
 
