@@ -1,4 +1,4 @@
-"""Variational bounds on data for which the optimal network, and so the best bound, is known."""
+"""Variational bounds on data for which the best one is known."""
 
 import math
 from functools import partial
@@ -7,13 +7,268 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
-from diffusion_jax.diffusion import bounds
+from diffusion_jax.diffusion import bounds, processes
 from diffusion_jax.diffusion.bounds import (
+  bits_per_dim,
+  bound_loss,
+  bound_term,
   continuous_bound,
   discrete_bound,
+  discretized_gaussian,
+  gaussian_kl,
+  gaussian_log_density,
+  hybrid_loss,
+  learned_log_variance,
+  log_variances,
+  posterior,
+  prior_term,
+  vdm_loss,
 )
+from diffusion_jax.diffusion.losses import weighting
 from diffusion_jax.diffusion.mixture import GaussianMixture
+from diffusion_jax.diffusion.noise import Schedule, ScheduleConfig
+from diffusion_jax.diffusion.parameterization import expand
+from diffusion_jax.diffusion.samplers import sampling_grid
+from tests.diffusion.quadrature import normal_nodes
+
+STD = 0.6
+ENTROPY = np.log(2 * np.pi * np.e * STD**2) / 2
+LEVELS = np.linspace(-1, 1, 256)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+  with jax.enable_x64(True):
+    yield
+
+
+def exact(std):
+  """E[x_0 | x] of N(0, std^2) data."""
+  def denoise(x, alpha, sigma):
+    return expand(alpha * std**2 / (alpha**2 * std**2 + sigma**2), x) * x
+
+  return denoise
+
+
+def uncertainty(alpha, sigma, std=STD):
+  """E |x_0 - E[x_0 | x]|^2."""
+  return std**2 * sigma**2 / (alpha**2 * std**2 + sigma**2)
+
+
+def test_gaussian_kl():
+  mean, log_variance, mean_2, log_variance_2 = 0.3, np.log(0.5), -0.4, np.log(1.7)
+  wanted = (0.5 + 0.7**2) / 1.7 / 2 - 0.5 + np.log(1.7 / 0.5) / 2
+  found = gaussian_kl(mean, log_variance, mean_2, log_variance_2)
+  np.testing.assert_allclose(found, wanted, rtol=1e-12)
+  assert gaussian_kl(mean, log_variance, mean, log_variance) == 0
+
+
+def test_the_decoder_has_the_mass_of_its_bins():
+  for mean, std in ((0.1, 0.05), (-0.99, 0.002), (0.5, 3.0)):
+    found = discretized_gaussian(jnp.asarray(LEVELS), mean, 2 * jnp.log(std))
+    edges = np.concatenate([[-np.inf], (LEVELS[1:] + LEVELS[:-1]) / 2, [np.inf]])
+    wanted = np.diff(stats.norm.cdf(edges, mean, std))
+    np.testing.assert_allclose(np.exp(found), wanted, rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(np.exp(found).sum(), 1, rtol=1e-12)
+  few = discretized_gaussian(jnp.array([-1.0, 0.0, 1.0]), 0.0, jnp.log(0.25), 3)
+  np.testing.assert_allclose(np.exp(few), [0.158655254, 0.682689492, 0.158655254], rtol=1e-8)
+
+
+@pytest.mark.parametrize('log_variance', [-20.0, -5.0, 5.0])
+def test_the_decoder_is_finite_far_from_its_mean(log_variance):
+  """Float32, means up to 2 away at a standard deviation of 5e-5: the tail keeps its logarithm."""
+  x0 = jnp.asarray(LEVELS, jnp.float32)
+  total = lambda mean, log_variance: discretized_gaussian(x0, mean, log_variance).sum()
+  for mean in (-1.0, 0.0033, 1.0):
+    args = jnp.full(256, mean, jnp.float32), jnp.float32(log_variance)
+    value, slopes = jax.value_and_grad(total, (0, 1))(*args)
+    assert np.isfinite(value) and all(np.isfinite(slope).all() for slope in slopes)
+  far = discretized_gaussian(jnp.float32(0.0039216), jnp.float32(1.0), jnp.float32(-20.0))
+  near = (1 - 0.0039216 - 1 / 255) / np.exp(-10)
+  np.testing.assert_allclose(far, -(near**2) / 2, rtol=1e-3)
+
+
+def test_prior_term():
+  x0 = jnp.array([[0.5, -1.0]])
+  alpha, sigma = jnp.array([0.3]), jnp.array([0.9])
+  closed = lambda std: sum(
+    np.log(std / 0.9) + (0.81 + (0.3 * x) ** 2) / (2 * std**2) - 0.5 for x in (0.5, -1.0)
+  )
+  np.testing.assert_allclose(prior_term(x0, alpha, sigma), [closed(1.0)], rtol=1e-12)
+  np.testing.assert_allclose(prior_term(x0, alpha, sigma, 2.0), [closed(2.0)], rtol=1e-12)
+  np.testing.assert_allclose(prior_term(x0, jnp.zeros(()), jnp.ones(())), [0], atol=1e-15)
+
+
+def expected_terms(grid, log_variance, std=STD):
+  """E of each of the n terms over data and noise, exactly: the terms are quadratic."""
+  x0, eps, weights = normal_nodes(std, 1.0, count=3)
+
+  def term(here, there, log_variance):
+    x = here[0] * x0 + here[1] * eps
+    estimate = exact(std)(x, *here)
+    return weights @ bound_term(
+      x0, x, estimate, here, there, log_variance, decoder=gaussian_log_density
+    )
+
+  alphas, sigmas = grid
+  return jax.vmap(term)((alphas[:-1], sigmas[:-1]), (alphas[1:], sigmas[1:]), log_variance)
+
+
+@pytest.mark.parametrize('zero_snr', [False, True])
+def test_the_bound_has_its_closed_form_term_by_term(zero_snr):
+  schedule = Schedule(ScheduleConfig('linear', 1e-3, 0.2, 60, zero_snr))
+  grid = sampling_grid(schedule, 60)
+  small, large = log_variances(grid)
+  alphas, sigmas = map(np.asarray, grid)
+  error = uncertainty(alphas[:-1], sigmas[:-1])
+  snr = np.append((alphas[:-1] / sigmas[:-1]) ** 2, np.inf)
+  halved = (snr[1:-1] - snr[:-2]) / 2 * error[:-1]  # Kingma et al. 2021, eq. 13.
+  decoder = lambda value: (np.log(2 * np.pi) + value + error[-1] / np.exp(value)) / 2
+  found = expected_terms(grid, small)
+  np.testing.assert_allclose(found[:-1], halved, rtol=1e-8)
+  np.testing.assert_allclose(found[-1], decoder(small[-1]), rtol=1e-9)
+  ratio = np.exp(small - large)[:-1]
+  found = expected_terms(grid, large)
+  np.testing.assert_allclose(
+    found[:-1], ratio * halved + (ratio - 1 - np.log(ratio)) / 2, rtol=1e-8
+  )
+  np.testing.assert_allclose(found[-1], decoder(large[-1]), rtol=1e-9)
+
+
+def test_the_bound_tightens_with_more_steps_and_stays_above_the_entropy():
+  """On equal steps of log-SNR the gap to the entropy of the data falls as 1 / T."""
+  def gap(steps):
+    grid = sampling_grid(Schedule.sampled(processes.log_linear(-9.0, 9.0), steps), steps)
+    log_variance = log_variances(grid)[0]
+    # The best decoder variance: the uncertainty of x_0 at the least noise.
+    log_variance = log_variance.at[-1].set(jnp.log(uncertainty(grid[0][-2], grid[1][-2])))
+    x0, weights = normal_nodes(STD)
+    prior = weights @ prior_term(x0, grid[0][0], grid[1][0])
+    return float(prior + expected_terms(grid, log_variance).sum()) - ENTROPY
+
+  coarse, fine = gap(50), gap(200)
+  assert fine > 0 and coarse / fine == pytest.approx(4, rel=0.1)
+
+
+def test_the_loss_is_the_prior_and_all_terms():
+  """A uniformly drawn step times T: averaged over all steps it is the whole bound."""
+  grid = sampling_grid(Schedule.sampled(processes.linear(), 8), 8)
+  (alphas, sigmas), log_variance = grid, log_variances(grid)[1]
+  x0, eps = jnp.full((8, 2), 0.3), jnp.full((8, 2), -0.5)
+  here, there = (alphas[:-1], sigmas[:-1]), (alphas[1:], sigmas[1:])
+  x = here[0][:, None] * x0 + here[1][:, None] * eps
+  estimate = exact(STD)(x, *here)
+  loss = bound_loss(x0, x, estimate, here, there, log_variance, 8, (alphas[0], sigmas[0]))
+  terms = bound_term(x0, x, estimate, here, there, log_variance)
+  wanted = prior_term(x0[:1], alphas[0], sigmas[0])[0] + terms.sum()
+  np.testing.assert_allclose(loss.mean(), wanted, rtol=1e-12)
+  true_mean, variance = posterior(x, x0, here, there)
+  mean, _ = posterior(x, estimate, here, there)
+  kl = gaussian_kl(true_mean[0], jnp.log(variance[0]), mean[0], log_variance[0]).sum()
+  np.testing.assert_allclose(terms[0], kl, rtol=1e-9)
+  decoder = discretized_gaussian(x0[-1], mean[-1], log_variance[-1]).sum()
+  np.testing.assert_allclose(terms[-1], -decoder, rtol=1e-12)
+
+
+def test_the_best_learned_variance_is_the_closed_one():
+  """The gradient of the expected term in the network's output vanishes at the optimal variance."""
+  alphas, sigmas = grid = sampling_grid(Schedule.sampled(processes.linear(), 20), 20)
+  lower, upper = (bound[9] for bound in log_variances(grid))
+  here, there = (alphas[9], sigmas[9]), (alphas[10], sigmas[10])
+  of_x0 = posterior(jnp.zeros((1, 1)), jnp.ones((1, 1)), here, there)[0][0, 0]
+  best = jnp.log(jnp.exp(lower) + of_x0**2 * uncertainty(*here))
+  output = 2 * (best - lower) / (upper - lower) - 1
+  assert -1 < output < 1
+  x0, eps, weights = normal_nodes(STD, 1.0)
+  x = here[0] * x0 + here[1] * eps
+
+  def expected(output):
+    log_variance = learned_log_variance(jnp.full_like(x, output), lower, upper)
+    return weights @ bound_term(x0, x, exact(STD)(x, *here), here, there, log_variance)
+
+  np.testing.assert_allclose(jax.grad(expected)(output), 0, atol=1e-10)
+  assert expected(output) < min(expected(-1.0), expected(1.0))
+
+
+def test_the_hybrid_trains_the_variance_alone():
+  x0, x, estimate = jnp.full((2, 3), 0.2), jnp.full((2, 3), 0.9), jnp.full((2, 3), 0.5)
+  here = jnp.array([0.8, 0.9]), jnp.array([0.6, 0.43])
+  there = jnp.array([0.9, 1.0]), jnp.array([0.43, 0.0])
+  args, log_variance = (here, there), jnp.full((2, 3), -3.0)
+  simple = lambda estimate: ((estimate - x0) ** 2).mean(1)
+
+  def loss(estimate, log_variance):
+    return hybrid_loss(simple(estimate), x0, x, estimate, *args, log_variance, 1000).sum()
+
+  term = lambda log_variance: bound_term(x0, x, estimate, *args, log_variance)
+  wanted = simple(estimate) + 0.001 * 1000 * term(log_variance) / (3 * np.log(2))
+  np.testing.assert_allclose(loss(estimate, log_variance), wanted.sum(), rtol=1e-12)
+  slopes = jax.grad(loss, (0, 1))(estimate, log_variance)
+  np.testing.assert_allclose(slopes[0], jax.grad(lambda e: simple(e).sum())(estimate), rtol=1e-12)
+  by_variance = jax.grad(lambda v: term(v).sum())(log_variance) / (3 * np.log(2))
+  np.testing.assert_allclose(slopes[1], by_variance, rtol=1e-12)
+  assert np.abs(slopes[1]).min() > 0.01
+
+
+def test_terms_are_finite_at_both_ends_in_float32():
+  """From alpha = 0 and to sigma = 0, values and gradients, whatever the estimate."""
+  x0, x = jnp.full((2, 3), 0.2, jnp.float32), jnp.full((2, 3), -0.7, jnp.float32)
+  here = jnp.array([0.0, 1.0], jnp.float32), jnp.array([1.0, 1e-3], jnp.float32)
+  there = jnp.array([0.1, 1.0], jnp.float32), jnp.array([0.99, 0.0], jnp.float32)
+
+  def loss(estimate, log_variance):
+    last = jnp.float32(0), jnp.float32(1)
+    return bound_loss(x0, x, estimate, here, there, log_variance, 10, last)
+
+  args = jnp.full((2, 3), 0.9, jnp.float32), jnp.array([-0.5, -13.0], jnp.float32)
+  assert loss(*args).dtype == jnp.float32
+  slopes = jax.grad(lambda *args: loss(*args).sum(), (0, 1))(*args)
+  assert np.isfinite(loss(*args)).all() and all(np.isfinite(slope).all() for slope in slopes)
+
+
+def diffusion_term(made, std, nodes=200):
+  """Mean over t and E over data and noise of the continuous loss."""
+  t, share = np.polynomial.legendre.leggauss(nodes)
+  x0, eps, weights = normal_nodes(std, 1.0, count=3)
+  at = lambda t: weights @ vdm_loss(exact(std), made, x0, eps, jnp.full(len(x0), t))
+  return float(jnp.asarray(share / 2) @ jax.vmap(at)(jnp.asarray((t + 1) / 2)))
+
+
+@pytest.mark.parametrize('std', [0.3, 1.0])
+def test_the_continuous_bound_depends_on_the_end_points_alone(std):
+  """1/2 [ln(1 + s^2 e^-g0) - ln(1 + s^2 e^-g1)], also for a learned schedule of random shape."""
+  closed = (np.log1p(std**2 * np.exp(13.3)) - np.log1p(std**2 * np.exp(-5.0))) / 2
+  np.testing.assert_allclose(diffusion_term(processes.log_linear(), std), closed, rtol=1e-9)
+  params = {k: 3 * v for k, v in processes.init_monotone(jax.random.key(0), 4).items()}
+  learned = processes.learned(params, -13.3, 5.0)
+  np.testing.assert_allclose(diffusion_term(learned, std), closed, rtol=1e-7)
+
+
+def test_the_bound_of_unit_gaussian_data_in_bits():
+  """Prior, diffusion and a Gaussian decoder sum to 2.047097 bits, 1e-6 above the entropy."""
+  made = processes.log_linear()
+  (alpha_0, sigma_0), (alpha_1, sigma_1) = made(jnp.zeros(())), made(jnp.ones(()))
+  x0, eps, weights = normal_nodes(1.0, 1.0, count=3)
+  x = alpha_0 * x0 + sigma_0 * eps
+  decoder = -weights @ gaussian_log_density(x0, x / alpha_0, 2 * jnp.log(sigma_0 / alpha_0))[:, 0]
+  prior = weights @ prior_term(x0, alpha_1, sigma_1)
+  total = prior + diffusion_term(made, 1.0) + decoder
+  np.testing.assert_allclose(bits_per_dim(total, x0), 2.047097, atol=5e-7)
+
+
+def test_a_weighted_bound():
+  """'snr' is the bound itself; another weighting multiplies by its weight over SNR."""
+  made, t = processes.log_linear(), jnp.array([0.3, 0.8])
+  x0, eps = jnp.ones((2, 2)), jnp.full((2, 2), -0.5)
+  plain = vdm_loss(exact(STD), made, x0, eps, t)
+  same = vdm_loss(exact(STD), made, x0, eps, t, weighting('snr'))
+  np.testing.assert_allclose(same, plain, rtol=1e-12)
+  found = vdm_loss(exact(STD), made, x0, eps, t, weighting('sigmoid', bias=1.0))
+  log_snr = processes.log_snr(made, t)
+  np.testing.assert_allclose(found, plain * jax.nn.sigmoid(1.0 - log_snr), rtol=1e-9)
+
 
 LN2 = math.log(2)
 BETAS = np.linspace(1e-4, 0.02, 1000)
