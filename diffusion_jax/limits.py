@@ -33,7 +33,7 @@ class Range:
     low = value > self.low if self.above else value >= self.low
     high = value < self.high if self.below else value <= self.high
     if not (low and high):
-      raise UserError(f'{where} is {value!r:.40}; give {self.text or self._text()}.')
+      raise UserError(f'{where} is {_shown(value)}; give {self.text or self._text()}.')
 
   def _text(self) -> str:
     if self.high == math.inf:
@@ -110,11 +110,14 @@ def check_seed(seed: int, name: str = 'seed') -> int:
   except TypeError:
     number = -1
   if not 0 <= number <= MOST_SEED:
-    shown = f'{seed!r:.40}' if not isinstance(seed, int) or abs(seed) < 10**20 else (
-      f'a number of {seed.bit_length()} bits'
-    )
-    raise UserError(f'{name} is {shown}; give a whole number from 0 to {MOST_SEED}.')
+    raise UserError(f'{name} is {_shown(seed)}; give a whole number from 0 to {MOST_SEED}.')
   return number
+
+
+def _shown(value: Any) -> str:
+  if isinstance(value, int) and abs(value) >= 10**20:
+    return f'a number of {value.bit_length()} bits'
+  return f'{value!r:.40}'
 
 
 def same_size(key: str, value: int, size: int) -> None:

@@ -203,8 +203,8 @@ def check(table: Collection[str], name: str, where: str = '') -> str:
       import_plugins()
     if name in table:
       return name
-  close = difflib.get_close_matches(str(name), table, n=1)
-  known = f'choose one of {", ".join(table)}'
+  close = difflib.get_close_matches(str(name).lower(), table, n=1)
+  known = 'choose one of ' + ', '.join(name or "''" for name in table)
   hint = f'did you mean {close[0]}? If not, {known}.' if close else f'{known}.'
   raise UserError(f'{where} is {name!r}; {hint}' if where else (
     f'there is no {_kind(table)} {name!r}; {hint}'

@@ -60,7 +60,7 @@ def test_wrong_overrides(recipe, train_fails, override, words):
 
 
 @pytest.mark.parametrize(('change', 'words'), [
-  ({'loop': {'totl_steps': 3}}, ('config.loop.totl_steps', 'did you mean loop.total_steps')),
+  ({'loop': {'totl_steps': 3}}, ('config.loop.totl_steps', 'did you mean config.loop.total_steps')),
   ({'settings': {'objective': {'predicton': 'sample'}}},
    ('objective.predicton', 'objective.prediction')),
   ({'loop': {'batch_size': '8'}}, ('config.loop.batch_size', "'8'", 'int')),
@@ -73,7 +73,7 @@ def test_wrong_overrides(recipe, train_fails, override, words):
   ({'settings': {'evaluation': {'features': ['clip:nowhere']}}}, ('nowhere',)),
   ({'settings': {'evaluation': {'features': ['vgg:x']}}},
    ('settings.evaluation.features vgg:x', 'KIND:PATH')),
-  ({'settings': {'evaluation': {'metrics': ['FID']}}}, ("no metric 'FID'", 'choose of fd')),
+  ({'settings': {'evaluation': {'metrics': ['FID']}}}, ("metrics is 'FID'", 'choose one of fd')),
   ({'settings': {'evaluation': {'metrics': ['inception_score']}}},
    ('logits_unbiased', 'out of settings.evaluation.metrics')),
   ({'loop': {'keep_best': 'fid', 'evaluate_every_steps': 2}},
@@ -181,7 +181,7 @@ def test_training_goes_on_from_before_a_truncated_checkpoint(command, finished, 
   (['--prompt', 'cat', '--strength', '0.5'], ('--image',)),
   (['--prompt', 'cat', '--image', 'docs/samples.png', '--strength', '0'], ('strength', 'up to 1')),
   (['--prompt', 'cat', '--steps', '1001'], ('1001', '1000')),
-  (['--prompt', 'cat', '--steps', '0'], ('steps is 0', 'choose 1 to')),
+  (['--prompt', 'cat', '--steps', '0'], ('steps is 0', 'a number from 1 to')),
   (['--prompt', 'cat', '--batch', '0'], ('--batch is 0',)),
   (['--prompt', 'cat', '--seed', 2**64], ('--seed is 18446744073709551616', '0 to 4294967295')),
   (['--prompt', 'cat', '--seed', 2**32], ('--seed is 4294967296', '0 to 4294967295')),

@@ -360,7 +360,7 @@ def test_diffusers_opens_what_was_exported(recipe, tuned):
   ('sd15', {'settings.model': 'nowhere'}, 'nowhere is no text-to-image model'),
   ('sd15', {'settings.objective.prediction': 'v_prediction'},
    "objective.prediction is 'v_prediction', but"),
-  ('sd15', {'settings.architecture': 'sd99'}, "settings.architecture is 'sd99'; did you mean sd"),
+  ('sd15', {'settings.architecture': 'sd99'}, "architecture is 'sd99'; choose one of '', sd15"),
   ('sd15', {'settings.train': 'all'}, "settings.train is 'all'; choose one of unet, lora"),
   ('sd15', {'settings.inputs': 'depth'}, "settings.inputs is 'depth'; choose one of none, inpaint"),
   ('lora', {'settings.train': 'unet'}, 'settings.lora has no effect on settings.train unet'),
