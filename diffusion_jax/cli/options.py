@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-from diffusion_jax.config import SampleOptions, typed
+from diffusion_jax.config import typed
 from diffusion_jax.errors import UserError
 from diffusion_jax.limits import Help, Positive, Seed
 
@@ -178,32 +178,3 @@ def with_values(sample: T, values: Mapping[str, Any]) -> T:
     # What a published scheduler says beside its sampler's name holds for that sampler alone.
     values = {name: getattr(type(sample)(), name) for name in OF_SAMPLER} | values
   return dataclasses.replace(sample, **values)
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-  """--workdir or --model."""
-  add_options(parser, ModelOptions)
-
-
-def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
-  """How to sample; what is not given is what the model was trained to be used with."""
-  add_options(parser, SampleOptions)
-  add_options(parser, DrawOptions)
-
-
-def load_run(args: argparse.Namespace):
-  """(the run of --workdir, sample settings with the arguments applied)."""
-  check_numbers(args)
-  return open_run(read_options(ModelOptions, args), given(SampleOptions, args))
-
-
-def load(args: argparse.Namespace, mesh):
-  """(model, weights on the mesh, sample settings with the arguments applied, the model's name)."""
-  check_numbers(args)
-  return open_model(read_options(ModelOptions, args), given(SampleOptions, args), mesh)
-
-
-def check_numbers(args: argparse.Namespace) -> None:
-  """Set the seed and the batch; UserError where they cannot be."""
-  draw = read_options(DrawOptions, args)
-  args.seed, args.batch = draw.seed, draw.batch
