@@ -85,9 +85,7 @@ def _table(scores: Told, task: str) -> list[str]:
   titles = ' | '.join(column_title(name, task) for name in columns)
   lines = [f'| metric | {titles} |', f'|---|{"---|" * len(columns)}']
   for row in rows:
-    cells = [
-      f'{scores.columns[c][row]:.4g}' if row in scores.columns[c] else '' for c in columns
-    ]
+    cells = [f'{scores.columns[c][row]:.4g}' if row in scores.columns[c] else '' for c in columns]
     title = metric_title(row, task)
     name = f'{title} (`{row}`)' if title != row else f'`{row}`'
     lines.append(f'| {name} | {" | ".join(cells)} |')

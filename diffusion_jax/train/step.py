@@ -95,9 +95,7 @@ def make_step(
   def advance(state: TrainState, grads, loss, metrics, observed) -> tuple[TrainState, Metrics]:
     norm = global_norm(grads)
     use, finite, watch = judge(state.guard, guard, loss, norm)
-    updates, opt_state = optimizer.update(
-      grads, state.opt_state, state.params, use=use, norm=norm
-    )
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, use=use, norm=norm)
     params = task.constrain(optax.apply_updates(state.params, updates))
     average = state.ema
     if average:
@@ -110,9 +108,7 @@ def make_step(
     given_up = watch.in_a_row >= guard.max_skipped_in_a_row
     metrics['skipped_fraction'] = Average(1 - use.astype(jnp.float32), one)
     metrics['given_up'] = Average(given_up.astype(jnp.float32), one)
-    return TrainState(
-      state.step + 1, state.key, params, opt_state, average, carry, watch
-    ), metrics
+    return TrainState(state.step + 1, state.key, params, opt_state, average, carry, watch), metrics
 
   def step(state: TrainState, frozen, batch) -> tuple[TrainState, Metrics]:
     # Not left to the caller: without the constraints in the networks, XLA's partitioner gave wrong

@@ -85,9 +85,7 @@ class Task(abc.ABC):
     for name in ('remat', 'attention', 'products'):
       without = getattr(TrainingConfig, name)
       if name not in cls.computing and getattr(config, name) != without:
-        raise UserError(
-          f'config.{name} has no effect on task {config.task}; set {without}.'
-        )
+        raise UserError(f'config.{name} has no effect on task {config.task}; set {without}.')
     cls.check_data(config)
 
   @classmethod
