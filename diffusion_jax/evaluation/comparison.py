@@ -135,7 +135,7 @@ def _known(
   """The reference's features, where there are any, and their moments."""
   if not isinstance(reference, Features):
     return None, reference.get(column)
-  return reference.columns[column], reference.statistics(column)
+  return reference.columns.get(column), reference.statistics(column)
 
 
 def compare(
@@ -156,17 +156,20 @@ def compare(
   compared = [
     Compared(f'image:{name}', values[:, None]) for name, values in samples.each.items()
   ]
-  for column, values in samples.columns.items():
+  for column in dict.fromkeys([*samples.columns, *samples.sums]):
+    values, sums = samples.columns.get(column), samples.sums.get(column)
+    width = len(sums.mean) if values is None else values.shape[1]
     there, moments = None, None
     if takes_reference(column.rpartition(':')[2]):
       there, moments = _known(reference, column)
-    if moments is not None and moments.mean.shape != values.shape[1:]:
+    if moments is not None and len(moments.mean) != width:
       raise UserError(
         f'the statistics of the reference are {len(moments.mean)} wide, but {column} is '
-        f'{values.shape[1]}; give statistics of the same features.'
+        f'{width}; give statistics of the same features.'
       )
     compared.append(Compared(
-      column, values, moments, there, rows(texts, column), rows(labels, column), own
+      column, values, moments, there, rows(texts, column), rows(labels, column), own,
+      sums,
     ))
   scores = score(metrics, compared, seed=seed, intervals=intervals)
   if samples.trouble:

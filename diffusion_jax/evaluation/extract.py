@@ -1,13 +1,10 @@
-"""Images -> features of several networks, piece after piece: resumable, over all processes.
+"""Images -> features of several networks: of pieces on a disk, or batch after batch.
 
 Each process works on pieces of its own with its own devices, so that none waits for another and a
 lost process costs only its time. While the devices compute the features of one piece, the images of
-the next are read or drawn, and those of the last are written.
-
-Features of images that come batch after batch, on a mesh of any number of processes.
-
-Where means and covariances are all that is asked for, features never leave the devices: they are
-summed there, in the program that computes them, and the sums are put together at the end.
+the next are read or drawn, and those of the last are written. Batches are for all processes; where
+means and covariances are all that is asked for, features never leave the devices: they are summed
+there, in the program that computes them, and the sums are put together at the end.
 """
 
 import concurrent.futures
@@ -21,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -53,16 +50,61 @@ MOST_THUMBNAILS = 20_000
 READERS = 4
 
 
-class Extraction:
-  """Features of images by several extractors at once, on a mesh of this process's devices."""
+Images = UInt8[np.ndarray, 'b h w 3']
 
-  def __init__(self, extractors: Sequence[Extractor], mesh: Mesh, batch_size: int = 32):
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Features:
+  """What there is to score. columns: name -> float32 [n d] of the images that could be read; they
+  lie on the disk, so that what reads them in parts needs no memory for all.
+
+  rows: numbers of those images; trouble: a sentence for each of the others. each: name -> figures
+  of those images, [n]. edge: the median of the shorter edges in pixels, where it is known. sums: of
+  columns, also of some that are not kept themselves.
+  """
+
+  columns: dict[str, np.ndarray]
+  rows: np.ndarray
+  trouble: list[str]
+  each: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  edge: float | None = None
+  sums: dict[str, Statistics] = dataclasses.field(default_factory=dict)
+
+  def statistics(self, column: str) -> Statistics:
+    """Return the sums of a column, which is read once."""
+    if column not in self.sums:
+      self.sums[column] = Statistics.from_features(self.columns[column])
+    return self.sums[column]
+
+
+class Extraction:
+  """Features of images by several extractors at once.
+
+  A call computes them for a piece of work, on a mesh of this process's devices; `collect` for
+  images that come batch after batch, on a mesh of all processes.
+
+  batch_size: of the networks; rounded up to a multiple of the devices that share a batch.
+  metrics: for which `collect` is; where they need no more than means and covariances, features are
+  summed on the devices.
+  """
+
+  def __init__(
+    self, extractors: Sequence[Extractor], mesh: Mesh, batch_size: int = 32,
+    metrics: Sequence[str] = (),
+  ):
     names = [extractor.name for extractor in extractors]
     if len(set(names)) < len(names):
       raise UserError(f'features are named twice: {", ".join(sorted(names))}; name each once.')
-    self.extractors, self.mesh, self.batch_size = list(extractors), mesh, batch_size
+    ways = mesh.shape['data'] * mesh.shape['fsdp']
+    self.extractors, self.mesh = list(extractors), mesh
+    self.batch_size = -(-batch_size // ways) * ways
     self._apply = {extractor.name: compiled(extractor) for extractor in extractors}
     self._shapes: set[tuple[int, ...]] = set()
+    self._summed = {
+      e.name: [o for o in e.widths if metrics and sums_suffice(metrics, column(e, o))]
+      for e in extractors
+    }
+    self._steps = {extractor.name: self._step(extractor) for extractor in extractors}
 
   @property
   def columns(self) -> dict[str, int]:
@@ -104,6 +146,55 @@ class Extraction:
       return None
     self._shapes |= shapes
     return np.stack(images)
+
+  def _step(self, extractor: Extractor):
+    """Jitted (params, sums, images, numbers) -> (sums, features of the other outputs)."""
+
+    def step(params, sums: dict[str, DeviceStatistics], images: jax.Array, numbers: jax.Array):
+      found = extractor.apply(params, images)
+      valid = jnp.diff(numbers, prepend=-1) > 0  # Padding repeats the last row with its number.
+      sums = {o: update(sums[o], found.pop(o), valid, mesh=self.mesh) for o in sums}
+      return sums, found
+
+    return jit(step, donate_argnums=1)
+
+  def collect(self, batches: Iterable[Images]) -> Features:
+    """Return what the metrics need of all images together, in memory.
+
+    All processes must call it with the same. UserError where sums are not finite.
+    """
+    sums = {
+      e.name: {o: empty(e.widths[o], self.mesh) for o in self._summed[e.name]}
+      for e in self.extractors
+    }
+    kept: dict[str, list[np.ndarray]] = {name: [] for name in self.columns}
+    count = 0
+    for images in regrouped(batches, self.batch_size):
+      count += len(images)
+      for extractor in self.extractors:
+        for output, rows in self._kept(extractor, sums, images).items():
+          kept[column(extractor, output)].append(rows)
+    return Features(
+      {name: np.concatenate(parts) for name, parts in kept.items() if parts}, np.arange(count), [],
+      sums={
+        column(e, output): collect(state, mesh=self.mesh)
+        for e in self.extractors for output, state in sums[e.name].items()
+      },
+    )
+
+  def _kept(self, extractor: Extractor, sums: dict, images: Images) -> dict[str, np.ndarray]:
+    """Features of one batch that are kept; `sums` are brought up to date."""
+
+    def run(params, *arrays):
+      found = self._steps[extractor.name](params, sums[extractor.name], *arrays)
+      sums[extractor.name], rows = found
+      return rows or jax.block_until_ready(found)[1]  # Or batches would pile up.
+
+    (rows,) = in_batches(
+      run, extractor.params, images, np.arange(len(images), dtype=np.int32), mesh=self.mesh,
+      batch_size=self.batch_size,
+    )
+    return rows
 
 
 def checksum(params: Params) -> int:
@@ -201,29 +292,6 @@ def reader(images: ImageSet) -> Callable[[range], Made]:
   return read
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Features:
-  """What there is to score. columns: name -> float32 [n d] of the images that could be read; they
-  lie on the disk, so that what reads them in parts needs no memory for all.
-
-  rows: numbers of those images; trouble: a sentence for each of the others. each: name -> figures
-  of those images, [n]. edge: the median of the shorter edges in pixels, where it is known.
-  """
-
-  columns: dict[str, np.ndarray]
-  rows: np.ndarray
-  trouble: list[str]
-  each: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-  edge: float | None = None
-  _statistics: dict[str, Statistics] = dataclasses.field(default_factory=dict, init=False)
-
-  def statistics(self, column: str) -> Statistics:
-    """Of a column, read once."""
-    if column not in self._statistics:
-      self._statistics[column] = Statistics.from_features(self.columns[column])
-    return self._statistics[column]
-
-
 def gather(chunks: Chunks, most_unreadable: float = 0.0) -> Features:
   """The features of all pieces, all of which must be there.
 
@@ -255,75 +323,6 @@ def _only(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
     part = rows[start : start + PART]
     values[start : start + len(part)] = values[part]
   return values[: len(rows)]
-
-
-Images = UInt8[np.ndarray, 'b h w 3']
-Collected = dict[str, Float[np.ndarray, 'n d'] | Statistics]
-"""Column -> features of all images, or their sums where the metrics need no more."""
-
-
-class Collector:
-  """Collects what metrics need of sets of images, all of one size in pixels.
-
-  batch_size: of the networks; rounded up to a multiple of the devices that share a batch.
-  """
-
-  def __init__(
-    self, extractors: Sequence[Extractor], mesh: Mesh, metrics: Sequence[str], batch_size: int = 32
-  ):
-    ways = mesh.shape['data'] * mesh.shape['fsdp']
-    self.mesh, self.batch_size = mesh, -(-batch_size // ways) * ways
-    self.extractors = list(extractors)
-    self.columns = [column(e, output) for e in extractors for output in e.widths]
-    self._summed = {
-      e.name: [o for o in e.widths if sums_suffice(metrics, column(e, o))] for e in extractors
-    }
-    self._steps = {e.name: self._step(e) for e in extractors}
-
-  def _step(self, extractor: Extractor):
-    """Jitted (params, sums, images, numbers) -> (sums, features of the other outputs)."""
-
-    def step(params, sums: dict[str, DeviceStatistics], images: jax.Array, numbers: jax.Array):
-      found = extractor.apply(params, images)
-      valid = jnp.diff(numbers, prepend=-1) > 0  # Padding repeats the last row with its number.
-      sums = {o: update(sums[o], found.pop(o), valid, mesh=self.mesh) for o in sums}
-      return sums, found
-
-    return jit(step, donate_argnums=1)
-
-  def __call__(self, batches: Iterable[Images]) -> Collected:
-    """What the metrics need of all images together. All processes must call it with the same.
-
-    UserError where sums are not finite.
-    """
-    sums = {
-      e.name: {o: empty(e.widths[o], self.mesh) for o in self._summed[e.name]}
-      for e in self.extractors
-    }
-    kept: dict[str, list[np.ndarray]] = {name: [] for name in self.columns}
-    for images in regrouped(batches, self.batch_size):
-      for extractor in self.extractors:
-        for output, rows in self._features(extractor, sums, images).items():
-          kept[column(extractor, output)].append(rows)
-    found: Collected = {name: np.concatenate(parts) for name, parts in kept.items() if parts}
-    for e in self.extractors:
-      for output, state in sums[e.name].items():
-        found[column(e, output)] = collect(state, mesh=self.mesh)
-    return found
-
-  def _features(self, extractor: Extractor, sums: dict, images: Images) -> dict[str, np.ndarray]:
-    """Features of one batch that are kept; `sums` are brought up to date."""
-
-    def run(params, *arrays):
-      found = self._steps[extractor.name](params, sums[extractor.name], *arrays)
-      sums[extractor.name], rows = found
-      return rows or jax.block_until_ready(found)[1]  # Or batches would pile up.
-
-    (rows,) = in_batches(
-      run, extractor.params, images, np.arange(len(images), dtype=np.int32), mesh=self.mesh,
-      batch_size=self.batch_size,
-    )
-    return rows
 
 
 def regrouped(batches: Iterable[Images], size: int) -> Iterator[Images]:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from diffusion_jax.data.unreadable import readable
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.comparison import compare
 from diffusion_jax.evaluation.evaluator import (
   EVALUATE,
   SAMPLE,
@@ -23,19 +24,17 @@ from diffusion_jax.evaluation.evaluator import (
   named,
   seed_of,
 )
-from diffusion_jax.evaluation.extract import Collected, Collector, Images
+from diffusion_jax.evaluation.extract import Extraction, Features, Images
 from diffusion_jax.evaluation.extractors import load_named
 from diffusion_jax.evaluation.extractors.clip import text_towers
 from diffusion_jax.evaluation.images import shuffled
-from diffusion_jax.evaluation.metrics.metric import Compared, MetricValues
+from diffusion_jax.evaluation.metrics.metric import MetricValues
 from diffusion_jax.evaluation.report import PAIRS, real_retrieval
 from diffusion_jax.evaluation.scores import (
   check_metrics,
   metric_of,
-  score,
   value_names,
 )
-from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.parallel.mesh import put_params, to_host
 from diffusion_jax.parallel.processes import agree
 from diffusion_jax.pipelines.conditions import Inputs
@@ -92,28 +91,21 @@ class ImageScorer:
     self.metrics = tuple(metrics)
     self._train, self._test = train, test
     self.extractors = load_named(features, metrics, mesh, FEATURES_KEY)
-    self.collect = Collector(self.extractors, mesh, metrics)
-    outputs = [name.rpartition(':')[2] for name in self.collect.columns]
+    self.extraction = Extraction(self.extractors, mesh, metrics=self.metrics)
+    outputs = [name.rpartition(':')[2] for name in self.extraction.columns]
     check_metrics(metrics, outputs, ('moments', 'reference', 'texts'), METRICS_KEY)
     asked = any('texts' in metric_of(name).needs for name in metrics)
     self._clips = text_towers(features, self.extractors, mesh)
     self._towers = self._clips if asked else {}
-    self.names = value_names(metrics, self.collect.columns)
+    self.names = value_names(metrics, self.extraction.columns)
     """Of all metrics that it gives."""
 
   @functools.cached_property
-  def reference(self) -> Collected:
+  def reference(self) -> Features:
     """Of all training images that can be read."""
     images = (record['image'] for record in readable(self._train))
     blocks = iter(lambda: list(itertools.islice(images, READ)), [])
-    return self.collect(np.stack(block) for block in blocks)
-
-  @functools.cached_property
-  def moments(self) -> dict[str, Statistics]:
-    return {
-      name: value if isinstance(value, Statistics) else Statistics.from_features(value)
-      for name, value in self.reference.items()
-    }
+    return self.extraction.collect(np.stack(block) for block in blocks)
 
   @functools.cached_property
   def checked(self) -> list[tuple[str, bool]]:
@@ -126,17 +118,11 @@ class ImageScorer:
       print(f'diffusion_jax train: {text}', file=sys.stderr)
     return told
 
-  def scores(self, samples: Collected, texts: dict, seed: int) -> MetricValues:
+  def scores(self, samples: Features, texts: dict, seed: int) -> MetricValues:
     """Return the metrics of samples that belong to these texts, against the reference."""
-    compared = []
-    for name, values in samples.items():
-      moments = self.moments[name]
-      if isinstance(values, Statistics):
-        compared.append(Compared(name, None, moments, sums=values))
-      else:
-        reference, own = self.reference[name], texts.get(name)
-        compared.append(Compared(name, values, moments, reference, own))
-    return score(self.metrics, compared, seed=seed, intervals=False)
+    return compare(
+      samples, self.reference, self.metrics, texts=texts, seed=seed, intervals=False
+    )
 
   def texts(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
     """Return column -> embeddings of the captions, of every CLIP that a metric needs."""
@@ -222,17 +208,17 @@ class GeneratedImages(Cached):
     check_samples(len(records), len(self.test))
     captions = tuple(record['captions'][0] for record in records)
     scorer, seed = self.scorer, seed_of(key)
-    scorer.moments, scorer.checked  # noqa: B018  The reference is embedded before the clock runs.
+    scorer.reference, scorer.checked  # noqa: B018  The reference is embedded before the clock runs.
     drawn = functools.partial(self._drawn, model, captions, seed)
     found = {'generated': drawn('generated', params, Budget(self.seconds))}
-    samples = _size(found['generated'])
+    samples = len(found['generated'].rows)
     captions = captions[:samples]
     if self.baselines:
       drawn = functools.partial(self._drawn, model, captions, seed)
       found['untrained'] = drawn(
         'untrained', fresh_weights(model, params, self.mesh), Budget(0)
       )
-      found['real'] = scorer.collect([np.stack([r['image'] for r in records[:samples]])])
+      found['real'] = scorer.extraction.collect([np.stack([r['image'] for r in records[:samples]])])
     texts = scorer.texts(captions)
     scores = {name: scorer.scores(one, texts, seed) for name, one in found.items()}
     yield from named({name: one.values for name, one in scores.items()})
@@ -241,25 +227,25 @@ class GeneratedImages(Cached):
   def _drawn(
     self, model: Diffusion, captions: Sequence[str], seed: int, label: str, params: Weights,
     budget: Budget,
-  ) -> Collected:
+  ) -> Features:
     batches = model.generate(
       params, captions, self.sample, seed=seed, mesh=self.mesh, batch_size=self.batch_size
     )
-    return self.scorer.collect(_within(budget, batches, len(captions), label))
+    return self.scorer.extraction.collect(_within(budget, batches, len(captions), label))
 
   def _told(
     self, scorer: ImageScorer, model: Diffusion, samples: int, warnings: list[str], seed: int
   ) -> Iterator[tuple[str, Value]]:
     yield 'measured', [
       f'Of {samples:,} images, each drawn for a test caption, against '
-      f'{_size(scorer.reference):,} images of the training split.',
+      f'{len(scorer.reference.rows):,} images of the training split.',
       *(f'{one.name} sees them at {one.size} px, enlarged from {max(model.trained_size)}.'
         for one in scorer.extractors if one.size > max(model.trained_size)),
       *(text for text, beware in scorer.checked if not beware),
     ]
     yield 'warnings', [*(text for text, beware in scorer.checked if beware), *warnings]
     yield 'settings', {
-      'samples': samples, 'reference_images': _size(scorer.reference), 'seed': seed,
+      'samples': samples, 'reference_images': len(scorer.reference.rows), 'seed': seed,
       'features': ', '.join(extractor.name for extractor in scorer.extractors),
       **dataclasses.asdict(self.sample),
     }
@@ -276,12 +262,6 @@ def _within(budget: Budget, batches: Iterator[Images], total: int, label: str) -
       bar.update(len(batch))
       if budget.over() and done >= MINIMUM:
         break
-
-
-def _size(collected: Collected) -> int:
-  """Of how many images."""
-  first = next(iter(collected.values()))
-  return first.n if isinstance(first, Statistics) else len(first)
 
 
 def check_samples(samples: int, available: int) -> None:

@@ -18,7 +18,6 @@ from PIL import Image
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.comparison import features_of, of_images
 from diffusion_jax.evaluation.extract import (
-  Collector,
   Extraction,
   extract,
   gather,
@@ -277,22 +276,23 @@ def _mesh(devices):
 @pytest.mark.parametrize('devices', [1, 8])
 def test_sums_on_devices_are_those_of_the_features(devices):
   """45 images in batches of 16 + 16 + 13, given as 20 + 20 + 5: the last one is padded."""
-  collector = Collector([TwoOutputs()], _mesh(devices), ['fd', 'kl', 'clip_score'], batch_size=16)
-  assert collector.columns == ['colours/x/clean:pool3', 'colours/x/clean:embedding']
+  extraction = Extraction([TwoOutputs()], _mesh(devices), 16, ['fd', 'kl', 'clip_score'])
+  assert [*extraction.columns] == ['colours/x/clean:pool3', 'colours/x/clean:embedding']
   for _ in range(2):  # A second set begins with nothing.
-    found = collector(IMAGES[i : i + 20] for i in range(0, 45, 20))
-    sums, wanted = found['colours/x/clean:pool3'], Statistics.from_features(COLOURS)
+    found = extraction.collect(IMAGES[i : i + 20] for i in range(0, 45, 20))
+    assert [*found.sums] == ['colours/x/clean:pool3'] and len(found.rows) == 45
+    sums, wanted = found.sums['colours/x/clean:pool3'], Statistics.from_features(COLOURS)
     assert sums.n == 45
     np.testing.assert_allclose(sums.mean, wanted.mean, rtol=1e-6)
     np.testing.assert_allclose(sums.covariance, wanted.covariance, rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(found['colours/x/clean:embedding'], COLOURS / 2, rtol=1e-6)
+    np.testing.assert_allclose(found.columns['colours/x/clean:embedding'], COLOURS / 2, rtol=1e-6)
 
 
 def test_features_that_a_metric_asks_for_are_kept():
-  collector = Collector([TwoOutputs()], _mesh(8), ['fd', 'kid'], batch_size=3)
-  assert collector.batch_size == 8
-  found = collector([IMAGES])
-  np.testing.assert_allclose(found['colours/x/clean:pool3'], COLOURS, rtol=1e-6)
+  extraction = Extraction([TwoOutputs()], _mesh(8), 3, ['fd', 'kid'])
+  assert extraction.batch_size == 8
+  found = extraction.collect([IMAGES])
+  np.testing.assert_allclose(found.columns['colours/x/clean:pool3'], COLOURS, rtol=1e-6)
   assert sums_suffice(['fd', 'kl'], 'x:pool3') and not sums_suffice(['fd', 'kid'], 'x:pool3')
   assert sums_suffice(['fd', 'clip_score'], 'x:pool3')
   assert not sums_suffice(['fd', 'clip_score'], 'x:embedding')
@@ -300,7 +300,7 @@ def test_features_that_a_metric_asks_for_are_kept():
 
 def test_sums_that_are_not_finite_are_noticed():
   with pytest.raises(UserError, match='NaN or infinite'):
-    Collector([TwoOutputs(np.nan)], _mesh(1), ['fd'])([IMAGES])
+    Extraction([TwoOutputs(np.nan)], _mesh(1), metrics=['fd']).collect([IMAGES])
 
 
 def test_images_are_regrouped_in_their_order():

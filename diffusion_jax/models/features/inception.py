@@ -9,7 +9,7 @@ Parts are named as in the published files.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -252,7 +252,8 @@ class Inception(nnx.Module):
       torch-fidelity and guided-diffusion has them. 'logits': with it.
   """
 
-  def __init__(self, config: InceptionConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: InceptionConfig, *, compute: Any = None, rngs: nnx.Rngs):
+    del compute  # It computes in float32, as the tools do.
     self.config = config
     width = 3
     for step in STEM:
