@@ -47,9 +47,9 @@ def posterior(
   appendix A). Finite at alpha_t = 0 and at sigma_s = 0, where the mean is alpha_s x_0.
   """
   ratio, added = transition(here, there)
-  share = divide(there[1] ** 2, here[1] ** 2)
+  fraction = divide(there[1] ** 2, here[1] ** 2)
   of_x0 = there[0] * divide(added, here[1] ** 2)
-  return expand(ratio * share, x) * x + expand(of_x0, x) * x0, added * share
+  return expand(ratio * fraction, x) * x + expand(of_x0, x) * x0, added * fraction
 
 
 def log_variances(grid: Grid) -> tuple[jax.Array, jax.Array]:
@@ -77,8 +77,8 @@ def learned_log_variance(output: jax.Array, lower: jax.Array, upper: jax.Array) 
     output: [b ...], the network's extra channels; -1 is the lower bound, 1 the upper one.
     lower, upper: [] or [b], from `log_variances`.
   """
-  share = (output + 1) / 2
-  return share * expand(upper, output) + (1 - share) * expand(lower, output)
+  fraction = (output + 1) / 2
+  return fraction * expand(upper, output) + (1 - fraction) * expand(lower, output)
 
 
 Decoder = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -288,10 +288,10 @@ def discrete_bound(
   if draws is None:
     chosen, weights = jnp.arange(len(gain)), jnp.ones_like(gain)
   else:
-    shares = jnp.cumsum(gain / (1 + snr[1:]))
-    chosen = jnp.searchsorted(shares, (jnp.arange(draws) + offset) / draws * shares[-1])
+    fractions = jnp.cumsum(gain / (1 + snr[1:]))
+    chosen = jnp.searchsorted(fractions, (jnp.arange(draws) + offset) / draws * fractions[-1])
     chosen = jnp.minimum(chosen, len(gain) - 1)
-    weights = shares[-1] / draws / (gain / (1 + snr[1:]))[chosen]
+    weights = fractions[-1] / draws / (gain / (1 + snr[1:]))[chosen]
   items = (chosen, jnp.arange(1, len(chosen) + 1), weights)
   add = lambda nats, item: (nats + item[2] * divergence(*item[:2]), None)
   nats, _ = jax.lax.scan(add, jnp.zeros(len(x0), x0.dtype), items)
@@ -368,8 +368,8 @@ def gaussian_bits(
   snr = (np.asarray(alphas) / np.asarray(sigmas)) ** 2
   first, last, square = snr[0], snr[-1], (x0 - mean) ** 2
   spread = alphas[-1] ** 2 + sigmas[-1] ** 2  # variance of the Gaussian that sampling starts from
-  share = sigmas[-1] ** 2 / spread
-  prior = ((alphas[-1] * x0) ** 2 / spread + share - 1 - np.log(share)) / 2
+  fraction = sigmas[-1] ** 2 / spread
+  prior = ((alphas[-1] * x0) ** 2 / spread + fraction - 1 - np.log(fraction)) / 2
   ends = prior + (np.log(2 * np.pi / first) + 1) / 2
   below = lambda s: 1 + s * variance
   steps = list(zip(snr[:-1] - snr[1:], snr[1:], strict=True))

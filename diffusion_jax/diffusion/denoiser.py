@@ -26,7 +26,7 @@ TextDenoiser = Callable[[Latents, jax.Array, jax.Array, Text], Latents]
 """The same, under a condition: text [b l d], or any tree of arrays [b ...]."""
 
 Label = Callable[[jax.Array, jax.Array], jax.Array]
-"""(alpha, sigma), [] or [b] -> what a network is told of the noise, of their shape."""
+"""(alpha, sigma), [] or [b] -> the label of the noise that a network sees, of their shape."""
 
 Scale = float | jax.Array
 
@@ -132,7 +132,7 @@ def classifier_free_edit(
 def static_threshold(
   denoise: Denoiser, limit: float = 1.0, *, keep_estimate: bool = False
 ) -> Denoiser:
-  """Clips the estimate to [-limit, limit], the range of the data (Saharia et al. 2022, 2.3).
+  """Clip the estimate to [-limit, limit], the range of the data (Saharia et al. 2022, 2.3).
 
   Args:
     keep_estimate: return (the clipped estimate, the estimate), for `ddim` with keep_epsilon.
@@ -144,13 +144,13 @@ def dynamic_threshold(
   denoise: Denoiser, percentile: float = 0.95, limit: float = math.inf, *,
   keep_estimate: bool = False,
 ) -> Denoiser:
-  """Clips each image at its own percentile, scaled to [-1, 1] (Saharia et al. 2022, 2.3).
+  """Clip each image at its own percentile, scaled to [-1, 1] (Saharia et al. 2022, 2.3).
 
   With s the percentile of an image's absolute values, at least 1 and at most `limit`: clip(x_0, -s,
   s) / s. For pixels in [-1, 1]; latents have no such range.
 
   Args:
-    percentile: share in [0, 1]; 1 scales without clipping.
+    percentile: fraction in [0, 1]; 1 scales without clipping.
     limit: the largest s, also where it is below 1; diffusers names it sample_max_value.
     keep_estimate: as in `static_threshold`.
   """
@@ -163,7 +163,7 @@ def dynamic_threshold(
 
 
 def _of_x0(denoise: Denoiser, function: Callable, keep_estimate: bool) -> Denoiser:
-  """The denoiser with its x_0 changed; a learned variance beside it stays."""
+  """Return the denoiser with its x_0 changed; a learned variance stays."""
 
   def changed(x, alpha, sigma):
     out = denoise(x, alpha, sigma)
@@ -175,7 +175,7 @@ def _of_x0(denoise: Denoiser, function: Callable, keep_estimate: bool) -> Denois
 
 
 def _is_number(scale: Scale, value: float) -> bool:
-  """Whether the scale is that very Python number, known when the program is traced."""
+  """Return True for that very Python number, known when the program is traced."""
   return isinstance(scale, numbers.Real) and scale == value
 
 

@@ -65,8 +65,8 @@ class GaussianMixture(NamedTuple):
   def score(self, x: jax.Array) -> jax.Array:
     """Gradient of the log-density at x [b ...]: sum_k p(k | x) (means_k - x) / variances_k."""
     _, means, variances = self.astype(x.dtype)
-    shares = jnp.exp(self.log_class_probabilities(x))
-    return jnp.einsum('bk,bk...->b...', shares, (means - x[:, None]) / variances)
+    fractions = jnp.exp(self.log_class_probabilities(x))
+    return jnp.einsum('bk,bk...->b...', fractions, (means - x[:, None]) / variances)
 
   def posterior(self, x: jax.Array, alpha, sigma) -> 'GaussianMixture':
     """The mixture p(x_0 | x_t = x) for each of x [b ...]: weights [b k], the rest [b k ...].

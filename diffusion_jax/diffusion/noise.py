@@ -1,4 +1,4 @@
-"""Noise: how much of it there is at each time, and what a network is told of it.
+"""Noise levels over time, and the labels by which networks know them.
 
 A `NoiseSchedule` is a process t -> (alpha, sigma) in continuous time, or a table of T timesteps
 made from one. Models, objectives and samplers share one such object.
@@ -53,7 +53,7 @@ SAMPLED: dict[str, Callable[[], Process]] = {
 
 
 def zero_terminal_snr(alpha_bar: np.ndarray) -> np.ndarray:
-  """Shifts and scales sqrt(alpha_bar): the last step is pure noise (Lin et al. 2024, alg. 1).
+  """Shift and scale sqrt(alpha_bar): the last step is pure noise (Lin et al. 2024, alg. 1).
 
   Args:
     alpha_bar: [T] decreasing products of (1 - beta), float64.
@@ -63,16 +63,16 @@ def zero_terminal_snr(alpha_bar: np.ndarray) -> np.ndarray:
 
 
 MOST_TIMESTEPS = 100_000
-"""Of a table of noise levels; published ones have 1,000 to 4,000."""
+"""The longest table of noise levels; published ones have 1,000 to 4,000."""
 
 LABELS = ('exact', 'nearest', 'down', 'sigma')
-"""What a sampler tells the network: the fractional timestep, rounded, rounded down; sigma T of a
+"""Labels while sampling: the fractional timestep, rounded, rounded down; sigma T of a
 flow."""
 
 LEARNED = 'learned'
 
 NETWORK_LABELS = ('timestep', 'log_snr', 'sigma')
-"""What a network on a process is told: ln(sigma / alpha) stretched to [0, num_train_timesteps],
+"""Labels on a process: ln(sigma / alpha) stretched to [0, num_train_timesteps],
 ln(sigma / alpha) / 4, or sigma num_train_timesteps."""
 
 
@@ -174,21 +174,21 @@ class Schedule:
 
   @property
   def zero_terminal(self) -> bool:
-    """Whether the last step holds no signal."""
+    """True if the last step holds no signal."""
     return bool(self.alphas[-1] == 0)
 
   @property
   def variance_preserving(self) -> bool:
-    """Whether alpha^2 + sigma^2 = 1 at every step."""
+    """True if alpha^2 + sigma^2 = 1 at every step."""
     return np.allclose(self.alphas**2 + self.sigmas**2, 1, rtol=0, atol=1e-9)
 
   def __len__(self) -> int:
     return len(self.alphas)
 
   def label(self, how: str, grid: Grid) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """(alpha [], sigma []) -> the timestep [] that a network is told, in one of the ways LABELS.
+    """Return (alpha [], sigma []) -> the timestep [], in one of the ways LABELS.
 
-    Rounding is for the levels of the grid; those on the way between them are told as they are.
+    Rounding is for the levels of the grid; those between them keep their fraction.
     """
     if how == 'exact':
       return self.timestep
@@ -259,7 +259,7 @@ def timestep(u: jax.Array, steps: int) -> jax.Array:
 class Level(NamedTuple):
   """One noise level an example, each [b].
 
-  alpha, sigma: x = alpha x_0 + sigma eps. label: what the network is told. position: in [0, 1),
+  alpha, sigma: x = alpha x_0 + sigma eps. label: what the network sees of it. position: in [0, 1),
   growing with the noise.
   """
 
@@ -275,8 +275,8 @@ class NoiseConfig(ScheduleConfig):
 
   process: 'table', for the T timesteps of the fields of `ScheduleConfig`, or a name of
   `processes.PROCESSES` with its process_options, such as {'sigma_max': 50.0}, or 'learned', a
-  log_linear one whose way between its ends is learned beside the network. sub_vp: the sub-VP
-  process of that one. label: what the network is told, one of NETWORK_LABELS; on a process alone.
+  log_linear one whose way between its ends is learned with the network. sub_vp: the sub-VP
+  process of that one. label: one of NETWORK_LABELS; on a process alone.
   """
 
   process: str = 'table'
@@ -437,7 +437,7 @@ class NoiseSchedule:
     return self.at((low + high) / 2)
 
   def label(self, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Return what the network is told at any pair, of alpha's shape, within `label_range`.
+    """Return the label of any pair, of alpha's shape, within `label_range`.
 
     On a table the (fractional) timestep; see NETWORK_LABELS for those on a process.
     """

@@ -101,18 +101,18 @@ def update_history(history: LossHistory, t: jax.Array, loss: PerExample) -> Loss
   return jax.lax.scan(add, history, (t, loss.astype(history.losses.dtype)))[0]
 
 
-def importance(history: LossHistory, uniform_share: float = 0.001) -> jax.Array:
+def importance(history: LossHistory, uniform_fraction: float = 0.001) -> jax.Array:
   """Probability [T] of each timestep (Nichol & Dhariwal 2021, eq. 18).
 
-  Proportional to sqrt(E[loss^2]), mixed with a uniform share; uniform until every timestep has as
+  Proportional to sqrt(E[loss^2]), mixed with a uniform one; uniform until every timestep has as
   many losses as the history holds.
   """
   steps, length = history.losses.shape
   moment = jnp.sqrt((history.losses**2).mean(1))
   total = moment.sum()
   ready = (history.count >= length).all() & (total > 0)
-  share = jnp.where(ready, moment / jnp.where(ready, total, 1.0), 1 / steps)
-  return (1 - uniform_share) * share + uniform_share / steps
+  fraction = jnp.where(ready, moment / jnp.where(ready, total, 1.0), 1 / steps)
+  return (1 - uniform_fraction) * fraction + uniform_fraction / steps
 
 
 def by_importance(u: jax.Array, probability: jax.Array) -> tuple[jax.Array, PerExample]:
@@ -142,7 +142,7 @@ Network = Callable[[Latents, PerExample], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-  """What is minimised, at which noise levels.
+  """The loss that is minimised, and the noise levels.
 
   loss: simple, or hybrid (IDDPM), bound (all terms of the variational bound, bits per dimension),
   vdm (its continuous-time form, bits per dimension), sliced (score matching without a target).
@@ -195,7 +195,7 @@ class ObjectiveConfig:
 
   @property
   def parameterization(self) -> Parameterization:
-    """What the network predicts, for a model to be made with."""
+    """The prediction of the network, for a model to be made with."""
     return Parameterization(self.prediction, self.data_std)
 
 

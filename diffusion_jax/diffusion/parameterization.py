@@ -1,4 +1,4 @@
-"""What a network predicts, and how any prediction becomes an estimate of the clean sample x_0.
+"""Predictions of a network, and how any prediction becomes an estimate of the clean sample x_0.
 
 With x = alpha x_0 + sigma eps, each prediction y is a combination of x_0 and eps:
   epsilon          eps                        Ho et al. 2020, eq. 14
@@ -61,7 +61,7 @@ def noise_label(alpha: jax.Array, sigma: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Parameterization:
-  """What a network predicts: one of PREDICTIONS.
+  """The prediction of a network: one of PREDICTIONS.
 
   A model and the objective that trains it hold the same object. In all methods x, x0, eps and
   output are [b ...], alpha and sigma [b] or [].

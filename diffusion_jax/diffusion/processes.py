@@ -226,13 +226,13 @@ def shifted(process: Process, shift: float) -> Process:
 
 
 def shift_pair(alpha, sigma, shift: float):
-  """What `shifted` does to one pair."""
+  """Return one pair as `shifted` changes it."""
   scale = ((alpha**2 + sigma**2) / (alpha**2 + (shift * sigma) ** 2)) ** 0.5
   return scale * alpha, scale * shift * sigma
 
 
 def zero_terminal(process: Process) -> Process:
-  """Shifts and scales alpha of a VP process so that alpha(1) = 0 (Lin et al. 2024, algorithm 1).
+  """Shift and scale alpha of a VP process so that alpha(1) = 0 (Lin et al. 2024, algorithm 1).
 
   alpha' = (alpha - A) / (1 - A), A = alpha(1). sigma'^2 = (1 - alpha') (1 + alpha') with
   1 - alpha' = sigma^2 / ((1 + alpha) (1 - A)).

@@ -151,7 +151,7 @@ def dpm_adaptive(
     rtol, atol: tolerances on the error of y = x / alpha.
     h_init: first step, in ln(alpha / sigma).
     pcoeff, icoeff, dcoeff, accept_safety: of the controller.
-    eta: share of the posterior's deviation that each step adds as noise; s_noise: factor on it.
+    eta: fraction of the posterior's deviation that each step adds as noise; s_noise: factor on it.
     max_steps: steps, refused ones included, after which one DDIM step goes to the end.
     trajectory: of accepted steps, in max_steps rows; those after the last repeat the sample.
 
@@ -234,9 +234,9 @@ def two_estimates(denoise: Denoiser, grid: Grid, y, lam, target, order: int):
   Lu et al. 2022, DPM-Solver, appendix C: of the orders 1 and 2, or 2 and 3.
   """
   h = target - lam
-  sigma = lambda share: jnp.exp(-(lam + share * h))
-  grow = lambda share: jnp.expm1(share * h)
-  curve = lambda share: grow(share) / (share * h) - 1
+  sigma = lambda fraction: jnp.exp(-(lam + fraction * h))
+  grow = lambda fraction: jnp.expm1(fraction * h)
+  curve = lambda fraction: grow(fraction) / (fraction * h) - 1
 
   def clean(y, lam):
     a, s = _pair_at(grid, lam)
@@ -245,9 +245,9 @@ def two_estimates(denoise: Denoiser, grid: Grid, y, lam, target, order: int):
   x0 = clean(y, lam)
   first = (y - x0) / sigma(0)
 
-  def change(share, slope=0.0):
-    u = y - sigma(share) * (grow(share) * first + slope)
-    return (u - clean(u, lam + share * h)) / sigma(share) - first
+  def change(fraction, slope=0.0):
+    u = y - sigma(fraction) * (grow(fraction) * first + slope)
+    return (u - clean(u, lam + fraction * h)) / sigma(fraction) - first
 
   whole = y - sigma(1) * grow(1) * first
   if order == 2:

@@ -1,4 +1,4 @@
-"""What all samplers share: noise, trajectories, and moves between pairs (alpha, sigma).
+"""Parts of all samplers: noise, trajectories, and moves between pairs (alpha, sigma).
 
 A pair is worth its noise level r = sigma / alpha; y = x / alpha obeys dy = eps dr on the
 probability-flow ODE (Song et al. 2021, eq. 13; Karras et al. 2022, eq. 1). Written with pairs the
@@ -51,7 +51,7 @@ class SamplerInfo:
 
 
 class Trajectory(NamedTuple):
-  """What a sampler returns when asked for its trajectory.
+  """The result of a sampler that is asked for its trajectory.
 
   sample [b ...]; states [n b ...], x after every step; x0 [n b ...], the estimate of the clean
   sample that each step began with; alphas and sigmas [n], the pairs of the states.
@@ -102,22 +102,22 @@ def intervals(grid: Grid) -> tuple[Pair, Pair]:
 
 
 def is_padding(pair: Pair) -> jax.Array:
-  """Whether it is (0, 0), neither data nor noise, with which `grid.padded` fills a grid up."""
+  """Return True for (0, 0), neither data nor noise, with which `grid.padded` fills a grid up."""
   return (pair[0] == 0) & (pair[1] == 0)
 
 
 def real_steps(here: Pair, there: Pair) -> jax.Array:
-  """Which steps are of the grid itself: not of its padding, nor after it is clean."""
+  """Return True for steps of the grid itself: not of its padding, nor after it is clean."""
   return (here[1] > 0) & ~is_padding(there)
 
 
 def step_count(grid: Grid) -> jax.Array:
-  """How many steps a grid has, without its padding; one from a pair to itself counts."""
+  """Return the number of steps of a grid, without its padding; one from a pair to itself counts."""
   return real_steps(*intervals(grid)).sum()
 
 
 def moves(here: Pair, there: Pair) -> jax.Array:
-  """Whether a step leads anywhere; one that does not is skipped."""
+  """Return True where a step leads anywhere; others are skipped."""
   apart = (here[0] != there[0]) | (here[1] != there[1])
   return apart & ~is_padding(here) & ~is_padding(there)
 
@@ -131,48 +131,48 @@ def to_the_end(grid: Grid) -> Grid:
 
 def walk(
   step: Callable, x: Latents, grid: Grid, extra: tuple = (), *,
-  memory: Callable[[Latents], Any] = lambda x: (), taken: jax.Array | None = None,
+  carry: Callable[[Latents], Any] = lambda x: (), taken: jax.Array | None = None,
   trajectory: bool = False,
 ) -> Latents | Trajectory:
-  """Scans step(x, memory, here, there, index, *extra) -> (x, memory, x0) along the grid.
+  """Scan step(x, carry, here, there, index, *extra) -> (x, carry, x0) along the grid.
 
   A step from a pair to itself is skipped: it costs no network call and changes neither x nor the
-  memory. So are those of a grid's padding (`grid.padded`).
+  carry. So are those of a grid's padding (`grid.padded`).
 
   Args:
     extra: trees of arrays [n ...]; a step gets its row of each.
-    memory: x -> what a step hands to the next, at the first.
+    carry: x -> what a step hands to the next, at the first.
     taken: [n], the steps that are not skipped, where those that move are not all.
     trajectory: return a `Trajectory` instead of the last x; skipped steps have x as their x_0.
   """
   x, grid = as_arrays(x, grid)
   return scan_steps(
-    step, x, *intervals(grid), extra, memory=memory, taken=taken, trajectory=trajectory
+    step, x, *intervals(grid), extra, carry=carry, taken=taken, trajectory=trajectory
   )
 
 
 def scan_steps(
   step: Callable, x: Latents, here: Pair, there: Pair, extra: tuple = (), *,
-  memory: Callable[[Latents], Any] = lambda x: (), taken: jax.Array | None = None,
+  carry: Callable[[Latents], Any] = lambda x: (), taken: jax.Array | None = None,
   trajectory: bool = False,
 ) -> Latents | Trajectory:
   """`walk` for steps given as the pairs (alpha [n], sigma [n]) that each starts and ends with."""
 
-  def body(carry, row):
+  def body(state, row):
     inputs, wanted = row
 
     def take():
-      x, memory, x0 = step(*carry, *inputs)
-      return (x, memory), (x, x0.astype(x.dtype)) if trajectory else ()
+      x, carry, x0 = step(*state, *inputs)
+      return (x, carry), (x, x0.astype(x.dtype)) if trajectory else ()
 
     def skip():
-      return carry, (carry[0], carry[0]) if trajectory else ()
+      return state, (state[0], state[0]) if trajectory else ()
 
     return jax.lax.cond(wanted, take, skip)
 
   inputs = (here, there, jnp.arange(len(here[0])), *extra)
   wanted = moves(here, there) if taken is None else taken
-  (x, _), rows = jax.lax.scan(body, (x, memory(x)), (inputs, wanted))
+  (x, _), rows = jax.lax.scan(body, (x, carry(x)), (inputs, wanted))
   return Trajectory(x, *rows, *there) if trajectory else x
 
 
@@ -207,7 +207,7 @@ def straight(x: Latents, eps: Latents, here: Pair, there: Pair) -> Latents:
 
 
 def is_inner(here: Pair, there: Pair) -> jax.Array:
-  """Whether both ends have a finite, positive noise level, as methods above order 1 need."""
+  """Return True where both ends have a finite, positive noise level, as higher orders need."""
   return (here[0] > 0) & (there[1] > 0)
 
 
@@ -224,8 +224,8 @@ def ancestral(here: Pair, there: Pair, eta: float) -> tuple[jax.Array, jax.Array
   """
   if not eta:
     return there[1], jnp.zeros_like(there[1])
-  share = jnp.clip(eta**2 * (1 - contraction(here, there) ** 2), 0, 1)
-  return there[1] * jnp.sqrt(1 - share), there[1] * jnp.sqrt(share)
+  fraction = jnp.clip(eta**2 * (1 - contraction(here, there) ** 2), 0, 1)
+  return there[1] * jnp.sqrt(1 - fraction), there[1] * jnp.sqrt(fraction)
 
 
 def fresh(wanted: jax.Array, kept: jax.Array) -> jax.Array:
@@ -282,9 +282,9 @@ def half_log_snr(grid: Grid) -> jax.Array:
 class Churn(NamedTuple):
   """Noise added before each step (Karras et al. 2022, algorithm 2).
 
-  s_churn: sum over the steps of the share by which each raises the noise level first; a step raises
-  it by at most sqrt(2) - 1. s_tmin, s_tmax: noise levels sigma / alpha between which there is
-  churn. s_noise: factor on its noise.
+  s_churn: sum over the steps of the fraction by which each raises the noise level first, at most
+  sqrt(2) - 1. s_tmin, s_tmax: noise levels sigma / alpha between which there is churn. s_noise:
+  factor on its noise.
   """
 
   s_churn: float
@@ -299,25 +299,25 @@ class Churn(NamedTuple):
     """
     if not self.s_churn:
       return lambda x, here, there, index: (x, here)
-    share = jnp.minimum(self.s_churn / step_count(grid), math.sqrt(2) - 1)
+    fraction = jnp.minimum(self.s_churn / step_count(grid), math.sqrt(2) - 1)
     bounds = (self.s_tmin, self.s_tmax)
     return lambda x, here, there, index: churned(
-      x, here, there, noise(index, x), share.astype(x.dtype), bounds, self.s_noise
+      x, here, there, noise(index, x), fraction.astype(x.dtype), bounds, self.s_noise
     )
 
 
-def churned(x, here: Pair, there: Pair, noise: Latents, share, bounds, s_noise: float):
-  """(x, pair) after raising the noise level by `share` of itself.
+def churned(x, here: Pair, there: Pair, noise: Latents, fraction, bounds, s_noise: float):
+  """(x, pair) after raising the noise level by `fraction` of itself.
 
   Args:
-    share: gamma, sigma_hat / sigma - 1.
+    fraction: gamma, sigma_hat / sigma - 1.
     bounds: (s_tmin, s_tmax), the noise levels sigma / alpha at which there is churn.
   """
   (a, s), (low, high) = here, bounds
-  share = jnp.where((low * a <= s) & (s <= high * a), share, 0)  # False where alpha = 0.
-  raised = (1 + share) * s
+  fraction = jnp.where((low * a <= s) & (s <= high * a), fraction, 0)  # False where alpha = 0.
+  raised = (1 + fraction) * s
   # sqrt(raised^2 - s^2), whose difference may round to below 0 where there is no churn.
-  x = x + s_noise * s * jnp.sqrt(share * (2 + share)) * noise
+  x = x + s_noise * s * jnp.sqrt(fraction * (2 + fraction)) * noise
   pair = pair_between(here, there, (a, raised))
-  scale = jnp.where(share > 0, divide(pair[0], a), 1)
+  scale = jnp.where(fraction > 0, divide(pair[0], a), 1)
   return scale * x, (scale * a, scale * raised)

@@ -324,15 +324,15 @@ def process_grid(
     table = tabulate(process, np.linspace(first_time, 1, 2049))
     ends = _divide(table[1][[0, -1]], table[0][[0, -1]])
     return level_grid(table, spaced_levels(count, spacing, *ends, rho))
-  shares = {
+  fractions = {
     'trailing': lambda: 1 - np.arange(count) / count,
     'leading': lambda: np.arange(count)[::-1] / count,
     'linspace': lambda: np.linspace(1, 0, count) if count > 1 else np.ones(1),
     'beta': lambda: _beta_quantiles(count),
   }
-  if spacing not in shares:
+  if spacing not in fractions:
     raise UserError(f'step spacing {spacing!r} is unknown; choose {", ".join(SPACINGS)}.')
-  times = shares[spacing]()
+  times = fractions[spacing]()
   if spacing != 'trailing':
     times = first_time + (1 - first_time) * times
   return _ended(*tabulate(process, times))
@@ -365,7 +365,7 @@ def part_way(grid: Grid, strength: float) -> Grid:
   steps = round(strength * (len(grid[0]) - 1))
   if not 0 < strength <= 1 or steps < 1:
     raise UserError(
-      f'strength {strength} leaves no step of {len(grid[0]) - 1}; choose a share up to 1.'
+      f'strength {strength} leaves no step of {len(grid[0]) - 1}; choose a fraction up to 1.'
     )
   pairs = grid[0][-steps - 1 :], grid[1][-steps - 1 :]
   return *pairs, *(tuple(part[-steps:] for part in via) for via in grid[2:])

@@ -245,8 +245,8 @@ def adams(
     x = row.keep * x + row.clean * x0 + combine(row.correction, values)
     return (x + row.noise * noise(index, x) if noise else x), values[:-1], x0
 
-  memory = lambda x: (jnp.zeros_like(x),) * (order - 1)
-  return walk(step, x, grid, (table,), memory=memory, trajectory=trajectory)
+  carry = lambda x: (jnp.zeros_like(x),) * (order - 1)
+  return walk(step, x, grid, (table,), carry=carry, trajectory=trajectory)
 
 
 def predict_correct(
@@ -264,8 +264,8 @@ def predict_correct(
   follows = jnp.concatenate([jnp.zeros_like(moving[:1]), moving[:-1]])
   taken = moving | (follows & real_steps(here, there))
 
-  def step(x, memory, here, there, index, row, fix, follows):
-    before, past, z = memory
+  def step(x, carry, here, there, index, row, fix, follows):
+    before, past, z = carry
     x0 = denoise(x, *here)
     values = (x0.astype(x.dtype), *past)
     corrected = fix.keep * before + fix.clean * past[0] + combine(fix.correction, values[:c])
@@ -276,12 +276,12 @@ def predict_correct(
     kept = jax.tree.map(partial(jnp.where, moves(here, there)), values[:-1], past)
     return (new + row.noise * z if noise else new), (x, kept, z), x0
 
-  def memory(x):
+  def carry(x):
     zeros = jnp.zeros_like(x)
     return x, (zeros,) * (max(k, c) - 1), zeros if noise else ()
 
   return walk(
-    step, x, grid, (predictor, corrector, follows), memory=memory, taken=taken,
+    step, x, grid, (predictor, corrector, follows), carry=carry, taken=taken,
     trajectory=trajectory,
   )
 

@@ -58,7 +58,7 @@ def ddim(
   the grid says (its third part), or else where the next one starts.
 
   Args:
-    eta: share of the posterior's deviation that is added as noise.
+    eta: fraction of the posterior's deviation that is added as noise.
     s_noise: factor on that noise.
     keep_epsilon: where the estimate of x_0 is clipped, eps is that of the estimate before, as in
       diffusers; `denoise` then returns both (`guidance.static_threshold`). Otherwise eps is what
@@ -70,13 +70,13 @@ def ddim(
   landing = grid[2] if len(grid) > 2 else there
   taken = real_steps(here, there) if keep_epsilon else None
 
-  def step(x, memory, here, there, index, landing):
+  def step(x, carry, here, there, index, landing):
     del there
     x0 = denoise(x, *here)
     x0, free = x0 if keep_epsilon and isinstance(x0, tuple) else (x0, x0)
     down, up = ancestral(here, landing, eta)
     x = move(x, free, here, (landing[0], down)) + landing[0] * (x0 - free)
-    return (x + s_noise * up * noise(index, x) if eta else x), memory, x0
+    return (x + s_noise * up * noise(index, x) if eta else x), carry, x0
 
   return walk(step, x, grid, (landing,), taken=taken, trajectory=trajectory)
 
@@ -102,15 +102,15 @@ def ddpm(
     raise UserError(f'variance of ddpm is {variance!r}; choose one of {", ".join(VARIANCES)}.')
   noise = noise_source(keys)
 
-  def step(x, memory, here, there, index):
+  def step(x, carry, here, there, index):
     x0 = denoise(x, *here)
-    x0, share = x0 if variance == 'learned' else (x0, float(variance == 'fixed_large'))
+    x0, fraction = x0 if variance == 'learned' else (x0, float(variance == 'fixed_large'))
     q = contraction(here, there)
     small = jnp.where(there[1] > 0, there[1], 1)
     large = here[1] * jnp.hypot(*there) / jnp.hypot(*here)
-    deviation = jnp.sqrt((1 - q) * (1 + q)) * small ** (1 - share) * large**share
+    deviation = jnp.sqrt((1 - q) * (1 + q)) * small ** (1 - fraction) * large**fraction
     x = move(x, x0, here, (there[0], there[1] * q))
-    return x + jnp.where(there[1] > 0, deviation, 0) * noise(index, x), memory, x0
+    return x + jnp.where(there[1] > 0, deviation, 0) * noise(index, x), carry, x0
 
   return walk(step, x, grid, trajectory=trajectory)
 
@@ -127,10 +127,10 @@ def euler(
   """
   churn = Churn(s_churn, s_tmin, s_tmax, s_noise).on(grid, noise_source(keys))
 
-  def step(x, memory, here, there, index):
+  def step(x, carry, here, there, index):
     x, here = churn(x, here, there, index)
     x0 = denoise(x, *here)
-    return move(x, x0, here, there), memory, x0
+    return move(x, x0, here, there), carry, x0
 
   return walk(step, x, grid, trajectory=trajectory)
 
@@ -151,7 +151,7 @@ def ddim_inversion(
   """
   del keys
 
-  def step(x, memory, here, there, index):
+  def step(x, carry, here, there, index):
     del index
 
     def solve(guess):
@@ -167,7 +167,7 @@ def ddim_inversion(
     else:
       again = lambda _, guess: solve(guess)[0]
       x, x0 = solve(jax.lax.fori_loop(0, iterations - 1, again, x))
-    return x, memory, x0
+    return x, carry, x0
 
   return walk(step, x, (grid[0][::-1], grid[1][::-1]), trajectory=trajectory)
 
@@ -210,10 +210,10 @@ def heun(
   """
   churn = Churn(s_churn, s_tmin, s_tmax, s_noise).on(grid, noise_source(keys))
 
-  def step(x, memory, here, there, index):
+  def step(x, carry, here, there, index):
     x, here = churn(x, here, there, index)
     x, x0 = heun_step(denoise, x, here, there)
-    return x, memory, x0
+    return x, carry, x0
 
   return walk(step, x, grid, trajectory=trajectory)
 
@@ -230,10 +230,10 @@ def dpm2(
   """
   churn = Churn(s_churn, s_tmin, s_tmax, s_noise).on(grid, noise_source(keys))
 
-  def step(x, memory, here, there, index):
+  def step(x, carry, here, there, index):
     x, here = churn(x, here, there, index)
     x0 = denoise(x, *here)
-    return midpoint_step(denoise, x, x0, here, there, there), memory, x0
+    return midpoint_step(denoise, x, x0, here, there, there), carry, x0
 
   return walk(step, x, grid, trajectory=trajectory)
 
@@ -245,16 +245,16 @@ def dpm2_ancestral(
   """`dpm2` to less than the wanted noise, then the rest as fresh noise (k-diffusion).
 
   Args:
-    eta: share of the posterior's deviation that is added as noise; 0 is `dpm2`.
+    eta: fraction of the posterior's deviation that is added as noise; 0 is `dpm2`.
     s_noise: factor on that noise.
   """
   noise = noise_source(keys)
 
-  def step(x, memory, here, there, index):
+  def step(x, carry, here, there, index):
     x0 = denoise(x, *here)
     down, up = ancestral(here, there, eta)
     x = midpoint_step(denoise, x, x0, here, there, (there[0], down))
-    return (x + s_noise * up * noise(index, x) if eta else x), memory, x0
+    return (x + s_noise * up * noise(index, x) if eta else x), carry, x0
 
   return walk(step, x, grid, trajectory=trajectory)
 
@@ -269,7 +269,7 @@ def flow_heun(
   """
   del keys
 
-  def step(x, memory, here, there, index):
+  def step(x, carry, here, there, index):
     del index
     x0 = denoise(x, *here)
     velocity = lambda x, x0, at: (there[0] - here[0]) * x0 + (there[1] - here[1]) * epsilon(
@@ -281,7 +281,7 @@ def flow_heun(
       euler = x + first
       return x + (first + velocity(euler, denoise(euler, *there), there)) / 2
 
-    return jax.lax.cond(there[1] > 0, correct, lambda: x + first), memory, x0
+    return jax.lax.cond(there[1] > 0, correct, lambda: x + first), carry, x0
 
   return walk(step, x, grid, trajectory=trajectory)
 
@@ -343,8 +343,8 @@ def pndm(
     moved = jnp.where(here[0] > 0, to(mean, there), move(x, x0, here, there))
     return moved, values[:-1], x0
 
-  memory = lambda x: (jnp.zeros_like(x),) * 3
-  return walk(step, x, grid, (rows, middles), memory=memory, trajectory=trajectory)
+  carry = lambda x: (jnp.zeros_like(x),) * 3
+  return walk(step, x, grid, (rows, middles), carry=carry, trajectory=trajectory)
 
 
 DDIM = SamplerInfo(ddim, 1, 1, 'DDIM, eta = 0; eps follows a clipped x_0', 'Song et al. 2021')

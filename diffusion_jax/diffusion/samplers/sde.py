@@ -71,9 +71,9 @@ def euler_maruyama(
   noise = noise_source(keys)
   rates = () if process is None else (_rates(process, jnp.asarray(times)),)
 
-  def step(x, memory, here, there, index, *rates):
+  def step(x, carry, here, there, index, *rates):
     x0 = denoise(x, *here)
-    return reverse_step(x, x0, here, there, noise(index, x), *rates), memory, x0
+    return reverse_step(x, x0, here, there, noise(index, x), *rates), carry, x0
 
   return walk(step, x, grid, rates, trajectory=trajectory)
 
@@ -113,7 +113,7 @@ def predictor_corrector(
   """
   noise = noise_source(keys)
 
-  def step(x, memory, here, there, index):
+  def step(x, carry, here, there, index):
     draw = lambda k: noise((corrections + 1) * index + k, x)
 
     def correct(x, k):
@@ -123,7 +123,7 @@ def predictor_corrector(
 
     x, _ = jax.lax.scan(correct, x, jnp.arange(corrections))
     x0 = denoise(x, *here)
-    return reverse_step(x, x0, here, there, draw(corrections)), memory, x0
+    return reverse_step(x, x0, here, there, draw(corrections)), carry, x0
 
   return walk(step, x, grid, trajectory=trajectory)
 
@@ -145,7 +145,7 @@ def annealed_langevin(
   """
   noise = noise_source(keys)
 
-  def step(x, memory, here, there, index):
+  def step(x, carry, here, there, index):
     draw = lambda k: noise((steps + 1) * index + k, x)
 
     def settle(carry, k):
@@ -161,7 +161,7 @@ def annealed_langevin(
       return there[0] * denoise(x, *here).astype(x.dtype) + there[1] * draw(steps)
 
     stay = lambda: divide(there[0], here[0]) * x
-    return jax.lax.cond(is_inner(here, there), stay, leave), memory, x0
+    return jax.lax.cond(is_inner(here, there), stay, leave), carry, x0
 
   return walk(step, x, grid, trajectory=trajectory)
 
@@ -175,12 +175,12 @@ def dpmpp_2s_ancestral(
   The solver is Lu et al. 2022, DPM-Solver++, algorithm 1 with r = 1/2.
 
   Args:
-    eta: share of the posterior's deviation that is added as noise; 0 is DPM-Solver++(2S).
+    eta: fraction of the posterior's deviation that is added as noise; 0 is DPM-Solver++(2S).
     s_noise: factor on that noise.
   """
   noise = noise_source(keys)
 
-  def step(x, memory, here, there, index):
+  def step(x, carry, here, there, index):
     x0 = denoise(x, *here)
     down, up = ancestral(here, there, eta)
     target = (there[0], down)
@@ -191,7 +191,7 @@ def dpmpp_2s_ancestral(
 
     used = jax.lax.cond(is_inner(here, target), at_middle, lambda: x0.astype(x.dtype))
     x = move(x, used, here, target)
-    return (x + s_noise * up * noise(index, x) if eta else x), memory, x0
+    return (x + s_noise * up * noise(index, x) if eta else x), carry, x0
 
   return walk(step, x, grid, trajectory=trajectory)
 
@@ -207,12 +207,12 @@ def dpmpp_sde(
   Draws 2 i and 2 i + 1 belong to step i.
 
   Args:
-    eta: share of the posterior's deviation that is added as noise.
+    eta: fraction of the posterior's deviation that is added as noise.
     s_noise: factor on that noise.
   """
   noise = noise_source(keys)
 
-  def step(x, memory, here, there, index):
+  def step(x, carry, here, there, index):
     x0 = denoise(x, *here)
     z = noise(2 * index, x) if eta else jnp.zeros_like(x)
 
@@ -230,13 +230,13 @@ def dpmpp_sde(
     if eta:
       z = shared * z + jnp.sqrt((1 - shared) * (1 + shared)) * noise(2 * index + 1, x)
       x = x + s_noise * up * z
-    return x, memory, x0
+    return x, carry, x0
 
   return walk(step, x, grid, trajectory=trajectory)
 
 
 def path_correlation(here, middle, there) -> jax.Array:
-  """Of a Brownian path's increments from r to the middle and from r to r', r = sigma / alpha."""
+  """Return the correlation of a Brownian path's increments from r to the middle and to r'."""
   r, r_middle, r_next = (divide(pair[1], pair[0]) for pair in (here, middle, there))
   return jnp.sqrt((r - r_middle) / (r - r_next))
 
@@ -263,11 +263,11 @@ def restart(
     jnp.concatenate([start[:1], end[:-1]]) for start, end in zip(starts, ends, strict=True)
   )
 
-  def step(x, memory, here, there, index, before):
+  def step(x, carry, here, there, index, before):
     scale = jnp.where(here[0] == before[0], 1, divide(here[0], before[0]))
     x = scale * x + s_noise * fresh(here[1], scale * before[1]) * noise(index, x)
     x, x0 = heun_step(denoise, x, here, there)
-    return x, memory, x0
+    return x, carry, x0
 
   return scan_steps(step, x, starts, ends, (before,), trajectory=trajectory)
 
@@ -306,9 +306,9 @@ def lcm(
   """
   noise = noise_source(keys)
 
-  def step(x, memory, here, there, index):
+  def step(x, carry, here, there, index):
     x0 = denoise(x, *here)
-    return there[0] * x0 + there[1] * noise(index, x), memory, x0
+    return there[0] * x0 + there[1] * noise(index, x), carry, x0
 
   return walk(step, x, grid, trajectory=trajectory)
 
@@ -338,11 +338,11 @@ def tcd(
     angles = (1 - gamma) * jnp.arctan2(sigmas[1:], alphas[1:])
     landing = pairs_at((alphas, sigmas), (jnp.cos(angles), jnp.sin(angles)))
 
-  def step(x, memory, here, there, index, landing):
+  def step(x, carry, here, there, index, landing):
     x0 = denoise(x, *here)
     scale = divide(there[0], landing[0])
     x = scale * move(x, x0, here, landing)
-    return x + fresh(there[1], scale * landing[1]) * noise(index, x), memory, x0
+    return x + fresh(there[1], scale * landing[1]) * noise(index, x), carry, x0
 
   return walk(step, x, grid, (landing,), trajectory=trajectory)
 
