@@ -70,12 +70,10 @@ def check_levels(config: Any) -> None:
       require(kind in known, f'{name}.{field} has {kind!r}; use {" or ".join(known)}.')
 
 
-class DownEncoderBlock2D(Blocks):
-  """`layers` residual blocks, with attention after each or not; then, unless last, halving."""
+class _Level(Blocks):
+  """`layers` residual blocks, with attention after each or not, and what a subclass lets follow."""
 
-  def __init__(
-    self, i: int, o: int, *, layers: int, attention: bool, halve: bool, groups: int, **kw
-  ):
+  def __init__(self, i: int, o: int, layers: int, attention: bool, groups: int, **kw):
     super().__init__(**kw)
     norm = dict(groups=groups, epsilon=EPSILON)
     self.resnets = nnx.List([
@@ -84,40 +82,34 @@ class DownEncoderBlock2D(Blocks):
     self.attentions = nnx.List([
       SpatialAttention(o, **norm, **kw) for _ in range(layers if attention else 0)
     ])
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    for n, resnet in enumerate(self.resnets):
+      x = self.run(resnet, x)
+      x = self.run(self.attentions[n], x) if self.attentions else x
+    for layer in self.after:
+      x = self.run(layer, x)
+    return x
+
+
+class DownEncoderBlock2D(_Level):
+  """A level that halves, unless it is the last."""
+
+  after = property(lambda self: self.downsamplers)
+
+  def __init__(self, i: int, o: int, *level, halve: bool, **kw):
+    super().__init__(i, o, *level, **kw)
     self.downsamplers = nnx.List([Downsample2D(o, asymmetric=True, **kw)] if halve else [])
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    for layer in (*_alternate(self.resnets, self.attentions), *self.downsamplers):
-      x = self.run(layer, x)
-    return x
 
+class UpDecoderBlock2D(_Level):
+  """A level that doubles, unless it is the last."""
 
-class UpDecoderBlock2D(Blocks):
-  """`layers` residual blocks, with attention after each or not; then, unless last, doubling."""
+  after = property(lambda self: self.upsamplers)
 
-  def __init__(
-    self, i: int, o: int, *, layers: int, attention: bool, double: bool, groups: int, **kw
-  ):
-    super().__init__(**kw)
-    norm = dict(groups=groups, epsilon=EPSILON)
-    self.resnets = nnx.List([
-      ResnetBlock2D(i if n == 0 else o, o, **norm, **kw) for n in range(layers)
-    ])
-    self.attentions = nnx.List([
-      SpatialAttention(o, **norm, **kw) for _ in range(layers if attention else 0)
-    ])
+  def __init__(self, i: int, o: int, *level, double: bool, **kw):
+    super().__init__(i, o, *level, **kw)
     self.upsamplers = nnx.List([Upsample2D(o, **kw)] if double else [])
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    for layer in (*_alternate(self.resnets, self.attentions), *self.upsamplers):
-      x = self.run(layer, x)
-    return x
-
-
-def _alternate(resnets: nnx.List, attentions: nnx.List) -> list[nnx.Module]:
-  if not attentions:
-    return list(resnets)
-  return [layer for pair in zip(resnets, attentions, strict=True) for layer in pair]
 
 
 class UNetMidBlock2D(Blocks):
@@ -135,8 +127,26 @@ class UNetMidBlock2D(Blocks):
     return x
 
 
-class Encoder(Blocks):
+class _Half(Blocks):
+  """A convolution, `parts`, and norm and convolution."""
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.run_all(self._all, x)
+
+  def _all(self, x: jax.Array) -> jax.Array:
+    x = constrain(self.conv_in(x), 'image')
+    for part in self.parts:
+      x = part(x)
+    return self.run(self._finish, x)
+
+  def _finish(self, x: jax.Array) -> jax.Array:
+    return constrain(self.conv_out(self.conv_norm_out(x, activate=True)), 'image')
+
+
+class Encoder(_Half):
   """Images [b h w i] -> [b h/f w/f out_channels]."""
+
+  parts = property(lambda self: (*self.down_blocks, self.mid_block))
 
   def __init__(self, config: Any, out_channels: int, **kw):
     super().__init__(**kw)
@@ -144,9 +154,8 @@ class Encoder(Blocks):
     self.conv_in = Conv(config.in_channels, widths[0], **kw)
     self.down_blocks = nnx.List([
       DownEncoderBlock2D(
-        widths[max(n - 1, 0)], width, layers=config.layers_per_block,
-        attention=DOWN_BLOCKS[config.down_block_types[n]], halve=n < len(widths) - 1,
-        groups=groups, **kw,
+        widths[max(n - 1, 0)], width, config.layers_per_block,
+        DOWN_BLOCKS[config.down_block_types[n]], groups, halve=n < len(widths) - 1, **kw,
       )
       for n, width in enumerate(widths)
     ])
@@ -156,21 +165,11 @@ class Encoder(Blocks):
     self.conv_norm_out = GroupNorm(groups, widths[-1], EPSILON, **kw)
     self.conv_out = Conv(widths[-1], out_channels, **kw)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return self.run_all(self._encode, x)
 
-  def _encode(self, x: jax.Array) -> jax.Array:
-    x = constrain(self.conv_in(x), 'image')
-    for block in self.down_blocks:
-      x = block(x)
-    return self.run(self._finish, self.mid_block(x))
-
-  def _finish(self, x: jax.Array) -> jax.Array:
-    return constrain(self.conv_out(self.conv_norm_out(x, activate=True)), 'image')
-
-
-class Decoder(Blocks):
+class Decoder(_Half):
   """Latents [b h/f w/f c] -> images [b h w o]; one residual block more per level than down."""
+
+  parts = property(lambda self: (self.mid_block, *self.up_blocks))
 
   def __init__(self, config: Any, **kw):
     super().__init__(**kw)
@@ -181,26 +180,13 @@ class Decoder(Blocks):
     )
     self.up_blocks = nnx.List([
       UpDecoderBlock2D(
-        widths[max(n - 1, 0)], width, layers=config.layers_per_block + 1,
-        attention=UP_BLOCKS[config.up_block_types[n]], double=n < len(widths) - 1,
-        groups=groups, **kw,
+        widths[max(n - 1, 0)], width, config.layers_per_block + 1,
+        UP_BLOCKS[config.up_block_types[n]], groups, double=n < len(widths) - 1, **kw,
       )
       for n, width in enumerate(widths)
     ])
     self.conv_norm_out = GroupNorm(groups, widths[-1], EPSILON, **kw)
     self.conv_out = Conv(widths[-1], config.out_channels, **kw)
-
-  def __call__(self, z: jax.Array) -> jax.Array:
-    return self.run_all(self._decode, z)
-
-  def _decode(self, z: jax.Array) -> jax.Array:
-    x = self.mid_block(constrain(self.conv_in(z), 'image'))
-    for block in self.up_blocks:
-      x = block(x)
-    return self.run(self._finish, x)
-
-  def _finish(self, x: jax.Array) -> jax.Array:
-    return constrain(self.conv_out(self.conv_norm_out(x, activate=True)), 'image')
 
 
 @dataclasses.dataclass(frozen=True)
