@@ -99,9 +99,7 @@ def parse_json(data: bytes | str) -> Any:
     )
   except RecursionError:
     raise ValueError(f'it is nested more than {MOST_DEPTH} deep') from None
-  _check_depth(value)
-  if _SURROGATE.search(text) or not isinstance(data, bytes):
-    _check_characters(value)
+  _check_inside(value, bool(_SURROGATE.search(text)) or not isinstance(data, bytes))
   return value
 
 
@@ -141,29 +139,19 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   return values
 
 
-def _containers(value: Any) -> Iterator[tuple[Any, int]]:
-  """Yield every list and object with its depth, without recursion."""
-  stack = [(value, 1)]
-  while stack:
+def _check_inside(value: Any, characters: bool) -> None:
+  """Raise ValueError for what is nested too deep, with `characters` for half of one in a text."""
+  kinds = (dict, list, str) if characters else (dict, list)
+  stack = [(value, 0)]
+  while stack:  # Without recursion, which is what is guarded against.
     value, depth = stack.pop()
     if isinstance(value, (dict, list)):
-      yield value, depth
-      inner = value.values() if isinstance(value, dict) else value
-      stack += [(each, depth + 1) for each in inner if isinstance(each, (dict, list))]
-
-
-def _check_depth(value: Any) -> None:
-  if any(depth > MOST_DEPTH for _, depth in _containers(value)):
-    raise ValueError(f'it is nested more than {MOST_DEPTH} deep')
-
-
-def _check_characters(value: Any) -> None:
-  values = [value, *(each for each, _ in _containers(value))]
-  for each in values:
-    texts = [*each, *each.values()] if isinstance(each, dict) else each
-    for text in texts if isinstance(each, (dict, list)) else [each]:
-      if isinstance(text, str) and text.encode(errors='ignore').decode() != text:
-        raise ValueError('it holds half a character, a surrogate without the other')
+      if depth >= MOST_DEPTH:
+        raise ValueError(f'it is nested more than {MOST_DEPTH} deep')
+      inner = (*value, *value.values()) if isinstance(value, dict) else value
+      stack += [(each, depth + 1) for each in inner if isinstance(each, kinds)]
+    elif isinstance(value, str) and characters and value.encode(errors='ignore').decode() != value:
+      raise ValueError('it holds half a character, a surrogate without the other')
 
 
 @contextlib.contextmanager

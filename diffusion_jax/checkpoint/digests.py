@@ -81,9 +81,7 @@ def _digest_parts(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> Ca
     return _digest(x, start, shape)[None]
 
   rows = PartitionSpec(mesh.axis_names)
-  return jax.jit(jax.shard_map(
-    part, mesh=mesh, in_specs=spec, out_specs=rows, check_vma=False
-  ))
+  return jax.jit(jax.shard_map(part, mesh=mesh, in_specs=spec, out_specs=rows, check_vma=False))
 
 
 def _dispatch(x: jax.Array) -> list[jax.Array]:

@@ -23,9 +23,7 @@ NOT_DAMAGE = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED')
 """Words of storage that do not say that the files are bad."""
 
 
-def read_step(
-  folder: Path, wanted: dict[str, Any], everything: bool
-) -> tuple[dict[str, Any], Any]:
+def read_step(folder: Path, wanted: dict[str, Any], everything: bool) -> tuple[dict[str, Any], Any]:
   """Read the wanted items, onto the shardings of `wanted`, and the loader's position.
 
   All processes must call it together.

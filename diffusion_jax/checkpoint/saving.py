@@ -72,9 +72,7 @@ class Saving:
     if running is not None:
       running.result()
 
-  def start(
-    self, step: int, parts: dict[str, Any], data: Any, then: Callable[[], None]
-  ) -> bool:
+  def start(self, step: int, parts: dict[str, Any], data: Any, then: Callable[[], None]) -> bool:
     """Copy the arrays to the host and start to write; no save may be under way.
 
     Args:

@@ -56,9 +56,7 @@ def add_rules(*rules: tuple[str, PartitionSpec]) -> None:
   RULES[:0] = [rule for rule in rules if rule not in RULES]
 
 
-def fitted(
-  spec: PartitionSpec, shape: Sequence[int], sizes: Mapping[str, int]
-) -> PartitionSpec:
+def fitted(spec: PartitionSpec, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
   """Return the spec without axes, of such sizes, that do not divide their dimension."""
   def one(length: int, axes) -> str | tuple[str, ...] | None:
     ways = 1
@@ -69,9 +67,7 @@ def fitted(
   return PartitionSpec(*map(one, shape, (*spec, *[None] * (len(shape) - len(spec)))))
 
 
-def parameter_spec(
-  name: str, shape: tuple[int, ...], sizes: Mapping[str, int]
-) -> PartitionSpec:
+def parameter_spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
   """Return how the parameter of that name and shape is split; scalars never are.
 
   Rules speak of the last two dimensions (input, output); leading ones, such as a convolution's

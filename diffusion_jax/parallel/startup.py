@@ -152,9 +152,7 @@ def _own_devices(env: Env, tasks: int, local: int) -> Sequence[int]:
   return range(local * each, (local + 1) * each)
 
 
-def start_distributed(
-  heartbeat_seconds: int = 100, say: Callable[[str], None] = print
-) -> Cluster:
+def start_distributed(heartbeat_seconds: int = 100, say: Callable[[str], None] = print) -> Cluster:
   """Find the other processes, say so in one line, and join them.
 
   Must run before anything else uses a device. A single process joins nobody, and processes that are

@@ -10,8 +10,8 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from diffusion_jax.config import typed
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import read_object, say, set_aside_damaged
 from diffusion_jax.formats.tensors import write_json
@@ -78,18 +78,10 @@ def read_trained_on(directory: Path) -> Pictures | None:
   if not file.is_file():
     return None
   try:
-    values = read_object(file)
+    values, names = read_object(file), [field.name for field in dataclasses.fields(Pictures)]
+    return typed(Pictures, {name: values[name] for name in names if name in values})
   except UserError:
     return None
-  fields = {field.name: field.type for field in dataclasses.fields(Pictures)}
-  known = {name: values.get(name) for name in fields if name in values}
-  return Pictures(**known) if _sound(known, fields) else None
-
-
-def _sound(known: Mapping[str, Any], fields: Mapping[str, str]) -> bool:
-  kinds = {'str': str, 'int': int}
-  whole = known.keys() | {'fingerprint', 'begun'} >= fields.keys()
-  return whole and all(type(value) is kinds[fields[name]] for name, value in known.items())
 
 
 def check_data(directory: RunDirectory, found: Found) -> None:
@@ -140,6 +132,4 @@ def write_data(directory: RunDirectory, found: Found) -> None:
 
 def _has_saved(directory: RunDirectory) -> bool:
   folder = directory.checkpoints
-  return folder.is_dir() and any(
-    re.fullmatch('[0-9]+', path.name) for path in folder.iterdir()
-  )
+  return folder.is_dir() and any(re.fullmatch('[0-9]+', path.name) for path in folder.iterdir())

@@ -106,9 +106,7 @@ class Hooks:
   Only `finish` raises where something cannot be written; all else is side work.
   """
 
-  def __init__(
-    self, training: Training, writer: MetricsWriter, frozen: dict, side: SideWork
-  ):
+  def __init__(self, training: Training, writer: MetricsWriter, frozen: dict, side: SideWork):
     self.t, self._writer, self._frozen, self._side = training, writer, frozen, side
     self._main = jax.process_index() == 0
     self._next_report = 0.0
@@ -139,9 +137,7 @@ class Hooks:
 
   def preview(self, state: TrainState, step: int) -> None:
     """Draw the grid of a step."""
-    drawn = self._side.together(
-      'the pictures of the sample grid', lambda: self._run(SAMPLE, state)
-    )
+    drawn = self._side.together('the pictures of the sample grid', lambda: self._run(SAMPLE, state))
     for name, value in drawn or ():
       if self._main and isinstance(value, Picture):
         self._side('the sample grid', partial(self._grid, name, step, value))
@@ -154,9 +150,7 @@ class Hooks:
     self._writer.image(name, step, np.asarray(grid.convert('RGB')))
     file = f'step_{step:08d}.png' if name == 'samples' else f'{name}_{step:08d}.png'
     texts = {ABOUT: picture.about, 'step': str(step), 'captions': json.dumps(captions)}
-    self._write(
-      f'samples/{file}', lambda: save_png(grid, self.t.directory.samples / file, texts)
-    )
+    self._write(f'samples/{file}', lambda: save_png(grid, self.t.directory.samples / file, texts))
 
   def evaluate(
     self, state: TrainState, step: int, final: bool = False
@@ -169,9 +163,7 @@ class Hooks:
       'the evaluation', lambda: self._evaluate(state, step, final), ({}, {})
     )
 
-  def _evaluate(
-    self, state: TrainState, step: int, final: bool
-  ) -> tuple[Scores, dict[str, float]]:
+  def _evaluate(self, state: TrainState, step: int, final: bool) -> tuple[Scores, dict[str, float]]:
     count = self._count
     scores = scores_of(self._run(
       EVALUATE, state, samples=count.wanted, seconds=count.seconds, baselines=final

@@ -82,9 +82,7 @@ class Saver:
     )
     return Restored(state, totals, goodput)
 
-  def save(
-    self, step: int, state: TrainState, totals: Metrics, goodput: dict[str, float]
-  ) -> None:
+  def save(self, step: int, state: TrainState, totals: Metrics, goodput: dict[str, float]) -> None:
     """Start to save a step that is not saved yet."""
     extra: dict[str, Any] = {
       'loader': self._loader.get_state(),
