@@ -159,9 +159,7 @@ def _for_devices_of(args: Any) -> contextlib.AbstractContextManager:
 
 @functools.cache
 def _without_axes(platform: str, kind: str) -> AbstractMesh:
-  return AbstractMesh(
-    (), (), axis_types=(), abstract_device=AbstractDevice(kind, None, platform)
-  )
+  return AbstractMesh((), (), axis_types=(), abstract_device=AbstractDevice(kind, None, platform))
 
 
 def settle_on_cpu(results: Any) -> None:

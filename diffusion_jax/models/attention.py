@@ -28,9 +28,7 @@ def xla(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   return jax.nn.dot_product_attention(q, k, v, implementation='xla')
 
 
-def cudnn(
-  q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = 'cudnn'
-) -> jax.Array:
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = 'cudnn') -> jax.Array:
   """FlashAttention (Dao 2023) as cuDNN has it.
 
   JAX gives it a gradient for even lengths alone, so that odd ones are filled up by one; the key
@@ -226,9 +224,7 @@ class FeedForward(nnx.Module):
 
   def __init__(self, features: int, **kw):
     hidden = 4 * features
-    self.net = nnx.List(
-      [GEGLU(features, hidden, **kw), Nothing(), linear(hidden, features, **kw)]
-    )
+    self.net = nnx.List([GEGLU(features, hidden, **kw), Nothing(), linear(hidden, features, **kw)])
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return constrain(self.net[2](self.net[0](x)), 'tokens')

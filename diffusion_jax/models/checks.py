@@ -51,9 +51,7 @@ def all_positive(config: Any, *names: str, most: int = MOST) -> None:
   for name in names:
     value = getattr(config, name)
     values = value if isinstance(value, tuple) else (value,)
-    good = 0 < len(values) <= MOST_LEVELS and all(
-      type(v) is int and 0 < v <= most for v in values
-    )
+    good = 0 < len(values) <= MOST_LEVELS and all(type(v) is int and 0 < v <= most for v in values)
     require(
       good,
       f'{type(config).__name__}.{name} must be positive whole numbers, not {shown(value)}; at most '

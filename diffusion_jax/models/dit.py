@@ -73,9 +73,7 @@ class FeedForward(nnx.Module):
 
   def __init__(self, features: int, **kw):
     hidden = 4 * features
-    self.net = nnx.List(
-      [GELU(features, hidden, **kw), Nothing(), linear(hidden, features, **kw)]
-    )
+    self.net = nnx.List([GELU(features, hidden, **kw), Nothing(), linear(hidden, features, **kw)])
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return constrain(self.net[2](self.net[0](x)), 'tokens')

@@ -70,9 +70,7 @@ class LoRA(nnx.Module):
 
 def targets(network: Network, config: LoRAConfig) -> dict[str, Rank]:
   """The layers of a network that the config names. UserError for a target that is none."""
-  layers = [
-    name.removesuffix('.kernel') for name in network.shapes if name.endswith('.kernel')
-  ]
+  layers = [name.removesuffix('.kernel') for name in network.shapes if name.endswith('.kernel')]
   for target in config.targets:
     require(
       any(_is(layer, target) for layer in layers),

@@ -51,9 +51,7 @@ class MLP(nnx.Module):
     self.blocks = nnx.List([Block(config.width, **kw) for _ in range(config.depth)])
     self.conv_out = linear(config.width, config.out_features, **kw)
 
-  def __call__(
-    self, x: jax.Array, t: jax.Array, condition: Condition | None = None
-  ) -> jax.Array:
+  def __call__(self, x: jax.Array, t: jax.Array, condition: Condition | None = None) -> jax.Array:
     """Return [b out]; it is conditioned on nothing."""
     del condition
     angles = t[:, None] / self.config.label_range * math.pi * 2.0 ** jnp.arange(-1, 7)

@@ -313,9 +313,7 @@ class CLIPTextModel(nnx.Module):
         of the last layer.
       extra_embeddings: [n d], rows that the ids vocab_size, vocab_size + 1, ... choose.
     """
-    return self.text_model(
-      ids, skip=skip, normalize=normalize, extra_embeddings=extra_embeddings
-    )
+    return self.text_model(ids, skip=skip, normalize=normalize, extra_embeddings=extra_embeddings)
 
 
 class CLIPTextModelWithProjection(CLIPTextModel):

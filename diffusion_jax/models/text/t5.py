@@ -93,9 +93,7 @@ def _in_float32(*, compute: Compute = PLAIN, rngs: nnx.Rngs) -> dict:
 class RMSNorm(nnx.Module):
   """x scale / sqrt(mean(x^2) + epsilon) (Zhang & Sennrich 2019, eq. 4) in float32: [... d]."""
 
-  def __init__(
-    self, features: int, epsilon: float, *, compute: Compute = PLAIN, rngs: nnx.Rngs
-  ):
+  def __init__(self, features: int, epsilon: float, *, compute: Compute = PLAIN, rngs: nnx.Rngs):
     del rngs  # The scale starts at one.
     self.scale = nnx.Param(jnp.ones((features,), compute.param_dtype))
     self.epsilon, self.dtype = epsilon, compute.dtype
@@ -243,8 +241,6 @@ class T5EncoderModel(nnx.Module):
     """
     require(ids.ndim == 2, f'T5 takes token ids [b l], not {list(ids.shape)}.')
     if mask is not None:
-      require(
-        mask.shape == ids.shape, f'mask must be {list(ids.shape)}, not {list(mask.shape)}.'
-      )
+      require(mask.shape == ids.shape, f'mask must be {list(ids.shape)}, not {list(mask.shape)}.')
       mask = (mask != 0)[:, None, None]
     return self.encoder(self.shared(ids), mask), None

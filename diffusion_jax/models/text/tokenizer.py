@@ -163,9 +163,7 @@ def load_tokenizer(directory: str | os.PathLike) -> PreTrainedTokenizerBase:
   """Read a tokenizer that we, or transformers, saved in a local directory; never the network."""
   _transformers()
   directory = Path(directory)
-  require(
-    directory.is_dir(), f'There is no tokenizer directory {directory}; check the path.'
-  )
+  require(directory.is_dir(), f'There is no tokenizer directory {directory}; check the path.')
   remedy = 'give a directory with tokenizer.json, or with vocab.json and merges.txt'
   with reading(directory, 'holds no tokenizer that can be read', remedy):
     for file in directory.iterdir():

@@ -70,9 +70,7 @@ class Level(nnx.Module):
 
   def __init__(self, config: ClassifierConfig, into: int, out: int, *, last: bool, **kw):
     self.resnets = nnx.List([
-      ResnetBlock2D(
-        out if i else into, out, groups=config.norm_num_groups, epsilon=1e-5, **kw
-      )
+      ResnetBlock2D(out if i else into, out, groups=config.norm_num_groups, epsilon=1e-5, **kw)
       for i in range(config.layers_per_block)
     ])
     self.downsample = None if last else Downsample2D(out, **kw)

@@ -56,9 +56,7 @@ class DINOv2Config:
   num_register_tokens: int = 0
 
   def __post_init__(self):
-    positive(
-      self, 'hidden_size', 'num_attention_heads', 'mlp_ratio', 'num_channels',
-    )
+    positive(self, 'hidden_size', 'num_attention_heads', 'mlp_ratio', 'num_channels')
     positive(self, 'image_size', 'patch_size', most=MOST_EDGE)
     positive(self, 'num_hidden_layers', most=MOST_LAYERS)
     above_zero(self, 'layer_norm_eps', most=1)
@@ -98,9 +96,7 @@ class PatchEmbeddings(nnx.Module):
 
   def __init__(self, config: DINOv2Config, **kw):
     p = config.patch_size
-    self.projection = Conv(
-      config.num_channels, config.hidden_size, p, stride=p, padding=0, **kw
-    )
+    self.projection = Conv(config.num_channels, config.hidden_size, p, stride=p, padding=0, **kw)
 
   def __call__(self, pixels: Images) -> jax.Array:
     return self.projection(pixels)
