@@ -1,10 +1,8 @@
-"""Sums over many values as products, which XLA for CPUs hands to a library.
+"""What XLA for CPUs does well only when it is told how: sums as products, AdamW in one pass.
 
 A reduction of its own becomes two to five kernels there, each compiled for its shape (8 ms), and
-sums over all rows of a matrix at a tenth of the speed. Elsewhere these are the reductions they look
-like.
-
-AdamW in one pass: clipping, moments, decay, factors and learning rate, or nothing at all.
+sums over all rows of a matrix at a tenth of the speed; products go to a library. On other platforms
+these are the reductions they look like.
 """
 
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Which memory the C library takes, and what it does with what is freed.
+"""Memory of the C library: how it is taken, and what becomes of what is freed.
 
 Neither NumPy nor JAX is imported above.
 """
@@ -73,7 +73,7 @@ def keep_freed_memory() -> None:
 
 
 def _has_chip() -> bool:
-  """Whether this looks like the host of a GPU or TPU; asking JAX would start its threads."""
+  """Return whether this looks like the host of a GPU or TPU; JAX would start its threads."""
   asked = os.environ.get('JAX_PLATFORMS')
   devices = ('/dev/nvidia0', '/dev/kfd', '/dev/accel0', '/dev/vfio/0')
   return asked != 'cpu' if asked else any(map(os.path.exists, devices))

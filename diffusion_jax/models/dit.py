@@ -1,8 +1,7 @@
-"""What the transformer denoisers share: patches, positions, adaLN-zero and feed-forward layers.
+"""The class-conditional diffusion transformer with adaLN-zero (Peebles & Xie 2023).
 
-The class-conditional diffusion transformer with adaLN-zero (Peebles & Xie 2023).
-
-Names are those of diffusers' DiTTransformer2DModel.
+Names are those of diffusers' DiTTransformer2DModel. Patches, positions, modulation and feed-forward
+layers serve the other transformer denoisers, too.
 """
 
 import dataclasses
@@ -97,7 +96,7 @@ def sincos_positions(rows: np.ndarray, columns: np.ndarray, features: int) -> ja
 
 
 def grid_positions(cells: int, trained_cells: int) -> np.ndarray:
-  """Where `cells` patches lie along an axis that has `trained_cells` of them in training."""
+  """Return where `cells` patches lie along an axis that had `trained_cells` in training."""
   # In float32, and divided twice, as in the published code: its rounding is part of the table.
   return np.arange(cells, dtype=np.float32) / np.float32(cells / trained_cells)
 

@@ -47,7 +47,7 @@ def _rows(n: int, keys: int) -> tuple[int, int]:
 
 
 def _heads(count: int, logits: int) -> int:
-  """How many of so many heads one piece takes, of each so many logits."""
+  """Return how many of so many heads one piece takes, of each so many logits."""
   return max(c for c in range(1, count + 1) if count % c == 0 and (c == 1 or c * logits <= LOGITS))
 
 

@@ -1,10 +1,7 @@
-"""Convolutions and the residual blocks that the U-Net and the autoencoder share.
+"""Layers that many networks share: convolutions, dense layers, residual blocks, embeddings of numbers.
 
-Arrays are NHWC. Every module holds parameters only. `dtype` is the type of the computation,
-`param_dtype` that of the parameters; norms take their statistics in float32 whatever `dtype` is.
-Submodule names are those of the diffusers checkpoints, so conversion is a renaming of leaves.
-
-Embeddings of the diffusion time and of other numbers.
+Arrays are NHWC. Every module holds parameters only and computes as its `Compute` says. Names of
+submodules are those of the diffusers checkpoints, so conversion is a renaming of leaves.
 """
 
 import math
@@ -62,7 +59,7 @@ class Conv(nnx.Module):
     )
 
   def _disjoint(self, shape: tuple[int, ...]) -> bool:
-    """Whether the windows tile the input, so that the convolution is one matrix product."""
+    """Return whether windows tile the input, so that the convolution is one matrix product."""
     k = self.kernel.shape[0]
     tiles = shape[1] % k == 0 and shape[2] % k == 0
     return k == self.stride and tiles and self.padding == ((0, 0), (0, 0))

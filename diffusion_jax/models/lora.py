@@ -119,7 +119,7 @@ def _adapt(layer: Linear | Conv, size: Rank, rngs: nnx.Rngs) -> None:
 
 
 def is_lora(name: str) -> bool:
-  """Whether a parameter belongs to an adapter."""
+  """Return whether a parameter belongs to an adapter."""
   return name.endswith(('.lora.a', '.lora.b'))
 
 

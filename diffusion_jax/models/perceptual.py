@@ -1,13 +1,12 @@
-"""PatchGAN discriminator (Isola et al. 2017, sec. 3.2.2 and appendix 6.1.2), for the autoencoder.
+"""What judges an autoencoder's images beside their pixels: a discriminator and LPIPS.
 
-Each output judges one patch of the image (70x70 pixels with three layers). GroupNorm stands where
-the paper has BatchNorm: parameters are then the only state, and a step on many devices is the same
-computation as on one. Numbering follows the usual PyTorch `main.N`, activations included.
+The PatchGAN discriminator (Isola et al. 2017, sec. 3.2.2 and appendix 6.1.2) judges patches of the
+image, of 70x70 pixels with three layers. GroupNorm stands where the paper has BatchNorm: parameters
+are then the only state, and a step on many devices is the same computation as on one. Numbering
+follows the usual PyTorch `main.N`, activations included.
 
-LPIPS (Zhang et al. 2018, eq. 1) with VGG16 (Simonyan & Zisserman 2015), as a pure function.
-
-There is nothing to train, so it is no module: `lpips(params, a, b)`, with parameters by the names
-of the `lpips` package's state dictionary (net.slice1.0, lin0.model.1, ...).
+LPIPS (Zhang et al. 2018, eq. 1) with VGG16 (Simonyan & Zisserman 2015) is a pure function, as there
+is nothing to train, of parameters by the names of the `lpips` package (net.slice1.0, ...).
 """
 
 import dataclasses

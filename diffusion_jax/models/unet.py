@@ -1,16 +1,7 @@
-"""Configs of the U-Net and of what it shares with a ControlNet.
+"""The text-conditional U-Net of latent diffusion (Rombach et al. 2022; Ronneberger et al. 2015).
 
-Field names are the keys of the config.json of diffusers' UNet2DConditionModel.
-
-The U-Net's levels: residual blocks, each with or without attention to the text after it.
-
-From the latents to the mid block: the half that a U-Net and its ControlNets share.
-
-The text-conditional U-Net of latent diffusion (Rombach et al. 2022; Ronneberger et al. 2015).
-
-Names and computation follow diffusers' UNet2DConditionModel in the shapes of Stable Diffusion 1,
-2 and XL and of the models made from them. The network knows nothing of noise: what its output
-means is the denoiser's business.
+Names and computation follow diffusers' UNet2DConditionModel, and fields of the configs its
+config.json, in the shapes of Stable Diffusion 1, 2 and XL and of the models made from them.
 """
 
 import dataclasses

@@ -178,7 +178,7 @@ class ConvReLU(nnx.Module):
     return self.finish(y)
 
   def finish(self, y: jax.Array) -> jax.Array:
-    """What follows the products."""
+    """Add the bias and rectify."""
     return nnx.relu(y + self.bias[...])
 
 

@@ -1,19 +1,8 @@
-"""Configs of CLIP; field names are the keys of transformers' config.json.
+"""CLIP (Radford et al. 2021): a text tower and a vision tower with one embedding space.
 
-The transformer that both towers of CLIP are made of, with the names of transformers.
-
+Names and computation follow transformers' CLIPModel, and fields of the configs its config.json.
 Initialisation is that of the paper's code: residual branches shrink with depth. Softmax and norms
-are in float32.
-
-CLIP's text tower (Radford et al. 2021, sec. 2.4), alone and with its projection.
-
-It is causal and does not mask padding, as OpenAI's.
-
-CLIP's vision tower, a ViT (Dosovitskiy et al. 2021), alone and with its projection.
-
-CLIP (Radford et al. 2021): a text tower and a vision tower with one embedding space.
-
-Names and computation follow transformers' CLIPModel.
+are in float32. The text tower is causal and does not mask padding, as OpenAI's.
 """
 
 import dataclasses
@@ -288,7 +277,7 @@ class CLIPTextTransformer(nnx.Module):
     return self.final_layer_norm(early) if normalize else early, pooled
 
   def _end(self, ids: Tokens) -> jax.Array:
-    """Where each text is pooled: [b]. Ids of extra embeddings are no end, however large."""
+    """Return where each text is pooled: [b]. Ids of extra embeddings are no end."""
     if self.config.eos_token_id == 2:
       return jnp.argmax(jnp.where(ids < self.config.vocab_size, ids, -1), axis=-1)
     return jnp.argmax(ids == self.config.eos_token_id, axis=-1)

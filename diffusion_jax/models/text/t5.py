@@ -1,6 +1,4 @@
-"""Config of T5's encoder; field names are the keys of transformers' config.json.
-
-The encoder of T5 and T5 v1.1 (Raffel et al. 2020; Shazeer 2020), named as in transformers.
+"""The encoder of T5 and T5 v1.1 (Raffel et al. 2020; Shazeer 2020), named as in transformers.
 
 Its states grow to tens of thousands, past what float16 holds and to where bfloat16 is coarse.
 Therefore the residual stream, the norms, the softmax and the last product of each feed-forward
@@ -123,7 +121,7 @@ class T5Attention(nnx.Module):
     self.config = config
 
   def position_bias(self, length: int) -> jax.Array:
-    """What the logits of queries and keys get by their distance: float32 [1 h l l]."""
+    """Return what is added to logits by the distance of query and key: float32 [1 h l l]."""
     buckets = relative_position_buckets(
       length, self.config.relative_attention_num_buckets,
       self.config.relative_attention_max_distance,

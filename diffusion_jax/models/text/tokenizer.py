@@ -1,10 +1,9 @@
-"""Texts that are longer than a model reads: bounded before any work, counted and said.
+"""Tokenizers: byte-level BPE (Sennrich et al. 2016) trained here, or any of transformers' applied.
 
-Tokenizers: byte-level BPE (Sennrich et al. 2016) trained here, or any of transformers' applied.
-
-Every text becomes the tokens in their frame, then padding up to the fixed length. Ours has CLIP's
-frame, <|startoftext|> ... <|endoftext|>, and pads with <|endoftext|>; T5's ends with </s> and has a
-token for padding. Files are those of transformers, so the published tokenizers load too.
+Every text becomes the tokens in their frame, then padding up to the fixed length; one that is
+longer is cut, counted and reported. Ours has CLIP's frame, <|startoftext|> ... <|endoftext|>, and
+pads with <|endoftext|>; T5's ends with </s> and has a token for padding. Files are those of
+transformers, so the published tokenizers load too.
 """
 
 from __future__ import annotations
@@ -147,7 +146,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str | os.PathL
 
 
 def _class_of(directory: Path) -> type:
-  """What reads the tokenizer there: the class that its config names, else AutoTokenizer.
+  """Return what reads the tokenizer there: the class of its config, else AutoTokenizer.
 
   They read the same, but AutoTokenizer imports PyTorch where it is installed, for seconds and
   300 MB.
@@ -286,7 +285,7 @@ class Tokenize:
     return text
 
   def _frame(self) -> int:
-    """How many tokens begin and end a text."""
+    """Return how many tokens begin and end a text."""
     return self.tokenizer.num_special_tokens_to_add()
 
   def _fit(self, ids: list[int], text: str) -> list[int]:
