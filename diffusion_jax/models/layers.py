@@ -1,4 +1,4 @@
-"""Layers that many networks share: convolutions, dense layers, residual blocks, embeddings of numbers.
+"""Layers that many networks share: convolutions, dense layers, residual blocks, embeddings.
 
 Arrays are NHWC. Every module holds parameters only and computes as its `Compute` says. Names of
 submodules are those of the diffusers checkpoints, so conversion is a renaming of leaves.
