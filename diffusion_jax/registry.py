@@ -52,10 +52,21 @@ NETWORKS: Table = {
 """`formats.published.NetworkFormat` objects, or networks with its default: a class whose __init__
 annotates `config` with a dataclass."""
 
-SPACES: Table = {}
+SPACES: Table = {
+  'latents': 'diffusion_jax.pipelines.spaces:LatentSpace',
+  'pixels': 'diffusion_jax.pipelines.spaces:PixelSpace',
+  'vectors': 'diffusion_jax.pipelines.spaces:VectorSpace',
+}
 """What a generative model is of: pixels, latents of an autoencoder."""
 
-CONDITIONERS: Table = {}
+CONDITIONERS: Table = {
+  'text': 'diffusion_jax.pipelines.encoders:TextEncoders',
+  'class': 'diffusion_jax.pipelines.conditioners:ClassLabel',
+  'sizes': 'diffusion_jax.pipelines.conditioners:Sizes',
+  'inpaint': 'diffusion_jax.pipelines.conditioners:Inpainting',
+  'edit': 'diffusion_jax.pipelines.conditioners:Editing',
+  'depth': 'diffusion_jax.pipelines.conditioners:Depth',
+}
 """What a denoiser may be conditioned on."""
 
 SOURCES: Table = {

@@ -73,7 +73,7 @@ def test_settings_of_another_size_are_refused(refused, make, settings, words):
 def test_latents_of_another_size_are_refused(refused, parts):
   values = tiny.diffusion_config(parts)
   values['data']['size'] = 64
-  assert 'data.size 64 gives latents of 16, but sample_size of the U-Net is 8' in refused(values)
+  assert 'data.size 64 gives latents of 16, but sample_size of the denoiser is 8' in refused(values)
 
 
 def test_a_pipeline_of_another_size_is_refused(refused, tmp_path):

@@ -16,6 +16,8 @@ from diffusion_jax.models.autoencoder import AutoencoderKLConfig
 from diffusion_jax.models.perceptual import DiscriminatorConfig
 from diffusion_jax.models.text.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from diffusion_jax.models.unet import UNetConfig
+from diffusion_jax.pipelines import directory
+from diffusion_jax.pipelines.spaces import LatentConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIZE = 32
@@ -109,6 +111,15 @@ def toy_config(settings: dict | None = None, **sections: dict) -> dict:
   }, **sections)
   values['data'] = {'dataset': 'moons', 'size': 16} | sections.get('data', {})
   return values
+
+
+def assemble(unet, autoencoder, clip, schedule, parameterization, latent_patch_size=1):
+  """(model, host weights of its frozen parts) of a U-Net on latents, conditioned on text."""
+  space = LatentConfig(autoencoder, latent_patch_size)
+  model, parts = directory.assemble(
+    unet, space, {'text': {'path': clip}}, schedule, parameterization
+  )
+  return model, {role: part.load() for role, part in parts.items()}
 
 
 @contextlib.contextmanager

@@ -63,6 +63,11 @@ def network_format(name: str, where: str = '') -> NetworkFormat:
   return row if isinstance(row, NetworkFormat) else NetworkFormat.default(row)
 
 
+def config_of(row: Any) -> type:
+  """Return the dataclass of the configs of a row of `registry.NETWORKS`, for `limits.ByType`."""
+  return (row if isinstance(row, NetworkFormat) else NetworkFormat.default(row)).config
+
+
 def kind_of(values: Mapping[str, Any]) -> str | None:
   """Return the name of the kind of network that a config.json describes; None for no known one."""
   return next((name for name, spec in _formats() if spec.matches(values)), None)

@@ -25,6 +25,7 @@ from diffusion_jax.types import Condition, Weights
 
 if TYPE_CHECKING:
   from diffusion_jax.diffusion.noise import Schedule
+  from diffusion_jax.formats.pipeline import Part
   from diffusion_jax.pipelines.spaces import Space
 
 Arrays = dict[str, jax.Array]
@@ -48,11 +49,21 @@ class Request(NamedTuple):
   width: int
 
 
+class Context(NamedTuple):
+  """What a conditioner is built in: the space, the source that is trained on, and the type."""
+
+  space: Space
+  train: Any = None
+  dtype: Any = jnp.float32
+
+
 class Conditioner:
   """One thing that a denoiser is conditioned on. Rows are arrays [n ...] by name."""
 
   fields: ClassVar[tuple[str, ...]] = ()
   """Fields of a batch that `of_batch` reads."""
+  paths: ClassVar[tuple[str, ...]] = ()
+  """Those of its options that are directories, or 'asset:NAME'."""
   guided: ClassVar[bool] = False
   """Whether it has a null, so that guidance and the dropout of training apply."""
   shows: ClassVar[str] = ''
@@ -63,17 +74,24 @@ class Conditioner:
   """By the role of their weights."""
 
   @classmethod
-  def build(cls, options: Mapping[str, Any], context: Any) -> tuple[Conditioner, Weights]:
-    """From a section of a config: the conditioner, and its frozen weights on the host.
-
-    Args:
-      context: `train.tasks.diffusion.Context`: the space, the sources and the type computed with.
-    """
+  def build(
+    cls, options: Mapping[str, Any], context: Context
+  ) -> tuple[Conditioner, dict[str, Part]]:
+    """Make the conditioner of a section of a config; its frozen parts, by role."""
     del context
     try:
       return cls(**options), {}
     except TypeError as error:
       raise UserError(f'{cls.__name__} cannot be made of its section: {error}.') from error
+
+  def options(self) -> dict[str, Any]:
+    """What `build` needs beside the section of the config, where there is no data set."""
+    return {}
+
+  def prompt(self, record: Mapping[str, Any]) -> str | None:
+    """The prompt for which a model should sample a record; None where it says nothing."""
+    del record
+    return None
 
   def replaced(self, networks: Mapping[str, Network]) -> Conditioner:
     """The same with other networks, by role."""
@@ -172,13 +190,20 @@ class ClassLabel(Conditioner):
   @classmethod
   def build(cls, options, context):
     """`classes`: () for those of the data."""
-    classes = tuple(options.get('classes', ())) or tuple(getattr(context.train, 'labels', ()))
+    found = sorted(set(getattr(context.train, 'labels', ())))
+    classes = tuple(options.get('classes', ())) or tuple(found)
     if set(options) - {'classes'} or not classes:
       raise UserError(
         'settings.conditioners.class takes classes alone, the names of all of them; a data set '
         'without classes cannot be without it.'
       )
     return cls(classes), {}
+
+  def options(self):
+    return {'classes': list(self.classes)}
+
+  def prompt(self, record):
+    return record.get('label', '')
 
   def number(self, prompt: str) -> int:
     """Of the class that a prompt names; UserError where it is none."""
@@ -252,6 +277,15 @@ class ControlNet(Conditioner):
     'Drawn for these captions and the edges of test images, from the same noise each time.'
   )
 
+  def options(self) -> dict[str, Any]:
+    """What `build` needs beside the section of the config, where there is no data set."""
+    return {}
+
+  def prompt(self, record: Mapping[str, Any]) -> str | None:
+    """The prompt for which a model should sample a record; None where it says nothing."""
+    del record
+    return None
+
   def replaced(self, networks):
     return dataclasses.replace(self, network=networks.get(CONTROLNET, self.network))
 
@@ -288,6 +322,10 @@ class Concatenated(Conditioner):
   """Channels beside z in the denoiser's input; guidance keeps them on both sides."""
 
   space: Space
+
+  @classmethod
+  def build(cls, options, context):
+    return super().build({'space': context.space, **options}, context)
 
 
 class Inpainting(Concatenated):

@@ -1,19 +1,21 @@
 """Models from the parts of a directory, which `formats.pipeline` reads and writes."""
 
 import dataclasses
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from diffusion_jax.config import typed
-from diffusion_jax.diffusion.noise import NoiseSchedule, Schedule, ScheduleConfig
+from diffusion_jax.config import typed, untyped
+from diffusion_jax.diffusion.noise import NoiseConfig, NoiseSchedule, Schedule, ScheduleConfig
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.errors import UserError
-from diffusion_jax.files import INDEX, check_folder
+from diffusion_jax.files import INDEX, inside, reading
 from diffusion_jax.formats.clip import pixel_statistics
-from diffusion_jax.formats.networks import resolve
+from diffusion_jax.formats.networks import format_of, resolve, save_params
 from diffusion_jax.formats.pipeline import (
   FOLDERS,
   Part,
@@ -23,24 +25,33 @@ from diffusion_jax.formats.pipeline import (
   write_trained,
 )
 from diffusion_jax.formats.scheduler import Scheduler
+from diffusion_jax.formats.tensors import read_json, write_json
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.tokenizer import load_tokenizer
-from diffusion_jax.models.unet import UNet, UNetConfig
-from diffusion_jax.pipelines.conditioners import Conditioner, ControlNet, Sizes, concatenated
+from diffusion_jax.pipelines.conditioners import (
+  Conditioner,
+  Context,
+  ControlNet,
+  Sizes,
+  concatenated,
+)
 from diffusion_jax.pipelines.encoders import (
   IMAGE_ENCODER,
   MEAN,
   ROLES,
   STD,
+  TEXT_KINDS,
   ImageEncoder,
   TextEncoders,
 )
 from diffusion_jax.pipelines.model import DENOISER, Diffusion, output_channels
 from diffusion_jax.pipelines.sampling import PLACES, SampleConfig
 from diffusion_jax.pipelines.spaces import AUTOENCODER, LatentSpace, Space
+from diffusion_jax.registry import CONDITIONERS, NETWORKS, SPACES, load
 from diffusion_jax.types import Params, Weights
 
-TEXT_KINDS = ('clip_text_projection', 'clip_text', 'clip')
+ANY = 'Diffusion'
+"""The class of models that no other layout has."""
 EDITS = 'StableDiffusionInstructPix2PixPipeline'
 """The class of diffusers that is guided by its picture, too, with a scale of 1.5."""
 
@@ -70,6 +81,12 @@ def make_model(
       f'{channels}; set both to {channels}, or out_channels to {2 * channels} for a learned '
       'variance.'
     )
+  label, rows = conditioners.get('class'), getattr(config, 'num_embeds_ada_norm', None)
+  if label is not None and rows is not None and rows != len(label.classes):
+    raise UserError(
+      f'denoiser.num_embeds_ada_norm is {rows}, but there are {len(label.classes)} classes; set it '
+      'to that.'
+    )
   if getattr(config, 'addition_embed_type', None) == 'text_time':
     conditioners = {**conditioners, 'sizes': Sizes()}
   beside = taken - channels - sum(c.channels(space) for c in conditioners.values())
@@ -78,44 +95,29 @@ def make_model(
 
 
 def assemble(
-  unet: UNetConfig, autoencoder: str, clip: str, schedule: ScheduleConfig,
-  parameterization: Parameterization, latent_patch_size: int = 1, dtype=jnp.float32,
-) -> tuple[Diffusion, Weights]:
-  """A model of a U-Net without weights and of two loaded, frozen parts.
+  denoiser: Any, space: Any, conditioners: Mapping[str, Mapping[str, Any]],
+  schedule: ScheduleConfig, parameterization: Parameterization, *, train: Any = None,
+  dtype=jnp.float32,
+) -> tuple[Diffusion, dict[str, Part]]:
+  """A model of configs, and where the parts lie that are there already, by role.
 
-  Returns:
-    The model, and host parameters {'autoencoder': ..., 'text_encoder': ...}.
+  Args:
+    denoiser: the config of a network of `registry.NETWORKS`.
+    space: the `Config` of a row of `registry.SPACES`.
+    conditioners: options of rows of `registry.CONDITIONERS`.
+    train: the source that is trained on, of which conditioners may ask for the classes.
 
   Raises:
     UserError: a part cannot be read, or the parts do not fit together.
   """
-  space, frozen = load_latent_space(autoencoder, latent_patch_size, dtype)
-  text, weights = load_text_encoder(clip, dtype)
-  model = make_model(
-    Network.of(UNet, unet, dtype=dtype), space, {'text': text}, NoiseSchedule.of(schedule),
-    parameterization,
-  )
-  return model, frozen | weights
-
-
-def load_latent_space(
-  path: str, patch: int = 1, dtype=jnp.float32
-) -> tuple[LatentSpace, Weights]:
-  """Return the latents of the autoencoder in a directory, or 'asset:NAME', and its parameters."""
-  part = _frozen(path, ('autoencoder',))
-  return LatentSpace(part.network(dtype=dtype), patch), {AUTOENCODER: part.load()}
-
-
-def load_text_encoder(path: str, dtype=jnp.float32) -> tuple[TextEncoders, Weights]:
-  """Return the text tower of a CLIP with its tokenizer, and its host parameters."""
-  part = _frozen(path, TEXT_KINDS)
-  networks = {ROLES[0]: part.network(dtype=dtype)}
-  return TextEncoders(networks, (load_tokenizer(resolve(path)),)), {ROLES[0]: part.load()}
-
-
-def _frozen(path: str, kinds: tuple[str, ...]) -> Part:
-  check_folder(resolve(path))  # It is copied beside what is trained, at the end.
-  return read_part(path).expect(kinds)
+  made, parts = space.build(dtype)
+  context, told = Context(made, train, dtype), {}
+  for name, options in conditioners.items():
+    kind = load(CONDITIONERS, name, 'settings.conditioners')
+    told[name], more = kind.build(options, context)
+    parts |= more
+  network = format_of(denoiser).network(denoiser, dtype=dtype)
+  return make_model(network, made, told, NoiseSchedule.of(schedule), parameterization), parts
 
 
 def read_model(
@@ -129,6 +131,11 @@ def read_model(
   Raises:
     UserError: no such directory, no model in it, or a part that is missing or not implemented.
   """
+  directory = resolve(path)
+  if (directory / INDEX).is_file():
+    index = read_json(inside(directory / INDEX, directory))
+    if index.get('_class_name') == ANY:
+      return _read_any(directory, index, dtype)
   pipeline = read_pipeline(path, _NAMES)
   parts = _networks(pipeline, path)
   scheduler = pipeline.scheduler()
@@ -167,6 +174,34 @@ def _networks(pipeline: Pipeline, path: str) -> dict[str, Part]:
       raise UserError(f'{resolve(path) / INDEX} names no {name}; give a text-to-image pipeline.')
   roles = {folder: role for role, folder in FOLDERS.items()}
   return {roles.get(name, name): part.expect(_KINDS[name]) for name, part in found.items()}
+
+
+def _read_any(
+  directory: Path, index: Mapping[str, Any], dtype
+) -> tuple[Diffusion, dict[str, Part], SampleConfig]:
+  """What `save_any` has written."""
+  def placed(options: Mapping[str, Any], kind: Any) -> dict[str, Any]:
+    place = lambda value: value if value.startswith('asset:') else str(
+      inside(directory / value, directory)
+    )
+    return {k: place(str(v)) if k in kind.paths else v for k, v in options.items()}
+
+  with reading(directory / INDEX, 'describes no model', 'export it again'):
+    section = dict(index['space'])
+    kind = load(SPACES, section.pop('type'), f'{directory / INDEX}: space')
+    space = typed(kind.Config, placed(section, kind), 'space.')
+    conditioners = {
+      name: placed(options, load(CONDITIONERS, name, f'{directory / INDEX}: conditioners'))
+      for name, options in index['conditioners'].items()
+    }
+    noise = typed(NoiseConfig, index['noise'], 'noise.')
+    sample = typed(SampleConfig, index['sample'], 'sample.')
+    prediction = Parameterization(index['prediction'], float(index['data_std']))
+  denoiser = read_part(directory / DENOISER).expect(tuple(NETWORKS))
+  model, parts = assemble(
+    denoiser.config, space, conditioners, noise, prediction, dtype=dtype
+  )
+  return model, {DENOISER: denoiser, **parts}, sample
 
 
 def _prompts(
@@ -252,3 +287,32 @@ def save_model(
     sample=dataclasses.asdict(sample), latent_patch_size=model.space.patch, autoencoder=autoencoder,
     clip=clip, dtype=dtype,
   )
+
+
+def save_any(
+  directory: Path, model: Diffusion, denoiser: Params, *, space: Any,
+  conditioners: Mapping[str, Mapping[str, Any]], sample: SampleConfig, dtype: str,
+) -> None:
+  """Write any model of the registries, from the arguments of `assemble`; parts are copied."""
+  save_params(directory / DENOISER, model.denoiser.config, denoiser, dtype=dtype)
+
+  def kept(options: Mapping[str, Any], kind: Any, name: str) -> dict[str, Any]:
+    out = dict(options)
+    for key in kind.paths:
+      if not out[key].startswith('asset:'):
+        shutil.copytree(resolve(out[key]), directory / f'{name}_{key}', dirs_exist_ok=True)
+        out[key] = f'{name}_{key}'
+    return out
+
+  kinds = {name: type(one) for name, one in model.conditioners.items()}
+  config = model.noise.config
+  write_json(directory / INDEX, {
+    '_class_name': ANY, 'sample': dataclasses.asdict(sample),
+    'space': {'type': model.space.name} | kept(untyped(space), type(model.space), 'space'),
+    'conditioners': {
+      name: kept({**options, **model.conditioners[name].options()}, kinds[name], name)
+      for name, options in conditioners.items()
+    },
+    'noise': config.saved(), 'prediction': model.parameterization.name,
+    'data_std': model.parameterization.data_std,
+  })

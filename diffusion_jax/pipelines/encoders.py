@@ -11,8 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.files import check_folder
+from diffusion_jax.formats.networks import resolve
+from diffusion_jax.formats.pipeline import read_part
 from diffusion_jax.models.network import Network
-from diffusion_jax.models.text.tokenizer import Cut, Tokenize, add_placeholder
+from diffusion_jax.models.text.tokenizer import Cut, Tokenize, add_placeholder, load_tokenizer
 from diffusion_jax.pipelines.conditioners import Arrays, Conditioner
 from diffusion_jax.types import Text, Weights
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
 ROLES = ('text_encoder', 'text_encoder_2')
+TEXT_KINDS = ('clip_text_projection', 'clip_text', 'clip')
 EXTRA = 'extra.embedding'
 """The parameter of a text encoder that holds rows after its vocabulary (textual inversion)."""
 IMAGE_ENCODER = 'image_encoder'
@@ -52,15 +56,21 @@ class TextEncoders(Conditioner):
   cut: Cut = dataclasses.field(default_factory=Cut)
   fields: ClassVar = ('tokens',)
   guided: ClassVar = True
+  paths: ClassVar = ('path',)
 
   @classmethod
   def build(cls, options, context):
     """`path`: of a CLIP with its tokenizer, or 'asset:NAME'."""
-    from diffusion_jax.pipelines.directory import load_text_encoder
-
     if set(options) != {'path'}:
       raise UserError('settings.conditioners.text takes path, the directory of a CLIP, alone.')
-    return load_text_encoder(options['path'], context.dtype)
+    folder = resolve(options['path'])
+    check_folder(folder)  # It is copied beside what is trained, at the end.
+    part = read_part(options['path']).expect(TEXT_KINDS)
+    text = cls({ROLES[0]: part.network(dtype=context.dtype)}, (load_tokenizer(folder),))
+    return text, {ROLES[0]: part}
+
+  def prompt(self, record):
+    return record['captions'][0]
 
   def replaced(self, networks):
     own = {role: networks.get(role, network) for role, network in self.encoders.items()}

@@ -8,12 +8,16 @@ weights and no size.
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import ClassVar, Protocol
+from typing import Annotated, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.files import check_folder
+from diffusion_jax.formats.networks import read_config, resolve
+from diffusion_jax.formats.pipeline import Part, read_part
+from diffusion_jax.limits import Range
 from diffusion_jax.models.autoencoder import decode_sliced, decode_tiled
 from diffusion_jax.models.network import Network
 from diffusion_jax.types import Images, Latents, Weights
@@ -31,7 +35,13 @@ Moments = dict[str, jax.Array]
 
 
 class Space(Protocol):
-  """Where examples are noised."""
+  """Where examples are noised. A row of `registry.SPACES` has a dataclass `Config`, whose
+  `build(dtype)` gives a space and where the weights of its networks lie, by role."""
+
+  name: str
+  """Of its row."""
+  paths: tuple[str, ...]
+  """Those fields of its config that are directories, or 'asset:NAME'."""
 
   channels: int
   """Of z, its last dimension."""
@@ -74,10 +84,33 @@ def unfold(x: Latents, patch: int) -> Latents:
   return x.reshape(b, h * patch, w * patch, c // patch**2)
 
 
+@dataclasses.dataclass(frozen=True)
+class LatentConfig:
+  """autoencoder: a directory, or 'asset:NAME'. patch: p folds p x p places of the latents into
+  channels, so that the denoiser sees fewer."""
+
+  autoencoder: str
+  patch: Annotated[int, Range(1, 64)] = 1
+
+  @property
+  def factor(self) -> int:
+    """Pixels of an edge of the image to one place of z."""
+    return read_config('autoencoder', self.autoencoder).factor * self.patch
+
+  def build(self, dtype=jnp.float32) -> tuple['LatentSpace', dict[str, Part]]:
+    """UserError where there is no autoencoder."""
+    check_folder(resolve(self.autoencoder))  # It is copied beside what is trained, at the end.
+    part = read_part(self.autoencoder).expect(('autoencoder',))
+    return LatentSpace(part.network(dtype=dtype), self.patch), {AUTOENCODER: part}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class LatentSpace:
   """Latents of an autoencoder, scaled to unit variance; `patch` folds squares into channels."""
 
+  Config: ClassVar[type] = LatentConfig
+  name: ClassVar[str] = 'latents'
+  paths: ClassVar[tuple[str, ...]] = ('autoencoder',)
   autoencoder: Network
   patch: int = 1
   field: ClassVar[str] = 'image'
@@ -130,10 +163,30 @@ class LatentSpace:
     return jnp.clip(images.astype(jnp.float32), -1.0, 1.0)
 
 
+@dataclasses.dataclass(frozen=True)
+class PixelConfig:
+  """patch: p folds p x p pixels into channels."""
+
+  patch: Annotated[int, Range(1, 64)] = 1
+
+  @property
+  def factor(self) -> int:
+    """Pixels of an edge of the image to one place of z."""
+    return self.patch
+
+  def build(self, dtype=jnp.float32) -> tuple['PixelSpace', dict[str, Part]]:
+    """There is nothing to load."""
+    del dtype
+    return PixelSpace(self.patch), {}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class PixelSpace:
   """Images themselves; `patch` folds squares of pixels into channels."""
 
+  Config: ClassVar[type] = PixelConfig
+  name: ClassVar[str] = 'pixels'
+  paths: ClassVar[tuple[str, ...]] = ()
   patch: int = 1
   field: ClassVar[str] = 'image'
   kept: ClassVar[tuple[str, ...]] = ('pixels',)
@@ -170,10 +223,26 @@ class PixelSpace:
     return jnp.clip(unfold(z, self.patch).astype(jnp.float32), -1.0, 1.0)
 
 
+@dataclasses.dataclass(frozen=True)
+class VectorConfig:
+  """channels: numbers in a vector."""
+
+  channels: Annotated[int, Range(1)] = 2
+  factor: ClassVar[int] = 1
+
+  def build(self, dtype=jnp.float32) -> tuple['VectorSpace', dict[str, Part]]:
+    """There is nothing to load."""
+    del dtype
+    return VectorSpace(self.channels), {}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class VectorSpace:
   """Vectors [channels], such as points in the plane; they have no height and no width."""
 
+  Config: ClassVar[type] = VectorConfig
+  name: ClassVar[str] = 'vectors'
+  paths: ClassVar[tuple[str, ...]] = ()
   channels: int = 2
   factor: ClassVar[int] = 1
   field: ClassVar[str] = 'points'

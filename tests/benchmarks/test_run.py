@@ -84,8 +84,8 @@ def test_encoding_and_sampling_without_data(parts, tmp_path):
 def test_calls_are_counted(parts):
   """Of two in each step, from no signal and to no noise there is one."""
   settings = parse(tiny.diffusion_config(parts)).settings
-  model, _ = assemble(settings.unet, settings.autoencoder, settings.clip, settings.schedule,
-                      settings.objective.parameterization, settings.latent_patch_size)
+  model, _ = assemble(settings.denoiser, settings.space, settings.conditioned, settings.schedule,
+                      settings.objective.parameterization)
   for name, steps, calls in (('ddim', 5, 5), ('heun', 5, 8), ('dpm2', 3, 4)):
     assert count_calls(model, SampleConfig(sampler=name, steps=steps)) == calls, name
 

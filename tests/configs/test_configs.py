@@ -9,7 +9,6 @@ import pytest
 from diffusion_jax.config import parse, resolved
 from diffusion_jax.data.sources.arrays import open_points
 from diffusion_jax.errors import UserError
-from diffusion_jax.formats.networks import load_params
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.pipelines.directory import assemble
@@ -49,7 +48,7 @@ def _initialize(config):
     return CLIPTask(settings, None, None).initialize
   if config.task == 'toy':
     return ToyTask(settings, open_points(config.data.dataset, 'test', config.data.size)).initialize
-  return Network.of(UNet, settings.unet).initialize
+  return Network.of(UNet, settings.denoiser).initialize
 
 
 @recipes
@@ -110,15 +109,14 @@ def test_frozen_parts_fit(path):
   config = parse(load_config(str(path)))
   settings = config.settings
   try:
-    autoencoder, _ = load_params('autoencoder', settings.autoencoder)
-    model, _ = assemble(settings.unet, settings.autoencoder, settings.clip, settings.schedule,
-                        settings.objective.parameterization, settings.latent_patch_size)
+    model, _ = assemble(
+      settings.denoiser, settings.space, settings.conditioned, settings.schedule,
+      settings.objective.parameterization,
+    )
   except UserError as error:
     assert 'There is no asset:' in str(error)
     return
-  assert config.data.size == (
-    settings.unet.sample_size * settings.latent_patch_size * autoencoder.factor
-  )
+  assert (config.data.size, config.data.size) == model.trained_size
   settings.sample.check(model.noise, settings.objective.parameterization)
 
 

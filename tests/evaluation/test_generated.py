@@ -18,7 +18,6 @@ from diffusion_jax.evaluation.metrics.frechet import frechet_distance
 from diffusion_jax.evaluation.metrics.text import clip_score
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from diffusion_jax.pipelines.directory import assemble
 from diffusion_jax.pipelines.sampling import SampleConfig
 from tests import tiny
 
@@ -38,7 +37,7 @@ class Some(ImageSource):
 
 @pytest.fixture(scope='module')
 def model(parts):
-  return assemble(
+  return tiny.assemble(
     tiny.UNET, **parts, schedule=ScheduleConfig(), parameterization=Parameterization(),
   )
 

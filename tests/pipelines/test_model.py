@@ -16,7 +16,7 @@ from diffusion_jax.diffusion.samplers import infos
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import INDEX
 from diffusion_jax.models.autoencoder import decode_tiled
-from diffusion_jax.pipelines.directory import assemble, load_model
+from diffusion_jax.pipelines.directory import load_model
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.pipelines.spaces import fold, unfold
 from diffusion_jax.types import Condition
@@ -39,7 +39,7 @@ def test_decoding_undoes_the_scaling_and_the_folding(parts, patch):
   unet = dataclasses.replace(
     tiny.UNET, in_channels=4 * patch**2, out_channels=4 * patch**2, sample_size=16 // patch
   )
-  model, frozen = assemble(
+  model, frozen = tiny.assemble(
     unet, **parts, schedule=ScheduleConfig(), parameterization=Parameterization(),
     latent_patch_size=patch,
   )
@@ -55,7 +55,7 @@ def test_decoding_undoes_the_scaling_and_the_folding(parts, patch):
 
 
 def test_decoding_in_slices_and_tiles(parts):
-  model, frozen = assemble(
+  model, frozen = tiny.assemble(
     tiny.UNET, **parts, schedule=ScheduleConfig(), parameterization=Parameterization(),
   )
   space, rng = model.space, np.random.default_rng(0)
@@ -74,7 +74,7 @@ def test_decoding_in_slices_and_tiles(parts):
 
 def test_a_network_of_unfolded_latents_is_refused(parts):
   with pytest.raises(UserError, match='has 16; set both to 16'):
-    assemble(
+    tiny.assemble(
       tiny.UNET, **parts, schedule=ScheduleConfig(), parameterization=Parameterization(),
       latent_patch_size=2,
     )
@@ -83,7 +83,7 @@ def test_a_network_of_unfolded_latents_is_refused(parts):
 @pytest.fixture(scope='module')
 def zero_snr(parts):
   schedule = ScheduleConfig(rescale_betas_zero_snr=True)
-  return assemble(
+  return tiny.assemble(
     tiny.UNET, **parts, schedule=schedule, parameterization=Parameterization('v_prediction'),
   )[0]
 

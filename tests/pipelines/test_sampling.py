@@ -19,7 +19,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.formats.scheduler import read_scheduler
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.conditions import Inputs
-from diffusion_jax.pipelines.directory import assemble, sample_config
+from diffusion_jax.pipelines.directory import sample_config
 from diffusion_jax.pipelines.sampling import BUCKETS, SampleConfig
 from diffusion_jax.pixels import to_uint8
 from diffusion_jax.types import Condition
@@ -34,7 +34,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (3, tiny.SIZE, tiny.SIZE, 3),
 def model_and_weights(parts):
   schedule = ScheduleConfig(rescale_betas_zero_snr=True)
   v = Parameterization('v_prediction')
-  model, frozen = assemble(tiny.UNET, **parts, schedule=schedule, parameterization=v)
+  model, frozen = tiny.assemble(tiny.UNET, **parts, schedule=schedule, parameterization=v)
   denoiser = jax.jit(model.denoiser.initialize)(jax.random.key(0))
   return model, {**frozen, 'denoiser': denoiser}
 

@@ -1,12 +1,9 @@
-"""What tasks share that train a network on noised data by an `Objective`.
-
-Trains the denoiser of a latent diffusion model; autoencoder and text encoder stay frozen.
-"""
+"""Trains the denoiser of a generative model on noised data; what it is conditioned on is frozen."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +12,8 @@ from jax.sharding import Mesh
 
 from diffusion_jax.config import TrainingConfig
 from diffusion_jax.data.cache import ChooseText, cached_source, synthetic_cache
+from diffusion_jax.data.sources import without_effect
+from diffusion_jax.data.sources.folder import FOLDER, open_labelled
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.diffusion.noise import NoiseConfig
 from diffusion_jax.diffusion.objective import (
@@ -25,17 +24,26 @@ from diffusion_jax.diffusion.objective import (
   update_history,
 )
 from diffusion_jax.errors import UserError
-from diffusion_jax.formats.networks import read_config
-from diffusion_jax.limits import FileDtype, Fraction, Positive
+from diffusion_jax.formats.networks import config_of
+from diffusion_jax.limits import ByType, FileDtype, Fraction
 from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.parallel.mesh import to_host
 from diffusion_jax.pipelines.conditioners import Arrays, Conditioner, Sizes
-from diffusion_jax.pipelines.directory import assemble, save_model
-from diffusion_jax.pipelines.model import DENOISER, Diffusion, joined
+from diffusion_jax.pipelines.directory import assemble, save_any, save_model
+from diffusion_jax.pipelines.model import DENOISER, Diffusion, joined, output_channels
 from diffusion_jax.pipelines.sampling import SampleConfig
-from diffusion_jax.pipelines.spaces import Moments
-from diffusion_jax.registry import EVALUATORS, EXTRACTORS, METRICS, check, check_paths, load
+from diffusion_jax.pipelines.spaces import LatentConfig, Moments
+from diffusion_jax.registry import (
+  EVALUATORS,
+  EXTRACTORS,
+  METRICS,
+  NETWORKS,
+  SPACES,
+  check,
+  check_paths,
+  load,
+)
 from diffusion_jax.train.meter import mean_metric
 from diffusion_jax.train.tasks.task import Carry, Env, Frozen, Observed, Task
 from diffusion_jax.types import Condition, Params, Scores, Source, Weights
@@ -129,26 +137,46 @@ class LatentTaskConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiffusionTaskConfig(LatentTaskConfig):
-  """A new U-Net between parts that are there already.
+  """A new denoiser in a space that is there already.
 
-  autoencoder and clip are model directories, or 'asset:NAME' for those in the package; the CLIP is
-  the text encoder, too. latent_patch_size: p folds p x p positions of the latents into channels, so
-  that the U-Net sees fewer positions.
+  space: a row of `registry.SPACES`. denoiser: a row of `registry.NETWORKS`. conditioners: options
+  of rows of `registry.CONDITIONERS`; without any the texts of `clip`, {} for nothing at all.
   """
 
-  autoencoder: str
-  unet: UNetConfig = UNetConfig()
+  space: Annotated[Any, ByType(SPACES, 'latents')]
+  denoiser: Annotated[
+    Any, ByType(NETWORKS, 'unet', config_of)
+  ] = UNetConfig()
+  conditioners: dict[str, Any] | None = None
   schedule: NoiseConfig = NoiseConfig()
-  latent_patch_size: Positive = 1
 
   def __post_init__(self):
     super().__post_init__()
-    wanted = self.unet.in_channels * (2 if self.objective.learned_variance else 1)
-    if self.unet.out_channels != wanted:
+    taken, given = getattr(self.denoiser, 'in_channels', None), output_channels(self.denoiser)
+    wanted = (taken or 0) * (2 if self.objective.learned_variance else 1)
+    if taken and given != wanted and set(self.conditioned) <= {'text', 'class', 'sizes'}:
       raise UserError(
-        f'unet.out_channels is {self.unet.out_channels}, but objective.learned_variance '
+        f'denoiser.out_channels is {given}, but objective.learned_variance '
         f'{self.objective.learned_variance} needs {wanted}; change one of them.'
       )
+
+  @property
+  def conditioned(self) -> dict[str, Any]:
+    """The conditioners in force, with their options."""
+    return {'text': {'path': self.clip}} if self.conditioners is None else self.conditioners
+
+
+def as_today(settings: Mapping[str, Any]) -> dict[str, Any]:
+  """Settings as `DiffusionTaskConfig` has them, of older recipes and runs: a U-Net in the latents
+  of an autoencoder, whose keys stood by themselves."""
+  out = dict(settings)
+  if 'unet' in out:
+    out['denoiser'] = {'type': 'unet', **out.pop('unet')}
+  old = {'autoencoder': 'autoencoder', 'latent_patch_size': 'patch'}
+  given = {new: out.pop(name) for name, new in old.items() if name in out}
+  if given:
+    out['space'] = {**out.get('space', {}), **given}
+  return out
 
 
 class Encoded(NamedTuple):
@@ -179,6 +207,7 @@ class DiffusionTask(NoisingTask):
   """Parameters are the denoiser's."""
 
   Config = DiffusionTaskConfig
+  as_today = staticmethod(as_today)
   name, title = 'diffusion', 'Text-to-image latent diffusion model'
   computing = ('remat', 'attention', 'products')
 
@@ -215,30 +244,42 @@ class DiffusionTask(NoisingTask):
       super().check_data(config)
 
   @classmethod
+  def open_sources(cls, config: TrainingConfig, synthetic: bool) -> tuple[Source, Source]:
+    """Folders by class, where the model is conditioned on classes alone."""
+    data, told = config.data, getattr(config.settings, 'conditioned', {})
+    if synthetic or 'class' not in told or 'text' in told or not data.dataset.startswith(FOLDER):
+      return super().open_sources(config, synthetic)
+    without_effect(data, 'a model of classes', 'caption', 'caption_column')
+    return open_labelled(data.dataset, data.size, data.test_fraction)
+
+  @classmethod
   def check_size(cls, config: TrainingConfig) -> None:
-    """UserError unless the denoiser is of the latents of images of `data.size`."""
-    settings, size = config.settings, config.data.size
-    factor = settings.latent_patch_size * read_config('autoencoder', settings.autoencoder).factor
-    sample_size = settings.unet.sample_size
-    if size != sample_size * factor:
+    """UserError unless the denoiser is of z of images of `data.size`."""
+    space, size = config.settings.space, config.data.size
+    places = getattr(config.settings.denoiser, 'sample_size', None) or max(size // space.factor, 1)
+    if size != places * space.factor:
       raise UserError(
-        f'data.size {size} gives latents of {size / factor:g}, but sample_size of the U-Net is '
-        f'{sample_size}; set data.size to {sample_size * factor} or sample_size to '
-        f'{size // factor}.'
+        f'data.size {size} gives latents of {size / space.factor:g}, but sample_size of the '
+        f'denoiser is {places}; set data.size to {places * space.factor} or sample_size to '
+        f'{size // space.factor}.'
       )
 
   @classmethod
   def build(cls, config: TrainingConfig, env: Env) -> 'DiffusionTask':
     settings = config.settings
-    model, frozen = assemble(
-      settings.unet, settings.autoencoder, settings.clip, settings.schedule,
-      settings.objective.parameterization, settings.latent_patch_size, getattr(jnp, config.dtype),
+    model, parts = assemble(
+      settings.denoiser, settings.space, settings.conditioned, settings.schedule,
+      settings.objective.parameterization, train=env.train, dtype=getattr(jnp, config.dtype),
     )
     model = model.with_attention(config.attention)
+    frozen = {role: part.load() for role, part in parts.items()}
     return cls(settings, model, frozen, env.train, env.test, config.remat, config.products)
 
   def context(self) -> dict[str, Any]:
-    return {'tokenizer': self.model.text.tokenize}
+    label = self.model.conditioners.get('class')
+    return ({} if self.model.text is None else {'tokenizer': self.model.text.tokenize}) | (
+      {} if label is None else {'classes': label.classes}
+    )
 
   def examples(self, config: TrainingConfig, env: Env) -> tuple[Source, list[Callable]]:
     """Images with captions, or, with a cache, latents and embeddings of texts."""
@@ -336,7 +377,15 @@ class DiffusionTask(NoisingTask):
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
     """The whole model as a directory that `sample --model` reads."""
-    save_model(
-      directory, self.model, params, autoencoder=self.config.autoencoder, clip=self.config.clip,
-      sample=self.config.sample, dtype=self.config.export_dtype,
-    )
+    config = self.config
+    how = {'sample': config.sample, 'dtype': config.export_dtype}
+    known = type(config.denoiser) is UNetConfig and type(config.space) is LatentConfig
+    if known and self.model.noise.table is not None and list(config.conditioned) == ['text']:
+      save_model(
+        directory, self.model, params, autoencoder=config.space.autoencoder,
+        clip=config.conditioned['text']['path'], **how,
+      )
+    else:
+      save_any(
+        directory, self.model, params, space=config.space, conditioners=config.conditioned, **how
+      )

@@ -138,6 +138,7 @@ class FinetuneTask(DiffusionTask):
   """Parameters are those of a `Trainable`."""
 
   Config = FinetuneTaskConfig
+  as_today = staticmethod(dict)
   name, title = 'finetune', 'Fine-tuned text-to-image model'
 
   @classmethod

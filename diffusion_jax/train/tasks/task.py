@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -78,6 +78,11 @@ class Task(abc.ABC):
     """Return how the network that is trained computes, as `Network.of` takes it."""
     dtype = getattr(jnp, config.dtype)
     return {'dtype': dtype, 'remat': config.remat, 'attention': config.attention}
+
+  @staticmethod
+  def as_today(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return settings with the keys of `Config`, of older recipes and runs, too."""
+    return settings
 
   @classmethod
   def check(cls, config: TrainingConfig) -> None:

@@ -14,7 +14,7 @@ from diffusion_jax.diffusion.noise import ScheduleConfig
 from diffusion_jax.diffusion.objective import ObjectiveConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from diffusion_jax.pipelines.directory import assemble
+from diffusion_jax.pipelines.spaces import LatentConfig
 from diffusion_jax.train.tasks.diffusion import (
   NULL,
   DiffusionTask,
@@ -29,9 +29,11 @@ def make_task(parts, sources):
   """make_task(**settings): the task between the tiny frozen parts."""
 
   def make(network=None, cache=True, **settings):
-    config = DiffusionTaskConfig(**parts, unet=tiny.UNET, preview_captions=('cat',), cache=cache,
-                                 **settings)
-    model, frozen = assemble(
+    config = DiffusionTaskConfig(
+      space=LatentConfig(parts['autoencoder']), clip=parts['clip'], denoiser=tiny.UNET,
+      preview_captions=('cat',), cache=cache, **settings,
+    )
+    model, frozen = tiny.assemble(
       tiny.UNET, **parts, schedule=ScheduleConfig(),
       parameterization=config.objective.parameterization,
     )

@@ -1,0 +1,146 @@
+"""Any denoiser in any space on any process, by config: trained, sampled, exported, opened again."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax import build
+from diffusion_jax.config import parse, resolved
+from diffusion_jax.errors import UserError
+from diffusion_jax.pipelines.directory import load_model
+from diffusion_jax.run import load_trained
+from tests import tiny
+
+DIT = {
+  'type': 'dit', 'num_attention_heads': 2, 'attention_head_dim': 4, 'in_channels': 3,
+  'out_channels': 3, 'num_layers': 1, 'sample_size': tiny.SIZE, 'patch_size': 8,
+  'num_embeds_ada_norm': 3,
+}
+CLASSES = ['red', 'green', 'blue']
+PROCESSES = {
+  'flow': ({'process': 'flow'}, {'prediction': 'flow_prediction', 'times': 'logit_normal'},
+           {'sampler': 'flow_euler', 'steps': 2, 'guidance': 2.0}),
+  'edm': ({'process': 'karras', 'process_options': {'sigma_min': 0.002, 'sigma_max': 80.0}},
+          {'prediction': 'edm', 'weighting': 'edm', 'weighting_options': {'data_std': 1.0},
+           'times': 'log_normal'}, {'sampler': 'heun', 'steps': 2, 'spacing': 'karras'}),
+  'vp': ({'process': 'cosine'}, {'prediction': 'v_prediction'}, {'sampler': 'ddim', 'steps': 2}),
+}
+
+
+def _trained(values, tmp_path, command, *arguments):
+  config, workdir = tiny.write_config(tmp_path / 'recipe.py', values), tmp_path / 'run'
+  assert command('train', '--config', config, '--workdir', workdir, '--quiet', *arguments) == 0
+  losses = [line['loss'] for line in tiny.metrics(workdir).values()]
+  assert len(losses) == 4 and np.isfinite(losses).all()
+  return workdir
+
+
+def _same_images(workdir, prompt, command, out):
+  """A run and its export sample the same."""
+  images = []
+  for source in (('--workdir', workdir), ('--model', workdir / 'model')):
+    folder = out / source[0].strip('-')
+    assert command('sample', *source, '--prompt', prompt, '--out', folder, '--batch', 1) == 0
+    images.append(next(folder.glob('0000_*.png')).read_bytes())
+  pixels = lambda png: png.split(b'IDAT')[1]
+  assert pixels(images[0]) == pixels(images[1])
+
+
+def _pictures(folder):
+  """Two folders of classes, each with pictures of its colour."""
+  from PIL import Image
+  for i, name in enumerate(CLASSES):
+    (folder / name).mkdir(parents=True)
+    for n in range(12):
+      colour = np.full((tiny.SIZE, tiny.SIZE, 3), 20 * n % 60, np.uint8)
+      colour[..., i] = 200
+      Image.fromarray(colour).save(folder / name / f'{n}.png')
+
+
+def test_a_transformer_on_pixels_learns_classes(parts, tmp_path, command):
+  _pictures(tmp_path / 'data')
+  values = tiny.diffusion_config(parts)
+  settings = {k: values['settings'][k] for k in ('clip', 'preview_captions', 'export_dtype')}
+  values['settings'] = settings | {
+    'space': {'type': 'pixels'}, 'denoiser': DIT, 'conditioners': {'class': {}},
+    'schedule': {'process': 'flow'}, 'objective': {'prediction': 'flow_prediction'},
+    'sample': {'sampler': 'flow_euler', 'steps': 2, 'guidance': 2.0},
+    'preview_captions': ['red', 'blue'],
+  }
+  values['data'] |= {'dataset': f'folder:{tmp_path / "data"}',
+                     'transforms': [['label', {}], ['normalize', {}]]}
+  values['loop'] |= {'evaluate_samples': 0, 'sample_every_steps': 2}
+  workdir = _trained(values, tmp_path, command)
+  model, weights, _ = load_model(str(workdir / 'model'))
+  assert model.text is None and model.conditioners['class'].classes == ('blue', 'green', 'red')
+  assert weights['denoiser']['transformer_blocks.0.norm1.emb.class_embedder.embedding_table'
+                             '.embedding'].shape == (4, 8)
+  _same_images(workdir, 'green', command, tmp_path)
+  with pytest.raises(UserError, match="'brown' is no class of the model; give one of blue, green"):
+    model.check_prompts(['brown'])
+
+
+@pytest.mark.parametrize('name', PROCESSES)
+def test_latents_are_trained_on_any_process(name, parts, tmp_path, command):
+  schedule, objective, sample = PROCESSES[name]
+  values = tiny.diffusion_config(parts, {
+    'schedule': schedule, 'objective': objective, 'sample': sample,
+  })
+  workdir = _trained(values, tmp_path, command)
+  _same_images(workdir, 'cat', command, tmp_path)
+  model, *_ = load_trained(str(workdir))
+  level = model.noise.at(jnp.asarray([0.2, 0.7]))
+  alpha, sigma = (np.asarray(part, np.float64)[:, None] for part in (level.alpha, level.sigma))
+  x0, eps = np.random.default_rng(0).normal(size=(2, 2, 3)).astype(np.float32)
+  std = np.sqrt(alpha**2 + sigma**2)
+  wanted = {
+    'flow': eps - x0, 'vp': alpha * eps - sigma * x0,
+    # (x0 - c_skip x) / c_out at unit data deviation (Karras et al. 2022, table 1).
+    'edm': (x0 - alpha / std**2 * (alpha * x0 + sigma * eps)) * std / sigma,
+  }[name]
+  found = model.parameterization.target(x0, eps, level.alpha, level.sigma)
+  np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=2e-3)
+  assert {'flow': np.allclose(alpha + sigma, 1), 'vp': np.allclose(std, 1),
+          'edm': np.allclose(alpha, 1)}[name]
+
+
+def test_older_settings_are_the_same(parts):
+  """A U-Net in latents as recipes spelt it, and as they may."""
+  old = tiny.diffusion_config(parts)
+  new = json.loads(json.dumps(old))
+  settings = new['settings']
+  settings['denoiser'] = {'type': 'unet', **settings.pop('unet')}
+  settings['space'] = {
+    'type': 'latents', 'autoencoder': settings.pop('autoencoder'),
+    'patch': settings.pop('latent_patch_size'),
+  }
+  settings['conditioners'] = {'text': {'path': settings['clip']}}
+  parsed = parse(old), parse(new)
+  assert parsed[0].settings.conditioned == parsed[1].settings.conditioned
+  assert parsed[0].settings.denoiser == parsed[1].settings.denoiser
+  assert parse(resolved(parsed[1])) == parsed[1]
+  assert parse(resolved(parsed[0])) == parsed[0]
+
+
+@pytest.mark.parametrize(('changes', 'message'), [
+  ({'denoiser': {'type': 'dti'}}, 'did you mean dit'),
+  ({'denoiser': {'type': 'dit', 'patch': 2}}, 'settings.denoiser.patch is not a known key'),
+  ({'space': {'type': 'pixel'}}, 'did you mean pixels'),
+  ({'conditioners': {'klass': {}}}, 'did you mean class'),
+  ({'space': {'type': 'pixels'}}, 'what it is to denoise has 3'),
+])
+def test_what_cannot_be_is_one_sentence(parts, tmp_path, changes, message):
+  values = tiny.diffusion_config(parts)
+  for key in ('unet', 'autoencoder', 'latent_patch_size'):
+    values['settings'].pop(key)
+  space = {'type': 'latents', 'autoencoder': parts['autoencoder']}
+  size = 32 if 'space' in changes else 16
+  unet = {'sample_size': size, 'block_out_channels': [8], 'norm_num_groups': 4,
+          'down_block_types': ['DownBlock2D'], 'up_block_types': ['UpBlock2D'],
+          'cross_attention_dim': 16, 'attention_head_dim': 2}
+  values['settings'] |= {'space': space, 'denoiser': unet, 'cache': False, **changes}
+  values['data']['transforms'] = [list(one) for one in tiny.WITH_TEXT]
+  with pytest.raises(UserError, match=message):
+    build.build(values, str(tmp_path / 'run'))
