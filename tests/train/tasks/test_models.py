@@ -10,7 +10,7 @@ from diffusion_jax import build
 from diffusion_jax.config import parse, resolved
 from diffusion_jax.errors import UserError
 from diffusion_jax.pipelines.directory import load_model
-from diffusion_jax.run import load_trained
+from diffusion_jax.run import TrainedRun
 from tests import tiny
 
 DIT = {
@@ -90,7 +90,7 @@ def test_latents_are_trained_on_any_process(name, parts, tmp_path, command):
   })
   workdir = _trained(values, tmp_path, command)
   _same_images(workdir, 'cat', command, tmp_path)
-  model, *_ = load_trained(str(workdir))
+  model = TrainedRun(str(workdir)).model
   level = model.noise.at(jnp.asarray([0.2, 0.7]))
   alpha, sigma = (np.asarray(part, np.float64)[:, None] for part in (level.alpha, level.sigma))
   x0, eps = np.random.default_rng(0).normal(size=(2, 2, 3)).astype(np.float32)
