@@ -390,6 +390,7 @@ def clip_text():
 
 
 def single_file():
+  from diffusion_jax.formats.pipeline import read_pipeline
   from diffusion_jax.formats.single_file import read_single_file, write_single_file
   from diffusion_jax.models.autoencoder import AutoencoderKLConfig
   from diffusion_jax.models.text.clip import CLIPTextConfig
