@@ -9,7 +9,11 @@ from diffusion_jax.backend import cpu, xla
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.attention import attend, check_attention
 from diffusion_jax.models.kernels import check_matmul_precision
+from diffusion_jax.models.network import Network
+from diffusion_jax.models.unet import UNet
 from diffusion_jax.parallel.layout import AXES
+from diffusion_jax.types import Condition
+from tests import tiny
 
 CHIPS = {
   'tpu': ('tpu', 'TPU v5p', None), 'h100': ('gpu', 'NVIDIA H100 80GB HBM3', (9, 0)),
@@ -59,6 +63,23 @@ def test_a_program_for_a_chip_that_is_not_here_has_nothing_that_is_meant_for_cpu
   here, there = lowered('cpu', program, (8, 64, 8)), lowered('tpu', program, (8, 64, 8))
   for words in ('optimization_barrier', 'inlineable', 'dot_general'):
     assert words in here and words not in there
+
+
+def test_a_network_asks_the_mesh_alone(monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: pytest.fail('the default backend was asked'))
+  network = Network.of(UNet, tiny.UNET, dtype=jnp.bfloat16)
+  shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+  inputs = shape(4, 16, 16, 4), shape(4), Condition(shape(4, 5, tiny.UNET.cross_attention_dim))
+
+  def loss(params, x, t, condition):
+    return jnp.square(network.bind(params)(x, t, condition).astype(jnp.float32)).mean()
+
+  text = {}
+  for name in ('cpu', 'tpu'):
+    with jax.sharding.use_abstract_mesh(mesh_of(name)):
+      traced = jax.jit(jax.grad(loss)).trace(network.shapes, *inputs)
+    text[name] = traced.lower(lowering_platforms=(name,)).as_text()
+  assert 'optimization_barrier' in text['cpu'] and 'optimization_barrier' not in text['tpu']
 
 
 def test_attention_is_computed_as_suits_the_mesh():
