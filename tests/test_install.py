@@ -44,7 +44,7 @@ def clone(tmp_path_factory):
   """A folder with a clone that is named as the package is."""
   folder = tmp_path_factory.mktemp('clones')
   shutil.copytree(ROOT, folder / 'diffusion_jax', ignore=shutil.ignore_patterns(
-    '.git', '.venv', 'runs', 'tests', '__pycache__', '*.egg-info', 'benchmarks',
+    '.git', '.venv', 'tests', '__pycache__', '*.egg-info', 'benchmarks',
   ))
   return folder
 

@@ -93,7 +93,7 @@ def test_a_file_of_statistics_serves_as_reference(
   (['likelihood', '--metrics', 'fd'], 'there is no option --metrics'),
   (['model', '--keep', 'gif'], "--keep is 'gif'"),
   (['model', '--captions', 'DIR/none.txt'], 'none.txt cannot be read'),
-  (['images', 'DIR', '--metrics', 'FID'], "no metric 'FID'; choose one of fd"),
+  (['images', 'DIR', '--metrics', 'FID'], "no metric 'FID'; did you mean fd?"),
   (['images', 'DIR', '--metrics', 'fd,kid,fd'], 'the metric fd is named twice'),
   (['images', 'DIR', '--features', 'vgg:x'], 'is not of the form KIND:PATH'),
   (['images', 'DIR/none'], 'there are no images at'),

@@ -83,7 +83,7 @@ def test_statistics_alone_serve_the_distance_of_gaussians_only():
     score(['clip_score'], [_clip(texts=None)])
   with pytest.raises(UserError, match='inception_score needs the features logits_unbiased'):
     score(['inception_score'], [_clip()])
-  with pytest.raises(UserError, match=r"no metric 'FID'; choose one of fd, fd_infinity"):
+  with pytest.raises(UserError, match=r"no metric 'FID'; did you mean fd\?"):
     score(['FID'], [_clip()])
   with pytest.raises(UserError, match='fd_clip would be computed twice'):
     score(['fd'], [_clip(), _clip()])
