@@ -30,7 +30,7 @@ from diffusion_jax.types import Latents, PerExample
 
 
 def transition(here: Pair, there: Pair) -> tuple[jax.Array, jax.Array]:
-  """(alpha_{t|s}, sigma_{t|s}^2) of q(x_t | x_s) (Kingma et al. 2021, appendix A)."""
+  """Return (alpha_{t|s}, sigma_{t|s}^2) of q(x_t | x_s) (Kingma et al. 2021, appendix A)."""
   (alpha, sigma), (alpha_there, sigma_there) = here, there
   ratio = divide(alpha, alpha_there)
   kept = ratio * sigma_there
@@ -40,7 +40,7 @@ def transition(here: Pair, there: Pair) -> tuple[jax.Array, jax.Array]:
 def posterior(
   x: jax.Array, x0: jax.Array, here: Pair, there: Pair
 ) -> tuple[jax.Array, jax.Array]:
-  """(mean [b ...], variance [] or [b]) of q(x_s | x_t, x_0).
+  """Return (mean [b ...], variance [] or [b]) of q(x_s | x_t, x_0).
 
   mean = alpha_{t|s} sigma_s^2 / sigma_t^2 x_t + alpha_s sigma_{t|s}^2 / sigma_t^2 x_0,
   variance = sigma_{t|s}^2 sigma_s^2 / sigma_t^2 (Ho et al. 2020, eq. 6 and 7; Kingma et al. 2021,
@@ -53,7 +53,7 @@ def posterior(
 
 
 def log_variances(grid: Grid) -> tuple[jax.Array, jax.Array]:
-  """(ln of the posterior's variance [n], ln sigma_{t|s}^2 [n]) for each of a grid's n steps.
+  """Return (ln of the posterior's variance [n], ln sigma_{t|s}^2 [n]) for each of a grid's n steps.
 
   The bounds between which a sampler's optimal variance lies (Nichol & Dhariwal 2021, section 3.1):
   beta_tilde is right for data without spread ("fixed small"), beta for unit Gaussian data ("fixed

@@ -62,7 +62,7 @@ def velocity(process: Process, denoise: Denoiser) -> Callable[[Latents, jax.Arra
 
 
 def exact_divergence(field: Field, x: Latents) -> tuple[Latents, PerExample]:
-  """(field at x [b ...], trace of its Jacobian [b]): one backward pass per dimension."""
+  """Return (field at x [b ...], trace of its Jacobian [b]): one backward pass per dimension."""
   value, pull = jax.vjp(field, x)
   size = x[0].size
 
@@ -76,7 +76,7 @@ def exact_divergence(field: Field, x: Latents) -> tuple[Latents, PerExample]:
 def hutchinson_divergence(
   field: Field, x: Latents, probes: jax.Array
 ) -> tuple[Latents, PerExample]:
-  """(field at x [b ...], mean of e^T J e over probes e [p b ...]): one backward pass each.
+  """Return (field at x [b ...], mean of e^T J e over probes e [p b ...]): one backward pass each.
 
   Unbiased for probes of mean 0 and unit covariance (Grathwohl et al. 2019, eq. 7). Backward passes,
   as attention kernels often lack forward ones.

@@ -123,7 +123,7 @@ class ScheduleConfig:
         raise UserError(f'schedule.{field} is {getattr(self, field)!r:.80}; {wanted}.')
 
   def table(self) -> tuple[np.ndarray, np.ndarray]:
-    """(alphas [T], sigmas [T]) float64, from little noise to much."""
+    """Return (alphas [T], sigmas [T]) float64, from little noise to much."""
     steps = self.num_train_timesteps
     times = np.arange(1, steps + 1) / steps
     if self.beta_schedule == 'flow':

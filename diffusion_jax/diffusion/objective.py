@@ -253,7 +253,7 @@ class Objective:
     return make_denoiser(network, self.parameterization, self.noise.label, variance=variance)
 
   def draw(self, key: jax.Array, count: int, history: LossHistory | None = None):
-    """(levels [count], factor [count] or 1 that keeps the mean over times what it was)."""
+    """Return (levels [count], factor [count] or 1 that keeps the mean over times what it was)."""
     config = self.config
     u = (stratified if config.stratified else uniform)(key, count)
     if config.times == 'importance':

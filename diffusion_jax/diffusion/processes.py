@@ -41,7 +41,7 @@ def _root(x: jax.Array) -> jax.Array:
 
 
 def tabulate(process: Process, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """(alphas [n], sigmas [n]) of a process at times [n], float64 whatever JAX's default."""
+  """Return (alphas [n], sigmas [n]) of a process at times [n], float64 whatever JAX's default."""
   with jax.enable_x64(True), jax.ensure_compile_time_eval():
     alphas, sigmas = process(jnp.asarray(times, jnp.float64))
     return np.asarray(alphas, np.float64), np.asarray(sigmas, np.float64)
@@ -257,7 +257,7 @@ def log_snr(process: Process, t: jax.Array) -> jax.Array:
 def time_derivative(
   process: Process, t: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-  """((alpha, sigma), (d alpha / dt, d sigma / dt)), each of t's shape.
+  """Return ((alpha, sigma), (d alpha / dt, d sigma / dt)), each of t's shape.
 
   Taken just inside (0, 1), where both ends of every process here have finite derivatives: sigma of
   a VP process starts like sqrt(t), and the drift of one that ends at alpha = 0 is infinite there.

@@ -229,7 +229,7 @@ def _split(lam, t, end, eta: float) -> tuple[jax.Array, jax.Array]:
 
 
 def two_estimates(denoise: Denoiser, grid: Grid, y, lam, target, order: int):
-  """(lower, higher order y at `target`, x_0 at `lam`), with `order` network calls.
+  """Return (lower, higher order y at `target`, x_0 at `lam`), with `order` network calls.
 
   Lu et al. 2022, DPM-Solver, appendix C: of the orders 1 and 2, or 2 and 3.
   """

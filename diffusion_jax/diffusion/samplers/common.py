@@ -307,7 +307,7 @@ class Churn(NamedTuple):
 
 
 def churned(x, here: Pair, there: Pair, noise: Latents, fraction, bounds, s_noise: float):
-  """(x, pair) after raising the noise level by `fraction` of itself.
+  """Return (x, pair) after raising the noise level by `fraction` of itself.
 
   Args:
     fraction: gamma, sigma_hat / sigma - 1.

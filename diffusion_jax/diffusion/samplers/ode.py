@@ -173,7 +173,7 @@ def ddim_inversion(
 
 
 def heun_step(denoise: Denoiser, x: Latents, here: Pair, there: Pair) -> tuple[Latents, Latents]:
-  """(x at `there`, x_0 estimated at `here`): the trapezoidal rule on dy = eps dr."""
+  """Return (x at `there`, x_0 estimated at `here`): the trapezoidal rule on dy = eps dr."""
   x0 = denoise(x, *here)
   euler = move(x, x0, here, there)
 
