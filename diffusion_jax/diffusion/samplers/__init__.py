@@ -24,11 +24,10 @@ from diffusion_jax.diffusion.samplers.grid import (
   spaced_levels,
   spaced_timesteps,
 )
-from diffusion_jax.diffusion.samplers.ode import ddim_inversion
 from diffusion_jax.diffusion.samplers.table import info, infos, sampler
 
 __all__ = [
-  'SPACINGS', 'Grid', 'Sampler', 'SamplerInfo', 'Trajectory', 'ddim_inversion', 'info', 'infos',
+  'SPACINGS', 'Grid', 'Sampler', 'SamplerInfo', 'Trajectory', 'info', 'infos',
   'initial_noise', 'level_grid', 'padded', 'part_way', 'process_grid', 'sampler', 'sampling_grid',
   'spaced_levels', 'spaced_timesteps',
 ]

@@ -24,7 +24,6 @@ from diffusion_jax.diffusion.samplers.common import (
   as_arrays,
   combine,
   contraction,
-  divide,
   epsilon,
   intervals,
   is_inner,
@@ -133,43 +132,6 @@ def euler(
     return move(x, x0, here, there), carry, x0
 
   return walk(step, x, grid, trajectory=trajectory)
-
-
-def ddim_inversion(
-  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
-  iterations: int = 1, trajectory: bool = False,
-) -> Latents | Trajectory:
-  """From data back to the noise that DDIM turns into them (Dhariwal & Nichol 2021, appendix F).
-
-  Runs the grid backwards: x is at its last pair, the result at its first. A step solves x' =
-  alpha' x_0 + sigma' eps for eps, the noise that the network sees in x' at the noisier pair (Mokady
-  et al. 2023, section 3), by a fixed point that starts with x' = x (Pan et al. 2023).
-
-  Args:
-    iterations: of the fixed point, one network call each. 1 is the usual inversion, of the first
-      order; with more the round trip becomes exact.
-  """
-  del keys
-
-  def step(x, carry, here, there, index):
-    del index
-
-    def solve(guess):
-      x0 = denoise(guess, *there)
-      scale = divide(there[0], here[0])
-      by_noise = scale * x + (there[1] - scale * here[1]) * epsilon(guess, x0, there)
-      # At alpha' = 0 the noise seen in x' is x' itself and says nothing of x.
-      by_data = divide(there[1], here[1]) * (x - here[0] * x0)
-      return jnp.where(there[0] > 0, by_noise, by_data), x0
-
-    if iterations == 1:
-      x, x0 = solve(x)
-    else:
-      again = lambda _, guess: solve(guess)[0]
-      x, x0 = solve(jax.lax.fori_loop(0, iterations - 1, again, x))
-    return x, carry, x0
-
-  return walk(step, x, (grid[0][::-1], grid[1][::-1]), trajectory=trajectory)
 
 
 def heun_step(denoise: Denoiser, x: Latents, here: Pair, there: Pair) -> tuple[Latents, Latents]:

@@ -4,7 +4,6 @@ The score is (alpha x_0 - x) / sigma^2 (Efron 2011). A step to sigma = 0 returns
 from alpha = 0 takes the posterior.
 """
 
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -40,50 +39,33 @@ def score(x: Latents, x0: Latents, pair: Pair) -> Latents:
 
 
 def reverse_step(
-  x: Latents, x0: Latents, here: Pair, there: Pair, z: Latents, rates: Pair | None = None
+  x: Latents, x0: Latents, here: Pair, there: Pair, z: Latents
 ) -> Latents:
   """One step of `euler_maruyama`."""
   q = contraction(here, there)
-  if rates is None:
-    drift = 1 - divide(here[0], there[0])
-    added = here[1] ** 2 * (1 - q) * (1 + q)
-  else:
-    drift, added = rates
+  drift = 1 - divide(here[0], there[0])
+  added = here[1] ** 2 * (1 - q) * (1 + q)
   stepped = x + drift * x + added * score(x, x0, here) + jnp.sqrt(added) * z
   return jnp.where(is_inner(here, there), stepped, there[0] * x0 + there[1] * z)
 
 
 def euler_maruyama(
   denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
-  process: Callable | None = None, times: jax.Array | None = None, trajectory: bool = False,
+  trajectory: bool = False,
 ) -> Latents | Trajectory:
   """Euler-Maruyama on dx = (f x - g^2 score) dt + g dw, run backwards (Song et al. 2021, eq. 6).
 
-  By default drift and noise of a step are those of the forward chain between its two pairs, -f dt =
+  Drift and noise of a step are those of the forward chain between its two pairs, -f dt =
   1 - alpha / alpha' and g^2 dt = sigma^2 - (alpha / alpha')^2 sigma'^2: the reverse diffusion
   sampler (eq. 46), x' = (2 - sqrt(1 - beta)) x + beta score + sqrt(beta) z for VP.
-
-  Args:
-    process: t -> (alpha, sigma); with it f = (ln alpha)' and g^2 = (sigma^2)' - 2 f sigma^2 are
-      taken where a step starts.
-    times: [n + 1], the times of the grid's pairs on that process, falling.
   """
   noise = noise_source(keys)
-  rates = () if process is None else (_rates(process, jnp.asarray(times)),)
 
-  def step(x, carry, here, there, index, *rates):
+  def step(x, carry, here, there, index):
     x0 = denoise(x, *here)
-    return reverse_step(x, x0, here, there, noise(index, x), *rates), carry, x0
+    return reverse_step(x, x0, here, there, noise(index, x)), carry, x0
 
-  return walk(step, x, grid, rates, trajectory=trajectory)
-
-
-def _rates(process: Callable, times: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """-f dt and g^2 dt [n] at the starts of the steps between times [n + 1]."""
-  t, dt = times[:-1], times[:-1] - times[1:]
-  (a, s), (a_rate, s_rate) = jax.jvp(process, (t,), (jnp.ones_like(t),))
-  drift = divide(a_rate, a)
-  return -drift * dt, 2 * s * (s_rate - drift * s) * dt
+  return walk(step, x, grid, trajectory=trajectory)
 
 
 def langevin_step(x: Latents, gradient: Latents, size, z: Latents) -> Latents:
@@ -315,26 +297,24 @@ def lcm(
 
 def tcd(
   denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
-  gamma: float = 0.3, landing: Grid | None = None, trajectory: bool = False,
+  gamma: float = 0.3, trajectory: bool = False,
 ) -> Latents | Trajectory:
   """Trajectory consistency: a jump to less noise than wanted, then noise.
 
-  Strategic stochastic sampling of Zheng et al. 2024.
+  Strategic stochastic sampling of Zheng et al. 2024. It jumps to the pairs at the time (1 - gamma)
+  t: the grid's third part or, if it has none, with atan2(sigma, alpha) for the time.
 
   Args:
     gamma: 0 jumps to each next pair itself (DDIM), 1 to clean data (`lcm`).
-    landing: (alphas, sigmas) [n], the pairs to jump to; the paper's are those at the time (1 -
-      gamma) t of the schedule. Without, those of the grid (its third part) and, if it has none,
-      those for which atan2(sigma, alpha) stands for the time.
   """
   noise = noise_source(keys)
   alphas, sigmas, *of_grid = grid
   alphas, sigmas = jnp.asarray(alphas), jnp.asarray(sigmas)
-  if landing is None and of_grid:
+  if of_grid:
     landing = of_grid[0]
-  elif landing is None and not gamma:
+  elif not gamma:
     landing = alphas[1:], sigmas[1:]
-  elif landing is None:
+  else:
     angles = (1 - gamma) * jnp.arctan2(sigmas[1:], alphas[1:])
     landing = pairs_at((alphas, sigmas), (jnp.cos(angles), jnp.sin(angles)))
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from diffusion_jax.diffusion.samplers import (
-  ddim_inversion,
   infos,
   initial_noise,
   part_way,
@@ -22,7 +21,6 @@ from tests.diffusion.exact_mixture import (
   gaussian,
   geometric,
   of_levels,
-  quantile_map,
 )
 
 SAMPLERS = infos()
@@ -105,31 +103,6 @@ def test_variance_converges_with_the_order_of_the_table(name):
   assert abs(measured - SAMPLERS[name].order) < 0.25
 
 
-def test_inversion_and_back():
-  """The plain inversion is of the first order; iterated, it is the inverse of DDIM itself."""
-  grid = of_levels([30.0, 8.0, 3.0, 1.2, 0.6, 0.3, 0.15])
-  x = jnp.array([-1.1, -1.0, 0.4, 0.2, 0.6, 0.9]).reshape(3, 1, 1, 2)
-  there = jax.jit(partial(ddim_inversion, denoise, keys=None, iterations=200))(x=x, grid=grid)
-  back = jax.jit(partial(sampler('ddim'), denoise, keys=None))(x=there, grid=grid)
-  np.testing.assert_allclose(back, x, atol=1e-8)
-
-  def error(steps):
-    grid = geometric(300.0, 0.05, steps)
-    out = jax.jit(partial(ddim_inversion, denoise, keys=None))(x=x, grid=grid)
-    ends = [(float(grid[0][i]), float(grid[1][i])) for i in (-1, 0)]
-    return np.abs(out - quantile_map(x, *ends)).max()
-
-  assert abs(np.log2(error(100) / error(200)) - 1) < 0.1
-
-
-def test_inversion_reaches_pure_noise_from_clean_data():
-  grid = sampling_grid(LINEAR, 200)
-  grid = tuple(part.at[0].set(first) for part, first in zip(grid, (0.0, 1.0), strict=True))
-  x = jnp.array([-1.1, -1.0, 0.4, 0.2]).reshape(2, 1, 1, 2)
-  out = jax.jit(partial(ddim_inversion, denoise, keys=None))(x=x, grid=grid)
-  np.testing.assert_allclose(out, quantile_map(x, (1.0, 0.0), (0.0, 1.0)), atol=0.15)
-
-
 def test_langevin_dynamics_settle_at_their_closed_form():
   """x' = (1 - d / v) x + sqrt(2 d) z has the stationary variance v / (1 - d / (2 v))."""
   level, steps = 0.8, 60
@@ -150,19 +123,13 @@ def test_predictor_corrector_has_the_variance_of_the_data():
   np.testing.assert_allclose(out.std(), VARIANCE**0.5, rtol=0.06)
 
 
-def test_euler_maruyama_in_the_time_of_a_process():
-  """One step by hand for VP with beta = 3: f = -3/2, g^2 = 3; and its default, the chain's."""
+def test_euler_maruyama_is_the_chain_of_ddpm():
+  """One step by hand for VP with beta = 3 in time."""
   process = lambda t: (jnp.exp(-1.5 * t), jnp.sqrt(1 - jnp.exp(-3 * t)))
-  times = jnp.array([0.9, 0.8])
-  grid = process(times)
-  a, s, dt = float(grid[0][0]), float(grid[1][0]), 0.1
+  grid = process(jnp.array([0.9, 0.8]))
+  a, s, beta = float(grid[0][0]), float(grid[1][0]), 1 - np.exp(-3 * 0.1)
   slope = (a * gaussian(1.0, a, s) - 1) / s**2
-  function = sampler('euler_maruyama', process=process, times=times)
-  scale, noise = affine(function, grid, 1)
-  np.testing.assert_allclose(scale, 1 + 1.5 * dt + 3 * dt * slope, rtol=1e-12)
-  np.testing.assert_allclose(noise, [np.sqrt(3 * dt)], rtol=1e-12)
   scale, noise = affine(sampler('euler_maruyama'), grid, 1)
-  beta = 1 - np.exp(-3 * dt)
   np.testing.assert_allclose(scale, 2 - np.sqrt(1 - beta) + beta * slope, rtol=1e-12)
   np.testing.assert_allclose(noise, [np.sqrt(beta)], rtol=1e-12)
 
