@@ -104,7 +104,7 @@ def provenance_of_start(
 
 
 def _notes(train: Source, test: Source) -> list[str]:
-  """What of the data is left out, and the split that we have chosen: no one else tells it."""
+  """Return what of the data is left out, and the split that was chosen: nothing else says so."""
   notes, measured = list(getattr(train, 'notes', ())), measured_on(test)
   if measured != APART:
     notes.append(f'scores are measured {measured.told[0].lower()}{measured.told[1:]}')

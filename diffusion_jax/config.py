@@ -1,4 +1,4 @@
-"""What a config says: nested dictionaries to frozen dataclasses, and the sections of a training.
+"""Configs: nested dictionaries to frozen dataclasses, and the sections of a training.
 
 `typed` holds a config against the types of a dataclass: every key is known, of the right type and
 within its limits (see `limits`). What cannot be said by a type is checked where it is used.
@@ -285,7 +285,7 @@ class GuardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SafetyConfig(GuardConfig):
-  """What is done when something goes wrong; seconds, 0 for no limit.
+  """Limits after which something has gone wrong; seconds, 0 for no limit.
 
   step_timeout_seconds: without a finished step, or a sign of life of an evaluation or a save, for
   that long, all stacks are written down and the process leaves. compile_timeout_seconds: the same

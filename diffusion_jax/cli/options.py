@@ -44,7 +44,7 @@ class ModelOptions:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterOptions:
-  """What others have trained for a model."""
+  """Adapters that others have trained for a model."""
 
   lora: Annotated[tuple[str, ...], Help(
     'a LoRA to merge, of any usual trainer; repeat for several', 'FILE[:SCALE]'
@@ -108,7 +108,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type, title: str = '') -> 
 
 
 def _taken(kind: Any, note: Help) -> dict[str, Any]:
-  """How argparse takes values of that type."""
+  """Return how argparse takes values of that type."""
   metavar = {'metavar': note.metavar} if note.metavar else {}
   if kind is bool:
     return {'action': 'store_true', 'default': None}

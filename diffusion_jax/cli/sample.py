@@ -43,7 +43,7 @@ NEEDED = {'strength': 'image', 'control_strength': 'control', 'noise_level': 'sm
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptOptions:
-  """What to sample, and where to."""
+  """Prompts, and where the pictures go."""
 
   prompt: Annotated[tuple[str, ...], Help(
     'what to draw; repeat for several pictures. An empty one draws without condition', 'TEXT'
@@ -78,7 +78,7 @@ class PromptOptions:
 
 @dataclasses.dataclass(frozen=True)
 class PictureOptions:
-  """What a model may be conditioned on beside the prompt."""
+  """Pictures that a model may be conditioned on."""
 
   image: Annotated[str, Help('a picture to start from, repaint or edit', 'FILE')] = ''
   strength: Annotated[float | None, Help(
@@ -163,7 +163,7 @@ def file_name(index: int, prompt: str) -> str:
 def write(
   out: Path, batches: Iterable[np.ndarray], prompts: Sequence[str], settings: dict[str, str]
 ) -> str:
-  """Writes each picture as it comes, then the grid; returns what to tell people.
+  """Write each picture as it comes, then the grid; return a sentence on them.
 
   Args:
     batches: uint8 [b h w 3], of all prompts in their order.

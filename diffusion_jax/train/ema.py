@@ -19,7 +19,7 @@ from diffusion_jax.types import Params
 
 
 def decay_per_step(halflife_images: float, batch_size: int, step: jax.Array) -> jax.Array:
-  """Factor that halves an old weight's share every `halflife_images` images.
+  """Return the factor that halves an old weight's part every `halflife_images` images.
 
   Early on it is min(decay, (1 + step) / (10 + step)), so that the random start is soon forgotten.
 
@@ -46,7 +46,7 @@ BLOCK = 8192
 
 
 class Snapshot(NamedTuple):
-  """What a checkpoint holds: at a step, an average with that half-life in images, or, with 0, the
+  """Weights in a checkpoint: at a step, an average with that half-life in images, or, with 0, the
   parameters themselves."""
 
   step: int
@@ -62,7 +62,7 @@ class Combination(NamedTuple):
 
 
 def combine(wanted: Snapshot, stored: Sequence[Snapshot], batch_size: int) -> Combination:
-  """The sum of stored snapshots that is nearest to the wanted one.
+  """Return the sum of stored snapshots that is nearest to the wanted one.
 
   Only snapshots up to the wanted step are of use. Updates that the guard left out count as if they
   had been made.
@@ -87,15 +87,15 @@ def combine(wanted: Snapshot, stored: Sequence[Snapshot], batch_size: int) -> Co
 
 
 def profile(snapshot: Snapshot, batch_size: int) -> Float[np.ndarray, 'step+1']:
-  """The weight of the first parameters, then of those after each update."""
+  """Return the weight of the first parameters, then of those after each update."""
   logs = _log_decays(snapshot.halflife_images, snapshot.step, batch_size)
   return _profile(snapshot, logs, np.arange(snapshot.step + 1))
 
 
 def _log_decays(halflife: float, steps: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-  """Of each update, the logarithm of the decay up to it and of the share that it gets itself.
+  """Return, of each update, the logarithms of the decay up to it and of its own fraction.
 
-  As `ema.decay_per_step`, in float64; the first parameters count as an update with share 1.
+  As `ema.decay_per_step`, in float64; the first parameters count as an update with fraction 1.
   """
   if not halflife:
     return np.zeros(steps + 1), np.zeros(steps + 1)

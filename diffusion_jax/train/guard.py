@@ -19,7 +19,7 @@ SETTLED = 50
 
 
 class Guard(NamedTuple):
-  """What has been skipped, and what losses are usual. All scalars.
+  """Steps that were skipped, and losses that are usual. All scalars.
 
   skipped: steps left out so far, for either reason. in_a_row: the last ones of them without a good
   step between. used: good steps. mean, variance: running, of the losses of good steps.
@@ -41,7 +41,7 @@ class Guard(NamedTuple):
 def judge(
   guard: Guard, config: GuardConfig, loss: jax.Array, norm: jax.Array
 ) -> tuple[jax.Array, jax.Array, Guard]:
-  """(use this step, its numbers are finite, the guard after it).
+  """Return (use this step, its numbers are finite, the guard after it).
 
   Args:
     loss: scalar, over the whole batch.
@@ -68,5 +68,5 @@ def judge(
 
 
 def choose(use: jax.Array, new, old):
-  """`new` where the step is used, else `old`; pytrees of the same structure."""
+  """Return `new` where the step is used, else `old`; pytrees of the same structure."""
   return jax.tree.map(lambda a, b: jnp.where(use, a, b), new, old)

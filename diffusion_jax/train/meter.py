@@ -28,7 +28,7 @@ class Goodput:
   def goes_on(
     self, saved: dict[str, float] | None, last: dict[str, float] | None, down: float
   ) -> None:
-    """Takes over the accounts of the starts before this one.
+    """Take over the accounts of the starts before this one.
 
     Args:
       saved: totals in the checkpoint that this start begins with, None without one.
@@ -50,7 +50,7 @@ class Goodput:
 
   @contextmanager
   def phase(self, name: str) -> Iterator[None]:
-    """Counts what happens within as `name`; of nested phases the inner counts."""
+    """Count what happens within as `name`; of nested phases the inner counts."""
     before = self._turn(name)
     try:
       yield
@@ -62,17 +62,17 @@ class Goodput:
     self._turn(name)
 
   def totals(self) -> dict[str, float]:
-    """Seconds by phase up to now."""
+    """Return seconds by phase up to now."""
     self._turn(self._phase)
     return {name: round(seconds, 6) for name, seconds in self._totals.items()}
 
   def seconds(self) -> float:
-    """All of them, without the time between starts."""
+    """Return all of them, without the time between starts."""
     totals = self.totals()
     return sum(totals.values()) - totals['down']
 
   def fraction(self) -> float:
-    """Share of the whole that went into steps whose results were kept."""
+    """Return the fraction of all time that went into steps whose results were kept."""
     totals = self.totals()
     return totals['step'] / max(sum(totals.values()), 1e-9)
 

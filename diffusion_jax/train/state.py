@@ -16,7 +16,7 @@ from diffusion_jax.types import Params
 class TrainState(NamedTuple):
   """step: updates made so far. key: root of all randomness, never changed; a step's randomness is
   fold_in(key, step). ema: averaged parameters, empty when there is no averaging. carry: what the
-  task carries beside them, often nothing. guard: what tells a step that would spoil them."""
+  task carries from step to step, often nothing. guard: finds steps that would spoil them."""
 
   step: jax.Array
   key: jax.Array
@@ -28,7 +28,7 @@ class TrainState(NamedTuple):
 
   @property
   def eval_params(self) -> Params:
-    """What is sampled, scored and exported."""
+    """Return the parameters that are sampled, scored and exported."""
     return self.ema or self.params
 
 
@@ -49,7 +49,7 @@ def _initialize(
 
 
 def abstract_state(task: Task, optimizer, use_ema: bool, mesh: Mesh) -> TrainState:
-  """Shapes, types and shardings of the state; nothing is allocated."""
+  """Return shapes, types and shardings of the state; nothing is allocated."""
   shapes = jax.eval_shape(lambda: _initialize(task, optimizer, use_ema, 0))
   shardings = shard_like(shapes, shapes.params, mesh)
   return jax.tree.map(
@@ -62,9 +62,9 @@ def abstract_state(task: Task, optimizer, use_ema: bool, mesh: Mesh) -> TrainSta
 def initializer(
   task: Task, optimizer, use_ema: bool, seed: int, mesh: Mesh, abstract: TrainState | None = None
 ):
-  """The jitted function from parameters, or None for fresh ones, to a state on its shards.
+  """Return the jitted function from parameters, None for fresh ones, to a state on its shards.
 
-  No device ever holds more than its share: each draws only its own part of the random numbers.
+  No device ever holds more than its part: each makes only its own of the random numbers.
   abstract: that of `abstract_state`, where it is known; tracing a network once more takes seconds.
   """
   abstract = abstract or abstract_state(task, optimizer, use_ema, mesh)
@@ -81,10 +81,10 @@ def create_state(
   task: Task, optimizer, use_ema: bool, seed: int, mesh: Mesh, params: Params | None = None,
   abstract: TrainState | None = None,
 ) -> TrainState:
-  """A fresh state, initialised, or begun with given parameters, directly onto its shards."""
+  """Return a fresh state, initialised or begun with given parameters, directly on its shards."""
   return initializer(task, optimizer, use_ema, seed, mesh, abstract)(params)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Whole on every device."""
+  """Return the sharding of what is whole on every device."""
   return NamedSharding(mesh, PartitionSpec())

@@ -74,7 +74,7 @@ def make_step(
   shardings: TrainState,
   guard: GuardConfig = DEFAULT,
 ) -> Step:
-  """The jitted step (state, frozen, batch) -> (state, metrics); the state is donated.
+  """Return the jitted step (state, frozen, batch) -> (state, metrics); the state is donated.
 
   A step that the guard rejects changes nothing but the step number and the guard itself; where its
   loss or gradient is not finite, its metrics do not count either.

@@ -1,4 +1,4 @@
-"""What the train loop is given."""
+"""A training, built and checked, as the loop is given it."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
