@@ -36,9 +36,7 @@ def facts() -> dict[str, Any]:
   """What is computed on, and by what."""
   device = jax.devices()[0]
   return {
-    'device': {
-      'platform': device.platform, 'kind': device.device_kind, 'cpu_cores': cpu_cores()
-    },
+    'device': {'platform': device.platform, 'kind': device.device_kind, 'cpu_cores': cpu_cores()},
     'versions': {'diffusion_jax': __version__, 'jax': jax.__version__},
   }
 
@@ -138,9 +136,7 @@ class Side:
       denoise = lambda x, alpha, sigma, text: make_denoiser(
         lambda x, t: network(x, t, Condition(text)), Parameterization(), schedule.timestep
       )(x, alpha, sigma)
-      return sampler('ddim')(
-        classifier_free(denoise, text, negative, guidance), x, grid, keys
-      )
+      return sampler('ddim')(classifier_free(denoise, text, negative, guidance), x, grid, keys)
 
     params = self._take_params()
     compiled, self.compiling = compile_twice(

@@ -27,9 +27,7 @@ BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'f16': 2, 'bf16': 2, '
 KINDS = ('all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'collective-permute')
 
 _SHAPE = re.compile(r'\b([a-z]+\d*)\[([\d,]*)\]')
-_LINE = re.compile(
-  r'^\s*(?:ROOT )?%?([\w.-]+) = (.*?) (' + '|'.join(KINDS) + r')(-start)?\((.*)$'
-)
+_LINE = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = (.*?) (' + '|'.join(KINDS) + r')(-start)?\((.*)$')
 _CALLED = re.compile(r'(?:to_apply|body|condition|calls|called_computations)=%?([\w.-]+)')
 _BRANCHES = re.compile(r'(?:branch_computations|calls|called_computations)=\{([^}]*)\}')
 _TRIPS = re.compile(r'known_trip_count[^}]*?"?n"?[:=]\s*"?(\d+)')

@@ -57,9 +57,7 @@ def count_flops(function: Callable, *args, trained: int | None = None) -> Flops:
   """
   closed = jax.make_jaxpr(function)(*args)
   jaxpr, used = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-  marks = [
-    index == trained for index, arg in enumerate(args) for _ in jax.tree.leaves(arg)
-  ]
+  marks = [index == trained for index, arg in enumerate(args) for _ in jax.tree.leaves(arg)]
   marks = [mark for mark, kept in zip(marks, used, strict=True) if kept]
   return _count(jaxpr, marks, [True] * len(jaxpr.outvars))[0]
 
@@ -181,9 +179,7 @@ def _marks(jaxpr: Any, marks: Sequence[bool]) -> tuple[list[list[bool]], list[bo
   return seen, [_is(var, marked) for var in jaxpr.outvars]
 
 
-def _count(
-  jaxpr: Any, marks: Sequence[bool], wanted: Sequence[bool]
-) -> tuple[Flops, list[bool]]:
+def _count(jaxpr: Any, marks: Sequence[bool], wanted: Sequence[bool]) -> tuple[Flops, list[bool]]:
   """(FLOPs, inputs to which a gradient flows) of a jaxpr whose `wanted` outputs have gradients."""
   seen, _ = _marks(jaxpr, marks)
   flowing = {v for v, want in zip(jaxpr.outvars, wanted, strict=True)
@@ -199,9 +195,7 @@ def _count(
   return total, [mark and var in flowing for var, mark in zip(jaxpr.invars, marks, strict=True)]
 
 
-def _equation(
-  equation: Any, ins: list[bool], outs: list[bool]
-) -> tuple[Flops, list[bool]]:
+def _equation(equation: Any, ins: list[bool], outs: list[bool]) -> tuple[Flops, list[bool]]:
   """(FLOPs, inputs to which a gradient may flow) of one equation."""
   name = equation.primitive.name
   flow = [any(outs) and name != 'stop_gradient'] * len(ins)

@@ -71,9 +71,7 @@ def lines_of(text: str, where: str | Path) -> list[str]:
   lines = [line for part in _LINE_END.split(text) if (line := clean(part))]
   for line in lines:
     if len(line) > LONGEST:
-      raise UserError(
-        f'a line of {where} has {len(line):,} characters; write at most {LONGEST:,}.'
-      )
+      raise UserError(f'a line of {where} has {len(line):,} characters; write at most {LONGEST:,}.')
   return lines
 
 
@@ -290,9 +288,7 @@ def captions_of(
   return found
 
 
-def _listed(
-  files: Sequence[Path], root: Path, column: str, left: Left
-) -> dict[str, list[str]]:
+def _listed(files: Sequence[Path], root: Path, column: str, left: Left) -> dict[str, list[str]]:
   """Key of a picture -> its captions in the list that is nearest to it."""
   lists = [path for path in files if path.name.lower() in LISTS]
   lists.sort(key=lambda path: (-len(path.parts), LISTS.index(path.name.lower())))

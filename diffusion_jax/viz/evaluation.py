@@ -152,9 +152,7 @@ def _measured(scores: Mapping[str, Any]) -> str:
 
 
 def _warnings(scores: Mapping[str, Any]) -> str:
-  return page.section(
-    'beware', 'What to beware of', '', page.bullets(scores.get('warnings', ()))
-  )
+  return page.section('beware', 'What to beware of', '', page.bullets(scores.get('warnings', ())))
 
 
 def _clouds(clouds: Sequence[Cloud]) -> str:

@@ -153,9 +153,7 @@ def settings_table(values: dict[str, Any]) -> str:
 def _settings_rows(values: dict[str, Any], path: str, rows: list[str]) -> None:
   for key, value in values.items():
     if not (isinstance(value, dict) and value):
-      rows.append(
-        f'<tr><th scope="row">{escape(key)}</th><td>{escape(plain(value))}</td></tr>\n'
-      )
+      rows.append(f'<tr><th scope="row">{escape(key)}</th><td>{escape(plain(value))}</td></tr>\n')
   for key, value in values.items():
     if isinstance(value, dict) and value:
       rows.append(f'<tr class="group"><th colspan="2">{escape(path + key)}</th></tr>\n')

@@ -89,9 +89,7 @@ def _lines(points: Sequence[Mapping[str, Any]], chart: Chart, y: str) -> dict[st
   }
 
 
-def _drawn(
-  lines: Mapping[str, Sequence[Labelled]], chart: Chart, ylabel: str, title: str
-) -> str:
+def _drawn(lines: Mapping[str, Sequence[Labelled]], chart: Chart, ylabel: str, title: str) -> str:
   with matplotlib.rc_context(charts.STYLE):
     figure = charts.empty_figure(3.4)
     axes = figure.add_subplot()

@@ -33,9 +33,7 @@ def without_effect(config: DataConfig, what: str, *names: str) -> None:
   """Raise UserError where keys of a `DataConfig` that do nothing for `what` have been set."""
   for field in dataclasses.fields(config):
     if field.name in names and getattr(config, field.name) != field.default:
-      raise UserError(
-        f'data.{field.name} has no effect on {what}; leave it at {field.default!r}.'
-      )
+      raise UserError(f'data.{field.name} has no effect on {what}; leave it at {field.default!r}.')
 
 
 OF_FOLDERS = ('caption', 'caption_column', 'test_fraction')

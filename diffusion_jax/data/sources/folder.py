@@ -128,9 +128,7 @@ def _within(
   chosen = [[path for path in pictures if place and path.is_relative_to(place)]
             for place in (first, second)]
   for path in sorted(set(pictures).difference(*chosen)) if second else ():
-    left.add(
-      f'pictures outside of {first.name} and {second.name}', path.relative_to(first.parent)
-    )
+    left.add(f'pictures outside of {first.name} and {second.name}', path.relative_to(first.parent))
   return tuple(chosen)
 
 
