@@ -263,6 +263,9 @@ def _typed(hint: Any, value: Any, key: str) -> Any:
       inner = typing.get_args(choice)[0]
       if all(_is(inner, one) for one in value):
         return tuple(value)
+    elif isinstance(value, dict) and typing.get_origin(choice) is dict:
+      if all(_is(inner, one) for inner in typing.get_args(choice)[1:] for one in value.values()):
+        return dict(value)
     elif _is(choice, value):
       return value
   names = [getattr(c, '__name__', str(c)).replace('NoneType', 'null') for c in _choices(hint)]

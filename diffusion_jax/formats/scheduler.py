@@ -408,8 +408,6 @@ def write_scheduler(scheduler: Scheduler) -> dict[str, Any]:
     if field.name == 'grid' and name == 'DDIMScheduler' and 'via' not in has:
       # Steps of T // count timesteps end where the next start, if the count divides T.
       will = {key: value for key, value in will.items() if key != 'via'}
-    if field.name == 'schedule':  # diffusers leaves alpha = 2^-12 at the end for some classes.
-      will = dataclasses.replace(will, last_alpha_bar=has.last_alpha_bar)
     unused = scheduler.threshold == 'none' and field.name.startswith('threshold_')
     unused |= scheduler.threshold == 'static' and field.name == 'threshold_percentile'
     require(
