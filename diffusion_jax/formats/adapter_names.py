@@ -301,13 +301,13 @@ Place = tuple[str, str]
 """Role and layer."""
 
 
-def is_word(name: str) -> bool:
-  """Whether a tensor is a learned word rather than a part of a LoRA."""
+def is_inversion(name: str) -> bool:
+  """Return whether a tensor is of a textual inversion rather than of a LoRA."""
   return _WORDS.match(name) is not None
 
 
 def is_lora(name: str) -> bool:
-  """Whether a tensor is one of a LoRA's matrices."""
+  """Return whether a tensor is one of a LoRA's matrices."""
   return (split := _split(name)) is not None and split[1] in 'ab'
 
 

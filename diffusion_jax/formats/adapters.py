@@ -25,7 +25,7 @@ from diffusion_jax.formats.adapter_names import (
   TOWER,
   NamePatterns,
   Place,
-  is_word,
+  is_inversion,
   layers,
   of_other_kinds,
   places,
@@ -127,9 +127,7 @@ def _config(values: Mapping[str, Any], where: str) -> AdapterConfig:
   )
 
 
-def _patterns(
-  values: Mapping[str, Any], key: str, where: str, whole: bool = False
-) -> NamePatterns:
+def _patterns(values: Mapping[str, Any], key: str, where: str, whole: bool = False) -> NamePatterns:
   table = values.get(key) or {}
   require(isinstance(table, dict), f'{where}: {key} must be a table by names of layers.')
   numbers_by_name = {
@@ -176,9 +174,7 @@ class LoRAWeights(NamedTuple):
 LoRAs = dict[str, dict[str, LoRAWeights]]
 
 
-def to_params(
-  weights: Mapping[str, LoRAWeights]
-) -> tuple[dict[str, Rank], dict[str, np.ndarray]]:
+def to_params(weights: Mapping[str, LoRAWeights]) -> tuple[dict[str, Rank], dict[str, np.ndarray]]:
   """The adapters of one network as `models.lora.with_lora` takes them: (sizes, parameters)."""
   params = {}
   for name, one in weights.items():
@@ -201,8 +197,8 @@ def read_lora(
     path: a safetensors file, a .bin of PyTorch, of which only arrays are read, or the directory
       that diffusers or PEFT wrote.
     networks: parameters (or their shapes) of the networks it is for, by role.
-    words: whether the caller takes the learned words that the file may hold beside its matrices,
-      too, with `io.textual_inversion.bundled_words`; False: a file with such is refused.
+    words: whether the caller also takes the textual inversions that the file may hold, with
+      `formats.textual_inversion.bundled_inversions`; False: a file with such is refused.
 
   Raises:
     UserError: another kind of adapter; what the networks lack or the file holds half, empty, not
@@ -211,7 +207,7 @@ def read_lora(
   require(bool(networks), 'read_lora needs the parameters of at least one network.')
   path = lora_file(Path(path))
   tensors = _tensors(path)
-  learned = [name for name in tensors if is_word(name)]
+  learned = [name for name in tensors if is_inversion(name)]
   tensors = {name: tensor for name, tensor in tensors.items() if name not in set(learned)}
   require(
     not learned or (words and bool(tensors) and path.suffix not in PICKLES),
@@ -223,9 +219,7 @@ def read_lora(
   problems = [f'{kind}, which is not implemented: {some(of)}' for kind, of in others.items()]
   known = {role: layers(params) for role, params in networks.items()}
   found, unknown = places(tensors.keys() - set().union(*others.values()), known, path)
-  configs = {} if path.suffix in PICKLES else read_configs(
-    path, known, alone=path.stem == _OF_PEFT
-  )
+  configs = {} if path.suffix in PICKLES else read_configs(path, known, alone=path.stem == _OF_PEFT)
   if unknown:
     problems.append(f'no part of a LoRA of the given networks: {some(unknown)}')
   out: LoRAs = {}

@@ -89,9 +89,7 @@ def convert(
   return notes
 
 
-def _read(
-  where: Path, layout: str, prediction: str | None, tokenizers: str | None
-) -> Pipeline:
+def _read(where: Path, layout: str, prediction: str | None, tokenizers: str | None) -> Pipeline:
   if where.is_dir():
     return _to_diffusers(read_pipeline(where), where)
   require(

@@ -6,9 +6,7 @@ from typing import Any
 from diffusion_jax.formats.published import ANY, GENERAL, NetworkFormat
 from diffusion_jax.models.vision.dinov2 import DINOv2, DINOv2Config
 
-MODEL_TYPES = {
-  'dinov2': 'Dinov2Model', 'dinov2_with_registers': 'Dinov2WithRegistersModel'
-}
+MODEL_TYPES = {'dinov2': 'Dinov2Model', 'dinov2_with_registers': 'Dinov2WithRegistersModel'}
 """model_type in config.json -> the class of transformers."""
 _TRAINING = dict.fromkeys((
   'apply_layernorm', 'attention_probs_dropout_prob', 'drop_path_rate', 'hidden_dropout_prob',

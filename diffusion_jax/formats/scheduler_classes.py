@@ -45,9 +45,7 @@ _LEADING = {'timestep_spacing': 'leading', 'steps_offset': 0}
 _LINSPACE = {'timestep_spacing': 'linspace', 'steps_offset': 0}
 _LEVELS = {'use_karras_sigmas': False, 'use_exponential_sigmas': False}
 _BOUNDS = {'sigma_min': None, 'sigma_max': None}
-_THRESHOLD = {
-  'thresholding': False, 'dynamic_thresholding_ratio': 0.995, 'sample_max_value': 1.0
-}
+_THRESHOLD = {'thresholding': False, 'dynamic_thresholding_ratio': 0.995, 'sample_max_value': 1.0}
 _CLIP = {'clip_sample': False, 'clip_sample_range': 1.0}
 _CLIPS = _CLIP | {'clip_sample': True}
 _SOLVER = _TABLE | _LINSPACE | _LEVELS | _THRESHOLD | {'lower_order_final': True}
@@ -288,7 +286,7 @@ def place_steps(
 
 
 def told_timesteps(name: str, family: str, values: Values) -> str:
-  """What the network is told of noise levels that are not those of timesteps: one of LABELS."""
+  """Return one of LABELS: how the network is told noise levels that are not those of timesteps."""
   key = next((key for key in LEVEL_KEYS if values.get(key)), None)
   if family == 'solver' and key:
     fine = name == 'DPMSolverMultistepScheduler' and values['beta_schedule'] == 'squaredcos_cap_v2'

@@ -36,13 +36,7 @@ from diffusion_jax.formats.pipeline import (
   typed,
 )
 from diffusion_jax.formats.published import Rule, from_stored, to_stored
-from diffusion_jax.formats.tensors import (
-  NewTensor,
-  Tensor,
-  metadata,
-  open_tensors,
-  write_tensors,
-)
+from diffusion_jax.formats.tensors import NewTensor, Tensor, metadata, open_tensors, write_tensors
 from diffusion_jax.models.checks import require
 
 _GROUPS = {
@@ -174,9 +168,7 @@ def write_single_file(pipeline: Pipeline, path: Path, dtype: str | None) -> list
     UserError: the file exists, or a part has no names in such a file.
   """
   require(not path.exists(), f'{path} is there already; give a new path.')
-  configs = {
-    name: _without_null(part.values) for name, part in pipeline.parts.items() if part.kind
-  }
+  configs = {name: _without_null(part.values) for name, part in pipeline.parts.items() if part.kind}
   for part, config in configs.items():  # Within bounds, before it is counted along.
     network_format(pipeline.parts[part].kind).parse(config, f'{part}/config.json')
   name = of_parts(configs, 'The pipeline')
@@ -395,9 +387,7 @@ def _tokenizers(configs: list[str], given: Path | None) -> dict[str, Part]:
   parts = {}
   for name in wanted:
     folder = given / name if (given / name).is_dir() or len(wanted) > 1 else given
-    files = [
-      inside(folder / file, given) for file in TOKENIZER if (folder / file).is_file()
-    ]
+    files = [inside(folder / file, given) for file in TOKENIZER if (folder / file).is_file()]
     has = {file.name for file in files}
     require(
       'tokenizer.json' in has or {'vocab.json', 'merges.txt'} <= has,

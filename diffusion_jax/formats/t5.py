@@ -35,9 +35,7 @@ T5 = _T5Format(
 )
 
 T5_ENCODERS = {
-  't5_v1_1_small': T5Config(
-    d_ff=1024, num_layers=8, num_heads=6, feed_forward_proj='gated-gelu'
-  ),
+  't5_v1_1_small': T5Config(d_ff=1024, num_layers=8, num_heads=6, feed_forward_proj='gated-gelu'),
   # Stable Diffusion 3, PixArt, Imagen.
   't5_v1_1_xxl': T5Config(
     d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj='gated-gelu'

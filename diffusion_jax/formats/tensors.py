@@ -122,9 +122,7 @@ def _open_shards(path: Path) -> dict[str, Tensor]:
     and not name.endswith(INDEX) and '\0' not in name
     and len(name.encode()) < 256 for name in table.values()
   )
-  require(
-    names, f'{path} must have a weight_map from tensors to files beside it; fetch it again.'
-  )
+  require(names, f'{path} must have a weight_map from tensors to files beside it; fetch it again.')
   folder = path.parent
   files = {n: open_tensors(inside(folder / n, folder)) for n in sorted(set(table.values()))}
   for tensor, name in table.items():
@@ -180,9 +178,7 @@ def _bytes(name: str, tensor: NewTensor) -> np.ndarray:
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
   """The JSON object of a saved model. UserError where there is none."""
-  require(
-    Path(path).is_file(), f'There is no file {path}; give the directory of a saved model.'
-  )
+  require(Path(path).is_file(), f'There is no file {path}; give the directory of a saved model.')
   return read_object(path)
 
 

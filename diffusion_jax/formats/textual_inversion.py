@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_jax.files import inside
-from diffusion_jax.formats.adapter_names import is_lora, is_word, some
+from diffusion_jax.formats.adapter_names import is_inversion, is_lora, some
 from diffusion_jax.formats.tensors import PICKLES, open_tensors, write_tensors
 from diffusion_jax.formats.torch_files import load_plain, tensors_of
 from diffusion_jax.models.checks import require
@@ -65,13 +65,13 @@ def read_textual_inversion(
     'that it may hold.',
   )
   if any(name.startswith(_BUNDLE) for name in stored):
-    words = bundled_words(path, widths)
+    words = bundled_inversions(path, widths)
     require(len(words) == 1, f'{path} holds {len(words)} words; give a file for each.')
     return words[0]
   return _word(path, token, stored, widths)
 
 
-def bundled_words(
+def bundled_inversions(
   path: str | os.PathLike, widths: Mapping[str, int] | None = None
 ) -> list[TextualInversion]:
   """The words that a safetensors file of a LoRA holds beside its matrices; arguments as above.
@@ -84,7 +84,7 @@ def bundled_words(
     return []
   groups: dict[str, dict[str, Any]] = {}
   for name, tensor in open_tensors(path).items():
-    if not is_word(name):
+    if not is_inversion(name):
       continue
     token, key = '', name
     if name.startswith(_BUNDLE):
@@ -179,9 +179,7 @@ def _read_pickle(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
   values, token = load_plain(path), None
   if 'string_to_param' in values:
     table = values['string_to_param']
-    require(
-      isinstance(table, dict) and '*' in table, f'{path} has no rows in its string_to_param.'
-    )
+    require(isinstance(table, dict) and '*' in table, f'{path} has no rows in its string_to_param.')
     token, values = values.get('name'), {'emb_params': table['*']}
   return token, tensors_of(values, path)
 

@@ -93,7 +93,7 @@ def read_state(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def is_script(path: str | os.PathLike) -> bool:
-  """Whether a file is a TorchScript archive, which alone has a table of constants."""
+  """Return whether a file is a TorchScript archive, which alone has a table of constants."""
   path = Path(path)
   if not path.is_file() or not _is_archive(path):
     return False

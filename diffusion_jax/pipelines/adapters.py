@@ -12,7 +12,7 @@ from diffusion_jax.formats.adapters import lora_file, read_lora, to_params
 from diffusion_jax.formats.networks import load_params, read_config, resolve
 from diffusion_jax.formats.textual_inversion import (
   TextualInversion,
-  bundled_words,
+  bundled_inversions,
   read_textual_inversion,
 )
 from diffusion_jax.models.controlnet import ControlNet, ControlNetConfig
@@ -45,7 +45,7 @@ def add_lora(model: Diffusion, weights: Weights, path: str, scale: float = 1.0) 
     sizes, params = to_params(layers)
     sizes = {name: Rank(size.rank, scale * size.alpha) for name, size in sizes.items()}
     out[role] = merge_lora({**weights[role], **params}, sizes)
-  for learned in bundled_words(file, _widths(model) if model.text else None):
+  for learned in bundled_inversions(file, _widths(model) if model.text else None):
     out = _with_word(model, out, learned)
   return out
 
@@ -100,7 +100,7 @@ def add_words(model: Diffusion, weights: Weights, path: str) -> Weights:
   encoder for which nothing was learned goes on reading the word as it is spelt.
 
   Args:
-    path: a file, or a directory with one for each text encoder (`io.textual_inversion.FILES`).
+    path: a file, or a directory with one for each text encoder (`formats.textual_inversion.FILES`).
 
   Raises:
     UserError: a file that is none, or one for other text encoders.

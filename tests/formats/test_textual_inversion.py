@@ -8,7 +8,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.formats.textual_inversion import (
   FILES,
   TextualInversion,
-  bundled_words,
+  bundled_inversions,
   read_textual_inversion,
   write_textual_inversion,
 )
@@ -76,7 +76,7 @@ def test_words_beside_a_lora(tmp_path):
     'text_encoders_0': ROWS, 'text_encoders_1': WIDE,
   }
   save_file(matrices | words, path)
-  found = {word.token: word for word in bundled_words(path, WIDTHS)}
+  found = {word.token: word for word in bundled_inversions(path, WIDTHS)}
   both = {'text_encoder': ROWS, 'text_encoder_2': WIDE}
   wanted = {
     'cat': {'text_encoder': ROWS}, 'a.b': {'text_encoder': ROWS[:1]}, 'both': both,
@@ -86,7 +86,7 @@ def test_words_beside_a_lora(tmp_path):
   for token, embeddings in wanted.items():
     assert_same(found[token], TextualInversion(token, embeddings))
   save_file(matrices, path)
-  assert bundled_words(path, WIDTHS) == []
+  assert bundled_inversions(path, WIDTHS) == []
   save_file({'bundle_emb.cat.emb_params': ROWS}, path)
   assert_same(read_textual_inversion(path, WIDTHS), TextualInversion('cat', wanted['cat']))
   save_file({f'bundle_emb.{name}.emb_params': ROWS for name in 'ab'}, path)
@@ -95,7 +95,7 @@ def test_words_beside_a_lora(tmp_path):
   for name, value in (('cat.t5', ROWS), ('cat.emb_params', WIDE)):
     save_file({f'bundle_emb.{name}': value}, path)
     with pytest.raises(UserError, match=r'learned word that is not known|whose table is 3 wide'):
-      bundled_words(path, WIDTHS)
+      bundled_inversions(path, WIDTHS)
 
 
 def test_two_encoders_for_a_model_of_one(tmp_path):

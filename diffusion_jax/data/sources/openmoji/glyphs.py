@@ -261,8 +261,8 @@ def _aliases(glyph: Glyph, body: str) -> list[str]:
   kept = []
   for alias in glyph.aliases:
     letters = _letters(alias)
-    is_word = len(letters) >= _MIN_ALIAS_LETTERS and not any(map(str.isdigit, alias))
-    if is_word and letters not in known and not glyph.is_flag:
+    is_inversion = len(letters) >= _MIN_ALIAS_LETTERS and not any(map(str.isdigit, alias))
+    if is_inversion and letters not in known and not glyph.is_flag:
       known.add(letters)
       kept.append(alias)
   return kept
