@@ -15,9 +15,10 @@ from diffusion_jax.formats.pipeline import SCHEDULER
 from diffusion_jax.formats.tensors import read_json
 from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from diffusion_jax.pipelines.directory import assemble, load_model, save_model
+from diffusion_jax.pipelines.directory import load_model, save_model
 from diffusion_jax.pipelines.sampling import SampleConfig
 from tests import tiny_pipeline as tiny
+from tests.tiny import assemble
 
 PROMPTS, NEGATIVE, STEPS = ['cat ab', 'b a c d'], 'a', 8
 NOISE = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
@@ -45,7 +46,7 @@ def frozen(tmp_path_factory):
 
 def exported(folder, frozen, noise, parameterization, sample):
   """(our model as it is read back, its weights, how it samples)."""
-  model, _ = assemble(UNET, *frozen.values(), noise, parameterization)
+  model, _ = assemble(UNET, **frozen, schedule=noise, parameterization=parameterization)
   params = tiny.random_params(UNET, 2)
   save_model(folder, model, params, **frozen, sample=sample, dtype='float32')
   return load_model(str(folder))
