@@ -37,9 +37,7 @@ def transition(here: Pair, there: Pair) -> tuple[jax.Array, jax.Array]:
   return ratio, jnp.maximum((sigma - kept) * (sigma + kept), 0.0)
 
 
-def posterior(
-  x: jax.Array, x0: jax.Array, here: Pair, there: Pair
-) -> tuple[jax.Array, jax.Array]:
+def posterior(x: jax.Array, x0: jax.Array, here: Pair, there: Pair) -> tuple[jax.Array, jax.Array]:
   """Return (mean [b ...], variance [] or [b]) of q(x_s | x_t, x_0).
 
   mean = alpha_{t|s} sigma_s^2 / sigma_t^2 x_t + alpha_s sigma_{t|s}^2 / sigma_t^2 x_0,
@@ -120,9 +118,7 @@ def discretized_gaussian(
   tiny = jnp.finfo(high.dtype).tiny
   middle = high + jnp.log(jnp.maximum(-jnp.expm1(jnp.minimum(low - high, -tiny)), tiny))
   edge = 1 - half
-  return jnp.where(
-    x0 > edge, log_ndtr(-lower), jnp.where(x0 < -edge, log_ndtr(upper), middle)
-  )
+  return jnp.where(x0 > edge, log_ndtr(-lower), jnp.where(x0 < -edge, log_ndtr(upper), middle))
 
 
 def prior_term(
@@ -295,9 +291,7 @@ def discrete_bound(
   items = (chosen, jnp.arange(1, len(chosen) + 1), weights)
   add = lambda nats, item: (nats + item[2] * divergence(*item[:2]), None)
   nats, _ = jax.lax.scan(add, jnp.zeros(len(x0), x0.dtype), items)
-  return _bound(
-    denoise, x0, nats, (alphas[0], sigmas[0]), (alphas[-1], sigmas[-1]), keys
-  )
+  return _bound(denoise, x0, nats, (alphas[0], sigmas[0]), (alphas[-1], sigmas[-1]), keys)
 
 
 def continuous_bound(

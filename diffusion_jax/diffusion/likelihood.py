@@ -11,11 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.diffusion.bounds import (
-  bits_per_dim,
-  gaussian_log_density,
-  stratified_times,
-)
+from diffusion_jax.diffusion.bounds import bits_per_dim, gaussian_log_density, stratified_times
 from diffusion_jax.diffusion.denoiser import Denoiser
 from diffusion_jax.diffusion.losses import total
 from diffusion_jax.diffusion.parameterization import divide, expand

@@ -35,9 +35,7 @@ class GaussianMixture(NamedTuple):
 
   def diffused(self, alpha, sigma) -> 'GaussianMixture':
     """Marginal of x_t = alpha x_0 + sigma eps, alpha and sigma []."""
-    return GaussianMixture(
-      self.weights, alpha * self.means, alpha**2 * self.variances + sigma**2
-    )
+    return GaussianMixture(self.weights, alpha * self.means, alpha**2 * self.variances + sigma**2)
 
   def mean(self) -> jax.Array:
     """[...]."""

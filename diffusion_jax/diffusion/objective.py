@@ -132,9 +132,7 @@ QUANTILES: dict[str, Callable] = {
   'log_normal': log_normal,
 }
 TIMES = (*QUANTILES, 'importance')
-DECODERS = {
-  'gaussian': bounds.gaussian_log_density, 'discretized': bounds.discretized_gaussian,
-}
+DECODERS = {'gaussian': bounds.gaussian_log_density, 'discretized': bounds.discretized_gaussian}
 
 Network = Callable[[Latents, PerExample], jax.Array]
 """(x [b ...], label [b]) -> output [b ...], with twice the channels for a learned variance."""
@@ -205,9 +203,7 @@ def _check_options(key: str, name: str, table: Mapping, options: Mapping[str, fl
   for option in options:
     if option not in known:
       remedy = f'choose from {", ".join(known)}' if known else 'it has none'
-      raise UserError(
-        f'objective.{key}_options.{option} is not an option of {name}; {remedy}.'
-      )
+      raise UserError(f'objective.{key}_options.{option} is not an option of {name}; {remedy}.')
 
 
 class Losses(NamedTuple):
@@ -323,9 +319,7 @@ class Objective:
     lower, upper = (bound[::-1][t] for bound in log_variances(grid))
     there = tuple(jnp.asarray(part)[::-1][t] for part in (grid[0][1:], grid[1][1:]))
     log_variance = lower if variance is None else learned_log_variance(variance, lower, upper)
-    estimate = self.parameterization.to_x0(
-      output.astype(x.dtype), x, level.alpha, level.sigma
-    )
+    estimate = self.parameterization.to_x0(output.astype(x.dtype), x, level.alpha, level.sigma)
     pairs = (level.alpha, level.sigma), there
     decoder = DECODERS[config.decoder]
     if config.loss == 'hybrid':

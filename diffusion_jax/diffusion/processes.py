@@ -180,9 +180,7 @@ def exponential(sigma_min: float = 0.01, sigma_max: float = 50.0) -> Process:
   return polyexponential(sigma_min, sigma_max, 1.0)
 
 
-def polyexponential(
-  sigma_min: float = 0.01, sigma_max: float = 50.0, rho: float = 2.0
-) -> Process:
+def polyexponential(sigma_min: float = 0.01, sigma_max: float = 50.0, rho: float = 2.0) -> Process:
   """ln sigma linear in t^rho (k-diffusion's `get_sigmas_polyexponential`)."""
   ratio = math.log(sigma_max / sigma_min)
   return variance_exploding(lambda t: sigma_min * jnp.exp(ratio * t**rho))
@@ -303,9 +301,7 @@ def named(name: str, **options) -> Process:
   known = inspect.signature(PROCESSES[name]).parameters
   for option in options:
     if option not in known:
-      raise UserError(
-        f'process {name!r} has no option {option!r}; choose from {", ".join(known)}.'
-      )
+      raise UserError(f'process {name!r} has no option {option!r}; choose from {", ".join(known)}.')
   return PROCESSES[name](**options)
 
 

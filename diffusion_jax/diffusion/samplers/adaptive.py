@@ -188,9 +188,7 @@ def dpm_adaptive(
 
   is_before = lambda now: now.lam < end - 1e-5
   begin = _begin(x / start[0], _half_log_snr(start), h_init, max_steps if trajectory else 0)
-  done = jax.lax.while_loop(
-    lambda now: is_before(now) & (now.tried < max_steps), attempt, begin
-  )
+  done = jax.lax.while_loop(lambda now: is_before(now) & (now.tried < max_steps), attempt, begin)
   short = (is_before(done) | (grid[1][-1] == 0)) & (start[1] > 0)
   return _finish(denoise, grid, done, short, trajectory)
 

@@ -212,14 +212,10 @@ def _at_levels(alphas: np.ndarray, sigmas: np.ndarray, levels: np.ndarray):
   i = np.searchsorted(np.arctan2(sigmas, alphas), np.arctan(levels), side='right') - 1
   i = np.clip(i, 0, len(alphas) - 2)
   over = levels * alphas[i] - sigmas[i]
-  return _between(
-    alphas, sigmas, i + over / (np.diff(sigmas)[i] - levels * np.diff(alphas)[i])
-  )
+  return _between(alphas, sigmas, i + over / (np.diff(sigmas)[i] - levels * np.diff(alphas)[i]))
 
 
-def _ended(
-  alphas: np.ndarray, sigmas: np.ndarray, last: tuple[float, float] = (1.0, 0.0)
-) -> Grid:
+def _ended(alphas: np.ndarray, sigmas: np.ndarray, last: tuple[float, float] = (1.0, 0.0)) -> Grid:
   """Ends a grid with the clean pair, or another; in JAX's default floating dtype."""
   return _arrays(np.append(alphas, last[0]), np.append(sigmas, last[1]))
 

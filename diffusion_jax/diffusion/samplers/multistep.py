@@ -182,9 +182,7 @@ def exponential_table(
   lower_order_final: bool | int = False, euler_at_final: bool = False,
 ) -> Table:
   """Return the explicit exponential Adams method; arguments of `exponential` and `usable`."""
-  counts = usable(
-    grid, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final
-  )
+  counts = usable(grid, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final)
   nodes = past_nodes(grid, half_log_snr(grid), counts, order)
   correction = exponential(grid, nodes, counts, eta, slope=slope, curvature=curvature)
   return Table(*first_order(grid, eta), correction)
@@ -419,9 +417,7 @@ def sa_solver(
     return adams(denoise, x, grid, predictor, noise=noise, trajectory=trajectory)
   corrector = corrector_table(grid, corrector_order, eta, **options)
   corrector = corrector._replace(noise=s_noise * corrector.noise)
-  return predict_correct(
-    denoise, x, grid, predictor, corrector, noise=noise, trajectory=trajectory
-  )
+  return predict_correct(denoise, x, grid, predictor, corrector, noise=noise, trajectory=trajectory)
 
 
 LMS = SamplerInfo(lms, 4, 1, 'Adams-Bashforth of 4 steps in sigma / alpha', 'k-diffusion')

@@ -38,9 +38,7 @@ def score(x: Latents, x0: Latents, pair: Pair) -> Latents:
   return divide(pair[0] * x0 - x, pair[1] ** 2)
 
 
-def reverse_step(
-  x: Latents, x0: Latents, here: Pair, there: Pair, z: Latents
-) -> Latents:
+def reverse_step(x: Latents, x0: Latents, here: Pair, there: Pair, z: Latents) -> Latents:
   """One step of `euler_maruyama`."""
   q = contraction(here, there)
   drift = 1 - divide(here[0], there[0])
