@@ -153,9 +153,7 @@ class ImagesEvaluation(Output, CompareOptions, DataOptions, DrawOptions):
   """Pictures at a path."""
 
   images: str
-  size: Annotated[int, Help(
-    'edge of the images of --dataset in pixels (default: 64)', 'N'
-  )] = 64
+  size: Annotated[int, Help('edge of the images of --dataset in pixels (default: 64)', 'N')] = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -122,9 +122,7 @@ def _columns(subject: Subject, step: int, place: str) -> dict[str, Column] | Non
   except UserError as error:
     print(f'note: step {step} is left out: {error}', flush=True)
     return None
-  return {
-    'generated': generated, 'untrained': subject.untrained(weights), **subject.real(),
-  }
+  return {'generated': generated, 'untrained': subject.untrained(weights), **subject.real()}
 
 
 def _write(
@@ -132,9 +130,7 @@ def _write(
   settings: dict[str, Any],
 ) -> None:
   shown: dict[str, Any] = {}
-  scores = report(
-    options, comparison, found, shown, settings, subject.about, subject.split('test')
-  )
+  scores = report(options, comparison, found, shown, settings, subject.about, subject.split('test'))
   values = scores['generated']
   history.append({'step': settings['step'], **values})
   history.sort(key=lambda line: line['step'])

@@ -100,9 +100,7 @@ def say_unreadable(sentence: str) -> None:
 
 def open_split(options, name: str, size: int) -> Split:
   """Return a split of --dataset."""
-  source = open_source(
-    options.dataset, name, size=size, data_dir=options.data_dir, prepare=True
-  )
+  source = open_source(options.dataset, name, size=size, data_dir=options.data_dir, prepare=True)
   return named_split(source, options.dataset, size, name)
 
 
@@ -249,9 +247,7 @@ class Subject:
     if ema_halflife_images is None:
       return
     if self.run is None:
-      raise UserError(
-        'ema_halflife_images needs a run (--workdir): a model alone has one average.'
-      )
+      raise UserError('ema_halflife_images needs a run (--workdir): a model alone has one average.')
     stored, combined = self.run.averages(self.step, ema_halflife_images)
     if combined.error > FAR:
       print(f'note: the average over {ema_halflife_images:g} images is {combined.error:.0%} off '
@@ -399,9 +395,7 @@ def identity(
   return f'{name} at step {step}{average} ({run.fingerprint(step, ema_halflife_images)})'
 
 
-def open_subject(
-  options: ModelEvaluation, sample: dict[str, Any]
-) -> tuple[Subject, Comparison]:
+def open_subject(options: ModelEvaluation, sample: dict[str, Any]) -> tuple[Subject, Comparison]:
   """Return the model and what it is compared with."""
   if options.captions:
     own_captions(options)  # What is wrong with them is said before a model is loaded.
@@ -517,9 +511,7 @@ def of_autoencoder(options: AutoencoderEvaluation, shown: dict) -> dict[str, Any
 
   mesh = local_mesh()
   network, read, name, test, about = _open_autoencoder(options)
-  originals = First(
-    test, min(SAMPLES, len(test)) if options.samples is None else options.samples
-  )
+  originals = First(test, min(SAMPLES, len(test)) if options.samples is None else options.samples)
   comparison = open_comparison(
     options, lambda name: test, PAIR_METRICS + (',lpips' if options.lpips else ''),
     reference=Reference(originals.name, originals, own=True), captioned=False,

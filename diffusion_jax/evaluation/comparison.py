@@ -153,9 +153,7 @@ def compare(
     intervals: whether to compute those that take resampling.
   """
   rows = lambda known, column: known[column][samples.rows] if column in (known or ()) else None
-  compared = [
-    Compared(f'image:{name}', values[:, None]) for name, values in samples.each.items()
-  ]
+  compared = [Compared(f'image:{name}', values[:, None]) for name, values in samples.each.items()]
   for column in dict.fromkeys([*samples.columns, *samples.sums]):
     values, sums = samples.columns.get(column), samples.sums.get(column)
     width = len(sums.mean) if values is None else values.shape[1]

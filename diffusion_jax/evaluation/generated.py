@@ -30,11 +30,7 @@ from diffusion_jax.evaluation.extractors.clip import text_towers
 from diffusion_jax.evaluation.images import shuffled
 from diffusion_jax.evaluation.metrics.metric import MetricValues
 from diffusion_jax.evaluation.report import PAIRS, real_retrieval
-from diffusion_jax.evaluation.scores import (
-  check_metrics,
-  metric_of,
-  value_names,
-)
+from diffusion_jax.evaluation.scores import check_metrics, metric_of, value_names
 from diffusion_jax.parallel.mesh import put_params, to_host
 from diffusion_jax.parallel.processes import agree
 from diffusion_jax.pipelines.conditions import Inputs
@@ -120,9 +116,7 @@ class ImageScorer:
 
   def scores(self, samples: Features, texts: dict, seed: int) -> MetricValues:
     """Return the metrics of samples that belong to these texts, against the reference."""
-    return compare(
-      samples, self.reference, self.metrics, texts=texts, seed=seed, intervals=False
-    )
+    return compare(samples, self.reference, self.metrics, texts=texts, seed=seed, intervals=False)
 
   def texts(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
     """Return column -> embeddings of the captions, of every CLIP that a metric needs."""
@@ -146,9 +140,7 @@ class CaptionPreview:
   name = 'caption_preview'
   when = SAMPLE
 
-  def run(
-    self, model: Diffusion, params: Weights, key: jax.Array
-  ) -> Iterator[tuple[str, Value]]:
+  def run(self, model: Diffusion, params: Weights, key: jax.Array) -> Iterator[tuple[str, Value]]:
     images = model.generate(
       params, list(self.captions), self.sample, seed=seed_of(key), mesh=self.mesh,
       batch_size=self.batch_size, inputs=self.inputs(),
@@ -200,9 +192,7 @@ class GeneratedImages(Cached):
     check_samples(self.samples, len(self.test))
     return self.scorer.names
 
-  def run(
-    self, model: Diffusion, params: Weights, key: jax.Array
-  ) -> Iterator[tuple[str, Value]]:
+  def run(self, model: Diffusion, params: Weights, key: jax.Array) -> Iterator[tuple[str, Value]]:
     check_samples(self.samples, len(self.test))
     records = shuffled(self.test, self.samples)
     check_samples(len(records), len(self.test))
@@ -215,9 +205,7 @@ class GeneratedImages(Cached):
     captions = captions[:samples]
     if self.baselines:
       drawn = functools.partial(self._drawn, model, captions, seed)
-      found['untrained'] = drawn(
-        'untrained', fresh_weights(model, params, self.mesh), Budget(0)
-      )
+      found['untrained'] = drawn('untrained', fresh_weights(model, params, self.mesh), Budget(0))
       found['real'] = scorer.extraction.collect([np.stack([r['image'] for r in records[:samples]])])
     texts = scorer.texts(captions)
     scores = {name: scorer.scores(one, texts, seed) for name, one in found.items()}

@@ -64,12 +64,8 @@ def latent_bits(
   process = noise.smooth_process
   draws = {'draws': config.draws, 'offset': offset}
   compute = {
-    'discrete': lambda: discrete_bound(
-      denoise, x0, *noise.levels(), keys, **draws
-    ).total,
-    'continuous': lambda: continuous_bound(
-      denoise, x0, process, keys, t_min=0.0, **draws
-    ).total,
+    'discrete': lambda: discrete_bound(denoise, x0, *noise.levels(), keys, **draws).total,
+    'continuous': lambda: continuous_bound(denoise, x0, process, keys, t_min=0.0, **draws).total,
     'flow': lambda: flow_likelihood(
       denoise, x0, process, keys, trace=config.trace, probes=config.probes, solver=config.solver,
       steps=config.ode_steps, t_min=0.0, start_noise=True,
@@ -202,9 +198,7 @@ def evaluate_likelihood(
     for name, params in {'model': weights, 'untrained': fresh_weights(model, weights, mesh)}.items()
   }
   moments = known['latents'].mean(axis=0), known['latents'].var(axis=0)
-  columns['gaussian'] = gaussian_bits(
-    given['latents'], *moments, *model.noise.levels()
-  )
+  columns['gaussian'] = gaussian_bits(given['latents'], *moments, *model.noise.levels())
   settings = {
     'samples': samples, 'training_images': len(fitted), 'seed': seed,
     'latent_dims': int(given['latents'][0].size),

@@ -117,8 +117,7 @@ def field_image(
   """
   extent = float(np.abs(lattice).max()) * 1.02
   figure, axes = _axes(extent)
-  axes.plot(*np.asarray(points).T, 'o', markersize=1.6, markeredgewidth=0, color=_DATA,
-            alpha=0.5)
+  axes.plot(*np.asarray(points).T, 'o', markersize=1.6, markeredgewidth=0, color=_DATA, alpha=0.5)
   finite = np.isfinite(vectors).all(axis=-1)
   lengths = np.linalg.norm(np.where(finite[..., None], vectors, 0.0), axis=-1)
   longest = np.percentile(lengths[finite], 90) if finite.any() else 1.0

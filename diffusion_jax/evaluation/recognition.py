@@ -68,9 +68,7 @@ class RetrievalPreview:
     records = some(self.test, count)
     images = np.stack([record['image'] for record in records])
     captions = [record['captions'][0] for record in records]
-    features = CLIPFeatures(
-      CLIPExtractor(model, params, 'in training'), self.tokenizer, self.mesh
-    )
+    features = CLIPFeatures(CLIPExtractor(model, params, 'in training'), self.tokenizer, self.mesh)
     return images, captions, features.images(images), features.texts(captions)
 
 

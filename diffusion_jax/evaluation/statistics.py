@@ -251,9 +251,7 @@ def collect(statistics: DeviceStatistics, *, mesh: Mesh) -> Statistics:
 
 @functools.lru_cache(maxsize=8)
 def _collector(mesh: Mesh):
-  return jax.jit(jax.shard_map(
-    _reduce, mesh=mesh, in_specs=BATCH, out_specs=PartitionSpec()
-  ))
+  return jax.jit(jax.shard_map(_reduce, mesh=mesh, in_specs=BATCH, out_specs=PartitionSpec()))
 
 
 def _reduce(statistics: DeviceStatistics) -> tuple[Array, Array, Array, Array]:
@@ -267,9 +265,7 @@ def _reduce(statistics: DeviceStatistics) -> tuple[Array, Array, Array, Array]:
   offset = jnp.where(n > 0, (origin - centre) + mean, 0)
   overall = over(offset * (n / jnp.maximum(total, 1)))
   between = (offset - overall) * jnp.sqrt(n.astype(jnp.float32))
-  return total, centre, overall, over(
-    m2 - rounded + jnp.outer(between, between)
-  )
+  return total, centre, overall, over(m2 - rounded + jnp.outer(between, between))
 
 
 SUFFIXES = ('.npz', '.pt')

@@ -74,7 +74,7 @@ def test_precision_and_recall_are_torch_fidelitys(features, k, dtype):
 def test_all_four_of_prdc(features, k):
   sets = features['samples'], features['reference']
   found = {
-    **precision_recall(*sets, k=k, convention='prdc', block=BLOCK)._asdict(),
+    **precision_recall(*sets, k=k, closed=False, block=BLOCK)._asdict(),
     **density_coverage(*sets, k=k, block=BLOCK)._asdict(),
   }
   assert found == pytest.approx(PRDC[str(k)], rel=1e-12)

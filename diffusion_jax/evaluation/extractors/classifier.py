@@ -26,9 +26,7 @@ class ClassifierExtractor:
     config = network.config
     self.name = f'classifier/{weights}/clean'
     self.class_names = config.class_names
-    self.widths = {
-      'penultimate': config.block_out_channels[-1], 'logits': len(config.class_names)
-    }
+    self.widths = {'penultimate': config.block_out_channels[-1], 'logits': len(config.class_names)}
     self.network, self.params = network, params
     self.size, self.resizing = config.image_size, 'clean'
 

@@ -95,9 +95,7 @@ def interval_of_groups(
   many in each; 16 groups or more. A group of width 2048 takes 34 MB.
   """
   pick = lambda chosen: figure(merge_all(groups[i] for i in chosen))
-  return half_sample_interval(
-    pick, len(groups), resamples=resamples, level=level, seed=seed
-  )
+  return half_sample_interval(pick, len(groups), resamples=resamples, level=level, seed=seed)
 
 
 def random_groups(

@@ -76,9 +76,7 @@ def _unbiased_mmd2(x: Float[np.ndarray, 'n d'], y: Float[np.ndarray, 'n d']) -> 
   return float(within / (n * (n - 1)) - 2 * kernel(x, y).mean())
 
 
-def cmmd(
-  x: Float[np.ndarray, 'n d'], y: Float[np.ndarray, 'm d'], *, block: int = 4096
-) -> float:
+def cmmd(x: Float[np.ndarray, 'n d'], y: Float[np.ndarray, 'm d'], *, block: int = 4096) -> float:
   """CMMD of CLIP embeddings: 1000 times the biased MMD^2 with a Gaussian kernel of sigma 10, >= 0.
 
   Jayasumana et al. 2024, and their code: embeddings are normalised, and pairs of a sample with

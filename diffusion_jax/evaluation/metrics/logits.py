@@ -66,13 +66,6 @@ def class_hits(
   return ((logits >= own).sum(axis=1) <= top).astype(np.float64)
 
 
-def class_accuracy(
-  logits: Float[np.ndarray, 'n c'], labels: Int[np.ndarray, 'n'], *, top: int = 1
-) -> float:
-  """Share of images, in [0, 1], whose label is among the `top` highest logits; see `class_hits`."""
-  return float(class_hits(logits, labels, top=top).mean())
-
-
 def _inception_score(of: Compared, values: MetricValues, seed: int) -> None:
   """inception_score, inception_score_std."""
   value, std = inception_score(of.samples, splits=min(10, len(of.samples)))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.metrics.metric import (
@@ -28,12 +28,11 @@ from diffusion_jax.evaluation.metrics.pairwise import (
   count_in_balls,
   neighbour_radii,
   pair,
-  squared_distances,
 )
 
 
 class PrecisionRecall(NamedTuple):
-  """Shares in [0, 1]: of samples within the reference's manifold, and the other way round."""
+  """Fractions in [0, 1]: of samples within the reference's manifold, and the other way round."""
 
   precision: float
   recall: float
@@ -53,36 +52,24 @@ class DensityCoverage(NamedTuple):
 
 def precision_recall(
   samples: Float[np.ndarray, 'n d'], reference: Float[np.ndarray, 'm d'], *, k: int = 3,
-  convention: str = 'torch-fidelity', block: int = BLOCK,
+  closed: bool = True, block: int = BLOCK,
 ) -> PrecisionRecall:
   """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1 and 2).
 
   A point lies in the manifold of a set if it is within one of the balls around the set's points
-  that reach to their k-th nearest neighbour. The tools differ in this:
-  - 'torch-fidelity': closed balls, k = 3, VGG-16's features by default.
-  - 'adm': the same balls and k = 3, with Inception's pool3 and 10,000 reference against 50,000
-    sampled images; squared distances are computed in float16 while those are finite, which makes
-    ties, and ties count as within. Follows its formula, but a GPU may round sums otherwise.
-  - 'prdc': open balls, k = 5.
-  Figures depend on n and m: compare only equal numbers of the same features.
+  that reach to their k-th nearest neighbour. As torch-fidelity has it balls are closed and k is 3;
+  the package prdc has open balls and k = 5. Values depend on n and m: compare only equal numbers of
+  the same features.
 
   Raises:
-    UserError: another convention, k outside 1 to the smaller count less 1, or features that are
-      empty, not finite or of different widths.
+    UserError: k outside 1 to the smaller count less 1, or features that are empty, not finite or of
+      different widths.
   """
   samples, reference = _checked(samples, reference, k)
-  if convention == 'adm':
-    return _half_precision_recall(samples, reference, k, block)
-  if convention not in ('torch-fidelity', 'prdc'):
-    raise UserError(
-      f'There is no convention {convention!r} of precision and recall: choose torch-fidelity, adm '
-      'or prdc.'
-    )
-  share = lambda points, centres: float(np.mean(count_in_balls(
-    points, centres, neighbour_radii(centres, k, block=block), block=block,
-    closed=convention == 'torch-fidelity',
+  fraction = lambda points, centres: float(np.mean(count_in_balls(
+    points, centres, neighbour_radii(centres, k, block=block), block=block, closed=closed,
   )[0] > 0))
-  return PrecisionRecall(share(samples, reference), share(reference, samples))
+  return PrecisionRecall(fraction(samples, reference), fraction(reference, samples))
 
 
 def density_coverage(
@@ -91,8 +78,8 @@ def density_coverage(
 ) -> DensityCoverage:
   """Density and coverage (Naeem et al. 2020, eq. 4 and 6), by open balls as in their package prdc.
 
-  Density: balls of the reference that hold a sample, over k, on average. Coverage: share of those
-  balls that hold a sample at all. UserError as in `precision_recall`.
+  Density: balls of the reference that hold a sample, over k, on average. Coverage: fraction of
+  those balls that hold a sample at all. UserError as in `precision_recall`.
   """
   samples, reference = _checked(samples, reference, k)
   radii = neighbour_radii(reference, k, block=block)
@@ -108,46 +95,6 @@ def _checked(samples: np.ndarray, reference: np.ndarray, k: int) -> tuple[np.nda
       f'{fewest} samples have no {k}-th nearest neighbour: choose k from 1 to {fewest - 1}.'
     )
   return samples, reference
-
-
-def _half_precision_recall(samples, reference, k, block) -> PrecisionRecall:
-  samples, reference = (v.astype(np.float32) for v in (samples, reference))
-
-  def share(points: np.ndarray, centres: np.ndarray) -> float:
-    radii = np.concatenate([
-      _half_radii(rows, centres, k, block)[: len(index)] for index, rows in blocks(centres, block)
-    ])
-    inside = np.zeros(len(points), bool)
-    for index, rows in blocks(points, block):
-      for columns, part in blocks(centres, block):
-        limits = np.full(len(part), -np.inf, np.float32)
-        limits[: len(columns)] = radii[columns.start : columns.stop]
-        held = np.asarray((_half_distances(rows, part) <= limits).any(axis=1))
-        inside[index.start : index.stop] |= held[: len(index)]
-    return float(inside.mean())
-
-  return PrecisionRecall(share(samples, reference), share(reference, samples))
-
-
-def _half_radii(rows: np.ndarray, centres: np.ndarray, k: int, block: int) -> np.ndarray:
-  nearest = np.zeros((len(rows), 0), np.float32)
-  for columns, part in blocks(centres, block):
-    fresh = np.asarray(_half_distances(rows, part))[:, : len(columns)]
-    nearest = np.sort(np.concatenate([nearest, fresh], axis=1), axis=1)[:, : k + 1]
-  return nearest[:, k]
-
-
-@jax.jit
-def _half_distances(x: Float[Array, 'n d'], y: Float[Array, 'm d']) -> Float[Array, 'n m']:
-  """Squared distances whose every step is rounded to float16; of float32 if one is not finite."""
-  u, v = x.astype(jnp.float16), y.astype(jnp.float16)
-  norm = lambda w: jnp.square(w).sum(axis=1, dtype=jnp.float32).astype(jnp.float16)
-  dot = jnp.matmul(u, v.T, preferred_element_type=jnp.float32).astype(jnp.float16)
-  half = jnp.maximum(norm(u)[:, None] - 2 * dot + norm(v), 0)
-  finite = jnp.isfinite(half).all()
-  return jax.lax.cond(
-    finite, lambda: half.astype(jnp.float32), lambda: squared_distances(x, y)
-  )
 
 
 class Neighbours(NamedTuple):

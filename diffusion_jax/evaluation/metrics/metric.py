@@ -162,9 +162,7 @@ class Metric:
 
   def names(self, of: Compared) -> list[str]:
     """Return the names of its values of these features."""
-    return [
-      value.name.format(suffix=of.suffix, distance=of.distance) for value in self.given
-    ]
+    return [value.name.format(suffix=of.suffix, distance=of.distance) for value in self.given]
 
 
 def of_each(of: Compared, values: MetricValues, seed: int) -> None:

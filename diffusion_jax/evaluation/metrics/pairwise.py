@@ -20,9 +20,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.statistics import PART
 
 
-def matrix(
-  x: np.ndarray, name: str, dtype: type | None = np.float64
-) -> Float[np.ndarray, 'n d']:
+def matrix(x: np.ndarray, name: str, dtype: type | None = np.float64) -> Float[np.ndarray, 'n d']:
   """x as an array of that type or its own. UserError if it is no matrix, empty or not finite."""
   x = np.asarray(x, dtype)
   if x.ndim != 2 or x.size == 0:
@@ -63,9 +61,7 @@ def blocks(x: np.ndarray, size: int) -> Iterator[tuple[range, np.ndarray]]:
     yield range(start, start + size - padding), rows
 
 
-def squared_distances(
-  x: Float[Array, 'n d'], y: Float[Array, 'm d']
-) -> Float[Array, 'n m']:
+def squared_distances(x: Float[Array, 'n d'], y: Float[Array, 'm d']) -> Float[Array, 'n m']:
   """|x - y|^2 of all pairs, by one matrix product of full float32 precision; centre both first."""
   dot = jnp.matmul(x, y.T, precision='highest')
   return jnp.maximum((x * x).sum(axis=1)[:, None] + (y * y).sum(axis=1) - 2 * dot, 0)

@@ -37,7 +37,7 @@ def _two_sets(n=150, m=170, d=32, seed=0):
 def test_all_four_are_their_definitions(block, far):
   samples, reference = (np.asarray(v + far, np.float32) for v in _two_sets())
   wanted = _definition(samples, reference, 4, np.less)
-  found = precision_recall(samples, reference, k=4, convention='prdc', block=block)
+  found = precision_recall(samples, reference, k=4, closed=False, block=block)
   found += density_coverage(samples, reference, k=4, block=block)
   assert 0.2 < wanted[0] < 0.99 and 0.2 < wanted[1] < 0.99
   assert found == pytest.approx(wanted, rel=1e-12)
@@ -117,39 +117,6 @@ def test_what_the_device_leaves_open_is_little_and_decided_on_the_host(monkeypat
   assert sum(pairs) < 600 * 600 / 500
 
 
-def _half_definition(samples, reference, k):
-  """ADM's formula in numpy, every step rounded to float16."""
-  half = np.float16
-
-  def distances(x, y):
-    x, y = x.astype(half).astype(np.float32), y.astype(half).astype(np.float32)
-    norm = lambda v: (v * v).astype(half).astype(np.float32).sum(1).astype(half)
-    dot = (x @ y.T).astype(half)
-    return np.maximum(norm(x)[:, None] - half(2) * dot + norm(y), half(0))
-
-  radius = lambda v: np.sort(distances(v, v), axis=1)[:, k]
-  between = distances(samples, reference)
-  precision = (between <= radius(reference)).any(1).mean()
-  return precision, (between.T <= radius(samples)).any(1).mean()
-
-
-def test_adms_convention_rounds_distances_to_float16():
-  samples, reference = (v.astype(np.float32) for v in _two_sets(400, 500, 16))
-  samples, reference = samples + 4, reference + 4
-  found = precision_recall(samples, reference, k=3, convention='adm', block=128)
-  assert found == pytest.approx(_half_definition(samples, reference, 3), abs=2 / 400)
-  # The rounding is seen, and does not depend on the blocks.
-  plain = precision_recall(samples, reference, k=3)
-  assert found != plain and found == pytest.approx(plain, abs=0.1)
-  assert found == precision_recall(samples, reference, k=3, convention='adm')
-
-
-def test_adms_convention_falls_back_where_float16_overflows():
-  samples, reference = (v.astype(np.float32) * 300 for v in _two_sets())
-  found = precision_recall(samples, reference, convention='adm')
-  assert found == precision_recall(samples, reference)
-
-
 def test_what_has_no_neighbours_is_refused():
   x, y = _two_sets(5, 9)
   for k in (0, 5):
@@ -157,8 +124,6 @@ def test_what_has_no_neighbours_is_refused():
       precision_recall(x, y, k=k)
     with pytest.raises(UserError, match='nearest neighbour'):
       density_coverage(x, y, k=k)
-  with pytest.raises(UserError, match='torch-fidelity, adm or prdc'):
-    precision_recall(x, y, convention='vgg')
   with pytest.raises(UserError, match='width 32 and 3'):
     precision_recall(x, y[:, :3])
 
