@@ -154,7 +154,7 @@ def test_gradient_reaches_every_parameter_of_the_denoiser(make_task):
 
 @pytest.mark.parametrize(('features', 'metrics', 'named'), [
   (('vgg:x',), ('fd',), 'settings.evaluation.features vgg:x is not of the form KIND:PATH'),
-  ((), ('FID',), "settings.evaluation.metrics is 'FID'; choose one of fd"),
+  ((), ('FID',), "settings.evaluation.metrics is 'FID'; did you mean fd"),
   ((), (), 'settings.evaluation.metrics is empty'),
 ])
 def test_a_config_that_cannot_be_is_refused(features, metrics, named):
