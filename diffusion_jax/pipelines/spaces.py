@@ -53,6 +53,8 @@ class Space(Protocol):
   """Of a batch, where its examples are."""
   kept: tuple[str, ...]
   """Names of the moments."""
+  random: bool
+  """Whether `sample` needs its key."""
 
   def shape(self, height: int, width: int) -> tuple[int, ...]:
     """Shape of one z for an image of height x width pixels. UserError where there is none."""
@@ -115,6 +117,7 @@ class LatentSpace:
   patch: int = 1
   field: ClassVar[str] = 'image'
   kept: ClassVar[tuple[str, ...]] = ('mean', 'std')
+  random: ClassVar[bool] = True
 
   @property
   def networks(self) -> dict[str, Network]:
@@ -190,6 +193,7 @@ class PixelSpace:
   patch: int = 1
   field: ClassVar[str] = 'image'
   kept: ClassVar[tuple[str, ...]] = ('pixels',)
+  random: ClassVar[bool] = False
   networks: ClassVar[Mapping[str, Network]] = MappingProxyType({})
 
   @property
@@ -247,6 +251,7 @@ class VectorSpace:
   factor: ClassVar[int] = 1
   field: ClassVar[str] = 'points'
   kept: ClassVar[tuple[str, ...]] = ('vectors',)
+  random: ClassVar[bool] = False
   networks: ClassVar[Mapping[str, Network]] = MappingProxyType({})
 
   def shape(self, height: int = 1, width: int = 1) -> tuple[int]:

@@ -220,7 +220,10 @@ class DiffusionTask(NoisingTask):
     self.config, self.model, self.train, self.test = config, model, train, test
     self.learning = model.with_remat(remat).with_matmul_precision(products)
     self.objective = Objective(config.objective, model.noise, model.parameterization)
-    self.frozen: Frozen = {**frozen, NULL: null_of(model, frozen)}
+    null = null_of(model, frozen)
+    self.frozen: Frozen = {**frozen, NULL: null} if null else frozen
+    # What else draws random numbers than the objective.
+    self._draws = model.space.random or bool(model.conditioners)
     # Whether records tell what was cut off from them; else all images are whole.
     self._has_sizes = (
       'sizes' in model.conditioners and not config.cache and 'sizes' in some(train, 1)[0]
@@ -341,12 +344,14 @@ class DiffusionTask(NoisingTask):
 
   def losses(self, params, frozen, carry: Carry, batch, key) -> Losses:
     """Losses of each example, and the noise level it was given."""
-    key_z, key_drop, key, key_told = jax.random.split(key, 4)
+    key_z = key_drop = key_told = None
+    if self._draws:
+      key_z, key_drop, key, key_told = jax.random.split(key, 4)
     weights, space = self.weights(params, frozen), self.model.space
     moments, told, weight = self.encode(weights, batch, key_told)
     x0 = space.sample(moments, key_z)
     x0 = constrain(x0, 'image') if x0.ndim == 4 else x0
-    condition = self.condition(told, weights[NULL], key_drop, x0.shape)
+    condition = self.condition(told, weights.get(NULL, {}), key_drop, x0.shape)
     network = self.learning.network(weights)
     losses = self.objective.losses(
       lambda x, t: network(x, t, condition), x0, key, history_of(carry)

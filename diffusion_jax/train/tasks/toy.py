@@ -1,8 +1,9 @@
 """Trains a denoiser of points in the plane: every family of model, in seconds, to look at."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +16,20 @@ from diffusion_jax.data.sources.arrays import POINT_SETS, ArraySource
 from diffusion_jax.diffusion.denoiser import Denoiser
 from diffusion_jax.diffusion.likelihood import flow_likelihood
 from diffusion_jax.diffusion.noise import NoiseConfig, NoiseSchedule, ScheduleConfig
-from diffusion_jax.diffusion.objective import Network as Denoising
-from diffusion_jax.diffusion.objective import Objective, ObjectiveConfig
+from diffusion_jax.diffusion.objective import Losses, ObjectiveConfig
+from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.diffusion.samplers import initial_noise, sampler
 from diffusion_jax.errors import UserError
-from diffusion_jax.formats.networks import save_params
+from diffusion_jax.formats.networks import format_of, save_params
 from diffusion_jax.limits import FileDtype
-from diffusion_jax.models.mlp import MLP, MLPConfig
-from diffusion_jax.models.network import Network, prefixed, under
+from diffusion_jax.models.mlp import MLPConfig
+from diffusion_jax.models.network import prefixed, under
+from diffusion_jax.pipelines.model import DENOISER, Diffusion
+from diffusion_jax.pipelines.spaces import VectorSpace
 from diffusion_jax.registry import EVALUATORS, load
-from diffusion_jax.train.tasks.diffusion import NoisingTask, history_of
+from diffusion_jax.train.tasks.diffusion import DiffusionTask
 from diffusion_jax.train.tasks.task import Env, Frozen
-from diffusion_jax.types import Params, Scores, Source
+from diffusion_jax.types import Condition, Params, Scores, Source, Weights
 
 PROCESS = 'noise'
 FIELD_LEVELS = (1.0, 0.4, 0.15)
@@ -44,6 +47,11 @@ class ToySampleConfig:
 
   def __post_init__(self):
     sampler(self.sampler, **self.options)
+
+  def check(self, noise: NoiseSchedule, parameterization: Parameterization) -> None:
+    """Raise UserError for steps that cannot be placed."""
+    del parameterization
+    noise.grid(self.steps, self.spacing)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +71,8 @@ class ToyTaskConfig:
   depth: int = 3
   likelihood_points: int = 512
   export_dtype: FileDtype = 'float32'
+  cache: ClassVar[bool] = False
+  caption_dropout: ClassVar[float] = 0.0
 
   def __post_init__(self):
     NoiseSchedule.of(self.noise)
@@ -77,26 +87,45 @@ class ToyTaskConfig:
     )
 
 
-class ToyTask(NoisingTask):
-  """Parameters are the MLP's and, under 'noise', those of a learned process."""
+class PointDiffusion(Diffusion):
+  """A model of points, whose denoiser stands between the scales of its process.
+
+  It sees x at unit variance, and its output is divided by sigma where a score is wanted (Song &
+  Ermon 2020, technique 3): the score of little noise is large.
+  """
+
+  def network(self, weights: Weights) -> Callable:
+    network, prediction = super().network(weights), self.parameterization
+
+    def scaled(x, t, condition):
+      alpha, sigma = (part[:, None] for part in self.noise.at_label(t))
+      if not prediction.scales_input:
+        x = x / jnp.sqrt(alpha**2 + sigma**2)
+      output = network(x, t, condition)
+      return output / sigma if prediction.name == 'score' else output
+
+    return scaled
+
+
+class ToyTask(DiffusionTask):
+  """Parameters are the denoiser's and, under 'noise', those of a learned process."""
 
   Config = ToyTaskConfig
+  as_today = staticmethod(dict)
   name, title = 'toy', 'Denoiser of points in the plane'
-  batch_fields = ('points',)
   computing = ()
 
   def __init__(self, config: ToyTaskConfig, test: ArraySource):
-    self.config = config
-    self.frozen: Frozen = {}
-    self.noise = NoiseSchedule.of(config.noise)
-    self.objective = Objective(config.objective, self.noise)
+    noise, objective = NoiseSchedule.of(config.noise), config.objective
+    mlp = MLPConfig(
+      width=config.width, depth=config.depth, label_range=noise.label_range,
+      out_features=4 if objective.learned_variance else 2,
+    )
+    network = format_of(mlp).network(mlp)
+    model = PointDiffusion(VectorSpace(), network, {}, noise, objective.parameterization)
+    super().__init__(config, model, {}, test, test)
     self.test = np.concatenate([test[i]['points'] for i in range(len(test))])
-    self.mlp = Network.of(MLP, MLPConfig(
-      width=config.width, depth=config.depth,
-      out_features=4 if config.objective.learned_variance else 2,
-      label_range=self.noise.label_range,
-    ))
-    self.grid = self.noise.grid(config.sample.steps, config.sample.spacing)
+    self.grid = noise.grid(config.sample.steps, config.sample.spacing)
     self._sample = jax.jit(self._draw, static_argnums=2)
     self._fields = jax.jit(self._scores)
     self._bits = jax.jit(self._likelihood)
@@ -125,37 +154,28 @@ class ToyTask(NoisingTask):
     return cls(config.settings, env.test)
 
   def initialize(self, key: jax.Array) -> Params:
-    process = self.noise.initialize(jax.random.fold_in(key, 1)) if self.noise.learnable else {}
-    return self.mlp.initialize(key) | prefixed(PROCESS, process)
+    noise = self.model.noise
+    process = noise.initialize(jax.random.fold_in(key, 1)) if noise.learnable else {}
+    return super().initialize(key) | prefixed(PROCESS, process)
 
-  def network(self, params: Params) -> Denoising:
-    """The MLP between the scales of its process.
+  def weights(self, params: Params, frozen: Frozen) -> Weights:
+    return {DENOISER: {name: params[name] for name in self.model.denoiser.shapes}}
 
-    It sees x at unit variance, and its output is divided by sigma where a score is wanted (Song &
-    Ermon 2020, technique 3): the score of little noise is large.
-    """
-    mlp = self.mlp.bind({name: params[name] for name in self.mlp.shapes})
-    parameterization = self.objective.parameterization
+  def denoiser(self, params: Params, variance: bool = False) -> Denoiser:
+    """D(x [n 2], alpha, sigma) -> estimate of the clean points."""
+    denoise = self.model.denoise(self.weights(params, {}), variance)
+    return lambda x, alpha, sigma: denoise(x, alpha, sigma, Condition())
 
-    def network(x, label):
-      alpha, sigma = (part[:, None] for part in self.noise.at_label(label))
-      if not parameterization.scales_input:
-        x = x / jnp.sqrt(alpha**2 + sigma**2)
-      return mlp(x, label) / sigma if parameterization.name == 'score' else mlp(x, label)
+  def losses(self, params, frozen, carry, batch, key) -> Losses:
+    if not self.model.noise.learnable:
+      return super().losses(params, frozen, carry, batch, key)
+    x0 = self.model.space.encode({}, batch['points'])
 
-    return network
+    def network(params):
+      network = self.learning.network(self.weights(params, {}))
+      return lambda x, t: network(x, t, Condition())
 
-  def denoiser(self, params: Params) -> Denoiser:
-    return self.objective.denoiser(self.network(params))
-
-  def loss(self, params, frozen, carry, batch, key, step) -> tuple[jax.Array, tuple]:
-    x0 = batch['points'].reshape(-1, 2)
-    if self.noise.learnable:
-      process = under(PROCESS, params)
-      losses = self.objective.losses_of_learned(self.network, params, process, x0, key)
-    else:
-      losses = self.objective.losses(self.network(params), x0, key, history_of(carry))
-    return self.summary(losses, carry)
+    return self.objective.losses_of_learned(network, params, under(PROCESS, params), x0, key)
 
   def _draw(self, params: Params, seed: int, count: int) -> jax.Array:
     sample = self.config.sample
@@ -163,14 +183,14 @@ class ToyTask(NoisingTask):
     variance = self.config.objective.learned_variance and sample.sampler == 'ddpm'
     more = {'variance': 'learned'} if variance else {}
     draw = sampler(sample.sampler, **sample.options, **more)
-    denoise = self.objective.denoiser(self.network(params), variance)
-    return draw(denoise, self.grid[1][0].astype(noise.dtype) * noise, self.grid, keys)
+    x = self.grid[1][0].astype(noise.dtype) * noise
+    return draw(self.denoiser(params, variance), x, self.grid, keys)
 
   def _scores(self, params: Params, x: jax.Array) -> jax.Array:
     """Learned scores [k n 2] of the data with FIELD_LEVELS of noise, at alpha x [n 2]."""
 
     def one(ratio):
-      level = self.noise.at_ratio(ratio[None])
+      level = self.model.noise.at_ratio(ratio[None])
       alpha, sigma = level.alpha[0], level.sigma[0]
       x0 = self.denoiser(params)(alpha * x, alpha, sigma)
       # Of x / alpha, so that all levels are drawn on the scale of the data.
@@ -181,8 +201,8 @@ class ToyTask(NoisingTask):
   def _likelihood(self, params: Params, x: jax.Array) -> jax.Array:
     keys = jax.random.split(jax.random.key(0), len(x))
     return flow_likelihood(
-      self.denoiser(params), x, self.noise.process, keys, trace='exact', solver='heun',
-      steps=LIKELIHOOD_STEPS, t_min=self.noise.t_min,
+      self.denoiser(params), x, self.model.noise.process, keys, trace='exact', solver='heun',
+      steps=LIKELIHOOD_STEPS, t_min=self.model.noise.t_min,
     ).bits
 
   def evaluators(self, mesh: Mesh) -> list[Any]:
@@ -198,5 +218,5 @@ class ToyTask(NoisingTask):
 
     A learned process is left out: samples and likelihoods depend on its ends alone.
     """
-    mlp = {name: params[name] for name in self.mlp.shapes}
-    save_params(directory, self.mlp.config, mlp, dtype=self.config.export_dtype)
+    mlp = self.weights(params, {})[DENOISER]
+    save_params(directory, self.model.denoiser.config, mlp, dtype=self.config.export_dtype)

@@ -75,8 +75,8 @@ def test_a_family_learns_the_moons(family):
 def test_an_idle_network_is_an_idle_denoiser(family):
   """Zero parameters: no noise is seen, so the estimate of x_0 is x / alpha."""
   task = _task(family)
-  params = {name: jnp.zeros(leaf.shape) for name, leaf in task.mlp.shapes.items()}
-  level = task.noise.at_ratio(jnp.asarray([0.5]))
+  params = {name: jnp.zeros(leaf.shape) for name, leaf in task.model.denoiser.shapes.items()}
+  level = task.model.noise.at_ratio(jnp.asarray([0.5]))
   x = jnp.asarray([[0.3, -0.4]])
   alpha, sigma = level.alpha[0], level.sigma[0]
   np.testing.assert_allclose(task.denoiser(params)(x, alpha, sigma), x / alpha, rtol=1e-5)
@@ -85,8 +85,8 @@ def test_an_idle_network_is_an_idle_denoiser(family):
 def test_the_label_tells_the_pair():
   for family in ('ddpm', 'vp_sde', 've_sde'):
     task = _task(family)
-    level = task.noise.at(jnp.asarray([0.1, 0.5, 0.9]))
-    alpha, sigma = task.noise.at_label(level.label)
+    level = task.model.noise.at(jnp.asarray([0.1, 0.5, 0.9]))
+    alpha, sigma = task.model.noise.at_label(level.label)
     np.testing.assert_allclose(alpha, level.alpha, rtol=1e-3)
     np.testing.assert_allclose(sigma, level.sigma, rtol=1e-3)
 
@@ -94,7 +94,7 @@ def test_the_label_tells_the_pair():
 def test_learned_scores_are_drawn_on_the_scale_of_the_data():
   """An untrained EDM denoiser is c_skip x: the score of N(0, 1) with noise added."""
   task = _task('edm')
-  params = {name: jnp.zeros(leaf.shape) for name, leaf in task.mlp.shapes.items()}
+  params = {name: jnp.zeros(leaf.shape) for name, leaf in task.model.denoiser.shapes.items()}
   x = jnp.asarray([[0.5, -1.0], [2.0, 0.0]])
   for field, ratio in zip(task._fields(params, x), (1.0, 0.4, 0.15), strict=True):
     np.testing.assert_allclose(field, -x / (1 + ratio**2), rtol=1e-3)
@@ -158,7 +158,7 @@ def test_a_learned_process_is_trained_beside_the_network(command, tmp_path):
   first = jax.jit(task.initialize)(jax.random.key(0))
   assert {'noise.l1.kernel', 'noise.l3.kernel'} < first.keys()
   _, params = load_params('mlp', str(run / 'model'))
-  assert params.keys() == task.mlp.shapes.keys()
+  assert params.keys() == task.model.denoiser.shapes.keys()
   batch = {'points': jnp.asarray(open_points('moons', 'train', 16)[0]['points'])[None]}
   slopes = jax.jit(jax.grad(
     lambda params: task.loss(params, {}, {}, batch, jax.random.key(1), 0)[0]
