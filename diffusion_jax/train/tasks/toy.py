@@ -206,10 +206,13 @@ class ToyTask(DiffusionTask):
     ).bits
 
   def evaluators(self, mesh: Mesh) -> list[Any]:
+    of_weights = lambda function: lambda weights, *more: function(weights[DENOISER], *more)
+    sample, fields, bits = map(of_weights, (self._sample, self._fields, self._bits))
+    untrained = lambda key: {DENOISER: self.model.denoiser.initialize(key)}
     return [
-      load(EVALUATORS, 'points_preview')(self._sample, self._fields, FIELD_LEVELS, self.test),
+      load(EVALUATORS, 'points_preview')(sample, fields, FIELD_LEVELS, self.test),
       load(EVALUATORS, 'points')(
-        self._sample, self._bits, self.initialize, self.test, self.config.likelihood_points
+        sample, bits, untrained, self.test, self.config.likelihood_points
       ),
     ]
 

@@ -99,7 +99,7 @@ def test_learned_scores_are_drawn_on_the_scale_of_the_data():
   for field, ratio in zip(task._fields(params, x), (1.0, 0.4, 0.15), strict=True):
     np.testing.assert_allclose(field, -x / (1 + ratio**2), rtol=1e-3)
   preview, _ = task.evaluators(make_mesh(MeshConfig()))
-  (_, (pictures, captions, _)), = preview.run(None, params, jax.random.key(0))
+  (_, (pictures, captions, _)), = preview.run(None, {'denoiser': params}, jax.random.key(0))
   assert pictures.dtype == np.uint8 and len(pictures) == len(captions) == 4
   assert len({picture.tobytes() for picture in pictures}) == 4
 
