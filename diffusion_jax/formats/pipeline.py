@@ -390,6 +390,15 @@ def new_directory(path: Path) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def export_scheduler(directory: Path, scheduler: Scheduler) -> dict[str, str]:
+  """Write scheduler/scheduler_config.json and return what model_index.json says of it."""
+  values, why = scheduler_or_plain(scheduler)
+  (directory / 'scheduler').mkdir(parents=True, exist_ok=True)
+  if values is not None:
+    write_json(directory / 'scheduler' / SCHEDULER, values)
+  return {} if why is None else {'scheduler_note': why}
+
+
 def write_trained(
   directory: Path, config: Any, params: Params, scheduler: Scheduler, *, sample: Mapping[str, Any],
   latent_patch_size: int, autoencoder: str, clip: str, dtype: str,
@@ -405,17 +414,11 @@ def write_trained(
     autoencoder, clip: folders that are copied, or 'asset:NAME'.
   """
   save_params(directory / 'unet', config, params, dtype=dtype)
-  values, why = scheduler_or_plain(scheduler)
   index = {
     '_class_name': OWN, 'sample': dict(sample), 'latent_patch_size': latent_patch_size,
     'noise': scheduler.schedule.saved(), 'prediction': scheduler.prediction,
-    'data_std': scheduler.data_std,
+    'data_std': scheduler.data_std, **export_scheduler(directory, scheduler),
   }
-  (directory / 'scheduler').mkdir(parents=True, exist_ok=True)
-  if values is not None:
-    write_json(directory / 'scheduler' / SCHEDULER, values)
-  if why is not None:
-    index['scheduler_note'] = why
   for role, path in (('autoencoder', autoencoder), ('clip', clip)):
     index[role] = path if path.startswith('asset:') else role
     if index[role] == role:

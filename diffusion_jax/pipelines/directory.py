@@ -20,6 +20,7 @@ from diffusion_jax.formats.pipeline import (
   FOLDERS,
   Part,
   Pipeline,
+  export_scheduler,
   read_part,
   read_pipeline,
   write_trained,
@@ -315,4 +316,5 @@ def save_any(
     },
     'noise': config.saved(), 'prediction': model.parameterization.name,
     'data_std': model.parameterization.data_std,
+    **export_scheduler(directory, scheduler_of(model, sample)),
   })
