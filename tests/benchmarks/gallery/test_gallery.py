@@ -40,8 +40,8 @@ def test_files_are_whole_svgs_and_the_page_needs_none_of_them(tmp_path, capsys):
 
 @pytest.mark.parametrize(('arguments', 'named'), [
   (['--what', 'pictures'], "drawing 'pictures' is unknown; choose from schedules, errors"),
-  (['--samplers', 'ddim,nobody', '--what', 'errors'], "sampler 'nobody' is unknown"),
-  (['--samplers', 'nobody', '--what', 'trajectories'], "sampler 'nobody' is unknown"),
+  (['--samplers', 'ddim,nobody', '--what', 'errors'], "sampler is 'nobody'; choose one of"),
+  (['--samplers', 'nobody', '--what', 'trajectories'], "sampler is 'nobody'; choose one of"),
   (['--samplers', 'ddim,lcm', '--what', 'errors'], "sampler 'lcm' has no error"),
 ])
 def test_what_cannot_be_drawn_is_said_before_anything_is(tmp_path, capsys, arguments, named):
