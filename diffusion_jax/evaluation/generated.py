@@ -196,7 +196,7 @@ class GeneratedImages(Cached):
     check_samples(self.samples, len(self.test))
     records = shuffled(self.test, self.samples)
     check_samples(len(records), len(self.test))
-    captions = tuple(record['captions'][0] for record in records)
+    captions = tuple(model.prompt(record) for record in records)
     scorer, seed = self.scorer, seed_of(key)
     scorer.reference, scorer.checked  # noqa: B018  The reference is embedded before the clock runs.
     drawn = functools.partial(self._drawn, model, captions, seed)

@@ -134,6 +134,11 @@ class Diffusion:
     else:
       self.rows(prompts)
 
+  def prompt(self, record: Mapping[str, Any]) -> str:
+    """The prompt for which the model should sample a record of a source, '' for none."""
+    found = (conditioner.prompt(record) for conditioner in self.conditioners.values())
+    return next((prompt for prompt in found if prompt is not None), '')
+
   def rows(
     self, prompts: Sequence[str], negative: str = '', inputs: Inputs | None = None,
     height: int | None = None, width: int | None = None,

@@ -53,8 +53,8 @@ def _pictures(folder):
   from PIL import Image
   for i, name in enumerate(CLASSES):
     (folder / name).mkdir(parents=True)
-    for n in range(12):
-      colour = np.full((tiny.SIZE, tiny.SIZE, 3), 20 * n % 60, np.uint8)
+    for n in range(20):
+      colour = np.full((tiny.SIZE, tiny.SIZE, 3), 4 * n, np.uint8)
       colour[..., i] = 200
       Image.fromarray(colour).save(folder / name / f'{n}.png')
 
@@ -71,8 +71,11 @@ def test_a_transformer_on_pixels_learns_classes(parts, tmp_path, command):
   }
   values['data'] |= {'dataset': f'folder:{tmp_path / "data"}',
                      'transforms': [['label', {}], ['normalize', {}]]}
-  values['loop'] |= {'evaluate_samples': 0, 'sample_every_steps': 2}
+  values['data'] |= {'test_fraction': 0.5}
+  values['loop'] |= {'evaluate_samples': 16, 'sample_every_steps': 2}
   workdir = _trained(values, tmp_path, command)
+  scores = json.loads((workdir / 'scores.json').read_text())
+  assert scores['generated'].keys() == scores['untrained'].keys() and len(scores['generated'])
   model, weights, _ = load_model(str(workdir / 'model'))
   assert model.text is None and model.conditioners['class'].classes == ('blue', 'green', 'red')
   assert weights['denoiser']['transformer_blocks.0.norm1.emb.class_embedder.embedding_table'
