@@ -169,7 +169,7 @@ class DataConfig:
   prepare: make it if missing; caption: of every picture of a folder that has none of its own, or
   several, one a line; test_fraction: of the pictures of a folder without folders train and test,
   left to the test split, 0 to train on all; caption_column: the one column of captions in its
-  metadata.jsonl or metadata.csv, '' for all of `metadata.CAPTIONS`.
+  metadata.jsonl or metadata.csv, '' for all of `captions.CAPTIONS`.
 
   transforms: (name, arguments) pairs in order, applied to every training image; workers: threads
   that read and transform, in each process; 0 does it between the steps; most_unreadable: fraction

@@ -1,4 +1,4 @@
-"""Peak speeds of chips: what a utilisation is a share of."""
+"""Peak speeds of chips: what a utilisation is a fraction of."""
 
 import dataclasses
 import re

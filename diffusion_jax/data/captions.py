@@ -252,7 +252,7 @@ def captions_of(
   Args:
     files: all in the folder `root`.
     caption: of pictures that have none of their own; several, one a line.
-    column: of lists; '' for all of `metadata.CAPTIONS`.
+    column: of lists; '' for all of `captions.CAPTIONS`.
     left: notes what belongs to no picture, and what another source is preferred to.
 
   Raises:

@@ -48,7 +48,7 @@ class Counted(Sequence):
   """A source whose unreadable records are counted, and no longer tried; all else is the source's.
 
   Args:
-    most: share of the records that may be unreadable, 0 to 1.
+    most: fraction of the records that may be unreadable, 0 to 1.
     name: of the records, for people. limit: what sets `most`, for people.
   """
 
@@ -73,7 +73,7 @@ class Counted(Sequence):
     """Record `index`.
 
     Raises:
-      Unreadable: it cannot be read. UserError: more than the share `most` of all cannot.
+      Unreadable: it cannot be read. UserError: more than the fraction `most` of all cannot.
     """
     index = range(len(self))[index]
     if index in self._found:
@@ -96,7 +96,7 @@ class Counted(Sequence):
       found = list(self._found.values())
     if len(found) > self._most * len(self):
       raise UserError(
-        f'{len(found)} of {len(self)} {self._name} cannot be read, more than the share of '
+        f'{len(found)} of {len(self)} {self._name} cannot be read, more than the fraction of '
         f'{self._most:g} that {self._limit} allows: '
         f'{"; ".join(list(dict.fromkeys(found))[:3])}'
       )

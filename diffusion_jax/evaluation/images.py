@@ -96,7 +96,7 @@ class Pixels:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """One split of a data set, as `data.sources.open_source` opens it; its first captions."""
+  """One split of a data set, as `data.sources.tfds.open_source` opens it; its first captions."""
 
   records: Sequence
   name: str

@@ -112,7 +112,7 @@ def test_more_than_the_share_ends_with_a_sentence_that_names_some(most, ends):
   assert not isinstance(error.value, Unreadable)
   number = 4 if most else 1
   assert str(error.value).startswith(
-    f'{number} of 31 training records cannot be read, more than the share of {most:g} that '
+    f'{number} of 31 training records cannot be read, more than the fraction of {most:g} that '
     'data.most_unreadable allows: record '
   )
 

@@ -173,7 +173,7 @@ def test_too_many_end_a_run_with_a_sentence_and_more_may_be_allowed(
   capsys.readouterr()
   assert command(*arguments, '--config.data.most_unreadable=0.1') == 2
   line = capsys.readouterr().err.strip().splitlines()[-1]
-  assert '3 of 25' in line and 'the share of 0.1 that data.most_unreadable allows' in line
+  assert '3 of 25' in line and 'the fraction of 0.1 that data.most_unreadable allows' in line
   assert sum(name in line for name in REASONS) == 3
   status = json.loads((tmp_path / 'run' / 'status.json').read_text())
   assert status['state'] == 'failed' and 'data.most_unreadable' in status['message']
