@@ -211,8 +211,12 @@ def sample(
   mesh = make_mesh(MeshConfig())
   model, weights, config, name = open_model(source, values, mesh)
   model, weights = adapters.apply(model, weights)
-  model.check_prompts([*prompts, prompt.negative])
-  inputs, started = pictures.read(model, config.steps, *model.size(prompt.height, prompt.width))
+  if model.text is not None:
+    model.check_prompts([*prompts, prompt.negative])
+  height, width = model.size(prompt.height, prompt.width)
+  inputs, started = pictures.read(model, config.steps, height, width)
+  if model.text is None:  # Prompts name classes, or nothing but the files.
+    model.rows(prompts, prompt.negative, inputs, height, width)
   settings = {
     'negative': prompt.negative, **config.in_force(), **started, **adapters.named(),
     'seed': str(draw.seed), 'model': name, 'software': f'diffusion_jax {__version__}',
