@@ -246,7 +246,7 @@ def test_weights_of_one_name_are_told_apart(finished, copy_of, small_data):
   values['loop']['total_steps'] += 1
   (folder / 'config.json').write_text(json.dumps(values))
   assert run.settings_fingerprint == settings
-  values['settings']['unet']['block_out_channels'] = [16]
+  values['settings']['denoiser']['block_out_channels'] = [16]
   (folder / 'config.json').write_text(json.dumps(values))
   assert run.settings_fingerprint != settings
 
