@@ -112,7 +112,7 @@ def test_too_many_damaged_pictures_are_refused(fails, folder, small_data, featur
   message = fails(
     'evaluate', 'images', folder, *features, *SIZE, '--out', tmp_path / 'out.json'
   )
-  assert '2 of 70 images cannot be read, more than the share of 0 that is allowed' in message
+  assert '2 of 70 images cannot be read, more than the fraction of 0 that is allowed' in message
 
 
 @pytest.mark.slow

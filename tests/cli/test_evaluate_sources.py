@@ -106,10 +106,10 @@ def test_damaged_images_are_counted_named_and_refused(
   arguments = ('evaluate', 'images', path, *features, '--save_statistics', file, '--out', out)
   message = fails(*arguments)
   total = len(bad) + len(whole)
-  assert f'{len(bad)} of {total} images cannot be read, more than the share of 0' in message
+  assert f'{len(bad)} of {total} images cannot be read, more than the fraction of 0' in message
   assert bad[0] in message and not file.exists() and not out.exists()
   almost = (len(bad) - 0.5) / total
-  assert f'the share of {almost:g} that' in fails(*arguments, '--most_unreadable', almost)
+  assert f'the fraction of {almost:g} that' in fails(*arguments, '--most_unreadable', almost)
   assert command(*arguments, '--most_unreadable', len(bad) / total) == 0
   printed = capsys.readouterr().out
   assert all(name in printed for name in bad) and f'written to {file}' in printed
