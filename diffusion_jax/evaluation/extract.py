@@ -304,7 +304,7 @@ def gather(chunks: Chunks, most_unreadable: float = 0.0) -> Features:
   bad = [str(text) for text in trouble[~there]]
   if len(bad) > most_unreadable * len(there):
     raise UserError(
-      f'{len(bad)} of {len(there)} images cannot be read, more than the share of '
+      f'{len(bad)} of {len(there)} images cannot be read, more than the fraction of '
       f'{most_unreadable:g} that is allowed: {"; ".join(bad[:3])}'
     )
   rows = np.flatnonzero(there)
