@@ -99,7 +99,7 @@ def theirs(networks, path, role):
   return weights
 
 
-def parse_config(networks, path, roles):
+def ours(networks, path, roles):
   """Merged weights by published names, by role."""
   found = read_lora(path, {role: networks[role][1].shapes for role in roles})
   assert found.keys() == set(roles)
@@ -114,7 +114,7 @@ def parse_config(networks, path, roles):
 def assert_merged(networks, path, roles):
   from diffusion_jax.formats.published import to_published_layout
 
-  for role, merged in parse_config(networks, path, roles).items():
+  for role, merged in ours(networks, path, roles).items():
     reference, changed = theirs(networks, path, role), 0
     for name, value in merged.items():
       key = published_name(name)
@@ -226,7 +226,7 @@ def renamed(change):
 @pytest.mark.parametrize('spell', [
   comfyui,
   renamed(lambda n: n.replace('.weight', '.default.weight')),  # The state of a PEFT model.
-  renamed(lambda n: n.replace('unet.', 'base_model.model.denoiser.')),
+  renamed(lambda n: n.replace('unet.', 'base_model.model.unet.')),
   renamed(lambda n: n.replace('unet.', 'unet.base_model.model.')),
   renamed(lambda n: n.replace('.weight', '')),
   renamed(lambda n: n.replace('text_model.', '')),  # As transformers 5 calls its layers.
@@ -268,7 +268,7 @@ def test_the_third_matrix_of_lycoris_convolutions(networks, tmp_path):
     f'{name}.lora_down.weight': down, f'{name}.lora_mid.weight': mid, f'{name}.lora_up.weight': up,
     f'{name}.alpha': torch.tensor(ALPHA),
   }, tmp_path / 'x.safetensors')
-  merged = parse_config(networks, tmp_path / 'x.safetensors', ['unet'])['unet'][f'{layer}.kernel']
+  merged = ours(networks, tmp_path / 'x.safetensors', ['unet'])['unet'][f'{layer}.kernel']
   change = merged - networks['unet'][2][f'{layer}.kernel']
   x = torch.randn(2, 8, 5, 5)
   conv = torch.nn.functional.conv2d
