@@ -22,6 +22,7 @@ from diffusion_jax.evaluation.pieces import Made
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.perceptual import lpips
 from diffusion_jax.parallel.mesh import in_batches
+from diffusion_jax.pipelines.spaces import latent_moments
 from diffusion_jax.pixels import to_float, to_uint8
 from diffusion_jax.types import Params, Source
 
@@ -142,17 +143,3 @@ class Reconstruction(ReconstructionPreview):
     mean, deviation = latent_moments(model, params, images, self.mesh)
     scores |= {'latent_mean': mean, 'latent_std': deviation, 'images': float(len(images))}
     yield from named({TEST: scores})
-
-
-def latent_moments(
-  network: Network, params: Params, images: UInt8[np.ndarray, 'n h w 3'], mesh: Mesh
-) -> tuple[float, float]:
-  """Return the mean and standard deviation over all sampled latent values of the images."""
-
-  def run(params, images):
-    mean, logvar = network.bind(params).encode(to_float(images))
-    return jnp.stack([mean, jnp.exp(logvar)], axis=-1).astype(jnp.float32)
-
-  both = np.concatenate(list(in_batches(jit(run), params, images, mesh=mesh)))
-  variance = both[..., 0].var() + both[..., 1].mean()
-  return float(both[..., 0].mean()), float(variance**0.5)

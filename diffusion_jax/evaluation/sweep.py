@@ -38,18 +38,18 @@ def combinations(texts: Sequence[str]) -> list[Combination]:
     name, equals, values = text.partition('=')
     if not equals or name not in KINDS:
       raise UserError(
-        f'--sweep {text} is not of the form NAME=A,B with a NAME of {", ".join(KINDS)}.'
+        f'sweep {text} is not of the form NAME=A,B with a NAME of {", ".join(KINDS)}.'
       )
     if name in swept:
-      raise UserError(f'--sweep names {name} twice; give all of its values at once.')
+      raise UserError(f'sweep names {name} twice; give all of its values at once.')
     try:
       swept[name] = [KINDS[name](value) for value in values.split(',')]
     except ValueError:
       raise UserError(
-        f'--sweep {text}: {name} takes values like {KINDS[name](4)}, split by commas.'
+        f'sweep {text}: {name} takes values like {KINDS[name](4)}, split by commas.'
       ) from None
     if len(set(swept[name])) < len(swept[name]):
-      raise UserError(f'--sweep {text} has a value twice; name each once.')
+      raise UserError(f'sweep {text} has a value twice; name each once.')
   return [dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())]
 
 

@@ -8,6 +8,7 @@ conditioner needs no more than a subclass of `Conditioner` and a row in `registr
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -57,7 +58,7 @@ class Context(NamedTuple):
   dtype: Any = jnp.float32
 
 
-class Conditioner:
+class Conditioner(abc.ABC):
   """One thing that a denoiser is conditioned on. Rows are arrays [n ...] by name."""
 
   fields: ClassVar[tuple[str, ...]] = ()
@@ -118,9 +119,9 @@ class Conditioner:
     del request
     return {}
 
+  @abc.abstractmethod
   def encode(self, weights: Weights, rows: Mapping[str, jax.Array]) -> Arrays:
     """Rows -> fields of `Condition`, [n ...]; pure."""
-    raise NotImplementedError
 
   def null(self, weights: Weights) -> Arrays:
     """The same fields of nothing, without [n]; of those that are `guided`."""

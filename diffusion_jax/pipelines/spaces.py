@@ -12,7 +12,11 @@ from typing import Annotated, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import UInt8
 
+from diffusion_jax.backend.xla import jit
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import check_folder
 from diffusion_jax.formats.networks import read_config, resolve
@@ -20,7 +24,9 @@ from diffusion_jax.formats.pipeline import Part, read_part
 from diffusion_jax.limits import Range
 from diffusion_jax.models.autoencoder import decode_sliced, decode_tiled
 from diffusion_jax.models.network import Network
-from diffusion_jax.types import Images, Latents, Weights
+from diffusion_jax.parallel.mesh import in_batches
+from diffusion_jax.pixels import to_float
+from diffusion_jax.types import Images, Latents, Params, Weights
 
 AUTOENCODER = 'autoencoder'
 """The role of its weights."""
@@ -282,3 +288,17 @@ def _check_divides(height: int, width: int, factor: int) -> None:
       raise UserError(
         f'{name} is {value}, but the model draws multiples of {factor}; choose {near}.'
       )
+
+
+def latent_moments(
+  network: Network, params: Params, images: UInt8[np.ndarray, 'n h w 3'], mesh: Mesh
+) -> tuple[float, float]:
+  """Return the mean and standard deviation over all sampled latent values of the images."""
+
+  def run(params, images):
+    mean, logvar = network.bind(params).encode(to_float(images))
+    return jnp.stack([mean, jnp.exp(logvar)], axis=-1).astype(jnp.float32)
+
+  both = np.concatenate(list(in_batches(jit(run), params, images, mesh=mesh)))
+  variance = both[..., 0].var() + both[..., 1].mean()
+  return float(both[..., 0].mean()), float(variance**0.5)

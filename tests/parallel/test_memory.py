@@ -50,6 +50,9 @@ class Training(Task):
   def loss(self, *_):
     raise NotImplementedError
 
+  def export(self, *_):
+    raise NotImplementedError
+
 
 class Known(Training):
   """Begins with zeros of the shapes that are known: tracing a large network's takes seconds."""

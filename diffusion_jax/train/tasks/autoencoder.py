@@ -15,7 +15,7 @@ import numpy as np
 from clu.metrics import Average
 from jax.sharding import Mesh
 
-from diffusion_jax.config import TrainingConfig
+from diffusion_jax.config import MeshConfig, TrainingConfig
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import load_lpips, save_params
@@ -23,6 +23,8 @@ from diffusion_jax.limits import Count, FileDtype, Range, same_size
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.network import Network, prefixed, under
 from diffusion_jax.models.perceptual import Discriminator, DiscriminatorConfig, lpips
+from diffusion_jax.parallel.mesh import make_mesh
+from diffusion_jax.pipelines.spaces import latent_moments
 from diffusion_jax.registry import EVALUATORS, load
 from diffusion_jax.train.meter import mean_metric
 from diffusion_jax.train.tasks.task import Env, Frozen, Metrics, Task
@@ -63,6 +65,10 @@ def kl_divergence(mean: Latents, logvar: Latents) -> jax.Array:
   appendix B)."""
   kl = 0.5 * (mean**2 + jnp.exp(logvar) - 1 - logvar)
   return kl.mean(axis=(1, 2, 3))
+
+
+SCALED_BY = 256
+"""Test images whose latents are measured where no score has done so."""
 
 
 class AutoencoderTask(Task):
@@ -184,9 +190,16 @@ class AutoencoderTask(Task):
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
     """The autoencoder in diffusers' layout, with the scaling that gives latents unit variance."""
-    test = scores['test']
+    params, test = under('autoencoder', params), scores.get('test', {})
+    if 'latent_mean' in test:
+      mean, deviation = test['latent_mean'], test['latent_std']
+    else:  # Nothing was scored, or scoring has failed.
+      images = np.stack([record['image'] for record in some(self.test, SCALED_BY)])
+      mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
+      with jax.set_mesh(mesh):  # Only this process is here.
+        mean, deviation = latent_moments(self.model, params, images, mesh)
     config = dataclasses.replace(
       self.config.autoencoder, sample_size=len(some(self.test, 1)[0]['image']),
-      shift_factor=round(test['latent_mean'], 6), scaling_factor=round(1 / test['latent_std'], 6),
+      shift_factor=round(mean, 6), scaling_factor=round(1 / deviation, 6),
     )
-    save_params(directory, config, under('autoencoder', params), dtype=self.config.export_dtype)
+    save_params(directory, config, params, dtype=self.config.export_dtype)

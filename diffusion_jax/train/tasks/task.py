@@ -52,8 +52,8 @@ class Env:
 class Task(abc.ABC):
   """One thing to train. Holds networks without weights; all methods are free of hidden state.
 
-  A task has a loss and a way to initialise its parameters. All else has a default: nothing is
-  carried beside the parameters, and an update stands as it is.
+  A task has a loss and a way to initialise and to export its parameters. All else has a default:
+  nothing is carried beside the parameters, and an update stands as it is.
   """
 
   Config: ClassVar[type]
@@ -171,6 +171,6 @@ class Task(abc.ABC):
     del mesh
     return ()
 
+  @abc.abstractmethod
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
-    """Write the trained model as safetensors with its configuration and model card."""
-    raise NotImplementedError
+    """Write the trained model, host arrays, with its configuration; `scores` may be empty."""

@@ -1,5 +1,6 @@
 """The autoencoder's losses: KL, the adversary's start and strength, LPIPS."""
 
+import json
 import math
 
 import jax
@@ -125,3 +126,23 @@ def test_log_variances_start_where_the_config_says():
   channels = tiny.AUTOENCODER.latent_channels
   np.testing.assert_array_equal(bias[channels:], -6.0)
   np.testing.assert_array_equal(bias[:channels], 0.0)
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+def test_latents_have_unit_variance_also_where_nothing_is_scored(
+  small_data, command, tmp_path, devices
+):
+  """The scaling is that of the same run with scores of as many test images."""
+  scalings = []
+  for samples in (0, 24):
+    run = tmp_path / f'{samples}'
+    values = tiny.autoencoder_config(
+      loop={'total_steps': 2, 'batch_size': 8, 'evaluate_samples': samples}
+    )
+    config = tiny.write_config(tmp_path / f'{samples}.py', values)
+    arguments = ('train', '--config', config, '--workdir', run, '--quiet')
+    assert command(*arguments, devices=devices) == 0
+    written = json.loads((run / 'model' / 'config.json').read_text())
+    scalings.append([written['scaling_factor'], written['shift_factor']])
+  assert scalings[0][0] != 0.18215  # The default of diffusers.
+  np.testing.assert_allclose(*scalings, rtol=0.05, atol=0.02)
