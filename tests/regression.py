@@ -25,10 +25,6 @@ class Regression(Task):
     error = jnp.square(x @ params['kernel'] + params['bias'] - batch['y']).mean(axis=1)
     return error.mean(), ({'loss': mean_metric(error)}, ())
 
-  def export(self, directory, params, scores):
-    directory.mkdir()
-    np.savez(directory / 'params.npz', **params)
-
 
 def regression_batch(size: int, seed: int = 0) -> dict[str, np.ndarray]:
   """Inputs [size 8] and targets [size 4], unit Gaussian."""

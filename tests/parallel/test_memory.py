@@ -50,9 +50,6 @@ class Training(Task):
   def loss(self, *_):
     raise NotImplementedError
 
-  def export(self, *_):
-    raise NotImplementedError
-
 
 class Known(Training):
   """Begins with zeros of the shapes that are known: tracing a large network's takes seconds."""

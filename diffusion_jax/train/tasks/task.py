@@ -15,6 +15,7 @@ from diffusion_jax.data.sources import open_data
 from diffusion_jax.data.transforms import build_transforms, check_transforms
 from diffusion_jax.data.unreadable import Damage
 from diffusion_jax.errors import UserError
+from diffusion_jax.formats.tensors import write_tensors
 from diffusion_jax.train.meter import Metrics
 from diffusion_jax.types import Params, Scores, Source, Weights
 
@@ -52,8 +53,8 @@ class Env:
 class Task(abc.ABC):
   """One thing to train. Holds networks without weights; all methods are free of hidden state.
 
-  A task has a loss and a way to initialise and to export its parameters. All else has a default:
-  nothing is carried beside the parameters, and an update stands as it is.
+  A task has a loss and a way to initialise its parameters. All else has a default: nothing is
+  carried beside the parameters, an update stands as it is, and the export is the parameters.
   """
 
   Config: ClassVar[type]
@@ -171,6 +172,11 @@ class Task(abc.ABC):
     del mesh
     return ()
 
-  @abc.abstractmethod
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
-    """Write the trained model, host arrays, with its configuration; `scores` may be empty."""
+    """Write the trained model, host arrays, with its configuration; `scores` may be empty.
+
+    By default the parameters alone, under their own names, as `model.safetensors`.
+    """
+    del scores
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tensors(directory / 'model.safetensors', params)

@@ -68,9 +68,5 @@ class Mean(Task):
   def evaluators(self, mesh):
     return [Show(), Distance(self.test)]
 
-  def export(self, directory, params, scores):
-    directory.mkdir()
-    np.save(directory / 'mean.npy', np.asarray(params['mean.bias']))
-
 
 register(TASKS, 'mean', f'{__name__}:Mean')
