@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax import __version__
-from diffusion_jax.checkpoint import restoring, saving
+from diffusion_jax.checkpoint import record, saving
 from diffusion_jax.checkpoint.checkpoints import Checkpoints
 from diffusion_jax.formats.unet import UNETS
 from diffusion_jax.models import network
@@ -69,7 +69,7 @@ def without_digests():
   """The same code, but that nothing is added up and so nothing compared."""
   none = lambda tree: {}
   with mock.patch.object(saving, 'local_digests', lambda tree: dict), \
-       mock.patch.object(restoring, 'digests', none):
+       mock.patch.object(record, 'digests', none):
     yield
 
 

@@ -5,25 +5,112 @@ again, a damaged checkpoint is moved aside and the one before it is used.
 """
 
 import contextlib
+import dataclasses
 import json
+import math
 import os
 import re
 import shutil
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from diffusion_jax.checkpoint import record
-from diffusion_jax.checkpoint.keeping import SCORES, Keep, Scores, kept
-from diffusion_jax.checkpoint.record import Damaged
-from diffusion_jax.checkpoint.restoring import read_step
+from diffusion_jax.checkpoint.record import Damaged, read_step
 from diffusion_jax.checkpoint.saving import NotSaved, Saving, reason, remove_leftovers
 from diffusion_jax.errors import UserError
-from diffusion_jax.files import say, set_aside_damaged
+from diffusion_jax.files import atomic_write, read_object, reading, say, set_aside_damaged
 from diffusion_jax.parallel.processes import agree, in_step
+
+SCORES = 'scores.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+  """The newest `last`, every step that is a multiple of every_steps, and the best one.
+
+  every_steps: 0 for none. best: a metric of the evaluation, '' for none. best_is: whether its
+  lowest or its highest value is best.
+  """
+
+  last: int = 2
+  every_steps: int = 0
+  best: str = ''
+  best_is: str = 'lowest'
+
+
+def kept(
+  steps: Iterable[int], scores: Mapping[int, float], keep: Keep,
+  samples: Mapping[int, float] | None = None,
+) -> set[int]:
+  """Return the steps that stay.
+
+  Orbax's policies know no numbers of samples, and run only within its manager.
+
+  Args:
+    steps: those on disk.
+    scores: step -> value of the metric `keep.best`; steps may be missing.
+    samples: step -> number of samples that it was computed of. Metrics of other numbers cannot be
+      compared (FID falls as they grow), so the best of each number stays.
+  """
+  steps, samples = sorted(steps), samples or {}
+  stay = set(steps[-keep.last :])
+  if keep.every_steps:
+    stay |= {step for step in steps if step % keep.every_steps == 0}
+  if keep.best:
+    sign = 1 if keep.best_is == 'highest' else -1
+    best: dict[float | None, int] = {}
+    for step in steps:  # The newest of equal ones.
+      if math.isfinite(score := scores.get(step, math.nan)):
+        rival = best.get(samples.get(step))
+        if rival is None or sign * score >= sign * scores[rival]:
+          best[samples.get(step)] = step
+    stay |= set(best.values())
+  return stay
+
+
+class Scores:
+  """`directory`/scores.json: {step: {metric: value}}. Only process 0 writes."""
+
+  def __init__(self, directory: Path, say: Callable[[str], None]):
+    self._file, self._say = directory / SCORES, say
+    self._lock = threading.Lock()  # Steps are pruned in the thread that saves.
+    self._values: dict[int, dict[str, float]] = self._read()
+
+  def _read(self) -> dict[int, dict[str, float]]:
+    if not os.path.lexists(self._file):
+      return {}
+    try:
+      with reading(self._file, remedy='scores of old checkpoints are forgotten'):
+        values = read_object(self._file)
+        return {int(step): {k: float(v) for k, v in each.items()} for step, each in values.items()}
+    except UserError as error:
+      self._say(str(error))
+      return {}
+
+  def of(self, metric: str) -> dict[int, float]:
+    """Return {step: value} of a metric, of the steps that have one."""
+    with self._lock:
+      return {step: v[metric] for step, v in self._values.items() if metric in v}
+
+  def add(self, step: int, values: dict[str, float]) -> None:
+    """Note values at a step; errors of storage are only said."""
+    with self._lock:
+      known = self._values.setdefault(step, {})
+      known |= {name: float(value) for name, value in values.items()}
+      text = json.dumps(self._values, indent=1)
+    if jax.process_index() != 0:
+      return
+    try:
+      with atomic_write(self._file) as file:
+        file.write(text.encode())
+    except OSError as error:
+      self._say(f'{self._file} cannot be written ({error}).')
+
 
 ITEMS = ('params', 'opt_state', 'ema', 'rest')
 """Parts of a state that are stored apart, so that sampling reads only the parameters."""
@@ -43,7 +130,7 @@ class Checkpoints:
   """
 
   def __init__(
-    self, directory: Path, keep: Keep = Keep(), *, read_only: bool = False,  # noqa: B008
+    self, directory: Path, keep: Keep = Keep(), *, read_only: bool = False,
     say: Callable[[str], None] = lambda text: say(text, ''), retry_seconds: float = RETRY_SECONDS,
   ):
     """With read_only nothing is ever written, moved or deleted; otherwise leftovers of saves and

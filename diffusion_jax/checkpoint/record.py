@@ -3,6 +3,9 @@
 STEP/manifest.json lists all files; it is read first and guards itself. Of files of array data it
 has the size alone: their content is guarded by digests of the arrays (`digests`). Every process
 writes its summands of those into STEP/record, and process 0 all else.
+
+All processes that read a checkpoint come to the same verdict, also where only one meets the fault:
+each stage ends in an agreement, and none lets one wait for another that may have failed.
 """
 
 import errno
@@ -14,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
+from etils import epath
 
-from diffusion_jax.checkpoint.digests import add_up
+from diffusion_jax.checkpoint.digests import add_up, digests
 from diffusion_jax.errors import UserError
-from diffusion_jax.files import free_name, parse_json, read_object
+from diffusion_jax.files import first_line, free_name, parse_json, read_object
+from diffusion_jax.parallel.processes import in_step
 
 MANIFEST, RECORD, QUARANTINE = 'manifest.json', 'record', 'quarantine'
 
@@ -165,3 +171,71 @@ def quarantine(directory: Path, step: int) -> Path:
   folder = directory / QUARANTINE
   folder.mkdir(exist_ok=True)
   return (directory / str(step)).rename(free_name(folder / str(step)))
+
+
+NOT_DAMAGE = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED')
+"""Words of storage that do not say that the files are bad."""
+
+
+def read_step(folder: Path, wanted: dict[str, Any], everything: bool) -> tuple[dict[str, Any], Any]:
+  """Read the wanted items, onto the shardings of `wanted`, and the loader's position.
+
+  All processes must call it together.
+
+  Args:
+    wanted: item -> pytree of jax.ShapeDtypeStruct with shardings.
+    everything: whether an item that is saved but not wanted makes it a checkpoint of another model.
+
+  Raises:
+    Damaged: what is stored is not what was saved.
+    UserError: the checkpoint is intact but of another model, or cannot be read for a reason that
+      says nothing about the files.
+  """
+  kinds = (Damaged, UserError)
+  saved_digests, data = in_step('opening', lambda: _open(folder, wanted, everything), kinds)
+  trees = in_step('reading', lambda: _read_arrays(folder, wanted), kinds)
+  for item, tree in trees.items():
+    for leaf, found in digests(tree).items():
+      if saved_digests[item].get(leaf) != found:
+        raise Damaged(f'{item}{leaf} is not what was saved')
+  state = trees.get('rest')
+  if isinstance(state, dict) and 'step' in state:
+    check_step(folder, int(state['step']))
+  return trees, data
+
+
+def _open(folder: Path, wanted: dict[str, Any], everything: bool) -> tuple[dict[str, dict], Any]:
+  try:
+    if jax.process_index() == 0:  # The same files for all, so one looks.
+      check_manifest(folder, (RECORD, *wanted))
+    arrays, saved_digests, data = read_record(folder)
+  except OSError as error:
+    if error.errno == errno.EIO:
+      raise Damaged(f'{error.filename}: {error.strerror}') from error
+    raise _unreadable(folder, error) from error
+  shapes = {item: describe(tree) for item, tree in wanted.items()}
+  check_arrays(folder, arrays, shapes, everything)
+  return saved_digests, data
+
+
+def _read_arrays(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+  # Not through a Checkpointer, which waits for all processes at its end.
+  handler = ocp.StandardCheckpointHandler()
+  try:
+    return {
+      item: handler.restore(epath.Path(folder / item), args=ocp.args.StandardRestore(tree))
+      for item, tree in wanted.items()
+    }
+  except Exception as error:  # Orbax and its storage raise many kinds, some of them bare.
+    if isinstance(error, MemoryError) or any(word in str(error) for word in NOT_DAMAGE):
+      raise _unreadable(folder, error) from error
+    raise Damaged(first_line(error)) from error
+  finally:
+    handler.close()
+
+
+def _unreadable(folder: Path, error: Exception) -> UserError:
+  return UserError(
+    f'the checkpoint {folder} cannot be read ({first_line(error)}); make it readable and start '
+    'again.'
+  )

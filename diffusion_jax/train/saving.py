@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from clu.metrics import Average
 
-from diffusion_jax.checkpoint.checkpoints import Checkpoints
-from diffusion_jax.checkpoint.keeping import Keep
+from diffusion_jax.checkpoint.checkpoints import Checkpoints, Keep
 from diffusion_jax.checkpoint.saving import may_pass, of_storage, reason
 from diffusion_jax.evaluation.scores import LOWEST, best_is
 from diffusion_jax.files import reading

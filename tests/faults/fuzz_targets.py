@@ -256,7 +256,7 @@ RUN_FILES = {f'{name}.json': [mutants.any_json]
 
 
 def run_directory():
-  from diffusion_jax.checkpoint.keeping import Scores
+  from diffusion_jax.checkpoint.checkpoints import Scores
   from diffusion_jax.errors import UserError
   from diffusion_jax.runs.directory import RunDirectory
   from diffusion_jax.runs.status import stands_still

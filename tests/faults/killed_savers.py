@@ -18,8 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from diffusion_jax.checkpoint.checkpoints import Checkpoints
-from diffusion_jax.checkpoint.keeping import Keep
+from diffusion_jax.checkpoint.checkpoints import Checkpoints, Keep
 
 LIMIT_SECONDS = 30
 

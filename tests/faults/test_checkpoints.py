@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.checkpoint.checkpoints import Checkpoints
-from diffusion_jax.checkpoint.keeping import Keep
+from diffusion_jax.checkpoint.checkpoints import Checkpoints, Keep
 from tests import tiny
 from tests.faults import two_savers
 

@@ -14,8 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from diffusion_jax.checkpoint.checkpoints import Checkpoints
-from diffusion_jax.checkpoint.keeping import Keep
+from diffusion_jax.checkpoint.checkpoints import Checkpoints, Keep
 from diffusion_jax.parallel.processes import agree
 
 SIZE = 1 << 16
