@@ -1,4 +1,4 @@
-"""The locked base of every config. A recipe takes it, states its task and changes what differs."""
+"""The base of every config. A recipe takes it, states its task and changes what differs."""
 
 import dataclasses
 
@@ -12,4 +12,4 @@ def base(task: str) -> ConfigDict:
   config = TrainingConfig(task, DataConfig('openmoji', size=64), settings={})
   values = dataclasses.asdict(config)
   del values['settings']
-  return ConfigDict(values).lock()
+  return ConfigDict(values)

@@ -1,6 +1,7 @@
 """Config files: those of the package by name, and any other; overrides from the command line."""
 
 import difflib
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +9,6 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from diffusion_jax import configs
-from diffusion_jax.config import flatten
 from diffusion_jax.errors import UserError
 
 
@@ -17,26 +17,38 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
   Args:
     path: a file, or the name of a recipe of the package, such as openmoji/quickstart.
-    overrides: '--config.KEY=VALUE', each of a key that the config has.
+    overrides: '--config.KEY=VALUE'. A key that the file does not set is a Python literal or a
+      text; whether there is such a key is for `config.parse` to say.
 
   Raises:
-    UserError: no such file, an error in it, an unknown key or a value of the wrong type.
+    UserError: no such file, an error in it, or a value of another type than the one in its place.
   """
-  values = flags.FlagValues()
-  arguments = ['diffusion_jax', f'--config={_find(path)}', *overrides]
-  config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=arguments)
+  file, values = _find(path), flags.FlagValues()
+  arguments = ['diffusion_jax', *overrides]
   try:
+    config = runpy.run_path(str(file), run_name='config')['get_config']().unlock()
+    for override in overrides:
+      _make_section(config, override.lstrip('-').partition('=')[0].split('.')[1:-1])
+    config_flags.DEFINE_config_dict(
+      'config', config, flag_values=values, lock_config=False, accept_new_attributes=True,
+      sys_argv=arguments,
+    )
     values(arguments)
-    return values.config
+    return config
   except UserError:
     raise
   except Exception as error:  # A config file is Python, so anything may come out of it.
-    if overrides:
-      _check_keys(load_config(path), overrides)
     reason = ' '.join(str(error).split())[:300] or type(error).__name__
     if isinstance(error, ModuleNotFoundError) and error.name == 'configs':
       reason += '; the base of the recipes is diffusion_jax.configs.base'
     raise UserError(f'the config {path} cannot be used: {reason}') from error
+
+
+def _make_section(config: ConfigDict, keys: Sequence[str]) -> None:
+  for key in keys:
+    if key not in config:
+      config[key] = ConfigDict()
+    config = config[key]
 
 
 def recipes() -> dict[str, Path]:
@@ -62,12 +74,3 @@ def _find(path: str) -> Path:
   hint = f'did you mean {close[0]}?' if close else 'give a file or one of ' + ', '.join(known) + '.'
   raise UserError(f'there is no config {path}; {hint}')
 
-
-def _check_keys(config: ConfigDict, overrides: Sequence[str]) -> None:
-  known = [f'config.{key}' for key in flatten(config.to_dict())]
-  for override in overrides:
-    name = override.lstrip('-').partition('=')[0]
-    if override.startswith('-') and not any(f'{key}.'.startswith(f'{name}.') for key in known):
-      close = difflib.get_close_matches(name, known, n=1)
-      hint = f'did you mean {close[0]}?' if close else 'see the config file for its keys.'
-      raise UserError(f'{name} is not a known key; {hint}')

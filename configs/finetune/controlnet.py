@@ -13,8 +13,7 @@ def get_config() -> ConfigDict:
     ('random_flip', {}), ('edges', {}), ('choose_caption', {}), ('tokenize', {}),
     ('normalize', {}),
   )
-  with config.unlocked():
-    config.settings.controlnet = ''
+  config.settings.controlnet = ''
   config.optimizer.learning_rate = 1e-5
   config.loop.update({'total_steps': 15_000, 'checkpoint_every_steps': 1000})
   return config

@@ -8,10 +8,9 @@ def get_config() -> ConfigDict:
   config = finetune_base('sd15', 512)
   # diffusers' examples/dreambooth: all of the U-Net, 800 steps at 5e-6, 200 pictures of the class.
   # With LoRA instead: --config.settings.train=lora --config.optimizer.learning_rate=1e-4.
-  with config.unlocked():
-    config.settings.prior = ConfigDict({
-      'folder': 'data/class', 'prompt': 'a photo of dog', 'images': 200, 'weight': 1.0,
-    })
+  config.settings.prior = ConfigDict({
+    'folder': 'data/class', 'prompt': 'a photo of dog', 'images': 200, 'weight': 1.0,
+  })
   config.data.update({  # Few pictures: all are trained on.
     'dataset': 'folder:data/subject', 'caption': 'a photo of sks dog', 'test_fraction': 0.0,
   })

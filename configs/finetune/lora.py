@@ -8,10 +8,9 @@ def get_config() -> ConfigDict:
   config = finetune_base('sd15', 512)
   # diffusers' examples/text_to_image/train_text_to_image_lora: rank 4, 15,000 steps at 1e-4,
   # cosine, gradient norm up to 1, no caption dropped.
-  with config.unlocked():
-    config.settings.lora = ConfigDict({
-      'rank': 4, 'alpha': 4.0, 'targets': ('to_q', 'to_k', 'to_v', 'to_out.0'),
-    })
+  config.settings.lora = ConfigDict({
+    'rank': 4, 'alpha': 4.0, 'targets': ('to_q', 'to_k', 'to_v', 'to_out.0'),
+  })
   config.settings.update({'train': 'lora', 'caption_dropout': 0.0})
   config.optimizer.update({'learning_rate': 1e-4, 'schedule': 'cosine'})
   config.loop.total_steps = 15_000

@@ -13,10 +13,9 @@ CAPTIONS = (
 
 def get_config() -> ConfigDict:
   config = finetune_base('sd15', 512)
-  with config.unlocked():
-    config.settings.placeholder = ConfigDict({
-      'token': '<concept>', 'vectors': 1, 'initializer': 'object',
-    })
+  config.settings.placeholder = ConfigDict({
+    'token': '<concept>', 'vectors': 1, 'initializer': 'object',
+  })
   config.data.update({  # Few pictures: all are trained on.
     'dataset': 'folder:data/concept', 'caption': '\n'.join(CAPTIONS), 'test_fraction': 0.0,
   })

@@ -6,30 +6,29 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
   config = base('clip')
-  with config.unlocked():
-    config.data.transforms = (
-      ('random_resized_crop', {'scale': (0.6, 1.0), 'ratio': (0.8, 1.25)}),
-      ('random_flip', {}),
-      ('choose_caption', {}),
-      ('tokenize', {}),
-      ('normalize', {}),
-    )
-    config.settings = ConfigDict({
-      'clip': {
-        'text_config': {
-          'vocab_size': 2048, 'hidden_size': 128, 'intermediate_size': 512,
-          'num_hidden_layers': 4, 'num_attention_heads': 4, 'max_position_embeddings': 24,
-        },
-        'vision_config': {
-          'hidden_size': 128, 'intermediate_size': 512, 'num_hidden_layers': 4,
-          'num_attention_heads': 4, 'image_size': 64, 'patch_size': 8,
-        },
-        'projection_dim': 128,
-        'logit_scale_init_value': 2.6592,
+  config.data.transforms = (
+    ('random_resized_crop', {'scale': (0.6, 1.0), 'ratio': (0.8, 1.25)}),
+    ('random_flip', {}),
+    ('choose_caption', {}),
+    ('tokenize', {}),
+    ('normalize', {}),
+  )
+  config.settings = ConfigDict({
+    'clip': {
+      'text_config': {
+        'vocab_size': 2048, 'hidden_size': 128, 'intermediate_size': 512,
+        'num_hidden_layers': 4, 'num_attention_heads': 4, 'max_position_embeddings': 24,
       },
-      'label_smoothing': 0.05,
-      'export_dtype': 'float16',
-    })
+      'vision_config': {
+        'hidden_size': 128, 'intermediate_size': 512, 'num_hidden_layers': 4,
+        'num_attention_heads': 4, 'image_size': 64, 'patch_size': 8,
+      },
+      'projection_dim': 128,
+      'logit_scale_init_value': 2.6592,
+    },
+    'label_smoothing': 0.05,
+    'export_dtype': 'float16',
+  })
   config.optimizer.update({
     'learning_rate': 1e-3, 'schedule': 'cosine', 'warmup_steps': 100, 'b2': 0.98,
     'weight_decay': 0.1,

@@ -6,14 +6,13 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
   config = base('toy')
-  with config.unlocked():
-    config.settings = ConfigDict({
-      'process': 'table',
-      'schedule': {'beta_schedule': 'linear', 'beta_start': 1e-3, 'beta_end': 0.1,
-                   'num_train_timesteps': 100},
-      'objective': {'prediction': 'epsilon'},
-      'sample': {'sampler': 'ddpm', 'steps': 100},
-    })
+  config.settings = ConfigDict({
+    'process': 'table',
+    'schedule': {'beta_schedule': 'linear', 'beta_start': 1e-3, 'beta_end': 0.1,
+                 'num_train_timesteps': 100},
+    'objective': {'prediction': 'epsilon'},
+    'sample': {'sampler': 'ddpm', 'steps': 100},
+  })
   config.data.update({'dataset': 'moons', 'size': 64})
   config.optimizer.update(
     {'learning_rate': 2e-3, 'schedule': 'cosine', 'warmup_steps': 50, 'b2': 0.99}

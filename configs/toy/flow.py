@@ -6,10 +6,9 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
   config = ddpm.get_config()
-  with config.unlocked():
-    config.settings = ConfigDict({
-      'process': 'flow',
-      'objective': {'prediction': 'flow_prediction', 'times': 'logit_normal'},
-      'sample': {'sampler': 'flow_heun', 'steps': 25, 'spacing': 'trailing'},
-    })
+  config.settings = ConfigDict({
+    'process': 'flow',
+    'objective': {'prediction': 'flow_prediction', 'times': 'logit_normal'},
+    'sample': {'sampler': 'flow_heun', 'steps': 25, 'spacing': 'trailing'},
+  })
   return config

@@ -6,8 +6,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
   config = ddpm.get_config()
-  with config.unlocked():
-    config.settings.objective = ConfigDict({
-      'prediction': 'epsilon', 'loss': 'hybrid', 'learned_variance': True, 'times': 'importance',
-    })
+  config.settings.objective = ConfigDict({
+    'prediction': 'epsilon', 'loss': 'hybrid', 'learned_variance': True, 'times': 'importance',
+  })
   return config

@@ -6,6 +6,5 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
   config = vdm.get_config()
-  with config.unlocked():
-    config.settings.process = 'learned'
+  config.settings.process = 'learned'
   return config

@@ -6,10 +6,9 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
   config = ddpm.get_config()
-  with config.unlocked():
-    config.settings = ConfigDict({
-      'process': 'linear', 'process_options': {'start': 0.1, 'end': 20.0},
-      'objective': {'prediction': 'score', 'weighting': 'snr'},
-      'sample': {'sampler': 'probability_flow', 'steps': 200, 'spacing': 'trailing'},
-    })
+  config.settings = ConfigDict({
+    'process': 'linear', 'process_options': {'start': 0.1, 'end': 20.0},
+    'objective': {'prediction': 'score', 'weighting': 'snr'},
+    'sample': {'sampler': 'probability_flow', 'steps': 200, 'spacing': 'trailing'},
+  })
   return config

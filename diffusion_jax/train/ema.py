@@ -86,7 +86,7 @@ def combine(wanted: Snapshot, stored: Sequence[Snapshot], batch_size: int) -> Co
   return Combination(found, float(np.sqrt(max(left, 0.0) / own)))
 
 
-def profile(snapshot: Snapshot, batch_size: int) -> Float[np.ndarray, 'step+1']:
+def profile(snapshot: Snapshot, batch_size: int) -> Float[np.ndarray, 'n']:
   """Return the weight of the first parameters, then of those after each update."""
   logs = _log_decays(snapshot.halflife_images, snapshot.step, batch_size)
   return _profile(snapshot, logs, np.arange(snapshot.step + 1))
