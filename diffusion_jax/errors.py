@@ -1,5 +1,6 @@
 """Exceptions that are meant for a person rather than for a stack trace."""
 
+from typing import Any
 
 MOST_LETTERS = 4000
 """Of a sentence; names from files may have any number."""
@@ -26,3 +27,16 @@ class Unreadable(UserError):
 
 class Diverged(RuntimeError):
   """The loss or the gradient is not finite, step after step."""
+
+
+def require(condition: bool, message: str) -> None:
+  """Raise UserError(message) unless `condition` holds."""
+  if not condition:
+    raise UserError(message)
+
+
+def shown(value: Any) -> str:
+  """Return a value as it is written, cut where it is long, for a sentence."""
+  text = repr(value[:20] if isinstance(value, (str, list, tuple)) else value)
+  cut = len(text) > 80 or (isinstance(value, (str, list, tuple)) and len(value) > 20)
+  return f'{text[:80]}...' if cut else text

@@ -15,9 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, require
 from diffusion_jax.formats.unet import ENDS, MLP, RESNET, SHORTCUT
-from diffusion_jax.models.checks import require
 
 LONGEST = 2000
 """Characters of all patterns of one file that are more than names."""

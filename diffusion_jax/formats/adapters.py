@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, require, shown
 from diffusion_jax.files import inside, parse_json, reading
 from diffusion_jax.formats.adapter_names import (
   KOHYA,
@@ -34,7 +34,6 @@ from diffusion_jax.formats.adapter_names import (
 from diffusion_jax.formats.published import from_published_layout, to_published_layout
 from diffusion_jax.formats.tensors import PICKLES, metadata, open_tensors, read_json, write_tensors
 from diffusion_jax.formats.torch_files import load_plain, tensors_of
-from diffusion_jax.models.checks import require, shown
 from diffusion_jax.models.lora import Rank
 
 METADATA = 'lora_adapter_metadata'

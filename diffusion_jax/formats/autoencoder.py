@@ -6,10 +6,10 @@ A single file has them under `first_stage_model.`, with attention as convolution
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from diffusion_jax.errors import require
 from diffusion_jax.formats.published import ANY, NetworkFormat, Rule, same
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
-from diffusion_jax.models.checks import require
 from diffusion_jax.models.vq import VQConfig, VQModel
 
 # Autoencoders saved before diffusers 0.18 name the parts of their attention so.

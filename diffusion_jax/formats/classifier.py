@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from diffusion_jax.errors import require
 from diffusion_jax.formats.published import NetworkFormat
-from diffusion_jax.models.checks import require
 from diffusion_jax.models.vision.classifier import Classifier, ClassifierConfig
 
 

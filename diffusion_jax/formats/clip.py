@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from diffusion_jax.errors import require, shown
 from diffusion_jax.formats.published import GENERAL, NetworkFormat, Rule, same
-from diffusion_jax.models.checks import require, shown
 from diffusion_jax.models.text.clip import CLIP as CLIPModule
 from diffusion_jax.models.text.clip import (
   CLIPConfig,

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from diffusion_jax import registry
+from diffusion_jax.errors import require
 from diffusion_jax.files import inside
 from diffusion_jax.formats.networks import DTYPES, network_format, resolve
 from diffusion_jax.formats.pipeline import (
@@ -28,7 +29,6 @@ from diffusion_jax.formats.pipeline import (
 from diffusion_jax.formats.single_file import read_single_file, write_single_file
 from diffusion_jax.formats.tensors import PICKLES, NewTensor, read_json, write_tensors
 from diffusion_jax.formats.torch_files import read_state
-from diffusion_jax.models.checks import require
 
 LAYOUTS = ('diffusers', 'single-file', 'native', 'tensors')
 

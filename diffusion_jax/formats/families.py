@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion_jax.models.checks import require
+from diffusion_jax.errors import require
 
 
 @dataclasses.dataclass(frozen=True)

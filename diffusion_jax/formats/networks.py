@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from diffusion_jax import registry
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, require, shown
 from diffusion_jax.files import inside
 from diffusion_jax.formats.published import (
   TRANSFORMERS,
@@ -41,7 +41,6 @@ from diffusion_jax.formats.tensors import (
   write_json,
   write_tensors,
 )
-from diffusion_jax.models.checks import require, shown
 from diffusion_jax.models.network import merge, split
 from diffusion_jax.models.perceptual import lpips_shapes
 from diffusion_jax.parallel.mesh import shard_params

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax.diffusion.noise import NoiseConfig
 from diffusion_jax.diffusion.parameterization import PREDICTIONS
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, require, shown
 from diffusion_jax.files import INDEX, check_folder, inside
 from diffusion_jax.formats.networks import (
   DTYPES,
@@ -56,7 +56,6 @@ from diffusion_jax.formats.tensors import (
   write_json,
   write_tensors,
 )
-from diffusion_jax.models.checks import require, shown
 from diffusion_jax.models.network import Network
 from diffusion_jax.types import Params
 

@@ -21,9 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, require, shown
 from diffusion_jax.formats.tensors import NewTensor
-from diffusion_jax.models.checks import require, shown
 from diffusion_jax.models.network import Network, abstract
 from diffusion_jax.types import Params
 

@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 
 from diffusion_jax.diffusion.noise import BETAS, MOST_TIMESTEPS, NoiseConfig, NoiseSchedule
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, require
 from diffusion_jax.formats.scheduler_classes import (
   CLASSES,
   SchedulerClass,
   place_steps,
   told_timesteps,
 )
-from diffusion_jax.models.checks import require
 
 
 @dataclasses.dataclass(frozen=True)

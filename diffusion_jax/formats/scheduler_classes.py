@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffusion_jax.diffusion.noise import ScheduleConfig
-from diffusion_jax.models.checks import require
+from diffusion_jax.errors import require
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_jax.diffusion.noise import Schedule, ScheduleConfig
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, require
 from diffusion_jax.files import inside
 from diffusion_jax.formats import autoencoder, clip, unet
 from diffusion_jax.formats.adapter_names import is_lora, of_other_kinds, some
@@ -37,7 +37,6 @@ from diffusion_jax.formats.pipeline import (
 )
 from diffusion_jax.formats.published import Rule, from_stored, to_stored
 from diffusion_jax.formats.tensors import NewTensor, Tensor, metadata, open_tensors, write_tensors
-from diffusion_jax.models.checks import require
 
 _GROUPS = {
   'depth_model.': 'the depth estimator', 'model_ema.': 'averages of the weights',

@@ -18,8 +18,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
+from diffusion_jax.errors import require
 from diffusion_jax.files import atomic_write, inside, parse_json, read_object, reading
-from diffusion_jax.models.checks import require
 
 DTYPES = {
   'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16,

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffusion_jax.errors import require
 from diffusion_jax.files import inside
 from diffusion_jax.formats.adapter_names import is_inversion, is_lora, some
 from diffusion_jax.formats.tensors import PICKLES, open_tensors, write_tensors
 from diffusion_jax.formats.torch_files import load_plain, tensors_of
-from diffusion_jax.models.checks import require
 
 FILES = {
   'text_encoder': 'learned_embeds.safetensors', 'text_encoder_2': 'learned_embeds_2.safetensors'

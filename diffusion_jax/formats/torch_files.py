@@ -19,9 +19,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, require
 from diffusion_jax.files import reading
-from diffusion_jax.models.checks import require
 
 _STORAGES = {
   'FloatStorage': np.float32, 'DoubleStorage': np.float64, 'HalfStorage': np.float16,

@@ -10,9 +10,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, require
 from diffusion_jax.formats.published import ANY, NetworkFormat, Rule, same
-from diffusion_jax.models.checks import require
 from diffusion_jax.models.controlnet import ControlNet, ControlNetConfig
 from diffusion_jax.models.unet import UNet, UNetConfig
 

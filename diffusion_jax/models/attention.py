@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from diffusion_jax.backend.xla import Capability, chip
-from diffusion_jax.models.checks import require
+from diffusion_jax.errors import require
 from diffusion_jax.models.kernels import chunked, splash
 from diffusion_jax.models.layers import linear, pointwise
 from diffusion_jax.models.network import PLAIN, Blocks, Compute

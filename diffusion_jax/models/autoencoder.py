@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from diffusion_jax.errors import require
 from diffusion_jax.models.attention import SpatialAttention
 from diffusion_jax.models.checks import (
   MOST_EDGE,
@@ -28,7 +29,6 @@ from diffusion_jax.models.checks import (
   freeze_lists,
   groups_divide,
   positive,
-  require,
   size_fits,
   some_blocks,
 )

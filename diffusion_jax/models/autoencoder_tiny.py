@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion_jax.errors import require
 from diffusion_jax.models.checks import (
   MOST_LAYERS,
   above_zero,
   all_positive,
   freeze_lists,
   positive,
-  require,
   size_fits,
   some_blocks,
 )

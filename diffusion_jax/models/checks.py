@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import require, shown
 
 MOST = 2**20
 """Of a width, a size or a vocabulary: beyond every network, so that shapes stay numbers."""
@@ -11,19 +11,6 @@ MOST_EDGE = 2**13
 """Of a picture or its latents, along a side."""
 MOST_LAYERS, MOST_LEVELS = 512, 12
 """Of blocks, and of resolutions: what is traced for each takes milliseconds."""
-
-
-def require(condition: bool, message: str) -> None:
-  """Raise UserError(message) unless `condition` holds."""
-  if not condition:
-    raise UserError(message)
-
-
-def shown(value: Any) -> str:
-  """A value as it is written, cut where it is long, for a sentence."""
-  text = repr(value[:20] if isinstance(value, (str, list, tuple)) else value)
-  cut = len(text) > 80 or (isinstance(value, (str, list, tuple)) and len(value) > 20)
-  return f'{text[:80]}...' if cut else text
 
 
 def freeze_lists(config: Any) -> None:

@@ -9,7 +9,8 @@ import itertools
 import jax
 from flax import nnx
 
-from diffusion_jax.models.checks import all_positive, positive, require
+from diffusion_jax.errors import require
+from diffusion_jax.models.checks import all_positive, positive
 from diffusion_jax.models.layers import Conv, pointwise
 from diffusion_jax.models.unet import Encoder, EncoderConfig, UNetConfig
 from diffusion_jax.parallel.layout import constrain

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.models.checks import require, size_fits
+from diffusion_jax.errors import require
+from diffusion_jax.models.checks import size_fits
 from diffusion_jax.models.network import Blocks
 from diffusion_jax.types import Condition
 

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from diffusion_jax.errors import require
 from diffusion_jax.models.attention import Attention, Nothing
 from diffusion_jax.models.checks import (
   MOST,
@@ -21,7 +22,6 @@ from diffusion_jax.models.checks import (
   above_zero,
   freeze_lists,
   positive,
-  require,
 )
 from diffusion_jax.models.denoiser import Denoiser, Shapes
 from diffusion_jax.models.layers import Conv, TimestepEmbedding, embed, linear, timestep_embedding

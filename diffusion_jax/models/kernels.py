@@ -24,7 +24,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from diffusion_jax.backend.xla import chip
-from diffusion_jax.models.checks import require
+from diffusion_jax.errors import require
 
 LOGITS, ROWS = 2**20, 256
 """Of a piece, at most: logits (4 MB), and queries of one head."""

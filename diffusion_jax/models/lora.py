@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffusion_jax.models.checks import MOST, require
+from diffusion_jax.errors import require
+from diffusion_jax.models.checks import MOST
 from diffusion_jax.models.layers import Conv, Linear, kernel_init
 from diffusion_jax.models.network import PLAIN, Compute, Make, Network
 from diffusion_jax.types import Params

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from diffusion_jax.errors import require
 from diffusion_jax.models.attention import Attends
-from diffusion_jax.models.checks import MOST_EDGE, MOST_LAYERS, freeze_lists, positive, require
+from diffusion_jax.models.checks import MOST_EDGE, MOST_LAYERS, freeze_lists, positive
 from diffusion_jax.models.denoiser import Denoiser, Shapes
 from diffusion_jax.models.dit import (
   FeedForward,

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from diffusion_jax.models.checks import require
+from diffusion_jax.errors import require
 from diffusion_jax.types import Params
 
 REMAT = ('none', 'block', 'offload')

@@ -9,7 +9,7 @@ from jax import lax
 
 from diffusion_jax.backend.cpu import along_features, over_groups, over_leading, over_positions
 from diffusion_jax.backend.xla import optimization_barrier
-from diffusion_jax.models.checks import require
+from diffusion_jax.errors import require
 from diffusion_jax.models.network import PLAIN, Compute
 
 

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from diffusion_jax.errors import require
 from diffusion_jax.models.attention import Nothing
-from diffusion_jax.models.checks import MOST_LEVELS, positive, require
+from diffusion_jax.models.checks import MOST_LEVELS, positive
 from diffusion_jax.models.layers import Conv
 from diffusion_jax.models.norms import GroupNorm
 from diffusion_jax.types import Images, Params, PerExample

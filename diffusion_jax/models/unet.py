@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion_jax.errors import require
 from diffusion_jax.models.attention import Transformer2DModel
 from diffusion_jax.models.checks import (
   MOST_EDGE,
@@ -20,7 +21,6 @@ from diffusion_jax.models.checks import (
   freeze_lists,
   groups_divide,
   positive,
-  require,
   some_blocks,
 )
 from diffusion_jax.models.denoiser import Denoiser, Shapes

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from diffusion_jax.errors import require
 from diffusion_jax.models.autoencoder import Decoder, Encoder, check_levels
-from diffusion_jax.models.checks import positive, require, size_fits
+from diffusion_jax.models.checks import positive, size_fits
 from diffusion_jax.models.layers import embed, pointwise
 from diffusion_jax.types import Images, Latents, PerExample
 

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from diffusion_jax.backend.xla import jit
+from diffusion_jax.errors import require
 from diffusion_jax.evaluation.scores import outputs_of
-from diffusion_jax.models.checks import require
 from diffusion_jax.models.features.inception import InceptionConfig
 from diffusion_jax.registry import EXTRACTORS, check_paths, load
 from diffusion_jax.types import Params

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from diffusion_jax.errors import require
 from diffusion_jax.evaluation.extract import column
 from diffusion_jax.evaluation.extractors import Extractor, compiled
 from diffusion_jax.evaluation.extractors.resize import resize
@@ -18,7 +19,6 @@ from diffusion_jax.files import inside
 from diffusion_jax.formats.clip import pixel_statistics
 from diffusion_jax.formats.networks import load_params, network_format, resolve
 from diffusion_jax.formats.tensors import read_json
-from diffusion_jax.models.checks import require
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.clip import CLIPConfig
 from diffusion_jax.models.text.tokenizer import Cut, Tokenize, load_tokenizer

@@ -9,9 +9,9 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from diffusion_jax.errors import require
 from diffusion_jax.evaluation.extractors.resize import OF_INCEPTION, prepare
 from diffusion_jax.formats.inception import load_inception
-from diffusion_jax.models.checks import require
 from diffusion_jax.models.features.inception import SIZE
 from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import put_params

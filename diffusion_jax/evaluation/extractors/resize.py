@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from diffusion_jax.models.checks import require
+from diffusion_jax.errors import require
 
 Matrix = Float[np.ndarray, 'out in']
 _BITS = 22

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from diffusion_jax.models.checks import positive, require
+from diffusion_jax.errors import require
+from diffusion_jax.models.checks import positive
 from diffusion_jax.models.layers import LAYOUT, Linear
 
 SIZE = 299

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion_jax.errors import require
 from diffusion_jax.models.attention import Attends
-from diffusion_jax.models.checks import MOST_EDGE, MOST_LAYERS, above_zero, positive, require
+from diffusion_jax.models.checks import MOST_EDGE, MOST_LAYERS, above_zero, positive
 from diffusion_jax.models.layers import Conv, Linear, embed
 from diffusion_jax.models.network import PLAIN, Blocks, Compute
 from diffusion_jax.models.norms import LayerNorm

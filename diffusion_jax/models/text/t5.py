@@ -14,7 +14,8 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from diffusion_jax.models.checks import MOST_LAYERS, above_zero, positive, require
+from diffusion_jax.errors import require
+from diffusion_jax.models.checks import MOST_LAYERS, above_zero, positive
 from diffusion_jax.models.layers import Linear, embed
 from diffusion_jax.models.network import PLAIN, Blocks, Compute
 from diffusion_jax.parallel.layout import constrain

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, require
 from diffusion_jax.files import MOST_BYTES, inside, read_object, reading
-from diffusion_jax.models.checks import require
 
 CHARACTERS = 256
 """Of a text, so many are read for each token that a model has room for: English has 4 a token."""

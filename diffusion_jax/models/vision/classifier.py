@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffusion_jax.errors import require
 from diffusion_jax.models.checks import (
   MOST_EDGE,
   MOST_LAYERS,
   all_positive,
   freeze_lists,
   positive,
-  require,
   size_fits,
   some_blocks,
 )

@@ -11,16 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from diffusion_jax.errors import require, shown
 from diffusion_jax.models.attention import Attends
-from diffusion_jax.models.checks import (
-  MOST,
-  MOST_EDGE,
-  MOST_LAYERS,
-  above_zero,
-  positive,
-  require,
-  shown,
-)
+from diffusion_jax.models.checks import MOST, MOST_EDGE, MOST_LAYERS, above_zero, positive
 from diffusion_jax.models.layers import Conv
 from diffusion_jax.models.network import PLAIN, Blocks, Compute
 from diffusion_jax.models.norms import LayerNorm
