@@ -90,7 +90,7 @@ def main() -> None:
   import jax
   import numpy as np
 
-  from diffusion_jax.evaluation.metrics.frechet import FrechetReference
+  from diffusion_jax.evaluation.metrics.gaussians import FrechetReference
 
   error = lambda found, wanted: float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
   reference = FrechetReference(in_float64(draw(2 * args.width, args.width, 1)))

@@ -129,8 +129,8 @@ SAMPLERS: Table = {
 """`diffusion.samplers.SamplerInfo` objects."""
 
 METRICS: Table = {
-  'fd': 'diffusion_jax.evaluation.metrics.frechet:FD',
-  'fd_infinity': 'diffusion_jax.evaluation.metrics.frechet:FD_INFINITY',
+  'fd': 'diffusion_jax.evaluation.metrics.gaussians:FD',
+  'fd_infinity': 'diffusion_jax.evaluation.metrics.gaussians:FD_INFINITY',
   'kid': 'diffusion_jax.evaluation.metrics.kernel:KID',
   'precision_recall': 'diffusion_jax.evaluation.metrics.manifold:PRECISION_RECALL',
   'density_coverage': 'diffusion_jax.evaluation.metrics.manifold:DENSITY_COVERAGE',

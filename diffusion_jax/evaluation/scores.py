@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from diffusion_jax.errors import UserError
@@ -36,13 +37,18 @@ def value_of(name: str) -> tuple[Value, str] | None:
   where no metric gives such a value.
   """
   import_plugins()
-  known = [value for metric in map(metric_of, METRICS) for value in metric.given]
-  found = [(value, match) for value in (*known, *OF_EVALUATORS) if (match := value.match(name))]
+  known = (*_values(tuple(METRICS)), *OF_EVALUATORS)
+  found = [(value, match) for value in known if (match := value.match(name))]
   if not found:
     return None
   value, match = max(found, key=lambda one: one[0].literal)
   other = 'inception' if 'features' in value.comparable_on else ''
   return value, value.family or match.groupdict().get('family') or other
+
+
+@functools.cache
+def _values(metrics: tuple[str, ...]) -> list[Value]:
+  return [value for metric in map(metric_of, metrics) for value in metric.given]
 
 
 LOWEST, HIGHEST = 'lowest', 'highest'

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax.evaluation.extractors.clip import load_features
-from diffusion_jax.evaluation.metrics.frechet import frechet_distance
+from diffusion_jax.evaluation.metrics.gaussians import frechet_distance
 from diffusion_jax.evaluation.statistics import Statistics, save_statistics
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from tests import tiny

@@ -15,7 +15,7 @@ from diffusion_jax.data.images import read_pixels
 from diffusion_jax.evaluation.extract import reader
 from diffusion_jax.evaluation.extractors.clip import load_features
 from diffusion_jax.evaluation.images import open_images
-from diffusion_jax.evaluation.metrics.frechet import frechet_distance
+from diffusion_jax.evaluation.metrics.gaussians import frechet_distance
 from diffusion_jax.evaluation.statistics import Statistics, load_statistics
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from tests import tiny

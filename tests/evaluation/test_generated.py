@@ -14,7 +14,7 @@ from diffusion_jax.evaluation.generated import (
   GeneratedImages,
 )
 from diffusion_jax.evaluation.images import shuffled
-from diffusion_jax.evaluation.metrics.frechet import frechet_distance
+from diffusion_jax.evaluation.metrics.gaussians import frechet_distance
 from diffusion_jax.evaluation.metrics.text import clip_score
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh

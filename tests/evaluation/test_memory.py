@@ -11,7 +11,7 @@ import pytest
 
 from diffusion_jax.evaluation.comparison import Work, features_of
 from diffusion_jax.evaluation.extract import Extraction, Made
-from diffusion_jax.evaluation.metrics.frechet import frechet_distance
+from diffusion_jax.evaluation.metrics.gaussians import frechet_distance
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from tests import tiny

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffusion_jax.evaluation.metrics.frechet import frechet_distance
+from diffusion_jax.evaluation.metrics.gaussians import frechet_distance
 from diffusion_jax.evaluation.metrics.kernel import kernel_distance
 from diffusion_jax.evaluation.metrics.logits import inception_score
 from diffusion_jax.evaluation.metrics.manifold import density_coverage, precision_recall

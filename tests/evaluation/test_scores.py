@@ -11,7 +11,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.comparison import compare, features_of, of_images
 from diffusion_jax.evaluation.extract import Extraction, Features
 from diffusion_jax.evaluation.images import Folder
-from diffusion_jax.evaluation.metrics.frechet import frechet_distance
+from diffusion_jax.evaluation.metrics.gaussians import frechet_distance
 from diffusion_jax.evaluation.metrics.kernel import kernel_distance
 from diffusion_jax.evaluation.metrics.manifold import precision_recall
 from diffusion_jax.evaluation.metrics.metric import Compared

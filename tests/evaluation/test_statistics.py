@@ -19,7 +19,7 @@ import torch
 from diffusion_jax.data.image_sets import ImageBatch
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import statistics
-from diffusion_jax.evaluation.metrics.frechet import frechet_distance
+from diffusion_jax.evaluation.metrics.gaussians import frechet_distance
 from diffusion_jax.evaluation.statistics import (
   Statistics,
   described,

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.metrics.manifold import blocks, squared_distances
 from diffusion_jax.evaluation.metrics.metric import (
   LOWER,
   POOLED,
@@ -20,8 +21,9 @@ from diffusion_jax.evaluation.metrics.metric import (
   Metric,
   MetricValues,
   Value,
+  matrix,
+  pair,
 )
-from diffusion_jax.evaluation.metrics.pairwise import blocks, matrix, pair, squared_distances
 
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 

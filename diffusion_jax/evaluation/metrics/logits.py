@@ -6,8 +6,14 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.metrics.metric import HIGHER, Compared, Metric, MetricValues, Value
-from diffusion_jax.evaluation.metrics.pairwise import matrix
+from diffusion_jax.evaluation.metrics.metric import (
+  HIGHER,
+  Compared,
+  Metric,
+  MetricValues,
+  Value,
+  matrix,
+)
 
 
 def inception_score(

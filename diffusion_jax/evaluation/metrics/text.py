@@ -6,8 +6,14 @@ import numpy as np
 from jaxtyping import Float
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.metrics.metric import HIGHER, Compared, Metric, MetricValues, Value
-from diffusion_jax.evaluation.metrics.pairwise import matrix
+from diffusion_jax.evaluation.metrics.metric import (
+  HIGHER,
+  Compared,
+  Metric,
+  MetricValues,
+  Value,
+  matrix,
+)
 
 # Two captions with one embedding score alike only up to the order in which products are summed.
 _TIE = 1e-12

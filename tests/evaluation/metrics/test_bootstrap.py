@@ -10,7 +10,7 @@ from diffusion_jax.evaluation.metrics.bootstrap import (
   interval_of_groups,
   random_groups,
 )
-from diffusion_jax.evaluation.metrics.frechet import FrechetReference
+from diffusion_jax.evaluation.metrics.gaussians import FrechetReference
 from diffusion_jax.evaluation.statistics import FittedGaussian, Statistics, merge_all
 
 
