@@ -4,18 +4,17 @@
 within its limits (see `limits`). What cannot be said by a type is checked where it is used.
 """
 
+import contextlib
 import dataclasses
 import difflib
-import json
-import math
 import types
 import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.limits import ByType, Count, Help, OneOf, Positive, Range, Seconds, Seed
-from diffusion_jax.registry import OPTIMIZERS, SAMPLERS, TASKS, check, load
+from diffusion_jax.limits import ByType, Count, OneOf, Positive, Range, Seconds, Seed
+from diffusion_jax.registry import OPTIMIZERS, TASKS, check, load
 
 T = TypeVar('T')
 
@@ -24,8 +23,8 @@ def typed(cls: type[T], values: Mapping[str, Any], where: str = 'config.') -> T:
   """Return the dataclass `cls` with these values, section by section.
 
   Every key must be a field, so no key can be without effect; fields without default must be given.
-  A field may be a scalar, a Literal, a tuple, a dictionary, a dataclass, a union, of which a
-  section chooses the dataclass by its key `type`, or one of these `Annotated` with limits.
+  A field may be a scalar, a Literal of texts, a tuple, a dictionary, a dataclass, a union, or one
+  of these `Annotated` with limits.
 
   Args:
     where: what stands before the keys in an error.
@@ -43,28 +42,29 @@ def typed(cls: type[T], values: Mapping[str, Any], where: str = 'config.') -> T:
       hint = f'did you mean {where}{close[0]}?' if close else f'known: {", ".join(fields)}.'
       raise UserError(f'{where}{key} is not a known key; {hint}')
   for name, field in fields.items():
-    no_default = (field.default, field.default_factory) == (dataclasses.MISSING,) * 2
-    if name not in values and no_default:
+    if name not in values and field.default is field.default_factory is dataclasses.MISSING:
       raise UserError(f'{where}{name} is missing; set it.')
   return cls(**{k: _convert(hints[k], value, f'{where}{k}') for k, value in values.items()})
 
 
 def untyped(value: Any) -> Any:
   """Return dataclasses as dictionaries that `typed` reads back, as JSON would have them."""
+  if isinstance(value, Mapping):
+    return {key: untyped(item) for key, item in value.items()}
+  if isinstance(value, (tuple, list)):
+    return [untyped(item) for item in value]
   if not dataclasses.is_dataclass(value):
-    if isinstance(value, Mapping):
-      return {key: untyped(item) for key, item in value.items()}
-    return [untyped(item) for item in value] if isinstance(value, (tuple, list)) else value
+    return value
   hints = typing.get_type_hints(type(value), include_extras=True)
   found = {}
   for field in dataclasses.fields(value):
     section = getattr(value, field.name)
-    by_type = (m for m in getattr(hints[field.name], '__metadata__', ()) if isinstance(m, ByType))
-    name = next((kind.name(section) for kind in by_type), '')
     found[field.name] = untyped(section)
-    if name and isinstance(found[field.name], dict):
-      found[field.name] = {'type': name} | found[field.name]
-  return json.loads(json.dumps(found))
+    for limit in getattr(hints[field.name], '__metadata__', ()):
+      if isinstance(limit, ByType) and dataclasses.is_dataclass(section):
+        kind = limit.name(section)
+        found[field.name] = ({'type': kind} if kind else {}) | found[field.name]
+  return found
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
@@ -79,87 +79,44 @@ def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-  origin = typing.get_origin(hint)
-  if hint is Any:
-    return value
+  origin, arguments = typing.get_origin(hint), typing.get_args(hint)
   if origin is Annotated:
-    return _limited(*typing.get_args(hint), value=value, where=where)
-  if origin is Literal:
-    if value not in typing.get_args(hint) or isinstance(value, bool):
-      check(typing.get_args(hint), value, where)
-    return value
+    return _limited(*arguments, value=value, where=where)
   if dataclasses.is_dataclass(hint):
     return typed(hint, value, f'{where}.')
+  if origin is Literal:
+    return check(arguments, value, where)
   if origin in (typing.Union, types.UnionType):
-    return _one_of(typing.get_args(hint), hint, value, where)
-  if origin is dict:
-    if not isinstance(value, Mapping):
-      raise _wrong(hint, value, where)
-    of_value = typing.get_args(hint)[1]
-    return {key: _convert(of_value, item, f'{where}.{key}') for key, item in value.items()}
-  if hint is tuple or origin is tuple:
-    return _tuple(hint, value, where)
-  return _scalar(hint, value, where)
+    for choice in arguments:
+      with contextlib.suppress(UserError):
+        return _convert(choice, value, where)
+  elif origin is dict and isinstance(value, Mapping):
+    return {key: _convert(arguments[1], item, f'{where}.{key}') for key, item in value.items()}
+  elif tuple in (hint, origin) and isinstance(value, (tuple, list)):
+    kinds = arguments or (Any, ...)
+    kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
+    if len(kinds) == len(value):
+      items = enumerate(zip(kinds, value, strict=True))
+      return tuple(_convert(kind, item, f'{where}[{i}]') for i, (kind, item) in items)
+  elif hint is float and type(value) is int:  # And no bool, which is an int in Python.
+    return float(value)
+  elif hint is Any or type(value) is hint:
+    return value
+  name = str(hint) if origin else getattr(hint, '__name__', str(hint))
+  raise UserError(f'{where} is {value!r:.80}, a {type(value).__name__}; it must be {name}.')
 
 
 def _limited(hint: Any, *limits: Any, value: Any, where: str) -> Any:
   for limit in limits:
     if isinstance(limit, ByType) and isinstance(value, Mapping):
-      rest = {key: item for key, item in value.items() if key != 'type'}
-      return typed(limit.section(value.get('type', limit.default), where), rest, f'{where}.')
+      rest = dict(value)
+      section = limit.section(rest.pop('type', limit.default), where)
+      return typed(section, rest, f'{where}.')
   converted = _convert(hint, value, where)
   for limit in limits:
     if isinstance(limit, (Range, OneOf)):
       limit.check(converted, where)
   return converted
-
-
-def _one_of(choices: tuple, hint: Any, value: Any, where: str) -> Any:
-  """The value as the first of a union's choices that it fits."""
-  sections = [choice for choice in choices if dataclasses.is_dataclass(choice)]
-  if isinstance(value, Mapping) and sections:
-    names = {_type_of(choice): choice for choice in sections}
-    chosen = names.get(check(names, value['type'], f'{where}.type')) if 'type' in value else None
-    return typed(chosen or sections[0], value, f'{where}.')
-  for choice in choices:
-    try:
-      return _convert(choice, value, where)
-    except UserError:
-      continue
-  raise _wrong(hint, value, where)
-
-
-def _type_of(section: type) -> str:
-  """The one value of a dataclass's field `type`."""
-  return typing.get_args(typing.get_type_hints(section).get('type', Literal['']))[0]
-
-
-def _tuple(hint: Any, value: Any, where: str) -> tuple:
-  if not isinstance(value, (tuple, list)):
-    raise _wrong(hint, value, where)
-  arguments = typing.get_args(hint)
-  if len(arguments) == 2 and arguments[1] is Ellipsis:
-    arguments = (arguments[0],) * len(value)
-  if arguments and len(arguments) != len(value):
-    raise _wrong(hint, value, where)
-  items = zip(arguments or (Any,) * len(value), value, strict=True)
-  return tuple(_convert(each, item, f'{where}[{i}]') for i, (each, item) in enumerate(items))
-
-
-def _scalar(hint: Any, value: Any, where: str) -> Any:
-  if hint in (type(None), None) and value is None:
-    return None
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  # bool is an int in Python, but a switch is no number.
-  if hint in (int, float, str, bool) and type(value) is hint:
-    return value
-  raise _wrong(hint, value, where)
-
-
-def _wrong(hint: Any, value: Any, where: str) -> UserError:
-  name = str(hint) if typing.get_origin(hint) else getattr(hint, '__name__', str(hint))
-  return UserError(f'{where} is {value!r:.80}, a {type(value).__name__}; it must be {name}.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,96 +278,6 @@ class MeshConfig:
   spatial: int = 1
   dcn_data: int = -1
   dcn_fsdp: int = 1
-
-
-Option = bool | int | float | str
-"""The value of a sampler's option."""
-
-THRESHOLDS = ('none', 'static', 'dynamic')
-DECODINGS = ('whole', 'sliced', 'tiled')
-"""How latents become images: a batch at once, image by image, or in overlapping tiles."""
-FINITE = Range(-math.inf, math.inf, above=True, below=True, text='a finite scale, 1 for none')
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleOptions:
-  """How to sample.
-
-  guidance_rescale: phi of Lin et al. 2024, of what the network predicts if that is epsilon or v,
-  else of x_0. guidance_interval: a high of None is no bound. threshold: static clips x_0 at
-  threshold_limit; dynamic clips each image at its threshold_percentile, from 1 to threshold_limit,
-  and divides by that, which leaves it in [-1, 1] (Saharia et al. 2022). They are made for pixels:
-  latents have unit variance and no bounds. options: of the sampler, such as its order.
-  steps_offset, drop_last, fractional, set_alpha_to_one and, in places, the other arguments of
-  `sampling_grid`: as the schedulers of diffusers place their steps. timesteps: what the network is
-  told of them, one of `noise.LABELS`. scaled_noise: start from noise of the first level's sigma,
-  not of unit variance. image_guidance: s_I of Brooks et al. 2023. perturbed_attention: s of Ahn et
-  al. 2024. autoguidance: w of Karras et al. 2024. clip_skip: beside the layers that
-  the model leaves out anyway, and for the prompt alone; as in diffusers, the negative prompt keeps
-  them. decoding: sliced and tiled take less memory, and tiled changes colours a little.
-  """
-
-  sampler: Annotated[str, OneOf(SAMPLERS), Help(
-    'one of the table in README.md, or any other word to have them listed', 'NAME'
-  )] = 'dpmpp_2m'
-  steps: Annotated[int, Range(1, 10_000), Help('sampling steps', 'N')] = 20
-  guidance: Annotated[float, FINITE, Help('classifier-free guidance scale; 1 is none', 'G')] = 4.0
-  spacing: Annotated[str, Help(
-    'how the steps are placed, such as trailing, karras or beta', 'NAME'
-  )] = 'trailing'
-  guidance_rescale: Annotated[float, Range(0, 1), Help(
-    'fraction by which guidance keeps the contrast it would raise', 'PHI'
-  )] = 0.0
-  guidance_interval: Annotated[tuple[float, float | None], Help(
-    'noise levels sigma / alpha that are guided; HIGH may be inf', 'LOW HIGH'
-  )] = (0.0, None)
-  threshold: Annotated[str, OneOf(THRESHOLDS), Help(
-    'none, static or dynamic: keep each estimate of the latents in bounds', 'KIND'
-  )] = 'none'
-  threshold_limit: Annotated[float, Range(
-    0, math.inf, above=True, below=True,
-    text='a number above 0, in standard deviations of the latents',
-  ), Help(
-    'of static: the bound, in standard deviations of the latents; of dynamic: the most that an '
-    'estimate is divided by to lie in [-1, 1]', 'L'
-  )] = 4.0
-  threshold_percentile: Annotated[float, Range(
-    0, 1, above=True, text='a fraction above 0 and up to 1'
-  ), Help('of dynamic: the fraction of an image that is not clipped', 'P')] = 0.995
-  options: dict[str, Option] = dataclasses.field(default_factory=dict, hash=False)
-  steps_offset: int = 0
-  drop_last: bool = False
-  fractional: bool = False
-  set_alpha_to_one: bool = True
-  places: dict[str, Option] = dataclasses.field(default_factory=dict, hash=False)
-  timesteps: Annotated[str, OneOf('diffusion_jax.diffusion.noise:LABELS')] = 'exact'
-  scaled_noise: bool = False
-  image_guidance: Annotated[float, FINITE, Help(
-    'of a model that edits a picture: how closely to keep to it; 1 is none', 'G'
-  )] = 1.0
-  perturbed_attention: Annotated[float, Range(0), Help(
-    'scale of perturbed-attention guidance, beside --guidance; 0 is none', 'S'
-  )] = 0.0
-  perturbed_part: Annotated[str, Help(
-    'the part of the denoiser whose self-attention that perturbs (default: mid_block)', 'NAME'
-  )] = 'mid_block'
-  autoguidance: Annotated[float, FINITE, Help(
-    'with --worse, scale of the guidance away from that model; 1 is none', 'W'
-  )] = 1.0
-  clip_skip: Annotated[int, Range(0, text='a number of layers, 0 for none'), Help(
-    'layers of the text encoder to leave out at the end', 'N'
-  )] = 0
-  decoding: Annotated[str, OneOf(DECODINGS), Help(
-    'whole, or with less memory sliced (image by image) or tiled (for large images)', 'HOW'
-  )] = 'whole'
-
-  def __post_init__(self):
-    low, high = self.guidance_interval
-    if not 0 <= low < (math.inf if high is None else high):
-      raise UserError(
-        f'guidance_interval is {low} to {high}; give two noise levels sigma / alpha from 0 on, the '
-        'lower one first.'
-      )
 
 
 @dataclasses.dataclass(frozen=True)

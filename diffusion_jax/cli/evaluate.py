@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from diffusion_jax.cli.options import DrawOptions, ModelOptions, add_options, given, read_options
-from diffusion_jax.config import SampleOptions
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.options import (
   CaptionOptions,
@@ -20,6 +19,7 @@ from diffusion_jax.evaluation.options import (
   check_next,
 )
 from diffusion_jax.limits import Help
+from diffusion_jax.pipelines.options import SampleOptions
 
 HELP = 'score a model, pictures, an autoencoder'
 DESCRIPTION = """Scores are written to FILE.json, a row to FILE.csv and a page to FILE.html.

@@ -19,9 +19,9 @@ from diffusion_jax.cli.options import (
   open_model,
   read_options,
 )
-from diffusion_jax.config import SampleOptions
 from diffusion_jax.errors import UserError
 from diffusion_jax.limits import Help
+from diffusion_jax.pipelines.options import SampleOptions
 
 if TYPE_CHECKING:
   import numpy as np

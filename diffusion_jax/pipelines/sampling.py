@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.config import Option, SampleOptions, typed
+from diffusion_jax.config import typed
 from diffusion_jax.diffusion.denoiser import (
   Denoiser,
   Others,
@@ -25,6 +25,7 @@ from diffusion_jax.diffusion.noise import NoiseSchedule
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.diffusion.samplers import Grid, padded, part_way, sampler
 from diffusion_jax.errors import UserError
+from diffusion_jax.pipelines.options import Option, SampleOptions
 from diffusion_jax.types import Condition
 
 PLACES = ('steps_offset', 'drop_last', 'fractional', 'set_alpha_to_one')

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.config import DECODINGS
 from diffusion_jax.diffusion.noise import ScheduleConfig
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.diffusion.samplers import infos
@@ -17,6 +16,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.files import INDEX
 from diffusion_jax.models.autoencoder import decode_tiled
 from diffusion_jax.pipelines.directory import load_model
+from diffusion_jax.pipelines.options import DECODINGS
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.pipelines.spaces import fold, unfold
 from diffusion_jax.types import Condition

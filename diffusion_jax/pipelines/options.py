@@ -1,0 +1,98 @@
+"""How to sample, as people choose it; the command line reads its options here."""
+
+import dataclasses
+import math
+from typing import Annotated
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.limits import Help, OneOf, Range
+from diffusion_jax.registry import SAMPLERS
+
+Option = bool | int | float | str
+"""The value of a sampler's option."""
+
+THRESHOLDS = ('none', 'static', 'dynamic')
+DECODINGS = ('whole', 'sliced', 'tiled')
+"""How latents become images: a batch at once, image by image, or in overlapping tiles."""
+FINITE = Range(-math.inf, math.inf, above=True, below=True, text='a finite scale, 1 for none')
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleOptions:
+  """How to sample.
+
+  guidance_rescale: phi of Lin et al. 2024, of what the network predicts if that is epsilon or v,
+  else of x_0. guidance_interval: a high of None is no bound. threshold: static clips x_0 at
+  threshold_limit; dynamic clips each image at its threshold_percentile, from 1 to threshold_limit,
+  and divides by that, which leaves it in [-1, 1] (Saharia et al. 2022). They are made for pixels:
+  latents have unit variance and no bounds. options: of the sampler, such as its order.
+  steps_offset, drop_last, fractional, set_alpha_to_one and, in places, the other arguments of
+  `sampling_grid`: as the schedulers of diffusers place their steps. timesteps: what the network is
+  told of them, one of `noise.LABELS`. scaled_noise: start from noise of the first level's sigma,
+  not of unit variance. image_guidance: s_I of Brooks et al. 2023. perturbed_attention: s of Ahn et
+  al. 2024. autoguidance: w of Karras et al. 2024. clip_skip: beside the layers that
+  the model leaves out anyway, and for the prompt alone; as in diffusers, the negative prompt keeps
+  them. decoding: sliced and tiled take less memory, and tiled changes colours a little.
+  """
+
+  sampler: Annotated[str, OneOf(SAMPLERS), Help(
+    'one of the table in README.md, or any other word to have them listed', 'NAME'
+  )] = 'dpmpp_2m'
+  steps: Annotated[int, Range(1, 10_000), Help('sampling steps', 'N')] = 20
+  guidance: Annotated[float, FINITE, Help('classifier-free guidance scale; 1 is none', 'G')] = 4.0
+  spacing: Annotated[str, Help(
+    'how the steps are placed, such as trailing, karras or beta', 'NAME'
+  )] = 'trailing'
+  guidance_rescale: Annotated[float, Range(0, 1), Help(
+    'fraction by which guidance keeps the contrast it would raise', 'PHI'
+  )] = 0.0
+  guidance_interval: Annotated[tuple[float, float | None], Help(
+    'noise levels sigma / alpha that are guided; HIGH may be inf', 'LOW HIGH'
+  )] = (0.0, None)
+  threshold: Annotated[str, OneOf(THRESHOLDS), Help(
+    'none, static or dynamic: keep each estimate of the latents in bounds', 'KIND'
+  )] = 'none'
+  threshold_limit: Annotated[float, Range(
+    0, math.inf, above=True, below=True,
+    text='a number above 0, in standard deviations of the latents',
+  ), Help(
+    'of static: the bound, in standard deviations of the latents; of dynamic: the most that an '
+    'estimate is divided by to lie in [-1, 1]', 'L'
+  )] = 4.0
+  threshold_percentile: Annotated[float, Range(
+    0, 1, above=True, text='a fraction above 0 and up to 1'
+  ), Help('of dynamic: the fraction of an image that is not clipped', 'P')] = 0.995
+  options: dict[str, Option] = dataclasses.field(default_factory=dict, hash=False)
+  steps_offset: int = 0
+  drop_last: bool = False
+  fractional: bool = False
+  set_alpha_to_one: bool = True
+  places: dict[str, Option] = dataclasses.field(default_factory=dict, hash=False)
+  timesteps: Annotated[str, OneOf('diffusion_jax.diffusion.noise:LABELS')] = 'exact'
+  scaled_noise: bool = False
+  image_guidance: Annotated[float, FINITE, Help(
+    'of a model that edits a picture: how closely to keep to it; 1 is none', 'G'
+  )] = 1.0
+  perturbed_attention: Annotated[float, Range(0), Help(
+    'scale of perturbed-attention guidance, beside --guidance; 0 is none', 'S'
+  )] = 0.0
+  perturbed_part: Annotated[str, Help(
+    'the part of the denoiser whose self-attention that perturbs (default: mid_block)', 'NAME'
+  )] = 'mid_block'
+  autoguidance: Annotated[float, FINITE, Help(
+    'with --worse, scale of the guidance away from that model; 1 is none', 'W'
+  )] = 1.0
+  clip_skip: Annotated[int, Range(0, text='a number of layers, 0 for none'), Help(
+    'layers of the text encoder to leave out at the end', 'N'
+  )] = 0
+  decoding: Annotated[str, OneOf(DECODINGS), Help(
+    'whole, or with less memory sliced (image by image) or tiled (for large images)', 'HOW'
+  )] = 'whole'
+
+  def __post_init__(self):
+    low, high = self.guidance_interval
+    if not 0 <= low < (math.inf if high is None else high):
+      raise UserError(
+        f'guidance_interval is {low} to {high}; give two noise levels sigma / alpha from 0 on, the '
+        'lower one first.'
+      )
