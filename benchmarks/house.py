@@ -29,7 +29,8 @@ PATH = {
   'samplers': ('diffusion/samplers/grid.py', 'diffusion/samplers/common.py',
                'diffusion/samplers/steps.py', 'diffusion/samplers/ode.py',
                'diffusion/samplers/one_step.py', 'diffusion/samplers/table.py'),
-  'pipeline': ('pipelines/options.py', 'pipelines/sampling.py', 'pipelines/conditions.py', 'pipelines/conditioners.py'),
+  'pipeline': ('pipelines/options.py', 'pipelines/sampling.py', 'pipelines/conditions.py',
+               'pipelines/conditioners.py'),
 }
 """Files that a newcomer reads, by idea, those of earlier plans too: a checkout has some."""
 SKIPPED = (
