@@ -31,3 +31,19 @@ def resize(
   flat = image[..., 0] if image.shape[-1] == 1 else image  # Pillow has no [h, w, 1].
   resized = Image.fromarray(flat).resize((width, height), Image.Resampling.BICUBIC)
   return np.asarray(resized).reshape(height, width, image.shape[-1])
+
+
+def edges(image: UInt8[np.ndarray, 'h w 3']) -> UInt8[np.ndarray, 'h w 3']:
+  """Return the edges of an image, white on black.
+
+  The length of Sobel's gradient of the brightness, scaled to the image's steepest place.
+  """
+  gray = image.astype(np.float32).mean(axis=-1)
+  padded = np.pad(gray, 1, mode='edge')
+  smooth = lambda x, axis: x + 2 * np.roll(x, -1, axis) + np.roll(x, -2, axis)
+  difference = lambda x, axis: np.roll(x, -2, axis) - x
+  h, w = gray.shape
+  steps = [smooth(difference(padded, axis), 1 - axis)[:h, :w] for axis in (0, 1)]
+  length = np.hypot(*steps)
+  length *= 255 / max(float(length.max()), 1.0)
+  return np.repeat(length.astype(np.uint8)[..., None], 3, axis=-1)

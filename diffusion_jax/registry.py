@@ -71,13 +71,16 @@ CONDITIONERS: Table = {
 
 SOURCES: Table = {
   'openmoji': 'diffusion_jax.data.sources.tfds:prepared',
-  'folder': 'diffusion_jax.data.sources.folder:captioned',
+  'folder': 'diffusion_jax.data.sources.folder:open_captioned',
   'moons': 'diffusion_jax.data.sources.arrays:points',
   'rings': 'diffusion_jax.data.sources.arrays:points',
   'mixture': 'diffusion_jax.data.sources.arrays:points',
 }
 """Functions of a `DataConfig` that return the sources (train, test). In `data.dataset` a name may
 be followed by a colon and what the function makes of the rest, such as 'folder:PATH'."""
+
+LABELLED: Table = {'folder': 'diffusion_jax.data.sources.folder:open_labelled'}
+"""The same for tasks of classes, of those SOURCES that have labels only if they are asked for."""
 
 TRANSFORMS: Table = {
   'resize': 'diffusion_jax.data.transforms:Resize',

@@ -12,6 +12,8 @@ import sys
 import jax
 import pytest
 
+from diffusion_jax.config import DataConfig
+from diffusion_jax.data.sources import open_data
 from diffusion_jax.models.autoencoder import AutoencoderKLConfig
 from diffusion_jax.models.perceptual import DiscriminatorConfig
 from diffusion_jax.models.text.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
@@ -62,6 +64,16 @@ def _config(task: str, transforms: list, settings: dict, **sections: dict) -> di
   for section, changes in sections.items():
     values[section] |= changes
   return values
+
+
+def folder_sources(folder, size: int = 4, caption: str = '', **options) -> tuple:
+  """(train, test) of a folder of pictures with captions."""
+  return open_data(DataConfig(f'folder:{folder}', size, caption=caption, **options))
+
+
+def labelled_sources(folder, size: int = 4, **options) -> tuple:
+  """(train, test) of a folder of pictures by class."""
+  return open_data(DataConfig(f'folder:{folder}', size, **options), labels_for='a test')
 
 
 def autoencoder_config(settings: dict | None = None, **sections: dict) -> dict:

@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from diffusion_jax.data.finding import SUFFIXES, Left
-from diffusion_jax.data.images import MAX_PIXELS, read_pixels
+from diffusion_jax.data.images import MAX_PIXELS, MOST_BYTES, read_pixels
 from diffusion_jax.data.sources.tfds import METADATA, check_metadata, check_shards
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import first_line, reading, shown
@@ -106,8 +106,6 @@ class ImageBatch(Sequence):
     return images
 
 
-MAX_BYTES = 2**28
-"""Of a member, which is read whole."""
 MOST_HEADER_BYTES = 2**20
 """Of all headers before one member: names of any length, but none that fills the memory."""
 
@@ -155,8 +153,8 @@ class TarPictures(Sequence):
     where = f'{member.name} in {member.archive}'
     if member.damage:
       raise UserError(f'the image {where} cannot be read ({member.damage}); fetch the file again.')
-    if member.size > MAX_BYTES:
-      raise UserError(f'the image {where} has {member.size:,} bytes; give one of {MAX_BYTES:,}.')
+    if member.size > MOST_BYTES:
+      raise UserError(f'the image {where} has {member.size:,} bytes; give one of {MOST_BYTES:,}.')
     with reading(f'the image {where}', remedy='fetch the file again'):
       with member.archive.open('rb') as file:
         file.seek(member.offset)

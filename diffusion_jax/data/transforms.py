@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.pixels import resize, to_float
+from diffusion_jax.pixels import edges, resize, to_float
 from diffusion_jax.registry import TRANSFORMS, load
 
 _SIDED = re.compile(r'\b(?:left|right|leftwards|rightwards|clockwise|counterclockwise)\b', re.I)
@@ -193,22 +193,6 @@ class Normalize:
 
   def __call__(self, record: dict) -> dict:
     return record | {'image': to_float(_image(record))}
-
-
-def edges(image: np.ndarray) -> np.ndarray:
-  """Edges of a picture, white on black: uint8 [h w 3] -> uint8 [h w 3].
-
-  The length of Sobel's gradient of the brightness, scaled to the picture's steepest place.
-  """
-  gray = image.astype(np.float32).mean(axis=-1)
-  padded = np.pad(gray, 1, mode='edge')
-  smooth = lambda x, axis: x + 2 * np.roll(x, -1, axis) + np.roll(x, -2, axis)
-  difference = lambda x, axis: np.roll(x, -2, axis) - x
-  h, w = gray.shape
-  steps = [smooth(difference(padded, axis), 1 - axis)[:h, :w] for axis in (0, 1)]
-  length = np.hypot(*steps)
-  length *= 255 / max(float(length.max()), 1.0)
-  return np.repeat(length.astype(np.uint8)[..., None], 3, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)

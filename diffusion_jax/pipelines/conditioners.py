@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.data.transforms import edges
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.network import Network
-from diffusion_jax.pixels import to_float
+from diffusion_jax.pixels import edges, to_float
 from diffusion_jax.types import Condition, Weights
 
 if TYPE_CHECKING:

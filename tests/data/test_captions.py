@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.data.sources.folder import open_folder
 from diffusion_jax.errors import UserError
+from tests.tiny import folder_sources
 
 
 def pictures(folder, *names):
@@ -30,7 +30,7 @@ def row(name, text):
 
 def opened(folder, caption='', **options):
   """(captions by id, notes)."""
-  source, _ = open_folder(f'folder:{folder}', 4, caption, **options)
+  source, _ = folder_sources(folder, 4, caption, **options)
   return {source[i]['id']: source[i]['captions'] for i in range(len(source))}, ''.join(source.notes)
 
 
@@ -175,7 +175,7 @@ def test_splits_with_a_list_above_them(tmp_path):
   (tmp_path / 'metadata.jsonl').write_text(rows(
     row('train/a.png', 'a cat'), row('test/b.png', 'a dog'), row('d.png', 'x')
   ))
-  train, test = open_folder(f'folder:{tmp_path}', 4)
+  train, test = folder_sources(tmp_path, 4)
   assert (train[0]['id'], train.captions) == ('a', [['a cat']])
   assert (test[0]['id'], test.captions) == ('b', [['a dog']])
   assert 'pictures outside of train and test: 2, such as d.png' in train.notes[0]
@@ -184,13 +184,13 @@ def test_splits_with_a_list_above_them(tmp_path):
 @pytest.mark.parametrize('name', ['validation', 'Test', 'val'])
 def test_splits_by_other_names(tmp_path, name):
   pictures(tmp_path, 'Train/a.png', f'{name}/b.png')
-  assert [len(source) for source in open_folder(f'folder:{tmp_path}', 4, 'x')] == [1, 1]
+  assert [len(source) for source in folder_sources(tmp_path, 4, 'x')] == [1, 1]
 
 
 def test_a_folder_train_alone_is_split_by_content(tmp_path):
   pictures(tmp_path, 'train/a.png', 'train/in/b.png')
   (tmp_path / 'test').mkdir()
-  train, test = open_folder(f'folder:{tmp_path}', 4, 'x')
+  train, test = folder_sources(tmp_path, 4, 'x')
   assert [train[i]['id'] for i in range(2)] == ['a', 'in/b'] and test.measured.trained_on
 
 
@@ -244,7 +244,7 @@ def test_mutants_are_read_or_refused_in_one_sentence(tmp_path):
       data[place : place + rng.randrange(4)] = rng.choice([*PIECES, bytes([rng.randrange(256)])])
     (tmp_path / name).write_bytes(data)
     try:
-      source = open_folder(f'folder:{tmp_path}', 4, 'a thing')[0]
+      source = folder_sources(tmp_path, 4, 'a thing')[0]
       assert all(text.strip() for texts in source.captions for text in texts)
       assert all(source.captions)
       read += 1

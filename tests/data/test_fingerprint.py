@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from diffusion_jax.data.sources.arrays import open_points
-from diffusion_jax.data.sources.folder import open_folder, open_labelled
 from diffusion_jax.data.sources.tfds import open_source
 from diffusion_jax.data.splits import fingerprint, spread
 from tests.data.conftest import SIZE
+from tests.tiny import folder_sources, labelled_sources
 
 
 def picture(path, seed):
@@ -30,7 +30,7 @@ def folder(tmp_path):
 
 
 def of(folder):
-  return fingerprint(open_folder(f'folder:{folder}', 4)[0])
+  return fingerprint(folder_sources(folder, 4)[0])
 
 
 def test_a_copy_elsewhere_is_the_same(folder, tmp_path):
@@ -38,8 +38,8 @@ def test_a_copy_elsewhere_is_the_same(folder, tmp_path):
   for path in copy.rglob('*'):
     os.utime(path, (0, 0))
   assert of(copy) == of(folder)
-  assert fingerprint(open_labelled(f'folder:{copy}', 4)[0]) == (
-    fingerprint(open_labelled(f'folder:{folder}', 4)[0])
+  assert fingerprint(labelled_sources(copy, 4)[0]) == (
+    fingerprint(labelled_sources(folder, 4)[0])
   )
 
 
@@ -63,9 +63,9 @@ def _flip_a_byte(path):
 
 
 def test_another_name_is_another_picture(folder):
-  before = fingerprint(open_labelled(f'folder:{folder}', 4)[0])
+  before = fingerprint(labelled_sources(folder, 4)[0])
   (folder / 'x' / '0.png').rename(folder / 'y' / '0.png')
-  assert fingerprint(open_labelled(f'folder:{folder}', 4)[0]) != before
+  assert fingerprint(labelled_sources(folder, 4)[0]) != before
 
 
 def reordered(path):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.data.sources.folder import Together, open_folder
+from diffusion_jax.data.sources.folder import Together
 from diffusion_jax.errors import UserError
+from tests.tiny import folder_sources
 
 
 def picture(path, width=8, height=8, **options):
@@ -24,7 +25,7 @@ def test_captions_come_from_beside_from_the_list_or_for_all(tmp_path):
   (tmp_path / 'a.txt').write_text('an apple\n\n a red apple \n')
   rows = [{'file_name': 'a.png', 'text': 'no'}, {'file_name': 'b.jpg', 'text': 'a boat'}]
   (tmp_path / 'metadata.jsonl').write_text('\n'.join(map(json.dumps, rows)) + '\n\n')
-  train, test = open_folder(f'folder:{tmp_path}', 4, 'a thing\nthe thing')
+  train, test = folder_sources(tmp_path, 4, 'a thing\nthe thing')
   found = {train[i]['id']: train[i]['captions'] for i in range(len(train))}
   both = ['a thing', 'the thing']
   assert found == {
@@ -38,7 +39,7 @@ def test_captions_come_from_beside_from_the_list_or_for_all(tmp_path):
 def test_splits_are_folders(tmp_path):
   picture(tmp_path / 'train' / 'a.png')
   picture(tmp_path / 'test' / 'b.png')
-  assert [s[0]['id'] for s in open_folder(f'folder:{tmp_path}', 4, 'x')] == ['a', 'b']
+  assert [s[0]['id'] for s in folder_sources(tmp_path, 4, 'x')] == ['a', 'b']
 
 
 def test_sizes_are_of_the_file_and_of_the_square_in_it(tmp_path):
@@ -47,7 +48,7 @@ def test_sizes_are_of_the_file_and_of_the_square_in_it(tmp_path):
   turned = Image.Exif()
   turned[0x0112] = 6  # Lying on its side.
   picture(tmp_path / 'c.jpg', width=40, height=16, exif=turned)
-  source, _ = open_folder(f'folder:{tmp_path}', 8, 'x')
+  source, _ = folder_sources(tmp_path, 8, 'x')
   assert source[0]['sizes'].tolist() == [16, 40, 0, 6, 8, 8]
   assert source[1]['sizes'].tolist() == [24, 8, 8, 0, 8, 8]
   assert source[2]['sizes'].tolist() == [40, 16, 6, 0, 8, 8]
@@ -70,19 +71,19 @@ def test_what_is_wrong_is_named(tmp_path, name, content, message):
   if content:
     (tmp_path / name).write_bytes(content)
   with pytest.raises(UserError, match=message):
-    open_folder(f'folder:{tmp_path}', 4)
+    folder_sources(tmp_path, 4)
 
 
 def test_a_damaged_picture_is_named_when_it_is_read(tmp_path):
   (tmp_path / 'a.png').write_bytes(b'no picture')
-  source, _ = open_folder(f'folder:{tmp_path}', 4, 'x')
+  source, _ = folder_sources(tmp_path, 4, 'x')
   with pytest.raises(UserError, match=r'a.png cannot be read'):
     source[0]
 
 
 def test_a_missing_folder_is_named(tmp_path):
   with pytest.raises(UserError, match=r'there is no folder .*nowhere'):
-    open_folder(f'folder:{tmp_path / "nowhere"}', 4)
+    folder_sources(tmp_path / "nowhere", 4)
 
 
 def test_two_sources_in_turn():

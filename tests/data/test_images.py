@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from diffusion_jax.data.images import image_size, read_image, read_pixels
+from diffusion_jax.data.images import read_pixels, read_square
 from diffusion_jax.data.transforms import CenterCrop, Resize
 from diffusion_jax.errors import Unreadable, UserError
 
@@ -24,7 +24,7 @@ def test_the_central_square_is_scaled(path):
   pixels = np.zeros((8, 24, 3), np.uint8)
   pixels[:, 8:16] = 200
   Image.fromarray(pixels).save(path)
-  found = read_image(path, 4)
+  found, _ = read_square(path, 4)
   assert found.shape == (4, 4, 3) and found.dtype == np.uint8 and (found == 200).all()
 
 
@@ -32,12 +32,12 @@ def test_the_central_square_is_scaled(path):
 def test_every_mode_becomes_rgb(tmp_path, mode):
   path = tmp_path / f'picture.{"tiff" if mode == "CMYK" else "png"}'
   Image.new('RGB', (6, 6), 'white').convert(mode).save(path)
-  np.testing.assert_array_equal(read_image(path, 6), np.full((6, 6, 3), 255))
+  np.testing.assert_array_equal(read_square(path, 6)[0], np.full((6, 6, 3), 255))
 
 
 def test_transparent_places_are_white(path):
   Image.new('RGBA', (4, 4), (255, 0, 0, 0)).save(path)
-  assert (read_image(path, 4) == 255).all()
+  assert (read_square(path, 4)[0] == 255).all()
 
 
 def turned(pixels, orientation):
@@ -65,9 +65,9 @@ def test_pictures_are_turned_upright(tmp_path, suffix, orientation):
       pixels = np.asarray(image)
   upright = turned(pixels, orientation)
   np.testing.assert_array_equal(read_pixels(path), upright)
-  assert image_size(path) == upright.shape[:2]
+  assert read_square(path, 2)[1] == upright.shape[:2]
   square = CenterCrop(23)({'image': upright})
-  np.testing.assert_array_equal(read_image(path, 9), Resize(9)(square)['image'])
+  np.testing.assert_array_equal(read_square(path, 9)[0], Resize(9)(square)['image'])
 
 
 def exif_data(*entries, tail=b''):
@@ -101,7 +101,7 @@ def test_only_a_valid_orientation_turns_a_picture(tmp_path, suffix, exif, orient
     with Image.open(tmp_path / 'b.jpg') as image:
       plain = np.asarray(image)
   np.testing.assert_array_equal(read_pixels(path), turned(plain, orientation))
-  assert image_size(path) == turned(plain, orientation).shape[:2]
+  assert read_square(path, 2)[1] == turned(plain, orientation).shape[:2]
 
 
 def test_damaged_exif_data_never_cost_the_pixels(tmp_path):
@@ -121,7 +121,7 @@ def test_damaged_exif_data_never_cost_the_pixels(tmp_path):
     Image.fromarray(pixels).save(path, exif=data.tobytes())
     found = read_pixels(path)
     assert any(np.array_equal(found, one) for one in possible)
-    assert image_size(path) == found.shape[:2]
+    assert read_square(path, 2)[1] == found.shape[:2]
 
 
 def gray_of(path):
@@ -216,7 +216,7 @@ def test_texts_and_profiles_of_any_size_leave_a_png_readable(path, extra, place)
   at = data.index(b'IDAT') - 4 if place == 'before' else data.index(b'IEND') - 4
   path.write_bytes(data[:at] + extra + data[at:])
   np.testing.assert_array_equal(read_pixels(path), pixels)
-  assert image_size(path) == (6, 8)
+  assert read_square(path, 2)[1] == (6, 8)
 
 
 @pytest.mark.parametrize('kind', ['tEXt', 'zTXt', 'iTXt', 'eXIf behind'])
@@ -236,7 +236,7 @@ def test_a_png_is_turned_by_what_older_programs_write(path, kind):
   at = data.index(b'IEND' if 'behind' in kind else b'IDAT') - 4
   path.write_bytes(data[:at] + extra + data[at:])
   np.testing.assert_array_equal(read_pixels(path), turned(pixels, 6))
-  assert image_size(path) == (8, 6)
+  assert read_square(path, 2)[1] == (8, 6)
 
 
 @pytest.mark.parametrize('size', [0, 1, 8, 20, 40, 100, 150])
@@ -251,10 +251,10 @@ def test_cut_files_are_one_sentence(tmp_path, suffix, size):
 
 WAITS = """
 import sys
-from diffusion_jax.data.images import image_size, read_image
+from diffusion_jax.data.images import read_pixels, read_square
 from diffusion_jax.errors import Unreadable
 for path in sys.argv[1:]:
-  for read in (image_size, lambda path: read_image(path, 4)):
+  for read in (read_pixels, lambda path: read_square(path, 4)):
     try:
       read(path)
     except Unreadable as error:
@@ -283,21 +283,21 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path):
 
 def test_a_strip_is_not_blown_up(path):
   Image.new('L', (100_000, 1)).save(path)
-  assert read_image(path, 64).shape == (64, 64, 3)
+  assert read_square(path, 64)[0].shape == (64, 64, 3)
 
 
 def test_pictures_that_are_none(tmp_path, path):
   with pytest.raises(UserError, match='cannot be read'):
-    read_image(path, 4)
+    read_square(path, 4)
   path.write_bytes(b'no picture')
   with pytest.raises(UserError, match='cannot be read'):
-    read_image(path, 4)
+    read_square(path, 4)
   with pytest.raises(UserError, match='cannot be read'):
-    read_image(tmp_path, 4)
+    read_square(tmp_path, 4)
   Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(path)
   path.write_bytes(path.read_bytes()[:200])
   with pytest.raises(UserError, match='cannot be read'):
-    read_image(path, 4)
+    read_square(path, 4)
 
 
 @pytest.mark.parametrize('edge', [16_385, 20_000, 100_000])
@@ -307,5 +307,5 @@ def test_a_huge_picture_is_refused_by_its_header(path, recwarn, edge):
   start = b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header)
   path.write_bytes(start + chunk(b'IDAT', b'') + chunk(b'IEND', b''))
   with pytest.raises(Unreadable, match='268,435,456 pixels'):
-    read_image(path, 4)
+    read_square(path, 4)
   assert not recwarn.list

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.data.sources.folder import open_labelled
 from diffusion_jax.data.transforms import build_transforms
 from diffusion_jax.errors import UserError
+from tests.tiny import labelled_sources
 
 
 def picture(path, shade=0):
@@ -23,7 +23,7 @@ def test_records_have_the_class_of_their_folder(tmp_path):
       picture(tmp_path / name / f'{i:02d}.png', shade=i)
   (tmp_path / 'empty').mkdir()
   picture(tmp_path / '.hidden' / 'a.png')
-  train, test = open_labelled(f'folder:{tmp_path}', 4, 0.3)
+  train, test = labelled_sources(tmp_path, 4, test_fraction=0.3)
   assert Counter(train.labels) + Counter(test.labels) == {'cat': 21, 'dog': 10, 'emu': 3}
   assert set(train.labels) == {'cat', 'dog', 'emu'} and len(test) > 0
   ids = [[source[i]['id'] for i in range(len(source))] for source in (train, test)]
@@ -40,23 +40,23 @@ def test_splits_may_be_folders(tmp_path):
   picture(tmp_path / 'train' / 'a' / '1.png')
   picture(tmp_path / 'train' / 'b' / '2.png')
   picture(tmp_path / 'test' / 'b' / '3.png')
-  train, test = open_labelled(f'folder:{tmp_path}', 4)
+  train, test = labelled_sources(tmp_path, 4)
   assert (train.labels, test.labels) == (['a', 'b'], ['b'])
   assert test[0]['id'] == 'b/3'
 
 
 def test_what_is_wrong_is_named(tmp_path):
   with pytest.raises(UserError, match=r'there is no folder .*nowhere'):
-    open_labelled(f'folder:{tmp_path / "nowhere"}', 4)
+    labelled_sources(tmp_path / "nowhere", 4)
   picture(tmp_path / 'a.png')
   with pytest.raises(UserError, match='has no folders of pictures'):
-    open_labelled(f'folder:{tmp_path}', 4)
+    labelled_sources(tmp_path, 4)
 
 
 def test_a_class_whose_name_is_no_text_is_refused(tmp_path):
   picture(tmp_path / os.fsdecode(b'caf\xe9') / 'a.png')
   with pytest.raises(UserError, match=r'a folder of a class in .* is not UTF-8'):
-    open_labelled(f'folder:{tmp_path}', 4)
+    labelled_sources(tmp_path, 4)
 
 
 def test_labels_become_places_among_the_classes():

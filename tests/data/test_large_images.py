@@ -1,6 +1,5 @@
 """Large pictures are read at reduced size, in little memory."""
 
-import io
 import json
 import struct
 import subprocess
@@ -11,15 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.data.images import read_image, read_pixels
-from diffusion_jax.data.png import PngStrips, without_extras
+from diffusion_jax.data.images import read_pixels, read_square
 from diffusion_jax.errors import Unreadable
 
 READ = """
 import json, sys
 import numpy as np
 from PIL import Image
-from diffusion_jax.data.images import image_size, read_image, read_pixels
+from diffusion_jax.data.images import read_pixels, read_square
 
 def peak():
   with open('/proc/self/status') as file:
@@ -27,8 +25,8 @@ def peak():
 
 Image.new('RGB', (8, 8)).resize((4, 4), Image.Resampling.BICUBIC)
 path, found = sys.argv[1], []
-sizes = image_size(path)
-for read in (lambda: read_image(path, 64), lambda: read_pixels(path)):
+sizes = read_square(path, 64)[1]
+for read in (lambda: read_square(path, 64)[0], lambda: read_pixels(path)):
   before = peak()
   pixels = read()
   found.append([peak() - before, pixels.shape, pixels.reshape(-1, 3).mean(0).tolist()])
@@ -92,40 +90,8 @@ def test_the_square_of_a_large_strip_keeps_its_pixels(tmp_path):
   image = Image.fromarray(pixels)
   image.save(tmp_path / 'a.png', compress_level=0)
   left = (2**20 - 64) // 2
-  found = read_image(tmp_path / 'a.png', 64)
+  found = read_square(tmp_path / 'a.png', 64)[0]
   np.testing.assert_array_equal(found[..., 0], pixels[:, left : left + 64])
-
-
-@pytest.mark.parametrize(('bits', 'mode', 'options'), [
-  (8, 'L', {}), (8, 'LA', {}), (8, 'RGB', {}), (8, 'RGBA', {}), (8, 'P', {}), (4, 'P', {'bits': 4}),
-  (2, 'P', {'bits': 2}), (1, 'P', {'bits': 1}), (1, '1', {}), (16, 'I;16', {}),
-  (8, 'RGB', {'transparency': (1, 2, 3)}), (8, 'P', {'transparency': bytes(range(9))}),
-])
-@pytest.mark.parametrize(('rows', 'first'), [(1, 0), (7, 3), (16, 0), (200, 0)])
-def test_strips_of_a_png_are_its_pixels(bits, mode, options, rows, first):
-  rng = np.random.default_rng(0)
-  rough = rng.integers(0, 256, (9, 7, 4), np.uint8)
-  image = Image.fromarray(rough).resize((53, 31), Image.Resampling.BICUBIC)
-  if mode == 'P':
-    image = image.convert('RGB').quantize(2**bits)
-  elif mode == 'I;16':
-    image = Image.fromarray(rng.integers(0, 2**16, (31, 53), np.uint16))
-  else:
-    image = image.convert('RGB' if mode == '1' else mode).convert(mode)
-  file = io.BytesIO()
-  image.save(file, 'PNG', **options)
-  strips = PngStrips(without_extras(file))
-  assert strips.fits
-  found = list(strips(rows, first))
-  assert found[0].height == min(first or rows, 31) and sum(s.height for s in found) == 31
-  with Image.open(file) as whole:
-    assert {(strip.mode, strip.info.get('transparency')) for strip in found} == {
-      (whole.mode, whole.info.get('transparency'))
-    }
-    parts = [np.asarray(strip.convert('RGBA')) for strip in found if mode != 'I;16']
-    expected = whole.convert('RGBA') if mode != 'I;16' else whole
-    parts = parts or [np.asarray(strip) for strip in found]
-    np.testing.assert_array_equal(np.concatenate(parts), np.asarray(expected))
 
 
 def a_png(width, height, kind, data):
@@ -154,14 +120,14 @@ def test_what_would_take_too_much_memory_is_refused_by_its_header(tmp_path):
   path = tmp_path / 'a.png'
   path.write_bytes(a_png(2**14, 2**14 + 1, (8, 0, 0, 0, 0), b''))
   with pytest.raises(Unreadable, match='16384 x 16385 pixels; give one of at most 268,435,456'):
-    read_image(path, 8)
+    read_square(path, 8)
   path.write_bytes(a_png(2**21, 2**5, (8, 0, 0, 0, 0), b''))
   with pytest.raises(Unreadable, match='1,048,576 along an edge'):
-    read_image(path, 8)
+    read_square(path, 8)
   Image.new('L', (8, 8)).save(tmp_path / 'a.webp', lossless=True)
   data = bytearray((tmp_path / 'a.webp').read_bytes())
   at = data.index(b'VP8L') + 9
   data[at : at + 4] = struct.pack('<I', (12_000 - 1) | (12_000 - 1) << 14)
   (tmp_path / 'a.webp').write_bytes(data)
-  with pytest.raises(Unreadable, match='12000 x 12000 pixels and cannot be decoded in parts'):
-    read_image(tmp_path / 'a.webp', 8)
+  with pytest.raises(Unreadable, match='12000 x 12000 pixels and would take too much'):
+    read_square(tmp_path / 'a.webp', 8)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.data.sources.folder import open_folder, open_labelled
 from diffusion_jax.data.splits import content_hashes, measured_on
 from diffusion_jax.errors import UserError
+from tests.tiny import folder_sources, labelled_sources
 
 
 def picture(path, seed):
@@ -24,7 +24,7 @@ def folder(path, count, first=0):
 
 def sides(path, **options):
   """Names of the files in (train, test)."""
-  parts = open_folder(f'folder:{path}', 4, 'x', **options)
+  parts = folder_sources(path, 4, 'x', **options)
   return tuple({part[i]['id'] for i in range(len(part))} for part in parts)
 
 
@@ -36,7 +36,7 @@ def test_no_picture_is_trained_on_and_tested(tmp_path):
   train, test = sides(folder(tmp_path / 'a', 200))
   assert not train & test and len(train | test) == 200
   assert 8 <= len(test) <= 35  # Binomial: 20 on average, deviation 4.2.
-  _, source = open_folder(f'folder:{tmp_path / "a"}', 4, 'x')
+  _, source = folder_sources(tmp_path / "a", 4, 'x')
   measured = measured_on(source)
   assert not measured.trained_on
   assert measured.told == (
@@ -70,7 +70,7 @@ def test_all_are_trained_on_where_they_are_few_or_it_is_asked_for(tmp_path, coun
   path = folder(tmp_path / 'a', count)
   train, test = sides(path, test_fraction=share)
   assert train == test and len(train) == count
-  measured = measured_on(open_folder(f'folder:{path}', 4, 'x', test_fraction=share)[1])
+  measured = measured_on(folder_sources(path, 4, 'x', test_fraction=share)[1])
   assert measured == (f'On the {count} pictures that are trained on: {why}.', True)
 
 
@@ -78,7 +78,7 @@ def test_every_class_is_trained_on(tmp_path):
   for i in range(60):
     folder(tmp_path / f'class{i:02d}', 1, first=i)
   folder(tmp_path / 'common', 60, first=100)
-  train, test = open_labelled(f'folder:{tmp_path}', 4)
+  train, test = labelled_sources(tmp_path, 4)
   assert len(set(train.labels)) == 61 and set(test.labels) == {'common'}
   bytes_of = lambda part: {file.read_bytes() for file in part.files}
   assert not bytes_of(train) & bytes_of(test)
@@ -88,7 +88,7 @@ def test_a_split_of_one_s_own_is_taken_as_it_is(tmp_path):
   folder(tmp_path / 'train', 3)
   folder(tmp_path / 'test', 2, first=3)
   assert sides(tmp_path) == ({'000', '001', '002'}, {'003', '004'})
-  measured = measured_on(open_folder(f'folder:{tmp_path}', 4, 'x')[1])
+  measured = measured_on(folder_sources(tmp_path, 4, 'x')[1])
   assert measured == ('On the test split, which was not trained on.', False)
 
 
@@ -97,8 +97,8 @@ def test_pictures_on_both_sides_of_such_a_split_are_told(tmp_path):
   folder(tmp_path / 'test' / 'a', 3, first=3)  # Two of them under the same names.
   picture(tmp_path / 'test' / 'a' / 'other name.png', 0)
   told = 'On the test split, of whose 4 pictures 3 are trained on, too.'
-  assert measured_on(open_folder(f'folder:{tmp_path}', 4, 'x')[1]).told == told
-  assert measured_on(open_labelled(f'folder:{tmp_path}', 4)[1]).told == told
+  assert measured_on(folder_sources(tmp_path, 4, 'x')[1]).told == told
+  assert measured_on(labelled_sources(tmp_path, 4)[1]).told == told
 
 
 @pytest.mark.parametrize('share', [-0.1, 1.0, float('nan')])
@@ -114,7 +114,7 @@ def test_shares_that_are_none(fails, tmp_path, share):
 def test_a_picture_that_cannot_be_read_has_a_side_and_is_named_when_it_is_wanted(tmp_path):
   folder(tmp_path, 40)
   (tmp_path / '020.png').write_bytes(b'')
-  train, test = open_folder(f'folder:{tmp_path}', 4, 'x')
+  train, test = folder_sources(tmp_path, 4, 'x')
   assert len(train) + len(test) == 40
   (tmp_path / '021.png').unlink()
   for number in ('020', '021'):

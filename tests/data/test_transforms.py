@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.data.transforms import apply, build_transforms, edges
+from diffusion_jax.data.transforms import apply, build_transforms
 from diffusion_jax.errors import UserError
+from diffusion_jax.pixels import edges
 from diffusion_jax.registry import TRANSFORMS, load
 
 IMAGE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)

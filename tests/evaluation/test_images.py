@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from diffusion_jax.data.image_sets import ImageBatch
-from diffusion_jax.data.sources.folder import open_folder
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extract import Made, reader
 from diffusion_jax.evaluation.images import Split, open_images
@@ -227,7 +226,7 @@ def test_a_split_of_other_pictures_has_another_stamp(tmp_path):
   """By which features that were made before are not taken for those of the new pictures."""
   for i in range(3):
     Image.fromarray(IMAGES[i]).save(tmp_path / f'{i}.png')
-  opened = lambda: open_folder(f'folder:{tmp_path}', 4, 'x')[0]
+  opened = lambda: tiny.folder_sources(tmp_path, caption='x')[0]
   in_memory = lambda: [opened()[i] for i in range(3)]
   stamps = lambda: [Split(records, 'it').stamp for records in (opened(), in_memory())]
   before = stamps()

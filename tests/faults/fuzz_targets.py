@@ -144,7 +144,7 @@ def png():
 
 
 def jpeg():
-  from diffusion_jax.data.images import image_size, read_image, read_pixels
+  from diffusion_jax.data.images import read_pixels, read_square
 
   def make(folder):
     (folder / 'a.jpg').write_bytes(_picture('jpeg'))
@@ -152,9 +152,8 @@ def jpeg():
 
   def load(folder):
     for name in ('a.jpg', 'b.jpg'):
-      image_size(folder / name)
       assert read_pixels(folder / name).ndim == 3
-      assert read_image(folder / name, 8).shape == (8, 8, 3)
+      assert read_square(folder / name, 8)[0].shape == (8, 8, 3)
 
   return Target('jpeg', make, load, {'a.jpg': [mutants.jpeg], 'b.jpg': [mutants.jpeg]}, 300)
 
@@ -177,7 +176,7 @@ def other_pictures():
 
 
 def _captioned(name, file, text):
-  from diffusion_jax.data.sources.folder import open_folder
+  from tests.tiny import folder_sources
 
   def make(folder):
     for letter in 'abcd':
@@ -185,7 +184,7 @@ def _captioned(name, file, text):
     (folder / file).write_text(text)
 
   def load(folder):
-    for source in open_folder(f'folder:{folder}', 16, 'a picture'):
+    for source in folder_sources(folder, 16, 'a picture'):
       _every(source)
 
   return Target(name, make, load, {file: [mutants.text_lines, mutants.any_bytes]}, 150)

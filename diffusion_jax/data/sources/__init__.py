@@ -12,11 +12,14 @@ from typing import Any
 
 from diffusion_jax.config import DataConfig
 from diffusion_jax.errors import UserError
-from diffusion_jax.registry import SOURCES, load
+from diffusion_jax.registry import LABELLED, SOURCES, load
 
 
-def open_data(config: DataConfig, synthetic: int = 0) -> tuple[Any, Any]:
+def open_data(config: DataConfig, synthetic: int = 0, labels_for: str = '') -> tuple[Any, Any]:
   """Return (train, test) that a `DataConfig` names, or so many random images in their place.
+
+  Args:
+    labels_for: what needs the label of each record, for people; its caption is then its label.
 
   Raises:
     UserError: no row of SOURCES has the name, or the data are not there or cannot be read.
@@ -26,7 +29,11 @@ def open_data(config: DataConfig, synthetic: int = 0) -> tuple[Any, Any]:
 
     images = SyntheticImages(config.size, synthetic)
     return images, images
-  return load(SOURCES, config.dataset.partition(':')[0], 'data.dataset')(config)
+  kind = config.dataset.partition(':')[0]
+  if labels_for and kind in LABELLED:
+    without_effect(config, labels_for, 'caption', 'caption_column')
+    return load(LABELLED, kind)(config)
+  return load(SOURCES, kind, 'data.dataset')(config)
 
 
 def without_effect(config: DataConfig, what: str, *names: str) -> None:

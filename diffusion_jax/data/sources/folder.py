@@ -24,7 +24,7 @@ from diffusion_jax.data.finding import (
   own_splits,
   with_suffixes,
 )
-from diffusion_jax.data.images import image_size, read_image
+from diffusion_jax.data.images import read_square
 from diffusion_jax.data.splits import (
   APART,
   Measured,
@@ -35,79 +35,55 @@ from diffusion_jax.data.splits import (
 )
 from diffusion_jax.errors import UserError
 
-FOLDER = 'folder:'
 
-
-def captioned(config: DataConfig) -> tuple['FolderSource', 'FolderSource']:
-  """Return (train, test) of the folder that a `DataConfig` names."""
-  return open_folder(
-    config.dataset, config.size, config.caption, config.test_fraction, config.caption_column
-  )
-
-
-def open_folder(
-  dataset: str, size: int, caption: str = '', test_fraction: float = DataConfig.test_fraction,
-  caption_column: str = '',
-) -> tuple['FolderSource', 'FolderSource']:
-  """Return (train, test) of 'folder:PATH', images of size x size pixels with captions.
-
-  Args:
-    caption: of those that have none of their own.
-    test_fraction: of the pictures, for the test, where no folders say which.
-    caption_column: of metadata.jsonl or metadata.csv; '' for all of `captions.CAPTIONS`.
+def open_captioned(config: DataConfig) -> tuple['FolderSource', 'FolderSource']:
+  """Return (train, test) of 'folder:PATH' with captions.
 
   Raises:
     UserError: no such folder, no picture in it, a picture without caption, or a list of captions
       that cannot be read.
   """
-  root, left = Path(dataset.removeprefix(FOLDER)), Left()
-  files = _files_of(root, left)
-  pictures = with_suffixes(files)
-  places = own_splits(pictures, root)
-  chosen = _within(pictures, *places, left)
-  captions = captions_of(files, [*chosen[0], *chosen[1]], root, caption, caption_column, left)
-  count, notes = len(chosen[0]), left.notes(root)
-  train = FolderSource(places[0], chosen[0], size, captions[:count], notes=notes)
-  test = FolderSource(places[1], chosen[1], size, captions[count:]) if places[1] else None
-  return _split(train, test, test_fraction)
+  root, left = _root(config), Left()
+  files, splits = _found(root, left)
+  pictures = [path for _, part in splits for path in part]
+  captions = iter(captions_of(files, pictures, root, config.caption, config.caption_column, left))
+  sources = [
+    FolderSource(folder, part, config.size, [next(captions) for _ in part])
+    for folder, part in splits
+  ]
+  return _train_and_test(sources, config, left)
 
 
-def open_labelled(
-  dataset: str, size: int, test_fraction: float = DataConfig.test_fraction
-) -> tuple['FolderSource', 'FolderSource']:
-  """Return (train, test) of 'folder:PATH', images of size x size pixels with classes.
+def open_labelled(config: DataConfig) -> tuple['FolderSource', 'FolderSource']:
+  """Return (train, test) of 'folder:PATH' with classes.
 
   Raises:
     UserError: no such folder, or a split without pictures in folders of classes.
   """
-  root, left = Path(dataset.removeprefix(FOLDER)), Left()
-  files = _files_of(root, left)
+  root, left = _root(config), Left()
+  files, splits = _found(root, left)
   for path in files:
     if path.suffix.lower() not in SUFFIXES:
       left.add(f'files of another kind ({path.suffix or "no suffix"})', path.relative_to(root))
-  pictures = with_suffixes(files)
-  places = own_splits(pictures, root)
-  chosen = [
-    _in_classes(part, place, left)
-    for part, place in zip(_within(pictures, *places, left), places, strict=True) if place
-  ]
-  sources = [
-    FolderSource(place, part, size, labels=[
-      key_of(path.relative_to(place).parts[0]) for path in part
-    ])
-    for place, part in zip(places, chosen, strict=False)
-  ]
-  sources[0].notes = left.notes(root)
-  return _split(sources[0], sources[1] if places[1] else None, test_fraction)
+  sources = []
+  for folder, part in splits:
+    part = _in_classes(part, folder, left)
+    labels = [key_of(path.relative_to(folder).parts[0]) for path in part]
+    sources.append(FolderSource(folder, part, config.size, labels=labels))
+  return _train_and_test(sources, config, left)
 
 
 def open_all(root: Path, size: int, caption: str) -> 'FolderSource':
-  """Return all pictures of a folder. UserError as `open_folder`."""
+  """Return all pictures of a folder. UserError as `open_captioned`."""
   left = Left()
   files = _files_of(root, left)
   pictures = with_suffixes(files)
   captions = captions_of(files, pictures, root, caption, '', left)
   return FolderSource(root, pictures, size, captions, notes=left.notes(root))
+
+
+def _root(config: DataConfig) -> Path:
+  return Path(config.dataset.removeprefix('folder:'))
 
 
 def _files_of(root: Path, left: Left) -> list[Path]:
@@ -121,15 +97,17 @@ def _files_of(root: Path, left: Left) -> list[Path]:
   return files
 
 
-def _within(
-  pictures: Sequence[Path], first: Path, second: Path | None, left: Left
-) -> tuple[list[Path], ...]:
-  """The pictures below each of two folders; `left` notes others."""
-  chosen = [[path for path in pictures if place and path.is_relative_to(place)]
-            for place in (first, second)]
-  for path in sorted(set(pictures).difference(*chosen)) if second else ():
-    left.add(f'pictures outside of {first.name} and {second.name}', path.relative_to(first.parent))
-  return tuple(chosen)
+def _found(root: Path, left: Left) -> tuple[list[Path], list[tuple[Path, list[Path]]]]:
+  """All files, and (folder, its pictures) of each split that is one; `left` notes others."""
+  files = _files_of(root, left)
+  pictures = with_suffixes(files)
+  folders = [folder for folder in own_splits(pictures, root) if folder]
+  splits = [(folder, [p for p in pictures if p.is_relative_to(folder)]) for folder in folders]
+  if len(splits) > 1:
+    names = ' and '.join(folder.name for folder in folders)
+    for path in sorted(set(pictures).difference(*(part for _, part in splits))):
+      left.add(f'pictures outside of {names}', path.relative_to(root))
+  return files, splits
 
 
 def _in_classes(pictures: Sequence[Path], folder: Path, left: Left) -> list[Path]:
@@ -149,14 +127,17 @@ def _in_classes(pictures: Sequence[Path], folder: Path, left: Left) -> list[Path
   return found
 
 
-def _split(
-  train: 'FolderSource', test: 'FolderSource | None', fraction: float
+def _train_and_test(
+  sources: list['FolderSource'], config: DataConfig, left: Left
 ) -> tuple['FolderSource', 'FolderSource']:
-  """The two as they are, or the first one split by content."""
-  if test:
+  """The two as they are, or the only one split by content."""
+  train, *others = sources
+  train.notes = left.notes(_root(config))
+  if others:
+    (test,) = others
     test.measured = of_own_folders(train.files, test.files)
     return train, test
-  parts = by_content(train.files, fraction, train.labels or ())
+  parts = by_content(train.files, config.test_fraction, train.labels or ())
   return train.part(parts.train, parts.measured), train.part(parts.test, parts.measured)
 
 
@@ -200,10 +181,10 @@ class FolderSource:
     index = range(len(self.files))[index]
     file = self.files[index]
     name = key_of(file.relative_to(self.folder).with_suffix('').as_posix())
-    record = {'image': read_image(file, self.size), 'id': name}
+    image, (height, width) = read_square(file, self.size)
+    record = {'image': image, 'id': name}
     if self.labels is not None:
       return record | {'captions': [self.labels[index]], 'label': self.labels[index]}
-    height, width = image_size(file)
     scale = self.size / min(height, width)
     offset = lambda edge: (round(edge * scale) - self.size) // 2
     sizes = (height, width, offset(height), offset(width), self.size, self.size)

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from diffusion_jax.config import TrainingConfig
-from diffusion_jax.data.sources import without_effect
-from diffusion_jax.data.sources.folder import FOLDER, open_labelled
+from diffusion_jax.data.sources import open_data
 from diffusion_jax.data.transforms import Label
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import save_params
@@ -93,12 +92,9 @@ class ClassifierTask(Task):
 
   @classmethod
   def open_sources(cls, config: TrainingConfig, synthetic: bool) -> tuple[Source, Source]:
-    """Folders by class are labelled; other data sets as they are."""
-    data = config.data
-    if synthetic or not data.dataset.startswith(FOLDER):
+    if synthetic:
       return super().open_sources(config, synthetic)
-    without_effect(data, 'a classifier', 'caption', 'caption_column')
-    return open_labelled(data.dataset, data.size, data.test_fraction)
+    return open_data(config.data, labels_for='a classifier')
 
   @classmethod
   def build(cls, config: TrainingConfig, env: Env) -> ClassifierTask:

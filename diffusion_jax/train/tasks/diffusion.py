@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax.config import TrainingConfig
 from diffusion_jax.data.cache import ChooseText, cached_source, synthetic_cache
-from diffusion_jax.data.sources import without_effect
-from diffusion_jax.data.sources.folder import FOLDER, open_labelled
+from diffusion_jax.data.sources import open_data
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.diffusion.noise import NoiseConfig
 from diffusion_jax.diffusion.objective import (
@@ -249,11 +248,10 @@ class DiffusionTask(NoisingTask):
   @classmethod
   def open_sources(cls, config: TrainingConfig, synthetic: bool) -> tuple[Source, Source]:
     """Folders by class, where the model is conditioned on classes alone."""
-    data, told = config.data, getattr(config.settings, 'conditioned', {})
-    if synthetic or 'class' not in told or 'text' in told or not data.dataset.startswith(FOLDER):
+    told = getattr(config.settings, 'conditioned', {})
+    if synthetic or 'class' not in told or 'text' in told:
       return super().open_sources(config, synthetic)
-    without_effect(data, 'a model of classes', 'caption', 'caption_column')
-    return open_labelled(data.dataset, data.size, data.test_fraction)
+    return open_data(config.data, labels_for='a model of classes')
 
   @classmethod
   def check_size(cls, config: TrainingConfig) -> None:

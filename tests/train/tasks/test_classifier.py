@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from diffusion_jax.config import typed
-from diffusion_jax.data.sources.folder import open_labelled
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extractors.classifier import (
   ClassifierExtractor,
@@ -135,7 +134,7 @@ def run(once, command):
 def test_a_run_learns_to_tell_classes_apart(run):
   scores = json.loads((run / 'run' / 'scores.json').read_text())
   assert scores['test']['accuracy'] == scores['test']['accuracy_per_class'] == 1
-  labels = open_labelled(f'folder:{run / "pictures"}', SIZE, 0.3)[1].labels
+  labels = tiny.labelled_sources(run / 'pictures', SIZE, test_fraction=0.3)[1].labels
   assert scores['test']['images'] == len(labels) > 2 and scores['test']['loss'] < 0.5
   shares = np.array([labels.count(name) for name in CLASSES]) / len(labels)
   always = scores['commonest']
