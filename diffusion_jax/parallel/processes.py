@@ -36,9 +36,10 @@ _listener: ContextVar[Callable[[], None] | None] = ContextVar('listener', defaul
 
 
 def _store() -> Any:
-  from jax._src import distributed  # No public door leads to the key-value store.
+  """Return the client of the key-value store, to which JAX itself has no public door."""
+  from orbax.checkpoint import multihost  # Here, for it is heavy, and one process needs none.
 
-  return distributed.global_state.client
+  return multihost.get_jax_distributed_client()
 
 
 def agree(name: str, value: str, timeout_seconds: float = TIMEOUT_SECONDS) -> list[str]:

@@ -6,11 +6,13 @@ tasks on one host divide its GPUs (jax gives one to each task, also to one that 
 """
 
 import dataclasses
+import importlib.util
 import os
 import re
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from diffusion_jax.errors import UserError
@@ -31,16 +33,18 @@ NOT_ALONE = {
 }
 """Variables above 1 where several processes have begun that would not know each other."""
 NAMES = {'ompi': 'Open MPI', 'slurm': 'SLURM', 'tpu': 'TPU', 'gke': 'GKE'}
+PCI_DEVICES = Path('/sys/bus/pci/devices')
+GOOGLE, NETWORK_OR_STORAGE = '0x1ae0', ('0x01', '0x02')
+"""A vendor of PCI devices, and beginnings of the classes of those of it that are no TPU."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-  """How this process stands among those of its job.
+  """The place of this process in its job.
 
   kind: explicit, slurm, ompi, tpu, gke or single. processes: 0 where only the service of the TPU
-  knows. index: of this process, from 0. coordinator: HOST:PORT of process 0, '' where jax finds it.
-  local_devices: GPUs of this host for this process, () for all that it sees. found: the variables
-  that say so.
+  knows. coordinator: HOST:PORT of process 0, '' where jax finds it. local_devices: GPUs of this
+  host for this process, () for all that it sees. found: the variables that say so.
   """
 
   kind: str
@@ -52,13 +56,10 @@ class Cluster:
 
 
 def find_cluster(env: Env = os.environ) -> Cluster:
-  """Return what the environment says of this process and its peers.
+  """Return the place that the environment gives this process; nothing heavy is imported.
 
   The explicit variables win over all. mpirun is nearer to its processes than the allocation of
-  SLURM that it may run in.
-
-  Raises:
-    UserError: variables of a cluster are missing or make no sense.
+  SLURM that it may run in. UserError where variables are missing or make no sense.
   """
   if any(map(env.get, EXPLICIT)):
     processes, index = _place(env, EXPLICIT, *EXPLICIT[1:])
@@ -88,7 +89,21 @@ def find_cluster(env: Env = os.environ) -> Cluster:
         f'{name}={env[name]} is set by {launcher}; or set {", ".join(EXPLICIT)} for each process '
         f'(localhost:1, 1 and 0 for one alone), or unset {name}.'
       )
+  # A TPU VM says nothing before jax is imported; where jax sees no TPU, it sets TPU_SKIP_MDS_QUERY.
+  if not env.get('JAX_PLATFORMS') and not env.get('TPU_SKIP_MDS_QUERY') and _has_tpu():
+    return Cluster('tpu', 0, found='a TPU on the PCI bus')
   return Cluster('single')
+
+
+def _has_tpu() -> bool:
+  """Tell whether jax will use a TPU of this host: a device of Google's, and libtpu to drive it."""
+  if not os.environ.get('TPU_LIBRARY_PATH') and importlib.util.find_spec('libtpu') is None:
+    return False
+  read = lambda path: path.read_text(encoding='ascii').strip()
+  return any(
+    read(vendor) == GOOGLE and not read(vendor.with_name('class')).startswith(NETWORK_OR_STORAGE)
+    for vendor in PCI_DEVICES.glob('*/vendor')
+  )
 
 
 def _tpu(env: Env, found: str) -> Cluster:
@@ -153,18 +168,13 @@ def _own_devices(env: Env, tasks: int, local: int) -> Sequence[int]:
 
 
 def start_distributed(heartbeat_seconds: int = 100, say: Callable[[str], None] = print) -> Cluster:
-  """Find the other processes, say so in one line, and join them.
+  """Find the other processes, say so in one line, and join them, before any device is used.
 
-  Must run before anything else uses a device. A single process joins nobody, and processes that are
-  joined already stay so.
+  A single process joins nobody, and processes that are joined already stay so. UserError where
+  `find_cluster` raises it, or they do not meet within COORDINATOR_TIMEOUT_SECONDS (300).
 
   Args:
     heartbeat_seconds: without a sign of life for so long, a process counts as dead.
-    say: takes the line.
-
-  Raises:
-    UserError: see `find_cluster`; or the processes did not meet within
-      COORDINATOR_TIMEOUT_SECONDS (300).
   """
   import jax  # Here, for `find_cluster` comes before anything heavy is imported.
 
@@ -190,7 +200,7 @@ def start_distributed(heartbeat_seconds: int = 100, say: Callable[[str], None] =
 
 
 def _join(timeout: int, **known: Any) -> None:
-  """Call `jax.distributed.initialize`; a UserError, within `timeout` seconds, where that fails.
+  """Call `jax.distributed.initialize`, within `timeout` seconds, or raise UserError.
 
   In a thread, for where peers do not come jaxlib ends the process by SIGABRT, without a sentence.
   """

@@ -130,3 +130,20 @@ os.kill(os.getpid(), signal.SIGTERM)
   env = os.environ | {'PYTHONPATH': str(tiny.ROOT)}
   done = subprocess.run([sys.executable, '-c', script], env=env, timeout=60, check=False)
   assert done.returncode == 143
+
+
+def test_hosts_of_a_tpu_pod_that_no_variable_names_share_one_workdir(tmp_path):
+  """Before jax is imported none of them knows its number: each would open it as process 0."""
+  port = _free_port()
+  env = {k: v for k, v in os.environ.items() if not k.startswith((*LAUNCHERS, 'JAX_PLATFORMS'))}
+  env |= {'XLA_FLAGS': '', 'PYTHONPATH': str(tiny.ROOT)}
+  script = str(tiny.ROOT / 'tests/faults/tpu_host.py')
+  results = _results(*(
+    subprocess.Popen(
+      [sys.executable, script, str(i), str(port), str(tmp_path / 'run')], env=env, text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) for i in range(2)
+  ))
+  for i, (code, out, err) in enumerate(results):
+    assert code == 0, err[-2000:]
+    assert out.splitlines()[-1] == f'False tpu {i} 2 {i == 0}'
