@@ -112,7 +112,7 @@ FUSED = {('adamw', 'cpu'): cpu.adamw}
 
 
 def make_optimizer(
-  config: OptimizerConfig, params: Params, total_steps: int, platform: str = ''
+  config: OptimizerConfig, params: Params, total_steps: int, platform: str
 ) -> Transformation:
   """Return the optimizer of the config: clip, update, group factors, in this order.
 

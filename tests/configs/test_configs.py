@@ -55,7 +55,7 @@ def _initialize(config):
 def test_networks_and_optimizer_build_without_memory(path):
   config = parse(load_config(str(path)))
   shapes = _shapes(config)
-  optimizer = make_optimizer(config.optimizer, shapes, config.loop.total_steps)
+  optimizer = make_optimizer(config.optimizer, shapes, config.loop.total_steps, 'cpu')
   state = jax.eval_shape(optimizer.init, shapes)
   assert sum(x.size for x in jax.tree.leaves(state)) >= 2 * sum(x.size for x in shapes.values())
 

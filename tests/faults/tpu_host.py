@@ -1,4 +1,4 @@
-"""One host of a simulated TPU pod that no variable speaks of: python tpu_host.py INDEX PORT WORKDIR.
+"""One host of a TPU pod that no variable speaks of: python tpu_host.py INDEX PORT WORKDIR.
 
 Its PCI bus shows a TPU, libtpu is there, and jax finds its peers as it does on Google's machines,
 once it is imported. Prints what it knew before that, and its place in the end.

@@ -68,7 +68,7 @@ def held(tree) -> int:
 
 def state_of(network: Network, mesh, kind=Training):
   """(task, optimizer, abstract state) with Adam and an average."""
-  task, optimizer = kind(network), make_optimizer(OptimizerConfig(), network.shapes, 10)
+  task, optimizer = kind(network), make_optimizer(OptimizerConfig(), network.shapes, 10, 'cpu')
   return task, optimizer, abstract_state(task, optimizer, True, mesh)
 
 

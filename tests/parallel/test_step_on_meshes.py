@@ -51,7 +51,8 @@ def batch(task, sources):
 def optimizer(task):
   shapes = jax.eval_shape(task.initialize, jax.random.key(0))
   # A large epsilon, so that rounding in a gradient near zero does not decide an update's sign.
-  return make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0, eps=1e-2), shapes, 10)
+  config = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, eps=1e-2)
+  return make_optimizer(config, shapes, 10, 'cpu')
 
 
 @pytest.fixture(scope='module')

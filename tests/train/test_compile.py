@@ -32,7 +32,7 @@ def _batch(rows, mesh):
 def test_each_shape_is_compiled_once_and_trains_as_the_jitted_step_does():
   task, mesh = Pooled(), make_mesh(MeshConfig(), jax.devices()[:2])
   shapes = jax.eval_shape(task.initialize, jax.random.key(0))
-  optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), shapes, 10)
+  optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), shapes, 10, 'cpu')
   abstract = abstract_state(task, optimizer, False, mesh)
   step = make_step(
     task, optimizer, batch_size=BATCH, mesh=mesh, ema_halflife_images=0.0, accumulation=1,

@@ -31,7 +31,8 @@ def _start(guard, accumulation=1):
   """(step function, fresh state, mesh)."""
   task, mesh = Regression(), make_mesh(MeshConfig(), jax.devices()[:1])
   optimizer = make_optimizer(
-    OptimizerConfig(learning_rate=1e-2), jax.eval_shape(task.initialize, jax.random.key(0)), 10
+    OptimizerConfig(learning_rate=1e-2), jax.eval_shape(task.initialize, jax.random.key(0)), 10,
+    'cpu',
   )
   abstract = abstract_state(task, optimizer, True, mesh)
   step = make_step(

@@ -111,7 +111,7 @@ def test_factor_zero_freezes_against_decay_and_leaves_the_clipping():
 
 def test_a_norm_that_is_given_is_that_of_clipping_unless_some_are_frozen():
   def first_moments(groups, **norm):
-    optimizer = make_optimizer(OptimizerConfig(clip_norm=0.1, groups=groups), PARAMS, 10)
+    optimizer = make_optimizer(OptimizerConfig(clip_norm=0.1, groups=groups), PARAMS, 10, 'cpu')
     return optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS, **norm)[1].mu
 
   twice = 2 * global_norm(GRADS)
@@ -125,7 +125,7 @@ def test_a_norm_that_is_given_is_that_of_clipping_unless_some_are_frozen():
 
 def test_a_pattern_without_effect_is_named():
   with pytest.raises(UserError, match=r"'\^tail' matches no parameter"):
-    make_optimizer(OptimizerConfig(groups=(('^tail', 0.1),)), PARAMS, 10)
+    make_optimizer(OptimizerConfig(groups=(('^tail', 0.1),)), PARAMS, 10, 'cpu')
 
 
 @pytest.mark.parametrize(('arguments', 'words'), [
@@ -150,7 +150,7 @@ def test_every_group_has_its_own_logged_rate():
 
 
 def test_an_update_that_is_not_used_moves_nothing_whatever_the_gradient():
-  optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1), PARAMS, 100)
+  optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1), PARAMS, 100, 'cpu')
   _, state = optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS)
   broken = {**GRADS, 'body.bias': jnp.array([jnp.nan, jnp.inf])}
   updates, after = optimizer.update(broken, state, PARAMS, use=jnp.array(False))
@@ -216,7 +216,7 @@ def test_updates_are_those_of_optax(name, platform):
 @pytest.mark.parametrize('name', BY_OPTAX)
 def test_groups_and_unused_steps_are_alike_for_every_optimizer(name):
   groups = (('^head', 0), ('bias', 0.5))
-  optimizer = make_optimizer(_config(name, groups=groups), PARAMS, 100)
+  optimizer = make_optimizer(_config(name, groups=groups), PARAMS, 100, 'cpu')
   plain, = _updates(_config(name, groups=(('^head', 0),)), [GRADS], platform='gpu')
   before = optimizer.init(PARAMS)
   updates, after = optimizer.update(GRADS, before, PARAMS)
