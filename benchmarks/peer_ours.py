@@ -24,7 +24,7 @@ from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_batch, put_pa
 from diffusion_jax.train.compile import compile_step
 from diffusion_jax.train.meter import mean_metric
 from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
-from diffusion_jax.train.state import abstract_state, create_state
+from diffusion_jax.train.state import abstract_state, initializer
 from diffusion_jax.train.step import make_step
 from diffusion_jax.train.tasks.task import Task
 from diffusion_jax.types import Condition
@@ -109,7 +109,7 @@ class Side:
       self.mesh.devices.flat[0].platform,
     )
     abstract = abstract_state(task, optimizer, True, self.mesh)
-    state = create_state(task, optimizer, True, 0, self.mesh, self._take_params(), abstract)
+    state = initializer(task, optimizer, True, 0, self.mesh, abstract)(self._take_params())
     step = make_step(
       task, optimizer, batch_size=len(batch['x']), ema_halflife_images=HALFLIFE, accumulation=1,
       mesh=self.mesh, shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),

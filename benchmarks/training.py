@@ -13,7 +13,7 @@ from diffusion_jax.costs.flops import step_flops
 from diffusion_jax.parallel.mesh import put_batch, put_params
 from diffusion_jax.train.compile import compile_step, step_and_batch
 from diffusion_jax.train.health import Compilations
-from diffusion_jax.train.state import TrainState, create_state
+from diffusion_jax.train.state import TrainState, initializer
 from diffusion_jax.train.training import Training
 
 
@@ -41,9 +41,8 @@ def measure_training(training: Training, counts: Counts) -> dict[str, Any]:
 
     (update, report, batch), compiling = compile_twice(compiled)
     flops = step_flops(t.task, abstract, frozen, batch)
-    state = create_state(
-      t.task, t.optimizer, bool(abstract.ema), t.loop.seed, t.mesh, t.start(t.mesh)
-    )
+    make = initializer(t.task, t.optimizer, bool(abstract.ema), t.loop.seed, t.mesh, abstract)
+    state = make(t.start(t.mesh))
     seconds, waited, recompilations = _steps(t, update, state, frozen, counts)
     median = quartiles(seconds)['median']
     return {

@@ -2,22 +2,41 @@
 
 import contextlib
 import signal
+import sys
+from typing import Any
 
 import jax
 from tqdm import tqdm
 
 from diffusion_jax.backend.xla import settle_on_cpu
 from diffusion_jax.checkpoint.saving import may_pass
-from diffusion_jax.errors import Diverged
+from diffusion_jax.errors import Diverged, UserError
 from diffusion_jax.files import first_line
-from diffusion_jax.parallel.mesh import put_batch, to_host
+from diffusion_jax.parallel.mesh import put_batch, put_params, to_host
 from diffusion_jax.runs.directory import command_line
+from diffusion_jax.runs.metrics import MetricsWriter
 from diffusion_jax.runs.start import Start
-from diffusion_jax.train.health import TRY_AGAIN, Safety, Stopping, resources
-from diffusion_jax.train.hooks import due
-from diffusion_jax.train.saving import rescue, wait_for_room
-from diffusion_jax.train.session import Session
+from diffusion_jax.train.card import parameter_table
+from diffusion_jax.train.compile import StepPrograms, step_and_batch
+from diffusion_jax.train.health import (
+  TRY_AGAIN,
+  Compilations,
+  Safety,
+  SideWork,
+  Stopping,
+  resources,
+)
+from diffusion_jax.train.hooks import Hooks, due
+from diffusion_jax.train.meter import Goodput, Meter
+from diffusion_jax.train.profiling import ProfilerWindow
+from diffusion_jax.train.saving import Saver, rescue, wait_for_room
+from diffusion_jax.train.state import TrainState, abstract_state, initializer
 from diffusion_jax.train.training import Training
+
+_NAMED = 100
+"""Records that could not be read, in the status file."""
+_ROWS = 16
+"""Parameters that a person at the terminal is shown."""
 
 
 def train(training: Training, progress: bool = True, start: Start | None = None) -> int:
@@ -46,44 +65,129 @@ def train(training: Training, progress: bool = True, start: Start | None = None)
     safety = Safety(start, training.safety)
     stack.enter_context(safety.watching())
     stack.enter_context(jax.set_mesh(training.mesh))
-    session = _Loop(training, safety, progress and jax.process_index() == 0)
-    try:
-      return session.run()
-    finally:
-      session.close()
+    show = progress and jax.process_index() == 0
+    return stack.enter_context(contextlib.closing(_Loop(training, safety, show))).run()
 
 
-class _Loop(Session):
-  """From the state that a start begins with to the state that it leaves."""
+class _Loop:
+  """One start of a run: once made, everything is restored or fresh, open, and compiled."""
+
+  def __init__(self, training: Training, safety: Safety, show: bool):
+    self.t, self.safety, self.show, loop = training, safety, show, training.loop
+    self.step, self.goodput = 0, Goodput()
+    self.pending: tuple | None = None  # A window of metrics that is closed and not written yet.
+    self.undrawn: dict[str, Any] | None = None  # Where the data stood before a step under way.
+    self.last: dict[str, Any] = {}
+    self.compilations, self.recompilations = Compilations(), 0
+    self.profiler = ProfilerWindow(
+      training.directory.path / 'profile', loop.profile_first_step, loop.profile_steps
+    )
+    self.side = SideWork(self._say, training.safety.checkpoint_retry_seconds)
+    safety.tell('starting')
+    with self._compiling():
+      abstract = abstract_state(
+        training.task, training.optimizer, loop.ema_halflife_images > 0, training.mesh
+      )
+      self.saver = Saver(training, self._say)
+      self._begin(abstract)
+      self.writer = MetricsWriter(
+        training.directory, jax.process_index() == 0, wandb_project=loop.wandb_project,
+        config=training.config,
+      )
+      safety.facts = self._facts
+      self.hooks = Hooks(training, self.writer, self.frozen, self.side)
+      self.hooks.describe(self.state, self.goodput.seconds())
+      with self.goodput.phase('compile'):
+        self._compile(abstract)
+    self.goodput.enter('step')
+
+  def _compiling(self):
+    return self.safety.watchdog.allow(self.t.safety.compile_timeout_seconds, 'compilation')
+
+  def _begin(self, abstract: TrainState) -> None:
+    """Restore the state, or make a fresh one."""
+    t, found, before = self.t, self.saver.restore(abstract), self.safety.start.status
+    self.resumed = found is not None
+    self.state = found.state if found else initializer(
+      t.task, t.optimizer, bool(abstract.ema), t.loop.seed, t.mesh, abstract
+    )(t.start(t.mesh))
+    self.goodput.goes_on(
+      found.goodput if found else None, before.goodput_before(), down=before.seconds_since()
+    )
+    self.meter = Meter(t.loop.batch_size, self.goodput, found.totals if found else {})
+    self.step = int(self.state.step)
+    if self.step > t.loop.total_steps:
+      raise UserError(
+        f'the run in {t.directory.path} has made {self.step} steps, more than loop.total_steps '
+        f'{t.loop.total_steps}; give at least {self.step}, or choose another workdir.'
+      )
+    self.frozen = {role: put_params(params, t.mesh) for role, params in t.task.frozen.items()}
+
+  def _compile(self, abstract: TrainState) -> None:
+    """Compile the step before any time is spent on training, and report what it needs."""
+    t = self.t
+    self.safety.tell('compiling')
+    step, batch = step_and_batch(t, abstract)
+    self.update = StepPrograms(step, self._compiling)
+    report = self.update.prepare(self.state, self.frozen, batch)
+    if jax.process_index() == 0:
+      self.side(
+        'step.json', lambda: t.directory.write_json('step.json', report.as_json()), keep=True
+      )
+    if self.show:
+      print(parameter_table(abstract.params, _ROWS))
+      print('\n'.join(report.lines(t.mesh, t.loop.batch_size)))
+
+  def _facts(self) -> dict[str, Any]:
+    """Return how far things are, for the status file."""
+    facts = {
+      'step': self.step, 'total_steps': self.t.loop.total_steps,
+      'seconds': round(self.goodput.seconds(), 1), 'goodput': self.goodput.totals(),
+    }
+    errors = [text for text in (self.saver.error, *self.writer.errors, *self.side.errors) if text]
+    facts |= {'trouble': errors} if errors else {}
+    if unreadable := self.t.damage.sentences:
+      facts['unreadable'] = {'records': len(unreadable), 'first': unreadable[:_NAMED]}
+    return facts
+
+  def _say(self, text: str) -> None:
+    print(f'diffusion_jax train: {text}', file=sys.stderr)
+
+  def close(self) -> None:
+    """Free files and threads."""
+    self.compilations.close()
+    self.profiler.close()
+    self.writer.close()
+    self.saver.close()
 
   def run(self) -> int:
     """Make steps until the end or a signal."""
     loop = self.t.loop
     if self.resumed and self.show:
       print(f'going on from step {self.step} in {self.t.directory.path}')
-    bar = tqdm(
+    self.bar = tqdm(
       total=loop.total_steps * loop.batch_size, initial=self.step * loop.batch_size, unit='img',
       disable=not self.show, desc=f'training {self.t.task.name}', dynamic_ncols=True,
     )
-    with bar:
+    with self.bar:
       try:
         self.safety.training = True
         if self.resumed:
-          self._run_hooks(bar, *self.hooks.missing(self.step))
+          self._run_hooks(*self.hooks.missing(self.step))
         self.safety.stop.barrier()  # Compiling may have taken long.
         self.safety.tell('training')
         while self.step < loop.total_steps:
           self.safety.check()
-          before, counts = self.compilations.count, self.recompilations is not None
+          # The first line compiles small things of its own.
+          before, counts = self.compilations.count, bool(self.last)
           self._one_step()
-          if counts:  # The first line compiles small things of its own.
-            self.recompilations += self.compilations.count - before
-          bar.update(loop.batch_size)
-          bar.set_postfix(self.last, refresh=False)
-          self._pauses(bar)
+          self.recompilations += counts * (self.compilations.count - before)
+          self.bar.update(loop.batch_size)
+          self.bar.set_postfix(self.last, refresh=False)
+          self._pauses()
         return self._finish()
       except Stopping:
-        return self._leave(bar)
+        return self._leave()
       except Exception as error:
         self._rescue(error)
         raise
@@ -102,30 +206,26 @@ class _Loop(Session):
     self.step, self.undrawn = self.step + 1, None
     if self.step % self.t.loop.log_every_steps == 0:
       self.pending = (self.step, *self.meter.close_window())
-    self._write_line(closed)  # What the step before closed: a chip is busy again by now.
+    if closed:
+      self._write(*closed)  # What the step before closed: a chip is busy again by now.
 
   def _log(self) -> None:
     """Write the window that the last step has closed, if it has."""
     closed, self.pending = self.pending, None
-    self._write_line(closed)
+    if closed:
+      self._write(*closed)
 
-  def _write_line(self, closed: tuple | None) -> None:
-    if closed is None:
-      return
-    step, totals, speed = closed
+  def _write(self, step: int, totals: dict, speed: dict[str, float]) -> None:
+    """Write a line of metrics. Diverged where they say that the run has been given up."""
     values = self.meter.read(totals)
     given_up = values.pop('given_up')
     rates = {name: float(rate(step - 1)) for name, rate in self.t.learning_rates.items()}
     self.writer.write('train', step, {
       'time': self.goodput.seconds(), **values, **rates, **speed, **resources(),
-      'recompilations': self.recompilations or 0, 'unreadable': len(self.t.damage),
+      'recompilations': self.recompilations, 'unreadable': len(self.t.damage),
     })
-    self.recompilations = self.recompilations or 0
     self.last = {'loss': f'{values["loss"]:.4f}', 'step': step}
     self.safety.tell('training', now=False)
-    self._check(step, given_up)
-
-  def _check(self, step: int, given_up: float) -> None:
     if given_up:
       self.writer.flush()
       self.saver.wait()  # So that the last checkpoint can be named.
@@ -136,18 +236,17 @@ class _Loop(Session):
         'optimizer.clip_norm.'
       )
 
-  def _pauses(self, bar) -> None:
+  def _pauses(self) -> None:
     """Save, sample and score where it is due; the last step is left to `_finish`."""
     loop = self.t.loop
     if due(self.step, loop.checkpoint_every_steps, loop) or self.saver.retry_is_due(self.step):
       self._save()
     self._run_hooks(
-      bar, due(self.step, loop.sample_every_steps, loop),
-      due(self.step, loop.evaluate_every_steps, loop),
+      due(self.step, loop.sample_every_steps, loop), due(self.step, loop.evaluate_every_steps, loop)
     )
     self.side.again()
 
-  def _run_hooks(self, bar, preview: bool, evaluate: bool) -> None:
+  def _run_hooks(self, preview: bool, evaluate: bool) -> None:
     """Sample and score, and bring the report up to date."""
     if not preview and not evaluate:
       return
@@ -159,7 +258,7 @@ class _Loop(Session):
         self.safety.tell('evaluating')
         self._evaluate()
       self.hooks.report()
-      bar.refresh()
+      self.bar.refresh()
     self.safety.stop.barrier()
     self.safety.tell('training')
 
@@ -198,12 +297,12 @@ class _Loop(Session):
     self.safety.note = f'; {saved}'
     self._say(f'an error ends the run: {saved}')
 
-  def _leave(self, bar) -> int:
+  def _leave(self) -> int:
     self._save()
     with self.safety.watchdog.allow(0, 'checkpoint'):
       self.saver.wait()
     number = self.safety.stop.signal or signal.SIGTERM
-    bar.close()
+    self.bar.close()
     saved, error = self.saver.latest, self.saver.error
     self.safety.tell('interrupted', message=(
       f'stopped by {signal.Signals(number).name}, saved step {saved}'

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from diffusion_jax.parallel.mesh import shard_like
 from diffusion_jax.train.guard import Guard
@@ -38,24 +38,17 @@ def _initialize(
   init_key, key = jax.random.split(jax.random.key(seed))
   params = task.initialize(init_key) if params is None else params
   return TrainState(
-    step=jnp.zeros((), jnp.int32),
-    key=jax.random.key_data(key),
-    params=params,
-    opt_state=optimizer.init(params),
-    ema=jax.tree.map(jnp.copy, params) if use_ema else {},
-    carry=task.carry(),
-    guard=Guard.fresh(),
+    jnp.zeros((), jnp.int32), jax.random.key_data(key), params, optimizer.init(params),
+    jax.tree.map(jnp.copy, params) if use_ema else {}, task.carry(), Guard.fresh(),
   )
 
 
 def abstract_state(task: Task, optimizer, use_ema: bool, mesh: Mesh) -> TrainState:
   """Return shapes, types and shardings of the state; nothing is allocated."""
   shapes = jax.eval_shape(lambda: _initialize(task, optimizer, use_ema, 0))
-  shardings = shard_like(shapes, shapes.params, mesh)
   return jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    shapes,
-    shardings,
+    shapes, shard_like(shapes, shapes.params, mesh),
   )
 
 
@@ -75,16 +68,3 @@ def initializer(
     out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
     compiler_options={'xla_backend_optimization_level': 0}, donate_argnums=0,
   )
-
-
-def create_state(
-  task: Task, optimizer, use_ema: bool, seed: int, mesh: Mesh, params: Params | None = None,
-  abstract: TrainState | None = None,
-) -> TrainState:
-  """Return a fresh state, initialised or begun with given parameters, directly on its shards."""
-  return initializer(task, optimizer, use_ema, seed, mesh, abstract)(params)
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-  """Return the sharding of what is whole on every device."""
-  return NamedSharding(mesh, PartitionSpec())

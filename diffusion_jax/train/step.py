@@ -14,7 +14,7 @@ from diffusion_jax.parallel.mesh import batch_sharding
 from diffusion_jax.train import ema
 from diffusion_jax.train.guard import GuardConfig, choose, judge
 from diffusion_jax.train.meter import Metrics
-from diffusion_jax.train.state import TrainState, replicated
+from diffusion_jax.train.state import TrainState
 from diffusion_jax.train.tasks.task import Task
 
 DEFAULT = GuardConfig()
@@ -35,10 +35,7 @@ def _microbatches(batch: dict, count: int, mesh: Mesh) -> dict:
 
 
 def _gradients(task: Task, state: TrainState, frozen, batch, key, accumulation: int, mesh: Mesh):
-  """Mean gradient and loss, summed metrics and what was observed of each example of the batch.
-
-  In `accumulation` parts one after another.
-  """
+  """Return ((mean gradient, mean loss, merged metrics), what was observed of each example)."""
 
   def part(micro, key):
     (loss, (metrics, observed)), grads = jax.value_and_grad(task.loss, has_aux=True)(
@@ -64,23 +61,15 @@ def _gradients(task: Task, state: TrainState, frozen, batch, key, accumulation: 
 
 
 def make_step(
-  task: Task,
-  optimizer: optax.GradientTransformationExtraArgs,
-  *,
-  batch_size: int,
-  ema_halflife_images: float,
-  accumulation: int,
-  mesh: Mesh,
-  shardings: TrainState,
+  task: Task, optimizer: optax.GradientTransformationExtraArgs, *, batch_size: int,
+  ema_halflife_images: float, accumulation: int, mesh: Mesh, shardings: TrainState,
   guard: GuardConfig = DEFAULT,
 ) -> Step:
   """Return the jitted step (state, frozen, batch) -> (state, metrics); the state is donated.
 
   A step that the guard rejects changes nothing but the step number and the guard itself; where its
-  loss or gradient is not finite, its metrics do not count either.
-
-  Metrics are averages that merge over steps. The step's randomness is
-  fold_in(key, step), so a step can be repeated exactly.
+  loss or gradient is not finite, its metrics do not count either. Metrics are averages that merge
+  over steps. The step's randomness is fold_in(key, step), so a step can be repeated exactly.
   """
 
   def on_mesh(state: TrainState, frozen, batch) -> tuple[TrainState, Metrics]:
@@ -116,4 +105,5 @@ def make_step(
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
       return on_mesh(state, frozen, batch)
 
-  return jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+  whole = NamedSharding(mesh, PartitionSpec())
+  return jit(step, donate_argnums=0, out_shardings=(shardings, whole))

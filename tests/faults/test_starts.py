@@ -15,7 +15,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.formats.tensors import read_tensors
 from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.runs.status import stands_still
-from diffusion_jax.train import loop, session
+from diffusion_jax.train import loop
 from diffusion_jax.viz.report import write_report
 from tests import tiny
 from tests.faults.ranks import Ranks
@@ -121,8 +121,8 @@ def test_ctrl_c_before_training_is_an_interruption_and_takes_nothing_from_a_fini
   def interrupted(*arguments):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(session, 'create_state', interrupted)
-  monkeypatch.setattr(session, 'step_and_batch', interrupted)
+  monkeypatch.setattr(loop, 'initializer', interrupted)
+  monkeypatch.setattr(loop, 'step_and_batch', interrupted)
   recipe, run = toy.parent / 'toy.py', copy_of(toy)
   assert command(*_train(run, recipe)) == 130
   assert _status(run) == _status(toy)

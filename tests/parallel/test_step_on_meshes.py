@@ -16,7 +16,7 @@ from diffusion_jax.config import parse
 from diffusion_jax.costs.collectives import beside_parameters, by_kind, moved, read_collectives
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_batch, put_params, to_host
 from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
-from diffusion_jax.train.state import abstract_state, create_state
+from diffusion_jax.train.state import abstract_state, initializer
 from diffusion_jax.train.step import make_step
 from tests import tiny
 
@@ -57,7 +57,7 @@ def optimizer(task):
 
 @pytest.fixture(scope='module')
 def fresh(task, optimizer):
-  return to_host(create_state(task, optimizer, True, 0, one_device()))
+  return to_host(initializer(task, optimizer, True, 0, one_device())(None))
 
 
 def one_device():

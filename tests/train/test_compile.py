@@ -9,7 +9,7 @@ from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from diffusion_jax.train.compile import StepPrograms
 from diffusion_jax.train.health import Compilations
 from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
-from diffusion_jax.train.state import abstract_state, create_state
+from diffusion_jax.train.state import abstract_state, initializer
 from diffusion_jax.train.step import make_step
 from tests.regression import Regression
 
@@ -50,7 +50,7 @@ def test_each_shape_is_compiled_once_and_trains_as_the_jitted_step_does():
   report = programs.prepare(abstract, {}, batches[3])
   assert report.parameters == 36 and report.batch == 4 * BATCH * (3 * 8 + 4) // 2
   compilations, counts = Compilations(), []
-  state, wanted = (create_state(task, optimizer, False, 0, mesh) for _ in range(2))
+  state, wanted = (initializer(task, optimizer, False, 0, mesh)(None) for _ in range(2))
   for rows in (3, 5, 3, 5):
     before = compilations.count
     state, metrics = programs(state, {}, batches[rows])

@@ -9,7 +9,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from diffusion_jax.train.guard import SETTLED, GuardConfig
 from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
-from diffusion_jax.train.state import abstract_state, create_state
+from diffusion_jax.train.state import abstract_state, initializer
 from diffusion_jax.train.step import make_step
 from tests.regression import Regression, regression_batch
 
@@ -39,7 +39,7 @@ def _start(guard, accumulation=1):
     task, optimizer, batch_size=BATCH, ema_halflife_images=100.0, accumulation=accumulation,
     mesh=mesh, shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract), guard=guard,
   )
-  return step, create_state(task, optimizer, True, 0, mesh), mesh
+  return step, initializer(task, optimizer, True, 0, mesh)(None), mesh
 
 
 def _run(kinds, guard=DEFAULT, accumulation=1):

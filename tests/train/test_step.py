@@ -12,7 +12,7 @@ from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from diffusion_jax.registry import OPTIMIZERS
 from diffusion_jax.train.compile import held
 from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
-from diffusion_jax.train.state import abstract_state, create_state
+from diffusion_jax.train.state import abstract_state, initializer
 from diffusion_jax.train.step import make_step
 from diffusion_jax.train.tasks.clip import CLIPTask, CLIPTaskConfig
 from tests import tiny
@@ -46,7 +46,7 @@ def _run(task, batch, *, steps=1, mesh=None, accumulation=1, repeat=False, optim
     task, optimizer, batch_size=BATCH, ema_halflife_images=100.0, accumulation=accumulation,
     mesh=mesh, shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
   )
-  fresh = lambda: create_state(task, optimizer, True, 0, mesh)
+  fresh = lambda: initializer(task, optimizer, True, 0, mesh)(None)
   on_mesh = put_batch(_cast(batch), mesh)
   if repeat:
     return [update(fresh(), {}, on_mesh) for _ in range(2)]
