@@ -16,13 +16,12 @@ import numpy as np
 
 from diffusion_jax.data.finding import SUFFIXES, Left, find_files, with_suffixes
 from diffusion_jax.data.image_sets import (
-  METADATA,
   ImageBatch,
-  PreparedImages,
   TarPictures,
   holds_batch,
 )
 from diffusion_jax.data.images import read_pixels
+from diffusion_jax.data.sources.tfds import METADATA, PreparedImages
 from diffusion_jax.data.splits import fingerprint, of_records
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.errors import UserError

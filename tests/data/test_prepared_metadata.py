@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from diffusion_jax.data.image_sets import PreparedImages
+from diffusion_jax.data.sources.tfds import PreparedImages
 from diffusion_jax.errors import UserError
 from tests.data.foreign_set import IMAGES, write_foreign_set
 

@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion_jax.data.sources.tfds import ImageSource
 from diffusion_jax.diffusion.noise import ScheduleConfig
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.errors import UserError
@@ -25,11 +24,14 @@ SAMPLE = SampleConfig(sampler='ddim', steps=1, guidance=2.0)
 FIGURES = ['fd_clip', 'kid_clip', 'kid_clip_std', 'clip_score', 'retrieval_r1']
 
 
-class Some(ImageSource):
+class Some:
   """The first records of a source, so that a reference is quick to read."""
 
   def __init__(self, source, count):
     self._source, self._length = source, count
+
+  def __len__(self):
+    return self._length
 
   def __getitem__(self, index):
     return self._source[index]

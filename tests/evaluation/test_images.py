@@ -180,7 +180,7 @@ def test_a_prepared_data_set(small_data, sources, tmp_path):
   assert len(open_images(f'{folder}:train[:10]')) == 10
   with pytest.raises(UserError, match=r'has the splits test, train; give .*:train\.$'):
     open_images(folder)
-  with pytest.raises(UserError, match="has no split 'dev', but test, train"):
+  with pytest.raises(UserError, match="has no split 'dev'; use one of test, train"):
     open_images(f'{folder}:dev')
   copy = shutil.copytree(folder, tmp_path / 'copy')
   (records,) = copy.glob('*test*array_record*')

@@ -215,7 +215,7 @@ def table():
 
 
 def prepared():
-  from diffusion_jax.data.image_sets import PreparedImages
+  from diffusion_jax.data.sources.tfds import PreparedImages
   from tests.data.foreign_set import write_foreign_set
 
   def make(folder):

@@ -256,7 +256,7 @@ def _generate(builder: Any) -> None:
       ) from error
 
 
-def prepared(config: DataConfig) -> tuple['ImageSource', 'ImageSource']:
+def prepared(config: DataConfig) -> tuple['PreparedRecords', 'PreparedRecords']:
   """Return (train, test) of the data set that a `DataConfig` names."""
   without_effect(config, config.dataset, *OF_FOLDERS)
   train, test = (
@@ -271,7 +271,7 @@ def prepared(config: DataConfig) -> tuple['ImageSource', 'ImageSource']:
 
 def open_source(
   dataset: str, split: str, *, size: int, data_dir: str | None = None, prepare: bool = False
-) -> 'ImageSource':
+) -> 'PreparedRecords':
   """Open one split of a prepared data set, 'train', 'test', or a slice such as 'train[:100]'.
 
   Args:
@@ -289,70 +289,132 @@ def open_source(
       f'The data set {dataset} at {size} px is not in {builder.data_dir}: '
       f'run python -m diffusion_jax prepare --dataset {dataset} --size {size}{folder}'
     )
-  try:
-    chosen = builder.info.splits[split]
-  except (KeyError, ValueError) as error:
-    known = ', '.join(sorted(builder.info.splits))
-    raise UserError(
-      f"{dataset} has no split {split!r}: use one of {known}, or a slice such as 'train[:100]'."
-    ) from error
-  name = f'{dataset} in {builder.data_dir}'
-  with _reading(name):
-    import tensorflow_datasets as tfds
-
-    check_shards(builder.data_dir, chosen)
-    # Pillow decodes: TFDS would ask for OpenCV, and damaged images must be named.
-    decoders = {'image': tfds.decode.SkipDecoding()}
-    records = builder.as_data_source(split=split, decoders=decoders)
-    return ImageSource(records, name, DATASETS[dataset][-1])
+  return PreparedRecords(builder.data_dir, split, DATASETS[dataset][-1])
 
 
-class ImageSource:
-  """Records of a TFDS data source: image, captions, id, and label where it has groups.
+class _Prepared(Sequence):
+  """One split of a folder with dataset_info.json and ArrayRecord files, by record.
 
   Pickles, so that worker processes can read it.
+
+  Args:
+    split: a name, or a TFDS slice such as 'train[:100]'; '' where there is only one split.
+
+  Raises:
+    UserError: a folder that cannot be read, another split, or records without images.
   """
 
-  def __init__(self, records: Sequence[Mapping[str, Any]], name: str, credit: str = ''):
-    self._records, self._name, self.credit = records, name, credit
-    self._length = len(records)
+  def __init__(self, folder: str | Path, split: str = ''):
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    self.folder = Path(folder).absolute()
+    check_metadata(self.folder)
+    with self._reading():
+      builder = tfds.builder_from_directory(str(self.folder))
+      splits, features = sorted(builder.info.splits), builder.info.features
+      has_images = 'image' in features and isinstance(features['image'], tfds.features.Image)
+    if not has_images:
+      raise UserError(
+        f"the data set in {folder} has no feature 'image', but {', '.join(features)}."
+      )
+    if not split and len(splits) > 1:
+      raise UserError(f'{folder} has the splits {", ".join(splits)}; give {folder}:{splits[-1]}.')
+    with self._reading():
+      self.split = split or splits[0]
+    try:
+      chosen = builder.info.splits[self.split]
+    except (KeyError, ValueError) as error:
+      raise UserError(
+        f'{folder} has no split {split!r}; use one of {", ".join(splits)}, or a slice such as '
+        f"'{splits[-1]}[:100]'."
+      ) from error
+    with self._reading():
+      check_shards(self.folder, chosen)
+      self._records = ArrayRecordDataSource(chosen.file_instructions)
+      self._length = len(self._records)
 
   def __len__(self) -> int:
     return self._length
 
+  def _where(self, index: int) -> str:
+    return f'{index} of {self.split} in {self.folder}'
+
+  def _reading(self, what: str = '') -> contextlib.AbstractContextManager:
+    return reading(
+      what or f'the data set in {self.folder}', remedy=f'remove {self.folder} and prepare it again'
+    )
+
+  def _features(self, index: int) -> Mapping[str, list[bytes]]:
+    """The features of a record that are bytes; no image is decoded."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    with self._reading(f'the record {self._where(index)}'):
+      features = tf_example_pb2.Example.FromString(self._records[index]).features.feature
+      return {name: list(feature.bytes_list.value) for name, feature in features.items()}
+
+  def _image(self, features: Mapping[str, list[bytes]], index: int) -> np.ndarray:
+    with self._reading(f'the image {self._where(index)}'):
+      (data,) = features['image']
+    # Pillow decodes it: TFDS would ask for OpenCV, and damaged images must be named.
+    return read_pixels(io.BytesIO(data), self._where(index))
+
+
+class PreparedImages(_Prepared):
+  """The feature 'image' of anybody's data set."""
+
+  def __getitem__(self, index: int) -> np.ndarray:
+    """Return image `index`, uint8 [h w 3]. UserError, naming it, where it cannot be read."""
+    index = range(self._length)[index]
+    return self._image(self._features(index), index)
+
+
+class PreparedRecords(_Prepared):
+  """Records of our own data sets: image, captions, id, and label where it has groups."""
+
+  def __init__(self, folder: str | Path, split: str, credit: str = ''):
+    super().__init__(folder, split)
+    self.credit = credit
+
   def __getitem__(self, index: SupportsIndex) -> Record:
     """Return record `index`. Unreadable where it is damaged, or the file that it is in."""
     index = range(self._length)[index]
-    where = f'{index} of {self._name}'
-    with _reading(where, Unreadable):
-      raw = self._records[index]
-      image, label = raw['image'], {'label': raw['group'].decode()} if 'group' in raw else {}
-      texts = {'captions': [text.decode() for text in raw['captions']], 'id': raw['id'].decode()}
-    return {'image': read_pixels(io.BytesIO(image), where), **texts, **label}
+    try:
+      features = self._features(index)
+      texts = self._texts(features, index)
+      label = {'label': texts['group'][0]} if 'group' in texts else {}
+      image = self._image(features, index)
+      return {'image': image, 'captions': texts['captions'], 'id': texts['id'][0], **label}
+    except UserError as error:
+      raise Unreadable(str(error)) from error
+
+  def _texts(self, features: Mapping[str, list[bytes]], index: int) -> dict[str, list[str]]:
+    with self._reading(f'the record {self._where(index)}'):
+      return {
+        name: [text.decode() for text in features[name]] for name in ('id', 'captions', 'group')
+        if name in features
+      }
 
   @property
   def labels(self) -> list[str]:
     """Of every record, in order; no image is decoded. UserError where there are none."""
-    with _reading(self._name):
-      try:
-        return [raw['group'].decode() for raw in self._records]
-      except KeyError:
-        raise UserError(f'The data set {self._name} has no labels: use another.') from None
+    try:
+      return [self._texts(self._features(i), i)['group'][0] for i in range(self._length)]
+    except KeyError:
+      raise UserError(f'the data set in {self.folder} has no labels: use another.') from None
 
   def fingerprint(self) -> dict[str, str]:
     """Return hashes that change with the texts and pixels of records, not with their storage."""
     return {
-      'captions': of_texts([self._texts(i) for i in spread(self._length, RECORDS)]),
+      'captions': of_texts([self._all_texts(i) for i in spread(self._length, RECORDS)]),
       'pictures': of_images([self._pixels(i) for i in spread(self._length, IMAGES)]),
     }
 
-  def _texts(self, index: int) -> list[list[str]] | None:
+  def _all_texts(self, index: int) -> list[list[str]] | None:
     """All texts of a record; None of one that cannot be read."""
     try:
-      raw = self._records[index]
-      return [[text.decode() for text in np.atleast_1d(raw[name]).tolist()]
-              for name in ('id', 'captions', 'group') if name in raw]
-    except Exception:  # ArrayRecord raises bare ones from C++.
+      return list(self._texts(self._features(index), index).values())
+    except UserError:
       return None
 
   def _pixels(self, index: int) -> np.ndarray:
@@ -360,13 +422,3 @@ class ImageSource:
       return self[index]['image']
     except UserError:
       return np.zeros((0, 0, 3), np.uint8)
-
-
-@contextlib.contextmanager
-def _reading(name: str, kind: type[UserError] = UserError) -> Iterator[None]:
-  folder = Path(name.rpartition(' in ')[2])
-  try:
-    with reading(f'The data set {name}', remedy=f'delete {folder} and prepare it again'):
-      yield
-  except UserError as error:
-    raise kind(str(error)) from error
