@@ -1,7 +1,8 @@
 """Checkpoints of a whole training state: saved in the background, verified when read.
 
 Storage fails in many ways and none of them may cost a run: a save that fails is reported and tried
-again, a damaged checkpoint is moved aside and the one before it is used.
+again, a damaged checkpoint is moved aside and the one before it is used. Orbax's manager is not
+used: its barriers wait for a process that has failed, and its policies know no numbers of samples.
 """
 
 import contextlib
@@ -26,15 +27,19 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.files import atomic_write, read_object, reading, say, set_aside_damaged
 from diffusion_jax.parallel.processes import agree, in_step
 
-SCORES = 'scores.json'
+ITEMS = ('params', 'opt_state', 'ema', 'rest')
+"""Parts of a state that are stored apart, so that sampling reads only the parameters."""
+SCORES, DELETING = 'scores.json', '.deleting'
+STEP = re.compile(r'0|[1-9][0-9]{0,17}')
+"""A step as it is written here, which other digits, signs, zeros and spaces are not."""
+RETRY_SECONDS = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Keep:
   """The newest `last`, every step that is a multiple of every_steps, and the best one.
 
-  every_steps: 0 for none. best: a metric of the evaluation, '' for none. best_is: whether its
-  lowest or its highest value is best.
+  every_steps: 0 for none. best: a metric of the evaluation, '' for none. best_is: lowest, highest.
   """
 
   last: int = 2
@@ -49,8 +54,6 @@ def kept(
 ) -> set[int]:
   """Return the steps that stay.
 
-  Orbax's policies know no numbers of samples, and run only within its manager.
-
   Args:
     steps: those on disk.
     scores: step -> value of the metric `keep.best`; steps may be missing.
@@ -63,13 +66,9 @@ def kept(
     stay |= {step for step in steps if step % keep.every_steps == 0}
   if keep.best:
     sign = 1 if keep.best_is == 'highest' else -1
-    best: dict[float | None, int] = {}
-    for step in steps:  # The newest of equal ones.
-      if math.isfinite(score := scores.get(step, math.nan)):
-        rival = best.get(samples.get(step))
-        if rival is None or sign * score >= sign * scores[rival]:
-          best[samples.get(step)] = step
-    stay |= set(best.values())
+    scored = [step for step in steps if math.isfinite(scores.get(step, math.nan))]
+    scored.sort(key=lambda step: (sign * scores[step], step))  # The newest of equal ones is last.
+    stay |= set({samples.get(step): step for step in scored}.values())
   return stay
 
 
@@ -79,18 +78,17 @@ class Scores:
   def __init__(self, directory: Path, say: Callable[[str], None]):
     self._file, self._say = directory / SCORES, say
     self._lock = threading.Lock()  # Steps are pruned in the thread that saves.
-    self._values: dict[int, dict[str, float]] = self._read()
-
-  def _read(self) -> dict[int, dict[str, float]]:
+    self._values: dict[int, dict[str, float]] = {}
     if not os.path.lexists(self._file):
-      return {}
+      return
     try:
       with reading(self._file, remedy='scores of old checkpoints are forgotten'):
-        values = read_object(self._file)
-        return {int(step): {k: float(v) for k, v in each.items()} for step, each in values.items()}
+        self._values = {
+          int(step): {name: float(value) for name, value in values.items()}
+          for step, values in read_object(self._file).items()
+        }
     except UserError as error:
       self._say(str(error))
-      return {}
 
   def of(self, metric: str) -> dict[int, float]:
     """Return {step: value} of a metric, of the steps that have one."""
@@ -103,22 +101,12 @@ class Scores:
       known = self._values.setdefault(step, {})
       known |= {name: float(value) for name, value in values.items()}
       text = json.dumps(self._values, indent=1)
-    if jax.process_index() != 0:
-      return
-    try:
-      with atomic_write(self._file) as file:
-        file.write(text.encode())
-    except OSError as error:
-      self._say(f'{self._file} cannot be written ({error}).')
-
-
-ITEMS = ('params', 'opt_state', 'ema', 'rest')
-"""Parts of a state that are stored apart, so that sampling reads only the parameters."""
-
-DELETING = '.deleting'
-STEP = re.compile(r'0|[1-9][0-9]{0,17}')
-"""A step as it is written here, which other digits, signs, zeros and spaces are not."""
-RETRY_SECONDS = 60.0
+    if jax.process_index() == 0:
+      try:
+        with atomic_write(self._file) as file:
+          file.write(text.encode())
+      except OSError as error:
+        self._say(f'{self._file} cannot be written ({error}).')
 
 
 class Checkpoints:
@@ -138,7 +126,8 @@ class Checkpoints:
     self.directory = Path(directory).absolute()
     self.keep, self.read_only, self.retry_seconds = keep, read_only, retry_seconds
     self.error = ''
-    self._say = say if jax.process_index() == 0 else lambda text: None
+    self._main = jax.process_index() == 0
+    self._say = say if self._main else lambda text: None
     self._failed_at: float | None = None
     self._step = -1
     if not read_only:
@@ -149,13 +138,12 @@ class Checkpoints:
   def _tidy_up(self) -> None:
     if os.path.lexists(self.directory) and not self.directory.is_dir():
       raise UserError(f'{self.directory} is not a folder; move it out of the way.')
-    if jax.process_index() != 0:
-      return
-    remove_leftovers(self.directory)
-    with contextlib.suppress(OSError):  # What cannot be read or removed shows when it is needed.
-      set_aside_damaged(self.directory / SCORES, self._say)
-      for path in self.directory.glob(f'*{DELETING}'):
-        _remove(path)
+    if self._main:
+      remove_leftovers(self.directory)
+      with contextlib.suppress(OSError):  # What cannot be read or removed shows when it is needed.
+        set_aside_damaged(self.directory / SCORES, self._say)
+        for path in self.directory.glob(f'*{DELETING}'):
+          _remove(path)
 
   def steps(self) -> list[int]:
     """Return the steps on disk, damaged ones too, in ascending order."""
@@ -166,13 +154,11 @@ class Checkpoints:
 
   def latest(self) -> int | None:
     """Return the newest step that looks intact (nothing is read), None when there is none."""
-    try:
-      return next((
-        step for step in reversed(self.steps())
-        if (self.directory / str(step) / record.MANIFEST).is_file()
-      ), None)
-    except OSError:  # Only said; what is wrong with the storage shows elsewhere.
-      return None
+    with contextlib.suppress(OSError):  # What is wrong with the storage shows elsewhere.
+      for step in reversed(self.steps()):
+        if (self.directory / str(step) / record.MANIFEST).is_file():
+          return step
+    return None
 
   def fingerprint(self, step: int) -> str:
     """Return what changes with the content of a checkpoint; '' where there is none."""
@@ -210,7 +196,7 @@ class Checkpoints:
   def wait(self) -> bool:
     """Block until every save is on disk or has failed; return whether the last one succeeded."""
     self._collect()
-    if jax.process_index() == 0 and not self.read_only:
+    if self._main and not self.read_only:
       self._prune()  # Scores may have come since the save began.
     return not self.error
 
@@ -224,13 +210,12 @@ class Checkpoints:
     return time.monotonic() - self._failed_at >= self.retry_seconds
 
   def _collect(self) -> None:
-    if not self._saving.busy:
-      return
-    try:
-      self._saving.collect()
-      self._succeeded()
-    except (NotSaved, TimeoutError) as error:
-      self._failed(self._step, error)
+    if self._saving.busy:
+      try:
+        self._saving.collect()
+        self._succeeded()
+      except (NotSaved, TimeoutError) as error:
+        self._failed(self._step, error)
 
   def _succeeded(self) -> None:
     if self.error:
@@ -250,7 +235,7 @@ class Checkpoints:
         f'loop.keep_best is {self.keep.best!r}, which this evaluation does not measure; it '
         f'measures {", ".join(sorted(values)) or "nothing"}.'
       )
-    if jax.process_index() == 0 and not self._saving.busy:
+    if self._main and not self._saving.busy:
       self._prune()
 
   def _prune(self) -> None:
@@ -260,8 +245,7 @@ class Checkpoints:
     except OSError as error:
       self._say(f'{self.directory} cannot be read ({reason(error)}); nothing is deleted there.')
       return
-    known = self._scores.of(self.keep.best) if self.keep.best else {}
-    stay = kept(steps, known, self.keep, self._scores.of('samples'))
+    stay = kept(steps, self._scores.of(self.keep.best), self.keep, self._scores.of('samples'))
     for step in sorted(set(steps) - stay):
       folder = self.directory / str(step)
       try:  # Renamed first, so that what is half deleted never passes for a checkpoint.
@@ -289,27 +273,27 @@ class Checkpoints:
       UserError: the checkpoint or all of them are damaged, or it is of another model.
     """
     self._collect()
-    wanted = _present(abstract)
+    read = lambda step: read_step(self.directory / str(step), _present(abstract), everything)
     if step is None:
-      found = self._newest(wanted, everything)
+      found = self._newest(read)
       if found is None:
         return None
       step, trees, data = found
     else:
       try:
-        trees, data = read_step(self.directory / str(step), wanted, everything)
+        trees, data = read(step)
       except Damaged as error:
         raise UserError(
           f'the checkpoint {self.directory / str(step)} is damaged ({error}); choose another step.'
         ) from error
     return step, {name: trees.get(name, tree) for name, tree in abstract.items()}, data
 
-  def _newest(self, wanted: dict, everything: bool) -> tuple[int, dict[str, Any], Any] | None:
+  def _newest(self, read: Callable[[int], tuple]) -> tuple[int, dict[str, Any], Any] | None:
     steps, moved = json.loads(agree('steps', in_step('listing', self._listed, (UserError,)))[0])
-    problem = ''
+    problem = 'they were found so before'
     for step in reversed(steps):
       try:
-        return step, *read_step(self.directory / str(step), wanted, everything)
+        return step, *read(step)
       except Damaged as error:
         problem = str(error)
       self._pass_over(step, problem)
@@ -317,8 +301,8 @@ class Checkpoints:
       return None
     where = self.directory if steps and self.read_only else self.directory / record.QUARANTINE
     raise UserError(
-      f'all checkpoints are damaged ({problem or "they were found so before"}); they are in '
-      f'{where}: put a copy in their place, or delete that folder to begin anew.'
+      f'all checkpoints are damaged ({problem}); they are in {where}: put a copy in their place, '
+      'or delete that folder to begin anew.'
     )
 
   def _listed(self) -> str:
@@ -332,22 +316,20 @@ class Checkpoints:
       ) from error
 
   def _pass_over(self, step: int, problem: str) -> None:
-    folder = self.directory / str(step)
+    damaged = f'the checkpoint {self.directory / str(step)} is damaged ({problem})'
     if self.read_only:
-      self._say(f'the checkpoint {folder} is damaged ({problem}); the one before it is used.')
+      self._say(f'{damaged}; the one before it is used.')
       return
 
     def move() -> str:
       try:
-        return str(record.quarantine(self.directory, step)) if jax.process_index() == 0 else ''
+        return str(record.quarantine(self.directory, step)) if self._main else ''
       except OSError as error:
         raise UserError(
-          f'the checkpoint {folder} is damaged ({problem}) and cannot be moved ({reason(error)}); '
-          'move it out of the way.'
+          f'{damaged} and cannot be moved ({reason(error)}); move it out of the way.'
         ) from error
 
-    target = in_step('quarantine', move, (UserError,))
-    self._say(f'the checkpoint {folder} is damaged ({problem}); it was moved to {target}.')
+    self._say(f'{damaged}; it was moved to {in_step("quarantine", move, (UserError,))}.')
 
   def close(self) -> None:
     """Wait, then free threads."""

@@ -1,5 +1,4 @@
-"""Digests of arrays on devices, by which damaged array data are noticed: Orbax returns them as they
-are.
+"""Digests of arrays on devices, by which damaged data are noticed: Orbax returns them as they are.
 
 A digest is a sum over all words, so that each process adds up what it holds and waits for no other.
 """
@@ -26,10 +25,9 @@ def _words(x: jax.Array) -> jax.Array:
 
 
 def _places(part: tuple[int, ...], start: tuple, shape: tuple[int, ...]) -> jax.Array:
-  """Return the places, in an array of `shape`, of the words of the part that begins at `start`.
+  """Return the flat indices, in an array of `shape`, of the part that begins at `start`.
 
-  Axes that the part holds in full are merged with those before them: taking an index apart again
-  costs more than all else.
+  Axes that the part holds in full are merged with those before: taking an index apart costs most.
   """
   axes = [(1, 0, 1)]
   for size, first, whole in zip(part, start, shape, strict=True):
@@ -102,8 +100,7 @@ def _dispatch(x: jax.Array) -> list[jax.Array]:
 def local_digests(tree: Any) -> Callable[[], dict[str, list[int]]]:
   """Start the sums over what this process holds of a pytree; the arrays may be donated at once.
 
-  Returns:
-    A function, to be called from any thread, that waits for {path of a leaf: its two sums here}.
+  Returns a function, for any thread, that waits for {path of a leaf: its two sums here}.
   """
   started = {
     jax.tree_util.keystr(path): _dispatch(leaf)
@@ -113,8 +110,7 @@ def local_digests(tree: Any) -> Callable[[], dict[str, list[int]]]:
   def fetch() -> dict[str, list[int]]:
     found = jax.device_get(started)
     return {
-      path: np.sum([np.reshape(part, 2) for part in parts], axis=0, dtype=np.uint32).tolist()
-      if parts else [0, 0]
+      path: np.asarray(parts, np.uint32).reshape(-1, 2).sum(axis=0, dtype=np.uint32).tolist()
       for path, parts in found.items()
     }
 

@@ -32,8 +32,7 @@ class Damaged(Exception):
   """What is stored is not what was saved; the message says which part and how."""
 
 
-def _sha256(text: bytes) -> str:
-  return hashlib.sha256(text).hexdigest()
+_sha256 = lambda text: hashlib.sha256(text).hexdigest()
 
 
 def _content(path: Path) -> bytes:
@@ -65,11 +64,9 @@ def fingerprint(folder: Path) -> str:
 
 
 def check_manifest(folder: Path, parts: Sequence[str]) -> None:
-  """Compare the files below the given parts of `folder` with the list.
+  """Raise Damaged where the list, or a file below the given parts, is missing, cut or changed.
 
-  Raises:
-    Damaged: the list or a file is missing, cut or changed.
-    OSError: a file cannot be read for another reason.
+  OSError where a file cannot be read for another reason.
   """
   try:
     own, _, text = _content(folder / MANIFEST).partition(b'\n')
@@ -98,7 +95,7 @@ def describe(tree: Any) -> dict[str, list]:
 
 
 def write_digests(folder: Path, parts: dict[str, dict]) -> None:
-  """Write what this process adds to the digests: {item: {path of a leaf: two sums}}."""
+  """Write this process's summands: {item: {path of a leaf: two sums}}."""
   file = folder / RECORD / f'digests_{jax.process_index()}.json'
   file.write_text(json.dumps(parts), encoding='utf-8')
 
@@ -112,9 +109,7 @@ def write_record(folder: Path, step: int, arrays: dict[str, dict], data: Any) ->
 def read_record(folder: Path) -> tuple[dict[str, dict], dict[str, dict], Any]:
   """Return (arrays of every item, digests of every item, position of the data loader).
 
-  Raises:
-    Damaged: a file is missing or cannot be understood, or it is the record of another step than the
-      folder is named after.
+  Damaged where a file is missing or senseless, or of another step than the folder's name.
   """
   try:
     record = read_object(folder / RECORD / 'record.json')
@@ -131,7 +126,7 @@ def read_record(folder: Path) -> tuple[dict[str, dict], dict[str, dict], Any]:
 
 
 def check_step(folder: Path, step: Any) -> None:
-  """Raise Damaged where a folder that is named after a step was renamed, copied or linked."""
+  """Raise Damaged where a folder of another step was renamed, copied or linked to this name."""
   if step != int(folder.name):
     raise Damaged(f'it is the checkpoint of step {step} under another name')
 
@@ -139,9 +134,9 @@ def check_step(folder: Path, step: Any) -> None:
 def check_arrays(
   folder: Path, saved: dict[str, dict], wanted: dict[str, dict], everything: bool
 ) -> None:
-  """Raise UserError unless the wanted arrays are those that were saved, or `everything` of them.
+  """Raise UserError, naming the first item, leaf, shape or type that differs from what was saved.
 
-  It names the first item, leaf, shape or type that differs.
+  everything: whether an item that is saved but not wanted differs, too.
   """
   def differs(what: str) -> UserError:
     return UserError(
@@ -178,18 +173,15 @@ NOT_DAMAGE = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED')
 
 
 def read_step(folder: Path, wanted: dict[str, Any], everything: bool) -> tuple[dict[str, Any], Any]:
-  """Read the wanted items, onto the shardings of `wanted`, and the loader's position.
-
-  All processes must call it together.
+  """Read the wanted items onto their shardings, and the loader's position; all processes together.
 
   Args:
     wanted: item -> pytree of jax.ShapeDtypeStruct with shardings.
-    everything: whether an item that is saved but not wanted makes it a checkpoint of another model.
+    everything: whether an item that is saved but not wanted makes it one of another model.
 
   Raises:
     Damaged: what is stored is not what was saved.
-    UserError: the checkpoint is intact but of another model, or cannot be read for a reason that
-      says nothing about the files.
+    UserError: it is of another model, or unreadable for a reason that says nothing of the files.
   """
   kinds = (Damaged, UserError)
   saved_digests, data = in_step('opening', lambda: _open(folder, wanted, everything), kinds)
@@ -205,6 +197,7 @@ def read_step(folder: Path, wanted: dict[str, Any], everything: bool) -> tuple[d
 
 
 def _open(folder: Path, wanted: dict[str, Any], everything: bool) -> tuple[dict[str, dict], Any]:
+  """Return (digests of every item, position of the data loader), once the files are those saved."""
   try:
     if jax.process_index() == 0:  # The same files for all, so one looks.
       check_manifest(folder, (RECORD, *wanted))

@@ -48,7 +48,7 @@ class Saving:
   """Saves into `directory`, one step after the other."""
 
   def __init__(self, directory: Path, say: Callable[[str], None]):
-    """`say` is told of what was in the way of a step and has been moved."""
+    """`say` takes a line about what was in the way of a step and has been moved."""
     self.directory, self._say = directory, say
     self._name = f'saving_{next(_numbers)}'  # The same in all processes, as paths need not be.
     # One thread: it starts the next save only when the one before is on disk or has failed.
@@ -90,11 +90,10 @@ class Saving:
     if self._prepare(step, folder, parts):
       return False
     arrays = {item: record.describe(tree) for item, tree in parts.items()}
-    problem, writes = '', []
-    try:  # In the thread, for a notebook runs an event loop of its own in this one.
-      writes = self._pool.submit(asyncio.run, self._begin(folder, parts)).result()
-    except Exception as error:  # Of many kinds, and the peers must hear of all.
-      problem = reason(error)
+    writes: list = []
+    # In the thread, for a notebook runs an event loop of its own in this one.
+    begin = lambda: writes.extend(asyncio.run(self._begin(folder, parts)))
+    problem = self._pool.submit(_tried, begin).result()
 
     def write() -> None:
       record.write_digests(folder, {item: fetch() for item, fetch in digests.items()})
@@ -110,8 +109,7 @@ class Saving:
     def finish() -> None:
       # All of them, for the folder may only go when nobody writes into it.
       problems = [problem, *(_tried(one.result) for one in writes)]
-      begun = next(filter(None, problems), '')
-      self._agree('written', begun or _tried(write), folder)
+      self._agree('written', next(filter(None, problems), '') or _tried(write), folder)
       self._agree('committed', _tried(commit) if jax.process_index() == 0 else '', folder)
       if jax.process_index() == 0:
         then()
@@ -121,16 +119,16 @@ class Saving:
 
   def _prepare(self, step: int, folder: Path, parts: dict[str, Any]) -> bool:
     """Make the folders where there is room; True where the step is there already."""
-    problem = ''
+    main = jax.process_index() == 0
     try:
-      if jax.process_index() == 0 and self._have(step):
+      if main and self._have(step):
         problem = 'have'
       else:
         self.directory.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
+        if main:
           remove_leftovers(self.directory)
         problem = _lack_of_room(self.directory, parts)
-        if jax.process_index() == 0 and not problem:
+        if main and not problem:
           for name in (*parts, record.RECORD):
             (folder / name).mkdir(parents=True)
     except OSError as error:
@@ -181,7 +179,7 @@ def _tried(work: Callable[[], Any]) -> str:
   """Return why `work` failed, '' where it did not."""
   try:
     work()
-  except Exception as error:  # Of Orbax and its storage, of many kinds.
+  except Exception as error:  # Of Orbax and its storage, of many kinds; peers must hear of all.
     return reason(error)
   return ''
 
@@ -206,22 +204,19 @@ def reason(error: BaseException) -> str:
 def of_storage(error: BaseException) -> bool:
   """Tell an error of writing from a mistake in what is written.
 
-  Libraries in other languages have kinds of their own, which quote the number of the system's.
+  Libraries in other languages raise kinds of their own, which quote the system's number.
   """
   return isinstance(error, OSError) or bool(re.search(r'os error \d+|No space left', str(error)))
 
 
 def may_pass(problem: str) -> bool:
-  """Tell whether what keeps something from being written ends by itself or by making room.
-
-  `problem` quotes the reason, which may have come from another process.
-  """
+  """Tell whether what keeps something from being written, by its `reason`, may end by itself."""
   words = ('the disk is full', 'did not agree', *map(os.strerror, PASSING))
   return any(word in problem for word in words)
 
 
 def _lack_of_room(directory: Path, parts: dict[str, Any]) -> str:
-  """Return '' where all of the arrays fit, whoever writes them, or else a sentence."""
+  """Return a sentence where not all arrays fit, whoever writes them; '' where they do."""
   leaves = jax.tree.leaves(parts)
   needed = sum(leaf.nbytes for leaf in leaves) * 11 // 10
   needed += MARGIN_BYTES + MARGIN_BYTES_A_LEAF * len(leaves)

@@ -106,7 +106,7 @@ class _Loop:
 
   def _begin(self, abstract: TrainState) -> None:
     """Restore the state, or make a fresh one."""
-    t, found, before = self.t, self.saver.restore(abstract), self.safety.start.status
+    t, found, before = self.t, self.saver.restore_run(abstract), self.safety.start.status
     self.resumed = found is not None
     self.state = found.state if found else initializer(
       t.task, t.optimizer, bool(abstract.ema), t.loop.seed, t.mesh, abstract
@@ -232,7 +232,7 @@ class _Loop:
       raise Diverged(
         f'{self.t.safety.max_skipped_in_a_row} steps in a row up to step {step} had a loss or '
         'gradient that is not finite or a spike, and were skipped; the last checkpoint, from '
-        f'before, is of step {self.saver.latest}. Lower optimizer.learning_rate or set '
+        f'before, is of step {self.saver.latest()}. Lower optimizer.learning_rate or set '
         'optimizer.clip_norm.'
       )
 
@@ -276,7 +276,7 @@ class _Loop:
       self.pending = (self.step, *self.meter.close_window())
       self._log()
     with self.goodput.phase('checkpoint'):
-      self.saver.save(self.step, self.state, self.meter.totals, self.goodput.totals())
+      self.saver.save_run(self.step, self.state, self.meter.totals, self.goodput.totals())
     self.safety.tell('training')
 
   def _rescue(self, error: Exception) -> None:
@@ -303,7 +303,7 @@ class _Loop:
       self.saver.wait()
     number = self.safety.stop.signal or signal.SIGTERM
     self.bar.close()
-    saved, error = self.saver.latest, self.saver.error
+    saved, error = self.saver.latest(), self.saver.error
     self.safety.tell('interrupted', message=(
       f'stopped by {signal.Signals(number).name}, saved step {saved}'
       f'{f"; {error}" if error else ""}'

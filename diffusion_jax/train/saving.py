@@ -37,30 +37,25 @@ class Restored(NamedTuple):
   goodput: dict[str, float]
 
 
-class Saver:
-  """The checkpoints of a run, in the background.
-
-  A checkpoint that cannot be written, such as for want of space, does not end the run: `error`
-  says what is wrong, and `retry_is_due` when to try again.
-  """
+class Saver(Checkpoints):
+  """The checkpoints of a run, with the places where its data and its metrics stand."""
 
   def __init__(self, training: Training, say: Callable[[str], None]):
     loop = training.loop
     best = loop.keep_best_is or (best_is(loop.keep_best) if loop.keep_best else LOWEST)
-    self._loader, self._ask_every = training.loader, loop.log_every_steps
-    self._checkpoints = Checkpoints(
+    super().__init__(
       training.directory.checkpoints,
       Keep(loop.keep_checkpoints, loop.keep_every_steps, loop.keep_best, best),
       retry_seconds=training.safety.checkpoint_retry_seconds, say=say,
     )
+    self.loader, self._ask_every = training.loader, loop.log_every_steps
 
-  def restore(self, abstract: TrainState) -> Restored | None:
+  def restore_run(self, abstract: TrainState) -> Restored | None:
     """Return the newest intact state, and set the loader to what comes after it.
 
-    Raises:
-      UserError: there are checkpoints, but all are damaged, or they are of another model.
+    UserError where all checkpoints are damaged, or they are of another model.
     """
-    found = self._checkpoints.restore(_as_parts(abstract))
+    found = self.restore(_as_parts(abstract))
     if found is None:
       return None
     step, parts, extra = found
@@ -68,7 +63,7 @@ class Saver:
       f'what the checkpoint of step {step} says of data and metrics', 'cannot be understood',
       'it was not saved by train: choose another workdir',
     ):
-      self._loader.set_state(extra['loader'])
+      self.loader.set_state(extra['loader'])
       totals = {
         name: Average(*(np.asarray(part, np.float32) for part in pair))
         for name, pair in extra['totals'].items()
@@ -81,51 +76,26 @@ class Saver:
     )
     return Restored(state, totals, goodput)
 
-  def save(self, step: int, state: TrainState, totals: Metrics, goodput: dict[str, float]) -> None:
+  def save_run(
+    self, step: int, state: TrainState, totals: Metrics, goodput: dict[str, float]
+  ) -> None:
     """Start to save a step that is not saved yet."""
-    extra: dict[str, Any] = {
-      'loader': self._loader.get_state(),
+    self.save(step, _as_parts(state), {
+      'loader': self.loader.get_state(),
       'totals': {
         name: [one.total.tolist(), one.count.tolist()] for name, one in to_host(totals).items()
       },
       'goodput': goodput,
-    }
-    self._checkpoints.save(step, _as_parts(state), extra)
-
-  def rewind(self, data: dict[str, Any]) -> None:
-    """Set the loader back to what it said of itself."""
-    self._loader.set_state(data)
-
-  def scores(self, step: int, values: dict[str, float]) -> None:
-    """Tell how a step was scored, which decides what is kept."""
-    self._checkpoints.scores(step, values)
-
-  @property
-  def error(self) -> str:
-    """What keeps checkpoints from being written, '' for nothing."""
-    return self._checkpoints.error
-
-  @property
-  def latest(self) -> int | None:
-    """The newest step on disk."""
-    return self._checkpoints.latest()
+    })
 
   def retry_is_due(self, step: int) -> bool:
     """Say whether a save has failed and it is time to try again; the same on every process."""
     if jax.process_count() == 1:  # Several would not notice at the same step.
-      self._checkpoints.poll()
-    if not self._checkpoints.error or step % self._ask_every:
+      self.poll()
+    if not self.error or step % self._ask_every:
       return False
     # Clocks differ, so process 0 decides.
-    return agree('retry', str(self._checkpoints.should_retry()))[0] == 'True'
-
-  def wait(self) -> None:
-    """Block until what can be written is on disk."""
-    self._checkpoints.wait()
-
-  def close(self) -> None:
-    """Wait, then frees threads."""
-    self._checkpoints.close()
+    return agree('retry', str(self.should_retry()))[0] == 'True'
 
 
 def _as_parts(state: TrainState) -> dict[str, Any]:
@@ -143,37 +113,36 @@ def rescue(
 
   Args:
     most_skipped: steps in a row that are skipped before a run counts as diverged.
-    data: where the loader stood before a batch that was read in vain, None for none.
+    data: state of the loader before a batch that was read in vain, None for none.
   """
   try:
     if jax.process_count() > 1:
       agree('rescue', '', MEET_SECONDS)
     if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
-      return _not_saved(saver, 'the step that failed has taken the state with it')
-    if int(state.guard.in_a_row) >= most_skipped or not _finite(state):
-      return _not_saved(saver, 'the state has diverged')
-    step = int(state.step)
-    if data is not None:
-      saver.rewind(data)
-    saver.save(step, state, totals, goodput)
-    saver.wait()
-    return _not_saved(saver, saver.error) if saver.error else f'step {step} was saved before'
+      why = 'the step that failed has taken the state with it'
+    elif int(state.guard.in_a_row) >= most_skipped or not _finite(state):
+      why = 'the state has diverged'
+    else:
+      step = int(state.step)
+      if data is not None:
+        saver.loader.set_state(data)
+      saver.save_run(step, state, totals, goodput)
+      if saver.wait():
+        return f'step {step} was saved before'
+      why = saver.error
   except Exception as error:  # Of whatever broke the run; that error matters, not this one.
-    return _not_saved(saver, f'{type(error).__name__}: {error}'[:200])
+    why = f'{type(error).__name__}: {error}'[:200]
+  return f'the last checkpoint is of step {saver.latest()} ({why})'
 
 
-def _not_saved(saver: Saver, why: str) -> str:
-  return f'the last checkpoint is of step {saver.latest} ({why})'
+@jax.jit
+def _all_finite(leaves: list[jax.Array]) -> jax.Array:
+  return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
 
 def _finite(state: TrainState) -> bool:
-  floats = [
-    leaf for leaf in jax.tree.leaves((state.params, state.ema, state.opt_state))
-    if jnp.issubdtype(leaf.dtype, jnp.inexact)
-  ]
-  return bool(jax.jit(lambda leaves: jnp.stack([jnp.isfinite(x).all() for x in leaves]).all())(
-    floats
-  ))
+  leaves = jax.tree.leaves((state.params, state.ema, state.opt_state))
+  return bool(_all_finite([x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]))
 
 
 def wait_for_room(
