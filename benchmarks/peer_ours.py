@@ -16,7 +16,7 @@ from diffusion_jax.diffusion.denoiser import classifier_free, make_denoiser
 from diffusion_jax.diffusion.noise import Schedule, ScheduleConfig
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.diffusion.samplers import sampler, sampling_grid
-from diffusion_jax.formats.published import to_published
+from diffusion_jax.formats.published import published_name, to_published_layout
 from diffusion_jax.formats.unet import UNETS
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.unet import UNet, UNetConfig
@@ -81,8 +81,8 @@ class Side:
 
   def save(self, path: str) -> None:
     """Write the weights as diffusers names and shapes them."""
-    published = to_published(self.params)
-    save_file({name: np.ascontiguousarray(x) for name, x in published.items()}, path)
+    layout = lambda name, x: np.ascontiguousarray(to_published_layout(name, x))
+    save_file({published_name(n): layout(n, x) for n, x in self.params.items()}, path)
 
   def flops(self, batch: dict) -> float:
     """Of a training step, by formula."""

@@ -175,6 +175,11 @@ EXTRACTORS: Table = {
 }
 """Features: loaders (path, *, mesh), or for one KIND/RULE (path, rule, outputs, *, mesh)."""
 
+EXPORTS: Table = {
+  'model': 'diffusion_jax.pipelines.directory:save_model',
+}
+"""What writes a trained model for others to open, needed when a run ends."""
+
 OPTIMIZERS: Table = {
   'adamw': 'diffusion_jax.train.optimizer:adamw',
   'adam': 'diffusion_jax.train.optimizer:adam',
@@ -189,7 +194,8 @@ transformation."""
 _TABLES = {
   'task': TASKS, 'network': NETWORKS, 'space': SPACES, 'conditioner': CONDITIONERS,
   'source of data': SOURCES, 'transform': TRANSFORMS, 'sampler': SAMPLERS, 'metric': METRICS,
-  'evaluator': EVALUATORS, 'kind of features': EXTRACTORS, 'optimizer': OPTIMIZERS,
+  'evaluator': EVALUATORS, 'kind of features': EXTRACTORS, 'export': EXPORTS,
+  'optimizer': OPTIMIZERS,
 }
 
 

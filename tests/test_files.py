@@ -25,7 +25,7 @@ from diffusion_jax.formats.adapters import read_lora
 from diffusion_jax.formats.convert import convert
 from diffusion_jax.formats.networks import load_params, resolve
 from diffusion_jax.formats.pipeline import save_changed
-from diffusion_jax.formats.tensors import read_tensors, write_json, write_tensors
+from diffusion_jax.formats.tensors import open_tensors, write_json, write_tensors
 from diffusion_jax.formats.textual_inversion import read_textual_inversion
 from diffusion_jax.models.text.tokenizer import load_tokenizer
 from diffusion_jax.pipelines.directory import load_model
@@ -211,7 +211,7 @@ def test_the_cache_of_the_hub_is_read_and_converted(hub, whole, tmp_path):
   convert(pipeline(hub), tmp_path / 'out', 'diffusers')
   assert not any(p.is_symlink() for p in (tmp_path / 'out').rglob('*'))
   copied = tmp_path / 'out' / 'unet' / WEIGHTS
-  assert read_tensors(copied).keys() == read_tensors(whole / 'unet' / WEIGHTS).keys()
+  assert open_tensors(copied).keys() == open_tensors(whole / 'unet' / WEIGHTS).keys()
   named = tmp_path / 'named'
   named.symlink_to(hub)  # Whoever names a link means it.
   load_params('unet', named / 'unet')
@@ -289,7 +289,7 @@ def test_shards_and_adapters(tmp_path, secret):
   replaced(folder / 'pytorch_lora_weights.safetensors', secret.parent / 'x.safetensors')
   replaced(folder / 'learned_embeds.safetensors', secret.parent / 'x.safetensors')
   for read in (
-    lambda: read_tensors(folder / 'm.safetensors.index.json'),
+    lambda: open_tensors(folder / 'm.safetensors.index.json'),
     lambda: read_lora(folder, {'unet': {}}), lambda: read_textual_inversion(folder),
   ):
     with pytest.raises(UserError, match='leads out of its model'):
@@ -297,7 +297,7 @@ def test_shards_and_adapters(tmp_path, secret):
   for name in ('m.safetensors.index.json', '.', '..', '', '../elsewhere/x.safetensors', 'a\0b'):
     write_json(folder / 'm.safetensors.index.json', {'weight_map': {'a': name}})
     with pytest.raises(UserError, match='must have a weight_map'):
-      read_tensors(folder / 'm.safetensors.index.json')
+      open_tensors(folder / 'm.safetensors.index.json')
 
 
 def test_what_is_trained_is_not_written_beside_what_lies_elsewhere(model, secret, tmp_path):

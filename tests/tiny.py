@@ -18,7 +18,7 @@ from diffusion_jax.models.autoencoder import AutoencoderKLConfig
 from diffusion_jax.models.perceptual import DiscriminatorConfig
 from diffusion_jax.models.text.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from diffusion_jax.models.unet import UNetConfig
-from diffusion_jax.pipelines import directory
+from diffusion_jax.pipelines import assembly
 from diffusion_jax.pipelines.spaces import LatentConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -128,7 +128,7 @@ def toy_config(settings: dict | None = None, **sections: dict) -> dict:
 def assemble(unet, autoencoder, clip, schedule, parameterization, latent_patch_size=1):
   """(model, host weights of its frozen parts) of a U-Net on latents, conditioned on text."""
   space = LatentConfig(autoencoder, latent_patch_size)
-  model, parts = directory.assemble(
+  model, parts = assembly.assemble(
     unet, space, {'text': {'path': clip}}, schedule, parameterization
   )
   return model, {role: part.load() for role, part in parts.items()}

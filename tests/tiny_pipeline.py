@@ -10,6 +10,7 @@ import transformers
 from PIL import Image
 
 from diffusion_jax.formats.networks import format_of, save_params
+from diffusion_jax.formats.published import published_name, to_published_layout
 from diffusion_jax.formats.tensors import write_json
 from diffusion_jax.models.autoencoder import AutoencoderKLConfig
 from diffusion_jax.models.text.clip import CLIPTextConfig, CLIPTextProjectionConfig
@@ -51,6 +52,12 @@ CLASSES = {
   'text_encoder': ('transformers', 'CLIPTextModel'),
   'text_encoder_2': ('transformers', 'CLIPTextModelWithProjection'),
 }
+
+
+def published(params) -> dict[str, np.ndarray]:
+  """The same parameters by published names, in the published layout."""
+  layout = lambda name, value: np.ascontiguousarray(to_published_layout(name, value))
+  return {published_name(name): layout(name, value) for name, value in params.items()}
 
 
 def random_params(config, seed: int = 0) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_jax.errors import UserError, require
-from diffusion_jax.formats.unet import ENDS, MLP, RESNET, SHORTCUT
+from diffusion_jax.formats.single_file_names import unet_names
 
 LONGEST = 2000
 """Characters of all patterns of one file that are more than names."""
@@ -157,8 +157,6 @@ TOWER = 'text_model.'
 """Before the layers of a text encoder; some writers leave it out."""
 _FORMERLY = {'q_proj': 'to_q', 'k_proj': 'to_k', 'v_proj': 'to_v', 'out_proj': 'to_out'}
 """What diffusers called the projections of text encoders while it replaced their processors."""
-_RESNET = RESNET | SHORTCUT
-_ENDS = ENDS | {f'add_embedding.{name}': stored for name, stored in MLP.items()}
 
 
 def layers(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -176,9 +174,8 @@ def spellings(names: Iterable[str]) -> dict[str, str]:
   and by the block numbers of a single file.
   """
   names = list(names)
-  stored = [*zip(names, names, strict=True), *single_file_names(names).items()]
   found: dict[str, str] = {}
-  for spelt, name in stored:
+  for name, spelt in [*zip(names, names, strict=True), *unet_names(names).items()]:
     for one in (spelt, *_former(spelt)):
       for key in (one, one.removeprefix(TOWER)):
         found.setdefault(key, name)
@@ -205,53 +202,6 @@ def kohya_names(names: Iterable[str]) -> dict[str, str]:
     if found.setdefault(key, name) != name:
       raise ValueError(f'{name} and {found[key]} are both called {key}.')
   return found
-
-
-def single_file_names(names: Iterable[str]) -> dict[str, str]:
-  """Name by the block numbers of a single file -> layers; empty for what is no U-Net."""
-  names = set(names)
-  blocks = dict(_blocks(names))
-  found = {stored: name for name, stored in _ENDS.items() if name in names and blocks}
-  for name in names:
-    parts = name.split('.')
-    for length in (4, 5):  # down_blocks.0.resnets.1 and down_blocks.0.downsamplers.0.conv
-      if stored := blocks.get('.'.join(parts[:length])):
-        rest = '.'.join(parts[length:])
-        rest = _RESNET.get(rest, rest)
-        found[f'{stored}.{rest}' if rest else stored] = name
-  middle = {'resnets.0': '0', 'attentions.0': '1', 'resnets.1': '2'}
-  for name in names:
-    for block, number in middle.items():
-      if name.startswith(f'mid_block.{block}.'):
-        rest = name.removeprefix(f'mid_block.{block}.')
-        found[f'middle_block.{number}.{_RESNET.get(rest, rest)}'] = name
-  return found
-
-
-def _blocks(names: set[str]) -> Iterator[tuple[str, str]]:
-  """Each resnet, attention and resampling on the ways down and up with its number in the file."""
-  has = lambda start: any(name.startswith(f'{start}.') for name in names)
-  number, level = 1, 0
-  while has(block := f'down_blocks.{level}'):
-    layer = 0
-    while has(f'{block}.resnets.{layer}'):
-      yield f'{block}.resnets.{layer}', f'input_blocks.{number}.0'
-      yield f'{block}.attentions.{layer}', f'input_blocks.{number}.1'
-      number, layer = number + 1, layer + 1
-    if has(f'{block}.downsamplers'):
-      yield f'{block}.downsamplers.0.conv', f'input_blocks.{number}.0.op'
-      number += 1
-    level += 1
-  number, level = 0, 0
-  while has(block := f'up_blocks.{level}'):
-    layer = 0
-    while has(f'{block}.resnets.{layer}'):
-      yield f'{block}.resnets.{layer}', f'output_blocks.{number}.0'
-      yield f'{block}.attentions.{layer}', f'output_blocks.{number}.1'
-      number, layer = number + 1, layer + 1
-    place = 2 if has(f'{block}.attentions') else 1
-    yield f'{block}.upsamplers.0.conv', f'output_blocks.{number - 1}.{place}.conv'
-    level += 1
 
 
 _TEXTS = ('clip_l', 'clip_h')
@@ -308,14 +258,6 @@ def is_inversion(name: str) -> bool:
 def is_lora(name: str) -> bool:
   """Return whether a tensor is one of a LoRA's matrices."""
   return (split := _split(name)) is not None and split[1] in 'ab'
-
-
-def some(names: Iterable[str]) -> str:
-  """The first three names, and how many more there are."""
-  names = sorted(names)
-  return ', '.join(name[:200] for name in names[:3]) + (
-    f' and {len(names) - 3} more' * (len(names) > 3)
-  )
 
 
 def of_other_kinds(names: Iterable[str]) -> dict[str, list[str]]:

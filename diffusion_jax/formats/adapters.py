@@ -29,9 +29,8 @@ from diffusion_jax.formats.adapter_names import (
   layers,
   of_other_kinds,
   places,
-  some,
 )
-from diffusion_jax.formats.published import from_published_layout, to_published_layout
+from diffusion_jax.formats.published import from_published_layout, some, to_published_layout
 from diffusion_jax.formats.tensors import PICKLES, metadata, open_tensors, read_json, write_tensors
 from diffusion_jax.formats.torch_files import load_plain, tensors_of
 from diffusion_jax.models.lora import Rank

@@ -1,13 +1,8 @@
-"""The autoencoders: config.json, published configs, names in a single file.
+"""The autoencoders: config.json and published configs."""
 
-A single file has them under `first_stage_model.`, with attention as convolutions.
-"""
-
-from collections.abc import Iterator, Mapping
 from typing import Any
 
-from diffusion_jax.errors import require
-from diffusion_jax.formats.published import ANY, NetworkFormat, Rule, same
+from diffusion_jax.formats.published import ANY, NetworkFormat
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from diffusion_jax.models.vq import VQConfig, VQModel
@@ -62,111 +57,3 @@ AUTOENCODERS: dict[str, AutoencoderKLConfig | AutoencoderTinyConfig | VQConfig] 
   'vq_f4': VQConfig(sample_size=256),  # Latent diffusion's, with 8192 codes of 3 channels.
 }
 """The published autoencoders by name, as their config.json describe them."""
-
-Shapes = Mapping[str, tuple[int, ...]]
-
-PREFIX = 'first_stage_model.'
-_ATTENTION = {'to_q': 'q', 'to_k': 'k', 'to_v': 'v', 'to_out.0': 'proj_out'}
-
-
-def rules(
-  channels: tuple[int, ...], layers: int, *, attention: bool = True, quantised: bool = True
-) -> list[Rule]:
-  """All rules of an autoencoder, without the prefix.
-
-  Args:
-    channels: at each level, from the highest resolution down.
-    layers: resnets at each level of the encoder; the decoder has one more.
-    attention: in the middle.
-    quantised: whether there are the convolutions before and after the latents.
-  """
-  found = []
-  if quantised:
-    found += [*same('quant_conv', 'quant_conv'), *same('post_quant_conv', 'post_quant_conv')]
-  for half in ('encoder', 'decoder'):
-    for ours, theirs in (
-      ('conv_in', 'conv_in'), ('conv_norm_out', 'norm_out'), ('conv_out', 'conv_out')
-    ):
-      found += same(f'{half}.{ours}', f'{half}.{theirs}')
-    found += _mid(half, attention)
-  return [*found, *_down(channels, layers), *_up(channels, layers + 1)]
-
-
-def _mid(half: str, attention: bool) -> Iterator[Rule]:
-  for i in (0, 1):
-    yield from _resnet(f'{half}.mid_block.resnets.{i}', f'{half}.mid.block_{i + 1}', False)
-  if attention:
-    ours, theirs = f'{half}.mid_block.attentions.0', f'{half}.mid.attn_1'
-    yield from same(f'{ours}.group_norm', f'{theirs}.norm')
-    for name, stored in _ATTENTION.items():
-      yield Rule((f'{ours}.{name}.weight',), f'{theirs}.{stored}.weight', 'pointwise')
-      yield from same(f'{ours}.{name}', f'{theirs}.{stored}', ['bias'])
-
-
-def _down(channels: tuple[int, ...], layers: int) -> Iterator[Rule]:
-  width = channels[0]
-  for level, out in enumerate(channels):
-    ours, theirs = f'encoder.down_blocks.{level}', f'encoder.down.{level}'
-    for i in range(layers):
-      yield from _resnet(f'{ours}.resnets.{i}', f'{theirs}.block.{i}', width != out)
-      width = out
-    if level < len(channels) - 1:
-      yield from same(f'{ours}.downsamplers.0.conv', f'{theirs}.downsample.conv')
-
-
-def _up(channels: tuple[int, ...], layers: int) -> Iterator[Rule]:
-  width = channels[-1]
-  for level, out in reversed(list(enumerate(channels))):
-    ours, theirs = f'decoder.up_blocks.{len(channels) - 1 - level}', f'decoder.up.{level}'
-    for i in range(layers):
-      yield from _resnet(f'{ours}.resnets.{i}', f'{theirs}.block.{i}', width != out)
-      width = out
-    if level:
-      yield from same(f'{ours}.upsamplers.0.conv', f'{theirs}.upsample.conv')
-
-
-def _resnet(ours: str, theirs: str, shortcut: bool) -> Iterator[Rule]:
-  for name in ('norm1', 'conv1', 'norm2', 'conv2'):
-    yield from same(f'{ours}.{name}', f'{theirs}.{name}')
-  if shortcut:
-    yield from same(f'{ours}.conv_shortcut', f'{theirs}.nin_shortcut')
-
-
-def of_config(values: Mapping[str, Any], where: str) -> list[Rule]:
-  """The rules of an autoencoder by its config.json. UserError where a single file has no names."""
-  kinds = {*values.get('down_block_types', ()), *values.get('up_block_types', ())}
-  require(
-    kinds <= {'DownEncoderBlock2D', 'UpDecoderBlock2D'},
-    f'{where}: a single file has no names for blocks {sorted(kinds)}; convert to another layout.',
-  )
-  return rules(
-    tuple(values.get('block_out_channels', (64,))), values.get('layers_per_block', 1),
-    attention=values.get('mid_block_add_attention', True),
-    quantised=values.get('use_quant_conv', True),
-  )
-
-
-def config(shapes: Shapes, where: str) -> dict[str, Any]:
-  """config.json of diffusers' AutoencoderKL, by the tensors without the prefix.
-
-  What shapes do not tell, the scaling factor above all, is not in it.
-  """
-  require(
-    'encoder.conv_in.weight' in shapes and 'decoder.conv_in.weight' in shapes,
-    f'{where} holds no autoencoder; give a whole model.',
-  )
-  channels, layers = [], 0
-  while (name := f'encoder.down.{len(channels)}.block.0.conv2.weight') in shapes:
-    channels.append(shapes[name][0])
-  while f'encoder.down.0.block.{layers}.conv2.weight' in shapes:
-    layers += 1
-  levels = len(channels)
-  return {
-    '_class_name': 'AutoencoderKL', 'act_fn': 'silu', 'norm_num_groups': 32,
-    'in_channels': shapes['encoder.conv_in.weight'][1],
-    'out_channels': shapes.get('decoder.conv_out.weight', (3,))[0],
-    'latent_channels': shapes['decoder.conv_in.weight'][1],
-    'block_out_channels': channels, 'layers_per_block': layers,
-    'down_block_types': ['DownEncoderBlock2D'] * levels,
-    'up_block_types': ['UpDecoderBlock2D'] * levels,
-  }

@@ -13,14 +13,14 @@ import numpy as np
 from diffusion_jax import registry
 from diffusion_jax.errors import require
 from diffusion_jax.files import inside
-from diffusion_jax.formats.networks import DTYPES, network_format, resolve
+from diffusion_jax.formats.networks import CONFIG, DTYPES, Part, network_format, read_part, resolve
 from diffusion_jax.formats.pipeline import (
+  DIFFUSION,
   SCHEDULER,
-  Part,
+  TEXT_TO_IMAGE,
   Pipeline,
   is_pipeline,
   new_directory,
-  read_part,
   read_pipeline,
   typed,
   write_part,
@@ -101,8 +101,17 @@ def _read(where: Path, layout: str, prediction: str | None, tokenizers: str | No
 
 def _to_diffusers(pipeline: Pipeline, where: Path) -> Pipeline:
   """A model that was trained here as a pipeline of diffusers; any other as it is."""
-  if not pipeline.own:
+  if pipeline.kind not in (TEXT_TO_IMAGE, DIFFUSION):
     return pipeline
+  kinds = {name: part.kind for name, part in pipeline.parts.items() if part.kind}
+  told = [*pipeline.index.get('conditioners', ['text'])]
+  require(
+    kinds.keys() == {'unet', 'vae', 'text_encoder'} and told == ['text']
+    and (kinds['unet'], kinds['vae']) == ('unet', 'autoencoder'),
+    f'{where} is a model of this library alone (a {kinds.get("unet")} conditioned on '
+    f'{" and ".join(told) or "nothing"}), for which no other layout has a name; convert its parts, '
+    'such as denoiser/, by themselves.',
+  )
   require(
     pipeline.latent_patch_size == 1,
     f'{where} has latents that are folded {pipeline.latent_patch_size} x '
@@ -147,11 +156,11 @@ def _convert_part(
   )
   if kind is not None:
     registry.check(registry.NETWORKS, kind, '--type')
-  config = read_json(inside(where / 'config.json', where))
+  config = read_json(inside(where / CONFIG, where))
   part = read_part(where, kind=kind)
   require(
     part.kind is not None,
-    f'{where / "config.json"} describes no network that is known here '
+    f'{where / CONFIG} describes no network that is known here '
     f'({config.get("_class_name") or config.get("architectures")}); name it with --type, one of '
     f'{", ".join(registry.NETWORKS)}.',
   )

@@ -1,10 +1,19 @@
-"""Families of Stable Diffusion: where a single file has their parts; what shapes do not tell."""
+"""Families of Stable Diffusion: where a single file has their parts; what shapes do not tell.
+
+A tensor that no network of the file's family has is harmless where nothing would have been computed
+with it: a head of a text encoder, a table, an average, what an optimizer or another program left.
+Such are left and named. Where it makes the file another model than its family's, it is refused.
+"""
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from diffusion_jax.errors import require
+from diffusion_jax.formats.adapter_names import is_lora, of_other_kinds
+from diffusion_jax.formats.published import some
+from diffusion_jax.formats.single_file_names import AUTOENCODER, UNET
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +33,11 @@ class Family:
   pipelines: dict[int, str]
   predictions: dict[int, str]
   sample_sizes: dict[str, int]
+
+  @property
+  def places(self) -> dict[str, tuple[str, str]]:
+    """The prefix of every network in a single file, and the style of its names, by part."""
+    return {**self.text, 'unet': (UNET, 'unet'), 'vae': (AUTOENCODER, 'vae')}
 
 
 _OPEN_CLIP = {'text_encoder': ('cond_stage_model.model.', 'open_clip')}
@@ -85,8 +99,90 @@ def ignored(name: str) -> bool:
   )
 
 
+_GROUPS = {
+  'depth_model.': 'the depth estimator', 'model_ema.': 'averages of the weights',
+  'safety_checker.': 'the safety checker',
+}
+_INSIDE = {
+  'unet': ('',), 'clip': ('text_model.',),
+  'vae': ('encoder.', 'decoder.', 'quant_conv.', 'post_quant_conv.', 'quantize.', 'bn.'),
+  'open_clip': (
+    'token_embedding', 'positional_embedding', 'transformer.', 'ln_final', 'text_projection'
+  ),
+}
+"""How the parts of a network begin that a pipeline calls, by the style of its names."""
+_HEADS = re.compile(r'(^|[._])(logit_scale|logit_bias|text_projection|visual|vision_model)\b')
+_MODELS = {
+  'a ControlNet': re.compile(r'^(control_model|controlnet)\.|^lora_controlnet$|input_hint_block'),
+  'the parts of unCLIP': re.compile(r'^(embedder|noise_augmentor)\.'),
+  'the parts of a later model': re.compile(
+    r'^text_encoders\.|(^|\.)(joint_blocks|double_blocks|single_blocks|x_embedder|context_embedder|'
+    r'transformer_blocks\.\d+\.norm1_context)\.'
+  ),
+  'a model in the names of diffusers': re.compile(r'^(unet|vae|text_encoder|text_encoder_2)\.'),
+  'another text encoder': re.compile(r'^(cond_stage_model|conditioner)\.'),
+}
+
+
+def sort_out(names: Iterable[str], family: str, where: str) -> tuple[set[str], list[str]]:
+  """Return the names of a family's networks, and a sentence on what is left, where anything is.
+
+  Raises:
+    UserError: a LoRA, a ControlNet or parts of another model, which cannot be left.
+  """
+  kept: set[str] = set()
+  rest: list[str] = []
+  for name in names:
+    if ignored(name):
+      continue
+    if _has(name, family):
+      kept.add(name)
+    else:
+      rest.append(name)
+  _refuse(rest, where)
+  return kept, _note(rest, where)
+
+
+def _has(name: str, family: str) -> bool:
+  """Return whether a tensor is where a family has its networks; they may still not have it."""
+  return any(
+    name.removeprefix(prefix).startswith(_INSIDE[style])
+    for prefix, style in FAMILIES[family].places.values() if name.startswith(prefix)
+  )
+
+
+def _refuse(rest: list[str], where: str) -> None:
+  of_models: Mapping[str, list[str]] = {
+    'a LoRA': [name for name in rest if is_lora(name)], **of_other_kinds(rest),
+    **{
+      kind: [n for n in rest if pattern.search(n) and not _HEADS.search(n)]
+      for kind, pattern in _MODELS.items()
+    },
+  }
+  for kind, found in of_models.items():
+    require(
+      not found,
+      f'{where} holds {kind} ({some(found)}), without which it would be another model; convert a '
+      'file without.',
+    )
+
+
+def _note(rest: list[str], where: str) -> list[str]:
+  if not rest:
+    return []
+  parts, counted = [], 0
+  for prefix, what in _GROUPS.items():
+    if count := sum(name.startswith(prefix) for name in rest):
+      parts.append(f'{what} ({prefix}, {count} tensors)')
+      counted += count
+  others = [name for name in rest if not name.startswith(tuple(_GROUPS))]
+  if others:
+    parts.append(f'{len(others)} tensors that no network of it has ({some(others)})')
+  return [f'{where}: left out are {", ".join(parts)}.']
+
+
 def of_names(names: Mapping[str, Any], where: str) -> str:
-  """The family by the names of the tensors. UserError where it is none that can be read."""
+  """Return the family by the names of the tensors. UserError where it is none that can be read."""
   has = lambda prefix: any(name.startswith(prefix) for name in names)
   require(
     has('model.diffusion_model.input_blocks.') and has('first_stage_model.'),
@@ -115,28 +211,28 @@ def of_names(names: Mapping[str, Any], where: str) -> str:
 
 
 def of_parts(configs: Mapping[str, dict[str, Any]], where: str) -> str:
-  """The family of a directory by the configs of its parts. UserError where it is none."""
+  """Return the family of a directory by the configs of its parts. UserError where it is none."""
   unet, text = configs.get('unet'), configs.get('text_encoder')
   require(
     unet is not None and text is not None and 'vae' in configs,
     f'{where} has no unet, vae and text_encoder, which a single file must hold; convert to another '
     'layout.',
   )
-  if unet.get('addition_embed_type') == 'text_time':
-    require('text_encoder_2' in configs, f'{where} has no text_encoder_2; give a whole model.')
-    return 'sdxl'
+  sizes = unet.get('addition_embed_type') == 'text_time'
   require(
-    'text_encoder_2' not in configs,
-    f'{where} has two text encoders but no U-Net of Stable Diffusion XL; convert to another '
-    'layout.',
+    sizes == ('text_encoder_2' in configs),
+    f'{where} has {"no" if sizes else "a"} text_encoder_2 but {"the" if sizes else "no"} U-Net of '
+    'Stable Diffusion XL; convert to another layout.',
   )
+  if sizes:
+    return 'sdxl'
   if text.get('hidden_act') == 'quick_gelu':
     return 'sd1'
   return 'x4_upscaler' if unet.get('num_class_embeds') else 'sd2'
 
 
 def scheduler(family: str, prediction: str, zero_snr: bool) -> tuple[str, dict[str, Any]]:
-  """(class, scheduler_config.json) of a family, as published with it."""
+  """Return (class, scheduler_config.json) of a family, as published with it."""
   values = {
     'num_train_timesteps': 1000, 'beta_schedule': 'scaled_linear', 'beta_start': 0.00085,
     'beta_end': 0.012, 'trained_betas': None, 'prediction_type': prediction, 'steps_offset': 1,

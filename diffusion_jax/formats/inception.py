@@ -52,8 +52,8 @@ def fold(tensors: Mapping[str, Any], shapes: Params, where: str) -> dict[str, np
   A convolution with the norm (y - mean) / sqrt(var + 1e-3) * scale + bias is a convolution. The
   counts of batches that were seen in training (num_batches_tracked) are left out by rule.
   """
-  count = lambda name: name.endswith('.num_batches_tracked')
-  found = match(tensors, _published(shapes), where, lambda name: None if count(name) else name)
+  tensors = {n: value for n, value in tensors.items() if not n.endswith('.num_batches_tracked')}
+  found = match(tensors, _published(shapes), where)
   read = lambda name: from_published_layout(name, found[name]).astype(np.float64)
   params = {name: read(name) for name in shapes if name in found}
   for module in (name.removesuffix('.kernel') for name in shapes if name.endswith('.kernel')):

@@ -1,4 +1,4 @@
-"""Reads and writes networks in the layout of diffusers and transformers, or in our own.
+"""Networks in directories, in the layout of diffusers and transformers or in our own.
 
 A directory holds config.json and weights in safetensors, in one file or in shards with an index;
 both libraries' `from_pretrained` open what `save` writes, and `load` opens what they write. Our own
@@ -7,8 +7,11 @@ lies. Weights go tensor by tensor from the file onto the devices. Nothing here u
 downloads. The kinds of networks are the rows of `registry.NETWORKS`.
 """
 
+import dataclasses
+import functools
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from diffusion_jax.formats.published import (
   from_published,
   from_published_layout,
   match,
+  published_name,
   published_shape,
   to_published_layout,
   to_published_names,
@@ -36,15 +40,28 @@ from diffusion_jax.formats.tensors import (
   INDEX,
   PICKLES,
   NewTensor,
+  Tensor,
   open_tensors,
   read_json,
   write_json,
   write_tensors,
 )
-from diffusion_jax.models.network import merge, split
+from diffusion_jax.models.network import Network, merge, split
 from diffusion_jax.models.perceptual import lpips_shapes
 from diffusion_jax.parallel.mesh import shard_params
 from diffusion_jax.types import Params
+
+ASSETS = Path(__file__).resolve().parents[1] / 'assets'
+PREFIX = 'asset:'
+DTYPES = {
+  'float32': np.dtype(np.float32), 'float16': np.dtype(np.float16),
+  'bfloat16': np.dtype(ml_dtypes.bfloat16),
+}
+CONFIG = 'config.json'
+NATIVE = 'params.safetensors'
+LAYOUTS = ('diffusers', 'native')
+TEXTS, WEIGHTS = ('.json', '.txt', '.model'), '.safetensors'
+"""Files that are copied as they are, and those of weights."""
 
 
 def network_format(name: str, where: str = '') -> NetworkFormat:
@@ -85,41 +102,163 @@ def _formats() -> Iterator[tuple[str, NetworkFormat]]:
   return ((name, network_format(name)) for name in registry.NETWORKS)
 
 
-ASSETS = Path(__file__).resolve().parents[1] / 'assets'
-PREFIX = 'asset:'
-DTYPES = {
-  'float32': np.dtype(np.float32), 'float16': np.dtype(np.float16),
-  'bfloat16': np.dtype(ml_dtypes.bfloat16),
-}
-NATIVE = 'params.safetensors'
-LAYOUTS = ('diffusers', 'native')
-
-
 def resolve(path: str | os.PathLike) -> Path:
-  """'asset:NAME' -> the file or directory NAME that the package ships; another path as it is.
+  """Return the file or directory NAME that the package ships for 'asset:NAME', else the path.
 
   UserError, listing what exists, where there is no such asset.
   """
   text = os.fspath(path)
   if not text.startswith(PREFIX):
     return Path(text)
-  name = text.removeprefix(PREFIX)
-  found = (ASSETS / name).resolve()
-  inside = found.is_relative_to(ASSETS) and found != ASSETS
-  if not inside or not found.exists():
+  found = (ASSETS / text.removeprefix(PREFIX)).resolve()
+  if not found.is_relative_to(ASSETS) or found == ASSETS or not found.exists():
     entries = ASSETS.iterdir() if ASSETS.is_dir() else ()
     names = sorted(PREFIX + entry.name for entry in entries)
     raise UserError(f'There is no {text}; there is {", ".join(names) or "no asset at all"}.')
   return found
 
 
+@dataclasses.dataclass
+class Part:
+  """A network in a directory, unread; or another part of a pipeline, whose files are copied.
+
+  entry: library and class in model_index.json.
+  path: its folder, which may be 'asset:NAME'; empty for a part of a single file.
+  kind: its row of NETWORKS; None where there is none for it.
+  values: config.json of a network.
+  files: what is copied as it is.
+  texts: name -> JSON object that is written beside the weights.
+  stored: tensors by published names, of a part of a single file.
+  """
+
+  entry: tuple[str, str] = ('', '')
+  path: str = ''
+  kind: str | None = None
+  values: dict[str, Any] = dataclasses.field(default_factory=dict)
+  files: list[Path] = dataclasses.field(default_factory=list)
+  texts: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+  stored: dict[str, NewTensor] | None = None
+
+  @property
+  def format(self) -> NetworkFormat:
+    """Of its kind."""
+    return network_format(self.kind)
+
+  @functools.cached_property
+  def config(self) -> Any:
+    """The network's config."""
+    where = str(resolve(self.path) / CONFIG) if self.path else CONFIG
+    return self.format.parse(self.values, where)
+
+  @functools.cached_property
+  def tensors(self) -> dict[str, NewTensor]:
+    """The network's tensors by published names, unread, from either layout."""
+    if self.stored is not None or self.kind is None:
+      return self.stored or {}
+    file, opened = self._open()
+    if file.name != NATIVE:
+      return {name: lazy(tensor) for name, tensor in opened.items()}
+    matched = match(opened, self.format.shapes(self.config), str(file), native=True)
+    return {published_name(name): _to_published(name, t) for name, t in matched.items()}
+
+  def _open(self) -> tuple[Path, dict[str, Tensor]]:
+    """Return the file of the weights, and its tensors by published names, or ours in NATIVE."""
+    folder = resolve(self.path)
+    native = folder / NATIVE
+    if native.is_file():
+      return native, open_tensors(inside(native, folder))
+    file = inside(find_weights(folder, self.format.weights), folder)
+    renamed = ((self.format.rename(name), t) for name, t in open_tensors(file).items())
+    return file, {name: tensor for name, tensor in renamed if name is not None}
+
+  def check(self, where: str) -> None:
+    """Raise a UserError for a tensor whose name or shape is not that of the config."""
+    match(self.tensors, self.format.shapes(self.config), where)
+
+  def expect(self, kinds: Sequence[str]) -> 'Part':
+    """Return the part itself. UserError unless it is a network of one of these kinds."""
+    if self.kind not in kinds:
+      file = resolve(self.path) / CONFIG
+      read_json(file)  # Where there is none, that is what is wrong.
+      raise UserError(f'{file} describes none of {", ".join(kinds)}; check which network it is.')
+    return self
+
+  def network(self, **options) -> Network:
+    """Return the network without weights; options such as dtype."""
+    return self.format.network(self.config, **options)
+
+  def load(self, *, dtype=jnp.float32, mesh: Mesh | None = None) -> Params:
+    """Return the network's parameters, onto the mesh or, without one, as numpy arrays."""
+    shapes = self.format.shapes(self.config)
+    file, opened = self._open()
+    ours = file.name == NATIVE
+    shardings = None if mesh is None else shard_params(shapes, mesh)
+    params = {}
+    for name, tensor in match(opened, shapes, str(file), native=ours).items():
+      view = np.asarray(tensor) if ours else from_published_layout(name, tensor)
+      # A copy, so that nothing holds on to the file.
+      read = lambda index, view=view: np.array(view[index], dtype, order='C')
+      if shardings is None:
+        params[name] = read(...)
+      else:
+        params[name] = jax.make_array_from_callback(view.shape, shardings[name], read)
+        params[name].block_until_ready()  # Or the maps of many tensors would stay open at once.
+    return params
+
+  def json(self, name: str) -> tuple[dict[str, Any], str]:
+    """Return one of the JSON files and where it is; an empty one where there is none."""
+    file = next((file for file in self.files if file.name == name), None)
+    if name in self.texts or file is None:
+      return self.texts.get(name, {}), str(Path(self.path) / name)
+    return read_json(file), str(file)
+
+
+def read_part(
+  path: str | os.PathLike, entry: tuple[str, str] = ('', ''), kind: str | None = None
+) -> Part:
+  """Return one part, of a pipeline or alone; `kind` overrides what its config.json says."""
+  folder = resolve(path)
+  file = folder / CONFIG
+  values = read_json(inside(file, folder)) if file.is_file() else {}
+  kind = kind or kind_of(values)
+  files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
+  if kind is None:
+    copied = [inside(f, folder) for f in files if f.suffix in (*TEXTS, WEIGHTS)]
+    return Part(entry, os.fspath(path), files=copied)
+  others = [
+    inside(f, folder) for f in files if f.suffix in TEXTS and f.name != CONFIG
+    and not re.search(r'\.safetensors\.index(\..+)?\.json$|\.bin\.index\.json$', f.name)
+  ]
+  return Part(entry, os.fspath(path), kind, values, others)
+
+
+def read_network(kind: str, path: str | os.PathLike) -> Part:
+  """Return the network in a directory, unread. UserError where it is of another kind."""
+  spec, file = network_format(kind), resolve(path) / CONFIG
+  values = read_json(inside(file, file.parent))
+  require(
+    spec.matches(values),
+    f'{file} describes no {kind}: its {spec.key} is {shown(values.get(spec.key))} and '
+    f'must be {" or ".join(map(repr, spec.names))}.',
+  )
+  return Part(path=os.fspath(path), kind=kind, values=values)
+
+
+def load_params(
+  kind: str, path: str | os.PathLike, *, dtype=jnp.float32, mesh: Mesh | None = None
+) -> tuple[Any, Params]:
+  """Return (config, parameters by dotted name), as `load`; without a mesh on the host."""
+  part = read_network(kind, path)
+  return part.config, part.load(dtype=dtype, mesh=mesh)
+
+
 def load(
   kind: str, path: str | os.PathLike, *, dtype=jnp.float32, mesh: Mesh | None = None
 ) -> nnx.Module:
-  """The network in a directory, such as 'unet', ready to be called.
+  """Return the network in a directory, ready to be called.
 
   Args:
-    kind: a row of `registry.NETWORKS`.
+    kind: a row of `registry.NETWORKS`, such as 'unet'.
     path: the directory; may be 'asset:NAME'.
     dtype: of the parameters and of the computation.
     mesh: devices that share the parameters; None leaves them on the host.
@@ -127,9 +266,9 @@ def load(
   Raises:
     UserError: something is missing, broken, of another kind, or not implemented.
   """
-  config, params = load_params(kind, path, dtype=dtype, mesh=mesh)
-  made = network_format(kind).network(config, dtype=dtype, param_dtype=dtype)
-  return merge(made.graphdef, params)
+  part = read_network(kind, path)
+  params = part.load(dtype=dtype, mesh=mesh)
+  return merge(part.network(dtype=dtype, param_dtype=dtype).graphdef, params)
 
 
 def save(
@@ -144,49 +283,6 @@ def save(
     UserError: a weight that dtype cannot hold, or a network of no known kind.
   """
   save_params(path, module.config, split(module)[1], dtype=dtype, layout=layout)
-
-
-def read_config(kind: str, path: str | os.PathLike) -> Any:
-  """The config of the network in a directory. UserError where it is of another kind."""
-  spec, file = network_format(kind), resolve(path) / 'config.json'
-  values = read_json(inside(file, file.parent))
-  require(
-    spec.matches(values),
-    f'{file} describes no {kind}: its {spec.key} is {shown(values.get(spec.key))} and '
-    f'must be {" or ".join(map(repr, spec.names))}.',
-  )
-  return spec.parse(values, str(file))
-
-
-def load_params(
-  kind: str, path: str | os.PathLike, *, dtype=jnp.float32, mesh: Mesh | None = None
-) -> tuple[Any, Params]:
-  """(config, parameters by dotted name), as `load`; without a mesh numpy arrays on the host."""
-  config, spec, directory = read_config(kind, path), network_format(kind), resolve(path)
-  native = directory / NATIVE
-  file = inside(native if native.is_file() else find_weights(directory, spec.weights), directory)
-  return config, read_params(file, spec, spec.shapes(config), dtype=dtype, mesh=mesh)
-
-
-def read_params(
-  file: Path, spec: NetworkFormat, shapes: Params, *, dtype=jnp.float32, mesh: Mesh | None = None
-) -> Params:
-  """The parameters of `shapes` from one file or index, onto the mesh; published names or ours."""
-  tensors, ours = open_tensors(file), file.name == NATIVE
-  rename = (lambda name: name) if ours else spec.rename
-  matched = match(tensors, shapes, str(file), rename, native=ours)
-  shardings = None if mesh is None else shard_params(shapes, mesh)
-  params = {}
-  for name, tensor in matched.items():
-    view = np.asarray(tensor) if ours else from_published_layout(name, tensor)
-    # A copy, so that nothing holds on to the file.
-    read = lambda index, view=view: np.array(view[index], dtype, order='C')
-    if shardings is None:
-      params[name] = read(...)
-    else:
-      params[name] = jax.make_array_from_callback(view.shape, shardings[name], read)
-      params[name].block_until_ready()  # Or the maps of many tensors would stay open at once.
-  return params
 
 
 def save_params(
@@ -210,20 +306,20 @@ def save_params(
     values['dtype'] = dtype
   tensors = {names[name]: tensor(name, value) for name, value in params.items()}
   write_tensors(path / (NATIVE if native else spec.weights), tensors)
-  write_json(path / 'config.json', values)
+  write_json(path / CONFIG, values)
 
 
 def load_lpips(path: str | os.PathLike) -> dict[str, np.ndarray]:
-  """Parameters for models.lpips from a safetensors file of the `lpips` package's state (VGG)."""
+  """Return the parameters of `models.perceptual`, from the state of `lpips` (VGG)."""
   path = resolve(path)
   unused = ('scaling_layer.', 'lins.')  # Constants, and a second name of lin0 to lin4.
-  rename = lambda name: None if name.startswith(unused) else name
-  return from_published(open_tensors(path), lpips_shapes(), str(path), rename)
+  tensors = {n: tensor for n, tensor in open_tensors(path).items() if not n.startswith(unused)}
+  return from_published(tensors, lpips_shapes(), str(path))
 
 
 def find_weights(directory: Path, name: str) -> Path:
-  """The weights' file or index, in full precision or, failing that, the published fp16 variant."""
-  stem = name.removesuffix('.safetensors')
+  """Return the weights' file or index, in full precision or else the published fp16 variant."""
+  stem = name.removesuffix(WEIGHTS)
   for variant in (stem, f'{stem}.fp16'):
     for path in (directory / f'{variant}.safetensors', directory / f'{variant}.safetensors{INDEX}'):
       if path.is_file():
@@ -239,7 +335,7 @@ def find_weights(directory: Path, name: str) -> Path:
 
 
 def cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
-  """`value` as one of DTYPES. UserError, naming it, where that cannot hold its values."""
+  """Return `value` as one of DTYPES. UserError, naming it, where that cannot hold its values."""
   with np.errstate(over='ignore'):
     cast = value.astype(DTYPES[dtype])
   require(
@@ -247,3 +343,13 @@ def cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
     f'{name} has values that {dtype} cannot hold; save as float32, or look for divergence.',
   )
   return cast
+
+
+def lazy(tensor: Tensor) -> NewTensor:
+  """Return a tensor of a file as one to be written."""
+  return NewTensor(tensor.dtype, tensor.shape, lambda: np.asarray(tensor))
+
+
+def _to_published(name: str, tensor: Tensor) -> NewTensor:
+  shape = published_shape(name, tensor.shape)
+  return NewTensor(tensor.dtype, shape, lambda: to_published_layout(name, np.asarray(tensor)))

@@ -1,39 +1,37 @@
 """A pipeline as a directory: model_index.json and a folder for each part that it names.
 
 The layout is that of diffusers, or our own with the same folders, where the weights are in
-params.safetensors. A model that was trained here has a model_index.json of its own class,
-TextToImage, in which the autoencoder and CLIP may be 'asset:NAME'; it is read as the same parts.
+params.safetensors. A model that was trained here has a model_index.json of its own class:
+TextToImage, in which the autoencoder and CLIP may be 'asset:NAME', or Diffusion, which names a
+space and conditioners of any kind; both are read as the same parts, as far as there are such.
 Tensors stay in their files until they are asked for: a `Pipeline` is what a directory or a single
 file says, not its weights.
 """
 
 import contextlib
 import dataclasses
-import functools
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from diffusion_jax.diffusion.noise import NoiseConfig
 from diffusion_jax.diffusion.parameterization import PREDICTIONS
-from diffusion_jax.errors import UserError, require, shown
-from diffusion_jax.files import INDEX, check_folder, inside
+from diffusion_jax.errors import require, shown
+from diffusion_jax.files import INDEX, check_folder, inside, reading
 from diffusion_jax.formats.networks import (
+  CONFIG,
   DTYPES,
   NATIVE,
+  WEIGHTS,
+  Part,
   cast,
-  find_weights,
-  kind_of,
-  load_params,
-  network_format,
+  read_part,
   resolve,
   save_params,
 )
@@ -42,25 +40,13 @@ from diffusion_jax.formats.published import (
   from_published_layout,
   match,
   parse_config,
-  published_name,
-  published_shape,
-  to_published_layout,
 )
 from diffusion_jax.formats.scheduler import Scheduler, read_scheduler, scheduler_or_plain
-from diffusion_jax.formats.tensors import (
-  PICKLES,
-  NewTensor,
-  Tensor,
-  open_tensors,
-  read_json,
-  write_json,
-  write_tensors,
-)
-from diffusion_jax.models.network import Network
+from diffusion_jax.formats.tensors import PICKLES, NewTensor, read_json, write_json, write_tensors
 from diffusion_jax.types import Params
 
-OWN = 'TextToImage'
-"""The class of a model that was trained here."""
+TEXT_TO_IMAGE, DIFFUSION = 'TextToImage', 'Diffusion'
+"""The classes of models that were trained here."""
 SCHEDULER = 'scheduler_config.json'
 MOST_PATCH = 64
 FOLDERS = {'denoiser': 'unet', 'autoencoder': 'vae'}
@@ -70,75 +56,6 @@ TOKENIZER = (
   'added_tokens.json',
 )
 """Files of a tokenizer."""
-_TEXTS = ('.json', '.txt', '.model')
-_WEIGHTS = '.safetensors'
-
-
-@dataclasses.dataclass
-class Part:
-  """One part of a pipeline.
-
-  entry: library and class in model_index.json.
-  path: its folder, which may be 'asset:NAME'; empty for a part of a single file.
-  kind: its row of NETWORKS; None where there is none for it.
-  values: config.json of a network.
-  files: what is copied as it is.
-  texts: name -> JSON object that is written beside the weights.
-  stored: tensors by published names, of a part of a single file.
-  """
-
-  entry: tuple[str, str] = ('', '')
-  path: str = ''
-  kind: str | None = None
-  values: dict[str, Any] = dataclasses.field(default_factory=dict)
-  files: list[Path] = dataclasses.field(default_factory=list)
-  texts: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-  stored: dict[str, NewTensor] | None = None
-
-  @functools.cached_property
-  def config(self) -> Any:
-    """The network's config."""
-    where = str(resolve(self.path) / 'config.json') if self.path else 'config.json'
-    return network_format(self.kind).parse(self.values, where)
-
-  @functools.cached_property
-  def tensors(self) -> dict[str, NewTensor]:
-    """The network's tensors by published names, unread, from either layout."""
-    if self.stored is not None or self.kind is None:
-      return self.stored or {}
-    folder, spec = resolve(self.path), network_format(self.kind)
-    native = folder / NATIVE
-    if not native.is_file():
-      opened = open_tensors(inside(find_weights(folder, spec.weights), folder))
-      renamed = ((spec.rename(name), tensor) for name, tensor in opened.items())
-      return {name: lazy(tensor) for name, tensor in renamed if name is not None}
-    opened = open_tensors(inside(native, folder))
-    matched = match(opened, spec.shapes(self.config), str(native), native=True)
-    return {published_name(name): _to_published(name, t) for name, t in matched.items()}
-
-  def expect(self, kinds: Sequence[str]) -> 'Part':
-    """Return the part itself. UserError unless it is a network of one of these kinds."""
-    if self.kind not in kinds:
-      file = resolve(self.path) / 'config.json'
-      read_json(file)  # Where there is none, that is what is wrong.
-      raise UserError(f'{file} describes none of {", ".join(kinds)}; check which network it is.')
-    return self
-
-  def network(self, **options) -> Network:
-    """Return the network without weights; options such as dtype."""
-    return network_format(self.kind).network(self.config, **options)
-
-  def load(self, *, dtype=jnp.float32, mesh: Mesh | None = None) -> Params:
-    """Return the network's parameters, onto the mesh or on the host."""
-    return load_params(self.kind, self.path, dtype=dtype, mesh=mesh)[1]
-
-  def json(self, name: str) -> tuple[dict[str, Any], str]:
-    """Return one of the JSON files and where it is; an empty one where there is none."""
-    file = next((file for file in self.files if file.name == name), None)
-    if name in self.texts or file is None:
-      return self.texts.get(name, {}), str(Path(self.path) / name)
-    return read_json(file), str(file)
-
 
 @dataclasses.dataclass
 class Pipeline:
@@ -149,14 +66,14 @@ class Pipeline:
   notes: list[str] = dataclasses.field(default_factory=list)
 
   @property
-  def own(self) -> bool:
-    """True for a model that was trained here."""
-    return self.index.get('_class_name') == OWN
+  def kind(self) -> str:
+    """Its class; TEXT_TO_IMAGE or DIFFUSION for a model that was trained here."""
+    return self.index.get('_class_name', '')
 
   @property
   def latent_patch_size(self) -> int:
     """Edge of the squares of latents that are folded into channels."""
-    patch = self.index.get('latent_patch_size', 1)
+    patch = self.index.get('latent_patch_size', self.index.get('space', {}).get('patch', 1))
     require(
       type(patch) is int and 1 <= patch <= MOST_PATCH,
       f'{INDEX} has latent_patch_size {shown(patch)}; give 1 to {MOST_PATCH}.',
@@ -175,7 +92,7 @@ class Pipeline:
     values, where = self.parts[part].json(SCHEDULER)
     if not values and 'noise' not in self.index:
       values = read_json(where)
-    if not self.own:
+    if self.kind not in (TEXT_TO_IMAGE, DIFFUSION):
       return read_scheduler(values, where)
     prediction = self.index.get('prediction', values.get('prediction_type', 'epsilon'))
     require(
@@ -210,7 +127,7 @@ def read_pipeline(path: str | os.PathLike, names: Container[str] | None = None) 
   """
   directory = resolve(path)
   require(
-    directory.suffix != _WEIGHTS or not directory.is_file(),
+    directory.suffix != WEIGHTS or not directory.is_file(),
     f'{path} is a single file, which holds no tokenizer; make a directory of it: python -m '
     f'diffusion_jax convert --from {path} --to DIR --layout diffusers --tokenizer DIR.',
   )
@@ -220,7 +137,7 @@ def read_pipeline(path: str | os.PathLike, names: Container[str] | None = None) 
     'wrote, or a pipeline of diffusers.',
   )
   values = read_json(inside(directory / INDEX, directory))
-  if values.get('_class_name') == OWN:
+  if values.get('_class_name') in (TEXT_TO_IMAGE, DIFFUSION):
     return Pipeline(values, _own_parts(directory, values))
   found = Pipeline({}, {})
   for name, entry in values.items():
@@ -252,67 +169,52 @@ def read_pipeline(path: str | os.PathLike, names: Container[str] | None = None) 
 
 
 def _own_parts(directory: Path, index: Mapping[str, Any]) -> dict[str, Part]:
-  """The parts of a model that was trained here, by the names that diffusers has for them."""
-  at = lambda role: (
-    named if (named := str(index.get(role, role))).startswith('asset:') else directory / role
-  )
-  text = read_part(at('clip'), ('transformers', 'CLIPTextModel'))
-  files = [file for file in text.files if file.name in TOKENIZER]
-  tokenizer = Part(('transformers', 'CLIPTokenizer'), text.path, files=files)
-  text.files = []
-  return {
-    'unet': read_part(directory / 'unet', ('diffusers', 'UNet2DConditionModel')),
-    'vae': read_part(at('autoencoder'), ('diffusers', 'AutoencoderKL')),
-    'text_encoder': text, 'tokenizer': tokenizer,
-    'scheduler': read_part(directory / 'scheduler', ('diffusers', 'DDIMScheduler')),
+  """The parts of a model that was trained here, by the names that diffusers has for them.
+
+  One of the class DIFFUSION may have no autoencoder and no text encoder.
+  """
+  if index['_class_name'] == TEXT_TO_IMAGE:
+    paths = {'unet': 'unet'} | {
+      name: text if (text := str(index.get(role, role))).startswith('asset:') else role
+      for name, role in (('vae', 'autoencoder'), ('text_encoder', 'clip'))
+    }
+  else:
+    with reading(directory / INDEX, 'describes no model', 'export it again'):
+      told = index['conditioners'].get('text', {}).get('path')
+      found = {'vae': index['space'].get('autoencoder'), 'text_encoder': told}
+      paths = {'unet': 'denoiser'} | {name: str(path) for name, path in found.items() if path}
+  entries = {
+    'unet': ('diffusers', 'UNet2DConditionModel'), 'vae': ('diffusers', 'AutoencoderKL'),
+    'text_encoder': ('transformers', 'CLIPTextModel'),
+    'scheduler': ('diffusers', 'DDIMScheduler'),
   }
+  parts = {
+    name: read_part(own_path(path, directory), entries[name])
+    for name, path in {**paths, 'scheduler': 'scheduler'}.items()
+  }
+  if 'text_encoder' in parts:
+    text = parts['text_encoder']
+    files = [file for file in text.files if file.name in TOKENIZER]
+    parts['tokenizer'] = Part(('transformers', 'CLIPTokenizer'), text.path, files=files)
+    text.files = []
+  return parts
+
+
+def own_path(path: str, directory: Path) -> str:
+  """Return where a part lies that an index names. UserError for one outside of the directory."""
+  return path if path.startswith('asset:') else str(inside(directory / path, directory))
 
 
 def _leave_out_pickles(pipeline: Pipeline, folder: Path, name: str, part: Part) -> None:
   """A part of no known kind has to bring weights that may be copied, if it has any."""
   pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
-  safe = any(file.suffix == _WEIGHTS for file in part.files)
+  safe = any(file.suffix == WEIGHTS for file in part.files)
   if part.kind is None and pickles and not safe:
     del pipeline.parts[name]
     pipeline.index[name] = [None, None]
     pipeline.notes.append(
       f'{name} is left out: its weights, {pickles[0]}, are a pickle, which is never opened.'
     )
-
-
-def read_part(
-  path: str | os.PathLike, entry: tuple[str, str] = ('', ''), kind: str | None = None
-) -> Part:
-  """Return one part, of a pipeline or alone; `kind` overrides what its config.json says."""
-  folder = resolve(path)
-  file = folder / 'config.json'
-  values = read_json(inside(file, folder)) if file.is_file() else {}
-  kind = kind or kind_of(values)
-  files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
-  if kind is None:
-    copied = [inside(f, folder) for f in files if f.suffix in (*_TEXTS, _WEIGHTS)]
-    return Part(entry, os.fspath(path), files=copied)
-  others = [
-    inside(f, folder) for f in files if f.suffix in _TEXTS and f.name != 'config.json'
-    and not re.search(r'\.safetensors\.index(\..+)?\.json$|\.bin\.index\.json$', f.name)
-  ]
-  return Part(entry, os.fspath(path), kind, values, others)
-
-
-def check_part(part: Part, where: str) -> None:
-  """Raise a UserError for a tensor whose name or shape is not that of the part's config."""
-  if part.kind is not None:
-    match(part.tensors, network_format(part.kind).shapes(part.config), where)
-
-
-def lazy(tensor: Tensor) -> NewTensor:
-  """Return a tensor of a file as one to be written."""
-  return NewTensor(tensor.dtype, tensor.shape, lambda: np.asarray(tensor))
-
-
-def _to_published(name: str, tensor: Tensor) -> NewTensor:
-  shape = published_shape(name, tensor.shape)
-  return NewTensor(tensor.dtype, shape, lambda: to_published_layout(name, np.asarray(tensor)))
 
 
 def write_pipeline(pipeline: Pipeline, path: Path, layout: str, dtype: str | None) -> None:
@@ -337,19 +239,18 @@ def write_part(part: Part, folder: Path, layout: str, dtype: str | None) -> None
     write_json(folder / name, values)
   if part.kind is None:
     return
-  spec, tensors = network_format(part.kind), part.tensors
-  if layout == 'native':
-    tensors = _to_native(part, folder)
+  native, weights = layout == 'native', part.format.weights
   config = dict(part.values)
-  if dtype and spec.weights == TRANSFORMERS:
+  if dtype and weights == TRANSFORMERS:
     config.pop('torch_dtype', None)
     config['dtype'] = dtype
-  write_json(folder / 'config.json', config)
-  write_tensors(folder / (NATIVE if layout == 'native' else spec.weights), typed(tensors, dtype))
+  write_json(folder / CONFIG, config)
+  tensors = _to_native(part, folder) if native else part.tensors
+  write_tensors(folder / (NATIVE if native else weights), typed(tensors, dtype))
 
 
 def _to_native(part: Part, folder: Path) -> dict[str, NewTensor]:
-  shapes = network_format(part.kind).shapes(part.config)
+  shapes = part.format.shapes(part.config)
 
   def native(name: str, tensor: NewTensor) -> NewTensor:
     shape = tuple(shapes[name].shape)
@@ -398,31 +299,12 @@ def export_scheduler(directory: Path, scheduler: Scheduler) -> dict[str, str]:
   return {} if why is None else {'scheduler_note': why}
 
 
-def write_trained(
-  directory: Path, config: Any, params: Params, scheduler: Scheduler, *, sample: Mapping[str, Any],
-  latent_patch_size: int, autoencoder: str, clip: str, dtype: str,
-) -> None:
-  """Write a model that was trained here; `read_pipeline` reads it.
-
-  Args:
-    config, params: of the denoiser.
-    scheduler: the noise schedule, the prediction and the steps; scheduler_config.json is what
-      diffusers samples alike with, or, where it has nothing for these steps, plain ones, and
-      model_index.json says why. Without a class for the noise schedule there is no such file.
-    sample: how to sample, in our terms.
-    autoencoder, clip: folders that are copied, or 'asset:NAME'.
-  """
-  save_params(directory / 'unet', config, params, dtype=dtype)
-  index = {
-    '_class_name': OWN, 'sample': dict(sample), 'latent_patch_size': latent_patch_size,
-    'noise': scheduler.schedule.saved(), 'prediction': scheduler.prediction,
-    'data_std': scheduler.data_std, **export_scheduler(directory, scheduler),
-  }
-  for role, path in (('autoencoder', autoencoder), ('clip', clip)):
-    index[role] = path if path.startswith('asset:') else role
-    if index[role] == role:
-      shutil.copytree(resolve(path), directory / role, dirs_exist_ok=True)
-  write_json(directory / INDEX, index)
+def keep_folder(path: str, directory: Path, name: str) -> str:
+  """Copy a folder of a model as `name`, and return that; an 'asset:NAME' stays what it is."""
+  if path.startswith('asset:'):
+    return path
+  shutil.copytree(resolve(path), directory / name, dirs_exist_ok=True)
+  return name
 
 
 def save_changed(
@@ -438,7 +320,7 @@ def save_changed(
   def ignore(folder: str, names: list[str]) -> set[str]:
     if Path(folder) != origin:
       return set()
-    weights = {name for name in names if Path(name).suffix in (_WEIGHTS, *PICKLES)}
+    weights = {name for name in names if Path(name).suffix in (WEIGHTS, *PICKLES)}
     return (skip & set(names)) | weights | {name for name in names if name.startswith('.')}
 
   check_folder(origin)

@@ -6,23 +6,19 @@ directions are total: a missing, unused or misshapen tensor is an error that nam
 
 A key of config.json that is no field of ours is accepted only with the values under which the
 published network computes what ours does; anything else is an error that names the key.
-
-Single files of Stable Diffusion have other names for the same tensors. A table of `Rule`s, made
-from a network's structure, is total in both directions, too; it renames tensors, reshapes,
-transposes and stacks them, and computes nothing.
 """
 
+import collections
 import dataclasses
 import functools
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from diffusion_jax.errors import UserError, require, shown
-from diffusion_jax.formats.tensors import NewTensor
 from diffusion_jax.models.network import Network, abstract
 from diffusion_jax.types import Params
 
@@ -61,71 +57,61 @@ def from_published_layout(name: str, value: Any) -> np.ndarray:
   return value
 
 
-def to_published_names(names) -> dict[str, str]:
-  """Our names -> published names, all different."""
-  out: dict[str, str] = {}
-  for name in names:
-    key = published_name(name)
-    require(key not in out.values(), f'Two parameters would both be published as {key}.')
-    out[name] = key
-  return out
-
-
-def to_published(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """Parameters by our dotted names -> contiguous arrays by published names, same dtypes."""
-  names = to_published_names(params)
-  out = {names[name]: to_published_layout(name, value) for name, value in params.items()}
-  return {name: np.ascontiguousarray(value).reshape(value.shape) for name, value in out.items()}
+def to_published_names(names: Iterable[str]) -> dict[str, str]:
+  """Return our names with the published ones, which are all different."""
+  found = {name: published_name(name) for name in names}
+  key, count = collections.Counter(found.values()).most_common(1)[0] if found else ('', 1)
+  require(count == 1, f'Two parameters would both be published as {key}.')
+  return found
 
 
 def match(
-  tensors: Mapping[str, Any], shapes: Mapping[str, Any], where: str,
-  rename: Callable[[str], str | None] = lambda name: name, native: bool = False,
+  tensors: Mapping[str, Any], shapes: Mapping[str, Any], where: str, native: bool = False
 ) -> dict[str, Any]:
-  """Tensors by published names -> the same tensors, unread, by the names of `shapes`.
+  """Return tensors by published names, unread, by the names of `shapes`.
 
-  Two tensors that `rename` gives one name are one parameter, stored twice. Those of our own layout
-  are `native`, with our names and shapes already. `where` names the source in errors.
+  Those of our own layout are `native`, with our names and shapes already. `where` names the source
+  in errors.
 
   Raises:
     UserError: a tensor is missing, left over or of another shape.
   """
-  found: dict[str, Any] = {}
-  for name, tensor in tensors.items():
-    key = rename(name)
-    if key is not None:
-      found.setdefault(key, tensor)
   names = {name: name for name in shapes} if native else to_published_names(shapes)
-  wanted = {key: name for name, key in names.items()}
-  same_names(set(found), set(wanted), where)
-  for key, name in wanted.items():
-    shape, expected = tuple(found[key].shape), tuple(shapes[name].shape)
+  same_names(set(tensors), set(names.values()), where)
+  for name, key in names.items():
+    shape, expected = tuple(tensors[key].shape), tuple(shapes[name].shape)
     expected = expected if native else published_shape(name, expected)
     require(
       shape == expected,
       f'{where}: {key} has shape {list(shape)}, which does not fit the config; it must be '
       f'{list(expected)}.',
     )
-  return {name: found[key] for key, name in wanted.items()}
+  return {name: tensors[key] for name, key in names.items()}
 
 
 def from_published(
-  tensors: Mapping[str, Any], shapes: Mapping[str, Any], where: str,
-  rename: Callable[[str], str | None] = lambda name: name,
+  tensors: Mapping[str, Any], shapes: Mapping[str, Any], where: str
 ) -> dict[str, np.ndarray]:
-  """Published tensors -> float32 parameters on the host with the names of `shapes`, as `match`."""
+  """Return published tensors as float32 parameters on the host, as `match` does."""
   return {
     name: np.ascontiguousarray(from_published_layout(name, tensor), np.float32).reshape(
       shapes[name].shape
     )
-    for name, tensor in match(tensors, shapes, where, rename).items()
+    for name, tensor in match(tensors, shapes, where).items()
   }
+
+
+def some(names: Iterable[str]) -> str:
+  """Return the first three names, and how many more there are."""
+  names = sorted(names)
+  return ', '.join(name[:200] for name in names[:3]) + (
+    f' and {len(names) - 3} more' * (len(names) > 3)
+  )
 
 
 def same_names(have: set[str], want: set[str], where: str) -> None:
   """UserError, naming up to three of each, where names are missing or left over."""
-  missing, unused = sorted(want - have), sorted(have - want)
-  some = lambda names: ', '.join(names[:3]) + (f' and {len(names) - 3} more' * (len(names) > 3))
+  missing, unused = want - have, have - want
   require(
     not missing,
     f'{where} lacks {some(missing)}; it does not hold the network that its config describes.',
@@ -275,78 +261,3 @@ def _is(kind: Any, value: Any) -> bool:
   if kind is float:
     return type(value) in (int, float) and abs(value) <= _LARGEST
   return type(value) is kind and (kind is not str or len(value) <= _LONGEST)
-
-
-class Rule(NamedTuple):
-  """How one tensor of a single file, `stored`, relates to the `published` one or ones.
-
-  change: 'same'; 'pointwise': a matrix [o i] is stored as a convolution [o i 1 1]; 'transposed';
-  'stacked': several along the first axis.
-  """
-
-  published: tuple[str, ...]
-  stored: str
-  change: str = 'same'
-
-
-def same(published: str, stored: str, leaves: Iterable[str] = ('weight', 'bias')) -> list[Rule]:
-  """Rules for the leaves of one module that differ in its name only."""
-  return [Rule((f'{published}.{leaf}',), f'{stored}.{leaf}') for leaf in leaves]
-
-
-def to_stored(
-  rules: Iterable[Rule], tensors: Mapping[str, NewTensor], where: str
-) -> dict[str, NewTensor]:
-  """Published tensors -> those of a single file. UserError where the names do not agree."""
-  rules = list(rules)
-  same_names(set(tensors), {name for rule in rules for name in rule.published}, where)
-  return {rule.stored: _store(rule, [tensors[name] for name in rule.published]) for rule in rules}
-
-
-def from_stored(
-  rules: Iterable[Rule], tensors: Mapping[str, NewTensor], where: str
-) -> dict[str, NewTensor]:
-  """Tensors of a single file -> published ones. UserError where the names do not agree."""
-  rules = list(rules)
-  same_names(set(tensors), {rule.stored for rule in rules}, where)
-  return {
-    name: tensor for rule in rules for name, tensor in _publish(rule, tensors[rule.stored]).items()
-  }
-
-
-def _store(rule: Rule, tensors: list[NewTensor]) -> NewTensor:
-  first = tensors[0]
-  if rule.change == 'pointwise':
-    return _reshaped(first, (*first.shape, 1, 1))
-  if rule.change == 'transposed':
-    return _transposed(first)
-  if rule.change == 'stacked':
-    shape = (sum(tensor.shape[0] for tensor in tensors), *first.shape[1:])
-    return NewTensor(first.dtype, shape, lambda: np.concatenate([t.make() for t in tensors]))
-  return first
-
-
-def _publish(rule: Rule, tensor: NewTensor) -> dict[str, NewTensor]:
-  name = rule.published[0]
-  if rule.change == 'pointwise':
-    return {name: _reshaped(tensor, tensor.shape[:2])}
-  if rule.change == 'transposed':
-    return {name: _transposed(tensor)}
-  if rule.change == 'stacked':
-    rows = tensor.shape[0] // len(rule.published)
-    return {
-      name: NewTensor(
-        tensor.dtype, (rows, *tensor.shape[1:]),
-        lambda start=i * rows: tensor.make()[start : start + rows],
-      )
-      for i, name in enumerate(rule.published)
-    }
-  return {name: tensor}
-
-
-def _reshaped(tensor: NewTensor, shape: tuple[int, ...]) -> NewTensor:
-  return NewTensor(tensor.dtype, shape, lambda: tensor.make().reshape(shape))
-
-
-def _transposed(tensor: NewTensor) -> NewTensor:
-  return NewTensor(tensor.dtype, tensor.shape[::-1], lambda: tensor.make().T)

@@ -2,12 +2,13 @@
 
 A scheduler of diffusers is all of these at once. A config may carry keys of other classes, which
 diffusers ignores, as is done here; a key that its class heeds and that has no counterpart is an
-error that names it. `scheduler_classes` lists every argument of every class.
+error that names it. `scheduler_classes` lists every argument of every class. Steps are a table that
+is read in both directions; what is written is read back, and refused unless it is the same.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,18 @@ from diffusion_jax.diffusion.noise import BETAS, MOST_TIMESTEPS, NoiseConfig, No
 from diffusion_jax.errors import UserError, require
 from diffusion_jax.formats.scheduler_classes import (
   CLASSES,
+  DDIM,
+  DDPM,
+  DPM,
+  LCM,
+  LOWERED,
+  OPTIONS,
+  PNDM,
+  SA,
+  STEPS,
+  TCD,
   SchedulerClass,
-  place_steps,
-  told_timesteps,
+  Steps,
 )
 
 
@@ -26,11 +36,8 @@ from diffusion_jax.formats.scheduler_classes import (
 class Scheduler:
   """What a scheduler_config.json says, in our terms.
 
-  schedule, prediction, data_std: of the `NoiseSchedule` and the `Parameterization`.
-  sampler, options: for `diffusion.samplers.sampler(name, **options)`.
-  spacing, grid: for `sampling_grid(schedule, count, spacing, **grid)`.
-  threshold and its limit and percentile, timesteps, scaled_noise: as in
-  `pipelines.sampling.SampleConfig`.
+  sampler, options: of `diffusion.samplers.sampler`. spacing, grid: of `sampling_grid`. The others
+  are as in `NoiseSchedule`, `Parameterization` and `pipelines.sampling.SampleConfig`.
   """
 
   schedule: NoiseConfig = NoiseConfig()
@@ -48,14 +55,12 @@ class Scheduler:
 
 
 Values = Mapping[str, Any]
-Choice = tuple[str, dict[str, Any]]
-"""A sampler's name and its options."""
+
+Grid = tuple[str, dict[str, Any]]
+"""Spacing, and arguments of `sampling_grid`."""
 
 LARGEST = 1e6
 """Of any number that a config holds, but infinity."""
-
-FEW_STEPS = 15
-"""On grids of fewer steps, diffusers lowers the order of the last ones."""
 
 TAU_TIMESTEPS = (200, 800)
 """Where SA-Solver adds noise: timesteps from the first to the second."""
@@ -63,9 +68,20 @@ TAU_TIMESTEPS = (200, 800)
 T_MIN = 1e-3
 """The time of the least noise in training on a process, `NoiseSchedule.t_min`."""
 
+_LEVELS = {
+  'use_karras_sigmas': 'karras', 'use_lu_lambdas': 'exponential',
+  'use_exponential_sigmas': 'exponential',
+}
+"""Arguments that choose noise levels -> our spacing, in the order in which they are heeded."""
+_KNOWN = {
+  'beta_schedule': BETAS, 'timestep_spacing': ('leading', 'trailing', 'linspace'),
+  'final_sigmas_type': ('zero', 'sigma_min'), 'sigma_schedule': ('karras', 'exponential'),
+}
+"""Arguments that are one of a few names."""
+
 
 def read_scheduler(values: Values, where: str) -> Scheduler:
-  """A scheduler_config.json.
+  """Return what a scheduler_config.json says.
 
   Raises:
     UserError: a class or a setting that has no counterpart here; it is named.
@@ -77,80 +93,73 @@ def read_scheduler(values: Values, where: str) -> Scheduler:
   )
   spec = CLASSES[name]
   try:
-    _check_only(name, spec, values)
-    read = _read(name, spec, values)
-    if spec.family in _CONTINUOUS:
-      return _CONTINUOUS[spec.family](name, read)
-    return _noised(name, spec, read)
+    read = {'flow': _flow, 'edm': _edm}.get(spec.family, _noised)
+    return read(name, _read(name, spec, values))
   except UserError as error:
     raise UserError(f'{where}: {error}') from error
 
 
-def _check_only(name: str, spec: SchedulerClass, values: Values) -> None:
+def _read(name: str, spec: SchedulerClass, values: Values) -> dict[str, Any]:
+  """The arguments that the class reads, of the type of their defaults, and no others but idle."""
   for key, allowed in spec.only.items():
     value = values.get(key)
     require(
       value is None or value in allowed, f'{key}={value!r} of {name} is not implemented; only '
       f'{" and ".join(map(repr, allowed))} is.',
     )
-
-
-def _read(name: str, spec: SchedulerClass, values: Values) -> dict[str, Any]:
-  """The arguments that the class reads, of the type of their defaults."""
   found = {}
+  known = _KNOWN | {'prediction_type': spec.predictions} | spec.names
   for key, default in {**dict.fromkeys(spec.hidden), **spec.reads}.items():
     value = values.get(key)
     value = default if value is None else value
-    number = isinstance(value, int | float) and not isinstance(value, bool) and (
-      abs(value) <= LARGEST or abs(value) == math.inf
-    )
-    kinds = {
-      bool: isinstance(value, bool), str: isinstance(value, str),
-      int: number and abs(value) < math.inf and value == int(value),
-    }
-    fits = kinds.get(type(default), number)
     require(
-      value is default or fits, f'{key}={value!r} of {name} is not what it should be, like '
-      f'{1.0 if default is None else default!r}.',
+      value is default or _is_like(value, default), f'{key}={value!r} of {name} is not what it '
+      f'should be, like {1.0 if default is None else default!r}.',
+    )
+    require(
+      key not in known or value in known[key],
+      f'{key}={value!r} of {name} is not known; use one of {", ".join(known.get(key, ()))}.',
     )
     # A whole number of many digits is one that no array takes.
-    found[key] = type(default)(value) if type(default) in (int, float) else value
+    value = type(default)(value) if type(default) in (int, float) else value
+    found[key] = spec.names[key][value] if key in spec.names else value
+  total = found.get('num_train_timesteps', 1000)
   require(
-    2 <= found.get('num_train_timesteps', 1000) <= MOST_TIMESTEPS,
-    f'num_train_timesteps={found.get("num_train_timesteps")} is outside 2 to {MOST_TIMESTEPS}.',
+    2 <= total <= MOST_TIMESTEPS, f'num_train_timesteps={total} is outside 2 to {MOST_TIMESTEPS}.'
   )
   return found
 
 
-def _noised(name: str, spec: SchedulerClass, values: Values) -> Scheduler:
+def _is_like(value: Any, default: Any) -> bool:
+  """Return whether a value is of the type of a default; a default of None is of a number."""
+  if isinstance(default, bool | str) or isinstance(value, bool):
+    return type(value) is type(default)
+  number = isinstance(value, int | float) and (abs(value) <= LARGEST or abs(value) == math.inf)
+  return number and (not isinstance(default, int) or value % 1 == 0)
+
+
+def _noised(name: str, values: Values) -> Scheduler:
+  """On a table of betas."""
+  spec = CLASSES[name]
   schedule = _schedule(spec, values)
-  prediction = values['prediction_type']
-  require(
-    prediction in spec.predictions, f'prediction_type={prediction!r} of {name} is not known; use '
-    f'{" or ".join(spec.predictions)}.',
-  )
-  spacing, grid = place_steps(name, spec.family, values, schedule)
+  spacing, grid = _GRIDS[spec.family](name, values)
   threshold = _threshold(values)
-  told = told_timesteps(name, spec.family, values)
-  sampler, options = SAMPLERS[name](values)
-  if name == 'SASolverScheduler':
-    options = options | _tau_window(schedule, told)
-  if name == 'DDIMScheduler' and threshold:
-    options = options | {'keep_epsilon': True}
+  timesteps = _timesteps(name, spec.family, values)
+  sampler, options = _steps(name, values)
+  if name == SA:
+    options |= _tau_window(schedule, timesteps)
+  if name == DDIM and threshold:
+    options |= {'keep_epsilon': True}
   scaled = spec.family == 'sigma' and values['timestep_spacing'] != 'leading'
   return Scheduler(
-    schedule, prediction, sampler, options, spacing, grid, **threshold, timesteps=told,
-    scaled_noise=scaled,
+    schedule, values['prediction_type'], sampler, options, spacing, grid, **threshold,
+    timesteps=timesteps, scaled_noise=scaled,
   )
 
 
 def _schedule(spec: SchedulerClass, values: Values) -> NoiseConfig:
   for key in ('beta_start', 'beta_end'):
     require(0 <= values[key] < 1, f'{key}={values[key]!r} is not a beta; it lies in [0, 1).')
-  require(
-    values['beta_schedule'] in BETAS,
-    f'beta_schedule={values["beta_schedule"]!r} is not one of {", ".join(BETAS)}.',
-  )
   keys = ('beta_schedule', 'beta_start', 'beta_end', 'num_train_timesteps')
   rescaled = values.get('rescale_betas_zero_snr', False)
   # In sigma / alpha there has to be some signal left.
@@ -161,7 +170,7 @@ def _schedule(spec: SchedulerClass, values: Values) -> NoiseConfig:
 
 
 def _threshold(values: Values) -> dict[str, Any]:
-  """Clipping of the estimates of x_0."""
+  """Clipping of the estimates of x_0; `_threshold_values` is the inverse."""
   if values.get('thresholding'):
     return {
       'threshold': 'dynamic', 'threshold_limit': float(values['sample_max_value']),
@@ -172,13 +181,200 @@ def _threshold(values: Values) -> dict[str, Any]:
   return {}
 
 
+def _threshold_values(scheduler: Scheduler) -> dict[str, Any]:
+  kind, limit = scheduler.threshold, scheduler.threshold_limit
+  values = {'clip_sample': kind == 'static', 'thresholding': kind == 'dynamic'}
+  return values | {
+    'none': {}, 'static': {'clip_sample_range': limit}, 'dynamic': {
+      'sample_max_value': limit, 'dynamic_thresholding_ratio': scheduler.threshold_percentile,
+    },
+  }[kind]
+
+
+def _steps(name: str, values: Values) -> tuple[str, dict[str, Any]]:
+  """The sampler and its options; `_steps_values` is the inverse.
+
+  UserError for steps that no sampler takes.
+  """
+  own = [steps for steps in STEPS if steps.kind == name]
+  fits = [s for s in own if all(values[key] == value for key, value in s.there.items())]
+  keys = dict.fromkeys(key for steps in own for key in steps.there)
+  require(
+    bool(fits), f'{", ".join(f"{key}={values[key]!r}" for key in keys)} of {name} is not '
+    'implemented; of these only '
+    f'{" or ".join(", ".join(map(repr, steps.there.values())) for steps in own)} is.',
+  )
+  _check_steps(name, values)
+  options = dict(fits[0].options)
+  for option, (key, default) in OPTIONS.get(name, {}).items():
+    options |= {option: values[key]} if values[key] != default else {}
+  if name in LOWERED and not (name == DPM and values['solver_order'] == 1):
+    lowered = LOWERED[name][values['lower_order_final']]
+    clean = name == DPM and values['final_sigmas_type'] == 'zero'
+    if lowered is not None and not (clean and values['solver_order'] < 3):
+      options['lower_order_final'] = lowered  # A step to sigma = 0 is of order 1 anyway.
+    if values.get('euler_at_final') and not clean:
+      options['euler_at_final'] = True
+  return fits[0].sampler, options
+
+
+def _check_steps(name: str, values: Values) -> None:
+  """Raise a UserError for steps of a class that are not those of its sampler."""
+  if name == DDPM:
+    variance, spacing = values['variance_type'], values['timestep_spacing']
+    last_is_zero = spacing == 'linspace' or (spacing == 'leading' and not values['steps_offset'])
+    require(
+      last_is_zero or variance.startswith('fixed_small'),
+      f'variance_type {variance!r} adds noise in the last step, too, where that is not from '
+      'timestep 0; only steps_offset 0 with leading or linspace timestep_spacing is implemented.',
+    )
+  if name == LCM:
+    # The fraction of x that LCM mixes into x_0 is .25 / ((s t)^2 + .25) at timestep t.
+    least = values['num_train_timesteps'] // max(values['original_inference_steps'], 1) - 1
+    require(
+      values['timestep_scaling'] * least >= 50, f'timestep_scaling={values["timestep_scaling"]:g} '
+      f'and a first timestep of {least} mix x into the estimates of x_0, which is not implemented; '
+      'their product has to be 50 or more.',
+    )
+  require(
+    values.get('corrector_order') != 1,
+    f'corrector_order=1 of {name} is not implemented; only 2 or more is.',
+  )
+
+
+def _steps_values(steps: Steps, options: Values) -> dict[str, Any]:
+  lowered = LOWERED.get(steps.kind, {})
+  ours = options.get('lower_order_final')
+  return {
+    **steps.there, 'euler_at_final': options.get('euler_at_final', False),
+    'lower_order_final': next((theirs for theirs, own in lowered.items() if own == ours), True),
+    **{key: options.get(ours, default) for ours, (key, default) in
+       OPTIONS.get(steps.kind, {}).items()},
+  }
+
+
+def _tau_window(config: NoiseConfig, timesteps: str) -> dict[str, Any]:
+  """The noise levels of `TAU_TIMESTEPS`, by the timesteps that the network is told."""
+  alphas, sigmas = config.table()
+  if len(alphas) <= TAU_TIMESTEPS[0]:
+    return {'tau': 0.0}
+  shift = np.array([0.0, 1.0] if timesteps == 'down' else [-0.5, 0.5])
+  places = np.array(TAU_TIMESTEPS) + shift
+  logs = np.log(sigmas / alphas)
+  low, high = np.exp(np.interp(places, np.arange(len(logs)), logs))
+  beyond = 2.0 if places[1] >= len(logs) - 1 else 1.0
+  return {'low': float(low), 'high': float(high * beyond)}
+
+
+def _timesteps(name: str, family: str, values: Values) -> str:
+  """Return one of LABELS: how the network is told noise levels that are not those of timesteps."""
+  key = next((key for key in _LEVELS if values.get(key)), None)
+  if family == 'solver' and key:
+    fine = name == DPM and values['beta_schedule'] == 'squaredcos_cap_v2'
+    return 'down' if key == 'use_exponential_sigmas' or fine else 'nearest'
+  rounds = key == 'use_karras_sigmas' and name == 'KDPM2DiscreteScheduler'
+  return 'nearest' if rounds else 'exact'
+
+
+def _spacing(values: Values) -> Grid:
+  spacing, offset = values['timestep_spacing'], values['steps_offset']
+  return spacing, {'steps_offset': offset} if spacing == 'leading' and offset else {}
+
+
+def _table_grid(name: str, values: Values) -> Grid:
+  """DDIM and PNDM step by T // count timesteps, wherever the next of them is."""
+  if name in (LCM, TCD):
+    original = values['original_inference_steps']
+    grid = {} if original == 50 else {'original_inference_steps': original}
+    return 'distilled', grid | ({'set_alpha_to_one': False, 'via': 'share'} if name == TCD else {})
+  spacing, grid = _spacing(values)
+  grid |= {} if values.get('set_alpha_to_one', True) else {'set_alpha_to_one': False}
+  if name == DDIM and spacing != 'leading':
+    grid |= {'via': 'stride'}
+  if name == PNDM:
+    require(
+      spacing != 'linspace', "timestep_spacing='linspace' of PNDMScheduler is not implemented, as "
+      'its steps end beside where the next ones start; use leading or trailing.',
+    )
+    grid |= {'even': True} if spacing == 'trailing' else {}
+    grid |= {} if values['skip_prk_steps'] else {'via': 'half_stride'}
+  return spacing, grid
+
+
+def _levels(values: Values) -> str | None:
+  """The spacing of noise levels, if the config chooses one."""
+  return next((ours for key, ours in _LEVELS.items() if values.get(key)), None)
+
+
+def _bounds(values: Values) -> dict[str, Any]:
+  given = {}
+  for key, ours in (('sigma_min', 'low'), ('sigma_max', 'high')):
+    if values.get(key) is not None:
+      given[ours] = float(values[key])
+      require(0 < given[ours] < math.inf, f'{key}={values[key]!r} is no noise level above 0.')
+  return given
+
+
+def _sigma_grid(name: str, values: Values) -> Grid:
+  """Levels run between those of the first and the last timestep."""
+  spacing, grid = _spacing(values)
+  clean = values.get('final_sigmas_type', 'zero') == 'zero'
+  grid |= {} if clean else {'set_alpha_to_one': False}
+  levels = _levels(values)
+  if levels:
+    without = ('LMSDiscreteScheduler', 'DPMSolverSDEScheduler')
+    bounds = {} if levels == 'karras' and name in without else _bounds(values)
+    return levels, grid | bounds | ({} if spacing == 'linspace' else {'within': spacing})
+  return spacing, grid | ({'fractional': True} if spacing == 'linspace' else {})
+
+
+def _solver_grid(name: str, values: Values) -> Grid:
+  """Levels run between the ends of the table, and may stay at the last of their own."""
+  clean = values.get('final_sigmas_type') == 'zero'  # DEIS and SA-Solver have no such argument.
+  end = {} if clean else {'set_alpha_to_one': False}
+  levels = _levels(values)
+  if levels:
+    stays = not clean and name != DPM
+    return levels, end | _bounds(values) | ({'stay_at_end': True} if stays else {})
+  spacing, grid = _spacing(values)
+  grid |= {} if spacing == 'trailing' else {'drop_last': True}
+  alphas, sigmas = _schedule(CLASSES[name], values).table()
+  least = math.exp(min(values.get('lambda_min_clipped', -math.inf), 50.0))
+  clipped = int((alphas < sigmas * least).sum())
+  require(
+    not clipped or spacing != 'trailing', f'lambda_min_clipped={values.get("lambda_min_clipped")} '
+    'with trailing timestep_spacing is not implemented; use leading or linspace.',
+  )
+  return spacing, end | grid | ({'clipped': clipped} if clipped else {})
+
+
+_GRIDS = {'table': _table_grid, 'sigma': _sigma_grid, 'solver': _solver_grid}
+
+
+def _grid_values(scheduler: Scheduler) -> dict[str, Any]:
+  """The inverse of all grids, where they have one."""
+  grid, spacing = scheduler.grid, scheduler.spacing
+  clean = grid.get('set_alpha_to_one', True)
+  values = {
+    'set_alpha_to_one': clean, 'final_sigmas_type': 'zero' if clean else 'sigma_min',
+    'sigma_min': grid.get('low'), 'sigma_max': grid.get('high'),
+    'original_inference_steps': grid.get('original_inference_steps', 50),
+    'timestep_spacing': spacing, 'steps_offset': grid.get('steps_offset', 0),
+  }
+  if spacing in ('karras', 'exponential'):
+    lu = spacing == 'exponential' and scheduler.timesteps == 'nearest'
+    key = 'use_lu_lambdas' if lu else f'use_{spacing}_sigmas'
+    values |= {key: True, 'timestep_spacing': grid.get('within', 'linspace')}
+  return values
+
+
 def _flow(name: str, values: Values) -> Scheduler:
   """The levels are shifted twice at their end: between those of the shifted table, once more."""
   total, shift = values['num_train_timesteps'], values['shift']
   schedule = NoiseConfig('flow', num_train_timesteps=total, shift=shift)
   end = shift / (total + shift - 1)
   grid = {'fractional': True} | ({'last': total * end - 1} if shift != 1 else {})
-  sampler, options = SAMPLERS[name](values)
+  sampler, options = _steps(name, values)
   return Scheduler(
     schedule, 'flow_prediction', sampler, options, 'linspace', grid, timesteps='sigma'
   )
@@ -197,182 +393,12 @@ def _edm(name: str, values: Values) -> Scheduler:
   require(start > 0, f'sigma_min={low!r} is too small for sigma_max={high!r}.')
   process = {'sigma_min': start**rho, 'sigma_max': float(high), 'rho': float(rho)}
   spacing = values['sigma_schedule']
-  require(
-    spacing in ('karras', 'exponential'),
-    f'sigma_schedule={spacing!r} is not known; use karras or exponential.',
-  )
-  sampler, options = SAMPLERS[name](values)
+  sampler, options = _steps(name, values)
   return Scheduler(
     NoiseConfig(process='karras', process_options=process, label='log_snr'), 'edm', sampler,
     options, spacing, {'rho': float(rho)} if spacing == 'karras' and rho != 7 else {},
     data_std=float(values['sigma_data']),
   )
-
-
-_CONTINUOUS = {'flow': _flow, 'edm': _edm}
-"""How families without a table of betas are read."""
-
-
-def _always(name: str) -> Callable[[Values], Choice]:
-  return lambda values: (name, {})
-
-
-def _pick(key: str, value: Any, table: Mapping[Any, Choice]) -> Choice:
-  require(
-    value in table, f'A scheduler with {key} {value!r} is not implemented; choose one of '
-    f'{", ".join(map(repr, table))}.',
-  )
-  return table[value]
-
-
-def _ddpm(values: Values) -> Choice:
-  variance = values['variance_type']
-  last_is_zero = values['timestep_spacing'] != 'trailing' and (
-    values['timestep_spacing'] == 'linspace' or not values['steps_offset']
-  )
-  require(
-    last_is_zero or variance.startswith('fixed_small'),
-    f'variance_type {variance!r} adds noise in the last step, too, where that is not from timestep '
-    '0; only steps_offset 0 with leading or linspace timestep_spacing is implemented.',
-  )
-  return _pick('variance_type', variance, {
-    'fixed_small': ('ddpm', {}), 'fixed_small_log': ('ddpm', {}), 'fixed_large': ('ddpm_large', {}),
-    'learned_range': ('ddpm', {'variance': 'learned'}),
-  })
-
-
-def _pndm(values: Values) -> Choice:
-  """diffusers averages what the network predicts."""
-  averaged = {'average': 'v_prediction'} if values['prediction_type'] == 'v_prediction' else {}
-  return ('plms' if values['skip_prk_steps'] else 'pndm'), averaged
-
-
-def _lcm(values: Values) -> Choice:
-  """The share of x that LCM mixes into x_0 is .25 / ((s t)^2 + .25) at timestep t."""
-  least = values['num_train_timesteps'] // max(values['original_inference_steps'], 1) - 1
-  require(
-    values['timestep_scaling'] * least >= 50, f'timestep_scaling={values["timestep_scaling"]:g} '
-    f'and a first timestep of {least} mix x into the estimates of x_0, which is not implemented; '
-    'their product has to be 50 or more.',
-  )
-  return 'lcm', {}
-
-
-def _dpm(values: Values) -> Choice:
-  order, heun = values['solver_order'], values['solver_type'] == 'heun'
-  algorithm = {'deis': 'dpmsolver++'}.get(values['algorithm_type'], values['algorithm_type'])
-  _pick('solver_type', values['solver_type'], dict.fromkeys(
-    ('midpoint', 'heun', 'logrho', 'bh1', 'bh2'), ('', {})
-  ))
-  clean = values['final_sigmas_type'] == 'zero'
-  final = {'lower_order_final': FEW_STEPS} if values['lower_order_final'] else {}
-  final = {} if clean and order < 3 else final  # A step to sigma = 0 is of order 1 anyway.
-  final |= {'euler_at_final': True} if values['euler_at_final'] and not clean else {}
-  slope = {'slope': 'exact'} if heun else {}
-  name, options = _pick('algorithm_type and solver_order', (algorithm, order), {
-    ('dpmsolver++', 1): ('ddim', {}), ('dpmsolver', 1): ('ddim', {}),
-    ('sde-dpmsolver++', 1): ('euler_ancestral', {}),
-    ('dpmsolver++', 2): ('dpmpp_2m_sde', {'eta': 0.0} | slope) if heun else ('dpmpp_2m', {}),
-    ('dpmsolver++', 3): ('dpmpp_3m_sde', {'eta': 0.0} | ({} if heun else {'slope': 'midpoint'})),
-    ('sde-dpmsolver++', 2): ('dpmpp_2m_sde', slope),
-  })
-  return name, options | (final if order > 1 else {})
-
-
-def _unipc(values: Values) -> Choice:
-  variant = values['solver_type']
-  variant = 'bh2' if variant in ('midpoint', 'heun', 'logrho') else variant
-  options = {'order': values['solver_order'], 'variant': variant}
-  return 'unipc', _but(options | _lowered(values), order=2, variant='bh2')
-
-
-def _deis(values: Values) -> Choice:
-  others = ('midpoint', 'heun', 'bh1', 'bh2'), ('dpmsolver', 'dpmsolver++')
-  for key, known in zip(('solver_type', 'algorithm_type'), others, strict=True):
-    own = CLASSES['DEISMultistepScheduler'].reads[key]
-    _pick(key, values[key], dict.fromkeys((own, *known), ('', {})))
-  final = {'lower_order_final': FEW_STEPS} if values['lower_order_final'] else {}
-  return 'deis', _but({'order': values['solver_order']}, order=3) | final
-
-
-def _sa_solver(values: Values) -> Choice:
-  require(
-    values['corrector_order'] != 1, 'corrector_order=1 of SASolverScheduler is not implemented; '
-    'only 2 or more is.',
-  )
-  options = {'order': values['predictor_order'], 'corrector_order': values['corrector_order']}
-  return 'sa_solver', _but(options | _lowered(values), order=2, corrector_order=2)
-
-
-def _lowered(values: Values) -> dict[str, Any]:
-  return {} if values['lower_order_final'] else {'lower_order_final': False}
-
-
-def _but(options: dict[str, Any], **defaults) -> dict[str, Any]:
-  """The options that are not our defaults."""
-  return {k: v for k, v in options.items() if k not in defaults or v != defaults[k]}
-
-
-def _tau_window(config: NoiseConfig, told: str) -> dict[str, Any]:
-  """The noise levels of `TAU_TIMESTEPS`, by the timesteps that the network is told."""
-  alphas, sigmas = config.table()
-  if len(alphas) <= TAU_TIMESTEPS[0]:
-    return {'tau': 0.0}
-  shift = np.array([0.0, 1.0] if told == 'down' else [-0.5, 0.5])
-  places = np.array(TAU_TIMESTEPS) + shift
-  logs = np.log(sigmas / alphas)
-  low, high = np.exp(np.interp(places, np.arange(len(logs)), logs))
-  beyond = 2.0 if places[1] >= len(logs) - 1 else 1.0
-  return {'low': float(low), 'high': float(high * beyond)}
-
-
-SAMPLERS: dict[str, Callable[[Values], Choice]] = {
-  'DDIMScheduler': _always('ddim'), 'DDPMScheduler': _ddpm, 'PNDMScheduler': _pndm,
-  'LCMScheduler': _lcm, 'TCDScheduler': _always('tcd'),
-  'EulerDiscreteScheduler': _always('euler'),
-  'EulerAncestralDiscreteScheduler': _always('euler_ancestral'),
-  'LMSDiscreteScheduler': _always('lms'), 'HeunDiscreteScheduler': _always('heun'),
-  'KDPM2DiscreteScheduler': _always('dpm2'),
-  'KDPM2AncestralDiscreteScheduler': _always('dpm2_ancestral'),
-  'DPMSolverSDEScheduler': _always('dpmpp_sde'), 'DPMSolverMultistepScheduler': _dpm,
-  'UniPCMultistepScheduler': _unipc, 'DEISMultistepScheduler': _deis,
-  'SASolverScheduler': _sa_solver, 'FlowMatchEulerDiscreteScheduler': _always('flow_euler'),
-  'FlowMatchHeunDiscreteScheduler': _always('flow_heun'), 'EDMEulerScheduler': _always('euler'),
-}
-"""Class of diffusers -> our sampler, from what the class reads."""
-
-
-_WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
-  'ddim': ('DDIMScheduler', {}),
-  'ddpm': ('DDPMScheduler', {'variance_type': 'fixed_small'}),
-  'ddpm_large': ('DDPMScheduler', {'variance_type': 'fixed_large'}),
-  'plms': ('PNDMScheduler', {'skip_prk_steps': True}),
-  'pndm': ('PNDMScheduler', {'skip_prk_steps': False}),
-  'lcm': ('LCMScheduler', {}), 'tcd': ('TCDScheduler', {}),
-  'euler': ('EulerDiscreteScheduler', {}),
-  'euler_ancestral': ('EulerAncestralDiscreteScheduler', {}),
-  'lms': ('LMSDiscreteScheduler', {}), 'heun': ('HeunDiscreteScheduler', {}),
-  'dpm2': ('KDPM2DiscreteScheduler', {}),
-  'dpm2_ancestral': ('KDPM2AncestralDiscreteScheduler', {}),
-  'dpmpp_sde': ('DPMSolverSDEScheduler', {}),
-  'dpmpp_2m': ('DPMSolverMultistepScheduler', {'algorithm_type': 'dpmsolver++'}),
-  'dpmpp_2m_sde': ('DPMSolverMultistepScheduler', {'algorithm_type': 'sde-dpmsolver++'}),
-  'dpmpp_3m_sde': (
-    'DPMSolverMultistepScheduler', {'algorithm_type': 'dpmsolver++', 'solver_order': 3}
-  ),
-  'unipc': ('UniPCMultistepScheduler', {}), 'deis': ('DEISMultistepScheduler', {}),
-  'sa_solver': ('SASolverScheduler', {}),
-  'flow_euler': ('FlowMatchEulerDiscreteScheduler', {}),
-  'flow_heun': ('FlowMatchHeunDiscreteScheduler', {}),
-}
-"""Our sampler -> the class of diffusers and what names it there."""
-
-_OPTIONS = {
-  'unipc': {'order': ('solver_order', 2), 'variant': ('solver_type', 'bh2')},
-  'deis': {'order': ('solver_order', 3)},
-  'sa_solver': {'order': ('predictor_order', 2), 'corrector_order': ('corrector_order', 2)},
-}
-"""Options of samplers: ours -> (the key of diffusers, our default)."""
 
 
 def write_scheduler(scheduler: Scheduler) -> dict[str, Any]:
@@ -381,30 +407,40 @@ def write_scheduler(scheduler: Scheduler) -> dict[str, Any]:
   Raises:
     UserError: diffusers has no class for the sampler, or none with such a schedule or spacing.
   """
-  if not scheduler.schedule.is_table:
+  schedule, options = scheduler.schedule, scheduler.options
+  if not schedule.is_table:
     return _write_process(scheduler)
+  own = [steps for steps in STEPS if steps.sampler == scheduler.sampler]
   require(
-    scheduler.sampler in _WRITTEN,
-    f'diffusers has no scheduler for the sampler {scheduler.sampler!r}; choose one of '
-    f'{", ".join(_WRITTEN)}.',
+    bool(own), f'diffusers has no scheduler for the sampler {scheduler.sampler!r}; choose one of '
+    f'{", ".join(dict.fromkeys(steps.sampler for steps in STEPS))}.',
   )
-  if scheduler.schedule.beta_schedule == 'cosine' and scheduler.schedule.beta_end == 0.999:
-    schedule = dataclasses.replace(scheduler.schedule, beta_schedule='squaredcos_cap_v2')
+  missing = lambda steps: [k for k, v in steps.options.items() if options.get(k) != v]
+  steps = max(own, key=lambda steps: (not missing(steps), len(steps.options)))
+  spec = CLASSES[steps.kind]
+  if schedule.beta_schedule == 'cosine' and schedule.beta_end == 0.999:
+    schedule = dataclasses.replace(schedule, beta_schedule='squaredcos_cap_v2')
     scheduler = dataclasses.replace(scheduler, schedule=schedule)
-  name, more = _WRITTEN[scheduler.sampler]
-  known = (set(BETAS) - {'cosine'}) | {'flow'}
   require(
-    scheduler.schedule.beta_schedule in known,
-    f'diffusers has no beta_schedule {scheduler.schedule.beta_schedule!r}.',
+    schedule.beta_schedule in {*BETAS, 'flow'} - {'cosine'},
+    f'diffusers has no beta_schedule {schedule.beta_schedule!r}.',
   )
-  wanted = {**more, **_schedule_values(scheduler), **_options(scheduler), **_spacing(scheduler)}
-  spec = CLASSES[name]
+  wanted = {
+    **_steps_values(steps, options), **dataclasses.asdict(schedule), 'trained_betas': None,
+    'prediction_type': scheduler.prediction, **_threshold_values(scheduler),
+    **_grid_values(scheduler),
+  }
   heeded = {*spec.reads, *spec.only, *spec.hidden}
-  values = {'_class_name': name} | {k: v for k, v in wanted.items() if k in heeded}
-  again = read_scheduler(values, 'scheduler_config.json')
+  values = {'_class_name': steps.kind} | {k: v for k, v in wanted.items() if k in heeded}
+  _check_same(scheduler, read_scheduler(values, 'scheduler_config.json'), steps.kind)
+  return values
+
+
+def _check_same(scheduler: Scheduler, again: Scheduler, name: str) -> None:
+  """Raise a UserError where a scheduler is not what was read again."""
   for field in dataclasses.fields(Scheduler):
     has, will = getattr(scheduler, field.name), getattr(again, field.name)
-    if field.name == 'grid' and name == 'DDIMScheduler' and 'via' not in has:
+    if field.name == 'grid' and name == DDIM and 'via' not in has:
       # Steps of T // count timesteps end where the next start, if the count divides T.
       will = {key: value for key, value in will.items() if key != 'via'}
     unused = scheduler.threshold == 'none' and field.name.startswith('threshold_')
@@ -414,7 +450,6 @@ def write_scheduler(scheduler: Scheduler) -> dict[str, Any]:
       f'{name} of diffusers cannot have {field.name} {has!r} (it would be {will!r}); choose '
       'another sampler.',
     )
-  return values
 
 
 def scheduler_or_plain(scheduler: Scheduler) -> tuple[dict[str, Any] | None, str | None]:
@@ -485,49 +520,3 @@ def _write_process(scheduler: Scheduler) -> dict[str, Any]:
     'sigma_data': scheduler.data_std, 'sigma_schedule': scheduler.spacing,
     'rho': grid.get('rho', 7.0),
   }
-
-
-def _schedule_values(scheduler: Scheduler) -> dict[str, Any]:
-  config = dataclasses.asdict(scheduler.schedule)
-  return config | {'prediction_type': scheduler.prediction, 'trained_betas': None}
-
-
-def _options(scheduler: Scheduler) -> dict[str, Any]:
-  """Those options of samplers that diffusers names otherwise; the threshold."""
-  options, names = scheduler.options, _OPTIONS.get(scheduler.sampler, {})
-  values = {key: options.get(option, here) for option, (key, here) in names.items()}
-  own = scheduler.sampler in ('unipc', 'sa_solver')  # Their default is True.
-  values['lower_order_final'] = bool(options.get('lower_order_final', own))
-  values['euler_at_final'] = options.get('euler_at_final', False)
-  if options.get('variance') == 'learned':
-    values['variance_type'] = 'learned_range'
-  if scheduler.sampler == 'dpmpp_2m_sde' and options.get('slope') == 'exact':
-    values |= {'solver_type': 'heun', 'solver_order': 2}
-  if scheduler.sampler == 'dpmpp_3m_sde' and 'slope' not in options:
-    values['solver_type'] = 'heun'
-  if options.get('eta') == 0:
-    values['algorithm_type'] = 'dpmsolver++'
-  values['clip_sample'] = scheduler.threshold == 'static'
-  values['thresholding'] = scheduler.threshold == 'dynamic'
-  key = 'sample_max_value' if scheduler.threshold == 'dynamic' else 'clip_sample_range'
-  if scheduler.threshold != 'none':
-    values[key] = scheduler.threshold_limit
-  if scheduler.threshold == 'dynamic':
-    values['dynamic_thresholding_ratio'] = scheduler.threshold_percentile
-  return values
-
-
-def _spacing(scheduler: Scheduler) -> dict[str, Any]:
-  grid = scheduler.grid
-  clean = grid.get('set_alpha_to_one', True)
-  values = {'set_alpha_to_one': clean, 'final_sigmas_type': 'zero' if clean else 'sigma_min'}
-  values |= {'sigma_min': grid.get('low'), 'sigma_max': grid.get('high')}
-  values['original_inference_steps'] = grid.get('original_inference_steps', 50)
-  levels = {'karras': 'use_karras_sigmas', 'exponential': 'use_exponential_sigmas'}
-  spacing = scheduler.spacing
-  if spacing in levels:
-    values[levels[spacing]] = True
-    if spacing == 'exponential' and scheduler.timesteps == 'nearest':
-      values |= {'use_exponential_sigmas': False, 'use_lu_lambdas': True}
-    spacing = grid.get('within', 'linspace')
-  return values | {'timestep_spacing': spacing, 'steps_offset': grid.get('steps_offset', 0)}

@@ -1,17 +1,14 @@
-"""The scheduler classes of diffusers that are read, every argument of each, and their grids.
+"""The scheduler classes of diffusers that are read, and every argument of each.
 
 An argument is read, or allowed one value alone, or has no effect on what is sampled, for the reason
-given. `scheduler` turns what is read into our terms; where a class places its steps is told here,
-in terms of `sampling_grid`.
+given. Which sampler takes which steps is a table that `scheduler` reads in both directions.
 """
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
-
-from diffusion_jax.diffusion.noise import ScheduleConfig
-from diffusion_jax.errors import require
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +22,7 @@ class SchedulerClass:
   idle: argument -> why it has no effect.
   hidden: keys beside the arguments that the class heeds if a config has them.
   predictions: what networks may predict; the class has no formula for others.
+  names: argument -> its values, with what each is taken for: some classes know the names of others.
   """
 
   family: str
@@ -33,6 +31,7 @@ class SchedulerClass:
   idle: Mapping[str, str] = dataclasses.field(default_factory=dict)
   hidden: tuple[str, ...] = ()
   predictions: tuple[str, ...] = ('epsilon', 'sample', 'v_prediction')
+  names: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
 
 
 _TABLE = {
@@ -59,6 +58,12 @@ _NO_VARIANCE = {'variance_type': (None,)}
 _FLOW_IDLE = {'flow_shift': 'it shifts flow sigmas alone, which are refused'}
 _SHIFT_IDLE = {'time_shift_type': 'it is of dynamic shifting alone, which is refused'}
 _DISTILLED = 'its timesteps are those of the distillation'
+
+_DPM_TYPES = {
+  'midpoint': 'midpoint', 'heun': 'heun', **dict.fromkeys(('logrho', 'bh1', 'bh2'), 'midpoint')
+}
+_DEIS_TYPES = dict.fromkeys(('logrho', 'midpoint', 'heun', 'bh1', 'bh2'), 'logrho')
+_BH2 = {'bh1': 'bh1', **dict.fromkeys(('bh2', 'midpoint', 'heun', 'logrho'), 'bh2')}
 
 _EPSILON_OR_V = ('epsilon', 'v_prediction')
 
@@ -126,6 +131,10 @@ CLASSES: dict[str, SchedulerClass] = {
       'lambda_min_clipped': -math.inf,
     },
     _NO_FLOW | _NO_SHIFT | _NO_VARIANCE, _FLOW_IDLE | _SHIFT_IDLE, tuple(_BOUNDS),
+    names={'solver_type': _DPM_TYPES, 'algorithm_type': {
+      'dpmsolver++': 'dpmsolver++', 'sde-dpmsolver++': 'sde-dpmsolver++',
+      'dpmsolver': 'dpmsolver', 'deis': 'dpmsolver++',
+    }},
   ),
   'UniPCMultistepScheduler': SchedulerClass(
     'solver', _SOLVER | _RESCALED | _BOUNDS | {
@@ -135,11 +144,14 @@ CLASSES: dict[str, SchedulerClass] = {
       'predict_x0': (True,), 'disable_corrector': ([],), 'solver_p': (None,),
       'shift_terminal': (None,),
     },
-    _FLOW_IDLE | _SHIFT_IDLE,
+    _FLOW_IDLE | _SHIFT_IDLE, names={'solver_type': _BH2},
   ),
   'DEISMultistepScheduler': SchedulerClass(
     'solver', _SOLVER | {'solver_order': 2, 'solver_type': 'logrho', 'algorithm_type': 'deis'},
     _NO_FLOW | _NO_SHIFT, _FLOW_IDLE | _SHIFT_IDLE, tuple(_BOUNDS),
+    names={'solver_type': _DEIS_TYPES, 'algorithm_type': dict.fromkeys(
+      ('deis', 'dpmsolver', 'dpmsolver++'), 'deis'
+    )},
   ),
   'SASolverScheduler': SchedulerClass(
     'solver', _SOLVER | {
@@ -174,122 +186,72 @@ CLASSES: dict[str, SchedulerClass] = {
 }
 """Classes that have a counterpart here; all others are refused by name."""
 
+FEW_STEPS = 15
+"""On grids of fewer steps, diffusers lowers the order of the last ones."""
 
-Values = Mapping[str, Any]
 
-LEVEL_KEYS = {
-  'use_karras_sigmas': 'karras', 'use_lu_lambdas': 'exponential',
-  'use_exponential_sigmas': 'exponential',
+DDIM, DDPM, PNDM = 'DDIMScheduler', 'DDPMScheduler', 'PNDMScheduler'
+LCM, TCD = 'LCMScheduler', 'TCDScheduler'
+DPM, UNIPC = 'DPMSolverMultistepScheduler', 'UniPCMultistepScheduler'
+DEIS, SA = 'DEISMultistepScheduler', 'SASolverScheduler'
+EDM = 'EDMEulerScheduler'
+
+
+class Steps(NamedTuple):
+  """A class of diffusers with values of its arguments, and the sampler with options for it."""
+
+  kind: str
+  there: Mapping[str, Any]
+  sampler: str
+  options: Mapping[str, Any] = MappingProxyType({})
+
+
+def _dpm(algorithm: str, order: int, sampler: str, heun: bool = False, **options) -> Steps:
+  there = {'algorithm_type': algorithm, 'solver_order': order}
+  return Steps(DPM, there | ({'solver_type': 'heun'} if heun else {}), sampler, options)
+
+
+_V = {'prediction_type': 'v_prediction'}
+STEPS = (
+  Steps(DDIM, {}, 'ddim'),
+  Steps(DDPM, {'variance_type': 'fixed_small'}, 'ddpm'),
+  Steps(DDPM, {'variance_type': 'fixed_small_log'}, 'ddpm'),
+  Steps(DDPM, {'variance_type': 'fixed_large'}, 'ddpm_large'),
+  Steps(DDPM, {'variance_type': 'learned_range'}, 'ddpm', {'variance': 'learned'}),
+  # diffusers averages what the network predicts.
+  Steps(PNDM, {'skip_prk_steps': True} | _V, 'plms', {'average': 'v_prediction'}),
+  Steps(PNDM, {'skip_prk_steps': False} | _V, 'pndm', {'average': 'v_prediction'}),
+  Steps(PNDM, {'skip_prk_steps': True}, 'plms'), Steps(PNDM, {'skip_prk_steps': False}, 'pndm'),
+  Steps(LCM, {}, 'lcm'), Steps(TCD, {}, 'tcd'),
+  Steps('EulerDiscreteScheduler', {}, 'euler'),
+  Steps('EulerAncestralDiscreteScheduler', {}, 'euler_ancestral'),
+  Steps('LMSDiscreteScheduler', {}, 'lms'), Steps('HeunDiscreteScheduler', {}, 'heun'),
+  Steps('KDPM2DiscreteScheduler', {}, 'dpm2'),
+  Steps('KDPM2AncestralDiscreteScheduler', {}, 'dpm2_ancestral'),
+  Steps('DPMSolverSDEScheduler', {}, 'dpmpp_sde'),
+  _dpm('dpmsolver++', 1, 'ddim'), _dpm('dpmsolver', 1, 'ddim'),
+  _dpm('sde-dpmsolver++', 1, 'euler_ancestral'),
+  _dpm('dpmsolver++', 2, 'dpmpp_2m_sde', heun=True, eta=0.0, slope='exact'),
+  _dpm('dpmsolver++', 2, 'dpmpp_2m'),
+  _dpm('dpmsolver++', 3, 'dpmpp_3m_sde', heun=True, eta=0.0),
+  _dpm('dpmsolver++', 3, 'dpmpp_3m_sde', eta=0.0, slope='midpoint'),
+  _dpm('sde-dpmsolver++', 2, 'dpmpp_2m_sde', heun=True, slope='exact'),
+  _dpm('sde-dpmsolver++', 2, 'dpmpp_2m_sde'),
+  Steps(UNIPC, {}, 'unipc'), Steps(DEIS, {}, 'deis'), Steps(SA, {}, 'sa_solver'),
+  Steps('FlowMatchEulerDiscreteScheduler', {}, 'flow_euler'),
+  Steps('FlowMatchHeunDiscreteScheduler', {}, 'flow_heun'), Steps(EDM, {}, 'euler'),
+)
+"""Read by class, the first that fits; written by sampler, the first of most options."""
+
+OPTIONS = {
+  UNIPC: {'order': ('solver_order', 2), 'variant': ('solver_type', 'bh2')},
+  DEIS: {'order': ('solver_order', 3)},
+  SA: {'order': ('predictor_order', 2), 'corrector_order': ('corrector_order', 2)},
 }
-"""Arguments that choose noise levels -> our spacing, in the order in which they are heeded."""
+"""Options that are arguments there: ours -> (theirs, our default)."""
 
-
-def _spacing(values: Values) -> tuple[str, dict[str, Any]]:
-  """(spacing in time, its arguments)."""
-  spacing, offset = values['timestep_spacing'], values['steps_offset']
-  require(
-    spacing in ('leading', 'trailing', 'linspace'),
-    f'timestep_spacing={spacing!r} is not known; use leading, trailing or linspace.',
-  )
-  return spacing, {'steps_offset': offset} if spacing == 'leading' and offset else {}
-
-
-def _table_grid(name: str, values: Values, schedule: ScheduleConfig) -> tuple[str, dict]:
-  """DDIM and PNDM step by T // count timesteps, wherever the next of them is."""
-  del schedule
-  if name in ('LCMScheduler', 'TCDScheduler'):
-    original = values['original_inference_steps']
-    grid = {} if original == 50 else {'original_inference_steps': original}
-    tcd = {'set_alpha_to_one': False, 'via': 'share'} if name == 'TCDScheduler' else {}
-    return 'distilled', grid | tcd
-  spacing, grid = _spacing(values)
-  grid |= {} if values.get('set_alpha_to_one', True) else {'set_alpha_to_one': False}
-  if name == 'DDIMScheduler' and spacing != 'leading':
-    grid |= {'via': 'stride'}
-  if name == 'PNDMScheduler':
-    require(
-      spacing != 'linspace', "timestep_spacing='linspace' of PNDMScheduler is not implemented, as "
-      'its steps end beside where the next ones start; use leading or trailing.',
-    )
-    grid |= {'even': True} if spacing == 'trailing' else {}
-    grid |= {} if values['skip_prk_steps'] else {'via': 'half_stride'}
-  return spacing, grid
-
-
-def _levels(values: Values) -> str | None:
-  """The spacing of noise levels, if the config chooses one."""
-  return next((ours for key, ours in LEVEL_KEYS.items() if values.get(key)), None)
-
-
-def _bounds(values: Values) -> dict[str, Any]:
-  given = {}
-  for key, ours in (('sigma_min', 'low'), ('sigma_max', 'high')):
-    if values.get(key) is not None:
-      given[ours] = float(values[key])
-      require(0 < given[ours] < math.inf, f'{key}={values[key]!r} is no noise level above 0.')
-  return given
-
-
-def _ends_clean(values: Values) -> bool:
-  final = values.get('final_sigmas_type', 'zero')
-  require(
-    final in ('zero', 'sigma_min'),
-    f'final_sigmas_type={final!r} is not known; use zero or sigma_min.',
-  )
-  return final == 'zero'
-
-
-def _sigma_grid(name: str, values: Values, schedule: ScheduleConfig) -> tuple[str, dict]:
-  """Levels run between those of the first and the last timestep."""
-  del schedule
-  spacing, grid = _spacing(values)
-  grid |= {} if _ends_clean(values) else {'set_alpha_to_one': False}
-  levels = _levels(values)
-  if levels:
-    without = ('LMSDiscreteScheduler', 'DPMSolverSDEScheduler')
-    bounds = {} if levels == 'karras' and name in without else _bounds(values)
-    return levels, grid | bounds | ({} if spacing == 'linspace' else {'within': spacing})
-  return spacing, grid | ({'fractional': True} if spacing == 'linspace' else {})
-
-
-def _solver_grid(name: str, values: Values, schedule: ScheduleConfig) -> tuple[str, dict]:
-  """Levels run between the ends of the table, and may stay at the last of their own."""
-  clean = _ends_clean(values) and name not in ('DEISMultistepScheduler', 'SASolverScheduler')
-  end = {} if clean else {'set_alpha_to_one': False}
-  levels = _levels(values)
-  if levels:
-    stays = not clean and name != 'DPMSolverMultistepScheduler'
-    return levels, end | _bounds(values) | ({'stay_at_end': True} if stays else {})
-  spacing, grid = _spacing(values)
-  grid |= {} if spacing == 'trailing' else {'drop_last': True}
-  alphas, sigmas = schedule.table()
-  least = math.exp(min(values.get('lambda_min_clipped', -math.inf), 50.0))
-  clipped = int((alphas < sigmas * least).sum())
-  require(
-    not clipped or spacing != 'trailing', f'lambda_min_clipped={values.get("lambda_min_clipped")} '
-    'with trailing timestep_spacing is not implemented; use leading or linspace.',
-  )
-  return spacing, end | grid | ({'clipped': clipped} if clipped else {})
-
-
-def place_steps(
-  name: str, family: str, values: Values, schedule: ScheduleConfig
-) -> tuple[str, dict[str, Any]]:
-  """(spacing, arguments of sampling_grid) of what a class reads.
-
-  Raises:
-    UserError: for what is not known or has no counterpart.
-  """
-  return {'table': _table_grid, 'sigma': _sigma_grid, 'solver': _solver_grid}[family](
-    name, values, schedule
-  )
-
-
-def told_timesteps(name: str, family: str, values: Values) -> str:
-  """Return one of LABELS: how the network is told noise levels that are not those of timesteps."""
-  key = next((key for key in LEVEL_KEYS if values.get(key)), None)
-  if family == 'solver' and key:
-    fine = name == 'DPMSolverMultistepScheduler' and values['beta_schedule'] == 'squaredcos_cap_v2'
-    return 'down' if key == 'use_exponential_sigmas' or fine else 'nearest'
-  rounds = key == 'use_karras_sigmas' and name == 'KDPM2DiscreteScheduler'
-  return 'nearest' if rounds else 'exact'
+LOWERED = {
+  **{name: {True: FEW_STEPS, False: None} for name in (DPM, DEIS)},
+  **{name: {True: None, False: False} for name in (UNIPC, SA)},
+}
+"""lower_order_final: theirs -> ours, None where it is our default."""

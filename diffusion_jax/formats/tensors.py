@@ -133,11 +133,6 @@ def _open_shards(path: Path) -> dict[str, Tensor]:
   return {tensor: files[name][tensor] for tensor, name in table.items()}
 
 
-def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
-  """All tensors of a file, in memory."""
-  return {name: np.array(tensor) for name, tensor in open_tensors(path).items()}
-
-
 def write_tensors(
   path: str | os.PathLike, tensors: Mapping[str, NewTensor | np.ndarray],
   texts: Mapping[str, str] | None = None,

@@ -15,7 +15,8 @@ import numpy as np
 
 from diffusion_jax.errors import require
 from diffusion_jax.files import inside
-from diffusion_jax.formats.adapter_names import is_inversion, is_lora, some
+from diffusion_jax.formats.adapter_names import is_inversion, is_lora
+from diffusion_jax.formats.published import some
 from diffusion_jax.formats.tensors import PICKLES, open_tensors, write_tensors
 from diffusion_jax.formats.torch_files import load_plain, tensors_of
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.adapters import lora_file, read_lora, to_params
-from diffusion_jax.formats.networks import load_params, read_config, resolve
+from diffusion_jax.formats.networks import load_params, read_network, resolve
 from diffusion_jax.formats.textual_inversion import (
   TextualInversion,
   bundled_inversions,
@@ -83,7 +83,7 @@ def add_worse(
 
 def controlnet_config(model: Diffusion, path: str) -> ControlNetConfig:
   """Of the ControlNet in a directory. UserError where it is none for the model's denoiser."""
-  config = read_config('controlnet', path)
+  config = read_network('controlnet', path).config
   for name in ('block_out_channels', 'cross_attention_dim', 'layers_per_block'):
     own, other = getattr(model.denoiser.config, name, None), getattr(config, name)
     if own != other:

@@ -25,7 +25,7 @@ from diffusion_jax.types import Condition, Weights
 
 if TYPE_CHECKING:
   from diffusion_jax.diffusion.noise import Schedule
-  from diffusion_jax.formats.pipeline import Part
+  from diffusion_jax.formats.networks import Part
   from diffusion_jax.pipelines.spaces import Space
 
 Arrays = dict[str, jax.Array]

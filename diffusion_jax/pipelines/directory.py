@@ -1,7 +1,6 @@
-"""Models from the parts of a directory, which `formats.pipeline` reads and writes."""
+"""Models in directories: `formats.pipeline` reads and writes the parts, here is what they make."""
 
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,32 +9,28 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from diffusion_jax.config import typed, untyped
-from diffusion_jax.diffusion.noise import NoiseConfig, NoiseSchedule, Schedule, ScheduleConfig
+from diffusion_jax.diffusion.noise import NoiseSchedule, Schedule
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.errors import UserError
-from diffusion_jax.files import INDEX, inside, reading
+from diffusion_jax.files import INDEX, reading
 from diffusion_jax.formats.clip import pixel_statistics
-from diffusion_jax.formats.networks import format_of, resolve, save_params
+from diffusion_jax.formats.networks import Part, resolve, save_params
 from diffusion_jax.formats.pipeline import (
+  DIFFUSION,
   FOLDERS,
-  Part,
+  TEXT_TO_IMAGE,
   Pipeline,
   export_scheduler,
-  read_part,
+  keep_folder,
+  own_path,
   read_pipeline,
-  write_trained,
 )
 from diffusion_jax.formats.scheduler import Scheduler
-from diffusion_jax.formats.tensors import read_json, write_json
-from diffusion_jax.models.network import Network
+from diffusion_jax.formats.tensors import write_json
 from diffusion_jax.models.text.tokenizer import load_tokenizer
-from diffusion_jax.pipelines.conditioners import (
-  Conditioner,
-  Context,
-  ControlNet,
-  Sizes,
-  concatenated,
-)
+from diffusion_jax.models.unet import UNetConfig
+from diffusion_jax.pipelines.assembly import assemble, make_model
+from diffusion_jax.pipelines.conditioners import ControlNet
 from diffusion_jax.pipelines.encoders import (
   IMAGE_ENCODER,
   MEAN,
@@ -45,80 +40,14 @@ from diffusion_jax.pipelines.encoders import (
   ImageEncoder,
   TextEncoders,
 )
-from diffusion_jax.pipelines.model import DENOISER, Diffusion, output_channels
+from diffusion_jax.pipelines.model import DENOISER, Diffusion
 from diffusion_jax.pipelines.sampling import PLACES, SampleConfig
-from diffusion_jax.pipelines.spaces import AUTOENCODER, LatentSpace, Space
+from diffusion_jax.pipelines.spaces import AUTOENCODER, LatentConfig, LatentSpace
 from diffusion_jax.registry import CONDITIONERS, NETWORKS, SPACES, load
 from diffusion_jax.types import Params, Weights
 
-ANY = 'Diffusion'
-"""The class of models that no other layout has."""
 EDITS = 'StableDiffusionInstructPix2PixPipeline'
 """The class of diffusers that is guided by its picture, too, with a scale of 1.5."""
-
-
-def make_model(
-  denoiser: Network, space: Space, conditioners: Mapping[str, Conditioner], noise: NoiseSchedule,
-  parameterization: Parameterization, low_resolution: Schedule | None = None,
-) -> Diffusion:
-  """A model without weights. UserError where its parts do not fit together.
-
-  Input channels of the denoiser that are neither z's nor taken by a conditioner are those of a
-  picture, see `conditioners.CONCATENATED`; `low_resolution` has the noise levels of an upscaler's.
-  """
-  config = denoiser.config
-  for conditioner in conditioners.values():
-    wanted, width = getattr(config, 'cross_attention_dim', None), getattr(conditioner, 'width', 0)
-    if width and wanted and width != wanted:
-      raise UserError(
-        f'unet.cross_attention_dim is {wanted}, but the text encoder gives texts of width {width}; '
-        f'set it to {width}.'
-      )
-  channels, out = space.channels, output_channels(config)
-  taken = getattr(config, 'in_channels', channels)
-  if out not in (channels, 2 * channels) or taken < channels:
-    raise UserError(
-      f'the denoiser has {taken} input and {out} output channels, but what it is to denoise has '
-      f'{channels}; set both to {channels}, or out_channels to {2 * channels} for a learned '
-      'variance.'
-    )
-  label, rows = conditioners.get('class'), getattr(config, 'num_embeds_ada_norm', None)
-  if label is not None and rows is not None and rows != len(label.classes):
-    raise UserError(
-      f'denoiser.num_embeds_ada_norm is {rows}, but there are {len(label.classes)} classes; set it '
-      'to that.'
-    )
-  if getattr(config, 'addition_embed_type', None) == 'text_time':
-    conditioners = {**conditioners, 'sizes': Sizes()}
-  beside = taken - channels - sum(c.channels(space) for c in conditioners.values())
-  conditioners = {**conditioners, **concatenated(space, beside, schedule=low_resolution)}
-  return Diffusion(space, denoiser, conditioners, noise, parameterization)
-
-
-def assemble(
-  denoiser: Any, space: Any, conditioners: Mapping[str, Mapping[str, Any]],
-  schedule: ScheduleConfig, parameterization: Parameterization, *, train: Any = None,
-  dtype=jnp.float32,
-) -> tuple[Diffusion, dict[str, Part]]:
-  """A model of configs, and where the parts lie that are there already, by role.
-
-  Args:
-    denoiser: the config of a network of `registry.NETWORKS`.
-    space: the `Config` of a row of `registry.SPACES`.
-    conditioners: options of rows of `registry.CONDITIONERS`.
-    train: the source that is trained on, of which conditioners may ask for the classes.
-
-  Raises:
-    UserError: a part cannot be read, or the parts do not fit together.
-  """
-  made, parts = space.build(dtype)
-  context, told = Context(made, train, dtype), {}
-  for name, options in conditioners.items():
-    kind = load(CONDITIONERS, name, 'settings.conditioners')
-    told[name], more = kind.build(options, context)
-    parts |= more
-  network = format_of(denoiser).network(denoiser, dtype=dtype)
-  return make_model(network, made, told, NoiseSchedule.of(schedule), parameterization), parts
 
 
 def read_model(
@@ -132,14 +61,12 @@ def read_model(
   Raises:
     UserError: no such directory, no model in it, or a part that is missing or not implemented.
   """
-  directory = resolve(path)
-  if (directory / INDEX).is_file():
-    index = read_json(inside(directory / INDEX, directory))
-    if index.get('_class_name') == ANY:
-      return _read_any(directory, index, dtype)
   pipeline = read_pipeline(path, _NAMES)
-  parts = _networks(pipeline, path)
   scheduler = pipeline.scheduler()
+  sample = _sample(pipeline, scheduler, path)
+  if pipeline.kind == DIFFUSION:
+    return *_assembled(pipeline, resolve(path), scheduler, dtype), sample
+  parts = _networks(pipeline, path)
   conditioners = {'text': _prompts(pipeline, parts, path, dtype)}
   if 'controlnet' in parts:
     conditioners['control'] = ControlNet(parts['controlnet'].network(dtype=dtype))
@@ -151,7 +78,7 @@ def read_model(
     Parameterization(scheduler.prediction, scheduler.data_std),
     Schedule(pipeline.scheduler(low).schedule) if low in pipeline.parts else None,
   )
-  return model, parts, _sample(pipeline, scheduler, path)
+  return model, parts, sample
 
 
 _KINDS = {
@@ -177,32 +104,28 @@ def _networks(pipeline: Pipeline, path: str) -> dict[str, Part]:
   return {roles.get(name, name): part.expect(_KINDS[name]) for name, part in found.items()}
 
 
-def _read_any(
-  directory: Path, index: Mapping[str, Any], dtype
-) -> tuple[Diffusion, dict[str, Part], SampleConfig]:
-  """What `save_any` has written."""
+def _assembled(
+  pipeline: Pipeline, directory: Path, scheduler: Scheduler, dtype
+) -> tuple[Diffusion, dict[str, Part]]:
+  """A model of the class DIFFUSION, whose index has the arguments of `assemble`."""
   def placed(options: Mapping[str, Any], kind: Any) -> dict[str, Any]:
-    place = lambda value: value if value.startswith('asset:') else str(
-      inside(directory / value, directory)
-    )
-    return {k: place(str(v)) if k in kind.paths else v for k, v in options.items()}
+    return {k: own_path(str(v), directory) if k in kind.paths else v for k, v in options.items()}
 
-  with reading(directory / INDEX, 'describes no model', 'export it again'):
+  index, where = pipeline.index, directory / INDEX
+  with reading(where, 'describes no model', 'export it again'):
     section = dict(index['space'])
-    kind = load(SPACES, section.pop('type'), f'{directory / INDEX}: space')
+    kind = load(SPACES, section.pop('type'), f'{where}: space')
     space = typed(kind.Config, placed(section, kind), 'space.')
     conditioners = {
-      name: placed(options, load(CONDITIONERS, name, f'{directory / INDEX}: conditioners'))
+      name: placed(options, load(CONDITIONERS, name, f'{where}: conditioners'))
       for name, options in index['conditioners'].items()
     }
-    noise = typed(NoiseConfig, index['noise'], 'noise.')
-    sample = typed(SampleConfig, index['sample'], 'sample.')
-    prediction = Parameterization(index['prediction'], float(index['data_std']))
-  denoiser = read_part(directory / DENOISER).expect(tuple(NETWORKS))
+  denoiser = pipeline.parts['unet'].expect(tuple(NETWORKS))
   model, parts = assemble(
-    denoiser.config, space, conditioners, noise, prediction, dtype=dtype
+    denoiser.config, space, conditioners, scheduler.schedule,
+    Parameterization(scheduler.prediction, scheduler.data_std), dtype=dtype,
   )
-  return model, {DENOISER: denoiser, **parts}, sample
+  return model, {DENOISER: denoiser, **parts}
 
 
 def _prompts(
@@ -232,8 +155,8 @@ def _prompts(
 
 
 def _sample(pipeline: Pipeline, scheduler: Scheduler, path: str) -> SampleConfig:
-  if not pipeline.own:
-    return sample_config(scheduler, pipeline.index.get('_class_name'))
+  if pipeline.kind not in (TEXT_TO_IMAGE, DIFFUSION):
+    return sample_config(scheduler, pipeline.kind)
   known = {field.name for field in dataclasses.fields(SampleConfig)}
   given = pipeline.index.get('sample', {})
   if isinstance(given, dict):  # Later versions may say more.
@@ -279,42 +202,50 @@ def load_model(
 
 
 def save_model(
-  directory: Path, model: Diffusion, denoiser: Params, *, autoencoder: str, clip: str,
-  sample: SampleConfig, dtype: str,
-) -> None:
-  """Write a model that was trained here, with folders or assets for its frozen parts."""
-  write_trained(
-    directory, model.denoiser.config, denoiser, scheduler_of(model, sample),
-    sample=dataclasses.asdict(sample), latent_patch_size=model.space.patch, autoencoder=autoencoder,
-    clip=clip, dtype=dtype,
-  )
-
-
-def save_any(
   directory: Path, model: Diffusion, denoiser: Params, *, space: Any,
   conditioners: Mapping[str, Mapping[str, Any]], sample: SampleConfig, dtype: str,
 ) -> None:
-  """Write any model of the registries, from the arguments of `assemble`; parts are copied."""
-  save_params(directory / DENOISER, model.denoiser.config, denoiser, dtype=dtype)
+  """Write a model that was trained here, with copies of its frozen parts or the assets' names.
 
-  def kept(options: Mapping[str, Any], kind: Any, name: str) -> dict[str, Any]:
-    out = dict(options)
-    for key in kind.paths:
-      if not out[key].startswith('asset:'):
-        shutil.copytree(resolve(out[key]), directory / f'{name}_{key}', dirs_exist_ok=True)
-        out[key] = f'{name}_{key}'
-    return out
+  A U-Net on latents that reads texts, with a table of noise levels, has the folders of a pipeline
+  of diffusers; any other model is written as the class DIFFUSION.
 
-  kinds = {name: type(one) for name, one in model.conditioners.items()}
-  config = model.noise.config
-  write_json(directory / INDEX, {
-    '_class_name': ANY, 'sample': dataclasses.asdict(sample),
-    'space': {'type': model.space.name} | kept(untyped(space), type(model.space), 'space'),
+  Args:
+    denoiser: its parameters.
+    space, conditioners: those that `assemble` took.
+  """
+  index = {
+    'sample': dataclasses.asdict(sample), 'noise': model.noise.config.saved(),
+    'prediction': model.parameterization.name, 'data_std': model.parameterization.data_std,
+    **export_scheduler(directory, scheduler_of(model, sample)),
+  }
+  texts = list(conditioners) == ['text'] and type(model.denoiser.config) is UNetConfig
+  if texts and type(space) is LatentConfig and model.noise.table is not None:
+    folder = FOLDERS[DENOISER]
+    index |= {'_class_name': TEXT_TO_IMAGE, 'latent_patch_size': space.patch} | {
+      role: keep_folder(path, directory, role) for role, path in (
+        (AUTOENCODER, space.autoencoder), ('clip', conditioners['text']['path'])
+      )
+    }
+  else:
+    folder = DENOISER
+    index |= {'_class_name': DIFFUSION} | _described(directory, model, space, conditioners)
+  save_params(directory / folder, model.denoiser.config, denoiser, dtype=dtype)
+  write_json(directory / INDEX, index)
+
+
+def _described(
+  directory: Path, model: Diffusion, space: Any, conditioners: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+  """What the index of a model of the class DIFFUSION says of its parts, which are copied."""
+  def kept(options: Mapping[str, Any], part: Any, name: str) -> dict[str, Any]:
+    folders = {key: keep_folder(options[key], directory, f'{name}_{key}') for key in part.paths}
+    return {**options, **folders}
+
+  return {
+    'space': {'type': model.space.name} | kept(untyped(space), model.space, 'space'),
     'conditioners': {
-      name: kept({**options, **model.conditioners[name].options()}, kinds[name], name)
+      name: kept({**options, **model.conditioners[name].options()}, model.conditioners[name], name)
       for name, options in conditioners.items()
     },
-    'noise': config.saved(), 'prediction': model.parameterization.name,
-    'data_std': model.parameterization.data_std,
-    **export_scheduler(directory, scheduler_of(model, sample)),
-  })
+  }

@@ -12,8 +12,7 @@ import numpy as np
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import check_folder
-from diffusion_jax.formats.networks import resolve
-from diffusion_jax.formats.pipeline import read_part
+from diffusion_jax.formats.networks import read_part, resolve
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.tokenizer import Cut, Tokenize, add_placeholder, load_tokenizer
 from diffusion_jax.pipelines.conditioners import Arrays, Conditioner

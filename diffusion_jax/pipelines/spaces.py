@@ -19,8 +19,7 @@ from jaxtyping import UInt8
 from diffusion_jax.backend.xla import jit
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import check_folder
-from diffusion_jax.formats.networks import read_config, resolve
-from diffusion_jax.formats.pipeline import Part, read_part
+from diffusion_jax.formats.networks import Part, read_network, read_part, resolve
 from diffusion_jax.limits import Range
 from diffusion_jax.models.autoencoder import decode_sliced, decode_tiled
 from diffusion_jax.models.network import Network
@@ -103,7 +102,7 @@ class LatentConfig:
   @property
   def factor(self) -> int:
     """Pixels of an edge of the image to one place of z."""
-    return read_config('autoencoder', self.autoencoder).factor * self.patch
+    return read_network('autoencoder', self.autoencoder).config.factor * self.patch
 
   def build(self, dtype=jnp.float32) -> tuple['LatentSpace', dict[str, Part]]:
     """UserError where there is no autoencoder."""

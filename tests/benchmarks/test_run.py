@@ -12,7 +12,7 @@ from benchmarks.sampling import count_calls, measure_encoding, measure_sampling
 from benchmarks.table import run_row
 from benchmarks.training import Counts
 from diffusion_jax.config import parse, resolved
-from diffusion_jax.pipelines.directory import assemble
+from diffusion_jax.pipelines.assembly import assemble
 from diffusion_jax.pipelines.sampling import SampleConfig
 from tests import tiny
 

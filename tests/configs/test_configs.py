@@ -11,7 +11,7 @@ from diffusion_jax.data.sources.arrays import open_points
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.unet import UNet
-from diffusion_jax.pipelines.directory import assemble
+from diffusion_jax.pipelines.assembly import assemble
 from diffusion_jax.recipe import load_config
 from diffusion_jax.registry import TASKS
 from diffusion_jax.train.optimizer import make_optimizer

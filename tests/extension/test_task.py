@@ -3,8 +3,8 @@
 import json
 
 import numpy as np
+from safetensors.numpy import load_file
 
-from diffusion_jax.formats.tensors import read_tensors
 from diffusion_jax.pixels import to_float
 from tests import tiny
 
@@ -18,7 +18,7 @@ def test_a_task(outside, trained_with, command, sources):
   ) | {'task': 'mean', 'settings': {'start': 0.5}}
   workdir = trained_with(outside('task'), values)
   mean = to_float(np.stack([record['image'] for record in sources[0]])).mean(0)
-  found = read_tensors(workdir / 'model' / 'model.safetensors')['mean.bias']
+  found = load_file(workdir / 'model' / 'model.safetensors')['mean.bias']
   assert np.abs(found - mean).mean() < 0.1 < np.abs(0.5 - mean).mean()
   scores = json.loads((workdir / 'scores.json').read_text())
   assert 0 < scores['test']['mean_distance'] < 1

@@ -6,8 +6,8 @@ import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from diffusion_jax.formats.tensors import read_tensors
 from tests import tiny
 from tests.faults.ranks import Ranks
 
@@ -18,7 +18,7 @@ LOOP = {'total_steps': STEPS, 'evaluate_every_steps': EVALUATION}
 
 
 def _weights(run):
-  return read_tensors(run / 'model' / 'diffusion_pytorch_model.safetensors')
+  return load_file(run / 'model' / 'diffusion_pytorch_model.safetensors')
 
 
 def _status(run):

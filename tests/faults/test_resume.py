@@ -8,8 +8,8 @@ import time
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from diffusion_jax.formats.tensors import read_tensors
 from diffusion_jax.train import loop
 from tests import tiny
 
@@ -36,7 +36,7 @@ def uninterrupted(recipe, tmp_path_factory, command):
 
 def _same_weights(run, other):
   path = 'model/unet/diffusion_pytorch_model.safetensors'
-  found, wanted = read_tensors(run / path), read_tensors(other / path)
+  found, wanted = load_file(run / path), load_file(other / path)
   assert found.keys() == wanted.keys()
   for name, value in wanted.items():
     np.testing.assert_array_equal(found[name], value, err_msg=name)

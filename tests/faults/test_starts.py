@@ -10,9 +10,9 @@ import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.formats.tensors import read_tensors
 from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.runs.status import stands_still
 from diffusion_jax.train import loop
@@ -325,7 +325,7 @@ def test_an_error_in_the_loop_costs_no_step(toy, command, tmp_path, monkeypatch,
   assert 'step 6 was saved before' in capsys.readouterr().err
   assert command(*arguments) == 0 and len(calls) == 13
   assert sorted(tiny.metrics(run)) == list(range(1, 13))
-  found, wanted = read_tensors(run / WEIGHTS), read_tensors(toy / WEIGHTS)
+  found, wanted = load_file(run / WEIGHTS), load_file(toy / WEIGHTS)
   for name, value in wanted.items():
     np.testing.assert_array_equal(found[name], value)
 

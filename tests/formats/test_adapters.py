@@ -10,8 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.formats.adapter_names import kohya_names, single_file_names
+from diffusion_jax.formats.adapter_names import kohya_names
 from diffusion_jax.formats.adapters import LoRAWeights, read_lora, write_lora
+from diffusion_jax.formats.single_file_names import unet_names
 from diffusion_jax.formats.tensors import metadata
 from diffusion_jax.pipelines.adapters import add_lora
 from diffusion_jax.pipelines.directory import load_model
@@ -54,7 +55,7 @@ XL = [
   ('output_blocks.5.2.conv', 'up_blocks.1.upsamplers.0.conv'),
 ])
 def test_block_numbers(stored, layer):
-  assert single_file_names(XL)[stored] == layer
+  assert unet_names(XL)[layer] == stored
   names = kohya_names(XL)
   assert names[stored.replace('.', '_')] == names[layer.replace('.', '_')] == layer
 
@@ -62,13 +63,13 @@ def test_block_numbers(stored, layer):
 def test_an_upsampling_follows_what_its_level_has():
   """Stable Diffusion 1 and 2 have no attention where the way up begins."""
   names = [*(f'up_blocks.0.resnets.{j}.conv1' for j in range(3)), 'up_blocks.0.upsamplers.0.conv']
-  assert single_file_names(names)['output_blocks.2.1.conv'] == 'up_blocks.0.upsamplers.0.conv'
+  assert unet_names(names)['up_blocks.0.upsamplers.0.conv'] == 'output_blocks.2.1.conv'
 
 
 def test_block_numbers_are_all_different():
-  found = single_file_names(XL)
-  assert sorted(found.values()) == sorted(XL)
-  assert single_file_names(['text_model.encoder.layers.0.mlp.fc1']) == {}
+  found = unet_names(XL)
+  assert sorted(found) == sorted(XL) and len(set(found.values())) == len(XL)
+  assert unet_names(['text_model.encoder.layers.0.mlp.fc1']) == {}
 
 
 NETWORKS = {

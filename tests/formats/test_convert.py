@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.formats import unet as names
 from diffusion_jax.formats.convert import convert
 from diffusion_jax.formats.networks import load_params, save_params
 from diffusion_jax.formats.published import published_name, published_shape
+from diffusion_jax.formats.single_file_names import unet_config, unet_names
+from diffusion_jax.formats.unet import UNET as UNET_FORMAT
 from diffusion_jax.formats.unet import UNETS
 from diffusion_jax.models import network
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
@@ -195,21 +196,17 @@ def test_one_network_there_and_back(written, tmp_path):
                   'output_blocks.2.2.conv.bias', 'output_blocks.8.0.skip_connection.weight']),
 ])
 def test_published_u_nets_have_their_names_and_counts(architecture, count, some):
-  structure = names.of_config(names.UNET.describe(UNETS[architecture]), architecture)
-  rules = names.rules(structure)
-  assert len({rule.stored for rule in rules}) == len({rule.published for rule in rules}) == count
-  assert set(some) <= {rule.stored for rule in rules}
+  published = [published_name(name) for name in UNET_FORMAT.shapes(UNETS[architecture])]
+  found = unet_names(published)
+  assert len(set(found.values())) == len(found) == len(set(published)) == count
+  assert set(some) <= set(found.values())
 
 
 def test_the_config_of_a_published_u_net_follows_from_its_shapes():
   """Stable Diffusion 2: all that its family does not tell."""
   config = UNETS['sd21_base']
-  shapes = network.abstract(lambda rngs: UNet(config, rngs=rngs))[1]
-
-
+  shapes = UNET_FORMAT.shapes(config)
   published = {published_name(n): published_shape(n, t.shape) for n, t in shapes.items()}
-  rules = names.rules(names.of_config(names.UNET.describe(config), 'sd21'))
-  stored = {rule.stored: published[rule.published[0]] for rule in rules}
-  structure = names.of_shapes(stored, 'here', labels_are_sizes=False)
-  found = names.config(structure, stored, 'here', heads=None, pooled=None)
-  assert names.UNET.parse(found | {'sample_size': 64}, 'here') == config
+  stored = {name: published[own] for own, name in unet_names(published).items()}
+  found = unet_config(stored, 'here', heads=None, pooled=None)
+  assert UNET_FORMAT.parse(found | {'sample_size': 64}, 'here') == config

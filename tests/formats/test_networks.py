@@ -13,9 +13,10 @@ from diffusion_jax import registry
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats import networks
 from diffusion_jax.formats.networks import load, load_params, resolve, save_params
-from diffusion_jax.formats.published import from_published, to_published
+from diffusion_jax.formats.published import from_published
 from diffusion_jax.models.autoencoder import AutoencoderKLConfig
 from diffusion_jax.models.network import PLAIN, Compute
+from tests import tiny_pipeline
 from tests.tiny_pipeline import random_params
 
 CONFIG = AutoencoderKLConfig(
@@ -45,7 +46,7 @@ def test_round_trip_is_exact(saved, params):
 
 
 def test_conversion_is_its_own_inverse(params):
-  published = to_published(params)
+  published = tiny_pipeline.published(params)
   assert published['encoder.conv_in.weight'].shape == (4, 3, 3, 3)
   assert 'decoder.mid_block.attentions.0.to_out.0.weight' in published
   back = from_published(published, params, 'here')

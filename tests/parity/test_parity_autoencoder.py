@@ -120,6 +120,6 @@ def test_attention_names_of_before_diffusers_0_18(randomized, ported):
       name = name.replace(f'attentions.0.{new_part}.', f'attentions.0.{old_part}.')
     tensors[name] = value.numpy()
   assert any('proj_attn' in name for name in tensors)
-  again = from_published(tensors, params, 'old', AUTOENCODER.rename)
+  again = from_published({AUTOENCODER.rename(n): t for n, t in tensors.items()}, params, 'old')
   for name, value in params.items():
     np.testing.assert_array_equal(again[name], value)

@@ -17,6 +17,7 @@ from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.directory import load_model, save_model
 from diffusion_jax.pipelines.sampling import SampleConfig
+from diffusion_jax.pipelines.spaces import LatentConfig
 from tests import tiny_pipeline as tiny
 from tests.tiny import assemble
 
@@ -48,7 +49,10 @@ def exported(folder, frozen, noise, parameterization, sample):
   """(our model as it is read back, its weights, how it samples)."""
   model, _ = assemble(UNET, **frozen, schedule=noise, parameterization=parameterization)
   params = tiny.random_params(UNET, 2)
-  save_model(folder, model, params, **frozen, sample=sample, dtype='float32')
+  save_model(
+    folder, model, params, space=LatentConfig(frozen['autoencoder']),
+    conditioners={'text': {'path': frozen['clip']}}, sample=sample, dtype='float32',
+  )
   return load_model(str(folder))
 
 

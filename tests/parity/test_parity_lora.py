@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.formats.adapter_names import layers, single_file_names
+from diffusion_jax.formats.adapter_names import layers
 from diffusion_jax.formats.adapters import (
   LoRAWeights,
   from_params,
@@ -13,6 +13,7 @@ from diffusion_jax.formats.adapters import (
   to_params,
   write_lora,
 )
+from diffusion_jax.formats.single_file_names import unet_names
 from diffusion_jax.models.lora import Rank, with_lora
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.clip import CLIPTextModel
@@ -209,9 +210,7 @@ def assert_same(found, wanted):
 def test_block_numbers_of_single_files(pair, tmp_path):
   """kohya's names for Stable Diffusion XL, as diffusers understands them."""
   theirs, network, _ = pair('unet')
-  numbered = {
-    layer: stored for stored, layer in single_file_names(layers(network.shapes)).items()
-  }
+  numbered = unet_names(layers(network.shapes))
   lora = random_lora(network)
   path = tmp_path / 'xl.safetensors'
   write_lora(path, {'unet': {numbered[layer]: one for layer, one in lora.items()}})

@@ -8,10 +8,11 @@ import functools
 import numpy as np
 import pytest
 
-from diffusion_jax.formats.adapter_names import layers, single_file_names
+from diffusion_jax.formats.adapter_names import layers
 from diffusion_jax.formats.adapters import read_lora, to_params
 from diffusion_jax.formats.networks import network_format
 from diffusion_jax.formats.published import published_name
+from diffusion_jax.formats.single_file_names import unet_names
 from diffusion_jax.models.lora import merge_lora
 
 torch = pytest.importorskip('torch')
@@ -177,7 +178,7 @@ def block_numbers():
   """Layers of the U-Net -> their names in a single file."""
   modules = diffusers.UNet2DConditionModel(**UNET).named_modules()
   names = [n for n, m in modules if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
-  return {layer: name for name, layer in single_file_names(names).items()}
+  return unet_names(names)
 
 
 def numbered(lora):

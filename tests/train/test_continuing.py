@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from diffusion_jax.formats.tensors import read_tensors
 from tests import tiny
 
 LOOP = {'total_steps': 8, 'checkpoint_every_steps': 2, 'evaluate_every_steps': 2,
@@ -43,7 +43,7 @@ def test_a_run_begins_with_the_averages_of_another(first, command, tmp_path):
   before = tiny.snapshot(first)
   assert command('train', '--config', config, '--workdir', run, '--quiet') == 0
   assert tiny.snapshot(first) == before
-  wanted, found = read_tensors(first / MODEL), read_tensors(run / MODEL)
+  wanted, found = load_file(first / MODEL), load_file(run / MODEL)
   assert wanted.keys() == found.keys()
   for name, value in wanted.items():
     np.testing.assert_array_equal(found[name], value, err_msg=name)

@@ -28,13 +28,14 @@ from diffusion_jax.limits import ByType, FileDtype, Fraction
 from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.parallel.mesh import to_host
+from diffusion_jax.pipelines.assembly import assemble
 from diffusion_jax.pipelines.conditioners import Arrays, Conditioner, Sizes
-from diffusion_jax.pipelines.directory import assemble, save_any, save_model
 from diffusion_jax.pipelines.model import DENOISER, Diffusion, joined, output_channels
 from diffusion_jax.pipelines.sampling import SampleConfig
-from diffusion_jax.pipelines.spaces import LatentConfig, Moments
+from diffusion_jax.pipelines.spaces import Moments
 from diffusion_jax.registry import (
   EVALUATORS,
+  EXPORTS,
   EXTRACTORS,
   METRICS,
   NETWORKS,
@@ -381,14 +382,7 @@ class DiffusionTask(NoisingTask):
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
     """The whole model as a directory that `sample --model` reads."""
     config = self.config
-    how = {'sample': config.sample, 'dtype': config.export_dtype}
-    known = type(config.denoiser) is UNetConfig and type(config.space) is LatentConfig
-    if known and self.model.noise.table is not None and list(config.conditioned) == ['text']:
-      save_model(
-        directory, self.model, params, autoencoder=config.space.autoencoder,
-        clip=config.conditioned['text']['path'], **how,
-      )
-    else:
-      save_any(
-        directory, self.model, params, space=config.space, conditioners=config.conditioned, **how
-      )
+    load(EXPORTS, 'model')(
+      directory, self.model, params, space=config.space, conditioners=config.conditioned,
+      sample=config.sample, dtype=config.export_dtype,
+    )

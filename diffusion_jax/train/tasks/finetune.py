@@ -14,7 +14,7 @@ from diffusion_jax.config import TrainingConfig
 from diffusion_jax.data.sources.folder import Together
 from diffusion_jax.data.unreadable import Counted, some
 from diffusion_jax.errors import UserError
-from diffusion_jax.formats.pipeline import Part
+from diffusion_jax.formats.networks import Part
 from diffusion_jax.limits import OneOf
 from diffusion_jax.models.lora import LoRAConfig
 from diffusion_jax.models.network import Network

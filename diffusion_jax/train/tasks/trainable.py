@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import check_folder
 from diffusion_jax.formats.adapters import from_params, write_lora
-from diffusion_jax.formats.networks import cast, load_params, resolve, save_params
-from diffusion_jax.formats.pipeline import Part, save_changed
+from diffusion_jax.formats.networks import Part, cast, load_params, resolve, save_params
+from diffusion_jax.formats.pipeline import save_changed
 from diffusion_jax.formats.textual_inversion import FILES, write_textual_inversion
 from diffusion_jax.formats.textual_inversion import TextualInversion as Learned
 from diffusion_jax.models.controlnet import ControlNet as ControlNetModule

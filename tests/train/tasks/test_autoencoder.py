@@ -11,7 +11,6 @@ from safetensors.numpy import save_file
 
 from diffusion_jax.config import typed
 from diffusion_jax.errors import UserError
-from diffusion_jax.formats.published import to_published
 from diffusion_jax.models.perceptual import lpips, lpips_shapes
 from diffusion_jax.train.tasks.autoencoder import (
   AutoencoderTask,
@@ -19,6 +18,7 @@ from diffusion_jax.train.tasks.autoencoder import (
   kl_divergence,
 )
 from tests import tiny
+from tests.tiny_pipeline import published
 
 START = 5
 
@@ -99,7 +99,7 @@ def test_lpips_counts_only_with_weights(tmp_path, images):
     else rng.normal(size=s.shape, scale=(2 / np.prod(s.shape[:-1])) ** 0.5).astype(np.float32)
     for name, s in lpips_shapes().items()
   }
-  save_file(to_published(weights), tmp_path / 'lpips.safetensors')
+  save_file(published(weights), tmp_path / 'lpips.safetensors')
   plain, task = _task(), _task(lpips_weights=str(tmp_path / 'lpips.safetensors'), lpips_weight=0.5)
   assert plain.frozen == {} and task.frozen.keys() == {'lpips'}
   output = jnp.roll(images, 3, axis=1)

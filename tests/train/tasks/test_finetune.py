@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from diffusion_jax import build
 from diffusion_jax.checkpoint.checkpoints import Checkpoints
 from diffusion_jax.errors import UserError
-from diffusion_jax.formats.tensors import read_tensors
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, shard_params, to_host
 from diffusion_jax.pipelines.adapters import add_controlnet, add_lora, add_words
 from diffusion_jax.pipelines.conditions import Inputs
@@ -43,11 +43,11 @@ def test_recipes_like_the_others_train(recipe, tuned, pipelines):
   losses = [row['loss'] for row in tiny.metrics(workdir).values() if 'loss' in row]
   assert len(losses) == 4 and np.isfinite(losses).all() and len(set(losses)) == 4
   if recipe == 'sdxl_lora':
-    lora = read_tensors(workdir / 'model' / 'pytorch_lora_weights.safetensors')
+    lora = load_file(workdir / 'model' / 'pytorch_lora_weights.safetensors')
     assert all(np.abs(value).max() > 0 for value in lora.values())
   else:
     source = pipelines / OF.get(recipe, 'sd') / 'unet' / WEIGHTS
-    before, after = read_tensors(source), read_tensors(workdir / 'model' / 'unet' / WEIGHTS)
+    before, after = load_file(source), load_file(workdir / 'model' / 'unet' / WEIGHTS)
     assert not [name for name in before if np.array_equal(before[name], after[name])]
 
 
@@ -299,7 +299,7 @@ def test_the_prior_s_loss_is_added_with_its_weight(opened):
 def test_only_the_new_row_of_the_table_is_trained(opened, tuned, original):
   training, params = opened('textual_inversion')
   assert {n: p.shape for n, p in params.items()} == {'text_encoder.embedding': (1, 8)}
-  rows = read_tensors(tuned('textual_inversion') / 'model' / 'learned_embeds.safetensors')
+  rows = load_file(tuned('textual_inversion') / 'model' / 'learned_embeds.safetensors')
   np.testing.assert_array_equal(rows['<concept>'], params['text_encoder.embedding'])
   table = 'text_model.embeddings.token_embedding.embedding'
   before = original('textual_inversion')[1]['text_encoder'][table]
@@ -349,7 +349,7 @@ def test_diffusers_opens_what_was_exported(recipe, tuned):
   name = {'sdxl': 'StableDiffusionXLPipeline', 'inpainting': 'StableDiffusionInpaintPipeline'}
   kind = getattr(diffusers, name[recipe])
   pipe = kind.from_pretrained(str(tuned(recipe) / 'model'), local_files_only=True)
-  stored = read_tensors(tuned(recipe) / 'model' / 'unet' / WEIGHTS)
+  stored = load_file(tuned(recipe) / 'model' / 'unet' / WEIGHTS)
   theirs = pipe.unet.state_dict()
   assert stored.keys() == theirs.keys()
   assert all(np.array_equal(value, theirs[n].numpy()) for n, value in stored.items())

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import load_file
 from scipy.spatial.distance import cdist
 
 from diffusion_jax.config import parse
@@ -14,7 +15,6 @@ from diffusion_jax.data.sources.arrays import open_points
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.metrics.kernel import energy_distance
 from diffusion_jax.formats.networks import load_params
-from diffusion_jax.formats.tensors import read_tensors
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.recipe import load_config
 from diffusion_jax.train.tasks.toy import ToyTask, ToyTaskConfig
@@ -117,7 +117,7 @@ def test_importance_resumes_to_the_bit_and_the_run_is_whole(tmp_path, command):
     arguments = ['--workdir', tmp_path / run, '--quiet', f'--config.loop.total_steps={steps}']
     assert command('train', '--config', config, *arguments) == 0
   name = 'model/diffusion_pytorch_model.safetensors'
-  whole, parts = (read_tensors(tmp_path / run / name) for run in ('whole', 'parts'))
+  whole, parts = (load_file(tmp_path / run / name) for run in ('whole', 'parts'))
   for key, value in whole.items():
     np.testing.assert_array_equal(parts[key], value, err_msg=key)
   # Without the memory the second part would draw timesteps uniformly: other losses.

@@ -1,0 +1,351 @@
+"""Tensors in single files of Stable Diffusion: names and shapes <-> those of diffusers.
+
+Single files have other names for the same tensors. A network's own names tell all of them: a table
+of `Rule`s is total in both directions; it renames tensors, reshapes, transposes and stacks them,
+and computes nothing. In the other direction the shapes in a file tell a network's config.json.
+
+The U-Net's blocks are numbered through: input_blocks.0 is the first convolution, then each level
+has its layers and, but for the last level, a downsampling; output_blocks count the layers upwards,
+one more at each level, and a level's last block also holds its upsampling. The autoencoder counts
+its levels upwards by resolution, with attention as convolutions. A text encoder has its own names,
+or OpenCLIP's.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffusion_jax.errors import UserError, require
+from diffusion_jax.formats.published import same_names
+from diffusion_jax.formats.tensors import NewTensor
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Rule(NamedTuple):
+  """How one tensor of a single file, `stored`, relates to the `published` one or ones.
+
+  change: 'same'; 'pointwise': a matrix [o i] is stored as a convolution [o i 1 1]; 'transposed';
+  'stacked': several along the first axis.
+  """
+
+  published: tuple[str, ...]
+  stored: str
+  change: str = 'same'
+
+
+def to_stored(
+  rules: Iterable[Rule], tensors: Mapping[str, NewTensor], where: str
+) -> dict[str, NewTensor]:
+  """Return published tensors as those of a single file. UserError where the names do not agree."""
+  rules = list(rules)
+  same_names(set(tensors), {name for rule in rules for name in rule.published}, where)
+  return {rule.stored: _store(rule, [tensors[name] for name in rule.published]) for rule in rules}
+
+
+def from_stored(
+  rules: Iterable[Rule], tensors: Mapping[str, NewTensor], where: str
+) -> dict[str, NewTensor]:
+  """Return tensors of a single file as published ones. UserError where the names do not agree."""
+  rules = list(rules)
+  same_names(set(tensors), {rule.stored for rule in rules}, where)
+  return {
+    name: tensor for rule in rules for name, tensor in _publish(rule, tensors[rule.stored]).items()
+  }
+
+
+def _store(rule: Rule, tensors: list[NewTensor]) -> NewTensor:
+  first = tensors[0]
+  if rule.change == 'pointwise':
+    return _reshaped(first, (*first.shape, 1, 1))
+  if rule.change == 'transposed':
+    return _transposed(first)
+  if rule.change == 'stacked':
+    shape = (sum(tensor.shape[0] for tensor in tensors), *first.shape[1:])
+    return NewTensor(first.dtype, shape, lambda: np.concatenate([t.make() for t in tensors]))
+  return first
+
+
+def _publish(rule: Rule, tensor: NewTensor) -> dict[str, NewTensor]:
+  if rule.change == 'stacked':
+    rows = tensor.shape[0] // len(rule.published)
+    part = lambda start: lambda: tensor.make()[start : start + rows]
+    return {
+      name: NewTensor(tensor.dtype, (rows, *tensor.shape[1:]), part(i * rows))
+      for i, name in enumerate(rule.published)
+    }
+  if rule.change == 'pointwise':
+    tensor = _reshaped(tensor, tensor.shape[:2])
+  elif rule.change == 'transposed':
+    tensor = _transposed(tensor)
+  return {rule.published[0]: tensor}
+
+
+def _reshaped(tensor: NewTensor, shape: tuple[int, ...]) -> NewTensor:
+  return NewTensor(tensor.dtype, shape, lambda: tensor.make().reshape(shape))
+
+
+def _transposed(tensor: NewTensor) -> NewTensor:
+  return NewTensor(tensor.dtype, tensor.shape[::-1], lambda: tensor.make().T)
+
+
+UNET, AUTOENCODER = 'model.diffusion_model.', 'first_stage_model.'
+"""Before the names of these networks in a single file."""
+_RESNET = {
+  'norm1': 'in_layers.0', 'conv1': 'in_layers.2', 'time_emb_proj': 'emb_layers.1',
+  'norm2': 'out_layers.0', 'conv2': 'out_layers.3', 'conv_shortcut': 'skip_connection',
+}
+_ENDS = {
+  'time_embedding.linear_1': 'time_embed.0', 'time_embedding.linear_2': 'time_embed.2',
+  'conv_in': 'input_blocks.0.0', 'conv_norm_out': 'out.0', 'conv_out': 'out.2',
+  'mid_block.resnets.0': 'middle_block.0', 'mid_block.attentions.0': 'middle_block.1',
+  'mid_block.resnets.1': 'middle_block.2',
+}
+
+
+def unet_names(names: Iterable[str]) -> dict[str, str]:
+  """Return names of a U-Net's layers or tensors with those in a single file; {} for no U-Net."""
+  split = [name.split('.') for name in names]
+  starts = {'.'.join(parts[:length]) for parts in split for length in range(1, len(parts) + 1)}
+  ways = dict(_blocks(starts, 'down_blocks', 'input_blocks', 1))
+  ways |= _blocks(starts, 'up_blocks', 'output_blocks', 0)
+  if not ways:
+    return {}
+  labels = 'add_embedding' if 'add_embedding' in starts else 'class_embedding'
+  blocks = ways | _ENDS | {
+    labels: 'label_emb', f'{labels}.linear_1': 'label_emb.0.0',
+    f'{labels}.linear_2': 'label_emb.0.2',
+  }
+  found = {}
+  for parts in split:
+    lengths = range(min(len(parts), 5), 0, -1)  # As of down_blocks.0.downsamplers.0.conv.
+    for block, inner in (('.'.join(parts[:n]), parts[n:]) for n in lengths):
+      if block in blocks:
+        inner = [_RESNET.get(inner[0], inner[0]), *inner[1:]] if inner else []
+        found['.'.join(parts)] = '.'.join([blocks[block], *inner])
+        break
+  return found
+
+
+def _blocks(
+  starts: set[str], way: str, stored: str, number: int
+) -> Iterator[tuple[str, str]]:
+  """Each resnet, attention and resampling on the way down or up, with its name in the file."""
+  level = 0
+  while (block := f'{way}.{level}') in starts:
+    layer = 0
+    while f'{block}.resnets.{layer}' in starts:
+      yield f'{block}.resnets.{layer}', f'{stored}.{number}.0'
+      yield f'{block}.attentions.{layer}', f'{stored}.{number}.1'
+      number, layer = number + 1, layer + 1
+    if f'{block}.downsamplers' in starts:
+      yield f'{block}.downsamplers.0.conv', f'{stored}.{number}.0.op'
+      number += 1
+    place = 2 if f'{block}.attentions' in starts else 1
+    yield f'{block}.upsamplers.0.conv', f'{stored}.{number - 1}.{place}.conv'
+    level += 1
+
+
+def unet_rules(names: Iterable[str]) -> list[Rule]:
+  """Return the rules for the published names of a U-Net's tensors, without the prefix."""
+  return [Rule((name,), stored) for name, stored in unet_names(names).items()]
+
+
+_IN_AUTOENCODER = {
+  'mid_block.attentions.0': 'mid.attn_1', 'mid_block.resnets.0': 'mid.block_1',
+  'mid_block.resnets.1': 'mid.block_2', 'down_blocks': 'down', 'resnets': 'block',
+  'downsamplers.0': 'downsample', 'upsamplers.0': 'upsample', 'conv_norm_out': 'norm_out',
+  'conv_shortcut': 'nin_shortcut', 'group_norm': 'norm', 'to_q': 'q', 'to_k': 'k', 'to_v': 'v',
+  'to_out.0': 'proj_out',
+}
+
+
+def autoencoder_rules(names: Iterable[str]) -> list[Rule]:
+  """Return the rules for the published names of an autoencoder's tensors, without the prefix."""
+  names = [name for name in names if not re.search(r'(down|up)_blocks\.\d+\.attentions', name)]
+  levels = {found[1] for name in names if (found := re.match(r'decoder\.up_blocks\.(\d+)', name))}
+  upwards = lambda found: f'up.{len(levels) - 1 - int(found[1])}'
+  rules = []
+  for name in names:
+    stored = re.sub(r'up_blocks\.(\d+)', upwards, name)
+    for ours, theirs in _IN_AUTOENCODER.items():
+      stored = stored.replace(f'.{ours}.', f'.{theirs}.')
+    matrix = re.search(r'\.to_(q|k|v|out\.0)\.weight$', name)
+    rules.append(Rule((name,), stored, 'pointwise' if matrix else 'same'))
+  return rules
+
+
+_IN_LAYER = {
+  'layer_norm1': 'ln_1', 'layer_norm2': 'ln_2', 'mlp.fc1': 'mlp.c_fc', 'mlp.fc2': 'mlp.c_proj',
+  'self_attn.out_proj': 'attn.out_proj',
+}
+_OF_TEXT = {
+  'text_model.embeddings.token_embedding.weight': ('token_embedding.weight', 'same'),
+  'text_model.embeddings.position_embedding.weight': ('positional_embedding', 'same'),
+  'text_model.final_layer_norm.weight': ('ln_final.weight', 'same'),
+  'text_model.final_layer_norm.bias': ('ln_final.bias', 'same'),
+  'text_projection.weight': ('text_projection', 'transposed'),
+}
+
+
+def text_rules(names: Iterable[str], style: str) -> list[Rule]:
+  """Return the rules for the published names of a text encoder's tensors.
+
+  style: 'clip', with these names, or 'open_clip': queries, keys and values in one matrix, the
+  projection as [in out].
+  """
+  if style == 'clip':
+    return [Rule((name,), name) for name in names if name.startswith('text_')]
+  rules = []
+  for name in names:
+    found = re.fullmatch(r'text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)', name)
+    if found is None:
+      rules += [Rule((name,), *_OF_TEXT[name])] if name in _OF_TEXT else []
+      continue
+    number, module, leaf = found.groups()
+    layer = f'transformer.resblocks.{number}'
+    if module in _IN_LAYER:
+      rules.append(Rule((name,), f'{layer}.{_IN_LAYER[module]}.{leaf}'))
+    elif module == 'self_attn.q_proj':
+      every = tuple(name.replace('q_proj', f'{part}_proj') for part in 'qkv')
+      rules.append(Rule(every, f'{layer}.attn.in_proj_{leaf}', 'stacked'))
+  return rules
+
+
+def unet_config(
+  shapes: Shapes, where: str, *, heads: int | None, pooled: int | None
+) -> dict[str, Any]:
+  """Return config.json of diffusers' UNet2DConditionModel, by the tensors without the prefix.
+
+  Args:
+    heads: number at every level; None for one head for every 64 channels.
+    pooled: width of the pooled text that sizes are added to, of Stable Diffusion XL; None for
+      another family, where an MLP over labels is of noise levels.
+  """
+  get = lambda module: _shape(shapes, module, where)
+  depth_of = _depths(shapes)
+  channels, layers, depths, only = [], [0], [0], [False]
+  block = 1
+  while any(name.startswith(f'input_blocks.{block}.') for name in shapes):
+    ours = f'input_blocks.{block}'
+    if f'{ours}.0.op.weight' in shapes:
+      layers, depths, only = [*layers, 0], [*depths, 0], [*only, False]
+    else:
+      layers[-1] += 1
+      channels[len(layers) - 1 :] = [get(f'{ours}.0.out_layers.3')[0]]
+      depths[-1] = depth_of.get(ours, 0)
+      key = f'{ours}.1.transformer_blocks.0.attn1.to_k'
+      only[-1] = bool(depths[-1]) and get(key)[1] != channels[-1]
+    block += 1
+  require(
+    len(channels) == len(layers),
+    f'{where} holds no U-Net of Stable Diffusion; check that it is a whole model.',
+  )
+  # The middle has the depth of the last level, whether that has attention or not.
+  middle = depth_of.get('middle_block', 0)
+  require(
+    middle > 0 and depths[-1] in (0, middle),
+    f'{where}: the attention in the middle of its U-Net is not of the depth of its last level.',
+  )
+  inner = [depth or 1 for depth in depths[:-1]] + [middle]
+  return {
+    '_class_name': 'UNet2DConditionModel', 'act_fn': 'silu', 'norm_num_groups': 32,
+    'norm_eps': 1e-5, 'flip_sin_to_cos': True, 'freq_shift': 0, 'center_input_sample': False,
+    'downsample_padding': 1, 'mid_block_scale_factor': 1,
+    'in_channels': get('input_blocks.0.0')[1], 'out_channels': get('out.2')[0],
+    'block_out_channels': channels,
+    'down_block_types': ['CrossAttnDownBlock2D' if d else 'DownBlock2D' for d in depths],
+    'up_block_types': ['CrossAttnUpBlock2D' if d else 'UpBlock2D' for d in depths[::-1]],
+    'layers_per_block': layers[0] if len(set(layers)) == 1 else layers,
+    'transformer_layers_per_block': inner if set(inner) != {1} else 1,
+    'attention_head_dim': heads or [max(1, width // 64) for width in channels],
+    'cross_attention_dim': get('middle_block.1.transformer_blocks.0.attn2.to_k')[1],
+    'use_linear_projection': len(get('middle_block.1.proj_in')) == 2,
+    'only_cross_attention': only if any(only) else False,
+  } | _label_config(shapes, where, pooled)
+
+
+def _depths(shapes: Shapes) -> dict[str, int]:
+  """Transformer blocks of each block that has attention."""
+  depths: dict[str, int] = {}
+  for name in shapes:
+    if found := re.match(r'(.+)\.1\.transformer_blocks\.(\d{1,4})\.norm1\.weight$', name):
+      depths[found[1]] = max(depths.get(found[1], 0), int(found[2]) + 1)
+  return depths
+
+
+def _shape(shapes: Shapes, module: str, where: str) -> tuple[int, ...]:
+  name = f'{module}.weight'
+  if name not in shapes:
+    raise UserError(f'{where} lacks {UNET}{name}; fetch it again.')
+  return tuple(shapes[name])
+
+
+def _label_config(shapes: Shapes, where: str, pooled: int | None) -> dict[str, Any]:
+  if 'label_emb.weight' in shapes:
+    return {'num_class_embeds': _shape(shapes, 'label_emb', where)[0]}
+  if 'label_emb.0.0.weight' not in shapes:
+    return {}
+  width = _shape(shapes, 'label_emb.0.0', where)[1]
+  values: dict[str, Any] = {'projection_class_embeddings_input_dim': width}
+  if pooled is None:
+    return values | {'class_embed_type': 'projection'}
+  # Six numbers: the original size, the crop's corner, the target's size.
+  return values | {
+    'addition_embed_type': 'text_time', 'addition_time_embed_dim': (width - pooled) // 6
+  }
+
+
+def autoencoder_config(shapes: Shapes, where: str) -> dict[str, Any]:
+  """config.json of diffusers' AutoencoderKL, by the tensors without the prefix.
+
+  What shapes do not tell, the scaling factor above all, is not in it.
+  """
+  require(
+    'encoder.conv_in.weight' in shapes and 'decoder.conv_in.weight' in shapes,
+    f'{where} holds no autoencoder; give a whole model.',
+  )
+  channels, layers = [], 0
+  while (name := f'encoder.down.{len(channels)}.block.0.conv2.weight') in shapes:
+    channels.append(shapes[name][0])
+  while f'encoder.down.0.block.{layers}.conv2.weight' in shapes:
+    layers += 1
+  levels = len(channels)
+  return {
+    '_class_name': 'AutoencoderKL', 'act_fn': 'silu', 'norm_num_groups': 32,
+    'in_channels': shapes['encoder.conv_in.weight'][1],
+    'out_channels': shapes.get('decoder.conv_out.weight', (3,))[0],
+    'latent_channels': shapes['decoder.conv_in.weight'][1],
+    'block_out_channels': channels, 'layers_per_block': layers,
+    'down_block_types': ['DownEncoderBlock2D'] * levels,
+    'up_block_types': ['UpDecoderBlock2D'] * levels,
+  }
+
+
+def text_config(shapes: Shapes, style: str, where: str) -> dict[str, Any]:
+  """Return config.json of a text encoder, with a projection where OpenCLIP's names have one."""
+  get = lambda name: shapes.get(text_rules([name], style)[0].stored)
+  tokens, positions, wide = (get(f'text_model.{name}.weight') for name in (
+    'embeddings.token_embedding', 'embeddings.position_embedding', 'encoder.layers.0.mlp.fc1'
+  ))
+  require(
+    tokens is not None and positions is not None and wide is not None,
+    f'{where} holds no whole text encoder; give a whole model.',
+  )
+  layer = r'(?:text_model\.encoder\.layers|transformer\.resblocks)\.(\d{1,4})\.'
+  layers = max(int(found[1]) for name in shapes if (found := re.match(layer, name))) + 1
+  plain = style == 'clip'
+  projection = None if plain else get('text_projection.weight')
+  width = tokens[1]
+  return {
+    'architectures': ['CLIPTextModelWithProjection' if projection else 'CLIPTextModel'],
+    'model_type': 'clip_text_model', 'hidden_act': 'quick_gelu' if plain else 'gelu',
+    'vocab_size': tokens[0], 'hidden_size': width, 'intermediate_size': wide[0],
+    'num_hidden_layers': layers, 'num_attention_heads': max(1, width // 64),
+    'max_position_embeddings': positions[0], 'layer_norm_eps': 1e-5,
+    'projection_dim': projection[1] if projection else width,
+    # As published: 2 means pooling at the largest id, which is the end of the text.
+    'bos_token_id': 0, 'eos_token_id': 2, 'pad_token_id': 1,
+  }
