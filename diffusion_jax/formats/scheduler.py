@@ -1,9 +1,8 @@
 """scheduler_config.json of diffusers <-> our noise schedule, prediction, sampler and grid.
 
-A scheduler of diffusers is all of these at once. A config may carry keys of other classes, which
-diffusers ignores, as is done here; a key that its class heeds and that has no counterpart is an
-error that names it. `scheduler_classes` lists every argument of every class. Steps are a table that
-is read in both directions; what is written is read back, and refused unless it is the same.
+A scheduler of diffusers is all of these at once. Keys of other classes are ignored, as in
+diffusers; one that its class heeds and that has no counterpart is an error that names it. What is
+written is read back, and refused unless it is the same.
 """
 
 import dataclasses
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_jax.diffusion.noise import BETAS, MOST_TIMESTEPS, NoiseConfig, NoiseSchedule
+from diffusion_jax.diffusion.noise import BETAS, NoiseConfig, NoiseSchedule
 from diffusion_jax.errors import UserError, require
 from diffusion_jax.formats.scheduler_classes import (
   CLASSES,
@@ -29,6 +28,7 @@ from diffusion_jax.formats.scheduler_classes import (
   TCD,
   SchedulerClass,
   Steps,
+  read_arguments,
 )
 
 
@@ -59,9 +59,6 @@ Values = Mapping[str, Any]
 Grid = tuple[str, dict[str, Any]]
 """Spacing, and arguments of `sampling_grid`."""
 
-LARGEST = 1e6
-"""Of any number that a config holds, but infinity."""
-
 TAU_TIMESTEPS = (200, 800)
 """Where SA-Solver adds noise: timesteps from the first to the second."""
 
@@ -73,13 +70,6 @@ _LEVELS = {
   'use_exponential_sigmas': 'exponential',
 }
 """Arguments that choose noise levels -> our spacing, in the order in which they are heeded."""
-_KNOWN = {
-  'beta_schedule': BETAS, 'timestep_spacing': ('leading', 'trailing', 'linspace'),
-  'final_sigmas_type': ('zero', 'sigma_min'), 'sigma_schedule': ('karras', 'exponential'),
-}
-"""Arguments that are one of a few names."""
-
-
 def read_scheduler(values: Values, where: str) -> Scheduler:
   """Return what a scheduler_config.json says.
 
@@ -91,51 +81,11 @@ def read_scheduler(values: Values, where: str) -> Scheduler:
     isinstance(name, str) and name in CLASSES,
     f'{where}: the scheduler {name!r} is not implemented; one of {", ".join(CLASSES)} is.',
   )
-  spec = CLASSES[name]
   try:
-    read = {'flow': _flow, 'edm': _edm}.get(spec.family, _noised)
-    return read(name, _read(name, spec, values))
+    read = {'flow': _flow, 'edm': _edm}.get(CLASSES[name].family, _noised)
+    return read(name, read_arguments(name, values))
   except UserError as error:
     raise UserError(f'{where}: {error}') from error
-
-
-def _read(name: str, spec: SchedulerClass, values: Values) -> dict[str, Any]:
-  """The arguments that the class reads, of the type of their defaults, and no others but idle."""
-  for key, allowed in spec.only.items():
-    value = values.get(key)
-    require(
-      value is None or value in allowed, f'{key}={value!r} of {name} is not implemented; only '
-      f'{" and ".join(map(repr, allowed))} is.',
-    )
-  found = {}
-  known = _KNOWN | {'prediction_type': spec.predictions} | spec.names
-  for key, default in {**dict.fromkeys(spec.hidden), **spec.reads}.items():
-    value = values.get(key)
-    value = default if value is None else value
-    require(
-      value is default or _is_like(value, default), f'{key}={value!r} of {name} is not what it '
-      f'should be, like {1.0 if default is None else default!r}.',
-    )
-    require(
-      key not in known or value in known[key],
-      f'{key}={value!r} of {name} is not known; use one of {", ".join(known.get(key, ()))}.',
-    )
-    # A whole number of many digits is one that no array takes.
-    value = type(default)(value) if type(default) in (int, float) else value
-    found[key] = spec.names[key][value] if key in spec.names else value
-  total = found.get('num_train_timesteps', 1000)
-  require(
-    2 <= total <= MOST_TIMESTEPS, f'num_train_timesteps={total} is outside 2 to {MOST_TIMESTEPS}.'
-  )
-  return found
-
-
-def _is_like(value: Any, default: Any) -> bool:
-  """Return whether a value is of the type of a default; a default of None is of a number."""
-  if isinstance(default, bool | str) or isinstance(value, bool):
-    return type(value) is type(default)
-  number = isinstance(value, int | float) and (abs(value) <= LARGEST or abs(value) == math.inf)
-  return number and (not isinstance(default, int) or value % 1 == 0)
 
 
 def _noised(name: str, values: Values) -> Scheduler:
@@ -438,17 +388,17 @@ def write_scheduler(scheduler: Scheduler) -> dict[str, Any]:
 
 def _check_same(scheduler: Scheduler, again: Scheduler, name: str) -> None:
   """Raise a UserError where a scheduler is not what was read again."""
-  for field in dataclasses.fields(Scheduler):
-    has, will = getattr(scheduler, field.name), getattr(again, field.name)
-    if field.name == 'grid' and name == DDIM and 'via' not in has:
+  unused = {
+    'none': ('threshold_limit', 'threshold_percentile'), 'static': ('threshold_percentile',)
+  }.get(scheduler.threshold, ())
+  for field in (f.name for f in dataclasses.fields(Scheduler) if f.name not in unused):
+    has, will = getattr(scheduler, field), getattr(again, field)
+    if field == 'grid' and name == DDIM and 'via' not in has:
       # Steps of T // count timesteps end where the next start, if the count divides T.
       will = {key: value for key, value in will.items() if key != 'via'}
-    unused = scheduler.threshold == 'none' and field.name.startswith('threshold_')
-    unused |= scheduler.threshold == 'static' and field.name == 'threshold_percentile'
     require(
-      has == will or unused,
-      f'{name} of diffusers cannot have {field.name} {has!r} (it would be {will!r}); choose '
-      'another sampler.',
+      has == will, f'{name} of diffusers cannot have {field} {has!r} (it would be {will!r}); '
+      'choose another sampler.',
     )
 
 
@@ -458,24 +408,21 @@ def scheduler_or_plain(scheduler: Scheduler) -> tuple[dict[str, Any] | None, str
   Where diffusers has nothing for the sampler or the spacing, that is a scheduler with plain Euler
   or DDIM steps on the same noise schedule; None where it has no class for that either.
   """
-  try:
-    return write_scheduler(scheduler), None
-  except UserError as error:
-    why = str(error)
   ddim = dataclasses.replace(scheduler, sampler='ddim')
-  if scheduler.sampler == 'euler' and not scheduler.options:  # The same steps on the same levels.
-    try:
-      return write_scheduler(ddim), None
-    except UserError:
-      pass
   spacing = {'flow': 'linspace', 'karras': 'karras'}.get(scheduler.schedule.process, 'trailing')
   plain = Scheduler(
     scheduler.schedule, scheduler.prediction, 'ddim', spacing=spacing, data_std=scheduler.data_std
   )
-  try:
-    return write_scheduler(plain), f'diffusers samples with other steps: {why}'
-  except UserError as error:
-    return None, f'diffusers cannot sample: {error}'
+  # On the same levels, Euler's steps are DDIM's.
+  alike = [scheduler] + [ddim] * (scheduler.sampler == 'euler' and not scheduler.options)
+  problems = []
+  for one in (*alike, plain):
+    try:
+      other = f'diffusers samples with other steps: {problems[0]}' if one is plain else None
+      return write_scheduler(one), other
+    except UserError as error:
+      problems.append(str(error))
+  return None, f'diffusers cannot sample: {problems[-1]}'
 
 
 def _write_process(scheduler: Scheduler) -> dict[str, Any]:
@@ -483,8 +430,7 @@ def _write_process(scheduler: Scheduler) -> dict[str, Any]:
   noise, grid = scheduler.schedule, scheduler.grid
   expected = {'flow': ('sigma', 'flow_prediction'), 'karras': ('log_snr', 'edm')}
   require(
-    noise.process in expected and not noise.sub_vp
-    and expected[noise.process] == (noise.label, scheduler.prediction),
+    not noise.sub_vp and expected.get(noise.process) == (noise.label, scheduler.prediction),
     f'diffusers has no scheduler for the process {noise.process!r} with the label {noise.label!r} '
     f'and the prediction {scheduler.prediction!r}; it has them for flow, sigma, flow_prediction '
     'and for karras, log_snr, edm.',

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from diffusion_jax.diffusion.noise import BETAS, MOST_TIMESTEPS
+from diffusion_jax.errors import require
+
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerClass:
@@ -185,6 +188,58 @@ CLASSES: dict[str, SchedulerClass] = {
   ),
 }
 """Classes that have a counterpart here; all others are refused by name."""
+
+LARGEST = 1e6
+"""Of any number that a config holds, but infinity."""
+_KNOWN = {
+  'beta_schedule': BETAS, 'timestep_spacing': ('leading', 'trailing', 'linspace'),
+  'final_sigmas_type': ('zero', 'sigma_min'), 'sigma_schedule': ('karras', 'exponential'),
+}
+"""Arguments that are one of a few names."""
+
+
+def read_arguments(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+  """Return the arguments that a class of CLASSES reads, of the type of their defaults.
+
+  UserError for any other value, and for one that is refused.
+  """
+  spec = CLASSES[name]
+  for key, allowed in spec.only.items():
+    value = values.get(key)
+    require(
+      value is None or value in allowed, f'{key}={value!r} of {name} is not implemented; only '
+      f'{" and ".join(map(repr, allowed))} is.',
+    )
+  found = {}
+  known = _KNOWN | {'prediction_type': spec.predictions} | spec.names
+  for key, default in {**dict.fromkeys(spec.hidden), **spec.reads}.items():
+    value = values.get(key)
+    value = default if value is None else value
+    require(
+      value is default or _is_like(value, default), f'{key}={value!r} of {name} is not what it '
+      f'should be, like {1.0 if default is None else default!r}.',
+    )
+    require(
+      key not in known or value in known[key],
+      f'{key}={value!r} of {name} is not known; use one of {", ".join(known.get(key, ()))}.',
+    )
+    # A whole number of many digits is one that no array takes.
+    value = type(default)(value) if type(default) in (int, float) else value
+    found[key] = spec.names[key][value] if key in spec.names else value
+  total = found.get('num_train_timesteps', 1000)
+  require(
+    2 <= total <= MOST_TIMESTEPS, f'num_train_timesteps={total} is outside 2 to {MOST_TIMESTEPS}.'
+  )
+  return found
+
+
+def _is_like(value: Any, default: Any) -> bool:
+  """Return whether a value is of the type of a default; a default of None is of a number."""
+  if isinstance(default, bool | str) or isinstance(value, bool):
+    return type(value) is type(default)
+  number = isinstance(value, int | float) and (abs(value) <= LARGEST or abs(value) == math.inf)
+  return number and (not isinstance(default, int) or value % 1 == 0)
+
 
 FEW_STEPS = 15
 """On grids of fewer steps, diffusers lowers the order of the last ones."""
