@@ -54,7 +54,7 @@ class NamePatterns:
       self._patterns.append((number, _parse(text, where), value))
 
   def find(self, names: Iterable[str], default: Any) -> Any:
-    """The value of whichever pattern comes first among those that match one of the names."""
+    """Return the value of the first pattern that matches one of the names."""
     found = [hit for name in names for hit in self._hits(name)]
     return min(found, key=lambda hit: hit[0])[1] if found else default
 
@@ -160,7 +160,7 @@ _FORMERLY = {'q_proj': 'to_q', 'k_proj': 'to_k', 'v_proj': 'to_v', 'out_proj': '
 
 
 def layers(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-  """The layers of a network by its parameters, or their shapes -> the shapes of their kernels."""
+  """Return the layers of a network, from its parameters, with the shapes of their kernels."""
   return {
     name.removesuffix('.kernel'): tuple(value.shape)
     for name, value in params.items() if name.endswith('.kernel')
@@ -168,7 +168,7 @@ def layers(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def spellings(names: Iterable[str]) -> dict[str, str]:
-  """Dotted names in files, without the network's name -> layers.
+  """Return the dotted names that layers have in files, without the network's name.
 
   A layer's own name, that of its former attention processor, without the tower of a text encoder,
   and by the block numbers of a single file.
@@ -195,7 +195,7 @@ def _former(name: str) -> Iterator[str]:
 
 
 def kohya_names(names: Iterable[str]) -> dict[str, str]:
-  """Name in kohya's files, without the role -> layers; all `spellings`, joined by underscores."""
+  """Return the names of layers in kohya's files, without the role: joined by underscores."""
   found: dict[str, str] = {}
   for stored, name in spellings(names).items():
     key = stored.replace('.', '_')
@@ -261,7 +261,7 @@ def is_lora(name: str) -> bool:
 
 
 def of_other_kinds(names: Iterable[str]) -> dict[str, list[str]]:
-  """Which names belong to an adapter of another kind than LoRA, by the kind."""
+  """Return the names that belong to adapters of other kinds than LoRA, by the kind."""
   found: dict[str, list[str]] = {}
   for name in names:
     kind = next((kind for kind, pattern in _OTHERS.items() if pattern.search(name)), None)
@@ -273,7 +273,7 @@ def of_other_kinds(names: Iterable[str]) -> dict[str, list[str]]:
 def places(
   names: Iterable[str], known: Mapping[str, Iterable[str]], path: Path
 ) -> tuple[dict[Place, dict[str, str]], list[str]]:
-  """Sorts the names of a file's tensors.
+  """Sort the names of a file's tensors.
 
   Args:
     known: the layers of each network, by role.

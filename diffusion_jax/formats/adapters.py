@@ -60,7 +60,7 @@ class AdapterConfig:
   rank_stabilised: bool
 
   def alpha_of(self, names: Iterable[str], rank: int) -> float:
-    """The alpha of a layer by the names that it may go by; UserError for another rank."""
+    """Return the alpha of a layer by its possible names; UserError for another rank."""
     names = tuple(names)
     said = self.ranks.find(names, self.rank)
     require(
@@ -73,7 +73,7 @@ class AdapterConfig:
 
 
 def check_alpha(alpha: float, rank: int, where: str) -> None:
-  """UserError unless alpha / rank is a number that a LoRA may be scaled by."""
+  """Raise a UserError unless alpha / rank is a number that a LoRA may be scaled by."""
   require(
     math.isfinite(alpha) and abs(alpha) <= MOST_SCALE * rank,
     f'{where} is {alpha:g} for the rank {rank}; it must be a finite number of at most '
@@ -82,7 +82,7 @@ def check_alpha(alpha: float, rank: int, where: str) -> None:
 
 
 def read_configs(path: Path, roles: Iterable[str], *, alone: bool) -> dict[str, AdapterConfig]:
-  """The configs of the roles that the file, or BESIDE it where it is PEFT's `alone`, tells.
+  """Return the configs of the roles, from the file or, of PEFT's `alone`, from BESIDE it.
 
   Raises:
     UserError: what is no config, or one of an adapter that is not implemented.
@@ -173,7 +173,7 @@ LoRAs = dict[str, dict[str, LoRAWeights]]
 
 
 def to_params(weights: Mapping[str, LoRAWeights]) -> tuple[dict[str, Rank], dict[str, np.ndarray]]:
-  """The adapters of one network as `models.lora.with_lora` takes them: (sizes, parameters)."""
+  """Return the (sizes, parameters) of one network's adapters, for `models.lora.with_lora`."""
   params = {}
   for name, one in weights.items():
     params |= {f'{name}.lora.a': one.a, f'{name}.lora.b': one.b}
@@ -181,7 +181,7 @@ def to_params(weights: Mapping[str, LoRAWeights]) -> tuple[dict[str, Rank], dict
 
 
 def from_params(params: Mapping[str, Any], sizes: Mapping[str, Rank]) -> dict[str, LoRAWeights]:
-  """Inverse of `to_params`; other parameters may be among them."""
+  """Return the inverse of `to_params`; other parameters may be among them."""
   part = lambda name, which: np.asarray(params[f'{name}.lora.{which}'])
   return {n: LoRAWeights(part(n, 'a'), part(n, 'b'), size.alpha) for n, size in sizes.items()}
 
@@ -307,7 +307,7 @@ def _scalar(tensor: Any, name: str) -> float:
 
 
 def lora_file(path: Path) -> Path:
-  """The file of a LoRA that is given by it or by its directory. UserError where there is none."""
+  """Return the file of a LoRA, given itself or by its directory. UserError for none."""
   if not path.is_dir():
     return path
   found = next((inside(path / n, path) for n in _FILES if (path / n).is_file()), None)

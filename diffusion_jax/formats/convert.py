@@ -1,4 +1,4 @@
-"""Converts pipelines and single networks between the layouts of diffusers, single files and ours.
+"""Pipelines and single networks from one layout to another: diffusers, single files and ours.
 
 Between the first two tensors are only renamed and reshaped. One tensor at a time is in memory.
 """
@@ -37,7 +37,7 @@ def convert(
   source: str, target: str, layout: str, *, dtype: str | None = None, kind: str | None = None,
   prediction: str | None = None, tokenizers: str | None = None,
 ) -> list[str]:
-  """Write `target`, a new directory or file, from `source`; returns sentences for a person.
+  """Write `target`, a new directory or file, from `source`; return sentences for a person.
 
   Args:
     source: a pipeline's directory (diffusers or native), a single .safetensors file, or the

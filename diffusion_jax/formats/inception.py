@@ -1,4 +1,4 @@
-"""Reads the published weights of the FID Inception network; nothing is downloaded.
+"""The published weights of the FID Inception network; nothing is downloaded.
 
 The files are `pt_inception-2015-12-05-6726825d.pth` of pytorch-fid and torch-fidelity's
 `weights-inception-2015-12-05-6726825d.pth`, which hold the same 566 tensors, and whatever holds
@@ -30,7 +30,7 @@ _NORM = ('bn.scale', 'bn.bias', 'bn.running_mean', 'bn.running_var')
 def load_inception(
   path: str | os.PathLike, config: InceptionConfig | None = None, *, mesh: Mesh | None = None
 ) -> tuple[Network, Params]:
-  """The network and its parameters, float32, with the batch norms folded into the convolutions.
+  """Return the network and its parameters, with the batch norms folded into the convolutions.
 
   Args:
     path: .pth or .pt (the first only where PyTorch is installed), or .safetensors.
@@ -47,7 +47,7 @@ def load_inception(
 
 
 def fold(tensors: Mapping[str, Any], shapes: Params, where: str) -> dict[str, np.ndarray]:
-  """Published tensors -> parameters of the names of `shapes`, as `match` in both directions.
+  """Return published tensors as float32 parameters of `shapes`, as `match` does.
 
   A convolution with the norm (y - mean) / sqrt(var + 1e-3) * scale + bias is a convolution. The
   counts of batches that were seen in training (num_batches_tracked) are left out by rule.

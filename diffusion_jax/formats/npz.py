@@ -19,7 +19,7 @@ MOST_TEXT = 2**16
 
 
 class Header(NamedTuple):
-  """What the npy header of a member says; `start` is how many bytes it takes."""
+  """The npy header of a member, of `start` bytes."""
 
   shape: tuple[int, ...]
   fortran: bool
@@ -37,7 +37,7 @@ def opened(path: str | Path) -> Iterator[zipfile.ZipFile]:
 
 
 def check_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
-  """ValueError where a member would unpack to far more than it takes in the archive."""
+  """Raise ValueError where a member would unpack to far more than it takes in the archive."""
   if info.file_size > LARGE and info.file_size > MOST_RATIO * info.compress_size:
     raise ValueError(
       f'{info.filename} takes {info.compress_size:,} bytes and claims to unpack to '
@@ -46,7 +46,7 @@ def check_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
 
 
 def read_header(file: BinaryIO, info: zipfile.ZipInfo) -> Header:
-  """The header of the array in a member that has just been opened.
+  """Return the header of the array in a member that has just been opened.
 
   ValueError where it is none, holds Python objects, or promises other than the member has.
   """
@@ -67,7 +67,7 @@ def read_header(file: BinaryIO, info: zipfile.ZipInfo) -> Header:
 
 
 def read_arrays(path: str | Path, most: Mapping[str, int]) -> dict[str, np.ndarray]:
-  """Those of the named arrays that an npz has.
+  """Return those of the named arrays that an npz has.
 
   Args:
     most: the name of each array with the bytes that it may have.
@@ -107,7 +107,7 @@ def fill(array: np.ndarray, file: BinaryIO) -> None:
 
 
 def _check_directory(file: BinaryIO) -> None:
-  """ValueError where the archive claims a longer list of members than could be needed."""
+  """Raise ValueError where the archive claims a longer list of members than could be needed."""
   end = file.seek(0, 2)
   file.seek(max(0, end - 2**17))
   tail = file.read()

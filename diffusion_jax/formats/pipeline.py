@@ -57,6 +57,7 @@ TOKENIZER = (
 )
 """Files of a tokenizer."""
 
+
 @dataclasses.dataclass
 class Pipeline:
   """model_index.json without its parts, the parts by name, and sentences on what was left out."""

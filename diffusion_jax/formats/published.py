@@ -31,26 +31,26 @@ _WEIGHTS = ('kernel', 'scale', 'embedding')
 
 
 def published_name(name: str) -> str:
-  """'a.0.kernel' -> 'a.0.weight'; names without such a leaf, such as logit_scale, stay."""
+  """Return 'a.0.weight' for 'a.0.kernel'; names without such a leaf, such as logit_scale, stay."""
   module, _, leaf = name.rpartition('.')
   return f'{module}.weight' if module and leaf in _WEIGHTS else name
 
 
 def published_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """The shape under which a parameter of ours is published."""
+  """Return the shape under which a parameter of ours is published."""
   if name.endswith('.kernel') and len(shape) in _TO_PUBLISHED:
     return tuple(shape[axis] for axis in _TO_PUBLISHED[len(shape)])
   return tuple(shape)
 
 
 def to_published_layout(name: str, value: Any) -> np.ndarray:
-  """Our parameter -> the array that is published, same type."""
+  """Return the array that is published of a parameter of ours, of the same type."""
   value = np.asarray(value)
   return value.transpose(_TO_PUBLISHED[value.ndim]) if name.endswith('.kernel') else value
 
 
 def from_published_layout(name: str, value: Any) -> np.ndarray:
-  """The published array -> our parameter, a view of it."""
+  """Return a view of a published array as our parameter."""
   value = np.asarray(value)
   if name.endswith('.kernel') and value.ndim in _FROM_PUBLISHED:
     value = value.transpose(_FROM_PUBLISHED[value.ndim])
@@ -110,7 +110,7 @@ def some(names: Iterable[str]) -> str:
 
 
 def same_names(have: set[str], want: set[str], where: str) -> None:
-  """UserError, naming up to three of each, where names are missing or left over."""
+  """Raise a UserError, naming up to three, where names are missing or left over."""
   missing, unused = want - have, have - want
   require(
     not missing,
@@ -144,7 +144,7 @@ _LARGEST, _LONGEST = 1e6, 200  # Of a factor, and of a name.
 
 @dataclasses.dataclass(frozen=True)
 class NetworkFormat:
-  """How one kind of network is built, described in config.json and stored.
+  """One kind of network: how it is built, described in config.json and stored.
 
   module, config: the network, and the dataclass that it is made from.
   names: what config.json may have under `key`; the first is written.

@@ -34,7 +34,7 @@ from diffusion_jax.formats.scheduler_classes import (
 
 @dataclasses.dataclass(frozen=True)
 class Scheduler:
-  """What a scheduler_config.json says, in our terms.
+  """A scheduler_config.json in our terms.
 
   sampler, options: of `diffusion.samplers.sampler`. spacing, grid: of `sampling_grid`. The others
   are as in `NoiseSchedule`, `Parameterization` and `pipelines.sampling.SampleConfig`.

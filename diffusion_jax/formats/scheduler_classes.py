@@ -16,7 +16,7 @@ from diffusion_jax.errors import require
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerClass:
-  """How one class is read.
+  """One class: what of it is read.
 
   family: 'table', by timesteps and alpha-bar; 'sigma', after k-diffusion; 'solver', in log-SNR, the
   last timestep left out; 'flow'; 'edm'.

@@ -65,7 +65,7 @@ class NewTensor(NamedTuple):
 
 
 def open_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
-  """The tensors of a safetensors file, or of all files that a *.safetensors.index.json names.
+  """Return the tensors of a safetensors file, or of all that a *.safetensors.index.json names.
 
   Raises:
     UserError: no such file, a pickle, or a file that is not whole and well-formed.
@@ -96,7 +96,7 @@ def open_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def metadata(path: str | os.PathLike) -> dict[str, str]:
-  """The texts that a safetensors file carries beside its tensors. UserError as `open_tensors`."""
+  """Return the texts in a safetensors file. UserError as `open_tensors`."""
   return _read_header(Path(path))[0].get('__metadata__') or {}
 
 
@@ -172,7 +172,7 @@ def _bytes(name: str, tensor: NewTensor) -> np.ndarray:
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
-  """The JSON object of a saved model. UserError where there is none."""
+  """Return a JSON object of a saved model. UserError where there is none."""
   require(Path(path).is_file(), f'There is no file {path}; give the directory of a saved model.')
   return read_object(path)
 

@@ -75,7 +75,7 @@ def read_textual_inversion(
 def bundled_inversions(
   path: str | os.PathLike, widths: Mapping[str, int] | None = None
 ) -> list[TextualInversion]:
-  """The words that a safetensors file of a LoRA holds beside its matrices; arguments as above.
+  """Return the words in a safetensors file of a LoRA; arguments as above.
 
   Raises:
     UserError: a word of no known layout, or one that does not fit the encoders.

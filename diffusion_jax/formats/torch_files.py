@@ -38,7 +38,7 @@ MOST_COPIES = 4
 
 
 def load_plain(path: str | os.PathLike) -> dict[str, Any]:
-  """The dictionary that `torch.save` wrote: PyTorch's tensors, texts, numbers, never code.
+  """Return the dictionary that `torch.save` wrote: tensors, texts, numbers, never code.
 
   Raises:
     UserError: no such file, no PyTorch, anything but plain data, or no dictionary.
@@ -62,7 +62,7 @@ def load_plain(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def tensors_of(values: dict[str, Any], path: str | os.PathLike) -> dict[str, np.ndarray]:
-  """The tensors among `values`, which came from `path`; other floating types become float32.
+  """Return the tensors among the `values` of a file; all floating types become float32.
 
   UserError for tensors that are no plain arrays, or larger than what is stored of them.
   """
@@ -87,7 +87,7 @@ def tensors_of(values: dict[str, Any], path: str | os.PathLike) -> dict[str, np.
 
 
 def read_state(path: str | os.PathLike) -> dict[str, np.ndarray]:
-  """The tensors of a module by name, from its saved state or from a TorchScript archive."""
+  """Return the tensors of a module by name, from its saved state or a TorchScript archive."""
   return read_script(path) if is_script(path) else tensors_of(load_plain(path), path)
 
 
@@ -101,7 +101,7 @@ def is_script(path: str | os.PathLike) -> bool:
 
 
 def read_script(path: str | os.PathLike) -> dict[str, np.ndarray]:
-  """Parameters and buffers of a TorchScript archive by dotted name; none of its code is run.
+  """Return what a TorchScript archive holds by dotted name; none of its code is run.
 
   UserError where it is damaged, holds other things than modules, tensors and plain values, or
   tensors that are larger than what is stored of them.
@@ -155,7 +155,7 @@ def _check_sum(sizes: Iterable[int], path: Path) -> None:
 
 
 def _check_table(data: bytes) -> None:
-  """ValueError for a pickle that would make its reader take much more memory than it has bytes."""
+  """Raise ValueError for a pickle that would make its reader take much more memory than it has bytes."""
   if len(data) > MOST_TABLE:
     raise ValueError(f'a table of {len(data):,} bytes')
   for code, argument, _ in pickletools.genops(data):
