@@ -129,9 +129,7 @@ def unet_names(names: Iterable[str]) -> dict[str, str]:
   return found
 
 
-def _blocks(
-  starts: set[str], way: str, stored: str, number: int
-) -> Iterator[tuple[str, str]]:
+def _blocks(starts: set[str], way: str, stored: str, number: int) -> Iterator[tuple[str, str]]:
   """Each resnet, attention and resampling on the way down or up, with its name in the file."""
   level = 0
   while (block := f'{way}.{level}') in starts:

@@ -155,7 +155,7 @@ def _check_sum(sizes: Iterable[int], path: Path) -> None:
 
 
 def _check_table(data: bytes) -> None:
-  """Raise ValueError for a pickle that would make its reader take much more memory than it has bytes."""
+  """Raise ValueError for a pickle that would make its reader take far more memory than bytes."""
   if len(data) > MOST_TABLE:
     raise ValueError(f'a table of {len(data):,} bytes')
   for code, argument, _ in pickletools.genops(data):

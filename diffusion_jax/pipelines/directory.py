@@ -50,9 +50,7 @@ EDITS = 'StableDiffusionInstructPix2PixPipeline'
 """The class of diffusers that is guided by its picture, too, with a scale of 1.5."""
 
 
-def read_model(
-  path: str, dtype=jnp.float32
-) -> tuple[Diffusion, dict[str, Part], SampleConfig]:
+def read_model(path: str, dtype=jnp.float32) -> tuple[Diffusion, dict[str, Part], SampleConfig]:
   """Return the model of a directory or 'asset:NAME' without weights, its parts, how to sample.
 
   Args:
