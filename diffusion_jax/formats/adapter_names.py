@@ -232,9 +232,13 @@ _PARTS = {
 _SHORTEST_FIRST = sorted(_PARTS, key=len)
 _ADAPTER = re.compile(r'\.(lora_[AB])\.[^.]+\.weight$')
 
-_WORDS = re.compile(
-  r'bundle_emb\.|(emb_params|clip_[lg]|text_encoders_[01]|string_to_param.*)$|<[^>]*>$'
-)
+BUNDLE = 'bundle_emb.'
+INVERSION = {
+  'emb_params': 'text_encoder', 'string_to_param.*': 'text_encoder', 'clip_l': 'text_encoder',
+  'clip_g': 'text_encoder_2', 'text_encoders_0': 'text_encoder',
+  'text_encoders_1': 'text_encoder_2',
+}
+"""Tensors of AUTOMATIC1111's textual inversions -> the roles that they are for."""
 _OTHERS = {
   'DoRA': re.compile(r'dora_scale|lora_magnitude_vector|\.magnitude'),
   'LoHa': re.compile(r'\.hada_'), 'LoKr': re.compile(r'\.lokr_'),
@@ -252,7 +256,9 @@ Place = tuple[str, str]
 
 def is_inversion(name: str) -> bool:
   """Return whether a tensor is of a textual inversion rather than of a LoRA."""
-  return _WORDS.match(name) is not None
+  return name in INVERSION or name.startswith((BUNDLE, 'string_to_param')) or (
+    re.fullmatch('<[^>]*>', name) is not None
+  )
 
 
 def is_lora(name: str) -> bool:

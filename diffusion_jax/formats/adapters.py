@@ -31,7 +31,14 @@ from diffusion_jax.formats.adapter_names import (
   places,
 )
 from diffusion_jax.formats.published import from_published_layout, some, to_published_layout
-from diffusion_jax.formats.tensors import PICKLES, metadata, open_tensors, read_json, write_tensors
+from diffusion_jax.formats.tensors import (
+  PICKLES,
+  is_finite,
+  metadata,
+  open_tensors,
+  read_json,
+  write_tensors,
+)
 from diffusion_jax.formats.torch_files import load_plain, tensors_of
 from diffusion_jax.models.lora import Rank
 
@@ -279,9 +286,7 @@ def _reshape(tensor: Any, name: str, dims: int) -> np.ndarray:
   """A published matrix in our layout; a window of 1x1 may be stored or not, whatever the layer."""
   value = np.array(tensor)
   require(value.dtype.kind in 'fV', f'{name} is of type {value.dtype}, not of floating numbers')
-  with np.errstate(over='ignore'):
-    finite = np.isfinite(value.astype(np.float32)).all()
-  require(bool(finite), f'{name} has values that are not finite')
+  require(is_finite(value), f'{name} has values that are not finite')
   if dims == 2 and value.ndim == 4 and value.shape[2:] == (1, 1):
     value = value[..., 0, 0]
   elif dims == 4 and value.ndim == 2:

@@ -171,6 +171,12 @@ def _bytes(name: str, tensor: NewTensor) -> np.ndarray:
   return array.reshape(-1).view(np.uint8)
 
 
+def is_finite(values: np.ndarray) -> bool:
+  """Return whether all are finite floating numbers in float32."""
+  with np.errstate(over='ignore'):
+    return values.dtype.kind in 'fV' and bool(np.isfinite(values.astype(np.float32)).all())
+
+
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
   """Return a JSON object of a saved model. UserError where there is none."""
   require(Path(path).is_file(), f'There is no file {path}; give the directory of a saved model.')

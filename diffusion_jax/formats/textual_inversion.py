@@ -15,9 +15,9 @@ import numpy as np
 
 from diffusion_jax.errors import require
 from diffusion_jax.files import inside
-from diffusion_jax.formats.adapter_names import is_inversion, is_lora
+from diffusion_jax.formats.adapter_names import BUNDLE, INVERSION, is_inversion, is_lora
 from diffusion_jax.formats.published import some
-from diffusion_jax.formats.tensors import PICKLES, open_tensors, write_tensors
+from diffusion_jax.formats.tensors import PICKLES, is_finite, open_tensors, write_tensors
 from diffusion_jax.formats.torch_files import load_plain, tensors_of
 
 FILES = {
@@ -25,12 +25,6 @@ FILES = {
 }
 """What a directory holds, by role."""
 LAYOUTS = ('diffusers', 'a1111')
-_A1111 = {
-  'emb_params': 'text_encoder', 'string_to_param.*': 'text_encoder', 'clip_l': 'text_encoder',
-  'clip_g': 'text_encoder_2', 'text_encoders_0': 'text_encoder',
-  'text_encoders_1': 'text_encoder_2',
-}
-_BUNDLE = 'bundle_emb.'
 MOST_ROWS = 1000
 """Of one word; a prompt has room for 75."""
 MOST_CHARACTERS = 200
@@ -65,7 +59,7 @@ def read_textual_inversion(
     f'{path} is a LoRA rather than a learned word; give it as --lora, which also reads the words '
     'that it may hold.',
   )
-  if any(name.startswith(_BUNDLE) for name in stored):
+  if any(name.startswith(BUNDLE) for name in stored):
     words = bundled_inversions(path, widths)
     require(len(words) == 1, f'{path} holds {len(words)} words; give a file for each.')
     return words[0]
@@ -88,15 +82,15 @@ def bundled_inversions(
     if not is_inversion(name):
       continue
     token, key = '', name
-    if name.startswith(_BUNDLE):
-      token, _, key = name.removeprefix(_BUNDLE).rpartition('.')
+    if name.startswith(BUNDLE):
+      token, _, key = name.removeprefix(BUNDLE).rpartition('.')
       if key == '*':  # Of string_to_param.*
         token, _, key = token.rpartition('.')[0], '', 'string_to_param.*'
       require(
-        key in _A1111 and bool(token),
+        key in INVERSION and bool(token),
         f'{path} holds {name[:200]}, a part of a learned word that is not known here.',
       )
-    elif name not in _A1111:
+    elif name not in INVERSION:
       token = name
     groups.setdefault(token, {})[key] = tensor
   return [_word(path, token or None, stored, widths) for token, stored in groups.items()]
@@ -105,16 +99,16 @@ def bundled_inversions(
 def _word(
   path: Path, token: Any, stored: Mapping[str, Any], widths: Mapping[str, int] | None
 ) -> TextualInversion:
-  known = set(stored) <= set(_A1111)
+  known = set(stored) <= set(INVERSION)
   require(
     bool(stored) and (known or len(stored) == 1),
     f'{path} holds {some(stored) or "nothing"}: neither one tensor called by its token nor '
-    f'{", ".join(_A1111)}.',
+    f'{", ".join(INVERSION)}.',
   )
   arrays = {key: np.array(tensor) for key, tensor in stored.items()}
   rows = {key: value[None] if value.ndim == 1 else value for key, value in arrays.items()}
   if known:
-    roles = [_A1111[key] for key in rows]
+    roles = [INVERSION[key] for key in rows]
     require(len(set(roles)) == len(roles), f'{path} holds {some(rows)}, two of one text encoder.')
     token = path.stem if token is None else token
     found = TextualInversion(token, dict(zip(roles, rows.values(), strict=True)))
@@ -156,11 +150,9 @@ def _check(found: TextualInversion, widths: Mapping[str, int] | None, path: Path
     f'{path} must hold 1 to {MOST_ROWS} rows [n d], as many for each encoder, not '
     f'{" and ".join(str(list(rows.shape)) for rows in every)}.',
   )
-  with np.errstate(over='ignore'):
-    finite = [
-      rows.dtype.kind in 'fV' and np.isfinite(rows.astype(np.float32)).all() for rows in every
-    ]
-  require(all(finite), f'{path} must hold finite floating numbers; fetch it again.')
+  require(
+    all(map(is_finite, every)), f'{path} must hold finite floating numbers; fetch it again.'
+  )
   require(
     isinstance(found.token, str) and 0 < len(found.token) <= MOST_CHARACTERS,
     f'{path} must name its word in 1 to {MOST_CHARACTERS} characters.',
