@@ -10,67 +10,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.formats.adapter_names import kohya_names
 from diffusion_jax.formats.adapters import LoRAWeights, read_lora, write_lora
-from diffusion_jax.formats.single_file_names import unet_names
 from diffusion_jax.formats.tensors import metadata
 from diffusion_jax.pipelines.adapters import add_lora
 from diffusion_jax.pipelines.directory import load_model
 from diffusion_jax.pipelines.encoders import EXTRA, embedding_table
-
-ATTENTION = 'transformer_blocks.0.attn1.to_q'
-# Stable Diffusion XL: three levels of two layers, attention in the lower two.
-XL = [
-  *(f'down_blocks.{i}.resnets.{j}.{c}' for i in range(3) for j in range(2)
-    for c in ('conv1', 'conv2', 'time_emb_proj', 'conv_shortcut')),
-  *(f'down_blocks.{i}.attentions.{j}.{ATTENTION}' for i in (1, 2) for j in range(2)),
-  *(f'down_blocks.{i}.downsamplers.0.conv' for i in range(2)),
-  *(f'mid_block.{block}.conv1' for block in ('resnets.0', 'resnets.1')),
-  f'mid_block.attentions.0.{ATTENTION}',
-  *(f'up_blocks.{i}.resnets.{j}.conv1' for i in range(3) for j in range(3)),
-  *(f'up_blocks.{i}.attentions.{j}.{ATTENTION}' for i in (0, 1) for j in range(3)),
-  *(f'up_blocks.{i}.upsamplers.0.conv' for i in range(2)),
-  'conv_in', 'conv_out', 'time_embedding.linear_1', 'add_embedding.linear_2',
-]
-
-
-@pytest.mark.parametrize(('stored', 'layer'), [  # As in published files.
-  ('input_blocks.4.1.transformer_blocks.0.attn1.to_q', f'down_blocks.1.attentions.0.{ATTENTION}'),
-  ('input_blocks.8.1.transformer_blocks.0.attn1.to_q', f'down_blocks.2.attentions.1.{ATTENTION}'),
-  ('middle_block.1.transformer_blocks.0.attn1.to_q', f'mid_block.attentions.0.{ATTENTION}'),
-  ('output_blocks.0.1.transformer_blocks.0.attn1.to_q', f'up_blocks.0.attentions.0.{ATTENTION}'),
-  ('output_blocks.5.1.transformer_blocks.0.attn1.to_q', f'up_blocks.1.attentions.2.{ATTENTION}'),
-  ('input_blocks.0.0', 'conv_in'), ('out.2', 'conv_out'),
-  ('time_embed.0', 'time_embedding.linear_1'), ('label_emb.0.2', 'add_embedding.linear_2'),
-  ('input_blocks.1.0.in_layers.2', 'down_blocks.0.resnets.0.conv1'),
-  ('input_blocks.3.0.op', 'down_blocks.0.downsamplers.0.conv'),
-  ('input_blocks.4.0.skip_connection', 'down_blocks.1.resnets.0.conv_shortcut'),
-  ('input_blocks.5.0.emb_layers.1', 'down_blocks.1.resnets.1.time_emb_proj'),
-  ('input_blocks.6.0.op', 'down_blocks.1.downsamplers.0.conv'),
-  ('input_blocks.7.0.out_layers.3', 'down_blocks.2.resnets.0.conv2'),
-  ('middle_block.0.in_layers.2', 'mid_block.resnets.0.conv1'),
-  ('middle_block.2.in_layers.2', 'mid_block.resnets.1.conv1'),
-  ('output_blocks.8.0.in_layers.2', 'up_blocks.2.resnets.2.conv1'),
-  ('output_blocks.2.2.conv', 'up_blocks.0.upsamplers.0.conv'),
-  ('output_blocks.5.2.conv', 'up_blocks.1.upsamplers.0.conv'),
-])
-def test_block_numbers(stored, layer):
-  assert unet_names(XL)[layer] == stored
-  names = kohya_names(XL)
-  assert names[stored.replace('.', '_')] == names[layer.replace('.', '_')] == layer
-
-
-def test_an_upsampling_follows_what_its_level_has():
-  """Stable Diffusion 1 and 2 have no attention where the way up begins."""
-  names = [*(f'up_blocks.0.resnets.{j}.conv1' for j in range(3)), 'up_blocks.0.upsamplers.0.conv']
-  assert unet_names(names)['up_blocks.0.upsamplers.0.conv'] == 'output_blocks.2.1.conv'
-
-
-def test_block_numbers_are_all_different():
-  found = unet_names(XL)
-  assert sorted(found) == sorted(XL) and len(set(found.values())) == len(XL)
-  assert unet_names(['text_model.encoder.layers.0.mlp.fc1']) == {}
-
 
 NETWORKS = {
   'unet': {

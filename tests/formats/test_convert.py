@@ -11,10 +11,6 @@ import pytest
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.convert import convert
 from diffusion_jax.formats.networks import load_params, save_params
-from diffusion_jax.formats.published import published_name, published_shape
-from diffusion_jax.formats.single_file_names import unet_config, unet_names
-from diffusion_jax.formats.unet import UNET as UNET_FORMAT
-from diffusion_jax.formats.unet import UNETS
 from diffusion_jax.models import network
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.text.clip import CLIPTextConfig, CLIPTextModel
@@ -185,28 +181,3 @@ def test_one_network_there_and_back(written, tmp_path):
   convert(tmp_path / 'native', tmp_path / 'back', 'diffusers')
   name = 'diffusion_pytorch_model.safetensors'
   assert (tmp_path / 'back' / name).read_bytes() == (written / 'vae' / name).read_bytes()
-
-
-@pytest.mark.parametrize(('architecture', 'count', 'some'), [
-  ('sd15', 686, ['output_blocks.2.1.conv.weight', 'output_blocks.5.2.conv.weight',
-                 'output_blocks.11.1.proj_out.weight', 'input_blocks.11.0.out_layers.3.bias']),
-  ('sd21', 686, ['middle_block.1.transformer_blocks.0.attn2.to_k.weight']),
-  ('sd_x4_upscaler', 687, ['label_emb.weight', 'input_blocks.10.0.skip_connection.bias']),
-  ('sdxl', 1680, ['label_emb.0.2.bias', 'input_blocks.8.1.transformer_blocks.9.norm3.weight',
-                  'output_blocks.2.2.conv.bias', 'output_blocks.8.0.skip_connection.weight']),
-])
-def test_published_u_nets_have_their_names_and_counts(architecture, count, some):
-  published = [published_name(name) for name in UNET_FORMAT.shapes(UNETS[architecture])]
-  found = unet_names(published)
-  assert len(set(found.values())) == len(found) == len(set(published)) == count
-  assert set(some) <= set(found.values())
-
-
-def test_the_config_of_a_published_u_net_follows_from_its_shapes():
-  """Stable Diffusion 2: all that its family does not tell."""
-  config = UNETS['sd21_base']
-  shapes = UNET_FORMAT.shapes(config)
-  published = {published_name(n): published_shape(n, t.shape) for n, t in shapes.items()}
-  stored = {name: published[own] for own, name in unet_names(published).items()}
-  found = unet_config(stored, 'here', heads=None, pooled=None)
-  assert UNET_FORMAT.parse(found | {'sample_size': 64}, 'here') == config

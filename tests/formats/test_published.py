@@ -12,13 +12,11 @@ import pytest
 
 from diffusion_jax import registry
 from diffusion_jax.errors import UserError
-from diffusion_jax.formats.clip import pixel_statistics
 from diffusion_jax.formats.convert import convert
 from diffusion_jax.formats.networks import load_params, network_format, save_params
 from diffusion_jax.formats.tensors import write_json
 from diffusion_jax.models.text.clip import CLIPTextConfig, CLIPVisionConfig
 from diffusion_jax.models.text.tokenizer import load_tokenizer
-from diffusion_jax.pipelines.directory import load_model
 from tests.tiny import ROOT
 
 LEVELS = dict(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2)
@@ -128,54 +126,6 @@ def test_a_config_of_a_hundred_megabytes(tmp_path):
   with pytest.raises(UserError, match='bytes'):
     load_params('mlp', tmp_path)
   assert time.process_time() - start < 2
-
-
-def model(folder, **changes):
-  """A model of our own class whose files are changed: {file: {key: value}} by keyword."""
-  source = ROOT / 'diffusion_jax' / 'assets' / 'text-to-image-openmoji-64'
-  for file in source.rglob('*'):
-    if file.is_file():
-      target = folder / file.relative_to(source)
-      target.parent.mkdir(parents=True, exist_ok=True)
-      target.write_bytes(file.read_bytes())
-  files = {'index': 'model_index.json', 'scheduler': 'scheduler/scheduler_config.json',
-           'unet': 'unet/config.json'}
-  for name, values in changes.items():
-    path = folder / files[name]
-    write_json(path, json.loads(path.read_text()) | values)
-  return str(folder)
-
-
-@pytest.mark.parametrize('changes', [
-  *({'scheduler': {'num_train_timesteps': bad}} for bad in NO_SIZE),
-  *({'scheduler': {key: bad}} for key in ('beta_start', 'beta_end')
-    for bad in (NAN, -1, 2, '0.1', [], 1e300)),
-  *({'scheduler': {'beta_schedule': bad}} for bad in (3, [], LONG)),
-  *({'scheduler': {'prediction_type': bad}} for bad in (3, [], LONG)),
-  *({'index': {'latent_patch_size': bad}} for bad in NO_SIZE),
-  *({'index': {'sample': bad}} for bad in ([], 3, LONG, {'steps': '3'}, {'guidance': []})),
-  *({'index': {'_class_name': 'Other', 'unet': bad}} for bad in ([], 3, {})),
-  *({'unet': {key: 10**9}} for key in ('layers_per_block', 'cross_attention_dim', 'in_channels')),
-])
-def test_models_of_our_own(changes, tmp_path):
-  with pytest.raises(UserError) as error:
-    load_model(model(tmp_path, **changes))
-  assert len(str(error.value)) < 400
-
-
-def test_steps_of_a_model(tmp_path, fails):
-  for steps in (10**9, 0, -1):
-    path = model(tmp_path, index={'sample': {'steps': steps, 'spacing': 'karras'}})
-    line = fails('sample', '--model', path, '--prompt', 'x', '--out', tmp_path / 'out')
-    assert f'steps is {steps}' in line
-
-
-@pytest.mark.parametrize('values', [
-  {'image_mean': bad} for bad in (3, [1, 2], ['a'] * 3, [NAN] * 3, [[1]] * 3, LONG, [1e300] * 3)
-] + [{'image_std': [0, 1, 1]}, {'image_std': [-1, 1, 1]}, {'image_std': [True, 1, 1]}])
-def test_pixels(values):
-  with pytest.raises(UserError, match=r'x.json: .* must be three finite numbers'):
-    pixel_statistics(values, 'x.json')
 
 
 def test_convert_counts_no_layers_that_are_not_there(tmp_path):

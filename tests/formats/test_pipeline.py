@@ -1,0 +1,53 @@
+"""Models that were trained here: what is absurd in their files is one sentence."""
+
+import json
+
+import pytest
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.formats.tensors import write_json
+from diffusion_jax.pipelines.directory import load_model
+from tests.tiny import ROOT
+
+NAN, LONG = float('nan'), 'x' * 10**5
+NO_SIZE = [10**9, -1, 0, NAN, 1.5, '1', True, [10**9], [[1]], [1] * 10**5, {}]
+
+
+def model(folder, **changes):
+  """A model of our own class whose files are changed: {file: {key: value}} by keyword."""
+  source = ROOT / 'diffusion_jax' / 'assets' / 'text-to-image-openmoji-64'
+  for file in source.rglob('*'):
+    if file.is_file():
+      target = folder / file.relative_to(source)
+      target.parent.mkdir(parents=True, exist_ok=True)
+      target.write_bytes(file.read_bytes())
+  files = {'index': 'model_index.json', 'scheduler': 'scheduler/scheduler_config.json',
+           'unet': 'unet/config.json'}
+  for name, values in changes.items():
+    path = folder / files[name]
+    write_json(path, json.loads(path.read_text()) | values)
+  return str(folder)
+
+
+@pytest.mark.parametrize('changes', [
+  *({'scheduler': {'num_train_timesteps': bad}} for bad in NO_SIZE),
+  *({'scheduler': {key: bad}} for key in ('beta_start', 'beta_end')
+    for bad in (NAN, -1, 2, '0.1', [], 1e300)),
+  *({'scheduler': {'beta_schedule': bad}} for bad in (3, [], LONG)),
+  *({'scheduler': {'prediction_type': bad}} for bad in (3, [], LONG)),
+  *({'index': {'latent_patch_size': bad}} for bad in NO_SIZE),
+  *({'index': {'sample': bad}} for bad in ([], 3, LONG, {'steps': '3'}, {'guidance': []})),
+  *({'index': {'_class_name': 'Other', 'unet': bad}} for bad in ([], 3, {})),
+  *({'unet': {key: 10**9}} for key in ('layers_per_block', 'cross_attention_dim', 'in_channels')),
+])
+def test_models_of_our_own(changes, tmp_path):
+  with pytest.raises(UserError) as error:
+    load_model(model(tmp_path, **changes))
+  assert len(str(error.value)) < 400
+
+
+def test_steps_of_a_model(tmp_path, fails):
+  for steps in (10**9, 0, -1):
+    path = model(tmp_path, index={'sample': {'steps': steps, 'spacing': 'karras'}})
+    line = fails('sample', '--model', path, '--prompt', 'x', '--out', tmp_path / 'out')
+    assert f'steps is {steps}' in line
