@@ -5,6 +5,7 @@ import json
 import pytest
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.formats.convert import convert
 from diffusion_jax.formats.tensors import write_json
 from diffusion_jax.pipelines.directory import load_model
 from tests.tiny import ROOT
@@ -51,3 +52,15 @@ def test_steps_of_a_model(tmp_path, fails):
     path = model(tmp_path, index={'sample': {'steps': steps, 'spacing': 'karras'}})
     line = fails('sample', '--model', path, '--prompt', 'x', '--out', tmp_path / 'out')
     assert f'steps is {steps}' in line
+
+
+@pytest.mark.parametrize(('index', 'words'), [
+  ({'space': {'type': 'pixels'}, 'conditioners': {}}, 'of this library alone .* on nothing'),
+  ({'space': {'autoencoder': 'vae'}, 'conditioners': {'class': {}}}, 'conditioned on class'),
+  ({'space': 3, 'conditioners': {}}, 'describes no model'), ({}, 'describes no model'),
+  ({'space': {'autoencoder': '../vae'}, 'conditioners': {}}, 'leads out of its model'),
+])
+def test_what_no_other_layout_has_is_not_converted(index, words, tmp_path):
+  write_json(tmp_path / 'model' / 'model_index.json', {'_class_name': 'Diffusion', **index})
+  with pytest.raises(UserError, match=words):
+    convert(tmp_path / 'model', tmp_path / 'out', 'diffusers')
