@@ -72,12 +72,12 @@ def _counts(text: str) -> list[int]:
 
 def run(args: argparse.Namespace) -> int:
   """Measure, print, write."""
-  from diffusion_jax.config import parse, resolved
+  from diffusion_jax.config import parse, untyped
   from diffusion_jax.recipe import load_config
 
   if args.json and not (out := Path(args.json)).absolute().parent.is_dir():
     raise UserError(f'--json {out} cannot be written; give a file in a directory that is there.')
-  config = resolved(parse(load_config(args.config, args.overrides)))
+  config = untyped(parse(load_config(args.config, args.overrides)))
   result = {'what': args.what, **_measure(config, args)}
   import jax
 

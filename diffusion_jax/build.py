@@ -1,7 +1,6 @@
 """A config to everything that the train loop needs. No task is known here by its name."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from diffusion_jax.checkpoint.saving import of_storage, reason
-from diffusion_jax.config import TrainingConfig, completed, parse, resolved
+from diffusion_jax.config import TrainingConfig, completed, parse, untyped
 from diffusion_jax.data.loader import Loader
 from diffusion_jax.data.splits import APART, fingerprint, measured_on
 from diffusion_jax.data.unreadable import Counted, Damage
@@ -19,6 +18,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.evaluator import EVALUATE, Evaluator, with_options
 from diffusion_jax.evaluation.report import REFERENCE, TESTED, of_features, of_model
 from diffusion_jax.evaluation.scores import best_is
+from diffusion_jax.files import say
 from diffusion_jax.models.attention import check_attention
 from diffusion_jax.models.kernels import check_matmul_precision
 from diffusion_jax.parallel.mesh import local_rows, make_mesh
@@ -51,30 +51,15 @@ def open_sources(
   return count(train, name='training records'), count(test, name='test records')
 
 
+def _say_unreadable(sentence: str) -> None:
+  say(f'left out: {sentence}', 'diffusion_jax: ')
+
+
 def build_task(
   config: TrainingConfig, train: Source, test: Source, workdir: Path, mesh: Mesh
 ) -> Task:
   """Return the task of a config with its frozen networks loaded, large ones onto the mesh."""
   return load(TASKS, config.task).build(config, Env(train, test, workdir, mesh))
-
-
-def _say_unreadable(sentence: str) -> None:
-  print(f'diffusion_jax: left out: {sentence}', file=sys.stderr, flush=True)
-
-
-def pictures_in(
-  config: TrainingConfig, train: Source, test: Source, fingerprints: dict[str, dict[str, str]]
-) -> tuple[Pictures | None, Pictures | None]:
-  """Return what a run is trained and tested on; None for points and random numbers.
-
-  `fingerprints` are of both, as in data.json.
-  """
-  data = config.data
-  return tuple(
-    pictures_of(data.dataset, split, data.size, len(source), fingerprints[name])
-    if fingerprints.get(name) else None
-    for split, name, source in (('train', 'training', train), ('test', 'test', test))
-  )
 
 
 def begun_with(config: TrainingConfig, task: Task) -> str:
@@ -83,36 +68,20 @@ def begun_with(config: TrainingConfig, task: Task) -> str:
 
 
 def provenance(
-  config: TrainingConfig, task: Task, train: Pictures | None, test: Pictures | None,
-  evaluators: Sequence[Evaluator],
+  begun: str, features: Sequence[str], train: Pictures | None, test: Pictures | None
 ) -> tuple[str, ...]:
-  """Return sentences on what the networks were trained on that were there before the run.
+  """Return sentences on what the networks were trained on that were there before a run.
 
-  Those are the networks whose features score samples, and what the training begins with.
+  Args:
+    begun: the model that it began with, '' for none. features: KIND:PATH of those that score.
+    train, test: what the run is trained and tested on.
   """
-  features = [name for one in evaluators for name in getattr(one, 'features', ())]
   found = of_features(features, {REFERENCE: train, TESTED: test})
-  return (*found, *provenance_of_start(config, task, test))
-
-
-def provenance_of_start(
-  config: TrainingConfig, task: Task, test: Pictures | None
-) -> tuple[str, ...]:
-  """Return a sentence on what a run began with, if not with fresh weights."""
-  begun = begun_with(config, task)
-  return (of_model(begun, begun, {TESTED: test}),) if begun else ()
-
-
-def _notes(train: Source, test: Source) -> list[str]:
-  """Return what of the data is left out, and the split that was chosen: nothing else says so."""
-  notes, measured = list(getattr(train, 'notes', ())), measured_on(test)
-  if measured != APART:
-    notes.append(f'scores are measured {measured.told[0].lower()}{measured.told[1:]}')
-  return notes if jax.process_index() == 0 else []
+  return (*found, of_model(begun, begun, {TESTED: test})) if begun else tuple(found)
 
 
 def _loader(config: TrainingConfig, task: Task, env: Env) -> Loader:
-  """Batches of this process."""
+  """Return the batches of this process."""
   batch_size, mesh = config.loop.batch_size, env.mesh
   ways = mesh.shape['data'] * mesh.shape['fsdp'] * config.loop.accumulation_steps
   if batch_size % ways:
@@ -132,7 +101,7 @@ def _evaluators(config: TrainingConfig, task: Task, mesh: Mesh) -> list[Evaluato
 
   UserError where it cannot be, or does not give the metric that checkpoints are kept by.
   """
-  loop, found = config.loop, task.evaluators(mesh)
+  loop, found = config.loop, list(task.evaluators(mesh))
   scoring = [one for one in found if one.when == EVALUATE]
   if loop.evaluate_seconds and not any(hasattr(one, 'seconds') for one in scoring):
     raise UserError(
@@ -150,7 +119,7 @@ def _evaluators(config: TrainingConfig, task: Task, mesh: Mesh) -> list[Evaluato
       f'loop.keep_best is {loop.keep_best!r}, which settings.evaluation does not measure; it '
       f'measures {", ".join(known)}.'
     )
-  return list(found)
+  return found
 
 
 def _check_devices(config: TrainingConfig, mesh: Mesh) -> None:
@@ -183,7 +152,7 @@ def _keep(directory: RunDirectory, data: dict[str, Any], task: Task) -> None:
 
 
 def _beginning(config: TrainingConfig, task: Task, shapes, directory: RunDirectory, mesh: Mesh):
-  """The function of a mesh that returns the parameters to begin with, None for fresh ones."""
+  """Return the function of a mesh that gives the parameters to begin with, None for fresh ones."""
   if not config.weights_from:
     return task.start
   start = partial(run_weights, config.weights_from, shapes)
@@ -200,42 +169,47 @@ def build(config: dict, workdir: str, synthetic: bool = False) -> Training:
   Raises:
     UserError: whatever is wrong with the config, the data, the frozen parts or the workdir.
   """
-  checked = parse(config)
-  check_wandb(checked.loop.wandb_project)
-  directory = RunDirectory(workdir)
-  directory.check_config(resolved(checked), completed)
-  mesh = make_mesh(checked.mesh)
-  _check_devices(checked, mesh)
-  kind = load(TASKS, checked.task)
-  kind.check(checked)
+  config = parse(config)
+  loop, kind, directory = config.loop, load(TASKS, config.task), RunDirectory(workdir)
+  check_wandb(loop.wandb_project)
+  directory.check_config(untyped(config), completed)
+  mesh = make_mesh(config.mesh)
+  _check_devices(config, mesh)
+  kind.check(config)
   damage = Damage(_say_unreadable)
-  train, test = open_sources(checked, synthetic, damage)
-  data = {} if synthetic else {'training': fingerprint(train), 'test': fingerprint(test)}
-  check_data(directory, data)
-  notes, pictures = _notes(train, test), pictures_in(checked, train, test, data)
-  env = Env(train, test, directory.path, mesh, synthetic, damage)
-  task = kind.build(checked, env)
-  evaluators = _evaluators(checked, task, mesh)
-  if more := task.more_data(checked, env):
-    data |= {name: fingerprint(source) for name, source in more.items()}
-    check_data(directory, data)
-  shapes = jax.eval_shape(task.initialize, jax.random.key(0))
-  start = _beginning(checked, task, shapes, directory, mesh)
-  optimizer = make_optimizer(
-    checked.optimizer, shapes, checked.loop.total_steps, mesh.devices.flat[0].platform
+  train, test = open_sources(config, synthetic, damage)
+  hashes = {} if synthetic else {'training': fingerprint(train), 'test': fingerprint(test)}
+  check_data(directory, hashes)
+  trained_on, tested_on = (
+    pictures_of(config.data.dataset, split, config.data.size, len(source), hashes[name])
+    if hashes.get(name) else None  # Points, or random numbers.
+    for split, name, source in (('train', 'training', train), ('test', 'test', test))
   )
+  env = Env(train, test, directory.path, mesh, synthetic, damage)
+  task = kind.build(config, env)
+  evaluators = _evaluators(config, task, mesh)
+  if more := task.more_data(config, env):
+    hashes |= {name: fingerprint(source) for name, source in more.items()}
+    check_data(directory, hashes)
+  shapes = jax.eval_shape(task.initialize, jax.random.key(0))
+  start = _beginning(config, task, shapes, directory, mesh)
+  platform = mesh.devices.flat[0].platform
+  optimizer = make_optimizer(config.optimizer, shapes, loop.total_steps, platform)
   # Last, because filling a cache takes long.
-  loader = _loader(checked, task, dataclasses.replace(env, more=more))
+  loader = _loader(config, task, dataclasses.replace(env, more=more))
+  measured, begun = measured_on(test), begun_with(config, task)
   if jax.process_index() == 0:
-    _keep(directory, data, task)
-  for text in notes:
-    print(f'diffusion_jax train: {text}', file=sys.stderr)
+    _keep(directory, hashes, task)
+    for text in getattr(train, 'notes', ()):
+      say(text)
+    if measured != APART:
+      say(f'scores are measured {measured.told[0].lower()}{measured.told[1:]}')
+  features = [name for one in evaluators for name in getattr(one, 'features', ())]
   return Training(
-    config=resolved(checked), task=task, loop=checked.loop, safety=checked.safety,
-    optimizer=optimizer, loader=loader, mesh=mesh, directory=directory, start=start,
-    learning_rates=learning_rates(checked.optimizer, checked.loop.total_steps),
-    data_credit=getattr(train, 'credit', ''), measured=measured_on(test),
-    provenance=provenance(checked, task, *pictures, evaluators), damage=damage,
+    config=untyped(config), task=task, loop=loop, safety=config.safety, optimizer=optimizer,
+    learning_rates=learning_rates(config.optimizer, loop.total_steps), loader=loader, mesh=mesh,
+    directory=directory, start=start, data_credit=getattr(train, 'credit', ''), measured=measured,
+    damage=damage, provenance=provenance(begun, features, trained_on, tested_on),
     evaluators=evaluators,
-    trained_on=pictures[0] and dataclasses.replace(pictures[0], begun=begun_with(checked, task)),
+    trained_on=trained_on and dataclasses.replace(trained_on, begun=begun),
   )

@@ -48,7 +48,10 @@ def typed(cls: type[T], values: Mapping[str, Any], where: str = 'config.') -> T:
 
 
 def untyped(value: Any) -> Any:
-  """Return dataclasses as dictionaries that `typed` reads back, as JSON would have them."""
+  """Return a dataclass as dictionaries with every value in force, as JSON would have them.
+
+  `typed` reads them back; of a whole config `parse` does.
+  """
   if isinstance(value, Mapping):
     return {key: untyped(item) for key, item in value.items()}
   if isinstance(value, (tuple, list)):
@@ -316,14 +319,9 @@ def parse(values: Mapping[str, Any]) -> TrainingConfig:
   return typed(TrainingConfig, {**values, 'settings': settings})
 
 
-def resolved(config: TrainingConfig) -> dict[str, Any]:
-  """Return every value in force, as JSON would have it; `parse` reads it back."""
-  return untyped(config)
-
-
 def completed(values: dict[str, Any]) -> dict[str, Any]:
   """Return a config that an older version has written with the keys that are new since."""
   try:
-    return resolved(parse(values))
+    return untyped(parse(values))
   except UserError:  # One of its keys is gone; the comparison will name it.
     return values

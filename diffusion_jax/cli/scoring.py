@@ -310,13 +310,14 @@ class Subject:
   @property
   def trained_on(self) -> list[str]:
     """What the model was trained on, seen from the test images."""
-    from diffusion_jax.build import provenance_of_start
+    from diffusion_jax.build import begun_with, provenance
 
     test = self.split('test').pictures
     if self.run is None:
       return [said_of_model(self.name, self.name, {TESTED: test})]
     own = [] if getattr(self.options, 'captions', '') else [measured_on(self.test).told]
-    return [*own, *provenance_of_start(self.run.config, self.run.task, test)]
+    begun = begun_with(self.run.config, self.run.task)
+    return [*own, *provenance(begun, (), None, test)]
 
   def weights(self, ema_halflife_images: float | None = None) -> Callable[[], Weights]:
     """Return a reader of the weights on the mesh; of a run, perhaps with another average.

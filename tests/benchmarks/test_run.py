@@ -11,7 +11,7 @@ from benchmarks.run import built
 from benchmarks.sampling import count_calls, measure_encoding, measure_sampling
 from benchmarks.table import run_row
 from benchmarks.training import Counts
-from diffusion_jax.config import parse, resolved
+from diffusion_jax.config import parse, untyped
 from diffusion_jax.pipelines.assembly import assemble
 from diffusion_jax.pipelines.sampling import SampleConfig
 from tests import tiny
@@ -67,7 +67,7 @@ def test_encoding_and_sampling_without_data(parts, tmp_path):
   """The data set of the config is nowhere."""
   values = tiny.diffusion_config(parts, data={'data_dir': '/nowhere'})
   with tiny.few_devices(1):
-    training = built(resolved(parse(values)), tmp_path / 'run', synthetic=True)
+    training = built(untyped(parse(values)), tmp_path / 'run', synthetic=True)
     batch = next(training.loader)
     assert batch['mean'].shape == (8, 16, 16, 4) and batch['text'].shape == (8, tiny.LENGTH, 16)
     sample = measure_sampling(training, Counts(1, 2), 2)

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks.run import built
-from diffusion_jax.config import parse, resolved
+from diffusion_jax.config import parse, untyped
 from diffusion_jax.costs.collectives import (
   Collective,
   beside_parameters,
@@ -84,7 +84,7 @@ def test_the_formula_for_a_step_of_points(tmp_path):
   """Data parallelism all-reduces every gradient; FSDP moves three times what it splits."""
   found = {}
   for name, mesh in (('data', {'data': -1}), ('fsdp', {'data': 1, 'fsdp': -1})):
-    values = resolved(parse(tiny.toy_config(mesh=mesh)))
+    values = untyped(parse(tiny.toy_config(mesh=mesh)))
     with tiny.few_devices(4):
       found[name] = step_collectives(built(values, tmp_path, synthetic=True))
   data, fsdp = found['data'], found['fsdp']

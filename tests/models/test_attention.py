@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import build
-from diffusion_jax.config import completed, parse, resolved
+from diffusion_jax.config import completed, parse, untyped
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.attention import (
   WAYS,
@@ -254,7 +254,7 @@ def test_a_task_without_attention_refuses_it():
 
 
 def test_a_resumed_run_may_change_it_and_need_not_know_it(tmp_path):
-  directory, values = RunDirectory(tmp_path), resolved(parse(tiny.clip_config()))
+  directory, values = RunDirectory(tmp_path), untyped(parse(tiny.clip_config()))
   directory.write_json('config.json', values)
   directory.check_config({**values, 'attention': 'xla'}, completed)
   directory.write_json('config.json', {k: v for k, v in values.items() if k != 'attention'})

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax import build
-from diffusion_jax.config import parse, resolved
+from diffusion_jax.config import parse, untyped
 from diffusion_jax.errors import UserError
 from diffusion_jax.pipelines.directory import load_model
 from diffusion_jax.run import TrainedRun
@@ -123,8 +123,8 @@ def test_older_settings_are_the_same(parts):
   parsed = parse(old), parse(new)
   assert parsed[0].settings.conditioned == parsed[1].settings.conditioned
   assert parsed[0].settings.denoiser == parsed[1].settings.denoiser
-  assert parse(resolved(parsed[1])) == parsed[1]
-  assert parse(resolved(parsed[0])) == parsed[0]
+  assert parse(untyped(parsed[1])) == parsed[1]
+  assert parse(untyped(parsed[0])) == parsed[0]
 
 
 @pytest.mark.parametrize(('changes', 'message'), [
