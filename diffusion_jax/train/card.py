@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-from diffusion_jax.runs.trained_on import Pictures
-from diffusion_jax.types import Params
+from diffusion_jax.runs.directory import command_line
+from diffusion_jax.train.training import Training
+from diffusion_jax.types import Params, Scores
 from diffusion_jax.viz.names import column_title, metric_title, ordered
 from diffusion_jax.viz.page import duration, plain
 from diffusion_jax.viz.run_files import Told
@@ -25,58 +25,51 @@ def parameter_table(params: Params, rows: int) -> str:
 
 
 def model_card(
-  title: str, described: tuple[str, str], config: dict[str, Any], *, parameters: Params,
-  steps: int, seconds: float, command: str, scores: dict[str, Any], credit: str,
-  devices: np.ndarray, pictures: Pictures | None = None, provenance: Sequence[str] = (),
+  training: Training, parameters: Params, steps: int, seconds: float, scores: Scores
 ) -> str:
   """Return Markdown.
 
   Args:
-    title, described: of the task. parameters: those that are trained, or their shapes.
+    parameters: those that are trained, or their shapes.
     seconds: spent until now, with sampling and scoring.
     scores: as a run keeps them, with what they are measured on.
-    devices: of the mesh. pictures: what it is trained on, None for points.
-    provenance: sentences on networks that were there before the run.
   """
-  data, loop = config['data'], config['loop']
-  records = steps * loop['batch_size']
-  one, edge = described
-  of = f' of {pictures.records:,} images' if pictures else ''
+  t, data = training, training.config['data']
+  records, (name, edge) = steps * t.loop.batch_size, t.task.described(data['size'])
+  of = f' of {t.trained_on.records:,} images' if t.trained_on else ''
+  devices = t.mesh.devices
   lines = [
-    f'# {title} ({data["dataset"]}, {edge})', '',
-    f'Trained with diffusion_jax by `{command}`.', '',
+    f'# {t.task.title} ({data["dataset"]}, {edge})', '',
+    f'Trained with diffusion_jax by `{command_line()}`.', '',
     f'- Trained parameters: {sum(p.size for p in parameters.values()):,}',
-    f'- Steps: {steps:,} of {loop["total_steps"]:,}, {records:,} {one} seen, '
-    f'batch {loop["batch_size"]}',
+    f'- Steps: {steps:,} of {t.loop.total_steps:,}, {records:,} {name} seen, '
+    f'batch {t.loop.batch_size}',
     f'- Time: {duration(seconds)} until this was written, on {devices.size} x '
     f'{devices.flat[0].device_kind}',
     f'- Data: {data["dataset"]}, {edge}, training split{of}',
-    f'- Transforms: {_transforms(data["transforms"])}',
+    f'- Transforms: {", ".join(map(_transform, data["transforms"])) or "none"}',
     '- Settings: see config.json of the run', '',
   ]
   found = Told.of(scores)
   if found.columns:
-    lines += ['## Scores', '', *_listed(found.measured), *_table(found, config['task'])]
-  elif provenance:
-    lines += ['## What was there before', '', *_listed(provenance)]
+    lines += ['## Scores', '', *_listed(found.measured), *_table(found, t.config['task'])]
+  elif t.provenance:
+    lines += ['## What was there before', '', *_listed(t.provenance)]
   lines += ['## Parameters', '', '```', parameter_table(parameters, CARD_ROWS), '```', '']
-  if credit:
-    lines += ['## Credit', '', credit, '']
+  if t.data_credit:
+    lines += ['## Credit', '', t.data_credit, '']
   return '\n'.join(lines)
 
 
-def _transforms(specs: Sequence[Any]) -> str:
-  """Names with their arguments; what training images go through before they are seen."""
-  return ', '.join(' '.join(_words(spec)) for spec in specs) or 'none'
-
-
-def _words(spec: Any) -> list[str]:
+def _transform(spec: Any) -> str:
+  """Return the name of a transform with its arguments."""
   if isinstance(spec, str):
-    return [spec]
+    return spec
   values = list(spec.values()) if isinstance(spec, dict) else list(spec)
   words = [str(value) for value in values if not isinstance(value, dict)]
-  more = {k: v for value in values if isinstance(value, dict) for k, v in value.items()}
-  return words + ([f'({", ".join(f"{k} {plain(v)}" for k, v in more.items())})'] if more else [])
+  named = {k: v for value in values if isinstance(value, dict) for k, v in value.items()}
+  more = ', '.join(f'{name} {plain(value)}' for name, value in named.items())
+  return ' '.join([*words, f'({more})'] if more else words)
 
 
 def _table(scores: Told, task: str) -> list[str]:
@@ -101,5 +94,5 @@ def _table(scores: Told, task: str) -> list[str]:
 
 
 def _listed(texts: Sequence[str]) -> list[str]:
-  """One sentence stands for itself; several are a list."""
+  """Return one sentence by itself, several as a list."""
   return [*(texts if len(texts) == 1 else [f'- {text}' for text in texts]), '']

@@ -68,11 +68,11 @@ def combine(wanted: Snapshot, stored: Sequence[Snapshot], batch_size: int) -> Co
   had been made.
   """
   every = [wanted, *stored]
-  logs = {h: _log_decays(h, wanted.step, batch_size) for h in {s.halflife_images for s in every}}
+  logs = {h: log_decays(h, wanted.step, batch_size) for h in {s.halflife_images for s in every}}
   products = np.zeros((len(every), len(every)))
   for start in range(0, wanted.step + 1, BLOCK):
     block = np.arange(start, min(start + BLOCK, wanted.step + 1))
-    profiles = np.stack([_profile(s, logs[s.halflife_images], block) for s in every])
+    profiles = np.stack([profile(s, logs[s.halflife_images], block) for s in every])
     products += profiles @ profiles.T
   among, towards, own = products[1:, 1:], products[1:, 0], products[0, 0]
   k = len(stored)
@@ -86,13 +86,7 @@ def combine(wanted: Snapshot, stored: Sequence[Snapshot], batch_size: int) -> Co
   return Combination(found, float(np.sqrt(max(left, 0.0) / own)))
 
 
-def profile(snapshot: Snapshot, batch_size: int) -> Float[np.ndarray, 'n']:
-  """Return the weight of the first parameters, then of those after each update."""
-  logs = _log_decays(snapshot.halflife_images, snapshot.step, batch_size)
-  return _profile(snapshot, logs, np.arange(snapshot.step + 1))
-
-
-def _log_decays(halflife: float, steps: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+def log_decays(halflife: float, steps: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
   """Return, of each update, the logarithms of the decay up to it and of its own fraction.
 
   As `ema.decay_per_step`, in float64; the first parameters count as an update with fraction 1.
@@ -107,9 +101,13 @@ def _log_decays(halflife: float, steps: int, batch_size: int) -> tuple[np.ndarra
   )
 
 
-def _profile(snapshot: Snapshot, logs: tuple[np.ndarray, np.ndarray], at: np.ndarray) -> np.ndarray:
+def profile(snapshot: Snapshot, logs: tuple[np.ndarray, np.ndarray], at: np.ndarray) -> np.ndarray:
+  """Return the weights of the parameters after the updates `at` [n], 0 for the first parameters.
+
+  logs: `log_decays` of the snapshot's half-life, up to its step or further.
+  """
   if not snapshot.halflife_images:
     return (at == snapshot.step).astype(np.float64)
-  decayed, shares = logs
-  weights = np.exp(shares[at] + np.minimum(decayed[snapshot.step] - decayed[at], 0.0))
+  decayed, fractions = logs
+  weights = np.exp(fractions[at] + np.minimum(decayed[snapshot.step] - decayed[at], 0.0))
   return np.where(at <= snapshot.step, weights, 0.0)

@@ -22,13 +22,13 @@ from diffusion_jax.evaluation.evaluator import (
   scores_of,
 )
 from diffusion_jax.files import set_aside_damaged
-from diffusion_jax.runs.directory import RunDirectory, command_line, versions
+from diffusion_jax.runs.directory import RunDirectory, versions
 from diffusion_jax.runs.metrics import MetricsWriter
 from diffusion_jax.runs.trained_on import write_trained_on
 from diffusion_jax.train.card import model_card
 from diffusion_jax.train.health import SideWork
 from diffusion_jax.train.state import TrainState
-from diffusion_jax.train.training import Training
+from diffusion_jax.train.training import Training, stating
 from diffusion_jax.types import Scores
 from diffusion_jax.viz.grids import make_grid, save_png
 from diffusion_jax.viz.report import ABOUT, write_report
@@ -52,11 +52,10 @@ class SampleCount:
   """
 
   def __init__(
-    self, directory: RunDirectory, loop: LoopConfig,
-    write: Callable[[str, dict[str, Any]], None] | None = None,
+    self, directory: RunDirectory, loop: LoopConfig, write: Callable[[str, dict[str, Any]], None]
   ):
-    """write: takes the name of a file and what belongs into it, in place of the directory."""
-    self._directory, self._write = directory, write or directory.write_json
+    """write: takes the name of a file and what belongs into it."""
+    self._directory, self._write = directory, write
     self._settings = {'of': loop.evaluate_samples, 'seconds': loop.evaluate_seconds}
     self.wanted, self.seconds = loop.evaluate_samples, loop.evaluate_seconds
     self._chosen = not self.seconds
@@ -66,7 +65,7 @@ class SampleCount:
       self.seconds *= 1 if self._chosen else FIRST_FRACTION
 
   def _read(self) -> int:
-    """The number that this run has chosen, 0 for none."""
+    """Return the number that this run has chosen, 0 for none."""
     try:
       known = self._directory.read_json(SAMPLE_COUNT)
     except UserError:
@@ -76,7 +75,7 @@ class SampleCount:
     return samples if fits and self._settings.items() <= known.items() else 0
 
   def took(self, samples: int) -> str:
-    """Tell of how many samples an evaluation was; what is to be said of that, or ''."""
+    """Note how many samples an evaluation was of; return what is to be said of that, or ''."""
     if samples >= self.wanted and self._chosen:
       return ''
     if self._chosen:
@@ -101,7 +100,7 @@ REPORT_EVERY = 20
 
 
 class Hooks:
-  """Every process draws and scores; process 0 writes.
+  """Sample and score in every process, write in process 0.
 
   Only `finish` raises where something cannot be written; all else is side work.
   """
@@ -136,9 +135,9 @@ class Hooks:
     return list(run_all(due_now, task.model, weights, jax.random.key(0), **options))
 
   def preview(self, state: TrainState, step: int) -> None:
-    """Draw the grid of a step."""
-    drawn = self._side.together('the pictures of the sample grid', lambda: self._run(SAMPLE, state))
-    for name, value in drawn or ():
+    """Write the grid of a step."""
+    shown = self._side.together('the pictures of the sample grid', lambda: self._run(SAMPLE, state))
+    for name, value in shown or ():
       if self._main and isinstance(value, Picture):
         self._side('the sample grid', partial(self._grid, name, step, value))
 
@@ -170,7 +169,7 @@ class Hooks:
     ))
     if not scores:
       return {}, {}
-    scores = self.t.stating(scores, step)
+    scores = stating(scores, step, (self.t.measured.told, *self.t.provenance))
     metrics, taken = dict(next(iter(scores.values()))), count.wanted
     if count.seconds:
       taken = scores['settings']['samples']
@@ -181,7 +180,7 @@ class Hooks:
     return scores, metrics if taken == count.wanted else {}
 
   def missing(self, step: int) -> tuple[bool, bool]:
-    """(grid, scores) that a step should have and has not: the run was stopped while making them."""
+    """Return whether a step lacks its (grid, scores), as a run stopped while making them does."""
     found = np.zeros(2, bool)
     if self._main:
       found = self._side('what the start before has shown', lambda: self._shown(step), found)
@@ -195,13 +194,13 @@ class Hooks:
   def _shown(self, step: int) -> np.ndarray:
     directory = self.t.directory
     return np.array([
-      any(drawn == step for drawn, _ in find_grids(directory.samples)),
+      any(shown == step for shown, _ in find_grids(directory.samples)),
       any(line['kind'] == 'evaluation' and line['step'] == step
           for line in read_lines(directory.metrics)),
     ])
 
   def report(self, last: bool = False) -> None:
-    """Brings report.html up to date, unless that would take more than a few percent of the time."""
+    """Bring report.html up to date, unless that would take more than a few percent of the time."""
     start = time.monotonic()
     if self._main and (last or start >= self._next_report):
       self._writer.flush()
@@ -210,7 +209,7 @@ class Hooks:
       self._next_report = now + REPORT_EVERY * (now - start)
 
   def finish(self, state: TrainState, seconds: float, scores: Scores, params: dict) -> None:
-    """Exports the model with its scores; `params` are whole, on the host.
+    """Export the model with its scores; `params` are whole, on the host.
 
     Raises:
       OSError: there is no room, or nothing can be written; it may be called again.
@@ -226,17 +225,8 @@ class Hooks:
         self._write(name, partial(self._write_card, name, state, seconds, scores))
 
   def _write_card(self, name: str, state: TrainState, seconds: float, scores: Scores) -> None:
-    self.t.directory.write_text(name, self._card(state, seconds, scores))
-
-  def _card(self, state: TrainState, seconds: float, scores: Scores) -> str:
-    task = self.t.task
-    return model_card(
-      task.title, task.described(self.t.config['data']['size']), self.t.config,
-      parameters=state.params,
-      steps=int(state.step), seconds=seconds, command=command_line(), scores=scores,
-      credit=self.t.data_credit, devices=self.t.mesh.devices, provenance=self.t.provenance,
-      pictures=self.t.trained_on,
-    )
+    card = model_card(self.t, state.params, int(state.step), seconds, scores)
+    self.t.directory.write_text(name, card)
 
 
 def due(step: int, every: int, loop: LoopConfig) -> bool:

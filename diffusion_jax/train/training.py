@@ -52,7 +52,3 @@ class Training:
   provenance: tuple[str, ...] = ()
   evaluators: Sequence[Evaluator] = ()
   trained_on: Pictures | None = None
-
-  def stating(self, scores: Scores, step: int) -> Scores:
-    """Return scores with what they are measured on, and at which step."""
-    return stating(scores, step, (self.measured.told, *self.provenance))

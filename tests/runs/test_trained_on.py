@@ -10,11 +10,13 @@ import pytest
 from PIL import Image
 from scipy.stats import binom
 
+from diffusion_jax.config import LoopConfig
 from diffusion_jax.evaluation.recognition import answer
 from diffusion_jax.evaluation.report import Retrieval, of_features, real_retrieval
 from diffusion_jax.formats.networks import resolve
 from diffusion_jax.runs.trained_on import Pictures, read_trained_on, write_trained_on
 from diffusion_jax.train.card import model_card
+from diffusion_jax.train.tasks.task import Task
 from tests import tiny
 
 ASSETS = ('autoencoder', 'classifier', 'clip', 'text-to-image')
@@ -117,15 +119,16 @@ def test_captions_that_are_the_same_do_not_count_against_a_clip():
 
 
 def test_a_card_tells_what_pictures_go_through(tmp_path):
-  card = model_card(
-    'KL autoencoder', ('images', '32 x 32 pixels'),
-    tiny.autoencoder_config() | {'data': {
+  training = types.SimpleNamespace(
+    task=types.SimpleNamespace(title='KL autoencoder', described=Task.described),
+    config=tiny.autoencoder_config() | {'data': {
       'dataset': 'openmoji', 'size': 32, 'transforms': [
         ['resize', {'size': 64}], 'random_flip', {'name': 'random_crop', 'size': 32},
       ],
-    }}, parameters={'kernel': np.zeros((2, 3))}, steps=1, seconds=75.0, command='c', scores={},
-    credit='', devices=np.array(jax.devices()[:2]), pictures=TRAIN,
+    }}, loop=LoopConfig(), mesh=types.SimpleNamespace(devices=np.array(jax.devices()[:2])),
+    trained_on=TRAIN, provenance=(), data_credit='',
   )
+  card = model_card(training, {'kernel': np.zeros((2, 3))}, steps=1, seconds=75.0, scores={})
   assert '- Transforms: resize (size 64), random_flip, random_crop 32' in card
   assert '- Time: 1 min 15 s until this was written, on 2 x cpu' in card
   assert 'training split of 3,312 images' in card

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.train import ema
-from diffusion_jax.train.ema import Snapshot, combine, profile
+from diffusion_jax.train.ema import Snapshot, combine, log_decays, profile
 
 
 def test_average_is_the_closed_form():
@@ -62,11 +62,16 @@ def _stored(walk, snapshot):
   return _tracked(walk, snapshot) if snapshot.halflife_images else walk[snapshot.step]
 
 
+def _weights(snapshot):
+  logs = log_decays(snapshot.halflife_images, snapshot.step, BATCH)
+  return profile(snapshot, logs, np.arange(snapshot.step + 1))
+
+
 @pytest.mark.parametrize('halflife', [20.0, 200.0, 50_000.0])
 def test_a_profile_is_what_tracking_does(walk, halflife, monkeypatch):
   monkeypatch.setattr(ema, 'BLOCK', 300)
   snapshot = Snapshot(STEPS, halflife)
-  weights = profile(snapshot, BATCH)
+  weights = _weights(snapshot)
   assert weights.sum() == pytest.approx(1, abs=1e-12)
   np.testing.assert_allclose(weights @ walk, _tracked(walk, snapshot), rtol=1e-10)
 
@@ -79,10 +84,10 @@ def test_other_lengths_come_out_of_the_checkpoints_that_are_kept(walk, halflife,
   assert found.factors.sum() == pytest.approx(1, abs=1e-9)
   # The error that is told is that of the profile, which it can be checked against.
   made = sum(
-    factor * np.pad(profile(s, BATCH), (0, STEPS - s.step))
+    factor * np.pad(_weights(s), (0, STEPS - s.step))
     for factor, s in zip(found.factors, stored, strict=True)
   )
-  target = profile(wanted, BATCH)
+  target = _weights(wanted)
   error = np.linalg.norm(made - target) / np.linalg.norm(target)
   assert found.error == pytest.approx(error, rel=1e-3) and 1e-6 < error < most
   average = sum(f * _stored(walk, s) for f, s in zip(found.factors, stored, strict=True))

@@ -7,20 +7,21 @@ import time
 import types
 
 from diffusion_jax.config import LoopConfig
+from diffusion_jax.data.splits import APART
 from diffusion_jax.evaluation.evaluator import EVALUATE
 from diffusion_jax.evaluation.generated import Budget
 from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.runs.metrics import MetricsWriter
 from diffusion_jax.train.health import SideWork
 from diffusion_jax.train.hooks import Hooks, SampleCount
-from diffusion_jax.train.training import stating
 from tests import tiny
 
 
 def test_the_first_evaluation_chooses_and_later_starts_know(tmp_path):
   directory = RunDirectory(tmp_path)
   open_count = lambda **more: SampleCount(
-    directory, LoopConfig(evaluate_samples=256, **{'evaluate_seconds': 30.0, **more})
+    directory, LoopConfig(evaluate_samples=256, **{'evaluate_seconds': 30.0, **more}),
+    directory.write_json,
   )
   count = open_count()
   assert (count.wanted, count.seconds) == (256, 27.0)
@@ -41,7 +42,8 @@ def test_the_first_evaluation_chooses_and_later_starts_know(tmp_path):
 
 
 def test_all_that_was_wanted_needs_no_word(tmp_path):
-  count = SampleCount(RunDirectory(tmp_path), LoopConfig(evaluate_seconds=30.0))
+  directory = RunDirectory(tmp_path)
+  count = SampleCount(directory, LoopConfig(evaluate_seconds=30.0), directory.write_json)
   assert count.took(256) == '' and count.wanted == 256
   assert json.loads((tmp_path / 'evaluation.json').read_text())['samples'] == 256
 
@@ -70,7 +72,7 @@ def test_scores_of_fewer_samples_than_before_are_not_compared(tmp_path, capsys):
   training = types.SimpleNamespace(
     directory=RunDirectory(tmp_path), loop=loop, evaluators=[Slow()], mesh=None,
     task=types.SimpleNamespace(model=None, weights=lambda params, frozen: params),
-    stating=lambda scores, step: stating(scores, step, ()),
+    measured=APART, provenance=(),
   )
   state = types.SimpleNamespace(eval_params={})
   writer = MetricsWriter(training.directory, True)
