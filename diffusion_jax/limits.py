@@ -16,10 +16,9 @@ MOST_SEED = 2**32 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-  """Numbers from low to high; NaN is in no range.
+  """Numbers from low to high, but for low itself if `above` and high if `below`; never NaN.
 
-  above, below: whether low and high are left out themselves. text: what to give instead of a value
-  outside, where the limits alone do not say it.
+  text: what to give instead of a value outside, where the limits alone do not say it.
   """
 
   low: float = -math.inf
@@ -29,7 +28,7 @@ class Range:
   text: str = ''
 
   def check(self, value: float, where: str) -> None:
-    """UserError, which names the key `where`, for a value outside."""
+    """Raise UserError, which names the key `where`, for a value outside."""
     low = value > self.low if self.above else value >= self.low
     high = value < self.high if self.below else value <= self.high
     if not (low and high):
@@ -44,13 +43,12 @@ class Range:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OneOf:
-  """A name of a table: the table or a tuple of names, or 'module:NAME' of one, imported when used.
-  """
+  """A name of a table or tuple of names, or of one that is imported when used: 'module:NAME'."""
 
   names: Collection[str] | str
 
   def check(self, value: str, where: str) -> None:
-    """UserError, with the nearest known name, for one that is not in the table."""
+    """Raise UserError, with the nearest known name, for one that is not in the table."""
     names = self.names
     if isinstance(names, str):
       module, _, attribute = names.partition(':')
@@ -98,7 +96,6 @@ Count = Annotated[int, Range(0)]
 Seconds = Annotated[float, Range(0, text='seconds, or 0 for no limit')]
 Seed = Annotated[int, Range(0, MOST_SEED, text=f'a whole number from 0 to {MOST_SEED}')]
 
-
 FileDtype = Literal['float32', 'float16', 'bfloat16']
 """Of the weights in a file."""
 
@@ -121,6 +118,6 @@ def _shown(value: Any) -> str:
 
 
 def same_size(key: str, value: int, size: int) -> None:
-  """UserError unless what a key of the config says agrees with `data.size`."""
+  """Raise UserError unless what a key of the config says agrees with `data.size`."""
   if value != size:
     raise UserError(f'data.size is {size}, but {key} is {value}; set both alike.')

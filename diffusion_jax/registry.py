@@ -1,37 +1,41 @@
 """Every kind of part by name: one table each, whose rows are imported when they are asked for.
 
-A row maps the name that configs and options use to 'module:Name'. A part from outside the package
-is one row more: `register(SAMPLERS, 'mine', 'my_package.sampler:INFO')`, in the config file or in a
-module that the command line imports first, because DIFFUSION_JAX_PLUGINS names it (several are
-divided by commas) or an installed package has it as an entry point of the group 'diffusion_jax'.
+A part from outside the package is one row more: `register(SAMPLERS, 'mine', 'my_sampler:INFO')`, in
+the config file or in a module that DIFFUSION_JAX_PLUGINS names (several are divided by commas) or
+that an installed package has as an entry point of the group 'diffusion_jax'.
 """
 
 import difflib
 import functools
 import importlib
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from diffusion_jax.errors import UserError
 
 PLUGINS = 'DIFFUSION_JAX_PLUGINS'
-"""Environment variable: modules that register parts."""
 
-Table = dict[str, Any]
-"""Name -> 'module:Name', or the object itself."""
 
-TASKS: Table = {
+class Table(dict[str, Any]):
+  """Name, as configs and options use it -> 'module:Name', or the object itself; `kind` of part."""
+
+  def __init__(self, kind: str, rows: Mapping[str, Any]):
+    super().__init__(rows)
+    self.kind = kind
+
+
+TASKS = Table('task', {
   'autoencoder': 'diffusion_jax.train.tasks.autoencoder:AutoencoderTask',
   'classifier': 'diffusion_jax.train.tasks.classifier:ClassifierTask',
   'clip': 'diffusion_jax.train.tasks.clip:CLIPTask',
   'diffusion': 'diffusion_jax.train.tasks.diffusion:DiffusionTask',
   'finetune': 'diffusion_jax.train.tasks.finetune:FinetuneTask',
   'toy': 'diffusion_jax.train.tasks.toy:ToyTask',
-}
+})
 """Subclasses of `train.tasks.task.Task`."""
 
-NETWORKS: Table = {
+NETWORKS = Table('network', {
   'autoencoder': 'diffusion_jax.formats.autoencoder:AUTOENCODER',
   'unet': 'diffusion_jax.formats.unet:UNET',
   'controlnet': 'diffusion_jax.formats.unet:CONTROLNET',
@@ -48,41 +52,40 @@ NETWORKS: Table = {
   'mmdit': 'diffusion_jax.formats.dit:MMDIT',
   'classifier': 'diffusion_jax.formats.classifier:CLASSIFIER',
   'mlp': 'diffusion_jax.models.mlp:MLP',
-}
-"""`formats.published.NetworkFormat` objects, or networks with its default: a class whose __init__
-annotates `config` with a dataclass."""
+})
+"""`formats.published.NetworkFormat` objects, or classes whose __init__ annotates `config`."""
 
-SPACES: Table = {
+SPACES = Table('space', {
   'latents': 'diffusion_jax.pipelines.spaces:LatentSpace',
   'pixels': 'diffusion_jax.pipelines.spaces:PixelSpace',
   'vectors': 'diffusion_jax.pipelines.spaces:VectorSpace',
-}
+})
 """What a generative model is of: pixels, latents of an autoencoder."""
 
-CONDITIONERS: Table = {
+CONDITIONERS = Table('conditioner', {
   'text': 'diffusion_jax.pipelines.encoders:TextEncoders',
   'class': 'diffusion_jax.pipelines.conditioners:ClassLabel',
   'sizes': 'diffusion_jax.pipelines.conditioners:Sizes',
   'inpaint': 'diffusion_jax.pipelines.conditioners:Inpainting',
   'edit': 'diffusion_jax.pipelines.conditioners:Editing',
   'depth': 'diffusion_jax.pipelines.conditioners:Depth',
-}
+})
 """What a denoiser may be conditioned on."""
 
-SOURCES: Table = {
+SOURCES = Table('source of data', {
   'openmoji': 'diffusion_jax.data.sources.tfds:prepared',
   'folder': 'diffusion_jax.data.sources.folder:open_captioned',
   'moons': 'diffusion_jax.data.sources.arrays:points',
   'rings': 'diffusion_jax.data.sources.arrays:points',
   'mixture': 'diffusion_jax.data.sources.arrays:points',
-}
-"""Functions of a `DataConfig` that return the sources (train, test). In `data.dataset` a name may
-be followed by a colon and what the function makes of the rest, such as 'folder:PATH'."""
+})
+"""Functions of a `DataConfig` that return the sources (train, test). What follows a colon in
+`data.dataset`, such as 'folder:PATH', is theirs."""
 
 LABELLED: Table = {'folder': 'diffusion_jax.data.sources.folder:open_labelled'}
 """The same for tasks of classes, of those SOURCES that have labels only if they are asked for."""
 
-TRANSFORMS: Table = {
+TRANSFORMS = Table('transform', {
   'resize': 'diffusion_jax.data.transforms:Resize',
   'center_crop': 'diffusion_jax.data.transforms:CenterCrop',
   'random_crop': 'diffusion_jax.data.transforms:RandomCrop',
@@ -94,10 +97,10 @@ TRANSFORMS: Table = {
   'edges': 'diffusion_jax.data.transforms:Edges',
   'label': 'diffusion_jax.data.transforms:Label',
   'normalize': 'diffusion_jax.data.transforms:Normalize',
-}
-"""Dataclasses that are called with a record, and with a random generator where `random` is True."""
+})
+"""Dataclasses called with a record, and with a random generator where `random` is True."""
 
-SAMPLERS: Table = {
+SAMPLERS = Table('sampler', {
   'ddim': 'diffusion_jax.diffusion.samplers.ode:DDIM',
   'ddpm': 'diffusion_jax.diffusion.samplers.ode:DDPM',
   'ddpm_large': 'diffusion_jax.diffusion.samplers.ode:DDPM_LARGE',
@@ -128,10 +131,10 @@ SAMPLERS: Table = {
   'tcd': 'diffusion_jax.diffusion.samplers.sde:TCD',
   'flow_euler': 'diffusion_jax.diffusion.samplers.ode:FLOW_EULER',
   'flow_heun': 'diffusion_jax.diffusion.samplers.ode:FLOW_HEUN',
-}
+})
 """`diffusion.samplers.SamplerInfo` objects."""
 
-METRICS: Table = {
+METRICS = Table('metric', {
   'fd': 'diffusion_jax.evaluation.metrics.gaussians:FD',
   'fd_infinity': 'diffusion_jax.evaluation.metrics.gaussians:FD_INFINITY',
   'kid': 'diffusion_jax.evaluation.metrics.kernel:KID',
@@ -148,10 +151,10 @@ METRICS: Table = {
   'l1': 'diffusion_jax.evaluation.metrics.images:L1',
   'lpips': 'diffusion_jax.evaluation.metrics.images:LPIPS',
   'bits_per_dim': 'diffusion_jax.evaluation.metrics.images:BITS_PER_DIM',
-}
+})
 """`evaluation.metrics.metric.Metric` objects."""
 
-EVALUATORS: Table = {
+EVALUATORS = Table('evaluator', {
   'caption_preview': 'diffusion_jax.evaluation.generated:CaptionPreview',
   'generated_images': 'diffusion_jax.evaluation.generated:GeneratedImages',
   'reconstruction_preview': 'diffusion_jax.evaluation.reconstruction:ReconstructionPreview',
@@ -162,52 +165,37 @@ EVALUATORS: Table = {
   'classification': 'diffusion_jax.evaluation.recognition:Classification',
   'points_preview': 'diffusion_jax.evaluation.points:PointsPreview',
   'points': 'diffusion_jax.evaluation.points:Points',
-}
-"""What shows or scores a model: classes, see `evaluation.evaluator.Evaluator`."""
+})
+"""What shows or scores a model: see `evaluation.evaluator.Evaluator`."""
 
-EXTRACTORS: Table = {
+EXTRACTORS = Table('kind of features', {
   'inception/tensorflow': 'diffusion_jax.evaluation.extractors.inception:load_inception_extractor',
   'inception/pytorch': 'diffusion_jax.evaluation.extractors.inception:load_inception_extractor',
   'inception/clean': 'diffusion_jax.evaluation.extractors.inception:load_inception_extractor',
   'clip': 'diffusion_jax.evaluation.extractors.clip:load_clip_extractor',
   'dinov2': 'diffusion_jax.evaluation.extractors.dino:load_dinov2_extractor',
   'classifier': 'diffusion_jax.evaluation.extractors.classifier:load_classifier_extractor',
-}
+})
 """Features: loaders (path, *, mesh), or for one KIND/RULE (path, rule, outputs, *, mesh)."""
 
-EXPORTS: Table = {
+EXPORTS = Table('export', {
   'model': 'diffusion_jax.pipelines.directory:save_model',
-}
+})
 """What writes a trained model for others to open, needed when a run ends."""
 
-OPTIMIZERS: Table = {
+OPTIMIZERS = Table('optimizer', {
   'adamw': 'diffusion_jax.train.optimizer:adamw',
   'adam': 'diffusion_jax.train.optimizer:adam',
   'sgd': 'diffusion_jax.train.optimizer:sgd',
   'lion': 'diffusion_jax.train.optimizer:lion',
   'lamb': 'diffusion_jax.train.optimizer:lamb',
   'adafactor': 'diffusion_jax.train.optimizer:adafactor',
-}
-"""Functions (OptimizerConfig, schedule of the learning rate, mask of what decays) -> optax
-transformation."""
-
-_TABLES = {
-  'task': TASKS, 'network': NETWORKS, 'space': SPACES, 'conditioner': CONDITIONERS,
-  'source of data': SOURCES, 'transform': TRANSFORMS, 'sampler': SAMPLERS, 'metric': METRICS,
-  'evaluator': EVALUATORS, 'kind of features': EXTRACTORS, 'export': EXPORTS,
-  'optimizer': OPTIMIZERS,
-}
+})
+"""Functions (OptimizerConfig, learning rate, mask of what decays) -> optax transformation."""
 
 
 def load(table: Table, name: str, where: str = '') -> Any:
-  """Return the object of that name, imported now.
-
-  Args:
-    where: the key or option that gives the name, such as 'config.task', for the error.
-
-  Raises:
-    UserError: no row has the name; the sentence says which is nearest.
-  """
+  """Return the object of that name, imported now. UserError as in `check`."""
   check(table, name, where)
   target = table[name]
   if not isinstance(target, str):
@@ -217,7 +205,10 @@ def load(table: Table, name: str, where: str = '') -> Any:
 
 
 def check(table: Collection[str], name: str, where: str = '') -> str:
-  """Return the name; UserError, with the nearest known one, where no row has it."""
+  """Return the name; UserError, with the nearest known one, where no row has it.
+
+  where: the key or option that gives it, such as 'config.task'.
+  """
   if isinstance(name, str):
     if name not in table:
       import_plugins()
@@ -226,9 +217,9 @@ def check(table: Collection[str], name: str, where: str = '') -> str:
   close = difflib.get_close_matches(str(name).lower(), table, n=1)
   known = 'choose one of ' + ', '.join(name or "''" for name in table)
   hint = f'did you mean {close[0]}? If not, {known}.' if close else f'{known}.'
-  raise UserError(f'{where} is {name!r}; {hint}' if where else (
-    f'there is no {_kind(table)} {name!r}; {hint}'
-  ))
+  kind = getattr(table, 'kind', 'part')
+  what = f'{where} is {name!r}' if where else f'there is no {kind} {name!r}'
+  raise UserError(f'{what}; {hint}')
 
 
 def check_paths(table: Table, named: Sequence[str], where: str) -> None:
@@ -242,22 +233,13 @@ def check_paths(table: Table, named: Sequence[str], where: str) -> None:
 
 
 def register(table: Table, name: str, target: Any) -> None:
-  """Add a row: 'module:Name', or the object itself.
-
-  Raises:
-    ValueError: the name is taken by another target.
-  """
+  """Add a row. ValueError where the name is taken by another target."""
   if table.setdefault(name, target) != target:
-    raise ValueError(f'there is already a {_kind(table)} {name!r}: {table[name]}')
-
-
-def _kind(table: Table) -> str:
-  return next((kind for kind, known in _TABLES.items() if known is table), 'part')
+    raise ValueError(f'there is already a {table.kind} {name!r}: {table[name]}')
 
 
 @functools.cache
 def import_plugins() -> None:
-  """Import, once, what registers parts from outside."""
   for module in filter(None, os.environ.get(PLUGINS, '').split(',')):
     try:
       importlib.import_module(module)

@@ -6,12 +6,13 @@ import pytest
 from diffusion_jax import registry
 from diffusion_jax.errors import UserError
 
-ROWS = [(kind, name) for kind, table in registry._TABLES.items() for name in table]
+TABLES = {one.kind: one for one in vars(registry).values() if isinstance(one, registry.Table)}
+ROWS = [(kind, name) for kind, table in TABLES.items() for name in table]
 
 
 @pytest.mark.parametrize('kind, name', ROWS)
 def test_every_row_can_be_imported(kind, name):
-  assert registry.load(registry._TABLES[kind], name) is not None
+  assert registry.load(TABLES[kind], name) is not None
 
 
 def test_an_unknown_name_is_told_the_nearest_and_where_it_stands():
@@ -21,8 +22,8 @@ def test_an_unknown_name_is_told_the_nearest_and_where_it_stands():
     registry.load(registry.TRANSFORMS, 'xyz')
 
 
-def test_a_part_from_outside_is_one_row(monkeypatch):
-  monkeypatch.setattr(registry, '_TABLES', {'metric': (table := {})})
+def test_a_part_from_outside_is_one_row():
+  table = registry.Table('metric', {})
   registry.register(table, 'pi', 'math:pi')
   assert 3.14 < registry.load(table, 'pi') < 3.15
   registry.register(table, 'pi', 'math:pi')  # The same again, such as by a reloaded config.
