@@ -9,7 +9,7 @@ from diffusion_jax.cli.interrupts import Interrupts, say_interrupted
 
 
 def set_up_process() -> None:
-  """What has to be set before NumPy and JAX are imported."""
+  """Set what has to be set before NumPy and JAX are imported."""
   # Imports and tracing make objects by the hundred thousand and keep them; looking through them for
   # garbage after every 700 takes a tenth of the time to start.
   gc.set_threshold(20_000, 10, 10)
@@ -17,7 +17,7 @@ def set_up_process() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one command; returns its exit code (2: a mistake in what was given)."""
+  """Run one command; return its exit code (2: a mistake in what was given)."""
   try:
     with Interrupts():
       from diffusion_jax.cli.main import run
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def start() -> int:
-  """`main` in a process of its own, which is started again where huge pages make it faster."""
+  """Run `main` in a process of its own, started again where huge pages make it faster."""
   ask_for_huge_pages()
   return main()
 

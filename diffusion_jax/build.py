@@ -123,7 +123,7 @@ def _evaluators(config: TrainingConfig, task: Task, mesh: Mesh) -> list[Evaluato
 
 
 def _check_devices(config: TrainingConfig, mesh: Mesh) -> None:
-  """UserError where the devices cannot do what the config asks for."""
+  """Raise UserError where the devices cannot do what the config asks for."""
   device = mesh.local_devices[0]
   if config.remat == 'offload' and 'pinned_host' not in {
     memory.kind for memory in device.addressable_memories()

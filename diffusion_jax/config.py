@@ -71,7 +71,7 @@ def untyped(value: Any) -> Any:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Nested dictionaries -> one dictionary with dotted keys."""
+  """Return nested dictionaries as one with dotted keys."""
   flat = {}
   for key, value in tree.items():
     if isinstance(value, Mapping):

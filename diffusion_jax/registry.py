@@ -223,7 +223,7 @@ def check(table: Collection[str], name: str, where: str = '') -> str:
 
 
 def check_paths(table: Table, named: Sequence[str], where: str) -> None:
-  """UserError for a text that is not KIND:PATH with a kind of the table."""
+  """Raise UserError for a text that is not KIND:PATH with a kind of the table."""
   for text in named:
     kind, colon, _ = text.partition(':')
     if not colon or kind not in table:

@@ -49,7 +49,7 @@ class TrainedRun:
 
   @property
   def model(self) -> Diffusion:
-    """UserError where the run trains something else."""
+    """Raise UserError where the run trains something else."""
     if not isinstance(self.task.model, Diffusion):
       raise UserError(
         f'{self.workdir} trains {self.config.task}; give the workdir of a diffusion run.'
@@ -58,7 +58,7 @@ class TrainedRun:
 
   @property
   def autoencoder(self) -> Network:
-    """UserError where the run trains something else."""
+    """Raise UserError where the run trains something else."""
     if not hasattr(self.task, 'autoencoder'):
       raise UserError(
         f'{self.workdir} trains {self.config.task}; give the workdir of an autoencoder.'

@@ -21,7 +21,7 @@ class Interrupts:
     self._ours = False
 
   def __enter__(self) -> 'Interrupts':
-    """To be entered within the `try` that sees to KeyboardInterrupt."""
+    # Entered within the `try` that sees to KeyboardInterrupt.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
       try:
         signal.signal(signal.SIGINT, _handle)
@@ -48,6 +48,6 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def say_interrupted(command: str = '') -> int:
-  """Says it; returns the exit code."""
+  """Say so; return the exit code."""
   print(f'diffusion_jax{command and " "}{command}: interrupted', file=sys.stderr)
   return CODE

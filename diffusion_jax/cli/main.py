@@ -20,7 +20,7 @@ CHANGE_CONFIGS = ('train',)
 
 
 def make_parser() -> argparse.ArgumentParser:
-  """One parser with a subparser for each command."""
+  """Return one parser with a subparser for each command."""
   parser = argparse.ArgumentParser(
     prog='diffusion_jax', allow_abbrev=False,
     description='Train, sample and score text-to-image latent diffusion models in JAX.',
@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(argv: Sequence[str], set_up: Callable[[], None]) -> int:
-  """Parses and runs. 0: done, 2: a mistake in what was given, 1: anything else that went wrong.
+  """Run a command; 0: done, 2: a mistake in what was given, 1: anything else went wrong.
 
   Args:
     set_up: prepares the process for what is heavy; nothing of that is imported before.

@@ -136,7 +136,7 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
 
 
 def check_overrides(args: argparse.Namespace) -> None:
-  """UserError for what no option of a command with --config.KEY=VALUE is."""
+  """Raise UserError for what is no option of a command with --config.KEY=VALUE."""
   if stray := [a for a in args.overrides if a.startswith('-') and not a.startswith('--config.')]:
     raise UserError(
       f'{args.command} does not know {stray[0]}; keys of the config start with --config.'

@@ -11,7 +11,6 @@ example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Data set and size."""
   parser.add_argument('--dataset', required=True, metavar='NAME', help='openmoji')
   parser.add_argument('--size', type=int, default=64, metavar='PIXELS',
                       help='edge of the images: 32, 64 (default) or 128')
@@ -20,7 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  """Prepares."""
   from diffusion_jax.data.sources.tfds import prepare_dataset
 
   print(f'the data set is in {prepare_dataset(args.dataset, args.size, args.data_dir)}')

@@ -12,12 +12,10 @@ example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """--workdir."""
   parser.add_argument('--workdir', required=True, metavar='DIR', help='a run of train')
 
 
 def run(args: argparse.Namespace) -> int:
-  """Writes."""
   from diffusion_jax.viz.report import write_report
 
   print(f'written to {write_report(Path(args.workdir))}')

@@ -18,7 +18,6 @@ example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """--config, --workdir and overrides."""
   parser.add_argument('--config', required=True, metavar='FILE', help='config file to run, or the '
                       'name of a recipe of the package, such as openmoji/quickstart')
   parser.add_argument('--workdir', required=True, metavar='DIR',
@@ -30,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def opening(args: argparse.Namespace) -> Start:
-  """Takes the workdir, before anything heavy is imported: a kill at any time leaves a word there.
+  """Take the workdir, before anything heavy is imported: a kill at any time leaves a word there.
 
   Raises:
     UserError: the workdir cannot be used, or another run is in it.
@@ -44,7 +43,6 @@ def opening(args: argparse.Namespace) -> Start:
 
 
 def run(args: argparse.Namespace) -> int:
-  """Trains."""
   from diffusion_jax.backend.xla import enable_compile_cache
   from diffusion_jax.build import build
   from diffusion_jax.parallel.startup import start_distributed

@@ -32,7 +32,7 @@ def decay_per_step(halflife_images: float, batch_size: int, step: jax.Array) -> 
 
 
 def update(ema: Params, params: Params, decay: jax.Array) -> Params:
-  """decay * ema + (1 - decay) * params, in float32."""
+  """Return decay * ema + (1 - decay) * params, in float32."""
   return jax.tree.map(lambda e, p: _moved(e, p, decay), ema, params)
 
 

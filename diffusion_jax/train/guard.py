@@ -33,7 +33,6 @@ class Guard(NamedTuple):
 
   @classmethod
   def fresh(cls) -> 'Guard':
-    """Before the first step."""
     whole, real = (lambda: jnp.zeros((), jnp.int32)), (lambda: jnp.zeros((), jnp.float32))
     return cls(whole(), whole(), whole(), real(), real())
 

@@ -58,7 +58,7 @@ class Goodput:
       self._turn(before)
 
   def enter(self, name: str) -> None:
-    """From now on all that has no phase of its own counts as `name`."""
+    """Count all that has no phase of its own as `name` from now on."""
     self._turn(name)
 
   def totals(self) -> dict[str, float]:
@@ -92,7 +92,7 @@ def combine(totals: Metrics, new: Metrics) -> Metrics:
 
 
 def averages(metrics: Metrics) -> dict[str, float | list[float | None]]:
-  """Totals and counts on the host -> means; vectors become lists with None where nothing fell."""
+  """Return the means of totals on the host; vectors as lists, with None where nothing fell."""
   out = {}
   with np.errstate(divide='ignore', invalid='ignore'):
     for name, average in jax.tree.map(lambda x: np.asarray(x, np.float64), metrics).items():
@@ -108,12 +108,14 @@ class Meter:
 
   `close_window` hands over the sums; `read` turns them into numbers and is called one step later,
   when the device is done with them and busy with the next step. Speeds are those of training
-  alone: drawing, scoring and saving, which `goodput` knows of, do not count.
+  alone: sampling, scoring and saving, which `goodput` knows of, do not count.
+
+  totals: sums since the last log line, for the checkpoint.
   """
 
   def __init__(self, batch_size: int, goodput: Goodput, totals: Metrics | None = None):
     self._batch_size, self._goodput = batch_size, goodput
-    self._totals = totals or {}
+    self.totals = totals or {}
     self._combine = jax.jit(combine)
     self._begin()
 
@@ -121,17 +123,12 @@ class Meter:
     self._steps, self._before = 0, self._goodput.totals()
 
   def add(self, metrics: Metrics) -> None:
-    """The metrics of one more step."""
-    self._totals = self._combine(self._totals, metrics) if self._totals else metrics
+    """Add the metrics of one more step."""
+    self.totals = self._combine(self.totals, metrics) if self.totals else metrics
     self._steps += 1
 
-  @property
-  def totals(self) -> Metrics:
-    """Sums since the last log line, for the checkpoint."""
-    return self._totals
-
   def close_window(self) -> tuple[Metrics, dict[str, float]]:
-    """(sums, speed) since the last call; starts the next window."""
+    """Return (sums, speed) since the last call, and start the next window."""
     now = self._goodput.totals()
     waited = now['data'] - self._before['data']
     seconds = max(now['step'] - self._before['step'] + waited, 1e-9)
@@ -141,11 +138,11 @@ class Meter:
       'data_wait_fraction': waited / seconds,
       'goodput': self._goodput.fraction(),
     }
-    totals, self._totals = self._totals, {}
+    totals, self.totals = self.totals, {}
     self._begin()
     return totals, speed
 
   @staticmethod
   def read(totals: Metrics) -> dict:
-    """Sums -> means on the host."""
+    """Return the means of sums, on the host."""
     return averages(jax.device_get(totals))

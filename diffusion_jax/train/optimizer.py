@@ -138,7 +138,7 @@ def make_optimizer(
 
 
 def _guarded(made: Transformation, clip_norm: float, factors: dict[str, float]) -> Transformation:
-  """The optimizer with clipping, factors, and a switch that leaves everything as it is."""
+  """Return the optimizer with clipping, factors, and a switch that leaves everything as it is."""
   trained = [name for name, factor in factors.items() if factor]
 
   def update(grads: Params, state, params: Params, *, use=True, norm=None, **_):

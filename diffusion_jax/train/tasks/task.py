@@ -87,7 +87,7 @@ class Task(abc.ABC):
 
   @classmethod
   def check(cls, config: TrainingConfig) -> None:
-    """UserError for what the types of a config cannot say, before any data are read."""
+    """Raise UserError for what the types of a config cannot say, before any data are read."""
     for name in ('remat', 'attention', 'products'):
       without = getattr(TrainingConfig, name)
       if name not in cls.computing and getattr(config, name) != without:
@@ -96,7 +96,7 @@ class Task(abc.ABC):
 
   @classmethod
   def check_data(cls, config: TrainingConfig) -> None:
-    """UserError unless the settings fit `data.size` and the transforms keep to it."""
+    """Raise UserError unless the settings fit `data.size` and the transforms keep to it."""
     check_transforms(config.data.transforms, config.data.size)
 
   @classmethod
