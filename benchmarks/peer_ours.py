@@ -109,10 +109,9 @@ class Side:
       self.mesh.devices.flat[0].platform,
     )
     abstract = abstract_state(task, optimizer, True, self.mesh)
-    state = initializer(task, optimizer, True, 0, self.mesh, abstract)(self._take_params())
+    state = initializer(task, optimizer, 0, abstract)(self._take_params())
     step = make_step(
-      task, optimizer, batch_size=len(batch['x']), ema_halflife_images=HALFLIFE, accumulation=1,
-      mesh=self.mesh, shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
+      task, optimizer, abstract, batch_size=len(batch['x']), ema_halflife_images=HALFLIFE
     )
     batch = put_batch(batch, self.mesh)
     (update, _), self.compiling = compile_twice(lambda: compile_step(step, state, {}, batch))

@@ -140,7 +140,6 @@ def assigned(lowered, dump: str) -> dict[str, int]:
 
 def measure(args: argparse.Namespace, sizes: list[int], dump: str) -> dict:
   """What one device holds, in bytes."""
-  import jax
 
   from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
   from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -163,10 +162,7 @@ def measure(args: argparse.Namespace, sizes: list[int], dump: str) -> dict:
     return result
   size, batch_size = args.size or SIZES[args.model], args.batch or fsdp
   batch = abstract_batch(network.config, batch_size, size, mesh)
-  update = make_step(
-    task, optimizer, batch_size=batch_size, ema_halflife_images=1e6, accumulation=1, mesh=mesh,
-    shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
-  )
+  update = make_step(task, optimizer, state, batch_size=batch_size, ema_halflife_images=1e6)
   times = [time.perf_counter()]
   lowered = update.lower(state, {}, batch)
   times.append(time.perf_counter())

@@ -41,8 +41,7 @@ def measure_training(training: Training, counts: Counts) -> dict[str, Any]:
 
     (update, report, batch), compiling = compile_twice(compiled)
     flops = step_flops(t.task, abstract, frozen, batch)
-    make = initializer(t.task, t.optimizer, bool(abstract.ema), t.loop.seed, t.mesh, abstract)
-    state = make(t.start(t.mesh))
+    state = initializer(t.task, t.optimizer, t.loop.seed, abstract)(t.start(t.mesh))
     seconds, waited, recompilations = _steps(t, update, state, frozen, counts)
     median = quartiles(seconds)['median']
     return {

@@ -65,9 +65,9 @@ def step_and_batch(training: Training, abstract: TrainState) -> tuple[Step, dict
   """Return (jitted step, shapes of a global batch), from the shapes of the state."""
   t = training
   step = make_step(
-    t.task, t.optimizer, batch_size=t.loop.batch_size, mesh=t.mesh,
+    t.task, t.optimizer, abstract, batch_size=t.loop.batch_size,
     ema_halflife_images=t.loop.ema_halflife_images, accumulation=t.loop.accumulation_steps,
-    shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract), guard=t.safety,
+    guard=t.safety,
   )
   spec = t.loader.spec()
   return step, abstract_batch({name: spec[name] for name in t.task.batch_fields}, t.mesh)

@@ -109,7 +109,7 @@ class _Loop:
     t, found, before = self.t, self.saver.restore_run(abstract), self.safety.start.status
     self.resumed = found is not None
     self.state = found.state if found else initializer(
-      t.task, t.optimizer, bool(abstract.ema), t.loop.seed, t.mesh, abstract
+      t.task, t.optimizer, t.loop.seed, abstract
     )(t.start(t.mesh))
     self.goodput.goes_on(
       found.goodput if found else None, before.goodput_before(), down=before.seconds_since()

@@ -52,19 +52,16 @@ def abstract_state(task: Task, optimizer, use_ema: bool, mesh: Mesh) -> TrainSta
   )
 
 
-def initializer(
-  task: Task, optimizer, use_ema: bool, seed: int, mesh: Mesh, abstract: TrainState | None = None
-):
+def initializer(task: Task, optimizer, seed: int, abstract: TrainState):
   """Return the jitted function from parameters, None for fresh ones, to a state on its shards.
 
   No device ever holds more than its part: each makes only its own of the random numbers.
-  abstract: that of `abstract_state`, where it is known; tracing a network once more takes seconds.
+  abstract: of `abstract_state`.
   """
-  abstract = abstract or abstract_state(task, optimizer, use_ema, mesh)
   # The program runs once and is full of random number generators: optimising it would take longer
   # than all else (49 s instead of 8 s for a small autoencoder on two CPU cores).
   return jax.jit(
-    lambda params: _initialize(task, optimizer, use_ema, seed, params),
+    lambda params: _initialize(task, optimizer, bool(abstract.ema), seed, params),
     out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
     compiler_options={'xla_backend_optimization_level': 0}, donate_argnums=0,
   )

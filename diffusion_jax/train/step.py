@@ -61,16 +61,18 @@ def _gradients(task: Task, state: TrainState, frozen, batch, key, accumulation: 
 
 
 def make_step(
-  task: Task, optimizer: optax.GradientTransformationExtraArgs, *, batch_size: int,
-  ema_halflife_images: float, accumulation: int, mesh: Mesh, shardings: TrainState,
-  guard: GuardConfig = DEFAULT,
+  task: Task, optimizer: optax.GradientTransformationExtraArgs, abstract: TrainState, *,
+  batch_size: int, ema_halflife_images: float, accumulation: int = 1, guard: GuardConfig = DEFAULT,
 ) -> Step:
   """Return the jitted step (state, frozen, batch) -> (state, metrics); the state is donated.
 
   A step that the guard rejects changes nothing but the step number and the guard itself; where its
   loss or gradient is not finite, its metrics do not count either. Metrics are averages that merge
   over steps. The step's randomness is fold_in(key, step), so a step can be repeated exactly.
+
+  abstract: the state's shapes on their shards, of `state.abstract_state`.
   """
+  mesh = abstract.step.sharding.mesh
 
   def on_mesh(state: TrainState, frozen, batch) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
@@ -105,5 +107,6 @@ def make_step(
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
       return on_mesh(state, frozen, batch)
 
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   whole = NamedSharding(mesh, PartitionSpec())
   return jit(step, donate_argnums=0, out_shardings=(shardings, whole))

@@ -75,7 +75,7 @@ def state_of(network: Network, mesh, kind=Training):
 def test_initialisation_never_holds_the_whole_model_on_a_device():
   network, mesh = Network.of(UNet, WIDE), make_mesh(FSDP)
   task, optimizer, state = state_of(network, mesh)
-  memory = initializer(task, optimizer, True, 0, mesh).lower(None).compile().memory_analysis()
+  memory = initializer(task, optimizer, 0, state).lower(None).compile().memory_analysis()
   pointers = 8 * len(jax.tree.leaves(state))
   assert memory.output_size_in_bytes == pytest.approx(held(state) + pointers, rel=1e-3)
   whole = 4 * sum(p.size for p in network.shapes.values())

@@ -57,7 +57,9 @@ def optimizer(task):
 
 @pytest.fixture(scope='module')
 def fresh(task, optimizer):
-  return to_host(initializer(task, optimizer, True, 0, one_device())(None))
+  return to_host(initializer(
+    task, optimizer, 0, abstract_state(task, optimizer, True, one_device())
+  )(None))
 
 
 def one_device():
@@ -74,9 +76,9 @@ def held(tree) -> int:
 
 def run(task, optimizer, fresh, batch, mesh):
   """One compiled step: what it returns, what it is given on each device, and what it needs."""
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(task, optimizer, True, mesh))
-  update = make_step(task, optimizer, batch_size=BATCH, ema_halflife_images=100.0, accumulation=1,
-                     mesh=mesh, shardings=shardings)
+  abstract = abstract_state(task, optimizer, True, mesh)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  update = make_step(task, optimizer, abstract, batch_size=BATCH, ema_halflife_images=100.0)
   frozen = {role: put_params(params, mesh) for role, params in task.frozen.items()}
   read = {r: {n: p for n, p in params.items() if not n.startswith(UNREAD)}
           for r, params in frozen.items()}

@@ -34,10 +34,7 @@ def test_each_shape_is_compiled_once_and_trains_as_the_jitted_step_does():
   shapes = jax.eval_shape(task.initialize, jax.random.key(0))
   optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), shapes, 10, 'cpu')
   abstract = abstract_state(task, optimizer, False, mesh)
-  step = make_step(
-    task, optimizer, batch_size=BATCH, mesh=mesh, ema_halflife_images=0.0, accumulation=1,
-    shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
-  )
+  step = make_step(task, optimizer, abstract, batch_size=BATCH, ema_halflife_images=0.0)
   around = []
 
   @contextlib.contextmanager
@@ -50,7 +47,7 @@ def test_each_shape_is_compiled_once_and_trains_as_the_jitted_step_does():
   report = programs.prepare(abstract, {}, batches[3])
   assert report.parameters == 36 and report.batch == 4 * BATCH * (3 * 8 + 4) // 2
   compilations, counts = Compilations(), []
-  state, wanted = (initializer(task, optimizer, False, 0, mesh)(None) for _ in range(2))
+  state, wanted = (initializer(task, optimizer, 0, abstract)(None) for _ in range(2))
   for rows in (3, 5, 3, 5):
     before = compilations.count
     state, metrics = programs(state, {}, batches[rows])

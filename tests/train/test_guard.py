@@ -36,10 +36,10 @@ def _start(guard, accumulation=1):
   )
   abstract = abstract_state(task, optimizer, True, mesh)
   step = make_step(
-    task, optimizer, batch_size=BATCH, ema_halflife_images=100.0, accumulation=accumulation,
-    mesh=mesh, shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract), guard=guard,
+    task, optimizer, abstract, batch_size=BATCH, ema_halflife_images=100.0,
+    accumulation=accumulation, guard=guard,
   )
-  return step, initializer(task, optimizer, True, 0, mesh)(None), mesh
+  return step, initializer(task, optimizer, 0, abstract)(None), mesh
 
 
 def _run(kinds, guard=DEFAULT, accumulation=1):

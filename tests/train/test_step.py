@@ -43,10 +43,10 @@ def _run(task, batch, *, steps=1, mesh=None, accumulation=1, repeat=False, optim
   optimizer = make_optimizer(OptimizerConfig(optimizer, learning_rate=1e-2), shapes, 10, 'cpu')
   abstract = abstract_state(task, optimizer, True, mesh)
   update = make_step(
-    task, optimizer, batch_size=BATCH, ema_halflife_images=100.0, accumulation=accumulation,
-    mesh=mesh, shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
+    task, optimizer, abstract, batch_size=BATCH, ema_halflife_images=100.0,
+    accumulation=accumulation,
   )
-  fresh = lambda: initializer(task, optimizer, True, 0, mesh)(None)
+  fresh = lambda: initializer(task, optimizer, 0, abstract)(None)
   on_mesh = put_batch(_cast(batch), mesh)
   if repeat:
     return [update(fresh(), {}, on_mesh) for _ in range(2)]
@@ -70,8 +70,8 @@ def test_the_state_is_updated_in_place(accumulation):
   optimizer = make_optimizer(OptimizerConfig(), shapes, 10, 'cpu')
   abstract = abstract_state(task, optimizer, True, mesh)
   step = make_step(
-    task, optimizer, batch_size=BATCH, ema_halflife_images=100.0, accumulation=accumulation,
-    mesh=mesh, shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
+    task, optimizer, abstract, batch_size=BATCH, ema_halflife_images=100.0,
+    accumulation=accumulation,
   )
   compiled = step.lower(abstract, {}, _cast(regression_batch(BATCH))).compile()
   weights = (abstract.params, abstract.ema, abstract.opt_state.mu, abstract.opt_state.nu)
