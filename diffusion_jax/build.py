@@ -86,7 +86,7 @@ def _loader(config: TrainingConfig, task: Task, env: Env) -> Loader:
   ways = mesh.shape['data'] * mesh.shape['fsdp'] * config.loop.accumulation_steps
   if batch_size % ways:
     raise UserError(
-      f'loop.batch_size {batch_size} cannot be split over {ways} device shares '
+      f'loop.batch_size {batch_size} cannot be split over {ways} parts '
       '(data x fsdp x accumulation_steps); make it a multiple of that.'
     )
   source, transforms = task.examples(config, env)
@@ -105,8 +105,8 @@ def _evaluators(config: TrainingConfig, task: Task, mesh: Mesh) -> list[Evaluato
   scoring = [one for one in found if one.when == EVALUATE]
   if loop.evaluate_seconds and not any(hasattr(one, 'seconds') for one in scoring):
     raise UserError(
-      'loop.evaluate_seconds limits how long pictures are drawn for scores, and task '
-      f'{config.task} draws none; set it to 0 and choose loop.evaluate_samples.'
+      'loop.evaluate_seconds limits how long samples are made for scores, and task '
+      f'{config.task} makes none; set it to 0 and choose loop.evaluate_samples.'
     )
   if not loop.evaluate_samples:
     return [one for one in found if one not in scoring]

@@ -1,6 +1,5 @@
 """Config files: those of the package by name, and any other; overrides from the command line."""
 
-import difflib
 import runpy
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from ml_collections import ConfigDict, config_flags
 
 from diffusion_jax import configs
 from diffusion_jax.errors import UserError
+from diffusion_jax.registry import Table, check
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -51,14 +51,14 @@ def _make_section(config: ConfigDict, keys: Sequence[str]) -> None:
     config = config[key]
 
 
-def recipes() -> dict[str, Path]:
+def recipes() -> Table:
   """Return the recipes in the package by name, such as openmoji/quickstart; sorted."""
   found = {}
   for folder in map(Path, configs.__path__):
     for file in folder.rglob('*.py'):
       if file.name not in ('__init__.py', 'base.py'):
         found[file.relative_to(folder).with_suffix('').as_posix()] = file
-  return dict(sorted(found.items()))
+  return Table('config', dict(sorted(found.items())))
 
 
 def _find(path: str) -> Path:
@@ -66,11 +66,5 @@ def _find(path: str) -> Path:
   file = Path(path)
   if file.suffix == '.py' and file.is_file():
     return file
-  known = recipes()
-  name = path.removeprefix('configs/').removesuffix('.py')
-  if name in known:
-    return known[name]
-  close = difflib.get_close_matches(name, known, n=1)
-  hint = f'did you mean {close[0]}?' if close else 'give a file or one of ' + ', '.join(known) + '.'
-  raise UserError(f'there is no config {path}; {hint}')
-
+  known, name = recipes(), path.removeprefix('configs/').removesuffix('.py')
+  return known[check(known, name if name in known else path)]

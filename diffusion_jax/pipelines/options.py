@@ -30,9 +30,9 @@ class SampleOptions:
   `sampling_grid`: as the schedulers of diffusers place their steps. timesteps: what the network is
   told of them, one of `noise.LABELS`. scaled_noise: start from noise of the first level's sigma,
   not of unit variance. image_guidance: s_I of Brooks et al. 2023. perturbed_attention: s of Ahn et
-  al. 2024. autoguidance: w of Karras et al. 2024. clip_skip: beside the layers that
-  the model leaves out anyway, and for the prompt alone; as in diffusers, the negative prompt keeps
-  them. decoding: sliced and tiled take less memory, and tiled changes colours a little.
+  al. 2024. autoguidance: w of Karras et al. 2024. clip_skip: for the prompt alone, besides the
+  layers that the model leaves out anyway; as in diffusers, the negative prompt keeps them.
+  decoding: sliced and tiled take less memory, and tiled changes colours a little.
   """
 
   sampler: Annotated[str, OneOf(SAMPLERS), Help(

@@ -232,6 +232,6 @@ class Hooks:
 def due(step: int, every: int, loop: LoopConfig) -> bool:
   """Say whether what is done every so many steps is done after this one.
 
-  The last step's is left to the end of the run, which draws and scores in any case.
+  The last step's is left to the end of the run, which samples and scores in any case.
   """
   return every > 0 and step > 0 and step % every == 0 and step < loop.total_steps

@@ -76,7 +76,7 @@ class _Loop:
     self.t, self.safety, self.show, loop = training, safety, show, training.loop
     self.step, self.goodput = 0, Goodput()
     self.pending: tuple | None = None  # A window of metrics that is closed and not written yet.
-    self.undrawn: dict[str, Any] | None = None  # Where the data stood before a step under way.
+    self.data_before: dict[str, Any] | None = None  # Where the data stood before a step under way.
     self.last: dict[str, Any] = {}
     self.compilations, self.recompilations = Compilations(), 0
     self.profiler = ProfilerWindow(
@@ -195,7 +195,7 @@ class _Loop:
   def _one_step(self) -> None:
     self.profiler.before(self.step)
     with self.goodput.phase('data'):
-      self.undrawn = self.t.loader.get_state()
+      self.data_before = self.t.loader.get_state()
       batch = next(self.t.loader)
     fields = {name: batch[name] for name in self.t.task.batch_fields}
     self.state, metrics = self.update(self.state, self.frozen, put_batch(fields, self.t.mesh))
@@ -203,7 +203,7 @@ class _Loop:
     # First of all what belongs to the step, so that state and counts agree whatever fails below.
     closed, self.pending = self.pending, None
     self.meter.add(metrics)
-    self.step, self.undrawn = self.step + 1, None
+    self.step, self.data_before = self.step + 1, None
     if self.step % self.t.loop.log_every_steps == 0:
       self.pending = (self.step, *self.meter.close_window())
     if closed:
@@ -292,7 +292,7 @@ class _Loop:
     with self.safety.watchdog.allow(0, 'checkpoint'):
       saved = rescue(
         self.saver, self.state, self.meter.totals, self.goodput.totals(),
-        self.t.safety.max_skipped_in_a_row, self.undrawn,
+        self.t.safety.max_skipped_in_a_row, self.data_before,
       )
     self.safety.note = f'; {saved}'
     self._say(f'an error ends the run: {saved}')

@@ -88,7 +88,7 @@ def test_wrong_files(recipe, train_fails, change, words):
 def test_a_time_budget_where_nothing_is_drawn(tmp_path, train_fails):
   values = tiny.toy_config(loop={'evaluate_seconds': 5.0})
   message = train_fails(tiny.write_config(tmp_path / 'toy.py', values))
-  assert 'loop.evaluate_seconds' in message and 'task toy draws none' in message
+  assert 'loop.evaluate_seconds' in message and 'task toy makes none' in message
 
 
 def test_latents_that_the_denoiser_cannot_halve(tmp_path, parts, train_fails):
