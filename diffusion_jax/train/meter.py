@@ -42,7 +42,8 @@ class Goodput:
     self._totals['lost'] += max(after, 0.0)
     self._totals['down'] += max(down, 0.0)
 
-  def _turn(self, phase: str) -> str:
+  def enter(self, phase: str) -> str:
+    """Count all that has no phase of its own as `phase` from now on; return what it was before."""
     now, before = self._clock(), self._phase
     self._totals[before] += now - self._since
     self._phase, self._since = phase, now
@@ -51,19 +52,15 @@ class Goodput:
   @contextmanager
   def phase(self, name: str) -> Iterator[None]:
     """Count what happens within as `name`; of nested phases the inner counts."""
-    before = self._turn(name)
+    before = self.enter(name)
     try:
       yield
     finally:
-      self._turn(before)
-
-  def enter(self, name: str) -> None:
-    """Count all that has no phase of its own as `name` from now on."""
-    self._turn(name)
+      self.enter(before)
 
   def totals(self) -> dict[str, float]:
     """Return seconds by phase up to now."""
-    self._turn(self._phase)
+    self.enter(self._phase)
     return {name: round(seconds, 6) for name, seconds in self._totals.items()}
 
   def seconds(self) -> float:

@@ -14,25 +14,21 @@ class ProfilerWindow:
 
   TensorBoard's profile plugin and xprof read what it writes. With several processes each has a
   folder process_I in there, as files are named after the machine alone. A trace that cannot be
-  made costs a line on stderr, never the run.
+  made costs a line on stderr, never the run. SIGUSR1 opens a window in the process that gets it.
 
   Args:
     first_step: steps done before the window opens by itself; 0 for no such window.
     steps: length of a window.
-    on_signal: a signal that opens a window, in the process that gets it; None for none. Only heard
-      by a window that is made in the main thread.
   """
 
-  def __init__(
-    self, directory: Path, first_step: int, steps: int,
-    on_signal: signal.Signals | None = signal.SIGUSR1,
-  ):
+  def __init__(self, directory: Path, first_step: int, steps: int):
     self._directory, self._first_step, self._steps = Path(directory), first_step, steps
     self._asked = self._unwritten = False
     self._end: int | None = None
-    self._signal = on_signal if threading.current_thread() is threading.main_thread() else None
-    if self._signal is not None:
-      self._before = signal.signal(self._signal, self._ask)
+    # Only the main thread may.
+    self._listens = threading.current_thread() is threading.main_thread()
+    if self._listens:
+      self._before = signal.signal(signal.SIGUSR1, self._ask)
 
   def _ask(self, number: int, frame) -> None:
     self._asked = True
@@ -49,9 +45,9 @@ class ProfilerWindow:
     """End a window that is open, and listen no more."""
     if self._end is not None:
       self._stop()
-    if self._signal is not None:
-      signal.signal(self._signal, self._before)
-      self._signal = None
+    if self._listens:
+      signal.signal(signal.SIGUSR1, self._before)
+      self._listens = False
 
   def _start(self, step: int) -> None:
     folder = self._directory / f'step_{step}'

@@ -36,9 +36,8 @@ Frozen = dict[str, Params]
 class Env:
   """What a task is built in.
 
-  train, test: sources of records. workdir: of the run. synthetic: whether random numbers take the
-  place of the data. damage: counts the records that cannot be read. more: the sources of
-  `Task.more_data`, by name.
+  synthetic: whether random numbers take the place of the data. damage: counts the records that
+  cannot be read. more: the sources of `Task.more_data`, by name.
   """
 
   train: Source
@@ -51,10 +50,9 @@ class Env:
 
 
 class Task(abc.ABC):
-  """One thing to train. Holds networks without weights; all methods are free of hidden state.
+  """One thing to train. Holds networks without weights; no method changes it.
 
-  A task has a loss and a way to initialise its parameters. All else has a default: nothing is
-  carried beside the parameters, an update stands as it is, and the export is the parameters.
+  A task has a loss and initial parameters; all else has a default.
   """
 
   Config: ClassVar[type]
@@ -70,7 +68,6 @@ class Task(abc.ABC):
   """Fields of a record that the loss reads; the rest never reaches a device."""
   model: Any = None
   """What evaluators are given with its weights."""
-
   begins_with: str = ''
   """The model whose weights `start` gives."""
 
@@ -107,12 +104,10 @@ class Task(abc.ABC):
   @classmethod
   def build(cls, config: TrainingConfig, env: Env) -> Self:
     """Return the task with its frozen networks loaded, large ones onto the mesh."""
-    del env
     return cls(config.settings)
 
   def more_data(self, config: TrainingConfig, env: Env) -> dict[str, Source]:
     """Return sources by name that training needs beside the data set; they may be made now."""
-    del config, env
     return {}
 
   def context(self) -> dict[str, Any]:
@@ -146,7 +141,6 @@ class Task(abc.ABC):
 
   def start(self, mesh: Mesh) -> Params | None:
     """Return parameters on the mesh to begin with, such as pretrained ones; None for fresh ones."""
-    del mesh
     return None
 
   def carry(self) -> Carry:
@@ -155,7 +149,6 @@ class Task(abc.ABC):
 
   def next_carry(self, carry: Carry, observed: Observed) -> Carry:
     """Return the carry after a step on these examples of the global batch; pure."""
-    del observed
     return carry
 
   def constrain(self, params: Params) -> Params:
@@ -164,12 +157,10 @@ class Task(abc.ABC):
 
   def weights(self, params: Params, frozen: Frozen) -> Weights:
     """Return all weights of `model`, of what is trained and of what is not."""
-    del frozen
     return params
 
   def evaluators(self, mesh: Mesh) -> Sequence[Any]:
     """Return what shows and scores `model` on the test split; nothing heavy is loaded here."""
-    del mesh
     return ()
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
@@ -177,6 +168,5 @@ class Task(abc.ABC):
 
     By default the parameters alone, under their own names, as `model.safetensors`.
     """
-    del scores
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory / 'model.safetensors', params)
