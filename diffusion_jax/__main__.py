@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from diffusion_jax.backend.host_memory import ask_for_huge_pages, keep_freed_memory
-from diffusion_jax.cli.interrupts import Interrupts, say_interrupted
+from diffusion_jax.cli.interrupts import interrupts, say_interrupted
 
 
 def set_up_process() -> None:
@@ -19,7 +19,7 @@ def set_up_process() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
   """Run one command; return its exit code (2: a mistake in what was given)."""
   try:
-    with Interrupts():
+    with interrupts():
       from diffusion_jax.cli.main import run
 
       return run(sys.argv[1:] if argv is None else argv, set_up_process)

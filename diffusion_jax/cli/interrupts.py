@@ -1,39 +1,35 @@
 """Ctrl-C as one sentence, also while modules are imported."""
 
+import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from types import FrameType
 
 CODE = 128 + signal.SIGINT
 IMPORTING = '<frozen importlib._bootstrap>'
 
 
-class Interrupts:
-  """While entered, Ctrl-C raises KeyboardInterrupt, and ends the process within an import.
+@contextlib.contextmanager
+def interrupts() -> Iterator[None]:
+  """Let Ctrl-C raise KeyboardInterrupt within, and end the process within an import.
 
   There nothing has been begun, and anything may become of an exception: an extension module that
   is interrupted while it starts prints it and raises another. A signal that is ignored, as in the
-  background of a shell script, stays ignored.
+  background of a shell script, stays ignored. Enter it within the `try` that sees to the exception.
   """
-
-  def __init__(self):
-    self._ours = False
-
-  def __enter__(self) -> 'Interrupts':
-    # Entered within the `try` that sees to KeyboardInterrupt.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-      try:
-        signal.signal(signal.SIGINT, _handle)
-        self._ours = True
-        # One that came while the program was started again (`host_memory`) is seen here.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-      except ValueError:  # Only the main thread may; Ctrl-C reaches no other.
-        pass
-    return self
-
-  def __exit__(self, kind, error, traceback) -> None:
-    if self._ours:
+  ours = False
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    with contextlib.suppress(ValueError):  # Only the main thread may; Ctrl-C reaches no other.
+      signal.signal(signal.SIGINT, _handle)
+      ours = True
+      # One that came while the program was started again (`host_memory`) is seen here.
+      signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+  try:
+    yield
+  finally:
+    if ours:
       signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
