@@ -15,7 +15,7 @@ from diffusion_jax import registry
 from tests import tiny
 
 PARTS = Path(__file__).with_name('parts')
-TABLES = list(registry._TABLES.values())
+TABLES = [one for one in vars(registry).values() if isinstance(one, registry.Table)]
 
 
 @pytest.fixture
