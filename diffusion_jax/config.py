@@ -124,17 +124,16 @@ def _limited(hint: Any, *limits: Any, value: Any, where: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """dataset: a name of `SOURCES`, some with more after a colon, such as 'folder:PATH' of pictures,
-  for a classifier in folders by class; size: edge of the images in pixels, or points in a record;
-  prepare: make it if missing; caption: of every picture of a folder that has none of its own, or
-  several, one a line; test_fraction: of the pictures of a folder without folders train and test,
-  left to the test split, 0 to train on all; caption_column: the one column of captions in its
-  metadata.jsonl or metadata.csv, '' for all of `captions.CAPTIONS`.
+  """dataset: a name of `SOURCES`, some with more after a colon, such as 'folder:PATH'. size: edge of
+  the images in pixels, or points in a record. prepare: make it if missing. transforms: (name,
+  arguments) pairs in order, applied to every training image. workers: threads that read and
+  transform in each process; 0 does it between the steps. most_unreadable: fraction of the records
+  of a split that may be damaged, which are named and replaced; with more the run ends.
 
-  transforms: (name, arguments) pairs in order, applied to every training image; workers: threads
-  that read and transform, in each process; 0 does it between the steps; most_unreadable: fraction
-  of the records of a split that may be damaged, which are named and replaced by others; with more
-  the run ends.
+  Of folders alone: caption: of every picture without one of its own, or several, one a line.
+  caption_column: the one column of captions in metadata.jsonl or metadata.csv, '' for all of
+  `captions.CAPTIONS`. test_fraction: of the pictures that are left to the test split where there
+  are no folders train and test; 0 to train on all.
   """
 
   dataset: str
