@@ -124,8 +124,8 @@ def _limited(hint: Any, *limits: Any, value: Any, where: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """dataset: a name of `SOURCES`, some with more after a colon, such as 'folder:PATH'. size: edge of
-  the images in pixels, or points in a record. prepare: make it if missing. transforms: (name,
+  """dataset: a name of `SOURCES`, some with more after a colon, such as 'folder:PATH'. size: edge
+  of the images in pixels, or points in a record. prepare: make it if missing. transforms: (name,
   arguments) pairs in order, applied to every training image. workers: threads that read and
   transform in each process; 0 does it between the steps. most_unreadable: fraction of the records
   of a split that may be damaged, which are named and replaced; with more the run ends.

@@ -82,7 +82,9 @@ SOURCES = Table('source of data', {
 """Functions of a `DataConfig` that return the sources (train, test). What follows a colon in
 `data.dataset`, such as 'folder:PATH', is theirs."""
 
-LABELLED: Table = {'folder': 'diffusion_jax.data.sources.folder:open_labelled'}
+LABELLED = Table('labelled source', {
+  'folder': 'diffusion_jax.data.sources.folder:open_labelled',
+})
 """The same for tasks of classes, of those SOURCES that have labels only if they are asked for."""
 
 TRANSFORMS = Table('transform', {
