@@ -28,7 +28,7 @@ PATH = {
                 'diffusion/objectives.py', 'diffusion/weightings.py'),
   'samplers': ('diffusion/samplers/grid.py', 'diffusion/samplers/common.py',
                'diffusion/samplers/steps.py', 'diffusion/samplers/ode.py',
-               'diffusion/samplers/one_step.py', 'diffusion/samplers/table.py'),
+               'diffusion/samplers/one_step.py', 'diffusion/samplers/__init__.py'),
   'pipeline': ('pipelines/options.py', 'pipelines/sampling.py', 'pipelines/conditions.py',
                'pipelines/conditioners.py'),
 }

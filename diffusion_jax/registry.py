@@ -118,7 +118,7 @@ SAMPLERS = Table('sampler', {
   'deis': 'diffusion_jax.diffusion.samplers.multistep:DEIS',
   'dpmpp_2m': 'diffusion_jax.diffusion.samplers.multistep:DPMPP_2M',
   'unipc': 'diffusion_jax.diffusion.samplers.multistep:UNIPC',
-  'dpmpp_2s_ancestral': 'diffusion_jax.diffusion.samplers.sde:DPMPP_2S_ANCESTRAL',
+  'dpmpp_2s_ancestral': 'diffusion_jax.diffusion.samplers.ode:DPMPP_2S_ANCESTRAL',
   'dpmpp_sde': 'diffusion_jax.diffusion.samplers.sde:DPMPP_SDE',
   'dpmpp_2m_sde': 'diffusion_jax.diffusion.samplers.multistep:DPMPP_2M_SDE',
   'dpmpp_3m_sde': 'diffusion_jax.diffusion.samplers.multistep:DPMPP_3M_SDE',

@@ -3,16 +3,17 @@
 Each is `sampler(denoise, x, grid, keys, **options)`: `denoise(x, alpha, sigma) -> x_0` is any
 denoiser, x [b ...] is noise of the grid's first sigma, or data noised to its first pair, the grid
 runs from noise to data, and keys [b] are one random key per image, so that an image does not depend
-on the batch it was drawn in. In place of keys a function may give the noise. `trajectory=True`
-returns the states on the way, too.
+on the batch it was sampled in. In place of keys a function may give the noise. The result is at the
+grid's last pair; `trajectory=True` returns the states on the way, too.
 """
 
+import inspect
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.diffusion.samplers.common import Sampler, SamplerInfo, Trajectory
+from diffusion_jax.diffusion.samplers.common import Sampler, SamplerInfo, Trajectory, as_arrays
 from diffusion_jax.diffusion.samplers.grid import (
   SPACINGS,
   Grid,
@@ -24,7 +25,8 @@ from diffusion_jax.diffusion.samplers.grid import (
   spaced_levels,
   spaced_timesteps,
 )
-from diffusion_jax.diffusion.samplers.table import info, infos, sampler
+from diffusion_jax.errors import UserError
+from diffusion_jax.registry import SAMPLERS, load
 
 __all__ = [
   'SPACINGS', 'Grid', 'Sampler', 'SamplerInfo', 'Trajectory', 'info', 'infos',
@@ -33,10 +35,35 @@ __all__ = [
 ]
 
 
+def info(name: str) -> SamplerInfo:
+  """Return a sampler's row of `registry.SAMPLERS`. UserError for a name that no row has."""
+  return load(SAMPLERS, name, 'sampler')
+
+
+def infos() -> dict[str, SamplerInfo]:
+  """Return every sampler's row by name."""
+  return {name: info(name) for name in SAMPLERS}
+
+
+def sampler(name: str, **options) -> Sampler:
+  """Return the sampler of that name, its options bound. UserError for one it does not have."""
+  function = info(name).function
+  known = [
+    option.name for option in inspect.signature(function).parameters.values()
+    if option.kind is option.KEYWORD_ONLY
+  ]
+  for option in options:
+    if option not in known:
+      raise UserError(f'sampler {name!r} has no option {option!r}; choose from {", ".join(known)}.')
+  return lambda denoise, x, grid, keys, **more: function(
+    denoise, *as_arrays(x, grid), keys, **options, **more
+  )
+
+
 def initial_noise(seed: int, first: int, count: int, shape: tuple[int, ...]):
   """(noise [count, *shape], keys [count]) of images `first` to `first + count - 1` of a seed.
 
-  Image i has the same noise whatever the batch it is drawn in.
+  Image i has the same noise whatever the batch it is sampled in.
   """
   return _noise(jax.random.key(seed), first, count, shape)
 

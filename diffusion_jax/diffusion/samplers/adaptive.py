@@ -18,13 +18,12 @@ from diffusion_jax.diffusion.samplers.common import (
   as_arrays,
   epsilon,
   intervals,
+  is_padding,
   move,
   moves,
   noise_source,
-  pair_number,
   pairs_at,
   step_count,
-  to_the_end,
 )
 from diffusion_jax.diffusion.samplers.grid import Grid
 from diffusion_jax.errors import UserError
@@ -32,6 +31,17 @@ from diffusion_jax.types import Latents
 
 if TYPE_CHECKING:
   import diffrax
+
+
+def pair_number(grid: Grid, i) -> Pair:
+  return grid[0][i], grid[1][i]
+
+
+def to_the_end(grid: Grid) -> Grid:
+  """The grid with its last pair in place of its padding."""
+  alphas, sigmas, *_ = grid
+  padding, last = is_padding((alphas, sigmas)), step_count(grid)
+  return jnp.where(padding, alphas[last], alphas), jnp.where(padding, sigmas[last], sigmas)
 
 
 def probability_flow(
@@ -95,32 +105,11 @@ def probability_flow(
   return Trajectory(sample, states, x0, grid[0][1:], grid[1][1:])
 
 
-class Controller(NamedTuple):
-  """When a step is accepted, and by what factor the next one is longer (k-diffusion).
-
-  gains: the exponents of the last three inverse errors.
-  """
-
-  rtol: float
-  atol: float
-  gains: tuple[float, float, float]
-  accept_safety: float
-
-  def propose(self, low, high, previous, errors, is_first):
-    """(accept, factor, errors [3]) after two estimates; `errors` are inverse, the newest first."""
-    bound = jnp.maximum(self.atol, self.rtol * jnp.maximum(jnp.abs(low), jnp.abs(previous)))
-    inverse = 1 / (jnp.sqrt(jnp.mean(((low - high) / bound) ** 2)) + 1e-8)
-    errors = jnp.where(is_first, inverse, errors).at[0].set(inverse)
-    factor = 1 + jnp.arctan(jnp.prod(errors ** jnp.asarray(self.gains, errors.dtype)) - 1)
-    accept = factor >= self.accept_safety
-    return accept, factor, jnp.where(accept, errors[jnp.array([0, 0, 1])], errors)
-
-
 class Progress(NamedTuple):
   """y = x / alpha [b ...] and the lower estimate it came with, at lam = ln(alpha / sigma).
 
-  h is the next step in lam; errors as in `Controller`; tried and accepted count steps; rows are
-  those of the trajectory, if wanted.
+  h is the next step in lam; errors are the inverse ones of the last three steps, the newest first;
+  tried and accepted count steps; rows are those of the trajectory, if wanted.
   """
 
   y: jax.Array
@@ -150,13 +139,11 @@ def dpm_adaptive(
       number of network calls a step.
     rtol, atol: tolerances on the error of y = x / alpha.
     h_init: first step, in ln(alpha / sigma).
-    pcoeff, icoeff, dcoeff, accept_safety: of the controller.
+    pcoeff, icoeff, dcoeff: of a PID controller of the step; accept_safety: least factor by which
+      the next step is longer for a step to be accepted.
     eta: fraction of the posterior's deviation that each step adds as noise; s_noise: factor on it.
     max_steps: steps, refused ones included, after which one DDIM step goes to the end.
     trajectory: of accepted steps, in max_steps rows; those after the last repeat the sample.
-
-  Raises:
-    UserError: for another order.
   """
   if order not in (2, 3):
     raise UserError(f'order of dpm_adaptive is {order}; choose 2 or 3.')
@@ -168,13 +155,21 @@ def dpm_adaptive(
   end = _half_log_snr(last)
   scale = 1.5 if eta else order
   gains = ((pcoeff + icoeff + dcoeff) / scale, -(pcoeff + 2 * dcoeff) / scale, dcoeff / scale)
-  controller = Controller(rtol, atol, gains, accept_safety)
+
+  def judge(now, low, high):
+    """(accept, factor on the next step, errors) of the two estimates of a step."""
+    bound = jnp.maximum(atol, rtol * jnp.maximum(jnp.abs(low), jnp.abs(now.low)))
+    inverse = 1 / (jnp.sqrt(jnp.mean(((low - high) / bound) ** 2)) + 1e-8)
+    errors = jnp.where(now.tried == 0, inverse, now.errors).at[0].set(inverse)
+    factor = 1 + jnp.arctan(jnp.prod(errors ** jnp.asarray(gains, errors.dtype)) - 1)
+    accept = factor >= accept_safety
+    return accept, factor, jnp.where(accept, errors[jnp.array([0, 0, 1])], errors)
 
   def attempt(now):
     t = jnp.minimum(end, now.lam + now.h)
     target, up = _split(now.lam, t, end, eta)
     low, high, x0 = two_estimates(denoise, grid, now.y, now.lam, target, order)
-    accept, factor, errors = controller.propose(low, high, now.low, now.errors, now.tried == 0)
+    accept, factor, errors = judge(now, low, high)
     if eta:
       high = high + s_noise * up * noise(now.accepted, high)
     a, s = _pair_at(grid, t)
@@ -227,7 +222,7 @@ def _split(lam, t, end, eta: float) -> tuple[jax.Array, jax.Array]:
 
 
 def two_estimates(denoise: Denoiser, grid: Grid, y, lam, target, order: int):
-  """Return (lower, higher order y at `target`, x_0 at `lam`), with `order` network calls.
+  """(lower, higher order y at `target`, x_0 at `lam`), with `order` network calls.
 
   Lu et al. 2022, DPM-Solver, appendix C: of the orders 1 and 2, or 2 and 3.
   """
@@ -259,7 +254,7 @@ def two_estimates(denoise: Denoiser, grid: Grid, y, lam, target, order: int):
 def _finish(
   denoise: Callable, grid: Grid, done: Progress, short: jax.Array, trajectory: bool
 ) -> Latents | Trajectory:
-  """Takes the DDIM step to the grid's end if there is one left, and makes the trajectory."""
+  """Take the DDIM step to the grid's end if there is one left, and make the trajectory."""
   here, there = _pair_at(grid, done.lam), pair_number(grid, -1)
   x = here[0] * done.y
   step = lambda: move(x, denoise(x, *here), here, there).astype(x.dtype)

@@ -6,13 +6,14 @@ formulas hold for any process, and those of the first order also from alpha = 0 
 """
 
 import dataclasses
-import math
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from diffusion_jax.diffusion.denoiser import Denoiser
 from diffusion_jax.diffusion.samplers.grid import Grid
 from diffusion_jax.errors import UserError
 from diffusion_jax.types import Latents
@@ -25,7 +26,6 @@ Noise = Callable[[jax.Array, Latents], Latents]
 
 Keys = jax.Array | Noise | None
 """One random key per image [b], or the noise itself; None where a sampler draws none."""
-
 
 Sampler = Callable
 """sampler(denoise, x, grid, keys, *, trajectory=False, **options) -> x, or a `Trajectory`."""
@@ -64,23 +64,23 @@ class Trajectory(NamedTuple):
   sigmas: jax.Array
 
 
-def unit_noise(keys: jax.Array, index, like: jax.Array, draw=jax.random.normal) -> jax.Array:
+def unit_noise(keys: jax.Array, index, like: jax.Array, distribution=jax.random.normal):
   """The index-th noise [b ...] of each key of keys [b]."""
-  one = lambda key: draw(jax.random.fold_in(key, index), like.shape[1:], like.dtype)
+  one = lambda key: distribution(jax.random.fold_in(key, index), like.shape[1:], like.dtype)
   return jax.vmap(one)(keys)
 
 
 def noise_source(keys: Keys) -> Noise:
-  """Draw number i of an image depends on its key and on i alone, not on the batch it is in."""
+  """Noise number i of an image depends on its key and on i alone, not on the batch it is in."""
   if callable(keys):
     return keys
 
-  def draw(index, like):
+  def noise(index, like):
     if keys is None:
       raise UserError('This sampler adds noise; give it one random key per image.')
     return unit_noise(keys, index, like)
 
-  return draw
+  return noise
 
 
 def as_arrays(x: Latents, grid: Grid) -> tuple[Latents, Grid]:
@@ -90,11 +90,6 @@ def as_arrays(x: Latents, grid: Grid) -> tuple[Latents, Grid]:
   return jax.tree.map(lambda part: part.astype(dtype), (x, grid))
 
 
-def pair_number(grid: Grid, i) -> Pair:
-  """The grid's pair i."""
-  return grid[0][i], grid[1][i]
-
-
 def intervals(grid: Grid) -> tuple[Pair, Pair]:
   """The grid's steps: (alpha [n], sigma [n]) where each starts and where it ends."""
   alphas, sigmas, *_ = grid
@@ -102,61 +97,71 @@ def intervals(grid: Grid) -> tuple[Pair, Pair]:
 
 
 def is_padding(pair: Pair) -> jax.Array:
-  """Return True for (0, 0), neither data nor noise, with which `grid.padded` fills a grid up."""
+  """True for (0, 0), neither data nor noise, with which `grid.padded` fills a grid up."""
   return (pair[0] == 0) & (pair[1] == 0)
 
 
 def real_steps(here: Pair, there: Pair) -> jax.Array:
-  """Return True for steps of the grid itself: not of its padding, nor after it is clean."""
+  """True for steps of the grid itself: not of its padding, nor after it is clean."""
   return (here[1] > 0) & ~is_padding(there)
 
 
 def step_count(grid: Grid) -> jax.Array:
-  """Return the number of steps of a grid, without its padding; one from a pair to itself counts."""
+  """The number of steps of a grid, without its padding; one from a pair to itself counts."""
   return real_steps(*intervals(grid)).sum()
 
 
 def moves(here: Pair, there: Pair) -> jax.Array:
-  """Return True where a step leads anywhere; others are skipped."""
+  """True where a step leads anywhere; others are skipped."""
   apart = (here[0] != there[0]) | (here[1] != there[1])
   return apart & ~is_padding(here) & ~is_padding(there)
 
 
-def to_the_end(grid: Grid) -> Grid:
-  """The grid with its last pair in place of its padding, for samplers that look at its ends."""
-  alphas, sigmas, *_ = grid
-  padding, last = is_padding((alphas, sigmas)), step_count(grid)
-  return jnp.where(padding, alphas[last], alphas), jnp.where(padding, sigmas[last], sigmas)
+class Steps(NamedTuple):
+  """The steps of a sampler on one grid.
+
+  step: (x, carry, here, there, index, *extra) -> (x, carry, x_0). extra: trees of arrays [n ...];
+  a step gets its row of each. carry: x -> what a step hands to the next, at the first. taken: [n],
+  the steps that are not skipped, where those that move are not all. ends: the pairs (alpha [n],
+  sigma [n]) where each step starts and ends, where they are not the grid's.
+  """
+
+  step: Callable
+  extra: tuple = ()
+  carry: Callable[[Latents], Any] = lambda x: ()
+  taken: jax.Array | None = None
+  ends: tuple[Pair, Pair] | None = None
+
+
+def scanned(make: Callable[..., Steps]) -> Sampler:
+  """Make a sampler of make(denoise, grid, noise, *, **options) -> Steps."""
+
+  @functools.wraps(make)
+  def sampler(
+    denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *, trajectory: bool = False, **options
+  ) -> Latents | Trajectory:
+    x, grid = as_arrays(x, grid)
+    steps = make(denoise, grid, noise_source(keys), **options)
+    return walk(x=x, grid=grid, trajectory=trajectory, **steps._asdict())
+
+  return sampler
 
 
 def walk(
   step: Callable, x: Latents, grid: Grid, extra: tuple = (), *,
   carry: Callable[[Latents], Any] = lambda x: (), taken: jax.Array | None = None,
-  trajectory: bool = False,
+  ends: tuple[Pair, Pair] | None = None, trajectory: bool = False,
 ) -> Latents | Trajectory:
-  """Scan step(x, carry, here, there, index, *extra) -> (x, carry, x0) along the grid.
+  """Scan a step along the grid; arguments as in `Steps`.
 
   A step from a pair to itself is skipped: it costs no network call and changes neither x nor the
   carry. So are those of a grid's padding (`grid.padded`).
 
   Args:
-    extra: trees of arrays [n ...]; a step gets its row of each.
-    carry: x -> what a step hands to the next, at the first.
-    taken: [n], the steps that are not skipped, where those that move are not all.
     trajectory: return a `Trajectory` instead of the last x; skipped steps have x as their x_0.
   """
   x, grid = as_arrays(x, grid)
-  return scan_steps(
-    step, x, *intervals(grid), extra, carry=carry, taken=taken, trajectory=trajectory
-  )
-
-
-def scan_steps(
-  step: Callable, x: Latents, here: Pair, there: Pair, extra: tuple = (), *,
-  carry: Callable[[Latents], Any] = lambda x: (), taken: jax.Array | None = None,
-  trajectory: bool = False,
-) -> Latents | Trajectory:
-  """`walk` for steps given as the pairs (alpha [n], sigma [n]) that each starts and ends with."""
+  here, there = ends or intervals(grid)
 
   def body(state, row):
     inputs, wanted = row
@@ -207,7 +212,7 @@ def straight(x: Latents, eps: Latents, here: Pair, there: Pair) -> Latents:
 
 
 def is_inner(here: Pair, there: Pair) -> jax.Array:
-  """Return True where both ends have a finite, positive noise level, as higher orders need."""
+  """True where both ends have a finite, positive noise level, as higher orders need."""
   return (here[0] > 0) & (there[1] > 0)
 
 
@@ -270,54 +275,3 @@ def log_midpoint(here: Pair, there: Pair, target: Pair | None = None) -> Pair:
   target = there if target is None else target
   level = jnp.sqrt(divide(here[1], here[0]) * divide(target[1], target[0]))
   return pair_between(here, there, (jnp.ones_like(level), level))
-
-
-def half_log_snr(grid: Grid) -> jax.Array:
-  """Return ln(alpha / sigma) [n+1]; 0 in place of infinities, which no formula may use."""
-  alphas, sigmas, *_ = grid
-  finite = (alphas > 0) & (sigmas > 0)
-  return jnp.where(finite, jnp.log(jnp.where(finite, divide(alphas, sigmas), 1)), 0)
-
-
-class Churn(NamedTuple):
-  """Noise added before each step (Karras et al. 2022, algorithm 2).
-
-  s_churn: sum over the steps of the fraction by which each raises the noise level first, at most
-  sqrt(2) - 1. s_tmin, s_tmax: noise levels sigma / alpha between which there is churn. s_noise:
-  factor on its noise.
-  """
-
-  s_churn: float
-  s_tmin: float
-  s_tmax: float
-  s_noise: float
-
-  def on(self, grid: Grid, noise: Noise) -> Callable:
-    """churn(x, here, there, index) -> (x, here) for the steps of a grid; all of it if s_churn is 0.
-
-    Step i takes draw i.
-    """
-    if not self.s_churn:
-      return lambda x, here, there, index: (x, here)
-    fraction = jnp.minimum(self.s_churn / step_count(grid), math.sqrt(2) - 1)
-    bounds = (self.s_tmin, self.s_tmax)
-    return lambda x, here, there, index: churned(
-      x, here, there, noise(index, x), fraction.astype(x.dtype), bounds, self.s_noise
-    )
-
-
-def churned(x, here: Pair, there: Pair, noise: Latents, fraction, bounds, s_noise: float):
-  """Return (x, pair) after raising the noise level by `fraction` of itself.
-
-  Args:
-    fraction: gamma, sigma_hat / sigma - 1.
-    bounds: (s_tmin, s_tmax), the noise levels sigma / alpha at which there is churn.
-  """
-  (a, s), (low, high) = here, bounds
-  fraction = jnp.where((low * a <= s) & (s <= high * a), fraction, 0)  # False where alpha = 0.
-  raised = (1 + fraction) * s
-  # sqrt(raised^2 - s^2), whose difference may round to below 0 where there is no churn.
-  x = x + s_noise * s * jnp.sqrt(fraction * (2 + fraction)) * noise
-  pair = pair_between(here, there, (a, raised))
-  scale = jnp.where(fraction > 0, divide(pair[0], a), 1)
-  return scale * x, (scale * a, scale * raised)

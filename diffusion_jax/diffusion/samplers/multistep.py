@@ -18,27 +18,22 @@ import numpy as np
 
 from diffusion_jax.diffusion.denoiser import Denoiser
 from diffusion_jax.diffusion.samplers.common import (
-  Keys,
   Noise,
   SamplerInfo,
-  Trajectory,
-  as_arrays,
+  Steps,
   combine,
   contraction,
   divide,
   epsilon,
-  half_log_snr,
   intervals,
   is_inner,
   moves,
-  noise_source,
   real_steps,
+  scanned,
   step_count,
-  walk,
 )
 from diffusion_jax.diffusion.samplers.grid import Grid
 from diffusion_jax.errors import UserError
-from diffusion_jax.types import Latents
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)
 
@@ -56,24 +51,32 @@ class Table(NamedTuple):
   correction: jax.Array
 
 
-def first_order(grid: Grid, eta=0.0) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Return keep, clean and noise [n] of the exponential integrator of the reverse SDE, x_0 held.
+def half_log_snr(grid: Grid) -> jax.Array:
+  """ln(alpha / sigma) [n+1]; 0 in place of infinities, which no formula may use."""
+  alphas, sigmas, *_ = grid
+  finite = (alphas > 0) & (sigmas > 0)
+  return jnp.where(finite, jnp.log(jnp.where(finite, divide(alphas, sigmas), 1)), 0)
+
+
+def first_order(grid: Grid, eta=0.0, s_noise: float = 1.0) -> tuple[jax.Array, ...]:
+  """Keep, clean and noise [n] of the exponential integrator of the reverse SDE, x_0 held.
 
   x' = s'/s q^eta x + a' (1 - q^(1 + eta)) x_0 + s' sqrt(1 - q^(2 eta)) z with q = r' / r (Lu et al.
   2022, DPM-Solver++, section 5; Xue et al. 2023, SA-Solver, with eta = tau^2). eta is [] or [n]; 0
-  is the ODE (DDIM), 1 the reverse SDE.
+  is the ODE (DDIM), 1 the reverse SDE. s_noise: factor on z.
   """
   here, there = intervals(grid)
   slower = contraction(here, there) ** jnp.asarray(eta, grid[0].dtype)
   keep = divide(there[1], here[1]) * slower
-  return keep, there[0] - keep * here[0], there[1] * jnp.sqrt((1 - slower) * (1 + slower))
+  deviation = there[1] * jnp.sqrt((1 - slower) * (1 + slower))
+  return keep, there[0] - keep * here[0], s_noise * deviation
 
 
 def usable(
   grid: Grid, order: int, *, to_clean: bool = False, lower_order_final: bool | int = False,
   euler_at_final: bool = False,
 ) -> jax.Array:
-  """Return how many values [n], at most `order`, each step may interpolate, its own included.
+  """How many values [n], at most `order`, each step may interpolate, its own included.
 
   to_clean: the formulas also hold for a step to sigma = 0. lower_order_final: interpolate no more
   values than there are steps left; a number: on grids of fewer steps than that. euler_at_final:
@@ -93,7 +96,7 @@ def usable(
 
 
 def past_nodes(grid: Grid, values: jax.Array, counts: jax.Array, order: int) -> jax.Array:
-  """Return nodes [n order]: for j < counts[i] the value where the j-th last moving step started.
+  """Nodes [n order]: for j < counts[i] the value where the j-th last moving step started.
 
   Beyond them they are made up, and distinct. values: [n+1], of the grid's pairs; counts: [n].
   """
@@ -114,7 +117,7 @@ def lagrange(nodes: jax.Array, points: jax.Array) -> jax.Array:
 
 
 def integrals(nodes: jax.Array, start: jax.Array, end: jax.Array, kernel: Kernel) -> jax.Array:
-  """Return int_start^end kernel(u) l_j(u) du [n k], start and end [n], kernel: u [n q] -> [n q].
+  """int_start^end kernel(u) l_j(u) du [n k], start and end [n], kernel: u [n q] -> [n q].
 
   By 16 points of Gauss-Legendre: exact for polynomials, to 1e-13 for exp over steps of up to 20.
   """
@@ -135,7 +138,7 @@ def exponential(
   grid: Grid, nodes: jax.Array, counts: jax.Array, eta=0.0, *,
   slope: str = 'exact', curvature: float = 1.0,
 ) -> jax.Array:
-  """Return corrections [n k] to `first_order` for the polynomial through x_0's values at `nodes`.
+  """Corrections [n k] to `first_order` for the polynomial through x_0's values at `nodes`.
 
   The exact weights are a' (1 + eta) int exp((1 + eta) (u - lambda')) l_j(u) du over the step, with
   lambda = ln(alpha / sigma) (Lu et al. 2022, DPM-Solver++, section 4; Xue et al. 2023).
@@ -178,20 +181,21 @@ def exponential(
 
 
 def exponential_table(
-  grid: Grid, order: int, eta=0.0, *, slope: str = 'exact', curvature: float = 1.0,
-  lower_order_final: bool | int = False, euler_at_final: bool = False,
+  grid: Grid, order: int, eta=0.0, s_noise: float = 1.0, *, slope: str = 'exact',
+  curvature: float = 1.0, lower_order_final: bool | int = False, euler_at_final: bool = False,
 ) -> Table:
-  """Return the explicit exponential Adams method; arguments of `exponential` and `usable`."""
+  """The explicit exponential Adams method; arguments of `exponential` and `usable`."""
   counts = usable(grid, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final)
   nodes = past_nodes(grid, half_log_snr(grid), counts, order)
   correction = exponential(grid, nodes, counts, eta, slope=slope, curvature=curvature)
-  return Table(*first_order(grid, eta), correction)
+  return Table(*first_order(grid, eta, s_noise), correction)
 
 
 def corrector_table(
-  grid: Grid, order: int, eta=0.0, *, slope: str, lower_order_final: bool | int = False
+  grid: Grid, order: int, eta=0.0, s_noise: float = 1.0, *, slope: str,
+  lower_order_final: bool | int = False,
 ) -> Table:
-  """Return the implicit method of x_0 through `order` values: of its end, its start and before.
+  """The implicit method of x_0 through `order` values: of its end, its start and before.
 
   Row i belongs to step i - 1, whose end is where step i starts; row 0 to none.
   """
@@ -203,7 +207,7 @@ def corrector_table(
   counts = jnp.where(is_inner(here, there) & moves(here, there), before + 1, 1)
   correction = exponential(grid, nodes, counts, eta, slope=slope)
   newest_first = jnp.concatenate([correction[:, 1:2], correction[:, :1], correction[:, 2:]], axis=1)
-  table = Table(*first_order(grid, eta), newest_first)
+  table = Table(*first_order(grid, eta, s_noise), newest_first)
   return jax.tree.map(lambda rows: jnp.roll(rows, 1, axis=0), table)
 
 
@@ -211,7 +215,7 @@ def eps_table(
   grid: Grid, order: int, coordinate: Kernel, rate: Kernel, *, to_clean: bool = False,
   lower_order_final: bool | int = False,
 ) -> Table:
-  """Return the explicit Adams method of eps, polynomial in u = coordinate(r): a' int l_j(u) dr.
+  """The explicit Adams method of eps, polynomial in u = coordinate(r): a' int l_j(u) dr.
 
   rate: dr / du as a function of u. to_clean: True if u is finite at r = 0.
   """
@@ -230,10 +234,9 @@ def eps_table(
 
 
 def adams(
-  denoise: Denoiser, x: Latents, grid: Grid, table: Table, *,
-  of_eps: bool = False, noise: Noise | None = None, trajectory: bool = False,
-) -> Latents | Trajectory:
-  """Run the explicit method of `table`, whose values are x_0 or, with of_eps, eps."""
+  denoise: Denoiser, table: Table, *, of_eps: bool = False, noise: Noise | None = None
+) -> Steps:
+  """The explicit method of `table`, whose values are x_0 or, with of_eps, eps."""
   order = table.correction.shape[1]
 
   def step(x, past, here, there, index, row):
@@ -243,14 +246,12 @@ def adams(
     x = row.keep * x + row.clean * x0 + combine(row.correction, values)
     return (x + row.noise * noise(index, x) if noise else x), values[:-1], x0
 
-  carry = lambda x: (jnp.zeros_like(x),) * (order - 1)
-  return walk(step, x, grid, (table,), carry=carry, trajectory=trajectory)
+  return Steps(step, (table,), carry=lambda x: (jnp.zeros_like(x),) * (order - 1))
 
 
 def predict_correct(
-  denoise: Denoiser, x: Latents, grid: Grid, predictor: Table, corrector: Table, *,
-  noise: Noise | None = None, trajectory: bool = False,
-) -> Latents | Trajectory:
+  denoise: Denoiser, grid: Grid, predictor: Table, corrector: Table, noise: Noise | None = None
+) -> Steps:
   """Predict with one table; the call at the predicted x corrects it with the other.
 
   The corrected x is not evaluated again. Prediction and correction share their noise. The last step
@@ -278,54 +279,34 @@ def predict_correct(
     zeros = jnp.zeros_like(x)
     return x, (zeros,) * (max(k, c) - 1), zeros if noise else ()
 
-  return walk(
-    step, x, grid, (predictor, corrector, follows), carry=carry, taken=taken,
-    trajectory=trajectory,
-  )
+  return Steps(step, (predictor, corrector, follows), carry, taken)
 
 
-def dpmpp_2m(
-  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
-  lower_order_final: bool | int = False, euler_at_final: bool = False, trajectory: bool = False,
-) -> Latents | Trajectory:
-  """DPM-Solver++(2M) (Lu et al. 2022, DPM-Solver++, algorithm 2).
-
-  The options are those of `dpmpp_2m_sde`.
-  """
-  return dpmpp_2m_sde(
-    denoise, x, grid, keys, eta=0.0, lower_order_final=lower_order_final,
-    euler_at_final=euler_at_final, trajectory=trajectory,
-  )
-
-
+@scanned
 def dpmpp_2m_sde(
-  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
-  eta: float = 1.0, s_noise: float = 1.0, slope: str = 'midpoint',
-  lower_order_final: bool | int = False, euler_at_final: bool = False, trajectory: bool = False,
-) -> Latents | Trajectory:
+  denoise, grid, noise, *, eta=1.0, s_noise=1.0, slope='midpoint', lower_order_final=False,
+  euler_at_final=False,
+):
   """SDE-DPM-Solver++(2M) (Lu et al. 2022, DPM-Solver++, section 5).
 
   Args:
-    eta: 1 is the reverse SDE, 0 `dpmpp_2m`.
+    eta: 1 is the reverse SDE, 0 DPM-Solver++(2M) (algorithm 2).
     s_noise: factor on the noise.
     slope: 'midpoint', or 'exact', which k-diffusion names heun.
     lower_order_final, euler_at_final: as in `usable`.
-
-  Raises:
-    UserError: for an unknown slope.
   """
-  x, grid = as_arrays(x, grid)
   table = exponential_table(
-    grid, 2, eta, slope=slope, lower_order_final=lower_order_final, euler_at_final=euler_at_final
+    grid, 2, eta, s_noise, slope=slope, lower_order_final=lower_order_final,
+    euler_at_final=euler_at_final,
   )
-  return _with_noise(denoise, x, grid, keys, table, eta, s_noise, trajectory)
+  return adams(denoise, table, noise=noise if eta else None)
 
 
+@scanned
 def dpmpp_3m_sde(
-  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
-  eta: float = 1.0, s_noise: float = 1.0, slope: str = 'exact', curvature: float = 0.5,
-  lower_order_final: bool | int = False, euler_at_final: bool = False, trajectory: bool = False,
-) -> Latents | Trajectory:
+  denoise, grid, noise, *, eta=1.0, s_noise=1.0, slope='exact', curvature=0.5,
+  lower_order_final=False, euler_at_final=False,
+):
   """SDE-DPM-Solver++(3M) (k-diffusion, after Lu et al. 2022).
 
   Args:
@@ -333,69 +314,49 @@ def dpmpp_3m_sde(
     curvature: factor on the quadratic term. k-diffusion and diffusers take half of what
       interpolation gives, which leaves the method at order 2; 1 makes it of order 3.
   """
-  x, grid = as_arrays(x, grid)
   table = exponential_table(
-    grid, 3, eta, slope=slope, curvature=curvature, lower_order_final=lower_order_final,
+    grid, 3, eta, s_noise, slope=slope, curvature=curvature, lower_order_final=lower_order_final,
     euler_at_final=euler_at_final,
   )
-  return _with_noise(denoise, x, grid, keys, table, eta, s_noise, trajectory)
+  return adams(denoise, table, noise=noise if eta else None)
 
 
-def _with_noise(denoise, x, grid, keys, table, eta, s_noise, trajectory):
-  table = table._replace(noise=s_noise * table.noise)
-  noise = noise_source(keys) if eta else None
-  return adams(denoise, x, grid, table, noise=noise, trajectory=trajectory)
-
-
-def lms(
-  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
-  order: int = 4, trajectory: bool = False,
-) -> Latents | Trajectory:
+@scanned
+def lms(denoise, grid, noise, *, order=4):
   """Adams-Bashforth in sigma / alpha for dy = eps dr (k-diffusion); full order to sigma = 0."""
-  del keys
-  x, grid = as_arrays(x, grid)
-  table = eps_table(grid, order, lambda r: r, jnp.ones_like, to_clean=True)
-  return adams(denoise, x, grid, table, of_eps=True, trajectory=trajectory)
+  return adams(
+    denoise, eps_table(grid, order, lambda r: r, jnp.ones_like, to_clean=True), of_eps=True
+  )
 
 
-def deis(
-  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
-  order: int = 3, lower_order_final: bool | int = False, trajectory: bool = False,
-) -> Latents | Trajectory:
+@scanned
+def deis(denoise, grid, noise, *, order=3, lower_order_final=False):
   """DEIS (Zhang & Chen 2023, section 3): eps a polynomial in ln(sigma / alpha), `order` values."""
-  del keys
-  x, grid = as_arrays(x, grid)
   table = eps_table(grid, order, jnp.log, jnp.exp, lower_order_final=lower_order_final)
-  return adams(denoise, x, grid, table, of_eps=True, trajectory=trajectory)
+  return adams(denoise, table, of_eps=True)
 
 
-def unipc(
-  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
-  order: int = 2, variant: str = 'bh2', lower_order_final: bool | int = True,
-  trajectory: bool = False,
-) -> Latents | Trajectory:
+@scanned
+def unipc(denoise, grid, noise, *, order=2, variant='bh2', lower_order_final=True):
   """UniPC for x_0 (Zhao et al. 2023, algorithms 1 and 2): order p predicted, p + 1 corrected.
 
   Args:
     order: p, of the predictor. lower_order_final: as in `usable`.
     variant: 'bh1' or 'bh2', the function B(h); it matters where two values are interpolated.
   """
-  del keys
   slopes = {'bh1': 'linear', 'bh2': 'midpoint'}
   if variant not in slopes:
     raise UserError(f'variant of unipc is {variant!r}; choose one of {", ".join(slopes)}.')
-  x, grid = as_arrays(x, grid)
   options = dict(slope=slopes[variant], lower_order_final=lower_order_final)
   predictor = exponential_table(grid, order, **options)
-  corrector = corrector_table(grid, order + 1, **options)
-  return predict_correct(denoise, x, grid, predictor, corrector, trajectory=trajectory)
+  return predict_correct(denoise, grid, predictor, corrector_table(grid, order + 1, **options))
 
 
+@scanned
 def sa_solver(
-  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
-  tau: float = 1.0, low: float = 0.05, high: float = 1.0, order: int = 2, corrector_order: int = 2,
-  s_noise: float = 1.0, lower_order_final: bool | int = True, trajectory: bool = False,
-) -> Latents | Trajectory:
+  denoise, grid, noise, *, tau=1.0, low=0.05, high=1.0, order=2, corrector_order=2, s_noise=1.0,
+  lower_order_final=True,
+):
   """SA-Solver, stochastic Adams methods for x_0 (Xue et al. 2023, algorithm 1).
 
   Args:
@@ -406,23 +367,20 @@ def sa_solver(
   """
   if corrector_order == 1:
     raise UserError('corrector_order of sa_solver is 1; choose 0 for none, or at least 2.')
-  x, grid = as_arrays(x, grid)
   alphas, sigmas = intervals(grid)[0]
   eta = jnp.where((low * alphas <= sigmas) & (sigmas <= high * alphas), tau**2, 0.0)
   options = dict(slope='linear', lower_order_final=lower_order_final)
-  predictor = exponential_table(grid, order, eta, **options)
-  predictor = predictor._replace(noise=s_noise * predictor.noise)
-  noise = noise_source(keys) if tau else None
+  predictor = exponential_table(grid, order, eta, s_noise, **options)
+  noise = noise if tau else None
   if not corrector_order:
-    return adams(denoise, x, grid, predictor, noise=noise, trajectory=trajectory)
-  corrector = corrector_table(grid, corrector_order, eta, **options)
-  corrector = corrector._replace(noise=s_noise * corrector.noise)
-  return predict_correct(denoise, x, grid, predictor, corrector, noise=noise, trajectory=trajectory)
+    return adams(denoise, predictor, noise=noise)
+  corrector = corrector_table(grid, corrector_order, eta, s_noise, **options)
+  return predict_correct(denoise, grid, predictor, corrector, noise)
 
 
 LMS = SamplerInfo(lms, 4, 1, 'Adams-Bashforth of 4 steps in sigma / alpha', 'k-diffusion')
 DEIS = SamplerInfo(deis, 3, 1, 'exponential multistep of eps', 'Zhang & Chen 2023')
-DPMPP_2M = SamplerInfo(dpmpp_2m, 2, 1, 'DPM-Solver++(2M)', 'Lu et al. 2022')
+DPMPP_2M = SamplerInfo(partial(dpmpp_2m_sde, eta=0.0), 2, 1, 'DPM-Solver++(2M)', 'Lu et al. 2022')
 UNIPC = SamplerInfo(
   unipc, 3, 1, 'UniPC, predictor of order 2, corrector of order 3', 'Zhao et al. 2023'
 )

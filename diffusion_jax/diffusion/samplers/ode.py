@@ -1,12 +1,11 @@
 """Samplers of the first order, one network call a step, and of the second, two calls.
 
-All are `sampler(denoise, x, grid, keys, **options)`: x [b ...] is noise of the grid's first sigma,
-or data noised to its first pair, and the result is at its last pair. All take `trajectory=True`. A
-step of the second order from alpha = 0 or to sigma = 0 is DDIM's: there y = x / alpha or the slope
-is not finite.
+A step of the second order from alpha = 0 or to sigma = 0 is DDIM's: there y = x / alpha or the
+slope is not finite.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -15,27 +14,26 @@ import numpy as np
 
 from diffusion_jax.diffusion.denoiser import Denoiser
 from diffusion_jax.diffusion.samplers.common import (
-  Churn,
-  Keys,
   Pair,
+  Sampler,
   SamplerInfo,
-  Trajectory,
+  Steps,
   ancestral,
-  as_arrays,
   combine,
   contraction,
+  divide,
   epsilon,
   intervals,
   is_inner,
   log_midpoint,
   move,
   moves,
-  noise_source,
+  pair_between,
   real_steps,
+  scanned,
+  step_count,
   straight,
-  walk,
 )
-from diffusion_jax.diffusion.samplers.grid import Grid
 from diffusion_jax.errors import UserError
 from diffusion_jax.types import Latents
 
@@ -45,11 +43,13 @@ ADAMS_BASHFORTH = np.array(
 )
 VARIANCES = ('fixed_small', 'fixed_large', 'learned')
 
+Method = Callable[[Denoiser, Latents, Pair, Pair, Pair], tuple[Latents, Latents]]
+"""(denoise, x, here, there, target) -> (x at `target`, x_0 estimated at `here`): a step without
+noise to a pair of there's alpha, and its sigma or less."""
 
-def ddim(
-  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
-  eta: float = 0.0, s_noise: float = 1.0, keep_epsilon: bool = False, trajectory: bool = False,
-) -> Latents | Trajectory:
+
+@scanned
+def ddim(denoise, grid, noise, *, eta=0.0, s_noise=1.0, keep_epsilon=False):
   """DDIM (Song et al. 2021, eq. 12 and 16).
 
   eta = 0 is also Euler on the probability-flow ODE, in noise levels as in the time of a flow, and
@@ -60,14 +60,11 @@ def ddim(
     eta: fraction of the posterior's deviation that is added as noise.
     s_noise: factor on that noise.
     keep_epsilon: where the estimate of x_0 is clipped, eps is that of the estimate before, as in
-      diffusers; `denoise` then returns both (`guidance.static_threshold`). Otherwise eps is what
+      diffusers; `denoise` then returns both (`denoiser.static_threshold`). Otherwise eps is what
       the clipped x_0 leaves of x, and a step from a pair to itself changes nothing.
   """
-  noise = noise_source(keys)
-  x, grid = as_arrays(x, grid)
   here, there = intervals(grid)
   landing = grid[2] if len(grid) > 2 else there
-  taken = real_steps(here, there) if keep_epsilon else None
 
   def step(x, carry, here, there, index, landing):
     del there
@@ -77,13 +74,11 @@ def ddim(
     x = move(x, free, here, (landing[0], down)) + landing[0] * (x0 - free)
     return (x + s_noise * up * noise(index, x) if eta else x), carry, x0
 
-  return walk(step, x, grid, (landing,), taken=taken, trajectory=trajectory)
+  return Steps(step, (landing,), taken=real_steps(here, there) if keep_epsilon else None)
 
 
-def ddpm(
-  denoise, x: Latents, grid: Grid, keys: Keys, *,
-  variance: str = 'fixed_small', trajectory: bool = False,
-) -> Latents | Trajectory:
+@scanned
+def ddpm(denoise, grid, noise, *, variance='fixed_small'):
   """Ancestral sampling: the posterior's mean and a variance (Ho et al. 2020, eq. 7 and 11).
 
   The last step, to sigma = 0, adds no noise.
@@ -93,13 +88,9 @@ def ddpm(
       fixed_large: right for data N(0, 1); beta_t for a variance-preserving process. learned:
       denoise returns (x_0, f), and the variance is fixed_large^f fixed_small^(1-f), f in [0, 1]
       and of x_0's shape (Nichol & Dhariwal 2021, eq. 15).
-
-  Raises:
-    UserError: for an unknown variance.
   """
   if variance not in VARIANCES:
     raise UserError(f'variance of ddpm is {variance!r}; choose one of {", ".join(VARIANCES)}.')
-  noise = noise_source(keys)
 
   def step(x, carry, here, there, index):
     x0 = denoise(x, *here)
@@ -111,45 +102,83 @@ def ddpm(
     x = move(x, x0, here, (there[0], there[1] * q))
     return x + jnp.where(there[1] > 0, deviation, 0) * noise(index, x), carry, x0
 
-  return walk(step, x, grid, trajectory=trajectory)
+  return Steps(step)
 
 
-def euler(
-  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
-  s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
-  trajectory: bool = False,
-) -> Latents | Trajectory:
-  """Euler steps in sigma / alpha with churn (Karras et al. 2022, algorithm 2 without correction).
+def with_churn(method: Method) -> Sampler:
+  """Make a sampler whose steps first add noise (Karras et al. 2022, algorithm 2).
 
-  Args:
-    s_churn, s_tmin, s_tmax, s_noise: as in `Churn`; without churn the method is deterministic.
+  Its options: s_churn, the sum over the steps of the fraction by which each raises the noise level
+  first, at most sqrt(2) - 1, 0 for a deterministic sampler; s_tmin and s_tmax, noise levels sigma /
+  alpha between which there is churn; s_noise, a factor on its noise.
   """
-  churn = Churn(s_churn, s_tmin, s_tmax, s_noise).on(grid, noise_source(keys))
 
-  def step(x, carry, here, there, index):
-    x, here = churn(x, here, there, index)
-    x0 = denoise(x, *here)
-    return move(x, x0, here, there), carry, x0
+  @scanned
+  def sampler(denoise, grid, noise, *, s_churn=0.0, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0):
+    fraction = jnp.minimum(s_churn / step_count(grid), math.sqrt(2) - 1)
 
-  return walk(step, x, grid, trajectory=trajectory)
+    def churned(x, here, there, z):
+      (a, s), gamma = here, fraction.astype(x.dtype)
+      gamma = jnp.where((s_tmin * a <= s) & (s <= s_tmax * a), gamma, 0)  # False where alpha = 0.
+      raised = (1 + gamma) * s
+      # sqrt(raised^2 - s^2), whose difference may round to below 0 where there is no churn.
+      x = x + s_noise * s * jnp.sqrt(gamma * (2 + gamma)) * z
+      scale = jnp.where(gamma > 0, divide(pair_between(here, there, (a, raised))[0], a), 1)
+      return scale * x, (scale * a, scale * raised)
+
+    def step(x, carry, here, there, index):
+      if s_churn:
+        x, here = churned(x, here, there, noise(index, x))
+      x, x0 = method(denoise, x, here, there, there)
+      return x, carry, x0
+
+    return Steps(step)
+
+  return sampler
 
 
-def heun_step(denoise: Denoiser, x: Latents, here: Pair, there: Pair) -> tuple[Latents, Latents]:
-  """Return (x at `there`, x_0 estimated at `here`): the trapezoidal rule on dy = eps dr."""
+def with_fresh_noise(method: Method) -> Sampler:
+  """Make a sampler that goes to less than the wanted noise, then adds the rest (k-diffusion).
+
+  Its options: eta, the fraction of the posterior's deviation that is added as noise, 0 for the
+  method itself; s_noise, a factor on that noise.
+  """
+
+  @scanned
+  def sampler(denoise, grid, noise, *, eta=1.0, s_noise=1.0):
+    def step(x, carry, here, there, index):
+      down, up = ancestral(here, there, eta)
+      x, x0 = method(denoise, x, here, there, (there[0], down))
+      return (x + s_noise * up * noise(index, x) if eta else x), carry, x0
+
+    return Steps(step)
+
+  return sampler
+
+
+def euler_step(denoise, x, here, there, target):
+  """Euler's method on dy = eps dr."""
+  del there
   x0 = denoise(x, *here)
-  euler = move(x, x0, here, there)
+  return move(x, x0, here, target), x0
+
+
+def heun_step(denoise, x, here, there, target):
+  """The trapezoidal rule on dy = eps dr (Karras et al. 2022, algorithm 1)."""
+  del there
+  x0 = denoise(x, *here)
+  euler = move(x, x0, here, target)
 
   def correct():
-    there_eps = epsilon(euler, denoise(euler, *there), there)
-    return straight(x, (epsilon(x, x0, here) + there_eps) / 2, here, there)
+    next_eps = epsilon(euler, denoise(euler, *target), target)
+    return straight(x, (epsilon(x, x0, here) + next_eps) / 2, here, target)
 
-  return jax.lax.cond(is_inner(here, there), correct, lambda: euler), x0
+  return jax.lax.cond(is_inner(here, target), correct, lambda: euler), x0
 
 
-def midpoint_step(
-  denoise: Denoiser, x: Latents, x0: Latents, here: Pair, there: Pair, target: Pair
-) -> Latents:
-  """x at `target`, a pair of alpha' and a sigma of at most sigma': the midpoint rule in log r."""
+def midpoint_step(denoise, x, here, there, target):
+  """The midpoint rule in log r (k-diffusion; cf. Lu et al. 2022, DPM-Solver-2)."""
+  x0 = denoise(x, *here)
 
   def correct():
     middle = log_midpoint(here, there, target)
@@ -157,86 +186,38 @@ def midpoint_step(
     eps = epsilon(x_middle, denoise(x_middle, *middle), middle)
     return straight(x, eps, here, target)
 
-  return jax.lax.cond(is_inner(here, target), correct, lambda: move(x, x0, here, target))
+  return jax.lax.cond(is_inner(here, target), correct, lambda: move(x, x0, here, target)), x0
 
 
-def heun(
-  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
-  s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
-  trajectory: bool = False,
-) -> Latents | Trajectory:
-  """Heun's method with churn (Karras et al. 2022, algorithms 1 and 2).
+def two_stage_step(denoise, x, here, there, target):
+  """DPM-Solver++(2S) (Lu et al. 2022, DPM-Solver++, algorithm 1 with r = 1/2)."""
+  x0 = denoise(x, *here)
 
-  Args:
-    s_churn, s_tmin, s_tmax, s_noise: as in `Churn`; without churn the method is deterministic.
-  """
-  churn = Churn(s_churn, s_tmin, s_tmax, s_noise).on(grid, noise_source(keys))
+  def at_middle():
+    middle = log_midpoint(here, there, target)
+    return denoise(move(x, x0, here, middle), *middle).astype(x.dtype)
 
-  def step(x, carry, here, there, index):
-    x, here = churn(x, here, there, index)
-    x, x0 = heun_step(denoise, x, here, there)
-    return x, carry, x0
-
-  return walk(step, x, grid, trajectory=trajectory)
+  used = jax.lax.cond(is_inner(here, target), at_middle, lambda: x0.astype(x.dtype))
+  return move(x, used, here, target), x0
 
 
-def dpm2(
-  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
-  s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
-  trajectory: bool = False,
-) -> Latents | Trajectory:
-  """The midpoint rule, midpoints in log r (k-diffusion; cf. Lu et al. 2022, DPM-Solver-2).
-
-  Args:
-    s_churn, s_tmin, s_tmax, s_noise: as in `Churn`; without churn the method is deterministic.
-  """
-  churn = Churn(s_churn, s_tmin, s_tmax, s_noise).on(grid, noise_source(keys))
-
-  def step(x, carry, here, there, index):
-    x, here = churn(x, here, there, index)
-    x0 = denoise(x, *here)
-    return midpoint_step(denoise, x, x0, here, there, there), carry, x0
-
-  return walk(step, x, grid, trajectory=trajectory)
+euler, heun, dpm2 = with_churn(euler_step), with_churn(heun_step), with_churn(midpoint_step)
+dpm2_ancestral = with_fresh_noise(midpoint_step)
+dpmpp_2s_ancestral = with_fresh_noise(two_stage_step)
 
 
-def dpm2_ancestral(
-  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
-  eta: float = 1.0, s_noise: float = 1.0, trajectory: bool = False,
-) -> Latents | Trajectory:
-  """`dpm2` to less than the wanted noise, then the rest as fresh noise (k-diffusion).
-
-  Args:
-    eta: fraction of the posterior's deviation that is added as noise; 0 is `dpm2`.
-    s_noise: factor on that noise.
-  """
-  noise = noise_source(keys)
-
-  def step(x, carry, here, there, index):
-    x0 = denoise(x, *here)
-    down, up = ancestral(here, there, eta)
-    x = midpoint_step(denoise, x, x0, here, there, (there[0], down))
-    return (x + s_noise * up * noise(index, x) if eta else x), carry, x0
-
-  return walk(step, x, grid, trajectory=trajectory)
-
-
-def flow_heun(
-  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *, trajectory: bool = False
-) -> Latents | Trajectory:
+@scanned
+def flow_heun(denoise, grid, noise):
   """Heun's method in the time of a flow (Lipman et al. 2023; Esser et al. 2024).
 
   Averages the velocities dx = (alpha' - alpha) x_0 + (sigma' - sigma) eps at both ends; on a flow's
   grid that is (sigma' - sigma) (eps - x_0). Finite from alpha = 0.
   """
-  del keys
 
   def step(x, carry, here, there, index):
-    del index
     x0 = denoise(x, *here)
-    velocity = lambda x, x0, at: (there[0] - here[0]) * x0 + (there[1] - here[1]) * epsilon(
-      x, x0, at
-    )
+    d_alpha, d_sigma = there[0] - here[0], there[1] - here[1]
+    velocity = lambda x, x0, at: d_alpha * x0 + d_sigma * epsilon(x, x0, at)
     first = velocity(x, x0, here)
 
     def correct():
@@ -245,13 +226,11 @@ def flow_heun(
 
     return jax.lax.cond(there[1] > 0, correct, lambda: x + first), carry, x0
 
-  return walk(step, x, grid, trajectory=trajectory)
+  return Steps(step)
 
 
-def pndm(
-  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
-  runge_kutta: bool = True, average: str = 'epsilon', trajectory: bool = False,
-) -> Latents | Trajectory:
+@scanned
+def pndm(denoise, grid, noise, *, runge_kutta=True, average='epsilon'):
   """Pseudo numerical methods (Liu et al. 2022, algorithm 2): Adams-Bashforth weights on eps.
 
   The weights are those of equal steps of time; the move, their transfer part, is DDIM's.
@@ -262,13 +241,9 @@ def pndm(
       else halfway in log-SNR; otherwise (PLMS) with one step of improved Euler, two calls.
     average: what the weights average, 'epsilon' or, of variance-preserving processes,
       'v_prediction' = alpha eps - sigma x_0, whose mean is read as v where the step starts.
-
-  Raises:
-    UserError: for another average.
   """
   if average not in ('epsilon', 'v_prediction'):
     raise UserError(f'average of pndm is {average!r}; choose epsilon or v_prediction.')
-  del keys
   here, there = intervals(grid)
   rows = jnp.clip(jnp.cumsum(moves(here, there)) - 1, 0, 3)
   middles = grid[2] if len(grid) > 2 else jax.tree.map(
@@ -281,7 +256,6 @@ def pndm(
     return (pair[0] * eps - pair[1] * x0 if of_v else eps).astype(x.dtype)
 
   def step(x, past, here, there, index, row, middle):
-    del index
     at = lambda x, pair: value(x, denoise(x, *pair), pair)
     to = lambda mean, pair: straight(x, here[0] * mean + here[1] * x if of_v else mean, here, pair)
     x0 = denoise(x, *here)
@@ -305,33 +279,36 @@ def pndm(
     moved = jnp.where(here[0] > 0, to(mean, there), move(x, x0, here, there))
     return moved, values[:-1], x0
 
-  carry = lambda x: (jnp.zeros_like(x),) * 3
-  return walk(step, x, grid, (rows, middles), carry=carry, trajectory=trajectory)
+  return Steps(step, (rows, middles), carry=lambda x: (jnp.zeros_like(x),) * 3)
 
+
+EDM_CHURN = dict(s_churn=40.0, s_tmin=0.05, s_tmax=50.0, s_noise=1.003)
 
 DDIM = SamplerInfo(ddim, 1, 1, 'DDIM, eta = 0; eps follows a clipped x_0', 'Song et al. 2021')
 DDPM = SamplerInfo(
-  ddpm, 1, 1,
-  "ancestral, the posterior's variance, or a learned one", 'Ho et al. 2020', stochastic=True,
+  ddpm, 1, 1, "ancestral, the posterior's variance, or a learned one", 'Ho et al. 2020',
+  stochastic=True,
 )
 DDPM_LARGE = SamplerInfo(
-  partial(ddpm, variance='fixed_large'), 1, 1,
-  'ancestral, variance beta_t', 'Ho et al. 2020', stochastic=True,
+  partial(ddpm, variance='fixed_large'), 1, 1, 'ancestral, variance beta_t', 'Ho et al. 2020',
+  stochastic=True,
 )
 EULER = SamplerInfo(euler, 1, 1, 'Euler on the probability-flow ODE', 'Karras et al. 2022')
 EULER_ANCESTRAL = SamplerInfo(
-  partial(ddim, eta=1.0), 1, 1,
-  'Euler with fresh noise; DDIM, eta = 1', 'Song et al. 2021', stochastic=True,
+  partial(ddim, eta=1.0), 1, 1, 'Euler with fresh noise; DDIM, eta = 1', 'Song et al. 2021',
+  stochastic=True,
 )
 HEUN = SamplerInfo(heun, 2, 2, 'trapezoidal rule in sigma / alpha', 'Karras et al. 2022')
-EDM_CHURN = dict(s_churn=40.0, s_tmin=0.05, s_tmax=50.0, s_noise=1.003)
 HEUN_CHURN = SamplerInfo(
-  partial(heun, **EDM_CHURN), 1, 2,
-  'Heun with noise added and removed', 'Karras et al. 2022', stochastic=True,
+  partial(heun, **EDM_CHURN), 1, 2, 'Heun with noise added and removed', 'Karras et al. 2022',
+  stochastic=True,
 )
 DPM2 = SamplerInfo(dpm2, 2, 2, 'midpoint rule, midpoints in log-SNR', 'Lu et al. 2022')
 DPM2_ANCESTRAL = SamplerInfo(
   dpm2_ancestral, 2, 2, 'dpm2 with fresh noise', 'Lu et al. 2022', stochastic=True
+)
+DPMPP_2S_ANCESTRAL = SamplerInfo(
+  dpmpp_2s_ancestral, 2, 2, 'DPM-Solver++(2S) with fresh noise', 'Lu et al. 2022', stochastic=True
 )
 FLOW_EULER = SamplerInfo(
   ddim, 1, 1, 'Euler in the time of a flow; equals ddim', 'Lipman et al. 2023'

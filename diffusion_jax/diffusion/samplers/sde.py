@@ -4,18 +4,14 @@ The score is (alpha x_0 - x) / sigma^2 (Efron 2011). A step to sigma = 0 returns
 from alpha = 0 takes the posterior.
 """
 
-
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.diffusion.denoiser import Denoiser
 from diffusion_jax.diffusion.samplers.common import (
-  Keys,
   Pair,
   SamplerInfo,
-  Trajectory,
+  Steps,
   ancestral,
-  as_arrays,
   contraction,
   divide,
   fresh,
@@ -23,10 +19,8 @@ from diffusion_jax.diffusion.samplers.common import (
   is_inner,
   log_midpoint,
   move,
-  noise_source,
   pairs_at,
-  scan_steps,
-  walk,
+  scanned,
 )
 from diffusion_jax.diffusion.samplers.grid import Grid
 from diffusion_jax.diffusion.samplers.ode import heun_step
@@ -47,23 +41,20 @@ def reverse_step(x: Latents, x0: Latents, here: Pair, there: Pair, z: Latents) -
   return jnp.where(is_inner(here, there), stepped, there[0] * x0 + there[1] * z)
 
 
-def euler_maruyama(
-  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
-  trajectory: bool = False,
-) -> Latents | Trajectory:
+@scanned
+def euler_maruyama(denoise, grid, noise):
   """Euler-Maruyama on dx = (f x - g^2 score) dt + g dw, run backwards (Song et al. 2021, eq. 6).
 
   Drift and noise of a step are those of the forward chain between its two pairs, -f dt =
   1 - alpha / alpha' and g^2 dt = sigma^2 - (alpha / alpha')^2 sigma'^2: the reverse diffusion
   sampler (eq. 46), x' = (2 - sqrt(1 - beta)) x + beta score + sqrt(beta) z for VP.
   """
-  noise = noise_source(keys)
 
   def step(x, carry, here, there, index):
     x0 = denoise(x, *here)
     return reverse_step(x, x0, here, there, noise(index, x)), carry, x0
 
-  return walk(step, x, grid, trajectory=trajectory)
+  return Steps(step)
 
 
 def langevin_step(x: Latents, gradient: Latents, size, z: Latents) -> Latents:
@@ -76,46 +67,41 @@ def _norms(values: Latents) -> jax.Array:
   return jnp.sqrt((values**2).sum(axis=tuple(range(1, values.ndim)), keepdims=True))
 
 
-def predictor_corrector(
-  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
-  snr: float = 0.16, corrections: int = 1, trajectory: bool = False,
-) -> Latents | Trajectory:
+@scanned
+def predictor_corrector(denoise, grid, noise, *, snr=0.16, corrections=1):
   """Langevin steps at each noise level, then a step of `euler_maruyama` (Song et al. 2021, alg. 1).
 
   A Langevin step has the size 2 (snr |z| / |score|)^2 of algorithm 4, with norms of each image by
   itself rather than their mean over the batch, and without algorithm 5's factor 1 - beta for VP. In
   a few dimensions, as of points in the plane, one image's norms vary too much for that.
-  Draws (corrections + 1) i and on belong to step i.
+  Noises (corrections + 1) i and on belong to step i.
 
   Args:
     snr: signal-to-noise ratio of a Langevin step.
     corrections: Langevin steps before each step, one network call each.
   """
-  noise = noise_source(keys)
 
   def step(x, carry, here, there, index):
-    draw = lambda k: noise((corrections + 1) * index + k, x)
+    own_noise = lambda k: noise((corrections + 1) * index + k, x)
 
     def correct(x, k):
-      gradient, z = score(x, denoise(x, *here), here), draw(k)
+      gradient, z = score(x, denoise(x, *here), here), own_noise(k)
       size = 2 * (snr * _norms(z) / _norms(gradient)) ** 2
       return langevin_step(x, gradient, size, z).astype(x.dtype), None
 
     x, _ = jax.lax.scan(correct, x, jnp.arange(corrections))
     x0 = denoise(x, *here)
-    return reverse_step(x, x0, here, there, draw(corrections)), carry, x0
+    return reverse_step(x, x0, here, there, own_noise(corrections)), carry, x0
 
-  return walk(step, x, grid, trajectory=trajectory)
+  return Steps(step)
 
 
-def annealed_langevin(
-  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
-  step_size: float = 0.2, steps: int = 100, trajectory: bool = False,
-) -> Latents | Trajectory:
+@scanned
+def annealed_langevin(denoise, grid, noise, *, step_size=0.2, steps=100):
   """Langevin dynamics at each noise level in turn (Song & Ermon 2019, algorithm 1).
 
   x goes on to the next level with x / alpha as it is; to sigma = 0 by a denoising step (Jolicoeur-
-  Martineau et al. 2021), and from alpha = 0 as alpha' x_0 + sigma' z. Draws (steps + 1) i and on
+  Martineau et al. 2021), and from alpha = 0 as alpha' x_0 + sigma' z. Noises (steps + 1) i and on
   belong to level i.
 
   Args:
@@ -123,74 +109,40 @@ def annealed_langevin(
       its last variance 0.01^2.
     steps: at each level, one network call each.
   """
-  noise = noise_source(keys)
 
   def step(x, carry, here, there, index):
-    draw = lambda k: noise((steps + 1) * index + k, x)
+    own_noise = lambda k: noise((steps + 1) * index + k, x)
 
     def settle(carry, k):
       x, _ = carry
       x0 = denoise(x, *here)
       size = step_size / 2 * here[1] ** 2
-      new = langevin_step(x, score(x, x0, here), size, draw(k))
+      new = langevin_step(x, score(x, x0, here), size, own_noise(k))
       return (new.astype(x.dtype), x0.astype(x.dtype)), None
 
     (x, x0), _ = jax.lax.scan(settle, (x, x), jnp.arange(steps))
 
     def leave():
-      return there[0] * denoise(x, *here).astype(x.dtype) + there[1] * draw(steps)
+      return there[0] * denoise(x, *here).astype(x.dtype) + there[1] * own_noise(steps)
 
     stay = lambda: divide(there[0], here[0]) * x
     return jax.lax.cond(is_inner(here, there), stay, leave), carry, x0
 
-  return walk(step, x, grid, trajectory=trajectory)
+  return Steps(step)
 
 
-def dpmpp_2s_ancestral(
-  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
-  eta: float = 1.0, s_noise: float = 1.0, trajectory: bool = False,
-) -> Latents | Trajectory:
-  """DPM-Solver++(2S) to less than the wanted noise, then the rest as fresh noise (k-diffusion).
-
-  The solver is Lu et al. 2022, DPM-Solver++, algorithm 1 with r = 1/2.
-
-  Args:
-    eta: fraction of the posterior's deviation that is added as noise; 0 is DPM-Solver++(2S).
-    s_noise: factor on that noise.
-  """
-  noise = noise_source(keys)
-
-  def step(x, carry, here, there, index):
-    x0 = denoise(x, *here)
-    down, up = ancestral(here, there, eta)
-    target = (there[0], down)
-
-    def at_middle():
-      middle = log_midpoint(here, there, target)
-      return denoise(move(x, x0, here, middle), *middle).astype(x.dtype)
-
-    used = jax.lax.cond(is_inner(here, target), at_middle, lambda: x0.astype(x.dtype))
-    x = move(x, used, here, target)
-    return (x + s_noise * up * noise(index, x) if eta else x), carry, x0
-
-  return walk(step, x, grid, trajectory=trajectory)
-
-
-def dpmpp_sde(
-  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
-  eta: float = 1.0, s_noise: float = 1.0, trajectory: bool = False,
-) -> Latents | Trajectory:
+@scanned
+def dpmpp_sde(denoise, grid, noise, *, eta=1.0, s_noise=1.0):
   """DPM-Solver++(SDE) (k-diffusion): an ancestral step to the log-midpoint, its x_0 for the whole.
 
-  Both noises of a step come from one Brownian path in sigma / alpha, as k-diffusion draws them: the
+  Both noises of a step come from one Brownian path in sigma / alpha, as k-diffusion has them: the
   correlation makes the variance right to second order in the step, independent noise only to first.
-  Draws 2 i and 2 i + 1 belong to step i.
+  Noises 2 i and 2 i + 1 belong to step i.
 
   Args:
     eta: fraction of the posterior's deviation that is added as noise.
     s_noise: factor on that noise.
   """
-  noise = noise_source(keys)
 
   def step(x, carry, here, there, index):
     x0 = denoise(x, *here)
@@ -212,20 +164,17 @@ def dpmpp_sde(
       x = x + s_noise * up * z
     return x, carry, x0
 
-  return walk(step, x, grid, trajectory=trajectory)
+  return Steps(step)
 
 
-def path_correlation(here, middle, there) -> jax.Array:
-  """Return the correlation of a Brownian path's increments from r to the middle and to r'."""
+def path_correlation(here: Pair, middle: Pair, there: Pair) -> jax.Array:
+  """Correlation of a Brownian path's increments from r to the middle and to r'."""
   r, r_middle, r_next = (divide(pair[1], pair[0]) for pair in (here, middle, there))
   return jnp.sqrt((r - r_middle) / (r - r_next))
 
 
-def restart(
-  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
-  low: float = 0.1, high: float = 2.0, steps: int = 6, repeats: int = 2, s_noise: float = 1.0,
-  trajectory: bool = False,
-) -> Latents | Trajectory:
+@scanned
+def restart(denoise, grid, noise, *, low=0.1, high=2.0, steps=6, repeats=2, s_noise=1.0):
   """Heun's method that goes `repeats` times from noise level `low` back up to `high`.
 
   Xu et al. 2023, algorithm 1 with one interval: at the pair nearest to `low`, noise lifts x to
@@ -236,8 +185,6 @@ def restart(
     low, high: noise levels sigma / alpha, each cut to those of the grid.
     s_noise: factor on the noise that lifts x.
   """
-  noise = noise_source(keys)
-  x, grid = as_arrays(x, grid)
   starts, ends = _with_restarts(grid, low, high, steps, repeats)
   before = tuple(
     jnp.concatenate([start[:1], end[:-1]]) for start, end in zip(starts, ends, strict=True)
@@ -246,10 +193,10 @@ def restart(
   def step(x, carry, here, there, index, before):
     scale = jnp.where(here[0] == before[0], 1, divide(here[0], before[0]))
     x = scale * x + s_noise * fresh(here[1], scale * before[1]) * noise(index, x)
-    x, x0 = heun_step(denoise, x, here, there)
+    x, x0 = heun_step(denoise, x, here, there, there)
     return x, carry, x0
 
-  return scan_steps(step, x, starts, ends, (before,), trajectory=trajectory)
+  return Steps(step, (before,), ends=(starts, ends))
 
 
 def _with_restarts(grid: Grid, low, high, steps: int, repeats: int) -> tuple[Pair, Pair]:
@@ -276,27 +223,23 @@ def _with_restarts(grid: Grid, low, high, steps: int, repeats: int) -> tuple[Pai
   return insert(here, 0), insert(there, 1)
 
 
-def lcm(
-  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *, trajectory: bool = False
-) -> Latents | Trajectory:
+@scanned
+def lcm(denoise, grid, noise):
   """Multistep consistency sampling: x' = alpha' f(x) + sigma' z.
 
-  Song et al. 2023, algorithm 1; Luo et al. 2023. The denoiser is the consistency
-  function f with its boundary condition f(x) = x at the least noise.
+  Song et al. 2023, algorithm 1; Luo et al. 2023. The denoiser is the consistency function f with
+  its boundary condition f(x) = x at the least noise.
   """
-  noise = noise_source(keys)
 
   def step(x, carry, here, there, index):
     x0 = denoise(x, *here)
     return there[0] * x0 + there[1] * noise(index, x), carry, x0
 
-  return walk(step, x, grid, trajectory=trajectory)
+  return Steps(step)
 
 
-def tcd(
-  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
-  gamma: float = 0.3, trajectory: bool = False,
-) -> Latents | Trajectory:
+@scanned
+def tcd(denoise, grid, noise, *, gamma=0.3):
   """Trajectory consistency: a jump to less noise than wanted, then noise.
 
   Strategic stochastic sampling of Zheng et al. 2024. It jumps to the pairs at the time (1 - gamma)
@@ -305,16 +248,14 @@ def tcd(
   Args:
     gamma: 0 jumps to each next pair itself (DDIM), 1 to clean data (`lcm`).
   """
-  noise = noise_source(keys)
   alphas, sigmas, *of_grid = grid
-  alphas, sigmas = jnp.asarray(alphas), jnp.asarray(sigmas)
   if of_grid:
     landing = of_grid[0]
   elif not gamma:
     landing = alphas[1:], sigmas[1:]
   else:
     angles = (1 - gamma) * jnp.arctan2(sigmas[1:], alphas[1:])
-    landing = pairs_at((alphas, sigmas), (jnp.cos(angles), jnp.sin(angles)))
+    landing = pairs_at(grid, (jnp.cos(angles), jnp.sin(angles)))
 
   def step(x, carry, here, there, index, landing):
     x0 = denoise(x, *here)
@@ -322,12 +263,9 @@ def tcd(
     x = scale * move(x, x0, here, landing)
     return x + fresh(there[1], scale * landing[1]) * noise(index, x), carry, x0
 
-  return walk(step, x, grid, (landing,), trajectory=trajectory)
+  return Steps(step, (landing,))
 
 
-DPMPP_2S_ANCESTRAL = SamplerInfo(
-  dpmpp_2s_ancestral, 2, 2, 'DPM-Solver++(2S) with fresh noise', 'Lu et al. 2022', stochastic=True
-)
 DPMPP_SDE = SamplerInfo(
   dpmpp_sde, 2, 2, 'DPM-Solver++ for the reverse SDE', 'Lu et al. 2022', stochastic=True
 )
