@@ -133,7 +133,7 @@ class Side:
     def draw(params, x, text, negative):
       network = self.network.bind(params)
       denoise = lambda x, alpha, sigma, text: make_denoiser(
-        lambda x, t: network(x, t, Condition(text)), Parameterization(), schedule.timestep
+        lambda x, t: network(x, t, Condition(text)), Parameterization(), schedule.label
       )(x, alpha, sigma)
       return sampler('ddim')(classifier_free(denoise, text, negative, guidance), x, grid, keys)
 

@@ -101,7 +101,7 @@ class Bench:
     def run(params, x, text, grid, keys):
       module = self.network.bind(params)
       network = lambda x, t: module(x, t, Condition(text))
-      denoise = make_denoiser(network, Parameterization(), self.schedule.timestep)
+      denoise = make_denoiser(network, Parameterization(), self.schedule.label)
       return draw(denoise, x, grid, keys)
 
     return jax.jit(run)

@@ -40,7 +40,7 @@ def make_denoiser(
   network: Callable[[Latents, jax.Array], jax.Array], parameterization: Parameterization,
   label: Label, *, variance: bool = False,
 ) -> Denoiser:
-  """Return `network(x, label [b])` as a denoiser; computes in x's dtype outside the network.
+  """`network(x, label [b])` as a denoiser; computes in x's dtype outside the network.
 
   An output of twice x's channels holds a learned variance, too, which is left out unless wanted.
 
@@ -62,17 +62,21 @@ def make_denoiser(
 
 
 def classifier_free(
-  denoise: TextDenoiser, text: Text, negative: Text, scale: Scale, *, others: Others = (),
-  rescale: Scale = 0.0, rescale_in: str = 'sample', interval: Interval | None = None,
+  denoise: TextDenoiser, text: Text, negative: Text, scale: Scale, *, image: Text | None = None,
+  image_scale: Scale = 1.0, others: Others = (), rescale: Scale = 0.0, rescale_in: str = 'sample',
+  interval: Interval | None = None,
 ) -> Denoiser:
   """Classifier-free guidance (Ho & Salimans 2022, eq. 6): negative + scale (text - negative).
 
   A scale that is the number 1 is the conditional model and costs one network call a step; any
-  other costs one call on a batch twice as large, within the interval if there is one.
+  other costs one call on a batch twice as large, within the interval if there is one. With an
+  image, that is edited: negative + image_scale (image - negative) + scale (text - image), in one
+  call on a batch three times as large (Brooks et al. 2023, eq. 3).
 
   Args:
     text: [b l d], or any tree of arrays [b ...] that the denoiser takes.
     negative: like text: the null caption or a negative prompt.
+    image: like text: the condition with the image that `text` edits, alone.
     others: pairs (worse, s), each of which adds s (conditional - worse) at the cost of a call. For
       a worse version of the model that is autoguidance with the scale 1 + s (Karras et al. 2024,
       section 4); for the same network with the self-attention maps of some layers made the
@@ -86,47 +90,85 @@ def classifier_free(
   Raises:
     UserError: for an unknown `rescale_in`.
   """
+  if rescale_in not in RESCALE_SPACES:
+    raise UserError(
+      f'guidance rescale in {rescale_in!r} is unknown; choose one of {", ".join(RESCALE_SPACES)}.'
+    )
+  plain = image is None and _is_number(scale, 1)
   conditional = lambda x, alpha, sigma: denoise(x, alpha, sigma, text)
-  both = jax.tree.map(lambda *pair: jnp.concatenate(pair), negative, text)
+  if plain and not others:
+    return conditional
+  conditions = (negative, text) if image is None else (text, image, negative)
+  every = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions)
 
   def predictions(x, alpha, sigma):
-    out = denoise(jnp.concatenate([x, x]), alpha, sigma, both)
-    half = lambda start: jax.tree.map(lambda part: part[start : start + len(x)], out)
-    return half(len(x)), half(0)
-
-  return _extrapolated(conditional, predictions, scale, others, rescale, rescale_in, interval)
-
-
-def classifier_free_edit(
-  denoise: TextDenoiser, edit: Text, image: Text, nothing: Text, scale: Scale, image_scale: Scale,
-  *, others: Others = (), rescale: Scale = 0.0, rescale_in: str = 'sample',
-  interval: Interval | None = None,
-) -> Denoiser:
-  """Guidance by a text and by an image that it edits (Brooks et al. 2023, eq. 3).
-
-  nothing + image_scale (image - nothing) + scale (edit - image), in one call on a batch three times
-  as large, within the interval if there is one.
-
-  Args:
-    edit, image, nothing: conditions with text and image, the image alone, neither; trees of arrays
-      [b ...].
-    others, rescale, rescale_in, interval: as in `classifier_free`.
-  """
-  conditional = lambda x, alpha, sigma: denoise(x, alpha, sigma, edit)
-  every = jax.tree.map(lambda *parts: jnp.concatenate(parts), edit, image, nothing)
-
-  def predictions(x, alpha, sigma):
-    out = denoise(jnp.concatenate([x, x, x]), alpha, sigma, every)
-    x0, more = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
+    """Two estimates, from the second of which to the first is guided, and what comes with them."""
+    if plain:
+      x0, more = _parts(conditional(x, alpha, sigma))
+      return x0, x0, more
+    x0, more = _parts(denoise(jnp.concatenate([x] * len(conditions)), alpha, sigma, every))
+    if image is None:
+      return x0[len(x) :], x0[: len(x)], [part[len(x) :] for part in more]
     edited, shown, free = jnp.split(x0, 3)
     # The same shift of both leaves their difference, which the text's scale multiplies.
     shift = (_like(image_scale, x) - 1) * (shown - free)
-    pair = edited + shift, shown + shift
-    return pair if more is None else tuple((part, *(m[: len(x)] for m in more)) for part in pair)
+    return edited + shift, shown + shift, [part[: len(x)] for part in more]
 
-  # An array, as the number 1 would leave the image's scale out, too.
-  scale = jnp.asarray(scale, jnp.float32)
-  return _extrapolated(conditional, predictions, scale, others, rescale, rescale_in, interval)
+  def guided(x, alpha, sigma):
+    better, worse, more = predictions(x, alpha, sigma)
+    x0 = worse + _like(scale, x) * (better - worse)
+    for other, strength in others:
+      x0 = x0 + _like(strength, x) * (better - other(x, alpha, sigma))
+    if not _is_number(rescale, 0):
+      x0 = _rescaled(x, x0, better, alpha, sigma, _like(rescale, x), rescale_in)
+    return (x0, *more) if more else x0
+
+  if interval is None:
+    return guided
+
+  def within(x, alpha, sigma):
+    # sigma / alpha without dividing, as alpha may be 0.
+    low, high = map(jnp.asarray, interval)
+    inside = (sigma > low * alpha) & (jnp.isinf(high) | (sigma <= high * alpha))
+    return jax.lax.cond(inside, guided, conditional, x, alpha, sigma)
+
+  return within
+
+
+def _parts(out) -> tuple[jax.Array, Sequence[jax.Array]]:
+  """A denoiser's x_0, and its learned variance if there is one, which is not guided."""
+  return (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
+
+
+def _is_number(scale: Scale, value: float) -> bool:
+  """True for that very Python number, known when the program is traced."""
+  return isinstance(scale, numbers.Real) and scale == value
+
+
+def _like(scale: Scale, x: jax.Array) -> jax.Array:
+  return expand(jnp.asarray(scale, x.dtype), x)
+
+
+def _rescaled(x, x0, conditional, alpha, sigma, phi, space: str) -> jax.Array:
+  """Guided x_0 with the deviation per image of the conditional one (Lin et al. 2024, 3.4).
+
+  Each space's quantity is p x - q x_0 up to a factor: multiplying it by k means x_0 becomes
+  k x_0 + (1 - k) (p / q) x.
+  """
+  alpha, sigma = jnp.asarray(alpha, x.dtype), jnp.asarray(sigma, x.dtype)
+  p, q = {
+    'sample': (0.0, jnp.ones_like(alpha)),
+    'epsilon': (1.0, alpha),
+    'v_prediction': (alpha, alpha**2 + sigma**2),
+  }[space]
+  variance = lambda x0: jnp.var(p * x - q * x0, axis=tuple(range(1, x.ndim)), keepdims=True)
+  guided = variance(x0)
+  some = guided > 0
+  # 1 where nothing varies, inside the root: its gradient at 0 would be infinite.
+  ratio = jnp.sqrt(jnp.where(some, variance(conditional), 1) / jnp.where(some, guided, 1))
+  # At alpha = 0 epsilon is x whatever x_0 is: there is nothing to rescale.
+  k = jnp.where(q > 0, phi * ratio + 1 - phi, 1)
+  return k * x0 + (1 - k) * (p / jnp.where(q > 0, q, 1)) * x
 
 
 def static_threshold(
@@ -163,83 +205,11 @@ def dynamic_threshold(
 
 
 def _of_x0(denoise: Denoiser, function: Callable, keep_estimate: bool) -> Denoiser:
-  """Return the denoiser with its x_0 changed; a learned variance stays."""
-
   def changed(x, alpha, sigma):
     out = denoise(x, alpha, sigma)
     if keep_estimate:
       return function(out), out
-    return (function(out[0]), *out[1:]) if isinstance(out, tuple) else function(out)
+    x0, more = _parts(out)
+    return (function(x0), *more) if more else function(x0)
 
   return changed
-
-
-def _is_number(scale: Scale, value: float) -> bool:
-  """Return True for that very Python number, known when the program is traced."""
-  return isinstance(scale, numbers.Real) and scale == value
-
-
-def _like(scale: Scale, x: jax.Array) -> jax.Array:
-  return expand(jnp.asarray(scale, x.dtype), x)
-
-
-def _extrapolated(
-  conditional, predictions, scale, others, rescale, rescale_in, interval
-) -> Denoiser:
-  """Denoiser of worse + scale (better - worse), `predictions` giving the pair (better, worse)."""
-  if rescale_in not in RESCALE_SPACES:
-    raise UserError(
-      f'guidance rescale in {rescale_in!r} is unknown; choose one of {", ".join(RESCALE_SPACES)}.'
-    )
-  if _is_number(scale, 1):
-    if not others:
-      return conditional
-    predictions = lambda *at: (conditional(*at),) * 2
-
-  def guided(x, alpha, sigma):
-    better, worse = predictions(x, alpha, sigma)
-    if isinstance(better, tuple):  # With a learned variance, which is not guided.
-      (better, fraction), (worse, _) = better, worse
-      return extrapolate(x, better, worse, alpha, sigma), fraction
-    return extrapolate(x, better, worse, alpha, sigma)
-
-  def extrapolate(x, better, worse, alpha, sigma):
-    x0 = worse + _like(scale, x) * (better - worse)
-    for other, strength in others:
-      x0 = x0 + _like(strength, x) * (better - other(x, alpha, sigma))
-    if _is_number(rescale, 0):
-      return x0
-    return _rescaled(x, x0, better, alpha, sigma, _like(rescale, x), rescale_in)
-
-  if interval is None:
-    return guided
-
-  def within(x, alpha, sigma):
-    # sigma / alpha without dividing, as alpha may be 0.
-    low, high = map(jnp.asarray, interval)
-    inside = (sigma > low * alpha) & (jnp.isinf(high) | (sigma <= high * alpha))
-    return jax.lax.cond(inside, guided, conditional, x, alpha, sigma)
-
-  return within
-
-
-def _rescaled(x, x0, conditional, alpha, sigma, phi, space: str) -> jax.Array:
-  """Guided x_0 with the deviation per image of the conditional one (Lin et al. 2024, 3.4).
-
-  Each space's quantity is p x - q x_0 up to a factor: multiplying it by k means x_0 becomes
-  k x_0 + (1 - k) (p / q) x.
-  """
-  alpha, sigma = jnp.asarray(alpha, x.dtype), jnp.asarray(sigma, x.dtype)
-  p, q = {
-    'sample': (0.0, jnp.ones_like(alpha)),
-    'epsilon': (1.0, alpha),
-    'v_prediction': (alpha, alpha**2 + sigma**2),
-  }[space]
-  variance = lambda x0: jnp.var(p * x - q * x0, axis=tuple(range(1, x.ndim)), keepdims=True)
-  guided = variance(x0)
-  some = guided > 0
-  # 1 where nothing varies, inside the root: its gradient at 0 would be infinite.
-  ratio = jnp.sqrt(jnp.where(some, variance(conditional), 1) / jnp.where(some, guided, 1))
-  # At alpha = 0 epsilon is x whatever x_0 is: there is nothing to rescale.
-  k = jnp.where(q > 0, phi * ratio + 1 - phi, 1)
-  return k * x0 + (1 - k) * (p / jnp.where(q > 0, q, 1)) * x

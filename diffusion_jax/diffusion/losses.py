@@ -1,15 +1,12 @@
-"""Weights on the loss by noise level.
+"""Training losses of a denoising network, one value per example, and their weights by noise level.
 
-Each weighting is defined once, as a weight on the squared error in x_0 as a function of
-SNR = alpha^2 / sigma^2. On the squared error of another prediction it is that weight times
-(d x_0 / d prediction)^2, `denoiser.gain`: the one rule of `weight`.
-
-Score matching: losses whose minimiser is grad_x ln p(x) of the noised data.
-
-Training losses of a denoising network, one value per example.
+A weighting is defined once, as a weight on the squared error in x_0 as a function of SNR = alpha^2
+/ sigma^2. On the squared error of another prediction it is that weight times (d x_0 / d
+prediction)^2, `Parameterization.gain`: the one rule of `weight`.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,98 +18,42 @@ from diffusion_jax.types import Latents, PerExample
 Weighting = Callable[[jax.Array], jax.Array]
 """SNR [...] -> weight [...] on the squared error in x_0."""
 
-
-def uniform() -> Weighting:
-  """1 on x_0's error."""
-  return jnp.ones_like
-
-
-def snr() -> Weighting:
-  """SNR: 1 on epsilon's error, the simple loss of Ho et al. 2020, eq. 14."""
-  return lambda value: value
-
-
-def truncated_snr() -> Weighting:
-  """max(SNR, 1) (Salimans & Ho 2022, section 4)."""
-  return lambda value: jnp.maximum(value, 1.0)
-
-
-def snr_plus_one() -> Weighting:
-  """SNR + 1: 1 on v's error (Salimans & Ho 2022, section 4)."""
-  return lambda value: value + 1
-
-
-def min_snr(gamma: float = 5.0) -> Weighting:
-  """min(SNR, gamma) (Hang et al. 2023, eq. 8)."""
-  return lambda value: jnp.minimum(value, gamma)
-
-
-def soft_min_snr(gamma: float = 4.0) -> Weighting:
-  """SNR gamma / (SNR + gamma) = 1 / (1 / SNR + 1 / gamma) (Crowson et al. 2024, section 3.3)."""
-  return lambda value: value * gamma / (value + gamma)
-
-
-def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
-  """SNR / (k + SNR)^gamma: 1 / (k + SNR)^gamma on epsilon's error (Choi et al. 2022, eq. 8)."""
-  return lambda value: value / (k + value) ** gamma
-
-
-def edm(data_std: float = 0.5) -> Weighting:
-  """SNR + 1 / data_std^2 = (sigma^2 + s^2) / (sigma s)^2 at alpha = 1 (Karras et al. 2022, t. 1).
-
-  1 on the error of the 'edm' prediction with that data_std.
-  """
-  return lambda value: value + 1 / data_std**2
-
-
-def sigmoid(bias: float = 0.0) -> Weighting:
-  """sigmoid(bias - ln SNR) on epsilon's error (Kingma & Gao 2023; Hoogeboom et al. 2024).
-
-  SNR e^bias / (SNR + e^bias) on x_0's error: `soft_min_snr` with gamma = e^bias.
-  """
-  return lambda value: value * jax.nn.sigmoid(bias - jnp.log(value))
-
-
-def debiased() -> Weighting:
-  """sqrt(SNR): 1 / sqrt(SNR) on epsilon's error (Yu et al. 2023, eq. 11)."""
-  return jnp.sqrt
-
-
-WEIGHTINGS: dict[str, Callable[..., Weighting]] = {
-  'uniform': uniform,
-  'snr': snr,
-  'truncated_snr': truncated_snr,
-  'snr_plus_one': snr_plus_one,
-  'min_snr': min_snr,
-  'soft_min_snr': soft_min_snr,
-  'p2': p2,
-  'edm': edm,
-  'sigmoid': sigmoid,
-  'debiased': debiased,
+WEIGHTINGS: dict[str, Callable[..., jax.Array]] = {
+  # 1 on x_0's error, and 1 on epsilon's: the simple loss of Ho et al. 2020, eq. 14.
+  'uniform': lambda snr: jnp.ones_like(snr),
+  'snr': lambda snr: snr,
+  # Salimans & Ho 2022, section 4; the second is 1 on v's error.
+  'truncated_snr': lambda snr: jnp.maximum(snr, 1.0),
+  'snr_plus_one': lambda snr: snr + 1,
+  # Hang et al. 2023, eq. 8; Crowson et al. 2024, section 3.3: 1 / (1 / SNR + 1 / gamma).
+  'min_snr': lambda snr, gamma=5.0: jnp.minimum(snr, gamma),
+  'soft_min_snr': lambda snr, gamma=4.0: snr * gamma / (snr + gamma),
+  # 1 / (k + SNR)^gamma on epsilon's error (Choi et al. 2022, eq. 8).
+  'p2': lambda snr, gamma=1.0, k=1.0: snr / (k + snr) ** gamma,
+  # (sigma^2 + s^2) / (sigma s)^2 at alpha = 1, 1 on the error of 'edm' (Karras et al. 2022, t. 1).
+  'edm': lambda snr, data_std=0.5: snr + 1 / data_std**2,
+  # sigmoid(bias - ln SNR) on epsilon's error (Kingma & Gao 2023; Hoogeboom et al. 2024).
+  'sigmoid': lambda snr, bias=0.0: snr * jax.nn.sigmoid(bias - jnp.log(snr)),
+  # 1 / sqrt(SNR) on epsilon's error (Yu et al. 2023, eq. 11).
+  'debiased': lambda snr: jnp.sqrt(snr),
 }
+"""Weightings by name: functions of the SNR and of their options."""
 
 
 def weighting(name: str, **options) -> Weighting:
-  """The weighting of that name; options are its constructor's, such as gamma=5.
-
-  Raises:
-    UserError: for a name that is not in the table.
-  """
+  """The weighting of that name with its options, such as gamma=5. UserError for another name."""
   if name not in WEIGHTINGS:
     raise UserError(f'weighting {name!r} is unknown; choose one of {", ".join(WEIGHTINGS)}.')
-  return WEIGHTINGS[name](**options)
+  return partial(WEIGHTINGS[name], **options)
 
 
 def weight(
   weighting: Weighting, parameterization: Parameterization, alpha: jax.Array, sigma: jax.Array
 ) -> PerExample:
-  """Weight [b] on a prediction's squared error that is `weighting` on x_0's.
+  """Weight [b] on a prediction's squared error that is `weighting` on x_0's; alpha, sigma [b].
 
-  Finite at alpha = 0 and sigma = 0: both factors see a log-SNR within +-20
-  (`denoiser.MAX_LOG_SNR`), whose end values stand for the limits.
-
-  Args:
-    alpha, sigma: [b].
+  Finite at alpha = 0 and sigma = 0: both factors see a log-SNR within +-MAX_LOG_SNR, whose end
+  values stand for the limits.
   """
   alpha, sigma = clamp_log_snr(alpha, sigma)
   return weighting((alpha / sigma) ** 2) * parameterization.gain(alpha, sigma) ** 2
@@ -124,29 +65,21 @@ def total(values: jax.Array) -> PerExample:
 
 
 def sliced_score_matching(
-  score: Callable[[jax.Array], jax.Array], x: jax.Array, directions: jax.Array,
-  reduce_variance: bool = True,
+  score: Callable[[jax.Array], jax.Array], x: jax.Array, directions: jax.Array
 ) -> PerExample:
-  """v^T (d score / d x) v + 1/2 (v^T score)^2 [b] (Song et al. 2019, eq. 8).
+  """v^T (d score / d x) v + 1/2 |score|^2 [b] (Song et al. 2019, eq. 9).
 
-  Needs no noise levels and no score of q(x | x_0): x [b ...] are draws of the distribution whose
+  Needs no noise levels and no score of q(x | x_0): x [b ...] are samples of the distribution whose
   score is wanted. Equals denoising score matching up to a constant.
 
   Args:
     score: x [b ...] -> [b ...], each example by itself.
     directions: v [b ...] with E[v v^T] = 1, such as standard normals or random signs.
-    reduce_variance: uses 1/2 |score|^2, the expectation of the second term over v (eq. 9).
   """
   # v^T J, not J v: networks have layers whose derivatives are written for this direction alone.
   value, pull = jax.vjp(score, x)
   slope, = pull(directions)
-  if reduce_variance:
-    return total(directions * slope) + total(value**2) / 2
-  return total(directions * slope) + total(directions * value) ** 2 / 2
-
-
-Error = Callable[[jax.Array, jax.Array], PerExample]
-"""(output [b ...], wanted [b ...]) -> [b]."""
+  return total(directions * slope) + total(value**2) / 2
 
 
 def add_noise(x0: Latents, eps: Latents, alpha: jax.Array, sigma: jax.Array) -> Latents:
@@ -175,19 +108,22 @@ def perturb_input(key: jax.Array, eps: Latents, strength: float) -> Latents:
   return eps + strength * jax.random.normal(key, eps.shape, eps.dtype) if strength else eps
 
 
+Error = Callable[[jax.Array, jax.Array], PerExample]
+"""(output [b ...], wanted [b ...]) -> [b], in float32 at least."""
+
+
 def per_example(values: jax.Array) -> PerExample:
   """Mean over all but the first axis."""
   return values.mean(axis=tuple(range(1, values.ndim)))
 
 
 def _difference(output: jax.Array, wanted: jax.Array) -> jax.Array:
-  """output - wanted, in float32 at least."""
   dtype = jnp.promote_types(jnp.result_type(output, wanted), jnp.float32)
   return output.astype(dtype) - wanted.astype(dtype)
 
 
 def squared_error(output: jax.Array, wanted: jax.Array) -> PerExample:
-  """Mean over all but the first axis, in float32 at least."""
+  """Mean squared error, [b]."""
   return per_example(_difference(output, wanted) ** 2)
 
 
@@ -214,14 +150,10 @@ def weighted_loss(
   alpha: jax.Array, sigma: jax.Array, weighting: Weighting | None = None, *,
   error: Error = squared_error,
 ) -> PerExample:
-  """weight x error of a network's output, [b].
+  """weight x error of a network's output for x = alpha x_0 + sigma eps, [b]; alpha, sigma [b].
 
   Without a weighting this is the simple loss (Ho et al. 2020, eq. 14), and with 'flow_prediction'
   flow matching on straight paths (Lipman et al. 2023, eq. 23; Liu et al. 2023, eq. 1).
-
-  Args:
-    output: what the network gave for x = alpha x_0 + sigma eps; alpha and sigma are [b].
-    weighting: a weight on x_0's error, carried over to this prediction's.
   """
   loss = error(output, parameterization.target(x0, eps, alpha, sigma))
   if weighting is None:

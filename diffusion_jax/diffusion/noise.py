@@ -1,13 +1,14 @@
 """Noise levels over time, and the labels by which networks know them.
 
-A `NoiseSchedule` is a process t -> (alpha, sigma) in continuous time, or a table of T timesteps
-made from one. Models, objectives and samplers share one such object.
+A `NoiseSchedule` is a process t -> (alpha, sigma) in continuous time, or as a `Schedule` a table of
+T timesteps made from one. Models, objectives and samplers share one such object.
 
 Index i of a table is time t = (i + 1) / T of a process; t = 0 is the clean pair (1, 0). The
 published schedules of betas are the process's rate per step, beta_i = rate(i / (T - 1)), multiplied
 up; any other process is sampled. `Schedule.process` interpolates a table back to continuous time.
 """
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -66,8 +67,7 @@ MOST_TIMESTEPS = 100_000
 """The longest table of noise levels; published ones have 1,000 to 4,000."""
 
 LABELS = ('exact', 'nearest', 'down', 'sigma')
-"""Labels while sampling: the fractional timestep, rounded, rounded down; sigma T of a
-flow."""
+"""Labels while sampling: the fractional timestep, rounded, rounded down; sigma T of a flow."""
 
 LEARNED = 'learned'
 
@@ -142,126 +142,8 @@ class ScheduleConfig:
     return alphas, sigmas
 
 
-class Schedule:
-  """alpha_t and sigma_t for t = 0 .. T-1, growing towards noise.
-
-  Calling it with integer timesteps [b] gives (alpha [b], sigma [b]), float32 (float64 in x64 mode).
-
-  Attributes:
-    config: what it was made from.
-    alphas, sigmas: [T] float64.
-    alpha_bar: [T] alpha_t^2, the running products of 1 - beta.
-  """
-
-  def __init__(self, config: ScheduleConfig):
-    self.config = config
-    self.alphas, self.sigmas = config.table()
-
-  @classmethod
-  def sampled(cls, process: Process, steps: int) -> 'Schedule':
-    """The table of a process at times 1/T, 2/T .. 1; `Schedule.process` inverts it.
-
-    Its config is None: a function cannot be written to a file.
-    """
-    schedule = cls.__new__(cls)
-    schedule.config = None
-    schedule.alphas, schedule.sigmas = tabulate(process, np.arange(1, steps + 1) / steps)
-    return schedule
-
-  @property
-  def alpha_bar(self) -> np.ndarray:
-    return self.alphas**2
-
-  @property
-  def zero_terminal(self) -> bool:
-    """True if the last step holds no signal."""
-    return bool(self.alphas[-1] == 0)
-
-  @property
-  def variance_preserving(self) -> bool:
-    """True if alpha^2 + sigma^2 = 1 at every step."""
-    return np.allclose(self.alphas**2 + self.sigmas**2, 1, rtol=0, atol=1e-9)
-
-  def __len__(self) -> int:
-    return len(self.alphas)
-
-  def label(self, how: str, grid: Grid) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Return (alpha [], sigma []) -> the timestep [], in one of the ways LABELS.
-
-    Rounding is for the levels of the grid; those between them keep their fraction.
-    """
-    if how == 'exact':
-      return self.timestep
-    if how == 'sigma':
-      return lambda alpha, sigma: sigma * len(self)
-
-    def rounded(alpha, sigma):
-      t = self.timestep(alpha, sigma)
-      known = ((grid[0] == alpha) & (grid[1] == sigma)).any()
-      return jnp.where(known, jnp.round(t) if how == 'nearest' else jnp.floor(t + 1e-3), t)
-
-    return rounded
-
-  def __call__(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jnp.asarray(self.alphas)[t], jnp.asarray(self.sigmas)[t]
-
-  def process(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The table as a process: t [...] in [0, 1] -> (alpha [...], sigma [...]).
-
-    Linear between neighbours, at unit alpha^2 + sigma^2 where the table has that everywhere; exact
-    at t = (i + 1) / T, and (1, 0) at t = 0.
-    """
-    t = jnp.asarray(t)
-    knots = np.arange(len(self) + 1) / len(self)
-    place = lambda first, values: jnp.interp(
-      t, jnp.asarray(knots, t.dtype), jnp.asarray(np.append(first, values), t.dtype)
-    )
-    alpha, sigma = place(1.0, self.alphas), place(0.0, self.sigmas)
-    if self.variance_preserving:
-      norm = jnp.sqrt(alpha**2 + sigma**2)
-      alpha, sigma = alpha / norm, sigma / norm
-    return alpha, sigma
-
-  @property
-  def smooth_process(self) -> Process:
-    """From the table's first level at t = 0 to its last at t = 1, for integration over the levels.
-
-    `process` has a kink at each step, over which a solver's longer steps lose their order. A
-    variance-preserving table gives `processes.arc`, the same levels at an even pace; any other
-    gives `process` itself.
-    """
-    if self.variance_preserving:
-      return processes.arc(*((self.alphas[i], self.sigmas[i]) for i in (0, -1)))
-    first = 1 / len(self)
-    return lambda t: self.process(first + (1 - first) * t)
-
-  def timestep(self, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
-    """The (fractional) timestep at which the schedule has this sigma / alpha.
-
-    Interpolates in ln(sigma / alpha), as diffusers does, and before a last step of alpha = 0, where
-    that is infinite, in the angle atan2(sigma, alpha).
-    """
-    steps = jnp.arange(len(self))
-    at = lambda x, knots: jnp.interp(x, jnp.asarray(knots, x.dtype), steps.astype(x.dtype))
-    level = log_level(jnp.asarray(alpha), jnp.asarray(sigma))
-    t = at(level, log_level(self.alphas, self.sigmas, np))
-    if not self.zero_terminal:
-      return t
-    angle, angles = jnp.arctan2(sigma, alpha), np.arctan2(self.sigmas, self.alphas)
-    return jnp.where(angle > angles[-2], at(angle, angles), t)
-
-
-def timestep(u: jax.Array, steps: int) -> jax.Array:
-  """u in [0, 1) -> integer timestep in [0, steps)."""
-  return jnp.clip(jnp.floor(u * steps).astype(int), 0, steps - 1)
-
-
 class Level(NamedTuple):
-  """One noise level an example, each [b].
-
-  alpha, sigma: x = alpha x_0 + sigma eps. label: what the network sees of it. position: in [0, 1),
-  growing with the noise.
-  """
+  """One noise level an example, each [b]; position in [0, 1) grows with the noise."""
 
   alpha: PerExample
   sigma: PerExample
@@ -306,7 +188,7 @@ class NoiseConfig(ScheduleConfig):
     self.make_process()
 
   def make_process(self) -> Process:
-    """Return the process; one that is learned as it is before."""
+    """Return the process; one that is learned as it is before training."""
     name = 'log_linear' if self.process == LEARNED else self.process
     process = processes.named(name, **self.process_options)
     return processes.sub_vp(process) if self.sub_vp else process
@@ -318,50 +200,44 @@ class NoiseConfig(ScheduleConfig):
   def saved(self) -> dict:
     """Return the fields that a file should keep: those of the table, or those of the process."""
     values = dataclasses.asdict(self)
-    if self.is_table:
-      return {field.name: values[field.name] for field in dataclasses.fields(ScheduleConfig)}
-    names = 'num_train_timesteps', 'process', 'process_options', 'sub_vp', 'label'
-    return {name: values[name] for name in names}
+    table = [field.name for field in dataclasses.fields(ScheduleConfig)]
+    process = ['num_train_timesteps', 'process', 'process_options', 'sub_vp', 'label']
+    return {name: values[name] for name in (table if self.is_table else process)}
 
 
 class NoiseSchedule:
-  """The noise levels of a model, in continuous time or of a table.
+  """The noise levels of a model in continuous time; `Schedule` has those of a table.
 
   Attributes:
     config: what it was made from, or None.
     process: t in [0, 1] -> (alpha, sigma).
-    table: the T timesteps, or None in continuous time.
+    table: the schedule itself if it is one of T timesteps, or None.
     t_min: the earliest time at which the network is trained.
+    kind: one of NETWORK_LABELS; timesteps: what its labels go up to, or are multiples of.
     label_range: the labels' largest absolute value.
   """
 
-  def __init__(
-    self, process: Process, table: Schedule | None = None, *, t_min: float = 1e-3,
-    kind: str = 'log_snr', timesteps: int = 1000, config: NoiseConfig | None = None,
-  ):
-    """`kind` of NETWORK_LABELS; `timesteps` is what its labels go up to, or are multiples of."""
-    self.process, self.table, self.config, self.kind = process, table, config, kind
-    self.t_min = t_min if table is None else 1 / len(table)
-    self.timesteps = timesteps if table is None else len(table)
-    self.label_range = 2.5 if table is None and kind == 'log_snr' else float(self.timesteps)
+  table: 'Schedule | None' = None
 
-  @classmethod
-  def of(cls, config: ScheduleConfig) -> 'NoiseSchedule':
+  def __init__(
+    self, process: Process, *, t_min: float = 1e-3, kind: str = 'log_snr', timesteps: int = 1000,
+    config: NoiseConfig | None = None,
+  ):
+    self.process, self.config, self.t_min = process, config, t_min
+    self.kind, self.timesteps = kind, timesteps
+    self.label_range = 2.5 if kind == 'log_snr' else float(timesteps)
+
+  @staticmethod
+  def of(config: ScheduleConfig) -> 'NoiseSchedule':
     """Return what a config describes."""
     if type(config) is ScheduleConfig:
       config = NoiseConfig(**dataclasses.asdict(config))
     if config.is_table:
-      return cls.of_table(Schedule(config), config)
-    t_min = 0.0 if config.process == LEARNED else 1e-3
-    return cls(
-      config.make_process(), t_min=t_min, kind=config.label,
+      return Schedule(config)
+    return NoiseSchedule(
+      config.make_process(), t_min=0.0 if config.process == LEARNED else 1e-3, kind=config.label,
       timesteps=config.num_train_timesteps, config=config,
     )
-
-  @classmethod
-  def of_table(cls, table: Schedule, config: NoiseConfig | None = None) -> 'NoiseSchedule':
-    """Return the schedule of a table that is there already."""
-    return cls(table.process, table, config=config)
 
   @property
   def learnable(self) -> bool:
@@ -376,60 +252,38 @@ class NoiseSchedule:
     """Return the schedule whose process has these parameters."""
     if not self.learnable:
       return self
-    ends = -processes.log_snr(self.process, jnp.arange(2.0))
-    process = processes.learned(params, *ends)
-    return NoiseSchedule(
-      process, t_min=self.t_min, kind=self.kind, timesteps=self.timesteps, config=self.config
-    )
+    bound = copy.copy(self)
+    bound.process = processes.learned(params, *-processes.log_snr(self.process, jnp.arange(2.0)))
+    return bound
 
   @property
   def zero_terminal(self) -> bool:
     """True if the last level holds no signal."""
-    if self.table is not None:
-      return self.table.zero_terminal
     return bool(tabulate(self.process, np.ones(1))[0] == 0)
 
-  @property
-  def smooth_process(self) -> Process:
+  def smooth_process(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The levels of training from t = 0 to 1, smooth in t, for integration over them."""
-    if self.table is not None:
-      return self.table.smooth_process
-    return lambda t: self.process(self.t_min + (1 - self.t_min) * t)
+    return self.process(self.t_min + (1 - self.t_min) * t)
 
   def levels(self, count: int = 1000) -> tuple[np.ndarray, np.ndarray]:
     """Return (alphas [T], sigmas [T]) of training, from data to noise, float64.
 
     Those of the table, or else `count` of the process, evenly spaced in time.
     """
-    if self.table is not None:
-      return self.table.alphas, self.table.sigmas
     return tabulate(self.process, np.linspace(self.t_min, 1, count))
-
-  def at_timestep(self, t: jax.Array) -> Level:
-    """Return the levels of the table's integer timesteps t [b]."""
-    return Level(*self.table(t), t, t / len(self.table))
 
   def at(self, t: PerExample) -> Level:
     """Return the levels at times t [b] in [0, 1) of the range of training."""
-    if self.table is not None:
-      return self.at_timestep(timestep(t, len(self.table)))
-    alpha, sigma = self.process(self.t_min + (1 - self.t_min) * t)
+    alpha, sigma = self.smooth_process(t)
     return Level(alpha, sigma, self.label(alpha, sigma), t)
 
   def at_ratio(self, ratio: PerExample) -> Level:
-    """Return the levels of, or nearest to, sigma / alpha = ratio [b].
-
-    Beyond the ends of a process that is the level of the end.
-    """
-    if self.table is not None:
-      return self.at_timestep(
-        jnp.round(self.table.timestep(jnp.ones_like(ratio), ratio)).astype(int)
-      )
+    """Return the levels of, or nearest to, sigma / alpha = ratio [b], within those of training."""
 
     def halve(_, ends):  # The ratio grows with t.
       low, high = ends
       middle = (low + high) / 2
-      alpha, sigma = self.process(self.t_min + (1 - self.t_min) * middle)
+      alpha, sigma = self.smooth_process(middle)
       below = sigma < ratio * alpha
       return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
@@ -437,24 +291,17 @@ class NoiseSchedule:
     return self.at((low + high) / 2)
 
   def label(self, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Return the label of any pair, of alpha's shape, within `label_range`.
-
-    On a table the (fractional) timestep; see NETWORK_LABELS for those on a process.
-    """
-    if self.table is not None:
-      return self.table.timestep(alpha, sigma)
+    """Return the label of any pair, of alpha's shape, within `label_range`."""
     if self.kind == 'sigma':
       return self.timesteps * sigma
     label = noise_label(alpha, sigma)
     return label if self.kind == 'log_snr' else self.timesteps * (label / 5 + 0.5)
 
   def at_label(self, label: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the pair that a label of a table, or of kind log_snr, tells.
+    """Return the pair that a label of a table, or of kind log_snr, stands for.
 
     In continuous time it has norm 1, unless alpha stays 1.
     """
-    if self.table is not None:
-      return self.process((label + 1) / len(self.table))
     ratio = jnp.exp(4 * label)
     explodes = self.process(jnp.ones(()))[0] == 1
     alpha = jnp.where(explodes, 1.0, 1 / jnp.sqrt(1 + ratio**2))
@@ -466,8 +313,6 @@ class NoiseSchedule:
     Raises:
       UserError: for another way than 'exact' in continuous time.
     """
-    if self.table is not None:
-      return self.table.label(how, grid)
     if how != 'exact':
       raise UserError(f'timesteps {how!r} are of a table; choose exact for a process.')
     return self.label
@@ -479,10 +324,8 @@ class NoiseSchedule:
     """Return a sampler's grid; `places` are the other arguments of `sampling_grid`.
 
     Raises:
-      UserError: for a spacing that there is none of, and for places in continuous time.
+      UserError: for an unknown spacing, and for places in continuous time.
     """
-    if self.table is not None:
-      return sampling_grid(self.table, steps, spacing, rho, **places)
     for name, value in places.items():
       if value != _PLACES.get(name):
         raise UserError(f'{name} places timesteps of a table; leave it out for a process.')
@@ -491,3 +334,129 @@ class NoiseSchedule:
 
 _PLACES = {'steps_offset': 0, 'drop_last': False, 'fractional': False, 'set_alpha_to_one': True}
 """Arguments of `sampling_grid` that say nothing at these values."""
+
+
+class Schedule(NoiseSchedule):
+  """A table: alpha_t and sigma_t for the timesteps t = 0 .. T-1, growing towards noise.
+
+  Calling it with integer timesteps [b] gives (alpha [b], sigma [b]), float32 (float64 in x64 mode).
+
+  Attributes:
+    alphas, sigmas: [T] float64.
+  """
+
+  def __init__(self, config: ScheduleConfig | None, pairs: tuple | None = None):
+    """`pairs`, (alphas [T], sigmas [T]), stand for those of the config."""
+    self.config = config
+    self.alphas, self.sigmas = pairs or config.table()
+    self.t_min, self.label_range = 1 / len(self), float(len(self))
+
+  @classmethod
+  def sampled(cls, process: Process, steps: int) -> 'Schedule':
+    """The table of a process at times 1/T, 2/T .. 1; `Schedule.process` inverts it.
+
+    Its config is None: a function cannot be written to a file.
+    """
+    return cls(None, tabulate(process, np.arange(1, steps + 1) / steps))
+
+  @property
+  def table(self) -> 'Schedule':
+    return self
+
+  @property
+  def alpha_bar(self) -> np.ndarray:
+    """alpha_t^2 [T], the running products of 1 - beta."""
+    return self.alphas**2
+
+  @property
+  def zero_terminal(self) -> bool:
+    return bool(self.alphas[-1] == 0)
+
+  @property
+  def variance_preserving(self) -> bool:
+    """True if alpha^2 + sigma^2 = 1 at every step."""
+    return np.allclose(self.alphas**2 + self.sigmas**2, 1, rtol=0, atol=1e-9)
+
+  def __len__(self) -> int:
+    return len(self.alphas)
+
+  def __call__(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.asarray(self.alphas)[t], jnp.asarray(self.sigmas)[t]
+
+  def process(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The table as a process: t [...] in [0, 1] -> (alpha [...], sigma [...]).
+
+    Linear between neighbours, at unit alpha^2 + sigma^2 where the table has that everywhere; exact
+    at t = (i + 1) / T, and (1, 0) at t = 0.
+    """
+    t = jnp.asarray(t)
+    knots = np.arange(len(self) + 1) / len(self)
+    place = lambda first, values: jnp.interp(
+      t, jnp.asarray(knots, t.dtype), jnp.asarray(np.append(first, values), t.dtype)
+    )
+    alpha, sigma = place(1.0, self.alphas), place(0.0, self.sigmas)
+    if self.variance_preserving:
+      norm = jnp.sqrt(alpha**2 + sigma**2)
+      alpha, sigma = alpha / norm, sigma / norm
+    return alpha, sigma
+
+  def smooth_process(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """From the table's first level at t = 0 to its last at t = 1.
+
+    `process` has a kink at each step, over which a solver's longer steps lose their order. Of a
+    variance-preserving table this is `processes.arc`, the same levels at an even pace.
+    """
+    if self.variance_preserving:
+      return processes.arc(*((self.alphas[i], self.sigmas[i]) for i in (0, -1)))(t)
+    return super().smooth_process(t)
+
+  def levels(self, count: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+    return self.alphas, self.sigmas
+
+  def at_timestep(self, t: jax.Array) -> Level:
+    """Return the levels of integer timesteps t [b]."""
+    return Level(*self(t), t, t / len(self))
+
+  def at(self, t: PerExample) -> Level:
+    return self.at_timestep(jnp.clip(jnp.floor(t * len(self)).astype(int), 0, len(self) - 1))
+
+  def at_ratio(self, ratio: PerExample) -> Level:
+    return self.at_timestep(jnp.round(self.label(jnp.ones_like(ratio), ratio)).astype(int))
+
+  def label(self, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+    """The (fractional) timestep at which the schedule has this sigma / alpha.
+
+    Interpolates in ln(sigma / alpha), as diffusers does, and before a last step of alpha = 0, where
+    that is infinite, in the angle atan2(sigma, alpha).
+    """
+    steps = jnp.arange(len(self))
+    at = lambda x, knots: jnp.interp(x, jnp.asarray(knots, x.dtype), steps.astype(x.dtype))
+    level = log_level(jnp.asarray(alpha), jnp.asarray(sigma))
+    t = at(level, log_level(self.alphas, self.sigmas, np))
+    if not self.zero_terminal:
+      return t
+    angle, angles = jnp.arctan2(sigma, alpha), np.arctan2(self.sigmas, self.alphas)
+    return jnp.where(angle > angles[-2], at(angle, angles), t)
+
+  def at_label(self, label: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return self.process((label + 1) / len(self))
+
+  def label_as(self, how: str, grid: Grid) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """As of `NoiseSchedule`. Rounding is for the levels of the grid; others keep their fraction."""
+    if how == 'exact':
+      return self.label
+    if how == 'sigma':
+      return lambda alpha, sigma: sigma * len(self)
+
+    def rounded(alpha, sigma):
+      t = self.label(alpha, sigma)
+      known = ((grid[0] == alpha) & (grid[1] == sigma)).any()
+      return jnp.where(known, jnp.round(t) if how == 'nearest' else jnp.floor(t + 1e-3), t)
+
+    return rounded
+
+  def grid(
+    self, steps: int, spacing: str | Sequence[float] = 'trailing', rho: float | None = None,
+    **places,
+  ) -> Grid:
+    return sampling_grid(self, steps, spacing, rho, **places)

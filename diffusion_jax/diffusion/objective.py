@@ -9,8 +9,8 @@ A prediction, a weighting, a distribution of noise levels and an error make the 
   EDM             prediction edm, weighting edm, times log_normal     Karras et al. 2022
   flow matching   prediction flow_prediction, times logit_normal      Esser et al. 2024
 
-Every distribution of times or sigmas is a quantile function of u, uniform in [0, 1), so that plain
-and stratified draws serve all of them.
+Every distribution of times or sigmas is a quantile function of u, uniform in [0, 1), which is
+plainly random or stratified.
 """
 
 import dataclasses
@@ -54,11 +54,6 @@ def _normal(u: jax.Array) -> jax.Array:
   return ndtri(jnp.clip(u, eps, 1 - eps))
 
 
-def logit_normal(u: jax.Array, mean: float = 0.0, std: float = 1.0) -> jax.Array:
-  """t with logit(t) ~ N(mean, std^2) (Esser et al. 2024, eq. 19)."""
-  return jax.nn.sigmoid(mean + std * _normal(u))
-
-
 def mode(u: jax.Array, scale: float = 1.29) -> jax.Array:
   """t = 1 - v - scale (cos^2(pi v / 2) - 1 + v), v = 1 - u (Esser et al. 2024, eq. 20).
 
@@ -69,9 +64,15 @@ def mode(u: jax.Array, scale: float = 1.29) -> jax.Array:
   return u - scale * (jnp.cos(jnp.pi * v / 2) ** 2 - u)
 
 
-def log_normal(u: jax.Array, mean: float = -1.2, std: float = 1.2) -> jax.Array:
-  """sigma (not t) with ln sigma ~ N(mean, std^2), at alpha = 1 (Karras et al. 2022, table 1)."""
-  return jnp.exp(mean + std * _normal(u))
+QUANTILES: dict[str, Callable[..., jax.Array]] = {
+  'uniform': lambda u: u,
+  # logit(t) ~ N(mean, std^2) (Esser et al. 2024, eq. 19).
+  'logit_normal': lambda u, mean=0.0, std=1.0: jax.nn.sigmoid(mean + std * _normal(u)),
+  'mode': mode,
+  # sigma (not t) at alpha = 1, ln sigma ~ N(mean, std^2) (Karras et al. 2022, table 1).
+  'log_normal': lambda u, mean=-1.2, std=1.2: jnp.exp(mean + std * _normal(u)),
+}
+"""Distributions of times: u -> t, growing, with options."""
 
 
 class LossHistory(NamedTuple):
@@ -82,12 +83,12 @@ class LossHistory(NamedTuple):
 
 
 def init_history(steps: int, length: int = 10) -> LossHistory:
-  """No losses seen; the last `length` will be kept."""
+  """Return an empty history of `length` losses at each timestep."""
   return LossHistory(jnp.zeros((steps, length)), jnp.zeros((steps,), jnp.int32))
 
 
 def update_history(history: LossHistory, t: jax.Array, loss: PerExample) -> LossHistory:
-  """Adds unweighted losses [b] at timesteps t [b], oldest out first; a t may occur repeatedly."""
+  """Add unweighted losses [b] at timesteps t [b], oldest out first; a t may occur repeatedly."""
 
   def add(history, pair):
     index, value = pair
@@ -125,12 +126,6 @@ def by_importance(u: jax.Array, probability: jax.Array) -> tuple[jax.Array, PerE
 
 LOSSES = ('simple', 'hybrid', 'bound', 'vdm', 'sliced')
 OF_A_TABLE = ('hybrid', 'bound')
-QUANTILES: dict[str, Callable] = {
-  'uniform': lambda u: u,
-  'logit_normal': logit_normal,
-  'mode': mode,
-  'log_normal': log_normal,
-}
 TIMES = (*QUANTILES, 'importance')
 DECODERS = {'gaussian': bounds.gaussian_log_density, 'discretized': bounds.discretized_gaussian}
 
@@ -198,8 +193,7 @@ class ObjectiveConfig:
 
 
 def _check_options(key: str, name: str, table: Mapping, options: Mapping[str, float]) -> None:
-  known = list(inspect.signature(table[name]).parameters) if name in table else []
-  known = [option for option in known if option not in ('u', 'value', 'x')]
+  known = list(inspect.signature(table[name]).parameters)[1:] if name in table else []
   for option in options:
     if option not in known:
       remedy = f'choose from {", ".join(known)}' if known else 'it has none'
@@ -207,7 +201,7 @@ def _check_options(key: str, name: str, table: Mapping, options: Mapping[str, fl
 
 
 class Losses(NamedTuple):
-  """loss [b]: what is minimised. error [b]: of the prediction, without weights. level: drawn."""
+  """loss [b]: what is minimised. error [b]: of the prediction, unweighted. level: of the noise."""
 
   loss: PerExample
   error: PerExample
@@ -229,9 +223,9 @@ class Objective:
   ):
     self.config, self.noise = config, noise
     self.parameterization = parameterization or config.parameterization
-    needs = config.loss if config.loss in OF_A_TABLE else config.times
     if noise.learnable and config.loss != 'vdm':
       raise UserError(f'objective.loss {config.loss} learns no process; set it to vdm.')
+    needs = config.loss if config.loss in OF_A_TABLE else config.times
     if needs in (*OF_A_TABLE, 'importance') and noise.table is None:
       raise UserError(f'objective: {needs} needs a table of timesteps; choose a discrete schedule.')
     self.weighting = None
@@ -239,24 +233,24 @@ class Objective:
       self.weighting = weighting(config.weighting, **config.weighting_options)
 
   def history(self) -> LossHistory | None:
-    """Where losses by timestep are kept for importance sampling; None where they are not."""
-    if self.config.times != 'importance':
-      return None
-    return init_history(len(self.noise.table))
+    """Return an empty history for importance sampling; None where none is kept."""
+    return init_history(len(self.noise.table)) if self.config.times == 'importance' else None
 
   def denoiser(self, network: Network, variance: bool = False) -> Denoiser:
     """Return the network, trained by this objective, as a denoiser; see `make_denoiser`."""
     return make_denoiser(network, self.parameterization, self.noise.label, variance=variance)
 
-  def draw(self, key: jax.Array, count: int, history: LossHistory | None = None):
+  def sample_levels(self, key: jax.Array, count: int, history: LossHistory | None = None):
     """Return (levels [count], factor [count] or 1 that keeps the mean over times what it was)."""
-    config = self.config
-    u = (stratified if config.stratified else uniform)(key, count)
+    config, u = self.config, self._uniform(key, count)
     if config.times == 'importance':
       t, factor = by_importance(u, importance(history))
       return self.noise.at_timestep(t), factor
     t = QUANTILES[config.times](u, **config.times_options)
     return (self.noise.at_ratio if config.times == 'log_normal' else self.noise.at)(t), 1.0
+
+  def _uniform(self, key: jax.Array, count: int) -> PerExample:
+    return (stratified if self.config.stratified else uniform)(key, count)
 
   def losses(
     self, network: Network, x0: Latents, key: jax.Array, history: LossHistory | None = None
@@ -267,7 +261,7 @@ class Objective:
     eps = losses.offset_noise(key_noise, x0.shape, config.offset_noise)
     if config.loss == 'vdm':
       return self._vdm(network, x0, eps, key_t)
-    level, factor = self.draw(key_t, len(x0), history)
+    level, factor = self.sample_levels(key_t, len(x0), history)
     noise = losses.perturb_input(key_input, eps, config.input_perturbation)
     x = losses.add_noise(x0, noise, level.alpha, level.sigma)
     if config.loss == 'sliced':
@@ -335,9 +329,8 @@ class Objective:
     return bounds.bits_per_dim(nats, x0)
 
   def _vdm(self, network, x0, eps, key) -> Losses:
-    """In continuous time, on a table, too: its process runs through it."""
-    draw = stratified if self.config.stratified else uniform
-    u = draw(key, len(x0))
+    """The bound in continuous time, also on a table, through which its process runs."""
+    u = self._uniform(key, len(x0))
     t = self.noise.t_min + (1 - self.noise.t_min) * u
     alpha, sigma = self.noise.process(t)
     nats = (1 - self.noise.t_min) * bounds.vdm_loss(

@@ -17,7 +17,6 @@ from diffusion_jax.diffusion.denoiser import (
   Others,
   TextDenoiser,
   classifier_free,
-  classifier_free_edit,
   dynamic_threshold,
   static_threshold,
 )
@@ -80,18 +79,15 @@ class Program(NamedTuple):
     parameterization: Parameterization, others: Others = (),
   ) -> Denoiser:
     """The denoiser with guidance and threshold."""
-    how = {
-      'others': others, 'rescale': numbers.rescale,
-      'rescale_in': parameterization.rescale_space,
-      'interval': None if self.everywhere else (numbers.low, numbers.high),
-    }
+    edit = {}
     if self.image_guided:
-      blind = negative._replace(image=jnp.zeros_like(negative.image))
-      scales = numbers.guidance, numbers.image_guidance
-      guided = classifier_free_edit(denoise, told, negative, blind, *scales, **how)
-    else:
-      scale = numbers.guidance if self.guided else 1
-      guided = classifier_free(denoise, told, negative, scale, **how)
+      edit = {'image': negative, 'image_scale': numbers.image_guidance}
+      negative = negative._replace(image=jnp.zeros_like(negative.image))
+    guided = classifier_free(
+      denoise, told, negative, numbers.guidance if self.guided or edit else 1, **edit,
+      others=others, rescale=numbers.rescale, rescale_in=parameterization.rescale_space,
+      interval=None if self.everywhere else (numbers.low, numbers.high),
+    )
     keep = bool(dict(self.options).get('keep_epsilon'))
     if self.threshold == 'static':
       return static_threshold(guided, numbers.limit, keep_estimate=keep)

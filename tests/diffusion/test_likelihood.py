@@ -182,7 +182,7 @@ def test_a_network_on_a_table_of_timesteps_is_scored():
   """For unit Gaussian data the v prediction is 0; x_t / alpha_t has variance 1 / alpha^2."""
   schedule = Schedule(ScheduleConfig())
   denoise = make_denoiser(
-    lambda x, t: 0 * x, Parameterization('v_prediction'), schedule.timestep
+    lambda x, t: 0 * x, Parameterization('v_prediction'), schedule.label
   )
   x = np.zeros((2, 2, 2, 1), np.float32)
   found = run(

@@ -10,7 +10,6 @@ from diffusion_jax.diffusion.losses import (
   WEIGHTINGS,
   add_noise,
   huber_delta,
-  min_snr,
   offset_noise,
   perturb_input,
   pseudo_huber,
@@ -132,9 +131,10 @@ def test_zero_terminal_snr_has_finite_losses_and_gradients(prediction, name):
 def test_min_snr_weights(prediction, formula):
   snr = np.array([1e-3, 0.5, 5.0, 7.0, 900.0])
   alpha, sigma = np.sqrt(snr / (1 + snr)), np.sqrt(1 / (1 + snr))
-  found = weight(min_snr(5.0), Parameterization(prediction), jnp.asarray(alpha), jnp.asarray(sigma))
+  made = weighting('min_snr', gamma=5.0)
+  found = weight(made, Parameterization(prediction), jnp.asarray(alpha), jnp.asarray(sigma))
   np.testing.assert_allclose(found, formula(snr, 5.0), rtol=1e-12)
-  at_zero = weight(min_snr(5.0), Parameterization(prediction), jnp.zeros(1), jnp.ones(1))
+  at_zero = weight(made, Parameterization(prediction), jnp.zeros(1), jnp.ones(1))
   limit = 1.0 if prediction in BLIND_AT_ZERO_SNR else 0.0
   np.testing.assert_allclose(at_zero, [limit], atol=1e-8)
 
@@ -262,19 +262,18 @@ def test_unknown_names_are_refused():
 VARIANCE = 1.6
 
 
-def sliced(k, reduce_variance):
+def sliced(k):
   """E of the sliced loss of the score -k x on N(0, VARIANCE) data, by quadrature."""
   x, v, weights = normal_nodes(np.sqrt(VARIANCE), 1.0)
-  return weights @ sliced_score_matching(lambda x: -k * x, x, v, reduce_variance)
+  return weights @ sliced_score_matching(lambda x: -k * x, x, v)
 
 
-@pytest.mark.parametrize('reduce_variance', [False, True])
-def test_the_sliced_loss_is_minimised_by_the_score(reduce_variance):
+def test_the_sliced_loss_is_minimised_by_the_score():
   """It is k^2 variance / 2 - k."""
   for k in (0.0, 0.3, 1 / VARIANCE, 2.0):
     closed = k**2 * VARIANCE / 2 - k
-    np.testing.assert_allclose(sliced(k, reduce_variance), closed, rtol=1e-12, atol=1e-12)
-  slope = jax.grad(lambda k: sliced(k, reduce_variance))(1 / VARIANCE)
+    np.testing.assert_allclose(sliced(k), closed, rtol=1e-12, atol=1e-12)
+  slope = jax.grad(lambda k: sliced(k))(1 / VARIANCE)
   np.testing.assert_allclose(slope, 0, atol=1e-12)
 
 
@@ -285,9 +284,9 @@ def test_slices_along_all_axes_give_the_trace():
   directions = jnp.sqrt(2.0) * jnp.eye(2)
   twice = jnp.repeat(x, 2, 0)
   wanted = 0.4 * 0 + np.cos(0.4 * -1.1) * -1.1 - 3 * 1.1**2 + (score(x) ** 2).sum() / 2
-  for reduce_variance in (False, True):
-    found = sliced_score_matching(score, twice, directions, reduce_variance).mean()
-    np.testing.assert_allclose(found, wanted, rtol=1e-12)
+  np.testing.assert_allclose(
+    sliced_score_matching(score, twice, directions).mean(), wanted, rtol=1e-12
+  )
 
 
 def test_values_are_per_example():

@@ -51,7 +51,7 @@ def test_a_shift_lowers_the_log_snr_of_betas():
 def test_timestep_inverts_the_schedule(name):
   schedule = Schedule((TABLE | SAMPLED)[name][0])
   t = jnp.array([0, 1, 17, 250, 500, 803, 990, 999])
-  np.testing.assert_allclose(schedule.timestep(*schedule(t)), t, atol=0.02)
+  np.testing.assert_allclose(schedule.label(*schedule(t)), t, atol=0.02)
 
 
 @pytest.mark.parametrize('name', [*TABLE, *SAMPLED])

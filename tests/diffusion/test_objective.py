@@ -10,7 +10,7 @@ from scipy import stats
 
 from diffusion_jax.config import typed
 from diffusion_jax.diffusion import losses, objective, processes
-from diffusion_jax.diffusion.noise import NoiseConfig, NoiseSchedule, ScheduleConfig, timestep
+from diffusion_jax.diffusion.noise import NoiseConfig, NoiseSchedule, ScheduleConfig
 from diffusion_jax.diffusion.objective import (
   LossHistory,
   Objective,
@@ -50,15 +50,16 @@ def test_uniform_times_are_independent():
 @pytest.mark.usefixtures('float64')
 def test_logit_normal_has_its_distribution():
   for mean, std in ((0.0, 1.0), (-0.6, 1.4)):
-    t = np.asarray(objective.logit_normal(jnp.asarray(U), mean, std))
+    t = np.asarray(objective.QUANTILES['logit_normal'](jnp.asarray(U), mean, std))
     np.testing.assert_allclose(stats.norm.cdf((np.log(t / (1 - t)) - mean) / std), U, rtol=1e-9)
 
 
 @pytest.mark.usefixtures('float64')
 def test_log_normal_has_its_distribution():
-  sigma = np.asarray(objective.log_normal(jnp.asarray(U)))
+  sigma = np.asarray(objective.QUANTILES['log_normal'](jnp.asarray(U)))
   np.testing.assert_allclose(stats.norm.cdf((np.log(sigma) + 1.2) / 1.2), U, rtol=1e-9)
-  np.testing.assert_allclose(objective.log_normal(jnp.asarray(0.5)), np.exp(-1.2), rtol=1e-12)
+  median = objective.QUANTILES['log_normal'](jnp.asarray(0.5))
+  np.testing.assert_allclose(median, np.exp(-1.2), rtol=1e-12)
 
 
 @pytest.mark.parametrize('scale', [-1.0, 0.0, 0.81, 1.29, 1.75])
@@ -88,9 +89,10 @@ def test_both_ends_are_finite(quantile):
 @pytest.mark.usefixtures('float64')
 def test_times_become_timesteps():
   u = jnp.array([0.0, 0.0999, 0.1, 0.999999, 1.0])
-  np.testing.assert_array_equal(timestep(u, 10), [0, 0, 1, 9, 9])
-  drawn = timestep(objective.stratified(jax.random.key(3), 50), 10)
-  np.testing.assert_array_equal(np.bincount(drawn), [5] * 10)
+  timestep = lambda u: NoiseSchedule.of(ScheduleConfig(num_train_timesteps=10)).at(u).label
+  np.testing.assert_array_equal(timestep(u), [0, 0, 1, 9, 9])
+  spread = timestep(objective.stratified(jax.random.key(3), 50))
+  np.testing.assert_array_equal(np.bincount(spread), [5] * 10)
 
 
 @pytest.mark.usefixtures('float64')

@@ -15,7 +15,7 @@ from diffusion_jax.diffusion import bounds, likelihood
 from diffusion_jax.diffusion.bounds import continuous_bound, discrete_bound, gaussian_bits
 from diffusion_jax.diffusion.likelihood import flow_likelihood
 from diffusion_jax.diffusion.mixture import GaussianMixture
-from diffusion_jax.diffusion.noise import NoiseSchedule, Schedule, ScheduleConfig
+from diffusion_jax.diffusion.noise import Schedule, ScheduleConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.images import shuffled
 from diffusion_jax.evaluation.likelihood import (
@@ -51,7 +51,7 @@ def test_the_ideal_denoiser_of_a_gaussian_has_the_closed_forms(zero, monkeypatch
     monkeypatch.setattr(module, 'unit_noise', noise)
   config = LikelihoodConfig(draws=1000, ode_steps=32)
   with jax.enable_x64(True):
-    noise = NoiseSchedule.of_table(schedule)
+    noise = schedule
     score = jax.jit(partial(latent_bits, DATA.denoise, noise, keys=None, config=config))
     found = score(jnp.asarray(np.repeat(images, 4, axis=0)))
   wanted = gaussian_bits(
