@@ -30,7 +30,7 @@ from diffusion_jax.types import Latents, PerExample
 
 
 def transition(here: Pair, there: Pair) -> tuple[jax.Array, jax.Array]:
-  """Return (alpha_{t|s}, sigma_{t|s}^2) of q(x_t | x_s) (Kingma et al. 2021, appendix A)."""
+  """(alpha_{t|s}, sigma_{t|s}^2) of q(x_t | x_s) (Kingma et al. 2021, appendix A)."""
   (alpha, sigma), (alpha_there, sigma_there) = here, there
   ratio = divide(alpha, alpha_there)
   kept = ratio * sigma_there
@@ -38,7 +38,7 @@ def transition(here: Pair, there: Pair) -> tuple[jax.Array, jax.Array]:
 
 
 def posterior(x: jax.Array, x0: jax.Array, here: Pair, there: Pair) -> tuple[jax.Array, jax.Array]:
-  """Return (mean [b ...], variance [] or [b]) of q(x_s | x_t, x_0).
+  """(mean [b ...], variance [] or [b]) of q(x_s | x_t, x_0).
 
   mean = alpha_{t|s} sigma_s^2 / sigma_t^2 x_t + alpha_s sigma_{t|s}^2 / sigma_t^2 x_0,
   variance = sigma_{t|s}^2 sigma_s^2 / sigma_t^2 (Ho et al. 2020, eq. 6 and 7; Kingma et al. 2021,
@@ -51,7 +51,7 @@ def posterior(x: jax.Array, x0: jax.Array, here: Pair, there: Pair) -> tuple[jax
 
 
 def log_variances(grid: Grid) -> tuple[jax.Array, jax.Array]:
-  """Return (ln of the posterior's variance [n], ln sigma_{t|s}^2 [n]) for each of a grid's n steps.
+  """(ln of the posterior's variance [n], ln sigma_{t|s}^2 [n]) for each of a grid's n steps.
 
   The bounds between which a sampler's optimal variance lies (Nichol & Dhariwal 2021, section 3.1):
   beta_tilde is right for data without spread ("fixed small"), beta for unit Gaussian data ("fixed
@@ -71,9 +71,7 @@ def log_variances(grid: Grid) -> tuple[jax.Array, jax.Array]:
 def learned_log_variance(output: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
   """ln variance = v upper + (1 - v) lower, v = (output + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
 
-  Args:
-    output: [b ...], the network's extra channels; -1 is the lower bound, 1 the upper one.
-    lower, upper: [] or [b], from `log_variances`.
+  output [b ...] are the network's extra channels; lower and upper, [] or [b], of `log_variances`.
   """
   fraction = (output + 1) / 2
   return fraction * expand(upper, output) + (1 - fraction) * expand(lower, output)
@@ -127,9 +125,8 @@ def prior_term(
   """KL(q(x_T | x_0) | N(0, prior_std^2)) [b]; alpha and sigma, [] or [b], are the last level's."""
   sigma, prior_std = expand(sigma, x0), jnp.asarray(prior_std, x0.dtype)
   zeros = jnp.zeros_like(x0)
-  return total(gaussian_kl(
-    expand(alpha, x0) * x0, 2 * jnp.log(sigma) + zeros, zeros, 2 * jnp.log(prior_std)
-  ))
+  log_variances = 2 * jnp.log(sigma) + zeros, 2 * jnp.log(prior_std)
+  return total(gaussian_kl(expand(alpha, x0) * x0, log_variances[0], zeros, log_variances[1]))
 
 
 def bound_term(
@@ -161,7 +158,7 @@ def bound_loss(
   log_variance: jax.Array, steps: int, last: Pair, *, decoder: Decoder = discretized_gaussian,
   prior_std: float = 1.0,
 ) -> PerExample:
-  """The whole bound [b] in nats, estimated from one uniformly drawn step: prior + steps x term.
+  """The whole bound [b] in nats, estimated from one uniformly random step: prior + steps x term.
 
   Arguments as in `bound_term`; last is the level of t = 1.
   """
@@ -176,18 +173,12 @@ def hybrid_loss(
 ) -> PerExample:
   """L_simple + weight L_vlb [b] (Nichol & Dhariwal 2021, eq. 16), L_vlb in bits per dimension.
 
-  L_vlb = steps x the term of a uniformly drawn timestep. The gradient stops at the estimate: the
+  L_vlb = steps x the term of a uniformly random timestep. The gradient stops at the estimate: the
   bound trains the variance (`learned_log_variance`), the simple loss the mean.
   """
   frozen = jax.lax.stop_gradient(estimate)
   term = bound_term(x0, x, frozen, here, there, log_variance, decoder)
   return simple + weight * steps * bits_per_dim(term, x0)
-
-
-def _epsilon_error(denoise: Denoiser, x0, eps, alpha, sigma) -> PerExample:
-  """|eps - eps_hat|^2 [b], as the error in x_0 times alpha / sigma."""
-  estimate = denoise(add_noise(x0, eps, alpha, sigma), alpha, sigma)
-  return total((expand(divide(alpha, sigma), x0) * (x0 - estimate)) ** 2)
 
 
 def vdm_loss(
@@ -200,12 +191,14 @@ def vdm_loss(
   the term, and depends on the process through the end points of its log-SNR alone.
 
   Args:
-    t: [b], usually `timesteps.stratified`.
-    weighting: for a weighted bound (Kingma & Gao 2023, eq. 6): the weight on x_0's error, in the
-      convention of `weightings`, over SNR; `weightings.snr()` is the bound itself.
+    t: [b], usually stratified.
+    weighting: for a weighted bound (Kingma & Gao 2023, eq. 6): the weight on x_0's error over SNR;
+      'snr' is the bound itself.
   """
   (alpha, sigma), _ = time_derivative(process, t)
-  loss = -log_snr_rate(process, t) / 2 * _epsilon_error(denoise, x0, eps, alpha, sigma)
+  estimate = denoise(add_noise(x0, eps, alpha, sigma), alpha, sigma)
+  error = total((expand(divide(alpha, sigma), x0) * (x0 - estimate)) ** 2)  # In epsilon.
+  loss = -log_snr_rate(process, t) / 2 * error
   if weighting is None:
     return loss
   snr = divide(alpha, sigma) ** 2
@@ -251,11 +244,6 @@ class Bound(NamedTuple):
     return self.prior + self.diffusion + self.decoder
 
 
-def gaussian_decoder(x0, x, alpha, sigma) -> PerExample:
-  """Return -log N(x_0; x / alpha, sigma^2 / alpha^2), the density of continuous x_0."""
-  return -total(gaussian_log_density(x0, x / alpha, 2 * jnp.log(sigma / alpha)))
-
-
 def discrete_bound(
   denoise: Denoiser, x0: Latents, alphas: jax.Array, sigmas: jax.Array, keys: jax.Array, *,
   draws: int | None = None, offset: float | jax.Array = 0.5,
@@ -267,11 +255,11 @@ def discrete_bound(
 
   Args:
     x0: [b ...]. alphas, sigmas: [T], from data to noise.
-    draws: None evaluates each of the T - 1 steps once. A number draws as many, each with noise of
+    draws: None evaluates each of the T - 1 steps once. A number takes as many, each with noise of
       its own and evenly spread over the divergences that they would have for unit Gaussian data.
       Each costs one network call.
-    offset: where in its stratum each draw lies, in [0, 1); uniformly drawn it makes the estimate
-      unbiased, 0.5 makes it repeatable.
+    offset: where in its stratum each of them lies, in [0, 1); uniformly random it makes the
+      estimate unbiased, 0.5 makes it repeatable.
   """
   alphas, sigmas = jnp.asarray(alphas, x0.dtype), jnp.asarray(sigmas, x0.dtype)
   snr = (alphas / sigmas) ** 2
@@ -336,10 +324,13 @@ def _error(denoise, x0, alpha, sigma, keys, index) -> PerExample:
 def _bound(denoise, x0, diffusion, first, last, keys) -> Bound:
   """Add the two end terms, at the least and the most noised (alpha, sigma).
 
-  The Gaussian at the end has the deviation sqrt(alpha^2 + sigma^2), which is 1 for VP.
+  The Gaussian at the end has the deviation sqrt(alpha^2 + sigma^2), which is 1 for VP. The decoder
+  is N(x_0; x / alpha, sigma^2 / alpha^2), a density of continuous x_0.
   """
-  x = first[0] * x0 + first[1] * unit_noise(keys, 0, x0)
-  terms = prior_term(x0, *last, jnp.hypot(*last)), diffusion, gaussian_decoder(x0, x, *first)
+  alpha, sigma = first
+  x = alpha * x0 + sigma * unit_noise(keys, 0, x0)
+  decoder = -total(gaussian_log_density(x0, x / alpha, 2 * jnp.log(sigma / alpha)))
+  terms = prior_term(x0, *last, jnp.hypot(*last)), diffusion, decoder
   return Bound(*(bits_per_dim(term, x0) for term in terms))
 
 
@@ -374,13 +365,13 @@ def gaussian_bits(
   nats = {
     'discrete': ends + (square * of_square + rest) / 2,
     'continuous': ends + integral / 2,
-    'flow': _flow(x0, mean, variance, alphas, sigmas, spread),
+    'flow': _flow_nats(x0, mean, variance, alphas, sigmas, spread),
   }
   axes = tuple(range(1, x0.ndim))
   return {name: value.mean(axis=axes) / np.log(2) for name, value in nats.items()}
 
 
-def _flow(x0, mean, variance, alphas, sigmas, spread):
+def _flow_nats(x0, mean, variance, alphas, sigmas, spread):
   """Nats per entry: the flow stretches each entry's deviation from the mean by one number."""
   at = lambda i: alphas[i] ** 2 * variance + sigmas[i] ** 2
   stretch = np.sqrt(at(-1) / at(0))

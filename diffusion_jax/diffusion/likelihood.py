@@ -42,7 +42,7 @@ class FlowLikelihood(NamedTuple):
 
 
 def velocity(process: Process, denoise: Denoiser) -> Callable[[Latents, jax.Array], Latents]:
-  """Return dx/dt = alpha' x_0 + sigma' eps with estimates for both (Lipman et al. 2023, eq. 23).
+  """dx/dt = alpha' x_0 + sigma' eps with estimates for both (Lipman et al. 2023, eq. 23).
 
   The probability-flow ODE (Song et al. 2021, eq. 7) without a division by alpha: finite at
   alpha = 0.
@@ -58,7 +58,7 @@ def velocity(process: Process, denoise: Denoiser) -> Callable[[Latents, jax.Arra
 
 
 def exact_divergence(field: Field, x: Latents) -> tuple[Latents, PerExample]:
-  """Return (field at x [b ...], trace of its Jacobian [b]): one backward pass per dimension."""
+  """(field at x [b ...], trace of its Jacobian [b]): one backward pass per dimension."""
   value, pull = jax.vjp(field, x)
   size = x[0].size
 
@@ -72,7 +72,7 @@ def exact_divergence(field: Field, x: Latents) -> tuple[Latents, PerExample]:
 def hutchinson_divergence(
   field: Field, x: Latents, probes: jax.Array
 ) -> tuple[Latents, PerExample]:
-  """Return (field at x [b ...], mean of e^T J e over probes e [p b ...]): one backward pass each.
+  """(field at x [b ...], mean of e^T J e over probes e [p b ...]): one backward pass each.
 
   Unbiased for probes of mean 0 and unit covariance (Grathwohl et al. 2019, eq. 7). Backward passes,
   as attention kernels often lack forward ones.
@@ -95,7 +95,7 @@ def flow_likelihood(
   Args:
     x: [b ...]; it is read as x_t / alpha_t at t_min, whose density is the data's blurred by
       sigma / alpha there.
-    trace: 'exact', or Hutchinson's estimate with 'rademacher' or 'gaussian' noise, drawn once per
+    trace: 'exact', or Hutchinson's estimate with 'rademacher' or 'gaussian' noise, fixed for each
       example so that the ODE stays deterministic.
     probes: how many of them are averaged.
     solver: 'adaptive' (Tsitouras' 5(4), one step size for the batch) with rtol and atol on x and
@@ -109,10 +109,9 @@ def flow_likelihood(
   Raises:
     UserError: for an unknown trace or solver.
   """
-  if trace not in TRACES:
-    raise UserError(f'trace {trace!r} is unknown; choose one of {", ".join(TRACES)}.')
-  if solver not in SOLVERS:
-    raise UserError(f'solver {solver!r} is unknown; choose one of {", ".join(SOLVERS)}.')
+  for name, value, known in (('trace', trace, TRACES), ('solver', solver, SOLVERS)):
+    if value not in known:
+      raise UserError(f'{name} {value!r} is unknown; choose one of {", ".join(known)}.')
   alpha, sigma = process(jnp.asarray(t_min, x.dtype))
   start = alpha * x + (sigma * unit_noise(keys, 0, x) if start_noise else 0)
   derivative = _derivative(velocity(process, denoise), trace, probes, keys, x)
@@ -133,8 +132,8 @@ def flow_likelihood(
 def _derivative(drift, trace: str, probes: int, keys, x):
   """(t, (x, gained)) -> its time derivative; gained is the divergence's integral per dimension."""
   if trace != 'exact':
-    draw = {'rademacher': jax.random.rademacher, 'gaussian': jax.random.normal}[trace]
-    noise = jnp.stack([unit_noise(keys, 1 + i, x, draw) for i in range(probes)])
+    distribution = {'rademacher': jax.random.rademacher, 'gaussian': jax.random.normal}[trace]
+    noise = jnp.stack([unit_noise(keys, 1 + i, x, distribution) for i in range(probes)])
 
   def derivative(t, state):
     at_t = lambda x: drift(x, t)

@@ -1,9 +1,9 @@
 """Grids of (alpha, sigma) from noise to data: which noise levels a sampler visits.
 
 A grid has n + 1 pairs for n steps; the last is the clean pair (1, 0), or, where published
-schedulers end there, the table's first. Spacings place its pairs
-either in time (leading, trailing, linspace, beta) or in the noise level r = sigma / alpha (karras,
-exponential, polyexponential, given tables), and either on a table of timesteps or on a process.
+schedulers end there, the table's first. Spacings place its pairs either in time (leading, trailing,
+linspace, beta) or in the noise level r = sigma / alpha (karras, exponential, polyexponential, given
+tables), and either on a table of timesteps or on a process.
 """
 
 from collections.abc import Sequence
@@ -75,10 +75,8 @@ def spaced_timesteps(
       'scheduler with trailing spacing; choose a number that does.'
     )
   if drop_last and spacing in ('leading', 'linspace'):
-    more = spaced_timesteps(
-      total, count + 1, spacing, steps_offset=steps_offset, fractional=fractional
-    )
-    return more[:-1]
+    options = dict(steps_offset=steps_offset, fractional=fractional)
+    return spaced_timesteps(total, count + 1, spacing, **options)[:-1]
   if spacing == 'distilled':
     if not count <= original_inference_steps <= total:
       raise UserError(
@@ -102,45 +100,18 @@ def spaced_timesteps(
     return steps if fractional else np.round(steps).astype(np.int64)
   if spacing == 'beta':
     return (total - 1) * _beta_quantiles(count)
-  raise UserError(f'step spacing {spacing!r} is unknown; choose {", ".join(SPACINGS)}.')
+  raise _unknown(spacing)
 
 
-def _beta_quantiles(count: int, a: float = 0.6, b: float = 0.6) -> np.ndarray:
-  """Quantiles of Beta(a, b) at 1, ..., 1 / count."""
+def _unknown(spacing: str) -> UserError:
+  return UserError(f'step spacing {spacing!r} is unknown; choose {", ".join(SPACINGS)}.')
+
+
+def _beta_quantiles(count: int) -> np.ndarray:
+  """Quantiles of Beta(.6, .6) at 1, ..., 1 / count."""
   from scipy.special import betaincinv  # Takes long to import, and only this grid needs it.
 
-  return betaincinv(a, b, 1 - np.arange(count) / count)
-
-
-def karras_levels(count: int, low: float, high: float, rho: float = 7.0) -> np.ndarray:
-  """r^(1/rho) linear from high to low (Karras et al. 2022, eq. 5), float64 [count]."""
-  levels = np.linspace(high ** (1 / rho), low ** (1 / rho), count) ** rho
-  return _with_ends(levels, low, high)
-
-
-def polyexponential_levels(count: int, low: float, high: float, rho: float = 1.0) -> np.ndarray:
-  """ln r falls as (1 - i / (count - 1))^rho; rho = 1 is the exponential (geometric) spacing."""
-  levels = low * np.exp(np.linspace(1, 0, count) ** rho * np.log(high / low))
-  return _with_ends(levels, low, high)
-
-
-def _with_ends(levels: np.ndarray, low: float, high: float) -> np.ndarray:
-  """Levels without the rounding of powers at both ends: a grid may end at `low` once more."""
-  if len(levels) > 1:
-    levels[-1] = low
-  levels[0] = high
-  return levels
-
-
-def table_levels(levels: Sequence[float], count: int) -> np.ndarray:
-  """`count` levels of a table of one more, itself interpolated in ln r (Sabour et al. 2024).
-
-  Args:
-    levels: falling noise levels sigma / alpha; the last is where the last step would end if it did
-      not end clean.
-  """
-  positions = np.linspace(0, len(levels) - 1, count + 1)
-  return np.exp(np.interp(positions, np.arange(len(levels)), np.log(levels)))[:count]
+  return betaincinv(0.6, 0.6, 1 - np.arange(count) / count)
 
 
 def spaced_levels(
@@ -148,9 +119,10 @@ def spaced_levels(
 ) -> np.ndarray:
   """Noise levels [count], float64, falling from `high` to `low`, or those of a table.
 
-  Args:
-    spacing: one of LEVEL_SPACINGS, or a table as `table_levels` takes it.
-    rho: exponent of karras (7) and polyexponential (2) spacing.
+  karras: r^(1/rho) linear (Karras et al. 2022, eq. 5), rho 7. polyexponential: ln r falls as
+  (1 - i / (count - 1))^rho, rho 2; exponential: the same with rho 1, geometric. A table, falling
+  noise levels of which the last is where the last step would end if it did not end clean, is
+  interpolated in ln r (Sabour et al. 2024).
 
   Raises:
     UserError: for an unknown spacing, a table that does not fall, or levels without finite bounds.
@@ -162,19 +134,24 @@ def spaced_levels(
     table = np.asarray(spacing, np.float64)
     if len(table) < 2 or not (np.diff(table) < 0).all() or table[-1] <= 0:
       raise UserError('A table of noise levels must fall and stay above 0; choose such levels.')
-    return table_levels(table, count)
+    positions = np.linspace(0, len(table) - 1, count + 1)
+    return np.exp(np.interp(positions, np.arange(len(table)), np.log(table)))[:count]
   if not 0 < low < high < np.inf:
     raise UserError(
       f'{spacing} spacing needs noise levels between two finite bounds above 0, not {low} and '
       f'{high}; choose trailing spacing for a schedule that ends in pure noise.'
     )
   if spacing == 'karras':
-    return karras_levels(count, low, high, 7.0 if rho is None else rho)
-  if spacing == 'exponential':
-    return polyexponential_levels(count, low, high)
-  if spacing == 'polyexponential':
-    return polyexponential_levels(count, low, high, 2.0 if rho is None else rho)
-  raise UserError(f'step spacing {spacing!r} is unknown; choose {", ".join(SPACINGS)}.')
+    rho = 7.0 if rho is None else rho
+    levels = np.linspace(high ** (1 / rho), low ** (1 / rho), count) ** rho
+  elif spacing in ('exponential', 'polyexponential'):
+    rho = 1.0 if spacing == 'exponential' else 2.0 if rho is None else rho
+    levels = low * np.exp(np.linspace(1, 0, count) ** rho * np.log(high / low))
+  else:
+    raise _unknown(spacing)
+  # Without the rounding of powers at both ends: a grid may end at `low` once more.
+  levels[-1], levels[0] = low, high
+  return levels
 
 
 def _divide(p: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -190,7 +167,7 @@ def _between(alphas: np.ndarray, sigmas: np.ndarray, positions: np.ndarray):
   """Pairs at fractional positions of a table.
 
   sigma / alpha is linear between neighbours where the whole table has norm 1, as diffusers has it;
-  elsewhere, and next to alpha = 0, the pairs lie on the chord, as those of `steps.pair_between`.
+  elsewhere, and next to alpha = 0, the pairs lie on the chord, as those of `common.pair_between`.
   """
   i = np.clip(np.floor(positions).astype(np.int64), 0, len(alphas) - 2)
   along = positions - i
@@ -216,7 +193,7 @@ def _at_levels(alphas: np.ndarray, sigmas: np.ndarray, levels: np.ndarray):
 
 
 def _ended(alphas: np.ndarray, sigmas: np.ndarray, last: tuple[float, float] = (1.0, 0.0)) -> Grid:
-  """Ends a grid with the clean pair, or another; in JAX's default floating dtype."""
+  """A grid that ends with the clean pair, or another; in JAX's default floating dtype."""
   return _arrays(np.append(alphas, last[0]), np.append(sigmas, last[1]))
 
 
@@ -237,8 +214,8 @@ def sampling_grid(
   Args:
     schedule: only its `alphas` and `sigmas` are used, [T] from data to noise.
     spacing: one of SPACINGS, or a falling table of noise levels.
-    set_alpha_to_one: whether the last pair is clean; otherwise it is the table's first, as Stable
-      Diffusion 1's scheduler has it.
+    set_alpha_to_one: end with the clean pair; otherwise with the table's first, as Stable
+      Diffusion 1's scheduler does.
     low, high: noise levels between which level spacings run, instead of the table's ends.
     within: a spacing in time between whose levels they run, where `low` and `high` do not say.
     stay_at_end: end level spacings at their last level once more, instead of the table's first.
@@ -315,7 +292,6 @@ def process_grid(
   """
   if count < 1:
     raise UserError(f'{count} sampling steps are too few; choose at least 1.')
-
   if spacing in LEVEL_SPACINGS or not isinstance(spacing, str):
     table = tabulate(process, np.linspace(first_time, 1, 2049))
     ends = _divide(table[1][[0, -1]], table[0][[0, -1]])
@@ -327,7 +303,7 @@ def process_grid(
     'beta': lambda: _beta_quantiles(count),
   }
   if spacing not in fractions:
-    raise UserError(f'step spacing {spacing!r} is unknown; choose {", ".join(SPACINGS)}.')
+    raise _unknown(spacing)
   times = fractions[spacing]()
   if spacing != 'trailing':
     times = first_time + (1 - first_time) * times

@@ -178,7 +178,7 @@ def restart(denoise, grid, noise, *, low=0.1, high=2.0, steps=6, repeats=2, s_no
   """Heun's method that goes `repeats` times from noise level `low` back up to `high`.
 
   Xu et al. 2023, algorithm 1 with one interval: at the pair nearest to `low`, noise lifts x to
-  `high`, and `steps` Heun steps, spaced as `karras_levels`, bring it down again. The noise forgets
+  `high`, and `steps` Heun steps, spaced as karras levels, bring it down again. The noise forgets
   errors of the steps before; the steps after it are deterministic.
 
   Args:

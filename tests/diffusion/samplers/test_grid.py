@@ -14,10 +14,8 @@ from diffusion_jax.diffusion.samplers.grid import (
   LEVEL_SPACINGS,
   SPACINGS,
   TIME_SPACINGS,
-  karras_levels,
   level_grid,
   part_way,
-  polyexponential_levels,
   process_grid,
   sampling_grid,
   spaced_levels,
@@ -97,10 +95,10 @@ def test_beta_timesteps_are_quantiles():
 
 def test_levels_by_hand():
   ramp = (80 ** (1 / 7) + np.arange(18) / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
-  np.testing.assert_allclose(karras_levels(18, 0.002, 80), ramp, rtol=1e-12)
-  np.testing.assert_allclose(polyexponential_levels(5, 0.01, 100), np.geomspace(100, 0.01, 5))
+  np.testing.assert_allclose(spaced_levels(18, 'karras', 0.002, 80), ramp, rtol=1e-12)
+  np.testing.assert_allclose(spaced_levels(5, 'exponential', 0.01, 100), np.geomspace(100, 0.01, 5))
   np.testing.assert_allclose(
-    polyexponential_levels(3, 0.01, 100, 2.0), [100, 0.01 * 10000**0.25, 0.01]
+    spaced_levels(3, 'polyexponential', 0.01, 100), [100, 0.01 * 10000**0.25, 0.01]
   )
 
 
@@ -134,7 +132,7 @@ def test_a_grid_has_the_schedule_s_pairs():
     np.testing.assert_array_equal(sigmas[:-1], STABLE.sigmas[steps])
     alphas, sigmas = sampling_grid(STABLE, 9, 'karras', rho=5.0)
     low, high = (STABLE.sigmas / STABLE.alphas)[[0, -1]]
-    np.testing.assert_allclose((sigmas / alphas)[:-1], karras_levels(9, low, high, 5.0))
+    np.testing.assert_allclose((sigmas / alphas)[:-1], spaced_levels(9, 'karras', low, high, 5.0))
 
 
 @pytest.mark.parametrize('spacing', TIME_SPACINGS)
