@@ -125,8 +125,8 @@ def prior_term(
   """KL(q(x_T | x_0) | N(0, prior_std^2)) [b]; alpha and sigma, [] or [b], are the last level's."""
   sigma, prior_std = expand(sigma, x0), jnp.asarray(prior_std, x0.dtype)
   zeros = jnp.zeros_like(x0)
-  log_variances = 2 * jnp.log(sigma) + zeros, 2 * jnp.log(prior_std)
-  return total(gaussian_kl(expand(alpha, x0) * x0, log_variances[0], zeros, log_variances[1]))
+  mean, log_variance = expand(alpha, x0) * x0, 2 * jnp.log(sigma) + zeros
+  return total(gaussian_kl(mean, log_variance, zeros, 2 * jnp.log(prior_std)))
 
 
 def bound_term(
@@ -196,9 +196,9 @@ def vdm_loss(
       'snr' is the bound itself.
   """
   (alpha, sigma), _ = time_derivative(process, t)
+  factor = -log_snr_rate(process, t) / 2
   estimate = denoise(add_noise(x0, eps, alpha, sigma), alpha, sigma)
-  error = total((expand(divide(alpha, sigma), x0) * (x0 - estimate)) ** 2)  # In epsilon.
-  loss = -log_snr_rate(process, t) / 2 * error
+  loss = factor * total((expand(divide(alpha, sigma), x0) * (x0 - estimate)) ** 2)
   if weighting is None:
     return loss
   snr = divide(alpha, sigma) ** 2
@@ -329,9 +329,9 @@ def _bound(denoise, x0, diffusion, first, last, keys) -> Bound:
   """
   alpha, sigma = first
   x = alpha * x0 + sigma * unit_noise(keys, 0, x0)
+  prior = prior_term(x0, *last, jnp.hypot(*last))
   decoder = -total(gaussian_log_density(x0, x / alpha, 2 * jnp.log(sigma / alpha)))
-  terms = prior_term(x0, *last, jnp.hypot(*last)), diffusion, decoder
-  return Bound(*(bits_per_dim(term, x0) for term in terms))
+  return Bound(*(bits_per_dim(term, x0) for term in (prior, diffusion, decoder)))
 
 
 def gaussian_bits(

@@ -4,10 +4,9 @@ x_t = alpha_t x_0 + sigma_t eps. A process is a plain function on arrays of any 
 a method needs (log-SNR, drift, velocity) is derived from it by `jax.jvp`. Tables of T steps are
 processes sampled at T times (`noise.Schedule`). Differences that cancel near t = 0 are written so
 that sigma keeps its relative precision in float32.
-
-A noising process whose log-SNR is learned with the network (Kingma et al. 2021, VDM).
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -47,6 +46,16 @@ def tabulate(process: Process, times: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.asarray(alphas, np.float64), np.asarray(sigmas, np.float64)
 
 
+def constructor(pair: Callable[..., tuple[jax.Array, jax.Array]]) -> Callable[..., Process]:
+  """Make a function of options that returns a process, of pair(t, options) -> (alpha, sigma)."""
+
+  @functools.wraps(pair)
+  def make(*options, **more) -> Process:
+    return lambda t: pair(_real(t), *options, **more)
+
+  return make
+
+
 def linear_rate(start: float, end: float) -> Rate:
   """beta linear in t (Ho et al. 2020, section 4; Song et al. 2021, eq. 32)."""
   return lambda t: start + t * (end - start)
@@ -67,20 +76,16 @@ def sigmoid_rate(start: float, end: float) -> Rate:
   return rate
 
 
-def variance_preserving(rate: Rate) -> Process:
+@constructor
+def variance_preserving(t, rate: Rate):
   """alpha = exp(-1/2 int_0^t beta), sigma^2 = 1 - alpha^2 (Song et al. 2021, eq. 29).
 
   The integral is Gauss-Legendre's with 32 nodes: exact for polynomials, and to 1e-13 for any rate
   as smooth as `sigmoid_rate`.
   """
-
-  def process(t):
-    t = _real(t)
-    nodes, weights = jnp.asarray((NODES + 1) / 2, t.dtype), jnp.asarray(WEIGHTS / 2, t.dtype)
-    integral = t * (weights * rate(t[..., None] * nodes)).sum(-1)
-    return jnp.exp(-integral / 2), _root(-jnp.expm1(-integral))
-
-  return process
+  nodes, weights = jnp.asarray((NODES + 1) / 2, t.dtype), jnp.asarray(WEIGHTS / 2, t.dtype)
+  integral = t * (weights * rate(t[..., None] * nodes)).sum(-1)
+  return jnp.exp(-integral / 2), _root(-jnp.expm1(-integral))
 
 
 def linear(start: float = 0.1, end: float = 20.0) -> Process:
@@ -93,7 +98,8 @@ def scaled_linear(start: float = 0.85, end: float = 12.0) -> Process:
   return variance_preserving(scaled_linear_rate(start, end))
 
 
-def cosine(offset: float = 0.008) -> Process:
+@constructor
+def cosine(t, offset: float = 0.008):
   """alpha = cos(u) / cos(u_0), u = (t + s) / (1 + s) pi / 2 (Nichol & Dhariwal 2021, eq. 17).
 
   sigma^2 = sin(u - u_0) sin(u + u_0) / cos^2(u_0). alpha(1) = 0. With offset 0 this is the
@@ -101,99 +107,70 @@ def cosine(offset: float = 0.008) -> Process:
   """
   start = offset / (1 + offset) * math.pi / 2
   rest = math.pi / 2 - start
-
-  def process(t):
-    u = _real(t) * rest
-    left = rest * (1 - _real(t))  # cos(u + start) without the error of pi / 2 near t = 1
-    alpha = jnp.sin(left) / math.cos(start)
-    if not offset:
-      return alpha, jnp.sin(u)
-    return alpha, _root(jnp.sin(u) * jnp.sin(u + 2 * start)) / math.cos(start)
-
-  return process
+  u, left = t * rest, rest * (1 - t)  # cos(u + start) without the error of pi / 2 near t = 1
+  alpha = jnp.sin(left) / math.cos(start)
+  if not offset:
+    return alpha, jnp.sin(u)
+  return alpha, _root(jnp.sin(u) * jnp.sin(u + 2 * start)) / math.cos(start)
 
 
-def arc(first: tuple[float, float], last: tuple[float, float]) -> Process:
+@constructor
+def arc(t, first: tuple[float, float], last: tuple[float, float]):
   """VP from the pair (alpha, sigma) at t = 0 to that at t = 1: the angle is linear in t.
 
   Every VP process between the same pairs runs through the same levels, at another pace.
   """
   start, end = (math.atan2(sigma, alpha) for alpha, sigma in (first, last))
   rest = math.atan2(last[0], last[1])  # pi / 2 - end, without its error at alpha = 0
-
-  def process(t):
-    t = _real(t)
-    return jnp.sin(rest + (1 - t) * (end - start)), jnp.sin(start + t * (end - start))
-
-  return process
+  return jnp.sin(rest + (1 - t) * (end - start)), jnp.sin(start + t * (end - start))
 
 
-def sigmoid(start: float = -3.0, end: float = 3.0, temperature: float = 1.0) -> Process:
+@constructor
+def sigmoid(t, start: float = -3.0, end: float = 3.0, temperature: float = 1.0):
   """alpha^2 falls from 1 to 0 along a logistic curve (Jabri et al. 2022; Chen 2023, algorithm 1).
 
   alpha^2 = (S(e) - S(x)) / (S(e) - S(s)), x = s + t (e - s), S the logistic function of x /
   temperature. Differences of S are products of sinh and cosh, which do not cancel.
   """
   low, high = start / temperature / 2, end / temperature / 2
-
-  def process(t):
-    t = _real(t)
-    span = high - low
-    below = math.sinh(span) * jnp.cosh(low + t * span)
-    alpha = _root(jnp.sinh((1 - t) * span) * math.cosh(low) / below)
-    return alpha, _root(jnp.sinh(t * span) * math.cosh(high) / below)
-
-  return process
+  span = high - low
+  below = math.sinh(span) * jnp.cosh(low + t * span)
+  alpha = _root(jnp.sinh((1 - t) * span) * math.cosh(low) / below)
+  return alpha, _root(jnp.sinh(t * span) * math.cosh(high) / below)
 
 
-def sub_vp(process: Process) -> Process:
-  """The sub-VP process of a VP one: the same alpha, sigma = 1 - alpha^2 (Song et al. 2021, eq. 29).
-
-  Its noise is never more than the VP process's sqrt(1 - alpha^2).
-  """
-
-  def sub(t):
-    alpha, sigma = process(t)
-    return alpha, sigma**2
-
-  return sub
+@constructor
+def sub_vp(t, process: Process):
+  """alpha of a VP process, sigma = 1 - alpha^2, which is less (Song et al. 2021, eq. 29)."""
+  alpha, sigma = process(t)
+  return alpha, sigma**2
 
 
-def variance_exploding(sigma: Callable[[jax.Array], jax.Array]) -> Process:
-  """alpha = 1 and the given sigma(t)."""
-
-  def process(t):
-    value = sigma(_real(t))
-    return jnp.ones_like(value), value
-
-  return process
-
-
-def karras(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Process:
-  """sigma^(1/rho) linear in t (Karras et al. 2022, eq. 5). rho = 1 is sigma linear in t."""
+@constructor
+def karras(t, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0):
+  """VE, alpha = 1: sigma^(1/rho) linear in t (Karras et al. 2022, eq. 5)."""
   low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-  return variance_exploding(lambda t: (low + t * (high - low)) ** rho)
+  sigma = (low + t * (high - low)) ** rho
+  return jnp.ones_like(sigma), sigma
+
+
+@constructor
+def polyexponential(t, sigma_min: float = 0.01, sigma_max: float = 50.0, rho: float = 2.0):
+  """VE, alpha = 1: ln sigma linear in t^rho (k-diffusion's `get_sigmas_polyexponential`)."""
+  sigma = sigma_min * jnp.exp(math.log(sigma_max / sigma_min) * t**rho)
+  return jnp.ones_like(sigma), sigma
 
 
 def exponential(sigma_min: float = 0.01, sigma_max: float = 50.0) -> Process:
-  """ln sigma linear in t: NCSN's geometric levels, VE (Song et al. 2021, eq. 30)."""
+  """VE, alpha = 1: ln sigma linear in t, NCSN's geometric levels (Song et al. 2021, eq. 30)."""
   return polyexponential(sigma_min, sigma_max, 1.0)
 
 
-def polyexponential(sigma_min: float = 0.01, sigma_max: float = 50.0, rho: float = 2.0) -> Process:
-  """ln sigma linear in t^rho (k-diffusion's `get_sigmas_polyexponential`)."""
-  ratio = math.log(sigma_max / sigma_min)
-  return variance_exploding(lambda t: sigma_min * jnp.exp(ratio * t**rho))
-
-
-def from_log_snr(log_snr: Callable[[jax.Array], jax.Array]) -> Process:
+@constructor
+def from_log_snr(t, log_snr: Callable[[jax.Array], jax.Array]):
   """VP with ln(alpha^2 / sigma^2) given: alpha^2 = sigmoid(log_snr) (Kingma et al. 2021, eq. 3)."""
-
-  def process(t):
-    value = log_snr(_real(t))
-    return jnp.exp(jax.nn.log_sigmoid(value) / 2), jnp.exp(jax.nn.log_sigmoid(-value) / 2)
-
-  return process
+  value = log_snr(t)
+  return jnp.exp(jax.nn.log_sigmoid(value) / 2), jnp.exp(jax.nn.log_sigmoid(-value) / 2)
 
 
 def log_linear(gamma_min: float = -13.3, gamma_max: float = 5.0) -> Process:
@@ -201,18 +178,14 @@ def log_linear(gamma_min: float = -13.3, gamma_max: float = 5.0) -> Process:
   return from_log_snr(lambda t: -(gamma_min + t * (gamma_max - gamma_min)))
 
 
-def flow(shift: float = 1.0) -> Process:
+@constructor
+def flow(t, shift: float = 1.0):
   """Rectified flow: alpha = 1 - s, sigma = s, s = shift t / (1 + (shift - 1) t).
 
   Liu et al. 2023, eq. 1; shift: Esser et al. 2024, eq. 23. It multiplies sigma / alpha by `shift`.
   """
-
-  def process(t):
-    t = _real(t)
-    below = 1 + (shift - 1) * t
-    return (1 - t) / below, shift * t / below
-
-  return process
+  below = 1 + (shift - 1) * t
+  return (1 - t) / below, shift * t / below
 
 
 def shifted(process: Process, shift: float) -> Process:
@@ -229,21 +202,17 @@ def shift_pair(alpha, sigma, shift: float):
   return scale * alpha, scale * shift * sigma
 
 
-def zero_terminal(process: Process) -> Process:
+@constructor
+def zero_terminal(t, process: Process):
   """Shift and scale alpha of a VP process so that alpha(1) = 0 (Lin et al. 2024, algorithm 1).
 
   alpha' = (alpha - A) / (1 - A), A = alpha(1). sigma'^2 = (1 - alpha') (1 + alpha') with
   1 - alpha' = sigma^2 / ((1 + alpha) (1 - A)).
   """
-
-  def rescaled(t):
-    t = _real(t)
-    alpha, sigma = process(t)
-    last = process(jnp.ones((), t.dtype))[0]
-    new = (alpha - last) / (1 - last)
-    return new, sigma * jnp.sqrt((1 + new) / ((1 + alpha) * (1 - last)))
-
-  return rescaled
+  alpha, sigma = process(t)
+  last = process(jnp.ones((), t.dtype))[0]
+  new = (alpha - last) / (1 - last)
+  return new, sigma * jnp.sqrt((1 + new) / ((1 + alpha) * (1 - last)))
 
 
 def log_snr(process: Process, t: jax.Array) -> jax.Array:
@@ -252,10 +221,8 @@ def log_snr(process: Process, t: jax.Array) -> jax.Array:
   return 2 * (jnp.log(alpha) - jnp.log(sigma))
 
 
-def time_derivative(
-  process: Process, t: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-  """Return ((alpha, sigma), (d alpha / dt, d sigma / dt)), each of t's shape.
+def time_derivative(process: Process, t: jax.Array):
+  """((alpha, sigma), (d alpha / dt, d sigma / dt)), each of t's shape.
 
   Taken just inside (0, 1), where both ends of every process here have finite derivatives: sigma of
   a VP process starts like sqrt(t), and the drift of one that ends at alpha = 0 is infinite there.
@@ -278,27 +245,17 @@ def log_snr_rate(process: Process, t: jax.Array) -> jax.Array:
 
 
 PROCESSES: dict[str, Callable[..., Process]] = {
-  'linear': linear,
-  'scaled_linear': scaled_linear,
-  'cosine': cosine,
-  'sigmoid': sigmoid,
-  'karras': karras,
-  'exponential': exponential,
-  'polyexponential': polyexponential,
-  'log_linear': log_linear,
-  'flow': flow,
+  'linear': linear, 'scaled_linear': scaled_linear, 'cosine': cosine, 'sigmoid': sigmoid,
+  'karras': karras, 'exponential': exponential, 'polyexponential': polyexponential,
+  'log_linear': log_linear, 'flow': flow,
 }
 
 
 def named(name: str, **options) -> Process:
-  """The process of that name; options are its constructor's, such as sigma_max=80.
-
-  Raises:
-    UserError: for a name that is not in the table, or an option that the process does not have.
-  """
+  """Return a process of the table with its options. UserError for one that is not known."""
   if name not in PROCESSES:
     raise UserError(f'process {name!r} is unknown; choose one of {", ".join(PROCESSES)}.')
-  known = inspect.signature(PROCESSES[name]).parameters
+  known = [option for option in inspect.signature(PROCESSES[name]).parameters if option != 't']
   for option in options:
     if option not in known:
       raise UserError(f'process {name!r} has no option {option!r}; choose from {", ".join(known)}.')
@@ -309,10 +266,8 @@ def init_monotone(key: jax.Array, width: int = 1024) -> Params:
   """Parameters of `monotone`: dense layers 1 -> 1, 1 -> width, width -> 1."""
   inner, outer = jax.random.split(key)
   return {
-    'l1.kernel': jnp.ones(()),
-    'l1.bias': jnp.zeros(()),
-    'l2.kernel': jax.random.normal(inner, (width,)),
-    'l2.bias': jnp.zeros((width,)),
+    'l1.kernel': jnp.ones(()), 'l1.bias': jnp.zeros(()),
+    'l2.kernel': jax.random.normal(inner, (width,)), 'l2.bias': jnp.zeros((width,)),
     'l3.kernel': jax.random.normal(outer, (width,)) / width**0.5,
   }
 
