@@ -14,7 +14,7 @@ from diffusion_jax.diffusion.noise import NoiseSchedule, ScheduleConfig
 from diffusion_jax.diffusion.objective import LOSSES, TIMES, Objective, ObjectiveConfig
 from diffusion_jax.diffusion.samplers import infos, initial_noise, sampler
 from tests.diffusion.exact_mixture import denoise, geometric
-from tests.diffusion.samplers.test_table import QUICK
+from tests.diffusion.samplers.test_samplers import QUICK
 
 SAMPLERS = infos()
 

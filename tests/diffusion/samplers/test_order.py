@@ -14,7 +14,7 @@ import pytest
 
 from diffusion_jax.diffusion.samplers import infos
 from diffusion_jax.diffusion.samplers.multistep import dpmpp_3m_sde, lms, sa_solver, unipc
-from diffusion_jax.diffusion.samplers.sde import dpmpp_2s_ancestral
+from diffusion_jax.diffusion.samplers.ode import dpmpp_2s_ancestral
 from tests.diffusion.exact_mixture import denoise, geometric, quantile_map
 
 SAMPLERS = infos()
