@@ -345,19 +345,10 @@ class Schedule(NoiseSchedule):
     alphas, sigmas: [T] float64.
   """
 
-  def __init__(self, config: ScheduleConfig | None, pairs: tuple | None = None):
-    """`pairs`, (alphas [T], sigmas [T]), stand for those of the config."""
+  def __init__(self, config: ScheduleConfig):
     self.config = config
-    self.alphas, self.sigmas = pairs or config.table()
+    self.alphas, self.sigmas = config.table()
     self.t_min, self.label_range = 1 / len(self), float(len(self))
-
-  @classmethod
-  def sampled(cls, process: Process, steps: int) -> 'Schedule':
-    """The table of a process at times 1/T, 2/T .. 1; `Schedule.process` inverts it.
-
-    Its config is None: a function cannot be written to a file.
-    """
-    return cls(None, tabulate(process, np.arange(1, steps + 1) / steps))
 
   @property
   def table(self) -> 'Schedule':

@@ -110,18 +110,15 @@ class Parameterization:
       'flow_prediction': (-one, one, one),
     }[self.name]
 
-  def input_scale(self, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Return c_in of Karras et al. 2022, table 1, for any alpha; 1 unless `scales_input`.
+  def scale_input(self, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+    """Return x as the network sees it, c_in x of Karras et al. 2022, table 1, for any alpha.
 
-    c_in x has unit variance at every noise level, for data of deviation data_std.
+    It has unit variance at every noise level, for data of deviation data_std.
     """
     if not self.scales_input:
-      return jnp.ones_like(alpha)
-    return 1 / jnp.sqrt((jnp.asarray(alpha) * self.data_std) ** 2 + jnp.asarray(sigma) ** 2)
-
-  def scale_input(self, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Return x [b ...] as the network sees it."""
-    return expand(self.input_scale(alpha, sigma), x) * x if self.scales_input else x
+      return x
+    variance = (jnp.asarray(alpha) * self.data_std) ** 2 + jnp.asarray(sigma) ** 2
+    return expand(1 / jnp.sqrt(variance), x) * x
 
   def target(self, x0, eps, alpha, sigma) -> jax.Array:
     """Return what the network should output."""
@@ -153,7 +150,7 @@ class Parameterization:
     return other.target(*self.to_pair(output, x, alpha, sigma), alpha, sigma)
 
   def gain(self, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Return d x_0 / d output at fixed x, of alpha's shape: error in x_0 per error in the output.
+    """Return d x_0 / d output at fixed x, of alpha's shape.
 
     One rule for all: -sigma scale / (alpha q - sigma p) in the terms of `_combination`; the log-SNR
     is clamped, so that it is finite everywhere.

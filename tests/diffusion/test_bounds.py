@@ -32,6 +32,7 @@ from diffusion_jax.diffusion.noise import Schedule, ScheduleConfig
 from diffusion_jax.diffusion.parameterization import expand
 from diffusion_jax.diffusion.samplers import sampling_grid
 from tests.diffusion.quadrature import normal_nodes
+from tests.diffusion.tables import sampled
 
 STD = 0.6
 ENTROPY = np.log(2 * np.pi * np.e * STD**2) / 2
@@ -140,7 +141,7 @@ def test_the_bound_has_its_closed_form_term_by_term(zero_snr):
 def test_the_bound_tightens_with_more_steps_and_stays_above_the_entropy():
   """On equal steps of log-SNR the gap to the entropy of the data falls as 1 / T."""
   def gap(steps):
-    grid = sampling_grid(Schedule.sampled(processes.log_linear(-9.0, 9.0), steps), steps)
+    grid = sampling_grid(sampled(processes.log_linear(-9.0, 9.0), steps), steps)
     log_variance = log_variances(grid)[0]
     # The best decoder variance: the uncertainty of x_0 at the least noise.
     log_variance = log_variance.at[-1].set(jnp.log(uncertainty(grid[0][-2], grid[1][-2])))
@@ -154,7 +155,7 @@ def test_the_bound_tightens_with_more_steps_and_stays_above_the_entropy():
 
 def test_the_loss_is_the_prior_and_all_terms():
   """A uniformly drawn step times T: averaged over all steps it is the whole bound."""
-  grid = sampling_grid(Schedule.sampled(processes.linear(), 8), 8)
+  grid = sampling_grid(sampled(processes.linear(), 8), 8)
   (alphas, sigmas), log_variance = grid, log_variances(grid)[1]
   x0, eps = jnp.full((8, 2), 0.3), jnp.full((8, 2), -0.5)
   here, there = (alphas[:-1], sigmas[:-1]), (alphas[1:], sigmas[1:])
@@ -174,7 +175,7 @@ def test_the_loss_is_the_prior_and_all_terms():
 
 def test_the_best_learned_variance_is_the_closed_one():
   """The gradient of the expected term in the network's output vanishes at the optimal variance."""
-  alphas, sigmas = grid = sampling_grid(Schedule.sampled(processes.linear(), 20), 20)
+  alphas, sigmas = grid = sampling_grid(sampled(processes.linear(), 20), 20)
   lower, upper = (bound[9] for bound in log_variances(grid))
   here, there = (alphas[9], sigmas[9]), (alphas[10], sigmas[10])
   of_x0 = posterior(jnp.zeros((1, 1)), jnp.ones((1, 1)), here, there)[0][0, 0]

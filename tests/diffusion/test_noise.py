@@ -9,6 +9,7 @@ from diffusion_jax.diffusion import processes
 from diffusion_jax.diffusion.noise import BETAS, Schedule, ScheduleConfig
 from diffusion_jax.diffusion.processes import tabulate
 from diffusion_jax.errors import UserError
+from tests.diffusion.tables import sampled
 
 TABLE = {
   'linear': (ScheduleConfig('linear', 1e-4, 0.02), (0.9999, 0.07858724, 4.03583e-5)),
@@ -58,7 +59,7 @@ def test_timestep_inverts_the_schedule(name):
 def test_a_table_is_its_own_process_sampled(name):
   """Table -> process -> table loses nothing, and the process stays between its neighbours."""
   schedule = Schedule((TABLE | SAMPLED)[name][0])
-  again = Schedule.sampled(schedule.process, len(schedule))
+  again = sampled(schedule.process, len(schedule))
   np.testing.assert_allclose(again.alphas, schedule.alphas, rtol=1e-9, atol=1e-15)
   np.testing.assert_allclose(again.sigmas, schedule.sigmas, rtol=1e-9)
   with jax.enable_x64(True):
@@ -79,7 +80,7 @@ def test_tables_of_betas_tend_to_the_process_of_the_same_rate(name, made):
   """T betas of rate / T: the difference of alpha from the process falls as 1 / T."""
   def distance(steps):
     config = ScheduleConfig(name, 0.1 / steps, 20.0 / steps, steps)
-    return np.abs(Schedule(config).alphas - Schedule.sampled(made, steps).alphas).max()
+    return np.abs(Schedule(config).alphas - sampled(made, steps).alphas).max()
 
   assert distance(1000) < 4e-3
   assert distance(1000) / distance(4000) == pytest.approx(4, rel=0.03)
@@ -105,13 +106,13 @@ def test_a_process_survives_a_table():
   def distance(steps):
     with jax.enable_x64(True):
       t = jnp.linspace(0.2, 1, 777)
-      pairs = Schedule.sampled(made, steps).process(t), made(t)
+      pairs = sampled(made, steps).process(t), made(t)
       return max(float(jnp.abs(f - w).max()) for f, w in zip(*pairs, strict=True))
 
   made = processes.linear()
   assert distance(400) < 2e-5
   assert distance(100) / distance(400) == pytest.approx(16, rel=0.2)
-  exploding = Schedule.sampled(processes.exponential(), 50)
+  exploding = sampled(processes.exponential(), 50)
   alpha, _ = exploding.process(jnp.linspace(0, 1, 99))
   np.testing.assert_array_equal(alpha, 1)
 

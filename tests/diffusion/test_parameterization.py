@@ -123,7 +123,7 @@ def test_preconditioning_is_karras_table_1(sigma):
   skip, out = edm.to_x0(zero, one, *level), edm.to_x0(one, zero, *level)
   np.testing.assert_allclose(skip, [[STD**2 / total]], rtol=1e-12)
   np.testing.assert_allclose(out, [[sigma * STD / np.sqrt(total)]], rtol=1e-12)
-  np.testing.assert_allclose(edm.input_scale(*level), 1 / np.sqrt(total), rtol=1e-12)
+  np.testing.assert_allclose(edm.scale_input(one, *level), [[1 / np.sqrt(total)]], rtol=1e-12)
   np.testing.assert_allclose(noise_label(*level), np.log(sigma) / 4, rtol=1e-12)
 
 
@@ -132,7 +132,7 @@ def test_edm_keeps_unit_variances(level):
   """Input and target of F have variance 1 for data of that spread."""
   alpha, sigma = map(jnp.asarray, level)
   edm, zero, one = Parameterization('edm', STD), jnp.zeros((1, 1)), jnp.ones((1, 1))
-  scale = edm.input_scale(alpha, sigma)
+  scale = edm.scale_input(one, alpha, sigma)
   np.testing.assert_allclose(scale**2 * ((alpha * STD) ** 2 + sigma**2), 1, rtol=1e-12)
   of_x0, of_eps = edm.target(one, zero, alpha, sigma), edm.target(zero, one, alpha, sigma)
   np.testing.assert_allclose(of_x0**2 * STD**2 + of_eps**2, 1, rtol=1e-12)

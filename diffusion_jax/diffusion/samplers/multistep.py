@@ -27,13 +27,21 @@ from diffusion_jax.diffusion.samplers.common import (
   epsilon,
   intervals,
   is_inner,
+  log_midpoint,
+  move,
   moves,
   real_steps,
   scanned,
   step_count,
+  straight,
 )
 from diffusion_jax.diffusion.samplers.grid import Grid
 from diffusion_jax.errors import UserError
+
+ADAMS_BASHFORTH = np.array(
+  [[1, 0, 0, 0], [3 / 2, -1 / 2, 0, 0], [23 / 12, -16 / 12, 5 / 12, 0],
+   [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
+)
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)
 
@@ -378,6 +386,59 @@ def sa_solver(
   return predict_correct(denoise, grid, predictor, corrector, noise)
 
 
+@scanned
+def pndm(denoise, grid, noise, *, runge_kutta=True, average='epsilon'):
+  """Pseudo numerical methods (Liu et al. 2022, algorithm 2): Adams-Bashforth weights on eps.
+
+  The weights are those of equal steps of time; the move, their transfer part, is DDIM's.
+
+  Args:
+    runge_kutta: start with three steps of the pseudo Runge-Kutta method, four calls each, their
+      midpoints those of the grid (its third part [n 2]: the ends of the first and second moves), or
+      else halfway in log-SNR; otherwise (PLMS) with one step of improved Euler, two calls.
+    average: what the weights average, 'epsilon' or, of variance-preserving processes,
+      'v_prediction' = alpha eps - sigma x_0, whose mean is read as v where the step starts.
+  """
+  if average not in ('epsilon', 'v_prediction'):
+    raise UserError(f'average of pndm is {average!r}; choose epsilon or v_prediction.')
+  here, there = intervals(grid)
+  rows = jnp.clip(jnp.cumsum(moves(here, there)) - 1, 0, 3)
+  middles = grid[2] if len(grid) > 2 else jax.tree.map(
+    lambda part: jnp.stack([part, part], axis=1), jax.vmap(log_midpoint)(here, there)
+  )
+  of_v = average == 'v_prediction'
+
+  def value(x, x0, pair):
+    eps = epsilon(x, x0, pair)
+    return (pair[0] * eps - pair[1] * x0 if of_v else eps).astype(x.dtype)
+
+  def step(x, past, here, there, index, row, middle):
+    at = lambda x, pair: value(x, denoise(x, *pair), pair)
+    to = lambda mean, pair: straight(x, here[0] * mean + here[1] * x if of_v else mean, here, pair)
+    x0 = denoise(x, *here)
+    first = value(x, x0, here)
+    values = (first, *past)
+
+    def improved_euler():
+      return (first + at(to(first, there), there)) / 2
+
+    def classical():
+      before, after = ((middle[0][i], middle[1][i]) for i in (0, 1))
+      second = at(to(first, before), after)
+      third = at(to(second, after), after)
+      fourth = at(to(third, there), there)
+      return (first + 2 * second + 2 * third + fourth) / 6
+
+    starts = (row < (3 if runge_kutta else 1)) & is_inner(here, there)
+    start = classical if runge_kutta else improved_euler
+    weights = jnp.asarray(ADAMS_BASHFORTH, x.dtype)[row]
+    mean = jax.lax.cond(starts, start, lambda: combine(weights, values))
+    moved = jnp.where(here[0] > 0, to(mean, there), move(x, x0, here, there))
+    return moved, values[:-1], x0
+
+  return Steps(step, (rows, middles), carry=lambda x: (jnp.zeros_like(x),) * 3)
+
+
 LMS = SamplerInfo(lms, 4, 1, 'Adams-Bashforth of 4 steps in sigma / alpha', 'k-diffusion')
 DEIS = SamplerInfo(deis, 3, 1, 'exponential multistep of eps', 'Zhang & Chen 2023')
 DPMPP_2M = SamplerInfo(partial(dpmpp_2m_sde, eta=0.0), 2, 1, 'DPM-Solver++(2M)', 'Lu et al. 2022')
@@ -392,4 +453,12 @@ DPMPP_3M_SDE = SamplerInfo(
 )
 SA_SOLVER = SamplerInfo(
   sa_solver, 2, 1, 'stochastic Adams predictor and corrector', 'Xue et al. 2023', stochastic=True
+)
+PLMS = SamplerInfo(
+  partial(pndm, runge_kutta=False), 2, 1,
+  'pseudo multistep of eps; one call more in the first step', 'Liu et al. 2022', more_calls=1,
+)
+PNDM = SamplerInfo(
+  pndm, 2, 1, 'pseudo multistep of eps; in three steps four calls, midpoints in log-SNR',
+  'Liu et al. 2022', more_calls=9,
 )

@@ -10,7 +10,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from diffusion_jax.diffusion.denoiser import Denoiser
 from diffusion_jax.diffusion.samplers.common import (
@@ -19,7 +18,6 @@ from diffusion_jax.diffusion.samplers.common import (
   SamplerInfo,
   Steps,
   ancestral,
-  combine,
   contraction,
   divide,
   epsilon,
@@ -27,7 +25,6 @@ from diffusion_jax.diffusion.samplers.common import (
   is_inner,
   log_midpoint,
   move,
-  moves,
   pair_between,
   real_steps,
   scanned,
@@ -37,10 +34,6 @@ from diffusion_jax.diffusion.samplers.common import (
 from diffusion_jax.errors import UserError
 from diffusion_jax.types import Latents
 
-ADAMS_BASHFORTH = np.array(
-  [[1, 0, 0, 0], [3 / 2, -1 / 2, 0, 0], [23 / 12, -16 / 12, 5 / 12, 0],
-   [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
-)
 VARIANCES = ('fixed_small', 'fixed_large', 'learned')
 
 Method = Callable[[Denoiser, Latents, Pair, Pair, Pair], tuple[Latents, Latents]]
@@ -229,59 +222,6 @@ def flow_heun(denoise, grid, noise):
   return Steps(step)
 
 
-@scanned
-def pndm(denoise, grid, noise, *, runge_kutta=True, average='epsilon'):
-  """Pseudo numerical methods (Liu et al. 2022, algorithm 2): Adams-Bashforth weights on eps.
-
-  The weights are those of equal steps of time; the move, their transfer part, is DDIM's.
-
-  Args:
-    runge_kutta: start with three steps of the pseudo Runge-Kutta method, four calls each, their
-      midpoints those of the grid (its third part [n 2]: the ends of the first and second moves), or
-      else halfway in log-SNR; otherwise (PLMS) with one step of improved Euler, two calls.
-    average: what the weights average, 'epsilon' or, of variance-preserving processes,
-      'v_prediction' = alpha eps - sigma x_0, whose mean is read as v where the step starts.
-  """
-  if average not in ('epsilon', 'v_prediction'):
-    raise UserError(f'average of pndm is {average!r}; choose epsilon or v_prediction.')
-  here, there = intervals(grid)
-  rows = jnp.clip(jnp.cumsum(moves(here, there)) - 1, 0, 3)
-  middles = grid[2] if len(grid) > 2 else jax.tree.map(
-    lambda part: jnp.stack([part, part], axis=1), jax.vmap(log_midpoint)(here, there)
-  )
-  of_v = average == 'v_prediction'
-
-  def value(x, x0, pair):
-    eps = epsilon(x, x0, pair)
-    return (pair[0] * eps - pair[1] * x0 if of_v else eps).astype(x.dtype)
-
-  def step(x, past, here, there, index, row, middle):
-    at = lambda x, pair: value(x, denoise(x, *pair), pair)
-    to = lambda mean, pair: straight(x, here[0] * mean + here[1] * x if of_v else mean, here, pair)
-    x0 = denoise(x, *here)
-    first = value(x, x0, here)
-    values = (first, *past)
-
-    def improved_euler():
-      return (first + at(to(first, there), there)) / 2
-
-    def classical():
-      before, after = ((middle[0][i], middle[1][i]) for i in (0, 1))
-      second = at(to(first, before), after)
-      third = at(to(second, after), after)
-      fourth = at(to(third, there), there)
-      return (first + 2 * second + 2 * third + fourth) / 6
-
-    starts = (row < (3 if runge_kutta else 1)) & is_inner(here, there)
-    start = classical if runge_kutta else improved_euler
-    weights = jnp.asarray(ADAMS_BASHFORTH, x.dtype)[row]
-    mean = jax.lax.cond(starts, start, lambda: combine(weights, values))
-    moved = jnp.where(here[0] > 0, to(mean, there), move(x, x0, here, there))
-    return moved, values[:-1], x0
-
-  return Steps(step, (rows, middles), carry=lambda x: (jnp.zeros_like(x),) * 3)
-
-
 EDM_CHURN = dict(s_churn=40.0, s_tmin=0.05, s_tmax=50.0, s_noise=1.003)
 
 DDIM = SamplerInfo(ddim, 1, 1, 'DDIM, eta = 0; eps follows a clipped x_0', 'Song et al. 2021')
@@ -315,12 +255,4 @@ FLOW_EULER = SamplerInfo(
 )
 FLOW_HEUN = SamplerInfo(
   flow_heun, 2, 2, 'trapezoidal rule in the time of a flow', 'Lipman et al. 2023'
-)
-PLMS = SamplerInfo(
-  partial(pndm, runge_kutta=False), 2, 1,
-  'pseudo multistep of eps; one call more in the first step', 'Liu et al. 2022', more_calls=1,
-)
-PNDM = SamplerInfo(
-  pndm, 2, 1, 'pseudo multistep of eps; in three steps four calls, midpoints in log-SNR',
-  'Liu et al. 2022', more_calls=9,
 )
