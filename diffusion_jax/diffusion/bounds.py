@@ -153,34 +153,6 @@ def bound_term(
   return total(jnp.where(last, -decoder(x0, mean, log_variance), kl))
 
 
-def bound_loss(
-  x0: jax.Array, x: jax.Array, estimate: jax.Array, here: Pair, there: Pair,
-  log_variance: jax.Array, steps: int, last: Pair, *, decoder: Decoder = discretized_gaussian,
-  prior_std: float = 1.0,
-) -> PerExample:
-  """The whole bound [b] in nats, estimated from one uniformly random step: prior + steps x term.
-
-  Arguments as in `bound_term`; last is the level of t = 1.
-  """
-  term = bound_term(x0, x, estimate, here, there, log_variance, decoder)
-  return prior_term(x0, *last, prior_std) + steps * term
-
-
-def hybrid_loss(
-  simple: PerExample, x0: jax.Array, x: jax.Array, estimate: jax.Array, here: Pair, there: Pair,
-  log_variance: jax.Array, steps: int, *, weight: float = 0.001,
-  decoder: Decoder = discretized_gaussian,
-) -> PerExample:
-  """L_simple + weight L_vlb [b] (Nichol & Dhariwal 2021, eq. 16), L_vlb in bits per dimension.
-
-  L_vlb = steps x the term of a uniformly random timestep. The gradient stops at the estimate: the
-  bound trains the variance (`learned_log_variance`), the simple loss the mean.
-  """
-  frozen = jax.lax.stop_gradient(estimate)
-  term = bound_term(x0, x, frozen, here, there, log_variance, decoder)
-  return simple + weight * steps * bits_per_dim(term, x0)
-
-
 def vdm_loss(
   denoise: Denoiser, process: Process, x0: jax.Array, eps: jax.Array, t: jax.Array,
   weighting: Weighting | None = None,

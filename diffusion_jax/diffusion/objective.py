@@ -305,7 +305,10 @@ class Objective:
     return lambda output, wanted: losses.pseudo_huber(output, wanted, delta)
 
   def _bound(self, x0, x, output, variance, level: Level, simple: PerExample) -> PerExample:
-    """The hybrid loss, or the whole bound in bits per dimension."""
+    """The hybrid loss (Nichol & Dhariwal 2021, eq. 16), or the bound, in bits per dimension.
+
+    Either takes T times the term of the one timestep at random.
+    """
     config, schedule = self.config, self.noise.table
     steps, t = len(schedule), level.label
     grid = np.append(schedule.alphas[::-1], 1.0), np.append(schedule.sigmas[::-1], 0.0)
@@ -314,19 +317,16 @@ class Objective:
     there = tuple(jnp.asarray(part)[::-1][t] for part in (grid[0][1:], grid[1][1:]))
     log_variance = lower if variance is None else learned_log_variance(variance, lower, upper)
     estimate = self.parameterization.to_x0(output.astype(x.dtype), x, level.alpha, level.sigma)
-    pairs = (level.alpha, level.sigma), there
-    decoder = DECODERS[config.decoder]
     if config.loss == 'hybrid':
-      return bounds.hybrid_loss(
-        simple, x0, x, estimate, *pairs, log_variance, steps, weight=config.bound_weight,
-        decoder=decoder,
-      )
-    last = schedule.alphas[-1], schedule.sigmas[-1]
-    nats = bounds.bound_loss(
-      x0, x, estimate, *pairs, log_variance, steps, last, decoder=decoder,
-      prior_std=float(np.hypot(*last)),
+      estimate = jax.lax.stop_gradient(estimate)  # The bound trains the variance alone.
+    term = bounds.bound_term(
+      x0, x, estimate, (level.alpha, level.sigma), there, log_variance, DECODERS[config.decoder]
     )
-    return bounds.bits_per_dim(nats, x0)
+    if config.loss == 'hybrid':
+      return simple + config.bound_weight * steps * bounds.bits_per_dim(term, x0)
+    last = schedule.alphas[-1], schedule.sigmas[-1]
+    prior = bounds.prior_term(x0, *last, float(np.hypot(*last)))
+    return bounds.bits_per_dim(prior + steps * term, x0)
 
   def _vdm(self, network, x0, eps, key) -> Losses:
     """The bound in continuous time, also on a table, through which its process runs."""

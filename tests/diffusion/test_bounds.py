@@ -12,14 +12,12 @@ from scipy import stats
 from diffusion_jax.diffusion import bounds, processes
 from diffusion_jax.diffusion.bounds import (
   bits_per_dim,
-  bound_loss,
   bound_term,
   continuous_bound,
   discrete_bound,
   discretized_gaussian,
   gaussian_kl,
   gaussian_log_density,
-  hybrid_loss,
   learned_log_variance,
   log_variances,
   posterior,
@@ -153,18 +151,14 @@ def test_the_bound_tightens_with_more_steps_and_stays_above_the_entropy():
   assert fine > 0 and coarse / fine == pytest.approx(4, rel=0.1)
 
 
-def test_the_loss_is_the_prior_and_all_terms():
-  """A uniformly drawn step times T: averaged over all steps it is the whole bound."""
+def test_the_terms_are_divergences_and_a_decoder():
   grid = sampling_grid(sampled(processes.linear(), 8), 8)
   (alphas, sigmas), log_variance = grid, log_variances(grid)[1]
   x0, eps = jnp.full((8, 2), 0.3), jnp.full((8, 2), -0.5)
   here, there = (alphas[:-1], sigmas[:-1]), (alphas[1:], sigmas[1:])
   x = here[0][:, None] * x0 + here[1][:, None] * eps
   estimate = exact(STD)(x, *here)
-  loss = bound_loss(x0, x, estimate, here, there, log_variance, 8, (alphas[0], sigmas[0]))
   terms = bound_term(x0, x, estimate, here, there, log_variance)
-  wanted = prior_term(x0[:1], alphas[0], sigmas[0])[0] + terms.sum()
-  np.testing.assert_allclose(loss.mean(), wanted, rtol=1e-12)
   true_mean, variance = posterior(x, x0, here, there)
   mean, _ = posterior(x, estimate, here, there)
   kl = gaussian_kl(true_mean[0], jnp.log(variance[0]), mean[0], log_variance[0]).sum()
@@ -193,26 +187,6 @@ def test_the_best_learned_variance_is_the_closed_one():
   assert expected(output) < min(expected(-1.0), expected(1.0))
 
 
-def test_the_hybrid_trains_the_variance_alone():
-  x0, x, estimate = jnp.full((2, 3), 0.2), jnp.full((2, 3), 0.9), jnp.full((2, 3), 0.5)
-  here = jnp.array([0.8, 0.9]), jnp.array([0.6, 0.43])
-  there = jnp.array([0.9, 1.0]), jnp.array([0.43, 0.0])
-  args, log_variance = (here, there), jnp.full((2, 3), -3.0)
-  simple = lambda estimate: ((estimate - x0) ** 2).mean(1)
-
-  def loss(estimate, log_variance):
-    return hybrid_loss(simple(estimate), x0, x, estimate, *args, log_variance, 1000).sum()
-
-  term = lambda log_variance: bound_term(x0, x, estimate, *args, log_variance)
-  wanted = simple(estimate) + 0.001 * 1000 * term(log_variance) / (3 * np.log(2))
-  np.testing.assert_allclose(loss(estimate, log_variance), wanted.sum(), rtol=1e-12)
-  slopes = jax.grad(loss, (0, 1))(estimate, log_variance)
-  np.testing.assert_allclose(slopes[0], jax.grad(lambda e: simple(e).sum())(estimate), rtol=1e-12)
-  by_variance = jax.grad(lambda v: term(v).sum())(log_variance) / (3 * np.log(2))
-  np.testing.assert_allclose(slopes[1], by_variance, rtol=1e-12)
-  assert np.abs(slopes[1]).min() > 0.01
-
-
 def test_terms_are_finite_at_both_ends_in_float32():
   """From alpha = 0 and to sigma = 0, values and gradients, whatever the estimate."""
   x0, x = jnp.full((2, 3), 0.2, jnp.float32), jnp.full((2, 3), -0.7, jnp.float32)
@@ -220,8 +194,8 @@ def test_terms_are_finite_at_both_ends_in_float32():
   there = jnp.array([0.1, 1.0], jnp.float32), jnp.array([0.99, 0.0], jnp.float32)
 
   def loss(estimate, log_variance):
-    last = jnp.float32(0), jnp.float32(1)
-    return bound_loss(x0, x, estimate, here, there, log_variance, 10, last)
+    prior = prior_term(x0, jnp.float32(0), jnp.float32(1))
+    return prior + 10 * bound_term(x0, x, estimate, here, there, log_variance)
 
   args = jnp.full((2, 3), 0.9, jnp.float32), jnp.array([-0.5, -13.0], jnp.float32)
   assert loss(*args).dtype == jnp.float32

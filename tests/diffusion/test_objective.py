@@ -10,6 +10,7 @@ from scipy import stats
 
 from diffusion_jax.config import typed
 from diffusion_jax.diffusion import losses, objective, processes
+from diffusion_jax.diffusion.bounds import bits_per_dim, prior_term
 from diffusion_jax.diffusion.noise import NoiseConfig, NoiseSchedule, ScheduleConfig
 from diffusion_jax.diffusion.objective import (
   LossHistory,
@@ -260,6 +261,19 @@ def test_the_hybrid_loss_trains_the_variance_alone_by_the_bound():
   simple = jax.jit(jax.grad(lambda scale: loss(scale, 0.3)[1]))(0.9)
   np.testing.assert_allclose(of_mean, simple, rtol=1e-4)
   assert abs(float(of_variance)) > 1e-3
+
+
+def test_the_hybrid_loss_adds_the_bound_without_its_prior():
+  network = lambda x, t: jnp.concatenate([0.9 * _exact('epsilon', TABLE)(x, t), 0.3 + 0 * x], -1)
+  x0, last = _data(64), (TABLE.alphas[-1], TABLE.sigmas[-1])
+
+  def run(loss):
+    config = ObjectiveConfig(loss=loss, learned_variance=True, bound_weight=0.5)
+    return Objective(config, TABLE).losses(network, x0, jax.random.key(1))
+
+  hybrid, bound = run('hybrid'), run('bound')
+  terms = bound.loss - bits_per_dim(prior_term(x0, *last, np.hypot(*last)), x0)
+  np.testing.assert_allclose(hybrid.loss, hybrid.error + 0.5 * terms, rtol=1e-4)
 
 
 def test_sliced_score_matching_is_lowest_at_the_score():
