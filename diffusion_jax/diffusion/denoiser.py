@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from diffusion_jax import registry
 from diffusion_jax.diffusion.parameterization import RESCALE_SPACES, Parameterization, expand
-from diffusion_jax.errors import UserError
 from diffusion_jax.types import Latents, Text
 
 Denoiser = Callable[[Latents, jax.Array, jax.Array], Latents]
@@ -86,14 +86,8 @@ def classifier_free(
     rescale_in: the quantity whose deviation is meant, one of RESCALE_SPACES.
     interval: noise levels that are guided (Kynkaanniemi et al. 2024, section 3); at all others
       only the conditional model is called, on the batch as it is.
-
-  Raises:
-    UserError: for an unknown `rescale_in`.
   """
-  if rescale_in not in RESCALE_SPACES:
-    raise UserError(
-      f'guidance rescale in {rescale_in!r} is unknown; choose one of {", ".join(RESCALE_SPACES)}.'
-    )
+  registry.check(RESCALE_SPACES, rescale_in, 'rescale_in')
   plain = image is None and _is_number(scale, 1)
   conditional = lambda x, alpha, sigma: denoise(x, alpha, sigma, text)
   if plain and not others:

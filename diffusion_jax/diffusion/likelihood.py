@@ -11,13 +11,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from diffusion_jax import registry
 from diffusion_jax.diffusion.bounds import bits_per_dim, gaussian_log_density, stratified_times
 from diffusion_jax.diffusion.denoiser import Denoiser
 from diffusion_jax.diffusion.losses import total
 from diffusion_jax.diffusion.parameterization import divide, expand
 from diffusion_jax.diffusion.processes import Process, time_derivative
 from diffusion_jax.diffusion.samplers.common import unit_noise
-from diffusion_jax.errors import UserError
 from diffusion_jax.types import Latents, PerExample
 
 Field = Callable[[Latents], Latents]
@@ -105,13 +105,9 @@ def flow_likelihood(
     prior_std: of the Gaussian at t = 1; default sqrt(alpha(1)^2 + sigma(1)^2), 1 for VP.
     start_noise: start from alpha x + sigma eps, which is what the network knows, rather than from
       alpha x; the expectation is then an upper bound (Zheng et al. 2023).
-
-  Raises:
-    UserError: for an unknown trace or solver.
   """
-  for name, value, known in (('trace', trace, TRACES), ('solver', solver, SOLVERS)):
-    if value not in known:
-      raise UserError(f'{name} {value!r} is unknown; choose one of {", ".join(known)}.')
+  registry.check(TRACES, trace, 'trace')
+  registry.check(SOLVERS, solver, 'solver')
   alpha, sigma = process(jnp.asarray(t_min, x.dtype))
   start = alpha * x + (sigma * unit_noise(keys, 0, x) if start_noise else 0)
   derivative = _derivative(velocity(process, denoise), trace, probes, keys, x)

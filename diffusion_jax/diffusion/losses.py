@@ -11,8 +11,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from diffusion_jax import registry
 from diffusion_jax.diffusion.parameterization import Parameterization, clamp_log_snr, expand
-from diffusion_jax.errors import UserError
 from diffusion_jax.types import Latents, PerExample
 
 Weighting = Callable[[jax.Array], jax.Array]
@@ -42,9 +42,7 @@ WEIGHTINGS: dict[str, Callable[..., jax.Array]] = {
 
 def weighting(name: str, **options) -> Weighting:
   """The weighting of that name with its options, such as gamma=5. UserError for another name."""
-  if name not in WEIGHTINGS:
-    raise UserError(f'weighting {name!r} is unknown; choose one of {", ".join(WEIGHTINGS)}.')
-  return partial(WEIGHTINGS[name], **options)
+  return partial(WEIGHTINGS[registry.check(WEIGHTINGS, name, 'weighting')], **options)
 
 
 def weight(

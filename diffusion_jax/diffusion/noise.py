@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax import registry
 from diffusion_jax.diffusion import processes
 from diffusion_jax.diffusion.parameterization import noise_label
 from diffusion_jax.diffusion.processes import Process, tabulate
@@ -54,11 +55,7 @@ SAMPLED: dict[str, Callable[[], Process]] = {
 
 
 def zero_terminal_snr(alpha_bar: np.ndarray) -> np.ndarray:
-  """Shift and scale sqrt(alpha_bar): the last step is pure noise (Lin et al. 2024, alg. 1).
-
-  Args:
-    alpha_bar: [T] decreasing products of (1 - beta), float64.
-  """
+  """Shift and scale sqrt(alpha_bar) [T]: the last step is pure noise (Lin et al. 2024, alg. 1)."""
   root = np.sqrt(alpha_bar)
   return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
@@ -168,10 +165,7 @@ class NoiseConfig(ScheduleConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.label not in NETWORK_LABELS:
-      raise UserError(
-        f'schedule.label is {self.label!r}; choose one of {", ".join(NETWORK_LABELS)}.'
-      )
+    registry.check(NETWORK_LABELS, self.label, 'schedule.label')
     if self.is_table:
       if self.process_options or self.sub_vp or self.label != 'timestep':
         raise UserError(
@@ -308,11 +302,7 @@ class NoiseSchedule:
     return alpha, ratio * alpha
 
   def label_as(self, how: str, grid: Grid) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Return `label` in one of the ways LABELS, for samplers on that grid.
-
-    Raises:
-      UserError: for another way than 'exact' in continuous time.
-    """
+    """Return `label` in one of the ways LABELS, of which 'exact' alone is in continuous time."""
     if how != 'exact':
       raise UserError(f'timesteps {how!r} are of a table; choose exact for a process.')
     return self.label
@@ -321,11 +311,7 @@ class NoiseSchedule:
     self, steps: int, spacing: str | Sequence[float] = 'trailing', rho: float | None = None,
     **places,
   ) -> Grid:
-    """Return a sampler's grid; `places` are the other arguments of `sampling_grid`.
-
-    Raises:
-      UserError: for an unknown spacing, and for places in continuous time.
-    """
+    """Return a sampler's grid; `places`, of a table alone, are more of `sampling_grid`'s."""
     for name, value in places.items():
       if value != _PLACES.get(name):
         raise UserError(f'{name} places timesteps of a table; leave it out for a process.')

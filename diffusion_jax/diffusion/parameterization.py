@@ -19,7 +19,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.errors import UserError
+from diffusion_jax import registry
 
 PREDICTIONS = ('epsilon', 'sample', 'v_prediction', 'score', 'edm', 'flow_prediction')
 
@@ -68,19 +68,13 @@ class Parameterization:
 
   Attributes:
     data_std: standard deviation of the data, for 'edm' alone; 0.5 in Karras et al.
-
-  Raises:
-    UserError: for an unknown name.
   """
 
   name: str = 'epsilon'
   data_std: float = 1.0
 
   def __post_init__(self):
-    if self.name not in PREDICTIONS:
-      raise UserError(
-        f'prediction {self.name!r} is unknown; choose one of {", ".join(PREDICTIONS)}.'
-      )
+    registry.check(PREDICTIONS, self.name, 'prediction')
 
   @property
   def blind_at_zero_snr(self) -> bool:

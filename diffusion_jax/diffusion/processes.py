@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax import registry
 from diffusion_jax.errors import UserError
 from diffusion_jax.types import Params
 
@@ -253,8 +254,7 @@ PROCESSES: dict[str, Callable[..., Process]] = {
 
 def named(name: str, **options) -> Process:
   """Return a process of the table with its options. UserError for one that is not known."""
-  if name not in PROCESSES:
-    raise UserError(f'process {name!r} is unknown; choose one of {", ".join(PROCESSES)}.')
+  registry.check(PROCESSES, name, 'process')
   known = [option for option in inspect.signature(PROCESSES[name]).parameters if option != 't']
   for option in options:
     if option not in known:

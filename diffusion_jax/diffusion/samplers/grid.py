@@ -63,9 +63,7 @@ def spaced_timesteps(
     last: where linspace ends.
     original_inference_steps: of distilled, how many timesteps that were.
 
-  Raises:
-    UserError: for an unknown spacing, a count outside [1, total] or not allowed, or an offset
-      beyond the end.
+  UserError for a count outside [1, total] or not allowed, or an offset beyond the end.
   """
   if not 1 <= count <= total:
     raise UserError(f'{count} sampling steps do not fit the schedule; choose 1 to {total}.')
@@ -123,9 +121,6 @@ def spaced_levels(
   (1 - i / (count - 1))^rho, rho 2; exponential: the same with rho 1, geometric. A table, falling
   noise levels of which the last is where the last step would end if it did not end clean, is
   interpolated in ln r (Sabour et al. 2024).
-
-  Raises:
-    UserError: for an unknown spacing, a table that does not fall, or levels without finite bounds.
   """
   if count < 1:
     raise UserError(f'{count} sampling steps are too few; choose at least 1.')
@@ -224,9 +219,6 @@ def sampling_grid(
       stride is T // count: 'stride', a stride below t; 'half_stride', half of one below t, and half
       of one above t', which is the same for even ones; 'share', `share` t'.
     places: the other arguments of `spaced_timesteps`, for spacings in time.
-
-  Raises:
-    UserError: for an unknown spacing, or one that the schedule does not allow.
   """
   alphas, sigmas = (np.asarray(part, np.float64) for part in (schedule.alphas, schedule.sigmas))
   first = alphas[0], sigmas[0]
@@ -286,9 +278,7 @@ def process_grid(
 
   trailing has the times 1, ..., 1 / count; linspace 1 to first_time; leading and beta what they
   have on timesteps, scaled to [first_time, 1]. Level spacings run from r(1) to r(first_time).
-
-  Raises:
-    UserError: for an unknown spacing, or one that the process does not allow.
+  UserError for a spacing that the process does not allow.
   """
   if count < 1:
     raise UserError(f'{count} sampling steps are too few; choose at least 1.')
@@ -313,10 +303,7 @@ def process_grid(
 def padded(grid: Grid, steps: int) -> Grid:
   """A grid of `steps` steps, filled up with pairs (0, 0), on the host; samplers skip those.
 
-  With it one compiled sampler serves grids of several lengths.
-
-  Raises:
-    ValueError: for fewer steps than the grid has.
+  With it one compiled sampler serves grids of several lengths; ValueError if it has more steps.
   """
   more = steps - (len(grid[0]) - 1)
   if more < 0:
@@ -329,10 +316,8 @@ def padded(grid: Grid, steps: int) -> Grid:
 def part_way(grid: Grid, strength: float) -> Grid:
   """The last round(strength n) steps of a grid, for image-to-image (Meng et al. 2022, SDEdit).
 
-  Sampling then starts from alpha x_0 + sigma eps of the part's first pair.
-
-  Raises:
-    UserError: for a strength outside (0, 1], or one that leaves no step.
+  Sampling then starts from alpha x_0 + sigma eps of the part's first pair. UserError for a strength
+  outside (0, 1], or one that leaves no step.
   """
   steps = round(strength * (len(grid[0]) - 1))
   if not 0 < strength <= 1 or steps < 1:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax import registry
 from diffusion_jax.diffusion.denoiser import Denoiser
 from diffusion_jax.diffusion.samplers.common import (
   Noise,
@@ -158,12 +159,8 @@ def exponential(
       'exact'; 'midpoint', h / 2 times the kernel's integral (DPM-Solver++(2M), UniPC's B_2);
       'linear', (1 + eta) h^2 / 2 (UniPC's B_1, SA-Solver).
     curvature: factor on the second moment used with three nodes.
-
-  Raises:
-    UserError: for an unknown slope.
   """
-  if slope not in SLOPES:
-    raise UserError(f'slope is {slope!r}; choose one of {", ".join(SLOPES)}.')
+  registry.check(SLOPES, slope, 'slope')
   lam = half_log_snr(grid)
   start, end = lam[:-1], lam[1:]
   rate = jnp.broadcast_to(1 + jnp.asarray(eta, lam.dtype), start.shape)[:, None]
@@ -353,9 +350,8 @@ def unipc(denoise, grid, noise, *, order=2, variant='bh2', lower_order_final=Tru
     variant: 'bh1' or 'bh2', the function B(h); it matters where two values are interpolated.
   """
   slopes = {'bh1': 'linear', 'bh2': 'midpoint'}
-  if variant not in slopes:
-    raise UserError(f'variant of unipc is {variant!r}; choose one of {", ".join(slopes)}.')
-  options = dict(slope=slopes[variant], lower_order_final=lower_order_final)
+  slope = slopes[registry.check(slopes, variant, 'variant of unipc')]
+  options = dict(slope=slope, lower_order_final=lower_order_final)
   predictor = exponential_table(grid, order, **options)
   return predict_correct(denoise, grid, predictor, corrector_table(grid, order + 1, **options))
 
@@ -399,8 +395,7 @@ def pndm(denoise, grid, noise, *, runge_kutta=True, average='epsilon'):
     average: what the weights average, 'epsilon' or, of variance-preserving processes,
       'v_prediction' = alpha eps - sigma x_0, whose mean is read as v where the step starts.
   """
-  if average not in ('epsilon', 'v_prediction'):
-    raise UserError(f'average of pndm is {average!r}; choose epsilon or v_prediction.')
+  registry.check(('epsilon', 'v_prediction'), average, 'average of pndm')
   here, there = intervals(grid)
   rows = jnp.clip(jnp.cumsum(moves(here, there)) - 1, 0, 3)
   middles = grid[2] if len(grid) > 2 else jax.tree.map(

@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from diffusion_jax import registry
 from diffusion_jax.diffusion.denoiser import Denoiser
 from diffusion_jax.diffusion.samplers.common import (
   Pair,
@@ -31,7 +32,6 @@ from diffusion_jax.diffusion.samplers.common import (
   step_count,
   straight,
 )
-from diffusion_jax.errors import UserError
 from diffusion_jax.types import Latents
 
 VARIANCES = ('fixed_small', 'fixed_large', 'learned')
@@ -82,8 +82,7 @@ def ddpm(denoise, grid, noise, *, variance='fixed_small'):
       denoise returns (x_0, f), and the variance is fixed_large^f fixed_small^(1-f), f in [0, 1]
       and of x_0's shape (Nichol & Dhariwal 2021, eq. 15).
   """
-  if variance not in VARIANCES:
-    raise UserError(f'variance of ddpm is {variance!r}; choose one of {", ".join(VARIANCES)}.')
+  registry.check(VARIANCES, variance, 'variance of ddpm')
 
   def step(x, carry, here, there, index):
     x0 = denoise(x, *here)
