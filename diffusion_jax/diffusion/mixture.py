@@ -28,11 +28,6 @@ class GaussianMixture(NamedTuple):
       variances = variances.reshape(-1, *(1,) * (means.ndim - 1))
     return GaussianMixture(weights, means, jnp.broadcast_to(variances, means.shape))
 
-  def component(self, index: int) -> 'GaussianMixture':
-    """One component alone: the data given its class."""
-    _, means, variances = self
-    return GaussianMixture(jnp.ones(1), means[index][None], variances[index][None])
-
   def diffused(self, alpha, sigma) -> 'GaussianMixture':
     """Marginal of x_t = alpha x_0 + sigma eps, alpha and sigma []."""
     return GaussianMixture(self.weights, alpha * self.means, alpha**2 * self.variances + sigma**2)
@@ -88,7 +83,7 @@ class GaussianMixture(NamedTuple):
     return jax.vmap(GaussianMixture.mean)(self.posterior(x, alpha, sigma))
 
   def sample(self, key: jax.Array, count: int) -> jax.Array:
-    """[count ...] draws, in the dtype of the means."""
+    """[count ...] samples, in the dtype of the means."""
     weights, means, variances = self.astype(jnp.asarray(self.means).dtype)
     key_class, key_noise = jax.random.split(key)
     which = jax.random.choice(key_class, len(weights), (count,), p=weights)

@@ -56,3 +56,10 @@ def of_levels(levels, kind='vp'):
 def geometric(high, low, steps, kind='vp'):
   """A grid smooth in log-SNR, without clean end."""
   return of_levels(np.geomspace(high, low, steps + 1), kind)
+
+
+def component(mixture, index):
+  """One component of a `GaussianMixture` alone: the data given its class."""
+  return mixture._replace(
+    weights=jnp.ones(1), means=mixture.means[index][None], variances=mixture.variances[index][None]
+  )

@@ -13,6 +13,7 @@ from diffusion_jax.diffusion.mixture import GaussianMixture
 from diffusion_jax.diffusion.noise import NoiseSchedule, ScheduleConfig
 from diffusion_jax.diffusion.parameterization import Parameterization, noise_label
 from diffusion_jax.errors import UserError
+from tests.diffusion.exact_mixture import component
 
 MIXTURE = GaussianMixture(
   np.array([0.2, 0.5, 0.3]),
@@ -48,7 +49,7 @@ conditional = lambda x, alpha, sigma: denoise(x, alpha, sigma, TEXT)
 def scores(x):
   """Scores of the noised data [b 2]: of all of it, and of each row's class."""
   noised = MIXTURE.diffused(ALPHA, SIGMA)
-  own = [noised.component(k).score(x[i, None])[0] for i, k in enumerate(CLASSES)]
+  own = [component(noised, k).score(x[i, None])[0] for i, k in enumerate(CLASSES)]
   return noised.score(x), jnp.stack(own)
 
 

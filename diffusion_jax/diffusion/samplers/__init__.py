@@ -17,21 +17,18 @@ from diffusion_jax.diffusion.samplers.common import Sampler, SamplerInfo, Trajec
 from diffusion_jax.diffusion.samplers.grid import (
   SPACINGS,
   Grid,
-  level_grid,
   padded,
   part_way,
   process_grid,
   sampling_grid,
   spaced_levels,
-  spaced_timesteps,
 )
 from diffusion_jax.errors import UserError
 from diffusion_jax.registry import SAMPLERS, load
 
 __all__ = [
-  'SPACINGS', 'Grid', 'Sampler', 'SamplerInfo', 'Trajectory', 'info', 'infos',
-  'initial_noise', 'level_grid', 'padded', 'part_way', 'process_grid', 'sampler', 'sampling_grid',
-  'spaced_levels', 'spaced_timesteps',
+  'SPACINGS', 'Grid', 'Sampler', 'SamplerInfo', 'Trajectory', 'info', 'infos', 'initial_noise',
+  'padded', 'part_way', 'process_grid', 'sampler', 'sampling_grid', 'spaced_levels',
 ]
 
 

@@ -212,7 +212,7 @@ def _begin(y: Latents, lam: jax.Array, h_init: float, count: int) -> Progress:
 
 
 def _split(lam, t, end, eta: float) -> tuple[jax.Array, jax.Array]:
-  """Where a step from lam to t goes without noise, at most `end`, and the deviation to add."""
+  """The target of a step from lam to t without its noise, at most `end`, and the noise to add."""
   if not eta:
     return t, jnp.zeros_like(t)
   one = jnp.ones_like(t)

@@ -22,10 +22,10 @@ Pair = tuple[jax.Array, jax.Array]
 """(alpha [], sigma [])."""
 
 Noise = Callable[[jax.Array, Latents], Latents]
-"""(number of the draw, an array of the wanted shape and dtype) -> unit Gaussian noise."""
+"""(number of the noise, an array of its shape and dtype) -> unit Gaussian noise."""
 
 Keys = jax.Array | Noise | None
-"""One random key per image [b], or the noise itself; None where a sampler draws none."""
+"""One random key per image [b], or the noise itself; None for a sampler without noise."""
 
 Sampler = Callable
 """sampler(denoise, x, grid, keys, *, trajectory=False, **options) -> x, or a `Trajectory`."""

@@ -85,7 +85,7 @@ def usable(
   grid: Grid, order: int, *, to_clean: bool = False, lower_order_final: bool | int = False,
   euler_at_final: bool = False,
 ) -> jax.Array:
-  """How many values [n], at most `order`, each step may interpolate, its own included.
+  """The number of values [n] that each step may interpolate, its own included, at most `order`.
 
   to_clean: the formulas also hold for a step to sigma = 0. lower_order_final: interpolate no more
   values than there are steps left; a number: on grids of fewer steps than that. euler_at_final:
