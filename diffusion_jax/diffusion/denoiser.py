@@ -79,11 +79,10 @@ def classifier_free(
     image: like text: the condition with the image that `text` edits, alone.
     others: pairs (worse, s), each of which adds s (conditional - worse) at the cost of a call. For
       a worse version of the model that is autoguidance with the scale 1 + s (Karras et al. 2024,
-      section 4); for the same network with the self-attention maps of some layers made the
-      identity it is perturbed-attention guidance (Ahn et al. 2024).
-    rescale: phi in [0, 1] of Lin et al. 2024, section 3.4: how far the deviation over each image
-      goes back to what it was without guidance; they use 0.7.
-    rescale_in: the quantity whose deviation is meant, one of RESCALE_SPACES.
+      section 4); for the same network whose self-attention maps are in part the identity it is
+      perturbed-attention guidance (Ahn et al. 2024).
+    rescale: phi in [0, 1] of Lin et al. 2024, section 3.4: how far the deviation over each image,
+      of the quantity `rescale_in`, goes back to what it was without guidance; they use 0.7.
     interval: noise levels that are guided (Kynkaanniemi et al. 2024, section 3); at all others
       only the conditional model is called, on the batch as it is.
   """
@@ -117,16 +116,17 @@ def classifier_free(
       x0 = _rescaled(x, x0, better, alpha, sigma, _like(rescale, x), rescale_in)
     return (x0, *more) if more else x0
 
-  if interval is None:
-    return guided
+  return guided if interval is None else _within(interval, guided, conditional)
 
-  def within(x, alpha, sigma):
+
+def _within(interval: Interval, inside: Denoiser, outside: Denoiser) -> Denoiser:
+  def denoise(x, alpha, sigma):
     # sigma / alpha without dividing, as alpha may be 0.
     low, high = map(jnp.asarray, interval)
-    inside = (sigma > low * alpha) & (jnp.isinf(high) | (sigma <= high * alpha))
-    return jax.lax.cond(inside, guided, conditional, x, alpha, sigma)
+    within = (sigma > low * alpha) & (jnp.isinf(high) | (sigma <= high * alpha))
+    return jax.lax.cond(within, inside, outside, x, alpha, sigma)
 
-  return within
+  return denoise
 
 
 def _parts(out) -> tuple[jax.Array, Sequence[jax.Array]]:

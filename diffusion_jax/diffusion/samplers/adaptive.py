@@ -1,9 +1,7 @@
 """Samplers that choose their own steps, from an estimate of the error of each."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +27,6 @@ from diffusion_jax.diffusion.samplers.grid import Grid
 from diffusion_jax.errors import UserError
 from diffusion_jax.types import Latents
 
-if TYPE_CHECKING:
-  import diffrax
-
 
 def pair_number(grid: Grid, i) -> Pair:
   return grid[0][i], grid[1][i]
@@ -45,11 +40,10 @@ def to_the_end(grid: Grid) -> Grid:
 
 
 def probability_flow(
-  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *,
-  rtol: float = 1e-5, atol: float = 1e-5, max_steps: int = 4096,
-  solver: diffrax.AbstractSolver | None = None, trajectory: bool = False,
+  denoise: Denoiser, x: Latents, grid: Grid, keys: Keys, *, rtol: float = 1e-5,
+  atol: float = 1e-5, max_steps: int = 4096, trajectory: bool = False,
 ) -> Latents | Trajectory:
-  """The probability-flow ODE by an adaptive Runge-Kutta method (Song et al. 2021, section 4.3).
+  """The probability-flow ODE by Dormand-Prince 5(4) (Song et al. 2021, section 4.3).
 
   In u = x / |(alpha, sigma)| and the angle phi = atan2(sigma, alpha), where the slope is the v
   prediction cos(phi) eps - sin(phi) x_0 (Salimans & Ho 2022, appendix D), finite at alpha = 0. Of
@@ -59,7 +53,6 @@ def probability_flow(
   Args:
     rtol, atol: tolerances on the error of u in each step.
     max_steps: steps after which it fails with a `RuntimeError`.
-    solver: of diffrax; `Dopri5`, six network calls a step, if not given.
     trajectory: its states are at the grid's pairs.
   """
   import diffrax  # Takes a second to load, and no other sampler needs it.
@@ -80,7 +73,7 @@ def probability_flow(
     return (c * epsilon(u, x0, (c, d)) - d * x0).astype(u.dtype)
 
   solution = diffrax.diffeqsolve(
-    diffrax.ODETerm(velocity), solver or diffrax.Dopri5(), angles[0], end, None, x / norms[0],
+    diffrax.ODETerm(velocity), diffrax.Dopri5(), angles[0], end, None, x / norms[0],
     max_steps=max_steps, stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
     saveat=diffrax.SaveAt(ts=jnp.maximum(angles, end)[1:] if trajectory else end[None]),
   )
@@ -135,7 +128,7 @@ def dpm_adaptive(
   an image depends on its batch within the tolerance.
 
   Args:
-    order: 2 or 3, of the better of the two estimates whose difference is the error; also the
+    order: 2 or 3, of the better of the two estimates whose difference is the error, and the
       number of network calls a step.
     rtol, atol: tolerances on the error of y = x / alpha.
     h_init: first step, in ln(alpha / sigma).
@@ -156,20 +149,11 @@ def dpm_adaptive(
   scale = 1.5 if eta else order
   gains = ((pcoeff + icoeff + dcoeff) / scale, -(pcoeff + 2 * dcoeff) / scale, dcoeff / scale)
 
-  def judge(now, low, high):
-    """(accept, factor on the next step, errors) of the two estimates of a step."""
-    bound = jnp.maximum(atol, rtol * jnp.maximum(jnp.abs(low), jnp.abs(now.low)))
-    inverse = 1 / (jnp.sqrt(jnp.mean(((low - high) / bound) ** 2)) + 1e-8)
-    errors = jnp.where(now.tried == 0, inverse, now.errors).at[0].set(inverse)
-    factor = 1 + jnp.arctan(jnp.prod(errors ** jnp.asarray(gains, errors.dtype)) - 1)
-    accept = factor >= accept_safety
-    return accept, factor, jnp.where(accept, errors[jnp.array([0, 0, 1])], errors)
-
   def attempt(now):
     t = jnp.minimum(end, now.lam + now.h)
     target, up = _split(now.lam, t, end, eta)
     low, high, x0 = two_estimates(denoise, grid, now.y, now.lam, target, order)
-    accept, factor, errors = judge(now, low, high)
+    accept, factor, errors = _judge(now, low, high, rtol, atol, gains, accept_safety)
     if eta:
       high = high + s_noise * up * noise(now.accepted, high)
     a, s = _pair_at(grid, t)
@@ -186,6 +170,16 @@ def dpm_adaptive(
   done = jax.lax.while_loop(lambda now: is_before(now) & (now.tried < max_steps), attempt, begin)
   short = (is_before(done) | (grid[1][-1] == 0)) & (start[1] > 0)
   return _finish(denoise, grid, done, short, trajectory)
+
+
+def _judge(now: Progress, low, high, rtol, atol, gains, accept_safety):
+  """(accept, factor on the next step, errors) of the two estimates of a step."""
+  bound = jnp.maximum(atol, rtol * jnp.maximum(jnp.abs(low), jnp.abs(now.low)))
+  inverse = 1 / (jnp.sqrt(jnp.mean(((low - high) / bound) ** 2)) + 1e-8)
+  errors = jnp.where(now.tried == 0, inverse, now.errors).at[0].set(inverse)
+  factor = 1 + jnp.arctan(jnp.prod(errors ** jnp.asarray(gains, errors.dtype)) - 1)
+  accept = factor >= accept_safety
+  return accept, factor, jnp.where(accept, errors[jnp.array([0, 0, 1])], errors)
 
 
 def _half_log_snr(pair: Pair) -> jax.Array:
