@@ -35,16 +35,14 @@ from diffusion_jax.limits import OneOf, Range
 from diffusion_jax.types import Latents, Params, PerExample
 
 
-def uniform(key: jax.Array, count: int) -> PerExample:
-  """Independent u [count] in [0, 1)."""
-  return jax.random.uniform(key, (count,))
+def uniform(key: jax.Array, count: int, stratified: bool = False) -> PerExample:
+  """u [count] in [0, 1), independent or stratified: (u_0 + i / count) mod 1 with one random u_0.
 
-
-def stratified(key: jax.Array, count: int) -> PerExample:
-  """u_i = (u_0 + i / count) mod 1, one random u_0 (Kingma et al. 2021, appendix I.1).
-
-  Each is uniform, together they are evenly spaced: less variance in a batch's mean loss.
+  Stratified, each is uniform and together they are evenly spaced: less variance in a batch's mean
+  loss (Kingma et al. 2021, appendix I.1).
   """
+  if not stratified:
+    return jax.random.uniform(key, (count,))
   return jnp.mod(jax.random.uniform(key, ()) + jnp.arange(count) / count, 1.0)
 
 
@@ -242,15 +240,12 @@ class Objective:
 
   def sample_levels(self, key: jax.Array, count: int, history: LossHistory | None = None):
     """Return (levels [count], factor [count] or 1 that keeps the mean over times what it was)."""
-    config, u = self.config, self._uniform(key, count)
+    config, u = self.config, uniform(key, count, self.config.stratified)
     if config.times == 'importance':
       t, factor = by_importance(u, importance(history))
       return self.noise.at_timestep(t), factor
     t = QUANTILES[config.times](u, **config.times_options)
     return (self.noise.at_ratio if config.times == 'log_normal' else self.noise.at)(t), 1.0
-
-  def _uniform(self, key: jax.Array, count: int) -> PerExample:
-    return (stratified if self.config.stratified else uniform)(key, count)
 
   def losses(
     self, network: Network, x0: Latents, key: jax.Array, history: LossHistory | None = None
@@ -330,7 +325,7 @@ class Objective:
 
   def _vdm(self, network, x0, eps, key) -> Losses:
     """The bound in continuous time, also on a table, through which its process runs."""
-    u = self._uniform(key, len(x0))
+    u = uniform(key, len(x0), self.config.stratified)
     t = self.noise.t_min + (1 - self.noise.t_min) * u
     alpha, sigma = self.noise.process(t)
     nats = (1 - self.noise.t_min) * bounds.vdm_loss(

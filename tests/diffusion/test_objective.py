@@ -1,5 +1,4 @@
-"""Training losses against closed forms on Gaussian data; times against their distributions.
-"""
+"""Training losses against closed forms on Gaussian data; times against their distributions."""
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +32,11 @@ def float64():
 @pytest.mark.usefixtures('float64')
 def test_stratified_times_are_evenly_spaced_on_the_circle():
   for seed in range(3):
-    u = np.sort(objective.stratified(jax.random.key(seed), 7))
+    u = np.sort(objective.uniform(jax.random.key(seed), 7, stratified=True))
     gaps = np.diff(np.append(u, u[0] + 1))
     np.testing.assert_allclose(gaps, 1 / 7, rtol=1e-12)
     assert 0 <= u[0] < u[-1] < 1
-  first = [objective.stratified(jax.random.key(seed), 7)[0] for seed in range(400)]
+  first = [objective.uniform(jax.random.key(seed), 7, stratified=True)[0] for seed in range(400)]
   assert stats.kstest(first, 'uniform').pvalue > 0.01
 
 
@@ -92,7 +91,7 @@ def test_times_become_timesteps():
   u = jnp.array([0.0, 0.0999, 0.1, 0.999999, 1.0])
   timestep = lambda u: NoiseSchedule.of(ScheduleConfig(num_train_timesteps=10)).at(u).label
   np.testing.assert_array_equal(timestep(u), [0, 0, 1, 9, 9])
-  spread = timestep(objective.stratified(jax.random.key(3), 50))
+  spread = timestep(objective.uniform(jax.random.key(3), 50, stratified=True))
   np.testing.assert_array_equal(np.bincount(spread), [5] * 10)
 
 
