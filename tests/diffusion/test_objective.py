@@ -76,9 +76,7 @@ def test_mode_has_its_distribution(scale):
     np.testing.assert_allclose(density(0.0), 1 / (1 + scale), rtol=1e-9)
 
 
-@pytest.mark.parametrize(
-  'quantile', [objective.logit_normal, objective.mode, objective.log_normal]
-)
+@pytest.mark.parametrize('quantile', objective.QUANTILES.values(), ids=objective.QUANTILES)
 @pytest.mark.usefixtures('float64')
 def test_both_ends_are_finite(quantile):
   for dtype in (jnp.float32, jnp.float64):
@@ -318,7 +316,7 @@ def test_importance_prefers_what_was_lost_and_stays_unbiased():
   history = objective.history()
   t = jnp.tile(jnp.arange(4), 10)
   history = jax.jit(update_history)(history, t, jnp.where(t == 2, 6.0, 2.0))
-  level, factor = jax.jit(objective.draw, static_argnums=1)(jax.random.key(0), 20_000, history)
+  level, factor = jax.jit(objective.sample_levels, static_argnums=1)(jax.random.key(0), 20_000, history)
   share = np.bincount(level.label, minlength=4) / 20_000
   np.testing.assert_allclose(share, [1 / 6, 1 / 6, 1 / 2, 1 / 6], atol=0.02)
   value = jnp.asarray([3.0, 1.0, 10.0, 2.0])[level.label]
