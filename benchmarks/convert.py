@@ -31,7 +31,7 @@ from diffusion_jax.formats.clip import TEXT_ENCODERS
 from diffusion_jax.formats.convert import convert
 from diffusion_jax.formats.networks import DTYPES, load, network_format
 from diffusion_jax.formats.published import published_name, published_shape
-from diffusion_jax.formats.tensors import NewTensor, write_json, write_tensors
+from diffusion_jax.formats.tensors import Tensor, write_json, write_tensors
 from diffusion_jax.formats.unet import UNETS
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 
@@ -80,7 +80,7 @@ def write_pipeline(folder: Path, model: str, dtype: str, shapes: dict[str, dict]
   parts = PIPELINES[model]
   for name, (kind, config, _) in parts.items():
     tensors = {
-      key: NewTensor(DTYPES[dtype], shape, lambda shape=shape: draw(shape))
+      key: Tensor(DTYPES[dtype], shape, lambda shape=shape: draw(shape))
       for key, shape in shapes[name].items()
     }
     write_tensors(folder / name / network_format(kind).weights, tensors)

@@ -27,7 +27,7 @@ from diffusion_jax.formats.pipeline import (
   write_pipeline,
 )
 from diffusion_jax.formats.single_file import read_single_file, write_single_file
-from diffusion_jax.formats.tensors import PICKLES, NewTensor, read_json, write_tensors
+from diffusion_jax.formats.tensors import PICKLES, Tensor, read_json, write_tensors
 from diffusion_jax.formats.torch_files import read_state
 
 LAYOUTS = ('diffusers', 'single-file', 'native', 'tensors')
@@ -141,7 +141,7 @@ def _convert_tensors(where: Path, there: Path, dtype: str | None) -> None:
   require(not there.exists(), f'{there} exists already; choose another --to.')
   found = read_state(where)
   require(bool(found), f'{where} holds no tensors by name.')
-  new = {name: NewTensor(t.dtype, t.shape, lambda t=t: t) for name, t in found.items()}
+  new = {name: Tensor(t.dtype, t.shape, lambda t=t: t) for name, t in found.items()}
   write_tensors(there, typed(new, dtype))
 
 

@@ -39,7 +39,6 @@ from diffusion_jax.formats.published import (
 from diffusion_jax.formats.tensors import (
   INDEX,
   PICKLES,
-  NewTensor,
   Tensor,
   open_tensors,
   read_json,
@@ -137,7 +136,7 @@ class Part:
   values: dict[str, Any] = dataclasses.field(default_factory=dict)
   files: list[Path] = dataclasses.field(default_factory=list)
   texts: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-  stored: dict[str, NewTensor] | None = None
+  stored: dict[str, Tensor] | None = None
 
   @property
   def format(self) -> NetworkFormat:
@@ -151,15 +150,15 @@ class Part:
     return self.format.parse(self.values, where)
 
   @functools.cached_property
-  def tensors(self) -> dict[str, NewTensor]:
+  def tensors(self) -> dict[str, Tensor]:
     """The network's tensors by published names, unread, from either layout."""
     if self.stored is not None or self.kind is None:
       return self.stored or {}
     file, opened = self._open()
     if file.name != NATIVE:
-      return {name: lazy(tensor) for name, tensor in opened.items()}
+      return opened
     matched = match(opened, self.format.shapes(self.config), str(file), native=True)
-    return {published_name(name): _to_published(name, t) for name, t in matched.items()}
+    return {published_name(name): to_published(name, t) for name, t in matched.items()}
 
   def _open(self) -> tuple[Path, dict[str, Tensor]]:
     """Return the file of the weights, and its tensors by published names, or ours in NATIVE."""
@@ -296,10 +295,9 @@ def save_params(
   native = layout == 'native'
   names = {name: name for name in params} if native else to_published_names(params)
 
-  def tensor(name: str, value: Any) -> NewTensor:
-    shape = tuple(value.shape) if native else published_shape(name, tuple(value.shape))
-    change = (lambda name, value: np.asarray(value)) if native else to_published_layout
-    return NewTensor(DTYPES[dtype], shape, lambda: cast(name, change(name, value), dtype))
+  def tensor(name: str, value: Any) -> Tensor:
+    kept = Tensor(value.dtype, tuple(value.shape), lambda: np.asarray(value))
+    return as_type(name, kept if native else to_published(name, kept), dtype)
 
   values = spec.describe(config)
   if spec.weights == TRANSFORMERS:
@@ -334,6 +332,17 @@ def find_weights(directory: Path, name: str) -> Path:
   )
 
 
+def to_published(name: str, tensor: Tensor) -> Tensor:
+  """Return a parameter of ours as it is published."""
+  change = lambda value: to_published_layout(name, value)
+  return tensor.then(change, published_shape(name, tensor.shape))
+
+
+def as_type(name: str, tensor: Tensor, dtype: str) -> Tensor:
+  """Return a tensor as one of DTYPES. UserError, once it is made, for values out of range."""
+  return tensor.then(lambda value: cast(name, value, dtype), dtype=DTYPES[dtype])
+
+
 def cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
   """Return `value` as one of DTYPES. UserError, naming it, where that cannot hold its values."""
   with np.errstate(over='ignore'):
@@ -343,13 +352,3 @@ def cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
     f'{name} has values that {dtype} cannot hold; save as float32, or look for divergence.',
   )
   return cast
-
-
-def lazy(tensor: Tensor) -> NewTensor:
-  """Return a tensor of a file as one to be written."""
-  return NewTensor(tensor.dtype, tensor.shape, lambda: np.asarray(tensor))
-
-
-def _to_published(name: str, tensor: Tensor) -> NewTensor:
-  shape = published_shape(name, tensor.shape)
-  return NewTensor(tensor.dtype, shape, lambda: to_published_layout(name, np.asarray(tensor)))

@@ -18,19 +18,16 @@ from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from diffusion_jax.diffusion.noise import NoiseConfig
 from diffusion_jax.diffusion.parameterization import PREDICTIONS
 from diffusion_jax.errors import require, shown
 from diffusion_jax.files import INDEX, check_folder, inside, reading
 from diffusion_jax.formats.networks import (
   CONFIG,
-  DTYPES,
   NATIVE,
   WEIGHTS,
   Part,
-  cast,
+  as_type,
   read_part,
   resolve,
   save_params,
@@ -42,7 +39,7 @@ from diffusion_jax.formats.published import (
   parse_config,
 )
 from diffusion_jax.formats.scheduler import Scheduler, read_scheduler, scheduler_or_plain
-from diffusion_jax.formats.tensors import PICKLES, NewTensor, read_json, write_json, write_tensors
+from diffusion_jax.formats.tensors import PICKLES, Tensor, read_json, write_json, write_tensors
 from diffusion_jax.types import Params
 
 TEXT_TO_IMAGE, DIFFUSION = 'TextToImage', 'Diffusion'
@@ -250,28 +247,20 @@ def write_part(part: Part, folder: Path, layout: str, dtype: str | None) -> None
   write_tensors(folder / (NATIVE if native else weights), typed(tensors, dtype))
 
 
-def _to_native(part: Part, folder: Path) -> dict[str, NewTensor]:
+def _to_native(part: Part, folder: Path) -> dict[str, Tensor]:
   shapes = part.format.shapes(part.config)
-
-  def native(name: str, tensor: NewTensor) -> NewTensor:
-    shape = tuple(shapes[name].shape)
-    return NewTensor(tensor.dtype, shape, lambda: from_published_layout(name, tensor.make()))
-
+  change = lambda name: lambda value: from_published_layout(name, value)
   matched = match(part.tensors, shapes, folder.name)
-  return {name: native(name, tensor) for name, tensor in matched.items()}
+  return {name: t.then(change(name), tuple(shapes[name].shape)) for name, t in matched.items()}
 
 
-def typed(tensors: dict[str, NewTensor], dtype: str | None) -> dict[str, NewTensor]:
+def typed(tensors: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
   """Return the tensors in another floating type; whole numbers stay, all where dtype is None."""
-  if dtype is None:
-    return tensors
   is_floating = lambda tensor: tensor.dtype.kind in 'fV'  # Those of ml_dtypes have the kind V.
-
-  def change(name: str, tensor: NewTensor) -> NewTensor:
-    make = lambda: cast(name, np.asarray(tensor.make()), dtype)
-    return NewTensor(DTYPES[dtype], tensor.shape, make) if is_floating(tensor) else tensor
-
-  return {name: change(name, tensor) for name, tensor in tensors.items()}
+  return {
+    name: as_type(name, tensor, dtype) if dtype and is_floating(tensor) else tensor
+    for name, tensor in tensors.items()
+  }
 
 
 @contextlib.contextmanager

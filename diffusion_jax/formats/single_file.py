@@ -17,7 +17,7 @@ from diffusion_jax.formats.families import (
   scheduler,
   sort_out,
 )
-from diffusion_jax.formats.networks import Part, kind_of, lazy
+from diffusion_jax.formats.networks import Part, kind_of
 from diffusion_jax.formats.pipeline import SCHEDULER, TOKENIZER, Pipeline, typed
 from diffusion_jax.formats.published import published_name, some
 from diffusion_jax.formats.single_file_names import (
@@ -33,7 +33,7 @@ from diffusion_jax.formats.single_file_names import (
   unet_config,
   unet_rules,
 )
-from diffusion_jax.formats.tensors import NewTensor, Tensor, metadata, open_tensors, write_tensors
+from diffusion_jax.formats.tensors import Tensor, metadata, open_tensors, write_tensors
 
 # The key of Stability's ModelSpec that tells epsilon from v-prediction.
 _SPEC = 'modelspec.prediction_type'
@@ -64,7 +64,7 @@ def write_single_file(pipeline: Pipeline, path: Path, dtype: str | None) -> list
   networks = {name: part for name, part in pipeline.parts.items() if part.kind}
   name = of_parts({part: one.values for part, one in networks.items()}, 'The pipeline')
   places = FAMILIES[name].places
-  stored: dict[str, NewTensor] = {}
+  stored: dict[str, Tensor] = {}
   for part, (prefix, style) in places.items():
     new = to_stored(_rules(part, networks[part], style), networks[part].tensors, part)
     stored |= {prefix + key: tensor for key, tensor in new.items()}
@@ -74,7 +74,7 @@ def write_single_file(pipeline: Pipeline, path: Path, dtype: str | None) -> list
   marks = {'v_pred': prediction == 'v_prediction', 'ztsnr': values.get('rescale_betas_zero_snr')}
   if name == 'sdxl':  # Empty tensors by which ComfyUI knows such models.
     empty = np.zeros((0,), np.float32)
-    stored |= {key: NewTensor(empty.dtype, (0,), lambda: empty) for key, on in marks.items() if on}
+    stored |= {key: Tensor(empty.dtype, (0,), lambda: empty) for key, on in marks.items() if on}
   spec = {'epsilon': 'epsilon', 'v_prediction': 'v'}.get(prediction)
   write_tensors(path, typed(stored, dtype), {_SPEC: spec} if spec else None)
   return notes
@@ -98,7 +98,7 @@ _KEYS = {
 
 
 def _untold(
-  family: str, networks: dict[str, Part], stored: dict[str, NewTensor], prediction: str
+  family: str, networks: dict[str, Part], stored: dict[str, Tensor], prediction: str
 ) -> list[str]:
   """Sentences on what those who read the file will take to be otherwise than it is."""
   notes = []
@@ -254,8 +254,7 @@ def _fill(parts: dict[str, Part], family: str, stored: dict[str, Tensor], where:
   for name, (prefix, style) in FAMILIES[family].places.items():
     part, source = parts[name], f'{where} ({prefix})'
     own = {
-      key.removeprefix(prefix): lazy(tensor) for key, tensor in stored.items()
-      if key.startswith(prefix)
+      key.removeprefix(prefix): tensor for key, tensor in stored.items() if key.startswith(prefix)
     }
     part.stored = from_stored(_rules(name, part, style), own, source)
     part.check(source)

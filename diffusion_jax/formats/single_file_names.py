@@ -19,7 +19,7 @@ import numpy as np
 
 from diffusion_jax.errors import UserError, require
 from diffusion_jax.formats.published import same_names
-from diffusion_jax.formats.tensors import NewTensor
+from diffusion_jax.formats.tensors import Tensor
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -37,8 +37,8 @@ class Rule(NamedTuple):
 
 
 def to_stored(
-  rules: Iterable[Rule], tensors: Mapping[str, NewTensor], where: str
-) -> dict[str, NewTensor]:
+  rules: Iterable[Rule], tensors: Mapping[str, Tensor], where: str
+) -> dict[str, Tensor]:
   """Return published tensors as those of a single file. UserError where the names do not agree."""
   rules = list(rules)
   same_names(set(tensors), {name for rule in rules for name in rule.published}, where)
@@ -46,8 +46,8 @@ def to_stored(
 
 
 def from_stored(
-  rules: Iterable[Rule], tensors: Mapping[str, NewTensor], where: str
-) -> dict[str, NewTensor]:
+  rules: Iterable[Rule], tensors: Mapping[str, Tensor], where: str
+) -> dict[str, Tensor]:
   """Return tensors of a single file as published ones. UserError where the names do not agree."""
   rules = list(rules)
   same_names(set(tensors), {rule.stored for rule in rules}, where)
@@ -56,39 +56,30 @@ def from_stored(
   }
 
 
-def _store(rule: Rule, tensors: list[NewTensor]) -> NewTensor:
+def _store(rule: Rule, tensors: list[Tensor]) -> Tensor:
   first = tensors[0]
   if rule.change == 'pointwise':
-    return _reshaped(first, (*first.shape, 1, 1))
+    return first.then(lambda value: value[..., None, None], (*first.shape, 1, 1))
   if rule.change == 'transposed':
-    return _transposed(first)
+    return first.then(np.transpose, first.shape[::-1])
   if rule.change == 'stacked':
     shape = (sum(tensor.shape[0] for tensor in tensors), *first.shape[1:])
-    return NewTensor(first.dtype, shape, lambda: np.concatenate([t.make() for t in tensors]))
+    return Tensor(first.dtype, shape, lambda: np.concatenate([t.make() for t in tensors]))
   return first
 
 
-def _publish(rule: Rule, tensor: NewTensor) -> dict[str, NewTensor]:
+def _publish(rule: Rule, tensor: Tensor) -> dict[str, Tensor]:
   if rule.change == 'stacked':
     rows = tensor.shape[0] // len(rule.published)
-    part = lambda start: lambda: tensor.make()[start : start + rows]
-    return {
-      name: NewTensor(tensor.dtype, (rows, *tensor.shape[1:]), part(i * rows))
-      for i, name in enumerate(rule.published)
-    }
+    part = lambda start: lambda value: value[start : start + rows]
+    shape = (rows, *tensor.shape[1:])
+    return {name: tensor.then(part(i * rows), shape) for i, name in enumerate(rule.published)}
   if rule.change == 'pointwise':
-    tensor = _reshaped(tensor, tensor.shape[:2])
+    shape = tensor.shape[:2]
+    tensor = tensor.then(lambda value: value.reshape(shape), shape)
   elif rule.change == 'transposed':
-    tensor = _transposed(tensor)
+    tensor = tensor.then(np.transpose, tensor.shape[::-1])
   return {rule.published[0]: tensor}
-
-
-def _reshaped(tensor: NewTensor, shape: tuple[int, ...]) -> NewTensor:
-  return NewTensor(tensor.dtype, shape, lambda: tensor.make().reshape(shape))
-
-
-def _transposed(tensor: NewTensor) -> NewTensor:
-  return NewTensor(tensor.dtype, tensor.shape[::-1], lambda: tensor.make().T)
 
 
 UNET, AUTOENCODER = 'model.diffusion_model.', 'first_stage_model.'

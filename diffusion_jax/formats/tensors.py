@@ -6,13 +6,14 @@ is in memory than the tensor at hand, and a slice of it reads only its own part.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -36,32 +37,34 @@ PICKLES = ('.bin', '.ckpt', '.pt', '.pth', '.pkl')
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """One tensor of a file."""
-
-  path: Path
-  dtype: np.dtype
-  shape: tuple[int, ...]
-  offset: int
-
-  @property
-  def nbytes(self) -> int:
-    return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
-
-  def __array__(self, dtype=None, copy=None) -> np.ndarray:
-    """A map of the tensor, or a copy of another type; the map ends with the array."""
-    if not self.nbytes:
-      array = np.zeros(self.shape, self.dtype)
-    else:
-      array = np.memmap(self.path, self.dtype, 'r', self.offset, self.shape).view(np.ndarray)
-    return array if dtype is None else array.astype(dtype)
-
-
-class NewTensor(NamedTuple):
-  """A tensor to be written: what it is, and a function that makes it when its turn comes."""
+  """A tensor of a file or of one to be written, which `make` reads or computes when asked for."""
 
   dtype: np.dtype
   shape: tuple[int, ...]
   make: Callable[[], np.ndarray]
+
+  @property
+  def nbytes(self) -> int:
+    return self.dtype.itemsize * math.prod(self.shape)
+
+  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    """Map the tensor of a file, or make a copy of another type; the map ends with the array."""
+    array = self.make()
+    return array if dtype is None else array.astype(dtype)
+
+  def then(
+    self, change: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...] | None = None,
+    dtype: np.dtype | None = None,
+  ) -> 'Tensor':
+    """Return this tensor after a change, which waits, too; the shape or type is the new one."""
+    shape, dtype = self.shape if shape is None else shape, self.dtype if dtype is None else dtype
+    return Tensor(dtype, shape, lambda: change(self.make()))
+
+
+def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> np.ndarray:
+  if not math.prod(shape):
+    return np.zeros(shape, dtype)
+  return np.memmap(path, dtype, 'r', offset, shape).view(np.ndarray)
 
 
 def open_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -88,11 +91,12 @@ def open_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
       math.prod(max(edge, 1) for edge in entry['shape']) < 2**60,
       f'{path}: {name} has the shape {entry["shape"]}, which no array can have.',
     )
-  return {
-    name: Tensor(path, np.dtype(DTYPES[entry['dtype']]), tuple(entry['shape']),
-                 start + entry['data_offsets'][0])
-    for name, entry in header.items()
-  }
+  found = {}
+  for name, entry in header.items():
+    dtype, shape = np.dtype(DTYPES[entry['dtype']]), tuple(entry['shape'])
+    offset = start + entry['data_offsets'][0]
+    found[name] = Tensor(dtype, shape, functools.partial(_mapped, path, dtype, shape, offset))
+  return found
 
 
 def metadata(path: str | os.PathLike) -> dict[str, str]:
@@ -134,39 +138,34 @@ def _open_shards(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(
-  path: str | os.PathLike, tensors: Mapping[str, NewTensor | np.ndarray],
+  path: str | os.PathLike, tensors: Mapping[str, Tensor | np.ndarray],
   texts: Mapping[str, str] | None = None,
 ) -> None:
   """Write a safetensors file, one tensor at a time; it appears whole or not at all.
 
   The widest types come first, as the format wants its tensors aligned.
   """
-  new = {
-    name: t if isinstance(t, NewTensor) else NewTensor(t.dtype, t.shape, lambda t=t: t)
-    for name, t in tensors.items()
-  }
-  order = sorted(new, key=lambda name: (-new[name].dtype.itemsize, name))
+  order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
   header: dict[str, Any] = {'__metadata__': {'format': 'pt', **(texts or {})}}
   end = 0
   for name in order:
-    start, tensor = end, new[name]
-    end += tensor.dtype.itemsize * int(np.prod(tensor.shape, dtype=np.int64))
+    start, tensor = end, tensors[name]
+    end += tensor.nbytes
     header[name] = {
       'dtype': _NAMES[np.dtype(tensor.dtype)], 'shape': list(tensor.shape),
       'data_offsets': [start, end],
     }
   text = json.dumps(header, separators=(',', ':')).encode()
   text += b' ' * (-len(text) % 8)
-  chunks = (_bytes(name, new[name]) for name in order)
   with atomic_write(Path(path), flushed=True) as file:
     file.write(struct.pack('<Q', len(text)) + text)
-    for chunk in chunks:
-      file.write(memoryview(chunk))
+    for name in order:
+      file.write(memoryview(_bytes(name, tensors[name])))
 
 
-def _bytes(name: str, tensor: NewTensor) -> np.ndarray:
-  array = np.ascontiguousarray(tensor.make())
-  if array.dtype != tensor.dtype or array.size != np.prod(tensor.shape, dtype=np.int64):
+def _bytes(name: str, tensor: Tensor | np.ndarray) -> np.ndarray:
+  array = np.ascontiguousarray(tensor)
+  if array.dtype != tensor.dtype or array.size != math.prod(tensor.shape):
     raise ValueError(f'{name} is {array.dtype} {array.shape}, not {tensor.dtype} {tensor.shape}.')
   return array.reshape(-1).view(np.uint8)
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.tensors import (
-  NewTensor,
+  Tensor,
   metadata,
   open_tensors,
   write_json,
@@ -117,7 +117,7 @@ def test_writing_makes_one_tensor_at_a_time(tmp_path):
     made.append(weakref.ref(array))
     return array
 
-  new = {f'{i}': NewTensor(np.dtype(np.float32), (4,), lambda i=i: make(i)) for i in range(5)}
+  new = {f'{i}': Tensor(np.dtype(np.float32), (4,), lambda i=i: make(i)) for i in range(5)}
   assert made == []
   write_tensors(tmp_path / 'x', new)
   assert len(made) == 5
@@ -129,6 +129,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
   before = (tmp_path / 'x').read_bytes()
   for broken in (lambda: 1 / 0, lambda: np.zeros(3, np.float32), lambda: np.zeros(4)):
     with pytest.raises((ZeroDivisionError, ValueError)):
-      write_tensors(tmp_path / 'x', {'a': NewTensor(np.dtype(np.float32), (4,), broken)})
+      write_tensors(tmp_path / 'x', {'a': Tensor(np.dtype(np.float32), (4,), broken)})
   assert (tmp_path / 'x').read_bytes() == before
   assert [p.name for p in tmp_path.iterdir()] == ['x']
