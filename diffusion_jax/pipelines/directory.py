@@ -165,29 +165,30 @@ def _sample(pipeline: Pipeline, scheduler: Scheduler, path: str) -> SampleConfig
     raise UserError(f'{path} cannot be sampled: {error}') from error
 
 
+_SHARED = (
+  'sampler', 'options', 'spacing', 'threshold', 'threshold_limit', 'threshold_percentile',
+  'timesteps', 'scaled_noise',
+)
+"""Fields that `Scheduler` and `SampleConfig` have in common."""
+
+
 def sample_config(scheduler: Scheduler, pipeline: str | None = None) -> SampleConfig:
-  """How a pipeline of diffusers with this scheduler samples when it is told nothing else."""
+  """Return how a pipeline of diffusers with this scheduler samples where nothing else is asked."""
   grid = dict(scheduler.grid)
   own = {name: grid.pop(name) for name in PLACES if name in grid}
-  return SampleConfig(
-    sampler=scheduler.sampler, options=dict(scheduler.options), spacing=scheduler.spacing,
-    steps=50, guidance=7.5, image_guidance=1.5 if pipeline == EDITS else 1.0,
-    threshold=scheduler.threshold, threshold_limit=scheduler.threshold_limit,
-    threshold_percentile=scheduler.threshold_percentile, timesteps=scheduler.timesteps,
-    scaled_noise=scheduler.scaled_noise, **own, places=grid,
-  )
+  own |= {name: getattr(scheduler, name) for name in _SHARED}
+  edits = 1.5 if pipeline == EDITS else 1.0
+  return SampleConfig(**own, steps=50, guidance=7.5, image_guidance=edits, places=grid)
 
 
 def scheduler_of(model: Diffusion, sample: SampleConfig) -> Scheduler:
-  """Return what a scheduler_config.json says of a model that is sampled so."""
+  """Return the scheduler of a model that is sampled so."""
   plain = SampleConfig()
   grid = {name: getattr(sample, name) for name in PLACES}
   grid = {name: value for name, value in grid.items() if value != getattr(plain, name)}
   return Scheduler(
-    model.noise.config, model.parameterization.name, sample.sampler, dict(sample.options),
-    sample.spacing, grid | sample.places, sample.threshold, sample.threshold_limit,
-    sample.threshold_percentile, sample.timesteps, sample.scaled_noise,
-    model.parameterization.data_std,
+    model.noise.config, model.parameterization.name, grid=grid | sample.places,
+    data_std=model.parameterization.data_std, **{name: getattr(sample, name) for name in _SHARED},
   )
 
 
