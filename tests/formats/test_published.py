@@ -1,10 +1,6 @@
 """What a config says is judged before anything is built: what is absurd is one sentence."""
 
 import json
-import os
-import resource
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -16,8 +12,6 @@ from diffusion_jax.formats.convert import convert
 from diffusion_jax.formats.networks import load_params, network_format, save_params
 from diffusion_jax.formats.tensors import write_json
 from diffusion_jax.models.text.clip import CLIPTextConfig, CLIPVisionConfig
-from diffusion_jax.models.text.tokenizer import load_tokenizer
-from tests.tiny import ROOT
 
 LEVELS = dict(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2)
 DOWN, UP = ('DownBlock2D', 'CrossAttnDownBlock2D'), ('CrossAttnUpBlock2D', 'UpBlock2D')
@@ -159,43 +153,3 @@ def test_convert_counts_no_layers_that_are_not_there(tmp_path):
       (tmp_path / 'bad.safetensors').unlink(missing_ok=True)
       assert time.process_time() - start < 3
     path.write_text(before)
-
-
-CODE = 'import sys, pathlib; pathlib.Path(__file__).with_name("ran").touch()\nclass T: pass\n'
-
-
-@pytest.mark.parametrize('config', [
-  {'auto_map': {'AutoTokenizer': ['code.T', None]}, 'tokenizer_class': 'T'},
-  {'auto_map': {'AutoTokenizer': ['code.T', 'code.T']}},
-  {'auto_map': ['code.T', None], 'tokenizer_class': 'CLIPTokenizer'},
-])
-def test_a_tokenizer_with_code_of_its_own_is_neither_run_nor_asked_about(config, tmp_path):
-  """Nor does a yes at hand make it run."""
-  write_json(tmp_path / 'tokenizer_config.json', config)
-  write_json(tmp_path / 'config.json', {'model_type': 'x', 'auto_map': {'AutoConfig': 'code.T'}})
-  (tmp_path / 'vocab.json').write_text('{"a": 0}')
-  (tmp_path / 'merges.txt').write_text('#version: 0.2\n')
-  (tmp_path / 'code.py').write_text(CODE)
-  program = (
-    'import sys\nfrom diffusion_jax.models.text.tokenizer import load_tokenizer\n'
-    'from diffusion_jax.errors import UserError\n'
-    'try: print(type(load_tokenizer(sys.argv[1])).__name__)\n'
-    'except UserError as error: print("UserError:", error)\n'
-  )
-  done = subprocess.run(
-    [sys.executable, '-c', program, str(tmp_path)], input='y\ny\ny\n',
-    capture_output=True, text=True, timeout=120, env={**os.environ, 'PYTHONPATH': str(ROOT)},
-  )
-  assert done.returncode == 0, done.stderr
-  assert 'UserError: ' in done.stdout or 'CLIPTokenizer' in done.stdout
-  assert 'Do you wish' not in done.stdout and not (tmp_path / 'ran').exists()
-
-
-def test_tokenizer_configs(tmp_path):
-  (tmp_path / 'tokenizer.json').write_text('[' * 10**5)
-  for text in ('[' * 10**5, '{"tokenizer_class": []}', '{"tokenizer_class": 10}', '3', '\ud800'):
-    (tmp_path / 'tokenizer_config.json').write_bytes(text.encode('utf-8', 'surrogatepass'))
-    with pytest.raises(UserError, match='holds no tokenizer that can be read') as error:
-      load_tokenizer(tmp_path)
-    assert len(str(error.value)) < 600 and '\n' not in str(error.value)
-  assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4e6
