@@ -194,7 +194,7 @@ def from_params(params: Mapping[str, Any], sizes: Mapping[str, Rank]) -> dict[st
 
 
 def read_lora(
-  path: str | os.PathLike, networks: Mapping[str, Mapping[str, Any]], *, words: bool = False
+  path: str | os.PathLike, networks: Mapping[str, Mapping[str, Any]], *, inversions: bool = False
 ) -> LoRAs:
   """Read a LoRA of any layout that `write_lora`, kohya's scripts, diffusers or PEFT write.
 
@@ -202,7 +202,7 @@ def read_lora(
     path: a safetensors file, a .bin of PyTorch, of which only arrays are read, or the directory
       that diffusers or PEFT wrote.
     networks: parameters (or their shapes) of the networks it is for, by role.
-    words: whether the caller also takes the textual inversions that the file may hold, with
+    inversions: whether the caller also takes the textual inversions that the file may hold, with
       `formats.textual_inversion.bundled_inversions`; False: a file with such is refused.
 
   Raises:
@@ -215,9 +215,9 @@ def read_lora(
   learned = [name for name in tensors if is_inversion(name)]
   tensors = {name: tensor for name, tensor in tensors.items() if name not in set(learned)}
   require(
-    not learned or (words and bool(tensors) and path.suffix not in PICKLES),
-    f'{path} holds a learned word ({some(learned)})'
-    + (' beside its LoRA; --lora of sample and evaluate reads both, from safetensors.' if tensors
+    not learned or (inversions and bool(tensors) and path.suffix not in PICKLES),
+    f'{path} holds a textual inversion ({some(learned)})'
+    + (' with its LoRA; --lora of sample and evaluate reads both, from safetensors.' if tensors
        else ', which is no LoRA; give it as --words.'),
   )
   others = of_other_kinds(tensors)

@@ -26,7 +26,7 @@ def _without_positions(name: str) -> str | None:
 
 
 def _in_tower(prefix: str, name: str) -> str | None:
-  """transformers 5 leaves the prefix out of a tower alone, and writes it beside a projection."""
+  """transformers 5 leaves the prefix out of a tower without a projection."""
   if name.endswith('position_ids'):
     return None
   return name if name.startswith((prefix, 'text_projection.', 'visual_projection.')) else (

@@ -104,13 +104,13 @@ def _to_diffusers(pipeline: Pipeline, where: Path) -> Pipeline:
   if pipeline.kind not in (TEXT_TO_IMAGE, DIFFUSION):
     return pipeline
   kinds = {name: part.kind for name, part in pipeline.parts.items() if part.kind}
-  told = [*pipeline.index.get('conditioners', ['text'])]
+  conditions = [*pipeline.index.get('conditioners', ['text'])]
   require(
-    kinds.keys() == {'unet', 'vae', 'text_encoder'} and told == ['text']
+    kinds.keys() == {'unet', 'vae', 'text_encoder'} and conditions == ['text']
     and (kinds['unet'], kinds['vae']) == ('unet', 'autoencoder'),
     f'{where} is a model of this library alone (a {kinds.get("unet")} conditioned on '
-    f'{" and ".join(told) or "nothing"}), for which no other layout has a name; convert its parts, '
-    'such as denoiser/, by themselves.',
+    f'{" and ".join(conditions) or "nothing"}), for which no other layout has a name; convert its '
+    'parts, such as denoiser/, by themselves.',
   )
   require(
     pipeline.latent_patch_size == 1,

@@ -67,7 +67,7 @@ def fold(tensors: Mapping[str, Any], shapes: Params, where: str) -> dict[str, np
 
 
 def _published(shapes: Params) -> dict[str, jax.ShapeDtypeStruct]:
-  """The shapes before folding: a kernel alone, and four vectors of a norm beside it."""
+  """The shapes before folding: a kernel alone, or with the four vectors of a norm."""
   out = {}
   for name, leaf in shapes.items():
     module, _, end = name.rpartition('.')

@@ -126,7 +126,7 @@ class Part:
   kind: its row of NETWORKS; None where there is none for it.
   values: config.json of a network.
   files: what is copied as it is.
-  texts: name -> JSON object that is written beside the weights.
+  texts: name -> JSON object that is written with the weights.
   stored: tensors by published names, of a part of a single file.
   """
 

@@ -178,8 +178,8 @@ def _own_parts(directory: Path, index: Mapping[str, Any]) -> dict[str, Part]:
     }
   else:
     with reading(directory / INDEX, 'describes no model', 'export it again'):
-      told = index['conditioners'].get('text', {}).get('path')
-      found = {'vae': index['space'].get('autoencoder'), 'text_encoder': told}
+      text = index['conditioners'].get('text', {}).get('path')
+      found = {'vae': index['space'].get('autoencoder'), 'text_encoder': text}
       paths = {'unet': 'denoiser'} | {name: str(path) for name, path in found.items() if path}
   entries = {
     'unet': ('diffusers', 'UNet2DConditionModel'), 'vae': ('diffusers', 'AutoencoderKL'),
@@ -302,7 +302,7 @@ def save_changed(
 ) -> None:
   """Write a copy of the pipeline in `source` with other (config, params) for some roles.
 
-  Single files of weights that lie beside the parts are of the old model and left behind.
+  Single files of weights next to the parts are of the old model and left behind.
   """
   skip = {FOLDERS.get(role, role) for role in changed}
   origin = resolve(source)

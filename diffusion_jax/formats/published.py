@@ -151,7 +151,7 @@ class NetworkFormat:
   key: '_class_name', as in diffusers, or one of transformers' keys.
   accepted: keys that are no fields of `config` -> the value that each may have, or ANY.
   defaults: of keys that are missing, where the library has others than `config`.
-  written: keys that are written beside the fields.
+  written: keys that are written with the fields.
   rename: a tensor's name in a file -> its name by the modules of our network, `.weight` for every
   kernel, scale and embedding; None for a tensor that holds no parameter, such as a position table.
   """

@@ -1,7 +1,7 @@
 """scheduler_config.json of diffusers <-> our noise schedule, prediction, sampler and grid.
 
 A scheduler of diffusers is all of these at once. Keys of other classes are ignored, as in
-diffusers; one that its class heeds and that has no counterpart is an error that names it. What is
+diffusers; one that its class uses and that has no counterpart is an error that names it. What is
 written is read back, and refused unless it is the same.
 """
 
@@ -69,7 +69,7 @@ _LEVELS = {
   'use_karras_sigmas': 'karras', 'use_lu_lambdas': 'exponential',
   'use_exponential_sigmas': 'exponential',
 }
-"""Arguments that choose noise levels -> our spacing, in the order in which they are heeded."""
+"""Arguments that choose noise levels -> our spacing, the first that is set counts."""
 def read_scheduler(values: Values, where: str) -> Scheduler:
   """Return what a scheduler_config.json says.
 
@@ -204,7 +204,7 @@ def _steps_values(steps: Steps, options: Values) -> dict[str, Any]:
 
 
 def _tau_window(config: NoiseConfig, timesteps: str) -> dict[str, Any]:
-  """The noise levels of `TAU_TIMESTEPS`, by the timesteps that the network is told."""
+  """The noise levels of `TAU_TIMESTEPS`, by the timesteps that the network is given."""
   alphas, sigmas = config.table()
   if len(alphas) <= TAU_TIMESTEPS[0]:
     return {'tau': 0.0}
@@ -217,7 +217,7 @@ def _tau_window(config: NoiseConfig, timesteps: str) -> dict[str, Any]:
 
 
 def _timesteps(name: str, family: str, values: Values) -> str:
-  """Return one of LABELS: how the network is told noise levels that are not those of timesteps."""
+  """Return one of LABELS: the timesteps of noise levels between those of the table."""
   key = next((key for key in _LEVELS if values.get(key)), None)
   if family == 'solver' and key:
     fine = name == DPM and values['beta_schedule'] == 'squaredcos_cap_v2'
@@ -380,8 +380,8 @@ def write_scheduler(scheduler: Scheduler) -> dict[str, Any]:
     'prediction_type': scheduler.prediction, **_threshold_values(scheduler),
     **_grid_values(scheduler),
   }
-  heeded = {*spec.reads, *spec.only, *spec.hidden}
-  values = {'_class_name': steps.kind} | {k: v for k, v in wanted.items() if k in heeded}
+  used = {*spec.reads, *spec.only, *spec.hidden}
+  values = {'_class_name': steps.kind} | {k: v for k, v in wanted.items() if k in used}
   _check_same(scheduler, read_scheduler(values, 'scheduler_config.json'), steps.kind)
   return values
 

@@ -23,7 +23,7 @@ class SchedulerClass:
   reads: argument -> its default, of those that are read.
   only: argument -> the values it may have, its default first; others are refused.
   idle: argument -> why it has no effect.
-  hidden: keys beside the arguments that the class heeds if a config has them.
+  hidden: keys that are no arguments, but that the class uses if a config has them.
   predictions: what networks may predict; the class has no formula for others.
   names: argument -> its values, with what each is taken for: some classes know the names of others.
   """
@@ -124,7 +124,7 @@ CLASSES: dict[str, SchedulerClass] = {
   ),
   'DPMSolverSDEScheduler': SchedulerClass(
     'sigma', _NARROW | _LINSPACE | _LEVELS, _NO_BETA,
-    {'noise_sampler_seed': 'noise is drawn from the keys that the sampler is given'},
+    {'noise_sampler_seed': 'noise is made from the keys that the sampler is given'},
     hidden=tuple(_BOUNDS), predictions=_EPSILON_OR_V,
   ),
   'DPMSolverMultistepScheduler': SchedulerClass(

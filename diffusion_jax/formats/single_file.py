@@ -153,7 +153,7 @@ def read_single_file(path: Path, prediction: str | None, tokenizers: Path | None
     tokenizers: a directory with the tokenizer's files, or with tokenizer/ and tokenizer_2/ in it.
 
   Raises:
-    UserError: the file is broken, of no known family or holds another model beside, a tensor is
+    UserError: the file is broken, of no known family or holds another model, too, a tensor is
       missing, or the prediction or the tokenizers are not known.
   """
   opened = open_tensors(path)

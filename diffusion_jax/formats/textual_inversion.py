@@ -2,8 +2,8 @@
 
 diffusers' files hold one tensor called by its token, and a directory has one for each text encoder.
 AUTOMATIC1111's hold `emb_params`, or for the two encoders of Stable Diffusion XL `clip_l` and
-`clip_g`; there the token is the file's name. Files of LoRA may hold words of either layout beside
-their matrices, under `bundle_emb.TOKEN.` or as they are.
+`clip_g`; there the token is the file's name. Files of LoRA may hold inversions of either layout,
+under `bundle_emb.TOKEN.` or as they are.
 """
 
 import os
@@ -56,20 +56,20 @@ def read_textual_inversion(
   token, stored = _read_pickle(path) if path.suffix in PICKLES else (None, open_tensors(path))
   require(
     not any(map(is_lora, stored)),
-    f'{path} is a LoRA rather than a learned word; give it as --lora, which also reads the words '
+    f'{path} is a LoRA rather than a textual inversion; give it as --lora, which also reads those '
     'that it may hold.',
   )
   if any(name.startswith(BUNDLE) for name in stored):
-    words = bundled_inversions(path, widths)
-    require(len(words) == 1, f'{path} holds {len(words)} words; give a file for each.')
-    return words[0]
+    found = bundled_inversions(path, widths)
+    require(len(found) == 1, f'{path} holds {len(found)} words; give a file for each.')
+    return found[0]
   return _word(path, token, stored, widths)
 
 
 def bundled_inversions(
   path: str | os.PathLike, widths: Mapping[str, int] | None = None
 ) -> list[TextualInversion]:
-  """Return the words in a safetensors file of a LoRA; arguments as above.
+  """Return the textual inversions in a safetensors file of a LoRA; arguments as above.
 
   Raises:
     UserError: a word of no known layout, or one that does not fit the encoders.
@@ -88,7 +88,7 @@ def bundled_inversions(
         token, _, key = token.rpartition('.')[0], '', 'string_to_param.*'
       require(
         key in INVERSION and bool(token),
-        f'{path} holds {name[:200]}, a part of a learned word that is not known here.',
+        f'{path} holds {name[:200]}, a part of a textual inversion that is not known here.',
       )
     elif name not in INVERSION:
       token = name

@@ -1,7 +1,7 @@
 """Files of PyTorch, read as data: nothing in them is ever run.
 
 Those that `torch.save` wrote are read by PyTorch itself with weights_only, which refuses whatever
-is not plain data. TorchScript archives hold code beside the tensors; of them the table of
+is not plain data. TorchScript archives hold code with the tensors; of them the table of
 attributes is read, by an unpickler that knows five names, and the tensors that it points to.
 """
 

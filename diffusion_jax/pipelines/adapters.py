@@ -38,7 +38,7 @@ def add_lora(model: Diffusion, weights: Weights, path: str, scale: float = 1.0) 
     raise UserError(f'the scale of the LoRA {path} is {scale}; give a finite number.')
   text, file = model.text.networks if model.text else {}, lora_file(resolve(path))
   shapes = {'unet': model.denoiser.shapes, **{role: n.shapes for role, n in text.items()}}
-  lora = read_lora(file, shapes, words=True)
+  lora = read_lora(file, shapes, inversions=True)
   out = dict(weights)
   for name, layers in lora.items():
     role = DENOISER if name == 'unet' else name

@@ -49,8 +49,8 @@ def make_model(
     )
   if getattr(config, 'addition_embed_type', None) == 'text_time':
     conditioners = {**conditioners, 'sizes': Sizes()}
-  beside = taken - channels - sum(c.channels(space) for c in conditioners.values())
-  conditioners = {**conditioners, **concatenated(space, beside, schedule=low_resolution)}
+  pictures = taken - channels - sum(c.channels(space) for c in conditioners.values())
+  conditioners = {**conditioners, **concatenated(space, pictures, schedule=low_resolution)}
   return Diffusion(space, denoiser, conditioners, noise, parameterization)
 
 
@@ -71,10 +71,10 @@ def assemble(
     UserError: a part cannot be read, or the parts do not fit together.
   """
   made, parts = space.build(dtype)
-  context, told = Context(made, train, dtype), {}
+  context, built = Context(made, train, dtype), {}
   for name, options in conditioners.items():
     kind = load(CONDITIONERS, name, 'settings.conditioners')
-    told[name], more = kind.build(options, context)
+    built[name], more = kind.build(options, context)
     parts |= more
   network = format_of(denoiser).network(denoiser, dtype=dtype)
-  return make_model(network, made, told, NoiseSchedule.of(schedule), parameterization), parts
+  return make_model(network, made, built, NoiseSchedule.of(schedule), parameterization), parts

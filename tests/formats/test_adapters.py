@@ -294,12 +294,12 @@ def test_a_learned_word_is_called_one(lora, tmp_path):
   bundled = ('bundle_emb.cat.emb_params', 'bundle_emb.cat.clip_g')
   for name in (*bundled, 'emb_params', 'clip_l', '<cat>'):
     save_file(tensors | {name: row}, path)
-    with pytest.raises(UserError, match=rf'holds a learned word \({re.escape(name)}\) beside'):
+    with pytest.raises(UserError, match=rf'holds a textual inversion \({re.escape(name)}\) with'):
       read_lora(path, NETWORKS)
-    assert_same(read_lora(path, NETWORKS, words=True), lora)
+    assert_same(read_lora(path, NETWORKS, inversions=True), lora)
     save_file({name: row}, path)
     with pytest.raises(UserError, match=r'which is no LoRA; give it as --words'):
-      read_lora(path, NETWORKS, words=True)
+      read_lora(path, NETWORKS, inversions=True)
 
 
 def test_a_lora_and_the_word_learned_with_it_are_added_together(tmp_path):
