@@ -94,7 +94,7 @@ def test_words_beside_a_lora(tmp_path):
     read_textual_inversion(path, WIDTHS)
   for name, value in (('cat.t5', ROWS), ('cat.emb_params', WIDE)):
     save_file({f'bundle_emb.{name}': value}, path)
-    with pytest.raises(UserError, match='inversion that is not known|whose table is 3 wide'):
+    with pytest.raises(UserError, match=r'inversion that is not known|whose table is 3 wide'):
       bundled_inversions(path, WIDTHS)
 
 
