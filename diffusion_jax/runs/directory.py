@@ -1,9 +1,11 @@
 """The files of one run: what a person, a report and the next start find in its workdir."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +41,7 @@ class RunDirectory:
     self.tokenizer = self.path / 'tokenizer'
 
   def write_json(self, name: str, values: dict[str, Any]) -> None:
-    """Write `name` in one move, so that a reader never sees half of it."""
+    """Write `name` in one move."""
     self.write_text(name, json.dumps(values, indent=2, sort_keys=False) + '\n')
 
   def write_text(self, name: str, text: str) -> None:
@@ -48,11 +50,7 @@ class RunDirectory:
       file.write(text.encode())
 
   def read_json(self, name: str) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-      UserError: the file is missing or damaged.
-    """
+    """Read a JSON object; UserError where the file is missing or damaged."""
     if not os.path.lexists(self.path / name):
       raise UserError(
         f'{self.path} has no {name}; give the workdir of a run that train has started.'
@@ -66,13 +64,9 @@ class RunDirectory:
   def check_config(
     self, config: dict[str, Any], complete: Callable[[dict[str, Any]], dict[str, Any]]
   ) -> None:
-    """Make sure that this workdir is new or belongs to `config`.
+    """Raise UserError, naming the first difference, where this workdir belongs to another config.
 
-    Args:
-      complete: gives a config that an older version has written the keys that are new since.
-
-    Raises:
-      UserError: it belongs to another config; the message names the first difference.
+    complete: gives a config that an older version has written the keys that are new since.
     """
     if self.path.exists() and not self.path.is_dir():
       raise UserError(f'the workdir {self.path} is a file; choose a directory.')
@@ -94,20 +88,18 @@ class RunDirectory:
 
 
 def normalise(config: dict[str, Any]) -> dict[str, Any]:
-  """As JSON would give it back: tuples become lists."""
+  """Return it as JSON would give it back: tuples become lists."""
   return json.loads(json.dumps(config))
 
 
 def versions() -> dict[str, Any]:
-  """Versions of Python, of the packages that numbers depend on, and the devices."""
+  """Return versions of Python, of the packages that numbers depend on, and the devices."""
   import jax  # Here, for the first word of a start comes before anything heavy is imported.
 
-  found = {}
+  found = dict.fromkeys(PACKAGES, 'not installed')
   for package in PACKAGES:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       found[package] = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-      found[package] = 'not installed'
   device = jax.devices()[0]
   return {
     'python': platform.python_version(), **found, 'platform': device.platform,
@@ -116,8 +108,5 @@ def versions() -> dict[str, Any]:
 
 
 def command_line() -> str:
-  """The command that started this process, to repeat it."""
-  import shlex
-
-  arguments = sys.argv[1:]
-  return shlex.join(['python', '-m', 'diffusion_jax', *arguments])
+  """Return the command that started this process, to repeat it."""
+  return shlex.join(['python', '-m', 'diffusion_jax', *sys.argv[1:]])

@@ -1,10 +1,10 @@
-"""A tiny process that outlives training and tells the truth where training no longer can.
+"""A small process that outlives training and writes the last word where training no longer can.
 
-A process that is killed, runs out of memory or is aborted by its runtime writes no last word, and
-its status file would say 'training' for ever. This program is started beside it with the path of
-the status file; it reads each status as a line from its standard input. At the end of the input
-the other process is gone: unless its last status was a final one, this writes that it was killed.
-It needs the standard library alone, so it costs a few megabytes and no start-up time.
+A process that is killed, runs out of memory or is aborted by its runtime writes none, and its
+status file would say 'training' for ever. This program is started beside it with the path of that
+file, and reads each status as a line from its standard input. At the end of the input the other
+process is gone: unless its last status was a final one, this writes that it was killed. It imports
+the standard library alone, so that it costs a few megabytes and no start-up time.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ FINAL = (
 
 
 def main(path: str) -> None:
-  """Read until the end of the input, then writes `path` if the last status was not final."""
+  """Read until the end of the input, then write `path` if the last status was not final."""
   last = None
   for line in sys.stdin:
     with contextlib.suppress(ValueError):  # The line in which the other process was killed.

@@ -1,4 +1,4 @@
-"""One run at a time in a workdir: a lock that says whose it is, and that a dead holder cannot keep.
+"""One run at a time in a workdir: a lock that names its holder, and that no dead process keeps.
 
 It is a small file, WORKDIR/run.N.lock, for file locks of the operating system do not work on all
 shared file systems. Nothing here trusts clocks, of which each machine has its own: a holder touches
@@ -46,8 +46,8 @@ class RunLock:
   another beside it that it has not looked at withdraws and looks again.
 
   Args:
-    on_lost: is called once, from a thread, when another has taken the lock over: this process
-      stood still for so long that it was taken for dead.
+    on_lost: called once, from a thread, with a sentence, when another has taken the lock over
+      because this process stood still for so long that it was taken for dead.
     say: takes a line for people, where it takes long to find out whether a holder lives.
   """
 
@@ -64,12 +64,7 @@ class RunLock:
     self.lost = False
 
   def take(self) -> None:
-    """Take the lock.
-
-    Raises:
-      UserError: another run holds it; the sentence names the process, the host, and what to do.
-      OSError: no file can be made in the workdir.
-    """
+    """Take the lock. UserError where another run holds it, OSError where no file can be made."""
     while True:
       self._path = None
       seen = self._others()
@@ -103,13 +98,10 @@ class RunLock:
     return True
 
   def _others(self) -> dict[Path, Seen]:
-    """All locks but this process's own."""
-    found = {}
-    for name in os.listdir(self.folder):
-      path = self.folder / name
-      if _NAME.fullmatch(name) and path != self._path and (lock := _look(path)) is not None:
-        found[path] = lock
-    return found
+    """Return all locks but this process's own."""
+    paths = [self.folder / name for name in os.listdir(self.folder) if _NAME.fullmatch(name)]
+    found = {path: _look(path) for path in paths if path != self._path}
+    return {path: lock for path, lock in found.items() if lock is not None}
 
   def _outlive(self, path: Path, first: Seen) -> None:
     """Return once a lock is known to be a dead process's, or gone. UserError if it lives."""
@@ -137,12 +129,12 @@ class RunLock:
       self.confirm()
 
   def check(self) -> None:
-    """Make sure that a pause has not cost the lock; costs nothing where there was none."""
+    """Confirm the lock after a pause that may have cost it; costs nothing where there was none."""
     if time.monotonic() - self._confirmed > LEASE_SECONDS / 2:
       self.confirm()
 
   def confirm(self) -> None:
-    """Touch the lock, or learns that another has taken it over."""
+    """Touch the lock, or learn that another has taken it over."""
     with self._turn:
       if self._closed.is_set() or self.lost:
         return
@@ -158,26 +150,25 @@ class RunLock:
       )
 
   def _touch(self) -> Seen | None:
-    """The lock that has taken the place of this one, if any."""
+    """Touch the file; return the lock that has taken its place, if any."""
     mine = _look(self._path)
     if self._owns(mine):
+      complete = mine.text == self._text
       try:
         os.utime(self._path)
-        if mine.text == self._text:
-          return None
       except OSError:
-        if mine.text != self._text:
+        if not complete:
           raise
-      with contextlib.suppress(OSError):  # The disk may still be full.
-        self._path.write_bytes(self._text)
+      if not complete:
+        with contextlib.suppress(OSError):  # The disk may still be full.
+          self._path.write_bytes(self._text)
       return None
     if mine is not None:
       return mine
     # Someone has removed it. Whoever came before it was made again holds the lock now.
-    if self._others() or not self._make(self._path):
-      return next(iter(self._others().values()), None)
+    made = not self._others() and self._make(self._path)
     other = next(iter(self._others().values()), None)
-    if other is not None:
+    if made and other is not None:
       self._path.unlink(missing_ok=True)
     return other
 
@@ -196,8 +187,7 @@ class RunLock:
 
 
 def _look(path: Path) -> Seen | None:
-  """Read a lock, None where there is none; by opening it, or shared file systems answer from
-  memory."""
+  """Read a lock, None where there is none. Opened, or shared file systems answer from memory."""
   try:
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
   except FileNotFoundError:
@@ -224,7 +214,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _boot() -> str:
-  """Changes whenever the machine starts; '' where it cannot be known."""
+  """Return what changes whenever the machine starts; '' where it cannot be known."""
   try:
     return Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()
   except OSError:
@@ -232,7 +222,7 @@ def _boot() -> str:
 
 
 def _namespace() -> str:
-  """Within which numbers of processes mean the same: containers of one machine have their own."""
+  """Name the space of process numbers: containers of one machine have their own."""
   try:
     return os.readlink('/proc/self/ns/pid')
   except OSError:
@@ -240,8 +230,8 @@ def _namespace() -> str:
 
 
 def _started(pid: int) -> str:
-  """Return when a process was started, in the kernel's ticks; '' where that cannot be known, and
-  'dead' for one that has ended and only waits to be asked for its exit code."""
+  """Return when a process was started, in the kernel's ticks; '' where that cannot be known, 'dead'
+  for one that has ended and waits for its exit code to be read."""
   try:
     fields = Path(f'/proc/{pid}/stat').read_bytes().rpartition(b')')[2].split()
     return 'dead' if fields[0] in (b'Z', b'X') else fields[19].decode()
@@ -250,12 +240,11 @@ def _started(pid: int) -> str:
 
 
 def _holder(text: bytes) -> dict[str, Any]:
-  """Whose a lock is; {} where that cannot be read."""
-  try:
-    found = parse_json(text)
-  except ValueError:
-    return {}
-  return found if isinstance(found, dict) else {}
+  """Return the process that a lock names; {} where that cannot be read."""
+  with contextlib.suppress(ValueError):
+    if isinstance(found := parse_json(text), dict):
+      return found
+  return {}
 
 
 def _lives(holder: dict[str, Any], lock: Seen) -> bool | None:
@@ -265,7 +254,7 @@ def _lives(holder: dict[str, Any], lock: Seen) -> bool | None:
     return None
   here = host == socket.gethostname()
   if boot != _boot():
-    # A machine of this name that was touched after this one was started may be another.
+    # A machine of this name whose lock was touched after this one was started may be another.
     return False if here and lock.touched[0] / 1e9 < _up_since() else None
   if holder.get('processes') != _namespace() or (not boot and not here):
     return None
@@ -280,7 +269,7 @@ def _lives(holder: dict[str, Any], lock: Seen) -> bool | None:
 
 
 def _up_since() -> float:
-  """When this machine was started, in seconds since 1970; 0 where it cannot be known."""
+  """Return when this machine was started, in seconds since 1970; 0 where it cannot be known."""
   clock = getattr(time, 'CLOCK_BOOTTIME', None)
   return 0.0 if clock is None else time.time() - time.clock_gettime(clock)
 

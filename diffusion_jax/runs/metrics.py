@@ -2,6 +2,7 @@
 
 None of these can slow or stop training: each is opened and written to from a thread of its own. The
 packages are imported beforehand: Python 3.11 fails now and then where two threads import at once.
+Writers of other libraries, such as those of clu, raise or lose what a full disk refuses.
 """
 
 import collections
@@ -27,10 +28,9 @@ _MOST_RECORDS, _MOST_IMAGES = 10_000, 8
 
 
 class Record(NamedTuple):
-  """What is written at one step: numbers (`line` holds them as JSON), or an image.
+  """Numbers of one step (`line` holds them as JSON), or an image uint8 [h w 3].
 
-  numbers: name with its kind -> finite number; image: uint8 [h w 3] or None; time: seconds since
-  the epoch.
+  numbers: name with its kind -> finite number. time: seconds since the epoch.
   """
 
   step: int
@@ -81,8 +81,7 @@ class JsonLines:
 
 
 class TensorBoard:
-  """Event files, without tensorboardX's own thread: it dies at the first error, unheard, and then
-  blocks whoever adds the eleventh event."""
+  """Event files, without tensorboardX's own thread, which dies at the first error, unheard."""
 
   name = 'tensorboard'
 
@@ -183,14 +182,14 @@ def check_wandb(project: str) -> None:
 
 
 class MetricsWriter:
-  """metrics.jsonl, TensorBoard if tensorboardX is there, and wandb if asked for; on process 0.
+  """metrics.jsonl, TensorBoard if tensorboardX is there, and wandb if asked for.
 
   One that fails is switched off with a line on stderr and tried again later; what it has missed is
   kept for it, within bounds. `write` never waits and never raises for the sake of a back-end.
 
   Args:
-    active: False on all other processes, where nothing is written.
-    wandb_project: name of the project, or '' for none.
+    active: whether anything is written, as on process 0 alone.
+    wandb_project: '' for none.
     config: of the run, for wandb.
     retry_seconds: until a back-end that has failed is tried again.
   """
@@ -254,7 +253,7 @@ class MetricsWriter:
 
 
 class _Worker(threading.Thread):
-  """Hands records to one back-end, in order. After an error it is closed and opened anew."""
+  """A thread that hands records to one back-end, in order; opened anew after an error."""
 
   def __init__(self, backend: Any, retry_seconds: float):
     super().__init__(name=backend.name, daemon=True)
@@ -268,15 +267,15 @@ class _Worker(threading.Thread):
   @property
   def sentence(self) -> str:
     """What is wrong with the back-end, if anything."""
-    lost = f'{self._lost} records lost' if self._lost else ''
-    return ': '.join([self.name, *filter(None, (self._error, lost))]) if self._error or lost else ''
+    wrong = [*filter(None, [self._error, f'{self._lost} records lost' if self._lost else ''])]
+    return ': '.join([self.name, *wrong]) if wrong else ''
 
   def put(self, record: Record) -> None:
     """Leave the record to the thread; beyond the bounds the oldest is lost."""
     with self._changed:
       self._records.append(record)
       images = [] if record.image is None else [
-        i for i, record in enumerate(self._records) if record.image is not None
+        i for i, one in enumerate(self._records) if one.image is not None
       ]
       if len(images) > _MOST_IMAGES or len(self._records) > _MOST_RECORDS:
         del self._records[images[0] if len(images) > _MOST_IMAGES else 0]

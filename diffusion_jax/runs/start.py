@@ -1,6 +1,7 @@
-"""One start of a run: what surrounds it from before anything heavy is imported to its last word."""
+"""One start of a run, from before anything heavy is imported to its last word."""
 
 import contextlib
+import itertools
 import os
 import threading
 from pathlib import Path
@@ -13,15 +14,13 @@ from diffusion_jax.runs.status import NAME, Status
 
 
 class Start:
-  """The lock of a workdir and its status file, which says `starting` as soon as it is taken.
+  """A context: the lock of a workdir and its status file, which says `starting` once it is taken.
 
-  Used as a context. A start that is refused, by a UserError before training has begun, leaves the
-  workdir as it was: a run that had finished is still finished. Within, nothing that is printed
-  raises (`files.tolerant_streams`).
+  A start that is refused, by a UserError before training has begun, leaves the workdir as it was: a
+  run that had finished is still finished. Within, nothing that is printed raises
+  (`files.tolerant_streams`).
 
-  Attributes:
-    status: after `open`.
-    lock: of process 0; None in all others.
+  status: after `open`. lock: of process 0; None in all others.
   """
 
   def __init__(self, workdir: str | Path):
@@ -34,11 +33,8 @@ class Start:
     self._streams = tolerant_streams()
 
   def open(self, process: int, processes: int) -> None:
-    """Take the lock in process 0; with several it raises what is wrong with it only in `meet`.
-
-    Raises:
-      UserError: the workdir cannot be used, or another run is in it.
-    """
+    """Take the lock in process 0. UserError where the workdir cannot be used, or another run is in
+    it; with several processes not before `meet`."""
     if process == 0:
       try:
         self._take()
@@ -70,8 +66,7 @@ class Start:
   def meet(self) -> None:
     """Make all processes, once joined, take part in this start, or none.
 
-    Raises:
-      UserError: process 0 could not take the lock; on all processes.
+    UserError on all of them where process 0 could not take the lock.
     """
     if self._met:
       return
@@ -93,12 +88,12 @@ class Start:
     """Write the last word of a start that an error ends before training has begun."""
     if self.status is None:
       return
-    over = isinstance(error, KeyboardInterrupt) and self.status.before.get('state') == 'finished'
-    if over or isinstance(error, (UserError, SystemExit)):
+    interrupted = isinstance(error, KeyboardInterrupt)
+    over = interrupted and self.status.before.get('state') == 'finished'
+    if over or isinstance(error, UserError | SystemExit):
       self._refused = True
       self.status.put_back()
       return
-    interrupted = isinstance(error, KeyboardInterrupt)
     message = 'before training began' if interrupted else f'{type(error).__name__}: {error}'[:500]
     self.status(
       'interrupted' if interrupted else 'failed', everyone=True, message=message,
@@ -118,7 +113,7 @@ class Start:
       self._streams.__exit__(None, None, None)
 
   def close(self) -> None:
-    """Let the keeper and the lock go, and removes a workdir that was made for nothing."""
+    """Let the keeper and the lock go, and remove a workdir that was made for nothing."""
     if self.status is not None:
       self.status.close()
     if self.lock is not None:
@@ -129,7 +124,7 @@ class Start:
           path.rmdir()
 
   def release_at_once(self) -> None:
-    """Let the lock go before the process leaves without ending in order; waits for no storage."""
+    """Let the lock go before the process leaves without ending in order; wait for no storage."""
     if self.lock is not None:
       thread = threading.Thread(target=self.lock.release, daemon=True)
       thread.start()
@@ -145,10 +140,6 @@ class Start:
 
 def _make_folder(path: Path) -> list[Path]:
   """Make a folder and those above it; the ones that were not there, the innermost first."""
-  missing = []
-  for folder in (path, *path.parents):
-    if folder.exists():
-      break
-    missing.append(folder)
+  missing = list(itertools.takewhile(lambda folder: not folder.exists(), (path, *path.parents)))
   path.mkdir(parents=True, exist_ok=True)
   return missing

@@ -24,19 +24,17 @@ RETRY = (*GOES_ON, 'interrupted', 'peer_lost', 'stalled', 'unsaved')
 
 
 class Status:
-  """Writes status.json, and sees to it that it is true also after a sudden end.
+  """A writer of status.json that leaves it true also after a sudden end.
 
   Keys: state; retry, whether the same command again would go on; message; step, total_steps,
   seconds (spent on the run over all its starts), pid, host, updated (seconds since 1970), start
   (which start of the run it is of) and what the caller adds.
 
   Process 0 writes while things go on, and whichever process fails writes why. Every process has a
-  keeper beside it (`runs.keeper`), which writes 'killed' when the process ends without a last word.
+  keeper (`runs.keeper`), which writes 'killed' when the process ends without a last word.
 
-  Attributes:
-    before: the last word of the start before this one, {} if there is none.
-    start: the name of this start; all processes must be given the same.
-    final: whether this process has said its last word.
+  before: the last word of the start before this one, {} if there is none. start: the name of this
+  start, on all processes the same. final: whether this process has said its last word.
   """
 
   def __init__(self, directory: RunDirectory, process: int, processes: int):
@@ -51,7 +49,7 @@ class Status:
     self._problem = ''
 
   def facts_before(self) -> dict[str, Any]:
-    """Return how far the start before this one came, as far as it makes sense."""
+    """Return how far the start before this one came, as far as its word makes sense."""
     found = {name: self.before.get(name) for name in ('step', 'total_steps', 'seconds')}
     facts = {name: value for name, value in found.items() if _is_amount(value)}
     return {'step': 0} | facts | ({'goodput': spent} if (spent := self.goodput_before()) else {})
@@ -96,8 +94,8 @@ class Status:
       self._directory.write_json(NAME, record)
     except OSError as error:
       problem = first_line(error)
-      if problem != self._problem:
-        say(f'{NAME} cannot be written ({problem}).')
+    if problem and problem != self._problem:
+      say(f'{NAME} cannot be written ({problem}).')
     self._problem = problem
 
   def put_back(self) -> None:
@@ -107,13 +105,12 @@ class Status:
         return
       self.silence()
       path = self._directory.path / NAME
-      if self._main:
-        with contextlib.suppress(OSError):
-          if self._found is None:
-            path.unlink(missing_ok=True)
-          else:
-            with atomic_write(path) as file:
-              file.write(self._found)
+      with contextlib.suppress(OSError):
+        if self._main and self._found is None:
+          path.unlink(missing_ok=True)
+        elif self._main:
+          with atomic_write(path) as file:
+            file.write(self._found)
 
   def silence(self) -> None:
     """Let neither this process nor its keeper write anything from here on."""

@@ -16,17 +16,14 @@ from diffusion_jax.types import Params
 def run_weights(
   workdir: str, shapes: dict[str, Any], mesh: Mesh, step: int | None = None, ema: bool | None = None
 ) -> Params:
-  """Return the parameters of a checkpoint of a run on a mesh, averaged where there are averages.
+  """Return the parameters of a checkpoint on a mesh; nothing else is read, and nothing changes.
 
-  Neither optimizer nor anything else is read, and nothing in the run's directory changes.
+  UserError where there is no run, no checkpoint, all are damaged, or they are of another model.
 
   Args:
-    shapes: what the parameters must be, by name.
+    shapes: of the parameters, by name.
     step: None for the newest intact checkpoint.
-    ema: whether averaged; None where the run has averages.
-
-  Raises:
-    UserError: no run, no checkpoint yet, all of them damaged, or of another model.
+    ema: whether averaged; None for that where the run has averages.
   """
   directory = RunDirectory(workdir)
   if ema is None:

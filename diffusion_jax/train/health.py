@@ -1,6 +1,4 @@
-"""What surrounds training, so that no end of it goes unsaid: signals, lost processes, stalls,
-leaks, and errors of work that only shows.
-"""
+"""Signals, lost processes, stalls, leaks and failed side work: no end of training goes unsaid."""
 
 import contextlib
 import dataclasses
@@ -44,10 +42,9 @@ class Stopping(Exception):
 
 
 class StopRequest:
-  """Ctrl-C and SIGTERM as a polite request: finish the step, save, leave.
+  """A context in which the first SIGINT or SIGTERM only asks to stop; a second one interrupts.
 
-  While entered, the first SIGINT or SIGTERM only asks to stop; a second one interrupts. A request
-  to one process reaches all of them (`Peers`).
+  A request to one process reaches all of them (`Peers`).
 
   signal: the one that this process got, None where another was asked.
   """
@@ -84,16 +81,12 @@ class StopRequest:
 
 
 class Watchdog:
-  """A thread that ends the process when nothing moves, instead of burning its machine's time.
+  """A thread that ends a process in which a collective, file system or data source hangs.
 
-  A hanging collective, file system or data source waits for ever in silence. Without a heartbeat in
-  time it writes the stacks of all threads to stderr and to `directory`/stacks_PROCESS.txt, calls
-  `on_stall` with a sentence, and leaves. Where the interpreter itself stands still (a library that
-  keeps its lock), faulthandler's own thread writes the stacks and leaves, with exit code 1.
-
-  Args:
-    seconds: without a heartbeat for so long, the process is stalled; 0 never.
-    exit_code: what the process leaves with.
+  Without a heartbeat for `seconds` (0: for ever) it writes the stacks of all threads to stderr and
+  to `directory`/stacks_PROCESS.txt, calls `on_stall` with a sentence, and leaves with `exit_code`.
+  Where the interpreter itself stands still (a library that keeps its lock), faulthandler's own
+  thread writes the stacks and leaves, with exit code 1.
   """
 
   def __init__(
@@ -178,10 +171,10 @@ class Watchdog:
 
 
 def resources() -> dict[str, float]:
-  """Return numbers in which a leak shows: host memory and peak in bytes, open files, threads.
+  """Return numbers in which a leak shows: memory and its peak in bytes, open files, threads.
 
-  And of the fullest device of this process its memory in use and peak, where devices tell (CPUs do
-  not). Outside of Linux the files and the memory of the host are left out.
+  Memory is of the host and of the fullest device of this process, where devices tell (CPUs do not).
+  Outside of Linux the files and the memory of the host are left out.
   """
   found: dict[str, float] = {'threads': threading.active_count()}
   proc = Path('/proc/self')
@@ -202,7 +195,7 @@ def resources() -> dict[str, float]:
 
 
 class Compilations:
-  """Counts the programs that XLA has compiled, or fetched from its cache, since it was made.
+  """A count of the programs that XLA has compiled, or fetched from its cache, since it was made.
 
   After the first step there should be none for training but for new shapes of batches.
   """
@@ -224,7 +217,7 @@ class Compilations:
 
 @dataclasses.dataclass
 class _Failure:
-  """reason: of the last time. times: in a row. again: the work, None where it is not to be kept."""
+  """reason: the last. times: in a row. again: the work, None where it is not kept."""
 
   reason: str
   times: int
@@ -233,14 +226,13 @@ class _Failure:
 
 
 class SideWork:
-  """Does what only shows. What fails is named, counted, tried again, and never raises.
+  """Work that only shows: where it fails, it is named, counted, tried again, and never raises.
 
-  A full disk, one that can only be read, a damaged file and a bug in a chart are all alike here:
-  none of them is worth the steps since the last checkpoint.
+  A full disk, a damaged file and a bug in a chart are alike here: none of them is worth the steps
+  since the last checkpoint.
   """
 
   def __init__(self, say: Callable[[str], None], retry_seconds: float = RETRY_SECONDS):
-    """`say` takes a line for people."""
     self.say, self._retry_seconds = say, retry_seconds
     self._failures: dict[str, _Failure] = {}
     self._dropped = 0
@@ -252,16 +244,14 @@ class SideWork:
       f'{what}: {failure.reason}' + (f' ({failure.times} times)' if failure.times > 1 else '')
       for what, failure in self._failures.items()
     ]
-    return found + ([f'{self._dropped} more were given up'] if self._dropped else [])
+    return found + [f'{self._dropped} more were given up'] * bool(self._dropped)
 
   def __call__(
     self, what: str, work: Callable[[], T], otherwise: T | None = None, *, keep: bool = False
   ) -> T | None:
     """Return work(), or `otherwise` where it fails.
 
-    Args:
-      what: names it; the error ends when work of this name succeeds.
-      keep: try it again later, by `again`.
+    what: names it; the error ends when work of this name succeeds. keep: try it again, by `again`.
     """
     try:
       result = work()
@@ -275,7 +265,7 @@ class SideWork:
     return result
 
   def together(self, what: str, work: Callable[[], T], otherwise: T | None = None) -> T | None:
-    """Do as a call does, for work in which all processes take part.
+    """Do as a call does, for work of all processes together.
 
     With several an error is raised: the others may wait within it for this one.
     """
@@ -302,11 +292,10 @@ class SideWork:
 
 
 class Safety:
-  """The status file, the bonds between processes, the watchdog and stop requests of one start.
+  """The status file, the peers, the watchdog and the stop requests of one start.
 
-  facts: a function that says how far things are, for the status file.
-  training: whether training has begun, so that what ends it now is more than a refused start.
-  note: is added to the message when an error ends the run.
+  facts: returns how far things are, for the status file. training: whether training has begun, so
+  that what ends it now is more than a refused start. note: added to the message of a last error.
   """
 
   def __init__(self, start: Start, config: SafetyConfig):
@@ -339,7 +328,7 @@ class Safety:
 
   @contextlib.contextmanager
   def watching(self):
-    """Report whatever ends what is done within, then let it end."""
+    """Report whatever error ends the work within, then raise it."""
     try:
       with self.stop, listening(self.check):
         yield
@@ -374,6 +363,7 @@ class Safety:
       self._leave_at_once(code)
 
   def _lost(self, sentence: str) -> None:
+    """Leave, as another process is gone."""
     _, why = self.peers.gone
     if not why:
       message = f'{sentence}; start again to go on from the last checkpoint'
