@@ -1,8 +1,7 @@
 """Files that others write or read: bounded before they are parsed, written at once or not at all.
 
 Every fault of a file is one sentence. Links in the folder of a model are followed within it, never
-out of it: who is sent a model may read, copy and publish it, and a link must not make another file
-of the disk a part of that.
+out of it: who is sent a model may publish it, and no other file of the disk must become part of it.
 """
 
 import contextlib
@@ -34,13 +33,10 @@ _SURROGATE = re.compile(r'\\u[dD][89a-fA-F]')
 def reading(
   what: str | Path, fault: str = 'cannot be read', remedy: str = 'fetch or write it again'
 ) -> Iterator[None]:
-  """Make one sentence, WHAT FAULT (REASON); REMEDY., of anything that a parser raises within.
+  """Raise UserError, WHAT FAULT (REASON); REMEDY., in place of any other error within.
 
   Parsers of damaged files raise whatever comes up on the way: lists of exceptions are never
   complete. Within stands nothing but the reading of one file.
-
-  Raises:
-    UserError: in place of any error; one from within is left as it is.
   """
   try:
     yield
@@ -83,12 +79,8 @@ def parse_json(data: bytes | str) -> Any:
   """Return the value of a JSON text in any encoding of Unicode, with a byte order mark or without.
 
   Infinity is allowed, as in published configs, and NaN, which only those who ask for a number can
-  refuse.
-
-  Raises:
-    ValueError: it is no JSON, or not safe to hand on: deeper than MOST_DEPTH, a key twice in an
-      object, half a character (a lone surrogate), a whole number of more than 40 digits, more than
-      MOST_VALUES values.
+  refuse. ValueError for no JSON, or what is not safe to hand on: deeper than MOST_DEPTH, a key
+  twice, a lone surrogate, a number of more than 40 digits, more than MOST_VALUES values.
   """
   text = data if isinstance(data, str) else data.decode(json.detect_encoding(data))
   if sum(map(text.count, ',[{')) > MOST_VALUES:
@@ -159,9 +151,7 @@ def atomic_write(path: Path, *, flushed: bool = False) -> Iterator[BinaryIO]:
   """Open a file that takes the place of `path`, in a folder made if need be, once it is left.
 
   An exception within leaves `path` as it was. Several may write it at once: the last one counts.
-
-  Args:
-    flushed: whether it must be on the disk first, so that a loss of power leaves it complete.
+  flushed: put it on the disk first, so that a loss of power leaves it complete.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   # Not by the process's number, which containers that share a folder have in common.
@@ -193,9 +183,9 @@ def free_name(path: Path) -> Path:
 
 
 def set_aside_damaged(path: Path, say: Callable[[str], None] = say) -> None:
-  """Move what should be a JSON object and is not to NAME.damaged.
+  """Move a file that should hold a JSON object and does not to NAME.damaged.
 
-  For files that only show something, or that say what can be found out again.
+  For files that only show something, or that can be made again.
   """
   if not os.path.lexists(path):
     return
@@ -216,12 +206,9 @@ _ASSETS = Path(__file__).resolve().parent / 'assets'
 
 
 def inside(path: Path, folder: Path) -> Path:
-  """Return `path`, a file or folder of the model in `folder`, which may be a part of a pipeline.
+  """Return `path`, of the model in `folder`; UserError where a link on it leads out of the model.
 
-  `folder` itself may be a link: whoever names it means it, but for a part of a pipeline.
-
-  Raises:
-    UserError: `path` is, or lies behind, a link that leads out of the model.
+  `folder` may be a part of a pipeline, and else itself a link: whoever names it means it.
   """
   if folder.is_relative_to(_ASSETS):  # Installers may make links of the package's own files.
     return path
@@ -236,10 +223,9 @@ def inside(path: Path, folder: Path) -> Path:
 
 
 def check_folder(folder: Path) -> None:
-  """Raise UserError, before a model's folder is copied, for what in it is not to be copied.
+  """Raise UserError for what must not be copied with a model's folder.
 
-  That is a link out of the model, a link to a folder, by which a copy may have no end, and what is
-  neither a file nor a folder.
+  That is a link out of it, a link to a folder, by which a copy may have no end, or a special file.
   """
   for place, folders, files in os.walk(folder):
     for name in (*folders, *files):
@@ -286,10 +272,7 @@ class _Tolerant:
 
 @contextlib.contextmanager
 def tolerant_streams() -> Iterator[None]:
-  """Let nothing that is printed within raise, for want of room or because nobody listens.
-
-  A log file on a full disk must not end what it tells of.
-  """
+  """Let nothing that is printed within raise: a log on a full disk must not end what it logs."""
   before = sys.stdout, sys.stderr
   sys.stdout, sys.stderr = map(_Tolerant, before)
   try:

@@ -1,8 +1,7 @@
-"""One table of rules: how parameters, batches and activations are split over the mesh.
+"""One table of rules: how parameters, by name, and activations, by kind, are split over the mesh.
 
-It serves parameters, optimizer state and averages of every network, trained or frozen, by name, and
-their activations by kind. A dimension that an axis does not divide stays whole, so small models run
-on any mesh.
+It serves parameters, optimizer state and averages of every network, trained or frozen. A dimension
+that an axis does not divide stays whole, so small models run on any mesh.
 """
 
 import re
@@ -70,11 +69,8 @@ def fitted(spec: PartitionSpec, shape: Sequence[int], sizes: Mapping[str, int]) 
 def parameter_spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
   """Return how the parameter of that name and shape is split; scalars never are.
 
-  Rules speak of the last two dimensions (input, output); leading ones, such as a convolution's
-  window, stay whole.
-
-  Raises:
-    ValueError: when no rule matches, so that a new kind of parameter cannot go unnoticed.
+  Rules are of the last two dimensions (input, output); leading ones, such as a convolution's
+  window, stay whole. ValueError where none matches: no new kind of parameter goes unnoticed.
   """
   rule = next((rule for pattern, rule in RULES if re.search(pattern, name)), None)
   if rule is None:
@@ -87,16 +83,16 @@ def parameter_spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) 
 
 
 def batch_spec(shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
-  """Return how a field [b ...] of a batch is split: what has four dimensions is an image [b h w c].
+  """Return how a field [b ...] of a batch is split; four dimensions are an image's [b h w c].
 
-  The first dimension is always split, so that a batch that does not fit is an error.
+  The first is always split, so that a batch that does not fit is an error.
   """
   rest = fitted(ACTIVATIONS['image'], shape, sizes)[1:] if len(shape) == 4 else ()
   return PartitionSpec(EXAMPLES, *rest)
 
 
 def constrain(x: jax.Array, kind: str) -> jax.Array:
-  """Return x laid out on the mesh of `jax.set_mesh` as its kind is (see ACTIVATIONS).
+  """Return x laid out on the mesh of `jax.set_mesh` as ACTIVATIONS says of its kind.
 
   Its gradient is laid out in the same way. Without a mesh, or with one device, it is x itself.
   """
@@ -109,9 +105,9 @@ def on_each_device(
 ) -> Callable[..., jax.Array]:
   """Return a function of activations of these kinds that each device computes for its own part.
 
-  For what takes examples and heads in portions, which must not be portions of the mesh. The result
-  has the first argument's shape. `whole`: the compiler is left no axis of the mesh, as it must be
-  for kernels, not even one of one device.
+  For functions that take examples and heads in portions, which must not be portions of the mesh.
+  The result has the first argument's shape. whole: leave the compiler no axis of the mesh, not even
+  one of one device, as kernels need it.
   """
   def call(*args: jax.Array) -> jax.Array:
     sizes = mesh_sizes()

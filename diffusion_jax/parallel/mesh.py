@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from diffusion_jax.config import MeshConfig
@@ -25,10 +25,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 
   Slices are what devices say they are (TPU, GPU). Other devices are taken for as many equal
   slices, in the order of their processes, as the dcn sizes multiply to; -1 counts as 1 there.
-
-  Raises:
-    UserError: when the sizes do not multiply to the numbers of devices and slices, or both tensor
-      and spatial are used.
+  UserError where the sizes do not multiply to the numbers of devices and slices.
   """
   devices = jax.devices() if devices is None else devices
   dcn = {axis: getattr(config, f'dcn_{axis}') for axis in DCN_AXES}
@@ -48,12 +45,11 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 
 
 def place(slices: Sequence[Sequence], within: Sequence[int], over: Sequence[int]) -> np.ndarray:
-  """Place the devices of each slice in the mesh: slices are contiguous blocks of it.
+  """Place the devices of each slice in the mesh, as a contiguous block of it.
 
   As mesh_utils.create_hybrid_device_mesh, which knows no slices on simulated devices.
 
-  Args:
-    within, over: sizes of the axes within a slice and over slices.
+  within, over: sizes of the axes within a slice and over slices.
   """
   split = slices[0][0].platform == 'tpu'
   blocks = [
@@ -70,8 +66,7 @@ def _slices(devices: Sequence, count: int) -> list[list]:
   """Return devices by slice, as they say themselves or else `count` equal parts of them."""
   numbers = [getattr(device, 'slice_index', None) for device in devices]
   if None not in numbers:
-    slices = [[d for d, m in zip(devices, numbers, strict=True) if m == n]
-              for n in sorted(set(numbers))]
+    slices = [[d for d in devices if d.slice_index == n] for n in sorted(set(numbers))]
     if len({len(part) for part in slices}) > 1:
       raise UserError(
         f'slices have {", ".join(str(len(part)) for part in slices)} devices; a mesh needs slices '
@@ -122,7 +117,7 @@ def shard_params(params: Params, mesh: Mesh) -> dict[str, NamedSharding]:
 
 
 def shard_like(tree, params: Params, mesh: Mesh):
-  """Return shardings for copies of `params`, such as in an optimizer state or the EMA.
+  """Return shardings for a tree with copies of `params`, such as an optimizer state or the EMA.
 
   A leaf below a dictionary key that names a parameter of the same shape is split like it; all else
   (counters, keys) is replicated.
@@ -158,10 +153,8 @@ def batch_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
   """Return the rows of a global batch that this process's devices hold: sorted, each once.
 
-  Where a tensor axis runs across processes, several processes hold the same rows.
-
-  Args:
-    batch_size: of the global batch; a multiple of data x fsdp.
+  Where a tensor axis runs across processes, several hold the same rows. batch_size: a multiple of
+  data x fsdp.
   """
   shards = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,)).values()
   rows = np.arange(batch_size)
@@ -169,12 +162,9 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def put_batch(batch, mesh: Mesh):
-  """Put this process's rows of a global batch into global arrays, split over data and fsdp.
+  """Put this process's rows of a global batch into global arrays, split as `batch_spec` says.
 
-  Images are split by their rows over spatial, too.
-
-  Args:
-    batch: arrays [len(local_rows) ...] in the order of `local_rows`.
+  batch: arrays [len(local_rows) ...] in the order of `local_rows`.
   """
   shards = mesh.shape['data'] * mesh.shape['fsdp']
   held = local_rows(mesh, shards)  # Shards of one row each stand for shards of any size.
@@ -203,8 +193,6 @@ def to_host(tree):
   """Bring arrays from the mesh to every process, as complete numpy arrays."""
   def fetch(x):
     if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
-      from jax.experimental import multihost_utils
-
       x = multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
 
@@ -220,12 +208,8 @@ def whole_batch(batch_size: int, mesh: Mesh) -> int:
 def in_batches(function, params, *arrays: np.ndarray, mesh: Mesh, batch_size: int = 64):
   """Yield function(params, *batch) on the host for equal batches; the last is padded, then cut.
 
-  Every process is given the same arrays and gets the same results; the work is split over the
-  mesh. One batch size means one compilation.
-
-  Args:
-    arrays: [n ...] each.
-    batch_size: rounded up as `whole_batch` does.
+  Every process is given the same arrays [n ...] and gets the same results; the work is split over
+  the mesh. batch_size: rounded up as `whole_batch` does.
   """
   batch_size = whole_batch(batch_size, mesh)
   n = len(arrays[0])

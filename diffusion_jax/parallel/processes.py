@@ -1,7 +1,7 @@
-"""What the processes of one run tell each other beside their collectives.
+"""Messages between the processes of one run, besides their collectives.
 
-A collective that one process does not join hangs or fails on all others, so these things travel by
-the key-value store of JAX's coordination service, from any thread and while programs run on the
+A collective that one process does not join hangs or fails on all others, so these travel by the
+key-value store of JAX's coordination service, from any thread and while programs run on the
 devices: barriers that agree on something, heartbeats, that a process gave up or was asked to stop.
 
 Orbax's `reached_preemption` knows SIGTERM alone, not Ctrl-C; and JAX's own heartbeats end a process
@@ -45,11 +45,8 @@ def _store() -> Any:
 def agree(name: str, value: str, timeout_seconds: float = TIMEOUT_SECONDS) -> list[str]:
   """Return every process's value, in the order of processes; a barrier without devices.
 
-  All processes must call it equally often under each name, and from one thread at a time. It waits
-  for the slowest; with one process it costs nothing.
-
-  Raises:
-    TimeoutError: a process did not come in time.
+  All processes must call it equally often under each name, and from one thread at a time.
+  TimeoutError where one does not come in time.
   """
   count, index = jax.process_count(), jax.process_index()
   if count == 1:
@@ -115,7 +112,7 @@ def sum_over_processes(x: np.ndarray) -> np.ndarray:
 
 
 def heartbeat() -> None:
-  """Tell whoever listens that one batch of long work is done; it may raise, to stop the work."""
+  """Call the listener, after one batch of long work; it may raise, to stop the work."""
   if (listener := _listener.get()) is not None:
     listener()
 
@@ -137,10 +134,9 @@ class Peers:
   all and puts up one verdict, which the others read. So a process costs two small messages.
 
   Stopping: every process counts its polls, which all make in the same order (before each step,
-  after each batch of an evaluation). Once one was asked to stop, each thread publishes how far its
-  process has come and lets it go no further than the next poll before the verdict is known: the
-  largest count plus one. There all stop. The main threads need not answer for it, so it works while
-  they wait for each other within a step.
+  after each batch of an evaluation). Once one was asked to stop, each thread publishes its count
+  and holds its process at the next poll until the verdict is known: the largest count plus one.
+  There all stop. The main threads need not answer, so it works while they wait within a step.
 
   Args:
     timeout_seconds: without news of a process for that long, it counts as lost.
@@ -153,11 +149,9 @@ class Peers:
     period = PERIOD_SECONDS + PERIOD_SECONDS_A_PROCESS * self._count
     self._period = min(period, timeout_seconds / 5)
     self._news = {'beat': 0, 'stop': False, 'polls': None, 'left': ''}
-    self._polls = 0
-    self._lock = threading.Condition()
     self._verdict: dict = {'stop': False, 'until': None, 'gone': None}
-    self._asked = False
-    self._closed = threading.Event()
+    self._polls, self._asked = 0, False
+    self._lock, self._closed = threading.Condition(), threading.Event()
     # Keys outlive a meeting; all processes hold the same number of them in the same order.
     self._room = f'diffusion_jax/peers/{next(_meetings)}'
     self.gone: tuple[int, str] | None = None
@@ -183,10 +177,7 @@ class Peers:
       return until is not None and self._polls >= until
 
   def any_asked(self) -> bool:
-    """Say whether any process has been asked to stop by now; a barrier.
-
-    For places where something else begins: `poll` may have to wait for the news to travel.
-    """
+    """Say whether any process has been asked to stop by now; a barrier, as `poll` may be late."""
     return 'True' in agree('stop', str(self._asked))
 
   def leave(self, why: str) -> None:
@@ -203,7 +194,7 @@ class Peers:
   def confirm_gone(self) -> None:
     """Wait a little longer than the timeout for news that another process is gone.
 
-    Returns if there is none; otherwise `on_lost` is called, and what it does happens.
+    Return if there is none; otherwise once the thread has called `on_lost`.
     """
     if self._count == 1:
       return
@@ -247,7 +238,7 @@ class Peers:
     self._store.key_value_set(f'{self._room}/{key}', json.dumps(value), allow_overwrite=True)
 
   def _judge(self, seen: dict[int, tuple[int, float]]) -> None:
-    """Draw process 0's conclusions from everybody's news and put them up."""
+    """Put up process 0's conclusions from everybody's news. seen: index -> (heartbeat, since)."""
     now, verdict = time.monotonic(), dict(self._verdict)
     news = {
       int(key.rpartition('/')[2]): json.loads(value)

@@ -1,7 +1,5 @@
-"""What a network or a run was trained on.
-
-trained_on.json lies beside weights, so that scores can say it; data.json in a workdir, so that
-other data are noticed when a run goes on.
+"""The data of a network or a run: trained_on.json beside weights, so that scores can name them, and
+data.json in a workdir, so that other data are noticed when a run goes on.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from diffusion_jax.runs.directory import RunDirectory
 
 TRAINED_ON, DATA = 'trained_on.json', 'data.json'
 MADE = 'folder:'
-"""What names of data sets begin with that are places: the same name may be other pictures."""
+"""Beginning of names of data sets that are places: the same name may be other images."""
 Found = dict[str, dict[str, str]]
 """Split -> part of it, such as captions -> its hash."""
 
@@ -28,9 +26,8 @@ Found = dict[str, dict[str, str]]
 class Pictures:
   """One split of a data set.
 
-  size: edge in pixels. records: how many. fingerprint: of the pictures, by
-  `data.fingerprint`; '' where there is none. begun: the model that was trained on with them, which
-  may know others; '' for one that was trained on these alone.
+  size: edge in pixels. records: how many. fingerprint: of the images, '' where there is none.
+  begun: the model that training began with, which may know others; '' for none.
   """
 
   dataset: str
@@ -63,7 +60,7 @@ class Pictures:
 def pictures_of(
   dataset: str, split: str, size: int, records: int, fingerprint: Mapping[str, str]
 ) -> Pictures:
-  """Return a split, by what `data.fingerprint.fingerprint` says of its source."""
+  """Return a split. fingerprint: of its source, by part."""
   return Pictures(dataset, split, size, records, fingerprint.get('pictures', ''))
 
 
@@ -73,7 +70,7 @@ def write_trained_on(directory: Path, pictures: Pictures) -> None:
 
 
 def read_trained_on(directory: Path) -> Pictures | None:
-  """Return what the network in a directory was trained on; None where nothing sound says it."""
+  """Return the data of the network in a directory; None where nothing sound names them."""
   file = directory / TRAINED_ON
   if not file.is_file():
     return None
@@ -94,9 +91,8 @@ def check_data(directory: RunDirectory, found: Found) -> None:
 
 
 def other_data(directory: RunDirectory, found: Found) -> str:
-  """Return what of the data has changed since a run began, such as 'the captions of the test data'.
-
-  '' where nothing has, as far as is known.
+  """Return the part of the data that has changed since a run began, such as 'the captions of the
+  test data'; '' where none has, as far as is known.
   """
   path = directory.path / DATA
   if not path.exists():
@@ -115,11 +111,7 @@ def other_data(directory: RunDirectory, found: Found) -> str:
 
 
 def write_data(directory: RunDirectory, found: Found) -> None:
-  """Keep what a run is trained on.
-
-  Raises:
-    OSError: it is not known yet, and cannot be written.
-  """
+  """Write what a run is trained on, unless it is known. OSError where it cannot be written."""
   if not any(found.values()):
     return
   try:

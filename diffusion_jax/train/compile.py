@@ -1,4 +1,4 @@
-"""Compiles the step, once for each shape of batch, and says what it needs."""
+"""Compile the step, once for each shape of batch, and report its needs."""
 
 import contextlib
 import dataclasses
@@ -20,12 +20,11 @@ MEGABYTE = 1e6
 
 @dataclasses.dataclass(frozen=True)
 class StepReport:
-  """Needs of the compiled step on one device: bytes, and operations by XLA's own count.
+  """Needs of the compiled step on one device, in bytes.
 
-  state: parameters, optimizer, average and frozen networks as they lie on a device. batch: its part
-  of the batch. temporary: activations, gradients and whatever else lives during the step. flops: of
-  one step on one device, as XLA counts them; None where it does not. seconds: to compile.
-  parameters: scalars that are trained, over all devices.
+  seconds: to compile. parameters: scalars that are trained, over all devices. state: parameters,
+  optimizer, average and frozen networks. temporary: activations, gradients and whatever else lives
+  during the step. flops: as XLA counts them; None where it does not.
   """
 
   seconds: float
@@ -92,9 +91,9 @@ def compile_step(step: Any, state: TrainState, frozen: dict, batch: dict):
 
 
 class StepPrograms:
-  """A jitted step with one executable for each shape of batch, compiled when it first comes.
+  """A jitted step, called as such, with one executable for each shape of batch that has come.
 
-  It is called as the step is. All processes must give batches of one shape at a time.
+  All processes must give batches of one shape at a time.
   """
 
   def __init__(
