@@ -28,8 +28,7 @@ from diffusion_jax.types import Params, Scores, Weights
 class TrainedRun:
   """A run that has saved at least once; also one that goes on.
 
-  Raises:
-    UserError: no such run, no checkpoint, or something that cannot be read.
+  UserError where there is no such run, no checkpoint, or something cannot be read.
   """
 
   def __init__(self, workdir: str):
@@ -49,7 +48,7 @@ class TrainedRun:
 
   @property
   def model(self) -> Diffusion:
-    """Raise UserError where the run trains something else."""
+    """The model; UserError where the run trains something else."""
     if not isinstance(self.task.model, Diffusion):
       raise UserError(
         f'{self.workdir} trains {self.config.task}; give the workdir of a diffusion run.'
@@ -58,7 +57,7 @@ class TrainedRun:
 
   @property
   def autoencoder(self) -> Network:
-    """Raise UserError where the run trains something else."""
+    """The autoencoder; UserError where the run trains something else."""
     if not hasattr(self.task, 'autoencoder'):
       raise UserError(
         f'{self.workdir} trains {self.config.task}; give the workdir of an autoencoder.'
@@ -67,7 +66,7 @@ class TrainedRun:
 
   @property
   def sample(self) -> SampleConfig:
-    """Return how it samples while it trains."""
+    """The settings by which it samples while it trains."""
     return self.config.settings.sample
 
   def steps(self) -> list[int]:
@@ -75,12 +74,12 @@ class TrainedRun:
     return self._checkpoints.steps()
 
   def params(self, step: int | None = None, ema_halflife_images: float | None = None) -> Params:
-    """Return what is trained, on the mesh, averaged.
+    """Return the trained parameters on the mesh, averaged.
 
     Args:
       step: of a checkpoint, or None for the newest that is intact.
       ema_halflife_images: None for the run's own average, 0 for none; another is put together from
-        all checkpoints up to that step; see `averages`.
+        all checkpoints up to that step, by `averages`.
     """
     own = self.config.loop.ema_halflife_images
     if step is None and ema_halflife_images in (None, own):
@@ -110,7 +109,7 @@ class TrainedRun:
 
   @property
   def settings_fingerprint(self) -> str:
-    """Return what changes with the networks of the run and with the data that it learns from."""
+    """A hash of the networks of the run and of its data set."""
     config = self.directory.read_json('config.json')
     used = [config['settings'], config['data']['dataset'], config['data']['size']]
     return f'{zlib.crc32(json.dumps(used, sort_keys=True).encode()):08x}'
@@ -118,7 +117,7 @@ class TrainedRun:
   def averages(
     self, step: int | None, ema_halflife_images: float
   ) -> tuple[Sequence[Snapshot], Combination]:
-    """Return what an average of another length is put together from, and how near it comes."""
+    """Return the stored snapshots that make up an average of another length, and their factors."""
     if ema_halflife_images < 0:
       raise UserError(
         f'ema_halflife_images is {ema_halflife_images}; give a number of images, or 0 for none.'
@@ -134,15 +133,12 @@ class TrainedRun:
     return stored, combine(wanted, stored, self.config.loop.batch_size)
 
   def weights(self, step: int | None = None, ema_halflife_images: float | None = None) -> Weights:
-    """Return every network's weights on the host, as `params` for the trained ones."""
+    """Return every network's weights on the host; the trained ones are those of `params`."""
     self.model  # noqa: B018
     return self.task.weights(to_host(self.params(step, ema_halflife_images)), self.task.frozen)
 
   def newest(self) -> int:
-    """Return the step of the last intact checkpoint; all processes must call it together.
-
-    UserError where there is none.
-    """
+    """Return the step of the last intact checkpoint, on all processes. UserError without one."""
     step = json.loads(agree('newest', json.dumps(self._checkpoints.latest()))[0])
     if step is None:
       raise UserError(f'{self.workdir} has no checkpoint yet; train longer first.')

@@ -7,6 +7,7 @@ Writers of other libraries, such as those of clu, raise or lose what a full disk
 
 import collections
 import contextlib
+import functools
 import json
 import os
 import secrets
@@ -14,6 +15,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,131 +44,115 @@ class Record(NamedTuple):
   image: np.ndarray | None = None
 
 
-class JsonLines:
-  """metrics.jsonl: a line for each record of numbers."""
-
-  name = 'metrics.jsonl'
-
-  def __init__(self, path: Path):
-    self._path, self._file = path, None
-
-  def open(self) -> None:
-    """Open to append; a line that a crash or a full disk has torn is cut off."""
-    self._path.parent.mkdir(parents=True, exist_ok=True)
-    if self._path.is_file():
-      with self._path.open('rb+') as file:
-        end = file.seek(0, os.SEEK_END)
-        while end:  # From the end on: the file may be long.
-          start = max(0, end - 2**16)
-          file.seek(start)
-          if (found := file.read(end - start).rfind(b'\n')) >= 0:
-            end = start + found + 1
-            break
-          end = start
-        file.truncate(end)
-    self._file = self._path.open('ab', buffering=0)
-
-  def write(self, record: Record) -> None:
-    if not record.line:
-      return
-    # A deleted file would go on taking lines that nobody can read.
-    if not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
-      raise FileNotFoundError(f'{self._path} was replaced')
-    data = memoryview(record.line.encode() + b'\n')
-    while data:  # A disk that is nearly full takes a part and refuses the rest.
-      data = data[self._file.write(data) :]
-
-  def close(self) -> None:
-    if self._file:
-      self._file.close()
+Write = Callable[[Record], None]
+Open = Callable[[], AbstractContextManager[Write]]
+"""A back-end: whatever raises, within or without, it can be opened anew."""
 
 
-class TensorBoard:
-  """Event files, without tensorboardX's own thread, which dies at the first error, unheard."""
+@contextlib.contextmanager
+def json_lines(path: Path) -> Iterator[Write]:
+  """Append a line for each record of numbers, after cutting off one that a crash has torn."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if path.is_file():
+    with path.open('rb+') as file:
+      end = file.seek(0, os.SEEK_END)
+      while end:  # From the end on: the file may be long.
+        start = max(0, end - 2**16)
+        file.seek(start)
+        if (found := file.read(end - start).rfind(b'\n')) >= 0:
+          end = start + found + 1
+          break
+        end = start
+      file.truncate(end)
+  with path.open('ab', buffering=0) as file:
 
-  name = 'tensorboard'
+    def write(record: Record) -> None:
+      # A deleted file would go on taking lines that nobody can read.
+      if record.line and not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+        raise FileNotFoundError(f'{path} was replaced')
+      data = memoryview(f'{record.line}\n'.encode() if record.line else b'')
+      while data:  # A disk that is nearly full takes a part and refuses the rest.
+        data = data[file.write(data) :]
 
-  def __init__(self, folder: Path):
-    """Raise ImportError where tensorboardX is missing."""
-    # It would import PyTorch, for the name of a class: seconds and 300 MB of every run.
-    without_torch = 'torch' not in sys.modules
+    yield write
+
+
+def tensorboard(folder: Path) -> Open:
+  """Return a back-end of event files. ImportError where tensorboardX is missing.
+
+  tensorboardX's own thread is left out: it dies at the first error, unheard.
+  """
+  # It would import PyTorch, for the name of a class: seconds and 300 MB of every run.
+  without_torch = 'torch' not in sys.modules
+  if without_torch:
+    sys.modules['torch'] = None
+  try:
+    from tensorboardX import record_writer, summary
+    from tensorboardX.proto.event_pb2 import Event
+  finally:
     if without_torch:
-      sys.modules['torch'] = None
-    try:
-      from tensorboardX import record_writer, summary
-      from tensorboardX.proto import event_pb2
-    finally:
-      if without_torch:
-        del sys.modules['torch']
-    self._records, self._summary, self._event = record_writer, summary, event_pb2.Event
-    self._folder, self._file = folder, None
+      del sys.modules['torch']
 
-  def open(self) -> None:
+  @contextlib.contextmanager
+  def open_file() -> Iterator[Write]:
     """Begin a file of its own, as TensorBoard stops reading one at a torn event."""
-    self._folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     # TensorBoard reads the files in the order of their names.
     name = f'events.out.tfevents.{time.time():.3f}.{socket.gethostname()}.{os.getpid()}'
-    self._file = self._records.RecordWriter(str(self._folder / name))
-    self._add(wall_time=time.time(), file_version='brain.Event:2')
+    file = record_writer.RecordWriter(str(folder / name))
+    add = lambda **fields: file.write(Event(**fields).SerializeToString())
 
-  def write(self, record: Record) -> None:
-    os.stat(self._file.path)  # A deleted file would go on taking events that nobody can read.
-    if record.image is not None:
-      values = [self._summary.image(record.name, record.image, dataformats='HWC')]
-    else:
-      values = [self._summary.scalar(name, value) for name, value in record.numbers.items()]
-    for value in values:
-      self._add(wall_time=record.time, step=record.step, summary=value)
-    self._file.flush()
+    def write(record: Record) -> None:
+      os.stat(file.path)  # A deleted file would go on taking events that nobody can read.
+      if record.image is not None:
+        values = [summary.image(record.name, record.image, dataformats='HWC')]
+      else:
+        values = [summary.scalar(name, value) for name, value in record.numbers.items()]
+      for value in values:
+        add(wall_time=record.time, step=record.step, summary=value)
+      file.flush()
 
-  def _add(self, **fields: Any) -> None:
-    self._file.write(self._event(**fields).SerializeToString())
+    with contextlib.closing(file):
+      add(wall_time=time.time(), file_version='brain.Event:2')
+      yield write
 
-  def close(self) -> None:
-    if self._file:
-      self._file.close()
+  return open_file
 
 
-class WeightsAndBiases:
-  """A run of Weights & Biases, the same one after a restart; obeys WANDB_MODE and its kin."""
+def weights_and_biases(directory: RunDirectory, project: str, config: dict[str, Any]) -> Open:
+  """Return a back-end of one run of Weights & Biases, the same after a restart of this one."""
+  import wandb
 
-  name = 'wandb'
-
-  def __init__(self, run: RunDirectory, project: str, config: dict[str, Any]):
-    import wandb
-
-    self._wandb, self._run = wandb, None
-    self._directory, self._project, self._config = run, project, config
-
-  def open(self) -> None:
-    wandb, file = self._wandb, self._directory.path / 'wandb_run_id'
+  @contextlib.contextmanager
+  def open_run() -> Iterator[Write]:
+    file = directory.path / 'wandb_run_id'
     if os.environ.get('WANDB_MODE', 'online') == 'online' and not wandb.login(prompt=False):
       raise RuntimeError('no API key: run `wandb login`, or set WANDB_MODE=offline')
     if not file.exists():
-      self._directory.write_text(file.name, secrets.token_hex(4) + '\n')
-    self._run = wandb.init(
-      project=self._project, id=file.read_text(encoding='utf-8').strip(), resume='allow',
-      name=self._directory.path.name, dir=str(self._directory.path), config=self._config,
+      directory.write_text(file.name, secrets.token_hex(4) + '\n')
+    run = wandb.init(
+      project=project, id=file.read_text(encoding='utf-8').strip(), resume='allow',
+      name=directory.path.name, dir=str(directory.path), config=config,
       settings=wandb.Settings(silent=True, console='off', init_timeout=60, finish_timeout=60),
     )
-    # Its own counter of steps never goes back; ours does after a restart.
-    self._run.define_metric('*', step_metric='step')
 
-  def write(self, record: Record) -> None:
-    values = record.numbers
-    if record.image is not None:
-      values = {record.name: self._wandb.Image(record.image)}
-    self._run.log({'step': record.step, **values})
+    def write(record: Record) -> None:
+      image = record.image
+      values = record.numbers if image is None else {record.name: wandb.Image(image)}
+      run.log({'step': record.step, **values})
 
-  def close(self) -> None:
-    if not self._run:
-      return
-    run, self._run = self._run, None
     try:
-      run.finish()
-    except Exception:
-      self._wandb.teardown()  # Or a service that died would be asked again for ever.
-      raise
+      # Its own counter of steps never goes back; ours does after a restart.
+      run.define_metric('*', step_metric='step')
+      yield write
+    finally:
+      try:
+        run.finish()
+      except Exception:
+        wandb.teardown()  # Or a service that died would be asked again for ever.
+        raise
+
+  return open_run
 
 
 def check_wandb(project: str) -> None:
@@ -198,16 +185,16 @@ class MetricsWriter:
     self, run: RunDirectory, active: bool, *, wandb_project: str = '',
     config: dict[str, Any] | None = None, retry_seconds: float = 300.0,
   ):
-    backends: list[Any] = []
+    backends: dict[str, Open] = {}
     if active:
-      backends.append(JsonLines(run.metrics))
+      backends['metrics.jsonl'] = functools.partial(json_lines, run.metrics)
       try:
-        backends.append(TensorBoard(run.tensorboard))
+        backends['tensorboard'] = tensorboard(run.tensorboard)
       except ImportError:
         say('TensorBoard events are not written; for them, pip install tensorboardX.', 'metrics: ')
       if wandb_project:
-        backends.append(WeightsAndBiases(run, wandb_project, config or {}))
-    self._workers = [_Worker(backend, retry_seconds) for backend in backends]
+        backends['wandb'] = weights_and_biases(run, wandb_project, config or {})
+    self._workers = [_Worker(name, opener, retry_seconds) for name, opener in backends.items()]
 
   @property
   def errors(self) -> list[str]:
@@ -255,12 +242,12 @@ class MetricsWriter:
 class _Worker(threading.Thread):
   """A thread that hands records to one back-end, in order; opened anew after an error."""
 
-  def __init__(self, backend: Any, retry_seconds: float):
-    super().__init__(name=backend.name, daemon=True)
-    self._backend, self._retry_seconds = backend, retry_seconds
+  def __init__(self, name: str, opener: Open, retry_seconds: float):
+    super().__init__(name=name, daemon=True)
+    self._opener, self._retry_seconds = opener, retry_seconds
     self._records: collections.deque[Record] = collections.deque()
     self._changed = threading.Condition()
-    self._open = self._closing = self._busy = False
+    self._closing = self._busy = False
     self._error, self._retry_at, self._lost = '', 0.0, 0
     self.start()
 
@@ -296,18 +283,17 @@ class _Worker(threading.Thread):
       self._changed.notify_all()
 
   def run(self) -> None:
+    opened, write = contextlib.ExitStack(), None
     while (record := self._next()) is not None:
       error = ''
       try:
-        if not self._open:
-          self._backend.open()
-          self._open = True
-        self._backend.write(record)
+        write = write or opened.enter_context(self._opener())
+        write(record)
       except (Exception, SystemExit) as raised:
-        error = first_line(raised)
-        self._close()
+        error, write = first_line(raised), None
+        _close(opened)
       self._done(record, error)
-    self._close()
+    _close(opened)
 
   def _next(self) -> Record | None:
     """Return the next record when it is time for it; None at the end."""
@@ -335,7 +321,7 @@ class _Worker(threading.Thread):
     elif before and not error:
       say(f'{self.name} is back.', 'metrics: ')
 
-  def _close(self) -> None:
-    self._open = False
-    with contextlib.suppress(Exception, SystemExit):  # What is unwritten is still in our hands.
-      self._backend.close()
+
+def _close(opened: contextlib.ExitStack) -> None:
+  with contextlib.suppress(Exception, SystemExit):  # What is unwritten is still in our hands.
+    opened.close()

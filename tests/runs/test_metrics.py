@@ -224,9 +224,10 @@ def test_a_run_does_not_import_pytorch_for_tensorboard(tmp_path):
   """It takes seconds and 300 MB; whoever wants it afterwards gets it."""
   code = (
     'import importlib.util, pathlib, sys\n'
-    'from diffusion_jax.runs.metrics import TensorBoard\n'
+    'from diffusion_jax.runs.metrics import tensorboard\n'
     'assert importlib.util.find_spec("torch")\n'
-    'TensorBoard(pathlib.Path(sys.argv[1])).open()\n'
+    'with tensorboard(pathlib.Path(sys.argv[1]))():\n'
+    '  pass\n'
     'assert "torch" not in sys.modules and importlib.util.find_spec("torch")\n'
   )
   done = subprocess.run([sys.executable, '-c', code, str(tmp_path)], capture_output=True, text=True,
