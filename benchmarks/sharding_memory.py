@@ -87,12 +87,10 @@ def make_task(model: str, remat: str):
   return Denoising(), network
 
 
-def abstract_batch(config, b: int, size: int, mesh) -> dict:
-  """Shapes of latents, times, texts and conditions on the mesh."""
+def batch_shapes(config, b: int, size: int) -> dict:
+  """Shapes of latents, times, texts and conditions."""
   import jax
   import jax.numpy as jnp
-
-  from diffusion_jax.parallel.mesh import batch_sharding
 
   shapes = {
     'mean': (b, size, size, config.in_channels), 't': (b,),
@@ -101,21 +99,7 @@ def abstract_batch(config, b: int, size: int, mesh) -> dict:
   if config.addition_embed_type:
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     shapes |= {'pooled': (b, pooled), 'sizes': (b, 6)}
-  return {
-    name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(shape, mesh))
-    for name, shape in shapes.items()
-  }
-
-
-def held(tree) -> int:
-  """Bytes of a tree of shapes with shardings that one device holds."""
-  import jax
-
-  sizes = [
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(tree)
-  ]
-  return sum(sizes)
+  return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
 
 
 def assigned(lowered, dump: str) -> dict[str, int]:
@@ -141,7 +125,8 @@ def assigned(lowered, dump: str) -> dict[str, int]:
 def measure(args: argparse.Namespace, sizes: list[int], dump: str) -> dict:
   """What one device holds, in bytes."""
 
-  from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+  from diffusion_jax.parallel.mesh import MeshConfig, abstract_batch, make_mesh
+  from diffusion_jax.train.compile import held
   from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
   from diffusion_jax.train.state import abstract_state
   from diffusion_jax.train.step import make_step
@@ -161,7 +146,7 @@ def measure(args: argparse.Namespace, sizes: list[int], dump: str) -> dict:
   if args.shapes:
     return result
   size, batch_size = args.size or SIZES[args.model], args.batch or fsdp
-  batch = abstract_batch(network.config, batch_size, size, mesh)
+  batch = abstract_batch(batch_shapes(network.config, batch_size, size), mesh)
   update = make_step(task, optimizer, state, batch_size=batch_size, ema_halflife_images=1e6)
   times = [time.perf_counter()]
   lowered = update.lower(state, {}, batch)

@@ -51,10 +51,10 @@ def reading(
 
 def first_line(error: BaseException) -> str:
   """Return what an error says, in one line of at most 200 characters that can be printed."""
-  return shown((str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.'))
+  return printable((str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.'))
 
 
-def shown(text: str) -> str:
+def printable(text: str) -> str:
   """Return a name or a message as at most 200 characters that can be printed in one line."""
   text = text[:200]
   return text if text.isprintable() else text.encode('unicode_escape').decode()

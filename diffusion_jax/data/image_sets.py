@@ -14,7 +14,7 @@ import numpy as np
 from diffusion_jax.data.finding import SUFFIXES, Left
 from diffusion_jax.data.images import MAX_PIXELS, MOST_BYTES, read_pixels
 from diffusion_jax.errors import UserError
-from diffusion_jax.files import first_line, reading, shown
+from diffusion_jax.files import first_line, printable, reading
 from diffusion_jax.formats.npz import check_member, fill, opened, read_header
 
 ARRAY = 'arr_0.npy'
@@ -207,7 +207,7 @@ def _pictures(
     if info is None:
       break
     tar.members.clear()  # It would keep the headers of all.
-    before, last = info.offset, shown(info.name)
+    before, last = info.offset, printable(info.name)
     name = PurePosixPath(info.name).name
     if not name.lower().endswith(SUFFIXES) or name.startswith('.') or info.isdir():
       continue

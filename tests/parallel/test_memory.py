@@ -1,7 +1,6 @@
 """No device holds the whole: initialisation, Stable Diffusion XL's state, rematerialisation."""
 
 import json
-import math
 import re
 
 import jax
@@ -20,6 +19,7 @@ from diffusion_jax.models.perceptual import Discriminator
 from diffusion_jax.models.text.clip import CLIP
 from diffusion_jax.models.unet import UNet, UNetConfig
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from diffusion_jax.train.compile import held
 from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
 from diffusion_jax.train.state import abstract_state, initializer
 from diffusion_jax.train.tasks.task import Task
@@ -56,14 +56,6 @@ class Known(Training):
 
   def initialize(self, key):
     return {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in self.network.shapes.items()}
-
-
-def held(tree) -> int:
-  """Bytes of one device's share."""
-  return sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(tree)
-  )
 
 
 def state_of(network: Network, mesh, kind=Training):

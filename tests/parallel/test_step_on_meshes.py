@@ -15,6 +15,7 @@ from diffusion_jax import build
 from diffusion_jax.config import parse
 from diffusion_jax.costs.collectives import beside_parameters, by_kind, moved, read_collectives
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_batch, put_params, to_host
+from diffusion_jax.train.compile import held
 from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
 from diffusion_jax.train.state import abstract_state, initializer
 from diffusion_jax.train.step import make_step
@@ -64,14 +65,6 @@ def fresh(task, optimizer):
 
 def one_device():
   return make_mesh(MeshConfig(), jax.devices()[:1])
-
-
-def held(tree) -> int:
-  """Bytes of one device's share."""
-  return sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(tree)
-  )
 
 
 def run(task, optimizer, fresh, batch, mesh):
