@@ -148,7 +148,7 @@ class Peers:
     self._count, self._index = jax.process_count(), jax.process_index()
     period = PERIOD_SECONDS + PERIOD_SECONDS_A_PROCESS * self._count
     self._period = min(period, timeout_seconds / 5)
-    self._news = {'beat': 0, 'stop': False, 'polls': None, 'left': ''}
+    self._news = {'heartbeat': 0, 'stop': False, 'polls': None, 'left': ''}
     self._verdict: dict = {'stop': False, 'until': None, 'gone': None}
     self._polls, self._asked = 0, False
     self._lock, self._closed = threading.Condition(), threading.Event()
@@ -230,7 +230,7 @@ class Peers:
       self._publish()  # 'done': its silence from now on means nothing.
 
   def _publish(self) -> None:
-    self._news['beat'] += 1
+    self._news['heartbeat'] += 1
     self._news['stop'] = self._news['stop'] or self._asked
     self._put(f'news/{self._index}', self._news)
 
@@ -245,8 +245,8 @@ class Peers:
       for key, value in self._store.key_value_dir_get(f'{self._room}/news/')
     }
     for index, item in news.items():
-      if index not in seen or seen[index][0] != item['beat']:
-        seen[index] = (item['beat'], now)
+      if index not in seen or seen[index][0] != item['heartbeat']:
+        seen[index] = (item['heartbeat'], now)
       silent = now - seen[index][1] > self._timeout and item['left'] != 'done'
       if verdict['gone'] is None and (silent or item['left'] not in ('', 'done')):
         verdict['gone'] = [index, item['left']]
