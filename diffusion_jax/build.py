@@ -25,7 +25,7 @@ from diffusion_jax.parallel.mesh import local_rows, make_mesh
 from diffusion_jax.registry import TASKS, load
 from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.runs.metrics import check_wandb
-from diffusion_jax.runs.trained_on import Pictures, check_data, pictures_of, write_data
+from diffusion_jax.runs.trained_on import DataSplit, check_data, split_of, write_data
 from diffusion_jax.runs.weights import run_weights
 from diffusion_jax.train.optimizer import learning_rates, make_optimizer
 from diffusion_jax.train.tasks.task import Env, Task
@@ -68,7 +68,7 @@ def begun_with(config: TrainingConfig, task: Task) -> str:
 
 
 def provenance(
-  begun: str, features: Sequence[str], train: Pictures | None, test: Pictures | None
+  begun: str, features: Sequence[str], train: DataSplit | None, test: DataSplit | None
 ) -> tuple[str, ...]:
   """Return sentences on what the networks were trained on that were there before a run.
 
@@ -181,7 +181,7 @@ def build(config: dict, workdir: str, synthetic: bool = False) -> Training:
   hashes = {} if synthetic else {'training': fingerprint(train), 'test': fingerprint(test)}
   check_data(directory, hashes)
   trained_on, tested_on = (
-    pictures_of(config.data.dataset, split, config.data.size, len(source), hashes[name])
+    split_of(config.data.dataset, split, config.data.size, len(source), hashes[name])
     if hashes.get(name) else None  # Points, or random numbers.
     for split, name, source in (('train', 'training', train), ('test', 'test', test))
   )

@@ -36,7 +36,7 @@ from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_params, to_ho
 from diffusion_jax.parallel.processes import A_DAY, agree
 from diffusion_jax.run import TrainedRun, load_evaluator
 from diffusion_jax.runs.directory import RunDirectory
-from diffusion_jax.runs.trained_on import pictures_of
+from diffusion_jax.runs.trained_on import split_of
 from diffusion_jax.viz.evaluation import examples
 from diffusion_jax.viz.sweep import label, short
 
@@ -111,7 +111,7 @@ def named_split(source, dataset: str, size: int, name: str) -> Split:
   """
   return Split(
     source, f'{dataset} {size} px {name}',
-    pictures=pictures_of(dataset, name, size, len(source), fingerprint(source)),
+    pictures=split_of(dataset, name, size, len(source), fingerprint(source)),
   )
 
 

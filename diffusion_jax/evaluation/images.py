@@ -25,7 +25,7 @@ from diffusion_jax.data.sources.tfds import METADATA, PreparedImages
 from diffusion_jax.data.splits import fingerprint, of_records
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.errors import UserError
-from diffusion_jax.runs.trained_on import Pictures
+from diffusion_jax.runs.trained_on import DataSplit
 from diffusion_jax.types import Record
 
 
@@ -100,7 +100,7 @@ class Split:
   records: Sequence
   name: str
   notes: tuple[str, ...] = ()
-  pictures: Pictures | None = None
+  pictures: DataSplit | None = None
   """What they are, to be compared with what networks were trained on."""
 
   def __len__(self) -> int:

@@ -20,7 +20,7 @@ from diffusion_jax.evaluation.metrics.text import retrieval_hits
 from diffusion_jax.evaluation.scores import value_of
 from diffusion_jax.files import atomic_write
 from diffusion_jax.formats.networks import resolve
-from diffusion_jax.runs.trained_on import Pictures, read_trained_on
+from diffusion_jax.runs.trained_on import DataSplit, read_trained_on
 from diffusion_jax.types import Record
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def real_retrieval(clip: CLIPFeatures, records: Sequence[Record], seed: int = 0)
 
 REFERENCE, TESTED = 'the reference', 'the test images'
 
-Sets = Mapping[str, Pictures | None]
+Sets = Mapping[str, DataSplit | None]
 """What sets of images are, by what people call them here; None where that is not known."""
 
 
@@ -99,7 +99,7 @@ def of_model(name: str, path: str, sets: Sets) -> str:
   return _of_network(name, _trained_on(path), sets)
 
 
-def _trained_on(path: str) -> Pictures | None:
+def _trained_on(path: str) -> DataSplit | None:
   try:
     place = Path(resolve(path))
   except UserError:
@@ -107,7 +107,7 @@ def _trained_on(path: str) -> Pictures | None:
   return read_trained_on(place) if place.is_dir() else None
 
 
-def _of_network(name: str, trained: Pictures | None, sets: Sets) -> str:
+def _of_network(name: str, trained: DataSplit | None, sets: Sets) -> str:
   if trained is None:
     more = f', nor whether {_are(sets)} part of that' if sets else ''
     return f'What {name} was trained on is not known{more}.'
@@ -117,7 +117,7 @@ def _of_network(name: str, trained: Pictures | None, sets: Sets) -> str:
   parts = [f'{_are(same)} these images, which it knows'] if same else []
   parts += [f'{_are(apart)} not among them'] if apart else []
   parts += [f'whether {_are(rest)} among them is not known'] if rest else []
-  return f'{name} was trained on {trained.told}' + (f': {"; ".join(parts)}.' if parts else '.')
+  return f'{name} was trained on {trained.described}' + (f': {"; ".join(parts)}.' if parts else '.')
 
 
 def _are(sets: Sequence[str] | Mapping) -> str:

@@ -23,7 +23,7 @@ Found = dict[str, dict[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Pictures:
+class DataSplit:
   """One split of a data set.
 
   size: edge in pixels. records: how many. fingerprint: of the images, '' where there is none.
@@ -38,45 +38,45 @@ class Pictures:
   begun: str = ''
 
   @property
-  def told(self) -> str:
+  def described(self) -> str:
     """A few words for people."""
     after = f', beginning with {self.begun}' if self.begun else ''
     return f'{self.dataset} ({self.split} split, {self.size} px, {self.records:,} images){after}'
 
-  def same(self, other: Pictures) -> bool:
+  def same(self, other: DataSplit) -> bool:
     """Say whether these are the same images, perhaps at another size."""
     if self.fingerprint and self.fingerprint == other.fingerprint:
       return True
     named = (self.dataset, self.split) == (other.dataset, other.split)
     return named and not self.dataset.startswith(MADE)
 
-  def apart(self, other: Pictures) -> bool:
+  def apart(self, other: DataSplit) -> bool:
     """Say whether they are known to be another split of one data set, and all that is known."""
     if self.begun or self.dataset.startswith(MADE):
       return False
     return self.dataset == other.dataset and self.split != other.split
 
 
-def pictures_of(
+def split_of(
   dataset: str, split: str, size: int, records: int, fingerprint: Mapping[str, str]
-) -> Pictures:
+) -> DataSplit:
   """Return a split. fingerprint: of its source, by part."""
-  return Pictures(dataset, split, size, records, fingerprint.get('pictures', ''))
+  return DataSplit(dataset, split, size, records, fingerprint.get('pictures', ''))
 
 
-def write_trained_on(directory: Path, pictures: Pictures) -> None:
+def write_trained_on(directory: Path, pictures: DataSplit) -> None:
   """Write the file into the directory of a network or model."""
   write_json(directory / TRAINED_ON, dataclasses.asdict(pictures))
 
 
-def read_trained_on(directory: Path) -> Pictures | None:
+def read_trained_on(directory: Path) -> DataSplit | None:
   """Return the data of the network in a directory; None where nothing sound names them."""
   file = directory / TRAINED_ON
   if not file.is_file():
     return None
   try:
-    values, names = read_object(file), [field.name for field in dataclasses.fields(Pictures)]
-    return typed(Pictures, {name: values[name] for name in names if name in values})
+    values, names = read_object(file), [field.name for field in dataclasses.fields(DataSplit)]
+    return typed(DataSplit, {name: values[name] for name in names if name in values})
   except UserError:
     return None
 

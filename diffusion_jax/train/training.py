@@ -13,7 +13,7 @@ from diffusion_jax.data.splits import APART, Measured
 from diffusion_jax.data.unreadable import Damage
 from diffusion_jax.evaluation.evaluator import Evaluator
 from diffusion_jax.runs.directory import RunDirectory
-from diffusion_jax.runs.trained_on import Pictures
+from diffusion_jax.runs.trained_on import DataSplit
 from diffusion_jax.train.tasks.task import Task
 from diffusion_jax.types import Params, Scores
 
@@ -51,4 +51,4 @@ class Training:
   damage: Damage = dataclasses.field(default_factory=Damage)
   provenance: tuple[str, ...] = ()
   evaluators: Sequence[Evaluator] = ()
-  trained_on: Pictures | None = None
+  trained_on: DataSplit | None = None

@@ -14,13 +14,13 @@ from diffusion_jax.config import LoopConfig
 from diffusion_jax.evaluation.recognition import answer
 from diffusion_jax.evaluation.report import Retrieval, of_features, real_retrieval
 from diffusion_jax.formats.networks import resolve
-from diffusion_jax.runs.trained_on import Pictures, read_trained_on, write_trained_on
+from diffusion_jax.runs.trained_on import DataSplit, read_trained_on, write_trained_on
 from diffusion_jax.train.card import model_card
 from diffusion_jax.train.tasks.task import Task
 from tests import tiny
 
 ASSETS = ('autoencoder', 'classifier', 'clip', 'text-to-image')
-TRAIN = Pictures('openmoji', 'train', 64, 3312, 'aa')
+TRAIN = DataSplit('openmoji', 'train', 64, 3312, 'aa')
 
 
 def _captions(run, step=4):
@@ -73,7 +73,7 @@ def test_the_models_in_the_package_say_what_they_were_trained_on(name):
 
 
 def test_figures_are_told_beside_what_the_network_knows(tmp_path):
-  test = Pictures('openmoji', 'test', 64, 379, 'bb')
+  test = DataSplit('openmoji', 'test', 64, 379, 'bb')
   sets = {'the reference': TRAIN, 'the test images': test}
   told = lambda path, sets=sets: of_features([f'clip:{path}'], sets)[0]
   assert 'is not known, nor whether the reference and the test images are part' in told(tmp_path)
@@ -82,9 +82,9 @@ def test_figures_are_told_beside_what_the_network_knows(tmp_path):
     'was trained on openmoji (train split, 64 px, 3,312 images): the reference is these images, '
     'which it knows; the test images are not among them.'
   )
-  small = {'the reference': Pictures('openmoji', 'train', 32, 308, 'cc')}
+  small = {'the reference': DataSplit('openmoji', 'train', 32, 308, 'cc')}
   assert 'the reference is these images' in told(tmp_path, small)  # At another size.
-  other = {'the reference': Pictures('folder:a', 'train', 64, 9, 'dd'), 'the test images': None}
+  other = {'the reference': DataSplit('folder:a', 'train', 64, 9, 'dd'), 'the test images': None}
   unknown = 'whether the reference and the test images are among them is not known'
   assert unknown in told(tmp_path, other)
   for text in ('{', '[]', '{"dataset": 3}', '{"dataset": "a", "split": "b", "size": "c"}'):
@@ -93,15 +93,15 @@ def test_figures_are_told_beside_what_the_network_knows(tmp_path):
 
 
 def test_folders_are_the_same_by_their_pictures_alone():
-  one, other = (Pictures('folder:a', 'train', 64, 9, print) for print in ('aa', 'bb'))
+  one, other = (DataSplit('folder:a', 'train', 64, 9, print) for print in ('aa', 'bb'))
   assert not one.same(other) and not one.apart(other)
-  assert one.same(Pictures('folder:elsewhere', 'test', 32, 9, 'aa'))
+  assert one.same(DataSplit('folder:elsewhere', 'test', 32, 9, 'aa'))
 
 
 def test_a_model_that_was_trained_on_may_know_more(tmp_path):
-  write_trained_on(tmp_path, Pictures('openmoji', 'train', 64, 9, 'aa', begun='models/x'))
+  write_trained_on(tmp_path, DataSplit('openmoji', 'train', 64, 9, 'aa', begun='models/x'))
   told = of_features([f'clip:{tmp_path}'], {
-    'the reference': TRAIN, 'the test images': Pictures('openmoji', 'test', 64, 379, 'bb'),
+    'the reference': TRAIN, 'the test images': DataSplit('openmoji', 'test', 64, 379, 'bb'),
   })[0]
   assert 'beginning with models/x: the reference is these images' in told
   assert 'whether the test images are among them is not known' in told
