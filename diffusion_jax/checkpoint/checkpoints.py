@@ -129,7 +129,7 @@ class Checkpoints:
     self._main = jax.process_index() == 0
     self._say = say if self._main else lambda text: None
     self._failed_at: float | None = None
-    self._step = -1
+    self._step, self._running = -1, None  # The save under way, until its outcome is noted.
     if not read_only:
       self._tidy_up()
     self._scores = Scores(self.directory, self._say)
@@ -179,18 +179,19 @@ class Checkpoints:
       Whether the step is on its way to the disk or there already.
     """
     self._collect()
-    try:
-      if not self._saving.start(step, _present(state), data, self._prune):
-        self._succeeded()
-    except (NotSaved, TimeoutError) as error:
-      self._failed(step, error)
-      return False
     self._step = step
+    try:
+      self._running = self._saving.start(step, _present(state), data, self._prune)
+    except (NotSaved, TimeoutError) as error:
+      self._failed(error)
+      return False
+    if self._running is None:
+      self._succeeded()
     return True
 
   def poll(self) -> None:
     """Notice what became of a save in the background; costs nothing and waits for nothing."""
-    if self._saving.done:
+    if self._running is not None and self._running.done():
       self._collect()
 
   def wait(self) -> bool:
@@ -205,25 +206,26 @@ class Checkpoints:
 
     Clocks differ: with several processes let one of them decide for all.
     """
-    if self._saving.busy or self._failed_at is None:
+    if self._running is not None or self._failed_at is None:
       return False
     return time.monotonic() - self._failed_at >= self.retry_seconds
 
   def _collect(self) -> None:
-    if self._saving.busy:
+    running, self._running = self._running, None
+    if running is not None:
       try:
-        self._saving.collect()
+        running.result()
         self._succeeded()
       except (NotSaved, TimeoutError) as error:
-        self._failed(self._step, error)
+        self._failed(error)
 
   def _succeeded(self) -> None:
     if self.error:
       self._say('checkpoints can be saved again.')
     self.error, self._failed_at = '', None
 
-  def _failed(self, step: int, error: Exception) -> None:
-    self.error = f'step {step} could not be saved ({error}); the run goes on and tries again.'
+  def _failed(self, error: Exception) -> None:
+    self.error = f'step {self._step} could not be saved ({error}); the run goes on and tries again.'
     self._failed_at = time.monotonic()
     self._say(self.error)
 
@@ -235,7 +237,7 @@ class Checkpoints:
         f'loop.keep_best is {self.keep.best!r}, which this evaluation does not measure; it '
         f'measures {", ".join(sorted(values)) or "nothing"}.'
       )
-    if self._main and not self._saving.busy:
+    if self._main and self._running is None:
       self._prune()
 
   def _prune(self) -> None:

@@ -6,13 +6,13 @@ would wait at its barriers for many minutes; here the one tells them.
 """
 
 import asyncio
-import concurrent.futures
 import errno
 import itertools
 import os
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,27 +52,12 @@ class Saving:
     self.directory, self._say = directory, say
     self._name = f'saving_{next(_numbers)}'  # The same in all processes, as paths need not be.
     # One thread: it starts the next save only when the one before is on disk or has failed.
-    self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
+    self._pool = ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
     self._handlers: dict[str, ocp.StandardCheckpointHandler] = {}
-    self._running: concurrent.futures.Future | None = None
 
-  @property
-  def busy(self) -> bool:
-    """A save is under way, or its outcome not yet collected."""
-    return self._running is not None
-
-  @property
-  def done(self) -> bool:
-    """There is an outcome to collect; asks nothing but a flag in memory."""
-    return self._running is not None and self._running.done()
-
-  def collect(self) -> None:
-    """Wait for the save under way, if any. NotSaved where it failed, here or elsewhere."""
-    running, self._running = self._running, None
-    if running is not None:
-      running.result()
-
-  def start(self, step: int, parts: dict[str, Any], data: Any, then: Callable[[], None]) -> bool:
+  def start(
+    self, step: int, parts: dict[str, Any], data: Any, then: Callable[[], None]
+  ) -> Future | None:
     """Copy the arrays to the host and start to write; no save may be under way.
 
     Args:
@@ -80,7 +65,7 @@ class Saving:
       then: is called by process 0 in the background once the step is on disk.
 
     Returns:
-      False where the step is on disk already.
+      Its end, NotSaved where a process fails; None where the step is on disk already.
 
     Raises:
       NotSaved: there is no room, or no folder can be made; on all processes alike.
@@ -88,7 +73,7 @@ class Saving:
     folder = self.directory / f'{step}{TEMPORARY}'
     digests = {item: local_digests(tree) for item, tree in parts.items()}
     if self._prepare(step, folder, parts):
-      return False
+      return None
     arrays = {item: record.describe(tree) for item, tree in parts.items()}
     writes: list = []
     # In the thread, for a notebook runs an event loop of its own in this one.
@@ -114,8 +99,7 @@ class Saving:
       if jax.process_index() == 0:
         then()
 
-    self._running = self._pool.submit(finish)
-    return True
+    return self._pool.submit(finish)
 
   def _prepare(self, step: int, folder: Path, parts: dict[str, Any]) -> bool:
     """Make the folders where there is room; True where the step is there already."""
