@@ -5,6 +5,7 @@ it does not know: three variables of our own, which process this is before jax i
 tasks on one host divide its GPUs (jax gives one to each task, also to one that has the host alone).
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -90,20 +91,22 @@ def find_cluster(env: Env = os.environ) -> Cluster:
         f'(localhost:1, 1 and 0 for one alone), or unset {name}.'
       )
   # A TPU VM says nothing before jax is imported; where jax sees no TPU, it sets TPU_SKIP_MDS_QUERY.
-  if not env.get('JAX_PLATFORMS') and not env.get('TPU_SKIP_MDS_QUERY') and _has_tpu():
+  if not env.get('JAX_PLATFORMS') and not env.get('TPU_SKIP_MDS_QUERY') and _has_tpu(env):
     return Cluster('tpu', 0, found='a TPU on the PCI bus')
   return Cluster('single')
 
 
-def _has_tpu() -> bool:
+def _has_tpu(env: Env) -> bool:
   """Tell whether jax will use a TPU of this host: a device of Google's, and libtpu to drive it."""
-  if not os.environ.get('TPU_LIBRARY_PATH') and importlib.util.find_spec('libtpu') is None:
+  if not env.get('TPU_LIBRARY_PATH') and importlib.util.find_spec('libtpu') is None:
     return False
   read = lambda path: path.read_text(encoding='ascii').strip()
-  return any(
-    read(vendor) == GOOGLE and not read(vendor.with_name('class')).startswith(NETWORK_OR_STORAGE)
-    for vendor in PCI_DEVICES.glob('*/vendor')
-  )
+  with contextlib.suppress(OSError):
+    for vendor in PCI_DEVICES.glob('*/vendor'):
+      kind = read(vendor.with_name('class'))
+      if read(vendor) == GOOGLE and not kind.startswith(NETWORK_OR_STORAGE):
+        return True
+  return False
 
 
 def _tpu(env: Env, found: str) -> Cluster:

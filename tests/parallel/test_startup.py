@@ -3,6 +3,7 @@
 import pytest
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.parallel import startup
 from diffusion_jax.parallel.startup import Cluster, find_cluster, start_distributed
 
 SLURM = {
@@ -20,6 +21,12 @@ JOBSET = {
 }
 TPU = {'TPU_WORKER_HOSTNAMES': 'a,b,c,d', 'TPU_WORKER_ID': '2', 'TPU_ML_PLATFORM': 'JAX'}
 ONE_TPU = {'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_WORKER_ID': '0'}
+
+
+@pytest.fixture(autouse=True)
+def no_devices(monkeypatch, tmp_path):
+  """Whatever this host has on its bus."""
+  monkeypatch.setattr(startup, 'PCI_DEVICES', tmp_path)
 
 
 @pytest.mark.parametrize(('env', 'wanted'), [
