@@ -48,8 +48,7 @@ BETAS: dict[str, Callable[[int, float, float], np.ndarray]] = {
 """Functions of (T, beta_start, beta_end)."""
 
 SAMPLED: dict[str, Callable[[], Process]] = {
-  'flow': processes.flow,
-  'log_linear': processes.log_linear,
+  'flow': processes.flow, 'log_linear': processes.log_linear,
 }
 """Schedules that are a process at T times, without betas."""
 
@@ -432,8 +431,4 @@ class Schedule(NoiseSchedule):
 
     return rounded
 
-  def grid(
-    self, steps: int, spacing: str | Sequence[float] = 'trailing', rho: float | None = None,
-    **places,
-  ) -> Grid:
-    return sampling_grid(self, steps, spacing, rho, **places)
+  grid = sampling_grid

@@ -134,7 +134,12 @@ class Steps(NamedTuple):
 
 
 def scanned(make: Callable[..., Steps]) -> Sampler:
-  """Make a sampler of make(denoise, grid, noise, *, **options) -> Steps."""
+  """Make a sampler of make(denoise, grid, noise, *, **options) -> Steps, scanned along the grid.
+
+  A step from a pair to itself is skipped: it costs no network call and changes neither x nor the
+  carry. So are those of a grid's padding (`grid.padded`). In a `Trajectory` skipped steps have x as
+  their x_0.
+  """
 
   @functools.wraps(make)
   def sampler(
@@ -142,43 +147,26 @@ def scanned(make: Callable[..., Steps]) -> Sampler:
   ) -> Latents | Trajectory:
     x, grid = as_arrays(x, grid)
     steps = make(denoise, grid, noise_source(keys), **options)
-    return walk(x=x, grid=grid, trajectory=trajectory, **steps._asdict())
+    here, there = steps.ends or intervals(grid)
+
+    def body(state, row):
+      inputs, wanted = row
+
+      def take():
+        x, carry, x0 = steps.step(*state, *inputs)
+        return (x, carry), (x, x0.astype(x.dtype)) if trajectory else ()
+
+      def skip():
+        return state, (state[0], state[0]) if trajectory else ()
+
+      return jax.lax.cond(wanted, take, skip)
+
+    inputs = (here, there, jnp.arange(len(here[0])), *steps.extra)
+    wanted = moves(here, there) if steps.taken is None else steps.taken
+    (x, _), rows = jax.lax.scan(body, (x, steps.carry(x)), (inputs, wanted))
+    return Trajectory(x, *rows, *there) if trajectory else x
 
   return sampler
-
-
-def walk(
-  step: Callable, x: Latents, grid: Grid, extra: tuple = (), *,
-  carry: Callable[[Latents], Any] = lambda x: (), taken: jax.Array | None = None,
-  ends: tuple[Pair, Pair] | None = None, trajectory: bool = False,
-) -> Latents | Trajectory:
-  """Scan a step along the grid; arguments as in `Steps`.
-
-  A step from a pair to itself is skipped: it costs no network call and changes neither x nor the
-  carry. So are those of a grid's padding (`grid.padded`).
-
-  Args:
-    trajectory: return a `Trajectory` instead of the last x; skipped steps have x as their x_0.
-  """
-  x, grid = as_arrays(x, grid)
-  here, there = ends or intervals(grid)
-
-  def body(state, row):
-    inputs, wanted = row
-
-    def take():
-      x, carry, x0 = step(*state, *inputs)
-      return (x, carry), (x, x0.astype(x.dtype)) if trajectory else ()
-
-    def skip():
-      return state, (state[0], state[0]) if trajectory else ()
-
-    return jax.lax.cond(wanted, take, skip)
-
-  inputs = (here, there, jnp.arange(len(here[0])), *extra)
-  wanted = moves(here, there) if taken is None else taken
-  (x, _), rows = jax.lax.scan(body, (x, carry(x)), (inputs, wanted))
-  return Trajectory(x, *rows, *there) if trajectory else x
 
 
 def divide(p, q) -> jax.Array:
