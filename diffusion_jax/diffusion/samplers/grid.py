@@ -38,9 +38,6 @@ TIME_SPACINGS = ('trailing', 'leading', 'linspace', 'beta')
 LEVEL_SPACINGS = ('karras', 'exponential', 'polyexponential', *AYS_TABLES)
 SPACINGS = TIME_SPACINGS + LEVEL_SPACINGS
 
-FIRST_TIME = 1e-3
-"""Earliest time at which a grid on a process calls the network; then it ends clean."""
-
 
 def spaced_timesteps(
   total: int, count: int, spacing: str, *, steps_offset: int = 0, drop_last: bool = False,
@@ -272,12 +269,13 @@ def level_grid(table: tuple[np.ndarray, np.ndarray], levels: np.ndarray) -> Grid
 
 def process_grid(
   process: Process, count: int, spacing: str | Sequence[float] = 'trailing',
-  rho: float | None = None, first_time: float = FIRST_TIME,
+  rho: float | None = None, first_time: float = 1e-3,
 ) -> Grid:
   """Grid of `count` steps on a process in continuous time, ended by the clean pair (1, 0).
 
-  trailing has the times 1, ..., 1 / count; linspace 1 to first_time; leading and beta what they
-  have on timesteps, scaled to [first_time, 1]. Level spacings run from r(1) to r(first_time).
+  first_time is the earliest at which the network is called. trailing has the times 1, ..., 1 /
+  count; linspace 1 to first_time; leading and beta what they have on timesteps, scaled to
+  [first_time, 1]. Level spacings run from r(1) to r(first_time).
   UserError for a spacing that the process does not allow.
   """
   if count < 1:
