@@ -1,6 +1,6 @@
-"""Charts of sampler errors, and of paths and scores in the plane, from arrays.
+"""Charts of schedules and sampler errors, and of paths and scores in the plane, from arrays.
 
-Inline SVG in the style of `svg`.
+SVG in the style of `diffusion_jax.viz.charts`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,32 @@ def lattice(reach: float, count: int) -> Float[np.ndarray, 'count count 2']:
   return np.stack(np.meshgrid(line, line), axis=-1)
 
 
+def schedules_chart(
+  schedules: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], *, title: str
+) -> str:
+  """Draw several schedules, (t, alpha, sigma) [n] each: a panel for alpha, sigma and the log-SNR.
+
+  There is none for alpha where all are 1. Sigmas above 3 make their axis logarithmic.
+  """
+  scales = not all((alpha == 1).all() for _, alpha, _ in schedules.values())
+  labels = ('α', 'σ', 'log-SNR') if scales else ('σ', 'log-SNR')
+  with matplotlib.rc_context(charts.STYLE):
+    figure = charts.empty_figure(3.1, 8.4)
+    panels = figure.subplots(1, len(labels), sharex=True)
+    for number, (name, (t, alpha, sigma)) in enumerate(schedules.items()):
+      curves = (alpha, sigma, charts.log_snr(alpha, sigma))[-len(labels):]
+      for axes, values in zip(panels, curves, strict=True):
+        axes.plot(t, values, color=PALETTE[number % len(PALETTE)], linewidth=1.6,
+                  label=charts.visible(name))
+    for axes, label in zip(panels, labels, strict=True):
+      charts.plain_axes(axes, 't', label)
+    if any(np.max(sigma) > 3 for _, _, sigma in schedules.values()):
+      panels[-2].set_yscale('log')
+      charts.log_axis(panels[-2].yaxis)
+    charts.legend_below(figure, panels[-1], 6)
+    return charts.render(figure, title)
+
+
 def error_chart(
   errors: Mapping[str, Sequence[tuple[float, float]]], *, title: str, orders: Sequence[int] = (),
   ylabel: str = 'error',
@@ -43,7 +69,6 @@ def error_chart(
     errors: (calls, error) points by sampler; those that are not positive and finite are left out
       and counted in a note.
     orders: slopes to draw as faint guides: of order p is an error that falls as calls^-p.
-    title: as in `schedule_chart`.
   """
   with matplotlib.rc_context(charts.STYLE):
     figure = charts.empty_figure(3.2 + 0.17 * -(-len(errors) // 3))
@@ -93,7 +118,6 @@ def trajectory_chart(
     paths: from noise (open circles) to data (filled circles); of more than 200 points an even
       choice is drawn. States that are not finite interrupt a path.
     density: drawn below, darker where higher; also sets the frame.
-    title: as in `schedule_chart`.
 
   Raises:
     UserError: for paths that are not [s n 2].
@@ -124,7 +148,6 @@ def score_chart(
       lengths; longer ones are cut to that. Vectors that are not finite are left out.
     density: drawn below, darker where higher; its lattice may be finer.
     samples: drawn as dots.
-    title: as in `schedule_chart`.
 
   Raises:
     UserError: for arrays of other shapes.

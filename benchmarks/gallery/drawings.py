@@ -5,14 +5,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from benchmarks.gallery import mixtures
-from benchmarks.gallery.charts import error_chart, lattice, score_chart, trajectory_chart
+from benchmarks.gallery.charts import (
+  error_chart,
+  lattice,
+  schedules_chart,
+  score_chart,
+  trajectory_chart,
+)
 from benchmarks.gallery.page import Picture, Section
 from diffusion_jax.diffusion import processes
 from diffusion_jax.diffusion.noise import ScheduleConfig
 from diffusion_jax.diffusion.processes import tabulate
 from diffusion_jax.diffusion.samplers import info, sampler
 from diffusion_jax.errors import UserError
-from diffusion_jax.viz.charts import schedule_chart
 
 EXPLODING = ('karras', 'exponential', 'polyexponential')
 
@@ -55,7 +60,7 @@ def schedules(samplers: Sequence[str] = ()) -> Iterator[Section]:
     'A noised sample is x = α x₀ + σ ε. The log-SNR, ln(α² / σ²), falls as noise grows; what a '
     'sampler or a loss sees of a schedule is how fast. Where σ grows beyond 1, α stays 1.'
   ), tuple(
-    Picture(name, heading, schedule_chart(of, title=heading), True)
+    Picture(name, heading, schedules_chart(of, title=heading), True)
     for name, (heading, of) in heads.items()
   ))
 

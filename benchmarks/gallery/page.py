@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.viz import page
-from diffusion_jax.viz.charts import inline
 
 _HEADING = 24.0
 _MARGIN = 8.0
@@ -64,7 +63,7 @@ def write_gallery(out: Path, sections: Sequence[Section], title: str) -> list[Pa
 
 def _cards(pictures: Sequence[Picture]) -> str:
   """Wide pictures one below the other, then the others side by side."""
-  card = lambda picture: (picture.heading, inline(picture.svg))
+  card = lambda picture: (picture.heading, picture.svg)
   wide = [page.chart_grid([card(picture)], wide=True) for picture in pictures if picture.wide]
   return '\n'.join(wide) + page.chart_grid([card(p) for p in pictures if not p.wide])
 

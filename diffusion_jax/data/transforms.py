@@ -1,9 +1,8 @@
 """Transforms of a record between its source and its batch; the table TRANSFORMS names them.
 
-Each is a small frozen dataclass. Deterministic ones are called as f(record), random ones (`random`
-is True) as f(record, rng). None changes the record it is given; each returns a new one. Images are
-uint8 [h, w, c] in [0, 255] until `normalize`. What moves an image moves the other PICTURES of its
-record alike.
+Each is a frozen dataclass that is called as f(record), or, if it is random, as f(record, rng), and
+returns another record. Images are uint8 [h, w, c] in [0, 255] until `normalize`. What moves an
+image moves the other PICTURES of its record alike.
 """
 
 import dataclasses
@@ -23,12 +22,17 @@ PICTURES = ('image', 'control')
 """Fields of a record that show the same places."""
 
 
+class Transform:
+  """random: whether it is called with a random generator, too."""
+
+  random: ClassVar[bool] = False
+
+
 @dataclasses.dataclass(frozen=True)
-class Resize:
-  """Scales the image so that its shorter edge is `size` pixels; bicubic, with antialiasing."""
+class Resize(Transform):
+  """Scale the image so that its shorter edge is `size` pixels; bicubic, with antialiasing."""
 
   size: int
-  random: ClassVar[bool] = False
 
   def __call__(self, record: dict) -> dict:
     image = _image(record)
@@ -39,11 +43,10 @@ class Resize:
 
 
 @dataclasses.dataclass(frozen=True)
-class CenterCrop:
-  """Cuts the central `size` x `size` pixels."""
+class CenterCrop(Transform):
+  """Cut the central `size` x `size` pixels."""
 
   size: int
-  random: ClassVar[bool] = False
 
   def __call__(self, record: dict) -> dict:
     image = _at_least(_image(record), self.size)
@@ -52,8 +55,8 @@ class CenterCrop:
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomCrop:
-  """Pads every side by `padding` pixels of the border's colour, then cuts `size` x `size`."""
+class RandomCrop(Transform):
+  """Pad every side by `padding` pixels of the border's colour, then cut `size` x `size`."""
 
   size: int
   padding: int = 0
@@ -69,13 +72,11 @@ class RandomCrop:
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomResizedCrop:
-  """Cuts a random rectangle and scales it to `size` x `size`.
+class RandomResizedCrop(Transform):
+  """Cut a random rectangle and scale it to `size` x `size`.
 
-  Attributes:
-    size: edge of the result in pixels.
-    scale: range of the rectangle's area as a fraction of the image's.
-    ratio: range of its width divided by its height, drawn uniformly in the logarithm.
+  scale: range of its area as a fraction of the image's. ratio: range of its width divided by its
+  height, sampled uniformly in the logarithm.
   """
 
   size: int
@@ -105,12 +106,10 @@ class RandomResizedCrop:
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomFlip:
-  """Mirrors the image left to right with a probability.
+class RandomFlip(Transform):
+  """Mirror the image left to right with a probability.
 
-  Attributes:
-    probability: in [0, 1].
-    keep_sided: leave images alone whose captions speak of left, right or clockwise.
+  keep_sided: leave images alone whose captions speak of left, right or clockwise.
   """
 
   probability: float = 0.5
@@ -119,7 +118,7 @@ class RandomFlip:
 
   def __call__(self, record: dict, rng: np.random.Generator) -> dict:
     _image(record)
-    flip = rng.random() < self.probability  # Drawn always, so that captions do not shift the rng.
+    flip = rng.random() < self.probability  # Always, so that captions do not shift the rng.
     texts = [*record.get('captions', ()), record.get('caption', '')]
     if not flip or (self.keep_sided and any(map(_SIDED.search, texts))):
       return record
@@ -127,8 +126,8 @@ class RandomFlip:
 
 
 @dataclasses.dataclass(frozen=True)
-class ChooseCaption:
-  """Replaces 'captions' by one of them, 'caption', each equally likely."""
+class ChooseCaption(Transform):
+  """Replace 'captions' by one of them, 'caption', each equally likely."""
 
   random: ClassVar[bool] = True
 
@@ -138,41 +137,33 @@ class ChooseCaption:
 
 
 @dataclasses.dataclass(frozen=True)
-class FirstCaption:
-  """Replaces 'captions' by the canonical one, 'caption'."""
-
-  random: ClassVar[bool] = False
+class FirstCaption(Transform):
+  """Replace 'captions' by the canonical one, 'caption'."""
 
   def __call__(self, record: dict) -> dict:
     return _with_caption(record, _captions(record)[0])
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokenize:
-  """Turns 'caption' into 'tokens', int32 [l], and drops every text, which devices cannot hold.
-
-  Attributes:
-    tokenizer: from one text to its token ids, always the same number l.
-  """
+class Tokenize(Transform):
+  """Turn 'caption' into 'tokens', int32 [l], and drop every text, which devices cannot hold."""
 
   tokenizer: Callable[[str], np.ndarray]
-  random: ClassVar[bool] = False
 
   def __call__(self, record: dict) -> dict:
     if 'caption' not in record:
       raise UserError(
         'tokenize found no caption in the record: put choose_caption or first_caption before it.'
       )
-    kept = {name: value for name, value in record.items() if not _is_text(value)}
-    return kept | {'tokens': np.asarray(self.tokenizer(record['caption']), np.int32)}
+    tokens = np.asarray(self.tokenizer(record['caption']), np.int32)
+    return _without_texts(record) | {'tokens': tokens}
 
 
 @dataclasses.dataclass(frozen=True)
-class Label:
-  """Turns 'label', a class by name, into its place among `classes`, int32 []; drops all texts."""
+class Label(Transform):
+  """Turn 'label', a class by name, into its place among `classes`, int32 []; drop all texts."""
 
   classes: tuple[str, ...]
-  random: ClassVar[bool] = False
 
   def __call__(self, record: dict) -> dict:
     label = record.get('label')
@@ -181,25 +172,20 @@ class Label:
         f'Record {record.get("id", "?")} has the label {label!r}, which is none of the classes '
         f'{", ".join(self.classes)}.'
       )
-    kept = {name: value for name, value in record.items() if not _is_text(value)}
-    return kept | {'label': np.int32(self.classes.index(label))}
+    return _without_texts(record) | {'label': np.int32(self.classes.index(label))}
 
 
 @dataclasses.dataclass(frozen=True)
-class Normalize:
+class Normalize(Transform):
   """uint8 [0, 255] to float32 [-1, 1]."""
-
-  random: ClassVar[bool] = False
 
   def __call__(self, record: dict) -> dict:
     return record | {'image': to_float(_image(record))}
 
 
 @dataclasses.dataclass(frozen=True)
-class Edges:
-  """Adds 'control', the image's edges, uint8 [h w 3]; put it before `normalize`."""
-
-  random: ClassVar[bool] = False
+class Edges(Transform):
+  """Add 'control', the image's edges, uint8 [h w 3]; put it before `normalize`."""
 
   def __call__(self, record: dict) -> dict:
     return record | {'control': edges(_image(record))}
@@ -220,7 +206,7 @@ def build_transforms(specs: Iterable[Any], **context: Any) -> list[Callable]:
 
 
 def apply(transforms: Iterable[Callable], record: dict, rng: np.random.Generator) -> dict:
-  """Applies transforms in order; random ones draw from `rng`."""
+  """Apply transforms in order; random ones use `rng`."""
   for transform in transforms:
     record = transform(record, rng) if transform.random else transform(record)
   return record
@@ -229,11 +215,11 @@ def apply(transforms: Iterable[Callable], record: dict, rng: np.random.Generator
 def check_transforms(specs: Any, size: int) -> None:
   """Apply transforms to a blank image, as they will be to those of the data.
 
-  UserError unless they keep images of `size` x `size`, and edges where they are drawn.
+  UserError unless they give images of `size` x `size`, and leave `edges` where they are.
   """
   made = build_transforms(specs, size=size, tokenizer=None, classes=())
   record = {'image': np.zeros((size, size, 3), np.uint8), 'captions': ['a'], 'id': 'none'}
-  rng, last, drawn = np.random.default_rng(0), '', False
+  rng, last, with_edges = np.random.default_rng(0), '', False
   for transform in made:
     if isinstance(transform, (Label, Tokenize)):
       continue
@@ -242,12 +228,12 @@ def check_transforms(specs: Any, size: int) -> None:
     name = _name_of(transform)
     moved = record['image'].shape != before
     last = name if moved else last
-    if drawn and (moved or isinstance(transform, RandomFlip) or hasattr(transform, 'size')):
+    if with_edges and (moved or isinstance(transform, RandomFlip) or hasattr(transform, 'size')):
       raise UserError(
         f'data.transforms have edges before {name}, which would move the picture away from them; '
         'put edges after it.'
       )
-    drawn = drawn or isinstance(transform, Edges)
+    with_edges = with_edges or isinstance(transform, Edges)
   height, width = record['image'].shape[:2]
   if (height, width) != (size, size):
     raise UserError(
@@ -288,11 +274,7 @@ def _build(name: str, arguments: dict[str, Any], context: Mapping[str, Any]) -> 
 
 
 def _image(record: Mapping[str, Any]) -> np.ndarray:
-  """The record's image, checked.
-
-  Raises:
-    UserError: not uint8 [h, w, c] with at least one pixel.
-  """
+  """The record's image. UserError unless it is uint8 [h, w, c] with at least one pixel."""
   image = record.get('image')
   if image is None:
     raise UserError(f'The record has no image, only {", ".join(record)}: check its source.')
@@ -333,12 +315,12 @@ def _captions(record: Mapping[str, Any]) -> list[str]:
 
 
 def _with_caption(record: dict, caption: str) -> dict:
-  return {name: value for name, value in record.items() if name != 'captions'} | {
-    'caption': caption
-  }
+  kept = {name: value for name, value in record.items() if name != 'captions'}
+  return kept | {'caption': caption}
 
 
-def _is_text(value: Any) -> bool:
-  return isinstance(value, str) or (
+def _without_texts(record: dict) -> dict:
+  texts = lambda value: isinstance(value, str) or (
     isinstance(value, list) and bool(value) and isinstance(value[0], str)
   )
+  return {name: value for name, value in record.items() if not texts(value)}

@@ -8,9 +8,8 @@ import jax
 from diffusion_jax.runs.directory import command_line
 from diffusion_jax.train.training import Training
 from diffusion_jax.types import Params, Scores
-from diffusion_jax.viz.names import column_title, metric_title, ordered
 from diffusion_jax.viz.page import duration, plain
-from diffusion_jax.viz.run_files import Told
+from diffusion_jax.viz.scores import ScoreTable, metric_title
 
 CARD_ROWS = 200
 """Parameters with a line of their own in a model card, the first by name."""
@@ -50,9 +49,9 @@ def model_card(
     f'- Transforms: {", ".join(map(_transform, data["transforms"])) or "none"}',
     '- Settings: see config.json of the run', '',
   ]
-  found = Told.of(scores)
+  found = ScoreTable.of(scores)
   if found.columns:
-    lines += ['## Scores', '', *_listed(found.measured), *_table(found, t.config['task'])]
+    lines += ['## Scores', '', *_listed(found.measured), *_table(found)]
   elif t.provenance:
     lines += ['## What was there before', '', *_listed(t.provenance)]
   lines += ['## Parameters', '', '```', parameter_table(parameters, CARD_ROWS), '```', '']
@@ -72,16 +71,12 @@ def _transform(spec: Any) -> str:
   return ' '.join([*words, f'({more})'] if more else words)
 
 
-def _table(scores: Told, task: str) -> list[str]:
-  columns = ordered(list(scores.columns))
-  rows = list(dict.fromkeys(metric for name in columns for metric in scores.columns[name]))
-  titles = ' | '.join(column_title(name, task) for name in columns)
-  lines = [f'| metric | {titles} |', f'|---|{"---|" * len(columns)}']
-  for row in rows:
-    cells = [f'{scores.columns[c][row]:.4g}' if row in scores.columns[c] else '' for c in columns]
-    title = metric_title(row, task)
-    name = f'{title} (`{row}`)' if title != row else f'`{row}`'
-    lines.append(f'| {name} | {" | ".join(cells)} |')
+def _table(scores: ScoreTable) -> list[str]:
+  lines = [f'| metric | {" | ".join(scores.titles)} |', f'|---|{"---|" * len(scores.columns)}']
+  for name, values in scores.rows.items():
+    cells = ' | '.join('' if value is None else f'{value:.4g}' for value in values)
+    title = metric_title(name)
+    lines.append(f'| {f"{title} (`{name}`)" if title != name else f"`{name}`"} | {cells} |')
   settings = dict(scores.settings)
   step = settings.pop('step', None)
   about = [] if step is None else [f'At step {step:,}.']

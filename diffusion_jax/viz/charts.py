@@ -51,7 +51,7 @@ _MAX_LOG_SNR = 30.0
 
 
 def empty_figure(height: float, width: float = WIDTH) -> Figure:
-  """A transparent figure without axes, in inches."""
+  """Return a transparent figure without axes; height and width in inches."""
   figure = Figure(figsize=(width, height), layout='constrained')
   FigureCanvasSVG(figure)
   figure.patch.set_visible(False)
@@ -59,7 +59,7 @@ def empty_figure(height: float, width: float = WIDTH) -> Figure:
 
 
 def plain_axes(axes: Axes, xlabel: str, ylabel: str) -> None:
-  """The look of the line charts: a line below, a faint grid, no ticks."""
+  """Give axes the look of all charts: a line below, a faint grid, no ticks."""
   axes.patch.set_visible(False)
   axes.spines[['top', 'right', 'left']].set_visible(False)
   axes.spines['bottom'].set_alpha(0.4)
@@ -85,12 +85,12 @@ def _plain_number(value: float) -> str:
 
 
 def visible(name: str) -> str:
-  """The name for a legend, from which a leading underscore would hide it."""
+  """Return the name for a legend, from which a leading underscore would hide it."""
   return f' {name}' if name.startswith('_') else name
 
 
 def notes(axes: Axes, drawn: int, left_out: int) -> None:
-  """Says in words what the lines cannot show."""
+  """Say in words what the lines cannot show."""
   if not drawn:
     axes.set_yticks([])
     axes.text(0.5, 0.5, 'no values to draw', ha='center', va='center', transform=axes.transAxes)
@@ -100,22 +100,22 @@ def notes(axes: Axes, drawn: int, left_out: int) -> None:
 
 
 def legend(axes: Axes) -> None:
-  """Inside the axes, where it hides least."""
+  """Add a legend inside the axes, where it hides least."""
   axes.legend(loc='best', frameon=False, fontsize=8, handlelength=1.4)
 
 
 def legend_below(figure: Figure, axes: Axes, columns: int = 3) -> None:
-  """Below the whole figure: for many lines, or several axes of the same lines."""
+  """Add a legend below the whole figure: for many lines, or several axes of the same lines."""
   handles, labels = axes.get_legend_handles_labels()
   figure.legend(handles, labels, loc='outside lower center', ncols=columns, frameon=False,
                 fontsize=8, handlelength=2.8)
 
 
 def render(figure: Figure, title: str) -> str:
-  """The figure as an <svg> element: scalable, labelled, with ids of its own.
+  """Return a figure as an <svg> element: scalable, with ids of its own.
 
   Args:
-    title: what is shown, read out by screen readers; not drawn.
+    title: what is shown, read out by screen readers; not drawn. So it is in every chart.
   """
   buffer = io.StringIO()
   # A date would make every file differ.
@@ -123,18 +123,13 @@ def render(figure: Figure, title: str) -> str:
   svg = buffer.getvalue()
   svg = svg[svg.index('<svg') :].strip()
   svg = re.sub(r'<metadata>.*?</metadata>\s*', '', svg, flags=re.DOTALL)
-  svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1', svg, count=1)
-  svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1', svg, count=1)
+  for size in ('width', 'height'):
+    svg = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r'\1', svg, count=1)
   svg = svg.replace('>*{', '>.chart *{').replace(INK, 'currentColor')
   own = 'c' + hashlib.sha256(f'{title}\0{svg}'.encode()).hexdigest()[:10]
   svg = re.sub(r'(\bid="|url\(#|href="#)', rf'\g<1>{own}-', svg)
   label = html.escape(title, quote=True)
   return svg.replace('<svg', f'<svg class="chart" role="img" aria-label="{label}"', 1)
-
-
-def inline(svg: str) -> str:
-  """Inside HTML an <svg> needs no namespaces; without them no address is left in the page."""
-  return re.sub(r' xmlns(:xlink)?="[^"]*"', '', svg, count=2)
 
 
 def line_chart(
@@ -148,12 +143,11 @@ def line_chart(
   means: Mapping[str, Sequence[Point]] | None = None,
   left_out: int | None = None,
 ) -> str:
-  """Draw one line per series of (step, value) and returns the chart as an SVG string.
+  """Draw one line per series of (step, value).
 
   Args:
     series: points by name; values that are None, NaN, infinite or beyond 1e30 interrupt the line
       and are counted in a note. None at all is drawn as an empty chart that says so.
-    title: what is shown, read out by screen readers; not drawn.
     smoothing: weight in [0, 1) of a neighbouring point, as in `smooth`; above 0 the values are
       drawn faint and their average strong, in series of at least 3 / (1 - smoothing) points.
     log_y: logarithmic values, unless one is 0 or below or they span less than a factor of 3.
@@ -179,12 +173,11 @@ def line_chart(
 def timestep_chart(
   records: Sequence[tuple[float, Sequence[float | None]]], *, title: str, lines: int = 5
 ) -> str:
-  """Draw the loss over the diffusion time, one line per recorded step, and returns an SVG string.
+  """Draw the loss over the diffusion time, one line for each of some recorded steps.
 
   Args:
     records: (step, losses over equal ranges of t in [0, T)), in order of the step; None or NaN
       where no example fell into a range.
-    title: as in `line_chart`.
     lines: how many records are drawn, spread evenly with the first and the last.
   """
   chosen = spread(records, lines)
@@ -209,7 +202,7 @@ def timestep_chart(
 
 
 def spread(items: Sequence, count: int) -> list:
-  """At most `count` items, evenly spread over the sequence, always with the last and the first."""
+  """Return at most `count` items, evenly spread, with the last and the first."""
   if len(items) <= count:
     return list(items)
   if count == 1:
@@ -218,7 +211,7 @@ def spread(items: Sequence, count: int) -> list:
 
 
 def smooth(points: Sequence[Point], weight: float) -> list[tuple[float, float]]:
-  """Averages each value with those around it, weighted by weight^distance; NaN is left out.
+  """Average each value with those around it, weighted by weight^distance; NaN is left out.
 
   Both sides count, so that the average does not lag behind a falling loss.
   """
@@ -238,7 +231,7 @@ def _decaying_sums(values: list[float], weight: float) -> list[float]:
 
 
 def thin(points: Sequence[tuple[float, float]], limit: int = _POINTS) -> list[tuple[float, float]]:
-  """At most about `limit` points, keeping the extremes (and gaps) of each stretch: spikes stay."""
+  """Return about `limit` points at most: of each stretch the extremes and a gap, so spikes stay."""
   if len(points) <= limit:
     return list(points)
   size = math.ceil(len(points) / (limit // 3))
@@ -291,51 +284,30 @@ def _log_scale(axes: Axes, values: Sequence[float]) -> None:
   log_axis(axes.yaxis, (1, 2, 5) if ratio < 100 else (1,))
 
 
-_MAX_LOG_SNR = 30.0
 
+def schedule_chart(times: np.ndarray, alpha: np.ndarray, sigma: np.ndarray, *, title: str) -> str:
+  """Draw alpha, solid, sigma, dashed, and below them the log-SNR against time, [n] each.
 
-def schedule_chart(
-  schedules: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], *, title: str
-) -> str:
-  """Draw alpha, sigma and the log-SNR against time; returns an SVG string.
-
-  Args:
-    schedules: (t [n], alpha [n], sigma [n]) by name. Up to two share a panel for alpha, a solid
-      line, and sigma, a dashed one; more have a panel for each, without one for alpha where all
-      are 1. Sigmas above 3 make its axis logarithmic. Log-SNRs beyond +-30 (an alpha or sigma of
-      0, or its rounding error) interrupt their line.
-    title: what is shown, read out by screen readers; not drawn.
+  Sigmas above 3 make their axis logarithmic. Log-SNRs beyond +-30 (an alpha or sigma of 0, or its
+  rounding error) interrupt their line.
   """
-  curves = {name: [np.asarray(part, np.float64) for part in of] for name, of in schedules.items()}
-  apart = len(curves) > 2
-  scales = not all((alpha == 1).all() for _, alpha, _ in curves.values())
-  labels = (('α',) if scales else ()) + ('σ', 'log-SNR')
-  labels = labels if apart else ('α solid, σ dashed', 'log-SNR')
+  line = dict(color=PALETTE[0], linewidth=1.6)
   with matplotlib.rc_context(STYLE):
-    figure = empty_figure(3.1 if apart else 4.4, 8.4 if apart else WIDTH)
-    panels = figure.subplots(*(1, len(labels)) if apart else (2, 1), sharex=True)
-    of_sigma, of_log_snr = panels[-2:]
-    for number, (name, (t, alpha, sigma)) in enumerate(curves.items()):
-      line = dict(color=PALETTE[number % len(PALETTE)], linewidth=1.6)
-      if scales or not apart:
-        panels[0].plot(t, _with_gaps(alpha), **line)
-      of_sigma.plot(t, _with_gaps(sigma), linestyle='-' if apart else '--', **line)
-      of_log_snr.plot(t, _log_snr(alpha, sigma), label=visible(name), **line)
-    for axes, label in zip(panels, labels, strict=True):
-      plain_axes(axes, 't' if apart or axes is of_log_snr else '', label)
-    if any(np.max(sigma) > 3 for _, _, sigma in curves.values()):
-      of_sigma.set_yscale('log')
-      log_axis(of_sigma.yaxis)
-    if len(curves) > 1:
-      legend_below(figure, of_log_snr, 6 if apart else 3)
+    figure = empty_figure(4.4)
+    above, below = figure.subplots(2, 1, sharex=True)
+    plain_axes(above, '', 'α solid, σ dashed')
+    plain_axes(below, 't', 'log-SNR')
+    above.plot(times, alpha, **line)
+    above.plot(times, sigma, linestyle='--', **line)
+    below.plot(times, log_snr(alpha, sigma), **line)
+    if np.max(sigma) > 3:
+      above.set_yscale('log')
+      log_axis(above.yaxis)
     return render(figure, title)
 
 
-def _log_snr(alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+def log_snr(alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+  """Return ln(alpha^2 / sigma^2), NaN beyond +-30."""
   with np.errstate(divide='ignore'):
     value = 2 * (np.log(alpha) - np.log(sigma))
   return np.where(np.abs(value) > _MAX_LOG_SNR, np.nan, value)
-
-
-def _with_gaps(values: np.ndarray) -> np.ndarray:
-  return np.where(np.isfinite(values), values, np.nan)

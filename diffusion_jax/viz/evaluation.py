@@ -23,7 +23,6 @@ from diffusion_jax.viz import page
 from diffusion_jax.viz.charts import (
   PALETTE,
   empty_figure,
-  inline,
   legend,
   line_chart,
   plain_axes,
@@ -133,8 +132,8 @@ def _history(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
   lines = scores.get('history', [])
   names = dict.fromkeys(name for line in lines for name in line if name != 'step')
   return [
-    (name, inline(line_chart({name: [(line['step'], line.get(name)) for line in lines]},
-                             title=f'{name} of each checkpoint'))) for name in names
+    (name, line_chart({name: [(line['step'], line.get(name)) for line in lines]},
+                      title=f'{name} of each checkpoint')) for name in names
   ]
 
 
@@ -156,7 +155,7 @@ def _warnings(scores: Mapping[str, Any]) -> str:
 
 
 def _clouds(clouds: Sequence[Cloud]) -> str:
-  charts = [(cloud.name, inline(_scatter(cloud))) for cloud in clouds]
+  charts = [(cloud.name, _scatter(cloud)) for cloud in clouds]
   note = ('Features on the two axes along which the reference varies most; in percent, the share '
           'of the reference’s variance along an axis, then that of the samples’.')
   return page.section('components', 'Leading principal components', note, page.chart_grid(charts))

@@ -9,6 +9,7 @@ import base64
 import html
 import io
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,10 +113,15 @@ def chart_grid(charts: Sequence[tuple[str, str]], wide: bool = False) -> str:
   if not charts:
     return ''
   cards = [
-    f'<figure class="card"><figcaption>{escape(title)}</figcaption>{svg}</figure>'
+    f'<figure class="card"><figcaption>{escape(title)}</figcaption>{_inline(svg)}</figure>'
     for title, svg in charts
   ]
   return f'<div class="charts{" wide" if wide else ""}">\n{"".join(cards)}\n</div>'
+
+
+def _inline(svg: str) -> str:
+  """Inside HTML an <svg> needs no namespaces; without them no address is left in the page."""
+  return re.sub(r' xmlns(:xlink)?="[^"]*"', '', svg, count=2)
 
 
 def number_table(

@@ -15,24 +15,16 @@ from diffusion_jax.diffusion.noise import NoiseConfig, NoiseSchedule
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import atomic_write, parse_json
 from diffusion_jax.viz import page
-from diffusion_jax.viz.charts import (
-  Point,
-  inline,
-  line_chart,
-  schedule_chart,
-  spread,
-  timestep_chart,
-)
-from diffusion_jax.viz.names import OWN, column_title, metric_title, ordered
+from diffusion_jax.viz.charts import Point, line_chart, schedule_chart, spread, timestep_chart
 from diffusion_jax.viz.run_files import (
   MOST_METRICS,
   Curve,
   MetricsFile,
   Run,
-  Told,
   is_number,
   read_run,
 )
+from diffusion_jax.viz.scores import OWN, ScoreTable, metric_title
 
 ABOUT = 'about'
 """The text in a grid's PNG that says what the grid shows."""
@@ -45,7 +37,7 @@ _LOOKS = {'finished': ' good'} | dict.fromkeys(
 """Of states; all others are neither."""
 _PHASES = {
   'start': 'starting', 'compile': 'compiling', 'data': 'waiting for data', 'step': 'steps',
-  'checkpoint': 'saving', 'evaluation': 'drawing and scoring',
+  'checkpoint': 'saving', 'evaluation': 'sampling and scoring',
   'lost': 'lost: done again, or never, for want of a checkpoint',
   'down': 'between starts, which is not in the time above',
 }
@@ -59,7 +51,11 @@ _RESOURCES = {
   'device_memory': 'Memory of the fullest device, MB', 'device_memory_peak': 'Its peak, MB',
   'open_files': 'Open files', 'threads': 'Threads',
 }
-"""Told in a table, not drawn: they should not change."""
+"""Shown in a table, not drawn: they should not change."""
+_OF_TIMESTEPS = ('Mean error, before any weighting, over equal ranges of the diffusion time: clean '
+                 'data at 0, pure noise at 1.')
+_OF_SPEED = ('Of training alone: sampling, scoring and saving are in the table below, not in the '
+             'curves.')
 
 
 def write_report(workdir: Path, metrics: MetricsFile | None = None) -> Path:
@@ -79,10 +75,21 @@ def write_report(workdir: Path, metrics: MetricsFile | None = None) -> Path:
   workdir = Path(workdir)
   run = read_run(workdir, metrics)
   before = _header(run) + _key_figures(run) + _scores(run)
-  after = ''.join(part(run) for part in (
-    _losses, _metrics, _learning_rates, _timesteps, _speed, _resources, _unreadable, _schedule,
-    _config, _versions, _footer,
-  ))
+  after = ''.join([
+    page.section('loss', 'Loss', 'Faint: as logged. Strong: average of neighbouring points.',
+                 _charts(run, lambda key: key.startswith('loss'))),
+    page.section('metrics', 'Other metrics', '', _charts(run, _is_other)),
+    page.section('learning-rate', 'Learning rate', '', _learning_rates(run)),
+    page.section('timesteps', 'Loss by timestep', _OF_TIMESTEPS, _timesteps(run)),
+    page.section('speed', 'Speed', _OF_SPEED, _charts(run, _is_speed) + _time_table(run)),
+    page.section('resources', 'Resources', '', _resources(run)),
+    _unreadable(run), _schedule(run),
+    page.section('config', 'Configuration', '', run.config and page.details(
+      'All settings', page.settings_table(run.config))),
+    page.section('versions', 'Versions', '', run.versions and
+                 f'<div class="card">{page.settings_table(run.versions)}</div>'),
+    _footer(run),
+  ])
   title = f'{_task(run)} · {run.name}'
   frame = len(page.page(title, before + after).encode())
   text = page.page(title, before + _grids(run, MAX_BYTES - frame) + after)
@@ -92,13 +99,8 @@ def write_report(workdir: Path, metrics: MetricsFile | None = None) -> Path:
   return path
 
 
-def _task_name(run: Run) -> str:
-  task = run.config.get('task')
-  return task if isinstance(task, str) else ''
-
-
 def _task(run: Run) -> str:
-  return _task_name(run).replace('_', ' ') or 'Training run'
+  return str(run.config.get('task') or 'Training run').replace('_', ' ')
 
 
 def _header(run: Run) -> str:
@@ -116,8 +118,8 @@ def _header(run: Run) -> str:
 
 def _key_figures(run: Run) -> str:
   """How far the run is now; what is of another moment says so."""
-  line, moment = run.latest, run.moment
-  speeds = _values(run.metrics['train'].curve('images_per_second').means)
+  line, moment = run.metrics.latest, run.moment
+  speeds = _values(run.metrics.train.curve('images_per_second').means)
   found = {}
   if moment.step is not None:
     of = f' of {page.number(moment.of)}' if moment.of else ''
@@ -126,8 +128,7 @@ def _key_figures(run: Run) -> str:
     when = '' if line['step'] == moment.step else f' at step {page.number(line["step"])}'
     found[f'Loss{when}'] = page.number(line['loss'])
   if speeds:
-    things = 'Records' if _task_name(run) == 'toy' else 'Images'
-    found[f'{things}/s, median'] = page.number(statistics.median(speeds))
+    found['Examples/s, median'] = page.number(statistics.median(speeds))
   if moment.seconds is not None:
     found['Time'] = page.duration(moment.seconds)
   items = ''.join(
@@ -138,17 +139,12 @@ def _key_figures(run: Run) -> str:
 
 
 def _scores(run: Run) -> str:
-  found, task = Told.of(run.scores), _task_name(run)
-  if not any(found.columns.values()):
+  found = ScoreTable.of(run.scores)
+  if not found.rows:
     return ''
-  columns = ordered(list(found.columns))
-  metrics = dict.fromkeys(metric for name in columns for metric in found.columns[name])
-  rows = [
-    (metric_title(metric, task), [page.number(found.columns[name].get(metric)) for name in columns])
-    for metric in metrics
-  ]
-  own = next((i for i, name in enumerate(columns) if name in OWN), None)
-  body = page.number_table(['', *(column_title(name, task) for name in columns)], rows, own)
+  rows = [(metric_title(name), list(map(page.number, row))) for name, row in found.rows.items()]
+  own = next((i for i, name in enumerate(found.columns) if name in OWN), None)
+  body = page.number_table(['', *found.titles], rows, own)
   if found.warnings:
     body += page.details('What to beware of', page.bullets(found.warnings), is_open=True)
   if found.settings:
@@ -214,14 +210,12 @@ def _values(points: Iterable[Point]) -> list[float]:
   return [value for _, value in points if value is not None]
 
 
-def _chart(
-  curves: dict[str, Curve], title: str, smoothing: float = 0.0, log_y: bool = False
-) -> str:
-  return inline(line_chart(
-    {name: curve.points for name, curve in curves.items()}, title=title, smoothing=smoothing,
-    log_y=log_y, means={name: curve.means for name, curve in curves.items()},
-    left_out=sum(curve.missing for curve in curves.values()),
-  ))
+def _chart(curves: dict[str, Curve], title: str, **options: Any) -> str:
+  return line_chart(
+    {name: curve.points for name, curve in curves.items()}, title=title,
+    means={name: curve.means for name, curve in curves.items()},
+    left_out=sum(curve.missing for curve in curves.values()), **options,
+  )
 
 
 def _is_speed(key: str) -> bool:
@@ -237,65 +231,37 @@ def _is_other(key: str) -> bool:
 
 def _charts(run: Run, wanted: Callable[[str], bool]) -> str:
   """One chart for each metric, with training and evaluation in one where both have it."""
-  kinds = {'training': run.metrics['train'], 'evaluation': run.metrics['evaluation']}
+  kinds = {'training': run.metrics.train, 'evaluation': run.metrics.evaluation}
   charts = []
   for key in filter(wanted, dict.fromkeys(name for kind in kinds.values() for name in kind.names)):
     curves = {name: metrics.curve(key) for name, metrics in kinds.items()}
     curves = {name: curve for name, curve in curves.items() if curve.points}
     positive = [v for curve in curves.values() for v in _values(curve.points) if v > 0]
     wide = bool(positive) and not _is_speed(key) and max(positive) > 20 * min(positive)
-    title = metric_title(key, _task_name(run))
-    charts.append((title, _chart(curves, title, _SMOOTHING, wide)))
+    title = metric_title(key)
+    charts.append((title, _chart(curves, title, smoothing=_SMOOTHING, log_y=wide)))
   return page.chart_grid(charts)
 
 
-def _losses(run: Run) -> str:
-  body = _charts(run, lambda key: key.startswith('loss'))
-  note = 'Faint: as logged. Strong: average of neighbouring points.'
-  return page.section('loss', 'Loss', note, body)
-
-
-def _metrics(run: Run) -> str:
-  return page.section('metrics', 'Other metrics', '', _charts(run, _is_other))
-
-
 def _learning_rates(run: Run) -> str:
-  metrics = run.metrics['train']
+  metrics = run.metrics.train
   keys = [name for name in metrics.names if name.startswith('learning_rate')]
-  if not keys:
-    return ''
-  chart = _chart({key: metrics.curve(key) for key in keys}, 'Learning rate')
-  body = page.chart_grid([(', '.join(map(metric_title, keys)), chart)])
-  return page.section('learning-rate', 'Learning rate', '', body)
+  chart = lambda: _chart({key: metrics.curve(key) for key in keys}, 'Learning rate')
+  return page.chart_grid([(', '.join(map(metric_title, keys)), chart())] if keys else [])
 
 
 def _timesteps(run: Run) -> str:
   key = 'loss_by_timestep'
   records = [
     (line['step'], [v if is_number(v) else None for v in line[key]])
-    for line in run.train if isinstance(line.get(key), list) and line[key]
+    for line in run.metrics.train.lines if isinstance(line.get(key), list) and line[key]
   ]
-  if not records:
-    return ''
-  chart = inline(timestep_chart(records, title='Loss by timestep'))
-  return page.section(
-    'timesteps', 'Loss by timestep',
-    'Mean error, before any weighting, over equal ranges of the diffusion time: clean data at 0, '
-    'pure noise at 1.',
-    page.chart_grid([('Loss over t / T', chart)]),
-  )
-
-
-def _speed(run: Run) -> str:
-  return page.section(
-    'speed', 'Speed',
-    'Of training alone: drawing, scoring and saving are in the table below, not in the curves.',
-    _charts(run, _is_speed) + _time_table(run),
-  )
+  chart = lambda: timestep_chart(records, title='Loss by timestep')
+  return page.chart_grid([('Loss over t / T', chart())] if records else [])
 
 
 def _time_table(run: Run) -> str:
-  """Where the time of all starts went, from the status file."""
+  """Where the time of all starts went."""
   found = run.status.get('goodput')
   spent = {n: s for n, s in found.items() if is_number(s)} if isinstance(found, dict) else {}
   if not (total := sum(spent.values())):
@@ -307,20 +273,17 @@ def _time_table(run: Run) -> str:
 
 
 def _resources(run: Run) -> str:
-  """What the process holds: at the first line, at the last, and at most."""
   rows = []
   for key, title in _RESOURCES.items():
     scale = 1e-6 if 'memory' in key else 1.0
-    curve = run.metrics['train'].curve(key)
+    curve = run.metrics.train.curve(key)
     if values := _values(curve.points):
       shown = (curve.first, curve.last, max(values))
       rows.append((title, [page.number(scale * v) for v in shown]))
-  body = page.number_table(['', 'first line', 'last line', 'most'], rows) if rows else ''
-  return page.section('resources', 'Resources', '', body)
+  return page.number_table(['', 'first line', 'last line', 'most'], rows) if rows else ''
 
 
 def _unreadable(run: Run) -> str:
-  """What the status file tells of records that others were put in the place of."""
   found = run.status.get('unreadable')
   if not isinstance(found, dict) or not isinstance(found.get('first'), list):
     return ''
@@ -332,7 +295,7 @@ def _unreadable(run: Run) -> str:
 
 
 def _schedule(run: Run) -> str:
-  """The noise schedule that the run trains on; nothing for other tasks and unknown schedules."""
+  """The noise schedule that the run trains on; nothing where there is none, or an unknown one."""
   settings = run.config.get('settings')
   values = settings.get('schedule') if isinstance(settings, dict) else None
   if not isinstance(values, dict):
@@ -346,28 +309,18 @@ def _schedule(run: Run) -> str:
   times = np.arange(1, len(alphas) + 1) / len(alphas)
   name = config.beta_schedule if config.is_table else config.process
   steps = f', at t of {len(alphas):,} steps' if config.is_table else ''
-  chart = schedule_chart({name: (times, alphas, sigmas)}, title='Noise schedule')
+  chart = schedule_chart(times, alphas, sigmas, title='Noise schedule')
   note = f'A noised image is α times the image and σ times noise{steps}.'
   if sigmas[-1] > 0 == alphas[-1]:
     note += ' The last step is pure noise.'
-  return page.section('schedule', 'Noise schedule', note, page.chart_grid([(name, inline(chart))]))
-
-
-def _config(run: Run) -> str:
-  body = page.details('All settings', page.settings_table(run.config)) if run.config else ''
-  return page.section('config', 'Configuration', '', body)
-
-
-def _versions(run: Run) -> str:
-  table = page.settings_table(run.versions) if run.versions else ''
-  return page.section('versions', 'Versions', '', table and f'<div class="card">{table}</div>')
+  return page.section('schedule', 'Noise schedule', note, page.chart_grid([(name, chart)]))
 
 
 def _footer(run: Run) -> str:
   notes = []
-  if run.unreadable:
-    lines = '1 line' if run.unreadable == 1 else f'{run.unreadable} lines'
+  if unreadable := run.metrics.unreadable:
+    lines = '1 line' if unreadable == 1 else f'{unreadable} lines'
     notes.append(f'{lines} of metrics.jsonl could not be read: left out.')
-  if sum(metrics.left_out for metrics in run.metrics.values()):
+  if run.metrics.train.left_out or run.metrics.evaluation.left_out:
     notes.append(f'Of the metrics only the first {MOST_METRICS} by name are shown.')
   return f'<footer class="muted">{" ".join(notes)}</footer>' if notes else ''

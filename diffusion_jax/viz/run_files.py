@@ -56,36 +56,30 @@ class Curve(NamedTuple):
   last: float | None
 
 
-class _Sums:
-  """What is kept of one metric in a stretch of steps; low, high: (step, value)."""
+class _Sums(NamedTuple):
+  """What is kept of one metric in a stretch; low, high: (step, value); gap: a step without one."""
 
-  __slots__ = ('count', 'gap', 'high', 'low', 'missing', 'total')
+  count: int
+  total: float
+  missing: int
+  low: Point | None
+  high: Point | None
+  gap: float | None
 
-  def __init__(self):
-    self.count, self.total, self.missing = 0, 0.0, 0
-    self.low = self.high = self.gap = None
+  @classmethod
+  def of(cls, step: float, value: Any) -> _Sums:
+    if is_number(value) and -_LARGEST < value < _LARGEST:
+      return cls(1, value, 0, (step, value), (step, value), None)
+    return cls(0, 0.0, 1, None, None, step)
 
-  def add(self, step: float, value: Any) -> None:
-    if not (is_number(value) and -_LARGEST < value < _LARGEST):
-      self.missing += 1
-      self.gap = step if self.gap is None else self.gap
-      return
-    self.count += 1
-    self.total += value
-    if self.low is None or value < self.low[1]:
-      self.low = step, value
-    if self.high is None or value > self.high[1]:
-      self.high = step, value
-
-  def take(self, other: _Sums) -> None:
-    self.count += other.count
-    self.total += other.total
-    self.missing += other.missing
-    self.gap = other.gap if self.gap is None else self.gap
-    if other.low and (self.low is None or other.low[1] < self.low[1]):
-      self.low = other.low
-    if other.high and (self.high is None or other.high[1] > self.high[1]):
-      self.high = other.high
+  def then(self, other: _Sums) -> _Sums:
+    value = lambda point: point[1]
+    lows, highs = ([p for p in pair if p] for pair in zip(self[3:5], other[3:5], strict=True))
+    return _Sums(
+      self.count + other.count, self.total + other.total, self.missing + other.missing,
+      min(lows, key=value, default=None), max(highs, key=value, default=None),
+      other.gap if self.gap is None else self.gap,
+    )
 
   @property
   def mean(self) -> float | None:
@@ -93,39 +87,31 @@ class _Sums:
 
   @property
   def points(self) -> list[Point]:
-    gap = [] if self.gap is None else [(self.gap, None)]
-    ends = {self.low, self.high} if self.count else set()
-    return sorted([*ends, *gap], key=lambda point: point[0])
+    found = {self.low, self.high, None if self.gap is None else (self.gap, None)} - {None}
+    return sorted(found, key=lambda point: point[0])
 
 
-class _Stretch:
-  """Lines of neighbouring steps; the last of them is kept as it is."""
+class _Stretch(NamedTuple):
+  """Lines of neighbouring steps, of which the last is kept; steps: the sum of theirs."""
 
-  __slots__ = ('count', 'last', 'steps', 'sums')
+  count: int
+  steps: int
+  last: Line
+  sums: dict[str, _Sums]
 
-  def __init__(self, line: Line):
-    self.count, self.steps, self.sums = 0, 0, {}
-    self.add(line)
+  @classmethod
+  def of(cls, line: Line) -> _Stretch:
+    return cls(1, line['step'], line, {
+      key: _Sums.of(line['step'], value) for key, value in line.items()
+      if type(value) in (int, float, bool, type(None)) and key != 'step'
+    })
 
-  def add(self, line: Line) -> None:
-    """Add a later line."""
-    step = line['step']
-    for key, value in line.items():
-      if type(value) in (int, float, bool, type(None)) and key != 'step':
-        if key not in self.sums:
-          self.sums[key] = _Sums()
-        self.sums[key].add(step, value)
-    self.count, self.steps, self.last = self.count + 1, self.steps + step, line
-
-  def take(self, other: _Stretch) -> None:
-    """Add the lines of a later stretch."""
-    for key, sums in other.sums.items():
-      if key in self.sums:
-        self.sums[key].take(sums)
-      else:
-        self.sums[key] = sums
-    self.count, self.steps = self.count + other.count, self.steps + other.steps
-    self.last = other.last
+  def then(self, other: _Stretch) -> _Stretch:
+    both = {k: self.sums[k].then(other.sums[k]) for k in self.sums.keys() & other.sums.keys()}
+    return _Stretch(
+      self.count + other.count, self.steps + other.steps, other.last,
+      self.sums | other.sums | both,
+    )
 
   @property
   def step(self) -> int:
@@ -146,20 +132,18 @@ class Metrics:
     self._stretches: dict[int, _Stretch] = {}
     self._width, self._newest = 1, -1.0
     self._first: dict[str, float | None] = {}  # Number of each name, in order of appearance.
-    self._settled: set[str] = set()  # Of names, those that need not be looked at again.
     self.left_out = 0
 
   def add(self, line: Line) -> None:
     """Add one line with a step in [0, MOST_STEP)."""
-    line = self._within_bounds(line)
+    stretch = _Stretch.of(self._within_bounds(line))
     step, number = line['step'], int(line['step'] // self._width)
-    if self._width > 1 and step <= self._newest:
-      self._stretches = {n: s for n, s in self._stretches.items() if n <= number}
-    if self._width > 1 and number in self._stretches:
-      self._stretches[number].add(line)
-    else:
-      self._stretches[number] = _Stretch(line)
-    self._newest = step
+    if self._width > 1:
+      if step <= self._newest:
+        self._stretches = {n: s for n, s in self._stretches.items() if n <= number}
+      if number in self._stretches:
+        stretch = self._stretches[number].then(stretch)
+    self._stretches[number], self._newest = stretch, step
     while len(self._stretches) > MOST_STRETCHES:
       self._widen()
 
@@ -167,17 +151,13 @@ class Metrics:
     self._width *= 2
     old, self._stretches = self._ordered(), {}
     for number, stretch in old:
-      if number // 2 in self._stretches:
-        self._stretches[number // 2].take(stretch)
-      else:
-        self._stretches[number // 2] = stretch
+      before = self._stretches.get(number // 2)
+      self._stretches[number // 2] = before.then(stretch) if before else stretch
 
   def _ordered(self) -> list[tuple[int, _Stretch]]:
-    return sorted(self._stretches.items())
+    return sorted(self._stretches.items(), key=lambda item: item[0])
 
   def _within_bounds(self, line: Line) -> Line:
-    if line.keys() <= self._settled:
-      return line
     kept = {}
     for key, value in line.items():
       if key not in self._first and (len(self._first) >= MOST_METRICS or len(key) > 200):
@@ -185,8 +165,6 @@ class Metrics:
         continue
       if self._first.get(key) is None:
         self._first[key] = value if is_number(value) else None
-      if self._first[key] is not None or isinstance(value, (str, list)):
-        self._settled.add(key)
       kept[key] = value
     return kept | {'step': line['step']}
 
@@ -205,21 +183,20 @@ class Metrics:
 
   def curve(self, key: str) -> Curve:
     """Return the values of one metric."""
-    points, means, missing, last = [], [], 0, None
-    for _, stretch in self._ordered():
-      if sums := stretch.sums.get(key):
-        points += sums.points
-        means.append((stretch.step, sums.mean))
-        missing += sums.missing
-      last = stretch.last[key] if is_number(stretch.last.get(key)) else last
-    return Curve(points, means, missing, self._first.get(key), last)
+    found = [(s.step, s.sums[key], s.last) for _, s in self._ordered() if key in s.sums]
+    numbers = [last[key] for _, _, last in found if is_number(last.get(key))]
+    return Curve(
+      [point for _, sums, _ in found for point in sums.points],
+      [(step, sums.mean) for step, sums, _ in found], sum(sums.missing for _, sums, _ in found),
+      self._first.get(key), numbers[-1] if numbers else None,
+    )
 
 
 class MetricsFile:
   """A metrics.jsonl that is read on as it grows, and anew where it was replaced.
 
   Attributes:
-    kinds: lines of training and of evaluations.
+    train, evaluation: the lines of these kinds.
     latest: the train line written last, which after a resume need not be that of the largest step.
     unreadable: lines that were left out, such as one torn by a crash.
   """
@@ -229,7 +206,7 @@ class MetricsFile:
     self._forget()
 
   def _forget(self) -> None:
-    self.kinds = {'train': Metrics(), 'evaluation': Metrics()}
+    self.train, self.evaluation = Metrics(), Metrics()
     self.latest: Line = {}
     self._damaged, self._torn = 0, False
     self._offset, self._file = 0, (0, 0)
@@ -252,9 +229,11 @@ class MetricsFile:
       if line is None:
         self._torn = offset == self._offset
         self._damaged += not self._torn
-      elif line['kind'] in self.kinds:
-        self.kinds[line['kind']].add(line)
-        self.latest = line if line['kind'] == 'train' else self.latest
+      elif line['kind'] == 'train':
+        self.train.add(line)
+        self.latest = line
+      elif line['kind'] == 'evaluation':
+        self.evaluation.add(line)
       self._offset = offset
 
 
@@ -314,55 +293,16 @@ class Moment(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Told:
-  """What scores.json says.
-
-  columns: metrics by name, for each column. measured: sentences on what they were measured on.
-  warnings: what to beware of. settings: how, and at which step.
-  """
-
-  columns: dict[str, dict[str, Any]]
-  measured: list[str]
-  warnings: list[str]
-  settings: dict[str, Any]
-
-  @classmethod
-  def of(cls, scores: dict[str, Any]) -> 'Told':
-    """Sort what is in there; what is none of these is a setting."""
-    beside = ('settings', 'measured', 'warnings', 'intervals', 'sweep', 'history')
-    columns = {k: v for k, v in scores.items() if isinstance(v, dict) and k not in beside}
-    texts = lambda key: [
-      text for text in (scores[key] if isinstance(scores.get(key), list) else ())
-      if isinstance(text, str)
-    ]
-    more = scores.get('settings')
-    settings = {k: v for k, v in scores.items() if k not in columns and k not in beside}
-    settings |= more if isinstance(more, dict) else {}
-    return cls(columns, texts('measured'), texts('warnings'), settings)
-
-
-@dataclasses.dataclass(frozen=True)
 class Run:
-  """A run directory in memory; parts that are not there are empty.
+  """A run directory; parts that are not there are empty.
 
-  Attributes:
-    name: the directory's own name.
-    train, evaluation: one line of metrics per step, in order of the step; of long runs one for each
-      stretch of steps, with means.
-    metrics: the same by kind, with what is kept of each metric.
-    latest: the train line written last, which after a resume need not be that of the largest step.
-    unreadable: lines of metrics.jsonl that were left out, such as one torn by a crash.
-    grids: (step, path) of the sample grids, in order of the step.
-    has_model_card: whether there is a README.md.
+  name: the directory's own. grids: (step, path) of the sample grids, in order of the step.
+  has_model_card: whether there is a README.md.
   """
 
   name: str
   config: dict[str, Any]
-  train: list[Line]
-  evaluation: list[Line]
-  metrics: dict[str, Metrics]
-  latest: Line
-  unreadable: int
+  metrics: MetricsFile
   grids: list[tuple[int, Path]]
   scores: dict[str, Any]
   versions: dict[str, Any]
@@ -379,7 +319,7 @@ class Run:
       values.get(key) if is_number(values.get(key)) else None for key in keys
     ]
     status = Moment(*known(self.status, 'step', 'total_steps', 'seconds'))
-    line = Moment(*known(self.latest, 'step', 'total_steps', 'time'))
+    line = Moment(*known(self.metrics.latest, 'step', 'total_steps', 'time'))
     if status.step is None or (line.seconds or 0) > (status.seconds or 0):
       return line._replace(of=status.of)
     return status
@@ -400,22 +340,15 @@ def read_run(workdir: Path, metrics: MetricsFile | None = None) -> Run:
   grids = find_grids(workdir / 'samples')
   objects = {name: _read_object(workdir / f'{name}.json')
              for name in ('config', 'scores', 'versions', 'status')}
-  train, evaluation = (metrics.kinds[kind].lines for kind in ('train', 'evaluation'))
-  if not (train or evaluation or grids or objects['config'] or objects['scores']):
+  lines = metrics.train.lines or metrics.evaluation.lines
+  if not (lines or grids or objects['config'] or objects['scores']):
     raise UserError(
       f'{workdir} holds no run (no config.json, metrics.jsonl, samples or scores.json): give the '
       'workdir of a training run that has started.'
     )
   return Run(
-    name=workdir.resolve().name,
-    train=train,
-    evaluation=evaluation,
-    metrics=metrics.kinds,
-    latest=metrics.latest,
-    unreadable=metrics.unreadable,
-    grids=grids,
-    has_model_card=(workdir / 'README.md').is_file(),
-    **objects,
+    name=workdir.resolve().name, metrics=metrics, grids=grids,
+    has_model_card=(workdir / 'README.md').is_file(), **objects,
   )
 
 

@@ -70,7 +70,7 @@ def sweep_charts(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
       known = [p for p in points if p.get(chart.x) is not None and (p[chart.x] or not chart.log_x)]
       if len({p[chart.x] for p in known}) > 1:
         heading = f'{y} against {chart.xlabel}'
-        found.append((heading, charts.inline(_drawn(_lines(known, chart, y), chart, y, heading))))
+        found.append((heading, _drawn(_lines(known, chart, y), chart, y, heading)))
   return found
 
 

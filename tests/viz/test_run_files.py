@@ -42,7 +42,7 @@ def long(tmp_path):
 
 def test_short_runs_are_kept_as_they_are(tmp_path):
   lines = [train(7 * i, loss=i / 3, note='x') for i in range(2000)]
-  metrics = read(write(tmp_path / 'm', lines)).kinds['train']
+  metrics = read(write(tmp_path / 'm', lines)).train
   assert metrics.lines == lines
   curve = metrics.curve('loss')
   assert curve.points == curve.means == [(7 * i, i / 3) for i in range(2000)]
@@ -51,7 +51,7 @@ def test_short_runs_are_kept_as_they_are(tmp_path):
 
 def test_long_runs_keep_the_mean_and_the_extremes_of_each_stretch(long):
   path, losses = long
-  metrics = read(path).kinds['train']
+  metrics = read(path).train
   curve = metrics.curve('loss')
   # 90,000 steps: widths double until 2,000 stretches are enough, so to 64.
   stretch = 10 * np.arange(9000) // 64
@@ -80,8 +80,8 @@ def test_reading_on_gives_what_reading_at_once_gives(long, tmp_path):
     file.update()
   once = read(path)
   assert file.unreadable == once.unreadable == 0
-  assert file.kinds['train'].lines == once.kinds['train'].lines
-  assert file.kinds['train'].curve('loss') == once.kinds['train'].curve('loss')
+  assert file.train.lines == once.train.lines
+  assert file.train.curve('loss') == once.train.curve('loss')
   assert file.latest == once.latest
 
 
@@ -95,17 +95,17 @@ def test_a_report_after_a_report_reads_only_what_is_new(tmp_path):
   write(path, [train(100, loss=2.0)], 'a')
   page = write_report(tmp_path, file).read_text()
   assert '<dt>Step</dt><dd>100</dd>' in page and 'could not be read' not in page
-  assert len(file.kinds['train'].lines) == 100
+  assert len(file.train.lines) == 100
   path.unlink()  # Another run's file in its place.
   write(path, [train(5, loss=3.0)])
   write_report(tmp_path, file)
-  assert [line['step'] for line in file.kinds['train'].lines] == [5]
+  assert [line['step'] for line in file.train.lines] == [5]
 
 
 def test_a_resume_drops_what_follows_in_long_runs_and_replaces_steps_in_short_ones(tmp_path):
   lines = [train(i, loss=1.0) for i in range(100_000)]
   lines += [train(i, loss=2.0) for i in range(50_000, 60_000)]
-  found = read(write(tmp_path / 'm', lines)).kinds['train'].lines
+  found = read(write(tmp_path / 'm', lines)).train.lines
   assert found[-1]['step'] < 60_000 and found[-1]['loss'] == 2.0
   assert {line['loss'] for line in found if line['step'] < 49_900} == {1.0}
 
@@ -120,8 +120,8 @@ def test_a_resume_drops_what_follows_in_long_runs_and_replaces_steps_in_short_on
 def test_damaged_lines_are_counted_and_the_rest_is_read(tmp_path, text):
   path = write(tmp_path / 'metrics.jsonl', [train(1, loss=1.0)])
   path.write_bytes(path.read_bytes() + text + b'\n' + path.read_bytes().replace(b'1', b'2'))
-  run = read_run(tmp_path)
-  assert [line['step'] for line in run.train] == [1, 2] and run.unreadable == 1
+  metrics = read_run(tmp_path).metrics
+  assert [line['step'] for line in metrics.train.lines] == [1, 2] and metrics.unreadable == 1
   assert '1 line of metrics.jsonl could not be read' in write_report(tmp_path).read_text()
 
 
@@ -130,7 +130,7 @@ def test_values_that_cannot_be_drawn_do_no_harm(tmp_path):
   lines = [train(i, loss=[1.0, huge, -huge, 1e300, True, None, 'x', {'a': []}][i % 8])
            for i in range(16_000)]
   write(tmp_path / 'metrics.jsonl', lines)
-  curve = read_run(tmp_path).metrics['train'].curve('loss')
+  curve = read_run(tmp_path).metrics.train.curve('loss')
   assert {v for _, v in curve.means} == {1.0} and curve.missing == 5 * 2000
   assert 'values missing or not finite' in write_report(tmp_path).read_text()
 
@@ -139,7 +139,7 @@ def test_names_are_bounded_and_that_is_said(tmp_path, monkeypatch):
   monkeypatch.setattr(run_files, 'MOST_METRICS', 6)
   write(tmp_path / 'metrics.jsonl', [train(i, **{f'm{i}': 1.0, 'k' * 300: 1.0}) for i in range(9)])
   run = read_run(tmp_path)
-  assert run.metrics['train'].names == ['m0', 'm1', 'm2']
+  assert run.metrics.train.names == ['m0', 'm1', 'm2']
   assert 'Of the metrics only the first' in write_report(tmp_path).read_text()
 
 
@@ -155,7 +155,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     'import sys, resource, pathlib; from diffusion_jax.viz.run_files import MetricsFile\n'
     'peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n'
     'before = peak(); file = MetricsFile(pathlib.Path(sys.argv[1])); file.update()\n'
-    'print(len(file.kinds["train"].lines), (peak() - before) // 1024)'
+    'print(len(file.train.lines), (peak() - before) // 1024)'
   )
   done = subprocess.run([sys.executable, '-c', program, str(path)], cwd=ROOT, text=True,
                         capture_output=True, timeout=120, check=True)

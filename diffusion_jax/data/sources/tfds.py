@@ -34,7 +34,7 @@ _TEMPLATE = re.compile(r'[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*')
 
 
 def check_metadata(folder: str | Path) -> None:
-  """Read all metadata of a prepared data set and refuses what could do harm.
+  """Read all metadata of a prepared data set and refuse what could do harm.
 
   Raises:
     UserError: a file is missing or damaged, or names a class that TFDS does not ship, a path out of
@@ -44,7 +44,7 @@ def check_metadata(folder: str | Path) -> None:
   info = read_object(folder / METADATA, remedy=REMEDY)
   with reading(folder / METADATA, remedy=REMEDY):
     _check_classes(folder / METADATA, info.get('features', {}))
-    _check_info(folder / METADATA, info)
+    _check_info(folder / METADATA)
   if (folder / FEATURES).exists():
     features = read_object(folder / FEATURES, remedy=REMEDY)
     with reading(folder / FEATURES, remedy=REMEDY):
@@ -89,7 +89,8 @@ def _check_classes(path: Path, features: Any) -> None:
   }
   for key, value in _items(features):
     # Both spellings of protocol buffers, and that of older versions; a feature may be called type.
-    names = _plain(key) in ('pythonclassname', 'type') and not isinstance(value, dict)
+    plain = key.replace('_', '').lower()
+    names = plain in ('pythonclassname', 'type') and not isinstance(value, dict)
     if names and not (isinstance(value, str) and value in known):
       raise UserError(
         f'{path} names the class {str(value)[:200]!r}, which TFDS would import and run; only its '
@@ -104,55 +105,46 @@ def _check_keys(path: Path, features: Any) -> None:
       raise UserError(f'{path} has a feature named {key[:200]!r}; use letters, digits and _.')
 
 
-def _check_info(path: Path, info: dict[str, Any]) -> None:
-  """Name, formats and numbers of dataset_info.json."""
+def _check_info(path: Path) -> None:
+  """Name, formats and numbers of dataset_info.json, as TFDS reads it."""
+  from google.protobuf import json_format
+  from tensorflow_datasets.core.proto import dataset_info_pb2
+
   def check(good: Any, what: str) -> None:
     if not good:
       raise UserError(f'{path} has {what}; prepare the data set again.')
 
-  values = {_plain(key): value for key, value in info.items()}
-  check(len(values) == len(info), 'one key in two spellings')
-  for key in ('name', 'configname'):
-    name = values.get(key, '')
-    check(name == '' or _is_name(name), f'the name {str(name)[:200]!r}, which is no plain one')
-  module = values.get('modulename', '')
+  info = json_format.Parse(path.read_text(), dataset_info_pb2.DatasetInfo())
+  for name in (info.name, info.config_name):
+    check(not name or _is_name(name), f'the name {name[:200]!r}, which is no plain one')
+  module = info.module_name
+  check(not module or _MODULE.fullmatch(module), f'the module {module[:200]!r}, which is none')
+  formats = {info.file_format, *info.alternative_file_formats}
   check(
-    isinstance(module, str) and (not module or _MODULE.fullmatch(module)),
-    f'the module {str(module)[:200]!r}, which is none',
+    'array_record' in formats and formats <= {'array_record', 'tfrecord'},
+    f'the format {", ".join(sorted(formats))[:200]!r}, where ArrayRecord alone is read',
   )
-  formats = [values.get('fileformat', ''), *values.get('alternativefileformats', ())]
-  check(
-    'array_record' in formats and {*formats} <= {'array_record', 'tfrecord'},
-    f'the format {", ".join(map(str, formats))[:200]!r}, where ArrayRecord alone is read',
-  )
-  check(values.get('splits'), 'no splits')
-  count = 0
-  for split in values['splits']:
-    split = {_plain(key): value for key, value in split.items()}
-    check(_is_name(split.get('name')), f'a split named {str(split.get("name"))[:200]!r}')
-    template = split.get('filepathtemplate', '')
+  check(info.splits, 'no splits')
+  for split in info.splits:
+    check(_is_name(split.name), f'a split named {split.name[:200]!r}')
+    template = split.filepath_template
     check(
-      isinstance(template, str) and (not template or _is_template(template)),
-      f'the file name {str(template)[:200]!r}, which is not one of a file within the folder',
+      not template or _is_template(template),
+      f'the file name {template[:200]!r}, which is not one of a file within the folder',
     )
-    lengths = [int(length) for length in split.get('shardlengths', [])]
-    check(all(length >= 0 for length in lengths), 'a negative number of records')
-    count += len(lengths)
+    check(min(split.shard_lengths, default=0) >= 0, 'a negative number of records')
+  count = sum(len(split.shard_lengths) for split in info.splits)
   check(count <= MOST_SHARDS, f'{count:,} files of records, where {MOST_SHARDS:,} are allowed')
 
 
-def _is_name(name: Any) -> bool:
-  return isinstance(name, str) and bool(_NAME.fullmatch(name)) and '..' not in name
+def _is_name(name: str) -> bool:
+  return bool(_NAME.fullmatch(name)) and '..' not in name
 
 
 def _is_template(template: str) -> bool:
   """Return whether it is a relative path with TFDS's own placeholders and no format of Python."""
   filled = _PLACEHOLDER.sub('X', template)
   return bool(_TEMPLATE.fullmatch(filled)) and '..' not in filled
-
-
-def _plain(key: str) -> str:
-  return key.replace('_', '').lower()
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
