@@ -1,13 +1,17 @@
-"""Pictures split by their content: nothing moves them, and what scores are measured on is told."""
+"""Pictures split by their content, which nothing moves, and fingerprints of data."""
 
+import os
 import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.data.splits import content_hashes, measured_on
+from diffusion_jax.data.sources.arrays import open_points
+from diffusion_jax.data.sources.tfds import open_source
+from diffusion_jax.data.splits import content_hashes, fingerprint, measured_on, spread
 from diffusion_jax.errors import UserError
+from tests.data.conftest import SIZE
 from tests.tiny import folder_sources, labelled_sources
 
 
@@ -123,3 +127,88 @@ def test_a_picture_that_cannot_be_read_has_a_side_and_is_named_when_it_is_wanted
     with pytest.raises(UserError, match=rf'{number}\.png'):
       part[part.files.index(path)]
   assert len(content_hashes([*train.files, *test.files])) == 40
+
+
+@pytest.fixture
+def made(tmp_path):
+  for i in range(6):
+    picture(tmp_path / 'data' / 'xy'[i % 2] / f'{i}.png', i)
+  (tmp_path / 'data' / 'metadata.csv').write_text(
+    'file_name,text\n' + ''.join(f'{"xy"[i % 2]}/{i}.png,caption {i}\n' for i in range(6))
+  )
+  return tmp_path / 'data'
+
+
+def of(made):
+  return fingerprint(folder_sources(made, 4)[0])
+
+
+def test_a_copy_elsewhere_is_the_same(made, tmp_path):
+  copy = shutil.copytree(made, tmp_path / 'copy')
+  for path in copy.rglob('*'):
+    os.utime(path, (0, 0))
+  assert of(copy) == of(made)
+  assert fingerprint(labelled_sources(copy, 4)[0]) == (
+    fingerprint(labelled_sources(made, 4)[0])
+  )
+
+
+@pytest.mark.parametrize(('change', 'changed'), [
+  (lambda f: (f / 'metadata.csv').write_text(
+    (f / 'metadata.csv').read_text().replace('caption 3', 'caption 4')), 'captions'),
+  (lambda f: (f / 'x' / '0.png').write_bytes((f / 'x' / '2.png').read_bytes()), 'pictures'),
+  (lambda f: _flip_a_byte(f / 'y' / '5.png'), 'pictures'),
+])
+def test_changes_are_seen_and_told_apart(made, change, changed):
+  before = of(made)
+  change(made)
+  after = of(made)
+  assert {part for part in before if before[part] != after[part]} == {changed}
+
+
+def _flip_a_byte(path):
+  data = bytearray(path.read_bytes())
+  data[-20] ^= 1
+  path.write_bytes(data)
+
+
+def test_another_name_is_another_picture(made):
+  before = fingerprint(labelled_sources(made, 4)[0])
+  (made / 'x' / '0.png').rename(made / 'y' / '0.png')
+  assert fingerprint(labelled_sources(made, 4)[0]) != before
+
+
+def reordered(path):
+  """The same records in another order: as many, of the same sizes."""
+  from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+  reader = ArrayRecordReader(str(path))
+  records = reader.read_all()
+  reader.close()
+  path.unlink()
+  writer = ArrayRecordWriter(str(path), 'group_size:1')
+  for record in reversed(records):
+    writer.write(record)
+  writer.close()
+
+
+def test_prepared_records(data_dir, tmp_path):
+  opened = lambda root: open_source('openmoji', 'train', size=SIZE, data_dir=str(root))
+  copy = shutil.copytree(data_dir, tmp_path / 'copy')
+  before = fingerprint(opened(data_dir))
+  assert before and fingerprint(opened(copy)) == before
+  for path in copy.rglob('*train*array_record*'):
+    reordered(path)
+  changed = opened(copy)
+  after = fingerprint(changed)
+  assert len(changed) == len(opened(data_dir))
+  assert all(after[part] != before[part] for part in ('captions', 'pictures'))
+
+
+def test_what_is_computed_has_none():
+  assert fingerprint(open_points('moons', 'train', 16)) == {}
+
+
+def test_a_sample_is_spread_over_all():
+  assert spread(5, 10) == [0, 1, 2, 3, 4] and spread(0, 3) == []
+  assert spread(1001, 3) == [0, 500, 1000]

@@ -72,7 +72,7 @@ def test_a_damaged_record_of_the_data_is_said(begun, command, capsys):
 
 
 def test_other_prepared_data_are_refused(finished, copy_of, fails, small_data, tmp_path):
-  from tests.data.test_fingerprint import reordered
+  from tests.data.test_splits import reordered
 
   run, data = copy_of(finished), shutil.copytree(small_data, tmp_path / 'data')
   for path in data.rglob('*train*array_record*'):

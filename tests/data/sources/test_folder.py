@@ -1,14 +1,20 @@
-"""Folders of pictures: captions, sizes, splits, and what is wrong with them by name."""
+"""Folders of pictures: captions, sizes, splits, and what is wrong with them by name.
+
+Pictures in folders by class: labels, splits, and what is wrong with them by name.
+"""
 
 import json
+import os
+from collections import Counter
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from diffusion_jax.data.sources.folder import Together
+from diffusion_jax.data.transforms import build_transforms
 from diffusion_jax.errors import UserError
-from tests.tiny import folder_sources
+from tests.tiny import folder_sources, labelled_sources
 
 
 def picture(path, width=8, height=8, **options):
@@ -94,3 +100,60 @@ def test_two_sources_in_turn():
   assert {row['weight'] for row in rows[::2]} == {2.0}
   assert {row['weight'] for row in rows[1::2]} == {0.5}
   assert np.mean([row['x'] * row['weight'] for row in rows]) == 1.5 + 0.25 * 25
+
+
+def shaded(path, shade=0):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.fromarray(np.full((6, 8, 3), shade, np.uint8)).save(path)
+
+
+def test_records_have_the_class_of_their_folder(tmp_path):
+  for name, count in (('cat', 21), ('dog', 10), ('emu', 3)):
+    for i in range(count):
+      shaded(tmp_path / name / f'{i:02d}.png', shade=i)
+  (tmp_path / 'empty').mkdir()
+  shaded(tmp_path / '.hidden' / 'a.png')
+  train, test = labelled_sources(tmp_path, 4, test_fraction=0.3)
+  assert Counter(train.labels) + Counter(test.labels) == {'cat': 21, 'dog': 10, 'emu': 3}
+  assert set(train.labels) == {'cat', 'dog', 'emu'} and len(test) > 0
+  ids = [[source[i]['id'] for i in range(len(source))] for source in (train, test)]
+  assert ids == [sorted(ids[0]), sorted(ids[1])] and len({*ids[0], *ids[1]}) == 34
+  for name, record in ((ids[1][k], test[k]) for k in range(len(test))):
+    label, number = name.split('/')
+    assert record['label'] == label and record['captions'] == [label]
+    assert record['image'].shape == (4, 4, 3) and (record['image'] == int(number)).all()
+  with pytest.raises(IndexError):
+    test[len(test)]
+
+
+def test_classes_in_folders_of_splits(tmp_path):
+  shaded(tmp_path / 'train' / 'a' / '1.png')
+  shaded(tmp_path / 'train' / 'b' / '2.png')
+  shaded(tmp_path / 'test' / 'b' / '3.png')
+  train, test = labelled_sources(tmp_path, 4)
+  assert (train.labels, test.labels) == (['a', 'b'], ['b'])
+  assert test[0]['id'] == 'b/3'
+
+
+def test_what_has_no_classes_is_named(tmp_path):
+  with pytest.raises(UserError, match=r'there is no folder .*nowhere'):
+    labelled_sources(tmp_path / "nowhere", 4)
+  shaded(tmp_path / 'a.png')
+  with pytest.raises(UserError, match='has no folders of pictures'):
+    labelled_sources(tmp_path, 4)
+
+
+def test_a_class_whose_name_is_no_text_is_refused(tmp_path):
+  shaded(tmp_path / os.fsdecode(b'caf\xe9') / 'a.png')
+  with pytest.raises(UserError, match=r'a folder of a class in .* is not UTF-8'):
+    labelled_sources(tmp_path, 4)
+
+
+def test_labels_become_places_among_the_classes():
+  label = build_transforms(['label'], classes=('b', 'a'))[0]
+  out = label({'image': np.zeros((2, 2, 3), np.uint8), 'label': 'a', 'id': 'x', 'captions': ['c']})
+  assert set(out) == {'image', 'label'}
+  assert out['label'] == 1 and out['label'].dtype == np.int32
+  for record in ({'label': 'c', 'id': 'x'}, {'id': 'x'}):
+    with pytest.raises(UserError, match=r'Record x has the label .* classes b, a'):
+      label(record)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from diffusion_jax.data.sources.arrays import POINT_SETS, open_points
+from diffusion_jax.data.sources.arrays import POINT_SETS, ArraySource, open_points
 from diffusion_jax.errors import UserError
 
 
@@ -50,3 +50,18 @@ def test_moons_are_half_circles():
 def test_what_there_is_not(name, size, words):
   with pytest.raises(UserError, match=words):
     open_points(name, 'test', size)
+
+
+def test_columns():
+  source = ArraySource({'latents': np.arange(12.0).reshape(3, 4), 'id': ['a', 'b', 'c']})
+  assert len(source) == 3
+  np.testing.assert_array_equal(source[1]['latents'], [4, 5, 6, 7])
+  assert source[-1]['id'] == 'c'
+  with pytest.raises(IndexError):
+    source[3]
+
+
+@pytest.mark.parametrize('columns', [{}, {'a': [1, 2], 'b': [1]}])
+def test_columns_of_different_lengths(columns):
+  with pytest.raises(UserError, match='common length'):
+    ArraySource(columns)
