@@ -1,4 +1,4 @@
-"""What a checkpoint costs, with and without the digests that guard it.
+"""The cost of a checkpoint, with and without the digests that guard it.
 
 The state is a U-Net of Stable Diffusion 1 in fewer channels, with its average and Adam's moments:
 as many arrays as the real one, of about half a gigabyte. It is written into a temporary folder,
@@ -34,7 +34,7 @@ from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, shard_params
 
 
 def arguments() -> argparse.Namespace:
-  """What the command line says."""
+  """Return the options of the command line."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--json', metavar='FILE', help='where the figures go')
   parser.add_argument('--channels', nargs=4, type=int, default=[64, 128, 256, 256],

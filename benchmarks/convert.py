@@ -56,7 +56,7 @@ JOBS = (
 
 
 def arguments() -> argparse.Namespace:
-  """What the command line says."""
+  """Return the options of the command line."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--json', metavar='FILE', help='where the figures go')
   parser.add_argument('--dtype', default='float16', choices=DTYPES, help='of the weights')

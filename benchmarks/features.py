@@ -118,7 +118,7 @@ def statistics(batch_size: int) -> dict[str, float]:
 
 
 def measure(runs: dict[str, Callable], images: int, rounds: int) -> dict[str, dict]:
-  """Of each: images a second and CPU milliseconds an image, at best, and all seconds."""
+  """Return images a second and CPU milliseconds an image of each, at best, and all seconds."""
   times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
   for _ in range(rounds):
     for name, run in runs.items():

@@ -1,4 +1,4 @@
-"""How far bfloat16 takes each family of networks from float32, beside PyTorch on the same weights.
+"""The error of bfloat16 for each family of networks, beside PyTorch on the same weights.
 
 Each network is made by its reference library with random weights, at a fraction of its published
 width. The figure is the root-mean-square difference of the bfloat16 output from the float32 output,

@@ -37,8 +37,8 @@ tests."""
 CACHE = 'TORCHINDUCTOR_CACHE_DIR'
 LENGTH, GUIDANCE = 77, 7.5
 TOLERANCE = {'float32': 1e-4, 'bfloat16': 5e-2}
-"""Of the U-Net's output, relative to its largest entry; losses and samples may differ by ten times
-as much, as they see the difference again and again."""
+"""Error of the U-Net's output, relative to its largest entry; losses and samples may differ by ten
+times as much, as they see the difference again and again."""
 
 
 def fill_in(args: argparse.Namespace, platform: str) -> None:

@@ -33,7 +33,7 @@ LEARNING_RATE, HALFLIFE = 1e-4, 10_000.0
 
 
 def facts() -> dict[str, Any]:
-  """What is computed on, and by what."""
+  """Return the device and the software."""
   device = jax.devices()[0]
   return {
     'device': {'platform': device.platform, 'kind': device.device_kind, 'cpu_cores': cpu_cores()},
@@ -85,7 +85,7 @@ class Side:
     save_file({published_name(n): layout(n, x) for n, x in self.params.items()}, path)
 
   def flops(self, batch: dict) -> float:
-    """Of a training step, by formula."""
+    """Operations of a training step, by formula."""
     loss = lambda params, x, t, text: self.network.bind(params)(x, t, Condition(text)).sum()
     arrays = (batch[name] for name in ('x', 't', 'text'))
     return count_flops(loss, self.network.shapes, *arrays, trained=0).total

@@ -47,7 +47,7 @@ class Process:
 
   @property
   def id(self) -> int:
-    """Of the process, and of the group of what it starts."""
+    """The id of the process, and of the group of what it starts."""
     return self._process.pid
 
   def __enter__(self) -> 'Process':
@@ -61,7 +61,7 @@ class Process:
     self._pipe.close()
 
   def ask(self, what: str, *args: Any) -> Any:
-    """What the child's Worker.what(*args) returns; ends the program where that fails."""
+    """Return what the child's Worker.what(*args) does; end the program where that fails."""
     try:
       self._pipe.send((what, args))
       done, answer = self._pipe.recv()
@@ -75,7 +75,7 @@ class Process:
 
 
 class Worker:
-  """What the child can be asked for; arrays and plain values come and go."""
+  """The methods of the child; arrays and plain values come and go."""
 
   def __init__(self, side: str):
     self._name = side
@@ -90,7 +90,7 @@ class Worker:
     self._side = self._module.Side(*args)
 
   def call(self, method: str, *args) -> Any:
-    """What a method of the side returns."""
+    """Return what a method of the side does."""
     return getattr(self._side, method)(*args)
 
   def prepare(self, method: str, *args) -> None:

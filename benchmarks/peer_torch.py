@@ -12,7 +12,7 @@ GPU = torch.cuda.is_available()
 
 
 def facts() -> dict[str, Any]:
-  """What is computed on, in JAX's words, and by what."""
+  """Return the device and the software, in JAX's words."""
   return {
     'device': {'platform': 'gpu' if GPU else 'cpu'},
     # torch's is of a class of its own, for which the parent would import all of it.

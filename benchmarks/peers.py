@@ -32,7 +32,7 @@ WORKS = ('step', 'sample')
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-  """What the command line says."""
+  """Return the options of the command line."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--json', metavar='FILE', help='where the figures go')
   parser.add_argument('--model', choices=MODELS, help='default: sd2 on a GPU, else small')
@@ -52,7 +52,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-  """What one run finds out: figures by kind of work and peer, and what they are of."""
+  """Return what one run measures, by kind of work and peer, and the settings."""
   load, found, compiling = os.getloadavg()[0], {}, {}
   for what in [args.only] if args.only else WORKS:
     with (tempfile.TemporaryDirectory(prefix='peers_') as folder,

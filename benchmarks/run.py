@@ -1,4 +1,4 @@
-"""How fast a config trains, samples, encodes or reads.
+"""The speed at which a config trains, samples, encodes or reads.
 
   python -m benchmarks.run train --config configs/openmoji/quickstart.py --synthetic
 """

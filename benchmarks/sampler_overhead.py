@@ -33,7 +33,7 @@ OPTIONS = {'annealed_langevin': {'steps': 4}}
 
 
 def arguments() -> argparse.Namespace:
-  """What the command line says."""
+  """Return the options of the command line."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--json', metavar='FILE', help='where the figures go')
   parser.add_argument('--steps', type=int, default=8)
@@ -58,7 +58,7 @@ def unet_config(edge: int, channels: list[int]) -> UNetConfig:
 
 
 def count_calls(draw, noise, grid, keys) -> int:
-  """How often a sampler calls its denoiser on a grid."""
+  """Count the calls of the denoiser on a grid."""
   calls = []
 
   def denoise(x, alpha, sigma):

@@ -61,12 +61,12 @@ def measure_sampling(training: Training, counts: Counts, batch_size: int) -> dic
 
 
 def _read(model: Diffusion, weights: Weights) -> Weights:
-  """What drawing reads of the weights of training."""
+  """Return those of the weights of training that sampling reads."""
   return {role: weights[role] for role in model.networks}
 
 
 def count_calls(model: Diffusion, config: SampleConfig) -> int:
-  """How often the sampler calls its denoiser, counted on one that does nothing."""
+  """Count how often the sampler calls its denoiser, on one that does nothing."""
   calls: list[int] = []
 
   def denoise(x, alpha, sigma):
@@ -85,7 +85,7 @@ def count_calls(model: Diffusion, config: SampleConfig) -> int:
 def sampling_flops(
   model: Diffusion, weights: Weights, config: SampleConfig, calls: int, batch_size: int
 ) -> Flops:
-  """Of a batch of pictures: text once, the network so many times, the decoder once."""
+  """Return the operations of a batch: text once, the network so many times, the decoder once."""
   guided = 2 if config.program.guided else 1
   shape = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
   weights = shape(weights)
@@ -106,7 +106,7 @@ def sampling_flops(
 
 
 def measure_encoding(training: Training, counts: Counts, batch_size: int) -> dict[str, Any]:
-  """What `settings.cache` computes once: moments of latents, embeddings of one caption an image."""
+  """Compute what `settings.cache` does once: moments of latents, one caption an image."""
   task, mesh = training.task, training.mesh
   model, dtype = task.model, training.config['dtype']
   weights = model.on_mesh({r: task.frozen[r] for r in model.networks if r in task.frozen}, mesh)

@@ -1,4 +1,4 @@
-"""What more devices cost: the collectives of a step for 1, 2, 4 ... simulated devices.
+"""The cost of more devices: the collectives of a step for 1, 2, 4 ... simulated devices.
 
 Each number of devices has a process of its own, which compiles the step and never runs it. The
 batch grows with the devices (weak scaling).

@@ -123,7 +123,7 @@ def assigned(lowered, dump: str) -> dict[str, int]:
 
 
 def measure(args: argparse.Namespace, sizes: list[int], dump: str) -> dict:
-  """What one device holds, in bytes."""
+  """Return the bytes that one device holds."""
 
   from diffusion_jax.parallel.mesh import MeshConfig, abstract_batch, make_mesh
   from diffusion_jax.train.compile import held

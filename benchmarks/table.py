@@ -137,7 +137,7 @@ def loss_table(found: dict[str, Any]) -> str:
 
 
 def tables() -> str:
-  """What stands between the two marks."""
+  """Return the text between the two marks."""
   of_kind: dict[str, list] = {}
   for found in read().values():
     of_kind.setdefault(KINDS.get(found.get('what', 'peers'), 'runs'), []).append(found)

@@ -1,4 +1,4 @@
-"""How long a program takes to compile at the first start, and at the second.
+"""The time that a program takes to compile at the first start, and at the second.
 
 Seconds of repeated work, and what they mean for a device.
 """
@@ -121,5 +121,5 @@ def cpu_cores() -> int:
 
 
 def load_average() -> float:
-  """Of the last minute; other programs on the machine make figures worse."""
+  """The load of the last minute; other programs on the machine make times longer."""
   return round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else 0.0

@@ -203,7 +203,7 @@ def build(config: dict, workdir: str, synthetic: bool = False) -> Training:
     for text in getattr(train, 'notes', ()):
       say(text)
     if measured != APART:
-      say(f'scores are measured {measured.told[0].lower()}{measured.told[1:]}')
+      say(f'scores are measured {measured.sentence[0].lower()}{measured.sentence[1:]}')
   features = [name for one in evaluators for name in getattr(one, 'features', ())]
   return Training(
     config=untyped(config), task=task, loop=loop, safety=config.safety, optimizer=optimizer,

@@ -154,7 +154,7 @@ def load_evaluator(workdir: str) -> Callable[[int], Scores]:
   task = run.task
   frozen = {role: put_params(values, run.mesh) for role, values in task.frozen.items()}
   scoring = [one for one in task.evaluators(run.mesh) if one.when == EVALUATE]
-  told = (measured_on(run.sources[1]).told,)
+  told = (measured_on(run.sources[1]).sentence,)
   return lambda samples: stating(scores_of(run_all(
     scoring, task.model, task.weights(run.params(), frozen), jax.random.key(0), samples=samples,
     baselines=True,

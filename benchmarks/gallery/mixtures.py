@@ -37,10 +37,10 @@ FIRST_LEVEL, LAST_LEVEL = 80.0, 0.02
 """Noise levels sigma / alpha between which errors are measured, on a VP process."""
 
 POINTS = 128
-"""How many quantiles the error of a deterministic sampler is a mean over."""
+"""Quantiles that the error of a deterministic sampler is a mean over."""
 
 PATHS, PATH_STEPS = 16, 24
-"""How many points are followed, in how many steps."""
+"""Points that are followed, and steps."""
 
 OF_LENGTH = ('heun_churn',)
 """Samplers that do another thing on a grid of more steps: their grid must not go on."""
@@ -90,7 +90,7 @@ def going_on(steps: int, longest: int) -> Grid:
 
 
 def check_measurable(name: str) -> None:
-  """Whether `errors` has an answer for a sampler.
+  """Return whether `errors` has an answer for a sampler.
 
   Raises:
     UserError: for an unknown sampler, or one whose error does not fall with its number of steps.
@@ -155,7 +155,7 @@ def _stochastic(run, grid: Grid, count: int):
 
 
 def paths(name: str, steps: int = PATH_STEPS, count: int = PATHS, seed: int = 0) -> Paths:
-  """How a sampler takes points from pure noise to FIVE_MODES; they start alike for all samplers.
+  """Return the paths of points from pure noise to FIVE_MODES; all samplers start alike.
 
   On the cosine process, with even steps in time.
 

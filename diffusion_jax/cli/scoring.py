@@ -315,7 +315,7 @@ class Subject:
     test = self.split('test').pictures
     if self.run is None:
       return [said_of_model(self.name, self.name, {TESTED: test})]
-    own = [] if getattr(self.options, 'captions', '') else [measured_on(self.test).told]
+    own = [] if getattr(self.options, 'captions', '') else [measured_on(self.test).sentence]
     begun = begun_with(self.run.config, self.run.task)
     return [*own, *provenance(begun, (), None, test)]
 
@@ -550,7 +550,7 @@ def _open_autoencoder(options: AutoencoderEvaluation) -> tuple:
     read = lambda: to_host(under('autoencoder', run.params(step, half_life)))
     name = identity(options.workdir, run, step, half_life)
     images = named_split(run.sources[1], data.dataset, data.size, 'test')
-    return network, read, name, images, [measured_on(run.sources[1]).told]
+    return network, read, name, images, [measured_on(run.sources[1]).sentence]
   if not options.model:
     raise UserError('there is no autoencoder; give --workdir of a run, or --model of a directory.')
   config, params = load_params('autoencoder', options.model)

@@ -1,4 +1,4 @@
-"""What frozen networks make of images and captions, computed once before training."""
+"""Outputs of frozen networks on images and captions, computed once before training."""
 
 import dataclasses
 import json
@@ -22,10 +22,7 @@ from diffusion_jax.types import Record, Source
 
 @dataclasses.dataclass(frozen=True)
 class ChooseText:
-  """A record of the cache -> the same with 'text' [l d] of one of its captions in place of all.
-
-  And with 'pooled' [p], where the model is conditioned on it.
-  """
+  """Replace 'texts' by 'text' [l d], that of one caption, and likewise 'pooled' [p]."""
 
   random: ClassVar[bool] = True
 
@@ -128,15 +125,15 @@ def synthetic_cache(model, frozen: dict, count: int, size: int) -> ArraySource:
   """
   images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
   rng = np.random.default_rng(0)
-  draw = lambda *shape: rng.standard_normal((count, *shape), np.float32)
+  normal = lambda *shape: rng.standard_normal((count, *shape), np.float32)
   columns = {
     name: np.full((count, *leaf.shape[1:]), 0.1, np.float32) if name == 'std'
-    else draw(*leaf.shape[1:])
+    else normal(*leaf.shape[1:])
     for name, leaf in jax.eval_shape(moments_encoder(model), frozen, images).items()
   }
   if model.text is not None:
     encoded = jax.eval_shape(model.text.encode, frozen, {'tokens': model.text.tokens([''])})
-    texts = {n: draw(1, *leaf.shape[1:]).astype(np.float16) for n, leaf in encoded.items()}
+    texts = {n: normal(1, *leaf.shape[1:]).astype(np.float16) for n, leaf in encoded.items()}
     columns |= {'texts': texts.pop('text'), **texts}
   blank = Record(image=np.zeros((size, size, 3), np.uint8), captions=[''], id='', label='')
   for conditioner in model.conditioners.values():

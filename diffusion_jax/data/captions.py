@@ -21,7 +21,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.files import first_line, parse_json
 
 MOST_BYTES = 2**26
-"""Of a file that is read as a whole: a million prompts."""
+"""Most bytes of a file that is read whole: a million prompts."""
 LONGEST = 2**16
 """Characters of one text; no text encoder reads a hundredth of it."""
 _MARKS = (
@@ -240,7 +240,7 @@ def _key(name: str, path: Path, root: Path) -> str:
 
 
 TEXTS = ('.txt', '.caption')
-"""Of files beside pictures, one caption a line; the first that is there counts."""
+"""Suffixes of files beside pictures, one caption a line; the first that is there counts."""
 
 
 def captions_of(

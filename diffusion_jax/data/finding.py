@@ -1,4 +1,4 @@
-"""Pictures, and what goes with them, in a folder and in the folders in it."""
+"""Image files, and others beside them, in a folder and in the folders in it."""
 
 import os
 import unicodedata
@@ -8,12 +8,12 @@ from pathlib import Path
 from diffusion_jax.errors import UserError
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')
-"""Of pictures."""
+"""Suffixes of image files."""
 _UNPACKED_BY_MACS = '__MACOSX'
 
 
 class Left:
-  """What was left out of a data set, by kind: how often, and the first of each."""
+  """Things that are left out of a data set, by kind: how many, and the first of each."""
 
   def __init__(self):
     self._kinds: dict[str, tuple[int, str]] = {}

@@ -34,13 +34,10 @@ def holds_batch(path: str | Path) -> bool:
 
 
 class ImageBatch(Sequence):
-  """The images arr_0 of an npz, uint8 [n h w 3].
+  """The images arr_0 of an npz, uint8 [n h w 3]; UserError where it has none, or is damaged.
 
   They are read from their places in the file, or, where it is compressed, all unpacked into memory
   when the first is asked for. The array's checksum is compared once, at the start.
-
-  Raises:
-    UserError: the file is missing or damaged, or arr_0 is missing or holds no images.
   """
 
   def __init__(self, path: str | Path):
@@ -104,7 +101,7 @@ class ImageBatch(Sequence):
 
 
 MOST_HEADER_BYTES = 2**20
-"""Of all headers before one member: names of any length, but none that fills the memory."""
+"""Most bytes of the headers before one member: names may be long, but not fill the memory."""
 
 
 class Member(NamedTuple):

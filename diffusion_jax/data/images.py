@@ -30,7 +30,7 @@ from diffusion_jax.pixels import resize
 MAX_PIXELS, MAX_EDGE = 2**28, 2**20
 """Images with more are taken for decompression bombs and not decoded."""
 MOST_BYTES = 2**28
-"""Of a file that is read whole."""
+"""Most bytes of a file that is read whole."""
 LARGE = 2**26
 """Pixels from which on an image is read at a half, a quarter and so on of its size."""
 _REDUCED = 2**24

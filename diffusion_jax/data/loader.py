@@ -30,12 +30,10 @@ class Loader:
   and the position (`data.unreadable`).
 
   Args:
-    source: records by position.
-    transforms: from `build_transforms`.
     batch_size: examples per global batch, of all processes together.
-    rows: which examples of a global batch to make, such as `parallel.sharding.local_rows`; None
-      for all of them.
-    seed: in [0, 2**32), as `check_seed` has it; determines shuffling and random transforms.
+    rows: which examples of a global batch to make, such as `parallel.mesh.local_rows`; None for all
+      of them.
+    seed: in [0, 2**32); determines shuffling and random transforms.
     shuffle: shuffle every epoch anew; otherwise keep the source's order.
     num_threads: batches that are made at the same time; 0 makes them when asked for.
     prefetch: batches that are made ahead, at least one for each thread.
@@ -89,10 +87,7 @@ class Loader:
     return batch
 
   def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes [batch_size, ...] and types of a global batch as it is on the device, texts left out.
-
-    Reads one example; the batches that follow are the same as without.
-    """
+    """Return shapes [batch_size, ...] and types of a global batch on the device, without texts."""
     example = _stack([self._stream[0]])
     return {
       name: jax.ShapeDtypeStruct(
@@ -103,10 +98,7 @@ class Loader:
     }
 
   def get_state(self) -> dict[str, Any]:
-    """Return what comes next, as JSON-ready values; the same on every process.
-
-    position: global batches given out so far.
-    """
+    """Return what comes next, the same on every process; position: global batches so far."""
     return {**self._identity, 'position': self._position}
 
   def set_state(self, state: dict[str, Any]) -> None:

@@ -16,14 +16,13 @@ from diffusion_jax.data.images import read_pixels
 from diffusion_jax.errors import UserError
 
 FRAMES = ('image', 'small', 'control', 'depth', 'mask')
-"""Of the pictures that are given, the first of these is laid out by itself, the others over it."""
+"""The first of these that is given is laid out by itself, the others over it."""
 ALONE = 'reference'
-"""A picture whose places mean nothing to the one that is drawn."""
+"""A picture whose places mean nothing to the one that is sampled."""
 ON_BLACK = ('mask', 'control', 'depth')
-"""What is transparent in these is nothing: not painted, not drawn, far away. In others it is white.
-"""
+"""Transparent places of these are black: not painted, not drawn, far away; of others, white."""
 STRETCHED = 1.05
-"""Ratio of two shapes from which on people are told that one of them is stretched."""
+"""Ratio of two shapes from which on a note says that one of them is stretched."""
 
 
 class Pictures(NamedTuple):
@@ -93,7 +92,7 @@ def central_crop(
 
 
 def _ratio(a: tuple[int, int], b: tuple[int, int]) -> float:
-  """How many times as wide for its height one is as the other, at least 1."""
+  """The ratio of two aspect ratios, at least 1."""
   ratio = a[1] * b[0] / (a[0] * b[1])
   return max(ratio, 1 / ratio)
 

@@ -1,4 +1,4 @@
-"""Which records are for the test, and hashes that tell whether data are still the same.
+"""The split of records into train and test, and hashes that tell whether data are the same.
 
 The side of a picture follows from the bytes of its file alone. So it stays where it is when files
 are renamed, copied or added, and the same picture is never on both sides. Fingerprints are of
@@ -26,10 +26,9 @@ _READERS = 8
 
 
 class Measured(NamedTuple):
-  """What scores of a run are measured on: a sentence for people, and whether these records are
-  trained on, too."""
+  """A sentence on the records that scores are measured on; trained_on: whether they are."""
 
-  told: str
+  sentence: str
   trained_on: bool = False
 
 
@@ -37,7 +36,7 @@ APART = Measured('On the test split, which was not trained on.')
 
 
 class Parts(NamedTuple):
-  """The two sides, by number, in order; and what scores are measured on."""
+  """The records of both sides, by number, in order."""
 
   train: list[int]
   test: list[int]
@@ -50,7 +49,7 @@ def measured_on(test: Sequence) -> Measured:
 
 
 def by_content(files: Sequence[Path], fraction: float, labels: Sequence[str] = ()) -> Parts:
-  """Split one or more pictures by content; where they are too few, both sides are all of them.
+  """Split pictures by content; where they are too few, both sides are all of them.
 
   Args:
     fraction: expected of the test, in [0, 1).

@@ -15,7 +15,7 @@ _MOST_TRIES, _POSTED = 1000, 'unreadable'
 
 
 class Damage:
-  """What could not be read so far, a sentence each: of all sources and of all processes of a run.
+  """A sentence on each record that could not be read so far, in any source and process of a run.
 
   say: is told, from any thread, each sentence that this process comes upon, once.
   """
@@ -29,13 +29,13 @@ class Damage:
 
   @property
   def sentences(self) -> list[str]:
-    """Of this process in the order in which they came, then of others."""
+    """Those of this process in the order in which they came, then those of others."""
     with self._lock:
       mine = list(self._sentences)
     return list(dict.fromkeys([*mine, *posted(_POSTED)]))
 
   def add(self, sentence: str) -> None:
-    """Says it, if it is new."""
+    """Add a sentence, and say it if it is new."""
     with self._lock:
       new = sentence not in self._sentences
       self._sentences[sentence] = None

@@ -169,7 +169,7 @@ class Hooks:
     ))
     if not scores:
       return {}, {}
-    scores = stating(scores, step, (self.t.measured.told, *self.t.provenance))
+    scores = stating(scores, step, (self.t.measured.sentence, *self.t.provenance))
     metrics, taken = dict(next(iter(scores.values()))), count.wanted
     if count.seconds:
       taken = scores['settings']['samples']

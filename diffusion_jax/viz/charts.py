@@ -46,7 +46,7 @@ WIDTH = 4.8
 """Inches: about a phone's width in CSS pixels, so that text is not scaled below its size."""
 Point = tuple[float, float | None]
 _POINTS = 600
-"""Of a line that is drawn, at most."""
+"""Most points of a line that is drawn."""
 _MAX_LOG_SNR = 30.0
 
 

@@ -80,7 +80,7 @@ def write_evaluation_page(
   pairs: Sequence[Pair] = (), best: Sequence[Prompt] = (), worst: Sequence[Prompt] = (),
   reconstructions: Mapping[str, Sequence[Pair]] | None = None, classes: Sequence[ClassRow] = (),
 ) -> None:
-  """Writes the page; it needs nothing else to be viewed.
+  """Write the page; it needs nothing else to be viewed.
 
   Args:
     scores: columns of figures by name, and 'intervals', 'warnings' and 'settings' beside them; of a

@@ -21,11 +21,11 @@ _INK = (51, 51, 51)
 _ELLIPSIS = '…'
 _CAPTION_LINES = 3
 MOST = 256
-"""Images of an `Overview`."""
+"""Most images of an `Overview`."""
 _CELL = 192
 """Pixels that small images are enlarged to in an `Overview`."""
 _PIXELS = 2**25
-"""Of all images of an `Overview`, which any program can open."""
+"""Most pixels of an `Overview`, which any program can open."""
 
 
 def make_grid(
@@ -36,7 +36,7 @@ def make_grid(
   padding: int = 4,
   lines: int = _CAPTION_LINES,
 ) -> Image.Image:
-  """Lays images out row by row on white, each with its caption below.
+  """Lay images out row by row on white, each with its caption below.
 
   The top left pixel of image i is at x = padding + column * (w * scale + padding) and
   y = padding + row * (h * scale + caption height + padding). Pixels are repeated `scale` times,
@@ -78,7 +78,7 @@ class Overview:
     self._images: list[np.ndarray] = []
 
   def add(self, image: UInt8[np.ndarray, 'h w 3']) -> None:
-    """Take note of the next image."""
+    """Add the next image."""
     if len(self._images) == self._count:
       return
     factor = math.ceil(math.sqrt(image.shape[0] * image.shape[1] * self._count / _PIXELS))
@@ -86,7 +86,7 @@ class Overview:
     self._images.append(np.asarray(small))
 
   def grid(self, captions: Sequence[str]) -> Image.Image:
-    """Of the images so far, with their captions."""
+    """Return the images so far, with their captions."""
     images = np.stack(self._images)
     return make_grid(
       images, columns=math.ceil(math.sqrt(len(images))), captions=captions,

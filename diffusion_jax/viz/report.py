@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run: what it is, how it went, what it makes."""
+"""One self-contained HTML page about a run: its progress, scores, samples and settings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SMOOTHING = 0.8
 _LOOKS = {'finished': ' good'} | dict.fromkeys(
   ('failed', 'killed', 'diverged', 'stalled', 'peer_lost', 'unsaved', 'refused'), ' bad'
 )
-"""Of states; all others are neither."""
+"""Looks of states; all others are neither good nor bad."""
 _PHASES = {
   'start': 'starting', 'compile': 'compiling', 'data': 'waiting for data', 'step': 'steps',
   'checkpoint': 'saving', 'evaluation': 'sampling and scoring',
@@ -117,7 +117,7 @@ def _header(run: Run) -> str:
 
 
 def _key_figures(run: Run) -> str:
-  """How far the run is now; what is of another moment says so."""
+  """The progress of the run; what is of another moment says so."""
   line, moment = run.metrics.latest, run.moment
   speeds = _values(run.metrics.train.curve('images_per_second').means)
   found = {}
@@ -261,7 +261,7 @@ def _timesteps(run: Run) -> str:
 
 
 def _time_table(run: Run) -> str:
-  """Where the time of all starts went."""
+  """The time of all starts, by phase."""
   found = run.status.get('goodput')
   spent = {n: s for n, s in found.items() if is_number(s)} if isinstance(found, dict) else {}
   if not (total := sum(spent.values())):

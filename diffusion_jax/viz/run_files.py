@@ -23,13 +23,13 @@ Line = dict[str, Any]
 Point = tuple[float, float | None]
 
 MOST_STRETCHES = 2000
-"""Of steps, of which each keeps a line of its own."""
+"""Stretches of steps, of which each keeps a line of its own."""
 MOST_METRICS = 300
 """By name, of one kind of line; those that come later are left out."""
 MOST_BYTES = 2**18
-"""Of a line; longer ones count as damaged."""
+"""Most bytes of a line; longer ones count as damaged."""
 _USUAL_BYTES = 2**13
-"""Of a line; only what is small is kept of a longer one."""
+"""Bytes of a line; only small values are kept of a longer one."""
 MOST_STEP = 2**53
 _LARGEST = 1e30
 """Beyond it no chart can be drawn."""
@@ -57,7 +57,7 @@ class Curve(NamedTuple):
 
 
 class _Sums(NamedTuple):
-  """What is kept of one metric in a stretch; low, high: (step, value); gap: a step without one."""
+  """One metric in a stretch; low, high: (step, value); gap: a step without a value."""
 
   count: int
   total: float
@@ -175,7 +175,7 @@ class Metrics:
 
   @property
   def names(self) -> list[str]:
-    """Of what has been a number at least once, in order of appearance."""
+    """Names of metrics that have been a number at least once, in order of appearance."""
     return [
       name for name, first in self._first.items()
       if first is not None and name not in ('step', 'time')
@@ -285,7 +285,7 @@ def _is_step(value: Any) -> bool:
 
 
 class Moment(NamedTuple):
-  """How far a run is: step, of how many, after how many seconds; None for what is not known."""
+  """The progress of a run: step, of how many, after how many seconds; None where it is unknown."""
 
   step: float | None = None
   of: float | None = None

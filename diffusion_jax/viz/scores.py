@@ -1,4 +1,4 @@
-"""What scores.json of a run says, as a table with titles; an arrow says which way is better."""
+"""The scores of a run as a table with titles; an arrow says which way is better."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLUMNS = {
 }
 """In the order in which they are shown."""
 OWN = ('generated', 'reconstructed', 'test', 'samples')
-"""Columns that are of what is scored; all others are there to compare it with."""
+"""Columns of the model itself; all others are there to compare it with."""
 
 _METRICS = {
   'images_per_second': 'Examples per second ↑',
@@ -23,7 +23,7 @@ _METRICS = {
   'gradient_norm': 'Norm of the gradient',
   'logit_scale': 'Factor on cosines (inverse temperature)',
 }
-"""Of training; those of evaluations say their titles themselves."""
+"""Metrics of training; those of evaluations say their titles themselves."""
 _BESIDE = ('settings', 'measured', 'warnings', 'intervals', 'sweep', 'history')
 """Keys of scores.json that are no columns."""
 
@@ -38,8 +38,8 @@ def metric_title(name: str) -> str:
 class ScoreTable:
   """The scores of a run.
 
-  columns: metrics by name, for each column, what is scored first. measured: sentences on what they
-  were measured on. warnings: what to beware of. settings: how, and at which step.
+  columns: metrics by name, for each column, the model's own first. measured: sentences on the data
+  that they were measured on. settings: how, and at which step.
   """
 
   columns: dict[str, dict[str, Any]]
@@ -66,7 +66,7 @@ class ScoreTable:
 
   @property
   def titles(self) -> list[str]:
-    """What the columns are called."""
+    """Titles of the columns."""
     return [COLUMNS.get(name, name) for name in self.columns]
 
   @property

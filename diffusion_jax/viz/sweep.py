@@ -26,8 +26,7 @@ class Labelled(NamedTuple):
 
 
 class Chart(NamedTuple):
-  """What a chart shows: which figure or setting is across, along which setting points are joined.
-  """
+  """A chart: the metric or setting across it, and the setting along which points are joined."""
 
   x: str
   xlabel: str

@@ -43,7 +43,7 @@ def test_no_picture_is_trained_on_and_tested(tmp_path):
   _, source = folder_sources(tmp_path / "a", 4, 'x')
   measured = measured_on(source)
   assert not measured.trained_on
-  assert measured.told == (
+  assert measured.sentence == (
     f'On {len(test)} of 200 pictures, chosen by their content, which are not trained on.'
   )
 
@@ -101,8 +101,8 @@ def test_pictures_on_both_sides_of_such_a_split_are_told(tmp_path):
   folder(tmp_path / 'test' / 'a', 3, first=3)  # Two of them under the same names.
   picture(tmp_path / 'test' / 'a' / 'other name.png', 0)
   told = 'On the test split, of whose 4 pictures 3 are trained on, too.'
-  assert measured_on(folder_sources(tmp_path, 4, 'x')[1]).told == told
-  assert measured_on(labelled_sources(tmp_path, 4)[1]).told == told
+  assert measured_on(folder_sources(tmp_path, 4, 'x')[1]).sentence == told
+  assert measured_on(labelled_sources(tmp_path, 4)[1]).sentence == told
 
 
 @pytest.mark.parametrize('share', [-0.1, 1.0, float('nan')])

@@ -1,6 +1,6 @@
 """Sources in memory: columns, points in the plane, and random images that measure speed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -8,20 +8,16 @@ import numpy as np
 from diffusion_jax.config import DataConfig
 from diffusion_jax.data.sources import OF_FOLDERS, without_effect
 from diffusion_jax.errors import Unreadable, UserError
+from diffusion_jax.registry import check
 
 SPLITS = {'train': (0, 32_768), 'test': (1, 2_048)}
 """Seed and number of points."""
 
 
 class ArraySource:
-  """Rows of in-memory columns, such as cached latents with their text embeddings.
+  """Rows of columns by name, arrays [n, ...] or lists of n values, such as cached latents.
 
-  Args:
-    columns: by name, arrays [n, ...] or lists of n values.
-    unreadable: why there is nothing in some of the rows.
-
-  Raises:
-    UserError: no columns, or columns of different lengths.
+  unreadable: why there is nothing in some of the rows. UserError unless all columns are as long.
   """
 
   def __init__(
@@ -37,18 +33,15 @@ class ArraySource:
     return self._length
 
   def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
-    """Row `index` as one value per column. Unreadable where there is nothing in it."""
+    """Return row `index`. Unreadable where there is nothing in it."""
     index = range(self._length)[index]
     if index in self._unreadable:
       raise Unreadable(self._unreadable[index])
     return {name: column[index] for name, column in self._columns.items()}
 
-  def __repr__(self) -> str:
-    return f'ArraySource({", ".join(self._columns)}, {self._length} rows)'
-
 
 def moons(rng: np.random.Generator, count: int) -> np.ndarray:
-  """Two half circles that reach into each other, with noise of deviation 0.07."""
+  """Return points of two half circles that reach into each other, with noise of deviation 0.07."""
   angle = np.pi * rng.random(count)
   upper = rng.random(count) < 0.5
   x = np.where(upper, np.cos(angle), 1 - np.cos(angle))
@@ -58,22 +51,20 @@ def moons(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def rings(rng: np.random.Generator, count: int) -> np.ndarray:
-  """Two circles about the origin, of radii 0.7 and 1.7, with noise of deviation 0.07."""
+  """Return points of circles of radii 0.7 and 1.7, with noise of deviation 0.07."""
   angle = 2 * np.pi * rng.random(count)
   radius = np.where(rng.random(count) < 0.5, 0.7, 1.7) + 0.07 * rng.standard_normal(count)
   return radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
 def mixture(rng: np.random.Generator, count: int) -> np.ndarray:
-  """Eight Gaussians of deviation 0.12, on a circle of radius 1.4."""
+  """Return points of eight Gaussians of deviation 0.12, on a circle of radius 1.4."""
   angle = np.pi / 4 * rng.integers(8, size=count)
   centres = 1.4 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
   return centres + 0.12 * rng.standard_normal((count, 2))
 
 
-POINT_SETS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
-  'moons': moons, 'rings': rings, 'mixture': mixture,
-}
+POINT_SETS = {'moons': moons, 'rings': rings, 'mixture': mixture}
 
 
 def points(config: DataConfig) -> tuple[ArraySource, ArraySource]:
@@ -84,15 +75,12 @@ def points(config: DataConfig) -> tuple[ArraySource, ArraySource]:
 
 
 def open_points(name: str, split: str, size: int) -> ArraySource:
-  """Records of `size` points, 'points' [size 2], float32, of about unit deviation.
+  """Return records of `size` points, 'points' [size 2], float32, of about unit deviation.
 
   Always the same. Many points make one record, so that reading does not take longer than training.
-
-  Raises:
-    UserError: for a name that is not in the table, or more points than there are.
+  UserError for an unknown name, or more points than there are.
   """
-  if name not in POINT_SETS:
-    raise UserError(f'there are no points {name!r}; choose one of {", ".join(POINT_SETS)}.')
+  check(POINT_SETS, name, 'the set of points')
   seed, count = SPLITS[split]
   if not 1 <= size <= count:
     raise UserError(f'data.size is {size}; give the points of a record, from 1 to {count}.')

@@ -1,4 +1,4 @@
-"""Which emoji there are, what they are called, and which are held out for the test.
+"""Emoji: their names and captions, and those that are held out for the test.
 
 A hexcode such as '1F468-1F3FC-200D-1F33E' is a sequence of code points (Unicode TR 51): a man, a
 skin tone, a joiner, an ear of rice. The concept is what is left when skin tone, gender and
@@ -86,7 +86,7 @@ class Glyph:
 
   @property
   def is_flag(self) -> bool:
-    """Whether this is the flag of a country, a region or an organisation."""
+    """Whether it is the flag of a country, a region or an organisation."""
     first = self.hexcode.split('-')
     return '1F1E6' <= first[0] <= '1F1FF' or (first[0] == '1F3F4' and 'E007F' in first)
 
