@@ -80,12 +80,12 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def escape(value: Any) -> str:
-  """Text that is safe in an element and in a quoted attribute."""
+  """Return text that is safe in an element and in a quoted attribute."""
   return html.escape(str(value), quote=True)
 
 
 def page(title: str, body: str) -> str:
-  """A whole HTML document that loads nothing."""
+  """Return a whole HTML document that loads nothing."""
   return (
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
@@ -96,7 +96,7 @@ def page(title: str, body: str) -> str:
 
 
 def section(name: str, heading: str, note: str, body: str) -> str:
-  """A section with the id `name`, or nothing at all where the body is empty."""
+  """Return a section with the id `name`, or nothing at all where the body is empty."""
   if not body:
     return ''
   about = f'<p class="muted">{escape(note)}</p>' if note else ''
@@ -104,12 +104,12 @@ def section(name: str, heading: str, note: str, body: str) -> str:
 
 
 def pill(text: Any, look: str = '') -> str:
-  """A word in a rounded frame; look: ' good', ' bad', or nothing."""
+  """Return a word in a rounded frame; look: ' good', ' bad', or nothing."""
   return f'<span class="pill{look}">{escape(text)}</span>'
 
 
 def chart_grid(charts: Sequence[tuple[str, str]], wide: bool = False) -> str:
-  """Cards of (title, SVG) side by side, wide ones in a row each, or nothing without charts."""
+  """Return cards of (title, SVG) side by side, wide ones in a row each; nothing without charts."""
   if not charts:
     return ''
   cards = [
@@ -127,7 +127,7 @@ def _inline(svg: str) -> str:
 def number_table(
   columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], strong: int | None = None
 ) -> str:
-  """A table of numbers, each row with its name first; the cells `strong` of all rows stand out."""
+  """Return a table of numbers, the name of each row first; the cells `strong` of rows stand out."""
   head = ''.join(f'<th scope="col">{escape(column)}</th>' for column in columns)
   own = lambda place: ' class="own"' if place == strong else ''
   body = ''.join(
@@ -143,13 +143,13 @@ def number_table(
 
 
 def bullets(texts: Sequence[str]) -> str:
-  """A list of sentences, or nothing without any."""
+  """Return a list of sentences, or nothing without any."""
   items = ''.join(f'<li>{escape(text)}</li>\n' for text in texts)
   return f'<ul>\n{items}</ul>' if items else ''
 
 
 def settings_table(values: dict[str, Any]) -> str:
-  """A nested dict as a table: one group of rows for each dict in it, named by its dotted path."""
+  """Return a nested dict as a table: a group of rows for each dict in it, by its dotted path."""
   rows: list[str] = []
   _settings_rows(values, '', rows)
   table = f'<table class="settings"><tbody>\n{"".join(rows)}</tbody></table>'
@@ -167,13 +167,13 @@ def _settings_rows(values: dict[str, Any], path: str, rows: list[str]) -> None:
 
 
 def details(summary: str, body: str, is_open: bool = False) -> str:
-  """A block that is closed until it is asked for, or from the start until it is closed."""
+  """Return a block that opens and closes."""
   start = '<details open>' if is_open else '<details>'
   return f'{start}<summary>{escape(summary)}</summary>\n{body}\n</details>'
 
 
 def number(value: Any) -> str:
-  """Four significant digits, thousands in groups; other values as text and None as a dash."""
+  """Return four significant digits, thousands in groups; None is a dash."""
   if value is None:
     return '–'
   if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -186,20 +186,16 @@ def number(value: Any) -> str:
 
 
 def plain(value: Any) -> str:
-  """A JSON value on one line, without the marks of a language."""
+  """Return a JSON value on one line, without the marks of a language."""
   if isinstance(value, (list, tuple)):
     return ', '.join(plain(item) for item in value) or '(empty)'
   if isinstance(value, dict):
     return ', '.join(f'{key}: {plain(item)}' for key, item in value.items()) or '(empty)'
-  return {None: 'none', True: 'true', False: 'false'}[value] if _is_word(value) else str(value)
-
-
-def _is_word(value: Any) -> bool:
-  return value is None or isinstance(value, bool)
+  return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def duration(seconds: float) -> str:
-  """Such as '42 s', '3 min 05 s', '7 h 12 min' or '2 d 3 h'."""
+  """Return words such as '42 s', '3 min 05 s', '7 h 12 min' or '2 d 3 h'."""
   if not math.isfinite(seconds):
     return str(seconds)
   s = round(seconds)
@@ -213,7 +209,7 @@ def duration(seconds: float) -> str:
 
 
 def embed_image(image: Image.Image, limit: int) -> str:
-  """The image as a data URL of PNG of at most about `limit` characters, made smaller if needed."""
+  """Return an image as a data URL of about `limit` characters at most, made smaller if needed."""
   while True:
     buffer = io.BytesIO()
     image.save(buffer, format='PNG', optimize=True)

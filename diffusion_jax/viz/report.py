@@ -16,14 +16,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.files import atomic_write, parse_json
 from diffusion_jax.viz import page
 from diffusion_jax.viz.charts import Point, line_chart, schedule_chart, spread, timestep_chart
-from diffusion_jax.viz.run_files import (
-  MOST_METRICS,
-  Curve,
-  MetricsFile,
-  Run,
-  is_number,
-  read_run,
-)
+from diffusion_jax.viz.run_files import MOST_METRICS, Curve, MetricsFile, Run, is_number, read_run
 from diffusion_jax.viz.scores import OWN, ScoreTable, metric_title
 
 ABOUT = 'about'

@@ -44,7 +44,7 @@ def check_metadata(folder: str | Path) -> None:
   info = read_object(folder / METADATA, remedy=REMEDY)
   with reading(folder / METADATA, remedy=REMEDY):
     _check_classes(folder / METADATA, info.get('features', {}))
-    _check_info(folder / METADATA)
+    _check_info(folder / METADATA, info)
   if (folder / FEATURES).exists():
     features = read_object(folder / FEATURES, remedy=REMEDY)
     with reading(folder / FEATURES, remedy=REMEDY):
@@ -105,7 +105,7 @@ def _check_keys(path: Path, features: Any) -> None:
       raise UserError(f'{path} has a feature named {key[:200]!r}; use letters, digits and _.')
 
 
-def _check_info(path: Path) -> None:
+def _check_info(path: Path, values: dict[str, Any]) -> None:
   """Name, formats and numbers of dataset_info.json, as TFDS reads it."""
   from google.protobuf import json_format
   from tensorflow_datasets.core.proto import dataset_info_pb2
@@ -114,7 +114,7 @@ def _check_info(path: Path) -> None:
     if not good:
       raise UserError(f'{path} has {what}; prepare the data set again.')
 
-  info = json_format.Parse(path.read_text(), dataset_info_pb2.DatasetInfo())
+  info = json_format.ParseDict(values, dataset_info_pb2.DatasetInfo())
   for name in (info.name, info.config_name):
     check(not name or _is_name(name), f'the name {name[:200]!r}, which is no plain one')
   module = info.module_name

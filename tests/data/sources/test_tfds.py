@@ -360,7 +360,7 @@ def _split(**values):
   (lambda info: info.update(name='../../other'), 'which is no plain one'),
   (lambda info: info.update(configName='a/../b'), 'which is no plain one'),
   (lambda info: info.update(moduleName='os; import evil'), 'which is none'),
-  (lambda info: info.update(module_name='a', moduleName='b'), 'cannot be read'),
+  (lambda info: info.update(module_name='../a'), 'which is none'),
   (lambda info: info.update(fileFormat='parquet'), 'where ArrayRecord alone is read'),
   (lambda info: info.update(alternativeFileFormats=['parquet']), 'ArrayRecord alone'),
   (lambda info: info.update(splits=5), 'cannot be read'),
