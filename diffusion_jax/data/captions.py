@@ -9,6 +9,7 @@ none.
 
 import codecs
 import csv
+import itertools
 import os
 import posixpath
 import re
@@ -34,13 +35,9 @@ _OPEN_ALREADY = ('/dev/stdin', '/dev/fd/', '/proc/self/fd/')
 
 
 def read_lines(path: str | Path, what: str = 'text') -> list[str]:
-  """Return the lines of a file that are not blank, without the blanks around them.
+  """Return the lines of a file, called `what` in errors, as `lines_of`.
 
-  It is UTF-8, whatever the locale, or what its byte order mark says, which is no text itself. Only
-  CR, LF and both end a line: others of Unicode's separators may stand within a caption.
-
-  Args:
-    what: it is called in errors, such as 'captions'.
+  It is UTF-8, whatever the locale, or what its byte order mark says, which is no text itself.
 
   Raises:
     UserError: no regular file, no text, more than MOST_BYTES, or a line of more than LONGEST
@@ -65,6 +62,7 @@ def read_lines(path: str | Path, what: str = 'text') -> list[str]:
 def lines_of(text: str, where: str | Path) -> list[str]:
   """Return the lines of a text that are not blank, without the blanks around them.
 
+  Only CR, LF and both end a line: others of Unicode's separators may stand within a caption.
   UserError, which names `where`, for a line of more than LONGEST characters, or half ones.
   """
   check_characters(text, where)
@@ -173,9 +171,8 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     yield from _json_rows(lines)
     return
   first = next(lines, '')
-  lines = _again(first, lines)
   separator = '\t' if path.suffix == '.tsv' else max(',;\t', key=first.count)
-  reader = csv.reader(lines, delimiter=separator, strict=True)
+  reader = csv.reader(itertools.chain([first], lines), delimiter=separator, strict=True)
   try:
     header = [clean(name).lower() for name in next(reader, [])]
     for values in reader:
@@ -199,11 +196,6 @@ def _json_rows(lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
       if not isinstance(row, Mapping):
         raise ValueError(f'line {number}: it is no object, but a {type(row).__name__}')
       yield number, {clean(name).lower(): value for name, value in row.items()}
-
-
-def _again(first: str, lines: Iterator[str]) -> Iterator[str]:
-  yield first
-  yield from lines
 
 
 def _texts(value: Any, where: str, left: Left) -> list[str]:

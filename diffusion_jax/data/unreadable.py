@@ -47,9 +47,8 @@ class Damage:
 class Counted(Sequence):
   """A source whose unreadable records are counted, and no longer tried; all else is the source's.
 
-  Args:
-    most: fraction of the records that may be unreadable, 0 to 1.
-    name: of the records, for people. limit: what sets `most`, for people.
+  most: fraction of the records that may be unreadable, 0 to 1. name, limit: of the records, and of
+  what sets `most`, for people.
   """
 
   def __init__(
@@ -70,11 +69,7 @@ class Counted(Sequence):
     return len(self.source)
 
   def __getitem__(self, index: SupportsIndex) -> Any:
-    """Record `index`.
-
-    Raises:
-      Unreadable: it cannot be read. UserError: more than the fraction `most` of all cannot.
-    """
+    """Return record `index`. Unreadable, or UserError if more than `most` of all cannot be read."""
     index = range(len(self))[index]
     if index in self._found:
       self._check()
@@ -103,7 +98,7 @@ class Counted(Sequence):
 
 
 def stand_in(source: Sequence, index: int, rng: np.random.Generator) -> Any:
-  """A record in the place of `index`, which cannot be read.
+  """Return a record in the place of `index`, which cannot be read.
 
   Which one follows from `rng` and from which records can be read, whenever and wherever it is
   asked. Where a source has `turns`, records of so many kinds in turn, it is one of the same kind.
@@ -126,7 +121,7 @@ def stand_in(source: Sequence, index: int, rng: np.random.Generator) -> Any:
 
 
 def readable(source: Sequence, places: Iterable[int] | None = None) -> Iterator[Any]:
-  """Those records, in order, that can be read; of all, or at the places."""
+  """Yield those records, in order, that can be read; of all, or at the places."""
   for place in range(len(source)) if places is None else places:
     try:
       record = source[int(place)]
@@ -136,10 +131,9 @@ def readable(source: Sequence, places: Iterable[int] | None = None) -> Iterator[
 
 
 def some(source: Sequence, count: int, places: Iterable[int] | None = None) -> list[Any]:
-  """The first records that can be read, `count` or, if there are fewer, all.
+  """Return the first records that can be read, `count` or, if there are fewer, all.
 
-  Raises:
-    UserError: there is none.
+  UserError where there is none.
   """
   found = list(itertools.islice(readable(source, places), count))
   if not found:

@@ -146,8 +146,8 @@ def _wrap(
 def save_png(image: Image.Image, path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
   """Write a PNG whose text chunks hold `metadata`: tEXt, or iTXt where Latin-1 is not enough.
 
-  The file appears whole or not at all; missing parent directories are made. Read the metadata
-  back with `PIL.Image.open(path).text`. UserError if a key is not 1 to 79 Latin-1 characters.
+  The write is atomic; `PIL.Image.open(path).text` reads the metadata. UserError for a key that is
+  not 1 to 79 Latin-1 characters.
   """
   path = Path(path)
   chunks = PngImagePlugin.PngInfo()

