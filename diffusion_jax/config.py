@@ -4,7 +4,6 @@
 within its limits (see `limits`). What cannot be said by a type is checked where it is used.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import types
@@ -13,7 +12,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.limits import ByType, Count, OneOf, Positive, Range, Seconds, Seed
+from diffusion_jax.limits import ByType, Count, Length, OneOf, Positive, Range, Seconds, Seed
 from diffusion_jax.registry import OPTIMIZERS, TASKS, check, load
 
 T = TypeVar('T')
@@ -33,7 +32,7 @@ def typed(cls: type[T], values: Mapping[str, Any], where: str = 'config.') -> T:
     UserError: unknown key (with the nearest known one), missing key, wrong type or value.
   """
   if not isinstance(values, Mapping):
-    raise UserError(f'{where.rstrip(".")} is {values!r:.80}; it must be a section of keys.')
+    raise WrongType(f'{where.rstrip(".")} is {values!r:.80}; it must be a section of keys.')
   hints = typing.get_type_hints(cls, include_extras=True)
   fields = {field.name: field for field in dataclasses.fields(cls)}
   for key in values:
@@ -44,7 +43,7 @@ def typed(cls: type[T], values: Mapping[str, Any], where: str = 'config.') -> T:
   for name, field in fields.items():
     if name not in values and field.default is field.default_factory is dataclasses.MISSING:
       raise UserError(f'{where}{name} is missing; set it.')
-  return cls(**{k: _convert(hints[k], value, f'{where}{k}') for k, value in values.items()})
+  return cls(**{k: convert(hints[k], value, f'{where}{k}') for k, value in values.items()})
 
 
 def untyped(value: Any) -> Any:
@@ -81,32 +80,55 @@ def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
   return flat
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def convert(hint: Any, value: Any, where: str) -> Any:
+  """Return the value as a type, see `typed`. UserError, which begins with `where`, for another."""
   origin, arguments = typing.get_origin(hint), typing.get_args(hint)
   if origin is Annotated:
     return _limited(*arguments, value=value, where=where)
   if dataclasses.is_dataclass(hint):
-    return typed(hint, value, f'{where}.')
+    return value if isinstance(value, hint) else typed(hint, value, f'{where}.')
   if origin is Literal:
-    return check(arguments, value, where)
+    return value if type(value) is int and value in arguments else check(arguments, value, where)
   if origin in (typing.Union, types.UnionType):
+    beyond = []
     for choice in arguments:
-      with contextlib.suppress(UserError):
-        return _convert(choice, value, where)
+      try:
+        return convert(choice, value, where)
+      except WrongType:
+        continue
+      except UserError as error:  # Of the right type, and beyond a limit.
+        beyond.append(error)
+    if beyond:
+      raise beyond[0]
   elif origin is dict and isinstance(value, Mapping):
-    return {key: _convert(arguments[1], item, f'{where}.{key}') for key, item in value.items()}
+    return {key: convert(arguments[1], item, f'{where}.{key}') for key, item in value.items()}
   elif tuple in (hint, origin) and isinstance(value, (tuple, list)):
     kinds = arguments or (Any, ...)
     kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
     if len(kinds) == len(value):
       items = enumerate(zip(kinds, value, strict=True))
-      return tuple(_convert(kind, item, f'{where}[{i}]') for i, (kind, item) in items)
+      return tuple(convert(kind, item, f'{where}[{i}]') for i, (kind, item) in items)
   elif hint is float and type(value) is int:  # And no bool, which is an int in Python.
     return float(value)
   elif hint is Any or type(value) is hint:
     return value
-  name = str(hint) if origin else getattr(hint, '__name__', str(hint))
-  raise UserError(f'{where} is {value!r:.80}, a {type(value).__name__}; it must be {name}.')
+  name = _name(hint)
+  raise WrongType(f'{where} is {value!r:.80}, a {type(value).__name__}; it must be {name}.')
+
+
+class WrongType(UserError):
+  """A value of another type than its key has."""
+
+
+def _name(hint: Any) -> str:
+  origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+  if origin is Annotated:
+    return _name(arguments[0])
+  if origin in (typing.Union, types.UnionType):
+    return ' | '.join(map(_name, arguments))
+  if origin is tuple:
+    return f'tuple[{", ".join("..." if part is ... else _name(part) for part in arguments)}]'
+  return str(hint) if origin else getattr(hint, '__name__', str(hint))
 
 
 def _limited(hint: Any, *limits: Any, value: Any, where: str) -> Any:
@@ -115,9 +137,9 @@ def _limited(hint: Any, *limits: Any, value: Any, where: str) -> Any:
       rest = dict(value)
       section = limit.section(rest.pop('type', limit.default), where)
       return typed(section, rest, f'{where}.')
-  converted = _convert(hint, value, where)
+  converted = convert(hint, value, where)
   for limit in limits:
-    if isinstance(limit, (Range, OneOf)):
+    if isinstance(limit, (Range, Length, OneOf)):
       limit.check(converted, where)
   return converted
 

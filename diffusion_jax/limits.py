@@ -41,6 +41,19 @@ class Range:
     return f'a number from {"above " * self.above}{self.low:g} to {high}'
 
 
+@dataclasses.dataclass(frozen=True)
+class Length:
+  """Tuples or texts of low to high entries or letters."""
+
+  low: int
+  high: int
+
+  def check(self, value: Collection, where: str) -> None:
+    """UserError, which names the key `where`, for one of another length."""
+    if not self.low <= len(value) <= self.high:
+      raise UserError(f'{where} has a length of {len(value):,}; give {self.low} to {self.high}.')
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class OneOf:
   """A name of a table or tuple of names, or of one that is imported when used: 'module:NAME'."""

@@ -12,7 +12,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, shown
 
 PLUGINS = 'DIFFUSION_JAX_PLUGINS'
 
@@ -220,7 +220,7 @@ def check(table: Collection[str], name: str, where: str = '') -> str:
   known = 'choose one of ' + ', '.join(name or "''" for name in table)
   hint = f'did you mean {close[0]}? If not, {known}.' if close else f'{known}.'
   kind = getattr(table, 'kind', 'part')
-  what = f'{where} is {name!r}' if where else f'there is no {kind} {name!r}'
+  what = f'{where} is {shown(name)}' if where else f'there is no {kind} {shown(name)}'
   raise UserError(f'{what}; {hint}')
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_jax.config import typed
 from diffusion_jax.errors import UserError, require, shown
 from diffusion_jax.models.network import Network, abstract
 from diffusion_jax.types import Params
@@ -139,7 +140,6 @@ GENERAL = dict.fromkeys((
 ), ANY) | {'is_decoder': False, 'is_encoder_decoder': False, 'add_cross_attention': False,
            'pruned_heads': {}}
 """What transformers writes into every config and what only text generation reads."""
-_LARGEST, _LONGEST = 1e6, 200  # Of a factor, and of a name.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +231,7 @@ def parse_config(
     if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
       fields[key] = parse_config(hints[key], value, accepted, f'{where}, {key}')
   try:
-    return cls(**{key: _typed(hints[key], value, key) for key, value in fields.items()})
+    return typed(cls, fields, '')
   except UserError as error:
     raise UserError(f'{where}: {error}') from None
 
@@ -239,25 +239,3 @@ def parse_config(
 def _choices(hint: Any) -> tuple[Any, ...]:
   union = typing.get_origin(hint) in (types.UnionType, typing.Union)
   return typing.get_args(hint) if union else (hint,)
-
-
-def _typed(hint: Any, value: Any, key: str) -> Any:
-  """Return a value of JSON as its field's type, lists as tuples. UserError for another type."""
-  for choice in _choices(hint):
-    if isinstance(value, list | tuple) and typing.get_origin(choice) is tuple:
-      inner = typing.get_args(choice)[0]
-      if all(_is(inner, one) for one in value):
-        return tuple(value)
-    elif isinstance(value, dict) and typing.get_origin(choice) is dict:
-      if all(_is(inner, one) for inner in typing.get_args(choice)[1:] for one in value.values()):
-        return dict(value)
-    elif _is(choice, value):
-      return value
-  names = [getattr(c, '__name__', str(c)).replace('NoneType', 'null') for c in _choices(hint)]
-  raise UserError(f'{key} is {shown(value)}; it must be {" or ".join(names)}.')
-
-
-def _is(kind: Any, value: Any) -> bool:
-  if kind is float:
-    return type(value) in (int, float) and abs(value) <= _LARGEST
-  return type(value) is kind and (kind is not str or len(value) <= _LONGEST)

@@ -12,7 +12,7 @@ for eight of 512 x 512 and 0.9 GiB in slices.
 """
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +21,16 @@ from jax import lax
 
 from diffusion_jax.errors import require
 from diffusion_jax.models.attention import SpatialAttention
-from diffusion_jax.models.checks import (
-  MOST_EDGE,
-  MOST_LAYERS,
-  above_zero,
-  all_positive,
-  freeze_lists,
-  groups_divide,
-  positive,
-  size_fits,
-  some_blocks,
+from diffusion_jax.models.config import (
+  Edge,
+  Factor,
+  Layers,
+  NetworkConfig,
+  PerLevel,
+  Shift,
+  Width,
+  Widths,
+  check_size,
 )
 from diffusion_jax.models.layers import Conv, Downsample2D, ResnetBlock2D, Upsample2D, pointwise
 from diffusion_jax.models.network import Blocks
@@ -39,35 +39,43 @@ from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.types import Images, Latents
 
 EPSILON = 1e-6
-# Whether each residual block is followed by attention.
-DOWN_BLOCKS = {'DownEncoderBlock2D': False, 'AttnDownEncoderBlock2D': True}
-UP_BLOCKS = {'UpDecoderBlock2D': False, 'AttnUpDecoderBlock2D': True}
+DOWN, DOWN_ATTENTION = 'DownEncoderBlock2D', 'AttnDownEncoderBlock2D'
+UP, UP_ATTENTION = 'UpDecoderBlock2D', 'AttnUpDecoderBlock2D'
 
 
-def check_levels(config: Any) -> None:
-  """Check what encoder and decoder read of a config; block types left empty become the plain ones.
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig(NetworkConfig):
+  """What encoder and decoder read of a config; the defaults are Stable Diffusion 1's.
 
-  Raises:
-    UserError: naming the field.
+  The size factor is 2^(len(block_out_channels) - 1). `scaling_factor` is not applied by the
+  network. `sample_size` (pixels) is kept for other libraries: the tile of diffusers' tiling. Empty
+  block types mean no attention but the middle's.
   """
-  freeze_lists(config)
-  name = type(config).__name__
-  positive(config, 'in_channels', 'out_channels', 'latent_channels', 'norm_num_groups')
-  positive(config, 'layers_per_block', most=MOST_LAYERS)
-  all_positive(config, 'block_out_channels')
-  groups_divide(config)
-  if config.sample_size is not None:
-    all_positive(config, 'sample_size', most=MOST_EDGE)
-  above_zero(config, 'scaling_factor')
-  levels = len(config.block_out_channels)
-  some_blocks(config, 2 * levels * config.layers_per_block)
-  for field, known in (('down_block_types', DOWN_BLOCKS), ('up_block_types', UP_BLOCKS)):
-    types = getattr(config, field) or (next(iter(known)),) * levels
-    object.__setattr__(config, field, types)
-    require(len(types) == levels,
-            f'{name}.{field} must have {levels} entries, one per level, not {len(types)}.')
-    for kind in types:
-      require(kind in known, f'{name}.{field} has {kind!r}; use {" or ".join(known)}.')
+
+  in_channels: Width = 3
+  out_channels: Width = 3
+  latent_channels: Width = 4
+  block_out_channels: Widths = (128, 256, 512, 512)
+  layers_per_block: Layers = 2
+  norm_num_groups: Width = 32
+  mid_block_add_attention: bool = True
+  down_block_types: tuple[Literal[DOWN, DOWN_ATTENTION], ...] = ()
+  up_block_types: tuple[Literal[UP, UP_ATTENTION], ...] = ()
+  scaling_factor: Factor = 0.18215
+  sample_size: Edge | Annotated[tuple[Edge, ...], PerLevel] | None = None
+
+  def check(self) -> None:
+    levels = len(self.block_out_channels)
+    for field, plain in (('down_block_types', DOWN), ('up_block_types', UP)):
+      object.__setattr__(self, field, getattr(self, field) or (plain,) * levels)
+    self.check_entries(levels, ('down_block_types', 'up_block_types'))
+    self.check_groups()
+    self.check_blocks(2 * levels * self.layers_per_block)
+
+  @property
+  def factor(self) -> int:
+    """Pixels per latent cell along one side."""
+    return 2 ** (len(self.block_out_channels) - 1)
 
 
 class _Level(Blocks):
@@ -155,7 +163,7 @@ class Encoder(_Half):
     self.down_blocks = nnx.List([
       DownEncoderBlock2D(
         widths[max(n - 1, 0)], width, config.layers_per_block,
-        DOWN_BLOCKS[config.down_block_types[n]], groups, halve=n < len(widths) - 1, **kw,
+        config.down_block_types[n] == DOWN_ATTENTION, groups, halve=n < len(widths) - 1, **kw,
       )
       for n, width in enumerate(widths)
     ])
@@ -181,7 +189,7 @@ class Decoder(_Half):
     self.up_blocks = nnx.List([
       UpDecoderBlock2D(
         widths[max(n - 1, 0)], width, config.layers_per_block + 1,
-        UP_BLOCKS[config.up_block_types[n]], groups, double=n < len(widths) - 1, **kw,
+        config.up_block_types[n] == UP_ATTENTION, groups, double=n < len(widths) - 1, **kw,
       )
       for n, width in enumerate(widths)
     ])
@@ -190,39 +198,17 @@ class Decoder(_Half):
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderKLConfig:
-  """The keys of a diffusers AutoencoderKL config.json; the defaults are Stable Diffusion 1's.
+class AutoencoderKLConfig(AutoencoderConfig):
+  """The keys of a diffusers AutoencoderKL config.json.
 
-  The size factor is 2^(len(block_out_channels) - 1). `scaling_factor` and `shift_factor` are not
-  applied by the network: latents = (z - shift_factor) * scaling_factor. `sample_size` (pixels) and
-  `force_upcast` are kept for other libraries: the first is the tile of diffusers' tiling, the
-  second tells its pipelines not to decode in half precision. Empty block types mean no attention
-  but the middle's.
+  latents = (z - shift_factor) * scaling_factor. `force_upcast` is kept for diffusers' pipelines: it
+  tells them not to decode in half precision.
   """
 
-  in_channels: int = 3
-  out_channels: int = 3
-  latent_channels: int = 4
-  block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-  layers_per_block: int = 2
-  norm_num_groups: int = 32
-  mid_block_add_attention: bool = True
-  down_block_types: tuple[str, ...] = ()
-  up_block_types: tuple[str, ...] = ()
   use_quant_conv: bool = True
   use_post_quant_conv: bool = True
-  scaling_factor: float = 0.18215
-  shift_factor: float = 0.0
-  sample_size: int | tuple[int, ...] | None = None
+  shift_factor: Shift = 0.0
   force_upcast: bool = True
-
-  def __post_init__(self):
-    check_levels(self)
-
-  @property
-  def factor(self) -> int:
-    """Pixels per latent cell along one side."""
-    return 2 ** (len(self.block_out_channels) - 1)
 
 
 class AutoencoderKL(nnx.Module):
@@ -241,7 +227,7 @@ class AutoencoderKL(nnx.Module):
 
     The log-variance is clipped to [-30, 20]. UserError where h or w is no multiple of f.
     """
-    size_fits(images.shape, self.config.in_channels, self.config.factor, 'The images to encode')
+    check_size(images.shape, self.config.in_channels, self.config.factor, 'The images to encode')
     moments = self.encoder(images)
     if self.quant_conv is not None:
       moments = self.quant_conv(moments)
@@ -250,7 +236,7 @@ class AutoencoderKL(nnx.Module):
 
   def decode(self, z: Latents) -> Images:
     """Unscaled latents [b h/f w/f c] -> images [b h w 3], about [-1, 1] but not clipped."""
-    size_fits(z.shape, self.config.latent_channels, 1, 'The latents to decode')
+    check_size(z.shape, self.config.latent_channels, 1, 'The latents to decode')
     return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
 

@@ -6,20 +6,20 @@ images in [0, 1]; `encode` and `decode` speak of [-1, 1], as every autoencoder h
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffusion_jax.errors import require
-from diffusion_jax.models.checks import (
-  MOST_LAYERS,
-  above_zero,
-  all_positive,
-  freeze_lists,
-  positive,
-  size_fits,
-  some_blocks,
+from diffusion_jax.models.config import (
+  Factor,
+  LayersPerLevel,
+  NetworkConfig,
+  Shift,
+  Width,
+  Widths,
+  check_size,
 )
 from diffusion_jax.models.layers import Conv
 from diffusion_jax.types import Images, Latents
@@ -31,7 +31,7 @@ ACTIVATIONS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderTinyConfig:
+class AutoencoderTinyConfig(NetworkConfig):
   """The keys of a diffusers AutoencoderTiny config.json; the defaults are TAESD's.
 
   One width and one number of blocks per level; all widths of a side must be equal. The size factor
@@ -39,39 +39,26 @@ class AutoencoderTinyConfig:
   `latent_magnitude` and `latent_shift` are kept for other libraries.
   """
 
-  in_channels: int = 3
-  out_channels: int = 3
-  latent_channels: int = 4
-  encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
-  decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
-  num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
-  num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
-  act_fn: str = 'relu'
-  latent_magnitude: float = 3
-  latent_shift: float = 0.5
-  scaling_factor: float = 1.0
-  shift_factor: float = 0.0
+  in_channels: Width = 3
+  out_channels: Width = 3
+  latent_channels: Width = 4
+  encoder_block_out_channels: Widths = (64, 64, 64, 64)
+  decoder_block_out_channels: Widths = (64, 64, 64, 64)
+  num_encoder_blocks: LayersPerLevel = (1, 3, 3, 3)
+  num_decoder_blocks: LayersPerLevel = (3, 3, 3, 1)
+  act_fn: Literal['relu', 'silu', 'swish', 'mish', 'gelu'] = 'relu'
+  latent_magnitude: Factor = 3.0
+  latent_shift: Shift = 0.5
+  scaling_factor: Factor = 1.0
+  shift_factor: Shift = 0.0
 
-  def __post_init__(self):
-    freeze_lists(self)
-    fields = ('encoder_block_out_channels', 'decoder_block_out_channels', 'num_encoder_blocks',
-              'num_decoder_blocks')
-    positive(self, 'in_channels', 'out_channels', 'latent_channels')
-    all_positive(self, *fields[:2])
-    all_positive(self, *fields[2:], most=MOST_LAYERS)
-    some_blocks(self, sum(self.num_encoder_blocks) + sum(self.num_decoder_blocks))
+  def check(self) -> None:
+    self.check_blocks(sum(self.num_encoder_blocks) + sum(self.num_decoder_blocks))
+    widths = 'encoder_block_out_channels', 'decoder_block_out_channels'
     levels = len(self.encoder_block_out_channels)
-    for field in fields:
-      value = getattr(self, field)
-      require(len(value) == levels, f'AutoencoderTinyConfig.{field} must have {levels} entries, as '
-              f'encoder_block_out_channels has, not {len(value)}.')
-    for field in fields[:2]:
-      value = getattr(self, field)
-      require(len(set(value)) == 1,
-              f'AutoencoderTinyConfig.{field} must hold one width throughout, not {value}.')
-    require(self.act_fn in ACTIVATIONS, f'AutoencoderTinyConfig.act_fn={self.act_fn!r} is not '
-            f'implemented; use one of {", ".join(ACTIVATIONS)}.')
-    above_zero(self, 'latent_magnitude', 'scaling_factor')
+    self.check_entries(levels, (*widths, 'num_encoder_blocks', 'num_decoder_blocks'))
+    for field in widths:
+      self.require(len(set(getattr(self, field))) == 1, field, 'must hold one width throughout')
 
   @property
   def factor(self) -> int:
@@ -159,7 +146,7 @@ class AutoencoderTiny(nnx.Module):
 
     UserError where h or w is no multiple of f.
     """
-    size_fits(images.shape, self.config.in_channels, self.config.factor, 'The images to encode')
+    check_size(images.shape, self.config.in_channels, self.config.factor, 'The images to encode')
     return self.encoder((images + 1) / 2)
 
   def decode(self, z: Latents) -> Images:
@@ -167,5 +154,5 @@ class AutoencoderTiny(nnx.Module):
 
     Latents are first squashed into (-3, 3) by 3 tanh(z / 3).
     """
-    size_fits(z.shape, self.config.latent_channels, 1, 'The latents to decode')
+    check_size(z.shape, self.config.latent_channels, 1, 'The latents to decode')
     return self.decoder(jnp.tanh(z / 3) * 3) * 2 - 1

@@ -5,19 +5,19 @@ Names and computation follow diffusers' ControlNetModel.
 
 import dataclasses
 import itertools
+from typing import Literal
 
 import jax
 from flax import nnx
 
 from diffusion_jax.errors import require
-from diffusion_jax.models.checks import all_positive, positive
+from diffusion_jax.models.config import Width, Widths
 from diffusion_jax.models.layers import Conv, pointwise
 from diffusion_jax.models.unet import Encoder, EncoderConfig, UNetConfig
 from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.types import Condition, Latents, Params, Residuals, Timesteps
 
 zeros = nnx.initializers.zeros
-ORDERS = ('rgb', 'bgr')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,20 +31,14 @@ class ControlNetConfig(EncoderConfig):
   global_pool_conditions: residuals are averaged over all positions (the 'shuffle' ControlNet).
   """
 
-  conditioning_channels: int = 3
-  conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
-  controlnet_conditioning_channel_order: str = 'rgb'
+  conditioning_channels: Width = 3
+  conditioning_embedding_out_channels: Widths = (16, 32, 96, 256)
+  controlnet_conditioning_channel_order: Literal['rgb', 'bgr'] = 'rgb'
   global_pool_conditions: bool = False
 
-  def __post_init__(self):
-    super().__post_init__()
-    positive(self, 'conditioning_channels')
-    all_positive(self, 'conditioning_embedding_out_channels')
-    self._one('controlnet_conditioning_channel_order', ORDERS)
-    require(
-      self.mid_block_type is not None,
-      'ControlNetConfig.mid_block_type must not be null; a ControlNet has a mid block.',
-    )
+  def check(self) -> None:
+    super().check()
+    self.require(self.mid_block_type is not None, 'mid_block_type', 'must name a block')
 
   @classmethod
   def for_unet(cls, unet: UNetConfig, **changes) -> 'ControlNetConfig':

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax.errors import require
-from diffusion_jax.models.checks import size_fits
+from diffusion_jax.models.config import check_size
 from diffusion_jax.models.network import Blocks
 from diffusion_jax.types import Condition
 
@@ -38,7 +38,7 @@ class Denoiser(Blocks):
     """
     if condition.image is not None:
       x = jnp.concatenate([x, condition.image.astype(x.dtype)], axis=-1)
-    size_fits(x.shape, self.config.in_channels, self.config.factor, 'The input')
+    check_size(x.shape, self.config.in_channels, self.config.factor, 'The input')
     b = len(x)
     require(t.shape == (b,), f'The times must have shape [{b}], not {list(t.shape)}.')
     self.check_conditions(b, condition)

@@ -5,7 +5,6 @@ layers serve the other transformer denoisers, too.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +12,8 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from diffusion_jax.errors import require
 from diffusion_jax.models.attention import Attention, Nothing
-from diffusion_jax.models.checks import (
-  MOST,
-  MOST_EDGE,
-  MOST_LAYERS,
-  above_zero,
-  freeze_lists,
-  positive,
-)
+from diffusion_jax.models.config import Edge, Epsilon, Layers, NetworkConfig, Width
 from diffusion_jax.models.denoiser import Denoiser, Shapes
 from diffusion_jax.models.layers import Conv, TimestepEmbedding, embed, linear, timestep_embedding
 from diffusion_jax.parallel.layout import constrain
@@ -108,59 +99,34 @@ def unpatch(x: jax.Array, grid: tuple[int, int], patch: int) -> jax.Array:
   return x.reshape(x.shape[0], h * patch, w * patch, -1)
 
 
-def check_width(config: Any) -> None:
-  """Raise UserError unless sines and cosines of both axes fill the width."""
-  require(
-    config.features <= MOST,
-    f'{type(config).__name__}: num_attention_heads * attention_head_dim is {config.features:,}; '
-    f'it may be {MOST:,}.',
-  )
-  require(
-    config.features % 4 == 0,
-    f'{type(config).__name__}: num_attention_heads * attention_head_dim must be a multiple of 4, '
-    f'not {config.features}.',
-  )
-  require(
-    config.sample_size % config.patch_size == 0,
-    f'{type(config).__name__}.sample_size={config.sample_size} must be a multiple of '
-    f'patch_size={config.patch_size}.',
-  )
-
-
 SINUSOIDS = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class DiTConfig:
-  """The keys of a diffusers DiTTransformer2DModel config.json; the defaults are DiT-XL/2's at 256.
+class TransformerConfig(NetworkConfig):
+  """What the configs of denoisers of patches share; the keys are those of diffusers.
 
-  `num_embeds_ada_norm` is the number of classes; `out_channels` is 2 * in_channels where the
-  network predicts variances too, None: in_channels. `shared_embedding` is ours: one embedding of
-  time and label for all blocks, as in the paper. diffusers keeps a copy in every block.
+  `sample_size` is the side of the latents of training; `out_channels` None: in_channels.
   """
 
-  num_attention_heads: int = 16
-  attention_head_dim: int = 72
-  in_channels: int = 4
-  out_channels: int | None = 8
-  num_layers: int = 28
-  attention_bias: bool = True
-  sample_size: int = 32
-  patch_size: int = 2
-  num_embeds_ada_norm: int = 1000
-  norm_eps: float = 1e-5
-  shared_embedding: bool = True
+  sample_size: Edge = 32
+  patch_size: Edge = 2
+  in_channels: Width = 4
+  out_channels: Width | None = None
+  num_layers: Layers = 28
+  attention_head_dim: Width = 72
+  num_attention_heads: Width = 16
 
-  def __post_init__(self):
-    freeze_lists(self)
-    positive(self, 'num_attention_heads', 'attention_head_dim', 'in_channels',
-             'num_embeds_ada_norm')
-    positive(self, 'sample_size', 'patch_size', most=MOST_EDGE)
-    positive(self, 'num_layers', most=MOST_LAYERS)
-    if self.out_channels is not None:
-      positive(self, 'out_channels')
-    above_zero(self, 'norm_eps', most=1)
-    check_width(self)
+  def check(self) -> None:
+    heads = f'must make with attention_head_dim={self.attention_head_dim} a width that is a '
+    fits = self.features % 4 == 0 and self.features <= 2**20
+    self.require(
+      fits, 'num_attention_heads', f'{heads}multiple of 4 up to 2^20, not {self.features:,}'
+    )
+    self.require(
+      self.sample_size % self.patch_size == 0, 'sample_size',
+      f'must be a multiple of patch_size={self.patch_size}',
+    )
 
   @property
   def features(self) -> int:
@@ -171,6 +137,27 @@ class DiTConfig:
   def factor(self) -> int:
     """Height and width of the latents must be multiples of this."""
     return self.patch_size
+
+  @property
+  def patch_features(self) -> int:
+    """Width of what a token becomes: a patch of the result."""
+    return self.patch_size**2 * (self.out_channels or self.in_channels)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig(TransformerConfig):
+  """The keys of a diffusers DiTTransformer2DModel config.json; the defaults are DiT-XL/2's at 256.
+
+  `num_embeds_ada_norm` is the number of classes; `out_channels` is 2 * in_channels where the
+  network predicts variances too. `shared_embedding` is ours: one embedding of time and label for
+  all blocks, as in the paper. diffusers keeps a copy in every block.
+  """
+
+  out_channels: Width | None = 8
+  attention_bias: bool = True
+  num_embeds_ada_norm: Width = 1000
+  norm_eps: Epsilon = 1e-5
+  shared_embedding: bool = True
 
   @property
   def conditions(self) -> Shapes:
@@ -258,8 +245,7 @@ class DiT(Denoiser):
       for n in range(config.num_layers)
     ])
     self.proj_out_1 = linear(c, 2 * c, init=zeros, **kw)
-    out = config.in_channels if config.out_channels is None else config.out_channels
-    self.proj_out_2 = linear(c, config.patch_size**2 * out, init=zeros, **kw)
+    self.proj_out_2 = linear(c, config.patch_features, init=zeros, **kw)
 
   def __call__(self, x: Latents, t: Timesteps, condition: Condition) -> Latents:
     """Return [b h w o] of x [b h w c], t [b] in [0, T) and labels [b] in [0, classes].

@@ -8,14 +8,15 @@ belongs to the graph, not to the parameters. B starts at zero, so a fresh adapte
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from diffusion_jax.errors import require
-from diffusion_jax.models.checks import MOST
+from diffusion_jax.limits import Length
+from diffusion_jax.models.config import Factor, Width
 from diffusion_jax.models.layers import Conv, Linear, kernel_init
 from diffusion_jax.models.network import PLAIN, Compute, Make, Network
 from diffusion_jax.types import Params
@@ -37,16 +38,9 @@ class LoRAConfig:
   'conv2' the convolutions. A target of '' is every layer.
   """
 
-  rank: int = 8
-  alpha: float = 8.0
-  targets: tuple[str, ...] = ('to_q', 'to_k', 'to_v', 'to_out.0')
-
-  def __post_init__(self):
-    require(
-      1 <= self.rank <= MOST, f'lora.rank is {self.rank}; it must be at least 1, at most {MOST:,}.'
-    )
-    require(self.alpha > 0, f'lora.alpha is {self.alpha}; it must be positive.')
-    require(len(self.targets) > 0, 'lora.targets is empty; name some layers, such as to_q.')
+  rank: Width = 8
+  alpha: Factor = 8.0
+  targets: Annotated[tuple[str, ...], Length(1, 1000)] = ('to_q', 'to_k', 'to_v', 'to_out.0')
 
 
 class LoRA(nnx.Module):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffusion_jax.models.checks import MOST_LAYERS, above_zero, positive
+from diffusion_jax.models.config import Factor, Layers, NetworkConfig, Width
 from diffusion_jax.models.layers import linear
 from diffusion_jax.types import Condition
 
@@ -15,19 +15,14 @@ FREQUENCIES = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class MLPConfig:
+class MLPConfig(NetworkConfig):
   """`depth` blocks of `width`. label_range: the label's largest absolute value."""
 
-  in_features: int = 2
-  out_features: int = 2
-  width: int = 128
-  depth: int = 3
-  label_range: float = 1.0
-
-  def __post_init__(self):
-    positive(self, 'in_features', 'out_features', 'width')
-    positive(self, 'depth', most=MOST_LAYERS)
-    above_zero(self, 'label_range')
+  in_features: Width = 2
+  out_features: Width = 2
+  width: Width = 128
+  depth: Layers = 3
+  label_range: Factor = 1.0
 
 
 class Block(nnx.Module):

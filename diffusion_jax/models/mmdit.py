@@ -5,6 +5,7 @@ SD3Transformer2DModel.
 """
 
 import dataclasses
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,14 @@ from flax import nnx
 from jax import lax
 
 from diffusion_jax.errors import require
+from diffusion_jax.limits import Range
 from diffusion_jax.models.attention import Attends
-from diffusion_jax.models.checks import MOST_EDGE, MOST_LAYERS, freeze_lists, positive
+from diffusion_jax.models.config import Edge, Layers, Width
 from diffusion_jax.models.denoiser import Denoiser, Shapes
 from diffusion_jax.models.dit import (
   FeedForward,
   Modulation,
-  check_width,
+  TransformerConfig,
   grid_positions,
   modulate,
   normalize,
@@ -34,12 +36,8 @@ from diffusion_jax.types import Condition, Latents, Text, Timesteps
 SINUSOIDS = 256
 
 
-MOST_POSITIONS = 1024
-"""Of patches along a side: the table of all of them is made when the network is."""
-
-
 @dataclasses.dataclass(frozen=True)
-class MMDiTConfig:
+class MMDiTConfig(TransformerConfig):
   """The keys of a diffusers SD3Transformer2DModel config.json, with its defaults.
 
   `pos_embed_max_size` bounds the patches along a side; `qk_norm` is None or 'rms_norm' (Stable
@@ -47,54 +45,30 @@ class MMDiTConfig:
   themselves once more.
   """
 
-  sample_size: int = 128
-  patch_size: int = 2
-  in_channels: int = 16
-  out_channels: int | None = 16
-  num_layers: int = 18
-  attention_head_dim: int = 64
-  num_attention_heads: int = 18
-  joint_attention_dim: int = 4096
-  caption_projection_dim: int = 1152
-  pooled_projection_dim: int = 2048
-  pos_embed_max_size: int = 96
+  sample_size: Edge = 128
+  in_channels: Width = 16
+  out_channels: Width | None = 16
+  num_layers: Layers = 18
+  attention_head_dim: Width = 64
+  num_attention_heads: Width = 18
+  joint_attention_dim: Width = 4096
+  caption_projection_dim: Width = 1152
+  pooled_projection_dim: Width = 2048
+  # The table of all positions is made when the network is.
+  pos_embed_max_size: Annotated[int, Range(1, 1024)] = 96
   dual_attention_layers: tuple[int, ...] = ()
-  qk_norm: str | None = None
+  qk_norm: Literal['rms_norm'] | None = None
 
-  def __post_init__(self):
-    freeze_lists(self)
-    positive(self, 'in_channels', 'attention_head_dim', 'num_attention_heads',
-             'joint_attention_dim', 'caption_projection_dim', 'pooled_projection_dim')
-    positive(self, 'sample_size', 'patch_size', most=MOST_EDGE)
-    positive(self, 'num_layers', most=MOST_LAYERS)
-    positive(self, 'pos_embed_max_size', most=MOST_POSITIONS)
-    if self.out_channels is not None:
-      positive(self, 'out_channels')
-    check_width(self)
-    require(
-      self.caption_projection_dim == self.features,
-      f'MMDiTConfig.caption_projection_dim={self.caption_projection_dim} must be '
-      f'num_attention_heads * attention_head_dim = {self.features}.',
+  def check(self) -> None:
+    super().check()
+    self.require(
+      self.caption_projection_dim == self.features, 'caption_projection_dim',
+      f'must be num_attention_heads * attention_head_dim = {self.features}',
     )
-    require(self.qk_norm in (None, 'rms_norm'),
-            f"MMDiTConfig.qk_norm={self.qk_norm!r} is not implemented; use None or 'rms_norm'.")
-    require(len(self.dual_attention_layers) <= self.num_layers,
-            f'MMDiTConfig.dual_attention_layers has {len(self.dual_attention_layers):,} entries; '
-            f'there are {self.num_layers} blocks.')
-    for layer in self.dual_attention_layers:
-      require(type(layer) is int and 0 <= layer < self.num_layers,
-              f'MMDiTConfig.dual_attention_layers has {layer!r}; there are blocks 0 to '
-              f'{self.num_layers - 1}.')
-
-  @property
-  def features(self) -> int:
-    """Width of a token."""
-    return self.num_attention_heads * self.attention_head_dim
-
-  @property
-  def factor(self) -> int:
-    """Height and width of the latents must be multiples of this."""
-    return self.patch_size
+    self.require(
+      set(self.dual_attention_layers) <= set(range(self.num_layers)), 'dual_attention_layers',
+      f'must hold some of the blocks 0 to {self.num_layers - 1}',
+    )
 
   @property
   def conditions(self) -> Shapes:
@@ -235,8 +209,7 @@ class MMDiT(Denoiser):
       JointTransformerBlock(config, n, **kw) for n in range(config.num_layers)
     ])
     self.norm_out = Modulation(c, 2, **kw)
-    out = config.in_channels if config.out_channels is None else config.out_channels
-    self.proj_out = linear(c, config.patch_size**2 * out, init=zeros, **kw)
+    self.proj_out = linear(c, config.patch_features, init=zeros, **kw)
 
   def __call__(self, x: Latents, t: Timesteps, condition: Condition) -> Latents:
     """Return [b h w o] of x [b h w c], t [b] in [0, 1000], text [b l d] and pooled text [b e].

@@ -10,6 +10,7 @@ is nothing to train, of parameters by the names of the `lpips` package (net.slic
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -17,29 +18,27 @@ from flax import nnx
 from jax import lax
 
 from diffusion_jax.errors import require
+from diffusion_jax.limits import Range
 from diffusion_jax.models.attention import Nothing
-from diffusion_jax.models.checks import MOST_LEVELS, positive
+from diffusion_jax.models.config import NetworkConfig, Width
 from diffusion_jax.models.layers import Conv
 from diffusion_jax.models.norms import GroupNorm
 from diffusion_jax.types import Images, Params, PerExample
 
 
 @dataclasses.dataclass(frozen=True)
-class DiscriminatorConfig:
+class DiscriminatorConfig(NetworkConfig):
   """`n_layers` convolutions of stride 2; channels double from `base_channels`, at most to 8x."""
 
-  in_channels: int = 3
-  base_channels: int = 64
-  n_layers: int = 3
-  norm_num_groups: int = 32
+  in_channels: Width = 3
+  base_channels: Width = 64
+  n_layers: Annotated[int, Range(1, 12)] = 3
+  norm_num_groups: Width = 32
 
-  def __post_init__(self):
-    positive(self, 'in_channels', 'base_channels', 'norm_num_groups')
-    positive(self, 'n_layers', most=MOST_LEVELS)
-    require(
-      2 * self.base_channels % self.norm_num_groups == 0,
-      f'DiscriminatorConfig.norm_num_groups={self.norm_num_groups} must divide twice base_channels'
-      f'={self.base_channels}.',
+  def check(self) -> None:
+    self.require(
+      2 * self.base_channels % self.norm_num_groups == 0, 'norm_num_groups',
+      f'must divide twice base_channels={self.base_channels}',
     )
 
   @property

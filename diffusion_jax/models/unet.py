@@ -5,7 +5,7 @@ config.json, in the shapes of Stable Diffusion 1, 2 and XL and of the models mad
 """
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,15 @@ from flax import nnx
 
 from diffusion_jax.errors import require
 from diffusion_jax.models.attention import Transformer2DModel
-from diffusion_jax.models.checks import (
-  MOST_EDGE,
-  MOST_LAYERS,
-  above_zero,
-  all_positive,
-  freeze_lists,
-  groups_divide,
-  positive,
-  some_blocks,
+from diffusion_jax.models.config import (
+  Edge,
+  Epsilon,
+  Layers,
+  LayersPerLevel,
+  NetworkConfig,
+  PerLevel,
+  Width,
+  Widths,
 )
 from diffusion_jax.models.denoiser import Denoiser, Shapes
 from diffusion_jax.models.layers import (
@@ -38,13 +38,23 @@ from diffusion_jax.models.norms import GroupNorm
 from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.types import Condition, Latents, Residuals, Timesteps
 
-DOWN_BLOCKS = ('CrossAttnDownBlock2D', 'DownBlock2D')
-MID_BLOCKS = ('UNetMidBlock2DCrossAttn', 'UNetMidBlock2D')
-UP_BLOCKS = ('CrossAttnUpBlock2D', 'UpBlock2D')
+PER_LEVEL = (
+  'down_block_types', 'up_block_types', 'attention_head_dim', 'transformer_layers_per_block',
+  'only_cross_attention',
+)
+"""Fields with one value for all levels, or one for each."""
+
+NEEDED = {
+  ('class_embed_type', 'projection'): ('projection_class_embeddings_input_dim',),
+  ('addition_embed_type', 'text_time'): (
+    'projection_class_embeddings_input_dim', 'addition_time_embed_dim'
+  ),
+}
+"""What must be set where a field has a value."""
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderConfig:
+class EncoderConfig(NetworkConfig):
   """Shape of the half that a U-Net and its ControlNets share, from the input to the mid block.
 
   The defaults are Stable Diffusion 1's. Where a field takes one value or one per level, levels
@@ -65,111 +75,50 @@ class EncoderConfig:
     through an MLP, added likewise.
   """
 
-  in_channels: int = 4
-  down_block_types: tuple[str, ...] = (*['CrossAttnDownBlock2D'] * 3, 'DownBlock2D')
-  mid_block_type: str | None = 'UNetMidBlock2DCrossAttn'
-  block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-  layers_per_block: int = 2
-  norm_num_groups: int = 32
-  norm_eps: float = 1e-5
-  cross_attention_dim: int = 768
-  transformer_layers_per_block: int | tuple[int, ...] = 1
-  attention_head_dim: int | tuple[int, ...] = 8
-  only_cross_attention: bool | tuple[bool, ...] = False
+  in_channels: Width = 4
+  down_block_types: tuple[Literal['CrossAttnDownBlock2D', 'DownBlock2D'], ...] = (
+    *['CrossAttnDownBlock2D'] * 3, 'DownBlock2D'
+  )
+  mid_block_type: Literal['UNetMidBlock2DCrossAttn', 'UNetMidBlock2D'] | None = (
+    'UNetMidBlock2DCrossAttn'
+  )
+  block_out_channels: Widths = (320, 640, 1280, 1280)
+  layers_per_block: Layers = 2
+  norm_num_groups: Width = 32
+  norm_eps: Epsilon = 1e-5
+  cross_attention_dim: Width = 768
+  transformer_layers_per_block: Layers | LayersPerLevel = 1
+  attention_head_dim: Width | Widths = 8
+  only_cross_attention: bool | Annotated[tuple[bool, ...], PerLevel] = False
   use_linear_projection: bool = False
   upcast_attention: bool = False
-  resnet_time_scale_shift: str = 'default'
+  resnet_time_scale_shift: Literal['default', 'scale_shift'] = 'default'
   flip_sin_to_cos: bool = True
-  freq_shift: int = 0
-  class_embed_type: str | None = None
-  num_class_embeds: int | None = None
-  projection_class_embeddings_input_dim: int | None = None
-  addition_embed_type: str | None = None
-  addition_time_embed_dim: int | None = None
+  freq_shift: Literal[0, 1] = 0
+  class_embed_type: Literal['timestep', 'projection'] | None = None
+  num_class_embeds: Width | None = None
+  projection_class_embeddings_input_dim: Width | None = None
+  addition_embed_type: Literal['text_time'] | None = None
+  addition_time_embed_dim: Width | None = None
 
-  def __post_init__(self):
-    freeze_lists(self)
-    positive(self, 'in_channels', 'norm_num_groups', 'cross_attention_dim')
-    all_positive(self, 'block_out_channels', 'attention_head_dim')
-    positive(self, 'layers_per_block', most=MOST_LAYERS)
-    all_positive(self, 'transformer_layers_per_block', most=MOST_LAYERS)
-    above_zero(self, 'norm_eps', most=1)
-    self._one('freq_shift', (0, 1))
-    groups_divide(self)
-    for name in self._per_level_fields():
-      self._check_length(name)
+  def check(self) -> None:
+    self.check_groups()
+    self.check_entries(len(self.block_out_channels), PER_LEVEL)
     # Down, up and in the middle: residual blocks, with transformer blocks in each attention.
-    some_blocks(self, 2 * self.layers_per_block * sum(1 + n for n in self.depths) + self.depths[-1])
-    self._each('down_block_types', DOWN_BLOCKS)
-    self._one('mid_block_type', (*MID_BLOCKS, None))
-    self._one('resnet_time_scale_shift', ('default', 'scale_shift'))
-    self._one('class_embed_type', (None, 'timestep', 'projection'))
-    self._one('addition_embed_type', (None, 'text_time'))
-    self._check_conditions()
-    self._check_attention()
-
-  def _per_level_fields(self) -> tuple[str, ...]:
-    return (
-      'down_block_types', 'attention_head_dim', 'transformer_layers_per_block',
-      'only_cross_attention',
-    )
-
-  def _check_length(self, name: str) -> None:
-    value, levels = getattr(self, name), len(self.block_out_channels)
-    require(
-      not isinstance(value, tuple) or len(value) == levels,
-      f'{self._name(name)} must have {levels} entries, one per entry of block_out_channels, '
-      f'not {value!r}.',
-    )
-
-  def _each(self, name: str, known: tuple[str, ...]) -> None:
-    for value in getattr(self, name):
-      require(
-        value in known, f'{self._name(name)} has {value!r}; it may hold only {", ".join(known)}.'
-      )
-
-  def _one(self, name: str, known: tuple[str | None, ...]) -> None:
-    value = getattr(self, name)
-    require(
-      value in known,
-      f'{self._name(name)}={value!r} is not implemented; use one of {", ".join(map(str, known))}.',
-    )
-
-  def _check_conditions(self) -> None:
-    needed = {
-      'class_embed_type': {'projection': ('projection_class_embeddings_input_dim',)},
-      'addition_embed_type': {
-        'text_time': ('projection_class_embeddings_input_dim', 'addition_time_embed_dim')
-      },
-    }
-    for kind, of_value in needed.items():
-      for name in of_value.get(getattr(self, kind), ()):
-        require(
-          getattr(self, name) is not None,
-          f'{self._name(kind)}={getattr(self, kind)!r} needs {name}; set it.',
+    layers = sum(1 + n for n in self.depths)
+    self.check_blocks(2 * self.layers_per_block * layers + self.depths[-1])
+    for kind, needed in NEEDED.items():
+      for field in needed:
+        self.require(
+          getattr(self, kind[0]) != kind[1] or getattr(self, field) is not None, field,
+          f'must be a number, as {kind[0]} is {kind[1]!r}',
         )
-    for name in (
-      'num_class_embeds', 'projection_class_embeddings_input_dim', 'addition_time_embed_dim'
-    ):
-      if getattr(self, name) is not None:
-        positive(self, name)
-
-  def _check_attention(self) -> None:
-    only = self.only_cross_attention
-    require(
-      all(type(value) is bool for value in (only if isinstance(only, tuple) else (only,))),
-      f'{self._name("only_cross_attention")} must be true or false, or one of them per level, '
-      f'not {only!r}.',
-    )
     for heads, channels in zip(self.heads, self.block_out_channels, strict=True):
-      require(
-        channels % heads == 0,
-        f'{self._name("attention_head_dim")}: {heads} heads do not divide {channels} channels '
-        '(the field is the number of heads); choose a divisor.',
+      self.require(
+        channels % heads == 0, 'attention_head_dim',
+        f'must divide the channels, as it is the NUMBER of heads, and {heads} heads do not divide '
+        f'{channels} channels',
       )
-
-  def _name(self, field: str) -> str:
-    return f'{type(self).__name__}.{field}'
 
   @property
   def heads(self) -> tuple[int, ...]:
@@ -219,19 +168,11 @@ class UNetConfig(EncoderConfig):
   training latents and does not restrict the network.
   """
 
-  sample_size: int | None = 64
-  out_channels: int = 4
-  up_block_types: tuple[str, ...] = ('UpBlock2D', *['CrossAttnUpBlock2D'] * 3)
-
-  def __post_init__(self):
-    super().__post_init__()
-    positive(self, 'out_channels')
-    if self.sample_size is not None:
-      positive(self, 'sample_size', most=MOST_EDGE)
-    self._each('up_block_types', UP_BLOCKS)
-
-  def _per_level_fields(self) -> tuple[str, ...]:
-    return (*super()._per_level_fields(), 'up_block_types')
+  sample_size: Edge | None = 64
+  out_channels: Width = 4
+  up_block_types: tuple[Literal['UpBlock2D', 'CrossAttnUpBlock2D'], ...] = (
+    'UpBlock2D', *['CrossAttnUpBlock2D'] * 3
+  )
 
 
 def _resnet(config: EncoderConfig, i: int, o: int, **kw) -> ResnetBlock2D:

@@ -12,45 +12,25 @@ from flax import nnx
 from jax import lax
 
 from diffusion_jax.errors import require
-from diffusion_jax.models.autoencoder import Decoder, Encoder, check_levels
-from diffusion_jax.models.checks import positive, size_fits
+from diffusion_jax.models.autoencoder import AutoencoderConfig, Decoder, Encoder
+from diffusion_jax.models.config import Width, Widths, check_size
 from diffusion_jax.models.layers import embed, pointwise
 from diffusion_jax.types import Images, Latents, PerExample
 
 
 @dataclasses.dataclass(frozen=True)
-class VQConfig:
+class VQConfig(AutoencoderConfig):
   """The keys of a diffusers VQModel config.json; the defaults are latent diffusion's VQ-f4.
 
-  `vq_embed_dim` None: as wide as the latents. `lookup_from_codebook` and `sample_size` are kept
-  for other libraries; see `VQModel.decode_indices` for the former.
+  `vq_embed_dim` None: as wide as the latents. `lookup_from_codebook` is kept for other libraries;
+  see `VQModel.decode_indices`.
   """
 
-  in_channels: int = 3
-  out_channels: int = 3
-  latent_channels: int = 3
-  block_out_channels: tuple[int, ...] = (128, 256, 512)
-  layers_per_block: int = 2
-  norm_num_groups: int = 32
-  mid_block_add_attention: bool = True
-  down_block_types: tuple[str, ...] = ()
-  up_block_types: tuple[str, ...] = ()
-  num_vq_embeddings: int = 8192
-  vq_embed_dim: int | None = None
+  latent_channels: Width = 3
+  block_out_channels: Widths = (128, 256, 512)
+  num_vq_embeddings: Width = 8192
+  vq_embed_dim: Width | None = None
   lookup_from_codebook: bool = False
-  scaling_factor: float = 0.18215
-  sample_size: int | tuple[int, ...] | None = None
-
-  def __post_init__(self):
-    check_levels(self)
-    positive(self, 'num_vq_embeddings')
-    if self.vq_embed_dim is not None:
-      positive(self, 'vq_embed_dim')
-
-  @property
-  def factor(self) -> int:
-    """Pixels per latent cell along one side."""
-    return 2 ** (len(self.block_out_channels) - 1)
 
   @property
   def code_channels(self) -> int:
@@ -84,7 +64,7 @@ class Codebook(nnx.Module):
     over positions and channels, of which `beta` weighs the commitment. `legacy`: it weighs the
     codebook's term instead, as in the code that trained the published models.
     """
-    size_fits(z.shape, self.embedding.features, 1, 'The latents to quantize')
+    check_size(z.shape, self.embedding.features, 1, 'The latents to quantize')
     indices = self.nearest(z)
     codes = self.embedding(indices)
     distance = lambda a, b: jnp.square((a - b).astype(jnp.float32)).mean((1, 2, 3))
@@ -114,7 +94,7 @@ class VQModel(nnx.Module):
 
     UserError where h or w is no multiple of f.
     """
-    size_fits(images.shape, self.config.in_channels, self.config.factor, 'The images to encode')
+    check_size(images.shape, self.config.in_channels, self.config.factor, 'The images to encode')
     return self.quant_conv(self.encoder(images))
 
   def decode(self, z: Latents, *, quantized: bool = False) -> Images:
@@ -122,7 +102,7 @@ class VQModel(nnx.Module):
 
     The latents are quantised first, unless they are said to be `quantized` already.
     """
-    size_fits(z.shape, self.config.code_channels, 1, 'The latents to decode')
+    check_size(z.shape, self.config.code_channels, 1, 'The latents to decode')
     return self.decoder(self.post_quant_conv(z if quantized else self.quantize(z)[0]))
 
   def decode_indices(self, indices: jax.Array) -> Images:

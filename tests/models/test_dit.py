@@ -121,12 +121,12 @@ def test_positions_have_the_known_values():
 
 
 @pytest.mark.parametrize(('make', 'words'), [
-  (lambda: DiTConfig(attention_head_dim=3, num_attention_heads=2), 'multiple of 4, not 6'),
-  (lambda: DiTConfig(sample_size=33), 'sample_size=33 must be a multiple of patch_size=2'),
-  (lambda: DiTConfig(num_layers=0), 'num_layers must be a positive'),
-  (lambda: MMDiTConfig(num_attention_heads=24), 'caption_projection_dim=1152 must be .* 1536'),
-  (lambda: MMDiTConfig(qk_norm='layer_norm'), "qk_norm='layer_norm'"),
-  (lambda: MMDiTConfig(dual_attention_layers=(18,)), 'has 18; there are blocks 0 to 17'),
+  (lambda: DiTConfig(attention_head_dim=3, num_attention_heads=2), 'multiple of 4 .*, not 6'),
+  (lambda: DiTConfig(sample_size=33), 'sample_size is 33; it must be a multiple of patch_size=2'),
+  (lambda: DiTConfig(num_layers=0), 'num_layers is 0; give a number from 1 to 512'),
+  (lambda: MMDiTConfig(num_attention_heads=24), 'caption_projection_dim is 1152; .* = 1536'),
+  (lambda: MMDiTConfig(qk_norm='layer_norm'), "qk_norm is 'layer_norm'"),
+  (lambda: MMDiTConfig(dual_attention_layers=(18,)), 'some of the blocks 0 to 17'),
   (
     lambda: DIT_FORMAT.parse({'norm_elementwise_affine': True}, 'here'),
     'norm_elementwise_affine=True',

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from diffusion_jax.config import typed
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.layers import Conv, Linear
 from diffusion_jax.models.lora import LoRAConfig, Rank, is_lora, merge_lora, targets, with_lora
@@ -88,4 +89,4 @@ def test_only_adapters_have_a_gradient_where_only_they_are_trained(random_params
 @pytest.mark.parametrize('change', [{'rank': 0}, {'alpha': 0.0}, {'targets': ()}])
 def test_impossible_settings_are_refused(change):
   with pytest.raises(UserError, match=f'lora.{next(iter(change))}'):
-    LoRAConfig(**change)
+    typed(LoRAConfig, change, 'lora.')

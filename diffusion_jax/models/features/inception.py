@@ -9,7 +9,7 @@ Parts are named as in the published files.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 
 from diffusion_jax.errors import require
-from diffusion_jax.models.checks import positive
+from diffusion_jax.models.config import NetworkConfig, Width
 from diffusion_jax.models.layers import LAYOUT, Linear
 
 SIZE = 299
@@ -26,19 +26,15 @@ SPATIAL_CHANNELS = 7
 
 
 @dataclasses.dataclass(frozen=True)
-class InceptionConfig:
+class InceptionConfig(NetworkConfig):
   """divisor: of the channels of every convolution; 1 is the published network, 16 a tiny one.
 
   precision: of the products. Less than 'highest' is faster on accelerators, with other figures.
   """
 
-  divisor: int = 1
-  classes: int = 1008
+  divisor: Literal[1, 2, 4, 8, 16] = 1
+  classes: Width = 1008
   precision: str = 'highest'
-
-  def __post_init__(self):
-    positive(self, 'divisor', 'classes')
-    require(16 % self.divisor == 0, f'divisor must be 1, 2, 4, 8 or 16, not {self.divisor}.')
 
   @property
   def widths(self) -> dict[str, int]:

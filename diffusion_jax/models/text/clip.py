@@ -6,15 +6,16 @@ are in float32. The text tower is causal and does not mask padding, as OpenAI's.
 """
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from diffusion_jax.errors import require
+from diffusion_jax.limits import Range
 from diffusion_jax.models.attention import Attends
-from diffusion_jax.models.checks import MOST_EDGE, MOST_LAYERS, above_zero, positive
+from diffusion_jax.models.config import Edge, Epsilon, Layers, NetworkConfig, Width
 from diffusion_jax.models.layers import Conv, Linear, embed
 from diffusion_jax.models.network import PLAIN, Blocks, Compute
 from diffusion_jax.models.norms import LayerNorm
@@ -23,87 +24,65 @@ from diffusion_jax.types import Images, Text, Tokens
 
 normal = nnx.initializers.normal
 
-ACTIVATIONS = ('quick_gelu', 'gelu', 'gelu_new', 'gelu_pytorch_tanh')
-
-
-def _check_tower(config: Any) -> None:
-  positive(config, 'hidden_size', 'intermediate_size', 'num_attention_heads')
-  positive(config, 'num_hidden_layers', most=MOST_LAYERS)
-  above_zero(config, 'layer_norm_eps', most=1)
-  name = type(config).__name__
-  require(
-    config.hidden_size % config.num_attention_heads == 0,
-    f'{name}.num_attention_heads={config.num_attention_heads} does not divide hidden_size='
-    f'{config.hidden_size}; choose a divisor.',
-  )
-  require(
-    config.hidden_act in ACTIVATIONS,
-    f'{name}.hidden_act={config.hidden_act!r} is not known; use one of {", ".join(ACTIVATIONS)}.',
-  )
+Activation = Literal['quick_gelu', 'gelu', 'gelu_new', 'gelu_pytorch_tanh']
 
 
 @dataclasses.dataclass(frozen=True)
-class CLIPTextConfig:
+class TowerConfig(NetworkConfig):
+  """What the configs of both towers share."""
+
+  hidden_size: Width = 512
+  num_hidden_layers: Layers = 12
+  num_attention_heads: Width = 8
+  hidden_act: Activation = 'quick_gelu'
+  layer_norm_eps: Epsilon = 1e-5
+
+  def check(self) -> None:
+    self.require(
+      self.hidden_size % self.num_attention_heads == 0, 'num_attention_heads',
+      f'must divide hidden_size={self.hidden_size}',
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig(TowerConfig):
   """The text tower; the defaults are those of CLIP ViT-B/32 (hidden 768, 12 heads: ViT-L/14).
 
   `eos_token_id` decides where a text is pooled: 2 (an old mistake that checkpoints carry) means at
   the largest id, anything else at the first such id.
   """
 
-  vocab_size: int = 49408
-  hidden_size: int = 512
-  intermediate_size: int = 2048
-  num_hidden_layers: int = 12
-  num_attention_heads: int = 8
-  max_position_embeddings: int = 77
-  hidden_act: str = 'quick_gelu'
-  layer_norm_eps: float = 1e-5
+  intermediate_size: Width = 2048
+  vocab_size: Width = 49408
+  max_position_embeddings: Width = 77
   bos_token_id: int = 49406
   eos_token_id: int = 49407
   pad_token_id: int = 1
-
-  def __post_init__(self):
-    _check_tower(self)
-    positive(self, 'vocab_size', 'max_position_embeddings')
-    require(
-      isinstance(self.eos_token_id, int),
-      f'CLIPTextConfig.eos_token_id must be one whole number, not {self.eos_token_id!r}.',
-    )
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextProjectionConfig(CLIPTextConfig):
   """The text tower and the width of its projection."""
 
-  projection_dim: int = 512
-
-  def __post_init__(self):
-    super().__post_init__()
-    positive(self, 'projection_dim')
+  projection_dim: Width = 512
 
 
 @dataclasses.dataclass(frozen=True)
-class CLIPVisionConfig:
+class CLIPVisionConfig(TowerConfig):
   """The vision tower, a ViT over square images of one fixed size; defaults of ViT-B/32."""
 
-  hidden_size: int = 768
-  intermediate_size: int = 3072
-  num_hidden_layers: int = 12
-  num_attention_heads: int = 12
-  num_channels: int = 3
-  image_size: int = 224
-  patch_size: int = 32
-  hidden_act: str = 'quick_gelu'
-  layer_norm_eps: float = 1e-5
+  hidden_size: Width = 768
+  intermediate_size: Width = 3072
+  num_attention_heads: Width = 12
+  num_channels: Width = 3
+  image_size: Edge = 224
+  patch_size: Edge = 32
 
-  def __post_init__(self):
-    _check_tower(self)
-    positive(self, 'num_channels')
-    positive(self, 'image_size', 'patch_size', most=MOST_EDGE)
-    require(
-      self.image_size % self.patch_size == 0,
-      f'CLIPVisionConfig.image_size={self.image_size} must be a multiple of patch_size='
-      f'{self.patch_size}.',
+  def check(self) -> None:
+    super().check()
+    self.require(
+      self.image_size % self.patch_size == 0, 'image_size',
+      f'must be a multiple of patch_size={self.patch_size}',
     )
 
 
@@ -111,24 +90,17 @@ class CLIPVisionConfig:
 class CLIPVisionProjectionConfig(CLIPVisionConfig):
   """The vision tower and the width of its projection."""
 
-  projection_dim: int = 512
-
-  def __post_init__(self):
-    super().__post_init__()
-    positive(self, 'projection_dim')
+  projection_dim: Width = 512
 
 
 @dataclasses.dataclass(frozen=True)
-class CLIPConfig:
+class CLIPConfig(NetworkConfig):
   """Both towers, the width of the space they share, and where the log of 1/temperature starts."""
 
   text_config: CLIPTextConfig = CLIPTextConfig()
   vision_config: CLIPVisionConfig = CLIPVisionConfig()
-  projection_dim: int = 512
-  logit_scale_init_value: float = 2.6592
-
-  def __post_init__(self):
-    positive(self, 'projection_dim')
+  projection_dim: Width = 512
+  logit_scale_init_value: Annotated[float, Range(-1e6, 1e6)] = 2.6592
 
 
 def dense(i: int, o: int, std: float, **kw) -> Linear:

@@ -1,22 +1,14 @@
 """A small residual network that names classes; what it sees before its last layer are features."""
 
-import collections
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffusion_jax.errors import require
-from diffusion_jax.models.checks import (
-  MOST_EDGE,
-  MOST_LAYERS,
-  all_positive,
-  freeze_lists,
-  positive,
-  size_fits,
-  some_blocks,
-)
+from diffusion_jax.limits import Length
+from diffusion_jax.models.config import Edge, Layers, NetworkConfig, Width, Widths, check_size
 from diffusion_jax.models.layers import Conv, Downsample2D, ResnetBlock2D, linear
 from diffusion_jax.models.network import Blocks
 from diffusion_jax.models.norms import GroupNorm
@@ -24,40 +16,30 @@ from diffusion_jax.types import Images
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassifierConfig:
+class ClassifierConfig(NetworkConfig):
   """block_out_channels: of each level; every one but the last ends by halving height and width.
 
   image_size: in pixels, in training; patch_size: pixels that the first layer makes one place of.
   class_names: what the logits stand for, in order.
   """
 
-  block_out_channels: tuple[int, ...] = (32, 64, 128)
-  layers_per_block: int = 1
-  norm_num_groups: int = 8
-  image_size: int = 64
-  patch_size: int = 2
-  class_names: tuple[str, ...] = ()
+  block_out_channels: Widths = (32, 64, 128)
+  layers_per_block: Layers = 1
+  norm_num_groups: Width = 8
+  image_size: Edge = 64
+  patch_size: Edge = 2
+  class_names: tuple[Annotated[str, Length(0, 200)], ...] = ()
 
-  def __post_init__(self):
-    freeze_lists(self)
-    positive(self, 'norm_num_groups')
-    positive(self, 'image_size', 'patch_size', most=MOST_EDGE)
-    positive(self, 'layers_per_block', most=MOST_LAYERS)
-    all_positive(self, 'block_out_channels')
-    some_blocks(self, self.layers_per_block * len(self.block_out_channels))
-    for channels in self.block_out_channels:
-      require(
-        channels % self.norm_num_groups == 0,
-        f'ClassifierConfig.block_out_channels has {channels}, which norm_num_groups='
-        f'{self.norm_num_groups} does not divide; choose channels that are a multiple of it.',
-      )
-    require(
-      self.image_size % self.factor == 0,
-      f'ClassifierConfig.image_size={self.image_size} must be a multiple of {self.factor}, by '
-      'which patch_size and the levels divide it.',
+  def check(self) -> None:
+    self.check_blocks(self.layers_per_block * len(self.block_out_channels))
+    self.check_groups()
+    self.require(
+      self.image_size % self.factor == 0, 'image_size',
+      f'must be a multiple of {self.factor}, by which patch_size and the levels divide it',
     )
-    twice = sorted(name for name, n in collections.Counter(self.class_names).items() if n > 1)
-    require(not twice, f'ClassifierConfig.class_names has {", ".join(twice)} more than once.')
+    self.require(
+      len(set(self.class_names)) == len(self.class_names), 'class_names', 'must name a class once'
+    )
 
   @property
   def factor(self) -> int:
@@ -96,7 +78,7 @@ class Classifier(Blocks):
 
     UserError unless height and width are multiples of the config's factor.
     """
-    size_fits(pixels.shape, 3, self.config.factor, 'Images of a classifier')
+    check_size(pixels.shape, 3, self.config.factor, 'Images of a classifier')
     return self.run_all(self._features, pixels)
 
   def _features(self, pixels: Images) -> jax.Array:

@@ -5,19 +5,21 @@ name the parts as the modules here do. Softmax and norms are in float32.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diffusion_jax.errors import require, shown
+from diffusion_jax.errors import require
+from diffusion_jax.limits import Range
 from diffusion_jax.models.attention import Attends
-from diffusion_jax.models.checks import MOST, MOST_EDGE, MOST_LAYERS, above_zero, positive
+from diffusion_jax.models.config import Edge, Epsilon, Shift, Width
 from diffusion_jax.models.layers import Conv
 from diffusion_jax.models.network import PLAIN, Blocks, Compute
 from diffusion_jax.models.norms import LayerNorm
-from diffusion_jax.models.text.clip import ACTIVATIONS, CLIPMLP, dense
+from diffusion_jax.models.text.clip import CLIPMLP, Activation, TowerConfig, dense
 from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.types import Images
 
@@ -26,55 +28,35 @@ STD = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
-class DINOv2Config:
+class DINOv2Config(TowerConfig):
   """Keys of transformers' config.json; the defaults are those of ViT-B/14.
 
   image_size: of training, in pixels; other sizes have their positions interpolated. Published
   models have 518. num_register_tokens: 0 without registers (Darcet et al. 2024).
   """
 
-  hidden_size: int = 768
-  num_hidden_layers: int = 12
-  num_attention_heads: int = 12
-  mlp_ratio: int = 4
-  hidden_act: str = 'gelu'
-  layer_norm_eps: float = 1e-6
-  image_size: int = 518
-  patch_size: int = 14
-  num_channels: int = 3
+  hidden_size: Width = 768
+  num_attention_heads: Width = 12
+  mlp_ratio: Width = 4
+  hidden_act: Activation = 'gelu'
+  layer_norm_eps: Epsilon = 1e-6
+  image_size: Edge = 518
+  patch_size: Edge = 14
+  num_channels: Width = 3
   qkv_bias: bool = True
-  layerscale_value: float = 1.0
+  layerscale_value: Shift = 1.0
   use_swiglu_ffn: bool = False
   use_mask_token: bool = True
-  num_register_tokens: int = 0
+  num_register_tokens: Annotated[int, Range(0, 2**20)] = 0
 
-  def __post_init__(self):
-    positive(self, 'hidden_size', 'num_attention_heads', 'mlp_ratio', 'num_channels')
-    positive(self, 'image_size', 'patch_size', most=MOST_EDGE)
-    positive(self, 'num_hidden_layers', most=MOST_LAYERS)
-    above_zero(self, 'layer_norm_eps', most=1)
-    require(
-      type(self.num_register_tokens) is int and 0 <= self.num_register_tokens <= MOST,
-      f'DINOv2Config.num_register_tokens is {shown(self.num_register_tokens)}; it must be a whole '
-      'number from 0 on.',
+  def check(self) -> None:
+    super().check()
+    self.require(
+      self.image_size >= self.patch_size, 'image_size', f'must hold a patch of {self.patch_size}'
     )
-    require(
-      self.hidden_size % self.num_attention_heads == 0,
-      f'DINOv2Config.num_attention_heads={self.num_attention_heads} does not divide hidden_size='
-      f'{self.hidden_size}; choose a divisor.',
-    )
-    require(
-      self.hidden_act in ACTIVATIONS,
-      f'DINOv2Config.hidden_act={self.hidden_act!r} is not known; use one of '
-      f'{", ".join(ACTIVATIONS)}.',
-    )
-    require(
-      self.image_size >= self.patch_size,
-      f'DINOv2Config.image_size={self.image_size} is less than patch_size={self.patch_size}.',
-    )
-    require(
-      self.num_register_tokens == 0 or self.use_mask_token,
-      'DINOv2Config.use_mask_token must be true with registers: their files always hold the token.',
+    self.require(
+      self.num_register_tokens == 0 or self.use_mask_token, 'use_mask_token',
+      'must be true with registers: their files always hold the token',
     )
 
   @property

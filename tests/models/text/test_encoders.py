@@ -150,13 +150,13 @@ def test_t5_is_split_over_the_tensor_axis_in_pairs(random_params):
 
 
 @pytest.mark.parametrize(('make', 'words'), [
-  (lambda: T5Config(feed_forward_proj='gelu'), "feed_forward_proj='gelu'"),
-  (lambda: T5Config(num_heads=0), 'num_heads must be a positive'),
+  (lambda: T5Config(feed_forward_proj='gelu'), "feed_forward_proj is 'gelu'; did you mean"),
+  (lambda: T5Config(num_heads=0), 'num_heads is 0; give'),
   (lambda: T5Config(relative_attention_num_buckets=6), 'multiple of 4'),
   (lambda: T5Config(relative_attention_max_distance=8), 'max_distance=8'),
-  (lambda: CLIPTextProjectionConfig(projection_dim=0), 'projection_dim must be a positive'),
-  (lambda: CLIPTextProjectionConfig(hidden_size=7), 'does not divide hidden_size=7'),
-  (lambda: CLIPVisionProjectionConfig(projection_dim=-1), 'projection_dim must be a positive'),
+  (lambda: CLIPTextProjectionConfig(projection_dim=0), 'projection_dim is 0; give'),
+  (lambda: CLIPTextProjectionConfig(hidden_size=7), 'must divide hidden_size=7'),
+  (lambda: CLIPVisionProjectionConfig(projection_dim=-1), 'projection_dim is -1; give'),
 ])
 def test_wrong_configs_say_what_is_wrong(make, words):
   with pytest.raises(UserError, match=words):
