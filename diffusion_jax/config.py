@@ -88,7 +88,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
   if dataclasses.is_dataclass(hint):
     return value if isinstance(value, hint) else typed(hint, value, f'{where}.')
   if origin is Literal:
-    return value if type(value) is int and value in arguments else check(arguments, value, where)
+    return check(arguments, value, where)
   if origin in (typing.Union, types.UnionType):
     beyond = []
     for choice in arguments:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion_jax.errors import require
+from diffusion_jax.limits import Range
 from diffusion_jax.models.attention import Transformer2DModel
 from diffusion_jax.models.config import (
   Edge,
@@ -94,7 +95,7 @@ class EncoderConfig(NetworkConfig):
   upcast_attention: bool = False
   resnet_time_scale_shift: Literal['default', 'scale_shift'] = 'default'
   flip_sin_to_cos: bool = True
-  freq_shift: Literal[0, 1] = 0
+  freq_shift: Annotated[int, Range(0, 1)] = 0
   class_embed_type: Literal['timestep', 'projection'] | None = None
   num_class_embeds: Width | None = None
   projection_class_embeddings_input_dim: Width | None = None

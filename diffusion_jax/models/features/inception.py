@@ -9,7 +9,7 @@ Parts are named as in the published files.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +32,12 @@ class InceptionConfig(NetworkConfig):
   precision: of the products. Less than 'highest' is faster on accelerators, with other figures.
   """
 
-  divisor: Literal[1, 2, 4, 8, 16] = 1
+  divisor: Width = 1
   classes: Width = 1008
   precision: str = 'highest'
+
+  def check(self) -> None:
+    self.require(16 % self.divisor == 0, 'divisor', 'must be 1, 2, 4, 8 or 16')
 
   @property
   def widths(self) -> dict[str, int]:
