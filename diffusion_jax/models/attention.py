@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from diffusion_jax.backend.xla import Capability, chip
 from diffusion_jax.errors import require
 from diffusion_jax.models.kernels import chunked, splash
-from diffusion_jax.models.layers import linear, pointwise
+from diffusion_jax.models.layers import Function, in_turn, linear, pointwise
 from diffusion_jax.models.network import PLAIN, Blocks, Compute
 from diffusion_jax.models.norms import GroupNorm, LayerNorm
 from diffusion_jax.parallel.layout import constrain, on_each_device
@@ -112,17 +112,22 @@ def choose(
 
 
 class Attends(nnx.Module):
-  """A module with attention that has no mask and no bias."""
+  """A module with attention of so many heads that has no mask and no bias."""
 
   heeds = 'attention'
 
-  def __init__(self, *, compute: Compute = PLAIN, rngs: nnx.Rngs | None = None):
+  def __init__(self, heads: int, *, compute: Compute = PLAIN, rngs: nnx.Rngs | None = None):
     del rngs
-    self.attention = compute.attention
+    self.heads, self.attention = heads, compute.attention
+
+  def by_head(self, x: jax.Array) -> jax.Array:
+    """[b n c] -> [b n h d]."""
+    return x.reshape(*x.shape[:-1], self.heads, -1)
 
   def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Return `attend` by this module's way."""
-    return attend(q, k, v, self.attention)
+    """q [b n h d], k and v [b l h d] -> [b n c], by this module's way."""
+    y = attend(q, k, v, self.attention)
+    return y.reshape(*y.shape[:-2], -1)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, attention: str = 'auto') -> jax.Array:
@@ -158,10 +163,6 @@ def check_attention(
   require(not why, f'attention {attention!r} cannot serve here: {why}.')
 
 
-class Nothing(nnx.Module):
-  """The place of a layer without parameters (dropout) in a numbered list."""
-
-
 class Attention(Attends):
   """Multi-head attention (Vaswani et al. 2017, eq. 1): x [b n c], context [b l d] -> [b n c].
 
@@ -176,23 +177,21 @@ class Attention(Attends):
     self, features: int, *, heads: int, context_features: int | None = None,
     qkv_bias: bool = False, **kw,
   ):
-    super().__init__(**kw)
+    super().__init__(heads, **kw)
     require(features % heads == 0, f'{heads} attention heads do not divide {features} channels.')
     source = features if context_features is None else context_features
     self.to_q = linear(features, features, use_bias=qkv_bias, **kw)
     self.to_k = linear(source, features, use_bias=qkv_bias, **kw)
     self.to_v = linear(source, features, use_bias=qkv_bias, **kw)
     self.to_out = nnx.List([linear(features, features, **kw)])
-    self.heads = heads
 
   def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
     if self.perturbed and context is None:
       return constrain(self.to_out[0](self.to_v(x)), 'tokens')
     context = x if context is None else context
-    split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
-    q, k, v = split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context))
-    y = self.attend(q, k, v)
-    return constrain(self.to_out[0](y.reshape(*y.shape[:-2], -1)), 'tokens')
+    q, k = self.by_head(self.to_q(x)), self.by_head(self.to_k(context))
+    y = self.attend(q, k, self.by_head(self.to_v(context)))
+    return constrain(self.to_out[0](y), 'tokens')
 
 
 class SpatialAttention(Attention):
@@ -219,15 +218,26 @@ class GEGLU(nnx.Module):
     return constrain(value, 'hidden') * gate
 
 
-class FeedForward(nnx.Module):
-  """GEGLU to 4 times the width and back: [b n c] -> [b n c]."""
+class GELU(nnx.Module):
+  """GELU in its tanh approximation (Hendrycks & Gimpel 2016, sec. 2) of a dense layer."""
 
-  def __init__(self, features: int, **kw):
-    hidden = 4 * features
-    self.net = nnx.List([GEGLU(features, hidden, **kw), Nothing(), linear(hidden, features, **kw)])
+  def __init__(self, in_features: int, out_features: int, **kw):
+    self.proj = linear(in_features, out_features, **kw)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return constrain(self.net[2](self.net[0](x)), 'tokens')
+    return jax.nn.gelu(constrain(self.proj(x), 'hidden'), approximate=True)
+
+
+class FeedForward(nnx.Module):
+  """An activation at 4 times the width and back: [b n c] -> [b n c]."""
+
+  def __init__(self, features: int, activation: type[GEGLU | GELU] = GEGLU, **kw):
+    hidden = 4 * features
+    first, last = activation(features, hidden, **kw), linear(hidden, features, **kw)
+    self.net = nnx.List([first, Function(), last])
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return constrain(in_turn(self.net, x), 'tokens')
 
 
 class BasicTransformerBlock(nnx.Module):

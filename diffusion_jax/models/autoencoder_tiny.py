@@ -6,6 +6,7 @@ images in [0, 1]; `encode` and `decode` speak of [-1, 1], as every autoencoder h
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import jax
@@ -21,7 +22,7 @@ from diffusion_jax.models.config import (
   Widths,
   check_size,
 )
-from diffusion_jax.models.layers import Conv
+from diffusion_jax.models.layers import Conv, Function, double, in_turn
 from diffusion_jax.types import Images, Latents
 
 ACTIVATIONS = {
@@ -66,71 +67,35 @@ class AutoencoderTinyConfig(NetworkConfig):
     return 2 ** (len(self.encoder_block_out_channels) - 1)
 
 
-class Activation(nnx.Module):
-  """An activation function in its place of a numbered list."""
-
-  def __init__(self, name: str):
-    self.name = name
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return ACTIVATIONS[self.name](x)
-
-
-class Doubling(nnx.Module):
-  """Nearest-neighbour doubling in its place of a numbered list: [b h w c] -> [b 2h 2w c]."""
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-
-
 class AutoencoderTinyBlock(nnx.Module):
   """Three convolutions around an identity, then ReLU: [b h w c] -> [b h w c]."""
 
   def __init__(self, channels: int, act_fn: str, **kw):
     conv = lambda: Conv(channels, channels, **kw)
-    self.conv = nnx.List([conv(), Activation(act_fn), conv(), Activation(act_fn), conv()])
+    active = lambda: Function(ACTIVATIONS[act_fn])
+    self.conv = nnx.List([conv(), active(), conv(), active(), conv()])
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    y = x
-    for layer in self.conv:
-      y = layer(y)
-    return jax.nn.relu(x + y)
+    return jax.nn.relu(x + in_turn(self.conv, x))
 
 
-class EncoderTiny(nnx.Module):
-  """Images in [0, 1] [b h w i] -> latents [b h/f w/f c]."""
+class Half(nnx.Module):
+  """Encoder, images in [0, 1] [b h w i] -> latents [b h/f w/f c], or decoder, the other way."""
 
-  def __init__(self, config: AutoencoderTinyConfig, **kw):
-    width = config.encoder_block_out_channels[0]
-    layers = [Conv(config.in_channels, width, **kw)]
-    for n, blocks in enumerate(config.num_encoder_blocks):
-      if n > 0:
-        layers.append(Conv(width, width, stride=2, use_bias=False, **kw))
-      layers += [AutoencoderTinyBlock(width, config.act_fn, **kw) for _ in range(blocks)]
-    self.layers = nnx.List([*layers, Conv(width, config.latent_channels, **kw)])
+  def __init__(self, layers: Iterable[nnx.Module]):
+    self.layers = nnx.List(layers)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    for layer in self.layers:
-      x = layer(x)
-    return x
+    return in_turn(self.layers, x)
 
 
-class DecoderTiny(nnx.Module):
-  """Latents [b h/f w/f c] -> images in [0, 1] [b h w o]."""
-
-  def __init__(self, config: AutoencoderTinyConfig, **kw):
-    width = config.decoder_block_out_channels[0]
-    layers = [Conv(config.latent_channels, width, **kw), Activation(config.act_fn)]
-    for n, blocks in enumerate(config.num_decoder_blocks):
-      if n > 0:
-        layers += [Doubling(), Conv(width, width, use_bias=False, **kw)]
-      layers += [AutoencoderTinyBlock(width, config.act_fn, **kw) for _ in range(blocks)]
-    self.layers = nnx.List([*layers, Conv(width, config.out_channels, **kw)])
-
-  def __call__(self, z: jax.Array) -> jax.Array:
-    for layer in self.layers:
-      z = layer(z)
-    return z
+def _blocks(counts: tuple[int, ...], width: int, act_fn: str, between: Callable, **kw):
+  """Yield each level's blocks, and before all but the first what `between` makes."""
+  for n, blocks in enumerate(counts):
+    if n > 0:
+      yield from between()
+    for _ in range(blocks):
+      yield AutoencoderTinyBlock(width, act_fn, **kw)
 
 
 class AutoencoderTiny(nnx.Module):
@@ -138,8 +103,19 @@ class AutoencoderTiny(nnx.Module):
 
   def __init__(self, config: AutoencoderTinyConfig, **kw):
     self.config = config
-    self.encoder = EncoderTiny(config, **kw)
-    self.decoder = DecoderTiny(config, **kw)
+    c, act_fn = config.latent_channels, config.act_fn
+    down, up = config.encoder_block_out_channels[0], config.decoder_block_out_channels[0]
+    halve = lambda: [Conv(down, down, stride=2, use_bias=False, **kw)]
+    twice = lambda: [Function(double), Conv(up, up, use_bias=False, **kw)]
+    self.encoder = Half([
+      Conv(config.in_channels, down, **kw),
+      *_blocks(config.num_encoder_blocks, down, act_fn, halve, **kw), Conv(down, c, **kw),
+    ])
+    self.decoder = Half([
+      Conv(c, up, **kw), Function(ACTIVATIONS[act_fn]),
+      *_blocks(config.num_decoder_blocks, up, act_fn, twice, **kw),
+      Conv(up, config.out_channels, **kw),
+    ])
 
   def encode(self, images: Images) -> Latents:
     """Images [b h w 3] in [-1, 1] -> latents [b h/f w/f c], unscaled.

@@ -10,23 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 
-from diffusion_jax.models.attention import Attention, Nothing
+from diffusion_jax.models.attention import GELU, Attention, FeedForward
 from diffusion_jax.models.config import Edge, Epsilon, Layers, NetworkConfig, Width
 from diffusion_jax.models.denoiser import Denoiser, Shapes
 from diffusion_jax.models.layers import Conv, TimestepEmbedding, embed, linear, timestep_embedding
+from diffusion_jax.models.norms import normalize
 from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.types import Condition, Latents, Timesteps
 
 zeros = nnx.initializers.zeros_init()
-
-
-def normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
-  """LayerNorm without parameters (Ba et al. 2016) over the last axis, statistics in float32."""
-  y = x.astype(jnp.float32)
-  y = y - y.mean(-1, keepdims=True)
-  return (y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + epsilon)).astype(x.dtype)
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
@@ -46,27 +39,6 @@ class Modulation(nnx.Module):
 
   def __call__(self, condition: jax.Array) -> list[jax.Array]:
     return jnp.split(self.linear(nnx.silu(condition))[:, None], self.parts, axis=-1)
-
-
-class GELU(nnx.Module):
-  """GELU in its tanh approximation (Hendrycks & Gimpel 2016, sec. 2) of a dense layer."""
-
-  def __init__(self, in_features: int, out_features: int, **kw):
-    self.proj = linear(in_features, out_features, **kw)
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(constrain(self.proj(x), 'hidden'), approximate=True)
-
-
-class FeedForward(nnx.Module):
-  """GELU at 4 times the width and back: [b n c] -> [b n c]."""
-
-  def __init__(self, features: int, **kw):
-    hidden = 4 * features
-    self.net = nnx.List([GELU(features, hidden, **kw), Nothing(), linear(hidden, features, **kw)])
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return constrain(self.net[2](self.net[0](x)), 'tokens')
 
 
 def sincos_positions(rows: np.ndarray, columns: np.ndarray, features: int) -> jax.Array:
@@ -206,7 +178,7 @@ class DiTBlock(nnx.Module):
     self.attn1 = Attention(
       c, heads=config.num_attention_heads, qkv_bias=config.attention_bias, **kw
     )
-    self.ff = FeedForward(c, **kw)
+    self.ff = FeedForward(c, GELU, **kw)
     self.epsilon = config.norm_eps
 
   def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
@@ -219,16 +191,19 @@ class DiTBlock(nnx.Module):
 class PatchEmbed(nnx.Module):
   """Patches of [b h w i] -> tokens with their positions, [b n c]; any size of whole patches."""
 
-  def __init__(self, config: DiTConfig, **kw):
+  def __init__(self, config: TransformerConfig, **kw):
     p = config.patch_size
     self.proj = Conv(config.in_channels, config.features, p, stride=p, padding=0, **kw)
     self.trained = config.sample_size // p
 
+  def positions(self, h: int, w: int, features: int) -> jax.Array:
+    """Return those of h x w patches: [h w features]."""
+    return sincos_positions(*(grid_positions(n, self.trained) for n in (h, w)), features)
+
   def __call__(self, x: jax.Array) -> jax.Array:
     x = self.proj(x)
     b, h, w, c = x.shape
-    rows, columns = (grid_positions(n, self.trained) for n in (h, w))
-    x = (x + sincos_positions(rows, columns, c)).astype(x.dtype)
+    x = (x + self.positions(h, w, c)).astype(x.dtype)
     return constrain(x.reshape(b, h * w, c), 'tokens')
 
 

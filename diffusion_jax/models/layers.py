@@ -5,6 +5,7 @@ submodules are those of the diffusers checkpoints, so conversion is a renaming o
 """
 
 import math
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,30 @@ def linear(in_features: int, out_features: int, **kw) -> Linear:
   return Linear(in_features, out_features, **kw)
 
 
+class Function(nnx.Module):
+  """A function without parameters in its place of a numbered list; dropout's is the identity."""
+
+  def __init__(self, function: Callable[[jax.Array], jax.Array] = lambda x: x):
+    self.function = function
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.function(x)
+
+
+def in_turn(layers: Iterable[Callable], x: jax.Array) -> jax.Array:
+  """Return x after one layer after another."""
+  for layer in layers:
+    x = layer(x)
+  return x
+
+
+def double(x: jax.Array) -> jax.Array:
+  """Nearest-neighbour doubling: [b h w c] -> [b 2h 2w c]."""
+  b, h, w, c = x.shape
+  x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
+  return x.reshape(b, 2 * h, 2 * w, c)
+
+
 class ResnetBlock2D(nnx.Module):
   """Residual block (He et al. 2016; with time as in DDPM, Ho et al. 2020, appendix B).
 
@@ -166,9 +191,7 @@ class Upsample2D(nnx.Module):
     self.conv = Conv(channels, channels, **kw)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    b, h, w, c = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-    return constrain(self.conv(x), 'image')
+    return constrain(self.conv(double(x)), 'image')
 
 
 class Downsample2D(nnx.Module):

@@ -14,26 +14,25 @@ from jax import lax
 
 from diffusion_jax.errors import require
 from diffusion_jax.limits import Range
-from diffusion_jax.models.attention import Attends
+from diffusion_jax.models.attention import GELU, Attends, FeedForward
 from diffusion_jax.models.config import Edge, Layers, Width
 from diffusion_jax.models.denoiser import Denoiser, Shapes
 from diffusion_jax.models.dit import (
-  FeedForward,
+  SINUSOIDS,
   Modulation,
+  PatchEmbed,
   TransformerConfig,
   grid_positions,
   modulate,
-  normalize,
   sincos_positions,
   unpatch,
   zeros,
 )
-from diffusion_jax.models.layers import Conv, TimestepEmbedding, linear, timestep_embedding
-from diffusion_jax.models.network import PLAIN, Compute
+from diffusion_jax.models.layers import TimestepEmbedding, linear, timestep_embedding
+from diffusion_jax.models.network import PLAIN
+from diffusion_jax.models.norms import RMSNorm, normalize
 from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.types import Condition, Latents, Text, Timesteps
-
-SINUSOIDS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +75,6 @@ class MMDiTConfig(TransformerConfig):
     return {'text': (None, self.joint_attention_dim), 'pooled': (self.pooled_projection_dim,)}
 
 
-def _head_norm(features: int, *, compute: Compute = PLAIN, rngs: nnx.Rngs) -> nnx.RMSNorm:
-  dtypes = dict(dtype=compute.dtype, param_dtype=compute.param_dtype)
-  return nnx.RMSNorm(features, epsilon=1e-6, **dtypes, rngs=rngs)
-
-
 class JointAttention(Attends):
   """Attention of image tokens, and of text tokens if given, to both (Esser et al. 2024, fig. 2).
 
@@ -89,10 +83,10 @@ class JointAttention(Attends):
   """
 
   def __init__(self, config: MMDiTConfig, *, joint: bool, last: bool = False, **kw):
-    super().__init__(**kw)
-    c, self.heads = config.features, config.num_attention_heads
+    super().__init__(config.num_attention_heads, **kw)
+    c = config.features
     normed = config.qk_norm is not None
-    norm = lambda: _head_norm(config.attention_head_dim, **kw) if normed else None
+    norm = lambda: RMSNorm(config.attention_head_dim, 1e-6, **kw) if normed else None
     self.to_q, self.to_k, self.to_v = (linear(c, c, **kw) for _ in range(3))
     self.to_out = nnx.List([linear(c, c, **kw)])
     self.norm_q, self.norm_k = norm(), norm()
@@ -105,7 +99,7 @@ class JointAttention(Attends):
     self, x: jax.Array, text: jax.Array | None = None
   ) -> tuple[jax.Array, jax.Array | None]:
     """x [b n c], text [b l c] -> the same, or None for the text of the last block."""
-    by_head = lambda y: y.reshape(*y.shape[:2], self.heads, -1)
+    by_head = self.by_head
     normed = lambda y, norm: y if norm is None else norm(y)
     q, k, v = by_head(self.to_q(x)), by_head(self.to_k(x)), by_head(self.to_v(x))
     q, k = normed(q, self.norm_q), normed(k, self.norm_k)
@@ -117,8 +111,7 @@ class JointAttention(Attends):
     if wanted:
       more = normed(by_head(self.add_q_proj(text)), self.norm_added_q)
       q = jnp.concatenate([q, more], axis=1)
-    y = self.attend(q, k, v)
-    y, words = jnp.split(y.reshape(*y.shape[:2], -1), [x.shape[1]], axis=1)
+    y, words = jnp.split(self.attend(q, k, v), [x.shape[1]], axis=1)
     words = constrain(self.to_add_out(words), 'tokens') if wanted else None
     return constrain(self.to_out[0](y), 'tokens'), words
 
@@ -133,8 +126,8 @@ class JointTransformerBlock(nnx.Module):
     self.norm1_context = Modulation(c, 2 if last else 6, **kw)
     self.attn = JointAttention(config, joint=True, last=last, **kw)
     self.attn2 = JointAttention(config, joint=False, **kw) if dual else None
-    self.ff = FeedForward(c, **kw)
-    self.ff_context = None if last else FeedForward(c, **kw)
+    self.ff = FeedForward(c, GELU, **kw)
+    self.ff_context = None if last else FeedForward(c, GELU, **kw)
 
   def __call__(
     self, x: jax.Array, text: jax.Array, condition: jax.Array
@@ -160,7 +153,7 @@ class JointTransformerBlock(nnx.Module):
     return x, text + ff_gate * self.ff_context(modulate(normalize(text), ff_shift, ff_scale))
 
 
-class CroppedPatchEmbed(nnx.Module):
+class CroppedPatchEmbed(PatchEmbed):
   """Patches of [b h w i] -> tokens with their positions, [b n c].
 
   The positions are the middle of a table of max^2 rows. It is not learned, but published files hold
@@ -168,20 +161,17 @@ class CroppedPatchEmbed(nnx.Module):
   """
 
   def __init__(self, config: MMDiTConfig, **kw):
-    p, side = config.patch_size, config.pos_embed_max_size
-    self.proj = Conv(config.in_channels, config.features, p, stride=p, padding=0, **kw)
-    positions = grid_positions(side, config.sample_size // p)
+    super().__init__(config, **kw)
+    side = config.pos_embed_max_size
+    positions = grid_positions(side, self.trained)
     table = sincos_positions(positions, positions, config.features).reshape(1, side**2, -1)
     self.pos_embed = nnx.Param(table.astype(kw.get('compute', PLAIN).param_dtype))
     self.side = side
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    x = self.proj(x)
-    b, h, w, c = x.shape
+  def positions(self, h: int, w: int, features: int) -> jax.Array:
     top, left = (self.side - h) // 2, (self.side - w) // 2
-    table = lax.stop_gradient(self.pos_embed[...]).reshape(self.side, self.side, c)
-    table = table[top : top + h, left : left + w]
-    return constrain((x + table).astype(x.dtype).reshape(b, h * w, c), 'tokens')
+    table = lax.stop_gradient(self.pos_embed[...]).reshape(self.side, self.side, features)
+    return table[top : top + h, left : left + w]
 
 
 class TimeAndText(nnx.Module):

@@ -19,7 +19,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from diffusion_jax.errors import require
+from diffusion_jax.errors import UserError, require
+from diffusion_jax.registry import check
 from diffusion_jax.types import Params
 
 REMAT = ('none', 'block', 'offload')
@@ -42,6 +43,8 @@ class Compute:
 
   dtype: of the computation; norms and softmax are float32 whatever it is. param_dtype: of
   parameters that are made. remat, attention and matmul_precision: one each of the tables above.
+  perturbed: the start of a module's name, such as 'mid_block', within which self-attention is the
+  identity (Ahn et al. 2024); '' for nowhere.
   """
 
   dtype: DTypeLike = jnp.float32
@@ -49,13 +52,13 @@ class Compute:
   remat: str = 'none'
   attention: str = 'auto'
   matmul_precision: str = 'plain'
+  perturbed: str = ''
 
   def __post_init__(self):
     for name, known in (
       ('remat', REMAT), ('attention', ATTENTION), ('matmul_precision', MATMUL_PRECISION)
     ):
-      value = getattr(self, name)
-      require(value in known, f'{name} is {value!r}; choose one of {", ".join(known)}.')
+      check(known, getattr(self, name), name)
 
 
 PLAIN = Compute()
@@ -174,8 +177,7 @@ def count(params: Params) -> int:
 class Network(NamedTuple):
   """A network without weights: its configuration, static graph, parameter shapes and Compute.
 
-  build: a Compute -> what makes the module, so that the same network can be built to compute
-  otherwise.
+  build: a Compute -> what makes the module, so that the same network can compute otherwise.
   """
 
   config: Any
@@ -202,7 +204,8 @@ class Network(NamedTuple):
   @classmethod
   def built(cls, config: Any, build: Callable[[Compute], Make], compute: Compute) -> 'Network':
     """Return the network that `build` makes."""
-    make = build(compute)
+    plain = build(compute)
+    make = (lambda rngs: _perturb(plain(rngs), compute.perturbed)) if compute.perturbed else plain
     module = nnx.eval_shape(lambda: make(Keys(jax.random.key(0))))
     for option, parts in NEEDS.items():
       default = getattr(PLAIN, option)
@@ -213,46 +216,10 @@ class Network(NamedTuple):
       require(heeded, f'{name} has no {parts}; set {option} to {default}.')
     return cls(config, *split(module), make, build, compute)
 
-  def computing(self, **changes) -> 'Network':
+  def with_compute(self, **changes) -> 'Network':
     """Return the same network with changes to its Compute."""
     compute = dataclasses.replace(self.compute, **changes)
     return self if compute == self.compute else self.built(self.config, self.build, compute)
-
-  def with_remat(self, remat: str) -> 'Network':
-    """Return the same network, of which the backward pass keeps less (see REMAT)."""
-    return self.computing(remat=remat)
-
-  def with_attention(self, attention: str) -> 'Network':
-    """Return the same network, whose attention is computed in that way (see ATTENTION)."""
-    return self.computing(attention=attention)
-
-  def with_matmul_precision(self, precision: str) -> 'Network':
-    """Return the same network, whose dense layers multiply so (see MATMUL_PRECISION)."""
-    return self.computing(matmul_precision=precision)
-
-  def with_perturbed(self, part: str) -> 'Network':
-    """Return the same network whose self-attention within `part` is the identity (Ahn et al. 2024).
-
-    part: the start of a module's name, such as 'mid_block' or 'transformer_blocks.3'. UserError
-    where there is no self-attention.
-    """
-    wanted = part.split('.')
-
-    def build(compute: Compute) -> Make:
-      def make(rngs: Any) -> nnx.Module:
-        module = self.build(compute)(rngs)
-        inside = [
-          each for path, each in nnx.iter_modules(module)
-          if hasattr(each, 'perturbed') and [*map(str, path)][: len(wanted)] == wanted
-        ]
-        require(inside, f'there is no self-attention in {part!r} of {type(module).__name__}.')
-        for each in inside:
-          each.perturbed = True
-        return module
-
-      return make
-
-    return self.built(self.config, build, self.compute)
 
   def bind(self, params: Params) -> nnx.Module:
     """Return a module that computes with `params`."""
@@ -263,6 +230,17 @@ class Network(NamedTuple):
     # Both the shapes of a state and the program that begins it are traced from this.
     once = isinstance(key, jax.core.Tracer)
     return (_initialize_once if once else initialize)(self.make, key)
+
+
+def _perturb(module: nnx.Module, part: str) -> nnx.Module:
+  wanted = part.split('.')
+  within = lambda path, _: [*map(str, path)][: len(wanted)] == wanted
+  try:
+    module.set_attributes(within, perturbed=True)
+  except ValueError as error:
+    name = type(module).__name__
+    raise UserError(f'there is no self-attention in {part!r} of {name}.') from error
+  return module
 
 
 def prefixed(prefix: str, params: Params) -> Params:

@@ -60,6 +60,27 @@ def _layer_gradients(epsilon, saved, dy):
 layer_norm.defvjp(_normalized, _layer_gradients)
 
 
+def normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+  """LayerNorm without parameters over the last axis, statistics in float32."""
+  y = x.astype(jnp.float32)
+  y = y - y.mean(-1, keepdims=True)
+  return (y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + epsilon)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+  """x scale / sqrt(mean(x^2) + epsilon) (Zhang & Sennrich 2019, eq. 4) in float32: [... d]."""
+
+  def __init__(self, features: int, epsilon: float, *, compute: Compute = PLAIN, rngs: nnx.Rngs):
+    del rngs  # The scale starts at one.
+    self.scale = nnx.Param(jnp.ones((features,), compute.param_dtype))
+    self.epsilon, self.dtype = epsilon, compute.dtype
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.float32)
+    x = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+    return (x * self.scale[...].astype(jnp.float32)).astype(self.dtype)
+
+
 class GroupNorm(nnx.Module):
   """Group normalisation (Wu & He 2018, eq. 1) over [b ... c]; parameters: scale [c], bias [c].
 

@@ -10,6 +10,7 @@ is nothing to train, of parameters by the names of the `lpips` package (net.slic
 """
 
 import dataclasses
+import functools
 from typing import Annotated
 
 import jax
@@ -19,9 +20,8 @@ from jax import lax
 
 from diffusion_jax.errors import require
 from diffusion_jax.limits import Range
-from diffusion_jax.models.attention import Nothing
 from diffusion_jax.models.config import NetworkConfig, Width
-from diffusion_jax.models.layers import Conv
+from diffusion_jax.models.layers import Conv, Function, in_turn
 from diffusion_jax.models.norms import GroupNorm
 from diffusion_jax.types import Images, Params, PerExample
 
@@ -52,11 +52,7 @@ class DiscriminatorConfig(NetworkConfig):
     return tuple(self.base_channels * min(2**n, 8) for n in range(self.n_layers + 1))
 
 
-class LeakyReLU(Nothing):
-  """max(x, 0.2 x)."""
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return jax.nn.leaky_relu(x, 0.2)
+LEAKY = functools.partial(jax.nn.leaky_relu, negative_slope=0.2)
 
 
 class Discriminator(nnx.Module):
@@ -66,13 +62,14 @@ class Discriminator(nnx.Module):
     init = nnx.initializers.normal(0.02)  # As in the paper, appendix 6.2.
     widths = config.widths
     conv = lambda i, o, **more: Conv(i, o, 4, init=init, **more, **kw)
-    layers = [conv(config.in_channels, widths[0], stride=2), LeakyReLU()]
+    leaky = lambda: Function(LEAKY)
+    layers = [conv(config.in_channels, widths[0], stride=2), leaky()]
     for n in range(1, len(widths)):
       stride = 2 if n < config.n_layers else 1
       layers += [
         conv(widths[n - 1], widths[n], stride=stride, use_bias=False),
         GroupNorm(config.norm_num_groups, widths[n], 1e-5, **kw),
-        LeakyReLU(),
+        leaky(),
       ]
     self.main = nnx.List([*layers, conv(widths[-1], 1)])
     self.config = config
@@ -84,10 +81,7 @@ class Discriminator(nnx.Module):
       f'The discriminator with {self.config.n_layers} layers needs images of at least '
       f'{smallest}x{smallest}, not {list(images.shape)}; use fewer layers or larger images.',
     )
-    x = images
-    for layer in self.main:
-      x = layer(x)
-    return x
+    return in_turn(self.main, images)
 
 
 # Convolutions by their number in VGG16's feature stack, and channels, per slice. Each slice but the

@@ -194,34 +194,45 @@ def _transformer(
   )
 
 
-class DownBlock(Blocks):
-  """Residual blocks, each with attention after it where the level has it; then halving.
+class Level(Blocks):
+  """Residual blocks from these numbers of channels, each with attention after it or without."""
 
-  The last level does not halve.
+  def __init__(
+    self, config: EncoderConfig, level: int, inputs: list[int], block_type: str, **kw
+  ):
+    super().__init__(**kw)
+    o, only_text = config.block_out_channels[level], config.only_text[level]
+    attentions = inputs if block_type.startswith('CrossAttn') else ()
+    self.resnets = nnx.List([_resnet(config, i, o, **kw) for i in inputs])
+    self.attentions = nnx.List([
+      _transformer(config, level, only_text=only_text, **kw) for _ in attentions
+    ])
+
+  def layer(self, n: int, x: jax.Array, text: jax.Array, *args: jax.Array) -> jax.Array:
+    """Return x after residual block n, which is given `args`, and its attention."""
+    x = self.run(self.resnets[n], x, *args)
+    return self.attentions[n](x, text) if self.attentions else x
+
+
+class DownBlock(Level):
+  """A level, then halving, except at the last.
 
   x [b h w i] -> [b h/2 w/2 o] and every intermediate result, for the skip connections.
   """
 
   def __init__(self, config: EncoderConfig, level: int, **kw):
-    super().__init__(**kw)
     widths, layers = config.block_out_channels, config.layers_per_block
-    i, o = widths[max(level - 1, 0)], widths[level]
-    attend = config.down_block_types[level].startswith('CrossAttn')
-    self.resnets = nnx.List([_resnet(config, i if n == 0 else o, o, **kw) for n in range(layers)])
-    self.attentions = nnx.List([
-      _transformer(config, level, only_text=config.only_text[level], **kw)
-      for _ in range(layers if attend else 0)
-    ])
+    inputs = [widths[max(level - 1, 0)]] + [widths[level]] * (layers - 1)
+    super().__init__(config, level, inputs, config.down_block_types[level], **kw)
     last = level == len(widths) - 1
-    self.downsamplers = nnx.List([] if last else [Downsample2D(o, **kw)])
+    self.downsamplers = nnx.List([] if last else [Downsample2D(widths[level], **kw)])
 
   def __call__(
     self, x: jax.Array, time: jax.Array, text: jax.Array
   ) -> tuple[jax.Array, list[jax.Array]]:
     skips = []
-    for n, resnet in enumerate(self.resnets):
-      x = self.run(resnet, x, time)
-      x = self.attentions[n](x, text) if self.attentions else x
+    for n in range(len(self.resnets)):
+      x = self.layer(n, x, text, time)
       skips.append(x)
     for downsample in self.downsamplers:
       x = self.run(downsample, x)
@@ -249,36 +260,27 @@ class MidBlock(Blocks):
     return x
 
 
-class UpBlock(Blocks):
+class UpBlock(Level):
   """Like DownBlock, one residual block more, each fed the skip that it mirrors; then doubling.
 
   `step` counts from the lowest resolution; x [b h w i], skips (taken from the end) -> [b 2h 2w o].
   """
 
   def __init__(self, config: UNetConfig, step: int, **kw):
-    super().__init__(**kw)
-    widths, layers = config.block_out_channels, config.layers_per_block + 1
+    widths, layers = config.block_out_channels, config.layers_per_block
     level = len(widths) - 1 - step
-    below, above = widths[min(level + 1, len(widths) - 1)], widths[max(level - 1, 0)]
-    o = widths[level]
-    attend = config.up_block_types[step].startswith('CrossAttn')
+    above, o, below = (widths[0], *widths, widths[-1])[level : level + 3]
     # The last skip of a level is the result of the level above it, after halving.
-    skips = [o] * (layers - 1) + [above]
-    self.resnets = nnx.List([
-      _resnet(config, (below if n == 0 else o) + skip, o, **kw) for n, skip in enumerate(skips)
-    ])
-    self.attentions = nnx.List([
-      _transformer(config, level, only_text=config.only_text[level], **kw)
-      for _ in range(layers if attend else 0)
-    ])
+    skips = [o] * layers + [above]
+    inputs = [i + skip for i, skip in zip([below] + [o] * layers, skips, strict=True)]
+    super().__init__(config, level, inputs, config.up_block_types[step], **kw)
     self.upsamplers = nnx.List([] if level == 0 else [Upsample2D(o, **kw)])
 
   def __call__(
     self, x: jax.Array, skips: list[jax.Array], time: jax.Array, text: jax.Array
   ) -> jax.Array:
-    for n, resnet in enumerate(self.resnets):
-      x = self.run(resnet, x, time, skips.pop())
-      x = self.attentions[n](x, text) if self.attentions else x
+    for n in range(len(self.resnets)):
+      x = self.layer(n, x, text, time, skips.pop())
     for upsample in self.upsamplers:
       x = self.run(upsample, x)
     return x

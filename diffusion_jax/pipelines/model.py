@@ -107,20 +107,21 @@ class Diffusion:
     if remat == 'none':
       return self
     roles = self.networks.keys() - self.space.networks.keys()
-    return self._each(lambda network: network.with_remat(remat), roles)
+    return self._each(lambda network: network.with_compute(remat=remat), roles)
 
   def with_attention(self, attention: str) -> 'Diffusion':
     """The same model, whose denoiser and ControlNet compute attention in that way.
 
     Others choose for themselves: the one head of an autoencoder is too wide for kernels.
     """
-    return self._each(lambda network: network.with_attention(attention), (DENOISER, CONTROLNET))
+    change = lambda network: network.with_compute(attention=attention)
+    return self._each(change, (DENOISER, CONTROLNET))
 
   def with_matmul_precision(self, precision: str) -> 'Diffusion':
     """The same model for training, whose denoiser and ControlNet multiply in that way."""
     if precision == 'plain':
       return self
-    change = lambda network: network.with_matmul_precision(precision)
+    change = lambda network: network.with_compute(matmul_precision=precision)
     return self._each(change, (DENOISER, CONTROLNET))
 
   def on_mesh(self, weights: Weights, mesh: Mesh) -> Weights:
@@ -200,7 +201,8 @@ class Diffusion:
     """Return the denoisers that guidance leads away from beside the null condition's."""
     others = []
     if program.perturbed:
-      others.append((self.denoiser.with_perturbed(program.perturbed), DENOISER, numbers.perturbed))
+      perturbed = self.denoiser.with_compute(perturbed=program.perturbed)
+      others.append((perturbed, DENOISER, numbers.perturbed))
     if program.autoguided:
       others.append((self.worse, WORSE, numbers.autoguidance - 1))
 

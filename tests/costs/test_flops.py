@@ -77,7 +77,7 @@ def test_loops_branches_and_dead_ends():
 def test_nothing_is_counted_twice_for_memory():
   network = Network.of(DiT, SMALL_DIT)
   plain = of_network(network, *dit_inputs(2))
-  again = of_network(network.with_remat('block'), *dit_inputs(2))
+  again = of_network(network.with_compute(remat='block'), *dit_inputs(2))
   assert plain == again and plain.total > 0
 
 

@@ -226,7 +226,7 @@ def test_adapters_keep_it_and_networks_without_attention_refuse_it():
   network = Network.of(UNet, tiny.UNET, remat='block', attention='xla')
   adapted = with_lora(network, targets(network, LoRAConfig()))
   assert adapted.compute == network.compute == Compute(remat='block', attention='xla')
-  for one in (adapted, network.with_remat('none')):
+  for one in (adapted, network.with_compute(remat='none')):
     (transformer,) = one.bind(one.shapes).mid_block.attentions
     assert transformer.transformer_blocks[0].attn2.attention == 'xla'
   small = ClassifierConfig(image_size=32, class_names=('a', 'b'))

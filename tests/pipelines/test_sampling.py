@@ -322,7 +322,7 @@ def test_guidance_leads_away_from_perturbed_attention_and_a_worse_model(model_an
   )(x, jnp.zeros(()), jnp.ones(()), text)
   plain = estimate(model.denoiser, weights['denoiser'])
   np.testing.assert_allclose(sample(), plain, atol=1e-5)
-  perturbed = model.denoiser.with_perturbed('mid_block')
+  perturbed = model.denoiser.with_compute(perturbed='mid_block')
   bad = estimate(perturbed, weights['denoiser'])
   assert np.abs(bad - plain).max() > 1e-3
   with_bad = sample(perturbed_attention=2.0)
@@ -331,7 +331,7 @@ def test_guidance_leads_away_from_perturbed_attention_and_a_worse_model(model_an
   both = sample(perturbed_attention=2.0, autoguidance=1.5)
   np.testing.assert_allclose(both, with_bad + 0.5 * (plain - poor), atol=1e-4)
   with pytest.raises(UserError, match="no self-attention in 'up_blocks'"):
-    model.denoiser.with_perturbed('up_blocks')
+    model.denoiser.with_compute(perturbed='up_blocks')
 
 
 def test_autoguidance_needs_a_worse_model(draw):

@@ -122,19 +122,18 @@ class CLIPAttention(Attends):
   """Multi-head self-attention with biases: [b l d] -> [b l d]."""
 
   def __init__(self, features: int, heads: int, depth: int, *, causal: bool, **kw):
-    super().__init__(**kw)
+    super().__init__(heads, **kw)
     std = features**-0.5 * (2 * depth) ** -0.5
     self.q_proj = dense(features, features, std, **kw)
     self.k_proj = dense(features, features, std, **kw)
     self.v_proj = dense(features, features, std, **kw)
     self.out_proj = dense(features, features, features**-0.5, **kw)
-    self.heads, self.causal = heads, causal
+    self.causal = causal
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
-    q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
-    y = _attend_before(q, k, v) if self.causal else self.attend(q, k, v)
-    return constrain(self.out_proj(y.reshape(x.shape)), 'tokens')
+    q, k, v = (self.by_head(part(x)) for part in (self.q_proj, self.k_proj, self.v_proj))
+    y = _attend_before(q, k, v).reshape(x.shape) if self.causal else self.attend(q, k, v)
+    return constrain(self.out_proj(y), 'tokens')
 
 
 def _attend_before(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -360,7 +359,7 @@ class CLIPVisionModelWithProjection(CLIPVisionModel):
     return self.visual_projection(super().encode_image(pixels))
 
 
-class CLIP(nnx.Module):
+class CLIP(CLIPTextModelWithProjection, CLIPVisionModelWithProjection):
   """Both towers with their projections; `logit_scale` is the log of 1/temperature, a scalar."""
 
   def __init__(self, config: CLIPConfig, *, compute: Compute = PLAIN, rngs: nnx.Rngs):
@@ -373,23 +372,6 @@ class CLIP(nnx.Module):
     self.text_projection = project(text.hidden_size)
     self.visual_projection = project(vision.hidden_size)
     self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, compute.param_dtype))
-
-  def encode_text(
-    self, ids: Tokens, *, skip: int = 0, normalize: bool = True,
-    extra_embeddings: jax.Array | None = None,
-  ) -> tuple[Text, jax.Array]:
-    """ids [b l] -> (hidden states [b l d], embedding [b p]).
-
-    The embedding is projected but not normalised. The rest is as in CLIPTextModel.encode_text.
-    """
-    hidden, pooled = self.text_model(
-      ids, skip=skip, normalize=normalize, extra_embeddings=extra_embeddings
-    )
-    return hidden, self.text_projection(pooled)
-
-  def encode_image(self, pixels: Images) -> jax.Array:
-    """Pixels [b s s c], already normalised -> embedding [b p], projected but not normalised."""
-    return self.visual_projection(self.vision_model(pixels))
 
 
 def unit(x: jax.Array) -> jax.Array:

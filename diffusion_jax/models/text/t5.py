@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 
 from diffusion_jax.errors import require
 from diffusion_jax.models.config import Epsilon, Layers, NetworkConfig, Width
 from diffusion_jax.models.layers import Linear, embed
 from diffusion_jax.models.network import PLAIN, Blocks, Compute
+from diffusion_jax.models.norms import RMSNorm
 from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.types import Text, Tokens
 
@@ -78,20 +78,6 @@ def _in_float32(*, compute: Compute = PLAIN, rngs: nnx.Rngs) -> dict:
   return dict(compute=dataclasses.replace(compute, dtype=jnp.float32), rngs=rngs)
 
 
-class RMSNorm(nnx.Module):
-  """x scale / sqrt(mean(x^2) + epsilon) (Zhang & Sennrich 2019, eq. 4) in float32: [... d]."""
-
-  def __init__(self, features: int, epsilon: float, *, compute: Compute = PLAIN, rngs: nnx.Rngs):
-    del rngs  # The scale starts at one.
-    self.scale = nnx.Param(jnp.ones((features,), compute.param_dtype))
-    self.epsilon, self.dtype = epsilon, compute.dtype
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    x = x.astype(jnp.float32)
-    x = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
-    return (x * self.scale[...].astype(jnp.float32)).astype(self.dtype)
-
-
 class T5Attention(nnx.Module):
   """Self-attention without biases and without the factor 1/sqrt(d): [b l d] -> [b l d].
 
@@ -126,31 +112,27 @@ class T5Attention(nnx.Module):
     return constrain(self.o(y.reshape(*y.shape[:-2], -1)), 'tokens')
 
 
-class T5DenseActDense(nnx.Module):
-  """relu(x W_i) W_o (Raffel et al. 2020, sec. 2.1): [b l d] -> float32 [b l d]."""
+class T5FeedForward(nnx.Module):
+  """relu(x W_i) W_o (Raffel et al. 2020, sec. 2.1), or (gelu(x W_0) * x W_1) W_o with the tanh
+  GELU (Shazeer 2020, eq. 6): [b l d] -> float32 [b l d].
+  """
 
   def __init__(self, config: T5Config, **kw):
     d, hidden = config.d_model, config.d_ff
-    self.wi = _dense(d, hidden, d**-0.5, **kw)
+    self.gated = config.feed_forward_proj == 'gated-gelu'
+    for name in ('wi_0', 'wi_1') if self.gated else ('wi',):
+      setattr(self, name, _dense(d, hidden, d**-0.5, **kw))
     self.wo = _dense(hidden, d, hidden**-0.5, **_in_float32(**kw))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return constrain(self.wo(jax.nn.relu(constrain(self.wi(x), 'hidden'))), 'tokens')
+    return constrain(self.wo(self._hidden(x)), 'tokens')
 
-
-class T5DenseGatedActDense(nnx.Module):
-  """(gelu(x W_0) * x W_1) W_o, tanh GELU (Shazeer 2020, eq. 6): [b l d] -> float32 [b l d]."""
-
-  def __init__(self, config: T5Config, **kw):
-    d, hidden = config.d_model, config.d_ff
-    self.wi_0 = _dense(d, hidden, d**-0.5, **kw)
-    self.wi_1 = _dense(d, hidden, d**-0.5, **kw)
-    self.wo = _dense(hidden, d, hidden**-0.5, **_in_float32(**kw))
-
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def _hidden(self, x: jax.Array) -> jax.Array:
+    if not self.gated:
+      return jax.nn.relu(constrain(self.wi(x), 'hidden'))
     gate, value = self.wi_0(x).astype(jnp.float32), self.wi_1(x).astype(jnp.float32)
     gate, value = constrain(gate, 'hidden'), constrain(value, 'hidden')
-    return constrain(self.wo(jax.nn.gelu(gate, approximate=True) * value), 'tokens')
+    return jax.nn.gelu(gate, approximate=True) * value
 
 
 class T5LayerSelfAttention(nnx.Module):
@@ -168,9 +150,8 @@ class T5LayerFF(nnx.Module):
   """Pre-norm feed-forward, without its residual: [b l d] -> float32 [b l d]."""
 
   def __init__(self, config: T5Config, **kw):
-    gated = config.feed_forward_proj == 'gated-gelu'
     # The name is that of T5 v1.0, which the checkpoints of v1.1 kept.
-    self.DenseReluDense = (T5DenseGatedActDense if gated else T5DenseActDense)(config, **kw)
+    self.DenseReluDense = T5FeedForward(config, **kw)
     self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon, **kw)
 
   def __call__(self, x: jax.Array) -> jax.Array:

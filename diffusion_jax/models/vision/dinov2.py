@@ -142,17 +142,15 @@ class SelfAttention(Attends):
   """Queries, keys and values of a multi-head attention to itself: [b l d] -> [b l d]."""
 
   def __init__(self, config: DINOv2Config, **kw):
-    super().__init__(**kw)
+    super().__init__(config.num_attention_heads, **kw)
     make = lambda: dense(
       config.hidden_size, config.hidden_size, STD, use_bias=config.qkv_bias, **kw
     )
     self.query, self.key, self.value = make(), make(), make()
-    self.heads = config.num_attention_heads
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
-    q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
-    return self.attend(q, k, v).reshape(x.shape)
+    q, k, v = (self.by_head(part(x)) for part in (self.query, self.key, self.value))
+    return self.attend(q, k, v)
 
 
 class AttentionOutput(nnx.Module):
