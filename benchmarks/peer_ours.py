@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from benchmarks.flops import count_flops
 from benchmarks.timing import compile_twice, cpu_cores
 from diffusion_jax import __version__
 from diffusion_jax.backend.xla import jit
-from diffusion_jax.costs.flops import count_flops
 from diffusion_jax.diffusion.denoiser import classifier_free, make_denoiser
 from diffusion_jax.diffusion.noise import Schedule, ScheduleConfig
 from diffusion_jax.diffusion.parameterization import Parameterization

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from diffusion_jax.costs.collectives import KINDS
+from benchmarks.collectives import KINDS
 
 NOTE = """MB that a device sends in a step. XLA for CPUs writes a reduce-scatter as an all-reduce,
 which sends twice as much; on GPUs and TPUs it does not."""

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.flops import Flops, count_flops
 from benchmarks.timing import peak_memory, quartiles, repeat, utilisation
 from benchmarks.training import Counts
-from diffusion_jax.costs.flops import Flops, count_flops
 from diffusion_jax.data.cache import moments_encoder
 from diffusion_jax.diffusion.samplers import sampler
 from diffusion_jax.errors import UserError

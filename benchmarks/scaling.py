@@ -49,8 +49,8 @@ def _in_process(config: dict[str, Any], count: int) -> list[dict[str, Any]]:
 
 def main() -> None:
   """Compiles the step of the config on stdin for each of MESHES on the devices there are."""
+  from benchmarks.collectives import step_collectives
   from benchmarks.run import built
-  from diffusion_jax.costs.collectives import step_collectives
 
   config, found = json.load(sys.stdin), []
   import jax

@@ -5,9 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from benchmarks.run import built
-from diffusion_jax.config import parse, untyped
-from diffusion_jax.costs.collectives import (
+from benchmarks.collectives import (
   Collective,
   beside_parameters,
   by_kind,
@@ -15,6 +13,8 @@ from diffusion_jax.costs.collectives import (
   read_collectives,
   step_collectives,
 )
+from benchmarks.run import built
+from diffusion_jax.config import parse, untyped
 from tests import tiny
 
 TEXT = """HloModule jit_step

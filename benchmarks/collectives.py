@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from diffusion_jax.costs.flops import read_arguments
+from benchmarks.flops import read_arguments
 from diffusion_jax.parallel.mesh import shard_params
 from diffusion_jax.train.compile import step_and_batch
 from diffusion_jax.train.state import TrainState, abstract_state

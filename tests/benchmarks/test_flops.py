@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from diffusion_jax.costs.flops import count_flops
+from benchmarks.flops import count_flops
 from diffusion_jax.models.attention import attend
 from diffusion_jax.models.dit import DiT, DiTConfig
 from diffusion_jax.models.network import Network

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from diffusion_jax.costs.peaks import CHIPS, listed_peak, measured_peak, peak_of
+from benchmarks.peaks import CHIPS, listed_peak, measured_peak, peak_of
 
 
 @pytest.mark.parametrize(('kind', 'half', 'single'), [
