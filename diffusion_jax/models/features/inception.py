@@ -49,89 +49,6 @@ class InceptionConfig(NetworkConfig):
     }
 
 
-class Step(NamedTuple):
-  """A row of the table: a convolution with its rectifier."""
-
-  name: str
-  features: int
-  window: tuple[int, int]
-  stride: int
-  same: bool
-
-
-AVERAGE, MAXIMUM, HALF = 'average', 'maximum', 'maximum of stride 2'
-
-
-def _conv(
-  name: str, features: int, height: int = 1, width: int | None = None, stride: int = 1,
-  same: bool = True,
-) -> Step:
-  window = (height, height if width is None else width)
-  return Step(name, features, window, stride, same and stride == 1)
-
-
-def _a(pool: int) -> tuple:
-  return (
-    (_conv('branch1x1', 64),),
-    (_conv('branch5x5_1', 48), _conv('branch5x5_2', 64, 5)),
-    (_conv('branch3x3dbl_1', 64), _conv('branch3x3dbl_2', 96, 3), _conv('branch3x3dbl_3', 96, 3)),
-    (AVERAGE, _conv('branch_pool', pool)),
-  )
-
-
-def _b() -> tuple:
-  return (
-    (_conv('branch3x3', 384, 3, stride=2),),
-    (_conv('branch3x3dbl_1', 64), _conv('branch3x3dbl_2', 96, 3),
-     _conv('branch3x3dbl_3', 96, 3, stride=2)),
-    (HALF,),
-  )
-
-
-def _c(c: int) -> tuple:
-  return (
-    (_conv('branch1x1', 192),),
-    (_conv('branch7x7_1', c), _conv('branch7x7_2', c, 1, 7), _conv('branch7x7_3', 192, 7, 1)),
-    (_conv('branch7x7dbl_1', c), _conv('branch7x7dbl_2', c, 7, 1),
-     _conv('branch7x7dbl_3', c, 1, 7), _conv('branch7x7dbl_4', c, 7, 1),
-     _conv('branch7x7dbl_5', 192, 1, 7)),
-    (AVERAGE, _conv('branch_pool', 192)),
-  )
-
-
-def _d() -> tuple:
-  return (
-    (_conv('branch3x3_1', 192), _conv('branch3x3_2', 320, 3, stride=2)),
-    (_conv('branch7x7x3_1', 192), _conv('branch7x7x3_2', 192, 1, 7),
-     _conv('branch7x7x3_3', 192, 7, 1), _conv('branch7x7x3_4', 192, 3, stride=2)),
-    (HALF,),
-  )
-
-
-def _e(pool: str) -> tuple:
-  """A tuple within a branch forks it: its results are put side by side."""
-  fork = lambda name: (_conv(f'{name}a', 384, 1, 3), _conv(f'{name}b', 384, 3, 1))
-  return (
-    (_conv('branch1x1', 320),),
-    (_conv('branch3x3_1', 384), fork('branch3x3_2')),
-    (_conv('branch3x3dbl_1', 448), _conv('branch3x3dbl_2', 384, 3), fork('branch3x3dbl_3')),
-    (pool, _conv('branch_pool', 192)),
-  )
-
-
-STEM = (
-  _conv('Conv2d_1a_3x3', 32, 3, stride=2), _conv('Conv2d_2a_3x3', 32, 3, same=False),
-  _conv('Conv2d_2b_3x3', 64, 3), HALF,
-  _conv('Conv2d_3b_1x1', 80), _conv('Conv2d_4a_3x3', 192, 3, same=False), HALF,
-)
-BLOCKS = {
-  'Mixed_5b': _a(32), 'Mixed_5c': _a(64), 'Mixed_5d': _a(64), 'Mixed_6a': _b(),
-  'Mixed_6b': _c(128), 'Mixed_6c': _c(160), 'Mixed_6d': _c(160), 'Mixed_6e': _c(192),
-  'Mixed_7a': _d(), 'Mixed_7b': _e(AVERAGE), 'Mixed_7c': _e(MAXIMUM),
-}
-"""Branches of every block: what is done in turn; their results are put side by side."""
-
-
 def _pool(x: jax.Array, combine: Callable, stride: int = 1, fill: float | None = None) -> jax.Array:
   """Combines windows of 3x3, axis by axis; `fill` surrounds the map, which then keeps its size.
 
@@ -153,9 +70,82 @@ def _average(x: jax.Array) -> jax.Array:
 
 
 POOLS = {
-  AVERAGE: _average, MAXIMUM: lambda x: _pool(x, jnp.maximum, fill=-jnp.inf),
-  HALF: lambda x: _pool(x, jnp.maximum, stride=2),
+  'average': _average, 'maximum': lambda x: _pool(x, jnp.maximum, fill=-jnp.inf),
+  'half': lambda x: _pool(x, jnp.maximum, stride=2),
 }
+
+
+class Step(NamedTuple):
+  """A convolution with its rectifier."""
+
+  name: str
+  features: int
+  window: tuple[int, int]
+  stride: int
+  same: bool
+
+
+def _step(text: str) -> Any:
+  """Return what a text of the tables below says: a Step, a pool's name, or a fork, a tuple."""
+  if ' + ' in text:
+    return tuple(map(_step, text.split(' + ')))
+  if text in POOLS:
+    return text
+  name, features, window, how = (*text.split(), 'same')[:4]
+  height, width = map(int, window.split('x'))
+  return Step(name, int(features), (height, width), 2 if how == '/2' else 1, how == 'same')
+
+
+def _block(text: str, **values) -> tuple:
+  lines = text.format(**values).strip().splitlines()
+  return tuple(tuple(map(_step, line.split(', '))) for line in lines)
+
+
+_A = """
+branch1x1 64 1x1
+branch5x5_1 48 1x1, branch5x5_2 64 5x5
+branch3x3dbl_1 64 1x1, branch3x3dbl_2 96 3x3, branch3x3dbl_3 96 3x3
+average, branch_pool {pool} 1x1
+"""
+_B = """
+branch3x3 384 3x3 /2
+branch3x3dbl_1 64 1x1, branch3x3dbl_2 96 3x3, branch3x3dbl_3 96 3x3 /2
+half
+"""
+_C = """
+branch1x1 192 1x1
+branch7x7_1 {c} 1x1, branch7x7_2 {c} 1x7, branch7x7_3 192 7x1
+branch7x7dbl_1 {c} 1x1, branch7x7dbl_2 {c} 7x1, branch7x7dbl_3 {c} 1x7, \
+branch7x7dbl_4 {c} 7x1, branch7x7dbl_5 192 1x7
+average, branch_pool 192 1x1
+"""
+_D = """
+branch3x3_1 192 1x1, branch3x3_2 320 3x3 /2
+branch7x7x3_1 192 1x1, branch7x7x3_2 192 1x7, branch7x7x3_3 192 7x1, branch7x7x3_4 192 3x3 /2
+half
+"""
+_E = """
+branch1x1 320 1x1
+branch3x3_1 384 1x1, branch3x3_2a 384 1x3 + branch3x3_2b 384 3x1
+branch3x3dbl_1 448 1x1, branch3x3dbl_2 384 3x3, branch3x3dbl_3a 384 1x3 + branch3x3dbl_3b 384 3x1
+{pool}, branch_pool 192 1x1
+"""
+
+
+(STEM,) = _block(
+  'Conv2d_1a_3x3 32 3x3 /2, Conv2d_2a_3x3 32 3x3 valid, Conv2d_2b_3x3 64 3x3, half, '
+  'Conv2d_3b_1x1 80 1x1, Conv2d_4a_3x3 192 3x3 valid, half'
+)
+BLOCKS = {
+  'Mixed_5b': _block(_A, pool=32), 'Mixed_5c': _block(_A, pool=64),
+  'Mixed_5d': _block(_A, pool=64), 'Mixed_6a': _block(_B),
+  'Mixed_6b': _block(_C, c=128), 'Mixed_6c': _block(_C, c=160),
+  'Mixed_6d': _block(_C, c=160), 'Mixed_6e': _block(_C, c=192),
+  'Mixed_7a': _block(_D), 'Mixed_7b': _block(_E, pool='average'),
+  'Mixed_7c': _block(_E, pool='maximum'),
+}
+"""A line for each branch of a block, whose results are put side by side: what is done in turn. A
+convolution is a name, channels, a window, and '/2' for a stride of 2 or 'valid' for no padding."""
 
 
 class ConvReLU(nnx.Module):
@@ -215,7 +205,7 @@ class Mixed(nnx.Module):
     return {step.name: v for step, v in zip(steps, jnp.split(y, ends, -1), strict=True)}
 
   def _branch(self, x: jax.Array, branch: tuple, entries: dict[str, jax.Array]) -> jax.Array:
-    first, averaged = _start(branch), branch[0] == AVERAGE
+    first, averaged = _start(branch), branch[0] == 'average'
     if isinstance(first, Step) and first.name in entries:
       y = entries[first.name]
       x = getattr(self, first.name).finish(_average(y) if averaged else y)
@@ -230,7 +220,7 @@ class Mixed(nnx.Module):
 
 def _start(branch: tuple):
   """The step after an average, if the branch starts with one, or else its first."""
-  return branch[1] if branch[0] == AVERAGE else branch[0]
+  return branch[1] if branch[0] == 'average' else branch[0]
 
 
 def _is_fork(step) -> bool:
@@ -290,7 +280,7 @@ class Inception(nnx.Module):
     names = iter(('64', '192'))
     for step in STEM:
       x = getattr(self, step.name)(x) if isinstance(step, Step) else POOLS[step](x)
-      if step == HALF:
+      if step == 'half':
         yield next(names), x.mean((1, 2))
     for block in BLOCKS:
       x = getattr(self, block)(x)
