@@ -1,4 +1,4 @@
-"""What XLA for CPUs does well only when it is told how: sums as products, AdamW in one pass.
+"""What is fast with XLA for CPUs only if written so: sums as matrix products, AdamW in one pass.
 
 A reduction of its own becomes two to five kernels there, each compiled for its shape (8 ms), and
 sums over all rows of a matrix at a tenth of the speed; products go to a library. On other platforms
@@ -19,7 +19,7 @@ from diffusion_jax.parallel.layout import mesh_sizes
 from diffusion_jax.types import Params
 
 WIDTH = 8
-"""Of the products that stand for sums of squares: as many columns times themselves."""
+"""Columns that are multiplied with themselves at a time, in sums of squares."""
 
 
 def over_leading(x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What a program is compiled for, and what XLA has to be told there.
+"""The device that a program is compiled for, and the options of XLA there.
 
 A program is for the devices of the mesh in force (`jax.set_mesh`) or, where there is none, for
 those that hold its arguments (`jit`). What this process would compute on by default is asked only

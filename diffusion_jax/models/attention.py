@@ -20,7 +20,7 @@ from diffusion_jax.models.norms import GroupNorm, LayerNorm
 from diffusion_jax.parallel.layout import constrain, on_each_device
 
 SHORT, LONG, LARGE = 128, 4096, 2**26
-"""Lengths up to which, and from which, a kernel does not pay or does; logits of one head."""
+"""Lengths up to which a kernel does not pay, and from which it does; logits of one head."""
 
 
 def xla(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -101,7 +101,7 @@ def choose(
   if serves('cudnn'):
     return 'cudnn'
   # The limit that MaxDiffusion gives for TPUs (flash_min_seq_length): at short lengths what the
-  # kernel takes beside its products counts.
+  # kernel takes besides its products counts.
   if min(n, keys) >= LONG and serves('splash'):
     return 'splash'
   # No kernel serves, as in an autoencoder, whose one head is as wide as its channels. The logits

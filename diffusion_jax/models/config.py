@@ -11,18 +11,18 @@ from diffusion_jax.errors import require
 from diffusion_jax.limits import Length, Range
 
 Width = Annotated[int, Range(1, 2**20)]
-"""Of channels, heads, a vocabulary: the limit is beyond every network; shapes stay numbers."""
+"""Channels, heads, a vocabulary: the limit is beyond every network; shapes stay numbers."""
 Edge = Annotated[int, Range(1, 2**13)]
-"""Of a picture or its latents, along a side."""
+"""Height or width of an image or its latents."""
 MOST_LAYERS = 512
 Layers = Annotated[int, Range(1, MOST_LAYERS)]
-"""Of blocks: what is traced for each takes milliseconds."""
+"""A number of blocks: tracing each takes milliseconds."""
 Epsilon = Annotated[float, Range(0, 1, above=True)]
 Factor = Annotated[float, Range(0, 1e6, above=True)]
 Shift = Annotated[float, Range(-1e6, 1e6)]
 
 PerLevel = Length(1, 12)
-"""Of a tuple with an entry for each resolution."""
+"""The length of a tuple with an entry for each resolution."""
 Widths = Annotated[tuple[Width, ...], PerLevel]
 LayersPerLevel = Annotated[tuple[Layers, ...], PerLevel]
 

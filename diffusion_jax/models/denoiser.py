@@ -1,4 +1,4 @@
-"""What every denoiser network shares: it is called as network(x, t, condition).
+"""The base of denoiser networks, which are called as network(x, t, condition).
 
 Its config has
   in_channels, out_channels: of x, with `condition.image` joined to it, and of the result;

@@ -1,4 +1,4 @@
-"""What compilers do not find by themselves: attention in pieces, and products of eight bits.
+"""Attention in pieces, and matrix products of eight bits, which compilers do not find themselves.
 
 `chunked` is attention for CPUs in pieces that stay in a processor's cache. As in FlashAttention
 (Dao et al. 2022, algorithm 2 and appendix B) nothing of the size queries x keys outlives its piece:
@@ -27,7 +27,7 @@ from diffusion_jax.backend.xla import chip
 from diffusion_jax.errors import require
 
 LOGITS, ROWS = 2**20, 256
-"""Of a piece, at most: logits (4 MB), and queries of one head."""
+"""The most logits (4 MB) and queries of one head in a piece."""
 
 
 def chunked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -131,7 +131,7 @@ _attend.defvjp(_forward, _backward)
 
 
 LANES, LARGEST = 128, 512
-"""Queries or keys of a block: a multiple of the first, at most the second."""
+"""A block has a multiple of LANES queries or keys, at most LARGEST."""
 
 
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -> jax.Array:

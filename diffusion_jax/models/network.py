@@ -24,15 +24,15 @@ from diffusion_jax.registry import check
 from diffusion_jax.types import Params
 
 REMAT = ('none', 'block', 'offload')
-"""What the backward pass computes again (Chen et al. 2016). none: nothing, all results are kept.
-block: all but the results of blocks. offload: those, too, wait in the host's memory."""
+"""Rematerialisation (Chen et al. 2016). none: all results are kept for the backward pass. block: only
+those of blocks. offload: those wait in the host's memory."""
 
 ATTENTION = ('auto', 'xla', 'cudnn', 'splash', 'chunked')
 """How attention is computed, see `models.attention`; auto: as suits device and lengths."""
 
 MATMUL_PRECISION = ('plain', 'float8')
-"""Of dense layers over tokens, forward and backward. plain: the network's own type. What is said of
-an image as a whole, such as its time, stays plain."""
+"""Of dense layers over tokens, forward and backward. plain: the network's own type, in which layers
+over whole images, such as of the time, always are."""
 
 RESULT = 'block'
 
@@ -77,10 +77,7 @@ def _once(graphdef: Any, state: Any, *args) -> Any:
 
 
 class Blocks(nnx.Module):
-  """A module of blocks: residual or transformer blocks, or one of the few layers between such.
-
-  It runs its blocks by `run`, and all of itself by `run_all`.
-  """
+  """A module that runs its parts by `run`, and all of itself by `run_all`, so that remat works."""
 
   heeds = 'remat'
 
@@ -89,9 +86,9 @@ class Blocks(nnx.Module):
     self.remat = compute.remat
 
   def run(self, call: Callable[..., Any], *args) -> Any:
-    """Return call(*args), of which the backward pass finds the arguments alone.
+    """Return call(*args); with remat only its arguments are kept for the backward pass.
 
-    A module that is like another, with arguments like those of the other, is traced once.
+    Modules that are alike, with arguments that are alike, are traced once.
     """
     if isinstance(call, nnx.Module):
       graphdef, state = nnx.split(call)

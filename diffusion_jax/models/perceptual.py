@@ -1,4 +1,4 @@
-"""What judges an autoencoder's images beside their pixels: a discriminator and LPIPS.
+"""Losses of an autoencoder's images besides those of pixels: a discriminator and LPIPS.
 
 The PatchGAN discriminator (Isola et al. 2017, sec. 3.2.2 and appendix 6.1.2) judges patches of the
 image, of 70x70 pixels with three layers. GroupNorm stands where the paper has BatchNorm: parameters
@@ -138,6 +138,6 @@ def _max_pool(x: jax.Array) -> jax.Array:
 
 
 def _unit(x: jax.Array) -> jax.Array:
-  """Divides by the length over channels. Where all are zero the gradient is zero, not NaN."""
+  """Divide by the length over channels. Where all are zero the gradient is zero, not NaN."""
   squares = jnp.square(x).sum(-1, keepdims=True)
   return x / (jnp.sqrt(jnp.maximum(squares, 1e-30)) + 1e-10)

@@ -51,7 +51,7 @@ NEEDED = {
     'projection_class_embeddings_input_dim', 'addition_time_embed_dim'
   ),
 }
-"""What must be set where a field has a value."""
+"""(field, value) -> fields that must be set with it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ class EncoderConfig(NetworkConfig):
 
   @property
   def only_text(self) -> tuple[bool, ...]:
-    """Whether both attentions are to the text, at each level."""
+    """True where both attentions are to the text, at each level."""
     return self._per_level(self.only_cross_attention)
 
   def _per_level(self, value: Any) -> tuple:
@@ -197,9 +197,7 @@ def _transformer(
 class Level(Blocks):
   """Residual blocks from these numbers of channels, each with attention after it or without."""
 
-  def __init__(
-    self, config: EncoderConfig, level: int, inputs: list[int], block_type: str, **kw
-  ):
+  def __init__(self, config: EncoderConfig, level: int, inputs: list[int], block_type: str, **kw):
     super().__init__(**kw)
     o, only_text = config.block_out_channels[level], config.only_text[level]
     attentions = inputs if block_type.startswith('CrossAttn') else ()

@@ -29,7 +29,7 @@ SPATIAL_CHANNELS = 7
 class InceptionConfig(NetworkConfig):
   """divisor: of the channels of every convolution; 1 is the published network, 16 a tiny one.
 
-  precision: of the products. Less than 'highest' is faster on accelerators, with other figures.
+  precision: of matrix products. Less than 'highest' is faster on accelerators and changes metrics.
   """
 
   divisor: Width = 1
@@ -41,7 +41,7 @@ class InceptionConfig(NetworkConfig):
 
   @property
   def widths(self) -> dict[str, int]:
-    """Of each feature by name, in the order of the network."""
+    """Feature -> its width, in the order of the network."""
     d, classes = self.divisor, self.classes
     return {
       '64': 64 // d, '192': 192 // d, 'spatial': 17 * 17 * SPATIAL_CHANNELS, '768': 768 // d,
@@ -50,7 +50,7 @@ class InceptionConfig(NetworkConfig):
 
 
 def _pool(x: jax.Array, combine: Callable, stride: int = 1, fill: float | None = None) -> jax.Array:
-  """Combines windows of 3x3, axis by axis; `fill` surrounds the map, which then keeps its size.
+  """Combine windows of 3x3, axis by axis; `fill` surrounds the map, which then keeps its size.
 
   Shifted copies, as XLA's reduce_window takes 6 times as long on CPUs.
   """

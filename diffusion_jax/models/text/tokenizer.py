@@ -23,7 +23,7 @@ from diffusion_jax.errors import UserError, require
 from diffusion_jax.files import MOST_BYTES, inside, read_object, reading
 
 CHARACTERS = 256
-"""Of a text, so many are read for each token that a model has room for: English has 4 a token."""
+"""The most that are read of a text for each token of the model; English has about 4 a token."""
 
 
 def _say(text: str) -> None:
@@ -32,7 +32,7 @@ def _say(text: str) -> None:
 
 
 class Cut:
-  """Counts the different texts of which tokens were left out, and says so.
+  """A count of the different texts of which tokens were left out, which says so.
 
   It speaks, in the first process alone, after the first, the tenth, the hundredth ..., so that a
   set of millions says it a few times. Several threads may count.

@@ -24,7 +24,7 @@ from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.types import Images
 
 STD = 0.02
-"""Of every weight at first, truncated in the paper's code."""
+"""Standard deviation of fresh weights; the paper's code truncates them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,15 +110,15 @@ class DINOv2Embeddings(nnx.Module):
     kw = dict(compute=compute, rngs=rngs)
     d, self.config = config.hidden_size, config
     init = nnx.initializers.normal(STD)
-    draw = lambda *shape: nnx.Param(init(rngs.params(), shape, compute.param_dtype))
-    self.cls_token = draw(1, 1, d)
+    fresh = lambda *shape: nnx.Param(init(rngs.params(), shape, compute.param_dtype))
+    self.cls_token = fresh(1, 1, d)
     # Training alone puts it in the place of patches; here it is kept, so that files stay whole.
     masked = nnx.Param(jnp.zeros((1, d), compute.param_dtype)) if config.use_mask_token else None
     self.mask_token = masked
     self.patch_embeddings = PatchEmbeddings(config, **kw)
-    self.position_embeddings = draw(1, 1 + (config.image_size // config.patch_size) ** 2, d)
+    self.position_embeddings = fresh(1, 1 + (config.image_size // config.patch_size) ** 2, d)
     registers = config.num_register_tokens
-    self.register_tokens = draw(1, registers, d) if registers else None
+    self.register_tokens = fresh(1, registers, d) if registers else None
 
   def __call__(self, pixels: Images) -> jax.Array:
     patches = self.patch_embeddings(pixels)
@@ -154,7 +154,7 @@ class SelfAttention(Attends):
 
 
 class AttentionOutput(nnx.Module):
-  """What mixes the heads: [b l d] -> [b l d]."""
+  """The dense layer that mixes the heads: [b l d] -> [b l d]."""
 
   def __init__(self, config: DINOv2Config, **kw):
     self.dense = dense(config.hidden_size, config.hidden_size, STD, **kw)
