@@ -78,10 +78,13 @@ class AutoencoderConfig(NetworkConfig):
     return 2 ** (len(self.block_out_channels) - 1)
 
 
-class _Level(Blocks):
-  """`layers` residual blocks, with attention after each or not, and what a subclass lets follow."""
+class Level(Blocks):
+  """Residual blocks, with attention after each or not; then halving, doubling, or neither."""
 
-  def __init__(self, i: int, o: int, layers: int, attention: bool, groups: int, **kw):
+  def __init__(
+    self, i: int, o: int, layers: int, attention: bool, groups: int, *, halve: bool = False,
+    double: bool = False, **kw,
+  ):
     super().__init__(**kw)
     norm = dict(groups=groups, epsilon=EPSILON)
     self.resnets = nnx.List([
@@ -90,34 +93,16 @@ class _Level(Blocks):
     self.attentions = nnx.List([
       SpatialAttention(o, **norm, **kw) for _ in range(layers if attention else 0)
     ])
+    self.downsamplers = nnx.List([Downsample2D(o, asymmetric=True, **kw)] if halve else [])
+    self.upsamplers = nnx.List([Upsample2D(o, **kw)] if double else [])
 
   def __call__(self, x: jax.Array) -> jax.Array:
     for n, resnet in enumerate(self.resnets):
       x = self.run(resnet, x)
       x = self.run(self.attentions[n], x) if self.attentions else x
-    for layer in self.after:
+    for layer in (*self.downsamplers, *self.upsamplers):
       x = self.run(layer, x)
     return x
-
-
-class DownEncoderBlock2D(_Level):
-  """A level that halves, unless it is the last."""
-
-  after = property(lambda self: self.downsamplers)
-
-  def __init__(self, i: int, o: int, *level, halve: bool, **kw):
-    super().__init__(i, o, *level, **kw)
-    self.downsamplers = nnx.List([Downsample2D(o, asymmetric=True, **kw)] if halve else [])
-
-
-class UpDecoderBlock2D(_Level):
-  """A level that doubles, unless it is the last."""
-
-  after = property(lambda self: self.upsamplers)
-
-  def __init__(self, i: int, o: int, *level, double: bool, **kw):
-    super().__init__(i, o, *level, **kw)
-    self.upsamplers = nnx.List([Upsample2D(o, **kw)] if double else [])
 
 
 class UNetMidBlock2D(Blocks):
@@ -161,7 +146,7 @@ class Encoder(_Half):
     widths, groups = config.block_out_channels, config.norm_num_groups
     self.conv_in = Conv(config.in_channels, widths[0], **kw)
     self.down_blocks = nnx.List([
-      DownEncoderBlock2D(
+      Level(
         widths[max(n - 1, 0)], width, config.layers_per_block,
         config.down_block_types[n] == DOWN_ATTENTION, groups, halve=n < len(widths) - 1, **kw,
       )
@@ -187,7 +172,7 @@ class Decoder(_Half):
       widths[0], attention=config.mid_block_add_attention, groups=groups, **kw
     )
     self.up_blocks = nnx.List([
-      UpDecoderBlock2D(
+      Level(
         widths[max(n - 1, 0)], width, config.layers_per_block + 1,
         config.up_block_types[n] == UP_ATTENTION, groups, double=n < len(widths) - 1, **kw,
       )

@@ -24,8 +24,8 @@ from diffusion_jax.registry import check
 from diffusion_jax.types import Params
 
 REMAT = ('none', 'block', 'offload')
-"""Rematerialisation (Chen et al. 2016). none: all results are kept for the backward pass. block: only
-those of blocks. offload: those wait in the host's memory."""
+"""Rematerialisation (Chen et al. 2016). none: all results are kept for the backward pass. block:
+only those of blocks. offload: those wait in the host's memory."""
 
 ATTENTION = ('auto', 'xla', 'cudnn', 'splash', 'chunked')
 """How attention is computed, see `models.attention`; auto: as suits device and lengths."""
