@@ -14,7 +14,14 @@ from flax import nnx
 from diffusion_jax.models.attention import GELU, Attention, FeedForward
 from diffusion_jax.models.config import Edge, Epsilon, Layers, NetworkConfig, Width
 from diffusion_jax.models.denoiser import Denoiser, Shapes
-from diffusion_jax.models.layers import Conv, TimestepEmbedding, embed, linear, timestep_embedding
+from diffusion_jax.models.layers import (
+  Conv,
+  Named,
+  TimestepEmbedding,
+  embed,
+  linear,
+  timestep_embedding,
+)
 from diffusion_jax.models.norms import normalize
 from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.types import Condition, Latents, Timesteps
@@ -137,24 +144,15 @@ class DiTConfig(TransformerConfig):
     return {'labels': ()}
 
 
-class LabelEmbedding(nnx.Module):
-  """Labels [b] -> [b c]; the last row is that of no class."""
-
-  def __init__(self, config: DiTConfig, **kw):
-    self.embedding_table = embed(
-      config.num_embeds_ada_norm + 1, config.features, nnx.initializers.normal(0.02), **kw
-    )
-
-  def __call__(self, labels: jax.Array) -> jax.Array:
-    return self.embedding_table(labels)
-
-
 class TimeAndLabel(nnx.Module):
   """t [b], labels [b] -> the condition [b c]."""
 
   def __init__(self, config: DiTConfig, **kw):
     self.timestep_embedder = TimestepEmbedding(SINUSOIDS, config.features, **kw)
-    self.class_embedder = LabelEmbedding(config, **kw)
+    # The last row is that of no class.
+    init = nnx.initializers.normal(0.02)
+    table = embed(config.num_embeds_ada_norm + 1, config.features, init, **kw)
+    self.class_embedder = Named(embedding_table=table)
 
   def __call__(self, t: jax.Array, labels: jax.Array) -> jax.Array:
     sinusoids = timestep_embedding(t, SINUSOIDS, freq_shift=1.0)

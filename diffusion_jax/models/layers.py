@@ -126,6 +126,17 @@ class Function(nnx.Module):
     return self.function(x)
 
 
+class Named(nnx.Module):
+  """One layer under a name, where published files have a module around it."""
+
+  def __init__(self, **layer: Callable):
+    ((self.name, made),) = layer.items()
+    setattr(self, self.name, made)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return getattr(self, self.name)(x)
+
+
 def in_turn(layers: Iterable[Callable], x: jax.Array) -> jax.Array:
   """Return x after one layer after another."""
   for layer in layers:

@@ -16,7 +16,7 @@ from diffusion_jax.errors import require
 from diffusion_jax.limits import Range
 from diffusion_jax.models.attention import Attends
 from diffusion_jax.models.config import Edge, Epsilon, Shift, Width
-from diffusion_jax.models.layers import Conv
+from diffusion_jax.models.layers import Conv, Named
 from diffusion_jax.models.network import PLAIN, Blocks, Compute
 from diffusion_jax.models.norms import LayerNorm
 from diffusion_jax.models.text.clip import CLIPMLP, Activation, TowerConfig, dense
@@ -66,17 +66,6 @@ class DINOv2Config(TowerConfig):
     return -(-(width * 2 // 3) // 8) * 8 if self.use_swiglu_ffn else width
 
 
-class PatchEmbeddings(nnx.Module):
-  """Patches as tokens: pixels [b h w c] -> [b h/p w/p d]."""
-
-  def __init__(self, config: DINOv2Config, **kw):
-    p = config.patch_size
-    self.projection = Conv(config.num_channels, config.hidden_size, p, stride=p, padding=0, **kw)
-
-  def __call__(self, pixels: Images) -> jax.Array:
-    return self.projection(pixels)
-
-
 def _cubic_matrix(size: int, out: int) -> np.ndarray:
   """[out size]: PyTorch's bicubic interpolation (a = -3/4), no antialiasing, edges repeated."""
   a, source = -0.75, (np.arange(out) + 0.5) * size / out - 0.5
@@ -115,7 +104,9 @@ class DINOv2Embeddings(nnx.Module):
     # Training alone puts it in the place of patches; here it is kept, so that files stay whole.
     masked = nnx.Param(jnp.zeros((1, d), compute.param_dtype)) if config.use_mask_token else None
     self.mask_token = masked
-    self.patch_embeddings = PatchEmbeddings(config, **kw)
+    p = config.patch_size
+    patches = Conv(config.num_channels, d, p, stride=p, padding=0, **kw)
+    self.patch_embeddings = Named(projection=patches)
     self.position_embeddings = fresh(1, 1 + (config.image_size // config.patch_size) ** 2, d)
     registers = config.num_register_tokens
     self.register_tokens = fresh(1, registers, d) if registers else None
@@ -153,25 +144,15 @@ class SelfAttention(Attends):
     return self.attend(q, k, v)
 
 
-class AttentionOutput(nnx.Module):
-  """The dense layer that mixes the heads: [b l d] -> [b l d]."""
-
-  def __init__(self, config: DINOv2Config, **kw):
-    self.dense = dense(config.hidden_size, config.hidden_size, STD, **kw)
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return constrain(self.dense(x), 'tokens')
-
-
 class DINOv2Attention(nnx.Module):
   """Multi-head self-attention, in the two parts that files name: [b l d] -> [b l d]."""
 
   def __init__(self, config: DINOv2Config, **kw):
     self.attention = SelfAttention(config, **kw)
-    self.output = AttentionOutput(config, **kw)
+    self.output = Named(dense=dense(config.hidden_size, config.hidden_size, STD, **kw))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.output(self.attention(x))
+    return constrain(self.output(self.attention(x)), 'tokens')
 
 
 class SwiGLU(nnx.Module):
