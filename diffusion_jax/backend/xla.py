@@ -92,13 +92,9 @@ def _chip(platform: str, kind: str) -> Chip:
   return Chip('gpu', next((able for names, able in GPUS if re.search(names, kind)), None))
 
 
+@functools.cache
 def options(platform: str) -> dict[str, str] | None:
   """Return compiler options for programs of that platform that run often, or are large."""
-  return _known(platform)
-
-
-@functools.cache
-def _known(platform: str) -> dict[str, str] | None:
   known: dict[str, str] = {}
   for some in OPTIONS.get(platform, ()):
     try:
@@ -133,11 +129,6 @@ def jit(function: Callable, **how) -> Callable:
 
   call.lower, call.trace = functools.partial(there, 'lower'), functools.partial(there, 'trace')
   return call
-
-
-def jitted(**how) -> Callable[[Callable], Callable]:
-  """Return `jit` as a decorator."""
-  return functools.partial(jit, **how)
 
 
 def _for_devices_of(args: Any) -> contextlib.AbstractContextManager:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax.backend.xla import jitted
+from diffusion_jax.backend import xla
 from diffusion_jax.diffusion.denoiser import (
   Denoiser,
   Label,
@@ -213,7 +213,7 @@ class Diffusion:
 
     return [(bound(network, role), scale) for network, role, scale in others]
 
-  @jitted(static_argnums=(0, 3))
+  @functools.partial(xla.jit, static_argnums=(0, 3))
   def _sample(self, weights: Weights, rows: dict, program: Program, numbers: Numbers) -> Images:
     pairs = [c.pair(weights, rows, program.clip_skip) for c in self.conditioners.values()]
     condition, negative = (joined(pair[i] for pair in pairs) for i in (0, 1))
