@@ -135,27 +135,16 @@ class T5FeedForward(nnx.Module):
     return jax.nn.gelu(gate, approximate=True) * value
 
 
-class T5LayerSelfAttention(nnx.Module):
-  """Pre-norm attention, without its residual: [b l d] -> [b l d]."""
+class T5Layer(nnx.Module):
+  """A layer under its published name, pre-normed, without its residual: [b l d] -> [b l d]."""
 
-  def __init__(self, config: T5Config, *, has_bias: bool, **kw):
-    self.SelfAttention = T5Attention(config, has_bias=has_bias, **kw)
+  def __init__(self, name: str, layer: nnx.Module, config: T5Config, **kw):
+    self.name = name
+    setattr(self, name, layer)
     self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon, **kw)
 
-  def __call__(self, x: jax.Array, bias: jax.Array, mask: jax.Array | None) -> jax.Array:
-    return self.SelfAttention(self.layer_norm(x), bias, mask)
-
-
-class T5LayerFF(nnx.Module):
-  """Pre-norm feed-forward, without its residual: [b l d] -> float32 [b l d]."""
-
-  def __init__(self, config: T5Config, **kw):
-    # The name is that of T5 v1.0, which the checkpoints of v1.1 kept.
-    self.DenseReluDense = T5FeedForward(config, **kw)
-    self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon, **kw)
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return self.DenseReluDense(self.layer_norm(x))
+  def __call__(self, x: jax.Array, *args: jax.Array | None) -> jax.Array:
+    return getattr(self, self.name)(self.layer_norm(x), *args)
 
 
 class T5Block(nnx.Module):
@@ -163,7 +152,9 @@ class T5Block(nnx.Module):
 
   def __init__(self, config: T5Config, *, has_bias: bool, **kw):
     self.layer = nnx.List([
-      T5LayerSelfAttention(config, has_bias=has_bias, **kw), T5LayerFF(config, **kw)
+      T5Layer('SelfAttention', T5Attention(config, has_bias=has_bias, **kw), config, **kw),
+      # The name is that of T5 v1.0, which the checkpoints of v1.1 kept.
+      T5Layer('DenseReluDense', T5FeedForward(config, **kw), config, **kw),
     ])
 
   def __call__(self, x: jax.Array, bias: jax.Array, mask: jax.Array | None) -> jax.Array:
