@@ -57,7 +57,7 @@ def over_groups(s: jax.Array, groups: int) -> jax.Array:
   return s @ ((group[:, None] == group) * (groups / c))
 
 
-def of_squares(arrays: Iterable[jax.Array]) -> jax.Array:
+def sum_of_squares(arrays: Iterable[jax.Array]) -> jax.Array:
   """Sum of the squares of all entries of all arrays, float32, scalar."""
   arrays = [x.astype(jnp.float32) for x in arrays]
   # Of products of what is split over columns and put into shape, the partitioner gave wrong sums.
@@ -99,7 +99,7 @@ add_bias.defvjp(_added, _gradients)
 
 def global_norm(tree: Any) -> jax.Array:
   """Euclidean norm over all leaves, float32. Scalar."""
-  return jnp.sqrt(of_squares(jax.tree.leaves(tree)))
+  return jnp.sqrt(sum_of_squares(jax.tree.leaves(tree)))
 
 
 def adamw(

@@ -111,8 +111,8 @@ def choose(
   return 'xla'
 
 
-class Attends(nnx.Module):
-  """A module with attention of so many heads that has no mask and no bias."""
+class MultiHead(nnx.Module):
+  """A module with multi-head attention that has no mask and no bias."""
 
   heeds = 'attention'
 
@@ -163,7 +163,7 @@ def check_attention(
   require(not why, f'attention {attention!r} cannot serve here: {why}.')
 
 
-class Attention(Attends):
+class Attention(MultiHead):
   """Multi-head attention (Vaswani et al. 2017, eq. 1): x [b n c], context [b l d] -> [b n c].
 
   Without a context it attends to x itself. In the U-Net q, k and v have no bias; in the

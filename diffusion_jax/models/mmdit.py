@@ -14,7 +14,7 @@ from jax import lax
 
 from diffusion_jax.errors import require
 from diffusion_jax.limits import Range
-from diffusion_jax.models.attention import GELU, Attends, FeedForward
+from diffusion_jax.models.attention import GELU, FeedForward, MultiHead
 from diffusion_jax.models.config import Edge, Layers, Width
 from diffusion_jax.models.denoiser import Denoiser, Shapes
 from diffusion_jax.models.dit import (
@@ -75,7 +75,7 @@ class MMDiTConfig(TransformerConfig):
     return {'text': (None, self.joint_attention_dim), 'pooled': (self.pooled_projection_dim,)}
 
 
-class JointAttention(Attends):
+class JointAttention(MultiHead):
   """Attention of image tokens, and of text tokens if given, to both (Esser et al. 2024, fig. 2).
 
   `joint` False: without text. `last`: the text's result is not needed; the published weights of its

@@ -35,8 +35,8 @@ def test_squares_and_weighted_features(platform, monkeypatch):
   monkeypatch.setattr(cpu, 'on_cpu', lambda: platform == 'cpu')
   arrays = [X, X[0, 0], X[0, 0, 0], X[:, :, :5], X[:0]]  # Wide, vector, scalar, narrow, empty.
   wanted = sum(np.square(np.float64(x)).sum() for x in arrays)
-  np.testing.assert_allclose(cpu.of_squares(map(jnp.asarray, arrays)), wanted, rtol=2e-6)
-  assert cpu.of_squares([]) == 0.0
+  np.testing.assert_allclose(cpu.sum_of_squares(map(jnp.asarray, arrays)), wanted, rtol=2e-6)
+  assert cpu.sum_of_squares([]) == 0.0
   weight = np.linspace(-1, 1, 24, dtype=np.float32)
   wanted = (np.float64(X) * weight).sum(-1, keepdims=True)
   np.testing.assert_allclose(cpu.along_features(jnp.asarray(X), weight), wanted, atol=2e-5)
@@ -56,6 +56,6 @@ def test_squares_of_what_is_split_over_devices_are_right_and_not_gathered(axes):
   mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ('data', 'tensor'))
   x = jax.device_put(X[0, :48, :16], NamedSharding(mesh, PartitionSpec(*axes)))
   with jax.set_mesh(mesh):
-    run = jax.jit(lambda x: cpu.of_squares([x, x[0, :1]])).lower(x).compile()
+    run = jax.jit(lambda x: cpu.sum_of_squares([x, x[0, :1]])).lower(x).compile()
   np.testing.assert_allclose(run(x), np.square(np.float64(x)).sum() + x[0, 0] ** 2, rtol=2e-6)
   assert 'all-gather' not in run.as_text()

@@ -64,7 +64,7 @@ def test_a_program_for_a_chip_that_is_not_here_has_nothing_that_is_meant_for_cpu
   def program(x):
     x = xla.optimization_barrier(x)
     y = xla.separate(lambda x: (2 * x,))(x)[0]
-    return cpu.over_positions(y) + cpu.of_squares([y])
+    return cpu.over_positions(y) + cpu.sum_of_squares([y])
 
   here, there = lowered('cpu', program, (8, 64, 8)), lowered('tpu', program, (8, 64, 8))
   for words in ('optimization_barrier', 'inlineable', 'dot_general'):

@@ -14,7 +14,7 @@ from flax import nnx
 
 from diffusion_jax.errors import require
 from diffusion_jax.limits import Range
-from diffusion_jax.models.attention import Attends
+from diffusion_jax.models.attention import MultiHead
 from diffusion_jax.models.config import Edge, Epsilon, Layers, NetworkConfig, Width
 from diffusion_jax.models.layers import Conv, Linear, embed
 from diffusion_jax.models.network import PLAIN, Blocks, Compute
@@ -118,7 +118,7 @@ def activation(name: str, x: jax.Array) -> jax.Array:
   return jax.nn.gelu(x, approximate=name != 'gelu')
 
 
-class CLIPAttention(Attends):
+class CLIPAttention(MultiHead):
   """Multi-head self-attention with biases: [b l d] -> [b l d]."""
 
   def __init__(self, features: int, heads: int, depth: int, *, causal: bool, **kw):

@@ -14,7 +14,7 @@ from flax import nnx
 
 from diffusion_jax.errors import require
 from diffusion_jax.limits import Range
-from diffusion_jax.models.attention import Attends
+from diffusion_jax.models.attention import MultiHead
 from diffusion_jax.models.config import Edge, Epsilon, Shift, Width
 from diffusion_jax.models.layers import Conv, Named
 from diffusion_jax.models.network import PLAIN, Blocks, Compute
@@ -129,7 +129,7 @@ class DINOv2Embeddings(nnx.Module):
     return constrain(jnp.concatenate(parts, axis=1), 'tokens')
 
 
-class SelfAttention(Attends):
+class SelfAttention(MultiHead):
   """Queries, keys and values of a multi-head attention to itself: [b l d] -> [b l d]."""
 
   def __init__(self, config: DINOv2Config, **kw):
