@@ -39,8 +39,6 @@ from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.types import Images, Latents
 
 EPSILON = 1e-6
-DOWN, DOWN_ATTENTION = 'DownEncoderBlock2D', 'AttnDownEncoderBlock2D'
-UP, UP_ATTENTION = 'UpDecoderBlock2D', 'AttnUpDecoderBlock2D'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,16 +57,17 @@ class AutoencoderConfig(NetworkConfig):
   layers_per_block: Layers = 2
   norm_num_groups: Width = 32
   mid_block_add_attention: bool = True
-  down_block_types: tuple[Literal[DOWN, DOWN_ATTENTION], ...] = ()
-  up_block_types: tuple[Literal[UP, UP_ATTENTION], ...] = ()
+  down_block_types: tuple[Literal['DownEncoderBlock2D', 'AttnDownEncoderBlock2D'], ...] = ()
+  up_block_types: tuple[Literal['UpDecoderBlock2D', 'AttnUpDecoderBlock2D'], ...] = ()
   scaling_factor: Factor = 0.18215
   sample_size: Edge | Annotated[tuple[Edge, ...], PerLevel] | None = None
 
   def check(self) -> None:
     levels = len(self.block_out_channels)
-    for field, plain in (('down_block_types', DOWN), ('up_block_types', UP)):
-      object.__setattr__(self, field, getattr(self, field) or (plain,) * levels)
-    self.check_entries(levels, ('down_block_types', 'up_block_types'))
+    plain = {'down_block_types': 'DownEncoderBlock2D', 'up_block_types': 'UpDecoderBlock2D'}
+    for field, block_type in plain.items():
+      object.__setattr__(self, field, getattr(self, field) or (block_type,) * levels)
+    self.check_entries(levels, plain)
     self.check_groups()
     self.check_blocks(2 * levels * self.layers_per_block)
 
@@ -120,6 +119,19 @@ class UNetMidBlock2D(Blocks):
     return x
 
 
+def _levels(
+  config: AutoencoderConfig, widths: tuple[int, ...], block_types: tuple[str, ...], layers: int,
+  change: str, **kw,
+) -> nnx.List:
+  """Return levels that `change` the size, 'halve' or 'double', except the last."""
+  inputs, groups, last = (widths[0], *widths), config.norm_num_groups, len(widths) - 1
+  attention = [block_type.startswith('Attn') for block_type in block_types]
+  return nnx.List([
+    Level(inputs[n], width, layers, attention[n], groups, **{change: n < last}, **kw)
+    for n, width in enumerate(widths)
+  ])
+
+
 class _Half(Blocks):
   """A convolution, `parts`, and norm and convolution."""
 
@@ -141,17 +153,12 @@ class Encoder(_Half):
 
   parts = property(lambda self: (*self.down_blocks, self.mid_block))
 
-  def __init__(self, config: Any, out_channels: int, **kw):
+  def __init__(self, config: AutoencoderConfig, out_channels: int, **kw):
     super().__init__(**kw)
     widths, groups = config.block_out_channels, config.norm_num_groups
     self.conv_in = Conv(config.in_channels, widths[0], **kw)
-    self.down_blocks = nnx.List([
-      Level(
-        widths[max(n - 1, 0)], width, config.layers_per_block,
-        config.down_block_types[n] == DOWN_ATTENTION, groups, halve=n < len(widths) - 1, **kw,
-      )
-      for n, width in enumerate(widths)
-    ])
+    types, layers = config.down_block_types, config.layers_per_block
+    self.down_blocks = _levels(config, widths, types, layers, 'halve', **kw)
     self.mid_block = UNetMidBlock2D(
       widths[-1], attention=config.mid_block_add_attention, groups=groups, **kw
     )
@@ -164,20 +171,15 @@ class Decoder(_Half):
 
   parts = property(lambda self: (self.mid_block, *self.up_blocks))
 
-  def __init__(self, config: Any, **kw):
+  def __init__(self, config: AutoencoderConfig, **kw):
     super().__init__(**kw)
     widths, groups = config.block_out_channels[::-1], config.norm_num_groups
     self.conv_in = Conv(config.latent_channels, widths[0], **kw)
     self.mid_block = UNetMidBlock2D(
       widths[0], attention=config.mid_block_add_attention, groups=groups, **kw
     )
-    self.up_blocks = nnx.List([
-      Level(
-        widths[max(n - 1, 0)], width, config.layers_per_block + 1,
-        config.up_block_types[n] == UP_ATTENTION, groups, double=n < len(widths) - 1, **kw,
-      )
-      for n, width in enumerate(widths)
-    ])
+    types, layers = config.up_block_types, config.layers_per_block + 1
+    self.up_blocks = _levels(config, widths, types, layers, 'double', **kw)
     self.conv_norm_out = GroupNorm(groups, widths[-1], EPSILON, **kw)
     self.conv_out = Conv(widths[-1], config.out_channels, **kw)
 
