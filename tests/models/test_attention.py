@@ -232,7 +232,7 @@ def test_adapters_keep_it_and_networks_without_attention_refuse_it():
   small = ClassifierConfig(image_size=32, class_names=('a', 'b'))
   with pytest.raises(UserError, match='Classifier has no attention of that kind; set attention to'):
     ClassifierTask(ClassifierTaskConfig(small), None, attention='xla')
-  with pytest.raises(UserError, match="attention is 'flash'; choose one of auto, xla, cudnn, spl"):
+  with pytest.raises(UserError, match="attention is 'flash'; did you mean splash"):
     Network.of(UNet, tiny.UNET, attention='flash')
 
 
