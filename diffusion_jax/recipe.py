@@ -1,6 +1,7 @@
 """Config files: those of the package by name, and any other; overrides from the command line."""
 
-import runpy
+import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
   file, values = _find(path), flags.FlagValues()
   arguments = ['diffusion_jax', *overrides]
   try:
-    config = runpy.run_path(str(file), run_name='config')['get_config']().unlock()
+    config = _run(file).unlock()
     for override in overrides:
       _make_section(config, override.lstrip('-').partition('=')[0].split('.')[1:-1])
     config_flags.DEFINE_config_dict(
@@ -42,6 +43,14 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     if isinstance(error, ModuleNotFoundError) and error.name == 'configs':
       reason += '; the base of the recipes is diffusion_jax.configs.base'
     raise UserError(f'the config {path} cannot be used: {reason}') from error
+
+
+def _run(file: Path) -> ConfigDict:
+  spec = importlib.util.spec_from_file_location('config_config', file)
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module  # For parts that it registers by its own name.
+  spec.loader.exec_module(module)
+  return module.get_config()
 
 
 def _make_section(config: ConfigDict, keys: Sequence[str]) -> None:

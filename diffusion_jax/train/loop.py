@@ -2,7 +2,6 @@
 
 import contextlib
 import signal
-import sys
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from tqdm import tqdm
 from diffusion_jax.backend.xla import settle_on_cpu
 from diffusion_jax.checkpoint.saving import may_pass
 from diffusion_jax.errors import Diverged, UserError
-from diffusion_jax.files import first_line
+from diffusion_jax.files import first_line, say
 from diffusion_jax.parallel.mesh import put_batch, put_params, to_host
 from diffusion_jax.runs.directory import command_line
 from diffusion_jax.runs.metrics import MetricsWriter
@@ -82,13 +81,13 @@ class _Loop:
     self.profiler = ProfilerWindow(
       training.directory.path / 'profile', loop.profile_first_step, loop.profile_steps
     )
-    self.side = SideWork(self._say, training.safety.checkpoint_retry_seconds)
+    self.side = SideWork(say, training.safety.checkpoint_retry_seconds)
     safety.tell('starting')
     with self._compiling():
       abstract = abstract_state(
         training.task, training.optimizer, loop.ema_halflife_images > 0, training.mesh
       )
-      self.saver = Saver(training, self._say)
+      self.saver = Saver(training, say)
       self._begin(abstract)
       self.writer = MetricsWriter(
         training.directory, jax.process_index() == 0, wandb_project=loop.wandb_project,
@@ -150,9 +149,6 @@ class _Loop:
       facts['unreadable'] = {'records': len(unreadable), 'first': unreadable[:_NAMED]}
     return facts
 
-  def _say(self, text: str) -> None:
-    print(f'diffusion_jax train: {text}', file=sys.stderr)
-
   def close(self) -> None:
     """Free files and threads."""
     self.compilations.close()
@@ -201,11 +197,10 @@ class _Loop:
     self.state, metrics = self.update(self.state, self.frozen, put_batch(fields, self.t.mesh))
     settle_on_cpu(metrics)
     # First of all what belongs to the step, so that state and counts agree whatever fails below.
-    closed, self.pending = self.pending, None
     self.meter.add(metrics)
     self.step, self.data_before = self.step + 1, None
-    if self.step % self.t.loop.log_every_steps == 0:
-      self.pending = (self.step, *self.meter.close_window())
+    ends, closed = self.step % self.t.loop.log_every_steps == 0, self.pending
+    self.pending = (self.step, *self.meter.close_window()) if ends else None
     if closed:
       self._write(*closed)  # What the step before closed: a chip is busy again by now.
 
@@ -288,14 +283,14 @@ class _Loop:
     except Diverged:
       return
     except Exception as other:  # What has failed may be this.
-      self._say(f'a line of metrics is lost ({first_line(other)})')
+      say(f'a line of metrics is lost ({first_line(other)})')
     with self.safety.watchdog.allow(0, 'checkpoint'):
       saved = rescue(
         self.saver, self.state, self.meter.totals, self.goodput.totals(),
         self.t.safety.max_skipped_in_a_row, self.data_before,
       )
     self.safety.note = f'; {saved}'
-    self._say(f'an error ends the run: {saved}')
+    say(f'an error ends the run: {saved}')
 
   def _leave(self) -> int:
     self._save()
@@ -325,13 +320,13 @@ class _Loop:
       scores = self._evaluate(final=True) if self.t.loop.evaluate_samples else {}
     params = to_host(self.state.eval_params)
     missing = wait_for_room(
-      self.safety, self.saver, save=self._save, say=self._say,
+      self.safety, self.saver, save=self._save, say=say,
       export=lambda: self.hooks.finish(self.state, self.goodput.seconds(), scores, params),
     )
     self.side.again(now=True)
     if missing:
       self.safety.tell('unsaved', message=missing, retry=may_pass(missing))
-      self._say(f'the run has not finished: {missing}')
+      say(f'the run has not finished: {missing}')
     else:
       self.safety.tell('finished', message='; '.join(self.side.errors))
     self.hooks.report(last=True)

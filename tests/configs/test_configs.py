@@ -13,7 +13,7 @@ from diffusion_jax.models.network import Network
 from diffusion_jax.models.unet import UNet
 from diffusion_jax.pipelines.assembly import assemble
 from diffusion_jax.recipe import load_config
-from diffusion_jax.registry import TASKS
+from diffusion_jax.registry import OPTIMIZERS, TASKS, load
 from diffusion_jax.train.optimizer import make_optimizer
 from diffusion_jax.train.tasks.autoencoder import AutoencoderTask
 from diffusion_jax.train.tasks.classifier import ClassifierTask, with_classes
@@ -134,6 +134,24 @@ def test_an_override_may_set_any_key_that_there_is():
     load('loop.totl_steps=3')
   with pytest.raises(UserError, match=r'did you mean config\.loop\?'):
     load('lop.total_steps=3')
+
+
+def test_a_config_file_may_hold_a_part_itself(tmp_path, monkeypatch):
+  monkeypatch.setitem(OPTIMIZERS, 'own', '')
+  del OPTIMIZERS['own']
+  (tmp_path / 'own.py').write_text(
+    'from diffusion_jax.configs.toy import edm\n'
+    'from diffusion_jax.registry import OPTIMIZERS, register\n'
+    "register(OPTIMIZERS, 'own', f'{__name__}:own')\n"
+    'def own(config, schedule, mask):\n'
+    '  return (config.name, config.options)\n'
+    'def get_config():\n'
+    '  config = edm.get_config()\n'
+    "  config.optimizer.update({'name': 'own', 'options': {'a': 1}})\n"
+    '  return config\n'
+  )
+  config = parse(load_config(str(tmp_path / 'own.py'))).optimizer
+  assert load(OPTIMIZERS, 'own')(config, None, None) == ('own', {'a': 1})
 
 
 def test_the_base_has_every_section():
