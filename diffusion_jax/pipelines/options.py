@@ -19,20 +19,17 @@ FINITE = Range(-math.inf, math.inf, above=True, below=True, text='a finite scale
 
 @dataclasses.dataclass(frozen=True)
 class SampleOptions:
-  """How to sample.
+  """How to sample; what is an option is explained by its `Help`.
 
   guidance_rescale: phi of Lin et al. 2024, of what the network predicts if that is epsilon or v,
-  else of x_0. guidance_interval: a high of None is no bound. threshold: static clips x_0 at
-  threshold_limit; dynamic clips each image at its threshold_percentile, from 1 to threshold_limit,
-  and divides by that, which leaves it in [-1, 1] (Saharia et al. 2022). They are made for pixels:
-  latents have unit variance and no bounds. options: of the sampler, such as its order.
-  steps_offset, drop_last, fractional, set_alpha_to_one and, in places, the other arguments of
-  `sampling_grid`: as the schedulers of diffusers place their steps. timesteps: what the network is
-  told of them, one of `noise.LABELS`. scaled_noise: start from noise of the first level's sigma,
-  not of unit variance. image_guidance: s_I of Brooks et al. 2023. perturbed_attention: s of Ahn et
-  al. 2024. autoguidance: w of Karras et al. 2024. clip_skip: for the prompt alone, besides the
-  layers that the model leaves out anyway; as in diffusers, the negative prompt keeps them.
-  decoding: sliced and tiled take less memory, and tiled changes colours a little.
+  else of x_0. guidance_interval: a high of None is no bound. threshold: as in Saharia et al. 2022,
+  for pixels; latents have no bounds. options: of the sampler, such as its order. steps_offset,
+  drop_last, fractional, set_alpha_to_one and, in places, the other arguments of `sampling_grid`: as
+  the schedulers of diffusers place their steps. timesteps: one of `noise.LABELS`. scaled_noise:
+  start from noise of the first level's sigma, not of unit variance. image_guidance: s_I of Brooks
+  et al. 2023. perturbed_attention: s of Ahn et al. 2024. autoguidance: w of Karras et al. 2024.
+  clip_skip: for the prompt alone, besides the layers that the model leaves out anyway; as in
+  diffusers, the negative prompt keeps them.
   """
 
   sampler: Annotated[str, OneOf(SAMPLERS), Help(
