@@ -32,7 +32,7 @@ import torch
 from diffusion_jax import __version__
 from diffusion_jax.evaluation import statistics as sums_of
 from diffusion_jax.evaluation.extract import Extraction
-from diffusion_jax.evaluation.extractors.inception import InceptionExtractor
+from diffusion_jax.evaluation.extractors.images import InceptionExtractor
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.formats.inception import fold
 from diffusion_jax.models.features.inception import Inception, InceptionConfig

@@ -16,13 +16,13 @@ from diffusion_jax.data.splits import APART, fingerprint, measured_on
 from diffusion_jax.data.unreadable import Counted, Damage
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.evaluator import EVALUATE, Evaluator, with_options
+from diffusion_jax.evaluation.metrics.metric import best_is
 from diffusion_jax.evaluation.report import REFERENCE, TESTED, of_features, of_model
-from diffusion_jax.evaluation.scores import best_is
 from diffusion_jax.files import say
 from diffusion_jax.models.attention import check_attention
 from diffusion_jax.models.kernels import check_matmul_precision
 from diffusion_jax.parallel.mesh import local_rows, make_mesh
-from diffusion_jax.registry import TASKS, load
+from diffusion_jax.registry import EVALUATORS, TASKS, build_parts, load
 from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.runs.metrics import check_wandb
 from diffusion_jax.runs.trained_on import DataSplit, check_data, split_of, write_data
@@ -96,12 +96,20 @@ def _loader(config: TrainingConfig, task: Task, env: Env) -> Loader:
   )
 
 
-def _evaluators(config: TrainingConfig, task: Task, mesh: Mesh) -> list[Evaluator]:
-  """Return the evaluators of the task that are wanted, with what scores loaded.
+def added_evaluators(config: TrainingConfig, env: Env) -> list[Evaluator]:
+  """Return the evaluators that a config adds to those of its task."""
+  return build_parts(
+    EVALUATORS, config.loop.evaluators, 'loop.evaluators', train=env.train, test=env.test,
+    mesh=env.mesh, sample=getattr(config.settings, 'sample', None),
+  )
+
+
+def _wanted(config: TrainingConfig, found: list[Evaluator]) -> list[Evaluator]:
+  """Return the evaluators that are wanted, with what scores loaded.
 
   UserError where it cannot be, or does not give the metric that checkpoints are kept by.
   """
-  loop, found = config.loop, list(task.evaluators(mesh))
+  loop = config.loop
   scoring = [one for one in found if one.when == EVALUATE]
   if loop.evaluate_seconds and not any(hasattr(one, 'seconds') for one in scoring):
     raise UserError(
@@ -114,6 +122,7 @@ def _evaluators(config: TrainingConfig, task: Task, mesh: Mesh) -> list[Evaluato
     best_is(loop.keep_best)
   wanted = [with_options(one, samples=loop.evaluate_samples) for one in scoring]
   known = [name for one in wanted for name in getattr(one, 'metrics', ())]
+  known = known if all(hasattr(one, 'metrics') for one in wanted) else []
   if loop.keep_best and known and loop.keep_best not in known:
     raise UserError(
       f'loop.keep_best is {loop.keep_best!r}, which settings.evaluation does not measure; it '
@@ -187,7 +196,7 @@ def build(config: dict, workdir: str, synthetic: bool = False) -> Training:
   )
   env = Env(train, test, directory.path, mesh, synthetic, damage)
   task = kind.build(config, env)
-  evaluators = _evaluators(config, task, mesh)
+  evaluators = _wanted(config, [*task.evaluators(mesh), *added_evaluators(config, env)])
   if more := task.more_data(config, env):
     hashes |= {name: fingerprint(source) for name, source in more.items()}
     check_data(directory, hashes)

@@ -210,6 +210,8 @@ class LoopConfig:
   evaluate_samples: images that are sampled or read for one evaluation; 0 for no scores at all.
   evaluate_seconds: that sampling them may take, 0 for no limit; the first evaluation finds out how
   many samples that allows, and all later ones are of so many (`train.hooks`).
+  evaluators: beside those of the task, names of `EVALUATORS` or (name, arguments) pairs; the data's
+  train and test, the mesh and the task's sample settings are given to whichever takes them.
   Kept are the last keep_checkpoints, those of every keep_every_steps, and the one that evaluates
   best by the metric keep_best ('' for none): the lowest or highest, as keep_best_is says, or, where
   that is '', as the metric does.
@@ -232,6 +234,7 @@ class LoopConfig:
   evaluate_every_steps: int = 0
   evaluate_samples: Count = 256
   evaluate_seconds: Seconds = 0.0
+  evaluators: tuple = ()
   profile_first_step: int = 0
   profile_steps: Positive = 5
   wandb_project: str = ''

@@ -8,8 +8,9 @@ that an installed package has as an entry point of the group 'diffusion_jax'.
 import difflib
 import functools
 import importlib
+import inspect
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from diffusion_jax.errors import UserError, shown
@@ -144,10 +145,10 @@ METRICS = Table('metric', {
   'density_coverage': 'diffusion_jax.evaluation.metrics.manifold:DENSITY_COVERAGE',
   'cmmd': 'diffusion_jax.evaluation.metrics.kernel:CMMD',
   'kl': 'diffusion_jax.evaluation.metrics.gaussians:KL',
-  'inception_score': 'diffusion_jax.evaluation.metrics.logits:INCEPTION_SCORE',
-  'clip_score': 'diffusion_jax.evaluation.metrics.text:CLIP_SCORE',
-  'retrieval': 'diffusion_jax.evaluation.metrics.text:RETRIEVAL',
-  'class_accuracy': 'diffusion_jax.evaluation.metrics.logits:CLASS_ACCURACY',
+  'inception_score': 'diffusion_jax.evaluation.metrics.images:INCEPTION_SCORE',
+  'clip_score': 'diffusion_jax.evaluation.metrics.images:CLIP_SCORE',
+  'retrieval': 'diffusion_jax.evaluation.metrics.images:RETRIEVAL',
+  'class_accuracy': 'diffusion_jax.evaluation.metrics.images:CLASS_ACCURACY',
   'psnr': 'diffusion_jax.evaluation.metrics.images:PSNR',
   'ssim': 'diffusion_jax.evaluation.metrics.images:SSIM',
   'l1': 'diffusion_jax.evaluation.metrics.images:L1',
@@ -165,18 +166,19 @@ EVALUATORS = Table('evaluator', {
   'retrieval': 'diffusion_jax.evaluation.recognition:Retrieval',
   'classification_preview': 'diffusion_jax.evaluation.recognition:ClassificationPreview',
   'classification': 'diffusion_jax.evaluation.recognition:Classification',
+  'likelihood': 'diffusion_jax.evaluation.likelihood:Likelihood',
   'points_preview': 'diffusion_jax.evaluation.points:PointsPreview',
   'points': 'diffusion_jax.evaluation.points:Points',
 })
 """What shows or scores a model: see `evaluation.evaluator.Evaluator`."""
 
 EXTRACTORS = Table('kind of features', {
-  'inception/tensorflow': 'diffusion_jax.evaluation.extractors.inception:load_inception_extractor',
-  'inception/pytorch': 'diffusion_jax.evaluation.extractors.inception:load_inception_extractor',
-  'inception/clean': 'diffusion_jax.evaluation.extractors.inception:load_inception_extractor',
+  'inception/tensorflow': 'diffusion_jax.evaluation.extractors.images:load_inception_extractor',
+  'inception/pytorch': 'diffusion_jax.evaluation.extractors.images:load_inception_extractor',
+  'inception/clean': 'diffusion_jax.evaluation.extractors.images:load_inception_extractor',
   'clip': 'diffusion_jax.evaluation.extractors.clip:load_clip_extractor',
-  'dinov2': 'diffusion_jax.evaluation.extractors.dino:load_dinov2_extractor',
-  'classifier': 'diffusion_jax.evaluation.extractors.classifier:load_classifier_extractor',
+  'dinov2': 'diffusion_jax.evaluation.extractors.images:load_dinov2_extractor',
+  'classifier': 'diffusion_jax.evaluation.extractors.images:load_classifier_extractor',
 })
 """Features: loaders (path, *, mesh), or for one KIND/RULE (path, rule, outputs, *, mesh)."""
 
@@ -232,6 +234,50 @@ def check_paths(table: Table, named: Sequence[str], where: str) -> None:
       raise UserError(
         f'{where} {text} is not of the form KIND:PATH with a kind of {", ".join(table)}.'
       )
+
+
+def build_parts(table: Table, specs: Iterable[Any], where: str, **context: Any) -> list[Any]:
+  """Return parts made from their description.
+
+  Args:
+    specs: each a name, a pair (name, arguments), or a mapping {'name': ..., **arguments}.
+    where: the key of the config that has them.
+    context: arguments for whichever part has them, such as tokenizer=...; what a spec says itself
+      comes first.
+
+  Raises:
+    UserError: unknown name, unknown argument, or missing argument.
+  """
+  return [_build(table, where, *_parse(table, where, spec), context) for spec in specs]
+
+
+def _parse(table: Table, where: str, spec: Any) -> tuple[str, dict[str, Any]]:
+  if isinstance(spec, str):
+    return spec, {}
+  if isinstance(spec, (tuple, list)):
+    name, arguments = spec if len(spec) == 2 else (*spec, {})
+    return name, dict(arguments)
+  arguments = dict(spec)
+  if 'name' not in arguments:
+    raise UserError(f'{arguments} in {where} has no name; add one of {", ".join(table)}.')
+  return arguments.pop('name'), arguments
+
+
+def _build(
+  table: Table, where: str, name: str, arguments: Mapping[str, Any], context: Mapping[str, Any]
+) -> Any:
+  part = load(table, name, f'a name in {where}')
+  known = inspect.signature(part).parameters
+  for argument in arguments:
+    if argument not in known:
+      raise UserError(
+        f'in {where} {name} has no argument {argument!r}: it takes {", ".join(known) or "none"}.'
+      )
+  given = {key: value for key, value in context.items() if key in known} | arguments
+  for key, parameter in known.items():
+    if key not in given and parameter.default is parameter.empty:
+      raise UserError(f'in {where} {name} needs the argument {key!r}: add it to its entry.')
+  return part(**given)
 
 
 def register(table: Table, name: str, target: Any) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from diffusion_jax.build import build_task, open_sources
+from diffusion_jax.build import added_evaluators, build_task, open_sources
 from diffusion_jax.checkpoint.checkpoints import Checkpoints
 from diffusion_jax.config import parse
 from diffusion_jax.data.splits import measured_on
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.evaluator import EVALUATE, run_all, scores_of
+from diffusion_jax.evaluation.evaluator import EVALUATE, Evaluator, run_all, scores_of
 from diffusion_jax.files import reading
 from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_params, to_host
@@ -21,6 +21,7 @@ from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.runs.weights import run_weights
 from diffusion_jax.train.ema import Combination, Snapshot, combine
+from diffusion_jax.train.tasks.task import Env
 from diffusion_jax.train.training import stating
 from diffusion_jax.types import Params, Scores, Weights
 
@@ -63,6 +64,11 @@ class TrainedRun:
         f'{self.workdir} trains {self.config.task}; give the workdir of an autoencoder.'
       )
     return self.task.autoencoder
+
+  @property
+  def added_evaluators(self) -> list[Evaluator]:
+    """Return what its config adds to the evaluators of its task."""
+    return added_evaluators(self.config, Env(*self.sources, self.directory.path, self.mesh))
 
   @property
   def sample(self) -> SampleConfig:
@@ -153,9 +159,10 @@ def load_evaluator(workdir: str) -> Callable[[int], Scores]:
   run = TrainedRun(workdir)
   task = run.task
   frozen = {role: put_params(values, run.mesh) for role, values in task.frozen.items()}
-  scoring = [one for one in task.evaluators(run.mesh) if one.when == EVALUATE]
-  told = (measured_on(run.sources[1]).sentence,)
+  found = [*task.evaluators(run.mesh), *run.added_evaluators]
+  scoring = [one for one in found if one.when == EVALUATE]
+  about = (measured_on(run.sources[1]).sentence,)
   return lambda samples: stating(scores_of(run_all(
     scoring, task.model, task.weights(run.params(), frozen), jax.random.key(0), samples=samples,
     baselines=True,
-  )), run.newest(), told)
+  )), run.newest(), about)

@@ -1,12 +1,11 @@
-"""evaluate: scores of models, pictures, autoencoders; likelihood; sweeps."""
+"""evaluate: score models, pictures, autoencoders; likelihood; sweeps."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 from diffusion_jax.cli.options import DrawOptions, ModelOptions, add_options, given, read_options
 from diffusion_jax.errors import UserError
@@ -28,7 +27,7 @@ where it was; several processes share the work.
 
   python -m diffusion_jax evaluate KIND --help   explains each kind."""
 
-MODEL = """Draws a picture for each test caption and reports, in the features of the CLIP image
+MODEL = """Samples a picture for each test caption and reports, in the features of the CLIP image
 tower, the Frechet distance (fd_clip) and KID (kid_clip) to the training images, the CLIP score,
 and how often a picture's own caption is the nearest among 100 (retrieval_r1), each beside the
 value of the real test images and of the same network untrained. Other features, metrics,
@@ -71,7 +70,7 @@ example:
   python -m diffusion_jax evaluate sweep guidance=1,2,4 steps=6,12 --out sweep.json"""
 
 BITS_DRAWS = 8
-"""Of the bound beside other metrics: unbiased still, and quicker than drawing pictures."""
+"""Noise levels of the bound beside other metrics: still unbiased, and quicker than sampling."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,13 +170,13 @@ class LikelihoodEvaluation(Output, DataOptions, DrawOptions, ModelOptions):
 
 
 class Kind(NamedTuple):
-  """A subcommand: its options, and a function of them and of other settings that were given."""
+  """A subcommand: its options, other settings, and the function of `cli.scoring` for them."""
 
   help: str
   description: str
   options: type
   more: type | None
-  run: Callable[[Any, dict[str, Any]], int]
+  work: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -198,96 +197,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  """Score and write."""
+  """Score, write and print; several processes do it together."""
   kind = KINDS[args.kind]
-  return kind.run(read_options(kind.options, args), given(kind.more, args) if kind.more else {})
-
-
-def _begin(options: Output) -> None:
+  options = read_options(kind.options, args)
+  more = given(kind.more, args) if kind.more else {}
   from diffusion_jax.backend.xla import enable_compile_cache
-  from diffusion_jax.parallel.startup import start_distributed
-
-  enable_compile_cache()
-  options.path.parent.mkdir(parents=True, exist_ok=True)
-  start_distributed()
-
-
-def _finish(options: Output, scores: dict[str, Any] | None, shown: dict[str, Any]) -> int:
-  """Write and print, in the first process; the others wait."""
-  from diffusion_jax.cli.scoring import all_are_here
+  from diffusion_jax.cli import follow, scoring
   from diffusion_jax.evaluation.report import write
+  from diffusion_jax.parallel.startup import start_distributed
   from diffusion_jax.viz.evaluation import print_table, write_evaluation_page
 
-  out = options.path
+  enable_compile_cache()
+  out, shown = options.path, {}
+  out.parent.mkdir(parents=True, exist_ok=True)
+  start_distributed()
+  if getattr(options, 'follow', False):
+    return follow.follow(options, more)
+  scores = getattr(scoring, kind.work)(options, more, shown)
   if scores is not None:
     write(out, scores, lambda path, scores: write_evaluation_page(path, scores, **shown))
     print_table(scores)
     print(f'written to {out}, beside it {out.with_suffix(".csv").name} and '
           f'{out.with_suffix(".html").name}')
-  all_are_here('written')
+  scoring.all_are_here('written')
   return 0
 
 
-def _model(options: OneModel, sample: dict[str, Any]) -> int:
-  from diffusion_jax.cli import scoring
-  from diffusion_jax.cli.follow import follow
-
-  _begin(options)
-  if options.follow:
-    return follow(options, sample)
-  shown: dict[str, Any] = {}
-  if options.workdir and scoring.trains_other(options.workdir):
-    return _finish(options, scoring.of_task(options, sample), shown)
-  return _finish(options, scoring.of_model(options, sample, shown), shown)
-
-
-def _sweep(options: Sweep, sample: dict[str, Any]) -> int:
-  from diffusion_jax.cli.scoring import sweep
-  from diffusion_jax.evaluation.sweep import combinations
-
-  for name in combinations(options.sweep)[0]:
-    if name in sample or getattr(options, name, None) is not None:
-      raise UserError(f'--{name} does nothing beside a sweep of {name}; leave it out.')
-  _begin(options)
-  shown: dict[str, Any] = {}
-  return _finish(options, sweep(options, sample, shown), shown)
-
-
-def _images(options: ImagesEvaluation, _: dict) -> int:
-  from diffusion_jax.cli.scoring import of_images
-
-  _begin(options)
-  shown: dict[str, Any] = {}
-  return _finish(options, of_images(options, shown), shown)
-
-
-def _autoencoder(options: AutoencoderEvaluation, _: dict) -> int:
-  from diffusion_jax.cli.scoring import of_autoencoder
-
-  _begin(options)
-  shown: dict[str, Any] = {}
-  return _finish(options, of_autoencoder(options, shown), shown)
-
-
-def _likelihood(options: LikelihoodEvaluation, estimate: dict[str, Any]) -> int:
-  from diffusion_jax.cli.scoring import likelihood
-  from diffusion_jax.config import typed
-
-  config = typed(LikelihoodConfig, estimate, '--')
-  _begin(options)
-  return _finish(options, likelihood(options, config), {})
-
-
 KINDS = {
-  'model': Kind('what a model draws for captions', MODEL, OneModel, SampleOptions, _model),
-  'images': Kind('pictures that are there', IMAGES, ImagesEvaluation, None, _images),
+  'model': Kind('what a model samples for captions', MODEL, OneModel, SampleOptions, 'of_model'),
+  'images': Kind('pictures that are there', IMAGES, ImagesEvaluation, None, 'of_pictures'),
   'autoencoder': Kind(
     'what an autoencoder makes of test images', AUTOENCODER, AutoencoderEvaluation, None,
-    _autoencoder,
+    'of_autoencoder',
   ),
   'likelihood': Kind(
     'bits per dimension of test images', LIKELIHOOD, LikelihoodEvaluation, LikelihoodConfig,
-    _likelihood,
+    'likelihood',
   ),
-  'sweep': Kind('every combination of settings of a model', SWEEP, Sweep, SampleOptions, _sweep),
+  'sweep': Kind('every combination of settings of a model', SWEEP, Sweep, SampleOptions, 'sweep'),
 }

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_jax.checkpoint.checkpoints import Checkpoints
-from diffusion_jax.cli.scoring import Subject, all_are_here, open_subject, report, settings_of
+from diffusion_jax.cli.scoring import Subject, all_are_here, open_subject, score
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.comparison import Column, Comparison, Found
-from diffusion_jax.evaluation.report import write
+from diffusion_jax.evaluation.comparison import Comparison
+from diffusion_jax.evaluation.report import settings_of, write
 from diffusion_jax.files import read_object, reading
 from diffusion_jax.parallel.processes import agree
 from diffusion_jax.run import TrainedRun
@@ -35,7 +35,7 @@ def follow(options: OneModel, sample: dict[str, Any]) -> int:
   _first_checkpoint(options.workdir)
   subject, comparison = open_subject(options, sample)
   settings = subject.settings | followed(
-    options.workdir, options.ema_halflife_images, subject.captions
+    options.workdir, options.ema_halflife_images, subject.prompts.captions
   )
   history = _history(options.path, settings_of(comparison) | settings)
   passed = {line['step'] for line in history}
@@ -63,13 +63,23 @@ def _score(
   settings: dict[str, Any],
 ) -> None:
   """In a function of its own, so that its weights are gone before those of the next are read."""
-  place = comparison.parts / f'{step:08d}'
-  columns = _columns(subject, step, place.name)
-  if columns is None:
+  place, shown = comparison.parts / f'{step:08d}', {}
+  subject.step = step
+  try:
+    subject.weights(options.ema_halflife_images)()
+    subject.names  # noqa: B018
+  except UserError as error:  # As when training has deleted the checkpoint meanwhile.
+    print(f'note: step {step} is left out: {error}', flush=True)
     return
-  found = comparison(columns)
-  if found is not None:
-    _write(options, subject, comparison, found, history, settings | {'step': step})
+  settings = settings | {'step': step}
+  scores = score(subject, comparison, shown, settings, f'{place.name}/generated')
+  if scores is not None:
+    history.append({'step': step, **scores['generated']})
+    history.sort(key=lambda line: line['step'])
+    page = lambda path, scores: write_evaluation_page(path, scores, **shown)
+    write(options.path, scores | {'history': history}, page)
+    values = ', '.join(f'{name} {value:.4g}' for name, value in scores['generated'].items())
+    print(f'step {step}: {values}', flush=True)
   if all_are_here('scored'):
     shutil.rmtree(place, ignore_errors=True)
 
@@ -96,7 +106,7 @@ def _first_checkpoint(workdir: str) -> None:
   directory = RunDirectory(workdir)
   directory.read_json('config.json')
   checkpoints = Checkpoints(directory.checkpoints, read_only=True)
-  told = False
+  said = False
   while True:
     is_over = over(workdir)  # First, as in `_next`; and all processes go by what one has seen.
     seen = agree('follow/first', json.dumps([is_over, checkpoints.latest() is not None]))[0]
@@ -105,39 +115,10 @@ def _first_checkpoint(workdir: str) -> None:
       return
     if is_over:
       raise UserError(f'{workdir} is over and has no checkpoint; train longer.')
-    if not told:
+    if not said:
       print(f'waiting for the first checkpoint of {workdir}', flush=True)
-    told = True
+    said = True
     time.sleep(POLL_SECONDS)
-
-
-def _columns(subject: Subject, step: int, place: str) -> dict[str, Column] | None:
-  """None where the checkpoint cannot be read, as when training has deleted it meanwhile."""
-  half_life = subject.options.ema_halflife_images
-  subject.step = step
-  try:
-    weights = subject.weights(half_life)
-    weights()
-    generated = subject.drawn(subject.sample, half_life, f'{place}/generated', weights)
-  except UserError as error:
-    print(f'note: step {step} is left out: {error}', flush=True)
-    return None
-  return {'generated': generated, 'untrained': subject.untrained(weights), **subject.real()}
-
-
-def _write(
-  options: OneModel, subject: Subject, comparison: Comparison, found: Found, history: list[dict],
-  settings: dict[str, Any],
-) -> None:
-  shown: dict[str, Any] = {}
-  scores = report(options, comparison, found, shown, settings, subject.about, subject.split('test'))
-  values = scores['generated']
-  history.append({'step': settings['step'], **values})
-  history.sort(key=lambda line: line['step'])
-  page = lambda path, scores: write_evaluation_page(path, scores, **shown)
-  write(options.path, scores | {'history': history}, page)
-  told = ', '.join(f'{name} {value:.4g}' for name, value in values.items())
-  print(f'step {settings["step"]}: {told}', flush=True)
 
 
 def _history(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:

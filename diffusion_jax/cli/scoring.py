@@ -1,4 +1,4 @@
-"""The work of evaluate: a model, pictures or an autoencoder against a reference."""
+"""Options of evaluate -> what is scored, by the evaluators and comparisons of the package."""
 
 from __future__ import annotations
 
@@ -13,30 +13,34 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from diffusion_jax.cli.options import open_model, open_run
-from diffusion_jax.data.captions import read_lines
+from diffusion_jax.config import typed
 from diffusion_jax.data.sources.tfds import open_source
-from diffusion_jax.data.splits import fingerprint, measured_on
+from diffusion_jax.data.splits import measured_on
 from diffusion_jax.data.unreadable import Counted, Damage
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation import comparison as comparisons
-from diffusion_jax.evaluation.comparison import Column, Comparison, Found, Reference, local_mesh
+from diffusion_jax.evaluation.comparison import (
+  Column,
+  Comparison,
+  Found,
+  Reference,
+  local_mesh,
+  of_images,
+)
+from diffusion_jax.evaluation.evaluator import EVALUATE, Value, run_all, scores_of
 from diffusion_jax.evaluation.extract import Extraction
-from diffusion_jax.evaluation.extractors import load_named
-from diffusion_jax.evaluation.extractors.clip import text_towers
-from diffusion_jax.evaluation.generated import check_samples, fresh_weights
-from diffusion_jax.evaluation.images import First, ImageSet, Split, open_images, shuffled
+from diffusion_jax.evaluation.generated import GeneratedImages, PerImage, Prompts
+from diffusion_jax.evaluation.images import ImageSet, RandomSubset, Split, named_split, open_images
 from diffusion_jax.evaluation.metrics.images import DISCRETE_BITS
+from diffusion_jax.evaluation.metrics.metric import metric_of
 from diffusion_jax.evaluation.options import CLIP, CaptionOptions, CompareOptions, LikelihoodConfig
 from diffusion_jax.evaluation.reference import open_reference, write_moments
-from diffusion_jax.evaluation.report import TESTED, measured_and_warnings
-from diffusion_jax.evaluation.report import of_model as said_of_model
-from diffusion_jax.evaluation.scores import metric_of
+from diffusion_jax.evaluation.report import TESTED, report
+from diffusion_jax.evaluation.report import of_model as about_model
 from diffusion_jax.formats.networks import resolve
-from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_params, to_host
+from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, to_host
 from diffusion_jax.parallel.processes import A_DAY, agree
 from diffusion_jax.run import TrainedRun, load_evaluator
 from diffusion_jax.runs.directory import RunDirectory
-from diffusion_jax.runs.trained_on import split_of
 from diffusion_jax.viz.evaluation import examples
 from diffusion_jax.viz.sweep import label, short
 
@@ -49,14 +53,13 @@ if TYPE_CHECKING:
     OneModel,
     Sweep,
   )
-  from diffusion_jax.pipelines.sampling import SampleConfig
   from diffusion_jax.types import Weights
 
 SAMPLES, SIZE = 256, 64
 IMAGE_METRICS, MODEL_METRICS = 'fd,kid', 'fd,kid,clip_score,retrieval'
 PAIR_METRICS = 'fd,psnr,ssim,l1'
 FAR = 0.1
-"""Relative error of an average's profile from which on people are told."""
+"""Relative error of an average's profile from which on a note says so."""
 
 
 def all_are_here(name: str) -> bool:
@@ -65,32 +68,10 @@ def all_are_here(name: str) -> bool:
   return jax.process_index() == 0
 
 
-def lines(path: str, what: str = 'captions') -> list[str]:
-  """Return the captions, or what else it is, of a file, one a line."""
-  found = read_lines(path, what)
-  if not found:
-    raise UserError(f'{path} has no {what}; write one a line.')
-  return found
-
-
-def own_captions(options: CaptionOptions) -> tuple[list[str], list[str]]:
-  """Return (captions, labels) of the options' files, as many as there are samples.
-
-  UserError where they cannot be read, or do not fit each other.
+def own_prompts(options: CaptionOptions) -> Prompts:
+  """Return the captions of the options' files. UserError where they cannot be read, or do not fit.
   """
-  found, samples = lines(options.captions), options.samples
-  if samples is not None and not 1 <= samples <= len(found):
-    raise UserError(
-      f'--samples is {samples}, but {options.captions} has {len(found)} captions; choose 1 to '
-      f'{len(found)}, or leave it out for all.'
-    )
-  labels = lines(options.labels, 'labels') if options.labels else []
-  if labels and len(labels) != len(found):
-    raise UserError(
-      f'{options.labels} has {len(labels)} labels, but {options.captions} {len(found)} captions; '
-      'write one label for each.'
-    )
-  return found[:samples], labels[:samples]
+  return Prompts.read(options.captions, options.labels, options.samples)
 
 
 def say_unreadable(sentence: str) -> None:
@@ -104,17 +85,6 @@ def open_split(options, name: str, size: int) -> Split:
   return named_split(source, options.dataset, size, name)
 
 
-def named_split(source, dataset: str, size: int, name: str) -> Split:
-  """Return a split of a data set as a set of images that knows which it is.
-
-  Images of another size are another reference.
-  """
-  return Split(
-    source, f'{dataset} {size} px {name}',
-    pictures=split_of(dataset, name, size, len(source), fingerprint(source)),
-  )
-
-
 def open_comparison(
   options: CompareOptions, split: Callable[[str], ImageSet], default: str, clip: str = CLIP,
   reference: Reference | None = None, captioned: bool = True,
@@ -126,31 +96,16 @@ def open_comparison(
     clip: the features without --features. reference: in place of --reference. captioned: whether
       there are captions.
   """
-  mesh, out = local_mesh(), Path(options.out)
-  named = options.features or (f'clip:{clip}',)
+  out, keep = Path(options.out), getattr(options, 'keep', '')
   metrics = (options.metrics or default).split(',') if options.metrics or default else []
-  computed = list(dict.fromkeys([*metrics, 'fd'])) if options.save_statistics else metrics
-  extraction = Extraction(load_named(named, computed, mesh), mesh)
-  _check_towers(metrics, extraction.extractors)
-  keep = getattr(options, 'keep', '')
   return Comparison(
-    extraction, metrics, reference or _reference(options, metrics, extraction, split),
-    out.with_name(f'{out.stem}.parts'),
-    texts=text_towers(named, extraction.extractors, mesh) if captioned else {}, named=named,
-    seed=options.seed, most_unreadable=options.most_unreadable or 0.0,
+    options.features or (f'clip:{clip}',), metrics, local_mesh(),
+    lambda extraction: reference or _reference(options, metrics, extraction, split),
+    parts=out.with_name(f'{out.stem}.parts'), captioned=captioned, seed=options.seed,
+    computed=list(dict.fromkeys([*metrics, 'fd'])) if options.save_statistics else metrics,
+    most_unreadable=options.most_unreadable or 0.0,
     kept=(out.with_name(f'{out.stem}.images'), keep) if keep else None,
   )
-
-
-def _check_towers(metrics: Sequence[str], extractors: Sequence) -> None:
-  """Raise a UserError where texts are asked of CLIPs that all are image towers alone."""
-  clips = [extractor for extractor in extractors if hasattr(extractor, 'has_texts')]
-  asked = [name for name in metrics if 'texts' in metric_of(name).needs]
-  if asked and clips and not any(clip.has_texts for clip in clips):
-    raise UserError(
-      f'{asked[0]} needs texts, but {clips[0].name} is an image tower alone; give a CLIP with both '
-      f'towers in --features, or leave {asked[0]} out of --metrics.'
-    )
 
 
 def _reference(
@@ -170,49 +125,26 @@ def _reference(
   return Reference(name, notes=tuple(notes), **known)
 
 
-def report(
+def write_report(
   options: CompareOptions, comparison: Comparison, found: Found, shown: dict,
   settings: Mapping[str, Any] | None = None, about: Sequence[str] = (),
   tested: Split | None = None,
 ) -> dict[str, Any]:
-  """Return columns of values, and, of the first, 'intervals', 'measured', 'warnings', 'settings'.
+  """Return scores as `evaluation.report.report` does; `shown` is given what their page shows.
 
-  Args:
-    shown: is given what the page shows beside them, of that column.
-    settings: what else decides the values.
-    about, tested: as of `evaluation.report.measured_and_warnings`.
+  Statistics are written where they are wanted.
   """
-  first = found.first
-  features, plan = found.pictured[first].features, found.columns[first].work.plan
   shown |= examples(comparison, found)
   if options.save_statistics:
     files = write_moments(
-      options.save_statistics, features.columns, comparison.extraction.extractors
+      options.save_statistics, found.features.columns, comparison.extraction.extractors
     )
-    print(f'statistics of {first} written to {", ".join(map(str, files))}')
-  measured, warnings = measured_and_warnings(comparison, len(features.rows), about, tested)
-  for text in warnings:
-    print(f'note: {text}')
-  scores = found.told()
-  scores['warnings'] = [*warnings, *scores['warnings']]
-  return scores | {'measured': measured, 'settings': {
-    'samples': len(features.rows), 'unreadable': len(features.trouble),
-    **{name: plan[name] for name in ('images', 'model') if name in plan},
-    **settings_of(comparison), **(settings or {}),
-  }}
-
-
-def settings_of(comparison: Comparison) -> dict[str, Any]:
-  """Return what decides the values, whatever the pictures are."""
-  return {
-    'reference': comparison.reference.name, 'reference_images': comparison.reference.count,
-    'features': [extractor.name for extractor in comparison.extraction.extractors],
-    'metrics': comparison.metrics, 'seed': comparison.seed,
-  }
+    print(f'statistics of {found.first} written to {", ".join(map(str, files))}')
+  return report(comparison, found, settings or {}, about, tested)
 
 
 class Subject:
-  """The model that is scored, the weights that it may have, and what it is asked to draw.
+  """The model that is scored, the weights that it may have, and what it is asked to sample.
 
   sample: settings in place of the model's own.
   """
@@ -254,31 +186,16 @@ class Subject:
             f'with {len(stored)} snapshots; keep more checkpoints (loop.keep_every_steps).')
 
   @functools.cached_property
-  def records(self) -> list | None:
-    """The test split's records whose captions are drawn; None for captions of one's own."""
-    if self.options.captions:
-      return None
-    samples = SAMPLES if self.options.samples is None else self.options.samples
-    check_samples(samples, len(self.test))
-    return shuffled(self.test, samples)
-
-  @functools.cached_property
-  def captions(self) -> list[str]:
-    """What is drawn. UserError for more than there are, or too few to score."""
+  def prompts(self) -> Prompts:
+    """What is sampled. UserError for more than there are, or too few to score."""
     options = self.options
     if options.captions:
-      found, _ = own_captions(options)
+      found = own_prompts(options)
     else:
-      found = [record['captions'][0] for record in self.records]
-    self.model.rows(found)  # Says of all of them together how many are too long.
+      samples = SAMPLES if options.samples is None else options.samples
+      found = Prompts.of(self.test, samples, self.model.prompt, self.split('test').name)
+    self.model.rows(found.captions)  # Says of all of them together how many are too long.
     return found
-
-  @functools.cached_property
-  def labels(self) -> list[str]:
-    """The classes of the captions; empty where they are not known."""
-    if self.options.captions:
-      return own_captions(self.options)[1]
-    return [record['label'] for record in self.records if 'label' in record]
 
   @functools.cached_property
   def _bits(self):
@@ -289,10 +206,10 @@ class Subject:
     from diffusion_jax.evaluation.likelihood import discrete_bits
 
     compute = discrete_bits(
-      self.model, self.records, draws=options.bits_draws, seed=options.seed, mesh=self.mesh,
+      self.model, self.prompts.records, draws=options.bits_draws, seed=options.seed, mesh=self.mesh,
       batch_size=options.batch,
     )
-    return comparisons.FiguresOf((DISCRETE_BITS,), {'draws': options.bits_draws}, compute)
+    return PerImage((DISCRETE_BITS,), {'draws': options.bits_draws}, compute)
 
   def split(self, name: str) -> Split:
     """Return a split of the data set that the model was made for."""
@@ -303,9 +220,9 @@ class Subject:
 
   @property
   def about(self) -> list[str]:
-    """What is drawn, and what the model was trained on."""
+    """What is sampled, and what the model was trained on."""
     whose = self.options.captions or f'the captions of {self.split("test").name}'
-    return [f'Each is drawn for one of {whose}.', *self.trained_on]
+    return [f'Each is sampled for one of {whose}.', *self.trained_on]
 
   @property
   def trained_on(self) -> list[str]:
@@ -314,7 +231,7 @@ class Subject:
 
     test = self.split('test').pictures
     if self.run is None:
-      return [said_of_model(self.name, self.name, {TESTED: test})]
+      return [about_model(self.name, self.name, {TESTED: test})]
     own = [] if getattr(self.options, 'captions', '') else [measured_on(self.test).sentence]
     begun = begun_with(self.run.config, self.run.task)
     return [*own, *provenance(begun, (), None, test)]
@@ -341,41 +258,33 @@ class Subject:
     """
     return identity(self.name, self.run, self.step, ema_halflife_images)
 
-  def drawn(
-    self, sample: SampleConfig, ema_halflife_images: float | None = None, place: str = '',
-    weights: Callable[[], Weights] | None = None,
-  ) -> Column:
-    """Return the captions as the model draws them; they are kept where --keep says so."""
-    weights = weights or self.weights(ema_halflife_images)
-    return self._column(weights, self.identity(ema_halflife_images), sample, True, place)
+  def evaluator(self, comparison: Comparison) -> GeneratedImages:
+    """Return what samples the captions and scores what comes."""
+    return GeneratedImages(
+      comparison.named, comparison.metrics, self.sample, self.train, self.test, self.mesh,
+      batch_size=self.options.batch, prompts=self.prompts, scorer=comparison, each=self._bits,
+    )
 
-  def _column(
-    self, weights: Callable[[], Weights], name: str, sample: SampleConfig, keep: bool,
-    place: str = '',
-  ) -> Column:
-    return Column(comparisons.of_model(
-      self.model, weights, name, self.captions, sample, seed=self.options.seed, mesh=self.mesh,
-      batch_size=self.options.batch, figures=self._bits,
-    ), self.captions, keep, place, self.labels)
-
-  def untrained(self, weights: Callable[[], Weights]) -> Column:
-    """Return what the same network with fresh weights draws."""
-    fresh = functools.cache(lambda: fresh_weights(self.model, weights(), self.mesh))
+  @property
+  def names(self) -> dict[str, str]:
+    """Names of the model with its weights and without, by column."""
+    generated = self.identity(self.options.ema_halflife_images)
     # The same at each step of a run, whose frozen parts stay as they are.
-    name = f'{self.name} ({self.run.settings_fingerprint})' if self.run else self.identity()
-    return self._column(fresh, f'untrained {name}', self.sample, False)
+    name = f'{self.name} ({self.run.settings_fingerprint})' if self.run else generated
+    return {'generated': generated, 'untrained': f'untrained {name}'}
 
-  def real(self) -> dict[str, Column]:
-    """Return 'real', the test images of the captions, where these are the test split's."""
-    if self.records is None:
-      return {}
-    name = f'{len(self.records)} of {self.split("test").name}'
-    work = comparisons.of_images(Split(self.records, name))
-    return {'real': Column(work, self.captions, labels=self.labels)}
+  def added(self) -> list[tuple[str, Value]]:
+    """Return what the evaluators yield that the config of the run adds to its task's."""
+    found = [one for one in self.run.added_evaluators if one.when == EVALUATE] if self.run else []
+    if not found:
+      return []
+    weights = self.run.weights(self.step, self.options.ema_halflife_images)
+    weights = self.model.on_mesh(weights, self.run.mesh)
+    return list(run_all(found, self.model, weights, jax.random.key(self.options.seed)))
 
   @property
   def settings(self) -> dict[str, Any]:
-    """How pictures are drawn, and bits estimated."""
+    """How images are sampled, and bits estimated."""
     bits = {'draws': self.options.bits_draws} if self.options.wants_bits else {}
     return dataclasses.asdict(self.sample) | bits
 
@@ -399,46 +308,76 @@ def identity(
 def open_subject(options: ModelEvaluation, sample: dict[str, Any]) -> tuple[Subject, Comparison]:
   """Return the model and what it is compared with."""
   if options.captions:
-    own_captions(options)  # What is wrong with them is said before a model is loaded.
+    own_prompts(options)  # What is wrong with them is said before a model is loaded.
   subject = Subject(options, sample, local_mesh())
-  subject.captions  # noqa: B018
+  subject.prompts  # noqa: B018
   clip = options.clip or (subject.run.config.settings.clip if subject.run else CLIP)
   options = dataclasses.replace(options, most_unreadable=subject.most_unreadable)
   return subject, open_comparison(options, subject.split, MODEL_METRICS, clip)
 
 
 def of_model(options: OneModel, sample: dict[str, Any], shown: dict) -> dict[str, Any] | None:
-  """Score what the model draws, beside real pictures and the untrained model's."""
+  """Score what the model samples, beside real images and the untrained model's.
+
+  The run of another task is scored by its own evaluators.
+  """
+  if options.workdir and trains_other(options.workdir):
+    return of_task(options, sample)
   subject, comparison = open_subject(options, sample)
-  weights = subject.weights(options.ema_halflife_images)
-  found = comparison({
-    'generated': subject.drawn(subject.sample, options.ema_halflife_images, weights=weights),
-    'untrained': subject.untrained(weights), **subject.real(),
-  })
-  return found and report(
-    options, comparison, found, shown, subject.settings, subject.about, subject.split('test')
+  return score(subject, comparison, shown, subject.settings)
+
+
+def score(
+  subject: Subject, comparison: Comparison, shown: dict, settings: Mapping[str, Any],
+  place: str = '',
+) -> dict[str, Any] | None:
+  """Return the scores of a model at its step, by the evaluators of its training; settings: of it.
+
+  place: of the pieces of what it samples. None but in the first process.
+  """
+  options = subject.options
+  found = subject.evaluator(comparison).found(
+    subject.model, subject.weights(options.ema_halflife_images), options.seed, subject.prompts,
+    names=subject.names, place=place,
   )
+  more = subject.added()
+  if found is None:
+    return None
+  scores = write_report(
+    options, comparison, found, shown, settings, subject.about, subject.split('test')
+  )
+  return scores_of(more, found.first, scores)
 
 
 def sweep(options: Sweep, sample: dict[str, Any], shown: dict) -> dict[str, Any] | None:
-  """Score every combination beside real pictures; the page shows the best one's pictures."""
+  """Score every combination beside real images; the page shows the best one's images."""
   from diffusion_jax.evaluation.sweep import EMA, applied, best, combinations, network_calls
 
+  for name in combinations(options.sweep)[0]:
+    if name in sample or getattr(options, name, None) is not None:
+      raise UserError(f'--{name} does nothing beside a sweep of {name}; leave it out.')
   every = {label(one): one for one in combinations(options.sweep)}
   subject, comparison = open_subject(options, sample)
   samples = {name: applied(subject.sample, one) for name, one in every.items()}
   for name, settings in samples.items():
     settings.check(subject.model.noise, subject.model.parameterization)
     subject.check_average(every[name].get(EMA))
-  own = options.ema_halflife_images
+  own, evaluator = options.ema_halflife_images, subject.evaluator(comparison)
   name_of_model = subject.identity(own)  # By all processes: they agree on the checkpoint.
-  found = comparison({
-    name: subject.drawn(settings, every[name].get(EMA, own), place=f'generated {name}')
-    for name, settings in sorted(samples.items(), key=lambda item: every[item[0]].get(EMA, 0))
-  } | subject.real(), choose=lambda values: best({name: values[name] for name in every}))
+  columns = {}
+  for name in sorted(samples, key=lambda name: every[name].get(EMA, 0)):
+    average = every[name].get(EMA, own)
+    columns[name] = evaluator.column(
+      subject.model, subject.weights(average), subject.identity(average), prompts=subject.prompts,
+      seed=options.seed, sample=samples[name], keep=True, place=f'generated {name}',
+    )
+  found = comparison(
+    columns | evaluator.real(subject.prompts),
+    choose=lambda values: best({name: values[name] for name in every}),
+  )
   if found is None:
     return None
-  scores = report(
+  scores = write_report(
     options, comparison, found, shown, about=subject.about, tested=subject.split('test')
   )
   scores['settings'] |= {'model': name_of_model, 'best': found.first, **subject.settings}
@@ -448,17 +387,25 @@ def sweep(options: Sweep, sample: dict[str, Any], shown: dict) -> dict[str, Any]
   }}
 
 
-def likelihood(options: LikelihoodEvaluation, config: LikelihoodConfig) -> dict[str, Any]:
+def likelihood(
+  options: LikelihoodEvaluation, estimate: dict[str, Any], shown: dict
+) -> dict[str, Any]:
   """Estimate bits per dimension of test images."""
-  from diffusion_jax.evaluation.likelihood import evaluate_likelihood
+  from diffusion_jax.evaluation.likelihood import Likelihood
 
+  del shown
+  config = typed(LikelihoodConfig, estimate, '--')
   if options.workdir and (task := trains_other(options.workdir)):
     raise UserError(f'{options.workdir} trains {task}; a likelihood needs a diffusion model.')
   mesh = make_mesh(MeshConfig())
   subject = Subject(options, {}, mesh)
-  found = evaluate_likelihood(
-    subject.model, subject.weights(options.ema_halflife_images)(), subject.train, subject.test,
-    config, samples=options.samples, seed=options.seed, mesh=mesh, batch_size=options.batch,
+  evaluator = Likelihood(
+    train=subject.train, test=subject.test, mesh=mesh, images=options.samples,
+    batch_size=options.batch, **dataclasses.asdict(config),
+  )
+  weights = subject.weights(options.ema_halflife_images)()
+  found = scores_of(
+    evaluator.run(subject.model, weights, jax.random.key(options.seed)), first='model'
   )
   whose = f'Of {found["settings"]["samples"]:,} images of {subject.split("test").name}.'
   return found | {'measured': [whose, *subject.trained_on]}
@@ -488,7 +435,7 @@ def of_task(options: OneModel, sample: dict[str, Any]) -> dict[str, Any]:
   return load_evaluator(options.workdir)(SAMPLES if options.samples is None else options.samples)
 
 
-def of_images(options: ImagesEvaluation, shown: dict) -> dict[str, Any] | None:
+def of_pictures(options: ImagesEvaluation, _: dict, shown: dict) -> dict[str, Any] | None:
   """Score pictures that are there."""
   images = open_images(options.images)  # Before a data set is prepared, which may take minutes.
   alone = options.save_statistics and not (options.metrics or options.reference)
@@ -496,44 +443,31 @@ def of_images(options: ImagesEvaluation, shown: dict) -> dict[str, Any] | None:
     options, lambda name: open_split(options, name, options.size), '' if alone else IMAGE_METRICS,
     captioned=False,
   )
-  found = comparison({'samples': Column(comparisons.of_images(images))})
+  found = comparison({'samples': Column(of_images(images))})
   if found is None:
     return None
   for note in images.notes:
     print(f'note: {note}')
   found.scores[found.first].warnings.extend(images.notes)
-  return report(options, comparison, found, shown, about=[f'They are of {images.name}.'])
+  return write_report(options, comparison, found, shown, about=[f'They are of {images.name}.'])
 
 
-def of_autoencoder(options: AutoencoderEvaluation, shown: dict) -> dict[str, Any] | None:
+def of_autoencoder(options: AutoencoderEvaluation, _: dict, shown: dict) -> dict[str, Any] | None:
   """Score 'reconstructed' and 'untrained', both against the originals."""
-  from diffusion_jax.evaluation import reconstruction
-  from diffusion_jax.formats.networks import load_lpips
+  from diffusion_jax.evaluation.reconstruction import columns
 
-  mesh = local_mesh()
   network, read, name, test, about = _open_autoencoder(options)
-  originals = First(test, min(SAMPLES, len(test)) if options.samples is None else options.samples)
+  count = min(SAMPLES, len(test)) if options.samples is None else options.samples
+  originals = RandomSubset(test, count)
   comparison = open_comparison(
     options, lambda name: test, PAIR_METRICS + (',lpips' if options.lpips else ''),
     reference=Reference(originals.name, originals, own=True), captioned=False,
   )
-  distances = None
-  if options.lpips:
-    lpips = put_params(load_lpips(options.lpips), mesh)
-    distances = reconstruction.perceptual(lpips, mesh, options.batch)
-  reconstruct = reconstruction.reconstructor(network, mesh, options.batch)
-  fresh = lambda: to_host(jax.jit(network.initialize)(jax.random.key(1)))
-  # All of them whatever is asked for, so that a second start may ask for more.
-  work = lambda name, params: reconstruction.of_autoencoder(
-    reconstruct, functools.cache(lambda: put_params(params(), mesh)), name, originals,
-    tuple(reconstruction.FIGURES), distances, options.lpips,
-  )
-  found = comparison({
-    'reconstructed': Column(work(name, read), keep=True),
-    'untrained': Column(work(f'untrained {name}', fresh)),
-  })
+  found = comparison(columns(
+    network, read, name, originals, local_mesh(), options.batch, options.lpips
+  ))
   settings = {'lpips': options.lpips} if options.lpips else {}
-  return found and report(options, comparison, found, shown, settings, about, test)
+  return found and write_report(options, comparison, found, shown, settings, about, test)
 
 
 def _open_autoencoder(options: AutoencoderEvaluation) -> tuple:
@@ -556,5 +490,5 @@ def _open_autoencoder(options: AutoencoderEvaluation) -> tuple:
   config, params = load_params('autoencoder', options.model)
   own = config.sample_size if isinstance(config.sample_size, int) else SIZE
   images = open_split(options, 'test', options.size or own)
-  about = [said_of_model(options.model, options.model, {TESTED: images.pictures})]
+  about = [about_model(options.model, options.model, {TESTED: images.pictures})]
   return Network.of(AutoencoderKL, config), lambda: params, identity(options.model), images, about

@@ -14,7 +14,7 @@ import numpy as np
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.pixels import edges, resize, to_float
-from diffusion_jax.registry import TRANSFORMS, load
+from diffusion_jax.registry import TRANSFORMS, build_parts, load
 
 _SIDED = re.compile(r'\b(?:left|right|leftwards|rightwards|clockwise|counterclockwise)\b', re.I)
 
@@ -192,17 +192,8 @@ class Edges(Transform):
 
 
 def build_transforms(specs: Iterable[Any], **context: Any) -> list[Callable]:
-  """Make transforms from their description.
-
-  Args:
-    specs: each a name, a pair (name, arguments), or a mapping {'name': ..., **arguments}.
-    **context: arguments for whichever transform has them, such as tokenizer=...; what a spec says
-      itself comes first.
-
-  Raises:
-    UserError: unknown name, unknown argument, or missing argument.
-  """
-  return [_build(*_parse(spec), context) for spec in specs]
+  """Return transforms as `registry.build_parts` makes them."""
+  return build_parts(TRANSFORMS, specs, 'data.transforms', **context)
 
 
 def apply(transforms: Iterable[Callable], record: dict, rng: np.random.Generator) -> dict:
@@ -245,32 +236,6 @@ def check_transforms(specs: Any, size: int) -> None:
 def _name_of(transform: Any) -> str:
   kind = type(transform)
   return next((name for name in TRANSFORMS if load(TRANSFORMS, name) is kind), kind.__name__)
-
-
-def _parse(spec: Any) -> tuple[str, dict[str, Any]]:
-  if isinstance(spec, str):
-    return spec, {}
-  if isinstance(spec, (tuple, list)):
-    name, arguments = spec if len(spec) == 2 else (*spec, {})
-    return name, dict(arguments)
-  arguments = dict(spec)
-  if 'name' not in arguments:
-    raise UserError(f'The transform {arguments} has no name: add one of {", ".join(TRANSFORMS)}.')
-  return arguments.pop('name'), arguments
-
-
-def _build(name: str, arguments: dict[str, Any], context: Mapping[str, Any]) -> Callable:
-  kind = load(TRANSFORMS, name, 'a name in data.transforms')
-  fields = {field.name: field for field in dataclasses.fields(kind)}
-  for argument in arguments:
-    if argument not in fields:
-      known = ', '.join(fields) or 'none'
-      raise UserError(f'The transform {name} has no argument {argument!r}: it takes {known}.')
-  given = {key: value for key, value in context.items() if key in fields} | arguments
-  for key, field in fields.items():
-    if key not in given and field.default is dataclasses.MISSING:
-      raise UserError(f'The transform {name} needs the argument {key!r}: add it to its entry.')
-  return kind(**given)
 
 
 def _image(record: Mapping[str, Any]) -> np.ndarray:

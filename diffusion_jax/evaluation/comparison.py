@@ -1,13 +1,15 @@
-"""The evaluation job: samples and a reference -> features -> figures. See `cli.evaluate`.
+"""Sets of images against one reference: the same features and metrics for all of them.
 
-Sets of pictures against one reference: the same features, metrics and pieces for all of them.
+The work may lie in pieces on a disk, shared by processes with devices of their own, to be gone on
+with after a kill; or features stay in memory, computed by all devices of all processes together.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,33 +18,35 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
+from diffusion_jax.data.unreadable import readable
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.extract import Extraction, Features, extract, gather, reader
+from diffusion_jax.evaluation.extract import Extraction, Features, Images, extract, gather, reader
 from diffusion_jax.evaluation.extract import column as column_of
-from diffusion_jax.evaluation.extractors.clip import CLIPFeatures
+from diffusion_jax.evaluation.extractors import load_named
+from diffusion_jax.evaluation.extractors.clip import text_towers
 from diffusion_jax.evaluation.images import ImageSet
-from diffusion_jax.evaluation.metrics.metric import Compared, MetricValues
-from diffusion_jax.evaluation.pieces import Chunks, Keeper, Made, Thumbnails
-from diffusion_jax.evaluation.scores import (
+from diffusion_jax.evaluation.metrics.metric import (
+  Compared,
+  MetricValues,
   check_metrics,
   metric_of,
   score,
   takes_reference,
   value_names,
 )
+from diffusion_jax.evaluation.pieces import Chunks, Keeper, Made, Thumbnails
 from diffusion_jax.evaluation.statistics import Moments
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.parallel.processes import A_DAY, agree, in_step
-from diffusion_jax.pipelines.model import Diffusion
-from diffusion_jax.pipelines.sampling import SampleConfig
-from diffusion_jax.types import Weights
 
 CHUNK = 64
 """Images of a piece: what is made again, at most, after a kill."""
+READ = 256
+"""Images of a set in memory at a time."""
 
 
 def local_mesh() -> Mesh:
-  """A mesh of the devices of this process alone."""
+  """Return a mesh of the devices of this process alone."""
   return make_mesh(MeshConfig(), jax.local_devices()[: len(jax.devices())])
 
 
@@ -50,8 +54,9 @@ def local_mesh() -> Mesh:
 class Work:
   """Images whose features are wanted: how many, what decides them, and how they are made.
 
-  begin: called by all processes together before any image is made, and only then. each: the figures
-  of single images that come of making them.
+  make: the images of a range, for pieces; stream: the first so many, in batches, for memory.
+  begin: called by all processes together before any piece is made, and only then. each: names of
+  the values of single images that come of making them.
   """
 
   total: int
@@ -59,62 +64,29 @@ class Work:
   make: Callable[[range], Made]
   begin: Callable[[], Any] = lambda: None
   each: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class FiguresOf:
-  """Figures of single images: their names, what decides them, and a function of a model's weights
-  and a range of images that computes them, [n] each."""
-
-  names: tuple[str, ...]
-  plan: dict[str, Any]
-  compute: Callable[[Weights, range], dict[str, np.ndarray]]
+  stream: Callable[[int], Iterator[Images]] | None = None
 
 
 def of_images(images: ImageSet) -> Work:
-  """The work of reading a set of images."""
-  return Work(len(images), {'images': images.name, 'files': images.stamp}, reader(images))
+  """Return the work of reading a set of images; in memory those that can be read count."""
+  plan = {'images': images.name, 'files': images.stamp}
+  return Work(len(images), plan, reader(images), stream=lambda count: _blocks(images, count))
 
 
-def of_model(
-  model: Diffusion, weights: Callable[[], Weights], name: str, captions: Sequence[str],
-  sample: SampleConfig, *, seed: int, mesh: Mesh, batch_size: int = 16,
-  figures: FiguresOf | None = None,
-) -> Work:
-  """The work of drawing an image for each caption; image i depends on the seed and i alone.
-
-  Args:
-    weights: gives them on `mesh`; first called by all processes together, when there is something
-      to draw.
-    name: of the model with its weights, such as a run and its step.
-    figures: what else is wanted of the model for each caption, such as the bits of its real image.
-  """
-
-  def make(items: range) -> Made:
-    images = [image for batch in model.generate(
-      weights(), captions[items.start : items.stop], sample, seed=seed, mesh=mesh,
-      batch_size=batch_size, first=items.start,
-    ) for image in batch]
-    each = figures.compute(weights(), items) if figures else {}
-    return Made(images, [''] * len(images), each)
-
-  plan = {'model': name, 'captions': list(captions), 'seed': seed,
-          'sample': dataclasses.asdict(sample), **(figures.plan if figures else {})}
-  return Work(len(captions), plan, make, weights, figures.names if figures else ())
+def _blocks(images: ImageSet, count: int) -> Iterator[Images]:
+  pixels = (picture.pixels for picture in readable(images, range(count)))
+  while block := list(itertools.islice(pixels, READ)):
+    yield np.stack(block)
 
 
 def features_of(
   work: Work, extraction: Extraction, directory: Path, *, most_unreadable: float = 0.0,
   keep: Keeper | None = None, label: str = '', chunk: int = CHUNK,
 ) -> tuple[Features, Thumbnails]:
-  """The features of all of the work's images, of which `directory` has what was done before.
+  """Return the features of all of the work's images, with small pictures of them.
 
-  And small pictures of them.
-
-  All processes must call it together; each makes its share, and all get the whole.
-
-  Raises:
-    UserError: too many images cannot be read, or the directory holds other results.
+  `directory` has what was done before. All processes must call it together; each makes a part, and
+  all get the whole. UserError: too many images cannot be read, or it holds other results.
   """
   plan = {**work.plan, **extraction.plan}
   if work.each:
@@ -129,68 +101,67 @@ def features_of(
   return gather(chunks, most_unreadable), Thumbnails(chunks)
 
 
-def _known(
-  reference: Features | dict[str, Moments], column: str
-) -> tuple[np.ndarray | None, Moments | None]:
-  """The reference's features, where there are any, and their moments."""
-  if not isinstance(reference, Features):
-    return None, reference.get(column)
-  return reference.columns.get(column), reference.statistics(column)
-
-
 def compare(
-  samples: Features, reference: Features | dict[str, Moments], metrics: Sequence[str], *,
-  texts: dict[str, np.ndarray] | None = None, labels: dict[str, np.ndarray] | None = None,
+  samples: Features, reference: Features | Mapping[str, Moments], metrics: Sequence[str], *,
+  texts: Mapping[str, np.ndarray] | None = None, labels: Mapping[str, np.ndarray] | None = None,
   own: bool = False, seed: int = 0, intervals: bool = True,
 ) -> MetricValues:
-  """Every metric of the samples against the reference.
+  """Return every metric of the samples against the reference.
 
   Args:
-    reference: its features, or what is known of them by column, from files of statistics.
+    reference: its features, or what files of statistics say by column.
     texts: column -> embeddings [total d] of the captions of all samples, unreadable ones too.
     labels: column -> numbers [total] of the classes that they should be of.
     own: whether the samples are reconstructions of the reference.
-    intervals: whether to compute those that take resampling.
   """
   rows = lambda known, column: known[column][samples.rows] if column in (known or ()) else None
   compared = [Compared(f'image:{name}', values[:, None]) for name, values in samples.each.items()]
   for column in dict.fromkeys([*samples.columns, *samples.sums]):
     values, sums = samples.columns.get(column), samples.sums.get(column)
     width = len(sums.mean) if values is None else values.shape[1]
-    there, moments = None, None
+    features, moments = None, None
     if takes_reference(column.rpartition(':')[2]):
-      there, moments = _known(reference, column)
+      if isinstance(reference, Features):
+        features, moments = reference.columns.get(column), reference.statistics(column)
+      else:
+        moments = reference.get(column)
     if moments is not None and len(moments.mean) != width:
       raise UserError(
         f'the statistics of the reference are {len(moments.mean)} wide, but {column} is '
         f'{width}; give statistics of the same features.'
       )
     compared.append(Compared(
-      column, values, moments, there, rows(texts, column), rows(labels, column), own,
-      sums,
+      column, values, moments, features, rows(texts, column), rows(labels, column), own, sums,
     ))
   scores = score(metrics, compared, seed=seed, intervals=intervals)
-  if samples.trouble:
-    scores.warnings.append(f'{len(samples.trouble)} images could not be read and were left out.')
-  if isinstance(reference, Features) and reference.trouble:
-    scores.warnings.append(
-      f'{len(reference.trouble)} images of the reference could not be read and were left out.'
-    )
-  if isinstance(reference, Features) and None not in (samples.edge, reference.edge):
-    if samples.edge != reference.edge and any(takes_reference(one.output) for one in compared):
-      scores.warnings.append(
-        f'The samples are {samples.edge:g} pixels wide, the images of the reference '
-        f'{reference.edge:g}: how sharp either is counts as a difference, too.'
-      )
+  scores.warnings += _read_warnings(samples, reference, compared)
   return scores
+
+
+def _read_warnings(samples: Features, reference: Any, compared: Sequence[Compared]) -> list[str]:
+  found = []
+  if samples.errors:
+    found.append(f'{len(samples.errors)} images could not be read and were left out.')
+  if not isinstance(reference, Features):
+    return found
+  if reference.errors:
+    found.append(
+      f'{len(reference.errors)} images of the reference could not be read and were left out.'
+    )
+  edges = {samples.edge, reference.edge}
+  if len(edges - {None}) == 2 and any(takes_reference(one.output) for one in compared):
+    found.append(
+      f'The samples are {samples.edge:g} pixels wide, the images of the reference '
+      f'{reference.edge:g}: how sharp either is counts as a difference, too.'
+    )
+  return found
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-  """One set of pictures to score: the work of making them, and their captions if they have some.
+  """One set of images to score, with captions and labels of their classes if they have some.
 
-  keep: whether they are among those that are kept as files. place: name of the folder of its
-  pieces, where that is not the column's own name. labels: the class of each, where it is known.
+  keep: whether they are kept as files. place: folder of its pieces, if not the column's name.
   """
 
   work: Work
@@ -201,10 +172,9 @@ class Column:
 
 
 class Reference(NamedTuple):
-  """What columns are compared with: images, or what files of statistics say, by column of features.
+  """Images, or what files of statistics say by column of features, that columns are compared with.
 
-  own: whether the columns are reconstructions of these very images. notes: what to beware of, for
-  people.
+  own: whether the columns are reconstructions of these very images. notes: warnings.
   """
 
   name: str
@@ -215,21 +185,21 @@ class Reference(NamedTuple):
 
   @property
   def count(self) -> int | None:
-    """Number of images; None where files of statistics do not tell it."""
+    """Number of images, None where it is not known."""
     if self.images is not None:
       return len(self.images)
     return max((one.n or 0 for one in (self.moments or {}).values()), default=0) or None
 
 
 class Pictured(NamedTuple):
-  """The features of a set of pictures, and small pictures of them where there are some."""
+  """Features of a set of images, and small pictures of them where there are some."""
 
   features: Features
   thumbnails: Thumbnails | None = None
 
 
 def class_numbers(labels: Sequence[str], classes: Sequence[str]) -> Int[np.ndarray, 'n']:
-  """Names of classes -> which logits stand for them. UserError, with the name, for another."""
+  """Return which logits stand for names of classes. UserError, with the name, for another."""
   numbers = {name: number for number, name in enumerate(classes)}
   unknown = sorted(set(labels) - set(numbers))
   if unknown:
@@ -240,133 +210,172 @@ def class_numbers(labels: Sequence[str], classes: Sequence[str]) -> Int[np.ndarr
   return np.asarray([numbers[label] for label in labels], np.int64)
 
 
-Figures = Mapping[str, Mapping[str, float]]
-"""Column -> figure -> value."""
+Values = Mapping[str, Mapping[str, float]]
+"""Column -> metric -> value."""
 
 
 @dataclasses.dataclass
 class Found:
-  """What became of the columns, by name: their features and their figures.
-
-  first: the column that has intervals, and whose pictures are shown.
-  """
+  """Features and values of columns; first: the one with intervals, whose pictures are shown."""
 
   columns: dict[str, Column]
   pictured: dict[str, Pictured]
   scores: dict[str, MetricValues]
   first: str
 
-  def told(self) -> dict[str, Any]:
-    """Figures of every column, then intervals and warnings of the first: JSON-ready."""
-    one = self.scores[self.first]
-    return {name: scores.values for name, scores in self.scores.items()} | {
-      'intervals': {name: interval._asdict() for name, interval in one.intervals.items()},
-      'warnings': one.warnings,
-    }
+  @property
+  def values(self) -> dict[str, dict[str, float]]:
+    return {name: scores.values for name, scores in self.scores.items()}
+
+  @property
+  def features(self) -> Features:
+    return self.pictured[self.first].features
 
 
 class Comparison:
-  """Compares columns of pictures with a reference, which is read once.
+  """Compares columns of images with a reference, which is read once.
 
   Args:
-    texts: column of features -> the CLIP that embeds captions in the same space.
-    named: the features, KIND:PATH each.
-    parts: the folder of all pieces; what it has is not made again.
-    most_unreadable: share of a set's images that may be damaged.
-    kept: where pictures of columns with `keep` go, and as what: one of `keeping.KINDS`.
+    features: KIND:PATH each. reference: a function of the extraction.
+    parts: the folder of all pieces; what it has is not made again. None to keep all in memory.
+    captioned: whether columns have captions, which every CLIP embeds.
+    most_unreadable: fraction of a set's images that may be damaged.
+    computed: metrics that features suffice for, where these are more.
+    kept: where images of columns with `keep` go, and as what: one of `pieces.KINDS`.
+    options: what chooses the features and the metrics, for errors.
+
+  UserError: weights cannot be read, or a metric is not known.
   """
 
   def __init__(
-    self, extraction: Extraction, metrics: Sequence[str], reference: Reference, parts: Path, *,
-    texts: Mapping[str, CLIPFeatures], named: Sequence[str] = (), seed: int = 0,
-    most_unreadable: float = 0.0,
-    kept: tuple[Path, str] | None = None,
+    self, features: Sequence[str], metrics: Sequence[str], mesh: Mesh,
+    reference: Callable[[Extraction], Reference], *, parts: Path | None = None,
+    captioned: bool = True, computed: Sequence[str] = (), seed: int = 0,
+    most_unreadable: float = 0.0, kept: tuple[Path, str] | None = None,
+    options: tuple[str, str] = ('--features', '--metrics'),
   ):
-    self.extraction, self.metrics, self.reference = extraction, list(metrics), reference
+    self.metrics, self.named, self.option = list(metrics), tuple(features), options[1]
+    extractors = load_named(features, computed or metrics, mesh, options[0])
+    # Sums on devices are for what is in memory: features in pieces are also those of a page.
+    self.extraction = Extraction(extractors, mesh, metrics=() if parts else self.metrics)
+    self.clips = text_towers(features, extractors, mesh)
+    self._check_towers()
+    self.reference = reference(self.extraction)
     self.parts, self.seed, self.most_unreadable, self.kept = parts, seed, most_unreadable, kept
-    self._texts, self.named = texts, tuple(named)
-    self.read_reference: Pictured | None = None
+    asked = parts or any('texts' in metric_of(name).needs for name in metrics)
+    self._texts = self.clips if captioned and asked else {}
+    self.pictured_reference: Pictured | None = None
     self.checked: list[tuple[str, bool]] | None = None
-    """What its CLIPs make of real pictures, once that has been tried: (sentence, whether to
-    beware)."""
+    """What its CLIPs know, once they have been tried: (sentence, whether it is a warning)."""
     self._embedded: dict[tuple, dict[str, np.ndarray]] = {}
 
+  def _check_towers(self) -> None:
+    """Raise a UserError where texts are asked of CLIPs that all are image towers alone."""
+    clips = [one for one in self.extraction.extractors if hasattr(one, 'has_texts')]
+    asked = [name for name in self.metrics if 'texts' in metric_of(name).needs]
+    if asked and clips and not self.clips:
+      raise UserError(
+        f'{asked[0]} needs texts, but {clips[0].name} is an image tower alone; give a CLIP with '
+        f'both towers in --features, or leave {asked[0]} out of {self.option}.'
+      )
+
+  def names(self, known: Collection[str], each: Sequence[str] = ()) -> list[str]:
+    """Return the names of all values.
+
+    UserError for metrics that cannot be computed of what is `known`, fields of `Compared`, and of
+    `each`, values of single images.
+    """
+    outputs = [column.rpartition(':')[2] for column in self.extraction.columns]
+    check_metrics(self.metrics, [*outputs, *each], known, self.option)
+    return value_names(self.metrics, self.extraction.columns)
+
   def check(self, columns: Mapping[str, Column]) -> None:
-    """Raises a UserError for metrics that cannot be computed of these columns."""
+    """Raise a UserError for metrics that cannot be computed of these columns."""
     known = {'moments', 'reference'}
     if self.reference.images is None:
       known = {'moments'} if self.reference.moments else set()
     known |= {'texts'} if all(column.captions for column in columns.values()) else set()
-    outputs = [column.rpartition(':')[2] for column in self.extraction.columns]
-    outputs += next(iter(columns.values())).work.each
     if self.classifiers and all(column.labels for column in columns.values()):
       known.add('labels')
-    check_metrics(self.metrics, outputs, known)
-    value_names(self.metrics, self.extraction.columns)  # Whether each has a name of its own.
+    self.names(known, next(iter(columns.values())).work.each)
     for one in columns.values():
       self.labels(one)
 
   def __call__(
-    self, columns: Mapping[str, Column], choose: Callable[[Figures], str] | None = None,
+    self, columns: Mapping[str, Column], choose: Callable[[Values], str] | None = None,
     say: Callable[[str], None] = print,
   ) -> Found | None:
-    """Every figure of every column; None but in the first process. All must call it together.
+    """Return every value of every column. All processes must call it together.
+
+    In memory, columns after the first are made as long as that has become. Of pieces, all
+    processes but the first get None.
 
     Args:
-      choose: of the columns' figures, which one is `first` and so has intervals; None for the one
-        that is named first.
-      say: is told of images that cannot be read and of what to beware of in that column.
+      choose: which column is `Found.first`, by their values; None for the one named first.
+      say: is given sentences on images that cannot be read, and warnings of that column.
 
-    Raises:
-      UserError: a metric does not fit, or too many images cannot be read.
+    UserError: a metric does not fit, or too many images cannot be read.
     """
     self.check(columns)
-    pictured = {name: self._pictured(name, column) for name, column in columns.items()}
-    reference = self._reference_features()
-    compute = lambda: self._compared(columns, pictured, reference, choose, say)
+    if self.parts is None:
+      pictured = self._in_memory(columns)
+      return self._compared(columns, pictured, None, lambda text: None)
+    pictured = {name: self._in_pieces(name, column) for name, column in columns.items()}
+    self.read_reference()
+    # The others wait: jax ends all when one has left long ago.
+    compute = lambda: None if jax.process_index() else self._compared(
+      columns, pictured, choose, say
+    )
     return in_step('scores', compute, (UserError,), A_DAY)
 
   def _compared(
     self, columns: Mapping[str, Column], pictured: dict[str, Pictured],
-    reference: Features | Mapping[str, Moments], choose: Callable[[Figures], str] | None,
-    say: Callable[[str], None],
-  ) -> Found | None:
-    """In the first process, for which the others wait: jax ends all when one has left long ago."""
-    if jax.process_index():
-      return None
-    score = lambda name, column, intervals=False: compare(
-      pictured[name].features, reference, self._metrics(column), texts=self.captions(column),
-      labels=self.labels(column), own=self.reference.own, seed=self.seed, intervals=intervals,
+    choose: Callable[[Values], str] | None, say: Callable[[str], None],
+  ) -> Found:
+    reference = self.read_reference()
+    score = lambda name, intervals: compare(
+      pictured[name].features, reference, self._metrics(columns[name]),
+      texts=self.captions(columns[name]), labels=self.labels(columns[name]),
+      own=self.reference.own, seed=self.seed, intervals=intervals,
     )
     first = '' if choose else next(iter(columns))
-    scores = {name: score(name, column, name == first) for name, column in columns.items()}
+    scores = {name: score(name, bool(self.parts) and name == first) for name in columns}
     if choose:
       first = choose({name: one.values for name, one in scores.items()})
-      scores[first] = score(first, columns[first], intervals=True)
+      scores[first] = score(first, True)
     scores[first].warnings[:0] = self.reference.notes
-    for text in (*pictured[first].features.trouble, *scores[first].warnings):
+    for text in (*pictured[first].features.errors, *scores[first].warnings):
       say(f'note: {text}')
     return Found(dict(columns), pictured, scores, first)
 
-  def _pictured(self, name: str, column: Column) -> Pictured:
-    keep = None
+  def _in_memory(self, columns: Mapping[str, Column]) -> dict[str, Pictured]:
+    self.read_reference()  # Before the clock of a budget runs.
+    found: dict[str, Pictured] = {}
+    for name, column in columns.items():
+      count = len(next(iter(found.values())).features.rows) if found else column.work.total
+      found[name] = Pictured(self.extraction.collect(column.work.stream(count)))
+    return found
+
+  def _in_pieces(self, name: str, column: Column) -> Pictured:
+    place, keep = column.place or name, None
     if self.kept and column.keep:
       folder, kind = self.kept
-      keep = Keeper(folder / column.place if column.place else folder, kind)
+      keep = Keeper(folder / column.place, kind)
     return Pictured(*features_of(
-      column.work, self.extraction, self.parts / (column.place or name),
-      most_unreadable=self.most_unreadable, keep=keep, label=name,
+      column.work, self.extraction, self.parts / place, most_unreadable=self.most_unreadable,
+      keep=keep, label=name,
     ))
 
-  def _reference_features(self) -> Features | Mapping[str, Moments]:
+  def read_reference(self) -> Features | Mapping[str, Moments]:
+    """Return the features of the reference, or their moments; all processes must call it."""
     if self.reference.images is None:
       return self.reference.moments
-    if self.read_reference is None:
-      self.read_reference = Pictured(*features_of(
-        of_images(self.reference.images), self.extraction, self.parts / 'reference',
-        most_unreadable=self.most_unreadable, label='reference',
-      ))
-    return self.read_reference.features
+    if self.pictured_reference is None:
+      column = Column(of_images(self.reference.images))
+      self.pictured_reference = self._in_pieces('reference', column) if self.parts else Pictured(
+        self.extraction.collect(column.work.stream(column.work.total))
+      )
+    return self.pictured_reference.features
 
   def _metrics(self, column: Column) -> list[str]:
     """Those that a column can have: real images, say, have no bits per dimension of a model."""
@@ -382,13 +391,13 @@ class Comparison:
     }
 
   def labels(self, of: Column) -> dict[str, np.ndarray]:
-    """Column of logits -> numbers of the classes that the pictures should be of."""
+    """Return, by column of logits, numbers of the classes that the images should be of."""
     if 'class_accuracy' not in self.metrics or not of.labels:
       return {}
     return {name: class_numbers(of.labels, known) for name, known in self.classifiers.items()}
 
   def captions(self, column: Column) -> dict[str, np.ndarray]:
-    """Column of features -> embeddings of the captions, of every CLIP."""
+    """Return, by column of features, embeddings of the captions, of every CLIP."""
     if not column.captions:
       return {}
     key = tuple(column.captions)

@@ -1,4 +1,4 @@
-"""What scores a model, or shows what it makes: the same while it is trained and after."""
+"""Evaluators score a model, or show what it makes: the same while it is trained and after."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -91,19 +91,35 @@ def run_all(
     yield from with_options(evaluator, **options).run(model, params, key)
 
 
-def scores_of(results: Iterable[tuple[str, Value]]) -> Scores:
-  """Return the numbers by column, then sentences and settings; pictures are left out."""
-  columns: dict[str, dict[str, float]] = {}
-  beside: dict[str, Any] = {}
+SENTENCES = ('measured', 'warnings')
+BESIDE = ('intervals', *SENTENCES, 'settings', 'sweep', 'history')
+"""Entries of scores that are no columns."""
+
+
+def scores_of(
+  results: Iterable[tuple[str, Value]], first: str = TEST, known: Mapping[str, Any] | None = None
+) -> Scores:
+  """Return the numbers by column, then sentences and settings; pictures are left out.
+
+  Of settings that several evaluators give, the first one's stand.
+
+  Args:
+    first: the column of numbers without one, where none comes before them.
+    known: scores to add to.
+  """
+  found = {name: dict(value) if isinstance(value, Mapping) else value
+           for name, value in (known or {}).items()}
   for name, value in results:
-    if name in ('measured', 'warnings'):
-      beside.setdefault(name, []).extend(value)
+    if name in SENTENCES:
+      found[name] = [*found.get(name, ()), *value]
     elif name == 'settings':
-      beside.setdefault(name, {}).update(value)
+      found[name] = dict(value) | found.get(name, {})
     elif not isinstance(value, Picture):
       column, _, metric = name.rpartition('.')
-      columns.setdefault(column or next(iter(columns), TEST), {})[metric] = float(value)
-  return columns | beside
+      column = column or next((one for one in found if one not in BESIDE), first)
+      found.setdefault(column, {})[metric] = float(value)
+  columns = {name: value for name, value in found.items() if name not in BESIDE}
+  return columns | found
 
 
 def named(columns: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[str, float]]:

@@ -1,10 +1,10 @@
-"""Images -> features of several networks: of pieces on a disk, or batch after batch.
+"""Extract features of images by several networks: in pieces on a disk, or batch after batch.
 
 Each process works on pieces of its own with its own devices, so that none waits for another and a
 lost process costs only its time. While the devices compute the features of one piece, the images of
-the next are read or drawn, and those of the last are written. Batches are for all processes; where
-means and covariances are all that is asked for, features never leave the devices: they are summed
-there, in the program that computes them, and the sums are put together at the end.
+the next are read or sampled, and those of the last are written. Batches are for all processes;
+where means and covariances are all that is asked for, features never leave the devices: they are
+summed there, in the program that computes them, and the sums are put together at the end.
 """
 
 import concurrent.futures
@@ -27,8 +27,8 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extractors import Extractor, compiled
 from diffusion_jax.evaluation.extractors.resize import resize_on_host
 from diffusion_jax.evaluation.images import ImageSet
-from diffusion_jax.evaluation.pieces import EACH, EDGES, THUMBNAILS, TROUBLE, Chunks, Made
-from diffusion_jax.evaluation.scores import sums_suffice
+from diffusion_jax.evaluation.metrics.metric import sums_suffice
+from diffusion_jax.evaluation.pieces import EACH, EDGES, ERRORS, THUMBNAILS, Chunks, Made
 from diffusion_jax.evaluation.statistics import (
   PART,
   DeviceStatistics,
@@ -55,17 +55,18 @@ Images = UInt8[np.ndarray, 'b h w 3']
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Features:
-  """What there is to score. columns: name -> float32 [n d] of the images that could be read; they
-  lie on the disk, so that what reads them in parts needs no memory for all.
+  """Features of a set of images.
 
-  rows: numbers of those images; trouble: a sentence for each of the others. each: name -> figures
-  of those images, [n]. edge: the median of the shorter edges in pixels, where it is known. sums: of
-  columns, also of some that are not kept themselves.
+  columns: name -> float32 [n d] of the images that could be read; they may lie on the disk, so that
+  what reads them in parts needs no memory for all. rows: numbers of those images; errors: a
+  sentence for each of the others. each: name -> values of those images, [n]. edge: the median of
+  the shorter edges in pixels, where it is known. sums: of columns, also of some that are not kept
+  themselves.
   """
 
   columns: dict[str, np.ndarray]
   rows: np.ndarray
-  trouble: list[str]
+  errors: list[str]
   each: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
   edge: float | None = None
   sums: dict[str, Statistics] = dataclasses.field(default_factory=dict)
@@ -83,7 +84,7 @@ class Extraction:
   A call computes them for a piece of work, on a mesh of this process's devices; `collect` for
   images that come batch after batch, on a mesh of all processes.
 
-  batch_size: of the networks; rounded up to a multiple of the devices that share a batch.
+  batch_size: of the networks; rounded up to a multiple of the devices that split a batch.
   metrics: for which `collect` is; where they need no more than means and covariances, features are
   summed on the devices.
   """
@@ -122,7 +123,7 @@ class Extraction:
     }}
 
   def __call__(self, images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """uint8 [h w 3] each, of any sizes -> column -> float32 [n d]."""
+    """Return float32 [n d] by column, of images uint8 [h w 3] of any sizes."""
     if not images:
       return {name: np.zeros((0, width), np.float32) for name, width in self.columns.items()}
     whole = self._stacked(images)
@@ -148,7 +149,7 @@ class Extraction:
     return np.stack(images)
 
   def _step(self, extractor: Extractor):
-    """Jitted (params, sums, images, numbers) -> (sums, features of the other outputs)."""
+    """Return a jitted (params, sums, images, numbers) -> (sums, features of the other outputs)."""
 
     def step(params, sums: dict[str, DeviceStatistics], images: jax.Array, numbers: jax.Array):
       found = extractor.apply(params, images)
@@ -198,7 +199,7 @@ class Extraction:
 
 
 def checksum(params: Params) -> int:
-  """CRC-32 of all arrays, for files of other weights may have the same name."""
+  """Return CRC-32 of all arrays, for files of other weights may have the same name."""
   found = 0
   for leaf in jax.tree.leaves(params):
     found = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8), found)
@@ -206,7 +207,7 @@ def checksum(params: Params) -> int:
 
 
 def column(extractor: Extractor, output: str) -> str:
-  """The name under which an extractor's output is kept."""
+  """Return the name under which an extractor's output is kept."""
   return f'{extractor.name}:{output}'
 
 
@@ -215,13 +216,13 @@ def extract(
   missing: Sequence[int] | None = None, keep: Callable[[range, Made], None] | None = None,
   label: str = '',
 ) -> None:
-  """Makes the features of all pieces of this process that are missing.
+  """Make the features of all pieces of this process that are missing.
 
   Args:
     make: the images of those items; called one piece ahead, in a thread.
     missing: the pieces to make, where they are known.
     keep: is given the images of a piece before its features are saved; called in a thread, too.
-    label: shows progress under that name; '' for none.
+    label: of the progress bar; '' for none.
   """
   missing = chunks.missing() if missing is None else missing
   done = sum(len(chunks.items(i)) for i in missing)
@@ -254,9 +255,9 @@ def _one_ahead(
 
 
 def _features(extraction: Extraction, made: Made) -> dict[str, np.ndarray]:
-  """Rows of images that are not there are zero, and told by `TROUBLE`."""
+  """Rows of images that are not there are zero, and named by `ERRORS`."""
   there = [i for i, image in enumerate(made.images) if image is not None]
-  arrays = {TROUBLE: np.array(made.trouble)}
+  arrays = {ERRORS: np.array(made.errors)}
   shapes = [(0, 0) if image is None else image.shape[:2] for image in made.images]
   arrays[EDGES] = np.array(shapes, np.int32).reshape(-1, 2)
   arrays |= {f'{EACH}{name}': np.asarray(values) for name, values in made.each.items()}
@@ -276,7 +277,7 @@ def _thumbnail(image: np.ndarray | None) -> np.ndarray:
 
 
 def reader(images: ImageSet) -> Callable[[range], Made]:
-  """Reads a set's images, several at a time; those that cannot be read become trouble."""
+  """Return what reads a set's images, several at a time; one that cannot be read has an error."""
   pool = concurrent.futures.ThreadPoolExecutor(READERS)
 
   def one(index: int) -> tuple[np.ndarray | None, str]:
@@ -293,15 +294,15 @@ def reader(images: ImageSet) -> Callable[[range], Made]:
 
 
 def gather(chunks: Chunks, most_unreadable: float = 0.0) -> Features:
-  """The features of all pieces, all of which must be there.
+  """Return the features of all pieces, all of which must be there.
 
   Raises:
-    UserError: more than a share `most_unreadable` of the images could not be read; names some.
+    UserError: more than the fraction `most_unreadable` of the images could not be read; names some.
   """
   columns = chunks.joined(without=(THUMBNAILS,))
-  trouble = columns.pop(TROUBLE)
-  there = trouble == ''
-  bad = [str(text) for text in trouble[~there]]
+  errors = columns.pop(ERRORS)
+  there = errors == ''
+  bad = [str(text) for text in errors[~there]]
   if len(bad) > most_unreadable * len(there):
     raise UserError(
       f'{len(bad)} of {len(there)} images cannot be read, more than the fraction of '
@@ -326,7 +327,7 @@ def _only(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def regrouped(batches: Iterable[Images], size: int) -> Iterator[Images]:
-  """The same images in the same order, `size` at a time; the last batch may be smaller."""
+  """Yield the same images in order, `size` at a time; the last batch may be smaller."""
   waiting: list[np.ndarray] = []
   for batch in batches:
     waiting.append(batch)

@@ -1,20 +1,28 @@
-"""Scores and shows what a text-to-image model makes, again and again as it trains."""
+"""Score and show what a text-to-image model samples, while it is trained and after."""
 
 import dataclasses
 import functools
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from diffusion_jax.data.unreadable import readable
+from diffusion_jax.data.captions import read_lines
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.comparison import compare
+from diffusion_jax.evaluation.comparison import (
+  Column,
+  Comparison,
+  Found,
+  Reference,
+  Work,
+  of_images,
+)
 from diffusion_jax.evaluation.evaluator import (
   EVALUATE,
   SAMPLE,
@@ -24,26 +32,27 @@ from diffusion_jax.evaluation.evaluator import (
   named,
   seed_of,
 )
-from diffusion_jax.evaluation.extract import Extraction, Features, Images
-from diffusion_jax.evaluation.extractors import load_named
-from diffusion_jax.evaluation.extractors.clip import text_towers
-from diffusion_jax.evaluation.images import shuffled
-from diffusion_jax.evaluation.metrics.metric import MetricValues
-from diffusion_jax.evaluation.report import PAIRS, real_retrieval
-from diffusion_jax.evaluation.scores import check_metrics, metric_of, value_names
+from diffusion_jax.evaluation.extract import Images
+from diffusion_jax.evaluation.images import Split, shuffled
+from diffusion_jax.evaluation.pieces import Made
+from diffusion_jax.evaluation.report import clip_checks, enlarged
 from diffusion_jax.parallel.mesh import put_params, to_host
 from diffusion_jax.parallel.processes import agree
 from diffusion_jax.pipelines.conditions import Inputs
 from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.pipelines.sampling import SampleConfig
-from diffusion_jax.types import Source, Weights
+from diffusion_jax.types import Record, Source, Weights
+
+MINIMUM = 16
+SAMPLE_BATCH = 32
+OPTIONS = ('settings.evaluation.features', 'settings.evaluation.metrics')
 
 
 class Budget:
   """Seconds for a loop over equal batches, by the clock of the first process.
 
-  The first batch may have to compile its program, which is not counted against it: it counts no
-  more than the second. So there are always two batches, if so many are wanted.
+  The first batch may have to compile its program, so it counts no more than the second. There are
+  always two batches, if so many are wanted.
   """
 
   def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic):
@@ -52,9 +61,7 @@ class Budget:
     self._times: list[float] = []
 
   def over(self) -> bool:
-    """Whether one batch more would take too long; after each batch, on all processes alike.
-
-    All processes must ask equally often.
+    """Return whether one batch more would take too long; after each batch, on all processes alike.
     """
     now = self._clock()
     self._times.append(now - self._last)
@@ -65,77 +72,19 @@ class Budget:
     return agree('evaluation', str(spent + self._times[-1] > self.seconds))[0] == 'True'
 
 
-MINIMUM = 16
-DRAW_BATCH = 32
-READ = 256
-"""Images of the data set in memory at a time."""
-FEATURES_KEY, METRICS_KEY = 'settings.evaluation.features', 'settings.evaluation.metrics'
-
-
-class ImageScorer:
-  """Shared by all evaluations of one model: the features, and the reference, computed once.
-
-  The reference is the images of the training split, so that real test images have figures of
-  their own: the floor that a perfect model could reach.
-  """
-
-  def __init__(
-    self, features: Sequence[str], metrics: Sequence[str], train: Source, test: Source,
-    mesh: Mesh,
-  ):
-    """UserError for weights that cannot be read, or a metric that these features cannot have."""
-    self.metrics = tuple(metrics)
-    self._train, self._test = train, test
-    self.extractors = load_named(features, metrics, mesh, FEATURES_KEY)
-    self.extraction = Extraction(self.extractors, mesh, metrics=self.metrics)
-    outputs = [name.rpartition(':')[2] for name in self.extraction.columns]
-    check_metrics(metrics, outputs, ('moments', 'reference', 'texts'), METRICS_KEY)
-    asked = any('texts' in metric_of(name).needs for name in metrics)
-    self._clips = text_towers(features, self.extractors, mesh)
-    self._towers = self._clips if asked else {}
-    self.names = value_names(metrics, self.extraction.columns)
-    """Of all metrics that it gives."""
-
-  @functools.cached_property
-  def reference(self) -> Features:
-    """Of all training images that can be read."""
-    images = (record['image'] for record in readable(self._train))
-    blocks = iter(lambda: list(itertools.islice(images, READ)), [])
-    return self.extraction.collect(np.stack(block) for block in blocks)
-
-  @functools.cached_property
-  def checked(self) -> list[tuple[str, bool]]:
-    """What each CLIP makes of real test images and their captions: (sentence, whether to beware).
-    """
-    records = shuffled(self._test, min(PAIRS, len(self._test)))
-    found = {clip.extractor.name: real_retrieval(clip, records) for clip in self._clips.values()}
-    told = [(one.told(name), one.near_chance) for name, one in found.items()]
-    for text in [text for text, beware in told if beware and jax.process_index() == 0]:
-      print(f'diffusion_jax train: {text}', file=sys.stderr)
-    return told
-
-  def scores(self, samples: Features, texts: dict, seed: int) -> MetricValues:
-    """Return the metrics of samples that belong to these texts, against the reference."""
-    return compare(samples, self.reference, self.metrics, texts=texts, seed=seed, intervals=False)
-
-  def texts(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return column -> embeddings of the captions, of every CLIP that a metric needs."""
-    return {name: tower.texts(captions) for name, tower in self._towers.items()}
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class CaptionPreview:
   """Images of the same captions with the same noise every time.
 
-  inputs: makes what they are drawn with beside the captions. batch_size: as for the evaluation, so
-  that both share one compiled program.
+  inputs: makes what conditions them beside the captions. batch_size: as for the evaluation, so that
+  both share one compiled program.
   """
 
   captions: Sequence[str]
   sample: SampleConfig
   mesh: Mesh
   about: str = 'Drawn for these captions, from the same noise each time.'
-  batch_size: int = DRAW_BATCH
+  batch_size: int = SAMPLE_BATCH
   inputs: Callable[[], Inputs] = Inputs
   name = 'caption_preview'
   when = SAMPLE
@@ -148,17 +97,84 @@ class CaptionPreview:
     yield 'samples', Picture(np.concatenate(list(images)), list(self.captions), self.about)
 
 
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+  """Captions to sample images of; labels: the class of each, where it is known.
+
+  records: of the test split that the captions are of; source: the name of that.
+  """
+
+  captions: Sequence[str]
+  labels: Sequence[str] = ()
+  records: Sequence[Record] | None = None
+  source: str = ''
+
+  @classmethod
+  def of(
+    cls, test: Source, samples: int, caption: Callable[[Record], str],
+    source: str = 'the test split',
+  ) -> 'Prompts':
+    """Return those of a random subset of test records. UserError for too few or too many."""
+    check_samples(samples, len(test))
+    records = shuffled(test, samples)
+    check_samples(len(records), len(test))
+    labels = [record['label'] for record in records if 'label' in record]
+    return cls([caption(record) for record in records], labels, records, source)
+
+
+  @classmethod
+  def read(cls, captions: str, labels: str = '', samples: int | None = None) -> 'Prompts':
+    """Return the first `samples` of files of captions and labels, one a line, or all.
+
+    UserError where they cannot be read, or do not fit each other.
+    """
+    found, known = _lines(captions, 'captions'), _lines(labels, 'labels') if labels else []
+    if samples is not None and not 1 <= samples <= len(found):
+      raise UserError(
+        f'--samples is {samples}, but {captions} has {len(found)} captions; choose 1 to '
+        f'{len(found)}, or leave it out for all.'
+      )
+    if known and len(known) != len(found):
+      raise UserError(
+        f'{labels} has {len(known)} labels, but {captions} {len(found)} captions; write one label '
+        'for each.'
+      )
+    return cls(found[:samples], known[:samples])
+
+
+def _lines(path: str, what: str) -> list[str]:
+  found = read_lines(path, what)
+  if not found:
+    raise UserError(f'{path} has no {what}; write one a line.')
+  return found
+
+
+@dataclasses.dataclass(frozen=True)
+class PerImage:
+  """Values of single images beside their features: names, what decides them, and a function.
+
+  compute: (a model's weights, a range of images) -> [n] by name.
+  """
+
+  names: tuple[str, ...]
+  plan: dict[str, Any]
+  compute: Callable[[Weights, range], dict[str, np.ndarray]]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class GeneratedImages(Cached):
-  """Draws one image for each of the first `samples` test captions and scores it.
+  """Sample one image for each of the first `samples` test captions and score it.
 
   Columns are 'generated', and as baselines 'untrained' (the same model with fresh weights) and
-  'real' (the test images of the same captions).
+  'real' (the test images of the same captions). The reference is the images of the training split,
+  so that real test images have values of their own: the floor that a perfect model could reach.
 
   Attributes:
     features: KIND:PATH each; scored_by: names of `registry.METRICS`.
-    seconds: that drawing and its features may take, compilation not counted; then it ends with
+    seconds: that sampling and its features may take, compilation not counted; then it ends with
       fewer samples, 16 and two batches at least. 0 for as long as it takes.
+    prompts, scorer: in place of the test captions, and of what features and scored_by say.
+    each: values that the model has for each caption, such as the bits of its real image.
 
   `run` raises a UserError for fewer than 16 samples, or more than the test split has captions.
   """
@@ -172,15 +188,19 @@ class GeneratedImages(Cached):
   samples: int = 256
   seconds: float = 0.0
   baselines: bool = True
-  batch_size: int = DRAW_BATCH
+  batch_size: int = SAMPLE_BATCH
+  prompts: Prompts | None = None
+  scorer: Comparison | None = None
+  each: PerImage | None = None
   name = 'generated_images'
   when = EVALUATE
 
   @property
-  def scorer(self) -> ImageScorer:
+  def comparison(self) -> Comparison:
     """The one of all evaluations; its networks are loaded when it is first needed."""
-    return self.once('scorer', lambda: ImageScorer(
-      self.features, self.scored_by, self.train, self.test, self.mesh
+    reference = Reference('the training split', Split(self.train, 'the training split'))
+    return self.scorer or self.once('comparison', lambda: Comparison(
+      self.features, self.scored_by, self.mesh, lambda _: reference, options=OPTIONS
     ))
 
   @property
@@ -190,59 +210,98 @@ class GeneratedImages(Cached):
     UserError for features that cannot be loaded, or too many or too few samples.
     """
     check_samples(self.samples, len(self.test))
-    return self.scorer.names
+    return self.comparison.names(('moments', 'reference', 'texts'))
 
   def run(self, model: Diffusion, params: Weights, key: jax.Array) -> Iterator[tuple[str, Value]]:
-    check_samples(self.samples, len(self.test))
-    records = shuffled(self.test, self.samples)
-    check_samples(len(records), len(self.test))
-    captions = tuple(model.prompt(record) for record in records)
-    scorer, seed = self.scorer, seed_of(key)
-    scorer.reference, scorer.checked  # noqa: B018  The reference is embedded before the clock runs.
-    drawn = functools.partial(self._drawn, model, captions, seed)
-    found = {'generated': drawn('generated', params, Budget(self.seconds))}
-    samples = len(found['generated'].rows)
-    captions = captions[:samples]
-    if self.baselines:
-      drawn = functools.partial(self._drawn, model, captions, seed)
-      found['untrained'] = drawn('untrained', fresh_weights(model, params, self.mesh), Budget(0))
-      found['real'] = scorer.extraction.collect([np.stack([r['image'] for r in records[:samples]])])
-    texts = scorer.texts(captions)
-    scores = {name: scorer.scores(one, texts, seed) for name, one in found.items()}
-    yield from named({name: one.values for name, one in scores.items()})
-    yield from self._told(scorer, model, samples, scores['generated'].warnings, seed)
-
-  def _drawn(
-    self, model: Diffusion, captions: Sequence[str], seed: int, label: str, params: Weights,
-    budget: Budget,
-  ) -> Features:
-    batches = model.generate(
-      params, captions, self.sample, seed=seed, mesh=self.mesh, batch_size=self.batch_size
-    )
-    return self.scorer.extraction.collect(_within(budget, batches, len(captions), label))
-
-  def _told(
-    self, scorer: ImageScorer, model: Diffusion, samples: int, warnings: list[str], seed: int
-  ) -> Iterator[tuple[str, Value]]:
+    comparison, seed = self.comparison, seed_of(key)
+    prompts = self.prompts or Prompts.of(self.test, self.samples, model.prompt)
+    self._try_clips()
+    found = self.found(model, lambda: params, seed, prompts)
+    samples = len(found.features.rows)
+    yield from named(found.values)
+    checked, reference = comparison.checked, len(comparison.read_reference().rows)
     yield 'measured', [
-      f'Of {samples:,} images, each drawn for a test caption, against '
-      f'{len(scorer.reference.rows):,} images of the training split.',
-      *(f'{one.name} sees them at {one.size} px, enlarged from {max(model.trained_size)}.'
-        for one in scorer.extractors if one.size > max(model.trained_size)),
-      *(text for text, beware in scorer.checked if not beware),
+      f'Of {samples:,} images, each sampled for a test caption, against {reference:,} images of '
+      'the training split.',
+      *enlarged(comparison, max(model.trained_size)),
+      *(text for text, warns in checked if not warns),
     ]
-    yield 'warnings', [*(text for text, beware in scorer.checked if beware), *warnings]
+    yield 'warnings', [
+      *(text for text, warns in checked if warns), *found.scores[found.first].warnings
+    ]
     yield 'settings', {
-      'samples': samples, 'reference_images': len(scorer.reference.rows), 'seed': seed,
-      'features': ', '.join(extractor.name for extractor in scorer.extractors),
+      'samples': samples, 'reference_images': reference, 'seed': seed,
+      'features': ', '.join(one.name for one in comparison.extraction.extractors),
       **dataclasses.asdict(self.sample),
     }
 
+  def _try_clips(self) -> None:
+    if self.comparison.checked is None:
+      checked = clip_checks(self.comparison, self.test)
+      for text in [text for text, warns in checked if warns and jax.process_index() == 0]:
+        print(f'diffusion_jax train: {text}', file=sys.stderr)
+
+  def found(
+    self, model: Diffusion, weights: Callable[[], Weights], seed: int, prompts: Prompts, *,
+    names: Mapping[str, str] | None = None, place: str = '',
+  ) -> Found | None:
+    """Return all columns; None but in the first process where the comparison is in pieces.
+
+    names: of the model with its weights, by column. place: of the pieces of 'generated'.
+    """
+    names, count = names or {}, len(prompts.captions)
+    column = functools.partial(self.column, model, prompts=prompts, seed=seed)
+    columns = {'generated': column(
+      weights, names.get('generated', ''), keep=True, place=place,
+      within=lambda batches: _within(Budget(self.seconds), batches, count, 'generated'),
+    )}
+    if self.baselines:
+      fresh = functools.cache(lambda: fresh_weights(model, weights(), self.mesh))
+      columns['untrained'] = column(
+        fresh, names.get('untrained', ''),
+        within=lambda batches: _within(Budget(0), batches, count, 'untrained'),
+      )
+      columns |= self.real(prompts)
+    return self.comparison(columns)
+
+  def column(
+    self, model: Diffusion, weights: Callable[[], Weights], name: str, *, prompts: Prompts,
+    seed: int, sample: SampleConfig | None = None, keep: bool = False, place: str = '',
+    within: Callable[[Iterator[Images]], Iterator[Images]] = iter,
+  ) -> Column:
+    """Return an image for each caption; image i depends on the seed and i alone.
+
+    weights: first called by all processes together, when there is something to sample. name: of
+    the model with them. within: what becomes of the batches where the comparison is in memory.
+    """
+    sample, each = sample or self.sample, self.each
+    generate = functools.partial(
+      model.generate, config=sample, seed=seed, mesh=self.mesh, batch_size=self.batch_size
+    )
+
+    def make(items: range) -> Made:
+      batches = generate(weights(), prompts.captions[items.start : items.stop], first=items.start)
+      images = list(itertools.chain.from_iterable(batches))
+      return Made(images, [''] * len(images), each.compute(weights(), items) if each else {})
+
+    plan = {'model': name, 'captions': list(prompts.captions), 'seed': seed,
+            'sample': dataclasses.asdict(sample), **(each.plan if each else {})}
+    stream = lambda count: within(generate(weights(), prompts.captions[:count]))
+    work = Work(len(prompts.captions), plan, make, weights, each.names if each else (), stream)
+    return Column(work, prompts.captions, keep, place, prompts.labels)
+
+  def real(self, prompts: Prompts) -> dict[str, Column]:
+    """Return 'real', the test images of the captions, where these are the test split's."""
+    if prompts.records is None:
+      return {}
+    images = Split(prompts.records, f'{len(prompts.records)} of {prompts.source}')
+    return {'real': Column(of_images(images), prompts.captions, labels=prompts.labels)}
+
 
 def _within(budget: Budget, batches: Iterator[Images], total: int, label: str) -> Iterator[Images]:
-  """The batches until the budget is spent, 16 images at least."""
+  """Yield batches until the budget is spent, 16 images at least."""
   shown = jax.process_index() == 0
-  with tqdm(total=total, desc=f'drawing ({label})', disable=not shown, leave=False) as bar:
+  with tqdm(total=total, desc=f'sampling ({label})', disable=not shown, leave=False) as bar:
     done = 0
     for batch in batches:
       yield batch
@@ -253,7 +312,7 @@ def _within(budget: Budget, batches: Iterator[Images], total: int, label: str) -
 
 
 def check_samples(samples: int, available: int) -> None:
-  """Raises a UserError for fewer samples than 16, or more than there are test captions."""
+  """Raise a UserError for fewer samples than 16, or more than there are test captions."""
   if available < MINIMUM:
     raise UserError(
       f'the test split has {available} captions, fewer than the {MINIMUM} that scores need; set '
@@ -268,6 +327,6 @@ def check_samples(samples: int, available: int) -> None:
 
 
 def fresh_weights(model: Diffusion, weights: Weights, mesh: Mesh, seed: int = 1) -> Weights:
-  """The same model with an untrained denoiser."""
+  """Return weights of the same model with an untrained denoiser."""
   fresh = jax.jit(model.denoiser.initialize)(jax.random.key(seed))
   return {**weights, 'denoiser': put_params(to_host(fresh), mesh)}

@@ -15,17 +15,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from diffusion_jax.data.finding import SUFFIXES, Left, find_files, with_suffixes
-from diffusion_jax.data.image_sets import (
-  ImageBatch,
-  TarPictures,
-  holds_batch,
-)
+from diffusion_jax.data.image_sets import ImageBatch, TarPictures, holds_batch
 from diffusion_jax.data.images import read_pixels
 from diffusion_jax.data.sources.tfds import METADATA, PreparedImages
 from diffusion_jax.data.splits import fingerprint, of_records
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.errors import UserError
-from diffusion_jax.runs.trained_on import DataSplit
+from diffusion_jax.runs.trained_on import DataSplit, split_of
 from diffusion_jax.types import Record
 
 
@@ -37,9 +33,7 @@ class Picture(NamedTuple):
 
 
 class ImageSet(Protocol):
-  """Images by number. `name` says which they are, for people; `stamp` changes with their files.
-
-  notes: what was left out, for people.
+  """Images by number. name: for people; stamp: changes with their files; notes: what was left out.
   """
 
   name: str
@@ -49,7 +43,7 @@ class ImageSet(Protocol):
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> Picture:
-    """Image `index`. UserError where it cannot be read."""
+    """Return image `index`. UserError where it cannot be read."""
     ...
 
 
@@ -79,7 +73,7 @@ class Folder:
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-  """What has pictures alone, such as `data.tar_pictures.TarPictures`."""
+  """Images without captions, such as `data.image_sets.TarPictures`."""
 
   pictures: Sequence[np.ndarray]
   name: str
@@ -95,20 +89,19 @@ class Pixels:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """One split of a data set, as `data.sources.tfds.open_source` opens it; its first captions."""
+  """One split of a data set, with the first caption of each record; pictures: what they are."""
 
   records: Sequence
   name: str
   notes: tuple[str, ...] = ()
   pictures: DataSplit | None = None
-  """What they are, to be compared with what networks were trained on."""
 
   def __len__(self) -> int:
     return len(self.records)
 
   @functools.cached_property
   def stamp(self) -> str:
-    """Of what is in the records, for a folder may have got other pictures since."""
+    """Checksum of the records, for a folder may have got other pictures since."""
     found = fingerprint(self.records) or of_records(self.records)
     return f'{zlib.crc32(json.dumps(found).encode()):08x}'
 
@@ -117,8 +110,16 @@ class Split:
     return Picture(record['image'], record['captions'][0])
 
 
+def named_split(source: Sequence[Record], dataset: str, size: int, name: str) -> Split:
+  """Return a split of a data set that knows which it is; of another size it is another one."""
+  return Split(
+    source, f'{dataset} {size} px {name}',
+    pictures=split_of(dataset, name, size, len(source), fingerprint(source)),
+  )
+
+
 def shuffled(source: Sequence[Record], count: int) -> list[Record]:
-  """The first `count` records in an order that is fixed for each length: a fair sample.
+  """Return a random subset of `count` records, the same for each length.
 
   Those that cannot be read are left out, and others follow in their place as long as there are any.
   """
@@ -126,8 +127,8 @@ def shuffled(source: Sequence[Record], count: int) -> list[Record]:
 
 
 @dataclasses.dataclass(frozen=True)
-class First:
-  """The first images of a set, in an order that is fixed for each length: a fair sample."""
+class RandomSubset:
+  """A random subset of a set of images, the same for each length and count."""
 
   images: ImageSet
   count: int
@@ -162,11 +163,10 @@ KNOWN = (
   f'a folder of pictures ({", ".join(SUFFIXES)}), a tar file or a folder of them, the folder of a '
   "prepared data set (FOLDER:SPLIT), or ADM's npz with images as arr_0"
 )
-"""What `open_images` opens, in words."""
 
 
 def open_images(path: str | Path) -> ImageSet:
-  """The images at a path, by what is there; KNOWN says what may be.
+  """Return the images at a path, by what is there; KNOWN says what may be.
 
   UserError where nothing fits, or more than one thing does.
   """
@@ -188,7 +188,7 @@ def open_images(path: str | Path) -> ImageSet:
 
 
 def holds_images(file: str | Path) -> bool:
-  """Whether a file holds images rather than statistics: a tar file, or an npz with arr_0."""
+  """Return whether a file holds images rather than statistics: a tar file, or an npz with arr_0."""
   return Path(file).suffix.lower() == '.tar' or holds_batch(file)
 
 
@@ -221,7 +221,7 @@ def _prepared(folder: Path, split: str = '') -> ImageSet:
 
 
 def stamp_of(files: Sequence[Path], folder: Path | None = None) -> str:
-  """How many files, of how many bytes, and a checksum of names, sizes and times of change."""
+  """Return the number of files and bytes, and a checksum of names, sizes and times of change."""
   found = [
     (str(path.relative_to(folder or path.parent)), stat.st_size, stat.st_mtime_ns)
     for path, stat in ((path, path.stat()) for path in files)

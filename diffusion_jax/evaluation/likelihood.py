@@ -1,19 +1,20 @@
 """Bits per dimension of test images under a text-to-image model, given their captions.
 
-The density is that of the scaled latents which the U-Net sees, at one sample of the autoencoder's
-posterior per image, as in training. Three figures of the same model, without guidance, as a guided
-denoiser has no density: the variational bound over the steps of the model's schedule, the bound in
-continuous time, and the probability-flow ODE. The noise of a table of T steps never gets smaller
-than at its first one, t = 1 / T, so all three begin there, at alpha x_0 + sigma eps, and give x_0
-the density N(x / alpha, sigma^2 / alpha^2) around what is generated: upper bounds in expectation on
--log2 p(x_0), and for an ideal network the density of latents blurred by sigma / alpha.
+The density is that of the scaled latents which the denoiser sees, at one sample of the
+autoencoder's posterior per image, as in training. It is estimated in three ways, without guidance,
+as a guided denoiser has no density: the variational bound over the steps of the model's schedule,
+the bound in continuous time, and the probability-flow ODE. The noise of a table of T steps never
+gets smaller than at its first one, t = 1 / T, so all three begin there, at alpha x_0 + sigma eps,
+and give x_0 the density N(x / alpha, sigma^2 / alpha^2) around what is generated: upper bounds in
+expectation on -log2 p(x_0), and for an ideal network the density of latents blurred by
+sigma / alpha.
 
 The bits of the pixels are bounded by them together with the autoencoder (Kingma & Welling 2014,
 eq. 3): -log P(image) <= E_q(z | image)[-log P(image | z) + log q(z | image) - log p(z)].
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -23,6 +24,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from diffusion_jax.backend.xla import jit
+from diffusion_jax.config import typed
 from diffusion_jax.diffusion.bounds import (
   continuous_bound,
   discrete_bound,
@@ -35,6 +37,7 @@ from diffusion_jax.diffusion.likelihood import flow_likelihood, unit_noise
 from diffusion_jax.diffusion.losses import total
 from diffusion_jax.diffusion.noise import NoiseSchedule
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.evaluator import EVALUATE, Cached, Value, named, seed_of
 from diffusion_jax.evaluation.generated import fresh_weights
 from diffusion_jax.evaluation.images import shuffled
 from diffusion_jax.evaluation.metrics.images import DISCRETE_BITS
@@ -46,20 +49,96 @@ from diffusion_jax.pipelines.spaces import AUTOENCODER, LatentSpace
 from diffusion_jax.pixels import to_float
 from diffusion_jax.types import Latents, PerExample, Record, Source, Weights
 
-FIGURES = ('discrete', 'continuous', 'flow')
+ESTIMATES = ('discrete', 'continuous', 'flow')
 MINIMUM = 2
 TRAIN_LIMIT = 1024
 
 
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Likelihood(LikelihoodConfig, Cached):
+  """Mean bits per dimension of the first `images` test images, in the order of `shuffled`.
+
+  They are the three of `latent_bits`, and image_bits_per_dim_bound, from the continuous one and a
+  decoder whose variance is its mean squared error on training images; each with its standard error
+  over images. With baselines also of 'untrained', the same with a fresh denoiser, and 'gaussian', a
+  diagonal Gaussian fitted to the latents of training images, in closed form and blind to captions.
+  An image's values depend on the seed and its number alone.
+
+  `run` raises a UserError for fewer than 2 images, or more than there are.
+  """
+
+  train: Source
+  test: Source
+  mesh: Mesh
+  images: int = 64
+  batch_size: int = 16
+  baselines: bool = True
+  name = 'likelihood'
+  when = EVALUATE
+
+  def __post_init__(self):
+    typed(LikelihoodConfig, self.settings, 'likelihood.')
+
+  @property
+  def settings(self) -> dict:
+    """How bits are estimated."""
+    return {field.name: getattr(self, field.name) for field in dataclasses.fields(LikelihoodConfig)}
+
+  @property
+  def metrics(self) -> list[str]:
+    """Names of all values of the model."""
+    bits = [*(f'latent_bits_per_dim_{name}' for name in ESTIMATES), 'image_bits_per_dim_bound']
+    return [name for one in bits for name in (one, f'{one}_stderr')]
+
+  def run(self, model: Diffusion, params: Weights, key: jax.Array) -> Iterator[tuple[str, Value]]:
+    if not MINIMUM <= self.images <= len(self.test):
+      raise UserError(
+        f'{self.images} samples cannot be scored; choose {MINIMUM} to {len(self.test)}, the number '
+        'of test images.'
+      )
+    seed, batches = check_seed(seed_of(key)), partial(_over_images, mesh=self.mesh)
+    key_train, key_latents, key_noise, key_offset = jax.random.split(jax.random.key(seed), 4)
+    encode = self.once('encode', lambda: make_encoder(model))
+    records = shuffled(self.test, self.images)
+    fitted = _images(shuffled(self.train, min(TRAIN_LIMIT, len(self.train))))
+    known = batches(encode, (params[AUTOENCODER], jnp.ones(())), fitted,
+                    image_keys(key_train, len(fitted)), batch_size=64, label='encoding')
+    variance = jnp.asarray(known['error'].mean(), jnp.float32)
+    given = batches(encode, (params[AUTOENCODER], variance), _images(records),
+                    image_keys(key_latents, len(records)), batch_size=64, label='encoding')
+    rows = model.rows([record['captions'][0] for record in records])
+    score = self.once(f'score {seed}', lambda: make_scorer(
+      model, tuple(rows), self, jax.random.uniform(key_offset)
+    ))
+    bits = lambda label, weights: batches(
+      score, weights, given['latents'], image_keys(key_noise, len(records)), *rows.values(),
+      batch_size=min(self.batch_size, len(records)), label=label,
+    )
+    pixels = int(np.prod(records[0]['image'].shape))
+    yield from _rows(bits('model', params), given, pixels).items()
+    levels = model.noise.levels()
+    if self.baselines:
+      fresh = bits('untrained', fresh_weights(model, params, self.mesh))
+      moments = known['latents'].mean(axis=0), known['latents'].var(axis=0)
+      fit = gaussian_bits(given['latents'], *moments, *levels)
+      yield from named({
+        'untrained': _rows(fresh, given, pixels), 'gaussian': _rows(fit, given, pixels),
+      })
+    yield 'settings', {
+      'samples': len(records), 'training_images': len(fitted), 'seed': seed,
+      'latent_dims': int(given['latents'][0].size),
+      'latent_blur_std': float(np.divide(*(part[0] for part in reversed(levels)))),
+      'decoder_std_in_levels': float(127.5 * np.sqrt(variance)), **self.settings,
+    }
+
+
 def latent_bits(
   denoise: Denoiser, noise: NoiseSchedule, x0: Latents, keys: jax.Array, config: LikelihoodConfig,
-  offset: float | jax.Array = 0.5, figures: Sequence[str] = FIGURES,
+  offset: float | jax.Array = 0.5, estimates: Sequence[str] = ESTIMATES,
 ) -> dict[str, PerExample]:
-  """By name, those of FIGURES: bits per dimension [b] of latents x0 [b h w c].
+  """Return bits per dimension [b] of latents x0 [b h w c], by name, those of ESTIMATES.
 
-  Args:
-    keys: [b], one per example; the figures share their noise.
-    offset: of `discrete_bound`.
+  keys: [b], one per example; all estimates have the same noise. offset: of `discrete_bound`.
   """
   process = noise.smooth_process
   draws = {'draws': config.draws, 'offset': offset}
@@ -71,17 +150,17 @@ def latent_bits(
       steps=config.ode_steps, t_min=0.0, start_noise=True,
     ).bits,
   }
-  return {name: compute[name]() for name in figures}
+  return {name: compute[name]() for name in estimates}
 
 
 def image_keys(key: jax.Array, count: int) -> np.ndarray:
-  """Key data, one row for each of `count` images."""
+  """Return key data, one row for each of `count` images."""
   keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(count))
   return np.asarray(jax.random.key_data(keys))
 
 
 def make_encoder(model: Diffusion) -> Callable:
-  """((autoencoder, decoder variance []), uint8 images [b h w 3], key data [b k]) -> a dictionary.
+  """Return ((autoencoder, decoder variance []), uint8 images [b h w 3], key data [b k]) -> arrays.
 
   'latents' [b h w c], scaled, sampled; 'log_q' [b], their log-density in nats; 'decoder' [b],
   -log P(image | latents) in nats, by a Gaussian of that variance in the bins of the 256 levels;
@@ -113,20 +192,20 @@ def make_encoder(model: Diffusion) -> Callable:
 
 def make_scorer(
   model: Diffusion, names: Sequence[str], config: LikelihoodConfig, offset: jax.Array,
-  figures: Sequence[str] = FIGURES,
+  estimates: Sequence[str] = ESTIMATES,
 ) -> Callable:
-  """(weights, latents [b h w c], key data [b k], columns) -> what `latent_bits` returns.
+  """Return (weights, latents [b h w c], key data [b k], columns) -> `latent_bits`.
 
   The columns are those of `Diffusion.rows` with these names.
   """
 
   @jit
   def score(weights: Weights, latents, keys, *columns):
-    told = model.condition(weights, dict(zip(names, columns, strict=True)))
+    condition = model.condition(weights, dict(zip(names, columns, strict=True)))
     denoise = model.denoise(weights)
-    given = lambda x, alpha, sigma: denoise(x, alpha, sigma, told)
+    given = lambda x, alpha, sigma: denoise(x, alpha, sigma, condition)
     keys = jax.random.wrap_key_data(keys)
-    return latent_bits(given, model.noise, latents, keys, config, offset, figures)
+    return latent_bits(given, model.noise, latents, keys, config, offset, estimates)
 
   return score
 
@@ -135,9 +214,9 @@ def discrete_bits(
   model: Diffusion, records: Sequence[Record], *, draws: int, seed: int, mesh: Mesh,
   batch_size: int = 16,
 ) -> Callable[[Weights, range], dict[str, np.ndarray]]:
-  """A function of weights and a range of records: their latent_bits_per_dim_discrete, [n].
+  """Return a function of weights and a range of records: their latent_bits_per_dim_discrete, [n].
 
-  The figure of `evaluate_likelihood` for the same records, seed and draws.
+  They are those of `Likelihood` for the same records, seed and draws.
   """
   _, key_latents, key_noise, key_offset = jax.random.split(jax.random.key(check_seed(seed)), 4)
   keys = [image_keys(key, len(records)) for key in (key_latents, key_noise)]
@@ -145,11 +224,11 @@ def discrete_bits(
   given = model.rows([record['captions'][0] for record in records])
   encode = make_encoder(model)
   score = make_scorer(model, tuple(given), config, offset, ('discrete',))
-  batches = partial(_over_images, mesh=mesh, batch_size=batch_size, label='', progress=False)
+  batches = partial(_over_images, mesh=mesh, batch_size=batch_size, label='')
 
   def bits(weights: Weights, items: range) -> dict[str, np.ndarray]:
     rows = slice(items.start, items.stop)
-    known = (weights['autoencoder'], jnp.ones(()))
+    known = (weights[AUTOENCODER], jnp.ones(()))
     latents = batches(encode, known, _images(records[rows]), keys[0][rows])['latents']
     columns = (column[rows] for column in given.values())
     found = batches(score, weights, latents, keys[1][rows], *columns)
@@ -158,66 +237,14 @@ def discrete_bits(
   return bits
 
 
-def evaluate_likelihood(
-  model: Diffusion, weights: Weights, train: Source, test: Source,
-  config: LikelihoodConfig, *, samples: int, seed: int, mesh: Mesh, batch_size: int = 16,
-  progress: bool = True,
-) -> dict[str, dict[str, float]]:
-  """Bits per dimension of the first `samples` test images, shuffled as in `job.Evaluation`.
-
-  Columns: 'model'; 'untrained', the same with a fresh denoiser; 'gaussian', a diagonal Gaussian
-  fitted to the latents of training images, in closed form and blind to captions. Rows: means over
-  images of the three figures of `latent_bits`, and image_bits_per_dim_bound, from the continuous
-  one and a decoder whose variance is the mean squared error on those training images; to each row
-  its standard error over images. An image's values depend on the seed and its number alone.
-
-  Raises:
-    UserError: fewer than 2 samples, or more than there are test images.
-  """
-  if not MINIMUM <= samples <= len(test):
-    raise UserError(
-      f'{samples} samples cannot be scored; choose {MINIMUM} to {len(test)}, the number of test '
-      'images.'
-    )
-  root = jax.random.key(check_seed(seed))
-  key_train, key_latents, key_noise, key_offset = jax.random.split(root, 4)
-  batches = partial(_over_images, mesh=mesh, progress=progress)
-  encode, records = make_encoder(model), shuffled(test, samples)
-  samples = len(records)
-  fitted = _images(shuffled(train, min(TRAIN_LIMIT, len(train))))
-  known = batches(encode, (weights['autoencoder'], jnp.ones(())), fitted,
-                  image_keys(key_train, len(fitted)), batch_size=64, label='encoding')
-  variance = jnp.asarray(known['error'].mean(), jnp.float32)
-  given = batches(encode, (weights['autoencoder'], variance), _images(records),
-                  image_keys(key_latents, samples), batch_size=64, label='encoding')
-  told = model.rows([record['captions'][0] for record in records])
-  score = make_scorer(model, tuple(told), config, jax.random.uniform(key_offset))
-  rows = (given['latents'], image_keys(key_noise, samples), *told.values())
-  columns = {
-    name: batches(score, params, *rows, batch_size=min(batch_size, samples), label=name)
-    for name, params in {'model': weights, 'untrained': fresh_weights(model, weights, mesh)}.items()
-  }
-  moments = known['latents'].mean(axis=0), known['latents'].var(axis=0)
-  columns['gaussian'] = gaussian_bits(given['latents'], *moments, *model.noise.levels())
-  settings = {
-    'samples': samples, 'training_images': len(fitted), 'seed': seed,
-    'latent_dims': int(given['latents'][0].size),
-    'latent_blur_std': float(np.divide(*(part[0] for part in reversed(model.noise.levels())))),
-    'decoder_std_in_levels': float(127.5 * np.sqrt(variance)), **dataclasses.asdict(config),
-  }
-  pixels = int(np.prod(records[0]['image'].shape))
-  return {name: _rows(bits, given, pixels) for name, bits in columns.items()} | {
-    'settings': settings
-  }
-
-
 def _images(records: list) -> np.ndarray:
   return np.stack([record['image'] for record in records])
 
 
-def _over_images(function, params, *arrays, mesh, batch_size, label, progress) -> dict:
-  """function(params, *arrays) over the mesh, its dictionaries joined."""
-  with tqdm(total=len(arrays[0]), desc=label, disable=not progress, leave=False) as bar:
+def _over_images(function, params, *arrays, mesh, batch_size, label) -> dict:
+  """Return function(params, *arrays) over the mesh, its dictionaries joined; label: of the bar."""
+  hidden = not label or jax.process_index() > 0
+  with tqdm(total=len(arrays[0]), desc=label, disable=hidden, leave=False) as bar:
     parts = []
     for part in in_batches(function, params, *arrays, mesh=mesh, batch_size=batch_size):
       parts.append(part)
@@ -226,8 +253,8 @@ def _over_images(function, params, *arrays, mesh, batch_size, label, progress) -
 
 
 def _rows(bits: dict[str, np.ndarray], given: dict, pixels: int) -> dict[str, float]:
-  """Means and standard errors over images of bits per latent, and of the bound per pixel value."""
-  per_image = {f'latent_bits_per_dim_{name}': bits[name] for name in FIGURES}
+  """Return means and standard errors of bits per latent, and of the bound per pixel value."""
+  per_image = {f'latent_bits_per_dim_{name}': bits[name] for name in ESTIMATES}
   latents = bits['continuous'] * given['latents'][0].size
   autoencoder = (given['decoder'] + given['log_q']) / np.log(2)
   per_image['image_bits_per_dim_bound'] = (latents + autoencoder) / pixels

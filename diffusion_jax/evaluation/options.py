@@ -28,7 +28,7 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-  """With what pictures are compared, and how; metrics: names, divided by commas."""
+  """What pictures are compared with, and how; metrics: names, divided by commas."""
 
   reference: Annotated[str | None, Help(
     'what pictures are compared with: other pictures, a file of statistics (.npz with mu and '
@@ -65,20 +65,20 @@ class CompareOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CaptionOptions:
-  """What a model is asked to draw."""
+  """What a model is to sample."""
 
   samples: Annotated[int | None, Help(
-    'pictures to draw (default: 256, or all --captions)', 'N'
+    'pictures to sample (default: 256, or all --captions)', 'N'
   )] = None
   captions: Annotated[str, Help(
-    'captions to draw, one a line (default: of the test split)', 'FILE'
+    'captions to sample, one a line (default: of the test split)', 'FILE'
   )] = ''
   labels: Annotated[str, Help(
     'with --captions, the class of each, one a line, for class_accuracy (default: of the test '
     'split)', 'FILE'
   )] = ''
   keep: Annotated[Literal['', 'png', 'tar'], Help(
-    'keep what is drawn, in NAME.images: png or tar', 'KIND'
+    'keep what is sampled, in NAME.images: png or tar', 'KIND'
   )] = ''
   clip: Annotated[str, Help(
     f"a CLIP with both towers, in whose features to score (default: the run's, else {CLIP})", 'DIR'

@@ -1,9 +1,7 @@
-"""Work in numbered pieces whose results are files: what is done stays done, whoever did it.
+"""Work in numbered pieces whose results are files, and images of it that are kept.
 
 An evaluation may be killed at any moment. A piece is whole or not there, so the next start makes
 what is missing, with any number of processes, and nothing is made twice or left out.
-
-Pictures of an evaluation that stay: as PNGs or tar files for people, small ones for its page.
 """
 
 import io
@@ -26,30 +24,25 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.files import atomic_write, read_object, reading
 
 PLAN = 'plan.json'
-TROUBLE, THUMBNAILS, EDGES, EACH = 'trouble', 'thumbnails', 'edges', 'each:'
+ERRORS, THUMBNAILS, EDGES, EACH = 'trouble', 'thumbnails', 'edges', 'each:'
 
 
 class Made(NamedTuple):
-  """The images of a piece: uint8 [h w 3] each, None where `trouble` says why there is none.
+  """The images of a piece: uint8 [h w 3] each, None where `errors` says why there is none.
 
-  each: figures of the single images by name, [n], that come of making them.
+  each: values of the single images by name, [n], that come of making them.
   """
 
   images: list[np.ndarray | None]
-  trouble: list[str]
+  errors: list[str]
   each: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 class Chunks:
   """`count` pieces of `size` items each, the last one perhaps smaller, of `total` items.
 
-  Processes share the directory. Piece i is made by process i modulo their number.
-
-  Args:
-    plan: whatever decides the results, JSON-ready; results of another plan are never mixed in.
-
-  Raises:
-    UserError: the directory holds pieces of another plan, which it names.
+  Processes share the directory. Piece i is made by process i modulo their number. plan: whatever
+  decides the results, JSON-ready. UserError where the directory holds pieces of another plan.
   """
 
   def __init__(self, directory: Path, plan: Mapping[str, Any], *, total: int, size: int):
@@ -74,20 +67,18 @@ class Chunks:
       )
 
   def items(self, index: int) -> range:
-    """The items of a piece."""
     return range(index * self.size, min((index + 1) * self.size, self.total))
 
   def missing(self, lacking: Callable[[range], bool] | None = None) -> list[int]:
-    """The pieces that this process has to make; damaged ones are among them.
+    """Return the pieces that this process has to make; damaged ones are among them.
 
-    Args:
-      lacking: whether items lack what is kept elsewhere.
+    lacking: whether items lack what is kept elsewhere.
     """
     own = range(jax.process_index(), self.count, jax.process_count())
     return [i for i in own if not self._whole(i) or (lacking and lacking(self.items(i)))]
 
   def save(self, index: int, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes the results of a piece, one row for each of its items, all of it or nothing."""
+    """Write the results of a piece, one row for each of its items, all of it or nothing."""
     rows = len(self.items(index))
     wrong = [name for name, value in arrays.items() if len(value) != rows]
     if wrong:
@@ -96,7 +87,7 @@ class Chunks:
       np.savez(file, **arrays)
 
   def load(self, index: int, without: Collection[str] = ()) -> dict[str, np.ndarray]:
-    """The results of a piece, `without` some, which are not read.
+    """Return the results of a piece, `without` some, which are not read.
 
     UserError where it is damaged, which a new start makes good.
     """
@@ -106,7 +97,7 @@ class Chunks:
         return {name: file[name] for name in file.files if name not in without}
 
   def joined(self, without: Collection[str] = ()) -> dict[str, np.ndarray]:
-    """The results of all items, [total ...] each; all but texts stay on the disk until read.
+    """Return the results of all items, [total ...] each; all but texts stay on the disk until read.
 
     Each is in a file without a name in the same folder, which is gone with the array, so that
     memory does not grow with the number of items. What processes that were killed have left half
@@ -137,7 +128,7 @@ class Chunks:
     return self.directory / f'{index:06d}.npz'
 
   def _whole(self, index: int) -> bool:
-    """Whether the piece is there with all of its bytes; its archive has a checksum for each."""
+    """Return whether the piece has all of its bytes; its archive has checksums."""
     try:
       with reading(self._path(index)), zipfile.ZipFile(self._path(index)) as archive:
         return archive.testzip() is None
@@ -149,7 +140,7 @@ KINDS = ('png', 'tar')
 
 
 class Keeper:
-  """Keeps the images of a piece: NUMBER.png each, or one tar file of those.
+  """Keep the images of a piece: NUMBER.png each, or one tar file of those.
 
   A piece is kept whole before its features are, so that a start after a kill finds all or makes
   all of it again. UserError for another kind.
@@ -161,13 +152,11 @@ class Keeper:
     self._directory, self._kind = directory, kind
 
   def has(self, items: range) -> bool:
-    """Whether the piece of these items has been kept."""
     if self._kind == 'tar':
       return self._archive(items).is_file()
     return any(self._file(number).is_file() for number in items)  # Damaged ones are not there.
 
   def __call__(self, items: range, made: Made) -> None:
-    """Keeps a piece."""
     images = [pair for pair in zip(items, made.images, strict=True) if pair[1] is not None]
     if self._kind == 'png':
       for number, image in images:
@@ -198,7 +187,7 @@ def _png(image: UInt8[np.ndarray, 'h w 3']) -> bytes:
 
 
 class Thumbnails:
-  """The small pictures of a work's images by number; None for one without."""
+  """Small pictures of a work's images by number; None for one without."""
 
   def __init__(self, chunks: Chunks):
     self._chunks = chunks

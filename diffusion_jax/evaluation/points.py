@@ -1,37 +1,48 @@
-"""Scores and shows a denoiser of points in the plane."""
+"""Score and show a denoiser of points in the plane, `train.tasks.toy.PointDiffusion`."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from diffusion_jax.evaluation.evaluator import EVALUATE, SAMPLE, Picture, Value, named, seed_of
+from diffusion_jax.evaluation.evaluator import (
+  EVALUATE,
+  SAMPLE,
+  Cached,
+  Picture,
+  Value,
+  named,
+  seed_of,
+)
 from diffusion_jax.evaluation.metrics.kernel import energy_distance
 from diffusion_jax.parallel.mesh import to_host
 from diffusion_jax.parallel.processes import heartbeat
+from diffusion_jax.pipelines.model import DENOISER
+from diffusion_jax.types import Weights
 
 PREVIEW_POINTS = 1024
 LATTICE, EXTENT = 21, 2.6
+RATIOS = (1.0, 0.4, 0.15)
+"""sigma / alpha of the scores that are shown."""
 PIXELS = 384
 _SAMPLES, _DATA = '#2A8FD0', '#D55E00'
 Image = UInt8[np.ndarray, 'h w 3']
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PointsPreview:
-  """Samples over the data, and the learned score of the data with several amounts of noise.
+class PointsPreview(Cached):
+  """Samples over the data [n 2], and the learned score of the data with several amounts of noise.
 
-  sample: (params, seed, count) -> points [count 2]. fields: (params, x [n 2]) -> scores [k n 2] of
-  the data with `levels` (sigma / alpha) of noise. data: [n 2].
+  sample: as `model.points` takes it.
   """
 
-  sample: Callable
-  fields: Callable
-  levels: tuple[float, ...]
+  sample: Any
   data: Float[np.ndarray, 'n 2']
   name = 'points_preview'
   when = SAMPLE
@@ -40,34 +51,33 @@ class PointsPreview:
     'of data with that much noise (sigma / alpha), over noised test points.'
   )
 
-  def run(self, model, params, key: jax.Array) -> Iterator[tuple[str, Value]]:
-    points = to_host(self.sample(params, seed_of(key), PREVIEW_POINTS))
+  def run(self, model, params: Weights, key: jax.Array) -> Iterator[tuple[str, Value]]:
+    draw = self.once('points', lambda: model.points(self.sample))
+    points = to_host(draw(params, seed_of(key), PREVIEW_POINTS))
     heartbeat()
     axis = np.linspace(-EXTENT, EXTENT, LATTICE, dtype=np.float32)
     lattice = np.stack(np.meshgrid(axis, axis), axis=-1)
-    fields = to_host(self.fields(params, lattice.reshape(-1, 2)))
+    scores = self.once('scores', lambda: jax.jit(model.scores))
+    fields = to_host(scores(params, lattice.reshape(-1, 2), jnp.asarray(RATIOS)))
     heartbeat()
     noise = np.random.default_rng(0).standard_normal((PREVIEW_POINTS, 2))
     data = self.data[:PREVIEW_POINTS]
     images = [scatter_image(points, data, EXTENT)] + [
       field_image(lattice, field.reshape(lattice.shape), data + ratio * noise[: len(data)])
-      for field, ratio in zip(fields, self.levels, strict=True)
+      for field, ratio in zip(fields, RATIOS, strict=True)
     ]
-    captions = ['samples over data'] + [f'score at sigma / alpha {r:g}' for r in self.levels]
+    captions = ['samples over data'] + [f'score at sigma / alpha {r:g}' for r in RATIOS]
     yield 'samples', Picture(np.stack(images), captions, self.about)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Points:
+class Points(Cached):
   """Energy distance to the test points; with baselines bits per dimension of some of them, too.
 
-  sample: as of `PointsPreview`. bits: (params, x [n 2]) -> bits per dimension [n]. initialize: of
-  an untrained network. likelihood_points: of which bits are computed, 0 for none.
+  sample: as of `PointsPreview`. likelihood_points: of which bits are computed, 0 for none.
   """
 
-  sample: Callable
-  bits: Callable
-  initialize: Callable
+  sample: Any
   data: Float[np.ndarray, 'n 2']
   likelihood_points: int = 0
   samples: int = 256
@@ -75,23 +85,26 @@ class Points:
   name = 'points'
   when = EVALUATE
 
-  def run(self, model, params, key: jax.Array) -> Iterator[tuple[str, Value]]:
+  def run(self, model, params: Weights, key: jax.Array) -> Iterator[tuple[str, Value]]:
     columns = {'generated': params}
     if self.baselines:
-      columns['untrained'] = jax.jit(self.initialize)(jax.random.key(1))
-    for name, values in columns.items():
-      yield from named({name: self._scores(values, seed_of(key) + 1)})
+      columns['untrained'] = {DENOISER: jax.jit(model.denoiser.initialize)(jax.random.key(1))}
+    for name, weights in columns.items():
+      yield from named({name: self._scores(model, weights, seed_of(key) + 1)})
     if self.baselines:
       half = len(self.data) // 2
       yield 'real.energy_distance', energy_distance(self.data[:half], self.data[half:])
 
-  def _scores(self, params, seed: int) -> dict[str, float]:
-    found = to_host(self.sample(params, seed, min(self.samples, len(self.data))))
+  def _scores(self, model, weights: Weights, seed: int) -> dict[str, float]:
+    draw = self.once('points', lambda: model.points(self.sample))
+    found = to_host(draw(weights, seed, min(self.samples, len(self.data))))
     heartbeat()
     scores = {'energy_distance': energy_distance(found, self.data)}
     if self.baselines and self.likelihood_points:
-      bits = to_host(self.bits(params, self.data[:self.likelihood_points]))
-      scores['bits_per_dim'] = float(bits.mean())
+      bits = self.once('bits', lambda: jax.jit(model.bits))
+      scores['bits_per_dim'] = float(
+        to_host(bits(weights, self.data[: self.likelihood_points])).mean()
+      )
       heartbeat()
     return scores
 

@@ -1,4 +1,4 @@
-"""Scores and shows networks that recognise test images: CLIP by caption, classifiers by class."""
+"""Score and show networks that recognise test images: CLIP by caption, classifiers by class."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from diffusion_jax.evaluation.evaluator import (
   Value,
   named,
 )
-from diffusion_jax.evaluation.extractors.classifier import ClassifierExtractor
 from diffusion_jax.evaluation.extractors.clip import CLIPExtractor, CLIPFeatures
-from diffusion_jax.evaluation.metrics.text import clip_score, retrieval_recall
+from diffusion_jax.evaluation.extractors.images import ClassifierExtractor
+from diffusion_jax.evaluation.metrics.images import clip_score, retrieval_recall
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.clip import unit
 from diffusion_jax.parallel.mesh import in_batches, put_params, to_host
@@ -60,8 +60,8 @@ class RetrievalPreview:
     chosen = np.linspace(0, len(images) - 1, min(SHOWN, len(images))).astype(int)
     nearest = (np.asarray(unit(image[chosen])) @ np.asarray(unit(text)).T).argmax(axis=1)
     pairs = zip(nearest, chosen, strict=True)
-    told = [answer(captions[found], captions[own]) for found, own in pairs]
-    yield 'samples', Picture(images[chosen], told, self.about)
+    answers = [answer(captions[found], captions[own]) for found, own in pairs]
+    yield 'samples', Picture(images[chosen], answers, self.about)
 
   def embed(self, model: Network, params: Params, count: int) -> tuple:
     """Return (images, captions, embeddings of images, of captions) of so many test records."""
@@ -111,8 +111,8 @@ class ClassificationPreview(Cached):
   def run(self, model: Network, params: Params, key) -> Iterator[tuple[str, Value]]:
     images, labels, logits = self.tested(model, params, SHOWN)
     pairs = zip(logits.argmax(axis=-1), labels, strict=True)
-    told = [answer(self.classes[found], self.classes[true]) for found, true in pairs]
-    yield 'samples', Picture(images, told, self.about)
+    answers = [answer(self.classes[found], self.classes[true]) for found, true in pairs]
+    yield 'samples', Picture(images, answers, self.about)
 
   def tested(self, model: Network, params: Params, count: int) -> tuple[np.ndarray, ...]:
     """Return (images, labels, logits) of so many test records, spread over the split."""

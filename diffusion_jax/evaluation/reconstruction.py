@@ -1,8 +1,9 @@
-"""What an autoencoder makes of images: the pictures that come back, and how like they are."""
+"""Reconstructions of an autoencoder, and how like the originals they are."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
@@ -13,26 +14,31 @@ from jaxtyping import Float, UInt8
 
 from diffusion_jax.backend.xla import jit
 from diffusion_jax.data.unreadable import some
-from diffusion_jax.evaluation.comparison import Work
+from diffusion_jax.evaluation.comparison import Column, Work
 from diffusion_jax.evaluation.evaluator import EVALUATE, SAMPLE, TEST, Cached, Picture, Value, named
 from diffusion_jax.evaluation.extract import reader
 from diffusion_jax.evaluation.images import ImageSet
 from diffusion_jax.evaluation.metrics.images import l1_of_each, psnr_of_each, ssim_of_each
 from diffusion_jax.evaluation.pieces import Made
+from diffusion_jax.formats.networks import load_lpips
 from diffusion_jax.models.network import Network
-from diffusion_jax.models.perceptual import lpips
-from diffusion_jax.parallel.mesh import in_batches
+from diffusion_jax.models.perceptual import lpips as lpips_of_each
+from diffusion_jax.parallel.mesh import in_batches, put_params, to_host
 from diffusion_jax.pipelines.spaces import latent_moments
 from diffusion_jax.pixels import to_float, to_uint8
 from diffusion_jax.types import Params, Source
 
-FIGURES: Mapping[str, Callable] = {'psnr': psnr_of_each, 'ssim': ssim_of_each, 'l1': l1_of_each}
+PAIR_METRICS: Mapping[str, Callable] = {
+  'psnr': psnr_of_each, 'ssim': ssim_of_each, 'l1': l1_of_each,
+}
 BATCH = 32
 
 
 def reconstructor(network: Network, mesh: Mesh, batch_size: int = BATCH) -> Callable:
-  """(parameters on the mesh, uint8 [n h w 3]) -> what comes back, uint8, through the means of the
-  latents. UserError where h or w is no multiple of the autoencoder's factor."""
+  """Return (parameters on the mesh, uint8 [n h w 3]) -> their reconstructions, uint8.
+
+  They are by the latents' means. UserError where h or w is no multiple of the network's factor.
+  """
 
   @jit
   def run(params: Params, images: jax.Array) -> jax.Array:
@@ -47,18 +53,18 @@ def reconstructor(network: Network, mesh: Mesh, batch_size: int = BATCH) -> Call
   return reconstruct
 
 
-def figures_of_pairs(
+def compare_pairs(
   originals: UInt8[np.ndarray, 'n h w 3'], outputs: UInt8[np.ndarray, 'n h w 3'],
   names: Sequence[str],
 ) -> dict[str, Float[np.ndarray, 'n']]:
-  """Figures of FIGURES, of each pair: PSNR in dB, SSIM up to 1, L1 of values in [-1, 1]."""
+  """Return metrics of each pair: PSNR in dB, SSIM up to 1, L1 of values in [-1, 1]."""
   x, y = (to_float(images, np.float64) for images in (originals, outputs))
-  return {name: FIGURES[name](y, x) for name in names}
+  return {name: PAIR_METRICS[name](y, x) for name in names}
 
 
 def perceptual(params: Params, mesh: Mesh, batch_size: int = BATCH) -> Callable:
-  """(originals, reconstructions), uint8 [n h w 3] -> LPIPS [n]; params: of `lpips`, on the mesh."""
-  run = jit(lambda params, a, b: lpips(params, to_float(a), to_float(b)))
+  """Return (originals, reconstructions), uint8 [n h w 3] -> LPIPS [n]; params on the mesh."""
+  run = jit(lambda params, a, b: lpips_of_each(params, to_float(a), to_float(b)))
 
   def distances(originals: np.ndarray, outputs: np.ndarray) -> np.ndarray:
     return np.concatenate(list(
@@ -70,39 +76,62 @@ def perceptual(params: Params, mesh: Mesh, batch_size: int = BATCH) -> Callable:
 
 def of_autoencoder(
   reconstruct: Callable, params: Callable[[], Params], name: str, images: ImageSet,
-  figures: Sequence[str], distances: Callable | None = None, weights: str = '',
+  metrics: Sequence[str] = tuple(PAIR_METRICS), distances: Callable | None = None,
+  weights: str = '',
 ) -> Work:
-  """The work of encoding and decoding a set of images of one size.
+  """Return the work of encoding and decoding a set of images of one size.
 
   Args:
     reconstruct: of `reconstructor`; params: gives them on its mesh; first called by all processes
       together, when there is something to do.
     name: of the autoencoder with its weights, such as a run and its step.
-    figures: of FIGURES, kept for each image.
+    metrics: of PAIR_METRICS, kept for each image.
     distances: of `perceptual`, whose LPIPS is kept, too; weights: which those of it are.
   """
   read = reader(images)
-  every = (*figures, *(['lpips'] if distances else []))
+  every = (*metrics, *(['lpips'] if distances else []))
 
   def make(items: range) -> Made:
-    found, trouble, _ = read(items)
+    found, errors, _ = read(items)
     there = [i for i, image in enumerate(found) if image is not None]
     made: list = [None] * len(found)
     each = {name: np.full(len(found), np.nan) for name in every}
     if there:
       originals = np.stack([found[i] for i in there])
       outputs = reconstruct(params(), originals)
-      values = figures_of_pairs(originals, outputs, figures)
+      values = compare_pairs(originals, outputs, metrics)
       if distances:
         values['lpips'] = distances(originals, outputs)
       for place, i in enumerate(there):
         made[i] = outputs[place]
       for name in every:
         each[name][there] = values[name]
-    return Made(made, trouble, each)
+    return Made(made, errors, each)
 
   plan = {'model': name, 'images': images.name, 'files': images.stamp, 'lpips': weights}
   return Work(len(images), plan, make, params, every)
+
+
+def columns(
+  network: Network, params: Callable[[], Params], name: str, originals: ImageSet, mesh: Mesh,
+  batch_size: int, lpips: str = '',
+) -> dict[str, Column]:
+  """Return 'reconstructed' and 'untrained', of an autoencoder and of one with fresh parameters.
+
+  params: host arrays, read when they are first needed; lpips: file of weights, '' for none.
+  """
+  reconstruct = reconstructor(network, mesh, batch_size)
+  distances = perceptual(put_params(load_lpips(lpips), mesh), mesh, batch_size) if lpips else None
+  fresh = lambda: to_host(jax.jit(network.initialize)(jax.random.key(1)))
+  # All metrics whatever is asked for, so that a second start may ask for more.
+  column = lambda name, params, keep: Column(of_autoencoder(
+    reconstruct, functools.cache(lambda: put_params(params(), mesh)), name, originals,
+    distances=distances, weights=lpips,
+  ), keep=keep)
+  return {
+    'reconstructed': column(name, params, True),
+    'untrained': column(f'untrained {name}', fresh, False),
+  }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -138,7 +167,7 @@ class Reconstruction(ReconstructionPreview):
 
   def run(self, model: Network, params: Params, key) -> Iterator[tuple[str, Value]]:
     images = np.stack([record['image'] for record in some(self.test, self.samples)])
-    values = figures_of_pairs(images, self.reconstruct(model, params, images), ('psnr', 'l1'))
+    values = compare_pairs(images, self.reconstruct(model, params, images), ('psnr', 'l1'))
     scores = {name: float(each.mean()) for name, each in values.items()}
     mean, deviation = latent_moments(model, params, images, self.mesh)
     scores |= {'latent_mean': mean, 'latent_std': deviation, 'images': float(len(images))}

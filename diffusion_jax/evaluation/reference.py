@@ -1,4 +1,4 @@
-"""What samples are compared with: images or a file of statistics; and how such files are made."""
+"""References: images or files of statistics, read and written."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ SPATIAL = 'spatial'
 def open_reference(
   path: str, columns: Mapping[str, int]
 ) -> tuple[str, ImageSet | dict[str, Moments], list[str]]:
-  """(name, images or what a file says of each kind of features, what to beware of).
+  """Return (name, images or what a file says of each kind of features, warnings).
 
   A file with both, such as ADM's reference batches, gives its images, of which every metric can be
   computed. UserError as `open_images` and `moments_of`.
@@ -39,14 +39,10 @@ def open_reference(
 def moments_of(
   path: str | Path, columns: Mapping[str, int]
 ) -> tuple[dict[str, Moments], list[str]]:
-  """(what a file says of each kind of features, what to beware of).
+  """Return (what a file says of each kind of features, warnings).
 
-  Args:
-    columns: 'EXTRACTOR:OUTPUT' -> width, as `extraction.Extraction.columns`.
-
-  Raises:
-    UserError: the file cannot be read, or its features are others: another network, another resize
-      rule, another width.
+  columns: 'EXTRACTOR:OUTPUT' -> width. UserError: the file cannot be read, or its features are of
+  another network, resize rule or width.
   """
   known, has_spatial = described(path)
   found: dict[str, Moments] = {}
@@ -69,12 +65,12 @@ def moments_of(
 
 
 def comparable(path: str | Path, known: str, name: str) -> list[str]:
-  """What to beware of where a file's features are `known` ('' if it does not say) and ours `name`.
+  """Return warnings where a file's features are `known` ('' if it does not say) and ours `name`.
 
-  UserError where figures could not be compared: another kind of network, another resize rule.
+  UserError where values could not be compared: another kind of network, another resize rule.
   """
   if not known:
-    return [f'{path} does not say in which features it is; the figures are right if in {name}.']
+    return [f'{path} does not say in which features it is; the values are right if in {name}.']
   theirs, ours = known.split('/'), name.split('/')
   if (theirs[0], theirs[-1]) != (ours[0], ours[-1]):
     raise UserError(
@@ -83,19 +79,18 @@ def comparable(path: str | Path, known: str, name: str) -> list[str]:
     )
   if theirs == ours:
     return []
-  return [f'{path} is in the features {known}; figures in {name} are right if both are the same.']
+  return [f'{path} is in the features {known}; values in {name} are right if both are the same.']
 
 
 def write_moments(
   path: str | Path, columns: Mapping[str, Float[np.ndarray, 'n d']],
   extractors: Sequence[Extractor],
 ) -> list[Path]:
-  """Writes the statistics of features, each extractor's in a file; returns which.
+  """Write the statistics of features, each extractor's in a file; return which.
 
   One extractor's has the name that is given; of several, each adds its own name before the suffix.
 
-  Raises:
-    UserError: another suffix than those of `statistics_files.SUFFIXES`, or fewer than two images.
+  UserError: another suffix than those of `statistics.SUFFIXES`, or fewer than two images.
   """
   path, written = check_suffix(path), []
   for extractor in extractors:

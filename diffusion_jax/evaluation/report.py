@@ -1,4 +1,4 @@
-"""What an evaluation says: on what it was measured, what to beware of, and its files."""
+"""Scores with sentences on what they were measured on, warnings, and the files of both."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ import numpy as np
 from scipy.special import bdtrc
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.extractors.clip import CLIPFeatures, text_towers
+from diffusion_jax.evaluation.evaluator import BESIDE
+from diffusion_jax.evaluation.extractors.clip import CLIPFeatures
 from diffusion_jax.evaluation.images import ImageSet, Split, shuffled
-from diffusion_jax.evaluation.metrics.text import retrieval_hits
-from diffusion_jax.evaluation.scores import value_of
+from diffusion_jax.evaluation.metrics.images import retrieval_hits
+from diffusion_jax.evaluation.metrics.metric import value_of
 from diffusion_jax.files import atomic_write
 from diffusion_jax.formats.networks import resolve
 from diffusion_jax.runs.trained_on import DataSplit, read_trained_on
 from diffusion_jax.types import Record
 
 if TYPE_CHECKING:
-  from diffusion_jax.evaluation.comparison import Comparison
+  from diffusion_jax.evaluation.comparison import Comparison, Found
 
 PAIRS, CANDIDATES = 256, 100
 NEAR = 2
@@ -34,8 +35,7 @@ DOUBT = 0.01
 
 
 class Retrieval(NamedTuple):
-  """Own captions of real pictures that are ranked first: hits of so many pictures, each time among
-  so many candidates."""
+  """How often the own caption of a real image is ranked first among so many candidates."""
 
   hits: int
   count: int
@@ -43,38 +43,38 @@ class Retrieval(NamedTuple):
 
   @property
   def near_chance(self) -> bool:
-    """Whether so many hits come, or more, by more than DOUBT from one of NEAR times chance.
+    """Whether a CLIP of NEAR times chance has so many hits, or more, with more than DOUBT.
 
-    The hits of the pictures are taken for independent, so that their number is binomial.
+    The hits are taken for independent, so that their number is binomial.
     """
     return self._tail(self.hits) > DOUBT
 
   @property
   def too_few(self) -> bool:
-    """Whether not even a perfect CLIP could be told from one near chance."""
+    """Whether not even a perfect CLIP could be distinguished from one near chance."""
     return self._tail(self.count) > DOUBT
 
   def _tail(self, hits: int) -> float:
     p = min(NEAR / self.candidates, 1.0)
     return 1.0 if hits == 0 or p == 1 else float(bdtrc(hits - 1, self.count, p))
 
-  def told(self, name: str) -> str:
-    """A sentence; a warning where it is near chance."""
+  def sentence(self, name: str) -> str:
+    """Return a sentence; a warning where it is near chance."""
     found = (
       f'{name} ranks the own caption of {self.count} real pictures first of {self.candidates} for '
       f'{self.hits / self.count:.1%} of them, where chance is {1 / self.candidates:.1%}'
     )
     if self.too_few:
-      return f'{found}: these are too few to tell whether figures in its features say anything.'
+      return f'{found}: these are too few to know whether values in its features say anything.'
     if not self.near_chance:
       return f'{found}.'
-    return f'{found}: it is near chance, so that figures in its features say next to nothing.'
+    return f'{found}: it is near chance, so that values in its features say next to nothing.'
 
 
 def real_retrieval(clip: CLIPFeatures, records: Sequence[Record], seed: int = 0) -> Retrieval:
-  """Of records, each with its image [h w 3] of one size and its first caption; one at least.
+  """Try a CLIP on records, one at least, with images [h w 3] of one size, by their first captions.
 
-  Of several with one caption, which nothing could tell apart, the first.
+  Of several with one caption, which nothing could tell apart, the first counts.
   """
   records = list({record['captions'][0]: record for record in records[PAIRS - 1 :: -1]}.values())
   images = clip.images(np.stack([record['image'] for record in records]))
@@ -86,16 +86,16 @@ def real_retrieval(clip: CLIPFeatures, records: Sequence[Record], seed: int = 0)
 REFERENCE, TESTED = 'the reference', 'the test images'
 
 Sets = Mapping[str, DataSplit | None]
-"""What sets of images are, by what people call them here; None where that is not known."""
+"""Sets of images by what people call them here; None where they are not known."""
 
 
 def of_features(named: Sequence[str], sets: Sets) -> list[str]:
-  """A sentence for each KIND:PATH on what that network was trained on, seen from these sets."""
+  """Return a sentence for each KIND:PATH on what that network was trained on, and these sets."""
   return [_of_network(text, _trained_on(text.partition(':')[2]), sets) for text in named]
 
 
 def of_model(name: str, path: str, sets: Sets) -> str:
-  """The same for a model, or for what a training began with."""
+  """Return the same for a model, or for what a training began with."""
   return _of_network(name, _trained_on(path), sets)
 
 
@@ -117,7 +117,8 @@ def _of_network(name: str, trained: DataSplit | None, sets: Sets) -> str:
   parts = [f'{_are(same)} these images, which it knows'] if same else []
   parts += [f'{_are(apart)} not among them'] if apart else []
   parts += [f'whether {_are(rest)} among them is not known'] if rest else []
-  return f'{name} was trained on {trained.described}' + (f': {"; ".join(parts)}.' if parts else '.')
+  more = f': {"; ".join(parts)}' if parts else ''
+  return f'{name} was trained on {trained.described}{more}.'
 
 
 def _are(sets: Sequence[str] | Mapping) -> str:
@@ -126,29 +127,30 @@ def _are(sets: Sequence[str] | Mapping) -> str:
 
 
 Row = Mapping[str, Any]
-"""COLUMN.FIGURE or settings.NAME -> value, or its text where it was read from a table."""
+"""COLUMN.METRIC or settings.NAME -> value, or its text where it was read from a table."""
+
 
 def incomparable(earlier: Sequence[Row], row: Row) -> list[str]:
-  """A sentence for each way in which figures differ from the last ones of their names.
+  """Return a sentence for each reason why values cannot be compared with the last of their names.
 
   They may be of other features, resized by another rule, against another reference, or of another
-  number of images where that moves the figure by itself.
+  number of images where that moves the value by itself.
   """
   found: dict[str, list[str]] = {}
-  for figure in sorted(_figures(row)):
-    last = next((one for one in reversed(earlier) if figure in _figures(one)), None)
-    for reason in () if last is None else _differences(figure, last, row):
-      found.setdefault(reason, []).append(figure)
+  for metric in sorted(_metrics(row)):
+    last = next((one for one in reversed(earlier) if metric in _metrics(one)), None)
+    for reason in () if last is None else _differences(metric, last, row):
+      found.setdefault(reason, []).append(metric)
   return [
-    f'{", ".join(figures)}: {reason} in the last row with {"it" if len(figures) == 1 else "them"} '
+    f'{", ".join(metrics)}: {reason} in the last row with {"it" if len(metrics) == 1 else "them"} '
     'of this table; do not compare the two.'
-    for reason, figures in found.items()
+    for reason, metrics in found.items()
   ]
 
 
-def _figures(row: Row) -> set[str]:
+def _metrics(row: Row) -> set[str]:
   named = (name.partition('.') for name, value in row.items() if value not in (None, ''))
-  return {figure for column, _, figure in named if column != 'settings'}
+  return {metric for column, _, metric in named if column != 'settings'}
 
 
 _SAYS = {
@@ -178,13 +180,12 @@ def _differences(name: str, last: Row, row: Row) -> Iterator[str]:
 
 
 def _features(row: Row, family: str) -> set[str]:
-  """The names of the row's features of a family."""
   names = re.findall(r"'([^']*)'", str(row.get('settings.features', '')))
   return {name for name in names if name.startswith(f'{family}/')}
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
-  """(rows, names of columns), none where there is no file.
+  """Return (rows, names of columns), none where there is no file.
 
   UserError where the file is none of comma-separated values.
   """
@@ -202,14 +203,14 @@ def read_rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
 
 
 def as_read(row: Mapping[str, object]) -> dict[str, str]:
-  """A row as it comes back from a table, without what is empty."""
+  """Return a row as it comes back from a table, without what is empty."""
   return {name: str(value) for name, value in row.items() if value not in (None, '')}
 
 
 def add_rows(path: Path, new: Sequence[Mapping[str, object]]) -> None:
-  """Appends rows; columns that are new come last and stay empty in the rows before.
+  """Append rows that are not there yet; new columns come last and stay empty in the rows before.
 
-  A row that is there already is left out. UserError as in `read_rows`.
+  UserError as in `read_rows`.
   """
   rows, names = read_rows(path)
   names += [name for row in new for name in row if name not in names]
@@ -224,17 +225,13 @@ def add_rows(path: Path, new: Sequence[Mapping[str, object]]) -> None:
     file.write(text.getvalue().encode())
 
 
-BESIDE = ('intervals', 'measured', 'warnings', 'settings', 'sweep', 'history')
-"""Entries of scores that are no columns."""
-
-
 def columns_of(scores: Mapping[str, Any]) -> list[str]:
   """Return the columns of values among what an evaluation has written."""
   return [name for name in scores if name not in BESIDE]
 
 
 def rows(scores: Mapping[str, Any]) -> list[dict[str, Any]]:
-  """Figures as COLUMN.FIGURE, then settings: a row, or, of a sweep, one for each combination."""
+  """Return values as COLUMN.METRIC, then settings: a row, of a sweep one for each combination."""
   settings = dict(scores.get('settings', {}))
   columns = columns_of(scores)
   swept = scores.get('sweep', {})
@@ -249,28 +246,59 @@ def rows(scores: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _row(scores: Mapping[str, Any], names: Mapping[str, str], settings: dict) -> dict[str, Any]:
-  figures = {
-    f'{name}.{figure}': value for column, name in names.items()
-    for figure, value in scores[column].items()
+  values = {
+    f'{name}.{metric}': value for column, name in names.items()
+    for metric, value in scores[column].items()
   }
-  return figures | {f'settings.{name}': value for name, value in settings.items()}
+  return values | {f'settings.{name}': value for name, value in settings.items()}
 
 
 def _before(table: Path, row: Mapping[str, Any]) -> list[dict[str, str]]:
-  """The rows of the table that an evaluation found there, also when it is done again."""
+  """Return the rows that an evaluation found in the table, also when it is done again."""
   known = [as_read(one) for one in read_rows(table)[0]]
   return known[: known.index(as_read(row))] if as_read(row) in known else known
 
 
-def measured_and_warnings(
-  comparison: Comparison, images: int, about: Sequence[str], tested: Split | None
-) -> tuple[list[str], list[str]]:
-  """Return (sentences on what scores were measured on, what to beware of).
+def report(
+  comparison: Comparison, found: Found, settings: Mapping[str, Any], about: Sequence[str] = (),
+  tested: Split | None = None, say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+  """Return columns of values, and, of the first, 'intervals', 'warnings', 'measured', 'settings'.
 
   Args:
-    images: that were scored. about: what these are.
-    tested: the test split, where they are of it: real pictures with captions.
+    settings: what else decides the values. about: sentences on what the images are.
+    tested: the test split, where they are of it: real images with captions.
+    say: is given the warnings that the comparison does not know of.
   """
+  features, plan = found.features, found.columns[found.first].work.plan
+  measured, warnings = _measured_and_warnings(comparison, len(features.rows), about, tested)
+  for text in warnings:
+    say(f'note: {text}')
+  one = found.scores[found.first]
+  return {
+    **found.values,
+    'intervals': {name: interval._asdict() for name, interval in one.intervals.items()},
+    'warnings': [*warnings, *one.warnings], 'measured': measured,
+    'settings': {
+      'samples': len(features.rows), 'unreadable': len(features.errors),
+      **{name: plan[name] for name in ('images', 'model') if name in plan},
+      **settings_of(comparison), **settings,
+    },
+  }
+
+
+def settings_of(comparison: Comparison) -> dict[str, Any]:
+  """Return what decides the values, whatever the images are."""
+  return {
+    'reference': comparison.reference.name, 'reference_images': comparison.reference.count,
+    'features': [extractor.name for extractor in comparison.extraction.extractors],
+    'metrics': comparison.metrics, 'seed': comparison.seed,
+  }
+
+
+def _measured_and_warnings(
+  comparison: Comparison, images: int, about: Sequence[str], tested: Split | None
+) -> tuple[list[str], list[str]]:
   reference = comparison.reference
   sets = {REFERENCE: _pictures(reference.images)} if reference.count else {}
   sets |= {TESTED: tested.pictures} if tested else {}
@@ -278,37 +306,41 @@ def measured_and_warnings(
   count = f' ({reference.count:,} images)' if reference.count else ''
   measured, warnings = [f'Of {images:,} images{against}{count}.', *about], []
   measured += of_features(comparison.named, sets)
-  measured += [
-    f'{one.name} sees them at {one.size} px, enlarged from {tested.pictures.size}.'
-    for one in comparison.extraction.extractors if tested and one.size > tested.pictures.size
-  ]
-  if comparison.checked is None:
-    comparison.checked = _checked(comparison, tested or reference.images)
-  for text, beware in comparison.checked:
-    (warnings if beware else measured).append(text)
+  measured += enlarged(comparison, tested.pictures.size) if tested else []
+  real = getattr(tested or reference.images, 'records', None)
+  for text, warns in clip_checks(comparison, real):
+    (warnings if warns else measured).append(text)
   return measured, warnings
 
 
 def _pictures(images: ImageSet | None):
-  while hasattr(images, 'images'):  # Some of a set.
+  while hasattr(images, 'images'):  # A subset.
     images = images.images
   return getattr(images, 'pictures', None)
 
 
-def _checked(comparison: Comparison, real: ImageSet | None) -> list[tuple[str, bool]]:
-  """What each CLIP makes of real pictures and their captions: (sentence, whether to beware)."""
-  clips = text_towers(
-    comparison.named, comparison.extraction.extractors, comparison.extraction.mesh
-  )
-  records = getattr(real, 'records', None)
-  if not records:
-    return [(
-      f'Whether {clip.extractor.name} knows captions of such pictures was not tried: there are no '
-      'real ones with captions.', False,
-    ) for clip in clips.values()]
-  chosen = shuffled(records, min(PAIRS, len(records)))
-  found = {clip.extractor.name: real_retrieval(clip, chosen) for clip in clips.values()}
-  return [(one.told(name), one.near_chance) for name, one in found.items()]
+def enlarged(comparison: Comparison, size: int) -> list[str]:
+  """Return a sentence for each network that sees images of that size in pixels enlarged."""
+  return [
+    f'{one.name} sees them at {one.size} px, enlarged from {size}.'
+    for one in comparison.extraction.extractors if one.size > size
+  ]
+
+
+def clip_checks(comparison: Comparison, real: Sequence[Record] | None) -> list[tuple[str, bool]]:
+  """Try each CLIP, once, on real images with captions; (sentence, whether it is a warning) each."""
+  if comparison.checked is None:
+    clips = comparison.clips.values()
+    if not real:
+      comparison.checked = [(
+        f'Whether {clip.extractor.name} knows captions of such pictures was not tried: there are '
+        'no real ones with captions.', False,
+      ) for clip in clips]
+    else:
+      records = shuffled(real, min(PAIRS, len(real)))
+      found = {clip.extractor.name: real_retrieval(clip, records) for clip in clips}
+      comparison.checked = [(one.sentence(name), one.near_chance) for name, one in found.items()]
+  return comparison.checked
 
 
 def write(
@@ -319,14 +351,14 @@ def write(
 
   Args:
     page: writes the page of the scores.
-    say: is told of values that must not be compared with the table's last ones of their names.
+    say: is given warnings of values that must not be compared with the last ones of the table.
   """
   table, new = out.with_suffix('.csv'), rows(scores)
-  beware = incomparable(_before(table, new[0]), new[0])
-  for text in beware:
+  warnings = incomparable(_before(table, new[0]), new[0])
+  for text in warnings:
     say(f'note: {text}')
-  if beware:
-    scores = {**scores, 'warnings': [*scores.get('warnings', ()), *beware]}
+  if warnings:
+    scores = {**scores, 'warnings': [*scores.get('warnings', ()), *warnings]}
   add_rows(table, new)
   page(out.with_suffix('.html'), scores)
   # Last, for a checkpoint that is in here is not scored again.

@@ -1,24 +1,17 @@
 """Mean and covariance of features, as sums that can be merged over batches, hosts and restarts.
 
-Everything is float64 on the host; `device_statistics` sums on devices. Raw second moments lose so
-many digits that the covariance can get negative eigenvalues, so deviations from the running mean
-are summed instead (Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for
-computing sample variances").
+Raw second moments lose so many digits that the covariance can get negative eigenvalues, so
+deviations from the running mean are summed instead (Chan, Golub and LeVeque 1979, "Updating
+formulae and a pairwise algorithm for computing sample variances"): in float64 on the host, or in
+float32 on the devices that compute the features, where each shard of a batch adds its rows to sums
+of its own. There deviations are taken from an origin near the data, which keeps features far from
+zero exact, and what an addition rounds off is kept for the next one (Kahan 1965), so that the error
+does not grow with the number of batches.
 
-Mean and covariance of features, summed on the devices that computed them.
-
-Each shard of a batch adds its rows to sums of its own, so that a batch costs one matrix product and
-no message between devices. All shards are put together once, at the end. Everything is float32. So
-deviations are taken from an origin near the data (the shard's first mean), which keeps features far
-from zero exact; sums are merged by Chan's rule, as on the host; and what an addition rounds off is
-kept for the next one (Kahan 1965), so that the error does not grow with the number of batches.
-
-Statistics in the files of FID tools, read and written.
-
-A file is known by what it holds:
-- npz of clean-fid and pytorch-fid: mu and sigma; for KID clean-fid keeps all features, feats.
+Files are those of other tools, known by what they hold:
+- npz of clean-fid and pytorch-fid: mu and sigma.
 - npz of ADM (guided-diffusion): mu, sigma of pool3 and mu_s, sigma_s of spatial features; its
-  reference batches hold the images too, uint8 [n h w 3], as arr_0 (see `data.image_batch`).
+  reference batches hold the images too, uint8 [n h w 3], as arr_0 (see `data.image_sets`).
 - torch-fidelity's cache: a dictionary of mu and sigma as numpy arrays, saved by torch.
 
 We write the same, and two entries more that those tools pass over: n, the number of samples, and
@@ -54,12 +47,8 @@ PART = 4096
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statistics:
-  """Count, mean and summed outer products of deviations of n feature vectors of width d.
-
-  Attributes:
-    n: number of feature vectors seen, 0 or more.
-    mean: [d] float64, their mean; zeros when n is 0.
-    m2: [d d] float64, sum over vectors of (x - mean)(x - mean)^T; zeros when n is below 2.
+  """Sums of n feature vectors of width d, n 0 or more: their mean [d], and
+  m2 [d d] = sum (x - mean)(x - mean)^T, both float64.
   """
 
   n: int
@@ -68,12 +57,12 @@ class Statistics:
 
   @classmethod
   def empty(cls, d: int) -> Statistics:
-    """Statistics of no vectors of width d: the neutral element of `merge`."""
+    """Return those of no vectors: the neutral element of `merge`."""
     return cls(0, np.zeros(d), np.zeros((d, d)))
 
   @classmethod
   def from_features(cls, features: Float[np.ndarray, 'n d']) -> Statistics:
-    """Statistics of all rows of `features`, of any float type. UserError if one is not finite."""
+    """Return those of all rows, of any float type. UserError if one is not finite."""
     features = np.asarray(features)
     if features.ndim != 2:
       raise UserError(
@@ -95,7 +84,7 @@ class Statistics:
     return cls(len(features), mean, centred.T @ centred)
 
   def merge(self, other: Moments) -> Statistics:
-    """Statistics of both sets together (Chan et al. 1979, eq. 2.1).
+    """Return those of both sets together (Chan et al. 1979, eq. 2.1).
 
     UserError if the widths differ, or `other` does not know its number of samples.
     """
@@ -122,14 +111,10 @@ class Statistics:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FittedGaussian:
-  """Mean and covariance alone, as other tools publish them.
+  """Mean and covariance (unbiased) alone, float64, as other tools publish them.
 
   Their files do not say of how many samples, so nothing can be merged into these, and what depends
   on the number of samples cannot be computed.
-
-  Attributes:
-    mean: [d] float64.
-    covariance: [d d] float64, unbiased by the convention of those tools (numpy's `cov`).
   """
 
   mean: Float[np.ndarray, 'd']
@@ -137,11 +122,9 @@ class FittedGaussian:
 
   @property
   def n(self) -> None:
-    """Not known."""
     return None
 
   def merge(self, other: Moments) -> NoReturn:
-    """UserError always."""
     raise UserError(
       'Statistics whose file does not say the number of samples cannot be merged with others: '
       'compute them again from the images.'
@@ -153,12 +136,12 @@ Moments = Statistics | FittedGaussian
 
 
 def merge_all(parts: Iterable[Statistics]) -> Statistics:
-  """Statistics of all parts together, one at least. UserError as in `merge`."""
+  """Return those of all parts together, one at least. UserError as in `merge`."""
   return functools.reduce(lambda a, b: a.merge(b), parts)
 
 
 def check_same_width(a: Moments, b: Moments) -> None:
-  """UserError if the two are of features of different widths."""
+  """Raise a UserError if the two are of features of different widths."""
   if a.mean.shape != b.mean.shape:
     raise UserError(
       f'Features of width {len(a.mean)} and {len(b.mean)} cannot be put together or compared: '
@@ -170,12 +153,10 @@ class DeviceStatistics(NamedTuple):
   """Sums of s shards, each on its own device: a pytree that a jitted step may carry and donate.
 
   Attributes:
-    n: [s], feature vectors seen.
-    origin: [s d], a point near the features; zeros before the first vector.
-    mean: [s d], mean of the vectors less the origin.
-    m2: [s*d d], summed outer products of deviations from the mean, d rows for each shard. (With an
-      axis of its own for shards, XLA copies a donated matrix on a CPU, which takes twice as long.)
-    rounded: [s*d d], what additions to m2 have added too much.
+    origin: a point near the features; zeros before the first vector. mean: less the origin.
+    m2: d rows for each shard. (With an axis of its own for shards, XLA copies a donated matrix on a
+      CPU, which takes twice as long.)
+    rounded: what additions to m2 have added too much.
   """
 
   n: Int[Array, 's']
@@ -186,7 +167,7 @@ class DeviceStatistics(NamedTuple):
 
 
 def empty(d: int, mesh: Mesh) -> DeviceStatistics:
-  """Statistics of no vectors of width d, a shard on each device that has rows of a batch."""
+  """Return those of no vectors of width d, a shard on each device that has rows of a batch."""
   s = mesh.shape['data'] * mesh.shape['fsdp']
   make = lambda: DeviceStatistics(
     jnp.zeros(s, jnp.int32), *(jnp.zeros(shape) for shape in ((s, d),) * 2 + ((s * d, d),) * 2)
@@ -195,24 +176,18 @@ def empty(d: int, mesh: Mesh) -> DeviceStatistics:
 
 
 def update(
-  statistics: DeviceStatistics,
-  features: Float[Array, 'b d'],
-  valid: Bool[Array, 'b'],
-  *,
+  statistics: DeviceStatistics, features: Float[Array, 'b d'], valid: Bool[Array, 'b'], *,
   mesh: Mesh,
 ) -> DeviceStatistics:
-  """Adds the rows of a batch where `valid` is true; pure, to be jitted with what makes features.
+  """Add the rows of a batch where `valid` is true; pure, to be jitted with what makes features.
 
-  Args:
-    features: of any float type; b is a multiple of the mesh's data x fsdp. Rows that are not
-      valid may hold anything.
+  b is a multiple of the mesh's data x fsdp; other rows may hold anything.
   """
   add = jax.shard_map(_add, mesh=mesh, in_specs=BATCH, out_specs=BATCH)
   return add(statistics, features.astype(jnp.float32), valid)
 
 
 def _add(statistics: DeviceStatistics, features: Array, valid: Array) -> DeviceStatistics:
-  """One shard's part of `update`: arrays have s = 1 and that shard's rows."""
   n, origin, mean = (x[0] for x in statistics[:3])
   m2, rounded = statistics[3:]
   rows = valid[:, None]
@@ -224,21 +199,21 @@ def _add(statistics: DeviceStatistics, features: Array, valid: Array) -> DeviceS
   mean_added = average(shifted)
   centred = jnp.where(rows, shifted - mean_added, 0)
   total = n + added
-  share = added / jnp.maximum(total, 1)
+  fraction = added / jnp.maximum(total, 1)
   delta = mean_added - mean
   # Chan's term between the two sets, as one more row: it then costs no pass over a matrix.
-  centred = jnp.concatenate([centred, (delta * jnp.sqrt(n * share))[None]])
+  centred = jnp.concatenate([centred, (delta * jnp.sqrt(n * fraction))[None]])
   increment = jnp.matmul(centred.T, centred, precision='highest') - rounded
   m2_total = m2 + increment
   rounded = (m2_total - m2) - increment
-  mean = mean + delta * share
+  mean = mean + delta * fraction
   return DeviceStatistics(total[None], origin[None], mean[None], m2_total, rounded)
 
 
 def collect(statistics: DeviceStatistics, *, mesh: Mesh) -> Statistics:
-  """All shards together, on the host in float64, the same on every process.
+  """Return all shards together, on the host in float64; every process of the mesh has to call it.
 
-  Every process of the mesh has to call it. UserError if a feature was NaN or infinite.
+  UserError if a feature was NaN or infinite.
   """
   n, origin, mean, m2 = to_host(_collector(mesh)(statistics))
   if not np.isfinite(m2).all():
@@ -276,18 +251,12 @@ _MOST_BYTES = {
   'mu': 8 * MOST_FEATURES, 'sigma': 8 * MOST_FEATURES**2, 'mu_s': 8 * MOST_FEATURES,
   'sigma_s': 8 * MOST_FEATURES**2, 'n': 8, 'features': MOST_TEXT,
 }
-_MOST_SAMPLES_BYTES = 2**36
-"""Of all features of a reference."""
 
 
 def load_statistics(path: str | os.PathLike, *, spatial: bool = False) -> Moments:
-  """Reads statistics of any of the formats.
+  """Return statistics of any of the formats; spatial: those of ADM's spatial features (for sFID).
 
-  Args:
-    spatial: takes ADM's spatial features (for sFID), which only its files hold.
-
-  Raises:
-    UserError: the file is missing, damaged, of another kind, or without what is asked for.
+  UserError where the file is missing, damaged, of another kind, or without what is asked for.
   """
   arrays = _read(Path(path))
   names = ('mu_s', 'sigma_s') if spatial else ('mu', 'sigma')
@@ -299,16 +268,13 @@ def load_statistics(path: str | os.PathLike, *, spatial: bool = False) -> Moment
 
 
 def described(path: str | os.PathLike) -> tuple[str, bool]:
-  """(name of the features or '' where the file does not say it, whether it has spatial ones).
-
-  UserError as `load_statistics`.
+  """Return (name of the features, '' where the file does not say it, whether it has spatial ones).
   """
   arrays = _read(Path(path))
   return str(arrays.get('features', '')), {'mu_s', 'sigma_s'} <= {*arrays}
 
 
 def _read(path: Path) -> dict[str, Any]:
-  """mu and sigma, and what else of _KEYS a file has. UserError where it has not both."""
   if not path.is_file():
     raise UserError(f'There are no statistics at {path}: compute them first or correct the path.')
   fault = "is not a whole statistics file, npz with mu and sigma or torch-fidelity's cache"
@@ -375,15 +341,11 @@ def save_statistics(
   path: str | os.PathLike, statistics: Moments, *, features: str = '',
   spatial: Moments | None = None, images: UInt8[np.ndarray, 'n h w 3'] | None = None,
 ) -> None:
-  """Writes statistics, as npz or torch-fidelity's cache by the suffix; whole or not there.
+  """Write statistics, as npz or torch-fidelity's cache by the suffix; atomic.
 
-  Args:
-    features: name of the extractor, without which nobody knows what they may be compared with.
-    spatial: of ADM's spatial features, for sFID.
-    images: with them the file is one of ADM's reference batches.
-
-  Raises:
-    UserError: another suffix, a cache with more than statistics, or no torch to write it by.
+  features: name of the extractor, without which nobody knows what they may be compared with.
+  spatial: of ADM's spatial features, for sFID. images: with them the file is one of ADM's reference
+  batches. UserError: another suffix, a cache with more than statistics, or no torch to write it by.
   """
   path = check_suffix(path)
   known = {} if statistics.n is None else {'n': statistics.n}
@@ -405,25 +367,9 @@ def save_statistics(
 
 
 def check_suffix(path: str | os.PathLike) -> Path:
-  """The path. UserError where its suffix is none of SUFFIXES."""
+  """Return the path. UserError where its suffix is none of SUFFIXES."""
   path = Path(path)
   if path.suffix not in SUFFIXES:
     known = ' or '.join(f'NAME{suffix}' for suffix in SUFFIXES)
     raise UserError(f'Statistics cannot be written to {path}; name it {known}.')
   return path
-
-
-def load_features(path: str | os.PathLike) -> Float[np.ndarray, 'n d']:
-  """Reads all features of a reference, `feats` in the npz that clean-fid keeps for KID.
-
-  UserError if the file is missing, damaged or of another kind.
-  """
-  path = Path(path)
-  if not path.is_file():
-    raise UserError(f'There are no features at {path}: correct the path.')
-  fault, remedy = 'is not a whole npz with features as feats', 'compute it again or fetch it again'
-  with reading(path, fault, remedy):
-    features = read_arrays(path, {'feats': _MOST_SAMPLES_BYTES})['feats']
-  if features.ndim != 2 or not np.issubdtype(features.dtype, np.floating):
-    raise UserError(f'feats in {path} are not features [n d]: compute the file again.')
-  return features

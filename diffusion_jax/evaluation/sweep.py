@@ -1,4 +1,4 @@
-"""Sweeps: every combination of several values of what decides how pictures are drawn."""
+"""Sweeps: every combination of several settings of sampling."""
 
 import dataclasses
 import itertools
@@ -11,8 +11,7 @@ import jax.numpy as jnp
 
 from diffusion_jax.diffusion.samplers import info, sampler
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.metrics.metric import LOWER
-from diffusion_jax.evaluation.scores import value_of
+from diffusion_jax.evaluation.metrics.metric import LOWER, value_of
 from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.types import Condition
@@ -28,10 +27,9 @@ Combination = dict[str, Any]
 
 
 def combinations(texts: Sequence[str]) -> list[Combination]:
-  """'NAME=A,B' each -> every combination of one value of each; the last name varies fastest.
+  """Return every combination of one value of each 'NAME=A,B'; the last name varies fastest.
 
-  Raises:
-    UserError: a text is not of that form, a name is unknown or given twice, a value is none.
+  UserError: a text is not of that form, a name is unknown or given twice, a value is none.
   """
   swept: dict[str, list[Any]] = {}
   for text in texts:
@@ -54,15 +52,15 @@ def combinations(texts: Sequence[str]) -> list[Combination]:
 
 
 def applied(sample: SampleConfig, combination: Mapping[str, Any]) -> SampleConfig:
-  """The settings with those of a combination."""
+  """Return the settings with those of a combination."""
   return dataclasses.replace(sample, **{k: v for k, v in combination.items() if k != EMA})
 
 
 def network_calls(model: Diffusion, sample: SampleConfig) -> int | None:
-  """Rows that the U-Net computes for one picture: a guided step counts twice for each call.
+  """Return the rows that the denoiser computes for one image: a guided step counts twice.
 
-  They are counted while the sampler runs, with a network that always says zero. None for samplers
-  that choose their steps by what the network says.
+  They are counted while the sampler runs, with a network that always returns zero. None for
+  samplers that choose their steps by what it returns.
   """
   if info(sample.sampler).calls is None:
     return None
@@ -73,8 +71,8 @@ def network_calls(model: Diffusion, sample: SampleConfig) -> int | None:
     return jnp.zeros_like(x)
 
   program, numbers = sample.program, sample.numbers(model.noise)
-  told = Condition(text=jnp.zeros((1, 1, 1)), image=jnp.zeros((1, 1, 1, 1)))
-  denoise = program.guide(network, told, told, numbers, model.parameterization)
+  condition = Condition(text=jnp.zeros((1, 1, 1)), image=jnp.zeros((1, 1, 1, 1)))
+  denoise = program.guide(network, condition, condition, numbers, model.parameterization)
   draw = sampler(program.sampler, **dict(program.options))
   jax.block_until_ready(draw(
     denoise, jnp.ones((1, 1, 1, 1)), numbers.grid, jax.random.split(jax.random.key(0), 1)

@@ -13,7 +13,7 @@ from clu.metrics import Average
 
 from diffusion_jax.checkpoint.checkpoints import Checkpoints, Keep
 from diffusion_jax.checkpoint.saving import may_pass, of_storage, reason
-from diffusion_jax.evaluation.scores import LOWEST, best_is
+from diffusion_jax.evaluation.metrics.metric import LOWEST, best_is
 from diffusion_jax.files import reading
 from diffusion_jax.parallel.mesh import to_host
 from diffusion_jax.parallel.processes import A_DAY, agree

@@ -1,21 +1,21 @@
-"""One self-contained HTML page about an evaluation: figures, warnings, pictures of both sets."""
+"""One self-contained HTML page about an evaluation: values, warnings, images of both sets."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 
 from diffusion_jax.evaluation.comparison import Comparison, Found
 from diffusion_jax.evaluation.extract import Features
-from diffusion_jax.evaluation.metrics.gaussians import principal_components
-from diffusion_jax.evaluation.metrics.logits import class_hits
+from diffusion_jax.evaluation.metrics.gaussians import PrincipalComponents, principal_components
+from diffusion_jax.evaluation.metrics.images import class_hits, clip_score_of_each
 from diffusion_jax.evaluation.metrics.manifold import nearest_neighbours
-from diffusion_jax.evaluation.metrics.text import clip_score_of_each
 from diffusion_jax.evaluation.pieces import Thumbnails
 from diffusion_jax.evaluation.report import columns_of
 from diffusion_jax.files import atomic_write
@@ -37,17 +37,6 @@ MOST_COLUMNS = 4
 """More are shown as rows."""
 SWEPT = ('Each point is a combination. Network calls are those for one picture, guided steps count '
          'twice.')
-
-
-class Cloud(NamedTuple):
-  """Both sets of features on the reference's leading axes. reference, samples: [n 2]; shares: of
-  the reference's and of the samples' variance that each axis holds, [2]."""
-
-  name: str
-  reference: Float[np.ndarray, 'n 2']
-  samples: Float[np.ndarray, 'm 2']
-  reference_share: Float[np.ndarray, '2']
-  samples_share: Float[np.ndarray, '2']
 
 
 class Pair(NamedTuple):
@@ -76,16 +65,16 @@ class ClassRow(NamedTuple):
 
 
 def write_evaluation_page(
-  path: Path, scores: Mapping[str, Any], *, clouds: Sequence[Cloud] = (),
+  path: Path, scores: Mapping[str, Any], *,
+  clouds: Mapping[str, PrincipalComponents] = MappingProxyType({}),
   pairs: Sequence[Pair] = (), best: Sequence[Prompt] = (), worst: Sequence[Prompt] = (),
   reconstructions: Mapping[str, Sequence[Pair]] | None = None, classes: Sequence[ClassRow] = (),
 ) -> None:
   """Write the page; it needs nothing else to be viewed.
 
   Args:
-    scores: columns of figures by name, and 'intervals', 'warnings' and 'settings' beside them; of a
-      sweep, 'sweep' says for each column its combination and network calls; 'history' has a line of
-      figures for each checkpoint of a run.
+    scores: as `evaluation.report.report` returns them; of a sweep, 'sweep' says for each column its
+      combination and network calls; 'history' has a line of values for each checkpoint of a run.
     pairs: the samples that are most like a reference image, the most alike first.
     best, worst: the samples that fit their captions best, and worst, those first.
     reconstructions: 'best' and 'worst', each beside its original, similarity the PSNR in dB.
@@ -128,7 +117,7 @@ def _figures(scores: Mapping[str, Any]) -> str:
 
 
 def _history(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """A curve over the run's steps for each figure."""
+  """A curve over the run's steps for each metric."""
   lines = scores.get('history', [])
   names = dict.fromkeys(name for line in lines for name in line if name != 'step')
   return [
@@ -154,52 +143,60 @@ def _warnings(scores: Mapping[str, Any]) -> str:
   return page.section('beware', 'What to beware of', '', page.bullets(scores.get('warnings', ())))
 
 
-def _clouds(clouds: Sequence[Cloud]) -> str:
-  charts = [(cloud.name, _scatter(cloud)) for cloud in clouds]
-  note = ('Features on the two axes along which the reference varies most; in percent, the share '
-          'of the reference’s variance along an axis, then that of the samples’.')
+def _clouds(clouds: Mapping[str, PrincipalComponents]) -> str:
+  charts = [(name, _scatter(name, cloud)) for name, cloud in clouds.items()]
+  note = ('Features on the two axes along which the reference varies most; in percent, how much of '
+          'the reference’s variance is along an axis, then of the samples’.')
   return page.section('components', 'Leading principal components', note, page.chart_grid(charts))
 
 
-def _scatter(cloud: Cloud) -> str:
+def _scatter(name: str, cloud: PrincipalComponents) -> str:
   figure = empty_figure(3.4)
   axes = figure.add_subplot()
-  label = lambda i: (f'axis {i + 1}: {100 * cloud.reference_share[i]:.1f} %, '
-                     f'{100 * cloud.samples_share[i]:.1f} %')
-  plain_axes(axes, label(0), label(1))
-  for name, points, color, size in (
+  axis = lambda i: (f'axis {i + 1}: {100 * cloud.reference_fraction[i]:.1f} %, '
+                    f'{100 * cloud.samples_fraction[i]:.1f} %')
+  plain_axes(axes, axis(0), axis(1))
+  for text, points, color, size in (
     ('reference', cloud.reference, '0.6', 2.4), ('samples', cloud.samples, PALETTE[0], 3.6)
   ):
     shown = np.asarray(points)[:: -(-len(points) // MOST_POINTS)]
-    axes.plot(*shown.T, 'o', markersize=size, markeredgewidth=0, alpha=0.6, color=color, label=name)
+    axes.plot(*shown.T, 'o', markersize=size, markeredgewidth=0, alpha=0.6, color=color, label=text)
   legend(axes)
-  return render(figure, f'{cloud.name}: samples over the reference')
+  return render(figure, f'{name}: samples over the reference')
+
+
+def _strip(shown: Sequence[tuple[Sequence[tuple[np.ndarray, str]], str]]) -> str:
+  """A strip of ([(image, what it is) below each other], HTML of the caption)."""
+  figures = ''.join(
+    f'<figure>{"".join(_picture(*image) for image in images)}'
+    f'<figcaption>{caption}</figcaption></figure>\n' for images, caption in shown
+  )
+  return f'<div class="strip">\n{figures}</div>' if figures else ''
 
 
 def _pairs(pairs: Sequence[Pair]) -> str:
-  figures = ''.join(
-    f'<figure>{_picture(pair.sample, pair.name or "sample")}'
-    f'{_picture(pair.reference, "its nearest in the reference")}'
-    f'<figcaption>{page.escape(pair.name)} {pair.similarity:.3f}</figcaption></figure>\n'
-    for pair in pairs
-  )
   note = ('Above, the samples that are most like an image of the reference; below, that image, and '
           'the cosine of their features. Copies of images of the reference would be here.')
-  body = f'<div class="strip">\n{figures}</div>' if figures else ''
-  return page.section('nearest', 'Nearest in the reference', note, body)
+  return page.section('nearest', 'Nearest in the reference', note, _strip([
+    ([(pair.sample, pair.name or 'sample'), (pair.reference, 'its nearest in the reference')],
+     f'{page.escape(pair.name)} {pair.similarity:.3f}') for pair in pairs
+  ]))
 
 
 def _reconstructions(which: str, pairs: Sequence[Pair]) -> str:
-  figures = ''.join(
-    f'<figure>{_picture(pair.reference, "original")}{_picture(pair.sample, "reconstruction")}'
-    f'<figcaption>{page.escape(pair.name)}: {pair.similarity:.1f} dB</figcaption></figure>\n'
-    for pair in pairs
-  )
-  body = f'<div class="strip">\n{figures}</div>' if figures else ''
   note = 'Above, the originals; below, what comes back, with its PSNR.'
-  return page.section(
-    f'{which}_reconstructions', f'{which.capitalize()} reconstructions', note, body
-  )
+  heading = f'{which.capitalize()} reconstructions'
+  return page.section(f'{which}_reconstructions', heading, note, _strip([
+    ([(pair.reference, 'original'), (pair.sample, 'reconstruction')],
+     f'{page.escape(pair.name)}: {pair.similarity:.1f} dB') for pair in pairs
+  ]))
+
+
+def _prompts(name: str, heading: str, prompts: Sequence[Prompt]) -> str:
+  return page.section(name, heading, 'By the CLIP score of picture and caption.', _strip([
+    ([(prompt.sample, prompt.caption)], f'{page.escape(prompt.caption)}<br>{prompt.score:.1f}')
+    for prompt in prompts
+  ]))
 
 
 def _classes(classes: Sequence[ClassRow]) -> str:
@@ -211,19 +208,9 @@ def _classes(classes: Sequence[ClassRow]) -> str:
     for row in classes
   ]
   note = 'The classes that are least often recognised, how many images there are of each, and the '\
-         'share that the classifier finds to be of it.'
+         'fraction that the classifier finds to be of it.'
   body = page.number_table(['', 'images', *columns], rows)
   return page.section('classes', 'Classes that come out worst', note, body)
-
-
-def _prompts(name: str, heading: str, prompts: Sequence[Prompt]) -> str:
-  figures = ''.join(
-    f'<figure>{_picture(prompt.sample, prompt.caption)}'
-    f'<figcaption>{page.escape(prompt.caption)}<br>{prompt.score:.1f}</figcaption></figure>\n'
-    for prompt in prompts
-  )
-  body = f'<div class="strip">\n{figures}</div>' if figures else ''
-  return page.section(name, heading, 'By the CLIP score of picture and caption.', body)
 
 
 def _picture(pixels: np.ndarray, label: str) -> str:
@@ -256,7 +243,7 @@ def print_table(scores: Mapping[str, Any]) -> None:
 
 def examples(comparison: Comparison, found: Found) -> dict[str, Any]:
   """Return what a page shows of the first column, as `write_evaluation_page` takes it."""
-  first, reference = found.first, comparison.read_reference
+  first, reference = found.first, comparison.pictured_reference
   pictured, column, shown = found.pictured[first], found.columns[first], {}
   if reference is not None:
     shown = {'clouds': clouds(pictured.features, reference.features)}
@@ -280,26 +267,22 @@ PAIRS, PROMPTS, CLASSES = 12, 12, 5
 MOST_IN_CLOUD = 5000
 
 
-def clouds(samples: Features, reference: Features) -> list[Cloud]:
-  """Both sets on the leading axes of the reference, for each kind of features.
+def clouds(samples: Features, reference: Features) -> dict[str, PrincipalComponents]:
+  """Return both sets on the leading axes of the reference, for each kind of features.
 
   Of larger sets some, evenly chosen: a plot shows no more.
   """
   some = lambda values: values[:: -(-len(values) // MOST_IN_CLOUD)]
-  found = []
-  for name, values in samples.columns.items():
-    if values.shape[1] >= 2:
-      axes = principal_components(some(reference.columns[name]), some(values), k=2)
-      found.append(Cloud(
-        name, axes.reference, axes.samples, axes.reference_share, axes.samples_share
-      ))
-  return found
+  return {
+    name: principal_components(some(reference.columns[name]), some(values), k=2)
+    for name, values in samples.columns.items() if values.shape[1] >= 2
+  }
 
 
 def near_copies(
   samples: Features, pictures: Thumbnails, reference: Features, reference_pictures: Thumbnails
 ) -> list[Pair]:
-  """The samples that are most like an image of the reference, by the first kind of features.
+  """Return the samples that are most like an image of the reference, by the first kind of features.
 
   None where there are no pictures to show.
   """
@@ -319,7 +302,7 @@ def near_copies(
 def best_and_worst(
   samples: Features, pictures: Thumbnails, column: str, texts: np.ndarray, captions: Sequence[str]
 ) -> dict[str, Any]:
-  """The samples that fit their captions best and worst, by CLIP score.
+  """Return the samples that fit their captions best and worst, by CLIP score.
 
   Args:
     texts: [total d], embeddings of all captions.
@@ -340,7 +323,7 @@ def best_and_worst(
 def reconstructions(
   samples: Features, pictures: Thumbnails, originals: Thumbnails
 ) -> dict[str, list[Pair]]:
-  """Those nearest to their originals and those farthest, by PSNR, each beside its original."""
+  """Return those nearest to their originals and those farthest, by PSNR."""
   each = samples.each.get('psnr')
   if each is None:
     return {}
@@ -360,7 +343,7 @@ def reconstructions(
 def worst_classes(
   columns: Mapping[str, tuple[Features, np.ndarray]], logits: str, classes: Sequence[str]
 ) -> list[ClassRow]:
-  """The classes that the first column has least often right.
+  """Return the classes that the first column has least often right.
 
   Args:
     columns: features, and numbers of the classes [total] that the images should be of.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from diffusion_jax.evaluation.scores import value_of
+from diffusion_jax.evaluation.metrics.metric import value_of
 
 COLUMNS = {
   'generated': 'this model', 'reconstructed': 'this model', 'test': 'this model',

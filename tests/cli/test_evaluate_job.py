@@ -109,9 +109,7 @@ def test_what_cannot_be_is_refused(fails, folder, small_data, features, tmp_path
 
 
 def test_too_many_damaged_pictures_are_refused(fails, folder, small_data, features, tmp_path):
-  message = fails(
-    'evaluate', 'images', folder, *features, *SIZE, '--out', tmp_path / 'out.json'
-  )
+  message = fails('evaluate', 'images', folder, *features, *SIZE, '--out', tmp_path / 'out.json')
   assert '2 of 70 images cannot be read, more than the fraction of 0 that is allowed' in message
 
 

@@ -89,7 +89,7 @@ def _damaged_records(folder, small_data, sources):
   assert there.count(False) == 1
   bad = there.index(False)
   whole = [sources[1][i]['image'] for i in range(len(there)) if i != bad]
-  return f'{copy}:test', [f'the image {bad} of test'], whole
+  return f'{copy}:test', [f'the record {bad} of test'], whole
 
 
 @pytest.mark.parametrize('kind', ['folder', 'tar', 'records'])
@@ -155,7 +155,7 @@ def test_a_reference_batch_gives_its_images_and_statistics_know_their_features(
   plain = tmp_path / 'plain.npz'
   (unsaid,) = against(plain, mu=mu, sigma=sigma)
   assert unsaid == (
-    f'{plain} does not say in which features it is; the figures are right if in clip/clip/bicubic.'
+    f'{plain} does not say in which features it is; the values are right if in clip/clip/bicubic.'
   )
   (other,) = against(plain, mu=mu, sigma=sigma, features='clip/ViT-L/bicubic')
   assert 'is in the features clip/ViT-L/bicubic' in other

@@ -17,19 +17,18 @@ from PIL import Image
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.comparison import features_of, of_images
-from diffusion_jax.evaluation.extract import (
-  Extraction,
-  extract,
-  gather,
-  reader,
-  regrouped,
-)
+from diffusion_jax.evaluation.extract import Extraction, extract, gather, reader, regrouped
 from diffusion_jax.evaluation.extractors.clip import CLIPExtractor
 from diffusion_jax.evaluation.generated import Budget
-from diffusion_jax.evaluation.images import First, Folder, Split
-from diffusion_jax.evaluation.metrics.metric import Compared
+from diffusion_jax.evaluation.images import Folder, RandomSubset, Split
+from diffusion_jax.evaluation.metrics.metric import (
+  Compared,
+  metric_of,
+  score,
+  sums_suffice,
+  value_names,
+)
 from diffusion_jax.evaluation.pieces import Chunks
-from diffusion_jax.evaluation.scores import metric_of, score, sums_suffice, value_names
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.clip import CLIP
@@ -71,7 +70,7 @@ def test_each_image_is_there_once_and_in_its_place(folder, mesh, tmp_path):
   found = gather(chunks)
   wanted = np.repeat(np.arange(11), 3).reshape(-1, 3)
   np.testing.assert_array_equal(found.columns['colours:mean'], wanted)
-  assert found.rows.tolist() == list(range(11)) and found.trouble == []
+  assert found.rows.tolist() == list(range(11)) and found.errors == []
   assert kept == [(range(0, 4), 4), (range(4, 8), 4), (range(8, 11), 3)]
   assert chunks.missing() == []
 
@@ -171,7 +170,7 @@ def test_damaged_pictures_are_counted_named_and_refused(folder, mesh, tmp_path):
   found = gather(chunks, most_unreadable=0.2)
   assert found.rows.tolist() == [0, 1, 3, 4, 5, 6, 8, 9, 10]
   np.testing.assert_array_equal(found.columns['colours:mean'][:, 0], found.rows)
-  assert len(found.trouble) == 2 and '02.png' in found.trouble[0] and '07.png' in found.trouble[1]
+  assert len(found.errors) == 2 and '02.png' in found.errors[0] and '07.png' in found.errors[1]
   with pytest.raises(UserError, match=r'2 of 11 images cannot be read, more than .* 0.1 .*02\.png'):
     gather(chunks, most_unreadable=0.1)
 
@@ -196,12 +195,12 @@ def test_sizes_that_differ_are_resized_on_the_host_as_on_the_device(mesh):
 def test_sets_of_images(folder, sources):
   images = Folder(folder)
   assert [path.name for path in images.files] == [f'{i:02d}.png' for i in range(11)]
-  first = First(images, 5)
+  first = RandomSubset(images, 5)
   numbers = [int(first[i].pixels[0, 0, 0]) for i in range(5)]
   assert len(set(numbers)) == 5 and len(first) == 5 and first.name.startswith('5 of folder:/')
   assert numbers != sorted(numbers)
   with pytest.raises(UserError, match='12 images cannot be taken of folder'):
-    First(images, 12)
+    RandomSubset(images, 12)
   with pytest.raises(UserError, match='there is no folder'):
     Folder(folder / 'c')
   split = Split(sources[1], 'openmoji test')

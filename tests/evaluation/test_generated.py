@@ -9,12 +9,10 @@ from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.evaluator import run_all, scores_of
 from diffusion_jax.evaluation.extractors.clip import load_features
-from diffusion_jax.evaluation.generated import (
-  GeneratedImages,
-)
+from diffusion_jax.evaluation.generated import GeneratedImages
 from diffusion_jax.evaluation.images import shuffled
 from diffusion_jax.evaluation.metrics.gaussians import frechet_distance
-from diffusion_jax.evaluation.metrics.text import clip_score
+from diffusion_jax.evaluation.metrics.images import clip_score
 from diffusion_jax.evaluation.statistics import Statistics
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.sampling import SampleConfig
@@ -114,7 +112,7 @@ def test_eight_devices_score_as_one(on_one, evaluation):
         assert found[column][name] == pytest.approx(
           on_one[1][column][name], rel=2e-3, abs=1e-6
         ), name
-  reference = made.scorer.reference
+  reference = made.comparison.read_reference()
   assert 'kl_clip' in made.metrics and list(reference.columns) == [] and reference.sums
 
 

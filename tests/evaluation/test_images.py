@@ -83,10 +83,10 @@ def test_members_that_are_no_pictures_and_names_that_lead_elsewhere(tmp_path):
   assert sorted(tmp_path.rglob('*')) == before  # Nothing was unpacked.
 
 
-def _trouble(images):
+def _errors(images):
   made = reader(images)(range(len(images)))
-  assert [image is None for image in made.images] == [text != '' for text in made.trouble]
-  return [text for text in made.trouble if text], [x for x in made.images if x is not None]
+  assert [image is None for image in made.images] == [text != '' for text in made.errors]
+  return [text for text in made.errors if text], [x for x in made.images if x is not None]
 
 
 def test_a_tar_file_that_is_cut(tmp_path):
@@ -102,16 +102,16 @@ def test_a_tar_file_that_is_cut(tmp_path):
     (third.offset - 512, 'what follows 1.png in '),  # between two members.
   ):
     path.write_bytes(whole[:size])
-    trouble, good = _trouble(open_images(path))
-    assert trouble and all(str(path) in text for text in trouble)
-    assert named in trouble[0]
+    errors, good = _errors(open_images(path))
+    assert errors and all(str(path) in text for text in errors)
+    assert named in errors[0]
     _same(good, IMAGES[:2])
   for damage in (third.offset - 512 + 150, third.offset + 30):
     data = bytearray(whole)
     data[damage] ^= 255
     path.write_bytes(data)
-    trouble, good = _trouble(open_images(path))
-    assert len(trouble) == 1
+    errors, good = _errors(open_images(path))
+    assert len(errors) == 1
     _same(good, IMAGES[:2] if damage < third.offset else [*IMAGES[:2], *IMAGES[3:]])
 
 
@@ -124,14 +124,14 @@ def test_a_tar_file_that_lies_about_sizes(tmp_path):
   header.size = 2**40
   data[at : at + 512] = header.tobuf(tarfile.GNU_FORMAT)
   path.write_bytes(data)
-  trouble, good = _trouble(open_images(path))
-  assert '1.png' in trouble[0] and '1,099,511,627,776 bytes' in trouble[0]
+  errors, good = _errors(open_images(path))
+  assert '1.png' in errors[0] and '1,099,511,627,776 bytes' in errors[0]
   _same(good, IMAGES[:1])
   buffer = io.BytesIO()
   Image.new('1', (20_000, 20_000)).save(buffer, 'PNG')
   _tar(path, [('small.png', buffer.getvalue())])
-  trouble, _ = _trouble(open_images(path))
-  assert f'the image small.png in {path} has 20000 x 20000 pixels' in trouble[0]
+  errors, _ = _errors(open_images(path))
+  assert f'the image small.png in {path} has 20000 x 20000 pixels' in errors[0]
 
 
 @pytest.mark.parametrize('save', [np.savez, np.savez_compressed])
@@ -187,9 +187,9 @@ def test_a_prepared_data_set(small_data, sources, tmp_path):
   data = bytearray(records.read_bytes())
   data[np.flatnonzero(np.frombuffer(data, np.uint8))[2000]] ^= 1  # Within some record.
   records.write_bytes(data)
-  trouble, good = _trouble(open_images(f'{copy}:test'))
-  assert len(good) + len(trouble) == len(sources[1]) and len(trouble) == 1
-  assert f' of test in {copy} cannot be read (Corrupted' in trouble[0]
+  errors, good = _errors(open_images(f'{copy}:test'))
+  assert len(good) + len(errors) == len(sources[1]) and len(errors) == 1
+  assert f' of test in {copy} cannot be read (Corrupted' in errors[0]
   records.write_bytes(b'')
   with pytest.raises(UserError, match='cannot be read'):
     print(open_images(f'{copy}:test')[0])

@@ -1,5 +1,6 @@
 """Bits per dimension of a text-to-image model: closed forms, and the path from weights to a row."""
 
+import dataclasses
 import json
 import math
 from functools import partial
@@ -17,12 +18,13 @@ from diffusion_jax.diffusion.likelihood import flow_likelihood
 from diffusion_jax.diffusion.mixture import GaussianMixture
 from diffusion_jax.diffusion.noise import Schedule, ScheduleConfig
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.evaluator import run_all, scores_of
 from diffusion_jax.evaluation.images import shuffled
 from diffusion_jax.evaluation.likelihood import (
-  FIGURES,
+  ESTIMATES,
+  Likelihood,
   LikelihoodConfig,
   discrete_bits,
-  evaluate_likelihood,
   image_keys,
   latent_bits,
   make_encoder,
@@ -35,9 +37,7 @@ from tests import tiny
 
 CHEAP = LikelihoodConfig(draws=3, solver='heun', ode_steps=2)
 SAMPLES = 6
-DATA = GaussianMixture(
-  np.ones(1), np.array([[[[0.5], [-1.0]]]]), np.array([[[[0.04], [1.5]]]])
-)
+DATA = GaussianMixture(np.ones(1), np.array([[[[0.5], [-1.0]]]]), np.array([[[[0.04], [1.5]]]]))
 
 
 @pytest.mark.parametrize('zero', [True, False])
@@ -54,10 +54,8 @@ def test_the_ideal_denoiser_of_a_gaussian_has_the_closed_forms(zero, monkeypatch
     noise = schedule
     score = jax.jit(partial(latent_bits, DATA.denoise, noise, keys=None, config=config))
     found = score(jnp.asarray(np.repeat(images, 4, axis=0)))
-  wanted = gaussian_bits(
-    images, DATA.means[0], DATA.variances[0], schedule.alphas, schedule.sigmas
-  )
-  for name in FIGURES:
+  wanted = gaussian_bits(images, DATA.means[0], DATA.variances[0], schedule.alphas, schedule.sigmas)
+  for name in ESTIMATES:
     value = np.asarray(found[name]).reshape(3, 4).mean(axis=1)
     np.testing.assert_allclose(value, wanted[name], atol=3e-4, err_msg=name)
   # A step's one estimate serves all noise down to the next step's, so steps cost bits.
@@ -166,7 +164,7 @@ def test_the_rows_are_the_means_of_direct_calls(rows, loaded, by_hand):
 def test_columns_compare_with_an_untrained_network_and_a_gaussian(
   rows, loaded, by_hand, sources, capsys
 ):
-  names = [f'latent_bits_per_dim_{name}' for name in FIGURES] + ['image_bits_per_dim_bound']
+  names = [f'latent_bits_per_dim_{name}' for name in ESTIMATES] + ['image_bits_per_dim_bound']
   assert rows.keys() == {'model', 'untrained', 'gaussian', 'settings', 'measured'}
   for column in ('model', 'untrained', 'gaussian'):
     assert rows[column].keys() == {row for name in names for row in (name, f'{name}_stderr')}
@@ -183,9 +181,7 @@ def test_columns_compare_with_an_untrained_network_and_a_gaussian(
   latents, noise = model.space.scaled(mean), jnp.exp(logvar).mean(axis=0)[None]
   scale = model.space.autoencoder.config.scaling_factor
   moments = latents.mean(axis=0), latents.var(axis=0) + scale**2 * fold(noise, 2)[0]
-  bits = gaussian_bits(
-    by_hand['latents'], *moments, *model.noise.levels()
-  )
+  bits = gaussian_bits(by_hand['latents'], *moments, *model.noise.levels())
   for name, value in bits.items():
     assert rows['gaussian'][f'latent_bits_per_dim_{name}'] == pytest.approx(value.mean(), abs=0.02)
 
@@ -198,7 +194,7 @@ def test_an_image_keeps_its_value_in_any_batch_and_the_caption_counts(loaded, by
   run = lambda *rows: next(in_batches(score, weights, *rows, mesh=mesh, batch_size=8))
   together = run(latents, keys, tokens)
   other = run(latents[[4, 1, 1]], keys[[4, 1, 1]], tokens[[4, 1, 2]])
-  for name in FIGURES:
+  for name in ESTIMATES:
     assert len(set(together[name].round(5))) == SAMPLES
     np.testing.assert_allclose(other[name][:2], together[name][[4, 1]], rtol=1e-5)
     assert other[name][2] != other[name][1]
@@ -226,10 +222,22 @@ def test_impossible_settings_are_refused(options):
     typed(LikelihoodConfig, options)
 
 
-@pytest.mark.parametrize('samples', [1, 100_000])
-def test_the_number_of_images_is_checked_first(samples, loaded, sources, mesh):
-  with pytest.raises(UserError, match=f'{samples} samples cannot be scored; choose 2 to'):
-    evaluate_likelihood(*loaded, *sources, CHEAP, samples=samples, seed=0, mesh=mesh)
+@pytest.mark.parametrize('images', [1, 100_000])
+def test_the_number_of_images_is_checked_first(images, loaded, sources, mesh):
+  evaluator = Likelihood(train=sources[0], test=sources[1], mesh=mesh, images=images)
+  with pytest.raises(UserError, match=f'{images} samples cannot be scored; choose 2 to'):
+    next(evaluator.run(*loaded, jax.random.key(0)))
+
+
+def test_a_model_is_scored_while_it_is_trained_as_by_the_command(rows, loaded, sources, mesh):
+  evaluator = Likelihood(
+    train=sources[0], test=sources[1], mesh=mesh, images=SAMPLES, **dataclasses.asdict(CHEAP)
+  )
+  found = scores_of(run_all(
+    [evaluator], *loaded, jax.random.key(3), samples=2, seconds=1.0, baselines=False
+  ))
+  assert list(found) == ['test', 'settings'] and list(found['test']) == evaluator.metrics
+  assert found['test'] == pytest.approx(rows['model'], rel=1e-5)
 
 
 def test_bits_beside_other_figures_are_those_of_the_command(loaded, sources, rows, mesh):

@@ -10,9 +10,9 @@ from PIL import Image
 from diffusion_jax.evaluation.comparison import compare, features_of, of_images
 from diffusion_jax.evaluation.extract import Extraction
 from diffusion_jax.evaluation.images import Folder
-from diffusion_jax.evaluation.metrics.images import psnr, ssim
+from diffusion_jax.evaluation.metrics.images import psnr_of_each, ssim_of_each
 from diffusion_jax.evaluation.reconstruction import (
-  figures_of_pairs,
+  compare_pairs,
   of_autoencoder,
   perceptual,
   reconstructor,
@@ -41,13 +41,15 @@ def network(parts):
 
 
 def test_a_shift_of_all_values_has_figures_of_its_own():
-  found = figures_of_pairs(IMAGES, IMAGES + np.uint8(10), ('psnr', 'ssim', 'l1'))
+  found = compare_pairs(IMAGES, IMAGES + np.uint8(10), ('psnr', 'ssim', 'l1'))
   np.testing.assert_allclose(found['l1'], 10 / 127.5, rtol=1e-9)
   np.testing.assert_allclose(found['psnr'], 20 * math.log10(255 / 10), rtol=1e-9)
   scaled = IMAGES / 127.5 - 1
-  assert found['ssim'].mean() == pytest.approx(ssim(scaled, scaled + 10 / 127.5), abs=1e-6)
+  assert found['ssim'].mean() == pytest.approx(
+    ssim_of_each(scaled, scaled + 10 / 127.5).mean(), abs=1e-6
+  )
   assert (found['ssim'] < 1).all()
-  assert list(figures_of_pairs(IMAGES, IMAGES, ('l1',))) == ['l1']
+  assert list(compare_pairs(IMAGES, IMAGES, ('l1',))) == ['l1']
 
 
 def test_lpips_of_pairs_is_that_of_the_model(mesh):
@@ -87,7 +89,7 @@ def test_the_job_keeps_a_figure_for_each_image_that_can_be_read(network, mesh, t
   how = {'most_unreadable': 0.2, 'chunk': 2}
   found, pictures = features_of(work, extraction, parts / 'reconstructed', **how)
   outputs = reconstruct(on_mesh, IMAGES[there])
-  wanted = figures_of_pairs(IMAGES[there], outputs, ('psnr', 'ssim'))
+  wanted = compare_pairs(IMAGES[there], outputs, ('psnr', 'ssim'))
   assert found.rows.tolist() == there and set(found.each) == {'psnr', 'ssim'}
   for name, values in wanted.items():
     np.testing.assert_allclose(found.each[name], values, rtol=1e-6, atol=1e-6)
@@ -99,8 +101,8 @@ def test_the_job_keeps_a_figure_for_each_image_that_can_be_read(network, mesh, t
   np.testing.assert_array_equal(repeated.each['psnr'], found.each['psnr'])
   originals, _ = features_of(of_images(images), extraction, parts / 'reference', **how)
   scores = compare(found, originals, ['psnr', 'ssim'], own=True)
-  assert scores.values['psnr'] == pytest.approx(psnr(
+  assert scores.values['psnr'] == pytest.approx(psnr_of_each(
     outputs / 127.5 - 1, IMAGES[there] / 127.5 - 1
-  ))
+  ).mean())
   assert set(scores.intervals) == {'psnr', 'ssim'}
   assert scores.intervals['psnr'].low <= scores.values['psnr'] <= scores.intervals['psnr'].high

@@ -13,9 +13,7 @@ from diffusion_jax.evaluation.statistics import Statistics, load_statistics
 
 RNG = np.random.default_rng(0)
 NAME = 'inception/w/clean'
-INCEPTION = SimpleNamespace(
-  name=NAME, widths={'pool3': 6, 'spatial': 4, 'logits_unbiased': 3}
-)
+INCEPTION = SimpleNamespace(name=NAME, widths={'pool3': 6, 'spatial': 4, 'logits_unbiased': 3})
 CLIP = SimpleNamespace(name='clip/c/bicubic', widths={'embedding': 5})
 COLUMNS = {f'{e.name}:{o}': width for e in (INCEPTION, CLIP) for o, width in e.widths.items()}
 OF_INCEPTION = {name: width for name, width in COLUMNS.items() if name.startswith(NAME)}

@@ -2,8 +2,8 @@
 
 import pytest
 
+from diffusion_jax.evaluation.metrics.metric import value_of
 from diffusion_jax.evaluation.report import add_rows, incomparable, read_rows, write
-from diffusion_jax.evaluation.scores import value_of
 from diffusion_jax.viz.evaluation import write_evaluation_page
 
 

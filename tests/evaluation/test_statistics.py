@@ -23,7 +23,6 @@ from diffusion_jax.evaluation.metrics.gaussians import frechet_distance
 from diffusion_jax.evaluation.statistics import (
   Statistics,
   described,
-  load_features,
   load_statistics,
   merge_all,
   save_statistics,
@@ -230,9 +229,7 @@ def test_a_feature_that_is_not_finite_is_noticed():
 def test_sums_of_half_precision_features_are_float32():
   features = _shifted(rows=320).astype(jnp.bfloat16)
   mesh = _mesh(4)
-  state = _step(mesh)(
-    statistics.empty(WIDTH, mesh), jnp.asarray(features), np.ones(320, bool)
-  )
+  state = _step(mesh)(statistics.empty(WIDTH, mesh), jnp.asarray(features), np.ones(320, bool))
   found = statistics.collect(state, mesh=mesh)
   assert _error(found, np.asarray(features, np.float32)) < 3e-7
 
@@ -423,17 +420,3 @@ def test_absent_files_and_absent_spatial_features_are_named(tmp_path):
   save_statistics(path, _statistics())
   with pytest.raises(UserError, match='no spatial features'):
     load_statistics(path, spatial=True)
-
-
-def test_features_that_clean_fid_keeps_for_kid(tmp_path):
-  path = tmp_path / 'reference_kid.npz'
-  with pytest.raises(UserError, match='no features'):
-    load_features(path)
-  features = _rows().astype(np.float32)
-  np.savez_compressed(path, feats=features)
-  np.testing.assert_array_equal(load_features(path), features)
-  whole = path.read_bytes()
-  for data in (whole[:500], _flipped(whole, 300), OURS, _npz(feats=MU), _npz(feats=[['a']])):
-    path.write_bytes(data)
-    with pytest.raises(UserError, match=r'reference_kid\.npz.* again\.$'):
-      load_features(path)

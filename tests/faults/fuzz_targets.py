@@ -94,15 +94,6 @@ def statistics():
   return Target('statistics', make, load, {'x.npz': [mutants.zip_file]}, 300)
 
 
-def features():
-  from diffusion_jax.evaluation.statistics import load_features
-
-  return Target(
-    'features', lambda f: np.savez_compressed(f / 'x.npz', feats=np.ones((9, 4), np.float32)),
-    lambda folder: load_features(folder / 'x.npz'), {'x.npz': [mutants.zip_file]}, 200,
-  )
-
-
 def image_batch():
   from diffusion_jax.data.image_sets import ImageBatch, holds_batch
 
@@ -458,7 +449,7 @@ def torch_statistics():
 
 
 GROUPS = {
-  'arrays': [safetensors, shards, statistics, features, image_batch, tar],
+  'arrays': [safetensors, shards, statistics, image_batch, tar],
   'pictures': [png, jpeg, other_pictures, captions_jsonl, captions_csv, captions_txt, table],
   'runs': [prepared, run_directory, report],
   'weights': [lora, words, torch_state, torch_statistics],

@@ -10,7 +10,7 @@ import pytest
 
 from diffusion_jax.data.image_sets import ImageBatch
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.statistics import load_features, load_statistics
+from diffusion_jax.evaluation.statistics import load_statistics
 
 MU, SIGMA = np.zeros(3), np.eye(3)
 
@@ -69,8 +69,6 @@ def test_members_that_are_not_what_they_say(tmp_path, member):
   with pytest.raises(UserError, match=r'x\.npz'):
     load_statistics(archive(tmp_path / 'x.npz', mu=npy(MU), sigma=npy(SIGMA), n=data))
   with pytest.raises(UserError, match=r'x\.npz'):
-    load_features(archive(tmp_path / 'x.npz', feats=data))
-  with pytest.raises(UserError, match=r'x\.npz'):
     ImageBatch(archive(tmp_path / 'x.npz', arr_0=data))
 
 
@@ -78,7 +76,7 @@ def test_what_unpacks_to_much_is_refused_before_it_is_unpacked(tmp_path):
   path = tmp_path / 'bomb.npz'
   header = npy(header=says((2**16, 2**16)))
   with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as file:
-    for name in ('sigma.npy', 'feats.npy', 'arr_0.npy'):
+    for name in ('sigma.npy', 'arr_0.npy'):
       with file.open(name, 'w', force_zip64=True) as out:
         out.write(header)
         for _ in range(3):  # 200 MB, which take 200 kB.
@@ -90,7 +88,7 @@ def test_what_unpacks_to_much_is_refused_before_it_is_unpacked(tmp_path):
   for claimed in (size, 2**32 - 2):
     path.write_bytes(data.replace(struct.pack('<I', size), struct.pack('<I', claimed)))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for load in (load_statistics, load_features, ImageBatch):
+    for load in (load_statistics, ImageBatch):
       with pytest.raises(UserError, match='claims to unpack to'):
         load(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16

@@ -140,10 +140,10 @@ def test_chance_is_judged_by_the_binomial_tail():
     for hits in range(count + 1):
       tail = binom.sf(hits - 1, count, min(1.0, 2 / candidates))
       assert Retrieval(hits, count, candidates).near_chance == (tail > 0.01), (hits, count)
-  assert 'too few to tell' in Retrieval(2, 2, 2).told('clip/x')
-  told = Retrieval(3, 256, 100).told('clip/x')
+  assert 'too few to know' in Retrieval(2, 2, 2).sentence('clip/x')
+  told = Retrieval(3, 256, 100).sentence('clip/x')
   assert '1.2% of them, where chance is 1.0%: it is near chance' in told
-  assert 'near chance' not in Retrieval(60, 256, 100).told('clip/x')
+  assert 'near chance' not in Retrieval(60, 256, 100).sentence('clip/x')
 
 
 def test_a_clip_near_chance_is_warned_of_where_it_scores(finished):
@@ -151,7 +151,7 @@ def test_a_clip_near_chance_is_warned_of_where_it_scores(finished):
   scores = json.loads((finished / 'scores.json').read_text())
   assert any('it is near chance' in text for text in scores['warnings'])
   assert any('was trained on is not known' in text for text in scores['measured'])
-  assert any('Of 16 images, each drawn for a test caption' in text for text in scores['measured'])
+  assert any('Of 16 images, each sampled for a test caption' in text for text in scores['measured'])
   for name in ('README.md', 'report.html'):
     assert 'it is near chance' in (finished / name).read_text()
 

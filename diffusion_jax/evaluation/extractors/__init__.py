@@ -1,5 +1,4 @@
-"""Networks that turn images into features, by name: Inception with each resize rule, CLIP, DINOv2
-and classifiers. Commands and configs name them KIND:PATH."""
+"""Networks that turn images into features; commands and configs name them KIND:PATH."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from jaxtyping import Array, Float, UInt8
 
 from diffusion_jax.backend.xla import jit
 from diffusion_jax.errors import require
-from diffusion_jax.evaluation.scores import outputs_of
+from diffusion_jax.evaluation.metrics.metric import outputs_of
 from diffusion_jax.models.features.inception import InceptionConfig
 from diffusion_jax.registry import EXTRACTORS, check_paths, load
 from diffusion_jax.types import Params
@@ -40,12 +39,12 @@ class Extractor(Protocol):
   def apply(
     self, params: Params, images: UInt8[Array, 'b h w 3']
   ) -> dict[str, Float[Array, 'b d']]:
-    """Float32 features of uint8 images of any size. Pure, so it can be jitted and sharded."""
+    """Return float32 features of uint8 images of any size; pure."""
     ...
 
 
 def compiled(extractor: Extractor) -> Callable[[Params, jax.Array], dict[str, jax.Array]]:
-  """jax.jit of `apply`, with the options under which convolutions are quickest."""
+  """Return the jitted `apply`, with the options under which convolutions are quickest."""
   return jit(extractor.apply)
 
 
@@ -54,13 +53,8 @@ def load_extractor(
 ) -> Extractor:
   """Load an extractor of `registry.EXTRACTORS` with the weights at a path.
 
-  It is on the mesh, or on the host without one.
-
-  Args:
-    outputs: of Inception, which computes no further than it must; 'pool3' where none is named.
-
-  Raises:
-    UserError: no such extractor, weights that cannot be read, or an output it does not have.
+  It is on the mesh, or on the host without one. outputs: of Inception, which computes no further
+  than it must; 'pool3' where none is named. UserError where it cannot be, or has no such output.
   """
   loader, rule = load(EXTRACTORS, name), name.partition('/')[2]
   made = loader(path, rule, outputs or ('pool3',), mesh=mesh) if rule else loader(path, mesh=mesh)
@@ -72,7 +66,7 @@ def load_extractor(
 def load_named(
   named: Sequence[str], metrics: Sequence[str], mesh: Mesh, option: str = '--features'
 ) -> list[Extractor]:
-  """An extractor for each KIND:PATH, on the mesh; Inception computes what the metrics need.
+  """Return an extractor for each KIND:PATH, on the mesh; Inception computes what metrics need.
 
   UserError for a name of another form, an unknown metric, or weights that cannot be read.
   """

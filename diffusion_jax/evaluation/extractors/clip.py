@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def load_features(path: str, mesh: Mesh) -> CLIPFeatures:
-  """The CLIP, both towers, in a directory or 'asset:NAME'. UserError where it cannot be read."""
+  """Load the CLIP, both towers, in a directory or 'asset:NAME'. UserError where it cannot be."""
   return CLIPFeatures(load_clip_extractor(path, mesh=mesh), load_tokenizer(resolve(path)), mesh)
 
 
@@ -59,13 +59,12 @@ class CLIPExtractor:
     self._mean, self._std = (np.asarray(v, np.float32) * 255 for v in (mean, std))
 
   def apply(self, params: Params, images: jax.Array) -> dict[str, jax.Array]:
-    """uint8 [b h w 3] -> {'embedding': [b p]}."""
     pixels = (resize(images, self.size, self.resizing) - self._mean) / self._std
     return {'embedding': self.network.bind(params).encode_image(pixels).astype(jnp.float32)}
 
 
 def load_clip_extractor(path: str | os.PathLike, *, mesh: Mesh | None = None) -> CLIPExtractor:
-  """The CLIP in a directory or 'asset:NAME', or an image tower of one with its projection.
+  """Return the CLIP in a directory or 'asset:NAME', or an image tower of one with its projection.
 
   Its preprocessor_config.json says mean and std. UserError where it cannot be read.
   """
@@ -109,18 +108,18 @@ class CLIPFeatures:
     return np.concatenate([batch['embedding'] for batch in batches])
 
   def images(self, images: np.ndarray) -> np.ndarray:
-    """uint8 [n h w 3] -> [n p]; other sizes than the tower's are resized (bicubic, antialiased)."""
+    """Return [n p] of uint8 [n h w 3], resized to the tower's size (bicubic, antialiased)."""
     return self._run(self._embed_images, images)
 
   def texts(self, texts: Sequence[str]) -> np.ndarray:
-    """Texts -> [n p]; longer ones than the context are cut."""
+    """Return [n p] of texts; longer ones than the context are cut."""
     return self._run(self._embed_texts, self._tokenize.batch(texts))
 
 
 def text_towers(
   named: Sequence[str], extractors: Sequence[Extractor], mesh: Mesh
 ) -> dict[str, CLIPFeatures]:
-  """Column -> what embeds captions for it, of every CLIP with a text tower among them."""
+  """Return, by column, what embeds captions for it: every CLIP with a text tower."""
   found = {}
   for text, extractor in zip(named, extractors, strict=True):
     kind, _, path = text.partition(':')

@@ -1,4 +1,4 @@
-"""How each tool scales images before its network: rules that change FID.
+"""Rules by which each tool scales images before its network, which change FID.
 
 Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation". Every rule
 is linear along each axis, so it is two matrices, made once for a size and applied as products: any
@@ -25,11 +25,11 @@ _BITS = 22
 def _two_taps(source: np.ndarray, size: int) -> Matrix:
   """Linear interpolation at positions `source`, in pixels; past the end the last pixel counts."""
   low = np.minimum(np.floor(source), size - 1).astype(np.int64)
-  share = (source - low.astype(source.dtype)).astype(np.float64)
+  weight = (source - low.astype(source.dtype)).astype(np.float64)
   rows = np.arange(len(source))
   matrix = np.zeros((len(source), size))
-  np.add.at(matrix, (rows, low), 1 - share)
-  np.add.at(matrix, (rows, np.minimum(low + 1, size - 1)), share)
+  np.add.at(matrix, (rows, low), 1 - weight)
+  np.add.at(matrix, (rows, np.minimum(low + 1, size - 1)), weight)
   return matrix
 
 
@@ -86,7 +86,6 @@ class Rule:
 
   @property
   def axes(self) -> tuple[int, int]:
-    """Those of a batch in the order of their products."""
     return (2, 1) if self.whole else (1, 2)
 
 
@@ -100,12 +99,12 @@ RULES = {
 }
 """torch-fidelity's and guided-diffusion's; pytorch-fid's; clean-fid's; that of Pillow, and so of
 torchvision, for pictures of uint8, bit for bit. There widths come first, as in every Pillow before
-13, by which figures were published; later ones begin with heights that shrink more than widths."""
+13, by which values were published; later ones begin with heights that shrink more than widths."""
 OF_INCEPTION = tuple(name for name, rule in RULES.items() if rule.normalize)
 
 
 def rule(name: str) -> Rule:
-  """A rule by name. UserError, naming them all, for another name."""
+  """Return a rule by name. UserError, naming them all, for another name."""
   require(name in RULES, f'There is no resize rule {name!r}; choose of {", ".join(RULES)}.')
   return RULES[name]
 
@@ -113,11 +112,7 @@ def rule(name: str) -> Rule:
 def resize(
   images: UInt8[Array, 'b h w c'] | Float[Array, 'b h w c'], size: int | tuple[int, int], name: str
 ) -> Float[Array, 'b H W c']:
-  """Images of values 0-255 -> float32 0-255 of another size, by the rule of that name.
-
-  Args:
-    size: (H, W), or both at once.
-  """
+  """Return images of values 0-255 as float32 0-255 of another size, (H, W) or both at once."""
   chosen, new = rule(name), (size, size) if isinstance(size, int) else size
   x = jnp.asarray(images, jnp.float32)
   for axis in chosen.axes:
@@ -135,7 +130,7 @@ def _product(x: jax.Array, matrix: np.ndarray, axis: int) -> jax.Array:
 
 
 def _whole(x: jax.Array, matrix: np.ndarray, axis: int) -> jax.Array:
-  """The product, rounded to whole numbers of 0-255, halves up, without an error before that.
+  """Return the product, rounded to whole numbers of 0-255, halves up, without an error before that.
 
   Weights of 22 bits behind the point are parted in two of 11, so that float32 holds every sum.
   """
@@ -148,7 +143,7 @@ def _whole(x: jax.Array, matrix: np.ndarray, axis: int) -> jax.Array:
 def resize_on_host(
   image: UInt8[np.ndarray, 'h w c'], size: int | tuple[int, int], name: str
 ) -> Float[np.ndarray, 'H W c']:
-  """As `resize`, of one image and without the device: for sets in which every size is another."""
+  """Return `resize` of one image without the device: for sets in which every size is another."""
   chosen, new = rule(name), (size, size) if isinstance(size, int) else size
   x = image.astype(np.float64 if chosen.whole else np.float32)
   for axis in chosen.axes:
@@ -162,10 +157,7 @@ def resize_on_host(
 
 
 def prepare(images: UInt8[Array, 'b h w c'], size: int, name: str) -> Float[Array, 'b s s c']:
-  """uint8 images of any size -> what an Inception of images of `size` sees, by a rule's name.
-
-  The rule is one of OF_INCEPTION.
-  """
+  """Return what an Inception of images of `size` sees, by a rule of OF_INCEPTION."""
   return rule(name).normalize(resize(images, size, name))
 
 

@@ -1,4 +1,4 @@
-"""How far a figure would move with other samples: confidence intervals by resampling features."""
+"""Confidence intervals by resampling features: how far a value would move with other samples."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from diffusion_jax.evaluation.statistics import PART, Statistics, merge_all
 
 
 class Interval(NamedTuple):
-  """A figure with its confidence interval.
+  """A value with its confidence interval.
 
-  estimate: of all samples. low, high: bounds at `level`. standard_error: of the estimate. level:
-  share of such intervals that hold the true value. method: 'bootstrap' or 'half samples'.
+  estimate: of all samples. low, high: bounds at `level`. level: fraction of such intervals that
+  hold the true value. method: 'bootstrap', 'half samples' or 'fit'.
   """
 
   estimate: float
@@ -31,18 +31,16 @@ class Interval(NamedTuple):
 def bootstrap_mean(
   values: Float[np.ndarray, 'n'], *, resamples: int = 1000, level: float = 0.95, seed: int = 0
 ) -> Interval:
-  """Interval of a mean over samples, such as CLIP score or accuracy (Efron 1979, percentiles).
+  """Return the interval of a mean over samples, such as CLIP score (Efron 1979, percentiles).
 
-  A resample with replacement weighs each value by how often it was drawn. Not for figures of whole
+  A resample with replacement weighs each value by how often it was drawn. Not for values of whole
   sets; see `half_sample_interval`.
-
-  Raises:
-    UserError: fewer than 2 values, one that is not finite, or a level outside 0 to 1.
+  UserError: fewer than 2 values, one that is not finite, or a level outside 0 to 1.
   """
   values = np.asarray(values, np.float64)
   _check(values.size if values.ndim == 1 else 0, resamples, level)
   if not np.isfinite(values).all():
-    raise UserError('A confidence interval needs finite values: check the figures of all images.')
+    raise UserError('A confidence interval needs finite values: check the values of all images.')
   n, rng = len(values), np.random.default_rng(seed)
   means = np.array([
     np.bincount(rng.integers(0, n, n), minlength=n) @ values / n for _ in range(resamples)
@@ -54,30 +52,25 @@ def bootstrap_mean(
 
 
 def half_sample_interval(
-  figure: Callable[[Int[np.ndarray, 'm']], float], n: int, *, resamples: int = 50,
+  value: Callable[[Int[np.ndarray, 'm']], float], n: int, *, resamples: int = 50,
   level: float = 0.95, seed: int = 0,
 ) -> Interval:
-  """Interval of any figure of a set, from random halves of it without replacement.
+  """Return the interval of any value of a set, from random halves of it without replacement.
 
   The delete-d jackknife with d = n/2 (Shao & Wu 1989): halves differ among each other as much as
   fresh sets of n would, so their standard deviation is the standard error; the interval is normal.
   Drawing with replacement would repeat samples, which makes nearest neighbours of distance 0
   (precision, recall, coverage) and adds to FID's bias. The bias of a half, as FID has it, does not
   enter: only deviations from the halves' mean count.
-
-  Args:
-    figure: of the samples with those indices; called once with all n, then for each half. For a
-      figure of conditional pairs, let it take both by the indices.
-
-  Raises:
-    UserError: n below 4, resamples below 2, or a level outside 0 to 1.
+  value: of the samples with those indices; called once with all n, then for each half. UserError:
+  n below 4, resamples below 2, or a level outside 0 to 1.
   """
   _check(n, resamples, level, fewest=4)
   rng = np.random.default_rng(seed)
-  estimate = float(figure(np.arange(n)))
+  estimate = float(value(np.arange(n)))
   half = n // 2
   values = np.array([
-    figure(np.sort(rng.permutation(n)[:half])) for _ in range(resamples)
+    value(np.sort(rng.permutation(n)[:half])) for _ in range(resamples)
   ], np.float64)
   error = float(values.std(ddof=1) * np.sqrt(half / (n - half)))
   reach = NormalDist().inv_cdf((1 + level) / 2) * error
@@ -85,23 +78,23 @@ def half_sample_interval(
 
 
 def interval_of_groups(
-  figure: Callable[[Statistics], float], groups: Sequence[Statistics], *, resamples: int = 50,
+  value: Callable[[Statistics], float], groups: Sequence[Statistics], *, resamples: int = 50,
   level: float = 0.95, seed: int = 0,
 ) -> Interval:
-  """`half_sample_interval` of a figure of statistics, such as FID, from random groups of samples.
+  """Return `half_sample_interval` of a value of statistics, such as FID, from random groups.
 
   Halves are made of whole groups by merging their statistics, so that features are read once
   whatever the number of resamples. The samples have to be in the groups at random, about equally
   many in each; 16 groups or more. A group of width 2048 takes 34 MB.
   """
-  pick = lambda chosen: figure(merge_all(groups[i] for i in chosen))
+  pick = lambda chosen: value(merge_all(groups[i] for i in chosen))
   return half_sample_interval(pick, len(groups), resamples=resamples, level=level, seed=seed)
 
 
 def random_groups(
   features: Float[np.ndarray, 'n d'], count: int, *, seed: int = 0
 ) -> list[Statistics]:
-  """Statistics of `count` random, nearly equal groups of features, for `interval_of_groups`."""
+  """Return statistics of `count` random, nearly equal groups, for `interval_of_groups`."""
   features = np.asarray(features)
   if not 1 <= count <= len(features):
     raise UserError(f'{len(features)} samples cannot be put into {count} groups: choose fewer.')

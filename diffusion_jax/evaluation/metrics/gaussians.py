@@ -40,7 +40,6 @@ class FrechetReference:
     self._half = vectors * np.sqrt(np.clip(values, 0, None))
 
   def distance(self, other: Moments) -> float:
-    """As `frechet_distance` of the reference and `other`."""
     check_same_width(self.reference, other)
     covariance = other.covariance
     product = self._half.T @ covariance @ self._half
@@ -52,14 +51,12 @@ class FrechetReference:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-  """Fréchet distance of two Gaussians, |m_a - m_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)), >= 0.
+  """Return |m_a - m_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)), >= 0, of two Gaussians.
 
-  Heusel et al. 2017, eq. 6. The trace of the root is the sum of the roots of the eigenvalues of
-  H^T S_b H, with S_a = H H^T: symmetric, so that a rank-deficient covariance (n < d) neither fails
-  nor turns complex.
-
-  Raises:
-    UserError: fewer than 2 samples on a side, or features of different widths.
+  Fréchet distance, Heusel et al. 2017, eq. 6. The trace of the root is the sum of the roots of the
+  eigenvalues of H^T S_b H, with S_a = H H^T: symmetric, so that a rank-deficient covariance (n < d)
+  neither fails nor turns complex.
+  UserError for fewer than 2 samples on a side, or features of different widths.
   """
   check_same_width(a, b)
   return FrechetReference(a).distance(b)
@@ -69,12 +66,9 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 class Extrapolation:
   """A Fréchet distance at an infinite number of samples, and what it was fitted to.
 
-  Attributes:
-    value: where the line meets 1/N = 0; may lie below 0 for a nearly perfect model.
-    standard_error: of that, by least squares. The subsets share samples, so it says how well the
-      line fits, not how far another set of samples would lie; for that see `bootstrap`.
-    slope: of the distance against 1/N, at least 0 but for noise.
-    sizes, distances: the points of the fit.
+  value: where the line meets 1/N = 0; may lie below 0 for a nearly perfect model. standard_error:
+  by least squares; as the subsets have samples in common, it says how well the line fits, not how
+  far another set of samples would lie. slope: against 1/N. sizes, distances: points of the fit.
   """
 
   value: float
@@ -88,7 +82,7 @@ def extrapolated_frechet_distance(
   samples: Float[np.ndarray, 'n d'], reference: Moments | FrechetReference, *, seed: int,
   points: int = 15, smallest: int | None = None,
 ) -> Extrapolation:
-  """Fréchet distance without its bias in the number of samples: FID-infinity.
+  """Return the Fréchet distance without its bias in the number of samples: FID-infinity.
 
   Chong & Forsyth 2020, "Effectively unbiased FID and Inception Score and where to find them".
 
@@ -96,14 +90,10 @@ def extrapolated_frechet_distance(
   the model, so that models may be ranked falsely at one N. A line is fitted through the distances
   of random subsets against 1/N. The bias of the reference's own number stays.
 
-  Args:
-    points: subsets, of sizes evenly spaced from `smallest` to n; each is drawn anew, without
-      replacement. The paper's 15.
-    smallest: size of the smallest subset; by default the paper's 5000, or n / 4 where there are
-      fewer than 20,000. Below about twice the width the bias is no longer c/N.
-
-  Raises:
-    UserError: fewer than 3 points, sizes that do not fit n, or as in `frechet_distance`.
+  points: subsets (15 in the paper), of sizes evenly spaced from `smallest` to n, each drawn anew
+  without replacement. smallest: 5000 as in the paper, or n / 4 where there are fewer than 20,000;
+  below about twice the width the bias is no longer c/N. UserError for fewer than 3 points, or sizes
+  that do not fit n.
   """
   samples = matrix(samples, 'features', None)
   n = len(samples)
@@ -139,7 +129,6 @@ FEWEST_FOR_FID = 10_000
 
 
 def _frechet(of: Compared, values: MetricValues, seed: int) -> None:
-  """fid, sfid, or fd_FAMILY, with its interval; rfid ... of reconstructions."""
   name = of.distance
   n, d = of.statistics.n, len(of.statistics.mean)
   reference = FrechetReference(of.moments)
@@ -153,7 +142,7 @@ def _frechet(of: Compared, values: MetricValues, seed: int) -> None:
   values.add(name, value, interval)
   if n < FEWEST_FOR_FID:
     values.warnings.append(
-      f'{name} of {n} samples is not comparable with figures of other numbers of samples: it falls '
+      f'{name} of {n} samples is not comparable with values of other numbers of samples: it falls '
       f'as they grow. Published ones are of 50,000; fd_infinity is without that bias.'
     )
   if n <= d:
@@ -161,7 +150,6 @@ def _frechet(of: Compared, values: MetricValues, seed: int) -> None:
 
 
 def _frechet_infinity(of: Compared, values: MetricValues, seed: int) -> None:
-  """The same at an infinite number of samples."""
   found = extrapolated_frechet_distance(of.samples, of.moments, seed=seed)
   name = f'{of.distance}_infinity'
   reach = 1.96 * found.standard_error
@@ -185,12 +173,8 @@ FD_INFINITY = Metric('fd_infinity', _frechet_infinity, POOLED, ('moments',), val
 
 @dataclasses.dataclass(frozen=True)
 class GaussianKL:
-  """Divergences of two fitted Gaussians in nats, and what their covariances were shrunk by.
-
-  Attributes:
-    forward: KL(a || b): large where a is spread over directions that b leaves out.
-    backward: KL(b || a).
-    shrinkage_a, shrinkage_b: in [0, 1]; 0 is the covariance as it is, 1 a sphere.
+  """KL(a || b), large where a is spread over directions that b leaves out, and KL(b || a), in nats;
+  shrinkage of the covariances in [0, 1]: 0 is the covariance as it is, 1 a sphere.
   """
 
   forward: float
@@ -200,21 +184,17 @@ class GaussianKL:
 
 
 def gaussian_kl(a: Moments, b: Moments, *, shrinkage: float | None = None) -> GaussianKL:
-  """KL divergences in both directions of the Gaussians fitted to two sets of features.
+  """Return KL divergences in both directions of the Gaussians fitted to two sets of features.
 
   KL(a || b) = (Tr(S_b^-1 S_a) + (m_b - m_a)^T S_b^-1 (m_b - m_a) - d + ln det S_b / det S_a) / 2.
 
   With n <= d samples a covariance S has no inverse. Then it is replaced by
   (1 - r) S + r Tr(S)/d I, with r by oracle approximating shrinkage (Chen et al. 2010, eq. 23);
   with n > d it is taken as it is. A pseudo-inverse is not used: it would leave out the directions
-  in which the two differ most. Compare only figures of equal n and equal shrinkage.
+  in which the two differ most. Compare only values of equal n and equal shrinkage.
 
-  Args:
-    shrinkage: r for both, in place of the rule.
-
-  Raises:
-    UserError: widths differ, fewer than 2 samples, shrinkage outside [0, 1], or a singular
-      covariance whose number of samples is not known.
+  shrinkage: r for both, in place of the rule. UserError where widths differ, there are fewer than 2
+  samples, or a covariance is singular and its number of samples is not known.
   """
   check_same_width(a, b)
   if shrinkage is not None and not 0 <= shrinkage <= 1:
@@ -269,28 +249,25 @@ def _kl(of: np.ndarray, to: np.ndarray, delta: np.ndarray) -> float:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PrincipalComponents:
-  """Both sets of features on the leading axes of the reference, for a plot.
+  """Both sets of features on the leading axes of the reference, less its mean, for a plot.
 
-  Attributes:
-    axes: [d k], of length 1; the largest entry of each is positive, so that plots do not flip.
-    reference, samples: [n k] and [m k], coordinates less the reference's mean.
-    reference_share, samples_share: [k], share of each set's total variance along each axis.
+  axes: of length 1; the largest entry of each is positive, so that plots do not flip. fractions: of
+  each set's total variance, along each axis.
   """
 
   axes: Float[np.ndarray, 'd k']
   reference: Float[np.ndarray, 'n k']
   samples: Float[np.ndarray, 'm k']
-  reference_share: Float[np.ndarray, 'k']
-  samples_share: Float[np.ndarray, 'k']
+  reference_fraction: Float[np.ndarray, 'k']
+  samples_fraction: Float[np.ndarray, 'k']
 
 
 def principal_components(
   reference: Float[np.ndarray, 'n d'], samples: Float[np.ndarray, 'm d'], *, k: int = 2
 ) -> PrincipalComponents:
-  """Projects both sets on the k directions in which the reference varies most.
+  """Project both sets on the k directions in which the reference varies most.
 
-  Raises:
-    UserError: k outside 1 to d, or features that are empty, not finite or of different widths.
+  UserError: k outside 1 to d, or features that are empty, not finite or of different widths.
   """
   from scipy.linalg import eigh  # Takes long to import.
 
@@ -304,14 +281,13 @@ def principal_components(
   axes = axes[:, ::-1]
   axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(k)])
   on_axes = reference @ axes, (samples - centre) @ axes
-  share = lambda x, whole: x.var(axis=0) / max(whole.var(axis=0).sum(), 1e-300)
+  fraction = lambda x, whole: x.var(axis=0) / max(whole.var(axis=0).sum(), 1e-300)
   return PrincipalComponents(
-    axes, *on_axes, share(on_axes[0], reference), share(on_axes[1], samples)
+    axes, *on_axes, fraction(on_axes[0], reference), fraction(on_axes[1], samples)
   )
 
 
 def _divergences(of: Compared, values: MetricValues, seed: int) -> None:
-  """kl (samples from reference) and kl_reverse of the fitted Gaussians, in nats."""
   found = gaussian_kl(of.statistics, of.moments)
   values.add(f'kl{of.suffix}', found.forward)
   values.add(f'kl_reverse{of.suffix}', found.backward)

@@ -1,14 +1,28 @@
-"""How alike two images are, pixel by pixel: for reconstructions. Images are in [-1, 1]."""
+"""How alike two images are, pixel by pixel: for reconstructions. Images are in [-1, 1].
+
+How well images fit their captions, from embeddings of both.
+
+Scores from a classifier's logits.
+"""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.metrics.metric import HIGHER, LOWER, Metric, Value, of_each
+from diffusion_jax.evaluation.metrics.metric import (
+  HIGHER,
+  LOWER,
+  Compared,
+  Metric,
+  MetricValues,
+  Value,
+  matrix,
+  of_each,
+)
 
 _WINDOW, _SIGMA = 11, 1.5
 _PEAK = 2.0  # The range of the values.
@@ -19,18 +33,12 @@ def psnr_of_each(
 ) -> Float[np.ndarray, 'b']:
   """Peak signal-to-noise ratio of each pair of images in dB, 10 log10(2^2 / mean squared error).
 
-  Infinite where an image is reproduced exactly. UserError if there are no images or the shapes
-  differ.
+  Infinite where an image is reproduced exactly. UserError for no images or different shapes.
   """
   x, y = (np.asarray(v, np.float64) for v in _pairs(x, y, 'PSNR'))
   error = np.mean((x - y) ** 2, axis=tuple(range(1, x.ndim)))
   with np.errstate(divide='ignore'):
     return 10 * np.log10(_PEAK**2 / error)
-
-
-def psnr(x: Float[np.ndarray, 'b h w c'], y: Float[np.ndarray, 'b h w c']) -> float:
-  """Mean of `psnr_of_each`; infinite as soon as one image is reproduced exactly."""
-  return float(np.mean(psnr_of_each(x, y)))
 
 
 def l1_of_each(
@@ -50,9 +58,7 @@ def ssim_of_each(
   channel by itself, with K1 = 0.01 and K2 = 0.03; the average is over the windows that lie within
   the image and over channels. That is scikit-image's structural_similarity with
   gaussian_weights=True, sigma=1.5, use_sample_covariance=False and data_range=2. On the device.
-
-  Raises:
-    UserError: no images, different shapes, or images smaller than 11 pixels.
+  UserError as in PSNR, or for images smaller than 11 pixels.
   """
   x, y = _pairs(x, y, 'SSIM')
   if x.ndim != 4 or min(x.shape[1:3]) < _WINDOW:
@@ -60,11 +66,6 @@ def ssim_of_each(
       f'SSIM needs images [b h w c] of {_WINDOW} pixels or more, not {list(x.shape)}.'
     )
   return np.asarray(_ssim(jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)), np.float64)
-
-
-def ssim(x: Float[np.ndarray, 'b h w c'], y: Float[np.ndarray, 'b h w c']) -> float:
-  """Mean of `ssim_of_each`."""
-  return float(np.mean(ssim_of_each(x, y)))
 
 
 @jax.jit
@@ -118,7 +119,182 @@ L1 = _of_pairs('l1', 'L1 distance, pixels in [-1, 1]', LOWER)
 LPIPS = _of_pairs('lpips', 'LPIPS', LOWER, 'an autoencoder, and --lpips')
 BITS_PER_DIM = Metric(
   'bits_per_dim', of_each, (DISCRETE_BITS,), (), comparable_on=(),
-  source='a diffusion model and images to draw', values=(
+  source='a diffusion model and captions of images', values=(
     Value(DISCRETE_BITS, 'Bits per dimension of latents, discrete bound', LOWER),
   ),
 )
+
+
+# Two captions with one embedding score alike only up to the order in which products are summed.
+_TIE = 1e-12
+
+
+def clip_score(
+  image_embeddings: Float[np.ndarray, 'n p'], text_embeddings: Float[np.ndarray, 'n p']
+) -> float:
+  """Mean over pairs of `clip_score_of_each`."""
+  return float(clip_score_of_each(image_embeddings, text_embeddings).mean())
+
+
+def clip_score_of_each(
+  image_embeddings: Float[np.ndarray, 'n p'], text_embeddings: Float[np.ndarray, 'n p']
+) -> Float[np.ndarray, 'n']:
+  """100 * max(cos(image, text), 0) of each pair, in [0, 100].
+
+  Hessel et al. 2021, eq. 1, with the weight 100 that later work reports instead of 2.5.
+  UserError if there are no pairs, the shapes differ or a value is not finite.
+  """
+  images, texts = _unit_pairs(image_embeddings, text_embeddings)
+  return 100 * np.clip(np.sum(images * texts, axis=1), 0, None)
+
+
+def retrieval_recall(
+  image_embeddings: Float[np.ndarray, 'n p'],
+  text_embeddings: Float[np.ndarray, 'n p'],
+  *,
+  k: int,
+  candidates: int = 100,
+  seed: int,
+) -> float:
+  """Return the fraction of images, in [0, 1], that `retrieval_hits` counts."""
+  hits = retrieval_hits(image_embeddings, text_embeddings, k=k, candidates=candidates, seed=seed)
+  return float(hits.mean())
+
+
+def retrieval_hits(
+  image_embeddings: Float[np.ndarray, 'n p'],
+  text_embeddings: Float[np.ndarray, 'n p'],
+  *,
+  k: int,
+  candidates: int = 100,
+  seed: int,
+) -> Float[np.ndarray, 'n']:
+  """1.0 for each image whose own caption is among the k most similar candidates, else 0.0.
+
+  For each image the candidates are its own caption and `candidates - 1` others, drawn without
+  replacement; the draw depends on `seed` and n alone. With fewer than `candidates` captions all n
+  are ranked, which makes the task easier: report n beside the number. A caption that ties with
+  the own one, such as a copy of it, ranks before it, so that a constant model scores 0. This is
+  R-precision of Xu et al. 2018 (AttnGAN) for k = 1 and 100 candidates. Chance is k / candidates.
+  UserError: no pairs, shapes differ, values not finite, or k outside 1 <= k <= candidates.
+  """
+  if not 1 <= k <= candidates:
+    raise UserError(f'Retrieval needs 1 <= k <= candidates, not k={k} of {candidates}: change k.')
+  images, texts = _unit_pairs(image_embeddings, text_embeddings)
+  n = len(images)
+  others = min(candidates, n) - 1
+  rng = np.random.default_rng(seed)
+  hits = np.zeros(n)
+  for i in range(n):
+    drawn = rng.choice(n - 1, others, replace=False) if others else np.zeros(0, np.int64)
+    drawn = drawn + (drawn >= i)  # Skips the own caption.
+    ahead = np.sum(texts[drawn] @ images[i] >= texts[i] @ images[i] - _TIE)
+    hits[i] = ahead < k
+  return hits
+
+
+def _unit_pairs(
+  images: np.ndarray, texts: np.ndarray
+) -> tuple[Float[np.ndarray, 'n p'], Float[np.ndarray, 'n p']]:
+  images, texts = matrix(images, 'image embeddings'), matrix(texts, 'text embeddings')
+  if images.shape != texts.shape:
+    raise UserError(
+      f'Image embeddings {list(images.shape)} and text embeddings {list(texts.shape)} do not pair '
+      'up: give one caption for each image, from both towers of one model.'
+    )
+  # A zero vector stays zero, similar to nothing, instead of becoming NaN.
+  unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30)
+  return unit(images), unit(texts)
+
+
+def _clip_score(of: Compared, values: MetricValues, seed: int) -> None:
+  each = clip_score_of_each(of.samples, of.texts)
+  values.add_mean('clip_score', each, seed)
+
+
+def _retrieval(of: Compared, values: MetricValues, seed: int) -> None:
+  hits = retrieval_hits(of.samples, of.texts, k=1, seed=seed)
+  values.add_mean('retrieval_r1', hits, seed)
+  if len(hits) < 100:
+    values.warnings.append(f'retrieval_r1 ranks {len(hits)} captions instead of 100: it is easier.')
+
+
+CLIP_SCORE = Metric('clip_score', _clip_score, ('embedding',), ('texts',), values=(
+  Value('clip_score', 'CLIP score', HIGHER, ('features',), 'clip'),
+))
+RETRIEVAL = Metric('retrieval', _retrieval, ('embedding',), ('texts',), values=(
+  Value('retrieval_r1', 'Own caption ranked first', HIGHER, ('features', 'samples'), 'clip'),
+))
+
+
+def inception_score(
+  logits: Float[np.ndarray, 'n c'], *, splits: int = 10, seed: int | None = 2020
+) -> tuple[float, float]:
+  """Inception score (Salimans et al. 2016): mean and standard deviation over splits, 1 to c.
+
+  exp of the mean KL divergence of p(class | image) from the split's p(class). By torch-fidelity's
+  conventions: samples are shuffled by RandomState(seed), cut into `splits` nearly equal parts, and
+  the logits are Inception's without the bias ('logits_unbiased', 1008). ADM and others do not
+  shuffle (seed None) and cut parts of 5000.
+  UserError: splits outside 1 to n, or logits that are empty or not finite.
+  """
+  logits = matrix(logits, 'logits')
+  n = len(logits)
+  if not 1 <= splits <= n:
+    raise UserError(f'{n} samples cannot be cut into {splits} splits: choose 1 to {n}.')
+  if seed is not None:
+    logits = logits[np.random.RandomState(seed).permutation(n)]
+  shifted = logits - logits.max(axis=1, keepdims=True)
+  log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+  scores = []
+  for i in range(splits):
+    part = log_p[i * n // splits : (i + 1) * n // splits]
+    p = np.exp(part)
+    # A class that underflows everywhere adds 0, not 0 * -inf.
+    log_q = np.log(np.maximum(p.mean(axis=0), np.finfo(np.float64).tiny))
+    scores.append(np.exp((p * (part - log_q)).sum(axis=1).mean()))
+  return float(np.mean(scores)), float(np.std(scores))
+
+
+def class_hits(
+  logits: Float[np.ndarray, 'n c'], labels: Int[np.ndarray, 'n'], *, top: int = 1
+) -> Float[np.ndarray, 'n']:
+  """1.0 for each image whose label is among its `top` highest logits, 0.0 otherwise.
+
+  The mean is the class accuracy of conditional samples. A class that ties with the label ranks
+  before it, so that a constant classifier scores 0.
+  UserError: labels do not fit the logits, or top is outside 1 to c.
+  """
+  logits, labels = matrix(logits, 'logits'), np.asarray(labels)
+  n, c = logits.shape
+  if labels.shape != (n,) or not np.issubdtype(labels.dtype, np.integer):
+    raise UserError(f'{n} rows of logits need {n} whole labels, not {list(labels.shape)}.')
+  if labels.min() < 0 or labels.max() >= c or not 1 <= top <= c:
+    raise UserError(
+      f'Labels from {labels.min()} to {labels.max()} and the top {top} do not fit a classifier of '
+      f'{c} classes: give the one that was trained on these labels.'
+    )
+  own = np.take_along_axis(logits, labels[:, None], axis=1)
+  return ((logits >= own).sum(axis=1) <= top).astype(np.float64)
+
+
+def _inception_score(of: Compared, values: MetricValues, seed: int) -> None:
+  value, std = inception_score(of.samples, splits=min(10, len(of.samples)))
+  values.add('inception_score', value)
+  values.add('inception_score_std', std)
+
+
+def _class_accuracy(of: Compared, values: MetricValues, seed: int) -> None:
+  hits = class_hits(of.samples, of.labels)
+  values.add_mean('class_accuracy', hits, seed)
+
+
+INCEPTION_SCORE = Metric('inception_score', _inception_score, ('logits_unbiased',), (), values=(
+  Value('inception_score', 'Inception score', HIGHER, ('features', 'samples')),
+  Value('inception_score_std', 'Inception score, deviation over parts', '',
+        ('features', 'samples')),
+))
+CLASS_ACCURACY = Metric('class_accuracy', _class_accuracy, ('logits',), ('labels',), values=(
+  Value('class_accuracy', 'Fraction found to be of their class', HIGHER, ('features',),
+        'classifier'),
+))

@@ -29,14 +29,10 @@ CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 
 
 def kernel_distance(
-  x: Float[np.ndarray, 'n d'],
-  y: Float[np.ndarray, 'm d'],
-  *,
-  subsets: int,
-  subset_size: int,
+  x: Float[np.ndarray, 'n d'], y: Float[np.ndarray, 'm d'], *, subsets: int, subset_size: int,
   seed: int,
 ) -> tuple[float, float]:
-  """Kernel distance (KID): mean and standard deviation of the unbiased MMD^2 over random subsets.
+  """Return KID: mean and standard deviation of the unbiased MMD^2 over random subsets.
 
   Binkowski et al. 2018: the kernel is (x.y/d + 1)^3. Each subset draws `subset_size` rows from x,
   then from y, without replacement. Its expectation is 0 for equal distributions, so that values
@@ -44,9 +40,7 @@ def kernel_distance(
 
   The draws are torch-fidelity's with x as input 1 (its own seed is 2020), and clean-fid's with
   x as its second features. Both tools sum in float32 where features are; here it is float64.
-
-  Raises:
-    UserError: widths differ, or subset_size is below 2 or above n or m, or subsets below 1.
+  UserError: widths differ, or subset_size is below 2 or above n or m, or subsets below 1.
   """
   x, y = pair(x, y, None)
   if not 2 <= subset_size <= min(len(x), len(y)) or subsets < 1:
@@ -79,16 +73,13 @@ def _unbiased_mmd2(x: Float[np.ndarray, 'n d'], y: Float[np.ndarray, 'n d']) -> 
 
 
 def cmmd(x: Float[np.ndarray, 'n d'], y: Float[np.ndarray, 'm d'], *, block: int = 4096) -> float:
-  """CMMD of CLIP embeddings: 1000 times the biased MMD^2 with a Gaussian kernel of sigma 10, >= 0.
+  """Return 1000 times the biased MMD^2 of CLIP embeddings, by a Gaussian kernel of sigma 10, >= 0.
 
   Jayasumana et al. 2024, and their code: embeddings are normalised, and pairs of a sample with
-  itself count, so that it falls like 1/n + 1/m. Published figures use CLIP ViT-L/14 at 336 px.
+  itself count, so that it falls like 1/n + 1/m. Published values use CLIP ViT-L/14 at 336 px.
 
   With all distances within 2 the kernel is nearly 1 and the MMD the small difference of three
   numbers near 1. So k - 1 is averaged in its place, which changes nothing and keeps the digits.
-
-  Raises:
-    UserError: embeddings are empty, not finite or of different widths.
   """
   x, y = pair(x, y)
   unit = lambda v: v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-30)
@@ -136,7 +127,6 @@ _OF_REFERENCE = ('features', 'reference', 'reference_images')
 
 
 def _kid(of: Compared, values: MetricValues, seed: int) -> None:
-  """kid, kid_std."""
   size = min(KID_SUBSET_SIZE, len(of.samples), len(of.reference))
   value, std = kernel_distance(
     of.samples, of.reference, subsets=KID_SUBSETS, subset_size=size, seed=seed
@@ -146,7 +136,6 @@ def _kid(of: Compared, values: MetricValues, seed: int) -> None:
 
 
 def _cmmd(of: Compared, values: MetricValues, seed: int) -> None:
-  """cmmd."""
   values.add('cmmd', cmmd(of.samples, of.reference))
 
 

@@ -33,12 +33,12 @@ from diffusion_jax.evaluation.metrics.metric import (
 
 BLOCK = 4096
 _MARGIN = 8  # Neighbours kept beyond those asked for, so that rounding seldom hides one.
-_CROWDED = 0.01  # Above this share of undecided pairs, a product in float64 is quicker.
+_CROWDED = 0.01  # Above this fraction of undecided pairs, a product in float64 is quicker.
 _CHUNK = 1 << 22  # Numbers at a time where differences are written out.
 
 
 def blocks(x: np.ndarray, size: int) -> Iterator[tuple[range, np.ndarray]]:
-  """Yields (indices, rows) of x; all have one shape, so the last is padded with zeros."""
+  """Yield (indices, rows) of x; all have one shape, so the last is padded with zeros."""
   size = min(size, len(x))
   for start in range(0, len(x), size):
     rows = x[start : start + size]
@@ -49,19 +49,19 @@ def blocks(x: np.ndarray, size: int) -> Iterator[tuple[range, np.ndarray]]:
 
 
 def squared_distances(x: Float[Array, 'n d'], y: Float[Array, 'm d']) -> Float[Array, 'n m']:
-  """|x - y|^2 of all pairs, by one matrix product of full float32 precision; centre both first."""
+  """Return |x - y|^2 of all pairs, by one product of full float32 precision; centre both first."""
   dot = jnp.matmul(x, y.T, precision='highest')
   return jnp.maximum((x * x).sum(axis=1)[:, None] + (y * y).sum(axis=1) - 2 * dot, 0)
 
 
 def centred(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Both less the mean of y, float32: large common parts would cost the product its digits."""
+  """Return both less the mean of y, float32: large common parts would cost the product digits."""
   centre = y.mean(axis=0, dtype=np.float64)
   return tuple(np.asarray(v - centre, np.float32) for v in (x, y))
 
 
 def exact_squared(x: Float[np.ndarray, 'p d'], y: Float[np.ndarray, 'p d']) -> np.ndarray:
-  """|x - y|^2 of given pairs [p], in float64 from differences; equal for (x, y) and (y, x)."""
+  """Return |x - y|^2 of given pairs [p], in float64 from differences; as for (y, x)."""
   out = np.empty(len(x))
   step = max(_CHUNK // x.shape[1], 1)
   for start in range(0, len(x), step):
@@ -73,7 +73,7 @@ def exact_squared(x: Float[np.ndarray, 'p d'], y: Float[np.ndarray, 'p d']) -> n
 def neighbour_radii(
   x: Float[np.ndarray, 'n d'], k: int, *, block: int = BLOCK
 ) -> Float[np.ndarray, 'n']:
-  """Squared distance of each row to its k-th nearest other row, float64; needs k < n."""
+  """Return the squared distance of each row to its k-th nearest other row, float64; k < n."""
   small, _ = centred(x, x)
   kept = min(k + 1 + _MARGIN, len(x))
   out = np.empty(len(x))
@@ -108,7 +108,7 @@ def _kth_of(x: np.ndarray, rows: np.ndarray, found: np.ndarray, k: int) -> np.nd
 
 
 def _rounding(d: int) -> float:
-  """What rounding can do to `squared_distances` of width d, as a share of |x|^2 + |y|^2."""
+  """Error of `squared_distances` of width d, as a fraction of |x|^2 + |y|^2."""
   return (d + 32) * 2.0**-24
 
 
@@ -152,18 +152,11 @@ def _product_in_float64(x: np.ndarray, y: np.ndarray, centre: np.ndarray) -> np.
 
 
 def count_in_balls(
-  points: Float[np.ndarray, 'n d'],
-  centres: Float[np.ndarray, 'm d'],
-  radii: Float[np.ndarray, 'm'],
-  *,
-  closed: bool,
-  block: int = BLOCK,
+  points: Float[np.ndarray, 'n d'], centres: Float[np.ndarray, 'm d'],
+  radii: Float[np.ndarray, 'm'], *, closed: bool, block: int = BLOCK,
 ) -> tuple[Int[np.ndarray, 'n'], Int[np.ndarray, 'm']]:
-  """(balls that hold each point, points within each ball).
-
-  Args:
-    radii: squared, float64, as of `neighbour_radii`.
-    closed: whether a point on the surface counts as within.
+  """Return (balls that hold each point, points within each ball).
+  radii: squared, float64, as of `neighbour_radii`. closed: whether the surface counts as within.
   """
   inside = np.less_equal if closed else np.less
   small_points, small_centres = centred(points, centres)
@@ -197,7 +190,6 @@ def _compare(x, y, limits):
 
 
 def _decide(sure, unsure, points, centres, radii, inside) -> None:
-  """Settles the undecided pairs of a block in place."""
   if unsure.mean() > _CROWDED:
     distances = _product_in_float64(points, centres, centres.mean(axis=0))
     size = np.square(points - centres.mean(axis=0)).sum(axis=1).max() + distances.max()
@@ -217,11 +209,6 @@ class PrecisionRecall(NamedTuple):
   precision: float
   recall: float
 
-  @property
-  def f_score(self) -> float:
-    """Harmonic mean of both, 0 where both are 0."""
-    return 2 * self.precision * self.recall / max(self.precision + self.recall, 1e-5)
-
 
 class DensityCoverage(NamedTuple):
   """Density, 0 or more and 1 for equal distributions, and coverage, in [0, 1]."""
@@ -234,16 +221,14 @@ def precision_recall(
   samples: Float[np.ndarray, 'n d'], reference: Float[np.ndarray, 'm d'], *, k: int = 3,
   closed: bool = True, block: int = BLOCK,
 ) -> PrecisionRecall:
-  """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1 and 2).
+  """Return improved precision and recall (Kynkäänniemi et al. 2019, eq. 1 and 2).
 
   A point lies in the manifold of a set if it is within one of the balls around the set's points
   that reach to their k-th nearest neighbour. As torch-fidelity has it balls are closed and k is 3;
   the package prdc has open balls and k = 5. Values depend on n and m: compare only equal numbers of
   the same features.
-
-  Raises:
-    UserError: k outside 1 to the smaller count less 1, or features that are empty, not finite or of
-      different widths.
+  UserError: k outside 1 to the smaller count less 1, or features that are empty, not finite or of
+  different widths.
   """
   samples, reference = _checked(samples, reference, k)
   fraction = lambda points, centres: float(np.mean(count_in_balls(
@@ -256,7 +241,7 @@ def density_coverage(
   samples: Float[np.ndarray, 'n d'], reference: Float[np.ndarray, 'm d'], *, k: int = 5,
   block: int = BLOCK,
 ) -> DensityCoverage:
-  """Density and coverage (Naeem et al. 2020, eq. 4 and 6), by open balls as in their package prdc.
+  """Return density and coverage (Naeem et al. 2020, eq. 4 and 6), by open balls as in prdc.
 
   Density: balls of the reference that hold a sample, over k, on average. Coverage: fraction of
   those balls that hold a sample at all. UserError as in `precision_recall`.
@@ -291,16 +276,13 @@ def nearest_neighbours(
   samples: Float[np.ndarray, 'n d'], training: Float[np.ndarray, 'm d'], *, k: int = 1,
   block: int = BLOCK,
 ) -> Neighbours:
-  """Finds the training features of the highest cosine similarity to each sample.
+  """Find the training features of the highest cosine similarity to each sample.
 
   On the device in float32, `block` samples against `block` training features at a time; of equal
   similarities the lower index comes first.
 
-  Args:
-    training: may be memory-mapped: a block of it is read at a time.
-
-  Raises:
-    UserError: k outside 1 to m, or features that are empty, not finite or of different widths.
+  training: may be memory-mapped: a block of it is read at a time. UserError: k outside 1 to m, or
+  features that are empty, not finite or of different widths.
   """
   samples, training = pair(samples, training, None)
   if not 1 <= k <= len(training):
@@ -336,19 +318,17 @@ def _keep_most_similar(values, found, x, y, start, columns):
 
 
 def _precision_recall(of: Compared, values: MetricValues, seed: int) -> None:
-  """precision, recall."""
   found = precision_recall(of.samples, of.reference)
   values.add(f'precision{of.suffix}', found.precision)
   values.add(f'recall{of.suffix}', found.recall)
   if len(of.samples) != len(of.reference):
     values.warnings.append(
       f'precision{of.suffix} and recall{of.suffix} of {len(of.samples)} samples against '
-      f'{len(of.reference)} reference images: compare only figures of these numbers.'
+      f'{len(of.reference)} reference images: compare only values of these numbers.'
     )
 
 
 def _density_coverage(of: Compared, values: MetricValues, seed: int) -> None:
-  """density, coverage."""
   found = density_coverage(of.samples, of.reference)
   values.add(f'density{of.suffix}', found.density)
   values.add(f'coverage{of.suffix}', found.coverage)

@@ -1,11 +1,12 @@
-"""A metric as one object: how it is computed, of what, which way is better, what it is called."""
+"""A metric as one object: how it is computed, of what, which way is better, what it is called; and
+metrics by their names: what they need, what they give, and their values."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -13,6 +14,7 @@ from jaxtyping import Float, Int
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.metrics.bootstrap import Interval, bootstrap_mean
 from diffusion_jax.evaluation.statistics import PART, Moments, Statistics
+from diffusion_jax.registry import METRICS, import_plugins, load
 
 LOWER, HIGHER = 'lower', 'higher'
 POOLED = ('pool3', 'embedding', 'cls', 'penultimate')
@@ -25,7 +27,7 @@ FAMILIES = {'clip': 'CLIP', 'dinov2': 'DINOv2', 'classifier': "the classifier's"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Compared:
-  """One kind of features of the samples beside those of the reference.
+  """One kind of features of the samples, with those of the reference.
 
   column: which, `EXTRACTOR:OUTPUT`. samples: [n d], or None where only their `sums` are kept.
   reference: [m d], or None where only its `moments` are known. texts: [n d], of the samples'
@@ -45,7 +47,6 @@ class Compared:
 
   @functools.cached_property
   def statistics(self) -> Statistics:
-    """Of the samples."""
     return Statistics.from_features(self.samples) if self.sums is None else self.sums
 
   @property
@@ -59,7 +60,7 @@ class Compared:
 
   @property
   def suffix(self) -> str:
-    """What tells a value of these features from Inception's, whose names stand alone."""
+    """End of the names of values of these features; Inception's stand alone."""
     return '' if self.family == 'inception' else f'_{self.family}'
 
   @property
@@ -82,7 +83,6 @@ class MetricValues:
   warnings: list[str] = dataclasses.field(default_factory=list)
 
   def add(self, name: str, value: float, interval: Interval | None = None) -> None:
-    """Add one value; a name is used once."""
     if name in self.values:
       raise UserError(f'{name} would be computed twice; name each kind of features once.')
     self.values[name] = float(value)
@@ -156,7 +156,6 @@ class Metric:
 
   @property
   def given(self) -> tuple[Value, ...]:
-    """What it gives."""
     own = Value(self.name, self.title or self.name, self.better, self.comparable_on)
     return self.values or (own,)
 
@@ -171,7 +170,7 @@ def of_each(of: Compared, values: MetricValues, seed: int) -> None:
 
 
 def matrix(x: np.ndarray, name: str, dtype: type | None = np.float64) -> Float[np.ndarray, 'n d']:
-  """x as an array of that type or its own. UserError if it is no matrix, empty or not finite."""
+  """Return x as an array of that type or its own. UserError if not a finite, filled matrix."""
   x = np.asarray(x, dtype)
   if x.ndim != 2 or x.size == 0:
     raise UserError(f'The {name} must be a non-empty [n d] array, not {list(x.shape)}: check them.')
@@ -184,7 +183,7 @@ def matrix(x: np.ndarray, name: str, dtype: type | None = np.float64) -> Float[n
 def pair(
   x: np.ndarray, y: np.ndarray, dtype: type | None = np.float64
 ) -> tuple[Float[np.ndarray, 'n d'], Float[np.ndarray, 'm d']]:
-  """Two sets of features. UserError as in `matrix`, or if their widths differ."""
+  """Return two sets of features. UserError as in `matrix`, or if their widths differ."""
   x, y = matrix(x, 'features', dtype), matrix(y, 'features', dtype)
   if x.shape[1] != y.shape[1]:
     raise UserError(
@@ -192,3 +191,148 @@ def pair(
       'the same feature extractor.'
     )
   return x, y
+
+
+OF_EVALUATORS = (
+  Value('accuracy', 'Fraction of images given their own class', HIGHER),
+  Value('accuracy_per_class', 'Mean over classes of the fraction given its own class', HIGHER),
+  Value('bits_per_dim', 'Bits per dimension', LOWER),
+  Value('energy_distance', 'Energy distance to the test points', LOWER),
+  Value('latent_bits_per_dim_continuous', 'Bits per dimension of latents, continuous bound', LOWER),
+  Value('latent_bits_per_dim_flow', 'Bits per dimension of latents, probability flow', LOWER),
+  Value('image_bits_per_dim_bound', 'Bits per dimension of images, bound', LOWER),
+  Value('images', 'Number of images'),
+  Value('latent_mean', 'Mean of the latents'),
+  Value('latent_std', 'Deviation of the latents'),
+  Value('retrieval_r1_of_{n}', 'Own caption ranked first of {n:,}', HIGHER),
+  Value('retrieval_r{k}_of_{n}', 'Own caption among the first {k} of {n:,}', HIGHER),
+)
+"""Values that are of no `Metric`, which evaluators compute themselves."""
+
+
+def value_of(name: str) -> tuple[Value, str] | None:
+  """Return (what is known of a value of that name, the family of its features).
+
+  The family is '' for a value of no features. None where no metric gives such a value.
+  """
+  import_plugins()
+  known = (*_values(tuple(METRICS)), *OF_EVALUATORS)
+  found = [(value, match) for value in known if (match := value.match(name))]
+  if not found:
+    return None
+  value, match = max(found, key=lambda one: one[0].literal)
+  other = 'inception' if 'features' in value.comparable_on else ''
+  return value, value.family or match.groupdict().get('family') or other
+
+
+@functools.cache
+def _values(metrics: tuple[str, ...]) -> list[Value]:
+  return [value for metric in map(metric_of, metrics) for value in metric.given]
+
+
+LOWEST, HIGHEST = 'lowest', 'highest'
+
+
+def best_is(name: str) -> str:
+  """Return 'lowest' or 'highest'. UserError for a metric that does not say it."""
+  known = value_of(name)
+  if known is None or not known[0].better:
+    raise UserError(
+      f'which way {name} is better is not known; set loop.keep_best_is to {LOWEST} or {HIGHEST}.'
+    )
+  return LOWEST if known[0].better == LOWER else HIGHEST
+
+
+def metric_of(name: str) -> Metric:
+  """Return the metric of that name; UserError, with the names of all, for another."""
+  return load(METRICS, name)
+
+
+def outputs_of(metrics: Sequence[str], available: Mapping[str, int]) -> tuple[str, ...]:
+  """Return those of an extractor's outputs that the metrics are computed of.
+
+  UserError for an unknown metric, with the names of all, or one that is named twice.
+  """
+  for name in metrics:
+    if metrics.count(name) > 1:
+      raise UserError(f'the metric {name} is named twice; name it once.')
+  known = [metric_of(name) for name in metrics]
+  return tuple(o for o in available if any(o in metric.outputs for metric in known))
+
+
+def takes_reference(output: str) -> bool:
+  """Return whether any metric compares such features with those of a reference."""
+  return any(
+    output in metric.outputs and {'moments', 'reference'} & set(metric.needs)
+    for metric in map(metric_of, METRICS)
+  )
+
+
+_LACKS = {
+  'reference': 'the reference images themselves, not only their statistics',
+  'moments': 'a reference', 'texts': 'captions',
+  'labels': 'the classes of the captions, of a data set or --labels, and a classifier',
+}
+
+
+def check_metrics(
+  metrics: Sequence[str], outputs: Sequence[str], known: Collection[str], option: str = '--metrics'
+) -> None:
+  """Raise a UserError where a metric is unknown, fits no output, or lacks what it needs.
+
+  outputs: of all extractors. known: fields of `Compared` that there will be. option: by which
+  metrics are chosen.
+  """
+  for name in metrics:
+    outputs_of([name], {})
+    metric = metric_of(name)
+    lacks = [_LACKS[need] for need in metric.needs if need not in known]
+    if not set(metric.outputs) & set(outputs):
+      lacks.insert(0, metric.source or f'the features {" or ".join(metric.outputs)}')
+    if lacks:
+      raise UserError(f'{name} needs {lacks[0]}; give that, or leave {name} out of {option}.')
+
+
+def score(
+  metrics: Sequence[str], compared: Sequence[Compared], *, seed: int = 0, intervals: bool = True
+) -> MetricValues:
+  """Return every metric of all features that it fits. UserError as in `check_metrics`."""
+  values = MetricValues(intervals)
+  outputs_of(metrics, {})
+  for name in metrics:
+    metric = metric_of(name)
+    fitting = [of for of in compared if of.output in metric.outputs]
+    able = [of for of in fitting if all(getattr(of, need) is not None for need in metric.needs)]
+    known = {need for need in _LACKS for of in fitting if getattr(of, need) is not None}
+    check_metrics([name], [of.output for of in fitting], known)
+    for of in able:
+      metric.compute(of, values, seed)
+  return values
+
+
+def value_names(metrics: Sequence[str], columns: Iterable[str]) -> list[str]:
+  """Return the names of what `score` adds for these metrics of columns `EXTRACTOR:OUTPUT`.
+
+  UserError where two would have one name, as of two networks of one kind.
+  """
+  names = []
+  for metric in metrics:
+    for column in columns:
+      of = Compared(column, None)
+      if of.output in metric_of(metric).outputs:
+        names += metric_of(metric).names(of)
+  for name in names:
+    if names.count(name) > 1:
+      raise UserError(
+        f'{name} would be computed twice, of '
+        f'{" and of ".join(dict.fromkeys(c.rpartition(":")[0] for c in columns))}; name one of '
+        'these features at a time.'
+      )
+  return names
+
+
+def sums_suffice(metrics: Iterable[str], column: str) -> bool:
+  """Return whether these metrics need of a column no more than its `Statistics`."""
+  output = column.rpartition(':')[2]
+  known = map(metric_of, metrics)
+  return all(metric.of_moments for metric in known if output in metric.outputs)

@@ -32,7 +32,6 @@ from diffusion_jax.train.tasks.task import Env, Frozen
 from diffusion_jax.types import Condition, Params, Scores, Source, Weights
 
 PROCESS = 'noise'
-FIELD_LEVELS = (1.0, 0.4, 0.15)
 LIKELIHOOD_STEPS = 40
 
 
@@ -106,6 +105,45 @@ class PointDiffusion(Diffusion):
 
     return scaled
 
+  def estimate(self, weights: Weights, variance: bool = False) -> Denoiser:
+    """Return D(x [n 2], alpha, sigma) -> estimate of the clean points."""
+    denoise = self.denoise(weights, variance)
+    return lambda x, alpha, sigma: denoise(x, alpha, sigma, Condition())
+
+  def points(self, sample: ToySampleConfig) -> Callable:
+    """Return a compiled (weights, seed, count) -> points [count 2]."""
+    grid = self.noise.grid(sample.steps, sample.spacing)
+    variance = self.learned_variance and sample.sampler == 'ddpm'
+    more = {'variance': 'learned'} if variance else {}
+    draw = sampler(sample.sampler, **sample.options, **more)
+
+    def points(weights: Weights, seed: int, count: int) -> jax.Array:
+      noise, keys = initial_noise(seed, 0, count, (2,))
+      x = grid[1][0].astype(noise.dtype) * noise
+      return draw(self.estimate(weights, variance), x, grid, keys)
+
+    return jax.jit(points, static_argnums=2)
+
+  def scores(self, weights: Weights, x: jax.Array, ratios: jax.Array) -> jax.Array:
+    """Return learned scores [k n 2] of the data with noise sigma / alpha, at alpha x [n 2]."""
+
+    def one(ratio):
+      level = self.noise.at_ratio(ratio[None])
+      alpha, sigma = level.alpha[0], level.sigma[0]
+      x0 = self.estimate(weights)(alpha * x, alpha, sigma)
+      # Of x / alpha, so that all levels are drawn on the scale of the data.
+      return alpha**2 * (x0 - x) / sigma**2
+
+    return jax.lax.map(one, ratios)
+
+  def bits(self, weights: Weights, x: jax.Array) -> jax.Array:
+    """Return bits per dimension [n] of points [n 2]."""
+    keys = jax.random.split(jax.random.key(0), len(x))
+    return flow_likelihood(
+      self.estimate(weights), x, self.noise.process, keys, trace='exact', solver='heun',
+      steps=LIKELIHOOD_STEPS, t_min=self.noise.t_min,
+    ).bits
+
 
 class ToyTask(DiffusionTask):
   """Parameters are the denoiser's and, under 'noise', those of a learned process."""
@@ -125,10 +163,6 @@ class ToyTask(DiffusionTask):
     model = PointDiffusion(VectorSpace(), network, {}, noise, objective.parameterization)
     super().__init__(config, model, {}, test, test)
     self.test = np.concatenate([test[i]['points'] for i in range(len(test))])
-    self.grid = noise.grid(config.sample.steps, config.sample.spacing)
-    self._sample = jax.jit(self._draw, static_argnums=2)
-    self._fields = jax.jit(self._scores)
-    self._bits = jax.jit(self._likelihood)
 
   @classmethod
   def described(cls, size: int) -> tuple[str, str]:
@@ -161,11 +195,6 @@ class ToyTask(DiffusionTask):
   def weights(self, params: Params, frozen: Frozen) -> Weights:
     return {DENOISER: {name: params[name] for name in self.model.denoiser.shapes}}
 
-  def denoiser(self, params: Params, variance: bool = False) -> Denoiser:
-    """D(x [n 2], alpha, sigma) -> estimate of the clean points."""
-    denoise = self.model.denoise(self.weights(params, {}), variance)
-    return lambda x, alpha, sigma: denoise(x, alpha, sigma, Condition())
-
   def losses(self, params, frozen, carry, batch, key) -> Losses:
     if not self.model.noise.learnable:
       return super().losses(params, frozen, carry, batch, key)
@@ -177,43 +206,11 @@ class ToyTask(DiffusionTask):
 
     return self.objective.losses_of_learned(network, params, under(PROCESS, params), x0, key)
 
-  def _draw(self, params: Params, seed: int, count: int) -> jax.Array:
-    sample = self.config.sample
-    noise, keys = initial_noise(seed, 0, count, (2,))
-    variance = self.config.objective.learned_variance and sample.sampler == 'ddpm'
-    more = {'variance': 'learned'} if variance else {}
-    draw = sampler(sample.sampler, **sample.options, **more)
-    x = self.grid[1][0].astype(noise.dtype) * noise
-    return draw(self.denoiser(params, variance), x, self.grid, keys)
-
-  def _scores(self, params: Params, x: jax.Array) -> jax.Array:
-    """Learned scores [k n 2] of the data with FIELD_LEVELS of noise, at alpha x [n 2]."""
-
-    def one(ratio):
-      level = self.model.noise.at_ratio(ratio[None])
-      alpha, sigma = level.alpha[0], level.sigma[0]
-      x0 = self.denoiser(params)(alpha * x, alpha, sigma)
-      # Of x / alpha, so that all levels are drawn on the scale of the data.
-      return alpha**2 * (x0 - x) / sigma**2
-
-    return jax.lax.map(one, jnp.asarray(FIELD_LEVELS))
-
-  def _likelihood(self, params: Params, x: jax.Array) -> jax.Array:
-    keys = jax.random.split(jax.random.key(0), len(x))
-    return flow_likelihood(
-      self.denoiser(params), x, self.model.noise.process, keys, trace='exact', solver='heun',
-      steps=LIKELIHOOD_STEPS, t_min=self.model.noise.t_min,
-    ).bits
-
   def evaluators(self, mesh: Mesh) -> list[Any]:
-    of_weights = lambda function: lambda weights, *more: function(weights[DENOISER], *more)
-    sample, fields, bits = map(of_weights, (self._sample, self._fields, self._bits))
-    untrained = lambda key: {DENOISER: self.model.denoiser.initialize(key)}
+    sample, points = self.config.sample, self.config.likelihood_points
     return [
-      load(EVALUATORS, 'points_preview')(sample, fields, FIELD_LEVELS, self.test),
-      load(EVALUATORS, 'points')(
-        sample, bits, untrained, self.test, self.config.likelihood_points
-      ),
+      load(EVALUATORS, 'points_preview')(sample, self.test),
+      load(EVALUATORS, 'points')(sample, self.test, points),
     ]
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:

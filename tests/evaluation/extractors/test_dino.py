@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from diffusion_jax.evaluation.extractors import load_extractor
-from diffusion_jax.evaluation.extractors.dino import load_dinov2_extractor, size_name
+from diffusion_jax.evaluation.extractors.images import load_dinov2_extractor, size_name
 from diffusion_jax.formats.dinov2 import SIZES
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models.network import Network

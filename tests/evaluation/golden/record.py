@@ -63,9 +63,7 @@ def record(reference, samples, logits) -> dict:
       },
     },
     'pytorch-fid': {'fid': float(pytorch_fid.fid_score.calculate_frechet_distance(*flat))},
-    'clean-fid': {
-      'fid': float(cleanfid.fid.frechet_distance(*flat)), 'kid_seed_7': clean_kid,
-    },
+    'clean-fid': {'fid': float(cleanfid.fid.frechet_distance(*flat)), 'kid_seed_7': clean_kid},
     'prdc': {
       k: {name: float(v) for name, v in prdc.compute_prdc(reference, samples, k).items()}
       for k in NEIGHBOURS

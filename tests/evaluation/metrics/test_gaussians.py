@@ -231,7 +231,7 @@ def test_principal_components_are_the_references_axes():
   np.testing.assert_allclose(found.samples.mean(axis=0), [0, 2 * sign], atol=0.15)
   np.testing.assert_allclose(found.samples.std(axis=0), [1, 1], rtol=0.1)
   variances = np.square([5, 3, 1, 0.5, 0.2, 0.1])
-  np.testing.assert_allclose(found.reference_share, variances[:2] / variances.sum(), rtol=0.05)
-  np.testing.assert_allclose(found.samples_share, 1 / 18.3, rtol=0.15)
+  np.testing.assert_allclose(found.reference_fraction, variances[:2] / variances.sum(), rtol=0.05)
+  np.testing.assert_allclose(found.samples_fraction, 1 / 18.3, rtol=0.15)
   with pytest.raises(UserError, match='k from 1 to 6'):
     principal_components(reference, samples, k=7)

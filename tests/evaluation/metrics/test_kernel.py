@@ -11,9 +11,7 @@ def test_kernel_distance_is_the_double_loop():
   rng = np.random.default_rng(0)
   x, y = rng.normal(size=(5, 3)), rng.normal(size=(5, 3)) + 1
   kernel = lambda a, b: (np.dot(a, b) / 3 + 1) ** 3
-  within = sum(
-    kernel(s[i], s[j]) for s in (x, y) for i in range(5) for j in range(5) if i != j
-  )
+  within = sum(kernel(s[i], s[j]) for s in (x, y) for i in range(5) for j in range(5) if i != j)
   across = sum(kernel(a, b) for a in x for b in y)
   mean, std = kernel_distance(x, y, subsets=3, subset_size=5, seed=0)
   assert mean == pytest.approx(within / 20 - 2 * across / 25, rel=1e-12)

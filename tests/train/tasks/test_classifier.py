@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffusion_jax.config import typed
 from diffusion_jax.errors import UserError
-from diffusion_jax.evaluation.extractors.classifier import (
+from diffusion_jax.evaluation.extractors.images import (
   ClassifierExtractor,
   load_classifier_extractor,
 )

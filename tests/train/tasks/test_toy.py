@@ -62,7 +62,7 @@ def test_a_family_learns_the_moons(family):
   """Samples lie on the moons, and on all of them: the Gaussian of the same moments does not."""
   sample = load_config(str(TOYS / f'{family}.py')).settings.sample.to_dict()
   task = _task(family, sample=sample | {'steps': min(sample['steps'], 60)})
-  found = np.asarray(task._sample(_trained(task), 0, 1024))
+  found = np.asarray(task.model.points(task.config.sample)({'denoiser': _trained(task)}, 0, 1024))
   gaussian = np.random.default_rng(0).multivariate_normal(
     task.test.mean(axis=0), np.cov(task.test.T), 1024
   )
@@ -79,7 +79,8 @@ def test_an_idle_network_is_an_idle_denoiser(family):
   level = task.model.noise.at_ratio(jnp.asarray([0.5]))
   x = jnp.asarray([[0.3, -0.4]])
   alpha, sigma = level.alpha[0], level.sigma[0]
-  np.testing.assert_allclose(task.denoiser(params)(x, alpha, sigma), x / alpha, rtol=1e-5)
+  found = task.model.estimate({'denoiser': params})(x, alpha, sigma)
+  np.testing.assert_allclose(found, x / alpha, rtol=1e-5)
 
 
 def test_the_label_tells_the_pair():
@@ -96,10 +97,11 @@ def test_learned_scores_are_drawn_on_the_scale_of_the_data():
   task = _task('edm')
   params = {name: jnp.zeros(leaf.shape) for name, leaf in task.model.denoiser.shapes.items()}
   x = jnp.asarray([[0.5, -1.0], [2.0, 0.0]])
-  for field, ratio in zip(task._fields(params, x), (1.0, 0.4, 0.15), strict=True):
+  ratios = jnp.asarray([1.0, 0.4, 0.15])
+  for field, ratio in zip(task.model.scores({'denoiser': params}, x, ratios), ratios, strict=True):
     np.testing.assert_allclose(field, -x / (1 + ratio**2), rtol=1e-3)
   preview, _ = task.evaluators(make_mesh(MeshConfig()))
-  (_, (pictures, captions, _)), = preview.run(None, {'denoiser': params}, jax.random.key(0))
+  (_, (pictures, captions, _)), = preview.run(task.model, {'denoiser': params}, jax.random.key(0))
   assert pictures.dtype == np.uint8 and len(pictures) == len(captions) == 4
   assert len({picture.tobytes() for picture in pictures}) == 4
 

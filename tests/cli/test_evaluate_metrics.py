@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.evaluation.extractors.classifier import load_classifier_extractor
+from diffusion_jax.evaluation.extractors.images import load_classifier_extractor
 from diffusion_jax.evaluation.images import shuffled
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models.network import Network
@@ -26,9 +26,7 @@ def classifier(sources, tmp_path_factory):
   config = ClassifierConfig((8, 16), norm_num_groups=4, image_size=tiny.SIZE,
                             class_names=tuple(labels))
   folder = tmp_path_factory.mktemp('classifier') / 'groups'
-  save_params(folder, config, jax.jit(Network.of(Classifier, config).initialize)(
-    jax.random.key(3)
-  ))
+  save_params(folder, config, jax.jit(Network.of(Classifier, config).initialize)(jax.random.key(3)))
   return folder
 
 
@@ -115,9 +113,7 @@ def test_classes_are_those_of_the_records(drawn, sources, classifier):
   accuracy = lambda images: np.mean([
     found == label for found, label in zip(_named(classifier, images), labels, strict=True)
   ])
-  kept = [np.asarray(Image.open(path)) for path in sorted(
-    out.with_name('scores.images').iterdir()
-  )]
+  kept = [np.asarray(Image.open(path)) for path in sorted(out.with_name('scores.images').iterdir())]
   assert scores['real']['class_accuracy'] == accuracy([record['image'] for record in records])
   assert scores['generated']['class_accuracy'] == accuracy(kept)
   assert 'class_accuracy' in scores['untrained'] and 'class_accuracy' in scores['intervals']
@@ -175,9 +171,7 @@ def test_captions_of_one_s_own_have_labels_of_one_s_own(
    'the features logits'),
   (['images', 'FOLDER', '--metrics', 'bits_per_dim'], 'bits_per_dim needs a diffusion model'),
 ])
-def test_what_cannot_be_is_refused(
-  fails, finished, parts, small_data, tmp_path, arguments, named
-):
+def test_what_cannot_be_is_refused(fails, finished, parts, small_data, tmp_path, arguments, named):
   Image.new('RGB', (8, 8)).save(tmp_path / 'one.png')
   places = {'AUTOENCODER': parts['autoencoder'], 'RUN': finished, 'FOLDER': tmp_path}
   given = [places.get(text, text) for text in arguments]
