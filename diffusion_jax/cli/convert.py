@@ -5,7 +5,8 @@ import argparse
 HELP = 'convert Stable Diffusion between layouts of files'
 DESCRIPTION = """Converts a pipeline of Stable Diffusion 1, 2 or XL between the directory of
 diffusers, the single file of CompVis, Stability and ComfyUI, and our own directory, whose weights
-each device reads as they lie. A directory of one network is converted between diffusers and native.
+each device reads as they lie; so is a U-Net that was trained here to read texts. A directory of one
+network is converted between diffusers and native.
 Weights go tensor by tensor; nothing is downloaded and no code of a file is run. The tensors of a
 file of PyTorch, such as the FID Inception's weights, become safetensors by the layout tensors.
 
@@ -18,7 +19,6 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Paths, layout and type."""
   parser.add_argument('--from', dest='source', required=True, metavar='PATH',
                       help='a directory, or a .safetensors file with a whole model')
   parser.add_argument('--to', dest='target', required=True, metavar='PATH',
@@ -36,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  """Converts."""
   from diffusion_jax.formats.convert import convert
 
   notes = convert(
