@@ -231,8 +231,8 @@ def of_parts(configs: Mapping[str, dict[str, Any]], where: str) -> str:
   return 'x4_upscaler' if unet.get('num_class_embeds') else 'sd2'
 
 
-def scheduler(family: str, prediction: str, zero_snr: bool) -> tuple[str, dict[str, Any]]:
-  """Return (class, scheduler_config.json) of a family, as published with it."""
+def scheduler(family: str, prediction: str, zero_snr: bool) -> dict[str, Any]:
+  """Return the scheduler_config.json of a family, as published with it."""
   values = {
     'num_train_timesteps': 1000, 'beta_schedule': 'scaled_linear', 'beta_start': 0.00085,
     'beta_end': 0.012, 'trained_betas': None, 'prediction_type': prediction, 'steps_offset': 1,
@@ -241,20 +241,21 @@ def scheduler(family: str, prediction: str, zero_snr: bool) -> tuple[str, dict[s
   if zero_snr:
     values |= {'rescale_betas_zero_snr': True, 'timestep_spacing': 'trailing'}
   if family == 'sdxl':
-    return 'EulerDiscreteScheduler', values | {
-      'interpolation_type': 'linear', 'use_karras_sigmas': False
+    return values | {
+      '_class_name': 'EulerDiscreteScheduler', 'interpolation_type': 'linear',
+      'use_karras_sigmas': False,
     }
   values |= {'clip_sample': False, 'set_alpha_to_one': False}
   if family == 'x4_upscaler':
     values |= {'beta_start': 0.0001, 'beta_end': 0.02}
   if prediction == 'epsilon' and not zero_snr:
-    return 'PNDMScheduler', values | {'skip_prk_steps': True}
-  return 'DDIMScheduler', values
+    return values | {'_class_name': 'PNDMScheduler', 'skip_prk_steps': True}
+  return values | {'_class_name': 'DDIMScheduler'}
 
 
-LOW_RES_SCHEDULER = ('DDPMScheduler', {
-  'num_train_timesteps': 1000, 'beta_schedule': 'scaled_linear', 'beta_start': 0.0001,
-  'beta_end': 0.02, 'trained_betas': None, 'prediction_type': 'epsilon', 'clip_sample': True,
-  'variance_type': 'fixed_small',
-})
+LOW_RES_SCHEDULER = {
+  '_class_name': 'DDPMScheduler', 'num_train_timesteps': 1000, 'beta_schedule': 'scaled_linear',
+  'beta_start': 0.0001, 'beta_end': 0.02, 'trained_betas': None, 'prediction_type': 'epsilon',
+  'clip_sample': True, 'variance_type': 'fixed_small',
+}
 """Of the noise that the upscaler's small image is given."""

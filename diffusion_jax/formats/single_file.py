@@ -1,6 +1,6 @@
 """Whole pipelines from and to one safetensors file in the names of CompVis and Stability."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def write_single_file(pipeline: Pipeline, path: Path, dtype: str | None) -> list
     stored |= {prefix + key: tensor for key, tensor in new.items()}
   values = pipeline.parts.get('scheduler', Part()).json(SCHEDULER)[0]
   prediction = values.get('prediction_type', 'epsilon')
-  notes = _left_out(pipeline, set(places)) + _untold(name, networks, stored, prediction)
+  notes = _left_out(pipeline, places) + _untold(name, networks, stored, prediction)
   marks = {'v_pred': prediction == 'v_prediction', 'ztsnr': values.get('rescale_betas_zero_snr')}
   if name == 'sdxl':  # Empty tensors by which ComfyUI knows such models.
     empty = np.zeros((0,), np.float32)
@@ -80,11 +80,11 @@ def write_single_file(pipeline: Pipeline, path: Path, dtype: str | None) -> list
   return notes
 
 
-def _left_out(pipeline: Pipeline, kept: set[str]) -> list[str]:
-  plain = ('scheduler', 'low_res_scheduler', 'tokenizer', 'tokenizer_2')
+def _left_out(pipeline: Pipeline, places: Iterable[str]) -> list[str]:
+  silent = {*places, 'scheduler', 'low_res_scheduler', 'tokenizer', 'tokenizer_2'}
   return [
     f'{name} is left out: a single file has no place for it.'
-    for name in pipeline.parts if name not in kept and name not in plain
+    for name in pipeline.parts if name not in silent
   ]
 
 
@@ -173,7 +173,7 @@ def read_single_file(path: Path, prediction: str | None, tokenizers: Path | None
   parts |= _schedulers(name, prediction, 'ztsnr' in opened) | _tokenizers(list(configs), tokenizers)
   _fill(parts, name, stored, str(path))
   scheduler = parts['scheduler'].texts[SCHEDULER]
-  notes += schedule_note(opened, scheduler, str(path))
+  notes += _schedule_note(opened, scheduler, str(path))
   index: dict[str, Any] = {'_class_name': FAMILIES[name].pipelines[channels]}
   if name == 'sdxl':
     index['force_zeros_for_empty_prompt'] = True
@@ -182,7 +182,7 @@ def read_single_file(path: Path, prediction: str | None, tokenizers: Path | None
   return Pipeline(index, parts, notes)
 
 
-def schedule_note(
+def _schedule_note(
   tensors: Mapping[str, Any], scheduler: Mapping[str, Any], where: str
 ) -> list[str]:
   """A sentence where a file's own table of noise is none of its family's, which is written."""
@@ -265,8 +265,8 @@ def _schedulers(family: str, prediction: str, zero_snr: bool) -> dict[str, Part]
   if family == 'x4_upscaler':
     found['low_res_scheduler'] = LOW_RES_SCHEDULER
   return {
-    name: Part(('diffusers', kind), texts={SCHEDULER: values | {'_class_name': kind}})
-    for name, (kind, values) in found.items()
+    name: Part(('diffusers', values['_class_name']), texts={SCHEDULER: values})
+    for name, values in found.items()
   }
 
 
