@@ -83,9 +83,7 @@ SOURCES = Table('source of data', {
 """Functions of a `DataConfig` that return the sources (train, test). What follows a colon in
 `data.dataset`, such as 'folder:PATH', is theirs."""
 
-LABELLED = Table('labelled source', {
-  'folder': 'diffusion_jax.data.sources.folder:open_labelled',
-})
+LABELLED = Table('labelled source', {'folder': 'diffusion_jax.data.sources.folder:open_labelled'})
 """The same for tasks of classes, of those SOURCES that have labels only if they are asked for."""
 
 TRANSFORMS = Table('transform', {
@@ -182,9 +180,7 @@ EXTRACTORS = Table('kind of features', {
 })
 """Features: loaders (path, *, mesh), or for one KIND/RULE (path, rule, outputs, *, mesh)."""
 
-EXPORTS = Table('export', {
-  'model': 'diffusion_jax.pipelines.directory:save_model',
-})
+EXPORTS = Table('export', {'model': 'diffusion_jax.pipelines.directory:save_model'})
 """What writes a trained model for others to open, needed when a run ends."""
 
 OPTIMIZERS = Table('optimizer', {
