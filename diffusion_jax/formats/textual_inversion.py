@@ -150,9 +150,7 @@ def _check(found: TextualInversion, widths: Mapping[str, int] | None, path: Path
     f'{path} must hold 1 to {MOST_ROWS} rows [n d], as many for each encoder, not '
     f'{" and ".join(str(list(rows.shape)) for rows in every)}.',
   )
-  require(
-    all(map(is_finite, every)), f'{path} must hold finite floating numbers; fetch it again.'
-  )
+  require(all(map(is_finite, every)), f'{path} must hold finite floating numbers; fetch it again.')
   require(
     isinstance(found.token, str) and 0 < len(found.token) <= MOST_CHARACTERS,
     f'{path} must name its word in 1 to {MOST_CHARACTERS} characters.',

@@ -44,9 +44,7 @@ def state():
       tensors[f'{module}.bn.num_batches_tracked'] = np.array(0)
       for norm in ('weight', 'bias', 'running_mean', 'running_var'):
         tensors[f'{module}.bn.{norm}'] = rng.uniform(0.1, 1, size=shape)
-  return {
-    name: v if v.dtype == np.int64 else v.astype(np.float32) for name, v in tensors.items()
-  }
+  return {name: v if v.dtype == np.int64 else v.astype(np.float32) for name, v in tensors.items()}
 
 
 @pytest.fixture
