@@ -30,7 +30,7 @@ PATH = {
                'diffusion/samplers/steps.py', 'diffusion/samplers/ode.py',
                'diffusion/samplers/one_step.py', 'diffusion/samplers/__init__.py'),
   'pipeline': ('pipelines/options.py', 'pipelines/sampling.py', 'pipelines/conditions.py',
-               'pipelines/conditioners.py'),
+               'pipelines/conditioners.py', 'pipelines/image_conditioners.py'),
 }
 """Files that a newcomer reads, by idea, those of earlier plans too: a checkout has some."""
 SKIPPED = (

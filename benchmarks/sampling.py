@@ -16,7 +16,7 @@ from diffusion_jax.parallel.mesh import in_batches
 from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.registry import TASKS, load
-from diffusion_jax.train.tasks.diffusion import LatentTaskConfig
+from diffusion_jax.train.tasks.diffusion import SharedConfig
 from diffusion_jax.train.training import Training
 from diffusion_jax.types import Weights
 
@@ -24,7 +24,7 @@ from diffusion_jax.types import Weights
 def check(config: dict[str, Any], what: str) -> None:
   """Raise UserError for a config of a model that does not sample from prompts alone."""
   settings = config['settings']
-  if not issubclass(load(TASKS, config['task']).Config, LatentTaskConfig):
+  if not issubclass(load(TASKS, config['task']).Config, SharedConfig):
     raise UserError(
       f'{what} is of models that sample from prompts, and this config trains {config["task"]}; '
       'use train or data.'

@@ -64,12 +64,15 @@ SPACES = Table('space', {
 """What a generative model is of: pixels, latents of an autoencoder."""
 
 CONDITIONERS = Table('conditioner', {
-  'text': 'diffusion_jax.pipelines.encoders:TextEncoders',
+  'text': 'diffusion_jax.pipelines.conditioners:TextEncoders',
   'class': 'diffusion_jax.pipelines.conditioners:ClassLabel',
   'sizes': 'diffusion_jax.pipelines.conditioners:Sizes',
-  'inpaint': 'diffusion_jax.pipelines.conditioners:Inpainting',
-  'edit': 'diffusion_jax.pipelines.conditioners:Editing',
-  'depth': 'diffusion_jax.pipelines.conditioners:Depth',
+  'image_embedding': 'diffusion_jax.pipelines.image_conditioners:ImageEncoder',
+  'control': 'diffusion_jax.pipelines.image_conditioners:ControlNet',
+  'inpaint': 'diffusion_jax.pipelines.image_conditioners:Inpainting',
+  'upscale': 'diffusion_jax.pipelines.image_conditioners:LowResolution',
+  'edit': 'diffusion_jax.pipelines.image_conditioners:Editing',
+  'depth': 'diffusion_jax.pipelines.image_conditioners:Depth',
 })
 """What a denoiser may be conditioned on."""
 

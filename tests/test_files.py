@@ -8,6 +8,7 @@ Links in folders of models: the hub's cache of links works, and no link leads ou
 import json
 import os
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -319,7 +320,7 @@ def test_a_folder_that_is_copied_at_the_end_is_looked_through_at_the_start(model
 
   replaced(model / 'notes.md', secret)
   with pytest.raises(UserError, match=r'notes\.md is a link that leads out'):
-    Full(str(model), object())
+    Full(types.SimpleNamespace(model=str(model)), object())
 
 
 def test_a_pipe_is_no_tokenizer(model):

@@ -16,7 +16,7 @@ def finetune_base(architecture: str, size: int) -> ConfigDict:
     ),
   })
   config.settings = ConfigDict({
-    'model': '', 'architecture': architecture, 'train': 'unet', 'inputs': 'none',
+    'model': '', 'architecture': architecture, 'train': 'denoiser', 'inputs': 'none',
     'objective': {'prediction': 'epsilon'}, 'caption_dropout': 0.1, 'cache': False,
     'sample': {'sampler': 'dpmpp_2m', 'steps': 25, 'guidance': 7.5},
     'evaluation': {'features': (), 'metrics': ('fd', 'kid', 'clip_score', 'retrieval')},

@@ -50,8 +50,8 @@ class AdapterOptions:
     'a LoRA to merge, of any usual trainer; repeat for several', 'FILE[:SCALE]'
   )] = ()
   controlnet: Annotated[str, Help('a ControlNet made for the model', 'DIR')] = ''
-  words: Annotated[tuple[str, ...], Help(
-    'a learned word (textual inversion); repeat for several', 'FILE'
+  textual_inversion: Annotated[tuple[str, ...], Help(
+    'a word that was learned by textual inversion; repeat for several', 'FILE'
   )] = ()
   worse: Annotated[str, Help(
     'a smaller or less trained model of the same kind, for --autoguidance', 'DIR'
@@ -59,7 +59,12 @@ class AdapterOptions:
 
   def apply(self, model, weights):
     """Return (model, weights) with them."""
-    from diffusion_jax.pipelines.adapters import add_controlnet, add_lora, add_words, add_worse
+    from diffusion_jax.pipelines.adapters import (
+      add_controlnet,
+      add_lora,
+      add_textual_inversion,
+      add_worse,
+    )
 
     for text in self.lora:
       path, _, scale = text.rpartition(':')
@@ -68,17 +73,16 @@ class AdapterOptions:
       except ValueError:
         path, scale = text, 1.0
       weights = add_lora(model, weights, path, scale)
-    for path in self.words:
-      weights = add_words(model, weights, path)
+    for path in self.textual_inversion:
+      weights = add_textual_inversion(model, weights, path)
     if self.controlnet:
       model, weights = add_controlnet(model, weights, self.controlnet)
     return add_worse(model, weights, self.worse) if self.worse else (model, weights)
 
   def named(self) -> dict[str, str]:
     """Return option -> what it names, of those that were given."""
-    given = {'lora': ' '.join(self.lora), 'controlnet': self.controlnet,
-             'words': ' '.join(self.words), 'worse': self.worse}
-    return {name: value for name, value in given.items() if value}
+    text = lambda value: value if isinstance(value, str) else ' '.join(value)
+    return {name: text(value) for name, value in vars(self).items() if value}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,7 +109,7 @@ class PictureOptions:
       UserError: an image that cannot be read, or a strength that is none.
     """
     from diffusion_jax.data.pictures import read_pictures
-    from diffusion_jax.pipelines.conditions import Inputs, picture_specs
+    from diffusion_jax.pipelines.image_conditioners import Inputs
 
     for name, needed in NEEDED.items():
       if getattr(self, name) is not None and not getattr(self, needed):
@@ -119,7 +119,7 @@ class PictureOptions:
       raise UserError(
         f'--strength {strength:g} leaves no step of {steps}; choose a fraction up to 1.'
       )
-    latent, needs = model.space.shape(height, width)[:2], picture_specs(model, height, width)
+    latent, needs = model.space.shape(height, width)[:2], model.inputs(height, width)
     sizes = dict.fromkeys(('image', 'mask', 'control'), (height, width)) | dict.fromkeys(
       ('depth', 'small'), latent
     )
@@ -213,7 +213,7 @@ def sample(
   model, weights = adapters.apply(model, weights)
   if model.text is not None:
     model.check_prompts([*prompts, prompt.negative])
-  height, width = model.size(prompt.height, prompt.width)
+  height, width = model.size_of(prompt.height, prompt.width)
   inputs, started = pictures.read(model, config.steps, height, width)
   if model.text is None:  # Prompts name classes, or nothing but the files.
     model.rows(prompts, prompt.negative, inputs, height, width)

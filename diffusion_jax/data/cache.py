@@ -63,9 +63,9 @@ def cached_source(
   if model.text is not None:
     columns |= _captions(records, model.text, frozen, mesh, progress)
   for conditioner in model.conditioners.values():
-    if conditioner is not model.text:
-      rows = [conditioner.of_record(record) for record in records]
-      columns |= {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    if conditioner.kept and conditioner is not model.text:
+      prompts = [conditioner.prompt(record) or '' for record in records]
+      columns |= jax.tree.map(np.asarray, conditioner.of_prompts(frozen, prompts))
   return ArraySource(columns, unreadable)
 
 
@@ -135,8 +135,7 @@ def synthetic_cache(model, frozen: dict, count: int, size: int) -> ArraySource:
     encoded = jax.eval_shape(model.text.encode, frozen, {'tokens': model.text.tokens([''])})
     texts = {n: normal(1, *leaf.shape[1:]).astype(np.float16) for n, leaf in encoded.items()}
     columns |= {'texts': texts.pop('text'), **texts}
-  blank = Record(image=np.zeros((size, size, 3), np.uint8), captions=[''], id='', label='')
   for conditioner in model.conditioners.values():
-    if conditioner is not model.text:
-      columns |= {n: np.stack([row] * count) for n, row in conditioner.of_record(blank).items()}
+    if conditioner.kept and conditioner is not model.text:
+      columns |= jax.tree.map(np.asarray, conditioner.of_prompts(frozen, [''] * count))
   return ArraySource(columns)

@@ -38,7 +38,7 @@ from diffusion_jax.evaluation.pieces import Made
 from diffusion_jax.evaluation.report import clip_checks, enlarged
 from diffusion_jax.parallel.mesh import put_params, to_host
 from diffusion_jax.parallel.processes import agree
-from diffusion_jax.pipelines.conditions import Inputs
+from diffusion_jax.pipelines.image_conditioners import Inputs
 from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.types import Record, Source, Weights

@@ -218,7 +218,7 @@ def read_lora(
     not learned or (inversions and bool(tensors) and path.suffix not in PICKLES),
     f'{path} holds a textual inversion ({some(learned)})'
     + (' with its LoRA; --lora of sample and evaluate reads both, from safetensors.' if tensors
-       else ', which is no LoRA; give it as --words.'),
+       else ', which is no LoRA; give it as --textual_inversion.'),
   )
   others = of_other_kinds(tensors)
   problems = [f'{kind}, which is not implemented: {some(of)}' for kind, of in others.items()]

@@ -1,4 +1,4 @@
-"""Adds to a loaded model what others have trained for it: LoRA, ControlNet, learned words."""
+"""Add to a loaded model what others have trained for it: LoRA, ControlNet, textual inversion."""
 
 import dataclasses
 import math
@@ -15,21 +15,18 @@ from diffusion_jax.formats.textual_inversion import (
   bundled_inversions,
   read_textual_inversion,
 )
-from diffusion_jax.models.controlnet import ControlNet, ControlNetConfig
 from diffusion_jax.models.lora import Rank, merge_lora
-from diffusion_jax.models.network import Network
-from diffusion_jax.pipelines.conditioners import CONTROLNET
-from diffusion_jax.pipelines.conditioners import ControlNet as ControlNetConditioner
+from diffusion_jax.pipelines.conditioners import EXTRA, embedding_table
 from diffusion_jax.pipelines.directory import read_model
-from diffusion_jax.pipelines.encoders import EXTRA, embedding_table
+from diffusion_jax.pipelines.image_conditioners import CONTROLNET, ControlNet
 from diffusion_jax.pipelines.model import DENOISER, WORSE, Diffusion
 from diffusion_jax.types import Weights
 
 
 def add_lora(model: Diffusion, weights: Weights, path: str, scale: float = 1.0) -> Weights:
-  """The weights with a LoRA merged into them, `scale` times as strong as it was trained.
+  """Return the weights with a LoRA merged into them, `scale` times as strong as it was trained.
 
-  Words that were learned with it, and are in the same file, are added as by `add_words`.
+  Words that were learned with it, and are in the same file, are added too.
 
   Raises:
     UserError: a file that is none, or not one for this model.
@@ -50,20 +47,26 @@ def add_lora(model: Diffusion, weights: Weights, path: str, scale: float = 1.0) 
   return out
 
 
+def read_controlnet(model: Diffusion, path: str) -> ControlNet:
+  """Return the ControlNet of a directory without weights; UserError for one of another model."""
+  network = read_network(CONTROLNET, path).network(compute=model.denoiser.compute)
+  control = ControlNet({CONTROLNET: network})
+  control.check(model.denoiser.config)
+  return control
+
+
 def add_controlnet(
   model: Diffusion, weights: Weights, path: str, mesh: Mesh | None = None
 ) -> tuple[Diffusion, Weights]:
-  """The model with a ControlNet from a directory. UserError where it is none for this denoiser."""
-  network = Network.of(ControlNet, controlnet_config(model, path), model.denoiser.compute)
-  params = load_params('controlnet', path, mesh=mesh)[1]
-  model = model.with_conditioner('control', ControlNetConditioner(network))
-  return model, {**weights, CONTROLNET: params}
+  """Return the model with the ControlNet of a directory, as `read_controlnet`."""
+  model = model.with_conditioner('control', read_controlnet(model, path))
+  return model, {**weights, CONTROLNET: load_params(CONTROLNET, path, mesh=mesh)[1]}
 
 
 def add_worse(
   model: Diffusion, weights: Weights, path: str, mesh: Mesh | None = None
 ) -> tuple[Diffusion, Weights]:
-  """The model with the denoiser of a directory as the worse one of autoguidance.
+  """Return the model with the denoiser of a directory as the worse one of autoguidance.
 
   Smaller, or trained for less long (Karras et al. 2024). UserError where it does not take the same.
   """
@@ -81,20 +84,8 @@ def add_worse(
   return dataclasses.replace(model, worse=other.denoiser), {**weights, **params}
 
 
-def controlnet_config(model: Diffusion, path: str) -> ControlNetConfig:
-  """Of the ControlNet in a directory. UserError where it is none for the model's denoiser."""
-  config = read_network('controlnet', path).config
-  for name in ('block_out_channels', 'cross_attention_dim', 'layers_per_block'):
-    own, other = getattr(model.denoiser.config, name, None), getattr(config, name)
-    if own != other:
-      raise UserError(
-        f'the ControlNet {path} has {name} {other}, but the denoiser {own}; use one made for it.'
-      )
-  return config
-
-
-def add_words(model: Diffusion, weights: Weights, path: str) -> Weights:
-  """The weights with the rows of a learned word, whose token the model's tokenizers then know.
+def add_textual_inversion(model: Diffusion, weights: Weights, path: str) -> Weights:
+  """Return the weights with the rows of a learned word, whose token the tokenizers then know.
 
   Several words may be added one after another; they follow the vocabulary in that order. A text
   encoder for which nothing was learned goes on reading the word as it is spelt.
@@ -110,9 +101,11 @@ def add_words(model: Diffusion, weights: Weights, path: str) -> Weights:
 
 
 def _widths(model: Diffusion) -> dict[str, int]:
-  """Of the table of tokens of each text encoder, by role. UserError where there is none."""
+  """Return the width of each text encoder's table of tokens. UserError where there is none."""
   if model.text is None:
-    raise UserError('the model reads no words; leave --words out, or use a model that does.')
+    raise UserError(
+      'the model reads no words; leave --textual_inversion out, or use a model that does.'
+    )
   return {role: embedding_table(n)[1] for role, n in model.text.networks.items()}
 
 

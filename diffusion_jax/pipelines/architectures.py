@@ -12,7 +12,7 @@ from diffusion_jax.formats.clip import TEXT_ENCODERS
 from diffusion_jax.formats.networks import network_format
 from diffusion_jax.formats.unet import UNETS
 from diffusion_jax.pipelines.assembly import make_model
-from diffusion_jax.pipelines.encoders import ROLES, TextEncoders
+from diffusion_jax.pipelines.conditioners import ROLES, TextEncoders
 from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.pipelines.spaces import LatentSpace
 

@@ -1,9 +1,8 @@
-"""What a denoiser is conditioned on, one class for each kind.
+"""What a denoiser is conditioned on, one class for each kind; here those that read the prompt.
 
-A conditioner says what it adds to `types.Condition`, what its null is, in whose place training puts
-it now and then and which guidance compares with, and what it needs: fields of a batch in training,
-prompts and pictures in sampling. It holds networks, but no weights. Outside of this file a
-conditioner needs no more than a subclass of `Conditioner` and a row in `registry.CONDITIONERS`.
+A conditioner says what it adds to `types.Condition` and what it needs: fields of a batch in
+training, prompts and images in sampling. It holds networks, but no weights. One from elsewhere is a
+subclass of `Conditioner`, or `Guided`, and a row in `registry.CONDITIONERS`.
 """
 
 from __future__ import annotations
@@ -19,34 +18,35 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.files import check_folder
+from diffusion_jax.formats.networks import Part, read_part, resolve
 from diffusion_jax.models.network import Network
-from diffusion_jax.pixels import edges, to_float
+from diffusion_jax.models.text.tokenizer import Cut, Tokenize, add_placeholder, load_tokenizer
 from diffusion_jax.types import Condition, Weights
 
 if TYPE_CHECKING:
-  from diffusion_jax.diffusion.noise import Schedule
-  from diffusion_jax.formats.networks import Part
+  from transformers import PreTrainedTokenizerBase
+
   from diffusion_jax.pipelines.spaces import Space
 
 Arrays = dict[str, jax.Array]
 Spec = tuple[tuple[int, ...], type]
-"""Shape without the leading [n], and type, of a picture."""
+"""Shape without the leading [n], and type, of an image."""
 
-CONTROLNET = 'controlnet'
-TOP_LEVEL = 350
-"""The largest noise level that the x4 upscaler was trained with."""
-WHOLE = 0.25
-"""Fraction of masks that cover everything, as Stable Diffusion's inpainting was trained."""
+ROLES = ('text_encoder', 'text_encoder_2')
+TEXT_KINDS = ('clip_text_projection', 'clip_text', 'clip')
+EXTRA = 'extra.embedding'
+"""The parameter of a text encoder that holds rows after its vocabulary (textual inversion)."""
 
 
 class Request(NamedTuple):
-  """What is sampled: prompts, the one negative prompt, `conditions.Inputs`, and the size."""
+  """What is sampled: prompts, one negative prompt, `image_conditioners.Inputs`, and the size."""
 
   prompts: Sequence[str]
-  negative: str
-  inputs: Any
-  height: int
-  width: int
+  negative: str = ''
+  inputs: Any = None
+  height: int = 1
+  width: int = 1
 
 
 class Context(NamedTuple):
@@ -61,23 +61,25 @@ class Conditioner(abc.ABC):
   """One thing that a denoiser is conditioned on. Rows are arrays [n ...] by name."""
 
   fields: ClassVar[tuple[str, ...]] = ()
-  """Fields of a batch that `of_batch` reads."""
+  """Fields of a batch that `of_batch` reads; () for what no data set has."""
+  kept: ClassVar[tuple[str, ...]] = ()
+  """Fields of its condition that a cache keeps; () where they do not follow from a prompt alone."""
   paths: ClassVar[tuple[str, ...]] = ()
   """Those of its options that are directories, or 'asset:NAME'."""
-  guided: ClassVar[bool] = False
-  """Whether it has a null, so that guidance and the dropout of training apply."""
-  shows: ClassVar[str] = ''
-  """A sentence on previews of a model that is trained to take it."""
+  about: ClassVar[str] = ''
+  """A sentence on previews with what `examples` makes."""
   random: ClassVar[bool] = False
   """Whether `of_batch` needs its key."""
-  networks: ClassVar[Mapping[str, Network]] = MappingProxyType({})
-  """By the role of their weights."""
+  channels: ClassVar[int] = 0
+  """Channels that it adds to the denoiser's input."""
+  networks: Mapping[str, Network] = MappingProxyType({})
+  """By the role of their weights; a field of those that have any."""
 
   @classmethod
   def build(
     cls, options: Mapping[str, Any], context: Context
   ) -> tuple[Conditioner, dict[str, Part]]:
-    """Make the conditioner of a section of a config; its frozen parts, by role."""
+    """Return the conditioner of a section of a config, and its frozen parts by role."""
     del context
     try:
       return cls(**options), {}
@@ -85,98 +87,100 @@ class Conditioner(abc.ABC):
       raise UserError(f'{cls.__name__} cannot be made of its section: {error}.') from error
 
   def options(self) -> dict[str, Any]:
-    """What `build` needs beside the section of the config, where there is no data set."""
+    """Return what `build` needs, with the section of the config, where there is no data set."""
     return {}
 
+  def check(self, denoiser: Any) -> None:
+    """Raise UserError where the denoiser with this config is not made for it."""
+    del denoiser
+
   def prompt(self, record: Mapping[str, Any]) -> str | None:
-    """The prompt for which a model should sample a record; None where it says nothing."""
+    """Return the prompt for which a model should sample a record; None where there is none."""
     del record
     return None
 
   def replaced(self, networks: Mapping[str, Network]) -> Conditioner:
-    """The same with other networks, by role."""
-    del networks
-    return self
+    """Return the same with other networks, by role."""
+    own = {role: networks.get(role, network) for role, network in self.networks.items()}
+    return dataclasses.replace(self, networks=own) if own else self
 
-  def channels(self, space: Space) -> int:
-    """Channels that it adds to the denoiser's input."""
-    del space
-    return 0
-
-  def pictures(self, space: Space, height: int, width: int) -> dict[str, Spec]:
-    """The fields of `Inputs` that it must be given to sample images of height x width pixels."""
-    del space, height, width
+  def inputs(self, height: int, width: int) -> dict[str, Spec]:
+    """Return the fields of `Inputs` that it must be given for images of height x width pixels."""
+    del height, width
     return {}
 
   def examples(self, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Fields of `Inputs` for previews, made of images uint8 [n h w 3] of the data."""
+    """Return fields of `Inputs` for previews, made of images uint8 [n h w 3] of the data."""
     del images
     return {}
 
   def rows(self, request: Request) -> dict[str, np.ndarray]:
-    """Host arrays [n ...] that `encode` and `pair` take, beside the pictures."""
+    """Return host arrays [n ...] that `encode` and `pair` take, with those of `Inputs`."""
     del request
     return {}
 
   @abc.abstractmethod
   def encode(self, weights: Weights, rows: Mapping[str, jax.Array]) -> Arrays:
-    """Rows -> fields of `Condition`, [n ...]; pure."""
+    """Return the fields of `Condition`, [n ...], of rows; pure."""
 
-  def null(self, weights: Weights) -> Arrays:
-    """The same fields of nothing, without [n]; of those that are `guided`."""
-    raise NotImplementedError
+  def of_prompts(self, weights: Weights, prompts: Sequence[str]) -> Arrays:
+    """Return the condition [n ...] of prompts alone, for a cache of what is `kept`."""
+    return self.encode(weights, self.rows(Request(prompts)))
 
   def pair(
     self, weights: Weights, rows: Mapping[str, jax.Array], clip_skip: int = 0
   ) -> tuple[Arrays, Arrays]:
-    """(what is wanted, what guidance leads away from); pure."""
+    """Return (the condition, the one that guidance leads away from); pure."""
     del clip_skip
-    told = self.encode(weights, rows)
-    if not self.guided:
-      return told, told
-    null = self.null(weights)
-    return told, {k: jnp.broadcast_to(null[k].astype(v.dtype), v.shape) for k, v in told.items()}
+    condition = self.encode(weights, rows)
+    return condition, condition
 
   def of_batch(
     self, weights: Weights, batch: Mapping[str, jax.Array], key: jax.Array | None = None
   ) -> Arrays:
-    """What training is told of a batch; pure."""
+    """Return the condition of a batch in training; pure."""
     del key
     return self.encode(weights, batch)
 
   def same(self, rows: Mapping[str, np.ndarray]) -> bool:
-    """Whether what is wanted and what is not are alike, so that guidance changes nothing."""
+    """Return whether both of `pair` are alike, so that guidance changes nothing."""
     del rows
-    return not self.guided
-
-  def cached(self) -> tuple[str, ...]:
-    """The columns of a cache that hold what it needs. UserError where there are none."""
-    raise UserError('settings.cache keeps latents, texts and classes alone; switch it off.')
-
-  def of_record(self, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The columns of `cached`, for one record of a source."""
-    raise NotImplementedError
-
-  def of_cache(self, batch: Mapping[str, jax.Array]) -> Arrays:
-    """What training is told of a batch of those columns; pure."""
-    return {name: batch[name] for name in self.cached()}
-
-  def drop(self, told: Arrays, null: Arrays, key: jax.Array, fraction: float) -> Arrays:
-    """Put the null [...] in the place of a random fraction of the examples [b ...]; pure."""
-    drop = jax.random.bernoulli(key, fraction, (len(next(iter(told.values()))),))
-    replace = lambda x, none: jnp.where(drop.reshape(-1, *[1] * (x.ndim - 1)), none, x)
-    return {name: replace(value, null[name]) for name, value in told.items()}
+    return True
 
   def at_step(
     self, weights: Weights, x: jax.Array, t: jax.Array, condition: Condition
   ) -> dict[str, Any]:
-    """Further arguments of the denoiser, by name, which depend on x and t; pure."""
+    """Return further arguments of the denoiser, by name, which depend on x and t; pure."""
     del weights, x, t, condition
     return {}
 
 
+class Guided(Conditioner):
+  """A conditioner with a null, which guidance leads away from and training puts in now and then."""
+
+  @abc.abstractmethod
+  def null(self, weights: Weights) -> Arrays:
+    """Return the condition of nothing, without [n]."""
+
+  def pair(self, weights, rows, clip_skip=0):
+    condition, null = self.encode(weights, rows), self.null(weights)
+    spread = lambda value, name: jnp.broadcast_to(null[name].astype(value.dtype), value.shape)
+    return condition, {name: spread(value, name) for name, value in condition.items()}
+
+  def same(self, rows):
+    return False
+
+
+def part_of(options: Mapping[str, Any], name: str, kinds: Sequence[str]) -> Part:
+  """Return the network that `path` names, the only option of a conditioner called `name`."""
+  if set(options) != {'path'}:
+    raise UserError(f'settings.conditioners.{name} takes path alone, the directory of its network.')
+  check_folder(resolve(options['path']))  # It is copied with what is trained, at the end.
+  return read_part(options['path']).expect(kinds)
+
+
 @dataclasses.dataclass(frozen=True)
-class ClassLabel(Conditioner):
+class ClassLabel(Guided):
   """A class by its name or number, as the prompt says it; the empty prompt is no class.
 
   Adds 'labels' [b], int32. `classes` are their names in order; the null is the number after the
@@ -185,7 +189,7 @@ class ClassLabel(Conditioner):
 
   classes: tuple[str, ...]
   fields: ClassVar = ('label',)
-  guided: ClassVar = True
+  kept: ClassVar = ('labels',)
 
   @classmethod
   def build(cls, options, context):
@@ -202,11 +206,18 @@ class ClassLabel(Conditioner):
   def options(self):
     return {'classes': list(self.classes)}
 
+  def check(self, denoiser):
+    rows, count = getattr(denoiser, 'num_embeds_ada_norm', None), len(self.classes)
+    if rows not in (None, count):
+      raise UserError(
+        f'denoiser.num_embeds_ada_norm is {rows}, but there are {count} classes; set it to that.'
+      )
+
   def prompt(self, record):
     return record.get('label', '')
 
   def number(self, prompt: str) -> int:
-    """Of the class that a prompt names; UserError where it is none."""
+    """Return the number of the class that a prompt names; UserError where it is none."""
     prompt = prompt.strip()
     if not prompt:
       return len(self.classes)
@@ -224,20 +235,9 @@ class ClassLabel(Conditioner):
     return {'label': labels, 'negative_label': np.full_like(labels, self.number(request.negative))}
 
   def encode(self, weights, rows):
-    del weights
     return {'labels': rows['label']}
 
-  def cached(self):
-    return self.fields
-
-  def of_record(self, record):
-    return {'label': np.int32(self.number(record.get('label', '')))}
-
-  def of_cache(self, batch):
-    return {'labels': batch['label']}
-
   def null(self, weights):
-    del weights
     return {'labels': jnp.asarray(len(self.classes), jnp.int32)}
 
   def pair(self, weights, rows, clip_skip=0):
@@ -259,220 +259,153 @@ class Sizes(Conditioner):
 
   @staticmethod
   def whole(count: int, height: int, width: int) -> np.ndarray:
-    """Of images that nothing is cut off from, float32 [count 6]."""
+    """Return the sizes of images that nothing is cut off from, float32 [count 6]."""
     return np.tile(np.asarray([height, width, 0, 0, height, width], np.float32), (count, 1))
 
   def encode(self, weights, rows):
-    del weights
     return {'sizes': rows['sizes']}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ControlNet(Conditioner):
-  """A picture that a ControlNet follows (Zhang et al. 2023): it adds to the denoiser's skips."""
+class TextEncoders(Guided):
+  """Prompts, by one text tower of CLIP or several, whose hidden states are joined by width.
 
-  network: Network
-  fields: ClassVar = ('control',)
-  shows: ClassVar = (
-    'Drawn for these captions and the edges of test images, from the same noise each time.'
-  )
+  Adds 'text' [b l d] and, where used, 'pooled' [b p]; the null is that of the empty prompt.
 
-  def options(self) -> dict[str, Any]:
-    """What `build` needs beside the section of the config, where there is no data set."""
-    return {}
+  Attributes:
+    networks: by the role of their weights.
+    tokenizers: one for each of them, in the same order.
+    skip: layers left out at the end; 0 is the last hidden state, 1 the one before (SDXL).
+    normalize: whether the final norm is applied to the hidden states (not in SDXL).
+    pooled: whether the pooled text of the last encoder is added.
+    zero_null: whether the empty text is all zeros, as SDXL was trained.
+    cut: counts the texts that were too long for the first of the tokenizers.
+  """
 
-  def prompt(self, record: Mapping[str, Any]) -> str | None:
-    """The prompt for which a model should sample a record; None where it says nothing."""
-    del record
-    return None
-
-  def replaced(self, networks):
-    return dataclasses.replace(self, network=networks.get(CONTROLNET, self.network))
-
-  @property
-  def networks(self) -> dict[str, Network]:
-    return {CONTROLNET: self.network}
-
-  def pictures(self, space, height, width):
-    return {'control': ((height, width, 3), np.uint8)}
-
-  def examples(self, images):
-    return {'control': np.stack([edges(image) for image in images])}
-
-  def rows(self, request):
-    n, inputs = len(request.prompts), request.inputs
-    return {'strength': np.full(n, inputs.control_strength, np.float32)}
-
-  def encode(self, weights, rows):
-    """'control' uint8 [b H W 3] and 'strength' [b] -> the same, in [0, 1]."""
-    del weights
-    return {'control': rows['control'] / jnp.float32(255), 'strength': rows['strength']}
-
-  def of_batch(self, weights, batch, key=None):
-    strength = jnp.ones(len(batch['control']), jnp.float32)
-    return self.encode(weights, {**batch, 'strength': strength})
-
-  def at_step(self, weights, x, t, condition):
-    network = self.network.bind(weights[CONTROLNET])
-    return {'residuals': network(x, t, condition)}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Concatenated(Conditioner):
-  """Channels beside z in the denoiser's input; guidance keeps them on both sides."""
-
-  space: Space
+  networks: Mapping[str, Network] = dataclasses.field()  # The base's is no default.
+  tokenizers: tuple[PreTrainedTokenizerBase, ...]
+  skip: int = 0
+  normalize: bool = True
+  pooled: bool = False
+  zero_null: bool = False
+  cut: Cut = dataclasses.field(default_factory=Cut)
+  fields: ClassVar = ('tokens',)
+  paths: ClassVar = ('path',)
 
   @classmethod
   def build(cls, options, context):
-    return super().build({'space': context.space, **options}, context)
+    """`path`: of a CLIP with its tokenizer, or 'asset:NAME'."""
+    part = part_of(options, 'text', TEXT_KINDS)
+    tokenizer = load_tokenizer(resolve(options['path']))
+    return cls({ROLES[0]: part.network(dtype=context.dtype)}, (tokenizer,)), {ROLES[0]: part}
 
+  def check(self, denoiser):
+    wanted = getattr(denoiser, 'cross_attention_dim', None)
+    if wanted and wanted != self.width:
+      raise UserError(
+        f'unet.cross_attention_dim is {wanted}, but the text encoder gives texts of width '
+        f'{self.width}; set it to {self.width}.'
+      )
 
-class Inpainting(Concatenated):
-  """A mask and the masked picture, encoded (Rombach et al. 2022, sec. 4.5): 1 + c channels."""
+  def prompt(self, record):
+    return record['captions'][0]
 
-  fields: ClassVar = ('image',)
-  random: ClassVar = True
-  shows: ClassVar = (
-    'Test images whose middle is drawn for these captions, from the same noise each time.'
-  )
+  @property
+  def kept(self) -> tuple[str, ...]:
+    return ('text', 'pooled') if self.pooled else ('text',)
 
-  def channels(self, space):
-    return 1 + space.channels
+  @property
+  def length(self) -> int:
+    """Tokens of a prompt, both frame tokens included."""
+    return min(_text_config(n.config).max_position_embeddings for n in self.networks.values())
 
-  def pictures(self, space, height, width):
-    return {'images': ((height, width, 3), np.uint8), 'masks': ((height, width), np.bool_)}
+  @property
+  def width(self) -> int:
+    """d of the joined hidden states [b l d]."""
+    return sum(_text_config(n.config).hidden_size for n in self.networks.values())
 
-  def examples(self, images):
-    """With the middle to be painted."""
-    masks = np.zeros(images.shape[:3], bool)
-    top, left = (edge // 4 for edge in images.shape[1:3])
-    masks[:, top:-top, left:-left] = True
-    return {'images': images, 'masks': masks}
+  def tokens(self, prompts: Sequence[str], on_long: str = 'truncate') -> np.ndarray:
+    """Prompts -> int32 [n e l], e encoders. With 'error' a prompt that does not fit is refused."""
+    counted = (self.cut, *(Cut(lambda _: None) for _ in self.tokenizers[1:]))
+    columns = [
+      Tokenize(tokenizer, self.length, on_long, cut).batch(list(prompts))
+      for tokenizer, cut in zip(self.tokenizers, counted, strict=True)
+    ]
+    return np.stack(columns, axis=1)
 
-  def encode(self, weights, rows):
-    return {'image': self.image(weights, to_float(rows['images']), rows['masks'])}
+  def tokenize(self, prompt: str) -> np.ndarray:
+    """One prompt -> int32 [e l]."""
+    return self.tokens([prompt])[0]
 
-  def image(self, weights: Weights, images: jax.Array, masks: jax.Array) -> jax.Array:
-    """Images [b H W 3] in [-1, 1] and masks [b H W], true where to paint -> [b h w 1 + c]."""
-    z = self.space.encode(weights, jnp.where(masks[..., None], 0.0, images))
-    rows, columns = (masks.shape[i] // z.shape[i] for i in (1, 2))
-    masks = masks[:, ::rows, ::columns, None].astype(jnp.float32)
-    return jnp.concatenate([masks, z], axis=-1)
+  def add_word(self, token: str, counts: Mapping[str, int], after: Mapping[str, int]) -> None:
+    """Teach tokenizers a word of `counts` rows by role, after the vocabulary and `after` rows.
 
-  def of_batch(self, weights, batch, key=None):
-    """With random masks."""
-    masks = random_masks(key, batch['image'].shape[:3])
-    return {'image': self.image(weights, batch['image'], masks)}
-
-
-class Editing(Concatenated):
-  """The picture to edit, encoded but not scaled (InstructPix2Pix, Brooks et al. 2023)."""
-
-  def channels(self, space):
-    return space.channels
-
-  def pictures(self, space, height, width):
-    return {'images': ((height, width, 3), np.uint8)}
-
-  def encode(self, weights, rows):
-    return {'image': self.space.raw(weights, to_float(rows['images']))}
-
-
-class Depth(Concatenated):
-  """A depth map at the size of z, near is 1, in one channel."""
-
-  def channels(self, space):
-    return 1
-
-  def pictures(self, space, height, width):
-    return {'depth': (space.shape(height, width)[:2], np.float32)}
-
-  def encode(self, weights, rows):
-    del weights
-    return {'image': rows['depth'][..., None]}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LowResolution(Concatenated):
-  """A small picture to enlarge, with noise of a level that the denoiser is told as its label.
-
-  Three channels at the size of z (Rombach et al. 2022, sec. 4.5). `schedule` has the noise levels.
-  """
-
-  schedule: Schedule | None = None
-
-  def channels(self, space):
-    return 3
-
-  def pictures(self, space, height, width):
-    return {'small': ((*space.shape(height, width)[:2], 3), np.uint8)}
+    UserError for a word that a tokenizer has, or one that does not fit its encoder.
+    """
+    for (role, network), tokenizer in zip(self.networks.items(), self.tokenizers, strict=True):
+      if role not in counts:
+        continue
+      known = embedding_table(network)[2] + after.get(role, 0)
+      first = add_placeholder(tokenizer, token, counts[role])[0]
+      if first != known:
+        raise UserError(
+          f'the tokenizer gives {token} the id {first}, but the text encoder has {known} rows; use '
+          'the tokenizer that came with it.'
+        )
 
   def rows(self, request):
-    inputs = request.inputs
-    if not 0 <= inputs.noise_level <= TOP_LEVEL:
-      raise UserError(f'noise_level is {inputs.noise_level}; give one from 0 to {TOP_LEVEL}.')
-    return {'level': np.full(len(request.prompts), inputs.noise_level, np.int32)}
+    tokens = self.tokens(request.prompts)
+    negative = self.tokens([request.negative])
+    return {'tokens': tokens, 'negative': np.broadcast_to(negative, tokens.shape)}
 
-  def encode(self, weights, rows):
-    """'small' uint8 [b h w 3], 'level' [b], and 'small_noise' [b h w 3] or 'keys' to make it of."""
-    del weights
-    noise = rows['small_noise'] if 'small_noise' in rows else self._noise(rows)
-    alpha, sigma = (part[:, None, None, None] for part in self.schedule(rows['level']))
-    image = (alpha * to_float(rows['small']) + sigma * noise).astype(jnp.float32)
-    return {'image': image, 'labels': rows['level']}
+  def encode(self, weights, rows, clip_skip: int = 0):
+    """'tokens' [b e l] -> float32 'text' [b l d] and, where used, 'pooled' [b p].
 
-  @staticmethod
-  def _noise(rows) -> jax.Array:
-    one = lambda key: jax.random.normal(
-      jax.random.fold_in(jax.random.wrap_key_data(key), 2**31 - 1), rows['small'].shape[1:]
-    )
-    return jax.vmap(one)(rows['keys'])
+    `clip_skip` leaves out more layers than `skip`; UserError where an encoder has not that many.
+    """
+    parts, pooled, tokens = [], None, rows['tokens']
+    for i, (role, network) in enumerate(self.networks.items()):
+      params = dict(weights[role])
+      extra = params.pop(EXTRA, None)
+      hidden, pooled = network.bind(params).encode_text(
+        tokens[:, i], skip=self.skip + clip_skip, normalize=self.normalize, extra_embeddings=extra
+      )
+      parts.append(hidden)
+    out = {'text': jnp.concatenate(parts, axis=-1).astype(jnp.float32)}
+    if self.pooled:
+      out['pooled'] = pooled.astype(jnp.float32)
+    if not self.zero_null:
+      return out
+    empty = tokens[:, 0, 1] == self.tokenizers[0].eos_token_id  # Nothing between the frame tokens.
+    return jax.tree.map(lambda x: jnp.where(empty.reshape(-1, *[1] * (x.ndim - 1)), 0, x), out)
 
+  def null(self, weights):
+    # The tokens as an argument: as a constant XLA would compute with them in another order.
+    out = jax.jit(self.encode)(weights, {'tokens': self.tokens([''])})
+    return {name: value[0] for name, value in out.items()}
 
-CONCATENATED = {
-  'depth': Depth, 'inpaint': Inpainting, 'edit': Editing, 'upscale': LowResolution,
-}
-"""By the names of config and messages."""
+  def pair(self, weights, rows, clip_skip=0):
+    """As in diffusers, clip_skip is of the condition alone."""
+    tokens, negative = rows['tokens'], rows['negative']
+    if clip_skip:
+      return (
+        self.encode(weights, rows, clip_skip), self.encode(weights, {'tokens': negative})
+      )
+    both = self.encode(weights, {'tokens': jnp.concatenate([tokens, negative])})
+    n = len(tokens)
+    return tuple(jax.tree.map(lambda a, s=s: a[s : s + n], both) for s in (0, n))
 
-
-def concatenated(space: Space, channels: int, **options: Any) -> dict[str, Conditioner]:
-  """The conditioner, by its name, for so many input channels beside those of z.
-
-  UserError for a number that none has; `options` are those of an upscaler.
-  """
-  if channels == 0:
-    return {}
-  made = {
-    name: kind(space, **(options if kind is LowResolution else {}))
-    for name, kind in CONCATENATED.items()
-  }
-  known = {one.channels(space): name for name, one in made.items()}
-  if channels not in known:
-    numbers = ', '.join(f'{n} ({name})' for n, name in {0: 'none', **known}.items())
-    raise UserError(
-      f'the denoiser takes {channels} channels beside {space.channels} of latents; known are '
-      f'{numbers}.'
-    )
-  return {known[channels]: made[known[channels]]}
+  def same(self, rows):
+    return bool((rows['tokens'] == rows['negative']).all())
 
 
-def random_masks(key: jax.Array, shape: tuple[int, int, int], count: int = 4) -> jax.Array:
-  """Unions of up to `count` random rectangles, bool [b h w], true where to paint; pure.
+def embedding_table(network: Network) -> tuple[str, int, int]:
+  """Return (parameter, width, rows) of a text tower's table of tokens."""
+  name = next(n for n in network.shapes if n.endswith('token_embedding.embedding'))
+  rows, width = network.shapes[name].shape
+  return name, width, rows
 
-  A rectangle has edges of 1/8 to 5/8 of the picture's; WHOLE of the masks are true everywhere.
-  """
-  b, h, w = shape
-  keys = jax.random.split(key, 4)
-  size = jax.random.uniform(keys[0], (2, b, count), minval=1 / 8, maxval=5 / 8)
-  start = jax.random.uniform(keys[1], (2, b, count)) * (1 - size)
-  used = jnp.arange(count) < jax.random.randint(keys[2], (b, 1), 1, count + 1)
 
-  def inside(axis: int, edge: int) -> jax.Array:
-    place = (jnp.arange(edge) + 0.5) / edge
-    low, high = start[axis][..., None], (start + size)[axis][..., None]
-    return (place >= low) & (place < high)
-
-  rectangles = inside(0, h)[..., :, None] & inside(1, w)[..., None, :]
-  some = (rectangles & used[..., None, None]).any(axis=1)
-  return some | jax.random.bernoulli(keys[3], WHOLE, (b, 1, 1))
+def _text_config(config: Any) -> Any:
+  """The text tower's config, of a whole CLIP or of the tower alone."""
+  return getattr(config, 'text_config', config)

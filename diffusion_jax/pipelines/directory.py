@@ -30,15 +30,12 @@ from diffusion_jax.formats.tensors import write_json
 from diffusion_jax.models.text.tokenizer import load_tokenizer
 from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.pipelines.assembly import assemble, make_model
-from diffusion_jax.pipelines.conditioners import ControlNet
-from diffusion_jax.pipelines.encoders import (
+from diffusion_jax.pipelines.conditioners import ROLES, TEXT_KINDS, TextEncoders
+from diffusion_jax.pipelines.image_conditioners import (
+  CONTROLNET,
   IMAGE_ENCODER,
-  MEAN,
-  ROLES,
-  STD,
-  TEXT_KINDS,
+  ControlNet,
   ImageEncoder,
-  TextEncoders,
 )
 from diffusion_jax.pipelines.model import DENOISER, Diffusion
 from diffusion_jax.pipelines.sampling import PLACES, SampleConfig
@@ -66,8 +63,8 @@ def read_model(path: str, dtype=jnp.float32) -> tuple[Diffusion, dict[str, Part]
     return *_assembled(pipeline, resolve(path), scheduler, dtype), sample
   parts = _networks(pipeline, path)
   conditioners = {'text': _prompts(pipeline, parts, path, dtype)}
-  if 'controlnet' in parts:
-    conditioners['control'] = ControlNet(parts['controlnet'].network(dtype=dtype))
+  if CONTROLNET in parts:
+    conditioners['control'] = ControlNet({CONTROLNET: parts[CONTROLNET].network(dtype=dtype)})
   low = 'low_res_scheduler'
   model = make_model(
     parts[DENOISER].network(dtype=dtype),
@@ -113,15 +110,16 @@ def _assembled(
   with reading(where, 'describes no model', 'export it again'):
     section = dict(index['space'])
     kind = load(SPACES, section.pop('type'), f'{where}: space')
-    space = typed(kind.Config, placed(section, kind), 'space.')
+    space = typed(getattr(kind, 'Config', kind), placed(section, kind), 'space.')
     conditioners = {
       name: placed(options, load(CONDITIONERS, name, f'{where}: conditioners'))
       for name, options in index['conditioners'].items()
     }
+    size = tuple(map(int, index.get('size') or ()))
   denoiser = pipeline.parts['unet'].expect(tuple(NETWORKS))
   model, parts = assemble(
     denoiser.config, space, conditioners, scheduler.schedule,
-    Parameterization(scheduler.prediction, scheduler.data_std), dtype=dtype,
+    Parameterization(scheduler.prediction, scheduler.data_std), size=size or None, dtype=dtype,
   )
   return model, {DENOISER: denoiser, **parts}
 
@@ -134,9 +132,7 @@ def _prompts(
   if not roles and IMAGE_ENCODER in parts:
     extractor = pipeline.parts.get('feature_extractor', Part())
     pixels = pixel_statistics(*extractor.json('preprocessor_config.json'))
-    return ImageEncoder(
-      parts[IMAGE_ENCODER].network(dtype=dtype), pixels.get('mean', MEAN), pixels.get('std', STD)
-    )
+    return ImageEncoder({IMAGE_ENCODER: parts[IMAGE_ENCODER].network(dtype=dtype)}, **pixels)
   if not roles:
     raise UserError(f'{path} has no text encoder; give a text-to-image model.')
   names = [role.replace('text_encoder', 'tokenizer') for role in roles]
@@ -219,6 +215,7 @@ def save_model(
     **export_scheduler(directory, scheduler_of(model, sample)),
   }
   texts = list(conditioners) == ['text'] and type(model.denoiser.config) is UNetConfig
+  texts = texts and model.denoiser.config.sample_size is not None
   if texts and type(space) is LatentConfig and model.noise.table is not None:
     folder = FOLDERS[DENOISER]
     index |= {'_class_name': TEXT_TO_IMAGE, 'latent_patch_size': space.patch} | {
@@ -242,7 +239,7 @@ def _described(
     return {**options, **folders}
 
   return {
-    'space': {'type': model.space.name} | kept(untyped(space), model.space, 'space'),
+    'size': model.size, 'space': {'type': model.space.name} | kept(untyped(space), model.space, 'space'),
     'conditioners': {
       name: kept({**options, **model.conditioners[name].options()}, model.conditioners[name], name)
       for name, options in conditioners.items()

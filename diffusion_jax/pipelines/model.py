@@ -7,8 +7,7 @@ compiled for each shape and kept.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,9 +29,14 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.limits import check_seed
 from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import in_batches, put_params, whole_batch
-from diffusion_jax.pipelines.conditioners import CONTROLNET, Conditioner, Request
-from diffusion_jax.pipelines.conditions import Inputs, check_edited
-from diffusion_jax.pipelines.encoders import TextEncoders
+from diffusion_jax.pipelines.conditioners import (
+  Arrays,
+  Conditioner,
+  Request,
+  Spec,
+  TextEncoders,
+)
+from diffusion_jax.pipelines.image_conditioners import CONTROLNET, Editing, Inputs
 from diffusion_jax.pipelines.sampling import Numbers, Program, SampleConfig
 from diffusion_jax.pipelines.spaces import Space
 from diffusion_jax.pixels import to_float, to_uint8
@@ -47,6 +51,7 @@ class Diffusion:
   """A generative model without its weights; `conditioners` are by name, in a fixed order.
 
   worse: another denoiser of the same x, t and condition, which autoguidance leads away from.
+  size: (height, width) in pixels of the training images, for a denoiser whose config tells none.
   """
 
   space: Space
@@ -55,6 +60,7 @@ class Diffusion:
   noise: NoiseSchedule
   parameterization: Parameterization
   worse: Network | None = None
+  size: tuple[int, int] | None = None
 
   @property
   def networks(self) -> dict[str, Network]:
@@ -72,14 +78,21 @@ class Diffusion:
 
   @property
   def trained_size(self) -> tuple[int, int]:
-    """(height, width) in pixels that the denoiser's config tells of its training, or the least."""
-    size = getattr(self.denoiser.config, 'sample_size', None) or 1
+    """(height, width) in pixels of the images of its training, the least where none is known."""
+    size = getattr(self.denoiser.config, 'sample_size', None)
+    if size is None:
+      return self.size or (self.space.factor, self.space.factor)
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
     return height * self.space.factor, width * self.space.factor
 
-  def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-    """(height, width), those that are not given as the denoiser was trained."""
+  def size_of(self, height: int | None, width: int | None) -> tuple[int, int]:
+    """Return (height, width), those that are not given as in training."""
     return height or self.trained_size[0], width or self.trained_size[1]
+
+  def inputs(self, height: int, width: int) -> dict[str, Spec]:
+    """Return the fields of `Inputs` that it must be given for images of height x width pixels."""
+    parts = [conditioner.inputs(height, width) for conditioner in self.conditioners.values()]
+    return {name: spec for part in parts for name, spec in part.items()}
 
   @property
   def learned_variance(self) -> bool:
@@ -87,56 +100,42 @@ class Diffusion:
     return output_channels(self.denoiser.config) == 2 * self.space.channels
 
   def replaced(self, networks: Mapping[str, Network]) -> 'Diffusion':
-    """The same model with other networks for the denoiser or the conditioners, by role."""
+    """Return the same model with other networks for the denoiser or the conditioners, by role."""
     conditioners = {name: c.replaced(networks) for name, c in self.conditioners.items()}
     denoiser = networks.get(DENOISER, self.denoiser)
     return dataclasses.replace(self, denoiser=denoiser, conditioners=conditioners)
 
   def with_conditioner(self, name: str, conditioner: Conditioner) -> 'Diffusion':
-    """The same model with one conditioner more, or another one of that name."""
+    """Return the same model with one conditioner more, or another one of that name."""
     return dataclasses.replace(self, conditioners={**self.conditioners, name: conditioner})
 
-  def _each(self, change: Callable[[Network], Network], roles: Sequence[str]) -> 'Diffusion':
-    return self.replaced({r: change(n) for r, n in self.networks.items() if r in roles})
+  def with_compute(self, **changes: str) -> 'Diffusion':
+    """Return the same model whose networks compute otherwise, see `models.network.Compute`.
 
-  def with_remat(self, remat: str) -> 'Diffusion':
-    """The same model for training: of its networks, the backward pass keeps less.
-
-    Those of the space are left out, because no gradient passes through them.
+    attention and matmul_precision are of the denoiser and a ControlNet: the one head of an
+    autoencoder is too wide for kernels. remat is of all but the space's networks, because no
+    gradient passes through them.
     """
-    if remat == 'none':
-      return self
-    roles = self.networks.keys() - self.space.networks.keys()
-    return self._each(lambda network: network.with_compute(remat=remat), roles)
+    def changed(role: str, network: Network) -> Network:
+      main, frozen = role in (DENOISER, CONTROLNET), role in self.space.networks
+      wanted = lambda name: not frozen if name == 'remat' else main
+      return network.with_compute(**{name: how for name, how in changes.items() if wanted(name)})
 
-  def with_attention(self, attention: str) -> 'Diffusion':
-    """The same model, whose denoiser and ControlNet compute attention in that way.
-
-    Others choose for themselves: the one head of an autoencoder is too wide for kernels.
-    """
-    change = lambda network: network.with_compute(attention=attention)
-    return self._each(change, (DENOISER, CONTROLNET))
-
-  def with_matmul_precision(self, precision: str) -> 'Diffusion':
-    """The same model for training, whose denoiser and ControlNet multiply in that way."""
-    if precision == 'plain':
-      return self
-    change = lambda network: network.with_compute(matmul_precision=precision)
-    return self._each(change, (DENOISER, CONTROLNET))
+    return self.replaced({role: changed(role, n) for role, n in self.networks.items()})
 
   def on_mesh(self, weights: Weights, mesh: Mesh) -> Weights:
-    """Host arrays onto their shards."""
+    """Put host arrays onto their shards."""
     return {role: put_params(params, mesh) for role, params in weights.items()}
 
   def check_prompts(self, prompts: Sequence[str]) -> None:
-    """UserError for a prompt that does not fit the model."""
+    """Raise UserError for a prompt that does not fit the model."""
     if self.text is not None:
       self.text.tokens(prompts, on_long='error')
     else:
       self.rows(prompts)
 
   def prompt(self, record: Mapping[str, Any]) -> str:
-    """The prompt for which the model should sample a record of a source, '' for none."""
+    """Return the prompt for which the model should sample a record of a source, '' for none."""
     found = (conditioner.prompt(record) for conditioner in self.conditioners.values())
     return next((prompt for prompt in found if prompt is not None), '')
 
@@ -144,11 +143,11 @@ class Diffusion:
     self, prompts: Sequence[str], negative: str = '', inputs: Inputs | None = None,
     height: int | None = None, width: int | None = None,
   ) -> dict[str, np.ndarray]:
-    """Host arrays [n ...] of everything that the model is conditioned on, pictures included.
+    """Return host arrays [n ...] of everything that the model is conditioned on, with images.
 
     UserError for what does not fit the model.
     """
-    height, width = self.size(height, width)
+    height, width = self.size_of(height, width)
     inputs = inputs or Inputs()
     request = Request(prompts, negative, inputs, height, width)
     out = inputs.rows(self, len(prompts), height, width)
@@ -157,11 +156,11 @@ class Diffusion:
     return out
 
   def condition(self, weights: Weights, rows: Mapping[str, jax.Array]) -> Condition:
-    """Rows of prompts and pictures -> what the denoiser is conditioned on; pure."""
+    """Return the condition of rows of prompts and images; pure."""
     return joined(c.encode(weights, rows) for c in self.conditioners.values())
 
   def network(self, weights: Weights) -> Callable[[Latents, jax.Array, Condition], Latents]:
-    """(x [b ...], t [b], condition) -> the denoiser's output, given all that it takes."""
+    """Return (x [b ...], t [b], condition) -> the denoiser's output, given all that it takes."""
     denoiser = self.denoiser.bind(weights[DENOISER])
 
     def predict(x: Latents, t: jax.Array, condition: Condition) -> Latents:
@@ -175,7 +174,7 @@ class Diffusion:
   def denoise(
     self, weights: Weights, variance: bool = False, label: Label | None = None
   ) -> TextDenoiser:
-    """D(x, alpha, sigma, condition) -> estimate of the clean z, without guidance."""
+    """Return D(x, alpha, sigma, condition) -> estimate of the clean z, without guidance."""
     network, label = self.network(weights), label or self.noise.label
 
     def denoise(x, alpha, sigma, condition):
@@ -188,7 +187,7 @@ class Diffusion:
     self, weights: Weights, x: Latents, keys: jax.Array, condition: Condition,
     negative: Condition, program: Program, numbers: Numbers,
   ) -> Latents:
-    """Noise or noised z, x [b ...], one key for each, conditions [b ...] -> z."""
+    """Denoise x [b ...], noise or noised z, with a key for each and conditions [b ...], to z."""
     variance = self.learned_variance and program.sampler == 'ddpm'
     label = self.noise.label_as(program.timesteps, numbers.grid)
     denoise = self.denoise(weights, variance, label)
@@ -198,7 +197,7 @@ class Diffusion:
     return sampler(program.sampler, **options)(guided, x, numbers.grid, keys)
 
   def _others(self, weights, condition, program: Program, numbers: Numbers, label: Label) -> Others:
-    """Return the denoisers that guidance leads away from beside the null condition's."""
+    """Return what guidance leads away from besides the null condition: (denoiser, scale)."""
     others = []
     if program.perturbed:
       perturbed = self.denoiser.with_compute(perturbed=program.perturbed)
@@ -229,7 +228,7 @@ class Diffusion:
   def generate(
     self, weights: Weights, prompts: Sequence[str], config: SampleConfig, **how
   ) -> Iterator[np.ndarray]:
-    """Yields images, uint8 [b h w 3], batch after batch; the rest is as in `sample`."""
+    """Yield images, uint8 [b h w 3], batch after batch; the rest is as in `sample`."""
     return map(to_uint8, self.sample(weights, prompts, config, **how))
 
   def sample(
@@ -237,29 +236,32 @@ class Diffusion:
     negative: str = '', batch_size: int = 16, first: int = 0, inputs: Inputs | None = None,
     noise: np.ndarray | None = None, height: int | None = None, width: int | None = None,
   ) -> Iterator[np.ndarray]:
-    """Yields images, float32 [b h w 3] in [-1, 1], batch after batch; one compilation for all.
+    """Yield images, float32 [b h w 3] in [-1, 1], batch after batch; one compilation for all.
 
     Image i depends on the seed, its number first + i and its prompt, not on the batch it is in; at
     another batch size sums are rounded otherwise. Memory does not grow with the number of prompts.
     What is compiled depends on the config's `program` alone, on the batch size and the images'
-    size, and on which inputs there are. A prompt that is empty, or of spaces alone, samples without
-    condition; where all are and `negative` is, too, guidance changes nothing and is left out, with
-    its cost.
+    size, and on which inputs there are. Where all prompts and `negative` are empty, guidance
+    changes nothing and is left out, with its cost.
 
     Args:
       seed: from 0 to 2**32 - 1.
-      inputs: pictures to start from, masks, controls: whatever the model takes beside the prompt.
-      noise: float32 [n ...] of z's shape, what the sampler starts from, or a picture is noised
-        with; None for unit Gaussian noise of the seed. Samplers that add noise on the way draw it
-        from the seed.
-      height, width: of the images, in pixels; None for those that the denoiser was trained on.
+      inputs: images to start from, masks, controls: what the model takes with the prompt.
+      noise: float32 [n ...] of z's shape, what the sampler starts from, or an image is noised with;
+        None for unit Gaussian noise of the seed. Later noise is always that of the seed.
+      height, width: of the images, in pixels; None for those of the training.
 
     Raises:
       UserError: for a config that cannot be sampled, and inputs that do not fit the model.
     """
     config.check(self.noise, self.parameterization)
     check_seed(seed)
-    check_edited(self, config.image_guidance)
+    edits = any(isinstance(c, Editing) for c in self.conditioners.values())
+    if config.image_guidance != 1 and not edits:
+      raise UserError(
+        f'image_guidance is {config.image_guidance:g}, but the model edits no picture; leave it at '
+        '1.'
+      )
     if config.autoguidance != 1 and self.worse is None:
       raise UserError(
         f'autoguidance is {config.autoguidance}, but there is no worse model; give --worse DIR, or '
@@ -267,14 +269,12 @@ class Diffusion:
       )
     if config.clip_skip and self.text is None:
       raise UserError('the model has no text encoder; leave clip_skip at 0.')
-    height, width = self.size(height, width)
+    height, width = self.size_of(height, width)
     inputs, n, shape = inputs or Inputs(), len(prompts), self.space.shape(height, width)
     given = self.rows(prompts, negative, inputs, height, width)
     if noise is not None:
       given['x'] = _checked_noise(noise, (n, *shape))
-    if not config.clip_skip and all(
-      conditioner.same(given) for conditioner in self.conditioners.values()
-    ):
+    if not config.clip_skip and all(c.same(given) for c in self.conditioners.values()):
       config = dataclasses.replace(config, guidance=1.0)
     numbers = config.numbers(self.noise, inputs.fraction(self))
     size = whole_batch(batch_size, mesh)
@@ -293,19 +293,17 @@ class Diffusion:
       )
 
 
-def joined(parts) -> Condition:
-  """One condition of the fields that several conditioners give."""
-  fields: dict[str, Any] = functools.reduce(lambda a, b: {**a, **b}, parts, {})
+def joined(parts: Iterable[Arrays]) -> Condition:
+  """Return one condition of the fields that several conditioners give."""
+  fields = {name: value for part in parts for name, value in part.items()}
   more = {name: fields.pop(name) for name in list(fields) if name not in Condition._fields}
   return Condition(**fields, more=more or None)
 
 
 def output_channels(config: Any) -> int | None:
-  """Of a denoiser's output, as its config tells them; None where it does not."""
-  for name in ('out_channels', 'out_features', 'in_channels'):
-    if getattr(config, name, None) is not None:
-      return getattr(config, name)
-  return None
+  """Return those of a denoiser's output, as its config tells them; None where it does not."""
+  found = (getattr(config, name, None) for name in ('out_channels', 'out_features', 'in_channels'))
+  return next((channels for channels in found if channels is not None), None)
 
 
 def _checked_noise(given: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -5,10 +5,11 @@ becomes an example again, and the shape of z for an image of any size. It holds 
 weights and no size.
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, ClassVar, Protocol
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from diffusion_jax.models.autoencoder import decode_sliced, decode_tiled
 from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import in_batches
 from diffusion_jax.pixels import to_float
-from diffusion_jax.types import Images, Latents, Params, Weights
+from diffusion_jax.types import Latents, Params, Weights
 
 AUTOENCODER = 'autoencoder'
 """The role of its weights."""
@@ -38,41 +39,64 @@ DECODERS = {
 Moments = dict[str, jax.Array]
 """What is known of the z [b ...] of examples before it is sampled, and what a cache keeps."""
 
+Patch = Annotated[int, Range(1, 64)]
 
-class Space(Protocol):
-  """Where examples are noised. A row of `registry.SPACES` has a dataclass `Config`, whose
-  `build(dtype)` gives a space and where the weights of its networks lie, by role."""
 
-  name: str
+class Space(abc.ABC):
+  """Where examples are noised. A row of `registry.SPACES` is one that is its own config, or has
+  one as `Config`, whose `build(dtype)` gives it and where the weights of its networks lie, by role.
+  """
+
+  name: ClassVar[str]
   """Of its row."""
-  paths: tuple[str, ...]
+  paths: ClassVar[tuple[str, ...]] = ()
   """Those fields of its config that are directories, or 'asset:NAME'."""
-
   channels: int
   """Of z, its last dimension."""
   factor: int
   """Pixels of an edge of the image to one place of z."""
-  networks: Mapping[str, Network]
+  networks: Mapping[str, Network] = MappingProxyType({})
   """By the role of their weights."""
-  field: str
+  field: ClassVar[str] = 'image'
   """Of a batch, where its examples are."""
-  kept: tuple[str, ...]
+  kept: ClassVar[tuple[str, ...]] = ('z',)
   """Names of the moments."""
-  random: bool
+  random: ClassVar[bool] = False
   """Whether `sample` needs its key."""
 
+  def build(self, dtype=jnp.float32) -> tuple['Space', dict[str, Part]]:
+    """Return the space of this config; there is nothing to load."""
+    del dtype
+    return self, {}
+
   def shape(self, height: int, width: int) -> tuple[int, ...]:
-    """Shape of one z for an image of height x width pixels. UserError where there is none."""
+    """Return the shape of one z for an image of height x width pixels. UserError where none is."""
+    for name, value in (('height', height), ('width', width)):
+      if value < 1 or value % self.factor:
+        near = max(self.factor, self.factor * round(value / self.factor))
+        raise UserError(
+          f'{name} is {value}, but the model draws multiples of {self.factor}; choose {near}.'
+        )
+    return height // self.factor, width // self.factor, self.channels
 
   def moments(self, weights: Weights, examples: jax.Array) -> Moments:
     """Examples [b ...], images in [-1, 1] -> all that `sample` needs."""
+    return {'z': self.encode(weights, examples)}
 
   def sample(self, moments: Moments, key: jax.Array) -> jax.Array:
-    """z [b ...] of these moments, float32."""
+    """Moments -> z [b ...], float32."""
+    del key
+    return moments['z']
 
+  @abc.abstractmethod
   def encode(self, weights: Weights, examples: jax.Array) -> jax.Array:
-    """The mean of z [b ...], float32."""
+    """Examples [b ...] -> the mean of z [b ...], float32."""
 
+  def raw(self, weights: Weights, examples: jax.Array) -> jax.Array:
+    """Examples [b ...] -> z [b ...] before it is scaled."""
+    return self.encode(weights, examples)
+
+  @abc.abstractmethod
   def decode(self, weights: Weights, z: jax.Array, how: str = 'whole') -> jax.Array:
     """z [b ...] -> examples, images in [-1, 1]; `how` is one of `sampling.DECODINGS`."""
 
@@ -97,7 +121,7 @@ class LatentConfig:
   channels, so that the denoiser sees fewer."""
 
   autoencoder: str
-  patch: Annotated[int, Range(1, 64)] = 1
+  patch: Patch = 1
 
   @property
   def factor(self) -> int:
@@ -106,23 +130,22 @@ class LatentConfig:
 
   def build(self, dtype=jnp.float32) -> tuple['LatentSpace', dict[str, Part]]:
     """UserError where there is no autoencoder."""
-    check_folder(resolve(self.autoencoder))  # It is copied beside what is trained, at the end.
+    check_folder(resolve(self.autoencoder))  # It is copied with what is trained, at the end.
     part = read_part(self.autoencoder).expect(('autoencoder',))
     return LatentSpace(part.network(dtype=dtype), self.patch), {AUTOENCODER: part}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LatentSpace:
+class LatentSpace(Space):
   """Latents of an autoencoder, scaled to unit variance; `patch` folds squares into channels."""
 
-  Config: ClassVar[type] = LatentConfig
-  name: ClassVar[str] = 'latents'
-  paths: ClassVar[tuple[str, ...]] = ('autoencoder',)
+  Config: ClassVar = LatentConfig
+  name: ClassVar = 'latents'
+  paths: ClassVar = ('autoencoder',)
+  kept: ClassVar = ('mean', 'std')
+  random: ClassVar = True
   autoencoder: Network
   patch: int = 1
-  field: ClassVar[str] = 'image'
-  kept: ClassVar[tuple[str, ...]] = ('mean', 'std')
-  random: ClassVar[bool] = True
 
   @property
   def networks(self) -> dict[str, Network]:
@@ -136,35 +159,31 @@ class LatentSpace:
   def factor(self) -> int:
     return self.autoencoder.config.factor * self.patch
 
-  def shape(self, height: int, width: int) -> tuple[int, int, int]:
-    _check_divides(height, width, self.factor)
-    return height // self.factor, width // self.factor, self.channels
-
   def scaled(self, z: Latents) -> Latents:
     """The autoencoder's own latents -> z: unit variance, folded."""
     config = self.autoencoder.config
     return fold((z - config.shift_factor) * config.scaling_factor, self.patch)
 
-  def moments(self, weights: Weights, examples: Images) -> Moments:
+  def moments(self, weights, examples):
     """Of the autoencoder's own latents: 'mean' and 'std' [b h w c], float32."""
     mean, logvar = self.autoencoder.bind(weights[AUTOENCODER]).encode(examples)
     return {
       'mean': mean.astype(jnp.float32), 'std': jnp.exp(logvar.astype(jnp.float32) / 2)
     }
 
-  def sample(self, moments: Moments, key: jax.Array) -> Latents:
+  def sample(self, moments, key):
     mean, std = moments['mean'], moments['std']
     return self.scaled(mean + std * jax.random.normal(key, mean.shape))
 
-  def encode(self, weights: Weights, examples: Images) -> Latents:
+  def encode(self, weights, examples):
     return self.scaled(self.raw(weights, examples))
 
-  def raw(self, weights: Weights, examples: Images) -> Latents:
+  def raw(self, weights, examples):
     """Mean of the autoencoder's own latents, neither scaled nor folded."""
     mean, _ = self.autoencoder.bind(weights[AUTOENCODER]).encode(examples)
     return mean.astype(jnp.float32)
 
-  def decode(self, weights: Weights, z: Latents, how: str = 'whole') -> Images:
+  def decode(self, weights, z, how='whole'):
     config = self.autoencoder.config
     z = unfold(z, self.patch) / config.scaling_factor + config.shift_factor
     images = DECODERS[how](self.autoencoder.bind(weights[AUTOENCODER]), z)
@@ -172,34 +191,11 @@ class LatentSpace:
 
 
 @dataclasses.dataclass(frozen=True)
-class PixelConfig:
-  """patch: p folds p x p pixels into channels."""
+class PixelSpace(Space):
+  """Images themselves; patch: p folds p x p pixels into channels."""
 
-  patch: Annotated[int, Range(1, 64)] = 1
-
-  @property
-  def factor(self) -> int:
-    """Pixels of an edge of the image to one place of z."""
-    return self.patch
-
-  def build(self, dtype=jnp.float32) -> tuple['PixelSpace', dict[str, Part]]:
-    """There is nothing to load."""
-    del dtype
-    return PixelSpace(self.patch), {}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class PixelSpace:
-  """Images themselves; `patch` folds squares of pixels into channels."""
-
-  Config: ClassVar[type] = PixelConfig
-  name: ClassVar[str] = 'pixels'
-  paths: ClassVar[tuple[str, ...]] = ()
-  patch: int = 1
-  field: ClassVar[str] = 'image'
-  kept: ClassVar[tuple[str, ...]] = ('pixels',)
-  random: ClassVar[bool] = False
-  networks: ClassVar[Mapping[str, Network]] = MappingProxyType({})
+  name: ClassVar = 'pixels'
+  patch: Patch = 1
 
   @property
   def channels(self) -> int:
@@ -209,84 +205,31 @@ class PixelSpace:
   def factor(self) -> int:
     return self.patch
 
-  def shape(self, height: int, width: int) -> tuple[int, int, int]:
-    _check_divides(height, width, self.patch)
-    return height // self.patch, width // self.patch, self.channels
-
-  def moments(self, weights: Weights, examples: Images) -> Moments:
-    del weights
-    return {'pixels': examples}
-
-  def sample(self, moments: Moments, key: jax.Array) -> Images:
-    del key
-    return fold(moments['pixels'].astype(jnp.float32), self.patch)
-
-  def encode(self, weights: Weights, examples: Images) -> Images:
-    del weights
+  def encode(self, weights, examples):
     return fold(examples.astype(jnp.float32), self.patch)
 
-  raw = encode
-
-  def decode(self, weights: Weights, z: Images, how: str = 'whole') -> Images:
-    del weights, how
+  def decode(self, weights, z, how='whole'):
     return jnp.clip(unfold(z, self.patch).astype(jnp.float32), -1.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class VectorConfig:
-  """channels: numbers in a vector."""
-
-  channels: Annotated[int, Range(1)] = 2
-  factor: ClassVar[int] = 1
-
-  def build(self, dtype=jnp.float32) -> tuple['VectorSpace', dict[str, Part]]:
-    """There is nothing to load."""
-    del dtype
-    return VectorSpace(self.channels), {}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class VectorSpace:
+class VectorSpace(Space):
   """Vectors [channels], such as points in the plane; they have no height and no width."""
 
-  Config: ClassVar[type] = VectorConfig
-  name: ClassVar[str] = 'vectors'
-  paths: ClassVar[tuple[str, ...]] = ()
-  channels: int = 2
-  factor: ClassVar[int] = 1
-  field: ClassVar[str] = 'points'
-  kept: ClassVar[tuple[str, ...]] = ('vectors',)
-  random: ClassVar[bool] = False
-  networks: ClassVar[Mapping[str, Network]] = MappingProxyType({})
+  name: ClassVar = 'vectors'
+  field: ClassVar = 'points'
+  factor: ClassVar = 1
+  channels: Annotated[int, Range(1)] = 2
 
-  def shape(self, height: int = 1, width: int = 1) -> tuple[int]:
-    del height, width
+  def shape(self, height=1, width=1):
     return (self.channels,)
 
-  def moments(self, weights: Weights, examples: jax.Array) -> Moments:
-    """Of examples [b ... c], whose leading dimensions all count examples."""
-    del weights
-    return {'vectors': examples.reshape(-1, self.channels)}
+  def encode(self, weights, examples):
+    """Examples [b ... c], whose leading dimensions all count examples -> [n c]."""
+    return examples.reshape(-1, self.channels)
 
-  def sample(self, moments: Moments, key: jax.Array) -> jax.Array:
-    del key
-    return moments['vectors']
-
-  def encode(self, weights: Weights, examples: jax.Array) -> jax.Array:
-    return self.moments(weights, examples)['vectors']
-
-  def decode(self, weights: Weights, z: jax.Array, how: str = 'whole') -> jax.Array:
-    del weights, how
+  def decode(self, weights, z, how='whole'):
     return z
-
-
-def _check_divides(height: int, width: int, factor: int) -> None:
-  for name, value in (('height', height), ('width', width)):
-    if value < 1 or value % factor:
-      near = max(factor, factor * round(value / factor))
-      raise UserError(
-        f'{name} is {value}, but the model draws multiples of {factor}; choose {near}.'
-      )
 
 
 def latent_moments(

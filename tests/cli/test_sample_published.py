@@ -62,8 +62,8 @@ def differ(a, b):
 def test_a_picture_an_adapter_and_a_word(draw):
   """The prompt fits only where the learned word is known."""
   image = lambda name, *more: draw(
-    'sd1', '--clip_skip', 1, '--words', 'FILES/word', '--image', f'FILES/{name}.png', *more,
-    prompt='cab <h> <h> <h>',
+    'sd1', '--clip_skip', 1, '--textual_inversion', 'FILES/word', '--image', f'FILES/{name}.png',
+    *more, prompt='cab <h> <h> <h>',
   )
   lora = ('--lora', 'FILES/l.safetensors:2')
   found = image('one', *lora)
@@ -127,7 +127,7 @@ def test_an_empty_prompt_draws_without_condition(draw, model):
   ('edit', (), 'needs images beside the prompts; give --image'),
   ('upscale', (), 'give --small'), ('depth', ('--image', 'one.png'), 'give --depth'),
   ('variation', (), 'give --reference'), ('sd1', ('--reference', 'one.png'), 'varies no picture'),
-  ('variation', ('--reference', 'one.png', '--words', 'word'), 'reads no words'),
+  ('variation', ('--reference', 'one.png', '--textual_inversion', 'word'), 'reads no words'),
   ('sd1', ('--controlnet', 'controlnet'), 'give --control'),
 ])
 def test_what_does_not_fit_is_refused(fails, files, tmp_path, model, arguments, words):

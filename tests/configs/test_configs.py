@@ -18,8 +18,8 @@ from diffusion_jax.train.optimizer import make_optimizer
 from diffusion_jax.train.tasks.autoencoder import AutoencoderTask
 from diffusion_jax.train.tasks.classifier import ClassifierTask, with_classes
 from diffusion_jax.train.tasks.clip import CLIPTask
-from diffusion_jax.train.tasks.finetune import abstract_parameters
 from diffusion_jax.train.tasks.toy import ToyTask
+from tests.configs.test_finetune import abstract_parameters
 from tests.tiny import ROOT
 
 BASE = ROOT / 'configs' / 'base.py'

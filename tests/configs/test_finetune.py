@@ -8,7 +8,8 @@ from diffusion_jax.config import parse
 from diffusion_jax.models.network import count
 from diffusion_jax.pipelines.architectures import ARCHITECTURES, architecture_model
 from diffusion_jax.recipe import load_config
-from diffusion_jax.train.tasks.finetune import abstract_parameters
+from diffusion_jax.train.tasks.finetune import TRAINED as KINDS
+from diffusion_jax.train.tasks.finetune import with_image_input
 from tests.tiny import ROOT
 
 RECIPES = ROOT / 'configs' / 'finetune'
@@ -38,6 +39,14 @@ TRAINED = {
   'lora': lora(4, {320: 5, 640: 5, 1280: 5 + 1}, 768),
   'sdxl_lora': lora(4, {640: 5 * 2, 1280: 5 * 10 + 10}, 2048),
 }
+
+
+def abstract_parameters(settings):
+  """Shapes of what a recipe trains, at the size of its architecture; nothing is read or made."""
+  model = with_image_input(architecture_model(settings.architecture), settings.inputs)
+  trainable = KINDS[settings.train](settings)
+  trainable.adapted(model)
+  return trainable.shapes
 
 
 @pytest.fixture(scope='module')
@@ -76,7 +85,7 @@ def test_a_recipe_fits_its_architecture(name, configs):
 def gigabytes(config, trained: int) -> float:
   """Parameters, gradients, two moments of Adam, and the average, in float32; and what is frozen."""
   networks = dict(NETWORKS[config.settings.architecture])
-  if config.settings.train == 'unet':
+  if config.settings.train == 'denoiser':
     del networks['denoiser']
   copies = 4 + (config.loop.ema_halflife_images > 0)
   frozen = sum(networks.values()) * (2 if config.dtype == 'bfloat16' else 4)

@@ -13,8 +13,8 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.formats.adapters import LoRAWeights, read_lora, write_lora
 from diffusion_jax.formats.tensors import metadata
 from diffusion_jax.pipelines.adapters import add_lora
+from diffusion_jax.pipelines.conditioners import EXTRA, embedding_table
 from diffusion_jax.pipelines.directory import load_model
-from diffusion_jax.pipelines.encoders import EXTRA, embedding_table
 
 NETWORKS = {
   'unet': {
@@ -298,7 +298,7 @@ def test_a_learned_word_is_called_one(lora, tmp_path):
       read_lora(path, NETWORKS)
     assert_same(read_lora(path, NETWORKS, inversions=True), lora)
     save_file({name: row}, path)
-    with pytest.raises(UserError, match=r'which is no LoRA; give it as --words'):
+    with pytest.raises(UserError, match=r'which is no LoRA; give it as --textual_inversion'):
       read_lora(path, NETWORKS, inversions=True)
 
 

@@ -242,7 +242,7 @@ def test_tasks_train_with_what_the_config_says(parts, sources, tmp_path):
   )
   task = make(tiny.diffusion_config(parts, {'cache': False}))
   said = {role: network.compute.attention for role, network in task.model.networks.items()}
-  assert said['denoiser'] == task.learning.denoiser.compute.attention == 'xla'
+  assert said['denoiser'] == task.loss_model.denoiser.compute.attention == 'xla'
   assert said['autoencoder'] == 'auto'
   assert make(tiny.autoencoder_config()).autoencoder.compute.attention == 'xla'
   assert make(tiny.clip_config()).clip.compute.attention == 'xla'

@@ -169,7 +169,7 @@ def test_adapters_keep_them_and_the_network_is_the_same_otherwise():
 def test_they_are_of_the_loss_alone(parts, sources, tmp_path):
   values = tiny.diffusion_config(parts, {'cache': False}) | {'products': 'float8'}
   task = build.build_task(parse(values), *sources, tmp_path, None)
-  said = {role: n.compute.matmul_precision for role, n in task.learning.networks.items()}
+  said = {role: n.compute.matmul_precision for role, n in task.loss_model.networks.items()}
   assert said.pop('denoiser') == 'float8' and set(said.values()) == {'plain'}
   assert {n.compute.matmul_precision for n in task.model.networks.values()} == {'plain'}
   with pytest.raises(UserError, match='products has no effect on task clip; set plain'):

@@ -15,10 +15,10 @@ from PIL import Image
 from diffusion_jax.formats.scheduler import read_scheduler
 from diffusion_jax.formats.textual_inversion import FILES, TextualInversion, write_textual_inversion
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from diffusion_jax.pipelines.adapters import add_lora, add_words
-from diffusion_jax.pipelines.conditions import Inputs
+from diffusion_jax.pipelines.adapters import add_lora, add_textual_inversion
+from diffusion_jax.pipelines.conditioners import EXTRA
 from diffusion_jax.pipelines.directory import load_model, sample_config
-from diffusion_jax.pipelines.encoders import EXTRA
+from diffusion_jax.pipelines.image_conditioners import Inputs
 from tests.parity import small_pipelines as small
 
 PROMPTS, NEGATIVE = ['cab ab', 'b a c d e f g h a b c'], 'a'
@@ -251,8 +251,8 @@ def with_word(load, tmp_path_factory):
   a1111 = folder / '<h>.safetensors'
   write_textual_inversion(a1111, TextualInversion('<h>', embeddings), 'a1111')
   other = load_model(str(source))
-  again = add_words(*other[:2], str(a1111))
-  told = add_words(model, weights, str(folder / 'word'))
+  again = add_textual_inversion(*other[:2], str(a1111))
+  told = add_textual_inversion(model, weights, str(folder / 'word'))
   for role in embeddings:
     np.testing.assert_array_equal(told[role][EXTRA], again[role][EXTRA])
   return theirs, model, told, sample, other[0]

@@ -1,4 +1,4 @@
-"""Trains the denoiser of a generative model on noised data; what it is conditioned on is frozen."""
+"""Train the denoiser of a generative model on noised data; what it is conditioned on is frozen."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -7,6 +7,7 @@ from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from clu.metrics import Average
 from jax.sharding import Mesh
 
@@ -29,11 +30,13 @@ from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.parallel.mesh import to_host
 from diffusion_jax.pipelines.assembly import assemble
-from diffusion_jax.pipelines.conditioners import Arrays, Conditioner, Sizes
+from diffusion_jax.pipelines.conditioners import Arrays, Guided, Sizes
+from diffusion_jax.pipelines.image_conditioners import Inputs
 from diffusion_jax.pipelines.model import DENOISER, Diffusion, joined, output_channels
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.pipelines.spaces import Moments
 from diffusion_jax.registry import (
+  CONDITIONERS,
   EVALUATORS,
   EXPORTS,
   EXTRACTORS,
@@ -49,41 +52,8 @@ from diffusion_jax.train.tasks.task import Carry, Env, Frozen, Observed, Task
 from diffusion_jax.types import Condition, Params, Scores, Source, Weights
 
 TIME_BUCKETS = 10
-
-
-class NoisingTask(Task):
-  """A task with an objective, whose carry is the losses that importance sampling needs."""
-
-  objective: Objective
-
-  def carry(self) -> Carry:
-    history = self.objective.history()
-    return history._asdict() if history else {}
-
-  def next_carry(self, carry: Carry, observed: Observed) -> Carry:
-    return update_history(LossHistory(**carry), *observed)._asdict() if carry else carry
-
-  def summary(self, losses: Losses, carry: Carry) -> tuple[jax.Array, tuple]:
-    """Return what `loss` does; the metrics have the error by noise level."""
-    bucket = jnp.floor(losses.level.position * TIME_BUCKETS).astype(int)
-    which = jax.nn.one_hot(bucket, TIME_BUCKETS)
-    metrics = {
-      'loss': mean_metric(losses.loss),
-      'loss_by_timestep': Average(losses.error @ which, which.sum(axis=0)),
-    }
-    observed = (losses.level.label, losses.error) if carry else ()
-    return losses.loss.mean(), (metrics, observed)
-
-
-def history_of(carry: Carry) -> LossHistory | None:
-  """Return the carry as `Objective.losses` takes it."""
-  return LossHistory(**carry) if carry else None
-
-
 NULL = 'null'
-"""The role under which the null caption's condition is kept: 'text.bias', 'pooled.bias'."""
-
-
+"""The role under which the null condition is kept: 'text.bias', 'pooled.bias'."""
 FEATURES_KEY, METRICS_KEY = 'settings.evaluation.features', 'settings.evaluation.metrics'
 
 
@@ -107,13 +77,13 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentTaskConfig:
-  """What every task in the space of latents has.
+class SharedConfig:
+  """Settings of every task that trains a diffusion model of images.
 
-  clip: a CLIP with both towers, or 'asset:NAME'; its features score what is drawn, unless
-  `evaluation` names others. caption_dropout: fraction of captions replaced by the null caption, for
-  classifier-free guidance. cache: encode all images and captions once before training.
-  preview_captions: what the grids show over time.
+  clip: a CLIP with both towers, or 'asset:NAME'; its features score samples, unless `evaluation`
+  names others. caption_dropout: fraction of conditions replaced by the null, for classifier-free
+  guidance. cache: encode all images and captions once before training. preview_captions: what the
+  grids show over time.
   """
 
   clip: str = 'asset:clip-openmoji-64'
@@ -136,7 +106,7 @@ class LatentTaskConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiffusionTaskConfig(LatentTaskConfig):
+class DiffusionTaskConfig(SharedConfig):
   """A new denoiser in a space that is there already.
 
   space: a row of `registry.SPACES`. denoiser: a row of `registry.NETWORKS`. conditioners: options
@@ -144,17 +114,23 @@ class DiffusionTaskConfig(LatentTaskConfig):
   """
 
   space: Annotated[Any, ByType(SPACES, 'latents')]
-  denoiser: Annotated[
-    Any, ByType(NETWORKS, 'unet', config_of)
-  ] = UNetConfig()
+  denoiser: Annotated[Any, ByType(NETWORKS, 'unet', config_of)] = UNetConfig()
   conditioners: dict[str, Any] | None = None
   schedule: NoiseConfig = NoiseConfig()
 
   def __post_init__(self):
     super().__post_init__()
+    kinds = self._kinds()
+    for name, kind in kinds.items():
+      if not kind.fields:
+        raise UserError(f'settings.conditioners.{name} needs what no data set has; leave it out.')
+      if self.cache and not kind.kept and name != 'sizes':
+        raise UserError(
+          f'settings.cache keeps what follows from images and prompts, not {name}; switch it off.'
+        )
     taken, given = getattr(self.denoiser, 'in_channels', None), output_channels(self.denoiser)
     wanted = (taken or 0) * (2 if self.objective.learned_variance else 1)
-    if taken and given != wanted and set(self.conditioned) <= {'text', 'class', 'sizes'}:
+    if taken and given != wanted and not any(kind.channels for kind in kinds.values()):
       raise UserError(
         f'denoiser.out_channels is {given}, but objective.learned_variance '
         f'{self.objective.learned_variance} needs {wanted}; change one of them.'
@@ -165,10 +141,18 @@ class DiffusionTaskConfig(LatentTaskConfig):
     """The conditioners in force, with their options."""
     return {'text': {'path': self.clip}} if self.conditioners is None else self.conditioners
 
+  def _kinds(self) -> dict[str, Any]:
+    return {name: load(CONDITIONERS, name, 'settings.conditioners') for name in self.conditioned}
+
+  @property
+  def with_images(self) -> bool:
+    """Whether the model is conditioned on images, so that captions alone cannot be sampled."""
+    return any(kind.about for kind in self._kinds().values())
+
 
 def as_today(settings: Mapping[str, Any]) -> dict[str, Any]:
-  """Settings as `DiffusionTaskConfig` has them, of older recipes and runs: a U-Net in the latents
-  of an autoencoder, whose keys stood by themselves."""
+  """Return settings as `DiffusionTaskConfig` has them, of older recipes and runs: a U-Net in the
+  latents of an autoencoder, whose keys stood by themselves."""
   out = dict(settings)
   if 'unet' in out:
     out['denoiser'] = {'type': 'unet', **out.pop('unet')}
@@ -182,12 +166,12 @@ def as_today(settings: Mapping[str, Any]) -> dict[str, Any]:
 class Encoded(NamedTuple):
   """A batch as the loss takes it, made now or before training.
 
-  moments: of z, see `spaces.Space`. told: fields of `Condition` by conditioner. weight: [b] of the
-  losses, if they have one.
+  moments: of z, see `spaces.Space`. conditions: fields of `Condition` by conditioner. weight: [b]
+  of the losses, if they have one.
   """
 
   moments: Moments
-  told: dict[str, Arrays]
+  conditions: dict[str, Arrays]
   weight: jax.Array | None = None
 
 
@@ -197,14 +181,9 @@ def _keys(names: list[str], key: jax.Array) -> dict[str, jax.Array]:
   return dict(zip(names, keys, strict=True))
 
 
-def null_of(model: Diffusion, frozen: Frozen) -> Params:
-  """What the conditioners give for nothing, on the host, as parameters that lie on every device."""
-  nulls = [c.null(frozen) for c in model.conditioners.values() if c.guided]
-  return {f'{name}.bias': to_host(value) for one in nulls for name, value in one.items()}
-
-
-class DiffusionTask(NoisingTask):
-  """Parameters are the denoiser's."""
+class DiffusionTask(Task):
+  """Parameters are the denoiser's; what is carried are the losses that importance sampling needs.
+  """
 
   Config = DiffusionTaskConfig
   as_today = staticmethod(as_today)
@@ -212,51 +191,58 @@ class DiffusionTask(NoisingTask):
   computing = ('remat', 'attention', 'products')
 
   def __init__(
-    self, config: LatentTaskConfig, model: Diffusion, frozen: Frozen,
-    train: Source, test: Source, remat: str = 'none', products: str = 'plain',
+    self, config: SharedConfig, model: Diffusion, frozen: Frozen, train: Source, test: Source,
+    remat: str = 'none', products: str = 'plain',
   ):
     """`remat` and `products`, of `models.network`, are of the loss alone."""
     config.sample.check(model.noise, model.parameterization)
     self.config, self.model, self.train, self.test = config, model, train, test
-    self.learning = model.with_remat(remat).with_matmul_precision(products)
+    self.loss_model = model.with_compute(remat=remat, matmul_precision=products)
     self.objective = Objective(config.objective, model.noise, model.parameterization)
-    null = null_of(model, frozen)
+    nulls = [c.null(frozen) for c in model.conditioners.values() if isinstance(c, Guided)]
+    # As parameters that lie on every device.
+    null = {f'{name}.bias': to_host(value) for one in nulls for name, value in one.items()}
     self.frozen: Frozen = {**frozen, NULL: null} if null else frozen
     # What else draws random numbers than the objective.
     self._draws = model.space.random or bool(model.conditioners)
-    # Whether records tell what was cut off from them; else all images are whole.
-    self._has_sizes = (
-      'sizes' in model.conditioners and not config.cache and 'sizes' in some(train, 1)[0]
-    )
-    if config.cache:
-      self.encode = self._from_cache
-      fields = (*model.space.kept, *(name for c in self._told().values() for name in c.cached()))
-    else:
-      self.encode = self._from_examples
-      fields = (model.space.field, *(name for c in self._told().values() for name in c.fields))
+    # Records may have the sizes of what they were cut from; else all images are whole.
+    cut = 'sizes' in model.conditioners and not config.cache and 'sizes' in some(train, 1)[0]
+    self._conditioners = {
+      name: one for name, one in self.loss_model.conditioners.items()
+      if cut or not isinstance(one, Sizes)
+    }
+    self.encode = self._from_cache if config.cache else self._from_examples
+    fields = [*model.space.kept] if config.cache else [model.space.field]
+    for one in self._conditioners.values():
+      fields += one.kept if config.cache else one.fields
     self.batch_fields = tuple(dict.fromkeys(fields))
 
   @classmethod
   def check_data(cls, config: TrainingConfig) -> None:
-    if config.settings.cache and config.data.transforms:
+    settings = config.settings
+    if settings.cache and config.data.transforms:
       raise UserError(
         'data.transforms have no effect with settings.cache; empty them or switch the cache off.'
       )
+    if config.loop.evaluate_samples and settings.with_images:
+      raise UserError(
+        'scores need a model that is conditioned on the caption alone; set evaluate_samples 0.'
+      )
     cls.check_size(config)
-    if not config.settings.cache:
+    if not settings.cache:
       super().check_data(config)
 
   @classmethod
   def open_sources(cls, config: TrainingConfig, synthetic: bool) -> tuple[Source, Source]:
     """Folders by class, where the model is conditioned on classes alone."""
-    told = getattr(config.settings, 'conditioned', {})
-    if synthetic or 'class' not in told or 'text' in told:
+    names = getattr(config.settings, 'conditioned', {})
+    if synthetic or 'class' not in names or 'text' in names:
       return super().open_sources(config, synthetic)
     return open_data(config.data, labels_for='a model of classes')
 
   @classmethod
   def check_size(cls, config: TrainingConfig) -> None:
-    """UserError unless the denoiser is of z of images of `data.size`."""
+    """Raise UserError unless the denoiser is of z of images of `data.size`."""
     space, size = config.settings.space, config.data.size
     places = getattr(config.settings.denoiser, 'sample_size', None) or max(size // space.factor, 1)
     if size != places * space.factor:
@@ -271,9 +257,10 @@ class DiffusionTask(NoisingTask):
     settings = config.settings
     model, parts = assemble(
       settings.denoiser, settings.space, settings.conditioned, settings.schedule,
-      settings.objective.parameterization, train=env.train, dtype=getattr(jnp, config.dtype),
+      settings.objective.parameterization, train=env.train, size=(config.data.size,) * 2,
+      dtype=getattr(jnp, config.dtype),
     )
-    model = model.with_attention(config.attention)
+    model = model.with_compute(attention=config.attention)
     frozen = {role: part.load() for role, part in parts.items()}
     return cls(settings, model, frozen, env.train, env.test, config.remat, config.products)
 
@@ -297,90 +284,113 @@ class DiffusionTask(NoisingTask):
     return self.model.denoiser.initialize(key)
 
   def weights(self, params: Params, frozen: Frozen) -> Weights:
-    """Parameters of the whole model by role, of what is trained and of what is not."""
     return {**frozen, DENOISER: params}
 
-  def _told(self) -> dict[str, Conditioner]:
-    """The conditioners that take something from a batch."""
-    return {
-      name: conditioner for name, conditioner in self.learning.conditioners.items()
-      if self._has_sizes or not isinstance(conditioner, Sizes)
-    }
+  def carry(self) -> Carry:
+    history = self.objective.history()
+    return history._asdict() if history else {}
+
+  def next_carry(self, carry: Carry, observed: Observed) -> Carry:
+    return update_history(LossHistory(**carry), *observed)._asdict() if carry else carry
 
   def _from_examples(self, weights: Weights, batch: dict, key: jax.Array) -> Encoded:
-    """What the frozen networks make of a batch of examples."""
-    space, conditioners = self.model.space, self._told()
+    """Return what the frozen networks make of a batch of examples."""
+    space, conditioners = self.model.space, self._conditioners
     keys = _keys([name for name, one in conditioners.items() if one.random], key)
-    told = {
+    conditions = {
       name: one.of_batch(weights, batch, keys.get(name)) for name, one in conditioners.items()
     }
-    return Encoded(space.moments(weights, batch[space.field]), told, batch.get('weight'))
+    return Encoded(space.moments(weights, batch[space.field]), conditions, batch.get('weight'))
 
   def _from_cache(self, weights: Weights, batch: dict, key: jax.Array) -> Encoded:
-    """The same of a batch out of the cache, where it has been computed before."""
+    """Return the same of a batch out of the cache, where it has been computed before."""
     del weights, key
-    told = {name: one.of_cache(batch) for name, one in self._told().items()}
-    return Encoded({name: batch[name] for name in self.model.space.kept}, told)
+    columns = lambda names: {name: batch[name] for name in names}
+    conditions = {name: columns(one.kept) for name, one in self._conditioners.items()}
+    return Encoded(columns(self.model.space.kept), conditions)
 
-  def drop(self, told: dict[str, Arrays], null: Params, key: jax.Array) -> dict[str, Arrays]:
-    """Put the null in the place of a fraction of each condition that has one."""
-    guided = {name: one for name, one in self.learning.conditioners.items() if one.guided}
-    nulls = {name.removesuffix('.bias'): value for name, value in null.items()}
-    keys, fraction = _keys(list(guided), key), self.config.caption_dropout
-    return told | {
-      name: one.drop(told[name], nulls, keys[name], fraction) for name, one in guided.items()
-    }
+  def drop(self, conditions: dict[str, Arrays], null: Params, key: jax.Array) -> dict[str, Arrays]:
+    """Put the null in the place of a random fraction of each condition that has one."""
+    guided = [name for name, one in self._conditioners.items() if isinstance(one, Guided)]
+    out = dict(conditions)
+    for name, key_drop in _keys(guided, key).items():
+      count = len(next(iter(out[name].values())))
+      dropped = jax.random.bernoulli(key_drop, self.config.caption_dropout, (count,))
+      out[name] = {
+        field: jnp.where(
+          dropped.reshape(-1, *[1] * (value.ndim - 1)), null[f'{field}.bias'], value
+        ) for field, value in out[name].items()
+      }
+    return out
 
   def condition(
-    self, told: dict[str, Arrays], null: Params, key: jax.Array, shape: tuple[int, ...]
+    self, conditions: dict[str, Arrays], null: Params, key: jax.Array, shape: tuple[int, ...]
   ) -> Condition:
-    """What the denoiser is given of z [shape], a fraction of it dropped."""
-    told = self.drop(told, null, key)
-    if 'sizes' in self.model.conditioners and 'sizes' not in told:
+    """Return what the denoiser is given with z of this shape, a fraction of it dropped."""
+    conditions = self.drop(conditions, null, key)
+    if 'sizes' in self.model.conditioners and 'sizes' not in conditions:
       height, width = (edge * self.model.space.factor for edge in shape[1:3])
-      told['sizes'] = {'sizes': jnp.asarray(Sizes.whole(shape[0], height, width))}
-    return joined(told.values())
+      conditions['sizes'] = {'sizes': jnp.asarray(Sizes.whole(shape[0], height, width))}
+    return joined(conditions.values())
 
   def losses(self, params, frozen, carry: Carry, batch, key) -> Losses:
-    """Losses of each example, and the noise level it was given."""
-    key_z = key_drop = key_told = None
+    """Return the losses of each example, and the noise level it was given."""
+    key_z = key_drop = key_encode = None
     if self._draws:
-      key_z, key_drop, key, key_told = jax.random.split(key, 4)
+      key_z, key_drop, key, key_encode = jax.random.split(key, 4)
     weights, space = self.weights(params, frozen), self.model.space
-    moments, told, weight = self.encode(weights, batch, key_told)
+    moments, conditions, weight = self.encode(weights, batch, key_encode)
     x0 = space.sample(moments, key_z)
     x0 = constrain(x0, 'image') if x0.ndim == 4 else x0
-    condition = self.condition(told, weights.get(NULL, {}), key_drop, x0.shape)
-    network = self.learning.network(weights)
+    condition = self.condition(conditions, weights.get(NULL, {}), key_drop, x0.shape)
+    network = self.loss_model.network(weights)
     losses = self.objective.losses(
-      lambda x, t: network(x, t, condition), x0, key, history_of(carry)
+      lambda x, t: network(x, t, condition), x0, key, LossHistory(**carry) if carry else None
     )
     return losses if weight is None else losses._replace(loss=losses.loss * weight)
 
   def loss(self, params, frozen, carry, batch, key, step) -> tuple[jax.Array, tuple]:
-    return self.summary(self.losses(params, frozen, carry, batch, key), carry)
+    """The metrics have the error by noise level."""
+    losses = self.losses(params, frozen, carry, batch, key)
+    bucket = jnp.floor(losses.level.position * TIME_BUCKETS).astype(int)
+    which = jax.nn.one_hot(bucket, TIME_BUCKETS)
+    metrics = {
+      'loss': mean_metric(losses.loss),
+      'loss_by_timestep': Average(losses.error @ which, which.sum(axis=0)),
+    }
+    observed = (losses.level.label, losses.error) if carry else ()
+    return losses.loss.mean(), (metrics, observed)
 
   @property
   def sample_batch(self) -> dict[str, int]:
     """How many images are sampled at a time, where it is not as many as evaluators do."""
     return {}
 
-  def preview(self, mesh: Mesh) -> Any:
-    """Return what samples the preview captions."""
-    return load(EVALUATORS, 'caption_preview')(
-      self.config.preview_captions, self.config.sample, mesh, **self.sample_batch
-    )
+  def preview_inputs(self) -> Inputs:
+    """Return what the conditioners make of images of the test split, one for each caption."""
+    count = len(self.config.preview_captions)
+    records = some(self.test, count)
+    images = np.stack([records[i % len(records)]['image'] for i in range(count)])
+    found = [conditioner.examples(images) for conditioner in self.model.conditioners.values()]
+    return Inputs(**{name: array for one in found for name, array in one.items()})
 
   def evaluators(self, mesh: Mesh) -> list[Any]:
-    config = self.config.evaluation
-    features = config.features or (f'clip:{self.config.clip}',)
-    return [self.preview(mesh), load(EVALUATORS, 'generated_images')(
-      features, config.metrics, self.config.sample, self.train, self.test, mesh,
-      **self.sample_batch,
+    config, batch = self.config, self.sample_batch
+    if config.with_images:
+      about = next(c.about for c in self.model.conditioners.values() if c.about)
+      batch |= {'inputs': self.preview_inputs, 'about': about}
+    preview = load(EVALUATORS, 'caption_preview')(
+      config.preview_captions, config.sample, mesh, **batch
+    )
+    if config.with_images:
+      return [preview]
+    features = config.evaluation.features or (f'clip:{config.clip}',)
+    return [preview, load(EVALUATORS, 'generated_images')(
+      features, config.evaluation.metrics, config.sample, self.train, self.test, mesh, **batch
     )]
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
-    """The whole model as a directory that `sample --model` reads."""
+    """Write the whole model as a directory that `sample --model` reads."""
     config = self.config
     load(EXPORTS, 'model')(
       directory, self.model, params, space=config.space, conditioners=config.conditioned,

@@ -1,32 +1,31 @@
-"""Trains a pretrained pipeline on: all of its U-Net, or a small part beside it."""
+"""Train a pretrained pipeline on: all of its denoiser, or a small part with it frozen."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from PIL import Image
 
 from diffusion_jax.config import TrainingConfig
-from diffusion_jax.data.sources.folder import Together
-from diffusion_jax.data.unreadable import Counted, some
+from diffusion_jax.data.finding import Left, find_files, with_suffixes
+from diffusion_jax.data.sources.folder import FolderSource, Together, open_all
+from diffusion_jax.data.unreadable import Counted
 from diffusion_jax.errors import UserError
-from diffusion_jax.formats.networks import Part
-from diffusion_jax.limits import OneOf
+from diffusion_jax.formats.networks import format_of
+from diffusion_jax.limits import OneOf, Positive, Range
 from diffusion_jax.models.lora import LoRAConfig
-from diffusion_jax.models.network import Network
-from diffusion_jax.models.unet import UNet
 from diffusion_jax.pipelines.architectures import ARCHITECTURES, architecture_model
-from diffusion_jax.pipelines.conditioners import CONCATENATED
-from diffusion_jax.pipelines.conditions import Inputs
+from diffusion_jax.pipelines.conditioners import Context
 from diffusion_jax.pipelines.directory import read_model
+from diffusion_jax.pipelines.image_conditioners import CONCATENATED
 from diffusion_jax.pipelines.model import DENOISER, Diffusion
-from diffusion_jax.train.tasks.diffusion import DiffusionTask, LatentTaskConfig
-from diffusion_jax.train.tasks.prior_preservation import PriorConfig, draw_prior
-from diffusion_jax.train.tasks.task import Env, Frozen
+from diffusion_jax.train.tasks.diffusion import DiffusionTask, SharedConfig
+from diffusion_jax.train.tasks.task import Env
 from diffusion_jax.train.tasks.trainable import (
   ControlNet,
   Full,
@@ -36,29 +35,50 @@ from diffusion_jax.train.tasks.trainable import (
   Trainable,
 )
 from diffusion_jax.types import Params, Scores, Source, Weights
+from diffusion_jax.viz.grids import save_png
 
-TRAINED = {'unet': '', 'lora': 'lora', 'controlnet': 'controlnet', 'embeddings': 'placeholder'}
-"""What can be trained, and the section of the settings that speaks of that alone."""
-
+TRAINED: dict[str, type[Trainable]] = {
+  'denoiser': Full, 'lora': LoRA, 'controlnet': ControlNet, 'embeddings': TextualInversion,
+}
+"""What can be trained."""
+INPUTS = ('none', *(name for name, kind in CONCATENATED.items() if kind.fields))
+"""Images that a denoiser can be taught to take with z: those that can be made of a batch."""
 MOST_SAMPLED = 32
 """Images that are sampled at a time, at most."""
+PRIOR_BATCH = 4
+"""The same for those of a prior, so that 1024 pixels fit beside the weights."""
 
-INPUTS = ('none', *(name for name, kind in CONCATENATED.items() if kind.fields))
-"""Pictures that a denoiser can be taught to take beside z: those that can be made of a batch."""
+
+@dataclasses.dataclass(frozen=True)
+class PriorConfig:
+  """Prior preservation of DreamBooth (Ruiz et al. 2023, eq. 2).
+
+  folder: pictures of the class; what is missing of `images` is sampled by the model itself, with
+  `prompt`, before training. weight: of their loss. An empty folder is no prior.
+  """
+
+  folder: str = ''
+  prompt: str = ''
+  images: Positive = 200
+  weight: Annotated[float, Range(0)] = 1.0
+
+  def __post_init__(self):
+    if self.folder and not self.prompt.strip():
+      raise UserError('settings.prior needs a prompt for the class; give settings.prior.prompt.')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneTaskConfig(LatentTaskConfig):
+class FinetuneTaskConfig(SharedConfig):
   """model: directory of a pipeline. architecture: a name of ARCHITECTURES that it must be, or ''.
 
-  train: all of the U-Net, LoRA adapters, a ControlNet, or the embedding of a new word. inputs: what
-  the U-Net is shown beside the latents; 'inpaint' gives a plain U-Net the channels for it.
-  controlnet: a ControlNet to go on from; '' begins with the U-Net's weights.
+  train: all of the denoiser, LoRA adapters, a ControlNet, or the embedding of a new word. inputs:
+  what the denoiser takes with z; 'inpaint' gives a plain one the channels for it. controlnet: a
+  ControlNet to go on from; '' begins with the denoiser's weights.
   """
 
   model: str = ''
   architecture: Annotated[str, OneOf(('', *ARCHITECTURES))] = ''
-  train: Annotated[str, OneOf(TRAINED)] = 'unet'
+  train: Annotated[str, OneOf(TRAINED)] = 'denoiser'
   inputs: Annotated[str, OneOf(INPUTS)] = 'none'
   lora: LoRAConfig = LoRAConfig()
   controlnet: str = ''
@@ -67,51 +87,39 @@ class FinetuneTaskConfig(LatentTaskConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    for train, section in TRAINED.items():
-      untouched = getattr(type(self), section, None)
-      if section and train != self.train and getattr(self, section) != untouched:
+    for train, kind in TRAINED.items():
+      untouched = getattr(type(self), kind.section, None)
+      if kind.section and train != self.train and getattr(self, kind.section) != untouched:
         raise UserError(
-          f'settings.{section} has no effect on settings.train {self.train}; leave it out.'
+          f'settings.{kind.section} has no effect on settings.train {self.train}; leave it out.'
         )
-    if self.train == 'controlnet' and self.inputs != 'none':
-      raise UserError("settings.inputs must be 'none' for a ControlNet; train one or the other.")
-    if self.cache and (self.train == 'embeddings' or self.pictured):
-      raise UserError('settings.cache keeps latents and texts alone; switch it off for this.')
-    if self.prior.folder and self.cache:
-      raise UserError('settings.cache does not know whose picture is whose; switch it off.')
-    if self.prior.folder and self.pictured:
-      raise UserError('settings.prior is drawn from a prompt alone; leave it out for this.')
+    for wrong, text in (
+      (self.train == 'controlnet' and self.inputs != 'none',
+       "settings.inputs must be 'none' for a ControlNet; train one or the other."),
+      (self.cache and (self.train == 'embeddings' or self.with_images),
+       'settings.cache keeps latents and texts alone; switch it off for this.'),
+      (self.prior.folder and self.cache,
+       'settings.cache does not know whose picture is whose; switch it off.'),
+      (self.prior.folder and self.with_images,
+       'settings.prior is drawn from a prompt alone; leave it out for this.'),
+    ):
+      if wrong:
+        raise UserError(text)
 
   @property
-  def pictured(self) -> bool:
-    """Whether the model is told a picture beside the caption."""
+  def with_images(self) -> bool:
+    """Whether the model is conditioned on images, so that captions alone cannot be sampled."""
     return self.train == 'controlnet' or self.inputs != 'none'
 
-  def check_scored(self) -> None:
-    """Raises a UserError for a model that cannot be scored by its captions."""
-    if self.pictured:
-      raise UserError('scores need a model that is told the caption alone; set evaluate_samples 0.')
 
-
-def make_trainable(config: FinetuneTaskConfig, part: Part | None = None) -> Trainable:
-  """What the config trains; `part` is the pretrained U-Net, needed to `start`."""
-  if config.train == 'lora':
-    return LoRA(config.lora)
-  if config.train == 'controlnet':
-    return ControlNet(config.controlnet, part)
-  if config.train == 'embeddings':
-    return TextualInversion(config.placeholder)
-  return Full(config.model, part)
-
-
-def picture_of(model: Diffusion) -> str:
-  """The name in CONCATENATED of the picture that a model takes beside z, or 'none'."""
+def image_input(model: Diffusion) -> str:
+  """Return the name in CONCATENATED of what a denoiser takes with z, or 'none'."""
   return next((name for name in CONCATENATED if name in model.conditioners), 'none')
 
 
-def with_picture(model: Diffusion, inputs: str) -> Diffusion:
-  """The model with the input channels that `inputs` needs, where it has none yet."""
-  found = picture_of(model)
+def with_image_input(model: Diffusion, inputs: str) -> Diffusion:
+  """Return the model with the input channels that `inputs` needs, where it has none yet."""
+  found = image_input(model)
   if found == inputs:
     return model
   if found != 'none':
@@ -119,49 +127,63 @@ def with_picture(model: Diffusion, inputs: str) -> Diffusion:
     raise UserError(
       f'the denoiser is made for {found}, but settings.inputs is {inputs!r}; {known}.'
     )
-  picture = CONCATENATED[inputs](model.space)
-  channels = model.space.channels + picture.channels(model.space)
-  config = dataclasses.replace(model.denoiser.config, in_channels=channels)
-  denoiser = Network.of(UNet, config, model.denoiser.compute)
-  return model.replaced({DENOISER: denoiser}).with_conditioner(inputs, picture)
+  conditioner, _ = CONCATENATED[inputs].build({}, Context(model.space))
+  config = dataclasses.replace(
+    model.denoiser.config, in_channels=model.space.channels + conditioner.channels
+  )
+  conditioner.check(config)
+  denoiser = format_of(config).network(config, compute=model.denoiser.compute)
+  return model.replaced({DENOISER: denoiser}).with_conditioner(inputs, conditioner)
 
 
-def abstract_parameters(config: FinetuneTaskConfig) -> Params:
-  """Shapes of what a recipe trains, at the size of its architecture; nothing is read or made."""
-  model = with_picture(architecture_model(config.architecture), config.inputs)
-  trainable = make_trainable(config)
-  trainable.adapted(model)
-  return trainable.shapes
+def as_today(settings: Mapping[str, Any]) -> dict[str, Any]:
+  """Return settings with today's name of the denoiser, of older recipes and runs."""
+  return {**settings, 'train': 'denoiser'} if settings.get('train') == 'unet' else dict(settings)
 
 
 class FinetuneTask(DiffusionTask):
   """Parameters are those of a `Trainable`."""
 
   Config = FinetuneTaskConfig
-  as_today = staticmethod(dict)
+  as_today = staticmethod(as_today)
   name, title = 'finetune', 'Fine-tuned text-to-image model'
 
   @classmethod
   def check_size(cls, config: TrainingConfig) -> None:
-    settings, size = config.settings, config.data.size
-    if not settings.model:
-      return  # Which says more when it is opened.
-    model = read_model(settings.model)[0]
-    if (size, size) != model.trained_size:
-      edge = max(model.trained_size)
+    path, size = config.settings.model, config.data.size
+    if not path:
       raise UserError(
-        f'data.size is {size}, but {settings.model} draws {edge} pixels (sample_size of its '
-        f'denoiser is {model.denoiser.config.sample_size}); set data.size to {edge}.'
+        'settings.model is empty; give the directory of a pretrained pipeline, such as '
+        '--config.settings.model=models/stable-diffusion-v1-5.'
+      )
+    model = read_model(path)[0]
+    edge = max(model.trained_size)
+    if getattr(model.denoiser.config, 'sample_size', None) and (size, size) != model.trained_size:
+      raise UserError(
+        f'data.size is {size}, but {path} draws {edge} pixels (sample_size of its denoiser is '
+        f'{model.denoiser.config.sample_size}); set data.size to {edge}.'
       )
 
   @classmethod
   def build(cls, config: TrainingConfig, env: Env) -> 'FinetuneTask':
-    if config.loop.evaluate_samples:
-      config.settings.check_scored()
-    return make_finetune_task(
-      config.settings, env.train, env.test, env.mesh, getattr(jnp, config.dtype), config.remat,
-      config.attention, config.products,
+    """UserError where the model and what is to be trained do not fit together."""
+    settings, dtype = config.settings, getattr(jnp, config.dtype)
+    model, parts, _ = read_model(settings.model, dtype)
+    model = dataclasses.replace(
+      model.with_compute(attention=config.attention), size=(config.data.size,) * 2
     )
+    _check_model(settings, model)
+    trainable = TRAINED[settings.train](settings, parts[DENOISER])
+    model = trainable.adapted(with_image_input(model, settings.inputs))
+    if isinstance(trainable, Full):
+      del parts[DENOISER]
+    # What is not trained is kept as it is computed with.
+    frozen = {role: part.load(dtype=dtype, mesh=env.mesh) for role, part in parts.items()}
+    task = cls(settings, model, frozen, env.train, env.test, config.remat, config.products)
+    task.trainable = trainable
+    if settings.prior.folder:
+      task.batch_fields += ('weight',)
+    return task
 
   @property
   def begins_with(self) -> str:
@@ -174,7 +196,7 @@ class FinetuneTask(DiffusionTask):
     if env.synthetic:
       return {'prior': env.train}
     most = config.data.most_unreadable
-    prior = draw_prior(self, env.mesh)
+    prior = sample_prior(self, env.mesh)
     return {'prior': Counted(prior, most, env.damage, 'records of the prior')}
 
   def examples(self, config: TrainingConfig, env: Env) -> tuple[Source, list[Callable]]:
@@ -183,93 +205,72 @@ class FinetuneTask(DiffusionTask):
       env = dataclasses.replace(env, train=both)
     return super().examples(config, env)
 
-  def __init__(
-    self, config: FinetuneTaskConfig, trainable: Trainable, model: Diffusion, frozen: Frozen,
-    train: Sequence, test: Sequence, remat: str = 'none', products: str = 'plain',
-  ):
-    super().__init__(config, model, frozen, train, test, remat, products)
-    self.trainable = trainable
-    if config.prior.folder:
-      self.batch_fields = (*self.batch_fields, 'weight')
-
   def initialize(self, key: jax.Array) -> Params:
     return self.trainable.initialize(key)
 
   def start(self, mesh: Mesh) -> Params | None:
     return self.trainable.start(self.frozen, mesh)
 
-  def weights(self, params: Params, frozen: Frozen) -> Weights:
+  def weights(self, params: Params, frozen: Weights) -> Weights:
     return self.trainable.weights(params, frozen)
 
   @property
   def sample_batch(self) -> dict[str, int]:
     return {'batch_size': min(MOST_SAMPLED, len(self.config.preview_captions))}
 
-  def preview_inputs(self) -> Inputs:
-    """Pictures of the test split: their edges, or themselves with the middle to be painted."""
-    if not self.config.pictured:
-      return Inputs()
-    count = len(self.config.preview_captions)
-    records = some(self.test, count)
-    images = np.stack([records[i % len(records)]['image'] for i in range(count)])
-    shown = [conditioner.examples(images) for conditioner in self.model.conditioners.values()]
-    return Inputs(**{name: array for one in shown for name, array in one.items()})
-
-  def preview(self, mesh: Mesh) -> Any:
-    about = next((c.shows for c in self.model.conditioners.values() if c.shows), '')
-    known = {'inputs': self.preview_inputs, 'about': about} if about else {}
-    return dataclasses.replace(super().preview(mesh), **known)
-
-  def evaluators(self, mesh: Mesh) -> list[Any]:
-    return [self.preview(mesh)] if self.config.pictured else super().evaluators(mesh)
-
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
-    """What was trained, in the layout of diffusers."""
+    """Write what was trained, in the layout of diffusers."""
     self.trainable.export(directory, params, self.config.export_dtype)
 
 
-def make_finetune_task(
-  config: FinetuneTaskConfig, train, test, mesh: Mesh, dtype, remat: str = 'none',
-  attention: str = 'auto', products: str = 'plain',
-) -> FinetuneTask:
-  """The task with its frozen networks on the mesh. UserError where something does not fit."""
-  if not config.model:
-    raise UserError(
-      'settings.model is empty; give the directory of a pretrained pipeline, such as '
-      '--config.settings.model=models/stable-diffusion-v1-5.'
-    )
-  model, parts, _ = read_model(config.model, dtype)
-  model = model.with_attention(attention)
+def _check_model(settings: FinetuneTaskConfig, model: Diffusion) -> None:
+  """Raise UserError where the model is not what the settings say."""
+  path, own, wanted = settings.model, model.parameterization.name, settings.objective.prediction
   if model.text is None:
-    raise UserError(f'{config.model} reads no prompts; only models that do can be trained on.')
-  if config.objective.prediction != model.parameterization.name:
+    raise UserError(f'{path} reads no prompts; only models that do can be trained on.')
+  if wanted != own:
     raise UserError(
-      f'objective.prediction is {config.objective.prediction!r}, but {config.model} predicts '
-      f'{model.parameterization.name!r}; set it to that.'
+      f'objective.prediction is {wanted!r}, but {path} predicts {own!r}; set it to that.'
     )
-  if config.architecture:
-    _check_architecture(config, model)
-  trainable = make_trainable(config, parts[DENOISER])
-  if config.train != 'unet' and picture_of(model) != config.inputs:
+  found = image_input(model)
+  if settings.train != 'denoiser' and found != settings.inputs:
     raise UserError(
-      f'settings.inputs is {config.inputs!r}, but {config.model} is made for '
-      f'{picture_of(model)!r}; set it to that, or settings.train to unet, which can teach it.'
+      f'settings.inputs is {settings.inputs!r}, but {path} is made for {found!r}; set it to that, '
+      'or settings.train to denoiser, which can teach it.'
     )
-  model = trainable.adapted(with_picture(model, config.inputs))
-  if config.train == 'unet':
-    del parts[DENOISER]
-  # What is not trained is kept as it is computed with.
-  frozen = {role: part.load(dtype=dtype, mesh=mesh) for role, part in parts.items()}
-  return FinetuneTask(config, trainable, model, frozen, train, test, remat, products)
-
-
-def _check_architecture(config: FinetuneTaskConfig, model: Diffusion) -> None:
-  wanted = architecture_model(config.architecture)
-  for role, network in wanted.networks.items():
-    found = model.networks.get(role)
-    if found is None or found.shapes != network.shapes:
+  if not settings.architecture:
+    return
+  for role, network in architecture_model(settings.architecture).networks.items():
+    same = model.networks.get(role)
+    if same is None or same.shapes != network.shapes:
       raise UserError(
-        f"the {role} of {config.model} is not that of {config.architecture}; set "
-        "settings.architecture to what it is, or to ''."
+        f'the {role} of {path} is not that of {settings.architecture}; set settings.architecture '
+        "to what it is, or to ''."
       )
 
+
+def sample_prior(task: FinetuneTask, mesh: Mesh) -> FolderSource:
+  """Return the pictures of the class, after sampling what is missing of them.
+
+  Every process samples the same and the first writes them, so all must see the folder. What was
+  stopped goes on where it was.
+  """
+  prior, model = task.config.prior, task.model
+  folder = Path(prior.folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  found = {str(path.relative_to(folder)) for path in with_suffixes(find_files(folder, Left()))}
+  missing = prior.images - len(found)
+  if missing > 0:
+    names = (f'{i:05d}.png' for i in range(prior.images + len(found)))
+    free = (name for name in names if name not in found)
+    params = task.start(mesh) or jax.jit(task.initialize)(jax.random.key(0))
+    batches = model.generate(
+      task.weights(params, task.frozen), [prior.prompt] * missing, task.config.sample, seed=1,
+      first=len(found), mesh=mesh, batch_size=PRIOR_BATCH,
+    )
+    for name, image in zip(free, (image for batch in batches for image in batch), strict=False):
+      if jax.process_index() == 0:
+        save_png(Image.fromarray(image), folder / name, {'prompt': prior.prompt})
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('prior')  # All pictures are written before any is read.
+  return open_all(folder, max(model.trained_size), prior.prompt)

@@ -201,7 +201,7 @@ class ToyTask(DiffusionTask):
     x0 = self.model.space.encode({}, batch['points'])
 
     def network(params):
-      network = self.learning.network(self.weights(params, {}))
+      network = self.loss_model.network(self.weights(params, {}))
       return lambda x, t: network(x, t, Condition())
 
     return self.objective.losses_of_learned(network, params, under(PROCESS, params), x0, key)

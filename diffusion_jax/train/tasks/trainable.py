@@ -1,12 +1,9 @@
-"""What of a pretrained model is trained: all of the denoiser, adapters, a ControlNet, a few words.
+"""What of a pretrained model is trained: the whole denoiser, adapters, a ControlNet, a new word."""
 
-Each kind says which parameters there are, with what they begin, how the whole model is put
-together with them, and what is written at the end.
-"""
-
+import abc
 import dataclasses
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,156 +13,170 @@ from jax.sharding import Mesh
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import check_folder
 from diffusion_jax.formats.adapters import from_params, write_lora
-from diffusion_jax.formats.networks import Part, cast, load_params, resolve, save_params
+from diffusion_jax.formats.networks import (
+  Part,
+  cast,
+  load_params,
+  network_format,
+  resolve,
+  save_params,
+)
 from diffusion_jax.formats.pipeline import save_changed
 from diffusion_jax.formats.textual_inversion import FILES, write_textual_inversion
 from diffusion_jax.formats.textual_inversion import TextualInversion as Learned
-from diffusion_jax.models.controlnet import ControlNet as ControlNetModule
+from diffusion_jax.limits import Positive
 from diffusion_jax.models.controlnet import ControlNetConfig, from_unet
-from diffusion_jax.models.lora import LoRAConfig, is_lora, targets, with_lora
+from diffusion_jax.models.lora import is_lora, targets, with_lora
 from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import put_params, shard_params, to_host
-from diffusion_jax.pipelines.adapters import controlnet_config
-from diffusion_jax.pipelines.conditioners import CONTROLNET
-from diffusion_jax.pipelines.conditioners import ControlNet as ControlNetConditioner
-from diffusion_jax.pipelines.encoders import EXTRA, embedding_table
+from diffusion_jax.pipelines.adapters import read_controlnet
+from diffusion_jax.pipelines.conditioners import EXTRA, embedding_table
+from diffusion_jax.pipelines.image_conditioners import CONTROLNET
+from diffusion_jax.pipelines.image_conditioners import ControlNet as ControlNetConditioner
 from diffusion_jax.pipelines.model import DENOISER, Diffusion
 from diffusion_jax.types import Params, Weights
 
 
-class Trainable(Protocol):
-  """A part of a model that is trained while all others are frozen."""
+class Trainable(abc.ABC):
+  """A part of a model that is trained while all others are frozen.
 
+  It is made of the settings of `finetune` and where the pretrained denoiser lies, which `start`
+  needs; `adapted` comes before anything else.
+  """
+
+  section = ''
+  """Of the settings, that speaks of it alone."""
+  role = DENOISER
+  network: Network
+  """That is trained, with its role."""
+
+  def __init__(self, config: Any, part: Part | None = None):
+    self.config, self.part = config, part
+
+  @abc.abstractmethod
   def adapted(self, model: Diffusion) -> Diffusion:
-    """The model with room for the trained parameters; before anything else is asked."""
+    """Return the model with room for the trained parameters."""
 
   @property
   def shapes(self) -> Params:
-    """Of the trained parameters, without making them."""
+    """The trained parameters' shapes, without making them."""
+    return self.network.shapes
 
   def initialize(self, key: jax.Array) -> Params:
-    """Fresh parameters; pure."""
+    """Return fresh parameters; pure."""
+    return self.network.initialize(key)
 
   def start(self, frozen: Weights, mesh: Mesh) -> Params | None:
-    """What training begins with; None for fresh parameters."""
+    """Return what training begins with; None for fresh parameters."""
+    del frozen, mesh
+    return None
 
   def weights(self, params: Params, frozen: Weights) -> Weights:
-    """The whole model by role."""
+    """Return the weights of the whole model, by role."""
+    return {**frozen, self.role: params}
 
+  @abc.abstractmethod
   def export(self, directory: Path, params: Params, dtype: str) -> None:
-    """Writes what was trained as its users expect it."""
+    """Write what was trained as its users expect it."""
 
 
-class Full:
+class Full(Trainable):
   """All of the denoiser; the result is a whole pipeline."""
 
-  def __init__(self, source: str, part: Part | None):
-    self.source, self.part = source, part
+  def __init__(self, config: Any, part: Part | None = None):
+    super().__init__(config, part)
     if part is not None:
-      check_folder(resolve(source))  # It is copied when training ends.
+      check_folder(resolve(config.model))  # It is copied when training ends.
 
-  def adapted(self, model: Diffusion) -> Diffusion:
-    self.model = model
+  def adapted(self, model):
+    self.network = model.denoiser
     return model
 
-  @property
-  def shapes(self) -> Params:
-    return self.model.denoiser.shapes
-
-  def initialize(self, key: jax.Array) -> Params:
-    return self.model.denoiser.initialize(key)
-
-  def start(self, frozen: Weights, mesh: Mesh) -> Params:
+  def start(self, frozen, mesh):
     """The pretrained denoiser; input channels that it does not have yet begin at zero.
 
     So inpainting begins as the plain model does (Rombach et al. 2022, sec. 4.5).
     """
-    params = self.part.load(mesh=mesh)
-    return widened(params, self.model.denoiser.shapes, mesh)
+    return widened(self.part.load(mesh=mesh), self.shapes, mesh)
 
-  def weights(self, params: Params, frozen: Weights) -> Weights:
-    return {**frozen, DENOISER: params}
-
-  def export(self, directory: Path, params: Params, dtype: str) -> None:
-    save_changed(directory, self.source, {DENOISER: (self.model.denoiser.config, params)}, dtype)
+  def export(self, directory, params, dtype):
+    changed = {DENOISER: (self.network.config, params)}
+    save_changed(directory, self.config.model, changed, dtype)
 
 
 def widened(params: Params, shapes: Params, mesh: Mesh) -> Params:
-  """Parameters whose first convolution gets the input channels of `shapes`, new ones at zero."""
-  name = 'conv_in.kernel'
-  kernel, wanted = params[name], shapes[name].shape
-  more = wanted[2] - kernel.shape[2]
-  if more == 0:
-    return params
-  wide = jnp.pad(to_host(kernel), ((0, 0), (0, 0), (0, more), (0, 0)))
-  return {**params, **put_params({name: wide}, mesh)}
+  """Return the parameters in these shapes, with zeros at the end of what is shorter."""
+  out = dict(params)
+  for name, value in params.items():
+    missing = [(0, wanted - n) for wanted, n in zip(shapes[name].shape, value.shape, strict=True)]
+    if any(after for _, after in missing):
+      out |= put_params({name: jnp.pad(to_host(value), missing)}, mesh)
+  return out
 
 
-class LoRA:
+class LoRA(Trainable):
   """LoRA on the denoiser; the result are adapters in the layouts of PEFT and kohya."""
 
-  def __init__(self, config: LoRAConfig):
-    self.config = config
+  section = 'lora'
 
-  def adapted(self, model: Diffusion) -> Diffusion:
-    self.sizes = targets(model.denoiser, self.config)
+  def adapted(self, model):
+    self.sizes = targets(model.denoiser, self.config.lora)
     self.network = with_lora(model.denoiser, self.sizes)
     return model.replaced({DENOISER: self.network})
 
   @property
-  def shapes(self) -> Params:
-    return {n: p for n, p in self.network.shapes.items() if is_lora(n)}
+  def shapes(self):
+    return _adapters(super().shapes)
 
-  def initialize(self, key: jax.Array) -> Params:
-    return {n: p for n, p in self.network.initialize(key).items() if is_lora(n)}
+  def initialize(self, key):
+    return _adapters(super().initialize(key))
 
-  def start(self, frozen: Weights, mesh: Mesh) -> None:
-    del frozen, mesh
-
-  def weights(self, params: Params, frozen: Weights) -> Weights:
+  def weights(self, params, frozen):
     return {**frozen, DENOISER: {**frozen[DENOISER], **params}}
 
-  def export(self, directory: Path, params: Params, dtype: str) -> None:
+  def export(self, directory, params, dtype):
     lora = {'unet': from_params(_cast(params, dtype), self.sizes)}
     write_lora(directory / 'pytorch_lora_weights.safetensors', lora, layout='peft')
     write_lora(directory / 'kohya.safetensors', lora, layout='kohya')
 
 
-class ControlNet:
-  """A ControlNet (Zhang et al. 2023) beside the frozen denoiser, from whose weights it begins."""
+def _adapters(params: Params) -> Params:
+  return {name: value for name, value in params.items() if is_lora(name)}
 
-  def __init__(self, source: str, part: Part | None):
-    self.source, self.part = source, part
 
-  def adapted(self, model: Diffusion) -> Diffusion:
-    found = controlnet_config(model, self.source) if self.source else _new_controlnet(model)
-    self.network = Network.of(ControlNetModule, found, model.denoiser.compute)
-    return model.with_conditioner('control', ControlNetConditioner(self.network))
+class ControlNet(Trainable):
+  """A ControlNet (Zhang et al. 2023) with the frozen denoiser, from whose weights it begins.
 
-  @property
-  def shapes(self) -> Params:
-    return self.network.shapes
+  It goes on from that of `config.controlnet`, where there is one.
+  """
 
-  def initialize(self, key: jax.Array) -> Params:
-    return self.network.initialize(key)
+  section = role = CONTROLNET
 
-  def start(self, frozen: Weights, mesh: Mesh) -> Params:
-    if self.source:
-      return load_params('controlnet', self.source, mesh=mesh)[1]
+  def adapted(self, model):
+    if self.config.controlnet:
+      control = read_controlnet(model, self.config.controlnet)
+    else:
+      made = network_format(CONTROLNET).network(
+        _new_controlnet(model), compute=model.denoiser.compute
+      )
+      control = ControlNetConditioner({CONTROLNET: made})
+    self.network = control.networks[CONTROLNET]
+    return model.with_conditioner('control', control)
+
+  def start(self, frozen, mesh):
+    if self.config.controlnet:
+      return load_params(CONTROLNET, self.config.controlnet, mesh=mesh)[1]
     # From its file: what is frozen may be kept in half precision.
     unet = self.part.load(mesh=mesh)
     begin = lambda unet: from_unet(self.initialize(jax.random.key(0)), unet)
-    return jax.jit(begin, out_shardings=shard_params(self.network.shapes, mesh))(unet)
+    return jax.jit(begin, out_shardings=shard_params(self.shapes, mesh))(unet)
 
-  def weights(self, params: Params, frozen: Weights) -> Weights:
-    return {**frozen, CONTROLNET: params}
-
-  def export(self, directory: Path, params: Params, dtype: str) -> None:
+  def export(self, directory, params, dtype):
     save_params(directory, self.network.config, params, dtype=dtype)
 
 
 def _new_controlnet(model: Diffusion) -> ControlNetConfig:
-  """A ControlNet that brings pictures to the size of the model's latents."""
+  """Return a ControlNet that brings images to the size of the model's latents."""
   config = ControlNetConfig.for_unet(model.denoiser.config)
   factor = model.space.factor
   widths = config.conditioning_embedding_out_channels[: factor.bit_length()]
@@ -183,64 +194,57 @@ class PlaceholderConfig:
   """A new word, made of `vectors` new rows; they begin as the embedding of `initializer`."""
 
   token: str = '<concept>'
-  vectors: int = 1
+  vectors: Positive = 1
   initializer: str = 'object'
 
   def __post_init__(self):
-    if self.vectors < 1 or not self.token.strip() or '/' in self.token:
-      raise UserError('settings.placeholder needs a token without / and at least one vector.')
+    if not self.token.strip() or '/' in self.token:
+      raise UserError(f'settings.placeholder.token is {self.token!r}; give a new word without /.')
     if not self.initializer.strip():
       raise UserError('settings.placeholder.initializer is empty; name a word of the same kind.')
 
 
-class TextualInversion:
+class TextualInversion(Trainable):
   """Textual inversion (Gal et al. 2023): only the embedding of a new word is trained."""
 
-  def __init__(self, config: PlaceholderConfig):
-    self.config = config
+  section = 'placeholder'
 
-  def adapted(self, model: Diffusion) -> Diffusion:
-    self.text = model.text
+  def adapted(self, model):
+    self.text, self.word = model.text, self.config.placeholder
+    self.tables = {role: embedding_table(n)[:2] for role, n in model.text.networks.items()}
     if model.text.tokenizers:  # There are none without weights.
-      counts = dict.fromkeys(model.text.networks, self.config.vectors)
-      model.text.add_word(self.config.token, counts, {})
+      model.text.add_word(self.word.token, dict.fromkeys(self.tables, self.word.vectors), {})
     return model
 
-  def _tables(self) -> dict[str, tuple[str, int]]:
-    """Role -> name of its embedding table and the width of a row."""
-    return {role: embedding_table(network)[:2] for role, network in self.text.networks.items()}
-
   @property
-  def shapes(self) -> Params:
+  def shapes(self):
     return jax.eval_shape(self.initialize, jax.random.key(0))
 
-  def initialize(self, key: jax.Array) -> Params:
-    tables = self._tables()
-    draw = lambda key, width: 0.02 * jax.random.normal(key, (self.config.vectors, width))
+  def initialize(self, key):
+    keys = jax.random.split(key, len(self.tables))
     return {
-      f'{role}.embedding': draw(key, width)
-      for key, (role, (_, width)) in zip(jax.random.split(key, len(tables)), tables.items(),
-                                         strict=True)
+      f'{role}.embedding': 0.02 * jax.random.normal(key, (self.word.vectors, width))
+      for key, (role, (_, width)) in zip(keys, self.tables.items(), strict=True)
     }
 
-  def start(self, frozen: Weights, mesh: Mesh) -> Params:
+  def start(self, frozen, mesh):
     rows = {}
-    pairs = zip(self._tables().items(), self.text.tokenizers, strict=True)
-    for (role, (name, _)), tokenizer in pairs:
-      ids = tokenizer(self.config.initializer, add_special_tokens=False)['input_ids']
+    for (role, (name, _)), tokenizer in zip(
+      self.tables.items(), self.text.tokenizers, strict=True
+    ):
+      ids = tokenizer(self.word.initializer, add_special_tokens=False)['input_ids']
       table = to_host(frozen[role][name]).astype(np.float32)
-      rows[f'{role}.embedding'] = table[[ids[i % len(ids)] for i in range(self.config.vectors)]]
+      rows[f'{role}.embedding'] = table[[ids[i % len(ids)] for i in range(self.word.vectors)]]
     return put_params(rows, mesh)
 
-  def weights(self, params: Params, frozen: Weights) -> Weights:
+  def weights(self, params, frozen):
     return {**frozen, **{
-      role: {**frozen[role], EXTRA: params[f'{role}.embedding']} for role in self._tables()
+      role: {**frozen[role], EXTRA: params[f'{role}.embedding']} for role in self.tables
     }}
 
-  def export(self, directory: Path, params: Params, dtype: str) -> None:
-    token = self.config.token
-    params = _cast(params, dtype)
-    rows = {role: params[f'{role}.embedding'] for role in self._tables()}
+  def export(self, directory, params, dtype):
+    params, token = _cast(params, dtype), self.word.token
+    rows = {role: params[f'{role}.embedding'] for role in self.tables}
     for role, value in rows.items():
       write_textual_inversion(directory / FILES[role], Learned(token, {role: value}))
     a1111 = directory / 'a1111' / f'{token}.safetensors'
@@ -248,5 +252,5 @@ class TextualInversion:
 
 
 def _cast(params: Params, dtype: str) -> Params:
-  """Host arrays of the type that is written; UserError where it cannot hold a value."""
+  """Return host arrays of the type that is written; UserError where it cannot hold a value."""
   return {name: cast(name, np.asarray(value), dtype) for name, value in params.items()}

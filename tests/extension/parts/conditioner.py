@@ -6,19 +6,19 @@ from typing import ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax.pipelines.conditioners import Conditioner
+from diffusion_jax.pipelines.conditioners import Guided
 from diffusion_jax.registry import CONDITIONERS, register
 
 WIDTH = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Letters(Conditioner):
+class Letters(Guided):
   """'text' [b length WIDTH]; its null is zero."""
 
   length: int = 8
   fields: ClassVar = ('letters',)
-  guided: ClassVar = True
+  kept: ClassVar = ('text',)
 
   def embed(self, text):
     """A text as an array [length WIDTH]."""
@@ -37,15 +37,6 @@ class Letters(Conditioner):
 
   def null(self, weights):
     return {'text': jnp.zeros((self.length, WIDTH))}
-
-  def cached(self):
-    return self.fields
-
-  def of_record(self, record):
-    return {'letters': self.embed(record['captions'][0])}
-
-  def of_cache(self, batch):
-    return {'text': batch['letters']}
 
 
 register(CONDITIONERS, 'letters', f'{__name__}:Letters')

@@ -39,6 +39,7 @@ def make_task(parts, sources):
     )
     if network:
       stand_in = types.SimpleNamespace(config=tiny.UNET, bind=lambda _: network)
+      stand_in.with_compute = lambda **_: stand_in
       model = dataclasses.replace(model, denoiser=stand_in)
     return DiffusionTask(config, model, frozen, *sources)
 
@@ -129,8 +130,8 @@ def test_cached_latents_and_texts_are_the_uncached_ones(make_task, sources):
   key = jax.random.key(5)
 
   def encode(task, batch):
-    moments, told, _ = jax.jit(task.encode)(task.frozen, batch, jax.random.clone(key))
-    return task.model.space.sample(moments, jax.random.clone(key)), told['text']['text']
+    moments, conditions, _ = jax.jit(task.encode)(task.frozen, batch, jax.random.clone(key))
+    return task.model.space.sample(moments, jax.random.clone(key)), conditions['text']['text']
 
   (z, text), (z_cached, text_cached) = encode(task, uncached), encode(from_cache, cached)
   assert float(np.std(z)) > 0.01

@@ -14,12 +14,12 @@ from safetensors.numpy import load_file
 
 from diffusion_jax import build
 from diffusion_jax.checkpoint.checkpoints import Checkpoints
-from diffusion_jax.errors import UserError
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, shard_params, to_host
-from diffusion_jax.pipelines.adapters import add_controlnet, add_lora, add_words
-from diffusion_jax.pipelines.conditions import Inputs
+from diffusion_jax.pipelines.adapters import add_controlnet, add_lora, add_textual_inversion
 from diffusion_jax.pipelines.directory import load_model
+from diffusion_jax.pipelines.image_conditioners import Inputs
 from diffusion_jax.recipe import load_config
+from diffusion_jax.train.tasks import finetune
 from diffusion_jax.train.tasks.diffusion import DiffusionTask
 from diffusion_jax.types import Condition
 from tests import tiny
@@ -56,11 +56,11 @@ def test_attention_and_products_are_computed_as_the_config_says(arguments, tmp_p
   file, more = arguments('controlnet', tmp_path, attention='xla', products='float8')
   with tiny.few_devices():
     task = build.build(load_config(file, more), str(tmp_path)).task
-  for model in (task.model, task.learning):
+  for model in (task.model, task.loss_model):
     said = {role: n.compute.attention for role, n in model.networks.items()}
     assert said.pop('denoiser') == said.pop('controlnet') == 'xla'
     assert set(said.values()) == {'auto'}
-  kinds = {role: n.compute.matmul_precision for role, n in task.learning.networks.items()}
+  kinds = {role: n.compute.matmul_precision for role, n in task.loss_model.networks.items()}
   assert kinds.pop('denoiser') == kinds.pop('controlnet') == 'float8'
   assert set(kinds.values()) == {'plain'}
   assert {n.compute.matmul_precision for n in task.model.networks.values()} == {'plain'}
@@ -159,7 +159,7 @@ def exported(recipe, folder, original):
   if recipe == 'controlnet':
     return add_controlnet(model, weights, str(folder))
   if recipe == 'textual_inversion':
-    return model, add_words(model, weights, str(folder))
+    return model, add_textual_inversion(model, weights, str(folder))
   return model, add_lora(model, weights, str(folder))
 
 
@@ -247,8 +247,8 @@ def test_the_mask_and_the_rest_of_the_picture_are_shown(opened):
   task = training.task
   batch, key = first_batch(training)
   weights = task.weights(params, task.frozen)
-  tell = jax.jit(lambda weights, batch: task.encode(weights, batch, key).told['inpaint']['image'])
-  image = np.asarray(tell(weights, batch))
+  encode = jax.jit(lambda weights, batch: task.encode(weights, batch, key))
+  image = np.asarray(encode(weights, batch).conditions['inpaint']['image'])
   mask = image[..., 0]
   assert image.shape == (8, 8, 8, 5) and set(np.unique(mask)) <= {0.0, 1.0}
   whole = mask.all(axis=(1, 2))
@@ -265,7 +265,7 @@ def test_xl_is_told_sizes_and_drops_the_pooled_text_too(opened, monkeypatch):
   weights = task.weights(params, task.frozen)
   monkeypatch.setattr(task, 'config', dataclasses.replace(task.config, caption_dropout=1.0))
   told = jax.jit(lambda batch: task.condition(
-    task.encode(weights, batch, key).told, task.frozen['null'], key, (8, 8, 8, 4)
+    task.encode(weights, batch, key).conditions, task.frozen['null'], key, (8, 8, 8, 4)
   ))(batch)
   for name in ('text', 'pooled'):
     null = task.frozen['null'][f'{name}.bias']
@@ -309,8 +309,6 @@ def test_only_the_new_row_of_the_table_is_trained(opened, tuned, original):
 
 
 def test_what_is_missing_of_the_prior_is_drawn(opened, pipelines, tuned, tmp_path, monkeypatch):
-  from diffusion_jax.train.tasks import prior_preservation
-
   task = opened('dreambooth')[0].task
   drawn = tuned('dreambooth').parent / 'class'
   names = [f'{i:05d}.png' for i in range(8)]
@@ -321,10 +319,10 @@ def test_what_is_missing_of_the_prior_is_drawn(opened, pipelines, tuned, tmp_pat
   changed = type(config)(str(tmp_path), config.prompt, 8, config.weight)
   monkeypatch.setattr(task, 'config', dataclasses.replace(task.config, prior=changed))
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-  assert len(prior_preservation.draw_prior(task, mesh)) == 8
+  assert len(finetune.sample_prior(task, mesh)) == 8
   assert tiny.snapshot(tmp_path) == tiny.snapshot(drawn)
   monkeypatch.setattr(task.model.__class__, 'generate', None)  # Nothing is left to draw.
-  assert len(prior_preservation.draw_prior(task, mesh)) == 8
+  assert len(finetune.sample_prior(task, mesh)) == 8
 
 
 @pytest.mark.parametrize('recipe', ['controlnet', 'inpainting'])
@@ -361,9 +359,9 @@ def test_diffusers_opens_what_was_exported(recipe, tuned):
   ('sd15', {'settings.objective.prediction': 'v_prediction'},
    "objective.prediction is 'v_prediction', but"),
   ('sd15', {'settings.architecture': 'sd99'}, "architecture is 'sd99'; choose one of '', sd15"),
-  ('sd15', {'settings.train': 'all'}, "settings.train is 'all'; choose one of unet, lora"),
-  ('sd15', {'settings.inputs': 'depth'}, "settings.inputs is 'depth'; choose one of none, inpaint"),
-  ('lora', {'settings.train': 'unet'}, 'settings.lora has no effect on settings.train unet'),
+  ('sd15', {'settings.train': 'all'}, "settings.train is 'all'; choose one of denoiser, lora"),
+  ('sd15', {'settings.inputs': 'depth'}, "inputs is 'depth'; choose one of none, inpaint"),
+  ('lora', {'settings.train': 'denoiser'}, 'lora has no effect on settings.train denoiser'),
   ('lora', {'settings.inputs': 'inpaint'}, "settings.inputs is 'inpaint', but"),
   ('lora', {'settings.lora.rank': 0}, 'lora.rank is 0'),
   ('controlnet', {'settings.cache': True}, 'settings.cache keeps latents and texts alone'),
@@ -374,6 +372,7 @@ def test_diffusers_opens_what_was_exported(recipe, tuned):
   ('textual_inversion', {'settings.placeholder.token': 'cat</w>'}, 'without /'),
   ('textual_inversion', {'settings.placeholder.token': 'a'}, 'already has the token a'),
   ('textual_inversion', {'settings.placeholder.initializer': ''}, 'initializer is empty'),
+  ('sd15', {'settings.architecture': 'sd15'}, 'is not that of sd15; set settings.architecture'),
   ('sd15', {'data.size': 32}, 'set data.size to 16.'),
   ('sd15', {'data.dataset': 'folder:nowhere'}, 'there is no folder nowhere'),
 ])
@@ -384,16 +383,6 @@ def test_settings_that_cannot_work_are_refused(
   line = fails('train', '--config', file, '--workdir', tmp_path / 'run', '--quiet', *more)
   assert message in line
   assert not (tmp_path / 'run').exists()
-
-
-def test_a_model_of_another_architecture_is_refused(pipelines):
-  from diffusion_jax.train.tasks.finetune import FinetuneTaskConfig, make_finetune_task
-
-  config = FinetuneTaskConfig(
-    model=str(pipelines / 'sd'), architecture='sd15', preview_captions=('a cat',)
-  )
-  with pytest.raises(UserError, match=r"the denoiser of .* is not that of sd15; set settings"):
-    make_finetune_task(config, None, None, make_mesh(MeshConfig()), jnp.float32)
 
 
 def test_a_run_s_card_names_it(tuned):

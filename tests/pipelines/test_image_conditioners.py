@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from diffusion_jax.pipelines.conditioners import WHOLE, random_masks
+from diffusion_jax.pipelines.image_conditioners import WHOLE, random_masks
 
 
 def test_masks_are_rectangles_or_everything():
