@@ -239,7 +239,8 @@ def _described(
     return {**options, **folders}
 
   return {
-    'size': model.size, 'space': {'type': model.space.name} | kept(untyped(space), model.space, 'space'),
+    'size': model.size,
+    'space': {'type': model.space.name} | kept(untyped(space), model.space, 'space'),
     'conditioners': {
       name: kept({**options, **model.conditioners[name].options()}, model.conditioners[name], name)
       for name, options in conditioners.items()

@@ -1,14 +1,20 @@
 """Any denoiser in any space on any process, by config: trained, sampled, exported, opened again."""
 
+import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffusion_jax import build
 from diffusion_jax.config import parse, untyped
 from diffusion_jax.errors import UserError
+from diffusion_jax.formats.networks import network_format, save_params
+from diffusion_jax.models.controlnet import ControlNetConfig
+from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.pipelines.directory import load_model
 from diffusion_jax.run import TrainedRun
 from tests import tiny
@@ -37,20 +43,21 @@ def _trained(values, tmp_path, command, *arguments):
   return workdir
 
 
-def _same_images(workdir, prompt, command, out):
+def _same_images(workdir, prompt, command, out, *arguments):
   """A run and its export sample the same."""
   images = []
   for source in (('--workdir', workdir), ('--model', workdir / 'model')):
     folder = out / source[0].strip('-')
-    assert command('sample', *source, '--prompt', prompt, '--out', folder, '--batch', 1) == 0
+    assert command('sample', *source, '--prompt', prompt, '--out', folder, '--batch', 1,
+                   *arguments) == 0
     images.append(next(folder.glob('0000_*.png')).read_bytes())
   pixels = lambda png: png.split(b'IDAT')[1]
   assert pixels(images[0]) == pixels(images[1])
+  return pixels(images[0])
 
 
 def _pictures(folder):
   """Two folders of classes, each with pictures of its colour."""
-  from PIL import Image
   for i, name in enumerate(CLASSES):
     (folder / name).mkdir(parents=True)
     for n in range(20):
@@ -109,6 +116,47 @@ def test_latents_are_trained_on_any_process(name, parts, tmp_path, command):
           'edm': np.allclose(alpha, 1)}[name]
 
 
+EDGES = [*tiny.WITH_TEXT[:-1], ['edges', {}], *tiny.NORMALIZE]
+CONDITIONED = {
+  'control': ({}, {}, EDGES, ('--control', 'FILE')),
+  'upscale': ({'in_channels': 19, 'num_class_embeds': 400}, {'beta_end': 0.02}, tiny.WITH_TEXT,
+              ('--small', 'FILE', '--noise_level', 5)),
+  'image_embedding': ({'cross_attention_dim': 8}, {}, tiny.NORMALIZE, ('--reference', 'FILE')),
+  'inpaint': ({'in_channels': 33}, {}, tiny.WITH_TEXT, ('--image', 'FILE', '--mask', 'FILE')),
+}
+
+
+@pytest.mark.parametrize('name', CONDITIONED)
+def test_a_model_is_conditioned_on_images_by_config(name, parts, tmp_path, command):
+  changes, options, transforms, arguments = CONDITIONED[name]
+  values = tiny.diffusion_config(parts)
+  settings, loop = values['settings'], values['loop']
+  unet = settings['unet'] = {**settings['unet'], **changes}
+  settings['conditioners'] = {'text': {'path': parts['clip']}}
+  if name == 'control':
+    config = ControlNetConfig.for_unet(UNetConfig(**unet))
+    config = dataclasses.replace(config, conditioning_embedding_out_channels=(4, 8, 8))
+    made = network_format('controlnet').network(config)
+    params = jax.jit(made.initialize)(jax.random.key(0))
+    # Its last layers begin at zero, which would add nothing.
+    save_params(tmp_path / 'control', config, {n: v + 0.1 for n, v in params.items()})
+    options = {'path': str(tmp_path / 'control')}
+  elif name == 'image_embedding':
+    settings['conditioners'], options = {}, {'path': parts['clip']}
+  settings['conditioners'][name] = options
+  settings['cache'], values['data']['transforms'] = False, transforms
+  loop |= {'evaluate_samples': 0, 'sample_every_steps': 2}
+  workdir = _trained(values, tmp_path, command)
+  assert list((workdir / 'samples').iterdir())  # Of the test split's own images.
+  rng, found = np.random.default_rng(0), []
+  for i in range(2):
+    picture = rng.integers(0, 256, (tiny.SIZE, tiny.SIZE, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / f'{i}.png')
+    given = [str(tmp_path / f'{i}.png') if one == 'FILE' else one for one in arguments]
+    found.append(_same_images(workdir, 'cat', command, tmp_path / str(i), *given))
+  assert found[0] != found[1]
+
+
 def test_older_settings_are_the_same(parts):
   """A U-Net in latents as recipes spelt it, and as they may."""
   old = tiny.diffusion_config(parts)
@@ -133,6 +181,10 @@ def test_older_settings_are_the_same(parts):
   ({'space': {'type': 'pixel'}}, 'did you mean pixels'),
   ({'conditioners': {'klass': {}}}, 'did you mean class'),
   ({'space': {'type': 'pixels'}}, 'what it is to denoise has 3'),
+  ({'conditioners': {'depth': {}}}, 'settings.conditioners.depth needs what no data set has'),
+  ({'conditioners': {'inpaint': {}}, 'cache': True}, 'settings.cache keeps what follows from'),
+  ({'conditioners': {'upscale': {}}}, 'z and its conditions have 7; set in_channels'),
+  ({'conditioners': {'control': {}}}, 'settings.conditioners.control takes path alone'),
 ])
 def test_what_cannot_be_is_one_sentence(parts, tmp_path, changes, message):
   values = tiny.diffusion_config(parts)
@@ -145,5 +197,6 @@ def test_what_cannot_be_is_one_sentence(parts, tmp_path, changes, message):
           'cross_attention_dim': 16, 'attention_head_dim': 2}
   values['settings'] |= {'space': space, 'denoiser': unet, 'cache': False, **changes}
   values['data']['transforms'] = [list(one) for one in tiny.WITH_TEXT]
+  values['loop']['evaluate_samples'] = 0
   with pytest.raises(UserError, match=message):
     build.build(values, str(tmp_path / 'run'))
