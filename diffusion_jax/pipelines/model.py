@@ -7,6 +7,7 @@ compiled for each shape and kept.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
