@@ -1,4 +1,4 @@
-"""Captions out of people's files: texts beside pictures, and lists of captions.
+"""Captions from files: texts beside pictures, and lists of captions.
 
 The text file beside a picture counts first, then the nearest list (metadata.jsonl, metadata.csv or
 metadata.tsv, as diffusers' users keep them), then what is given for all. A row of a list has the

@@ -106,7 +106,7 @@ def _content_hash(path: Path) -> bytes:
       data = file.read(_ENDS)
       file.seek(max(len(data), size - _ENDS))
       data += file.read(_ENDS)
-  except OSError:  # It is told when the picture is wanted.
+  except OSError:  # An error names it when the picture is read.
     size, data = -1, os.fsencode(path.name)
   return hashlib.sha256(b'%d:' % size + data).digest()
 

@@ -17,7 +17,7 @@ _MOST_TRIES, _POSTED = 1000, 'unreadable'
 class Damage:
   """A sentence on each record that could not be read so far, in any source and process of a run.
 
-  say: is told, from any thread, each sentence that this process comes upon, once.
+  say: is called, from any thread, with each new sentence of this process, once.
   """
 
   def __init__(self, say: Callable[[str], None] = lambda text: None):

@@ -8,8 +8,10 @@ the last reading ended, so that the reports of a run read every line once.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
+import operator
 import os
 import re
 from collections.abc import Iterator
@@ -31,6 +33,8 @@ MOST_BYTES = 2**18
 _USUAL_BYTES = 2**13
 """Bytes of a line; only small values are kept of a longer one."""
 MOST_STEP = 2**53
+_NUMBER, _VALUE = operator.itemgetter(0), operator.itemgetter(1)
+_SCALARS = (int, float, bool, type(None))
 _LARGEST = 1e30
 """Beyond it no chart can be drawn."""
 
@@ -67,17 +71,19 @@ class _Sums(NamedTuple):
   gap: float | None
 
   @classmethod
-  def of(cls, step: float, value: Any) -> _Sums:
-    if is_number(value) and -_LARGEST < value < _LARGEST:
-      return cls(1, value, 0, (step, value), (step, value), None)
-    return cls(0, 0.0, 1, None, None, step)
+  def of(cls, points: list[tuple[float, Any]]) -> _Sums:
+    good = [p for p in points if type(p[1]) in (int, float) and -_LARGEST < p[1] < _LARGEST]
+    gap = None if len(good) == len(points) else next(p[0] for p in points if p not in good)
+    return cls(
+      len(good), sum(map(_VALUE, good)), len(points) - len(good),
+      min(good, key=_VALUE, default=None), max(good, key=_VALUE, default=None), gap,
+    )
 
   def then(self, other: _Sums) -> _Sums:
-    value = lambda point: point[1]
     lows, highs = ([p for p in pair if p] for pair in zip(self[3:5], other[3:5], strict=True))
     return _Sums(
       self.count + other.count, self.total + other.total, self.missing + other.missing,
-      min(lows, key=value, default=None), max(highs, key=value, default=None),
+      min(lows, key=_VALUE, default=None), max(highs, key=_VALUE, default=None),
       other.gap if self.gap is None else self.gap,
     )
 
@@ -100,11 +106,15 @@ class _Stretch(NamedTuple):
   sums: dict[str, _Sums]
 
   @classmethod
-  def of(cls, line: Line) -> _Stretch:
-    return cls(1, line['step'], line, {
-      key: _Sums.of(line['step'], value) for key, value in line.items()
-      if type(value) in (int, float, bool, type(None)) and key != 'step'
-    })
+  def of(cls, lines: list[Line]) -> _Stretch:
+    points = collections.defaultdict(list)
+    for line in lines:
+      step = line['step']
+      for key, value in line.items():
+        if type(value) in _SCALARS:
+          points[key].append((step, value))
+    sums = {key: _Sums.of(own) for key, own in points.items() if key != 'step'}
+    return cls(len(lines), sum(line['step'] for line in lines), lines[-1], sums)
 
   def then(self, other: _Stretch) -> _Stretch:
     both = {k: self.sums[k].then(other.sums[k]) for k in self.sums.keys() & other.sums.keys()}
@@ -130,34 +140,50 @@ class Metrics:
 
   def __init__(self):
     self._stretches: dict[int, _Stretch] = {}
+    self._open: list[Line] = []  # The lines of the newest stretch, not summed yet.
     self._width, self._newest = 1, -1.0
     self._first: dict[str, float | None] = {}  # Number of each name, in order of appearance.
+    self._settled: set[str] = set()  # Of names, those that need not be looked at again.
     self.left_out = 0
 
   def add(self, line: Line) -> None:
     """Add one line with a step in [0, MOST_STEP)."""
-    stretch = _Stretch.of(self._within_bounds(line))
-    step, number = line['step'], int(line['step'] // self._width)
-    if self._width > 1:
-      if step <= self._newest:
-        self._stretches = {n: s for n, s in self._stretches.items() if n <= number}
-      if number in self._stretches:
-        stretch = self._stretches[number].then(stretch)
-    self._stretches[number], self._newest = stretch, step
+    step = line['step']
+    goes_back = step <= self._newest
+    if self._open and (goes_back or self._number(step) != self._number(self._open[0]['step'])):
+      self._close()
+    if goes_back and self._width > 1:
+      number = self._number(step)
+      self._stretches = {n: s for n, s in self._stretches.items() if n <= number}
+    self._open.append(self._within_bounds(line))
+    self._newest = step
+
+  def _number(self, step: float) -> int:
+    return int(step // self._width)
+
+  def _close(self) -> None:
+    if not self._open:
+      return
+    number, stretch = self._number(self._open[0]['step']), _Stretch.of(self._open)
+    before = self._stretches.get(number) if self._width > 1 else None
+    self._stretches[number], self._open = before.then(stretch) if before else stretch, []
     while len(self._stretches) > MOST_STRETCHES:
       self._widen()
 
   def _widen(self) -> None:
     self._width *= 2
-    old, self._stretches = self._ordered(), {}
+    old, self._stretches = sorted(self._stretches.items(), key=_NUMBER), {}
     for number, stretch in old:
       before = self._stretches.get(number // 2)
       self._stretches[number // 2] = before.then(stretch) if before else stretch
 
-  def _ordered(self) -> list[tuple[int, _Stretch]]:
-    return sorted(self._stretches.items(), key=lambda item: item[0])
+  def _ordered(self) -> list[_Stretch]:
+    self._close()
+    return [stretch for _, stretch in sorted(self._stretches.items(), key=_NUMBER)]
 
   def _within_bounds(self, line: Line) -> Line:
+    if line.keys() <= self._settled:
+      return line
     kept = {}
     for key, value in line.items():
       if key not in self._first and (len(self._first) >= MOST_METRICS or len(key) > 200):
@@ -165,13 +191,15 @@ class Metrics:
         continue
       if self._first.get(key) is None:
         self._first[key] = value if is_number(value) else None
+      if self._first[key] is not None or isinstance(value, (str, list)):
+        self._settled.add(key)
       kept[key] = value
     return kept | {'step': line['step']}
 
   @property
   def lines(self) -> list[Line]:
     """In order of the step; of long runs one of each stretch, with the means."""
-    return [stretch.line for _, stretch in self._ordered()]
+    return [stretch.line for stretch in self._ordered()]
 
   @property
   def names(self) -> list[str]:
@@ -183,7 +211,7 @@ class Metrics:
 
   def curve(self, key: str) -> Curve:
     """Return the values of one metric."""
-    found = [(s.step, s.sums[key], s.last) for _, s in self._ordered() if key in s.sums]
+    found = [(s.step, s.sums[key], s.last) for s in self._ordered() if key in s.sums]
     numbers = [last[key] for _, _, last in found if is_number(last.get(key))]
     return Curve(
       [point for _, sums, _ in found for point in sums.points],

@@ -1,4 +1,4 @@
-"""Charts of a sweep: a distance against the CLIP score, network calls, the average's length."""
+"""Charts of a sweep: a distance against the CLIP score, network calls, or the half-life of EMA."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def short(value: Any) -> str:
 
 
 def sweep_charts(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """(heading, SVG) of each chart that the sweep has figures for; none without a sweep."""
+  """Return (heading, SVG) of each chart that the sweep has metrics for; none without a sweep."""
   swept = scores.get('sweep', {})
   points = [
     {**scores[name], **point['combination'], 'network_calls': point['network_calls'],

@@ -114,7 +114,7 @@ def _alike(glyphs: Sequence[Glyph], a: int, b: int, distance: float) -> bool:
 
 
 def _claimed(glyph: Glyph) -> tuple[str, ...]:
-  """The tones that a caption tells; two people of one tone have one tone."""
+  """The tones that a caption names; two people of one tone have one tone."""
   return glyph.tones[:1] if len(set(glyph.tones)) == 1 else glyph.tones
 
 

@@ -10,7 +10,7 @@ skin tone', 'flag of France', 'red heart'. The others say the same in a sentence
 with the aliases that people type.
 
 The test asks two questions. Can a model combine what it has seen apart: a profession it has seen in
-four skin tones, and a fifth tone it has seen on everyone else? And what does it draw for a concept
+four skin tones, and a fifth tone it has seen on everyone else? And what does it make of a concept
 it has never seen? Both depend on content alone, never on order, size or chance, so the split is the
 same on every machine.
 """
