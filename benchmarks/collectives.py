@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 
 from benchmarks.flops import read_arguments
-from diffusion_jax.parallel.mesh import shard_params
+from diffusion_jax.parallel.mesh import shard_params, with_shardings
 from diffusion_jax.train.compile import step_and_batch
 from diffusion_jax.train.state import TrainState, abstract_state
 from diffusion_jax.train.training import Training
@@ -162,7 +162,10 @@ def step_collectives(training: Training) -> dict[str, Any]:
   t, mesh = training, training.mesh
   with jax.set_mesh(mesh):
     abstract = abstract_of(t)
-    frozen = {role: _abstract(params, mesh) for role, params in t.task.frozen.items()}
+    frozen = {
+      role: with_shardings(params, shard_params(params, mesh))
+      for role, params in t.task.frozen.items()
+    }
     step, batch = step_and_batch(t, abstract)
     text = step.lower(abstract, frozen, batch).compile().as_text()
     read = read_arguments(lambda frozen: _loss(t, abstract, frozen, batch), frozen)
@@ -182,14 +185,6 @@ def abstract_of(training: Training) -> TrainState:
   return abstract_state(
     training.task, training.optimizer, training.loop.ema_halflife_images > 0, training.mesh
   )
-
-
-def _abstract(params: Params, mesh: Mesh) -> Params:
-  shardings = shard_params(params, mesh)
-  return {
-    name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=shardings[name])
-    for name, value in params.items()
-  }
 
 
 def _loss(training: Training, state: Any, frozen: dict, batch: dict) -> jax.Array:

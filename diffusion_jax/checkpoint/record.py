@@ -144,18 +144,23 @@ def check_arrays(
       'the config that it was trained with.'
     )
 
-  for item in sorted(wanted.keys() | saved.keys() if everything else wanted.keys()):
-    if (item in saved) != (item in wanted):
-      raise differs(f'it holds {"no " if item in wanted else ""}{item}')
-    leaves = wanted[item]
-    for path in sorted(leaves.keys() | saved[item].keys()):
-      if path not in saved[item]:
-        raise differs(f'it holds no {item}{path}')
-      if path not in leaves:
-        raise differs(f'it holds {item}{path}, which is not known here')
-      if leaves[path] != saved[item][path]:
-        (shape, dtype), (other, other_dtype) = saved[item][path], leaves[path]
-        raise differs(f'{item}{path} is {dtype}{shape} there and {other_dtype}{other} here')
+  there = _flat({k: v for k, v in saved.items() if everything or k in wanted})
+  here = _flat(wanted)
+  for name in sorted(there.keys() | here.keys()):  # An item comes before its leaves.
+    if name not in there:
+      raise differs(f'it holds no {name}')
+    if name not in here:
+      raise differs(f'it holds {name}, which is not known here')
+    if there[name] != here[name]:
+      (shape, dtype), (other, other_dtype) = there[name], here[name]
+      raise differs(f'{name} is {dtype}{shape} there and {other_dtype}{other} here')
+
+
+def _flat(items: dict[str, dict]) -> dict[str, Any]:
+  """Return items, and below each its leaves, by name."""
+  return dict.fromkeys(items) | {
+    f'{item}{path}': leaf for item, leaves in items.items() for path, leaf in leaves.items()
+  }
 
 
 def quarantine(directory: Path, step: int) -> Path:

@@ -184,8 +184,13 @@ def put_batch(batch, mesh: Mesh):
 
 def abstract_batch(spec, mesh: Mesh):
   """Return the shapes of a global batch with the shardings that `put_batch` gives."""
+  return with_shardings(spec, jax.tree.map(lambda x: batch_sharding(x.shape, mesh), spec))
+
+
+def with_shardings(tree, shardings):
+  """Return the shapes and types of a tree, with shardings of the same structure."""
   return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(x.shape, mesh)), spec
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings
   )
 
 

@@ -5,7 +5,6 @@ data.json in a workdir, so that other data are noticed when a run goes on.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -123,5 +122,4 @@ def write_data(directory: RunDirectory, found: Found) -> None:
 
 
 def _has_saved(directory: RunDirectory) -> bool:
-  folder = directory.checkpoints
-  return folder.is_dir() and any(re.fullmatch('[0-9]+', path.name) for path in folder.iterdir())
+  return any(path.name.isdecimal() for path in directory.checkpoints.glob('*'))

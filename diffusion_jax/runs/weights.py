@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from diffusion_jax.checkpoint.checkpoints import Checkpoints
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import reading
-from diffusion_jax.parallel.mesh import shard_params
+from diffusion_jax.parallel.mesh import shard_params, with_shardings
 from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.types import Params
 
@@ -31,11 +30,7 @@ def run_weights(
     with reading(directory.path / 'config.json', 'is not the config of a run', 'restore that file'):
       ema = values['loop']['ema_halflife_images'] > 0
   checkpoints = Checkpoints(directory.checkpoints, read_only=True)
-  abstract = jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    shapes, shard_params(shapes, mesh),
-  )
-  item = 'ema' if ema else 'params'
+  item, abstract = 'ema' if ema else 'params', with_shardings(shapes, shard_params(shapes, mesh))
   found = checkpoints.restore({item: abstract}, step, everything=False)
   if found is None:
     raise UserError(f'{workdir} has no checkpoint yet; train longer, or give another workdir.')

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from diffusion_jax.parallel.mesh import shard_like
+from diffusion_jax.parallel.mesh import shard_like, with_shardings
 from diffusion_jax.train.guard import Guard
 from diffusion_jax.train.tasks.task import Carry, Task
 from diffusion_jax.types import Params
@@ -46,10 +46,7 @@ def _initialize(
 def abstract_state(task: Task, optimizer, use_ema: bool, mesh: Mesh) -> TrainState:
   """Return shapes, types and shardings of the state; nothing is allocated."""
   shapes = jax.eval_shape(lambda: _initialize(task, optimizer, use_ema, 0))
-  return jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    shapes, shard_like(shapes, shapes.params, mesh),
-  )
+  return with_shardings(shapes, shard_like(shapes, shapes.params, mesh))
 
 
 def initializer(task: Task, optimizer, seed: int, abstract: TrainState):
