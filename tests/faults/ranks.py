@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -29,9 +28,7 @@ class Ranks:
     self.arguments = ['train', '--config', recipe, '--workdir', str(workdir), '--quiet']
     more = {'TF_CPP_MIN_LOG_LEVEL': '2', **(more or {})}
     if count > 1:
-      with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        address = f'127.0.0.1:{s.getsockname()[1]}'
+      address = f'127.0.0.1:{tiny.free_port()}'
       more |= {'COORDINATOR_ADDRESS': address, 'PROCESS_COUNT': str(count)}
     self.processes = [
       tiny.start(self.arguments, tiny.environment('', devices, **more, PROCESS_INDEX=str(i))

@@ -2,24 +2,21 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 
 import pytest
 
-from tests.tiny import ROOT
+from tests import tiny
 
 COUNT = 3
 
 
 def _run(what):
   """[(exit code, output)] of three processes; stopped ones are killed at the end."""
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    port = s.getsockname()[1]
-  env = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'}
-  script = str(ROOT / 'tests' / 'faults' / 'peer.py')
+  port = tiny.free_port()
+  env = {**os.environ, 'PYTHONPATH': str(tiny.ROOT), 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'}
+  script = str(tiny.ROOT / 'tests' / 'faults' / 'peer.py')
   processes = [
     subprocess.Popen(
       [sys.executable, script, str(i), str(COUNT), str(port), what], env=env, text=True,

@@ -2,13 +2,12 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
 
-from tests.tiny import ROOT
+from tests.tiny import ROOT, free_port
 
 SCRIPT = """
 import json, sys
@@ -56,9 +55,7 @@ ALL = list(range(8))
 
 @pytest.mark.slow
 def test_two_processes_hold_the_rows_of_their_devices():
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    address = f'127.0.0.1:{s.getsockname()[1]}'
+  address = f'127.0.0.1:{free_port()}'
   env = {
     **os.environ, 'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
     'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',

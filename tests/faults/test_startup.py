@@ -33,19 +33,14 @@ print(multihost_utils.process_allgather(own).tolist(), jax.process_index(), jax.
 LAUNCHERS = ('SLURM_', 'OMPI_', 'PMI', 'TPU_', 'MEGASCALE_', 'KUBERNETES_', 'COORDINATOR_')
 
 
-def _free_port() -> int:
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    return s.getsockname()[1]
-
-
-def _start(**env: str) -> subprocess.Popen:
+def _start(*arguments: str, **env: str) -> subprocess.Popen:
+  """A process of JOIN, or of other arguments to Python."""
   inherited = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS)}
   inherited |= {'XLA_FLAGS': '--xla_force_host_platform_device_count=1',
                 'PYTHONPATH': str(tiny.ROOT)}
   return subprocess.Popen(
-    [sys.executable, '-u', '-c', JOIN], env=inherited | env, text=True, cwd=tiny.ROOT,
-    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    [sys.executable, '-u', *(arguments or ('-c', JOIN))], env=inherited | env, text=True,
+    cwd=tiny.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
   )
 
 
@@ -78,7 +73,7 @@ def _open_mpi(index: int, port: int) -> dict[str, str]:
 
 @pytest.mark.parametrize(('environment', 'name'), [(_slurm, 'SLURM'), (_open_mpi, 'Open MPI')])
 def test_two_processes_of_a_launcher_meet_and_compute_together(environment, name):
-  port = _free_port()
+  port = tiny.free_port()
   results = _results(*(_start(**environment(i, port)) for i in range(2)))
   for i, (code, out, err) in enumerate(results):
     assert code == 0, err[-2000:]
@@ -98,7 +93,7 @@ def _explicit(index: int, port: int, **more: str) -> dict[str, str]:
 @pytest.mark.parametrize('index', [0, 1])
 def test_without_its_peer_a_process_leaves_with_one_sentence(index):
   # jaxlib itself would end the process with SIGABRT and a stack trace.
-  start, port = time.monotonic(), _free_port()
+  start, port = time.monotonic(), tiny.free_port()
   [(code, _, err)] = _results(_start(**_explicit(index, port, COORDINATOR_TIMEOUT_SECONDS='1')))
   assert code == 2 and len(err.splitlines()) == 1, err
   assert err.startswith(f'not all processes have met at 127.0.0.1:{port} within 1 s; see what')
@@ -124,7 +119,7 @@ def test_a_signal_between_joining_and_training_is_heard():
 import os, signal, sys
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 from diffusion_jax.parallel.startup import _join
-_join(60, coordinator_address='127.0.0.1:{_free_port()}', num_processes=1, process_id=0)
+_join(60, coordinator_address='127.0.0.1:{tiny.free_port()}', num_processes=1, process_id=0)
 os.kill(os.getpid(), signal.SIGTERM)
 """
   env = os.environ | {'PYTHONPATH': str(tiny.ROOT)}
@@ -134,15 +129,9 @@ os.kill(os.getpid(), signal.SIGTERM)
 
 def test_hosts_of_a_tpu_pod_that_no_variable_names_share_one_workdir(tmp_path):
   """Before jax is imported none of them knows its number: each would open it as process 0."""
-  port = _free_port()
-  env = {k: v for k, v in os.environ.items() if not k.startswith((*LAUNCHERS, 'JAX_PLATFORMS'))}
-  env |= {'XLA_FLAGS': '', 'PYTHONPATH': str(tiny.ROOT)}
-  script = str(tiny.ROOT / 'tests/faults/tpu_host.py')
+  port, workdir = str(tiny.free_port()), str(tmp_path / 'run')
   results = _results(*(
-    subprocess.Popen(
-      [sys.executable, script, str(i), str(port), str(tmp_path / 'run')], env=env, text=True,
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    ) for i in range(2)
+    _start('tests/faults/tpu_host.py', str(i), port, workdir, JAX_PLATFORMS='') for i in range(2)
   ))
   for i, (code, out, err) in enumerate(results):
     assert code == 0, err[-2000:]
