@@ -18,14 +18,14 @@ from typing import Any, BinaryIO
 from diffusion_jax.errors import UserError
 
 MOST_BYTES = 2**26
-"""Of a JSON file: several times the largest tokenizer that is published."""
+"""In a JSON file: several times the largest tokenizer that is published."""
 MOST_DEPTH = 100
-"""Of lists and objects within each other; what walks through them may call itself as often."""
+"""Lists and objects within each other, which recursive functions must walk through."""
 MOST_VALUES = 4_000_000
-"""Of all lists, objects and values together: ten times as many as such a tokenizer's. An empty list
-of three bytes takes twenty times as much memory, and a microsecond."""
+"""Lists, objects and values together, ten times such a tokenizer's. An empty list of three bytes
+takes twenty times as much memory, and a microsecond."""
 _MOST_DIGITS = 40
-"""Of a whole number: tokenizers of any length of text say 10^30."""
+"""In a whole number: tokenizers of any length of text say 10^30."""
 _SURROGATE = re.compile(r'\\u[dD][89a-fA-F]')
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: its files, its arrays, their digests, the loader's position.
+"""The record of a checkpoint: its files, its arrays, their digests, the loader's position.
 
 STEP/manifest.json lists all files; it is read first and guards itself. Of files of array data it
 has the size alone: their content is guarded by digests of the arrays (`digests`). Every process
@@ -29,7 +29,7 @@ MANIFEST, RECORD, QUARANTINE = 'manifest.json', 'record', 'quarantine'
 
 
 class Damaged(Exception):
-  """What is stored is not what was saved; the message says which part and how."""
+  """Files that are not as they were saved; the message says which part and how."""
 
 
 _sha256 = lambda text: hashlib.sha256(text).hexdigest()

@@ -17,7 +17,7 @@ talk within every layer, are neighbours."""
 
 EXAMPLES = ('data', 'fsdp')
 BATCH = PartitionSpec(EXAMPLES)
-"""Of whatever has examples as its first dimension [b ...]."""
+"""For arrays with examples as their first dimension [b ...]."""
 
 # Megatron's layout for tensor: the first matrix of a pair is split by columns, the second by rows,
 # so that a pair needs one all-reduce. fsdp takes the other dimension.
@@ -32,14 +32,14 @@ RULES: list[tuple[str, PartitionSpec]] = [
   (r'lora\.a$', PartitionSpec('fsdp', None)),
   (r'lora\.b$', PartitionSpec(None, 'fsdp')),
 ]
-"""Patterns over names of parameters, of which the first that is found counts."""
+"""Patterns of names of parameters; the first that is found counts."""
 
 ACTIVATIONS: dict[str, PartitionSpec] = {
   # [b h w c]: an image, latents, or features between two blocks; and within a residual block.
   'image': PartitionSpec(EXAMPLES, 'spatial', None, None),
   'features': PartitionSpec(EXAMPLES, 'spatial', None, 'tensor'),
-  # [b c]: what is said of an image as a whole, such as its time. Small, so that the partitioner
-  # would rather gather it than the matrix it is multiplied with, many times over.
+  # [b c]: conditions of an image as a whole, such as its time. Small, so that the partitioner would
+  # rather gather it than the matrix it is multiplied with, many times over.
   'vector': PartitionSpec(EXAMPLES, None),
   # [b l c]: positions of an image, row by row, or of a text; and within a feed-forward layer.
   'tokens': PartitionSpec(EXAMPLES, 'spatial', None),

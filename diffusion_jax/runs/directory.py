@@ -25,7 +25,7 @@ MAY_CHANGE = ('loop.total_steps', 'loop.log_every_steps', 'loop.checkpoint_every
               'loop.evaluate_seconds', 'loop.keep_', 'loop.profile_', 'loop.wandb_project',
               'data.data_dir', 'data.prepare', 'data.workers', 'data.most_unreadable', 'mesh.',
               'safety.', 'remat', 'attention')
-"""What a resumed run may change; everything else would make it another run."""
+"""Keys that a resumed run may change; any other would make it another run."""
 
 
 class RunDirectory:

@@ -253,7 +253,7 @@ class _Worker(threading.Thread):
 
   @property
   def sentence(self) -> str:
-    """What is wrong with the back-end, if anything."""
+    """The error of the back-end and its losses, '' for none."""
     wrong = [*filter(None, [self._error, f'{self._lost} records lost' if self._lost else ''])]
     return ': '.join([self.name, *wrong]) if wrong else ''
 

@@ -38,7 +38,7 @@ class DataSplit:
 
   @property
   def described(self) -> str:
-    """A few words for people."""
+    """A phrase for people."""
     after = f', beginning with {self.begun}' if self.begun else ''
     return f'{self.dataset} ({self.split} split, {self.size} px, {self.records:,} images){after}'
 
