@@ -82,31 +82,23 @@ def read_trained_on(directory: Path) -> DataSplit | None:
 
 def check_data(directory: RunDirectory, found: Found) -> None:
   """Raise UserError where a run that has saved was trained on other data than these."""
-  if (other := other_data(directory, found)) and _has_saved(directory):
-    raise UserError(
-      f'{other} are not those that {directory.path} was trained on; restore them, or begin another '
-      f'run from its weights with --config.weights_from={directory.path}.'
-    )
-
-
-def other_data(directory: RunDirectory, found: Found) -> str:
-  """Return the part of the data that has changed since a run began, such as 'the captions of the
-  test data'; '' where none has, as far as is known.
-  """
-  path = directory.path / DATA
-  if not path.exists():
-    return ''
+  saved = any(path.name.isdecimal() for path in directory.checkpoints.glob('*'))
+  if not saved or not (directory.path / DATA).exists():
+    return
   try:
-    before = read_object(path)
+    before = read_object(directory.path / DATA)
   except UserError as error:
     say(f'whether the data are still the same cannot be told, as {error}', 'note: ')
-    return ''
+    return
   for split, parts in found.items():
     known = before.get(split)
     for part, value in parts.items():
       if isinstance(known, dict) and known.get(part, value) != value:
-        return f'the {part} of the {split} data'
-  return ''
+        raise UserError(
+          f'the {part} of the {split} data are not those that {directory.path} was trained on; '
+          'restore them, or begin another run from its weights with '
+          f'--config.weights_from={directory.path}.'
+        )
 
 
 def write_data(directory: RunDirectory, found: Found) -> None:
@@ -119,7 +111,3 @@ def write_data(directory: RunDirectory, found: Found) -> None:
   except UserError:  # None yet, or damaged.
     set_aside_damaged(directory.path / DATA, lambda text: say(text, 'note: '))
   directory.write_json(DATA, found)
-
-
-def _has_saved(directory: RunDirectory) -> bool:
-  return any(path.name.isdecimal() for path in directory.checkpoints.glob('*'))
