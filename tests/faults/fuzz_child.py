@@ -49,7 +49,7 @@ def _addresses():
 
 
 def _fault(target, folder):
-  """What is wrong with how a mutant was taken, or ''."""
+  """Return what is wrong with how a mutant was taken, or an empty text."""
   from diffusion_jax.errors import UserError
 
   before = _peak()

@@ -31,7 +31,7 @@ def state(step: int) -> dict:
 
 
 def child(folder: Path, out: int) -> None:
-  """Reads, tells, saves until it is killed."""
+  """Read, tell, save until killed."""
   place = jax.devices()[0]
   sharding = jax.sharding.SingleDeviceSharding(place)
   checkpoints = Checkpoints(folder, Keep(last=2))

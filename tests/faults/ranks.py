@@ -73,7 +73,7 @@ class Ranks:
     return max(tiny.metrics(self.workdir), default=0) if file.exists() else 0
 
   def signal(self, rank: int, number: int = signal.SIGTERM) -> None:
-    """Sends a signal to one process."""
+    """Send a signal to one process."""
     self.processes[rank].send_signal(number)
 
   def results(self, seconds: float = 300) -> list[tuple[int, str, str]]:

@@ -62,7 +62,7 @@ def _state(step):
 
 
 def _survives(directory, fill, make_room):
-  """Saves step 1, fills the disk, fails to save step 2, makes room, saves step 3."""
+  """Save step 1, fill the disk, fail to save step 2, make room, save step 3."""
   said, state = [], _state(0)
   abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state

@@ -168,9 +168,7 @@ def test_without_its_last_checkpoint_a_run_has_not_finished(
     assert code == 75
     said.append(capsys.readouterr().err)
   else:
-    thread = _when_said(
-      capsys, 'Waiting for room', lambda: os.kill(os.getpid(), number), said
-    )
+    thread = _when_said(capsys, 'Waiting for room', lambda: os.kill(os.getpid(), number), said)
     assert command(*arguments) == 143
     thread.join()
   status = _status(run)
@@ -212,9 +210,7 @@ def test_a_start_on_a_full_disk(command, recipe, small_disk, at, capsys):
   assert 'status.json cannot be written (' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('where', [
-  PointsPreview, pytest.param(Points, marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize('where', [PointsPreview, pytest.param(Points, marks=pytest.mark.slow)])
 def test_a_bug_in_what_only_shows_ends_no_run(
   command, recipe, tmp_path, capsys, monkeypatch, where
 ):

@@ -57,9 +57,7 @@ def test_two_and_four_processes_agree_with_one(two, tmp_path, count, devices):
 def test_one_of_two_is_stopped_while_compiling_training_and_evaluating(two, tmp_path):
   """Four starts of one run. Both processes save the same step, and nothing differs in the end."""
   run = tmp_path / 'run'
-  stops = (
-    ('compiling', 0, 0), ('evaluating', EVALUATION, 1), ('training', EVALUATION + 2, 1)
-  )
+  stops = (('compiling', 0, 0), ('evaluating', EVALUATION, 1), ('training', EVALUATION + 2, 1))
   for state, step, rank in stops:
     with Ranks(run, 2, devices=2, loop=LOOP) as ranks:
       ranks.wait_for(state, step=step)

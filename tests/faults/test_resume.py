@@ -43,7 +43,7 @@ def _same_weights(run, other):
 
 
 def _interrupt(process, run, number, after):
-  """Sends the signal once step `after` is logged; (exit code, stdout, stderr)."""
+  """Send the signal once step `after` is logged; return (exit code, stdout, stderr)."""
   file, end = run / 'metrics.jsonl', time.time() + 300
   while not file.exists() or len(file.read_text().splitlines()) < after:
     assert process.poll() is None and time.time() < end, process.communicate()

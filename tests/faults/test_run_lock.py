@@ -31,7 +31,7 @@ class Holder:
     return self.process.stdout.readline().strip()
 
   def outcome(self) -> str:
-    """What became of the lock, past what it said while it waited."""
+    """Return what became of the lock, past what it said while it waited."""
     while (line := self.line()).startswith('said: '):
       pass
     return line
@@ -42,7 +42,7 @@ class Holder:
       self.process.wait()
 
   def end(self) -> str:
-    """Lets it go on to its end; what it told until then."""
+    """Let it go on to its end; return what it told until then."""
     return self.process.communicate(timeout=30)[0]
 
 

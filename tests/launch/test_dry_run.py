@@ -192,8 +192,6 @@ def test_a_pod_of_the_jobset_is_found_by_start_up():
   job = jobset('gke_gpu')['spec']['replicatedJobs'][0]['template']['spec']
   env = {e['name']: e['value'] for e in job['template']['spec']['containers'][0]['env']}
   # Kubernetes itself adds these two to the pods of an indexed job.
-  cluster = find_cluster(
-    env | {'KUBERNETES_SERVICE_HOST': '10.0.0.1', 'JOB_COMPLETION_INDEX': '3'}
-  )
+  cluster = find_cluster(env | {'KUBERNETES_SERVICE_HOST': '10.0.0.1', 'JOB_COMPLETION_INDEX': '3'})
   assert (cluster.kind, cluster.processes, cluster.index) == ('gke', 4, 3)
   assert cluster.coordinator == 'fox-workers-0-0.fox:8476'

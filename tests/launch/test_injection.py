@@ -48,8 +48,7 @@ def test_no_option_takes_more_than_a_value_of_its_form(name, option):
   if option not in FREE:
     for i in range(3):
       trick = TRICKS[(3 * number + i) % len(TRICKS)]
-      assert f'--{option}' in refused(
-        shell(*BASES[name], '--dry-run', f'--{option}={trick}'))
+      assert f'--{option}' in refused(shell(*BASES[name], '--dry-run', f'--{option}={trick}'))
 
 
 @pytest.mark.parametrize('given', BREAKS)
