@@ -97,7 +97,7 @@ def _next(run: TrainedRun, passed: set[int]) -> int | None:
 
 
 def over(workdir: str) -> bool:
-  """Whether a run will write no more."""
+  """Return whether a run will write no more."""
   return stands_still(RunDirectory(workdir), STALE_SECONDS)
 
 

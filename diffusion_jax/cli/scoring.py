@@ -187,7 +187,7 @@ class Subject:
 
   @functools.cached_property
   def prompts(self) -> Prompts:
-    """What is sampled. UserError for more than there are, or too few to score."""
+    """Captions to sample. UserError for more than there are, or too few to score."""
     options = self.options
     if options.captions:
       found = own_prompts(options)

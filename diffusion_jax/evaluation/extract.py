@@ -117,7 +117,7 @@ class Extraction:
 
   @functools.cached_property
   def plan(self) -> dict[str, Any]:
-    """What decides the features of an image: their names and the weights, JSON-ready."""
+    """Names of the features and checksums of the weights, JSON-ready."""
     return {'features': sorted(self.columns), 'weights': {
       extractor.name: f'{checksum(extractor.params):08x}' for extractor in self.extractors
     }}
