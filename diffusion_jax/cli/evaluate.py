@@ -110,7 +110,7 @@ class ModelEvaluation(
 
   @property
   def wants_bits(self) -> bool:
-    """Whether bits per dimension are among the metrics."""
+    """Bits per dimension are among the metrics."""
     return 'bits_per_dim' in self.metrics.split(',')
 
   @property

@@ -220,13 +220,13 @@ class Subject:
 
   @property
   def about(self) -> list[str]:
-    """What is sampled, and what the model was trained on."""
+    """Sentences on what is sampled, and what the model was trained on."""
     whose = self.options.captions or f'the captions of {self.split("test").name}'
     return [f'Each is sampled for one of {whose}.', *self.trained_on]
 
   @property
   def trained_on(self) -> list[str]:
-    """What the model was trained on, seen from the test images."""
+    """Sentences on what the model was trained on, and whether the test images are part of it."""
     from diffusion_jax.build import begun_with, provenance
 
     test = self.split('test').pictures
@@ -284,7 +284,7 @@ class Subject:
 
   @property
   def settings(self) -> dict[str, Any]:
-    """How images are sampled, and bits estimated."""
+    """Settings by which images are sampled, and bits estimated."""
     bits = {'draws': self.options.bits_draws} if self.options.wants_bits else {}
     return dataclasses.asdict(self.sample) | bits
 

@@ -266,7 +266,7 @@ class Comparison:
     self._texts = self.clips if captioned and asked else {}
     self.pictured_reference: Pictured | None = None
     self.checked: list[tuple[str, bool]] | None = None
-    """What its CLIPs know, once they have been tried: (sentence, whether it is a warning)."""
+    """(sentence, whether it is a warning) for each CLIP, once they have been tried."""
     self._embedded: dict[tuple, dict[str, np.ndarray]] = {}
 
   def _check_towers(self) -> None:

@@ -46,7 +46,7 @@ MOST_SHAPES = 4
 THUMBNAIL = 96
 """Edge in pixels of the small pictures that a page shows."""
 MOST_THUMBNAILS = 20_000
-"""Of larger works none are kept: half a gigabyte."""
+"""Half a gigabyte; of larger works none are kept."""
 READERS = 4
 
 

@@ -81,7 +81,7 @@ class Likelihood(LikelihoodConfig, Cached):
 
   @property
   def settings(self) -> dict:
-    """How bits are estimated."""
+    """The fields of `LikelihoodConfig`."""
     return {field.name: getattr(self, field.name) for field in dataclasses.fields(LikelihoodConfig)}
 
   @property

@@ -28,7 +28,7 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-  """What pictures are compared with, and how; metrics: names, divided by commas."""
+  """Reference, features and metrics; metrics: names, divided by commas."""
 
   reference: Annotated[str | None, Help(
     'what pictures are compared with: other pictures, a file of statistics (.npz with mu and '
@@ -65,7 +65,7 @@ class CompareOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CaptionOptions:
-  """What a model is to sample."""
+  """Captions that a model samples."""
 
   samples: Annotated[int | None, Help(
     'pictures to sample (default: 256, or all --captions)', 'N'
@@ -92,7 +92,7 @@ class CaptionOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairOptions:
-  """What an autoencoder is given."""
+  """Test images of an autoencoder."""
 
   samples: Annotated[int | None, Help('test images (default: 256)', 'N')] = None
   size: Annotated[int | None, Help(
@@ -117,7 +117,7 @@ class PairOptions:
 
 @dataclasses.dataclass(frozen=True)
 class LikelihoodConfig:
-  """How to estimate bits per dimension."""
+  """Settings by which bits per dimension are estimated."""
 
   draws: Annotated[Positive, Help(
     'noise levels of each bound, a network call each (default: 32)', 'N'

@@ -35,7 +35,7 @@ DOUBT = 0.01
 
 
 class Retrieval(NamedTuple):
-  """How often the own caption of a real image is ranked first among so many candidates."""
+  """Hits of real images, whose own caption is ranked first among so many candidates."""
 
   hits: int
   count: int
@@ -43,7 +43,7 @@ class Retrieval(NamedTuple):
 
   @property
   def near_chance(self) -> bool:
-    """Whether a CLIP of NEAR times chance has so many hits, or more, with more than DOUBT.
+    """A CLIP of NEAR times chance has so many hits, or more, with a probability above DOUBT.
 
     The hits are taken for independent, so that their number is binomial.
     """
@@ -51,7 +51,7 @@ class Retrieval(NamedTuple):
 
   @property
   def too_few(self) -> bool:
-    """Whether not even a perfect CLIP could be distinguished from one near chance."""
+    """Not even a perfect CLIP could be distinguished from one near chance."""
     return self._tail(self.count) > DOUBT
 
   def _tail(self, hits: int) -> float:

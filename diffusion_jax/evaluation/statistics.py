@@ -132,7 +132,7 @@ class FittedGaussian:
 
 
 Moments = Statistics | FittedGaussian
-"""What a Gaussian is fitted by: `mean`, `covariance`, and `n`, None where it is not known."""
+"""`mean` and `covariance` of a Gaussian, and `n`, None where it is not known."""
 
 
 def merge_all(parts: Iterable[Statistics]) -> Statistics:
@@ -244,9 +244,9 @@ def _reduce(statistics: DeviceStatistics) -> tuple[Array, Array, Array, Array]:
 
 
 SUFFIXES = ('.npz', '.pt')
-"""Of the files that are written: npz, or torch-fidelity's cache."""
+"""Suffixes of files that are written: npz, or torch-fidelity's cache."""
 MOST_FEATURES = 8192
-"""Of one sample: four times as many as any extractor has."""
+"""Four times as many as any extractor has."""
 _MOST_BYTES = {
   'mu': 8 * MOST_FEATURES, 'sigma': 8 * MOST_FEATURES**2, 'mu_s': 8 * MOST_FEATURES,
   'sigma_s': 8 * MOST_FEATURES**2, 'n': 8, 'features': MOST_TEXT,

@@ -21,7 +21,7 @@ KINDS: dict[str, type] = {
   'guidance': float, 'steps': int, 'sampler': str, 'spacing': str, 'guidance_rescale': float,
   'image_guidance': float, 'clip_skip': int, EMA: float,
 }
-"""What may be swept: fields of `SampleConfig`, and the average's length."""
+"""Settings that may be swept: fields of `SampleConfig`, and the average's length."""
 
 Combination = dict[str, Any]
 

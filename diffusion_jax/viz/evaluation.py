@@ -31,7 +31,7 @@ from diffusion_jax.viz.charts import (
 from diffusion_jax.viz.sweep import sweep_charts
 
 MOST_POINTS = 1000
-"""Of a set in a scatter plot; more make the page large and show nothing else."""
+"""Points of a set in a scatter plot; more make the page large and show nothing else."""
 THUMBNAIL = 128
 MOST_COLUMNS = 4
 """More are shown as rows."""
@@ -57,7 +57,7 @@ class Prompt(NamedTuple):
 
 
 class ClassRow(NamedTuple):
-  """How often images of a class are found to be of it, by column; count: in the first column."""
+  """Fractions of images of a class that are found to be of it, by column; count: in the first."""
 
   name: str
   count: int

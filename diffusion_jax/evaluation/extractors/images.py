@@ -63,10 +63,10 @@ def load_inception_extractor(
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's pixels in [0, 1]."""
+"""Mean and deviation of ImageNet's pixels in [0, 1]."""
 
 EDGE = 224
-"""Of the images that the network is shown, whatever the size that it was trained at."""
+"""Edge of the images that the network sees, whatever the size that it was trained at."""
 
 
 def size_name(config: DINOv2Config) -> str:

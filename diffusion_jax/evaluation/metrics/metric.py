@@ -20,7 +20,7 @@ LOWER, HIGHER = 'lower', 'higher'
 POOLED = ('pool3', 'embedding', 'cls', 'penultimate')
 """Outputs of extractors that are one vector for each image, by which sets are compared."""
 OF_SETS = ('features', 'reference', 'reference_images', 'samples')
-"""What must be the same for values of two whole sets to be compared."""
+"""Settings that must be the same for values of two whole sets to be compared."""
 FAMILIES = {'clip': 'CLIP', 'dinov2': 'DINOv2', 'classifier': "the classifier's"}
 """Networks whose features have values with names of their own; Inception's stand alone."""
 
