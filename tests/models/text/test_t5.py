@@ -1,4 +1,4 @@
-"""Text and image encoders: published sizes, what skipping and masks mean, half precision."""
+"""T5: published sizes, masks, half precision, layout, errors."""
 
 import jax
 import jax.numpy as jnp
@@ -6,50 +6,23 @@ import numpy as np
 import pytest
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.formats.clip import TEXT_ENCODERS
 from diffusion_jax.formats.networks import format_of
 from diffusion_jax.formats.t5 import T5_ENCODERS
 from diffusion_jax.models import network
 from diffusion_jax.models.network import Compute
-from diffusion_jax.models.text.clip import (
-  CLIPConfig,
-  CLIPTextConfig,
-  CLIPTextModel,
-  CLIPTextProjectionConfig,
-  CLIPVisionConfig,
-  CLIPVisionProjectionConfig,
-)
 from diffusion_jax.models.text.t5 import T5Config, T5EncoderModel
 from diffusion_jax.parallel.layout import parameter_spec
 
-LARGE = CLIPVisionConfig(
-  hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-  patch_size=14,
-)
-HUGE = CLIPVisionProjectionConfig(
-  hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
-  patch_size=14, hidden_act='gelu', projection_dim=1024,
-)
-
 
 @pytest.mark.parametrize(('config', 'scalars', 'tensors'), [
-  (TEXT_ENCODERS['clip_l'], 123_060_480, 196),
-  (TEXT_ENCODERS['openclip_h'], 340_387_840, 372),
-  (TEXT_ENCODERS['openclip_bigg'], 694_659_840, 517),
   (T5_ENCODERS['t5_v1_1_xxl'], 4_762_310_656, 219),  # 220 in files, where one is stored twice.
   (T5_ENCODERS['t5_v1_1_small'], 35_332_800, 75),
-  (CLIPConfig(TEXT_ENCODERS['clip_l'], LARGE, 768), 427_616_513, 590),
-  (HUGE, 632_076_800, 520),
 ])
 def test_published_sizes(config, scalars, tensors):
   shapes = format_of(config).shapes(config)
   assert (network.count(shapes), len(shapes)) == (scalars, tensors)
 
 
-TEXT = CLIPTextConfig(
-  hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=12, vocab_size=20,
-  max_position_embeddings=6, eos_token_id=2,
-)
 T5 = T5Config(
   d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=2, vocab_size=20,
   feed_forward_proj='gated-gelu',
@@ -61,31 +34,7 @@ def build(module, config, random_params, **kw):
   return graphdef, random_params(shapes)
 
 
-def test_skipped_layers_cost_nothing_unless_pooled(random_params):
-  graphdef, params = build(CLIPTextModel, TEXT, random_params)
-  ids = jnp.ones((1, 6), int)
-
-  def flops(skip, which):
-    run = lambda p: network.merge(graphdef, p).encode_text(ids, skip=skip)[which]
-    return jax.jit(run).lower(params).compile().cost_analysis()['flops']
-
-  full, less, pooled = flops(0, 0), flops(2, 0), flops(2, 1)
-  assert less < 0.5 * full < 0.6 * pooled
-
-
-def test_an_extra_embedding_is_no_end_of_text(random_params, quick_jit):
-  graphdef, params = build(CLIPTextModel, TEXT, random_params)
-  extra = params['text_model.embeddings.token_embedding.embedding'][3:5]
-  added, plain = jnp.array([[0, 20, 21, 19, 1, 1]]), jnp.array([[0, 3, 4, 19, 1, 1]])
-  run = quick_jit(
-    lambda ids: network.merge(graphdef, params).encode_text(ids, extra_embeddings=extra)
-  )
-  for found, wanted in zip(run(added), run(plain), strict=True):
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
-  assert bool(jnp.isnan(run(added.at[0, 1].set(22))[0]).any())
-
-
-def test_t5_padding_changes_nothing(random_params, quick_jit):
+def test_padding_changes_nothing(random_params, quick_jit):
   graphdef, params = build(T5EncoderModel, T5, random_params)
   run = quick_jit(lambda *args: network.merge(graphdef, params).encode_text(*args)[0])
   a, b = (jnp.array([[5, 6, 7, pad, pad]]) for pad in (0, 9))
@@ -97,7 +46,7 @@ def test_t5_padding_changes_nothing(random_params, quick_jit):
 
 
 @pytest.mark.parametrize('feed_forward', ['relu', 'gated-gelu'])
-def test_t5_survives_large_activations(feed_forward, random_params, quick_jit):
+def test_survives_large_activations(feed_forward, random_params, quick_jit):
   """The states of published T5s leave float16's range (65504) in their feed-forwards."""
   config = T5Config(**{**vars(T5), 'feed_forward_proj': feed_forward})
   params = build(T5EncoderModel, config, random_params)[1]
@@ -129,7 +78,7 @@ def test_t5_survives_large_activations(feed_forward, random_params, quick_jit):
   assert 0 < error(half_out, out) < 0.005 and 0 < error(brain_out, out) < 0.03
 
 
-def test_t5_adds_to_its_states_in_float32(random_params):
+def test_adds_to_its_states_in_float32(random_params):
   graphdef, params = build(T5EncoderModel, T5, random_params, compute=Compute(jnp.bfloat16))
   silent = ('.o.kernel', '.wo.kernel')
   params = {name: p * (not name.endswith(silent)) for name, p in params.items()}
@@ -138,7 +87,7 @@ def test_t5_adds_to_its_states_in_float32(random_params):
   np.testing.assert_array_equal(block(states, jnp.zeros((1, 2, 1, 1)), None), states)
 
 
-def test_t5_is_split_over_the_tensor_axis_in_pairs(random_params):
+def test_is_split_over_the_tensor_axis_in_pairs(random_params):
   from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
   mesh = make_mesh(MeshConfig())
   _, params = build(T5EncoderModel, T5, random_params)
@@ -154,9 +103,6 @@ def test_t5_is_split_over_the_tensor_axis_in_pairs(random_params):
   (lambda: T5Config(num_heads=0), 'num_heads is 0; give'),
   (lambda: T5Config(relative_attention_num_buckets=6), 'multiple of 4'),
   (lambda: T5Config(relative_attention_max_distance=8), 'max_distance=8'),
-  (lambda: CLIPTextProjectionConfig(projection_dim=0), 'projection_dim is 0; give'),
-  (lambda: CLIPTextProjectionConfig(hidden_size=7), 'must divide hidden_size=7'),
-  (lambda: CLIPVisionProjectionConfig(projection_dim=-1), 'projection_dim is -1; give'),
 ])
 def test_wrong_configs_say_what_is_wrong(make, words):
   with pytest.raises(UserError, match=words):
@@ -164,10 +110,6 @@ def test_wrong_configs_say_what_is_wrong(make, words):
 
 
 @pytest.mark.parametrize(('module', 'config', 'call', 'words'), [
-  (CLIPTextModel, TEXT, lambda n: n.encode_text(jnp.ones((1, 3), int), skip=3), 'from 0 to 2'),
-  (CLIPTextModel, TEXT, lambda n: n.encode_text(jnp.ones((1, 7), int)), 'l <= 6'),
-  (CLIPTextModel, TEXT, lambda n: n.encode_text(
-    jnp.ones((1, 3), int), extra_embeddings=jnp.ones((2, 9))), r'must be \[n 8\]'),
   (T5EncoderModel, T5, lambda n: n.encode_text(jnp.ones(3, int)), r'ids \[b l\]'),
   (T5EncoderModel, T5, lambda n: n.encode_text(
     jnp.ones((1, 3), int), jnp.ones((1, 4))), r'mask must be \[1, 3\]'),
