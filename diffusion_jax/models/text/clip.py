@@ -145,7 +145,7 @@ def _attend_before(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 class CLIPMLP(nnx.Module):
   """Two dense layers around the config's activation: [b l d] -> [b l d]."""
 
-  def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, **kw):
+  def __init__(self, config: TowerConfig, **kw):
     d, hidden, depth = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     self.fc1 = dense(d, hidden, (2 * d) ** -0.5, **kw)
     self.fc2 = dense(hidden, d, d**-0.5 * (2 * depth) ** -0.5, **kw)
@@ -159,7 +159,7 @@ class CLIPMLP(nnx.Module):
 class CLIPEncoderLayer(nnx.Module):
   """Pre-norm transformer block: [b l d] -> [b l d]."""
 
-  def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, causal: bool, **kw):
+  def __init__(self, config: TowerConfig, *, causal: bool, **kw):
     d, eps = config.hidden_size, config.layer_norm_eps
     heads, depth = config.num_attention_heads, config.num_hidden_layers
     self.self_attn = CLIPAttention(d, heads, depth, causal=causal, **kw)
@@ -175,7 +175,7 @@ class CLIPEncoderLayer(nnx.Module):
 class CLIPEncoder(Blocks):
   """The stack of blocks: [b l d] -> the states before the last `skip` blocks and after all."""
 
-  def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, causal: bool, **kw):
+  def __init__(self, config: TowerConfig, *, causal: bool, **kw):
     super().__init__(**kw)
     self.layers = nnx.List([
       CLIPEncoderLayer(config, causal=causal, **kw) for _ in range(config.num_hidden_layers)
