@@ -51,14 +51,11 @@ def posterior(x: jax.Array, x0: jax.Array, here: Pair, there: Pair) -> tuple[jax
 
 
 def log_variances(grid: Grid) -> tuple[jax.Array, jax.Array]:
-  """(ln of the posterior's variance [n], ln sigma_{t|s}^2 [n]) for each of a grid's n steps.
+  """(ln of the posterior's variance [n], ln sigma_{t|s}^2 [n]) for a grid's n steps, n >= 2.
 
   The bounds between which a sampler's optimal variance lies (Nichol & Dhariwal 2021, section 3.1):
   beta_tilde is right for data without spread ("fixed small"), beta for unit Gaussian data ("fixed
   large"). A last step to sigma = 0, whose posterior has no variance, takes that of the step before.
-
-  Args:
-    grid: (alphas [n+1], sigmas [n+1]) from noise to data, n >= 2.
   """
   alphas, sigmas = (jnp.asarray(values) for values in grid)
   _, upper = transition((alphas[:-1], sigmas[:-1]), (alphas[1:], sigmas[1:]))
@@ -139,8 +136,7 @@ def bound_term(
   the posterior's mean at the estimate of x_0.
 
   Args:
-    x: x_t [b ...]; estimate: of x_0 [b ...].
-    here, there: levels t and s, [] or [b].
+    x: x_t [b ...]; estimate: of x_0 [b ...]. here, there: levels t and s, [] or [b].
     log_variance: of p(x_s | x_t), [] or [b] or [b ...]; see `log_variances`.
   """
   true_mean, variance = posterior(x, x0, here, there)
@@ -162,10 +158,8 @@ def vdm_loss(
   Equals -1/2 SNR'(t) |x_0 - estimate|^2 (Kingma et al. 2021, eq. 17); its mean over t in [0, 1] is
   the term, and depends on the process through the end points of its log-SNR alone.
 
-  Args:
-    t: [b], usually stratified.
-    weighting: for a weighted bound (Kingma & Gao 2023, eq. 6): the weight on x_0's error over SNR;
-      'snr' is the bound itself.
+  A weighting gives a weighted bound (Kingma & Gao 2023, eq. 6): the weight on x_0's error over SNR;
+  'snr' is the bound itself. t is [b].
   """
   (alpha, sigma), _ = time_derivative(process, t)
   factor = -log_snr_rate(process, t) / 2
@@ -226,7 +220,7 @@ def discrete_bound(
   (SNR(t-1) - SNR(t)) |x_0 - D|^2 / 2 (Kingma et al. 2021, section 4).
 
   Args:
-    x0: [b ...]. alphas, sigmas: [T], from data to noise.
+    alphas, sigmas: [T], from data to noise.
     draws: None evaluates each of the T - 1 steps once. A number takes as many, each with noise of
       its own and evenly spread over the divergences that they would have for unit Gaussian data.
       Each costs one network call.
@@ -265,9 +259,8 @@ def continuous_bound(
   |x_0 - D|^2 (1 + SNR) / 2 is constant on average for unit Gaussian data.
 
   Args:
-    x0: [b ...].
-    draws: noise levels, one network call each, evenly spread over l.
-    offset: as in `discrete_bound`.
+    draws: noise levels, one network call each, evenly spread over l; offset: as in
+      `discrete_bound`.
     t_min: where data begins; sigma must be above 0 there.
   """
   fractions = (jnp.arange(draws, dtype=x0.dtype) + offset) / draws
@@ -316,10 +309,7 @@ def gaussian_bits(
   all steps, 'continuous' is `continuous_bound` between the ends of the table, 'flow' is
   `likelihood.flow_likelihood` with start_noise. The last two agree where the last step holds no
   signal: -log2 of the density of x_0 + sigma / alpha eps.
-
-  Args:
-    x0: [b ...]. mean, variance: [...].
-    alphas, sigmas: [T], from data to noise.
+  x0 is [b ...], mean and variance [...], alphas and sigmas [T], from data to noise.
   """
   x0, mean, variance = (np.asarray(part, np.float64) for part in (x0, mean, variance))
   snr = (np.asarray(alphas) / np.asarray(sigmas)) ** 2

@@ -42,13 +42,9 @@ def make_denoiser(
 ) -> Denoiser:
   """`network(x, label [b])` as a denoiser; computes in x's dtype outside the network.
 
-  An output of twice x's channels holds a learned variance, too, which is left out unless wanted.
-
-  Args:
-    network: with its weights and its condition bound.
-    label: usually `NoiseSchedule.label`.
-    variance: return (x_0, fraction), fraction [b ...] in [0, 1] of the larger variance (Nichol &
-      Dhariwal 2021, eq. 15), as `samplers.ddpm` takes it.
+  An output of twice x's channels holds a learned variance, too, which is left out unless wanted:
+  `variance` gives (x_0, fraction), fraction [b ...] in [0, 1] of the larger variance (Nichol &
+  Dhariwal 2021, eq. 15), as `ddpm` takes it.
   """
 
   def denoise(x, alpha, sigma):
@@ -170,8 +166,7 @@ def static_threshold(
 ) -> Denoiser:
   """Clip the estimate to [-limit, limit], the range of the data (Saharia et al. 2022, 2.3).
 
-  Args:
-    keep_estimate: return (the clipped estimate, the estimate), for `ddim` with keep_epsilon.
+  keep_estimate gives (the clipped estimate, the estimate), for `ddim` with keep_epsilon.
   """
   return _of_x0(denoise, lambda x0: jnp.clip(x0, -limit, limit), keep_estimate)
 
@@ -188,7 +183,6 @@ def dynamic_threshold(
   Args:
     percentile: fraction in [0, 1]; 1 scales without clipping.
     limit: the largest s, also where it is below 1; diffusers names it sample_max_value.
-    keep_estimate: as in `static_threshold`.
   """
   def threshold(x0):
     s = jnp.quantile(jnp.abs(x0.reshape(len(x0), -1)), percentile, axis=1)

@@ -95,9 +95,8 @@ def flow_likelihood(
   Args:
     x: [b ...]; it is read as x_t / alpha_t at t_min, whose density is the data's blurred by
       sigma / alpha there.
-    trace: 'exact', or Hutchinson's estimate with 'rademacher' or 'gaussian' noise, fixed for each
-      example so that the ODE stays deterministic.
-    probes: how many of them are averaged.
+    trace: 'exact', or Hutchinson's estimate with 'rademacher' or 'gaussian' noise, the mean of
+      `probes`, fixed for each example so that the ODE stays deterministic.
     solver: 'adaptive' (Tsitouras' 5(4), one step size for the batch) with rtol and atol on x and
       on nats per dimension, or 'rk4' or 'heun' with `steps` steps, even in log(1e-4 + SNR).
     max_steps: of the adaptive solver; where they do not suffice, bits are NaN.

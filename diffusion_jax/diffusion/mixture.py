@@ -33,7 +33,6 @@ class GaussianMixture(NamedTuple):
     return GaussianMixture(self.weights, alpha * self.means, alpha**2 * self.variances + sigma**2)
 
   def mean(self) -> jax.Array:
-    """[...]."""
     return jnp.tensordot(self.weights, self.means, axes=1)
 
   def variance(self) -> jax.Array:

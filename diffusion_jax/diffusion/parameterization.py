@@ -64,10 +64,8 @@ class Parameterization:
   """The prediction of a network: one of PREDICTIONS.
 
   A model and the objective that trains it hold the same object. In all methods x, x0, eps and
-  output are [b ...], alpha and sigma [b] or [].
-
-  Attributes:
-    data_std: standard deviation of the data, for 'edm' alone; 0.5 in Karras et al.
+  output are [b ...], alpha and sigma [b] or []. data_std: standard deviation of the data, for 'edm'
+  alone; 0.5 in Karras et al.
   """
 
   name: str = 'epsilon'

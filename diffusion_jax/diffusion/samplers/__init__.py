@@ -13,7 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from diffusion_jax.diffusion.samplers.common import Sampler, SamplerInfo, Trajectory, as_arrays
+from diffusion_jax.diffusion.samplers.common import Sampler, SamplerInfo, Trajectory
 from diffusion_jax.diffusion.samplers.grid import (
   SPACINGS,
   Grid,
@@ -52,9 +52,7 @@ def sampler(name: str, **options) -> Sampler:
   for option in options:
     if option not in known:
       raise UserError(f'sampler {name!r} has no option {option!r}; choose from {", ".join(known)}.')
-  return lambda denoise, x, grid, keys, **more: function(
-    denoise, *as_arrays(x, grid), keys, **options, **more
-  )
+  return partial(function, **options)
 
 
 def initial_noise(seed: int, first: int, count: int, shape: tuple[int, ...]):
