@@ -97,19 +97,15 @@ def test_an_edit_is_guided_by_text_and_picture(x, scale, image_scale):
     return denoise(x, alpha, sigma, text), 2 * x
 
   picture = np.eye(3)[[1, 1, 0, 2]]
-  guided = denoiser.classifier_free(
-    spy, TEXT, NULL, scale, image=picture, image_scale=image_scale
-  )
-  found, share = guided(x, ALPHA, SIGMA)
+  guided = denoiser.classifier_free(spy, TEXT, NULL, scale, image=picture, image_scale=image_scale)
+  found, fraction = guided(x, ALPHA, SIGMA)
   edited, shown, free = (denoise(x, ALPHA, SIGMA, told) for told in (TEXT, picture, NULL))
   wanted = free + image_scale * (shown - free) + scale * (edited - shown)
   np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
-  np.testing.assert_array_equal(share, 2 * x)
+  np.testing.assert_array_equal(fraction, 2 * x)
   assert calls == [3 * len(x)]
   if scale != 1:
-    both = denoiser.classifier_free(
-      denoise, TEXT, NULL, scale, image=picture, image_scale=1
-    )
+    both = denoiser.classifier_free(denoise, TEXT, NULL, scale, image=picture, image_scale=1)
     wanted = denoiser.classifier_free(denoise, TEXT, picture, scale)(x, ALPHA, SIGMA)
     np.testing.assert_allclose(both(x, ALPHA, SIGMA), wanted, rtol=1e-10, atol=1e-12)
 

@@ -88,9 +88,7 @@ def test_the_density_of_a_mixture(process, solver, keys):
   last, prior = MIXTURE.diffused(alpha, sigma), normal(alpha**2 + sigma**2, 2)
   mismatch = bits(prior, found.latents) - bits(last, found.latents)
   assert (mismatch == 0).all() if process is flow else (np.abs(mismatch) > 1e-5).all()
-  np.testing.assert_allclose(
-    found.bits - mismatch, bits(blurred(MIXTURE, process), X), atol=2e-6
-  )
+  np.testing.assert_allclose(found.bits - mismatch, bits(blurred(MIXTURE, process), X), atol=2e-6)
   np.testing.assert_allclose(found.bits, bits(MIXTURE, X), atol=5e-3)
   assert 10 < found.steps < 400
 
@@ -181,9 +179,7 @@ def test_an_example_keeps_its_value_in_any_batch(keys):
 def test_a_network_on_a_table_of_timesteps_is_scored():
   """For unit Gaussian data the v prediction is 0; x_t / alpha_t has variance 1 / alpha^2."""
   schedule = Schedule(ScheduleConfig())
-  denoise = make_denoiser(
-    lambda x, t: 0 * x, Parameterization('v_prediction'), schedule.label
-  )
+  denoise = make_denoiser(lambda x, t: 0 * x, Parameterization('v_prediction'), schedule.label)
   x = np.zeros((2, 2, 2, 1), np.float32)
   found = run(
     denoise, x, schedule.process,

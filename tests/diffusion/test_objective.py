@@ -318,8 +318,8 @@ def test_importance_prefers_what_was_lost_and_stays_unbiased():
   history = jax.jit(update_history)(history, t, jnp.where(t == 2, 6.0, 2.0))
   sample = jax.jit(objective.sample_levels, static_argnums=1)
   level, factor = sample(jax.random.key(0), 20_000, history)
-  share = np.bincount(level.label, minlength=4) / 20_000
-  np.testing.assert_allclose(share, [1 / 6, 1 / 6, 1 / 2, 1 / 6], atol=0.02)
+  fractions = np.bincount(level.label, minlength=4) / 20_000
+  np.testing.assert_allclose(fractions, [1 / 6, 1 / 6, 1 / 2, 1 / 6], atol=0.02)
   value = jnp.asarray([3.0, 1.0, 10.0, 2.0])[level.label]
   assert float((factor * value).mean()) == pytest.approx(4.0, rel=0.03)
 

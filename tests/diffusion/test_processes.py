@@ -62,9 +62,7 @@ def test_rates_integrate_to_the_closed_form(name, integral):
 def test_the_drift_gives_back_the_rate():
   rate = processes.sigmoid_rate(0.1, 20.0)
   t = jnp.linspace(0.01, 0.99, 9)
-  np.testing.assert_allclose(
-    -2 * processes.drift_rate(MADE['sigmoid_rate'], t), rate(t), rtol=1e-9
-  )
+  np.testing.assert_allclose(-2 * processes.drift_rate(MADE['sigmoid_rate'], t), rate(t), rtol=1e-9)
 
 
 def test_cosine_is_nichol_and_dhariwal_eq_17():

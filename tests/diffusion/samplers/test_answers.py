@@ -15,13 +15,7 @@ from diffusion_jax.diffusion.samplers import (
   sampler,
   sampling_grid,
 )
-from tests.diffusion.exact_mixture import (
-  VARIANCE,
-  denoise,
-  gaussian,
-  geometric,
-  of_levels,
-)
+from tests.diffusion.exact_mixture import VARIANCE, denoise, gaussian, geometric, of_levels
 
 SAMPLERS = infos()
 
@@ -59,11 +53,11 @@ def test_ddpm_output_variance(name, wanted):
   assert abs(scale**2 + (noise**2).sum() - wanted) < 1e-6
 
 
-@pytest.mark.parametrize('share,name', [(0.0, 'ddpm'), (1.0, 'ddpm_large')])
-def test_learned_variance_runs_from_the_small_to_the_large(share, name):
+@pytest.mark.parametrize('fraction,name', [(0.0, 'ddpm'), (1.0, 'ddpm_large')])
+def test_learned_variance_runs_from_the_small_to_the_large(fraction, name):
   grid = sampling_grid(LINEAR, 5)
-  with_share = lambda x, a, s: (unit(x, a, s), jnp.full_like(x, share))
-  learned = affine(sampler('ddpm', variance='learned'), grid, 5, with_share)
+  with_fraction = lambda x, a, s: (unit(x, a, s), jnp.full_like(x, fraction))
+  learned = affine(sampler('ddpm', variance='learned'), grid, 5, with_fraction)
   for found, wanted in zip(learned, affine(sampler(name), grid, 5, unit), strict=True):
     np.testing.assert_allclose(found, wanted, rtol=1e-12)
 

@@ -152,9 +152,7 @@ def test_grids_lie_on_their_process(process, spacing):
     return
   with jax.enable_x64(True):
     alphas, sigmas = map(np.asarray, process_grid(process, 7, spacing))
-  on_process = {
-    flow: alphas + sigmas, exploding: alphas, cosine: alphas**2 + sigmas**2
-  }[process]
+  on_process = {flow: alphas + sigmas, exploding: alphas, cosine: alphas**2 + sigmas**2}[process]
   np.testing.assert_allclose(on_process, 1, atol=1e-12)
   assert (np.diff(np.arctan2(sigmas, alphas)) < 0).all() and len(alphas) == 8
   assert alphas[-1] == 1 and sigmas[-1] == 0

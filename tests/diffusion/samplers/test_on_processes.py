@@ -13,9 +13,7 @@ from tests.diffusion.exact_mixture import denoise, gaussian, of_levels, quantile
 SAMPLERS = infos()
 
 ADAPTIVE = ('dpm_adaptive', 'probability_flow')
-LINEAR = [
-  name for name in SAMPLERS if name not in (*ADAPTIVE, 'predictor_corrector', 'lcm', 'tcd')
-]
+LINEAR = [name for name in SAMPLERS if name not in (*ADAPTIVE, 'predictor_corrector', 'lcm', 'tcd')]
 # The same in y = x / alpha on every process; the others discretise another time or scale.
 IN_LEVELS = [
   name for name in LINEAR
