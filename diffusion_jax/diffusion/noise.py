@@ -12,18 +12,19 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, get_type_hints
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffusion_jax import registry
+from diffusion_jax.config import convert
 from diffusion_jax.diffusion import processes
 from diffusion_jax.diffusion.parameterization import noise_label
 from diffusion_jax.diffusion.processes import Process, tabulate
 from diffusion_jax.diffusion.samplers.grid import Grid, process_grid, sampling_grid
 from diffusion_jax.errors import UserError
+from diffusion_jax.limits import OneOf, Range
 from diffusion_jax.types import Params, PerExample
 
 
@@ -89,34 +90,23 @@ class ScheduleConfig:
   compute in sigma / alpha.
   """
 
-  beta_schedule: str = 'scaled_linear'
-  beta_start: float = 0.00085
-  beta_end: float = 0.012
-  num_train_timesteps: int = 1000
+  beta_schedule: Annotated[str, OneOf(BETAS | SAMPLED)] = 'scaled_linear'
+  beta_start: Annotated[float, Range(0, 1, below=True)] = 0.00085
+  beta_end: Annotated[float, Range(0, 1, below=True)] = 0.012
+  num_train_timesteps: Annotated[int, Range(2, MOST_TIMESTEPS)] = 1000
   rescale_betas_zero_snr: bool = False
-  shift: float = 1.0
-  last_alpha_bar: float = 0.0
+  shift: Annotated[float, Range(0, math.inf, above=True, below=True, text='a number above 0')] = 1.0
+  last_alpha_bar: Annotated[float, Range(0, 1, below=True)] = 0.0
 
   def __post_init__(self):
-    # Not by types of config values alone: published files are read into this, too.
-    name, known, most = self.beta_schedule, BETAS | SAMPLED, MOST_TIMESTEPS
-    number = lambda value: isinstance(value, (int, float))
-    is_beta = lambda beta: number(beta) and (name in SAMPLED or 0 <= beta < 1)
-    for field, fits, wanted in (
-      ('beta_schedule', lambda v: isinstance(v, str) and v in known,
-       f'choose one of {", ".join(known)}'),
-      ('num_train_timesteps', lambda v: type(v) is int and 2 <= v <= most,
-       f'it must be a whole number, at least 2 and at most {most:,}'),
-      ('beta_start', is_beta, 'it must be a number of at least 0 and below 1'),
-      ('beta_end', is_beta, 'it must be a number of at least 0 and below 1'),
-      ('rescale_betas_zero_snr', lambda v: not v or name in BETAS,
-       f'there are no betas to rescale in {name!r:.80}; choose one of {", ".join(BETAS)}'),
-      ('last_alpha_bar', lambda v: number(v) and 0 <= v < 1,
-       'it must be a number from 0 on and below 1'),
-      ('shift', lambda v: number(v) and 0 < v < math.inf, 'it must be positive, at least above 0'),
-    ):
-      if not fits(getattr(self, field)):
-        raise UserError(f'schedule.{field} is {getattr(self, field)!r:.80}; {wanted}.')
+    # Published files are read into this, too: their values are held against the types here.
+    for field, hint in get_type_hints(type(self), include_extras=True).items():
+      convert(hint, getattr(self, field), f'schedule.{field}')
+    if self.rescale_betas_zero_snr and self.beta_schedule not in BETAS:
+      raise UserError(
+        f'schedule.rescale_betas_zero_snr is True, but there are no betas to rescale in '
+        f'{self.beta_schedule!r}; choose one of {", ".join(BETAS)}.'
+      )
 
   def table(self) -> tuple[np.ndarray, np.ndarray]:
     """Return (alphas [T], sigmas [T]) float64, from little noise to much."""
@@ -157,14 +147,13 @@ class NoiseConfig(ScheduleConfig):
   process of that one. label: one of NETWORK_LABELS; on a process alone.
   """
 
-  process: str = 'table'
+  process: Annotated[str, OneOf(('table', LEARNED, *processes.PROCESSES))] = 'table'
   process_options: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
   sub_vp: bool = False
-  label: str = 'timestep'
+  label: Annotated[str, OneOf(NETWORK_LABELS)] = 'timestep'
 
   def __post_init__(self):
     super().__post_init__()
-    registry.check(NETWORK_LABELS, self.label, 'schedule.label')
     if self.is_table:
       if self.process_options or self.sub_vp or self.label != 'timestep':
         raise UserError(
