@@ -169,5 +169,5 @@ def test_a_table_of_a_process_is_karras_eq_5():
   ],
 )
 def test_bad_values_are_refused(make):
-  with pytest.raises(UserError, match='choose|give'):
+  with pytest.raises(UserError, match=r'choose|give'):
     make()
