@@ -75,16 +75,16 @@ class Program(NamedTuple):
   autoguided: bool = False
 
   def guide(
-    self, denoise: TextDenoiser, told: Condition, negative: Condition, numbers: Numbers,
+    self, denoise: TextDenoiser, condition: Condition, negative: Condition, numbers: Numbers,
     parameterization: Parameterization, others: Others = (),
   ) -> Denoiser:
-    """The denoiser with guidance and threshold."""
+    """Return the denoiser with guidance and threshold."""
     edit = {}
     if self.image_guided:
       edit = {'image': negative, 'image_scale': numbers.image_guidance}
       negative = negative._replace(image=jnp.zeros_like(negative.image))
     guided = classifier_free(
-      denoise, told, negative, numbers.guidance if self.guided or edit else 1, **edit,
+      denoise, condition, negative, numbers.guidance if self.guided or edit else 1, **edit,
       others=others, rescale=numbers.rescale, rescale_in=parameterization.rescale_space,
       interval=None if self.everywhere else (numbers.low, numbers.high),
     )
@@ -113,7 +113,7 @@ class SampleConfig(SampleOptions):
 
   @property
   def program(self) -> Program:
-    """What is compiled for this; not more of it differs than what matters."""
+    """What is compiled for this, in which nothing differs that makes no difference."""
     guided, edited = self.guidance != 1, self.image_guidance != 1
     perturbed = self.perturbed_part if self.perturbed_attention else ''
     autoguided = self.autoguidance != 1
@@ -134,7 +134,7 @@ class SampleConfig(SampleOptions):
     return noise.grid(self.steps, self.spacing, **places, **self.places)
 
   def numbers(self, noise: NoiseSchedule, strength: float = 1.0) -> Numbers:
-    """What the program is given, host arrays; `strength` is the share of the steps that are taken.
+    """Return what the program is given, host arrays; `strength` is the fraction of steps taken.
 
     Raises:
       UserError: for a strength that leaves no step.
@@ -151,14 +151,14 @@ class SampleConfig(SampleOptions):
     return Numbers(grid, *map(np.float32, scalars))
 
   def _start(self, noise: NoiseSchedule, grid: Grid) -> float:
-    """The deviation of the noise to start from; on a process, as of data of unit variance."""
+    """Return the deviation of the noise to start from; on a process, of data of unit variance."""
     alpha, sigma = float(grid[0][0]), float(grid[1][0])
     if noise.table is None:
       return math.hypot(alpha, sigma)
     return sigma if self.scaled_noise else 1.0
 
   def in_force(self) -> dict[str, str]:
-    """Name -> value of what has an effect, for a picture's metadata."""
+    """Return name -> value of what has an effect, for a picture's metadata."""
     names = ['sampler', 'steps', 'spacing', 'guidance']
     default, program = SampleConfig(), self.program
     guided = program.guided or program.image_guided or program.perturbed or program.autoguided

@@ -15,10 +15,11 @@ from diffusion_jax.diffusion.samplers import infos
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import INDEX
 from diffusion_jax.models.autoencoder import decode_tiled
-from diffusion_jax.pipelines.directory import load_model
+from diffusion_jax.pipelines.assembly import assemble
+from diffusion_jax.pipelines.directory import load_model, save_model
 from diffusion_jax.pipelines.options import DECODINGS
 from diffusion_jax.pipelines.sampling import SampleConfig
-from diffusion_jax.pipelines.spaces import fold, unfold
+from diffusion_jax.pipelines.spaces import LatentConfig, fold, unfold
 from diffusion_jax.types import Condition
 from tests import tiny
 
@@ -70,6 +71,20 @@ def test_decoding_in_slices_and_tiles(parts):
   assert 1e-4 < np.abs(tiled - whole).max()
   with pytest.raises(UserError, match='whole, sliced, tiled'):
     SampleConfig(decoding='half').check(model.noise, model.parameterization)
+
+
+def test_a_denoiser_that_tells_no_size_is_sampled_at_that_of_its_training(parts, tmp_path):
+  unet, how = dataclasses.replace(tiny.UNET, sample_size=None), {
+    'space': LatentConfig(parts['autoencoder']), 'conditioners': {'text': {'path': parts['clip']}},
+  }
+  model, _ = assemble(
+    unet, *how.values(), ScheduleConfig(), Parameterization(), size=(48, 32)
+  )
+  assert model.trained_size == (48, 32) and model.size_of(None, 64) == (48, 64)
+  assert dataclasses.replace(model, size=None).trained_size == (2, 2)
+  params = jax.tree.map(np.asarray, jax.jit(model.denoiser.initialize)(jax.random.key(0)))
+  save_model(tmp_path / 'model', model, params, **how, sample=SampleConfig(), dtype='float32')
+  assert load_model(str(tmp_path / 'model'))[0].trained_size == (48, 32)
 
 
 def test_a_network_of_unfolded_latents_is_refused(parts):

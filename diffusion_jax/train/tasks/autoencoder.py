@@ -79,13 +79,12 @@ class AutoencoderTask(Task):
   batch_fields = ('image',)
 
   def __init__(
-    self, config: AutoencoderTaskConfig, test: Source, dtype=jnp.float32,
-    remat: str = 'none', attention: str = 'auto',
+    self, config: AutoencoderTaskConfig, test: Source, dtype=jnp.float32, **compute: str
   ):
-    self.config = config
-    self.test = test
+    """`compute`: as of `models.network.Compute`."""
+    self.config, self.test = config, test
     self.autoencoder = self.model = Network.of(
-      AutoencoderKL, config.autoencoder, dtype=dtype, remat=remat, attention=attention
+      AutoencoderKL, config.autoencoder, dtype=dtype, **compute
     )
     self.discriminator = Network.of(Discriminator, config.discriminator, dtype=dtype)
     self.frozen: Frozen = {}

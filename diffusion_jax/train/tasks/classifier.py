@@ -73,15 +73,11 @@ class ClassifierTask(Task):
   name, title = 'classifier', 'Classifier of images'
   batch_fields = ('image', 'label')
 
-  def __init__(
-    self, config: ClassifierTaskConfig, test: Source, dtype=jnp.float32, remat: str = 'none',
-    attention: str = 'auto',
-  ):
+  def __init__(self, config: ClassifierTaskConfig, test: Source, **compute: Any):
+    """`compute`: as of `models.network.Compute`."""
     self.config, self.test = config, test
     self.classes = config.classifier.class_names
-    self.network = self.model = Network.of(
-      Classifier, config.classifier, dtype=dtype, remat=remat, attention=attention
-    )
+    self.network = self.model = Network.of(Classifier, config.classifier, **compute)
     self.frozen: Frozen = {}
 
   @classmethod

@@ -77,15 +77,11 @@ class CLIPTask(Task):
   batch_fields = ('image', 'tokens')
 
   def __init__(
-    self, config: CLIPTaskConfig, tokenizer: PreTrainedTokenizerBase, test: Source,
-    dtype=jnp.float32, remat: str = 'none', attention: str = 'auto',
+    self, config: CLIPTaskConfig, tokenizer: PreTrainedTokenizerBase, test: Source, **compute: Any
   ):
-    self.config = config
-    self.tokenizer = tokenizer
-    self.test = test
-    self.clip = self.model = Network.of(
-      CLIP, config.clip, dtype=dtype, remat=remat, attention=attention
-    )
+    """`compute`: as of `models.network.Compute`."""
+    self.config, self.tokenizer, self.test = config, tokenizer, test
+    self.clip = self.model = Network.of(CLIP, config.clip, **compute)
     self.frozen: Frozen = {}
 
   @classmethod
