@@ -86,7 +86,7 @@ def test_classes_come_from_the_labels_or_from_the_config():
     names(['a'], ['a'])
   with pytest.raises(UserError, match='label_smoothing is 1'):
     typed(ClassifierTaskConfig, {'label_smoothing': 1.0})
-  with pytest.raises(UserError, match='has a more than once'):
+  with pytest.raises(UserError, match='must name a class once'):
     ClassifierConfig(**SMALL, class_names=('a', 'b', 'a'))
 
 
@@ -187,7 +187,7 @@ def test_images_of_other_sizes_are_resized_as_for_training():
   ('data', {'caption': 'a thing'}, 'data.caption has no effect'),
   ('data', {'transforms': ['normalize']}, 'data.transforms of a classifier need label'),
   ('settings', {'classifier': SMALL | {'class_names': ['across', 'down']}}, "the label 'plain'"),
-  ('settings', {'classifier': SMALL | {'image_size': 18}}, 'image_size=18 must be a multiple of 4'),
+  ('settings', {'classifier': SMALL | {'image_size': 18}}, '18; it must be a multiple of 4'),
 ])
 def test_what_does_not_fit_is_named(run, fails, tmp_path, section, changes, words):
   values = classifier_config(run / 'pictures')
