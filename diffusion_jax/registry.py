@@ -32,6 +32,7 @@ TASKS = Table('task', {
   'clip': 'diffusion_jax.train.tasks.clip:CLIPTask',
   'diffusion': 'diffusion_jax.train.tasks.diffusion:DiffusionTask',
   'finetune': 'diffusion_jax.train.tasks.finetune:FinetuneTask',
+  't5': 'diffusion_jax.train.tasks.t5:T5Task',
   'toy': 'diffusion_jax.train.tasks.toy:ToyTask',
 })
 """Subclasses of `train.tasks.task.Task`."""
@@ -79,6 +80,8 @@ CONDITIONERS = Table('conditioner', {
 SOURCES = Table('source of data', {
   'openmoji': 'diffusion_jax.data.sources.tfds:prepared',
   'folder': 'diffusion_jax.data.sources.folder:open_captioned',
+  'wordnet': 'diffusion_jax.data.sources.texts:wordnet',
+  'text': 'diffusion_jax.data.sources.texts:text_files',
   'moons': 'diffusion_jax.data.sources.arrays:points',
   'rings': 'diffusion_jax.data.sources.arrays:points',
   'mixture': 'diffusion_jax.data.sources.arrays:points',
@@ -168,6 +171,7 @@ EVALUATORS = Table('evaluator', {
   'classification_preview': 'diffusion_jax.evaluation.recognition:ClassificationPreview',
   'classification': 'diffusion_jax.evaluation.recognition:Classification',
   'likelihood': 'diffusion_jax.evaluation.likelihood:Likelihood',
+  'span_corruption': 'diffusion_jax.evaluation.spans:SpanCorruption',
   'points_preview': 'diffusion_jax.evaluation.points:PointsPreview',
   'points': 'diffusion_jax.evaluation.points:Points',
 })

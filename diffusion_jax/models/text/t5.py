@@ -28,7 +28,8 @@ class T5Config(NetworkConfig):
   """T5 (Raffel et al. 2020) has feed_forward_proj 'relu', T5 v1.1 'gated-gelu'; defaults: T5-small.
 
   `relative_attention_num_buckets` counts both directions; distances from
-  `relative_attention_max_distance` on share the last bucket of theirs.
+  `relative_attention_max_distance` on share the last bucket of theirs. `num_decoder_layers` None:
+  as many as the encoder has.
   """
 
   vocab_size: Width = 32128
@@ -36,6 +37,7 @@ class T5Config(NetworkConfig):
   d_kv: Width = 64
   d_ff: Width = 2048
   num_layers: Layers = 6
+  num_decoder_layers: Layers | None = None
   num_heads: Width = 8
   relative_attention_num_buckets: Width = 32
   relative_attention_max_distance: Width = 128
@@ -54,23 +56,28 @@ class T5Config(NetworkConfig):
     )
 
 
-def relative_position_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:
+def relative_position_buckets(
+  length: int, buckets: int, max_distance: int, causal: bool = False
+) -> np.ndarray:
   """The bucket of each (query, key) pair, int32 [l l] in [0, buckets).
 
-  Half of the buckets are for keys after the query. Of either half, the first half holds one
-  distance each; the others grow geometrically up to `max_distance`.
+  Half of the buckets are for keys after the query; none of them in a causal decoder, where those
+  keys are not seen. Of either half, the first half holds one distance each; the others grow
+  geometrically up to `max_distance`.
   """
   distance = np.arange(length)[None] - np.arange(length)[:, None]
-  half = buckets // 2
+  half = buckets if causal else buckets // 2
   exact = half // 2
-  near = np.abs(distance)
+  near = np.maximum(-distance, 0) if causal else np.abs(distance)
   # In float32, as every implementation, so that distances at a border fall on the same side.
   steps = np.log(np.maximum(near, 1).astype(np.float32) / exact) / math.log(max_distance / exact)
   far = np.minimum(exact + (steps * (half - exact)).astype(np.int32), half - 1)
-  return np.where(near < exact, near, far).astype(np.int32) + half * (distance > 0)
+  found = np.where(near < exact, near, far).astype(np.int32)
+  return found if causal else found + half * (distance > 0)
 
 
-def _dense(i: int, o: int, std: float, **kw) -> Linear:
+def dense(i: int, o: int, std: float, **kw) -> Linear:
+  """A layer without bias whose kernel begins with this standard deviation."""
   return Linear(i, o, use_bias=False, init=nnx.initializers.normal(std), **kw)
 
 
@@ -79,35 +86,40 @@ def _in_float32(*, compute: Compute = PLAIN, rngs: nnx.Rngs) -> dict:
 
 
 class T5Attention(nnx.Module):
-  """Self-attention without biases and without the factor 1/sqrt(d): [b l d] -> [b l d].
+  """Attention without biases and without the factor 1/sqrt(d): [b l d] -> [b l d].
 
   Only the first layer's holds the table of position biases, which all layers use.
   """
 
-  def __init__(self, config: T5Config, *, has_bias: bool, **kw):
+  def __init__(self, config: T5Config, *, has_bias: bool, causal: bool = False, **kw):
     d, inner = config.d_model, config.num_heads * config.d_kv
-    self.q = _dense(d, inner, (d * config.d_kv) ** -0.5, **kw)
-    self.k = _dense(d, inner, d**-0.5, **kw)
-    self.v = _dense(d, inner, d**-0.5, **kw)
-    self.o = _dense(inner, d, inner**-0.5, **kw)
+    self.q = dense(d, inner, (d * config.d_kv) ** -0.5, **kw)
+    self.k = dense(d, inner, d**-0.5, **kw)
+    self.v = dense(d, inner, d**-0.5, **kw)
+    self.o = dense(inner, d, inner**-0.5, **kw)
     self.relative_attention_bias = embed(
       config.relative_attention_num_buckets, config.num_heads, nnx.initializers.normal(d**-0.5),
       **_in_float32(**kw),
     ) if has_bias else None
-    self.config = config
+    self.config, self.causal = config, causal
 
   def position_bias(self, length: int) -> jax.Array:
     """Return what is added to logits by the distance of query and key: float32 [1 h l l]."""
     buckets = relative_position_buckets(
       length, self.config.relative_attention_num_buckets,
-      self.config.relative_attention_max_distance,
+      self.config.relative_attention_max_distance, self.causal,
     )
     return self.relative_attention_bias(jnp.asarray(buckets)).transpose(2, 0, 1)[None]
 
-  def __call__(self, x: jax.Array, bias: jax.Array, mask: jax.Array | None) -> jax.Array:
+  def __call__(
+    self, x: jax.Array, bias: jax.Array | None, mask: jax.Array | None,
+    states: jax.Array | None = None,
+  ) -> jax.Array:
+    """x [b l d] attends to `states` [b m d], or to itself."""
     split = lambda y: y.reshape(*y.shape[:-1], self.config.num_heads, -1)
+    states = x if states is None else states
     q = constrain(split(self.q(x)), 'queries')
-    k, v = constrain(split(self.k(x)), 'keys'), constrain(split(self.v(x)), 'keys')
+    k, v = constrain(split(self.k(states)), 'keys'), constrain(split(self.v(states)), 'keys')
     y = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=1.0)
     return constrain(self.o(y.reshape(*y.shape[:-2], -1)), 'tokens')
 
@@ -121,8 +133,8 @@ class T5FeedForward(nnx.Module):
     d, hidden = config.d_model, config.d_ff
     self.gated = config.feed_forward_proj == 'gated-gelu'
     for name in ('wi_0', 'wi_1') if self.gated else ('wi',):
-      setattr(self, name, _dense(d, hidden, d**-0.5, **kw))
-    self.wo = _dense(hidden, d, hidden**-0.5, **_in_float32(**kw))
+      setattr(self, name, dense(d, hidden, d**-0.5, **kw))
+    self.wo = dense(hidden, d, hidden**-0.5, **_in_float32(**kw))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return constrain(self.wo(self._hidden(x)), 'tokens')

@@ -131,6 +131,44 @@ def train_tokenizer(
   )
 
 
+SENTINELS = 100
+"""Tokens that stand for left out spans: <extra_id_0> has the last number, as in T5."""
+
+
+def train_unigram(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+  """A unigram model (Kudo 2018) of at most `vocab_size` tokens with the frame of T5.
+
+  Ids 0, 1 and 2 are <pad>, </s> and <unk>; the last SENTINELS are <extra_id_99> to <extra_id_0>.
+  UserError if there is no room for them.
+  """
+  require(vocab_size >= SMALLEST + SENTINELS,
+          f'vocab_size must be at least {SMALLEST + SENTINELS}, not {vocab_size}.')
+  fast = _transformers().PreTrainedTokenizerFast
+  import tokenizers as parts
+
+  model = parts.Tokenizer(parts.models.Unigram())
+  model.normalizer = parts.normalizers.Sequence([
+    parts.normalizers.NFKC(), parts.normalizers.Replace(parts.Regex(r'\s+'), ' '),
+    parts.normalizers.Strip(),
+  ])
+  model.pre_tokenizer = parts.pre_tokenizers.Metaspace()
+  model.decoder = parts.decoders.Metaspace()
+  model.train_from_iterator(texts, parts.trainers.UnigramTrainer(
+    vocab_size=vocab_size - SENTINELS, special_tokens=['<pad>', '</s>', '<unk>'],
+    unk_token='<unk>', show_progress=False,
+  ))
+  model.post_processor = parts.processors.TemplateProcessing(
+    single='$A </s>', special_tokens=[('</s>', 1)]
+  )
+  sentinels = [f'<extra_id_{number}>' for number in reversed(range(SENTINELS))]
+  model.add_special_tokens(sentinels)
+  return fast(
+    tokenizer_object=model, eos_token='</s>', pad_token='<pad>', unk_token='<unk>',
+    additional_special_tokens=sentinels, clean_up_tokenization_spaces=False,
+    split_special_tokens=True,
+  )
+
+
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str | os.PathLike) -> None:
   """Write the tokenizer's files, as transformers lays them out, into `directory`.
 
