@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from diffusion_jax.config import TrainingConfig
+from diffusion_jax.config import DataConfig, TrainingConfig
 from diffusion_jax.data.sources import open_data
 from diffusion_jax.data.sources.arrays import ArraySource
 from diffusion_jax.data.span_corruption import CorruptSpans, packed, spans_of
@@ -118,7 +118,7 @@ class T5Task(Task):
     """The data set whose captions are trained on, too."""
     if not self.config.captions or env.synthetic:
       return {}
-    data = dataclasses.replace(config.data, dataset=self.config.captions)
+    data = DataConfig(self.config.captions, config.data.size, config.data.data_dir)
     return {'captions': open_data(data)[0]}
 
   def examples(self, config: TrainingConfig, env: Env) -> tuple[Source, list[Callable]]:
