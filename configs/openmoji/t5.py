@@ -18,12 +18,12 @@ def get_config() -> ConfigDict:
       'export_dtype': 'float16',
     })
   config.optimizer.update({
-    'learning_rate': 2e-3, 'schedule': 'cosine', 'warmup_steps': 200, 'b2': 0.98,
+    'learning_rate': 2e-3, 'schedule': 'cosine', 'warmup_steps': 100, 'b2': 0.98,
     'weight_decay': 0.01,
   })
   config.loop.update({
-    'total_steps': 3000, 'batch_size': 64, 'ema_halflife_images': 10_000.0,
-    'checkpoint_every_steps': 200, 'sample_every_steps': 0, 'evaluate_every_steps': 400,
+    'total_steps': 1200, 'batch_size': 64, 'ema_halflife_images': 10_000.0,
+    'checkpoint_every_steps': 100, 'sample_every_steps': 0, 'evaluate_every_steps': 400,
     'evaluate_samples': 1024,
   })
   return config
