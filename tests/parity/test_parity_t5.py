@@ -1,4 +1,4 @@
-"""T5's encoder against transformers, with random weights."""
+"""T5 against transformers, with random weights."""
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,15 @@ from safetensors.numpy import load_file, save_file
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from diffusion_jax.formats.networks import load_params, save_params
+from diffusion_jax.formats.published import from_published
 from diffusion_jax.models import network
-from diffusion_jax.models.text.t5 import relative_position_buckets
+from diffusion_jax.models.network import Network
+from diffusion_jax.models.text.t5 import T5Config, relative_position_buckets
+from diffusion_jax.models.text.t5_decoder import (
+  T5ForConditionalGeneration,
+  shifted,
+  token_losses,
+)
 
 torch = pytest.importorskip('torch')
 
@@ -101,3 +108,48 @@ def test_the_table_of_tokens_by_either_name_or_both_and_beside_a_decoder(tmp_pat
     again = load_params('t5', tmp_path)[1]
     assert again.keys() == params.keys()
     assert all(np.array_equal(again[n], params[n]) for n in params)
+
+
+@pytest.mark.parametrize(('length', 'buckets', 'longest'), [(300, 32, 128), (40, 8, 16)])
+def test_position_buckets_of_a_causal_decoder(length, buckets, longest):
+  places = torch.arange(length)
+  wanted = T5Attention._relative_position_bucket(
+    places[None] - places[:, None], False, buckets, longest
+  )
+  found = relative_position_buckets(length, buckets, longest, causal=True)
+  seen = np.tril(np.ones((length, length), bool))
+  np.testing.assert_array_equal(found[seen], wanted.numpy()[seen])
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_losses_of_encoder_and_decoder_and_their_gradients(
+  name, randomized, quick_jit, assert_same_gradients
+):
+  values = CONFIGS[name] | {'num_decoder_layers': 3}
+  tied = values['feed_forward_proj'] == 'relu'
+  theirs = randomized(transformers.T5ForConditionalGeneration(transformers.T5Config(
+    **values, tie_word_embeddings=tied, decoder_start_token_id=0, dropout_rate=0.0,
+  )))
+  if not tied:  # The library ties it all the same, without the scale that goes with it.
+    theirs.lm_head.weight = torch.nn.Parameter(torch.randn_like(theirs.lm_head.weight))
+  ours = Network.of(T5ForConditionalGeneration, T5Config(**values))
+  twice = {'encoder.embed_tokens.weight', 'decoder.embed_tokens.weight'}
+  twice |= {'lm_head.weight'} if tied else set()
+  tensors = {n: x.numpy() for n, x in theirs.state_dict().items() if n not in twice}
+  params = from_published(tensors, ours.shapes, name)
+  targets = np.random.default_rng(1).integers(2, 20, (2, 7))
+  targets[1, 5:] = 0
+  labels = torch.tensor(np.where(targets == 0, -100, targets))
+  previous = torch.tensor(np.asarray(shifted(jnp.asarray(targets), 0)))
+  found = theirs(
+    torch.tensor(IDS), attention_mask=torch.tensor(MASK), decoder_input_ids=previous, labels=labels
+  )
+  found.loss.backward()
+
+  def loss(params):
+    loss, _, real = token_losses(ours.bind(params), IDS, MASK, jnp.asarray(targets), 0)
+    return loss.sum() / real.sum()
+
+  value, gradients = quick_jit(jax.value_and_grad(loss))(params)
+  np.testing.assert_allclose(value, found.loss.item(), rtol=1e-4)
+  assert_same_gradients(theirs, gradients)
