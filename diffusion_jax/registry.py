@@ -52,6 +52,7 @@ NETWORKS = Table('network', {
   'autoencoder_tiny': 'diffusion_jax.formats.autoencoder:TINY',
   'dit': 'diffusion_jax.formats.dit:DIT',
   'mmdit': 'diffusion_jax.formats.dit:MMDIT',
+  'flux': 'diffusion_jax.formats.dit:FLUX',
   'classifier': 'diffusion_jax.formats.classifier:CLASSIFIER',
   'mlp': 'diffusion_jax.models.mlp:MLP',
 })

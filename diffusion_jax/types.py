@@ -32,11 +32,12 @@ Weights = dict[str, Params]
 class Condition(NamedTuple):
   """What a denoiser is conditioned on, besides x and t; None for what it does not take.
 
-  text: [b l d]. pooled: [b p], the pooled text of SDXL. sizes: [b 6], SDXL's original height and
+  text: [b l d]. mask: [b l], 1 where the text is no padding; None where all of it is read.
+  pooled: [b p], the pooled text of SDXL. sizes: [b 6], SDXL's original height and
   width, top and left of the crop, target height and width, in pixels. labels: [b], a class or the
   level of the noise on `image`. image: [b h w c], channels beside x: masks, depth, other latents.
-  control: [b H W 3] in [0, 1], the picture a ControlNet sees, with its strength [b]. more: fields
-  of other names, [b ...].
+  control: [b H W 3] in [0, 1], the picture a ControlNet sees, with its strength [b].
+  guidance: [b], the scale that a distilled network imitates. more: fields of other names, [b ...].
   """
 
   text: Text | None = None
@@ -46,6 +47,8 @@ class Condition(NamedTuple):
   image: Array | None = None
   control: Array | None = None
   strength: Array | None = None
+  guidance: Array | None = None
+  mask: Array | None = None
   more: dict[str, Array] | None = None
 
 

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from diffusion_jax.errors import require, shown
 from diffusion_jax.formats.published import ANY, NetworkFormat
 from diffusion_jax.models.dit import DiT, DiTConfig
+from diffusion_jax.models.flux import Flux, FluxConfig
 from diffusion_jax.models.mmdit import MMDiT, MMDiTConfig
 
 
@@ -30,7 +32,33 @@ DIT = _DiTFormat(
 )
 MMDIT = NetworkFormat(MMDiT, MMDiTConfig, ('SD3Transformer2DModel',))
 
-TRANSFORMERS: dict[str, DiTConfig | MMDiTConfig] = {
+
+class _FluxFormat(NetworkFormat):
+  """diffusers counts channels of joined patches of 2 x 2, and says that patch_size is 1."""
+
+  def parse(self, values: Mapping[str, Any], where: str) -> FluxConfig:
+    counted = {}
+    for name in ('in_channels', 'out_channels'):
+      value = values.get(name)
+      if value is not None:
+        require(
+          isinstance(value, int) and value % 4 == 0,
+          f'{where}: {name} is {shown(value)}; it must be a multiple of 4.',
+        )
+        counted[name] = value // 4
+    require(values.get('patch_size', 1) == 1, f'{where}: patch_size must be 1.')
+    return super().parse({**values, **counted, 'patch_size': 2}, where)
+
+  def describe(self, config: FluxConfig) -> dict[str, Any]:
+    values = super().describe(config) | {'patch_size': 1, 'in_channels': 4 * config.in_channels}
+    values.pop('sample_size')
+    out = config.out_channels
+    return values | {'out_channels': out if out is None else 4 * out}
+
+
+FLUX = _FluxFormat(Flux, FluxConfig, ('FluxTransformer2DModel',))
+
+TRANSFORMERS: dict[str, DiTConfig | MMDiTConfig | FluxConfig] = {
   'dit_xl_2_256': DiTConfig(),
   'dit_xl_2_512': DiTConfig(sample_size=64),
   'sd3_medium': MMDiTConfig(
@@ -44,5 +72,7 @@ TRANSFORMERS: dict[str, DiTConfig | MMDiTConfig] = {
     num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192,
     qk_norm='rms_norm',
   ),
+  'flux_dev': FluxConfig(guidance_embeds=True),
+  'flux_schnell': FluxConfig(),
 }
 """The published ones by name."""

@@ -5,6 +5,7 @@ Blocks have the names and conventions of diffusers: GEGLU (Shazeer 2020) with th
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,25 @@ SHORT, LONG, LARGE = 128, 4096, 2**26
 """Lengths up to which a kernel does not pay, and from which it does; logits of one head."""
 
 
-def xla(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """All logits at once, softmax in float32; XLA splits it over a mesh by itself."""
-  return jax.nn.dot_product_attention(q, k, v, implementation='xla')
+class Masked(NamedTuple):
+  """A context [b l d], and [b l], 1 where it is attended to and 0 at its padding."""
+
+  context: jax.Array
+  mask: jax.Array
+
+
+def masked(text: jax.Array, mask: jax.Array | None) -> jax.Array | Masked:
+  """Return the text, with its mask where there is one."""
+  return text if mask is None else Masked(text, mask)
+
+
+def xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+  """All logits at once, softmax in float32; XLA splits it over a mesh by itself.
+
+  `mask` [b l] is 0 for keys that no query sees; some key of every example must be seen.
+  """
+  mask = None if mask is None else (mask != 0)[:, None, None]
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation='xla')
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = 'cudnn') -> jax.Array:
@@ -112,7 +129,7 @@ def choose(
 
 
 class MultiHead(nnx.Module):
-  """A module with multi-head attention that has no mask and no bias."""
+  """A module with multi-head attention that has no bias."""
 
   heeds = 'attention'
 
@@ -124,29 +141,36 @@ class MultiHead(nnx.Module):
     """[b n c] -> [b n h d]."""
     return x.reshape(*x.shape[:-1], self.heads, -1)
 
-  def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """q [b n h d], k and v [b l h d] -> [b n c], by this module's way."""
-    y = attend(q, k, v, self.attention)
+  def attend(
+    self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None
+  ) -> jax.Array:
+    """q [b n h d], k and v [b l h d], mask [b l] -> [b n c], by this module's way."""
+    y = attend(q, k, v, self.attention, mask)
     return y.reshape(*y.shape[:-2], -1)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, attention: str = 'auto') -> jax.Array:
+def attend(
+  q: jax.Array, k: jax.Array, v: jax.Array, attention: str = 'auto', mask: jax.Array | None = None
+) -> jax.Array:
   """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1), softmax in float32.
 
-  q [b n h d], k and v [b l h d] -> [b n h d]. `attention` is one of `network.ATTENTION`.
+  q [b n h d], k and v [b l h d] -> [b n h d]. `attention` is one of `network.ATTENTION`. Keys whose
+  `mask` [b l] is 0 are not seen; with a mask XLA computes all logits, whatever `attention` is.
 
   Raises:
     UserError: the way cannot serve on this platform, in this type or for heads of this size.
   """
   q, k, v = constrain(q, 'queries'), constrain(k, 'keys'), constrain(v, 'keys')
-  return constrain(scaled_dot_product_attention(q, k, v, attention), 'queries')
+  return constrain(scaled_dot_product_attention(q, k, v, attention, mask), 'queries')
 
 
 @partial(jax.jit, static_argnums=3)
 def scaled_dot_product_attention(  # By this name programs show it; its FLOPs are of a formula.
-  q: jax.Array, k: jax.Array, v: jax.Array, attention: str = 'auto'
+  q: jax.Array, k: jax.Array, v: jax.Array, attention: str = 'auto', mask: jax.Array | None = None
 ) -> jax.Array:
   """Return `attend` of arrays as they lie."""
+  if mask is not None:
+    return xla(q, k, v, mask)
   d = q.shape[-1]
   if attention == 'auto':
     attention = choose(*chip(), q.dtype, q.shape[1], k.shape[1], d)
@@ -185,12 +209,13 @@ class Attention(MultiHead):
     self.to_v = linear(source, features, use_bias=qkv_bias, **kw)
     self.to_out = nnx.List([linear(features, features, **kw)])
 
-  def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+  def __call__(self, x: jax.Array, context: jax.Array | Masked | None = None) -> jax.Array:
+    context, mask = context if isinstance(context, Masked) else (context, None)
     if self.perturbed and context is None:
       return constrain(self.to_out[0](self.to_v(x)), 'tokens')
     context = x if context is None else context
     q, k = self.by_head(self.to_q(x)), self.by_head(self.to_k(context))
-    y = self.attend(q, k, self.by_head(self.to_v(context)))
+    y = self.attend(q, k, self.by_head(self.to_v(context)), mask)
     return constrain(self.to_out[0](y), 'tokens')
 
 
@@ -259,7 +284,7 @@ class BasicTransformerBlock(nnx.Module):
     self.ff = FeedForward(features, **kw)
     self.only_text = only_text
 
-  def __call__(self, x: jax.Array, text: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, text: jax.Array | Masked) -> jax.Array:
     x = x + self.attn1(self.norm1(x), text if self.only_text else None)
     x = x + self.attn2(self.norm2(x), text)
     return x + self.ff(self.norm3(x))
@@ -288,7 +313,7 @@ class Transformer2DModel(Blocks):
     ])
     self.proj_out = project(channels, channels, **kw)
 
-  def __call__(self, x: jax.Array, text: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, text: jax.Array | Masked) -> jax.Array:
     y = self.run(self._tokens, x)
     for block in self.transformer_blocks:
       y = self.run(block, y, text)

@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 
 from diffusion_jax.errors import require
+from diffusion_jax.models.attention import masked
 from diffusion_jax.models.config import Width, Widths
 from diffusion_jax.models.layers import Conv, pointwise
 from diffusion_jax.models.unet import Encoder, EncoderConfig, UNetConfig
@@ -112,7 +113,7 @@ class ControlNet(Encoder):
     time = self.embed(t, condition)
     seen = self.run(self.controlnet_cond_embedding, image)
     x = constrain(self.conv_in(x) + seen, 'image')
-    x, skips = self.descend(x, time, condition.text)
+    x, skips = self.descend(x, time, masked(condition.text, condition.mask))
 
     def finish(y: jax.Array) -> jax.Array:
       y = self._pool(y)

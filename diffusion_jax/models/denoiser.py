@@ -20,7 +20,7 @@ from diffusion_jax.types import Condition
 Shapes = dict[str, tuple[int | None, ...]]
 """Shapes by name; None for any length."""
 
-CHECKED = ('text', 'pooled', 'sizes', 'labels')
+CHECKED = ('text', 'pooled', 'sizes', 'labels', 'guidance')
 """Fields of a Condition that must be there for networks that read them, and for no other."""
 
 
@@ -59,3 +59,9 @@ class Denoiser(Blocks):
       )
       words = ' '.join('n' if length is None else str(length) for length in wanted)
       require(fits, f'`{name}` must have shape [{words}], not {list(value.shape)}.')
+    if (mask := condition.mask) is not None:
+      wanted = None if condition.text is None else condition.text.shape[:2]
+      require(
+        mask.shape == wanted, f'`mask` is {list(mask.shape)}; it must have an entry for each token '
+        f'of the text, {list(wanted or ())}.',
+      )

@@ -31,8 +31,9 @@ from diffusion_jax.models.dit import (
 from diffusion_jax.models.layers import TimestepEmbedding, linear, timestep_embedding
 from diffusion_jax.models.network import PLAIN
 from diffusion_jax.models.norms import RMSNorm, normalize
+from diffusion_jax.models.rotary import Rotation, rotate
 from diffusion_jax.parallel.layout import constrain
-from diffusion_jax.types import Condition, Latents, Text, Timesteps
+from diffusion_jax.types import Condition, Latents, Timesteps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +97,19 @@ class JointAttention(MultiHead):
       self.norm_added_q, self.norm_added_k = norm(), norm()
 
   def __call__(
-    self, x: jax.Array, text: jax.Array | None = None
+    self, x: jax.Array, text: jax.Array | None = None, mask: jax.Array | None = None,
+    rotary: Rotation | None = None,
   ) -> tuple[jax.Array, jax.Array | None]:
-    """x [b n c], text [b l c] -> the same, or None for the text of the last block."""
+    """x [b n c], text [b l c] -> the same, or None for the text of the last block.
+
+    `mask` [b l] is 0 at padding of the text. `rotary` turns the image's queries and keys.
+    """
     by_head = self.by_head
     normed = lambda y, norm: y if norm is None else norm(y)
     q, k, v = by_head(self.to_q(x)), by_head(self.to_k(x)), by_head(self.to_v(x))
     q, k = normed(q, self.norm_q), normed(k, self.norm_k)
+    if rotary is not None:
+      q, k = rotate(q, rotary), rotate(k, rotary)
     if text is not None:
       more = normed(by_head(self.add_k_proj(text)), self.norm_added_k)
       k = jnp.concatenate([k, more], axis=1)
@@ -111,7 +118,9 @@ class JointAttention(MultiHead):
     if wanted:
       more = normed(by_head(self.add_q_proj(text)), self.norm_added_q)
       q = jnp.concatenate([q, more], axis=1)
-    y, words = jnp.split(self.attend(q, k, v), [x.shape[1]], axis=1)
+    if mask is not None:
+      mask = jnp.pad(mask, ((0, 0), (x.shape[1], 0)), constant_values=1)
+    y, words = jnp.split(self.attend(q, k, v, mask), [x.shape[1]], axis=1)
     words = constrain(self.to_add_out(words), 'tokens') if wanted else None
     return constrain(self.to_out[0](y), 'tokens'), words
 
@@ -130,7 +139,8 @@ class JointTransformerBlock(nnx.Module):
     self.ff_context = None if last else FeedForward(c, GELU, **kw)
 
   def __call__(
-    self, x: jax.Array, text: jax.Array, condition: jax.Array
+    self, x: jax.Array, text: jax.Array, condition: jax.Array, mask: jax.Array | None = None,
+    rotary: Rotation | None = None,
   ) -> tuple[jax.Array, jax.Array | None]:
     """x [b n c], text [b l c], condition [b c] -> x and text, or None after the last block."""
     shift, scale, gate, ff_shift, ff_scale, ff_gate, *dual = self.norm1(condition)
@@ -139,12 +149,13 @@ class JointTransformerBlock(nnx.Module):
     words_shift, words_scale = words[1::-1] if self.ff_context is None else words[:2]
     normed = normalize(x)
     y, more = self.attn(
-      modulate(normed, shift, scale), modulate(normalize(text), words_shift, words_scale)
+      modulate(normed, shift, scale), modulate(normalize(text), words_shift, words_scale), mask,
+      rotary,
     )
     x = x + gate * y
     if self.attn2 is not None:
       shift, scale, gate = dual
-      x = x + gate * self.attn2(modulate(normed, shift, scale))[0]
+      x = x + gate * self.attn2(modulate(normed, shift, scale), rotary=rotary)[0]
     x = x + ff_gate * self.ff(modulate(normalize(x), ff_shift, ff_scale))
     if self.ff_context is None:
       return x, None
@@ -214,14 +225,14 @@ class MMDiT(Denoiser):
       f'The latents of {x.shape[1]}x{x.shape[2]} are too large: this network has positions for '
       f'{most}x{most} (pos_embed_max_size * patch_size).',
     )
-    return self.run_all(self._predict, x, t, condition.text, condition.pooled)
+    return self.run_all(self._predict, x, t, condition)
 
-  def _predict(self, x: Latents, t: Timesteps, text: Text, pooled: jax.Array) -> Latents:
+  def _predict(self, x: Latents, t: Timesteps, given: Condition) -> Latents:
     p = self.config.patch_size
     grid = x.shape[1] // p, x.shape[2] // p
-    x, text = self.pos_embed(x), self.context_embedder(text)
-    condition = self.time_text_embed(t, pooled)
+    x, text = self.pos_embed(x), self.context_embedder(given.text)
+    condition = self.time_text_embed(t, given.pooled)
     for block in self.transformer_blocks:
-      x, text = self.run(block, x, text, condition)
+      x, text = self.run(block, x, text, condition, given.mask)
     scale, shift = self.norm_out(condition)
     return unpatch(self.proj_out(modulate(normalize(x), shift, scale)), grid, p)

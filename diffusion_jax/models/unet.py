@@ -13,7 +13,7 @@ from flax import nnx
 
 from diffusion_jax.errors import require
 from diffusion_jax.limits import Range
-from diffusion_jax.models.attention import Transformer2DModel
+from diffusion_jax.models.attention import Masked, Transformer2DModel, masked
 from diffusion_jax.models.config import (
   Edge,
   Epsilon,
@@ -206,7 +206,7 @@ class Level(Blocks):
       _transformer(config, level, only_text=only_text, **kw) for _ in attentions
     ])
 
-  def layer(self, n: int, x: jax.Array, text: jax.Array, *args: jax.Array) -> jax.Array:
+  def layer(self, n: int, x: jax.Array, text: jax.Array | Masked, *args: jax.Array) -> jax.Array:
     """Return x after residual block n, which is given `args`, and its attention."""
     x = self.run(self.resnets[n], x, *args)
     return self.attentions[n](x, text) if self.attentions else x
@@ -226,7 +226,7 @@ class DownBlock(Level):
     self.downsamplers = nnx.List([] if last else [Downsample2D(widths[level], **kw)])
 
   def __call__(
-    self, x: jax.Array, time: jax.Array, text: jax.Array
+    self, x: jax.Array, time: jax.Array, text: jax.Array | Masked
   ) -> tuple[jax.Array, list[jax.Array]]:
     skips = []
     for n in range(len(self.resnets)):
@@ -251,7 +251,7 @@ class MidBlock(Blocks):
     self.attentions = nnx.List([_transformer(config, level, **kw) for _ in range(int(attend))])
     self.resnets = nnx.List([_resnet(config, c, c, **kw) for _ in range(2 if attend else 1)])
 
-  def __call__(self, x: jax.Array, time: jax.Array, text: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, time: jax.Array, text: jax.Array | Masked) -> jax.Array:
     x = self.run(self.resnets[0], x, time)
     for attention in self.attentions:
       x = self.run(self.resnets[1], attention(x, text), time)
@@ -275,7 +275,7 @@ class UpBlock(Level):
     self.upsamplers = nnx.List([] if level == 0 else [Upsample2D(o, **kw)])
 
   def __call__(
-    self, x: jax.Array, skips: list[jax.Array], time: jax.Array, text: jax.Array
+    self, x: jax.Array, skips: list[jax.Array], time: jax.Array, text: jax.Array | Masked
   ) -> jax.Array:
     for n in range(len(self.resnets)):
       x = self.layer(n, x, text, time, skips.pop())
@@ -324,7 +324,7 @@ class Encoder(Denoiser):
     return time
 
   def descend(
-    self, x: jax.Array, time: jax.Array, text: jax.Array
+    self, x: jax.Array, time: jax.Array, text: jax.Array | Masked
   ) -> tuple[jax.Array, list[jax.Array]]:
     """Features [b h w c] -> the mid block's result and every skip on the way, x first."""
     skips = [x]
@@ -384,7 +384,7 @@ class UNet(Encoder):
     return self.run_all(self._predict, x, t, condition, residuals)
 
   def _predict(self, x, t, condition: Condition, residuals: Residuals | None) -> Latents:
-    time, text = self.embed(t, condition), condition.text
+    time, text = self.embed(t, condition), masked(condition.text, condition.mask)
     x, skips = self.descend(constrain(self.conv_in(x), 'image'), time, text)
     if residuals is not None:
       x, skips = _controlled(x, skips, residuals)
