@@ -53,6 +53,7 @@ NETWORKS = Table('network', {
   'dit': 'diffusion_jax.formats.dit:DIT',
   'mmdit': 'diffusion_jax.formats.dit:MMDIT',
   'flux': 'diffusion_jax.formats.dit:FLUX',
+  'pixart': 'diffusion_jax.formats.dit:PIXART',
   'classifier': 'diffusion_jax.formats.classifier:CLASSIFIER',
   'mlp': 'diffusion_jax.models.mlp:MLP',
 })

@@ -8,6 +8,7 @@ from diffusion_jax.formats.published import ANY, NetworkFormat
 from diffusion_jax.models.dit import DiT, DiTConfig
 from diffusion_jax.models.flux import Flux, FluxConfig
 from diffusion_jax.models.mmdit import MMDiT, MMDiTConfig
+from diffusion_jax.models.pixart import PixArt, PixArtConfig
 
 
 class _DiTFormat(NetworkFormat):
@@ -31,6 +32,16 @@ DIT = _DiTFormat(
   written={'norm_type': 'ada_norm_zero'},
 )
 MMDIT = NetworkFormat(MMDiT, MMDiTConfig, ('SD3Transformer2DModel',))
+PIXART = NetworkFormat(
+  PixArt, PixArtConfig, ('PixArtTransformer2DModel',),
+  accepted={
+    'dropout': 0.0, 'norm_num_groups': ANY, 'activation_fn': 'gelu-approximate',
+    'upcast_attention': ANY, 'norm_type': 'ada_norm_single', 'norm_elementwise_affine': False,
+    'num_embeds_ada_norm': ANY, 'attention_type': 'default', 'use_linear_projection': ANY,
+    'num_vector_embeds': ANY, 'double_self_attention': False, 'only_cross_attention': False,
+  },
+  written={'norm_type': 'ada_norm_single'},
+)
 
 
 class _FluxFormat(NetworkFormat):
@@ -58,7 +69,7 @@ class _FluxFormat(NetworkFormat):
 
 FLUX = _FluxFormat(Flux, FluxConfig, ('FluxTransformer2DModel',))
 
-TRANSFORMERS: dict[str, DiTConfig | MMDiTConfig | FluxConfig] = {
+TRANSFORMERS: dict[str, DiTConfig | MMDiTConfig | FluxConfig | PixArtConfig] = {
   'dit_xl_2_256': DiTConfig(),
   'dit_xl_2_512': DiTConfig(sample_size=64),
   'sd3_medium': MMDiTConfig(
@@ -74,5 +85,9 @@ TRANSFORMERS: dict[str, DiTConfig | MMDiTConfig | FluxConfig] = {
   ),
   'flux_dev': FluxConfig(guidance_embeds=True),
   'flux_schnell': FluxConfig(),
+  'pixart_alpha': PixArtConfig(caption_channels=4096),
+  'pixart_sigma': PixArtConfig(
+    caption_channels=4096, interpolation_scale=2, use_additional_conditions=False
+  ),
 }
 """The published ones by name."""

@@ -194,9 +194,13 @@ class PatchEmbed(nnx.Module):
     self.proj = Conv(config.in_channels, config.features, p, stride=p, padding=0, **kw)
     self.trained = config.sample_size // p
 
+  def places(self, cells: int) -> np.ndarray:
+    """Return where so many patches lie along an axis."""
+    return grid_positions(cells, self.trained)
+
   def positions(self, h: int, w: int, features: int) -> jax.Array:
     """Return those of h x w patches: [h w features]."""
-    return sincos_positions(*(grid_positions(n, self.trained) for n in (h, w)), features)
+    return sincos_positions(self.places(h), self.places(w), features)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x = self.proj(x)

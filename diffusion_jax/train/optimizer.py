@@ -35,9 +35,10 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 def decay_mask(params: Params) -> Mask:
   """Return True for matrices and convolutions; norms, biases, single vectors and scales are spared.
 
-  So are tables of positions, which are not learned.
+  So are tables of positions and of shifts and scales.
   """
-  return {name: leaf.ndim >= 2 and not name.endswith('pos_embed') for name, leaf in params.items()}
+  tables = ('pos_embed', 'scale_shift_table')
+  return {name: leaf.ndim >= 2 and not name.endswith(tables) for name, leaf in params.items()}
 
 
 def group_factors(params: Params, groups: tuple) -> dict[str, float]:
