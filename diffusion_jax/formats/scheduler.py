@@ -24,6 +24,7 @@ from diffusion_jax.formats.scheduler_classes import (
   OPTIONS,
   PNDM,
   SA,
+  SIZE_SHIFT,
   STEPS,
   TCD,
   SchedulerClass,
@@ -310,6 +311,8 @@ def _grid_values(scheduler: Scheduler) -> dict[str, Any]:
     'sigma_min': grid.get('low'), 'sigma_max': grid.get('high'),
     'original_inference_steps': grid.get('original_inference_steps', 50),
     'timestep_spacing': spacing, 'steps_offset': grid.get('steps_offset', 0),
+    'use_dynamic_shifting': 'max_shift' in grid, 'shift_terminal': grid.get('shift_terminal'),
+    **{key: grid.get(key, default) for key, default in SIZE_SHIFT.items()},
   }
   if spacing in ('karras', 'exponential'):
     lu = spacing == 'exponential' and scheduler.timesteps == 'nearest'
@@ -319,15 +322,35 @@ def _grid_values(scheduler: Scheduler) -> dict[str, Any]:
 
 
 def _flow(name: str, values: Values) -> Scheduler:
-  """The levels are shifted twice at their end: between those of the shifted table, once more."""
-  total, shift = values['num_train_timesteps'], values['shift']
+  """The levels are shifted twice at their end: between those of the shifted table, once more.
+
+  With dynamic shifting the table is not shifted, but the grid, by the size of the image.
+  """
+  total, dynamic = values['num_train_timesteps'], values.get('use_dynamic_shifting', False)
+  shift = 1.0 if dynamic else values['shift']
   schedule = NoiseConfig('flow', num_train_timesteps=total, shift=shift)
   end = shift / (total + shift - 1)
   grid = {'fractional': True} | ({'last': total * end - 1} if shift != 1 else {})
+  grid |= _grid_shift(values) if dynamic else {}
+  if terminal := values.get('shift_terminal'):
+    require(0 < terminal < 1, f'shift_terminal={terminal!r} lies outside 0 to 1.')
+    grid['shift_terminal'] = float(terminal)
   sampler, options = _steps(name, values)
   return Scheduler(
     schedule, 'flow_prediction', sampler, options, 'linspace', grid, timesteps='sigma'
   )
+
+
+def _grid_shift(values: Values) -> Values:
+  """How a grid is shifted by the size of the image. UserError for what names no line."""
+  first, last = values['base_image_seq_len'], values['max_image_seq_len']
+  require(
+    0 < first < last, f'base_image_seq_len={first} and max_image_seq_len={last} must be lengths, '
+    'the first below the second.',
+  )
+  for key in ('base_shift', 'max_shift'):
+    require(math.isfinite(values[key]), f'{key}={values[key]!r} must be a finite number.')
+  return {key: values[key] for key in SIZE_SHIFT}
 
 
 def _edm(name: str, values: Values) -> Scheduler:

@@ -60,6 +60,11 @@ _NO_VARIANCE = {'variance_type': (None,)}
 
 _FLOW_IDLE = {'flow_shift': 'it shifts flow sigmas alone, which are refused'}
 _SHIFT_IDLE = {'time_shift_type': 'it is of dynamic shifting alone, which is refused'}
+SIZE_SHIFT = {
+  'base_shift': 0.5, 'max_shift': 1.15, 'base_image_seq_len': 256, 'max_image_seq_len': 4096,
+  'time_shift_type': 'exponential',
+}
+"""Arguments of dynamic shifting, by the size of the image, with their defaults."""
 _DISTILLED = 'its timesteps are those of the distillation'
 
 _DPM_TYPES = {
@@ -164,15 +169,14 @@ CLASSES: dict[str, SchedulerClass] = {
     _FLOW_IDLE, tuple(_BOUNDS),
   ),
   'FlowMatchEulerDiscreteScheduler': SchedulerClass(
-    'flow', {'num_train_timesteps': 1000, 'shift': 1.0}, _NO_SHIFT | {
-      'invert_sigmas': (False,), 'shift_terminal': (None,), 'use_karras_sigmas': (False,),
-      'use_exponential_sigmas': (False,), 'use_beta_sigmas': (False,),
-      'stochastic_sampling': (False,),
+    'flow', SIZE_SHIFT | {
+      'num_train_timesteps': 1000, 'shift': 1.0, 'use_dynamic_shifting': False,
+      'shift_terminal': None,
     },
-    _SHIFT_IDLE | dict.fromkeys(
-      ('base_shift', 'max_shift', 'base_image_seq_len', 'max_image_seq_len'),
-      _SHIFT_IDLE['time_shift_type'],
-    ),
+    dict.fromkeys((
+      'invert_sigmas', 'use_karras_sigmas', 'use_exponential_sigmas', 'use_beta_sigmas',
+      'stochastic_sampling',
+    ), (False,)),
   ),
   'FlowMatchHeunDiscreteScheduler': SchedulerClass(
     'flow', {'num_train_timesteps': 1000, 'shift': 1.0}
@@ -194,6 +198,7 @@ LARGEST = 1e6
 _KNOWN = {
   'beta_schedule': BETAS, 'timestep_spacing': ('leading', 'trailing', 'linspace'),
   'final_sigmas_type': ('zero', 'sigma_min'), 'sigma_schedule': ('karras', 'exponential'),
+  'time_shift_type': ('exponential', 'linear'),
 }
 """Arguments that are one of a few names."""
 

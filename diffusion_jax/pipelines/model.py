@@ -8,6 +8,7 @@ compiled for each shape and kept.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -89,6 +90,11 @@ class Diffusion:
   def size_of(self, height: int | None, width: int | None) -> tuple[int, int]:
     """Return (height, width), those that are not given as in training."""
     return height or self.trained_size[0], width or self.trained_size[1]
+
+  def tokens(self, height: int, width: int) -> int:
+    """Return how many patches the denoiser reads of an image of height x width pixels."""
+    patch = getattr(self.denoiser.config, 'patch_size', 1)
+    return math.prod(self.space.shape(height, width)[:-1]) // patch**2
 
   def inputs(self, height: int, width: int) -> dict[str, Spec]:
     """Return the fields of `Inputs` that it must be given for images of height x width pixels."""
@@ -277,7 +283,7 @@ class Diffusion:
       given['x'] = _checked_noise(noise, (n, *shape))
     if not config.clip_skip and all(c.same(given) for c in self.conditioners.values()):
       config = dataclasses.replace(config, guidance=1.0)
-    numbers = config.numbers(self.noise, inputs.fraction(self))
+    numbers = config.numbers(self.noise, inputs.fraction(self), self.tokens(height, width))
     size = whole_batch(batch_size, mesh)
     names = tuple(dict.fromkeys(('x', 'keys', *given)))
     sample = lambda weights, *columns: self._sample(

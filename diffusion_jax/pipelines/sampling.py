@@ -22,13 +22,25 @@ from diffusion_jax.diffusion.denoiser import (
 )
 from diffusion_jax.diffusion.noise import NoiseSchedule
 from diffusion_jax.diffusion.parameterization import Parameterization
-from diffusion_jax.diffusion.samplers import Grid, padded, part_way, sampler
+from diffusion_jax.diffusion.samplers import (
+  Grid,
+  padded,
+  part_way,
+  sampler,
+  shifted,
+  size_shift,
+)
 from diffusion_jax.errors import UserError
 from diffusion_jax.pipelines.options import Option, SampleOptions
 from diffusion_jax.types import Condition
 
 PLACES = ('steps_offset', 'drop_last', 'fractional', 'set_alpha_to_one')
 """Fields of a `SampleConfig` that `sampling_grid` takes as they are."""
+
+SIZE_SHIFT = (
+  'base_shift', 'max_shift', 'base_image_seq_len', 'max_image_seq_len', 'time_shift_type'
+)
+"""Among `places`, arguments of `size_shift`; 'shift_terminal' is one of `shifted`."""
 
 BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 """Grids are padded to the next of these lengths; one longer stays as it is."""
@@ -129,17 +141,27 @@ class SampleConfig(SampleOptions):
       options, self.timesteps, perturbed, autoguided,
     )
 
-  def _grid(self, noise: NoiseSchedule) -> Grid:
-    places = {name: getattr(self, name) for name in PLACES}
-    return noise.grid(self.steps, self.spacing, **places, **self.places)
+  def _grid(self, noise: NoiseSchedule, tokens: int | None = None) -> Grid:
+    places = {name: getattr(self, name) for name in PLACES} | self.places
+    by_size = {name: places.pop(name) for name in SIZE_SHIFT if name in places}
+    terminal = places.pop('shift_terminal', None)
+    grid = noise.grid(self.steps, self.spacing, **places)
+    if not by_size and terminal is None:
+      return grid
+    tokens = by_size.get('base_image_seq_len', 0) if tokens is None else tokens
+    return shifted(grid, size_shift(tokens, **by_size) if by_size else 1.0, terminal)
 
-  def numbers(self, noise: NoiseSchedule, strength: float = 1.0) -> Numbers:
+  def numbers(
+    self, noise: NoiseSchedule, strength: float = 1.0, tokens: int | None = None
+  ) -> Numbers:
     """Return what the program is given, host arrays; `strength` is the fraction of steps taken.
+
+    tokens: patches that the network reads of an image, where noise levels depend on its size.
 
     Raises:
       UserError: for a strength that leaves no step.
     """
-    grid = part_way(jax.tree.map(np.asarray, self._grid(noise)), strength)
+    grid = part_way(jax.tree.map(np.asarray, self._grid(noise, tokens)), strength)
     steps = len(grid[0]) - 1
     grid = padded(grid, next((length for length in BUCKETS if length >= steps), steps))
     low, high = self.guidance_interval

@@ -36,8 +36,8 @@ TABLE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear')
    "variance_type 'fixed_large' adds noise in the last step"),
   ({'_class_name': 'LCMScheduler', 'original_inference_steps': 1000}, 'timestep_scaling=10'),
   ({'_class_name': 'SASolverScheduler', 'corrector_order': 1}, 'corrector_order=1'),
-  ({'_class_name': 'FlowMatchEulerDiscreteScheduler', 'use_dynamic_shifting': True},
-   'use_dynamic_shifting=True'),
+  ({'_class_name': 'FlowMatchEulerDiscreteScheduler', 'invert_sigmas': True},
+   'invert_sigmas=True'),
   # Damaged, or without end.
   ({'_class_name': 'DDIMScheduler', 'num_train_timesteps': 10**9}, 'num_train_timesteps'),
   ({'_class_name': 'DDIMScheduler', 'num_train_timesteps': 1}, 'num_train_timesteps'),

@@ -21,6 +21,8 @@ from diffusion_jax.diffusion.samplers.grid import (
   part_way,
   process_grid,
   sampling_grid,
+  shifted,
+  size_shift,
   spaced_levels,
 )
 from diffusion_jax.errors import UserError
@@ -28,7 +30,8 @@ from diffusion_jax.registry import SAMPLERS, load
 
 __all__ = [
   'SPACINGS', 'Grid', 'Sampler', 'SamplerInfo', 'Trajectory', 'info', 'infos', 'initial_noise',
-  'padded', 'part_way', 'process_grid', 'sampler', 'sampling_grid', 'spaced_levels',
+  'padded', 'part_way', 'process_grid', 'sampler', 'sampling_grid', 'shifted', 'size_shift',
+  'spaced_levels',
 ]
 
 

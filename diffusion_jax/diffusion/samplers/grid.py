@@ -55,7 +55,8 @@ def spaced_timesteps(
     steps_offset: added to the timesteps of leading; Stable Diffusion 1 has 1.
     drop_last: leading and linspace place one more timestep and leave the last out, as the solvers
       DPM, UniPC and DEIS of diffusers do.
-    fractional: linspace does not round, as the schedulers of diffusers after k-diffusion.
+    fractional: linspace and trailing do not round; linspace as the schedulers of diffusers after
+      k-diffusion, trailing as the pipelines of Flux.
     even: allow only counts that divide `total`.
     last: where linspace ends.
     original_inference_steps: of distilled, how many timesteps that were.
@@ -81,7 +82,10 @@ def spaced_timesteps(
     known = np.arange(original_inference_steps, 0, -1) * (total // original_inference_steps) - 1
     return known[np.floor(np.linspace(0, len(known), count, endpoint=False)).astype(np.int64)]
   if spacing == 'trailing':
-    return np.round(np.arange(total, 0, -total / count)).astype(np.int64)[:count] - 1
+    steps = total * (1 - np.arange(count) / count) if fractional else np.round(
+      np.arange(total, 0, -total / count)
+    ).astype(np.int64)[:count]
+    return steps - 1
   if spacing == 'leading':
     steps = np.arange(count)[::-1] * (total // count) + steps_offset
     if steps[0] >= total or steps[-1] < 0:
@@ -296,6 +300,41 @@ def process_grid(
   if spacing != 'trailing':
     times = first_time + (1 - first_time) * times
   return _ended(*tabulate(process, times))
+
+
+def size_shift(
+  tokens: int, base_shift: float, max_shift: float, base_image_seq_len: int,
+  max_image_seq_len: int, time_shift_type: str = 'exponential',
+) -> float:
+  """Return what sigma / alpha is multiplied by for an image that a network reads as `tokens`.
+
+  mu is linear in the tokens, base_shift at base_image_seq_len and max_shift at max_image_seq_len;
+  the factor is e^mu, or mu itself where time_shift_type is 'linear'. UserError for none above 0.
+  """
+  slope = (max_shift - base_shift) / (max_image_seq_len - base_image_seq_len)
+  mu = base_shift + slope * (tokens - base_image_seq_len)
+  shift = float(np.exp(min(mu, 50.0))) if time_shift_type == 'exponential' else mu
+  if not 0 < shift < 1e9:
+    raise UserError(
+      f'the schedule shifts the noise levels of an image of {tokens} patches by {shift:g}; choose '
+      'another size.'
+    )
+  return shift
+
+
+def shifted(grid: Grid, shift: float = 1.0, terminal: float | None = None) -> Grid:
+  """A grid of a flow, alpha + sigma = 1, whose sigma / alpha are multiplied by `shift`.
+
+  terminal: sigma of the last step, to which 1 - sigma is then stretched; None leaves it. UserError
+  where a single step leaves nothing to stretch.
+  """
+  alphas, sigmas = (np.asarray(part, np.float64) for part in grid[:2])
+  sigmas = shift * sigmas / (alphas + shift * sigmas)
+  if terminal is not None:
+    if sigmas[-2] >= 1:
+      raise UserError('shift_terminal needs two sampling steps or more; choose more steps.')
+    sigmas[:-1] = 1 - (1 - sigmas[:-1]) * (1 - terminal) / (1 - sigmas[-2])
+  return _arrays(1 - sigmas, sigmas)
 
 
 def padded(grid: Grid, steps: int) -> Grid:
