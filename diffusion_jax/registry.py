@@ -70,6 +70,7 @@ CONDITIONERS = Table('conditioner', {
   'text': 'diffusion_jax.pipelines.conditioners:TextEncoders',
   'class': 'diffusion_jax.pipelines.conditioners:ClassLabel',
   'sizes': 'diffusion_jax.pipelines.conditioners:Sizes',
+  'distilled_guidance': 'diffusion_jax.pipelines.distilled:DistilledGuidance',
   'image_embedding': 'diffusion_jax.pipelines.image_conditioners:ImageEncoder',
   'control': 'diffusion_jax.pipelines.image_conditioners:ControlNet',
   'inpaint': 'diffusion_jax.pipelines.image_conditioners:Inpainting',

@@ -18,6 +18,11 @@ DEFAULT_MODEL = 'asset:text-to-image-openmoji-64'
 OF_SAMPLER = ('options', 'drop_last', 'fractional', 'set_alpha_to_one', 'places', 'timesteps',
               'scaled_noise')
 """Settings that another sampler does not take over."""
+OF_MODEL = (
+  'base_shift', 'max_shift', 'base_image_seq_len', 'max_image_seq_len', 'time_shift_type',
+  'shift_terminal',
+)
+"""Of `places`, what another sampler takes over: how noise levels depend on the image's size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +128,7 @@ def _taken(kind: Any, note: Help) -> dict[str, Any]:
     return {'nargs': 2, 'type': first, 'metavar': tuple(note.metavar.split())}
   if typing.get_origin(kind) in (typing.Union, types.UnionType):
     kind = typing.get_args(kind)[0]
+  kind = typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
   if typing.get_origin(kind) is typing.Literal:
     kind = type(typing.get_args(kind)[0])
   return {'type': kind, **metavar}
@@ -180,5 +186,6 @@ def with_values(sample: T, values: Mapping[str, Any]) -> T:
     values['guidance_interval'] = (low, None if high == math.inf else high)
   if values.get('sampler', sample.sampler) != sample.sampler:
     # What a published scheduler says beside its sampler's name holds for that sampler alone.
-    values = {name: getattr(type(sample)(), name) for name in OF_SAMPLER} | values
+    kept = {'places': {k: v for k, v in sample.places.items() if k in OF_MODEL}}
+    values = {name: getattr(type(sample)(), name) for name in OF_SAMPLER} | kept | values
   return dataclasses.replace(sample, **values)

@@ -144,7 +144,8 @@ class NoiseConfig(ScheduleConfig):
   process: 'table', for the T timesteps of the fields of `ScheduleConfig`, or a name of
   `processes.PROCESSES` with its process_options, such as {'sigma_max': 50.0}, or 'learned', a
   log_linear one whose way between its ends is learned with the network. sub_vp: the sub-VP
-  process of that one. label: one of NETWORK_LABELS; on a process alone.
+  process of that one. label: one of NETWORK_LABELS, on a process; of a table of beta_schedule flow,
+  'sigma' is sigma num_train_timesteps, as published flows are told.
   """
 
   process: Annotated[str, OneOf(('table', LEARNED, *processes.PROCESSES))] = 'table'
@@ -155,7 +156,8 @@ class NoiseConfig(ScheduleConfig):
   def __post_init__(self):
     super().__post_init__()
     if self.is_table:
-      if self.process_options or self.sub_vp or self.label != 'timestep':
+      flow = self.beta_schedule == 'flow' and self.label == 'sigma'
+      if self.process_options or self.sub_vp or (self.label != 'timestep' and not flow):
         raise UserError(
           'process_options, sub_vp and label have no effect on a table; choose another process.'
         )
@@ -183,6 +185,7 @@ class NoiseConfig(ScheduleConfig):
     """Return the fields that a file should keep: those of the table, or those of the process."""
     values = dataclasses.asdict(self)
     table = [field.name for field in dataclasses.fields(ScheduleConfig)]
+    table += ['label'] * (self.label != 'timestep')
     process = ['num_train_timesteps', 'process', 'process_options', 'sub_vp', 'label']
     return {name: values[name] for name in (table if self.is_table else process)}
 
@@ -322,6 +325,7 @@ class Schedule(NoiseSchedule):
   def __init__(self, config: ScheduleConfig):
     self.config = config
     self.alphas, self.sigmas = config.table()
+    self.kind, self.timesteps = getattr(config, 'label', 'timestep'), len(self)
     self.t_min, self.label_range = 1 / len(self), float(len(self))
 
   @property
@@ -380,15 +384,20 @@ class Schedule(NoiseSchedule):
 
   def at_timestep(self, t: jax.Array) -> Level:
     """Return the levels of integer timesteps t [b]."""
-    return Level(*self(t), t, t / len(self))
+    alpha, sigma = self(t)
+    label = sigma * len(self) if self.kind == 'sigma' else t
+    return Level(alpha, sigma, label, t / len(self))
 
   def at(self, t: PerExample) -> Level:
     return self.at_timestep(jnp.clip(jnp.floor(t * len(self)).astype(int), 0, len(self) - 1))
 
   def at_ratio(self, ratio: PerExample) -> Level:
-    return self.at_timestep(jnp.round(self.label(jnp.ones_like(ratio), ratio)).astype(int))
+    return self.at_timestep(jnp.round(self.place(jnp.ones_like(ratio), ratio)).astype(int))
 
   def label(self, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+    return sigma * len(self) if self.kind == 'sigma' else self.place(alpha, sigma)
+
+  def place(self, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
     """The (fractional) timestep at which the schedule has this sigma / alpha.
 
     Interpolates in ln(sigma / alpha), as diffusers does, and before a last step of alpha = 0, where
@@ -404,6 +413,8 @@ class Schedule(NoiseSchedule):
     return jnp.where(angle > angles[-2], at(angle, angles), t)
 
   def at_label(self, label: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if self.kind == 'sigma':
+      return 1 - label / len(self), label / len(self)
     return self.process((label + 1) / len(self))
 
   def label_as(self, how: str, grid: Grid) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -414,7 +425,7 @@ class Schedule(NoiseSchedule):
       return lambda alpha, sigma: sigma * len(self)
 
     def rounded(alpha, sigma):
-      t = self.label(alpha, sigma)
+      t = self.place(alpha, sigma)
       known = ((grid[0] == alpha) & (grid[1] == sigma)).any()
       return jnp.where(known, jnp.round(t) if how == 'nearest' else jnp.floor(t + 1e-3), t)
 

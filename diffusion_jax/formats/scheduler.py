@@ -328,7 +328,7 @@ def _flow(name: str, values: Values) -> Scheduler:
   """
   total, dynamic = values['num_train_timesteps'], values.get('use_dynamic_shifting', False)
   shift = 1.0 if dynamic else values['shift']
-  schedule = NoiseConfig('flow', num_train_timesteps=total, shift=shift)
+  schedule = NoiseConfig('flow', num_train_timesteps=total, shift=shift, label='sigma')
   end = shift / (total + shift - 1)
   grid = {'fractional': True} | ({'last': total * end - 1} if shift != 1 else {})
   grid |= _grid_shift(values) if dynamic else {}

@@ -12,6 +12,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import Part, format_of
 from diffusion_jax.models.network import Network
 from diffusion_jax.pipelines.conditioners import Conditioner, Context, Sizes
+from diffusion_jax.pipelines.distilled import DistilledGuidance
 from diffusion_jax.pipelines.image_conditioners import concatenated
 from diffusion_jax.pipelines.model import Diffusion, output_channels
 from diffusion_jax.pipelines.spaces import Space
@@ -44,6 +45,8 @@ def make_model(
     )
   if getattr(config, 'addition_embed_type', None) == 'text_time':
     conditioners = {**conditioners, 'sizes': Sizes()}
+  if 'guidance' in getattr(config, 'conditions', ()):
+    conditioners = {DistilledGuidance.name: DistilledGuidance(), **conditioners}
   found = concatenated(space, taken - channels - given, low_resolution)
   conditioners = {**conditioners, **found}
   for conditioner in conditioners.values():

@@ -40,13 +40,15 @@ EXTRA = 'extra.embedding'
 
 
 class Request(NamedTuple):
-  """What is sampled: prompts, one negative prompt, `image_conditioners.Inputs`, and the size."""
+  """What is sampled: prompts, one negative prompt, `image_conditioners.Inputs`, the size, and the
+  guidance that a distilled denoiser imitates, None for the model's own."""
 
   prompts: Sequence[str]
   negative: str = ''
   inputs: Any = None
   height: int = 1
   width: int = 1
+  guidance: float | None = None
 
 
 class Context(NamedTuple):

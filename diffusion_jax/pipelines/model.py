@@ -148,7 +148,7 @@ class Diffusion:
 
   def rows(
     self, prompts: Sequence[str], negative: str = '', inputs: Inputs | None = None,
-    height: int | None = None, width: int | None = None,
+    height: int | None = None, width: int | None = None, guidance: float | None = None,
   ) -> dict[str, np.ndarray]:
     """Return host arrays [n ...] of everything that the model is conditioned on, with images.
 
@@ -156,7 +156,7 @@ class Diffusion:
     """
     height, width = self.size_of(height, width)
     inputs = inputs or Inputs()
-    request = Request(prompts, negative, inputs, height, width)
+    request = Request(prompts, negative, inputs, height, width, guidance)
     out = inputs.rows(self, len(prompts), height, width)
     for conditioner in self.conditioners.values():
       out |= conditioner.rows(request)
@@ -274,11 +274,17 @@ class Diffusion:
         f'autoguidance is {config.autoguidance}, but there is no worse model; give --worse DIR, or '
         'set it to 1.'
       )
+    distilled = 'guidance' in getattr(self.denoiser.config, 'conditions', ())
+    if config.distilled_guidance is not None and not distilled:
+      raise UserError(
+        f'distilled_guidance is {config.distilled_guidance:g}, but the denoiser is told of none; '
+        'leave it out, or use guidance.'
+      )
     if config.clip_skip and self.text is None:
       raise UserError('the model has no text encoder; leave clip_skip at 0.')
     height, width = self.size_of(height, width)
     inputs, n, shape = inputs or Inputs(), len(prompts), self.space.shape(height, width)
-    given = self.rows(prompts, negative, inputs, height, width)
+    given = self.rows(prompts, negative, inputs, height, width, config.distilled_guidance)
     if noise is not None:
       given['x'] = _checked_noise(noise, (n, *shape))
     if not config.clip_skip and all(c.same(given) for c in self.conditioners.values()):

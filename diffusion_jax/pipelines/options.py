@@ -27,9 +27,9 @@ class SampleOptions:
   drop_last, fractional, set_alpha_to_one and, in places, the other arguments of `sampling_grid`: as
   the schedulers of diffusers place their steps. timesteps: one of `noise.LABELS`. scaled_noise:
   start from noise of the first level's sigma, not of unit variance. image_guidance: s_I of Brooks
-  et al. 2023. perturbed_attention: s of Ahn et al. 2024. autoguidance: w of Karras et al. 2024.
-  clip_skip: for the prompt alone, besides the layers that the model leaves out anyway; as in
-  diffusers, the negative prompt keeps them.
+  et al. 2023. distilled_guidance: None for the model's own. perturbed_attention: s of Ahn et al.
+  2024. autoguidance: w of Karras et al. 2024. clip_skip: for the prompt alone, besides the layers
+  that the model leaves out anyway; as in diffusers, the negative prompt keeps them.
   """
 
   sampler: Annotated[str, OneOf(SAMPLERS), Help(
@@ -70,6 +70,9 @@ class SampleOptions:
   image_guidance: Annotated[float, FINITE, Help(
     'of a model that edits a picture: how closely to keep to it; 1 is none', 'G'
   )] = 1.0
+  distilled_guidance: Annotated[Annotated[float, FINITE] | None, Help(
+    'of a distilled denoiser, such as Flux.1 dev: the guidance that it imitates (default: 3.5)', 'G'
+  )] = None
   perturbed_attention: Annotated[float, Range(0), Help(
     'scale of perturbed-attention guidance, beside --guidance; 0 is none', 'S'
   )] = 0.0

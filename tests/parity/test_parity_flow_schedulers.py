@@ -7,7 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 
-from diffusion_jax.diffusion.noise import NoiseSchedule
+from diffusion_jax.diffusion.noise import NoiseConfig, NoiseSchedule
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.scheduler import read_scheduler, write_scheduler
 from diffusion_jax.pipelines.directory import sample_config
@@ -91,3 +91,21 @@ def test_one_step_cannot_be_stretched():
   sample = dataclasses.replace(sample_config(scheduler), steps=1)
   with pytest.raises(UserError, match='two sampling steps'):
     sample.numbers(NoiseSchedule.of(scheduler.schedule))
+
+
+def test_networks_are_told_sigma():
+  """In training as in sampling, by whatever sampler: a shifted table has it at other indices."""
+  values = {'_class_name': 'FlowMatchEulerDiscreteScheduler', 'shift': 3.0}
+  theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+  config = read_scheduler(values, 'scheduler_config.json').schedule
+  noise = NoiseSchedule.of(config)
+  levels = noise.at_timestep(np.array([999, 500, 0]))
+  wanted = theirs.timesteps.numpy()[[0, 499, 999]]
+  np.testing.assert_allclose(levels.label, wanted, rtol=1e-6)
+  np.testing.assert_allclose(noise.label(levels.alpha, levels.sigma), wanted, rtol=1e-6)
+  np.testing.assert_allclose(noise.at_label(levels.label), levels[:2], rtol=0, atol=1e-6)
+  nearest = noise.at_ratio(levels.sigma[1:] / levels.alpha[1:])
+  np.testing.assert_allclose(nearest.label, wanted[1:], rtol=1e-6)
+  assert NoiseConfig(**config.saved()) == config
+  with pytest.raises(UserError, match='label'):
+    NoiseConfig(label='sigma')
