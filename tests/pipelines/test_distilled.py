@@ -20,5 +20,5 @@ def test_what_is_told():
 
 @pytest.mark.parametrize('options', [{'scale': float('nan')}, {'scale': '3'}, {'strength': 1}])
 def test_a_section_that_says_something_else(options):
-  with pytest.raises(UserError, match='settings.conditioners.distilled_guidance'):
+  with pytest.raises(UserError, match='distilled_guidance'):
     DistilledGuidance.build(options, None)
