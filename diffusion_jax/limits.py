@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import math
 import operator
+import re
 from collections.abc import Callable, Collection
 from typing import Annotated, Any, Literal
 
@@ -128,6 +129,22 @@ def _shown(value: Any) -> str:
   if isinstance(value, int) and abs(value) >= 10**20:
     return f'a number of {value.bit_length()} bits'
   return f'{value!r:.40}'
+
+
+MOST_EDGE = 2**13
+"""Pixels of an edge of what is drawn or trained on."""
+
+
+def parse_size(text: str, name: str = '--size') -> tuple[int, int]:
+  """Return (height, width) of '96x64', or of '96', a square. UserError, calling it `name`, else."""
+  parts = re.fullmatch(r'(\d{1,9})(?:[xX×](\d{1,9}))?', text.strip())
+  size = (int(parts[1]), int(parts[2] or parts[1])) if parts else (0, 0)
+  if not all(1 <= edge <= MOST_EDGE for edge in size):
+    raise UserError(
+      f'{name} is {_shown(text)}; give height x width in pixels, such as 96x64, or one number for '
+      f'a square, up to {MOST_EDGE}.'
+    )
+  return size
 
 
 def same_size(key: str, value: int, size: int) -> None:

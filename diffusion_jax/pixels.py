@@ -1,5 +1,6 @@
 """Images as arrays: bytes in [0, 255] to values in [-1, 1] and back, and another size."""
 
+import math
 from typing import TypeVar
 
 import numpy as np
@@ -31,6 +32,27 @@ def resize(
   flat = image[..., 0] if image.shape[-1] == 1 else image  # Pillow has no [h, w, 1].
   resized = Image.fromarray(flat).resize((width, height), Image.Resampling.BICUBIC)
   return np.asarray(resized).reshape(height, width, image.shape[-1])
+
+
+LONGEST = 4.0
+"""The largest ratio of the edges of a size that follows a picture's."""
+
+
+def size_like(height: int, width: int, area: int, multiple: int) -> tuple[int, int]:
+  """Return the size of multiples that is nearest to the aspect of height x width and to the area.
+
+  An error in the aspect counts twice one in the area, both as ratios; an aspect beyond LONGEST is
+  taken for that.
+  """
+  aspect = min(max(height / width, 1 / LONGEST), LONGEST)
+  rows = math.sqrt(area * aspect) / multiple
+  best, least = (1, 1), math.inf
+  for h in range(max(1, math.floor(rows * 0.75)), max(1, math.ceil(rows * 1.3)) + 1):
+    for w in {max(1, math.floor(h / aspect)), math.ceil(h / aspect)}:
+      error = 2 * abs(math.log(h / w / aspect)) + abs(math.log(h * w * multiple**2 / area))
+      if error < least - 1e-9:
+        best, least = (h, w), error
+  return best[0] * multiple, best[1] * multiple
 
 
 def edges(image: UInt8[np.ndarray, 'h w 3']) -> UInt8[np.ndarray, 'h w 3']:

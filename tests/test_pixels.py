@@ -2,8 +2,9 @@
 
 import jax
 import numpy as np
+import pytest
 
-from diffusion_jax.pixels import resize, to_float, to_uint8
+from diffusion_jax.pixels import LONGEST, resize, size_like, to_float, to_uint8
 
 
 def test_to_uint8_rounds_clips_and_inverts():
@@ -30,3 +31,23 @@ def test_resize_keeps_a_solid_image_and_any_number_of_channels():
   for channels in (1, 3):
     image = np.full((4, 6, channels), 77, np.uint8)
     np.testing.assert_array_equal(resize(image, 5, 3), np.full((5, 3, channels), 77))
+
+
+@pytest.mark.parametrize(('picture', 'area', 'multiple', 'wanted'), [
+  ((9, 9), 512**2, 8, (512, 512)), ((1000, 1001), 512**2, 8, (512, 512)),
+  ((768, 512), 768 * 512, 64, (768, 512)), ((512, 768), 768 * 512, 64, (512, 768)),
+  ((480, 640), 512**2, 8, (440, 592)), ((9, 16), 1024**2, 64, (768, 1344)),
+  ((1, 100), 512**2, 8, (256, 1024)), ((1, 1), 1, 8, (8, 8)),
+])
+def test_a_size_follows_the_aspect_of_a_picture(picture, area, multiple, wanted):
+  assert size_like(*picture, area, multiple) == wanted
+
+
+def test_a_size_is_near_the_aspect_and_the_area_it_follows():
+  """Of steps that are an eighth of the edge: a tenth off each at most."""
+  for picture in np.random.default_rng(0).integers(100, 400, (200, 2)):
+    height, width = size_like(*picture, 64**2, 8)
+    assert height % 8 == width % 8 == 0
+    assert abs(np.log(height / width * picture[1] / picture[0])) < 0.13
+    assert abs(np.log(height * width / 64**2)) < 0.25
+  assert LONGEST == 4

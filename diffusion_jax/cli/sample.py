@@ -20,7 +20,7 @@ from diffusion_jax.cli.options import (
   read_options,
 )
 from diffusion_jax.errors import UserError
-from diffusion_jax.limits import Help
+from diffusion_jax.limits import Help, parse_size
 from diffusion_jax.pipelines.options import SampleOptions
 
 if TYPE_CHECKING:
@@ -51,12 +51,17 @@ class PromptOptions:
   prompts: Annotated[str, Help(
     'a text file with one prompt a line; blank lines are passed over', 'FILE'
   )] = ''
-  height: Annotated[int | None, Help(
-    "height of the pictures in pixels (default: that of the model's training)", 'N'
-  )] = None
-  width: Annotated[int | None, Help('their width', 'N')] = None
+  size: Annotated[str, Help(
+    'of the pictures in pixels: one number for a square, or height x width, such as 96x64 '
+    "(default: the aspect of the picture that is given, about as large as the model's training; "
+    'without one, that of the training)', 'HxW'
+  )] = ''
   negative: Annotated[str, Help('what not to draw (default: nothing)', 'TEXT')] = ''
   out: Annotated[str, Help('where the pictures go', 'DIR')]
+
+  def __post_init__(self):
+    if self.size:
+      parse_size(self.size)  # So that no model is read for a size that is none.
 
   def read(self) -> list[str]:
     """Return all prompts; in a file blank lines only divide others.
@@ -102,6 +107,24 @@ class PictureOptions:
     'noise put on the small picture, 0 to 350 (default: 20)', 'N'
   )] = None
 
+  def files(self) -> dict[str, str]:
+    """Return the files by what they are."""
+    names = ('image', 'mask', 'control', 'depth', 'small', 'reference')
+    return {name: getattr(self, name) for name in names if getattr(self, name)}
+
+  def size(self, model, size: str) -> tuple[int, int]:
+    """Return (height, width) of what is drawn: `size` as in --size, else the pictures' own aspect.
+
+    Raises:
+      UserError: no size, one that the model cannot halve, or a picture that cannot be read.
+    """
+    from diffusion_jax.data.pictures import frame_size
+
+    if size:
+      return model.size_of(*parse_size(size))
+    own = frame_size(self.files())
+    return model.size_like(*own) if own else model.trained_size
+
   def read(self, model, steps: int, height: int, width: int) -> tuple:
     """Return (`Inputs`, metadata) of the pictures that were given, for images of that size.
 
@@ -125,7 +148,7 @@ class PictureOptions:
     )
     if 'reference' in needs:
       sizes['reference'] = needs['reference'][0][:2]
-    files = {name: getattr(self, name) for name in (*sizes, 'reference') if getattr(self, name)}
+    files = self.files()
     if 'reference' in files and 'reference' not in needs:
       raise UserError(
         'the model varies no picture; leave --reference out, or use a model that does.'
@@ -143,7 +166,11 @@ class PictureOptions:
 
 OPTIONS = {
   ModelOptions: '', PromptOptions: '', AdapterOptions: '',
-  PictureOptions: 'pictures; their middle is taken, of all that are given at the same place',
+  PictureOptions: (
+    'pictures; the first given of image, small, control and depth is scaled until it just covers '
+    'the size that is drawn, and its middle cut out; without --size that is its own aspect, so '
+    'that hardly anything is cut. The others are laid over it, and cut at the same place'
+  ),
   SampleOptions: '', DrawOptions: '',
 }
 """Dataclasses of options, and the titles of their groups."""
@@ -213,7 +240,7 @@ def sample(
   model, weights = adapters.apply(model, weights)
   if model.text is not None:
     model.check_prompts([*prompts, prompt.negative])
-  height, width = model.size_of(prompt.height, prompt.width)
+  height, width = pictures.size(model, prompt.size)
   inputs, started = pictures.read(model, config.steps, height, width)
   if model.text is None:  # Prompts name classes, or nothing but the files.
     model.rows(prompts, prompt.negative, inputs, height, width)
@@ -224,7 +251,7 @@ def sample(
   batches = model.generate(
     model.on_mesh(weights, mesh), prompts, config, seed=draw.seed, mesh=mesh,
     negative=prompt.negative, batch_size=min(draw.batch, len(prompts)), inputs=inputs,
-    height=prompt.height, width=prompt.width,
+    height=height, width=width,
   )
   try:
     out.mkdir(parents=True, exist_ok=True)

@@ -5,9 +5,9 @@ import functools
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import (
@@ -26,6 +26,8 @@ from PIL import (
 from diffusion_jax.data.png import SIGNATURE, without_extras
 from diffusion_jax.errors import Unreadable
 from diffusion_jax.pixels import resize
+
+T = TypeVar('T')
 
 MAX_PIXELS, MAX_EDGE = 2**28, 2**20
 """Images with more are taken for decompression bombs and not decoded."""
@@ -79,8 +81,17 @@ def read_square(path: str | Path, size: int) -> tuple[np.ndarray, tuple[int, int
     Unreadable: as `read_pixels`.
   """
   # The square first: a thin strip would grow beyond all bounds if it were scaled as a whole.
-  square, upright = _read(path, path, square=True)
+  square, upright = _read(path, path, lambda header: (_decoded(header, True), header.upright))
   return resize(square, size, size), upright
+
+
+def read_size(path: str | Path) -> tuple[int, int]:
+  """Return (height, width) of an image as `read_pixels` turns it; none of its pixels is read.
+
+  Raises:
+    Unreadable: as `read_pixels`, but for damage beyond the header.
+  """
+  return _read(path, path, lambda header: header.upright)
 
 
 def read_pixels(
@@ -102,17 +113,15 @@ def read_pixels(
     Unreadable: no file, no regular one, no image in it, a damaged one, one with more than
       MAX_PIXELS pixels, or one that would take too much memory.
   """
-  return _read(source, path or source, square=False, background=background)[0]
+  return _read(source, path or source, lambda header: _decoded(header, False, background))
 
 
-def _read(
-  source: str | Path | BinaryIO, name: str | Path, square: bool, background: str = 'white'
-) -> tuple[np.ndarray, tuple[int, int]]:
+def _read(source: str | Path | BinaryIO, name: str | Path, decode: Callable[['_Header'], T]) -> T:
   try:
     with _opened(source) as file:
       header = _read_header(file)
       _check_size(header, name)
-      return _decoded(header, square, background), header.upright
+      return decode(header)
   except Unreadable:
     raise
   except Exception as error:  # Decoders let through whatever damaged data make of them.
@@ -208,7 +217,7 @@ def _bytes_of(image: ImageFile.ImageFile, pixels: int) -> int:
   return 2 * pixels * sum(h * v for _, h, v, _ in image.layer) // finest  # All coefficients.
 
 
-def _decoded(header: _Header, square: bool, background: str) -> np.ndarray:
+def _decoded(header: _Header, square: bool, background: str = 'white') -> np.ndarray:
   """The pixels of an image or of its central square, upright; reduced, if it is large."""
   image, factor = header.image, _factor(header, square)
   if factor > 1 and image.format == 'JPEG':

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from diffusion_jax.data.images import read_pixels
+from diffusion_jax.data.images import read_pixels, read_size
 from diffusion_jax.errors import UserError
 
 FRAMES = ('image', 'small', 'control', 'depth', 'mask')
@@ -30,6 +30,12 @@ class Pictures(NamedTuple):
 
   arrays: dict[str, np.ndarray]
   notes: list[str]
+
+
+def frame_size(files: Mapping[str, str | Path]) -> tuple[int, int] | None:
+  """Return (height, width) of the picture that the others are laid over; None without one."""
+  frame = next((name for name in FRAMES if name in files), None)
+  return frame and read_size(files[frame])
 
 
 def read_pictures(

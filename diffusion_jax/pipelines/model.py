@@ -41,7 +41,7 @@ from diffusion_jax.pipelines.conditioners import (
 from diffusion_jax.pipelines.image_conditioners import CONTROLNET, Editing, Inputs
 from diffusion_jax.pipelines.sampling import Numbers, Program, SampleConfig
 from diffusion_jax.pipelines.spaces import Space
-from diffusion_jax.pixels import to_float, to_uint8
+from diffusion_jax.pixels import size_like, to_float, to_uint8
 from diffusion_jax.types import Condition, Images, Latents, Weights
 
 DENOISER, WORSE = 'denoiser', 'worse'
@@ -54,6 +54,7 @@ class Diffusion:
 
   worse: another denoiser of the same x, t and condition, which autoguidance leads away from.
   size: (height, width) in pixels of the training images, for a denoiser whose config tells none.
+  programs: the keys of all that were compiled for sampling, one for each size, batch and `Program`.
   """
 
   space: Space
@@ -63,6 +64,7 @@ class Diffusion:
   parameterization: Parameterization
   worse: Network | None = None
   size: tuple[int, int] | None = None
+  programs: set = dataclasses.field(init=False, default_factory=set, repr=False)
 
   @property
   def networks(self) -> dict[str, Network]:
@@ -87,9 +89,31 @@ class Diffusion:
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
     return height * self.space.factor, width * self.space.factor
 
+  @property
+  def multiple(self) -> int:
+    """Pixels that height and width of images are multiples of, so that every network can halve."""
+    networks = (self.denoiser, self.worse) if self.worse else (self.denoiser,)
+    return self.space.factor * math.lcm(*(getattr(n.config, 'factor', 1) for n in networks))
+
   def size_of(self, height: int | None, width: int | None) -> tuple[int, int]:
-    """Return (height, width), those that are not given as in training."""
-    return height or self.trained_size[0], width or self.trained_size[1]
+    """Return (height, width), those that are not given as in training.
+
+    Raises:
+      UserError: one that the model cannot halve, with the nearest that it can.
+    """
+    size = height or self.trained_size[0], width or self.trained_size[1]
+    if (height or width) and any(edge < 1 or edge % self.multiple for edge in size):
+      near = 'x'.join(str(max(1, round(edge / self.multiple)) * self.multiple) for edge in size)
+      raise UserError(
+        f'the size {size[0]}x{size[1]} cannot be halved as the model does: height and width must '
+        f'be multiples of {self.multiple}; the nearest such size is {near}.'
+      )
+    return size
+
+  def size_like(self, height: int, width: int) -> tuple[int, int]:
+    """Return the (height, width) that the model draws for a picture of that size: of its aspect,
+    and about the area of the training images."""
+    return size_like(height, width, math.prod(self.trained_size), self.multiple)
 
   def tokens(self, height: int, width: int) -> int:
     """Return how many patches the denoiser reads of an image of height x width pixels."""
@@ -291,6 +315,7 @@ class Diffusion:
       config = dataclasses.replace(config, guidance=1.0)
     numbers = config.numbers(self.noise, inputs.fraction(self), self.tokens(height, width))
     size = whole_batch(batch_size, mesh)
+    self.programs.add((height, width, size, config.program, len(numbers.grid[0]), *given))
     names = tuple(dict.fromkeys(('x', 'keys', *given)))
     sample = lambda weights, *columns: self._sample(
       weights, dict(zip(names, columns, strict=True)), config.program, numbers

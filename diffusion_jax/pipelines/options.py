@@ -12,8 +12,9 @@ Option = bool | int | float | str
 """The value of a sampler's option."""
 
 THRESHOLDS = ('none', 'static', 'dynamic')
-DECODINGS = ('whole', 'sliced', 'tiled')
-"""How latents become images: a batch at once, image by image, or in overlapping tiles."""
+DECODINGS = ('whole', 'sliced', 'tiled', 'undivided')
+"""How latents become images: a batch at once, image by image, or in overlapping tiles, as the first
+two are above `spaces.MOST_WHOLE`; undivided at any size."""
 FINITE = Range(-math.inf, math.inf, above=True, below=True, text='a finite scale, 1 for none')
 
 
@@ -86,7 +87,8 @@ class SampleOptions:
     'layers of the text encoder to leave out at the end', 'N'
   )] = 0
   decoding: Annotated[str, OneOf(DECODINGS), Help(
-    'whole, or with less memory sliced (image by image) or tiled (for large images)', 'HOW'
+    'whole, or with less memory sliced (image by image); both in tiles where latents are of more '
+    'than 160 x 160 places, as tiled does for those above 64 x 64; or undivided at any size', 'HOW'
   )] = 'whole'
 
   def __post_init__(self):

@@ -7,7 +7,7 @@ weights and no size.
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Annotated, ClassVar
 
@@ -31,9 +31,21 @@ from diffusion_jax.types import Latents, Params, Weights
 AUTOENCODER = 'autoencoder'
 """The role of its weights."""
 
+MOST_WHOLE = 160 * 160
+"""Places of latents above which an image is decoded in tiles: 1280 x 1280 pixels of a factor of 8.
+Attention over all places takes memory with their square."""
+
+
+def _up_to_a_size(decode: Callable) -> Callable:
+  return lambda autoencoder, z: (
+    decode if z.shape[1] * z.shape[2] <= MOST_WHOLE else decode_tiled
+  )(autoencoder, z)
+
+
 DECODERS = {
-  'whole': lambda autoencoder, z: autoencoder.decode(z), 'sliced': decode_sliced,
-  'tiled': decode_tiled,
+  'whole': _up_to_a_size(lambda autoencoder, z: autoencoder.decode(z)),
+  'sliced': _up_to_a_size(decode_sliced), 'tiled': decode_tiled,
+  'undivided': lambda autoencoder, z: autoencoder.decode(z),
 }
 
 Moments = dict[str, jax.Array]

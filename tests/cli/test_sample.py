@@ -115,8 +115,8 @@ def test_guidance_away_from_others_counts_and_is_in_the_file(draw, pictures, fin
 
 
 def test_a_picture_to_start_from(draw, pictures, tmp_path):
-  Image.new('RGB', (50, 40), 'red').save(tmp_path / 'red.png')
-  Image.new('RGB', (50, 40), 'blue').save(tmp_path / 'blue.png')
+  Image.new('RGB', (40, 40), 'red').save(tmp_path / 'red.png')
+  Image.new('RGB', (40, 40), 'blue').save(tmp_path / 'blue.png')
   start = lambda colour, *more: draw('--seed', 3, '--image', tmp_path / f'{colour}.png', *more)
   red, blue = start('red', '--strength', 0.5), start('blue', '--strength', 0.5)
   assert len(_differ(_pixels(red), _pixels(blue))) == 3
@@ -127,12 +127,25 @@ def test_a_picture_to_start_from(draw, pictures, tmp_path):
 
 def test_any_size_is_drawn(draw, fails, finished):
   """Of a model that was trained on squares."""
-  oblong = draw('--height', tiny.SIZE, '--width', 2 * tiny.SIZE)
+  oblong = draw('--size', f'{tiny.SIZE}x{2 * tiny.SIZE}')
   assert {image.size for name, image in oblong.items() if name != 'grid.png'} == {
     (2 * tiny.SIZE, tiny.SIZE)
   }
-  message = fails('sample', '--workdir', finished, '--prompt', 'cat', '--out', 'x', '--width', 30)
-  assert 'width is 30, but the model draws multiples of 4; choose' in message
+  refused = lambda size: fails(
+    'sample', '--workdir', finished, '--prompt', 'cat', '--out', 'x', '--size', size
+  )
+  message = refused('30x33')
+  assert 'the size 30x33' in message and 'multiples of 4; the nearest such size is 32x32' in message
+  for size in ('0', 'x4', '4x', '-4', '4x4x4', 'wide', '9000'):
+    assert 'give height x width in pixels, such as 96x64' in refused(size)
+
+
+def test_without_a_size_the_aspect_is_the_picture_s(draw, tmp_path):
+  """About as large as the images of training, 32 x 32; a square where that is asked for."""
+  Image.new('RGB', (90, 40), 'red').save(tmp_path / 'wide.png')
+  start = ('--image', tmp_path / 'wide.png')
+  assert draw(*start, prompts=['sun'])['0000_sun.png'].size == (48, 20)
+  assert draw(*start, '--size', 32, prompts=['sun'])['0000_sun.png'].size == (32, 32)
 
 
 def test_prompts_from_a_file(draw, pictures, tmp_path):

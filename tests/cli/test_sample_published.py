@@ -67,7 +67,7 @@ def test_a_picture_an_adapter_and_a_word(draw):
   )
   lora = ('--lora', 'FILES/l.safetensors:2')
   found = image('one', *lora)
-  assert found.size == (small.SIZE, small.SIZE)
+  assert found.size == (18, 14)  # Of 24 x 20 pixels.
   wanted = {'strength': '0.8', 'clip_skip': '1', 'steps_offset': '1', 'guidance': '7.5'}
   assert {name: found.text[name] for name in wanted} == wanted
   assert found.text['image'].endswith('one.png') and found.text['lora'].endswith(':2')

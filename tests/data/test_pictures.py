@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.data.pictures import read_pictures
+from diffusion_jax.data.pictures import frame_size, read_pictures
 from diffusion_jax.errors import UserError
 
 EDGE, LATENT = 16, 8
@@ -170,3 +170,20 @@ def test_oblong_pictures_keep_their_shape(read):
   np.testing.assert_array_equal(
     arrays['images'][0], np.asarray(Image.fromarray(PHOTO[:, 32:64]).resize((8, 16)))
   )
+
+
+def test_the_frame_is_measured_as_it_is_turned(tmp_path):
+  """Of the picture that the others are laid over, without its pixels."""
+  exif = Image.Exif()
+  exif[0x112] = 6
+  Image.fromarray(PHOTO).save(tmp_path / 'lying.png', exif=exif)
+  Image.fromarray(PHOTO).save(tmp_path / 'photo.png')
+  (tmp_path / 'cut.png').write_bytes((tmp_path / 'photo.png').read_bytes()[:60])
+  files = {name: tmp_path / f'{name}.png' for name in ('lying', 'photo', 'cut')}
+  assert frame_size({'mask': files['photo'], 'control': files['lying']}) == (96, 64)
+  assert frame_size({'mask': files['cut'], 'image': files['photo']}) == (64, 96)
+  assert frame_size({'reference': files['photo']}) is None
+  for name in ('missing', 'text'):
+    (tmp_path / 'text').write_text('no picture')
+    with pytest.raises(UserError, match='cannot be read'):
+      frame_size({'image': tmp_path / name})

@@ -1,6 +1,7 @@
 """Slices and tiles: less memory, the same numbers, no seams. diffusers: tests/parity."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -93,3 +94,14 @@ def test_what_fits_into_one_tile_is_not_cut(tiny):
 def test_impossible_parts_are_refused(make, words, tiny):
   with pytest.raises(UserError, match=words):
     make(tiny, jnp.zeros((1, 16, 16, 4)))
+
+
+@pytest.mark.parametrize('tile, overlap', [(8, 2), (8, 0), (6, 3)])
+def test_tiles_of_every_size_are_the_whole(tile, overlap):
+  """Of a decoder whose pixels depend on one place each, also where a rest of one row is left."""
+  enlarge = lambda z: jnp.repeat(jnp.repeat(z, 2, axis=1), 2, axis=2)
+  local = types.SimpleNamespace(decode=enlarge, config=types.SimpleNamespace(factor=2))
+  for h, w in ((1, 9), (9, 1), (8, 9), (13, 14), (7, 25), (20, 15)):
+    z = np.random.default_rng(h).normal(size=(2, h, w, 3)).astype(np.float32)
+    tiled = decode_tiled(local, z, tile=tile, overlap=overlap)
+    np.testing.assert_allclose(tiled, enlarge(z), atol=1e-6)

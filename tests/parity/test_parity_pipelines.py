@@ -24,11 +24,18 @@ from tests.parity import small_pipelines as small
 PROMPTS, NEGATIVE = ['cab ab', 'b a c d e f g h a b c'], 'a'
 RNG = np.random.default_rng(0)
 NOISE = RNG.normal(size=(2, small.LATENT, small.LATENT, 4)).astype(np.float32)
-IMAGES, CONTROL = RNG.integers(0, 256, (2, 2, small.SIZE, small.SIZE, 3), np.uint8)
+IMAGES = RNG.integers(0, 256, (2, small.SIZE, small.SIZE, 3), np.uint8)
 SMALL = RNG.integers(0, 256, (2, small.LATENT, small.LATENT, 3), np.uint8)
-MASKS = RNG.random((2, small.SIZE, small.SIZE)) > 0.5
 DEPTH = RNG.random((2, small.LATENT, small.LATENT)).astype(np.float32)
+OBLONG = small.SIZE, 2 * small.SIZE - 4
+"""Height and width of pictures that the models are shown, unlike those of their training."""
 STEPS, GUIDANCE = 10, 7.5
+OBLONG_LATENT = tuple(edge * small.LATENT // small.SIZE for edge in OBLONG)
+OBLONG_NOISE = RNG.normal(size=(2, *OBLONG_LATENT, 4)).astype(np.float32)
+OBLONG_IMAGES, OBLONG_CONTROL = RNG.integers(0, 256, (2, 2, *OBLONG, 3), np.uint8)
+OBLONG_SMALL = RNG.integers(0, 256, (2, *OBLONG_LATENT, 3), np.uint8)
+MASKS = RNG.random((2, *OBLONG)) > 0.5
+WIDE = dict(height=OBLONG[0], width=OBLONG[1])
 TABLE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear')
 
 
@@ -113,12 +120,15 @@ def test_any_size(load, name):
 
 
 def test_inpainting(load):
+  """Of pictures wider than high, which lose nothing."""
   theirs, *ours, _ = load('inpaint')
   masks = pictures(255 * MASKS.astype(np.uint8))
-  wanted = draw_theirs(theirs, image=pictures(IMAGES), mask_image=masks, strength=1.0)
-  inputs = Inputs(IMAGES, masks=MASKS)
-  assert_same(draw(*ours, inputs=inputs), wanted, 'inpaint')
-  other = draw(*ours, inputs=dataclasses.replace(inputs, masks=~MASKS))
+  wanted = draw_theirs(theirs, noise=OBLONG_NOISE, image=pictures(OBLONG_IMAGES),
+                       mask_image=masks, strength=1.0, **WIDE)
+  inputs = Inputs(OBLONG_IMAGES, masks=MASKS)
+  wide = functools.partial(draw, *ours, noise=OBLONG_NOISE, size=OBLONG)
+  assert_same(wide(inputs=inputs), wanted, 'inpaint')
+  other = wide(inputs=dataclasses.replace(inputs, masks=~MASKS))
   assert np.abs(other - wanted).max() > 1e-2
 
 
@@ -133,12 +143,15 @@ def test_editing_with_two_scales(load):
 
 def test_upscaling(load):
   theirs, *ours, _ = load('upscale')
-  [noise] = torch_noise((2, 3, small.LATENT, small.LATENT))
-  wanted = draw_theirs(theirs, image=pictures(SMALL), noise_level=20,
+  [noise] = torch_noise((2, 3, *OBLONG_LATENT))
+  wanted = draw_theirs(theirs, noise=OBLONG_NOISE, image=pictures(OBLONG_SMALL), noise_level=20,
                        generator=torch.Generator().manual_seed(0))
-  found = draw(*ours, inputs=Inputs(small=SMALL, noise_level=20, small_noise=noise))
+  found, other = (
+    draw(*ours, noise=OBLONG_NOISE, size=OBLONG,
+         inputs=Inputs(small=OBLONG_SMALL, noise_level=level, small_noise=noise))
+    for level in (20, 10)
+  )
   assert_same(found, wanted, 'upscale')
-  other = draw(*ours, inputs=Inputs(small=SMALL, noise_level=10, small_noise=noise))
   assert np.abs(other - wanted).max() > 1e-2
 
 
@@ -161,10 +174,12 @@ def normalized(depth):
 
 def test_controlnet(load):
   theirs, *ours, _ = load('controlled')
-  wanted = draw_theirs(theirs, image=pictures(CONTROL), controlnet_conditioning_scale=0.7)
-  inputs = Inputs(control=CONTROL, control_strength=0.7)
-  assert_same(draw(*ours, inputs=inputs), wanted, 'controlnet')
-  other = draw(*ours, inputs=dataclasses.replace(inputs, control=IMAGES))
+  wanted = draw_theirs(theirs, noise=OBLONG_NOISE, image=pictures(OBLONG_CONTROL),
+                       controlnet_conditioning_scale=0.7, **WIDE)
+  inputs = Inputs(control=OBLONG_CONTROL, control_strength=0.7)
+  wide = functools.partial(draw, *ours, noise=OBLONG_NOISE, size=OBLONG)
+  assert_same(wide(inputs=inputs), wanted, 'controlnet')
+  other = wide(inputs=dataclasses.replace(inputs, control=OBLONG_IMAGES))
   assert np.abs(other - wanted).max() > 1e-2
 
 
@@ -223,13 +238,13 @@ def test_image_to_image_with_clip_skip(load):
     **theirs.components, requires_safety_checker=False
   )
   pipeline.set_progress_bar_config(disable=True)
-  noise = torch_noise(*[(2, 4, small.LATENT, small.LATENT)] * 2)[1]  # The first is the encoder's.
+  noise = torch_noise(*[(2, 4, *OBLONG_LATENT)] * 2)[1]  # The first is the encoder's.
   plain, wanted = (draw_theirs(
-    pipeline, noise=None, image=pictures(IMAGES), strength=0.6, clip_skip=skip,
+    pipeline, noise=None, image=pictures(OBLONG_IMAGES), strength=0.6, clip_skip=skip,
     generator=torch.Generator().manual_seed(0),
   ) for skip in (0, 1))
   assert np.abs(wanted - plain).max() > 1e-2
-  found = draw(*ours, noise=noise, inputs=Inputs(IMAGES, 0.6), clip_skip=1)
+  found = draw(*ours, noise=noise, inputs=Inputs(OBLONG_IMAGES, 0.6), clip_skip=1, size=OBLONG)
   assert_same(found, wanted, 'image to image')
 
 

@@ -15,6 +15,7 @@ from diffusion_jax.diffusion.samplers import infos
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import INDEX
 from diffusion_jax.models.autoencoder import decode_tiled
+from diffusion_jax.pipelines import spaces
 from diffusion_jax.pipelines.assembly import assemble
 from diffusion_jax.pipelines.directory import load_model, save_model
 from diffusion_jax.pipelines.options import DECODINGS
@@ -55,21 +56,26 @@ def test_decoding_undoes_the_scaling_and_the_folding(parts, patch):
   np.testing.assert_allclose(model.space.decode(frozen, latents), wanted, atol=1e-5)
 
 
-def test_decoding_in_slices_and_tiles(parts):
+def test_decoding_in_slices_and_tiles(parts, monkeypatch):
   model, frozen = tiny.assemble(
     tiny.UNET, **parts, schedule=ScheduleConfig(), parameterization=Parameterization(),
   )
   space, rng = model.space, np.random.default_rng(0)
   z = rng.normal(size=(2, 4, 80, 4)).astype(np.float32)
-  whole, sliced, tiled = (space.decode(frozen, z, how) for how in DECODINGS)
+  whole, sliced, tiled, undivided = (space.decode(frozen, z, how) for how in DECODINGS)
   np.testing.assert_allclose(sliced, whole, atol=1e-5)
+  np.testing.assert_array_equal(undivided, whole)
   loops = [str(jax.make_jaxpr(lambda z, how=how: space.decode(frozen, z, how))(z)).count('scan[')
            for how in DECODINGS]
   assert loops[1] == loops[0] + 1  # One after the other; memory: tests/models/test_autoencoder.py.
   by_hand = decode_tiled(space.autoencoder.bind(frozen['autoencoder']), z / 0.8 + 0.1)
   np.testing.assert_allclose(tiled, jnp.clip(by_hand, -1, 1), atol=1e-5)
   assert 1e-4 < np.abs(tiled - whole).max()
-  with pytest.raises(UserError, match='whole, sliced, tiled'):
+  monkeypatch.setattr(spaces, 'MOST_WHOLE', 4 * 80 - 1)
+  for how in ('whole', 'sliced'):
+    np.testing.assert_array_equal(space.decode(frozen, z, how), tiled)
+  np.testing.assert_array_equal(space.decode(frozen, z, 'undivided'), whole)
+  with pytest.raises(UserError, match='whole, sliced, tiled, undivided'):
     SampleConfig(decoding='half').check(model.noise, model.parameterization)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +90,36 @@ def test_other_numbers_draw_other_images_without_compiling(draw, compilations):
     assert all((images != other).any() for other in every[:i]), i
   draw(dataclasses.replace(CONFIG, guidance=1.0))
   assert compilations
+
+
+def test_a_size_that_was_seen_before_compiles_nothing(draw, model_and_weights, compilations):
+  """Whatever the prompt and the seed; every size is a program of its own, which is counted."""
+  model, _ = model_and_weights
+  sizes = ((tiny.SIZE, 2 * tiny.SIZE), (2 * tiny.SIZE, tiny.SIZE), (tiny.SIZE, tiny.SIZE))
+  draw()
+  before = len(model.programs)
+  first = [draw(height=height, width=width) for height, width in sizes]
+  assert [images.shape[1:3] for images in first] == list(sizes)
+  assert len(model.programs) == before + 2 and compilations
+  compilations.clear()
+  for (height, width), images in zip(sizes, first, strict=True):
+    np.testing.assert_array_equal(draw(height=height, width=width), images)
+    again = draw(seed=3, prompts=PROMPTS[::-1], height=height, width=width)
+    assert (again != images).any()
+  assert not compilations and len(model.programs) == before + 2
+
+
+def test_a_size_that_cannot_be_halved_is_answered_with_the_nearest(model_and_weights):
+  """By the denoiser as well as by the autoencoder."""
+  model, _ = model_and_weights
+  deeper = dataclasses.replace(tiny.UNET, block_out_channels=(8,) * 3, down_block_types=(
+    'DownBlock2D',) * 3, up_block_types=('UpBlock2D',) * 3)
+  stand_in = dataclasses.replace(model, denoiser=types.SimpleNamespace(config=deeper))
+  assert (model.multiple, stand_in.multiple) == (2, 8)
+  assert model.size_of(34, 30) == (34, 30) and stand_in.size_like(30, 60) == (24, 48)
+  for size, near in (((34, 30), '32x32'), ((None, 3), '32x8'), ((100, 1000), '96x1000')):
+    with pytest.raises(UserError, match=f'multiples of 8; the nearest such size is {near}'):
+      stand_in.size_of(*size)
 
 
 def test_image_to_image_starts_from_the_noised_image(draw, model_and_weights):
