@@ -215,7 +215,7 @@ def _equation(equation: Any, ins: list[bool], outs: list[bool]) -> tuple[Flops, 
 
 def _attention(equation: Any, ins: list[bool], wanted: bool) -> Flops:
   """Two products, whatever is made of them; queries and keys have gradients through the weights."""
-  queries, keys, values = ins
+  queries, keys, values = ins[:3]  # After them a mask, where there is one.
   b, n, h, d = equation.invars[0].aval.shape
   product = 2.0 * b * n * h * d * equation.invars[1].aval.shape[1]
   gradients = queries + keys + (queries or keys) + values

@@ -5,21 +5,25 @@ from typing import Any
 
 from diffusion_jax.errors import require, shown
 from diffusion_jax.formats.published import ANY, NetworkFormat
-from diffusion_jax.models.dit import DiT, DiTConfig
+from diffusion_jax.models.dit import OPTIONS, DiT, DiTConfig
 from diffusion_jax.models.flux import Flux, FluxConfig
 from diffusion_jax.models.mmdit import MMDiT, MMDiTConfig
 from diffusion_jax.models.pixart import PixArt, PixArtConfig
 
 
 class _DiTFormat(NetworkFormat):
-  """A DiT whose blocks share one embedding has a class name of ours: diffusers has none such."""
+  """A DiT whose blocks share one embedding has a class name of ours: diffusers has none such.
+
+  Other options that diffusers does not have are written where they are set.
+  """
 
   def parse(self, values: Mapping[str, Any], where: str) -> DiTConfig:
     shared = values.get('_class_name') == 'DiT'
     return super().parse({**values, 'shared_embedding': shared}, where)
 
   def describe(self, config: DiTConfig) -> dict[str, Any]:
-    values = super().describe(config)
+    values, options = super().describe(config), config.added()
+    values = {k: v for k, v in values.items() if k not in OPTIONS or k in options}
     return values | {'_class_name': self.names[values.pop('shared_embedding')]}
 
 
@@ -31,7 +35,20 @@ DIT = _DiTFormat(
   },
   written={'norm_type': 'ada_norm_zero'},
 )
-MMDIT = NetworkFormat(MMDiT, MMDiTConfig, ('SD3Transformer2DModel',))
+
+
+class _MMDiTFormat(NetworkFormat):
+  """An MMDiT with other positions, or without pooled text, has a class name of ours, too."""
+
+  def describe(self, config: MMDiTConfig) -> dict[str, Any]:
+    values = super().describe(config)
+    if config.positions == 'sincos':
+      values.pop('positions')
+    own = 'positions' in values or config.pooled_projection_dim is None
+    return values | {'_class_name': self.names[own]}
+
+
+MMDIT = _MMDiTFormat(MMDiT, MMDiTConfig, ('SD3Transformer2DModel', 'MMDiT'))
 PIXART = NetworkFormat(
   PixArt, PixArtConfig, ('PixArtTransformer2DModel',),
   accepted={

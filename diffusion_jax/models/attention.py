@@ -15,9 +15,10 @@ from jax.sharding import Mesh
 from diffusion_jax.backend.xla import Capability, chip
 from diffusion_jax.errors import require
 from diffusion_jax.models.kernels import chunked, splash
-from diffusion_jax.models.layers import Function, in_turn, linear, pointwise
+from diffusion_jax.models.layers import Function, in_turn, kernel_init, linear, pointwise
 from diffusion_jax.models.network import PLAIN, Blocks, Compute
-from diffusion_jax.models.norms import GroupNorm, LayerNorm
+from diffusion_jax.models.norms import GroupNorm, LayerNorm, RMSNorm
+from diffusion_jax.models.rotary import Rotation, rotate
 from diffusion_jax.parallel.layout import constrain, on_each_device
 
 SHORT, LONG, LARGE = 128, 4096, 2**26
@@ -191,15 +192,16 @@ class Attention(MultiHead):
   """Multi-head attention (Vaswani et al. 2017, eq. 1): x [b n c], context [b l d] -> [b n c].
 
   Without a context it attends to x itself. In the U-Net q, k and v have no bias; in the
-  autoencoder they do. Where `perturbed` is set, each position attends to itself alone (Ahn et al.
-  2024); attention to a context stays.
+  autoencoder they do. `qk_norm`: queries and keys are normalised by head (Henry et al. 2020).
+  Where `perturbed` is set, each position attends to itself alone (Ahn et al. 2024); attention to a
+  context stays.
   """
 
   perturbed = False
 
   def __init__(
     self, features: int, *, heads: int, context_features: int | None = None,
-    qkv_bias: bool = False, **kw,
+    qkv_bias: bool = False, qk_norm: bool = False, out_init=kernel_init, **kw,
   ):
     super().__init__(heads, **kw)
     require(features % heads == 0, f'{heads} attention heads do not divide {features} channels.')
@@ -207,14 +209,23 @@ class Attention(MultiHead):
     self.to_q = linear(features, features, use_bias=qkv_bias, **kw)
     self.to_k = linear(source, features, use_bias=qkv_bias, **kw)
     self.to_v = linear(source, features, use_bias=qkv_bias, **kw)
-    self.to_out = nnx.List([linear(features, features, **kw)])
+    self.to_out = nnx.List([linear(features, features, init=out_init, **kw)])
+    norm = lambda: RMSNorm(features // heads, 1e-6, **kw) if qk_norm else None
+    self.norm_q, self.norm_k = norm(), norm()
 
-  def __call__(self, x: jax.Array, context: jax.Array | Masked | None = None) -> jax.Array:
+  def __call__(
+    self, x: jax.Array, context: jax.Array | Masked | None = None, rotary: Rotation | None = None
+  ) -> jax.Array:
+    """`rotary` turns queries and keys."""
     context, mask = context if isinstance(context, Masked) else (context, None)
     if self.perturbed and context is None:
       return constrain(self.to_out[0](self.to_v(x)), 'tokens')
     context = x if context is None else context
     q, k = self.by_head(self.to_q(x)), self.by_head(self.to_k(context))
+    if self.norm_q is not None:
+      q, k = self.norm_q(q), self.norm_k(k)
+    if rotary is not None:
+      q, k = rotate(q, rotary), rotate(k, rotary)
     y = self.attend(q, k, self.by_head(self.to_v(context)), mask)
     return constrain(self.to_out[0](y), 'tokens')
 

@@ -1,17 +1,19 @@
-"""The class-conditional diffusion transformer with adaLN-zero (Peebles & Xie 2023).
+"""The diffusion transformer with adaLN-zero (Peebles & Xie 2023), of classes and of texts.
 
-Names are those of diffusers' DiTTransformer2DModel. Patches, positions, modulation and feed-forward
-layers serve the other transformer denoisers, too.
+Names are those of diffusers' DiTTransformer2DModel. Attention to a text (Chen et al. 2023), long
+skips (Bao et al. 2023) and other positions than its are ours. Patches, positions, modulation and
+feed-forward layers serve the other transformer denoisers, too.
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from diffusion_jax.models.attention import GELU, Attention, FeedForward
+from diffusion_jax.models.attention import GELU, Attention, FeedForward, Masked, masked
 from diffusion_jax.models.config import Edge, Epsilon, Layers, NetworkConfig, Width
 from diffusion_jax.models.denoiser import Denoiser, Shapes
 from diffusion_jax.models.layers import (
@@ -22,7 +24,9 @@ from diffusion_jax.models.layers import (
   linear,
   timestep_embedding,
 )
+from diffusion_jax.models.network import PLAIN
 from diffusion_jax.models.norms import normalize
+from diffusion_jax.models.rotary import Rotation, in_plane
 from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.types import Condition, Latents, Timesteps
 
@@ -79,6 +83,9 @@ def unpatch(x: jax.Array, grid: tuple[int, int], patch: int) -> jax.Array:
 
 
 SINUSOIDS = 256
+Positions = Literal['sincos', 'learned', 'rotary']
+"""Fixed sinusoids, or a table that is learned, are added to patches; or their queries and keys are
+turned (`models.rotary`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +103,8 @@ class TransformerConfig(NetworkConfig):
   attention_head_dim: Width = 72
   num_attention_heads: Width = 16
 
+  positions = 'sincos'
+
   def check(self) -> None:
     heads = f'must make with attention_head_dim={self.attention_head_dim} a width that is a '
     fits = self.features % 4 == 0 and self.features <= 2**20
@@ -106,11 +115,19 @@ class TransformerConfig(NetworkConfig):
       self.sample_size % self.patch_size == 0, 'sample_size',
       f'must be a multiple of patch_size={self.patch_size}',
     )
+    self.require(
+      self.positions != 'rotary' or self.attention_head_dim % 4 == 0, 'attention_head_dim',
+      'must with rotary positions be a multiple of 4',
+    )
 
   @property
   def features(self) -> int:
     """Width of a token."""
     return self.num_attention_heads * self.attention_head_dim
+
+  def rotary(self, h: int, w: int) -> Rotation | None:
+    """Return what turns the queries and keys of h x w patches."""
+    return in_plane(h, w, self.attention_head_dim) if self.positions == 'rotary' else None
 
   @property
   def factor(self) -> int:
@@ -123,40 +140,70 @@ class TransformerConfig(NetworkConfig):
     return self.patch_size**2 * (self.out_channels or self.in_channels)
 
 
+OPTIONS = ('cross_attention_dim', 'positions', 'qk_norm', 'long_skips')
+"""Keys of DiTConfig that diffusers does not have."""
+
+
 @dataclasses.dataclass(frozen=True)
 class DiTConfig(TransformerConfig):
   """The keys of a diffusers DiTTransformer2DModel config.json; the defaults are DiT-XL/2's at 256.
 
-  `num_embeds_ada_norm` is the number of classes; `out_channels` is 2 * in_channels where the
-  network predicts variances too. `shared_embedding` is ours: one embedding of time and label for
-  all blocks, as in the paper. diffusers keeps a copy in every block.
+  `num_embeds_ada_norm` is the number of classes, None for a network without; `out_channels` is
+  2 * in_channels where the network predicts variances too. The others are ours. `shared_embedding`:
+  one embedding of time and label for all blocks, as in the paper; diffusers keeps a copy in every
+  block. `cross_attention_dim`: the width of the text, None for a network without. `long_skips`:
+  blocks of the second half see the results of those of the first, in reverse, as a U-Net's do.
   """
 
   out_channels: Width | None = 8
   attention_bias: bool = True
-  num_embeds_ada_norm: Width = 1000
+  num_embeds_ada_norm: Width | None = 1000
   norm_eps: Epsilon = 1e-5
   shared_embedding: bool = True
+  cross_attention_dim: Width | None = None
+  positions: Positions = 'sincos'
+  qk_norm: Literal['rms_norm'] | None = None
+  long_skips: bool = False
+
+  def check(self) -> None:
+    super().check()
+    self.require(
+      not self.long_skips or self.num_layers in range(3, 2**20, 2), 'num_layers',
+      'must with long_skips be odd, and more than 1',
+    )
+    self.require(
+      self.shared_embedding or not (self.num_embeds_ada_norm is None or self.added()),
+      'shared_embedding', 'must be True where diffusers has no such network',
+    )
+
+  def added(self) -> dict[str, object]:
+    """Return those options, with their values, that diffusers does not have."""
+    found = {name: getattr(self, name) for name in OPTIONS}
+    return {name: value for name, value in found.items() if value != getattr(DiTConfig, name)}
 
   @property
   def conditions(self) -> Shapes:
-    """What a call must be conditioned on: a class; num_embeds_ada_norm is that of no class."""
-    return {'labels': ()}
+    """What a call must be conditioned on: text, a class; num_embeds_ada_norm is that of none."""
+    text, classes = self.cross_attention_dim, self.num_embeds_ada_norm
+    return ({} if text is None else {'text': (None, text)}) | (
+      {} if classes is None else {'labels': ()}
+    )
 
 
 class TimeAndLabel(nnx.Module):
-  """t [b], labels [b] -> the condition [b c]."""
+  """t [b], labels [b] where there are classes -> the condition [b c]."""
 
   def __init__(self, config: DiTConfig, **kw):
     self.timestep_embedder = TimestepEmbedding(SINUSOIDS, config.features, **kw)
+    classes, init = config.num_embeds_ada_norm, nnx.initializers.normal(0.02)
     # The last row is that of no class.
-    init = nnx.initializers.normal(0.02)
-    table = embed(config.num_embeds_ada_norm + 1, config.features, init, **kw)
-    self.class_embedder = Named(embedding_table=table)
+    self.class_embedder = None if classes is None else Named(
+      embedding_table=embed(classes + 1, config.features, init, **kw)
+    )
 
-  def __call__(self, t: jax.Array, labels: jax.Array) -> jax.Array:
-    sinusoids = timestep_embedding(t, SINUSOIDS, freq_shift=1.0)
-    return self.timestep_embedder(sinusoids) + self.class_embedder(labels)
+  def __call__(self, t: jax.Array, labels: jax.Array | None) -> jax.Array:
+    time = self.timestep_embedder(timestep_embedding(t, SINUSOIDS, freq_shift=1.0))
+    return time if self.class_embedder is None else time + self.class_embedder(labels)
 
 
 class EmbeddedModulation(Modulation):
@@ -168,21 +215,38 @@ class EmbeddedModulation(Modulation):
 
 
 class DiTBlock(nnx.Module):
-  """Self-attention and feed-forward, each modulated and gated (Peebles & Xie 2023, figure 3)."""
+  """Self-attention and feed-forward, each modulated and gated (Peebles & Xie 2023, figure 3).
 
-  def __init__(self, config: DiTConfig, embed: bool, **kw):
-    c = config.features
+  Between them, by the config, attention to the text, which like them adds nothing at first.
+  `skipped`: the result of an earlier block is taken, too.
+  """
+
+  def __init__(self, config: DiTConfig, embed: bool, skipped: bool = False, **kw):
+    c, text = config.features, config.cross_attention_dim
+    heads = dict(
+      heads=config.num_attention_heads, qkv_bias=config.attention_bias,
+      qk_norm=config.qk_norm is not None,
+    )
     self.norm1 = EmbeddedModulation(config, embed, **kw)
-    self.attn1 = Attention(
-      c, heads=config.num_attention_heads, qkv_bias=config.attention_bias, **kw
+    self.attn1 = Attention(c, **heads, **kw)
+    self.attn2 = None if text is None else Attention(
+      c, context_features=text, out_init=zeros, **heads, **kw
     )
     self.ff = FeedForward(c, GELU, **kw)
+    self.skip_linear = linear(2 * c, c, **kw) if skipped else None
     self.epsilon = config.norm_eps
 
-  def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
-    """x [b n c], condition [b c] -> [b n c]."""
+  def __call__(
+    self, x: jax.Array, condition: jax.Array, text: jax.Array | Masked | None = None,
+    rotary: Rotation | None = None, skip: jax.Array | None = None,
+  ) -> jax.Array:
+    """x [b n c], condition [b c], text [b l d], skip [b n c] -> [b n c]."""
+    if self.skip_linear is not None:
+      x = constrain(self.skip_linear(jnp.concatenate([x, skip], axis=-1)), 'tokens')
     shift, scale, gate, ff_shift, ff_scale, ff_gate = self.norm1(condition)
-    x = x + gate * self.attn1(modulate(normalize(x), shift, scale))
+    x = x + gate * self.attn1(modulate(normalize(x), shift, scale), rotary=rotary)
+    if self.attn2 is not None:
+      x = x + self.attn2(normalize(x), text)
     return x + ff_gate * self.ff(modulate(normalize(x, self.epsilon), ff_shift, ff_scale))
 
 
@@ -209,6 +273,31 @@ class PatchEmbed(nnx.Module):
     return constrain(x.reshape(b, h * w, c), 'tokens')
 
 
+class LearnedPatchEmbed(PatchEmbed):
+  """Patches with learned positions, linearly interpolated for a grid other than that of training.
+  """
+
+  def __init__(self, config: TransformerConfig, *, compute=PLAIN, rngs):
+    super().__init__(config, compute=compute, rngs=rngs)
+    shape = 1, self.trained**2, config.features
+    init = nnx.initializers.normal(0.02)
+    self.pos_embed = nnx.Param(init(rngs.params(), shape, compute.param_dtype))
+
+  def positions(self, h: int, w: int, features: int) -> jax.Array:
+    table = self.pos_embed[...].reshape(self.trained, self.trained, features)
+    return jax.image.resize(table, (h, w, features), 'linear', antialias=False)
+
+
+class PlainPatchEmbed(PatchEmbed):
+  """Patches without positions, which attention has."""
+
+  def positions(self, h: int, w: int, features: int) -> float:
+    return 0.0
+
+
+PATCHES = {'sincos': PatchEmbed, 'learned': LearnedPatchEmbed, 'rotary': PlainPatchEmbed}
+
+
 class DiT(Denoiser):
   """x, time and label -> an array of x's height and width; zero as long as it is untrained."""
 
@@ -216,34 +305,43 @@ class DiT(Denoiser):
     super().__init__(**kw)
     c = config.features
     self.config = config
-    self.pos_embed = PatchEmbed(config, **kw)
+    self.pos_embed = PATCHES[config.positions](config, **kw)
     self.transformer_blocks = nnx.List([
-      DiTBlock(config, n == 0 or not config.shared_embedding, **kw)
+      DiTBlock(
+        config, n == 0 or not config.shared_embedding,
+        config.long_skips and n > config.num_layers // 2, **kw,
+      )
       for n in range(config.num_layers)
     ])
     self.proj_out_1 = linear(c, 2 * c, init=zeros, **kw)
     self.proj_out_2 = linear(c, config.patch_features, init=zeros, **kw)
 
   def __call__(self, x: Latents, t: Timesteps, condition: Condition) -> Latents:
-    """Return [b h w o] of x [b h w c], t [b] in [0, T) and labels [b] in [0, classes].
+    """Return [b h w o] of x [b h w c], t [b] in [0, T) and, by the config, labels [b] in
+    [0, classes] and text [b l d].
 
     The label num_embeds_ada_norm is that of no class. Sizes need not be that of training: positions
-    are then stretched along each axis.
+    that are added are then stretched along each axis.
 
     Raises:
       UserError: see `Denoiser.join`.
     """
     x = self.join(x, t, condition)
-    return self.run_all(self._predict, x, t, condition.labels)
+    return self.run_all(self._predict, x, t, condition)
 
-  def _predict(self, x: Latents, t: Timesteps, labels: jax.Array) -> Latents:
+  def _predict(self, x: Latents, t: Timesteps, given: Condition) -> Latents:
     p = self.config.patch_size
     grid = x.shape[1] // p, x.shape[2] // p
-    x = self.pos_embed(x)
-    first = condition = self.transformer_blocks[0].norm1.emb(t, labels)
-    for block in self.transformer_blocks:
+    x, rotary = self.pos_embed(x), self.config.rotary(*grid)
+    text = None if given.text is None else masked(given.text, given.mask)
+    first = condition = self.transformer_blocks[0].norm1.emb(t, given.labels)
+    results = []
+    for n, block in enumerate(self.transformer_blocks):
       if block.norm1.emb is not None:
-        condition = block.norm1.emb(t, labels)
-      x = self.run(block, x, condition)
+        condition = block.norm1.emb(t, given.labels)
+      # Block n takes the result of the one that is as far from the end as it is from the start.
+      skip = None if block.skip_linear is None else results[self.config.num_layers - 1 - n]
+      x = self.run(block, x, condition, text, rotary, skip)
+      results.append(x)
     shift, scale = jnp.split(self.proj_out_1(nnx.silu(first))[:, None], 2, axis=-1)
     return unpatch(self.proj_out_2(modulate(normalize(x), shift, scale)), grid, p)

@@ -18,9 +18,11 @@ from diffusion_jax.models.attention import GELU, FeedForward, MultiHead
 from diffusion_jax.models.config import Edge, Layers, Width
 from diffusion_jax.models.denoiser import Denoiser, Shapes
 from diffusion_jax.models.dit import (
+  PATCHES,
   SINUSOIDS,
   Modulation,
   PatchEmbed,
+  Positions,
   TransformerConfig,
   grid_positions,
   modulate,
@@ -40,9 +42,10 @@ from diffusion_jax.types import Condition, Latents, Timesteps
 class MMDiTConfig(TransformerConfig):
   """The keys of a diffusers SD3Transformer2DModel config.json, with its defaults.
 
-  `pos_embed_max_size` bounds the patches along a side; `qk_norm` is None or 'rms_norm' (Stable
-  Diffusion 3.5); `dual_attention_layers` lists the blocks in which the image tokens attend to
-  themselves once more.
+  `pos_embed_max_size` bounds the patches along a side where positions are 'sincos'; `qk_norm` is
+  None or 'rms_norm' (Stable Diffusion 3.5); `dual_attention_layers` lists the blocks in which the
+  image tokens attend to themselves once more. Ours are other `positions`, of the image alone, and
+  pooled_projection_dim None, for a network without pooled text.
   """
 
   sample_size: Edge = 128
@@ -53,11 +56,12 @@ class MMDiTConfig(TransformerConfig):
   num_attention_heads: Width = 18
   joint_attention_dim: Width = 4096
   caption_projection_dim: Width = 1152
-  pooled_projection_dim: Width = 2048
+  pooled_projection_dim: Width | None = 2048
   # The table of all positions is made when the network is.
   pos_embed_max_size: Annotated[int, Range(1, 1024)] = 96
   dual_attention_layers: tuple[int, ...] = ()
   qk_norm: Literal['rms_norm'] | None = None
+  positions: Positions = 'sincos'
 
   def check(self) -> None:
     super().check()
@@ -73,7 +77,9 @@ class MMDiTConfig(TransformerConfig):
   @property
   def conditions(self) -> Shapes:
     """What a call must be conditioned on, see `models.denoiser`."""
-    return {'text': (None, self.joint_attention_dim), 'pooled': (self.pooled_projection_dim,)}
+    pooled = self.pooled_projection_dim
+    text = {'text': (None, self.joint_attention_dim)}
+    return text if pooled is None else text | {'pooled': (pooled,)}
 
 
 class JointAttention(MultiHead):
@@ -186,14 +192,16 @@ class CroppedPatchEmbed(PatchEmbed):
 
 
 class TimeAndText(nnx.Module):
-  """t [b], pooled text [b d] -> the condition [b c]."""
+  """t [b], pooled text [b d] where there is one -> the condition [b c]."""
 
   def __init__(self, config: MMDiTConfig, **kw):
     self.timestep_embedder = TimestepEmbedding(SINUSOIDS, config.features, **kw)
-    self.text_embedder = TimestepEmbedding(config.pooled_projection_dim, config.features, **kw)
+    width, c = config.pooled_projection_dim, config.features
+    self.text_embedder = None if width is None else TimestepEmbedding(width, c, **kw)
 
-  def __call__(self, t: jax.Array, pooled: jax.Array) -> jax.Array:
-    return self.timestep_embedder(timestep_embedding(t, SINUSOIDS)) + self.text_embedder(pooled)
+  def __call__(self, t: jax.Array, pooled: jax.Array | None) -> jax.Array:
+    time = self.timestep_embedder(timestep_embedding(t, SINUSOIDS))
+    return time if self.text_embedder is None else time + self.text_embedder(pooled)
 
 
 class MMDiT(Denoiser):
@@ -203,7 +211,7 @@ class MMDiT(Denoiser):
     super().__init__(**kw)
     c = config.features
     self.config = config
-    self.pos_embed = CroppedPatchEmbed(config, **kw)
+    self.pos_embed = (PATCHES | {'sincos': CroppedPatchEmbed})[config.positions](config, **kw)
     self.time_text_embed = TimeAndText(config, **kw)
     self.context_embedder = linear(config.joint_attention_dim, c, **kw)
     self.transformer_blocks = nnx.List([
@@ -213,7 +221,8 @@ class MMDiT(Denoiser):
     self.proj_out = linear(c, config.patch_features, init=zeros, **kw)
 
   def __call__(self, x: Latents, t: Timesteps, condition: Condition) -> Latents:
-    """Return [b h w o] of x [b h w c], t [b] in [0, 1000], text [b l d] and pooled text [b e].
+    """Return [b h w o] of x [b h w c], t [b] in [0, 1000], text [b l d] and, by the config, pooled
+    text [b e].
 
     Raises:
       UserError: see `Denoiser.join`; more than pos_embed_max_size patches along a side.
@@ -221,7 +230,7 @@ class MMDiT(Denoiser):
     x = self.join(x, t, condition)
     most = self.config.pos_embed_max_size * self.config.patch_size
     require(
-      max(x.shape[1:3]) <= most,
+      self.config.positions != 'sincos' or max(x.shape[1:3]) <= most,
       f'The latents of {x.shape[1]}x{x.shape[2]} are too large: this network has positions for '
       f'{most}x{most} (pos_embed_max_size * patch_size).',
     )
@@ -231,8 +240,9 @@ class MMDiT(Denoiser):
     p = self.config.patch_size
     grid = x.shape[1] // p, x.shape[2] // p
     x, text = self.pos_embed(x), self.context_embedder(given.text)
+    rotary = self.config.rotary(*grid)
     condition = self.time_text_embed(t, given.pooled)
     for block in self.transformer_blocks:
-      x, text = self.run(block, x, text, condition, given.mask)
+      x, text = self.run(block, x, text, condition, given.mask, rotary)
     scale, shift = self.norm_out(condition)
     return unpatch(self.proj_out(modulate(normalize(x), shift, scale)), grid, p)

@@ -34,6 +34,11 @@ def grid(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
   return np.stack(np.meshgrid(rows, columns, indexing='ij'), -1).reshape(-1, 2)
 
 
+def in_plane(h: int, w: int, features: int) -> Rotation:
+  """Return the rotation of h x w tokens: half of the features by the row, half by the column."""
+  return rotation(grid(np.arange(h), np.arange(w)), (features // 2, features // 2))
+
+
 def rotate(x: jax.Array, by: Rotation) -> jax.Array:
   """Turn queries or keys [b n heads d] in float32; same type."""
   pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
