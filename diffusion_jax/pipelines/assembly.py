@@ -43,7 +43,7 @@ def make_model(
       f'the denoiser has {taken} input channels, but z and its conditions have {channels + given}; '
       'set in_channels to that.'
     )
-  if getattr(config, 'addition_embed_type', None) == 'text_time':
+  if 'sizes' in getattr(config, 'conditions', {}):
     conditioners = {**conditioners, 'sizes': Sizes()}
   if 'guidance' in getattr(config, 'conditions', ()):
     conditioners = {DistilledGuidance.name: DistilledGuidance(), **conditioners}

@@ -35,6 +35,8 @@ Spec = tuple[tuple[int, ...], type]
 
 ROLES = ('text_encoder', 'text_encoder_2')
 TEXT_KINDS = ('clip_text_projection', 'clip_text', 'clip')
+TEXT_WIDTHS = ('caption_channels', 'joint_attention_dim', 'cross_attention_dim')
+"""What the configs of denoisers call the width of the text that they take."""
 EXTRA = 'extra.embedding'
 """The parameter of a text encoder that holds rows after its vocabulary (textual inversion)."""
 
@@ -302,11 +304,14 @@ class TextEncoders(Guided):
     return cls({ROLES[0]: part.network(dtype=context.dtype)}, (tokenizer,)), {ROLES[0]: part}
 
   def check(self, denoiser):
-    wanted = getattr(denoiser, 'cross_attention_dim', None)
-    if wanted and wanted != self.width:
+    wanted = getattr(denoiser, 'conditions', {}).get('text', (None, self.width))[1]
+    if wanted != self.width:
+      name = next(
+        (n for n in TEXT_WIDTHS if getattr(denoiser, n, None) == wanted), 'width of the text'
+      )
       raise UserError(
-        f'unet.cross_attention_dim is {wanted}, but the text encoder gives texts of width '
-        f'{self.width}; set it to {self.width}.'
+        f'denoiser.{name} is {wanted}, but the text encoder gives texts of width {self.width}; '
+        f'set it to {self.width}.'
       )
 
   def prompt(self, record):
