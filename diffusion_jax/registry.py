@@ -67,7 +67,7 @@ SPACES = Table('space', {
 """What a generative model is of: pixels, latents of an autoencoder."""
 
 CONDITIONERS = Table('conditioner', {
-  'text': 'diffusion_jax.pipelines.conditioners:TextEncoders',
+  'text': 'diffusion_jax.pipelines.text_conditioners:TextEncoders',
   'class': 'diffusion_jax.pipelines.conditioners:ClassLabel',
   'sizes': 'diffusion_jax.pipelines.conditioners:Sizes',
   'distilled_guidance': 'diffusion_jax.pipelines.distilled:DistilledGuidance',

@@ -52,6 +52,15 @@ class Condition(NamedTuple):
   more: dict[str, Array] | None = None
 
 
+class TextShape(NamedTuple):
+  """What a text encoder gives: texts [b l width] and, unless it pools nothing, pooled ones
+  [b pooled]; length: the most tokens, None where it reads any number."""
+
+  width: int
+  pooled: int | None = None
+  length: int | None = None
+
+
 class Record(TypedDict):
   """What a data source yields: one decoded image with every caption it may be shown with."""
 

@@ -22,18 +22,20 @@ from diffusion_jax.types import Record, Source
 
 @dataclasses.dataclass(frozen=True)
 class ChooseText:
-  """Replace 'texts' by 'text' [l d], that of one caption, and likewise 'pooled' [p]."""
+  """Replace 'texts' by 'text' [l d], that of one caption, and likewise 'pooled', 'mask' [l]."""
 
   random: ClassVar[bool] = True
 
   def __call__(self, record: dict, rng: np.random.Generator) -> dict:
     if 'texts' not in record:
       return record
-    out = {name: value for name, value in record.items() if name not in ('texts', 'pooled')}
+    out = {name: value for name, value in record.items() if name != 'texts'}
     chosen = int(rng.integers(len(record['texts'])))
     out['text'] = record['texts'][chosen].astype(np.float32)
     if 'pooled' in record:
       out['pooled'] = record['pooled'][chosen].astype(np.float32)
+    if 'mask' in record:
+      out['mask'] = record['mask'][chosen]
     return out
 
 
@@ -44,7 +46,7 @@ def cached_source(
 
   Columns: the moments of the model's space, float32, such as 'mean' and 'std' [h w c]; 'texts'
   [k l d], the embeddings of the record's k captions, float16 to halve the memory; 'pooled' [k p]
-  for SDXL; and what other conditioners make of a record.
+  and 'mask' int32 [k l] where there are such; and what other conditioners make of a record.
 
   A record that cannot be read in any of the processes has a row that cannot be read, so that all
   others keep their numbers.
@@ -79,7 +81,8 @@ def _captions(records: list[Record], text, frozen: dict, mesh: Mesh, progress: b
   weights = {role: put_params(frozen[role], mesh) for role in text.networks}
   encode = jax.jit(lambda weights, tokens: text.encode(weights, {'tokens': tokens}))
   encoded = [
-    {name: part.astype(np.float16) for name, part in one.items()} for one in tqdm(
+    {name: part if name == 'mask' else part.astype(np.float16) for name, part in one.items()}
+    for one in tqdm(
       in_batches(encode, weights, text.tokens(captions), mesh=mesh, batch_size=256),
       total=-(-len(captions) // 256), desc='encoding captions', disable=not progress, leave=False,
     )
@@ -133,7 +136,10 @@ def synthetic_cache(model, frozen: dict, count: int, size: int) -> ArraySource:
   }
   if model.text is not None:
     encoded = jax.eval_shape(model.text.encode, frozen, {'tokens': model.text.tokens([''])})
-    texts = {n: normal(1, *leaf.shape[1:]).astype(np.float16) for n, leaf in encoded.items()}
+    texts = {
+      name: np.ones((count, *leaf.shape), np.int32) if name == 'mask'
+      else normal(1, *leaf.shape[1:]).astype(np.float16) for name, leaf in encoded.items()
+    }
     columns |= {'texts': texts.pop('text'), **texts}
   for conditioner in model.conditioners.values():
     if conditioner.kept and conditioner is not model.text:

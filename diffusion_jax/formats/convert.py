@@ -105,9 +105,12 @@ def _to_diffusers(pipeline: Pipeline, where: Path) -> Pipeline:
     return pipeline
   kinds = {name: part.kind for name, part in pipeline.parts.items() if part.kind}
   conditions = [*pipeline.index.get('conditioners', ['text'])]
+  # With one CLIP as it is; of any other `path` does not stand alone.
+  plain = set(pipeline.index.get('conditioners', {}).get('text', {})) <= {'path'}
   require(
-    kinds.keys() == {'unet', 'vae', 'text_encoder'} and conditions == ['text']
-    and (kinds['unet'], kinds['vae']) == ('unet', 'autoencoder'),
+    kinds.keys() == {'unet', 'vae', 'text_encoder'} and conditions == ['text'] and plain
+    and (kinds['unet'], kinds['vae']) == ('unet', 'autoencoder')
+    and kinds['text_encoder'] != 't5',
     f'{where} is a model of this library alone (a {kinds.get("unet")} conditioned on '
     f'{" and ".join(conditions) or "nothing"}), for which no other layout has a name; convert its '
     'parts, such as denoiser/, by themselves.',

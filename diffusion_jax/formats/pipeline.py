@@ -46,11 +46,15 @@ TEXT_TO_IMAGE, DIFFUSION = 'TextToImage', 'Diffusion'
 """The classes of models that were trained here."""
 SCHEDULER = 'scheduler_config.json'
 MOST_PATCH = 64
+TEXT_CLASSES = {
+  'clip': ('CLIPTextModel', 'CLIPTokenizer'), 't5': ('T5EncoderModel', 'T5Tokenizer')
+}
+"""transformers' classes of text encoders and tokenizers."""
 FOLDERS = {'denoiser': 'unet', 'autoencoder': 'vae'}
 """Our roles of networks -> diffusers' folders, where they differ."""
 TOKENIZER = (
   'vocab.json', 'merges.txt', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
-  'added_tokens.json',
+  'added_tokens.json', 'spiece.model',
 )
 """Files of a tokenizer."""
 
@@ -178,24 +182,35 @@ def _own_parts(directory: Path, index: Mapping[str, Any]) -> dict[str, Part]:
     }
   else:
     with reading(directory / INDEX, 'describes no model', 'export it again'):
-      text = index['conditioners'].get('text', {}).get('path')
-      found = {'vae': index['space'].get('autoencoder'), 'text_encoder': text}
+      found = {'vae': index['space'].get('autoencoder')}
+      found |= _text_paths(index['conditioners'].get('text', {}))
       paths = {'unet': 'denoiser'} | {name: str(path) for name, path in found.items() if path}
   entries = {
     'unet': ('diffusers', 'UNet2DConditionModel'), 'vae': ('diffusers', 'AutoencoderKL'),
-    'text_encoder': ('transformers', 'CLIPTextModel'),
     'scheduler': ('diffusers', 'DDIMScheduler'),
   }
   parts = {
-    name: read_part(own_path(path, directory), entries[name])
+    name: read_part(own_path(path, directory), entries.get(name, ('', '')))
     for name, path in {**paths, 'scheduler': 'scheduler'}.items()
   }
-  if 'text_encoder' in parts:
-    text = parts['text_encoder']
-    files = [file for file in text.files if file.name in TOKENIZER]
-    parts['tokenizer'] = Part(('transformers', 'CLIPTokenizer'), text.path, files=files)
+  for name in [name for name in parts if name.startswith('text_encoder')]:
+    text, tokenizer = parts[name], name.replace('text_encoder', 'tokenizer')
+    model, reader = TEXT_CLASSES['t5' if text.kind == 't5' else 'clip']
+    text.entry = 'transformers', model
+    if tokenizer not in parts:
+      files = [file for file in text.files if file.name in TOKENIZER]
+      parts[tokenizer] = Part(('transformers', reader), text.path, files=files)
     text.files = []
   return parts
+
+
+def _text_paths(options: Mapping[str, Any]) -> dict[str, str]:
+  """The folders of text encoders, and of tokenizers of their own, by diffusers' names."""
+  found = {}
+  for number, one in enumerate(options.get('encoders', [options] if options else []), 1):
+    suffix = f'_{number}' if number > 1 else ''
+    found |= {f'text_encoder{suffix}': one['path'], f'tokenizer{suffix}': one.get('tokenizer')}
+  return found
 
 
 def own_path(path: str, directory: Path) -> str:

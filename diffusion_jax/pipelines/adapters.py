@@ -16,10 +16,10 @@ from diffusion_jax.formats.textual_inversion import (
   read_textual_inversion,
 )
 from diffusion_jax.models.lora import Rank, merge_lora
-from diffusion_jax.pipelines.conditioners import EXTRA, embedding_table
 from diffusion_jax.pipelines.directory import read_model
 from diffusion_jax.pipelines.image_conditioners import CONTROLNET, ControlNet
 from diffusion_jax.pipelines.model import DENOISER, WORSE, Diffusion
+from diffusion_jax.pipelines.text_conditioners import EXTRA, embedding_table
 from diffusion_jax.types import Weights
 
 
@@ -106,7 +106,7 @@ def _widths(model: Diffusion) -> dict[str, int]:
     raise UserError(
       'the model reads no words; leave --textual_inversion out, or use a model that does.'
     )
-  return {role: embedding_table(n)[1] for role, n in model.text.networks.items()}
+  return {role: embedding_table(n)[1] for role, n in model.text.towers.items()}
 
 
 def _with_word(model: Diffusion, weights: Weights, learned: TextualInversion) -> Weights:

@@ -12,9 +12,9 @@ from diffusion_jax.formats.clip import TEXT_ENCODERS
 from diffusion_jax.formats.networks import network_format
 from diffusion_jax.formats.unet import UNETS
 from diffusion_jax.pipelines.assembly import make_model
-from diffusion_jax.pipelines.conditioners import ROLES, TextEncoders
 from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.pipelines.spaces import LatentSpace
+from diffusion_jax.pipelines.text_conditioners import ROLES, TextEncoders, clip_readers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +46,9 @@ def architecture_model(name: str, dtype=jnp.float32) -> Diffusion:
     config = TEXT_ENCODERS[encoder]
     kind = 'clip_text_projection' if role == ROLES[1] else 'clip_text'
     networks[role] = network_format(kind).network(config, dtype=dtype)
+  readers = clip_readers(networks, [None] * len(networks), skip=int(sdxl), normalize=not sdxl)
   text = TextEncoders(
-    networks, (), skip=int(sdxl), normalize=not sdxl, pooled=sdxl, zero_null=sdxl
+    networks, readers, (tuple(networks),), pooled=(ROLES[1],) if sdxl else (), zero_null=sdxl
   )
   denoiser = network_format('unet').network(UNETS[a.unet], dtype=dtype)
   autoencoder = network_format('autoencoder').network(AUTOENCODERS[a.autoencoder], dtype=dtype)

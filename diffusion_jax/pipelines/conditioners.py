@@ -1,4 +1,4 @@
-"""What a denoiser is conditioned on, one class for each kind; here those that read the prompt.
+"""What a denoiser is conditioned on, one class for each kind; here their base, classes and sizes.
 
 A conditioner says what it adds to `types.Condition` and what it needs: fields of a batch in
 training, prompts and images in sampling. It holds networks, but no weights. One from elsewhere is a
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -21,24 +21,14 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.files import check_folder
 from diffusion_jax.formats.networks import Part, read_part, resolve
 from diffusion_jax.models.network import Network
-from diffusion_jax.models.text.tokenizer import Cut, Tokenize, add_placeholder, load_tokenizer
 from diffusion_jax.types import Condition, Weights
 
 if TYPE_CHECKING:
-  from transformers import PreTrainedTokenizerBase
-
   from diffusion_jax.pipelines.spaces import Space
 
 Arrays = dict[str, jax.Array]
 Spec = tuple[tuple[int, ...], type]
 """Shape without the leading [n], and type, of an image."""
-
-ROLES = ('text_encoder', 'text_encoder_2')
-TEXT_KINDS = ('clip_text_projection', 'clip_text', 'clip')
-TEXT_WIDTHS = ('caption_channels', 'joint_attention_dim', 'cross_attention_dim')
-"""What the configs of denoisers call the width of the text that they take."""
-EXTRA = 'extra.embedding'
-"""The parameter of a text encoder that holds rows after its vocabulary (textual inversion)."""
 
 
 class Request(NamedTuple):
@@ -93,6 +83,19 @@ class Conditioner(abc.ABC):
   def options(self) -> dict[str, Any]:
     """Return what `build` needs, with the section of the config, where there is no data set."""
     return {}
+
+  @classmethod
+  def moved(
+    cls, name: str, options: Mapping[str, Any], move: Callable[[str, str], str]
+  ) -> dict[str, Any]:
+    """Return its options with move(path, folder in a model's directory) for each of their paths.
+
+    name: of its row in `registry.CONDITIONERS`.
+    """
+    return {
+      key: move(str(value), f'{name}_{key}') if key in cls.paths else value
+      for key, value in options.items()
+    }
 
   def check(self, denoiser: Any) -> None:
     """Raise UserError where the denoiser with this config is not made for it."""
@@ -268,151 +271,3 @@ class Sizes(Conditioner):
 
   def encode(self, weights, rows):
     return {'sizes': rows['sizes']}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TextEncoders(Guided):
-  """Prompts, by one text tower of CLIP or several, whose hidden states are joined by width.
-
-  Adds 'text' [b l d] and, where used, 'pooled' [b p]; the null is that of the empty prompt.
-
-  Attributes:
-    networks: by the role of their weights.
-    tokenizers: one for each of them, in the same order.
-    skip: layers left out at the end; 0 is the last hidden state, 1 the one before (SDXL).
-    normalize: whether the final norm is applied to the hidden states (not in SDXL).
-    pooled: whether the pooled text of the last encoder is added.
-    zero_null: whether the empty text is all zeros, as SDXL was trained.
-    cut: counts the texts that were too long for the first of the tokenizers.
-  """
-
-  networks: Mapping[str, Network] = dataclasses.field()  # The base's is no default.
-  tokenizers: tuple[PreTrainedTokenizerBase, ...]
-  skip: int = 0
-  normalize: bool = True
-  pooled: bool = False
-  zero_null: bool = False
-  cut: Cut = dataclasses.field(default_factory=Cut)
-  fields: ClassVar = ('tokens',)
-  paths: ClassVar = ('path',)
-
-  @classmethod
-  def build(cls, options, context):
-    """`path`: of a CLIP with its tokenizer, or 'asset:NAME'."""
-    part = part_of(options, 'text', TEXT_KINDS)
-    tokenizer = load_tokenizer(resolve(options['path']))
-    return cls({ROLES[0]: part.network(dtype=context.dtype)}, (tokenizer,)), {ROLES[0]: part}
-
-  def check(self, denoiser):
-    wanted = getattr(denoiser, 'conditions', {}).get('text', (None, self.width))[1]
-    if wanted != self.width:
-      name = next(
-        (n for n in TEXT_WIDTHS if getattr(denoiser, n, None) == wanted), 'width of the text'
-      )
-      raise UserError(
-        f'denoiser.{name} is {wanted}, but the text encoder gives texts of width {self.width}; '
-        f'set it to {self.width}.'
-      )
-
-  def prompt(self, record):
-    return record['captions'][0]
-
-  @property
-  def kept(self) -> tuple[str, ...]:
-    return ('text', 'pooled') if self.pooled else ('text',)
-
-  @property
-  def length(self) -> int:
-    """Tokens of a prompt, both frame tokens included."""
-    return min(_text_config(n.config).max_position_embeddings for n in self.networks.values())
-
-  @property
-  def width(self) -> int:
-    """d of the joined hidden states [b l d]."""
-    return sum(_text_config(n.config).hidden_size for n in self.networks.values())
-
-  def tokens(self, prompts: Sequence[str], on_long: str = 'truncate') -> np.ndarray:
-    """Prompts -> int32 [n e l], e encoders. With 'error' a prompt that does not fit is refused."""
-    counted = (self.cut, *(Cut(lambda _: None) for _ in self.tokenizers[1:]))
-    columns = [
-      Tokenize(tokenizer, self.length, on_long, cut).batch(list(prompts))
-      for tokenizer, cut in zip(self.tokenizers, counted, strict=True)
-    ]
-    return np.stack(columns, axis=1)
-
-  def tokenize(self, prompt: str) -> np.ndarray:
-    """One prompt -> int32 [e l]."""
-    return self.tokens([prompt])[0]
-
-  def add_word(self, token: str, counts: Mapping[str, int], after: Mapping[str, int]) -> None:
-    """Teach tokenizers a word of `counts` rows by role, after the vocabulary and `after` rows.
-
-    UserError for a word that a tokenizer has, or one that does not fit its encoder.
-    """
-    for (role, network), tokenizer in zip(self.networks.items(), self.tokenizers, strict=True):
-      if role not in counts:
-        continue
-      known = embedding_table(network)[2] + after.get(role, 0)
-      first = add_placeholder(tokenizer, token, counts[role])[0]
-      if first != known:
-        raise UserError(
-          f'the tokenizer gives {token} the id {first}, but the text encoder has {known} rows; use '
-          'the tokenizer that came with it.'
-        )
-
-  def rows(self, request):
-    tokens = self.tokens(request.prompts)
-    negative = self.tokens([request.negative])
-    return {'tokens': tokens, 'negative': np.broadcast_to(negative, tokens.shape)}
-
-  def encode(self, weights, rows, clip_skip: int = 0):
-    """'tokens' [b e l] -> float32 'text' [b l d] and, where used, 'pooled' [b p].
-
-    `clip_skip` leaves out more layers than `skip`; UserError where an encoder has not that many.
-    """
-    parts, pooled, tokens = [], None, rows['tokens']
-    for i, (role, network) in enumerate(self.networks.items()):
-      params = dict(weights[role])
-      extra = params.pop(EXTRA, None)
-      hidden, pooled = network.bind(params).encode_text(
-        tokens[:, i], skip=self.skip + clip_skip, normalize=self.normalize, extra_embeddings=extra
-      )
-      parts.append(hidden)
-    out = {'text': jnp.concatenate(parts, axis=-1).astype(jnp.float32)}
-    if self.pooled:
-      out['pooled'] = pooled.astype(jnp.float32)
-    if not self.zero_null:
-      return out
-    empty = tokens[:, 0, 1] == self.tokenizers[0].eos_token_id  # Nothing between the frame tokens.
-    return jax.tree.map(lambda x: jnp.where(empty.reshape(-1, *[1] * (x.ndim - 1)), 0, x), out)
-
-  def null(self, weights):
-    # The tokens as an argument: as a constant XLA would compute with them in another order.
-    out = jax.jit(self.encode)(weights, {'tokens': self.tokens([''])})
-    return {name: value[0] for name, value in out.items()}
-
-  def pair(self, weights, rows, clip_skip=0):
-    """As in diffusers, clip_skip is of the condition alone."""
-    tokens, negative = rows['tokens'], rows['negative']
-    if clip_skip:
-      return (
-        self.encode(weights, rows, clip_skip), self.encode(weights, {'tokens': negative})
-      )
-    both = self.encode(weights, {'tokens': jnp.concatenate([tokens, negative])})
-    n = len(tokens)
-    return tuple(jax.tree.map(lambda a, s=s: a[s : s + n], both) for s in (0, n))
-
-  def same(self, rows):
-    return bool((rows['tokens'] == rows['negative']).all())
-
-
-def embedding_table(network: Network) -> tuple[str, int, int]:
-  """Return (parameter, width, rows) of a text tower's table of tokens."""
-  name = next(n for n in network.shapes if n.endswith('token_embedding.embedding'))
-  rows, width = network.shapes[name].shape
-  return name, width, rows
-
-
-def _text_config(config: Any) -> Any:
-  """The text tower's config, of a whole CLIP or of the tower alone."""
-  return getattr(config, 'text_config', config)

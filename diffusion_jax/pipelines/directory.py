@@ -30,7 +30,6 @@ from diffusion_jax.formats.tensors import write_json
 from diffusion_jax.models.text.tokenizer import load_tokenizer
 from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.pipelines.assembly import assemble, make_model
-from diffusion_jax.pipelines.conditioners import ROLES, TEXT_KINDS, TextEncoders
 from diffusion_jax.pipelines.image_conditioners import (
   CONTROLNET,
   IMAGE_ENCODER,
@@ -40,6 +39,13 @@ from diffusion_jax.pipelines.image_conditioners import (
 from diffusion_jax.pipelines.model import DENOISER, Diffusion
 from diffusion_jax.pipelines.sampling import PLACES, SampleConfig
 from diffusion_jax.pipelines.spaces import AUTOENCODER, LatentConfig, LatentSpace
+from diffusion_jax.pipelines.text_conditioners import (
+  ROLES,
+  TEXT_KINDS,
+  TextEncoders,
+  clip_readers,
+  tokenizer_role,
+)
 from diffusion_jax.registry import CONDITIONERS, NETWORKS, SPACES, load
 from diffusion_jax.types import Params, Weights
 
@@ -81,7 +87,7 @@ _KINDS = {
   **dict.fromkeys(ROLES, TEXT_KINDS), IMAGE_ENCODER: ('clip_vision_projection',),
 }
 _NAMES = {
-  *_KINDS, *(role.replace('text_encoder', 'tokenizer') for role in ROLES), 'scheduler',
+  *_KINDS, *map(tokenizer_role, ROLES), 'scheduler',
   'low_res_scheduler', 'feature_extractor',
 }
 """The parts of a pipeline that are read."""
@@ -103,16 +109,15 @@ def _assembled(
   pipeline: Pipeline, directory: Path, scheduler: Scheduler, dtype
 ) -> tuple[Diffusion, dict[str, Part]]:
   """A model of the class DIFFUSION, whose index has the arguments of `assemble`."""
-  def placed(options: Mapping[str, Any], kind: Any) -> dict[str, Any]:
-    return {k: own_path(str(v), directory) if k in kind.paths else v for k, v in options.items()}
-
+  place = lambda path, _='': own_path(path, directory)
   index, where = pipeline.index, directory / INDEX
   with reading(where, 'describes no model', 'export it again'):
     section = dict(index['space'])
     kind = load(SPACES, section.pop('type'), f'{where}: space')
-    space = typed(getattr(kind, 'Config', kind), placed(section, kind), 'space.')
+    section = {k: place(str(v)) if k in kind.paths else v for k, v in section.items()}
+    space = typed(getattr(kind, 'Config', kind), section, 'space.')
     conditioners = {
-      name: placed(options, load(CONDITIONERS, name, f'{where}: conditioners'))
+      name: load(CONDITIONERS, name, f'{where}: conditioners').moved(name, options, place)
       for name, options in index['conditioners'].items()
     }
     size = tuple(map(int, index.get('size') or ()))
@@ -135,15 +140,18 @@ def _prompts(
     return ImageEncoder({IMAGE_ENCODER: parts[IMAGE_ENCODER].network(dtype=dtype)}, **pixels)
   if not roles:
     raise UserError(f'{path} has no text encoder; give a text-to-image model.')
-  names = [role.replace('text_encoder', 'tokenizer') for role in roles]
+  names = [tokenizer_role(role) for role in roles]
   folders = [
     resolve(pipeline.parts[name].path) if name in pipeline.parts else resolve(path) / name
     for name in names
   ]
   sdxl = len(roles) > 1
+  networks = {role: parts[role].network(dtype=dtype) for role in roles}
+  readers = clip_readers(
+    networks, [load_tokenizer(folder) for folder in folders], skip=int(sdxl), normalize=not sdxl
+  )
   return TextEncoders(
-    {role: parts[role].network(dtype=dtype) for role in roles}, tuple(map(load_tokenizer, folders)),
-    skip=int(sdxl), normalize=not sdxl, pooled=sdxl,
+    networks, readers, (tuple(roles),), pooled=(roles[-1],) if sdxl else (),
     zero_null=bool(pipeline.index.get('force_zeros_for_empty_prompt', sdxl)) and sdxl,
   )
 
@@ -216,6 +224,7 @@ def save_model(
   }
   texts = list(conditioners) == ['text'] and type(model.denoiser.config) is UNetConfig
   texts = texts and model.denoiser.config.sample_size is not None
+  texts = texts and set(conditioners['text']) == {'path'} and set(model.text.towers) == {ROLES[0]}
   if texts and type(space) is LatentConfig and model.noise.table is not None:
     folder = FOLDERS[DENOISER]
     index |= {'_class_name': TEXT_TO_IMAGE, 'latent_patch_size': space.patch} | {
@@ -234,15 +243,13 @@ def _described(
   directory: Path, model: Diffusion, space: Any, conditioners: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
   """What the index of a model of the class DIFFUSION says of its parts, which are copied."""
-  def kept(options: Mapping[str, Any], part: Any, name: str) -> dict[str, Any]:
-    folders = {key: keep_folder(options[key], directory, f'{name}_{key}') for key in part.paths}
-    return {**options, **folders}
-
+  keep = lambda path, name: keep_folder(path, directory, name)
+  options, found = untyped(space), model.conditioners
+  folders = {key: keep(options[key], f'space_{key}') for key in model.space.paths}
   return {
-    'size': model.size,
-    'space': {'type': model.space.name} | kept(untyped(space), model.space, 'space'),
+    'size': model.size, 'space': {'type': model.space.name} | options | folders,
     'conditioners': {
-      name: kept({**options, **model.conditioners[name].options()}, model.conditioners[name], name)
+      name: found[name].moved(name, {**options, **found[name].options()}, keep)
       for name, options in conditioners.items()
     },
   }

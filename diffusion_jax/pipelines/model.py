@@ -36,11 +36,11 @@ from diffusion_jax.pipelines.conditioners import (
   Conditioner,
   Request,
   Spec,
-  TextEncoders,
 )
 from diffusion_jax.pipelines.image_conditioners import CONTROLNET, Editing, Inputs
 from diffusion_jax.pipelines.sampling import Numbers, Program, SampleConfig
 from diffusion_jax.pipelines.spaces import Space
+from diffusion_jax.pipelines.text_conditioners import TextEncoders
 from diffusion_jax.pixels import size_like, to_float, to_uint8
 from diffusion_jax.types import Condition, Images, Latents, Weights
 

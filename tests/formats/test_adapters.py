@@ -13,8 +13,8 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.formats.adapters import LoRAWeights, read_lora, write_lora
 from diffusion_jax.formats.tensors import metadata
 from diffusion_jax.pipelines.adapters import add_lora
-from diffusion_jax.pipelines.conditioners import EXTRA, embedding_table
 from diffusion_jax.pipelines.directory import load_model
+from diffusion_jax.pipelines.text_conditioners import EXTRA, embedding_table
 
 NETWORKS = {
   'unet': {

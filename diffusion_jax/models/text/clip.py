@@ -20,7 +20,7 @@ from diffusion_jax.models.layers import Conv, Linear, embed
 from diffusion_jax.models.network import PLAIN, Blocks, Compute
 from diffusion_jax.models.norms import LayerNorm
 from diffusion_jax.parallel.layout import constrain
-from diffusion_jax.types import Images, Text, Tokens
+from diffusion_jax.types import Images, Text, TextShape, Tokens
 
 normal = nnx.initializers.normal
 
@@ -59,12 +59,22 @@ class CLIPTextConfig(TowerConfig):
   eos_token_id: int = 49407
   pad_token_id: int = 1
 
+  @property
+  def text_shape(self) -> TextShape:
+    """Of its texts; pooled are the hidden states at their ends."""
+    return TextShape(self.hidden_size, self.hidden_size, self.max_position_embeddings)
+
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextProjectionConfig(CLIPTextConfig):
   """The text tower and the width of its projection."""
 
   projection_dim: Width = 512
+
+  @property
+  def text_shape(self) -> TextShape:
+    """Of its texts; pooled ones are projected."""
+    return super().text_shape._replace(pooled=self.projection_dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +111,11 @@ class CLIPConfig(NetworkConfig):
   vision_config: CLIPVisionConfig = CLIPVisionConfig()
   projection_dim: Width = 512
   logit_scale_init_value: Annotated[float, Range(-1e6, 1e6)] = 2.6592
+
+  @property
+  def text_shape(self) -> TextShape:
+    """Of its texts; pooled ones are projected."""
+    return self.text_config.text_shape._replace(pooled=self.projection_dim)
 
 
 def dense(i: int, o: int, std: float, **kw) -> Linear:

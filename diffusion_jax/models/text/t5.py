@@ -20,7 +20,7 @@ from diffusion_jax.models.layers import Linear, embed
 from diffusion_jax.models.network import PLAIN, Blocks, Compute
 from diffusion_jax.models.norms import RMSNorm
 from diffusion_jax.parallel.layout import constrain
-from diffusion_jax.types import Text, Tokens
+from diffusion_jax.types import Text, TextShape, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,11 @@ class T5Config(NetworkConfig):
   feed_forward_proj: Literal['relu', 'gated-gelu'] = 'relu'
   pad_token_id: int = 0
   eos_token_id: int = 1
+
+  @property
+  def text_shape(self) -> TextShape:
+    """Of its texts, which are of any length; it pools nothing."""
+    return TextShape(self.d_model)
 
   def check(self) -> None:
     longest = self.relative_attention_max_distance

@@ -30,10 +30,10 @@ from diffusion_jax.models.lora import is_lora, targets, with_lora
 from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import put_params, shard_params, to_host
 from diffusion_jax.pipelines.adapters import read_controlnet
-from diffusion_jax.pipelines.conditioners import EXTRA, embedding_table
 from diffusion_jax.pipelines.image_conditioners import CONTROLNET
 from diffusion_jax.pipelines.image_conditioners import ControlNet as ControlNetConditioner
 from diffusion_jax.pipelines.model import DENOISER, Diffusion
+from diffusion_jax.pipelines.text_conditioners import EXTRA, embedding_table
 from diffusion_jax.types import Params, Weights
 
 
@@ -211,7 +211,7 @@ class TextualInversion(Trainable):
 
   def adapted(self, model):
     self.text, self.word = model.text, self.config.placeholder
-    self.tables = {role: embedding_table(n)[:2] for role, n in model.text.networks.items()}
+    self.tables = {role: embedding_table(n)[:2] for role, n in model.text.towers.items()}
     if model.text.tokenizers:  # There are none without weights.
       model.text.add_word(self.word.token, dict.fromkeys(self.tables, self.word.vectors), {})
     return model
@@ -229,9 +229,8 @@ class TextualInversion(Trainable):
 
   def start(self, frozen, mesh):
     rows = {}
-    for (role, (name, _)), tokenizer in zip(
-      self.tables.items(), self.text.tokenizers, strict=True
-    ):
+    for role, (name, _) in self.tables.items():
+      tokenizer = self.text.readers[role].tokenizer
       ids = tokenizer(self.word.initializer, add_special_tokens=False)['input_ids']
       table = to_host(frozen[role][name]).astype(np.float32)
       rows[f'{role}.embedding'] = table[[ids[i % len(ids)] for i in range(self.word.vectors)]]
