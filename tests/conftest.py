@@ -28,6 +28,7 @@ QUICK = (
 os.environ['XLA_FLAGS'] = f'{QUICK} --xla_force_host_platform_device_count=8'
 
 import contextlib
+import dataclasses
 import fcntl
 import gc
 import itertools
@@ -125,6 +126,26 @@ def parts(once, sources):
 
   folder = once('parts', make)
   return {name: str(folder / name) for name in ('autoencoder', 'clip')}
+
+
+@pytest.fixture(scope='session')
+def t5(once, sources):
+  """The directory of a T5 with random weights, and a vocabulary of the captions."""
+
+  def make(folder):
+    from diffusion_jax.formats.networks import save_params
+    from diffusion_jax.models.network import Network
+    from diffusion_jax.models.text.t5 import T5EncoderModel
+    from diffusion_jax.models.text.tokenizer import save_tokenizer, train_unigram
+
+    captions = [caption for record in sources[0] for caption in record['captions']]
+    tokenizer = train_unigram(captions, 420)
+    config = dataclasses.replace(tiny.T5, vocab_size=len(tokenizer))
+    params = jax.jit(Network.of(T5EncoderModel, config).initialize)(jax.random.key(8))
+    save_params(folder, config, jax.tree.map(np.asarray, params))
+    save_tokenizer(tokenizer, folder)
+
+  return str(once('t5', make))
 
 
 @pytest.fixture(scope='session')

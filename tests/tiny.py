@@ -17,6 +17,7 @@ from diffusion_jax.data.sources import open_data
 from diffusion_jax.models.autoencoder import AutoencoderKLConfig
 from diffusion_jax.models.perceptual import DiscriminatorConfig
 from diffusion_jax.models.text.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from diffusion_jax.models.text.t5 import T5Config
 from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.pipelines import assembly
 from diffusion_jax.pipelines.spaces import LatentConfig
@@ -42,6 +43,9 @@ CLIP = CLIPConfig(
   CLIPTextConfig(**TOWER, vocab_size=300, max_position_embeddings=LENGTH, bos_token_id=0,
                  eos_token_id=1, pad_token_id=1),
   CLIPVisionConfig(**TOWER, image_size=SIZE, patch_size=16), projection_dim=8,
+)
+T5 = T5Config(
+  d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj='gated-gelu',
 )
 
 NORMALIZE = [['normalize', {}]]

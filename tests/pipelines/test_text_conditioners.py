@@ -1,0 +1,186 @@
+"""Texts of one encoder or several: joined, masked, pooled, missing; and configs of them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_jax.errors import UserError
+from diffusion_jax.models.mmdit import MMDiTConfig
+from diffusion_jax.pipelines.conditioners import Context
+from diffusion_jax.pipelines.text_conditioners import Reader, TextEncoders
+from diffusion_jax.types import TextShape
+from tests import tiny
+
+PROMPTS = ['red apple', 'a cat face on a very long red green blue apple car', '']
+WIDTH, POOLED = tiny.CLIP.text_config.hidden_size, tiny.CLIP.projection_dim
+
+
+@pytest.fixture(scope='module')
+def encoders(parts, t5):
+  """encoders(**options): the conditioner of two CLIPs and a T5, and the weights."""
+
+  def make(which='cct', lengths=(0, 0, 16), **options):
+    paths = {'c': parts['clip'], 't': t5}
+    listed = [
+      {'path': paths[kind], 'length': n} for kind, n in zip(which, lengths, strict=False)
+    ]
+    text, found = TextEncoders.build({'encoders': listed, **options}, Context(None))
+    # Two encoders of one folder would be alike.
+    return text, {
+      role: {name: p * (1 + 0.3 * i) for name, p in part.load().items()}
+      for i, (role, part) in enumerate(found.items())
+    }
+
+  return make
+
+
+def encode(text, weights, prompts=PROMPTS):
+  return jax.tree.map(np.asarray, jax.jit(text.encode)(weights, {'tokens': text.tokens(prompts)}))
+
+
+def alone(text, weights, role, mask=None):
+  """What one of the encoders gives by itself: (text, pooled)."""
+  ids = text.tokens(PROMPTS)[:, list(text.networks).index(role), : text.readers[role].length]
+  network = text.networks[role].bind(weights[role])
+  more = () if mask is None else (mask,)
+  return [x if x is None else np.asarray(x) for x in network.encode_text(jnp.asarray(ids), *more)]
+
+
+def test_groups_follow_each_other_and_within_them_states_lie_side_by_side(encoders):
+  """As in Stable Diffusion 3: two CLIPs by width, then a T5, with zeros up to the widest."""
+  text, weights = encoders(join=[[1, 2], [3]], pooled=[1, 2], mask=False)
+  out = encode(text, weights)
+  (a, pool_a), (b, pool_b), (c, _) = (alone(text, weights, role) for role in text.networks)
+  assert out.keys() == {'text', 'pooled'} == set(text.kept)
+  assert out['text'].shape == (3, tiny.LENGTH + 16, 2 * WIDTH) and text.width == 2 * WIDTH
+  clips, t5 = np.split(out['text'], [tiny.LENGTH], axis=1)
+  close = lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5)
+  close(clips, np.concatenate([a, b], -1))
+  close(t5[..., : tiny.T5.d_model], c)
+  assert (t5[..., tiny.T5.d_model :] == 0).all()
+  close(out['pooled'], np.concatenate([pool_a, pool_b], -1))
+  assert np.abs(a - b).max() > 0.1
+
+
+def test_states_joined_by_width_end_with_zeros_where_one_reads_less(encoders):
+  text, weights = encoders('ct', (8, 12), join='width', mask=True)
+  out = encode(text, weights)
+  assert out['text'].shape == (3, 12, WIDTH + tiny.T5.d_model)
+  assert (out['text'][:, 8:, :WIDTH] == 0).all() and (out['text'][:, 7, :WIDTH] != 0).any()
+  # Some of the second prompt is read by both, and all tokens of it by one.
+  assert out['mask'].sum(axis=1).tolist()[1:] == [12, 2]
+
+
+def test_the_mask_ends_with_the_text_and_what_comes_before_knows_nothing_of_the_length(encoders):
+  found = {}
+  for length in (16, 40):
+    text, weights = encoders('ct', (0, length), mask=True)
+    found[length] = encode(text, weights)
+    for i, role in enumerate(text.networks):
+      reader = text.readers[role]
+      ids = reader.tokenizer(PROMPTS)['input_ids']
+      mask = found[length]['mask'][:, (0, tiny.LENGTH)[i] :][:, : reader.length]
+      ends = np.asarray([min(len(each), reader.length) for each in ids])
+      np.testing.assert_array_equal(mask, np.arange(reader.length) < ends[:, None])
+  short, long = (each['text'][:, tiny.LENGTH :] for each in found.values())
+  real = found[16]['mask'][:, tiny.LENGTH :] == 1
+  real[1] = False  # It is cut at the shorter length.
+  np.testing.assert_allclose(short[real], long[:, :16][real], atol=1e-5)
+  free, _ = encoders('ct', (0, 40), mask=False)
+  assert np.abs(encode(free, weights)['text'][:, tiny.LENGTH :][:, :16] - short)[real].max() > 1e-2
+
+
+def test_t5_alone_masks_its_padding_and_clip_does_not(encoders, parts, t5):
+  assert 'mask' in encoders('t', (16,))[0].kept and 'mask' not in encoders('c')[0].kept
+  for path, kept in ((t5, ('text', 'mask')), (parts['clip'], ('text',))):
+    text, _ = TextEncoders.build({'path': path}, Context(None))
+    assert text.kept == kept and text.length == {('text',): tiny.LENGTH}.get(kept, 128)
+  text, weights = encoders('ct', (0, 16))
+  mask = encode(text, weights)['mask']
+  assert (mask[:, : tiny.LENGTH] == 1).all() and not (mask[:, tiny.LENGTH :] == 1).all()
+
+
+def test_an_encoder_that_is_missing_gives_zeros_of_its_shape(encoders):
+  text, weights = encoders(join=[[1, 2], [3]], pooled=[1, 2], mask=False)
+  whole, gone = encode(text, weights), ('text_encoder_2', 'text_encoder_3')
+  readers = text.readers | {
+    gone[0]: Reader(tiny.LENGTH, missing=TextShape(WIDTH, POOLED)),
+    gone[1]: Reader(16, missing=TextShape(tiny.T5.d_model)),
+  }
+  first = {role: n for role, n in text.networks.items() if role not in gone}
+  less = dataclasses.replace(text, networks=first, readers=readers)
+  out = encode(less, weights)
+  assert less.width == text.width and less.tokens(PROMPTS).shape == (3, 1, tiny.LENGTH)
+  zeros = {'text': whole['text'].copy(), 'pooled': whole['pooled'].copy()}
+  zeros['text'][:, tiny.LENGTH :] = 0
+  zeros['text'][..., WIDTH:] = 0
+  zeros['pooled'][:, POOLED:] = 0
+  for name, wanted in zeros.items():
+    np.testing.assert_allclose(out[name], wanted, atol=1e-5)
+
+
+def test_any_layer_of_clip(parts, encoders):
+  text, weights = encoders('c', (0,))
+  early = {'path': parts['clip'], 'skip': 0, 'normalize': False}
+  other, _ = TextEncoders.build({'encoders': [early]}, Context(None))
+  plain = text.networks['text_encoder'].bind(weights['text_encoder'])
+  ids = jnp.asarray(text.tokens(PROMPTS)[:, 0])
+  wanted, _ = plain.encode_text(ids, normalize=False)
+  np.testing.assert_allclose(encode(other, weights)['text'], wanted, atol=1e-5)
+  with pytest.raises(UserError, match='skip=1 must be from 0 to 0'):
+    text.encode(weights, {'tokens': text.tokens(PROMPTS)}, clip_skip=1)
+
+
+def test_a_text_that_is_too_long_counts_once(encoders):
+  said = []
+  text, _ = encoders('ct', (0, 16))
+  text.cut._say = said.append
+  text.tokens(['red ' * 60])
+  assert len(said) == 1 and 'longer than the 15 tokens' in said[0]
+  with pytest.raises(UserError, match='only 15 fit'):
+    text.tokens(['red ' * 60], on_long='error')
+
+
+@pytest.mark.parametrize(('options', 'named'), [
+  ({'which': 'c', 'lengths': (40,)}, r'length of .*clip is 40, but it reads 12 tokens'),
+  ({'pooled': [3]}, r'text\.pooled names encoder 3, a T5, which pools nothing'),
+  ({'join': [[1, 3]]}, r'use the encoders \[1, 3\], but there are 3; name each'),
+  ({'join': [[1], [2], [3], [4]]}, r'use the encoders \[1, 2, 3, 4\], but there are 3'),
+  ({'joined': 'width'}, r'text\.joined is not a known key'),
+  ({'join': 'depth'}, r'text\.join is'),
+])
+def test_a_section_that_cannot_be_is_refused(encoders, options, named):
+  with pytest.raises(UserError, match=named):
+    encoders(**options)
+
+
+@pytest.mark.parametrize(('section', 'named'), [
+  ({'path': 'x', 'length': 3}, 'takes path alone; give encoders'),
+  ({'encoders': []}, r'text\.encoders'),
+  ({'encoders': [{'path': 'T5', 'skip': 1}]}, 'is a T5, whose last hidden state is read'),
+])
+def test_sections_by_hand(t5, section, named):
+  for one in section.get('encoders', ()):
+    one['path'] = t5
+  with pytest.raises(UserError, match=named):
+    TextEncoders.build(section, Context(None))
+
+
+def test_a_denoiser_of_other_texts_is_refused(encoders):
+  size = {'num_attention_heads': 2, 'attention_head_dim': 4, 'caption_projection_dim': 8}
+  mmdit = MMDiTConfig(**size, joint_attention_dim=24, pooled_projection_dim=2 * POOLED)
+  text, _ = encoders(pooled=True)
+  text.check(mmdit)
+  change = lambda **changes: dataclasses.replace(mmdit, **changes)
+  for config, pooled, named in (
+    (change(joint_attention_dim=32), True,
+     'denoiser.joint_attention_dim is 32, but the text encoder gives texts of width 24; set it'),
+    (change(pooled_projection_dim=9), True, 'of width 9, but the text encoders give 16'),
+    (mmdit, False, 'this MMDiT needs a pooled text; set settings.conditioners.text.pooled'),
+    (dataclasses.replace(tiny.UNET, cross_attention_dim=24), True, 'takes no pooled text'),
+  ):
+    with pytest.raises(UserError, match=named):
+      encoders(pooled=pooled)[0].check(config)
