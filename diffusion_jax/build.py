@@ -190,7 +190,7 @@ def build(config: dict, workdir: str, synthetic: bool = False) -> Training:
   hashes = {} if synthetic else {'training': fingerprint(train), 'test': fingerprint(test)}
   check_data(directory, hashes)
   trained_on, tested_on = (
-    split_of(config.data.dataset, split, config.data.size, len(source), hashes[name])
+    split_of(config.data.dataset, split, config.data.edge, len(source), hashes[name])
     if hashes.get(name) else None  # Points, or random numbers.
     for split, name, source in (('train', 'training', train), ('test', 'test', test))
   )

@@ -12,7 +12,17 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.limits import ByType, Count, Length, OneOf, Positive, Range, Seconds, Seed
+from diffusion_jax.limits import (
+  MOST_EDGE,
+  ByType,
+  Count,
+  Length,
+  OneOf,
+  Positive,
+  Range,
+  Seconds,
+  Seed,
+)
 from diffusion_jax.registry import OPTIMIZERS, TASKS, check, load
 
 T = TypeVar('T')
@@ -147,7 +157,8 @@ def _limited(hint: Any, *limits: Any, value: Any, where: str) -> Any:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """dataset: a name of `SOURCES`, some with more after a colon, such as 'folder:PATH'. size: edge
-  of the images in pixels, or points in a record. prepare: make it if missing. transforms: (name,
+  of the images in pixels, or their (height, width), or points in a record; a picture is scaled
+  until it covers that, and its middle cut out. prepare: make it if missing. transforms: (name,
   arguments) pairs in order, applied to every training image. workers: threads that read and
   transform in each process; 0 does it between the steps. most_unreadable: fraction of the records
   of a split that may be damaged, which are named and replaced; with more the run ends.
@@ -159,7 +170,7 @@ class DataConfig:
   """
 
   dataset: str
-  size: int
+  size: int | tuple[int, int]
   data_dir: str = ''
   prepare: bool = True
   caption: str = ''
@@ -170,6 +181,22 @@ class DataConfig:
   transforms: tuple = ()
   workers: Annotated[int, Range(0, text='a number of threads, or 0')] = 2
   most_unreadable: Annotated[float, Range(0, 1, text='a fraction of the records, 0 to 1')] = 0.5
+
+  def __post_init__(self):
+    if isinstance(self.size, tuple) and not all(1 <= edge <= MOST_EDGE for edge in self.size):
+      raise UserError(
+        f'data.size is {self.size}; give height and width in pixels, 1 to {MOST_EDGE} each.'
+      )
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """(height, width) of the images."""
+    return self.size if isinstance(self.size, tuple) else (self.size, self.size)
+
+  @property
+  def edge(self) -> int:
+    """The longer edge of the images."""
+    return max(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -147,7 +147,17 @@ def parse_size(text: str, name: str = '--size') -> tuple[int, int]:
   return size
 
 
-def same_size(key: str, value: int, size: int) -> None:
+def check_multiple(size: tuple[int, int], multiple: int, key: str = 'data.size') -> None:
+  """Raise UserError, with the nearest size, unless both edges are multiples."""
+  if any(edge % multiple for edge in size):
+    near = tuple(max(1, round(edge / multiple)) * multiple for edge in size)
+    raise UserError(
+      f'{key} is {size}, which cannot be halved as the networks do: height and width must be '
+      f'multiples of {multiple}; the nearest such size is {near}.'
+    )
+
+
+def same_size(key: str, value: Any, size: Any) -> None:
   """Raise UserError unless what a key of the config says agrees with `data.size`."""
   if value != size:
     raise UserError(f'data.size is {size}, but {key} is {value}; set both alike.')

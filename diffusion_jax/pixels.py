@@ -34,6 +34,27 @@ def resize(
   return np.asarray(resized).reshape(height, width, image.shape[-1])
 
 
+def central_crop(
+  pixels: np.ndarray, frame: tuple[int, int], size: tuple[int, int],
+  filtered: Image.Resampling = Image.Resampling.BICUBIC,
+) -> np.ndarray:
+  """Return the middle of a frame (height, width) out of pixels [h w 3] laid over it, [*size 3]."""
+  height, width = size
+  wide = frame[0] * width <= frame[1] * height
+  sides = (frame[0], frame[0] * width / height) if wide else (frame[1] * height / width, frame[1])
+  lows = [(whole - side) // 2 for whole, side in zip(frame, sides, strict=True)]
+  scales = [own / whole for own, whole in zip(pixels.shape, frame, strict=False)]
+  top, left = (low * scale for low, scale in zip(lows, scales, strict=True))
+  bottom, right = (
+    (low + side) * scale for low, side, scale in zip(lows, sides, scales, strict=True)
+  )
+  y, x = math.floor(top), math.floor(left)
+  # Cut first, so that nothing beyond the rectangle shows in it.
+  cut = Image.fromarray(pixels[y : math.ceil(bottom), x : math.ceil(right)])
+  box = (left - x, top - y, min(right - x, cut.width), min(bottom - y, cut.height))
+  return np.asarray(cut.resize((width, height), filtered, box))
+
+
 LONGEST = 4.0
 """The largest ratio of the edges of a size that follows a picture's."""
 

@@ -29,7 +29,11 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
   try:
     config = _run(file).unlock()
     for override in overrides:
-      _make_section(config, override.lstrip('-').partition('=')[0].split('.')[1:-1])
+      name, _, value = override.lstrip('-').partition('=')
+      keys = name.split('.')[1:]
+      section, last = _make_section(config, keys[:-1]), ''.join(keys[-1:])
+      if value[:1] in ('(', '[') and isinstance(section.get(last), int):
+        del section[last]  # Several numbers where there is one, such as a height and a width.
     config_flags.DEFINE_config_dict(
       'config', config, flag_values=values, lock_config=False, accept_new_attributes=True,
       sys_argv=arguments,
@@ -53,11 +57,12 @@ def _run(file: Path) -> ConfigDict:
   return module.get_config()
 
 
-def _make_section(config: ConfigDict, keys: Sequence[str]) -> None:
+def _make_section(config: ConfigDict, keys: Sequence[str]) -> ConfigDict:
   for key in keys:
     if key not in config:
       config[key] = ConfigDict()
     config = config[key]
+  return config
 
 
 def recipes() -> Table:

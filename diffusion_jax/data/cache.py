@@ -120,13 +120,13 @@ def _read(source: Source, progress: bool) -> tuple[list[Record], dict[int, str]]
   return [blank if i in unreadable else records[i] for i in range(len(source))], unreadable
 
 
-def synthetic_cache(model, frozen: dict, count: int, size: int) -> ArraySource:
+def synthetic_cache(model, frozen: dict, count: int, size: tuple[int, int]) -> ArraySource:
   """Return what `cached_source` does, of random numbers; nothing is encoded.
 
   Args:
-    size: edge of the images, in pixels.
+    size: (height, width) of the images, in pixels.
   """
-  images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
+  images = jax.ShapeDtypeStruct((1, *size, 3), jnp.uint8)
   rng = np.random.default_rng(0)
   normal = lambda *shape: rng.standard_normal((count, *shape), np.float32)
   columns = {

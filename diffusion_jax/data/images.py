@@ -25,7 +25,7 @@ from PIL import (
 
 from diffusion_jax.data.png import SIGNATURE, without_extras
 from diffusion_jax.errors import Unreadable
-from diffusion_jax.pixels import resize
+from diffusion_jax.pixels import central_crop, resize
 
 T = TypeVar('T')
 
@@ -83,6 +83,21 @@ def read_square(path: str | Path, size: int) -> tuple[np.ndarray, tuple[int, int
   # The square first: a thin strip would grow beyond all bounds if it were scaled as a whole.
   square, upright = _read(path, path, lambda header: (_decoded(header, True), header.upright))
   return resize(square, size, size), upright
+
+
+def read_middle(
+  path: str | Path, height: int, width: int
+) -> tuple[np.ndarray, tuple[int, int]]:
+  """Return the image scaled until it covers height x width, of that its middle, uint8
+  [height width 3], and (height, width) of the image.
+
+  Raises:
+    Unreadable: as `read_pixels`.
+  """
+  if height == width:
+    return read_square(path, height)
+  pixels, upright = _read(path, path, lambda header: (_decoded(header, False), header.upright))
+  return central_crop(pixels, pixels.shape[:2], (height, width)), upright
 
 
 def read_size(path: str | Path) -> tuple[int, int]:

@@ -4,7 +4,6 @@ Masks, controls and depth maps are laid over the picture that they belong to, wh
 size, and the same central rectangle is cut out of all.
 """
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from PIL import Image
 
 from diffusion_jax.data.images import read_pixels, read_size
 from diffusion_jax.errors import UserError
+from diffusion_jax.pixels import central_crop
 
 FRAMES = ('image', 'small', 'control', 'depth', 'mask')
 """The first of these that is given is laid out by itself, the others over it."""
@@ -74,27 +74,6 @@ def read_pictures(
   if 'depth' in arrays:
     arrays['depth'] = _filling(arrays['depth'].mean(axis=-1))
   return Pictures(arrays, notes)
-
-
-def central_crop(
-  pixels: np.ndarray, frame: tuple[int, int], size: tuple[int, int],
-  filtered: Image.Resampling = Image.Resampling.BICUBIC,
-) -> np.ndarray:
-  """Return the middle of a frame (height, width) out of pixels [h w 3] laid over it, [*size 3]."""
-  height, width = size
-  wide = frame[0] * width <= frame[1] * height
-  sides = (frame[0], frame[0] * width / height) if wide else (frame[1] * height / width, frame[1])
-  lows = [(whole - side) // 2 for whole, side in zip(frame, sides, strict=True)]
-  scales = [own / whole for own, whole in zip(pixels.shape, frame, strict=False)]
-  top, left = (low * scale for low, scale in zip(lows, scales, strict=True))
-  bottom, right = (
-    (low + side) * scale for low, side, scale in zip(lows, sides, scales, strict=True)
-  )
-  y, x = math.floor(top), math.floor(left)
-  # Cut first, so that nothing beyond the rectangle shows in it.
-  cut = Image.fromarray(pixels[y : math.ceil(bottom), x : math.ceil(right)])
-  box = (left - x, top - y, min(right - x, cut.width), min(bottom - y, cut.height))
-  return np.asarray(cut.resize((width, height), filtered, box))
 
 
 def _ratio(a: tuple[int, int], b: tuple[int, int]) -> float:

@@ -18,6 +18,9 @@ from diffusion_jax.registry import TRANSFORMS, build_parts, load
 
 _SIDED = re.compile(r'\b(?:left|right|leftwards|rightwards|clockwise|counterclockwise)\b', re.I)
 
+Size = int | tuple[int, int]
+"""Edge of a square in pixels, or (height, width)."""
+
 PICTURES = ('image', 'control')
 """Fields of a record that show the same places."""
 
@@ -30,56 +33,61 @@ class Transform:
 
 @dataclasses.dataclass(frozen=True)
 class Resize(Transform):
-  """Scale the image so that its shorter edge is `size` pixels; bicubic, with antialiasing."""
+  """Scale the image so that it just covers the size: of a square, so that its shorter edge is
+  `size` pixels; bicubic, with antialiasing."""
 
-  size: int
+  size: Size
 
   def __call__(self, record: dict) -> dict:
     image = _image(record)
     height, width = image.shape[:2]
-    scale = self.size / min(height, width)
+    h, w = _pair(self.size)
+    scale = max(h / height, w / width)
     height, width = round(height * scale), round(width * scale)
     return _moved(record, lambda picture: resize(picture, height, width))
 
 
 @dataclasses.dataclass(frozen=True)
 class CenterCrop(Transform):
-  """Cut the central `size` x `size` pixels."""
+  """Cut the central `size` x `size` pixels, or height x width."""
 
-  size: int
+  size: Size
 
   def __call__(self, record: dict) -> dict:
-    image = _at_least(_image(record), self.size)
-    top, left = ((edge - self.size) // 2 for edge in image.shape[:2])
-    return _moved(record, lambda picture: picture[top : top + self.size, left : left + self.size])
+    h, w = _pair(self.size)
+    height, width = _at_least(_image(record), (h, w)).shape[:2]
+    top, left = (height - h) // 2, (width - w) // 2
+    return _moved(record, lambda picture: picture[top : top + h, left : left + w])
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomCrop(Transform):
-  """Pad every side by `padding` pixels of the border's colour, then cut `size` x `size`."""
+  """Pad every side by `padding` pixels of the border's colour, then cut `size` x `size` pixels, or
+  height x width."""
 
-  size: int
+  size: Size
   padding: int = 0
   random: ClassVar[bool] = True
 
   def __call__(self, record: dict, rng: np.random.Generator) -> dict:
     pad = (self.padding, self.padding)
     padded = lambda picture: np.pad(picture, (pad, pad, (0, 0)), mode='edge')
-    image = _at_least(padded(_image(record)), self.size)
-    top, left = (int(rng.integers(edge - self.size + 1)) for edge in image.shape[:2])
-    rows, columns = slice(top, top + self.size), slice(left, left + self.size)
+    h, w = _pair(self.size)
+    height, width = _at_least(padded(_image(record)), (h, w)).shape[:2]
+    top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+    rows, columns = slice(top, top + h), slice(left, left + w)
     return _moved(record, lambda picture: padded(picture)[rows, columns])
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomResizedCrop(Transform):
-  """Cut a random rectangle and scale it to `size` x `size`.
+  """Cut a random rectangle and scale it to `size` x `size`, or height x width.
 
   scale: range of its area as a fraction of the image's. ratio: range of its width divided by its
-  height, sampled uniformly in the logarithm.
+  height, as a factor on that of the size, sampled uniformly in the logarithm.
   """
 
-  size: int
+  size: Size
   scale: tuple[float, float] = (0.8, 1.0)
   ratio: tuple[float, float] = (1.0, 1.0)
   random: ClassVar[bool] = True
@@ -97,12 +105,13 @@ class RandomResizedCrop(Transform):
     image = _image(record)
     height, width = image.shape[:2]
     area = rng.uniform(*self.scale) * height * width
-    ratio = np.exp(rng.uniform(*np.log(self.ratio)))
+    h, w = _pair(self.size)
+    ratio = np.exp(rng.uniform(*np.log(self.ratio))) * w / h
     cut_h = min(height, max(1, round(np.sqrt(area / ratio))))
     cut_w = min(width, max(1, round(np.sqrt(area * ratio))))
     top, left = int(rng.integers(height - cut_h + 1)), int(rng.integers(width - cut_w + 1))
     rows, columns = slice(top, top + cut_h), slice(left, left + cut_w)
-    return _moved(record, lambda picture: resize(picture[rows, columns], self.size, self.size))
+    return _moved(record, lambda picture: resize(picture[rows, columns], h, w))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,13 +212,13 @@ def apply(transforms: Iterable[Callable], record: dict, rng: np.random.Generator
   return record
 
 
-def check_transforms(specs: Any, size: int) -> None:
+def check_transforms(specs: Any, size: Size) -> None:
   """Apply transforms to a blank image, as they will be to those of the data.
 
-  UserError unless they give images of `size` x `size`, and leave `edges` where they are.
+  UserError unless they give images of that size, and leave `edges` where they are.
   """
   made = build_transforms(specs, size=size, tokenizer=None, classes=())
-  record = {'image': np.zeros((size, size, 3), np.uint8), 'captions': ['a'], 'id': 'none'}
+  record = {'image': np.zeros((*_pair(size), 3), np.uint8), 'captions': ['a'], 'id': 'none'}
   rng, last, with_edges = np.random.default_rng(0), '', False
   for transform in made:
     if isinstance(transform, (Label, Tokenize)):
@@ -226,7 +235,7 @@ def check_transforms(specs: Any, size: int) -> None:
       )
     with_edges = with_edges or isinstance(transform, Edges)
   height, width = record['image'].shape[:2]
-  if (height, width) != (size, size):
+  if (height, width) != _pair(size):
     raise UserError(
       f'data.size is {size}, but data.transforms make pictures of {height} x {width} pixels '
       f'({last}); leave out its size, which is then data.size, or set both alike.'
@@ -263,11 +272,17 @@ def _moved(record: dict, move: Callable[[np.ndarray], np.ndarray]) -> dict:
   return record | {name: move(picture) for name, picture in found.items()}
 
 
-def _at_least(image: np.ndarray, size: int) -> np.ndarray:
+def _pair(size: Size) -> tuple[int, int]:
+  height, width = (size, size) if isinstance(size, int) else size
+  return height, width
+
+
+def _at_least(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   height, width = image.shape[:2]
-  if min(height, width) < size:
+  if height < size[0] or width < size[1]:
     raise UserError(
-      f'Cannot cut {size} x {size} pixels from an image of {height} x {width}: put resize before.'
+      f'Cannot cut {size[0]} x {size[1]} pixels from an image of {height} x {width}: put resize '
+      'before.'
     )
   return image
 

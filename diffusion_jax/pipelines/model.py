@@ -53,7 +53,7 @@ class Diffusion:
   """A generative model without its weights; `conditioners` are by name, in a fixed order.
 
   worse: another denoiser of the same x, t and condition, which autoguidance leads away from.
-  size: (height, width) in pixels of the training images, for a denoiser whose config tells none.
+  size: (height, width) in pixels of the training images; None: as the denoiser's config tells.
   programs: the keys of all that were compiled for sampling, one for each size, batch and `Program`.
   """
 
@@ -83,9 +83,9 @@ class Diffusion:
   @property
   def trained_size(self) -> tuple[int, int]:
     """(height, width) in pixels of the images of its training, the least where none is known."""
-    size = getattr(self.denoiser.config, 'sample_size', None)
-    if size is None:
-      return self.size or (self.space.factor, self.space.factor)
+    if self.size is not None:
+      return self.size
+    size = getattr(self.denoiser.config, 'sample_size', None) or 1
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
     return height * self.space.factor, width * self.space.factor
 

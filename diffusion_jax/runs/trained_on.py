@@ -25,8 +25,8 @@ Found = dict[str, dict[str, str]]
 class DataSplit:
   """One split of a data set.
 
-  size: edge in pixels. records: how many. fingerprint: of the images, '' where there is none.
-  begun: the model that training began with, which may know others; '' for none.
+  size: longer edge in pixels. records: how many. fingerprint: of the images, '' where there is
+  none. begun: the model that training began with, which may know others; '' for none.
   """
 
   dataset: str

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.data.transforms import apply, build_transforms
+from diffusion_jax.data.transforms import apply, build_transforms, check_transforms
 from diffusion_jax.errors import UserError
 from diffusion_jax.pixels import edges
 from diffusion_jax.registry import TRANSFORMS, load
@@ -195,3 +195,32 @@ def test_edges_are_where_brightness_steps():
   record = build_transforms(['edges', 'normalize'])
   out = apply(record, {'image': image}, np.random.default_rng(0))
   np.testing.assert_array_equal(out['control'], edges(image))
+
+
+@pytest.mark.parametrize('name', ['resize', 'center_crop', 'random_crop', 'random_resized_crop'])
+def test_height_and_width(name):
+  """Every transform with a size takes two; equal ones are a square's."""
+  image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+  of = lambda size: _apply((name, {'size': size}), _record(image))['image']
+  wide = of((6, 18))
+  assert wide.shape == ((12, 18, 3) if name == 'resize' else (6, 18, 3))
+  assert of([18, 6]).shape == ((18, 27, 3) if name == 'resize' else (18, 6, 3))
+  np.testing.assert_array_equal(of((10, 10)), of(10))
+  if name == 'center_crop':
+    np.testing.assert_array_equal(wide, image[7:13, 6:24])
+
+
+def test_a_random_rectangle_has_the_aspect_of_the_size():
+  """Nothing is stretched: a disk stays one."""
+  y, x = np.mgrid[:60, :60] - 29.5
+  disk = np.repeat((np.hypot(y, x) < 8).astype(np.uint8)[..., None] * 255, 3, axis=-1)
+  spec = ('random_resized_crop', {'size': (60, 30), 'scale': (0.5, 0.5)})
+  found = _apply(spec, _record(disk))['image'][..., 0] > 127
+  rows, columns = (np.ptp(np.flatnonzero(found.any(axis))) for axis in (1, 0))
+  assert rows > 10 and abs(rows - columns) <= 2
+
+
+def test_transforms_that_leave_another_size_are_refused():
+  check_transforms([('center_crop', {}), 'normalize'], (6, 4))
+  with pytest.raises(UserError, match='make pictures of 4 x 4 pixels'):
+    check_transforms([('center_crop', {'size': 4})], (6, 4))

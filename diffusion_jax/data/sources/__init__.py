@@ -27,7 +27,7 @@ def open_data(config: DataConfig, synthetic: int = 0, labels_for: str = '') -> t
   if synthetic:
     from diffusion_jax.data.sources.arrays import SyntheticImages
 
-    images = SyntheticImages(config.size, synthetic)
+    images = SyntheticImages(config.shape, synthetic)
     return images, images
   kind = config.dataset.partition(':')[0]
   if labels_for and kind in LABELLED:
@@ -41,6 +41,17 @@ def without_effect(config: DataConfig, what: str, *names: str) -> None:
   for field in dataclasses.fields(config):
     if field.name in names and getattr(config, field.name) != field.default:
       raise UserError(f'data.{field.name} has no effect on {what}; leave it at {field.default!r}.')
+
+
+def square_of(config: DataConfig) -> int:
+  """Return `data.size`, one number, for data of which there is nothing oblong. UserError for two.
+  """
+  if isinstance(config.size, tuple):
+    raise UserError(
+      f'data.size is {config.size}, but {config.dataset} has one size; give one number, or a '
+      'folder of pictures.'
+    )
+  return config.size
 
 
 OF_FOLDERS = ('caption', 'caption_column', 'test_fraction')

@@ -6,7 +6,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from diffusion_jax.config import DataConfig
-from diffusion_jax.data.sources import OF_FOLDERS, without_effect
+from diffusion_jax.data.sources import OF_FOLDERS, square_of, without_effect
 from diffusion_jax.errors import Unreadable, UserError
 from diffusion_jax.registry import check
 
@@ -70,7 +70,7 @@ POINT_SETS = {'moons': moons, 'rings': rings, 'mixture': mixture}
 def points(config: DataConfig) -> tuple[ArraySource, ArraySource]:
   """Return (train, test) of the points that a `DataConfig` names."""
   without_effect(config, 'points', *OF_FOLDERS)
-  train, test = (open_points(config.dataset, split, config.size) for split in SPLITS)
+  train, test = (open_points(config.dataset, split, square_of(config)) for split in SPLITS)
   return train, test
 
 
@@ -94,17 +94,17 @@ PICTURES = 8
 
 
 class SyntheticImages(Sequence):
-  """Records as of a folder of pictures: image uint8 [size size 3], two captions, label, sizes."""
+  """Records as of a folder of pictures: image uint8 [h w 3], two captions, label, sizes."""
 
-  def __init__(self, size: int, count: int):
+  def __init__(self, size: tuple[int, int], count: int):
     rng = np.random.default_rng(0)
-    self._images = rng.integers(0, 256, (PICTURES, size, size, 3), np.uint8)
+    self._images = rng.integers(0, 256, (PICTURES, *size, 3), np.uint8)
     letters = rng.integers(ord('a'), ord('z') + 1, (count, 2, 4, 5))
     self._captions = [
       [' '.join(''.join(map(chr, word)) for word in caption) for caption in record]
       for record in letters
     ]
-    self._sizes = np.asarray([size, size, 0, 0, size, size], np.float32)
+    self._sizes = np.asarray([*size, 0, 0, *size], np.float32)
 
   def __len__(self) -> int:
     return len(self._captions)

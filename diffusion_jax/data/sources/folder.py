@@ -24,7 +24,7 @@ from diffusion_jax.data.finding import (
   own_splits,
   with_suffixes,
 )
-from diffusion_jax.data.images import read_square
+from diffusion_jax.data.images import read_middle
 from diffusion_jax.data.splits import (
   APART,
   Measured,
@@ -48,7 +48,7 @@ def open_captioned(config: DataConfig) -> tuple['FolderSource', 'FolderSource']:
   pictures = [path for _, part in splits for path in part]
   captions = iter(captions_of(files, pictures, root, config.caption, config.caption_column, left))
   sources = [
-    FolderSource(folder, part, config.size, [next(captions) for _ in part])
+    FolderSource(folder, part, config.shape, [next(captions) for _ in part])
     for folder, part in splits
   ]
   return _train_and_test(sources, config, left)
@@ -69,11 +69,11 @@ def open_labelled(config: DataConfig) -> tuple['FolderSource', 'FolderSource']:
   for folder, part in splits:
     part = _in_classes(part, folder, left)
     labels = [key_of(path.relative_to(folder).parts[0]) for path in part]
-    sources.append(FolderSource(folder, part, config.size, labels=labels))
+    sources.append(FolderSource(folder, part, config.shape, labels=labels))
   return _train_and_test(sources, config, left)
 
 
-def open_all(root: Path, size: int, caption: str) -> 'FolderSource':
+def open_all(root: Path, size: tuple[int, int], caption: str) -> 'FolderSource':
   """Return all pictures of a folder. UserError as `open_captioned`."""
   left = Left()
   files = _files_of(root, left)
@@ -142,17 +142,17 @@ def _train_and_test(
 
 
 class FolderSource:
-  """Records of pictures in a folder; image uint8 [size size 3], its central square.
+  """Records of pictures in a folder; image uint8 [h w 3] of the size (h, w), see `read_middle`.
 
   With captions a record has 'sizes', float32 [6]: height and width of the upright picture, top and
-  left of the square in it once its shorter edge is `size`, and the size twice, as SDXL takes them.
+  left of the image in it once it is scaled to cover the size, and the size, as SDXL takes them.
   With labels it has 'label', which is its caption too.
 
   notes: what of the folder is not used, for people. measured: what scores on it are measured on.
   """
 
   def __init__(
-    self, folder: Path, files: Sequence[Path], size: int,
+    self, folder: Path, files: Sequence[Path], size: tuple[int, int],
     captions: Sequence[list[str]] | None = None, labels: Sequence[str] | None = None,
     notes: tuple[str, ...] = (),
   ):
@@ -181,13 +181,15 @@ class FolderSource:
     index = range(len(self.files))[index]
     file = self.files[index]
     name = key_of(file.relative_to(self.folder).with_suffix('').as_posix())
-    image, (height, width) = read_square(file, self.size)
+    image, own = read_middle(file, *self.size)
     record = {'image': image, 'id': name}
     if self.labels is not None:
       return record | {'captions': [self.labels[index]], 'label': self.labels[index]}
-    scale = self.size / min(height, width)
-    offset = lambda edge: (round(edge * scale) - self.size) // 2
-    sizes = (height, width, offset(height), offset(width), self.size, self.size)
+    scale = max(wanted / edge for wanted, edge in zip(self.size, own, strict=True))
+    offsets = (
+      (round(edge * scale) - wanted) // 2 for wanted, edge in zip(self.size, own, strict=True)
+    )
+    sizes = (*own, *offsets, *self.size)
     return record | {'captions': self.captions[index], 'sizes': np.asarray(sizes, np.float32)}
 
 

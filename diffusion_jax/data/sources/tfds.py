@@ -17,7 +17,7 @@ import numpy as np
 
 from diffusion_jax.config import DataConfig
 from diffusion_jax.data.images import read_pixels
-from diffusion_jax.data.sources import OF_FOLDERS, without_effect
+from diffusion_jax.data.sources import OF_FOLDERS, square_of, without_effect
 from diffusion_jax.data.splits import IMAGES, RECORDS, of_images, of_texts, spread
 from diffusion_jax.errors import Unreadable, UserError
 from diffusion_jax.files import bounded_bytes, first_line, read_object, reading
@@ -253,7 +253,7 @@ def prepared(config: DataConfig) -> tuple['PreparedRecords', 'PreparedRecords']:
   without_effect(config, config.dataset, *OF_FOLDERS)
   train, test = (
     open_source(
-      config.dataset, split, size=config.size, data_dir=config.data_dir or None,
+      config.dataset, split, size=square_of(config), data_dir=config.data_dir or None,
       prepare=config.prepare,
     )
     for split in ('train', 'test')

@@ -19,7 +19,7 @@ from diffusion_jax.config import MeshConfig, TrainingConfig
 from diffusion_jax.data.unreadable import some
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import load_lpips, save_params
-from diffusion_jax.limits import Count, FileDtype, Range, same_size
+from diffusion_jax.limits import Count, FileDtype, Range, check_multiple, same_size
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.network import Network, prefixed, under
 from diffusion_jax.models.perceptual import Discriminator, DiscriminatorConfig, lpips
@@ -95,6 +95,10 @@ class AutoencoderTask(Task):
   def check_data(cls, config: TrainingConfig) -> None:
     size, autoencoder = config.data.size, config.settings.autoencoder
     given = autoencoder.sample_size
+    if isinstance(size, tuple):
+      check_multiple(size, autoencoder.factor)
+      same_size('settings.autoencoder.sample_size', given or size, size)
+      return super().check_data(config)
     for edge in () if given is None else np.ravel(given):
       same_size('settings.autoencoder.sample_size', int(edge), size)
     if size % autoencoder.factor:
@@ -198,7 +202,7 @@ class AutoencoderTask(Task):
       with jax.set_mesh(mesh):  # Only this process is here.
         mean, deviation = latent_moments(self.model, params, images, mesh)
     config = dataclasses.replace(
-      self.config.autoencoder, sample_size=len(some(self.test, 1)[0]['image']),
+      self.config.autoencoder, sample_size=max(some(self.test, 1)[0]['image'].shape[:2]),
       shift_factor=round(mean, 6), scaling_factor=round(1 / deviation, 6),
     )
     save_params(directory, config, params, dtype=self.config.export_dtype)

@@ -25,7 +25,7 @@ from diffusion_jax.diffusion.objective import (
 )
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import config_of
-from diffusion_jax.limits import ByType, FileDtype, Fraction
+from diffusion_jax.limits import ByType, FileDtype, Fraction, check_multiple
 from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.parallel.mesh import to_host
@@ -244,6 +244,8 @@ class DiffusionTask(Task):
   def check_size(cls, config: TrainingConfig) -> None:
     """Raise UserError unless the denoiser is of z of images of `data.size`."""
     space, size = config.settings.space, config.data.size
+    if isinstance(size, tuple):
+      return check_multiple(size, space.factor * getattr(config.settings.denoiser, 'factor', 1))
     places = getattr(config.settings.denoiser, 'sample_size', None) or max(size // space.factor, 1)
     if size != places * space.factor:
       raise UserError(
@@ -257,7 +259,7 @@ class DiffusionTask(Task):
     settings = config.settings
     model, parts = assemble(
       settings.denoiser, settings.space, settings.conditioned, settings.schedule,
-      settings.objective.parameterization, train=env.train, size=(config.data.size,) * 2,
+      settings.objective.parameterization, train=env.train, size=config.data.shape,
       dtype=getattr(jnp, config.dtype),
     )
     model = model.with_compute(attention=config.attention)
@@ -276,7 +278,7 @@ class DiffusionTask(Task):
       return super().examples(config, env)
     if env.synthetic:
       return synthetic_cache(
-        self.model, self.frozen, len(env.train), config.data.size
+        self.model, self.frozen, len(env.train), config.data.shape
       ), [ChooseText()]
     return cached_source(env.train, self.model, self.frozen, env.mesh), [ChooseText()]
 

@@ -17,7 +17,7 @@ from diffusion_jax.data.sources.folder import FolderSource, Together, open_all
 from diffusion_jax.data.unreadable import Counted
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import format_of
-from diffusion_jax.limits import OneOf, Positive, Range
+from diffusion_jax.limits import OneOf, Positive, Range, check_multiple
 from diffusion_jax.models.lora import LoRAConfig
 from diffusion_jax.pipelines.architectures import ARCHITECTURES, architecture_model
 from diffusion_jax.pipelines.conditioners import Context
@@ -157,6 +157,8 @@ class FinetuneTask(DiffusionTask):
         '--config.settings.model=models/stable-diffusion-v1-5.'
       )
     model = read_model(path)[0]
+    if isinstance(size, tuple):
+      return check_multiple(size, model.multiple)
     edge = max(model.trained_size)
     if getattr(model.denoiser.config, 'sample_size', None) and (size, size) != model.trained_size:
       raise UserError(
@@ -170,7 +172,7 @@ class FinetuneTask(DiffusionTask):
     settings, dtype = config.settings, getattr(jnp, config.dtype)
     model, parts, _ = read_model(settings.model, dtype)
     model = dataclasses.replace(
-      model.with_compute(attention=config.attention), size=(config.data.size,) * 2
+      model.with_compute(attention=config.attention), size=config.data.shape
     )
     _check_model(settings, model)
     trainable = TRAINED[settings.train](settings, parts[DENOISER])
@@ -273,4 +275,4 @@ def sample_prior(task: FinetuneTask, mesh: Mesh) -> FolderSource:
         save_png(Image.fromarray(image), folder / name, {'prompt': prior.prompt})
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('prior')  # All pictures are written before any is read.
-  return open_all(folder, max(model.trained_size), prior.prompt)
+  return open_all(folder, model.trained_size, prior.prompt)

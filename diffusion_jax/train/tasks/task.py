@@ -120,9 +120,10 @@ class Task(abc.ABC):
     return env.train, build_transforms(data.transforms, size=data.size, **self.context())
 
   @classmethod
-  def described(cls, size: int) -> tuple[str, str]:
+  def described(cls, size: int | Sequence[int]) -> tuple[str, str]:
     """Return (what records of `data.size` are called, what one is like), for people."""
-    return 'images', f'{size} x {size} pixels'
+    height, width = (size, size) if isinstance(size, int) else size
+    return 'images', f'{height} x {width} pixels'
 
   def keep(self, workdir: Path) -> None:
     """Write what the task has made of the data and a resume needs, such as a tokenizer."""

@@ -63,6 +63,25 @@ def test_sizes_are_of_the_file_and_of_the_square_in_it(tmp_path):
   assert image[4, 1, 0] > 190 and image[4, 6, 0] < 10
 
 
+def test_a_height_and_a_width_cut_the_middle_of_what_covers_them(tmp_path):
+  """And SDXL is told where."""
+  pixels = np.zeros((16, 40, 3), np.uint8)
+  pixels[:, 12:28] = 255
+  Image.fromarray(pixels).save(tmp_path / 'a.png')
+  picture(tmp_path / 'b.png', width=8, height=24)
+  for size, first, second in (
+    ((8, 16), [16, 40, 0, 2, 8, 16], [24, 8, 20, 0, 8, 16]),
+    ((16, 8), [16, 40, 0, 16, 16, 8], [24, 8, 4, 0, 16, 8]),
+  ):
+    source, _ = folder_sources(tmp_path, size, 'x')
+    assert [source[i]['image'].shape for i in (0, 1)] == [(*size, 3)] * 2
+    assert source[0]['sizes'].tolist() == first and source[1]['sizes'].tolist() == second
+    white = (source[0]['image'][..., 0] > 127).mean(axis=0)
+    np.testing.assert_array_equal(white, [0, 0, 0, 0, *[1] * 8, 0, 0, 0, 0] if size[1] == 16 else 1)
+  square, same = (folder_sources(tmp_path, size, 'x')[0] for size in (8, (8, 8)))
+  np.testing.assert_array_equal(square[0]['image'], same[0]['image'])
+
+
 @pytest.mark.parametrize(('name', 'content', 'message'), [
   (None, None, r'has no picture \(.png'),
   ('a.png', None, r'a.png has no caption; write a.txt beside it'),

@@ -67,6 +67,7 @@ def _pictures(folder):
 
 
 def test_a_transformer_on_pixels_learns_classes(parts, tmp_path, command):
+  """Of images higher than wide, and draws such."""
   _pictures(tmp_path / 'data')
   values = tiny.diffusion_config(parts)
   settings = {k: values['settings'][k] for k in ('clip', 'preview_captions', 'export_dtype')}
@@ -78,16 +79,18 @@ def test_a_transformer_on_pixels_learns_classes(parts, tmp_path, command):
   }
   values['data'] |= {'dataset': f'folder:{tmp_path / "data"}',
                      'transforms': [['label', {}], ['normalize', {}]]}
-  values['data'] |= {'test_fraction': 0.5}
+  values['data'] |= {'test_fraction': 0.5, 'size': [tiny.SIZE, 24]}
   values['loop'] |= {'evaluate_samples': 16, 'sample_every_steps': 2}
   workdir = _trained(values, tmp_path, command)
   scores = json.loads((workdir / 'scores.json').read_text())
   assert scores['generated'].keys() == scores['untrained'].keys() and len(scores['generated'])
   model, weights, _ = load_model(str(workdir / 'model'))
+  assert model.trained_size == (tiny.SIZE, 24)
   assert model.text is None and model.conditioners['class'].classes == ('blue', 'green', 'red')
   assert weights['denoiser']['transformer_blocks.0.norm1.emb.class_embedder.embedding_table'
                              '.embedding'].shape == (4, 8)
   _same_images(workdir, 'green', command, tmp_path)
+  assert Image.open(next((tmp_path / 'model').glob('0000_*'))).size == (24, tiny.SIZE)
   with pytest.raises(UserError, match="'brown' is no class of the model; give one of blue, green"):
     model.check_prompts(['brown'])
 
@@ -185,6 +188,8 @@ def test_older_settings_are_the_same(parts):
   ({'conditioners': {'inpaint': {}}, 'cache': True}, 'settings.cache keeps what follows from'),
   ({'conditioners': {'upscale': {}}}, 'z and its conditions have 7; set in_channels'),
   ({'conditioners': {'control': {}}}, 'settings.conditioners.control takes path alone'),
+  ({'size': [32, 33]}, r'multiples of 2; the nearest such size is \(32, 32\)'),
+  ({'size': [32, 64]}, 'data.size is .*, but openmoji has one size'),
 ])
 def test_what_cannot_be_is_one_sentence(parts, tmp_path, changes, message):
   values = tiny.diffusion_config(parts)
@@ -195,6 +200,8 @@ def test_what_cannot_be_is_one_sentence(parts, tmp_path, changes, message):
   unet = {'sample_size': size, 'block_out_channels': [8], 'norm_num_groups': 4,
           'down_block_types': ['DownBlock2D'], 'up_block_types': ['UpBlock2D'],
           'cross_attention_dim': 16, 'attention_head_dim': 2}
+  values['data']['size'] = changes.get('size', values['data']['size'])
+  changes = {name: value for name, value in changes.items() if name != 'size'}
   values['settings'] |= {'space': space, 'denoiser': unet, 'cache': False, **changes}
   values['data']['transforms'] = [list(one) for one in tiny.WITH_TEXT]
   values['loop']['evaluate_samples'] = 0
