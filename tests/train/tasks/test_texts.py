@@ -1,0 +1,148 @@
+"""T5, alone and with CLIP, conditions a U-Net and an MMDiT: trained, resumed, exported, sampled."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from diffusion_jax.pipelines.directory import load_model
+from tests import tiny
+
+MMDIT = {
+  'type': 'mmdit', 'sample_size': 8, 'in_channels': 16, 'out_channels': 16, 'patch_size': 2,
+  'num_layers': 2, 'attention_head_dim': 4, 'num_attention_heads': 2, 'joint_attention_dim': 24,
+  'caption_projection_dim': 8, 'pooled_projection_dim': tiny.CLIP.projection_dim,
+  'pos_embed_max_size': 8,
+}
+LENGTH = 16
+
+
+def settings(name, parts, t5):
+  """Those of the base that differ: the U-Net with T5, from images, or the MMDiT with CLIP and T5,
+  from a cache."""
+  t5 = {'path': t5, 'length': LENGTH}
+  if name == 'unet':
+    text = {'encoders': [t5]}
+    return {'cache': False, 'conditioners': {'text': text}}
+  text = {'encoders': [{'path': parts['clip']}, t5], 'join': 'length', 'pooled': True}
+  return {
+    'cache': True, 'conditioners': {'text': text}, 'denoiser': MMDIT,
+    'schedule': {'process': 'flow'}, 'objective': {'prediction': 'flow_prediction'},
+    'sample': {'sampler': 'flow_euler', 'steps': 2, 'guidance': 2.0},
+  }
+
+
+def config(name, parts, t5):
+  values = tiny.diffusion_config(parts, settings(name, parts, t5))
+  if name == 'unet':
+    values['settings']['unet'] |= {'cross_attention_dim': tiny.T5.d_model}
+    values['data']['transforms'] = tiny.WITH_TEXT
+  else:
+    del values['settings']['unet']
+  values['loop']['sample_every_steps'] = 2
+  return values
+
+
+@pytest.fixture(scope='module')
+def trained(once, parts, t5, command):
+  """trained(name): workdir of a run of four steps."""
+
+  def run(name):
+    def make(folder):
+      recipe = tiny.write_config(folder / 'recipe.py', config(name, parts, t5))
+      assert command('train', '--config', recipe, '--workdir', folder / 'run', '--quiet') == 0
+
+    return once(f'texts_{name}', make) / 'run'
+
+  return run
+
+
+def losses(workdir):
+  found = [line['loss'] for line in tiny.metrics(workdir).values()]
+  assert np.isfinite(found).all()
+  return found
+
+
+@pytest.mark.parametrize('name', ['unet', 'mmdit'])
+def test_trained_previewed_exported_and_drawn(name, trained, command, tmp_path):
+  workdir, drawn = trained(name), []
+  assert len(losses(workdir)) == 4
+  assert list(workdir.rglob('*.png'))  # Previews.
+  for source in (('--workdir', workdir), ('--model', workdir / 'model')):
+    out = tmp_path / source[0].strip('-')
+    assert command('sample', *source, '--prompt', 'red apple', '--out', out, '--batch', 1) == 0
+    drawn.append(next(out.glob('0000_*.png')).read_bytes().split(b'IDAT')[1])
+  assert drawn[0] == drawn[1]
+  index = json.loads((workdir / 'model' / 'model_index.json').read_text())
+  folders = [one['path'] for one in index['conditioners']['text']['encoders']]
+  assert index['_class_name'] == 'Diffusion'
+  assert folders == ['text_encoder', 'text_encoder_2'][: len(folders)]
+
+
+@pytest.mark.parametrize('name', ['unet', 'mmdit'])
+def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(
+  name, trained, parts, t5, command, tmp_path
+):
+  whole, cut = trained(name), tmp_path / 'run'
+  shutil.copytree(whole, cut)
+  shutil.rmtree(cut / 'checkpoints' / '4')
+  shutil.rmtree(cut / 'model')
+  recipe = tiny.write_config(tmp_path / 'recipe.py', config(name, parts, t5))
+  assert command('train', '--config', recipe, '--workdir', cut, '--quiet') == 0
+  weights = [
+    next((folder / 'model' / 'denoiser').glob('*.safetensors')).read_bytes()
+    for folder in (whole, cut)
+  ]
+  assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize('name', ['unet', 'mmdit'])
+def test_padding_does_not_change_a_picture(name, trained):
+  """Prompts padded to twice the length; without a mask they would make another picture."""
+  model, weights, sample = load_model(str(trained(name) / 'model'))
+  rng = np.random.default_rng(0)  # After four steps the text of a transformer hardly counts.
+  weights['denoiser'] = {
+    n: p + rng.normal(0, 0.2, p.shape).astype(p.dtype) for n, p in weights['denoiser'].items()
+  }
+  text = model.conditioners['text']
+  role, mesh = list(text.networks)[-1], make_mesh(MeshConfig(), jax.devices()[:1])
+
+  def draw(**changes):
+    reader = dataclasses.replace(text.readers[role], **changes)
+    other = dataclasses.replace(text, readers=text.readers | {role: reader})
+    found = model.with_conditioner('text', other)
+    sample = found.sample(weights, ['red apple', 'cat face'], how, seed=0, mesh=mesh)
+    return np.concatenate(list(sample))
+
+  how = dataclasses.replace(sample, steps=2, guidance=3.0)
+  wanted = draw()
+  np.testing.assert_allclose(draw(length=2 * LENGTH), wanted, atol=1e-4)
+  assert np.abs(draw(length=2 * LENGTH, masked=False) - wanted).max() > 1e-3
+
+
+def test_eight_devices_train_as_one(trained, parts, t5, command, tmp_path):
+  """Which encode the texts of their part of the batch."""
+  values = config('unet', parts, t5)
+  values['loop'] |= {'sample_every_steps': 0, 'total_steps': 2}
+  recipe = tiny.write_config(tmp_path / 'recipe.py', values)
+  arguments = '--config', recipe, '--workdir', tmp_path / 'run', '--quiet'
+  assert command('train', *arguments, devices=8) == 0
+  np.testing.assert_allclose(losses(tmp_path / 'run'), losses(trained('unet'))[:2], rtol=1e-4)
+
+
+def test_a_text_encoder_of_another_width_is_refused_before_any_work(
+  parts, t5, command, tmp_path, capsys
+):
+  values = config('unet', parts, t5)
+  values['settings']['unet']['cross_attention_dim'] = 16
+  recipe = tiny.write_config(tmp_path / 'recipe.py', values)
+  assert command('train', '--config', recipe, '--workdir', tmp_path / 'run', '--quiet') != 0
+  said = capsys.readouterr().err.strip()
+  assert said.endswith(
+    'denoiser.cross_attention_dim is 16, but the text encoder gives texts of width 24; set it to '
+    '24.'
+  ) and not (tmp_path / 'run' / 'checkpoints').exists()
