@@ -52,6 +52,8 @@ TEXT_CLASSES = {
 """transformers' classes of text encoders and tokenizers."""
 FOLDERS = {'denoiser': 'unet', 'autoencoder': 'vae'}
 """Our roles of networks -> diffusers' folders, where they differ."""
+TRANSFORMER = 'transformer'
+"""The folder of a denoiser in pipelines of diffusers without a U-Net."""
 TOKENIZER = (
   'vocab.json', 'merges.txt', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
   'added_tokens.json', 'spiece.model',
@@ -312,6 +314,11 @@ def keep_folder(path: str, directory: Path, name: str) -> str:
   return name
 
 
+def folder_of(role: str, index: Mapping[str, Any]) -> str:
+  """Return the folder of a network's role in a pipeline of diffusers with this index."""
+  return TRANSFORMER if role == 'denoiser' and TRANSFORMER in index else FOLDERS.get(role, role)
+
+
 def save_changed(
   directory: Path, source: str, changed: Mapping[str, tuple[Any, Params]], dtype: str
 ) -> None:
@@ -319,8 +326,9 @@ def save_changed(
 
   Single files of weights next to the parts are of the old model and left behind.
   """
-  skip = {FOLDERS.get(role, role) for role in changed}
   origin = resolve(source)
+  folders = {role: folder_of(role, read_json(origin / INDEX)) for role in changed}
+  skip = {*folders.values()}
 
   def ignore(folder: str, names: list[str]) -> set[str]:
     if Path(folder) != origin:
@@ -331,4 +339,4 @@ def save_changed(
   check_folder(origin)
   shutil.copytree(origin, directory, ignore=ignore, dirs_exist_ok=True)
   for role, (config, params) in changed.items():
-    save_params(directory / FOLDERS.get(role, role), config, params, dtype=dtype)
+    save_params(directory / folders[role], config, params, dtype=dtype)

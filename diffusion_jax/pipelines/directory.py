@@ -27,7 +27,6 @@ from diffusion_jax.formats.pipeline import (
 )
 from diffusion_jax.formats.scheduler import Scheduler
 from diffusion_jax.formats.tensors import write_json
-from diffusion_jax.models.text.tokenizer import load_tokenizer
 from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.pipelines.assembly import assemble, make_model
 from diffusion_jax.pipelines.image_conditioners import (
@@ -37,20 +36,22 @@ from diffusion_jax.pipelines.image_conditioners import (
   ImageEncoder,
 )
 from diffusion_jax.pipelines.model import DENOISER, Diffusion
+from diffusion_jax.pipelines.published import (
+  DENOISER_KINDS,
+  DENOISERS,
+  published,
+  text_encoders,
+)
 from diffusion_jax.pipelines.sampling import PLACES, SampleConfig
 from diffusion_jax.pipelines.spaces import AUTOENCODER, LatentConfig, LatentSpace
 from diffusion_jax.pipelines.text_conditioners import (
   ROLES,
   TEXT_KINDS,
   TextEncoders,
-  clip_readers,
   tokenizer_role,
 )
 from diffusion_jax.registry import CONDITIONERS, NETWORKS, SPACES, load
 from diffusion_jax.types import Params, Weights
-
-EDITS = 'StableDiffusionInstructPix2PixPipeline'
-"""The class of diffusers that is guided by its picture, too, with a scale of 1.5."""
 
 
 def read_model(path: str, dtype=jnp.float32) -> tuple[Diffusion, dict[str, Part], SampleConfig]:
@@ -83,7 +84,8 @@ def read_model(path: str, dtype=jnp.float32) -> tuple[Diffusion, dict[str, Part]
 
 
 _KINDS = {
-  'unet': ('unet',), 'vae': ('autoencoder',), 'controlnet': ('controlnet',),
+  **dict.fromkeys(DENOISERS, DENOISER_KINDS), 'vae': ('autoencoder',),
+  'controlnet': ('controlnet',),
   **dict.fromkeys(ROLES, TEXT_KINDS), IMAGE_ENCODER: ('clip_vision_projection',),
 }
 _NAMES = {
@@ -98,11 +100,13 @@ def _networks(pipeline: Pipeline, path: str) -> dict[str, Part]:
   found = {name: pipeline.parts[name] for name in _KINDS if name in pipeline.parts}
   if any(role in found for role in ROLES):
     found.pop(IMAGE_ENCODER, None)
-  for name in ('unet', 'vae'):
+  row = published(pipeline.kind, found)
+  for name in (row.denoiser, 'vae'):
     if name not in found:
       raise UserError(f'{resolve(path) / INDEX} names no {name}; give a text-to-image pipeline.')
-  roles = {folder: role for role, folder in FOLDERS.items()}
-  return {roles.get(name, name): part.expect(_KINDS[name]) for name, part in found.items()}
+  roles = {folder: role for role, folder in FOLDERS.items()} | {row.denoiser: DENOISER}
+  kinds = {**_KINDS, row.denoiser: row.kinds}
+  return {roles.get(name, name): part.expect(kinds[name]) for name, part in found.items()}
 
 
 def _assembled(
@@ -140,20 +144,7 @@ def _prompts(
     return ImageEncoder({IMAGE_ENCODER: parts[IMAGE_ENCODER].network(dtype=dtype)}, **pixels)
   if not roles:
     raise UserError(f'{path} has no text encoder; give a text-to-image model.')
-  names = [tokenizer_role(role) for role in roles]
-  folders = [
-    resolve(pipeline.parts[name].path) if name in pipeline.parts else resolve(path) / name
-    for name in names
-  ]
-  sdxl = len(roles) > 1
-  networks = {role: parts[role].network(dtype=dtype) for role in roles}
-  readers = clip_readers(
-    networks, [load_tokenizer(folder) for folder in folders], skip=int(sdxl), normalize=not sdxl
-  )
-  return TextEncoders(
-    networks, readers, (tuple(roles),), pooled=(roles[-1],) if sdxl else (),
-    zero_null=bool(pipeline.index.get('force_zeros_for_empty_prompt', sdxl)) and sdxl,
-  )
+  return text_encoders(pipeline, parts, path, parts[DENOISER].config, dtype)
 
 
 def _sample(pipeline: Pipeline, scheduler: Scheduler, path: str) -> SampleConfig:
@@ -181,8 +172,8 @@ def sample_config(scheduler: Scheduler, pipeline: str | None = None) -> SampleCo
   grid = dict(scheduler.grid)
   own = {name: grid.pop(name) for name in PLACES if name in grid}
   own |= {name: getattr(scheduler, name) for name in _SHARED}
-  edits = 1.5 if pipeline == EDITS else 1.0
-  return SampleConfig(**own, steps=50, guidance=7.5, image_guidance=edits, places=grid)
+  plain = {'steps': 50, 'guidance': 7.5, 'places': grid}
+  return SampleConfig(**{**own, **plain, **published(pipeline).sample})
 
 
 def scheduler_of(model: Diffusion, sample: SampleConfig) -> Scheduler:

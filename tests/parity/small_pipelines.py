@@ -9,6 +9,7 @@ import torch
 import transformers
 
 SIZE, LATENT, LENGTH, WIDTH = 16, 8, 10, 8
+T5_LENGTH, T5_WIDTH = 13, 20
 WORDS = ['!', *'abcdefgh', *(f'{c}</w>' for c in 'abcdefgh'), 'ab</w>', 'cab</w>',
          '<|startoftext|>', '<|endoftext|>']
 DDIM = dict(
@@ -39,12 +40,32 @@ def text_encoder(projection: int | None = None, act: str = 'quick_gelu'):
   return getattr(transformers, kind)(config)
 
 
-def vae() -> diffusers.AutoencoderKL:
-  return diffusers.AutoencoderKL(
+def vae(**changes) -> diffusers.AutoencoderKL:
+  return diffusers.AutoencoderKL(**dict(
     block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4,
     down_block_types=['DownEncoderBlock2D'] * 2, up_block_types=['UpDecoderBlock2D'] * 2,
     sample_size=SIZE, scaling_factor=0.9,
+  ) | changes)
+
+
+def vae_16() -> diffusers.AutoencoderKL:
+  return vae(
+    latent_channels=16, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False
   )
+
+
+def t5_tokenizer() -> transformers.T5Tokenizer:
+  pieces = ['<pad>', '</s>', '<unk>', '\u2581', *'abcdefgh', '\u2581cab', 'ab']
+  vocab = [(piece, -float(i)) for i, piece in enumerate(pieces)]
+  return transformers.T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=T5_LENGTH)
+
+
+def t5() -> transformers.T5EncoderModel:
+  return transformers.T5EncoderModel(transformers.T5Config(
+    vocab_size=14, d_model=T5_WIDTH, d_kv=4, d_ff=2 * T5_WIDTH, num_layers=2, num_heads=2,
+    feed_forward_proj='gated-gelu', relative_attention_num_buckets=8,
+    relative_attention_max_distance=12,
+  ))
 
 
 def unet(inputs: int = 4, **changes) -> diffusers.UNet2DConditionModel:
@@ -64,8 +85,10 @@ def disturbed(pipeline: diffusers.DiffusionPipeline) -> diffusers.DiffusionPipel
       for parameter in module.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
       module.eval()
-  pipeline.vae.quant_conv.weight[4:] = 0
-  pipeline.vae.quant_conv.bias[4:] = -30
+  last, channels = pipeline.vae.quant_conv, pipeline.vae.config.latent_channels
+  last = pipeline.vae.encoder.conv_out if last is None else last
+  last.weight[channels:] = 0
+  last.bias[channels:] = -30
   pipeline.vae.decoder.conv_out.weight.mul_(0.5)
   if 'controlnet' in pipeline.components:  # Whose outputs are zero when it is made.
     for layer in (*pipeline.controlnet.controlnet_down_blocks,
@@ -148,7 +171,45 @@ def variation():
   )
 
 
+def sd3(with_t5: bool = True, scheduler: dict | None = None, **changes):
+  transformer = diffusers.SD3Transformer2DModel(**dict(
+    sample_size=LATENT, patch_size=2, in_channels=16, out_channels=16, num_layers=2,
+    attention_head_dim=4, num_attention_heads=2, joint_attention_dim=T5_WIDTH,
+    caption_projection_dim=8, pooled_projection_dim=6 + 8, pos_embed_max_size=12,
+  ) | changes)
+  return diffusers.StableDiffusion3Pipeline(
+    transformer, diffusers.FlowMatchEulerDiscreteScheduler(**scheduler or {'shift': 3.0}),
+    vae_16(), text_encoder(6), tokenizer(), text_encoder(8, 'gelu'), tokenizer('!'),
+    t5() if with_t5 else None, t5_tokenizer() if with_t5 else None,
+  )
+
+
+def sd35():
+  return sd3(qk_norm='rms_norm', dual_attention_layers=(0,))
+
+
+def flux(guidance_embeds: bool, **scheduler):
+  transformer = diffusers.FluxTransformer2DModel(
+    in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+    joint_attention_dim=T5_WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=(2, 2, 4),
+    guidance_embeds=guidance_embeds,
+  )
+  return diffusers.FluxPipeline(
+    diffusers.FlowMatchEulerDiscreteScheduler(**scheduler), vae_16(), text_encoder(), tokenizer(),
+    t5(), t5_tokenizer(), transformer,
+  )
+
+
+def flux_dev():
+  """The shift depends on the size as that of the published one does, at smaller sizes."""
+  return flux(
+    True, shift=3.0, use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64
+  )
+
+
 PIPELINES = {
+  'sd3': sd3, 'sd3_without_t5': lambda: sd3(False), 'sd35': sd35, 'flux_dev': flux_dev,
+  'flux_schnell': lambda: flux(False),
   'sd1': sd1, 'sd2_v': sd2_v, 'sdxl': sdxl, 'inpaint': inpaint, 'edit': edit, 'upscale': upscale,
   'depth': depth, 'controlled': controlled, 'variation': variation,
 }
