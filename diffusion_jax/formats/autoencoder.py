@@ -1,5 +1,6 @@
 """The autoencoders: config.json and published configs."""
 
+import dataclasses
 from typing import Any
 
 from diffusion_jax.formats.published import ANY, NetworkFormat
@@ -46,12 +47,19 @@ TINY = NetworkFormat(AutoencoderTiny, AutoencoderTinyConfig, ('AutoencoderTiny',
   'block_out_channels': ANY,  # A copy of decoder_block_out_channels.
 })
 
+_SIXTEEN = AutoencoderKLConfig(
+  latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False,
+  use_post_quant_conv=False, sample_size=1024,
+)
 AUTOENCODERS: dict[str, AutoencoderKLConfig | AutoencoderTinyConfig | VQConfig] = {
   'sd15': AutoencoderKLConfig(sample_size=512),
   'sd21': AutoencoderKLConfig(sample_size=768),
   'sdxl': AutoencoderKLConfig(sample_size=1024, scaling_factor=0.13025),
   'sd_x4_upscaler': AutoencoderKLConfig(
     block_out_channels=(128, 256, 512), scaling_factor=0.08333, sample_size=256
+  ),
+  'sd3': _SIXTEEN, 'flux': dataclasses.replace(
+    _SIXTEEN, scaling_factor=0.3611, shift_factor=0.1159
   ),
   'taesd': AutoencoderTinyConfig(),
   'vq_f4': VQConfig(sample_size=256),  # Latent diffusion's, with 8192 codes of 3 channels.

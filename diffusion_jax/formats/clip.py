@@ -79,6 +79,11 @@ TEXT_ENCODERS: dict[str, CLIPTextConfig] = {
   'clip_l': CLIPTextConfig(
     hidden_size=768, intermediate_size=3072, num_attention_heads=12, eos_token_id=2
   ),
+  # The same with its projection: the first of Stable Diffusion 3.
+  'clip_l_projection': CLIPTextProjectionConfig(
+    hidden_size=768, intermediate_size=3072, num_attention_heads=12, eos_token_id=2,
+    projection_dim=768,
+  ),
   # OpenCLIP's ViT-H/14 without its last layer: Stable Diffusion 2.
   'openclip_h': CLIPTextConfig(
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16,

@@ -9,30 +9,52 @@ from diffusion_jax.diffusion.noise import NoiseConfig, NoiseSchedule
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.formats.autoencoder import AUTOENCODERS
 from diffusion_jax.formats.clip import TEXT_ENCODERS
-from diffusion_jax.formats.networks import network_format
+from diffusion_jax.formats.dit import TRANSFORMERS
+from diffusion_jax.formats.networks import format_of
+from diffusion_jax.formats.t5 import T5_ENCODERS
 from diffusion_jax.formats.unet import UNETS
+from diffusion_jax.models.network import Network
 from diffusion_jax.pipelines.assembly import make_model
 from diffusion_jax.pipelines.model import Diffusion
+from diffusion_jax.pipelines.published import FIRST, SECOND, joined_texts, published
 from diffusion_jax.pipelines.spaces import LatentSpace
-from diffusion_jax.pipelines.text_conditioners import ROLES, TextEncoders, clip_readers
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-  """Names in UNETS, AUTOENCODERS and TEXT_ENCODERS, and what the U-Net predicts."""
+  """Names in DENOISERS, AUTOENCODERS and ENCODERS, what the denoiser predicts, and its noise.
 
-  unet: str
+  kind: the class of its pipeline in diffusers, where `pipelines.published` has a row for it.
+  """
+
+  denoiser: str
   autoencoder: str
   text: tuple[str, ...]
   prediction: str = 'epsilon'
+  kind: str | None = None
+  noise: NoiseConfig = NoiseConfig()
 
 
+DENOISERS = UNETS | TRANSFORMERS
+ENCODERS = TEXT_ENCODERS | T5_ENCODERS
+
+_SD3 = Architecture(
+  'sd3_medium', 'sd3', ('clip_l_projection', 'openclip_bigg', 't5_v1_1_xxl'), 'flow_prediction',
+  'StableDiffusion3Pipeline', NoiseConfig('flow', shift=3.0, label='sigma'),
+)
+_FLUX = Architecture(
+  'flux_dev', 'flux', ('clip_l', 't5_v1_1_xxl'), 'flow_prediction', 'FluxPipeline',
+  NoiseConfig('flow', label='sigma'),
+)
 ARCHITECTURES = {
   'sd15': Architecture('sd15', 'sd15', ('clip_l',)),
   'sd15_inpaint': Architecture('sd15_inpaint', 'sd15', ('clip_l',)),
   'sd21_base': Architecture('sd21_base', 'sd21', ('openclip_h',)),
   'sd21': Architecture('sd21', 'sd21', ('openclip_h',), 'v_prediction'),
   'sdxl': Architecture('sdxl', 'sdxl', ('clip_l', 'openclip_bigg')),
+  **{name: dataclasses.replace(_SD3, denoiser=name)
+     for name in ('sd3_medium', 'sd35_medium', 'sd35_large')},
+  **{name: dataclasses.replace(_FLUX, denoiser=name) for name in ('flux_dev', 'flux_schnell')},
 }
 
 
@@ -40,19 +62,17 @@ ARCHITECTURES = {
 def architecture_model(name: str, dtype=jnp.float32) -> Diffusion:
   """The model of that name without weights and tokenizers; nothing is allocated."""
   a = ARCHITECTURES[name]
-  sdxl = len(a.text) > 1
-  networks = {}
-  for role, encoder in zip(ROLES, a.text, strict=False):
-    config = TEXT_ENCODERS[encoder]
-    kind = 'clip_text_projection' if role == ROLES[1] else 'clip_text'
-    networks[role] = network_format(kind).network(config, dtype=dtype)
-  readers = clip_readers(networks, [None] * len(networks), skip=int(sdxl), normalize=not sdxl)
-  text = TextEncoders(
-    networks, readers, (tuple(networks),), pooled=(ROLES[1],) if sdxl else (), zero_null=sdxl
-  )
-  denoiser = network_format('unet').network(UNETS[a.unet], dtype=dtype)
-  autoencoder = network_format('autoencoder').network(AUTOENCODERS[a.autoencoder], dtype=dtype)
+  row = published(a.kind, (FIRST, SECOND)[: len(a.text)])
+
+  def network(config) -> Network:
+    return format_of(config).network(config, dtype=dtype)
+
+  networks = {
+    role: network(ENCODERS[encoder]) for role, encoder in zip(row.encoders, a.text, strict=True)
+  }
+  denoiser = DENOISERS[a.denoiser]
   return make_model(
-    denoiser, LatentSpace(autoencoder), {'text': text}, NoiseSchedule.of(NoiseConfig()),
+    network(denoiser), LatentSpace(network(AUTOENCODERS[a.autoencoder])),
+    {'text': joined_texts(row, networks, {}, denoiser)}, NoiseSchedule.of(a.noise),
     Parameterization(a.prediction),
   )

@@ -12,6 +12,7 @@ from diffusion_jax.errors import require
 from diffusion_jax.files import INDEX
 from diffusion_jax.formats.networks import Part, resolve
 from diffusion_jax.formats.pipeline import Pipeline
+from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.tokenizer import load_tokenizer
 from diffusion_jax.pipelines.text_conditioners import Reader, TextEncoders, tokenizer_role
 from diffusion_jax.types import TextShape
@@ -83,6 +84,9 @@ _SDXL = PublishedPipeline(
   encoders=dict.fromkeys((FIRST, SECOND), Encoder(skip=1, normalize=False)),
   text=((FIRST, SECOND),), pooled=(SECOND,), zero_null=True,
 )
+_REFINER = PublishedPipeline(
+  encoders={SECOND: Encoder(skip=1, normalize=False)}, text=((SECOND,),), pooled=(SECOND,)
+)
 _SD3 = PublishedPipeline(
   'transformer', ('mmdit',),
   {FIRST: _PROJECTED, SECOND: _PROJECTED, THIRD: Encoder(('t5',), length=256)},
@@ -111,8 +115,11 @@ DENOISER_KINDS = tuple(dict.fromkeys(k for row in (_SD, *PUBLISHED.values()) for
 
 
 def published(kind: str | None, names: Any = ()) -> PublishedPipeline:
-  """Return the row of a class, or that of Stable Diffusion 1, 2 or XL by the names of its parts."""
-  return PUBLISHED.get(kind) or (_SDXL if SECOND in names else _SD)
+  """Return the row of a class, or that of Stable Diffusion 1, 2, XL or XL's refiner by the names of
+  its parts."""
+  if kind in PUBLISHED or SECOND not in names:
+    return PUBLISHED.get(kind, _SD)
+  return _SDXL if FIRST in names else _REFINER
 
 
 def text_encoders(
@@ -141,6 +148,22 @@ def text_encoders(
       f'{where} says nothing of {role}; add its folder, or "{role}": [null, null] to do without.',
     )
   networks = {role: part.network(dtype=dtype) for role, part in there.items()}
+  tokenizers = {role: load_tokenizer(_folder(pipeline, path, role)) for role in there}
+  zero_null = bool(pipeline.index.get('force_zeros_for_empty_prompt', True)) and row.zero_null
+  return joined_texts(row, networks, tokenizers, denoiser, zero_null)
+
+
+def joined_texts(
+  row: PublishedPipeline, networks: Mapping[str, Network], tokenizers: Mapping[str, Any],
+  denoiser: Any, zero_null: bool | None = None,
+) -> TextEncoders:
+  """Return the conditioner of a class with these networks and tokenizers, by role.
+
+  Args:
+    tokenizers: may lack some, of a model without weights.
+    denoiser: the denoiser's config.
+    zero_null: None for what is usual in the class.
+  """
   shapes = {role: network.config.text_shape for role, network in networks.items()}
   missing = row.missing(denoiser, shapes) if len(shapes) < len(row.encoders) else {}
   shapes |= missing
@@ -148,14 +171,13 @@ def text_encoders(
   limits = [shape.length for shape in shapes.values() if shape.length is not None]
   readers = {}
   for role, how in row.encoders.items():
-    tokenizer = None if role in missing else load_tokenizer(_folder(pipeline, path, role))
-    length = min(limits) if how.length is None else how.length
+    tokenizer, length = tokenizers.get(role), how.length or min(limits)
     if how.length is not None and tokenizer is not None:
       length = min(length, tokenizer.model_max_length)
     readers[role] = Reader(
       length, tokenizer, how.skip, how.normalize, how.masked, missing.get(role)
     )
-  zero_null = bool(pipeline.index.get('force_zeros_for_empty_prompt', True)) and row.zero_null
+  zero_null = row.zero_null if zero_null is None else zero_null
   return TextEncoders(networks, readers, row.text, row.pooled, zero_null)
 
 

@@ -370,16 +370,6 @@ def _reader(one: EncoderConfig, shape: TextShape, mask: bool | None) -> Reader:
   return Reader(length, tokenizer, one.skip, one.normalize, masked)
 
 
-def clip_readers(
-  networks: Mapping[str, Network], tokenizers: Sequence[PreTrainedTokenizerBase | None],
-  **how: Any,
-) -> dict[str, Reader]:
-  """Return the readers of towers of CLIP that read as many tokens each, see `Reader`."""
-  length = min(network.config.text_shape.length for network in networks.values())
-  pairs = zip(networks, tokenizers, strict=True)
-  return {role: Reader(length, tokenizer, **how) for role, tokenizer in pairs}
-
-
 def _silent() -> Cut:
   return Cut(lambda _: None)
 

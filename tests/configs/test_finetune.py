@@ -25,6 +25,21 @@ NETWORKS = {
   'sdxl': {'denoiser': 2_567_463_684, 'autoencoder': AUTOENCODER, 'text_encoder': CLIP_L,
            'text_encoder_2': BIGG},
 }
+# Counted by diffusers and transformers on the meta device, with the tables of positions.
+AUTOENCODER_16, T5 = 83_819_683, 4_762_310_656
+SD3 = {'autoencoder': AUTOENCODER_16, 'text_encoder': 123_650_304, 'text_encoder_2': BIGG,
+       'text_encoder_3': T5}
+FLUX = {'autoencoder': AUTOENCODER_16, 'text_encoder': CLIP_L, 'text_encoder_2': T5}
+NETWORKS |= {
+  'sd3_medium': SD3 | {'denoiser': 2_084_951_104},
+  'sd35_medium': SD3 | {'denoiser': 2_469_663_936},
+  'sd35_large': SD3 | {'denoiser': 8_146_280_768},
+  'flux_dev': FLUX | {'denoiser': 11_901_408_320},
+  'flux_schnell': FLUX | {'denoiser': 11_891_178_560},
+}
+SIZES = {name: 512 if name.startswith('sd15') else 1024 for name in NETWORKS} | {
+  'sd21': 768, 'sd21_base': 512
+}
 
 
 def lora(rank: int, blocks: dict[int, int], text: int) -> int:
@@ -69,7 +84,7 @@ def test_trained_parameters_are_the_published_ones(trained):
 def test_every_network_of_an_architecture_is_the_published_one(name):
   model = architecture_model(name)
   assert {role: count(network.shapes) for role, network in model.networks.items()} == NETWORKS[name]
-  assert max(model.trained_size) == {'sd21': 768, 'sdxl': 1024}.get(name, 512)
+  assert max(model.trained_size) == SIZES[name]
 
 
 @pytest.mark.parametrize('name', NAMES)

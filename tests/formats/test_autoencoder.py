@@ -11,7 +11,8 @@ from diffusion_jax.models import network
 # Scalars and tensors. diffusers builds the same from these configs on the meta device.
 SIZES = {
   'sd15': (83_653_863, 248), 'sd21': (83_653_863, 248), 'sdxl': (83_653_863, 248),
-  'sd_x4_upscaler': (55_325_927, 204), 'taesd': (2_445_063, 134), 'vq_f4': (55_322_782, 205),
+  'sd3': (83_819_683, 244), 'flux': (83_819_683, 244), 'sd_x4_upscaler': (55_325_927, 204),
+  'taesd': (2_445_063, 134), 'vq_f4': (55_322_782, 205),
 }
 
 

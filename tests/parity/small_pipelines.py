@@ -175,11 +175,11 @@ def sd3(with_t5: bool = True, scheduler: dict | None = None, **changes):
   transformer = diffusers.SD3Transformer2DModel(**dict(
     sample_size=LATENT, patch_size=2, in_channels=16, out_channels=16, num_layers=2,
     attention_head_dim=4, num_attention_heads=2, joint_attention_dim=T5_WIDTH,
-    caption_projection_dim=8, pooled_projection_dim=6 + 8, pos_embed_max_size=12,
+    caption_projection_dim=8, pooled_projection_dim=2 * WIDTH, pos_embed_max_size=12,
   ) | changes)
   return diffusers.StableDiffusion3Pipeline(
     transformer, diffusers.FlowMatchEulerDiscreteScheduler(**scheduler or {'shift': 3.0}),
-    vae_16(), text_encoder(6), tokenizer(), text_encoder(8, 'gelu'), tokenizer('!'),
+    vae_16(), text_encoder(WIDTH), tokenizer(), text_encoder(WIDTH, 'gelu'), tokenizer('!'),
     t5() if with_t5 else None, t5_tokenizer() if with_t5 else None,
   )
 

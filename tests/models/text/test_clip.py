@@ -30,6 +30,7 @@ HUGE = CLIPVisionProjectionConfig(
 
 @pytest.mark.parametrize(('config', 'scalars', 'tensors'), [
   (TEXT_ENCODERS['clip_l'], 123_060_480, 196),
+  (TEXT_ENCODERS['clip_l_projection'], 123_650_304, 197),
   (TEXT_ENCODERS['openclip_h'], 340_387_840, 372),
   (TEXT_ENCODERS['openclip_bigg'], 694_659_840, 517),
   (CLIPConfig(TEXT_ENCODERS['clip_l'], LARGE, 768), 427_616_513, 590),
