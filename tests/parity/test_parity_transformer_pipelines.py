@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 
 import diffusers
 import jax
@@ -117,14 +118,20 @@ def test_saved_and_read_again(load, name, tmp_path):
     _, other, how = load_model(str(tmp_path / made))
     assert how == sample and other.keys() == weights.keys()
     jax.tree.map(np.testing.assert_array_equal, other, weights)
-  again, wanted = type(theirs).from_pretrained(tmp_path / 'again'), state(theirs)
+  # Which diffusers wants to be told once more.
+  absent = dict.fromkeys(('text_encoder_3', 'tokenizer_3')) if 'without' in name else {}
+  again, wanted = type(theirs).from_pretrained(tmp_path / 'again', **absent), state(theirs)
   found = state(again)
   assert found.keys() == wanted.keys()
   assert all(torch.equal(found[key], wanted[key]) for key in wanted)
-  assert again.scheduler.config == theirs.scheduler.config
-  assert again.transformer.config.items() >= {
-    key: value for key, value in theirs.transformer.config.items() if key[0] != '_'
-  }.items()
+  for part in ('transformer', 'vae', 'scheduler'):
+    assert said(getattr(again, part)) == said(getattr(theirs, part))
+
+
+def said(part):
+  """The config of a part of diffusers, as it is written."""
+  values = json.loads(json.dumps(dict(part.config)))
+  return {key: value for key, value in values.items() if key[0] != '_'}
 
 
 @pytest.mark.parametrize('name', ['sd35', 'flux_schnell'])
@@ -143,20 +150,11 @@ def test_a_trained_denoiser_takes_the_place_of_the_old_one(load, name, tmp_path)
 
 def copied(folder, target, index=(), **parts):
   """A copy of a pipeline's directory with other entries of its index and configs of its parts."""
-  target.mkdir()
-  values = json.loads((folder / INDEX).read_text()) | dict(index)
-  values = {key: value for key, value in values.items() if value is not ...}
-  (target / INDEX).write_text(json.dumps(values))
-  for part in folder.iterdir():
-    if part.is_dir() and part.name not in parts:
-      (target / part.name).symlink_to(part)
-  for name, changes in parts.items():
-    (target / name).mkdir()
-    for file in (folder / name).iterdir():
-      if file.name != 'config.json':
-        (target / name / file.name).symlink_to(file)
-    config = json.loads((folder / name / 'config.json').read_text()) | changes
-    (target / name / 'config.json').write_text(json.dumps(config))
+  shutil.copytree(folder, target)
+  edited = [(target / INDEX, index), *((target / n / 'config.json', c) for n, c in parts.items())]
+  for file, changes in edited:
+    values = json.loads(file.read_text()) | dict(changes)
+    file.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
   return str(target)
 
 
