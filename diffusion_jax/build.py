@@ -38,10 +38,8 @@ def open_sources(
 ) -> tuple[Source, Source]:
   """Return (train, test) that a config names, or random numbers in their place.
 
-  `damage` counts the records that cannot be read; by default they are said.
-
-  Raises:
-    UserError: they are not there, or cannot be read.
+  `damage` counts the records that cannot be read; by default they are said. UserError: they are not
+  there, or cannot be read.
   """
   train, test = load(TASKS, config.task).open_sources(config, synthetic)
   if synthetic:
@@ -72,9 +70,8 @@ def provenance(
 ) -> tuple[str, ...]:
   """Return sentences on what the networks were trained on that were there before a run.
 
-  Args:
-    begun: the model that it began with, '' for none. features: KIND:PATH of those that score.
-    train, test: what the run is trained and tested on.
+  begun: the model that it began with, '' for none. features: KIND:PATH of those that score. train,
+  test: what the run is trained and tested on.
   """
   found = of_features(features, {REFERENCE: train, TESTED: test})
   return (*found, of_model(begun, begun, {TESTED: test})) if begun else tuple(found)
@@ -174,9 +171,7 @@ def build(config: dict, workdir: str, synthetic: bool = False) -> Training:
   """Return everything the train loop needs; nothing is written before all is known to be good.
 
   With `synthetic` batches of random numbers take the place of the data set, which need not exist.
-
-  Raises:
-    UserError: whatever is wrong with the config, the data, the frozen parts or the workdir.
+  UserError: whatever is wrong with the config, the data, the frozen parts or the workdir.
   """
   config = parse(config)
   loop, kind, directory = config.loop, load(TASKS, config.task), RunDirectory(workdir)

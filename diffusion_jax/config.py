@@ -25,11 +25,8 @@ def typed(cls: type[T], values: Mapping[str, Any], where: str = 'config.') -> T:
   A field may be a scalar, a Literal of texts, a tuple, a dictionary, a dataclass, a union, or one
   of these `Annotated` with limits.
 
-  Args:
-    where: what stands before the keys in an error.
-
-  Raises:
-    UserError: unknown key (with the nearest known one), missing key, wrong type or value.
+  where: what stands before the keys in an error. UserError: unknown key (with the nearest known
+  one), missing key, wrong type or value.
   """
   if not isinstance(values, Mapping):
     raise WrongType(f'{where.rstrip(".")} is {values!r:.80}; it must be a section of keys.')
@@ -334,8 +331,7 @@ class TrainingConfig:
 def parse(values: Mapping[str, Any]) -> TrainingConfig:
   """Return a config typed, frozen and checked; `values` may be a ConfigDict, too.
 
-  Raises:
-    UserError: unknown, missing or dead key, wrong type or impossible value.
+  UserError: unknown, missing or dead key, wrong type or impossible value.
   """
   values = values.to_dict() if hasattr(values, 'to_dict') else values
   task = load(TASKS, values.get('task'), 'config.task')

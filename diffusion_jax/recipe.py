@@ -16,13 +16,10 @@ from diffusion_jax.registry import Table, check
 def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
   """Run a config file and apply overrides such as '--config.loop.batch_size=8'.
 
-  Args:
-    path: a file, or the name of a recipe of the package, such as openmoji/quickstart.
-    overrides: '--config.KEY=VALUE'. A key that the file does not set is a Python literal or a
-      text; whether there is such a key is for `config.parse` to say.
-
-  Raises:
-    UserError: no such file, an error in it, or a value of another type than the one in its place.
+  path: a file, or the name of a recipe of the package, such as openmoji/quickstart. overrides:
+  '--config.KEY=VALUE'. A key that the file does not set is a Python literal or a text; whether
+  there is such a key is for `config.parse` to say. UserError: no such file, an error in it, or a
+  value of another type than the one in its place.
   """
   file, values = _find(path), flags.FlagValues()
   arguments = ['diffusion_jax', *overrides]

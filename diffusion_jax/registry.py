@@ -238,14 +238,10 @@ def check_paths(table: Table, named: Sequence[str], where: str) -> None:
 def build_parts(table: Table, specs: Iterable[Any], where: str, **context: Any) -> list[Any]:
   """Return parts made from their description.
 
-  Args:
-    specs: each a name, a pair (name, arguments), or a mapping {'name': ..., **arguments}.
-    where: the key of the config that has them.
-    context: arguments for whichever part has them, such as tokenizer=...; what a spec says itself
-      comes first.
-
-  Raises:
-    UserError: unknown name, unknown argument, or missing argument.
+  specs: each a name, a pair (name, arguments), or a mapping {'name': ..., **arguments}. where: the
+  key of the config that has them. context: arguments for whichever part has them, such as
+  tokenizer=...; what a spec says itself comes first. UserError: unknown name, unknown argument, or
+  missing argument.
   """
   return [_build(table, where, *_parse(table, where, spec), context) for spec in specs]
 

@@ -82,10 +82,9 @@ class TrainedRun:
   def params(self, step: int | None = None, ema_halflife_images: float | None = None) -> Params:
     """Return the trained parameters on the mesh, averaged.
 
-    Args:
-      step: of a checkpoint, or None for the newest that is intact.
-      ema_halflife_images: None for the run's own average, 0 for none; another is put together from
-        all checkpoints up to that step, by `averages`.
+    step: of a checkpoint, or None for the newest that is intact. ema_halflife_images: None for the
+    run's own average, 0 for none; another is put together from all checkpoints up to that step, by
+    `averages`.
     """
     own = self.config.loop.ema_halflife_images
     if step is None and ema_halflife_images in (None, own):

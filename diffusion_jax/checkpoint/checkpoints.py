@@ -54,11 +54,9 @@ def kept(
 ) -> set[int]:
   """Return the steps that stay.
 
-  Args:
-    steps: those on disk.
-    scores: step -> value of the metric `keep.best`; steps may be missing.
-    samples: step -> number of samples that it was computed of. Metrics of other numbers cannot be
-      compared (FID falls as they grow), so the best of each number stays.
+  steps: those on disk. scores: step -> value of the metric `keep.best`; steps may be missing.
+  samples: step -> number of samples that it was computed of. Metrics of other numbers cannot be
+  compared (FID falls as they grow), so the best of each number stays.
   """
   steps, samples = sorted(steps), samples or {}
   stay = set(steps[-keep.last :])

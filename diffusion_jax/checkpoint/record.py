@@ -180,13 +180,9 @@ NOT_DAMAGE = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED')
 def read_step(folder: Path, wanted: dict[str, Any], everything: bool) -> tuple[dict[str, Any], Any]:
   """Read the wanted items onto their shardings, and the loader's position; all processes together.
 
-  Args:
-    wanted: item -> pytree of jax.ShapeDtypeStruct with shardings.
-    everything: whether an item that is saved but not wanted makes it one of another model.
-
-  Raises:
-    Damaged: what is stored is not what was saved.
-    UserError: it is of another model, or unreadable for a reason that says nothing of the files.
+  wanted: item -> pytree of jax.ShapeDtypeStruct with shardings. everything: whether an item that is
+  saved but not wanted makes it one of another model. Damaged: what is stored is not what was saved.
+  UserError: it is of another model, or unreadable for a reason that says nothing of the files.
   """
   kinds = (Damaged, UserError)
   saved_digests, data = in_step('opening', lambda: _open(folder, wanted, everything), kinds)

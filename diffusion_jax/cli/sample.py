@@ -61,8 +61,7 @@ class PromptOptions:
   def read(self) -> list[str]:
     """Return all prompts; in a file blank lines only divide others.
 
-    Raises:
-      UserError: no prompt, or a file that cannot be read.
+    UserError: no prompt, or a file that cannot be read.
     """
     prompts = list(self.prompt)
     if self.prompts:
@@ -105,8 +104,7 @@ class PictureOptions:
   def read(self, model, steps: int, height: int, width: int) -> tuple:
     """Return (`Inputs`, metadata) of the pictures that were given, for images of that size.
 
-    Raises:
-      UserError: an image that cannot be read, or a strength that is none.
+    UserError: an image that cannot be read, or a strength that is none.
     """
     from diffusion_jax.data.pictures import read_pictures
     from diffusion_jax.pipelines.image_conditioners import Inputs
@@ -165,8 +163,7 @@ def write(
 ) -> str:
   """Write each picture as it comes, then the grid; return a sentence on them.
 
-  Args:
-    batches: uint8 [b h w 3], of all prompts in their order.
+  batches: uint8 [b h w 3], of all prompts in their order.
   """
   from PIL import Image
   from tqdm import tqdm

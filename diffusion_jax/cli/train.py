@@ -31,8 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def opening(args: argparse.Namespace) -> Start:
   """Take the workdir, before anything heavy is imported: a kill at any time leaves a word there.
 
-  Raises:
-    UserError: the workdir cannot be used, or another run is in it.
+  UserError: the workdir cannot be used, or another run is in it.
   """
   check_overrides(args)
   cluster = find_cluster()

@@ -49,8 +49,7 @@ def cached_source(
   A record that cannot be read in any of the processes has a row that cannot be read, so that all
   others keep their numbers.
 
-  Args:
-    model: a `pipelines.model.Diffusion`.
+  model: a `pipelines.model.Diffusion`.
   """
   records, unreadable = _read(source, progress)
   images = np.stack([record['image'] for record in records])
@@ -120,8 +119,7 @@ def _read(source: Source, progress: bool) -> tuple[list[Record], dict[int, str]]
 def synthetic_cache(model, frozen: dict, count: int, size: int) -> ArraySource:
   """Return what `cached_source` does, of random numbers; nothing is encoded.
 
-  Args:
-    size: edge of the images, in pixels.
+  size: edge of the images, in pixels.
   """
   images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
   rng = np.random.default_rng(0)

@@ -38,10 +38,8 @@ def read_lines(path: str | Path, what: str = 'text') -> list[str]:
   """Return the lines of a file, called `what` in errors, as `lines_of`.
 
   It is UTF-8, whatever the locale, or what its byte order mark says, which is no text itself.
-
-  Raises:
-    UserError: no regular file, no text, more than MOST_BYTES, or a line of more than LONGEST
-      characters.
+  UserError: no regular file, no text, more than MOST_BYTES, or a line of more than LONGEST
+  characters.
   """
   path = Path(path)
   try:
@@ -125,12 +123,8 @@ _LONGEST_ROW = 16 * LONGEST
 def read_list(path: Path, root: Path, column: str, left: Left) -> dict[str, list[str]]:
   """Return the captions by key (`finding.key_of`) of the pictures below `root` in a list.
 
-  Args:
-    column: the only one for captions; '' for all of CAPTIONS.
-    left: notes rows and values that are no captions.
-
-  Raises:
-    UserError: the list cannot be read, or names a picture outside of `root`.
+  column: the only one for captions; '' for all of CAPTIONS. left: notes rows and values that are no
+  captions. UserError: the list cannot be read, or names a picture outside of `root`.
   """
   columns = (column.lower(),) if column else CAPTIONS
   found: dict[str, list[str]] = {}
@@ -247,8 +241,7 @@ def captions_of(
     column: of lists; '' for all of `captions.CAPTIONS`.
     left: notes what belongs to no picture, and what another source is preferred to.
 
-  Raises:
-    UserError: a picture has no caption, or something cannot be read.
+  UserError: a picture has no caption, or something cannot be read.
   """
   keys = {path: key_of(path.relative_to(root).as_posix()) for path in files}
   listed = _listed(files, root, column, left)

@@ -49,10 +49,8 @@ def find_files(root: str | Path, left: Left) -> list[Path]:
   """Return the regular files in a folder and in the folders in it, sorted, as paths below `root`.
 
   Links are followed. A folder that several paths lead to is read once, by a path without links
-  where there is one. Hidden files and folders are left out, and what leads nowhere.
-
-  Raises:
-    UserError: there is no such folder.
+  where there is one. Hidden files and folders are left out, and what leads nowhere. UserError:
+  there is no such folder.
   """
   root = Path(root)
   if not root.is_dir():

@@ -124,8 +124,7 @@ class TarPictures(Sequence):
   Attributes:
     notes: what was left out, for people.
 
-  Raises:
-    UserError: no tar file at a path, or no picture in any of them.
+  UserError: no tar file at a path, or no picture in any of them.
   """
 
   def __init__(self, archives: Sequence[Path]):

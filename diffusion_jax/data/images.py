@@ -75,8 +75,7 @@ _WIDTH, _HEIGHT = 256, 257
 def read_square(path: str | Path, size: int) -> tuple[np.ndarray, tuple[int, int]]:
   """Return the central square, scaled to uint8 [size size 3], and (height, width) of the image.
 
-  Raises:
-    Unreadable: as `read_pixels`.
+  Unreadable: as `read_pixels`.
   """
   # The square first: a thin strip would grow beyond all bounds if it were scaled as a whole.
   square, upright = _read(path, path, square=True)
@@ -88,19 +87,14 @@ def read_pixels(
 ) -> np.ndarray:
   """Return an image, uint8 [h w 3], upright, over a background that shows where it is clear.
 
-  Of several frames the first. It has its own size, but if there are LARGE pixels or more: then
-  both edges are divided by the first of 2, 4, ... that leaves 2**24 pixels or fewer. While it is
-  read it takes 8 bytes of memory for each pixel (11 if it is a progressive JPEG, 16 if WebP), but
-  of LARGE pixels or more 1.1 GB in all at most, or 0.3 GB if it is a JPEG that is not progressive.
+  Of several frames the first. It has its own size, but if there are LARGE pixels or more: then both
+  edges are divided by the first of 2, 4, ... that leaves 2**24 pixels or fewer. While it is read it
+  takes 8 bytes of memory for each pixel (11 if it is a progressive JPEG, 16 if WebP), but of LARGE
+  pixels or more 1.1 GB in all at most, or 0.3 GB if it is a JPEG that is not progressive.
 
-  Args:
-    source: a file by its path, or one that is open.
-    path: what an open one is called in errors.
-    background: a color by name.
-
-  Raises:
-    Unreadable: no file, no regular one, no image in it, a damaged one, one with more than
-      MAX_PIXELS pixels, or one that would take too much memory.
+  source: a file by its path, or one that is open. path: what an open one is called in errors.
+  background: a color by name. Unreadable: no file, no regular one, no image in it, a damaged one,
+  one with more than MAX_PIXELS pixels, or one that would take too much memory.
   """
   return _read(source, path or source, square=False, background=background)[0]
 
@@ -285,8 +279,7 @@ def _scaled(image: Image.Image, extrema: tuple[float, float]) -> Image.Image:
   Scaled from the first of the usual ranges that holds them all ([0, 1] for floats, then 8, 16 and
   32 bits), or, if some are below 0, from the lowest to the highest.
 
-  Args:
-    extrema: lowest and highest value of the whole image, of which this is a strip.
+  extrema: lowest and highest value of the whole image, of which this is a strip.
   """
   values, (low, high) = np.asarray(image), extrema
   if not np.isfinite(extrema).all():

@@ -38,8 +38,7 @@ class Loader:
     num_threads: batches that are made at the same time; 0 makes them when asked for.
     prefetch: batches that are made ahead, at least one for each thread.
 
-  Raises:
-    UserError: the source is smaller than one global batch, or an argument is out of range.
+  UserError: the source is smaller than one global batch, or an argument is out of range.
   """
 
   def __init__(
@@ -104,10 +103,8 @@ class Loader:
   def set_state(self, state: dict[str, Any]) -> None:
     """Continue from `get_state`: the batches that follow are bitwise those that would have been.
 
-    The number of threads and of processes may differ. Nothing is read on the way there.
-
-    Raises:
-      UserError: the state is of another seed, batch size, or source.
+    The number of threads and of processes may differ. Nothing is read on the way there. UserError:
+    the state is of another seed, batch size, or source.
     """
     for name, mine in self._identity.items():
       if name not in state or state[name] != mine:

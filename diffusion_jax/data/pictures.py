@@ -40,12 +40,9 @@ def read_pictures(
   Masks paint where they are white: shrunk or enlarged with Lanczos' filter and cut at half, as
   diffusers does it. Depth maps fill the range from -1 to 1.
 
-  Args:
-    files: 'image', 'mask', 'control', 'depth', 'small' and 'reference', those that there are.
-    sizes: of each the (height, width) in pixels that the model takes.
-
-  Raises:
-    UserError: one that cannot be read, or a mask that paints nothing of what is cut out.
+  files: 'image', 'mask', 'control', 'depth', 'small' and 'reference', those that there are. sizes:
+  of each the (height, width) in pixels that the model takes. UserError: one that cannot be read, or
+  a mask that paints nothing of what is cut out.
   """
   frame = next((name for name in FRAMES if name in files), None)
   arrays, notes, found = {}, [], {}

@@ -51,9 +51,8 @@ def measured_on(test: Sequence) -> Measured:
 def by_content(files: Sequence[Path], fraction: float, labels: Sequence[str] = ()) -> Parts:
   """Split pictures by content; where they are too few, both sides are all of them.
 
-  Args:
-    fraction: expected of the test, in [0, 1).
-    labels: of the pictures; one with pictures in the test has others that are trained on.
+  fraction: expected of the test, in [0, 1). labels: of the pictures; one with pictures in the test
+  has others that are trained on.
   """
   every, count = list(range(len(files))), len(files)
   if not fraction:

@@ -102,9 +102,7 @@ def stand_in(source: Sequence, index: int, rng: np.random.Generator) -> Any:
 
   Which one follows from `rng` and from which records can be read, whenever and wherever it is
   asked. Where a source has `turns`, records of so many kinds in turn, it is one of the same kind.
-
-  Raises:
-    UserError: none of a thousand records, or of all, can be read.
+  UserError: none of a thousand records, or of all, can be read.
   """
   turns = getattr(source, 'turns', 1)
   places = range(index % turns, len(source), turns)

@@ -135,9 +135,8 @@ def bound_term(
   The second where sigma_s = 0, the decoder's term (Ho et al. 2020, eq. 5: L_{t-1} and L_0). p has
   the posterior's mean at the estimate of x_0.
 
-  Args:
-    x: x_t [b ...]; estimate: of x_0 [b ...]. here, there: levels t and s, [] or [b].
-    log_variance: of p(x_s | x_t), [] or [b] or [b ...]; see `log_variances`.
+  x: x_t [b ...]; estimate: of x_0 [b ...]. here, there: levels t and s, [] or [b]. log_variance: of
+  p(x_s | x_t), [] or [b] or [b ...]; see `log_variances`.
   """
   true_mean, variance = posterior(x, x0, here, there)
   mean, _ = posterior(x, estimate, here, there)
@@ -258,10 +257,8 @@ def continuous_bound(
   only. It is taken over l = log(1 + SNR), which is finite at zero terminal SNR too: the integrand
   |x_0 - D|^2 (1 + SNR) / 2 is constant on average for unit Gaussian data.
 
-  Args:
-    draws: noise levels, one network call each, evenly spread over l; offset: as in
-      `discrete_bound`.
-    t_min: where data begins; sigma must be above 0 there.
+  draws: noise levels, one network call each, evenly spread over l; offset: as in `discrete_bound`.
+  t_min: where data begins; sigma must be above 0 there.
   """
   fractions = (jnp.arange(draws, dtype=x0.dtype) + offset) / draws
   times = stratified_times(process, fractions.astype(x0.dtype), t_min, 1.0)

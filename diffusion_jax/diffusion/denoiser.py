@@ -180,9 +180,8 @@ def dynamic_threshold(
   With s the percentile of an image's absolute values, at least 1 and at most `limit`: clip(x_0, -s,
   s) / s. For pixels in [-1, 1]; latents have no such range.
 
-  Args:
-    percentile: fraction in [0, 1]; 1 scales without clipping.
-    limit: the largest s, also where it is below 1; diffusers names it sample_max_value.
+  percentile: fraction in [0, 1]; 1 scales without clipping. limit: the largest s, also where it is
+  below 1; diffusers names it sample_max_value.
   """
   def threshold(x0):
     s = jnp.quantile(jnp.abs(x0.reshape(len(x0), -1)), percentile, axis=1)

@@ -70,9 +70,8 @@ def sliced_score_matching(
   Needs no noise levels and no score of q(x | x_0): x [b ...] are samples of the distribution whose
   score is wanted. Equals denoising score matching up to a constant.
 
-  Args:
-    score: x [b ...] -> [b ...], each example by itself.
-    directions: v [b ...] with E[v v^T] = 1, such as standard normals or random signs.
+  score: x [b ...] -> [b ...], each example by itself. directions: v [b ...] with E[v v^T] = 1, such
+  as standard normals or random signs.
   """
   # v^T J, not J v: networks have layers whose derivatives are written for this direction alone.
   value, pull = jax.vjp(score, x)

@@ -209,10 +209,8 @@ class Losses(NamedTuple):
 class Objective:
   """A training loss, pure in the network, the data and the key.
 
-  noise and parameterization are the model's own objects.
-
-  Raises:
-    UserError: a loss or distribution that needs a table of timesteps, on a process.
+  noise and parameterization are the model's own objects. UserError: a loss or distribution that
+  needs a table of timesteps, on a process.
   """
 
   def __init__(

@@ -53,9 +53,8 @@ class Evaluator(Protocol):
     Numbers are named COLUMN.METRIC, or METRIC alone in the first column; 'measured' and 'warnings'
     are sentences, 'settings' what decides the numbers. Anything else is a `Picture`.
 
-    Args:
-      model: of the task, such as `pipelines.model.Diffusion`; params: all of its weights.
-      key: a typed key; of one seed, so that results can be compared over time.
+    model: of the task, such as `pipelines.model.Diffusion`; params: all of its weights. key: a
+    typed key; of one seed, so that results can be compared over time.
     """
     ...
 
@@ -103,9 +102,7 @@ def scores_of(
 
   Of settings that several evaluators give, the first one's stand.
 
-  Args:
-    first: the column of numbers without one, where none comes before them.
-    known: scores to add to.
+  first: the column of numbers without one, where none comes before them. known: scores to add to.
   """
   found = {name: dict(value) if isinstance(value, Mapping) else value
            for name, value in (known or {}).items()}

@@ -296,8 +296,7 @@ def reader(images: ImageSet) -> Callable[[range], Made]:
 def gather(chunks: Chunks, most_unreadable: float = 0.0) -> Features:
   """Return the features of all pieces, all of which must be there.
 
-  Raises:
-    UserError: more than the fraction `most_unreadable` of the images could not be read; names some.
+  UserError: more than the fraction `most_unreadable` of the images could not be read; names some.
   """
   columns = chunks.joined(without=(THUMBNAILS,))
   errors = columns.pop(ERRORS)

@@ -349,9 +349,8 @@ def write(
 ) -> None:
   """Write a row of FILE.csv, the page and the JSON; a row that is there already stays alone.
 
-  Args:
-    page: writes the page of the scores.
-    say: is given warnings of values that must not be compared with the last ones of the table.
+  page: writes the page of the scores. say: is given warnings of values that must not be compared
+  with the last ones of the table.
   """
   table, new = out.with_suffix('.csv'), rows(scores)
   warnings = incomparable(_before(table, new[0]), new[0])

@@ -91,8 +91,7 @@ def check_alpha(alpha: float, rank: int, where: str) -> None:
 def read_configs(path: Path, roles: Iterable[str], *, alone: bool) -> dict[str, AdapterConfig]:
   """Return the configs of the roles, from the file or, of PEFT's `alone`, from BESIDE it.
 
-  Raises:
-    UserError: what is no config, or one of an adapter that is not implemented.
+  UserError: what is no config, or one of an adapter that is not implemented.
   """
   text = metadata(path).get(METADATA)
   if text is not None:
@@ -205,9 +204,8 @@ def read_lora(
     inversions: whether the caller also takes the textual inversions that the file may hold, with
       `formats.textual_inversion.bundled_inversions`; False: a file with such is refused.
 
-  Raises:
-    UserError: another kind of adapter; what the networks lack or the file holds half, empty, not
-      finite or in wrong shapes, all named at once.
+  UserError: another kind of adapter; what the networks lack or the file holds half, empty, not
+  finite or in wrong shapes, all named at once.
   """
   require(bool(networks), 'read_lora needs the parameters of at least one network.')
   path = lora_file(Path(path))
@@ -326,10 +324,8 @@ def write_lora(
 ) -> None:
   """Write one safetensors file that kohya's scripts or diffusers read.
 
-  Args:
-    lora: by role. Where it has a 'text_encoder_2', even an empty one, kohya's names of the first
-      encoder are those of Stable Diffusion XL.
-    layout: 'kohya', or 'peft' for diffusers.
+  lora: by role. Where it has a 'text_encoder_2', even an empty one, kohya's names of the first
+  encoder are those of Stable Diffusion XL. layout: 'kohya', or 'peft' for diffusers.
   """
   require(layout in LAYOUTS, f'layout must be one of {", ".join(LAYOUTS)}, not {layout!r}.')
   unknown = sorted(set(lora) - set(KOHYA))

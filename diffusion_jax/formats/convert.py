@@ -49,8 +49,7 @@ def convert(
     prediction: of a single file that does not say it: 'epsilon' or 'v_prediction'.
     tokenizers: for a single file, which holds none: the directory to copy them from.
 
-  Raises:
-    UserError: `source` cannot be read, `target` exists or cannot hold it.
+  UserError: `source` cannot be read, `target` exists or cannot hold it.
   """
   require(layout in LAYOUTS, f'--layout is {layout!r}; choose one of {", ".join(LAYOUTS)}.')
   require(

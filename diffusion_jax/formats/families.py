@@ -127,8 +127,7 @@ _MODELS = {
 def sort_out(names: Iterable[str], family: str, where: str) -> tuple[set[str], list[str]]:
   """Return the names of a family's networks, and a sentence on what is left, where anything is.
 
-  Raises:
-    UserError: a LoRA, a ControlNet or parts of another model, which cannot be left.
+  UserError: a LoRA, a ControlNet or parts of another model, which cannot be left.
   """
   kept: set[str] = set()
   rest: list[str] = []

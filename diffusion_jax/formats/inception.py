@@ -32,12 +32,9 @@ def load_inception(
 ) -> tuple[Network, Params]:
   """Return the network and its parameters, with the batch norms folded into the convolutions.
 
-  Args:
-    path: .pth or .pt (the first only where PyTorch is installed), or .safetensors.
-    mesh: devices that share the parameters; None leaves them on the host.
-
-  Raises:
-    UserError: the file cannot be read, or a tensor is missing, left over or of another shape.
+  path: .pth or .pt (the first only where PyTorch is installed), or .safetensors. mesh: devices that
+  share the parameters; None leaves them on the host. UserError: the file cannot be read, or a
+  tensor is missing, left over or of another shape.
   """
   network = Network.of(Inception, InceptionConfig() if config is None else config)
   path = resolve(path)

@@ -68,11 +68,7 @@ def network_format(name: str, where: str = '') -> NetworkFormat:
 
   A row that is a network's class has `NetworkFormat.default`.
 
-  Args:
-    where: the option or key that gives the name, for the error.
-
-  Raises:
-    UserError: there is no such row.
+  where: the option or key that gives the name, for the error. UserError: there is no such row.
   """
   row = registry.load(registry.NETWORKS, name, where)
   return row if isinstance(row, NetworkFormat) else NetworkFormat.default(row)
@@ -262,8 +258,7 @@ def load(
     dtype: of the parameters and of the computation.
     mesh: devices that share the parameters; None leaves them on the host.
 
-  Raises:
-    UserError: something is missing, broken, of another kind, or not implemented.
+  UserError: something is missing, broken, of another kind, or not implemented.
   """
   part = read_network(kind, path)
   params = part.load(dtype=dtype, mesh=mesh)
@@ -275,11 +270,8 @@ def save(
 ) -> None:
   """Write a network as a directory that `load` and, but for 'native', its own library open.
 
-  Args:
-    dtype: 'float32', 'float16' or 'bfloat16'.
-
-  Raises:
-    UserError: a weight that dtype cannot hold, or a network of no known kind.
+  dtype: 'float32', 'float16' or 'bfloat16'. UserError: a weight that dtype cannot hold, or a
+  network of no known kind.
   """
   save_params(path, module.config, split(module)[1], dtype=dtype, layout=layout)
 

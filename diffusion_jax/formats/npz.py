@@ -69,11 +69,8 @@ def read_header(file: BinaryIO, info: zipfile.ZipInfo) -> Header:
 def read_arrays(path: str | Path, most: Mapping[str, int]) -> dict[str, np.ndarray]:
   """Return those of the named arrays that an npz has.
 
-  Args:
-    most: the name of each array with the bytes that it may have.
-
-  Raises:
-    ValueError, or whatever zipfile and numpy raise of damaged bytes: see `reading.reading`.
+  most: the name of each array with the bytes that it may have. ValueError, or whatever zipfile and
+  numpy raise of damaged bytes: see `reading.reading`.
   """
   found = {}
   with opened(path) as archive:

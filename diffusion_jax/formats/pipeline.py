@@ -81,10 +81,8 @@ class Pipeline:
   def scheduler(self, part: str = 'scheduler') -> Scheduler:
     """Return the noise schedule, the prediction and how to sample.
 
-    Of a model that was trained here, `index['sample']` says how to sample.
-
-    Raises:
-      UserError: there is no such part, or what it says is not implemented.
+    Of a model that was trained here, `index['sample']` says how to sample. UserError: there is no
+    such part, or what it says is not implemented.
     """
     require(part in self.parts, f'{INDEX} names no {part}; give a text-to-image pipeline.')
     values, where = self.parts[part].json(SCHEDULER)
@@ -117,11 +115,8 @@ def is_pipeline(path: Path) -> bool:
 def read_pipeline(path: str | os.PathLike, names: Container[str] | None = None) -> Pipeline:
   """Return the pipeline in a directory of either layout, or 'asset:NAME'.
 
-  Args:
-    names: of the parts that are read; None for all, each of which must then be there.
-
-  Raises:
-    UserError: no pipeline, or a part that is missing or broken, or leads out of the directory.
+  names: of the parts that are read; None for all, each of which must then be there. UserError: no
+  pipeline, or a part that is missing or broken, or leads out of the directory.
   """
   directory = resolve(path)
   require(
@@ -218,8 +213,7 @@ def _leave_out_pickles(pipeline: Pipeline, folder: Path, name: str, part: Part) 
 def write_pipeline(pipeline: Pipeline, path: Path, layout: str, dtype: str | None) -> None:
   """Write the directory, all or nothing; with unchanged types where dtype is None.
 
-  Raises:
-    UserError: a network that we do not implement (native), or values that dtype cannot hold.
+  UserError: a network that we do not implement (native), or values that dtype cannot hold.
   """
   with new_directory(path) as folder:
     for name, part in pipeline.parts.items():

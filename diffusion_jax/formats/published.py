@@ -72,10 +72,7 @@ def match(
   """Return tensors by published names, unread, by the names of `shapes`.
 
   Those of our own layout are `native`, with our names and shapes already. `where` names the source
-  in errors.
-
-  Raises:
-    UserError: a tensor is missing, left over or of another shape.
+  in errors. UserError: a tensor is missing, left over or of another shape.
   """
   names = {name: name for name in shapes} if native else to_published_names(shapes)
   same_names(set(tensors), set(names.values()), where)
@@ -169,8 +166,7 @@ class NetworkFormat:
   def default(cls, module: type) -> 'NetworkFormat':
     """Return the format of a network that no library knows: its class name and its config's fields.
 
-    Raises:
-      TypeError: the network's __init__ takes no `config` that is annotated with a dataclass.
+    TypeError: the network's __init__ takes no `config` that is annotated with a dataclass.
     """
     config = typing.get_type_hints(module.__init__).get('config')
     if not dataclasses.is_dataclass(config):

@@ -73,8 +73,7 @@ _LEVELS = {
 def read_scheduler(values: Values, where: str) -> Scheduler:
   """Return what a scheduler_config.json says.
 
-  Raises:
-    UserError: a class or a setting that has no counterpart here; it is named.
+  UserError: a class or a setting that has no counterpart here; it is named.
   """
   name = values.get('_class_name')
   require(
@@ -354,8 +353,7 @@ def _edm(name: str, values: Values) -> Scheduler:
 def write_scheduler(scheduler: Scheduler) -> dict[str, Any]:
   """Return the scheduler_config.json that `read_scheduler` and diffusers read back.
 
-  Raises:
-    UserError: diffusers has no class for the sampler, or none with such a schedule or spacing.
+  UserError: diffusers has no class for the sampler, or none with such a schedule or spacing.
   """
   schedule, options = scheduler.schedule, scheduler.options
   if not schedule.is_table:

@@ -57,8 +57,7 @@ def _rules(name: str, part: Part, style: str) -> list[Rule]:
 def write_single_file(pipeline: Pipeline, path: Path, dtype: str | None) -> list[str]:
   """Write U-Net, autoencoder and text encoders into one file; return sentences on the rest.
 
-  Raises:
-    UserError: the file exists, or a part has no names in such a file.
+  UserError: the file exists, or a part has no names in such a file.
   """
   require(not path.exists(), f'{path} is there already; give a new path.')
   networks = {name: part for name, part in pipeline.parts.items() if part.kind}
@@ -148,13 +147,10 @@ def _configs(family: str, shapes: dict[str, tuple], prediction: str) -> dict[str
 def read_single_file(path: Path, prediction: str | None, tokenizers: Path | None) -> Pipeline:
   """Return the pipeline in a single file, with the configs that its shapes and its family tell.
 
-  Args:
-    prediction: 'epsilon' or 'v_prediction', where the file does not say it.
-    tokenizers: a directory with the tokenizer's files, or with tokenizer/ and tokenizer_2/ in it.
-
-  Raises:
-    UserError: the file is broken, of no known family or holds another model, too, a tensor is
-      missing, or the prediction or the tokenizers are not known.
+  prediction: 'epsilon' or 'v_prediction', where the file does not say it. tokenizers: a directory
+  with the tokenizer's files, or with tokenizer/ and tokenizer_2/ in it. UserError: the file is
+  broken, of no known family or holds another model, too, a tensor is missing, or the prediction or
+  the tokenizers are not known.
   """
   opened = open_tensors(path)
   name = of_names(opened, str(path))

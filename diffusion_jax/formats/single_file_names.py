@@ -208,10 +208,9 @@ def unet_config(
 ) -> dict[str, Any]:
   """Return config.json of diffusers' UNet2DConditionModel, by the tensors without the prefix.
 
-  Args:
-    heads: number at every level; None for one head for every 64 channels.
-    pooled: width of the pooled text that sizes are added to, of Stable Diffusion XL; None for
-      another family, where an MLP over labels is of noise levels.
+  heads: number at every level; None for one head for every 64 channels. pooled: width of the pooled
+  text that sizes are added to, of Stable Diffusion XL; None for another family, where an MLP over
+  labels is of noise levels.
   """
   get = lambda module: _shape(shapes, module, where)
   depth_of = _depths(shapes)

@@ -70,8 +70,7 @@ def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) ->
 def open_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
   """Return the tensors of a safetensors file, or of all that a *.safetensors.index.json names.
 
-  Raises:
-    UserError: no such file, a pickle, or a file that is not whole and well-formed.
+  UserError: no such file, a pickle, or a file that is not whole and well-formed.
   """
   path = Path(path)
   if path.name.endswith(INDEX):

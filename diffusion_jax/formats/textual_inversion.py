@@ -42,13 +42,10 @@ def read_textual_inversion(
 ) -> TextualInversion:
   """Read a file of either layout; of a .pt file only arrays, never code, and only with PyTorch.
 
-  Args:
-    path: the file, or a directory with one or both of FILES.
-    widths: of the table of each text encoder, by role ('text_encoder', 'text_encoder_2'); checks
-      the rows, and tells whose a diffusers file of one encoder of several is. None: no check.
-
-  Raises:
-    UserError: no such layout, or rows of another width or number than the encoders take.
+  path: the file, or a directory with one or both of FILES. widths: of the table of each text
+  encoder, by role ('text_encoder', 'text_encoder_2'); checks the rows, and tells whose a diffusers
+  file of one encoder of several is. None: no check. UserError: no such layout, or rows of another
+  width or number than the encoders take.
   """
   path = Path(path)
   if path.is_dir():
@@ -71,8 +68,7 @@ def bundled_inversions(
 ) -> list[TextualInversion]:
   """Return the textual inversions in a safetensors file of a LoRA; arguments as above.
 
-  Raises:
-    UserError: a word of no known layout, or one that does not fit the encoders.
+  UserError: a word of no known layout, or one that does not fit the encoders.
   """
   path = Path(path)
   if path.suffix in PICKLES:

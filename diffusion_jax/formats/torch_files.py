@@ -40,8 +40,7 @@ MOST_COPIES = 4
 def load_plain(path: str | os.PathLike) -> dict[str, Any]:
   """Return the dictionary that `torch.save` wrote: tensors, texts, numbers, never code.
 
-  Raises:
-    UserError: no such file, no PyTorch, anything but plain data, or no dictionary.
+  UserError: no such file, no PyTorch, anything but plain data, or no dictionary.
   """
   path = Path(path)
   require(path.is_file(), f'There is no file {path}; check the path.')

@@ -133,10 +133,8 @@ class MultiHead(nnx.Module):
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, attention: str = 'auto') -> jax.Array:
   """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1), softmax in float32.
 
-  q [b n h d], k and v [b l h d] -> [b n h d]. `attention` is one of `network.ATTENTION`.
-
-  Raises:
-    UserError: the way cannot serve on this platform, in this type or for heads of this size.
+  q [b n h d], k and v [b l h d] -> [b n h d]. `attention` is one of `network.ATTENTION`. UserError:
+  the way cannot serve on this platform, in this type or for heads of this size.
   """
   q, k, v = constrain(q, 'queries'), constrain(k, 'keys'), constrain(v, 'keys')
   return constrain(scaled_dot_product_attention(q, k, v, attention), 'queries')

@@ -91,13 +91,9 @@ class ControlNet(Encoder):
   def __call__(self, x: Latents, t: Timesteps, condition: Condition) -> Residuals:
     """Return what the U-Net's call takes as `residuals`.
 
-    Args:
-      condition: as the U-Net's. Its control is [b H W 3] in [0, 1], NOT [-1, 1], with H = h *
-        image_factor and W = w * image_factor. The residuals are times its strength [b], which may
-        be None: 1.
-
-    Raises:
-      UserError: as the U-Net; a control image of another shape.
+    condition: as the U-Net's. Its control is [b H W 3] in [0, 1], NOT [-1, 1], with H = h *
+    image_factor and W = w * image_factor. The residuals are times its strength [b], which may be
+    None: 1. UserError: as the U-Net; a control image of another shape.
     """
     control = condition.control
     condition = condition._replace(image=None)

@@ -32,9 +32,8 @@ class Denoiser(Blocks):
   def join(self, x: jax.Array, t: jax.Array, condition: Condition) -> jax.Array:
     """Return x with the channels of `condition.image`.
 
-    Raises:
-      UserError: the size cannot be halved or cut into patches, a shape does not match the config,
-        or a condition is missing or is none of this network's.
+    UserError: the size cannot be halved or cut into patches, a shape does not match the config, or
+    a condition is missing or is none of this network's.
     """
     if condition.image is not None:
       x = jnp.concatenate([x, condition.image.astype(x.dtype)], axis=-1)

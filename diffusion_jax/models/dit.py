@@ -224,10 +224,7 @@ class DiT(Denoiser):
     """Return [b h w o] of x [b h w c], t [b] in [0, T) and labels [b] in [0, classes].
 
     The label num_embeds_ada_norm is that of no class. Sizes need not be that of training: positions
-    are then stretched along each axis.
-
-    Raises:
-      UserError: see `Denoiser.join`.
+    are then stretched along each axis. UserError: see `Denoiser.join`.
     """
     x = self.join(x, t, condition)
     return self.run_all(self._predict, x, t, condition.labels)

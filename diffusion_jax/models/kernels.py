@@ -141,8 +141,7 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) ->
   demand and as they lie in a TPU's memory anyway. Queries take the factor 1 / sqrt(d) in their own
   type, which for bfloat16 and a d that is no power of 4 rounds them once more.
 
-  Args:
-    interpret: whether to run the kernel by the interpreter that any platform has.
+  interpret: whether to run the kernel by the interpreter that any platform has.
   """
   # Takes a second to import, and is of use on TPUs alone.
   from jax.experimental.pallas.ops.tpu import splash_attention as kernels

@@ -204,8 +204,7 @@ class MMDiT(Denoiser):
   def __call__(self, x: Latents, t: Timesteps, condition: Condition) -> Latents:
     """Return [b h w o] of x [b h w c], t [b] in [0, 1000], text [b l d] and pooled text [b e].
 
-    Raises:
-      UserError: see `Denoiser.join`; more than pos_embed_max_size patches along a side.
+    UserError: see `Denoiser.join`; more than pos_embed_max_size patches along a side.
     """
     x = self.join(x, t, condition)
     most = self.config.pos_embed_max_size * self.config.patch_size

@@ -371,14 +371,10 @@ class UNet(Encoder):
   ) -> Latents:
     """Return [b h w o] of x [b h w c], t [b] in [0, T) and what the config's `conditions` name.
 
-    Args:
-      condition: its labels [b] are a class or a noise level; [b p] where class_embed_type is
-        'projection'. Its sizes and pooled text are Stable Diffusion XL's (Podell et al. 2023,
-        sec. 2.2).
-      residuals: a ControlNet's: arrays to add to the skips, and one for the mid block's result.
-
-    Raises:
-      UserError: see `Denoiser.join`; residuals of another U-Net.
+    condition: its labels [b] are a class or a noise level; [b p] where class_embed_type is
+    'projection'. Its sizes and pooled text are Stable Diffusion XL's (Podell et al. 2023, sec.
+    2.2). residuals: a ControlNet's: arrays to add to the skips, and one for the mid block's result.
+    UserError: see `Denoiser.join`; residuals of another U-Net.
     """
     x = self.join(x, t, condition)
     return self.run_all(self._predict, x, t, condition, residuals)

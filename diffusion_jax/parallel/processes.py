@@ -138,9 +138,8 @@ class Peers:
   and holds its process at the next poll until the verdict is known: the largest count plus one.
   There all stop. The main threads need not answer, so it works while they wait within a step.
 
-  Args:
-    timeout_seconds: without news of a process for that long, it counts as lost.
-    on_lost: called from the thread, once, with a sentence that names the process.
+  timeout_seconds: without news of a process for that long, it counts as lost. on_lost: called from
+  the thread, once, with a sentence that names the process.
   """
 
   def __init__(self, timeout_seconds: float, on_lost: Callable[[str], None]):

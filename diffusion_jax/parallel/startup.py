@@ -176,8 +176,7 @@ def start_distributed(heartbeat_seconds: int = 100, say: Callable[[str], None] =
   A single process joins nobody, and processes that are joined already stay so. UserError where
   `find_cluster` raises it, or they do not meet within COORDINATOR_TIMEOUT_SECONDS (300).
 
-  Args:
-    heartbeat_seconds: without a sign of life for so long, a process counts as dead.
+  heartbeat_seconds: without a sign of life for so long, a process counts as dead.
   """
   import jax  # Here, for `find_cluster` comes before anything heavy is imported.
 

@@ -26,10 +26,8 @@ from diffusion_jax.types import Weights
 def add_lora(model: Diffusion, weights: Weights, path: str, scale: float = 1.0) -> Weights:
   """Return the weights with a LoRA merged into them, `scale` times as strong as it was trained.
 
-  Words that were learned with it, and are in the same file, are added too.
-
-  Raises:
-    UserError: a file that is none, or not one for this model.
+  Words that were learned with it, and are in the same file, are added too. UserError: a file that
+  is none, or not one for this model.
   """
   if not math.isfinite(scale):
     raise UserError(f'the scale of the LoRA {path} is {scale}; give a finite number.')
@@ -90,11 +88,8 @@ def add_textual_inversion(model: Diffusion, weights: Weights, path: str) -> Weig
   Several words may be added one after another; they follow the vocabulary in that order. A text
   encoder for which nothing was learned goes on reading the word as it is spelt.
 
-  Args:
-    path: a file, or a directory with one for each text encoder (`formats.textual_inversion.FILES`).
-
-  Raises:
-    UserError: a file that is none, or one for other text encoders.
+  path: a file, or a directory with one for each text encoder (`formats.textual_inversion.FILES`).
+  UserError: a file that is none, or one for other text encoders.
   """
   learned = read_textual_inversion(Path(resolve(path)), _widths(model))
   return _with_word(model, weights, learned)

@@ -65,8 +65,7 @@ def assemble(
     train: the source that is trained on, of which conditioners may ask for the classes.
     size: (height, width) of its images in pixels.
 
-  Raises:
-    UserError: a part cannot be read, or the parts do not fit together.
+  UserError: a part cannot be read, or the parts do not fit together.
   """
   made, parts = space.build(dtype)
   context, found = Context(made, train, dtype), {}

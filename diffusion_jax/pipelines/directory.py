@@ -50,11 +50,8 @@ EDITS = 'StableDiffusionInstructPix2PixPipeline'
 def read_model(path: str, dtype=jnp.float32) -> tuple[Diffusion, dict[str, Part], SampleConfig]:
   """Return the model of a directory or 'asset:NAME' without weights, its parts, how to sample.
 
-  Args:
-    dtype: of the computation.
-
-  Raises:
-    UserError: no such directory, no model in it, or a part that is missing or not implemented.
+  dtype: of the computation. UserError: no such directory, no model in it, or a part that is missing
+  or not implemented.
   """
   pipeline = read_pipeline(path, _NAMES)
   scheduler = pipeline.scheduler()
@@ -205,9 +202,7 @@ def save_model(
   A U-Net on latents that reads texts, with a table of noise levels, has the folders of a pipeline
   of diffusers; any other model is written as the class DIFFUSION.
 
-  Args:
-    denoiser: its parameters.
-    space, conditioners: those that `assemble` took.
+  denoiser: its parameters. space, conditioners: those that `assemble` took.
   """
   index = {
     'sample': dataclasses.asdict(sample), 'noise': model.noise.config.saved(),

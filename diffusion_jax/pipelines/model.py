@@ -252,8 +252,7 @@ class Diffusion:
         None for unit Gaussian noise of the seed. Later noise is always that of the seed.
       height, width: of the images, in pixels; None for those of the training.
 
-    Raises:
-      UserError: for a config that cannot be sampled, and inputs that do not fit the model.
+    UserError: a config that cannot be sampled, and inputs that do not fit the model.
     """
     config.check(self.noise, self.parameterization)
     check_seed(seed)

@@ -136,8 +136,7 @@ class SampleConfig(SampleOptions):
   def numbers(self, noise: NoiseSchedule, strength: float = 1.0) -> Numbers:
     """Return what the program is given, host arrays; `strength` is the fraction of steps taken.
 
-    Raises:
-      UserError: for a strength that leaves no step.
+    UserError: a strength that leaves no step.
     """
     grid = part_way(jax.tree.map(np.asarray, self._grid(noise)), strength)
     steps = len(grid[0]) - 1

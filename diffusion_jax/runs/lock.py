@@ -45,10 +45,9 @@ class RunLock:
   dead. So of several who find the same dead lock exactly one can make the next file. Who finds
   another beside it that it has not looked at withdraws and looks again.
 
-  Args:
-    on_lost: called once, from a thread, with a sentence, when another has taken the lock over
-      because this process stood still for so long that it was taken for dead.
-    say: takes a line for people, where it takes long to find out whether a holder lives.
+  on_lost: called once, from a thread, with a sentence, when another has taken the lock over because
+  this process stood still for so long that it was taken for dead. say: takes a line for people,
+  where it takes long to find out whether a holder lives.
   """
 
   def __init__(

@@ -67,8 +67,7 @@ class Status:
   def __call__(self, state: str, *, everyone: bool = False, **values: Any) -> None:
     """Note the state; after a final one nothing more is written.
 
-    Args:
-      everyone: any process writes it, not only process 0.
+    everyone: any process writes it, not only process 0.
     """
     with self._lock:
       if self.final:

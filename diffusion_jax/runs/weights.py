@@ -19,10 +19,8 @@ def run_weights(
 
   UserError where there is no run, no checkpoint, all are damaged, or they are of another model.
 
-  Args:
-    shapes: of the parameters, by name.
-    step: None for the newest intact checkpoint.
-    ema: whether averaged; None for that where the run has averages.
+  shapes: of the parameters, by name. step: None for the newest intact checkpoint. ema: whether
+  averaged; None for that where the run has averages.
   """
   directory = RunDirectory(workdir)
   if ema is None:

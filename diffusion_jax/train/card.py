@@ -28,10 +28,8 @@ def model_card(
 ) -> str:
   """Return Markdown.
 
-  Args:
-    parameters: those that are trained, or their shapes.
-    seconds: spent until now, with sampling and scoring.
-    scores: as a run keeps them, with what they are measured on.
+  parameters: those that are trained, or their shapes. seconds: spent until now, with sampling and
+  scoring. scores: as a run keeps them, with what they are measured on.
   """
   t, data = training, training.config['data']
   records, (name, edge) = steps * t.loop.batch_size, t.task.described(data['size'])

@@ -23,8 +23,7 @@ def decay_per_step(halflife_images: float, batch_size: int, step: jax.Array) -> 
 
   Early on it is min(decay, (1 + step) / (10 + step)), so that the random start is soon forgotten.
 
-  Args:
-    step: number of updates made before this one, 0 for the first.
+  step: number of updates made before this one, 0 for the first.
   """
   decay = 0.5 ** (batch_size / halflife_images)
   step = jnp.asarray(step, jnp.float32)

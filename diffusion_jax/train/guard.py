@@ -42,9 +42,7 @@ def judge(
 ) -> tuple[jax.Array, jax.Array, Guard]:
   """Return (use this step, its numbers are finite, the guard after it).
 
-  Args:
-    loss: scalar, over the whole batch.
-    norm: scalar, the global norm of the gradient before clipping.
+  loss: scalar, over the whole batch. norm: scalar, the global norm of the gradient before clipping.
   """
   finite = jnp.isfinite(loss) & jnp.isfinite(norm)
   use = finite & (guard.in_a_row < config.max_skipped_in_a_row)

@@ -211,8 +211,7 @@ class Hooks:
   def finish(self, state: TrainState, seconds: float, scores: Scores, params: dict) -> None:
     """Export the model with its scores; `params` are whole, on the host.
 
-    Raises:
-      OSError: there is no room, or nothing can be written; it may be called again.
+    OSError: there is no room, or nothing can be written; it may be called again.
     """
     if self._main:
       directory = self.t.directory

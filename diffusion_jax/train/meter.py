@@ -15,11 +15,7 @@ because a start ended without saving it. down: between one start's last word and
 
 
 class Goodput:
-  """Seconds by phase, beginning with 'start'.
-
-  Args:
-    clock: seconds, growing.
-  """
+  """Seconds by phase, beginning with 'start'. clock: seconds, growing."""
 
   def __init__(self, clock: Callable[[], float] = time.monotonic):
     self._totals = dict.fromkeys(PHASES, 0.0)
@@ -30,10 +26,9 @@ class Goodput:
   ) -> None:
     """Take over the accounts of the starts before this one.
 
-    Args:
-      saved: totals in the checkpoint that this start begins with, None without one.
-      last: totals in the last word of the start before. What it did after `saved` is lost.
-      down: seconds between that word and this start.
+    saved: totals in the checkpoint that this start begins with, None without one. last: totals in
+    the last word of the start before. What it did after `saved` is lost. down: seconds between that
+    word and this start.
     """
     saved, last = saved or {}, last or {}
     after = sum(last.values()) - sum(saved.values())

@@ -43,8 +43,7 @@ def decay_mask(params: Params) -> Mask:
 def group_factors(params: Params, groups: tuple) -> dict[str, float]:
   """Return the factor on the learning rate of every parameter.
 
-  Raises:
-    UserError: when a pattern matches no parameter, as it then does nothing.
+  UserError: a pattern matches no parameter, as it then does nothing.
   """
   factors, used = {}, set()
   for name in params:
@@ -120,11 +119,8 @@ def make_optimizer(
   are zero and the state stays as it is, whatever the gradients hold. norm: of all gradients, where
   it is known. Clipping takes one global norm over the groups that are trained.
 
-  Args:
-    platform: of the mesh, such as 'cpu'.
-
-  Raises:
-    UserError: unknown name, or a group that matches no parameter.
+  platform: of the mesh, such as 'cpu'. UserError: unknown name, or a group that matches no
+  parameter.
   """
   schedule, mask = learning_rate_schedule(config, total_steps), decay_mask(params)
   factors = group_factors(params, config.groups)

@@ -13,12 +13,11 @@ class ProfilerWindow:
   """Traces steps by jax.profiler into `directory`/step_N, N being the steps done before.
 
   TensorBoard's profile plugin and xprof read what it writes. With several processes each has a
-  folder process_I in there, as files are named after the machine alone. A trace that cannot be
-  made costs a line on stderr, never the run. SIGUSR1 opens a window in the process that gets it.
+  folder process_I in there, as files are named after the machine alone. A trace that cannot be made
+  costs a line on stderr, never the run. SIGUSR1 opens a window in the process that gets it.
 
-  Args:
-    first_step: steps done before the window opens by itself; 0 for no such window.
-    steps: length of a window.
+  first_step: steps done before the window opens by itself; 0 for no such window. steps: length of a
+  window.
   """
 
   def __init__(self, directory: Path, first_step: int, steps: int):

@@ -111,9 +111,8 @@ def rescue(
 ) -> str:
   """Save the state if it is complete and finite; return a few words on that. Never raises.
 
-  Args:
-    most_skipped: steps in a row that are skipped before a run counts as diverged.
-    data: state of the loader before a batch that was read in vain, None for none.
+  most_skipped: steps in a row that are skipped before a run counts as diverged. data: state of the
+  loader before a batch that was read in vain, None for none.
   """
   try:
     if jax.process_count() > 1:
@@ -154,12 +153,8 @@ def wait_for_room(
   What more room would not mend, such as a file where a folder should be, is tried `TRIES` times.
   All processes must call it together. Each try is said.
 
-  Args:
-    save: starts to save the last step, by all processes.
-    export: writes the model; does nothing on processes other than 0.
-
-  Raises:
-    Stopping: a process was asked to stop meanwhile.
+  save: starts to save the last step, by all processes. export: writes the model; does nothing on
+  processes other than 0. Stopping: a process was asked to stop meanwhile.
   """
   end = time.monotonic() + (safety.config.room_timeout_seconds or math.inf)
   pause = safety.config.checkpoint_retry_seconds

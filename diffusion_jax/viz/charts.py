@@ -114,8 +114,7 @@ def legend_below(figure: Figure, axes: Axes, columns: int = 3) -> None:
 def render(figure: Figure, title: str) -> str:
   """Return a figure as an <svg> element: scalable, with ids of its own.
 
-  Args:
-    title: what is shown, read out by screen readers; not drawn. So it is in every chart.
+  title: what is shown, read out by screen readers; not drawn. So it is in every chart.
   """
   buffer = io.StringIO()
   # A date would make every file differ.
@@ -175,10 +174,9 @@ def timestep_chart(
 ) -> str:
   """Draw the loss over the diffusion time, one line for each of some recorded steps.
 
-  Args:
-    records: (step, losses over equal ranges of t in [0, T)), in order of the step; None or NaN
-      where no example fell into a range.
-    lines: how many records are drawn, spread evenly with the first and the last.
+  records: (step, losses over equal ranges of t in [0, T)), in order of the step; None or NaN where
+  no example fell into a range. lines: how many records are drawn, spread evenly with the first and
+  the last.
   """
   chosen = spread(records, lines)
   with matplotlib.rc_context(STYLE):

@@ -304,8 +304,7 @@ def best_and_worst(
 ) -> dict[str, Any]:
   """Return the samples that fit their captions best and worst, by CLIP score.
 
-  Args:
-    texts: [total d], embeddings of all captions.
+  texts: [total d], embeddings of all captions.
   """
   each = clip_score_of_each(samples.columns[column], texts[samples.rows])
   order = np.argsort(each, kind='stable')
@@ -345,9 +344,8 @@ def worst_classes(
 ) -> list[ClassRow]:
   """Return the classes that the first column has least often right.
 
-  Args:
-    columns: features, and numbers of the classes [total] that the images should be of.
-    logits: name of the features that are logits.
+  columns: features, and numbers of the classes [total] that the images should be of. logits: name
+  of the features that are logits.
   """
   hits, true = {}, {}
   for name, (features, numbers) in columns.items():

@@ -38,14 +38,11 @@ def make_grid(
 ) -> Image.Image:
   """Lay images out row by row on white, each with its caption below.
 
-  The top left pixel of image i is at x = padding + column * (w * scale + padding) and
-  y = padding + row * (h * scale + caption height + padding). Pixels are repeated `scale` times,
-  never interpolated. Captions wrap to at most `lines` lines as wide as the image and end in an
-  ellipsis where that is not enough; all get the height of the longest.
-
-  Raises:
-    UserError: images are not a non-empty uint8 [n h w 3], the number of captions is not n, or
-      columns or scale is below 1.
+  The top left pixel of image i is at x = padding + column * (w * scale + padding) and y = padding +
+  row * (h * scale + caption height + padding). Pixels are repeated `scale` times, never
+  interpolated. Captions wrap to at most `lines` lines as wide as the image and end in an ellipsis
+  where that is not enough; all get the height of the longest. UserError: images are not a non-empty
+  uint8 [n h w 3], the number of captions is not n, or columns or scale is below 1.
   """
   images = np.asarray(images)
   _check_grid(images, columns, captions, scale)

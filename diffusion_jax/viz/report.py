@@ -54,16 +54,13 @@ _OF_SPEED = ('Of training alone: sampling, scoring and saving are in the table b
 def write_report(workdir: Path, metrics: MetricsFile | None = None) -> Path:
   """Write `report.html` into a run directory and return its path.
 
-  The page needs nothing else to be viewed and stays below about 8 MB: images are made smaller
-  where they would exceed it. It is made from config.json, metrics.jsonl, samples/step_*.png (with
-  the text in the PNG), scores.json, versions.json and status.json, each of which may be missing.
+  The page needs nothing else to be viewed and stays below about 8 MB: images are made smaller where
+  they would exceed it. It is made from config.json, metrics.jsonl, samples/step_*.png (with the
+  text in the PNG), scores.json, versions.json and status.json, each of which may be missing.
 
-  Args:
-    metrics: what has read the metrics of this run before, so that a run which reports again and
-      again reads each line once.
-
-  Raises:
-    UserError: the directory is missing, holds none of a run's files, or a JSON file is damaged.
+  metrics: what has read the metrics of this run before, so that a run which reports again and again
+  reads each line once. UserError: the directory is missing, holds none of a run's files, or a JSON
+  file is damaged.
   """
   workdir = Path(workdir)
   run = read_run(workdir, metrics)

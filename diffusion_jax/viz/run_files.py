@@ -356,8 +356,7 @@ class Run:
 def read_run(workdir: Path, metrics: MetricsFile | None = None) -> Run:
   """Read a run directory; `metrics` has read those of this run before, and reads on.
 
-  Raises:
-    UserError: the directory is missing, holds no run or a JSON file is damaged.
+  UserError: the directory is missing, holds no run or a JSON file is damaged.
   """
   workdir = Path(workdir)
   if not workdir.is_dir():

@@ -18,11 +18,8 @@ from diffusion_jax.registry import LABELLED, SOURCES, load
 def open_data(config: DataConfig, synthetic: int = 0, labels_for: str = '') -> tuple[Any, Any]:
   """Return (train, test) that a `DataConfig` names, or so many random images in their place.
 
-  Args:
-    labels_for: what needs the label of each record, for people; its caption is then its label.
-
-  Raises:
-    UserError: no row of SOURCES has the name, or the data are not there or cannot be read.
+  labels_for: what needs the label of each record, for people; its caption is then its label.
+  UserError: no row of SOURCES has the name, or the data are not there or cannot be read.
   """
   if synthetic:
     from diffusion_jax.data.sources.arrays import SyntheticImages

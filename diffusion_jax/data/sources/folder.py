@@ -39,9 +39,8 @@ from diffusion_jax.errors import UserError
 def open_captioned(config: DataConfig) -> tuple['FolderSource', 'FolderSource']:
   """Return (train, test) of 'folder:PATH' with captions.
 
-  Raises:
-    UserError: no such folder, no picture in it, a picture without caption, or a list of captions
-      that cannot be read.
+  UserError: no such folder, no picture in it, a picture without caption, or a list of captions that
+  cannot be read.
   """
   root, left = _root(config), Left()
   files, splits = _found(root, left)
@@ -57,8 +56,7 @@ def open_captioned(config: DataConfig) -> tuple['FolderSource', 'FolderSource']:
 def open_labelled(config: DataConfig) -> tuple['FolderSource', 'FolderSource']:
   """Return (train, test) of 'folder:PATH' with classes.
 
-  Raises:
-    UserError: no such folder, or a split without pictures in folders of classes.
+  UserError: no such folder, or a split without pictures in folders of classes.
   """
   root, left = _root(config), Left()
   files, splits = _found(root, left)

@@ -36,9 +36,8 @@ _TEMPLATE = re.compile(r'[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*')
 def check_metadata(folder: str | Path) -> None:
   """Read all metadata of a prepared data set and refuse what could do harm.
 
-  Raises:
-    UserError: a file is missing or damaged, or names a class that TFDS does not ship, a path out of
-      the folder, another format than ArrayRecord or an impossible number of records.
+  UserError: a file is missing or damaged, or names a class that TFDS does not ship, a path out of
+  the folder, another format than ArrayRecord or an impossible number of records.
   """
   folder = Path(folder)
   info = read_object(folder / METADATA, remedy=REMEDY)
@@ -58,11 +57,8 @@ def check_metadata(folder: str | Path) -> None:
 def check_shards(folder: str | Path, split: Any) -> None:
   """Make sure that the files of one split can hold the records that its metadata promises.
 
-  Args:
-    split: a split of TFDS, whole or a part of one.
-
-  Raises:
-    UserError: a file lies elsewhere, is missing, or is smaller than its number of records.
+  split: a split of TFDS, whole or a part of one. UserError: a file lies elsewhere, is missing, or
+  is smaller than its number of records.
   """
   def bad(why: str) -> UserError:
     return UserError(f'the data set in {folder} cannot be read ({why}); prepare it again.')
@@ -189,13 +185,9 @@ DATASETS = {'openmoji': (_openmoji, (32, 64, 128), OPENMOJI)}
 def make_builder(dataset: str, size: int, data_dir: str | None = None) -> Any:
   """Return the TFDS builder of a data set, prepared or not.
 
-  Args:
-    dataset: a key of DATASETS. size: image edge in pixels.
-    data_dir: folder of all data sets; by default $DIFFUSION_JAX_DATA, else
-      ~/.cache/diffusion_jax/data.
-
-  Raises:
-    UserError: unknown data set or size, or a data set on disk that cannot be understood.
+  dataset: a key of DATASETS. size: image edge in pixels. data_dir: folder of all data sets; by
+  default $DIFFUSION_JAX_DATA, else ~/.cache/diffusion_jax/data. UserError: unknown data set or
+  size, or a data set on disk that cannot be understood.
   """
   if dataset not in DATASETS:
     known = ', '.join(sorted(DATASETS))
@@ -220,10 +212,8 @@ def prepare_dataset(dataset: str, size: int, data_dir: str | None = None) -> str
   """Prepare a data set unless that is done already; return its folder.
 
   An interrupted run leaves a folder with another name, which is never read. When two processes
-  prepare at once, the first to finish wins and the second uses its result.
-
-  Raises:
-    UserError: as `make_builder`; missing packages, or a folder that cannot be written.
+  prepare at once, the first to finish wins and the second uses its result. UserError: as
+  `make_builder`; missing packages, or a folder that cannot be written.
   """
   builder = make_builder(dataset, size, data_dir)
   if not is_prepared(builder):
@@ -266,11 +256,8 @@ def open_source(
 ) -> 'PreparedRecords':
   """Open one split of a prepared data set, 'train', 'test', or a slice such as 'train[:100]'.
 
-  Args:
-    dataset, size, data_dir: as `make_builder`. prepare: prepare the data set where it is missing.
-
-  Raises:
-    UserError: unknown name, size or split, missing data, or data that cannot be read.
+  dataset, size, data_dir: as `make_builder`. prepare: prepare the data set where it is missing.
+  UserError: unknown name, size or split, missing data, or data that cannot be read.
   """
   if prepare:
     prepare_dataset(dataset, size, data_dir)
@@ -289,11 +276,8 @@ class _Prepared(Sequence):
 
   Pickles, so that worker processes can read it.
 
-  Args:
-    split: a name, or a TFDS slice such as 'train[:100]'; '' where there is only one split.
-
-  Raises:
-    UserError: a folder that cannot be read, another split, or records without images.
+  split: a name, or a TFDS slice such as 'train[:100]'; '' where there is only one split. UserError:
+  a folder that cannot be read, another split, or records without images.
   """
 
   def __init__(self, folder: str | Path, split: str = ''):

@@ -50,10 +50,8 @@ def probability_flow(
   the grid only the ends matter, and the process its pairs lie on; a last step to sigma = 0 is
   DDIM's. One step serves the whole batch: an image depends on its batch within the tolerance.
 
-  Args:
-    rtol, atol: tolerances on the error of u in each step.
-    max_steps: steps after which it fails with a `RuntimeError`.
-    trajectory: its states are at the grid's pairs.
+  rtol, atol: tolerances on the error of u in each step. max_steps: steps after which it fails with
+  a `RuntimeError`. trajectory: its states are at the grid's pairs.
   """
   import diffrax  # Takes a second to load, and no other sampler needs it.
 

@@ -258,10 +258,9 @@ def _via(alphas, sigmas, steps: np.ndarray, via: str, share: float, last: tuple[
 def level_grid(table: tuple[np.ndarray, np.ndarray], levels: np.ndarray) -> Grid:
   """Grid of the given noise levels sigma / alpha, ended by the clean pair.
 
-  Args:
-    table: (alphas, sigmas) [T] from data to noise on the process that the pairs shall lie on; two
-      pairs are enough for VE, VP and flow, the latter's not both of (1, 0) and (0, 1).
-    levels: [n], falling.
+  table: (alphas, sigmas) [T] from data to noise on the process that the pairs shall lie on; two
+  pairs are enough for VE, VP and flow, the latter's not both of (1, 0) and (0, 1). levels: [n],
+  falling.
   """
   alphas, sigmas = (np.asarray(part, np.float64) for part in table)
   return _ended(*_at_levels(alphas, sigmas, np.asarray(levels, np.float64)))

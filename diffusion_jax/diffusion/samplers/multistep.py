@@ -314,10 +314,9 @@ def dpmpp_3m_sde(
 ):
   """SDE-DPM-Solver++(3M) (k-diffusion, after Lu et al. 2022).
 
-  Args:
-    eta, s_noise, slope, lower_order_final, euler_at_final: as in `dpmpp_2m_sde`.
-    curvature: factor on the quadratic term. k-diffusion and diffusers take half of what
-      interpolation gives, which leaves the method at order 2; 1 makes it of order 3.
+  eta, s_noise, slope, lower_order_final, euler_at_final: as in `dpmpp_2m_sde`. curvature: factor on
+  the quadratic term. k-diffusion and diffusers take half of what interpolation gives, which leaves
+  the method at order 2; 1 makes it of order 3.
   """
   table = exponential_table(
     grid, 3, eta, s_noise, slope=slope, curvature=curvature, lower_order_final=lower_order_final,
@@ -345,9 +344,8 @@ def deis(denoise, grid, noise, *, order=3, lower_order_final=False):
 def unipc(denoise, grid, noise, *, order=2, variant='bh2', lower_order_final=True):
   """UniPC for x_0 (Zhao et al. 2023, algorithms 1 and 2): order p predicted, p + 1 corrected.
 
-  Args:
-    order: p, of the predictor. lower_order_final: as in `usable`.
-    variant: 'bh1' or 'bh2', the function B(h); it matters where two values are interpolated.
+  order: p, of the predictor. lower_order_final: as in `usable`. variant: 'bh1' or 'bh2', the
+  function B(h); it matters where two values are interpolated.
   """
   slopes = {'bh1': 'linear', 'bh2': 'midpoint'}
   slope = slopes[registry.check(slopes, variant, 'variant of unipc')]

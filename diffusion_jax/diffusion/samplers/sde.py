@@ -73,12 +73,11 @@ def predictor_corrector(denoise, grid, noise, *, snr=0.16, corrections=1):
 
   A Langevin step has the size 2 (snr |z| / |score|)^2 of algorithm 4, with norms of each image by
   itself rather than their mean over the batch, and without algorithm 5's factor 1 - beta for VP. In
-  a few dimensions, as of points in the plane, one image's norms vary too much for that.
-  Noises (corrections + 1) i and on belong to step i.
+  a few dimensions, as of points in the plane, one image's norms vary too much for that. Noises
+  (corrections + 1) i and on belong to step i.
 
-  Args:
-    snr: signal-to-noise ratio of a Langevin step.
-    corrections: Langevin steps before each step, one network call each.
+  snr: signal-to-noise ratio of a Langevin step. corrections: Langevin steps before each step, one
+  network call each.
   """
 
   def step(x, carry, here, there, index):
@@ -104,10 +103,8 @@ def annealed_langevin(denoise, grid, noise, *, step_size=0.2, steps=100):
   Martineau et al. 2021), and from alpha = 0 as alpha' x_0 + sigma' z. Noises (steps + 1) i and on
   belong to level i.
 
-  Args:
-    step_size: alpha_i / sigma_i^2 of the paper, 2 of `langevin_step`'s sizes: its epsilon 2e-5 over
-      its last variance 0.01^2.
-    steps: at each level, one network call each.
+  step_size: alpha_i / sigma_i^2 of the paper, 2 of `langevin_step`'s sizes: its epsilon 2e-5 over
+  its last variance 0.01^2. steps: at each level, one network call each.
   """
 
   def step(x, carry, here, there, index):
@@ -139,9 +136,7 @@ def dpmpp_sde(denoise, grid, noise, *, eta=1.0, s_noise=1.0):
   correlation makes the variance right to second order in the step, independent noise only to first.
   Noises 2 i and 2 i + 1 belong to step i.
 
-  Args:
-    eta: fraction of the posterior's deviation that is added as noise.
-    s_noise: factor on that noise.
+  eta: fraction of the posterior's deviation that is added as noise. s_noise: factor on that noise.
   """
 
   def step(x, carry, here, there, index):
@@ -181,9 +176,8 @@ def restart(denoise, grid, noise, *, low=0.1, high=2.0, steps=6, repeats=2, s_no
   `high`, and `steps` Heun steps, spaced as karras levels, bring it down again. The noise forgets
   errors of the steps before; the steps after it are deterministic.
 
-  Args:
-    low, high: noise levels sigma / alpha, each cut to those of the grid.
-    s_noise: factor on the noise that lifts x.
+  low, high: noise levels sigma / alpha, each cut to those of the grid. s_noise: factor on the noise
+  that lifts x.
   """
   starts, ends = _with_restarts(grid, low, high, steps, repeats)
   before = tuple(
@@ -245,8 +239,7 @@ def tcd(denoise, grid, noise, *, gamma=0.3):
   Strategic stochastic sampling of Zheng et al. 2024. It jumps to the pairs at the time (1 - gamma)
   t: the grid's third part or, if it has none, with atan2(sigma, alpha) for the time.
 
-  Args:
-    gamma: 0 jumps to each next pair itself (DDIM), 1 to clean data (`lcm`).
+  gamma: 0 jumps to each next pair itself (DDIM), 1 to clean data (`lcm`).
   """
   alphas, sigmas, *of_grid = grid
   if of_grid:

@@ -40,10 +40,9 @@ class CLIPExtractor:
   Images are resized by PIL's bicubic rule with antialiasing, whatever their shape, to the tower's
   square. `has_texts` says whether the network also has a tower for texts.
 
-  Args:
-    clip: a CLIP, or a CLIPVisionModelWithProjection.
-    mean, std: of each channel of the pixels in [0, 1]; the tower sees (pixel - mean) / std. The
-      defaults, to [-1, 1], are those of the towers that are trained here.
+  clip: a CLIP, or a CLIPVisionModelWithProjection. mean, std: of each channel of the pixels in
+  [0, 1]; the tower sees (pixel - mean) / std. The defaults, to [-1, 1], are those of the towers
+  that are trained here.
   """
 
   def __init__(

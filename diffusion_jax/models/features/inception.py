@@ -258,8 +258,7 @@ class Inception(nnx.Module):
   def __call__(self, x: jax.Array, features: Sequence[str] = ('pool3',)) -> dict[str, jax.Array]:
     """x [b 299 299 3], about [-1, 1] (see `evaluation.resize`) -> {feature: [b d]}, in their order.
 
-    Raises:
-      UserError: an image of another size, or a feature of another name.
+    UserError: an image of another size, or a feature of another name.
     """
     require(
       x.shape[1:] == (SIZE, SIZE, 3),

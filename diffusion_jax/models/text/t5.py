@@ -195,9 +195,8 @@ class T5EncoderModel(nnx.Module):
   def encode_text(self, ids: Tokens, mask: jax.Array | None = None) -> tuple[Text, None]:
     """ids [b l] -> (hidden states after the final norm [b l d], None: T5 pools nothing).
 
-    Args:
-      mask: [b l], 1 where a token is attended to and 0 where it is padding; None: everywhere 1.
-        The states of padding are computed too, and mean nothing.
+    mask: [b l], 1 where a token is attended to and 0 where it is padding; None: everywhere 1. The
+    states of padding are computed too, and mean nothing.
     """
     require(ids.ndim == 2, f'T5 takes token ids [b l], not {list(ids.shape)}.')
     if mask is not None:

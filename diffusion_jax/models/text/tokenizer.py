@@ -37,8 +37,7 @@ class Cut:
   It speaks, in the first process alone, after the first, the tenth, the hundredth ..., so that a
   set of millions says it a few times. Several threads may count.
 
-  Args:
-    reader: what reads them, as people call it.
+  reader: what reads them, as people call it.
   """
 
   def __init__(self, say: Callable[[str], None] = _say, reader: str = 'the model'):
@@ -49,8 +48,7 @@ class Cut:
   def count(self, texts: list[tuple[str, int]], room: int) -> None:
     """Take note of texts, each with the tokens that were left out of what was looked at.
 
-    Args:
-      room: tokens of a text that are read.
+    room: tokens of a text that are read.
     """
     with self._lock:
       for text, over in texts:

@@ -42,8 +42,7 @@ def with_classes(
 ) -> ClassifierTaskConfig:
   """The config with the classes of these labels, where it names none itself.
 
-  Raises:
-    UserError: fewer than two classes, or a label that is none of them.
+  UserError: fewer than two classes, or a label that is none of them.
   """
   names = config.classifier.class_names or tuple(sorted(set(train)))
   if len(names) < 2:
