@@ -1,9 +1,9 @@
-"""Array types, dimension letters and value ranges that the whole package shares.
+"""Array types, dimension letters and value ranges of the whole package.
 
 Letters: b batch, h height, w width, c channels, l text length, d text width, p embedding width.
-Images are NHWC. On disk and in sources they are uint8 in [0, 255]; networks see floats in [-1, 1].
-Latents are what the denoiser sees: (autoencoder latent - shift_factor) * scaling_factor, so that
-they have about unit variance. Timesteps are integers in [0, T).
+Images are NHWC, on disk and in sources uint8 in [0, 255], in networks floats in [-1, 1]. Latents
+are the denoiser's: (autoencoder latent - shift_factor) * scaling_factor, of about unit variance.
+Timesteps are integers in [0, T).
 """
 
 from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
@@ -30,13 +30,13 @@ Weights = dict[str, Params]
 
 
 class Condition(NamedTuple):
-  """What a denoiser is conditioned on, besides x and t; None for what it does not take.
+  """A denoiser's conditions besides x and t; None for unused ones.
 
   text: [b l d]. pooled: [b p], the pooled text of SDXL. sizes: [b 6], SDXL's original height and
   width, top and left of the crop, target height and width, in pixels. labels: [b], a class or the
-  level of the noise on `image`. image: [b h w c], channels beside x: masks, depth, other latents.
-  control: [b H W 3] in [0, 1], the picture a ControlNet sees, with its strength [b]. more: fields
-  of other names, [b ...].
+  noise level of `image`. image: [b h w c], channels besides x: masks, depth, other latents.
+  control: [b H W 3] in [0, 1], a ControlNet's picture, with its strength [b]. more: other fields,
+  [b ...].
   """
 
   text: Text | None = None
@@ -50,7 +50,7 @@ class Condition(NamedTuple):
 
 
 class Record(TypedDict):
-  """What a data source yields: one decoded image with every caption it may be shown with."""
+  """A record of a data source: one decoded image with all its captions."""
 
   image: np.ndarray
   captions: list[str]
@@ -60,7 +60,7 @@ class Record(TypedDict):
 
 
 class Source(Protocol):
-  """Random access to records; see `data.sources` for what they hold."""
+  """Random access to records; see `data.sources` for their fields."""
 
   def __len__(self) -> int: ...
 

@@ -59,10 +59,7 @@ class PromptOptions:
   out: Annotated[str, Help('where the pictures go', 'DIR')]
 
   def read(self) -> list[str]:
-    """Return all prompts; in a file blank lines only divide others.
-
-    UserError: no prompt, or a file that cannot be read.
-    """
+    """All prompts; in a file blank lines only separate. UserError: none, or an unreadable file."""
     prompts = list(self.prompt)
     if self.prompts:
       from diffusion_jax.data.captions import read_lines
@@ -102,10 +99,7 @@ class PictureOptions:
   )] = None
 
   def read(self, model, steps: int, height: int, width: int) -> tuple:
-    """Return (`Inputs`, metadata) of the pictures that were given, for images of that size.
-
-    UserError: an image that cannot be read, or a strength that is none.
-    """
+    """(`Inputs`, metadata) of the given pictures, for images of that size; or UserError."""
     from diffusion_jax.data.pictures import read_pictures
     from diffusion_jax.pipelines.image_conditioners import Inputs
 
@@ -161,10 +155,7 @@ def file_name(index: int, prompt: str) -> str:
 def write(
   out: Path, batches: Iterable[np.ndarray], prompts: Sequence[str], settings: dict[str, str]
 ) -> str:
-  """Write each picture as it comes, then the grid; return a sentence on them.
-
-  batches: uint8 [b h w 3], of all prompts in their order.
-  """
+  """Write each picture as it comes, then the grid; return a sentence. batches: uint8 [b h w 3]."""
   from PIL import Image
   from tqdm import tqdm
 

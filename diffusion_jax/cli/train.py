@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def opening(args: argparse.Namespace) -> Start:
-  """Take the workdir, before anything heavy is imported: a kill at any time leaves a word there.
+  """Take the workdir before heavy imports, so that a kill at any time leaves a status there.
 
-  UserError: the workdir cannot be used, or another run is in it.
+  UserError: the workdir cannot be used, or another run holds it.
   """
   check_overrides(args)
   cluster = find_cluster()

@@ -40,16 +40,12 @@ class ChooseText:
 def cached_source(
   source: Source, model, frozen: dict, mesh: Mesh, progress: bool = True
 ) -> ArraySource:
-  """Encode every image and every caption of `source` once.
+  """Encode every image and every caption of `source` once; model: a `pipelines.model.Diffusion`.
 
-  Columns: the moments of the model's space, float32, such as 'mean' and 'std' [h w c]; 'texts'
-  [k l d], the embeddings of the record's k captions, float16 to halve the memory; 'pooled' [k p]
-  for SDXL; and what other conditioners make of a record.
-
-  A record that cannot be read in any of the processes has a row that cannot be read, so that all
-  others keep their numbers.
-
-  model: a `pipelines.model.Diffusion`.
+  Columns: moments of the model's space, float32, such as 'mean' and 'std' [h w c]; 'texts' [k l d],
+  embeddings of a record's k captions, float16; 'pooled' [k p] for SDXL; and what other conditioners
+  add. A record unreadable in any process has an unreadable row, so that all others keep their
+  numbers.
   """
   records, unreadable = _read(source, progress)
   images = np.stack([record['image'] for record in records])
@@ -69,7 +65,7 @@ def cached_source(
 
 
 def moments_encoder(model) -> Callable:
-  """The jitted (weights, uint8 images [b h w 3]) -> moments of their z."""
+  """The jitted (weights, uint8 images [b h w 3]) -> moments of z."""
   return jit(lambda weights, images: model.space.moments(weights, to_float(images)))
 
 
@@ -94,10 +90,7 @@ def _joined(batches: list[dict]) -> dict[str, np.ndarray]:
 
 
 def _read(source: Source, progress: bool) -> tuple[list[Record], dict[int, str]]:
-  """(all records, why some cannot be read); in the place of these is a black image without text.
-
-  All processes have the same, for they encode them together.
-  """
+  """(all records, unreadable ones black and without text, their errors), alike in all processes."""
   records: dict[int, Record] = {}
   mine: dict[int, str] = {}
   for i in tqdm(range(len(source)), desc='reading images', disable=not progress, leave=False):
@@ -117,10 +110,7 @@ def _read(source: Source, progress: bool) -> tuple[list[Record], dict[int, str]]
 
 
 def synthetic_cache(model, frozen: dict, count: int, size: int) -> ArraySource:
-  """Return what `cached_source` does, of random numbers; nothing is encoded.
-
-  size: edge of the images, in pixels.
-  """
+  """`cached_source`'s result in random numbers, without encoding; size: image edge in pixels."""
   images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
   rng = np.random.default_rng(0)
   normal = lambda *shape: rng.standard_normal((count, *shape), np.float32)

@@ -1,8 +1,8 @@
 """Transforms of a record between its source and its batch; the table TRANSFORMS names them.
 
-Each is a frozen dataclass that is called as f(record), or, if it is random, as f(record, rng), and
-returns another record. Images are uint8 [h, w, c] in [0, 255] until `normalize`. What moves an
-image moves the other PICTURES of its record alike.
+Each is a frozen dataclass, called as f(record) or, if random, f(record, rng), that returns another
+record. Images are uint8 [h, w, c] in [0, 255] until `normalize`. All PICTURES of a record move
+together.
 """
 
 import dataclasses
@@ -73,10 +73,10 @@ class RandomCrop(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class RandomResizedCrop(Transform):
-  """Cut a random rectangle and scale it to `size` x `size`.
+  """Crop a random rectangle and resize it to `size` x `size`.
 
-  scale: range of its area as a fraction of the image's. ratio: range of its width divided by its
-  height, sampled uniformly in the logarithm.
+  scale: range of its area as a fraction of the image's. ratio: range of width / height,
+  log-uniform.
   """
 
   size: int
@@ -107,10 +107,7 @@ class RandomResizedCrop(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class RandomFlip(Transform):
-  """Mirror the image left to right with a probability.
-
-  keep_sided: leave images alone whose captions speak of left, right or clockwise.
-  """
+  """Mirror left to right at random; keep_sided: not if captions mention left, right, clockwise."""
 
   probability: float = 0.5
   keep_sided: bool = True
@@ -146,7 +143,7 @@ class FirstCaption(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class Tokenize(Transform):
-  """Turn 'caption' into 'tokens', int32 [l], and drop every text, which devices cannot hold."""
+  """Turn 'caption' into 'tokens', int32 [l], and drop all texts, which devices cannot hold."""
 
   tokenizer: Callable[[str], np.ndarray]
 
@@ -204,10 +201,7 @@ def apply(transforms: Iterable[Callable], record: dict, rng: np.random.Generator
 
 
 def check_transforms(specs: Any, size: int) -> None:
-  """Apply transforms to a blank image, as they will be to those of the data.
-
-  UserError unless they give images of `size` x `size`, and leave `edges` where they are.
-  """
+  """Try transforms on a blank image; UserError unless `size` x `size` results, `edges` in place."""
   made = build_transforms(specs, size=size, tokenizer=None, classes=())
   record = {'image': np.zeros((size, size, 3), np.uint8), 'captions': ['a'], 'id': 'none'}
   rng, last, with_edges = np.random.default_rng(0), '', False
@@ -239,7 +233,7 @@ def _name_of(transform: Any) -> str:
 
 
 def _image(record: Mapping[str, Any]) -> np.ndarray:
-  """The record's image. UserError unless it is uint8 [h, w, c] with at least one pixel."""
+  """The record's image; UserError unless it is uint8 [h, w, c] with at least one pixel."""
   image = record.get('image')
   if image is None:
     raise UserError(f'The record has no image, only {", ".join(record)}: check its source.')
@@ -252,7 +246,7 @@ def _image(record: Mapping[str, Any]) -> np.ndarray:
 
 
 def _moved(record: dict, move: Callable[[np.ndarray], np.ndarray]) -> dict:
-  """The record with all of its pictures moved. UserError where one is not as large as the image."""
+  """The record with all its pictures moved; UserError unless all have the image's size."""
   found = {name: record[name] for name in PICTURES if name in record}
   for name, picture in found.items():
     if picture.shape[:2] != record['image'].shape[:2]:

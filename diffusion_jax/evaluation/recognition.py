@@ -44,7 +44,7 @@ def answer(given: str, true: str) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RetrievalPreview:
-  """Test images with the caption, of all test captions, that lies nearest, and their own."""
+  """Test images with the nearest of all test captions, and their own."""
 
   tokenizer: PreTrainedTokenizerBase
   test: Source
@@ -128,9 +128,9 @@ class ClassificationPreview(Cached):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Classification(ClassificationPreview):
-  """Loss without smoothing, accuracy, and its mean over classes, which all count alike there.
+  """Loss without smoothing, accuracy, and its mean over classes.
 
-  With baselines an answer that knows nothing but how common each class is in the test, too.
+  With baselines, also the constant answer of the test's class frequencies.
   """
 
   samples: int = 256

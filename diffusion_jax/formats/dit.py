@@ -9,7 +9,7 @@ from diffusion_jax.models.mmdit import MMDiT, MMDiTConfig
 
 
 class _DiTFormat(NetworkFormat):
-  """A DiT whose blocks share one embedding has a class name of ours: diffusers has none such."""
+  """A DiT with a shared embedding has a class name of ours: diffusers has none such."""
 
   def parse(self, values: Mapping[str, Any], where: str) -> DiTConfig:
     shared = values.get('_class_name') == 'DiT'

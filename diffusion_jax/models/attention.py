@@ -29,11 +29,7 @@ def xla(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = 'cudnn') -> jax.Array:
-  """FlashAttention (Dao 2023) as cuDNN has it.
-
-  JAX gives it a gradient for even lengths alone, so that odd ones are filled up by one; the key
-  that this adds has no weight.
-  """
+  """FlashAttention (Dao 2023) of cuDNN; odd lengths, without gradient in JAX, are padded by one."""
   n, keys = q.shape[1], k.shape[1]
   even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
   y = jax.nn.dot_product_attention(
@@ -133,8 +129,8 @@ class MultiHead(nnx.Module):
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, attention: str = 'auto') -> jax.Array:
   """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1), softmax in float32.
 
-  q [b n h d], k and v [b l h d] -> [b n h d]. `attention` is one of `network.ATTENTION`. UserError:
-  the way cannot serve on this platform, in this type or for heads of this size.
+  q [b n h d], k and v [b l h d] -> [b n h d]. attention: one of `network.ATTENTION`; UserError
+  where it does not support the platform, type or head size.
   """
   q, k, v = constrain(q, 'queries'), constrain(k, 'keys'), constrain(v, 'keys')
   return constrain(scaled_dot_product_attention(q, k, v, attention), 'queries')
@@ -164,9 +160,8 @@ def check_attention(
 class Attention(MultiHead):
   """Multi-head attention (Vaswani et al. 2017, eq. 1): x [b n c], context [b l d] -> [b n c].
 
-  Without a context it attends to x itself. In the U-Net q, k and v have no bias; in the
-  autoencoder they do. Where `perturbed` is set, each position attends to itself alone (Ahn et al.
-  2024); attention to a context stays.
+  Without context, self-attention. q, k and v have biases in the autoencoder, not in the U-Net.
+  Where `perturbed` is set, self-attention is the identity (Ahn et al. 2024).
   """
 
   perturbed = False
@@ -241,8 +236,8 @@ class FeedForward(nnx.Module):
 class BasicTransformerBlock(nnx.Module):
   """Self-attention, attention to the text, feed-forward; each pre-normed and residual.
 
-  x [b n c], text [b l d] -> [b n c] (Rombach et al. 2022, appendix E.2.1). `only_text`: the first
-  attention is to the text as well, so that positions do not see each other (the x4 upscaler).
+  x [b n c], text [b l d] -> [b n c] (Rombach et al. 2022, appendix E.2.1). only_text: the first is
+  cross-attention, too (the x4 upscaler).
   """
 
   def __init__(
@@ -266,8 +261,8 @@ class BasicTransformerBlock(nnx.Module):
 class Transformer2DModel(Blocks):
   """Transformer over the positions of a feature map: x [b h w c], text [b l d] -> [b h w c].
 
-  `linear_projection` only decides how proj_in and proj_out are stored: dense [c c] as in SD2, or
-  1x1 convolution [1 1 c c] as in SD1; the computation is the same.
+  linear_projection: proj_in and proj_out are stored dense [c c] as in SD2, or as 1x1 convolutions
+  [1 1 c c] as in SD1; the computation is the same.
   """
 
   def __init__(

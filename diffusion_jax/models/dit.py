@@ -1,7 +1,7 @@
 """The class-conditional diffusion transformer with adaLN-zero (Peebles & Xie 2023).
 
-Names are those of diffusers' DiTTransformer2DModel. Patches, positions, modulation and feed-forward
-layers serve the other transformer denoisers, too.
+Names are those of diffusers' DiTTransformer2DModel. Other transformer denoisers share patches,
+positions, modulation and feed-forward layers.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 class Modulation(nnx.Module):
   """Condition [b c] -> `parts` arrays [b 1 c] of shifts, scales and gates, all zero at first.
 
-  With gates at zero every block starts as the identity: adaLN-zero (Peebles & Xie 2023, sec. 3.2).
+  So every block starts as the identity: adaLN-zero (Peebles & Xie 2023, sec. 3.2).
   """
 
   def __init__(self, features: int, parts: int, **kw):
@@ -51,9 +51,9 @@ class Modulation(nnx.Module):
 def sincos_positions(rows: np.ndarray, columns: np.ndarray, features: int) -> jax.Array:
   """Sinusoids of positions in the plane, float32: [h] and [w] -> [h w features].
 
-  The first half of the features tells the column, the second the row; each is sines, then cosines,
-  of frequencies 10000^(-4i/features) (Vaswani et al. 2017, sec. 3.5). `features` must be a
-  multiple of 4.
+  The first half of the features is of the column, the second of the row; each is sines, then
+  cosines, of frequencies 10000^(-4i/features) (Vaswani et al. 2017, sec. 3.5), a multiple of 4
+  features.
   """
   def along(positions: np.ndarray) -> jax.Array:
     frequencies = 10_000.0 ** -(np.arange(features // 4) / (features // 4))
@@ -83,9 +83,9 @@ SINUSOIDS = 256
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig(NetworkConfig):
-  """What the configs of denoisers of patches share; the keys are those of diffusers.
+  """Common config of denoisers of patches; the keys are those of diffusers.
 
-  `sample_size` is the side of the latents of training; `out_channels` None: in_channels.
+  sample_size: side of the training latents. out_channels None: in_channels.
   """
 
   sample_size: Edge = 32
@@ -127,9 +127,9 @@ class TransformerConfig(NetworkConfig):
 class DiTConfig(TransformerConfig):
   """The keys of a diffusers DiTTransformer2DModel config.json; the defaults are DiT-XL/2's at 256.
 
-  `num_embeds_ada_norm` is the number of classes; `out_channels` is 2 * in_channels where the
-  network predicts variances too. `shared_embedding` is ours: one embedding of time and label for
-  all blocks, as in the paper. diffusers keeps a copy in every block.
+  num_embeds_ada_norm: number of classes. out_channels: 2 * in_channels with predicted variances.
+  shared_embedding (ours): one embedding of time and label for all blocks, as in the paper;
+  diffusers keeps a copy in every block.
   """
 
   out_channels: Width | None = 8
@@ -140,7 +140,7 @@ class DiTConfig(TransformerConfig):
 
   @property
   def conditions(self) -> Shapes:
-    """What a call must be conditioned on: a class; num_embeds_ada_norm is that of no class."""
+    """A class in [0, num_embeds_ada_norm], the last for none."""
     return {'labels': ()}
 
 
@@ -221,10 +221,10 @@ class DiT(Denoiser):
     self.proj_out_2 = linear(c, config.patch_features, init=zeros, **kw)
 
   def __call__(self, x: Latents, t: Timesteps, condition: Condition) -> Latents:
-    """Return [b h w o] of x [b h w c], t [b] in [0, T) and labels [b] in [0, classes].
+    """x [b h w c], t [b] in [0, T), labels [b] in [0, classes] -> [b h w o].
 
-    The label num_embeds_ada_norm is that of no class. Sizes need not be that of training: positions
-    are then stretched along each axis. UserError: see `Denoiser.join`.
+    Label num_embeds_ada_norm is no class. At other sizes than the training's positions are
+    stretched along each axis. UserError: see `Denoiser.join`.
     """
     x = self.join(x, t, condition)
     return self.run_all(self._predict, x, t, condition.labels)

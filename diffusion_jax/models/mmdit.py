@@ -1,6 +1,6 @@
 """The multimodal diffusion transformer of Stable Diffusion 3 (Esser et al. 2024, sec. 4).
 
-Text and image tokens have their own weights and attend to each other. Names are those of diffusers'
+Text and image tokens have separate weights and joint attention. Names are those of diffusers'
 SD3Transformer2DModel.
 """
 
@@ -39,9 +39,8 @@ from diffusion_jax.types import Condition, Latents, Text, Timesteps
 class MMDiTConfig(TransformerConfig):
   """The keys of a diffusers SD3Transformer2DModel config.json, with its defaults.
 
-  `pos_embed_max_size` bounds the patches along a side; `qk_norm` is None or 'rms_norm' (Stable
-  Diffusion 3.5); `dual_attention_layers` lists the blocks in which the image tokens attend to
-  themselves once more.
+  pos_embed_max_size: most patches along a side. qk_norm: None or 'rms_norm' (Stable Diffusion 3.5).
+  dual_attention_layers: blocks with an additional self-attention of image tokens.
   """
 
   sample_size: Edge = 128
@@ -71,15 +70,15 @@ class MMDiTConfig(TransformerConfig):
 
   @property
   def conditions(self) -> Shapes:
-    """What a call must be conditioned on, see `models.denoiser`."""
+    """Required conditions, see `models.denoiser`."""
     return {'text': (None, self.joint_attention_dim), 'pooled': (self.pooled_projection_dim,)}
 
 
 class JointAttention(MultiHead):
   """Attention of image tokens, and of text tokens if given, to both (Esser et al. 2024, fig. 2).
 
-  `joint` False: without text. `last`: the text's result is not needed; the published weights of its
-  queries are held, but not used.
+  joint False: without text. last: the text's result is not needed; its queries' published weights
+  are kept unused.
   """
 
   def __init__(self, config: MMDiTConfig, *, joint: bool, last: bool = False, **kw):
@@ -156,8 +155,8 @@ class JointTransformerBlock(nnx.Module):
 class CroppedPatchEmbed(PatchEmbed):
   """Patches of [b h w i] -> tokens with their positions, [b n c].
 
-  The positions are the middle of a table of max^2 rows. It is not learned, but published files hold
-  it, and those that went on training at larger sizes hold another one than they began with.
+  Positions are the middle of a fixed table of max^2 rows, which published files hold, and which may
+  change between stages of training at larger sizes.
   """
 
   def __init__(self, config: MMDiTConfig, **kw):
@@ -202,7 +201,7 @@ class MMDiT(Denoiser):
     self.proj_out = linear(c, config.patch_features, init=zeros, **kw)
 
   def __call__(self, x: Latents, t: Timesteps, condition: Condition) -> Latents:
-    """Return [b h w o] of x [b h w c], t [b] in [0, 1000], text [b l d] and pooled text [b e].
+    """x [b h w c], t [b] in [0, 1000], text [b l d], pooled text [b e] -> [b h w o].
 
     UserError: see `Denoiser.join`; more than pos_embed_max_size patches along a side.
     """

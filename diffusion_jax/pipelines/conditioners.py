@@ -1,8 +1,8 @@
-"""What a denoiser is conditioned on, one class for each kind; here those that read the prompt.
+"""Conditions of a denoiser, one class for each kind; here those that read the prompt.
 
-A conditioner says what it adds to `types.Condition` and what it needs: fields of a batch in
-training, prompts and images in sampling. It holds networks, but no weights. One from elsewhere is a
-subclass of `Conditioner`, or `Guided`, and a row in `registry.CONDITIONERS`.
+A conditioner names its fields of `types.Condition` and its inputs: fields of a batch in training,
+prompts and images in sampling. It holds networks without weights. New ones subclass `Conditioner`
+or `Guided`, with a row in `registry.CONDITIONERS`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ EXTRA = 'extra.embedding'
 
 
 class Request(NamedTuple):
-  """What is sampled: prompts, one negative prompt, `image_conditioners.Inputs`, and the size."""
+  """A request to sample: prompts, a negative prompt, `image_conditioners.Inputs`, and the size."""
 
   prompts: Sequence[str]
   negative: str = ''
@@ -50,7 +50,7 @@ class Request(NamedTuple):
 
 
 class Context(NamedTuple):
-  """What a conditioner is built in: the space, the source that is trained on, and the type."""
+  """Context for building a conditioner: space, training source, dtype."""
 
   space: Space
   train: Any = None
@@ -181,10 +181,9 @@ def part_of(options: Mapping[str, Any], name: str, kinds: Sequence[str]) -> Part
 
 @dataclasses.dataclass(frozen=True)
 class ClassLabel(Guided):
-  """A class by its name or number, as the prompt says it; the empty prompt is no class.
+  """A class by its name or number in the prompt; the empty prompt is no class.
 
-  Adds 'labels' [b], int32. `classes` are their names in order; the null is the number after the
-  last, as in `models.dit`.
+  Adds 'labels' [b], int32: the place in `classes`; the null is the next number.
   """
 
   classes: tuple[str, ...]
@@ -270,16 +269,16 @@ class Sizes(Conditioner):
 class TextEncoders(Guided):
   """Prompts, by one text tower of CLIP or several, whose hidden states are joined by width.
 
-  Adds 'text' [b l d] and, where used, 'pooled' [b p]; the null is that of the empty prompt.
+  Adds 'text' [b l d] and, where used, 'pooled' [b p]; the null is the empty prompt.
 
   Attributes:
     networks: by the role of their weights.
     tokenizers: one for each of them, in the same order.
-    skip: layers left out at the end; 0 is the last hidden state, 1 the one before (SDXL).
-    normalize: whether the final norm is applied to the hidden states (not in SDXL).
-    pooled: whether the pooled text of the last encoder is added.
-    zero_null: whether the empty text is all zeros, as SDXL was trained.
-    cut: counts the texts that were too long for the first of the tokenizers.
+    skip: last layers left out; 0: the last hidden state, 1: the one before (SDXL).
+    normalize: apply the final norm to the hidden states (not in SDXL).
+    pooled: add the pooled text of the last encoder.
+    zero_null: the empty text is all zeros (SDXL).
+    cut: counts the texts too long for the first tokenizer.
   """
 
   networks: Mapping[str, Network] = dataclasses.field()  # The base's is no default.
@@ -338,9 +337,9 @@ class TextEncoders(Guided):
     return self.tokens([prompt])[0]
 
   def add_word(self, token: str, counts: Mapping[str, int], after: Mapping[str, int]) -> None:
-    """Teach tokenizers a word of `counts` rows by role, after the vocabulary and `after` rows.
+    """Add a word to tokenizers: `counts` rows by role, following the vocabulary and `after` rows.
 
-    UserError for a word that a tokenizer has, or one that does not fit its encoder.
+    UserError for a known word, or one that does not fit its encoder.
     """
     for (role, network), tokenizer in zip(self.networks.items(), self.tokenizers, strict=True):
       if role not in counts:
@@ -361,7 +360,7 @@ class TextEncoders(Guided):
   def encode(self, weights, rows, clip_skip: int = 0):
     """'tokens' [b e l] -> float32 'text' [b l d] and, where used, 'pooled' [b p].
 
-    `clip_skip` leaves out more layers than `skip`; UserError where an encoder has not that many.
+    clip_skip: layers left out besides `skip`; UserError for too many.
     """
     parts, pooled, tokens = [], None, rows['tokens']
     for i, (role, network) in enumerate(self.networks.items()):
@@ -407,5 +406,5 @@ def embedding_table(network: Network) -> tuple[str, int, int]:
 
 
 def _text_config(config: Any) -> Any:
-  """The text tower's config, of a whole CLIP or of the tower alone."""
+  """The text tower's config, of a CLIP or of the tower alone."""
   return getattr(config, 'text_config', config)

@@ -48,10 +48,9 @@ EDITS = 'StableDiffusionInstructPix2PixPipeline'
 
 
 def read_model(path: str, dtype=jnp.float32) -> tuple[Diffusion, dict[str, Part], SampleConfig]:
-  """Return the model of a directory or 'asset:NAME' without weights, its parts, how to sample.
+  """(model without weights, its parts, how to sample) of a directory or 'asset:NAME'.
 
-  dtype: of the computation. UserError: no such directory, no model in it, or a part that is missing
-  or not implemented.
+  UserError: no directory, no model in it, or a part that is missing or not implemented.
   """
   pipeline = read_pipeline(path, _NAMES)
   scheduler = pipeline.scheduler()
@@ -85,7 +84,7 @@ _NAMES = {
 
 
 def _networks(pipeline: Pipeline, path: str) -> dict[str, Part]:
-  """The parts that are networks, by the role of their weights."""
+  """The network parts, by the role of their weights."""
   found = {name: pipeline.parts[name] for name in _KINDS if name in pipeline.parts}
   if any(role in found for role in ROLES):
     found.pop(IMAGE_ENCODER, None)
@@ -124,7 +123,7 @@ def _assembled(
 def _prompts(
   pipeline: Pipeline, parts: Mapping[str, Part], path: str, dtype
 ) -> TextEncoders | ImageEncoder:
-  """The conditioner that reads the prompts of a model, or the picture in place of them."""
+  """The conditioner of a model's prompts, or of the picture in their place."""
   roles = [role for role in ROLES if role in parts]
   if not roles and IMAGE_ENCODER in parts:
     extractor = pipeline.parts.get('feature_extractor', Part())
@@ -197,12 +196,11 @@ def save_model(
   directory: Path, model: Diffusion, denoiser: Params, *, space: Any,
   conditioners: Mapping[str, Mapping[str, Any]], sample: SampleConfig, dtype: str,
 ) -> None:
-  """Write a model that was trained here, with copies of its frozen parts or the assets' names.
+  """Write a model trained here, with copies of its frozen parts or the assets' names.
 
-  A U-Net on latents that reads texts, with a table of noise levels, has the folders of a pipeline
-  of diffusers; any other model is written as the class DIFFUSION.
-
-  denoiser: its parameters. space, conditioners: those that `assemble` took.
+  A U-Net on latents with texts and a table of noise levels has the folders of a diffusers pipeline;
+  others are of the class DIFFUSION. denoiser: its parameters. space, conditioners: as in
+  `assemble`.
   """
   index = {
     'sample': dataclasses.asdict(sample), 'noise': model.noise.config.saved(),
@@ -228,7 +226,7 @@ def save_model(
 def _described(
   directory: Path, model: Diffusion, space: Any, conditioners: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-  """What the index of a model of the class DIFFUSION says of its parts, which are copied."""
+  """Index entries of a DIFFUSION model's parts, which are copied."""
   def kept(options: Mapping[str, Any], part: Any, name: str) -> dict[str, Any]:
     folders = {key: keep_folder(options[key], directory, f'{name}_{key}') for key in part.paths}
     return {**options, **folders}

@@ -1,5 +1,7 @@
-"""The data of a network or a run: trained_on.json beside weights, so that scores can name them, and
-data.json in a workdir, so that other data are noticed when a run goes on.
+"""Training data of a network or a run, as JSON files.
+
+trained_on.json with weights names the data in scores; data.json in a workdir detects changed data
+on resume.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ Found = dict[str, dict[str, str]]
 class DataSplit:
   """One split of a data set.
 
-  size: edge in pixels. records: how many. fingerprint: of the images, '' where there is none.
-  begun: the model that training began with, which may know others; '' for none.
+  size: edge in pixels. records: how many. fingerprint: of the images, or ''. begun: the model that
+  training began with, which may know others, or ''.
   """
 
   dataset: str

@@ -39,23 +39,16 @@ _ROWS = 16
 
 
 def train(training: Training, progress: bool = True, start: Start | None = None) -> int:
-  """Train to the last step, or go on from the last checkpoint in the workdir.
+  """Train to the last step, or resume from the workdir's last checkpoint; return the exit code.
 
-  Args:
-    start: where the lock of the workdir has been taken already.
+  0 when finished; 128 + the signal's number when stopped by one, after saving; 75 when the last
+  checkpoint or model had no room, 1 for another reason.
 
-  Returns:
-    0 when finished; 128 + the signal's number when stopped by one, after saving; 75 when the last
-    checkpoint or the model could not be written for want of room, 1 for another reason.
-
-  Raises:
-    UserError: all checkpoints in the workdir are damaged, or they are of another model or of more
-      steps; or another run is in it.
-    Diverged: too many steps in a row were not finite; parameters are from before them.
-
-  After any other error the state is saved before it is raised. With several processes one that
-  fails, or sees that another is gone, leaves by itself, with exit code 1 or 75; status.json says
-  why.
+  UserError: all checkpoints are damaged, or of another model or of more steps; or another run is in
+  the workdir. Diverged: too many steps in a row were not finite; parameters are from before them.
+  After other errors the state is saved first. One of several processes that fails, or sees another
+  gone, leaves with exit code 1 or 75; status.json has the reason. start: the workdir, if taken
+  already.
   """
   with contextlib.ExitStack() as stack:
     if start is None:

@@ -38,7 +38,7 @@ class Restored(NamedTuple):
 
 
 class Saver(Checkpoints):
-  """The checkpoints of a run, with the places where its data and its metrics stand."""
+  """The checkpoints of a run, with its positions in data and metrics."""
 
   def __init__(self, training: Training, say: Callable[[str], None]):
     loop = training.loop
@@ -51,10 +51,7 @@ class Saver(Checkpoints):
     self.loader, self._ask_every = training.loader, loop.log_every_steps
 
   def restore_run(self, abstract: TrainState) -> Restored | None:
-    """Return the newest intact state, and set the loader to what comes after it.
-
-    UserError where all checkpoints are damaged, or they are of another model.
-    """
+    """The newest intact state, the loader set after it; UserError: damage, or another model."""
     found = self.restore(_as_parts(abstract))
     if found is None:
       return None
@@ -111,8 +108,8 @@ def rescue(
 ) -> str:
   """Save the state if it is complete and finite; return a few words on that. Never raises.
 
-  most_skipped: steps in a row that are skipped before a run counts as diverged. data: state of the
-  loader before a batch that was read in vain, None for none.
+  most_skipped: skips in a row after which a run counts as diverged. data: the loader's state before
+  a batch that was not used, or None.
   """
   try:
     if jax.process_count() > 1:
@@ -150,11 +147,9 @@ def wait_for_room(
 ) -> str:
   """Wait until the last checkpoint and the model are on disk; return what is missing, or ''.
 
-  What more room would not mend, such as a file where a folder should be, is tried `TRIES` times.
-  All processes must call it together. Each try is said.
-
-  save: starts to save the last step, by all processes. export: writes the model; does nothing on
-  processes other than 0. Stopping: a process was asked to stop meanwhile.
+  Errors that room does not mend are retried `TRIES` times. All processes call it together; each try
+  is reported. save: starts to save the last step, in all processes. export: writes the model, in
+  process 0. Stopping: a process was asked to stop.
   """
   end = time.monotonic() + (safety.config.room_timeout_seconds or math.inf)
   pause = safety.config.checkpoint_retry_seconds

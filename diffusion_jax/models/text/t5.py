@@ -1,8 +1,8 @@
 """The encoder of T5 and T5 v1.1 (Raffel et al. 2020; Shazeer 2020), named as in transformers.
 
-Its states grow to tens of thousands, past what float16 holds and to where bfloat16 is coarse.
-Therefore the residual stream, the norms, the softmax and the last product of each feed-forward
-are in float32 whatever `dtype` is; the other products are in `dtype`.
+Its states grow to tens of thousands, past float16's range and where bfloat16 is coarse: the
+residual stream, norms, softmax and the last product of each feed-forward are float32, other
+products `dtype`.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ from diffusion_jax.types import Text, Tokens
 class T5Config(NetworkConfig):
   """T5 (Raffel et al. 2020) has feed_forward_proj 'relu', T5 v1.1 'gated-gelu'; defaults: T5-small.
 
-  `relative_attention_num_buckets` counts both directions; distances from
-  `relative_attention_max_distance` on share the last bucket of theirs.
+  relative_attention_num_buckets: of both directions; the last of each has all distances from
+  relative_attention_max_distance on.
   """
 
   vocab_size: Width = 32128
@@ -57,8 +57,8 @@ class T5Config(NetworkConfig):
 def relative_position_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:
   """The bucket of each (query, key) pair, int32 [l l] in [0, buckets).
 
-  Half of the buckets are for keys after the query. Of either half, the first half holds one
-  distance each; the others grow geometrically up to `max_distance`.
+  Half of the buckets are for keys after the query. Of either half, the first half has one distance
+  each; the others grow geometrically up to `max_distance`.
   """
   distance = np.arange(length)[None] - np.arange(length)[:, None]
   half = buckets // 2
@@ -81,7 +81,7 @@ def _in_float32(*, compute: Compute = PLAIN, rngs: nnx.Rngs) -> dict:
 class T5Attention(nnx.Module):
   """Self-attention without biases and without the factor 1/sqrt(d): [b l d] -> [b l d].
 
-  Only the first layer's holds the table of position biases, which all layers use.
+  Only the first layer has the table of position biases, which all layers use.
   """
 
   def __init__(self, config: T5Config, *, has_bias: bool, **kw):
@@ -195,8 +195,7 @@ class T5EncoderModel(nnx.Module):
   def encode_text(self, ids: Tokens, mask: jax.Array | None = None) -> tuple[Text, None]:
     """ids [b l] -> (hidden states after the final norm [b l d], None: T5 pools nothing).
 
-    mask: [b l], 1 where a token is attended to and 0 where it is padding; None: everywhere 1. The
-    states of padding are computed too, and mean nothing.
+    mask: [b l], 1 for tokens and 0 for padding, whose states are meaningless; None: all 1.
     """
     require(ids.ndim == 2, f'T5 takes token ids [b l], not {list(ids.shape)}.')
     if mask is not None:

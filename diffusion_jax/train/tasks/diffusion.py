@@ -59,7 +59,7 @@ FEATURES_KEY, METRICS_KEY = 'settings.evaluation.features', 'settings.evaluation
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-  """What a model is scored by while it trains.
+  """Scores while training.
 
   features: KIND:PATH each, as for the command evaluate; () for the task's CLIP. metrics: names of
   `registry.METRICS`.
@@ -78,12 +78,12 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SharedConfig:
-  """Settings of every task that trains a diffusion model of images.
+  """Settings of all tasks that train a diffusion model of images.
 
-  clip: a CLIP with both towers, or 'asset:NAME'; its features score samples, unless `evaluation`
-  names others. caption_dropout: fraction of conditions replaced by the null, for classifier-free
-  guidance. cache: encode all images and captions once before training. preview_captions: what the
-  grids show over time.
+  clip: a CLIP with both towers, or 'asset:NAME'; it scores samples unless `evaluation` has
+  features. caption_dropout: fraction of conditions replaced by the null, for classifier-free
+  guidance. cache: encode all images and captions once before training. preview_captions: of the
+  sample grids.
   """
 
   clip: str = 'asset:clip-openmoji-64'
@@ -107,10 +107,10 @@ class SharedConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiffusionTaskConfig(SharedConfig):
-  """A new denoiser in a space that is there already.
+  """A new denoiser in an existing space.
 
   space: a row of `registry.SPACES`. denoiser: a row of `registry.NETWORKS`. conditioners: options
-  of rows of `registry.CONDITIONERS`; without any the texts of `clip`, {} for nothing at all.
+  of rows of `registry.CONDITIONERS`; None: the texts of `clip`, {}: none at all.
   """
 
   space: Annotated[Any, ByType(SPACES, 'latents')]
@@ -138,7 +138,7 @@ class DiffusionTaskConfig(SharedConfig):
 
   @property
   def conditioned(self) -> dict[str, Any]:
-    """The conditioners in force, with their options."""
+    """The conditioners in use, with their options."""
     return {'text': {'path': self.clip}} if self.conditioners is None else self.conditioners
 
   def _kinds(self) -> dict[str, Any]:
@@ -146,7 +146,7 @@ class DiffusionTaskConfig(SharedConfig):
 
   @property
   def with_images(self) -> bool:
-    """Whether the model is conditioned on images, so that captions alone cannot be sampled."""
+    """True if conditioned on images, so that captions alone cannot be sampled."""
     return any(kind.about for kind in self._kinds().values())
 
 
@@ -164,10 +164,10 @@ def as_today(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Encoded(NamedTuple):
-  """A batch as the loss takes it, made now or before training.
+  """A batch for the loss, encoded now or before training.
 
   moments: of z, see `spaces.Space`. conditions: fields of `Condition` by conditioner. weight: [b]
-  of the losses, if they have one.
+  of the losses, if any.
   """
 
   moments: Moments
@@ -182,8 +182,7 @@ def _keys(names: list[str], key: jax.Array) -> dict[str, jax.Array]:
 
 
 class DiffusionTask(Task):
-  """Parameters are the denoiser's; what is carried are the losses that importance sampling needs.
-  """
+  """Parameters are the denoiser's; the carry has the losses of importance sampling."""
 
   Config = DiffusionTaskConfig
   as_today = staticmethod(as_today)
@@ -350,7 +349,7 @@ class DiffusionTask(Task):
     return losses if weight is None else losses._replace(loss=losses.loss * weight)
 
   def loss(self, params, frozen, carry, batch, key, step) -> tuple[jax.Array, tuple]:
-    """The metrics have the error by noise level."""
+    """The loss, with metrics of the error by noise level."""
     losses = self.losses(params, frozen, carry, batch, key)
     bucket = jnp.floor(losses.level.position * TIME_BUCKETS).astype(int)
     which = jax.nn.one_hot(bucket, TIME_BUCKETS)

@@ -108,7 +108,7 @@ class FinetuneTaskConfig(SharedConfig):
 
   @property
   def with_images(self) -> bool:
-    """Whether the model is conditioned on images, so that captions alone cannot be sampled."""
+    """True if conditioned on images, so that captions alone cannot be sampled."""
     return self.train == 'controlnet' or self.inputs != 'none'
 
 
@@ -250,10 +250,9 @@ def _check_model(settings: FinetuneTaskConfig, model: Diffusion) -> None:
 
 
 def sample_prior(task: FinetuneTask, mesh: Mesh) -> FolderSource:
-  """Return the pictures of the class, after sampling what is missing of them.
+  """The pictures of the class, after sampling missing ones, also of an interrupted start.
 
-  Every process samples the same and the first writes them, so all must see the folder. What was
-  stopped goes on where it was.
+  All processes sample the same and see the folder; the first writes.
   """
   prior, model = task.config.prior, task.model
   folder = Path(prior.folder)
