@@ -58,8 +58,7 @@ class AutoencoderTaskConfig:
 
 
 def kl_divergence(mean: Latents, logvar: Latents) -> jax.Array:
-  """KL(N(mean, exp(logvar)) || N(0, 1)) per latent value, averaged to [b] (Kingma & Welling 2014).
-  """
+  """KL(N(mean, exp(logvar)) || N(0, 1)) per latent value, mean [b] (Kingma & Welling 2014)."""
   kl = 0.5 * (mean**2 + jnp.exp(logvar) - 1 - logvar)
   return kl.mean(axis=(1, 2, 3))
 
