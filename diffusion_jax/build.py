@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from diffusion_jax.checkpoint.saving import of_storage, reason
+from diffusion_jax.checkpoint.saving import is_storage_error, reason
 from diffusion_jax.config import TrainingConfig, completed, parse, untyped
 from diffusion_jax.data.loader import Loader
 from diffusion_jax.data.splits import APART, fingerprint, measured_on
@@ -148,7 +148,7 @@ def _keep(directory: RunDirectory, data: dict[str, Any], task: Task) -> None:
     write_data(directory, data)
     task.keep(directory.path)
   except Exception as error:
-    if not of_storage(error):
+    if not is_storage_error(error):
       raise
     raise UserError(
       f'the workdir {directory.path} cannot be written ({reason(error)}); make room, or choose '

@@ -327,7 +327,8 @@ def parse(values: Mapping[str, Any]) -> TrainingConfig:
   """
   values = values.to_dict() if hasattr(values, 'to_dict') else values
   task = load(TASKS, values.get('task'), 'config.task')
-  settings = typed(task.Config, task.as_today(values.get('settings', {})), 'config.settings.')
+  settings = task.upgrade_settings(values.get('settings', {}))
+  settings = typed(task.Config, settings, 'config.settings.')
   return typed(TrainingConfig, {**values, 'settings': settings})
 
 

@@ -217,7 +217,7 @@ def inside(path: Path, folder: Path) -> Path:
 
 
 def check_folder(folder: Path) -> None:
-  """Raise UserError for a special file, a link out of the folder, or one to a folder (endless?)."""
+  """Raise UserError for a special file, a link out of the folder, or a link to a folder."""
   for place, folders, files in os.walk(folder):
     for name in (*folders, *files):
       path = inside(Path(place, name), folder)

@@ -152,7 +152,7 @@ def _without_axes(platform: str, kind: str) -> AbstractMesh:
   return AbstractMesh((), (), axis_types=(), abstract_device=AbstractDevice(kind, None, platform))
 
 
-def settle_on_cpu(results: Any) -> None:
+def block_on_cpu(results: Any) -> None:
   """Wait for a program's results on CPUs: one called meanwhile would allocate on another thread."""
   if on_cpu():
     jax.block_until_ready(results)

@@ -48,7 +48,7 @@ class Keep:
   best_is: str = 'lowest'
 
 
-def kept(
+def steps_to_keep(
   steps: Iterable[int], scores: Mapping[int, float], keep: Keep,
   samples: Mapping[int, float] | None = None,
 ) -> set[int]:
@@ -237,7 +237,8 @@ class Checkpoints:
     except OSError as error:
       self._say(f'{self.directory} cannot be read ({reason(error)}); nothing is deleted there.')
       return
-    stay = kept(steps, self._scores.of(self.keep.best), self.keep, self._scores.of('samples'))
+    scores, samples = self._scores.of(self.keep.best), self._scores.of('samples')
+    stay = steps_to_keep(steps, scores, self.keep, samples)
     for step in sorted(set(steps) - stay):
       folder = self.directory / str(step)
       try:  # Renamed first, so that what is half deleted never passes for a checkpoint.

@@ -179,7 +179,7 @@ def reason(error: BaseException) -> str:
   return short if named in short else f'{named}: {short}'
 
 
-def of_storage(error: BaseException) -> bool:
+def is_storage_error(error: BaseException) -> bool:
   """True for an error of storage; libraries in other languages quote the system's error number."""
   return isinstance(error, OSError) or bool(re.search(r'os error \d+|No space left', str(error)))
 

@@ -50,6 +50,6 @@ def run(args: argparse.Namespace) -> int:
 
   enable_compile_cache()
   start_distributed()
-  args.start.meet()
+  args.start.join()
   training = build(load_config(args.config, args.overrides), args.workdir)
   return train(training, progress=not args.quiet, start=args.start)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from diffusion_jax.data.transforms import apply
-from diffusion_jax.data.unreadable import stand_in
+from diffusion_jax.data.unreadable import replacement
 from diffusion_jax.errors import Unreadable, UserError
 from diffusion_jax.limits import check_seed
 from diffusion_jax.types import Source
@@ -145,7 +145,7 @@ def _record(source: Source, index: int, rng: np.random.Generator) -> dict[str, A
   try:
     return source[index]
   except Unreadable:
-    return stand_in(source, index, rng)
+    return replacement(source, index, rng)
 
 
 def _stack(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class Counted(Sequence):
       )
 
 
-def stand_in(source: Sequence, index: int, rng: np.random.Generator) -> Any:
+def replacement(source: Sequence, index: int, rng: np.random.Generator) -> Any:
   """The readable record that replaces the unreadable `index`.
 
   It depends on `rng` and the readable records alone, and is of the same kind where a source has
@@ -127,7 +127,7 @@ def readable(source: Sequence, places: Iterable[int] | None = None) -> Iterator[
     yield record
 
 
-def some(source: Sequence, count: int, places: Iterable[int] | None = None) -> list[Any]:
+def first_readable(source: Sequence, count: int, places: Iterable[int] | None = None) -> list[Any]:
   """The first `count` readable records, or fewer if there are no more; UserError for none."""
   found = list(itertools.islice(readable(source, places), count))
   if not found:

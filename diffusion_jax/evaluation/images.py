@@ -16,7 +16,7 @@ from diffusion_jax.data.image_sets import ImageBatch, TarPictures, holds_batch
 from diffusion_jax.data.images import read_pixels
 from diffusion_jax.data.sources.tfds import METADATA, PreparedImages
 from diffusion_jax.data.splits import fingerprint, of_records
-from diffusion_jax.data.unreadable import some
+from diffusion_jax.data.unreadable import first_readable
 from diffusion_jax.errors import UserError
 from diffusion_jax.runs.trained_on import DataSplit, split_of
 from diffusion_jax.types import Record
@@ -113,7 +113,7 @@ def named_split(source: Sequence[Record], dataset: str, size: int, name: str) ->
 
 def shuffled(source: Sequence[Record], count: int) -> list[Record]:
   """A random subset of `count` readable records, the same for each length of source."""
-  return some(source, count, np.random.default_rng(0).permutation(len(source)))
+  return first_readable(source, count, np.random.default_rng(0).permutation(len(source)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from diffusion_jax.backend.xla import jit
-from diffusion_jax.data.unreadable import some
+from diffusion_jax.data.unreadable import first_readable
 from diffusion_jax.evaluation.comparison import Column, Work
 from diffusion_jax.evaluation.evaluator import EVALUATE, SAMPLE, TEST, Cached, Picture, Value, named
 from diffusion_jax.evaluation.extract import reader
@@ -145,7 +145,7 @@ class ReconstructionPreview(Cached):
   about = 'Test images with their captions, each beside its reconstruction.'
 
   def run(self, model: Network, params: Params, key) -> Iterator[tuple[str, Value]]:
-    records = some(self.test, 16)
+    records = first_readable(self.test, 16)
     images = np.stack([record['image'] for record in records])
     outputs = self.reconstruct(model, params, images)
     pairs = np.stack([images, outputs], axis=1).reshape(-1, *images.shape[1:])
@@ -166,7 +166,7 @@ class Reconstruction(ReconstructionPreview):
   when = EVALUATE
 
   def run(self, model: Network, params: Params, key) -> Iterator[tuple[str, Value]]:
-    images = np.stack([record['image'] for record in some(self.test, self.samples)])
+    images = np.stack([record['image'] for record in first_readable(self.test, self.samples)])
     values = compare_pairs(images, self.reconstruct(model, params, images), ('psnr', 'l1'))
     scores = {name: float(each.mean()) for name, each in values.items()}
     mean, deviation = latent_moments(model, params, images, self.mesh)

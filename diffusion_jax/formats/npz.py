@@ -66,7 +66,7 @@ def read_header(file: BinaryIO, info: zipfile.ZipInfo) -> Header:
 def read_arrays(path: str | Path, most: Mapping[str, int]) -> dict[str, np.ndarray]:
   """The named arrays that an npz has; most: name -> its largest size in bytes.
 
-  ValueError, or whatever zipfile and numpy raise of damaged bytes: see `reading.reading`.
+  ValueError, or whatever zipfile and numpy raise of damaged bytes: see `files.reading`.
   """
   found = {}
   with opened(path) as archive:

@@ -177,7 +177,7 @@ class Peers:
     return 'True' in agree('stop', str(self._asked))
 
   def leave(self, why: str) -> None:
-    """Tell the others that this process gives up and why."""
+    """Tell the others, before it returns, that this process gives up and why."""
     if self._count == 1 or self._closed.is_set():
       return
     self._news['left'] = why or 'left'

@@ -183,7 +183,7 @@ def part_of(options: Mapping[str, Any], name: str, kinds: Sequence[str]) -> Part
 class ClassLabel(Guided):
   """A class by its name or number in the prompt; the empty prompt is no class.
 
-  Adds 'labels' [b], int32: the place in `classes`; the null is the next number.
+  Adds 'labels' [b], int32 places in `classes`; the null is their number.
   """
 
   classes: tuple[str, ...]

@@ -59,7 +59,7 @@ class Program(NamedTuple):
 
   guided, image_guided: guidance by the text, by the edited picture. everywhere: at all noise
   levels. decoding: one of DECODINGS. options: the sampler's, as pairs. timesteps: one of
-  `schedules.LABELS`.
+  `noise.LABELS`.
   """
 
   sampler: str
@@ -113,7 +113,7 @@ class SampleConfig(SampleOptions):
 
   @property
   def program(self) -> Program:
-    """The static choices, normalised: equal programs are equal."""
+    """The static choices, normalised where they have no effect."""
     guided, edited = self.guidance != 1, self.image_guidance != 1
     perturbed = self.perturbed_part if self.perturbed_attention else ''
     autoguided = self.autoguidance != 1

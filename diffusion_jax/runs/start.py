@@ -32,7 +32,7 @@ class Start:
 
   def open(self, process: int, processes: int) -> None:
     """Take the lock in process 0. UserError where the workdir cannot be used, or another run is in
-    it; with several processes not before `meet`."""
+    it; with several processes not before `join`."""
     if process == 0:
       try:
         self._take()
@@ -61,7 +61,7 @@ class Start:
         'or choose another.'
       ) from error
 
-  def meet(self) -> None:
+  def join(self) -> None:
     """Let all joined processes take part in this start; UserError on all without the lock."""
     if self._met:
       return

@@ -42,7 +42,7 @@ class Status:
     self._keeper: subprocess.Popen | None = None
     self._lock = threading.Lock()
     self._found = _content(directory)
-    self.before = last_word(directory)
+    self.before = read_status(directory)
     self.start = secrets.token_hex(8)
     self.final = False
     self._problem = ''
@@ -136,7 +136,7 @@ class Status:
       self._keeper = None
 
 
-def last_word(directory: RunDirectory) -> dict[str, Any]:
+def read_status(directory: RunDirectory) -> dict[str, Any]:
   """A run's status.json; {} where there is none or it cannot be read."""
   try:
     return directory.read_json(NAME)
@@ -144,9 +144,9 @@ def last_word(directory: RunDirectory) -> dict[str, Any]:
     return {}
 
 
-def stands_still(directory: RunDirectory, seconds: float) -> bool:
+def is_stalled(directory: RunDirectory, seconds: float) -> bool:
   """True if a run is over, or silent for so long; without a status, by its newest file."""
-  status = last_word(directory)
+  status = read_status(directory)
   retry, updated = status.get('retry'), status.get('updated')
   if not isinstance(retry, bool) or not _is_amount(updated):
     found = [path for path in (directory.path, directory.checkpoints) if path.is_dir()]

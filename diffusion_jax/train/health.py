@@ -221,7 +221,7 @@ class _Failure:
   due: float
 
 
-class SideWork:
+class BestEffort:
   """Work whose failure is named, counted, retried, and never raised, whatever the error."""
 
   def __init__(self, say: Callable[[str], None], retry_seconds: float = RETRY_SECONDS):
@@ -302,7 +302,7 @@ class Safety:
       exit_code=TRY_AGAIN,
     )
 
-  def tell(self, state: str, *, now: bool = True, **more: Any) -> None:
+  def report(self, state: str, *, now: bool = True, **more: Any) -> None:
     """Write how things stand; without `now` no more than once a second."""
     if now or time.monotonic() - self._told > 1:
       self._told = time.monotonic()

@@ -26,7 +26,7 @@ from diffusion_jax.runs.directory import RunDirectory, versions
 from diffusion_jax.runs.metrics import MetricsWriter
 from diffusion_jax.runs.trained_on import write_trained_on
 from diffusion_jax.train.card import model_card
-from diffusion_jax.train.health import SideWork
+from diffusion_jax.train.health import BestEffort
 from diffusion_jax.train.state import TrainState
 from diffusion_jax.train.training import Training, stating
 from diffusion_jax.types import Scores
@@ -70,7 +70,7 @@ class SampleCount:
     fits = type(samples) is int and 0 < samples <= self._settings['of']
     return samples if fits and self._settings.items() <= known.items() else 0
 
-  def took(self, samples: int) -> str:
+  def record(self, samples: int) -> str:
     """Record an evaluation's number of samples; return a sentence on it, or ''."""
     if samples >= self.wanted and self._chosen:
       return ''
@@ -98,7 +98,7 @@ REPORT_EVERY = 20
 class Hooks:
   """Sample and score in every process, write in process 0; only `finish` raises."""
 
-  def __init__(self, training: Training, writer: MetricsWriter, frozen: dict, side: SideWork):
+  def __init__(self, training: Training, writer: MetricsWriter, frozen: dict, side: BestEffort):
     self.t, self._writer, self._frozen, self._side = training, writer, frozen, side
     self._main = jax.process_index() == 0
     self._next_report = 0.0
@@ -166,7 +166,7 @@ class Hooks:
     metrics, taken = dict(next(iter(scores.values()))), count.wanted
     if count.seconds:
       taken = scores['settings']['samples']
-      if (text := count.took(taken)) and self._main:
+      if (text := count.record(taken)) and self._main:
         self._side.say(text)
     metrics['samples'] = taken
     self._writer.write('evaluation', step, metrics)

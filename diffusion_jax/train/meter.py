@@ -21,7 +21,7 @@ class Goodput:
     self._totals = dict.fromkeys(PHASES, 0.0)
     self._clock, self._phase, self._since = clock, 'start', clock()
 
-  def goes_on(
+  def resume(
     self, saved: dict[str, float] | None, last: dict[str, float] | None, down: float
   ) -> None:
     """Take over the accounts of earlier starts.

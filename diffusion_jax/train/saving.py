@@ -12,7 +12,7 @@ import numpy as np
 from clu.metrics import Average
 
 from diffusion_jax.checkpoint.checkpoints import Checkpoints, Keep
-from diffusion_jax.checkpoint.saving import may_pass, of_storage, reason
+from diffusion_jax.checkpoint.saving import is_storage_error, may_pass, reason
 from diffusion_jax.evaluation.metrics.metric import LOWEST, best_is
 from diffusion_jax.files import reading
 from diffusion_jax.parallel.mesh import to_host
@@ -167,7 +167,7 @@ def wait_for_room(
     if not missing or over:
       return missing
     say(f'{missing} Waiting for room; the next try is in {pause:g} s, and a signal ends that.')
-    safety.tell('saving', message=missing)
+    safety.report('saving', message=missing)
     for _ in range(max(1, math.ceil(pause))):  # As often on all processes.
       time.sleep(min(1.0, pause))
       safety.watchdog.heartbeat()
@@ -181,7 +181,7 @@ def _tried(export: Callable[[], None]) -> str:
   try:
     export()
   except Exception as error:
-    if not of_storage(error):
+    if not is_storage_error(error):
       raise
     return f'the model could not be exported ({reason(error)}).'
   return ''

@@ -8,7 +8,7 @@ import pytest
 
 from diffusion_jax.data.loader import Loader
 from diffusion_jax.data.sources.arrays import ArraySource
-from diffusion_jax.data.sources.folder import Together
+from diffusion_jax.data.sources.folder import Alternating
 from diffusion_jax.data.unreadable import Counted, Damage, readable, some
 from diffusion_jax.errors import Unreadable, UserError
 
@@ -135,7 +135,7 @@ def test_the_only_one_that_is_left_is_found():
 def test_a_subject_is_replaced_by_the_subject():
   """Or the mean over both sources would no longer be the sum of their means."""
   subject = ArraySource({'n': np.arange(4)}, {1: 'cut', 2: 'cut'})
-  both = Together(subject, ArraySource({'n': 100 + np.arange(8)}, {5: 'cut'}), 0.25)
+  both = Alternating(subject, ArraySource({'n': 100 + np.arange(8)}, {5: 'cut'}), 0.25)
   found = next(loader(both, batch_size=16, num_threads=0))
   assert np.isin(found['n'], [0, 3]).sum() == 8
   assert (found['weight'][found['n'] < 100] == 2).all()

@@ -183,7 +183,7 @@ class FolderSource:
     return record | {'captions': self.captions[index], 'sizes': np.asarray(sizes, np.float32)}
 
 
-class Together:
+class Alternating:
   """Two sources in turn, the shorter one repeated: the subject, and its class.
 
   'weight' is 2 for the first and twice `weight` for the second: the mean over an even mixture is

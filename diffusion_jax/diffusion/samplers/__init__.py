@@ -55,7 +55,7 @@ def sampler(name: str, **options) -> Sampler:
 
 
 def initial_noise(seed: int, first: int, count: int, shape: tuple[int, ...]):
-  """(noise [count, *shape], keys [count]) of images first, ... of a seed, whatever the batch."""
+  """(noise [count, *shape], keys [count]) of a seed's images from `first` on."""
   return _noise(jax.random.key(seed), first, count, shape)
 
 

@@ -217,7 +217,7 @@ def ancestral(here: Pair, there: Pair, eta: float) -> tuple[jax.Array, jax.Array
   return there[1] * jnp.sqrt(1 - fraction), there[1] * jnp.sqrt(fraction)
 
 
-def fresh(wanted: jax.Array, kept: jax.Array) -> jax.Array:
+def added_deviation(wanted: jax.Array, kept: jax.Array) -> jax.Array:
   """Deviation of noise that lifts `kept` to `wanted`: sqrt(wanted^2 - kept^2); 0 if tiny."""
   added = (wanted - kept) * (wanted + kept)
   some = added > 16 * jnp.finfo(added.dtype).eps * wanted**2

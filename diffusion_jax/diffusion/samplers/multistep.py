@@ -80,7 +80,7 @@ def first_order(grid: Grid, eta=0.0, s_noise: float = 1.0) -> tuple[jax.Array, .
   return keep, there[0] - keep * here[0], s_noise * deviation
 
 
-def usable(
+def step_orders(
   grid: Grid, order: int, *, to_clean: bool = False, lower_order_final: bool | int = False,
   euler_at_final: bool = False,
 ) -> jax.Array:
@@ -187,8 +187,10 @@ def exponential_table(
   grid: Grid, order: int, eta=0.0, s_noise: float = 1.0, *, slope: str = 'exact',
   curvature: float = 1.0, lower_order_final: bool | int = False, euler_at_final: bool = False,
 ) -> Table:
-  """The explicit exponential Adams method; arguments as in `exponential` and `usable`."""
-  counts = usable(grid, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final)
+  """The explicit exponential Adams method; arguments as in `exponential` and `step_orders`."""
+  counts = step_orders(
+    grid, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final
+  )
   nodes = past_nodes(grid, half_log_snr(grid), counts, order)
   correction = exponential(grid, nodes, counts, eta, slope=slope, curvature=curvature)
   return Table(*first_order(grid, eta, s_noise), correction)
@@ -203,7 +205,7 @@ def corrector_table(
   Row i is of step i - 1, which ends where step i starts; row 0 is unused.
   """
   here, there = intervals(grid)
-  before = usable(grid, order - 1, lower_order_final=lower_order_final)
+  before = step_orders(grid, order - 1, lower_order_final=lower_order_final)
   lam = half_log_snr(grid)
   past = past_nodes(grid, lam, before, order - 1)
   nodes = jnp.concatenate([past[:, :1], lam[1:, None], past[:, 1:]], axis=1)
@@ -223,7 +225,7 @@ def eps_table(
   rate: dr / du as a function of u. to_clean: whether u is finite at r = 0.
   """
   alphas, sigmas, *_ = grid
-  counts = usable(grid, order, to_clean=to_clean, lower_order_final=lower_order_final)
+  counts = step_orders(grid, order, to_clean=to_clean, lower_order_final=lower_order_final)
   levels = divide(sigmas, alphas)
   u = coordinate(levels if to_clean else jnp.where(levels > 0, levels, 1))
   nodes = past_nodes(grid, u, counts, order)
@@ -293,7 +295,7 @@ def dpmpp_2m_sde(
   """SDE-DPM-Solver++(2M) (Lu et al. 2022, DPM-Solver++, section 5).
 
   eta: 1 is the reverse SDE, 0 DPM-Solver++(2M) (algorithm 2). s_noise: factor on the noise. slope:
-  'midpoint', or 'exact', heun in k-diffusion. lower_order_final, euler_at_final: as in `usable`.
+  'midpoint', or 'exact' (k-diffusion: heun). lower_order_final, euler_at_final: see `step_orders`.
   """
   table = exponential_table(
     grid, 2, eta, s_noise, slope=slope, lower_order_final=lower_order_final,
@@ -338,7 +340,7 @@ def deis(denoise, grid, noise, *, order=3, lower_order_final=False):
 def unipc(denoise, grid, noise, *, order=2, variant='bh2', lower_order_final=True):
   """UniPC for x_0 (Zhao et al. 2023, algorithms 1 and 2): order p predicted, p + 1 corrected.
 
-  order: p, of the predictor. lower_order_final: as in `usable`. variant: 'bh1' or 'bh2', the
+  order: p, of the predictor. lower_order_final: as in `step_orders`. variant: 'bh1' or 'bh2', the
   function B(h); it matters where two values are interpolated.
   """
   slopes = {'bh1': 'linear', 'bh2': 'midpoint'}
@@ -357,7 +359,7 @@ def sa_solver(
 
   tau: 0 is the ODE, 1 the reverse SDE, at noise levels from low to high. order: values that the
   predictor interpolates; corrector_order: the corrector, one at the predicted x; 0 for none.
-  s_noise: factor on the noise. lower_order_final: as in `usable`.
+  s_noise: factor on the noise. lower_order_final: as in `step_orders`.
   """
   if corrector_order == 1:
     raise UserError('corrector_order of sa_solver is 1; choose 0 for none, or at least 2.')

@@ -11,10 +11,10 @@ from diffusion_jax.diffusion.samplers.common import (
   Pair,
   SamplerInfo,
   Steps,
+  added_deviation,
   ancestral,
   contraction,
   divide,
-  fresh,
   intervals,
   is_inner,
   log_midpoint,
@@ -176,7 +176,7 @@ def restart(denoise, grid, noise, *, low=0.1, high=2.0, steps=6, repeats=2, s_no
 
   def step(x, carry, here, there, index, before):
     scale = jnp.where(here[0] == before[0], 1, divide(here[0], before[0]))
-    x = scale * x + s_noise * fresh(here[1], scale * before[1]) * noise(index, x)
+    x = scale * x + s_noise * added_deviation(here[1], scale * before[1]) * noise(index, x)
     x, x0 = heun_step(denoise, x, here, there, there)
     return x, carry, x0
 
@@ -241,7 +241,7 @@ def tcd(denoise, grid, noise, *, gamma=0.3):
     x0 = denoise(x, *here)
     scale = divide(there[0], landing[0])
     x = scale * move(x, x0, here, landing)
-    return x + fresh(there[1], scale * landing[1]) * noise(index, x), carry, x0
+    return x + added_deviation(there[1], scale * landing[1]) * noise(index, x), carry, x0
 
   return Steps(step, (landing,))
 

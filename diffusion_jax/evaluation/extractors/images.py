@@ -26,7 +26,7 @@ from diffusion_jax.types import Params
 
 
 class InceptionExtractor:
-  """The FID Inception behind one of `resize.OF_INCEPTION`; outputs of `models.inception.Inception`.
+  """The FID Inception behind one of `resize.OF_INCEPTION`; outputs of `features.inception`.
 
   UserError for an unknown output or rule.
   """

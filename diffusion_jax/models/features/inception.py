@@ -2,7 +2,7 @@
 
 Unlike other libraries' it has 1008 classes, no auxiliary head, average pools without the padding,
 and a maximum where the last block should have an average. Batch norms are folded into the
-convolutions (`io.inception`). Parts are named as in the published files.
+convolutions (`formats.inception`). Parts are named as in the published files.
 """
 
 import dataclasses

@@ -16,7 +16,7 @@ from clu.metrics import Average
 from jax.sharding import Mesh
 
 from diffusion_jax.config import MeshConfig, TrainingConfig
-from diffusion_jax.data.unreadable import some
+from diffusion_jax.data.unreadable import first_readable
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import load_lpips, save_params
 from diffusion_jax.limits import Count, FileDtype, Range, same_size
@@ -189,12 +189,12 @@ class AutoencoderTask(Task):
     if 'latent_mean' in test:
       mean, deviation = test['latent_mean'], test['latent_std']
     else:  # Nothing was scored, or scoring has failed.
-      images = np.stack([record['image'] for record in some(self.test, SCALED_BY)])
+      images = np.stack([record['image'] for record in first_readable(self.test, SCALED_BY)])
       mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
       with jax.set_mesh(mesh):  # Only this process is here.
         mean, deviation = latent_moments(self.model, params, images, mesh)
     config = dataclasses.replace(
-      self.config.autoencoder, sample_size=len(some(self.test, 1)[0]['image']),
+      self.config.autoencoder, sample_size=len(first_readable(self.test, 1)[0]['image']),
       shift_factor=round(mean, 6), scaling_factor=round(1 / deviation, 6),
     )
     save_params(directory, config, params, dtype=self.config.export_dtype)

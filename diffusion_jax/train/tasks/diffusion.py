@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from diffusion_jax.config import TrainingConfig
 from diffusion_jax.data.cache import ChooseText, cached_source, synthetic_cache
 from diffusion_jax.data.sources import open_data
-from diffusion_jax.data.unreadable import some
+from diffusion_jax.data.unreadable import first_readable
 from diffusion_jax.diffusion.noise import NoiseConfig
 from diffusion_jax.diffusion.objective import (
   Losses,
@@ -150,7 +150,7 @@ class DiffusionTaskConfig(SharedConfig):
     return any(kind.about for kind in self._kinds().values())
 
 
-def as_today(settings: Mapping[str, Any]) -> dict[str, Any]:
+def upgrade_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
   """Return settings as `DiffusionTaskConfig` has them, of older recipes and runs: a U-Net in the
   latents of an autoencoder, whose keys stood by themselves."""
   out = dict(settings)
@@ -185,7 +185,7 @@ class DiffusionTask(Task):
   """Parameters are the denoiser's; the carry has the losses of importance sampling."""
 
   Config = DiffusionTaskConfig
-  as_today = staticmethod(as_today)
+  upgrade_settings = staticmethod(upgrade_settings)
   name, title = 'diffusion', 'Text-to-image latent diffusion model'
   computing = ('remat', 'attention', 'products')
 
@@ -205,7 +205,8 @@ class DiffusionTask(Task):
     # What else draws random numbers than the objective.
     self._draws = model.space.random or bool(model.conditioners)
     # Records may have the sizes of what they were cut from; else all images are whole.
-    cut = 'sizes' in model.conditioners and not config.cache and 'sizes' in some(train, 1)[0]
+    cut = 'sizes' in model.conditioners and not config.cache
+    cut = cut and 'sizes' in first_readable(train, 1)[0]
     self._conditioners = {
       name: one for name, one in self.loss_model.conditioners.items()
       if cut or not isinstance(one, Sizes)
@@ -368,7 +369,7 @@ class DiffusionTask(Task):
   def preview_inputs(self) -> Inputs:
     """Return what the conditioners make of images of the test split, one for each caption."""
     count = len(self.config.preview_captions)
-    records = some(self.test, count)
+    records = first_readable(self.test, count)
     images = np.stack([records[i % len(records)]['image'] for i in range(count)])
     found = [conditioner.examples(images) for conditioner in self.model.conditioners.values()]
     return Inputs(**{name: array for one in found for name, array in one.items()})

@@ -13,7 +13,7 @@ from PIL import Image
 
 from diffusion_jax.config import TrainingConfig
 from diffusion_jax.data.finding import Left, find_files, with_suffixes
-from diffusion_jax.data.sources.folder import FolderSource, Together, open_all
+from diffusion_jax.data.sources.folder import Alternating, FolderSource, open_all
 from diffusion_jax.data.unreadable import Counted
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import format_of
@@ -136,7 +136,7 @@ def with_image_input(model: Diffusion, inputs: str) -> Diffusion:
   return model.replaced({DENOISER: denoiser}).with_conditioner(inputs, conditioner)
 
 
-def as_today(settings: Mapping[str, Any]) -> dict[str, Any]:
+def upgrade_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
   """Return settings with today's name of the denoiser, of older recipes and runs."""
   return {**settings, 'train': 'denoiser'} if settings.get('train') == 'unet' else dict(settings)
 
@@ -145,7 +145,7 @@ class FinetuneTask(DiffusionTask):
   """Parameters are those of a `Trainable`."""
 
   Config = FinetuneTaskConfig
-  as_today = staticmethod(as_today)
+  upgrade_settings = staticmethod(upgrade_settings)
   name, title = 'finetune', 'Fine-tuned text-to-image model'
 
   @classmethod
@@ -201,7 +201,7 @@ class FinetuneTask(DiffusionTask):
 
   def examples(self, config: TrainingConfig, env: Env) -> tuple[Source, list[Callable]]:
     if 'prior' in env.more:
-      both = Together(env.train, env.more['prior'], self.config.prior.weight)
+      both = Alternating(env.train, env.more['prior'], self.config.prior.weight)
       env = dataclasses.replace(env, train=both)
     return super().examples(config, env)
 

@@ -78,7 +78,7 @@ class Task(abc.ABC):
     return {'dtype': dtype, 'remat': config.remat, 'attention': config.attention}
 
   @staticmethod
-  def as_today(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+  def upgrade_settings(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return settings with the keys of `Config`, of older recipes and runs, too."""
     return settings
 

@@ -149,7 +149,7 @@ class ToyTask(DiffusionTask):
   """Parameters are the denoiser's and, under 'noise', those of a learned process."""
 
   Config = ToyTaskConfig
-  as_today = staticmethod(dict)
+  upgrade_settings = staticmethod(dict)
   name, title = 'toy', 'Denoiser of points in the plane'
   computing = ()
 
