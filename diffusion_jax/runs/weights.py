@@ -18,7 +18,7 @@ def run_weights(
   """The parameters of a checkpoint on a mesh; nothing else is read, and nothing changes.
 
   shapes: of the parameters, by name. step: None for the newest intact checkpoint. ema: averaged;
-  None: if the run has averages. UserError: no run, no or only damaged checkpoints, or another model.
+  None: if the run has averages. UserError: no run, no or only damaged checkpoints, another model.
   """
   directory = RunDirectory(workdir)
   if ema is None:
