@@ -26,10 +26,10 @@ from diffusion_jax.pipelines.options import SampleOptions
 if TYPE_CHECKING:
   import numpy as np
 
-HELP = 'draw pictures for prompts'
+HELP = 'sample pictures for prompts'
 DESCRIPTION = """Draws one picture for each prompt, as PNG with the prompt and all settings in its
-metadata, and one grid of the first 256. The same seed gives the same pictures, but for what
---batch says of rounding. An empty prompt draws without condition.
+metadata, and one grid of the first 256. The same seed gives the same pictures, up to the rounding
+that --batch explains. An empty prompt samples without condition.
 
 examples:
   python -m diffusion_jax sample --prompt 'grinning cat' --prompt 'red apple' --out pictures
@@ -46,16 +46,16 @@ class PromptOptions:
   """Prompts, and where the pictures go."""
 
   prompt: Annotated[tuple[str, ...], Help(
-    'what to draw; repeat for several pictures. An empty one draws without condition', 'TEXT'
+    'prompt; repeat for several pictures. An empty one samples without condition', 'TEXT'
   )] = ()
   prompts: Annotated[str, Help(
-    'a text file with one prompt a line; blank lines are passed over', 'FILE'
+    'a text file with one prompt a line; blank lines are skipped', 'FILE'
   )] = ''
   height: Annotated[int | None, Help(
     "height of the pictures in pixels (default: that of the model's training)", 'N'
   )] = None
   width: Annotated[int | None, Help('their width', 'N')] = None
-  negative: Annotated[str, Help('what not to draw (default: nothing)', 'TEXT')] = ''
+  negative: Annotated[str, Help('negative prompt (default: none)', 'TEXT')] = ''
   out: Annotated[str, Help('where the pictures go', 'DIR')]
 
   def read(self) -> list[str]:

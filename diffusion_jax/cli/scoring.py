@@ -424,7 +424,7 @@ def of_task(options: OneModel, sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def of_pictures(options: ImagesEvaluation, _: dict, shown: dict) -> dict[str, Any] | None:
-  """Score pictures that are there."""
+  """Score existing pictures."""
   images = open_images(options.images)  # Before a data set is prepared, which may take minutes.
   alone = options.save_statistics and not (options.metrics or options.reference)
   comparison = open_comparison(
