@@ -36,7 +36,8 @@ def require(condition: bool, message: str) -> None:
 
 
 def shown(value: Any) -> str:
-  """Return a value as it is written, cut where it is long, for a sentence."""
-  text = repr(value[:20] if isinstance(value, (str, list, tuple)) else value)
-  cut = len(text) > 80 or (isinstance(value, (str, list, tuple)) and len(value) > 20)
-  return f'{text[:80]}...' if cut else text
+  """Return a value as it is written, cut where it is long, for a sentence; paths are whole."""
+  most, long = (160, 170) if isinstance(value, str) else (20, 80)
+  text = repr(value[:most] if isinstance(value, (str, list, tuple)) else value)
+  cut = len(text) > long or (isinstance(value, (str, list, tuple)) and len(value) > most)
+  return f'{text[:long]}...' if cut else text
