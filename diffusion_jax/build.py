@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from diffusion_jax.checkpoint.saving import of_storage, reason
+from diffusion_jax.checkpoint.saving import is_storage_error, reason
 from diffusion_jax.config import TrainingConfig, completed, parse, untyped
 from diffusion_jax.data.loader import Loader
 from diffusion_jax.data.splits import APART, fingerprint, measured_on
@@ -36,12 +36,10 @@ from diffusion_jax.types import Source
 def open_sources(
   config: TrainingConfig, synthetic: bool = False, damage: Damage | None = None
 ) -> tuple[Source, Source]:
-  """Return (train, test) that a config names, or random numbers in their place.
+  """(train, test) that a config names, or random numbers in their place.
 
-  `damage` counts the records that cannot be read; by default they are said.
-
-  Raises:
-    UserError: they are not there, or cannot be read.
+  `damage` counts unreadable records; by default they are reported. UserError: missing or unreadable
+  data.
   """
   train, test = load(TASKS, config.task).open_sources(config, synthetic)
   if synthetic:
@@ -70,11 +68,9 @@ def begun_with(config: TrainingConfig, task: Task) -> str:
 def provenance(
   begun: str, features: Sequence[str], train: DataSplit | None, test: DataSplit | None
 ) -> tuple[str, ...]:
-  """Return sentences on what the networks were trained on that were there before a run.
+  """Sentences on the training data of the networks that a run begins with or is scored by.
 
-  Args:
-    begun: the model that it began with, '' for none. features: KIND:PATH of those that score.
-    train, test: what the run is trained and tested on.
+  begun: the model that it began with, or ''. features: KIND:PATH of those that score.
   """
   found = of_features(features, {REFERENCE: train, TESTED: test})
   return (*found, of_model(begun, begun, {TESTED: test})) if begun else tuple(found)
@@ -105,9 +101,9 @@ def added_evaluators(config: TrainingConfig, env: Env) -> list[Evaluator]:
 
 
 def _wanted(config: TrainingConfig, found: list[Evaluator]) -> list[Evaluator]:
-  """Return the evaluators that are wanted, with what scores loaded.
+  """The evaluators in use, with their networks loaded.
 
-  UserError where it cannot be, or does not give the metric that checkpoints are kept by.
+  UserError where that fails, or none gives the metric that checkpoints are kept by.
   """
   loop = config.loop
   scoring = [one for one in found if one.when == EVALUATE]
@@ -152,7 +148,7 @@ def _keep(directory: RunDirectory, data: dict[str, Any], task: Task) -> None:
     write_data(directory, data)
     task.keep(directory.path)
   except Exception as error:
-    if not of_storage(error):
+    if not is_storage_error(error):
       raise
     raise UserError(
       f'the workdir {directory.path} cannot be written ({reason(error)}); make room, or choose '
@@ -171,12 +167,10 @@ def _beginning(config: TrainingConfig, task: Task, shapes, directory: RunDirecto
 
 
 def build(config: dict, workdir: str, synthetic: bool = False) -> Training:
-  """Return everything the train loop needs; nothing is written before all is known to be good.
+  """Everything the train loop needs; nothing is written before all of it has been checked.
 
-  With `synthetic` batches of random numbers take the place of the data set, which need not exist.
-
-  Raises:
-    UserError: whatever is wrong with the config, the data, the frozen parts or the workdir.
+  synthetic: random batches in place of the data set, which need not exist. UserError: any fault of
+  the config, the data, the frozen parts or the workdir.
   """
   config = parse(config)
   loop, kind, directory = config.loop, load(TASKS, config.task), RunDirectory(workdir)

@@ -1,7 +1,6 @@
 """Configs: nested dictionaries to frozen dataclasses, and the sections of a training.
 
-`typed` holds a config against the types of a dataclass: every key is known, of the right type and
-within its limits (see `limits`). What cannot be said by a type is checked where it is used.
+`typed` checks keys, types and limits (see `limits`); all else is checked where it is used.
 """
 
 import dataclasses
@@ -29,17 +28,12 @@ T = TypeVar('T')
 
 
 def typed(cls: type[T], values: Mapping[str, Any], where: str = 'config.') -> T:
-  """Return the dataclass `cls` with these values, section by section.
+  """The dataclass `cls` with these values, section by section.
 
-  Every key must be a field, so no key can be without effect; fields without default must be given.
-  A field may be a scalar, a Literal of texts, a tuple, a dictionary, a dataclass, a union, or one
-  of these `Annotated` with limits.
-
-  Args:
-    where: what stands before the keys in an error.
-
-  Raises:
-    UserError: unknown key (with the nearest known one), missing key, wrong type or value.
+  Every key must be a field; fields without default must be given. A field is a scalar, a Literal of
+  texts, a tuple, a dictionary, a dataclass, a union, or one of these `Annotated` with limits.
+  where: prefix of keys in errors. UserError: unknown key (with the nearest known one), missing key,
+  wrong type or value.
   """
   if not isinstance(values, Mapping):
     raise WrongType(f'{where.rstrip(".")} is {values!r:.80}; it must be a section of keys.')
@@ -57,10 +51,7 @@ def typed(cls: type[T], values: Mapping[str, Any], where: str = 'config.') -> T:
 
 
 def untyped(value: Any) -> Any:
-  """Return a dataclass as dictionaries with every value in force, as JSON would have them.
-
-  `typed` reads them back; of a whole config `parse` does.
-  """
+  """A dataclass as JSON-ready dictionaries of all values; `typed`, or `parse`, reads them back."""
   if isinstance(value, Mapping):
     return {key: untyped(item) for key, item in value.items()}
   if isinstance(value, (tuple, list)):
@@ -296,14 +287,13 @@ class GuardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SafetyConfig(GuardConfig):
-  """Limits after which something has gone wrong; seconds, 0 for no limit.
+  """Time limits in seconds, 0 for none, after which a run counts as stuck.
 
-  step_timeout_seconds: without a finished step, or a sign of life of an evaluation or a save, for
-  that long, all stacks are written down and the process leaves. compile_timeout_seconds: the same
-  for compiling, and for the first step. peer_timeout_seconds: a process that is silent for so long
-  is lost, and the others leave. checkpoint_retry_seconds: between a save that failed, such as for
-  want of space, and the next try. room_timeout_seconds: that the end of a run waits for its last
-  checkpoint and its model to be written, before it leaves without.
+  step_timeout_seconds: without a finished step, or a heartbeat of an evaluation or save, all stacks
+  are written and the process leaves. compile_timeout_seconds: the same for compiling and the first
+  step. peer_timeout_seconds: a process silent for so long is lost, and the others leave.
+  checkpoint_retry_seconds: between a failed save, as without space, and the next try.
+  room_timeout_seconds: longest wait at the end of a run for its last checkpoint and model.
   """
 
   step_timeout_seconds: Seconds = 1800.0
@@ -317,13 +307,12 @@ class SafetyConfig(GuardConfig):
 class MeshConfig:
   """Sizes of the mesh axes within a slice, whose devices share a fast network (ICI, NVLink).
 
-  data: replicas. fsdp: parameters and batch are both split. tensor: heads and inner channels are
-  split. spatial: rows of images are split, for images too large for one device; not together with
-  tensor. One of the four may be -1: all devices of the slice that are left.
+  data: replicas. fsdp: parameters and batch are split. tensor: heads and inner channels are split.
+  spatial: rows of images are split, for images too large for one device; not with tensor. One of
+  the four may be -1: all devices of the slice that are left.
 
-  dcn_data, dcn_fsdp: sizes of the same axes over slices, which a slower network (DCN) joins; one
-  may be -1: all slices that are left. There are none for tensor and spatial: those talk within
-  every layer, data once in a step and fsdp once for the parameters of a layer.
+  dcn_data, dcn_fsdp: the same axes over slices, joined by a slower network (DCN); one may be -1:
+  all slices that are left. tensor and spatial stay within: they communicate in every layer.
   """
 
   data: int = -1
@@ -338,10 +327,10 @@ class MeshConfig:
 class TrainingConfig:
   """The whole configuration; the type of `settings` is the `Config` of the task.
 
-  dtype: of the computation; parameters are always float32. remat: what the backward pass computes
-  again instead of keeping it. attention: how the network that is trained computes it; frozen ones
-  choose for themselves. products: of dense layers, where the loss is one of latents. weights_from:
-  workdir of a run of the same network whose last weights this one begins with; '' for none.
+  dtype: of the computation; parameters are float32. remat: activations that the backward pass
+  computes again. attention: of the trained network; frozen ones choose for themselves. products: of
+  dense layers, where the loss is one of latents. weights_from: workdir of a run of the same
+  network, whose last weights start this one; '' for none.
   """
 
   task: Annotated[str, OneOf(TASKS)]
@@ -359,14 +348,14 @@ class TrainingConfig:
 
 
 def parse(values: Mapping[str, Any]) -> TrainingConfig:
-  """Return a config typed, frozen and checked; `values` may be a ConfigDict, too.
+  """A config typed, frozen and checked; `values` may be a ConfigDict.
 
-  Raises:
-    UserError: unknown, missing or dead key, wrong type or impossible value.
+  UserError: unknown, missing or useless key, wrong type or impossible value.
   """
   values = values.to_dict() if hasattr(values, 'to_dict') else values
   task = load(TASKS, values.get('task'), 'config.task')
-  settings = typed(task.Config, task.as_today(values.get('settings', {})), 'config.settings.')
+  settings = task.upgrade_settings(values.get('settings', {}))
+  settings = typed(task.Config, settings, 'config.settings.')
   return typed(TrainingConfig, {**values, 'settings': settings})
 
 

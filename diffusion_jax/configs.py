@@ -1,7 +1,7 @@
-"""The recipes in the folder `configs` of a checkout, as a package.
+"""The recipes in a checkout's folder `configs`, as a package.
 
-A wheel holds that folder as `diffusion_jax/configs`, which Python finds before this file. So any
-recipe can import `diffusion_jax.configs.base`, wherever it lies itself.
+A wheel has that folder as `diffusion_jax/configs`, which Python finds before this file, so recipes
+anywhere can import `diffusion_jax.configs.base`.
 """
 
 from pathlib import Path

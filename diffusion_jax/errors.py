@@ -7,11 +7,11 @@ MOST_LETTERS = 4000
 
 
 class UserError(Exception):
-  """A mistake in what the user gave: config, path, data, checkpoint, prompt.
+  """A mistake in the user's input: config, path, data, checkpoint, prompt.
 
-  The message is one sentence that names the thing and the remedy. The command line prints it
-  without a stack trace and exits with code 2. What cannot be printed in one line, such as line ends
-  and commands to a terminal in names from files, is written out.
+  The message is one sentence that names the thing and the remedy; the command line prints it
+  without a stack trace and exits with code 2. Unprintable characters, as in file names, are
+  escaped.
   """
 
   def __init__(self, message: str):
@@ -26,7 +26,7 @@ class Unreadable(UserError):
 
 
 class Diverged(RuntimeError):
-  """The loss or the gradient is not finite, step after step."""
+  """The loss or the gradient was not finite in too many steps in a row."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -36,7 +36,8 @@ def require(condition: bool, message: str) -> None:
 
 
 def shown(value: Any) -> str:
-  """Return a value as it is written, cut where it is long, for a sentence."""
-  text = repr(value[:20] if isinstance(value, (str, list, tuple)) else value)
-  cut = len(text) > 80 or (isinstance(value, (str, list, tuple)) and len(value) > 20)
-  return f'{text[:80]}...' if cut else text
+  """Return a value as it is written, cut where it is long, for a sentence; paths are whole."""
+  most, long = (160, 170) if isinstance(value, str) else (20, 80)
+  text = repr(value[:most] if isinstance(value, (str, list, tuple)) else value)
+  cut = len(text) > long or (isinstance(value, (str, list, tuple)) and len(value) > most)
+  return f'{text[:long]}...' if cut else text

@@ -1,7 +1,7 @@
-"""Files that others write or read: bounded before they are parsed, written at once or not at all.
+"""Files that others write or read: bounded before they are parsed, written atomically.
 
-Every fault of a file is one sentence. Links in the folder of a model are followed within it, never
-out of it: who is sent a model may publish it, and no other file of the disk must become part of it.
+Every fault of a file is one sentence. Links in a model's folder are followed within it, never out
+of it: a received model may be published, and must not take other files along.
 """
 
 import contextlib
@@ -35,8 +35,7 @@ def reading(
 ) -> Iterator[None]:
   """Raise UserError, WHAT FAULT (REASON); REMEDY., in place of any other error within.
 
-  Parsers of damaged files raise whatever comes up on the way: lists of exceptions are never
-  complete. Within stands nothing but the reading of one file.
+  Parsers of damaged files raise anything. Enter it for the reading of one file alone.
   """
   try:
     yield
@@ -50,7 +49,7 @@ def reading(
 
 
 def first_line(error: BaseException) -> str:
-  """Return what an error says, in one line of at most 200 characters that can be printed."""
+  """An error's message in one printable line of at most 200 characters."""
   return printable((str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.'))
 
 
@@ -76,11 +75,10 @@ def bounded_bytes(path: str | Path, most: int = MOST_BYTES) -> bytes:
 
 
 def parse_json(data: bytes | str) -> Any:
-  """Return the value of a JSON text in any encoding of Unicode, with a byte order mark or without.
+  """The value of a JSON text in any encoding of Unicode; infinity and NaN are allowed.
 
-  Infinity is allowed, as in published configs, and NaN, which only those who ask for a number can
-  refuse. ValueError for no JSON, or what is not safe to hand on: deeper than MOST_DEPTH, a key
-  twice, a lone surrogate, a number of more than 40 digits, more than MOST_VALUES values.
+  ValueError: no JSON, or deeper than MOST_DEPTH, a key twice, a lone surrogate, a number of more
+  than 40 digits, more than MOST_VALUES values.
   """
   text = data if isinstance(data, str) else data.decode(json.detect_encoding(data))
   if sum(map(text.count, ',[{')) > MOST_VALUES:
@@ -148,10 +146,9 @@ def _check_inside(value: Any, characters: bool) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: Path, *, flushed: bool = False) -> Iterator[BinaryIO]:
-  """Open a file that takes the place of `path`, in a folder made if need be, once it is left.
+  """Open a file that replaces `path` on exit; its folder is made, and an exception changes nothing.
 
-  An exception within leaves `path` as it was. Several may write it at once: the last one counts.
-  flushed: put it on the disk first, so that a loss of power leaves it complete.
+  Of several writers the last counts. flushed: sync first, so that it survives a loss of power.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   # Not by the process's number, which containers that share a folder have in common.
@@ -183,10 +180,7 @@ def free_name(path: Path) -> Path:
 
 
 def set_aside_damaged(path: Path, say: Callable[[str], None] = say) -> None:
-  """Move a file that should hold a JSON object and does not to NAME.damaged.
-
-  For files that only show something, or that can be made again.
-  """
+  """Move a file, not a JSON object as it should be and easy to make again, to NAME.damaged."""
   if not os.path.lexists(path):
     return
   try:
@@ -206,9 +200,9 @@ _ASSETS = Path(__file__).resolve().parent / 'assets'
 
 
 def inside(path: Path, folder: Path) -> Path:
-  """Return `path`, of the model in `folder`; UserError where a link on it leads out of the model.
+  """`path`, of the model in `folder`; UserError where a link on it leads out of the model.
 
-  `folder` may be a part of a pipeline, and else itself a link: whoever names it means it.
+  `folder` may be a part of a pipeline, or itself a link.
   """
   if folder.is_relative_to(_ASSETS):  # Installers may make links of the package's own files.
     return path
@@ -223,10 +217,7 @@ def inside(path: Path, folder: Path) -> Path:
 
 
 def check_folder(folder: Path) -> None:
-  """Raise UserError for what must not be copied with a model's folder.
-
-  That is a link out of it, a link to a folder, by which a copy may have no end, or a special file.
-  """
+  """Raise UserError for a special file, a link out of the folder, or a link to a folder."""
   for place, folders, files in os.walk(folder):
     for name in (*folders, *files):
       path = inside(Path(place, name), folder)

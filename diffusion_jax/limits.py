@@ -17,9 +17,9 @@ MOST_SEED = 2**32 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-  """Numbers from low to high, but for low itself if `above` and high if `below`; never NaN.
+  """Numbers from low to high, without low if `above` and high if `below`; never NaN.
 
-  text: what to give instead of a value outside, where the limits alone do not say it.
+  text: the allowed values in words, where limits do not suffice.
   """
 
   low: float = -math.inf
@@ -74,8 +74,8 @@ class OneOf:
 class ByType:
   """A section whose key `type` names the part of a registry that it configures.
 
-  The part is a dataclass, or has one as `Config`, or `of` returns it. default: the type where the
-  section names none; it is not written down.
+  The part is a dataclass, or has one as `Config`, or `of` returns it. default: the implicit type,
+  not written down.
   """
 
   table: registry.Table
@@ -97,7 +97,7 @@ class ByType:
 
 @dataclasses.dataclass(frozen=True)
 class Help:
-  """What the command line says of a field; a field with it is an option (`cli.options`)."""
+  """The command line's description of a field, which is then an option (`cli.options`)."""
 
   text: str
   metavar: str = ''
@@ -115,7 +115,7 @@ FileDtype = Literal['float32', 'float16', 'bfloat16']
 
 
 def check_seed(seed: int, name: str = 'seed') -> int:
-  """Return the seed. UserError, calling it `name`, for what is no whole number up to MOST_SEED."""
+  """The seed; UserError, calling it `name`, unless a whole number up to MOST_SEED."""
   try:
     number = operator.index(seed)
   except TypeError:

@@ -16,10 +16,7 @@ def to_float(images: Array, dtype: type[np.floating] = np.float32) -> Array:
 
 
 def to_uint8(images: Float[np.ndarray, '*shape']) -> UInt8[np.ndarray, '*shape']:
-  """Map [-1, 1] to [0, 255], rounded to the nearest and clipped; NaN becomes 0.
-
-  The inverse of `to_float`: every byte survives the way there and back.
-  """
+  """Map [-1, 1] to [0, 255], rounded and clipped, NaN to 0; the inverse of `to_float` for bytes."""
   values = (np.asarray(images).astype(np.float32) + 1) * 127.5
   values = np.nan_to_num(values, nan=0.0, posinf=255.0, neginf=0.0)
   return np.floor(np.clip(values, 0, 255) + 0.5).astype(np.uint8)
@@ -77,10 +74,7 @@ def size_like(height: int, width: int, area: int, multiple: int) -> tuple[int, i
 
 
 def edges(image: UInt8[np.ndarray, 'h w 3']) -> UInt8[np.ndarray, 'h w 3']:
-  """Return the edges of an image, white on black.
-
-  The length of Sobel's gradient of the brightness, scaled to the image's steepest place.
-  """
+  """Edges of an image, white on black: Sobel's gradient of brightness, scaled to its maximum."""
   gray = image.astype(np.float32).mean(axis=-1)
   padded = np.pad(gray, 1, mode='edge')
   smooth = lambda x, axis: x + 2 * np.roll(x, -1, axis) + np.roll(x, -2, axis)

@@ -16,13 +16,9 @@ from diffusion_jax.registry import Table, check
 def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
   """Run a config file and apply overrides such as '--config.loop.batch_size=8'.
 
-  Args:
-    path: a file, or the name of a recipe of the package, such as openmoji/quickstart.
-    overrides: '--config.KEY=VALUE'. A key that the file does not set is a Python literal or a
-      text; whether there is such a key is for `config.parse` to say.
-
-  Raises:
-    UserError: no such file, an error in it, or a value of another type than the one in its place.
+  path: a file, or a packaged recipe, such as openmoji/quickstart. overrides: keys that the file
+  does not set are Python literals or texts, checked by `config.parse`. UserError: no such file, an
+  error in it, or a value of another type than the one it replaces.
   """
   file, values = _find(path), flags.FlagValues()
   arguments = ['diffusion_jax', *overrides]

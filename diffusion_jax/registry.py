@@ -1,8 +1,8 @@
-"""Every kind of part by name: one table each, whose rows are imported when they are asked for.
+"""All kinds of parts by name: one table each, whose rows are imported on demand.
 
-A part from outside the package is one row more: `register(SAMPLERS, 'mine', 'my_sampler:INFO')`, in
-the config file or in a module that DIFFUSION_JAX_PLUGINS names (several are divided by commas) or
-that an installed package has as an entry point of the group 'diffusion_jax'.
+A part from outside is one more row: `register(SAMPLERS, 'mine', 'my_sampler:INFO')`, in the config
+file, in a module of DIFFUSION_JAX_PLUGINS (separated by commas), or in an installed package's entry
+point of the group 'diffusion_jax'.
 """
 
 import difflib
@@ -215,10 +215,7 @@ def load(table: Table, name: str, where: str = '') -> Any:
 
 
 def check(table: Collection[str], name: str, where: str = '') -> str:
-  """Return the name; UserError, with the nearest known one, where no row has it.
-
-  where: the key or option that gives it, such as 'config.task'.
-  """
+  """The name of a row; UserError has the nearest name and `where`, such as 'config.task'."""
   if isinstance(name, str):
     if name not in table:
       import_plugins()
@@ -243,16 +240,10 @@ def check_paths(table: Table, named: Sequence[str], where: str) -> None:
 
 
 def build_parts(table: Table, specs: Iterable[Any], where: str, **context: Any) -> list[Any]:
-  """Return parts made from their description.
+  """Parts of specs: names, pairs (name, arguments), or mappings {'name': ..., **arguments}.
 
-  Args:
-    specs: each a name, a pair (name, arguments), or a mapping {'name': ..., **arguments}.
-    where: the key of the config that has them.
-    context: arguments for whichever part has them, such as tokenizer=...; what a spec says itself
-      comes first.
-
-  Raises:
-    UserError: unknown name, unknown argument, or missing argument.
+  where: key of the config, for errors. context: arguments such as tokenizer=... for parts that take
+  them, unless in the spec. UserError: unknown name, unknown or missing argument.
   """
   return [_build(table, where, *_parse(table, where, spec), context) for spec in specs]
 

@@ -27,10 +27,7 @@ from diffusion_jax.types import Params, Scores, Weights
 
 
 class TrainedRun:
-  """A run that has saved at least once; also one that goes on.
-
-  UserError where there is no such run, no checkpoint, or something cannot be read.
-  """
+  """A run with a checkpoint, finished or not; UserError: no run, no checkpoint, or unreadable."""
 
   def __init__(self, workdir: str):
     self.workdir, self.directory = workdir, RunDirectory(workdir)
@@ -72,7 +69,7 @@ class TrainedRun:
 
   @property
   def sample(self) -> SampleConfig:
-    """The settings by which it samples while it trains."""
+    """The settings of sampling while it trains."""
     return self.config.settings.sample
 
   def steps(self) -> list[int]:
@@ -80,12 +77,10 @@ class TrainedRun:
     return self._checkpoints.steps()
 
   def params(self, step: int | None = None, ema_halflife_images: float | None = None) -> Params:
-    """Return the trained parameters on the mesh, averaged.
+    """The trained parameters on the mesh, averaged.
 
-    Args:
-      step: of a checkpoint, or None for the newest that is intact.
-      ema_halflife_images: None for the run's own average, 0 for none; another is put together from
-        all checkpoints up to that step, by `averages`.
+    step: of a checkpoint; None for the newest intact one. ema_halflife_images: None for the run's
+    own average, 0 for none; others are combined from all checkpoints up to that step (`averages`).
     """
     own = self.config.loop.ema_halflife_images
     if step is None and ema_halflife_images in (None, own):

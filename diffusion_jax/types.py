@@ -1,9 +1,9 @@
-"""Array types, dimension letters and value ranges that the whole package shares.
+"""Array types, dimension letters and value ranges of the whole package.
 
 Letters: b batch, h height, w width, c channels, l text length, d text width, p embedding width.
-Images are NHWC. On disk and in sources they are uint8 in [0, 255]; networks see floats in [-1, 1].
-Latents are what the denoiser sees: (autoencoder latent - shift_factor) * scaling_factor, so that
-they have about unit variance. Timesteps are integers in [0, T).
+Images are NHWC, on disk and in sources uint8 in [0, 255], in networks floats in [-1, 1]. Latents
+are the denoiser's: (autoencoder latent - shift_factor) * scaling_factor, of about unit variance.
+Timesteps are integers in [0, T).
 """
 
 from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
@@ -30,7 +30,7 @@ Weights = dict[str, Params]
 
 
 class Condition(NamedTuple):
-  """What a denoiser is conditioned on, besides x and t; None for what it does not take.
+  """A denoiser's conditions besides x and t; None for unused ones.
 
   text: [b l d]. mask: [b l], 1 where the text is no padding; None where all of it is read.
   pooled: [b p], the pooled text of SDXL. sizes: [b 6], SDXL's original height and
@@ -62,7 +62,7 @@ class TextShape(NamedTuple):
 
 
 class Record(TypedDict):
-  """What a data source yields: one decoded image with every caption it may be shown with."""
+  """A record of a data source: one decoded image with all its captions."""
 
   image: np.ndarray
   captions: list[str]
@@ -72,7 +72,7 @@ class Record(TypedDict):
 
 
 class Source(Protocol):
-  """Random access to records; see `data.sources` for what they hold."""
+  """Random access to records; see `data.sources` for their fields."""
 
   def __len__(self) -> int: ...
 

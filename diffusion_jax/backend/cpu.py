@@ -1,8 +1,8 @@
-"""What is fast with XLA for CPUs only if written so: sums as matrix products, AdamW in one pass.
+"""Faster forms for XLA on CPUs: sums as matrix products, AdamW in one pass.
 
-A reduction of its own becomes two to five kernels there, each compiled for its shape (8 ms), and
-sums over all rows of a matrix at a tenth of the speed; products go to a library. On other platforms
-these are the reductions they look like.
+There a reduction becomes two to five kernels, each compiled for its shape (8 ms), and sums over the
+rows of a matrix run at a tenth of the speed; products go to a library. Elsewhere these are plain
+reductions.
 """
 
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,4 @@
-"""Memory of the C library: how it is taken, and what becomes of what is freed.
-
-Neither NumPy nor JAX is imported above.
-"""
+"""Settings of the C library's allocator, made before NumPy or JAX is imported."""
 
 import contextlib
 import ctypes
@@ -24,11 +21,10 @@ behind, which doubles a step's time."""
 
 
 def ask_for_huge_pages() -> None:
-  """Start this program again, once, where that makes the C library ask for huge pages.
+  """Restart this program once, where that makes the C library ask for huge pages.
 
-  Where the kernel gives huge pages only to memory that asks for them (`madvise`), a process without
-  them spends half of its time on small ones. The C library reads the setting when a process
-  starts, so before Python runs.
+  Where the kernel grants them only on request (`madvise`), a process without them spends half of
+  its time on small pages. The C library reads the setting as a process starts.
   """
   environment = _with_huge_pages(os.environ, TRANSPARENT, sys.platform)
   if environment is not None and sys.executable and sys.orig_argv:
@@ -41,7 +37,7 @@ def ask_for_huge_pages() -> None:
 def _with_huge_pages(
   environment: Mapping[str, str], transparent: Path, platform: str
 ) -> dict[str, str] | None:
-  """The environment to start again in; None where there is nothing to gain, or it was done."""
+  """The environment to restart in; None where nothing is gained, or it was done already."""
   tunables = environment.get('GLIBC_TUNABLES', '')
   if platform != 'linux' or environment.get(SWITCH) == '0' or HUGE_PAGES in tunables:
     return None
@@ -55,12 +51,11 @@ def _with_huge_pages(
 
 
 def keep_freed_memory() -> None:
-  """Let the process keep what it frees, for the next step to take, on a machine without a chip.
+  """Let the process keep freed memory for the next step, on a machine without a chip.
 
-  To be called before NumPy and JAX start their threads, so before they are imported. XLA for CPUs
-  allocates the temporary memory of each run anew; glibc gives large blocks back to the kernel at
-  once, which has to clear them again. Programs run on the thread that calls them, not on one of
-  XLA's: the arena of a thread holds blocks up to 64 MB, only the first one's larger ones.
+  Call it before NumPy and JAX are imported. XLA for CPUs allocates temporary memory anew for each
+  run, and glibc returns large blocks to the kernel at once, which clears them again. Programs run
+  on the calling thread: only the first thread's arena holds blocks above 64 MB.
   """
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
   if mallopt is None or _has_chip():

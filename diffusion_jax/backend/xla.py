@@ -1,8 +1,7 @@
-"""The device that a program is compiled for, and the options of XLA there.
+"""The device that a program is compiled for, and XLA's options there.
 
-A program is for the devices of the mesh in force (`jax.set_mesh`) or, where there is none, for
-those that hold its arguments (`jit`). What this process would compute on by default is asked only
-where neither is given, so that programs can be compiled for chips that are not here.
+Devices are those of the mesh in force (`jax.set_mesh`), or else of the arguments (`jit`), and only
+then this process's default: programs can be compiled for chips that are not here.
 """
 
 import contextlib
@@ -107,10 +106,10 @@ def options(platform: str) -> dict[str, str] | None:
 
 
 def jit(function: Callable, **how) -> Callable:
-  """Return jax.jit of a function of positional arguments, compiled with `options`.
+  """jax.jit of a function of positional arguments, compiled with `options`; `how` is for jax.jit.
 
-  Within another program it has the options of that one. Its devices are those of the mesh in force
-  or, without one, of its arguments. `how` is for jax.jit.
+  The devices are the mesh's in force, or else the arguments'. Within another program its options
+  hold.
   """
   within = jax.jit(function, **how)
   alone = functools.cache(
@@ -132,7 +131,7 @@ def jit(function: Callable, **how) -> Callable:
 
 
 def _for_devices_of(args: Any) -> contextlib.AbstractContextManager:
-  """Return what puts a mesh without axes in force, of the devices that hold the arguments."""
+  """A context with a mesh without axes, of the devices that hold the arguments."""
   if jax.sharding.get_abstract_mesh().abstract_device is not None:
     return contextlib.nullcontext()
   found = (getattr(leaf, 'sharding', None) for leaf in jax.tree.leaves(args))
@@ -153,31 +152,27 @@ def _without_axes(platform: str, kind: str) -> AbstractMesh:
   return AbstractMesh((), (), axis_types=(), abstract_device=AbstractDevice(kind, None, platform))
 
 
-def settle_on_cpu(results: Any) -> None:
-  """Wait for results of a program on CPUs.
-
-  Another that is called meanwhile would get its memory on a thread that keeps none.
-  """
+def block_on_cpu(results: Any) -> None:
+  """Wait for a program's results on CPUs: one called meanwhile would allocate on another thread."""
   if on_cpu():
     jax.block_until_ready(results)
 
 
 def optimization_barrier(tree: Any) -> Any:
-  """Return the tree, whose arrays are computed before whatever depends on them, on CPUs.
+  """The tree, its arrays computed before whatever depends on them, on CPUs.
 
-  XLA for CPUs makes one kernel for each result and computes within it, again, what other kernels
-  compute as well; what it reads for that can then not be overwritten in place. On other platforms
-  one kernel makes several results, which this would take apart.
+  XLA for CPUs makes one kernel for each result, recomputes shared parts in each, and keeps what it
+  reads for that from being overwritten in place. Other platforms make several results in one
+  kernel.
   """
   return lax.optimization_barrier(tree) if on_cpu() else tree
 
 
 def separate(function: Callable) -> Callable:
-  """Return the function as a part of its own of the program that calls it, on CPUs.
+  """The function as a separate part of the program that calls it, on CPUs.
 
-  When it loads a program, XLA for CPUs compares each of its kernels with each other; kernels of two
-  parts it does not compare, nor does it merge them. The first of the results must be computed, not
-  one of the arguments.
+  XLA for CPUs compares all kernels of a part with each other as it loads a program, and merges them
+  only there. The first result must be computed, not an argument.
   """
   inner = jax.jit(function)
 

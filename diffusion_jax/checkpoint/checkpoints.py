@@ -1,8 +1,8 @@
 """Checkpoints of a whole training state: saved in the background, verified when read.
 
-Storage fails in many ways and none of them may cost a run: a save that fails is reported and tried
-again, a damaged checkpoint is moved aside and the one before it is used. Orbax's manager is not
-used: its barriers wait for a process that has failed, and its policies know no numbers of samples.
+No fault of storage may cost a run: a failed save is reported and retried, a damaged checkpoint
+moved aside and the one before it used. Orbax's manager is not used: its barriers wait for processes
+that have failed, and its policies know no sample counts.
 """
 
 import contextlib
@@ -37,9 +37,9 @@ RETRY_SECONDS = 60.0
 
 @dataclasses.dataclass(frozen=True)
 class Keep:
-  """The newest `last`, every step that is a multiple of every_steps, and the best one.
+  """The newest `last`, multiples of every_steps (0: none), and the best.
 
-  every_steps: 0 for none. best: a metric of the evaluation, '' for none. best_is: lowest, highest.
+  best: a metric of the evaluation, or ''. best_is: lowest, highest.
   """
 
   last: int = 2
@@ -48,17 +48,15 @@ class Keep:
   best_is: str = 'lowest'
 
 
-def kept(
+def steps_to_keep(
   steps: Iterable[int], scores: Mapping[int, float], keep: Keep,
   samples: Mapping[int, float] | None = None,
 ) -> set[int]:
-  """Return the steps that stay.
+  """The steps to keep, of those on disk.
 
-  Args:
-    steps: those on disk.
-    scores: step -> value of the metric `keep.best`; steps may be missing.
-    samples: step -> number of samples that it was computed of. Metrics of other numbers cannot be
-      compared (FID falls as they grow), so the best of each number stays.
+  scores: step -> value of the metric `keep.best`; steps may be missing. samples: step -> its number
+  of samples; values of different numbers do not compare (FID falls as they grow), so the best of
+  each number stays.
   """
   steps, samples = sorted(steps), samples or {}
   stay = set(steps[-keep.last :])
@@ -96,7 +94,7 @@ class Scores:
       return {step: v[metric] for step, v in self._values.items() if metric in v}
 
   def add(self, step: int, values: dict[str, float]) -> None:
-    """Note values at a step; errors of storage are only said."""
+    """Record values at a step; errors of storage are only reported."""
     with self._lock:
       known = self._values.setdefault(step, {})
       known |= {name: float(value) for name, value in values.items()}
@@ -110,11 +108,9 @@ class Scores:
 
 
 class Checkpoints:
-  """The checkpoints of one run, under `directory`/STEP.
+  """The checkpoints of one run, `directory`/STEP. All processes save and restore together.
 
-  Whatever saves or restores must be called by all processes together.
-
-  error: why the last save failed, a sentence for people; '' once one has succeeded again.
+  error: why the last save failed, a sentence; '' once one has succeeded again.
   """
 
   def __init__(
@@ -167,16 +163,13 @@ class Checkpoints:
   def save(self, step: int, state: dict[str, Any], data: Any) -> bool:
     """Start to save; return before the files are written unless a save is still under way.
 
-    Errors of storage never raise: they are said and kept in `error`, here or at the next call of
-    `save`, `poll` or `wait`.
+    True if the step is on disk or on its way. Errors of storage never raise: they are reported and
+    kept in `error`, here or in the next `save`, `poll` or `wait`.
 
     Args:
-      state: pytrees of arrays under the names in `ITEMS`; empty ones are left out. They may be
-        donated as soon as this returns.
-      data: JSON-ready position of the data loader, as process 0 has it.
-
-    Returns:
-      Whether the step is on its way to the disk or there already.
+      state: pytrees of arrays under names of `ITEMS`; empty ones are left out. They may be donated
+        as soon as this returns.
+      data: JSON-ready position of the data loader in process 0.
     """
     self._collect()
     self._step = step
@@ -202,10 +195,7 @@ class Checkpoints:
     return not self.error
 
   def should_retry(self) -> bool:
-    """Say whether the last save failed at least `retry_seconds` ago and none has begun since.
-
-    Clocks differ: with several processes let one of them decide for all.
-    """
+    """True if the last save failed `retry_seconds` ago or more; for one process to decide."""
     if self._running is not None or self._failed_at is None:
       return False
     return time.monotonic() - self._failed_at >= self.retry_seconds
@@ -247,7 +237,8 @@ class Checkpoints:
     except OSError as error:
       self._say(f'{self.directory} cannot be read ({reason(error)}); nothing is deleted there.')
       return
-    stay = kept(steps, self._scores.of(self.keep.best), self.keep, self._scores.of('samples'))
+    scores, samples = self._scores.of(self.keep.best), self._scores.of('samples')
+    stay = steps_to_keep(steps, scores, self.keep, samples)
     for step in sorted(set(steps) - stay):
       folder = self.directory / str(step)
       try:  # Renamed first, so that what is half deleted never passes for a checkpoint.
@@ -258,21 +249,16 @@ class Checkpoints:
   def restore(
     self, abstract: dict[str, Any], step: int | None = None, *, everything: bool = True
   ) -> tuple[int, dict[str, Any], Any] | None:
-    """Return (step, state, data) of a checkpoint, onto the shardings of `abstract`.
+    """(step, state, data) of a checkpoint on the shardings of `abstract`; None without any.
 
-    The mesh and the number of processes may differ from those that saved.
+    The mesh and the number of processes may differ from those that saved. UserError: all
+    checkpoints are damaged, or of another model.
 
     Args:
       abstract: shapes with shardings of the items of a state.
-      step: None for the newest that is intact: `say` names the damaged ones, which are moved to
+      step: None for the newest that is intact: damaged ones are reported and moved to
         `directory`/quarantine.
       everything: whether an item that is saved but not wanted makes it one of another model.
-
-    Returns:
-      None when there never was a checkpoint.
-
-    Raises:
-      UserError: the checkpoint or all of them are damaged, or it is of another model.
     """
     self._collect()
     read = lambda step: read_step(self.directory / str(step), _present(abstract), everything)

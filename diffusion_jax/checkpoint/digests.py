@@ -1,6 +1,6 @@
-"""Digests of arrays on devices, by which damaged data are noticed: Orbax returns them as they are.
+"""Digests of arrays on devices, which reveal damaged data: Orbax returns those unnoticed.
 
-A digest is a sum over all words, so that each process adds up what it holds and waits for no other.
+A digest is a sum over all words, so each process adds up its own and waits for no other.
 """
 
 import functools
@@ -25,9 +25,9 @@ def _words(x: jax.Array) -> jax.Array:
 
 
 def _places(part: tuple[int, ...], start: tuple, shape: tuple[int, ...]) -> jax.Array:
-  """Return the flat indices, in an array of `shape`, of the part that begins at `start`.
+  """Flat indices, in an array of `shape`, of the part that begins at `start`.
 
-  Axes that the part holds in full are merged with those before: taking an index apart costs most.
+  Axes that the part covers in full are merged with those before: splitting an index costs most.
   """
   axes = [(1, 0, 1)]
   for size, first, whole in zip(part, start, shape, strict=True):
@@ -44,10 +44,10 @@ def _places(part: tuple[int, ...], start: tuple, shape: tuple[int, ...]) -> jax.
 
 
 def _digest(x: jax.Array, start: tuple, shape: tuple[int, ...]) -> jax.Array:
-  """Return the summand [2] uint32 of the part x, which begins at `start` in an array of `shape`.
+  """The summand [2] uint32 of the part x, which begins at `start` in an array of `shape`.
 
-  Two sums of all words, each times an odd number that depends on its place in the array. Modulo
-  2^32 an odd factor never hides a change of one word; with two, several changes hardly cancel.
+  Two sums of all words, each times an odd number by its place: modulo 2^32 one changed word always
+  shows, and several hardly ever cancel in both.
   """
   words = _words(x)
   more = words.shape[x.ndim :]
@@ -98,9 +98,9 @@ def _dispatch(x: jax.Array) -> list[jax.Array]:
 
 
 def local_digests(tree: Any) -> Callable[[], dict[str, list[int]]]:
-  """Start the sums over what this process holds of a pytree; the arrays may be donated at once.
+  """Start the sums over this process's part of a pytree; the arrays may be donated at once.
 
-  Returns a function, for any thread, that waits for {path of a leaf: its two sums here}.
+  The result, called from any thread, waits for {path of a leaf: its two sums here}.
   """
   started = {
     jax.tree_util.keystr(path): _dispatch(leaf)
@@ -118,7 +118,7 @@ def local_digests(tree: Any) -> Callable[[], dict[str, list[int]]]:
 
 
 def add_up(parts: list[dict[str, list[int]]]) -> dict[str, list[int]]:
-  """Return the digests of whole arrays from the sums of all processes."""
+  """Digests of whole arrays, from the sums of all processes."""
   return {
     path: [sum(part[path][i] for part in parts) % 2**32 for i in range(2)] for path in parts[0]
   }

@@ -1,11 +1,11 @@
-"""The record of a checkpoint: its files, its arrays, their digests, the loader's position.
+"""The record of a checkpoint: files, arrays, their digests, the loader's position.
 
-STEP/manifest.json lists all files; it is read first and guards itself. Of files of array data it
-has the size alone: their content is guarded by digests of the arrays (`digests`). Every process
-writes its summands of those into STEP/record, and process 0 all else.
+STEP/manifest.json lists all files; it is read first and checks itself. Of array files it has only
+the size: digests of the arrays (`digests`) check the content. Every process writes its summands
+into STEP/record, process 0 the rest.
 
-All processes that read a checkpoint come to the same verdict, also where only one meets the fault:
-each stage ends in an agreement, and none lets one wait for another that may have failed.
+All readers reach the same verdict, even where one alone meets the fault: each stage ends in an
+agreement, and none waits for a process that may have failed.
 """
 
 import errno
@@ -29,7 +29,7 @@ MANIFEST, RECORD, QUARANTINE = 'manifest.json', 'record', 'quarantine'
 
 
 class Damaged(Exception):
-  """Files that are not as they were saved; the message says which part and how."""
+  """Files that differ from what was saved; the message names the part and the fault."""
 
 
 _sha256 = lambda text: hashlib.sha256(text).hexdigest()
@@ -64,10 +64,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def check_manifest(folder: Path, parts: Sequence[str]) -> None:
-  """Raise Damaged where the list, or a file below the given parts, is missing, cut or changed.
-
-  OSError where a file cannot be read for another reason.
-  """
+  """Raise Damaged or OSError where the list, or a file below `parts`, is missing, cut or wrong."""
   try:
     own, _, text = _content(folder / MANIFEST).partition(b'\n')
     if own.decode(errors='replace') != _sha256(text):
@@ -107,10 +104,7 @@ def write_record(folder: Path, step: int, arrays: dict[str, dict], data: Any) ->
 
 
 def read_record(folder: Path) -> tuple[dict[str, dict], dict[str, dict], Any]:
-  """Return (arrays of every item, digests of every item, position of the data loader).
-
-  Damaged where a file is missing or senseless, or of another step than the folder's name.
-  """
+  """(arrays of every item, their digests, position of the data loader); or Damaged."""
   try:
     record = read_object(folder / RECORD / 'record.json')
     parts = [
@@ -136,7 +130,7 @@ def check_arrays(
 ) -> None:
   """Raise UserError, naming the first item, leaf, shape or type that differs from what was saved.
 
-  everything: whether an item that is saved but not wanted differs, too.
+  everything: whether an item that is saved but not wanted counts as a difference.
   """
   def differs(what: str) -> UserError:
     return UserError(
@@ -164,10 +158,7 @@ def _flat(items: dict[str, dict]) -> dict[str, Any]:
 
 
 def quarantine(directory: Path, step: int) -> Path:
-  """Move `directory`/STEP out of the way, to `directory`/quarantine/STEP or STEP-2 and so on.
-
-  Not deleted, for somebody may look at it. OSError where it cannot be moved.
-  """
+  """Move `directory`/STEP, for inspection, to quarantine/STEP, STEP-2, ...; or OSError."""
   folder = directory / QUARANTINE
   folder.mkdir(exist_ok=True)
   return (directory / str(step)).rename(free_name(folder / str(step)))
@@ -180,13 +171,8 @@ NOT_DAMAGE = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED')
 def read_step(folder: Path, wanted: dict[str, Any], everything: bool) -> tuple[dict[str, Any], Any]:
   """Read the wanted items onto their shardings, and the loader's position; all processes together.
 
-  Args:
-    wanted: item -> pytree of jax.ShapeDtypeStruct with shardings.
-    everything: whether an item that is saved but not wanted makes it one of another model.
-
-  Raises:
-    Damaged: what is stored is not what was saved.
-    UserError: it is of another model, or unreadable for a reason that says nothing of the files.
+  wanted: item -> pytree of jax.ShapeDtypeStruct with shardings. everything: as in `check_arrays`.
+  Damaged: the content differs from what was saved. UserError: another model, or a fault of reading.
   """
   kinds = (Damaged, UserError)
   saved_digests, data = in_step('opening', lambda: _open(folder, wanted, everything), kinds)

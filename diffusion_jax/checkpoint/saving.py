@@ -1,8 +1,8 @@
-"""Writes one checkpoint at a time in the background, all of it or nothing.
+"""Atomic writes of one checkpoint at a time, in the background.
 
-The files go to STEP.orbax-checkpoint-tmp, which is renamed to STEP at the end. Orbax's handlers
-write the arrays. Its Checkpointer does not serve: where one process fails to write, the others
-would wait at its barriers for many minutes; here the one tells them.
+Files go to STEP.orbax-checkpoint-tmp, renamed to STEP at the end, by Orbax's handlers. In its
+Checkpointer processes wait many minutes at a barrier for one that failed to write; here it tells
+them.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ _numbers = itertools.count()
 
 
 class NotSaved(Exception):
-  """A checkpoint could not be written; the message says why."""
+  """A checkpoint was not written; the message says why."""
 
 
 class Saving:
@@ -60,15 +60,9 @@ class Saving:
   ) -> Future | None:
     """Copy the arrays to the host and start to write; no save may be under way.
 
-    Args:
-      parts: item -> pytree of arrays.
-      then: is called by process 0 in the background once the step is on disk.
-
-    Returns:
-      Its end, NotSaved where a process fails; None where the step is on disk already.
-
-    Raises:
-      NotSaved: there is no room, or no folder can be made; on all processes alike.
+    A future, NotSaved where a process fails; None where the step is on disk already. parts: item ->
+    pytree of arrays. then: called by process 0 in the background once the step is on disk.
+    NotSaved: no room, or no folder can be made; on all processes alike.
     """
     folder = self.directory / f'{step}{TEMPORARY}'
     digests = {item: local_digests(tree) for item, tree in parts.items()}
@@ -185,11 +179,8 @@ def reason(error: BaseException) -> str:
   return short if named in short else f'{named}: {short}'
 
 
-def of_storage(error: BaseException) -> bool:
-  """Tell an error of writing from a mistake in what is written.
-
-  Libraries in other languages raise kinds of their own, which quote the system's number.
-  """
+def is_storage_error(error: BaseException) -> bool:
+  """True for an error of storage; libraries in other languages quote the system's error number."""
   return isinstance(error, OSError) or bool(re.search(r'os error \d+|No space left', str(error)))
 
 

@@ -2,13 +2,14 @@
 
 import argparse
 
-HELP = 'convert Stable Diffusion between layouts of files'
+HELP = 'convert Stable Diffusion between file layouts'
 DESCRIPTION = """Converts a pipeline of Stable Diffusion 1, 2 or XL between the directory of
 diffusers, the single file of CompVis, Stability and ComfyUI, and our own directory, whose weights
-each device reads as they lie; so is a U-Net that was trained here to read texts. A directory of one
-network is converted between diffusers and native.
-Weights go tensor by tensor; nothing is downloaded and no code of a file is run. The tensors of a
-file of PyTorch, such as the FID Inception's weights, become safetensors by the layout tensors.
+each device reads in place; also a text-to-image U-Net trained here. A directory of one network is
+converted between diffusers and native.
+Weights are converted one tensor at a time; nothing is downloaded and no code of a file is run.
+The tensors of a file of PyTorch, such as the FID Inception's weights, become safetensors by the
+layout tensors.
 
 examples:
   python -m diffusion_jax convert --from sd15/ --to sd15.safetensors --layout single-file

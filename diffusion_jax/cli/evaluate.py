@@ -22,14 +22,14 @@ from diffusion_jax.pipelines.options import SampleOptions
 
 HELP = 'score a model, pictures, an autoencoder'
 DESCRIPTION = """Scores are written to FILE.json, a row to FILE.csv and a page to FILE.html.
-What has been computed is kept in FILE.parts, so that a start after an interruption goes on
-where it was; several processes share the work.
+What has been computed is kept in FILE.parts, so that it resumes after an interruption;
+several processes share the work.
 
   python -m diffusion_jax evaluate KIND --help   explains each kind."""
 
 MODEL = """Samples a picture for each test caption and reports, in the features of the CLIP image
 tower, the Frechet distance (fd_clip) and KID (kid_clip) to the training images, the CLIP score,
-and how often a picture's own caption is the nearest among 100 (retrieval_r1), each beside the
+and how often a picture's own caption is the nearest among 100 (retrieval_r1), each with the
 value of the real test images and of the same network untrained. Other features, metrics,
 captions and references are named by options. The workdir of another task is scored by its own
 metrics.
@@ -38,7 +38,7 @@ examples:
   python -m diffusion_jax evaluate model --workdir runs/quickstart --out runs/quickstart/scores.json
   python -m diffusion_jax evaluate model --workdir runs/quickstart --follow --out followed.json"""
 
-IMAGES = """Scores pictures that are there: of a folder, of tar files, of a prepared data set
+IMAGES = """Scores existing pictures: of a folder, of tar files, of a prepared data set
 (FOLDER:SPLIT), or of an npz with arr_0.
 
 examples:
@@ -52,19 +52,18 @@ example:
   python -m diffusion_jax evaluate autoencoder --workdir runs/autoencoder --out scores.json"""
 
 LIKELIHOOD = """Bits per dimension of test images given their captions. The density is that of
-the scaled latents, one sample of the autoencoder's posterior per image, not of pixels, and
-lower is better: the variational bound over the schedule's steps (discrete), the bound in
-continuous time, and the probability-flow ODE (flow), each with its standard error over images,
-beside the same network untrained and a diagonal Gaussian fitted to training latents. All three
-give a latent the width of the schedule's first noise. image_bits_per_dim_bound adds the
-autoencoder's part and bounds the bits of the pixels, so that it compares models with different
-autoencoders.
+the scaled latents, one sample of the autoencoder's posterior per image, not of pixels, and lower
+is better: the variational bound over the schedule's steps (discrete), the bound in continuous
+time, and the probability-flow ODE (flow), each with its standard error over images, with those of
+the same network untrained and a diagonal Gaussian fitted to training latents. All three give a
+latent the width of the schedule's first noise. image_bits_per_dim_bound adds the autoencoder's
+part and bounds the bits of the pixels, so that it compares models with different autoencoders.
 
 example:
   python -m diffusion_jax evaluate likelihood --samples 64 --out likelihood.json"""
 
 SWEEP = """Scores every combination of values of guidance, steps, sampler, spacing,
-guidance_rescale, image_guidance, clip_skip, ema_halflife_images, beside real test images.
+guidance_rescale, image_guidance, clip_skip, ema_halflife_images, and real test images.
 
 example:
   python -m diffusion_jax evaluate sweep guidance=1,2,4 steps=6,12 --out sweep.json"""
@@ -161,6 +160,8 @@ class AutoencoderEvaluation(
 ):
   """An autoencoder on test images."""
 
+  model: Annotated[str, Help('a directory with an autoencoder, or asset:NAME', 'DIR')] = ''
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LikelihoodEvaluation(Output, DataOptions, DrawOptions, ModelOptions):
@@ -224,10 +225,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 KINDS = {
-  'model': Kind('what a model samples for captions', MODEL, OneModel, SampleOptions, 'of_model'),
-  'images': Kind('pictures that are there', IMAGES, ImagesEvaluation, None, 'of_pictures'),
+  'model': Kind('samples of a model for captions', MODEL, OneModel, SampleOptions, 'of_model'),
+  'images': Kind('existing pictures', IMAGES, ImagesEvaluation, None, 'of_pictures'),
   'autoencoder': Kind(
-    'what an autoencoder makes of test images', AUTOENCODER, AutoencoderEvaluation, None,
+    'reconstructions of an autoencoder', AUTOENCODER, AutoencoderEvaluation, None,
     'of_autoencoder',
   ),
   'likelihood': Kind(

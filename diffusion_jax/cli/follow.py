@@ -19,7 +19,7 @@ from diffusion_jax.files import read_object, reading
 from diffusion_jax.parallel.processes import agree
 from diffusion_jax.run import TrainedRun
 from diffusion_jax.runs.directory import RunDirectory
-from diffusion_jax.runs.status import stands_still
+from diffusion_jax.runs.status import is_stalled
 from diffusion_jax.viz.evaluation import write_evaluation_page
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _next(run: TrainedRun, passed: set[int]) -> int | None:
 
 def over(workdir: str) -> bool:
   """Return whether a run will write no more."""
-  return stands_still(RunDirectory(workdir), STALE_SECONDS)
+  return is_stalled(RunDirectory(workdir), STALE_SECONDS)
 
 
 def _first_checkpoint(workdir: str) -> None:

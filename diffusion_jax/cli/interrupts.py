@@ -13,11 +13,11 @@ IMPORTING = '<frozen importlib._bootstrap>'
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[None]:
-  """Let Ctrl-C raise KeyboardInterrupt within, and end the process within an import.
+  """Let Ctrl-C raise KeyboardInterrupt within, and end the process during imports.
 
-  There nothing has been begun, and anything may become of an exception: an extension module that
-  is interrupted while it starts prints it and raises another. A signal that is ignored, as in the
-  background of a shell script, stays ignored. Enter it within the `try` that sees to the exception.
+  An extension module interrupted as it starts may print the exception and raise another. An ignored
+  signal, as in the background of a shell script, stays ignored. Enter within the `try` that handles
+  it.
   """
   ours = False
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

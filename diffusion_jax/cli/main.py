@@ -38,10 +38,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(argv: Sequence[str], set_up: Callable[[], None]) -> int:
-  """Run a command; 0: done, 2: a mistake in what was given, 1: anything else went wrong.
+  """Run a command; 0: done, 2: a mistake in what was given, 1: any other error.
 
-  Args:
-    set_up: prepares the process for what is heavy; nothing of that is imported before.
+  set_up: prepares the process before heavy imports.
   """
   for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, 'reconfigure'):  # A notebook's has not.

@@ -36,8 +36,8 @@ class ModelOptions:
     f'a model directory, or asset:NAME (default: {DEFAULT_MODEL})', 'DIR'
   )] = ''
   ema_halflife_images: Annotated[float | None, Help(
-    'with --workdir, average the weights over another length, put together from the checkpoints '
-    "that are there; 0 for no average (default: the run's own)", 'N'
+    'with --workdir, another half-life of the average of weights, computed from the checkpoints; '
+    "0 for no average (default: the run's own)", 'N'
   )] = None
 
   def __post_init__(self):
@@ -56,7 +56,7 @@ class AdapterOptions:
   )] = ()
   controlnet: Annotated[str, Help('a ControlNet made for the model', 'DIR')] = ''
   textual_inversion: Annotated[tuple[str, ...], Help(
-    'a word that was learned by textual inversion; repeat for several', 'FILE'
+    'a textual inversion; repeat for several', 'FILE'
   )] = ()
   worse: Annotated[str, Help(
     'a smaller or less trained model of the same kind, for --autoguidance', 'DIR'

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-HELP = "write a run's report.html anew"
+HELP = "write a run's report.html"
 DESCRIPTION = """Writes report.html into a workdir from what the run has logged so far: curves,
 grids over time, scores, speed, config and versions, in one self-contained page.
 

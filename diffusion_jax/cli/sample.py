@@ -26,10 +26,10 @@ from diffusion_jax.pipelines.options import SampleOptions
 if TYPE_CHECKING:
   import numpy as np
 
-HELP = 'draw pictures for prompts'
+HELP = 'sample pictures for prompts'
 DESCRIPTION = """Draws one picture for each prompt, as PNG with the prompt and all settings in its
-metadata, and one grid of the first 256. The same seed gives the same pictures, but for what
---batch says of rounding. An empty prompt draws without condition.
+metadata, and one grid of the first 256. The same seed gives the same pictures, up to the rounding
+that --batch explains. An empty prompt samples without condition.
 
 examples:
   python -m diffusion_jax sample --prompt 'grinning cat' --prompt 'red apple' --out pictures
@@ -46,10 +46,10 @@ class PromptOptions:
   """Prompts, and where the pictures go."""
 
   prompt: Annotated[tuple[str, ...], Help(
-    'what to draw; repeat for several pictures. An empty one draws without condition', 'TEXT'
+    'prompt; repeat for several pictures. An empty one samples without condition', 'TEXT'
   )] = ()
   prompts: Annotated[str, Help(
-    'a text file with one prompt a line; blank lines are passed over', 'FILE'
+    'a text file with one prompt a line; blank lines are skipped', 'FILE'
   )] = ''
   size: Annotated[str, Help(
     'of the pictures in pixels: one number for a square, or height x width, such as 96x64 '
@@ -64,11 +64,7 @@ class PromptOptions:
       parse_size(self.size)  # So that no model is read for a size that is none.
 
   def read(self) -> list[str]:
-    """Return all prompts; in a file blank lines only divide others.
-
-    Raises:
-      UserError: no prompt, or a file that cannot be read.
-    """
+    """All prompts; in a file blank lines only separate. UserError: none, or an unreadable file."""
     prompts = list(self.prompt)
     if self.prompts:
       from diffusion_jax.data.captions import read_lines
@@ -126,11 +122,7 @@ class PictureOptions:
     return model.size_like(*own) if own else model.trained_size
 
   def read(self, model, steps: int, height: int, width: int) -> tuple:
-    """Return (`Inputs`, metadata) of the pictures that were given, for images of that size.
-
-    Raises:
-      UserError: an image that cannot be read, or a strength that is none.
-    """
+    """(`Inputs`, metadata) of the given pictures, for images of that size; or UserError."""
     from diffusion_jax.data.pictures import read_pictures
     from diffusion_jax.pipelines.image_conditioners import Inputs
 
@@ -190,11 +182,7 @@ def file_name(index: int, prompt: str) -> str:
 def write(
   out: Path, batches: Iterable[np.ndarray], prompts: Sequence[str], settings: dict[str, str]
 ) -> str:
-  """Write each picture as it comes, then the grid; return a sentence on them.
-
-  Args:
-    batches: uint8 [b h w 3], of all prompts in their order.
-  """
+  """Write each picture as it comes, then the grid; return a sentence. batches: uint8 [b h w 3]."""
   from PIL import Image
   from tqdm import tqdm
 

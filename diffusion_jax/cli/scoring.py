@@ -69,8 +69,7 @@ def all_are_here(name: str) -> bool:
 
 
 def own_prompts(options: CaptionOptions) -> Prompts:
-  """Return the captions of the options' files. UserError where they cannot be read, or do not fit.
-  """
+  """The captions of the options' files; UserError where unreadable or mismatched."""
   return Prompts.read(options.captions, options.labels, options.samples)
 
 
@@ -89,12 +88,10 @@ def open_comparison(
   options: CompareOptions, split: Callable[[str], ImageSet], default: str, clip: str = CLIP,
   reference: Reference | None = None, captioned: bool = True,
 ) -> Comparison:
-  """Open what the options say, on the devices of this process.
+  """Open what the options name, on this process's devices.
 
-  Args:
-    split: opens a split of the data set, by its name. default: the metrics without --metrics.
-    clip: the features without --features. reference: in place of --reference. captioned: whether
-      there are captions.
+  split: opens a split of the data set by name. default: the metrics without --metrics. clip: the
+  features without --features. reference: in place of --reference. captioned: if there are captions.
   """
   out, keep = Path(options.out), getattr(options, 'keep', '')
   metrics = (options.metrics or default).split(',') if options.metrics or default else []
@@ -130,10 +127,7 @@ def write_report(
   settings: Mapping[str, Any] | None = None, about: Sequence[str] = (),
   tested: Split | None = None,
 ) -> dict[str, Any]:
-  """Return scores as `evaluation.report.report` does; `shown` is given what their page shows.
-
-  Statistics are written where they are wanted.
-  """
+  """Scores of `evaluation.report.report`; write statistics if asked, fill `shown` for the page."""
   shown |= examples(comparison, found)
   if options.save_statistics:
     files = write_moments(
@@ -144,10 +138,7 @@ def write_report(
 
 
 class Subject:
-  """The model that is scored, the weights that it may have, and what it is asked to sample.
-
-  sample: settings in place of the model's own.
-  """
+  """The model that is scored, its weights, and its sampling; `sample` replaces its own settings."""
 
   def __init__(self, options: ModelEvaluation | LikelihoodEvaluation, sample: dict[str, Any], mesh):
     self.options, self.mesh, self.run, self.step = options, mesh, None, None
@@ -237,10 +228,7 @@ class Subject:
     return [*own, *provenance(begun, (), None, test)]
 
   def weights(self, ema_halflife_images: float | None = None) -> Callable[[], Weights]:
-    """Return a reader of the weights on the mesh; of a run, perhaps with another average.
-
-    One set of weights is held at a time, for several may be more than a device has room for.
-    """
+    """A reader of the weights on the mesh, one set in memory at a time; of a run, any average."""
     which = self.step, ema_halflife_images
 
     def read() -> Weights:
@@ -293,7 +281,7 @@ def identity(
   name: str, run: TrainedRun | None = None, step: int | None = None,
   ema_halflife_images: float | None = None,
 ) -> str:
-  """Return what tells weights apart: a run's step and average, or a directory's date."""
+  """The identity of weights: a run's step and average, or a directory's date."""
   if run is None:
     dates = [path.stat().st_mtime for path in resolve(name).rglob('*.safetensors')]
     date = time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(max(dates, default=0)))
@@ -317,9 +305,9 @@ def open_subject(options: ModelEvaluation, sample: dict[str, Any]) -> tuple[Subj
 
 
 def of_model(options: OneModel, sample: dict[str, Any], shown: dict) -> dict[str, Any] | None:
-  """Score what the model samples, beside real images and the untrained model's.
+  """Score the model's samples, with real images and the untrained model's for comparison.
 
-  The run of another task is scored by its own evaluators.
+  A run of another task is scored by its own evaluators.
   """
   if options.workdir and trains_other(options.workdir):
     return of_task(options, sample)
@@ -331,9 +319,9 @@ def score(
   subject: Subject, comparison: Comparison, shown: dict, settings: Mapping[str, Any],
   place: str = '',
 ) -> dict[str, Any] | None:
-  """Return the scores of a model at its step, by the evaluators of its training; settings: of it.
+  """Scores of a model at its step by the evaluators of its training; None but in process 0.
 
-  place: of the pieces of what it samples. None but in the first process.
+  settings: the model's. place: folder for the pieces of its samples.
   """
   options = subject.options
   found = subject.evaluator(comparison).found(
@@ -350,7 +338,7 @@ def score(
 
 
 def sweep(options: Sweep, sample: dict[str, Any], shown: dict) -> dict[str, Any] | None:
-  """Score every combination beside real images; the page shows the best one's images."""
+  """Score every combination, and real images; the page shows the best one's images."""
   from diffusion_jax.evaluation.sweep import EMA, applied, best, combinations, network_calls
 
   for name in combinations(options.sweep)[0]:
@@ -412,7 +400,7 @@ def likelihood(
 
 
 def trains_other(workdir: str) -> str:
-  """Return the task of a run whose model draws no images for captions, '' of others."""
+  """The task of a run whose model samples no images from captions; '' for others."""
   from diffusion_jax.registry import TASKS, load
   from diffusion_jax.train.tasks.diffusion import DiffusionTask
 
@@ -436,7 +424,7 @@ def of_task(options: OneModel, sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def of_pictures(options: ImagesEvaluation, _: dict, shown: dict) -> dict[str, Any] | None:
-  """Score pictures that are there."""
+  """Score existing pictures."""
   images = open_images(options.images)  # Before a data set is prepared, which may take minutes.
   alone = options.save_statistics and not (options.metrics or options.reference)
   comparison = open_comparison(

@@ -6,7 +6,7 @@ from diffusion_jax.cli.options import check_overrides
 from diffusion_jax.parallel.startup import find_cluster
 from diffusion_jax.runs.start import Start
 
-HELP = 'train an autoencoder, a CLIP, a diffusion model or a toy'
+HELP = 'train or fine-tune a diffusion model, autoencoder, CLIP, classifier or toy'
 DESCRIPTION = """Trains what the config describes. Running the same command again goes on from the
 last checkpoint in the workdir. Ctrl-C saves first; a second Ctrl-C leaves at once.
 
@@ -25,14 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--config.KEY', dest='example', metavar='VALUE',
                       help='change any key of the config; repeat for several')
   parser.add_argument('--quiet', action='store_true', help='no progress bar, only '
-                      'where the results lie')
+                      'the paths of results')
 
 
 def opening(args: argparse.Namespace) -> Start:
-  """Take the workdir, before anything heavy is imported: a kill at any time leaves a word there.
+  """Take the workdir before heavy imports, so that a kill at any time leaves a status there.
 
-  Raises:
-    UserError: the workdir cannot be used, or another run is in it.
+  UserError: the workdir cannot be used, or another run holds it.
   """
   check_overrides(args)
   cluster = find_cluster()
@@ -51,6 +50,6 @@ def run(args: argparse.Namespace) -> int:
 
   enable_compile_cache()
   start_distributed()
-  args.start.meet()
+  args.start.join()
   training = build(load_config(args.config, args.overrides), args.workdir)
   return train(training, progress=not args.quiet, start=args.start)

@@ -42,7 +42,7 @@ class ChooseText:
 def cached_source(
   source: Source, model, frozen: dict, mesh: Mesh, progress: bool = True
 ) -> ArraySource:
-  """Encode every image and every caption of `source` once.
+  """Encode every image and every caption of `source` once; model: a `pipelines.model.Diffusion`.
 
   Columns: the moments of the model's space, float32, such as 'mean' and 'std' [h w c]; 'texts'
   [k l d], the embeddings of the record's k captions, float16 to halve the memory; 'pooled' [k p]
@@ -72,7 +72,7 @@ def cached_source(
 
 
 def moments_encoder(model) -> Callable:
-  """The jitted (weights, uint8 images [b h w 3]) -> moments of their z."""
+  """The jitted (weights, uint8 images [b h w 3]) -> moments of z."""
   return jit(lambda weights, images: model.space.moments(weights, to_float(images)))
 
 
@@ -98,10 +98,7 @@ def _joined(batches: list[dict]) -> dict[str, np.ndarray]:
 
 
 def _read(source: Source, progress: bool) -> tuple[list[Record], dict[int, str]]:
-  """(all records, why some cannot be read); in the place of these is a black image without text.
-
-  All processes have the same, for they encode them together.
-  """
+  """(all records, unreadable ones black and without text, their errors), alike in all processes."""
   records: dict[int, Record] = {}
   mine: dict[int, str] = {}
   for i in tqdm(range(len(source)), desc='reading images', disable=not progress, leave=False):

@@ -1,10 +1,9 @@
-"""Captions from files: texts beside pictures, and lists of captions.
+"""Captions from files: a text beside each picture, or lists of captions.
 
-The text file beside a picture counts first, then the nearest list (metadata.jsonl, metadata.csv or
-metadata.tsv, as diffusers' users keep them), then what is given for all. A row of a list has the
-name of a picture below the list's folder (`file_name`) and its caption (`text`). A list of texts,
-several columns of captions and several rows are several captions. Null, numbers and objects are
-none.
+First comes the text file beside a picture, then the nearest list (metadata.jsonl, metadata.csv or
+metadata.tsv, as for diffusers), then the caption given for all. A row of a list has the picture's
+name below the list's folder (`file_name`) and its caption (`text`); a list of texts, several
+columns and several rows are several captions. Null, numbers and objects are none.
 """
 
 import codecs
@@ -35,13 +34,10 @@ _OPEN_ALREADY = ('/dev/stdin', '/dev/fd/', '/proc/self/fd/')
 
 
 def read_lines(path: str | Path, what: str = 'text') -> list[str]:
-  """Return the lines of a file, called `what` in errors, as `lines_of`.
+  """Lines of a file, `what` in errors, as of `lines_of`; UTF-8, or as its byte order mark says.
 
-  It is UTF-8, whatever the locale, or what its byte order mark says, which is no text itself.
-
-  Raises:
-    UserError: no regular file, no text, more than MOST_BYTES, or a line of more than LONGEST
-      characters.
+  UserError: no regular file, no text, more than MOST_BYTES, or a line of more than LONGEST
+  characters.
   """
   path = Path(path)
   try:
@@ -60,10 +56,9 @@ def read_lines(path: str | Path, what: str = 'text') -> list[str]:
 
 
 def lines_of(text: str, where: str | Path) -> list[str]:
-  """Return the lines of a text that are not blank, without the blanks around them.
+  """The non-blank lines of a text, stripped; only CR, LF and both end a line.
 
-  Only CR, LF and both end a line: others of Unicode's separators may stand within a caption.
-  UserError, which names `where`, for a line of more than LONGEST characters, or half ones.
+  UserError, naming `where`: a line of more than LONGEST characters, or half a surrogate pair.
   """
   check_characters(text, where)
   lines = [line for part in _LINE_END.split(text) if (line := clean(part))]
@@ -92,10 +87,7 @@ def encoding_of(start: bytes) -> str:
 
 
 def stream_lines(path: Path, longest: int = LONGEST) -> Iterator[str]:
-  """Yield decoded lines, their ends kept, of a file that may be larger than memory.
-
-  ValueError for what is no text, or a line of more than `longest` characters.
-  """
+  """Yield decoded lines with their ends, of files of any size; ValueError: no text, or too long."""
   with path.open('rb') as file:
     encoding = encoding_of(file.read(4))
   with path.open(encoding=encoding, newline='') as lines:
@@ -123,14 +115,10 @@ _LONGEST_ROW = 16 * LONGEST
 
 
 def read_list(path: Path, root: Path, column: str, left: Left) -> dict[str, list[str]]:
-  """Return the captions by key (`finding.key_of`) of the pictures below `root` in a list.
+  """Captions by key (`finding.key_of`) of the pictures below `root` in a list.
 
-  Args:
-    column: the only one for captions; '' for all of CAPTIONS.
-    left: notes rows and values that are no captions.
-
-  Raises:
-    UserError: the list cannot be read, or names a picture outside of `root`.
+  column: the only one for captions; '' for all of CAPTIONS. left: records rows and values that are
+  no captions. UserError: the list cannot be read, or names a picture outside of `root`.
   """
   columns = (column.lower(),) if column else CAPTIONS
   found: dict[str, list[str]] = {}
@@ -239,16 +227,11 @@ def captions_of(
   files: Sequence[Path], pictures: Sequence[Path], root: Path, caption: str, column: str,
   left: Left,
 ) -> list[list[str]]:
-  """Return the captions of each of `pictures`, one at least.
+  """The captions of each of `pictures`, one at least; UserError: one has none, or is unreadable.
 
-  Args:
-    files: all in the folder `root`.
-    caption: of pictures that have none of their own; several, one a line.
-    column: of lists; '' for all of `captions.CAPTIONS`.
-    left: notes what belongs to no picture, and what another source is preferred to.
-
-  Raises:
-    UserError: a picture has no caption, or something cannot be read.
+  files: all in the folder `root`. caption: for pictures without their own; several, one a line.
+  column: of lists; '' for all of `captions.CAPTIONS`. left: records what belongs to no picture, and
+  what another source overrides.
   """
   keys = {path: key_of(path.relative_to(root).as_posix()) for path in files}
   listed = _listed(files, root, column, left)

@@ -46,13 +46,10 @@ def key_of(name: str) -> str:
 
 
 def find_files(root: str | Path, left: Left) -> list[Path]:
-  """Return the regular files in a folder and in the folders in it, sorted, as paths below `root`.
+  """The regular files below `root`, sorted, as paths relative to it; or UserError.
 
-  Links are followed. A folder that several paths lead to is read once, by a path without links
-  where there is one. Hidden files and folders are left out, and what leads nowhere.
-
-  Raises:
-    UserError: there is no such folder.
+  Links are followed; a folder with several paths is read once, without links where possible. Hidden
+  files and broken links are left out.
   """
   root = Path(root)
   if not root.is_dir():
@@ -118,10 +115,7 @@ TEST = ('test', 'testing', 'validation', 'valid', 'val', 'eval', 'dev')
 
 
 def own_splits(pictures: Sequence[Path], root: Path) -> tuple[Path, Path | None]:
-  """Return (folder to train on, folder of the test) where folders say it, else (root, None).
-
-  A folder train that has all pictures there are is what is meant by its parent.
-  """
+  """(training folder, test folder or None) where folders are named so, else (root, None)."""
   tops = {name.parts[0] for name in (path.relative_to(root) for path in pictures)
           if len(name.parts) > 1}
   named = lambda names: next(

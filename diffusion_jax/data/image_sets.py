@@ -36,8 +36,8 @@ def holds_batch(path: str | Path) -> bool:
 class ImageBatch(Sequence):
   """The images arr_0 of an npz, uint8 [n h w 3]; UserError where it has none, or is damaged.
 
-  They are read from their places in the file, or, where it is compressed, all unpacked into memory
-  when the first is asked for. The array's checksum is compared once, at the start.
+  Read in place, or, if compressed, unpacked into memory at the first access; the checksum is
+  compared once, at the start.
   """
 
   def __init__(self, path: str | Path):
@@ -115,17 +115,11 @@ class Member(NamedTuple):
 
 
 class TarPictures(Sequence):
-  """All pictures of uncompressed tar files, archive after archive, in the order in them.
+  """All pictures of uncompressed tar files, in order. UserError: no tar file, or no picture in any.
 
-  Headers are read once; pixels are read by offset when they are asked for. Nothing is written and
-  names are only names, so it does not matter where they point. An archive that is cut or damaged
-  has, after its last member that is known, one more that cannot be read.
-
-  Attributes:
-    notes: what was left out, for people.
-
-  Raises:
-    UserError: no tar file at a path, or no picture in any of them.
+  Headers are read once, pixels by offset on access; nothing is written, so names may point
+  anywhere. An archive that is cut or damaged ends with one more member, unreadable. notes: what was
+  left out.
   """
 
   def __init__(self, archives: Sequence[Path]):
@@ -178,7 +172,7 @@ class _Headers:
 
 
 def _members(archive: Path, left: Left) -> Iterator[Member]:
-  """The pictures of one archive. UserError where it is none."""
+  """The pictures of one archive; or UserError."""
   with reading(archive, 'is not an uncompressed tar file', 'fetch or pack it again'):
     if not archive.is_file():  # A pipe would wait for a writer for ever.
       raise OSError('it is not a regular file')

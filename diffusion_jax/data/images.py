@@ -75,11 +75,7 @@ _WIDTH, _HEIGHT = 256, 257
 
 
 def read_square(path: str | Path, size: int) -> tuple[np.ndarray, tuple[int, int]]:
-  """Return the central square, scaled to uint8 [size size 3], and (height, width) of the image.
-
-  Raises:
-    Unreadable: as `read_pixels`.
-  """
+  """(the central square, uint8 [size size 3], the image's (height, width)); or Unreadable."""
   # The square first: a thin strip would grow beyond all bounds if it were scaled as a whole.
   square, upright = _read(path, path, lambda header: (_decoded(header, True), header.upright))
   return resize(square, size, size), upright
@@ -112,21 +108,14 @@ def read_size(path: str | Path) -> tuple[int, int]:
 def read_pixels(
   source: str | Path | BinaryIO, path: str | Path = '', background: str = 'white'
 ) -> np.ndarray:
-  """Return an image, uint8 [h w 3], upright, over a background that shows where it is clear.
+  """An image or first frame, uint8 [h w 3], upright, over a background where it is transparent.
 
-  Of several frames the first. It has its own size, but if there are LARGE pixels or more: then
-  both edges are divided by the first of 2, 4, ... that leaves 2**24 pixels or fewer. While it is
-  read it takes 8 bytes of memory for each pixel (11 if it is a progressive JPEG, 16 if WebP), but
-  of LARGE pixels or more 1.1 GB in all at most, or 0.3 GB if it is a JPEG that is not progressive.
+  At its own size, but for LARGE pixels or more: then both edges are divided by the first of 2, 4,
+  ... that leaves 2**24 pixels or fewer. Reading takes 8 bytes a pixel (11 for a progressive JPEG,
+  16 for WebP), of LARGE pixels or more at most 1.1 GB, 0.3 GB for a JPEG that is not progressive.
 
-  Args:
-    source: a file by its path, or one that is open.
-    path: what an open one is called in errors.
-    background: a color by name.
-
-  Raises:
-    Unreadable: no file, no regular one, no image in it, a damaged one, one with more than
-      MAX_PIXELS pixels, or one that would take too much memory.
+  source: a path, or an open file that errors call `path`. background: a color by name. Unreadable:
+  no regular file, no or a damaged image, more than MAX_PIXELS pixels, or too much memory.
   """
   return _read(source, path or source, lambda header: _decoded(header, False, background))
 
@@ -160,8 +149,7 @@ def _opened(source: str | Path | BinaryIO) -> Iterator[BinaryIO]:
 
 
 class _Header(NamedTuple):
-  """An image whose pixels are not read; height, width: as it lies in the file; orientation: EXIF's.
-  """
+  """An image, pixels unread; height, width: as in the file; orientation: EXIF's."""
 
   image: ImageFile.ImageFile
   height: int
@@ -270,7 +258,7 @@ def _factor(header: _Header, square: bool) -> int:
 
 
 def _box(header: _Header) -> tuple[int, int, int, int]:
-  """(top, left, height, width) of the upright image's central square, in the image as it lies."""
+  """(top, left, height, width) of the upright image's central square, in the image as stored."""
   edge = min(header.upright)
   *mirrored, swapped = _TURNS[header.orientation]
   rest = [length - edge for length in header.upright]
@@ -304,13 +292,10 @@ def _as_rgb(image: Image.Image, background: str) -> Image.Image:
 
 
 def _scaled(image: Image.Image, extrema: tuple[float, float]) -> Image.Image:
-  """Numbers of 32 bits as 8 bits of gray.
+  """32-bit numbers as 8 bits of gray; extrema: of the whole image, of which this is a strip.
 
-  Scaled from the first of the usual ranges that holds them all ([0, 1] for floats, then 8, 16 and
-  32 bits), or, if some are below 0, from the lowest to the highest.
-
-  Args:
-    extrema: lowest and highest value of the whole image, of which this is a strip.
+  Scaled from the first of the usual ranges that holds all ([0, 1] for floats, then 8, 16, 32 bits);
+  if some are below 0, from the lowest to the highest.
   """
   values, (low, high) = np.asarray(image), extrema
   if not np.isfinite(extrema).all():

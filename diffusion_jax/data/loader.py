@@ -1,10 +1,9 @@
-"""Batches from a source: shuffled, shared out over processes, and resumable to the exact batch.
+"""Batches from a source: shuffled, split over processes, and resumable to the exact batch.
 
-All positions are on one stream that every process computes alike: epoch after epoch, each shuffled
-anew. Global batch k is positions k * B to k * B + B - 1 in this order, whatever the number of
-processes and devices; a process reads the rows of it that its devices hold. Batches run across the
-end of an epoch, so no example is ever lost. A transform's randomness comes from the seed and the
-position alone.
+Positions are on one stream, the same in every process: epoch after epoch, each shuffled anew.
+Global batch k is positions k B to k B + B - 1, whatever the number of processes and devices; a
+process reads those of its devices. Batches run across epochs, so no example is lost. The randomness
+of a transform depends on seed and position alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,31 +14,26 @@ import jax
 import numpy as np
 
 from diffusion_jax.data.transforms import apply
-from diffusion_jax.data.unreadable import stand_in
+from diffusion_jax.data.unreadable import replacement
 from diffusion_jax.errors import Unreadable, UserError
 from diffusion_jax.limits import check_seed
 from diffusion_jax.types import Source
 
 
 class Loader:
-  """An iterator without end over batches: dictionaries of arrays [rows, ...]; texts as lists.
+  """An endless iterator over batches: dictionaries of arrays [rows, ...]; texts as lists.
 
-  Reading and transforms run in threads of this process. An error in one of them is raised by the
-  `next` whose batch it belongs to, and by every `next` after it: no example is ever left out, but
-  for those that cannot be read. In the place of these comes another, which follows from the seed
-  and the position (`data.unreadable`).
+  Reading and transforms run in threads. An error is raised by the `next` of its batch and by every
+  later one. Only unreadable examples are replaced, by others that follow from seed and position
+  (`data.unreadable`). UserError: a source smaller than a global batch, or an argument out of range.
 
   Args:
-    batch_size: examples per global batch, of all processes together.
-    rows: which examples of a global batch to make, such as `parallel.mesh.local_rows`; None for all
-      of them.
+    batch_size: examples per global batch, over all processes.
+    rows: examples of a global batch to make, such as `parallel.mesh.local_rows`; None for all.
     seed: in [0, 2**32); determines shuffling and random transforms.
     shuffle: shuffle every epoch anew; otherwise keep the source's order.
-    num_threads: batches that are made at the same time; 0 makes them when asked for.
-    prefetch: batches that are made ahead, at least one for each thread.
-
-  Raises:
-    UserError: the source is smaller than one global batch, or an argument is out of range.
+    num_threads: batches made at the same time; 0 makes them on demand.
+    prefetch: batches made ahead, at least one for each thread.
   """
 
   def __init__(
@@ -102,12 +96,9 @@ class Loader:
     return {**self._identity, 'position': self._position}
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Continue from `get_state`: the batches that follow are bitwise those that would have been.
+    """Continue from `get_state`, bitwise, with any number of threads and processes; reads nothing.
 
-    The number of threads and of processes may differ. Nothing is read on the way there.
-
-    Raises:
-      UserError: the state is of another seed, batch size, or source.
+    UserError: the state is of another seed, batch size or source.
     """
     for name, mine in self._identity.items():
       if name not in state or state[name] != mine:
@@ -154,7 +145,7 @@ def _record(source: Source, index: int, rng: np.random.Generator) -> dict[str, A
   try:
     return source[index]
   except Unreadable:
-    return stand_in(source, index, rng)
+    return replacement(source, index, rng)
 
 
 def _stack(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Pictures in files that belong together keep their places.
+"""Pictures in files that belong together.
 
-Masks, controls and depth maps are laid over the picture that they belong to, whatever their own
-size, and the same central rectangle is cut out of all.
+Masks, controls and depth maps are resized to their picture, whatever their own size, and the same
+central rectangle is cropped from all.
 """
 
 from collections.abc import Mapping
@@ -41,17 +41,11 @@ def frame_size(files: Mapping[str, str | Path]) -> tuple[int, int] | None:
 def read_pictures(
   files: Mapping[str, str | Path], sizes: Mapping[str, tuple[int, int]]
 ) -> Pictures:
-  """Read pictures that belong together.
+  """Read pictures that belong together: 'image', 'mask', 'control', 'depth', 'small', 'reference'.
 
-  Masks paint where they are white: shrunk or enlarged with Lanczos' filter and cut at half, as
-  diffusers does it. Depth maps fill the range from -1 to 1.
-
-  Args:
-    files: 'image', 'mask', 'control', 'depth', 'small' and 'reference', those that there are.
-    sizes: of each the (height, width) in pixels that the model takes.
-
-  Raises:
-    UserError: one that cannot be read, or a mask that paints nothing of what is cut out.
+  Masks paint where they are white: resized with Lanczos' filter and thresholded at half, as in
+  diffusers. Depth maps are scaled to [-1, 1]. sizes: of each the model's (height, width) in pixels.
+  UserError: an unreadable one, or a mask that paints nothing of the crop.
   """
   frame = next((name for name in FRAMES if name in files), None)
   arrays, notes, found = {}, [], {}
@@ -83,7 +77,7 @@ def _ratio(a: tuple[int, int], b: tuple[int, int]) -> float:
 
 
 def _painted(pixels: np.ndarray, file: str | Path) -> tuple[np.ndarray, list[str]]:
-  """bool [1 h w], true where uint8 [1 h w 3] is white, and what is to be said of it."""
+  """bool [1 h w], true where uint8 [1 h w 3] is white, and warnings."""
   gray = np.asarray(Image.fromarray(pixels[0]).convert('L'))[None]
   painted = gray >= 128
   if not painted.any():

@@ -21,10 +21,9 @@ _UNPACKED = 2**20
 
 
 def without_extras(file: BinaryIO) -> io.RawIOBase:
-  """Return the file with only those chunks that decide its pixels and how they are turned.
+  """The file with only the chunks that decide pixels and orientation, orientation before pixels.
 
-  Texts and profiles, of whatever size, and frames after the first are passed over unread. What is
-  left comes before the pixels, so that how these are turned is known before they are decoded.
+  Texts and profiles, of whatever size, and frames after the first are skipped unread.
   """
   head, pixels = [SIGNATURE], []
   for kind, offset, length in _chunks(file):
@@ -51,7 +50,7 @@ def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _turns(file: BinaryIO, kind: bytes, offset: int, length: int) -> bool:
-  """Whether a chunk is whole and may say how the image is turned."""
+  """True if a chunk is intact and may hold the orientation."""
   if kind != b'eXIf' and kind not in _TEXTS:
     return False
   file.seek(offset)

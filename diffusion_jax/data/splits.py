@@ -1,8 +1,8 @@
-"""The split of records into train and test, and hashes that tell whether data are the same.
+"""The split of records into train and test, and fingerprints of data.
 
-The side of a picture follows from the bytes of its file alone. So it stays where it is when files
-are renamed, copied or added, and the same picture is never on both sides. Fingerprints are of
-names, sizes, texts and a sample of the content; not of dates, which a copy changes.
+A picture's side follows from the bytes of its file: it stays when files are renamed, copied or
+added, and is never both. Fingerprints are of names, sizes, texts and a sample of the content, not
+of dates, which a copy changes.
 """
 
 import concurrent.futures
@@ -36,7 +36,7 @@ APART = Measured('On the test split, which was not trained on.')
 
 
 class Parts(NamedTuple):
-  """The records of both sides, by number, in order."""
+  """The record numbers of both sides, in order."""
 
   train: list[int]
   test: list[int]
@@ -44,16 +44,14 @@ class Parts(NamedTuple):
 
 
 def measured_on(test: Sequence) -> Measured:
-  """Return what a test split says of itself; that of a prepared data set is apart."""
+  """The test split's own description, or one of the test as held apart."""
   return getattr(test, 'measured', APART)
 
 
 def by_content(files: Sequence[Path], fraction: float, labels: Sequence[str] = ()) -> Parts:
-  """Split pictures by content; where they are too few, both sides are all of them.
+  """Split pictures by content; if too few, both sides are all of them.
 
-  Args:
-    fraction: expected of the test, in [0, 1).
-    labels: of the pictures; one with pictures in the test has others that are trained on.
+  fraction: expected of the test, in [0, 1). labels: any with test pictures has training ones too.
   """
   every, count = list(range(len(files))), len(files)
   if not fraction:
@@ -153,7 +151,7 @@ def of_files(files: Sequence[Path], folder: Path) -> str:
 
 
 def of_texts(texts: Sequence[Any]) -> str:
-  """Hash values that JSON can hold."""
+  """A hash of JSON-ready values."""
   found = hashlib.sha256()
   for each in texts:
     found.update(json.dumps(each).encode() + b'\n')

@@ -1,8 +1,8 @@
 """Transforms of a record between its source and its batch; the table TRANSFORMS names them.
 
-Each is a frozen dataclass that is called as f(record), or, if it is random, as f(record, rng), and
-returns another record. Images are uint8 [h, w, c] in [0, 255] until `normalize`. What moves an
-image moves the other PICTURES of its record alike.
+Each is a frozen dataclass, called as f(record) or, if random, f(record, rng), that returns another
+record. Images are uint8 [h, w, c] in [0, 255] until `normalize`. All PICTURES of a record move
+together.
 """
 
 import dataclasses
@@ -116,10 +116,7 @@ class RandomResizedCrop(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class RandomFlip(Transform):
-  """Mirror the image left to right with a probability.
-
-  keep_sided: leave images alone whose captions speak of left, right or clockwise.
-  """
+  """Mirror left to right at random; keep_sided: not if captions mention left, right, clockwise."""
 
   probability: float = 0.5
   keep_sided: bool = True
@@ -155,7 +152,7 @@ class FirstCaption(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class Tokenize(Transform):
-  """Turn 'caption' into 'tokens', int32 [l], and drop every text, which devices cannot hold."""
+  """Turn 'caption' into 'tokens', int32 [l], and drop all texts, which devices cannot hold."""
 
   tokenizer: Callable[[str], np.ndarray]
 
@@ -248,7 +245,7 @@ def _name_of(transform: Any) -> str:
 
 
 def _image(record: Mapping[str, Any]) -> np.ndarray:
-  """The record's image. UserError unless it is uint8 [h, w, c] with at least one pixel."""
+  """The record's image; UserError unless it is uint8 [h, w, c] with at least one pixel."""
   image = record.get('image')
   if image is None:
     raise UserError(f'The record has no image, only {", ".join(record)}: check its source.')
@@ -261,7 +258,7 @@ def _image(record: Mapping[str, Any]) -> np.ndarray:
 
 
 def _moved(record: dict, move: Callable[[np.ndarray], np.ndarray]) -> dict:
-  """The record with all of its pictures moved. UserError where one is not as large as the image."""
+  """The record with all its pictures moved; UserError unless all have the image's size."""
   found = {name: record[name] for name in PICTURES if name in record}
   for name, picture in found.items():
     if picture.shape[:2] != record['image'].shape[:2]:

@@ -15,9 +15,9 @@ _MOST_TRIES, _POSTED = 1000, 'unreadable'
 
 
 class Damage:
-  """A sentence on each record that could not be read so far, in any source and process of a run.
+  """A sentence on each unreadable record so far, in any source and process of a run.
 
-  say: is called, from any thread, with each new sentence of this process, once.
+  say: called from any thread with each new sentence of this process, once.
   """
 
   def __init__(self, say: Callable[[str], None] = lambda text: None):
@@ -45,10 +45,10 @@ class Damage:
 
 
 class Counted(Sequence):
-  """A source whose unreadable records are counted, and no longer tried; all else is the source's.
+  """A source whose unreadable records are counted and not tried again; all else is the source's.
 
-  most: fraction of the records that may be unreadable, 0 to 1. name, limit: of the records, and of
-  what sets `most`, for people.
+  most: fraction that may be unreadable. name, limit: the records and the source of `most`, in
+  errors.
   """
 
   def __init__(
@@ -97,14 +97,11 @@ class Counted(Sequence):
       )
 
 
-def stand_in(source: Sequence, index: int, rng: np.random.Generator) -> Any:
-  """Return a record in the place of `index`, which cannot be read.
+def replacement(source: Sequence, index: int, rng: np.random.Generator) -> Any:
+  """The readable record that replaces the unreadable `index`.
 
-  Which one follows from `rng` and from which records can be read, whenever and wherever it is
-  asked. Where a source has `turns`, records of so many kinds in turn, it is one of the same kind.
-
-  Raises:
-    UserError: none of a thousand records, or of all, can be read.
+  It depends on `rng` and the readable records alone, and is of the same kind where a source has
+  `turns`. UserError: none of a thousand records, or of all, can be read.
   """
   turns = getattr(source, 'turns', 1)
   places = range(index % turns, len(source), turns)
@@ -130,11 +127,8 @@ def readable(source: Sequence, places: Iterable[int] | None = None) -> Iterator[
     yield record
 
 
-def some(source: Sequence, count: int, places: Iterable[int] | None = None) -> list[Any]:
-  """Return the first records that can be read, `count` or, if there are fewer, all.
-
-  UserError where there is none.
-  """
+def first_readable(source: Sequence, count: int, places: Iterable[int] | None = None) -> list[Any]:
+  """The first `count` readable records, or fewer if there are no more; UserError for none."""
   found = list(itertools.islice(readable(source, places), count))
   if not found:
     raise UserError(

@@ -38,11 +38,10 @@ def transition(here: Pair, there: Pair) -> tuple[jax.Array, jax.Array]:
 
 
 def posterior(x: jax.Array, x0: jax.Array, here: Pair, there: Pair) -> tuple[jax.Array, jax.Array]:
-  """(mean [b ...], variance [] or [b]) of q(x_s | x_t, x_0).
+  """(mean [b ...], variance [] or [b]) of q(x_s | x_t, x_0), finite at alpha_t = 0 and sigma_s = 0.
 
-  mean = alpha_{t|s} sigma_s^2 / sigma_t^2 x_t + alpha_s sigma_{t|s}^2 / sigma_t^2 x_0,
-  variance = sigma_{t|s}^2 sigma_s^2 / sigma_t^2 (Ho et al. 2020, eq. 6 and 7; Kingma et al. 2021,
-  appendix A). Finite at alpha_t = 0 and at sigma_s = 0, where the mean is alpha_s x_0.
+  mean = alpha_{t|s} sigma_s^2 / sigma_t^2 x_t + alpha_s sigma_{t|s}^2 / sigma_t^2 x_0, variance =
+  sigma_{t|s}^2 sigma_s^2 / sigma_t^2 (Ho et al. 2020, eq. 6 and 7; Kingma et al. 2021, A).
   """
   ratio, added = transition(here, there)
   fraction = divide(there[1] ** 2, here[1] ** 2)
@@ -53,9 +52,9 @@ def posterior(x: jax.Array, x0: jax.Array, here: Pair, there: Pair) -> tuple[jax
 def log_variances(grid: Grid) -> tuple[jax.Array, jax.Array]:
   """(ln of the posterior's variance [n], ln sigma_{t|s}^2 [n]) for a grid's n steps, n >= 2.
 
-  The bounds between which a sampler's optimal variance lies (Nichol & Dhariwal 2021, section 3.1):
-  beta_tilde is right for data without spread ("fixed small"), beta for unit Gaussian data ("fixed
-  large"). A last step to sigma = 0, whose posterior has no variance, takes that of the step before.
+  The bounds of a sampler's optimal variance (Nichol & Dhariwal 2021, section 3.1): beta_tilde for
+  data without spread ("fixed small"), beta for unit Gaussian data ("fixed large"). A last step to
+  sigma = 0, without posterior variance, takes that of the step before.
   """
   alphas, sigmas = (jnp.asarray(values) for values in grid)
   _, upper = transition((alphas[:-1], sigmas[:-1]), (alphas[1:], sigmas[1:]))
@@ -68,7 +67,7 @@ def log_variances(grid: Grid) -> tuple[jax.Array, jax.Array]:
 def learned_log_variance(output: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
   """ln variance = v upper + (1 - v) lower, v = (output + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
 
-  output [b ...] are the network's extra channels; lower and upper, [] or [b], of `log_variances`.
+  output [b ...]: extra channels of the network. lower, upper: [] or [b], of `log_variances`.
   """
   fraction = (output + 1) / 2
   return fraction * expand(upper, output) + (1 - fraction) * expand(lower, output)
@@ -100,8 +99,8 @@ def discretized_gaussian(
 ) -> jax.Array:
   """ln of the Gaussian's mass in the bin around x_0, per dimension (Ho et al. 2020, eq. 13).
 
-  The bins of `levels` equally spaced values in [-1, 1]; the outer two reach to infinity. Uses
-  ln(e^a - e^b) on ln Phi, in the tail that is accurate, so that no mass underflows to 0.
+  The bins of `levels` equally spaced values in [-1, 1]; the outer two reach to infinity. Computed
+  as ln(e^a - e^b) on ln Phi in the accurate tail, so that no mass underflows to 0.
   """
   half = 1 / (levels - 1)
   scale = jnp.exp(-log_variance / 2)
@@ -130,14 +129,11 @@ def bound_term(
   x0: jax.Array, x: jax.Array, estimate: jax.Array, here: Pair, there: Pair,
   log_variance: jax.Array, decoder: Decoder = discretized_gaussian,
 ) -> PerExample:
-  """One term of the bound [b]: KL(q(x_s | x_t, x_0) | p(x_s | x_t)), or -ln p(x_0 | x_t).
+  """KL(q(x_s | x_t, x_0) | p(x_s | x_t)) [b]; at sigma_s = 0 -ln p(x_0 | x_t) by the decoder.
 
-  The second where sigma_s = 0, the decoder's term (Ho et al. 2020, eq. 5: L_{t-1} and L_0). p has
-  the posterior's mean at the estimate of x_0.
-
-  Args:
-    x: x_t [b ...]; estimate: of x_0 [b ...]. here, there: levels t and s, [] or [b].
-    log_variance: of p(x_s | x_t), [] or [b] or [b ...]; see `log_variances`.
+  L_{t-1} and L_0 of Ho et al. 2020, eq. 5; p has the posterior's mean at the estimate of x_0. x:
+  x_t [b ...]. estimate: of x_0 [b ...]. here, there: levels t and s, [] or [b]. log_variance: of
+  p(x_s | x_t), [] or [b] or [b ...]; see `log_variances`.
   """
   true_mean, variance = posterior(x, x0, here, there)
   mean, _ = posterior(x, estimate, here, there)
@@ -174,8 +170,8 @@ def vdm_loss(
 def stratified_times(process: Process, fractions: jax.Array, t_min: float, floor: float):
   """Times [n] that divide the range of log(floor + SNR) over [t_min, 1] at fractions [n].
 
-  Found by bisection, as the SNR falls with t. At a floor above 0 the range is finite for processes
-  that end in pure noise; a large floor puts most times where there is much signal.
+  By bisection, as the SNR falls with t. A floor above 0 makes the range finite for processes that
+  end in pure noise; a large one puts most times where there is much signal.
   """
   def value(t):
     alpha, sigma = process(t)
@@ -258,10 +254,8 @@ def continuous_bound(
   only. It is taken over l = log(1 + SNR), which is finite at zero terminal SNR too: the integrand
   |x_0 - D|^2 (1 + SNR) / 2 is constant on average for unit Gaussian data.
 
-  Args:
-    draws: noise levels, one network call each, evenly spread over l; offset: as in
-      `discrete_bound`.
-    t_min: where data begins; sigma must be above 0 there.
+  draws: noise levels, one network call each, evenly spread over l; offset: as in `discrete_bound`.
+  t_min: where data begins; sigma must be above 0 there.
   """
   fractions = (jnp.arange(draws, dtype=x0.dtype) + offset) / draws
   times = stratified_times(process, fractions.astype(x0.dtype), t_min, 1.0)
@@ -289,8 +283,8 @@ def _error(denoise, x0, alpha, sigma, keys, index) -> PerExample:
 def _bound(denoise, x0, diffusion, first, last, keys) -> Bound:
   """Add the two end terms, at the least and the most noised (alpha, sigma).
 
-  The Gaussian at the end has the deviation sqrt(alpha^2 + sigma^2), which is 1 for VP. The decoder
-  is N(x_0; x / alpha, sigma^2 / alpha^2), a density of continuous x_0.
+  The end's Gaussian has the deviation sqrt(alpha^2 + sigma^2), 1 for VP. The decoder is N(x_0; x /
+  alpha, sigma^2 / alpha^2), a density of continuous x_0.
   """
   alpha, sigma = first
   x = alpha * x0 + sigma * unit_noise(keys, 0, x0)

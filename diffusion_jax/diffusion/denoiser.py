@@ -1,10 +1,10 @@
-"""Denoisers D(x, alpha, sigma) -> x_0: made of a network, and changed by guidance.
+"""Denoisers D(x, alpha, sigma) -> x_0: a network's, and their change by guidance.
 
-Guidance maps a denoiser to a denoiser, so that samplers and likelihoods know nothing of it. All of
-it acts on estimates of x_0. Epsilon, v and the score are affine in x_0 at a given x, and the
-weights of an extrapolation sum to 1: extrapolating any of them is the same.
+Guidance maps a denoiser to a denoiser, so samplers and likelihoods know nothing of it. It acts on
+estimates of x_0: epsilon, v and the score are affine in x_0 at a given x, and the weights of an
+extrapolation sum to 1, so extrapolating any of them is the same.
 
-A scale is a Python number, or an array [] or [b] that may be traced: then another value needs no
+A scale is a Python number, or an array [] or [b], possibly traced: other values need no new
 compilation.
 """
 
@@ -42,9 +42,9 @@ def make_denoiser(
 ) -> Denoiser:
   """`network(x, label [b])` as a denoiser; computes in x's dtype outside the network.
 
-  An output of twice x's channels holds a learned variance, too, which is left out unless wanted:
-  `variance` gives (x_0, fraction), fraction [b ...] in [0, 1] of the larger variance (Nichol &
-  Dhariwal 2021, eq. 15), as `ddpm` takes it.
+  An output of twice x's channels holds a learned variance, dropped unless `variance`, which gives
+  (x_0, fraction [b ...] in [0, 1] of the larger variance) as for `ddpm` (Nichol & Dhariwal 2021,
+  eq. 15).
   """
 
   def denoise(x, alpha, sigma):
@@ -142,8 +142,8 @@ def _like(scale: Scale, x: jax.Array) -> jax.Array:
 def _rescaled(x, x0, conditional, alpha, sigma, phi, space: str) -> jax.Array:
   """Guided x_0 with the deviation per image of the conditional one (Lin et al. 2024, 3.4).
 
-  Each space's quantity is p x - q x_0 up to a factor: multiplying it by k means x_0 becomes
-  k x_0 + (1 - k) (p / q) x.
+  Each space's quantity is p x - q x_0 up to a factor; times k, x_0 becomes k x_0 + (1 - k) (p / q)
+  x.
   """
   alpha, sigma = jnp.asarray(alpha, x.dtype), jnp.asarray(sigma, x.dtype)
   p, q = {
@@ -166,7 +166,7 @@ def static_threshold(
 ) -> Denoiser:
   """Clip the estimate to [-limit, limit], the range of the data (Saharia et al. 2022, 2.3).
 
-  keep_estimate gives (the clipped estimate, the estimate), for `ddim` with keep_epsilon.
+  keep_estimate: return (clipped, unclipped), for `ddim` with keep_epsilon.
   """
   return _of_x0(denoise, lambda x0: jnp.clip(x0, -limit, limit), keep_estimate)
 
@@ -177,12 +177,9 @@ def dynamic_threshold(
 ) -> Denoiser:
   """Clip each image at its own percentile, scaled to [-1, 1] (Saharia et al. 2022, 2.3).
 
-  With s the percentile of an image's absolute values, at least 1 and at most `limit`: clip(x_0, -s,
-  s) / s. For pixels in [-1, 1]; latents have no such range.
-
-  Args:
-    percentile: fraction in [0, 1]; 1 scales without clipping.
-    limit: the largest s, also where it is below 1; diffusers names it sample_max_value.
+  clip(x_0, -s, s) / s, s the percentile (fraction in [0, 1]; 1 scales without clipping) of an
+  image's absolute values, at least 1 and at most `limit`, even below 1 (sample_max_value of
+  diffusers). For pixels in [-1, 1]; latents have no such range.
   """
   def threshold(x0):
     s = jnp.quantile(jnp.abs(x0.reshape(len(x0), -1)), percentile, axis=1)

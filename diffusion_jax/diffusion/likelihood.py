@@ -1,8 +1,8 @@
 """Likelihood by the probability-flow ODE, in bits per dimension, one value per example.
 
-The other way, `bounds`, is cheaper and a bound. Both need only a denoiser D(x, alpha, sigma) and a
-process t -> (alpha, sigma), t in [0, 1]; keys [b], one per example, make a value independent of the
-batch that it was computed in. A density is that of the space x lives in: for latents, of latents.
+`bounds` are cheaper. Both need a denoiser D(x, alpha, sigma) and a process t -> (alpha, sigma), t
+in [0, 1]; keys [b], one per example, make values independent of the batch. The density is of x's
+own space: for latents, of latents.
 """
 
 from collections.abc import Callable
@@ -44,8 +44,7 @@ class FlowLikelihood(NamedTuple):
 def velocity(process: Process, denoise: Denoiser) -> Callable[[Latents, jax.Array], Latents]:
   """dx/dt = alpha' x_0 + sigma' eps with estimates for both (Lipman et al. 2023, eq. 23).
 
-  The probability-flow ODE (Song et al. 2021, eq. 7) without a division by alpha: finite at
-  alpha = 0.
+  The probability-flow ODE (Song et al. 2021, eq. 7), finite at alpha = 0.
   """
 
   def drift(x, t):
@@ -74,8 +73,8 @@ def hutchinson_divergence(
 ) -> tuple[Latents, PerExample]:
   """(field at x [b ...], mean of e^T J e over probes e [p b ...]): one backward pass each.
 
-  Unbiased for probes of mean 0 and unit covariance (Grathwohl et al. 2019, eq. 7). Backward passes,
-  as attention kernels often lack forward ones.
+  Unbiased for probes of mean 0 and unit covariance (Grathwohl et al. 2019, eq. 7). Attention
+  kernels often have no forward-mode derivative.
   """
   value, pull = jax.vjp(field, x)
   traces = jax.vmap(lambda e: total(e * pull(e)[0]))(probes)

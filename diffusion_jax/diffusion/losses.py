@@ -41,17 +41,16 @@ WEIGHTINGS: dict[str, Callable[..., jax.Array]] = {
 
 
 def weighting(name: str, **options) -> Weighting:
-  """The weighting of that name with its options, such as gamma=5. UserError for another name."""
+  """The weighting of that name with options, such as gamma=5; or UserError."""
   return partial(WEIGHTINGS[registry.check(WEIGHTINGS, name, 'weighting')], **options)
 
 
 def weight(
   weighting: Weighting, parameterization: Parameterization, alpha: jax.Array, sigma: jax.Array
 ) -> PerExample:
-  """Weight [b] on a prediction's squared error that is `weighting` on x_0's; alpha, sigma [b].
+  """Weight [b] on a prediction's squared error equal to `weighting` on x_0's; alpha, sigma [b].
 
-  Finite at alpha = 0 and sigma = 0: both factors see a log-SNR within +-MAX_LOG_SNR, whose end
-  values stand for the limits.
+  Finite at alpha = 0 and sigma = 0: log-SNRs are clamped to +-MAX_LOG_SNR.
   """
   alpha, sigma = clamp_log_snr(alpha, sigma)
   return weighting((alpha / sigma) ** 2) * parameterization.gain(alpha, sigma) ** 2
@@ -67,12 +66,9 @@ def sliced_score_matching(
 ) -> PerExample:
   """v^T (d score / d x) v + 1/2 |score|^2 [b] (Song et al. 2019, eq. 9).
 
-  Needs no noise levels and no score of q(x | x_0): x [b ...] are samples of the distribution whose
-  score is wanted. Equals denoising score matching up to a constant.
-
-  Args:
-    score: x [b ...] -> [b ...], each example by itself.
-    directions: v [b ...] with E[v v^T] = 1, such as standard normals or random signs.
+  Equals denoising score matching up to a constant, without noise levels: x [b ...] are samples of
+  the distribution whose score, [b ...] -> [b ...] example by example, is wanted. directions: v
+  [b ...] with E[v v^T] = 1, such as standard normals or random signs.
   """
   # v^T J, not J v: networks have layers whose derivatives are written for this direction alone.
   value, pull = jax.vjp(score, x)
@@ -86,10 +82,7 @@ def add_noise(x0: Latents, eps: Latents, alpha: jax.Array, sigma: jax.Array) -> 
 
 
 def offset_noise(key: jax.Array, shape: tuple[int, ...], strength: float) -> Latents:
-  """Unit Gaussian noise [b h w c] plus `strength` times one Gaussian per image and channel.
-
-  The offset teaches the network to move the mean of an image (Guttenberg 2023).
-  """
+  """Unit noise [b h w c] + strength * one Gaussian per image and channel (Guttenberg 2023)."""
   pixel_key, offset_key = jax.random.split(key)
   noise = jax.random.normal(pixel_key, shape)
   if strength:
@@ -101,7 +94,7 @@ def offset_noise(key: jax.Array, shape: tuple[int, ...], strength: float) -> Lat
 def perturb_input(key: jax.Array, eps: Latents, strength: float) -> Latents:
   """eps + strength xi: the noise that makes x_t, while eps stays the target (Ning et al. 2023).
 
-  Imitates, in training, the errors that sampling feeds back; the paper's strength is 0.1.
+  Simulates, in training, the errors that sampling feeds back; the paper's strength is 0.1.
   """
   return eps + strength * jax.random.normal(key, eps.shape, eps.dtype) if strength else eps
 
@@ -128,7 +121,7 @@ def squared_error(output: jax.Array, wanted: jax.Array) -> PerExample:
 def pseudo_huber(output: jax.Array, wanted: jax.Array, delta: jax.Array) -> PerExample:
   """2 delta (sqrt(e^2 + delta^2) - delta): e^2 for small e, 2 delta |e| for large (Charbonnier).
 
-  delta is [] or [b], positive. The squared error is the limit of a large delta.
+  delta: [] or [b], positive; a large one approaches the squared error.
   """
   error = _difference(output, wanted)
   delta = expand(delta, error)
@@ -136,10 +129,7 @@ def pseudo_huber(output: jax.Array, wanted: jax.Array, delta: jax.Array) -> PerE
 
 
 def huber_delta(t: jax.Array, last: float = 0.1) -> jax.Array:
-  """delta(t) = last^t: 1 at t = 0 falling to `last` at t = 1 (Khrapov et al. 2024, section 4.2).
-
-  Outliers count less where there is much noise, details keep their squared error.
-  """
+  """delta(t) = last^t: 1 at t = 0 falling to `last` at t = 1 (Khrapov et al. 2024, section 4.2)."""
   return last**t
 
 
@@ -150,8 +140,8 @@ def weighted_loss(
 ) -> PerExample:
   """weight x error of a network's output for x = alpha x_0 + sigma eps, [b]; alpha, sigma [b].
 
-  Without a weighting this is the simple loss (Ho et al. 2020, eq. 14), and with 'flow_prediction'
-  flow matching on straight paths (Lipman et al. 2023, eq. 23; Liu et al. 2023, eq. 1).
+  Without a weighting the simple loss (Ho et al. 2020, eq. 14); with 'flow_prediction' flow matching
+  on straight paths (Lipman et al. 2023, eq. 23; Liu et al. 2023, eq. 1).
   """
   loss = error(output, parameterization.target(x0, eps, alpha, sigma))
   if weighting is None:

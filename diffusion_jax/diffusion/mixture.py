@@ -1,7 +1,7 @@
-"""Gaussian mixtures, for which diffusion has closed forms: density, score, denoiser, posterior.
+"""Gaussian mixtures, with closed forms under diffusion: density, score, denoiser, posterior.
 
-A mixture stays a mixture when diffused, so that everything a network would have to learn is known
-exactly. Any dtype: computations run in that of x.
+A diffused mixture is a mixture, so all that a network has to learn is known exactly. Computations
+run in x's dtype.
 """
 
 from typing import NamedTuple
@@ -13,8 +13,8 @@ import jax.numpy as jnp
 class GaussianMixture(NamedTuple):
   """sum_k weights_k N(means_k, diag(variances_k)) over arrays of any shape.
 
-  weights: [k], positive, of sum 1. means: [k ...]. variances: [k] for round components, or [k ...]
-  like the means; 0 makes a component a point, which has a density only when diffused.
+  weights: [k], positive, of sum 1. means: [k ...]. variances: [k] for round components, or [k ...];
+  0 makes a component a point, which has a density only when diffused.
   """
 
   weights: jax.Array
@@ -22,7 +22,7 @@ class GaussianMixture(NamedTuple):
   variances: jax.Array
 
   def astype(self, dtype) -> 'GaussianMixture':
-    """The mixture as arrays of one dtype, variances [k ...] like the means."""
+    """The mixture in one dtype, variances [k ...] like the means."""
     weights, means, variances = (jnp.asarray(part, dtype) for part in self)
     if variances.ndim == 1:
       variances = variances.reshape(-1, *(1,) * (means.ndim - 1))
@@ -51,7 +51,7 @@ class GaussianMixture(NamedTuple):
     return jax.nn.logsumexp(self.component_log_densities(x), axis=1)
 
   def log_class_probabilities(self, x: jax.Array) -> jax.Array:
-    """x [b ...] -> log p(k | x), [b k]: what the ideal classifier says of noised data."""
+    """x [b ...] -> log p(k | x), [b k]: the ideal classifier of noised data."""
     return jax.nn.log_softmax(self.component_log_densities(x), axis=1)
 
   def score(self, x: jax.Array) -> jax.Array:
@@ -63,8 +63,8 @@ class GaussianMixture(NamedTuple):
   def posterior(self, x: jax.Array, alpha, sigma) -> 'GaussianMixture':
     """The mixture p(x_0 | x_t = x) for each of x [b ...]: weights [b k], the rest [b k ...].
 
-    Component k has variance v s^2 / (a^2 v + s^2) and mean m + a v (x - a m) / (a^2 v + s^2): joint
-    Gaussians conditioned. `jax.vmap` turns a method of one mixture into that of b.
+    Component k has variance v s^2 / (a^2 v + s^2), mean m + a v (x - a m) / (a^2 v + s^2).
+    `jax.vmap` turns a method of one mixture into that of b.
     """
     alpha, sigma = jnp.asarray(alpha, x.dtype), jnp.asarray(sigma, x.dtype)
     mixture = self.astype(x.dtype)

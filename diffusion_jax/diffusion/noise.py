@@ -1,11 +1,11 @@
-"""Noise levels over time, and the labels by which networks know them.
+"""Noise levels over time, and their labels for networks.
 
 A `NoiseSchedule` is a process t -> (alpha, sigma) in continuous time, or as a `Schedule` a table of
 T timesteps made from one. Models, objectives and samplers share one such object.
 
-Index i of a table is time t = (i + 1) / T of a process; t = 0 is the clean pair (1, 0). The
-published schedules of betas are the process's rate per step, beta_i = rate(i / (T - 1)), multiplied
-up; any other process is sampled. `Schedule.process` interpolates a table back to continuous time.
+Index i of a table is time t = (i + 1) / T of a process; t = 0 is the clean pair (1, 0). Published
+betas are a process's rate per step, beta_i = rate(i / (T - 1)); other processes are sampled.
+`Schedule.process` interpolates a table back to continuous time.
 """
 
 import copy
@@ -83,11 +83,10 @@ def log_level(alpha, sigma, numpy=jnp):
 class ScheduleConfig:
   """A table of `num_train_timesteps` noise levels; names follow diffusers' scheduler_config.
 
-  beta_schedule: a key of BETAS (with beta_start and beta_end per step) or of SAMPLED. shift:
-  multiplies sigma / alpha at every step, more than 1 for images larger than the schedule was made
-  for (by the ratio of their edges: Esser et al. 2024, 5.3.2). last_alpha_bar: alpha^2 of the last
-  step where rescale_betas_zero_snr leaves nothing of it; 2^-24 in schedulers of diffusers that
-  compute in sigma / alpha.
+  beta_schedule: a key of BETAS (with beta_start and beta_end per step) or of SAMPLED. shift: factor
+  on sigma / alpha at every step, above 1 for images larger than the schedule's own (the ratio of
+  edges: Esser et al. 2024, 5.3.2). last_alpha_bar: alpha^2 of the last step where
+  rescale_betas_zero_snr leaves 0; 2^-24 in schedulers of diffusers that compute in sigma / alpha.
   """
 
   beta_schedule: Annotated[str, OneOf(BETAS | SAMPLED)] = 'scaled_linear'
@@ -194,11 +193,11 @@ class NoiseSchedule:
   """The noise levels of a model in continuous time; `Schedule` has those of a table.
 
   Attributes:
-    config: what it was made from, or None.
+    config: its config, or None.
     process: t in [0, 1] -> (alpha, sigma).
     table: the schedule itself if it is one of T timesteps, or None.
     t_min: the earliest time at which the network is trained.
-    kind: one of NETWORK_LABELS; timesteps: what its labels go up to, or are multiples of.
+    kind: one of NETWORK_LABELS; timesteps: largest label, or factor of the labels.
     label_range: the labels' largest absolute value.
   """
 
@@ -247,14 +246,11 @@ class NoiseSchedule:
     return bool(tabulate(self.process, np.ones(1))[0] == 0)
 
   def smooth_process(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The levels of training from t = 0 to 1, smooth in t, for integration over them."""
+    """Levels of training from t = 0 to 1, smooth in t, for integration over them."""
     return self.process(self.t_min + (1 - self.t_min) * t)
 
   def levels(self, count: int = 1000) -> tuple[np.ndarray, np.ndarray]:
-    """Return (alphas [T], sigmas [T]) of training, from data to noise, float64.
-
-    Those of the table, or else `count` of the process, evenly spaced in time.
-    """
+    """(alphas [T], sigmas [T]), data to noise, float64: the table, or `count` even times."""
     return tabulate(self.process, np.linspace(self.t_min, 1, count))
 
   def at(self, t: PerExample) -> Level:
@@ -283,10 +279,7 @@ class NoiseSchedule:
     return label if self.kind == 'log_snr' else self.timesteps * (label / 5 + 0.5)
 
   def at_label(self, label: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the pair that a label of a table, or of kind log_snr, stands for.
-
-    In continuous time it has norm 1, unless alpha stays 1.
-    """
+    """The pair of a label of a table, or of kind log_snr; of norm 1 unless alpha stays 1."""
     ratio = jnp.exp(4 * label)
     explodes = self.process(jnp.ones(()))[0] == 1
     alpha = jnp.where(explodes, 1.0, 1 / jnp.sqrt(1 + ratio**2))
@@ -316,10 +309,8 @@ _PLACES = {'steps_offset': 0, 'drop_last': False, 'fractional': False, 'set_alph
 class Schedule(NoiseSchedule):
   """A table: alpha_t and sigma_t for the timesteps t = 0 .. T-1, growing towards noise.
 
-  Calling it with integer timesteps [b] gives (alpha [b], sigma [b]), float32 (float64 in x64 mode).
-
-  Attributes:
-    alphas, sigmas: [T] float64.
+  Calls map integer timesteps [b] to (alpha [b], sigma [b]), float32 (float64 in x64 mode). alphas,
+  sigmas: [T] float64.
   """
 
   def __init__(self, config: ScheduleConfig):
@@ -355,8 +346,8 @@ class Schedule(NoiseSchedule):
   def process(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The table as a process: t [...] in [0, 1] -> (alpha [...], sigma [...]).
 
-    Linear between neighbours, at unit alpha^2 + sigma^2 where the table has that everywhere; exact
-    at t = (i + 1) / T, and (1, 0) at t = 0.
+    Linear between neighbours, on the unit circle for a variance-preserving table; exact at t = (i +
+    1) / T, and (1, 0) at t = 0.
     """
     t = jnp.asarray(t)
     knots = np.arange(len(self) + 1) / len(self)
@@ -372,8 +363,8 @@ class Schedule(NoiseSchedule):
   def smooth_process(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
     """From the table's first level at t = 0 to its last at t = 1.
 
-    `process` has a kink at each step, over which a solver's longer steps lose their order. Of a
-    variance-preserving table this is `processes.arc`, the same levels at an even pace.
+    Without `process`'s kinks, at which solvers lose their order: for a variance-preserving table
+    `processes.arc`, the same levels at an even pace.
     """
     if self.variance_preserving:
       return processes.arc(*((self.alphas[i], self.sigmas[i]) for i in (0, -1)))(t)
@@ -400,8 +391,8 @@ class Schedule(NoiseSchedule):
   def place(self, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
     """The (fractional) timestep at which the schedule has this sigma / alpha.
 
-    Interpolates in ln(sigma / alpha), as diffusers does, and before a last step of alpha = 0, where
-    that is infinite, in the angle atan2(sigma, alpha).
+    Interpolated in ln(sigma / alpha), as in diffusers, and before a last step of alpha = 0 in the
+    angle atan2(sigma, alpha).
     """
     steps = jnp.arange(len(self))
     at = lambda x, knots: jnp.interp(x, jnp.asarray(knots, x.dtype), steps.astype(x.dtype))
@@ -418,7 +409,7 @@ class Schedule(NoiseSchedule):
     return self.process((label + 1) / len(self))
 
   def label_as(self, how: str, grid: Grid) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """As of `NoiseSchedule`. Rounding is for the levels of the grid; others keep their fraction."""
+    """As in `NoiseSchedule`. Rounding is for the grid's levels; others keep their fraction."""
     if how == 'exact':
       return self.label
     if how == 'sigma':

@@ -38,8 +38,8 @@ from diffusion_jax.types import Latents, Params, PerExample
 def uniform(key: jax.Array, count: int, stratified: bool = False) -> PerExample:
   """u [count] in [0, 1), independent or stratified: (u_0 + i / count) mod 1 with one random u_0.
 
-  Stratified, each is uniform and together they are evenly spaced: less variance in a batch's mean
-  loss (Kingma et al. 2021, appendix I.1).
+  Stratified ones are uniform each and evenly spaced together, so the mean loss of a batch varies
+  less (Kingma et al. 2021, appendix I.1).
   """
   if not stratified:
     return jax.random.uniform(key, (count,))
@@ -55,8 +55,8 @@ def _normal(u: jax.Array) -> jax.Array:
 def mode(u: jax.Array, scale: float = 1.29) -> jax.Array:
   """t = 1 - v - scale (cos^2(pi v / 2) - 1 + v), v = 1 - u (Esser et al. 2024, eq. 20).
 
-  Written with v = 1 - u so that t grows with u. scale 0 is uniform; above 0 prefers the middle,
-  below 0 the ends. Monotone for scale in [-1, 2 / (pi - 2)].
+  Grows with u. scale 0 is uniform; above 0 prefers the middle, below 0 the ends. Monotone for scale
+  in [-1, 2 / (pi - 2)].
   """
   v = 1 - u
   return u - scale * (jnp.cos(jnp.pi * v / 2) ** 2 - u)
@@ -74,7 +74,7 @@ QUANTILES: dict[str, Callable[..., jax.Array]] = {
 
 
 class LossHistory(NamedTuple):
-  """The last losses at each timestep: losses [T, n], and how many of them are filled, [T]."""
+  """The last losses at each timestep, [T, n], and how many of them are filled, [T]."""
 
   losses: jax.Array
   count: jax.Array
@@ -103,8 +103,7 @@ def update_history(history: LossHistory, t: jax.Array, loss: PerExample) -> Loss
 def importance(history: LossHistory, uniform_fraction: float = 0.001) -> jax.Array:
   """Probability [T] of each timestep (Nichol & Dhariwal 2021, eq. 18).
 
-  Proportional to sqrt(E[loss^2]), mixed with a uniform one; uniform until every timestep has as
-  many losses as the history holds.
+  Proportional to sqrt(E[loss^2]), mixed with a uniform one; uniform until the history is full.
   """
   steps, length = history.losses.shape
   moment = jnp.sqrt((history.losses**2).mean(1))
@@ -133,16 +132,16 @@ Network = Callable[[Latents, PerExample], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-  """The loss that is minimised, and the noise levels.
+  """The training loss and the noise levels.
 
-  loss: simple, or hybrid (IDDPM), bound (all terms of the variational bound, bits per dimension),
-  vdm (its continuous-time form, bits per dimension), sliced (score matching without a target).
+  loss: simple; hybrid (IDDPM); bound (all terms of the variational bound, bits per dimension); vdm
+  (its continuous-time form, bits per dimension); sliced (score matching without a target).
   weighting: none, or a name of `WEIGHTINGS` with its options, such as {'gamma': 5.0}. times: of
   sigma / alpha for log_normal, by loss for importance; stratified spreads those of a batch evenly.
-  pseudo_huber has a delta that falls from 1 to huber_delta at full noise. offset_noise is usually
-  0.05 to 0.1, input_perturbation 0.1. learned_variance: the network has twice the output channels.
-  bound_weight: of the bound in the hybrid loss. decoder: of the bound's last term, discretized for
-  8-bit images. data_std: of the data, for the prediction edm.
+  pseudo_huber has a delta from 1 to huber_delta at full noise. offset_noise is usually 0.05 to 0.1,
+  input_perturbation 0.1. learned_variance: the network has twice the output channels. bound_weight:
+  of the bound in the hybrid loss. decoder: of the bound's last term; discretized for 8-bit images.
+  data_std: of the data, for the prediction edm.
   """
 
   prediction: Annotated[str, OneOf(PREDICTIONS)] = 'epsilon'
@@ -186,7 +185,7 @@ class ObjectiveConfig:
 
   @property
   def parameterization(self) -> Parameterization:
-    """The prediction of the network, for a model to be made with."""
+    """The network's prediction, for a model to be made with."""
     return Parameterization(self.prediction, self.data_std)
 
 
@@ -209,10 +208,8 @@ class Losses(NamedTuple):
 class Objective:
   """A training loss, pure in the network, the data and the key.
 
-  noise and parameterization are the model's own objects.
-
-  Raises:
-    UserError: a loss or distribution that needs a table of timesteps, on a process.
+  noise and parameterization are the model's own objects. UserError: a loss or distribution that
+  needs a table of timesteps, on a process.
   """
 
   def __init__(
@@ -281,9 +278,9 @@ class Objective:
   ) -> Losses:
     """Losses of a network of `params` on a learned process (Kingma et al. 2021, appendix I.2).
 
-    The bound does not depend on the process between its ends, so its gradient is taken in the
-    parameters of the network alone, and that of its square, whose mean is its variance but for a
-    constant, in those of the process. The value is that of the bound.
+    The bound is independent of the process between its ends: its gradient is taken in the network's
+    parameters alone, that of its square (the variance but for a constant) in the process's. The
+    value is the bound's.
     """
     stop, on = jax.lax.stop_gradient, lambda process: Objective(
       self.config, self.noise.bind(process), self.parameterization
@@ -300,9 +297,9 @@ class Objective:
     return lambda output, wanted: losses.pseudo_huber(output, wanted, delta)
 
   def _bound(self, x0, x, output, variance, level: Level, simple: PerExample) -> PerExample:
-    """The hybrid loss (Nichol & Dhariwal 2021, eq. 16), or the bound, in bits per dimension.
+    """The hybrid loss (Nichol & Dhariwal 2021, eq. 16) or the bound, in bits per dimension.
 
-    Either takes T times the term of the one timestep at random.
+    T times the term of one random timestep.
     """
     config, schedule = self.config, self.noise.table
     steps, t = len(schedule), level.label
@@ -324,7 +321,7 @@ class Objective:
     return bounds.bits_per_dim(prior + steps * term, x0)
 
   def _vdm(self, network, x0, eps, key) -> Losses:
-    """The bound in continuous time, also on a table, through which its process runs."""
+    """The bound in continuous time; on a table by its interpolated process."""
     u = uniform(key, len(x0), self.config.stratified)
     t = self.noise.t_min + (1 - self.noise.t_min) * u
     alpha, sigma = self.noise.process(t)

@@ -61,11 +61,10 @@ def noise_label(alpha: jax.Array, sigma: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Parameterization:
-  """The prediction of a network: one of PREDICTIONS.
+  """The prediction of a network: one of PREDICTIONS. Model and objective hold the same object.
 
-  A model and the objective that trains it hold the same object. In all methods x, x0, eps and
-  output are [b ...], alpha and sigma [b] or []. data_std: standard deviation of the data, for 'edm'
-  alone; 0.5 in Karras et al.
+  In all methods x, x0, eps and output are [b ...], alpha and sigma [b] or []. data_std: standard
+  deviation of the data, for 'edm' alone; 0.5 in Karras et al.
   """
 
   name: str = 'epsilon'
@@ -76,7 +75,7 @@ class Parameterization:
 
   @property
   def blind_at_zero_snr(self) -> bool:
-    """True if the prediction says nothing of x_0 where alpha = 0."""
+    """True if the prediction does not determine x_0 where alpha = 0."""
     return self.name in BLIND_AT_ZERO_SNR
 
   @property
@@ -103,10 +102,7 @@ class Parameterization:
     }[self.name]
 
   def scale_input(self, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Return x as the network sees it, c_in x of Karras et al. 2022, table 1, for any alpha.
-
-    It has unit variance at every noise level, for data of deviation data_std.
-    """
+    """c_in x of Karras et al. 2022, table 1, for any alpha; unit variance at every noise level."""
     if not self.scales_input:
       return x
     variance = (jnp.asarray(alpha) * self.data_std) ** 2 + jnp.asarray(sigma) ** 2
@@ -119,10 +115,7 @@ class Parameterization:
     return divide(p * x0 + q * eps, scale)
 
   def to_pair(self, output, x, alpha, sigma) -> tuple[jax.Array, jax.Array]:
-    """Return (x_0, eps) from the network's output: the 2x2 system of x and y solved.
-
-    alpha x_0 + sigma eps = x wherever both are determined.
-    """
+    """(x_0, eps) from the network's output: the 2x2 system of x and y, solved."""
     alpha, sigma = expand(alpha, x), expand(sigma, x)
     p, q, scale = self._combination(alpha, sigma)
     output = scale * output
@@ -142,10 +135,10 @@ class Parameterization:
     return other.target(*self.to_pair(output, x, alpha, sigma), alpha, sigma)
 
   def gain(self, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Return d x_0 / d output at fixed x, of alpha's shape.
+    """d x_0 / d output at fixed x, of alpha's shape.
 
-    One rule for all: -sigma scale / (alpha q - sigma p) in the terms of `_combination`; the log-SNR
-    is clamped, so that it is finite everywhere.
+    -sigma scale / (alpha q - sigma p) in the terms of `_combination`, with the log-SNR clamped, so
+    finite everywhere.
     """
     alpha, sigma = clamp_log_snr(alpha, sigma)
     p, q, scale = self._combination(alpha, sigma)

@@ -81,8 +81,7 @@ def sigmoid_rate(start: float, end: float) -> Rate:
 def variance_preserving(t, rate: Rate):
   """alpha = exp(-1/2 int_0^t beta), sigma^2 = 1 - alpha^2 (Song et al. 2021, eq. 29).
 
-  The integral is Gauss-Legendre's with 32 nodes: exact for polynomials, and to 1e-13 for any rate
-  as smooth as `sigmoid_rate`.
+  The integral is Gauss-Legendre's with 32 nodes: to 1e-13 for rates as smooth as `sigmoid_rate`.
   """
   nodes, weights = jnp.asarray((NODES + 1) / 2, t.dtype), jnp.asarray(WEIGHTS / 2, t.dtype)
   integral = t * (weights * rate(t[..., None] * nodes)).sum(-1)
@@ -119,7 +118,7 @@ def cosine(t, offset: float = 0.008):
 def arc(t, first: tuple[float, float], last: tuple[float, float]):
   """VP from the pair (alpha, sigma) at t = 0 to that at t = 1: the angle is linear in t.
 
-  Every VP process between the same pairs runs through the same levels, at another pace.
+  Every VP process between these pairs has the same levels, at another pace.
   """
   start, end = (math.atan2(sigma, alpha) for alpha, sigma in (first, last))
   rest = math.atan2(last[0], last[1])  # pi / 2 - end, without its error at alpha = 0
@@ -183,7 +182,7 @@ def log_linear(gamma_min: float = -13.3, gamma_max: float = 5.0) -> Process:
 def flow(t, shift: float = 1.0):
   """Rectified flow: alpha = 1 - s, sigma = s, s = shift t / (1 + (shift - 1) t).
 
-  Liu et al. 2023, eq. 1; shift: Esser et al. 2024, eq. 23. It multiplies sigma / alpha by `shift`.
+  Liu et al. 2023, eq. 1; `shift` multiplies sigma / alpha (Esser et al. 2024, eq. 23).
   """
   below = 1 + (shift - 1) * t
   return (1 - t) / below, shift * t / below
@@ -225,8 +224,8 @@ def log_snr(process: Process, t: jax.Array) -> jax.Array:
 def time_derivative(process: Process, t: jax.Array):
   """((alpha, sigma), (d alpha / dt, d sigma / dt)), each of t's shape.
 
-  Taken just inside (0, 1), where both ends of every process here have finite derivatives: sigma of
-  a VP process starts like sqrt(t), and the drift of one that ends at alpha = 0 is infinite there.
+  Taken just inside (0, 1), where derivatives are finite: sigma of a VP process starts like sqrt(t),
+  and the drift towards alpha = 0 is infinite.
   """
   t = _real(t)
   t = jnp.clip(t, 1e-30, 1 - jnp.finfo(t.dtype).eps)
@@ -273,9 +272,9 @@ def init_monotone(key: jax.Array, width: int = 1024) -> Params:
 
 
 def monotone(params: Params, t: jax.Array) -> jax.Array:
-  """l1(t) + l3(sigmoid(l2(l1(t)))), kernels taken absolute (Kingma et al. 2021, appendix H).
+  """l1(t) + l3(sigmoid(l2(l1(t)))), kernels made absolute (Kingma et al. 2021, appendix H).
 
-  Grows with t for any parameters. The constant that l3 could add drops out of `learned`.
+  Grows with t for any parameters; a constant of l3 would cancel in `learned`.
   """
   first = jnp.abs(params['l1.kernel']) * t + params['l1.bias']
   hidden = jax.nn.sigmoid(first[..., None] * jnp.abs(params['l2.kernel']) + params['l2.bias'])
@@ -283,9 +282,9 @@ def monotone(params: Params, t: jax.Array) -> jax.Array:
 
 
 def learned(params: Params, gamma_min: jax.Array, gamma_max: jax.Array) -> Process:
-  """VDM with a learned gamma: `monotone`, scaled to run from gamma_min to gamma_max.
+  """VDM with a learned gamma: `monotone` scaled to [gamma_min, gamma_max], which may be parameters.
 
-  The end points may be parameters too (Kingma et al. 2021, appendix H).
+  Kingma et al. 2021, appendix H.
   """
   low, high = monotone(params, jnp.zeros(())), monotone(params, jnp.ones(()))
 

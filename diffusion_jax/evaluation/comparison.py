@@ -1,7 +1,7 @@
-"""Sets of images against one reference: the same features and metrics for all of them.
+"""Sets of images against one reference, by the same features and metrics.
 
-The work may lie in pieces on a disk, shared by processes with devices of their own, to be gone on
-with after a kill; or features stay in memory, computed by all devices of all processes together.
+Work is in pieces on a disk, shared by processes with devices of their own and resumed after a kill;
+or features stay in memory, computed by all devices of all processes together.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def local_mesh() -> Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """Images whose features are wanted: how many, what decides them, and how they are made.
+  """Images whose features are wanted: how many, their identity, and how they are made.
 
-  make: the images of a range, for pieces; stream: the first so many, in batches, for memory.
-  begin: called by all processes together before any piece is made, and only then. each: names of
-  the values of single images that come of making them.
+  make: the images of a range, for pieces; stream: the first so many, in batches, for memory. begin:
+  called by all processes before any piece is made, and only then. each: names of values of single
+  images.
   """
 
   total: int
@@ -83,10 +83,10 @@ def features_of(
   work: Work, extraction: Extraction, directory: Path, *, most_unreadable: float = 0.0,
   keep: Keeper | None = None, label: str = '', chunk: int = CHUNK,
 ) -> tuple[Features, Thumbnails]:
-  """Return the features of all of the work's images, with small pictures of them.
+  """Features of all of the work's images, with thumbnails; all processes must call it together.
 
-  `directory` has what was done before. All processes must call it together; each makes a part, and
-  all get the whole. UserError: too many images cannot be read, or it holds other results.
+  Each makes a part and gets the whole; `directory` has earlier pieces. UserError: too many
+  unreadable images, or other results in it.
   """
   plan = {**work.plan, **extraction.plan}
   if work.each:
@@ -106,13 +106,10 @@ def compare(
   texts: Mapping[str, np.ndarray] | None = None, labels: Mapping[str, np.ndarray] | None = None,
   own: bool = False, seed: int = 0, intervals: bool = True,
 ) -> MetricValues:
-  """Return every metric of the samples against the reference.
+  """Every metric of the samples against the reference: its features, or file statistics by column.
 
-  Args:
-    reference: its features, or what files of statistics say by column.
-    texts: column -> embeddings [total d] of the captions of all samples, unreadable ones too.
-    labels: column -> numbers [total] of the classes that they should be of.
-    own: whether the samples are reconstructions of the reference.
+  texts: column -> embeddings [total d] of all samples' captions, unreadable ones included. labels:
+  column -> wanted classes [total]. own: whether samples are reconstructions of the reference.
   """
   rows = lambda known, column: known[column][samples.rows] if column in (known or ()) else None
   compared = [Compared(f'image:{name}', values[:, None]) for name, values in samples.each.items()]
@@ -159,9 +156,9 @@ def _read_warnings(samples: Features, reference: Any, compared: Sequence[Compare
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-  """One set of images to score, with captions and labels of their classes if they have some.
+  """One set of images to score, perhaps with captions and class labels.
 
-  keep: whether they are kept as files. place: folder of its pieces, if not the column's name.
+  keep: whether to keep them as files. place: folder of its pieces, if not the column's name.
   """
 
   work: Work
@@ -172,9 +169,9 @@ class Column:
 
 
 class Reference(NamedTuple):
-  """Images, or what files of statistics say by column of features, that columns are compared with.
+  """Images, or file statistics by column of features, that columns are compared with.
 
-  own: whether the columns are reconstructions of these very images. notes: warnings.
+  own: whether the columns are reconstructions of these images. notes: warnings.
   """
 
   name: str
@@ -233,18 +230,18 @@ class Found:
 
 
 class Comparison:
-  """Compares columns of images with a reference, which is read once.
+  """Compare columns of images with a reference, which is read once.
+
+  UserError: weights cannot be read, or an unknown metric.
 
   Args:
     features: KIND:PATH each. reference: a function of the extraction.
-    parts: the folder of all pieces; what it has is not made again. None to keep all in memory.
+    parts: the folder of all pieces; existing ones are used. None to keep all in memory.
     captioned: whether columns have captions, which every CLIP embeds.
     most_unreadable: fraction of a set's images that may be damaged.
-    computed: metrics that features suffice for, where these are more.
-    kept: where images of columns with `keep` go, and as what: one of `pieces.KINDS`.
-    options: what chooses the features and the metrics, for errors.
-
-  UserError: weights cannot be read, or a metric is not known.
+    computed: metrics that the features must suffice for, if more.
+    kept: folder of images of columns with `keep`, and their form: one of `pieces.KINDS`.
+    options: of features and metrics, named in errors.
   """
 
   def __init__(
@@ -280,10 +277,9 @@ class Comparison:
       )
 
   def names(self, known: Collection[str], each: Sequence[str] = ()) -> list[str]:
-    """Return the names of all values.
+    """Names of all values; UserError for metrics that `known` and `each` do not suffice for.
 
-    UserError for metrics that cannot be computed of what is `known`, fields of `Compared`, and of
-    `each`, values of single images.
+    known: fields of `Compared`. each: values of single images.
     """
     outputs = [column.rpartition(':')[2] for column in self.extraction.columns]
     check_metrics(self.metrics, [*outputs, *each], known, self.option)
@@ -305,16 +301,11 @@ class Comparison:
     self, columns: Mapping[str, Column], choose: Callable[[Values], str] | None = None,
     say: Callable[[str], None] = print,
   ) -> Found | None:
-    """Return every value of every column. All processes must call it together.
+    """Every value of every column, by all processes together; None but in the first, with pieces.
 
-    In memory, columns after the first are made as long as that has become. Of pieces, all
-    processes but the first get None.
-
-    Args:
-      choose: which column is `Found.first`, by their values; None for the one named first.
-      say: is given sentences on images that cannot be read, and warnings of that column.
-
-    UserError: a metric does not fit, or too many images cannot be read.
+    In memory, later columns are made as long as the first has become. choose: which column is
+    `Found.first`, by values; None for the first. say: reports unreadable images, and that column's
+    warnings. UserError: a metric does not fit, or too many images are unreadable.
     """
     self.check(columns)
     if self.parts is None:

@@ -16,10 +16,7 @@ TEST = 'test'
 
 
 class Picture(NamedTuple):
-  """Images that stay the same but for the model, to compare over time.
-
-  captions: one for each. about: a sentence on what the images and captions are.
-  """
+  """Images of a fixed input, to compare over time; captions: one each; about: one sentence."""
 
   images: UInt8[np.ndarray, 'n h w 3']
   captions: Sequence[str]
@@ -30,7 +27,7 @@ Value = float | Picture | Mapping[str, Any] | Sequence[str]
 
 
 class Evaluator(Protocol):
-  """Scores a model, or shows what it makes.
+  """Score a model, or show its samples.
 
   Attributes:
     name: of the row in `registry.EVALUATORS`.
@@ -38,10 +35,9 @@ class Evaluator(Protocol):
       at the end of a run.
 
   Dataclasses may have fields that the caller sets (`with_options`): samples, how many; seconds,
-  that they may take; baselines, whether to add the columns to compare with. Those that know
-  them beforehand may have `metrics`, the names of all values, and `features`, the networks that
-  score, KIND:PATH each; reading them loads what is needed, and raises a UserError where it cannot
-  be.
+  their time budget; baselines, whether to add columns for comparison. Those with names known
+  beforehand may have `metrics`, all value names, and `features`, the scoring networks, KIND:PATH
+  each; reading them loads networks, or raises a UserError.
   """
 
   name: str
@@ -50,12 +46,10 @@ class Evaluator(Protocol):
   def run(self, model: Any, params: Params, key: jax.Array) -> Iterator[tuple[str, Value]]:
     """Yield (name, value).
 
-    Numbers are named COLUMN.METRIC, or METRIC alone in the first column; 'measured' and 'warnings'
-    are sentences, 'settings' what decides the numbers. Anything else is a `Picture`.
-
-    Args:
-      model: of the task, such as `pipelines.model.Diffusion`; params: all of its weights.
-      key: a typed key; of one seed, so that results can be compared over time.
+    Numbers are named COLUMN.METRIC, or METRIC in the first column; 'measured' and 'warnings' are
+    sentences, 'settings' decide the numbers. All else is a `Picture`. model: of the task, such as
+    `pipelines.model.Diffusion`; params: all its weights. key: typed, of one seed for comparable
+    results.
     """
     ...
 
@@ -64,7 +58,7 @@ class Evaluator(Protocol):
 class Cached:
   """An evaluator that makes some things once, such as compiled programs.
 
-  cache: is shared by all that `with_options` makes of it, and by whom it is given to.
+  cache: shared by all copies that `with_options` makes.
   """
 
   cache: dict[str, Any] = dataclasses.field(default_factory=dict, kw_only=True)
@@ -99,13 +93,9 @@ BESIDE = ('intervals', *SENTENCES, 'settings', 'sweep', 'history')
 def scores_of(
   results: Iterable[tuple[str, Value]], first: str = TEST, known: Mapping[str, Any] | None = None
 ) -> Scores:
-  """Return the numbers by column, then sentences and settings; pictures are left out.
+  """The numbers by column, sentences and settings; pictures are left out, first settings win.
 
-  Of settings that several evaluators give, the first one's stand.
-
-  Args:
-    first: the column of numbers without one, where none comes before them.
-    known: scores to add to.
+  first: the column of numbers without one before them. known: scores to add to.
   """
   found = {name: dict(value) if isinstance(value, Mapping) else value
            for name, value in (known or {}).items()}

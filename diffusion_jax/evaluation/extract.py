@@ -1,10 +1,9 @@
 """Extract features of images by several networks: in pieces on a disk, or batch after batch.
 
-Each process works on pieces of its own with its own devices, so that none waits for another and a
-lost process costs only its time. While the devices compute the features of one piece, the images of
-the next are read or sampled, and those of the last are written. Batches are for all processes;
-where means and covariances are all that is asked for, features never leave the devices: they are
-summed there, in the program that computes them, and the sums are put together at the end.
+Each process works on its own pieces with its own devices: none waits for another, and a lost
+process costs only its time. While devices compute one piece, the next one's images are read or
+sampled and the last is written. Batches are for all processes together; if means and covariances
+suffice, features are summed on the devices in the same program.
 """
 
 import concurrent.futures
@@ -57,11 +56,9 @@ Images = UInt8[np.ndarray, 'b h w 3']
 class Features:
   """Features of a set of images.
 
-  columns: name -> float32 [n d] of the images that could be read; they may lie on the disk, so that
-  what reads them in parts needs no memory for all. rows: numbers of those images; errors: a
-  sentence for each of the others. each: name -> values of those images, [n]. edge: the median of
-  the shorter edges in pixels, where it is known. sums: of columns, also of some that are not kept
-  themselves.
+  columns: name -> float32 [n d] of the readable images, perhaps memory-mapped. rows: their numbers.
+  errors: a sentence for each of the others. each: name -> values of those images, [n]. edge: median
+  shorter edge in pixels, if known. sums: of columns, also of some that are not kept.
   """
 
   columns: dict[str, np.ndarray]
@@ -81,12 +78,10 @@ class Features:
 class Extraction:
   """Features of images by several extractors at once.
 
-  A call computes them for a piece of work, on a mesh of this process's devices; `collect` for
-  images that come batch after batch, on a mesh of all processes.
-
-  batch_size: of the networks; rounded up to a multiple of the devices that split a batch.
-  metrics: for which `collect` is; where they need no more than means and covariances, features are
-  summed on the devices.
+  A call computes a piece, on a mesh of this process's devices; `collect` images in batches, on a
+  mesh of all processes. batch_size: of the networks; rounded up to a multiple of the devices that
+  split a batch. metrics: of `collect`; if means and covariances suffice, features are summed on the
+  devices.
   """
 
   def __init__(
@@ -160,9 +155,9 @@ class Extraction:
     return jit(step, donate_argnums=1)
 
   def collect(self, batches: Iterable[Images]) -> Features:
-    """Return what the metrics need of all images together, in memory.
+    """What the metrics need of all images, in memory; all processes call it with the same.
 
-    All processes must call it with the same. UserError where sums are not finite.
+    UserError where sums are not finite.
     """
     sums = {
       e.name: {o: empty(e.widths[o], self.mesh) for o in self._summed[e.name]}
@@ -216,13 +211,11 @@ def extract(
   missing: Sequence[int] | None = None, keep: Callable[[range, Made], None] | None = None,
   label: str = '',
 ) -> None:
-  """Make the features of all pieces of this process that are missing.
+  """Make the missing pieces of this process.
 
-  Args:
-    make: the images of those items; called one piece ahead, in a thread.
-    missing: the pieces to make, where they are known.
-    keep: is given the images of a piece before its features are saved; called in a thread, too.
-    label: of the progress bar; '' for none.
+  make: the images of those items; called one piece ahead, in a thread. missing: pieces to make, if
+  known. keep: called in a thread with a piece's images before its features are saved. label: of the
+  progress bar; '' for none.
   """
   missing = chunks.missing() if missing is None else missing
   done = sum(len(chunks.items(i)) for i in missing)
@@ -294,11 +287,7 @@ def reader(images: ImageSet) -> Callable[[range], Made]:
 
 
 def gather(chunks: Chunks, most_unreadable: float = 0.0) -> Features:
-  """Return the features of all pieces, all of which must be there.
-
-  Raises:
-    UserError: more than the fraction `most_unreadable` of the images could not be read; names some.
-  """
+  """The features of all pieces; UserError if more than `most_unreadable` of the images failed."""
   columns = chunks.joined(without=(THUMBNAILS,))
   errors = columns.pop(ERRORS)
   there = errors == ''

@@ -49,10 +49,9 @@ OPTIONS = ('settings.evaluation.features', 'settings.evaluation.metrics')
 
 
 class Budget:
-  """Seconds for a loop over equal batches, by the clock of the first process.
+  """Seconds for a loop over equal batches, two at least, by the first process's clock.
 
-  The first batch may have to compile its program, so it counts no more than the second. There are
-  always two batches, if so many are wanted.
+  The first batch may compile its program, so it counts no more than the second.
   """
 
   def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic):
@@ -61,8 +60,7 @@ class Budget:
     self._times: list[float] = []
 
   def over(self) -> bool:
-    """Return whether one batch more would take too long; after each batch, on all processes alike.
-    """
+    """True if one batch more would take too long; after each batch, alike in all processes."""
     now = self._clock()
     self._times.append(now - self._last)
     self._last = now
@@ -74,10 +72,9 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CaptionPreview:
-  """Images of the same captions with the same noise every time.
+  """Images of fixed captions and noise.
 
-  inputs: makes what conditions them beside the captions. batch_size: as for the evaluation, so that
-  both share one compiled program.
+  inputs: other conditions. batch_size: the evaluation's, to share its compiled program.
   """
 
   captions: Sequence[str]
@@ -99,9 +96,9 @@ class CaptionPreview:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-  """Captions to sample images of; labels: the class of each, where it is known.
+  """Captions to sample images of; labels: the class of each, if known.
 
-  records: of the test split that the captions are of; source: the name of that.
+  records: of the test split that the captions are of; source: its name.
   """
 
   captions: Sequence[str]
@@ -124,10 +121,7 @@ class Prompts:
 
   @classmethod
   def read(cls, captions: str, labels: str = '', samples: int | None = None) -> 'Prompts':
-    """Return the first `samples` of files of captions and labels, one a line, or all.
-
-    UserError where they cannot be read, or do not fit each other.
-    """
+    """The first `samples`, or all, of files of captions and labels, one a line; or UserError."""
     found, known = _lines(captions, 'captions'), _lines(labels, 'labels') if labels else []
     if samples is not None and not 1 <= samples <= len(found):
       raise UserError(
@@ -151,10 +145,7 @@ def _lines(path: str, what: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class PerImage:
-  """Values of single images beside their features: names, what decides them, and a function.
-
-  compute: (a model's weights, a range of images) -> [n] by name.
-  """
+  """Values of single images, by `names`; compute: (weights, range of images) -> [n] by name."""
 
   names: tuple[str, ...]
   plan: dict[str, Any]
@@ -165,18 +156,17 @@ class PerImage:
 class GeneratedImages(Cached):
   """Sample one image for each of the first `samples` test captions and score it.
 
-  Columns are 'generated', and as baselines 'untrained' (the same model with fresh weights) and
-  'real' (the test images of the same captions). The reference is the images of the training split,
-  so that real test images have values of their own: the floor that a perfect model could reach.
+  Columns are 'generated', and as baselines 'untrained' (fresh weights) and 'real' (test images of
+  the same captions). The reference is the training split, so real test images have values of their
+  own: the floor of a perfect model. `run` raises a UserError below 16 samples, or for more than the
+  test split has captions.
 
   Attributes:
     features: KIND:PATH each; scored_by: names of `registry.METRICS`.
-    seconds: that sampling and its features may take, compilation not counted; then it ends with
-      fewer samples, 16 and two batches at least. 0 for as long as it takes.
-    prompts, scorer: in place of the test captions, and of what features and scored_by say.
-    each: values that the model has for each caption, such as the bits of its real image.
-
-  `run` raises a UserError for fewer than 16 samples, or more than the test split has captions.
+    seconds: budget of sampling and features without compilation; then it ends with fewer samples,
+      16 and two batches at least. 0 for none.
+    prompts, scorer: in place of the test captions, and of features and scored_by.
+    each: values of the model for each caption, such as the bits of its real image.
   """
 
   features: Sequence[str]
@@ -197,7 +187,7 @@ class GeneratedImages(Cached):
 
   @property
   def comparison(self) -> Comparison:
-    """The one of all evaluations; its networks are loaded when it is first needed."""
+    """The comparison of all evaluations; its networks are loaded at first use."""
     reference = Reference('the training split', Split(self.train, 'the training split'))
     return self.scorer or self.once('comparison', lambda: Comparison(
       self.features, self.scored_by, self.mesh, lambda _: reference, options=OPTIONS
@@ -205,10 +195,7 @@ class GeneratedImages(Cached):
 
   @property
   def metrics(self) -> list[str]:
-    """Names of all values that it gives.
-
-    UserError for features that cannot be loaded, or too many or too few samples.
-    """
+    """Names of all values; UserError: unreadable features, or a wrong number of samples."""
     check_samples(self.samples, len(self.test))
     return self.comparison.names(('moments', 'reference', 'texts'))
 
@@ -245,9 +232,9 @@ class GeneratedImages(Cached):
     self, model: Diffusion, weights: Callable[[], Weights], seed: int, prompts: Prompts, *,
     names: Mapping[str, str] | None = None, place: str = '',
   ) -> Found | None:
-    """Return all columns; None but in the first process where the comparison is in pieces.
+    """All columns; None but in the first process, with pieces. place: folder of 'generated'.
 
-    names: of the model with its weights, by column. place: of the pieces of 'generated'.
+    names: of the model with its weights, by column.
     """
     names, count = names or {}, len(prompts.captions)
     column = functools.partial(self.column, model, prompts=prompts, seed=seed)
@@ -269,10 +256,10 @@ class GeneratedImages(Cached):
     seed: int, sample: SampleConfig | None = None, keep: bool = False, place: str = '',
     within: Callable[[Iterator[Images]], Iterator[Images]] = iter,
   ) -> Column:
-    """Return an image for each caption; image i depends on the seed and i alone.
+    """An image for each caption; image i depends on the seed and i alone.
 
-    weights: first called by all processes together, when there is something to sample. name: of
-    the model with them. within: what becomes of the batches where the comparison is in memory.
+    weights: first called by all processes together, when sampling starts. name: of the model with
+    them. within: context of the batches in memory.
     """
     sample, each = sample or self.sample, self.each
     generate = functools.partial(

@@ -1,7 +1,4 @@
-"""Sets of images that are evaluated: folders, tar files, prepared data sets, reference batches.
-
-Images keep their own size: each kind of features has its own rule to resize by.
-"""
+"""Sets of images to evaluate, at their own sizes: folders, tar files, prepared data, batches."""
 
 import dataclasses
 import functools
@@ -19,7 +16,7 @@ from diffusion_jax.data.image_sets import ImageBatch, TarPictures, holds_batch
 from diffusion_jax.data.images import read_pixels
 from diffusion_jax.data.sources.tfds import METADATA, PreparedImages
 from diffusion_jax.data.splits import fingerprint, of_records
-from diffusion_jax.data.unreadable import some
+from diffusion_jax.data.unreadable import first_readable
 from diffusion_jax.errors import UserError
 from diffusion_jax.runs.trained_on import DataSplit, split_of
 from diffusion_jax.types import Record
@@ -33,8 +30,7 @@ class Picture(NamedTuple):
 
 
 class ImageSet(Protocol):
-  """Images by number. name: for people; stamp: changes with their files; notes: what was left out.
-  """
+  """Images by number. name: for people; stamp: changes with their files; notes: omissions."""
 
   name: str
   stamp: str
@@ -48,10 +44,7 @@ class ImageSet(Protocol):
 
 
 class Folder:
-  """All pictures of a folder and of the folders in it, in the order of their paths.
-
-  UserError where there is no folder or no picture in it.
-  """
+  """All pictures below a folder, in the order of their paths; UserError for none."""
 
   def __init__(self, folder: str | Path):
     root, left = Path(folder), Left()
@@ -119,11 +112,8 @@ def named_split(source: Sequence[Record], dataset: str, size: int, name: str) ->
 
 
 def shuffled(source: Sequence[Record], count: int) -> list[Record]:
-  """Return a random subset of `count` records, the same for each length.
-
-  Those that cannot be read are left out, and others follow in their place as long as there are any.
-  """
-  return some(source, count, np.random.default_rng(0).permutation(len(source)))
+  """A random subset of `count` readable records, the same for each length of source."""
+  return first_readable(source, count, np.random.default_rng(0).permutation(len(source)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,10 +156,7 @@ KNOWN = (
 
 
 def open_images(path: str | Path) -> ImageSet:
-  """Return the images at a path, by what is there; KNOWN says what may be.
-
-  UserError where nothing fits, or more than one thing does.
-  """
+  """The images at a path, by its content; UserError unless exactly one kind of KNOWN fits."""
   place = Path(path)
   if place.is_dir():
     return _in_folder(place)
@@ -188,7 +175,7 @@ def open_images(path: str | Path) -> ImageSet:
 
 
 def holds_images(file: str | Path) -> bool:
-  """Return whether a file holds images rather than statistics: a tar file, or an npz with arr_0."""
+  """True if a file holds images rather than statistics: a tar file, or an npz with arr_0."""
   return Path(file).suffix.lower() == '.tar' or holds_batch(file)
 
 

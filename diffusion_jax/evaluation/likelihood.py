@@ -1,16 +1,14 @@
 """Bits per dimension of test images under a text-to-image model, given their captions.
 
-The density is that of the scaled latents which the denoiser sees, at one sample of the
-autoencoder's posterior per image, as in training. It is estimated in three ways, without guidance,
-as a guided denoiser has no density: the variational bound over the steps of the model's schedule,
-the bound in continuous time, and the probability-flow ODE. The noise of a table of T steps never
-gets smaller than at its first one, t = 1 / T, so all three begin there, at alpha x_0 + sigma eps,
-and give x_0 the density N(x / alpha, sigma^2 / alpha^2) around what is generated: upper bounds in
-expectation on -log2 p(x_0), and for an ideal network the density of latents blurred by
-sigma / alpha.
+The density is that of the denoiser's scaled latents, one posterior sample of the autoencoder per
+image, as in training, without guidance (a guided denoiser has no density). Three estimates: the
+bound over the steps of the schedule, the bound in continuous time, and the probability-flow ODE.
+All start at the table's first level, t = 1 / T, at alpha x_0 + sigma eps, and give x_0 the density
+N(x / alpha, sigma^2 / alpha^2) around the sample: upper bounds in expectation on -log2 p(x_0), and
+for an ideal network the density of latents blurred by sigma / alpha.
 
-The bits of the pixels are bounded by them together with the autoencoder (Kingma & Welling 2014,
-eq. 3): -log P(image) <= E_q(z | image)[-log P(image | z) + log q(z | image) - log p(z)].
+With the autoencoder they bound the bits of the pixels (Kingma & Welling 2014, eq. 3): -log P(image)
+<= E_q(z | image)[-log P(image | z) + log q(z | image) - log p(z)].
 """
 
 import dataclasses
@@ -58,12 +56,10 @@ TRAIN_LIMIT = 1024
 class Likelihood(LikelihoodConfig, Cached):
   """Mean bits per dimension of the first `images` test images, in the order of `shuffled`.
 
-  They are the three of `latent_bits`, and image_bits_per_dim_bound, from the continuous one and a
-  decoder whose variance is its mean squared error on training images; each with its standard error
-  over images. With baselines also of 'untrained', the same with a fresh denoiser, and 'gaussian', a
-  diagonal Gaussian fitted to the latents of training images, in closed form and blind to captions.
-  An image's values depend on the seed and its number alone.
-
+  The three of `latent_bits`, and image_bits_per_dim_bound, from the continuous one and a decoder
+  whose variance is its mean squared error on training images; with standard errors over images.
+  Baselines: 'untrained', a fresh denoiser, and 'gaussian', a diagonal Gaussian of training latents,
+  in closed form, blind to captions. An image's values depend on the seed and its number alone.
   `run` raises a UserError for fewer than 2 images, or more than there are.
   """
 
@@ -136,9 +132,9 @@ def latent_bits(
   denoise: Denoiser, noise: NoiseSchedule, x0: Latents, keys: jax.Array, config: LikelihoodConfig,
   offset: float | jax.Array = 0.5, estimates: Sequence[str] = ESTIMATES,
 ) -> dict[str, PerExample]:
-  """Return bits per dimension [b] of latents x0 [b h w c], by name, those of ESTIMATES.
+  """Bits per dimension [b] of latents x0 [b h w c], by names of ESTIMATES, all of the same noise.
 
-  keys: [b], one per example; all estimates have the same noise. offset: of `discrete_bound`.
+  keys: [b], one per example. offset: of `discrete_bound`.
   """
   process = noise.smooth_process
   draws = {'draws': config.draws, 'offset': offset}
@@ -160,11 +156,11 @@ def image_keys(key: jax.Array, count: int) -> np.ndarray:
 
 
 def make_encoder(model: Diffusion) -> Callable:
-  """Return ((autoencoder, decoder variance []), uint8 images [b h w 3], key data [b k]) -> arrays.
+  """((autoencoder, decoder variance []), uint8 images [b h w 3], key data [b k]) -> arrays by name.
 
-  'latents' [b h w c], scaled, sampled; 'log_q' [b], their log-density in nats; 'decoder' [b],
-  -log P(image | latents) in nats, by a Gaussian of that variance in the bins of the 256 levels;
-  'error' [b], mean squared error of the decoded image.
+  'latents' [b h w c], scaled, sampled; 'log_q' [b], their log-density in nats; 'decoder' [b], -log
+  P(image | latents) in nats, by a Gaussian of that variance in the bins of the 256 levels; 'error'
+  [b], mean squared error of the decoded image.
   """
   space = model.space
   if not isinstance(space, LatentSpace):
@@ -194,9 +190,9 @@ def make_scorer(
   model: Diffusion, names: Sequence[str], config: LikelihoodConfig, offset: jax.Array,
   estimates: Sequence[str] = ESTIMATES,
 ) -> Callable:
-  """Return (weights, latents [b h w c], key data [b k], columns) -> `latent_bits`.
+  """The function (weights, latents [b h w c], key data [b k], columns) -> `latent_bits`.
 
-  The columns are those of `Diffusion.rows` with these names.
+  columns: those of `Diffusion.rows` with these names.
   """
 
   @jit
@@ -214,10 +210,7 @@ def discrete_bits(
   model: Diffusion, records: Sequence[Record], *, draws: int, seed: int, mesh: Mesh,
   batch_size: int = 16,
 ) -> Callable[[Weights, range], dict[str, np.ndarray]]:
-  """Return a function of weights and a range of records: their latent_bits_per_dim_discrete, [n].
-
-  They are those of `Likelihood` for the same records, seed and draws.
-  """
+  """(weights, range of records) -> their latent_bits_per_dim_discrete [n], as in `Likelihood`."""
   _, key_latents, key_noise, key_offset = jax.random.split(jax.random.key(check_seed(seed)), 4)
   keys = [image_keys(key, len(records)) for key in (key_latents, key_noise)]
   config, offset = LikelihoodConfig(draws=draws), jax.random.uniform(key_offset)

@@ -1,7 +1,7 @@
-"""Work in numbered pieces whose results are files, and images of it that are kept.
+"""Work in numbered pieces whose results are files, and the images kept of it.
 
-An evaluation may be killed at any moment. A piece is whole or not there, so the next start makes
-what is missing, with any number of processes, and nothing is made twice or left out.
+A piece is complete or absent, so after a kill the next start makes exactly what is missing, with
+any number of processes.
 """
 
 import io
@@ -30,7 +30,7 @@ ERRORS, THUMBNAILS, EDGES, EACH = 'trouble', 'thumbnails', 'edges', 'each:'
 class Made(NamedTuple):
   """The images of a piece: uint8 [h w 3] each, None where `errors` says why there is none.
 
-  each: values of the single images by name, [n], that come of making them.
+  each: values of the single images by name, [n].
   """
 
   images: list[np.ndarray | None]
@@ -39,10 +39,10 @@ class Made(NamedTuple):
 
 
 class Chunks:
-  """`count` pieces of `size` items each, the last one perhaps smaller, of `total` items.
+  """`count` pieces of `size` items each, of `total` items; the last may be smaller.
 
-  Processes share the directory. Piece i is made by process i modulo their number. plan: whatever
-  decides the results, JSON-ready. UserError where the directory holds pieces of another plan.
+  Processes share the directory: piece i is made by process i modulo their number. plan: decides the
+  results, JSON-ready; UserError where the directory holds pieces of another.
   """
 
   def __init__(self, directory: Path, plan: Mapping[str, Any], *, total: int, size: int):
@@ -70,10 +70,7 @@ class Chunks:
     return range(index * self.size, min((index + 1) * self.size, self.total))
 
   def missing(self, lacking: Callable[[range], bool] | None = None) -> list[int]:
-    """Return the pieces that this process has to make; damaged ones are among them.
-
-    lacking: whether items lack what is kept elsewhere.
-    """
+    """This process's pieces to make, also damaged ones and those with items `lacking` elsewhere."""
     own = range(jax.process_index(), self.count, jax.process_count())
     return [i for i in own if not self._whole(i) or (lacking and lacking(self.items(i)))]
 
@@ -87,21 +84,17 @@ class Chunks:
       np.savez(file, **arrays)
 
   def load(self, index: int, without: Collection[str] = ()) -> dict[str, np.ndarray]:
-    """Return the results of a piece, `without` some, which are not read.
-
-    UserError where it is damaged, which a new start makes good.
-    """
+    """The results of a piece, `without` some; UserError where damaged, until the next start."""
     path = self._path(index)
     with reading(path, 'is damaged', 'start again to make it anew'):
       with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files if name not in without}
 
   def joined(self, without: Collection[str] = ()) -> dict[str, np.ndarray]:
-    """Return the results of all items, [total ...] each; all but texts stay on the disk until read.
+    """The results of all items, [total ...] each, memory-mapped but for texts.
 
-    Each is in a file without a name in the same folder, which is gone with the array, so that
-    memory does not grow with the number of items. What processes that were killed have left half
-    written is deleted: now that all pieces are whole, nobody writes one.
+    Each in an unnamed file of the same folder, gone with the array. Half-written files of killed
+    processes are deleted: with all pieces complete, nobody writes one.
     """
     for left in self.directory.glob('.*.npz.*.tmp'):
       left.unlink(missing_ok=True)
@@ -140,10 +133,9 @@ KINDS = ('png', 'tar')
 
 
 class Keeper:
-  """Keep the images of a piece: NUMBER.png each, or one tar file of those.
+  """Keep the images of a piece: NUMBER.png each, or one tar file; UserError for another kind.
 
-  A piece is kept whole before its features are, so that a start after a kill finds all or makes
-  all of it again. UserError for another kind.
+  They are complete before its features, so that a start after a kill finds or makes all.
   """
 
   def __init__(self, directory: Path, kind: str):

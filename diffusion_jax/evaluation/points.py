@@ -37,9 +37,9 @@ Image = UInt8[np.ndarray, 'h w 3']
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PointsPreview(Cached):
-  """Samples over the data [n 2], and the learned score of the data with several amounts of noise.
+  """Samples over the data [n 2], and the learned score at several noise levels.
 
-  sample: as `model.points` takes it.
+  sample: argument of `model.points`.
   """
 
   sample: Any
@@ -72,9 +72,9 @@ class PointsPreview(Cached):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Points(Cached):
-  """Energy distance to the test points; with baselines bits per dimension of some of them, too.
+  """Energy distance to the test points; with baselines, bits per dimension of some.
 
-  sample: as of `PointsPreview`. likelihood_points: of which bits are computed, 0 for none.
+  sample: as of `PointsPreview`. likelihood_points: number of points for bits, 0 for none.
   """
 
   sample: Any
@@ -124,9 +124,9 @@ def field_image(
   lattice: Float[np.ndarray, 'h w 2'], vectors: Float[np.ndarray, 'h w 2'],
   points: Float[np.ndarray, 'n 2'],
 ) -> Image:
-  """Vectors at a lattice, over points. Arrows are cut to the lattice's spacing, not scaled to it.
+  """Vectors at a lattice, over points; arrows are cut to the spacing, not scaled to it.
 
-  The longest tenth is as long as the spacing; vectors that are not finite are left out.
+  The longest tenth has the spacing's length; vectors that are not finite are left out.
   """
   extent = float(np.abs(lattice).max()) * 1.02
   figure, axes = _axes(extent)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.backend.xla import jit
-from diffusion_jax.data.unreadable import some
+from diffusion_jax.data.unreadable import first_readable
 from diffusion_jax.evaluation.evaluator import (
   EVALUATE,
   SAMPLE,
@@ -44,7 +44,7 @@ def answer(given: str, true: str) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RetrievalPreview:
-  """Test images with the caption, of all test captions, that lies nearest, and their own."""
+  """Test images with the nearest of all test captions, and their own."""
 
   tokenizer: PreTrainedTokenizerBase
   test: Source
@@ -65,7 +65,7 @@ class RetrievalPreview:
 
   def embed(self, model: Network, params: Params, count: int) -> tuple:
     """Return (images, captions, embeddings of images, of captions) of so many test records."""
-    records = some(self.test, count)
+    records = first_readable(self.test, count)
     images = np.stack([record['image'] for record in records])
     captions = [record['captions'][0] for record in records]
     features = CLIPFeatures(CLIPExtractor(model, params, 'in training'), self.tokenizer, self.mesh)
@@ -118,7 +118,7 @@ class ClassificationPreview(Cached):
     """Return (images, labels, logits) of so many test records, spread over the split."""
     count = min(count, len(self.test))
     places = np.linspace(0, len(self.test) - 1, count).round().astype(int)
-    records = some(self.test, count, places)
+    records = first_readable(self.test, count, places)
     images = np.stack([record['image'] for record in records])
     labels = np.asarray([self.classes.index(record['label']) for record in records])
     run = self.once('logits', lambda: logits_of(model))
@@ -128,9 +128,9 @@ class ClassificationPreview(Cached):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Classification(ClassificationPreview):
-  """Loss without smoothing, accuracy, and its mean over classes, which all count alike there.
+  """Loss without smoothing, accuracy, and its mean over classes.
 
-  With baselines an answer that knows nothing but how common each class is in the test, too.
+  With baselines, also the constant answer of the test's class frequencies.
   """
 
   samples: int = 256

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from diffusion_jax.backend.xla import jit
-from diffusion_jax.data.unreadable import some
+from diffusion_jax.data.unreadable import first_readable
 from diffusion_jax.evaluation.comparison import Column, Work
 from diffusion_jax.evaluation.evaluator import EVALUATE, SAMPLE, TEST, Cached, Picture, Value, named
 from diffusion_jax.evaluation.extract import reader
@@ -35,9 +35,9 @@ BATCH = 32
 
 
 def reconstructor(network: Network, mesh: Mesh, batch_size: int = BATCH) -> Callable:
-  """Return (parameters on the mesh, uint8 [n h w 3]) -> their reconstructions, uint8.
+  """(parameters on the mesh, uint8 [n h w 3]) -> reconstructions by the latents' means, uint8.
 
-  They are by the latents' means. UserError where h or w is no multiple of the network's factor.
+  UserError where h or w is no multiple of the network's factor.
   """
 
   @jit
@@ -79,14 +79,14 @@ def of_autoencoder(
   metrics: Sequence[str] = tuple(PAIR_METRICS), distances: Callable | None = None,
   weights: str = '',
 ) -> Work:
-  """Return the work of encoding and decoding a set of images of one size.
+  """The work of encoding and decoding a set of images of one size.
 
   Args:
     reconstruct: of `reconstructor`; params: gives them on its mesh; first called by all processes
       together, when there is something to do.
     name: of the autoencoder with its weights, such as a run and its step.
     metrics: of PAIR_METRICS, kept for each image.
-    distances: of `perceptual`, whose LPIPS is kept, too; weights: which those of it are.
+    distances: of `perceptual`, whose LPIPS is kept, too; weights: identity of its weights.
   """
   read = reader(images)
   every = (*metrics, *(['lpips'] if distances else []))
@@ -116,9 +116,9 @@ def columns(
   network: Network, params: Callable[[], Params], name: str, originals: ImageSet, mesh: Mesh,
   batch_size: int, lpips: str = '',
 ) -> dict[str, Column]:
-  """Return 'reconstructed' and 'untrained', of an autoencoder and of one with fresh parameters.
+  """'reconstructed' and 'untrained', of an autoencoder and of one with fresh parameters.
 
-  params: host arrays, read when they are first needed; lpips: file of weights, '' for none.
+  params: host arrays, read at first use; lpips: file of weights, '' for none.
   """
   reconstruct = reconstructor(network, mesh, batch_size)
   distances = perceptual(put_params(load_lpips(lpips), mesh), mesh, batch_size) if lpips else None
@@ -136,7 +136,7 @@ def columns(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReconstructionPreview(Cached):
-  """Test images, each beside its reconstruction."""
+  """Test images, each with its reconstruction."""
 
   test: Source
   mesh: Mesh
@@ -145,7 +145,7 @@ class ReconstructionPreview(Cached):
   about = 'Test images with their captions, each beside its reconstruction.'
 
   def run(self, model: Network, params: Params, key) -> Iterator[tuple[str, Value]]:
-    records = some(self.test, 16)
+    records = first_readable(self.test, 16)
     images = np.stack([record['image'] for record in records])
     outputs = self.reconstruct(model, params, images)
     pairs = np.stack([images, outputs], axis=1).reshape(-1, *images.shape[1:])
@@ -166,7 +166,7 @@ class Reconstruction(ReconstructionPreview):
   when = EVALUATE
 
   def run(self, model: Network, params: Params, key) -> Iterator[tuple[str, Value]]:
-    images = np.stack([record['image'] for record in some(self.test, self.samples)])
+    images = np.stack([record['image'] for record in first_readable(self.test, self.samples)])
     values = compare_pairs(images, self.reconstruct(model, params, images), ('psnr', 'l1'))
     scores = {name: float(each.mean()) for name, each in values.items()}
     mean, deviation = latent_moments(model, params, images, self.mesh)

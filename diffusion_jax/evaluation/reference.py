@@ -25,10 +25,10 @@ SPATIAL = 'spatial'
 def open_reference(
   path: str, columns: Mapping[str, int]
 ) -> tuple[str, ImageSet | dict[str, Moments], list[str]]:
-  """Return (name, images or what a file says of each kind of features, warnings).
+  """(name, images or file statistics of each kind of features, warnings).
 
-  A file with both, such as ADM's reference batches, gives its images, of which every metric can be
-  computed. UserError as `open_images` and `moments_of`.
+  A file of both, such as ADM's reference batches, gives images, which suit every metric. UserError
+  as `open_images` and `moments_of`.
   """
   if Path(path).is_file() and not holds_images(path):
     return path, *moments_of(path, columns)
@@ -39,10 +39,9 @@ def open_reference(
 def moments_of(
   path: str | Path, columns: Mapping[str, int]
 ) -> tuple[dict[str, Moments], list[str]]:
-  """Return (what a file says of each kind of features, warnings).
+  """(file statistics of each kind of features, warnings); columns: 'EXTRACTOR:OUTPUT' -> width.
 
-  columns: 'EXTRACTOR:OUTPUT' -> width. UserError: the file cannot be read, or its features are of
-  another network, resize rule or width.
+  UserError: an unreadable file, or another network, resize rule or width.
   """
   known, has_spatial = described(path)
   found: dict[str, Moments] = {}
@@ -65,9 +64,9 @@ def moments_of(
 
 
 def comparable(path: str | Path, known: str, name: str) -> list[str]:
-  """Return warnings where a file's features are `known` ('' if it does not say) and ours `name`.
+  """Warnings where a file's features are `known` ('' if it does not say) and ours `name`.
 
-  UserError where values could not be compared: another kind of network, another resize rule.
+  UserError: another kind of network or resize rule.
   """
   if not known:
     return [f'{path} does not say in which features it is; the values are right if in {name}.']
@@ -86,11 +85,10 @@ def write_moments(
   path: str | Path, columns: Mapping[str, Float[np.ndarray, 'n d']],
   extractors: Sequence[Extractor],
 ) -> list[Path]:
-  """Write the statistics of features, each extractor's in a file; return which.
+  """Write feature statistics, a file for each extractor; return the paths.
 
-  One extractor's has the name that is given; of several, each adds its own name before the suffix.
-
-  UserError: another suffix than those of `statistics.SUFFIXES`, or fewer than two images.
+  Of several extractors, each adds its name before the suffix. UserError: another suffix than
+  `statistics.SUFFIXES`, or fewer than two images.
   """
   path, written = check_suffix(path), []
   for extractor in extractors:

@@ -43,10 +43,7 @@ class Retrieval(NamedTuple):
 
   @property
   def near_chance(self) -> bool:
-    """A CLIP of NEAR times chance has so many hits, or more, with a probability above DOUBT.
-
-    The hits are taken for independent, so that their number is binomial.
-    """
+    """True if a CLIP of NEAR times chance has so many hits, binomial, at a probability > DOUBT."""
     return self._tail(self.hits) > DOUBT
 
   @property
@@ -72,10 +69,7 @@ class Retrieval(NamedTuple):
 
 
 def real_retrieval(clip: CLIPFeatures, records: Sequence[Record], seed: int = 0) -> Retrieval:
-  """Try a CLIP on records, one at least, with images [h w 3] of one size, by their first captions.
-
-  Of several with one caption, which nothing could tell apart, the first counts.
-  """
+  """Test a CLIP on one record or more, images [h w 3] of one size, by distinct first captions."""
   records = list({record['captions'][0]: record for record in records[PAIRS - 1 :: -1]}.values())
   images = clip.images(np.stack([record['image'] for record in records]))
   texts = clip.texts([record['captions'][0] for record in records])
@@ -131,10 +125,9 @@ Row = Mapping[str, Any]
 
 
 def incomparable(earlier: Sequence[Row], row: Row) -> list[str]:
-  """Return a sentence for each reason why values cannot be compared with the last of their names.
+  """A sentence for each reason why values do not compare with the last of their names.
 
-  They may be of other features, resized by another rule, against another reference, or of another
-  number of images where that moves the value by itself.
+  Such as other features, resize rule or reference, or another number of images where that matters.
   """
   found: dict[str, list[str]] = {}
   for metric in sorted(_metrics(row)):
@@ -185,10 +178,7 @@ def _features(row: Row, family: str) -> set[str]:
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
-  """Return (rows, names of columns), none where there is no file.
-
-  UserError where the file is none of comma-separated values.
-  """
+  """(rows, column names) of comma-separated values, none without a file; or UserError."""
   if not path.is_file():
     return [], []
   try:
@@ -208,10 +198,7 @@ def as_read(row: Mapping[str, object]) -> dict[str, str]:
 
 
 def add_rows(path: Path, new: Sequence[Mapping[str, object]]) -> None:
-  """Append rows that are not there yet; new columns come last and stay empty in the rows before.
-
-  UserError as in `read_rows`.
-  """
+  """Append rows that are not there yet; new columns come last, empty before; or UserError."""
   rows, names = read_rows(path)
   names += [name for row in new for name in row if name not in names]
   names = list(dict.fromkeys(names))
@@ -263,12 +250,10 @@ def report(
   comparison: Comparison, found: Found, settings: Mapping[str, Any], about: Sequence[str] = (),
   tested: Split | None = None, say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-  """Return columns of values, and, of the first, 'intervals', 'warnings', 'measured', 'settings'.
+  """Columns of values, and, of the first, 'intervals', 'warnings', 'measured', 'settings'.
 
-  Args:
-    settings: what else decides the values. about: sentences on what the images are.
-    tested: the test split, where they are of it: real images with captions.
-    say: is given the warnings that the comparison does not know of.
+  settings: all else that decides the values. about: sentences on the images. tested: the test split
+  if they are of it. say: is given warnings that the comparison does not know.
   """
   features, plan = found.features, found.columns[found.first].work.plan
   measured, warnings = _measured_and_warnings(comparison, len(features.rows), about, tested)
@@ -347,11 +332,9 @@ def write(
   out: Path, scores: Mapping[str, Any], page: Callable[[Path, Mapping[str, Any]], None],
   say: Callable[[str], None] = print,
 ) -> None:
-  """Write a row of FILE.csv, the page and the JSON; a row that is there already stays alone.
+  """Write a row of FILE.csv unless it is there, the page (by `page`) and the JSON.
 
-  Args:
-    page: writes the page of the scores.
-    say: is given warnings of values that must not be compared with the last ones of the table.
+  say: is given warnings of values that do not compare with the table's last ones.
   """
   table, new = out.with_suffix('.csv'), rows(scores)
   warnings = incomparable(_before(table, new[0]), new[0])

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax.backend.xla import jit
 from diffusion_jax.data.span_corruption import CorruptSpans
-from diffusion_jax.data.unreadable import some
+from diffusion_jax.data.unreadable import first_readable
 from diffusion_jax.evaluation.evaluator import EVALUATE, TEST, Cached, Value, named
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.t5_decoder import token_losses
@@ -49,7 +49,7 @@ class SpanCorruption(Cached):
       yield from named({'commonest': _scores(entropy, counts.max(), counts.sum(), len(examples))})
 
   def _examples(self) -> list[dict[str, np.ndarray]]:
-    records = some(self.test, self.samples)
+    records = first_readable(self.test, self.samples)
     tokens = self.tokens([record['captions'][0] for record in records])
     return [
       self.corrupt({'tokens': each[: self.corrupt.length]}, np.random.default_rng(number))

@@ -1,22 +1,20 @@
-"""Mean and covariance of features, as sums that can be merged over batches, hosts and restarts.
+"""Mean and covariance of features, as sums that merge over batches, hosts and restarts.
 
-Raw second moments lose so many digits that the covariance can get negative eigenvalues, so
-deviations from the running mean are summed instead (Chan, Golub and LeVeque 1979, "Updating
-formulae and a pairwise algorithm for computing sample variances"): in float64 on the host, or in
-float32 on the devices that compute the features, where each shard of a batch adds its rows to sums
-of its own. There deviations are taken from an origin near the data, which keeps features far from
-zero exact, and what an addition rounds off is kept for the next one (Kahan 1965), so that the error
-does not grow with the number of batches.
+Deviations from the running mean are summed (Chan, Golub and LeVeque 1979, "Updating formulae and a
+pairwise algorithm for computing sample variances"), as raw second moments lose digits until
+eigenvalues turn negative: in float64 on the host, or in float32 on devices, one sum for each shard
+of a batch. There deviations are from an origin near the data, and rounding errors are carried along
+(Kahan 1965), so that the error does not grow with the number of batches.
 
-Files are those of other tools, known by what they hold:
+Files are those of other tools, known by their content:
 - npz of clean-fid and pytorch-fid: mu and sigma.
 - npz of ADM (guided-diffusion): mu, sigma of pool3 and mu_s, sigma_s of spatial features; its
-  reference batches hold the images too, uint8 [n h w 3], as arr_0 (see `data.image_sets`).
+  reference batches also hold images, uint8 [n h w 3], as arr_0 (see `data.image_sets`).
 - torch-fidelity's cache: a dictionary of mu and sigma as numpy arrays, saved by torch.
 
-We write the same, and two entries more that those tools pass over: n, the number of samples, and
-features, the name of the extractor. A file without n gives a `FittedGaussian`. Nothing in a file is
-ever executed: pickles are refused, torch's files are read with `weights_only`.
+Ours add two entries that those tools ignore: n, the number of samples, and features, the
+extractor's name. A file without n gives a `FittedGaussian`. Nothing in a file is executed: pickles
+are refused, torch's files are read with `weights_only`.
 """
 
 from __future__ import annotations
@@ -84,10 +82,7 @@ class Statistics:
     return cls(len(features), mean, centred.T @ centred)
 
   def merge(self, other: Moments) -> Statistics:
-    """Return those of both sets together (Chan et al. 1979, eq. 2.1).
-
-    UserError if the widths differ, or `other` does not know its number of samples.
-    """
+    """The statistics of both sets (Chan et al. 1979, eq. 2.1); UserError: other width, no n."""
     check_same_width(self, other)
     if other.n is None:
       other.merge(self)
@@ -113,8 +108,7 @@ class Statistics:
 class FittedGaussian:
   """Mean and covariance (unbiased) alone, float64, as other tools publish them.
 
-  Their files do not say of how many samples, so nothing can be merged into these, and what depends
-  on the number of samples cannot be computed.
+  Without the number of samples they cannot be merged, nor serve what depends on it.
   """
 
   mean: Float[np.ndarray, 'd']
@@ -150,13 +144,13 @@ def check_same_width(a: Moments, b: Moments) -> None:
 
 
 class DeviceStatistics(NamedTuple):
-  """Sums of s shards, each on its own device: a pytree that a jitted step may carry and donate.
+  """Sums of s shards, each on its own device: a pytree for a jitted step to carry and donate.
 
   Attributes:
     origin: a point near the features; zeros before the first vector. mean: less the origin.
-    m2: d rows for each shard. (With an axis of its own for shards, XLA copies a donated matrix on a
-      CPU, which takes twice as long.)
-    rounded: what additions to m2 have added too much.
+    m2: d rows for each shard. (With an axis for shards XLA copies a donated matrix on a CPU, in
+      twice the time.)
+    rounded: rounding errors of additions to m2.
   """
 
   n: Int[Array, 's']
@@ -179,7 +173,7 @@ def update(
   statistics: DeviceStatistics, features: Float[Array, 'b d'], valid: Bool[Array, 'b'], *,
   mesh: Mesh,
 ) -> DeviceStatistics:
-  """Add the rows of a batch where `valid` is true; pure, to be jitted with what makes features.
+  """Add the rows of a batch where `valid` is true; pure, to be jitted with the extractor.
 
   b is a multiple of the mesh's data x fsdp; other rows may hold anything.
   """
@@ -211,10 +205,7 @@ def _add(statistics: DeviceStatistics, features: Array, valid: Array) -> DeviceS
 
 
 def collect(statistics: DeviceStatistics, *, mesh: Mesh) -> Statistics:
-  """Return all shards together, on the host in float64; every process of the mesh has to call it.
-
-  UserError if a feature was NaN or infinite.
-  """
+  """All shards together, on the host in float64, by every process; UserError: NaN or infinity."""
   n, origin, mean, m2 = to_host(_collector(mesh)(statistics))
   if not np.isfinite(m2).all():
     raise UserError(
@@ -254,10 +245,7 @@ _MOST_BYTES = {
 
 
 def load_statistics(path: str | os.PathLike, *, spatial: bool = False) -> Moments:
-  """Return statistics of any of the formats; spatial: those of ADM's spatial features (for sFID).
-
-  UserError where the file is missing, damaged, of another kind, or without what is asked for.
-  """
+  """Statistics of any of the formats; spatial: ADM's spatial features (for sFID); or UserError."""
   arrays = _read(Path(path))
   names = ('mu_s', 'sigma_s') if spatial else ('mu', 'sigma')
   if spatial and not {*names} <= {*arrays}:
@@ -343,9 +331,9 @@ def save_statistics(
 ) -> None:
   """Write statistics, as npz or torch-fidelity's cache by the suffix; atomic.
 
-  features: name of the extractor, without which nobody knows what they may be compared with.
-  spatial: of ADM's spatial features, for sFID. images: with them the file is one of ADM's reference
-  batches. UserError: another suffix, a cache with more than statistics, or no torch to write it by.
+  features: the extractor's name, by which values compare. spatial: of ADM's spatial features, for
+  sFID. images: makes it one of ADM's reference batches. UserError: another suffix, a cache of more
+  than statistics, or no torch to write it.
   """
   path = check_suffix(path)
   known = {} if statistics.n is None else {'n': statistics.n}

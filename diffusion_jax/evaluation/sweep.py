@@ -27,10 +27,7 @@ Combination = dict[str, Any]
 
 
 def combinations(texts: Sequence[str]) -> list[Combination]:
-  """Return every combination of one value of each 'NAME=A,B'; the last name varies fastest.
-
-  UserError: a text is not of that form, a name is unknown or given twice, a value is none.
-  """
+  """Every combination of one value of each 'NAME=A,B', the last name fastest; or UserError."""
   swept: dict[str, list[Any]] = {}
   for text in texts:
     name, equals, values = text.partition('=')
@@ -57,10 +54,9 @@ def applied(sample: SampleConfig, combination: Mapping[str, Any]) -> SampleConfi
 
 
 def network_calls(model: Diffusion, sample: SampleConfig) -> int | None:
-  """Return the rows that the denoiser computes for one image: a guided step counts twice.
+  """The rows that the denoiser computes for one image: a guided step counts twice.
 
-  They are counted while the sampler runs, with a network that always returns zero. None for
-  samplers that choose their steps by what it returns.
+  Counted with a network that returns zero; None for samplers that choose their steps.
   """
   if info(sample.sampler).calls is None:
     return None
@@ -82,10 +78,9 @@ def network_calls(model: Diffusion, sample: SampleConfig) -> int | None:
 
 
 def best(columns: Mapping[str, Mapping[str, float]]) -> str:
-  """Return the best column by the first of its metrics that says which way is better.
+  """The best column by a Fréchet distance, else CLIP score, else any metric with a direction.
 
-  A Fréchet distance goes before a CLIP score, and that before all others; the first column where
-  no metric says it.
+  The first column where no metric has one.
   """
   first = next(iter(columns.values()))
   known = {name: found[0] for name in first if (found := value_of(name)) and found[0].better}

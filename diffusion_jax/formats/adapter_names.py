@@ -1,12 +1,12 @@
-"""The keys in files of LoRA: which layer of which network a tensor belongs to, and as what.
+"""Keys in files of LoRA: the layer of a network that a tensor belongs to, and its part.
 
 A layer is the dotted name of a dense layer or a convolution, here and in diffusers. kohya's files
-join the parts of a name by underscores, so it can only be undone by knowing the network. For
-Stable Diffusion XL they number the blocks of the U-Net as single files do.
+join names by underscores, so undoing that needs the network's names; for Stable Diffusion XL they
+number the U-Net's blocks as single files do.
 
-Writers differ in how they spell a layer and in how they end a key. Read are PEFT (with the name of
-an adapter or without), diffusers now, its training scripts and its former attention processors,
-kohya's scripts with both numberings of the blocks, LyCORIS' convolutions, ComfyUI and SimpleTuner.
+Read are PEFT (with or without an adapter's name), diffusers now, its training scripts and its
+former attention processors, kohya's scripts with both numberings, LyCORIS' convolutions, ComfyUI
+and SimpleTuner.
 """
 
 import functools
@@ -28,13 +28,12 @@ _ONE = re.compile(r'(\\[dDwWsS]|\\[^\w\s]|\[\^?[\w.\\-]+\]|[^\\\[\](){}|*+?^$])(
 
 
 class NamePatterns:
-  r"""Values by patterns of layer names, as PEFT's configs bring them, found in bounded time.
+  r"""Values by patterns of layer names, as in PEFT's configs, matched in bounded time.
 
-  The first pattern that matches a name's end, from a dot on, tells its value. PEFT matches
-  re.match(rf'(.*\.)?({pattern})$', name) with the patterns as they come. A backtracking matcher can
-  be kept busy for ever by a pattern, so here each is followed along a name once, with all places
-  that it may have come to at a time. Known are characters, classes such as [a-z], . \d \w, the
-  repetitions * + ? of one of these, the anchors ^ and $, and choices as in (to_q|to_k)(_proj)?.
+  The first pattern that matches a name's end, from a dot on, gives its value, as PEFT's
+  re.match(rf'(.*\.)?({pattern})$', name). A backtracking matcher may never end; here all places in
+  the pattern advance together along a name. Known are characters, classes such as [a-z], . \d \w, *
+  + ? on one of these, ^ and $, and choices as in (to_q|to_k)(_proj)?.
   """
 
   def __init__(self, patterns: Mapping[str, Any], where: str):
@@ -117,7 +116,7 @@ def _test(text: str) -> re.Pattern:
 
 
 def _matches(choices: list, name: str) -> bool:
-  """Set of places in the name are the bits of whole numbers; bit n is after n characters."""
+  """Sets of places in the name are bits of whole numbers; bit n is after n characters."""
   starts = 1 | sum(2 << i for i, character in enumerate(name) if character == '.')
   bits: dict[re.Pattern, int] = {}
 
@@ -168,10 +167,9 @@ def layers(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def spellings(names: Iterable[str]) -> dict[str, str]:
-  """Return the dotted names that layers have in files, without the network's name.
+  """Spellings in files -> layer names, without the network's name.
 
-  A layer's own name, that of its former attention processor, without the tower of a text encoder,
-  and by the block numbers of a single file.
+  Its own, its former attention processor's, without a text encoder's tower, and a single file's.
   """
   names = list(names)
   found: dict[str, str] = {}
@@ -279,16 +277,10 @@ def of_other_kinds(names: Iterable[str]) -> dict[str, list[str]]:
 def places(
   names: Iterable[str], known: Mapping[str, Iterable[str]], path: Path
 ) -> tuple[dict[Place, dict[str, str]], list[str]]:
-  """Sort the names of a file's tensors.
+  """({(role, layer): {'a', 'b', 'mid' or 'alpha': name}}, names of no part of these networks).
 
-  Args:
-    known: the layers of each network, by role.
-
-  Returns:
-    ({(role, layer): {'a', 'b', 'mid' or 'alpha': name}}, names that are no part of these networks).
-
-  Raises:
-    UserError: names without a network that fit several, or two for one part of one layer.
+  known: the layers of each network, by role. UserError: names without a network that fit several,
+  or two for one part of one layer.
   """
   prefixed, bare = _tables(known)
   split = {name: _split(name) for name in names}

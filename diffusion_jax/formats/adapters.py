@@ -1,9 +1,8 @@
 """Files of low-rank adapters (Hu et al. 2022), in all layouts that diffusers reads.
 
 In memory a LoRA is {role: {layer: LoRAWeights}}; roles are 'unet', 'text_encoder' and
-'text_encoder_2'. Arrays keep the type that they have in the file. PEFT's LoraConfig says more of
-each layer: diffusers keeps one for each role in the file's own metadata, PEFT in
-adapter_config.json.
+'text_encoder_2'. Arrays keep the file's type. PEFT's LoraConfig is in the file's metadata, one for
+each role (diffusers), or in adapter_config.json (PEFT).
 """
 
 import collections
@@ -57,7 +56,7 @@ _STARTS = (True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica')
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-  """One role's. `where` names it in errors; alpha None: the rank; rank None: not said."""
+  """One role's; alpha None: the rank; rank None: unknown. `where` names it in errors."""
 
   where: str
   alpha: float | None
@@ -89,11 +88,7 @@ def check_alpha(alpha: float, rank: int, where: str) -> None:
 
 
 def read_configs(path: Path, roles: Iterable[str], *, alone: bool) -> dict[str, AdapterConfig]:
-  """Return the configs of the roles, from the file or, of PEFT's `alone`, from BESIDE it.
-
-  Raises:
-    UserError: what is no config, or one of an adapter that is not implemented.
-  """
+  """The roles' configs from the file or, of PEFT's `alone`, from beside it; or UserError."""
   text = metadata(path).get(METADATA)
   if text is not None:
     where = f'{path}, {METADATA}'
@@ -198,16 +193,15 @@ def read_lora(
 ) -> LoRAs:
   """Read a LoRA of any layout that `write_lora`, kohya's scripts, diffusers or PEFT write.
 
-  Args:
-    path: a safetensors file, a .bin of PyTorch, of which only arrays are read, or the directory
-      that diffusers or PEFT wrote.
-    networks: parameters (or their shapes) of the networks it is for, by role.
-    inversions: whether the caller also takes the textual inversions that the file may hold, with
-      `formats.textual_inversion.bundled_inversions`; False: a file with such is refused.
+  UserError: another kind of adapter; all that the networks lack or that is incomplete, empty, not
+  finite or of wrong shapes, named at once.
 
-  Raises:
-    UserError: another kind of adapter; what the networks lack or the file holds half, empty, not
-      finite or in wrong shapes, all named at once.
+  Args:
+    path: a safetensors file, a .bin of PyTorch, of which only arrays are read, or the directory of
+      diffusers or PEFT.
+    networks: parameters (or their shapes) of the networks it is for, by role.
+    inversions: whether the caller also reads textual inversions in the file, by
+      `formats.textual_inversion.bundled_inversions`; otherwise they are refused.
   """
   require(bool(networks), 'read_lora needs the parameters of at least one network.')
   path = lora_file(Path(path))
@@ -257,7 +251,7 @@ def _layer(
   parts: Mapping[str, Any], names: Mapping[str, str], kernel: tuple[int, ...], place: Place,
   config: AdapterConfig | None,
 ) -> LoRAWeights:
-  """The adapter of a layer with that kernel. UserError, without the file's name, for a bad one."""
+  """The adapter of a layer with that kernel; UserError, without the file's name, for a bad one."""
   where = ' '.join(place)
   require({'a', 'b'} <= parts.keys(), f'without its other matrix: {where}')
   a, b = (_reshape(parts[part], names[part], len(kernel)) for part in 'ab')
@@ -324,12 +318,10 @@ def lora_file(path: Path) -> Path:
 def write_lora(
   path: str | os.PathLike, lora: Mapping[str, Mapping[str, LoRAWeights]], layout: str = 'kohya'
 ) -> None:
-  """Write one safetensors file that kohya's scripts or diffusers read.
+  """Write one safetensors file that kohya's scripts or diffusers read; layout: 'kohya' or 'peft'.
 
-  Args:
-    lora: by role. Where it has a 'text_encoder_2', even an empty one, kohya's names of the first
-      encoder are those of Stable Diffusion XL.
-    layout: 'kohya', or 'peft' for diffusers.
+  With a 'text_encoder_2', even empty, kohya's names of the first encoder are those of Stable
+  Diffusion XL.
   """
   require(layout in LAYOUTS, f'layout must be one of {", ".join(LAYOUTS)}, not {layout!r}.')
   unknown = sorted(set(lora) - set(KOHYA))
@@ -355,7 +347,7 @@ def write_lora(
 
 
 def _peft_config(weights: Mapping[str, LoRAWeights]) -> dict[str, Any]:
-  """The arguments of PEFT's LoraConfig that describe these adapters."""
+  """Arguments of PEFT's LoraConfig for these adapters."""
   # PEFT matches the ends of names, so that without the tower's prefix both spellings fit.
   sizes = {layer.removeprefix(TOWER): one.size for layer, one in weights.items()}
   common = lambda values: collections.Counter(values).most_common(1)[0][0]

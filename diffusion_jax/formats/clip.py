@@ -99,13 +99,9 @@ TEXT_ENCODERS: dict[str, CLIPTextConfig] = {
 
 
 def pixel_statistics(values: Mapping[str, Any], file: str) -> dict[str, tuple[float, ...]]:
-  """Return 'mean' and 'std' of pixels in [0, 1] for red, green and blue, of those that are said.
+  """'mean' and 'std' per channel of pixels in [0, 1], where given, of preprocessor_config.json.
 
-  Args:
-    values, file: of preprocessor_config.json.
-
-  Raises:
-    UserError: for anything but three finite numbers, a std above zero.
+  UserError: anything but three finite numbers, a std above zero.
   """
   found = {}
   for name in ('mean', 'std'):

@@ -1,6 +1,6 @@
-"""Pipelines and single networks from one layout to another: diffusers, single files and ours.
+"""Conversion of pipelines and single networks between diffusers, single files and our layout.
 
-Between the first two tensors are only renamed and reshaped. One tensor at a time is in memory.
+Tensors are only renamed and reshaped (but for our layout), one at a time in memory.
 """
 
 import math
@@ -37,20 +37,19 @@ def convert(
   source: str, target: str, layout: str, *, dtype: str | None = None, kind: str | None = None,
   prediction: str | None = None, tokenizers: str | None = None,
 ) -> list[str]:
-  """Write `target`, a new directory or file, from `source`; return sentences for a person.
+  """Write `target`, a new directory or file, from `source`; return sentences for people.
+
+  UserError: `source` cannot be read, `target` exists or cannot hold it.
 
   Args:
     source: a pipeline's directory (diffusers or native), a single .safetensors file, or the
       directory of one network.
-    layout: one of LAYOUTS; 'tensors' writes those that a file of PyTorch holds by name, as they
-      are, to a .safetensors file.
+    layout: one of LAYOUTS; 'tensors' writes those of a PyTorch file, by name and unchanged, to a
+      .safetensors file.
     dtype: of the floating tensors; None leaves each as it is.
-    kind: of one network, where its config.json does not tell; a row of NETWORKS.
-    prediction: of a single file that does not say it: 'epsilon' or 'v_prediction'.
+    kind: of one network, a row of NETWORKS, if not in its config.json.
+    prediction: of a single file that lacks it: 'epsilon' or 'v_prediction'.
     tokenizers: for a single file, which holds none: the directory to copy them from.
-
-  Raises:
-    UserError: `source` cannot be read, `target` exists or cannot hold it.
   """
   require(layout in LAYOUTS, f'--layout is {layout!r}; choose one of {", ".join(LAYOUTS)}.')
   require(

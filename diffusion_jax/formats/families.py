@@ -1,8 +1,8 @@
-"""Families of Stable Diffusion: where a single file has their parts; what shapes do not tell.
+"""Families of Stable Diffusion: their parts in single files, and what shapes do not determine.
 
-A tensor that no network of the file's family has is harmless where nothing would have been computed
-with it: a head of a text encoder, a table, an average, what an optimizer or another program left.
-Such are left and named. Where it makes the file another model than its family's, it is refused.
+Extra tensors that no computation would use are left out and named: a text encoder's head, a table,
+an average, remains of an optimizer or another program. Those that make it another model than its
+family's are refused.
 """
 
 import dataclasses
@@ -20,11 +20,10 @@ from diffusion_jax.formats.single_file_names import AUTOENCODER, UNET
 class Family:
   """One family.
 
-  text: name of a text encoder -> (prefix in a single file, 'clip' or 'open_clip').
-  heads: attention heads at every level of the U-Net; None for one for every 64 channels.
-  pipelines: input channels of the U-Net -> the class in diffusers' model_index.json.
-  predictions: input channels -> what the network predicts, where all published ones agree.
-  sample_sizes: prediction -> edge of the latents of training.
+  text: name of a text encoder -> (prefix in a single file, 'clip' or 'open_clip'). heads: attention
+  heads at every level of the U-Net; None for one per 64 channels. pipelines: input channels of the
+  U-Net -> the class in diffusers' model_index.json. predictions: input channels -> prediction,
+  where all published ones agree. sample_sizes: prediction -> edge of the training latents.
   """
 
   text: dict[str, tuple[str, str]]
@@ -36,7 +35,7 @@ class Family:
 
   @property
   def places(self) -> dict[str, tuple[str, str]]:
-    """The prefix of every network in a single file, and the style of its names, by part."""
+    """(prefix in a single file, style of names) of every network, by part."""
     return {**self.text, 'unet': (UNET, 'unet'), 'vae': (AUTOENCODER, 'vae')}
 
 
@@ -125,10 +124,9 @@ _MODELS = {
 
 
 def sort_out(names: Iterable[str], family: str, where: str) -> tuple[set[str], list[str]]:
-  """Return the names of a family's networks, and a sentence on what is left, where anything is.
+  """The names of a family's networks, and a sentence on extra ones left out.
 
-  Raises:
-    UserError: a LoRA, a ControlNet or parts of another model, which cannot be left.
+  UserError: a LoRA, a ControlNet or parts of another model.
   """
   kept: set[str] = set()
   rest: list[str] = []

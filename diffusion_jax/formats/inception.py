@@ -1,8 +1,8 @@
 """The published weights of the FID Inception network; nothing is downloaded.
 
-The files are `pt_inception-2015-12-05-6726825d.pth` of pytorch-fid and torch-fidelity's
-`weights-inception-2015-12-05-6726825d.pth`, which hold the same 566 tensors, and whatever holds
-tensors of these names: safetensors, or a TorchScript archive.
+`pt_inception-2015-12-05-6726825d.pth` of pytorch-fid and torch-fidelity's
+`weights-inception-2015-12-05-6726825d.pth`, the same 566 tensors, or any file of tensors of these
+names: safetensors, or a TorchScript archive.
 """
 
 import os
@@ -30,14 +30,11 @@ _NORM = ('bn.scale', 'bn.bias', 'bn.running_mean', 'bn.running_var')
 def load_inception(
   path: str | os.PathLike, config: InceptionConfig | None = None, *, mesh: Mesh | None = None
 ) -> tuple[Network, Params]:
-  """Return the network and its parameters, with the batch norms folded into the convolutions.
+  """(network, parameters), batch norms folded into the convolutions.
 
-  Args:
-    path: .pth or .pt (the first only where PyTorch is installed), or .safetensors.
-    mesh: devices that share the parameters; None leaves them on the host.
-
-  Raises:
-    UserError: the file cannot be read, or a tensor is missing, left over or of another shape.
+  path: .pth or .pt (the first only where PyTorch is installed), or .safetensors. mesh: of the
+  parameters; None for the host. UserError: an unreadable file, or a missing, extra or misshapen
+  tensor.
   """
   network = Network.of(Inception, InceptionConfig() if config is None else config)
   path = resolve(path)
@@ -47,10 +44,10 @@ def load_inception(
 
 
 def fold(tensors: Mapping[str, Any], shapes: Params, where: str) -> dict[str, np.ndarray]:
-  """Return published tensors as float32 parameters of `shapes`, as `match` does.
+  """Published tensors as float32 parameters of `shapes`, as `match`.
 
-  A convolution with the norm (y - mean) / sqrt(var + 1e-3) * scale + bias is a convolution. The
-  counts of batches that were seen in training (num_batches_tracked) are left out by rule.
+  A convolution with the norm (y - mean) / sqrt(var + 1e-3) * scale + bias is a convolution.
+  num_batches_tracked is left out.
   """
   tensors = {n: value for n, value in tensors.items() if not n.endswith('.num_batches_tracked')}
   found = match(tensors, _published(shapes), where)
@@ -67,7 +64,7 @@ def fold(tensors: Mapping[str, Any], shapes: Params, where: str) -> dict[str, np
 
 
 def _published(shapes: Params) -> dict[str, jax.ShapeDtypeStruct]:
-  """The shapes before folding: a kernel alone, or with the four vectors of a norm."""
+  """Shapes before folding: a kernel alone, or with the four vectors of a norm."""
   out = {}
   for name, leaf in shapes.items():
     module, _, end = name.rpartition('.')

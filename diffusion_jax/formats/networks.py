@@ -1,10 +1,9 @@
 """Networks in directories, in the layout of diffusers and transformers or in our own.
 
-A directory holds config.json and weights in safetensors, in one file or in shards with an index;
-both libraries' `from_pretrained` open what `save` writes, and `load` opens what they write. Our own
-layout, params.safetensors, has our names and axes, so that every shard of a device is read as it
-lies. Weights go tensor by tensor from the file onto the devices. Nothing here unpickles or
-downloads. The kinds of networks are the rows of `registry.NETWORKS`.
+A directory holds config.json and safetensors, one file or shards with an index, readable and
+writable by both libraries' `from_pretrained` and here. Our own params.safetensors has our names and
+axes, so devices read their shards in place. Weights go tensor by tensor from file to devices.
+Nothing is unpickled or downloaded. Kinds of networks are the rows of `registry.NETWORKS`.
 """
 
 import dataclasses
@@ -64,15 +63,9 @@ TEXTS, WEIGHTS = ('.json', '.txt', '.model'), '.safetensors'
 
 
 def network_format(name: str, where: str = '') -> NetworkFormat:
-  """Return the format of a kind of network, a row of `registry.NETWORKS`.
+  """The format of a row of `registry.NETWORKS`; a class's row has `NetworkFormat.default`.
 
-  A row that is a network's class has `NetworkFormat.default`.
-
-  Args:
-    where: the option or key that gives the name, for the error.
-
-  Raises:
-    UserError: there is no such row.
+  where: the option or key with the name, for the UserError without such a row.
   """
   row = registry.load(registry.NETWORKS, name, where)
   return row if isinstance(row, NetworkFormat) else NetworkFormat.default(row)
@@ -102,10 +95,7 @@ def _formats() -> Iterator[tuple[str, NetworkFormat]]:
 
 
 def resolve(path: str | os.PathLike) -> Path:
-  """Return the file or directory NAME that the package ships for 'asset:NAME', else the path.
-
-  UserError, listing what exists, where there is no such asset.
-  """
+  """The packaged file or directory NAME for 'asset:NAME' (or UserError), other paths unchanged."""
   text = os.fspath(path)
   if not text.startswith(PREFIX):
     return Path(text)
@@ -121,13 +111,10 @@ def resolve(path: str | os.PathLike) -> Path:
 class Part:
   """A network in a directory, unread; or another part of a pipeline, whose files are copied.
 
-  entry: library and class in model_index.json.
-  path: its folder, which may be 'asset:NAME'; empty for a part of a single file.
-  kind: its row of NETWORKS; None where there is none for it.
-  values: config.json of a network.
-  files: what is copied as it is.
-  texts: name -> JSON object that is written with the weights.
-  stored: tensors by published names, of a part of a single file.
+  entry: library and class in model_index.json. path: its folder, perhaps 'asset:NAME'; empty for a
+  part of a single file. kind: its row of NETWORKS, or None. values: config.json of a network.
+  files: copied unchanged. texts: name -> JSON object written with the weights. stored: tensors by
+  published names, of a single file.
   """
 
   entry: tuple[str, str] = ('', '')
@@ -140,18 +127,18 @@ class Part:
 
   @property
   def format(self) -> NetworkFormat:
-    """Of its kind."""
+    """The format of its kind."""
     return network_format(self.kind)
 
   @functools.cached_property
   def config(self) -> Any:
-    """The network's config."""
+    """Config of the network."""
     where = str(resolve(self.path) / CONFIG) if self.path else CONFIG
     return self.format.parse(self.values, where)
 
   @functools.cached_property
   def tensors(self) -> dict[str, Tensor]:
-    """The network's tensors by published names, unread, from either layout."""
+    """Tensors by published names, unread, from either layout."""
     if self.stored is not None or self.kind is None:
       return self.stored or {}
     file, opened = self._open()
@@ -215,7 +202,7 @@ class Part:
 def read_part(
   path: str | os.PathLike, entry: tuple[str, str] = ('', ''), kind: str | None = None
 ) -> Part:
-  """Return one part, of a pipeline or alone; `kind` overrides what its config.json says."""
+  """One part, of a pipeline or alone; `kind` overrides its config.json's."""
   folder = resolve(path)
   file = folder / CONFIG
   values = read_json(inside(file, folder)) if file.is_file() else {}
@@ -254,16 +241,10 @@ def load_params(
 def load(
   kind: str, path: str | os.PathLike, *, dtype=jnp.float32, mesh: Mesh | None = None
 ) -> nnx.Module:
-  """Return the network in a directory, ready to be called.
+  """The network in a directory, ready to be called; UserError: missing, broken or of another kind.
 
-  Args:
-    kind: a row of `registry.NETWORKS`, such as 'unet'.
-    path: the directory; may be 'asset:NAME'.
-    dtype: of the parameters and of the computation.
-    mesh: devices that share the parameters; None leaves them on the host.
-
-  Raises:
-    UserError: something is missing, broken, of another kind, or not implemented.
+  kind: a row of `registry.NETWORKS`, such as 'unet'. path: a directory or 'asset:NAME'. dtype: of
+  the parameters and the computation. mesh: of the parameters; None for the host.
   """
   part = read_network(kind, path)
   params = part.load(dtype=dtype, mesh=mesh)
@@ -275,11 +256,8 @@ def save(
 ) -> None:
   """Write a network as a directory that `load` and, but for 'native', its own library open.
 
-  Args:
-    dtype: 'float32', 'float16' or 'bfloat16'.
-
-  Raises:
-    UserError: a weight that dtype cannot hold, or a network of no known kind.
+  dtype: 'float32', 'float16' or 'bfloat16'. UserError: a weight outside of its range, or an unknown
+  kind.
   """
   save_params(path, module.config, split(module)[1], dtype=dtype, layout=layout)
 
@@ -344,7 +322,7 @@ def as_type(name: str, tensor: Tensor, dtype: str) -> Tensor:
 
 
 def cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
-  """Return `value` as one of DTYPES. UserError, naming it, where that cannot hold its values."""
+  """`value` as one of DTYPES; UserError, naming it, for values out of range."""
   with np.errstate(over='ignore'):
     cast = value.astype(DTYPES[dtype])
   require(

@@ -46,10 +46,7 @@ def check_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
 
 
 def read_header(file: BinaryIO, info: zipfile.ZipInfo) -> Header:
-  """Return the header of the array in a member that has just been opened.
-
-  ValueError where it is none, holds Python objects, or promises other than the member has.
-  """
+  """The header of the array in a member just opened; ValueError: none, objects, or a false size."""
   version = np.lib.format.read_magic(file)
   readers = {
     (1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0,
@@ -67,13 +64,9 @@ def read_header(file: BinaryIO, info: zipfile.ZipInfo) -> Header:
 
 
 def read_arrays(path: str | Path, most: Mapping[str, int]) -> dict[str, np.ndarray]:
-  """Return those of the named arrays that an npz has.
+  """The named arrays that an npz has; most: name -> its largest size in bytes.
 
-  Args:
-    most: the name of each array with the bytes that it may have.
-
-  Raises:
-    ValueError, or whatever zipfile and numpy raise of damaged bytes: see `reading.reading`.
+  ValueError, or whatever zipfile and numpy raise of damaged bytes: see `files.reading`.
   """
   found = {}
   with opened(path) as archive:
@@ -95,10 +88,7 @@ def read_arrays(path: str | Path, most: Mapping[str, int]) -> dict[str, np.ndarr
 
 
 def fill(array: np.ndarray, file: BinaryIO) -> None:
-  """Read a contiguous array from a member up to its end, where the archive compares its checksum.
-
-  EOFError where it ends too early.
-  """
+  """Read a contiguous array to a member's end, where its checksum is checked; EOFError if short."""
   into = memoryview(array.reshape(-1).view(np.uint8))
   while read := file.readinto(into):
     into = into[read:]

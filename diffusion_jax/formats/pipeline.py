@@ -1,11 +1,9 @@
 """A pipeline as a directory: model_index.json and a folder for each part that it names.
 
-The layout is that of diffusers, or our own with the same folders, where the weights are in
-params.safetensors. A model that was trained here has a model_index.json of its own class:
-TextToImage, in which the autoencoder and CLIP may be 'asset:NAME', or Diffusion, which names a
-space and conditioners of any kind; both are read as the same parts, as far as there are such.
-Tensors stay in their files until they are asked for: a `Pipeline` is what a directory or a single
-file says, not its weights.
+The layout is diffusers', or ours with the same folders and params.safetensors. A model trained here
+has its own class in model_index.json: TextToImage, whose autoencoder and CLIP may be 'asset:NAME',
+or Diffusion, with a space and conditioners of any kind; both are read as the same parts. A
+`Pipeline` is a description: tensors stay in their files until used.
 """
 
 import contextlib
@@ -85,12 +83,9 @@ class Pipeline:
     return patch
 
   def scheduler(self, part: str = 'scheduler') -> Scheduler:
-    """Return the noise schedule, the prediction and how to sample.
+    """Noise schedule, prediction and sampling; UserError: no such part, or one not implemented.
 
-    Of a model that was trained here, `index['sample']` says how to sample.
-
-    Raises:
-      UserError: there is no such part, or what it says is not implemented.
+    Sampling of a model trained here is in `index['sample']`.
     """
     require(part in self.parts, f'{INDEX} names no {part}; give a text-to-image pipeline.')
     values, where = self.parts[part].json(SCHEDULER)
@@ -121,13 +116,9 @@ def is_pipeline(path: Path) -> bool:
 
 
 def read_pipeline(path: str | os.PathLike, names: Container[str] | None = None) -> Pipeline:
-  """Return the pipeline in a directory of either layout, or 'asset:NAME'.
+  """The pipeline in a directory of either layout, or 'asset:NAME'; names: required parts, or all.
 
-  Args:
-    names: of the parts that are read; None for all, each of which must then be there.
-
-  Raises:
-    UserError: no pipeline, or a part that is missing or broken, or leads out of the directory.
+  UserError: no pipeline, or a part that is missing, broken or outside of the directory.
   """
   directory = resolve(path)
   require(
@@ -173,10 +164,7 @@ def read_pipeline(path: str | os.PathLike, names: Container[str] | None = None) 
 
 
 def _own_parts(directory: Path, index: Mapping[str, Any]) -> dict[str, Part]:
-  """The parts of a model that was trained here, by the names that diffusers has for them.
-
-  One of the class DIFFUSION may have no autoencoder and no text encoder.
-  """
+  """Parts of a model trained here, by diffusers' names; of DIFFUSION perhaps without some."""
   if index['_class_name'] == TEXT_TO_IMAGE:
     paths = {'unet': 'unet'} | {
       name: text if (text := str(index.get(role, role))).startswith('asset:') else role
@@ -216,7 +204,7 @@ def _text_paths(options: Mapping[str, Any]) -> dict[str, str]:
 
 
 def own_path(path: str, directory: Path) -> str:
-  """Return where a part lies that an index names. UserError for one outside of the directory."""
+  """The path of a part in an index; UserError for one outside of the directory."""
   return path if path.startswith('asset:') else str(inside(directory / path, directory))
 
 
@@ -233,10 +221,9 @@ def _leave_out_pickles(pipeline: Pipeline, folder: Path, name: str, part: Part) 
 
 
 def write_pipeline(pipeline: Pipeline, path: Path, layout: str, dtype: str | None) -> None:
-  """Write the directory, all or nothing; with unchanged types where dtype is None.
+  """Write the directory atomically; types are unchanged where dtype is None.
 
-  Raises:
-    UserError: a network that we do not implement (native), or values that dtype cannot hold.
+  UserError: a network not implemented here (native), or values out of dtype's range.
   """
   with new_directory(path) as folder:
     for name, part in pipeline.parts.items():
@@ -272,7 +259,7 @@ def _to_native(part: Part, folder: Path) -> dict[str, Tensor]:
 
 
 def typed(tensors: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
-  """Return the tensors in another floating type; whole numbers stay, all where dtype is None."""
+  """The tensors in another floating type; whole numbers stay, all where dtype is None."""
   is_floating = lambda tensor: tensor.dtype.kind in 'fV'  # Those of ml_dtypes have the kind V.
   return {
     name: as_type(name, tensor, dtype) if dtype and is_floating(tensor) else tensor
@@ -298,7 +285,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def export_scheduler(directory: Path, scheduler: Scheduler) -> dict[str, str]:
-  """Write scheduler/scheduler_config.json and return what model_index.json says of it."""
+  """Write scheduler/scheduler_config.json and return its entries of model_index.json."""
   values, why = scheduler_or_plain(scheduler)
   (directory / 'scheduler').mkdir(parents=True, exist_ok=True)
   if values is not None:
@@ -324,7 +311,7 @@ def save_changed(
 ) -> None:
   """Write a copy of the pipeline in `source` with other (config, params) for some roles.
 
-  Single files of weights next to the parts are of the old model and left behind.
+  Single files of weights next to the parts, which are of the old model, are left out.
   """
   origin = resolve(source)
   folders = {role: folder_of(role, read_json(origin / INDEX)) for role in changed}

@@ -1,11 +1,9 @@
-"""The rules that all networks share between our parameters and configs and the published ones.
+"""Rules between our parameters and configs and the published ones, for all networks.
 
-Modules are named alike, so only leaves differ: kernel, scale and embedding are all `weight`, a
+Modules are named alike, only leaves differ: kernel, scale and embedding are all `weight`, a
 convolution is stored [o i h w] instead of [h w i o], a matrix [out in] instead of [in out]. Both
-directions are total: a missing, unused or misshapen tensor is an error that names it.
-
-A key of config.json that is no field of ours is accepted only with the values under which the
-published network computes what ours does; anything else is an error that names the key.
+directions are total: a missing, unused or misshapen tensor is an error that names it. An unknown
+key of config.json is an error, but with values under which the computation is ours.
 """
 
 import collections
@@ -32,7 +30,7 @@ _WEIGHTS = ('kernel', 'scale', 'embedding')
 
 
 def published_name(name: str) -> str:
-  """Return 'a.0.weight' for 'a.0.kernel'; names without such a leaf, such as logit_scale, stay."""
+  """'a.0.weight' for 'a.0.kernel'; names without such a leaf, such as logit_scale, stay."""
   module, _, leaf = name.rpartition('.')
   return f'{module}.weight' if module and leaf in _WEIGHTS else name
 
@@ -69,13 +67,9 @@ def to_published_names(names: Iterable[str]) -> dict[str, str]:
 def match(
   tensors: Mapping[str, Any], shapes: Mapping[str, Any], where: str, native: bool = False
 ) -> dict[str, Any]:
-  """Return tensors by published names, unread, by the names of `shapes`.
+  """Tensors by published names, unread, by the names of `shapes`; `native` ones are ours already.
 
-  Those of our own layout are `native`, with our names and shapes already. `where` names the source
-  in errors.
-
-  Raises:
-    UserError: a tensor is missing, left over or of another shape.
+  `where` names the source. UserError: a tensor is missing, left over or of another shape.
   """
   names = {name: name for name in shapes} if native else to_published_names(shapes)
   same_names(set(tensors), set(names.values()), where)
@@ -146,14 +140,12 @@ GENERAL = dict.fromkeys((
 class NetworkFormat:
   """One kind of network: how it is built, described in config.json and stored.
 
-  module, config: the network, and the dataclass that it is made from.
-  names: what config.json may have under `key`; the first is written.
-  key: '_class_name', as in diffusers, or one of transformers' keys.
-  accepted: keys that are no fields of `config` -> the value that each may have, or ANY.
-  defaults: of keys that are missing, where the library has others than `config`.
-  written: keys that are written with the fields.
-  rename: a tensor's name in a file -> its name by the modules of our network, `.weight` for every
-  kernel, scale and embedding; None for a tensor that holds no parameter, such as a position table.
+  module, config: the network, and its config's dataclass. names: values in config.json of `key`;
+  the first is written. key: '_class_name' (diffusers), or one of transformers'. accepted: keys that
+  are no fields of `config` -> the allowed value, or ANY. defaults: of missing keys, where not those
+  of `config`. written: keys written with the fields. rename: a tensor's name in a file -> its name
+  by our modules, `.weight` for every kernel, scale and embedding; None for one without a parameter,
+  such as a position table.
   """
 
   module: type
@@ -167,10 +159,9 @@ class NetworkFormat:
 
   @classmethod
   def default(cls, module: type) -> 'NetworkFormat':
-    """Return the format of a network that no library knows: its class name and its config's fields.
+    """The format of a network of no library: its class name and its config's fields.
 
-    Raises:
-      TypeError: the network's __init__ takes no `config` that is annotated with a dataclass.
+    TypeError: its __init__ takes no `config` annotated with a dataclass.
     """
     config = typing.get_type_hints(module.__init__).get('config')
     if not dataclasses.is_dataclass(config):
@@ -179,7 +170,7 @@ class NetworkFormat:
 
   @property
   def weights(self) -> str:
-    """The name of the file of weights in the library's layout."""
+    """The library's name of the file of weights."""
     return DIFFUSERS if self.key == '_class_name' else TRANSFORMERS
 
   def matches(self, values: Mapping[str, Any]) -> bool:
@@ -211,10 +202,9 @@ def _shapes(module: type, config: Any) -> Params:
 def parse_config(
   cls: type, values: Mapping[str, Any], accepted: Mapping[str, Any], where: str
 ) -> Any:
-  """Return a `cls` from those of `values` that are its fields, after judging all the others.
+  """A `cls` from those of `values` that are its fields; others must be `accepted`.
 
-  Every field has the type that `cls` says, its numbers are finite, and null stands for the default
-  where the type does not have it.
+  Types are those of `cls`, numbers finite; null stands for a default of another type.
   """
   hints = typing.get_type_hints(cls)
   for key, value in values.items():

@@ -1,8 +1,7 @@
 """scheduler_config.json of diffusers <-> our noise schedule, prediction, sampler and grid.
 
-A scheduler of diffusers is all of these at once. Keys of other classes are ignored, as in
-diffusers; one that its class uses and that has no counterpart is an error that names it. What is
-written is read back, and refused unless it is the same.
+Keys of other classes are ignored, as in diffusers; one in use without a counterpart is an error
+that names it. Whatever is written is read back, and refused unless the same.
 """
 
 import dataclasses
@@ -37,8 +36,8 @@ from diffusion_jax.formats.scheduler_classes import (
 class Scheduler:
   """A scheduler_config.json in our terms.
 
-  sampler, options: of `diffusion.samplers.sampler`. spacing, grid: of `sampling_grid`. The others
-  are as in `NoiseSchedule`, `Parameterization` and `pipelines.sampling.SampleConfig`.
+  sampler, options: of `diffusion.samplers.sampler`. spacing, grid: of `sampling_grid`. Others as in
+  `NoiseSchedule`, `Parameterization` and `pipelines.sampling.SampleConfig`.
   """
 
   schedule: NoiseConfig = NoiseConfig()
@@ -72,11 +71,7 @@ _LEVELS = {
 }
 """Arguments that choose noise levels -> our spacing, the first that is set counts."""
 def read_scheduler(values: Values, where: str) -> Scheduler:
-  """Return what a scheduler_config.json says.
-
-  Raises:
-    UserError: a class or a setting that has no counterpart here; it is named.
-  """
+  """Read a scheduler_config.json; UserError names a class or setting without a counterpart."""
   name = values.get('_class_name')
   require(
     isinstance(name, str) and name in CLASSES,
@@ -143,10 +138,7 @@ def _threshold_values(scheduler: Scheduler) -> dict[str, Any]:
 
 
 def _steps(name: str, values: Values) -> tuple[str, dict[str, Any]]:
-  """The sampler and its options; `_steps_values` is the inverse.
-
-  UserError for steps that no sampler takes.
-  """
+  """The sampler and its options, the inverse of `_steps_values`; UserError: steps of no sampler."""
   own = [steps for steps in STEPS if steps.kind == name]
   fits = [s for s in own if all(values[key] == value for key, value in s.there.items())]
   keys = dict.fromkeys(key for steps in own for key in steps.there)
@@ -205,7 +197,7 @@ def _steps_values(steps: Steps, options: Values) -> dict[str, Any]:
 
 
 def _tau_window(config: NoiseConfig, timesteps: str) -> dict[str, Any]:
-  """The noise levels of `TAU_TIMESTEPS`, by the timesteps that the network is given."""
+  """Noise levels of `TAU_TIMESTEPS`, by the network's timesteps."""
   alphas, sigmas = config.table()
   if len(alphas) <= TAU_TIMESTEPS[0]:
     return {'tau': 0.0}
@@ -253,7 +245,7 @@ def _table_grid(name: str, values: Values) -> Grid:
 
 
 def _levels(values: Values) -> str | None:
-  """The spacing of noise levels, if the config chooses one."""
+  """The spacing of noise levels, if any."""
   return next((ours for key, ours in _LEVELS.items() if values.get(key)), None)
 
 
@@ -303,7 +295,7 @@ _GRIDS = {'table': _table_grid, 'sigma': _sigma_grid, 'solver': _solver_grid}
 
 
 def _grid_values(scheduler: Scheduler) -> dict[str, Any]:
-  """The inverse of all grids, where they have one."""
+  """The inverse of all grids."""
   grid, spacing = scheduler.grid, scheduler.spacing
   clean = grid.get('set_alpha_to_one', True)
   values = {
@@ -375,10 +367,9 @@ def _edm(name: str, values: Values) -> Scheduler:
 
 
 def write_scheduler(scheduler: Scheduler) -> dict[str, Any]:
-  """Return the scheduler_config.json that `read_scheduler` and diffusers read back.
+  """The scheduler_config.json that `read_scheduler` and diffusers read back.
 
-  Raises:
-    UserError: diffusers has no class for the sampler, or none with such a schedule or spacing.
+  UserError: diffusers has no class for the sampler, or none with such a schedule or spacing.
   """
   schedule, options = scheduler.schedule, scheduler.options
   if not schedule.is_table:
@@ -426,10 +417,9 @@ def _check_same(scheduler: Scheduler, again: Scheduler, name: str) -> None:
 
 
 def scheduler_or_plain(scheduler: Scheduler) -> tuple[dict[str, Any] | None, str | None]:
-  """Return the scheduler_config.json for an export, and why it samples otherwise, if it does.
+  """The scheduler_config.json for an export, and why it samples otherwise, if it does.
 
-  Where diffusers has nothing for the sampler or the spacing, that is a scheduler with plain Euler
-  or DDIM steps on the same noise schedule; None where it has no class for that either.
+  Without a counterpart it has plain Euler or DDIM steps on the same noise schedule, or is None.
   """
   ddim = dataclasses.replace(scheduler, sampler='ddim')
   spacing = {'flow': 'linspace', 'karras': 'karras'}.get(scheduler.schedule.process, 'trailing')
@@ -449,7 +439,7 @@ def scheduler_or_plain(scheduler: Scheduler) -> tuple[dict[str, Any] | None, str
 
 
 def _write_process(scheduler: Scheduler) -> dict[str, Any]:
-  """The config of Euler's steps on a process in continuous time; DDIM's are the same there."""
+  """Config of Euler's (there also DDIM's) steps on a process in continuous time."""
   noise, grid = scheduler.schedule, scheduler.grid
   expected = {'flow': ('sigma', 'flow_prediction'), 'karras': ('log_snr', 'edm')}
   require(

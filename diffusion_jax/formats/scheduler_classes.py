@@ -1,7 +1,7 @@
 """The scheduler classes of diffusers that are read, and every argument of each.
 
-An argument is read, or allowed one value alone, or has no effect on what is sampled, for the reason
-given. Which sampler takes which steps is a table that `scheduler` reads in both directions.
+An argument is read, allowed one value alone, or without effect on samples, for the reason given.
+The table of samplers and steps is read by `scheduler` in both directions.
 """
 
 import dataclasses
@@ -19,13 +19,10 @@ class SchedulerClass:
   """One class: what of it is read.
 
   family: 'table', by timesteps and alpha-bar; 'sigma', after k-diffusion; 'solver', in log-SNR, the
-  last timestep left out; 'flow'; 'edm'.
-  reads: argument -> its default, of those that are read.
-  only: argument -> the values it may have, its default first; others are refused.
-  idle: argument -> why it has no effect.
-  hidden: keys that are no arguments, but that the class uses if a config has them.
-  predictions: what networks may predict; the class has no formula for others.
-  names: argument -> its values, with what each is taken for: some classes know the names of others.
+  last timestep left out; 'flow'; 'edm'. reads: argument -> default. only: argument -> allowed
+  values, the default first. idle: argument -> why it has no effect. hidden: keys that are no
+  arguments, but used. predictions: those the class has formulas for. names: argument -> values
+  known by other names.
   """
 
   family: str
@@ -204,10 +201,7 @@ _KNOWN = {
 
 
 def read_arguments(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-  """Return the arguments that a class of CLASSES reads, of the type of their defaults.
-
-  UserError for any other value, and for one that is refused.
-  """
+  """The arguments that a class of CLASSES reads, of their defaults' types; or UserError."""
   spec = CLASSES[name]
   for key, allowed in spec.only.items():
     value = values.get(key)

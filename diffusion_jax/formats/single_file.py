@@ -57,8 +57,7 @@ def _rules(name: str, part: Part, style: str) -> list[Rule]:
 def write_single_file(pipeline: Pipeline, path: Path, dtype: str | None) -> list[str]:
   """Write U-Net, autoencoder and text encoders into one file; return sentences on the rest.
 
-  Raises:
-    UserError: the file exists, or a part has no names in such a file.
+  UserError: the file exists, or a part has no names in such a file.
   """
   require(not path.exists(), f'{path} is there already; give a new path.')
   networks = {name: part for name, part in pipeline.parts.items() if part.kind}
@@ -146,15 +145,11 @@ def _configs(family: str, shapes: dict[str, tuple], prediction: str) -> dict[str
 
 
 def read_single_file(path: Path, prediction: str | None, tokenizers: Path | None) -> Pipeline:
-  """Return the pipeline in a single file, with the configs that its shapes and its family tell.
+  """The pipeline in a single file, its configs by shapes and family.
 
-  Args:
-    prediction: 'epsilon' or 'v_prediction', where the file does not say it.
-    tokenizers: a directory with the tokenizer's files, or with tokenizer/ and tokenizer_2/ in it.
-
-  Raises:
-    UserError: the file is broken, of no known family or holds another model, too, a tensor is
-      missing, or the prediction or the tokenizers are not known.
+  prediction: 'epsilon' or 'v_prediction', if not in the file. tokenizers: a directory with the
+  files, or with tokenizer/ and tokenizer_2/. UserError: a broken file, no known family or another
+  model, too, a missing tensor, or unknown prediction or tokenizers.
   """
   opened = open_tensors(path)
   name = of_names(opened, str(path))
@@ -271,7 +266,7 @@ def _schedulers(family: str, prediction: str, zero_snr: bool) -> dict[str, Part]
 
 
 def _tokenizers(configs: list[str], given: Path | None) -> dict[str, Part]:
-  """The tokenizers that a single file does not hold."""
+  """Tokenizers, which a single file lacks."""
   wanted = [name.replace('text_encoder', 'tokenizer') for name in configs if 'text' in name]
   sentence = 'A single file holds no tokenizer; give --tokenizer DIR, a folder with '
   require(

@@ -1,14 +1,12 @@
 """Tensors in single files of Stable Diffusion: names and shapes <-> those of diffusers.
 
-Single files have other names for the same tensors. A network's own names tell all of them: a table
-of `Rule`s is total in both directions; it renames tensors, reshapes, transposes and stacks them,
-and computes nothing. In the other direction the shapes in a file tell a network's config.json.
+A table of `Rule`s made of a network's own names is total in both directions: it renames, reshapes,
+transposes and stacks. In the other direction shapes determine config.json.
 
-The U-Net's blocks are numbered through: input_blocks.0 is the first convolution, then each level
-has its layers and, but for the last level, a downsampling; output_blocks count the layers upwards,
-one more at each level, and a level's last block also holds its upsampling. The autoencoder counts
-its levels upwards by resolution, with attention as convolutions. A text encoder has its own names,
-or OpenCLIP's.
+U-Net: input_blocks.0 is the first convolution; each level has its layers and, but for the last, a
+downsampling; output_blocks go upwards, one more a level, the last one with the upsampling.
+Autoencoder: levels upwards by resolution, attention as convolutions. Text encoder: its own names or
+OpenCLIP's.
 """
 
 import re
@@ -180,7 +178,7 @@ _OF_TEXT = {
 
 
 def text_rules(names: Iterable[str], style: str) -> list[Rule]:
-  """Return the rules for the published names of a text encoder's tensors.
+  """Rules for the published names of a text encoder's tensors.
 
   style: 'clip', with these names, or 'open_clip': queries, keys and values in one matrix, the
   projection as [in out].
@@ -206,12 +204,10 @@ def text_rules(names: Iterable[str], style: str) -> list[Rule]:
 def unet_config(
   shapes: Shapes, where: str, *, heads: int | None, pooled: int | None
 ) -> dict[str, Any]:
-  """Return config.json of diffusers' UNet2DConditionModel, by the tensors without the prefix.
+  """config.json of diffusers' UNet2DConditionModel, by the tensors without the prefix.
 
-  Args:
-    heads: number at every level; None for one head for every 64 channels.
-    pooled: width of the pooled text that sizes are added to, of Stable Diffusion XL; None for
-      another family, where an MLP over labels is of noise levels.
+  heads: at every level; None: one per 64 channels. pooled: width of Stable Diffusion XL's pooled
+  text; None for other families, where an MLP over labels is of noise levels.
   """
   get = lambda module: _shape(shapes, module, where)
   depth_of = _depths(shapes)
@@ -288,10 +284,7 @@ def _label_config(shapes: Shapes, where: str, pooled: int | None) -> dict[str, A
 
 
 def autoencoder_config(shapes: Shapes, where: str) -> dict[str, Any]:
-  """config.json of diffusers' AutoencoderKL, by the tensors without the prefix.
-
-  What shapes do not tell, the scaling factor above all, is not in it.
-  """
+  """config.json of diffusers' AutoencoderKL by the tensors; shapes lack its scaling factor."""
   require(
     'encoder.conv_in.weight' in shapes and 'decoder.conv_in.weight' in shapes,
     f'{where} holds no autoencoder; give a whole model.',

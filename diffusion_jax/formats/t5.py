@@ -13,7 +13,7 @@ _ACCEPTED = GENERAL | dict.fromkeys((
 
 
 def _encoder(name: str) -> str | None:
-  """The table of tokens has two names, and a whole T5 also has a decoder, which we leave out."""
+  """The token table has two names; a whole T5 also has a decoder, left out."""
   if name.startswith(('decoder.', 'lm_head.')):
     return None
   return 'shared.weight' if name == 'encoder.embed_tokens.weight' else name

@@ -1,8 +1,8 @@
 """Safetensors files as tables of tensors that stay on the disk until they are read.
 
-The library checks a file's header: its length, that offsets neither overlap nor leave the file,
-that sizes fit shapes. After that each tensor is memory-mapped by itself, so that no more of a file
-is in memory than the tensor at hand, and a slice of it reads only its own part.
+The library checks the header: length, offsets without overlap and within the file, sizes. Each
+tensor is memory-mapped by itself, so one tensor at a time is in memory, and a slice reads its own
+part.
 """
 
 import dataclasses
@@ -68,10 +68,9 @@ def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) ->
 
 
 def open_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
-  """Return the tensors of a safetensors file, or of all that a *.safetensors.index.json names.
+  """The tensors of a safetensors file, or of all that a *.safetensors.index.json names.
 
-  Raises:
-    UserError: no such file, a pickle, or a file that is not whole and well-formed.
+  UserError: no such file, a pickle, or a file that is cut or malformed.
   """
   path = Path(path)
   if path.name.endswith(INDEX):
@@ -105,7 +104,7 @@ def metadata(path: str | os.PathLike) -> dict[str, str]:
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-  """(the header, the place of the first tensor's bytes). UserError unless the file is whole."""
+  """(the header, the place of the first tensor's bytes); UserError unless the file is complete."""
   require(path.is_file(), f'There is no file {path}; check the path.')
   with reading(path, 'is not a whole safetensors file'):
     with open(path, 'rb') as file:
@@ -141,10 +140,7 @@ def write_tensors(
   path: str | os.PathLike, tensors: Mapping[str, Tensor | np.ndarray],
   texts: Mapping[str, str] | None = None,
 ) -> None:
-  """Write a safetensors file, one tensor at a time; it appears whole or not at all.
-
-  The widest types come first, as the format wants its tensors aligned.
-  """
+  """Write a safetensors file atomically, one tensor at a time, the widest types first (aligned)."""
   order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
   header: dict[str, Any] = {'__metadata__': {'format': 'pt', **(texts or {})}}
   end = 0
@@ -183,7 +179,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-  """Write a JSON object; the file appears whole or not at all."""
+  """Write a JSON object atomically."""
   text = json.dumps(values, indent=2, sort_keys=True) + '\n'
   with atomic_write(path, flushed=True) as file:
     file.write(text.encode())

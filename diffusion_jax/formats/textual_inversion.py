@@ -1,9 +1,8 @@
 """Files of textual inversion (Gal et al. 2022): learned rows for the table of token embeddings.
 
-diffusers' files hold one tensor called by its token, and a directory has one for each text encoder.
-AUTOMATIC1111's hold `emb_params`, or for the two encoders of Stable Diffusion XL `clip_l` and
-`clip_g`; there the token is the file's name. Files of LoRA may hold inversions of either layout,
-under `bundle_emb.TOKEN.` or as they are.
+diffusers: one tensor named by its token, a file for each text encoder. AUTOMATIC1111: `emb_params`,
+or `clip_l` and `clip_g` for Stable Diffusion XL, the token being the file's name. Files of LoRA may
+hold either, under `bundle_emb.TOKEN.` or as they are.
 """
 
 import os
@@ -42,13 +41,9 @@ def read_textual_inversion(
 ) -> TextualInversion:
   """Read a file of either layout; of a .pt file only arrays, never code, and only with PyTorch.
 
-  Args:
-    path: the file, or a directory with one or both of FILES.
-    widths: of the table of each text encoder, by role ('text_encoder', 'text_encoder_2'); checks
-      the rows, and tells whose a diffusers file of one encoder of several is. None: no check.
-
-  Raises:
-    UserError: no such layout, or rows of another width or number than the encoders take.
+  path: a file, or a directory with one or both of FILES. widths: of each text encoder's table, by
+  role ('text_encoder', 'text_encoder_2'), to check rows and find the encoder of a diffusers file;
+  None: no check. UserError: no such layout, or rows of another width or number.
   """
   path = Path(path)
   if path.is_dir():
@@ -69,11 +64,7 @@ def read_textual_inversion(
 def bundled_inversions(
   path: str | os.PathLike, widths: Mapping[str, int] | None = None
 ) -> list[TextualInversion]:
-  """Return the textual inversions in a safetensors file of a LoRA; arguments as above.
-
-  Raises:
-    UserError: a word of no known layout, or one that does not fit the encoders.
-  """
+  """The textual inversions in a safetensors file of a LoRA; `widths` as above; or UserError."""
   path = Path(path)
   if path.suffix in PICKLES:
     return []
@@ -134,7 +125,7 @@ def _read_directory(path: Path, widths: Mapping[str, int] | None) -> TextualInve
 
 
 def _role(path: Path, value: np.ndarray, widths: Mapping[str, int] | None) -> str:
-  """The encoder that the file's name or else the width of its table tells; or else the first."""
+  """The encoder by the file's name, else by its table's width, else the first."""
   for role, name in FILES.items():
     if path.name == name and role != 'text_encoder':
       return role
@@ -178,9 +169,9 @@ def _read_pickle(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
 def write_textual_inversion(
   path: str | os.PathLike, learned: TextualInversion, layout: str = 'diffusers'
 ) -> None:
-  """Write safetensors. In layout 'a1111' the token is not stored: it is the file's name.
+  """Write safetensors; in layout 'a1111' the token is the file's name.
 
-  UserError for two encoders in diffusers' layout, which has one file for each: write them apart.
+  UserError for two encoders in diffusers' layout, which has one file for each.
   """
   require(layout in LAYOUTS, f'layout must be one of {", ".join(LAYOUTS)}, not {layout!r}.')
   rows = {role: np.asarray(value) for role, value in learned.embeddings.items()}

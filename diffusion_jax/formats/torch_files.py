@@ -1,8 +1,8 @@
 """Files of PyTorch, read as data: nothing in them is ever run.
 
-Those that `torch.save` wrote are read by PyTorch itself with weights_only, which refuses whatever
-is not plain data. TorchScript archives hold code with the tensors; of them the table of
-attributes is read, by an unpickler that knows five names, and the tensors that it points to.
+Those of `torch.save` are read by PyTorch with weights_only, which refuses all but plain data. Of
+TorchScript archives, with code and tensors, the table of attributes is read by an unpickler of five
+names, and the tensors that it points to.
 """
 
 import functools
@@ -38,10 +38,9 @@ MOST_COPIES = 4
 
 
 def load_plain(path: str | os.PathLike) -> dict[str, Any]:
-  """Return the dictionary that `torch.save` wrote: tensors, texts, numbers, never code.
+  """The dictionary that `torch.save` wrote: tensors, texts, numbers, never code.
 
-  Raises:
-    UserError: no such file, no PyTorch, anything but plain data, or no dictionary.
+  UserError: no such file, no PyTorch, anything but plain data, or no dictionary.
   """
   path = Path(path)
   require(path.is_file(), f'There is no file {path}; check the path.')
@@ -62,10 +61,7 @@ def load_plain(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def tensors_of(values: dict[str, Any], path: str | os.PathLike) -> dict[str, np.ndarray]:
-  """Return the tensors among the `values` of a file; all floating types become float32.
-
-  UserError for tensors that are no plain arrays, or larger than what is stored of them.
-  """
+  """The tensors among a file's `values`; floating types become float32; UserError if not plain."""
   import torch
 
   found = {name: t.detach() for name, t in values.items() if isinstance(t, torch.Tensor)}
@@ -101,10 +97,10 @@ def is_script(path: str | os.PathLike) -> bool:
 
 
 def read_script(path: str | os.PathLike) -> dict[str, np.ndarray]:
-  """Return what a TorchScript archive holds by dotted name; none of its code is run.
+  """A TorchScript archive's values by dotted name; none of its code is run.
 
-  UserError where it is damaged, holds other things than modules, tensors and plain values, or
-  tensors that are larger than what is stored of them.
+  UserError: damage, other objects than modules, tensors and plain values, or tensors larger than
+  their storage.
   """
   path = Path(path)
   with reading(path, 'is not a whole TorchScript archive'), _open_archive(path) as archive:
@@ -127,10 +123,7 @@ def _is_archive(path: Path) -> bool:
 
 
 def _open_archive(path: Path) -> zipfile.ZipFile:
-  """An archive of PyTorch, which may not unpack to more than it is: its data are not compressed.
-
-  Only the code of a script may be, which is not read.
-  """
+  """An archive of PyTorch, its data uncompressed, so that it cannot unpack to more than it is."""
   with reading(path, 'is not a whole archive of PyTorch'):
     archive = zipfile.ZipFile(path)
     entries = archive.infolist()
@@ -218,11 +211,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _tensors(root: _Module) -> Iterator[tuple[str, np.ndarray]]:
-  """(dotted name, tensor) of everything below a module.
-
-  A module may stand in several places, in each of which it has other names; those are counted, as
-  modules within each other can stand for any number.
-  """
+  """(dotted name, tensor) of everything below a module, bounded for modules in several places."""
   stack, count = [('', root)], 0
   while stack:
     prefix, module = stack.pop()

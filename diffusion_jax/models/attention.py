@@ -47,11 +47,7 @@ def xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None)
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str = 'cudnn') -> jax.Array:
-  """FlashAttention (Dao 2023) as cuDNN has it.
-
-  JAX gives it a gradient for even lengths alone, so that odd ones are filled up by one; the key
-  that this adds has no weight.
-  """
+  """FlashAttention (Dao 2023) of cuDNN; odd lengths, without gradient in JAX, are padded by one."""
   n, keys = q.shape[1], k.shape[1]
   even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
   y = jax.nn.dot_product_attention(
@@ -279,8 +275,8 @@ class FeedForward(nnx.Module):
 class BasicTransformerBlock(nnx.Module):
   """Self-attention, attention to the text, feed-forward; each pre-normed and residual.
 
-  x [b n c], text [b l d] -> [b n c] (Rombach et al. 2022, appendix E.2.1). `only_text`: the first
-  attention is to the text as well, so that positions do not see each other (the x4 upscaler).
+  x [b n c], text [b l d] -> [b n c] (Rombach et al. 2022, appendix E.2.1). only_text: the first is
+  cross-attention, too (the x4 upscaler).
   """
 
   def __init__(
@@ -304,8 +300,8 @@ class BasicTransformerBlock(nnx.Module):
 class Transformer2DModel(Blocks):
   """Transformer over the positions of a feature map: x [b h w c], text [b l d] -> [b h w c].
 
-  `linear_projection` only decides how proj_in and proj_out are stored: dense [c c] as in SD2, or
-  1x1 convolution [1 1 c c] as in SD1; the computation is the same.
+  linear_projection: proj_in and proj_out are stored dense [c c] as in SD2, or as 1x1 convolutions
+  [1 1 c c] as in SD1; the computation is the same.
   """
 
   def __init__(

@@ -1,14 +1,13 @@
 """The KL autoencoder of latent diffusion (Rombach et al. 2022, sec. 3.1 and appendix G).
 
-Shape and names are those of Stable Diffusion's (diffusers' AutoencoderKL): every norm has epsilon
-1e-6, downsampling pads right and bottom only, attention has one head as wide as its channels. The
-vector-quantised autoencoder shares encoder and decoder.
+Shapes and names are Stable Diffusion's (diffusers' AutoencoderKL): norms have epsilon 1e-6,
+downsampling pads right and bottom, attention has one head. The VQ autoencoder shares encoder and
+decoder.
 
-`decode_sliced` and `decode_tiled` are for what does not fit in memory. They work with any object
-that has `decode` and `config.factor`, and can be jitted: shapes alone decide the parts, which
-lax.map takes one after the other. For Stable Diffusion's autoencoder in float32, XLA's plan for
-CPUs needs for activations 3.5 GiB to decode one image of 1024 x 1024 and 0.9 GiB in tiles, 7.0 GiB
-for eight of 512 x 512 and 0.9 GiB in slices.
+`decode_sliced` and `decode_tiled` save memory for any object with `decode` and `config.factor`, and
+can be jitted: parts follow from shapes, one after the other in lax.map. Activations of Stable
+Diffusion's in float32 on CPUs, by XLA's plan: 3.5 GiB for one 1024 x 1024 image, 0.9 GiB in tiles;
+7.0 GiB for eight of 512 x 512, 0.9 GiB in slices.
 """
 
 import dataclasses
@@ -43,11 +42,11 @@ EPSILON = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig(NetworkConfig):
-  """What encoder and decoder read of a config; the defaults are Stable Diffusion 1's.
+  """Config of encoder and decoder; the defaults are Stable Diffusion 1's.
 
-  The size factor is 2^(len(block_out_channels) - 1). `scaling_factor` is not applied by the
-  network. `sample_size` (pixels) is kept for other libraries: the tile of diffusers' tiling. Empty
-  block types mean no attention but the middle's.
+  The size factor is 2^(len(block_out_channels) - 1). The network does not apply scaling_factor.
+  sample_size (pixels) is for other libraries: the tile of diffusers' tiling. Empty block types: no
+  attention but the middle's.
   """
 
   in_channels: Width = 3
@@ -188,8 +187,7 @@ class Decoder(_Half):
 class AutoencoderKLConfig(AutoencoderConfig):
   """The keys of a diffusers AutoencoderKL config.json.
 
-  latents = (z - shift_factor) * scaling_factor. `force_upcast` is kept for diffusers' pipelines: it
-  tells them not to decode in half precision.
+  latents = (z - shift_factor) * scaling_factor. force_upcast: no half precision in diffusers.
   """
 
   use_quant_conv: bool = True
@@ -210,9 +208,9 @@ class AutoencoderKL(nnx.Module):
     self.post_quant_conv = pointwise(c, c, **kw) if config.use_post_quant_conv else None
 
   def encode(self, images: Images) -> tuple[Latents, Latents]:
-    """Images [b h w 3] in [-1, 1] -> (mean, log-variance), each [b h/f w/f c], unscaled.
+    """Images [b h w 3] in [-1, 1] -> (mean, log-variance in [-30, 20]) [b h/f w/f c], unscaled.
 
-    The log-variance is clipped to [-30, 20]. UserError where h or w is no multiple of f.
+    UserError where h or w is no multiple of f.
     """
     check_size(images.shape, self.config.in_channels, self.config.factor, 'The images to encode')
     moments = self.encoder(images)
@@ -241,13 +239,12 @@ def decode_sliced(autoencoder: Any, z: Latents, *, at_once: int = 1) -> Images:
 
 
 def decode_tiled(autoencoder: Any, z: Latents, *, tile: int = 64, overlap: int = 16) -> Images:
-  """Return autoencoder.decode(z) of overlapping tiles; `tile` and `overlap` are in latent cells.
+  """autoencoder.decode(z) of overlapping tiles; `tile` and `overlap` are in latent cells.
 
-  Tiles start every `tile - overlap` cells and end with the image. Where two overlap, the result
-  goes linearly from one to the other, as in diffusers' `enable_tiling` (there the overlap is a
-  quarter of the tile). Norms and attention see one tile only, so that colours may differ a little
-  from those of the image decoded whole. Tiles at the right and bottom edges are smaller, and each
-  shape of tile is compiled once: at most nine. UserError where 2 overlap > tile.
+  Tiles start every `tile - overlap` cells, overlaps are blended linearly, as in diffusers'
+  `enable_tiling` (overlap a quarter of the tile). Norms and attention see one tile, so colours may
+  differ a little. Edge tiles are smaller; each shape, at most nine, is compiled once. UserError
+  where 2 overlap > tile.
   """
   require(0 <= 2 * overlap <= tile and tile > 0,
           f'overlap={overlap} must be at least 0 and at most half of tile={tile}.')
@@ -270,9 +267,9 @@ def decode_tiled(autoencoder: Any, z: Latents, *, tile: int = 64, overlap: int =
 
 
 def _blend(tiles: dict[tuple[int, int], jax.Array], step: int, keep: int, blend: int) -> jax.Array:
-  """Join tiles of which each shows its first `keep` rows and columns.
+  """Join tiles, each shown by its first `keep` rows and columns.
 
-  A tile's first `blend` rows and columns go over from the finished tiles above and to the left.
+  Its first `blend` are faded in from the finished tiles above and to the left.
   """
   finished: dict[tuple[int, int], jax.Array] = {}
   rows: dict[int, list[jax.Array]] = {}

@@ -1,7 +1,7 @@
-"""TAESD, a small autoencoder distilled from that of Stable Diffusion, for previews.
+"""TAESD, a small autoencoder distilled from Stable Diffusion's, for previews.
 
 Source: madebyollin's TAESD; shape and names are those of diffusers' AutoencoderTiny. Its layers see
-images in [0, 1]; `encode` and `decode` speak of [-1, 1], as every autoencoder here does.
+images in [0, 1]; `encode` and `decode` take [-1, 1].
 """
 
 import dataclasses
@@ -35,9 +35,9 @@ ACTIVATIONS = {
 class AutoencoderTinyConfig(NetworkConfig):
   """The keys of a diffusers AutoencoderTiny config.json; the defaults are TAESD's.
 
-  One width and one number of blocks per level; all widths of a side must be equal. The size factor
-  is 2^(levels - 1). `scaling_factor` and `shift_factor` are not applied by the network.
-  `latent_magnitude` and `latent_shift` are kept for other libraries.
+  One width and block count per level; all widths of a side are equal. The size factor is 2^(levels
+  - 1). The network does not apply scaling_factor and shift_factor. latent_magnitude and
+  latent_shift are for other libraries.
   """
 
   in_channels: Width = 3
@@ -118,17 +118,11 @@ class AutoencoderTiny(nnx.Module):
     ])
 
   def encode(self, images: Images) -> Latents:
-    """Images [b h w 3] in [-1, 1] -> latents [b h/f w/f c], unscaled.
-
-    UserError where h or w is no multiple of f.
-    """
+    """Images [b h w 3] in [-1, 1] -> latents [b h/f w/f c], unscaled; UserError unless f fits."""
     check_size(images.shape, self.config.in_channels, self.config.factor, 'The images to encode')
     return self.encoder((images + 1) / 2)
 
   def decode(self, z: Latents) -> Images:
-    """Unscaled latents [b h/f w/f c] -> images [b h w 3], about [-1, 1] but not clipped.
-
-    Latents are first squashed into (-3, 3) by 3 tanh(z / 3).
-    """
+    """Unscaled latents [b h/f w/f c], squashed by 3 tanh(z / 3) -> images [b h w 3], unclipped."""
     check_size(z.shape, self.config.latent_channels, 1, 'The latents to decode')
     return self.decoder(jnp.tanh(z / 3) * 3) * 2 - 1

@@ -1,4 +1,4 @@
-"""ControlNet (Zhang et al. 2023): a copy of a U-Net's encoder that steers it by an image.
+"""ControlNet (Zhang et al. 2023), a copy of a U-Net's encoder that steers it by an image.
 
 Names and computation follow diffusers' ControlNetModel.
 """
@@ -25,11 +25,10 @@ zeros = nnx.initializers.zeros
 class ControlNetConfig(EncoderConfig):
   """Shape of a ControlNet; the defaults are those for Stable Diffusion 1.
 
-  conditioning_embedding_out_channels: widths of the small network that brings the control image
-    to the size of the latents; it halves the image once between each two of them.
-  controlnet_conditioning_channel_order: 'bgr' where the weights expect blue first; the control
-    image that a user gives is always RGB.
-  global_pool_conditions: residuals are averaged over all positions (the 'shuffle' ControlNet).
+  conditioning_embedding_out_channels: widths of the network that shrinks the control image to the
+  latents' size, halving it between each two. controlnet_conditioning_channel_order: 'bgr' where the
+  weights expect blue first; users give RGB. global_pool_conditions: residuals are averaged over all
+  positions (the 'shuffle' ControlNet).
   """
 
   conditioning_channels: Width = 3
@@ -73,10 +72,7 @@ class ControlNetConditioningEmbedding(nnx.Module):
 
 
 class ControlNet(Encoder):
-  """x, time, text and a control image -> residuals for a U-Net's skips and mid block.
-
-  Fresh, every residual is zero, so that training starts from the U-Net as it is.
-  """
+  """x, time, text, control image -> residuals of a U-Net's skips and mid block, zero at first."""
 
   def __init__(self, config: ControlNetConfig, **kw):
     super().__init__(config, **kw)
@@ -90,15 +86,10 @@ class ControlNet(Encoder):
     self.controlnet_mid_block = pointwise(widths[-1], widths[-1], init=zeros, **kw)
 
   def __call__(self, x: Latents, t: Timesteps, condition: Condition) -> Residuals:
-    """Return what the U-Net's call takes as `residuals`.
+    """The U-Net's `residuals`, times the control's strength [b] (None: 1).
 
-    Args:
-      condition: as the U-Net's. Its control is [b H W 3] in [0, 1], NOT [-1, 1], with H = h *
-        image_factor and W = w * image_factor. The residuals are times its strength [b], which may
-        be None: 1.
-
-    Raises:
-      UserError: as the U-Net; a control image of another shape.
+    condition: as the U-Net's. Its control is [b H W 3] in [0, 1], NOT [-1, 1], with H = h *
+    image_factor and W = w * image_factor. UserError: as the U-Net; another shape of control.
     """
     control = condition.control
     condition = condition._replace(image=None)
@@ -138,14 +129,10 @@ class ControlNet(Encoder):
 
 
 def from_unet(fresh: Params, unet: Params) -> Params:
-  """A ControlNet's parameters to start training from (Zhang et al. 2023, sec. 3.1).
+  """Initial parameters of a ControlNet from a U-Net (Zhang et al. 2023, sec. 3.1).
 
-  Args:
-    fresh: a ControlNet's new parameters, or their shapes.
-    unet: those of the U-Net that it is to steer.
-
-  Returns:
-    The U-Net's encoder; from `fresh` only what a U-Net lacks. UserError where shapes differ.
+  fresh: new parameters, used for what a U-Net lacks, or shapes. unet: parameters of the U-Net to
+  steer. UserError where shapes differ.
   """
   own = ('controlnet_cond_embedding.', 'controlnet_down_blocks.', 'controlnet_mid_block.')
   params = {}

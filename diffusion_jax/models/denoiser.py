@@ -1,10 +1,9 @@
-"""The base of denoiser networks, which are called as network(x, t, condition).
+"""The base of denoiser networks, called as network(x, t, condition).
 
-Its config has
-  in_channels, out_channels: of x, with `condition.image` joined to it, and of the result;
-  factor: what height and width of x must be multiples of;
-  conditions: the fields of a Condition that it reads, each with its shape after the examples.
-The network knows nothing of noise: what its output means is said by a Parameterization.
+Its config has in_channels, out_channels: of x, with `condition.image` joined to it, and of the
+result; factor: of which height and width of x are multiples; conditions: the fields of a Condition
+that it reads, each with its shape after the examples. A Parameterization, not the network, says
+what its output means.
 """
 
 from typing import Any
@@ -30,11 +29,10 @@ class Denoiser(Blocks):
   config: Any
 
   def join(self, x: jax.Array, t: jax.Array, condition: Condition) -> jax.Array:
-    """Return x with the channels of `condition.image`.
+    """x with the channels of `condition.image`.
 
-    Raises:
-      UserError: the size cannot be halved or cut into patches, a shape does not match the config,
-        or a condition is missing or is none of this network's.
+    UserError: a size that cannot be halved or cut into patches, another shape than the config's, or
+    a condition that is missing or unknown.
     """
     if condition.image is not None:
       x = jnp.concatenate([x, condition.image.astype(x.dtype)], axis=-1)

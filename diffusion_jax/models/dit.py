@@ -41,7 +41,7 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 class Modulation(nnx.Module):
   """Condition [b c] -> `parts` arrays [b 1 c] of shifts, scales and gates, all zero at first.
 
-  With gates at zero every block starts as the identity: adaLN-zero (Peebles & Xie 2023, sec. 3.2).
+  So every block starts as the identity: adaLN-zero (Peebles & Xie 2023, sec. 3.2).
   """
 
   def __init__(self, features: int, parts: int, **kw):
@@ -55,9 +55,9 @@ class Modulation(nnx.Module):
 def sincos_positions(rows: np.ndarray, columns: np.ndarray, features: int) -> jax.Array:
   """Sinusoids of positions in the plane, float32: [h] and [w] -> [h w features].
 
-  The first half of the features tells the column, the second the row; each is sines, then cosines,
-  of frequencies 10000^(-4i/features) (Vaswani et al. 2017, sec. 3.5). `features` must be a
-  multiple of 4.
+  The first half of the features is of the column, the second of the row; each is sines, then
+  cosines, of frequencies 10000^(-4i/features) (Vaswani et al. 2017, sec. 3.5), a multiple of 4
+  features.
   """
   def along(positions: np.ndarray) -> jax.Array:
     frequencies = 10_000.0 ** -(np.arange(features // 4) / (features // 4))
@@ -90,9 +90,9 @@ turned (`models.rotary`)."""
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig(NetworkConfig):
-  """What the configs of denoisers of patches share; the keys are those of diffusers.
+  """Common config of denoisers of patches; the keys are those of diffusers.
 
-  `sample_size` is the side of the latents of training; `out_channels` None: in_channels.
+  sample_size: side of the training latents. out_channels None: in_channels.
   """
 
   sample_size: Edge = 32

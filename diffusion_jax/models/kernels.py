@@ -1,17 +1,16 @@
-"""Attention in pieces, and matrix products of eight bits, which compilers do not find themselves.
+"""Attention in pieces, and 8-bit matrix products, which compilers do not find themselves.
 
-`chunked` is attention for CPUs in pieces that stay in a processor's cache. As in FlashAttention
-(Dao et al. 2022, algorithm 2 and appendix B) nothing of the size queries x keys outlives its piece:
-the backward pass keeps the logarithms of the softmax's denominators, and computes the weights again
-from them. Weights lie as [keys, queries], so that the largest of each query's logits is found over
-rows of contiguous queries, and all five products read them in the order in which they lie.
+`chunked` is attention for CPUs in pieces that fit a processor's cache. As in FlashAttention (Dao et
+al. 2022, algorithm 2 and appendix B) no queries x keys array outlives its piece: the backward pass
+keeps the logarithms of the softmax's denominators and recomputes the weights. Weights are
+[keys, queries], so that maxima run over rows of contiguous queries, and all five products read them
+in order.
 
 `splash` is JAX's kernel for TPUs, whose logits never leave a core.
 
-`product` is of numbers of eight bits, which some chips multiply at twice the speed (Micikevicius et
-al. 2022, "FP8 formats for deep learning"): inputs and weights in E4M3, gradients in E5M2. Each
-array is scaled as a whole by its own largest entry, which then is the largest number of its type;
-sums are float32.
+`product` is of 8-bit floats, twice as fast on some chips (Micikevicius et al. 2022, "FP8 formats
+for deep learning"): inputs and weights in E4M3, gradients in E5M2, each array scaled by its largest
+entry to its type's largest number; sums are float32.
 """
 
 import math
@@ -137,12 +136,9 @@ LANES, LARGEST = 128, 512
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -> jax.Array:
   """softmax(q k^T / sqrt(d)) v: q [b n h d], k and v [b l h d] -> [b n h d].
 
-  Lengths are filled up to whole blocks, and heads to whole lanes, as older versions of the kernel
-  demand and as they lie in a TPU's memory anyway. Queries take the factor 1 / sqrt(d) in their own
-  type, which for bfloat16 and a d that is no power of 4 rounds them once more.
-
-  Args:
-    interpret: whether to run the kernel by the interpreter that any platform has.
+  Lengths are padded to whole blocks, heads to whole lanes, as older versions require and TPU memory
+  does anyway. Queries are scaled by 1 / sqrt(d) in their own type: in bfloat16, unless d is a power
+  of 4, rounded once more. interpret: run on any platform.
   """
   # Takes a second to import, and is of use on TPUs alone.
   from jax.experimental.pallas.ops.tpu import splash_attention as kernels

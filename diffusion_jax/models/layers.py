@@ -1,7 +1,7 @@
-"""Layers that many networks share: convolutions, dense layers, residual blocks, embeddings.
+"""Layers of many networks: convolutions, dense layers, residual blocks, embeddings.
 
-Arrays are NHWC. Every module holds parameters only and computes as its `Compute` says. Names of
-submodules are those of the diffusers checkpoints, so conversion is a renaming of leaves.
+Arrays are NHWC. Modules hold only parameters and compute as their `Compute` says. Submodules have
+the names of diffusers' checkpoints, so conversion renames leaves.
 """
 
 import math
@@ -28,7 +28,7 @@ LAYOUT = ('NHWC', 'HWIO', 'NHWC')
 class Conv(nnx.Module):
   """Square 2-D convolution, [b h w i] -> [b h' w' o]; the one place that computes convolutions.
 
-  `padding` is symmetric, or ((top, bottom), (left, right)). Parameters: kernel [k k i o], bias [o].
+  padding: symmetric, or ((top, bottom), (left, right)). Parameters: kernel [k k i o], bias [o].
   """
 
   def __init__(
@@ -112,7 +112,7 @@ def embed(count: int, features: int, init, *, compute: Compute = PLAIN, rngs) ->
 
 
 def linear(in_features: int, out_features: int, **kw) -> Linear:
-  """A dense layer with the initialisation that all layers here share."""
+  """A dense layer with the package's initialisation."""
   return Linear(in_features, out_features, **kw)
 
 
@@ -154,9 +154,9 @@ def double(x: jax.Array) -> jax.Array:
 class ResnetBlock2D(nnx.Module):
   """Residual block (He et al. 2016; with time as in DDPM, Ho et al. 2020, appendix B).
 
-  norm, silu, conv, + projected time embedding, norm, silu, conv, + (projected) input.
-  `time_features` None: no time embedding (the autoencoder). `scale_shift`: the time embedding
-  scales and shifts the second norm's result instead (Dhariwal & Nichol 2021, eq. 3).
+  norm, silu, conv, + projected time embedding, norm, silu, conv, + (projected) input. time_features
+  None: no time embedding (the autoencoder). scale_shift: the time embedding scales and shifts the
+  second norm's result instead (Dhariwal & Nichol 2021, eq. 3).
   """
 
   def __init__(
@@ -176,10 +176,7 @@ class ResnetBlock2D(nnx.Module):
   def __call__(
     self, x: jax.Array, time: jax.Array | None = None, skip: jax.Array | None = None
   ) -> jax.Array:
-    """x [b h w i], time [b e] (already through the embedding's MLP) -> [b h w o].
-
-    skip [b h w s]: joined to an x [b h w i - s].
-    """
+    """x [b h w i] or x [b h w i - s] and skip [b h w s], time [b e] after its MLP -> [b h w o]."""
     x = x if skip is None else jnp.concatenate([x, skip], -1)
     y = constrain(self.conv1(self.norm1(x, activate=True)), 'features')
     if self.time_emb_proj is None:
@@ -208,7 +205,7 @@ class Upsample2D(nnx.Module):
 class Downsample2D(nnx.Module):
   """Convolution of stride 2: [b h w c] -> [b h/2 w/2 c].
 
-  `asymmetric`: pads (0, 1) on both axes, as the autoencoder does; otherwise (1, 1), as the U-Net.
+  asymmetric: pads (0, 1) on both axes (the autoencoder); otherwise (1, 1) (the U-Net).
   """
 
   def __init__(self, channels: int, *, asymmetric: bool = False, **kw):
@@ -223,8 +220,8 @@ def timestep_embedding(t: jax.Array, features: int, *, flip_sin_to_cos: bool = T
                        freq_shift: float = 0.0, max_period: float = 10_000.0) -> jax.Array:
   """Sinusoids of the time (Vaswani et al. 2017, sec. 3.5), float32: t [b] -> [b features].
 
-  Frequencies are max_period^(-i / (features/2 - freq_shift)). Stable Diffusion puts cosines first
-  (`flip_sin_to_cos`). An odd `features` is filled up with a zero.
+  Frequencies are max_period^(-i / (features/2 - freq_shift)); cosines first with flip_sin_to_cos
+  (Stable Diffusion). An odd number of features is padded with a zero.
   """
   half = features // 2
   exponents = -math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)

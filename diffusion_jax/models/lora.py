@@ -1,8 +1,7 @@
 """Low-rank adaptation (Hu et al. 2022, eq. 3): y = x W + (alpha / rank) x A B with W frozen.
 
-A layer with an adapter has two parameters more, `NAME.lora.a` and `NAME.lora.b`; a convolution's A
-is a convolution with its window into `rank` channels, its B is pointwise. The factor alpha / rank
-belongs to the graph, not to the parameters. B starts at zero, so a fresh adapter changes nothing.
+Parameters are `NAME.lora.a` and `NAME.lora.b`; a convolution's A is one with its window into `rank`
+channels, B is pointwise. The factor alpha / rank is static. B starts at zero.
 """
 
 import dataclasses
@@ -31,11 +30,11 @@ class Rank(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-  """rank and alpha of every adapter; targets: ends of the names of the layers that have one.
+  """rank and alpha of every adapter; targets: ends of the names of the adapted layers.
 
-  The default targets are the projections of all attentions; 'ff.net.0.proj' and 'ff.net.2' are
-  the feed-forward layers, 'proj_in' and 'proj_out' those around each transformer, 'conv1' and
-  'conv2' the convolutions. A target of '' is every layer.
+  Default: the projections of all attentions. 'ff.net.0.proj' and 'ff.net.2' are the feed-forward
+  layers, 'proj_in' and 'proj_out' those around each transformer, 'conv1' and 'conv2' the
+  convolutions, '' every layer.
   """
 
   rank: Width = 8
@@ -64,7 +63,7 @@ class LoRA(nnx.Module):
 
 
 def targets(network: Network, config: LoRAConfig) -> dict[str, Rank]:
-  """The layers of a network that the config names. UserError for a target that is none."""
+  """The layers of a network that the config names; UserError for a target of none."""
   layers = [name.removesuffix('.kernel') for name in network.shapes if name.endswith('.kernel')]
   for target in config.targets:
     require(
@@ -121,7 +120,7 @@ def is_lora(name: str) -> bool:
 def merge_lora(params: Params, sizes: Mapping[str, Rank]) -> Params:
   """Parameters with adapters -> those of the plain network that computes the same.
 
-  A convolution's product sums over the rank at each place of the window. Sums are float32.
+  A convolution's product sums over the rank at each place of the window, in float32.
   """
   out = {name: value for name, value in params.items() if not is_lora(name)}
   for name, size in sizes.items():

@@ -1,6 +1,6 @@
 """The multimodal diffusion transformer of Stable Diffusion 3 (Esser et al. 2024, sec. 4).
 
-Text and image tokens have their own weights and attend to each other. Names are those of diffusers'
+Text and image tokens have separate weights and joint attention. Names are those of diffusers'
 SD3Transformer2DModel.
 """
 
@@ -85,8 +85,8 @@ class MMDiTConfig(TransformerConfig):
 class JointAttention(MultiHead):
   """Attention of image tokens, and of text tokens if given, to both (Esser et al. 2024, fig. 2).
 
-  `joint` False: without text. `last`: the text's result is not needed; the published weights of its
-  queries are held, but not used.
+  joint False: without text. last: the text's result is not needed; its queries' published weights
+  are kept unused.
   """
 
   def __init__(self, config: MMDiTConfig, *, joint: bool, last: bool = False, **kw):
@@ -173,8 +173,8 @@ class JointTransformerBlock(nnx.Module):
 class CroppedPatchEmbed(PatchEmbed):
   """Patches of [b h w i] -> tokens with their positions, [b n c].
 
-  The positions are the middle of a table of max^2 rows. It is not learned, but published files hold
-  it, and those that went on training at larger sizes hold another one than they began with.
+  Positions are the middle of a fixed table of max^2 rows, which published files hold, and which may
+  change between stages of training at larger sizes.
   """
 
   def __init__(self, config: MMDiTConfig, **kw):
@@ -224,8 +224,7 @@ class MMDiT(Denoiser):
     """Return [b h w o] of x [b h w c], t [b] in [0, 1000], text [b l d] and, by the config, pooled
     text [b e].
 
-    Raises:
-      UserError: see `Denoiser.join`; more than pos_embed_max_size patches along a side.
+    UserError: see `Denoiser.join`; more than pos_embed_max_size patches along a side.
     """
     x = self.join(x, t, condition)
     most = self.config.pos_embed_max_size * self.config.patch_size

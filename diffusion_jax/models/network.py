@@ -1,11 +1,9 @@
 """Networks as plain functions of parameters by dotted name, and how they compute.
 
-Everything outside `models` sees a Flax NNX module as (graphdef, params): params is one flat
-dictionary such as {'down_blocks.0.resnets.1.conv1.kernel': array}. Names therefore serve,
-unchanged, as keys for sharding rules, optimizer groups, checkpoints and conversion tables.
-
-Every module here is made by `Module(..., compute=Compute(...), rngs=...)` and hands both on to its
-parts.
+Outside of `models` a Flax NNX module is (graphdef, params), params a flat dictionary such as
+{'down_blocks.0.resnets.1.conv1.kernel': array}, whose names are keys for sharding rules, optimizer
+groups, checkpoints and conversion tables. Every module is made by
+`Module(..., compute=Compute(...), rngs=...)` and passes both to its parts.
 """
 
 import dataclasses
@@ -41,10 +39,10 @@ RESULT = 'block'
 class Compute:
   """How a network computes, whatever its shape.
 
-  dtype: of the computation; norms and softmax are float32 whatever it is. param_dtype: of
-  parameters that are made. remat, attention and matmul_precision: one each of the tables above.
-  perturbed: the start of a module's name, such as 'mid_block', within which self-attention is the
-  identity (Ahn et al. 2024); '' for nowhere.
+  dtype: of the computation; norms and softmax are always float32. param_dtype: of new parameters.
+  remat, attention and matmul_precision: one each of the tables above. perturbed: prefix of a
+  module's name, such as 'mid_block', within which self-attention is the identity (Ahn et al. 2024);
+  '' for none.
   """
 
   dtype: DTypeLike = jnp.float32
@@ -86,9 +84,9 @@ class Blocks(nnx.Module):
     self.remat = compute.remat
 
   def run(self, call: Callable[..., Any], *args) -> Any:
-    """Return call(*args); with remat only its arguments are kept for the backward pass.
+    """call(*args); with remat only its arguments are kept for the backward pass.
 
-    Modules that are alike, with arguments that are alike, are traced once.
+    Equal modules with equal arguments are traced once.
     """
     if isinstance(call, nnx.Module):
       graphdef, state = nnx.split(call)
@@ -129,9 +127,8 @@ def merge(graphdef: Any, params: Params) -> nnx.Module:
 class Keys:
   """One key after another: the keys of nnx.Rngs(key), counted outside of what jax traces.
 
-  nnx.Rngs counts in an array. While a module is traced, each count is a search through all that
-  was traced before: two minutes for Stable Diffusion XL's U-Net, which this builds in seconds.
-  The keys are derived in blocks, since each derivation on its own is a loop for XLA to compile.
+  nnx.Rngs counts in an array, searched for while tracing: two minutes for Stable Diffusion XL's
+  U-Net, here seconds. Keys are derived in blocks, since each derivation compiles a loop.
   """
 
   BLOCK = 64
@@ -174,7 +171,7 @@ def count(params: Params) -> int:
 class Network(NamedTuple):
   """A network without weights: its configuration, static graph, parameter shapes and Compute.
 
-  build: a Compute -> what makes the module, so that the same network can compute otherwise.
+  build: makes the module for a Compute, so that the same network can compute otherwise.
   """
 
   config: Any
@@ -188,10 +185,9 @@ class Network(NamedTuple):
   def of(
     cls, module: type[nnx.Module], config: Any, compute: Compute = PLAIN, **changes
   ) -> 'Network':
-    """Return the network `module(config, compute=..., rngs=...)`.
+    """The network `module(config, compute=..., rngs=...)`; `changes` are to fields of the Compute.
 
-    `changes` are to fields of the Compute. UserError where it says what no part of the network
-    heeds, such as a kind of attention where there is none.
+    UserError for settings without effect, such as a kind of attention where there is none.
     """
     def build(compute: Compute) -> Make:
       return lambda rngs: module(config, compute=compute, rngs=rngs)

@@ -32,10 +32,7 @@ class LayerNorm(nnx.Module):
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
-  """[... c] of any type, scale and bias [c] in float32 -> [... c] in float32.
-
-  Its own gradient, for the reason that `group_norm` has one.
-  """
+  """[... c] of any type, scale and bias [c] float32 -> [... c] float32; a gradient of its own."""
   return _normalized(x, scale, bias, epsilon)[0]
 
 
@@ -84,8 +81,7 @@ class RMSNorm(nnx.Module):
 class GroupNorm(nnx.Module):
   """Group normalisation (Wu & He 2018, eq. 1) over [b ... c]; parameters: scale [c], bias [c].
 
-  Called with activate=True it returns silu of the result, which costs no pass over the data of its
-  own, neither forwards nor backwards.
+  activate=True: silu of the result, without another pass over the data, forwards or backwards.
   """
 
   def __init__(
@@ -111,7 +107,7 @@ def group_norm(
 ) -> jax.Array:
   """[b n c] of any type, scale and bias [c] in float32 -> [b n c] in float32.
 
-  Its own gradient: two sums and one pass, where what JAX derives takes many, each of them a kernel.
+  Its own gradient is two sums and one pass; JAX's takes many, a kernel each.
   """
   return _forward(x, scale, bias, groups, epsilon, activate)[0]
 

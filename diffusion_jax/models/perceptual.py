@@ -1,12 +1,11 @@
 """Losses of an autoencoder's images besides those of pixels: a discriminator and LPIPS.
 
-The PatchGAN discriminator (Isola et al. 2017, sec. 3.2.2 and appendix 6.1.2) judges patches of the
-image, of 70x70 pixels with three layers. GroupNorm stands where the paper has BatchNorm: parameters
-are then the only state, and a step on many devices is the same computation as on one. Numbering
-follows the usual PyTorch `main.N`, activations included.
+The PatchGAN discriminator (Isola et al. 2017, sec. 3.2.2 and appendix 6.1.2) judges patches, of
+70x70 pixels with three layers. GroupNorm replaces BatchNorm: parameters are the only state, and any
+number of devices computes the same. Numbering is PyTorch's usual `main.N`, activations included.
 
-LPIPS (Zhang et al. 2018, eq. 1) with VGG16 (Simonyan & Zisserman 2015) is a pure function, as there
-is nothing to train, of parameters by the names of the `lpips` package (net.slice1.0, ...).
+LPIPS (Zhang et al. 2018, eq. 1) with VGG16 (Simonyan & Zisserman 2015), with nothing to train, is a
+pure function of parameters by the names of the `lpips` package (net.slice1.0, ...).
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """The text-conditional U-Net of latent diffusion (Rombach et al. 2022; Ronneberger et al. 2015).
 
-Names and computation follow diffusers' UNet2DConditionModel, and fields of the configs its
-config.json, in the shapes of Stable Diffusion 1, 2 and XL and of the models made from them.
+Names and computation follow diffusers' UNet2DConditionModel, config fields its config.json: Stable
+Diffusion 1, 2, XL and models made from them.
 """
 
 import dataclasses
@@ -151,7 +151,7 @@ class EncoderConfig(NetworkConfig):
 
   @property
   def conditions(self) -> Shapes:
-    """What a call must be conditioned on, see `models.denoiser`."""
+    """Required conditions, see `models.denoiser`."""
     shapes = {'text': (None, self.cross_attention_dim)}
     if self.class_embed_type is not None or self.num_class_embeds is not None:
       projected = self.class_embed_type == 'projection'
@@ -163,10 +163,9 @@ class EncoderConfig(NetworkConfig):
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig(EncoderConfig):
-  """Shape of the U-Net; the defaults are Stable Diffusion 1's.
+  """Shape of the U-Net; the defaults are Stable Diffusion 1's, published ones in formats/unet.py.
 
-  The published ones are in formats/unet.py. `sample_size` is the side of the
-  training latents and does not restrict the network.
+  sample_size: side of the training latents, no restriction.
   """
 
   sample_size: Edge | None = 64
@@ -259,7 +258,7 @@ class MidBlock(Blocks):
 
 
 class UpBlock(Level):
-  """Like DownBlock, one residual block more, each fed the skip that it mirrors; then doubling.
+  """Like DownBlock with one more residual block, each fed its mirrored skip; then doubling.
 
   `step` counts from the lowest resolution; x [b h w i], skips (taken from the end) -> [b 2h 2w o].
   """
@@ -287,8 +286,7 @@ class UpBlock(Level):
 class Encoder(Denoiser):
   """Input convolution, embeddings of time and other conditions, down blocks and mid block.
 
-  A subclass adds what it makes of the results; its submodules stand beside these, as in the
-  published files.
+  Subclasses add their submodules to these, as in the published files.
   """
 
   def __init__(self, config: EncoderConfig, **kw):
@@ -369,16 +367,12 @@ class UNet(Encoder):
   def __call__(
     self, x: Latents, t: Timesteps, condition: Condition, residuals: Residuals | None = None
   ) -> Latents:
-    """Return [b h w o] of x [b h w c], t [b] in [0, T) and what the config's `conditions` name.
+    """x [b h w c], t [b] in [0, T) and the config's `conditions` -> [b h w o].
 
-    Args:
-      condition: its labels [b] are a class or a noise level; [b p] where class_embed_type is
-        'projection'. Its sizes and pooled text are Stable Diffusion XL's (Podell et al. 2023,
-        sec. 2.2).
-      residuals: a ControlNet's: arrays to add to the skips, and one for the mid block's result.
-
-    Raises:
-      UserError: see `Denoiser.join`; residuals of another U-Net.
+    condition: labels [b] are a class or a noise level, [b p] where class_embed_type is
+    'projection'; sizes and pooled text are Stable Diffusion XL's (Podell et al. 2023, sec. 2.2).
+    residuals: a ControlNet's, arrays to add to the skips, and one to the mid block's result.
+    UserError: see `Denoiser.join`; residuals of another U-Net.
     """
     x = self.join(x, t, condition)
     return self.run_all(self._predict, x, t, condition, residuals)

@@ -22,8 +22,7 @@ from diffusion_jax.types import Images, Latents, PerExample
 class VQConfig(AutoencoderConfig):
   """The keys of a diffusers VQModel config.json; the defaults are latent diffusion's VQ-f4.
 
-  `vq_embed_dim` None: as wide as the latents. `lookup_from_codebook` is kept for other libraries;
-  see `VQModel.decode_indices`.
+  vq_embed_dim None: as wide as the latents. lookup_from_codebook is for other libraries.
   """
 
   latent_channels: Width = 3
@@ -59,10 +58,9 @@ class Codebook(nnx.Module):
   ) -> tuple[Latents, jax.Array, PerExample]:
     """z [b h w e] -> (nearest code vectors [b h w e], their indices [b h w], loss [b]).
 
-    The gradient passes straight through the replacement. The loss is the sum of the codebook's
-    term |sg(z) - e|^2 and the commitment |z - sg(e)|^2 (van den Oord et al. 2017, eq. 3), means
-    over positions and channels, of which `beta` weighs the commitment. `legacy`: it weighs the
-    codebook's term instead, as in the code that trained the published models.
+    Straight-through gradient. The loss is |sg(z) - e|^2 of the codebook plus beta |z - sg(e)|^2 of
+    the commitment (van den Oord et al. 2017, eq. 3), means over positions and channels. legacy:
+    beta weighs the codebook's term instead, as for the published models.
     """
     check_size(z.shape, self.embedding.features, 1, 'The latents to quantize')
     indices = self.nearest(z)
@@ -75,10 +73,7 @@ class Codebook(nnx.Module):
 
 
 class VQModel(nnx.Module):
-  """Images in [-1, 1] <-> latents <-> code vectors, all NHWC.
-
-  `quantize` is a Codebook: quantize(z) gives the code vectors, their indices and the loss.
-  """
+  """Images in [-1, 1] <-> latents <-> code vectors, all NHWC; `quantize` is a Codebook."""
 
   def __init__(self, config: VQConfig, **kw):
     c, e = config.latent_channels, config.code_channels
@@ -98,10 +93,7 @@ class VQModel(nnx.Module):
     return self.quant_conv(self.encoder(images))
 
   def decode(self, z: Latents, *, quantized: bool = False) -> Images:
-    """Unscaled latents [b h/f w/f e] -> images [b h w 3], about [-1, 1] but not clipped.
-
-    The latents are quantised first, unless they are said to be `quantized` already.
-    """
+    """Latents [b h/f w/f e], quantised unless `quantized` -> images [b h w 3], not clipped."""
     check_size(z.shape, self.config.code_channels, 1, 'The latents to decode')
     return self.decoder(self.post_quant_conv(z if quantized else self.quantize(z)[0]))
 

@@ -1,7 +1,7 @@
-"""One table of rules: how parameters, by name, and activations, by kind, are split over the mesh.
+"""The sharding table: how parameters, by name, and activations, by kind, are split over the mesh.
 
-It serves parameters, optimizer state and averages of every network, trained or frozen. A dimension
-that an axis does not divide stays whole, so small models run on any mesh.
+It serves parameters, optimizer state and averages of every network. A dimension that an axis does
+not divide stays whole, so small models run on any mesh.
 """
 
 import re
@@ -67,10 +67,10 @@ def fitted(spec: PartitionSpec, shape: Sequence[int], sizes: Mapping[str, int]) 
 
 
 def parameter_spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
-  """Return how the parameter of that name and shape is split; scalars never are.
+  """The sharding of the parameter of that name and shape; scalars are replicated.
 
   Rules are of the last two dimensions (input, output); leading ones, such as a convolution's
-  window, stay whole. ValueError where none matches: no new kind of parameter goes unnoticed.
+  window, stay whole. ValueError where none matches.
   """
   rule = next((rule for pattern, rule in RULES if re.search(pattern, name)), None)
   if rule is None:
@@ -83,7 +83,7 @@ def parameter_spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) 
 
 
 def batch_spec(shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
-  """Return how a field [b ...] of a batch is split; four dimensions are an image's [b h w c].
+  """The sharding of a field [b ...] of a batch; four dimensions are an image's [b h w c].
 
   The first is always split, so that a batch that does not fit is an error.
   """
@@ -92,9 +92,9 @@ def batch_spec(shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, kind: str) -> jax.Array:
-  """Return x laid out on the mesh of `jax.set_mesh` as ACTIVATIONS says of its kind.
+  """x, and its gradient, sharded on the mesh of `jax.set_mesh` by the kind's row in ACTIVATIONS.
 
-  Its gradient is laid out in the same way. Without a mesh, or with one device, it is x itself.
+  Without a mesh, or with one device, it is x itself.
   """
   sizes = mesh_sizes()
   return jax.lax.with_sharding_constraint(x, _placed(x, kind, sizes)) if sizes else x
@@ -103,11 +103,10 @@ def constrain(x: jax.Array, kind: str) -> jax.Array:
 def on_each_device(
   function: Callable[..., jax.Array], kinds: Sequence[str], result: str, whole: bool = False
 ) -> Callable[..., jax.Array]:
-  """Return a function of activations of these kinds that each device computes for its own part.
+  """A function of activations of these kinds that each device computes for its own part.
 
-  For functions that take examples and heads in portions, which must not be portions of the mesh.
-  The result has the first argument's shape. whole: leave the compiler no axis of the mesh, not even
-  one of one device, as kernels need it.
+  For functions that portion examples and heads, across no devices. The result has the first
+  argument's shape. whole: leave the compiler no axis, not even of one device, as kernels need it.
   """
   def call(*args: jax.Array) -> jax.Array:
     sizes = mesh_sizes()

@@ -1,7 +1,4 @@
-"""The device mesh. One device is the smallest mesh.
-
-Parameters, their copies and batches are placed as the table in `parallel.layout` says.
-"""
+"""The device mesh; one device is the smallest. Placement follows the table in `parallel.layout`."""
 
 import math
 from collections.abc import Sequence
@@ -23,9 +20,9 @@ DCN_AXES = ('data', 'fsdp')
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   """Make a mesh of all devices with the axes of `layout.AXES`; each slice is a block of it.
 
-  Slices are what devices say they are (TPU, GPU). Other devices are taken for as many equal
-  slices, in the order of their processes, as the dcn sizes multiply to; -1 counts as 1 there.
-  UserError where the sizes do not multiply to the numbers of devices and slices.
+  Slices are the devices' own (TPU, GPU); other devices are cut into as many equal slices, in
+  process order, as the product of dcn sizes; -1 counts as 1 there. UserError where sizes do not
+  multiply to the numbers of devices and slices.
   """
   devices = jax.devices() if devices is None else devices
   dcn = {axis: getattr(config, f'dcn_{axis}') for axis in DCN_AXES}
@@ -45,11 +42,9 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 
 
 def place(slices: Sequence[Sequence], within: Sequence[int], over: Sequence[int]) -> np.ndarray:
-  """Place the devices of each slice in the mesh, as a contiguous block of it.
+  """Place each slice's devices in a contiguous block of the mesh; within, over: axis sizes.
 
-  As mesh_utils.create_hybrid_device_mesh, which knows no slices on simulated devices.
-
-  within, over: sizes of the axes within a slice and over slices.
+  Like mesh_utils.create_hybrid_device_mesh, which knows no slices on simulated devices.
   """
   split = slices[0][0].platform == 'tpu'
   blocks = [
@@ -117,10 +112,9 @@ def shard_params(params: Params, mesh: Mesh) -> dict[str, NamedSharding]:
 
 
 def shard_like(tree, params: Params, mesh: Mesh):
-  """Return shardings for a tree with copies of `params`, such as an optimizer state or the EMA.
+  """Shardings for a tree with copies of `params`, such as an optimizer state or the EMA.
 
-  A leaf below a dictionary key that names a parameter of the same shape is split like it; all else
-  (counters, keys) is replicated.
+  A leaf below a key that names a parameter of its shape is split like it; others are replicated.
   """
   replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -146,14 +140,14 @@ def put_params(params: dict[str, np.ndarray], mesh: Mesh) -> Params:
 
 
 def batch_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-  """Return how a field [b ...] lies on the mesh; b may be that of one process."""
+  """The sharding of a field [b ...] on the mesh; b may be that of one process."""
   return NamedSharding(mesh, batch_spec(shape, mesh.shape))
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-  """Return the rows of a global batch that this process's devices hold: sorted, each once.
+  """The rows of a global batch on this process's devices: sorted, each once.
 
-  Where a tensor axis runs across processes, several hold the same rows. batch_size: a multiple of
+  Several processes have the same ones where a tensor axis spans them. batch_size: a multiple of
   data x fsdp.
   """
   shards = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,)).values()
@@ -162,10 +156,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def put_batch(batch, mesh: Mesh):
-  """Put this process's rows of a global batch into global arrays, split as `batch_spec` says.
-
-  batch: arrays [len(local_rows) ...] in the order of `local_rows`.
-  """
+  """Put this process's rows, ordered as `local_rows`, into global arrays split by `batch_spec`."""
   shards = mesh.shape['data'] * mesh.shape['fsdp']
   held = local_rows(mesh, shards)  # Shards of one row each stand for shards of any size.
 
@@ -213,8 +204,8 @@ def whole_batch(batch_size: int, mesh: Mesh) -> int:
 def in_batches(function, params, *arrays: np.ndarray, mesh: Mesh, batch_size: int = 64):
   """Yield function(params, *batch) on the host for equal batches; the last is padded, then cut.
 
-  Every process is given the same arrays [n ...] and gets the same results; the work is split over
-  the mesh. batch_size: rounded up as `whole_batch` does.
+  Every process passes the same arrays [n ...] and gets the same results; the mesh splits the work.
+  batch_size: rounded up as by `whole_batch`.
   """
   batch_size = whole_batch(batch_size, mesh)
   n = len(arrays[0])

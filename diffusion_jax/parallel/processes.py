@@ -1,11 +1,9 @@
 """Messages between the processes of one run, besides their collectives.
 
-A collective that one process does not join hangs or fails on all others, so these travel by the
-key-value store of JAX's coordination service, from any thread and while programs run on the
-devices: barriers that agree on something, heartbeats, that a process gave up or was asked to stop.
-
-Orbax's `reached_preemption` knows SIGTERM alone, not Ctrl-C; and JAX's own heartbeats end a process
-by SIGABRT, without a word in status.json and with an exit code that says nothing.
+A collective that one process does not join hangs or fails on all others, so these use the key-value
+store of JAX's coordination service, from any thread while programs run: barriers with agreement,
+heartbeats, failures and requests to stop. Orbax's `reached_preemption` misses Ctrl-C; JAX's
+heartbeats end a process by SIGABRT, without a status or a telling exit code.
 """
 
 import contextlib
@@ -43,10 +41,9 @@ def _store() -> Any:
 
 
 def agree(name: str, value: str, timeout_seconds: float = TIMEOUT_SECONDS) -> list[str]:
-  """Return every process's value, in the order of processes; a barrier without devices.
+  """Every process's value, in the order of processes; a barrier without devices.
 
-  All processes must call it equally often under each name, and from one thread at a time.
-  TimeoutError where one does not come in time.
+  All call it equally often under each name, one thread at a time. TimeoutError if one is late.
   """
   count, index = jax.process_count(), jax.process_index()
   if count == 1:
@@ -130,17 +127,16 @@ def listening(listener: Callable[[], None]) -> Iterator[None]:
 class Peers:
   """Threads that keep processes in touch; with one process, a flag.
 
-  A thread of each process puts its news into the store every period; that of process 0 reads them
-  all and puts up one verdict, which the others read. So a process costs two small messages.
+  Every period a thread of each process puts its news into the store; process 0's reads them all and
+  publishes one verdict: two small messages a process.
 
-  Stopping: every process counts its polls, which all make in the same order (before each step,
-  after each batch of an evaluation). Once one was asked to stop, each thread publishes its count
-  and holds its process at the next poll until the verdict is known: the largest count plus one.
-  There all stop. The main threads need not answer, so it works while they wait within a step.
+  Stopping: processes count their polls, alike in all (before each step, after each batch of an
+  evaluation). Once one is asked to stop, each thread publishes its count and holds the next poll
+  until the verdict, the largest count plus one, where all stop. Main threads may meanwhile wait
+  within a step.
 
-  Args:
-    timeout_seconds: without news of a process for that long, it counts as lost.
-    on_lost: called from the thread, once, with a sentence that names the process.
+  timeout_seconds: without news for that long a process is lost. on_lost: called once from the
+  thread with a sentence that names it.
   """
 
   def __init__(self, timeout_seconds: float, on_lost: Callable[[str], None]):
@@ -181,7 +177,7 @@ class Peers:
     return 'True' in agree('stop', str(self._asked))
 
   def leave(self, why: str) -> None:
-    """Tell the others that this process gives up and why; return once it has been said."""
+    """Tell the others, before it returns, that this process gives up and why."""
     if self._count == 1 or self._closed.is_set():
       return
     self._news['left'] = why or 'left'
@@ -192,10 +188,7 @@ class Peers:
         time.sleep(3 * self._period)
 
   def confirm_gone(self) -> None:
-    """Wait a little longer than the timeout for news that another process is gone.
-
-    Return if there is none; otherwise once the thread has called `on_lost`.
-    """
+    """Wait a little over the timeout for news that another process is gone, then for `on_lost`."""
     if self._count == 1:
       return
     end = time.monotonic() + self._timeout + 3 * self._period

@@ -1,8 +1,8 @@
 """Start-up of the processes of one job: which there are, and how they meet.
 
-`jax.distributed.initialize` finds the hosts of TPUs, SLURM and Open MPI. What is read here is what
-it does not know: three variables of our own, which process this is before jax is imported, and how
-tasks on one host divide its GPUs (jax gives one to each task, also to one that has the host alone).
+`jax.distributed.initialize` finds the hosts of TPUs, SLURM and Open MPI. Read here is the rest:
+three variables of our own, the process's number before jax is imported, and the division of a
+host's GPUs among tasks (jax gives one to each, even to a single task).
 """
 
 import contextlib
@@ -43,9 +43,9 @@ GOOGLE, NETWORK_OR_STORAGE = '0x1ae0', ('0x01', '0x02')
 class Cluster:
   """The place of this process in its job.
 
-  kind: explicit, slurm, ompi, tpu, gke or single. processes: 0 where only the service of the TPU
-  knows. coordinator: HOST:PORT of process 0, '' where jax finds it. local_devices: GPUs of this
-  host for this process, () for all that it sees. found: the variables that say so.
+  kind: explicit, slurm, ompi, tpu, gke or single. processes: 0 where only the TPU's service knows.
+  coordinator: HOST:PORT of process 0, '' where jax finds it. local_devices: this process's GPUs of
+  the host, () for all visible. found: the variables that say so.
   """
 
   kind: str
@@ -57,10 +57,10 @@ class Cluster:
 
 
 def find_cluster(env: Env = os.environ) -> Cluster:
-  """Return the place that the environment gives this process; nothing heavy is imported.
+  """The place that the environment gives this process, without heavy imports.
 
-  The explicit variables win over all. mpirun is nearer to its processes than the allocation of
-  SLURM that it may run in. UserError where variables are missing or make no sense.
+  Explicit variables come first, mpirun before SLURM, in which it may run. UserError where variables
+  are missing or make no sense.
   """
   if any(map(env.get, EXPLICIT)):
     processes, index = _place(env, EXPLICIT, *EXPLICIT[1:])
@@ -171,13 +171,11 @@ def _own_devices(env: Env, tasks: int, local: int) -> Sequence[int]:
 
 
 def start_distributed(heartbeat_seconds: int = 100, say: Callable[[str], None] = print) -> Cluster:
-  """Find the other processes, say so in one line, and join them, before any device is used.
+  """Find and join the other processes before any device is used, and report it in one line.
 
-  A single process joins nobody, and processes that are joined already stay so. UserError where
-  `find_cluster` raises it, or they do not meet within COORDINATOR_TIMEOUT_SECONDS (300).
-
-  Args:
-    heartbeat_seconds: without a sign of life for so long, a process counts as dead.
+  A single or already joined process changes nothing. heartbeat_seconds: silence after which a
+  process counts as dead. UserError: as `find_cluster`, or no meeting within
+  COORDINATOR_TIMEOUT_SECONDS (300).
   """
   import jax  # Here, for `find_cluster` comes before anything heavy is imported.
 
@@ -205,7 +203,7 @@ def start_distributed(heartbeat_seconds: int = 100, say: Callable[[str], None] =
 def _join(timeout: int, **known: Any) -> None:
   """Call `jax.distributed.initialize`, within `timeout` seconds, or raise UserError.
 
-  In a thread, for where peers do not come jaxlib ends the process by SIGABRT, without a sentence.
+  In a thread: without peers jaxlib ends the process by SIGABRT, without a message.
   """
   import jax
 

@@ -24,12 +24,9 @@ from diffusion_jax.types import Weights
 
 
 def add_lora(model: Diffusion, weights: Weights, path: str, scale: float = 1.0) -> Weights:
-  """Return the weights with a LoRA merged into them, `scale` times as strong as it was trained.
+  """The weights with a LoRA merged into them, `scale` times its trained strength.
 
-  Words that were learned with it, and are in the same file, are added too.
-
-  Raises:
-    UserError: a file that is none, or not one for this model.
+  Its words in the same file are added, too. UserError: no LoRA, or not one for this model.
   """
   if not math.isfinite(scale):
     raise UserError(f'the scale of the LoRA {path} is {scale}; give a finite number.')
@@ -66,9 +63,9 @@ def add_controlnet(
 def add_worse(
   model: Diffusion, weights: Weights, path: str, mesh: Mesh | None = None
 ) -> tuple[Diffusion, Weights]:
-  """Return the model with the denoiser of a directory as the worse one of autoguidance.
+  """The model with a directory's denoiser as the worse one of autoguidance (Karras et al. 2024).
 
-  Smaller, or trained for less long (Karras et al. 2024). UserError where it does not take the same.
+  A smaller one, or one trained for less long. UserError where it has other inputs.
   """
   other, parts, _ = read_model(path, model.denoiser.compute.dtype)
   own = model.denoiser.config
@@ -85,16 +82,11 @@ def add_worse(
 
 
 def add_textual_inversion(model: Diffusion, weights: Weights, path: str) -> Weights:
-  """Return the weights with the rows of a learned word, whose token the tokenizers then know.
+  """The weights with the rows of a learned word, whose token the tokenizers then know.
 
-  Several words may be added one after another; they follow the vocabulary in that order. A text
-  encoder for which nothing was learned goes on reading the word as it is spelt.
-
-  Args:
-    path: a file, or a directory with one for each text encoder (`formats.textual_inversion.FILES`).
-
-  Raises:
-    UserError: a file that is none, or one for other text encoders.
+  Several words follow the vocabulary in order. A text encoder without rows of its own reads the
+  word as spelt. path: a file, or a directory with one for each text encoder
+  (`formats.textual_inversion.FILES`). UserError: no such file, or one for other text encoders.
   """
   learned = read_textual_inversion(Path(resolve(path)), _widths(model))
   return _with_word(model, weights, learned)

@@ -23,10 +23,10 @@ def make_model(
   denoiser: Network, space: Space, conditioners: Mapping[str, Conditioner], noise: NoiseSchedule,
   parameterization: Parameterization, low_resolution: Schedule | None = None,
 ) -> Diffusion:
-  """Return a model without weights. UserError where its parts do not fit together.
+  """A model without weights; UserError where its parts do not fit together.
 
-  Input channels of the denoiser that are neither z's nor a conditioner's are those of an image, see
-  `image_conditioners.CONCATENATED`; `low_resolution` has the noise levels of an upscaler's.
+  Input channels that are neither z's nor a conditioner's are an image's, see
+  `image_conditioners.CONCATENATED`; low_resolution: the noise levels of an upscaler's.
   """
   config = denoiser.config
   channels, out = space.channels, output_channels(config)
@@ -59,17 +59,16 @@ def assemble(
   schedule: ScheduleConfig, parameterization: Parameterization, *, train: Any = None,
   size: tuple[int, int] | None = None, dtype=jnp.float32,
 ) -> tuple[Diffusion, dict[str, Part]]:
-  """Return a model of configs, and where the parts lie that are there already, by role.
+  """(model of configs, path of each existing part by role).
+
+  UserError: a part cannot be read, or the parts do not fit together.
 
   Args:
     denoiser: the config of a network of `registry.NETWORKS`.
     space: the `Config` of a row of `registry.SPACES`.
     conditioners: options of rows of `registry.CONDITIONERS`.
-    train: the source that is trained on, of which conditioners may ask for the classes.
+    train: the training source, of which conditioners may read the classes.
     size: (height, width) of its images in pixels.
-
-  Raises:
-    UserError: a part cannot be read, or the parts do not fit together.
   """
   made, parts = space.build(dtype)
   context, found = Context(made, train, dtype), {}

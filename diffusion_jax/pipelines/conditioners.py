@@ -1,8 +1,8 @@
 """What a denoiser is conditioned on, one class for each kind; here their base, classes and sizes.
 
-A conditioner says what it adds to `types.Condition` and what it needs: fields of a batch in
-training, prompts and images in sampling. It holds networks, but no weights. One from elsewhere is a
-subclass of `Conditioner`, or `Guided`, and a row in `registry.CONDITIONERS`.
+A conditioner names its fields of `types.Condition` and its inputs: fields of a batch in training,
+prompts and images in sampling. It holds networks without weights. New ones subclass `Conditioner`
+or `Guided`, with a row in `registry.CONDITIONERS`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Request(NamedTuple):
 
 
 class Context(NamedTuple):
-  """What a conditioner is built in: the space, the source that is trained on, and the type."""
+  """Context for building a conditioner: space, training source, dtype."""
 
   space: Space
   train: Any = None
@@ -188,10 +188,9 @@ def part_of(options: Mapping[str, Any], name: str, kinds: Sequence[str]) -> Part
 
 @dataclasses.dataclass(frozen=True)
 class ClassLabel(Guided):
-  """A class by its name or number, as the prompt says it; the empty prompt is no class.
+  """A class by its name or number in the prompt; the empty prompt is no class.
 
-  Adds 'labels' [b], int32. `classes` are their names in order; the null is the number after the
-  last, as in `models.dit`.
+  Adds 'labels' [b], int32 places in `classes`; the null is their number.
   """
 
   classes: tuple[str, ...]

@@ -55,13 +55,9 @@ from diffusion_jax.types import Params, Weights
 
 
 def read_model(path: str, dtype=jnp.float32) -> tuple[Diffusion, dict[str, Part], SampleConfig]:
-  """Return the model of a directory or 'asset:NAME' without weights, its parts, how to sample.
+  """(model without weights, its parts, how to sample) of a directory or 'asset:NAME'.
 
-  Args:
-    dtype: of the computation.
-
-  Raises:
-    UserError: no such directory, no model in it, or a part that is missing or not implemented.
+  UserError: no directory, no model in it, or a part that is missing or not implemented.
   """
   pipeline = read_pipeline(path, _NAMES)
   scheduler = pipeline.scheduler()
@@ -96,7 +92,7 @@ _NAMES = {
 
 
 def _networks(pipeline: Pipeline, path: str) -> dict[str, Part]:
-  """The parts that are networks, by the role of their weights."""
+  """The network parts, by the role of their weights."""
   found = {name: pipeline.parts[name] for name in _KINDS if name in pipeline.parts}
   if any(role in found for role in ROLES):
     found.pop(IMAGE_ENCODER, None)
@@ -136,7 +132,7 @@ def _assembled(
 def _prompts(
   pipeline: Pipeline, parts: Mapping[str, Part], path: str, dtype
 ) -> TextEncoders | ImageEncoder:
-  """The conditioner that reads the prompts of a model, or the picture in place of them."""
+  """The conditioner of a model's prompts, or of the picture in their place."""
   roles = [role for role in ROLES if role in parts]
   if not roles and IMAGE_ENCODER in parts:
     extractor = pipeline.parts.get('feature_extractor', Part())
@@ -199,14 +195,11 @@ def save_model(
   directory: Path, model: Diffusion, denoiser: Params, *, space: Any,
   conditioners: Mapping[str, Mapping[str, Any]], sample: SampleConfig, dtype: str,
 ) -> None:
-  """Write a model that was trained here, with copies of its frozen parts or the assets' names.
+  """Write a model trained here, with copies of its frozen parts or the assets' names.
 
-  A U-Net on latents that reads texts, with a table of noise levels, has the folders of a pipeline
-  of diffusers; any other model is written as the class DIFFUSION.
-
-  Args:
-    denoiser: its parameters.
-    space, conditioners: those that `assemble` took.
+  A U-Net on latents with texts and a table of noise levels has the folders of a diffusers pipeline;
+  others are of the class DIFFUSION. denoiser: its parameters. space, conditioners: as in
+  `assemble`.
   """
   index = {
     'sample': dataclasses.asdict(sample), 'noise': model.noise.config.saved(),

@@ -159,13 +159,10 @@ class ControlNet(Conditioner):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageEncoder(Guided):
-  """An image as CLIP's vision tower sees it, where others have a text: for variations of it.
+  """An image by CLIP's vision tower in place of a text: for variations of it.
 
-  Adds 'text' [b 1 d]; the null is zeros. Prompts say nothing to such a model. It is trained on the
-  embedding of each image itself.
-
-  Attributes:
-    mean, std: of each channel of the pixels in [0, 1]; the tower sees (pixel - mean) / std.
+  Adds 'text' [b 1 d]; the null is zeros; prompts have no effect. Trained on the images themselves.
+  mean, std: per channel of pixels in [0, 1]; the tower sees (pixel - mean) / std.
   """
 
   networks: Mapping[str, Network] = dataclasses.field()  # The base's is no default.
@@ -191,7 +188,7 @@ class ImageEncoder(Guided):
 
   @property
   def width(self) -> int:
-    """d of what it says, [b 1 d]."""
+    """Width d of its text [b 1 d]."""
     return self.networks[IMAGE_ENCODER].config.projection_dim
 
   def check(self, denoiser):
@@ -305,9 +302,9 @@ class Depth(Concatenated):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LowResolution(Concatenated):
-  """A small image to enlarge, with noise of a level that the denoiser has as its label.
+  """A small image to enlarge, three channels at z's size, with noise; the noise level is its label.
 
-  Three channels at the size of z (Rombach et al. 2022, sec. 4.5). `schedule` has the noise levels.
+  Rombach et al. 2022, sec. 4.5; `schedule` has the noise levels.
   """
 
   schedule: Schedule
@@ -376,9 +373,9 @@ CONCATENATED = {
 def concatenated(
   space: Space, channels: int, schedule: Schedule | None = None
 ) -> dict[str, Conditioner]:
-  """Return the conditioner, by its name, for so many input channels beside those of z.
+  """The conditioner by name, for so many input channels besides z's; or UserError.
 
-  UserError for a number that none has; `schedule` has the noise levels of an upscaler.
+  schedule: noise levels of an upscaler.
   """
   if channels == 0:
     return {}
@@ -397,9 +394,9 @@ def concatenated(
 
 
 def random_masks(key: jax.Array, shape: tuple[int, int, int], count: int = 4) -> jax.Array:
-  """Return unions of up to `count` random rectangles, bool [b h w], true where to paint; pure.
+  """Unions of up to `count` random rectangles, bool [b h w], true where to paint.
 
-  A rectangle has edges of 1/8 to 5/8 of the image's; WHOLE of the masks are true everywhere.
+  Edges are 1/8 to 5/8 of the image's; a fraction WHOLE of the masks is true everywhere.
   """
   b, h, w = shape
   keys = jax.random.split(key, 4)

@@ -1,9 +1,9 @@
 """One description of a generative diffusion model, without weights and without a size.
 
 A model is a space (what is noised), a denoiser (any network of x, t and fields of `Condition`),
-conditioners by name, a noise schedule and a parameterization. Training, sampling, editing, export,
-evaluation and likelihood take it as it is. Height and width are arguments of sampling; a program is
-compiled for each shape and kept.
+conditioners by name, a noise schedule and a parameterization: for training, sampling, editing,
+export, evaluation and likelihood. Height and width are arguments of sampling, which compiles a
+program for each shape.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ class Diffusion:
 
   @property
   def text(self) -> TextEncoders | None:
-    """The conditioner that reads prompts, if there is one."""
+    """The conditioner of prompts, if there is one."""
     return next((c for c in self.conditioners.values() if isinstance(c, TextEncoders)), None)
 
   @property
@@ -127,7 +127,7 @@ class Diffusion:
 
   @property
   def learned_variance(self) -> bool:
-    """Whether the denoiser predicts a variance, too, in as many channels again."""
+    """True if the denoiser predicts a variance, in as many channels again."""
     return output_channels(self.denoiser.config) == 2 * self.space.channels
 
   def replaced(self, networks: Mapping[str, Network]) -> 'Diffusion':
@@ -141,11 +141,10 @@ class Diffusion:
     return dataclasses.replace(self, conditioners={**self.conditioners, name: conditioner})
 
   def with_compute(self, **changes: str) -> 'Diffusion':
-    """Return the same model whose networks compute otherwise, see `models.network.Compute`.
+    """The same model with other `models.network.Compute`.
 
-    attention and matmul_precision are of the denoiser and a ControlNet: the one head of an
-    autoencoder is too wide for kernels. remat is of all but the space's networks, because no
-    gradient passes through them.
+    attention and matmul_precision: of the denoiser and a ControlNet (an autoencoder's one head is
+    too wide for kernels). remat: not of the space's networks, through which no gradient passes.
     """
     def changed(role: str, network: Network) -> Network:
       main, frozen = role in (DENOISER, CONTROLNET), role in self.space.networks
@@ -174,10 +173,7 @@ class Diffusion:
     self, prompts: Sequence[str], negative: str = '', inputs: Inputs | None = None,
     height: int | None = None, width: int | None = None, guidance: float | None = None,
   ) -> dict[str, np.ndarray]:
-    """Return host arrays [n ...] of everything that the model is conditioned on, with images.
-
-    UserError for what does not fit the model.
-    """
+    """Host arrays [n ...] of all conditions and images; UserError for what does not fit."""
     height, width = self.size_of(height, width)
     inputs = inputs or Inputs()
     request = Request(prompts, negative, inputs, height, width, guidance)
@@ -269,21 +265,19 @@ class Diffusion:
   ) -> Iterator[np.ndarray]:
     """Yield images, float32 [b h w 3] in [-1, 1], batch after batch; one compilation for all.
 
-    Image i depends on the seed, its number first + i and its prompt, not on the batch it is in; at
-    another batch size sums are rounded otherwise. Memory does not grow with the number of prompts.
-    What is compiled depends on the config's `program` alone, on the batch size and the images'
-    size, and on which inputs there are. Where all prompts and `negative` are empty, guidance
-    changes nothing and is left out, with its cost.
+    Image i depends on the seed, its number first + i and its prompt, and on the batch size by
+    rounding alone. Memory does not grow with the number of prompts. Compilation depends on the
+    config's `program`, the batch size, the images' size, and which inputs there are. Empty prompts
+    and `negative` leave out guidance, without effect there.
 
     Args:
       seed: from 0 to 2**32 - 1.
       inputs: images to start from, masks, controls: what the model takes with the prompt.
-      noise: float32 [n ...] of z's shape, what the sampler starts from, or an image is noised with;
-        None for unit Gaussian noise of the seed. Later noise is always that of the seed.
+      noise: float32 [n ...] of z's shape, the sampler's or an image's initial noise; None for unit
+        Gaussian noise of the seed. Later noise is always that of the seed.
       height, width: of the images, in pixels; None for those of the training.
 
-    Raises:
-      UserError: for a config that cannot be sampled, and inputs that do not fit the model.
+    UserError: a config that cannot be sampled, and inputs that do not fit the model.
     """
     config.check(self.noise, self.parameterization)
     check_seed(seed)
@@ -339,7 +333,7 @@ def joined(parts: Iterable[Arrays]) -> Condition:
 
 
 def output_channels(config: Any) -> int | None:
-  """Return those of a denoiser's output, as its config tells them; None where it does not."""
+  """Output channels of a denoiser, or None if not in its config."""
   found = (getattr(config, name, None) for name in ('out_channels', 'out_features', 'in_channels'))
   return next((channels for channels in found if channels is not None), None)
 

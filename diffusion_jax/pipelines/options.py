@@ -39,7 +39,7 @@ class SampleOptions:
   steps: Annotated[int, Range(1, 10_000), Help('sampling steps', 'N')] = 20
   guidance: Annotated[float, FINITE, Help('classifier-free guidance scale; 1 is none', 'G')] = 4.0
   spacing: Annotated[str, Help(
-    'how the steps are placed, such as trailing, karras or beta', 'NAME'
+    'spacing of the steps, such as trailing, karras or beta', 'NAME'
   )] = 'trailing'
   guidance_rescale: Annotated[float, Range(0, 1), Help(
     'fraction by which guidance keeps the contrast it would raise', 'PHI'

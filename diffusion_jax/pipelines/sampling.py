@@ -1,7 +1,7 @@
-"""How to sample: what a user chooses, and what of it a compiled program depends on.
+"""How to sample: a user's choices, split for compilation.
 
-A `Program` is compiled; `Numbers` are handed to it, so that another guidance scale, interval,
-spacing, strength or number of steps runs the same program.
+A `Program` is compiled, `Numbers` are its arguments: another guidance scale, interval, spacing,
+strength or number of steps runs the same program.
 """
 
 import math
@@ -47,10 +47,10 @@ BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 
 
 class Numbers(NamedTuple):
-  """What a compiled program is given: the grid, padded, and scalars, all float32.
+  """Arguments of a compiled program: the grid, padded, and scalars, all float32.
 
-  low and high are the interval's bounds; limit and percentile those of the threshold; start is the
-  deviation of the noise that is started from.
+  low, high: bounds of the interval. limit, percentile: of the threshold. start: deviation of the
+  initial noise.
   """
 
   grid: Grid
@@ -67,11 +67,11 @@ class Numbers(NamedTuple):
 
 
 class Program(NamedTuple):
-  """What is compiled.
+  """Static choices of a compiled program.
 
-  guided, image_guided: whether there is guidance by the text, and by the picture that is edited.
-  everywhere: whether at all noise levels. decoding: one of DECODINGS. options: the sampler's, as
-  pairs. timesteps: one of `schedules.LABELS`.
+  guided, image_guided: guidance by the text, by the edited picture. everywhere: at all noise
+  levels. decoding: one of DECODINGS. options: the sampler's, as pairs. timesteps: one of
+  `noise.LABELS`.
   """
 
   sampler: str
@@ -125,7 +125,7 @@ class SampleConfig(SampleOptions):
 
   @property
   def program(self) -> Program:
-    """What is compiled for this, in which nothing differs that makes no difference."""
+    """The static choices, normalised where they have no effect."""
     guided, edited = self.guidance != 1, self.image_guidance != 1
     perturbed = self.perturbed_part if self.perturbed_attention else ''
     autoguided = self.autoguidance != 1

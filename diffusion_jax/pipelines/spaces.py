@@ -1,8 +1,7 @@
-"""What a generative model is of: pixels, latents of an autoencoder, or plain vectors.
+"""Spaces of generative models: pixels, latents of an autoencoder, or plain vectors.
 
-A space knows how examples become the z that is noised and denoised, at about unit variance, how z
-becomes an example again, and the shape of z for an image of any size. It holds networks, but no
-weights and no size.
+A space maps examples to the z that is noised and denoised, at about unit variance, and back, and
+gives z's shape for any image size. It holds networks without weights.
 """
 
 import abc
@@ -177,7 +176,7 @@ class LatentSpace(Space):
     return fold((z - config.shift_factor) * config.scaling_factor, self.patch)
 
   def moments(self, weights, examples):
-    """Of the autoencoder's own latents: 'mean' and 'std' [b h w c], float32."""
+    """'mean' and 'std' [b h w c], float32, of the autoencoder's own latents."""
     mean, logvar = self.autoencoder.bind(weights[AUTOENCODER]).encode(examples)
     return {
       'mean': mean.astype(jnp.float32), 'std': jnp.exp(logvar.astype(jnp.float32) / 2)

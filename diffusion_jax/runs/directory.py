@@ -66,7 +66,7 @@ class RunDirectory:
   ) -> None:
     """Raise UserError, naming the first difference, where this workdir belongs to another config.
 
-    complete: gives a config that an older version has written the keys that are new since.
+    complete: adds keys that are newer than a saved config.
     """
     if self.path.exists() and not self.path.is_dir():
       raise UserError(f'the workdir {self.path} is a file; choose a directory.')

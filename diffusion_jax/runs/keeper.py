@@ -1,10 +1,8 @@
-"""A small process that outlives training and writes the last word where training no longer can.
+"""A small process that outlives training and writes the last status where training cannot.
 
-A process that is killed, runs out of memory or is aborted by its runtime writes none, and its
-status file would say 'training' for ever. This program is started beside it with the path of that
-file, and reads each status as a line from its standard input. At the end of the input the other
-process is gone: unless its last status was a final one, this writes that it was killed. It imports
-the standard library alone, so that it costs a few megabytes and no start-up time.
+A killed or aborted process would stay 'training' in its status file. This program, started with the
+file's path, reads each status as a line of standard input; if that ends without a final status, it
+writes 'killed'. It imports the standard library alone: a few megabytes, no start-up time.
 """
 
 import contextlib

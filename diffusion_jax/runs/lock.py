@@ -1,8 +1,8 @@
-"""One run at a time in a workdir: a lock that names its holder, and that no dead process keeps.
+"""One run at a time in a workdir: a lock that names its holder, and outlives no process.
 
-It is a small file, WORKDIR/run.N.lock, for file locks of the operating system do not work on all
-shared file systems. Nothing here trusts clocks, of which each machine has its own: a holder touches
-its file every few seconds, and who cannot ask for the process watches whether the file changes.
+A small file, WORKDIR/run.N.lock, as system file locks fail on some shared file systems. No clocks
+are compared: a holder touches its file every few seconds, and others, if they cannot ask for the
+process, watch whether the file changes.
 """
 
 import contextlib
@@ -41,14 +41,11 @@ class Seen(NamedTuple):
 class RunLock:
   """The lock of one workdir, which must exist.
 
-  A new holder takes the number after those of the locks there are, all of which it has found to be
-  dead. So of several who find the same dead lock exactly one can make the next file. Who finds
-  another beside it that it has not looked at withdraws and looks again.
+  A new holder takes the number after those of existing locks, all found dead: of several only one
+  can make that file. One that then finds a lock it has not looked at withdraws and looks again.
 
-  Args:
-    on_lost: called once, from a thread, with a sentence, when another has taken the lock over
-      because this process stood still for so long that it was taken for dead.
-    say: takes a line for people, where it takes long to find out whether a holder lives.
+  on_lost: called once, from a thread, with a sentence, when another took over because this process
+  stood still so long that it seemed dead. say: reports a long wait for a holder's signs of life.
   """
 
   def __init__(
@@ -64,7 +61,7 @@ class RunLock:
     self.lost = False
 
   def take(self) -> None:
-    """Take the lock. UserError where another run holds it, OSError where no file can be made."""
+    """Take the lock; UserError where another run holds it, OSError where no file can be made."""
     while True:
       self._path = None
       seen = self._others()
@@ -83,7 +80,7 @@ class RunLock:
     threading.Thread(target=self._keep, name='run lock', daemon=True).start()
 
   def _make(self, path: Path) -> bool:
-    """Make the file, which this process then holds; False where another has made it."""
+    """Make the file, and so hold it; False where another has made it."""
     try:
       file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:

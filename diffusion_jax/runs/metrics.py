@@ -1,8 +1,8 @@
 """Metrics of a run on their way to JSON lines, TensorBoard and Weights & Biases.
 
-None of these can slow or stop training: each is opened and written to from a thread of its own. The
-packages are imported beforehand: Python 3.11 fails now and then where two threads import at once.
-Writers of other libraries, such as those of clu, raise or lose what a full disk refuses.
+None can slow or stop training: each has a thread. Packages are imported beforehand: Python 3.11 may
+fail where two threads import at once. Other libraries' writers, such as clu's, raise or lose data
+on a full disk.
 """
 
 import collections
@@ -31,7 +31,7 @@ _MOST_RECORDS, _MOST_IMAGES = 10_000, 8
 
 
 class Record(NamedTuple):
-  """Numbers of one step (`line` holds them as JSON), or an image uint8 [h w 3].
+  """Numbers of one step (`line` is their JSON), or an image uint8 [h w 3].
 
   numbers: name with its kind -> finite number. time: seconds since the epoch.
   """
@@ -78,9 +78,9 @@ def json_lines(path: Path) -> Iterator[Write]:
 
 
 def tensorboard(folder: Path) -> Open:
-  """Return a back-end of event files. ImportError where tensorboardX is missing.
+  """An event-file back-end; or ImportError.
 
-  tensorboardX's own thread is left out: it dies at the first error, unheard.
+  tensorboardX's own thread, which dies unheard at the first error, is left out.
   """
   # It would import PyTorch, for the name of a class: seconds and 300 MB of every run.
   without_torch = 'torch' not in sys.modules
@@ -171,14 +171,10 @@ def check_wandb(project: str) -> None:
 class MetricsWriter:
   """metrics.jsonl, TensorBoard if tensorboardX is there, and wandb if asked for.
 
-  One that fails is switched off with a line on stderr and tried again later; what it has missed is
-  kept for it, within bounds. `write` never waits and never raises for the sake of a back-end.
-
-  Args:
-    active: whether anything is written, as on process 0 alone.
-    wandb_project: '' for none.
-    config: of the run, for wandb.
-    retry_seconds: until a back-end that has failed is tried again.
+  A failed one is switched off with a line on stderr and retried later, with what it missed, within
+  bounds. `write` never waits and never raises for a back-end. active: write anything, as on process
+  0. wandb_project: '' for none. config: of the run, for wandb. retry_seconds: until a failed one is
+  retried.
   """
 
   def __init__(
@@ -253,7 +249,7 @@ class _Worker(threading.Thread):
 
   @property
   def sentence(self) -> str:
-    """The error of the back-end and its losses, '' for none."""
+    """The back-end's error and its losses, '' for none."""
     wrong = [*filter(None, [self._error, f'{self._lost} records lost' if self._lost else ''])]
     return ': '.join([self.name, *wrong]) if wrong else ''
 

@@ -14,13 +14,11 @@ from diffusion_jax.runs.status import NAME, Status
 
 
 class Start:
-  """A context: the lock of a workdir and its status file, which says `starting` once it is taken.
+  """A context: the lock of a workdir and its status file, 'starting' once taken.
 
-  A start that is refused, by a UserError before training has begun, leaves the workdir as it was: a
-  run that had finished is still finished. Within, nothing that is printed raises
-  (`files.tolerant_streams`).
-
-  status: after `open`. lock: of process 0; None in all others.
+  A start refused by a UserError leaves the workdir as it was: a finished run is still finished.
+  Within, printing never raises (`files.tolerant_streams`). status: after `open`. lock: of process
+  0; None in others.
   """
 
   def __init__(self, workdir: str | Path):
@@ -34,7 +32,7 @@ class Start:
 
   def open(self, process: int, processes: int) -> None:
     """Take the lock in process 0. UserError where the workdir cannot be used, or another run is in
-    it; with several processes not before `meet`."""
+    it; with several processes not before `join`."""
     if process == 0:
       try:
         self._take()
@@ -63,11 +61,8 @@ class Start:
         'or choose another.'
       ) from error
 
-  def meet(self) -> None:
-    """Make all processes, once joined, take part in this start, or none.
-
-    UserError on all of them where process 0 could not take the lock.
-    """
+  def join(self) -> None:
+    """Let all joined processes take part in this start; UserError on all without the lock."""
     if self._met:
       return
     import jax

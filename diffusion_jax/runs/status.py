@@ -24,17 +24,16 @@ RETRY = (*GOES_ON, 'interrupted', 'peer_lost', 'stalled', 'unsaved')
 
 
 class Status:
-  """A writer of status.json that leaves it true also after a sudden end.
+  """A writer of status.json that stays true after a sudden end.
 
   Keys: state; retry, whether the same command again would go on; message; step, total_steps,
-  seconds (spent on the run over all its starts), pid, host, updated (seconds since 1970), start
-  (which start of the run it is of) and what the caller adds.
+  seconds (of all starts), pid, host, updated (seconds since 1970), start (its name) and the
+  caller's.
 
-  Process 0 writes while things go on, and whichever process fails writes why. Every process has a
-  keeper (`runs.keeper`), which writes 'killed' when the process ends without a last word.
-
-  before: the last word of the start before this one, {} if there is none. start: the name of this
-  start, on all processes the same. final: whether this process has said its last word.
+  Process 0 writes progress, any failing process its reason. Every process has a keeper
+  (`runs.keeper`), which writes 'killed' at an end without a final status. before: the last status
+  of the start before, or {}. start: name of this start, in all processes. final: this process's
+  final status is written.
   """
 
   def __init__(self, directory: RunDirectory, process: int, processes: int):
@@ -43,7 +42,7 @@ class Status:
     self._keeper: subprocess.Popen | None = None
     self._lock = threading.Lock()
     self._found = _content(directory)
-    self.before = last_word(directory)
+    self.before = read_status(directory)
     self.start = secrets.token_hex(8)
     self.final = False
     self._problem = ''
@@ -65,11 +64,7 @@ class Status:
     return max(0.0, time.time() - updated) if _is_amount(updated) else 0.0
 
   def __call__(self, state: str, *, everyone: bool = False, **values: Any) -> None:
-    """Note the state; after a final one nothing more is written.
-
-    Args:
-      everyone: any process writes it, not only process 0.
-    """
+    """Write the state, unless after a final one; everyone: from any process, not only 0."""
     with self._lock:
       if self.final:
         return
@@ -141,20 +136,17 @@ class Status:
       self._keeper = None
 
 
-def last_word(directory: RunDirectory) -> dict[str, Any]:
-  """Return what a run's status.json says; {} where there is none or it cannot be read."""
+def read_status(directory: RunDirectory) -> dict[str, Any]:
+  """A run's status.json; {} where there is none or it cannot be read."""
   try:
     return directory.read_json(NAME)
   except UserError:
     return {}
 
 
-def stands_still(directory: RunDirectory, seconds: float) -> bool:
-  """Say whether a run is over, or has said nothing for so long.
-
-  One without a word, such as a copy, is known by what it has written last.
-  """
-  status = last_word(directory)
+def is_stalled(directory: RunDirectory, seconds: float) -> bool:
+  """True if a run is over, or silent for so long; without a status, by its newest file."""
+  status = read_status(directory)
   retry, updated = status.get('retry'), status.get('updated')
   if not isinstance(retry, bool) or not _is_amount(updated):
     found = [path for path in (directory.path, directory.checkpoints) if path.is_dir()]

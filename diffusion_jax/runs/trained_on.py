@@ -1,5 +1,7 @@
-"""The data of a network or a run: trained_on.json beside weights, so that scores can name them, and
-data.json in a workdir, so that other data are noticed when a run goes on.
+"""Training data of a network or a run, as JSON files.
+
+trained_on.json with weights names the data in scores; data.json in a workdir detects changed data
+on resume.
 """
 
 from __future__ import annotations

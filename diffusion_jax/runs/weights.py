@@ -15,14 +15,10 @@ from diffusion_jax.types import Params
 def run_weights(
   workdir: str, shapes: dict[str, Any], mesh: Mesh, step: int | None = None, ema: bool | None = None
 ) -> Params:
-  """Return the parameters of a checkpoint on a mesh; nothing else is read, and nothing changes.
+  """The parameters of a checkpoint on a mesh; nothing else is read, and nothing changes.
 
-  UserError where there is no run, no checkpoint, all are damaged, or they are of another model.
-
-  Args:
-    shapes: of the parameters, by name.
-    step: None for the newest intact checkpoint.
-    ema: whether averaged; None for that where the run has averages.
+  shapes: of the parameters, by name. step: None for the newest intact checkpoint. ema: averaged;
+  None: if the run has averages. UserError: no run, no or only damaged checkpoints, another model.
   """
   directory = RunDirectory(workdir)
   if ema is None:

@@ -26,12 +26,10 @@ def parameter_table(params: Params, rows: int) -> str:
 def model_card(
   training: Training, parameters: Params, steps: int, seconds: float, scores: Scores
 ) -> str:
-  """Return Markdown.
+  """A model card in Markdown.
 
-  Args:
-    parameters: those that are trained, or their shapes.
-    seconds: spent until now, with sampling and scoring.
-    scores: as a run keeps them, with what they are measured on.
+  parameters: trained ones, or their shapes. seconds: spent, with sampling and scoring. scores: as a
+  run keeps them, with the data they are measured on.
   """
   t, data = training, training.config['data']
   records, (name, edge) = steps * t.loop.batch_size, t.task.described(data['size'])

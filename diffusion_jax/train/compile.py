@@ -22,9 +22,9 @@ MEGABYTE = 1e6
 class StepReport:
   """Needs of the compiled step on one device, in bytes.
 
-  seconds: to compile. parameters: scalars that are trained, over all devices. state: parameters,
-  optimizer, average and frozen networks. temporary: activations, gradients and whatever else lives
-  during the step. flops: as XLA counts them; None where it does not.
+  seconds: to compile. parameters: trained scalars, over all devices. state: parameters, optimizer,
+  average and frozen networks. temporary: activations, gradients and others during the step. flops:
+  as XLA counts them, or None.
   """
 
   seconds: float
@@ -91,10 +91,7 @@ def compile_step(step: Any, state: TrainState, frozen: dict, batch: dict):
 
 
 class StepPrograms:
-  """A jitted step, called as such, with one executable for each shape of batch that has come.
-
-  All processes must give batches of one shape at a time.
-  """
+  """A jitted step with one executable for each batch shape, the same in all processes at a time."""
 
   def __init__(
     self, step: Any, compiling: Callable[[], AbstractContextManager] = contextlib.nullcontext

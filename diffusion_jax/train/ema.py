@@ -1,10 +1,9 @@
-"""Exponential moving average of the parameters, and averages of another length put together after
-training (Karras et al. 2024, section 3.1).
+"""Exponential moving averages of the parameters, and others put together after training.
 
-An average is a sum of the parameters after every update, each with a weight: its profile. So is
-each of the averages and parameters that checkpoints hold, with a profile of its own. The sum of
-those whose profile is nearest to the wanted one in least squares stands for an average that was
-never kept; how near it is follows from the profiles alone, before any weight is read.
+Karras et al. 2024, section 3.1. An average, like the parameters themselves, is a weighted sum of
+the parameters after every update: its profile. The sum of a run's checkpoints whose profile is
+nearest to a wanted one in least squares stands for that average; the profiles alone give its error,
+before weights are read.
 """
 
 from collections.abc import Sequence
@@ -19,12 +18,10 @@ from diffusion_jax.types import Params
 
 
 def decay_per_step(halflife_images: float, batch_size: int, step: jax.Array) -> jax.Array:
-  """Return the factor that halves an old weight's part every `halflife_images` images.
+  """The factor that halves an old weight's fraction every `halflife_images` images.
 
-  Early on it is min(decay, (1 + step) / (10 + step)), so that the random start is soon forgotten.
-
-  Args:
-    step: number of updates made before this one, 0 for the first.
+  Early it is min(decay, (1 + step) / (10 + step)), to forget the random start. step: updates made
+  before this one.
   """
   decay = 0.5 ** (batch_size / halflife_images)
   step = jnp.asarray(step, jnp.float32)
@@ -46,26 +43,23 @@ BLOCK = 8192
 
 
 class Snapshot(NamedTuple):
-  """Weights in a checkpoint: at a step, an average with that half-life in images, or, with 0, the
-  parameters themselves."""
+  """Weights of a step: an average with that half-life in images, or 0: the parameters."""
 
   step: int
   halflife_images: float
 
 
 class Combination(NamedTuple):
-  """factors: of the snapshots, they sum to 1. error: of the profile, relative, in Euclidean norm.
-  """
+  """factors: of the snapshots, of sum 1. error: of the profile, relative, in Euclidean norm."""
 
   factors: Float[np.ndarray, 'k']
   error: float
 
 
 def combine(wanted: Snapshot, stored: Sequence[Snapshot], batch_size: int) -> Combination:
-  """Return the sum of stored snapshots that is nearest to the wanted one.
+  """The sum of stored snapshots nearest to the wanted one, of those up to its step.
 
-  Only snapshots up to the wanted step are of use. Updates that the guard left out count as if they
-  had been made.
+  Updates that the guard skipped count as made.
   """
   every = [wanted, *stored]
   logs = {h: log_decays(h, wanted.step, batch_size) for h in {s.halflife_images for s in every}}
@@ -87,9 +81,9 @@ def combine(wanted: Snapshot, stored: Sequence[Snapshot], batch_size: int) -> Co
 
 
 def log_decays(halflife: float, steps: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-  """Return, of each update, the logarithms of the decay up to it and of its own fraction.
+  """Logarithms of the decay up to each update and of its own fraction, float64.
 
-  As `ema.decay_per_step`, in float64; the first parameters count as an update with fraction 1.
+  As `ema.decay_per_step`; the first parameters count as an update with fraction 1.
   """
   if not halflife:
     return np.zeros(steps + 1), np.zeros(steps + 1)
@@ -102,7 +96,7 @@ def log_decays(halflife: float, steps: int, batch_size: int) -> tuple[np.ndarray
 
 
 def profile(snapshot: Snapshot, logs: tuple[np.ndarray, np.ndarray], at: np.ndarray) -> np.ndarray:
-  """Return the weights of the parameters after the updates `at` [n], 0 for the first parameters.
+  """Weights of the parameters after the updates `at` [n], 0 for the first parameters.
 
   logs: `log_decays` of the snapshot's half-life, up to its step or further.
   """

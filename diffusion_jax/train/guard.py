@@ -1,8 +1,8 @@
-"""Steps that would spoil the parameters are left out: not finite, or far above the usual loss.
+"""Steps that would spoil the parameters are skipped: not finite, or far above the usual loss.
 
-`optax.apply_if_finite` lets the NaN through once its limit is reached. Here such a step never
-touches parameters, optimizer or average, and once too many came in a row no step does any more, so
-that the state is the same however late the host looks.
+Unlike `optax.apply_if_finite`, which lets NaN through after its limit, such a step never changes
+parameters, optimizer or average, and after too many in a row no step does, however late the host
+looks.
 """
 
 from typing import NamedTuple
@@ -19,10 +19,10 @@ SETTLED = 50
 
 
 class Guard(NamedTuple):
-  """Steps that were skipped, and losses that are usual. All scalars.
+  """Skipped steps, and the usual loss; all scalars.
 
-  skipped: steps left out so far, for either reason. in_a_row: the last ones of them without a good
-  step between. used: good steps. mean, variance: running, of the losses of good steps.
+  skipped: so far, for either reason. in_a_row: the latest ones without a good step. used: good
+  steps. mean, variance: running, of the losses of good steps.
   """
 
   skipped: jax.Array
@@ -40,11 +40,9 @@ class Guard(NamedTuple):
 def judge(
   guard: Guard, config: GuardConfig, loss: jax.Array, norm: jax.Array
 ) -> tuple[jax.Array, jax.Array, Guard]:
-  """Return (use this step, its numbers are finite, the guard after it).
+  """(use this step, its numbers are finite, the next guard).
 
-  Args:
-    loss: scalar, over the whole batch.
-    norm: scalar, the global norm of the gradient before clipping.
+  loss: scalar, over the whole batch. norm: scalar, of the gradient before clipping.
   """
   finite = jnp.isfinite(loss) & jnp.isfinite(norm)
   use = finite & (guard.in_a_row < config.max_skipped_in_a_row)

@@ -42,11 +42,9 @@ class Stopping(Exception):
 
 
 class StopRequest:
-  """A context in which the first SIGINT or SIGTERM only asks to stop; a second one interrupts.
+  """A context in which the first SIGINT or SIGTERM, on any process, asks all to stop (`Peers`).
 
-  A request to one process reaches all of them (`Peers`).
-
-  signal: the one that this process got, None where another was asked.
+  A second one interrupts. signal: this process's, None where another was asked.
   """
 
   def __init__(self, peers: Peers):
@@ -83,10 +81,9 @@ class StopRequest:
 class Watchdog:
   """A thread that ends a process in which a collective, file system or data source hangs.
 
-  Without a heartbeat for `seconds` (0: for ever) it writes the stacks of all threads to stderr and
-  to `directory`/stacks_PROCESS.txt, calls `on_stall` with a sentence, and leaves with `exit_code`.
-  Where the interpreter itself stands still (a library that keeps its lock), faulthandler's own
-  thread writes the stacks and leaves, with exit code 1.
+  Without a heartbeat for `seconds` (0: for ever) it writes all stacks to stderr and
+  `directory`/stacks_PROCESS.txt, calls `on_stall` with a sentence, and leaves with `exit_code`. If
+  the interpreter itself hangs, faulthandler's thread writes the stacks and leaves with 1.
   """
 
   def __init__(
@@ -171,10 +168,9 @@ class Watchdog:
 
 
 def resources() -> dict[str, float]:
-  """Return numbers in which a leak shows: memory and its peak in bytes, open files, threads.
+  """Memory and its peak in bytes, open files, threads: numbers in which leaks show.
 
-  Memory is of the host and of the fullest device of this process, where devices tell (CPUs do not).
-  Outside of Linux the files and the memory of the host are left out.
+  Of the host and the fullest device of this process, if known; outside of Linux without the host's.
   """
   found: dict[str, float] = {'threads': threading.active_count()}
   proc = Path('/proc/self')
@@ -195,9 +191,9 @@ def resources() -> dict[str, float]:
 
 
 class Compilations:
-  """A count of the programs that XLA has compiled, or fetched from its cache, since it was made.
+  """A count of programs that XLA has compiled or fetched from its cache since it was made.
 
-  After the first step there should be none for training but for new shapes of batches.
+  After the first step training compiles only for new batch shapes.
   """
 
   _EVENT = '/jax/core/compile/backend_compile_duration'
@@ -225,12 +221,8 @@ class _Failure:
   due: float
 
 
-class SideWork:
-  """Work that only shows: where it fails, it is named, counted, tried again, and never raises.
-
-  A full disk, a damaged file and a bug in a chart are alike here: none of them is worth the steps
-  since the last checkpoint.
-  """
+class BestEffort:
+  """Work whose failure is named, counted, retried, and never raised, whatever the error."""
 
   def __init__(self, say: Callable[[str], None], retry_seconds: float = RETRY_SECONDS):
     self.say, self._retry_seconds = say, retry_seconds
@@ -249,9 +241,9 @@ class SideWork:
   def __call__(
     self, what: str, work: Callable[[], T], otherwise: T | None = None, *, keep: bool = False
   ) -> T | None:
-    """Return work(), or `otherwise` where it fails.
+    """work(), or `otherwise` where it fails; what: its name, whose next success ends the error.
 
-    what: names it; the error ends when work of this name succeeds. keep: try it again, by `again`.
+    keep: try it again, by `again`.
     """
     try:
       result = work()
@@ -265,10 +257,7 @@ class SideWork:
     return result
 
   def together(self, what: str, work: Callable[[], T], otherwise: T | None = None) -> T | None:
-    """Do as a call does, for work of all processes together.
-
-    With several an error is raised: the others may wait within it for this one.
-    """
+    """As a call, for work of all processes; with several, errors are raised: others may wait."""
     return work() if jax.process_count() > 1 else self(what, work, otherwise)
 
   def _failed(self, what: str, error: Exception, again: Callable[[], Any] | None) -> None:
@@ -294,8 +283,8 @@ class SideWork:
 class Safety:
   """The status file, the peers, the watchdog and the stop requests of one start.
 
-  facts: returns how far things are, for the status file. training: whether training has begun, so
-  that what ends it now is more than a refused start. note: added to the message of a last error.
+  facts: returns the progress, for the status file. training: training has begun, so an error is
+  more than a refused start. note: added to the last error's message.
   """
 
   def __init__(self, start: Start, config: SafetyConfig):
@@ -313,7 +302,7 @@ class Safety:
       exit_code=TRY_AGAIN,
     )
 
-  def tell(self, state: str, *, now: bool = True, **more: Any) -> None:
+  def report(self, state: str, *, now: bool = True, **more: Any) -> None:
     """Write how things stand; without `now` no more than once a second."""
     if now or time.monotonic() - self._told > 1:
       self._told = time.monotonic()

@@ -26,7 +26,7 @@ from diffusion_jax.runs.directory import RunDirectory, versions
 from diffusion_jax.runs.metrics import MetricsWriter
 from diffusion_jax.runs.trained_on import write_trained_on
 from diffusion_jax.train.card import model_card
-from diffusion_jax.train.health import SideWork
+from diffusion_jax.train.health import BestEffort
 from diffusion_jax.train.state import TrainState
 from diffusion_jax.train.training import Training, stating
 from diffusion_jax.types import Scores
@@ -40,15 +40,11 @@ FIRST_FRACTION = 0.9
 
 
 class SampleCount:
-  """One number for all evaluations of a run, for metrics of other numbers cannot be compared.
+  """One number of samples for all evaluations of a run, as values of others do not compare.
 
-  Without a time budget it is loop.evaluate_samples. With one, the first evaluation makes as many as
-  the time allows, and its number stays: it is written to the run's evaluation.json, where a later
-  start finds it, and holds while loop.evaluate_samples and loop.evaluate_seconds are the same.
-
-  Attributes:
-    wanted: samples of the next evaluation, at most.
-    seconds: that it may take, 0 for no limit.
+  loop.evaluate_samples; with a time budget the number that the first evaluation manages, kept in
+  evaluation.json while that and loop.evaluate_seconds stay. wanted: samples of the next evaluation,
+  at most. seconds: its budget, 0 for none.
   """
 
   def __init__(
@@ -74,8 +70,8 @@ class SampleCount:
     fits = type(samples) is int and 0 < samples <= self._settings['of']
     return samples if fits and self._settings.items() <= known.items() else 0
 
-  def took(self, samples: int) -> str:
-    """Note how many samples an evaluation was of; return what is to be said of that, or ''."""
+  def record(self, samples: int) -> str:
+    """Record an evaluation's number of samples; return a sentence on it, or ''."""
     if samples >= self.wanted and self._chosen:
       return ''
     if self._chosen:
@@ -100,12 +96,9 @@ REPORT_EVERY = 20
 
 
 class Hooks:
-  """Sample and score in every process, write in process 0.
+  """Sample and score in every process, write in process 0; only `finish` raises."""
 
-  Only `finish` raises where something cannot be written; all else is side work.
-  """
-
-  def __init__(self, training: Training, writer: MetricsWriter, frozen: dict, side: SideWork):
+  def __init__(self, training: Training, writer: MetricsWriter, frozen: dict, side: BestEffort):
     self.t, self._writer, self._frozen, self._side = training, writer, frozen, side
     self._main = jax.process_index() == 0
     self._next_report = 0.0
@@ -154,9 +147,9 @@ class Hooks:
   def evaluate(
     self, state: TrainState, step: int, final: bool = False
   ) -> tuple[Scores, dict[str, float]]:
-    """Return (scores of a step, those values that can be compared with those of other steps).
+    """(scores of a step, those comparable with other steps'), empty on failure.
 
-    The first column goes to the metrics. Both are empty where it failed.
+    The first column goes to the metrics.
     """
     return self._side.together(
       'the evaluation', lambda: self._evaluate(state, step, final), ({}, {})
@@ -173,7 +166,7 @@ class Hooks:
     metrics, taken = dict(next(iter(scores.values()))), count.wanted
     if count.seconds:
       taken = scores['settings']['samples']
-      if (text := count.took(taken)) and self._main:
+      if (text := count.record(taken)) and self._main:
         self._side.say(text)
     metrics['samples'] = taken
     self._writer.write('evaluation', step, metrics)
@@ -209,11 +202,7 @@ class Hooks:
       self._next_report = now + REPORT_EVERY * (now - start)
 
   def finish(self, state: TrainState, seconds: float, scores: Scores, params: dict) -> None:
-    """Export the model with its scores; `params` are whole, on the host.
-
-    Raises:
-      OSError: there is no room, or nothing can be written; it may be called again.
-    """
+    """Export the model with its scores; `params` are on the host. May be repeated on OSError."""
     if self._main:
       directory = self.t.directory
       if scores or not self.t.loop.evaluate_samples:  # Else they failed: older ones stay.
@@ -230,8 +219,5 @@ class Hooks:
 
 
 def due(step: int, every: int, loop: LoopConfig) -> bool:
-  """Say whether what is done every so many steps is done after this one.
-
-  The last step's is left to the end of the run, which samples and scores in any case.
-  """
+  """True if something done every so many steps is done now; the last step's is left to the end."""
   return every > 0 and step > 0 and step % every == 0 and step < loop.total_steps

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from diffusion_jax.backend.xla import settle_on_cpu
+from diffusion_jax.backend.xla import block_on_cpu
 from diffusion_jax.checkpoint.saving import may_pass
 from diffusion_jax.errors import Diverged, UserError
 from diffusion_jax.files import first_line, say
@@ -19,9 +19,9 @@ from diffusion_jax.train.card import parameter_table
 from diffusion_jax.train.compile import StepPrograms, step_and_batch
 from diffusion_jax.train.health import (
   TRY_AGAIN,
+  BestEffort,
   Compilations,
   Safety,
-  SideWork,
   Stopping,
   resources,
 )
@@ -39,28 +39,21 @@ _ROWS = 16
 
 
 def train(training: Training, progress: bool = True, start: Start | None = None) -> int:
-  """Train to the last step, or go on from the last checkpoint in the workdir.
+  """Train to the last step, or resume from the workdir's last checkpoint; return the exit code.
 
-  Args:
-    start: where the lock of the workdir has been taken already.
+  0 when finished; 128 + the signal's number when stopped by one, after saving; 75 when the last
+  checkpoint or model had no room, 1 for another reason.
 
-  Returns:
-    0 when finished; 128 + the signal's number when stopped by one, after saving; 75 when the last
-    checkpoint or the model could not be written for want of room, 1 for another reason.
-
-  Raises:
-    UserError: all checkpoints in the workdir are damaged, or they are of another model or of more
-      steps; or another run is in it.
-    Diverged: too many steps in a row were not finite; parameters are from before them.
-
-  After any other error the state is saved before it is raised. With several processes one that
-  fails, or sees that another is gone, leaves by itself, with exit code 1 or 75; status.json says
-  why.
+  UserError: all checkpoints are damaged, or of another model or of more steps; or another run is in
+  the workdir. Diverged: too many steps in a row were not finite; parameters are from before them.
+  After other errors the state is saved first. One of several processes that fails, or sees another
+  gone, leaves with exit code 1 or 75; status.json has the reason. start: the workdir, if taken
+  already.
   """
   with contextlib.ExitStack() as stack:
     if start is None:
       start = stack.enter_context(Start(training.directory.path))
-    start.meet()
+    start.join()
     safety = Safety(start, training.safety)
     stack.enter_context(safety.watching())
     stack.enter_context(jax.set_mesh(training.mesh))
@@ -81,8 +74,8 @@ class _Loop:
     self.profiler = ProfilerWindow(
       training.directory.path / 'profile', loop.profile_first_step, loop.profile_steps
     )
-    self.side = SideWork(say, training.safety.checkpoint_retry_seconds)
-    safety.tell('starting')
+    self.side = BestEffort(say, training.safety.checkpoint_retry_seconds)
+    safety.report('starting')
     with self._compiling():
       abstract = abstract_state(
         training.task, training.optimizer, loop.ema_halflife_images > 0, training.mesh
@@ -110,7 +103,7 @@ class _Loop:
     self.state = found.state if found else initializer(
       t.task, t.optimizer, t.loop.seed, abstract
     )(t.start(t.mesh))
-    self.goodput.goes_on(
+    self.goodput.resume(
       found.goodput if found else None, before.goodput_before(), down=before.seconds_since()
     )
     self.meter = Meter(t.loop.batch_size, self.goodput, found.totals if found else {})
@@ -125,7 +118,7 @@ class _Loop:
   def _compile(self, abstract: TrainState) -> None:
     """Compile the step before any time is spent on training, and report what it needs."""
     t = self.t
-    self.safety.tell('compiling')
+    self.safety.report('compiling')
     step, batch = step_and_batch(t, abstract)
     self.update = StepPrograms(step, self._compiling)
     report = self.update.prepare(self.state, self.frozen, batch)
@@ -171,7 +164,7 @@ class _Loop:
         if self.resumed:
           self._run_hooks(*self.hooks.missing(self.step))
         self.safety.stop.barrier()  # Compiling may have taken long.
-        self.safety.tell('training')
+        self.safety.report('training')
         while self.step < loop.total_steps:
           self.safety.check()
           # The first line compiles small things of its own.
@@ -195,7 +188,7 @@ class _Loop:
       batch = next(self.t.loader)
     fields = {name: batch[name] for name in self.t.task.batch_fields}
     self.state, metrics = self.update(self.state, self.frozen, put_batch(fields, self.t.mesh))
-    settle_on_cpu(metrics)
+    block_on_cpu(metrics)
     # First of all what belongs to the step, so that state and counts agree whatever fails below.
     self.meter.add(metrics)
     self.step, self.data_before = self.step + 1, None
@@ -220,7 +213,7 @@ class _Loop:
       'recompilations': self.recompilations, 'unreadable': len(self.t.damage),
     })
     self.last = {'loss': f'{values["loss"]:.4f}', 'step': step}
-    self.safety.tell('training', now=False)
+    self.safety.report('training', now=False)
     if given_up:
       self.writer.flush()
       self.saver.wait()  # So that the last checkpoint can be named.
@@ -247,15 +240,15 @@ class _Loop:
       return
     with self.goodput.phase('evaluation'):
       if preview:
-        self.safety.tell('sampling')
+        self.safety.report('sampling')
         self.hooks.preview(self.state, self.step)
       if evaluate:
-        self.safety.tell('evaluating')
+        self.safety.report('evaluating')
         self._evaluate()
       self.hooks.report()
       self.bar.refresh()
     self.safety.stop.barrier()
-    self.safety.tell('training')
+    self.safety.report('training')
 
   def _evaluate(self, final: bool = False) -> dict:
     """Return the scores; those that can be compared decide which checkpoints stay."""
@@ -272,7 +265,7 @@ class _Loop:
       self._log()
     with self.goodput.phase('checkpoint'):
       self.saver.save_run(self.step, self.state, self.meter.totals, self.goodput.totals())
-    self.safety.tell('training')
+    self.safety.report('training')
 
   def _rescue(self, error: Exception) -> None:
     """Save before an error ends the run, unless the state itself is what is wrong."""
@@ -299,7 +292,7 @@ class _Loop:
     number = self.safety.stop.signal or signal.SIGTERM
     self.bar.close()
     saved, error = self.saver.latest(), self.saver.error
-    self.safety.tell('interrupted', message=(
+    self.safety.report('interrupted', message=(
       f'stopped by {signal.Signals(number).name}, saved step {saved}'
       f'{f"; {error}" if error else ""}'
     ))
@@ -314,7 +307,7 @@ class _Loop:
   def _finish(self) -> int:
     """Sample, score and export the last state; done again if it was cut off."""
     self._save()
-    self.safety.tell('finishing')
+    self.safety.report('finishing')
     with self.goodput.phase('evaluation'):
       self.hooks.preview(self.state, self.step)
       scores = self._evaluate(final=True) if self.t.loop.evaluate_samples else {}
@@ -325,10 +318,10 @@ class _Loop:
     )
     self.side.again(now=True)
     if missing:
-      self.safety.tell('unsaved', message=missing, retry=may_pass(missing))
+      self.safety.report('unsaved', message=missing, retry=may_pass(missing))
       say(f'the run has not finished: {missing}')
     else:
-      self.safety.tell('finished', message='; '.join(self.side.errors))
+      self.safety.report('finished', message='; '.join(self.side.errors))
     self.hooks.report(last=True)
     if missing:
       return TRY_AGAIN if may_pass(missing) else 1

@@ -15,25 +15,19 @@ because a start ended without saving it. down: between one start's last word and
 
 
 class Goodput:
-  """Seconds by phase, beginning with 'start'.
-
-  Args:
-    clock: seconds, growing.
-  """
+  """Seconds by phase, beginning with 'start'. clock: seconds, growing."""
 
   def __init__(self, clock: Callable[[], float] = time.monotonic):
     self._totals = dict.fromkeys(PHASES, 0.0)
     self._clock, self._phase, self._since = clock, 'start', clock()
 
-  def goes_on(
+  def resume(
     self, saved: dict[str, float] | None, last: dict[str, float] | None, down: float
   ) -> None:
-    """Take over the accounts of the starts before this one.
+    """Take over the accounts of earlier starts.
 
-    Args:
-      saved: totals in the checkpoint that this start begins with, None without one.
-      last: totals in the last word of the start before. What it did after `saved` is lost.
-      down: seconds between that word and this start.
+    saved: totals in this start's checkpoint, or None. last: totals in the last status of the start
+    before; what followed `saved` is lost. down: seconds between that status and this start.
     """
     saved, last = saved or {}, last or {}
     after = sum(last.values()) - sum(saved.values())
@@ -101,12 +95,10 @@ def averages(metrics: Metrics) -> dict[str, float | list[float | None]]:
 
 
 class Meter:
-  """Adds up metrics without waiting for the device.
+  """Sums of metrics, without waiting for the device.
 
-  `close_window` hands over the sums; `read` turns them into numbers and is called one step later,
-  when the device is done with them and busy with the next step. Speeds are those of training
-  alone: sampling, scoring and saving, which `goodput` knows of, do not count.
-
+  `close_window` hands over the sums; `read`, one step later, makes numbers of them while the device
+  is busy. Speeds are those of training alone, without sampling, scoring and saving (`goodput`).
   totals: sums since the last log line, for the checkpoint.
   """
 

@@ -42,11 +42,7 @@ def decay_mask(params: Params) -> Mask:
 
 
 def group_factors(params: Params, groups: tuple) -> dict[str, float]:
-  """Return the factor on the learning rate of every parameter.
-
-  Raises:
-    UserError: when a pattern matches no parameter, as it then does nothing.
-  """
+  """The learning rate factor of every parameter; UserError for a pattern that matches none."""
   factors, used = {}, set()
   for name in params:
     hit = next((i for i, (pattern, _) in enumerate(groups) if re.search(pattern, name)), None)
@@ -115,17 +111,12 @@ FUSED = {('adamw', 'cpu'): cpu.adamw}
 def make_optimizer(
   config: OptimizerConfig, params: Params, total_steps: int, platform: str
 ) -> Transformation:
-  """Return the optimizer of the config: clip, update, group factors, in this order.
+  """The config's optimizer: clip, update, group factors, in this order.
 
-  update(gradients, state, parameters, use=True, norm=None): where `use` is False, a scalar, updates
-  are zero and the state stays as it is, whatever the gradients hold. norm: of all gradients, where
-  it is known. Clipping takes one global norm over the groups that are trained.
-
-  Args:
-    platform: of the mesh, such as 'cpu'.
-
-  Raises:
-    UserError: unknown name, or a group that matches no parameter.
+  update(gradients, state, parameters, use=True, norm=None): where scalar `use` is False, updates
+  are zero and the state stays. norm: of all gradients, if known; clipping is by the global norm of
+  the trained groups. platform: of the mesh, such as 'cpu'. UserError: unknown name, or a group
+  without parameters.
   """
   schedule, mask = learning_rate_schedule(config, total_steps), decay_mask(params)
   factors = group_factors(params, config.groups)

@@ -10,15 +10,11 @@ from diffusion_jax.files import first_line, say
 
 
 class ProfilerWindow:
-  """Traces steps by jax.profiler into `directory`/step_N, N being the steps done before.
+  """Traces of steps by jax.profiler in `directory`/step_N, N being the steps done before.
 
-  TensorBoard's profile plugin and xprof read what it writes. With several processes each has a
-  folder process_I in there, as files are named after the machine alone. A trace that cannot be
-  made costs a line on stderr, never the run. SIGUSR1 opens a window in the process that gets it.
-
-  Args:
-    first_step: steps done before the window opens by itself; 0 for no such window.
-    steps: length of a window.
+  For TensorBoard's profile plugin and xprof; of several processes in folders process_I. A failed
+  trace costs a line on stderr, never the run. SIGUSR1 opens a window in its process. first_step:
+  steps done before the window opens by itself; 0 for none. steps: length of a window.
   """
 
   def __init__(self, directory: Path, first_step: int, steps: int):
@@ -76,9 +72,6 @@ class ProfilerWindow:
 
 
 def _wait_for_devices() -> None:
-  """Wait until each device has done what it was given, so that a trace holds complete steps alone.
-
-  A device takes work in order, so that something small that comes last is done last.
-  """
+  """Wait for all devices' queues, by a small last task, so that traces hold complete steps."""
   last = [jax.device_put(0.0, device) + 1 for device in jax.local_devices()]
   jax.block_until_ready(last)

@@ -12,7 +12,7 @@ import numpy as np
 from clu.metrics import Average
 
 from diffusion_jax.checkpoint.checkpoints import Checkpoints, Keep
-from diffusion_jax.checkpoint.saving import may_pass, of_storage, reason
+from diffusion_jax.checkpoint.saving import is_storage_error, may_pass, reason
 from diffusion_jax.evaluation.metrics.metric import LOWEST, best_is
 from diffusion_jax.files import reading
 from diffusion_jax.parallel.mesh import to_host
@@ -38,7 +38,7 @@ class Restored(NamedTuple):
 
 
 class Saver(Checkpoints):
-  """The checkpoints of a run, with the places where its data and its metrics stand."""
+  """The checkpoints of a run, with its positions in data and metrics."""
 
   def __init__(self, training: Training, say: Callable[[str], None]):
     loop = training.loop
@@ -51,10 +51,7 @@ class Saver(Checkpoints):
     self.loader, self._ask_every = training.loader, loop.log_every_steps
 
   def restore_run(self, abstract: TrainState) -> Restored | None:
-    """Return the newest intact state, and set the loader to what comes after it.
-
-    UserError where all checkpoints are damaged, or they are of another model.
-    """
+    """The newest intact state, the loader set after it; UserError: damage, or another model."""
     found = self.restore(_as_parts(abstract))
     if found is None:
       return None
@@ -111,9 +108,8 @@ def rescue(
 ) -> str:
   """Save the state if it is complete and finite; return a few words on that. Never raises.
 
-  Args:
-    most_skipped: steps in a row that are skipped before a run counts as diverged.
-    data: state of the loader before a batch that was read in vain, None for none.
+  most_skipped: skips in a row after which a run counts as diverged. data: the loader's state before
+  a batch that was not used, or None.
   """
   try:
     if jax.process_count() > 1:
@@ -151,15 +147,9 @@ def wait_for_room(
 ) -> str:
   """Wait until the last checkpoint and the model are on disk; return what is missing, or ''.
 
-  What more room would not mend, such as a file where a folder should be, is tried `TRIES` times.
-  All processes must call it together. Each try is said.
-
-  Args:
-    save: starts to save the last step, by all processes.
-    export: writes the model; does nothing on processes other than 0.
-
-  Raises:
-    Stopping: a process was asked to stop meanwhile.
+  Errors that room does not mend are retried `TRIES` times. All processes call it together; each try
+  is reported. save: starts to save the last step, in all processes. export: writes the model, in
+  process 0. Stopping: a process was asked to stop.
   """
   end = time.monotonic() + (safety.config.room_timeout_seconds or math.inf)
   pause = safety.config.checkpoint_retry_seconds
@@ -177,7 +167,7 @@ def wait_for_room(
     if not missing or over:
       return missing
     say(f'{missing} Waiting for room; the next try is in {pause:g} s, and a signal ends that.')
-    safety.tell('saving', message=missing)
+    safety.report('saving', message=missing)
     for _ in range(max(1, math.ceil(pause))):  # As often on all processes.
       time.sleep(min(1.0, pause))
       safety.watchdog.heartbeat()
@@ -191,7 +181,7 @@ def _tried(export: Callable[[], None]) -> str:
   try:
     export()
   except Exception as error:
-    if not of_storage(error):
+    if not is_storage_error(error):
       raise
     return f'the model could not be exported ({reason(error)}).'
   return ''

@@ -64,13 +64,11 @@ def make_step(
   task: Task, optimizer: optax.GradientTransformationExtraArgs, abstract: TrainState, *,
   batch_size: int, ema_halflife_images: float, accumulation: int = 1, guard: GuardConfig = DEFAULT,
 ) -> Step:
-  """Return the jitted step (state, frozen, batch) -> (state, metrics); the state is donated.
+  """The jitted step (state, frozen, batch) -> (state, metrics); the state is donated.
 
-  A step that the guard rejects changes nothing but the step number and the guard itself; where its
-  loss or gradient is not finite, its metrics do not count either. Metrics are averages that merge
-  over steps. The step's randomness is fold_in(key, step), so a step can be repeated exactly.
-
-  abstract: the state's shapes on their shards, of `state.abstract_state`.
+  A rejected step changes only the step number and the guard; if not finite, its metrics do not
+  count. Metrics are averages that merge over steps. Randomness is fold_in(key, step): steps repeat
+  exactly. abstract: shapes of the state on their shards, of `state.abstract_state`.
   """
   mesh = abstract.step.sharding.mesh
 

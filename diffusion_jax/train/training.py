@@ -30,10 +30,9 @@ def stating(scores: Scores, step: int, about: Sequence[str]) -> Scores:
 class Training:
   """Everything the loop needs, built and checked.
 
-  start: gives the parameters on a mesh that a new run begins with, None for fresh ones.
-  measured: what the scores are measured on. provenance: sentences on the networks that were there
-  before this run, such as those that score. evaluators: those of the task that are wanted.
-  trained_on: the pictures, None where there are none. damage: records that could not be read.
+  start: makes a new run's initial parameters on a mesh; None for fresh ones. measured: the data of
+  the scores. provenance: sentences on networks from before this run. evaluators: of the task, in
+  use. trained_on: the pictures, or None. damage: unreadable records.
   """
 
   config: dict[str, Any]

@@ -1,9 +1,8 @@
 """Charts as inline SVG: metrics over steps, the loss over the diffusion time, noise schedules.
 
-Text, axes and grid are drawn in `currentColor` on a transparent ground, so that one chart is
-legible on light and dark pages; series use the Okabe-Ito palette, which colour-blind readers tell
-apart. No global state, no window system. The same data gives the same bytes, and ids differ between
-charts, so that many can share a page.
+Text, axes and grid are `currentColor` on a transparent ground, for light and dark pages; series use
+the Okabe-Ito palette, distinct to colour-blind readers. No global state, no window system. The same
+data gives the same bytes; ids differ between charts, which may be on one page.
 """
 
 from __future__ import annotations
@@ -112,11 +111,7 @@ def legend_below(figure: Figure, axes: Axes, columns: int = 3) -> None:
 
 
 def render(figure: Figure, title: str) -> str:
-  """Return a figure as an <svg> element: scalable, with ids of its own.
-
-  Args:
-    title: what is shown, read out by screen readers; not drawn. So it is in every chart.
-  """
+  """A figure as a scalable <svg> with ids of its own; title: for screen readers, not drawn."""
   buffer = io.StringIO()
   # A date would make every file differ.
   figure.savefig(buffer, format='svg', metadata={'Date': None})
@@ -147,10 +142,10 @@ def line_chart(
 
   Args:
     series: points by name; values that are None, NaN, infinite or beyond 1e30 interrupt the line
-      and are counted in a note. None at all is drawn as an empty chart that says so.
-    smoothing: weight in [0, 1) of a neighbouring point, as in `smooth`; above 0 the values are
-      drawn faint and their average strong, in series of at least 3 / (1 - smoothing) points.
-    log_y: logarithmic values, unless one is 0 or below or they span less than a factor of 3.
+      and are counted in a note. Without series the empty chart says so.
+    smoothing: weight in [0, 1) of a neighbouring point, as in `smooth`; above 0 values are faint
+      and their average strong, in series of at least 3 / (1 - smoothing) points.
+    log_y: logarithmic, unless a value is 0 or below or they span less than a factor of 3.
     means: what is smoothed, where the points are the extremes of stretches of a longer series.
     left_out: how many values interrupt the line, where the points do not show all of them.
   """
@@ -173,12 +168,10 @@ def line_chart(
 def timestep_chart(
   records: Sequence[tuple[float, Sequence[float | None]]], *, title: str, lines: int = 5
 ) -> str:
-  """Draw the loss over the diffusion time, one line for each of some recorded steps.
+  """Draw the loss over the diffusion time, a line for each of some recorded steps.
 
-  Args:
-    records: (step, losses over equal ranges of t in [0, T)), in order of the step; None or NaN
-      where no example fell into a range.
-    lines: how many records are drawn, spread evenly with the first and the last.
+  records: (step, losses over equal ranges of t in [0, T)), in order; None or NaN where no example
+  fell into a range. lines: how many, spread evenly with the first and the last.
   """
   chosen = spread(records, lines)
   with matplotlib.rc_context(STYLE):
@@ -211,10 +204,7 @@ def spread(items: Sequence, count: int) -> list:
 
 
 def smooth(points: Sequence[Point], weight: float) -> list[tuple[float, float]]:
-  """Average each value with those around it, weighted by weight^distance; NaN is left out.
-
-  Both sides count, so that the average does not lag behind a falling loss.
-  """
+  """Average each value with those on both sides, weighted by weight^distance; NaN is left out."""
   known = [(s, v) for s, v in points if v is not None and math.isfinite(v)]
   values = [v for _, v in known]
   ones = [1.0] * len(values)
@@ -288,8 +278,7 @@ def _log_scale(axes: Axes, values: Sequence[float]) -> None:
 def schedule_chart(times: np.ndarray, alpha: np.ndarray, sigma: np.ndarray, *, title: str) -> str:
   """Draw alpha, solid, sigma, dashed, and below them the log-SNR against time, [n] each.
 
-  Sigmas above 3 make their axis logarithmic. Log-SNRs beyond +-30 (an alpha or sigma of 0, or its
-  rounding error) interrupt their line.
+  Sigmas above 3 make their axis logarithmic. Log-SNRs beyond +-30 interrupt their line.
   """
   line = dict(color=PALETTE[0], linewidth=1.6)
   with matplotlib.rc_context(STYLE):

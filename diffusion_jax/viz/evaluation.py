@@ -40,7 +40,7 @@ SWEPT = ('Each point is a combination. Network calls are those for one picture, 
 
 
 class Pair(NamedTuple):
-  """A sample beside the reference image that is most like it; similarity: a cosine."""
+  """A sample and its most similar reference image; similarity: a cosine."""
 
   sample: UInt8[np.ndarray, 'h w 3']
   reference: UInt8[np.ndarray, 'h w 3']
@@ -70,14 +70,14 @@ def write_evaluation_page(
   pairs: Sequence[Pair] = (), best: Sequence[Prompt] = (), worst: Sequence[Prompt] = (),
   reconstructions: Mapping[str, Sequence[Pair]] | None = None, classes: Sequence[ClassRow] = (),
 ) -> None:
-  """Write the page; it needs nothing else to be viewed.
+  """Write a self-contained page.
 
   Args:
-    scores: as `evaluation.report.report` returns them; of a sweep, 'sweep' says for each column its
-      combination and network calls; 'history' has a line of values for each checkpoint of a run.
-    pairs: the samples that are most like a reference image, the most alike first.
-    best, worst: the samples that fit their captions best, and worst, those first.
-    reconstructions: 'best' and 'worst', each beside its original, similarity the PSNR in dB.
+    scores: of `evaluation.report.report`; of a sweep, 'sweep' has each column's combination and
+      network calls; 'history' has a line of values for each checkpoint of a run.
+    pairs: the samples most like a reference image, the most alike first.
+    best, worst: the samples that fit their captions best and worst, those first.
+    reconstructions: 'best' and 'worst', with their originals, similarity the PSNR in dB.
     classes: those that come out worst.
   """
   body = (
@@ -268,10 +268,7 @@ MOST_IN_CLOUD = 5000
 
 
 def clouds(samples: Features, reference: Features) -> dict[str, PrincipalComponents]:
-  """Return both sets on the leading axes of the reference, for each kind of features.
-
-  Of larger sets some, evenly chosen: a plot shows no more.
-  """
+  """Both sets on the reference's leading axes, for each kind of features, evenly thinned."""
   some = lambda values: values[:: -(-len(values) // MOST_IN_CLOUD)]
   return {
     name: principal_components(some(reference.columns[name]), some(values), k=2)
@@ -282,10 +279,7 @@ def clouds(samples: Features, reference: Features) -> dict[str, PrincipalCompone
 def near_copies(
   samples: Features, pictures: Thumbnails, reference: Features, reference_pictures: Thumbnails
 ) -> list[Pair]:
-  """Return the samples that are most like an image of the reference, by the first kind of features.
-
-  None where there are no pictures to show.
-  """
+  """The samples most like a reference image, by the first features; none without pictures."""
   if pictures[0] is None or reference_pictures[0] is None:
     return []
   first = next(iter(samples.columns))
@@ -302,11 +296,7 @@ def near_copies(
 def best_and_worst(
   samples: Features, pictures: Thumbnails, column: str, texts: np.ndarray, captions: Sequence[str]
 ) -> dict[str, Any]:
-  """Return the samples that fit their captions best and worst, by CLIP score.
-
-  Args:
-    texts: [total d], embeddings of all captions.
-  """
+  """The samples that fit their captions best and worst, by CLIP score; texts: [total d]."""
   each = clip_score_of_each(samples.columns[column], texts[samples.rows])
   order = np.argsort(each, kind='stable')
 
@@ -343,11 +333,9 @@ def reconstructions(
 def worst_classes(
   columns: Mapping[str, tuple[Features, np.ndarray]], logits: str, classes: Sequence[str]
 ) -> list[ClassRow]:
-  """Return the classes that the first column has least often right.
+  """The classes that the first column has least often right.
 
-  Args:
-    columns: features, and numbers of the classes [total] that the images should be of.
-    logits: name of the features that are logits.
+  columns: features, and wanted classes [total]. logits: name of the features that are logits.
   """
   hits, true = {}, {}
   for name, (features, numbers) in columns.items():

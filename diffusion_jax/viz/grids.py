@@ -38,14 +38,10 @@ def make_grid(
 ) -> Image.Image:
   """Lay images out row by row on white, each with its caption below.
 
-  The top left pixel of image i is at x = padding + column * (w * scale + padding) and
-  y = padding + row * (h * scale + caption height + padding). Pixels are repeated `scale` times,
-  never interpolated. Captions wrap to at most `lines` lines as wide as the image and end in an
-  ellipsis where that is not enough; all get the height of the longest.
-
-  Raises:
-    UserError: images are not a non-empty uint8 [n h w 3], the number of captions is not n, or
-      columns or scale is below 1.
+  Image i's top left pixel is at x = padding + column * (w * scale + padding), y = padding + row *
+  (h * scale + caption height + padding). Pixels are repeated `scale` times. Captions wrap to at
+  most `lines` lines, then an ellipsis; all have the longest's height. UserError: images are not a
+  non-empty uint8 [n h w 3], the number of captions is not n, or columns or scale is below 1.
   """
   images = np.asarray(images)
   _check_grid(images, columns, captions, scale)
@@ -68,9 +64,9 @@ def make_grid(
 
 
 class Overview:
-  """The first MOST of any number of images as one square grid; keeps no more than it shows.
+  """The first MOST of any number of images as one square grid, in bounded memory.
 
-  Pixels of small images are repeated, and large ones are shrunk so that all fit into 2**25 pixels.
+  Small images are enlarged by repeated pixels, large ones shrunk so that all fit 2**25 pixels.
   """
 
   def __init__(self, total: int):
@@ -144,10 +140,9 @@ def _wrap(
 
 
 def save_png(image: Image.Image, path: str | os.PathLike, metadata: Mapping[str, str]) -> None:
-  """Write a PNG whose text chunks hold `metadata`: tEXt, or iTXt where Latin-1 is not enough.
+  """Write a PNG atomically, with `metadata` in tEXt chunks, iTXt beyond Latin-1, as in PIL.
 
-  The write is atomic; `PIL.Image.open(path).text` reads the metadata. UserError for a key that is
-  not 1 to 79 Latin-1 characters.
+  UserError for a key that is not 1 to 79 Latin-1 characters.
   """
   path = Path(path)
   chunks = PngImagePlugin.PngInfo()

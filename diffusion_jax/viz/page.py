@@ -1,6 +1,6 @@
 """The frame of a self-contained HTML page: style, sections, tables and embedded images.
 
-Every function escapes the text that it is given; only arguments named `body` are HTML.
+All functions escape their texts; only arguments named `body` are HTML.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def escape(value: Any) -> str:
 
 
 def page(title: str, body: str) -> str:
-  """Return a whole HTML document that loads nothing."""
+  """A whole HTML document that loads nothing."""
   return (
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'

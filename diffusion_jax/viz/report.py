@@ -52,18 +52,12 @@ _OF_SPEED = ('Of training alone: sampling, scoring and saving are in the table b
 
 
 def write_report(workdir: Path, metrics: MetricsFile | None = None) -> Path:
-  """Write `report.html` into a run directory and return its path.
+  """Write a self-contained `report.html`, below about 8 MB, into a run directory; return it.
 
-  The page needs nothing else to be viewed and stays below about 8 MB: images are made smaller
-  where they would exceed it. It is made from config.json, metrics.jsonl, samples/step_*.png (with
-  the text in the PNG), scores.json, versions.json and status.json, each of which may be missing.
-
-  Args:
-    metrics: what has read the metrics of this run before, so that a run which reports again and
-      again reads each line once.
-
-  Raises:
-    UserError: the directory is missing, holds none of a run's files, or a JSON file is damaged.
+  Made from config.json, metrics.jsonl, samples/step_*.png (with the text in the PNG), scores.json,
+  versions.json and status.json, each of which may be missing. metrics: an earlier reader of this
+  run's metrics, so that each line is read once. UserError: the directory is missing, holds none of
+  a run's files, or a JSON file is damaged.
   """
   workdir = Path(workdir)
   run = read_run(workdir, metrics)
@@ -110,7 +104,7 @@ def _header(run: Run) -> str:
 
 
 def _key_figures(run: Run) -> str:
-  """The progress of the run; what is of another moment says so."""
+  """The progress of the run, outdated values marked."""
   line, moment = run.metrics.latest, run.moment
   speeds = _values(run.metrics.train.curve('images_per_second').means)
   found = {}
@@ -146,7 +140,7 @@ def _scores(run: Run) -> str:
 
 
 def _grids(run: Run, limit: int) -> str:
-  """The newest sample grid large, earlier ones small, in at most about `limit` characters."""
+  """The newest sample grid large, earlier ones small, in about `limit` characters at most."""
   grids = [(step, image) for step, image in map(_opened, spread(run.grids, _THUMBNAILS + 1))
            if image is not None]
   if not grids or limit < 50_000:
@@ -184,7 +178,7 @@ def _opened(grid: tuple[int, Path]) -> tuple[int, Image.Image | None]:
 
 
 def _image_text(image: Image.Image) -> str:
-  """The text chunks of a PNG: captions, settings; a JSON list is shown as a list."""
+  """The text chunks of a PNG: captions, settings; a JSON list as a list."""
   parts = []
   for key, text in image.info.get('text', {}).items():
     try:
@@ -288,7 +282,7 @@ def _unreadable(run: Run) -> str:
 
 
 def _schedule(run: Run) -> str:
-  """The noise schedule that the run trains on; nothing where there is none, or an unknown one."""
+  """The noise schedule of training; nothing for none, or an unknown one."""
   settings = run.config.get('settings')
   values = settings.get('schedule') if isinstance(settings, dict) else None
   if not isinstance(values, dict):

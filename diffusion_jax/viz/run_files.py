@@ -1,9 +1,8 @@
-"""The files of a run directory, read also while the run goes on and after a crash.
+"""The files of a run directory, readable also during the run and after a crash.
 
-metrics.jsonl is read a line at a time, into memory that does not grow with it: a run of months logs
-millions of lines. All are kept while they are few; later each stretch of steps keeps, of every
-metric, the mean and the extremes, and stretches grow with the run. The file is read on from where
-the last reading ended, so that the reports of a run read every line once.
+metrics.jsonl is read a line at a time, in bounded memory, from where the last reading ended. All
+lines are kept while they are few; later each stretch of steps keeps the mean and extremes of every
+metric, and stretches grow with the run.
 """
 
 from __future__ import annotations
@@ -47,10 +46,9 @@ def is_number(value: Any) -> bool:
 class Curve(NamedTuple):
   """One metric over the steps.
 
-  points: (step, value) of all lines in order of the step, or of long runs the extremes of each
-  stretch; the value is None where it was no finite number. means: the same, or the mean of each
-  stretch. missing: how many values were no finite numbers. first, last: those of the lines that
-  have a number.
+  points: (step, value) of all lines in order, or of long runs the extremes of each stretch; None
+  for a value that was not finite. means: the same, or the mean of each stretch. missing: the number
+  of values that were not finite. first, last: of the lines with a number.
   """
 
   points: list[Point]
@@ -223,10 +221,8 @@ class Metrics:
 class MetricsFile:
   """A metrics.jsonl that is read on as it grows, and anew where it was replaced.
 
-  Attributes:
-    train, evaluation: the lines of these kinds.
-    latest: the train line written last, which after a resume need not be that of the largest step.
-    unreadable: lines that were left out, such as one torn by a crash.
+  train, evaluation: the lines of these kinds. latest: the train line written last; after a resume
+  perhaps not the largest step's. unreadable: lines left out, such as one torn by a crash.
   """
 
   def __init__(self, path: Path):
@@ -266,15 +262,15 @@ class MetricsFile:
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-  """Yield all whole lines that have a kind and a step, in the order written."""
+  """Yield all complete lines that have a kind and a step, in the order written."""
   if path.is_file():
     yield from (line for line, _ in _lines(path, 0) if line is not None)
 
 
 def _lines(path: Path, offset: int) -> Iterator[tuple[Line | None, int]]:
-  """(a line, None where it is damaged; the place behind it) from a place in the file on.
+  """(a line or None if damaged, the place behind it) from a place in the file on.
 
-  The place of a last line that is torn is that before it: its end may come.
+  A torn last line keeps the place before it: its end may come.
   """
   with path.open('rb') as file:
     end = os.fstat(file.fileno()).st_size  # Or it might grow as fast as it is read.
@@ -313,7 +309,7 @@ def _is_step(value: Any) -> bool:
 
 
 class Moment(NamedTuple):
-  """The progress of a run: step, of how many, after how many seconds; None where it is unknown."""
+  """The progress of a run: step, total steps, seconds; None where unknown."""
 
   step: float | None = None
   of: float | None = None
@@ -322,10 +318,10 @@ class Moment(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A run directory; parts that are not there are empty.
+  """A run directory; missing parts are empty.
 
-  name: the directory's own. grids: (step, path) of the sample grids, in order of the step.
-  has_model_card: whether there is a README.md.
+  name: the directory's own. grids: (step, path) of the sample grids, in order. has_model_card:
+  there is a README.md.
   """
 
   name: str
@@ -339,10 +335,7 @@ class Run:
 
   @property
   def moment(self) -> Moment:
-    """The later one of what the status and what the metrics say.
-
-    The time spent on a run only grows, also where it goes back to a checkpoint.
-    """
+    """The later of status and metrics by time spent, which grows even after a resume."""
     known = lambda values, *keys: [
       values.get(key) if is_number(values.get(key)) else None for key in keys
     ]
@@ -354,11 +347,7 @@ class Run:
 
 
 def read_run(workdir: Path, metrics: MetricsFile | None = None) -> Run:
-  """Read a run directory; `metrics` has read those of this run before, and reads on.
-
-  Raises:
-    UserError: the directory is missing, holds no run or a JSON file is damaged.
-  """
+  """Read a run directory; `metrics` reads on. UserError: no directory, no run or damaged JSON."""
   workdir = Path(workdir)
   if not workdir.is_dir():
     raise UserError(f'There is no run directory {workdir}: give the workdir of a training run.')

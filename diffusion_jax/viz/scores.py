@@ -38,8 +38,8 @@ def metric_title(name: str) -> str:
 class ScoreTable:
   """The scores of a run.
 
-  columns: metrics by name, for each column, the model's own first. measured: sentences on the data
-  that they were measured on. settings: how, and at which step.
+  columns: metrics by name, for each column, the model's first. measured: sentences on the data.
+  settings: how, and at which step.
   """
 
   columns: dict[str, dict[str, Any]]

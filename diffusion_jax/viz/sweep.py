@@ -18,7 +18,7 @@ MOST_LABELLED = 30
 
 
 class Labelled(NamedTuple):
-  """A point and the value that tells it from others of its line."""
+  """A point and its label within its line."""
 
   x: float
   y: float
@@ -74,7 +74,7 @@ def sweep_charts(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _lines(points: Sequence[Mapping[str, Any]], chart: Chart, y: str) -> dict[str, list[Labelled]]:
-  """Points that differ in one setting alone, in its order, by the label of what they share."""
+  """Points that differ in one setting alone, in its order, by the label of the others."""
   found: dict[str, list[Mapping[str, Any]]] = {}
   for point in points:
     shared = {k: v for k, v in point['combination'].items() if k != chart.along}

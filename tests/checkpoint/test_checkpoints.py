@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from diffusion_jax.checkpoint.checkpoints import Checkpoints, Keep, kept
+from diffusion_jax.checkpoint.checkpoints import Checkpoints, Keep, steps_to_keep
 from diffusion_jax.checkpoint.record import write_manifest
 from diffusion_jax.checkpoint.saving import may_pass, reason
 from diffusion_jax.errors import UserError
@@ -456,22 +456,22 @@ STEPS = [10, 20, 30, 40, 50, 60]
 ])
 def test_what_stays(keep, stay):
   scores = {20: 3.0, 30: 8.0, 40: 5.0}
-  assert kept(STEPS, scores, keep) == stay
-  assert kept(reversed(STEPS), scores, keep) == stay
+  assert steps_to_keep(STEPS, scores, keep) == stay
+  assert steps_to_keep(reversed(STEPS), scores, keep) == stay
 
 
 def test_the_best_of_each_number_of_samples_stays():
   """FID falls with their number, so those of 64 would always lose against those of 256."""
   keep, samples = Keep(last=1, best='fid'), {10: 256, 20: 256, 30: 64, 40: 64, 50: 64}
   scores = {10: 3.0, 20: 4.0, 30: 9.0, 40: 8.0, 50: 10.0}
-  assert kept(STEPS, scores, keep, samples) == {10, 40, 60}
-  assert kept(STEPS, scores, keep) == {10, 60}
+  assert steps_to_keep(STEPS, scores, keep, samples) == {10, 40, 60}
+  assert steps_to_keep(STEPS, scores, keep) == {10, 60}
 
 
 def test_scores_that_say_nothing():
   keep = Keep(last=1, best='fid')
-  assert kept(STEPS, {}, keep) == {60}
-  assert kept(STEPS, {10: math.nan, 20: -math.inf, 30: 4.0}, keep) == {30, 60}
-  assert kept(STEPS, {5: 0.0, 30: 4.0}, keep) == {30, 60}  # 5 is not on disk.
-  assert kept(STEPS, {10: 4.0, 30: 4.0}, keep) == {30, 60}  # The newer of equal ones.
-  assert kept([], {}, keep) == set()
+  assert steps_to_keep(STEPS, {}, keep) == {60}
+  assert steps_to_keep(STEPS, {10: math.nan, 20: -math.inf, 30: 4.0}, keep) == {30, 60}
+  assert steps_to_keep(STEPS, {5: 0.0, 30: 4.0}, keep) == {30, 60}  # 5 is not on disk.
+  assert steps_to_keep(STEPS, {10: 4.0, 30: 4.0}, keep) == {30, 60}  # The newer of equal ones.
+  assert steps_to_keep([], {}, keep) == set()

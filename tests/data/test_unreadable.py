@@ -8,8 +8,8 @@ import pytest
 
 from diffusion_jax.data.loader import Loader
 from diffusion_jax.data.sources.arrays import ArraySource
-from diffusion_jax.data.sources.folder import Together
-from diffusion_jax.data.unreadable import Counted, Damage, readable, some
+from diffusion_jax.data.sources.folder import Alternating
+from diffusion_jax.data.unreadable import Counted, Damage, first_readable, readable
 from diffusion_jax.errors import Unreadable, UserError
 
 EXAMPLES, BAD = 31, {3, 4, 5, 17}
@@ -135,7 +135,7 @@ def test_the_only_one_that_is_left_is_found():
 def test_a_subject_is_replaced_by_the_subject():
   """Or the mean over both sources would no longer be the sum of their means."""
   subject = ArraySource({'n': np.arange(4)}, {1: 'cut', 2: 'cut'})
-  both = Together(subject, ArraySource({'n': 100 + np.arange(8)}, {5: 'cut'}), 0.25)
+  both = Alternating(subject, ArraySource({'n': 100 + np.arange(8)}, {5: 'cut'}), 0.25)
   found = next(loader(both, batch_size=16, num_threads=0))
   assert np.isin(found['n'], [0, 3]).sum() == 8
   assert (found['weight'][found['n'] < 100] == 2).all()
@@ -152,12 +152,12 @@ def test_an_error_of_another_kind_is_raised():
 
 def test_what_is_fixed_leaves_them_out():
   assert [record['n'] for record in readable(source())] == sorted(set(range(31)) - BAD)
-  assert [record['n'] for record in some(source(), 5)] == [0, 1, 2, 6, 7]
-  assert [record['n'] for record in some(source(), 2, [4, 17, 9, 8, 1])] == [9, 8]
-  assert len(some(source(), 99)) == EXAMPLES - len(BAD)
+  assert [record['n'] for record in first_readable(source(), 5)] == [0, 1, 2, 6, 7]
+  assert [record['n'] for record in first_readable(source(), 2, [4, 17, 9, 8, 1])] == [9, 8]
+  assert len(first_readable(source(), 99)) == EXAMPLES - len(BAD)
   for empty in (source(range(EXAMPLES)), ArraySource({'n': np.arange(0)})):
     with pytest.raises(UserError, match='choose another data set'):
-      some(empty, 2)
+      first_readable(empty, 2)
 
 
 def test_a_counted_source_is_the_source_otherwise():

@@ -253,13 +253,13 @@ def run_directory():
   from diffusion_jax.checkpoint.checkpoints import Scores
   from diffusion_jax.errors import UserError
   from diffusion_jax.runs.directory import RunDirectory
-  from diffusion_jax.runs.status import stands_still
+  from diffusion_jax.runs.status import is_stalled
   from diffusion_jax.viz.run_files import read_run
 
   def load(folder):
     directory = RunDirectory(folder)
     Scores(folder, lambda text: None).of('fid')
-    stands_still(directory, 60)
+    is_stalled(directory, 60)
     for read in (
       lambda: directory.check_config({'task': 'diffusion', 'loop': {'seed': 0}}, lambda c: c),
       lambda: read_run(folder),

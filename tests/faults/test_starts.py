@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.runs.directory import RunDirectory
-from diffusion_jax.runs.status import stands_still
+from diffusion_jax.runs.status import is_stalled
 from diffusion_jax.train import loop
 from diffusion_jax.viz.report import write_report
 from tests import tiny
@@ -208,10 +208,10 @@ def test_a_damaged_config_is_refused_by_name(toy, copy_of, fails, content):
 def test_a_damaged_status_is_no_word_for_who_follows(toy, copy_of, content):
   run = copy_of(toy)
   _damage(run / 'status.json', content)
-  assert stands_still(RunDirectory(run), 1e4) is False
+  assert is_stalled(RunDirectory(run), 1e4) is False
   for path in (run, run / 'checkpoints'):
     os.utime(path, (1e9, 1e9))
-  assert stands_still(RunDirectory(run), 1e4) is True
+  assert is_stalled(RunDirectory(run), 1e4) is True
 
 
 def test_beside_a_run_others_read_and_no_other_trains(tmp_path, fails, command, capsys):

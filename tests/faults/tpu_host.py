@@ -50,7 +50,7 @@ def main(index: int, port: int, workdir: str) -> None:
   imitate_metadata_service(index, port)
   with start:
     cluster = startup.start_distributed(say=lambda text: None)
-    start.meet()
+    start.join()
     print(opened, cluster.kind, cluster.index, cluster.processes, start.lock is not None)
 
 

@@ -12,7 +12,7 @@ from diffusion_jax.evaluation.evaluator import EVALUATE
 from diffusion_jax.evaluation.generated import Budget
 from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.runs.metrics import MetricsWriter
-from diffusion_jax.train.health import SideWork
+from diffusion_jax.train.health import BestEffort
 from diffusion_jax.train.hooks import Hooks, SampleCount
 from tests import tiny
 
@@ -25,14 +25,14 @@ def test_the_first_evaluation_chooses_and_later_starts_know(tmp_path):
   )
   count = open_count()
   assert (count.wanted, count.seconds) == (256, 27.0)
-  assert 'allow 96 of 256 samples' in count.took(96)
+  assert 'allow 96 of 256 samples' in count.record(96)
   assert (count.wanted, count.seconds) == (96, 30.0)
-  assert count.took(96) == ''
-  said = count.took(64)
+  assert count.record(96) == ''
+  said = count.record(64)
   assert 'had time for 64 samples only, in place of 96' in said and 'not compared' in said
   assert count.wanted == 96
   again = open_count()
-  assert (again.wanted, again.seconds) == (96, 30.0) and again.took(96) == ''
+  assert (again.wanted, again.seconds) == (96, 30.0) and again.record(96) == ''
   # Another budget or number is another choice.
   assert open_count(evaluate_seconds=60.0).wanted == 256
   (tmp_path / 'evaluation.json').write_text('{"samples": ')
@@ -44,7 +44,7 @@ def test_the_first_evaluation_chooses_and_later_starts_know(tmp_path):
 def test_all_that_was_wanted_needs_no_word(tmp_path):
   directory = RunDirectory(tmp_path)
   count = SampleCount(directory, LoopConfig(evaluate_seconds=30.0), directory.write_json)
-  assert count.took(256) == '' and count.wanted == 256
+  assert count.record(256) == '' and count.wanted == 256
   assert json.loads((tmp_path / 'evaluation.json').read_text())['samples'] == 256
 
 
@@ -77,14 +77,14 @@ def test_scores_of_fewer_samples_than_before_are_not_compared(tmp_path, capsys):
   state = types.SimpleNamespace(eval_params={})
   writer = MetricsWriter(training.directory, True)
   say = lambda text: print(text, file=sys.stderr)
-  hooks = Hooks(training, writer, {}, SideWork(say))
+  hooks = Hooks(training, writer, {}, BestEffort(say))
   scores, figures = hooks.evaluate(state, 10)
   assert figures == {'fid': 84.0, 'samples': 16} and 'samples' not in scores['generated']
   assert 'allow 16 of 64 samples' in capsys.readouterr().err
   assert hooks.evaluate(state, 20)[1] == figures
   # A run that has chosen more, on a machine that was faster.
   (tmp_path / 'evaluation.json').write_text('{"samples": 48, "of": 64, "seconds": 1e-06}')
-  slower = Hooks(training, writer, {}, SideWork(say))
+  slower = Hooks(training, writer, {}, BestEffort(say))
   assert slower.evaluate(state, 30)[1] == {}
   assert 'had time for 16 samples only, in place of 48' in capsys.readouterr().err
   writer.close()

@@ -61,7 +61,7 @@ def test_a_phase_ends_also_by_an_error():
 ])
 def test_work_after_the_last_checkpoint_is_lost(saved, last, wanted):
   goodput = Goodput(Clock())
-  goodput.goes_on(saved, last, down=7.0)
+  goodput.resume(saved, last, down=7.0)
   assert _used(goodput.totals()) == wanted
   assert goodput.seconds() == sum(wanted.values()) - 7
 

@@ -46,8 +46,8 @@ def test_memory_files_and_threads_stay_flat(tmp_path):
   begun, last = [line for line in first if line['step'] > SHOW], second[half // 2 :]
   # A save that is under way holds files open; threads that are idle for long end.
   assert least(last, 'open_files') <= least(begun, 'open_files')
-  most = lambda part: max(line['threads'] for line in part)
-  assert most(last) <= most(begun) + 4  # Pools of Orbax fill up slowly.
+  # While a save is under way twenty more write it, and pools of Orbax fill up slowly.
+  assert least(last, 'threads') <= least(begun, 'threads') + 4
   assert [line['recompilations'] for line in lines] == [0] * len(lines)
   assert lines[-1]['loss'] < lines[0]['loss']
   status = json.loads((run / 'status.json').read_text())

@@ -1,10 +1,10 @@
 """Sources of records, opened by the name in `data.dataset`: 'KIND' or 'KIND:REST'.
 
-A source has `len()` and records by number, each a dictionary with 'image', uint8 [h w 3], and what
-else transforms and the task ask for: 'captions', a list of texts, 'label', 'id'. It raises
-`Unreadable` for a damaged record. All else is optional: `fingerprint()`, hashes that change with
-the data; `labels`, of all records; `measured` (`data.splits.Measured`), `notes` and `credit`,
-sentences for people; `turns`, how many kinds of records there are in turn.
+A source has `len()` and records by number: dictionaries with 'image', uint8 [h w 3], and what
+transforms and the task need: 'captions', a list of texts, 'label', 'id'; damaged ones raise
+`Unreadable`. Optional: `fingerprint()`, hashes that change with the data; `labels` of all records;
+`measured` (`data.splits.Measured`), `notes` and `credit`, sentences; `turns`, the number of kinds
+of records in turn.
 """
 
 import dataclasses
@@ -16,13 +16,10 @@ from diffusion_jax.registry import LABELLED, SOURCES, load
 
 
 def open_data(config: DataConfig, synthetic: int = 0, labels_for: str = '') -> tuple[Any, Any]:
-  """Return (train, test) that a `DataConfig` names, or so many random images in their place.
+  """(train, test) that a `DataConfig` names, or `synthetic` random images in their place.
 
-  Args:
-    labels_for: what needs the label of each record, for people; its caption is then its label.
-
-  Raises:
-    UserError: no row of SOURCES has the name, or the data are not there or cannot be read.
+  labels_for: what needs labels, for errors; captions are then the labels. UserError: an unknown
+  name, or data that are missing or unreadable.
   """
   if synthetic:
     from diffusion_jax.data.sources.arrays import SyntheticImages

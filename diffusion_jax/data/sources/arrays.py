@@ -17,7 +17,7 @@ SPLITS = {'train': (0, 32_768), 'test': (1, 2_048)}
 class ArraySource:
   """Rows of columns by name, arrays [n, ...] or lists of n values, such as cached latents.
 
-  unreadable: why there is nothing in some of the rows. UserError unless all columns are as long.
+  unreadable: row -> why it is empty. UserError unless all columns have one length.
   """
 
   def __init__(
@@ -75,10 +75,10 @@ def points(config: DataConfig) -> tuple[ArraySource, ArraySource]:
 
 
 def open_points(name: str, split: str, size: int) -> ArraySource:
-  """Return records of `size` points, 'points' [size 2], float32, of about unit deviation.
+  """Records of `size` fixed points, 'points' [size 2], float32, of about unit deviation.
 
-  Always the same. Many points make one record, so that reading does not take longer than training.
-  UserError for an unknown name, or more points than there are.
+  Many points a record, so that reading takes less time than training. UserError: an unknown name,
+  or too many points.
   """
   check(POINT_SETS, name, 'the set of points')
   seed, count = SPLITS[split]
@@ -111,7 +111,7 @@ class SyntheticImages(Sequence):
 
   @property
   def labels(self) -> list[str]:
-    """Of every record."""
+    """The label of every record."""
     return [f'class {index % LABELS}' for index in range(len(self))]
 
   def __getitem__(self, index: SupportsIndex) -> dict:

@@ -1,10 +1,9 @@
-"""Folders of pictures, with captions or by class, as people keep them.
+"""Folders of pictures, with captions or by class.
 
-A picture's captions are the lines of the text file beside it (cat.png, cat.txt), or its row in
-metadata.jsonl ({"file_name": "cat.png", "text": "a cat"}) or metadata.csv, or those given for all,
-one a line. Its class is the name of the folder of the root that it is in (PATH/cat/1.png). Pictures
-may lie in folders within. With folders train/ and test/ inside, each is a split; otherwise the
-pictures are split by their content.
+Captions are the lines of the text file beside a picture (cat.png, cat.txt), or its row in
+metadata.jsonl ({"file_name": "cat.png", "text": "a cat"}) or metadata.csv, or those given for all.
+The class is the folder below the root (PATH/cat/1.png). Folders may be nested. Folders train/ and
+test/ are the splits; without them pictures are split by content.
 """
 
 import copy
@@ -37,11 +36,10 @@ from diffusion_jax.errors import UserError
 
 
 def open_captioned(config: DataConfig) -> tuple['FolderSource', 'FolderSource']:
-  """Return (train, test) of 'folder:PATH' with captions.
+  """(train, test) of 'folder:PATH' with captions.
 
-  Raises:
-    UserError: no such folder, no picture in it, a picture without caption, or a list of captions
-      that cannot be read.
+  UserError: no such folder, no picture, a picture without caption, or an unreadable list of
+  captions.
   """
   root, left = _root(config), Left()
   files, splits = _found(root, left)
@@ -55,11 +53,7 @@ def open_captioned(config: DataConfig) -> tuple['FolderSource', 'FolderSource']:
 
 
 def open_labelled(config: DataConfig) -> tuple['FolderSource', 'FolderSource']:
-  """Return (train, test) of 'folder:PATH' with classes.
-
-  Raises:
-    UserError: no such folder, or a split without pictures in folders of classes.
-  """
+  """(train, test) of 'folder:PATH' with classes; UserError: no folder, no pictures in classes."""
   root, left = _root(config), Left()
   files, splits = _found(root, left)
   for path in files:
@@ -130,7 +124,7 @@ def _in_classes(pictures: Sequence[Path], folder: Path, left: Left) -> list[Path
 def _train_and_test(
   sources: list['FolderSource'], config: DataConfig, left: Left
 ) -> tuple['FolderSource', 'FolderSource']:
-  """The two as they are, or the only one split by content."""
+  """The two as they are, or a single one split by content."""
   train, *others = sources
   train.notes = left.notes(_root(config))
   if others:
@@ -193,11 +187,11 @@ class FolderSource:
     return record | {'captions': self.captions[index], 'sizes': np.asarray(sizes, np.float32)}
 
 
-class Together:
-  """Two sources in turn, the shorter one over and over: the subject, and its class beside it.
+class Alternating:
+  """Two sources in turn, the shorter one repeated: the subject, and its class.
 
-  'weight' is 2 for the first and twice `weight` for the second, so that the mean over an even
-  mixture is the sum of both means.
+  'weight' is 2 for the first and twice `weight` for the second: the mean over an even mixture is
+  the sum of both means.
   """
 
   turns = 2

@@ -1,7 +1,7 @@
 """Data sets that TFDS has prepared as ArrayRecord: made, checked, and read at random.
 
-TFDS imports the module of any class of features that `features.json` or `dataset_info.json` names,
-and puts names from them together to paths. Both are read and checked before TFDS sees them.
+TFDS imports the module of any class that `features.json` or `dataset_info.json` names, and builds
+paths from names in them: both are checked before TFDS reads them.
 """
 
 import contextlib
@@ -36,9 +36,8 @@ _TEMPLATE = re.compile(r'[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*')
 def check_metadata(folder: str | Path) -> None:
   """Read all metadata of a prepared data set and refuse what could do harm.
 
-  Raises:
-    UserError: a file is missing or damaged, or names a class that TFDS does not ship, a path out of
-      the folder, another format than ArrayRecord or an impossible number of records.
+  UserError: a missing or damaged file, a class that TFDS does not ship, a path out of the folder,
+  another format than ArrayRecord, or an impossible number of records.
   """
   folder = Path(folder)
   info = read_object(folder / METADATA, remedy=REMEDY)
@@ -56,13 +55,9 @@ def check_metadata(folder: str | Path) -> None:
 
 
 def check_shards(folder: str | Path, split: Any) -> None:
-  """Make sure that the files of one split can hold the records that its metadata promises.
+  """Check that the files of a split (whole or a part) can hold their records.
 
-  Args:
-    split: a split of TFDS, whole or a part of one.
-
-  Raises:
-    UserError: a file lies elsewhere, is missing, or is smaller than its number of records.
+  UserError: a file lies elsewhere, is missing, or is smaller than its number of records.
   """
   def bad(why: str) -> UserError:
     return UserError(f'the data set in {folder} cannot be read ({why}); prepare it again.')
@@ -187,15 +182,10 @@ DATASETS = {'openmoji': (_openmoji, (32, 64, 128), OPENMOJI)}
 
 
 def make_builder(dataset: str, size: int, data_dir: str | None = None) -> Any:
-  """Return the TFDS builder of a data set, prepared or not.
+  """The TFDS builder of a data set, prepared or not; dataset: a key of DATASETS, size: in pixels.
 
-  Args:
-    dataset: a key of DATASETS. size: image edge in pixels.
-    data_dir: folder of all data sets; by default $DIFFUSION_JAX_DATA, else
-      ~/.cache/diffusion_jax/data.
-
-  Raises:
-    UserError: unknown data set or size, or a data set on disk that cannot be understood.
+  data_dir: folder of all data sets; default $DIFFUSION_JAX_DATA, else ~/.cache/diffusion_jax/data.
+  UserError: unknown data set or size, or an invalid data set on disk.
   """
   if dataset not in DATASETS:
     known = ', '.join(sorted(DATASETS))
@@ -219,11 +209,8 @@ def is_prepared(builder: Any) -> bool:
 def prepare_dataset(dataset: str, size: int, data_dir: str | None = None) -> str:
   """Prepare a data set unless that is done already; return its folder.
 
-  An interrupted run leaves a folder with another name, which is never read. When two processes
-  prepare at once, the first to finish wins and the second uses its result.
-
-  Raises:
-    UserError: as `make_builder`; missing packages, or a folder that cannot be written.
+  An interrupted run leaves a folder of another name, never read. Of two at once the first to finish
+  wins. UserError: as `make_builder`; missing packages, or a folder that cannot be written.
   """
   builder = make_builder(dataset, size, data_dir)
   if not is_prepared(builder):
@@ -266,11 +253,8 @@ def open_source(
 ) -> 'PreparedRecords':
   """Open one split of a prepared data set, 'train', 'test', or a slice such as 'train[:100]'.
 
-  Args:
-    dataset, size, data_dir: as `make_builder`. prepare: prepare the data set where it is missing.
-
-  Raises:
-    UserError: unknown name, size or split, missing data, or data that cannot be read.
+  dataset, size, data_dir: as `make_builder`. prepare: prepare the data set if missing. UserError:
+  unknown name, size or split, missing or unreadable data.
   """
   if prepare:
     prepare_dataset(dataset, size, data_dir)
@@ -285,15 +269,10 @@ def open_source(
 
 
 class _Prepared(Sequence):
-  """One split of a folder with dataset_info.json and ArrayRecord files, by record.
+  """One split of a folder with dataset_info.json and ArrayRecord files, by record; it pickles.
 
-  Pickles, so that worker processes can read it.
-
-  Args:
-    split: a name, or a TFDS slice such as 'train[:100]'; '' where there is only one split.
-
-  Raises:
-    UserError: a folder that cannot be read, another split, or records without images.
+  split: a name, a TFDS slice, or '' for an only split. UserError: an unreadable folder, another
+  split, or records without images.
   """
 
   def __init__(self, folder: str | Path, split: str = ''):
@@ -338,7 +317,7 @@ class _Prepared(Sequence):
     )
 
   def _features(self, index: int) -> Mapping[str, list[bytes]]:
-    """The features of a record that are bytes; no image is decoded."""
+    """The bytes features of a record; no image is decoded."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     with self._reading(f'the record {self._where(index)}'):
@@ -353,7 +332,7 @@ class _Prepared(Sequence):
 
 
 class PreparedImages(_Prepared):
-  """The feature 'image' of anybody's data set."""
+  """The feature 'image' of any data set."""
 
   def __getitem__(self, index: int) -> np.ndarray:
     """Return image `index`, uint8 [h w 3]. UserError, naming it, where it cannot be read."""
@@ -389,7 +368,7 @@ class PreparedRecords(_Prepared):
 
   @property
   def labels(self) -> list[str]:
-    """Of every record, in order; no image is decoded. UserError where there are none."""
+    """The labels of all records, in order; no image is decoded. UserError where there are none."""
     try:
       return [self._texts(self._features(i), i)['group'][0] for i in range(self._length)]
     except KeyError:

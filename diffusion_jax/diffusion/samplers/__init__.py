@@ -1,10 +1,9 @@
 """Samplers: scans over a grid of (alpha, sigma) pairs that turn noise into data.
 
 Each is `sampler(denoise, x, grid, keys, **options)`: `denoise(x, alpha, sigma) -> x_0` is any
-denoiser, x [b ...] is noise of the grid's first sigma, or data noised to its first pair, the grid
-runs from noise to data, and keys [b] are one random key per image, so that an image does not depend
-on the batch it was sampled in. In place of keys a function may give the noise. The result is at the
-grid's last pair; `trajectory=True` returns the states on the way, too.
+denoiser; x [b ...] is noise of the grid's first sigma, or data noised to its first pair; the grid
+runs from noise to data; keys [b] are one per image, which so does not depend on its batch. A
+function may give the noise in place of keys. `trajectory=True` returns all states.
 """
 
 import inspect
@@ -59,10 +58,7 @@ def sampler(name: str, **options) -> Sampler:
 
 
 def initial_noise(seed: int, first: int, count: int, shape: tuple[int, ...]):
-  """(noise [count, *shape], keys [count]) of images `first` to `first + count - 1` of a seed.
-
-  Image i has the same noise whatever the batch it is sampled in.
-  """
+  """(noise [count, *shape], keys [count]) of a seed's images from `first` on."""
   return _noise(jax.random.key(seed), first, count, shape)
 
 

@@ -46,14 +46,12 @@ def probability_flow(
   """The probability-flow ODE by Dormand-Prince 5(4) (Song et al. 2021, section 4.3).
 
   In u = x / |(alpha, sigma)| and the angle phi = atan2(sigma, alpha), where the slope is the v
-  prediction cos(phi) eps - sin(phi) x_0 (Salimans & Ho 2022, appendix D), finite at alpha = 0. Of
-  the grid only the ends matter, and the process its pairs lie on; a last step to sigma = 0 is
-  DDIM's. One step serves the whole batch: an image depends on its batch within the tolerance.
+  prediction cos(phi) eps - sin(phi) x_0 (Salimans & Ho 2022, appendix D), finite at alpha = 0. Only
+  the grid's ends and process matter; a last step to sigma = 0 is DDIM's. The batch shares its
+  steps: an image depends on it within the tolerance.
 
-  Args:
-    rtol, atol: tolerances on the error of u in each step.
-    max_steps: steps after which it fails with a `RuntimeError`.
-    trajectory: its states are at the grid's pairs.
+  rtol, atol: tolerances on the error of u in each step. max_steps: steps before a `RuntimeError`.
+  trajectory: at the grid's pairs.
   """
   import diffrax  # Takes a second to load, and no other sampler needs it.
 
@@ -101,8 +99,8 @@ def probability_flow(
 class Progress(NamedTuple):
   """y = x / alpha [b ...] and the lower estimate it came with, at lam = ln(alpha / sigma).
 
-  h is the next step in lam; errors are the inverse ones of the last three steps, the newest first;
-  tried and accepted count steps; rows are those of the trajectory, if wanted.
+  h: next step in lam. errors: inverse ones of the last three steps, newest first. tried, accepted:
+  counts of steps. rows: of the trajectory, if wanted.
   """
 
   y: jax.Array
@@ -206,7 +204,7 @@ def _begin(y: Latents, lam: jax.Array, h_init: float, count: int) -> Progress:
 
 
 def _split(lam, t, end, eta: float) -> tuple[jax.Array, jax.Array]:
-  """The target of a step from lam to t without its noise, at most `end`, and the noise to add."""
+  """The noiseless target of a step from lam to t, at most `end`, and the noise to add."""
   if not eta:
     return t, jnp.zeros_like(t)
   one = jnp.ones_like(t)
@@ -218,7 +216,7 @@ def _split(lam, t, end, eta: float) -> tuple[jax.Array, jax.Array]:
 def two_estimates(denoise: Denoiser, grid: Grid, y, lam, target, order: int):
   """(lower, higher order y at `target`, x_0 at `lam`), with `order` network calls.
 
-  Lu et al. 2022, DPM-Solver, appendix C: of the orders 1 and 2, or 2 and 3.
+  Orders 1 and 2, or 2 and 3 (Lu et al. 2022, DPM-Solver, appendix C).
   """
   h = target - lam
   sigma = lambda fraction: jnp.exp(-(lam + fraction * h))

@@ -1,8 +1,8 @@
 """Parts of all samplers: noise, trajectories, and moves between pairs (alpha, sigma).
 
-A pair is worth its noise level r = sigma / alpha; y = x / alpha obeys dy = eps dr on the
-probability-flow ODE (Song et al. 2021, eq. 13; Karras et al. 2022, eq. 1). Written with pairs the
-formulas hold for any process, and those of the first order also from alpha = 0 and to sigma = 0.
+A pair has the noise level r = sigma / alpha; y = x / alpha obeys dy = eps dr on the
+probability-flow ODE (Song et al. 2021, eq. 13; Karras et al. 2022, eq. 1). In pairs the formulas
+hold for any process, those of first order also from alpha = 0 and to sigma = 0.
 """
 
 import dataclasses
@@ -35,10 +35,10 @@ Sampler = Callable
 class SamplerInfo:
   """A row of `registry.SAMPLERS`; documentation is made from it.
 
-  order: by which power of the step the error falls on a smooth grid: that of the sample, or, of
-  stochastic samplers, that of the variance of Gaussian data; None where it does not fall to 0.
-  Steps that an option counts, those of restart, must grow alike. calls: of the network in each
-  step; None where the sampler chooses its steps. more_calls: in the first steps, beyond those.
+  order: the power of the step by which the error falls on a smooth grid: of the sample, or, of
+  stochastic samplers, of the variance of Gaussian data; None if it does not fall to 0. Steps
+  counted by an option (restart) must grow alike. calls: of the network in each step; None where the
+  sampler chooses its steps. more_calls: extra ones in the first steps.
   """
 
   function: Sampler
@@ -51,10 +51,9 @@ class SamplerInfo:
 
 
 class Trajectory(NamedTuple):
-  """The result of a sampler that is asked for its trajectory.
+  """The result with trajectory=True: sample [b ...], states [n b ...] after every step.
 
-  sample [b ...]; states [n b ...], x after every step; x0 [n b ...], the estimate of the clean
-  sample that each step began with; alphas and sigmas [n], the pairs of the states.
+  x0 [n b ...]: the estimate each step began with. alphas, sigmas [n]: the pairs of the states.
   """
 
   sample: Latents
@@ -120,10 +119,9 @@ def moves(here: Pair, there: Pair) -> jax.Array:
 class Steps(NamedTuple):
   """The steps of a sampler on one grid.
 
-  step: (x, carry, here, there, index, *extra) -> (x, carry, x_0). extra: trees of arrays [n ...];
-  a step gets its row of each. carry: x -> what a step hands to the next, at the first. taken: [n],
-  the steps that are not skipped, where those that move are not all. ends: the pairs (alpha [n],
-  sigma [n]) where each step starts and ends, where they are not the grid's.
+  step: (x, carry, here, there, index, *extra) -> (x, carry, x_0). extra: trees of arrays [n ...]; a
+  step gets its row. carry: x -> the first step's carry. taken: [n], the steps not skipped, unless
+  those that move. ends: the pairs (alpha [n], sigma [n]) of start and end, unless the grid's.
   """
 
   step: Callable
@@ -136,9 +134,8 @@ class Steps(NamedTuple):
 def scanned(make: Callable[..., Steps]) -> Sampler:
   """Make a sampler of make(denoise, grid, noise, *, **options) -> Steps, scanned along the grid.
 
-  A step from a pair to itself is skipped: it costs no network call and changes neither x nor the
-  carry. So are those of a grid's padding (`grid.padded`). In a `Trajectory` skipped steps have x as
-  their x_0.
+  Steps from a pair to itself, and a grid's padding (`grid.padded`), are skipped: no network call, x
+  and carry unchanged, x as x_0 in a `Trajectory`.
   """
 
   @functools.wraps(make)
@@ -187,7 +184,7 @@ def epsilon(x: Latents, x0: Latents, pair: Pair) -> Latents:
 def move(x: Latents, x0: Latents, here: Pair, there: Pair) -> Latents:
   """From pair to pair with x_0 and eps held (Song et al. 2021, eq. 12): alpha' x_0 + sigma' eps.
 
-  Exact where the denoiser is constant; equals DPM-Solver++(1). Holds from alpha = 0, to sigma = 0.
+  DPM-Solver++(1), exact where the denoiser is constant; from alpha = 0 and to sigma = 0, too.
   """
   keep = there[1] / here[1]
   return keep * x + (there[0] - keep * here[0]) * x0
@@ -212,8 +209,7 @@ def contraction(here: Pair, there: Pair) -> jax.Array:
 def ancestral(here: Pair, there: Pair, eta: float) -> tuple[jax.Array, jax.Array]:
   """(down, up): sigma to move to without noise, and the noise to add, down^2 + up^2 = sigma'^2.
 
-  up = eta sigma' sqrt(1 - (r' / r)^2) is eta times the posterior's deviation (Song et al. 2021,
-  eq. 16), at most sigma'.
+  up = eta sigma' sqrt(1 - (r' / r)^2), at most sigma' (eta = 1: Song et al. 2021, eq. 16).
   """
   if not eta:
     return there[1], jnp.zeros_like(there[1])
@@ -221,22 +217,18 @@ def ancestral(here: Pair, there: Pair, eta: float) -> tuple[jax.Array, jax.Array
   return there[1] * jnp.sqrt(1 - fraction), there[1] * jnp.sqrt(fraction)
 
 
-def fresh(wanted: jax.Array, kept: jax.Array) -> jax.Array:
-  """Deviation of the noise that lifts `kept` to `wanted`: sqrt(wanted^2 - kept^2), at least 0.
-
-  0, too, where the two differ by rounding alone, whose root would be no rounding any more.
-  """
+def added_deviation(wanted: jax.Array, kept: jax.Array) -> jax.Array:
+  """Deviation of noise that lifts `kept` to `wanted`: sqrt(wanted^2 - kept^2); 0 if tiny."""
   added = (wanted - kept) * (wanted + kept)
   some = added > 16 * jnp.finfo(added.dtype).eps * wanted**2
   return jnp.where(some, jnp.sqrt(jnp.where(some, added, 1)), 0)
 
 
 def pair_between(here: Pair, there: Pair, direction: Pair) -> Pair:
-  """The pair with direction's noise level on the process that `here` and `there` belong to.
+  """The pair with direction's noise level on the process of `here` and `there`.
 
-  A network wants x on the scale it was trained with, so the pairs between those of the grid, too,
-  have to lie on the process. For VE (alpha = 1) and flow (alpha + sigma = 1) processes that is the
-  chord between the two pairs, for VP ones (both of norm 1) the arc. Beyond them it is continued.
+  Pairs between a grid's must lie on the process a network was trained on: the chord for VE (alpha =
+  1) and flow (alpha + sigma = 1), the arc for VP (both of norm 1), continued beyond them.
   """
   (a, s), (a_next, s_next), (c, d) = here, there, direction
   along = divide(d * a - c * s, c * (s_next - s) - d * (a_next - a))
@@ -256,10 +248,7 @@ def pairs_at(grid: Grid, direction: Pair) -> Pair:
 
 
 def log_midpoint(here: Pair, there: Pair, target: Pair | None = None) -> Pair:
-  """The pair halfway in log r from `here` to `target` (`there`), on the process of the first two.
-
-  Needs alpha > 0 and a target sigma > 0.
-  """
+  """The pair halfway in log r from `here` to `target` (`there`); alpha > 0, target sigma > 0."""
   target = there if target is None else target
   level = jnp.sqrt(divide(here[1], here[0]) * divide(target[1], target[0]))
   return pair_between(here, there, (jnp.ones_like(level), level))

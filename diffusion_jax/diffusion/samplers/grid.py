@@ -1,9 +1,8 @@
-"""Grids of (alpha, sigma) from noise to data: which noise levels a sampler visits.
+"""Grids of (alpha, sigma) from noise to data: the noise levels that a sampler visits.
 
-A grid has n + 1 pairs for n steps; the last is the clean pair (1, 0), or, where published
-schedulers end there, the table's first. Spacings place its pairs either in time (leading, trailing,
-linspace, beta) or in the noise level r = sigma / alpha (karras, exponential, polyexponential, given
-tables), and either on a table of timesteps or on a process.
+n steps have n + 1 pairs; the last is (1, 0), or, as some published schedulers end, the table's
+first. Spacings are in time (leading, trailing, linspace, beta) or in the noise level r = sigma /
+alpha (karras, exponential, polyexponential, tables), on a table of timesteps or a process.
 """
 
 from collections.abc import Sequence
@@ -44,12 +43,12 @@ def spaced_timesteps(
   fractional: bool = False, even: bool = False, last: float = 0.0,
   original_inference_steps: int = 50,
 ) -> np.ndarray:
-  """`count` timesteps of [0, total) from high to low.
+  """`count` timesteps of [0, total) from high to low; UserError for a count or offset out of range.
 
-  trailing always contains total - 1, leading always 0, linspace both ends (Lin et al. 2024, table
-  2; linspace rounds). beta has quantiles of Beta(.6, .6), dense at both ends (Lee et al. 2024),
-  and is not rounded. distilled, for consistency models alone, takes every so many of the timesteps
-  that one was distilled at, from total - 1 on (Luo et al. 2023).
+  trailing contains total - 1, leading 0, linspace both ends (Lin et al. 2024, table 2; linspace
+  rounds). beta has quantiles of Beta(.6, .6), dense at both ends (Lee et al. 2024), not rounded.
+  distilled, for consistency models, strides the timesteps of the distillation from total - 1 on
+  (Luo et al. 2023).
 
   Args:
     steps_offset: added to the timesteps of leading; Stable Diffusion 1 has 1.
@@ -59,9 +58,7 @@ def spaced_timesteps(
       k-diffusion, trailing as the pipelines of Flux.
     even: allow only counts that divide `total`.
     last: where linspace ends.
-    original_inference_steps: of distilled, how many timesteps that were.
-
-  UserError for a count outside [1, total] or not allowed, or an offset beyond the end.
+    original_inference_steps: number of timesteps of the distillation.
   """
   if not 1 <= count <= total:
     raise UserError(f'{count} sampling steps do not fit the schedule; choose 1 to {total}.')
@@ -118,10 +115,9 @@ def spaced_levels(
 ) -> np.ndarray:
   """Noise levels [count], float64, falling from `high` to `low`, or those of a table.
 
-  karras: r^(1/rho) linear (Karras et al. 2022, eq. 5), rho 7. polyexponential: ln r falls as
-  (1 - i / (count - 1))^rho, rho 2; exponential: the same with rho 1, geometric. A table, falling
-  noise levels of which the last is where the last step would end if it did not end clean, is
-  interpolated in ln r (Sabour et al. 2024).
+  karras: r^(1/rho) linear (Karras et al. 2022, eq. 5), rho 7. polyexponential: ln r falls as (1 - i
+  / (count - 1))^rho, rho 2; exponential: rho 1, geometric. A table, falling, its last level where a
+  last step ends that does not end clean, is interpolated in ln r (Sabour et al. 2024).
   """
   if count < 1:
     raise UserError(f'{count} sampling steps are too few; choose at least 1.')
@@ -162,8 +158,8 @@ def _is_vp(alphas: np.ndarray, sigmas: np.ndarray) -> bool:
 def _between(alphas: np.ndarray, sigmas: np.ndarray, positions: np.ndarray):
   """Pairs at fractional positions of a table.
 
-  sigma / alpha is linear between neighbours where the whole table has norm 1, as diffusers has it;
-  elsewhere, and next to alpha = 0, the pairs lie on the chord, as those of `common.pair_between`.
+  sigma / alpha is linear between neighbours of a table of norm 1, as in diffusers; else, and next
+  to alpha = 0, pairs lie on the chord, as in `common.pair_between`.
   """
   i = np.clip(np.floor(positions).astype(np.int64), 0, len(alphas) - 2)
   along = positions - i
@@ -243,7 +239,7 @@ def sampling_grid(
 
 
 def _via(alphas, sigmas, steps: np.ndarray, via: str, share: float, last: tuple[float, float]):
-  """The third part of a grid of these timesteps (`sampling_grid`); before timestep 0 it ends."""
+  """The third part of a grid of these timesteps (`sampling_grid`); `last` before timestep 0."""
   stride = len(alphas) // len(steps)
   if via == 'share':  # In float32, as the reference rounds.
     places = np.floor(np.float32(share) * np.append(steps[1:], 0).astype(np.float32))
@@ -260,12 +256,10 @@ def _via(alphas, sigmas, steps: np.ndarray, via: str, share: float, last: tuple[
 
 
 def level_grid(table: tuple[np.ndarray, np.ndarray], levels: np.ndarray) -> Grid:
-  """Grid of the given noise levels sigma / alpha, ended by the clean pair.
+  """Grid of the noise levels [n], falling, ended by the clean pair.
 
-  Args:
-    table: (alphas, sigmas) [T] from data to noise on the process that the pairs shall lie on; two
-      pairs are enough for VE, VP and flow, the latter's not both of (1, 0) and (0, 1).
-    levels: [n], falling.
+  table: (alphas, sigmas) [T], data to noise, of the pairs' process; two pairs suffice for VE, VP
+  and flow, but not both ends of flow.
   """
   alphas, sigmas = (np.asarray(part, np.float64) for part in table)
   return _ended(*_at_levels(alphas, sigmas, np.asarray(levels, np.float64)))
@@ -277,10 +271,9 @@ def process_grid(
 ) -> Grid:
   """Grid of `count` steps on a process in continuous time, ended by the clean pair (1, 0).
 
-  first_time is the earliest at which the network is called. trailing has the times 1, ..., 1 /
-  count; linspace 1 to first_time; leading and beta what they have on timesteps, scaled to
-  [first_time, 1]. Level spacings run from r(1) to r(first_time).
-  UserError for a spacing that the process does not allow.
+  trailing: times 1, ..., 1 / count; linspace: 1 to first_time; leading and beta: as on timesteps,
+  scaled to [first_time, 1]; levels: from r(1) to r(first_time). first_time: the earliest of a
+  network call. UserError for a spacing that the process does not allow.
   """
   if count < 1:
     raise UserError(f'{count} sampling steps are too few; choose at least 1.')
@@ -338,9 +331,9 @@ def shifted(grid: Grid, shift: float = 1.0, terminal: float | None = None) -> Gr
 
 
 def padded(grid: Grid, steps: int) -> Grid:
-  """A grid of `steps` steps, filled up with pairs (0, 0), on the host; samplers skip those.
+  """A grid padded to `steps` steps with pairs (0, 0), which samplers skip, on the host.
 
-  With it one compiled sampler serves grids of several lengths; ValueError if it has more steps.
+  One compiled sampler so serves several lengths. ValueError for more steps.
   """
   more = steps - (len(grid[0]) - 1)
   if more < 0:
@@ -353,8 +346,8 @@ def padded(grid: Grid, steps: int) -> Grid:
 def part_way(grid: Grid, strength: float) -> Grid:
   """The last round(strength n) steps of a grid, for image-to-image (Meng et al. 2022, SDEdit).
 
-  Sampling then starts from alpha x_0 + sigma eps of the part's first pair. UserError for a strength
-  outside (0, 1], or one that leaves no step.
+  Sampling starts from alpha x_0 + sigma eps of its first pair. UserError for a strength outside (0,
+  1], or one that leaves no step.
   """
   steps = round(strength * (len(grid[0]) - 1))
   if not 0 < strength <= 1 or steps < 1:

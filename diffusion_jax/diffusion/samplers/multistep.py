@@ -1,11 +1,10 @@
 """Multistep samplers: one network call a step; the estimates of earlier steps raise the order.
 
-An Adams method replaces the estimate m (x_0 or eps) over a step by the polynomial through its
-values at the pairs visited last. The coefficients depend on the grid alone and are computed before
-the scan, as corrections to the first order: x' = keep x + clean x_0 + noise z + sum_j correction_j
-m_{i-j}, with corrections of sum 0. They are 0 where there is no such polynomial: no past yet,
-alpha = 0, or sigma' = 0. A step from a pair to itself is as if the grid did not have it, but that a
-corrector uses its call.
+An Adams method replaces the estimate m (x_0 or eps) over a step by the polynomial through its last
+values. Coefficients depend on the grid alone, as corrections to the first order: x' = keep x +
+clean x_0 + noise z + sum_j correction_j m_{i-j}, of sum 0, computed before the scan. They are 0
+without such a polynomial: no past, alpha = 0, or sigma' = 0. A step from a pair to itself counts as
+absent, but that a corrector uses its call.
 """
 
 from collections.abc import Callable
@@ -71,8 +70,8 @@ def first_order(grid: Grid, eta=0.0, s_noise: float = 1.0) -> tuple[jax.Array, .
   """Keep, clean and noise [n] of the exponential integrator of the reverse SDE, x_0 held.
 
   x' = s'/s q^eta x + a' (1 - q^(1 + eta)) x_0 + s' sqrt(1 - q^(2 eta)) z with q = r' / r (Lu et al.
-  2022, DPM-Solver++, section 5; Xue et al. 2023, SA-Solver, with eta = tau^2). eta is [] or [n]; 0
-  is the ODE (DDIM), 1 the reverse SDE. s_noise: factor on z.
+  2022, DPM-Solver++, section 5; Xue et al. 2023, SA-Solver, eta = tau^2). eta: [] or [n]; 0 is the
+  ODE (DDIM), 1 the reverse SDE. s_noise: factor on z.
   """
   here, there = intervals(grid)
   slower = contraction(here, there) ** jnp.asarray(eta, grid[0].dtype)
@@ -81,15 +80,14 @@ def first_order(grid: Grid, eta=0.0, s_noise: float = 1.0) -> tuple[jax.Array, .
   return keep, there[0] - keep * here[0], s_noise * deviation
 
 
-def usable(
+def step_orders(
   grid: Grid, order: int, *, to_clean: bool = False, lower_order_final: bool | int = False,
   euler_at_final: bool = False,
 ) -> jax.Array:
   """The number of values [n] that each step may interpolate, its own included, at most `order`.
 
-  to_clean: the formulas also hold for a step to sigma = 0. lower_order_final: interpolate no more
-  values than there are steps left; a number: on grids of fewer steps than that. euler_at_final:
-  interpolate nothing in the last step.
+  to_clean: also for a step to sigma = 0. lower_order_final: no more values than steps left; a
+  number: on shorter grids alone. euler_at_final: no interpolation in the last step.
   """
   here, there = intervals(grid)
   index, steps = jnp.arange(len(here[0])), step_count(grid)
@@ -105,9 +103,9 @@ def usable(
 
 
 def past_nodes(grid: Grid, values: jax.Array, counts: jax.Array, order: int) -> jax.Array:
-  """Nodes [n order]: for j < counts[i] the value where the j-th last moving step started.
+  """Nodes [n order]: for j < counts[i] the value at the start of the j-th last moving step.
 
-  Beyond them they are made up, and distinct. values: [n+1], of the grid's pairs; counts: [n].
+  Others are made up, and distinct. values: [n+1], of the grid's pairs; counts: [n].
   """
   done = jnp.cumsum(moves(*intervals(grid)))
   j = jnp.arange(order)
@@ -128,7 +126,7 @@ def lagrange(nodes: jax.Array, points: jax.Array) -> jax.Array:
 def integrals(nodes: jax.Array, start: jax.Array, end: jax.Array, kernel: Kernel) -> jax.Array:
   """int_start^end kernel(u) l_j(u) du [n k], start and end [n], kernel: u [n q] -> [n q].
 
-  By 16 points of Gauss-Legendre: exact for polynomials, to 1e-13 for exp over steps of up to 20.
+  16 points of Gauss-Legendre: to 1e-13 for polynomials, and exp over steps of up to 20.
   """
   half = (end - start)[:, None] / 2
   points = (start + end)[:, None] / 2 + half * jnp.asarray(NODES, nodes.dtype)
@@ -189,8 +187,10 @@ def exponential_table(
   grid: Grid, order: int, eta=0.0, s_noise: float = 1.0, *, slope: str = 'exact',
   curvature: float = 1.0, lower_order_final: bool | int = False, euler_at_final: bool = False,
 ) -> Table:
-  """The explicit exponential Adams method; arguments of `exponential` and `usable`."""
-  counts = usable(grid, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final)
+  """The explicit exponential Adams method; arguments as in `exponential` and `step_orders`."""
+  counts = step_orders(
+    grid, order, lower_order_final=lower_order_final, euler_at_final=euler_at_final
+  )
   nodes = past_nodes(grid, half_log_snr(grid), counts, order)
   correction = exponential(grid, nodes, counts, eta, slope=slope, curvature=curvature)
   return Table(*first_order(grid, eta, s_noise), correction)
@@ -200,12 +200,12 @@ def corrector_table(
   grid: Grid, order: int, eta=0.0, s_noise: float = 1.0, *, slope: str,
   lower_order_final: bool | int = False,
 ) -> Table:
-  """The implicit method of x_0 through `order` values: of its end, its start and before.
+  """The implicit method of x_0 through `order` values: at the step's end, its start and before.
 
-  Row i belongs to step i - 1, whose end is where step i starts; row 0 to none.
+  Row i is of step i - 1, which ends where step i starts; row 0 is unused.
   """
   here, there = intervals(grid)
-  before = usable(grid, order - 1, lower_order_final=lower_order_final)
+  before = step_orders(grid, order - 1, lower_order_final=lower_order_final)
   lam = half_log_snr(grid)
   past = past_nodes(grid, lam, before, order - 1)
   nodes = jnp.concatenate([past[:, :1], lam[1:, None], past[:, 1:]], axis=1)
@@ -222,10 +222,10 @@ def eps_table(
 ) -> Table:
   """The explicit Adams method of eps, polynomial in u = coordinate(r): a' int l_j(u) dr.
 
-  rate: dr / du as a function of u. to_clean: True if u is finite at r = 0.
+  rate: dr / du as a function of u. to_clean: whether u is finite at r = 0.
   """
   alphas, sigmas, *_ = grid
-  counts = usable(grid, order, to_clean=to_clean, lower_order_final=lower_order_final)
+  counts = step_orders(grid, order, to_clean=to_clean, lower_order_final=lower_order_final)
   levels = divide(sigmas, alphas)
   u = coordinate(levels if to_clean else jnp.where(levels > 0, levels, 1))
   nodes = past_nodes(grid, u, counts, order)
@@ -241,7 +241,7 @@ def eps_table(
 def adams(
   denoise: Denoiser, table: Table, *, of_eps: bool = False, noise: Noise | None = None
 ) -> Steps:
-  """The explicit method of `table`, whose values are x_0 or, with of_eps, eps."""
+  """The explicit method of `table` in x_0 or, with of_eps, eps."""
   order = table.correction.shape[1]
 
   def step(x, past, here, there, index, row):
@@ -257,10 +257,10 @@ def adams(
 def predict_correct(
   denoise: Denoiser, grid: Grid, predictor: Table, corrector: Table, noise: Noise | None = None
 ) -> Steps:
-  """Predict with one table; the call at the predicted x corrects it with the other.
+  """Predict with one table; the call at the predicted x corrects it with the other, same noise.
 
-  The corrected x is not evaluated again. Prediction and correction share their noise. The last step
-  is corrected only if one from its end to itself follows: that one calls, too.
+  The corrected x is not evaluated again. The last step is corrected only before a step from its end
+  to itself, which calls.
   """
   k, c = predictor.correction.shape[1], corrector.correction.shape[1]
   here, there = intervals(grid)
@@ -294,11 +294,8 @@ def dpmpp_2m_sde(
 ):
   """SDE-DPM-Solver++(2M) (Lu et al. 2022, DPM-Solver++, section 5).
 
-  Args:
-    eta: 1 is the reverse SDE, 0 DPM-Solver++(2M) (algorithm 2).
-    s_noise: factor on the noise.
-    slope: 'midpoint', or 'exact', which k-diffusion names heun.
-    lower_order_final, euler_at_final: as in `usable`.
+  eta: 1 is the reverse SDE, 0 DPM-Solver++(2M) (algorithm 2). s_noise: factor on the noise. slope:
+  'midpoint', or 'exact' (k-diffusion: heun). lower_order_final, euler_at_final: see `step_orders`.
   """
   table = exponential_table(
     grid, 2, eta, s_noise, slope=slope, lower_order_final=lower_order_final,
@@ -312,12 +309,10 @@ def dpmpp_3m_sde(
   denoise, grid, noise, *, eta=1.0, s_noise=1.0, slope='exact', curvature=0.5,
   lower_order_final=False, euler_at_final=False,
 ):
-  """SDE-DPM-Solver++(3M) (k-diffusion, after Lu et al. 2022).
+  """SDE-DPM-Solver++(3M) (k-diffusion, after Lu et al. 2022); arguments as in `dpmpp_2m_sde`.
 
-  Args:
-    eta, s_noise, slope, lower_order_final, euler_at_final: as in `dpmpp_2m_sde`.
-    curvature: factor on the quadratic term. k-diffusion and diffusers take half of what
-      interpolation gives, which leaves the method at order 2; 1 makes it of order 3.
+  curvature: factor on the quadratic term; k-diffusion's and diffusers' half of the interpolation's
+  leaves the method at order 2, 1 makes it of order 3.
   """
   table = exponential_table(
     grid, 3, eta, s_noise, slope=slope, curvature=curvature, lower_order_final=lower_order_final,
@@ -345,9 +340,8 @@ def deis(denoise, grid, noise, *, order=3, lower_order_final=False):
 def unipc(denoise, grid, noise, *, order=2, variant='bh2', lower_order_final=True):
   """UniPC for x_0 (Zhao et al. 2023, algorithms 1 and 2): order p predicted, p + 1 corrected.
 
-  Args:
-    order: p, of the predictor. lower_order_final: as in `usable`.
-    variant: 'bh1' or 'bh2', the function B(h); it matters where two values are interpolated.
+  order: p, of the predictor. lower_order_final: as in `step_orders`. variant: 'bh1' or 'bh2', the
+  function B(h); it matters where two values are interpolated.
   """
   slopes = {'bh1': 'linear', 'bh2': 'midpoint'}
   slope = slopes[registry.check(slopes, variant, 'variant of unipc')]
@@ -363,11 +357,9 @@ def sa_solver(
 ):
   """SA-Solver, stochastic Adams methods for x_0 (Xue et al. 2023, algorithm 1).
 
-  Args:
-    tau: 0 is the ODE, 1 the reverse SDE, at noise levels sigma / alpha from low to high.
-    order: values that the predictor interpolates; corrector_order: values that the corrector does,
-      one of them at the predicted x; 0 for no corrector.
-    s_noise: factor on the noise. lower_order_final: as in `usable`.
+  tau: 0 is the ODE, 1 the reverse SDE, at noise levels from low to high. order: values that the
+  predictor interpolates; corrector_order: the corrector, one at the predicted x; 0 for none.
+  s_noise: factor on the noise. lower_order_final: as in `step_orders`.
   """
   if corrector_order == 1:
     raise UserError('corrector_order of sa_solver is 1; choose 0 for none, or at least 2.')
@@ -389,9 +381,9 @@ def pndm(denoise, grid, noise, *, runge_kutta=True, average='epsilon'):
   The weights are those of equal steps of time; the move, their transfer part, is DDIM's.
 
   Args:
-    runge_kutta: start with three steps of the pseudo Runge-Kutta method, four calls each, their
-      midpoints those of the grid (its third part [n 2]: the ends of the first and second moves), or
-      else halfway in log-SNR; otherwise (PLMS) with one step of improved Euler, two calls.
+    runge_kutta: start with three steps of the pseudo Runge-Kutta method, four calls each, at the
+      grid's midpoints (its third part [n 2]: the ends of the first and second moves), or else
+      halfway in log-SNR; otherwise (PLMS) with one step of improved Euler, two calls.
     average: what the weights average, 'epsilon' or, of variance-preserving processes,
       'v_prediction' = alpha eps - sigma x_0, whose mean is read as v where the step starts.
   """

@@ -1,7 +1,6 @@
 """Samplers of the first order, one network call a step, and of the second, two calls.
 
-A step of the second order from alpha = 0 or to sigma = 0 is DDIM's: there y = x / alpha or the
-slope is not finite.
+From alpha = 0 or to sigma = 0, where y = x / alpha or the slope is infinite, a step is DDIM's.
 """
 
 import math
@@ -43,18 +42,17 @@ noise to a pair of there's alpha, and its sigma or less."""
 
 @scanned
 def ddim(denoise, grid, noise, *, eta=0.0, s_noise=1.0, keep_epsilon=False):
-  """DDIM (Song et al. 2021, eq. 12 and 16).
+  """DDIM (Song et al. 2021, eq. 12 and 16); steps end at the grid's third part, or the next pair.
 
   eta = 0 is also Euler on the probability-flow ODE, in noise levels as in the time of a flow, and
-  DPM-Solver++(1); eta = 1 is DDPM's posterior and k-diffusion's ancestral Euler. A step lands where
-  the grid says (its third part), or else where the next one starts.
+  DPM-Solver++(1); eta = 1 is DDPM's posterior and k-diffusion's ancestral Euler.
 
   Args:
     eta: fraction of the posterior's deviation that is added as noise.
     s_noise: factor on that noise.
-    keep_epsilon: where the estimate of x_0 is clipped, eps is that of the estimate before, as in
-      diffusers; `denoise` then returns both (`denoiser.static_threshold`). Otherwise eps is what
-      the clipped x_0 leaves of x, and a step from a pair to itself changes nothing.
+    keep_epsilon: where x_0 is clipped, take eps from the estimate before, as diffusers; `denoise`
+      then returns both (`denoiser.static_threshold`). Otherwise eps is what the clipped x_0 leaves
+      of x, and a step from a pair to itself changes nothing.
   """
   here, there = intervals(grid)
   landing = grid[2] if len(grid) > 2 else there
@@ -74,13 +72,10 @@ def ddim(denoise, grid, noise, *, eta=0.0, s_noise=1.0, keep_epsilon=False):
 def ddpm(denoise, grid, noise, *, variance='fixed_small'):
   """Ancestral sampling: the posterior's mean and a variance (Ho et al. 2020, eq. 7 and 11).
 
-  The last step, to sigma = 0, adds no noise.
-
-  Args:
-    variance: of a step's noise. fixed_small: the posterior's, right for data of no variance.
-      fixed_large: right for data N(0, 1); beta_t for a variance-preserving process. learned:
-      denoise returns (x_0, f), and the variance is fixed_large^f fixed_small^(1-f), f in [0, 1]
-      and of x_0's shape (Nichol & Dhariwal 2021, eq. 15).
+  The last step, to sigma = 0, adds no noise. variance: fixed_small, the posterior's, right for data
+  of no variance; fixed_large, right for data N(0, 1), beta_t for VP; learned: denoise returns (x_0,
+  f), and it is fixed_large^f fixed_small^(1-f), f in [0, 1] of x_0's shape (Nichol & Dhariwal 2021,
+  eq. 15).
   """
   registry.check(VARIANCES, variance, 'variance of ddpm')
 
@@ -100,9 +95,8 @@ def ddpm(denoise, grid, noise, *, variance='fixed_small'):
 def with_churn(method: Method) -> Sampler:
   """Make a sampler whose steps first add noise (Karras et al. 2022, algorithm 2).
 
-  Its options: s_churn, the sum over the steps of the fraction by which each raises the noise level
-  first, at most sqrt(2) - 1, 0 for a deterministic sampler; s_tmin and s_tmax, noise levels sigma /
-  alpha between which there is churn; s_noise, a factor on its noise.
+  s_churn: sum over the steps of the fraction by which each first raises the noise level, at most
+  sqrt(2) - 1 each, 0 for none. s_tmin, s_tmax: noise levels of churn. s_noise: factor on its noise.
   """
 
   @scanned
@@ -132,8 +126,8 @@ def with_churn(method: Method) -> Sampler:
 def with_fresh_noise(method: Method) -> Sampler:
   """Make a sampler that goes to less than the wanted noise, then adds the rest (k-diffusion).
 
-  Its options: eta, the fraction of the posterior's deviation that is added as noise, 0 for the
-  method itself; s_noise, a factor on that noise.
+  eta: fraction of the posterior's deviation added as noise, 0 for the method itself. s_noise:
+  factor.
   """
 
   @scanned
@@ -202,8 +196,8 @@ dpmpp_2s_ancestral = with_fresh_noise(two_stage_step)
 def flow_heun(denoise, grid, noise):
   """Heun's method in the time of a flow (Lipman et al. 2023; Esser et al. 2024).
 
-  Averages the velocities dx = (alpha' - alpha) x_0 + (sigma' - sigma) eps at both ends; on a flow's
-  grid that is (sigma' - sigma) (eps - x_0). Finite from alpha = 0.
+  Averages dx = (alpha' - alpha) x_0 + (sigma' - sigma) eps at both ends, finite at alpha = 0; on a
+  flow's grid that is (sigma' - sigma) (eps - x_0).
   """
 
   def step(x, carry, here, there, index):

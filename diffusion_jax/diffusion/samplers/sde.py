@@ -1,6 +1,6 @@
 """Stochastic samplers: the reverse SDE, Langevin dynamics, restarts, and distilled networks.
 
-The score is (alpha x_0 - x) / sigma^2 (Efron 2011). A step to sigma = 0 returns alpha' x_0, and one
+The score is (alpha x_0 - x) / sigma^2 (Efron 2011). A step to sigma = 0 returns alpha' x_0, one
 from alpha = 0 takes the posterior.
 """
 
@@ -11,10 +11,10 @@ from diffusion_jax.diffusion.samplers.common import (
   Pair,
   SamplerInfo,
   Steps,
+  added_deviation,
   ancestral,
   contraction,
   divide,
-  fresh,
   intervals,
   is_inner,
   log_midpoint,
@@ -45,9 +45,9 @@ def reverse_step(x: Latents, x0: Latents, here: Pair, there: Pair, z: Latents) -
 def euler_maruyama(denoise, grid, noise):
   """Euler-Maruyama on dx = (f x - g^2 score) dt + g dw, run backwards (Song et al. 2021, eq. 6).
 
-  Drift and noise of a step are those of the forward chain between its two pairs, -f dt =
-  1 - alpha / alpha' and g^2 dt = sigma^2 - (alpha / alpha')^2 sigma'^2: the reverse diffusion
-  sampler (eq. 46), x' = (2 - sqrt(1 - beta)) x + beta score + sqrt(beta) z for VP.
+  Drift and noise are the forward chain's, -f dt = 1 - alpha / alpha', g^2 dt = sigma^2 - (alpha /
+  alpha')^2 sigma'^2: the reverse diffusion sampler (eq. 46), x' = (2 - sqrt(1 - beta)) x + beta
+  score + sqrt(beta) z for VP.
   """
 
   def step(x, carry, here, there, index):
@@ -71,14 +71,10 @@ def _norms(values: Latents) -> jax.Array:
 def predictor_corrector(denoise, grid, noise, *, snr=0.16, corrections=1):
   """Langevin steps at each noise level, then a step of `euler_maruyama` (Song et al. 2021, alg. 1).
 
-  A Langevin step has the size 2 (snr |z| / |score|)^2 of algorithm 4, with norms of each image by
-  itself rather than their mean over the batch, and without algorithm 5's factor 1 - beta for VP. In
-  a few dimensions, as of points in the plane, one image's norms vary too much for that.
-  Noises (corrections + 1) i and on belong to step i.
-
-  Args:
-    snr: signal-to-noise ratio of a Langevin step.
-    corrections: Langevin steps before each step, one network call each.
+  A Langevin step has the size 2 (snr |z| / |score|)^2 of algorithm 4, norms per image rather than
+  over the batch, without algorithm 5's factor 1 - beta for VP. In a few dimensions one image's
+  norms vary too much for that. Noises (corrections + 1) i and on belong to step i. snr:
+  signal-to-noise ratio. corrections: Langevin steps before each step, one network call each.
   """
 
   def step(x, carry, here, there, index):
@@ -100,14 +96,10 @@ def predictor_corrector(denoise, grid, noise, *, snr=0.16, corrections=1):
 def annealed_langevin(denoise, grid, noise, *, step_size=0.2, steps=100):
   """Langevin dynamics at each noise level in turn (Song & Ermon 2019, algorithm 1).
 
-  x goes on to the next level with x / alpha as it is; to sigma = 0 by a denoising step (Jolicoeur-
-  Martineau et al. 2021), and from alpha = 0 as alpha' x_0 + sigma' z. Noises (steps + 1) i and on
-  belong to level i.
-
-  Args:
-    step_size: alpha_i / sigma_i^2 of the paper, 2 of `langevin_step`'s sizes: its epsilon 2e-5 over
-      its last variance 0.01^2.
-    steps: at each level, one network call each.
+  x goes to the next level at fixed x / alpha; to sigma = 0 by a denoising step (Jolicoeur-Martineau
+  et al. 2021), from alpha = 0 as alpha' x_0 + sigma' z. Noises (steps + 1) i and on belong to level
+  i. step_size: alpha_i / sigma_i^2 of the paper, 2 of `langevin_step`'s sizes: its epsilon 2e-5
+  over its last variance 0.01^2. steps: at each level, one network call each.
   """
 
   def step(x, carry, here, there, index):
@@ -135,13 +127,9 @@ def annealed_langevin(denoise, grid, noise, *, step_size=0.2, steps=100):
 def dpmpp_sde(denoise, grid, noise, *, eta=1.0, s_noise=1.0):
   """DPM-Solver++(SDE) (k-diffusion): an ancestral step to the log-midpoint, its x_0 for the whole.
 
-  Both noises of a step come from one Brownian path in sigma / alpha, as k-diffusion has them: the
-  correlation makes the variance right to second order in the step, independent noise only to first.
-  Noises 2 i and 2 i + 1 belong to step i.
-
-  Args:
-    eta: fraction of the posterior's deviation that is added as noise.
-    s_noise: factor on that noise.
+  A step's noises, 2 i and 2 i + 1, are of one Brownian path in sigma / alpha, as in k-diffusion:
+  that makes the variance right to second order in the step, independent noise only to first. eta:
+  fraction of the posterior's deviation added as noise. s_noise: factor on it.
   """
 
   def step(x, carry, here, there, index):
@@ -178,12 +166,8 @@ def restart(denoise, grid, noise, *, low=0.1, high=2.0, steps=6, repeats=2, s_no
   """Heun's method that goes `repeats` times from noise level `low` back up to `high`.
 
   Xu et al. 2023, algorithm 1 with one interval: at the pair nearest to `low`, noise lifts x to
-  `high`, and `steps` Heun steps, spaced as karras levels, bring it down again. The noise forgets
-  errors of the steps before; the steps after it are deterministic.
-
-  Args:
-    low, high: noise levels sigma / alpha, each cut to those of the grid.
-    s_noise: factor on the noise that lifts x.
+  `high`, and `steps` Heun steps at karras levels return. The noise forgets earlier errors. low,
+  high: sigma / alpha, clipped to the grid's. s_noise: factor on the noise.
   """
   starts, ends = _with_restarts(grid, low, high, steps, repeats)
   before = tuple(
@@ -192,7 +176,7 @@ def restart(denoise, grid, noise, *, low=0.1, high=2.0, steps=6, repeats=2, s_no
 
   def step(x, carry, here, there, index, before):
     scale = jnp.where(here[0] == before[0], 1, divide(here[0], before[0]))
-    x = scale * x + s_noise * fresh(here[1], scale * before[1]) * noise(index, x)
+    x = scale * x + s_noise * added_deviation(here[1], scale * before[1]) * noise(index, x)
     x, x0 = heun_step(denoise, x, here, there, there)
     return x, carry, x0
 
@@ -200,7 +184,7 @@ def restart(denoise, grid, noise, *, low=0.1, high=2.0, steps=6, repeats=2, s_no
 
 
 def _with_restarts(grid: Grid, low, high, steps: int, repeats: int) -> tuple[Pair, Pair]:
-  """The grid's steps with `repeats * steps` more where it passes `low`: pairs of start and end."""
+  """The grid's steps and `repeats * steps` more where it passes `low`: pairs of start and end."""
   here, there = intervals(grid)
   levels = divide(there[1], there[0])
   distance = jnp.abs(jnp.log(jnp.where(levels > 0, levels, 1)) - jnp.log(low))
@@ -225,10 +209,9 @@ def _with_restarts(grid: Grid, low, high, steps: int, repeats: int) -> tuple[Pai
 
 @scanned
 def lcm(denoise, grid, noise):
-  """Multistep consistency sampling: x' = alpha' f(x) + sigma' z.
+  """Multistep consistency sampling: x' = alpha' f(x) + sigma' z (Song et al. 2023, algorithm 1).
 
-  Song et al. 2023, algorithm 1; Luo et al. 2023. The denoiser is the consistency function f with
-  its boundary condition f(x) = x at the least noise.
+  The denoiser is f, with f(x) = x at the least noise (Luo et al. 2023).
   """
 
   def step(x, carry, here, there, index):
@@ -240,13 +223,10 @@ def lcm(denoise, grid, noise):
 
 @scanned
 def tcd(denoise, grid, noise, *, gamma=0.3):
-  """Trajectory consistency: a jump to less noise than wanted, then noise.
+  """Trajectory consistency: a jump to less noise than wanted, then noise (Zheng et al. 2024).
 
-  Strategic stochastic sampling of Zheng et al. 2024. It jumps to the pairs at the time (1 - gamma)
-  t: the grid's third part or, if it has none, with atan2(sigma, alpha) for the time.
-
-  Args:
-    gamma: 0 jumps to each next pair itself (DDIM), 1 to clean data (`lcm`).
+  It jumps to the pairs at time (1 - gamma) t: the grid's third part, or with atan2(sigma, alpha)
+  for the time. gamma: 0 jumps to each next pair (DDIM), 1 to clean data (`lcm`).
   """
   alphas, sigmas, *of_grid = grid
   if of_grid:
@@ -261,7 +241,7 @@ def tcd(denoise, grid, noise, *, gamma=0.3):
     x0 = denoise(x, *here)
     scale = divide(there[0], landing[0])
     x = scale * move(x, x0, here, landing)
-    return x + fresh(there[1], scale * landing[1]) * noise(index, x), carry, x0
+    return x + added_deviation(there[1], scale * landing[1]) * noise(index, x), carry, x0
 
   return Steps(step, (landing,))
 

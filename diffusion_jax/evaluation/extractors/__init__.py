@@ -22,12 +22,11 @@ class Extractor(Protocol):
   """Images -> features, as a pure function of parameters.
 
   Attributes:
-    name: tells features apart that must not be compared: network, file of weights, resize rule.
+    name: network, file of weights, resize rule: features of different names do not compare.
     widths: of each output by name.
-    params: what `apply` computes with.
-    size, resizing: edge of the images that the network sees, and the rule of `resize.RULES` that
-      takes them there; images of 0-255 that have been resized so already, float32, stay as they
-      are.
+    params: arguments of `apply`.
+    size, resizing: edge of the network's images, and the rule of `resize.RULES` to it; float32
+      images of 0-255 are resized already.
   """
 
   name: str
@@ -51,10 +50,10 @@ def compiled(extractor: Extractor) -> Callable[[Params, jax.Array], dict[str, ja
 def load_extractor(
   name: str, path: str | os.PathLike, *, outputs: Sequence[str] = (), mesh: Mesh | None = None
 ) -> Extractor:
-  """Load an extractor of `registry.EXTRACTORS` with the weights at a path.
+  """Load an extractor of `registry.EXTRACTORS` with the weights at a path, on the mesh or the host.
 
-  It is on the mesh, or on the host without one. outputs: of Inception, which computes no further
-  than it must; 'pool3' where none is named. UserError where it cannot be, or has no such output.
+  outputs: of Inception, which computes no further; default 'pool3'. UserError: no weights, or no
+  such output.
   """
   loader, rule = load(EXTRACTORS, name), name.partition('/')[2]
   made = loader(path, rule, outputs or ('pool3',), mesh=mesh) if rule else loader(path, mesh=mesh)
@@ -66,9 +65,9 @@ def load_extractor(
 def load_named(
   named: Sequence[str], metrics: Sequence[str], mesh: Mesh, option: str = '--features'
 ) -> list[Extractor]:
-  """Return an extractor for each KIND:PATH, on the mesh; Inception computes what metrics need.
+  """An extractor for each KIND:PATH, on the mesh, with Inception's outputs that metrics need.
 
-  UserError for a name of another form, an unknown metric, or weights that cannot be read.
+  UserError: another form, an unknown metric, or unreadable weights.
   """
   check_paths(EXTRACTORS, named, option)
   found = []

@@ -37,13 +37,10 @@ def load_features(path: str, mesh: Mesh) -> CLIPFeatures:
 class CLIPExtractor:
   """CLIP's image tower with its projection: 'embedding' [b p], not normalised.
 
-  Images are resized by PIL's bicubic rule with antialiasing, whatever their shape, to the tower's
-  square. `has_texts` says whether the network also has a tower for texts.
-
-  Args:
-    clip: a CLIP, or a CLIPVisionModelWithProjection.
-    mean, std: of each channel of the pixels in [0, 1]; the tower sees (pixel - mean) / std. The
-      defaults, to [-1, 1], are those of the towers that are trained here.
+  Images of any shape are resized to the tower's square by PIL's antialiased bicubic rule.
+  `has_texts` says whether there is a text tower. clip: a CLIP or CLIPVisionModelWithProjection.
+  mean, std: per channel of pixels in [0, 1]; the tower sees (pixel - mean) / std, by default
+  [-1, 1], as the towers trained here.
   """
 
   def __init__(
@@ -64,9 +61,9 @@ class CLIPExtractor:
 
 
 def load_clip_extractor(path: str | os.PathLike, *, mesh: Mesh | None = None) -> CLIPExtractor:
-  """Return the CLIP in a directory or 'asset:NAME', or an image tower of one with its projection.
+  """The CLIP, or image tower with projection, in a directory or 'asset:NAME'; or UserError.
 
-  Its preprocessor_config.json says mean and std. UserError where it cannot be read.
+  mean and std are those of its preprocessor_config.json.
   """
   directory, kind = resolve(path), 'clip_vision_projection'
   if not network_format(kind).matches(read_json(inside(directory / 'config.json', directory))):
@@ -79,10 +76,7 @@ def load_clip_extractor(path: str | os.PathLike, *, mesh: Mesh | None = None) ->
 
 
 class CLIPFeatures:
-  """CLIP's embeddings of images and texts: projected, float32, not normalised.
-
-  UserError for an image tower alone.
-  """
+  """CLIP's projected embeddings of images and texts, float32, not normalised; or UserError."""
 
   def __init__(
     self, extractor: CLIPExtractor, tokenizer: PreTrainedTokenizerBase, mesh: Mesh,

@@ -1,5 +1,4 @@
-"""Features of images alone: the FID Inception behind the resize rule of each tool, DINOv2 (Stein et
-al. 2023), and a classifier of one's own labels, where Inception means nothing."""
+"""Features of images alone: the FID Inception by each tool's resize rule, DINOv2, a classifier."""
 
 from __future__ import annotations
 
@@ -27,10 +26,9 @@ from diffusion_jax.types import Params
 
 
 class InceptionExtractor:
-  """The FID Inception behind one of `resize.OF_INCEPTION`.
+  """The FID Inception behind one of `resize.OF_INCEPTION`; outputs of `features.inception`.
 
-  Outputs are those of `models.inception.Inception`. UserError for an output or a rule that it does
-  not have.
+  UserError for an unknown output or rule.
   """
 
   def __init__(
@@ -80,9 +78,8 @@ def size_name(config: DINOv2Config) -> str:
 class DINOv2Extractor:
   """'cls' [b d]: the CLS token after the last norm.
 
-  As the code of Stein et al. 2023 does by default: images, whatever their shape, become
-  224 x 224 by Pillow's bicubic rule on uint8, which rounds, and are normalised by ImageNet's mean
-  and deviation.
+  As the code of Stein et al. 2023 by default: images of any shape become 224 x 224 by Pillow's
+  bicubic rule on uint8, normalised by ImageNet's mean and deviation.
   """
 
   def __init__(self, network: Network, params: Params, weights: str):
@@ -105,10 +102,10 @@ def load_dinov2_extractor(path: str | os.PathLike, *, mesh: Mesh | None = None) 
 
 
 class ClassifierExtractor:
-  """'penultimate' [b d], what the last layer sees, and 'logits' [b classes].
+  """'penultimate' [b d], before the last layer, and 'logits' [b classes], of `class_names`.
 
-  Images of another size than in training are resized as training pictures are, by Pillow's bicubic
-  rule with antialiasing, to a square. `class_names` says what the logits stand for.
+  Images of another size are resized to a square by Pillow's antialiased bicubic rule, as in
+  training.
   """
 
   def __init__(self, network: Network, params: Params, weights: str):

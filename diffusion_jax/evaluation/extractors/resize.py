@@ -1,9 +1,8 @@
 """Rules by which each tool scales images before its network, which change FID.
 
-Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation". Every rule
-is linear along each axis, so it is two matrices, made once for a size and applied as products: any
-size, square or not, and nothing leaves the device. The numbers of a matrix are computed in the
-precision in which its tool computes them.
+Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation". Every rule is
+linear along each axis: two matrices, made once for a size in the tool's own precision and applied
+as products on the device, for any size.
 """
 
 import dataclasses
@@ -34,7 +33,7 @@ def _two_taps(source: np.ndarray, size: int) -> Matrix:
 
 
 def tensorflow(size: int, out: int) -> Matrix:
-  """Bilinear of TensorFlow 1: pixel i of the result lies at i * size / out, without halves."""
+  """Bilinear of TensorFlow 1: pixel i of the result is at i * size / out, without halves."""
   return _two_taps(np.arange(out, dtype=np.float32) * np.float32(size / out), size)
 
 
@@ -72,11 +71,10 @@ def _bicubic(x: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """matrix: (size, new size) -> [new old]. clip: whether results are cut to 0-255.
+  """matrix: (size, new size) -> [new old]. clip: whether results are clipped to 0-255.
 
-  normalize: float 0-255 -> what Inception sees, about [-1, 1], as the rule's tool computes it; None
-    where no tool shows it such images.
-  whole: whether widths come first and each axis gives whole numbers of 0-255.
+  normalize: float 0-255 -> Inception's input, about [-1, 1], as the tool computes it; None where no
+  tool has one. whole: whether widths come first and each axis rounds to 0-255.
   """
 
   matrix: Callable[[int, int], Matrix]
@@ -130,9 +128,9 @@ def _product(x: jax.Array, matrix: np.ndarray, axis: int) -> jax.Array:
 
 
 def _whole(x: jax.Array, matrix: np.ndarray, axis: int) -> jax.Array:
-  """Return the product, rounded to whole numbers of 0-255, halves up, without an error before that.
+  """The product, rounded to whole numbers of 0-255, halves up, exactly.
 
-  Weights of 22 bits behind the point are parted in two of 11, so that float32 holds every sum.
+  22-bit weights are split in two of 11, so that float32 holds every sum.
   """
   high = np.round(matrix * 2**11) / np.float32(2**11)
   y, rest = _product(x, high, axis), _product(x, matrix - high, axis)

@@ -16,8 +16,8 @@ from diffusion_jax.evaluation.statistics import PART, Statistics, merge_all
 class Interval(NamedTuple):
   """A value with its confidence interval.
 
-  estimate: of all samples. low, high: bounds at `level`. level: fraction of such intervals that
-  hold the true value. method: 'bootstrap', 'half samples' or 'fit'.
+  estimate: of all samples. low, high: bounds at `level`, the fraction of such intervals that hold
+  the true value. method: 'bootstrap', 'half samples' or 'fit'.
   """
 
   estimate: float
@@ -31,11 +31,10 @@ class Interval(NamedTuple):
 def bootstrap_mean(
   values: Float[np.ndarray, 'n'], *, resamples: int = 1000, level: float = 0.95, seed: int = 0
 ) -> Interval:
-  """Return the interval of a mean over samples, such as CLIP score (Efron 1979, percentiles).
+  """Interval of a mean over samples, such as CLIP score (Efron 1979, percentiles).
 
-  A resample with replacement weighs each value by how often it was drawn. Not for values of whole
-  sets; see `half_sample_interval`.
-  UserError: fewer than 2 values, one that is not finite, or a level outside 0 to 1.
+  Not for values of whole sets; see `half_sample_interval`. UserError: fewer than 2 values, one that
+  is not finite, or a level outside 0 to 1.
   """
   values = np.asarray(values, np.float64)
   _check(values.size if values.ndim == 1 else 0, resamples, level)
@@ -55,15 +54,14 @@ def half_sample_interval(
   value: Callable[[Int[np.ndarray, 'm']], float], n: int, *, resamples: int = 50,
   level: float = 0.95, seed: int = 0,
 ) -> Interval:
-  """Return the interval of any value of a set, from random halves of it without replacement.
+  """Interval of any value of a set, from random halves of it without replacement.
 
-  The delete-d jackknife with d = n/2 (Shao & Wu 1989): halves differ among each other as much as
-  fresh sets of n would, so their standard deviation is the standard error; the interval is normal.
-  Drawing with replacement would repeat samples, which makes nearest neighbours of distance 0
-  (precision, recall, coverage) and adds to FID's bias. The bias of a half, as FID has it, does not
-  enter: only deviations from the halves' mean count.
-  value: of the samples with those indices; called once with all n, then for each half. UserError:
-  n below 4, resamples below 2, or a level outside 0 to 1.
+  The delete-d jackknife with d = n/2 (Shao & Wu 1989): halves differ among each other as fresh sets
+  of n do, so their standard deviation is the standard error; the interval is normal. Resampling
+  with replacement would repeat samples, with nearest neighbours at distance 0 (precision, recall,
+  coverage) and more bias of FID; a half's bias cancels. value: of the samples with those indices;
+  called with all n, then each half. UserError: n below 4, resamples below 2, or a level outside 0
+  to 1.
   """
   _check(n, resamples, level, fewest=4)
   rng = np.random.default_rng(seed)
@@ -81,11 +79,10 @@ def interval_of_groups(
   value: Callable[[Statistics], float], groups: Sequence[Statistics], *, resamples: int = 50,
   level: float = 0.95, seed: int = 0,
 ) -> Interval:
-  """Return `half_sample_interval` of a value of statistics, such as FID, from random groups.
+  """`half_sample_interval` of a value of statistics, such as FID, from random groups.
 
-  Halves are made of whole groups by merging their statistics, so that features are read once
-  whatever the number of resamples. The samples have to be in the groups at random, about equally
-  many in each; 16 groups or more. A group of width 2048 takes 34 MB.
+  Halves merge the statistics of whole groups, so features are read once. Samples must be in groups
+  at random, about equally many each; 16 groups or more. A group of width 2048 takes 34 MB.
   """
   pick = lambda chosen: value(merge_all(groups[i] for i in chosen))
   return half_sample_interval(pick, len(groups), resamples=resamples, level=level, seed=seed)

@@ -1,8 +1,6 @@
-"""Fréchet distance of features: FID where they are Inception's pool3, sFID its spatial ones.
+"""Gaussians fitted to features: Fréchet distance (FID, sFID), divergences, leading directions.
 
-Host numpy in float64: the distance is a small difference of large traces.
-
-Two sets of features seen as Gaussians: their divergences, and their leading directions.
+In float64 numpy on the host: the distance is a small difference of large traces.
 """
 
 from __future__ import annotations
@@ -51,12 +49,11 @@ class FrechetReference:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-  """Return |m_a - m_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)), >= 0, of two Gaussians.
+  """|m_a - m_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)) >= 0 (Heusel et al. 2017, eq. 6).
 
-  Fréchet distance, Heusel et al. 2017, eq. 6. The trace of the root is the sum of the roots of the
-  eigenvalues of H^T S_b H, with S_a = H H^T: symmetric, so that a rank-deficient covariance (n < d)
-  neither fails nor turns complex.
-  UserError for fewer than 2 samples on a side, or features of different widths.
+  The root's trace sums the roots of the eigenvalues of H^T S_b H, S_a = H H^T: symmetric, so a
+  rank-deficient covariance (n < d) neither fails nor turns complex. UserError: fewer than 2 samples
+  on a side, or different widths.
   """
   check_same_width(a, b)
   return FrechetReference(a).distance(b)
@@ -64,11 +61,11 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Extrapolation:
-  """A Fréchet distance at an infinite number of samples, and what it was fitted to.
+  """A Fréchet distance at an infinite number of samples, with its fit.
 
-  value: where the line meets 1/N = 0; may lie below 0 for a nearly perfect model. standard_error:
-  by least squares; as the subsets have samples in common, it says how well the line fits, not how
-  far another set of samples would lie. slope: against 1/N. sizes, distances: points of the fit.
+  value: the line at 1/N = 0; may be below 0 for a nearly perfect model. standard_error: of the
+  least squares; as subsets overlap, it measures the line's fit, not the spread over sets of
+  samples. slope: against 1/N. sizes, distances: points of the fit.
   """
 
   value: float
@@ -82,18 +79,16 @@ def extrapolated_frechet_distance(
   samples: Float[np.ndarray, 'n d'], reference: Moments | FrechetReference, *, seed: int,
   points: int = 15, smallest: int | None = None,
 ) -> Extrapolation:
-  """Return the Fréchet distance without its bias in the number of samples: FID-infinity.
+  """Fréchet distance without its bias in the number of samples: FID-infinity.
 
-  Chong & Forsyth 2020, "Effectively unbiased FID and Inception Score and where to find them".
+  Chong & Forsyth 2020, "Effectively unbiased FID and Inception Score and where to find them". N
+  samples exceed infinitely many by about c/N, with c depending on the model, so models may be
+  ranked falsely at one N. A line is fitted to the distances of random subsets against 1/N. The
+  reference's own bias stays.
 
-  The distance of N samples exceeds that of infinitely many by about c/N, with a c that depends on
-  the model, so that models may be ranked falsely at one N. A line is fitted through the distances
-  of random subsets against 1/N. The bias of the reference's own number stays.
-
-  points: subsets (15 in the paper), of sizes evenly spaced from `smallest` to n, each drawn anew
-  without replacement. smallest: 5000 as in the paper, or n / 4 where there are fewer than 20,000;
-  below about twice the width the bias is no longer c/N. UserError for fewer than 3 points, or sizes
-  that do not fit n.
+  points: subsets (15 in the paper), of sizes evenly spaced from `smallest` to n, without
+  replacement. smallest: 5000 as in the paper, or n / 4 below 20,000; below about twice the width
+  the bias is no longer c/N. UserError for fewer than 3 points, or sizes that do not fit n.
   """
   samples = matrix(samples, 'features', None)
   n = len(samples)
@@ -184,17 +179,15 @@ class GaussianKL:
 
 
 def gaussian_kl(a: Moments, b: Moments, *, shrinkage: float | None = None) -> GaussianKL:
-  """Return KL divergences in both directions of the Gaussians fitted to two sets of features.
+  """KL divergences, both directions, of the Gaussians fitted to two sets of features.
 
   KL(a || b) = (Tr(S_b^-1 S_a) + (m_b - m_a)^T S_b^-1 (m_b - m_a) - d + ln det S_b / det S_a) / 2.
+  With n <= d samples S has no inverse and becomes (1 - r) S + r Tr(S)/d I, r by oracle
+  approximating shrinkage (Chen et al. 2010, eq. 23). (A pseudo-inverse would leave out the
+  directions that differ most.) Compare only values of equal n and shrinkage.
 
-  With n <= d samples a covariance S has no inverse. Then it is replaced by
-  (1 - r) S + r Tr(S)/d I, with r by oracle approximating shrinkage (Chen et al. 2010, eq. 23);
-  with n > d it is taken as it is. A pseudo-inverse is not used: it would leave out the directions
-  in which the two differ most. Compare only values of equal n and equal shrinkage.
-
-  shrinkage: r for both, in place of the rule. UserError where widths differ, there are fewer than 2
-  samples, or a covariance is singular and its number of samples is not known.
+  shrinkage: r for both. UserError: different widths, fewer than 2 samples, or a singular covariance
+  of unknown n.
   """
   check_same_width(a, b)
   if shrinkage is not None and not 0 <= shrinkage <= 1:
@@ -249,10 +242,9 @@ def _kl(of: np.ndarray, to: np.ndarray, delta: np.ndarray) -> float:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PrincipalComponents:
-  """Both sets of features on the leading axes of the reference, less its mean, for a plot.
+  """Both sets of features on the reference's leading axes, less its mean, for a plot.
 
-  axes: of length 1; the largest entry of each is positive, so that plots do not flip. fractions: of
-  each set's total variance, along each axis.
+  axes: of length 1; each one's largest entry is positive. fractions: of each set's total variance.
   """
 
   axes: Float[np.ndarray, 'd k']
@@ -265,9 +257,9 @@ class PrincipalComponents:
 def principal_components(
   reference: Float[np.ndarray, 'n d'], samples: Float[np.ndarray, 'm d'], *, k: int = 2
 ) -> PrincipalComponents:
-  """Project both sets on the k directions in which the reference varies most.
+  """Project both sets on the reference's k leading directions.
 
-  UserError: k outside 1 to d, or features that are empty, not finite or of different widths.
+  UserError: k outside 1 to d; empty or non-finite features, or different widths.
   """
   from scipy.linalg import eigh  # Takes long to import.
 

@@ -1,9 +1,4 @@
-"""How alike two images are, pixel by pixel: for reconstructions. Images are in [-1, 1].
-
-How well images fit their captions, from embeddings of both.
-
-Scores from a classifier's logits.
-"""
+"""Metrics of images: against originals in [-1, 1], against captions, by a classifier's logits."""
 
 from __future__ import annotations
 
@@ -33,7 +28,7 @@ def psnr_of_each(
 ) -> Float[np.ndarray, 'b']:
   """Peak signal-to-noise ratio of each pair of images in dB, 10 log10(2^2 / mean squared error).
 
-  Infinite where an image is reproduced exactly. UserError for no images or different shapes.
+  Infinite for equal images. UserError: no images, or different shapes.
   """
   x, y = (np.asarray(v, np.float64) for v in _pairs(x, y, 'PSNR'))
   error = np.mean((x - y) ** 2, axis=tuple(range(1, x.ndim)))
@@ -54,11 +49,10 @@ def ssim_of_each(
 ) -> Float[np.ndarray, 'b']:
   """Structural similarity of each pair of images, in [-1, 1] (Wang et al. 2004, eq. 13).
 
-  Means and (co)variances are weighted by a Gaussian of sigma 1.5 over 11 x 11 pixels, for each
-  channel by itself, with K1 = 0.01 and K2 = 0.03; the average is over the windows that lie within
-  the image and over channels. That is scikit-image's structural_similarity with
-  gaussian_weights=True, sigma=1.5, use_sample_covariance=False and data_range=2. On the device.
-  UserError as in PSNR, or for images smaller than 11 pixels.
+  Gaussian windows of sigma 1.5 over 11 x 11 pixels, per channel, K1 = 0.01, K2 = 0.03, averaged
+  over the windows within the image and channels: scikit-image's structural_similarity with
+  gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=2. UserError as in PSNR,
+  or for images below 11 pixels.
   """
   x, y = _pairs(x, y, 'SSIM')
   if x.ndim != 4 or min(x.shape[1:3]) < _WINDOW:
@@ -139,10 +133,9 @@ def clip_score(
 def clip_score_of_each(
   image_embeddings: Float[np.ndarray, 'n p'], text_embeddings: Float[np.ndarray, 'n p']
 ) -> Float[np.ndarray, 'n']:
-  """100 * max(cos(image, text), 0) of each pair, in [0, 100].
+  """100 * max(cos(image, text), 0) of each pair, in [0, 100] (Hessel et al. 2021, eq. 1).
 
-  Hessel et al. 2021, eq. 1, with the weight 100 that later work reports instead of 2.5.
-  UserError if there are no pairs, the shapes differ or a value is not finite.
+  UserError: no pairs, different shapes, or a value that is not finite.
   """
   images, texts = _unit_pairs(image_embeddings, text_embeddings)
   return 100 * np.clip(np.sum(images * texts, axis=1), 0, None)
@@ -171,12 +164,11 @@ def retrieval_hits(
 ) -> Float[np.ndarray, 'n']:
   """1.0 for each image whose own caption is among the k most similar candidates, else 0.0.
 
-  For each image the candidates are its own caption and `candidates - 1` others, drawn without
-  replacement; the draw depends on `seed` and n alone. With fewer than `candidates` captions all n
-  are ranked, which makes the task easier: report n beside the number. A caption that ties with
-  the own one, such as a copy of it, ranks before it, so that a constant model scores 0. This is
-  R-precision of Xu et al. 2018 (AttnGAN) for k = 1 and 100 candidates. Chance is k / candidates.
-  UserError: no pairs, shapes differ, values not finite, or k outside 1 <= k <= candidates.
+  R-precision (Xu et al. 2018, AttnGAN, k = 1, 100 candidates): the own caption and `candidates - 1`
+  others, without replacement, by `seed` and n alone; with fewer captions all n, which is easier:
+  report n. A tie, such as a copy, ranks before the own caption, so a constant model scores 0.
+  Chance is k / candidates. UserError: no pairs, different shapes, values not finite, or k outside 1
+  to candidates.
   """
   if not 1 <= k <= candidates:
     raise UserError(f'Retrieval needs 1 <= k <= candidates, not k={k} of {candidates}: change k.')
@@ -232,11 +224,10 @@ def inception_score(
 ) -> tuple[float, float]:
   """Inception score (Salimans et al. 2016): mean and standard deviation over splits, 1 to c.
 
-  exp of the mean KL divergence of p(class | image) from the split's p(class). By torch-fidelity's
-  conventions: samples are shuffled by RandomState(seed), cut into `splits` nearly equal parts, and
-  the logits are Inception's without the bias ('logits_unbiased', 1008). ADM and others do not
-  shuffle (seed None) and cut parts of 5000.
-  UserError: splits outside 1 to n, or logits that are empty or not finite.
+  exp of the mean KL divergence of p(class | image) from the split's p(class), as torch-fidelity:
+  shuffled by RandomState(seed), in `splits` nearly equal parts, logits without bias
+  ('logits_unbiased', 1008). ADM and others do not shuffle (seed None), in parts of 5000. UserError:
+  splits outside 1 to n, or logits that are empty or not finite.
   """
   logits = matrix(logits, 'logits')
   n = len(logits)
@@ -261,8 +252,7 @@ def class_hits(
 ) -> Float[np.ndarray, 'n']:
   """1.0 for each image whose label is among its `top` highest logits, 0.0 otherwise.
 
-  The mean is the class accuracy of conditional samples. A class that ties with the label ranks
-  before it, so that a constant classifier scores 0.
+  The mean is class accuracy. Ties rank before the label, so a constant classifier scores 0.
   UserError: labels do not fit the logits, or top is outside 1 to c.
   """
   logits, labels = matrix(logits, 'logits'), np.asarray(labels)

@@ -1,7 +1,4 @@
-"""Distances by kernels, which assume no Gaussian: KID and CMMD.
-
-Energy distance: for points of few dimensions, where no feature extractor is needed.
-"""
+"""Distances by kernels, which assume no Gaussian: KID, CMMD, and energy distance for points."""
 
 from __future__ import annotations
 
@@ -32,15 +29,15 @@ def kernel_distance(
   x: Float[np.ndarray, 'n d'], y: Float[np.ndarray, 'm d'], *, subsets: int, subset_size: int,
   seed: int,
 ) -> tuple[float, float]:
-  """Return KID: mean and standard deviation of the unbiased MMD^2 over random subsets.
+  """KID: mean and standard deviation of the unbiased MMD^2 over random subsets.
 
-  Binkowski et al. 2018: the kernel is (x.y/d + 1)^3. Each subset draws `subset_size` rows from x,
-  then from y, without replacement. Its expectation is 0 for equal distributions, so that values
-  below 0 occur. The paper uses 100 subsets of 1000.
+  Binkowski et al. 2018: kernel (x.y/d + 1)^3; the paper uses 100 subsets of 1000. Each takes
+  `subset_size` rows of x, then y, without replacement. Expectation 0 for equal distributions, so
+  values below 0 occur.
 
-  The draws are torch-fidelity's with x as input 1 (its own seed is 2020), and clean-fid's with
-  x as its second features. Both tools sum in float32 where features are; here it is float64.
-  UserError: widths differ, or subset_size is below 2 or above n or m, or subsets below 1.
+  Subsets are torch-fidelity's with x as input 1 (its seed is 2020), and clean-fid's with x as its
+  second features; sums are float64, theirs float32. UserError: different widths, subset_size
+  outside 2 to n or m, or subsets below 1.
   """
   x, y = pair(x, y, None)
   if not 2 <= subset_size <= min(len(x), len(y)) or subsets < 1:
@@ -73,13 +70,11 @@ def _unbiased_mmd2(x: Float[np.ndarray, 'n d'], y: Float[np.ndarray, 'n d']) -> 
 
 
 def cmmd(x: Float[np.ndarray, 'n d'], y: Float[np.ndarray, 'm d'], *, block: int = 4096) -> float:
-  """Return 1000 times the biased MMD^2 of CLIP embeddings, by a Gaussian kernel of sigma 10, >= 0.
+  """1000 times the biased MMD^2 of CLIP embeddings, by a Gaussian kernel of sigma 10, >= 0.
 
-  Jayasumana et al. 2024, and their code: embeddings are normalised, and pairs of a sample with
-  itself count, so that it falls like 1/n + 1/m. Published values use CLIP ViT-L/14 at 336 px.
-
-  With all distances within 2 the kernel is nearly 1 and the MMD the small difference of three
-  numbers near 1. So k - 1 is averaged in its place, which changes nothing and keeps the digits.
+  Jayasumana et al. 2024 and their code: embeddings are normalised and self-pairs count, so it falls
+  like 1/n + 1/m. Published values use CLIP ViT-L/14 at 336 px. Within distance 2 the kernel k is
+  nearly 1, so k - 1 is averaged in its place, which keeps the digits.
   """
   x, y = pair(x, y)
   unit = lambda v: v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-30)
@@ -110,10 +105,7 @@ def _kernel_less_one(
 
 
 def energy_distance(x: Float[np.ndarray, 'n d'], y: Float[np.ndarray, 'm d']) -> float:
-  """2 E|x - y| - E|x - x'| - E|y - y'|, unbiased (Szekely & Rizzo 2013, eq. 5).
-
-  0 only where both have the same distribution; estimates of 0 may be a little below it.
-  """
+  """2 E|x - y| - E|x - x'| - E|y - y'| (Szekely & Rizzo 2013, eq. 5), unbiased, so perhaps < 0."""
   from scipy.spatial.distance import cdist, pdist  # Takes long to import.
 
   x, y = matrix(x, 'x'), matrix(y, 'y')

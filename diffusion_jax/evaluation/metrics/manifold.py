@@ -1,12 +1,8 @@
-"""Distances between all pairs of two sets, block by block, so that memory does not grow with them.
+"""Neighbours among features: precision and recall, density and coverage, near copies of training.
 
-The device multiplies in float32, where |x|^2 + |y|^2 - 2 x.y has an error that can be bounded. What
-lies within the bound of a decision is computed again on the host, in float64 and from differences,
-so that results do not depend on the device, nor on how far the features lie from zero.
-
-Quality and variety apart: how two sets of features overlap, by balls around neighbours.
-
-Which training images a sample resembles most: what memorisation is looked for by.
+Distances are made block by block, in bounded memory. The device's float32 |x|^2 + |y|^2 - 2 x.y has
+a bounded error: decisions within it are made again on the host in float64 from differences, so
+results do not depend on the device, nor on how far features are from zero.
 """
 
 from __future__ import annotations
@@ -155,9 +151,7 @@ def count_in_balls(
   points: Float[np.ndarray, 'n d'], centres: Float[np.ndarray, 'm d'],
   radii: Float[np.ndarray, 'm'], *, closed: bool, block: int = BLOCK,
 ) -> tuple[Int[np.ndarray, 'n'], Int[np.ndarray, 'm']]:
-  """Return (balls that hold each point, points within each ball).
-  radii: squared, float64, as of `neighbour_radii`. closed: whether the surface counts as within.
-  """
+  """(balls that hold each point, points in each ball); radii: squared; closed: with the surface."""
   inside = np.less_equal if closed else np.less
   small_points, small_centres = centred(points, centres)
   by_point, by_ball = np.zeros(len(points), int), np.zeros(len(centres), int)
@@ -221,12 +215,10 @@ def precision_recall(
   samples: Float[np.ndarray, 'n d'], reference: Float[np.ndarray, 'm d'], *, k: int = 3,
   closed: bool = True, block: int = BLOCK,
 ) -> PrecisionRecall:
-  """Return improved precision and recall (Kynkäänniemi et al. 2019, eq. 1 and 2).
+  """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1 and 2).
 
-  A point lies in the manifold of a set if it is within one of the balls around the set's points
-  that reach to their k-th nearest neighbour. As torch-fidelity has it balls are closed and k is 3;
-  the package prdc has open balls and k = 5. Values depend on n and m: compare only equal numbers of
-  the same features.
+  A set's manifold is the union of balls around its points to their k-th nearest neighbour: closed
+  and k = 3 in torch-fidelity, open and k = 5 in prdc. Compare only equal n, m and features.
   UserError: k outside 1 to the smaller count less 1, or features that are empty, not finite or of
   different widths.
   """
@@ -241,10 +233,10 @@ def density_coverage(
   samples: Float[np.ndarray, 'n d'], reference: Float[np.ndarray, 'm d'], *, k: int = 5,
   block: int = BLOCK,
 ) -> DensityCoverage:
-  """Return density and coverage (Naeem et al. 2020, eq. 4 and 6), by open balls as in prdc.
+  """Density and coverage (Naeem et al. 2020, eq. 4 and 6), by open balls as in prdc.
 
-  Density: balls of the reference that hold a sample, over k, on average. Coverage: fraction of
-  those balls that hold a sample at all. UserError as in `precision_recall`.
+  Density: mean number of reference balls that hold a sample, over k. Coverage: fraction of those
+  balls that hold one. UserError as in `precision_recall`.
   """
   samples, reference = _checked(samples, reference, k)
   radii = neighbour_radii(reference, k, block=block)
@@ -263,10 +255,7 @@ def _checked(samples: np.ndarray, reference: np.ndarray, k: int) -> tuple[np.nda
 
 
 class Neighbours(NamedTuple):
-  """The k most similar training images of each of n samples, the most similar first.
-
-  indices: [n k], rows of the training features. similarities: [n k], cosines in [-1, 1].
-  """
+  """The k most similar training images of n samples, best first: indices and cosines, [n k]."""
 
   indices: Int[np.ndarray, 'n k']
   similarities: Float[np.ndarray, 'n k']
@@ -276,13 +265,10 @@ def nearest_neighbours(
   samples: Float[np.ndarray, 'n d'], training: Float[np.ndarray, 'm d'], *, k: int = 1,
   block: int = BLOCK,
 ) -> Neighbours:
-  """Find the training features of the highest cosine similarity to each sample.
+  """The training features of the highest cosine similarity to each sample; ties by index.
 
-  On the device in float32, `block` samples against `block` training features at a time; of equal
-  similarities the lower index comes first.
-
-  training: may be memory-mapped: a block of it is read at a time. UserError: k outside 1 to m, or
-  features that are empty, not finite or of different widths.
+  On the device in float32, by blocks; `training` may be memory-mapped. UserError: k outside 1 to m,
+  or features that are empty, not finite or of different widths.
   """
   samples, training = pair(samples, training, None)
   if not 1 <= k <= len(training):

@@ -1,5 +1,4 @@
-"""A metric as one object: how it is computed, of what, which way is better, what it is called; and
-metrics by their names: what they need, what they give, and their values."""
+"""Metrics by name, one object each: inputs, values, titles, and which way is better."""
 
 from __future__ import annotations
 
@@ -29,10 +28,9 @@ FAMILIES = {'clip': 'CLIP', 'dinov2': 'DINOv2', 'classifier': "the classifier's"
 class Compared:
   """One kind of features of the samples, with those of the reference.
 
-  column: which, `EXTRACTOR:OUTPUT`. samples: [n d], or None where only their `sums` are kept.
-  reference: [m d], or None where only its `moments` are known. texts: [n d], of the samples'
-  captions in the same space, if there are any. labels: [n], the classes that the samples should be
-  of, as numbers of the classifier's logits. own: whether the samples are reconstructions of the
+  column: `EXTRACTOR:OUTPUT`. samples: [n d], or None with `sums` alone. reference: [m d], or None
+  with `moments` alone. texts: [n d], of the captions in the same space, if any. labels: [n], wanted
+  classes, as numbers of the classifier's logits. own: whether samples are reconstructions of the
   reference, whose values have other names.
   """
 
@@ -74,7 +72,7 @@ class Compared:
 class MetricValues:
   """values: name -> value. intervals: name -> its interval. warnings: sentences.
 
-  with_intervals: whether to compute those that take resampling.
+  with_intervals: whether to compute resampled intervals.
   """
 
   with_intervals: bool = True
@@ -97,13 +95,12 @@ class MetricValues:
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-  """A value that a metric gives.
+  """A value of a metric.
 
-  name: in which {suffix} and {distance} depend on the features, see `Compared`, and {k} and {n} are
-  numbers. title: for people; {features} is the network's. better: 'lower', 'higher', or '' where
-  neither is. comparable_on: settings in which two evaluations must agree for their values to be
-  compared. family: of the features, where the name does not tell it. alone: the title where the
-  features are Inception's.
+  name: with {suffix} and {distance} of the features, see `Compared`, and numbers {k} and {n}.
+  title: for people; {features} is the network's. better: 'lower', 'higher', or ''. comparable_on:
+  settings that must agree between compared evaluations. family: of the features, if not in the
+  name. alone: the title for Inception's features.
   """
 
   name: str
@@ -114,7 +111,7 @@ class Value:
   alone: str = ''
 
   def match(self, name: str) -> re.Match | None:
-    """Match a whole name; the group 'family' is that of the features."""
+    """Match a whole name; the group 'family' is the features'."""
     pattern = re.escape(self.name).replace(r'\{suffix\}', '(_(?P<family>.+?))?')
     pattern = pattern.replace(r'\{distance\}', 'r?(fid|sfid|fd_(?P<family>.+?))')
     return re.fullmatch(re.sub(r'\\{(k|n)\\}', r'(?P<\1>\\d+)', pattern), name)
@@ -125,7 +122,7 @@ class Value:
     return len(re.sub(r'{\w+}', '', self.name))
 
   def titled(self, name: str, family: str) -> str:
-    """Return the title of a value of that name, with an arrow that says which way is better."""
+    """The title of a value of that name, with an arrow towards better."""
     numbers = {key: int(value) for key, value in self.match(name).groupdict().items()
                if key in ('k', 'n')}
     title = self.title.format(features=FAMILIES.get(family, family), **numbers)
@@ -211,10 +208,7 @@ OF_EVALUATORS = (
 
 
 def value_of(name: str) -> tuple[Value, str] | None:
-  """Return (what is known of a value of that name, the family of its features).
-
-  The family is '' for a value of no features. None where no metric gives such a value.
-  """
+  """(the `Value` of that name, its features' family, '' for none); None for an unknown name."""
   import_plugins()
   known = (*_values(tuple(METRICS)), *OF_EVALUATORS)
   found = [(value, match) for value in known if (match := value.match(name))]
@@ -249,10 +243,7 @@ def metric_of(name: str) -> Metric:
 
 
 def outputs_of(metrics: Sequence[str], available: Mapping[str, int]) -> tuple[str, ...]:
-  """Return those of an extractor's outputs that the metrics are computed of.
-
-  UserError for an unknown metric, with the names of all, or one that is named twice.
-  """
+  """The extractor's outputs that the metrics need; UserError: unknown or repeated metrics."""
   for name in metrics:
     if metrics.count(name) > 1:
       raise UserError(f'the metric {name} is named twice; name it once.')
@@ -280,8 +271,7 @@ def check_metrics(
 ) -> None:
   """Raise a UserError where a metric is unknown, fits no output, or lacks what it needs.
 
-  outputs: of all extractors. known: fields of `Compared` that there will be. option: by which
-  metrics are chosen.
+  outputs: of all extractors. known: fields of `Compared` there will be. option: names the metrics.
   """
   for name in metrics:
     outputs_of([name], {})
@@ -311,10 +301,7 @@ def score(
 
 
 def value_names(metrics: Sequence[str], columns: Iterable[str]) -> list[str]:
-  """Return the names of what `score` adds for these metrics of columns `EXTRACTOR:OUTPUT`.
-
-  UserError where two would have one name, as of two networks of one kind.
-  """
+  """The value names of `score` for columns `EXTRACTOR:OUTPUT`; UserError for two equal ones."""
   names = []
   for metric in metrics:
     for column in columns:

@@ -1,9 +1,8 @@
 """The Inception v3 of 2015-12-05 by which FID is defined (Szegedy et al. 2016; Heusel et al. 2017).
 
-It is not the network of the same name in other libraries: it has 1008 classes, no auxiliary head,
-average pools that leave the padding out of the mean, and a maximum where the last block should have
-an average. Batch norms are folded into the convolutions when weights are read (`io.inception`).
-Parts are named as in the published files.
+Unlike other libraries' it has 1008 classes, no auxiliary head, average pools without the padding,
+and a maximum where the last block should have an average. Batch norms are folded into the
+convolutions (`formats.inception`). Parts are named as in the published files.
 """
 
 import dataclasses
@@ -27,9 +26,9 @@ SPATIAL_CHANNELS = 7
 
 @dataclasses.dataclass(frozen=True)
 class InceptionConfig(NetworkConfig):
-  """divisor: of the channels of every convolution; 1 is the published network, 16 a tiny one.
+  """divisor: of all channels; 1 is the published network, 16 a tiny one.
 
-  precision: of matrix products. Less than 'highest' is faster on accelerators and changes metrics.
+  precision: of matrix products; below 'highest' is faster on accelerators and changes metrics.
   """
 
   divisor: Width = 1
@@ -50,9 +49,9 @@ class InceptionConfig(NetworkConfig):
 
 
 def _pool(x: jax.Array, combine: Callable, stride: int = 1, fill: float | None = None) -> jax.Array:
-  """Combine windows of 3x3, axis by axis; `fill` surrounds the map, which then keeps its size.
+  """Combine 3x3 windows, axis by axis; `fill` pads the map, which then keeps its size.
 
-  Shifted copies, as XLA's reduce_window takes 6 times as long on CPUs.
+  By shifted copies: XLA's reduce_window takes 6 times as long on CPUs.
   """
   for axis in (1, 2):
     if fill is not None:
@@ -86,7 +85,7 @@ class Step(NamedTuple):
 
 
 def _step(text: str) -> Any:
-  """Return what a text of the tables below says: a Step, a pool's name, or a fork, a tuple."""
+  """The Step, a pool's name, or a fork (a tuple) of a text in the tables below."""
   if ' + ' in text:
     return tuple(map(_step, text.split(' + ')))
   if text in POOLS:
@@ -175,8 +174,8 @@ class ConvReLU(nnx.Module):
 class Mixed(nnx.Module):
   """A block of the table: [b h w i] -> [b h' w' o].
 
-  All 1x1 convolutions of the block's input are one matrix product. An average commutes with such a
-  convolution, so it is taken of its result, which has fewer channels.
+  All 1x1 convolutions of the input are one product. An average, which commutes with such, is taken
+  of the result with its fewer channels.
   """
 
   def __init__(self, branches: tuple, in_features: int, config: InceptionConfig, rngs: nnx.Rngs):
@@ -196,7 +195,7 @@ class Mixed(nnx.Module):
     return jnp.concatenate([self._branch(x, branch, entries) for branch in self.branches], -1)
 
   def _entries(self, x: jax.Array) -> dict[str, jax.Array]:
-    """The products of the 1x1 convolutions of x, by name, before bias and rectifier."""
+    """Products of the 1x1 convolutions of x, by name, before bias and rectifier."""
     steps = [s for s in map(_start, self.branches) if isinstance(s, Step) and s.window == (1, 1)]
     parts = [getattr(self, step.name) for step in steps]
     kernel = jnp.concatenate([part.kernel[0, 0] for part in parts], -1)
@@ -219,7 +218,7 @@ class Mixed(nnx.Module):
 
 
 def _start(branch: tuple):
-  """The step after an average, if the branch starts with one, or else its first."""
+  """The branch's first step, or the one after a leading average."""
   return branch[1] if branch[0] == 'average' else branch[0]
 
 
@@ -258,8 +257,7 @@ class Inception(nnx.Module):
   def __call__(self, x: jax.Array, features: Sequence[str] = ('pool3',)) -> dict[str, jax.Array]:
     """x [b 299 299 3], about [-1, 1] (see `evaluation.resize`) -> {feature: [b d]}, in their order.
 
-    Raises:
-      UserError: an image of another size, or a feature of another name.
+    UserError: another size, or an unknown feature.
     """
     require(
       x.shape[1:] == (SIZE, SIZE, 3),

@@ -1,8 +1,8 @@
 """CLIP (Radford et al. 2021): a text tower and a vision tower with one embedding space.
 
-Names and computation follow transformers' CLIPModel, and fields of the configs its config.json.
-Initialisation is that of the paper's code: residual branches shrink with depth. Softmax and norms
-are in float32. The text tower is causal and does not mask padding, as OpenAI's.
+Names and computation follow transformers' CLIPModel, config fields its config.json. Initialisation
+is the paper's code's: residual branches shrink with depth. Softmax and norms are float32. The text
+tower is causal and does not mask padding, as OpenAI's.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ Activation = Literal['quick_gelu', 'gelu', 'gelu_new', 'gelu_pytorch_tanh']
 
 @dataclasses.dataclass(frozen=True)
 class TowerConfig(NetworkConfig):
-  """What the configs of both towers share."""
+  """Common config of both towers."""
 
   hidden_size: Width = 512
   num_hidden_layers: Layers = 12
@@ -48,8 +48,8 @@ class TowerConfig(NetworkConfig):
 class CLIPTextConfig(TowerConfig):
   """The text tower; the defaults are those of CLIP ViT-B/32 (hidden 768, 12 heads: ViT-L/14).
 
-  `eos_token_id` decides where a text is pooled: 2 (an old mistake that checkpoints carry) means at
-  the largest id, anything else at the first such id.
+  eos_token_id: 2 (an old mistake in checkpoints) pools at the largest id, others at their first
+  place.
   """
 
   intermediate_size: Width = 2048
@@ -105,7 +105,7 @@ class CLIPVisionProjectionConfig(CLIPVisionConfig):
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig(NetworkConfig):
-  """Both towers, the width of the space they share, and where the log of 1/temperature starts."""
+  """Both towers, the width of their common space, and the initial log of 1/temperature."""
 
   text_config: CLIPTextConfig = CLIPTextConfig()
   vision_config: CLIPVisionConfig = CLIPVisionConfig()
@@ -124,9 +124,9 @@ def dense(i: int, o: int, std: float, **kw) -> Linear:
 
 
 def activation(name: str, x: jax.Array) -> jax.Array:
-  """'quick_gelu' is x sigmoid(1.702 x) and 'gelu_new' the tanh (Hendrycks & Gimpel 2016, sec. 2).
+  """'gelu' exact, 'quick_gelu' x sigmoid(1.702 x), 'gelu_new' = 'gelu_pytorch_tanh' by tanh.
 
-  'gelu' is exact; 'gelu_pytorch_tanh' is another name of 'gelu_new'.
+  Hendrycks & Gimpel 2016, sec. 2.
   """
   if name == 'quick_gelu':
     return x * jax.nn.sigmoid(1.702 * x)
@@ -210,8 +210,7 @@ class CLIPEncoder(Blocks):
 class CLIPTextEmbeddings(nnx.Module):
   """Token plus learned position embedding: ids [b l] -> [b l d].
 
-  Ids from vocab_size on choose rows of `extra` [n d], as learned by textual inversion; an id past
-  those gives NaN.
+  Ids from vocab_size on choose rows of `extra` [n d] (textual inversion); beyond them NaN.
   """
 
   def __init__(self, config: CLIPTextConfig, **kw):
@@ -281,13 +280,11 @@ class CLIPTextModel(nnx.Module):
     self, ids: Tokens, *, skip: int = 0, normalize: bool = True,
     extra_embeddings: jax.Array | None = None,
   ) -> tuple[Text, jax.Array]:
-    """ids [b l] -> (hidden states [b l d], the pooled one [b d]).
+    """ids [b l] -> (hidden states [b l d], pooled [b d]).
 
-    Args:
-      skip: how many of the last layers `hidden` leaves out ("clip skip" less one); 1: penultimate.
-      normalize: whether `hidden` goes through the final norm. `pooled` always does, and is always
-        of the last layer.
-      extra_embeddings: [n d], rows that the ids vocab_size, vocab_size + 1, ... choose.
+    skip: last layers left out of the hidden states ("clip skip" less one); 1: penultimate.
+    normalize: apply the final norm to them; the pooled one always has it, of the last layer.
+    extra_embeddings: [n d], rows of the ids from vocab_size on.
     """
     return self.text_model(ids, skip=skip, normalize=normalize, extra_embeddings=extra_embeddings)
 

@@ -1,8 +1,8 @@
 """The encoder of T5 and T5 v1.1 (Raffel et al. 2020; Shazeer 2020), named as in transformers.
 
-Its states grow to tens of thousands, past what float16 holds and to where bfloat16 is coarse.
-Therefore the residual stream, the norms, the softmax and the last product of each feed-forward
-are in float32 whatever `dtype` is; the other products are in `dtype`.
+Its states grow to tens of thousands, past float16's range and where bfloat16 is coarse: the
+residual stream, norms, softmax and the last product of each feed-forward are float32, other
+products `dtype`.
 """
 
 import dataclasses
@@ -93,7 +93,7 @@ def _in_float32(*, compute: Compute = PLAIN, rngs: nnx.Rngs) -> dict:
 class T5Attention(nnx.Module):
   """Attention without biases and without the factor 1/sqrt(d): [b l d] -> [b l d].
 
-  Only the first layer's holds the table of position biases, which all layers use.
+  Only the first layer has the table of position biases, which all layers use.
   """
 
   def __init__(self, config: T5Config, *, has_bias: bool, causal: bool = False, **kw):
@@ -212,9 +212,7 @@ class T5EncoderModel(nnx.Module):
   def encode_text(self, ids: Tokens, mask: jax.Array | None = None) -> tuple[Text, None]:
     """ids [b l] -> (hidden states after the final norm [b l d], None: T5 pools nothing).
 
-    Args:
-      mask: [b l], 1 where a token is attended to and 0 where it is padding; None: everywhere 1.
-        The states of padding are computed too, and mean nothing.
+    mask: [b l], 1 for tokens and 0 for padding, whose states are meaningless; None: all 1.
     """
     require(ids.ndim == 2, f'T5 takes token ids [b l], not {list(ids.shape)}.')
     if mask is not None:

@@ -1,9 +1,8 @@
 """Tokenizers: byte-level BPE (Sennrich et al. 2016) trained here, or any of transformers' applied.
 
-Every text becomes the tokens in their frame, then padding up to the fixed length; one that is
-longer is cut, counted and reported. Ours has CLIP's frame, <|startoftext|> ... <|endoftext|>, and
-pads with <|endoftext|>; T5's ends with </s> and has a token for padding. Files are those of
-transformers, so the published tokenizers load too.
+Texts are framed, padded to a fixed length, or cut, counted and reported. Ours has CLIP's frame,
+<|startoftext|> ... <|endoftext|>, padded with <|endoftext|>; T5's ends with </s> and has a padding
+token. Files are those of transformers, so published tokenizers load.
 """
 
 from __future__ import annotations
@@ -32,13 +31,10 @@ def _say(text: str) -> None:
 
 
 class Cut:
-  """A count of the different texts of which tokens were left out, which says so.
+  """A count of the different texts that were cut, reported by the first process.
 
-  It speaks, in the first process alone, after the first, the tenth, the hundredth ..., so that a
-  set of millions says it a few times. Several threads may count.
-
-  Args:
-    reader: what reads them, as people call it.
+  After the first, tenth, hundredth ... of them, so rarely for millions. Several threads may count.
+  reader: the name of what reads them.
   """
 
   def __init__(self, say: Callable[[str], None] = _say, reader: str = 'the model'):
@@ -47,11 +43,7 @@ class Cut:
     self._tokens, self._next = 0, 1
 
   def count(self, texts: list[tuple[str, int]], room: int) -> None:
-    """Take note of texts, each with the tokens that were left out of what was looked at.
-
-    Args:
-      room: tokens of a text that are read.
-    """
+    """Record texts, each with the number of tokens cut off; room: tokens of a text that count."""
     with self._lock:
       for text, over in texts:
         if hash(text) not in self._known:
@@ -105,8 +97,8 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerBase:
   """A byte-level BPE of at most `vocab_size` tokens; ids 0 and 1 are BOS and EOS.
 
-  Text is lowercased. `max_length` counts the two frame tokens, and of each caption only the first
-  CHARACTERS for each of them are learned from. UserError if either number is too small.
+  Text is lowercased. max_length includes the two frame tokens; of each caption CHARACTERS times
+  that are learned from. UserError if either number is too small.
   """
   require(vocab_size >= SMALLEST, f'vocab_size must be at least {SMALLEST}, not {vocab_size}.')
   require(max_length >= 3, f'max_length must be at least 3, not {max_length}.')
@@ -170,10 +162,7 @@ def train_unigram(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerB
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str | os.PathLike) -> None:
-  """Write the tokenizer's files, as transformers lays them out, into `directory`.
-
-  Another process that finds tokenizer.json finds all of them, whole: it comes last.
-  """
+  """Write the tokenizer's files as transformers does; tokenizer.json comes last, so marks all."""
   directory = Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(dir=directory) as draft:
@@ -183,10 +172,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str | os.PathL
 
 
 def _class_of(directory: Path) -> type:
-  """Return what reads the tokenizer there: the class of its config, else AutoTokenizer.
+  """The tokenizer class of a directory's config, else AutoTokenizer.
 
-  They read the same, but AutoTokenizer imports PyTorch where it is installed, for seconds and
-  300 MB.
+  AutoTokenizer imports an installed PyTorch, for seconds and 300 MB.
   """
   try:
     name = read_object(directory / 'tokenizer_config.json').get('tokenizer_class')
@@ -215,10 +203,10 @@ def load_tokenizer(directory: str | os.PathLike) -> PreTrainedTokenizerBase:
 
 
 def add_placeholder(tokenizer: PreTrainedTokenizerBase, token: str, count: int = 1) -> list[int]:
-  """Add a token that stands for `count` learned embeddings (Gal et al. 2022); gives their ids.
+  """Add a token for `count` learned embeddings (Gal et al. 2022); return their ids.
 
-  The ids follow the vocabulary. Later ones are called token_1, token_2 ..., as in diffusers, and
-  `Tokenize` writes them all wherever a text has `token`. UserError where one of them exists.
+  They follow the vocabulary; later ones are token_1, token_2 ..., as in diffusers, and `Tokenize`
+  writes all of them for `token`. UserError where one exists.
   """
   require(count >= 1, f'A placeholder needs at least one embedding, not {count}.')
   require(
@@ -253,10 +241,9 @@ def placeholders(tokenizer: PreTrainedTokenizerBase) -> dict[int, list[int]]:
 class Tokenize:
   """Text -> framed and padded token ids of one length.
 
-  `max_length` counts the frame's tokens. `on_long` says what happens to a longer text: 'truncate'
-  cuts it, keeps the end token and counts it in `cut`, 'error' raises a UserError. Of any text only
-  CHARACTERS * max_length characters are looked at. The empty text, or one of nothing but spaces, is
-  the null caption. Padding is the tokenizer's pad token, or else its end token.
+  max_length includes the frame. on_long: 'truncate' cuts, keeps the end token and counts it in
+  `cut`; 'error' raises a UserError. Only CHARACTERS * max_length characters are read. Empty or
+  blank text is the null caption. Padding is the tokenizer's pad token, or else its end token.
   """
 
   tokenizer: PreTrainedTokenizerBase

@@ -19,8 +19,8 @@ from diffusion_jax.types import Images
 class ClassifierConfig(NetworkConfig):
   """block_out_channels: of each level; every one but the last ends by halving height and width.
 
-  image_size: in pixels, in training; patch_size: pixels that the first layer makes one place of.
-  class_names: what the logits stand for, in order.
+  image_size: in pixels, in training; patch_size: pixels that the first layer merges. class_names:
+  of the logits, in order.
   """
 
   block_out_channels: Widths = (32, 64, 128)
@@ -74,7 +74,7 @@ class Classifier(Blocks):
     self.head = linear(widths[-1], len(config.class_names), **kw)
 
   def features(self, pixels: Images) -> jax.Array:
-    """Pixels in [-1, 1] [b h w 3] -> what the last layer sees, [b d], float32.
+    """Pixels in [-1, 1] [b h w 3] -> input of the last layer, [b d], float32.
 
     UserError unless height and width are multiples of the config's factor.
     """

@@ -1,7 +1,7 @@
-"""DINOv2 (Oquab et al. 2023): a ViT trained without labels, and without or with registers.
+"""DINOv2 (Oquab et al. 2023): a ViT trained without labels, without or with registers.
 
-Names and computation follow transformers' Dinov2Model and Dinov2WithRegistersModel, whose files
-name the parts as the modules here do. Softmax and norms are in float32.
+Names and computation follow transformers' Dinov2Model and Dinov2WithRegistersModel. Softmax and
+norms are float32.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ STD = 0.02
 class DINOv2Config(TowerConfig):
   """Keys of transformers' config.json; the defaults are those of ViT-B/14.
 
-  image_size: of training, in pixels; other sizes have their positions interpolated. Published
-  models have 518. num_register_tokens: 0 without registers (Darcet et al. 2024).
+  image_size: of training, in pixels, 518 for published models; other sizes interpolate positions.
+  num_register_tokens: 0 without registers (Darcet et al. 2024).
   """
 
   hidden_size: Width = 768

@@ -16,7 +16,7 @@ from clu.metrics import Average
 from jax.sharding import Mesh
 
 from diffusion_jax.config import MeshConfig, TrainingConfig
-from diffusion_jax.data.unreadable import some
+from diffusion_jax.data.unreadable import first_readable
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import load_lpips, save_params
 from diffusion_jax.limits import Count, FileDtype, Range, check_multiple, same_size
@@ -35,16 +35,13 @@ from diffusion_jax.types import Images, Latents, Params, Scores, Source
 class AutoencoderTaskConfig:
   """Weights are per pixel value (reconstruction), per latent value (KL), per patch (adversarial).
 
-  adversarial_weight is a fraction of the reconstruction's pull on the output image: the adversarial
-  gradient is rescaled to it (Esser et al. 2021, eq. 7, at the image instead of the last layer).
-  adversarial_weight 0 leaves out the discriminator, an empty lpips_weights leaves out LPIPS.
-
-  reconstruction: l1 (Rombach et al. 2022), or l2, which finds colours sooner: at the median colour
-  the pull of l1 is almost nothing. initial_logvar: where the latents' log-variance starts; below 0
-  the noise does not hide weak features, such as colours, from the young decoder.
-
-  kl_warmup_steps: steps over which the KL's weight grows linearly from 0 (Bowman et al. 2016,
-  section 3.1), so that features are found before they must be cheap.
+  adversarial_weight: norm of the adversarial gradient as a fraction of the reconstruction's, at the
+  output image (Esser et al. 2021, eq. 7, has the last layer); 0 leaves out the discriminator. Empty
+  lpips_weights leave out LPIPS. reconstruction: l1 (Rombach et al. 2022), or l2, which learns
+  colours sooner: l1 has almost no gradient at the median colour. initial_logvar: of the latents;
+  below 0 noise does not hide weak features, such as colours, at first. kl_warmup_steps: linear
+  growth of the KL's weight from 0 (Bowman et al. 2016, section 3.1), to learn features before they
+  cost.
   """
 
   autoencoder: AutoencoderKLConfig = AutoencoderKLConfig()
@@ -61,8 +58,7 @@ class AutoencoderTaskConfig:
 
 
 def kl_divergence(mean: Latents, logvar: Latents) -> jax.Array:
-  """KL(N(mean, exp(logvar)) || N(0, 1)) per latent value, averaged to [b] (Kingma & Welling 2014,
-  appendix B)."""
+  """KL(N(mean, exp(logvar)) || N(0, 1)) per latent value, mean [b] (Kingma & Welling 2014)."""
   kl = 0.5 * (mean**2 + jnp.exp(logvar) - 1 - logvar)
   return kl.mean(axis=(1, 2, 3))
 
@@ -192,17 +188,17 @@ class AutoencoderTask(Task):
     ]
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
-    """The autoencoder in diffusers' layout, with the scaling that gives latents unit variance."""
+    """Write the autoencoder in diffusers' layout, scaled to latents of unit variance."""
     params, test = under('autoencoder', params), scores.get('test', {})
     if 'latent_mean' in test:
       mean, deviation = test['latent_mean'], test['latent_std']
     else:  # Nothing was scored, or scoring has failed.
-      images = np.stack([record['image'] for record in some(self.test, SCALED_BY)])
+      images = np.stack([record['image'] for record in first_readable(self.test, SCALED_BY)])
       mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
       with jax.set_mesh(mesh):  # Only this process is here.
         mean, deviation = latent_moments(self.model, params, images, mesh)
     config = dataclasses.replace(
-      self.config.autoencoder, sample_size=max(some(self.test, 1)[0]['image'].shape[:2]),
+      self.config.autoencoder, sample_size=max(first_readable(self.test, 1)[0]['image'].shape[:2]),
       shift_factor=round(mean, 6), scaling_factor=round(1 / deviation, 6),
     )
     save_params(directory, config, params, dtype=self.config.export_dtype)

@@ -40,10 +40,9 @@ class ClassifierTaskConfig:
 def with_classes(
   config: ClassifierTaskConfig, train: list[str], test: list[str]
 ) -> ClassifierTaskConfig:
-  """The config with the classes of these labels, where it names none itself.
+  """The config with the classes of these labels, unless it has its own.
 
-  Raises:
-    UserError: fewer than two classes, or a label that is none of them.
+  UserError: fewer than two classes, or an unknown label.
   """
   names = config.classifier.class_names or tuple(sorted(set(train)))
   if len(names) < 2:
@@ -122,5 +121,5 @@ class ClassifierTask(Task):
     ]
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
-    """The network with the names of its classes, as `load_params` reads it."""
+    """Write the network with its class names, as `load_params` reads it."""
     save_params(directory, self.config.classifier, params, dtype=self.config.export_dtype)

@@ -40,8 +40,8 @@ MAX_LOGIT_SCALE = math.log(100.0)
 class CLIPTaskConfig:
   """label_smoothing: fraction of each target spread over the whole batch; 0 is CLIP's own loss.
 
-  The vocabulary is trained on the captions: text_config.vocab_size is its largest size, and
-  max_position_embeddings the length in tokens.
+  The vocabulary, of at most text_config.vocab_size, is trained on the captions;
+  max_position_embeddings is the length in tokens.
   """
 
   clip: CLIPConfig = CLIPConfig()
@@ -52,14 +52,10 @@ class CLIPTaskConfig:
 def contrastive_loss(
   images: jax.Array, texts: jax.Array, logit_scale: jax.Array, label_smoothing: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
-  """Symmetric cross-entropy over all pairs of the global batch (Radford et al. 2021, figure 3).
+  """(loss [b], fraction of images nearest to their own caption []) of the global batch.
 
-  Args:
-    images, texts: [b p] embeddings of any length, pairs at the same row.
-    logit_scale: logarithm of the inverse temperature.
-
-  Returns:
-    (loss [b], fraction of images whose own caption is the nearest []); logits are float32.
+  Symmetric cross-entropy over all pairs (Radford et al. 2021, figure 3), logits in float32. images,
+  texts: [b p] embeddings of any length, in pairs. logit_scale: ln(1 / temperature).
   """
   logits = jnp.exp(logit_scale) * unit(images) @ unit(texts).T
   b = logits.shape[0]

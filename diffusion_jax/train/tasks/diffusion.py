@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from diffusion_jax.config import TrainingConfig
 from diffusion_jax.data.cache import ChooseText, cached_source, synthetic_cache
 from diffusion_jax.data.sources import open_data
-from diffusion_jax.data.unreadable import some
+from diffusion_jax.data.unreadable import first_readable
 from diffusion_jax.diffusion.noise import NoiseConfig
 from diffusion_jax.diffusion.objective import (
   Losses,
@@ -59,7 +59,7 @@ FEATURES_KEY, METRICS_KEY = 'settings.evaluation.features', 'settings.evaluation
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-  """What a model is scored by while it trains.
+  """Scores while training.
 
   features: KIND:PATH each, as for the command evaluate; () for the task's CLIP. metrics: names of
   `registry.METRICS`.
@@ -78,12 +78,12 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SharedConfig:
-  """Settings of every task that trains a diffusion model of images.
+  """Settings of all tasks that train a diffusion model of images.
 
-  clip: a CLIP with both towers, or 'asset:NAME'; its features score samples, unless `evaluation`
-  names others. caption_dropout: fraction of conditions replaced by the null, for classifier-free
-  guidance. cache: encode all images and captions once before training. preview_captions: what the
-  grids show over time.
+  clip: a CLIP with both towers, or 'asset:NAME'; it scores samples unless `evaluation` has
+  features. caption_dropout: fraction of conditions replaced by the null, for classifier-free
+  guidance. cache: encode all images and captions once before training. preview_captions: of the
+  sample grids.
   """
 
   clip: str = 'asset:clip-openmoji-64'
@@ -107,10 +107,10 @@ class SharedConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiffusionTaskConfig(SharedConfig):
-  """A new denoiser in a space that is there already.
+  """A new denoiser in an existing space.
 
   space: a row of `registry.SPACES`. denoiser: a row of `registry.NETWORKS`. conditioners: options
-  of rows of `registry.CONDITIONERS`; without any the texts of `clip`, {} for nothing at all.
+  of rows of `registry.CONDITIONERS`; None: the texts of `clip`, {}: none at all.
   """
 
   space: Annotated[Any, ByType(SPACES, 'latents')]
@@ -138,7 +138,7 @@ class DiffusionTaskConfig(SharedConfig):
 
   @property
   def conditioned(self) -> dict[str, Any]:
-    """The conditioners in force, with their options."""
+    """The conditioners in use, with their options."""
     return {'text': {'path': self.clip}} if self.conditioners is None else self.conditioners
 
   def _kinds(self) -> dict[str, Any]:
@@ -146,11 +146,11 @@ class DiffusionTaskConfig(SharedConfig):
 
   @property
   def with_images(self) -> bool:
-    """Whether the model is conditioned on images, so that captions alone cannot be sampled."""
+    """True if conditioned on images, so that captions alone cannot be sampled."""
     return any(kind.about for kind in self._kinds().values())
 
 
-def as_today(settings: Mapping[str, Any]) -> dict[str, Any]:
+def upgrade_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
   """Return settings as `DiffusionTaskConfig` has them, of older recipes and runs: a U-Net in the
   latents of an autoencoder, whose keys stood by themselves."""
   out = dict(settings)
@@ -164,10 +164,10 @@ def as_today(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Encoded(NamedTuple):
-  """A batch as the loss takes it, made now or before training.
+  """A batch for the loss, encoded now or before training.
 
   moments: of z, see `spaces.Space`. conditions: fields of `Condition` by conditioner. weight: [b]
-  of the losses, if they have one.
+  of the losses, if any.
   """
 
   moments: Moments
@@ -182,11 +182,10 @@ def _keys(names: list[str], key: jax.Array) -> dict[str, jax.Array]:
 
 
 class DiffusionTask(Task):
-  """Parameters are the denoiser's; what is carried are the losses that importance sampling needs.
-  """
+  """Parameters are the denoiser's; the carry has the losses of importance sampling."""
 
   Config = DiffusionTaskConfig
-  as_today = staticmethod(as_today)
+  upgrade_settings = staticmethod(upgrade_settings)
   name, title = 'diffusion', 'Text-to-image latent diffusion model'
   computing = ('remat', 'attention', 'products')
 
@@ -206,7 +205,8 @@ class DiffusionTask(Task):
     # What else draws random numbers than the objective.
     self._draws = model.space.random or bool(model.conditioners)
     # Records may have the sizes of what they were cut from; else all images are whole.
-    cut = 'sizes' in model.conditioners and not config.cache and 'sizes' in some(train, 1)[0]
+    cut = 'sizes' in model.conditioners and not config.cache
+    cut = cut and 'sizes' in first_readable(train, 1)[0]
     self._conditioners = {
       name: one for name, one in self.loss_model.conditioners.items()
       if cut or not isinstance(one, Sizes)
@@ -352,7 +352,7 @@ class DiffusionTask(Task):
     return losses if weight is None else losses._replace(loss=losses.loss * weight)
 
   def loss(self, params, frozen, carry, batch, key, step) -> tuple[jax.Array, tuple]:
-    """The metrics have the error by noise level."""
+    """The loss, with metrics of the error by noise level."""
     losses = self.losses(params, frozen, carry, batch, key)
     bucket = jnp.floor(losses.level.position * TIME_BUCKETS).astype(int)
     which = jax.nn.one_hot(bucket, TIME_BUCKETS)
@@ -371,7 +371,7 @@ class DiffusionTask(Task):
   def preview_inputs(self) -> Inputs:
     """Return what the conditioners make of images of the test split, one for each caption."""
     count = len(self.config.preview_captions)
-    records = some(self.test, count)
+    records = first_readable(self.test, count)
     images = np.stack([records[i % len(records)]['image'] for i in range(count)])
     found = [conditioner.examples(images) for conditioner in self.model.conditioners.values()]
     return Inputs(**{name: array for one in found for name, array in one.items()})

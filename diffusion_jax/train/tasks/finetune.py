@@ -13,7 +13,7 @@ from PIL import Image
 
 from diffusion_jax.config import TrainingConfig
 from diffusion_jax.data.finding import Left, find_files, with_suffixes
-from diffusion_jax.data.sources.folder import FolderSource, Together, open_all
+from diffusion_jax.data.sources.folder import Alternating, FolderSource, open_all
 from diffusion_jax.data.unreadable import Counted
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import format_of
@@ -108,7 +108,7 @@ class FinetuneTaskConfig(SharedConfig):
 
   @property
   def with_images(self) -> bool:
-    """Whether the model is conditioned on images, so that captions alone cannot be sampled."""
+    """True if conditioned on images, so that captions alone cannot be sampled."""
     return self.train == 'controlnet' or self.inputs != 'none'
 
 
@@ -136,7 +136,7 @@ def with_image_input(model: Diffusion, inputs: str) -> Diffusion:
   return model.replaced({DENOISER: denoiser}).with_conditioner(inputs, conditioner)
 
 
-def as_today(settings: Mapping[str, Any]) -> dict[str, Any]:
+def upgrade_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
   """Return settings with today's name of the denoiser, of older recipes and runs."""
   return {**settings, 'train': 'denoiser'} if settings.get('train') == 'unet' else dict(settings)
 
@@ -145,7 +145,7 @@ class FinetuneTask(DiffusionTask):
   """Parameters are those of a `Trainable`."""
 
   Config = FinetuneTaskConfig
-  as_today = staticmethod(as_today)
+  upgrade_settings = staticmethod(upgrade_settings)
   name, title = 'finetune', 'Fine-tuned text-to-image model'
 
   @classmethod
@@ -203,7 +203,7 @@ class FinetuneTask(DiffusionTask):
 
   def examples(self, config: TrainingConfig, env: Env) -> tuple[Source, list[Callable]]:
     if 'prior' in env.more:
-      both = Together(env.train, env.more['prior'], self.config.prior.weight)
+      both = Alternating(env.train, env.more['prior'], self.config.prior.weight)
       env = dataclasses.replace(env, train=both)
     return super().examples(config, env)
 
@@ -252,10 +252,9 @@ def _check_model(settings: FinetuneTaskConfig, model: Diffusion) -> None:
 
 
 def sample_prior(task: FinetuneTask, mesh: Mesh) -> FolderSource:
-  """Return the pictures of the class, after sampling what is missing of them.
+  """The pictures of the class, after sampling missing ones, also of an interrupted start.
 
-  Every process samples the same and the first writes them, so all must see the folder. What was
-  stopped goes on where it was.
+  All processes sample the same and see the folder; the first writes.
   """
   prior, model = task.config.prior, task.model
   folder = Path(prior.folder)

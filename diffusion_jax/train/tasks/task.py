@@ -34,10 +34,10 @@ Frozen = dict[str, Params]
 
 @dataclasses.dataclass(frozen=True)
 class Env:
-  """What a task is built in.
+  """The environment of a task.
 
-  synthetic: whether random numbers take the place of the data. damage: counts the records that
-  cannot be read. more: the sources of `Task.more_data`, by name.
+  synthetic: random numbers in place of the data. damage: counts unreadable records. more: the
+  sources of `Task.more_data`, by name.
   """
 
   train: Source
@@ -50,7 +50,7 @@ class Env:
 
 
 class Task(abc.ABC):
-  """One thing to train. Holds networks without weights; no method changes it.
+  """One thing to train, immutable, with networks without weights.
 
   A task has a loss and initial parameters; all else has a default.
   """
@@ -78,7 +78,7 @@ class Task(abc.ABC):
     return {'dtype': dtype, 'remat': config.remat, 'attention': config.attention}
 
   @staticmethod
-  def as_today(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+  def upgrade_settings(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return settings with the keys of `Config`, of older recipes and runs, too."""
     return settings
 
@@ -107,7 +107,7 @@ class Task(abc.ABC):
     return cls(config.settings)
 
   def more_data(self, config: TrainingConfig, env: Env) -> dict[str, Source]:
-    """Return sources by name that training needs beside the data set; they may be made now."""
+    """Sources by name besides the data set, perhaps made now."""
     return {}
 
   def context(self) -> dict[str, Any]:
@@ -165,9 +165,6 @@ class Task(abc.ABC):
     return ()
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
-    """Write the trained model, host arrays, with its configuration; `scores` may be empty.
-
-    By default the parameters alone, under their own names, as `model.safetensors`.
-    """
+    """Write the trained model, host arrays, as `model.safetensors`; `scores` may be empty."""
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory / 'model.safetensors', params)

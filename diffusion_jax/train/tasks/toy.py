@@ -87,10 +87,10 @@ class ToyTaskConfig:
 
 
 class PointDiffusion(Diffusion):
-  """A model of points, whose denoiser stands between the scales of its process.
+  """A model of points, whose denoiser is rescaled around the network.
 
-  It sees x at unit variance, and its output is divided by sigma where a score is wanted (Song &
-  Ermon 2020, technique 3): the score of little noise is large.
+  It sees x at unit variance; a score is its output over sigma (Song & Ermon 2020, technique 3), as
+  scores at little noise are large.
   """
 
   def network(self, weights: Weights) -> Callable:
@@ -149,7 +149,7 @@ class ToyTask(DiffusionTask):
   """Parameters are the denoiser's and, under 'noise', those of a learned process."""
 
   Config = ToyTaskConfig
-  as_today = staticmethod(dict)
+  upgrade_settings = staticmethod(dict)
   name, title = 'toy', 'Denoiser of points in the plane'
   computing = ()
 
@@ -214,7 +214,7 @@ class ToyTask(DiffusionTask):
     ]
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
-    """The network; `config.json` of the run says how it was trained.
+    """Write the network; `config.json` of the run describes its training.
 
     A learned process is left out: samples and likelihoods depend on its ends alone.
     """

@@ -40,8 +40,8 @@ from diffusion_jax.types import Params, Weights
 class Trainable(abc.ABC):
   """A part of a model that is trained while all others are frozen.
 
-  It is made of the settings of `finetune` and where the pretrained denoiser lies, which `start`
-  needs; `adapted` comes before anything else.
+  Made of the settings of `finetune` and the pretrained denoiser's path for `start`; `adapted` comes
+  first.
   """
 
   section = ''
@@ -59,7 +59,7 @@ class Trainable(abc.ABC):
 
   @property
   def shapes(self) -> Params:
-    """The trained parameters' shapes, without making them."""
+    """Shapes of the trained parameters."""
     return self.network.shapes
 
   def initialize(self, key: jax.Array) -> Params:
@@ -72,7 +72,7 @@ class Trainable(abc.ABC):
     return None
 
   def weights(self, params: Params, frozen: Weights) -> Weights:
-    """Return the weights of the whole model, by role."""
+    """The weights of the whole model, by role."""
     return {**frozen, self.role: params}
 
   @abc.abstractmethod
@@ -93,10 +93,7 @@ class Full(Trainable):
     return model
 
   def start(self, frozen, mesh):
-    """The pretrained denoiser; input channels that it does not have yet begin at zero.
-
-    So inpainting begins as the plain model does (Rombach et al. 2022, sec. 4.5).
-    """
+    """The pretrained denoiser; new input channels begin at zero (Rombach et al. 2022, sec. 4.5)."""
     return widened(self.part.load(mesh=mesh), self.shapes, mesh)
 
   def export(self, directory, params, dtype):
@@ -145,10 +142,7 @@ def _adapters(params: Params) -> Params:
 
 
 class ControlNet(Trainable):
-  """A ControlNet (Zhang et al. 2023) with the frozen denoiser, from whose weights it begins.
-
-  It goes on from that of `config.controlnet`, where there is one.
-  """
+  """A ControlNet (Zhang et al. 2023), begun with `config.controlnet` or the frozen denoiser."""
 
   section = role = CONTROLNET
 
@@ -251,5 +245,5 @@ class TextualInversion(Trainable):
 
 
 def _cast(params: Params, dtype: str) -> Params:
-  """Return host arrays of the type that is written; UserError where it cannot hold a value."""
+  """Host arrays of the written type; UserError for values out of its range."""
   return {name: cast(name, np.asarray(value), dtype) for name, value in params.items()}

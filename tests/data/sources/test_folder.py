@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_jax.data.sources.folder import Together
+from diffusion_jax.data.sources.folder import Alternating
 from diffusion_jax.data.transforms import build_transforms
 from diffusion_jax.errors import UserError
 from tests.tiny import folder_sources, labelled_sources
@@ -113,7 +113,7 @@ def test_a_missing_folder_is_named(tmp_path):
 
 def test_two_sources_in_turn():
   """Means over one epoch are those of both sources, the shorter one over and over."""
-  both = Together([{'x': 1}, {'x': 2}], [{'x': 10}, {'x': 20}, {'x': 30}, {'x': 40}], 0.25)
+  both = Alternating([{'x': 1}, {'x': 2}], [{'x': 10}, {'x': 20}, {'x': 30}, {'x': 40}], 0.25)
   rows = [both[i] for i in range(len(both))]
   assert [row['x'] for row in rows] == [1, 10, 2, 20, 1, 30, 2, 40]
   assert {row['weight'] for row in rows[::2]} == {2.0}

