@@ -59,11 +59,11 @@ class Conditioner(abc.ABC):
   kept: ClassVar[tuple[str, ...]] = ()
   """Fields of its condition that a cache keeps; () where they do not follow from a prompt alone."""
   paths: ClassVar[tuple[str, ...]] = ()
-  """Those of its options that are directories, or 'asset:NAME'."""
+  """Options that are directories, or 'asset:NAME'."""
   about: ClassVar[str] = ''
   """A sentence on previews with what `examples` makes."""
   random: ClassVar[bool] = False
-  """Whether `of_batch` needs its key."""
+  """True if `of_batch` needs its key."""
   channels: ClassVar[int] = 0
   """Channels that it adds to the denoiser's input."""
   networks: Mapping[str, Network] = MappingProxyType({})
@@ -79,6 +79,11 @@ class Conditioner(abc.ABC):
       return cls(**options), {}
     except TypeError as error:
       raise UserError(f'{cls.__name__} cannot be made of its section: {error}.') from error
+
+  @classmethod
+  def check_options(cls, options: Mapping[str, Any]) -> None:
+    """Raise UserError for a section of a config that can be seen to be wrong before `build`."""
+    del options
 
   def options(self) -> dict[str, Any]:
     """Return what `build` needs, with the section of the config, where there is no data set."""

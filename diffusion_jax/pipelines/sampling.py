@@ -109,7 +109,7 @@ class Program(NamedTuple):
 
 
 class SampleConfig(SampleOptions):
-  """How to sample, and what of it a program depends on."""
+  """Sampling options, split into a program and its arguments."""
 
   def check(self, noise: NoiseSchedule, parameterization: Parameterization) -> None:
     """Raise UserError for what cannot be sampled."""

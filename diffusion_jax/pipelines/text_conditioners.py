@@ -76,12 +76,15 @@ class TextConfig:
 
   @classmethod
   def of(cls, options: Mapping[str, Any]) -> TextConfig:
-    """Return the config of a section, in which `path` may stand alone for one encoder."""
-    if 'path' in options:
-      require(
-        set(options) == {'path'}, f'{WHERE} takes path alone; give encoders to say more of them.'
-      )
-      options = {'encoders': [options]}
+    """Return the config of a section, in which the keys of a single encoder may stand alone."""
+    own = {field.name for field in dataclasses.fields(EncoderConfig)} & options.keys()
+    require(
+      not own or 'encoders' not in options,
+      f'{WHERE} has {" and ".join(sorted(own))} beside encoders; say it in each of those.',
+    )
+    if own:
+      rest = {key: value for key, value in options.items() if key not in own}
+      options = rest | {'encoders': [{key: options[key] for key in own}]}
     return typed(cls, options, f'{WHERE}.')
 
   def roles(self, shapes: Mapping[str, TextShape]) -> tuple[tuple[tuple[str, ...], ...], ...]:
@@ -160,10 +163,11 @@ class TextEncoders(Guided):
   zero_null: bool = False
   cut: Cut = dataclasses.field(default_factory=Cut)
   fields: ClassVar = ('tokens',)
+  paths: ClassVar = ('path', 'tokenizer')
 
   @classmethod
   def build(cls, options, context):
-    """As `TextConfig` says, or `path` alone."""
+    """As `TextConfig` says, or with the keys of one encoder, such as `path` alone."""
     config = TextConfig.of(options)
     parts, readers = {}, {}
     for role, one in zip(ROLES, config.encoders, strict=False):
@@ -175,9 +179,14 @@ class TextEncoders(Guided):
     return cls(networks, readers, text, pooled), parts
 
   @classmethod
+  def check_options(cls, options):
+    TextConfig.of(options)
+
+  @classmethod
   def moved(cls, name, options, move):
-    if 'path' in options:
-      return {**options, 'path': move(str(options['path']), f'{name}_path')}
+    if 'encoders' not in options:
+      moved = {k: move(str(v), f'{name}_{k}') for k, v in options.items() if k in cls.paths and v}
+      return {**options, **moved}
     encoders = []
     for role, one in zip(ROLES, options['encoders'], strict=False):
       one = {**one, 'path': move(str(one['path']), role)}

@@ -122,6 +122,15 @@ def test_an_encoder_that_is_missing_gives_zeros_of_its_shape(encoders):
     np.testing.assert_allclose(out[name], wanted, atol=1e-5)
 
 
+def test_what_is_said_of_one_encoder_may_stand_alone(t5):
+  text, _ = TextEncoders.build({'path': t5, 'length': 20, 'mask': False}, Context(None))
+  assert (text.length, text.kept) == (20, ('text',))
+  moved = TextEncoders.moved(
+    'text', {'path': 'a', 'tokenizer': 'b', 'length': 20}, lambda path, name: f'{path}>{name}'
+  )
+  assert moved == {'path': 'a>text_path', 'tokenizer': 'b>text_tokenizer', 'length': 20}
+
+
 def test_any_layer_of_clip(parts, encoders):
   text, weights = encoders('c', (0,))
   early = {'path': parts['clip'], 'skip': 0, 'normalize': False}
@@ -158,7 +167,8 @@ def test_a_section_that_cannot_be_is_refused(encoders, options, named):
 
 
 @pytest.mark.parametrize(('section', 'named'), [
-  ({'path': 'x', 'length': 3}, 'takes path alone; give encoders'),
+  ({'path': 'x', 'encoders': []}, 'has path beside encoders; say it in each'),
+  ({'length': 3}, r'text\.encoders\[0\]\.path is missing'),
   ({'encoders': []}, r'text\.encoders'),
   ({'encoders': [{'path': 'T5', 'skip': 1}]}, 'is a T5, whose last hidden state is read'),
 ])

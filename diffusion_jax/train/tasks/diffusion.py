@@ -122,6 +122,7 @@ class DiffusionTaskConfig(SharedConfig):
     super().__post_init__()
     kinds = self._kinds()
     for name, kind in kinds.items():
+      kind.check_options(self.conditioned[name])
       if not kind.fields:
         raise UserError(f'settings.conditioners.{name} needs what no data set has; leave it out.')
       if self.cache and not kind.kept and name != 'sizes':
@@ -365,7 +366,7 @@ class DiffusionTask(Task):
 
   @property
   def sample_batch(self) -> dict[str, int]:
-    """How many images are sampled at a time, where it is not as many as evaluators do."""
+    """Images sampled at a time, if not the evaluators' number."""
     return {}
 
   def preview_inputs(self) -> Inputs:

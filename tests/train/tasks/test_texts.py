@@ -8,8 +8,14 @@ import jax
 import numpy as np
 import pytest
 
+from diffusion_jax import build
+from diffusion_jax.config import parse
+from diffusion_jax.data.cache import ChooseText, cached_source
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from diffusion_jax.pipelines.assembly import assemble
 from diffusion_jax.pipelines.directory import load_model
+from diffusion_jax.recipe import load_config
+from diffusion_jax.train.tasks.diffusion import NULL
 from tests import tiny
 
 MMDIT = {
@@ -146,3 +152,55 @@ def test_a_text_encoder_of_another_width_is_refused_before_any_work(
     'denoiser.cross_attention_dim is 16, but the text encoder gives texts of width 24; set it to '
     '24.'
   ) and not (tmp_path / 'run' / 'checkpoints').exists()
+
+
+def test_the_recipe_takes_a_t5_that_was_trained(t5, parts):
+  """Its own is trained first; any other is a setting."""
+  overrides = [
+    f'settings.conditioners.text.path={t5}', 'settings.unet.cross_attention_dim=24',
+    f'settings.autoencoder={parts["autoencoder"]}', f'settings.clip={parts["clip"]}',
+  ]
+  config = parse(load_config('openmoji/unet_t5', [f'--config.{one}' for one in overrides]))
+  settings = config.settings
+  model, found = assemble(
+    settings.denoiser, settings.space, settings.conditioned, settings.schedule,
+    settings.objective.parameterization,
+  )
+  assert model.text.kept == ('text', 'mask') and model.text.length == 32
+  assert found['text_encoder'].path == t5
+  own = load_config('openmoji/t5').settings.t5.d_model
+  assert load_config('openmoji/unet_t5').settings.unet.cross_attention_dim == own
+
+
+@pytest.fixture(scope='module')
+def task(parts, t5, sources):
+  """The MMDiT's of CLIP and T5, with a cache."""
+  return build.build_task(parse(config('mmdit', parts, t5)), *sources, None, None)
+
+
+def test_a_cache_keeps_each_caption_with_its_mask(task, sources):
+  few = [sources[0][i] for i in range(4)]
+  cache = cached_source(few, task.model, task.frozen, make_mesh(MeshConfig()), progress=False)
+  for record, row in zip(few, map(cache.__getitem__, range(4)), strict=True):
+    wanted = task.model.text.encode(
+      task.frozen, {'tokens': task.model.text.tokens(record['captions'])}
+    )
+    np.testing.assert_array_equal(row['mask'], wanted['mask'])
+    chosen = ChooseText()(row, np.random.default_rng(0))
+    which = [np.array_equal(chosen['text'], text.astype(np.float32)) for text in row['texts']]
+    np.testing.assert_array_equal(chosen['mask'], row['mask'][which.index(True)])
+    np.testing.assert_allclose(chosen['pooled'], wanted['pooled'][which.index(True)], atol=2e-3)
+  assert {'text', 'pooled', 'mask'} <= set(task.batch_fields)
+
+
+def test_a_dropped_caption_has_the_mask_of_the_empty_one(task):
+  null = task.frozen[NULL]
+  assert null['mask.bias'].sum() == tiny.LENGTH + 1  # CLIP's is not masked; T5's is </s> alone.
+  shapes = {name: null[f'{name}.bias'].shape for name in task.model.text.kept}
+  given = {name: np.full((400, *shape), 9, null[f'{name}.bias'].dtype)
+           for name, shape in shapes.items()}
+  out = jax.tree.map(np.asarray, task.drop({'text': given}, null, jax.random.key(0))['text'])
+  gone = (out['mask'] != 9).any(axis=1)
+  assert 10 < gone.sum() < 100
+  for name, value in out.items():
+    assert (value[gone] == np.asarray(null[f'{name}.bias'])).all() and (value[~gone] == 9).all()

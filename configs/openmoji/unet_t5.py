@@ -1,0 +1,17 @@
+"""The quickstart, conditioned on the texts of a frozen T5 that openmoji/t5 has trained.
+
+Another one: --config.settings.conditioners.text.path=DIR, with --config.settings.unet.
+cross_attention_dim at its d_model.
+"""
+
+from diffusion_jax.configs.openmoji import quickstart
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  config = quickstart.get_config()
+  # Captions of OpenMoji have up to 20 words; what is left of the length is padding, and masked.
+  config.settings.conditioners = ConfigDict({'text': {'path': 'runs/t5/model', 'length': 32}})
+  config.settings.unet.cross_attention_dim = 256
+  config.loop.total_steps = 1200
+  return config
