@@ -61,7 +61,7 @@ SPACES = Table('space', {
   'pixels': 'diffusion_jax.pipelines.spaces:PixelSpace',
   'vectors': 'diffusion_jax.pipelines.spaces:VectorSpace',
 })
-"""What a generative model is of: pixels, latents of an autoencoder."""
+"""Spaces of generative models: pixels, latents of an autoencoder."""
 
 CONDITIONERS = Table('conditioner', {
   'text': 'diffusion_jax.pipelines.conditioners:TextEncoders',
@@ -74,7 +74,7 @@ CONDITIONERS = Table('conditioner', {
   'edit': 'diffusion_jax.pipelines.image_conditioners:Editing',
   'depth': 'diffusion_jax.pipelines.image_conditioners:Depth',
 })
-"""What a denoiser may be conditioned on."""
+"""Conditions of a denoiser."""
 
 SOURCES = Table('source of data', {
   'openmoji': 'diffusion_jax.data.sources.tfds:prepared',
@@ -171,7 +171,7 @@ EVALUATORS = Table('evaluator', {
   'points_preview': 'diffusion_jax.evaluation.points:PointsPreview',
   'points': 'diffusion_jax.evaluation.points:Points',
 })
-"""What shows or scores a model: see `evaluation.evaluator.Evaluator`."""
+"""Previews and scores of a model: see `evaluation.evaluator.Evaluator`."""
 
 EXTRACTORS = Table('kind of features', {
   'inception/tensorflow': 'diffusion_jax.evaluation.extractors.images:load_inception_extractor',
@@ -184,7 +184,7 @@ EXTRACTORS = Table('kind of features', {
 """Features: loaders (path, *, mesh), or for one KIND/RULE (path, rule, outputs, *, mesh)."""
 
 EXPORTS = Table('export', {'model': 'diffusion_jax.pipelines.directory:save_model'})
-"""What writes a trained model for others to open, needed when a run ends."""
+"""Functions that write a trained model, needed when a run ends."""
 
 OPTIMIZERS = Table('optimizer', {
   'adamw': 'diffusion_jax.train.optimizer:adamw',

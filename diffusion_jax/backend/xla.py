@@ -18,7 +18,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh
 
 Capability = tuple[int, int] | None
-"""Of an NVIDIA GPU, such as (9, 0); None for all else."""
+"""Compute capability of an NVIDIA GPU, such as (9, 0); None for other devices."""
 
 GPUS = (
   (r'B[23]00', (10, 0)), (r'H[128]00|H20\b|GH200', (9, 0)), (r'L4\b|L40|RTX 40|Ada', (8, 9)),

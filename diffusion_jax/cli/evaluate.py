@@ -74,7 +74,7 @@ BITS_DRAWS = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Output:
-  """Where scores go."""
+  """The file of scores."""
 
   out: Annotated[str, Help('where the scores go', 'FILE.json')]
 

@@ -121,7 +121,7 @@ def _sides(hashes: Sequence[bytes], fraction: float, labels: Sequence[str]) -> l
 
 
 FILES = 256
-"""Of which a part of the content is read, spread over all."""
+"""Number of files whose content is sampled, spread over all."""
 RECORDS, IMAGES = 4096, 64
 """Records of prepared data whose texts are read, and images that are decoded."""
 

@@ -29,7 +29,7 @@ class Damage:
 
   @property
   def sentences(self) -> list[str]:
-    """Those of this process in the order in which they came, then those of others."""
+    """This process's in order, then those of others."""
     with self._lock:
       mine = list(self._sentences)
     return list(dict.fromkeys([*mine, *posted(_POSTED)]))

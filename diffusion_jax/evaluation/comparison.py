@@ -369,7 +369,7 @@ class Comparison:
     return self.pictured_reference.features
 
   def _metrics(self, column: Column) -> list[str]:
-    """Those that a column can have: real images, say, have no bits per dimension of a model."""
+    """Metrics that a column can have: real images, say, have no bits per dimension of a model."""
     own = {*column.work.each}
     return [m for m in self.metrics if not metric_of(m).source or own & {*metric_of(m).outputs}]
 

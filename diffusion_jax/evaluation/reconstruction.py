@@ -153,7 +153,7 @@ class ReconstructionPreview(Cached):
     yield 'samples', Picture(pairs, captions, self.about)
 
   def reconstruct(self, model: Network, params: Params, images: np.ndarray) -> np.ndarray:
-    """As `reconstructor`; compiled once."""
+    """A `reconstructor`, compiled once."""
     return self.once('reconstruct', lambda: reconstructor(model, self.mesh))(params, images)
 
 

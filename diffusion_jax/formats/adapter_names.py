@@ -155,7 +155,7 @@ def _matches(choices: list, name: str) -> bool:
 TOWER = 'text_model.'
 """Before the layers of a text encoder; some writers leave it out."""
 _FORMERLY = {'q_proj': 'to_q', 'k_proj': 'to_k', 'v_proj': 'to_v', 'out_proj': 'to_out'}
-"""What diffusers called the projections of text encoders while it replaced their processors."""
+"""Names in diffusers of the projections of text encoders while it replaced their processors."""
 
 
 def layers(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -181,7 +181,7 @@ def spellings(names: Iterable[str]) -> dict[str, str]:
 
 
 def _former(name: str) -> Iterator[str]:
-  """As attention processors were called: attn1.processor.to_q, and to_out for to_out.0."""
+  """Former names of attention processors: attn1.processor.to_q, and to_out for to_out.0."""
   if found := re.fullmatch(r'(.+\.attn\d)\.(to_[qkv]|to_out)(\.0)?', name):
     yield f'{found[1]}.processor.{found[2]}'
     if found[3]:

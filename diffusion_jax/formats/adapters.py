@@ -44,7 +44,7 @@ from diffusion_jax.models.lora import Rank
 METADATA = 'lora_adapter_metadata'
 BESIDE = 'adapter_config.json'
 MOST_SCALE = 1e4
-"""Of alpha / rank; trainers write 0.01 to 10."""
+"""Largest alpha / rank; trainers write 0.01 to 10."""
 
 _NOT_IMPLEMENTED = (
   'use_dora', 'lora_bias', 'use_qalora', 'use_bdlora', 'arrow_config', 'kasa_config',

@@ -256,4 +256,4 @@ LOW_RES_SCHEDULER = {
   'beta_start': 0.0001, 'beta_end': 0.02, 'trained_betas': None, 'prediction_type': 'epsilon',
   'clip_sample': True, 'variance_type': 'fixed_small',
 }
-"""Of the noise that the upscaler's small image is given."""
+"""Schedule of the noise on the upscaler's small image."""

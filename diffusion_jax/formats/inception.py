@@ -23,7 +23,7 @@ from diffusion_jax.parallel.mesh import put_params
 from diffusion_jax.types import Params
 
 EPSILON = 1e-3
-"""Of the batch norms."""
+"""Epsilon of the batch norms."""
 _NORM = ('bn.scale', 'bn.bias', 'bn.running_mean', 'bn.running_var')
 
 

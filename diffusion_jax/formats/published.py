@@ -133,7 +133,7 @@ GENERAL = dict.fromkeys((
   'typical_p', 'use_bfloat16',
 ), ANY) | {'is_decoder': False, 'is_encoder_decoder': False, 'add_cross_attention': False,
            'pruned_heads': {}}
-"""What transformers writes into every config and what only text generation reads."""
+"""Keys that transformers writes into every config or that only text generation reads."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,7 +93,7 @@ _KEYS = {
   'vae': ('norm_num_groups', 'scaling_factor'),
   'text_encoder': _TEXT_KEYS, 'text_encoder_2': _TEXT_KEYS,
 }
-"""What follows from no shape in a single file, and changes an output."""
+"""Keys that no shape in a single file determines, and that change an output."""
 
 
 def _untold(

@@ -23,7 +23,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Rule(NamedTuple):
-  """How one tensor of a single file, `stored`, relates to the `published` one or ones.
+  """The relation of a single file's tensor, `stored`, to one or more `published` ones.
 
   change: 'same'; 'pointwise': a matrix [o i] is stored as a convolution [o i 1 1]; 'transposed';
   'stacked': several along the first axis.

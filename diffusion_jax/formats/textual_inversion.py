@@ -22,10 +22,10 @@ from diffusion_jax.formats.torch_files import load_plain, tensors_of
 FILES = {
   'text_encoder': 'learned_embeds.safetensors', 'text_encoder_2': 'learned_embeds_2.safetensors'
 }
-"""What a directory holds, by role."""
+"""Files of a directory, by role."""
 LAYOUTS = ('diffusers', 'a1111')
 MOST_ROWS = 1000
-"""Of one word; a prompt has room for 75."""
+"""Most rows of one word; a prompt has room for 75."""
 MOST_CHARACTERS = 200
 
 

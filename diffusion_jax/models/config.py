@@ -1,4 +1,4 @@
-"""What the configs of networks share, and the check of the size of what they are called with."""
+"""The base of network configs, and the check of input sizes."""
 
 import dataclasses
 import functools

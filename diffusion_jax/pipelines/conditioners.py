@@ -65,11 +65,11 @@ class Conditioner(abc.ABC):
   kept: ClassVar[tuple[str, ...]] = ()
   """Fields of its condition that a cache keeps; () where they do not follow from a prompt alone."""
   paths: ClassVar[tuple[str, ...]] = ()
-  """Those of its options that are directories, or 'asset:NAME'."""
+  """Options that are directories, or 'asset:NAME'."""
   about: ClassVar[str] = ''
   """A sentence on previews with what `examples` makes."""
   random: ClassVar[bool] = False
-  """Whether `of_batch` needs its key."""
+  """True if `of_batch` needs its key."""
   channels: ClassVar[int] = 0
   """Channels that it adds to the denoiser's input."""
   networks: Mapping[str, Network] = MappingProxyType({})
@@ -384,7 +384,7 @@ class TextEncoders(Guided):
     return {name: value[0] for name, value in out.items()}
 
   def pair(self, weights, rows, clip_skip=0):
-    """As in diffusers, clip_skip is of the condition alone."""
+    """clip_skip is of the condition alone, as in diffusers."""
     tokens, negative = rows['tokens'], rows['negative']
     if clip_skip:
       return (

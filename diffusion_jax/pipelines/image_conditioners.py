@@ -1,4 +1,4 @@
-"""What a model takes with the prompt: images to start from or to follow, masks, controls."""
+"""Inputs besides the prompt: images to start from or to follow, masks, controls."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TOP_LEVEL = 350
 WHOLE = 0.25
 """Fraction of masks that cover everything, as Stable Diffusion's inpainting was trained."""
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Of the pixels in [0, 1] that CLIP was trained on (Radford et al. 2021)."""
+"""Mean and deviation of CLIP's training pixels in [0, 1] (Radford et al. 2021)."""
 HALF = (0.5, 0.5, 0.5)
 """Both for towers that are trained here, which see [-1, 1]."""
 

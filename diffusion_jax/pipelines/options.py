@@ -1,4 +1,4 @@
-"""How to sample, as people choose it; the command line reads its options here."""
+"""Options of sampling, also of the command line."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ FINITE = Range(-math.inf, math.inf, above=True, below=True, text='a finite scale
 
 @dataclasses.dataclass(frozen=True)
 class SampleOptions:
-  """How to sample; what is an option is explained by its `Help`.
+  """Options of sampling; each `Help` explains its own.
 
   guidance_rescale: phi of Lin et al. 2024, of what the network predicts if that is epsilon or v,
   else of x_0. guidance_interval: a high of None is no bound. threshold: as in Saharia et al. 2022,

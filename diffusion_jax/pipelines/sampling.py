@@ -1,4 +1,4 @@
-"""How to sample: a user's choices, split for compilation.
+"""Sampling: a user's choices, split for compilation.
 
 A `Program` is compiled, `Numbers` are its arguments: another guidance scale, interval, spacing,
 strength or number of steps runs the same program.
@@ -97,7 +97,7 @@ class Program(NamedTuple):
 
 
 class SampleConfig(SampleOptions):
-  """How to sample, and what of it a program depends on."""
+  """Sampling options, split into a program and its arguments."""
 
   def check(self, noise: NoiseSchedule, parameterization: Parameterization) -> None:
     """Raise UserError for what cannot be sampled."""

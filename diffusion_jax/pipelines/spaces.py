@@ -36,32 +36,32 @@ DECODERS = {
 }
 
 Moments = dict[str, jax.Array]
-"""What is known of the z [b ...] of examples before it is sampled, and what a cache keeps."""
+"""Moments of z [b ...], from which it is sampled, and which a cache keeps."""
 
 Patch = Annotated[int, Range(1, 64)]
 
 
 class Space(abc.ABC):
-  """Where examples are noised. A row of `registry.SPACES` is one that is its own config, or has
+  """The space of noised examples. A row of `registry.SPACES` is one that is its own config, or has
   one as `Config`, whose `build(dtype)` gives it and where the weights of its networks lie, by role.
   """
 
   name: ClassVar[str]
-  """Of its row."""
+  """Name of its row."""
   paths: ClassVar[tuple[str, ...]] = ()
-  """Those fields of its config that are directories, or 'asset:NAME'."""
+  """Config fields that are directories, or 'asset:NAME'."""
   channels: int
-  """Of z, its last dimension."""
+  """Last dimension of z."""
   factor: int
   """Pixels of an edge of the image to one place of z."""
   networks: Mapping[str, Network] = MappingProxyType({})
   """By the role of their weights."""
   field: ClassVar[str] = 'image'
-  """Of a batch, where its examples are."""
+  """Field of a batch with its examples."""
   kept: ClassVar[tuple[str, ...]] = ('z',)
   """Names of the moments."""
   random: ClassVar[bool] = False
-  """Whether `sample` needs its key."""
+  """True if `sample` needs its key."""
 
   def build(self, dtype=jnp.float32) -> tuple['Space', dict[str, Part]]:
     """Return the space of this config; there is nothing to load."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from diffusion_jax.config import GuardConfig
 
 DECAY = 0.98
-"""Of the running mean and variance of the loss, so that they look back over some 50 steps."""
+"""Decay of the running mean and variance of the loss: a memory of some 50 steps."""
 SETTLED = 50
 """Steps before a spike can be told from the start of training."""
 

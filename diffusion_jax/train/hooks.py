@@ -36,7 +36,7 @@ from diffusion_jax.viz.run_files import MetricsFile, find_grids, read_lines
 
 SAMPLE_COUNT = 'evaluation.json'
 FIRST_FRACTION = 0.9
-"""Of the budget, for the first evaluation, so that later ones, some slower, end in time."""
+"""Fraction of the budget for the first evaluation, so that slower later ones end in time."""
 
 
 class SampleCount:

@@ -26,7 +26,7 @@ MEET_SECONDS = 30.0
 """For all processes to come before a rescue: those that wait within a step for the one that failed
 never do."""
 TRIES = 3
-"""Of the last writes, where an error will not pass by itself."""
+"""Tries of the last writes, where an error will not pass by itself."""
 
 
 class Restored(NamedTuple):

@@ -105,7 +105,7 @@ def _found(root: Path, left: Left) -> tuple[list[Path], list[tuple[Path, list[Pa
 
 
 def _in_classes(pictures: Sequence[Path], folder: Path, left: Left) -> list[Path]:
-  """Those that are in a folder of `folder`."""
+  """Pictures in folders of `folder`."""
   found = []
   for path in pictures:
     if len(path.relative_to(folder).parts) > 1:

@@ -57,7 +57,7 @@ def clean(size: int, out: int) -> Matrix:
 
 
 def pillow(size: int, out: int) -> Matrix:
-  """As `clean`, in the fixed point that Pillow has for uint8: multiples of 2**-22."""
+  """The rule `clean` in the fixed point that Pillow has for uint8: multiples of 2**-22."""
   matrix = clean(size, out) * 2**_BITS
   return np.trunc(matrix + np.copysign(0.5, matrix)) / 2**_BITS
 

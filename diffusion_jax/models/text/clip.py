@@ -283,7 +283,7 @@ class CLIPTextModelWithProjection(CLIPTextModel):
     self.text_projection = dense(d, config.projection_dim, d**-0.5, use_bias=False, **kw)
 
   def encode_text(self, ids: Tokens, **options) -> tuple[Text, jax.Array]:
-    """As CLIPTextModel's, but the pooled state is projected: (hidden [b l d], pooled [b p])."""
+    """CLIPTextModel's, with a projected pooled state: (hidden [b l d], pooled [b p])."""
     hidden, pooled = super().encode_text(ids, **options)
     return hidden, self.text_projection(pooled)
 

@@ -253,7 +253,7 @@ class Tokenize:
     return out, mask
 
   def _bounded(self, text: str) -> str:
-    """As much of a text as may matter. UserError for what is no text, or is too long to be read."""
+    """The beginning of a text that may matter; UserError for no text, or one too long to read."""
     require(isinstance(text, str), f'A prompt must be text, not {type(text).__name__}.')
     most = CHARACTERS * self.max_length
     if len(text) > most and self.on_long == 'error':

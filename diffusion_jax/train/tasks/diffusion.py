@@ -363,7 +363,7 @@ class DiffusionTask(Task):
 
   @property
   def sample_batch(self) -> dict[str, int]:
-    """How many images are sampled at a time, where it is not as many as evaluators do."""
+    """Images sampled at a time, if not the evaluators' number."""
     return {}
 
   def preview_inputs(self) -> Inputs:

@@ -40,7 +40,7 @@ from diffusion_jax.viz.grids import save_png
 TRAINED: dict[str, type[Trainable]] = {
   'denoiser': Full, 'lora': LoRA, 'controlnet': ControlNet, 'embeddings': TextualInversion,
 }
-"""What can be trained."""
+"""Trainable parts by name."""
 INPUTS = ('none', *(name for name, kind in CONCATENATED.items() if kind.fields))
 """Images that a denoiser can be taught to take with z: those that can be made of a batch."""
 MOST_SAMPLED = 32

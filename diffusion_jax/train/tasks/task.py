@@ -1,4 +1,4 @@
-"""What the one train loop and the one step ask of a task."""
+"""The interface of tasks to the train loop and the step."""
 
 import abc
 import dataclasses
@@ -59,15 +59,15 @@ class Task(abc.ABC):
   """The dataclass of its `settings` in a config."""
   name: ClassVar[str]
   title: ClassVar[str]
-  """What is trained, for a model card."""
+  """Name of the trained thing, for a model card."""
   computing: ClassVar[tuple[str, ...]] = ('remat', 'attention')
-  """What of remat, attention and products has an effect."""
+  """Those of remat, attention and products that have an effect."""
   frozen: Frozen
   """Host arrays of the frozen networks; the loop puts them onto the mesh."""
   batch_fields: tuple[str, ...]
   """Fields of a record that the loss reads; the rest never reaches a device."""
   model: Any = None
-  """What evaluators are given with its weights."""
+  """The evaluators' argument besides the weights."""
   begins_with: str = ''
   """The model whose weights `start` gives."""
 

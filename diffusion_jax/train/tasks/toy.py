@@ -78,7 +78,7 @@ class ToyTaskConfig:
 
   @property
   def noise(self) -> NoiseConfig:
-    """Where the network is trained."""
+    """Noise levels of training."""
     label = 'timestep' if self.process == 'table' else 'log_snr'
     return NoiseConfig(
       **dataclasses.asdict(self.schedule), process=self.process, sub_vp=self.sub_vp, label=label,

@@ -1,4 +1,4 @@
-"""What of a pretrained model is trained: the whole denoiser, adapters, a ControlNet, a new word."""
+"""Trained parts of a pretrained model: the whole denoiser, adapters, a ControlNet, a new word."""
 
 import abc
 import dataclasses
@@ -45,10 +45,10 @@ class Trainable(abc.ABC):
   """
 
   section = ''
-  """Of the settings, that speaks of it alone."""
+  """The field of the settings for it alone."""
   role = DENOISER
   network: Network
-  """That is trained, with its role."""
+  """The trained network, with its role."""
 
   def __init__(self, config: Any, part: Part | None = None):
     self.config, self.part = config, part
