@@ -409,7 +409,7 @@ class Schedule(NoiseSchedule):
     return self.process((label + 1) / len(self))
 
   def label_as(self, how: str, grid: Grid) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """As in `NoiseSchedule`. Rounding is for the grid's levels; others keep their fraction."""
+    """Labels as in `NoiseSchedule`; rounded for the grid's levels, others keep their fraction."""
     if how == 'exact':
       return self.label
     if how == 'sigma':

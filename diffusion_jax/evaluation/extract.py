@@ -155,7 +155,7 @@ class Extraction:
     return jit(step, donate_argnums=1)
 
   def collect(self, batches: Iterable[Images]) -> Features:
-    """What the metrics need of all images, in memory; all processes call it with the same.
+    """Features or sums of all images for the metrics, in memory; all processes call it alike.
 
     UserError where sums are not finite.
     """

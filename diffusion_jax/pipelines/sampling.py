@@ -1,4 +1,4 @@
-"""How to sample: a user's choices, split for compilation.
+"""Sampling: a user's choices, split for compilation.
 
 A `Program` is compiled, `Numbers` are its arguments: another guidance scale, interval, spacing,
 strength or number of steps runs the same program.

@@ -257,7 +257,7 @@ class BestEffort:
     return result
 
   def together(self, what: str, work: Callable[[], T], otherwise: T | None = None) -> T | None:
-    """As a call, for work of all processes; with several, errors are raised: others may wait."""
+    """A call for work of all processes; with several, errors are raised: others may wait."""
     return work() if jax.process_count() > 1 else self(what, work, otherwise)
 
   def _failed(self, what: str, error: Exception, again: Callable[[], Any] | None) -> None:
