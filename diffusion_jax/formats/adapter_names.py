@@ -205,10 +205,11 @@ def kohya_names(names: Iterable[str]) -> dict[str, str]:
 _TEXTS = ('clip_l', 'clip_h')
 KOHYA = {
   'unet': ('lora_unet_',), 'text_encoder': ('lora_te_', 'lora_te1_'),
-  'text_encoder_2': ('lora_te2_',),
+  'text_encoder_2': ('lora_te2_',), 'transformer': ('lora_transformer_',),
 }
-"""How the names of each role begin in kohya's files; lora_te1_ where there are two encoders."""
-_JOINED = KOHYA | {'unet': (*KOHYA['unet'], 'lycoris_')}
+"""How the names of each role begin in kohya's files; lora_te1_ where there are two encoders. Those
+of a transformer are OneTrainer's, which ComfyUI reads, too."""
+_JOINED = KOHYA | {role: (*KOHYA[role], 'lycoris_') for role in ('unet', 'transformer')}
 _DOTTED = {
   'unet': ('diffusion_model.', 'model.diffusion_model.'),
   'text_encoder': tuple(

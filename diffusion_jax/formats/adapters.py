@@ -1,8 +1,8 @@
 """Files of low-rank adapters (Hu et al. 2022), in all layouts that diffusers reads.
 
-In memory a LoRA is {role: {layer: LoRAWeights}}; roles are 'unet', 'text_encoder' and
-'text_encoder_2'. Arrays keep the file's type. PEFT's LoraConfig is in the file's metadata, one for
-each role (diffusers), or in adapter_config.json (PEFT).
+In memory a LoRA is {role: {layer: LoRAWeights}}; roles are 'unet' or 'transformer', 'text_encoder'
+and 'text_encoder_2'. Arrays keep the file's type. PEFT's LoraConfig is in the file's metadata, one
+for each role (diffusers), or in adapter_config.json (PEFT).
 """
 
 import collections
@@ -40,6 +40,7 @@ from diffusion_jax.formats.tensors import (
 )
 from diffusion_jax.formats.torch_files import load_plain, tensors_of
 from diffusion_jax.models.lora import Rank
+from diffusion_jax.models.unet import UNetConfig
 
 METADATA = 'lora_adapter_metadata'
 BESIDE = 'adapter_config.json'
@@ -172,6 +173,11 @@ class LoRAWeights(NamedTuple):
 
 
 LoRAs = dict[str, dict[str, LoRAWeights]]
+
+
+def denoiser_role(config: Any) -> str:
+  """Return the role of a denoiser with this config in files."""
+  return 'unet' if isinstance(config, UNetConfig) else 'transformer'
 
 
 def to_params(weights: Mapping[str, LoRAWeights]) -> tuple[dict[str, Rank], dict[str, np.ndarray]]:

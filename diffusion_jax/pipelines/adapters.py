@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.formats.adapters import lora_file, read_lora, to_params
+from diffusion_jax.formats.adapters import denoiser_role, lora_file, read_lora, to_params
 from diffusion_jax.formats.networks import load_params, read_network, resolve
 from diffusion_jax.formats.textual_inversion import (
   TextualInversion,
@@ -31,11 +31,12 @@ def add_lora(model: Diffusion, weights: Weights, path: str, scale: float = 1.0) 
   if not math.isfinite(scale):
     raise UserError(f'the scale of the LoRA {path} is {scale}; give a finite number.')
   text, file = model.text.networks if model.text else {}, lora_file(resolve(path))
-  shapes = {'unet': model.denoiser.shapes, **{role: n.shapes for role, n in text.items()}}
+  denoiser = denoiser_role(model.denoiser.config)
+  shapes = {denoiser: model.denoiser.shapes, **{role: n.shapes for role, n in text.items()}}
   lora = read_lora(file, shapes, inversions=True)
   out = dict(weights)
   for name, layers in lora.items():
-    role = DENOISER if name == 'unet' else name
+    role = DENOISER if name == denoiser else name
     sizes, params = to_params(layers)
     sizes = {name: Rank(size.rank, scale * size.alpha) for name, size in sizes.items()}
     out[role] = merge_lora({**weights[role], **params}, sizes)

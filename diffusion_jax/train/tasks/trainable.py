@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import check_folder
-from diffusion_jax.formats.adapters import from_params, write_lora
+from diffusion_jax.formats.adapters import denoiser_role, from_params, write_lora
 from diffusion_jax.formats.networks import (
   Part,
   cast,
@@ -132,7 +132,8 @@ class LoRA(Trainable):
     return {**frozen, DENOISER: {**frozen[DENOISER], **params}}
 
   def export(self, directory, params, dtype):
-    lora = {'unet': from_params(_cast(params, dtype), self.sizes)}
+    role = denoiser_role(self.network.config)
+    lora = {role: from_params(_cast(params, dtype), self.sizes)}
     write_lora(directory / 'pytorch_lora_weights.safetensors', lora, layout='peft')
     write_lora(directory / 'kohya.safetensors', lora, layout='kohya')
 

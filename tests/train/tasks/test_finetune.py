@@ -28,13 +28,15 @@ from tests.train.conftest import OF, RECIPES
 FULL = ('sdxl', 'inpainting', 'dreambooth')
 ADAPTERS = ('lora', 'controlnet', 'textual_inversion')
 LIKE = ('sd15', 'sd21', 'sdxl_lora')
+ELSEWHERE = ('sd35_medium', 'sd35_medium_lora', 'flux_lora')
+"""In tests/parity/test_parity_finetune.py."""
 WEIGHTS = 'diffusion_pytorch_model.safetensors'
 each = pytest.mark.parametrize('recipe', (*FULL, *ADAPTERS))
 
 
 def test_every_recipe_is_tested():
   found = {path.stem for path in RECIPES.glob('*.py')} - {'__init__', 'base'}
-  assert found == {*FULL, *ADAPTERS, *LIKE}
+  assert found == {*FULL, *ADAPTERS, *LIKE, *ELSEWHERE}
 
 
 @pytest.mark.parametrize('recipe', LIKE)

@@ -1,0 +1,88 @@
+"""Transformers of diffusers' pipelines, trained at a tiny size, exported and opened there again."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusion_jax.pipelines.adapters import add_lora
+from diffusion_jax.pipelines.directory import load_model
+from diffusion_jax.pipelines.model import DENOISER
+from tests import tiny_pipeline
+from tests.parity import small_pipelines as small
+from tests.parity.test_parity_transformer_pipelines import (
+  PROMPTS,
+  assert_same,
+  draw,
+  draw_theirs,
+  state,
+)
+from tests.train.conftest import RECIPES, SMALL
+
+peft = pytest.importorskip('peft')
+SIZE = small.SIZE, small.SIZE
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory, command):
+  """trained(recipe, name): (their pipeline, its folder, the workdir of a run of two steps)."""
+
+  def run(recipe, name):
+    folder = tmp_path_factory.mktemp(recipe)
+    theirs = small.make(name)
+    theirs.save_pretrained(folder / name)
+    tiny_pipeline.write_pictures(folder / 'pictures')
+    values = SMALL | {
+      'settings.model': folder / name, 'data.dataset': f'folder:{folder / "pictures"}',
+      'data.size': SIZE, 'settings.preview_captions': "('cab',)", 'mesh.data': 1, 'mesh.fsdp': 1,
+      'settings.sample.sampler': 'flow_euler', 'loop.total_steps': 2,
+      'settings.caption_dropout': 0.0,
+    }
+    more = [f'--config.{key}={value}' for key, value in values.items()]
+    config = str(RECIPES / f'{recipe}.py')
+    assert command('train', '--config', config, '--workdir', folder / 'run', '--quiet', *more) == 0
+    return theirs, folder / name, folder / 'run' / 'model'
+
+  return run
+
+
+def test_stable_diffusion_3(trained):
+  theirs, source, made = trained('sd35_medium', 'sd35')
+  new, old = state(type(theirs).from_pretrained(made)), state(theirs)
+  same = {key for key in old if torch.equal(new[key], old[key])}
+  assert {key for key in old if not key.startswith('transformer.')} <= same
+  # Published weights that no result depends on, and the table of positions.
+  assert {key for key in same if key.startswith('transformer.')} <= {
+    'transformer.pos_embed.pos_embed',
+    *(key for key in old if '.1.attn.add_q_proj' in key or '.1.attn.norm_added_q' in key),
+  }
+  _, weights, _ = load_model(str(made))
+  kernel = weights[DENOISER]['proj_out.kernel']
+  np.testing.assert_array_equal(kernel, new['transformer.proj_out.weight'].numpy().T)
+
+
+@pytest.mark.parametrize(('recipe', 'name'), [
+  ('sd35_medium_lora', 'sd35'), ('flux_lora', 'flux_dev'),
+])
+def test_adapters(recipe, name, trained):
+  """In both layouts they draw what diffusers draws with them, which is another picture."""
+  theirs, source, made = trained(recipe, name)
+  flux = name.startswith('flux')
+  more = {} if flux else dict(negative_prompt=[''] * 2, guidance_scale=7.0)
+  plain = draw_theirs(theirs, SIZE, **more)
+  theirs.load_lora_weights(made)
+  wanted = draw_theirs(theirs, SIZE, **more)
+  assert np.abs(wanted - plain).max() > 1e-2
+  model, weights, sample = load_model(str(source))
+  merged = [
+    add_lora(model, weights, str(made / file))
+    for file in ('pytorch_lora_weights.safetensors', 'kohya.safetensors')
+  ]
+  jax.tree.map(np.testing.assert_array_equal, *merged)
+  assert_same(draw(model, merged[0], sample, SIZE, PROMPTS), wanted, recipe)
+  stored = load_file(made / 'pytorch_lora_weights.safetensors')
+  assert all(key.startswith('transformer.') for key in stored)
+  assert 'single_transformer_blocks' in json.dumps([*stored]) or not flux
