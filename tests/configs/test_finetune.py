@@ -53,8 +53,8 @@ TRAINED = {
   # Blocks by width: two going down and three going up at a level, each of its depth, and the mid.
   'lora': lora(4, {320: 5, 640: 5, 1280: 5 + 1}, 768),
   'sdxl_lora': lora(4, {640: 5 * 2, 1280: 5 * 10 + 10}, 2048),
-  # Square layers: eight of each joint block, but for the last one's text, and four of each dual one;
-  # of Flux, three of each block of one stream.
+  # Square layers: eight of each joint block, but for the last one's text, and four of each dual
+  # one; of Flux, three of each block of one stream.
   'sd35_medium': 2_469_663_936, 'sd35_medium_lora': (8 * 24 - 1 + 4 * 13) * 4 * 2 * 1536,
   'flux_lora': (8 * 19 + 3 * 38) * 4 * 2 * 3072,
 }
