@@ -227,7 +227,7 @@ def sample(
   model, weights, config, name = open_model(source, values, mesh)
   model, weights = adapters.apply(model, weights)
   if model.text is not None:
-    model.check_prompts([*prompts, prompt.negative])
+    model.check_prompts([*prompts, prompt.negative], config.prompt_syntax)
   height, width = pictures.size(model, prompt.size)
   inputs, started = pictures.read(model, config.steps, height, width)
   if model.text is None:  # Prompts name classes, or nothing but the files.

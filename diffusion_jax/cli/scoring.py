@@ -185,7 +185,8 @@ class Subject:
     else:
       samples = SAMPLES if options.samples is None else options.samples
       found = Prompts.of(self.test, samples, self.model.prompt, self.split('test').name)
-    self.model.rows(found.captions)  # Says of all of them together how many are too long.
+    # Says of all of them together how many are too long.
+    self.model.rows(found.captions, syntax=self.sample.prompt_syntax)
     return found
 
   @functools.cached_property

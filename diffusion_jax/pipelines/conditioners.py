@@ -21,6 +21,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.files import check_folder
 from diffusion_jax.formats.networks import Part, read_part, resolve
 from diffusion_jax.models.network import Network
+from diffusion_jax.pipelines.options import PLAIN
 from diffusion_jax.types import Condition, Weights
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ Spec = tuple[tuple[int, ...], type]
 
 
 class Request(NamedTuple):
-  """What is sampled: prompts, one negative prompt, `image_conditioners.Inputs`, the size, and the
-  guidance that a distilled denoiser imitates, None for the model's own."""
+  """What is sampled: prompts, one negative prompt, `image_conditioners.Inputs`, the size, the
+  guidance that a distilled denoiser imitates, None for the model's own, and the prompts' syntax."""
 
   prompts: Sequence[str]
   negative: str = ''
@@ -41,6 +42,7 @@ class Request(NamedTuple):
   height: int = 1
   width: int = 1
   guidance: float | None = None
+  syntax: str = PLAIN
 
 
 class Context(NamedTuple):

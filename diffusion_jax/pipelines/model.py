@@ -38,6 +38,7 @@ from diffusion_jax.pipelines.conditioners import (
   Spec,
 )
 from diffusion_jax.pipelines.image_conditioners import CONTROLNET, Editing, Inputs
+from diffusion_jax.pipelines.options import PLAIN
 from diffusion_jax.pipelines.sampling import Numbers, Program, SampleConfig
 from diffusion_jax.pipelines.spaces import Space
 from diffusion_jax.pipelines.text_conditioners import TextEncoders
@@ -157,12 +158,20 @@ class Diffusion:
     """Put host arrays onto their shards."""
     return {role: put_params(params, mesh) for role, params in weights.items()}
 
-  def check_prompts(self, prompts: Sequence[str]) -> None:
+  def check_prompts(self, prompts: Sequence[str], syntax: str = PLAIN) -> None:
     """Raise UserError for a prompt that does not fit the model."""
-    if self.text is not None:
+    if syntax != PLAIN:
+      self._with_text('prompt_syntax', PLAIN).weighted(prompts)
+    elif self.text is not None:
       self.text.tokens(prompts, on_long='error')
     else:
       self.rows(prompts)
+
+  def _with_text(self, name: str, default: Any) -> TextEncoders:
+    """Return the text encoders, without which a setting of that name does nothing: UserError."""
+    if self.text is None:
+      raise UserError(f'the model has no text encoder; leave {name} at {default}.')
+    return self.text
 
   def prompt(self, record: Mapping[str, Any]) -> str:
     """Return the prompt for which the model should sample a record of a source, '' for none."""
@@ -172,11 +181,12 @@ class Diffusion:
   def rows(
     self, prompts: Sequence[str], negative: str = '', inputs: Inputs | None = None,
     height: int | None = None, width: int | None = None, guidance: float | None = None,
+    syntax: str = PLAIN,
   ) -> dict[str, np.ndarray]:
     """Host arrays [n ...] of all conditions and images; UserError for what does not fit."""
     height, width = self.size_of(height, width)
     inputs = inputs or Inputs()
-    request = Request(prompts, negative, inputs, height, width, guidance)
+    request = Request(prompts, negative, inputs, height, width, guidance, syntax)
     out = inputs.rows(self, len(prompts), height, width)
     for conditioner in self.conditioners.values():
       out |= conditioner.rows(request)
@@ -298,11 +308,14 @@ class Diffusion:
         f'distilled_guidance is {config.distilled_guidance:g}, but the denoiser is told of none; '
         'leave it out, or use guidance.'
       )
-    if config.clip_skip and self.text is None:
-      raise UserError('the model has no text encoder; leave clip_skip at 0.')
+    for name, default in (('clip_skip', 0), ('prompt_syntax', PLAIN)):
+      if getattr(config, name) != default:
+        self._with_text(name, default)
     height, width = self.size_of(height, width)
     inputs, n, shape = inputs or Inputs(), len(prompts), self.space.shape(height, width)
-    given = self.rows(prompts, negative, inputs, height, width, config.distilled_guidance)
+    given = self.rows(
+      prompts, negative, inputs, height, width, config.distilled_guidance, config.prompt_syntax
+    )
     if noise is not None:
       given['x'] = _checked_noise(noise, (n, *shape))
     if not config.clip_skip and all(c.same(given) for c in self.conditioners.values()):

@@ -15,6 +15,8 @@ THRESHOLDS = ('none', 'static', 'dynamic')
 DECODINGS = ('whole', 'sliced', 'tiled', 'undivided')
 """How latents become images: a batch at once, image by image, or in overlapping tiles, as the first
 two are above `spaces.MOST_WHOLE`; undivided at any size."""
+PLAIN, WEIGHTED = SYNTAXES = ('plain', 'weighted')
+"""How prompts are read, see `pipelines.prompts`."""
 FINITE = Range(-math.inf, math.inf, above=True, below=True, text='a finite scale, 1 for none')
 
 
@@ -86,6 +88,10 @@ class SampleOptions:
   clip_skip: Annotated[int, Range(0, text='a number of layers, 0 for none'), Help(
     'layers of the text encoder to leave out at the end', 'N'
   )] = 0
+  prompt_syntax: Annotated[str, OneOf(SYNTAXES), Help(
+    'plain, or weighted: (word:1.3), (word), [word], BREAK and long prompts in chunks, as in the '
+    'Stable Diffusion web UI; a backslash before a bracket makes it text', 'HOW'
+  )] = PLAIN
   decoding: Annotated[str, OneOf(DECODINGS), Help(
     'whole, or with less memory sliced (image by image); both in tiles where latents are of more '
     'than 160 x 160 places, as tiled does for those above 64 x 64; or undivided at any size', 'HOW'

@@ -185,7 +185,8 @@ class SampleConfig(SampleOptions):
     default, program = SampleConfig(), self.program
     guided = program.guided or program.image_guided or program.perturbed or program.autoguided
     later = ('options', *PLACES, 'places', 'timesteps', 'scaled_noise', 'image_guidance',
-             'distilled_guidance', 'perturbed_attention', 'autoguidance', 'clip_skip', 'decoding')
+             'distilled_guidance', 'perturbed_attention', 'autoguidance', 'clip_skip', 'decoding',
+             'prompt_syntax')
     names += [name for name in later if getattr(self, name) != getattr(default, name)]
     names += ['perturbed_part'] * bool(program.perturbed)
     names += ['guidance_rescale'] * bool(guided and self.guidance_rescale != 0)

@@ -18,6 +18,8 @@ from diffusion_jax.limits import Length, Range
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.tokenizer import Cut, Tokenize, add_placeholder, load_tokenizer
 from diffusion_jax.pipelines.conditioners import Guided
+from diffusion_jax.pipelines.options import WEIGHTED
+from diffusion_jax.pipelines.weighted_text import Weighted, weigh, weighted_tokens
 from diffusion_jax.types import TextShape, Weights
 
 if TYPE_CHECKING:
@@ -293,7 +295,30 @@ class TextEncoders(Guided):
           'the tokenizer that came with it.'
         )
 
+  def weighted(self, prompts: Sequence[str]) -> Weighted:
+    """Prompts with weights -> tokens and weights [n e c l] of e encoders, in c chunks each.
+
+    Only CLIP reads chunks: of a T5 all but the first are empty. UserError, see `weighted_tokens`.
+    """
+    columns = []
+    for role in self.networks:
+      tokenizer, length = self.readers[role].tokenizer, self.readers[role].length
+      of = lambda prompts, role=role, one=tokenizer, length=length: weighted_tokens(
+        one, prompts, length, role in self.towers, self.cut
+      )
+      columns.append((of(prompts), of([''])))
+    count = max(found.tokens.shape[1] for found, _ in columns)
+    columns = [found.padded(count, empty).widened(self.length) for found, empty in columns]
+    return Weighted(*(np.stack(parts, axis=1) for parts in zip(*columns, strict=True)))
+
   def rows(self, request):
+    if request.syntax == WEIGHTED:
+      both = self.weighted([*request.prompts, request.negative])
+      names = ('tokens', 'negative'), ('token_weights', 'negative_weights')
+      return {
+        name: part for (own, negative), all in zip(names, both, strict=True)
+        for name, part in ((own, all[:-1]), (negative, np.broadcast_to(all[-1:], all[:-1].shape)))
+      }
     tokens = self.tokens(request.prompts)
     negative = self.tokens([request.negative])
     return {'tokens': tokens, 'negative': np.broadcast_to(negative, tokens.shape)}
@@ -302,11 +327,18 @@ class TextEncoders(Guided):
     """'tokens' [b e l] -> float32 'text' [b l d] and, where used, 'pooled' [b p], 'mask' [b l].
 
     `clip_skip` leaves out more layers than `skip`; UserError where an encoder has not that many.
+    With 'token_weights' [b e c l] there are 'tokens' [b e c l] of chunks, whose texts follow each
+    other; pooled is the first.
     """
     tokens, found = rows['tokens'], {}
     for i, role in enumerate(self.networks):
-      ids = tokens[:, i, : self.readers[role].length]
-      found[role] = self._read(role, weights, ids, clip_skip)
+      length = self.readers[role].length
+      ids = tokens[:, i, ..., :length]
+      if 'token_weights' in rows:
+        factors = rows['token_weights'][:, i, ..., :length]
+        found[role] = self._read_weighted(role, weights, ids, factors, clip_skip)
+      else:
+        found[role] = self._read(role, weights, ids, clip_skip)
     for role in self.readers.keys() - self.networks.keys():
       found[role] = self._missing(role, len(tokens))
     joined = _by_length([_by_width([found[role] for role in group]) for group in self.text])
@@ -315,7 +347,8 @@ class TextEncoders(Guided):
       out['pooled'] = jnp.concatenate([found[role].pooled for role in self.pooled], axis=-1)
     if self.zero_null:
       end = self.tokenizers[0].eos_token_id
-      empty = tokens[:, 0, 1] == end  # Nothing between the frame tokens.
+      empty = tokens[:, 0, ..., 1] == end  # Nothing between the frame tokens.
+      empty = empty.reshape(len(tokens), -1).all(axis=1)
       spread = lambda x: empty.reshape(-1, *[1] * (x.ndim - 1))
       out = jax.tree.map(lambda x: jnp.where(spread(x), 0, x), out)
     return out if joined.mask is None else out | {'mask': joined.mask}
@@ -332,6 +365,19 @@ class TextEncoders(Guided):
       return Read(text.astype(jnp.float32), pooled.astype(jnp.float32), mask)
     return Read(network.encode_text(ids, mask)[0].astype(jnp.float32), None, mask)
 
+  def _read_weighted(
+    self, role: str, weights: Weights, ids: jax.Array, factors: jax.Array, clip_skip: int
+  ) -> Read:
+    """Read chunks [b c l], each by itself; T5 reads the first alone."""
+    count = slice(None if role in self.towers else 1)
+    ids, factors = ids[:, count], factors[:, count]
+    b, c, length = ids.shape
+    read = self._read(role, weights, ids.reshape(b * c, length), clip_skip)
+    text = weigh(read.text, factors.reshape(b * c, length))
+    joined = lambda x: None if x is None else x.reshape(b, c * length, *x.shape[2:])
+    pooled = None if read.pooled is None else read.pooled.reshape(b, c, -1)[:, 0]
+    return Read(joined(text), pooled, joined(read.mask))
+
   def _missing(self, role: str, count: int) -> Read:
     reader, (width, pooled, _) = self.readers[role], self.readers[role].missing
     mask = jnp.zeros((count, reader.length), jnp.int32) if reader.masked else None
@@ -347,17 +393,23 @@ class TextEncoders(Guided):
 
   def pair(self, weights, rows, clip_skip=0):
     """As in diffusers, clip_skip is of the condition alone."""
-    tokens, negative = rows['tokens'], rows['negative']
+    sides = (
+      {name: rows[of] for name, of in zip(('tokens', 'token_weights'), names, strict=True)
+       if of in rows}
+      for names in (('tokens', 'token_weights'), ('negative', 'negative_weights'))
+    )
+    told, negative = sides
     if clip_skip:
-      return (
-        self.encode(weights, rows, clip_skip), self.encode(weights, {'tokens': negative})
-      )
-    both = self.encode(weights, {'tokens': jnp.concatenate([tokens, negative])})
-    n = len(tokens)
+      return self.encode(weights, told, clip_skip), self.encode(weights, negative)
+    both = self.encode(weights, {
+      name: jnp.concatenate([told[name], negative[name]]) for name in told
+    })
+    n = len(rows['tokens'])
     return tuple(jax.tree.map(lambda a, s=s: a[s : s + n], both) for s in (0, n))
 
   def same(self, rows):
-    return bool((rows['tokens'] == rows['negative']).all())
+    pairs = (('tokens', 'negative'), ('token_weights', 'negative_weights'))
+    return all(bool((rows[a] == rows[b]).all()) for a, b in pairs if a in rows)
 
 
 def _reader(one: EncoderConfig, shape: TextShape, mask: bool | None) -> Reader:

@@ -9,7 +9,7 @@ import pytest
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.mmdit import MMDiTConfig
-from diffusion_jax.pipelines.conditioners import Context
+from diffusion_jax.pipelines.conditioners import Context, Request
 from diffusion_jax.pipelines.text_conditioners import Reader, TextEncoders
 from diffusion_jax.types import TextShape
 from tests import tiny
@@ -194,3 +194,31 @@ def test_a_denoiser_of_other_texts_is_refused(encoders):
   ):
     with pytest.raises(UserError, match=named):
       encoders(pooled=pooled)[0].check(config)
+
+
+def test_weights_and_chunks_of_clip_and_weights_of_t5(encoders):
+  """CLIP reads chunks, one after another; T5 reads all as one text, with the same weights."""
+  text, weights = encoders('ct', (0, 16), pooled=[1], mask=True)
+  prompts = ['red (apple:2) BREAK [car]', '']
+  rows = text.rows(Request(prompts, 'blue', syntax='weighted'))
+  assert rows['tokens'].shape == rows['token_weights'].shape == (2, 2, 2, 16)
+  out, negative = jax.jit(text.pair)(weights, rows)
+  plain = encode(text, weights, ['red apple', 'car', 'red apple car', ''])
+  clip, t5 = np.split(np.asarray(out['text']), [2 * tiny.LENGTH], axis=1)
+  clip = clip[..., :WIDTH]
+  assert t5.shape == (2, 16, tiny.T5.d_model) and negative['text'].shape == out['text'].shape
+  old_clip, old_t5 = np.split(plain['text'], [tiny.LENGTH], axis=1)
+  old_clip = old_clip[..., :WIDTH]
+  factors = np.ones((3, 16), np.float32)
+  weigh = lambda z, f: z * f[:, None] * (z.mean() / (z * f[:, None]).mean())
+  factors[0, : tiny.LENGTH] = rows['token_weights'][0, 0, 0, : tiny.LENGTH]
+  factors[1, : tiny.LENGTH] = rows['token_weights'][0, 0, 1, : tiny.LENGTH]
+  factors[2] = rows['token_weights'][0, 1, 0]
+  assert set(np.round(factors[0], 3)) == {1, 2} and set(np.round(factors[1], 3)) == {1, 0.909}
+  assert set(np.round(factors[2], 3)) == {1, 2, 0.909}
+  close = lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5)
+  close(clip[0, : tiny.LENGTH], weigh(old_clip[0], factors[0, : tiny.LENGTH]))
+  close(clip[0, tiny.LENGTH :], weigh(old_clip[1], factors[1, : tiny.LENGTH]))
+  close(clip[1], np.concatenate([old_clip[3]] * 2))
+  close(out['pooled'], plain['pooled'][[0, 3]])
+  close(t5[0], weigh(old_t5[2], factors[2]))

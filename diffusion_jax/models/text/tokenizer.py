@@ -42,8 +42,13 @@ class Cut:
     self._known: set[int] = set()
     self._tokens, self._next = 0, 1
 
-  def count(self, texts: list[tuple[str, int]], room: int) -> None:
-    """Record texts, each with the number of tokens cut off; room: tokens of a text that count."""
+  def count(self, texts: list[tuple[str, int]], room: int, rest: str = '') -> None:
+    """Take note of texts, each with the tokens that were left out of what was looked at.
+
+    Args:
+      room: tokens of a text that are read.
+      rest: what was left out of the first text, where that is known.
+    """
     with self._lock:
       for text, over in texts:
         if hash(text) not in self._known:
@@ -57,6 +62,7 @@ class Cut:
         f'note: {many:,} text{"s" * (many > 1)} so far, such as {shortened(texts[0][0])!r}, '
         f'{"are" if many > 1 else "is"} longer than the {room} tokens that {self._reader} '
         f'reads; at least {self._tokens:,} tokens are left out.'
+        + f' Of this one that is {shortened(rest.strip())!r}.' * bool(rest.strip())
       )
 
 
@@ -271,26 +277,47 @@ class Tokenize:
 
   def batch_and_mask(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Texts -> (ids, mask), int32 [b l] each; the mask is 1 at the text and its frame."""
-    pad = self.tokenizer.pad_token_id
-    pad = self.tokenizer.eos_token_id if pad is None else pad
-    out = np.full((len(texts), self.max_length), pad, np.int32)
+    out = np.full((len(texts), self.max_length), self.pad, np.int32)
     mask = np.zeros_like(out)
-    several, long = placeholders(self.tokenizer), []
+    several, long, rest = placeholders(self.tokenizer), [], ''
     for first in range(0, len(texts), AT_A_TIME):
-      bounded = [self._bounded(text) for text in texts[first : first + AT_A_TIME]]
+      bounded = [self.bounded(text) for text in texts[first : first + AT_A_TIME]]
       encoded = self.tokenizer(bounded, verbose=False)['input_ids']
       for number, ids in enumerate(encoded, first):
         ids = [every for one in ids for every in several.get(one, [one])]
         fitting = self._fit(ids, texts[number])
         if len(ids) > len(fitting) or len(texts[number]) > CHARACTERS * self.max_length:
+          rest = rest if long else self._rest(ids)
           long.append((texts[number], len(ids) - len(fitting)))
         out[number, : len(fitting)] = fitting
         mask[number, : len(fitting)] = 1
     if long:
-      self.cut.count(long, self.max_length - self._frame())
+      self.cut.count(long, self.max_length - self._frame(), rest)
     return out, mask
 
-  def _bounded(self, text: str) -> str:
+  @property
+  def pad(self) -> int:
+    """The number of padding."""
+    pad = self.tokenizer.pad_token_id
+    return self.tokenizer.eos_token_id if pad is None else pad
+
+  @property
+  def frame(self) -> tuple[list[int], list[int]]:
+    """The numbers that begin a text, and the one that ends it."""
+    ids = self.tokenizer('', verbose=False)['input_ids']
+    return ids[:-1], ids[-1:]
+
+  def unframed(self, text: str) -> list[int]:
+    """One text of any length -> its numbers without the frame."""
+    several = placeholders(self.tokenizer)
+    ids = self.tokenizer(text, add_special_tokens=False, verbose=False)['input_ids']
+    return [every for one in ids for every in several.get(one, [one])]
+
+  def _rest(self, ids: list[int]) -> str:
+    """What is cut off a framed text."""
+    return self.tokenizer.decode(ids[self.max_length - 1 : -1])
+
+  def bounded(self, text: str) -> str:
     """The beginning of a text that may matter; UserError for no text, or one too long to read."""
     require(isinstance(text, str), f'A prompt must be text, not {type(text).__name__}.')
     most = CHARACTERS * self.max_length
@@ -318,6 +345,7 @@ class Tokenize:
     if self.on_long == 'error':
       raise UserError(
         f'The prompt {shortened(text)!r} has {len(ids) - self._frame()} tokens, but only '
-        f'{self.max_length - self._frame()} fit; shorten it.'
+        f'{self.max_length - self._frame()} fit; shorten it by '
+        f'{shortened(self._rest(ids).strip())!r}.'
       )
     return [*ids[: self.max_length - 1], ids[-1]]
