@@ -13,7 +13,7 @@ import numpy as np
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.text.tokenizer import Cut, Tokenize, shortened
-from diffusion_jax.pipelines.prompts import Token, chunks, parse
+from diffusion_jax.pipelines.prompts import Piece, Token, chunks, parse
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MOST_CHUNKS = 16
 """Chunks of a prompt; the denoiser attends to every token of all."""
 MOST_WEIGHT = 100.0
+LEAST_MEAN = 1e-4
 ANY = 2**31
 """Tokens that no prompt has."""
 
@@ -64,7 +65,7 @@ def weighted_tokens(
   room, comma = length - len(begin) - len(end), _comma(tokenizer)
   found = []
   for prompt in prompts:
-    sections = parse(whole.bounded(prompt))
+    sections = [_spaced(section) for section in parse(whole.bounded(prompt))]
     _check_weights(prompt, [piece.weight for section in sections for piece in section])
     if chunked:
       parts = chunks(sections, whole.unframed, room, comma)
@@ -89,6 +90,18 @@ def weighted_tokens(
   return Weighted(both[..., 0].astype(np.int32), both[..., 1].astype(np.float32))
 
 
+def _spaced(section: Sequence[Piece]) -> list[Piece]:
+  """Move spaces at the end of a piece to the next: byte-level tokens begin with theirs."""
+  out: list[Piece] = []
+  for text, weight in section:
+    if out:
+      kept = out[-1].text.rstrip()
+      text = out[-1].text[len(kept) :] + text
+      out[-1] = Piece(kept, out[-1].weight)
+    out.append(Piece(text, weight))
+  return out
+
+
 def _comma(tokenizer: 'PreTrainedTokenizerBase') -> int | None:
   ids = tokenizer(',', add_special_tokens=False)['input_ids']
   return ids[0] if len(ids) == 1 and ids[0] not in tokenizer.all_special_ids else None
@@ -107,8 +120,12 @@ def weigh(text: jax.Array, weights: jax.Array) -> jax.Array:
   """Hidden states [b l d] times the weights of their tokens [b l], with the mean that they had.
 
   The mean is over the tokens and features of a chunk, as the Stable Diffusion web UI has it for one
-  prompt; where the weighted one is 0 nothing is rescaled.
+  prompt. Where it says nothing, because it is below LEAST_MEAN of the mean size, as after a norm
+  that was never trained, nothing is rescaled.
   """
+  mean = lambda x: x.mean((1, 2), keepdims=True)
   out = text * weights[..., None]
-  before, after = (x.mean((1, 2), keepdims=True) for x in (text, out))
-  return out * jnp.where(after == 0, 1.0, before / jnp.where(after == 0, 1.0, after))
+  before, after = mean(text), mean(out)
+  least = LEAST_MEAN * mean(jnp.abs(text))
+  known = (jnp.abs(before) > least) & (jnp.abs(after) > least)
+  return out * jnp.where(known, before / jnp.where(known, after, 1.0), 1.0)

@@ -309,6 +309,19 @@ def test_an_empty_prompt_draws_without_condition(draw, model_and_weights, compil
   assert np.abs(against - wanted).max() > 1
 
 
+def test_weighted_prompts_are_read_where_that_is_asked_for(draw, compilations):
+  """Those without weights as ever; others of as many chunks run the same program."""
+  weighted = dataclasses.replace(CONFIG, prompt_syntax='weighted')
+  plain, found = draw(), draw(weighted)
+  assert np.abs(found.astype(int) - plain).max() <= 1
+  compilations.clear()
+  other = draw(weighted, prompts=('red (apple:1.6)', 'cat face', '(sun)'), negative='[cat]')
+  assert (other != found).any(axis=(1, 2, 3)).all() and not compilations
+  long = ('red apple ' * 12, 'cat face', 'sun')
+  assert (draw(weighted, prompts=long)[0] != found[0]).any()
+  assert weighted.in_force()['prompt_syntax'] == 'weighted' not in CONFIG.in_force()
+
+
 def test_numbers_of_one_bucket_have_one_shape(model_and_weights):
   schedule = model_and_weights[0].noise
   lengths = [len(SampleConfig(steps=n).numbers(schedule).grid[0]) for n in (1, 8, 9, 20, 900, 1000)]

@@ -11,6 +11,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.models.mmdit import MMDiTConfig
 from diffusion_jax.pipelines.conditioners import Context, Request
 from diffusion_jax.pipelines.text_conditioners import Reader, TextEncoders
+from diffusion_jax.pipelines.weighted_text import weigh
 from diffusion_jax.types import TextShape
 from tests import tiny
 
@@ -199,6 +200,8 @@ def test_a_denoiser_of_other_texts_is_refused(encoders):
 def test_weights_and_chunks_of_clip_and_weights_of_t5(encoders):
   """CLIP reads chunks, one after another; T5 reads all as one text, with the same weights."""
   text, weights = encoders('ct', (0, 16), pooled=[1], mask=True)
+  # Means far from 0, as of norms that were trained.
+  weights = jax.tree.map(lambda p: p + 0.05, weights)
   prompts = ['red (apple:2) BREAK [car]', '']
   rows = text.rows(Request(prompts, 'blue', syntax='weighted'))
   assert rows['tokens'].shape == rows['token_weights'].shape == (2, 2, 2, 16)
@@ -210,15 +213,43 @@ def test_weights_and_chunks_of_clip_and_weights_of_t5(encoders):
   old_clip, old_t5 = np.split(plain['text'], [tiny.LENGTH], axis=1)
   old_clip = old_clip[..., :WIDTH]
   factors = np.ones((3, 16), np.float32)
-  weigh = lambda z, f: z * f[:, None] * (z.mean() / (z * f[:, None]).mean())
+  rescaled = lambda z, f: z * f[:, None] * (z.mean() / (z * f[:, None]).mean())
   factors[0, : tiny.LENGTH] = rows['token_weights'][0, 0, 0, : tiny.LENGTH]
   factors[1, : tiny.LENGTH] = rows['token_weights'][0, 0, 1, : tiny.LENGTH]
   factors[2] = rows['token_weights'][0, 1, 0]
-  assert set(np.round(factors[0], 3)) == {1, 2} and set(np.round(factors[1], 3)) == {1, 0.909}
-  assert set(np.round(factors[2], 3)) == {1, 2, 0.909}
+  values = [set(np.round(row.astype(float), 3).tolist()) for row in factors]
+  assert values == [{1, 2}, {1, 0.909}, {1, 2, 0.909}]
   close = lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5)
-  close(clip[0, : tiny.LENGTH], weigh(old_clip[0], factors[0, : tiny.LENGTH]))
-  close(clip[0, tiny.LENGTH :], weigh(old_clip[1], factors[1, : tiny.LENGTH]))
+  close(clip[0, : tiny.LENGTH], rescaled(old_clip[0], factors[0, : tiny.LENGTH]))
+  close(clip[0, tiny.LENGTH :], rescaled(old_clip[1], factors[1, : tiny.LENGTH]))
   close(clip[1], np.concatenate([old_clip[3]] * 2))
   close(out['pooled'], plain['pooled'][[0, 3]])
-  close(t5[0], weigh(old_t5[2], factors[2]))
+  close(t5[0], rescaled(old_t5[2], factors[2]))
+
+
+def test_a_weighted_prompt_that_t5_cuts_is_said_with_what_was_cut(encoders, capsys):
+  text, _ = encoders('t', (6,))
+  text.weighted(['red apple (blue cat:1.2) green heart car'])
+  said = capsys.readouterr().out
+  assert 'longer than the 5 tokens that' in said and 'car' in said.split('Of this one that is')[1]
+  text.weighted(['(sun)'])
+  assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(('prompt', 'words'), [
+  ('(cat:101)', 'has a weight of 101; give weights of at most 100'), ('(' * 60 + 'cat', 'brackets'),
+  ('cat BREAK ' * 16, 'makes 17 chunks of 10 tokens, where 16 may be'),
+])
+def test_weighted_prompts_have_bounds(encoders, prompt, words):
+  text, _ = encoders('c', (0,))
+  with pytest.raises(UserError, match=words):
+    text.weighted([prompt])
+
+
+def test_states_without_a_mean_are_not_rescaled():
+  text = np.random.default_rng(0).normal(size=(2, 4, 6)).astype(np.float32)
+  text -= text.mean((1, 2), keepdims=True)
+  factors = np.asarray([[1, 2, 1, 1], [1, 1, 0, 1]], np.float32)
+  np.testing.assert_allclose(weigh(text, factors), text * factors[..., None], rtol=1e-6)
+  same = weigh(text + 1, np.ones((2, 4), np.float32))
+  np.testing.assert_array_equal(same, text + 1)
