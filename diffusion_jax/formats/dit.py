@@ -11,7 +11,15 @@ from diffusion_jax.models.mmdit import MMDiT, MMDiTConfig
 from diffusion_jax.models.pixart import PixArt, PixArtConfig
 
 
-class _DiTFormat(NetworkFormat):
+class _Format(NetworkFormat):
+  """Those of DiT and PixArt; the first files of both have a class that was shared with U-Nets."""
+
+  def matches(self, values: Mapping[str, Any]) -> bool:
+    older = values.get(self.key) == 'Transformer2DModel'
+    return super().matches(values) or (older and self.written.items() <= values.items())
+
+
+class _DiTFormat(_Format):
   """A DiT whose blocks share one embedding has a class name of ours: diffusers has none such.
 
   Other options that diffusers does not have are written where they are set.
@@ -32,6 +40,8 @@ DIT = _DiTFormat(
   accepted={
     'dropout': 0.0, 'norm_num_groups': ANY, 'activation_fn': 'gelu-approximate',
     'upcast_attention': ANY, 'norm_type': 'ada_norm_zero', 'norm_elementwise_affine': False,
+    'attention_type': 'default', 'use_linear_projection': ANY, 'only_cross_attention': False,
+    'double_self_attention': False,
   },
   written={'norm_type': 'ada_norm_zero'},
 )
@@ -49,7 +59,7 @@ class _MMDiTFormat(NetworkFormat):
 
 
 MMDIT = _MMDiTFormat(MMDiT, MMDiTConfig, ('SD3Transformer2DModel', 'MMDiT'))
-PIXART = NetworkFormat(
+PIXART = _Format(
   PixArt, PixArtConfig, ('PixArtTransformer2DModel',),
   accepted={
     'dropout': 0.0, 'norm_num_groups': ANY, 'activation_fn': 'gelu-approximate',

@@ -46,6 +46,10 @@ _FLUX = Architecture(
   'flux_dev', 'flux', ('clip_l', 't5_v1_1_xxl'), 'flow_prediction', 'FluxPipeline',
   NoiseConfig('flow', label='sigma'),
 )
+_PIXART = Architecture(
+  'pixart_alpha', 'sd15', ('t5_v1_1_xxl',), kind='PixArtAlphaPipeline',
+  noise=NoiseConfig('linear', 0.0001, 0.02),
+)
 ARCHITECTURES = {
   'sd15': Architecture('sd15', 'sd15', ('clip_l',)),
   'sd15_inpaint': Architecture('sd15_inpaint', 'sd15', ('clip_l',)),
@@ -55,6 +59,10 @@ ARCHITECTURES = {
   **{name: dataclasses.replace(_SD3, denoiser=name)
      for name in ('sd3_medium', 'sd35_medium', 'sd35_large')},
   **{name: dataclasses.replace(_FLUX, denoiser=name) for name in ('flux_dev', 'flux_schnell')},
+  'pixart_alpha': _PIXART,
+  'pixart_sigma': dataclasses.replace(
+    _PIXART, denoiser='pixart_sigma', autoencoder='sdxl', kind='PixArtSigmaPipeline'
+  ),
 }
 
 

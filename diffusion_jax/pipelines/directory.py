@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from diffusion_jax.config import typed, untyped
 from diffusion_jax.diffusion.noise import NoiseSchedule, Schedule
 from diffusion_jax.diffusion.parameterization import Parameterization
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import UserError, require
 from diffusion_jax.files import INDEX, reading
 from diffusion_jax.formats.clip import pixel_statistics
 from diffusion_jax.formats.networks import Part, resolve, save_params
@@ -29,6 +29,7 @@ from diffusion_jax.formats.scheduler import Scheduler
 from diffusion_jax.formats.tensors import write_json
 from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.pipelines.assembly import assemble, make_model
+from diffusion_jax.pipelines.conditioners import ClassLabel, Conditioner
 from diffusion_jax.pipelines.image_conditioners import (
   CONTROLNET,
   IMAGE_ENCODER,
@@ -47,7 +48,6 @@ from diffusion_jax.pipelines.spaces import AUTOENCODER, LatentConfig, LatentSpac
 from diffusion_jax.pipelines.text_conditioners import (
   ROLES,
   TEXT_KINDS,
-  TextEncoders,
   tokenizer_role,
 )
 from diffusion_jax.registry import CONDITIONERS, NETWORKS, SPACES, load
@@ -65,7 +65,7 @@ def read_model(path: str, dtype=jnp.float32) -> tuple[Diffusion, dict[str, Part]
   if pipeline.kind == DIFFUSION:
     return *_assembled(pipeline, resolve(path), scheduler, dtype), sample
   parts = _networks(pipeline, path)
-  conditioners = {'text': _prompts(pipeline, parts, path, dtype)}
+  conditioners = _prompts(pipeline, parts, path, dtype)
   if CONTROLNET in parts:
     conditioners['control'] = ControlNet({CONTROLNET: parts[CONTROLNET].network(dtype=dtype)})
   low = 'low_res_scheduler'
@@ -131,16 +131,26 @@ def _assembled(
 
 def _prompts(
   pipeline: Pipeline, parts: Mapping[str, Part], path: str, dtype
-) -> TextEncoders | ImageEncoder:
-  """The conditioner of a model's prompts, or of the picture in their place."""
+) -> dict[str, Conditioner]:
+  """The conditioner that reads the prompts of a model, or the picture in place of them, by name."""
+  if not published(pipeline.kind, parts).encoders:
+    return {'class': ClassLabel(_classes(pipeline, parts[DENOISER].config.num_embeds_ada_norm))}
   roles = [role for role in ROLES if role in parts]
   if not roles and IMAGE_ENCODER in parts:
     extractor = pipeline.parts.get('feature_extractor', Part())
     pixels = pixel_statistics(*extractor.json('preprocessor_config.json'))
-    return ImageEncoder({IMAGE_ENCODER: parts[IMAGE_ENCODER].network(dtype=dtype)}, **pixels)
+    encoder = parts[IMAGE_ENCODER].network(dtype=dtype)
+    return {'text': ImageEncoder({IMAGE_ENCODER: encoder}, **pixels)}
   if not roles:
     raise UserError(f'{path} has no text encoder; give a text-to-image model.')
-  return text_encoders(pipeline, parts, path, parts[DENOISER].config, dtype)
+  return {'text': text_encoders(pipeline, parts, path, parts[DENOISER].config, dtype)}
+
+
+def _classes(pipeline: Pipeline, count: int | None) -> tuple[str, ...]:
+  """The names of so many classes; their numbers where the index has no names."""
+  names = pipeline.index.get('id2label') or {}
+  require(isinstance(names, dict), f'{INDEX}: id2label must be an object of names by number.')
+  return tuple(str(names.get(str(number), number)) for number in range(count or 0))
 
 
 def _sample(pipeline: Pipeline, scheduler: Scheduler, path: str) -> SampleConfig:

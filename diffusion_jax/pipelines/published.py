@@ -28,7 +28,8 @@ Shapes = Callable[[Any, Mapping[str, TextShape]], dict[str, TextShape]]
 class Encoder:
   """One text encoder of a class: the networks it may be, and how it reads, see `Reader`.
 
-  length: the most tokens; None for those that the network has positions for.
+  length: the most tokens; None for those that the network has positions for. lower: whether it is
+  given prompts in lower case, without spaces around them.
   """
 
   kinds: tuple[str, ...] = CLIP_KINDS
@@ -36,6 +37,7 @@ class Encoder:
   skip: int = 0
   normalize: bool = True
   masked: bool = False
+  lower: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +101,13 @@ _FLUX = PublishedPipeline(
   text=((SECOND,),), pooled=(FIRST,),
   sample={'steps': 28, 'guidance': 1.0, 'spacing': 'trailing'},
 )
+_PIXART = PublishedPipeline(
+  'transformer', ('pixart',), {FIRST: Encoder(('t5',), length=120, masked=True, lower=True)},
+  sample={'steps': 20, 'guidance': 4.5},
+)
+_SIGMA = dataclasses.replace(
+  _PIXART, encoders={FIRST: dataclasses.replace(_PIXART.encoders[FIRST], length=300)}
+)
 
 PUBLISHED: dict[str, PublishedPipeline] = {
   'StableDiffusionInstructPix2PixPipeline': dataclasses.replace(
@@ -106,6 +115,10 @@ PUBLISHED: dict[str, PublishedPipeline] = {
   ),
   'StableDiffusion3Pipeline': _SD3, 'StableDiffusion3Img2ImgPipeline': _SD3,
   'FluxPipeline': _FLUX, 'FluxImg2ImgPipeline': _FLUX,
+  'PixArtAlphaPipeline': _PIXART, 'PixArtSigmaPipeline': _SIGMA,
+  'DiTPipeline': PublishedPipeline(
+    'transformer', ('dit',), encoders={}, text=(), sample={'steps': 50, 'guidance': 4.0}
+  ),
 }
 """The classes that differ from Stable Diffusion 1, 2 and XL."""
 
@@ -175,7 +188,7 @@ def joined_texts(
     if how.length is not None and tokenizer is not None:
       length = min(length, tokenizer.model_max_length)
     readers[role] = Reader(
-      length, tokenizer, how.skip, how.normalize, how.masked, missing.get(role)
+      length, tokenizer, how.skip, how.normalize, how.masked, missing.get(role), how.lower
     )
   zero_null = row.zero_null if zero_null is None else zero_null
   return TextEncoders(networks, readers, row.text, row.pooled, zero_null)

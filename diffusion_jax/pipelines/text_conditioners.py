@@ -122,6 +122,7 @@ class Reader:
   0 is the last hidden state, 1 the one before (SDXL). normalize: whether CLIP's final norm is
   applied to the hidden states (not in SDXL). masked: whether neither the encoder nor the denoiser
   attends to padding. missing: the shape of the zeros in place of an encoder that is not there.
+  lower: whether prompts are read in lower case, without spaces around them.
   """
 
   length: int
@@ -130,6 +131,7 @@ class Reader:
   normalize: bool = True
   masked: bool = False
   missing: TextShape | None = None
+  lower: bool = False
 
 
 class Read(NamedTuple):
@@ -271,7 +273,8 @@ class TextEncoders(Guided):
       reader, most = self.readers[role], self.readers[role].length == self.length
       how, count = (on_long, cut) if most else ('truncate', _silent())
       cut = _silent() if most else cut  # Each text counts once.
-      ids = Tokenize(reader.tokenizer, reader.length, how, count).batch(list(prompts))
+      texts = [prompt.lower().strip() if reader.lower else prompt for prompt in prompts]
+      ids = Tokenize(reader.tokenizer, reader.length, how, count).batch(texts)
       columns.append(np.pad(ids, ((0, 0), (0, self.length - reader.length))))
     return np.stack(columns, axis=1)
 

@@ -29,6 +29,7 @@ NETWORKS = {
 AUTOENCODER_16, T5 = 83_819_683, 4_762_310_656
 SD3 = {'autoencoder': AUTOENCODER_16, 'text_encoder': 123_650_304, 'text_encoder_2': BIGG,
        'text_encoder_3': T5}
+PIXART = {'autoencoder': AUTOENCODER, 'text_encoder': T5}
 FLUX = {'autoencoder': AUTOENCODER_16, 'text_encoder': CLIP_L, 'text_encoder_2': T5}
 NETWORKS |= {
   'sd3_medium': SD3 | {'denoiser': 2_084_951_104},
@@ -36,6 +37,8 @@ NETWORKS |= {
   'sd35_large': SD3 | {'denoiser': 8_146_280_768},
   'flux_dev': FLUX | {'denoiser': 11_901_408_320},
   'flux_schnell': FLUX | {'denoiser': 11_891_178_560},
+  'pixart_alpha': PIXART | {'denoiser': 611_349_152},
+  'pixart_sigma': PIXART | {'denoiser': 610_856_096},
 }
 SIZES = {name: 512 if name.startswith('sd15') else 1024 for name in NETWORKS} | {
   'sd21': 768, 'sd21_base': 512

@@ -207,7 +207,31 @@ def flux_dev():
   )
 
 
+def pixart(kind: str, **changes):
+  transformer = diffusers.PixArtTransformer2DModel(**dict(
+    num_attention_heads=3, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=2,
+    sample_size=LATENT, cross_attention_dim=12, caption_channels=T5_WIDTH,
+  ) | changes)
+  scheduler = diffusers.DPMSolverMultistepScheduler(beta_end=0.02, beta_schedule='linear')
+  return getattr(diffusers, kind)(
+    tokenizer=t5_tokenizer(), text_encoder=t5(), vae=vae(), transformer=transformer,
+    scheduler=scheduler,
+  )
+
+
+def dit():
+  transformer = diffusers.DiTTransformer2DModel(
+    num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=2,
+    sample_size=LATENT,  # The pipeline guides away from class 1000.
+  )
+  return diffusers.DiTPipeline(transformer, vae(), diffusers.DDIMScheduler(**DDIM))
+
+
 PIPELINES = {
+  'dit': dit,
+  # Told the picture's size, as the pipeline does where sample_size is 128.
+  'pixart_alpha': lambda: pixart('PixArtAlphaPipeline', sample_size=128),
+  'pixart_sigma': lambda: pixart('PixArtSigmaPipeline'),
   'sd3': sd3, 'sd3_without_t5': lambda: sd3(False), 'sd35': sd35, 'flux_dev': flux_dev,
   'flux_schnell': lambda: flux(False),
   'sd1': sd1, 'sd2_v': sd2_v, 'sdxl': sdxl, 'inpaint': inpaint, 'edit': edit, 'upscale': upscale,
