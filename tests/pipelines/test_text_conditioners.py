@@ -1,15 +1,24 @@
 """Texts of one encoder or several: joined, masked, pooled, missing; and configs of them."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion_jax.diffusion.noise import ScheduleConfig
+from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.errors import UserError
+from diffusion_jax.formats.convert import convert
 from diffusion_jax.models.mmdit import MMDiTConfig
+from diffusion_jax.pipelines.assembly import assemble
 from diffusion_jax.pipelines.conditioners import Context, Request
+from diffusion_jax.pipelines.directory import load_model, save_model
+from diffusion_jax.pipelines.sampling import SampleConfig
+from diffusion_jax.pipelines.spaces import LatentConfig
 from diffusion_jax.pipelines.text_conditioners import Reader, TextEncoders
 from diffusion_jax.pipelines.weighted_text import weigh
 from diffusion_jax.types import TextShape
@@ -253,3 +262,42 @@ def test_states_without_a_mean_are_not_rescaled():
   np.testing.assert_allclose(weigh(text, factors), text * factors[..., None], rtol=1e-6)
   same = weigh(text + 1, np.ones((2, 4), np.float32))
   np.testing.assert_array_equal(same, text + 1)
+
+
+@pytest.mark.parametrize('name', ['alone', 'apart', 'short', 'several'])
+def test_a_model_is_opened_as_it_was_saved_and_has_no_other_layout(name, parts, t5, tmp_path):
+  """T5 alone; with its tokenizer in a folder apart; CLIP otherwise than whole; CLIP, then T5."""
+  for file in Path(t5).glob('tokenizer*'):
+    (tmp_path / 'words').mkdir(exist_ok=True)
+    shutil.copy(file, tmp_path / 'words')
+  one = {'path': t5, 'tokenizer': str(tmp_path / 'words'), 'length': 20}
+  text, folders = {
+    'alone': ({'path': t5}, {'text_path'}),
+    'apart': (one | {'mask': False}, {'text_path', 'text_tokenizer'}),
+    'short': ({'path': parts['clip'], 'length': 8}, {'text_path'}),
+    'several': (
+      {'encoders': [{'path': parts['clip']}, one]},
+      {'text_encoder', 'text_encoder_2', 'tokenizer_2'},
+    ),
+  }[name]
+  width = WIDTH if name == 'short' else tiny.T5.d_model
+  unet = dataclasses.replace(tiny.UNET, cross_attention_dim=width)
+  how = {'space': LatentConfig(parts['autoencoder']), 'conditioners': {'text': text}}
+  model, found = assemble(unet, *how.values(), ScheduleConfig(), Parameterization())
+  weights = {role: part.load() for role, part in found.items()}
+  params = jax.tree.map(np.asarray, jax.jit(model.denoiser.initialize)(jax.random.key(0)))
+  where = tmp_path / 'model'
+  save_model(where, model, params, **how, sample=SampleConfig(), dtype='float32')
+  assert folders <= {path.name for path in where.iterdir()}
+  for path in (t5, parts['clip'], tmp_path / 'words'):
+    assert str(path) not in (where / 'model_index.json').read_text()
+  again, loaded, _ = load_model(str(where))
+  for value, wanted in zip(again.text.readers.values(), model.text.readers.values(), strict=True):
+    same = lambda reader: dataclasses.replace(reader, tokenizer=None)
+    assert same(value) == same(wanted)
+  assert (again.text.text, again.text.pooled) == (model.text.text, model.text.pooled)
+  jax.tree.map(np.testing.assert_array_equal, encode(again.text, loaded), encode(
+    model.text, weights
+  ))
+  with pytest.raises(UserError, match='a model of this library alone'):
+    convert(where, tmp_path / 'other', 'diffusers')
