@@ -19,7 +19,7 @@ from diffusion_jax.pipelines.conditioners import Context, Request
 from diffusion_jax.pipelines.directory import load_model, save_model
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.pipelines.spaces import LatentConfig
-from diffusion_jax.pipelines.text_conditioners import Reader, TextEncoders
+from diffusion_jax.pipelines.text_conditioners import EXTRA, Reader, TextEncoders, embedding_table
 from diffusion_jax.pipelines.weighted_text import weigh
 from diffusion_jax.types import TextShape
 from tests import tiny
@@ -301,3 +301,19 @@ def test_a_model_is_opened_as_it_was_saved_and_has_no_other_layout(name, parts, 
   ))
   with pytest.raises(UserError, match='a model of this library alone'):
     convert(where, tmp_path / 'other', 'diffusers')
+
+
+def test_a_word_is_learned_by_clip_and_spelt_by_t5(encoders):
+  text, weights = encoders('ct', (0, 16))
+  assert list(text.towers) == ['text_encoder']
+  before = text.tokens(['<w> apple'])
+  width, rows = embedding_table(text.towers['text_encoder'])[1:]
+  text.add_word('<w>', {'text_encoder': 1}, {})
+  after = text.tokens(['<w> apple'])
+  assert rows in after[0, 0] and rows not in before[0, 0]
+  np.testing.assert_array_equal(after[:, 1], before[:, 1])
+  learned = np.random.default_rng(0).normal(size=(1, width)).astype(np.float32)
+  found = encode(text, weights | {
+    'text_encoder': {**weights['text_encoder'], EXTRA: learned}
+  }, ['<w> apple'])
+  assert np.isfinite(found['text']).all()
