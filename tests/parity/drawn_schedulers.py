@@ -60,6 +60,21 @@ class Path:
     return torch.tensor(shared * first + np.sqrt(1 - shared**2) * second)
 
 
+TOKENS = 1000
+"""Of the image that is drawn, where noise levels depend on its size."""
+
+
+def by_size(scheduler):
+  """What the pipelines of diffusers hand a scheduler with dynamic shifting."""
+  config = scheduler.config
+  if not config.get('use_dynamic_shifting'):
+    return {}
+  slope = (config.max_shift - config.base_shift) / (
+    config.max_image_seq_len - config.base_image_seq_len
+  )
+  return {'mu': config.base_shift + slope * (TOKENS - config.base_image_seq_len)}
+
+
 def theirs(kind, config, steps, x=X, noises=NOISES, first=0):
   """States [m ...] after every call of the network, of a scheduler that computes in float64.
 
@@ -74,7 +89,7 @@ def theirs(kind, config, steps, x=X, noises=NOISES, first=0):
       np, 'float32', np.float64
     ):
       scheduler = make(kind, config)
-      scheduler.set_timesteps(steps)
+      scheduler.set_timesteps(steps, **by_size(scheduler))
       if kind == 'DPMSolverSDEScheduler':
         scheduler.noise_sampler = Path(noises)
       x, states = torch.tensor(x.copy()), []
@@ -108,7 +123,7 @@ def ours(kind, config, steps, x=X, noises=NOISES, strength=1.0):
     parameterization = Parameterization(found.prediction, found.data_std)
     settings = dataclasses.replace(sample_config(found), steps=steps, guidance=1.0)
     settings.check(noise, parameterization)
-    program, numbers = settings.program, settings.numbers(noise, strength)
+    program, numbers = settings.program, settings.numbers(noise, strength, TOKENS)
     grid = jax.tree.map(jnp.asarray, numbers.grid)
     network = lambda x, t: x * (t / (t + 1)).reshape(-1, 1, 1, 1)
     label = jax.jit(noise.label_as(program.timesteps, grid))

@@ -15,7 +15,7 @@ from diffusers import SchedulerMixin
 from diffusion_jax.diffusion.noise import Schedule
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.scheduler import read_scheduler, write_scheduler
-from diffusion_jax.formats.scheduler_classes import CLASSES
+from diffusion_jax.formats.scheduler_classes import CLASSES, SIZE_SHIFT
 from tests.parity.drawn_schedulers import (
   NOISES,
   X,
@@ -76,6 +76,7 @@ WITH = {
   'lower_order_final': {'solver_order': 3} | ENDS_NOISY,
   'euler_at_final': {'lower_order_final': False} | ENDS_NOISY,
   'set_alpha_to_one': {'timestep_spacing': 'trailing'},
+  **{key: {'use_dynamic_shifting': True} for key in SIZE_SHIFT},
 }
 """Without which an argument has no effect."""
 
