@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
   config = quickstart.get_config()
-  # Captions of OpenMoji have up to 20 words; what is left of the length is padding, and masked.
-  config.settings.conditioners = ConfigDict({'text': {'path': 'runs/t5/model', 'length': 32}})
+  # The longest caption has about so many tokens; the padding of others is masked.
+  config.settings.conditioners = ConfigDict({'text': {'path': 'runs/t5/model', 'length': 48}})
   config.settings.unet.cross_attention_dim = 256
   config.loop.total_steps = 1200
   return config

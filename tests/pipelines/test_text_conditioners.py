@@ -149,6 +149,9 @@ def test_any_layer_of_clip(parts, encoders):
   ids = jnp.asarray(text.tokens(PROMPTS)[:, 0])
   wanted, _ = plain.encode_text(ids, normalize=False)
   np.testing.assert_allclose(encode(other, weights)['text'], wanted, atol=1e-5)
+  skipped, _ = TextEncoders.build({'path': parts['clip'], 'skip': 1}, Context(None))
+  with pytest.raises(UserError, match='skip=1 must be from 0 to 0'):
+    skipped.encode(weights, {'tokens': text.tokens(PROMPTS)})
   with pytest.raises(UserError, match='skip=1 must be from 0 to 0'):
     text.encode(weights, {'tokens': text.tokens(PROMPTS)}, clip_skip=1)
 

@@ -166,7 +166,7 @@ def test_the_recipe_takes_a_t5_that_was_trained(t5, parts):
     settings.denoiser, settings.space, settings.conditioned, settings.schedule,
     settings.objective.parameterization,
   )
-  assert model.text.kept == ('text', 'mask') and model.text.length == 32
+  assert model.text.kept == ('text', 'mask') and model.text.length == 48
   assert found['text_encoder'].path == t5
   own = load_config('openmoji/t5').settings.t5.d_model
   assert load_config('openmoji/unet_t5').settings.unet.cross_attention_dim == own
