@@ -65,6 +65,17 @@ def test_stable_diffusion_3(trained):
   np.testing.assert_array_equal(kernel, new['transformer.proj_out.weight'].numpy().T)
 
 
+def test_pixart(trained):
+  """But for the variance, which no loss is of, and what is added to all keys of a query."""
+  theirs, _, made = trained(
+    'pixart', 'pixart_sigma', **{'settings.sample.sampler': 'dpmpp_2m', 'dtype': 'float32'}
+  )
+  new, old = state(type(theirs).from_pretrained(made)), state(theirs)
+  same = {key for key in old if torch.equal(new[key], old[key])}
+  assert {key for key in old if not key.startswith('transformer.')} <= same
+  assert all(key.endswith('to_k.bias') for key in same if key.startswith('transformer.'))
+
+
 @pytest.mark.parametrize(('recipe', 'name', 'rate'), [
   ('sd35_medium_lora', 'sd35', 0.02), ('flux_lora', 'flux_dev', 0.1),
 ])

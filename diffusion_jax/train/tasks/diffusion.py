@@ -347,8 +347,11 @@ class DiffusionTask(Task):
     x0 = constrain(x0, 'image') if x0.ndim == 4 else x0
     condition = self.condition(conditions, weights.get(NULL, {}), key_drop, x0.shape)
     network = self.loss_model.network(weights)
+    # Without a loss of its own a variance that published networks predict, too, is left out.
+    extra = self.model.learned_variance and not self.config.objective.learned_variance
+    kept = (lambda y: y[..., : x0.shape[-1]]) if extra else (lambda y: y)
     losses = self.objective.losses(
-      lambda x, t: network(x, t, condition), x0, key, LossHistory(**carry) if carry else None
+      lambda x, t: kept(network(x, t, condition)), x0, key, LossHistory(**carry) if carry else None
     )
     return losses if weight is None else losses._replace(loss=losses.loss * weight)
 

@@ -28,7 +28,7 @@ from tests.train.conftest import OF, RECIPES
 FULL = ('sdxl', 'inpainting', 'dreambooth')
 ADAPTERS = ('lora', 'controlnet', 'textual_inversion')
 LIKE = ('sd15', 'sd21', 'sdxl_lora')
-ELSEWHERE = ('sd35_medium', 'sd35_medium_lora', 'flux_lora')
+ELSEWHERE = ('sd35_medium', 'sd35_medium_lora', 'flux_lora', 'pixart')
 """In tests/parity/test_parity_finetune.py."""
 WEIGHTS = 'diffusion_pytorch_model.safetensors'
 each = pytest.mark.parametrize('recipe', (*FULL, *ADAPTERS))
