@@ -4,6 +4,7 @@ A `Program` is compiled, `Numbers` are its arguments: another guidance scale, in
 strength or number of steps runs the same program.
 """
 
+import inspect
 import math
 from typing import NamedTuple
 
@@ -30,7 +31,8 @@ from diffusion_jax.diffusion.samplers import (
   shifted,
   size_shift,
 )
-from diffusion_jax.errors import UserError
+from diffusion_jax.diffusion.samplers.grid import sampling_grid, spaced_timesteps
+from diffusion_jax.errors import UserError, require
 from diffusion_jax.pipelines.options import Option, SampleOptions
 from diffusion_jax.types import Condition
 
@@ -41,6 +43,12 @@ SIZE_SHIFT = (
   'base_shift', 'max_shift', 'base_image_seq_len', 'max_image_seq_len', 'time_shift_type'
 )
 """Among `places`, arguments of `size_shift`; 'shift_terminal' is one of `shifted`."""
+
+GRID_OPTIONS = {
+  *inspect.signature(sampling_grid).parameters, *inspect.signature(spaced_timesteps).parameters,
+  *SIZE_SHIFT, 'shift_terminal',
+} - {'schedule', 'count', 'spacing', 'places', 'total'}
+"""What `places` may hold; the others have fields of their own."""
 
 BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 """Grids are padded to the next of these lengths; one longer stays as it is."""
@@ -110,6 +118,15 @@ class Program(NamedTuple):
 
 class SampleConfig(SampleOptions):
   """Sampling options, split into a program and its arguments."""
+
+  def __post_init__(self):
+    super().__post_init__()
+    for name in self.places:
+      require(
+        name in GRID_OPTIONS,
+        f'places has {name}, which no grid takes; leave it out, or give one of '
+        f'{", ".join(sorted(GRID_OPTIONS))}.',
+      )
 
   def check(self, noise: NoiseSchedule, parameterization: Parameterization) -> None:
     """Raise UserError for what cannot be sampled."""

@@ -91,7 +91,9 @@ def test_a_key_without_effect_is_named_wherever_it_is(path):
     section['no_such_key'] = 1
     path = r'\.'.join(('config', *place, 'no_such_key'))
     path = path.replace('unet', 'denoiser')  # Its name since.
-    by_name = place[-1:] and (place[-1].endswith('options') or 'conditioners' in place)
+    by_name = place[-1:] and (
+      place[-1].endswith(('options', 'places')) or 'conditioners' in place
+    )
     named = 'no_such_key' if by_name else path
     with pytest.raises(UserError, match=named):
       parse(changed)
