@@ -105,7 +105,8 @@ def otherwise(kind, key):
   if (kind, key) == ('DEISMultistepScheduler', 'algorithm_type'):
     value = 'dpmsolver++'
   context = {'final_sigmas_type': 'zero'} if 'final_sigmas_type' in reads else {}
-  return table_of(kind) | context | WITH.get(key, {}), {key: value}
+  with_it = WITH.get(key, {}) if key not in CLASSES[kind].idle else {}
+  return table_of(kind) | context | with_it, {key: value}
 
 
 def signature(cls):
