@@ -84,7 +84,9 @@ class _FluxFormat(NetworkFormat):
           f'{where}: {name} is {shown(value)}; it must be a multiple of 4.',
         )
         counted[name] = value // 4
-    require(values.get('patch_size', 1) == 1, f'{where}: patch_size must be 1.')
+    patch = values.get('patch_size', 1)
+    one = type(patch) is int and patch == 1
+    require(one, f'{where}: patch_size is {shown(patch)}; it must be 1.')
     return super().parse({**values, **counted, 'patch_size': 2}, where)
 
   def describe(self, config: FluxConfig) -> dict[str, Any]:

@@ -187,7 +187,8 @@ def test_training_goes_on_from_before_a_truncated_checkpoint(command, finished, 
   (['--prompt', 'cat', '--seed', 2**32], ('--seed is 4294967296', '0 to 4294967295')),
   (['--prompt', 'cat', '--seed', -1], ('--seed is -1',)),
   (['--prompt', 'cat', '--seed', 10**4000], ('--seed is a number of 13288 bits',)),
-  (['--prompt', 'cat', '--size', '9'], ('--size',)),
+  (['--prompt', 'cat', '--size', '9'], ('the size 9x9', 'the nearest such size is 8x8')),
+  (['--prompt', 'cat', '--size', '9by9'], ('--size', '96x64')),
 ])
 def test_wrong_sample_arguments(fails, finished, tmp_path, arguments, words):
   out = tmp_path / 'pictures'

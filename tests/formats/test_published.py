@@ -36,6 +36,11 @@ SMALL = {
   'mmdit': HEADS | dict(
     caption_projection_dim=8, joint_attention_dim=8, pooled_projection_dim=8, pos_embed_max_size=4
   ),
+  'flux': dict(
+    in_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=1, num_single_layers=1,
+    joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
+  ),
+  'pixart': HEADS | dict(cross_attention_dim=8, caption_channels=8),
   'classifier': dict(block_out_channels=(8,), class_names=('a', 'b'), image_size=8),
   'mlp': dict(width=8),
 }

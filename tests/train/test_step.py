@@ -22,7 +22,7 @@ BATCH = 16
 
 
 def _clip_task(dtype=jnp.float32):
-  return CLIPTask(CLIPTaskConfig(tiny.CLIP), None, None, dtype)
+  return CLIPTask(CLIPTaskConfig(tiny.CLIP), None, None, dtype=dtype)
 
 
 def _clip_batch():
