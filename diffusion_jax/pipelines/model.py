@@ -289,28 +289,8 @@ class Diffusion:
 
     UserError: a config that cannot be sampled, and inputs that do not fit the model.
     """
-    config.check(self.noise, self.parameterization)
+    self._check_sampling(config)
     check_seed(seed)
-    edits = any(isinstance(c, Editing) for c in self.conditioners.values())
-    if config.image_guidance != 1 and not edits:
-      raise UserError(
-        f'image_guidance is {config.image_guidance:g}, but the model edits no picture; leave it at '
-        '1.'
-      )
-    if config.autoguidance != 1 and self.worse is None:
-      raise UserError(
-        f'autoguidance is {config.autoguidance}, but there is no worse model; give --worse DIR, or '
-        'set it to 1.'
-      )
-    distilled = 'guidance' in getattr(self.denoiser.config, 'conditions', ())
-    if config.distilled_guidance is not None and not distilled:
-      raise UserError(
-        f'distilled_guidance is {config.distilled_guidance:g}, but the denoiser is told of none; '
-        'leave it out, or use guidance.'
-      )
-    for name, default in (('clip_skip', 0), ('prompt_syntax', PLAIN)):
-      if getattr(config, name) != default:
-        self._with_text(name, default)
     height, width = self.size_of(height, width)
     inputs, n, shape = inputs or Inputs(), len(prompts), self.space.shape(height, width)
     given = self.rows(
@@ -336,6 +316,30 @@ class Diffusion:
       yield from in_batches(
         sample, weights, *(rows[name] for name in names), mesh=mesh, batch_size=size
       )
+
+  def _check_sampling(self, config: SampleConfig) -> None:
+    """Raise UserError for what the model cannot sample."""
+    config.check(self.noise, self.parameterization)
+    edits = any(isinstance(c, Editing) for c in self.conditioners.values())
+    if config.image_guidance != 1 and not edits:
+      raise UserError(
+        f'image_guidance is {config.image_guidance:g}, but the model edits no picture; leave it at '
+        '1.'
+      )
+    if config.autoguidance != 1 and self.worse is None:
+      raise UserError(
+        f'autoguidance is {config.autoguidance}, but there is no worse model; give --worse DIR, or '
+        'set it to 1.'
+      )
+    distilled = 'guidance' in getattr(self.denoiser.config, 'conditions', ())
+    if config.distilled_guidance is not None and not distilled:
+      raise UserError(
+        f'distilled_guidance is {config.distilled_guidance:g}, but the denoiser is told of none; '
+        'leave it out, or use guidance.'
+      )
+    for name, default in (('clip_skip', 0), ('prompt_syntax', PLAIN)):
+      if getattr(config, name) != default:
+        self._with_text(name, default)
 
 
 def joined(parts: Iterable[Arrays]) -> Condition:

@@ -16,6 +16,7 @@ from diffusion_jax.config import DataConfig, TrainingConfig
 from diffusion_jax.data.sources import open_data
 from diffusion_jax.data.sources.arrays import ArraySource
 from diffusion_jax.data.span_corruption import CorruptSpans, packed, spans_of
+from diffusion_jax.data.unreadable import readable
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.limits import FileDtype, Range
@@ -162,5 +163,5 @@ class T5Task(Task):
 
 
 def texts_of(source: Source) -> list[str]:
-  """Every caption of every record."""
-  return [text for record in source for text in record['captions']]
+  """Every caption of every record that can be read."""
+  return [text for record in readable(source) for text in record['captions']]
