@@ -101,6 +101,8 @@ class Help:
 
   text: str
   metavar: str = ''
+  flag: str = ''
+  """The option's name where it is not the field's."""
 
 
 Fraction = Annotated[float, Range(0, 1)]

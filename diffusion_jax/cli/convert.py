@@ -1,6 +1,11 @@
 """convert: a pipeline or a network from one layout to another."""
 
 import argparse
+import dataclasses
+from typing import Annotated
+
+from diffusion_jax.cli.options import add_options, read_options
+from diffusion_jax.limits import Help
 
 HELP = 'convert Stable Diffusion between file layouts'
 DESCRIPTION = """Converts a pipeline of Stable Diffusion 1, 2 or XL between the directory of
@@ -19,31 +24,40 @@ examples:
   python -m diffusion_jax convert --from weights.pth --to weights.safetensors --layout tensors"""
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What is converted, and to what."""
+
+  source: Annotated[str, Help(
+    'a directory, or a .safetensors file with a whole model', 'PATH', 'from'
+  )]
+  target: Annotated[str, Help('what is written; it must not exist', 'PATH', 'to')]
+  layout: Annotated[str, Help('diffusers, single-file, native or tensors', 'NAME')]
+  dtype: Annotated[str | None, Help(
+    'float32, float16 or bfloat16 (default: each tensor as it is)', 'NAME'
+  )] = None
+  kind: Annotated[str | None, Help(
+    'the kind of one network, such as unet, where its config.json does not tell', 'NAME', 'type'
+  )] = None
+  prediction: Annotated[str | None, Help(
+    'epsilon or v_prediction: what the model in a single file predicts, where the file does not '
+    'say it', 'NAME'
+  )] = None
+  tokenizers: Annotated[str | None, Help(
+    "for a single file, which holds none: a folder with the tokenizer's files, or with tokenizer/ "
+    'and tokenizer_2/', 'DIR', 'tokenizer'
+  )] = None
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--from', dest='source', required=True, metavar='PATH',
-                      help='a directory, or a .safetensors file with a whole model')
-  parser.add_argument('--to', dest='target', required=True, metavar='PATH',
-                      help='what is written; it must not exist')
-  parser.add_argument('--layout', required=True, metavar='NAME',
-                      help='diffusers, single-file, native or tensors')
-  parser.add_argument('--dtype', metavar='NAME', help='float32, float16 or bfloat16 '
-                      '(default: each tensor as it is)')
-  parser.add_argument('--type', dest='kind', metavar='NAME', help='the kind of one network, such '
-                      'as unet, where its config.json does not tell')
-  parser.add_argument('--prediction', metavar='NAME', help='epsilon or v_prediction: what the '
-                      'model in a single file predicts, where the file does not say it')
-  parser.add_argument('--tokenizer', metavar='DIR', help='for a single file, which holds none: a '
-                      "folder with the tokenizer's files, or with tokenizer/ and tokenizer_2/")
+  add_options(parser, Options)
 
 
 def run(args: argparse.Namespace) -> int:
   from diffusion_jax.formats.convert import convert
 
-  notes = convert(
-    args.source, args.target, args.layout, dtype=args.dtype, kind=args.kind,
-    prediction=args.prediction, tokenizers=args.tokenizer,
-  )
-  for note in notes:
+  options = vars(read_options(Options, args))
+  for note in convert(**options):
     print(note)
-  print(f'written to {args.target}')
+  print(f'written to {options["target"]}')
   return 0

@@ -113,7 +113,8 @@ def add_options(parser: argparse.ArgumentParser, cls: type, title: str = '') -> 
     for note in notes:
       if isinstance(note, Help):
         taken = _taken(kind, note) | ({'required': True} if needed else {})
-        group.add_argument(f'--{name}', help=note.text.replace('%', '%%'), **taken)
+        text = note.text.replace('%', '%%')
+        group.add_argument(f'--{note.flag or name}', dest=name, help=text, **taken)
 
 
 def _taken(kind: Any, note: Help) -> dict[str, Any]:

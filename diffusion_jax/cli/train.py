@@ -1,8 +1,11 @@
 """train: a config and a workdir."""
 
 import argparse
+import dataclasses
+from typing import Annotated
 
-from diffusion_jax.cli.options import check_overrides
+from diffusion_jax.cli.options import add_options, check_overrides, read_options
+from diffusion_jax.limits import Help
 from diffusion_jax.parallel.startup import find_cluster
 from diffusion_jax.runs.start import Start
 
@@ -17,15 +20,24 @@ example:
   python -m diffusion_jax train --config configs/openmoji/quickstart.py --workdir runs/quickstart"""
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """A config and a workdir."""
+
+  config: Annotated[str, Help(
+    'config file to run, or the name of a recipe of the package, such as openmoji/quickstart',
+    'FILE'
+  )]
+  workdir: Annotated[str, Help(
+    'where config, checkpoints, metrics, grids, report and model go', 'DIR'
+  )]
+  quiet: Annotated[bool, Help('no progress bar, only the paths of results')] = False
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--config', required=True, metavar='FILE', help='config file to run, or the '
-                      'name of a recipe of the package, such as openmoji/quickstart')
-  parser.add_argument('--workdir', required=True, metavar='DIR',
-                      help='where config, checkpoints, metrics, grids, report and model go')
+  add_options(parser, Options)
   parser.add_argument('--config.KEY', dest='example', metavar='VALUE',
                       help='change any key of the config; repeat for several')
-  parser.add_argument('--quiet', action='store_true', help='no progress bar, only '
-                      'the paths of results')
 
 
 def opening(args: argparse.Namespace) -> Start:
@@ -51,5 +63,6 @@ def run(args: argparse.Namespace) -> int:
   enable_compile_cache()
   start_distributed()
   args.start.join()
-  training = build(load_config(args.config, args.overrides), args.workdir)
-  return train(training, progress=not args.quiet, start=args.start)
+  options = read_options(Options, args)
+  training = build(load_config(options.config, args.overrides), options.workdir)
+  return train(training, progress=not options.quiet, start=args.start)
