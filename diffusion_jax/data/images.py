@@ -74,35 +74,44 @@ swapped, to give the image as it lies in the file."""
 _WIDTH, _HEIGHT = 256, 257
 
 
-def read_square(path: str | Path, size: int) -> tuple[np.ndarray, tuple[int, int]]:
-  """(the central square, uint8 [size size 3], the image's (height, width)); or Unreadable."""
+def read_square(
+  source: str | Path | BinaryIO, size: int, name: str | Path = ''
+) -> tuple[np.ndarray, tuple[int, int]]:
+  """(the central square, uint8 [size size 3], the image's (height, width)); or Unreadable.
+
+  source, name: a path, or an open file that errors call `name`.
+  """
   # The square first: a thin strip would grow beyond all bounds if it were scaled as a whole.
-  square, upright = _read(path, path, lambda header: (_decoded(header, True), header.upright))
+  square, upright = _read(
+    source, name or source, lambda header: (_decoded(header, True), header.upright)
+  )
   return resize(square, size, size), upright
 
 
 def read_middle(
-  path: str | Path, height: int, width: int
+  source: str | Path | BinaryIO, height: int, width: int, name: str | Path = ''
 ) -> tuple[np.ndarray, tuple[int, int]]:
   """Return the image scaled until it covers height x width, of that its middle, uint8
-  [height width 3], and (height, width) of the image.
+  [height width 3], and (height, width) of the image; source, name: as of `read_square`.
 
   Raises:
     Unreadable: as `read_pixels`.
   """
   if height == width:
-    return read_square(path, height)
-  pixels, upright = _read(path, path, lambda header: (_decoded(header, False), header.upright))
+    return read_square(source, height, name)
+  pixels, upright = _read(
+    source, name or source, lambda header: (_decoded(header, False), header.upright)
+  )
   return central_crop(pixels, pixels.shape[:2], (height, width)), upright
 
 
-def read_size(path: str | Path) -> tuple[int, int]:
+def read_size(source: str | Path | BinaryIO, name: str | Path = '') -> tuple[int, int]:
   """Return (height, width) of an image as `read_pixels` turns it; none of its pixels is read.
 
   Raises:
     Unreadable: as `read_pixels`, but for damage beyond the header.
   """
-  return _read(path, path, lambda header: header.upright)
+  return _read(source, name or source, lambda header: header.upright)
 
 
 def read_pixels(

@@ -8,10 +8,11 @@ of dates, which a copy changes.
 import concurrent.futures
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -22,7 +23,8 @@ FEWEST = 20
 _ENDS = 2**15
 """Bytes at the start and at the end of a file that are read: pictures that are alike there and as
 long would only be on one side together."""
-_READERS = 8
+READERS = 8
+"""Threads that read files at once."""
 
 
 class Measured(NamedTuple):
@@ -36,10 +38,10 @@ APART = Measured('On the test split, which was not trained on.')
 
 
 class Parts(NamedTuple):
-  """The record numbers of both sides, in order."""
+  """The record numbers of both sides, int64 [n] each, in order."""
 
-  train: list[int]
-  test: list[int]
+  train: np.ndarray
+  test: np.ndarray
   measured: Measured
 
 
@@ -48,24 +50,26 @@ def measured_on(test: Sequence) -> Measured:
   return getattr(test, 'measured', APART)
 
 
-def by_content(files: Sequence[Path], fraction: float, labels: Sequence[str] = ()) -> Parts:
+def by_content(
+  count: int, hashes: Callable[[], np.ndarray], fraction: float, labels: Sequence[str] = ()
+) -> Parts:
   """Split pictures by content; if too few, both sides are all of them.
 
-  fraction: expected of the test, in [0, 1). labels: any with test pictures has training ones too.
+  hashes: gives those of all, uint8 [n 8 or more], where they are needed. fraction: expected of the
+  test, in [0, 1). labels: any with test pictures has training ones too.
   """
-  every, count = list(range(len(files))), len(files)
+  every = np.arange(count)
   if not fraction:
     return Parts(every, every, Measured(
       f'On the {count:,} pictures that are trained on: data.test_fraction is 0.', True
     ))
-  side = _sides(content_hashes(files), fraction, labels) if count >= FEWEST else [False] * count
-  parts = [[i for i in every if side[i] == test] for test in (False, True)]
-  if not parts[1]:
+  tested = _tested(hashes(), fraction, labels) if count >= FEWEST else np.zeros(count, bool)
+  if not tested.any():
     return Parts(every, every, Measured(
       f'On the {count:,} pictures that are trained on: they are too few for a test part.', True
     ))
-  return Parts(*parts, Measured(
-    f'On {len(parts[1]):,} of {count:,} pictures, chosen by their content, which are not trained '
+  return Parts(every[~tested], every[tested], Measured(
+    f'On {tested.sum():,} of {count:,} pictures, chosen by their content, which are not trained '
     'on.'
   ))
 
@@ -84,8 +88,8 @@ def of_own_folders(train: Sequence[Path], test: Sequence[Path]) -> Measured:
 
 def content_hashes(files: Sequence[Path]) -> list[bytes]:
   """Hash the length, start and end of each file, or the name of one that cannot be read."""
-  with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-    return list(pool.map(_content_hash, files))
+  with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+    return list(pool.map(file_hash, files))
 
 
 def size_of(path: Path) -> int:
@@ -96,28 +100,43 @@ def size_of(path: Path) -> int:
     return -1
 
 
-def _content_hash(path: Path) -> bytes:
+def file_hash(path: Path) -> bytes:
+  """The `content_hash` of a file, or one of its name if it cannot be read."""
   try:
     with path.open('rb') as file:
-      size = file.seek(0, 2)
-      file.seek(0)
-      data = file.read(_ENDS)
-      file.seek(max(len(data), size - _ENDS))
-      data += file.read(_ENDS)
+      return content_hash(file)
   except OSError:  # An error names it when the picture is read.
-    size, data = -1, os.fsencode(path.name)
-  return hashlib.sha256(b'%d:' % size + data).digest()
+    return name_hash(os.fsencode(path.name))
 
 
-def _sides(hashes: Sequence[bytes], fraction: float, labels: Sequence[str]) -> list[bool]:
-  tested = {each for each in hashes if int.from_bytes(each[:8]) < fraction * 2**64}
-  by_label: Mapping[str, set[bytes]] = {}
-  for each, label in zip(hashes, labels or [''] * len(hashes), strict=True):
-    by_label.setdefault(label, set()).add(each)
-  for own in by_label.values():
-    if own <= tested:  # Nothing would be left to learn it from.
-      tested -= own
-  return [each in tested for each in hashes]
+def content_hash(file: BinaryIO) -> bytes:
+  """The digest of the length, start and end of an open file, [32]."""
+  size = file.seek(0, 2)
+  file.seek(0)
+  data = file.read(_ENDS)
+  file.seek(max(len(data), size - _ENDS))
+  return hashlib.sha256(b'%d:' % size + data + file.read(_ENDS)).digest()
+
+
+def name_hash(name: bytes) -> bytes:
+  """The digest that stands for content that cannot be read, [32]."""
+  return hashlib.sha256(b'-1:' + name).digest()
+
+
+def _tested(hashes: np.ndarray, fraction: float, labels: Sequence[str]) -> np.ndarray:
+  """Whether each record is of the test, bool [n]."""
+  first = np.ascontiguousarray(hashes[:, :8]).view('>u8')[:, 0]
+  tested = first < np.uint64(math.ceil(fraction * 2**64))
+  if not len(labels):
+    return tested
+  numbers: dict[str, int] = {}
+  classes = np.fromiter((numbers.setdefault(each, len(numbers)) for each in labels), int)
+  trained = np.bincount(classes[~tested], minlength=len(numbers))
+  for number in np.flatnonzero(trained == 0):
+    own = classes == number
+    if tested[own].all():  # Nothing would be left to learn it from.
+      tested &= ~np.isin(first, first[own])
+  return tested
 
 
 FILES = 256
@@ -141,11 +160,16 @@ def of_records(records: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 def of_files(files: Sequence[Path], folder: Path) -> str:
   """Hash the names below the folder and the sizes of files, and the content of some."""
+  names = (f'{key_of(path.relative_to(folder).as_posix())}\n{size_of(path)}' for path in files)
+  return of_names(names, content_hashes([files[i] for i in spread(len(files), FILES)]))
+
+
+def of_names(names: Iterable[str], hashes: Iterable[bytes]) -> str:
+  """Hash names, one a line, and digests of content."""
   found = hashlib.sha256()
-  for path in files:
-    name = key_of(path.relative_to(folder).as_posix())
-    found.update(f'{name}\n{size_of(path)}\n'.encode(errors='surrogateescape'))
-  for each in content_hashes([files[i] for i in spread(len(files), FILES)]):
+  for name in names:
+    found.update(f'{name}\n'.encode(errors='surrogateescape'))
+  for each in hashes:
     found.update(each)
   return found.hexdigest()[:32]
 

@@ -6,7 +6,6 @@ The class is the folder below the root (PATH/cat/1.png). Folders may be nested. 
 test/ are the splits; without them pictures are split by content.
 """
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import SupportsIndex
@@ -23,19 +22,13 @@ from diffusion_jax.data.finding import (
   own_splits,
   with_suffixes,
 )
-from diffusion_jax.data.images import read_middle
-from diffusion_jax.data.splits import (
-  APART,
-  Measured,
-  by_content,
-  of_files,
-  of_own_folders,
-  of_texts,
-)
+from diffusion_jax.data.sources.entries import Entries, Entry
+from diffusion_jax.data.sources.pictures import PictureSource, split
+from diffusion_jax.data.splits import file_hash, of_files, of_own_folders, of_texts
 from diffusion_jax.errors import UserError
 
 
-def open_captioned(config: DataConfig) -> tuple['FolderSource', 'FolderSource']:
+def open_captioned(config: DataConfig) -> tuple[PictureSource, PictureSource]:
   """(train, test) of 'folder:PATH' with captions.
 
   UserError: no such folder, no picture, a picture without caption, or an unreadable list of
@@ -46,13 +39,13 @@ def open_captioned(config: DataConfig) -> tuple['FolderSource', 'FolderSource']:
   pictures = [path for _, part in splits for path in part]
   captions = iter(captions_of(files, pictures, root, config.caption, config.caption_column, left))
   sources = [
-    FolderSource(folder, part, config.shape, [next(captions) for _ in part])
+    PictureSource(Files(folder, part, [next(captions) for _ in part]), config.shape)
     for folder, part in splits
   ]
   return _train_and_test(sources, config, left)
 
 
-def open_labelled(config: DataConfig) -> tuple['FolderSource', 'FolderSource']:
+def open_labelled(config: DataConfig) -> tuple[PictureSource, PictureSource]:
   """(train, test) of 'folder:PATH' with classes; UserError: no folder, no pictures in classes."""
   root, left = _root(config), Left()
   files, splits = _found(root, left)
@@ -63,17 +56,17 @@ def open_labelled(config: DataConfig) -> tuple['FolderSource', 'FolderSource']:
   for folder, part in splits:
     part = _in_classes(part, folder, left)
     labels = [key_of(path.relative_to(folder).parts[0]) for path in part]
-    sources.append(FolderSource(folder, part, config.shape, labels=labels))
+    sources.append(PictureSource(Files(folder, part, labels=labels), config.shape))
   return _train_and_test(sources, config, left)
 
 
-def open_all(root: Path, size: tuple[int, int], caption: str) -> 'FolderSource':
+def open_all(root: Path, size: tuple[int, int], caption: str) -> PictureSource:
   """Return all pictures of a folder. UserError as `open_captioned`."""
   left = Left()
   files = _files_of(root, left)
   pictures = with_suffixes(files)
   captions = captions_of(files, pictures, root, caption, '', left)
-  return FolderSource(root, pictures, size, captions, notes=left.notes(root))
+  return PictureSource(Files(root, pictures, captions), size, notes=left.notes(root))
 
 
 def _root(config: DataConfig) -> Path:
@@ -122,69 +115,49 @@ def _in_classes(pictures: Sequence[Path], folder: Path, left: Left) -> list[Path
 
 
 def _train_and_test(
-  sources: list['FolderSource'], config: DataConfig, left: Left
-) -> tuple['FolderSource', 'FolderSource']:
+  sources: list[PictureSource], config: DataConfig, left: Left
+) -> tuple[PictureSource, PictureSource]:
   """The two as they are, or a single one split by content."""
   train, *others = sources
   train.notes = left.notes(_root(config))
   if others:
     (test,) = others
-    test.measured = of_own_folders(train.files, test.files)
+    test.measured = of_own_folders(train.entries.files, test.entries.files)
     return train, test
-  parts = by_content(train.files, config.test_fraction, train.labels or ())
-  return train.part(parts.train, parts.measured), train.part(parts.test, parts.measured)
+  return split(train, config.test_fraction)
 
 
-class FolderSource:
-  """Records of pictures in a folder; image uint8 [h w 3] of the size (h, w), see `read_middle`.
-
-  With captions a record has 'sizes', float32 [6]: height and width of the upright picture, top and
-  left of the image in it once it is scaled to cover the size, and the size, as SDXL takes them.
-  With labels it has 'label', which is its caption too.
-
-  notes: what of the folder is not used, for people. measured: what scores on it are measured on.
-  """
+class Files(Entries):
+  """Pictures in files below a folder; with labels these are their captions too."""
 
   def __init__(
-    self, folder: Path, files: Sequence[Path], size: tuple[int, int],
-    captions: Sequence[list[str]] | None = None, labels: Sequence[str] | None = None,
-    notes: tuple[str, ...] = (),
+    self, folder: Path, files: Sequence[Path], captions: Sequence[list[str]] | None = None,
+    labels: Sequence[str] | None = None,
   ):
-    self.folder, self.files, self.size = folder, list(files), size
-    self.captions, self.labels, self.notes, self.measured = captions, labels, notes, APART
-
-  def part(self, numbers: Sequence[int], measured: Measured) -> 'FolderSource':
-    """Return a source of these records alone."""
-    part = copy.copy(self)
-    for name in ('files', 'captions', 'labels'):
-      if (values := getattr(self, name)) is not None:
-        setattr(part, name, [values[i] for i in numbers])
-    part.measured = measured
-    return part
-
-  def fingerprint(self) -> dict[str, str]:
-    """Return hashes that change with the pictures and their classes, or with their captions."""
-    captions = {} if self.captions is None else {'captions': of_texts(self.captions)}
-    return {'pictures': of_files(self.files, self.folder), **captions}
+    self.folder, self.files, self.captions, self.labels = folder, list(files), captions, labels
 
   def __len__(self) -> int:
     return len(self.files)
 
-  def __getitem__(self, index: SupportsIndex) -> dict:
-    """Return record `index`. Unreadable where the picture cannot be read."""
-    index = range(len(self.files))[index]
-    file = self.files[index]
-    name = key_of(file.relative_to(self.folder).with_suffix('').as_posix())
-    image, own = read_middle(file, *self.size)
-    record = {'image': image, 'id': name}
-    if self.labels is not None:
-      return record | {'captions': [self.labels[index]], 'label': self.labels[index]}
-    scale = max(wanted / edge for wanted, edge in zip(self.size, own, strict=True))
-    offsets = (
-      (round(edge * scale) - wanted) // 2 for wanted, edge in zip(self.size, own, strict=True)
+  def __getitem__(self, index: int) -> Entry:
+    file, captions, labels = self.files[index], self.captions, self.labels
+    return Entry(
+      self.name(index), str(file), file, None if captions is None else captions[index],
+      label=None if labels is None else labels[index],
     )
-    sizes = (*own, *offsets, *self.size)
-    return record | {'captions': self.captions[index], 'sizes': np.asarray(sizes, np.float32)}
+
+  def name(self, index: int) -> str:
+    """The path below the folder, without its suffix."""
+    return key_of(self.files[index].relative_to(self.folder).with_suffix('').as_posix())
+
+  def hash(self, index: int) -> bytes:
+    return file_hash(self.files[index])
+
+  def fingerprint(self, numbers: Sequence[int]) -> dict[str, str]:
+    captions = {} if self.captions is None else {
+      'captions': of_texts([self.captions[i] for i in numbers])
+    }
+    return {'pictures': of_files([self.files[i] for i in numbers], self.folder), **captions}
 
 
 class Alternating:

@@ -11,17 +11,18 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any
 
 import numpy as np
 
 from diffusion_jax.config import DataConfig
 from diffusion_jax.data.images import read_pixels
 from diffusion_jax.data.sources import OF_FOLDERS, square_of, without_effect
+from diffusion_jax.data.sources.entries import Entries, Entry
+from diffusion_jax.data.sources.pictures import PictureSource
 from diffusion_jax.data.splits import IMAGES, RECORDS, of_images, of_texts, spread
 from diffusion_jax.errors import Unreadable, UserError
 from diffusion_jax.files import bounded_bytes, first_line, read_object, reading
-from diffusion_jax.types import Record
 
 METADATA, FEATURES = 'dataset_info.json', 'features.json'
 MOST_SHARDS = 100_000
@@ -235,7 +236,7 @@ def _generate(builder: Any) -> None:
       ) from error
 
 
-def prepared(config: DataConfig) -> tuple['PreparedRecords', 'PreparedRecords']:
+def prepared(config: DataConfig) -> tuple[PictureSource, PictureSource]:
   """Return (train, test) of the data set that a `DataConfig` names."""
   without_effect(config, config.dataset, *OF_FOLDERS)
   train, test = (
@@ -250,7 +251,7 @@ def prepared(config: DataConfig) -> tuple['PreparedRecords', 'PreparedRecords']:
 
 def open_source(
   dataset: str, split: str, *, size: int, data_dir: str | None = None, prepare: bool = False
-) -> 'PreparedRecords':
+) -> PictureSource:
   """Open one split of a prepared data set, 'train', 'test', or a slice such as 'train[:100]'.
 
   dataset, size, data_dir: as `make_builder`. prepare: prepare the data set if missing. UserError:
@@ -265,7 +266,8 @@ def open_source(
       f'The data set {dataset} at {size} px is not in {builder.data_dir}: '
       f'run python -m diffusion_jax prepare --dataset {dataset} --size {size}{folder}'
     )
-  return PreparedRecords(builder.data_dir, split, DATASETS[dataset][-1])
+  entries = PreparedEntries(builder.data_dir, split)
+  return PictureSource(entries, credit=DATASETS[dataset][-1])
 
 
 class _Prepared(Sequence):
@@ -340,24 +342,20 @@ class PreparedImages(_Prepared):
     return self._image(self._features(index), index)
 
 
-class PreparedRecords(_Prepared):
+class PreparedEntries(_Prepared, Entries):
   """Records of our own data sets: image, captions, id, and label where it has groups."""
 
-  def __init__(self, folder: str | Path, split: str, credit: str = ''):
-    super().__init__(folder, split)
-    self.credit = credit
-
-  def __getitem__(self, index: SupportsIndex) -> Record:
-    """Return record `index`. Unreadable where it is damaged, or the file that it is in."""
-    index = range(self._length)[index]
+  def __getitem__(self, index: int) -> Entry:
+    """Entry `index`. Unreadable where it is damaged, or the file that it is in."""
     try:
       features = self._features(index)
       texts = self._texts(features, index)
-      label = {'label': texts['group'][0]} if 'group' in texts else {}
-      image = self._image(features, index)
-      return {'image': image, 'captions': texts['captions'], 'id': texts['id'][0], **label}
+      with self._reading(f'the record {self._where(index)}'):
+        (picture,), (name, *_), captions = features['image'], texts['id'], texts['captions']
+        label = texts['group'][0] if 'group' in texts else None
     except UserError as error:
       raise Unreadable(str(error)) from error
+    return Entry(name, self._where(index), picture, captions, label=label)
 
   def _texts(self, features: Mapping[str, list[bytes]], index: int) -> dict[str, list[str]]:
     with self._reading(f'the record {self._where(index)}'):
@@ -374,11 +372,12 @@ class PreparedRecords(_Prepared):
     except KeyError:
       raise UserError(f'the data set in {self.folder} has no labels: use another.') from None
 
-  def fingerprint(self) -> dict[str, str]:
+  def fingerprint(self, numbers: Sequence[int]) -> dict[str, str]:
     """Return hashes that change with the texts and pixels of records, not with their storage."""
+    some = lambda most: (numbers[i] for i in spread(len(numbers), most))
     return {
-      'captions': of_texts([self._all_texts(i) for i in spread(self._length, RECORDS)]),
-      'pictures': of_images([self._pixels(i) for i in spread(self._length, IMAGES)]),
+      'captions': of_texts([self._all_texts(i) for i in some(RECORDS)]),
+      'pictures': of_images([self._pixels(i) for i in some(IMAGES)]),
     }
 
   def _all_texts(self, index: int) -> list[list[str]] | None:
@@ -390,6 +389,7 @@ class PreparedRecords(_Prepared):
 
   def _pixels(self, index: int) -> np.ndarray:
     try:
-      return self[index]['image']
+      entry = self[index]
+      return read_pixels(entry.source, entry.where)
     except UserError:
       return np.zeros((0, 0, 3), np.uint8)

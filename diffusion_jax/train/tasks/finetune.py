@@ -13,7 +13,8 @@ from PIL import Image
 
 from diffusion_jax.config import TrainingConfig
 from diffusion_jax.data.finding import Left, find_files, with_suffixes
-from diffusion_jax.data.sources.folder import Alternating, FolderSource, open_all
+from diffusion_jax.data.sources.folder import Alternating, open_all
+from diffusion_jax.data.sources.pictures import PictureSource
 from diffusion_jax.data.unreadable import Counted
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import format_of
@@ -251,7 +252,7 @@ def _check_model(settings: FinetuneTaskConfig, model: Diffusion) -> None:
       )
 
 
-def sample_prior(task: FinetuneTask, mesh: Mesh) -> FolderSource:
+def sample_prior(task: FinetuneTask, mesh: Mesh) -> PictureSource:
   """The pictures of the class, after sampling missing ones, also of an interrupted start.
 
   All processes sample the same and see the folder; the first writes.

@@ -1,0 +1,126 @@
+"""The source of pictures, whatever holds them: decoded, cut, and with their texts."""
+
+import concurrent.futures
+import copy
+from collections.abc import Sequence
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from diffusion_jax.data.images import read_middle, read_pixels, read_size
+from diffusion_jax.data.sources.entries import Entries
+from diffusion_jax.data.splits import APART, READERS, Measured, by_content
+from diffusion_jax.errors import Unreadable
+
+DIGEST = 16
+"""Bytes of a record's hash."""
+
+
+class PictureSource(Sequence):
+  """Records of `Entries`: 'image', uint8 [h w 3], 'captions' and 'id', and what the entries have
+  of 'label' and 'caption_weights'.
+
+  With a size the image is scaled until it covers that, and its middle cut out (`read_middle`);
+  'sizes', float32 [6], are height and width of the upright picture, top and left of the image in
+  it once it is scaled, and the size, as SDXL takes them. Without one pictures are as they are.
+
+  entries: shared by all parts. numbers: of the entries that are records, in order; all by default.
+  shape: (height, width) of the images. notes: what is not used, for people. measured: what scores
+  on it are measured on. credit: whom to thank.
+  """
+
+  def __init__(
+    self, entries: Entries, shape: tuple[int, int] | None = None,
+    numbers: np.ndarray | None = None, *, notes: tuple[str, ...] = (), credit: str = '',
+    measured: Measured = APART,
+  ):
+    self.entries, self.notes, self.credit, self.measured = entries, notes, credit, measured
+    self.numbers = np.arange(len(entries)) if numbers is None else np.asarray(numbers, np.int64)
+    # One row for each record, or one for all.
+    self.shapes = None if shape is None else np.asarray([shape], np.int32)
+
+  def __len__(self) -> int:
+    return len(self.numbers)
+
+  def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+    """Return record `index`. Unreadable where its picture or its texts cannot be read."""
+    index = range(len(self))[index]
+    entry = self.entries[int(self.numbers[index])]
+    if self.shapes is None:
+      record: dict[str, Any] = {'image': read_pixels(entry.source, entry.where)}
+    else:
+      shape = self._shape(index)
+      image, own = read_middle(entry.source, *shape, entry.where)
+      record = {'image': image, 'sizes': sizes_of(own, shape)}
+    record['captions'] = [entry.label] if entry.captions is None else list(entry.captions)
+    if entry.weights:
+      record['caption_weights'] = list(entry.weights)
+    return record | {'id': entry.name} | ({} if entry.label is None else {'label': entry.label})
+
+  def _shape(self, index: int) -> tuple[int, int]:
+    height, width = self.shapes[index if len(self.shapes) > 1 else 0]
+    return int(height), int(width)
+
+  @property
+  def labels(self) -> list[str] | None:
+    """The labels of all records, in order; None without, or UserError."""
+    labels = self.entries.labels
+    return None if labels is None else [labels[i] for i in self.numbers]
+
+  def part(self, numbers: Sequence[int], measured: Measured) -> 'PictureSource':
+    """A source of these records alone, in this order."""
+    part = copy.copy(self)
+    numbers = np.asarray(numbers, np.int64)
+    part.numbers, part.measured = self.numbers[numbers], measured
+    if self.shapes is not None and len(self.shapes) > 1:
+      part.shapes = self.shapes[numbers]
+    return part
+
+  def at_sizes(self, shapes: np.ndarray) -> 'PictureSource':
+    """A source whose record i is read at shapes[i], (height, width), int32 [n 2]."""
+    if shapes.shape != (len(self), 2):
+      raise ValueError(f'{shapes.shape} are not sizes for {len(self)} records')
+    other = copy.copy(self)
+    other.shapes = np.asarray(shapes, np.int32)
+    return other
+
+  def original_sizes(self) -> np.ndarray:
+    """(height, width) of the upright pictures, int32 [n 2]; 0 0 of what cannot be read.
+
+    Headers alone are read, and none where the entries know.
+    """
+    if (known := self.entries.sizes) is not None:
+      return known[self.numbers]
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+      found = pool.map(self._own_size, self.numbers.tolist())
+      return np.fromiter(found, np.dtype((np.int32, 2)), len(self))
+
+  def _own_size(self, number: int) -> tuple[int, int]:
+    try:
+      entry = self.entries[number]
+      return read_size(entry.source, entry.where)
+    except Unreadable:
+      return 0, 0
+
+  def hashes(self) -> np.ndarray:
+    """Digests of the pictures as they were stored, uint8 [n 16]: of length, start and end."""
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+      found = pool.map(lambda i: self.entries.hash(i)[:DIGEST], self.numbers.tolist())
+      return np.frombuffer(b''.join(found), np.uint8).reshape(-1, DIGEST)
+
+  def fingerprint(self) -> dict[str, str]:
+    """Hashes that change with the pictures and their classes, or with their captions."""
+    return self.entries.fingerprint(self.numbers.tolist())
+
+
+def sizes_of(own: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
+  """What SDXL is told of a picture whose middle was cut out, float32 [6]: see `PictureSource`."""
+  scale = max(wanted / edge for wanted, edge in zip(shape, own, strict=True))
+  offsets = ((round(edge * scale) - wanted) // 2 for wanted, edge in zip(shape, own, strict=True))
+  return np.asarray((*own, *offsets, *shape), np.float32)
+
+
+def split(source: PictureSource, fraction: float) -> tuple[PictureSource, PictureSource]:
+  """(train, test) of a source that has no split of its own, by content; fraction: of the test."""
+  parts = by_content(len(source), source.hashes, fraction, source.labels or ())
+  return source.part(parts.train, parts.measured), source.part(parts.test, parts.measured)
