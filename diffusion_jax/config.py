@@ -154,10 +154,11 @@ class DataConfig:
   transform in each process; 0 does it between the steps. most_unreadable: fraction of the records
   of a split that may be damaged, which are named and replaced; with more the run ends.
 
-  Of folders alone: caption: of every picture without one of its own, or several, one a line.
-  caption_column: the one column of captions in metadata.jsonl or metadata.csv, '' for all of
-  `captions.CAPTIONS`. test_fraction: of the pictures that are left to the test split where there
-  are no folders train and test; 0 to train on all.
+  Of pictures of one's own alone: caption: of every picture without one of its own, or several, one
+  a line; {name}, {folder} and {label} in it are words of the picture's path and its class.
+  caption_column: the one column of captions in lists and tables, '' for all of `fields.CAPTIONS`.
+  test_fraction: of the pictures that are left to the test split where there is none; 0 to train on
+  all.
   """
 
   dataset: str

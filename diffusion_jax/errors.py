@@ -22,7 +22,17 @@ class UserError(Exception):
 
 
 class Unreadable(UserError):
-  """A picture, or another record of a data set, that cannot be read; others of the set may be."""
+  """A picture, or another record of a data set, that cannot be read; others of the set may be.
+
+  cause: what is wrong with it, in a few words that are the same for all of which it is true.
+  """
+
+  def __init__(self, message: str, cause: str = 'damaged'):
+    super().__init__(message)
+    self.cause = cause
+
+  def __reduce__(self) -> tuple:  # Or the cause would be lost on the way from another process.
+    return type(self), (str(self), self.cause)
 
 
 class Diverged(RuntimeError):

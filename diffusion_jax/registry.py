@@ -83,6 +83,7 @@ CONDITIONERS = Table('conditioner', {
 SOURCES = Table('source of data', {
   'openmoji': 'diffusion_jax.data.sources.tfds:prepared',
   'folder': 'diffusion_jax.data.sources.folder:open_captioned',
+  'records': 'diffusion_jax.data.sources.records:open_records',
   'wordnet': 'diffusion_jax.data.sources.texts:wordnet',
   'text': 'diffusion_jax.data.sources.texts:text_files',
   'moons': 'diffusion_jax.data.sources.arrays:points',

@@ -1,9 +1,9 @@
 """Captions from files: a text beside each picture, or lists of captions.
 
-First comes the text file beside a picture, then the nearest list (metadata.jsonl, metadata.csv or
-metadata.tsv, as for diffusers), then the caption given for all. A row of a list has the picture's
-name below the list's folder (`file_name`) and its caption (`text`); a list of texts, several
-columns and several rows are several captions. Null, numbers and objects are none.
+First comes the text file beside a picture (.txt, .caption, .json), then the nearest list
+(metadata.jsonl, metadata.csv, metadata.tsv, as for diffusers, or metadata.parquet), then the
+caption given for all. A row of a list has the picture's name below the list's folder (`file_name`)
+and its caption (`text`); a list of texts, several columns and several rows are several captions.
 """
 
 import codecs
@@ -12,18 +12,29 @@ import itertools
 import os
 import posixpath
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from diffusion_jax.data.fields import (
+  LONGEST,
+  NAMES,
+  TAGS,
+  Caption,
+  captions_in,
+  clean,
+  columns_of,
+  filled,
+)
 from diffusion_jax.data.finding import SUFFIXES, Left, key_of, with_suffixes
+from diffusion_jax.data.tables import rows_of
 from diffusion_jax.errors import UserError
-from diffusion_jax.files import first_line, parse_json
+from diffusion_jax.files import first_line, parse_json, read_object
 
 MOST_BYTES = 2**26
 """Most bytes of a file that is read whole: a million prompts."""
-LONGEST = 2**16
-"""Characters of one text; no text encoder reads a hundredth of it."""
 _MARKS = (
   (codecs.BOM_UTF32_LE, 'utf-32'), (codecs.BOM_UTF32_BE, 'utf-32'), (codecs.BOM_UTF8, 'utf-8-sig'),
   (codecs.BOM_UTF16_LE, 'utf-16'), (codecs.BOM_UTF16_BE, 'utf-16'),
@@ -76,11 +87,6 @@ def check_characters(text: str, where: str | Path) -> None:
     raise UserError(f'{where} is not UTF-8 ({first_line(error)}); write it as UTF-8.') from error
 
 
-def clean(text: str) -> str:
-  """Strip blanks, and byte order marks, which remain where files were put together."""
-  return text.strip().strip('\ufeff').strip()
-
-
 def encoding_of(start: bytes) -> str:
   """Return the encoding of a file by its first bytes."""
   return next((name for mark, name in _MARKS if start.startswith(mark)), 'utf-8')
@@ -103,25 +109,19 @@ def _checked(text: str) -> str:
   return text
 
 
-LISTS = ('metadata.jsonl', 'metadata.csv', 'metadata.tsv')
+LISTS = ('metadata.jsonl', 'metadata.csv', 'metadata.tsv', 'metadata.parquet')
 """Where a folder has several, the first that names a picture has its captions."""
-NAMES = ('file_name', 'filename', 'file', 'image', 'image_path', 'file_path', 'path')
-"""Columns for the name of the picture; the first that a row has counts."""
-CAPTIONS = (
-  'text', 'texts', 'caption', 'captions', 'prompt', 'prompts', 'description', 'descriptions',
-)
-"""Columns for captions, in the order in which they are taken."""
 _LONGEST_ROW = 16 * LONGEST
 
 
-def read_list(path: Path, root: Path, column: str, left: Left) -> dict[str, list[str]]:
+def read_list(path: Path, root: Path, column: str, left: Left) -> dict[str, list[Caption]]:
   """Captions by key (`finding.key_of`) of the pictures below `root` in a list.
 
   column: the only one for captions; '' for all of CAPTIONS. left: records rows and values that are
   no captions. UserError: the list cannot be read, or names a picture outside of `root`.
   """
-  columns = (column.lower(),) if column else CAPTIONS
-  found: dict[str, list[str]] = {}
+  columns, extra = columns_of(column), () if column else (TAGS,)
+  found: dict[str, list[Caption]] = {}
   seen: set[str] = set()
   without: list[str] = []
   try:
@@ -133,10 +133,10 @@ def read_list(path: Path, root: Path, column: str, left: Left) -> dict[str, list
         left.add('rows without file_name', where)
         continue
       texts = found.setdefault(_key(clean(name), path, root), [])
-      values = [row[c] for c in columns if c in row]
-      without += [] if values else [where]
-      new = [text for value in values for text in _texts(value, where, left)]
-      texts += [text for text in dict.fromkeys(new) if text not in texts]
+      without += [] if row.keys() & {*columns, *extra} else [where]
+      known = {caption.text for caption in texts}
+      new = captions_in(row, column, lambda kind, where=where: left.add(kind, where))
+      texts += [caption for caption in new if caption.text not in known]
   except UserError:
     raise
   except (OSError, ValueError) as error:
@@ -144,7 +144,7 @@ def read_list(path: Path, root: Path, column: str, left: Left) -> dict[str, list
       f'{path} cannot be read ({first_line(error)}); give each picture a row with file_name and '
       'text.'
     ) from error
-  if seen and not seen & {*columns}:
+  if seen and not seen & {*columns, *extra}:
     other = f'{path.relative_to(root)} with {", ".join(sorted(seen))}'
     left.add(f'lists without a column {columns[0]}', other[:200])
   elif without:
@@ -154,6 +154,10 @@ def read_list(path: Path, root: Path, column: str, left: Left) -> dict[str, list
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
   """(number of its last line, row) with names of columns in small letters."""
+  if path.suffix.lower() == '.parquet':
+    for number, row in enumerate(rows_of(path), 1):
+      yield number, {clean(name).lower(): value for name, value in row.items()}
+    return
   lines = stream_lines(path, _LONGEST_ROW)
   if path.suffix == '.jsonl':
     yield from _json_rows(lines)
@@ -186,24 +190,6 @@ def _json_rows(lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
       yield number, {clean(name).lower(): value for name, value in row.items()}
 
 
-def _texts(value: Any, where: str, left: Left) -> list[str]:
-  """The captions in a value, which may be a list of them."""
-  texts = []
-  for each in value if isinstance(value, list) else [value]:
-    if not isinstance(each, str):
-      kind = 'null' if each is None else {dict: 'an object', list: 'a list'}.get(
-        type(each), 'a number'
-      )
-      left.add(f'captions that are {kind}', where)
-    elif not clean(each):
-      left.add('captions that are empty', where)
-    elif len(each) > LONGEST:
-      left.add(f'captions of more than {LONGEST:,} characters', where)
-    else:
-      texts.append(clean(each))
-  return texts
-
-
 def _key(name: str, path: Path, root: Path) -> str:
   """UserError for a name that leads out of `root`."""
   place = name.replace('\\', '/')
@@ -219,19 +205,20 @@ def _key(name: str, path: Path, root: Path) -> str:
   return key_of(place)
 
 
-TEXTS = ('.txt', '.caption')
-"""Suffixes of files beside pictures, one caption a line; the first that is there counts."""
+TEXTS = ('.txt', '.caption', '.json')
+"""Suffixes of files beside pictures, the first that is there counts: one caption a line, or the
+fields of a row as a JSON object."""
 
 
 def captions_of(
   files: Sequence[Path], pictures: Sequence[Path], root: Path, caption: str, column: str,
   left: Left,
-) -> list[list[str]]:
+) -> list[list[Caption]]:
   """The captions of each of `pictures`, one at least; UserError: one has none, or is unreadable.
 
-  files: all in the folder `root`. caption: for pictures without their own; several, one a line.
-  column: of lists; '' for all of `captions.CAPTIONS`. left: records what belongs to no picture, and
-  what another source overrides.
+  files: all in the folder `root`. caption: for pictures without their own; several, one a line,
+  see `fields.filled`. column: of lists; '' for all of `fields.CAPTIONS`. left: records what belongs
+  to no picture, and what another source overrides.
   """
   keys = {path: key_of(path.relative_to(root).as_posix()) for path in files}
   listed = _listed(files, root, column, left)
@@ -239,35 +226,49 @@ def captions_of(
   every = [keys[path] for path in with_suffixes(files)]
   for name in sorted(listed.keys() - set(every)):
     left.add('rows without a picture', name)
-  for stem in sorted(beside.keys() - set(map(_stem, every))):
-    left.add('texts beside no picture', keys[beside[stem]])
+  alone = {beside[stem] for stem in beside.keys() - set(map(_stem, every))}
+  for path in sorted(path for path in alone if path.suffix.lower() != '.json'):
+    left.add('texts beside no picture', keys[path])
   for path in files:
-    if path.suffix.lower() not in (*SUFFIXES, *TEXTS) and path.name.lower() not in LISTS:
+    known = path.suffix.lower() in (*SUFFIXES, *TEXTS) or path.name.lower() in LISTS
+    if not known or (path in alone and path.suffix.lower() == '.json'):
       left.add(f'files of another kind ({path.suffix or "no suffix"})', keys[path])
-  general, found, without = lines_of(caption, 'data.caption'), [], []
+  lines, found, without = lines_of(caption, 'data.caption'), [], []
   for path in pictures:
     text, rows = beside.get(_stem(keys[path])), listed.get(keys[path], [])
-    own = read_lines(text, 'captions') if text else []
+    own = _own_captions(text, column, left) if text else []
     if own and rows:
       left.add('rows of pictures that have a text beside them', keys[path])
+    general = [] if own or rows else [Caption(each) for each in filled(lines, _stem(keys[path]))]
     found.append(own or rows or general)
     if not (own or rows):
-      without.append(path)
-  if without and not general:
-    raise _no_caption(without, left)
+      without.append((path, bool(general)))
+  if bare := [path for path, general in without if not general]:
+    raise _no_caption(bare, left)
   if without and len(without) < len(pictures):
     left.add(
       'pictures without a caption of their own, which have data.caption',
-      keys[without[0]], len(without),
+      keys[without[0][0]], len(without),
     )
   return found
 
 
-def _listed(files: Sequence[Path], root: Path, column: str, left: Left) -> dict[str, list[str]]:
+def _own_captions(path: Path, column: str, left: Left) -> list[Caption]:
+  """What the text beside a picture says."""
+  if path.suffix.lower() != '.json':
+    return [Caption(line) for line in read_lines(path, 'captions')]
+  row = {clean(name).lower(): value for name, value in read_object(path).items()}
+  captions = captions_in(row, column, lambda kind: left.add(kind, path.name))
+  if not captions:
+    left.add(f'JSON beside pictures without {columns_of(column)[0]}', path.name)
+  return captions
+
+
+def _listed(files: Sequence[Path], root: Path, column: str, left: Left) -> dict[str, list[Caption]]:
   """Key of a picture -> its captions in the list that is nearest to it."""
   lists = [path for path in files if path.name.lower() in LISTS]
   lists.sort(key=lambda path: (-len(path.parts), LISTS.index(path.name.lower())))
-  known: dict[str, list[str]] = {}
+  known: dict[str, list[Caption]] = {}
   for path in lists:
     for key, texts in read_list(path, root, column, left).items():
       if known.get(key) and texts:
@@ -299,3 +300,30 @@ def _no_caption(without: Sequence[Path], left: Left) -> UserError:
     + f'; write {first.with_suffix(".txt").name} beside it, name it in metadata.jsonl, or set '
     'data.caption.'
   )
+
+
+class Texts(Sequence[list[Caption]]):
+  """Captions of many records in a few arrays, for objects of each would take ten times as much."""
+
+  def __init__(self, captions: Iterable[Sequence[Caption]]):
+    texts, counts, weights = [], [], []
+    for each in captions:
+      counts.append(len(each))
+      texts += [caption.text.encode() for caption in each]
+      weights += [caption.weight for caption in each]
+    self._data = b''.join(texts)
+    self._starts = np.cumsum([0, *map(len, texts)])
+    self._firsts = np.cumsum([0, *counts])
+    alike = len({*weights}) < 2
+    self._weights = None if alike else np.asarray(weights, np.float64)
+
+  def __len__(self) -> int:
+    return len(self._firsts) - 1
+
+  def __getitem__(self, index: int) -> list[Caption]:
+    first, stop = self._firsts[index : index + 2]
+    bounds = self._starts[first : stop + 1].tolist()
+    texts = (self._data[a:b].decode() for a, b in itertools.pairwise(bounds))
+    if self._weights is None:
+      return [*map(Caption, texts)]
+    return [*map(Caption, texts, self._weights[first:stop].tolist())]

@@ -141,8 +141,19 @@ def _read(source: str | Path | BinaryIO, name: str | Path, decode: Callable[['_H
     reason = getattr(error, 'strerror', None) or str(error) or type(error).__name__
     raise Unreadable(
       f'the image {name} cannot be read ({" ".join(reason.split())[:200]}); give a file of '
-      f'{", ".join(_FORMATS)}.'
+      f'{", ".join(_FORMATS)}.', _cause(error)
     ) from error
+
+
+def _cause(error: Exception) -> str:
+  """What is wrong with a file, in few words; Pillow's errors say it in many."""
+  if isinstance(error, FileNotFoundError):
+    return 'missing'
+  if isinstance(error, OSError) and error.errno:
+    return 'not readable'
+  text = str(error).lower()
+  known = {'empty': 'empty', 'begins like': 'no picture', 'truncated': 'truncated'}
+  return next((cause for part, cause in known.items() if part in text), 'damaged')
 
 
 @contextlib.contextmanager
@@ -179,6 +190,8 @@ def _read_header(file: BinaryIO) -> _Header:
   file.seek(0)
   start = file.read(16)
   kind = next((k for k, (_, starts) in _FORMATS.items() if start.startswith(starts)), '')
+  if not start:
+    raise ValueError('it is empty')
   if not kind or (kind == 'WEBP' and start[8:12] != b'WEBP'):
     raise ValueError('it begins like no picture')
   if kind == 'WEBP' and file.seek(0, io.SEEK_END) > MOST_BYTES:  # Pillow reads them whole.
@@ -207,15 +220,17 @@ def _orientation(image: ImageFile.ImageFile) -> int:
 def _check_size(header: _Header, name: str | Path) -> None:
   height, width = header.height, header.width
   pixels, most = height * width, max(height, width)
+  if pixels < 1:
+    raise Unreadable(f'the image {name} has {width} x {height} pixels; leave it out.', 'zero size')
   if pixels > MAX_PIXELS or (pixels >= LARGE and most > MAX_EDGE):
     raise Unreadable(
       f'the image {name} has {width} x {height} pixels; give one of at most {MAX_PIXELS:,} '
-      f'pixels in all and {MAX_EDGE:,} along an edge.'
+      f'pixels in all and {MAX_EDGE:,} along an edge.', 'too large'
     )
   if pixels >= LARGE and _bytes_of(header.image, pixels) > _MEMORY:
     raise Unreadable(
       f'the image {name} has {width} x {height} pixels and would take too much memory; save it as '
-      'a PNG, or as a JPEG that is not progressive.'
+      'a PNG, or as a JPEG that is not progressive.', 'too large'
     )
 
 

@@ -149,8 +149,12 @@ def _record(source: Source, index: int, rng: np.random.Generator) -> dict[str, A
 
 
 def _stack(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  """Rows to columns; arrays and numbers are stacked, everything else becomes a list."""
-  return {name: _column([record[name] for record in records]) for name in records[0]}
+  """Rows to columns; arrays and numbers are stacked, everything else becomes a list.
+
+  What some records have only, such as weights of captions, is left out.
+  """
+  names = [name for name in records[0] if all(name in record for record in records)]
+  return {name: _column([record[name] for record in records]) for name in names}
 
 
 def _column(values: list[Any]) -> Any:

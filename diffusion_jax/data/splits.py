@@ -174,7 +174,7 @@ def of_names(names: Iterable[str], hashes: Iterable[bytes]) -> str:
   return found.hexdigest()[:32]
 
 
-def of_texts(texts: Sequence[Any]) -> str:
+def of_texts(texts: Iterable[Any]) -> str:
   """A hash of JSON-ready values."""
   found = hashlib.sha256()
   for each in texts:

@@ -133,12 +133,14 @@ class RandomFlip(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class ChooseCaption(Transform):
-  """Replace 'captions' by one of them, 'caption', each equally likely."""
+  """Replace 'captions' by one of them, 'caption', each equally likely or by 'caption_weights'."""
 
   random: ClassVar[bool] = True
 
   def __call__(self, record: dict, rng: np.random.Generator) -> dict:
     captions = _captions(record)
+    if weights := record.get('caption_weights'):
+      return _with_caption(record, captions[_chosen(weights, rng)])
     return _with_caption(record, captions[int(rng.integers(len(captions)))])
 
 
@@ -292,12 +294,16 @@ def _captions(record: Mapping[str, Any]) -> list[str]:
 
 
 def _with_caption(record: dict, caption: str) -> dict:
-  kept = {name: value for name, value in record.items() if name != 'captions'}
+  kept = {k: value for k, value in record.items() if k not in ('captions', 'caption_weights')}
   return kept | {'caption': caption}
 
 
+def _chosen(weights: list[float], rng: np.random.Generator) -> int:
+  """A number below len(weights), each as likely as its weight."""
+  ends = np.cumsum(weights)
+  return int(min(np.searchsorted(ends, rng.random() * ends[-1], side='right'), len(weights) - 1))
+
+
 def _without_texts(record: dict) -> dict:
-  texts = lambda value: isinstance(value, str) or (
-    isinstance(value, list) and bool(value) and isinstance(value[0], str)
-  )
+  texts = lambda value: isinstance(value, (str, list))
   return {name: value for name, value in record.items() if not texts(value)}

@@ -3,6 +3,7 @@
 import itertools
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, SupportsIndex
 
@@ -11,7 +12,7 @@ import numpy as np
 from diffusion_jax.errors import Unreadable, UserError
 from diffusion_jax.parallel.processes import post, posted
 
-_MOST_TRIES, _POSTED = 1000, 'unreadable'
+_MOST_TRIES, _POSTED, _BETWEEN = 1000, 'unreadable', '\n'
 
 
 class Damage:
@@ -22,25 +23,34 @@ class Damage:
 
   def __init__(self, say: Callable[[str], None] = lambda text: None):
     self._say, self._lock = say, threading.Lock()
-    self._sentences: dict[str, None] = {}
+    self._found: dict[str, str] = {}
 
   def __len__(self) -> int:
-    return len(self.sentences)
+    return len(self._all())
 
   @property
   def sentences(self) -> list[str]:
     """This process's in order, then those of others."""
-    with self._lock:
-      mine = list(self._sentences)
-    return list(dict.fromkeys([*mine, *posted(_POSTED)]))
+    return list(self._all())
 
-  def add(self, sentence: str) -> None:
+  @property
+  def causes(self) -> dict[str, int]:
+    """How many sentences there are by cause (`errors.Unreadable`), the most frequent first."""
+    return dict(Counter(self._all().values()).most_common())
+
+  def _all(self) -> dict[str, str]:
+    """Sentence -> cause."""
+    with self._lock:
+      mine = dict(self._found)
+    return mine | dict(text.split(_BETWEEN, 1)[::-1] for text in posted(_POSTED))
+
+  def add(self, sentence: str, cause: str = 'damaged') -> None:
     """Add a sentence, and say it if it is new."""
     with self._lock:
-      new = sentence not in self._sentences
-      self._sentences[sentence] = None
+      new = sentence not in self._found
+      self._found[sentence] = cause
     if new:
-      post(_POSTED, sentence)
+      post(_POSTED, f'{cause}{_BETWEEN}{sentence}')
       self._say(sentence)
 
 
@@ -57,7 +67,7 @@ class Counted(Sequence):
   ):
     self.source, self._most, self._damage, self._name = source, most, damage, name
     self._limit = limit
-    self._found: dict[int, str] = {}
+    self._found: dict[int, Unreadable] = {}
     self._lock = threading.Lock()
 
   def __getattr__(self, name: str) -> Any:
@@ -73,22 +83,22 @@ class Counted(Sequence):
     index = range(len(self))[index]
     if index in self._found:
       self._check()
-      raise Unreadable(self._found[index])
+      raise Unreadable(str(self._found[index]), self._found[index].cause)
     try:
       return self.source[index]
     except Unreadable as error:
-      self._count(index, str(error))
+      self._count(index, error)
       raise
 
-  def _count(self, index: int, sentence: str) -> None:
-    self._damage.add(sentence)
+  def _count(self, index: int, error: Unreadable) -> None:
+    self._damage.add(str(error), error.cause)
     with self._lock:
-      self._found[index] = sentence
+      self._found[index] = error
     self._check()
 
   def _check(self) -> None:
     with self._lock:
-      found = list(self._found.values())
+      found = [str(error) for error in self._found.values()]
     if len(found) > self._most * len(self):
       raise UserError(
         f'{len(found)} of {len(self)} {self._name} cannot be read, more than the fraction of '

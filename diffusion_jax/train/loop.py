@@ -139,7 +139,9 @@ class _Loop:
     errors = [text for text in (self.saver.error, *self.writer.errors, *self.side.errors) if text]
     facts |= {'trouble': errors} if errors else {}
     if unreadable := self.t.damage.sentences:
-      facts['unreadable'] = {'records': len(unreadable), 'first': unreadable[:_NAMED]}
+      facts['unreadable'] = {
+        'records': len(unreadable), 'causes': self.t.damage.causes, 'first': unreadable[:_NAMED],
+      }
     return facts
 
   def close(self) -> None:

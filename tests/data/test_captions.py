@@ -10,12 +10,14 @@ import random
 import subprocess
 import sys
 import unicodedata
+from collections import Counter
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from diffusion_jax.data.captions import LONGEST, MOST_BYTES, lines_of, read_lines
+from diffusion_jax.data.transforms import build_transforms
 from diffusion_jax.errors import UserError
 from tests.tiny import ROOT, folder_sources
 
@@ -183,8 +185,8 @@ def test_splits_with_a_list_above_them(tmp_path):
     row('train/a.png', 'a cat'), row('test/b.png', 'a dog'), row('d.png', 'x')
   ))
   train, test = folder_sources(tmp_path, 4)
-  assert (train[0]['id'], train.captions) == ('a', [['a cat']])
-  assert (test[0]['id'], test.captions) == ('b', [['a dog']])
+  assert (train[0]['id'], train[0]['captions']) == ('a', ['a cat'])
+  assert (test[0]['id'], test[0]['captions']) == ('b', ['a dog'])
   assert 'pictures outside of train and test: 2, such as d.png' in train.notes[0]
 
 
@@ -252,8 +254,8 @@ def test_mutants_are_read_or_refused_in_one_sentence(tmp_path):
     (tmp_path / name).write_bytes(data)
     try:
       source = folder_sources(tmp_path, 4, 'a thing')[0]
-      assert all(text.strip() for texts in source.captions for text in texts)
-      assert all(source.captions)
+      texts = [record['captions'] for record in source]
+      assert all(text.strip() for each in texts for text in each) and all(texts)
       read += 1
     except UserError as error:
       assert '\n' not in str(error)
@@ -368,3 +370,57 @@ def test_no_file_is_decoded_as_the_locale_says():
     if _opens_text_as_the_locale_says(node)
   ]
   assert found == []
+
+
+def test_several_weighted_captions_and_tags(tmp_path):
+  """In lists, in JSON beside a picture, and in tables; each is chosen as often as its weight says.
+  """
+  import pyarrow
+  import pyarrow.parquet
+
+  pictures(tmp_path, 'a.png', 'b.png', 'c.png', 'd.png', 'e/f.png')
+  (tmp_path / 'metadata.jsonl').write_text(rows(
+    {'file_name': 'a.png', 'captions': [['a cat', 3], 'a kitten', {'text': 'puss', 'weight': 0.5},
+                                        ['bad', -1], ['bad', True]], 'tags': ['no']},
+    {'file_name': 'b.png', 'tags': ['red', ' round ', '']},
+  ))
+  (tmp_path / 'c.json').write_text(json.dumps({'caption': ['x', 'y'], 'weights': [1, 2]}))
+  (tmp_path / 'd.json').write_text(json.dumps({'url': 'none'}))
+  (tmp_path / 'other.json').write_text('no JSON')
+  pyarrow.parquet.write_table(
+    pyarrow.table({'file_name': ['f.png', 'gone.png'], 'text': ['from a table', 'x']}),
+    tmp_path / 'e' / 'metadata.parquet',
+  )
+  source, _ = folder_sources(tmp_path, 4, '{name} in {folder}\n{name}')
+  found = {record['id']: (record['captions'], record.get('caption_weights')) for record in source}
+  assert found == {
+    'a': (['a cat', 'a kitten', 'puss'], [3, 1, 0.5]), 'b': (['red, round'], None),
+    'c': (['x', 'y'], [1, 2]), 'd': (['d'], None), 'e/f': (['from a table'], None),
+  }
+  notes = ''.join(source.notes)
+  for part in ('captions whose weight is no number above 0: 1', 'captions that are a list: 1',
+               'JSON beside pictures without text: 1, such as d.json', '(.json): 1, such as other',
+               'rows without a picture: 1, such as e/gone.png'):
+    assert part in notes
+  choose, rng = build_transforms(['choose_caption'])[0], np.random.default_rng(0)
+  chosen = Counter(choose(source[0], rng)['caption'] for _ in range(900))
+  for text, share in (('a cat', 3), ('a kitten', 1), ('puss', 0.5)):
+    assert abs(chosen[text] - 200 * share) < 60
+  before = source.fingerprint()['captions']
+  (tmp_path / 'c.json').write_text(json.dumps({'caption': ['x', 'y'], 'weights': [1, 3]}))
+  after, _ = folder_sources(tmp_path, 4, '{name} in {folder}\n{name}')
+  assert after.fingerprint()['captions'] != before
+  (tmp_path / 'c.json').write_text('{"caption": "x"')
+  with pytest.raises(UserError, match=r'c\.json is not readable JSON'):
+    folder_sources(tmp_path, 4, 'x')
+
+
+def test_words_of_a_path_are_a_caption(tmp_path):
+  pictures(tmp_path, 'wild animals/Red_fox-02.png', '07.png')
+  with pytest.raises(UserError, match=r'07\.png has no caption'):
+    opened(tmp_path, '{folder}: {name}')
+  found, _ = opened(tmp_path, '{folder}: {name}\n{name}\na {thing}')
+  assert found == {
+    'wild animals/Red_fox-02': ['wild animals: Red fox', 'Red fox', 'a {thing}'],
+    '07': ['a {thing}'],
+  }

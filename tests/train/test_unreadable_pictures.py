@@ -13,7 +13,7 @@ from diffusion_jax.build import build
 from tests import tiny
 
 GOOD, EDGE = 20, tiny.SIZE
-REASONS = {'bomb.png': '268,435,456', 'cut.png': 'truncated', 'empty.jpg': 'like no picture',
+REASONS = {'bomb.png': '268,435,456', 'cut.png': 'truncated', 'empty.jpg': 'it is empty',
            'text.webp': 'like no picture', 'half.jpg': 'runcated'}
 
 
@@ -58,6 +58,10 @@ def check_told(workdir, said, names=REASONS):
   status = json.loads((workdir / 'status.json').read_text())
   assert status['state'] == 'finished'
   assert status['unreadable']['records'] == len(names)
+  if names is REASONS:
+    assert status['unreadable']['causes'] == {
+      'truncated': 2, 'too large': 1, 'empty': 1, 'no picture': 1,
+    }
   assert all(any(name in text for text in status['unreadable']['first']) for name in names)
   assert tiny.metrics(workdir)[max(tiny.metrics(workdir))]['unreadable'] == len(names)
 

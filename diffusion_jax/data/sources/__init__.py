@@ -2,9 +2,9 @@
 
 A source has `len()` and records by number: dictionaries with 'image', uint8 [h w 3], and what
 transforms and the task need: 'captions', a list of texts, 'label', 'id'; damaged ones raise
-`Unreadable`. Optional: `fingerprint()`, hashes that change with the data; `labels` of all records;
-`measured` (`data.splits.Measured`), `notes` and `credit`, sentences; `turns`, the number of kinds
-of records in turn.
+`Unreadable`. Optional: what else `pictures.PictureSource` has; `fingerprint()`, hashes that change
+with the data; `labels` of all records; `measured` (`data.splits.Measured`), `notes` and `credit`,
+sentences; `turns`, the number of kinds of records in turn.
 """
 
 import dataclasses
@@ -30,7 +30,13 @@ def open_data(config: DataConfig, synthetic: int = 0, labels_for: str = '') -> t
   if labels_for and kind in LABELLED:
     without_effect(config, labels_for, 'caption', 'caption_column')
     return load(LABELLED, kind)(config)
-  return load(SOURCES, kind, 'data.dataset')(config)
+  sources = load(SOURCES, kind, 'data.dataset')(config)
+  if not labels_for:
+    return sources
+  # A source that others have written may have labels without knowing how to go without.
+  return tuple(
+    each.labelled(labels_for) if hasattr(each, 'labelled') else each for each in sources
+  )
 
 
 def without_effect(config: DataConfig, what: str, *names: str) -> None:
@@ -52,4 +58,4 @@ def square_of(config: DataConfig) -> int:
 
 
 OF_FOLDERS = ('caption', 'caption_column', 'test_fraction')
-"""Keys of a `DataConfig` that concern folders alone."""
+"""Keys of a `DataConfig` that concern pictures of one's own alone."""

@@ -4,6 +4,7 @@ A new kind is a class of `Entries`, and a row in `registry.SOURCES` that makes `
 it; decoding, cutting, splits and bad records are the same for all.
 """
 
+import concurrent.futures
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,13 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from diffusion_jax.config import DataConfig
+from diffusion_jax.data.captions import lines_of
+from diffusion_jax.data.fields import Caption, filled, weights_of
+from diffusion_jax.data.images import read_size
 from diffusion_jax.data.splits import (
   FILES,
+  READERS,
   RECORDS,
   content_hash,
   name_hash,
@@ -20,6 +26,10 @@ from diffusion_jax.data.splits import (
   of_texts,
   spread,
 )
+from diffusion_jax.errors import Unreadable
+
+DIGEST = 16
+"""Bytes of a record's hash."""
 
 
 class Entry(NamedTuple):
@@ -42,21 +52,26 @@ class Entry(NamedTuple):
     """What `data.images` decodes."""
     return io.BytesIO(self.picture) if isinstance(self.picture, bytes) else self.picture
 
+  def data(self) -> bytes:
+    """The picture's bytes. OSError: its file is gone."""
+    return self.picture if isinstance(self.picture, bytes) else self.picture.read_bytes()
+
 
 class Entries(Sequence[Entry]):
   """Entries by number; `len()` and `entries[i]`, which raises Unreadable, are a kind's own.
 
   sizes: (height, width) of the upright pictures, int32 [n 2], where they are known without reading
-  any; 0 of what cannot be read. labels: one for each, or None.
+  any; 0 of what cannot be read. digests: uint8 [n DIGEST], likewise. labels: one for each, '' where
+  there is none, or None.
   """
 
   sizes: np.ndarray | None = None
+  digests: np.ndarray | None = None
   labels: Sequence[str] | None = None
 
   def read(self, index: int) -> bytes:
     """The bytes of a picture, as they were stored. Unreadable."""
-    picture = self[index].picture
-    return picture if isinstance(picture, bytes) else picture.read_bytes()
+    return self[index].data()
 
   def name(self, index: int) -> str:
     """The id of a record."""
@@ -69,18 +84,82 @@ class Entries(Sequence[Entry]):
     except Exception:  # An error names it when the picture is read.
       return name_hash(b'%d' % index)
 
-  def fingerprint(self, numbers: Sequence[int]) -> dict[str, str]:
-    """Hashes that change with the names, pictures and texts of these records, in order."""
-    some = [numbers[i] for i in spread(len(numbers), FILES)]
+  def original_sizes(self, numbers: np.ndarray) -> np.ndarray:
+    """(height, width) of upright pictures, int32 [n 2]; 0 0 of what cannot be read."""
+    if self.sizes is not None:
+      return np.asarray(self.sizes[numbers], np.int32)
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+      found = pool.map(self._size, numbers.tolist())
+      return np.fromiter(found, np.dtype((np.int32, 2)), len(numbers))
+
+  def _size(self, index: int) -> tuple[int, int]:
+    try:
+      entry = self[index]
+      return read_size(entry.source, entry.where)
+    except Unreadable:
+      return 0, 0
+
+  def hashes(self, numbers: np.ndarray) -> np.ndarray:
+    """Digests of pictures as they were stored, uint8 [n DIGEST]: of length, start and end."""
+    if self.digests is not None:
+      return np.asarray(self.digests[numbers])
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+      found = pool.map(lambda i: self.hash(i)[:DIGEST], numbers.tolist())
+      return np.frombuffer(b''.join(found), np.uint8).reshape(-1, DIGEST)
+
+  def fingerprint(self, numbers: np.ndarray) -> dict[str, str]:
+    """Hashes that change with these records, in order: their pictures, or some if none are kept,
+    and the texts of some."""
+    some = np.asarray(numbers)[spread(len(numbers), FILES if self.digests is None else RECORDS)]
+    known = self.hashes(some if self.digests is None else numbers)
     return {
-      'pictures': of_names(map(self.name, numbers), map(self.hash, some)),
-      'captions': of_texts([self._texts(numbers[i]) for i in spread(len(numbers), RECORDS)]),
+      'pictures': of_names([f'{len(numbers)}'], [known.tobytes()]),
+      'captions': of_texts(map(self._texts, some.tolist())),
     }
 
   def _texts(self, index: int) -> list:
-    """The captions, weights and label; none of a record that cannot be read."""
+    """The name, captions, weights and label; none of a record that cannot be read."""
     try:
       entry = self[index]
-    except Exception:
+    except Unreadable:
       return []
-    return [list(entry.captions or ()), *([list(entry.weights)] * bool(entry.weights)), entry.label]
+    return [entry.name, list(entry.captions or ()), list(entry.weights), entry.label]
+
+
+class Classes(Sequence[str]):
+  """Labels by number, of names; '' for a number that has none, such as -1."""
+
+  def __init__(self, numbers: np.ndarray, names: Sequence[str]):
+    self.numbers, self.names = numbers, names
+
+  def __len__(self) -> int:
+    return len(self.numbers)
+
+  def __getitem__(self, index: int) -> str:
+    number = int(self.numbers[index])
+    return self.names[number] if 0 <= number < len(self.names) else ''
+
+
+class Described(Entries):
+  """Entries with captions and labels of their own, and `data.caption` for those without.
+
+  config: of its `caption` and `caption_column`.
+  """
+
+  def __init__(self, config: DataConfig):
+    self.lines, self.column = lines_of(config.caption, 'data.caption'), config.caption_column
+
+  def entry(
+    self, name: str, where: str, picture: Path | bytes, captions: Sequence[Caption],
+    label: str | None = None,
+  ) -> Entry:
+    """An entry with these captions, or those of data.caption, or its label. Unreadable: none."""
+    general = [] if captions else [*map(Caption, filled(self.lines, name, label))]
+    if not (captions or general) and label is None:
+      raise Unreadable(
+        f'the picture {where} has no caption; give it one, or set data.caption.', 'no caption'
+      )
+    chosen = captions or general
+    return Entry(
+      name, where, picture, [caption.text for caption in chosen] or None, weights_of(chosen), label
+    )

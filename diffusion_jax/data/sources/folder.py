@@ -1,7 +1,8 @@
 """Folders of pictures, with captions or by class.
 
-Captions are the lines of the text file beside a picture (cat.png, cat.txt), or its row in
-metadata.jsonl ({"file_name": "cat.png", "text": "a cat"}) or metadata.csv, or those given for all.
+Captions are the lines of the text file beside a picture (cat.png, cat.txt), or those of cat.json,
+or its row in metadata.jsonl ({"file_name": "cat.png", "text": "a cat"}), metadata.csv or
+metadata.parquet, or those given for all, such as '{name}', of words of the path.
 The class is the folder below the root (PATH/cat/1.png). Folders may be nested. Folders train/ and
 test/ are the splits; without them pictures are split by content.
 """
@@ -13,7 +14,8 @@ from typing import SupportsIndex
 import numpy as np
 
 from diffusion_jax.config import DataConfig
-from diffusion_jax.data.captions import captions_of, check_characters
+from diffusion_jax.data.captions import Texts, captions_of, check_characters
+from diffusion_jax.data.fields import Caption, weights_of
 from diffusion_jax.data.finding import (
   SUFFIXES,
   Left,
@@ -23,7 +25,7 @@ from diffusion_jax.data.finding import (
   with_suffixes,
 )
 from diffusion_jax.data.sources.entries import Entries, Entry
-from diffusion_jax.data.sources.pictures import PictureSource, split
+from diffusion_jax.data.sources.pictures import PictureSource
 from diffusion_jax.data.splits import file_hash, of_files, of_own_folders, of_texts
 from diffusion_jax.errors import UserError
 
@@ -124,27 +126,30 @@ def _train_and_test(
     (test,) = others
     test.measured = of_own_folders(train.entries.files, test.entries.files)
     return train, test
-  return split(train, config.test_fraction)
+  return train.halves(config.test_fraction)
 
 
 class Files(Entries):
   """Pictures in files below a folder; with labels these are their captions too."""
 
   def __init__(
-    self, folder: Path, files: Sequence[Path], captions: Sequence[list[str]] | None = None,
+    self, folder: Path, files: Sequence[Path], captions: Sequence[list[Caption]] | None = None,
     labels: Sequence[str] | None = None,
   ):
-    self.folder, self.files, self.captions, self.labels = folder, list(files), captions, labels
+    self.folder, self.files, self.labels = folder, list(files), labels
+    self.where = f'the folder {folder}'
+    self.captions = None if captions is None else Texts(captions)
 
   def __len__(self) -> int:
     return len(self.files)
 
   def __getitem__(self, index: int) -> Entry:
-    file, captions, labels = self.files[index], self.captions, self.labels
-    return Entry(
-      self.name(index), str(file), file, None if captions is None else captions[index],
-      label=None if labels is None else labels[index],
-    )
+    file = self.files[index]
+    if self.labels is not None:
+      return Entry(self.name(index), str(file), file, label=self.labels[index])
+    captions = self.captions[index]
+    texts = [caption.text for caption in captions]
+    return Entry(self.name(index), str(file), file, texts, weights_of(captions))
 
   def name(self, index: int) -> str:
     """The path below the folder, without its suffix."""
@@ -153,11 +158,16 @@ class Files(Entries):
   def hash(self, index: int) -> bytes:
     return file_hash(self.files[index])
 
-  def fingerprint(self, numbers: Sequence[int]) -> dict[str, str]:
+  def fingerprint(self, numbers: np.ndarray) -> dict[str, str]:
     captions = {} if self.captions is None else {
-      'captions': of_texts([self.captions[i] for i in numbers])
+      'captions': of_texts(_hashable(self.captions[i]) for i in numbers)
     }
     return {'pictures': of_files([self.files[i] for i in numbers], self.folder), **captions}
+
+
+def _hashable(captions: Sequence[Caption]) -> list:
+  texts, weights = [caption.text for caption in captions], weights_of(captions)
+  return [texts, weights] if weights else texts
 
 
 class Alternating:

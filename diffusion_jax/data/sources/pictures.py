@@ -1,19 +1,16 @@
 """The source of pictures, whatever holds them: decoded, cut, and with their texts."""
 
-import concurrent.futures
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
 
-from diffusion_jax.data.images import read_middle, read_pixels, read_size
+from diffusion_jax.config import DataConfig
+from diffusion_jax.data.images import read_middle, read_pixels
 from diffusion_jax.data.sources.entries import Entries
-from diffusion_jax.data.splits import APART, READERS, Measured, by_content
-from diffusion_jax.errors import Unreadable
-
-DIGEST = 16
-"""Bytes of a record's hash."""
+from diffusion_jax.data.splits import APART, Measured, by_content
+from diffusion_jax.errors import Unreadable, UserError
 
 
 class PictureSource(Sequence):
@@ -36,6 +33,7 @@ class PictureSource(Sequence):
   ):
     self.entries, self.notes, self.credit, self.measured = entries, notes, credit, measured
     self.numbers = np.arange(len(entries)) if numbers is None else np.asarray(numbers, np.int64)
+    self._need_labels = False
     # One row for each record, or one for all.
     self.shapes = None if shape is None else np.asarray([shape], np.int32)
 
@@ -46,6 +44,8 @@ class PictureSource(Sequence):
     """Return record `index`. Unreadable where its picture or its texts cannot be read."""
     index = range(len(self))[index]
     entry = self.entries[int(self.numbers[index])]
+    if self._need_labels and entry.label is None:
+      raise Unreadable(f'the picture {entry.where} has no label; give it one.', 'no label')
     if self.shapes is None:
       record: dict[str, Any] = {'image': read_pixels(entry.source, entry.where)}
     else:
@@ -63,9 +63,12 @@ class PictureSource(Sequence):
 
   @property
   def labels(self) -> list[str] | None:
-    """The labels of all records, in order; None without, or UserError."""
+    """The labels of all records that have one, in order; None without, or UserError."""
+    return None if self.entries.labels is None else [each for each in self._labels() if each]
+
+  def _labels(self) -> list[str]:
     labels = self.entries.labels
-    return None if labels is None else [labels[i] for i in self.numbers]
+    return [] if labels is None else [labels[i] for i in self.numbers.tolist()]
 
   def part(self, numbers: Sequence[int], measured: Measured) -> 'PictureSource':
     """A source of these records alone, in this order."""
@@ -89,28 +92,29 @@ class PictureSource(Sequence):
 
     Headers alone are read, and none where the entries know.
     """
-    if (known := self.entries.sizes) is not None:
-      return known[self.numbers]
-    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-      found = pool.map(self._own_size, self.numbers.tolist())
-      return np.fromiter(found, np.dtype((np.int32, 2)), len(self))
-
-  def _own_size(self, number: int) -> tuple[int, int]:
-    try:
-      entry = self.entries[number]
-      return read_size(entry.source, entry.where)
-    except Unreadable:
-      return 0, 0
+    return self.entries.original_sizes(self.numbers)
 
   def hashes(self) -> np.ndarray:
     """Digests of the pictures as they were stored, uint8 [n 16]: of length, start and end."""
-    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-      found = pool.map(lambda i: self.entries.hash(i)[:DIGEST], self.numbers.tolist())
-      return np.frombuffer(b''.join(found), np.uint8).reshape(-1, DIGEST)
+    return self.entries.hashes(self.numbers)
 
   def fingerprint(self) -> dict[str, str]:
     """Hashes that change with the pictures and their classes, or with their captions."""
-    return self.entries.fingerprint(self.numbers.tolist())
+    return self.entries.fingerprint(self.numbers)
+
+  def labelled(self, what: str) -> 'PictureSource':
+    """This source, for what needs labels: records without one are unreadable. UserError: all are.
+    """
+    if not self.labels:
+      raise UserError(f'{what} needs labels, but {self.entries.where} has none; use another.')
+    other = copy.copy(self)
+    other._need_labels = True
+    return other
+
+  def halves(self, fraction: float) -> tuple['PictureSource', 'PictureSource']:
+    """(train, test), split by content; fraction: of the test."""
+    parts = by_content(len(self), self.hashes, fraction, self._labels())
+    return self.part(parts.train, parts.measured), self.part(parts.test, parts.measured)
 
 
 def sizes_of(own: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
@@ -120,7 +124,17 @@ def sizes_of(own: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
   return np.asarray((*own, *offsets, *shape), np.float32)
 
 
-def split(source: PictureSource, fraction: float) -> tuple[PictureSource, PictureSource]:
-  """(train, test) of a source that has no split of its own, by content; fraction: of the test."""
-  parts = by_content(len(source), source.hashes, fraction, source.labels or ())
-  return source.part(parts.train, parts.measured), source.part(parts.test, parts.measured)
+def train_and_test(
+  parts: Mapping[str, Entries], config: DataConfig, *, notes: tuple[str, ...] = (),
+  credit: str = '', measured: Measured = APART,
+) -> tuple[PictureSource, PictureSource]:
+  """The sources of 'train' and 'test', or of one of them alone, split by content."""
+  train, *others = (
+    PictureSource(parts[name], config.shape, notes=notes, credit=credit)
+    for name in ('train', 'test') if name in parts
+  )
+  if not others:
+    return train.halves(config.test_fraction)
+  test = others[0]
+  test.measured = measured
+  return train, test

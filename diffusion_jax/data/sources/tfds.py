@@ -372,9 +372,9 @@ class PreparedEntries(_Prepared, Entries):
     except KeyError:
       raise UserError(f'the data set in {self.folder} has no labels: use another.') from None
 
-  def fingerprint(self, numbers: Sequence[int]) -> dict[str, str]:
+  def fingerprint(self, numbers: np.ndarray) -> dict[str, str]:
     """Return hashes that change with the texts and pixels of records, not with their storage."""
-    some = lambda most: (numbers[i] for i in spread(len(numbers), most))
+    some = lambda most: (int(numbers[i]) for i in spread(len(numbers), most))
     return {
       'captions': of_texts([self._all_texts(i) for i in some(RECORDS)]),
       'pictures': of_images([self._pixels(i) for i in some(IMAGES)]),
