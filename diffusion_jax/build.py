@@ -166,6 +166,29 @@ def _beginning(config: TrainingConfig, task: Task, shapes, directory: RunDirecto
   return start
 
 
+def fill_cache(config: dict, workdir: str, kinds: Sequence[str]) -> Path:
+  """Encode what the training of a config would have to, into its cache on the disk; its folder.
+
+  workdir: '' where the config has a `settings.cache_dir`. kinds: of `data.cache.KINDS`. UserError:
+  any fault of the config, the data or the frozen parts, or a task without a cache.
+  """
+  config = parse(config)
+  settings, kind = config.settings, load(TASKS, config.task)
+  if not hasattr(settings, 'cache_dir'):
+    raise UserError(f'task {config.task} has no cache; give a config of another task.')
+  if not (settings.cache_dir or workdir):
+    raise UserError('settings.cache_dir is empty; give --config.settings.cache_dir or --workdir.')
+  config = dataclasses.replace(config, settings=dataclasses.replace(settings, cache='disk'))
+  mesh = make_mesh(config.mesh)
+  _check_devices(config, mesh)
+  kind.check(config)
+  damage = Damage(_say_unreadable)
+  env = Env(*open_sources(config, damage=damage), Path(workdir), mesh, damage=damage)
+  task = kind.build(config, env)
+  task.cached(config, env, kinds)
+  return task.cache_folder(env)
+
+
 def build(config: dict, workdir: str, synthetic: bool = False) -> Training:
   """Everything the train loop needs; nothing is written before all of it has been checked.
 

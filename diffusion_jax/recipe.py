@@ -12,6 +12,9 @@ from diffusion_jax import configs
 from diffusion_jax.errors import UserError
 from diffusion_jax.registry import Table, check
 
+_BOOLEANS = ('', 'true', 'false', 't', 'f', '1', '0')
+"""As the command line reads them."""
+
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
   """Run a config file and apply overrides such as '--config.loop.batch_size=8'.
@@ -28,8 +31,12 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
       name, _, value = override.lstrip('-').partition('=')
       keys = name.split('.')[1:]
       section, last = _make_section(config, keys[:-1]), ''.join(keys[-1:])
-      if value[:1] in ('(', '[') and isinstance(section.get(last), int):
-        del section[last]  # Several numbers where there is one, such as a height and a width.
+      before = section.get(last)
+      # Several numbers where there is one, such as a height and a width; a name for True or False.
+      if (value[:1] in ('(', '[') and isinstance(before, int)) or (
+        isinstance(before, bool) and value.lower() not in _BOOLEANS
+      ):
+        del section[last]
     config_flags.DEFINE_config_dict(
       'config', config, flag_values=values, lock_config=False, accept_new_attributes=True,
       sys_argv=arguments,

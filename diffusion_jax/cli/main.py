@@ -15,7 +15,7 @@ COMMANDS = {
   'convert': convert,
 }
 
-CHANGE_CONFIGS = ('train',)
+CHANGE_CONFIGS = ('train', 'prepare')
 """Commands that take --config.KEY=VALUE."""
 
 

@@ -4,37 +4,74 @@ import argparse
 import dataclasses
 from typing import Annotated
 
-from diffusion_jax.cli.options import add_options, read_options
+from diffusion_jax.cli.options import add_options, check_overrides, read_options
+from diffusion_jax.errors import UserError
 from diffusion_jax.limits import Help
 
-HELP = 'make a data set on disk'
+HELP = 'make a data set on disk, or what a training keeps of it'
 DESCRIPTION = """Makes a data set once, as ArrayRecord files that training reads at random. openmoji
 is rendered from the SVGs of an installed package; nothing is downloaded.
 
-example:
-  python -m diffusion_jax prepare --dataset openmoji --size 64"""
+With --config it encodes, once, what training by that config would: pictures by the autoencoder
+(--latents), captions by the text encoders (--text). Training with --config.settings.cache=disk
+then begins at once. Stopped at any time, it goes on where it was.
+
+examples:
+  python -m diffusion_jax prepare --dataset openmoji --size 64
+  python -m diffusion_jax prepare --config openmoji/quickstart --latents --text \\
+    --config.settings.cache_dir=caches/quickstart"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
   """A data set, and where it goes."""
 
-  dataset: Annotated[str, Help('openmoji', 'NAME')]
+  dataset: Annotated[str, Help('openmoji', 'NAME')] = ''
   size: Annotated[int, Help('edge of the images: 32, 64 (default) or 128', 'PIXELS')] = 64
   data_dir: Annotated[str | None, Help(
     'folder of all data sets (default: $DIFFUSION_JAX_DATA, else ~/.cache/diffusion_jax/data)',
     'DIR'
   )] = None
+  config: Annotated[str, Help('config file or recipe of a training, of which to fill the cache',
+                              'FILE')] = ''
+  latents: Annotated[bool, Help('with --config, encode the pictures')] = False
+  text: Annotated[bool, Help('with --config, encode the captions')] = False
+  workdir: Annotated[str, Help(
+    'with --config, the workdir of the training, where settings.cache_dir is empty', 'DIR'
+  )] = ''
+
+  def __post_init__(self):
+    if bool(self.dataset) == bool(self.config):
+      raise UserError('one of --dataset and --config is needed; give what to make.')
+    if bool(self.config) != (self.latents or self.text):
+      raise UserError('--config fills a cache with --latents, --text or both; give them together.')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   add_options(parser, Options)
 
 
+def _fill_cache(options: Options, overrides: list[str]) -> int:
+  from diffusion_jax.backend.xla import enable_compile_cache
+  from diffusion_jax.build import fill_cache
+  from diffusion_jax.parallel.startup import start_distributed
+  from diffusion_jax.recipe import load_config
+
+  enable_compile_cache()
+  start_distributed()
+  kinds = ['latents'] * options.latents + ['texts'] * options.text
+  folder = fill_cache(load_config(options.config, overrides), options.workdir, kinds)
+  print(f'the cache is in {folder}')
+  return 0
+
+
 def run(args: argparse.Namespace) -> int:
   from diffusion_jax.data.sources.tfds import prepare_dataset
 
+  check_overrides(args)
   options = read_options(Options, args)
+  if options.config:
+    return _fill_cache(options, args.overrides)
   folder = prepare_dataset(options.dataset, options.size, options.data_dir)
   print(f'the data set is in {folder}')
   return 0

@@ -26,9 +26,11 @@ PICTURES = ('image', 'control')
 
 
 class Transform:
-  """random: whether it is called with a random generator, too."""
+  """random: whether it is called with a random generator, too. moves: whether it changes nothing
+  but the pictures, so that what a network makes of them can be kept."""
 
   random: ClassVar[bool] = False
+  moves: ClassVar[bool] = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Resize(Transform):
   `size` pixels; bicubic, with antialiasing."""
 
   size: Size
+  moves: ClassVar[bool] = True
 
   def __call__(self, record: dict) -> dict:
     image = _image(record)
@@ -52,6 +55,7 @@ class CenterCrop(Transform):
   """Cut the central `size` x `size` pixels, or height x width."""
 
   size: Size
+  moves: ClassVar[bool] = True
 
   def __call__(self, record: dict) -> dict:
     h, w = _pair(self.size)
@@ -68,6 +72,7 @@ class RandomCrop(Transform):
   size: Size
   padding: int = 0
   random: ClassVar[bool] = True
+  moves: ClassVar[bool] = True
 
   def __call__(self, record: dict, rng: np.random.Generator) -> dict:
     pad = (self.padding, self.padding)
@@ -91,6 +96,7 @@ class RandomResizedCrop(Transform):
   scale: tuple[float, float] = (0.8, 1.0)
   ratio: tuple[float, float] = (1.0, 1.0)
   random: ClassVar[bool] = True
+  moves: ClassVar[bool] = True
 
   def __post_init__(self):
     for name in ('scale', 'ratio'):
@@ -121,6 +127,7 @@ class RandomFlip(Transform):
   probability: float = 0.5
   keep_sided: bool = True
   random: ClassVar[bool] = True
+  moves: ClassVar[bool] = True
 
   def __call__(self, record: dict, rng: np.random.Generator) -> dict:
     _image(record)
@@ -239,6 +246,19 @@ def check_transforms(specs: Any, size: Size) -> None:
       f'data.size is {size}, but data.transforms make pictures of {height} x {width} pixels '
       f'({last}); leave out its size, which is then data.size, or set both alike.'
     )
+
+
+def check_pictures(specs: Any, key: str) -> bool:
+  """Return whether transforms draw random numbers. UserError, which names `key`, for any that do
+  more than to move pictures."""
+  made = build_transforms(specs, size=1, tokenizer=None, classes=())
+  for transform in made:
+    if not transform.moves:
+      raise UserError(
+        f'data.transforms have {_name_of(transform)}, which has no effect with {key}, that keeps '
+        'pictures and texts encoded; leave it out, or switch the cache off.'
+      )
+  return any(transform.random for transform in made)
 
 
 def _name_of(transform: Any) -> str:

@@ -153,7 +153,7 @@ class LatentSpace(Space):
   Config: ClassVar = LatentConfig
   name: ClassVar = 'latents'
   paths: ClassVar = ('autoencoder',)
-  kept: ClassVar = ('mean', 'std')
+  kept: ClassVar = ('mean', 'logvar')
   random: ClassVar = True
   autoencoder: Network
   patch: int = 1
@@ -176,14 +176,12 @@ class LatentSpace(Space):
     return fold((z - config.shift_factor) * config.scaling_factor, self.patch)
 
   def moments(self, weights, examples):
-    """'mean' and 'std' [b h w c], float32, of the autoencoder's own latents."""
+    """'mean' and 'logvar' [b h w c], float32, of the autoencoder's own latents."""
     mean, logvar = self.autoencoder.bind(weights[AUTOENCODER]).encode(examples)
-    return {
-      'mean': mean.astype(jnp.float32), 'std': jnp.exp(logvar.astype(jnp.float32) / 2)
-    }
+    return {'mean': mean.astype(jnp.float32), 'logvar': logvar.astype(jnp.float32)}
 
   def sample(self, moments, key):
-    mean, std = moments['mean'], moments['std']
+    mean, std = moments['mean'], jnp.exp(moments['logvar'] / 2)
     return self.scaled(mean + std * jax.random.normal(key, mean.shape))
 
   def encode(self, weights, examples):

@@ -8,7 +8,7 @@ import numpy as np
 
 from diffusion_jax.config import DataConfig
 from diffusion_jax.data.images import read_middle, read_pixels
-from diffusion_jax.data.sources.entries import Entries
+from diffusion_jax.data.sources.entries import Entries, Entry
 from diffusion_jax.data.splits import APART, Measured, by_content
 from diffusion_jax.errors import Unreadable, UserError
 
@@ -43,19 +43,24 @@ class PictureSource(Sequence):
   def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
     """Return record `index`. Unreadable where its picture or its texts cannot be read."""
     index = range(len(self))[index]
-    entry = self.entries[int(self.numbers[index])]
-    if self._need_labels and entry.label is None:
-      raise Unreadable(f'the picture {entry.where} has no label; give it one.', 'no label')
+    entry = self._entry(index)
     if self.shapes is None:
       record: dict[str, Any] = {'image': read_pixels(entry.source, entry.where)}
     else:
       shape = self._shape(index)
       image, own = read_middle(entry.source, *shape, entry.where)
       record = {'image': image, 'sizes': sizes_of(own, shape)}
-    record['captions'] = [entry.label] if entry.captions is None else list(entry.captions)
-    if entry.weights:
-      record['caption_weights'] = list(entry.weights)
-    return record | {'id': entry.name} | ({} if entry.label is None else {'label': entry.label})
+    return record | _texts(entry)
+
+  def about(self, index: SupportsIndex) -> dict[str, Any]:
+    """Return record `index` without its picture, which is not decoded. Unreadable."""
+    return _texts(self._entry(range(len(self))[index]))
+
+  def _entry(self, index: int) -> Entry:
+    entry = self.entries[int(self.numbers[index])]
+    if self._need_labels and entry.label is None:
+      raise Unreadable(f'the picture {entry.where} has no label; give it one.', 'no label')
+    return entry
 
   def _shape(self, index: int) -> tuple[int, int]:
     height, width = self.shapes[index if len(self.shapes) > 1 else 0]
@@ -115,6 +120,13 @@ class PictureSource(Sequence):
     """(train, test), split by content; fraction: of the test."""
     parts = by_content(len(self), self.hashes, fraction, self._labels())
     return self.part(parts.train, parts.measured), self.part(parts.test, parts.measured)
+
+
+def _texts(entry: Entry) -> dict[str, Any]:
+  captions = [entry.label] if entry.captions is None else list(entry.captions)
+  weights = {'caption_weights': list(entry.weights)} if entry.weights else {}
+  label = {} if entry.label is None else {'label': entry.label}
+  return {'captions': captions, **weights, 'id': entry.name, **label}
 
 
 def sizes_of(own: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:

@@ -1,9 +1,9 @@
 """Train the denoiser of a generative model on noised data; what it is conditioned on is frozen."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,16 @@ from clu.metrics import Average
 from jax.sharding import Mesh
 
 from diffusion_jax.config import TrainingConfig
-from diffusion_jax.data.cache import ChooseText, cached_source, synthetic_cache
+from diffusion_jax.data.cache import (
+  KINDS,
+  CachedSource,
+  Choose,
+  Options,
+  cached_source,
+  synthetic_cache,
+)
 from diffusion_jax.data.sources import open_data
+from diffusion_jax.data.transforms import build_transforms, check_pictures, check_transforms
 from diffusion_jax.data.unreadable import first_readable
 from diffusion_jax.diffusion.noise import NoiseConfig
 from diffusion_jax.diffusion.objective import (
@@ -25,12 +33,12 @@ from diffusion_jax.diffusion.objective import (
 )
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import config_of
-from diffusion_jax.limits import ByType, FileDtype, Fraction, check_multiple
+from diffusion_jax.limits import ByType, FileDtype, Fraction, Positive, check_multiple
 from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.parallel.mesh import to_host
 from diffusion_jax.pipelines.assembly import assemble
-from diffusion_jax.pipelines.conditioners import Arrays, Guided, Sizes
+from diffusion_jax.pipelines.conditioners import Arrays, Conditioner, Guided, Sizes
 from diffusion_jax.pipelines.image_conditioners import Inputs
 from diffusion_jax.pipelines.model import DENOISER, Diffusion, joined, output_channels
 from diffusion_jax.pipelines.sampling import SampleConfig
@@ -82,14 +90,21 @@ class SharedConfig:
 
   clip: a CLIP with both towers, or 'asset:NAME'; it scores samples unless `evaluation` has
   features. caption_dropout: fraction of conditions replaced by the null, for classifier-free
-  guidance. cache: encode all images and captions once before training. preview_captions: of the
-  sample grids.
+  guidance. preview_captions: of the sample grids.
+
+  cache: encode all images and captions once, into memory, or with 'disk' into files that every
+  later start goes on with. cache_dir: their folder, '' for WORKDIR/cache. cache_dtype: of means and
+  log-variances; cache_text_dtype: of texts. cache_views: of each picture, by random transforms.
   """
 
   clip: str = 'asset:clip-openmoji-64'
   objective: ObjectiveConfig = ObjectiveConfig()
   caption_dropout: Fraction = 0.1
-  cache: bool = False
+  cache: bool | Literal['disk'] = False
+  cache_dir: str = ''
+  cache_dtype: Literal['float32', 'bfloat16'] = 'float32'
+  cache_text_dtype: FileDtype = 'float16'
+  cache_views: Positive = 1
   sample: SampleConfig = SampleConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
   preview_captions: tuple[str, ...] = ()
@@ -101,6 +116,8 @@ class SharedConfig:
         f'objective.data_std is {self.objective.data_std}, but latents are scaled to unit '
         'deviation; leave it at 1.'
       )
+    if self.cache_dir and self.cache != 'disk':
+      raise UserError("settings.cache_dir needs settings.cache to be 'disk'; leave one out.")
     if not self.preview_captions:
       raise UserError('settings.preview_captions is empty; give at least one caption to draw.')
 
@@ -176,6 +193,11 @@ class Encoded(NamedTuple):
   weight: jax.Array | None = None
 
 
+def _kept(conditioner: Conditioner) -> tuple[str, ...]:
+  """Return the fields that a cache has for a conditioner; of pictures' sizes their own."""
+  return conditioner.kept or conditioner.fields
+
+
 def _keys(names: list[str], key: jax.Array) -> dict[str, jax.Array]:
   """A key for each name; the key itself where there is but one."""
   keys = jax.random.split(key, len(names)) if len(names) > 1 else [key] * len(names)
@@ -206,8 +228,7 @@ class DiffusionTask(Task):
     # What else draws random numbers than the objective.
     self._draws = model.space.random or bool(model.conditioners)
     # Records may have the sizes of what they were cut from; else all images are whole.
-    cut = 'sizes' in model.conditioners and not config.cache
-    cut = cut and 'sizes' in first_readable(train, 1)[0]
+    cut = 'sizes' in model.conditioners and 'sizes' in first_readable(train, 1)[0]
     self._conditioners = {
       name: one for name, one in self.loss_model.conditioners.items()
       if cut or not isinstance(one, Sizes)
@@ -215,16 +236,23 @@ class DiffusionTask(Task):
     self.encode = self._from_cache if config.cache else self._from_examples
     fields = [*model.space.kept] if config.cache else [model.space.field]
     for one in self._conditioners.values():
-      fields += one.kept if config.cache else one.fields
+      fields += _kept(one) if config.cache else one.fields
     self.batch_fields = tuple(dict.fromkeys(fields))
 
   @classmethod
   def check_data(cls, config: TrainingConfig) -> None:
-    settings = config.settings
-    if settings.cache and config.data.transforms:
-      raise UserError(
-        'data.transforms have no effect with settings.cache; empty them or switch the cache off.'
-      )
+    settings, data = config.settings, config.data
+    if settings.cache:
+      drawn = check_pictures(data.transforms, 'settings.cache')
+      if data.transforms:
+        check_transforms(data.transforms, data.size)
+      if settings.cache_views > 1 and not drawn:
+        raise UserError(
+          f'settings.cache_views is {settings.cache_views}, but data.transforms make one view of a '
+          'picture; add one that is random, such as random_flip, or leave it at 1.'
+        )
+    elif settings.cache_views > 1:
+      raise UserError('settings.cache_views has no effect without settings.cache; leave it at 1.')
     if config.loop.evaluate_samples and settings.with_images:
       raise UserError(
         'scores need a model that is conditioned on the caption alone; set evaluate_samples 0.'
@@ -278,10 +306,30 @@ class DiffusionTask(Task):
     if not self.config.cache:
       return super().examples(config, env)
     if env.synthetic:
-      return synthetic_cache(
-        self.model, self.frozen, len(env.train), config.data.shape
-      ), [ChooseText()]
-    return cached_source(env.train, self.model, self.frozen, env.mesh), [ChooseText()]
+      shape = config.data.shape
+      return synthetic_cache(self.model, self.frozen, len(env.train), shape), [Choose()]
+    return self.cached(config, env), [Choose()]
+
+  def cached(
+    self, config: TrainingConfig, env: Env, kinds: Sequence[str] = KINDS
+  ) -> CachedSource:
+    """Fill the cache of the training data, or what is missing of it, and open it."""
+    settings, data = self.config, config.data
+    null = {name.removesuffix('.bias'): x for name, x in self.frozen.get(NULL, {}).items()}
+    return cached_source(
+      env.train, self.model, self.frozen, env.mesh, name=data.dataset, null=null, kinds=kinds,
+      folder=self.cache_folder(env) if settings.cache == 'disk' else None,
+      options=Options(
+        dtype=settings.cache_dtype, text_dtype=settings.cache_text_dtype,
+        views=settings.cache_views, specs=data.transforms, seed=config.loop.seed,
+        transforms=build_transforms(data.transforms, size=data.size), size=data.size,
+        shape=data.shape, threads=data.workers,
+      ),
+    )
+
+  def cache_folder(self, env: Env) -> Path:
+    """Return where a cache on the disk is."""
+    return Path(self.config.cache_dir) if self.config.cache_dir else env.workdir / 'cache'
 
   def initialize(self, key: jax.Array) -> Params:
     return self.model.denoiser.initialize(key)
@@ -309,7 +357,7 @@ class DiffusionTask(Task):
     """Return the same of a batch out of the cache, where it has been computed before."""
     del weights, key
     columns = lambda names: {name: batch[name] for name in names}
-    conditions = {name: columns(one.kept) for name, one in self._conditioners.items()}
+    conditions = {name: columns(_kept(one)) for name, one in self._conditioners.items()}
     return Encoded(columns(self.model.space.kept), conditions)
 
   def drop(self, conditions: dict[str, Arrays], null: Params, key: jax.Array) -> dict[str, Arrays]:

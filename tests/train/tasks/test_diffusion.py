@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_jax.data.cache import ChooseText, cached_source
+from diffusion_jax.data.cache import Choose, cached_source
 from diffusion_jax.data.transforms import apply, build_transforms
 from diffusion_jax.diffusion.noise import ScheduleConfig
 from diffusion_jax.diffusion.objective import ObjectiveConfig
@@ -50,7 +50,7 @@ def _batch(n=6, std=0.0):
   rng = np.random.default_rng(0)
   return {
     'mean': rng.normal(size=(n, 16, 16, 4)).astype(np.float32),
-    'std': np.full((n, 16, 16, 4), std, np.float32),
+    'logvar': np.full((n, 16, 16, 4), 2 * np.log(std) if std else -np.inf, np.float32),
     'text': rng.normal(size=(n, tiny.LENGTH, 16)).astype(np.float32),
   }
 
@@ -124,8 +124,8 @@ def test_cached_latents_and_texts_are_the_uncached_ones(make_task, sources):
   rows = [apply(transforms, record, rng) for record in few]
   uncached = {name: np.stack([row[name] for row in rows]) for name in ('image', 'tokens')}
   first = [{**cache[i], 'texts': cache[i]['texts'][:1]} for i in range(5)]
-  rows = [ChooseText()(row, rng) for row in first]
-  cached = {name: np.stack([row[name] for row in rows]) for name in ('mean', 'std', 'text')}
+  rows = [Choose()(row, rng) for row in first]
+  cached = {name: np.stack([row[name] for row in rows]) for name in ('mean', 'logvar', 'text')}
   assert all(len(cache[i]['texts']) == len(few[i]['captions']) for i in range(5))
   key = jax.random.key(5)
 

@@ -10,7 +10,7 @@ import pytest
 
 from diffusion_jax import build
 from diffusion_jax.config import parse
-from diffusion_jax.data.cache import ChooseText, cached_source
+from diffusion_jax.data.cache import Choose, cached_source
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.assembly import assemble
 from diffusion_jax.pipelines.directory import load_model
@@ -185,10 +185,11 @@ def test_a_cache_keeps_each_caption_with_its_mask(task, sources):
     wanted = task.model.text.encode(
       task.frozen, {'tokens': task.model.text.tokens(record['captions'])}
     )
-    np.testing.assert_array_equal(row['mask'], wanted['mask'])
-    chosen = ChooseText()(row, np.random.default_rng(0))
-    which = [np.array_equal(chosen['text'], text.astype(np.float32)) for text in row['texts']]
-    np.testing.assert_array_equal(chosen['mask'], row['mask'][which.index(True)])
+    texts = list(row['texts'])
+    np.testing.assert_array_equal([one['mask'] for one in texts], wanted['mask'])
+    chosen = Choose()(row, np.random.default_rng(0))
+    which = [np.array_equal(chosen['text'], one['text']) for one in texts]
+    np.testing.assert_array_equal(chosen['mask'], texts[which.index(True)]['mask'])
     np.testing.assert_allclose(chosen['pooled'], wanted['pooled'][which.index(True)], atol=2e-3)
   assert {'text', 'pooled', 'mask'} <= set(task.batch_fields)
 

@@ -1,0 +1,134 @@
+"""Outputs of frozen networks on images and captions, computed once before training.
+
+encoding: how rows are computed. store: who computes which, and rows in memory. disk: rows in files.
+rows: how they are read.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from diffusion_jax.data.cache.disk import DiskStore
+from diffusion_jax.data.cache.encoding import (
+  Encoder,
+  Latents,
+  Null,
+  Options,
+  Texts,
+  local_mesh,
+  moments_encoder,
+)
+from diffusion_jax.data.cache.rows import (
+  DIGEST,
+  CachedSource,
+  Parts,
+  Row,
+  Rows,
+  Shard,
+  pack,
+  shard_of,
+)
+from diffusion_jax.data.cache.store import MemoryStore, fill
+from diffusion_jax.types import Source
+
+KINDS = ('latents', 'texts')
+
+
+@dataclasses.dataclass(frozen=True)
+class Choose:
+  """Replace each kind of cached rows by the fields of one part: of a view, and of a caption."""
+
+  random: ClassVar[bool] = True
+
+  def __call__(self, record: Mapping[str, Parts], rng: np.random.Generator) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for parts in record.values():
+      # One view draws nothing, so that a caption is drawn as without a cache.
+      out |= parts[_chosen(parts, rng) if len(parts) > 1 else 0]
+    return out
+
+
+def _chosen(parts: Parts, rng: np.random.Generator) -> int:
+  if weights := parts.weights:
+    return int(rng.choice(len(parts), p=np.asarray(weights) / sum(weights)))
+  return int(rng.integers(len(parts)))
+
+
+def cached_source(
+  source: Source, model: Any, frozen: Mapping[str, Any], mesh: Mesh, progress: bool = True, *,
+  options: Options | None = None, folder: Path | None = None, name: str = '',
+  null: Mapping[str, Any] | None = None, kinds: Sequence[str] = KINDS,
+) -> CachedSource:
+  """Encode every view of an image and every caption of `source` once, or open what is there.
+
+  A record is {'latents': its views, 'texts': its captions}, `Parts` of which `Choose` takes one
+  each. Parts of views have the moments of the model's space, such as 'mean' and 'logvar' [h w c],
+  and 'sizes' [6] where records have them; those of captions 'text' [l d], where there are such
+  'pooled' [p] and 'mask' int32 [l], and what other conditioners make of the record. A record that
+  cannot be read has a row that cannot be read, so that all others keep their numbers.
+
+  Args:
+    model: a `pipelines.model.Diffusion`.
+    folder: of the files of a cache on disk; None for memory.
+    name: of the source, such as 'folder:PATH'.
+    null: the condition of nothing, which is kept on the disk, too.
+    kinds: of KINDS, those that are wanted.
+  """
+  options = dataclasses.replace(options or Options(), progress=progress)
+  here = local_mesh(mesh)
+  encoders: list[Encoder] = []
+  if 'latents' in kinds:
+    encoders.append(Latents(source, model, frozen, here, options))
+  others = [one for one in model.conditioners.values() if one.kept]
+  if 'texts' in kinds and others:
+    encoders.append(Texts(source, model, frozen, here, options))
+  if 'texts' in kinds and folder and null:
+    encoders.append(Null({n: np.asarray(v) for n, v in null.items()}, here, options))
+  store = lambda kind: MemoryStore() if folder is None else DiskStore(Path(folder, kind), name)
+  found = {one.name: fill(one, store(one.name)) for one in encoders}
+  return CachedSource({kind: rows for kind, rows in found.items() if kind in KINDS})
+
+
+def synthetic_cache(model: Any, frozen: dict, count: int, size: tuple[int, int]) -> CachedSource:
+  """Return what `cached_source` does, of random numbers; nothing is encoded.
+
+  Args:
+    size: (height, width) of the images, in pixels.
+  """
+  rng = np.random.default_rng(0)
+  images = jax.ShapeDtypeStruct((1, *size, 3), jnp.uint8)
+  moments = jax.eval_shape(moments_encoder(model), frozen, images)
+  sizes = {'sizes': np.asarray([*size, 0, 0, *size], np.float32)}
+  kinds = {'latents': [pack(_random(moments, rng) | sizes) for _ in range(count)]}
+  found: dict[str, Any] = {}
+  if model.text is not None:
+    found |= jax.eval_shape(model.text.encode, frozen, {'tokens': model.text.tokens([''])})
+  for one in model.conditioners.values():
+    if one.kept and one is not model.text:
+      found |= jax.tree.map(np.asarray, one.of_prompts(frozen, ['']))
+  if found:
+    kinds['texts'] = [pack(_random(found, rng)) for _ in range(count)]
+  return CachedSource({kind: _in_memory(parts) for kind, parts in kinds.items()})
+
+
+def _random(found: Mapping[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+  """One part of such shapes: a small deviation, whole masks, the arrays that are known."""
+  return {
+    name: np.asarray(leaf[0]) if isinstance(leaf, np.ndarray)
+    else np.full(leaf.shape[1:], -4.6, np.float32) if name == 'logvar'
+    else np.ones(leaf.shape[1:], np.int32) if name == 'mask'
+    else rng.standard_normal(leaf.shape[1:], np.float32)
+    for name, leaf in found.items()
+  }
+
+
+def _in_memory(parts: Sequence[bytes]) -> Rows:
+  data = shard_of([Row([part]) for part in parts], np.zeros((len(parts), DIGEST), np.uint8))
+  shard = Shard(data.__getitem__, len(data))
+  return Rows(len(parts), len(parts), lambda number: shard)

@@ -1,0 +1,114 @@
+"""What rows of a cache follow from: encoders with their weights, settings, and contents of records.
+
+Each is a short hash by a name that people understand, so that a cache of something else can be
+refused by that name.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from diffusion_jax.data.cache.rows import DIGEST
+from diffusion_jax.errors import Unreadable
+from diffusion_jax.models.network import Network
+from diffusion_jax.parallel.mesh import to_host
+from diffusion_jax.types import Params, Source
+
+
+def of_value(value: Any) -> str:
+  """A hash of a description, see `described`."""
+  return hashlib.sha256(json.dumps(described(value), sort_keys=True).encode()).hexdigest()[:32]
+
+
+def described(value: Any) -> Any:
+  """What an encoder, a tokenizer or a setting is, JSON-ready: its config, without its weights."""
+  if isinstance(value, Network):
+    return [described(value.config), np.dtype(value.compute.dtype).name]
+  if dataclasses.is_dataclass(value):
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return [type(value).__name__, described(fields)]
+  if hasattr(value, 'get_vocab'):
+    return _tokenizer(value)
+  if isinstance(value, Mapping):
+    return {str(key): described(item) for key, item in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [described(item) for item in value]
+  if isinstance(value, np.generic):
+    return value.item()
+  if isinstance(value, (str, int, float, type(None))):
+    return value
+  return (value if isinstance(value, type) else type(value)).__name__
+
+
+def _tokenizer(tokenizer: Any) -> Any:
+  """All that a tokenizer does, but for padding and cutting, which it keeps from its last use."""
+  whole = getattr(getattr(tokenizer, 'backend_tokenizer', None), 'to_str', None)
+  if whole is None:
+    return sorted(tokenizer.get_vocab().items())
+  return {k: v for k, v in json.loads(whole()).items() if k not in ('padding', 'truncation')}
+
+
+def of_weights(params: Params) -> str:
+  """A hash of the names, types and values of weights; all processes call it together."""
+  found = hashlib.sha256()
+  for name in sorted(params):
+    array = np.ascontiguousarray(to_host(params[name]))
+    found.update(f'{name} {array.dtype} {array.shape}\n'.encode())
+    found.update(array.reshape(-1).view(np.uint8))
+  return found.hexdigest()[:32]
+
+
+def about(source: Source, index: int) -> dict[str, Any]:
+  """A record without its picture, where the source can do that. Unreadable."""
+  return (getattr(source, 'about', None) or source.__getitem__)(index)
+
+
+def of_pictures(source: Source, with_captions: bool) -> np.ndarray:
+  """Digests of the pictures of all records, uint8 [n DIGEST], with their captions if asked.
+
+  Of a source that knows none of its own every record is read.
+  """
+  if hasattr(source, 'hashes'):
+    found = np.array(source.hashes(), np.uint8)
+    if not with_captions:
+      return found
+    texts = of_texts(source, ())
+    return of_rows(row.tobytes() + text.tobytes() for row, text in zip(found, texts, strict=True))
+  return of_rows(_picture(source, i, with_captions) for i in range(len(source)))
+
+
+def _picture(source: Source, index: int, with_captions: bool) -> bytes:
+  try:
+    record = source[index]
+  except Unreadable:
+    return b'unreadable'
+  image = np.ascontiguousarray(record['image'])
+  texts = json.dumps(record['captions']) if with_captions else ''
+  return f'{image.shape}{texts}\n'.encode() + image.tobytes()
+
+
+def of_texts(source: Source, prompts: Sequence[Any]) -> np.ndarray:
+  """Digests of the texts of all records, uint8 [n DIGEST]; prompts: functions of a record that give
+  more of them, None for none."""
+  return of_rows(_texts(source, i, prompts) for i in range(len(source)))
+
+
+def _texts(source: Source, index: int, prompts: Sequence[Any]) -> bytes:
+  try:
+    record = about(source, index)
+  except Unreadable:
+    return b'unreadable'
+  texts = [list(record['captions']), list(record.get('caption_weights', ()))]
+  return json.dumps([texts, [prompt(record) for prompt in prompts]]).encode()
+
+
+def of_rows(contents: Iterable[bytes]) -> np.ndarray:
+  """Digests of contents, uint8 [n DIGEST]."""
+  found = bytearray()  # Whose memory is all that grows with their number.
+  for content in contents:
+    found += hashlib.sha256(content).digest()[:DIGEST]
+  return np.frombuffer(found, np.uint8).reshape(-1, DIGEST)

@@ -1,0 +1,114 @@
+"""Training from a cache on the disk, in memory, and without one: the same losses."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from diffusion_jax.formats.networks import read_part, save_params
+from tests import tiny
+
+STEPS = 4
+LOOP = {'total_steps': STEPS, 'evaluate_samples': 0, 'checkpoint_every_steps': 2}
+EXACT = {'cache_text_dtype': 'float32'}
+"""So that texts are those of training without a cache."""
+
+
+def losses(run):
+  return [line['loss'] for _, line in sorted(tiny.metrics(run).items())]
+
+
+@pytest.fixture
+def train(command, parts, tmp_path):
+  """train(name, settings): the workdir of a run with these settings, and half of captions dropped.
+  """
+  def run(name, settings, *more, **sections):
+    values = tiny.diffusion_config(
+      parts, {'caption_dropout': 0.5, **settings}, loop=LOOP, **sections
+    )
+    recipe = tiny.write_config(tmp_path / f'{name}.py', values)
+    with tiny.few_devices():
+      code = command('train', '--config', recipe, '--workdir', tmp_path / name, '--quiet', *more)
+    assert code == 0
+    return tmp_path / name
+
+  return run
+
+
+def shards(folder):
+  return {n: data for n, data in tiny.snapshot(folder).items() if n.endswith('.array_record')}
+
+
+def test_the_losses_are_those_of_memory_and_of_no_cache(train, tmp_path, small_data):
+  memory = losses(train('memory', EXACT))
+  disk = train('disk', {'cache': False, **EXACT}, '--config.settings.cache=disk')
+  assert losses(disk) == memory and len(memory) == STEPS
+  manifest = json.loads((disk / 'cache' / 'latents' / 'manifest.json').read_text())
+  assert manifest['complete'] and manifest['records'] > 100
+  assert json.loads((disk / 'config.json').read_text())['settings']['cache'] == 'disk'
+  without = train('without', {'cache': False}, data={'transforms': tiny.WITH_TEXT})
+  np.testing.assert_allclose(memory, losses(without), rtol=1e-5)
+  # Another run takes the cache of the first, to the end of the same training.
+  before = tiny.snapshot(disk / 'cache')
+  other = {'cache': 'disk', 'cache_dir': str(disk / 'cache'), **EXACT}
+  assert losses(train('other', other)) == memory
+  assert tiny.snapshot(disk / 'cache') == before
+  name = 'model/unet/diffusion_pytorch_model.safetensors'
+  found, wanted = load_file(tmp_path / 'other' / name), load_file(disk / name)
+  assert all((found[key] == wanted[key]).all() for key in wanted)
+
+
+def test_prepare_fills_the_cache_ahead(train, command, fails, parts, tmp_path, small_data):
+  recipe = tiny.write_config(tmp_path / 'recipe.py', tiny.diffusion_config(parts))
+  cache = tmp_path / 'cache'
+  arguments = ('prepare', '--config', recipe, f'--config.settings.cache_dir={cache}')
+  assert 'give them together' in fails(*arguments)
+  assert 'does not know --wrong' in fails(*arguments, '--text', '--wrong')
+  with tiny.few_devices():
+    assert command(*arguments, '--latents') == 0
+    assert sorted(path.name for path in cache.iterdir()) == ['latents']
+    assert command(*arguments, '--latents', '--text') == 0
+  before = shards(cache)
+  assert {name.partition('/')[0] for name in before} == {'latents', 'texts', 'null'}
+  train('run', {'cache': 'disk', 'cache_dir': str(cache)})
+  assert shards(cache) == before
+
+
+def test_other_weights_are_refused(train, parts, fails, tmp_path, small_data):
+  """By the role of their network; what was there stays."""
+  cache = tmp_path / 'run' / 'cache'
+  recipe = tiny.write_config(tmp_path / 'again.py', tiny.diffusion_config(parts))
+  train('run', {'cache': 'disk'})
+  before = shards(cache)
+  role, folder, part = 'autoencoder', tmp_path / 'changed', read_part(parts['autoencoder'])
+  params = part.load()
+  name = sorted(params)[0]
+  params[name] = np.nextafter(params[name], np.float32(9))
+  save_params(folder, part.config, params)
+  message = fails(
+    'train', '--config', recipe, '--workdir', tmp_path / 'new',
+    f'--config.settings.{role}={folder}', '--config.settings.cache=disk',
+    f'--config.settings.cache_dir={cache}',
+  )
+  assert 'made with another weights of autoencoder' in message and str(cache) in message
+  assert shards(cache) == before
+
+
+@pytest.mark.slow
+def test_two_processes_fill_it_together_and_train(parts, tmp_path, small_data):
+  """Real ones: the files are those that one process writes, and so are the losses."""
+  found = {}
+  for count in (1, 2):
+    values = tiny.diffusion_config(
+      parts, {'cache': 'disk'}, loop=LOOP | {'checkpoint_every_steps': 100}
+    )
+    recipe = tiny.write_config(tmp_path / f'{count}.py', values)
+    run = tmp_path / str(count)
+    out = tiny.together(
+      count, small_data, ('train', '--config', recipe, '--workdir', run, '--quiet')
+    )
+    assert len(out) == count
+    found[count] = shards(run / 'cache'), losses(run)
+  assert found[1][0] == found[2][0] and len(found[1][0]) > 4
+  np.testing.assert_allclose(found[1][1], found[2][1], rtol=1e-5)
