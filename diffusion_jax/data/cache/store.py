@@ -150,10 +150,10 @@ def _exchanged(own: Mapping[int, list[bytes]], count: int) -> dict[int, list[byt
     mine = own.get(first + jax.process_index(), [])
     data = np.array([len(mine), *map(len, mine)], np.uint32).tobytes() + b''.join(mine)
     turn = range(first, min(first + processes, count))
-    for number, data in zip(turn, _gathered(data), strict=False):
-      lengths = np.frombuffer(data, np.uint32, 1 + np.frombuffer(data, np.uint32, 1)[0])
+    for number, part in zip(turn, _gathered(data), strict=False):
+      lengths = np.frombuffer(part, np.uint32, 1 + np.frombuffer(part, np.uint32, 1)[0])
       ends = np.cumsum([lengths.nbytes, *lengths[1:]])
-      found[number] = [data[a:b] for a, b in itertools.pairwise(ends)]
+      found[number] = [part[a:b] for a, b in itertools.pairwise(ends)]
   return found
 
 
