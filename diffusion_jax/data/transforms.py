@@ -253,7 +253,7 @@ def check_pictures(specs: Any, key: str) -> bool:
   more than to move pictures."""
   made = build_transforms(specs, size=1, tokenizer=None, classes=())
   for transform in made:
-    if not transform.moves:
+    if not getattr(transform, 'moves', False):
       raise UserError(
         f'data.transforms have {_name_of(transform)}, which has no effect with {key}, that keeps '
         'pictures and texts encoded; leave it out, or switch the cache off.'

@@ -223,7 +223,7 @@ class Texts(Encoder):
     }
     some = [record for record in self._read(spread(len(source), _MEASURED), self.read)
             if not isinstance(record, Unreadable)]
-    captions = sum(len(record['captions']) for record in some) / max(len(some), 1)
+    captions = sum(len(record.get('captions', ())) for record in some) / max(len(some), 1)
     self._in_shards(self._size() * max(1, round(captions)))
     self._at_a_time = min(CAPTIONS, max(1, round(min(self.rows, len(source)) * captions)))
 

@@ -5,6 +5,7 @@ the parts of its rows, one after another, then the digests of its rows' records,
 parts each row has and why rows have none. It is the same in memory and in a file.
 """
 
+import functools
 import json
 import math
 import struct
@@ -50,19 +51,25 @@ def unpack(data: bytes) -> Part:
   if not 0 <= length <= min(_MOST_HEADER, len(data) - 4):
     raise ValueError(f'a part of {len(data):,} bytes says nothing of what it holds')
   offset, found = 4 + length, {}
-  for name, kind, shape in parse_json(data[4:offset]):
-    whole = all(type(edge) is int and edge >= 0 for edge in shape) and len(shape) <= _MOST_AXES
+  arrays, size = _layout(data[4:offset])
+  if offset + size != len(data):
+    raise ValueError(f'a part has {len(data) - offset:,} bytes where its arrays have {size:,}')
+  for name, dtype, shape, count in arrays:
+    found[name] = np.frombuffer(data, dtype, count, offset).reshape(shape)
+    offset += count * dtype.itemsize
+  return found
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(header: bytes) -> tuple[list[tuple[str, np.dtype, tuple[int, ...], int]], int]:
+  """(name, type, shape, number of values of each array, bytes of all); ValueError for others."""
+  found = []
+  for name, kind, shape in parse_json(header):
+    whole = len(shape) <= _MOST_AXES and all(type(edge) is int and edge >= 0 for edge in shape)
     if not isinstance(name, str) or kind not in DTYPES or not whole:
       raise ValueError(f'a part holds an array {str([name, kind, shape])[:100]}')
-    count = math.prod(shape)
-    end = offset + count * DTYPES[kind].itemsize
-    if end > len(data):
-      raise ValueError(f'a part of {len(data):,} bytes has no room for an array {shape}')
-    found[name] = np.frombuffer(data, DTYPES[kind], count, offset).reshape(shape)
-    offset = end
-  if offset != len(data):
-    raise ValueError(f'a part has {len(data) - offset:,} bytes too many')
-  return found
+    found.append((name, DTYPES[kind], tuple(shape), math.prod(shape)))
+  return found, sum(count * dtype.itemsize for _, dtype, _, count in found)
 
 
 def shard_of(rows: Sequence[Row], keys: np.ndarray) -> list[bytes]:

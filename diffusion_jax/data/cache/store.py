@@ -58,7 +58,8 @@ def fill(encoder: Encoder, store: Store) -> Rows:
 
   def work() -> None:
     with tqdm(
-      total=sum(map(len, spans)), desc=f'encoding {name}', unit='rec', disable=hidden, leave=False,
+      total=sum(map(len, spans)), desc=f'encoding {name}', unit='rec', leave=False,
+      disable=hidden or not spans,
       smoothing=0.05,
     ) as bar:
       for number, span in zip(mine, spans, strict=True):
