@@ -172,13 +172,13 @@ def fill_cache(config: dict, workdir: str, kinds: Sequence[str]) -> Path:
   workdir: '' where the config has a `settings.cache_dir`. kinds: of `data.cache.KINDS`. UserError:
   any fault of the config, the data or the frozen parts, or a task without a cache.
   """
-  config = parse(config)
-  settings, kind = config.settings, load(TASKS, config.task)
-  if not hasattr(settings, 'cache_dir'):
-    raise UserError(f'task {config.task} has no cache; give a config of another task.')
-  if not (settings.cache_dir or workdir):
+  values = config.to_dict() if hasattr(config, 'to_dict') else config
+  kind = load(TASKS, values.get('task'), 'config.task')
+  if not hasattr(kind, 'cached'):
+    raise UserError(f'task {values["task"]} has no cache; give a config of another task.')
+  config = parse({**values, 'settings': {**values.get('settings', {}), 'cache': 'disk'}})
+  if not (config.settings.cache_dir or workdir):
     raise UserError('settings.cache_dir is empty; give --config.settings.cache_dir or --workdir.')
-  config = dataclasses.replace(config, settings=dataclasses.replace(settings, cache='disk'))
   mesh = make_mesh(config.mesh)
   _check_devices(config, mesh)
   kind.check(config)

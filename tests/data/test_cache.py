@@ -187,13 +187,13 @@ def test_only_what_has_changed_is_encoded_again(folder, tmp_path, encoded):
 
 
 @pytest.mark.parametrize(('changes', 'named'), [
-  ({'dtype': 'bfloat16'}, r'latents was made with another dtype \(float32, now bfloat16\)'),
-  ({'text_dtype': 'float32'}, r'texts was made with another dtype \(float16'),
-  ({'factor': 2.0}, 'latents was made with another weights of factor'),
-  ({'model': model_of(Factor(2))}, 'latents was made with another space'),
-  ({'name': 'folder:y'}, r'another source \(folder:x, now folder:y\)'),
+  ({'dtype': 'bfloat16'}, r'latents differs in dtype \(float32, now bfloat16\)'),
+  ({'text_dtype': 'float32'}, r'texts differs in dtype \(float16'),
+  ({'factor': 2.0}, 'latents differs in weights of factor'),
+  ({'model': model_of(Factor(2))}, 'latents differs in space'),
+  ({'name': 'folder:y'}, r'differs in source \(folder:x, now folder:y\)'),
   ({'views': 2, 'transforms': (RandomFlip(),), 'specs': ('random_flip',)},
-   r'another data.transforms .*views \(1, now 2\), seed \(none, now 0\)'),
+   r'differs in data.transforms .*views \(1, now 2\), seed \(none, now 0\)'),
 ])
 def test_a_cache_of_something_else_is_refused_by_name(folder, tmp_path, changes, named, encoded):
   cache = tmp_path / 'cache'

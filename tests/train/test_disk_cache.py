@@ -91,7 +91,7 @@ def test_other_weights_are_refused(train, parts, fails, tmp_path, small_data):
     f'--config.settings.{role}={folder}', '--config.settings.cache=disk',
     f'--config.settings.cache_dir={cache}',
   )
-  assert 'made with another weights of autoencoder' in message and str(cache) in message
+  assert 'latents differs in weights of autoencoder (' in message and str(cache) in message
   assert shards(cache) == before
 
 

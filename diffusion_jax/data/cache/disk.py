@@ -261,4 +261,4 @@ def _check_manifest(path: Path, facts: Mapping[str, str]) -> None:
       f'{name} ({str(made_of.get(name, "none"))[:60]}, now {str(facts.get(name, "none"))[:60]})'
       for name in names
     )
-    raise UserError(f'the cache {path.parent} was made with another {shown}; {remedy}.')
+    raise UserError(f'the cache {path.parent} differs in {shown}; {remedy}.')
