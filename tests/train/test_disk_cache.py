@@ -2,11 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from diffusion_jax.build import build
 from diffusion_jax.formats.networks import read_part, save_params
+from diffusion_jax.recipe import load_config
 from tests import tiny
 
 STEPS = 4
@@ -95,20 +98,38 @@ def test_other_weights_are_refused(train, parts, fails, tmp_path, small_data):
   assert shards(cache) == before
 
 
+def test_a_batch_of_xl_is_that_of_no_cache(arguments, tmp_path):
+  """Texts of two encoders, the pooled one, and the sizes of each picture."""
+  found = {}
+  for cache, transforms in (('disk', ()), (False, ('choose_caption', 'tokenize', 'normalize'))):
+    file, more = arguments('sdxl', tmp_path / str(cache))
+    config = load_config(file, [*more, f'--config.settings.cache={cache}'])
+    config.data.transforms, config.settings.cache_text_dtype = transforms, 'float32'
+    with tiny.few_devices():
+      training = build(config, str(tmp_path / str(cache)))
+    task, batch = training.task, next(training.loader)
+    fields = {name: batch[name] for name in task.batch_fields}
+    found[cache] = jax.jit(task.encode)(task.frozen, fields, jax.random.key(0))
+  cached, plain = (jax.tree.map(np.asarray, found[cache]) for cache in ('disk', False))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), cached, plain)
+  assert {name for one in cached.conditions.values() for name in one} == {'text', 'pooled', 'sizes'}
+  assert len(np.unique(cached.conditions['sizes']['sizes'][:, 0])) > 1
+
+
 @pytest.mark.slow
 def test_two_processes_fill_it_together_and_train(parts, tmp_path, small_data):
-  """Real ones: the files are those that one process writes, and so are the losses."""
+  """Real ones: the files are those that one process writes, and so are the losses; in memory, too.
+  """
   found = {}
-  for count in (1, 2):
+  for count, cache in ((1, 'disk'), (2, 'disk'), (2, True)):
+    name = f'{count}-{cache}'
     values = tiny.diffusion_config(
-      parts, {'cache': 'disk'}, loop=LOOP | {'checkpoint_every_steps': 100}
+      parts, {'cache': cache}, loop=LOOP | {'checkpoint_every_steps': 100}
     )
-    recipe = tiny.write_config(tmp_path / f'{count}.py', values)
-    run = tmp_path / str(count)
-    out = tiny.together(
-      count, small_data, ('train', '--config', recipe, '--workdir', run, '--quiet')
-    )
-    assert len(out) == count
-    found[count] = shards(run / 'cache'), losses(run)
-  assert found[1][0] == found[2][0] and len(found[1][0]) > 4
-  np.testing.assert_allclose(found[1][1], found[2][1], rtol=1e-5)
+    recipe, run = tiny.write_config(tmp_path / f'{name}.py', values), tmp_path / name
+    tiny.together(count, small_data, ('train', '--config', recipe, '--workdir', run, '--quiet'))
+    found[name] = shards(run / 'cache'), losses(run)
+  one, two, memory = found.values()
+  assert one[0] == two[0] and len(one[0]) > 4 and not memory[0]
+  np.testing.assert_allclose(one[1], two[1], rtol=1e-5)
+  assert two[1] == memory[1]
