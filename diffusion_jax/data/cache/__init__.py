@@ -92,7 +92,7 @@ def cached_source(
     encoders.append(Null({n: np.asarray(v) for n, v in null.items()}, here, options))
   store = lambda kind: MemoryStore() if folder is None else DiskStore(Path(folder, kind), name)
   found = {one.name: fill(one, store(one.name)) for one in encoders}
-  return CachedSource({kind: rows for kind, rows in found.items() if kind in KINDS})
+  return CachedSource({kind: rows for kind, rows in found.items() if kind in KINDS}, source)
 
 
 def synthetic_cache(model: Any, frozen: dict, count: int, size: tuple[int, int]) -> CachedSource:

@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
 import ml_dtypes
@@ -193,12 +193,17 @@ class Parts(Sequence[Part]):
 
 
 class CachedSource(Sequence):
-  """Records out of a cache: the `Parts` of each kind of rows by name. Unreadable where one is."""
+  """Records out of a cache: the `Parts` of each kind of rows by name. Unreadable where one is.
 
-  def __init__(self, kinds: Mapping[str, Rows]):
+  source: what they were made of, whose `buckets` and `order` are theirs, too, if it has any.
+  """
+
+  def __init__(self, kinds: Mapping[str, Rows], source: Any = None):
     if len({len(rows) for rows in kinds.values()}) != 1:
       raise ValueError('rows of a cache must be as many of each kind')
     self.kinds = dict(kinds)
+    if (buckets := getattr(source, 'buckets', None)) is not None:
+      self.buckets, self.order, self.shapes = buckets, source.order, source.shapes
 
   def __len__(self) -> int:
     return len(next(iter(self.kinds.values())))
@@ -206,3 +211,21 @@ class CachedSource(Sequence):
   def __getitem__(self, index: SupportsIndex) -> dict[str, Parts]:
     """Return record `index`. Unreadable where it could not be read."""
     return {name: rows[index] for name, rows in self.kinds.items()}
+
+  def substitutes(self, index: int) -> Iterator[Sequence]:
+    """Yield the records that may take the place of one: those of its bucket, if there are any."""
+    buckets = getattr(self, 'buckets', None)
+    yield self if buckets is None else _Some(self, np.flatnonzero(buckets == buckets[index]))
+
+
+class _Some(Sequence):
+  """Those records of a source that have these numbers."""
+
+  def __init__(self, source: Sequence, numbers: np.ndarray):
+    self._source, self._numbers = source, numbers
+
+  def __len__(self) -> int:
+    return len(self._numbers)
+
+  def __getitem__(self, index: SupportsIndex) -> Any:
+    return self._source[int(self._numbers[index])]

@@ -21,7 +21,7 @@ from diffusion_jax.data.cache import (
   synthetic_cache,
 )
 from diffusion_jax.data.sources import open_data
-from diffusion_jax.data.transforms import build_transforms, check_pictures, check_transforms
+from diffusion_jax.data.transforms import check_pictures, check_transforms
 from diffusion_jax.data.unreadable import first_readable
 from diffusion_jax.diffusion.noise import NoiseConfig
 from diffusion_jax.diffusion.objective import (
@@ -315,15 +315,16 @@ class DiffusionTask(Task):
   ) -> CachedSource:
     """Fill the cache of the training data, or what is missing of it, and open it."""
     settings, data = self.config, config.data
+    source, transforms = super().examples(config, env)
     null = {name.removesuffix('.bias'): x for name, x in self.frozen.get(NULL, {}).items()}
     return cached_source(
-      env.train, self.model, self.frozen, env.mesh, name=data.dataset, null=null, kinds=kinds,
+      source, self.model, self.frozen, env.mesh, name=data.dataset, null=null, kinds=kinds,
       folder=self.cache_folder(env) if settings.cache == 'disk' else None,
       options=Options(
         dtype=settings.cache_dtype, text_dtype=settings.cache_text_dtype,
         views=settings.cache_views, specs=data.transforms, seed=config.loop.seed,
-        transforms=build_transforms(data.transforms, size=data.size), size=data.size,
-        shape=data.shape, threads=data.workers,
+        transforms=transforms if data.transforms else (), size=data.size, shape=data.shape,
+        threads=data.workers,
       ),
     )
 
