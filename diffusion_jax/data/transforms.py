@@ -7,7 +7,7 @@ together.
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -147,7 +147,7 @@ class ChooseCaption(Transform):
   def __call__(self, record: dict, rng: np.random.Generator) -> dict:
     captions = _captions(record)
     if weights := record.get('caption_weights'):
-      return _with_caption(record, captions[_chosen(weights, rng)])
+      return _with_caption(record, captions[weighted_choice(weights, rng)])
     return _with_caption(record, captions[int(rng.integers(len(captions)))])
 
 
@@ -318,7 +318,7 @@ def _with_caption(record: dict, caption: str) -> dict:
   return kept | {'caption': caption}
 
 
-def _chosen(weights: list[float], rng: np.random.Generator) -> int:
+def weighted_choice(weights: Sequence[float], rng: np.random.Generator) -> int:
   """A number below len(weights), each as likely as its weight."""
   ends = np.cumsum(weights)
   return int(min(np.searchsorted(ends, rng.random() * ends[-1], side='right'), len(weights) - 1))

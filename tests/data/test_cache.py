@@ -17,7 +17,7 @@ from PIL import Image
 
 from diffusion_jax.data.cache import Choose, Options, cached_source, disk, encoding
 from diffusion_jax.data.cache.rows import pack, unpack
-from diffusion_jax.data.transforms import RandomCrop, RandomFlip
+from diffusion_jax.data.transforms import ChooseCaption, RandomCrop, RandomFlip
 from diffusion_jax.errors import Unreadable, UserError
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.spaces import PixelSpace
@@ -297,6 +297,30 @@ def test_views_follow_from_seed_and_content(folder, tmp_path, encoded):
   assert len({row['z'].tobytes() for row in seen}) > 2
   assert len({row['text'].tobytes() for row in seen}) == 2
   assert seen[0].keys() == {'z', 'sizes', 'text', 'mask'}
+
+
+def test_captions_are_drawn_by_weight_and_any_sequence_is_a_source(tmp_path, encoded):
+  """Of records in memory, which know no hashes of theirs."""
+  def records(text):
+    return [
+      {'image': np.full((EDGE, EDGE, 3), i, np.uint8), 'captions': ['a', f'b {i}', text],
+       'caption_weights': [1.0, 0.0, 3.0]} for i in range(6)
+    ]
+
+  source = records('c')
+  found = fill(source, tmp_path / 'cache')
+  row, texts = found[4], [part['text'].tobytes() for part in found[4]['texts']]
+  assert row['texts'].weights == (1, 0, 3) and 'sizes' not in row['latents'][0]
+  for seed in range(40):
+    mine, other = (np.random.default_rng(seed) for _ in range(2))
+    caption = ChooseCaption()(source[4], other)['caption']
+    assert Choose()(row, mine)['text'].tobytes() == texts[source[4]['captions'].index(caption)]
+  encoded()
+  changed = records('c')
+  changed[5]['caption_weights'] = [1.0, 1.0, 1.0]
+  changed[0]['image'] = changed[0]['image'] + np.uint8(9)
+  assert fill(changed, tmp_path / 'cache')[5]['texts'].weights == (1, 1, 1)
+  assert encoded() == {'latents': 1, 'texts': 1}
 
 
 def test_room_is_looked_for_before_work(folder, tmp_path, monkeypatch, encoded):

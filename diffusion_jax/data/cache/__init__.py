@@ -35,6 +35,7 @@ from diffusion_jax.data.cache.rows import (
   shard_of,
 )
 from diffusion_jax.data.cache.store import MemoryStore, fill
+from diffusion_jax.data.transforms import weighted_choice
 from diffusion_jax.types import Source
 
 KINDS = ('latents', 'texts')
@@ -55,9 +56,8 @@ class Choose:
 
 
 def _chosen(parts: Parts, rng: np.random.Generator) -> int:
-  if weights := parts.weights:
-    return int(rng.choice(len(parts), p=np.asarray(weights) / sum(weights)))
-  return int(rng.integers(len(parts)))
+  weights = parts.weights
+  return weighted_choice(weights, rng) if weights else int(rng.integers(len(parts)))
 
 
 def cached_source(
