@@ -205,17 +205,22 @@ def kohya_names(names: Iterable[str]) -> dict[str, str]:
 _TEXTS = ('clip_l', 'clip_h')
 KOHYA = {
   'unet': ('lora_unet_',), 'text_encoder': ('lora_te_', 'lora_te1_'),
-  'text_encoder_2': ('lora_te2_',), 'transformer': ('lora_transformer_',),
+  'text_encoder_2': ('lora_te2_', 'lora_te3_'), 'text_encoder_3': ('lora_te3_',),
+  'text_encoder_4': ('lora_te4_',), 'transformer': ('lora_transformer_',),
 }
-"""How the names of each role begin in kohya's files; lora_te1_ where there are two encoders. Those
-of a transformer are OneTrainer's, which ComfyUI reads, too."""
+"""How the names of each role begin in kohya's files, see `kohya_start`. Those of a transformer are
+OneTrainer's, which ComfyUI reads, too."""
 _JOINED = KOHYA | {role: (*KOHYA[role], 'lycoris_') for role in ('unet', 'transformer')}
+_OF_T5 = ('text_encoders.t5xxl.transformer.', 't5xxl.transformer.')
 _DOTTED = {
   'unet': ('diffusion_model.', 'model.diffusion_model.'),
   'text_encoder': tuple(
     f'{start}{name}.transformer.' for name in _TEXTS for start in ('text_encoders.', '')
   ),
-  'text_encoder_2': ('text_encoders.clip_g.transformer.', 'clip_g.transformer.'),
+  'text_encoder_2': (
+    'text_encoders.clip_g.transformer.', 'clip_g.transformer.', *_OF_T5
+  ),
+  'text_encoder_3': _OF_T5,
 }
 _BARE = 'base_model.model.'
 
@@ -230,6 +235,20 @@ _PARTS = {
 }
 _SHORTEST_FIRST = sorted(_PARTS, key=len)
 _ADAPTER = re.compile(r'\.(lora_[AB])\.[^.]+\.weight$')
+
+
+def kohya_start(role: str, layers: Iterable[str], roles: Iterable[str]) -> str:
+  """Return how kohya's names of a network with these layers begin, in a model with these roles.
+
+  The first text encoder is te where it is alone and a CLIP, else te1. A T5 that is the second, as
+  in Flux.1, is te3, as kohya's scripts have it and ComfyUI reads it.
+  """
+  starts, is_t5 = KOHYA[role], any('.SelfAttention.' in f'{layer}.' for layer in layers)
+  alone = not any(other.startswith(f'{role}_') for other in roles)
+  if role == 'text_encoder':
+    return starts[0 if alone and not is_t5 else 1]
+  return starts[-1 if is_t5 else 0]
+
 
 BUNDLE = 'bundle_emb.'
 INVERSION = {

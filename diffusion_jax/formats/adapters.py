@@ -1,8 +1,8 @@
 """Files of low-rank adapters (Hu et al. 2022), in all layouts that diffusers reads.
 
-In memory a LoRA is {role: {layer: LoRAWeights}}; roles are 'unet' or 'transformer', 'text_encoder'
-and 'text_encoder_2'. Arrays keep the file's type. PEFT's LoraConfig is in the file's metadata, one
-for each role (diffusers), or in adapter_config.json (PEFT).
+In memory a LoRA is {role: {layer: LoRAWeights}}; roles are 'unet' or 'transformer', 'text_encoder',
+'text_encoder_2' and so on. Arrays keep the file's type. PEFT's LoraConfig is in the file's
+metadata, one for each role (diffusers), or in adapter_config.json (PEFT).
 """
 
 import collections
@@ -25,6 +25,7 @@ from diffusion_jax.formats.adapter_names import (
   NamePatterns,
   Place,
   is_inversion,
+  kohya_start,
   layers,
   of_other_kinds,
   places,
@@ -327,7 +328,7 @@ def write_lora(
   """Write one safetensors file that kohya's scripts or diffusers read; layout: 'kohya' or 'peft'.
 
   With a 'text_encoder_2', even empty, kohya's names of the first encoder are those of Stable
-  Diffusion XL.
+  Diffusion XL; see `kohya_start`.
   """
   require(layout in LAYOUTS, f'layout must be one of {", ".join(LAYOUTS)}, not {layout!r}.')
   unknown = sorted(set(lora) - set(KOHYA))
@@ -335,7 +336,7 @@ def write_lora(
   tensors: dict[str, np.ndarray] = {}
   texts: dict[str, Any] = {}
   for role, weights in lora.items():
-    prefix = KOHYA[role][-1 if 'text_encoder_2' in lora else 0]
+    prefix = kohya_start(role, weights, lora)
     for layer, one in weights.items():
       a, b = (to_published_layout('kernel.kernel', value) for value in (one.a, one.b))
       if layout == 'peft':

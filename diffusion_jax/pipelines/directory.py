@@ -1,8 +1,9 @@
 """Models in directories: `formats.pipeline` reads and writes the parts, here is what they make."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from diffusion_jax.formats.pipeline import (
   TEXT_TO_IMAGE,
   Pipeline,
   export_scheduler,
+  keep_changed,
   keep_folder,
   own_path,
   read_pipeline,
@@ -201,43 +203,58 @@ def load_model(
   return model, {role: part.load(mesh=mesh) for role, part in parts.items()}, sample
 
 
+_NONE: Mapping[str, Any] = MappingProxyType({})
+_SINGLE = {'clip': ROLES[0], 'text_path': ROLES[0]}
+"""Folders that a text encoder is copied to where there is one alone."""
+
+
 def save_model(
   directory: Path, model: Diffusion, denoiser: Params, *, space: Any,
   conditioners: Mapping[str, Mapping[str, Any]], sample: SampleConfig, dtype: str,
+  texts: Mapping[str, tuple[Any, Params]] = _NONE,
 ) -> None:
   """Write a model trained here, with copies of its frozen parts or the assets' names.
 
   A U-Net on latents with texts and a table of noise levels has the folders of a diffusers pipeline;
   others are of the class DIFFUSION. denoiser: its parameters. space, conditioners: as in
-  `assemble`.
+  `assemble`. texts: (config, parameters) of text encoders that have changed, by role.
   """
+  def keep(path: str, name: str) -> str:
+    changed = texts.get(_SINGLE.get(name, name))
+    if changed is None:
+      return keep_folder(path, directory, name)
+    return keep_changed(path, directory, name, changed, dtype)
+
   index = {
     'sample': dataclasses.asdict(sample), 'noise': model.noise.config.saved(),
     'prediction': model.parameterization.name, 'data_std': model.parameterization.data_std,
     **export_scheduler(directory, scheduler_of(model, sample)),
   }
-  texts = list(conditioners) == ['text'] and type(model.denoiser.config) is UNetConfig
-  texts = texts and model.denoiser.config.sample_size is not None
-  texts = texts and set(conditioners['text']) == {'path'} and set(model.text.towers) == {ROLES[0]}
-  if texts and type(space) is LatentConfig and model.noise.table is not None:
+  plain = list(conditioners) == ['text'] and type(model.denoiser.config) is UNetConfig
+  plain = plain and model.denoiser.config.sample_size is not None
+  plain = plain and set(conditioners['text']) == {'path'} and set(model.text.towers) == {ROLES[0]}
+  if plain and type(space) is LatentConfig and model.noise.table is not None:
     folder = FOLDERS[DENOISER]
     index |= {'_class_name': TEXT_TO_IMAGE, 'latent_patch_size': space.patch} | {
-      role: keep_folder(path, directory, role) for role, path in (
+      role: keep(path, role) for role, path in (
         (AUTOENCODER, space.autoencoder), ('clip', conditioners['text']['path'])
       )
     }
   else:
     folder = DENOISER
-    index |= {'_class_name': DIFFUSION} | _described(directory, model, space, conditioners)
+    index |= {'_class_name': DIFFUSION} | _described(model, space, conditioners, keep)
   save_params(directory / folder, model.denoiser.config, denoiser, dtype=dtype)
   write_json(directory / INDEX, index)
 
 
 def _described(
-  directory: Path, model: Diffusion, space: Any, conditioners: Mapping[str, Mapping[str, Any]]
+  model: Diffusion, space: Any, conditioners: Mapping[str, Mapping[str, Any]],
+  keep: Callable[[str, str], str],
 ) -> dict[str, Any]:
-  """What the index of a model of the class DIFFUSION says of its parts, which are copied."""
-  keep = lambda path, name: keep_folder(path, directory, name)
+  """What the index of a model of the class DIFFUSION says of its parts, which are copied.
+
+  keep: (path of a part, the folder that it is copied to) -> what the index says.
+  """
   options, found = untyped(space), model.conditioners
   folders = {key: keep(options[key], f'space_{key}') for key in model.space.paths}
   return {

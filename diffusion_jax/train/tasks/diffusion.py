@@ -1,4 +1,4 @@
-"""Train the denoiser of a generative model on noised data; what it is conditioned on is frozen."""
+"""Train the denoiser of a generative model on noised data, alone or with its text encoders."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -49,6 +49,8 @@ from diffusion_jax.registry import (
 )
 from diffusion_jax.train.meter import mean_metric
 from diffusion_jax.train.tasks.task import Carry, Env, Frozen, Observed, Task
+from diffusion_jax.train.tasks.text_training import TextTrainingConfig, with_texts
+from diffusion_jax.train.tasks.trainable import Denoiser, Trainable
 from diffusion_jax.types import Condition, Params, Scores, Source, Weights
 
 TIME_BUCKETS = 10
@@ -77,7 +79,7 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SharedConfig:
+class SharedConfig(TextTrainingConfig):
   """Settings of all tasks that train a diffusion model of images.
 
   clip: a CLIP with both towers, or 'asset:NAME'; it scores samples unless `evaluation` has
@@ -96,6 +98,7 @@ class SharedConfig:
   export_dtype: FileDtype = 'float16'
 
   def __post_init__(self):
+    self.check_text_training(self.cache)
     if self.objective.data_std != 1:
       raise UserError(
         f'objective.data_std is {self.objective.data_std}, but latents are scaled to unit '
@@ -129,6 +132,11 @@ class DiffusionTaskConfig(SharedConfig):
         raise UserError(
           f'settings.cache keeps what follows from images and prompts, not {name}; switch it off.'
         )
+    if self.text_training != 'frozen' and 'text' not in kinds:
+      raise UserError(
+        f'settings.text_training {self.text_training} has no effect without '
+        'settings.conditioners.text; leave it out.'
+      )
     taken, given = getattr(self.denoiser, 'in_channels', None), output_channels(self.denoiser)
     wanted = (taken or 0) * (2 if self.objective.learned_variance else 1)
     if taken and given != wanted and not any(kind.channels for kind in kinds.values()):
@@ -192,14 +200,28 @@ class DiffusionTask(Task):
 
   def __init__(
     self, config: SharedConfig, model: Diffusion, frozen: Frozen, train: Source, test: Source,
-    remat: str = 'none', products: str = 'plain',
+    remat: str = 'none', products: str = 'plain', trainable: Trainable | None = None,
   ):
-    """`remat` and `products`, of `models.network`, are of the loss alone."""
+    """`remat` and `products`, of `models.network`, are of the loss alone.
+
+    trainable: what is trained, `adapted` to the model; None for all of the denoiser.
+    """
     config.sample.check(model.noise, model.parameterization)
+    if trainable is None:
+      trainable = Denoiser(config)
+      trainable.adapted(model)
+    self.trainable = trainable
     self.config, self.model, self.train, self.test = config, model, train, test
     self.loss_model = model.with_compute(remat=remat, matmul_precision=products)
     self.objective = Objective(config.objective, model.noise, model.parameterization)
-    nulls = [c.null(frozen) for c in model.conditioners.values() if isinstance(c, Guided)]
+    self._moving = tuple(
+      name for name, c in model.conditioners.items()
+      if isinstance(c, Guided) and trainable.roles & c.networks.keys()
+    )
+    nulls = [
+      c.null(frozen) for name, c in model.conditioners.items()
+      if isinstance(c, Guided) and name not in self._moving
+    ]
     # As parameters that lie on every device.
     null = {f'{name}.bias': to_host(value) for one in nulls for name, value in one.items()}
     self.frozen: Frozen = {**frozen, NULL: null} if null else frozen
@@ -264,8 +286,12 @@ class DiffusionTask(Task):
       dtype=getattr(jnp, config.dtype),
     )
     model = model.with_compute(attention=config.attention)
-    frozen = {role: part.load() for role, part in parts.items()}
-    return cls(settings, model, frozen, env.train, env.test, config.remat, config.products)
+    trainable = with_texts(Denoiser(settings), settings, model, parts)
+    model = trainable.adapted(model)
+    return cls(
+      settings, model, trainable.rest(parts), env.train, env.test, config.remat, config.products,
+      trainable,
+    )
 
   def context(self) -> dict[str, Any]:
     label = self.model.conditioners.get('class')
@@ -284,10 +310,13 @@ class DiffusionTask(Task):
     return cached_source(env.train, self.model, self.frozen, env.mesh), [ChooseText()]
 
   def initialize(self, key: jax.Array) -> Params:
-    return self.model.denoiser.initialize(key)
+    return self.trainable.initialize(key)
+
+  def start(self, mesh: Mesh) -> Params | None:
+    return self.trainable.start(self.frozen, mesh)
 
   def weights(self, params: Params, frozen: Frozen) -> Weights:
-    return {**frozen, DENOISER: params}
+    return self.trainable.weights(params, frozen)
 
   def carry(self) -> Carry:
     history = self.objective.history()
@@ -312,9 +341,20 @@ class DiffusionTask(Task):
     conditions = {name: columns(one.kept) for name, one in self._conditioners.items()}
     return Encoded(columns(self.model.space.kept), conditions)
 
+  def nulls(self, weights: Weights) -> Params:
+    """Return the null condition, that of trained encoders by their weights of now."""
+    found = dict(weights.get(NULL, {}))
+    for name in self._moving if self.config.caption_dropout else ():
+      null = self._conditioners[name].null(weights)
+      found |= {f'{field}.bias': value for field, value in null.items()}
+    return found
+
   def drop(self, conditions: dict[str, Arrays], null: Params, key: jax.Array) -> dict[str, Arrays]:
     """Put the null in the place of a random fraction of each condition that has one."""
-    guided = [name for name, one in self._conditioners.items() if isinstance(one, Guided)]
+    guided = [
+      name for name, one in self._conditioners.items()
+      if isinstance(one, Guided) and (self.config.caption_dropout or name not in self._moving)
+    ]
     out = dict(conditions)
     for name, key_drop in _keys(guided, key).items():
       count = len(next(iter(out[name].values())))
@@ -345,7 +385,7 @@ class DiffusionTask(Task):
     moments, conditions, weight = self.encode(weights, batch, key_encode)
     x0 = space.sample(moments, key_z)
     x0 = constrain(x0, 'image') if x0.ndim == 4 else x0
-    condition = self.condition(conditions, weights.get(NULL, {}), key_drop, x0.shape)
+    condition = self.condition(conditions, self.nulls(weights), key_drop, x0.shape)
     network = self.loss_model.network(weights)
     # Without a loss of its own a variance that published networks predict, too, is left out.
     extra = self.model.learned_variance and not self.config.objective.learned_variance
@@ -397,8 +437,10 @@ class DiffusionTask(Task):
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
     """Write the whole model as a directory that `sample --model` reads."""
-    config = self.config
+    config, texts = self.config, self.trainable.changed(params)
+    _, denoiser = texts.pop(DENOISER)
+    more = {'texts': texts} if texts else {}
     load(EXPORTS, 'model')(
-      directory, self.model, params, space=config.space, conditioners=config.conditioned,
-      sample=config.sample, dtype=config.export_dtype,
+      directory, self.model, denoiser, space=config.space, conditioners=config.conditioned,
+      sample=config.sample, dtype=config.export_dtype, **more,
     )

@@ -26,6 +26,7 @@ from diffusion_jax.pipelines.image_conditioners import CONCATENATED
 from diffusion_jax.pipelines.model import DENOISER, Diffusion
 from diffusion_jax.train.tasks.diffusion import DiffusionTask, SharedConfig
 from diffusion_jax.train.tasks.task import Env
+from diffusion_jax.train.tasks.text_training import with_texts
 from diffusion_jax.train.tasks.trainable import (
   ControlNet,
   Full,
@@ -34,7 +35,7 @@ from diffusion_jax.train.tasks.trainable import (
   TextualInversion,
   Trainable,
 )
-from diffusion_jax.types import Params, Scores, Source, Weights
+from diffusion_jax.types import Params, Scores, Source
 from diffusion_jax.viz.grids import save_png
 
 TRAINED: dict[str, type[Trainable]] = {
@@ -94,6 +95,9 @@ class FinetuneTaskConfig(SharedConfig):
           f'settings.{kind.section} has no effect on settings.train {self.train}; leave it out.'
         )
     for wrong, text in (
+      (self.text_training != 'frozen' and self.train in ('controlnet', 'embeddings'),
+       f'settings.text_training must be frozen with settings.train {self.train}; train one or the '
+       'other.'),
       (self.train == 'controlnet' and self.inputs != 'none',
        "settings.inputs must be 'none' for a ControlNet; train one or the other."),
       (self.cache and (self.train == 'embeddings' or self.with_images),
@@ -176,13 +180,13 @@ class FinetuneTask(DiffusionTask):
     )
     _check_model(settings, model)
     trainable = TRAINED[settings.train](settings, parts[DENOISER])
+    trainable = with_texts(trainable, settings, model, parts)
     model = trainable.adapted(with_image_input(model, settings.inputs))
-    if isinstance(trainable, Full):
-      del parts[DENOISER]
     # What is not trained is kept as it is computed with.
-    frozen = {role: part.load(dtype=dtype, mesh=env.mesh) for role, part in parts.items()}
-    task = cls(settings, model, frozen, env.train, env.test, config.remat, config.products)
-    task.trainable = trainable
+    frozen = trainable.rest(parts, dtype=dtype, mesh=env.mesh)
+    task = cls(
+      settings, model, frozen, env.train, env.test, config.remat, config.products, trainable
+    )
     if settings.prior.folder:
       task.batch_fields += ('weight',)
     return task
@@ -206,15 +210,6 @@ class FinetuneTask(DiffusionTask):
       both = Alternating(env.train, env.more['prior'], self.config.prior.weight)
       env = dataclasses.replace(env, train=both)
     return super().examples(config, env)
-
-  def initialize(self, key: jax.Array) -> Params:
-    return self.trainable.initialize(key)
-
-  def start(self, mesh: Mesh) -> Params | None:
-    return self.trainable.start(self.frozen, mesh)
-
-  def weights(self, params: Params, frozen: Weights) -> Weights:
-    return self.trainable.weights(params, frozen)
 
   @property
   def sample_batch(self) -> dict[str, int]:
@@ -264,7 +259,7 @@ def sample_prior(task: FinetuneTask, mesh: Mesh) -> FolderSource:
   if missing > 0:
     names = (f'{i:05d}.png' for i in range(prior.images + len(found)))
     free = (name for name in names if name not in found)
-    params = task.start(mesh) or jax.jit(task.initialize)(jax.random.key(0))
+    params = task.beginning(mesh, jax.random.key(0))
     batches = model.generate(
       task.weights(params, task.frozen), [prior.prompt] * missing, task.config.sample, seed=1,
       first=len(found), mesh=mesh, batch_size=PRIOR_BATCH,

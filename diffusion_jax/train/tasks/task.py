@@ -141,8 +141,16 @@ class Task(abc.ABC):
     """Return the mean loss over the batch, (metrics, what `next_carry` needs); pure."""
 
   def start(self, mesh: Mesh) -> Params | None:
-    """Return parameters on the mesh to begin with, such as pretrained ones; None for fresh ones."""
+    """Return parameters on the mesh to begin with, such as pretrained ones; None for fresh ones,
+    as those are that lack."""
     return None
+
+  def beginning(self, mesh: Mesh, key: jax.Array) -> Params:
+    """Return all parameters that training begins with."""
+    given = self.start(mesh) or {}
+    if given and given.keys() == jax.eval_shape(self.initialize, key).keys():
+      return given
+    return {**jax.jit(self.initialize)(key), **given}
 
   def carry(self) -> Carry:
     """Return what training begins to carry; replicated and checkpointed."""
