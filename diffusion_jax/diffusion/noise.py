@@ -258,18 +258,22 @@ class NoiseSchedule:
     alpha, sigma = self.smooth_process(t)
     return Level(alpha, sigma, self.label(alpha, sigma), t)
 
-  def at_ratio(self, ratio: PerExample) -> Level:
-    """Return the levels of, or nearest to, sigma / alpha = ratio [b], within those of training."""
+  def time_of(self, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+    """The time of `smooth_process` in [0, 1] with, or nearest to, this sigma / alpha."""
 
     def halve(_, ends):  # The ratio grows with t.
       low, high = ends
       middle = (low + high) / 2
-      alpha, sigma = self.smooth_process(middle)
-      below = sigma < ratio * alpha
+      there = self.smooth_process(middle)
+      below = there[1] * alpha < sigma * there[0]
       return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
-    low, high = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(ratio), jnp.ones_like(ratio)))
-    return self.at((low + high) / 2)
+    low, high = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(sigma), jnp.ones_like(sigma)))
+    return (low + high) / 2
+
+  def at_ratio(self, ratio: PerExample) -> Level:
+    """Return the levels of, or nearest to, sigma / alpha = ratio [b], within those of training."""
+    return self.at(self.time_of(jnp.ones_like(ratio), ratio))
 
   def label(self, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
     """Return the label of any pair, of alpha's shape, within `label_range`."""

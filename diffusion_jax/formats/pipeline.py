@@ -93,21 +93,27 @@ class Pipeline:
       values = read_json(where)
     if self.kind not in (TEXT_TO_IMAGE, DIFFUSION):
       return read_scheduler(values, where)
-    prediction = self.index.get('prediction', values.get('prediction_type', 'epsilon'))
-    require(
-      isinstance(prediction, str) and prediction in PREDICTIONS,
-      f'{where} predicts {shown(prediction)}; only {", ".join(PREDICTIONS)} are known.',
-    )
-    noise = self.index.get('noise', values)
-    require(isinstance(noise, dict), f'{INDEX}: noise is {shown(noise)}; it must be an object.')
-    known = {field.name for field in dataclasses.fields(NoiseConfig)}
-    noise = parse_config(NoiseConfig, {k: v for k, v in noise.items() if k in known}, {}, where)
-    data_std = self.index.get('data_std', 1.0)
-    require(
-      type(data_std) in (int, float) and 0 < data_std < 1e6,
-      f'{INDEX}: data_std is {shown(data_std)}; it must be a number above 0.',
-    )
-    return Scheduler(noise, prediction, data_std=data_std)
+    plain = {'prediction': values.get('prediction_type', 'epsilon'), 'noise': values}
+    return own_terms(plain | self.index, where)
+
+
+def own_terms(entries: Mapping[str, Any], where: str) -> Scheduler:
+  """Return what a network predicts on which noise, by the entries of an index written here."""
+  prediction = entries.get('prediction')
+  require(
+    isinstance(prediction, str) and prediction in PREDICTIONS,
+    f'{where} predicts {shown(prediction)}; only {", ".join(PREDICTIONS)} are known.',
+  )
+  noise = entries.get('noise')
+  require(isinstance(noise, dict), f'{INDEX}: noise is {shown(noise)}; it must be an object.')
+  known = {field.name for field in dataclasses.fields(NoiseConfig)}
+  noise = parse_config(NoiseConfig, {k: v for k, v in noise.items() if k in known}, {}, where)
+  data_std = entries.get('data_std', 1.0)
+  require(
+    type(data_std) in (int, float) and 0 < data_std < 1e6,
+    f'{INDEX}: data_std is {shown(data_std)}; it must be a number above 0.',
+  )
+  return Scheduler(noise, prediction, data_std=data_std)
 
 
 def is_pipeline(path: Path) -> bool:

@@ -12,23 +12,25 @@ from jax.sharding import Mesh
 from diffusion_jax.config import typed, untyped
 from diffusion_jax.diffusion.noise import NoiseSchedule, Schedule
 from diffusion_jax.diffusion.parameterization import Parameterization
-from diffusion_jax.errors import UserError, require
+from diffusion_jax.errors import UserError, require, shown
 from diffusion_jax.files import INDEX, reading
 from diffusion_jax.formats.clip import pixel_statistics
 from diffusion_jax.formats.networks import Part, resolve, save_params
 from diffusion_jax.formats.pipeline import (
   DIFFUSION,
   FOLDERS,
+  SCHEDULER,
   TEXT_TO_IMAGE,
   Pipeline,
   export_scheduler,
   keep_changed,
   keep_folder,
   own_path,
+  own_terms,
   read_pipeline,
 )
 from diffusion_jax.formats.scheduler import Scheduler
-from diffusion_jax.formats.tensors import write_json
+from diffusion_jax.formats.tensors import read_json, write_json
 from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.pipelines.assembly import assemble, make_model
 from diffusion_jax.pipelines.conditioners import ClassLabel, Conditioner
@@ -55,6 +57,9 @@ from diffusion_jax.pipelines.text_conditioners import (
 from diffusion_jax.registry import CONDITIONERS, NETWORKS, SPACES, load
 from diffusion_jax.types import Params, Weights
 
+CONVERSION = 'conversion'
+"""The entry of an index on the terms of a model that are not those of its network's scheduler."""
+
 
 def read_model(path: str, dtype=jnp.float32) -> tuple[Diffusion, dict[str, Part], SampleConfig]:
   """(model without weights, its parts, how to sample) of a directory or 'asset:NAME'.
@@ -65,7 +70,18 @@ def read_model(path: str, dtype=jnp.float32) -> tuple[Diffusion, dict[str, Part]
   scheduler = pipeline.scheduler()
   sample = _sample(pipeline, scheduler, path)
   if pipeline.kind == DIFFUSION:
-    return *_assembled(pipeline, resolve(path), scheduler, dtype), sample
+    model, parts = _assembled(pipeline, resolve(path), scheduler, dtype)
+  else:
+    model, parts = _published(pipeline, path, scheduler, dtype)
+  if CONVERSION in pipeline.index:
+    model, sample = _converted(pipeline.index[CONVERSION], model, path)
+  return model, parts, sample
+
+
+def _published(
+  pipeline: Pipeline, path: str, scheduler: Scheduler, dtype
+) -> tuple[Diffusion, dict[str, Part]]:
+  """A model in the folders of a pipeline of diffusers."""
   parts = _networks(pipeline, path)
   conditioners = _prompts(pipeline, parts, path, dtype)
   if CONTROLNET in parts:
@@ -78,7 +94,7 @@ def read_model(path: str, dtype=jnp.float32) -> tuple[Diffusion, dict[str, Part]
     Parameterization(scheduler.prediction, scheduler.data_std),
     Schedule(pipeline.scheduler(low).schedule) if low in pipeline.parts else None,
   )
-  return model, parts, sample
+  return model, parts
 
 
 _KINDS = {
@@ -158,14 +174,51 @@ def _classes(pipeline: Pipeline, count: int | None) -> tuple[str, ...]:
 def _sample(pipeline: Pipeline, scheduler: Scheduler, path: str) -> SampleConfig:
   if pipeline.kind not in (TEXT_TO_IMAGE, DIFFUSION):
     return sample_config(scheduler, pipeline.kind)
+  return _typed_sample(pipeline.index.get('sample', {}), path)
+
+
+def _typed_sample(given: Any, path: str) -> SampleConfig:
+  """How to sample, by what an index written here says."""
   known = {field.name for field in dataclasses.fields(SampleConfig)}
-  given = pipeline.index.get('sample', {})
   if isinstance(given, dict):  # Later versions may say more.
     given = {key: value for key, value in given.items() if key in known}
   try:
     return typed(SampleConfig, given, 'sample.')
   except UserError as error:
     raise UserError(f'{path} cannot be sampled: {error}') from error
+
+
+def _converted(
+  entries: Any, model: Diffusion, path: str
+) -> tuple[Diffusion, SampleConfig]:
+  """The model as it was trained, where that is not as its network was published."""
+  where = f'{resolve(path) / INDEX}: {CONVERSION}'
+  require(isinstance(entries, dict), f'{where} is {shown(entries)}; it must be an object.')
+  own = entries.get('network')
+  require(isinstance(own, dict), f'{where}: network is {shown(own)}; it must be an object.')
+  for terms, exact in ((own_terms(own, where), False), (own_terms(entries, where), True)):
+    model = model.in_terms(terms.prediction, terms.schedule, exact)
+  return model, _typed_sample(entries.get('sample', {}), path)
+
+
+def save_conversion(directory: Path, model: Diffusion, sample: SampleConfig) -> None:
+  """Write into a pipeline's index in what terms, and with what samples, it was trained on.
+
+  Where the network is as published, and another prediction is made of it, the scheduler stays that
+  of the network, by which other programs read it; else the scheduler is the model's.
+  """
+  index, own = read_json(directory / INDEX), model.network_terms
+  terms = lambda prediction, noise: {'prediction': prediction, 'noise': noise.saved()}
+  if own == (model.parameterization.name, model.noise.config):
+    scheduler = scheduler_of(model, sample)
+    index |= export_scheduler(directory, scheduler)
+    values = read_json(file) if (file := directory / 'scheduler' / SCHEDULER).is_file() else {}
+    if isinstance(index.get('scheduler'), list) and values:
+      index['scheduler'] = ['diffusers', values['_class_name']]
+  index[CONVERSION] = terms(model.parameterization.name, model.noise.config) | {
+    'network': terms(*own), 'sample': dataclasses.asdict(sample),
+  }
+  write_json(directory / INDEX, index)
 
 
 _SHARED = (

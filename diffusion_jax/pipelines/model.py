@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.backend import xla
+from diffusion_jax.diffusion.conversion import converted, own_terms
 from diffusion_jax.diffusion.denoiser import (
   Denoiser,
   Label,
@@ -24,7 +25,7 @@ from diffusion_jax.diffusion.denoiser import (
   TextDenoiser,
   make_denoiser,
 )
-from diffusion_jax.diffusion.noise import NoiseSchedule
+from diffusion_jax.diffusion.noise import NoiseConfig, NoiseSchedule
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.diffusion.samplers import initial_noise, sampler
 from diffusion_jax.errors import UserError
@@ -140,6 +141,26 @@ class Diffusion:
   def with_conditioner(self, name: str, conditioner: Conditioner) -> 'Diffusion':
     """Return the same model with one conditioner more, or another one of that name."""
     return dataclasses.replace(self, conditioners={**self.conditioners, name: conditioner})
+
+  @property
+  def network_terms(self) -> tuple[str, NoiseConfig]:
+    """The prediction and the noise of its network, of which those of the model may be made."""
+    return own_terms(self.parameterization, self.noise.config)
+
+  def in_terms(self, prediction: str, noise: NoiseConfig, exact: bool = True) -> 'Diffusion':
+    """Return a model with another prediction and noise schedule, of the same network.
+
+    Args:
+      prediction: one of PREDICTIONS.
+      noise: config of the schedule.
+      exact: convert what the network says (`diffusion.conversion`), so that the model means what it
+        did; else its output is taken for the new prediction as it is, which it has yet to learn.
+    """
+    before = self.parameterization
+    after = converted(before, self.noise.config, prediction, noise) if exact else (
+      Parameterization(prediction, before.data_std)
+    )
+    return dataclasses.replace(self, noise=NoiseSchedule.of(noise), parameterization=after)
 
   def with_compute(self, **changes: str) -> 'Diffusion':
     """The same model with other `models.network.Compute`.

@@ -51,7 +51,8 @@ def lora(rank: int, blocks: dict[int, int], text: int) -> int:
 
 
 TRAINED = {
-  'sd15': 859_520_964, 'sd21': 865_910_724, 'sdxl': 2_567_463_684, 'dreambooth': 859_520_964,
+  'sd15': 859_520_964, 'sd15_v': 859_520_964, 'sd15_flow': 859_520_964,
+  'sd21': 865_910_724, 'sdxl': 2_567_463_684, 'dreambooth': 859_520_964,
   'inpainting': 859_535_364, 'controlnet': 361_279_120, 'textual_inversion': 1 * 768,
   # Blocks by width: two going down and three going up at a level, each of its depth, and the mid.
   'lora': lora(4, {320: 5, 640: 5, 1280: 5 + 1}, 768),
@@ -61,6 +62,10 @@ TRAINED = {
   'sd35_medium': 2_469_663_936, 'sd35_medium_lora': (8 * 24 - 1 + 4 * 13) * 4 * 2 * 1536,
   'flux_lora': (8 * 19 + 3 * 38) * 4 * 2 * 3072, 'pixart': 610_856_096,
 }
+
+
+CHANGED = ('sd15_v', 'sd15_flow')
+"""Those that change the prediction."""
 
 
 def abstract_parameters(settings):
@@ -99,7 +104,9 @@ def test_a_recipe_fits_its_architecture(name, configs):
   config = configs[name]
   model = architecture_model(config.settings.architecture)
   assert config.data.size == max(model.trained_size)
-  assert config.settings.objective.prediction == model.parameterization.name
+  prediction, schedule = config.settings.objective.prediction, config.settings.schedule
+  assert (prediction != model.parameterization.name) == (schedule is not None) == (name in CHANGED)
+  model = model.in_terms(prediction, schedule or model.noise.config)
   config.settings.sample.check(model.noise, model.parameterization)
   assert config.settings.model == '' and config.data.dataset.startswith('folder:')
 

@@ -15,13 +15,15 @@ from diffusion_jax.config import TrainingConfig
 from diffusion_jax.data.finding import Left, find_files, with_suffixes
 from diffusion_jax.data.sources.folder import Alternating, FolderSource, open_all
 from diffusion_jax.data.unreadable import Counted
+from diffusion_jax.diffusion.noise import LEARNED, NoiseConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import format_of
+from diffusion_jax.formats.pipeline import is_pipeline
 from diffusion_jax.limits import OneOf, Positive, Range, check_multiple
 from diffusion_jax.models.lora import LoRAConfig
 from diffusion_jax.pipelines.architectures import ARCHITECTURES, architecture_model
 from diffusion_jax.pipelines.conditioners import Context
-from diffusion_jax.pipelines.directory import read_model
+from diffusion_jax.pipelines.directory import read_model, save_conversion
 from diffusion_jax.pipelines.image_conditioners import CONCATENATED
 from diffusion_jax.pipelines.model import DENOISER, Diffusion
 from diffusion_jax.train.tasks.diffusion import DiffusionTask, SharedConfig
@@ -44,6 +46,8 @@ TRAINED: dict[str, type[Trainable]] = {
 """Trainable parts by name."""
 INPUTS = ('none', *(name for name, kind in CONCATENATED.items() if kind.fields))
 """Images that a denoiser can be taught to take with z: those that can be made of a batch."""
+CONVERSIONS = ('exact', 'raw')
+"""How a network begins that is to predict what it was not trained for."""
 MOST_SAMPLED = 32
 """Images that are sampled at a time, at most."""
 PRIOR_BATCH = 4
@@ -75,11 +79,18 @@ class FinetuneTaskConfig(SharedConfig):
   train: all of the denoiser, LoRA adapters, a ControlNet, or the embedding of a new word. inputs:
   what the denoiser takes with z; 'inpaint' gives a plain one the channels for it. controlnet: a
   ControlNet to go on from; '' begins with the denoiser's weights.
+
+  objective.prediction and schedule (None: the model's) may be others than the model's. conversion:
+  'exact' makes the new prediction of what the network says, so that training begins with the same
+  model; 'raw' reads the network's output as the new prediction, which it has yet to learn, and is
+  for train 'denoiser' alone.
   """
 
   model: str = ''
   architecture: Annotated[str, OneOf(('', *ARCHITECTURES))] = ''
   train: Annotated[str, OneOf(TRAINED)] = 'denoiser'
+  schedule: NoiseConfig | None = None
+  conversion: Annotated[str, OneOf(CONVERSIONS)] = 'exact'
   inputs: Annotated[str, OneOf(INPUTS)] = 'none'
   lora: LoRAConfig = LoRAConfig()
   controlnet: str = ''
@@ -106,6 +117,11 @@ class FinetuneTaskConfig(SharedConfig):
        'settings.cache does not know whose picture is whose; switch it off.'),
       (self.prior.folder and self.with_images,
        'settings.prior is drawn from a prompt alone; leave it out for this.'),
+      (self.conversion == 'raw' and self.train != 'denoiser',
+       f'settings.conversion raw changes what the denoiser means, but settings.train is '
+       f'{self.train}; set conversion to exact, or train to denoiser.'),
+      (self.schedule is not None and self.schedule.process == LEARNED,
+       'settings.schedule.process learned is of no pretrained model; choose another.'),
     ):
       if wrong:
         raise UserError(text)
@@ -179,6 +195,9 @@ class FinetuneTask(DiffusionTask):
       model.with_compute(attention=config.attention), size=config.data.shape
     )
     _check_model(settings, model)
+    changed = _terms(settings, model) != (model.parameterization.name, model.noise.config)
+    if changed:
+      model = model.in_terms(*_terms(settings, model), settings.conversion == 'exact')
     trainable = TRAINED[settings.train](settings, parts[DENOISER])
     trainable = with_texts(trainable, settings, model, parts)
     model = trainable.adapted(with_image_input(model, settings.inputs))
@@ -187,6 +206,7 @@ class FinetuneTask(DiffusionTask):
     task = cls(
       settings, model, frozen, env.train, env.test, config.remat, config.products, trainable
     )
+    task.changed = changed
     if settings.prior.folder:
       task.batch_fields += ('weight',)
     return task
@@ -218,16 +238,24 @@ class FinetuneTask(DiffusionTask):
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
     """Write what was trained, in the layout of diffusers."""
     self.trainable.export(directory, params, self.config.export_dtype)
+    if self.changed and is_pipeline(directory):
+      save_conversion(directory, self.model, self.config.sample)
+
+
+def _terms(settings: FinetuneTaskConfig, model: Diffusion) -> tuple[str, NoiseConfig]:
+  """The prediction and the noise that are to be trained."""
+  return settings.objective.prediction, settings.schedule or model.noise.config
 
 
 def _check_model(settings: FinetuneTaskConfig, model: Diffusion) -> None:
   """Raise UserError where the model is not what the settings say."""
-  path, own, wanted = settings.model, model.parameterization.name, settings.objective.prediction
+  path, own = settings.model, (model.parameterization.name, model.noise.config)
   if model.text is None:
     raise UserError(f'{path} reads no prompts; only models that do can be trained on.')
-  if wanted != own:
+  if settings.conversion == 'raw' and _terms(settings, model) == own:
     raise UserError(
-      f'objective.prediction is {wanted!r}, but {path} predicts {own!r}; set it to that.'
+      f'settings.conversion is raw, but {path} predicts {own[0]!r} on this schedule already; leave '
+      'it at exact, or change objective.prediction or settings.schedule.'
     )
   found = image_input(model)
   if settings.train != 'denoiser' and found != settings.inputs:
