@@ -25,14 +25,16 @@ class SampleOptions:
   """Options of sampling; each `Help` explains its own.
 
   guidance_rescale: phi of Lin et al. 2024, of what the network predicts if that is epsilon or v,
-  else of x_0. guidance_interval: a high of None is no bound. threshold: as in Saharia et al. 2022,
-  for pixels; latents have no bounds. options: of the sampler, such as its order. steps_offset,
-  drop_last, fractional, set_alpha_to_one and, in places, the other arguments of `sampling_grid`: as
-  the schedulers of diffusers place their steps. timesteps: one of `noise.LABELS`. scaled_noise:
-  start from noise of the first level's sigma, not of unit variance. image_guidance: s_I of Brooks
-  et al. 2023. distilled_guidance: None for the model's own. perturbed_attention: s of Ahn et al.
-  2024. autoguidance: w of Karras et al. 2024. clip_skip: for the prompt alone, besides the layers
-  that the model leaves out anyway; as in diffusers, the negative prompt keeps them.
+  else of x_0. guidance_interval: a high of None is no bound. threshold: as in Saharia et al.
+  2022, for pixels; latents have no bounds. options: of the sampler, such as its order.
+  steps_offset, drop_last, fractional, set_alpha_to_one and, in places, the other arguments of
+  `sampling_grid`: as the schedulers of diffusers place their steps. timesteps: one of
+  `noise.LABELS`. scaled_noise: start from noise of the first level's sigma, not of unit variance.
+  image_guidance: s_I of Brooks et al. 2023. distilled_guidance: None for the model's own.
+  perturbed_attention: s of Ahn et al. 2024. strength_steps: how many steps a picture to start
+  from leaves, see `part_way`. autoguidance: w of Karras et al. 2024. clip_skip: for the prompt
+  alone, besides the layers that the model leaves out anyway; as in diffusers, the negative prompt
+  keeps them.
   """
 
   sampler: Annotated[str, OneOf(SAMPLERS), Help(
@@ -70,6 +72,7 @@ class SampleOptions:
   places: dict[str, Option] = dataclasses.field(default_factory=dict, hash=False)
   timesteps: Annotated[str, OneOf('diffusion_jax.diffusion.noise:LABELS')] = 'exact'
   scaled_noise: bool = False
+  strength_steps: Annotated[str, OneOf(('nearest', 'up'))] = 'nearest'
   image_guidance: Annotated[float, FINITE, Help(
     'of a model that edits a picture: how closely to keep to it; 1 is none', 'G'
   )] = 1.0

@@ -93,13 +93,13 @@ _SD3 = PublishedPipeline(
   'transformer', ('mmdit',),
   {FIRST: _PROJECTED, SECOND: _PROJECTED, THIRD: Encoder(('t5',), length=256)},
   text=((FIRST, SECOND), (THIRD,)), pooled=(FIRST, SECOND), missing=_of_sd3,
-  sample={'steps': 28, 'guidance': 7.0},
+  sample={'steps': 28, 'guidance': 7.0, 'strength_steps': 'up'},
 )
 # Its pipeline places the steps itself, from 1 to 1 / count.
 _FLUX = PublishedPipeline(
   'transformer', ('flux',), {FIRST: Encoder(), SECOND: Encoder(('t5',), length=512)},
   text=((SECOND,),), pooled=(FIRST,),
-  sample={'steps': 28, 'guidance': 1.0, 'spacing': 'trailing'},
+  sample={'steps': 28, 'guidance': 1.0, 'spacing': 'trailing', 'strength_steps': 'up'},
 )
 _PIXART = PublishedPipeline(
   'transformer', ('pixart',), {FIRST: Encoder(('t5',), length=120, masked=True, lower=True)},

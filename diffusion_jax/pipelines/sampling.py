@@ -178,7 +178,8 @@ class SampleConfig(SampleOptions):
     Raises:
       UserError: for a strength that leaves no step.
     """
-    grid = part_way(jax.tree.map(np.asarray, self._grid(noise, tokens)), strength)
+    whole = jax.tree.map(np.asarray, self._grid(noise, tokens))
+    grid = part_way(whole, strength, up=self.strength_steps == 'up')
     steps = len(grid[0]) - 1
     grid = padded(grid, next((length for length in BUCKETS if length >= steps), steps))
     low, high = self.guidance_interval
