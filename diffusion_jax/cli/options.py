@@ -5,7 +5,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar
 
 from diffusion_jax.config import typed
@@ -164,18 +164,27 @@ def open_run(options: ModelOptions, values: Mapping[str, Any]):
   return run, sample
 
 
-def open_model(options: ModelOptions, values: Mapping[str, Any], mesh):
-  """Return (model, weights on the mesh, sample settings with `values`, the model's name)."""
-  from diffusion_jax.pipelines.directory import load_model
+def open_model(
+  options: ModelOptions, values: Mapping[str, Any], mesh,
+  check: Callable[[Any, Any], Any] = lambda model, sample: None,
+):
+  """Return (model, weights on the mesh, sample settings with `values`, the model's name).
+
+  `check` is called with the model and the settings before any weights are read.
+  """
+  from diffusion_jax.pipelines.directory import read_model
 
   if options.workdir:
     run, sample = open_run(options, values)
+    check(run.model, sample)
     weights = run.weights(ema_halflife_images=options.ema_halflife_images)
     return run.model, run.model.on_mesh(weights, mesh), sample, options.workdir
   name = options.model or DEFAULT_MODEL
-  model, weights, sample = load_model(name, mesh=mesh)
+  model, parts, sample = read_model(name)
   sample = with_values(sample, values)
   sample.check(model.noise, model.parameterization)
+  check(model, sample)
+  weights = {role: part.load(mesh=mesh) for role, part in parts.items()}
   return model, model.on_mesh(weights, mesh), sample, name
 
 

@@ -108,18 +108,19 @@ class PictureOptions:
     names = ('image', 'mask', 'control', 'depth', 'small', 'reference')
     return {name: getattr(self, name) for name in names if getattr(self, name)}
 
-  def size(self, model, size: str) -> tuple[int, int]:
-    """Return (height, width) of what is drawn: `size` as in --size, else the pictures' own aspect.
+  def sizes(self, model, size: str, binning: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return `Diffusion.drawn_size` of `size` as in --size, else of the pictures' own aspect.
 
     Raises:
       UserError: no size, one that the model cannot halve, or a picture that cannot be read.
     """
     from diffusion_jax.data.pictures import frame_size
 
+    files = self.files()
     if size:
-      return model.size_of(*parse_size(size))
-    own = frame_size(self.files())
-    return model.size_like(*own) if own else model.trained_size
+      return model.drawn_size(*parse_size(size), 'none' if files else binning)
+    own = frame_size(files)
+    return (model.size_like(*own) if own else model.trained_size,) * 2
 
   def read(self, model, steps: int, height: int, width: int) -> tuple:
     """(`Inputs`, metadata) of the given pictures, for images of that size; or UserError."""
@@ -224,14 +225,15 @@ def sample(
   if out.exists() and not out.is_dir():
     raise UserError(f'--out {prompt.out} is a file; choose a directory.')
   mesh = make_mesh(MeshConfig())
-  model, weights, config, name = open_model(source, values, mesh)
+  fits = lambda model, config: pictures.sizes(model, prompt.size, config.binning)
+  model, weights, config, name = open_model(source, values, mesh, fits)
   model, weights = adapters.apply(model, weights)
   if model.text is not None:
     model.check_prompts([*prompts, prompt.negative], config.prompt_syntax)
-  height, width = pictures.size(model, prompt.size)
-  inputs, started = pictures.read(model, config.steps, height, width)
+  drawn, (height, width) = fits(model, config)
+  inputs, started = pictures.read(model, config.steps, *drawn)
   if model.text is None:  # Prompts name classes, or nothing but the files.
-    model.rows(prompts, prompt.negative, inputs, height, width)
+    model.rows(prompts, prompt.negative, inputs, *drawn)
   settings = {
     'negative': prompt.negative, **config.in_force(), **started, **adapters.named(),
     'seed': str(draw.seed), 'model': name, 'software': f'diffusion_jax {__version__}',

@@ -67,6 +67,11 @@ class Inputs:
   small_noise: np.ndarray | None = None
   reference: np.ndarray | None = None
 
+  @property
+  def empty(self) -> bool:
+    """True where there are no images."""
+    return all(getattr(self, name) is None for name in OPTIONS)
+
   def fraction(self, model) -> float:
     """Return the fraction of the steps that are taken."""
     if self.strength is not None:

@@ -29,9 +29,10 @@ from diffusion_jax.diffusion.noise import NoiseConfig, NoiseSchedule
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.diffusion.samplers import initial_noise, sampler
 from diffusion_jax.errors import UserError
-from diffusion_jax.limits import check_seed
+from diffusion_jax.limits import EdgeRule, check_seed
 from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import in_batches, put_params, whole_batch
+from diffusion_jax.pipelines.bins import nearest_bin
 from diffusion_jax.pipelines.conditioners import (
   Arrays,
   Conditioner,
@@ -92,30 +93,58 @@ class Diffusion:
     return height * self.space.factor, width * self.space.factor
 
   @property
-  def multiple(self) -> int:
-    """Pixels that height and width of images are multiples of, so that every network can halve."""
+  def written_config(self) -> Any:
+    """The denoiser's config with the size of the training images, where it can say that."""
+    config = self.denoiser.config
+    if self.size is None or not hasattr(config, 'trained_at'):
+      return config
+    return config.trained_at(*self.space.shape(*self.size)[:2])
+
+  @property
+  def edges(self) -> EdgeRule:
+    """What heights and widths of images, in pixels, every network can take."""
     networks = (self.denoiser, self.worse) if self.worse else (self.denoiser,)
-    return self.space.factor * math.lcm(*(getattr(n.config, 'factor', 1) for n in networks))
+    return edge_rule(self.space.factor, *(network.config for network in networks))
+
+  @property
+  def multiple(self) -> int:
+    """Pixels that height and width of images are multiples of."""
+    return self.edges.multiple
 
   def size_of(self, height: int | None, width: int | None) -> tuple[int, int]:
     """Return (height, width), those that are not given as in training.
 
     Raises:
-      UserError: one that the model cannot halve, with the nearest that it can.
+      UserError: one that the model cannot take, with the nearest that it can.
     """
-    size = height or self.trained_size[0], width or self.trained_size[1]
-    if (height or width) and any(edge < 1 or edge % self.multiple for edge in size):
-      near = 'x'.join(str(max(1, round(edge / self.multiple)) * self.multiple) for edge in size)
+    size, rule = (height or self.trained_size[0], width or self.trained_size[1]), self.edges
+    if (height or width) and not rule.fits(*size):
+      near = 'x'.join(map(str, rule.near(*size)))
       raise UserError(
         f'the size {size[0]}x{size[1]} cannot be halved as the model does: height and width must '
-        f'be multiples of {self.multiple}; the nearest such size is {near}.'
+        f'be {rule}; the nearest such size is {near}.'
       )
     return size
+
+  def drawn_size(
+    self, height: int | None, width: int | None, binning: str = 'none'
+  ) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return (the size to draw at, the size to cut out of that), as `binning` says.
+
+    Raises:
+      UserError: see `size_of`; with bins any size can be cut out.
+    """
+    size = height or self.trained_size[0], width or self.trained_size[1]
+    if binning == 'none' or self.space.name != 'latents':
+      return (self.size_of(height, width),) * 2
+    drawn = nearest_bin(*size, getattr(self.denoiser.config, 'sample_size', None))
+    return self.size_of(*drawn), size
 
   def size_like(self, height: int, width: int) -> tuple[int, int]:
     """Return the (height, width) that the model draws for a picture of that size: of its aspect,
     and about the area of the training images."""
-    return size_like(height, width, math.prod(self.trained_size), self.multiple)
+    rule = self.edges
+    return size_like(height, width, math.prod(self.trained_size), rule.multiple, rule.most)
 
   def tokens(self, height: int, width: int) -> int:
     """Return how many patches the denoiser reads of an image of height x width pixels."""
@@ -281,7 +310,8 @@ class Diffusion:
       x = numbers.start * rows['x']
     keys = jax.random.wrap_key_data(rows['keys'])
     z = self.sample_z(weights, x, keys, condition, negative, program, numbers)
-    return self.space.decode(weights, z, program.decoding)
+    cut = {'size': program.cut} if program.cut else {}
+    return self.space.decode(weights, z, program.decoding, **cut)
 
   def generate(
     self, weights: Weights, prompts: Sequence[str], config: SampleConfig, **how
@@ -306,14 +336,17 @@ class Diffusion:
       inputs: images to start from, masks, controls: what the model takes with the prompt.
       noise: float32 [n ...] of z's shape, the sampler's or an image's initial noise; None for unit
         Gaussian noise of the seed. Later noise is always that of the seed.
-      height, width: of the images, in pixels; None for those of the training.
+      height, width: of the images, in pixels; None for those of the training. With the config's
+        `binning` they are cut out of others, unless there are inputs.
 
     UserError: a config that cannot be sampled, and inputs that do not fit the model.
     """
     self._check_sampling(config)
     check_seed(seed)
-    height, width = self.size_of(height, width)
-    inputs, n, shape = inputs or Inputs(), len(prompts), self.space.shape(height, width)
+    inputs, n = inputs or Inputs(), len(prompts)
+    binning = config.binning if inputs.empty else 'none'
+    (height, width), shown = self.drawn_size(height, width, binning)
+    shape = self.space.shape(height, width)
     given = self.rows(
       prompts, negative, inputs, height, width, config.distilled_guidance, config.prompt_syntax
     )
@@ -323,10 +356,12 @@ class Diffusion:
       config = dataclasses.replace(config, guidance=1.0)
     numbers = config.numbers(self.noise, inputs.fraction(self), self.tokens(height, width))
     size = whole_batch(batch_size, mesh)
-    self.programs.add((height, width, size, config.program, len(numbers.grid[0]), *given))
+    cut = None if shown == (height, width) else shown
+    program = config.program._replace(cut=cut)
+    self.programs.add((height, width, size, program, len(numbers.grid[0]), *given))
     names = tuple(dict.fromkeys(('x', 'keys', *given)))
     sample = lambda weights, *columns: self._sample(
-      weights, dict(zip(names, columns, strict=True)), config.program, numbers
+      weights, dict(zip(names, columns, strict=True)), program, numbers
     )
     for start in range(0, n, size):
       rows = {name: column[start : start + size] for name, column in given.items()}
@@ -361,6 +396,14 @@ class Diffusion:
     for name, default in (('clip_skip', 0), ('prompt_syntax', PLAIN)):
       if getattr(config, name) != default:
         self._with_text(name, default)
+
+
+def edge_rule(factor: int, *configs: Any) -> EdgeRule:
+  """Return what heights and widths of images networks with these configs take in a space of that
+  factor."""
+  multiple = factor * math.lcm(*(getattr(config, 'factor', 1) for config in configs))
+  most = [config.most for config in configs if getattr(config, 'most', None)]
+  return EdgeRule(multiple, min(most) * factor // multiple * multiple if most else None)
 
 
 def joined(parts: Iterable[Arrays]) -> Condition:

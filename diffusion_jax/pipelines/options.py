@@ -17,6 +17,8 @@ DECODINGS = ('whole', 'sliced', 'tiled', 'undivided')
 two are above `spaces.MOST_WHOLE`; undivided at any size."""
 PLAIN, WEIGHTED = SYNTAXES = ('plain', 'weighted')
 """How prompts are read, see `pipelines.prompts`."""
+BINNINGS = ('none', 'aspect')
+"""At which sizes is drawn, see `pipelines.bins`."""
 FINITE = Range(-math.inf, math.inf, above=True, below=True, text='a finite scale, 1 for none')
 
 
@@ -95,6 +97,10 @@ class SampleOptions:
     'plain, or weighted: (word:1.3), (word), [word], BREAK and long prompts in chunks, as in the '
     'Stable Diffusion web UI; a backslash before a bracket makes it text', 'HOW'
   )] = PLAIN
+  binning: Annotated[str, OneOf(BINNINGS), Help(
+    'of PixArt: aspect draws at the size of its training whose aspect is nearest, and cuts what '
+    'was asked for out of that; none draws at the size itself', 'HOW'
+  )] = 'none'
   decoding: Annotated[str, OneOf(DECODINGS), Help(
     'whole, or with less memory sliced (image by image); both in tiles where latents are of more '
     'than 160 x 160 places, as tiled does for those above 64 x 64; or undivided at any size', 'HOW'

@@ -103,7 +103,7 @@ _FLUX = PublishedPipeline(
 )
 _PIXART = PublishedPipeline(
   'transformer', ('pixart',), {FIRST: Encoder(('t5',), length=120, masked=True, lower=True)},
-  sample={'steps': 20, 'guidance': 4.5},
+  sample={'steps': 20, 'guidance': 4.5, 'binning': 'aspect'},
 )
 _SIGMA = dataclasses.replace(
   _PIXART, encoders={FIRST: dataclasses.replace(_PIXART.encoders[FIRST], length=300)}

@@ -79,7 +79,7 @@ class Program(NamedTuple):
 
   guided, image_guided: guidance by the text, by the edited picture. everywhere: at all noise
   levels. decoding: one of DECODINGS. options: the sampler's, as pairs. timesteps: one of
-  `noise.LABELS`.
+  `noise.LABELS`. cut: (height, width) of what is cut out of the images, see `bins.cut_out`.
   """
 
   sampler: str
@@ -93,6 +93,7 @@ class Program(NamedTuple):
   timesteps: str = 'exact'
   perturbed: str = ''
   autoguided: bool = False
+  cut: tuple[int, int] | None = None
 
   def guide(
     self, denoise: TextDenoiser, condition: Condition, negative: Condition, numbers: Numbers,
@@ -204,7 +205,7 @@ class SampleConfig(SampleOptions):
     guided = program.guided or program.image_guided or program.perturbed or program.autoguided
     later = ('options', *PLACES, 'places', 'timesteps', 'scaled_noise', 'image_guidance',
              'distilled_guidance', 'perturbed_attention', 'autoguidance', 'clip_skip', 'decoding',
-             'prompt_syntax')
+             'prompt_syntax', 'binning')
     names += [name for name in later if getattr(self, name) != getattr(default, name)]
     names += ['perturbed_part'] * bool(program.perturbed)
     names += ['guidance_rescale'] * bool(guided and self.guidance_rescale != 0)

@@ -209,6 +209,7 @@ class LatentSpace(Space):
     config = self.autoencoder.config
     z = unfold(z, self.patch) / config.scaling_factor + config.shift_factor
     images = DECODERS[how](self.autoencoder.bind(weights[AUTOENCODER]), z)
+    images = images if size is None else cut_out(images, *size)
     return jnp.clip(images.astype(jnp.float32), -1.0, 1.0)
 
 

@@ -81,10 +81,25 @@ def test_a_picture_an_adapter_and_a_word(draw):
   ('depth', ('--depth', 'FILES/one.png')), ('variation', ('--reference', 'FILES/one.png')),
 ])
 def test_what_a_model_is_shown(draw, model, arguments):
-  """Without any of these it is refused, as below; what they do is in test_parity_pipelines."""
+  """Without any of these it is refused, as below; what they do is in test_parity_pipelines.
+
+  All are drawn in the aspect of the first picture, of 24 x 20 pixels, at about 16 x 16.
+  """
   found = draw(model, *arguments)
+  assert found.size == ((small.SIZE,) * 2 if model == 'variation' else (18, 14))
   for name, value in zip(arguments[::2], arguments[1::2], strict=True):
     assert found.text[name[2:]].endswith(str(value).removeprefix('FILES'))
+
+
+def test_pixart_draws_at_a_size_of_its_training(draw, fails, tmp_path):
+  """Any size is cut out of that, where it is not switched off."""
+  small.make('pixart_256').save_pretrained(tmp_path / 'pixart')
+  found = draw(tmp_path / 'pixart', '--size', '41x30')
+  assert found.size == (30, 41) and found.text['binning'] == 'aspect'
+  assert 'the nearest such size is 48x32' in fails(
+    'sample', '--model', tmp_path / 'pixart', '--prompt', 'cab', '--out', tmp_path / 'out',
+    '--size', '41x30', '--binning', 'none',
+  )
 
 
 def test_masks_of_any_shape_and_transparency_paint_the_same(draw, files, fails, tmp_path, capsys):

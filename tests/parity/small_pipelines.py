@@ -40,10 +40,11 @@ def text_encoder(projection: int | None = None, act: str = 'quick_gelu'):
   return getattr(transformers, kind)(config)
 
 
-def vae(**changes) -> diffusers.AutoencoderKL:
+def vae(levels: int = 2, **changes) -> diffusers.AutoencoderKL:
   return diffusers.AutoencoderKL(**dict(
-    block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4,
-    down_block_types=['DownEncoderBlock2D'] * 2, up_block_types=['UpDecoderBlock2D'] * 2,
+    block_out_channels=(8,) * levels, layers_per_block=1, norm_num_groups=4, latent_channels=4,
+    down_block_types=['DownEncoderBlock2D'] * levels,
+    up_block_types=['UpDecoderBlock2D'] * levels,
     sample_size=SIZE, scaling_factor=0.9,
   ) | changes)
 
@@ -207,14 +208,14 @@ def flux_dev():
   )
 
 
-def pixart(kind: str, **changes):
+def pixart(kind: str, levels: int = 2, **changes):
   transformer = diffusers.PixArtTransformer2DModel(**dict(
     num_attention_heads=3, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=2,
     sample_size=LATENT, cross_attention_dim=12, caption_channels=T5_WIDTH,
   ) | changes)
   scheduler = diffusers.DPMSolverMultistepScheduler(beta_end=0.02, beta_schedule='linear')
   return getattr(diffusers, kind)(
-    tokenizer=t5_tokenizer(), text_encoder=t5(), vae=vae(), transformer=transformer,
+    tokenizer=t5_tokenizer(), text_encoder=t5(), vae=vae(levels), transformer=transformer,
     scheduler=scheduler,
   )
 
@@ -232,6 +233,8 @@ PIPELINES = {
   # Told the picture's size, as the pipeline does where sample_size is 128.
   'pixart_alpha': lambda: pixart('PixArtAlphaPipeline', sample_size=128),
   'pixart_sigma': lambda: pixart('PixArtSigmaPipeline'),
+  # Of 256 pixels, for which there are bins.
+  'pixart_256': lambda: pixart('PixArtSigmaPipeline', 4, sample_size=32),
   'sd3': sd3, 'sd3_without_t5': lambda: sd3(False), 'sd35': sd35, 'flux_dev': flux_dev,
   'flux_schnell': lambda: flux(False),
   'sd1': sd1, 'sd2_v': sd2_v, 'sdxl': sdxl, 'inpaint': inpaint, 'edit': edit, 'upscale': upscale,

@@ -25,14 +25,14 @@ from diffusion_jax.diffusion.objective import (
 )
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import config_of
-from diffusion_jax.limits import ByType, FileDtype, Fraction, check_multiple
+from diffusion_jax.limits import ByType, FileDtype, Fraction, check_edges
 from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.parallel.mesh import to_host
 from diffusion_jax.pipelines.assembly import assemble
 from diffusion_jax.pipelines.conditioners import Arrays, Guided, Sizes
 from diffusion_jax.pipelines.image_conditioners import Inputs
-from diffusion_jax.pipelines.model import DENOISER, Diffusion, joined, output_channels
+from diffusion_jax.pipelines.model import DENOISER, Diffusion, edge_rule, joined, output_channels
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.pipelines.spaces import Moments
 from diffusion_jax.registry import (
@@ -267,15 +267,19 @@ class DiffusionTask(Task):
   def check_size(cls, config: TrainingConfig) -> None:
     """Raise UserError unless the denoiser is of z of images of `data.size`."""
     space, size = config.settings.space, config.data.size
+    rule = edge_rule(space.factor, config.settings.denoiser)
     if isinstance(size, tuple):
-      return check_multiple(size, space.factor * getattr(config.settings.denoiser, 'factor', 1))
-    places = getattr(config.settings.denoiser, 'sample_size', None) or max(size // space.factor, 1)
-    if size != places * space.factor:
+      return check_edges(size, rule)
+    factor, rounded = space.factor, max(size // space.factor, 1)
+    places = getattr(config.settings.denoiser, 'sample_size', None) or rounded
+    several = isinstance(places, tuple)
+    wanted = tuple(edge * factor for edge in places) if several else places * factor
+    if size != wanted:
       raise UserError(
-        f'data.size {size} gives latents of {size / space.factor:g}, but sample_size of the '
-        f'denoiser is {places}; set data.size to {places * space.factor} or sample_size to '
-        f'{size // space.factor}.'
+        f'data.size {size} gives latents of {size / factor:g}, but sample_size of the denoiser is '
+        f'{places}; set data.size to {wanted} or sample_size to {size // factor}.'
       )
+    return check_edges(size, rule)
 
   @classmethod
   def build(cls, config: TrainingConfig, env: Env) -> 'DiffusionTask':

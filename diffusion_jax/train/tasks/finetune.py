@@ -19,7 +19,7 @@ from diffusion_jax.diffusion.noise import LEARNED, NoiseConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import format_of
 from diffusion_jax.formats.pipeline import is_pipeline
-from diffusion_jax.limits import OneOf, Positive, Range, check_multiple
+from diffusion_jax.limits import OneOf, Positive, Range, check_edges
 from diffusion_jax.models.lora import LoRAConfig
 from diffusion_jax.pipelines.architectures import ARCHITECTURES, architecture_model
 from diffusion_jax.pipelines.conditioners import Context
@@ -178,13 +178,15 @@ class FinetuneTask(DiffusionTask):
       )
     model = read_model(path)[0]
     if isinstance(size, tuple):
-      return check_multiple(size, model.multiple)
-    edge = max(model.trained_size)
-    if getattr(model.denoiser.config, 'sample_size', None) and (size, size) != model.trained_size:
+      return check_edges(size, model.edges)
+    own, known = model.trained_size, getattr(model.denoiser.config, 'sample_size', None)
+    wanted = own[0] if own[0] == own[1] else own
+    if known and size != wanted:
       raise UserError(
-        f'data.size is {size}, but {path} draws {edge} pixels (sample_size of its denoiser is '
-        f'{model.denoiser.config.sample_size}); set data.size to {edge}.'
+        f'data.size is {size}, but {path} draws {wanted} pixels (sample_size of its denoiser is '
+        f'{known}); give a height and a width for another size, or set data.size to {wanted}.'
       )
+    return check_edges(size, model.edges)
 
   @classmethod
   def build(cls, config: TrainingConfig, env: Env) -> 'FinetuneTask':
