@@ -184,5 +184,10 @@ def check_edges(size: int | tuple[int, int], rule: EdgeRule, key: str = 'data.si
 
 def same_size(key: str, value: Any, size: Any) -> None:
   """Raise UserError unless what a key of the config says agrees with `data.size`."""
-  if value != size:
+  if isinstance(size, tuple) and isinstance(value, int) and size != (value, value):
+    raise UserError(
+      f'data.size is {size}, but {key} is {value}, the edge of squares; set data.size to one '
+      'number and both alike.'
+    )
+  if value != size and (value, value) != size:
     raise UserError(f'data.size is {size}, but {key} is {value}; set both alike.')

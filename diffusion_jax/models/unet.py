@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion_jax.errors import require
-from diffusion_jax.limits import Range
+from diffusion_jax.limits import Length, Range
 from diffusion_jax.models.attention import Masked, Transformer2DModel, masked
 from diffusion_jax.models.config import (
   Edge,
@@ -165,14 +165,18 @@ class EncoderConfig(NetworkConfig):
 class UNetConfig(EncoderConfig):
   """Shape of the U-Net; the defaults are Stable Diffusion 1's, published ones in formats/unet.py.
 
-  sample_size: side of the training latents, no restriction.
+  sample_size: side of the training latents, or height and width; no restriction.
   """
 
-  sample_size: Edge | None = 64
+  sample_size: Edge | Annotated[tuple[Edge, ...], Length(2, 2)] | None = 64
   out_channels: Width = 4
   up_block_types: tuple[Literal['UpBlock2D', 'CrossAttnUpBlock2D'], ...] = (
     'UpBlock2D', *['CrossAttnUpBlock2D'] * 3
   )
+
+  def trained_at(self, height: int, width: int) -> 'UNetConfig':
+    """Return the config of the same network, trained on latents of that size."""
+    return dataclasses.replace(self, sample_size=height if height == width else (height, width))
 
 
 def _resnet(config: EncoderConfig, i: int, o: int, **kw) -> ResnetBlock2D:

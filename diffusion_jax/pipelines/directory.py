@@ -287,16 +287,16 @@ def save_model(
   plain = plain and model.denoiser.config.sample_size is not None
   plain = plain and set(conditioners['text']) == {'path'} and set(model.text.towers) == {ROLES[0]}
   if plain and type(space) is LatentConfig and model.noise.table is not None:
-    folder = FOLDERS[DENOISER]
+    folder, config = FOLDERS[DENOISER], model.written_config
     index |= {'_class_name': TEXT_TO_IMAGE, 'latent_patch_size': space.patch} | {
       role: keep(path, role) for role, path in (
         (AUTOENCODER, space.autoencoder), ('clip', conditioners['text']['path'])
       )
     }
   else:
-    folder = DENOISER
+    folder, config = DENOISER, model.denoiser.config
     index |= {'_class_name': DIFFUSION} | _described(model, space, conditioners, keep)
-  save_params(directory / folder, model.denoiser.config, denoiser, dtype=dtype)
+  save_params(directory / folder, config, denoiser, dtype=dtype)
   write_json(directory / INDEX, index)
 
 

@@ -126,6 +126,10 @@ class Full(Denoiser):
     if part is not None:
       check_folder(resolve(config.model))  # It is copied when training ends.
 
+  def adapted(self, model):
+    self.written = model.written_config
+    return super().adapted(model)
+
   @property
   def replaced(self):
     return {DENOISER: self.part.format.shapes(self.part.config).keys()}
@@ -133,6 +137,9 @@ class Full(Denoiser):
   def start(self, frozen, mesh):
     """The pretrained denoiser; new input channels begin at zero (Rombach et al. 2022, sec. 4.5)."""
     return widened(self.part.load(mesh=mesh), self.shapes, mesh)
+
+  def changed(self, params):
+    return {DENOISER: (self.written, params)}
 
 
 def widened(params: Params, shapes: Params, mesh: Mesh) -> Params:
