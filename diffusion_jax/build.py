@@ -86,10 +86,16 @@ def _loader(config: TrainingConfig, task: Task, env: Env) -> Loader:
       '(data x fsdp x accumulation_steps); make it a multiple of that.'
     )
   source, transforms = task.examples(config, env)
-  return Loader(
+  loader = Loader(
     source, transforms, batch_size=batch_size, rows=local_rows(mesh, batch_size),
     seed=config.loop.seed, num_threads=config.data.workers,
   )
+  if missing := sorted(set(task.batch_fields) - loader.spec().keys()):
+    raise UserError(
+      f'batches lack {", ".join(missing)}, which task {config.task} needs; add to data.transforms '
+      'what makes them, such as choose_caption, tokenize and normalize.'
+    )
+  return loader
 
 
 def added_evaluators(config: TrainingConfig, env: Env) -> list[Evaluator]:

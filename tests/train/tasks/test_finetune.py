@@ -374,6 +374,15 @@ def test_diffusers_opens_what_was_exported(recipe, tuned):
   ('lora', {'loop.evaluate_samples': 16}, 'the test split has 8 captions, fewer than the 16'),
   ('dreambooth', {'settings.cache': True}, 'settings.cache does not know whose picture'),
   ('dreambooth', {'settings.prior.prompt': ''}, 'settings.prior needs a prompt'),
+  *((recipe, {'settings.text_training': how},
+     f'settings.text_training must be frozen with settings.train {train};')
+    for recipe, train, how in (
+      ('controlnet', 'controlnet', 'lora'), ('textual_inversion', 'embeddings', 'trained')
+    )),
+  ('lora', {'settings.text_training': 'trained', 'settings.cache': True},
+   'settings.cache keeps what text encoders give before training'),
+  ('lora', {'settings.text_training': 'lora', 'settings.text_encoders': "('text_encoder_2',)"},
+   'names text_encoder_2, but the model has text_encoder; leave it out'),
   ('textual_inversion', {'settings.placeholder.token': 'cat</w>'}, 'without /'),
   ('textual_inversion', {'settings.placeholder.token': 'a'}, 'already has the token a'),
   ('textual_inversion', {'settings.placeholder.initializer': ''}, 'initializer is empty'),

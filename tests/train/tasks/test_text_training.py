@@ -229,9 +229,13 @@ def tiny_text():
   ({'text_training': 'lora', 'text_lora': {'targets': ['to_q']}}, "text_lora.targets has 'to_q'"),
   ({'text_training': 'lora', 'text_lora': {'targets': ['wo']}}, 'names no layer of text_encoder;'),
   ({'text_training': 'all'}, "text_training is 'all'"),
+  ({'text_training': 'lora', 'transforms': tiny.NORMALIZE}, 'batches lack tokens, which task'),
 ])
 def test_settings_that_cannot_work_are_refused(changes, message, parts, t5, fails, tmp_path):
+  changes = dict(changes)
+  transforms = changes.pop('transforms', tiny.WITH_TEXT)
   values = config(parts, t5, 'frozen', **changes)
+  values['data']['transforms'] = transforms
   recipe = tiny.write_config(tmp_path / 'recipe.py', values)
   line = fails('train', '--config', recipe, '--workdir', tmp_path / 'run', '--quiet')
   assert message in line
