@@ -160,6 +160,7 @@ class LoRA(Trainable):
   def adapted(self, model):
     self.sizes = self.layers(model)
     self.network = with_lora(model.networks[self.role], self.sizes)
+    self.written = model.written_config if self.role == DENOISER else self.network.config
     return model.replaced({self.role: self.network})
 
   def layers(self, model: Diffusion) -> dict[str, Rank]:
@@ -179,7 +180,7 @@ class LoRA(Trainable):
   def changed(self, params):
     """The network with its adapters merged into it, from its file in full precision."""
     merged = merge_lora({**self.part.load(), **params}, self.sizes)
-    return {self.role: (self.network.config, to_host(merged))}
+    return {self.role: (self.written, to_host(merged))}
 
   def adapters(self, params: Params, dtype: str) -> LoRAs:
     """Return what was trained, by the role in files."""
