@@ -15,6 +15,9 @@ from diffusion_jax.formats.adapter_names import is_lora, of_other_kinds
 from diffusion_jax.formats.published import some
 from diffusion_jax.formats.single_file_names import AUTOENCODER, UNET
 
+NONE = [None, None]
+"""In place of a part of a pipeline that is not there."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -24,6 +27,7 @@ class Family:
   heads at every level of the U-Net; None for one per 64 channels. pipelines: input channels of the
   U-Net -> the class in diffusers' model_index.json. predictions: input channels -> prediction,
   where all published ones agree. sample_sizes: prediction -> edge of the training latents.
+  sizes: how many numbers the U-Net is given beside a pooled text. index: more of model_index.json.
   """
 
   text: dict[str, tuple[str, str]]
@@ -32,6 +36,10 @@ class Family:
   pipelines: dict[int, str]
   predictions: dict[int, str]
   sample_sizes: dict[str, int]
+  sizes: int = 0
+  index: Mapping[str, Any] = dataclasses.field(
+    default_factory=lambda: dict.fromkeys(('safety_checker', 'feature_extractor'), NONE)
+  )
 
   @property
   def places(self) -> dict[str, tuple[str, str]]:
@@ -64,7 +72,16 @@ FAMILIES: dict[str, Family] = {
     None, 0.13025,
     {4: 'StableDiffusionXLPipeline', 9: 'StableDiffusionXLInpaintPipeline',
      8: 'StableDiffusionXLInstructPix2PixPipeline'},
-    {4: 'epsilon', 9: 'epsilon', 8: 'epsilon'}, {'epsilon': 128, 'v_prediction': 128},
+    {4: 'epsilon', 9: 'epsilon', 8: 'epsilon'}, {'epsilon': 128, 'v_prediction': 128}, 6,
+    {'force_zeros_for_empty_prompt': True},
+  ),
+  'sdxl_refiner': Family(
+    {'text_encoder_2': ('conditioner.embedders.0.model.', 'open_clip')}, None, 0.13025,
+    {4: 'StableDiffusionXLImg2ImgPipeline'}, {4: 'epsilon'},
+    {'epsilon': 128, 'v_prediction': 128}, 5, {
+      'text_encoder': NONE, 'tokenizer': NONE, 'requires_aesthetics_score': True,
+      'force_zeros_for_empty_prompt': False,
+    },
   ),
 }
 
@@ -81,7 +98,7 @@ IGNORED = (
   'cond_stage_model.logit_scale', 'cond_stage_model.model.logit_scale',
   'cond_stage_model.model.text_projection',
   'cond_stage_model.transformer.text_projection.weight',
-  'conditioner.embedders.1.model.logit_scale',
+  'conditioner.embedders.0.model.logit_scale', 'conditioner.embedders.1.model.logit_scale',
 )
 IGNORED_PREFIXES = (
   'low_res_model.',  # The upscaler's second noise schedule.
@@ -193,10 +210,12 @@ def of_names(names: Mapping[str, Any], where: str) -> str:
   )
   if has('conditioner.embedders.1.model.'):
     return 'sdxl'
+  if has('conditioner.embedders.0.model.'):
+    return 'sdxl_refiner'
   require(
     not has('conditioner.'),
-    f'{where} has the text encoder of a refiner or of a later model, which is not implemented; '
-    'give a Stable Diffusion 1, 2 or XL (base).',
+    f'{where} has the text encoder of a later model, which is not implemented; give a Stable '
+    'Diffusion 1, 2 or XL.',
   )
   if has('cond_stage_model.model.'):
     upscaler = 'model.diffusion_model.label_emb.weight' in names
@@ -211,12 +230,14 @@ def of_names(names: Mapping[str, Any], where: str) -> str:
 def of_parts(configs: Mapping[str, dict[str, Any]], where: str) -> str:
   """Return the family of a directory by the configs of its parts. UserError where it is none."""
   unet, text = configs.get('unet'), configs.get('text_encoder')
+  sizes = unet is not None and unet.get('addition_embed_type') == 'text_time'
+  if sizes and text is None and {'vae', 'text_encoder_2'} <= configs.keys():
+    return 'sdxl_refiner'
   require(
     unet is not None and text is not None and 'vae' in configs,
     f'{where} has no unet, vae and text_encoder, which a single file must hold; convert to another '
     'layout.',
   )
-  sizes = unet.get('addition_embed_type') == 'text_time'
   require(
     sizes == ('text_encoder_2' in configs),
     f'{where} has {"no" if sizes else "a"} text_encoder_2 but {"the" if sizes else "no"} U-Net of '
@@ -238,7 +259,7 @@ def scheduler(family: str, prediction: str, zero_snr: bool) -> dict[str, Any]:
   }
   if zero_snr:
     values |= {'rescale_betas_zero_snr': True, 'timestep_spacing': 'trailing'}
-  if family == 'sdxl':
+  if FAMILIES[family].sizes:
     return values | {
       '_class_name': 'EulerDiscreteScheduler', 'interpolation_type': 'linear',
       'use_karras_sigmas': False,

@@ -71,7 +71,7 @@ def write_single_file(pipeline: Pipeline, path: Path, dtype: str | None) -> list
   prediction = values.get('prediction_type', 'epsilon')
   notes = _left_out(pipeline, places) + _untold(name, networks, stored, prediction)
   marks = {'v_pred': prediction == 'v_prediction', 'ztsnr': values.get('rescale_betas_zero_snr')}
-  if name == 'sdxl':  # Empty tensors by which ComfyUI knows such models.
+  if FAMILIES[name].sizes:  # Empty tensors by which ComfyUI knows such models.
     empty = np.zeros((0,), np.float32)
     stored |= {key: Tensor(empty.dtype, (0,), lambda: empty) for key, on in marks.items() if on}
   spec = {'epsilon': 'epsilon', 'v_prediction': 'v'}.get(prediction)
@@ -132,14 +132,14 @@ def _configs(family: str, shapes: dict[str, tuple], prediction: str) -> dict[str
     for encoder, (prefix, style) in spec.text.items()
   }
   pooled = configs.get('text_encoder_2', {}).get('projection_dim')
-  configs['unet'] = unet_config(of(UNET), where, heads=spec.heads, pooled=pooled)
+  configs['unet'] = unet_config(of(UNET), where, heads=spec.heads, pooled=pooled, sizes=spec.sizes)
   configs['unet'] |= {'sample_size': size}
   if family == 'sd2' and prediction == 'v_prediction':
     configs['unet']['upcast_attention'] = True  # Attention overflows float16, as published.
   configs['vae'] = autoencoder_config(of(AUTOENCODER), where)
   factor = 2 ** (len(configs['vae']['block_out_channels']) - 1)
   configs['vae'] |= {'scaling_factor': spec.scaling_factor, 'sample_size': size * factor}
-  if family == 'sdxl':
+  if spec.sizes:
     configs['vae']['force_upcast'] = True
   return configs
 
@@ -169,11 +169,7 @@ def read_single_file(path: Path, prediction: str | None, tokenizers: Path | None
   _fill(parts, name, stored, str(path))
   scheduler = parts['scheduler'].texts[SCHEDULER]
   notes += _schedule_note(opened, scheduler, str(path))
-  index: dict[str, Any] = {'_class_name': FAMILIES[name].pipelines[channels]}
-  if name == 'sdxl':
-    index['force_zeros_for_empty_prompt'] = True
-  else:
-    index |= {part: [None, None] for part in ('safety_checker', 'feature_extractor')}
+  index = {'_class_name': FAMILIES[name].pipelines[channels], **FAMILIES[name].index}
   return Pipeline(index, parts, notes)
 
 

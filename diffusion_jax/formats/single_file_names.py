@@ -202,12 +202,13 @@ def text_rules(names: Iterable[str], style: str) -> list[Rule]:
 
 
 def unet_config(
-  shapes: Shapes, where: str, *, heads: int | None, pooled: int | None
+  shapes: Shapes, where: str, *, heads: int | None, pooled: int | None, sizes: int = 6
 ) -> dict[str, Any]:
   """config.json of diffusers' UNet2DConditionModel, by the tensors without the prefix.
 
   heads: at every level; None: one per 64 channels. pooled: width of Stable Diffusion XL's pooled
-  text; None for other families, where an MLP over labels is of noise levels.
+  text; None for other families, where an MLP over labels is of noise levels. sizes: how many
+  numbers it is given beside that.
   """
   get = lambda module: _shape(shapes, module, where)
   depth_of = _depths(shapes)
@@ -235,6 +236,8 @@ def unet_config(
     f'{where}: the attention in the middle of its U-Net is not of the depth of its last level.',
   )
   inner = [depth or 1 for depth in depths[:-1]] + [middle]
+  if {*depths, 0, middle} == {0, middle}:  # Published so, whichever levels have attention.
+    inner = middle
   return {
     '_class_name': 'UNet2DConditionModel', 'act_fn': 'silu', 'norm_num_groups': 32,
     'norm_eps': 1e-5, 'flip_sin_to_cos': True, 'freq_shift': 0, 'center_input_sample': False,
@@ -244,12 +247,12 @@ def unet_config(
     'down_block_types': ['CrossAttnDownBlock2D' if d else 'DownBlock2D' for d in depths],
     'up_block_types': ['CrossAttnUpBlock2D' if d else 'UpBlock2D' for d in depths[::-1]],
     'layers_per_block': layers[0] if len(set(layers)) == 1 else layers,
-    'transformer_layers_per_block': inner if set(inner) != {1} else 1,
+    'transformer_layers_per_block': inner,
     'attention_head_dim': heads or [max(1, width // 64) for width in channels],
     'cross_attention_dim': get('middle_block.1.transformer_blocks.0.attn2.to_k')[1],
     'use_linear_projection': len(get('middle_block.1.proj_in')) == 2,
     'only_cross_attention': only if any(only) else False,
-  } | _label_config(shapes, where, pooled)
+  } | _label_config(shapes, where, pooled, sizes)
 
 
 def _depths(shapes: Shapes) -> dict[str, int]:
@@ -268,7 +271,9 @@ def _shape(shapes: Shapes, module: str, where: str) -> tuple[int, ...]:
   return tuple(shapes[name])
 
 
-def _label_config(shapes: Shapes, where: str, pooled: int | None) -> dict[str, Any]:
+def _label_config(
+  shapes: Shapes, where: str, pooled: int | None, sizes: int
+) -> dict[str, Any]:
   if 'label_emb.weight' in shapes:
     return {'num_class_embeds': _shape(shapes, 'label_emb', where)[0]}
   if 'label_emb.0.0.weight' not in shapes:
@@ -277,9 +282,9 @@ def _label_config(shapes: Shapes, where: str, pooled: int | None) -> dict[str, A
   values: dict[str, Any] = {'projection_class_embeddings_input_dim': width}
   if pooled is None:
     return values | {'class_embed_type': 'projection'}
-  # Six numbers: the original size, the crop's corner, the target's size.
+  # Six numbers: the original size, the crop's corner, the target's size, or a score instead of it.
   return values | {
-    'addition_embed_type': 'text_time', 'addition_time_embed_dim': (width - pooled) // 6
+    'addition_embed_type': 'text_time', 'addition_time_embed_dim': (width - pooled) // sizes
   }
 
 
