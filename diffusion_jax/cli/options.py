@@ -126,6 +126,7 @@ def _taken(kind: Any, note: Help) -> dict[str, Any]:
     first, second = typing.get_args(kind)
     if second is Ellipsis:
       return {'action': 'append', 'type': first, **metavar}
+    first = typing.get_args(first)[0] if typing.get_origin(first) is Annotated else first
     return {'nargs': 2, 'type': first, 'metavar': tuple(note.metavar.split())}
   if typing.get_origin(kind) in (typing.Union, types.UnionType):
     kind = typing.get_args(kind)[0]

@@ -275,6 +275,10 @@ class NoiseSchedule:
     """Return the levels of, or nearest to, sigma / alpha = ratio [b], within those of training."""
     return self.at(self.time_of(jnp.ones_like(ratio), ratio))
 
+  def after(self, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pair (alpha, sigma) after that fraction of the times from noise to data."""
+    return tabulate(self.process, np.asarray(max(1 - fraction, 0.0)))
+
   def label(self, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
     """Return the label of any pair, of alpha's shape, within `label_range`."""
     if self.kind == 'sigma':
@@ -376,6 +380,11 @@ class Schedule(NoiseSchedule):
 
   def levels(self, count: int = 1000) -> tuple[np.ndarray, np.ndarray]:
     return self.alphas, self.sigmas
+
+  def after(self, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """The pair of the timestep that is left, rounded as diffusers does."""
+    place = min(round(len(self) - fraction * len(self)), len(self) - 1)
+    return self.alphas[place], self.sigmas[place]
 
   def at_timestep(self, t: jax.Array) -> Level:
     """Return the levels of integer timesteps t [b]."""

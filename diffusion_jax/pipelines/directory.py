@@ -1,7 +1,7 @@
 """Models in directories: `formats.pipeline` reads and writes the parts, here is what they make."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -34,6 +34,7 @@ from diffusion_jax.formats.tensors import read_json, write_json
 from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.pipelines.assembly import assemble, make_model
 from diffusion_jax.pipelines.conditioners import ClassLabel, Conditioner
+from diffusion_jax.pipelines.distilled import DistilledGuidance
 from diffusion_jax.pipelines.image_conditioners import (
   CONTROLNET,
   IMAGE_ENCODER,
@@ -68,11 +69,11 @@ def read_model(path: str, dtype=jnp.float32) -> tuple[Diffusion, dict[str, Part]
   """
   pipeline = read_pipeline(path, _NAMES)
   scheduler = pipeline.scheduler()
-  sample = _sample(pipeline, scheduler, path)
   if pipeline.kind == DIFFUSION:
     model, parts = _assembled(pipeline, resolve(path), scheduler, dtype)
+    sample = _sample(pipeline, scheduler, path)
   else:
-    model, parts = _published(pipeline, path, scheduler, dtype)
+    model, parts, sample = _published(pipeline, path, scheduler, dtype)
   if CONVERSION in pipeline.index:
     model, sample = _converted(pipeline.index[CONVERSION], model, path)
   return model, parts, sample
@@ -80,10 +81,15 @@ def read_model(path: str, dtype=jnp.float32) -> tuple[Diffusion, dict[str, Part]
 
 def _published(
   pipeline: Pipeline, path: str, scheduler: Scheduler, dtype
-) -> tuple[Diffusion, dict[str, Part]]:
-  """A model in the folders of a pipeline of diffusers."""
+) -> tuple[Diffusion, dict[str, Part], SampleConfig]:
+  """A model in the folders of a pipeline of diffusers, and how it samples."""
   parts = _networks(pipeline, path)
+  sample = _sample(pipeline, scheduler, path, parts)
   conditioners = _prompts(pipeline, parts, path, dtype)
+  if getattr(parts[DENOISER].config, 'imitates_guidance', False) and sample.guidance != 1:
+    # It is told the scale that others are guided with.
+    conditioners[DistilledGuidance.name] = DistilledGuidance(sample.guidance)
+    sample = dataclasses.replace(sample, guidance=1.0)
   if CONTROLNET in parts:
     conditioners['control'] = ControlNet({CONTROLNET: parts[CONTROLNET].network(dtype=dtype)})
   low = 'low_res_scheduler'
@@ -94,7 +100,19 @@ def _published(
     Parameterization(scheduler.prediction, scheduler.data_std),
     Schedule(pipeline.scheduler(low).schedule) if low in pipeline.parts else None,
   )
-  return model, parts
+  _check_scores(pipeline, model, path)
+  return model, parts, sample
+
+
+def _check_scores(pipeline: Pipeline, model: Diffusion, path: str) -> None:
+  """Raise UserError where the index says otherwise than the denoiser whether it is a refiner."""
+  key = 'requires_aesthetics_score'
+  said, sizes = pipeline.index.get(key), model.conditioners.get('sizes')
+  require(
+    said is None or sizes is None or bool(said) == sizes.aesthetic,
+    f'{resolve(path) / INDEX} has {key} {said}, but the U-Net is '
+    f'{"one" if sizes and sizes.aesthetic else "none"} that is given a score; correct it.',
+  )
 
 
 _KINDS = {
@@ -171,9 +189,11 @@ def _classes(pipeline: Pipeline, count: int | None) -> tuple[str, ...]:
   return tuple(str(names.get(str(number), number)) for number in range(count or 0))
 
 
-def _sample(pipeline: Pipeline, scheduler: Scheduler, path: str) -> SampleConfig:
+def _sample(
+  pipeline: Pipeline, scheduler: Scheduler, path: str, names: Iterable[str] = ()
+) -> SampleConfig:
   if pipeline.kind not in (TEXT_TO_IMAGE, DIFFUSION):
-    return sample_config(scheduler, pipeline.kind)
+    return sample_config(scheduler, pipeline.kind, names)
   return _typed_sample(pipeline.index.get('sample', {}), path)
 
 
@@ -228,13 +248,16 @@ _SHARED = (
 """Fields that `Scheduler` and `SampleConfig` have in common."""
 
 
-def sample_config(scheduler: Scheduler, pipeline: str | None = None) -> SampleConfig:
-  """Return how a pipeline of diffusers with this scheduler samples where nothing else is asked."""
+def sample_config(
+  scheduler: Scheduler, pipeline: str | None = None, names: Iterable[str] = ()
+) -> SampleConfig:
+  """Return how a pipeline of diffusers of this class, with parts of these names, samples where
+  nothing else is asked."""
   grid = dict(scheduler.grid)
   own = {name: grid.pop(name) for name in PLACES if name in grid}
   own |= {name: getattr(scheduler, name) for name in _SHARED}
   plain = {'steps': 50, 'guidance': 7.5, 'places': grid}
-  return SampleConfig(**{**own, **plain, **published(pipeline).sample})
+  return SampleConfig(**{**own, **plain, **published(pipeline, names).sample})
 
 
 def scheduler_of(model: Diffusion, sample: SampleConfig) -> Scheduler:

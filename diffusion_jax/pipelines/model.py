@@ -40,8 +40,9 @@ from diffusion_jax.pipelines.conditioners import (
   Spec,
 )
 from diffusion_jax.pipelines.image_conditioners import CONTROLNET, Editing, Inputs
-from diffusion_jax.pipelines.options import PLAIN
-from diffusion_jax.pipelines.sampling import Numbers, Program, SampleConfig
+from diffusion_jax.pipelines.options import AS_DRAWN, PLAIN, Sizing
+from diffusion_jax.pipelines.sampling import LATENTS, Numbers, Program, SampleConfig
+from diffusion_jax.pipelines.size_conditions import check_sizing
 from diffusion_jax.pipelines.spaces import Space
 from diffusion_jax.pipelines.text_conditioners import TextEncoders
 from diffusion_jax.pixels import size_like, to_float, to_uint8
@@ -231,12 +232,12 @@ class Diffusion:
   def rows(
     self, prompts: Sequence[str], negative: str = '', inputs: Inputs | None = None,
     height: int | None = None, width: int | None = None, guidance: float | None = None,
-    syntax: str = PLAIN,
+    syntax: str = PLAIN, sizing: Sizing = AS_DRAWN,
   ) -> dict[str, np.ndarray]:
     """Host arrays [n ...] of all conditions and images; UserError for what does not fit."""
     height, width = self.size_of(height, width)
     inputs = inputs or Inputs()
-    request = Request(prompts, negative, inputs, height, width, guidance, syntax)
+    request = Request(prompts, negative, inputs, height, width, guidance, syntax, sizing)
     out = inputs.rows(self, len(prompts), height, width)
     for conditioner in self.conditioners.values():
       out |= conditioner.rows(request)
@@ -303,13 +304,17 @@ class Diffusion:
   def _sample(self, weights: Weights, rows: dict, program: Program, numbers: Numbers) -> Images:
     pairs = [c.pair(weights, rows, program.clip_skip) for c in self.conditioners.values()]
     condition, negative = (joined(pair[i] for pair in pairs) for i in (0, 1))
-    if 'start' in rows:
+    keys = jax.random.wrap_key_data(rows['keys'])
+    if LATENTS in rows:  # Those before have used its own keys.
+      x, keys = rows[LATENTS], jax.vmap(lambda key: jax.random.fold_in(key, 2**31 - 2))(keys)
+    elif 'start' in rows:
       alpha, sigma = numbers.grid[0][0], numbers.grid[1][0]
       x = alpha * self.space.encode(weights, to_float(rows['start'])) + sigma * rows['x']
     else:
       x = numbers.start * rows['x']
-    keys = jax.random.wrap_key_data(rows['keys'])
     z = self.sample_z(weights, x, keys, condition, negative, program, numbers)
+    if program.decoding == LATENTS:
+      return z
     cut = {'size': program.cut} if program.cut else {}
     return self.space.decode(weights, z, program.decoding, **cut)
 
@@ -323,6 +328,7 @@ class Diffusion:
     self, weights: Weights, prompts: Sequence[str], config: SampleConfig, *, seed: int, mesh: Mesh,
     negative: str = '', batch_size: int = 16, first: int = 0, inputs: Inputs | None = None,
     noise: np.ndarray | None = None, height: int | None = None, width: int | None = None,
+    latents: bool = False,
   ) -> Iterator[np.ndarray]:
     """Yield images, float32 [b h w 3] in [-1, 1], batch after batch; one compilation for all.
 
@@ -338,17 +344,20 @@ class Diffusion:
         Gaussian noise of the seed. Later noise is always that of the seed.
       height, width: of the images, in pixels; None for those of the training. With the config's
         `binning` they are cut out of others, unless there are inputs.
+      latents: whether to yield z as it is left, for `Inputs.latents` of another model.
 
     UserError: a config that cannot be sampled, and inputs that do not fit the model.
     """
-    self._check_sampling(config)
+    self.check_sampling(config, negative)
     check_seed(seed)
     inputs, n = inputs or Inputs(), len(prompts)
     binning = config.binning if inputs.empty else 'none'
     (height, width), shown = self.drawn_size(height, width, binning)
     shape = self.space.shape(height, width)
+    inputs.check_start(config.denoising_start)
     given = self.rows(
-      prompts, negative, inputs, height, width, config.distilled_guidance, config.prompt_syntax
+      prompts, negative, inputs, height, width, config.distilled_guidance, config.prompt_syntax,
+      config.sizing,
     )
     if noise is not None:
       given['x'] = _checked_noise(noise, (n, *shape))
@@ -358,6 +367,7 @@ class Diffusion:
     size = whole_batch(batch_size, mesh)
     cut = None if shown == (height, width) else shown
     program = config.program._replace(cut=cut)
+    program = program._replace(decoding=LATENTS) if latents else program
     self.programs.add((height, width, size, program, len(numbers.grid[0]), *given))
     names = tuple(dict.fromkeys(('x', 'keys', *given)))
     sample = lambda weights, *columns: self._sample(
@@ -373,9 +383,10 @@ class Diffusion:
         sample, weights, *(rows[name] for name in names), mesh=mesh, batch_size=size
       )
 
-  def _check_sampling(self, config: SampleConfig) -> None:
+  def check_sampling(self, config: SampleConfig, negative: str = '') -> None:
     """Raise UserError for what the model cannot sample."""
     config.check(self.noise, self.parameterization)
+    check_sizing(config, self.conditioners.get('sizes'))
     edits = any(isinstance(c, Editing) for c in self.conditioners.values())
     if config.image_guidance != 1 and not edits:
       raise UserError(
@@ -393,9 +404,24 @@ class Diffusion:
         f'distilled_guidance is {config.distilled_guidance:g}, but the denoiser is told of none; '
         'leave it out, or use guidance.'
       )
+    if getattr(self.denoiser.config, 'imitates_guidance', False):
+      self._check_imitation(config, negative)
     for name, default in (('clip_skip', 0), ('prompt_syntax', PLAIN)):
       if getattr(config, name) != default:
         self._with_text(name, default)
+
+  def _check_imitation(self, config: SampleConfig, negative: str) -> None:
+    """Raise UserError for guidance beside that which the denoiser imitates."""
+    if config.guidance != 1:
+      raise UserError(
+        f'guidance is {config.guidance:g}, but the denoiser imitates guidance (its config has '
+        f'time_cond_proj_dim); set guidance to 1, and distilled_guidance to {config.guidance:g}.'
+      )
+    if negative:
+      raise UserError(
+        f'the negative prompt {negative!r} has no effect on a denoiser that imitates guidance (its '
+        'config has time_cond_proj_dim); leave it out.'
+      )
 
 
 def edge_rule(factor: int, *configs: Any) -> EdgeRule:

@@ -87,7 +87,8 @@ _SDXL = PublishedPipeline(
   text=((FIRST, SECOND),), pooled=(SECOND,), zero_null=True,
 )
 _REFINER = PublishedPipeline(
-  encoders={SECOND: Encoder(skip=1, normalize=False)}, text=((SECOND,),), pooled=(SECOND,)
+  encoders={SECOND: Encoder(skip=1, normalize=False)}, text=((SECOND,),), pooled=(SECOND,),
+  zero_null=True, sample={'guidance': 5.0},
 )
 _SD3 = PublishedPipeline(
   'transformer', ('mmdit',),
@@ -112,6 +113,9 @@ _SIGMA = dataclasses.replace(
 PUBLISHED: dict[str, PublishedPipeline] = {
   'StableDiffusionInstructPix2PixPipeline': dataclasses.replace(
     _SD, sample={'image_guidance': 1.5}
+  ),
+  'LatentConsistencyModelPipeline': dataclasses.replace(
+    _SD, sample={'steps': 4, 'guidance': 8.5}
   ),
   'StableDiffusion3Pipeline': _SD3, 'StableDiffusion3Img2ImgPipeline': _SD3,
   'FluxPipeline': _FLUX, 'FluxImg2ImgPipeline': _FLUX,

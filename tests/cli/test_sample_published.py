@@ -25,7 +25,7 @@ def files(once):
   """Folder of pipelines, pictures, a LoRA, a word and a ControlNet."""
 
   def make(folder):
-    for name in ('sd1', 'sdxl', 'inpaint', 'upscale', 'depth', 'edit', 'variation'):
+    for name in ('sd1', 'sdxl', 'refiner', 'inpaint', 'upscale', 'depth', 'edit', 'variation'):
       small.make(name).save_pretrained(folder / name)
     small.make('controlled').controlnet.save_pretrained(folder / 'controlnet')
     for name in ('one', 'two'):
@@ -102,6 +102,21 @@ def test_pixart_draws_at_a_size_of_its_training(draw, fails, tmp_path):
   )
 
 
+def test_a_refiner_takes_the_last_steps(draw):
+  """Of the model's latents; both are told the sizes."""
+  told = ('--original_size', '64x48', '--crop', 3, 5, '--aesthetic_score', 3)
+  draws = [
+    draw('sdxl', '--refiner', 'FILES/refiner', *more)
+    for more in ((), told, ('--denoising_end', 0.6))
+  ]
+  assert differ(*draws[:2]) and differ(draws[0], draw('sdxl'))
+  wanted = {'original_size': '64x48', 'crop': '3 5', 'aesthetic_score': '3', 'denoising_end': '0.8'}
+  assert {name: draws[1].text[name] for name in wanted} == wanted
+  assert draws[1].text['refiner'].endswith('refiner') and draws[2].text['denoising_end'] == '0.6'
+  # Both begin no step between.
+  np.testing.assert_array_equal(draws[2], draws[0])
+
+
 def test_masks_of_any_shape_and_transparency_paint_the_same(draw, files, fails, tmp_path, capsys):
   photo = np.full((64, 96, 3), 40, np.uint8)
   photo[16:32, 40:56] = (255, 0, 0)
@@ -144,8 +159,12 @@ def test_an_empty_prompt_draws_without_condition(draw, model):
   ('variation', (), 'give --reference'), ('sd1', ('--reference', 'one.png'), 'varies no picture'),
   ('variation', ('--reference', 'one.png', '--textual_inversion', 'word'), 'reads no words'),
   ('sd1', ('--controlnet', 'controlnet'), 'give --control'),
+  ('sd1', ('--crop', 1, 2), 'crop is (1, 2), but the model is not conditioned on it'),
+  ('sdxl', ('--aesthetic_score', 5), 'aesthetic_score is 5.0, but the model is not'),
+  ('sdxl', ('--original_size', 'large'), "original_size is 'large'; give height x width"),
+  ('sdxl', ('--refiner', 'variation'), 'reads no prompts; leave it out'),
 ])
 def test_what_does_not_fit_is_refused(fails, files, tmp_path, model, arguments, words):
-  given = [files / a if str(a) in ('one.png', 'controlnet', 'word') else a for a in arguments]
+  given = [files / a if (files / str(a)).exists() else a for a in arguments]
   assert words in fails('sample', '--model', files / model, '--prompt', 'cab', '--out',
                         tmp_path / 'out', *FAST, *given)

@@ -24,6 +24,10 @@ NETWORKS = {
   'sd21': {'denoiser': 865_910_724, 'autoencoder': AUTOENCODER, 'text_encoder': OPENCLIP_H},
   'sdxl': {'denoiser': 2_567_463_684, 'autoencoder': AUTOENCODER, 'text_encoder': CLIP_L,
            'text_encoder_2': BIGG},
+  'sdxl_refiner': {
+    'denoiser': 2_259_526_660, 'autoencoder': AUTOENCODER, 'text_encoder_2': BIGG
+  },
+  'lcm_sd15': SD1 | {'denoiser': 859_602_884},
 }
 # Counted by diffusers and transformers on the meta device, with the tables of positions.
 AUTOENCODER_16, T5 = 83_819_683, 4_762_310_656
@@ -41,7 +45,7 @@ NETWORKS |= {
   'pixart_sigma': PIXART | {'denoiser': 610_856_096},
 }
 SIZES = {name: 512 if name.startswith('sd15') else 1024 for name in NETWORKS} | {
-  'sd21': 768, 'sd21_base': 512
+  'sd21': 768, 'sd21_base': 512, 'lcm_sd15': 768
 }
 
 

@@ -1,4 +1,4 @@
-"""Transformers of diffusers' pipelines, trained at a tiny size, exported and opened there again."""
+"""Pipelines of diffusers, trained at a tiny size, exported and opened there again."""
 
 import json
 
@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from diffusion_jax.pipelines.adapters import add_lora
 from diffusion_jax.pipelines.directory import load_model
 from diffusion_jax.pipelines.model import DENOISER
+from diffusion_jax.run import TrainedRun
 from tests import tiny_pipeline
 from tests.parity import small_pipelines as small
 from tests.parity.test_parity_transformer_pipelines import (
@@ -74,6 +75,35 @@ def test_pixart(trained):
   same = {key for key in old if torch.equal(new[key], old[key])}
   assert {key for key in old if not key.startswith('transformer.')} <= same
   assert all(key.endswith('to_k.bias') for key in same if key.startswith('transformer.'))
+
+
+def test_the_refiner(trained):
+  """Told sizes and its score: all of its U-Net, and nothing else, is another."""
+  theirs, _, made = trained('sdxl', 'refiner', **{'settings.sample.sampler': 'ddim'})
+  new, old = state(type(theirs).from_pretrained(made)), state(theirs)
+  assert new.keys() == old.keys()
+  changed = {key for key in old if not torch.equal(new[key], old[key])}
+  assert {key.partition('.')[0] for key in changed} == {'unet'}
+  assert 'unet.add_embedding.linear_1.weight' in changed
+
+
+def test_a_consistency_model(trained):
+  """Adapters out of a cache, with the guidance that the config gives; it cannot be guided twice."""
+  more = {
+    'settings.sample.sampler': 'lcm', 'settings.sample.guidance': 1.0, 'dtype': 'float32',
+    'settings.distilled_guidance': 2.0, 'settings.cache': True, 'data.transforms': '()',
+    'settings.lora.targets': "('to_q', 'time_embedding.linear_1')",
+  }
+  theirs, _, made = trained('lora', 'lcm', **more)
+  run = TrainedRun(str(made.parent))
+  assert run.model.conditioners['distilled_guidance'].scale == 2.0
+  stored = load_file(made / 'pytorch_lora_weights.safetensors')
+  assert any(value.any() for key, value in stored.items() if 'lora_B' in key and 'linear_1' in key)
+  theirs.load_lora_weights(made)
+  with pytest.raises(AssertionError):
+    trained('lora', 'lcm', **more | {'settings.sample.guidance': 3.0})
+  with pytest.raises(AssertionError):
+    trained('lora', 'sd1', **more | {'settings.sample.sampler': 'ddim'})
 
 
 @pytest.mark.parametrize(('recipe', 'name', 'rate'), [

@@ -30,7 +30,7 @@ from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.parallel.mesh import to_host
 from diffusion_jax.pipelines.assembly import assemble
-from diffusion_jax.pipelines.conditioners import Arrays, Guided, Sizes
+from diffusion_jax.pipelines.conditioners import Arrays, Guided
 from diffusion_jax.pipelines.image_conditioners import Inputs
 from diffusion_jax.pipelines.model import DENOISER, Diffusion, edge_rule, joined, output_channels
 from diffusion_jax.pipelines.sampling import SampleConfig
@@ -126,9 +126,9 @@ class DiffusionTaskConfig(SharedConfig):
     kinds = self._kinds()
     for name, kind in kinds.items():
       kind.check_options(self.conditioned[name])
-      if not kind.fields:
+      if not kind.fields and not kind.usual:
         raise UserError(f'settings.conditioners.{name} needs what no data set has; leave it out.')
-      if self.cache and not kind.kept and name != 'sizes':
+      if self.cache and not kind.kept and not kind.usual:
         raise UserError(
           f'settings.cache keeps what follows from images and prompts, not {name}; switch it off.'
         )
@@ -206,7 +206,7 @@ class DiffusionTask(Task):
 
     trainable: what is trained, `adapted` to the model; None for all of the denoiser.
     """
-    config.sample.check(model.noise, model.parameterization)
+    model.check_sampling(config.sample)
     if trainable is None:
       trainable = Denoiser(config)
       trainable.adapted(model)
@@ -227,12 +227,12 @@ class DiffusionTask(Task):
     self.frozen: Frozen = {**frozen, NULL: null} if null else frozen
     # What else draws random numbers than the objective.
     self._draws = model.space.random or bool(model.conditioners)
-    # Records may have the sizes of what they were cut from; else all images are whole.
-    cut = 'sizes' in model.conditioners and not config.cache
-    cut = cut and 'sizes' in first_readable(train, 1)[0]
+    # Records may have what is not as usual, such as the sizes of what they were cut from.
+    conditioners = self.loss_model.conditioners
+    told = {field for one in conditioners.values() if one.usual for field in one.fields}
+    told = told & first_readable(train, 1)[0].keys() if told and not config.cache else set()
     self._conditioners = {
-      name: one for name, one in self.loss_model.conditioners.items()
-      if cut or not isinstance(one, Sizes)
+      name: one for name, one in conditioners.items() if not one.usual or told & {*one.fields}
     }
     self.encode = self._from_cache if config.cache else self._from_examples
     fields = [*model.space.kept] if config.cache else [model.space.field]
@@ -375,9 +375,10 @@ class DiffusionTask(Task):
   ) -> Condition:
     """Return what the denoiser is given with z of this shape, a fraction of it dropped."""
     conditions = self.drop(conditions, null, key)
-    if 'sizes' in self.model.conditioners and 'sizes' not in conditions:
-      height, width = (edge * self.model.space.factor for edge in shape[1:3])
-      conditions['sizes'] = {'sizes': jnp.asarray(Sizes.whole(shape[0], height, width))}
+    for name, one in self.model.conditioners.items():
+      if one.usual and name not in conditions:
+        size = (edge * self.model.space.factor for edge in shape[1:3])
+        conditions[name] = one.of_size(shape[0], *size)
     return joined(conditions.values())
 
   def losses(self, params, frozen, carry: Carry, batch, key) -> Losses:

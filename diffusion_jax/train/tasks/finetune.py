@@ -24,6 +24,7 @@ from diffusion_jax.models.lora import LoRAConfig
 from diffusion_jax.pipelines.architectures import ARCHITECTURES, architecture_model
 from diffusion_jax.pipelines.conditioners import Context
 from diffusion_jax.pipelines.directory import read_model, save_conversion
+from diffusion_jax.pipelines.distilled import DistilledGuidance, Scale
 from diffusion_jax.pipelines.image_conditioners import CONCATENATED
 from diffusion_jax.pipelines.model import DENOISER, Diffusion
 from diffusion_jax.train.tasks.diffusion import DiffusionTask, SharedConfig
@@ -78,7 +79,8 @@ class FinetuneTaskConfig(SharedConfig):
 
   train: all of the denoiser, LoRA adapters, a ControlNet, or the embedding of a new word. inputs:
   what the denoiser takes with z; 'inpaint' gives a plain one the channels for it. controlnet: a
-  ControlNet to go on from; '' begins with the denoiser's weights.
+  ControlNet to go on from; '' begins with the denoiser's weights. distilled_guidance: the scale
+  that a distilled denoiser is told; None: the model's own, which is also for sampling.
 
   objective.prediction and schedule (None: the model's) may be others than the model's. conversion:
   'exact' makes the new prediction of what the network says, so that training begins with the same
@@ -96,6 +98,7 @@ class FinetuneTaskConfig(SharedConfig):
   controlnet: str = ''
   placeholder: PlaceholderConfig = PlaceholderConfig()
   prior: PriorConfig = PriorConfig()
+  distilled_guidance: Scale | None = None
 
   def __post_init__(self):
     super().__post_init__()
@@ -200,6 +203,9 @@ class FinetuneTask(DiffusionTask):
     changed = _terms(settings, model) != (model.parameterization.name, model.noise.config)
     if changed:
       model = model.in_terms(*_terms(settings, model), settings.conversion == 'exact')
+    if settings.distilled_guidance is not None:
+      told = DistilledGuidance(settings.distilled_guidance)
+      model = model.with_conditioner(told.name, told)
     trainable = TRAINED[settings.train](settings, parts[DENOISER])
     trainable = with_texts(trainable, settings, model, parts)
     model = trainable.adapted(with_image_input(model, settings.inputs))
@@ -258,6 +264,11 @@ def _check_model(settings: FinetuneTaskConfig, model: Diffusion) -> None:
     raise UserError(
       f'settings.conversion is raw, but {path} predicts {own[0]!r} on this schedule already; leave '
       'it at exact, or change objective.prediction or settings.schedule.'
+    )
+  if settings.distilled_guidance is not None and DistilledGuidance.name not in model.conditioners:
+    raise UserError(
+      f'settings.distilled_guidance is {settings.distilled_guidance:g}, but the denoiser of {path} '
+      'is told of none; leave it out.'
     )
   found = image_input(model)
   if settings.train != 'denoiser' and found != settings.inputs:
