@@ -191,7 +191,7 @@ def open_model(
 
 def with_values(sample: T, values: Mapping[str, Any]) -> T:
   """Return sample settings with those that were given in place of the model's."""
-  values = dict(values)
+  values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
   if 'guidance_interval' in values:
     low, high = values['guidance_interval']
     values['guidance_interval'] = (low, None if high == math.inf else high)
