@@ -1,7 +1,7 @@
 """A config to everything that the train loop needs. No task is known here by its name."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,12 @@ def _check_devices(config: TrainingConfig, mesh: Mesh) -> None:
   check_matmul_precision(config.products, mesh)
 
 
+def _credit(sources: Iterable[Source]) -> str:
+  """Return whom to thank for the data, once each."""
+  found = dict.fromkeys(getattr(source, 'credit', '') for source in sources)
+  return '\n\n'.join(filter(None, found))
+
+
 def _keep(directory: RunDirectory, data: dict[str, Any], task: Task) -> None:
   """Write what a resume needs to know of the data, and what the task has made of them."""
   try:
@@ -217,8 +223,8 @@ def build(config: dict, workdir: str, synthetic: bool = False) -> Training:
   return Training(
     config=untyped(config), task=task, loop=loop, safety=config.safety, optimizer=optimizer,
     learning_rates=learning_rates(config.optimizer, loop.total_steps), loader=loader, mesh=mesh,
-    directory=directory, start=start, data_credit=getattr(train, 'credit', ''), measured=measured,
-    damage=damage, provenance=provenance(begun, features, trained_on, tested_on),
+    directory=directory, start=start, data_credit=_credit([train, *more.values()]),
+    measured=measured, damage=damage, provenance=provenance(begun, features, trained_on, tested_on),
     evaluators=evaluators,
     trained_on=trained_on and dataclasses.replace(trained_on, begun=begun),
   )
