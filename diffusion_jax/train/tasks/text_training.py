@@ -244,7 +244,8 @@ class Joint(Trainable):
     }
     for one in self.texts:
       found |= one.adapters(under(one.role, params), dtype)
-    return write_adapters(directory, found)
+    networks = {self.first.role_in_files: self.first.network.shapes}
+    return write_adapters(directory, found, networks)
 
   def _joined(self, first: Params, texts: Sequence[Params]) -> Params:
     found = dict(first)

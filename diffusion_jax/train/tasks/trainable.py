@@ -184,17 +184,21 @@ class LoRA(Trainable):
 
   def adapters(self, params: Params, dtype: str) -> LoRAs:
     """Return what was trained, by the role in files."""
-    role = denoiser_role(self.network.config) if self.role == DENOISER else self.role
-    return {role: from_params(_cast(params, dtype), self.sizes)}
+    return {self.role_in_files: from_params(_cast(params, dtype), self.sizes)}
+
+  @property
+  def role_in_files(self) -> str:
+    return denoiser_role(self.network.config) if self.role == DENOISER else self.role
 
   def export(self, directory, params, dtype):
-    write_adapters(directory, self.adapters(params, dtype))
+    networks = {self.role_in_files: self.network.shapes}
+    write_adapters(directory, self.adapters(params, dtype), networks)
 
 
-def write_adapters(directory: Path, lora: LoRAs) -> None:
-  """Write the adapters in both layouts."""
+def write_adapters(directory: Path, lora: LoRAs, shapes: dict[str, Params]) -> None:
+  """Write the adapters in both layouts; shapes: of the networks' parameters, by role in files."""
   write_lora(directory / 'pytorch_lora_weights.safetensors', lora, layout='peft')
-  write_lora(directory / 'kohya.safetensors', lora, layout='kohya')
+  write_lora(directory / 'kohya.safetensors', lora, layout='kohya', networks=shapes)
 
 
 def _adapters(params: Params) -> Params:
