@@ -344,8 +344,8 @@ def write_lora(
   """Write one safetensors file that kohya's scripts or diffusers read; layout: 'kohya' or 'peft'.
 
   With a 'text_encoder_2', even empty, kohya's names of the first encoder are those of Stable
-  Diffusion XL; see `kohya_start`. networks: parameters (or their shapes) by role, with which kohya's
-  layers of a transformer are those of its original files, where it has any.
+  Diffusion XL; see `kohya_start`. networks: parameters (or their shapes) by role, with which
+  kohya's layers of a transformer are those of its original files, where it has any.
   """
   require(layout in LAYOUTS, f'layout must be one of {", ".join(LAYOUTS)}, not {layout!r}.')
   unknown = sorted(set(lora) - set(KOHYA))

@@ -65,6 +65,7 @@ TRAINED = {
   # one; of Flux, three of each block of one stream.
   'sd35_medium': 2_469_663_936, 'sd35_medium_lora': (8 * 24 - 1 + 4 * 13) * 4 * 2 * 1536,
   'flux_lora': (8 * 19 + 3 * 38) * 4 * 2 * 3072, 'pixart': 610_856_096,
+  'pixart_lora': 8 * 28 * 4 * 2 * 1152,  # Four layers of each of two attentions.
 }
 
 
