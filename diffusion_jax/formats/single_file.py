@@ -315,7 +315,7 @@ def _schedule_note(
   """A sentence where a file's own table of noise is none of its family's, which is written."""
   table = tensors.get('alphas_cumprod')
   steps = scheduler['num_train_timesteps']
-  if table is None or tuple(table.shape) != (steps,):
+  if table is None or tuple(table.shape) != (steps,) or 'beta_schedule' not in scheduler:
     return []
   known = [
     Schedule(ScheduleConfig(
