@@ -217,10 +217,10 @@ def read_single_file(path: Path, prediction: str | None, given: Path | None) -> 
   except (IndexError, ValueError) as error:
     raise UserError(f'{path} holds tensors with too few axes; fetch it again.') from error
   parts = {part: _part(values) for part, values in configs.items()}
-  _fill(parts, name, stored, str(path))
   more, absent = _apart(name, parts, given, str(path))
-  parts |= more
-  parts |= _schedulers(name, prediction, 'ztsnr' in opened) | _tokenizers(parts, given)
+  tokenizers = _tokenizers(parts | more, given)
+  _fill(parts, name, stored, str(path))
+  parts |= more | _schedulers(name, prediction, 'ztsnr' in opened) | tokenizers
   scheduler = parts['scheduler'].texts[SCHEDULER]
   notes += _schedule_note(opened, scheduler, str(path))
   notes += [

@@ -149,7 +149,7 @@ def test_back_from_a_single_file(made, tmp_path, name):
     has, found = said(folder, part), said(tmp_path / 'back', part)
     assert {key: has[key] for key in found} == found
   for key, value in pipe.scheduler.config.items():
-    assert other.scheduler.config[key] == value or key.startswith('_'), key
+    assert key.startswith('_') or other.scheduler.config[key] == value, key
   last = 'tokenizer_3' if name == 'sd35' else 'tokenizer_2'
   ids = lambda one: getattr(one, last)('cab').input_ids
   assert ids(other) == ids(pipe)
@@ -228,7 +228,7 @@ def test_stable_diffusion_3_without_t5(made, tmp_path):
   ('sd35', {'x_embedder.proj.weight': (65, 16, 2, 2)}, 'width 65 .* a head, 64'),
   ('sd35', {'x_embedder.proj.weight': (64, 9, 2, 2)}, '9 input channels is not known; 16 are'),
   ('sd35', {'context_embedder.weight': ()}, 'too few axes'),
-  ('sd35', {'joint_blocks.0.x_block.attn.qkv.weight': ()}, 'attn.to_q.weight has shape'),
+  ('sd35', {'joint_blocks.0.x_block.attn.qkv.weight': ()}, r'attn\.to_k\.weight has shape'),
   ('flux_dev', {'guidance_in.out_layer.bias': None}, r'lacks guidance_in\.out_layer\.bias'),
   ('flux_dev', {'guidance_in.in_layer.weight': None}, r'holds guidance_in\.in_layer\.bias'),
   ('flux_dev', {'img_in.weight': (32, 384)}, '384 input channels is not known; 64 are'),
