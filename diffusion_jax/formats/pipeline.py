@@ -42,6 +42,8 @@ from diffusion_jax.types import Params
 
 TEXT_TO_IMAGE, DIFFUSION = 'TextToImage', 'Diffusion'
 """The classes of models that were trained here."""
+CONVERSION = 'conversion'
+"""The entry of an index on the terms of a model that are not those of its network's scheduler."""
 SCHEDULER = 'scheduler_config.json'
 MOST_PATCH = 64
 TEXT_CLASSES = {

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_jax.diffusion.noise import Schedule, ScheduleConfig
-from diffusion_jax.errors import UserError, require
+from diffusion_jax.errors import UserError, require, shown
 from diffusion_jax.files import inside
 from diffusion_jax.formats.families import (
   FAMILIES,
@@ -24,8 +24,16 @@ from diffusion_jax.formats.families import (
   sort_out,
 )
 from diffusion_jax.formats.networks import CONFIG, Part, kind_of, read_part
-from diffusion_jax.formats.pipeline import SCHEDULER, TEXT_CLASSES, TOKENIZER, Pipeline, typed
+from diffusion_jax.formats.pipeline import (
+  CONVERSION,
+  SCHEDULER,
+  TEXT_CLASSES,
+  TOKENIZER,
+  Pipeline,
+  typed,
+)
 from diffusion_jax.formats.published import published_name, some
+from diffusion_jax.formats.scheduler_classes import CLASSES
 from diffusion_jax.formats.single_file_names import (
   TEXT_STYLES,
   UNET,
@@ -91,9 +99,15 @@ def write_single_file(pipeline: Pipeline, path: Path, dtype: str | None) -> list
     stored |= {prefix + key: tensor for key, tensor in new.items()}
   values = pipeline.parts.get('scheduler', Part()).json(SCHEDULER)[0]
   flow = FLOW in FAMILIES[name].sample_sizes
+  scheduler_class = CLASSES.get(values.get('_class_name'))
+  require(
+    flow or scheduler_class is None or scheduler_class.family not in ('flow', 'edm'),
+    f'a single file cannot say that its network is sampled by {values.get("_class_name")}, so it '
+    'would be read as one that predicts epsilon; convert to another layout.',
+  )
   prediction = FLOW if flow else values.get('prediction_type', 'epsilon')
   notes = _left_out(pipeline, places) + _untold(name, networks, stored, prediction)
-  notes += _untold_steps(name, values) if flow else []
+  notes += _unconverted(pipeline) + (_untold_steps(name, values) if flow else [])
   marks = {'v_pred': prediction == 'v_prediction', 'ztsnr': values.get('rescale_betas_zero_snr')}
   if FAMILIES[name].sizes:  # Empty tensors by which ComfyUI knows such models.
     empty = np.zeros((0,), np.float32)
@@ -101,6 +115,19 @@ def write_single_file(pipeline: Pipeline, path: Path, dtype: str | None) -> list
   spec = {'epsilon': 'epsilon', 'v_prediction': 'v'}.get(prediction)
   write_tensors(path, typed(stored, dtype), {_SPEC: spec} if spec else None)
   return notes
+
+
+def _unconverted(pipeline: Pipeline) -> list[str]:
+  """A sentence on what the model made of its network's prediction, if it did."""
+  model = pipeline.index.get(CONVERSION) or {}
+  own = model.get('network') or {}
+  if all(model.get(name) == own.get(name) for name in ('prediction', 'noise')):
+    return []
+  return [
+    f'{CONVERSION} is left out: a single file has no place for it; readers will see the network '
+    f'alone, which predicts {shown(own.get("prediction"))} on the noise levels that it was made '
+    f'for, and not {shown(model.get("prediction"))} on those that it was trained at last.'
+  ]
 
 
 def _left_out(pipeline: Pipeline, places: Iterable[str]) -> list[str]:

@@ -17,6 +17,7 @@ from diffusion_jax.files import INDEX, reading
 from diffusion_jax.formats.clip import pixel_statistics
 from diffusion_jax.formats.networks import Part, resolve, save_params
 from diffusion_jax.formats.pipeline import (
+  CONVERSION,
   DIFFUSION,
   FOLDERS,
   SCHEDULER,
@@ -57,9 +58,6 @@ from diffusion_jax.pipelines.text_conditioners import (
 )
 from diffusion_jax.registry import CONDITIONERS, NETWORKS, SPACES, load
 from diffusion_jax.types import Params, Weights
-
-CONVERSION = 'conversion'
-"""The entry of an index on the terms of a model that are not those of its network's scheduler."""
 
 
 def read_model(path: str, dtype=jnp.float32) -> tuple[Diffusion, dict[str, Part], SampleConfig]:

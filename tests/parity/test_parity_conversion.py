@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diffusion_jax.diffusion.noise import NoiseConfig
+from diffusion_jax.errors import UserError
 from diffusion_jax.files import INDEX
 from diffusion_jax.formats.convert import convert
 from diffusion_jax.formats.pipeline import save_changed
@@ -90,6 +91,19 @@ def test_diffusers_draws_what_we_do(terms, sample, exact, kind, source, tmp_path
   np.testing.assert_allclose(draw(again, same, how), wanted, rtol=0, atol=2e-4)
 
 
+def test_a_single_file_says_what_it_cannot_hold(source, tmp_path):
+  """The network alone, which other programs read as it is; a flow they would take for epsilon."""
+  for number, (terms, exact) in enumerate([(V, True), (FLOW, True), (V, False), (FLOW, False)]):
+    folder, file = tmp_path / str(number), str(tmp_path / f'{number}.safetensors')
+    saved(source, folder, terms, TRAILING if terms is V else LINSPACE, exact)
+    if (terms, exact) == (FLOW, False):
+      with pytest.raises(UserError, match='cannot say that its network is sampled by FlowMatch'):
+        convert(str(folder), file, 'single-file')
+      continue
+    notes = [note for note in convert(str(folder), file, 'single-file') if 'conversion' in note]
+    assert len(notes) == exact and all(f'and not {terms[0]!r}' in note for note in notes)
+
+
 @pytest.mark.parametrize(('change', 'message'), [
   ({'prediction': 'noise'}, "predicts 'noise'"), ({'network': None}, 'network is None'),
   ({'noise': 7}, 'noise is 7'), ({'sample': {'steps': 'many'}}, "steps is 'many'"),
@@ -99,5 +113,5 @@ def test_what_describes_no_conversion_is_refused(change, message, source, tmp_pa
   index = read_json(tmp_path / 'made' / INDEX)
   index['conversion'] |= change
   write_json(tmp_path / 'made' / INDEX, index)
-  with pytest.raises(Exception, match=message):
+  with pytest.raises(UserError, match=message):
     load_model(str(tmp_path / 'made'))
