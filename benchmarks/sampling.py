@@ -16,7 +16,7 @@ from diffusion_jax.parallel.mesh import in_batches
 from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.registry import TASKS, load
-from diffusion_jax.train.tasks.diffusion import SharedConfig
+from diffusion_jax.train.tasks.diffusion_settings import SharedConfig
 from diffusion_jax.train.training import Training
 from diffusion_jax.types import Weights
 
@@ -39,8 +39,7 @@ def measure_sampling(training: Training, counts: Counts, batch_size: int) -> dic
   """Pictures by the run's own sampler, from prompts to pixels, with weights that begin a run."""
   task, mesh = training.task, training.mesh
   model, config = task.model, task.config.sample
-  params = training.start(mesh)
-  params = jax.jit(task.initialize)(jax.random.key(0)) if params is None else params
+  params = task.beginning(mesh, jax.random.key(0))
   weights = model.on_mesh(_read(model, task.weights(params, task.frozen)), mesh)
   prompts = [f'picture {index}' for index in range(batch_size)]
   draw = lambda: list(model.generate(

@@ -1,7 +1,7 @@
 """A config to everything that the train loop needs. No task is known here by its name."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,10 +86,16 @@ def _loader(config: TrainingConfig, task: Task, env: Env) -> Loader:
       '(data x fsdp x accumulation_steps); make it a multiple of that.'
     )
   source, transforms = task.examples(config, env)
-  return Loader(
+  loader = Loader(
     source, transforms, batch_size=batch_size, rows=local_rows(mesh, batch_size),
     seed=config.loop.seed, num_threads=config.data.workers,
   )
+  if missing := sorted(set(task.batch_fields) - loader.spec().keys()):
+    raise UserError(
+      f'batches lack {", ".join(missing)}, which task {config.task} needs; add to data.transforms '
+      'what makes them, such as choose_caption, tokenize and normalize.'
+    )
+  return loader
 
 
 def added_evaluators(config: TrainingConfig, env: Env) -> list[Evaluator]:
@@ -140,6 +146,12 @@ def _check_devices(config: TrainingConfig, mesh: Mesh) -> None:
   if config.attention != 'auto':
     check_attention(config.attention, jax.numpy.dtype(config.dtype), mesh=mesh)
   check_matmul_precision(config.products, mesh)
+
+
+def _credit(sources: Iterable[Source]) -> str:
+  """Return whom to thank for the data, once each."""
+  found = dict.fromkeys(getattr(source, 'credit', '') for source in sources)
+  return '\n\n'.join(filter(None, found))
 
 
 def _keep(directory: RunDirectory, data: dict[str, Any], task: Task) -> None:
@@ -234,8 +246,8 @@ def build(config: dict, workdir: str, synthetic: bool = False) -> Training:
   return Training(
     config=untyped(config), task=task, loop=loop, safety=config.safety, optimizer=optimizer,
     learning_rates=learning_rates(config.optimizer, loop.total_steps), loader=loader, mesh=mesh,
-    directory=directory, start=start, data_credit=getattr(train, 'credit', ''), measured=measured,
-    damage=damage, provenance=provenance(begun, features, trained_on, tested_on),
+    directory=directory, start=start, data_credit=_credit([train, *more.values()]),
+    measured=measured, damage=damage, provenance=provenance(begun, features, trained_on, tested_on),
     evaluators=evaluators,
     trained_on=trained_on and dataclasses.replace(trained_on, begun=begun),
   )

@@ -149,17 +149,45 @@ def parse_size(text: str, name: str = '--size') -> tuple[int, int]:
   return size
 
 
-def check_multiple(size: tuple[int, int], multiple: int, key: str = 'data.size') -> None:
-  """Raise UserError, with the nearest size, unless both edges are multiples."""
-  if any(edge % multiple for edge in size):
-    near = tuple(max(1, round(edge / multiple)) * multiple for edge in size)
+@dataclasses.dataclass(frozen=True)
+class EdgeRule:
+  """What heights and widths networks can take: multiples, of at most `most`, None for any."""
+
+  multiple: int
+  most: int | None = None
+
+  def fits(self, *size: int) -> bool:
+    """Return whether all edges are such."""
+    most = self.most or max(size)
+    return all(0 < edge <= most and edge % self.multiple == 0 for edge in size)
+
+  def near(self, *size: int) -> tuple[int, ...]:
+    """Return the nearest edges that are such."""
+    whole = [max(1, round(edge / self.multiple)) for edge in size]
+    most = max(whole) if self.most is None else max(1, self.most // self.multiple)
+    return tuple(min(edge, most) * self.multiple for edge in whole)
+
+  def __str__(self) -> str:
+    return f'multiples of {self.multiple}' + (f' up to {self.most}' if self.most else '')
+
+
+def check_edges(size: int | tuple[int, int], rule: EdgeRule, key: str = 'data.size') -> None:
+  """Raise UserError, with the nearest size, unless both edges are as the rule says."""
+  pair = size if isinstance(size, tuple) else (size, size)
+  if not rule.fits(*pair):
+    near = rule.near(*pair)
     raise UserError(
       f'{key} is {size}, which cannot be halved as the networks do: height and width must be '
-      f'multiples of {multiple}; the nearest such size is {near}.'
+      f'{rule}; the nearest such size is {near if isinstance(size, tuple) else near[0]}.'
     )
 
 
 def same_size(key: str, value: Any, size: Any) -> None:
   """Raise UserError unless what a key of the config says agrees with `data.size`."""
-  if value != size:
+  if isinstance(size, tuple) and isinstance(value, int) and size != (value, value):
+    raise UserError(
+      f'data.size is {size}, but {key} is {value}, the edge of squares; set data.size to one '
+      'number and both alike.'
+    )
+  if value != size and (value, value) != size:
     raise UserError(f'data.size is {size}, but {key} is {value}; set both alike.')

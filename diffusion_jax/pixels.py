@@ -56,17 +56,24 @@ LONGEST = 4.0
 """The largest ratio of the edges of a size that follows a picture's."""
 
 
-def size_like(height: int, width: int, area: int, multiple: int) -> tuple[int, int]:
+def size_like(
+  height: int, width: int, area: int, multiple: int, most: int | None = None
+) -> tuple[int, int]:
   """Return the size of multiples that is nearest to the aspect of height x width and to the area.
 
+  No edge is above `most`, where that is given, and every multiple fits once.
   An error in the aspect counts twice one in the area, both as ratios; an aspect beyond LONGEST is
   taken for that.
   """
   aspect = min(max(height / width, 1 / LONGEST), LONGEST)
+  if most:
+    area = min(area, most**2 * min(aspect, 1 / aspect))
   rows = math.sqrt(area * aspect) / multiple
   best, least = (1, 1), math.inf
   for h in range(max(1, math.floor(rows * 0.75)), max(1, math.ceil(rows * 1.3)) + 1):
     for w in {max(1, math.floor(h / aspect)), math.ceil(h / aspect)}:
+      if most and max(h, w) * multiple > most:
+        continue
       error = 2 * abs(math.log(h / w / aspect)) + abs(math.log(h * w * multiple**2 / area))
       if error < least - 1e-9:
         best, least = (h, w), error

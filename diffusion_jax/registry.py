@@ -69,7 +69,7 @@ SPACES = Table('space', {
 CONDITIONERS = Table('conditioner', {
   'text': 'diffusion_jax.pipelines.text_conditioners:TextEncoders',
   'class': 'diffusion_jax.pipelines.conditioners:ClassLabel',
-  'sizes': 'diffusion_jax.pipelines.conditioners:Sizes',
+  'sizes': 'diffusion_jax.pipelines.size_conditions:Sizes',
   'distilled_guidance': 'diffusion_jax.pipelines.distilled:DistilledGuidance',
   'image_embedding': 'diffusion_jax.pipelines.image_conditioners:ImageEncoder',
   'control': 'diffusion_jax.pipelines.image_conditioners:ControlNet',

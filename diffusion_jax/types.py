@@ -34,7 +34,8 @@ class Condition(NamedTuple):
 
   text: [b l d]. mask: [b l], 1 where the text is no padding; None where all of it is read.
   pooled: [b p], the pooled text of SDXL. sizes: [b 6], SDXL's original height and
-  width, top and left of the crop, target height and width, in pixels. labels: [b], a class or the
+  width, top and left of the crop, target height and width, in pixels; of its refiner [b 5], with an
+  aesthetic score for the target's. labels: [b], a class or the
   level of the noise on `image`. image: [b h w c], channels beside x: masks, depth, other latents.
   control: [b H W 3] in [0, 1], the picture a ControlNet sees, with its strength [b].
   guidance: [b], the scale that a distilled network imitates. more: fields of other names, [b ...].

@@ -8,10 +8,11 @@ from diffusion_jax.cli.options import add_options, read_options
 from diffusion_jax.limits import Help
 
 HELP = 'convert Stable Diffusion between file layouts'
-DESCRIPTION = """Converts a pipeline of Stable Diffusion 1, 2 or XL between the directory of
-diffusers, the single file of CompVis, Stability and ComfyUI, and our own directory, whose weights
-each device reads in place; also a text-to-image U-Net trained here. A directory of one network is
-converted between diffusers and native.
+DESCRIPTION = """Converts a pipeline of Stable Diffusion 1, 2, XL, 3, 3.5 or of Flux.1 between
+the directory of diffusers, the single file of CompVis, Stability, Black Forest Labs and ComfyUI,
+and our own directory, whose weights each device reads in place; also a text-to-image U-Net trained
+here. A directory of one network is converted between diffusers and native; the transformer alone
+from a single file by --type mmdit or --type flux, and from its directory to one.
 Weights are converted one tensor at a time; nothing is downloaded and no code of a file is run.
 The tensors of a file of PyTorch, such as the FID Inception's weights, become safetensors by the
 layout tensors.
@@ -37,15 +38,17 @@ class Options:
     'float32, float16 or bfloat16 (default: each tensor as it is)', 'NAME'
   )] = None
   kind: Annotated[str | None, Help(
-    'the kind of one network, such as unet, where its config.json does not tell', 'NAME', 'type'
+    'the kind of one network, such as unet, where its config.json does not tell, or that alone is '
+    'read of a single file', 'NAME', 'type'
   )] = None
   prediction: Annotated[str | None, Help(
     'epsilon or v_prediction: what the model in a single file predicts, where the file does not '
     'say it', 'NAME'
   )] = None
   tokenizers: Annotated[str | None, Help(
-    "for a single file, which holds none: a folder with the tokenizer's files, or with tokenizer/ "
-    'and tokenizer_2/', 'DIR', 'tokenizer'
+    "for a single file, which holds none: a folder with the tokenizer's files, or with tokenizer/, "
+    'tokenizer_2/ and networks that the file lacks, such as text_encoder_2/ and vae/', 'DIR',
+    'tokenizer',
   )] = None
 
 

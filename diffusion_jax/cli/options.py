@@ -5,7 +5,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar
 
 from diffusion_jax.config import typed
@@ -126,6 +126,7 @@ def _taken(kind: Any, note: Help) -> dict[str, Any]:
     first, second = typing.get_args(kind)
     if second is Ellipsis:
       return {'action': 'append', 'type': first, **metavar}
+    first = typing.get_args(first)[0] if typing.get_origin(first) is Annotated else first
     return {'nargs': 2, 'type': first, 'metavar': tuple(note.metavar.split())}
   if typing.get_origin(kind) in (typing.Union, types.UnionType):
     kind = typing.get_args(kind)[0]
@@ -164,24 +165,33 @@ def open_run(options: ModelOptions, values: Mapping[str, Any]):
   return run, sample
 
 
-def open_model(options: ModelOptions, values: Mapping[str, Any], mesh):
-  """Return (model, weights on the mesh, sample settings with `values`, the model's name)."""
-  from diffusion_jax.pipelines.directory import load_model
+def open_model(
+  options: ModelOptions, values: Mapping[str, Any], mesh,
+  check: Callable[[Any, Any], Any] = lambda model, sample: None,
+):
+  """Return (model, weights on the mesh, sample settings with `values`, the model's name).
+
+  `check` is called with the model and the settings before any weights are read.
+  """
+  from diffusion_jax.pipelines.directory import read_model
 
   if options.workdir:
     run, sample = open_run(options, values)
+    check(run.model, sample)
     weights = run.weights(ema_halflife_images=options.ema_halflife_images)
     return run.model, run.model.on_mesh(weights, mesh), sample, options.workdir
   name = options.model or DEFAULT_MODEL
-  model, weights, sample = load_model(name, mesh=mesh)
+  model, parts, sample = read_model(name)
   sample = with_values(sample, values)
   sample.check(model.noise, model.parameterization)
+  check(model, sample)
+  weights = {role: part.load(mesh=mesh) for role, part in parts.items()}
   return model, model.on_mesh(weights, mesh), sample, name
 
 
 def with_values(sample: T, values: Mapping[str, Any]) -> T:
   """Return sample settings with those that were given in place of the model's."""
-  values = dict(values)
+  values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
   if 'guidance_interval' in values:
     low, high = values['guidance_interval']
     values['guidance_interval'] = (low, None if high == math.inf else high)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from diffusion_jax.cli.options import (
   open_model,
   read_options,
 )
+from diffusion_jax.cli.refining import RefinerOptions
 from diffusion_jax.errors import UserError
 from diffusion_jax.limits import Help, parse_size
 from diffusion_jax.pipelines.options import SampleOptions
@@ -84,7 +86,7 @@ class PictureOptions:
   image: Annotated[str, Help('a picture to start from, repaint or edit', 'FILE')] = ''
   strength: Annotated[float | None, Help(
     'with --image: fraction of the steps that are taken, up to 1; 1 keeps least of the picture '
-    f'(default: {STRENGTH}; 1 where the model is shown it)', 'S'
+    f'(default: {STRENGTH}; 0.3 of a refiner; 1 where the model is shown it)', 'S'
   )] = None
   mask: Annotated[str, Help(
     'for an inpainting model: white where to paint; laid over the image whatever its size, and '
@@ -108,18 +110,19 @@ class PictureOptions:
     names = ('image', 'mask', 'control', 'depth', 'small', 'reference')
     return {name: getattr(self, name) for name in names if getattr(self, name)}
 
-  def size(self, model, size: str) -> tuple[int, int]:
-    """Return (height, width) of what is drawn: `size` as in --size, else the pictures' own aspect.
+  def sizes(self, model, size: str, binning: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return `Diffusion.drawn_size` of `size` as in --size, else of the pictures' own aspect.
 
     Raises:
       UserError: no size, one that the model cannot halve, or a picture that cannot be read.
     """
     from diffusion_jax.data.pictures import frame_size
 
+    files = self.files()
     if size:
-      return model.size_of(*parse_size(size))
-    own = frame_size(self.files())
-    return model.size_like(*own) if own else model.trained_size
+      return model.drawn_size(*parse_size(size), 'none' if files else binning)
+    own = frame_size(files)
+    return (model.size_like(*own) if own else model.trained_size,) * 2
 
   def read(self, model, steps: int, height: int, width: int) -> tuple:
     """(`Inputs`, metadata) of the given pictures, for images of that size; or UserError."""
@@ -157,7 +160,7 @@ class PictureOptions:
 
 
 OPTIONS = {
-  ModelOptions: '', PromptOptions: '', AdapterOptions: '',
+  ModelOptions: '', PromptOptions: '', AdapterOptions: '', RefinerOptions: '',
   PictureOptions: (
     'pictures; the first given of image, small, control and depth is scaled until it just covers '
     'the size that is drawn, and its middle cut out; without --size that is its own aspect, so '
@@ -204,43 +207,52 @@ def write(
 
 def run(args: argparse.Namespace) -> int:
   """Sample and write."""
-  model, prompt, adapters, pictures, draw = (
-    read_options(cls, args) for cls in OPTIONS if cls is not SampleOptions
-  )
-  return sample(model, prompt, adapters, pictures, draw, given(SampleOptions, args))
+  parts = (read_options(cls, args) for cls in OPTIONS if cls is not SampleOptions)
+  return sample(*parts, given(SampleOptions, args))
 
 
 def sample(
-  source: ModelOptions, prompt: PromptOptions, adapters: AdapterOptions, pictures: PictureOptions,
-  draw: DrawOptions, values: Mapping[str, Any],
+  source: ModelOptions, prompt: PromptOptions, adapters: AdapterOptions, refining: RefinerOptions,
+  pictures: PictureOptions, draw: DrawOptions, values: Mapping[str, Any],
 ) -> int:
   """Sample and write; `values` are sample settings in place of the model's own."""
   prompts = prompt.read()
   from diffusion_jax.backend.xla import enable_compile_cache
   from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+  from diffusion_jax.pixels import to_uint8
 
   enable_compile_cache()
   out = Path(prompt.out)
   if out.exists() and not out.is_dir():
     raise UserError(f'--out {prompt.out} is a file; choose a directory.')
   mesh = make_mesh(MeshConfig())
-  model, weights, config, name = open_model(source, values, mesh)
+  fits = lambda model, config: pictures.sizes(model, prompt.size, config.binning)
+  model, weights, config, name = open_model(source, values, mesh, fits)
+  config, refiner = refining.read(model, config, values)
   model, weights = adapters.apply(model, weights)
+  model.check_sampling(config, prompt.negative)
   if model.text is not None:
     model.check_prompts([*prompts, prompt.negative], config.prompt_syntax)
-  height, width = pictures.size(model, prompt.size)
-  inputs, started = pictures.read(model, config.steps, height, width)
+  drawn, (height, width) = fits(model, config)
+  inputs, started = pictures.read(model, config.steps, *drawn)
   if model.text is None:  # Prompts name classes, or nothing but the files.
-    model.rows(prompts, prompt.negative, inputs, height, width)
+    model.rows(prompts, prompt.negative, inputs, *drawn)
   settings = {
     'negative': prompt.negative, **config.in_force(), **started, **adapters.named(),
+    **refining.named(refiner),
     'seed': str(draw.seed), 'model': name, 'software': f'diffusion_jax {__version__}',
   }
-  batches = model.generate(
-    model.on_mesh(weights, mesh), prompts, config, seed=draw.seed, mesh=mesh,
-    negative=prompt.negative, batch_size=min(draw.batch, len(prompts)), inputs=inputs,
-    height=height, width=width,
+  how = dict(
+    seed=draw.seed, mesh=mesh, negative=prompt.negative, height=height, width=width,
+    batch_size=min(draw.batch, len(prompts)),
   )
+  first = functools.partial(
+    model.sample, model.on_mesh(weights, mesh), prompts, config, inputs=inputs, **how
+  )
+  if refiner is None:
+    batches = map(to_uint8, first())
+  else:
+    batches = refiner.generate(lambda: first(latents=True), prompts, **how)
   try:
     out.mkdir(parents=True, exist_ok=True)
     print(write(out, batches, prompts, settings))

@@ -49,7 +49,7 @@ def make_denoiser(
 
   def denoise(x, alpha, sigma):
     labels = jnp.broadcast_to(label(alpha, sigma), x.shape[:1])
-    output = network(parameterization.scale_input(x, alpha, sigma), labels).astype(x.dtype)
+    output = parameterization.predict(network, x, alpha, sigma, labels).astype(x.dtype)
     output, more = output[..., : x.shape[-1]], output[..., x.shape[-1] :]
     x0 = parameterization.to_x0(output, x, alpha, sigma)
     return (x0, jnp.clip((more + 1) / 2, 0, 1)) if variance else x0

@@ -258,18 +258,26 @@ class NoiseSchedule:
     alpha, sigma = self.smooth_process(t)
     return Level(alpha, sigma, self.label(alpha, sigma), t)
 
-  def at_ratio(self, ratio: PerExample) -> Level:
-    """Return the levels of, or nearest to, sigma / alpha = ratio [b], within those of training."""
+  def time_of(self, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+    """The time of `smooth_process` in [0, 1] with, or nearest to, this sigma / alpha."""
 
     def halve(_, ends):  # The ratio grows with t.
       low, high = ends
       middle = (low + high) / 2
-      alpha, sigma = self.smooth_process(middle)
-      below = sigma < ratio * alpha
+      there = self.smooth_process(middle)
+      below = there[1] * alpha < sigma * there[0]
       return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
-    low, high = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(ratio), jnp.ones_like(ratio)))
-    return self.at((low + high) / 2)
+    low, high = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(sigma), jnp.ones_like(sigma)))
+    return (low + high) / 2
+
+  def at_ratio(self, ratio: PerExample) -> Level:
+    """Return the levels of, or nearest to, sigma / alpha = ratio [b], within those of training."""
+    return self.at(self.time_of(jnp.ones_like(ratio), ratio))
+
+  def after(self, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pair (alpha, sigma) after that fraction of the times from noise to data."""
+    return tabulate(self.process, np.asarray(max(1 - fraction, 0.0)))
 
   def label(self, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
     """Return the label of any pair, of alpha's shape, within `label_range`."""
@@ -372,6 +380,11 @@ class Schedule(NoiseSchedule):
 
   def levels(self, count: int = 1000) -> tuple[np.ndarray, np.ndarray]:
     return self.alphas, self.sigmas
+
+  def after(self, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """The pair of the timestep that is left, rounded as diffusers does."""
+    place = min(round(len(self) - fraction * len(self)), len(self) - 1)
+    return self.alphas[place], self.sigmas[place]
 
   def at_timestep(self, t: jax.Array) -> Level:
     """Return the levels of integer timesteps t [b]."""

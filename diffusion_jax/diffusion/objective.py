@@ -258,8 +258,7 @@ class Objective:
     x = losses.add_noise(x0, noise, level.alpha, level.sigma)
     if config.loss == 'sliced':
       return self._sliced(network, x0, x, level, key_directions)
-    seen = self.parameterization.scale_input(x, level.alpha, level.sigma)
-    output = network(seen, level.label)
+    output = self.parameterization.predict(network, x, level.alpha, level.sigma, level.label)
     output, variance = (
       jnp.split(output, 2, axis=-1) if config.learned_variance else (output, None)
     )

@@ -15,6 +15,7 @@ return finite numbers without meaning.
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,16 @@ class Parameterization:
       return x
     variance = (jnp.asarray(alpha) * self.data_std) ** 2 + jnp.asarray(sigma) ** 2
     return expand(1 / jnp.sqrt(variance), x) * x
+
+  def predict(
+    self, network: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, alpha: jax.Array,
+    sigma: jax.Array, label: jax.Array,
+  ) -> jax.Array:
+    """Return the prediction for x [b ...] at the noise level of `label` [b], by a network of both.
+
+    A learned variance, in as many channels again, follows it.
+    """
+    return network(self.scale_input(x, alpha, sigma), label)
 
   def target(self, x0, eps, alpha, sigma) -> jax.Array:
     """Return what the network should output."""

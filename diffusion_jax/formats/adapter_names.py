@@ -5,8 +5,9 @@ join names by underscores, so undoing that needs the network's names; for Stable
 number the U-Net's blocks as single files do.
 
 Read are PEFT (with or without an adapter's name), diffusers now, its training scripts and its
-former attention processors, kohya's scripts with both numberings, LyCORIS' convolutions, ComfyUI
-and SimpleTuner.
+former attention processors, kohya's scripts with both numberings, LyCORIS' convolutions, ComfyUI,
+SimpleTuner and XLabs; of Stable Diffusion 3 and Flux.1 also the original names, in which several
+layers may be one (`formats.adapter_layers`).
 """
 
 import functools
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_jax.errors import UserError, require
+from diffusion_jax.formats.adapter_layers import original_rows
 from diffusion_jax.formats.single_file_names import unet_names
 
 LONGEST = 2000
@@ -170,10 +172,15 @@ def spellings(names: Iterable[str]) -> dict[str, str]:
   """Spellings in files -> layer names, without the network's name.
 
   Its own, its former attention processor's, without a text encoder's tower, and a single file's.
+  Layers that are not one of the network's alone are those of `adapter_layers.joined_layers`.
   """
   names = list(names)
   found: dict[str, str] = {}
-  for name, spelt in [*zip(names, names, strict=True), *unet_names(names).items()]:
+  original = [
+    (row.published[0] if row.change == 'same' else row.stored, row.stored)
+    for row in original_rows(names)
+  ]
+  for name, spelt in [*zip(names, names, strict=True), *unet_names(names).items(), *original]:
     for one in (spelt, *_former(spelt)):
       for key in (one, one.removeprefix(TOWER)):
         found.setdefault(key, name)
@@ -205,24 +212,34 @@ def kohya_names(names: Iterable[str]) -> dict[str, str]:
 _TEXTS = ('clip_l', 'clip_h')
 KOHYA = {
   'unet': ('lora_unet_',), 'text_encoder': ('lora_te_', 'lora_te1_'),
-  'text_encoder_2': ('lora_te2_',), 'transformer': ('lora_transformer_',),
+  'text_encoder_2': ('lora_te2_', 'lora_te3_'), 'text_encoder_3': ('lora_te3_',),
+  'text_encoder_4': ('lora_te4_',), 'transformer': ('lora_transformer_',),
 }
-"""How the names of each role begin in kohya's files; lora_te1_ where there are two encoders. Those
-of a transformer are OneTrainer's, which ComfyUI reads, too."""
-_JOINED = KOHYA | {role: (*KOHYA[role], 'lycoris_') for role in ('unet', 'transformer')}
+"""How the names of each role begin in kohya's files, see `kohya_start`. Those of a transformer
+without original names are OneTrainer's, which ComfyUI reads, too."""
+ORIGINAL = 'lora_unet_'
+"""Before the original names of a transformer, as kohya's scripts write them."""
+_JOINED = KOHYA | {
+  'unet': (*KOHYA['unet'], 'lycoris_'),
+  'transformer': (*KOHYA['transformer'], 'lycoris_', ORIGINAL),
+}
+_COMFYUI = ('diffusion_model.', 'model.diffusion_model.')
+_OF_T5 = ('text_encoders.t5xxl.transformer.', 't5xxl.transformer.')
 _DOTTED = {
-  'unet': ('diffusion_model.', 'model.diffusion_model.'),
+  'unet': _COMFYUI, 'transformer': _COMFYUI, 'text_encoder_3': _OF_T5,
   'text_encoder': tuple(
     f'{start}{name}.transformer.' for name in _TEXTS for start in ('text_encoders.', '')
   ),
-  'text_encoder_2': ('text_encoders.clip_g.transformer.', 'clip_g.transformer.'),
+  'text_encoder_2': (
+    'text_encoders.clip_g.transformer.', 'clip_g.transformer.', *_OF_T5
+  ),
 }
 _BARE = 'base_model.model.'
 
 _PARTS = {
   '.lora_A.weight': 'a', '.lora_B.weight': 'b', '.lora_A': 'a', '.lora_B': 'b',
   '.lora_down.weight': 'a', '.lora_up.weight': 'b', '.lora_mid.weight': 'mid',
-  '.lora.down.weight': 'a', '.lora.up.weight': 'b',
+  '.down.weight': 'a', '.up.weight': 'b', '.lora.down.weight': 'a', '.lora.up.weight': 'b',
   '_lora.down.weight': 'a', '_lora.up.weight': 'b',
   '.lora_linear_layer.down.weight': 'a', '.lora_linear_layer.up.weight': 'b',
   '.alpha': 'alpha', '.lora.alpha': 'alpha', '_lora.alpha': 'alpha',
@@ -230,6 +247,20 @@ _PARTS = {
 }
 _SHORTEST_FIRST = sorted(_PARTS, key=len)
 _ADAPTER = re.compile(r'\.(lora_[AB])\.[^.]+\.weight$')
+
+
+def kohya_start(role: str, layers: Iterable[str], roles: Iterable[str]) -> str:
+  """Return how kohya's names of a network with these layers begin, in a model with these roles.
+
+  The first text encoder is te where it is alone and a CLIP, else te1. A T5 that is the second, as
+  in Flux.1, is te3, as kohya's scripts have it and ComfyUI reads it.
+  """
+  starts, is_t5 = KOHYA[role], any('.SelfAttention.' in f'{layer}.' for layer in layers)
+  alone = not any(other.startswith(f'{role}_') for other in roles)
+  if role == 'text_encoder':
+    return starts[0 if alone and not is_t5 else 1]
+  return starts[-1 if is_t5 else 0]
+
 
 BUNDLE = 'bundle_emb.'
 INVERSION = {

@@ -1,8 +1,8 @@
 """Files of low-rank adapters (Hu et al. 2022), in all layouts that diffusers reads.
 
-In memory a LoRA is {role: {layer: LoRAWeights}}; roles are 'unet' or 'transformer', 'text_encoder'
-and 'text_encoder_2'. Arrays keep the file's type. PEFT's LoraConfig is in the file's metadata, one
-for each role (diffusers), or in adapter_config.json (PEFT).
+In memory a LoRA is {role: {layer: LoRAWeights}}; roles are 'unet' or 'transformer', 'text_encoder',
+'text_encoder_2' and so on. Arrays keep the file's type. PEFT's LoraConfig is in the file's
+metadata, one for each role (diffusers), or in adapter_config.json (PEFT).
 """
 
 import collections
@@ -19,12 +19,21 @@ import numpy as np
 
 from diffusion_jax.errors import UserError, require, shown
 from diffusion_jax.files import inside, parse_json, reading
+from diffusion_jax.formats.adapter_layers import (
+  Joined,
+  join,
+  joined_layers,
+  original_rows,
+  split,
+)
 from diffusion_jax.formats.adapter_names import (
   KOHYA,
+  ORIGINAL,
   TOWER,
   NamePatterns,
   Place,
   is_inversion,
+  kohya_start,
   layers,
   of_other_kinds,
   places,
@@ -39,6 +48,7 @@ from diffusion_jax.formats.tensors import (
   write_tensors,
 )
 from diffusion_jax.formats.torch_files import load_plain, tensors_of
+from diffusion_jax.formats.transformer_names import Row
 from diffusion_jax.models.lora import Rank
 from diffusion_jax.models.unet import UNetConfig
 
@@ -223,6 +233,7 @@ def read_lora(
   others = of_other_kinds(tensors)
   problems = [f'{kind}, which is not implemented: {some(of)}' for kind, of in others.items()]
   known = {role: layers(params) for role, params in networks.items()}
+  joined = {role: joined_layers(of) for role, of in known.items()}
   found, unknown = places(tensors.keys() - set().union(*others.values()), known, path)
   configs = {} if path.suffix in PICKLES else read_configs(path, known, alone=path.stem == _OF_PEFT)
   if unknown:
@@ -231,8 +242,13 @@ def read_lora(
   for (role, layer), names in found.items():
     parts = {part: tensors[name] for part, name in names.items()}
     try:
-      one = _layer(parts, names, known[role][layer], (role, layer), configs.get(role))
-      out.setdefault(role, {})[layer] = one
+      several = joined[role].get(layer)
+      kernel = known[role][layer] if several is None else several.kernel
+      one = _layer(parts, names, kernel, (role, layer), configs.get(role))
+      new = {layer: one} if several is None else split(one, several)
+      twice = out.get(role, {}).keys() & new.keys()
+      require(not twice, f'more than one adapter of {role} {some(twice)}: {some(names.values())}')
+      out.setdefault(role, {}).update(new)
     except UserError as error:
       problems.append(str(error))
   more = f'; and {len(problems) - 6} more' * (len(problems) > 6)
@@ -322,12 +338,14 @@ def lora_file(path: Path) -> Path:
 
 
 def write_lora(
-  path: str | os.PathLike, lora: Mapping[str, Mapping[str, LoRAWeights]], layout: str = 'kohya'
+  path: str | os.PathLike, lora: Mapping[str, Mapping[str, LoRAWeights]], layout: str = 'kohya',
+  networks: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
   """Write one safetensors file that kohya's scripts or diffusers read; layout: 'kohya' or 'peft'.
 
   With a 'text_encoder_2', even empty, kohya's names of the first encoder are those of Stable
-  Diffusion XL.
+  Diffusion XL; see `kohya_start`. networks: parameters (or their shapes) by role, with which
+  kohya's layers of a transformer are those of its original files, where it has any.
   """
   require(layout in LAYOUTS, f'layout must be one of {", ".join(LAYOUTS)}, not {layout!r}.')
   unknown = sorted(set(lora) - set(KOHYA))
@@ -335,7 +353,10 @@ def write_lora(
   tensors: dict[str, np.ndarray] = {}
   texts: dict[str, Any] = {}
   for role, weights in lora.items():
-    prefix = KOHYA[role][-1 if 'text_encoder_2' in lora else 0]
+    prefix = kohya_start(role, weights, lora)
+    known = layers((networks or {}).get(role, {}))
+    if layout == 'kohya' and (rows := original_rows(known, written=True)):
+      prefix, weights = ORIGINAL, _original(weights, rows, joined_layers(known))
     for layer, one in weights.items():
       a, b = (to_published_layout('kernel.kernel', value) for value in (one.a, one.b))
       if layout == 'peft':
@@ -350,6 +371,17 @@ def write_lora(
       texts |= {f'{role}.{key}': value for key, value in _peft_config(weights).items()}
   text = {METADATA: json.dumps(texts, indent=2, sort_keys=True)} if texts else {}
   write_tensors(path, tensors, text)
+
+
+def _original(
+  weights: Mapping[str, LoRAWeights], rows: Iterable[Row], joined: Mapping[str, Joined]
+) -> dict[str, LoRAWeights]:
+  """Adapters by the names of original files."""
+  have = [row for row in rows if any(name in weights for name in row.published)]
+  return {
+    row.stored: join(weights, joined[row.stored], "kohya's files") if row.stored in joined
+    else weights[row.published[0]] for row in have
+  }
 
 
 def _peft_config(weights: Mapping[str, LoRAWeights]) -> dict[str, Any]:

@@ -26,9 +26,15 @@ from diffusion_jax.formats.pipeline import (
   write_part,
   write_pipeline,
 )
-from diffusion_jax.formats.single_file import read_single_file, write_single_file
+from diffusion_jax.formats.single_file import (
+  read_original,
+  read_single_file,
+  write_original,
+  write_single_file,
+)
 from diffusion_jax.formats.tensors import PICKLES, Tensor, read_json, write_tensors
 from diffusion_jax.formats.torch_files import read_state
+from diffusion_jax.formats.transformer_names import TABLES
 
 LAYOUTS = ('diffusers', 'single-file', 'native', 'tensors')
 
@@ -47,9 +53,11 @@ def convert(
     layout: one of LAYOUTS; 'tensors' writes those of a PyTorch file, by name and unchanged, to a
       .safetensors file.
     dtype: of the floating tensors; None leaves each as it is.
-    kind: of one network, a row of NETWORKS, if not in its config.json.
+    kind: of one network, a row of NETWORKS, if not in its config.json; of a single file, of which
+      only this transformer is then read.
     prediction: of a single file that lacks it: 'epsilon' or 'v_prediction'.
-    tokenizers: for a single file, which holds none: the directory to copy them from.
+    tokenizers: for a single file, which holds none: the directory to copy them from, with other
+      parts that the file lacks.
   """
   require(layout in LAYOUTS, f'--layout is {layout!r}; choose one of {", ".join(LAYOUTS)}.')
   require(
@@ -70,20 +78,21 @@ def convert(
     f'{source} is a pickle, which can run any code and is never opened as a model; make it '
     'safetensors with --layout tensors.',
   )
+  if where.is_file() and kind in TABLES:
+    _convert_original(where, there, layout, dtype, kind)
+    return []
   if where.is_dir() and not is_pipeline(where):
     _convert_part(where, there, layout, dtype, kind)
     return []
   require(
-    kind is None, '--type names the kind of one network; a pipeline says the kinds of its parts.'
+    kind is None, '--type names the kind of one network, in a single file '
+    f'{" or ".join(TABLES)}; a pipeline says the kinds of its parts.',
   )
   pipeline = _read(where, layout, prediction, tokenizers)
   _check_space(pipeline.parts.values(), there, dtype)
   notes = pipeline.notes
   if layout == 'single-file':
-    require(
-      there.suffix == '.safetensors', f'--to is {target}; a single file ends in .safetensors.'
-    )
-    return notes + write_single_file(pipeline, there, dtype)
+    return notes + write_single_file(pipeline, _single(there), dtype)
   write_pipeline(pipeline, there, layout, dtype)
   return notes
 
@@ -151,11 +160,6 @@ def _convert_part(
   where: Path, there: Path, layout: str, dtype: str | None, kind: str | None
 ) -> None:
   """One network, given by its directory."""
-  require(
-    layout != 'single-file',
-    f'{where} holds one network; a single file is made of a whole pipeline, which has a '
-    'model_index.json.',
-  )
   if kind is not None:
     registry.check(registry.NETWORKS, kind, '--type')
   config = read_json(inside(where / CONFIG, where))
@@ -167,8 +171,32 @@ def _convert_part(
     f'{", ".join(registry.NETWORKS)}.',
   )
   _check_space([part], there, dtype)
+  if layout == 'single-file':
+    require(
+      part.kind in TABLES,
+      f'{where} holds one network; a single file is made of a whole pipeline, which has a '
+      f'model_index.json, or of a transformer ({" or ".join(TABLES)}).',
+    )
+    write_original(part, _single(there), dtype)
+    return
   with new_directory(there) as folder:
     write_part(part, folder, layout, dtype)
+
+
+def _convert_original(where: Path, there: Path, layout: str, dtype: str | None, kind: str) -> None:
+  """The transformer in a single file, by itself."""
+  require(layout != 'single-file', f'{where} is a single file already.')
+  part = read_original(where, kind)
+  _check_space([part], there, dtype)
+  with new_directory(there) as folder:
+    write_part(part, folder, layout, dtype)
+
+
+def _single(there: Path) -> Path:
+  require(
+    there.suffix == '.safetensors', f'--to is {there}; a single file ends in .safetensors.'
+  )
+  return there
 
 
 def _check_space(parts: Iterable[Part], there: Path, dtype: str | None) -> None:

@@ -42,6 +42,8 @@ from diffusion_jax.types import Params
 
 TEXT_TO_IMAGE, DIFFUSION = 'TextToImage', 'Diffusion'
 """The classes of models that were trained here."""
+CONVERSION = 'conversion'
+"""The entry of an index on the terms of a model that are not those of its network's scheduler."""
 SCHEDULER = 'scheduler_config.json'
 MOST_PATCH = 64
 TEXT_CLASSES = {
@@ -93,21 +95,27 @@ class Pipeline:
       values = read_json(where)
     if self.kind not in (TEXT_TO_IMAGE, DIFFUSION):
       return read_scheduler(values, where)
-    prediction = self.index.get('prediction', values.get('prediction_type', 'epsilon'))
-    require(
-      isinstance(prediction, str) and prediction in PREDICTIONS,
-      f'{where} predicts {shown(prediction)}; only {", ".join(PREDICTIONS)} are known.',
-    )
-    noise = self.index.get('noise', values)
-    require(isinstance(noise, dict), f'{INDEX}: noise is {shown(noise)}; it must be an object.')
-    known = {field.name for field in dataclasses.fields(NoiseConfig)}
-    noise = parse_config(NoiseConfig, {k: v for k, v in noise.items() if k in known}, {}, where)
-    data_std = self.index.get('data_std', 1.0)
-    require(
-      type(data_std) in (int, float) and 0 < data_std < 1e6,
-      f'{INDEX}: data_std is {shown(data_std)}; it must be a number above 0.',
-    )
-    return Scheduler(noise, prediction, data_std=data_std)
+    plain = {'prediction': values.get('prediction_type', 'epsilon'), 'noise': values}
+    return own_terms(plain | self.index, where)
+
+
+def own_terms(entries: Mapping[str, Any], where: str) -> Scheduler:
+  """Return what a network predicts on which noise, by the entries of an index written here."""
+  prediction = entries.get('prediction')
+  require(
+    isinstance(prediction, str) and prediction in PREDICTIONS,
+    f'{where} predicts {shown(prediction)}; only {", ".join(PREDICTIONS)} are known.',
+  )
+  noise = entries.get('noise')
+  require(isinstance(noise, dict), f'{INDEX}: noise is {shown(noise)}; it must be an object.')
+  known = {field.name for field in dataclasses.fields(NoiseConfig)}
+  noise = parse_config(NoiseConfig, {k: v for k, v in noise.items() if k in known}, {}, where)
+  data_std = entries.get('data_std', 1.0)
+  require(
+    type(data_std) in (int, float) and 0 < data_std < 1e6,
+    f'{INDEX}: data_std is {shown(data_std)}; it must be a number above 0.',
+  )
+  return Scheduler(noise, prediction, data_std=data_std)
 
 
 def is_pipeline(path: Path) -> bool:
@@ -163,18 +171,23 @@ def read_pipeline(path: str | os.PathLike, names: Container[str] | None = None) 
   return found
 
 
-def _own_parts(directory: Path, index: Mapping[str, Any]) -> dict[str, Part]:
-  """Parts of a model trained here, by diffusers' names; of DIFFUSION perhaps without some."""
+def _own_paths(directory: Path, index: Mapping[str, Any]) -> dict[str, str]:
+  """Paths of the parts of a model trained here, by diffusers' names; of DIFFUSION perhaps without
+  some."""
   if index['_class_name'] == TEXT_TO_IMAGE:
-    paths = {'unet': 'unet'} | {
+    return {'unet': 'unet'} | {
       name: text if (text := str(index.get(role, role))).startswith('asset:') else role
       for name, role in (('vae', 'autoencoder'), ('text_encoder', 'clip'))
     }
-  else:
-    with reading(directory / INDEX, 'describes no model', 'export it again'):
-      found = {'vae': index['space'].get('autoencoder')}
-      found |= _text_paths(index['conditioners'].get('text', {}))
-      paths = {'unet': 'denoiser'} | {name: str(path) for name, path in found.items() if path}
+  with reading(directory / INDEX, 'describes no model', 'export it again'):
+    found = {'vae': index['space'].get('autoencoder')}
+    found |= _text_paths(index['conditioners'].get('text', {}))
+    return {'unet': 'denoiser'} | {name: str(path) for name, path in found.items() if path}
+
+
+def _own_parts(directory: Path, index: Mapping[str, Any]) -> dict[str, Part]:
+  """Parts of a model trained here, by diffusers' names."""
+  paths = _own_paths(directory, index)
   entries = {
     'unet': ('diffusers', 'UNet2DConditionModel'), 'vae': ('diffusers', 'AutoencoderKL'),
     'scheduler': ('diffusers', 'DDIMScheduler'),
@@ -301,9 +314,42 @@ def keep_folder(path: str, directory: Path, name: str) -> str:
   return name
 
 
-def folder_of(role: str, index: Mapping[str, Any]) -> str:
-  """Return the folder of a network's role in a pipeline of diffusers with this index."""
+def keep_changed(
+  path: str, directory: Path, name: str, changed: tuple[Any, Params], dtype: str
+) -> str:
+  """Write a network's folder as `name`, with the tokenizer's files of `path`, and return that."""
+  source = resolve(path)
+  (directory / name).mkdir(parents=True, exist_ok=True)
+  for file in TOKENIZER:
+    if (source / file).is_file():
+      shutil.copyfile(inside(source / file, source), directory / name / file)
+  save_params(directory / name, *changed, dtype=dtype)
+  return name
+
+
+def folder_of(role: str, index: Mapping[str, Any], directory: Path) -> str:
+  """Return the folder, or 'asset:NAME', of a network's role in the pipeline with this index."""
+  if index.get('_class_name') in (TEXT_TO_IMAGE, DIFFUSION):
+    return _own_paths(directory, index)[FOLDERS.get(role, role)]
   return TRANSFORMER if role == 'denoiser' and TRANSFORMER in index else FOLDERS.get(role, role)
+
+
+def _moved(role: str, index: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+  """(folder, index) of a model trained here once the text encoder of a role is no asset any more.
+  """
+  if index['_class_name'] == TEXT_TO_IMAGE:
+    return 'clip', {**index, 'clip': 'clip'}
+  text = index['conditioners']['text']
+  if 'encoders' in text:
+    number = int(role.removeprefix('text_encoder_') or 1) if role != 'text_encoder' else 1
+    encoders = [
+      {**one, 'path': role} if place == number else one
+      for place, one in enumerate(text['encoders'], 1)
+    ]
+    text = {**text, 'encoders': encoders}
+  else:
+    text = {**text, 'path': role}
+  return role, {**index, 'conditioners': {**index['conditioners'], 'text': text}}
 
 
 def save_changed(
@@ -311,19 +357,28 @@ def save_changed(
 ) -> None:
   """Write a copy of the pipeline in `source` with other (config, params) for some roles.
 
-  Single files of weights next to the parts, which are of the old model, are left out.
+  Single files of weights next to the parts, which are of the old model, are left out, and all but
+  a tokenizer in the folders of those that change.
   """
   origin = resolve(source)
-  folders = {role: folder_of(role, read_json(origin / INDEX)) for role in changed}
-  skip = {*folders.values()}
+  index = read_json(origin / INDEX)
+  folders = {role: folder_of(role, index, origin) for role in changed}
+  own = {origin / folder for folder in folders.values()}
 
   def ignore(folder: str, names: list[str]) -> set[str]:
+    if Path(folder) in own:
+      return set(names) - set(TOKENIZER)
     if Path(folder) != origin:
       return set()
     weights = {name for name in names if Path(name).suffix in (WEIGHTS, *PICKLES)}
-    return (skip & set(names)) | weights | {name for name in names if name.startswith('.')}
+    return weights | {name for name in names if name.startswith('.')}
 
   check_folder(origin)
   shutil.copytree(origin, directory, ignore=ignore, dirs_exist_ok=True)
-  for role, (config, params) in changed.items():
-    save_params(directory / folders[role], config, params, dtype=dtype)
+  for role, part in changed.items():
+    if folders[role].startswith('asset:'):
+      folder, index = _moved(role, index)
+      keep_changed(folders[role], directory, folder, part, dtype)
+      write_json(directory / INDEX, index)
+    else:
+      save_params(directory / folders[role], *part, dtype=dtype)

@@ -26,12 +26,15 @@ class Rule(NamedTuple):
   """The relation of a single file's tensor, `stored`, to one or more `published` ones.
 
   change: 'same'; 'pointwise': a matrix [o i] is stored as a convolution [o i 1 1]; 'transposed';
-  'stacked': several along the first axis.
+  'stacked': several along the first axis, `parts` their relative heights, () for equal ones;
+  'swapped': with its halves along the first axis exchanged; 'identity': not stored, since readers
+  take it to be the identity.
   """
 
   published: tuple[str, ...]
   stored: str
   change: str = 'same'
+  parts: tuple[int, ...] = ()
 
 
 def to_stored(
@@ -40,18 +43,40 @@ def to_stored(
   """Return published tensors as those of a single file. UserError where the names do not agree."""
   rules = list(rules)
   same_names(set(tensors), {name for rule in rules for name in rule.published}, where)
-  return {rule.stored: _store(rule, [tensors[name] for name in rule.published]) for rule in rules}
+  for rule in rules:
+    require(
+      rule.change != 'identity' or _is_identity(tensors[rule.published[0]]),
+      f'{where}: {rule.published[0]} is not the identity, as readers of a single file take it to '
+      'be; convert to another layout.',
+    )
+  return {
+    rule.stored: _store(rule, [tensors[name] for name in rule.published])
+    for rule in rules if rule.change != 'identity'
+  }
+
+
+def _is_identity(tensor: Tensor) -> bool:
+  value = tensor.make()
+  return value.shape[0] == value.shape[-1] and bool((value == np.eye(value.shape[0])).all())
 
 
 def from_stored(
   rules: Iterable[Rule], tensors: Mapping[str, Tensor], where: str
 ) -> dict[str, Tensor]:
   """Return tensors of a single file as published ones. UserError where the names do not agree."""
-  rules = list(rules)
+  implied = {rule.published[0] for rule in rules if rule.change == 'identity'}
+  rules = [rule for rule in rules if rule.change != 'identity']
   same_names(set(tensors), {rule.stored for rule in rules}, where)
-  return {
+  found = {
     name: tensor for rule in rules for name, tensor in _publish(rule, tensors[rule.stored]).items()
   }
+  return found | {name: _identity(found) for name in implied}
+
+
+def _identity(tensors: Mapping[str, Tensor]) -> Tensor:
+  """The identity of a text encoder's width, in its type."""
+  last = tensors['text_model.final_layer_norm.weight']
+  return Tensor(last.dtype, last.shape * 2, lambda: np.eye(last.shape[0], dtype=last.dtype))
 
 
 def _store(rule: Rule, tensors: list[Tensor]) -> Tensor:
@@ -63,21 +88,34 @@ def _store(rule: Rule, tensors: list[Tensor]) -> Tensor:
   if rule.change == 'stacked':
     shape = (sum(tensor.shape[0] for tensor in tensors), *first.shape[1:])
     return Tensor(first.dtype, shape, lambda: np.concatenate([t.make() for t in tensors]))
-  return first
+  return first.then(_swap) if rule.change == 'swapped' else first
+
+
+def _swap(value: np.ndarray) -> np.ndarray:
+  return np.concatenate(np.split(value, [len(value) // 2])[::-1])
 
 
 def _publish(rule: Rule, tensor: Tensor) -> dict[str, Tensor]:
   if rule.change == 'stacked':
-    rows = tensor.shape[0] // len(rule.published)
-    part = lambda start: lambda value: value[start : start + rows]
-    shape = (rows, *tensor.shape[1:])
-    return {name: tensor.then(part(i * rows), shape) for i, name in enumerate(rule.published)}
+    return _unstack(rule, tensor)
   if rule.change == 'pointwise':
     shape = tensor.shape[:2]
     tensor = tensor.then(lambda value: value.reshape(shape), shape)
   elif rule.change == 'transposed':
     tensor = tensor.then(np.transpose, tensor.shape[::-1])
+  elif rule.change == 'swapped':
+    tensor = tensor.then(_swap)
   return {rule.published[0]: tensor}
+
+
+def _unstack(rule: Rule, tensor: Tensor) -> dict[str, Tensor]:
+  parts, total = rule.parts or (1,) * len(rule.published), tensor.shape[0] if tensor.shape else 0
+  ends = [0, *(total * sum(parts[: n + 1]) // sum(parts) for n in range(len(parts)))]
+  part = lambda a, b: lambda value: value[a:b]
+  return {
+    name: tensor.then(part(a, b), (b - a, *tensor.shape[1:]))
+    for name, a, b in zip(rule.published, ends, ends[1:], strict=False)
+  }
 
 
 UNET, AUTOENCODER = 'model.diffusion_model.', 'first_stage_model.'
@@ -164,6 +202,14 @@ def autoencoder_rules(names: Iterable[str]) -> list[Rule]:
   return rules
 
 
+PROJECTION = 'text_projection.weight'
+TEXT_STYLES = {
+  'clip': 'quick_gelu', 'clip_identity': 'quick_gelu', 'clip_projection': 'gelu',
+  'open_clip': 'gelu',
+}
+"""How a tower of CLIP is stored -> its activation. 'clip': by the names of transformers, without a
+projection; 'clip_identity': with one that is the identity and not stored; 'clip_projection': with
+its own; 'open_clip': by OpenCLIP's names, with queries, keys and values in one matrix."""
 _IN_LAYER = {
   'layer_norm1': 'ln_1', 'layer_norm2': 'ln_2', 'mlp.fc1': 'mlp.c_fc', 'mlp.fc2': 'mlp.c_proj',
   'self_attn.out_proj': 'attn.out_proj',
@@ -180,11 +226,15 @@ _OF_TEXT = {
 def text_rules(names: Iterable[str], style: str) -> list[Rule]:
   """Rules for the published names of a text encoder's tensors.
 
-  style: 'clip', with these names, or 'open_clip': queries, keys and values in one matrix, the
-  projection as [in out].
+  style: a row of TEXT_STYLES.
   """
-  if style == 'clip':
-    return [Rule((name,), name) for name in names if name.startswith('text_')]
+  if style != 'open_clip':
+    rules = [Rule((name,), name) for name in names if name.startswith('text_')]
+    implied = style == 'clip_identity'
+    return [
+      rule._replace(change='identity') if implied and rule.stored == PROJECTION else rule
+      for rule in rules
+    ]
   rules = []
   for name in names:
     found = re.fullmatch(r'text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)', name)
@@ -202,12 +252,13 @@ def text_rules(names: Iterable[str], style: str) -> list[Rule]:
 
 
 def unet_config(
-  shapes: Shapes, where: str, *, heads: int | None, pooled: int | None
+  shapes: Shapes, where: str, *, heads: int | None, pooled: int | None, sizes: int = 6
 ) -> dict[str, Any]:
   """config.json of diffusers' UNet2DConditionModel, by the tensors without the prefix.
 
   heads: at every level; None: one per 64 channels. pooled: width of Stable Diffusion XL's pooled
-  text; None for other families, where an MLP over labels is of noise levels.
+  text; None for other families, where an MLP over labels is of noise levels. sizes: how many
+  numbers it is given beside that.
   """
   get = lambda module: _shape(shapes, module, where)
   depth_of = _depths(shapes)
@@ -235,6 +286,8 @@ def unet_config(
     f'{where}: the attention in the middle of its U-Net is not of the depth of its last level.',
   )
   inner = [depth or 1 for depth in depths[:-1]] + [middle]
+  if {*depths, 0, middle} == {0, middle}:  # Published so, whichever levels have attention.
+    inner = middle
   return {
     '_class_name': 'UNet2DConditionModel', 'act_fn': 'silu', 'norm_num_groups': 32,
     'norm_eps': 1e-5, 'flip_sin_to_cos': True, 'freq_shift': 0, 'center_input_sample': False,
@@ -244,12 +297,12 @@ def unet_config(
     'down_block_types': ['CrossAttnDownBlock2D' if d else 'DownBlock2D' for d in depths],
     'up_block_types': ['CrossAttnUpBlock2D' if d else 'UpBlock2D' for d in depths[::-1]],
     'layers_per_block': layers[0] if len(set(layers)) == 1 else layers,
-    'transformer_layers_per_block': inner if set(inner) != {1} else 1,
+    'transformer_layers_per_block': inner,
     'attention_head_dim': heads or [max(1, width // 64) for width in channels],
     'cross_attention_dim': get('middle_block.1.transformer_blocks.0.attn2.to_k')[1],
     'use_linear_projection': len(get('middle_block.1.proj_in')) == 2,
     'only_cross_attention': only if any(only) else False,
-  } | _label_config(shapes, where, pooled)
+  } | _label_config(shapes, where, pooled, sizes)
 
 
 def _depths(shapes: Shapes) -> dict[str, int]:
@@ -268,7 +321,9 @@ def _shape(shapes: Shapes, module: str, where: str) -> tuple[int, ...]:
   return tuple(shapes[name])
 
 
-def _label_config(shapes: Shapes, where: str, pooled: int | None) -> dict[str, Any]:
+def _label_config(
+  shapes: Shapes, where: str, pooled: int | None, sizes: int
+) -> dict[str, Any]:
   if 'label_emb.weight' in shapes:
     return {'num_class_embeds': _shape(shapes, 'label_emb', where)[0]}
   if 'label_emb.0.0.weight' not in shapes:
@@ -277,9 +332,9 @@ def _label_config(shapes: Shapes, where: str, pooled: int | None) -> dict[str, A
   values: dict[str, Any] = {'projection_class_embeddings_input_dim': width}
   if pooled is None:
     return values | {'class_embed_type': 'projection'}
-  # Six numbers: the original size, the crop's corner, the target's size.
+  # Six numbers: the original size, the crop's corner, the target's size, or a score instead of it.
   return values | {
-    'addition_embed_type': 'text_time', 'addition_time_embed_dim': (width - pooled) // 6
+    'addition_embed_type': 'text_time', 'addition_time_embed_dim': (width - pooled) // sizes
   }
 
 
@@ -307,7 +362,7 @@ def autoencoder_config(shapes: Shapes, where: str) -> dict[str, Any]:
 
 
 def text_config(shapes: Shapes, style: str, where: str) -> dict[str, Any]:
-  """Return config.json of a text encoder, with a projection where OpenCLIP's names have one."""
+  """Return config.json of a text encoder of one of TEXT_STYLES."""
   get = lambda name: shapes.get(text_rules([name], style)[0].stored)
   tokens, positions, wide = (get(f'text_model.{name}.weight') for name in (
     'embeddings.token_embedding', 'embeddings.position_embedding', 'encoder.layers.0.mlp.fc1'
@@ -318,16 +373,19 @@ def text_config(shapes: Shapes, style: str, where: str) -> dict[str, Any]:
   )
   layer = r'(?:text_model\.encoder\.layers|transformer\.resblocks)\.(\d{1,4})\.'
   layers = max(int(found[1]) for name in shapes if (found := re.match(layer, name))) + 1
-  plain = style == 'clip'
-  projection = None if plain else get('text_projection.weight')
   width = tokens[1]
+  stored = get(PROJECTION)
+  projection = {
+    'clip': None, 'clip_identity': width, 'clip_projection': stored and stored[0],
+    'open_clip': stored and stored[-1],
+  }[style]
   return {
     'architectures': ['CLIPTextModelWithProjection' if projection else 'CLIPTextModel'],
-    'model_type': 'clip_text_model', 'hidden_act': 'quick_gelu' if plain else 'gelu',
+    'model_type': 'clip_text_model', 'hidden_act': TEXT_STYLES[style],
     'vocab_size': tokens[0], 'hidden_size': width, 'intermediate_size': wide[0],
     'num_hidden_layers': layers, 'num_attention_heads': max(1, width // 64),
     'max_position_embeddings': positions[0], 'layer_norm_eps': 1e-5,
-    'projection_dim': projection[1] if projection else width,
+    'projection_dim': projection or width,
     # As published: 2 means pooling at the largest id, which is the end of the text.
     'bos_token_id': 0, 'eos_token_id': 2, 'pad_token_id': 1,
   }

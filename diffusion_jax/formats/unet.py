@@ -74,6 +74,17 @@ UNETS: dict[str, UNetConfig] = {
     addition_embed_type='text_time', addition_time_embed_dim=256,
     projection_class_embeddings_input_dim=2816,
   ),
+  # Its second text encoder alone; one size fewer, with a score.
+  'sdxl_refiner': UNetConfig(
+    sample_size=128, block_out_channels=(384, 768, 1536, 1536),
+    down_block_types=(_PLAIN, _CROSS, _CROSS, _PLAIN),
+    up_block_types=(_UP_PLAIN, _UP_CROSS, _UP_CROSS, _UP_PLAIN),
+    cross_attention_dim=1280, attention_head_dim=(6, 12, 24, 24), transformer_layers_per_block=4,
+    use_linear_projection=True, addition_embed_type='text_time', addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2560,
+  ),
+  # Dreamshaper's latent consistency model.
+  'lcm_sd15': UNetConfig(time_cond_proj_dim=256, sample_size=96),
 }
 """The published U-Nets by name, as their config.json describe them."""
 

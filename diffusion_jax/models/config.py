@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from diffusion_jax.config import convert
 from diffusion_jax.errors import require
-from diffusion_jax.limits import Length, Range
+from diffusion_jax.limits import EdgeRule, Length, Range
 
 Width = Annotated[int, Range(1, 2**20)]
 """Channels, heads, a vocabulary: the limit is beyond every network; shapes stay numbers."""
@@ -74,15 +74,19 @@ def _hints(config: type) -> dict[str, Any]:
   return typing.get_type_hints(config, include_extras=True)
 
 
-def check_size(shape: tuple[int, ...], channels: int, factor: int, what: str) -> None:
-  """Raise UserError unless `shape` is [b h w channels] with h and w multiples of `factor`."""
+def check_size(
+  shape: tuple[int, ...], channels: int, factor: int, what: str, most: int | None = None
+) -> None:
+  """Raise UserError unless `shape` is [b h w channels] with h and w multiples of `factor`, of at
+  most `most`."""
   require(len(shape) == 4, f'{what} must have shape [b h w c], not {list(shape)}.')
   require(
     shape[-1] == channels, f'{what} must have {channels} channels, not {shape[-1]} ({list(shape)}).'
   )
-  near = 'x'.join(str(max(round(n / factor), 1) * factor) for n in shape[1:3])
+  rule = EdgeRule(factor, most)
+  near = 'x'.join(map(str, rule.near(*shape[1:3])))
   require(
-    all(n > 0 and n % factor == 0 for n in shape[1:3]),
+    rule.fits(*shape[1:3]),
     f'{what} of {shape[1]}x{shape[2]} cannot be divided as the network does: height and width must '
-    f'be multiples of {factor}; the nearest such size is {near}.',
+    f'be {rule}; the nearest such size is {near}.',
   )

@@ -88,11 +88,12 @@ class ControlNet(Encoder):
   def __call__(self, x: Latents, t: Timesteps, condition: Condition) -> Residuals:
     """The U-Net's `residuals`, times the control's strength [b] (None: 1).
 
-    condition: as the U-Net's. Its control is [b H W 3] in [0, 1], NOT [-1, 1], with H = h *
-    image_factor and W = w * image_factor. UserError: as the U-Net; another shape of control.
+    condition: as the U-Net's, without its guidance. Its control is [b H W 3] in [0, 1], NOT [-1,
+    1], with H = h * image_factor and W = w * image_factor. UserError: as the U-Net; another shape
+    of control.
     """
     control = condition.control
-    condition = condition._replace(image=None)
+    condition = condition._replace(image=None, guidance=None)
     x = self.join(x, t, condition)
     self._check_image(x, control)
     return self.run_all(self._steer, x, t, condition)

@@ -1,9 +1,11 @@
 """The base of denoiser networks, called as network(x, t, condition).
 
 Its config has in_channels, out_channels: of x, with `condition.image` joined to it, and of the
-result; factor: of which height and width of x are multiples; conditions: the fields of a Condition
-that it reads, each with its shape after the examples. A Parameterization, not the network, says
-what its output means.
+result; factor: of which height and width of x are multiples; most: the largest of them, None or
+absent for any; conditions: the fields of a Condition that it reads, each with its shape after the
+examples; and, where its sample_size changes nothing that is computed, trained_at(height, width):
+the config with that of x in training. A Parameterization, not the network, says what its output
+means.
 """
 
 from typing import Any
@@ -31,12 +33,13 @@ class Denoiser(Blocks):
   def join(self, x: jax.Array, t: jax.Array, condition: Condition) -> jax.Array:
     """x with the channels of `condition.image`.
 
-    UserError: a size that cannot be halved or cut into patches, another shape than the config's, or
-    a condition that is missing or unknown.
+    UserError: a size that cannot be halved or cut into patches, or is too large, another shape than
+    the config's, or a condition that is missing or unknown.
     """
     if condition.image is not None:
       x = jnp.concatenate([x, condition.image.astype(x.dtype)], axis=-1)
-    check_size(x.shape, self.config.in_channels, self.config.factor, 'The input')
+    most = getattr(self.config, 'most', None)
+    check_size(x.shape, self.config.in_channels, self.config.factor, 'The input', most)
     b = len(x)
     require(t.shape == (b,), f'The times must have shape [{b}], not {list(t.shape)}.')
     self.check_conditions(b, condition)

@@ -234,12 +234,21 @@ def timestep_embedding(t: jax.Array, features: int, *, flip_sin_to_cos: bool = T
 
 
 class TimestepEmbedding(nnx.Module):
-  """Two-layer SiLU MLP over the sinusoids: [b i] -> [b o]."""
+  """Two-layer SiLU MLP over the sinusoids: [b i] -> [b o].
 
-  def __init__(self, in_features: int, out_features: int, **kw):
+  more_features: of another input [b m], whose projection is added to the sinusoids.
+  """
+
+  def __init__(
+    self, in_features: int, out_features: int, *, more_features: int | None = None, **kw
+  ):
     self.linear_1 = linear(in_features, out_features, **kw)
     self.linear_2 = linear(out_features, out_features, **kw)
+    self.cond_proj = None if more_features is None else linear(
+      more_features, in_features, use_bias=False, **kw
+    )
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, more: jax.Array | None = None) -> jax.Array:
+    x = x if self.cond_proj is None else x + self.cond_proj(more)
     hidden = constrain(self.linear_1(x), 'vector')
     return constrain(self.linear_2(nnx.silu(hidden)), 'vector')

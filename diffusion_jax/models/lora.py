@@ -6,7 +6,7 @@ channels, B is pointwise. The factor alpha / rank is static. B starts at zero.
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, NamedTuple
 
 import jax
@@ -41,6 +41,10 @@ class LoRAConfig:
   alpha: Factor = 8.0
   targets: Annotated[tuple[str, ...], Length(1, 1000)] = ('to_q', 'to_k', 'to_v', 'to_out.0')
 
+  @property
+  def size(self) -> Rank:
+    return Rank(self.rank, self.alpha)
+
 
 class LoRA(nnx.Module):
   """The adapter of one layer: a [(k k) i r], b [(1 1) r o]."""
@@ -64,14 +68,23 @@ class LoRA(nnx.Module):
 
 def targets(network: Network, config: LoRAConfig) -> dict[str, Rank]:
   """The layers of a network that the config names; UserError for a target of none."""
-  layers = [name.removesuffix('.kernel') for name in network.shapes if name.endswith('.kernel')]
+  layers = layers_of(network.shapes)
   for target in config.targets:
     require(
-      any(_is(layer, target) for layer in layers),
+      bool(ending(layers, (target,))),
       f'lora.targets has {target!r}, but no layer of the network ends so; one is {layers[0]!r}.',
     )
-  hit = [layer for layer in layers if any(_is(layer, target) for target in config.targets)]
-  return {layer: Rank(config.rank, config.alpha) for layer in hit}
+  return {layer: config.size for layer in ending(layers, config.targets)}
+
+
+def layers_of(names: Iterable[str]) -> list[str]:
+  """Return the layers with a kernel, from names of parameters."""
+  return [name.removesuffix('.kernel') for name in names if name.endswith('.kernel')]
+
+
+def ending(layers: Iterable[str], targets: Sequence[str]) -> list[str]:
+  """Return the layers whose dotted names end with one of the targets."""
+  return [layer for layer in layers if any(_is(layer, target) for target in targets)]
 
 
 def _is(layer: str, target: str) -> bool:

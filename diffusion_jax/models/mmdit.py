@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from diffusion_jax.errors import require
 from diffusion_jax.limits import Range
 from diffusion_jax.models.attention import GELU, FeedForward, MultiHead
 from diffusion_jax.models.config import Edge, Layers, Width
@@ -73,6 +72,11 @@ class MMDiTConfig(TransformerConfig):
       set(self.dual_attention_layers) <= set(range(self.num_layers)), 'dual_attention_layers',
       f'must hold some of the blocks 0 to {self.num_layers - 1}',
     )
+
+  @property
+  def most(self) -> int | None:
+    """Height and width of the latents are at most this: there are positions for no more."""
+    return self.pos_embed_max_size * self.patch_size if self.positions == 'sincos' else None
 
   @property
   def conditions(self) -> Shapes:
@@ -224,15 +228,9 @@ class MMDiT(Denoiser):
     """Return [b h w o] of x [b h w c], t [b] in [0, 1000], text [b l d] and, by the config, pooled
     text [b e].
 
-    UserError: see `Denoiser.join`; more than pos_embed_max_size patches along a side.
+    UserError: see `Denoiser.join`.
     """
     x = self.join(x, t, condition)
-    most = self.config.pos_embed_max_size * self.config.patch_size
-    require(
-      self.config.positions != 'sincos' or max(x.shape[1:3]) <= most,
-      f'The latents of {x.shape[1]}x{x.shape[2]} are too large: this network has positions for '
-      f'{most}x{most} (pos_embed_max_size * patch_size).',
-    )
     return self.run_all(self._predict, x, t, condition)
 
   def _predict(self, x: Latents, t: Timesteps, given: Condition) -> Latents:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Var
 from jax.typing import DTypeLike
 
 from diffusion_jax.errors import UserError, require
@@ -234,6 +235,23 @@ def _perturb(module: nnx.Module, part: str) -> nnx.Module:
     name = type(module).__name__
     raise UserError(f'there is no self-attention in {part!r} of {name}.') from error
   return module
+
+
+def used_names(function: Callable[[Params], Any], params: Params) -> tuple[str, ...]:
+  """Return the names of the parameters, arrays or shapes, that the result of a function depends on.
+
+  A call within is one operation, which depends on all of its arguments.
+  """
+  names = sorted(params)  # The order of a dict's leaves.
+  jaxpr = jax.make_jaxpr(function)({name: params[name] for name in names}).jaxpr
+  variables = lambda values: {value for value in values if isinstance(value, Var)}
+  needed = variables(jaxpr.outvars)
+  for step in reversed(jaxpr.eqns):
+    if needed & set(step.outvars):
+      needed |= variables(step.invars)
+  return tuple(
+    name for name, value in zip(names, jaxpr.invars, strict=True) if value in needed
+  )
 
 
 def prefixed(prefix: str, params: Params) -> Params:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion_jax.errors import require
-from diffusion_jax.limits import Range
+from diffusion_jax.limits import Length, Range
 from diffusion_jax.models.attention import Masked, Transformer2DModel, masked
 from diffusion_jax.models.config import (
   Edge,
@@ -52,6 +52,9 @@ NEEDED = {
   ),
 }
 """(field, value) -> fields that must be set with it."""
+
+THOUSAND = 1000.0
+"""Factor on the guidance in its sinusoids."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,21 +161,42 @@ class EncoderConfig(NetworkConfig):
       shapes['labels'] = (self.projection_class_embeddings_input_dim,) if projected else ()
     if self.addition_embed_type == 'text_time':
       shapes |= {'pooled': (None,), 'sizes': (None,)}
-    return shapes
+    return shapes | ({'guidance': ()} if self.imitates_guidance else {})
+
+  @property
+  def imitates_guidance(self) -> bool:
+    """True if the guidance it is given takes the place of classifier-free guidance."""
+    return self.guidance_features is not None
+
+  @property
+  def guidance_features(self) -> int | None:
+    """Width of the sinusoids of that guidance."""
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig(EncoderConfig):
   """Shape of the U-Net; the defaults are Stable Diffusion 1's, published ones in formats/unet.py.
 
-  sample_size: side of the training latents, no restriction.
+  sample_size: side of the training latents, or height and width; no restriction.
+  time_cond_proj_dim: width of the sinusoids of the guidance that a consistency model imitates (Luo
+    et al. 2023, sec. 4.2), which are projected and added to those of the time; None: it has none.
   """
 
-  sample_size: Edge | None = 64
+  sample_size: Edge | Annotated[tuple[Edge, ...], Length(2, 2)] | None = 64
   out_channels: Width = 4
   up_block_types: tuple[Literal['UpBlock2D', 'CrossAttnUpBlock2D'], ...] = (
     'UpBlock2D', *['CrossAttnUpBlock2D'] * 3
   )
+  time_cond_proj_dim: Annotated[int, Range(4, 2**20)] | None = None
+
+  @property
+  def guidance_features(self) -> int | None:
+    return self.time_cond_proj_dim
+
+  def trained_at(self, height: int, width: int) -> 'UNetConfig':
+    """Return the config of the same network, trained on latents of that size."""
+    return dataclasses.replace(self, sample_size=height if height == width else (height, width))
 
 
 def _resnet(config: EncoderConfig, i: int, o: int, **kw) -> ResnetBlock2D:
@@ -294,7 +318,9 @@ class Encoder(Denoiser):
     width, features = config.block_out_channels[0], config.time_features
     self.config = config
     self.conv_in = Conv(config.in_channels, width, **kw)
-    self.time_embedding = TimestepEmbedding(width, features, **kw)
+    self.time_embedding = TimestepEmbedding(
+      width, features, more_features=config.guidance_features, **kw
+    )
     projected = config.projection_class_embeddings_input_dim
     if config.class_embed_type is not None:
       inputs = width if config.class_embed_type == 'timestep' else projected
@@ -311,7 +337,7 @@ class Encoder(Denoiser):
   def embed(self, t: jax.Array, condition: Condition) -> jax.Array:
     """Return the sum of the embeddings of the time and of all other conditions: [b e]."""
     config, width = self.config, self.config.block_out_channels[0]
-    time = self.time_embedding(self._sinusoids(t, width))
+    time = self.time_embedding(self._sinusoids(t, width), self._guidance(condition.guidance))
     if (labels := condition.labels) is not None:
       timed = config.class_embed_type == 'timestep'
       time = time + self.class_embedding(self._sinusoids(labels, width) if timed else labels)
@@ -334,6 +360,13 @@ class Encoder(Denoiser):
   def _sinusoids(self, t: jax.Array, features: int) -> jax.Array:
     return timestep_embedding(
       t, features, flip_sin_to_cos=self.config.flip_sin_to_cos, freq_shift=self.config.freq_shift
+    )
+
+  def _guidance(self, guidance: jax.Array | None) -> jax.Array | None:
+    """The sinusoids [b guidance_features] of w = guidance - 1, which is 0 for none."""
+    features = self.config.guidance_features
+    return None if features is None else timestep_embedding(
+      THOUSAND * (guidance - 1), features, flip_sin_to_cos=False, freq_shift=1
     )
 
   def check_conditions(self, b: int, condition: Condition) -> None:
@@ -370,7 +403,8 @@ class UNet(Encoder):
     """x [b h w c], t [b] in [0, T) and the config's `conditions` -> [b h w o].
 
     condition: labels [b] are a class or a noise level, [b p] where class_embed_type is
-    'projection'; sizes and pooled text are Stable Diffusion XL's (Podell et al. 2023, sec. 2.2).
+    'projection'; sizes and pooled text are Stable Diffusion XL's (Podell et al. 2023, sec. 2.2);
+    guidance [b] is the scale of classifier-free guidance that is imitated, 1 for none.
     residuals: a ControlNet's, arrays to add to the skips, and one to the mid block's result.
     UserError: see `Denoiser.join`; residuals of another U-Net.
     """

@@ -16,7 +16,7 @@ from diffusion_jax.formats.unet import UNETS
 from diffusion_jax.models.network import Network
 from diffusion_jax.pipelines.assembly import make_model
 from diffusion_jax.pipelines.model import Diffusion
-from diffusion_jax.pipelines.published import FIRST, SECOND, joined_texts, published
+from diffusion_jax.pipelines.published import FIRST, SECOND, THIRD, joined_texts, published
 from diffusion_jax.pipelines.spaces import LatentSpace
 
 
@@ -25,6 +25,7 @@ class Architecture:
   """Names in DENOISERS, AUTOENCODERS and ENCODERS, what the denoiser predicts, and its noise.
 
   kind: the class of its pipeline in diffusers, where `pipelines.published` has a row for it.
+  roles: of the text encoders, of which there may be fewer.
   """
 
   denoiser: str
@@ -33,6 +34,7 @@ class Architecture:
   prediction: str = 'epsilon'
   kind: str | None = None
   noise: NoiseConfig = NoiseConfig()
+  roles: tuple[str, ...] = (FIRST, SECOND, THIRD)
 
 
 DENOISERS = UNETS | TRANSFORMERS
@@ -56,6 +58,10 @@ ARCHITECTURES = {
   'sd21_base': Architecture('sd21_base', 'sd21', ('openclip_h',)),
   'sd21': Architecture('sd21', 'sd21', ('openclip_h',), 'v_prediction'),
   'sdxl': Architecture('sdxl', 'sdxl', ('clip_l', 'openclip_bigg')),
+  'sdxl_refiner': Architecture('sdxl_refiner', 'sdxl', ('openclip_bigg',), roles=(SECOND,)),
+  'lcm_sd15': Architecture(
+    'lcm_sd15', 'sd15', ('clip_l',), kind='LatentConsistencyModelPipeline'
+  ),
   **{name: dataclasses.replace(_SD3, denoiser=name)
      for name in ('sd3_medium', 'sd35_medium', 'sd35_large')},
   **{name: dataclasses.replace(_FLUX, denoiser=name) for name in ('flux_dev', 'flux_schnell')},
@@ -70,7 +76,7 @@ ARCHITECTURES = {
 def architecture_model(name: str, dtype=jnp.float32) -> Diffusion:
   """The model of that name without weights and tokenizers; nothing is allocated."""
   a = ARCHITECTURES[name]
-  row = published(a.kind, (FIRST, SECOND)[: len(a.text)])
+  row = published(a.kind, a.roles[: len(a.text)])
 
   def network(config) -> Network:
     return format_of(config).network(config, dtype=dtype)

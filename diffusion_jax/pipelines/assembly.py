@@ -11,11 +11,13 @@ from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import Part, format_of
 from diffusion_jax.models.network import Network
-from diffusion_jax.pipelines.conditioners import Conditioner, Context, Sizes
+from diffusion_jax.pipelines.conditioners import Conditioner, Context
 from diffusion_jax.pipelines.distilled import DistilledGuidance
 from diffusion_jax.pipelines.image_conditioners import concatenated
 from diffusion_jax.pipelines.model import Diffusion, output_channels
+from diffusion_jax.pipelines.size_conditions import Sizes
 from diffusion_jax.pipelines.spaces import Space
+from diffusion_jax.pipelines.text_conditioners import TextEncoders
 from diffusion_jax.registry import CONDITIONERS, load
 
 
@@ -44,7 +46,9 @@ def make_model(
       'set in_channels to that.'
     )
   if 'sizes' in getattr(config, 'conditions', {}):
-    conditioners = {**conditioners, 'sizes': Sizes()}
+    texts = (c for c in conditioners.values() if isinstance(c, TextEncoders))
+    pooled = sum(text.shape(role).pooled for text in texts for role in text.pooled)
+    conditioners = {**conditioners, 'sizes': Sizes.of(config, pooled)}
   if 'guidance' in getattr(config, 'conditions', ()):
     conditioners = {DistilledGuidance.name: DistilledGuidance(), **conditioners}
   found = concatenated(space, taken - channels - given, low_resolution)

@@ -1,4 +1,4 @@
-"""What a denoiser is conditioned on, one class for each kind; here their base, classes and sizes.
+"""What a denoiser is conditioned on, one class for each kind; here their base, and classes.
 
 A conditioner names its fields of `types.Condition` and its inputs: fields of a batch in training,
 prompts and images in sampling. It holds networks without weights. New ones subclass `Conditioner`
@@ -21,7 +21,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.files import check_folder
 from diffusion_jax.formats.networks import Part, read_part, resolve
 from diffusion_jax.models.network import Network
-from diffusion_jax.pipelines.options import PLAIN
+from diffusion_jax.pipelines.options import AS_DRAWN, PLAIN, Sizing
 from diffusion_jax.types import Condition, Weights
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ Spec = tuple[tuple[int, ...], type]
 
 class Request(NamedTuple):
   """What is sampled: prompts, one negative prompt, `image_conditioners.Inputs`, the size, the
-  guidance that a distilled denoiser imitates, None for the model's own, and the prompts' syntax."""
+  guidance that a distilled denoiser imitates, None for the model's own, the prompts' syntax, and
+  the sizes that it is conditioned on."""
 
   prompts: Sequence[str]
   negative: str = ''
@@ -43,6 +44,7 @@ class Request(NamedTuple):
   width: int = 1
   guidance: float | None = None
   syntax: str = PLAIN
+  sizing: Sizing = AS_DRAWN
 
 
 class Context(NamedTuple):
@@ -66,6 +68,11 @@ class Conditioner(abc.ABC):
   """A sentence on previews with what `examples` makes."""
   random: ClassVar[bool] = False
   """True if `of_batch` needs its key."""
+  strength: ClassVar[float | None] = None
+  """Fraction of the steps that starting from an image takes if nothing is said, in place of
+  `image_conditioners.STRENGTH`."""
+  usual: ClassVar[bool] = False
+  """True if `of_size` is its condition where a batch has none of `fields`."""
   channels: ClassVar[int] = 0
   """Channels that it adds to the denoiser's input."""
   networks: Mapping[str, Network] = MappingProxyType({})
@@ -155,6 +162,10 @@ class Conditioner(abc.ABC):
     """Return the condition of a batch in training; pure."""
     del key
     return self.encode(weights, batch)
+
+  def of_size(self, count: int, height: int, width: int) -> Arrays:
+    """Return the condition [count ...] of images of height x width pixels, where it is `usual`."""
+    raise NotImplementedError
 
   def same(self, rows: Mapping[str, np.ndarray]) -> bool:
     """Return whether both of `pair` are alike, so that guidance changes nothing."""
@@ -258,22 +269,3 @@ class ClassLabel(Guided):
 
   def same(self, rows):
     return bool((rows['label'] == rows['negative_label']).all())
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes(Conditioner):
-  """SDXL's sizes [b 6] in pixels: original height and width, top and left of the crop, target
-  height and width (Podell et al. 2023, sec. 2.2); those of whole images where none are given."""
-
-  fields: ClassVar = ('sizes',)
-
-  def rows(self, request):
-    return {'sizes': self.whole(len(request.prompts), request.height, request.width)}
-
-  @staticmethod
-  def whole(count: int, height: int, width: int) -> np.ndarray:
-    """Return the sizes of images that nothing is cut off from, float32 [count 6]."""
-    return np.tile(np.asarray([height, width, 0, 0, height, width], np.float32), (count, 1))
-
-  def encode(self, weights, rows):
-    return {'sizes': rows['sizes']}

@@ -1,8 +1,9 @@
 """Models in directories: `formats.pipeline` reads and writes the parts, here is what they make."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,25 +12,30 @@ from jax.sharding import Mesh
 from diffusion_jax.config import typed, untyped
 from diffusion_jax.diffusion.noise import NoiseSchedule, Schedule
 from diffusion_jax.diffusion.parameterization import Parameterization
-from diffusion_jax.errors import UserError, require
+from diffusion_jax.errors import UserError, require, shown
 from diffusion_jax.files import INDEX, reading
 from diffusion_jax.formats.clip import pixel_statistics
 from diffusion_jax.formats.networks import Part, resolve, save_params
 from diffusion_jax.formats.pipeline import (
+  CONVERSION,
   DIFFUSION,
   FOLDERS,
+  SCHEDULER,
   TEXT_TO_IMAGE,
   Pipeline,
   export_scheduler,
+  keep_changed,
   keep_folder,
   own_path,
+  own_terms,
   read_pipeline,
 )
 from diffusion_jax.formats.scheduler import Scheduler
-from diffusion_jax.formats.tensors import write_json
+from diffusion_jax.formats.tensors import read_json, write_json
 from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.pipelines.assembly import assemble, make_model
 from diffusion_jax.pipelines.conditioners import ClassLabel, Conditioner
+from diffusion_jax.pipelines.distilled import DistilledGuidance
 from diffusion_jax.pipelines.image_conditioners import (
   CONTROLNET,
   IMAGE_ENCODER,
@@ -61,11 +67,27 @@ def read_model(path: str, dtype=jnp.float32) -> tuple[Diffusion, dict[str, Part]
   """
   pipeline = read_pipeline(path, _NAMES)
   scheduler = pipeline.scheduler()
-  sample = _sample(pipeline, scheduler, path)
   if pipeline.kind == DIFFUSION:
-    return *_assembled(pipeline, resolve(path), scheduler, dtype), sample
+    model, parts = _assembled(pipeline, resolve(path), scheduler, dtype)
+    sample = _sample(pipeline, scheduler, path)
+  else:
+    model, parts, sample = _published(pipeline, path, scheduler, dtype)
+  if CONVERSION in pipeline.index:
+    model, sample = _converted(pipeline.index[CONVERSION], model, path)
+  return model, parts, sample
+
+
+def _published(
+  pipeline: Pipeline, path: str, scheduler: Scheduler, dtype
+) -> tuple[Diffusion, dict[str, Part], SampleConfig]:
+  """A model in the folders of a pipeline of diffusers, and how it samples."""
   parts = _networks(pipeline, path)
+  sample = _sample(pipeline, scheduler, path, parts)
   conditioners = _prompts(pipeline, parts, path, dtype)
+  if getattr(parts[DENOISER].config, 'imitates_guidance', False) and sample.guidance != 1:
+    # It is told the scale that others are guided with.
+    conditioners[DistilledGuidance.name] = DistilledGuidance(sample.guidance)
+    sample = dataclasses.replace(sample, guidance=1.0)
   if CONTROLNET in parts:
     conditioners['control'] = ControlNet({CONTROLNET: parts[CONTROLNET].network(dtype=dtype)})
   low = 'low_res_scheduler'
@@ -76,7 +98,19 @@ def read_model(path: str, dtype=jnp.float32) -> tuple[Diffusion, dict[str, Part]
     Parameterization(scheduler.prediction, scheduler.data_std),
     Schedule(pipeline.scheduler(low).schedule) if low in pipeline.parts else None,
   )
+  _check_scores(pipeline, model, path)
   return model, parts, sample
+
+
+def _check_scores(pipeline: Pipeline, model: Diffusion, path: str) -> None:
+  """Raise UserError where the index says otherwise than the denoiser whether it is a refiner."""
+  key = 'requires_aesthetics_score'
+  said, sizes = pipeline.index.get(key), model.conditioners.get('sizes')
+  require(
+    said is None or sizes is None or bool(said) == sizes.aesthetic,
+    f'{resolve(path) / INDEX} has {key} {said}, but the U-Net is '
+    f'{"one" if sizes and sizes.aesthetic else "none"} that is given a score; correct it.',
+  )
 
 
 _KINDS = {
@@ -153,17 +187,56 @@ def _classes(pipeline: Pipeline, count: int | None) -> tuple[str, ...]:
   return tuple(str(names.get(str(number), number)) for number in range(count or 0))
 
 
-def _sample(pipeline: Pipeline, scheduler: Scheduler, path: str) -> SampleConfig:
+def _sample(
+  pipeline: Pipeline, scheduler: Scheduler, path: str, names: Iterable[str] = ()
+) -> SampleConfig:
   if pipeline.kind not in (TEXT_TO_IMAGE, DIFFUSION):
-    return sample_config(scheduler, pipeline.kind)
+    return sample_config(scheduler, pipeline.kind, names)
+  return _typed_sample(pipeline.index.get('sample', {}), path)
+
+
+def _typed_sample(given: Any, path: str) -> SampleConfig:
+  """How to sample, by what an index written here says."""
   known = {field.name for field in dataclasses.fields(SampleConfig)}
-  given = pipeline.index.get('sample', {})
   if isinstance(given, dict):  # Later versions may say more.
     given = {key: value for key, value in given.items() if key in known}
   try:
     return typed(SampleConfig, given, 'sample.')
   except UserError as error:
     raise UserError(f'{path} cannot be sampled: {error}') from error
+
+
+def _converted(
+  entries: Any, model: Diffusion, path: str
+) -> tuple[Diffusion, SampleConfig]:
+  """The model as it was trained, where that is not as its network was published."""
+  where = f'{resolve(path) / INDEX}: {CONVERSION}'
+  require(isinstance(entries, dict), f'{where} is {shown(entries)}; it must be an object.')
+  own = entries.get('network')
+  require(isinstance(own, dict), f'{where}: network is {shown(own)}; it must be an object.')
+  for terms, exact in ((own_terms(own, where), False), (own_terms(entries, where), True)):
+    model = model.in_terms(terms.prediction, terms.schedule, exact)
+  return model, _typed_sample(entries.get('sample', {}), path)
+
+
+def save_conversion(directory: Path, model: Diffusion, sample: SampleConfig) -> None:
+  """Write into a pipeline's index in what terms, and with what samples, it was trained on.
+
+  Where the network is as published, and another prediction is made of it, the scheduler stays that
+  of the network, by which other programs read it; else the scheduler is the model's.
+  """
+  index, own = read_json(directory / INDEX), model.network_terms
+  terms = lambda prediction, noise: {'prediction': prediction, 'noise': noise.saved()}
+  if own == (model.parameterization.name, model.noise.config):
+    scheduler = scheduler_of(model, sample)
+    index |= export_scheduler(directory, scheduler)
+    values = read_json(file) if (file := directory / 'scheduler' / SCHEDULER).is_file() else {}
+    if isinstance(index.get('scheduler'), list) and values:
+      index['scheduler'] = ['diffusers', values['_class_name']]
+  index[CONVERSION] = terms(model.parameterization.name, model.noise.config) | {
+    'network': terms(*own), 'sample': dataclasses.asdict(sample),
+  }
+  write_json(directory / INDEX, index)
 
 
 _SHARED = (
@@ -173,13 +246,16 @@ _SHARED = (
 """Fields that `Scheduler` and `SampleConfig` have in common."""
 
 
-def sample_config(scheduler: Scheduler, pipeline: str | None = None) -> SampleConfig:
-  """Return how a pipeline of diffusers with this scheduler samples where nothing else is asked."""
+def sample_config(
+  scheduler: Scheduler, pipeline: str | None = None, names: Iterable[str] = ()
+) -> SampleConfig:
+  """Return how a pipeline of diffusers of this class, with parts of these names, samples where
+  nothing else is asked."""
   grid = dict(scheduler.grid)
   own = {name: grid.pop(name) for name in PLACES if name in grid}
   own |= {name: getattr(scheduler, name) for name in _SHARED}
   plain = {'steps': 50, 'guidance': 7.5, 'places': grid}
-  return SampleConfig(**{**own, **plain, **published(pipeline).sample})
+  return SampleConfig(**{**own, **plain, **published(pipeline, names).sample})
 
 
 def scheduler_of(model: Diffusion, sample: SampleConfig) -> Scheduler:
@@ -201,43 +277,58 @@ def load_model(
   return model, {role: part.load(mesh=mesh) for role, part in parts.items()}, sample
 
 
+_NONE: Mapping[str, Any] = MappingProxyType({})
+_SINGLE = {'clip': ROLES[0], 'text_path': ROLES[0]}
+"""Folders that a text encoder is copied to where there is one alone."""
+
+
 def save_model(
   directory: Path, model: Diffusion, denoiser: Params, *, space: Any,
   conditioners: Mapping[str, Mapping[str, Any]], sample: SampleConfig, dtype: str,
+  texts: Mapping[str, tuple[Any, Params]] = _NONE,
 ) -> None:
   """Write a model trained here, with copies of its frozen parts or the assets' names.
 
   A U-Net on latents with texts and a table of noise levels has the folders of a diffusers pipeline;
   others are of the class DIFFUSION. denoiser: its parameters. space, conditioners: as in
-  `assemble`.
+  `assemble`. texts: (config, parameters) of text encoders that have changed, by role.
   """
+  def keep(path: str, name: str) -> str:
+    changed = texts.get(_SINGLE.get(name, name))
+    if changed is None:
+      return keep_folder(path, directory, name)
+    return keep_changed(path, directory, name, changed, dtype)
+
   index = {
     'sample': dataclasses.asdict(sample), 'noise': model.noise.config.saved(),
     'prediction': model.parameterization.name, 'data_std': model.parameterization.data_std,
     **export_scheduler(directory, scheduler_of(model, sample)),
   }
-  texts = list(conditioners) == ['text'] and type(model.denoiser.config) is UNetConfig
-  texts = texts and model.denoiser.config.sample_size is not None
-  texts = texts and set(conditioners['text']) == {'path'} and set(model.text.towers) == {ROLES[0]}
-  if texts and type(space) is LatentConfig and model.noise.table is not None:
-    folder = FOLDERS[DENOISER]
+  plain = list(conditioners) == ['text'] and type(model.denoiser.config) is UNetConfig
+  plain = plain and model.denoiser.config.sample_size is not None
+  plain = plain and set(conditioners['text']) == {'path'} and set(model.text.towers) == {ROLES[0]}
+  if plain and type(space) is LatentConfig and model.noise.table is not None:
+    folder, config = FOLDERS[DENOISER], model.written_config
     index |= {'_class_name': TEXT_TO_IMAGE, 'latent_patch_size': space.patch} | {
-      role: keep_folder(path, directory, role) for role, path in (
+      role: keep(path, role) for role, path in (
         (AUTOENCODER, space.autoencoder), ('clip', conditioners['text']['path'])
       )
     }
   else:
-    folder = DENOISER
-    index |= {'_class_name': DIFFUSION} | _described(directory, model, space, conditioners)
-  save_params(directory / folder, model.denoiser.config, denoiser, dtype=dtype)
+    folder, config = DENOISER, model.denoiser.config
+    index |= {'_class_name': DIFFUSION} | _described(model, space, conditioners, keep)
+  save_params(directory / folder, config, denoiser, dtype=dtype)
   write_json(directory / INDEX, index)
 
 
 def _described(
-  directory: Path, model: Diffusion, space: Any, conditioners: Mapping[str, Mapping[str, Any]]
+  model: Diffusion, space: Any, conditioners: Mapping[str, Mapping[str, Any]],
+  keep: Callable[[str, str], str],
 ) -> dict[str, Any]:
-  """What the index of a model of the class DIFFUSION says of its parts, which are copied."""
-  keep = lambda path, name: keep_folder(path, directory, name)
+  """What the index of a model of the class DIFFUSION says of its parts, which are copied.
+
+  keep: (path of a part, the folder that it is copied to) -> what the index says.
+  """
   options, found = untyped(space), model.conditioners
   folders = {key: keep(options[key], f'space_{key}') for key in model.space.paths}
   return {

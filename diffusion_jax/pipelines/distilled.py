@@ -1,4 +1,4 @@
-"""The guidance that a distilled denoiser imitates, such as that of Flux.1 dev."""
+"""The guidance that a distilled denoiser imitates, as Flux.1 dev and consistency models do."""
 
 import dataclasses
 import math
@@ -23,6 +23,7 @@ class DistilledGuidance(Conditioner):
 
   scale: Scale = 3.5
   name: ClassVar = 'distilled_guidance'
+  usual: ClassVar = True
 
   @classmethod
   def build(cls, options, context):
@@ -35,6 +36,5 @@ class DistilledGuidance(Conditioner):
   def encode(self, weights, rows):
     return {'guidance': rows['guidance']}
 
-  def of_batch(self, weights, batch, key=None):
-    count = len(next(iter(batch.values())))
+  def of_size(self, count, height, width):
     return {'guidance': jnp.full(count, self.scale, jnp.float32)}

@@ -52,6 +52,7 @@ class Inputs:
   control: uint8 [n H W 3], what a ControlNet sees, with control_strength.
   depth: float32 [n h w] in [-1, 1], near is 1, at the size of z.
   small: uint8 [n h w 3], to enlarge, at the size of z, with noise_level in [0, 350].
+  latents: float32 [n h w c], z as another model has left it at `denoising_start`, to go on from.
   reference: uint8 [n s s 3], to vary, at the size of the model's image encoder.
   small_noise: float32 [n h w 3], what the small image is noised with; None: noise of the seed.
   """
@@ -66,13 +67,31 @@ class Inputs:
   noise_level: int = 20
   small_noise: np.ndarray | None = None
   reference: np.ndarray | None = None
+  latents: np.ndarray | None = None
+
+  def check_start(self, denoising_start: float) -> None:
+    """Raise UserError unless there are latents where a model goes on from some, and only there."""
+    if (self.latents is None) != (denoising_start == 0):
+      raise UserError(
+        f'denoising_start is {denoising_start:g}, but '
+        + ('there are no latents to go on from; give Inputs(latents=...), or set it to 0.'
+           if self.latents is None else 'there are latents; set it to where they were left.')
+      )
+    if self.latents is not None and self.images is not None:
+      raise UserError('there are both latents and images to start from; leave one out.')
+
+  @property
+  def empty(self) -> bool:
+    """True where there are neither images nor latents."""
+    return all(getattr(self, name) is None for name in ('latents', *OPTIONS))
 
   def fraction(self, model) -> float:
     """Return the fraction of the steps that are taken."""
     if self.strength is not None:
       return self.strength
-    shown = 'images' in model.inputs(*model.trained_size)
-    return 1.0 if self.images is None or shown else STRENGTH
+    if self.images is None or 'images' in model.inputs(*model.trained_size):
+      return 1.0
+    return next((c.strength for c in model.conditioners.values() if c.strength), STRENGTH)
 
   def rows(self, model, n: int, height: int, width: int) -> dict[str, np.ndarray]:
     """Return columns [n ...] for the compiled program; UserError where they do not fit the model.
@@ -88,7 +107,12 @@ class Inputs:
       raise UserError(
         f'the model takes no {name}; leave {OPTIONS[name]} out, or use a model that does.'
       )
-    specs = {'images': ((height, width, 3), np.uint8)} | needs
+    if self.latents is not None:
+      given['latents'] = self.latents
+    specs = {
+      'images': ((height, width, 3), np.uint8),
+      'latents': (model.space.shape(height, width), np.float32),
+    } | needs
     out = {name: _fitting(name, value, *specs[name], n) for name, value in given.items()}
     if 'images' in out and ('images' not in needs or self.fraction(model) < 1):
       out['start'] = out['images']

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.backend import xla
+from diffusion_jax.diffusion.conversion import converted, own_terms
 from diffusion_jax.diffusion.denoiser import (
   Denoiser,
   Label,
@@ -24,13 +25,14 @@ from diffusion_jax.diffusion.denoiser import (
   TextDenoiser,
   make_denoiser,
 )
-from diffusion_jax.diffusion.noise import NoiseSchedule
+from diffusion_jax.diffusion.noise import NoiseConfig, NoiseSchedule
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.diffusion.samplers import initial_noise, sampler
 from diffusion_jax.errors import UserError
-from diffusion_jax.limits import check_seed
+from diffusion_jax.limits import EdgeRule, check_seed
 from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import in_batches, put_params, whole_batch
+from diffusion_jax.pipelines.bins import nearest_bin
 from diffusion_jax.pipelines.conditioners import (
   Arrays,
   Conditioner,
@@ -38,8 +40,9 @@ from diffusion_jax.pipelines.conditioners import (
   Spec,
 )
 from diffusion_jax.pipelines.image_conditioners import CONTROLNET, Editing, Inputs
-from diffusion_jax.pipelines.options import PLAIN
-from diffusion_jax.pipelines.sampling import Numbers, Program, SampleConfig
+from diffusion_jax.pipelines.options import AS_DRAWN, PLAIN, Sizing
+from diffusion_jax.pipelines.sampling import LATENTS, Numbers, Program, SampleConfig
+from diffusion_jax.pipelines.size_conditions import check_sizing
 from diffusion_jax.pipelines.spaces import Space
 from diffusion_jax.pipelines.text_conditioners import TextEncoders
 from diffusion_jax.pixels import size_like, to_float, to_uint8
@@ -91,30 +94,58 @@ class Diffusion:
     return height * self.space.factor, width * self.space.factor
 
   @property
-  def multiple(self) -> int:
-    """Pixels that height and width of images are multiples of, so that every network can halve."""
+  def written_config(self) -> Any:
+    """The denoiser's config with the size of the training images, where it can say that."""
+    config = self.denoiser.config
+    if self.size is None or not hasattr(config, 'trained_at'):
+      return config
+    return config.trained_at(*self.space.shape(*self.size)[:2])
+
+  @property
+  def edges(self) -> EdgeRule:
+    """What heights and widths of images, in pixels, every network can take."""
     networks = (self.denoiser, self.worse) if self.worse else (self.denoiser,)
-    return self.space.factor * math.lcm(*(getattr(n.config, 'factor', 1) for n in networks))
+    return edge_rule(self.space.factor, *(network.config for network in networks))
+
+  @property
+  def multiple(self) -> int:
+    """Pixels that height and width of images are multiples of."""
+    return self.edges.multiple
 
   def size_of(self, height: int | None, width: int | None) -> tuple[int, int]:
     """Return (height, width), those that are not given as in training.
 
     Raises:
-      UserError: one that the model cannot halve, with the nearest that it can.
+      UserError: one that the model cannot take, with the nearest that it can.
     """
-    size = height or self.trained_size[0], width or self.trained_size[1]
-    if (height or width) and any(edge < 1 or edge % self.multiple for edge in size):
-      near = 'x'.join(str(max(1, round(edge / self.multiple)) * self.multiple) for edge in size)
+    size, rule = (height or self.trained_size[0], width or self.trained_size[1]), self.edges
+    if (height or width) and not rule.fits(*size):
+      near = 'x'.join(map(str, rule.near(*size)))
       raise UserError(
         f'the size {size[0]}x{size[1]} cannot be halved as the model does: height and width must '
-        f'be multiples of {self.multiple}; the nearest such size is {near}.'
+        f'be {rule}; the nearest such size is {near}.'
       )
     return size
+
+  def drawn_size(
+    self, height: int | None, width: int | None, binning: str = 'none'
+  ) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return (the size to draw at, the size to cut out of that), as `binning` says.
+
+    Raises:
+      UserError: see `size_of`; with bins any size can be cut out.
+    """
+    size = height or self.trained_size[0], width or self.trained_size[1]
+    if binning == 'none' or self.space.name != 'latents':
+      return (self.size_of(height, width),) * 2
+    drawn = nearest_bin(*size, getattr(self.denoiser.config, 'sample_size', None))
+    return self.size_of(*drawn), size
 
   def size_like(self, height: int, width: int) -> tuple[int, int]:
     """Return the (height, width) that the model draws for a picture of that size: of its aspect,
     and about the area of the training images."""
-    return size_like(height, width, math.prod(self.trained_size), self.multiple)
+    rule = self.edges
+    return size_like(height, width, math.prod(self.trained_size), rule.multiple, rule.most)
 
   def tokens(self, height: int, width: int) -> int:
     """Return how many patches the denoiser reads of an image of height x width pixels."""
@@ -140,6 +171,26 @@ class Diffusion:
   def with_conditioner(self, name: str, conditioner: Conditioner) -> 'Diffusion':
     """Return the same model with one conditioner more, or another one of that name."""
     return dataclasses.replace(self, conditioners={**self.conditioners, name: conditioner})
+
+  @property
+  def network_terms(self) -> tuple[str, NoiseConfig]:
+    """The prediction and the noise of its network, of which those of the model may be made."""
+    return own_terms(self.parameterization, self.noise.config)
+
+  def in_terms(self, prediction: str, noise: NoiseConfig, exact: bool = True) -> 'Diffusion':
+    """Return a model with another prediction and noise schedule, of the same network.
+
+    Args:
+      prediction: one of PREDICTIONS.
+      noise: config of the schedule.
+      exact: convert what the network says (`diffusion.conversion`), so that the model means what it
+        did; else its output is taken for the new prediction as it is, which it has yet to learn.
+    """
+    before = self.parameterization
+    after = converted(before, self.noise.config, prediction, noise) if exact else (
+      Parameterization(prediction, before.data_std)
+    )
+    return dataclasses.replace(self, noise=NoiseSchedule.of(noise), parameterization=after)
 
   def with_compute(self, **changes: str) -> 'Diffusion':
     """The same model with other `models.network.Compute`.
@@ -181,12 +232,12 @@ class Diffusion:
   def rows(
     self, prompts: Sequence[str], negative: str = '', inputs: Inputs | None = None,
     height: int | None = None, width: int | None = None, guidance: float | None = None,
-    syntax: str = PLAIN,
+    syntax: str = PLAIN, sizing: Sizing = AS_DRAWN,
   ) -> dict[str, np.ndarray]:
     """Host arrays [n ...] of all conditions and images; UserError for what does not fit."""
     height, width = self.size_of(height, width)
     inputs = inputs or Inputs()
-    request = Request(prompts, negative, inputs, height, width, guidance, syntax)
+    request = Request(prompts, negative, inputs, height, width, guidance, syntax, sizing)
     out = inputs.rows(self, len(prompts), height, width)
     for conditioner in self.conditioners.values():
       out |= conditioner.rows(request)
@@ -253,14 +304,19 @@ class Diffusion:
   def _sample(self, weights: Weights, rows: dict, program: Program, numbers: Numbers) -> Images:
     pairs = [c.pair(weights, rows, program.clip_skip) for c in self.conditioners.values()]
     condition, negative = (joined(pair[i] for pair in pairs) for i in (0, 1))
-    if 'start' in rows:
+    keys = jax.random.wrap_key_data(rows['keys'])
+    if LATENTS in rows:  # Those before have used its own keys.
+      x, keys = rows[LATENTS], jax.vmap(lambda key: jax.random.fold_in(key, 2**31 - 2))(keys)
+    elif 'start' in rows:
       alpha, sigma = numbers.grid[0][0], numbers.grid[1][0]
       x = alpha * self.space.encode(weights, to_float(rows['start'])) + sigma * rows['x']
     else:
       x = numbers.start * rows['x']
-    keys = jax.random.wrap_key_data(rows['keys'])
     z = self.sample_z(weights, x, keys, condition, negative, program, numbers)
-    return self.space.decode(weights, z, program.decoding)
+    if program.decoding == LATENTS:
+      return z
+    cut = {'size': program.cut} if program.cut else {}
+    return self.space.decode(weights, z, program.decoding, **cut)
 
   def generate(
     self, weights: Weights, prompts: Sequence[str], config: SampleConfig, **how
@@ -272,6 +328,7 @@ class Diffusion:
     self, weights: Weights, prompts: Sequence[str], config: SampleConfig, *, seed: int, mesh: Mesh,
     negative: str = '', batch_size: int = 16, first: int = 0, inputs: Inputs | None = None,
     noise: np.ndarray | None = None, height: int | None = None, width: int | None = None,
+    latents: bool = False,
   ) -> Iterator[np.ndarray]:
     """Yield images, float32 [b h w 3] in [-1, 1], batch after batch; one compilation for all.
 
@@ -285,16 +342,22 @@ class Diffusion:
       inputs: images to start from, masks, controls: what the model takes with the prompt.
       noise: float32 [n ...] of z's shape, the sampler's or an image's initial noise; None for unit
         Gaussian noise of the seed. Later noise is always that of the seed.
-      height, width: of the images, in pixels; None for those of the training.
+      height, width: of the images, in pixels; None for those of the training. With the config's
+        `binning` they are cut out of others, unless there are inputs.
+      latents: whether to yield z as it is left, for `Inputs.latents` of another model.
 
     UserError: a config that cannot be sampled, and inputs that do not fit the model.
     """
-    self._check_sampling(config)
+    self.check_sampling(config, negative)
     check_seed(seed)
-    height, width = self.size_of(height, width)
-    inputs, n, shape = inputs or Inputs(), len(prompts), self.space.shape(height, width)
+    inputs, n = inputs or Inputs(), len(prompts)
+    binning = config.binning if inputs.empty else 'none'
+    (height, width), shown = self.drawn_size(height, width, binning)
+    shape = self.space.shape(height, width)
+    inputs.check_start(config.denoising_start)
     given = self.rows(
-      prompts, negative, inputs, height, width, config.distilled_guidance, config.prompt_syntax
+      prompts, negative, inputs, height, width, config.distilled_guidance, config.prompt_syntax,
+      config.sizing,
     )
     if noise is not None:
       given['x'] = _checked_noise(noise, (n, *shape))
@@ -302,10 +365,13 @@ class Diffusion:
       config = dataclasses.replace(config, guidance=1.0)
     numbers = config.numbers(self.noise, inputs.fraction(self), self.tokens(height, width))
     size = whole_batch(batch_size, mesh)
-    self.programs.add((height, width, size, config.program, len(numbers.grid[0]), *given))
+    cut = None if shown == (height, width) else shown
+    program = config.program._replace(cut=cut)
+    program = program._replace(decoding=LATENTS) if latents else program
+    self.programs.add((height, width, size, program, len(numbers.grid[0]), *given))
     names = tuple(dict.fromkeys(('x', 'keys', *given)))
     sample = lambda weights, *columns: self._sample(
-      weights, dict(zip(names, columns, strict=True)), config.program, numbers
+      weights, dict(zip(names, columns, strict=True)), program, numbers
     )
     for start in range(0, n, size):
       rows = {name: column[start : start + size] for name, column in given.items()}
@@ -317,9 +383,10 @@ class Diffusion:
         sample, weights, *(rows[name] for name in names), mesh=mesh, batch_size=size
       )
 
-  def _check_sampling(self, config: SampleConfig) -> None:
+  def check_sampling(self, config: SampleConfig, negative: str = '') -> None:
     """Raise UserError for what the model cannot sample."""
     config.check(self.noise, self.parameterization)
+    check_sizing(config, self.conditioners.get('sizes'))
     edits = any(isinstance(c, Editing) for c in self.conditioners.values())
     if config.image_guidance != 1 and not edits:
       raise UserError(
@@ -337,9 +404,32 @@ class Diffusion:
         f'distilled_guidance is {config.distilled_guidance:g}, but the denoiser is told of none; '
         'leave it out, or use guidance.'
       )
+    if getattr(self.denoiser.config, 'imitates_guidance', False):
+      self._check_imitation(config, negative)
     for name, default in (('clip_skip', 0), ('prompt_syntax', PLAIN)):
       if getattr(config, name) != default:
         self._with_text(name, default)
+
+  def _check_imitation(self, config: SampleConfig, negative: str) -> None:
+    """Raise UserError for guidance beside that which the denoiser imitates."""
+    if config.guidance != 1:
+      raise UserError(
+        f'guidance is {config.guidance:g}, but the denoiser imitates guidance (its config has '
+        f'time_cond_proj_dim); set guidance to 1, and distilled_guidance to {config.guidance:g}.'
+      )
+    if negative:
+      raise UserError(
+        f'the negative prompt {negative!r} has no effect on a denoiser that imitates guidance (its '
+        'config has time_cond_proj_dim); leave it out.'
+      )
+
+
+def edge_rule(factor: int, *configs: Any) -> EdgeRule:
+  """Return what heights and widths of images networks with these configs take in a space of that
+  factor."""
+  multiple = factor * math.lcm(*(getattr(config, 'factor', 1) for config in configs))
+  most = [config.most for config in configs if getattr(config, 'most', None)]
+  return EdgeRule(multiple, min(most) * factor // multiple * multiple if most else None)
 
 
 def joined(parts: Iterable[Arrays]) -> Condition:

@@ -2,10 +2,10 @@
 
 import dataclasses
 import math
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.limits import Help, OneOf, Range
+from diffusion_jax.limits import Help, OneOf, Range, parse_size
 from diffusion_jax.registry import SAMPLERS
 
 Option = bool | int | float | str
@@ -17,7 +17,32 @@ DECODINGS = ('whole', 'sliced', 'tiled', 'undivided')
 two are above `spaces.MOST_WHOLE`; undivided at any size."""
 PLAIN, WEIGHTED = SYNTAXES = ('plain', 'weighted')
 """How prompts are read, see `pipelines.prompts`."""
+BINNINGS = ('none', 'aspect')
+"""At which sizes is drawn, see `pipelines.bins`."""
+AESTHETIC, NEGATIVE_AESTHETIC = 6.0, 2.5
+SIZING = {
+  'original_size': '', 'crop': (0, 0), 'target_size': '', 'aesthetic_score': AESTHETIC,
+  'negative_aesthetic_score': NEGATIVE_AESTHETIC,
+}
+"""The options that make up a `Sizing`, and what they are where nothing is said."""
+Pixels = Annotated[int, Range(0, 2**20, text='a number of pixels')]
+Score = Annotated[float, Range(0, 10)]
 FINITE = Range(-math.inf, math.inf, above=True, below=True, text='a finite scale, 1 for none')
+
+
+class Sizing(NamedTuple):
+  """Sizes that a model is conditioned on, in pixels: the original's and the target's height and
+  width, None as drawn, the top and left of the crop; and scores of how good a picture looks, also
+  for the negative prompt."""
+
+  original: tuple[int, int] | None = None
+  crop: tuple[int, int] = (0, 0)
+  target: tuple[int, int] | None = None
+  aesthetic: float = AESTHETIC
+  negative_aesthetic: float = NEGATIVE_AESTHETIC
+
+
+AS_DRAWN = Sizing()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +50,17 @@ class SampleOptions:
   """Options of sampling; each `Help` explains its own.
 
   guidance_rescale: phi of Lin et al. 2024, of what the network predicts if that is epsilon or v,
-  else of x_0. guidance_interval: a high of None is no bound. threshold: as in Saharia et al. 2022,
-  for pixels; latents have no bounds. options: of the sampler, such as its order. steps_offset,
-  drop_last, fractional, set_alpha_to_one and, in places, the other arguments of `sampling_grid`: as
-  the schedulers of diffusers place their steps. timesteps: one of `noise.LABELS`. scaled_noise:
-  start from noise of the first level's sigma, not of unit variance. image_guidance: s_I of Brooks
-  et al. 2023. distilled_guidance: None for the model's own. perturbed_attention: s of Ahn et al.
-  2024. autoguidance: w of Karras et al. 2024. clip_skip: for the prompt alone, besides the layers
-  that the model leaves out anyway; as in diffusers, the negative prompt keeps them.
+  else of x_0. guidance_interval: a high of None is no bound. threshold: as in Saharia et al.
+  2022, for pixels; latents have no bounds. options: of the sampler, such as its order.
+  steps_offset, drop_last, fractional, set_alpha_to_one and, in places, the other arguments of
+  `sampling_grid`: as the schedulers of diffusers place their steps. timesteps: one of
+  `noise.LABELS`. scaled_noise: start from noise of the first level's sigma, not of unit variance.
+  image_guidance: s_I of Brooks et al. 2023. distilled_guidance: None for the model's own.
+  perturbed_attention: s of Ahn et al. 2024. strength_steps: how many steps a picture to start
+  from leaves, see `part_way`. autoguidance: w of Karras et al. 2024. clip_skip: for the prompt
+  alone, besides the layers that the model leaves out anyway; as in diffusers, the negative prompt
+  keeps them. denoising_start, denoising_end: fractions of the noise's timesteps between which steps
+  begin (Podell et al. 2023, sec. 2.5); from above 0 on, `Inputs.latents` are gone on from.
   """
 
   sampler: Annotated[str, OneOf(SAMPLERS), Help(
@@ -70,11 +98,13 @@ class SampleOptions:
   places: dict[str, Option] = dataclasses.field(default_factory=dict, hash=False)
   timesteps: Annotated[str, OneOf('diffusion_jax.diffusion.noise:LABELS')] = 'exact'
   scaled_noise: bool = False
+  strength_steps: Annotated[str, OneOf(('nearest', 'up'))] = 'nearest'
   image_guidance: Annotated[float, FINITE, Help(
     'of a model that edits a picture: how closely to keep to it; 1 is none', 'G'
   )] = 1.0
   distilled_guidance: Annotated[Annotated[float, FINITE] | None, Help(
-    'of a distilled denoiser, such as Flux.1 dev: the guidance that it imitates (default: 3.5)', 'G'
+    'of a distilled denoiser, such as Flux.1 dev or a consistency model: the guidance that it '
+    "imitates (default: the pipeline's, such as 3.5)", 'G'
   )] = None
   perturbed_attention: Annotated[float, Range(0), Help(
     'scale of perturbed-attention guidance, beside --guidance; 0 is none', 'S'
@@ -92,15 +122,59 @@ class SampleOptions:
     'plain, or weighted: (word:1.3), (word), [word], BREAK and long prompts in chunks, as in the '
     'Stable Diffusion web UI; a backslash before a bracket makes it text', 'HOW'
   )] = PLAIN
+  binning: Annotated[str, OneOf(BINNINGS), Help(
+    'of PixArt: aspect draws at the size of its training whose aspect is nearest, and cuts what '
+    'was asked for out of that; none draws at the size itself', 'HOW'
+  )] = 'none'
   decoding: Annotated[str, OneOf(DECODINGS), Help(
     'whole, or with less memory sliced (image by image); both in tiles where latents are of more '
     'than 160 x 160 places, as tiled does for those above 64 x 64; or undivided at any size', 'HOW'
   )] = 'whole'
+  original_size: Annotated[str, Help(
+    'of Stable Diffusion XL: the size in pixels that the picture seems to have had before it was '
+    'scaled, as in --size (default: that which is drawn)', 'HxW'
+  )] = ''
+  crop: Annotated[tuple[Pixels, Pixels], Help(
+    'of Stable Diffusion XL: pixels that seem to be cut off at the top and the left (default: 0 0)',
+    'TOP LEFT'
+  )] = (0, 0)
+  target_size: Annotated[str, Help(
+    'of Stable Diffusion XL: the size in pixels that the picture seems to have been made for '
+    '(default: that which is drawn)', 'HxW'
+  )] = ''
+  aesthetic_score: Annotated[Score, Help(
+    f"of Stable Diffusion XL's refiner: how good the picture looks, 0 to 10 (default: {AESTHETIC})",
+    'S'
+  )] = AESTHETIC
+  negative_aesthetic_score: Annotated[Score, Help(
+    f'the same, of what not to draw (default: {NEGATIVE_AESTHETIC})', 'S'
+  )] = NEGATIVE_AESTHETIC
+  denoising_start: Annotated[float, Range(0, 1, below=True)] = 0.0
+  denoising_end: Annotated[float, Range(0, 1, above=True), Help(
+    "fraction of the noise's timesteps after which to stop, and where a refiner goes on", 'F'
+  )] = 1.0
 
   def __post_init__(self):
+    if not self.denoising_start < self.denoising_end:
+      raise UserError(
+        f'denoising_start is {self.denoising_start:g} and denoising_end {self.denoising_end:g}; '
+        'the first must be less.'
+      )
+    for name in ('original_size', 'target_size'):
+      if getattr(self, name):
+        parse_size(getattr(self, name), name)
     low, high = self.guidance_interval
     if not 0 <= low < (math.inf if high is None else high):
       raise UserError(
         f'guidance_interval is {low} to {high}; give two noise levels sigma / alpha from 0 on, the '
         'lower one first.'
       )
+
+  @property
+  def sizing(self) -> Sizing:
+    """The sizes that a model is conditioned on."""
+    size = lambda text: parse_size(text) if text else None
+    return Sizing(
+      size(self.original_size), self.crop, size(self.target_size), self.aesthetic_score,
+      self.negative_aesthetic_score,
+    )

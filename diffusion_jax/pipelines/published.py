@@ -87,23 +87,24 @@ _SDXL = PublishedPipeline(
   text=((FIRST, SECOND),), pooled=(SECOND,), zero_null=True,
 )
 _REFINER = PublishedPipeline(
-  encoders={SECOND: Encoder(skip=1, normalize=False)}, text=((SECOND,),), pooled=(SECOND,)
+  encoders={SECOND: Encoder(skip=1, normalize=False)}, text=((SECOND,),), pooled=(SECOND,),
+  zero_null=True, sample={'guidance': 5.0},
 )
 _SD3 = PublishedPipeline(
   'transformer', ('mmdit',),
   {FIRST: _PROJECTED, SECOND: _PROJECTED, THIRD: Encoder(('t5',), length=256)},
   text=((FIRST, SECOND), (THIRD,)), pooled=(FIRST, SECOND), missing=_of_sd3,
-  sample={'steps': 28, 'guidance': 7.0},
+  sample={'steps': 28, 'guidance': 7.0, 'strength_steps': 'up'},
 )
 # Its pipeline places the steps itself, from 1 to 1 / count.
 _FLUX = PublishedPipeline(
   'transformer', ('flux',), {FIRST: Encoder(), SECOND: Encoder(('t5',), length=512)},
   text=((SECOND,),), pooled=(FIRST,),
-  sample={'steps': 28, 'guidance': 1.0, 'spacing': 'trailing'},
+  sample={'steps': 28, 'guidance': 1.0, 'spacing': 'trailing', 'strength_steps': 'up'},
 )
 _PIXART = PublishedPipeline(
   'transformer', ('pixart',), {FIRST: Encoder(('t5',), length=120, masked=True, lower=True)},
-  sample={'steps': 20, 'guidance': 4.5},
+  sample={'steps': 20, 'guidance': 4.5, 'binning': 'aspect'},
 )
 _SIGMA = dataclasses.replace(
   _PIXART, encoders={FIRST: dataclasses.replace(_PIXART.encoders[FIRST], length=300)}
@@ -112,6 +113,9 @@ _SIGMA = dataclasses.replace(
 PUBLISHED: dict[str, PublishedPipeline] = {
   'StableDiffusionInstructPix2PixPipeline': dataclasses.replace(
     _SD, sample={'image_guidance': 1.5}
+  ),
+  'LatentConsistencyModelPipeline': dataclasses.replace(
+    _SD, sample={'steps': 4, 'guidance': 8.5}
   ),
   'StableDiffusion3Pipeline': _SD3, 'StableDiffusion3Img2ImgPipeline': _SD3,
   'FluxPipeline': _FLUX, 'FluxImg2ImgPipeline': _FLUX,

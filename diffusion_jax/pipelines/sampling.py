@@ -25,15 +25,17 @@ from diffusion_jax.diffusion.noise import NoiseSchedule
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.diffusion.samplers import (
   Grid,
+  info,
   padded,
   part_way,
   sampler,
+  section,
   shifted,
   size_shift,
 )
 from diffusion_jax.diffusion.samplers.grid import sampling_grid, spaced_timesteps
 from diffusion_jax.errors import UserError, require
-from diffusion_jax.pipelines.options import Option, SampleOptions
+from diffusion_jax.pipelines.options import SIZING, Option, SampleOptions
 from diffusion_jax.types import Condition
 
 PLACES = ('steps_offset', 'drop_last', 'fractional', 'set_alpha_to_one')
@@ -49,6 +51,9 @@ GRID_OPTIONS = {
   *SIZE_SHIFT, 'shift_terminal',
 } - {'schedule', 'count', 'spacing', 'places', 'total'}
 """What `places` may hold; the others have fields of their own."""
+
+LATENTS = 'latents'
+"""In place of one of DECODINGS: latents are left as they are."""
 
 BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 """Grids are padded to the next of these lengths; one longer stays as it is."""
@@ -79,7 +84,7 @@ class Program(NamedTuple):
 
   guided, image_guided: guidance by the text, by the edited picture. everywhere: at all noise
   levels. decoding: one of DECODINGS. options: the sampler's, as pairs. timesteps: one of
-  `noise.LABELS`.
+  `noise.LABELS`. cut: (height, width) of what is cut out of the images, see `bins.cut_out`.
   """
 
   sampler: str
@@ -93,6 +98,7 @@ class Program(NamedTuple):
   timesteps: str = 'exact'
   perturbed: str = ''
   autoguided: bool = False
+  cut: tuple[int, int] | None = None
 
   def guide(
     self, denoise: TextDenoiser, condition: Condition, negative: Condition, numbers: Numbers,
@@ -152,10 +158,13 @@ class SampleConfig(SampleOptions):
     settle = lambda name, value: (
       self.steps < value if name == 'lower_order_final' and type(value) is int else value
     )
-    options = tuple(sorted((name, settle(name, value)) for name, value in self.options.items()))
+    options = {name: settle(name, value) for name, value in self.options.items()}
+    if self.denoising_end < 1:  # The last steps are another model's.
+      taken = inspect.signature(info(self.sampler).function).parameters
+      options |= {n: False for n in ('lower_order_final', 'euler_at_final') if n in taken}
     return Program(
       self.sampler, guided, edited, everywhere, self.threshold, self.clip_skip, self.decoding,
-      options, self.timesteps, perturbed, autoguided,
+      tuple(sorted(options.items())), self.timesteps, perturbed, autoguided,
     )
 
   def _grid(self, noise: NoiseSchedule, tokens: int | None = None) -> Grid:
@@ -178,7 +187,13 @@ class SampleConfig(SampleOptions):
     Raises:
       UserError: for a strength that leaves no step.
     """
-    grid = part_way(jax.tree.map(np.asarray, self._grid(noise, tokens)), strength)
+    whole = jax.tree.map(np.asarray, self._grid(noise, tokens))
+    grid = part_way(whole, strength, up=self.strength_steps == 'up')
+    if self.denoising_start > 0 or self.denoising_end < 1:
+      grid = section(grid, *(
+        None if part in (0, 1) else noise.after(part)
+        for part in (self.denoising_start, self.denoising_end)
+      ))
     steps = len(grid[0]) - 1
     grid = padded(grid, next((length for length in BUCKETS if length >= steps), steps))
     low, high = self.guidance_interval
@@ -203,7 +218,7 @@ class SampleConfig(SampleOptions):
     guided = program.guided or program.image_guided or program.perturbed or program.autoguided
     later = ('options', *PLACES, 'places', 'timesteps', 'scaled_noise', 'image_guidance',
              'distilled_guidance', 'perturbed_attention', 'autoguidance', 'clip_skip', 'decoding',
-             'prompt_syntax')
+             'prompt_syntax', 'binning', *SIZING, 'denoising_start', 'denoising_end')
     names += [name for name in later if getattr(self, name) != getattr(default, name)]
     names += ['perturbed_part'] * bool(program.perturbed)
     names += ['guidance_rescale'] * bool(guided and self.guidance_rescale != 0)

@@ -21,9 +21,10 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.files import check_folder
 from diffusion_jax.formats.networks import Part, read_network, read_part, resolve
 from diffusion_jax.limits import Range
-from diffusion_jax.models.autoencoder import decode_sliced, decode_tiled
+from diffusion_jax.models.autoencoder import decode_sliced, decode_tiled, encode_tiled
 from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import in_batches
+from diffusion_jax.pipelines.bins import cut_out
 from diffusion_jax.pixels import to_float
 from diffusion_jax.types import Latents, Params, Weights
 
@@ -31,8 +32,8 @@ AUTOENCODER = 'autoencoder'
 """The role of its weights."""
 
 MOST_WHOLE = 160 * 160
-"""Places of latents above which an image is decoded in tiles: 1280 x 1280 pixels of a factor of 8.
-Attention over all places takes memory with their square."""
+"""Places of latents above which an image is encoded and decoded in tiles: 1280 x 1280 pixels of a
+factor of 8. Attention over all places takes memory with their square."""
 
 
 def _up_to_a_size(decode: Callable) -> Callable:
@@ -177,7 +178,7 @@ class LatentSpace(Space):
 
   def moments(self, weights, examples):
     """'mean' and 'logvar' [b h w c], float32, of the autoencoder's own latents."""
-    mean, logvar = self.autoencoder.bind(weights[AUTOENCODER]).encode(examples)
+    mean, logvar = self._encoded(weights, examples)
     return {'mean': mean.astype(jnp.float32), 'logvar': logvar.astype(jnp.float32)}
 
   def sample(self, moments, key):
@@ -189,13 +190,24 @@ class LatentSpace(Space):
 
   def raw(self, weights, examples):
     """Mean of the autoencoder's own latents, neither scaled nor folded."""
-    mean, _ = self.autoencoder.bind(weights[AUTOENCODER]).encode(examples)
+    mean, _ = self._encoded(weights, examples)
     return mean.astype(jnp.float32)
 
-  def decode(self, weights, z, how='whole'):
+  def _encoded(self, weights: Weights, examples: jax.Array) -> tuple[Latents, Latents]:
+    """Return the autoencoder's mean and log-variance, of large images in tiles."""
+    autoencoder = self.autoencoder.bind(weights[AUTOENCODER])
+    height, width = examples.shape[1:3]
+    if height * width <= MOST_WHOLE * autoencoder.config.factor**2:
+      return autoencoder.encode(examples)
+    return encode_tiled(autoencoder, examples)
+
+  def decode(self, weights, z, how='whole', size=None):
+    """`size`: (height, width) that is cut out of the images, before they are brought into bounds.
+    """
     config = self.autoencoder.config
     z = unfold(z, self.patch) / config.scaling_factor + config.shift_factor
     images = DECODERS[how](self.autoencoder.bind(weights[AUTOENCODER]), z)
+    images = images if size is None else cut_out(images, *size)
     return jnp.clip(images.astype(jnp.float32), -1.0, 1.0)
 
 

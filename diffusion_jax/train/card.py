@@ -33,7 +33,7 @@ def model_card(
   """
   t, data = training, training.config['data']
   records, (name, edge) = steps * t.loop.batch_size, t.task.described(data['size'])
-  of = f' of {t.trained_on.records:,} images' if t.trained_on else ''
+  of = f' of {t.trained_on.records:,} {name}' if t.trained_on else ''
   devices = t.mesh.devices
   lines = [
     f'# {t.task.title} ({data["dataset"]}, {edge})', '',

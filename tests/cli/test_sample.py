@@ -140,6 +140,15 @@ def test_any_size_is_drawn(draw, fails, finished):
     assert 'give height x width in pixels, such as 96x64' in refused(size)
 
 
+def test_a_size_is_refused_before_any_weights_are_read(fails, finished, copy_of):
+  model = copy_of(finished) / 'model'
+  for file in model.rglob('*.safetensors'):
+    file.write_bytes(b'')
+  refused = lambda *size: fails('sample', '--model', model, '--prompt', 'cat', '--out', 'x', *size)
+  assert 'the nearest such size is 32x32' in refused('--size', '30x33')
+  assert 'the nearest such size' not in refused('--size', '32x32')
+
+
 def test_without_a_size_the_aspect_is_the_picture_s(draw, tmp_path):
   """About as large as the images of training, 32 x 32; a square where that is asked for."""
   Image.new('RGB', (90, 40), 'red').save(tmp_path / 'wide.png')

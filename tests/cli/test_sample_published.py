@@ -25,7 +25,7 @@ def files(once):
   """Folder of pipelines, pictures, a LoRA, a word and a ControlNet."""
 
   def make(folder):
-    for name in ('sd1', 'sdxl', 'inpaint', 'upscale', 'depth', 'edit', 'variation'):
+    for name in ('sd1', 'sdxl', 'refiner', 'inpaint', 'upscale', 'depth', 'edit', 'variation'):
       small.make(name).save_pretrained(folder / name)
     small.make('controlled').controlnet.save_pretrained(folder / 'controlnet')
     for name in ('one', 'two'):
@@ -81,10 +81,40 @@ def test_a_picture_an_adapter_and_a_word(draw):
   ('depth', ('--depth', 'FILES/one.png')), ('variation', ('--reference', 'FILES/one.png')),
 ])
 def test_what_a_model_is_shown(draw, model, arguments):
-  """Without any of these it is refused, as below; what they do is in test_parity_pipelines."""
+  """Without any of these it is refused, as below; what they do is in test_parity_pipelines.
+
+  All are drawn in the aspect of the first picture, of 24 x 20 pixels, at about 16 x 16.
+  """
   found = draw(model, *arguments)
+  assert found.size == ((small.SIZE,) * 2 if model == 'variation' else (18, 14))
   for name, value in zip(arguments[::2], arguments[1::2], strict=True):
     assert found.text[name[2:]].endswith(str(value).removeprefix('FILES'))
+
+
+def test_pixart_draws_at_a_size_of_its_training(draw, fails, tmp_path):
+  """Any size is cut out of that, where it is not switched off."""
+  small.make('pixart_256').save_pretrained(tmp_path / 'pixart')
+  found = draw(tmp_path / 'pixart', '--size', '41x30')
+  assert found.size == (30, 41) and found.text['binning'] == 'aspect'
+  assert 'the nearest such size is 48x32' in fails(
+    'sample', '--model', tmp_path / 'pixart', '--prompt', 'cab', '--out', tmp_path / 'out',
+    '--size', '41x30', '--binning', 'none',
+  )
+
+
+def test_a_refiner_takes_the_last_steps(draw):
+  """Of the model's latents; both are told the sizes."""
+  told = ('--original_size', '64x48', '--crop', 3, 5, '--aesthetic_score', 3)
+  draws = [
+    draw('sdxl', '--refiner', 'FILES/refiner', *more)
+    for more in ((), told, ('--denoising_end', 0.6))
+  ]
+  assert differ(*draws[:2]) and differ(draws[0], draw('sdxl'))
+  wanted = {'original_size': '64x48', 'crop': '3 5', 'aesthetic_score': '3', 'denoising_end': '0.8'}
+  assert {name: draws[1].text[name] for name in wanted} == wanted
+  assert draws[1].text['refiner'].endswith('refiner') and draws[2].text['denoising_end'] == '0.6'
+  # Both begin no step between.
+  np.testing.assert_array_equal(draws[2], draws[0])
 
 
 def test_masks_of_any_shape_and_transparency_paint_the_same(draw, files, fails, tmp_path, capsys):
@@ -129,8 +159,12 @@ def test_an_empty_prompt_draws_without_condition(draw, model):
   ('variation', (), 'give --reference'), ('sd1', ('--reference', 'one.png'), 'varies no picture'),
   ('variation', ('--reference', 'one.png', '--textual_inversion', 'word'), 'reads no words'),
   ('sd1', ('--controlnet', 'controlnet'), 'give --control'),
+  ('sd1', ('--crop', 1, 2), 'crop is (1, 2), but the model is not conditioned on it'),
+  ('sdxl', ('--aesthetic_score', 5), 'aesthetic_score is 5.0, but the model is not'),
+  ('sdxl', ('--original_size', 'large'), "original_size is 'large'; give height x width"),
+  ('sdxl', ('--refiner', 'variation'), 'reads no prompts; leave it out'),
 ])
 def test_what_does_not_fit_is_refused(fails, files, tmp_path, model, arguments, words):
-  given = [files / a if str(a) in ('one.png', 'controlnet', 'word') else a for a in arguments]
+  given = [files / a if (files / str(a)).exists() else a for a in arguments]
   assert words in fails('sample', '--model', files / model, '--prompt', 'cab', '--out',
                         tmp_path / 'out', *FAST, *given)

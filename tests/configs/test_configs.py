@@ -60,7 +60,11 @@ def test_networks_and_optimizer_build_without_memory(path):
   shapes = _shapes(config)
   optimizer = make_optimizer(config.optimizer, shapes, config.loop.total_steps, 'cpu')
   state = jax.eval_shape(optimizer.init, shapes)
-  assert sum(x.size for x in jax.tree.leaves(state)) >= 2 * sum(x.size for x in shapes.values())
+  size, parameters = (sum(x.size for x in jax.tree.leaves(t)) for t in (state, shapes))
+  if config.optimizer.name == 'adafactor':  # Its second moments are factored.
+    assert 0 < size < parameters
+  else:
+    assert size >= 2 * parameters
 
 
 @recipes
@@ -123,7 +127,7 @@ def test_frozen_parts_fit(path):
       settings.objective.parameterization,
     )
   except UserError as error:
-    assert 'There is no asset:' in str(error) or 'runs/t5/model' in str(error)
+    assert 'There is no asset:' in str(error)
     return
   assert (config.data.size, config.data.size) == model.trained_size
   settings.sample.check(model.noise, settings.objective.parameterization)

@@ -24,6 +24,10 @@ NETWORKS = {
   'sd21': {'denoiser': 865_910_724, 'autoencoder': AUTOENCODER, 'text_encoder': OPENCLIP_H},
   'sdxl': {'denoiser': 2_567_463_684, 'autoencoder': AUTOENCODER, 'text_encoder': CLIP_L,
            'text_encoder_2': BIGG},
+  'sdxl_refiner': {
+    'denoiser': 2_259_526_660, 'autoencoder': AUTOENCODER, 'text_encoder_2': BIGG
+  },
+  'lcm_sd15': SD1 | {'denoiser': 859_602_884},
 }
 # Counted by diffusers and transformers on the meta device, with the tables of positions.
 AUTOENCODER_16, T5 = 83_819_683, 4_762_310_656
@@ -41,7 +45,7 @@ NETWORKS |= {
   'pixart_sigma': PIXART | {'denoiser': 610_856_096},
 }
 SIZES = {name: 512 if name.startswith('sd15') else 1024 for name in NETWORKS} | {
-  'sd21': 768, 'sd21_base': 512
+  'sd21': 768, 'sd21_base': 512, 'lcm_sd15': 768
 }
 
 
@@ -51,7 +55,8 @@ def lora(rank: int, blocks: dict[int, int], text: int) -> int:
 
 
 TRAINED = {
-  'sd15': 859_520_964, 'sd21': 865_910_724, 'sdxl': 2_567_463_684, 'dreambooth': 859_520_964,
+  'sd15': 859_520_964, 'sd15_v': 859_520_964, 'sd15_flow': 859_520_964,
+  'sd21': 865_910_724, 'sdxl': 2_567_463_684, 'dreambooth': 859_520_964,
   'inpainting': 859_535_364, 'controlnet': 361_279_120, 'textual_inversion': 1 * 768,
   # Blocks by width: two going down and three going up at a level, each of its depth, and the mid.
   'lora': lora(4, {320: 5, 640: 5, 1280: 5 + 1}, 768),
@@ -60,7 +65,12 @@ TRAINED = {
   # one; of Flux, three of each block of one stream.
   'sd35_medium': 2_469_663_936, 'sd35_medium_lora': (8 * 24 - 1 + 4 * 13) * 4 * 2 * 1536,
   'flux_lora': (8 * 19 + 3 * 38) * 4 * 2 * 3072, 'pixart': 610_856_096,
+  'pixart_lora': 8 * 28 * 4 * 2 * 1152,  # Four layers of each of two attentions.
 }
+
+
+CHANGED = ('sd15_v', 'sd15_flow')
+"""Those that change the prediction."""
 
 
 def abstract_parameters(settings):
@@ -99,7 +109,9 @@ def test_a_recipe_fits_its_architecture(name, configs):
   config = configs[name]
   model = architecture_model(config.settings.architecture)
   assert config.data.size == max(model.trained_size)
-  assert config.settings.objective.prediction == model.parameterization.name
+  prediction, schedule = config.settings.objective.prediction, config.settings.schedule
+  assert (prediction != model.parameterization.name) == (schedule is not None) == (name in CHANGED)
+  model = model.in_terms(prediction, schedule or model.noise.config)
   config.settings.sample.check(model.noise, model.parameterization)
   assert config.settings.model == '' and config.data.dataset.startswith('folder:')
 

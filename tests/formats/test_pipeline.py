@@ -2,16 +2,24 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.convert import convert
+from diffusion_jax.formats.pipeline import save_changed
 from diffusion_jax.formats.tensors import write_json
 from diffusion_jax.pipelines.directory import load_model
 from tests.tiny import ROOT
 
 NAN, LONG = float('nan'), 'x' * 10**5
 NO_SIZE = [10**9, -1, 0, NAN, 1.5, '1', True, [10**9], [[1]], [1] * 10**5, {}]
+
+CLIP = 'asset:clip-openmoji-64'
+OWN = {
+  '_class_name': 'Diffusion', 'sample': {}, 'prediction': 'v_prediction',
+  'space': {'type': 'latents', 'autoencoder': 'asset:autoencoder-openmoji-64', 'patch': 2},
+}
 
 
 def model(folder, **changes):
@@ -52,6 +60,29 @@ def test_steps_of_a_model(tmp_path, fails):
     path = model(tmp_path, index={'sample': {'steps': steps, 'spacing': 'karras'}})
     line = fails('sample', '--model', path, '--prompt', 'x', '--out', tmp_path / 'out')
     assert f'steps is {steps}' in line
+
+
+@pytest.mark.parametrize('text', [
+  None, {'path': CLIP}, {'encoders': [{'path': CLIP}, {'path': CLIP, 'skip': 1}]},
+])
+def test_trained_encoders_take_the_place_of_an_asset(text, tmp_path):
+  """Of both classes of our own; with their tokenizers, and the denoiser where it is read."""
+  source = model(tmp_path / 'a')
+  if text is not None:
+    write_json(tmp_path / 'a' / 'model_index.json', OWN | {'conditioners': {'text': text}})
+    (tmp_path / 'a' / 'unet').rename(tmp_path / 'a' / 'denoiser')
+  made, weights, _ = load_model(source)
+  changed = {
+    role: (made.networks[role].config, {n: np.asarray(v) + 1 for n, v in weights[role].items()})
+    for role in ('denoiser', *list(made.text.networks)[-1:])
+  }
+  save_changed(tmp_path / 'b', source, changed, 'float32')
+  again, found, _ = load_model(str(tmp_path / 'b'))
+  assert found.keys() == weights.keys()
+  for role, values in found.items():
+    wanted = changed[role][1] if role in changed else weights[role]
+    assert all(np.array_equal(value, wanted[name]) for name, value in values.items()), role
+  np.testing.assert_array_equal(again.text.tokens(['red cat']), made.text.tokens(['red cat']))
 
 
 @pytest.mark.parametrize(('index', 'words'), [

@@ -38,7 +38,7 @@ def test_heads_are_named_in_two_ways():
 
 
 @pytest.mark.parametrize(('key', 'value'), [
-  ('time_cond_proj_dim', 256), ('encoder_hid_dim_type', 'text_proj'), ('act_fn', 'gelu'),
+  ('time_cond_proj_dim', 3), ('encoder_hid_dim_type', 'text_proj'), ('act_fn', 'gelu'),
   ('reverse_transformer_layers_per_block', [1, 2, 3, 4]), ('dual_cross_attention', True),
   ('class_embed_type', 'simple_projection'), ('addition_embed_type', 'image'),
   ('mid_block_type', 'UNetMidBlock2DSimpleCrossAttn'), ('resnet_time_scale_shift', 'spatial'),

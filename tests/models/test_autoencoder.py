@@ -11,7 +11,13 @@ import pytest
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import load
 from diffusion_jax.models import network
-from diffusion_jax.models.autoencoder import decode_sliced, decode_tiled
+from diffusion_jax.models.autoencoder import (
+  AutoencoderKL,
+  AutoencoderKLConfig,
+  decode_sliced,
+  decode_tiled,
+  encode_tiled,
+)
 from diffusion_jax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 
 TINY = AutoencoderTinyConfig(
@@ -48,6 +54,18 @@ def test_tiles_take_a_fourth_of_the_memory(tiny):
   z = jax.ShapeDtypeStruct((1, 64, 64, 4), jnp.float32)
   tiled = compiled(functools.partial(decode_tiled, tiny, tile=16, overlap=4), z)
   assert memory(compiled(tiny.decode, z)) > 4 * memory(tiled)
+
+
+def test_encoding_in_tiles_takes_a_fourth_of_the_memory_for_any_height(random_params):
+  """One loop in one program: twice as many tiles take hardly more."""
+  config = AutoencoderKLConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=2)
+  graphdef, shapes = network.abstract(lambda rngs: AutoencoderKL(config, rngs=rngs))
+  ours = network.merge(graphdef, random_params(shapes))
+  encode = functools.partial(encode_tiled, ours, tile=16, overlap=4)
+  images = lambda height: jax.ShapeDtypeStruct((1, height, 112, 3), jnp.float32)
+  whole = memory(compiled(ours.encode, images(112)))
+  tiled, higher = (memory(compiled(encode, images(height))) for height in (112, 208))
+  assert whole > 4 * tiled and higher < 1.5 * tiled
 
 
 def disks():
@@ -89,6 +107,7 @@ def test_what_fits_into_one_tile_is_not_cut(tiny):
 
 @pytest.mark.parametrize(('make', 'words'), [
   (lambda net, z: decode_tiled(net, z, tile=8, overlap=5), 'overlap=5 .* half of tile=8'),
+  (lambda net, z: encode_tiled(net, z, tile=8, overlap=-1), 'overlap=-1 .* half of tile=8'),
   (lambda net, z: decode_sliced(net, z, at_once=0), 'at_once must be positive'),
 ])
 def test_impossible_parts_are_refused(make, words, tiny):
@@ -98,10 +117,15 @@ def test_impossible_parts_are_refused(make, words, tiny):
 
 @pytest.mark.parametrize('tile, overlap', [(8, 2), (8, 0), (6, 3)])
 def test_tiles_of_every_size_are_the_whole(tile, overlap):
-  """Of a decoder whose pixels depend on one place each, also where a rest of one row is left."""
+  """Of a network whose pixels depend on one place each, also where a rest of one row is left."""
   enlarge = lambda z: jnp.repeat(jnp.repeat(z, 2, axis=1), 2, axis=2)
-  local = types.SimpleNamespace(decode=enlarge, config=types.SimpleNamespace(factor=2))
+  local = types.SimpleNamespace(
+    decode=enlarge, moments=lambda x: x[:, ::2, ::2], config=types.SimpleNamespace(factor=2),
+    encode=lambda x: jnp.split(x[:, ::2, ::2], 2, -1),
+  )
   for h, w in ((1, 9), (9, 1), (8, 9), (13, 14), (7, 25), (20, 15)):
-    z = np.random.default_rng(h).normal(size=(2, h, w, 3)).astype(np.float32)
+    z = np.random.default_rng(h).normal(size=(2, h, w, 4)).astype(np.float32)
     tiled = decode_tiled(local, z, tile=tile, overlap=overlap)
     np.testing.assert_allclose(tiled, enlarge(z), atol=1e-6)
+    moments = encode_tiled(local, enlarge(z), tile=tile, overlap=overlap)
+    np.testing.assert_allclose(np.concatenate(moments, -1), z, atol=1e-6)

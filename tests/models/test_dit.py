@@ -149,7 +149,7 @@ def test_out_channels_that_a_file_leaves_out_are_those_in():
   ('dit', {'x': X[..., :2]}, 'must have 3 channels'),
   ('dit', {'t': T[:1]}, r'times must have shape \[2\]'),
   ('dit', {'labels': (1,)}, r'`labels` must have shape \[2\]'),
-  ('mmdit', {'x': np.ones((2, 4, 10, 3))}, '4x10 are too large: .* for 8x8'),
+  ('mmdit', {'x': np.ones((2, 4, 10, 3))}, '4x10 .* of 2 up to 8; the nearest such size is 4x8'),
   ('mmdit', {'text': TEXT[..., :4]}, r'`text` must have shape \[2 n 6\]'),
   ('mmdit', {'pooled': POOLED[:, :4]}, r'`pooled` must have shape \[2 5\]'),
 ])

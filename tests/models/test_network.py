@@ -28,6 +28,8 @@ from diffusion_jax.types import Condition
   (UNet, UNETS['sd21'], 865_910_724, 686),
   (UNet, UNETS['sd_x4_upscaler'], 473_398_020, 687),
   (UNet, UNETS['sdxl'], 2_567_463_684, 1680),
+  (UNet, UNETS['sdxl_refiner'], 2_259_526_660, 1220),
+  (UNet, UNETS['lcm_sd15'], 859_602_884, 687),
   (ControlNet, CONTROLNETS['sd15'], 361_279_120, 340),
   (ControlNet, CONTROLNETS['sdxl'], 1_251_014_160, 844),
   (AutoencoderKL, AutoencoderKLConfig(), 83_653_863, 248),

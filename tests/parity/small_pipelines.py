@@ -40,10 +40,11 @@ def text_encoder(projection: int | None = None, act: str = 'quick_gelu'):
   return getattr(transformers, kind)(config)
 
 
-def vae(**changes) -> diffusers.AutoencoderKL:
+def vae(levels: int = 2, **changes) -> diffusers.AutoencoderKL:
   return diffusers.AutoencoderKL(**dict(
-    block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4,
-    down_block_types=['DownEncoderBlock2D'] * 2, up_block_types=['UpDecoderBlock2D'] * 2,
+    block_out_channels=(8,) * levels, layers_per_block=1, norm_num_groups=4, latent_channels=4,
+    down_block_types=['DownEncoderBlock2D'] * levels,
+    up_block_types=['UpDecoderBlock2D'] * levels,
     sample_size=SIZE, scaling_factor=0.9,
   ) | changes)
 
@@ -115,16 +116,45 @@ def sd2_v():
   return diffusers.StableDiffusionPipeline(**parts(**more), **NO_CHECK)
 
 
-def sdxl():
+def sdxl(**changes):
   more = dict(
     cross_attention_dim=2 * WIDTH, use_linear_projection=True, transformer_layers_per_block=2,
     addition_embed_type='text_time', addition_time_embed_dim=4,
     projection_class_embeddings_input_dim=6 * 4 + 6,
-  )
+  ) | changes
   return diffusers.StableDiffusionXLPipeline(
     **parts(**more), text_encoder_2=text_encoder(6, 'gelu'), tokenizer_2=tokenizer('!'),
     add_watermarker=False,
   )
+
+
+def refiner():
+  more = dict(
+    use_linear_projection=True, addition_embed_type='text_time', addition_time_embed_dim=4,
+    projection_class_embeddings_input_dim=5 * 4 + 6,
+  )
+  return diffusers.StableDiffusionXLImg2ImgPipeline(
+    **parts(**more) | {'text_encoder': None, 'tokenizer': None},
+    text_encoder_2=text_encoder(6, 'gelu'), tokenizer_2=tokenizer('!'), add_watermarker=False,
+    requires_aesthetics_score=True, force_zeros_for_empty_prompt=False,
+  )
+
+
+def consistent(pipeline):
+  """With the scheduler of consistency models, told the guidance."""
+  scheduler = diffusers.LCMScheduler(
+    beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear'
+  )
+  return type(pipeline)(**pipeline.components | {'scheduler': scheduler}, **(
+    {'add_watermarker': False} if hasattr(pipeline, 'text_encoder_2')
+    else {'requires_safety_checker': False}
+  ))
+
+
+def lcm():
+  return consistent(diffusers.LatentConsistencyModelPipeline(
+    **parts(time_cond_proj_dim=6), **NO_CHECK
+  ))
 
 
 def inpaint():
@@ -207,14 +237,14 @@ def flux_dev():
   )
 
 
-def pixart(kind: str, **changes):
+def pixart(kind: str, levels: int = 2, **changes):
   transformer = diffusers.PixArtTransformer2DModel(**dict(
     num_attention_heads=3, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=2,
     sample_size=LATENT, cross_attention_dim=12, caption_channels=T5_WIDTH,
   ) | changes)
   scheduler = diffusers.DPMSolverMultistepScheduler(beta_end=0.02, beta_schedule='linear')
   return getattr(diffusers, kind)(
-    tokenizer=t5_tokenizer(), text_encoder=t5(), vae=vae(), transformer=transformer,
+    tokenizer=t5_tokenizer(), text_encoder=t5(), vae=vae(levels), transformer=transformer,
     scheduler=scheduler,
   )
 
@@ -232,9 +262,14 @@ PIPELINES = {
   # Told the picture's size, as the pipeline does where sample_size is 128.
   'pixart_alpha': lambda: pixart('PixArtAlphaPipeline', sample_size=128),
   'pixart_sigma': lambda: pixart('PixArtSigmaPipeline'),
+  # Of 256 pixels, for which there are bins.
+  'pixart_256': lambda: pixart('PixArtSigmaPipeline', 4, sample_size=32),
   'sd3': sd3, 'sd3_without_t5': lambda: sd3(False), 'sd35': sd35, 'flux_dev': flux_dev,
   'flux_schnell': lambda: flux(False),
-  'sd1': sd1, 'sd2_v': sd2_v, 'sdxl': sdxl, 'inpaint': inpaint, 'edit': edit, 'upscale': upscale,
+  'sd1': sd1, 'sd2_v': sd2_v, 'sdxl': sdxl,
+  'refiner': refiner, 'lcm': lcm,
+  'lcm_xl': lambda: consistent(sdxl(time_cond_proj_dim=6)),
+  'inpaint': inpaint, 'edit': edit, 'upscale': upscale,
   'depth': depth, 'controlled': controlled, 'variation': variation,
 }
 

@@ -3,13 +3,19 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 
 from diffusion_jax.formats.autoencoder import AUTOENCODERS
 from diffusion_jax.formats.dit import TRANSFORMERS
 from diffusion_jax.formats.networks import format_of
 from diffusion_jax.formats.published import published_shape, to_published_names
+from diffusion_jax.formats.single_file_names import to_stored
+from diffusion_jax.formats.tensors import Tensor
+from diffusion_jax.formats.transformer_names import flux_config, mmdit_config, transformer_rules
 from diffusion_jax.models import network
+from diffusion_jax.models.flux import FluxConfig
+from diffusion_jax.models.mmdit import MMDiTConfig
 
 torch = pytest.importorskip('torch')
 diffusers = pytest.importorskip('diffusers')
@@ -18,10 +24,17 @@ diffusers = pytest.importorskip('diffusers')
 NETWORKS = {name: AUTOENCODERS[name] for name in ('sdxl', 'sd_x4_upscaler', 'taesd', 'vq_f4')} | {
   # There every block has its own embedding.
   'dit_xl_2': dataclasses.replace(TRANSFORMERS['dit_xl_2_256'], shared_embedding=False),
-  'sd3_medium': TRANSFORMERS['sd3_medium'],
+  **{name: one for name, one in TRANSFORMERS.items() if 'dit' not in name},
 }
 # Scalars that are learned; those of the autoencoders are in tests/io.
-SIZES = {'dit_xl_2': 749_826_464, 'sd3_medium': 2_028_328_000}
+SIZES = {
+  'dit_xl_2': 749_826_464, 'sd3_medium': 2_028_328_000, 'sd35_medium': 2_243_171_520,
+  'sd35_large': 8_056_627_520, 'flux_dev': 11_901_408_320, 'flux_schnell': 11_891_178_560,
+  'pixart_alpha': 611_349_152, 'pixart_sigma': 610_856_096,
+}
+# Tensors of the published single files.
+STORED = {'flux_dev': 780, 'flux_schnell': 776}
+STYLES = {MMDiTConfig: ('mmdit', mmdit_config), FluxConfig: ('flux', flux_config)}
 
 
 @pytest.mark.parametrize('name', NETWORKS)
@@ -41,3 +54,17 @@ def test_names_and_shapes(name):
     table = ours.get('pos_embed.pos_embed', (0,))
     assert network.count(shapes) - math.prod(table) == SIZES[name]
     assert SIZES[name] == sum(p.numel() for p in theirs.parameters())
+  if type(config) in STYLES:
+    assert_inferred(name, kind, config, ours)
+
+
+def assert_inferred(name, kind, config, shapes):
+  """A single file of these tensors says by its shapes which network it holds."""
+  tensors = {n: Tensor(np.dtype('float16'), shape, None) for n, shape in shapes.items()}
+  style, infer = STYLES[type(config)]
+  stored = to_stored(transformer_rules(shapes, style), tensors, name)
+  values = infer({n: tensor.shape for n, tensor in stored.items()}, name)
+  assert kind.parse(values, name) == config
+  total = lambda tensors: sum(math.prod(tensor.shape) for tensor in tensors.values())
+  assert total(stored) == total(tensors)
+  assert len(stored) == STORED.get(name, len(stored))

@@ -78,7 +78,7 @@ def draw(model, weights, sample, noise=NOISE, negative=NEGATIVE, prompts=PROMPTS
          size=(None, None), **changes):
   """Ours, in [0, 1] as theirs."""
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-  sample = dataclasses.replace(sample, steps=STEPS, **changes)
+  sample = dataclasses.replace(sample, **{'steps': STEPS} | changes)
   [images] = model.sample(
     model.on_mesh(weights, mesh), prompts, sample, seed=0, mesh=mesh, negative=negative,
     noise=noise, batch_size=2, inputs=inputs, height=size[0], width=size[1],

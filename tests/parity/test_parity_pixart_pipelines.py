@@ -2,15 +2,19 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 
+import diffusers
 import jax
 import numpy as np
 import pytest
 
+from diffusion_jax.errors import UserError
 from diffusion_jax.files import INDEX
 from diffusion_jax.formats.convert import convert
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from diffusion_jax.pipelines.bins import bins, nearest_bin
 from diffusion_jax.pipelines.directory import load_model
 from tests.parity import small_pipelines as small
 
@@ -39,21 +43,23 @@ def noise_of(size):
   return np.random.default_rng(1).normal(size=(2, *(n // 2 for n in size), 4)).astype(np.float32)
 
 
-def draw_theirs(theirs, size, prompts=PROMPTS):
+def draw_theirs(theirs, size, prompts=PROMPTS, noise=None):
+  """In bins where the noise is given."""
+  latents = torch.tensor((noise_of(size) if noise is None else noise).transpose(0, 3, 1, 2))
   return theirs(
-    prompt=prompts, negative_prompt=NEGATIVE, latents=torch.tensor(
-      noise_of(size).transpose(0, 3, 1, 2)
-    ), height=size[0], width=size[1], num_inference_steps=STEPS, use_resolution_binning=False,
-    clean_caption=False, max_sequence_length=small.T5_LENGTH, output_type='np',
+    prompt=prompts, negative_prompt=NEGATIVE, latents=latents, height=size[0], width=size[1],
+    num_inference_steps=STEPS, use_resolution_binning=noise is not None, clean_caption=False,
+    max_sequence_length=small.T5_LENGTH, output_type='np',
   ).images
 
 
-def draw(model, weights, sample, size, prompts=PROMPTS):
+def draw(model, weights, sample, size, prompts=PROMPTS, noise=None, **changes):
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+  changes = {'binning': 'none'} | changes
   [images] = model.sample(
-    model.on_mesh(weights, mesh), prompts, dataclasses.replace(sample, steps=STEPS), seed=0,
-    mesh=mesh, negative=NEGATIVE, noise=noise_of(size), batch_size=2, height=size[0],
-    width=size[1],
+    model.on_mesh(weights, mesh), prompts, dataclasses.replace(sample, steps=STEPS, **changes),
+    seed=0, mesh=mesh, negative=NEGATIVE, noise=noise_of(size) if noise is None else noise,
+    batch_size=2, height=size[0], width=size[1],
   )
   return images / 2 + 0.5
 
@@ -69,6 +75,39 @@ def test_pictures(load, name):
     assert ((wanted > 0) & (wanted < 1)).mean() > 0.5
     assert np.abs(found - wanted).max() < 2e-4
   assert np.abs(draw(*ours, size, ['b', 'c']) - wanted).max() > 1e-3
+
+
+def test_other_sizes_are_cut_out_of_those_of_training(load):
+  """Of any number of pixels; without bins they are drawn as they are, where they can be."""
+  theirs, _, *ours = load('pixart_256')
+  assert ours[2].binning == 'aspect'
+  size, drawn = (201, 330), (192, 320)
+  noise = np.random.default_rng(1).normal(size=(2, *(n // 8 for n in drawn), 4))
+  noise = noise.astype(np.float32)
+  wanted = draw_theirs(theirs, size, noise=noise)
+  found = draw(*ours, size, noise=noise, binning='aspect')
+  assert wanted.shape == found.shape == (2, *size, 3) and wanted.std() > 0.02
+  assert np.abs(found - wanted).max() < 2e-4
+  inside = draw(*ours, drawn, noise=noise, binning='aspect')
+  assert np.abs(inside - draw(*ours, drawn, noise=noise)).max() == 0
+  with pytest.raises(UserError, match='multiples of 16; the nearest such size is 208x336'):
+    draw(*ours, size)
+
+
+@pytest.mark.parametrize(('edge', 'module', 'table'), [
+  (256, 'alpha', 'ASPECT_RATIO_256_BIN'), (512, 'alpha', 'ASPECT_RATIO_512_BIN'),
+  (1024, 'alpha', 'ASPECT_RATIO_1024_BIN'), (2048, 'sigma', 'ASPECT_RATIO_2048_BIN'),
+])
+def test_the_sizes_of_training_are_those_of_the_published_tables(edge, module, table):
+  module = importlib.import_module(f'diffusers.pipelines.pixart_alpha.pipeline_pixart_{module}')
+  table = getattr(module, table)
+  wanted = [(float(ratio), (int(h), int(w))) for ratio, (h, w) in table.items()]
+  assert list(bins(edge).items()) == wanted
+  processor = diffusers.image_processor.PixArtImageProcessor
+  for size in np.random.default_rng(0).integers(50, 3000, (50, 2)).tolist():
+    found = nearest_bin(*size, edge // 8)
+    assert found == processor.classify_height_width_bin(*size, ratios=table)
+  assert nearest_bin(70, 30, 8) == nearest_bin(70, 30, None) == (70, 30)
 
 
 def test_classes(load):

@@ -93,10 +93,13 @@ def test_back_from_a_single_file(made, tmp_path, family):
       if not key.startswith('_'):
         plain = lambda value: list(value) if isinstance(value, tuple) else value
         assert plain(has[key]) == plain(found[key]), (name, key)
-  assert other.tokenizer('a cat').input_ids == pipe.tokenizer('a cat').input_ids
+  ids = lambda pipe: (pipe.tokenizer or pipe.tokenizer_2)('a cat').input_ids
+  assert ids(other) == ids(pipe)
+  for key in ('requires_aesthetics_score', 'force_zeros_for_empty_prompt'):
+    assert other.config.get(key) == pipe.config.get(key)
 
 
-@pytest.mark.parametrize('family', ['sd1', 'sdxl'])
+@pytest.mark.parametrize('family', ['sd1', 'sdxl', 'sdxl_refiner'])
 def test_there_and_back_by_our_own_layout(made, tmp_path, family):
   _, folder, file = made(family)
   convert(folder, tmp_path / 'native', 'native')

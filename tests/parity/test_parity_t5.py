@@ -8,7 +8,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from diffusion_jax.formats.networks import load_params, save_params
+from diffusion_jax.formats.networks import load_params, read_part, resolve, save_params
 from diffusion_jax.formats.published import from_published
 from diffusion_jax.models import network
 from diffusion_jax.models.network import Network
@@ -153,3 +153,23 @@ def test_losses_of_encoder_and_decoder_and_their_gradients(
   value, gradients = quick_jit(jax.value_and_grad(loss))(params)
   np.testing.assert_allclose(value, found.loss.item(), rtol=1e-4)
   assert_same_gradients(theirs, gradients)
+
+
+def test_the_one_in_the_package_is_read_as_by_transformers(quick_jit):
+  """Weights and tokenizer; texts are of different lengths."""
+  folder = resolve('asset:t5-wordnet')
+  theirs = transformers.T5EncoderModel.from_pretrained(folder, dtype=torch.float32).eval()
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  part = read_part('asset:t5-wordnet')
+  texts = ['a large animal of the sea', 'a small fish that lives in water', 'to sign a legal paper']
+  ids = tokenizer(texts, padding=True, return_tensors='np')
+  mask = ids['attention_mask']
+  with torch.no_grad():
+    wanted = theirs(
+      input_ids=torch.tensor(ids['input_ids']), attention_mask=torch.tensor(mask)
+    ).last_hidden_state.numpy()
+  encode = quick_jit(lambda params: part.network().bind(params).encode_text(
+    ids['input_ids'], mask
+  )[0])
+  found = np.asarray(encode(part.load()))
+  np.testing.assert_allclose(found * mask[..., None], wanted * mask[..., None], atol=1e-3)

@@ -45,9 +45,10 @@ CONFIGS = {
     class_embed_type='projection', projection_class_embeddings_input_dim=5,
     resnet_time_scale_shift='scale_shift',
   ),
-  'sinusoidal labels, no mid block': dict(
+  'sinusoidal labels, no mid block, guidance': dict(
     TINY, block_out_channels=(8,), attention_head_dim=2, down_block_types=(CROSS,),
     up_block_types=(UP_PLAIN,), mid_block_type=None, class_embed_type='timestep',
+    time_cond_proj_dim=7,
   ),
 }
 

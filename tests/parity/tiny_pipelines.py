@@ -1,4 +1,4 @@
-"""Stable Diffusion 1, 2, XL and the upscaler of a few channels, made by diffusers and transformers.
+"""Stable Diffusion 1, 2, XL with its refiner, and the upscaler, tiny of diffusers and transformers.
 
 Widths are multiples of 64, for the heads that a reader of a single file has to assume, and the
 weights random.
@@ -11,7 +11,8 @@ import diffusers
 import torch
 import transformers
 
-VAE_FACTORS = {'sd1': 0.18215, 'sd2': 0.18215, 'x4_upscaler': 0.08333, 'sdxl': 0.13025}
+VAE_FACTORS = {'sd1': 0.18215, 'sd2': 0.18215, 'x4_upscaler': 0.08333, 'sdxl': 0.13025,
+               'sdxl_refiner': 0.13025}
 
 
 def tokenizer(folder: Path) -> transformers.CLIPTokenizer:
@@ -68,6 +69,12 @@ def unet(family: str, inputs: int = 4, **changes) -> diffusers.UNet2DConditionMo
       addition_embed_type='text_time', addition_time_embed_dim=8,
       projection_class_embeddings_input_dim=6 * 8 + 64,
     )),
+    'sdxl_refiner': ([plain, cross, plain], dict(
+      block_out_channels=(32, 64, 64), attention_head_dim=(1, 1, 1), cross_attention_dim=64,
+      use_linear_projection=True, transformer_layers_per_block=2, layers_per_block=1,
+      addition_embed_type='text_time', addition_time_embed_dim=8,
+      projection_class_embeddings_input_dim=5 * 8 + 32,
+    )),
   }[family]
   return diffusers.UNet2DConditionModel(**values | dict(
     in_channels=inputs, sample_size=8, down_block_types=downs,
@@ -90,6 +97,12 @@ def pipeline(family: str, folder: Path, prediction: str = 'epsilon') -> diffuser
     pipe = diffusers.StableDiffusionXLPipeline(
       **parts, text_encoder=text_encoder(64, 2, 'quick_gelu'), tokenizer_2=tokens,
       text_encoder_2=text_encoder(128, 3, 'gelu', projection=64),
+    )
+  elif family == 'sdxl_refiner':  # By its tenth layer diffusers knows it.
+    pipe = diffusers.StableDiffusionXLImg2ImgPipeline(
+      **parts | {'tokenizer': None}, text_encoder=None, tokenizer_2=tokens,
+      text_encoder_2=text_encoder(64, 10, 'gelu', projection=32),
+      requires_aesthetics_score=True, force_zeros_for_empty_prompt=False,
     )
   elif family == 'x4_upscaler':
     pipe = diffusers.StableDiffusionUpscalePipeline(

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from diffusers import StableDiffusionPipeline
 
 from diffusion_jax.types import Condition
 
@@ -27,6 +28,11 @@ def inputs(config, rng, size=SIDES):
     theirs['added_cond_kwargs'] = {
       'text_embeds': torch.tensor(ours['pooled']), 'time_ids': torch.tensor(ours['sizes'])
     }
+  if 'guidance' in config.conditions:
+    ours['guidance'] = np.array([1.0, 7.3], np.float32)
+    theirs['timestep_cond'] = StableDiffusionPipeline.get_guidance_scale_embedding(
+      None, torch.tensor(ours['guidance'] - 1), config.time_cond_proj_dim
+    )
   ours = x, t, Condition(text=text, **ours)
   return ours, ((nchw(x), torch.tensor(t), torch.tensor(text)), theirs)
 

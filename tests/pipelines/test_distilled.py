@@ -14,8 +14,7 @@ def test_what_is_told():
   np.testing.assert_array_equal(given(), [2, 2, 2])
   np.testing.assert_array_equal(given(guidance=0.0), [0, 0, 0])
   assert DistilledGuidance().scale == 3.5
-  batch = {'tokens': np.zeros((4, 1, 7), np.int32)}
-  np.testing.assert_array_equal(told.of_batch({}, batch)['guidance'], [2] * 4)
+  np.testing.assert_array_equal(told.of_size(4, 8, 8)['guidance'], [2] * 4)
 
 
 @pytest.mark.parametrize('options', [{'scale': float('nan')}, {'scale': '3'}, {'strength': 1}])

@@ -1,6 +1,7 @@
 """Latents as the U-Net sees them."""
 
 import dataclasses
+import functools
 import json
 import types
 
@@ -9,18 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion_jax.data.cache import moments_encoder
 from diffusion_jax.diffusion.noise import ScheduleConfig
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.diffusion.samplers import infos
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import INDEX
-from diffusion_jax.models.autoencoder import decode_tiled
+from diffusion_jax.models.autoencoder import decode_tiled, encode_tiled
 from diffusion_jax.pipelines import spaces
 from diffusion_jax.pipelines.assembly import assemble
 from diffusion_jax.pipelines.directory import load_model, save_model
 from diffusion_jax.pipelines.options import DECODINGS
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.pipelines.spaces import LatentConfig, fold, unfold
+from diffusion_jax.pixels import to_float
 from diffusion_jax.types import Condition
 from tests import tiny
 
@@ -79,6 +82,26 @@ def test_decoding_in_slices_and_tiles(parts, monkeypatch):
     SampleConfig(decoding='half').check(model.noise, model.parameterization)
 
 
+def test_large_images_are_encoded_in_tiles(parts, monkeypatch):
+  """For a picture to start from and one to edit, for training and for the cache of it."""
+  model, frozen = tiny.assemble(
+    tiny.UNET, **parts, schedule=ScheduleConfig(), parameterization=Parameterization(),
+  )
+  space, rng = model.space, np.random.default_rng(0)
+  pixels = rng.integers(0, 256, (2, 8, 160, 3), np.uint8)
+  images = to_float(pixels)
+  whole = space.moments(frozen, images)
+  mean, logvar = encode_tiled(space.autoencoder.bind(frozen['autoencoder']), images)
+  assert np.abs(mean - whole['mean']).max() > 1e-4
+  monkeypatch.setattr(spaces, 'MOST_WHOLE', 4 * 80 - 1)
+  same = functools.partial(np.testing.assert_allclose, atol=1e-5)
+  same(space.raw(frozen, images), mean)
+  same(space.encode(frozen, images), space.scaled(mean))
+  found = moments_encoder(model)(frozen, pixels)
+  same(found['mean'], mean)
+  same(found['std'], jnp.exp(logvar / 2))
+
+
 def test_a_denoiser_that_tells_no_size_is_sampled_at_that_of_its_training(parts, tmp_path):
   unet, how = dataclasses.replace(tiny.UNET, sample_size=None), {
     'space': LatentConfig(parts['autoencoder']), 'conditioners': {'text': {'path': parts['clip']}},
@@ -91,6 +114,12 @@ def test_a_denoiser_that_tells_no_size_is_sampled_at_that_of_its_training(parts,
   params = jax.tree.map(np.asarray, jax.jit(model.denoiser.initialize)(jax.random.key(0)))
   save_model(tmp_path / 'model', model, params, **how, sample=SampleConfig(), dtype='float32')
   assert load_model(str(tmp_path / 'model'))[0].trained_size == (48, 32)
+  # And one that tells another than that of this training, in the layout of diffusers.
+  model, _ = assemble(tiny.UNET, *how.values(), ScheduleConfig(), Parameterization(), size=(48, 32))
+  save_model(tmp_path / 'told', model, params, **how, sample=SampleConfig(), dtype='float32')
+  config = json.loads((tmp_path / 'told' / 'unet' / 'config.json').read_text())
+  again = load_model(str(tmp_path / 'told'))[0]
+  assert config['sample_size'] == [24, 16] and again.trained_size == (48, 32)
 
 
 def test_a_network_of_unfolded_latents_is_refused(parts):

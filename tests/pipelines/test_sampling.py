@@ -93,7 +93,7 @@ def test_other_numbers_draw_other_images_without_compiling(draw, compilations):
 
 
 def test_a_size_that_was_seen_before_compiles_nothing(draw, model_and_weights, compilations):
-  """Whatever the prompt and the seed; every size is a program of its own, which is counted."""
+  """Whatever the prompt, seed, guidance and steps; every size is a program of its own, counted."""
   model, _ = model_and_weights
   sizes = ((tiny.SIZE, 2 * tiny.SIZE), (2 * tiny.SIZE, tiny.SIZE), (tiny.SIZE, tiny.SIZE))
   draw()
@@ -105,7 +105,8 @@ def test_a_size_that_was_seen_before_compiles_nothing(draw, model_and_weights, c
   for (height, width), images in zip(sizes, first, strict=True):
     np.testing.assert_array_equal(draw(height=height, width=width), images)
     again = draw(seed=3, prompts=PROMPTS[::-1], height=height, width=width)
-    assert (again != images).any()
+    more = draw(dataclasses.replace(CONFIG, guidance=5.0, steps=4), height=height, width=width)
+    assert (again != images).any() and (more != images).any()
   assert not compilations and len(model.programs) == before + 2
 
 

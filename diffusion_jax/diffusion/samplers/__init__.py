@@ -20,6 +20,7 @@ from diffusion_jax.diffusion.samplers.grid import (
   part_way,
   process_grid,
   sampling_grid,
+  section,
   shifted,
   size_shift,
   spaced_levels,
@@ -29,8 +30,8 @@ from diffusion_jax.registry import SAMPLERS, load
 
 __all__ = [
   'SPACINGS', 'Grid', 'Sampler', 'SamplerInfo', 'Trajectory', 'info', 'infos', 'initial_noise',
-  'padded', 'part_way', 'process_grid', 'sampler', 'sampling_grid', 'shifted', 'size_shift',
-  'spaced_levels',
+  'padded', 'part_way', 'process_grid', 'sampler', 'sampling_grid', 'section', 'shifted',
+  'size_shift', 'spaced_levels',
 ]
 
 

@@ -343,16 +343,38 @@ def padded(grid: Grid, steps: int) -> Grid:
   return jax.tree.map(fill, tuple(grid))
 
 
-def part_way(grid: Grid, strength: float) -> Grid:
+def section(grid: Grid, first: Grid | None = None, last: Grid | None = None) -> Grid:
+  """The steps of a grid that begin below the noise level of a pair `first`, and not below `last`.
+
+  One model samples down to a level, another goes on from there (Balaji et al. 2022). UserError
+  where no step does.
+  """
+  level = lambda pair: np.arctan2(*(np.asarray(part, np.float64) for part in pair[1::-1]))
+  levels, small = level(grid)[:-1], 1e-6  # Below the distance of timesteps, above rounding.
+  kept = np.ones(len(levels), bool)
+  kept &= True if first is None else levels < level(first) - small
+  kept &= True if last is None else levels >= level(last) - small
+  if not kept.any():
+    raise UserError(
+      f'no step of {len(levels)} begins in that part of the noise levels; choose more steps.'
+    )
+  begin, end = np.flatnonzero(kept)[[0, -1]] + [0, 1]
+  pairs = grid[0][begin : end + 1], grid[1][begin : end + 1]
+  return *pairs, *(tuple(part[begin:end] for part in via) for via in grid[2:])
+
+
+def part_way(grid: Grid, strength: float, up: bool = False) -> Grid:
   """The last round(strength n) steps of a grid, for image-to-image (Meng et al. 2022, SDEdit).
 
+  up: rounded up, as diffusers' pipelines of flows do; those of U-Nets round down.
   Sampling starts from alpha x_0 + sigma eps of its first pair. UserError for a strength outside (0,
   1], or one that leaves no step.
   """
-  steps = round(strength * (len(grid[0]) - 1))
+  count = len(grid[0]) - 1
+  steps = count - int(count - count * strength) if up else round(strength * count)
   if not 0 < strength <= 1 or steps < 1:
     raise UserError(
-      f'strength {strength} leaves no step of {len(grid[0]) - 1}; choose a fraction up to 1.'
+      f'strength {strength} leaves no step of {count}; choose a fraction up to 1.'
     )
   pairs = grid[0][-steps - 1 :], grid[1][-steps - 1 :]
   return *pairs, *(tuple(part[-steps:] for part in via) for via in grid[2:])

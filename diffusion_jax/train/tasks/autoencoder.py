@@ -19,7 +19,7 @@ from diffusion_jax.config import MeshConfig, TrainingConfig
 from diffusion_jax.data.unreadable import first_readable
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import load_lpips, save_params
-from diffusion_jax.limits import Count, FileDtype, Range, check_multiple, same_size
+from diffusion_jax.limits import Count, EdgeRule, FileDtype, Range, check_edges, same_size
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.network import Network, prefixed, under
 from diffusion_jax.models.perceptual import Discriminator, DiscriminatorConfig, lpips
@@ -92,15 +92,16 @@ class AutoencoderTask(Task):
     size, autoencoder = config.data.size, config.settings.autoencoder
     given = autoencoder.sample_size
     if isinstance(size, tuple):
-      check_multiple(size, autoencoder.factor)
+      check_edges(size, EdgeRule(autoencoder.factor))
       same_size('settings.autoencoder.sample_size', given or size, size)
       return super().check_data(config)
     for edge in () if given is None else np.ravel(given):
       same_size('settings.autoencoder.sample_size', int(edge), size)
-    if size % autoencoder.factor:
+    rule = EdgeRule(autoencoder.factor)
+    if not rule.fits(size):
       raise UserError(
         f'data.size is {size}, but the autoencoder halves pictures to 1/{autoencoder.factor}; '
-        f'choose a multiple of {autoencoder.factor}, or other '
+        f'choose a multiple of {autoencoder.factor}, the nearest is {rule.near(size)[0]}, or other '
         'settings.autoencoder.block_out_channels.'
       )
     super().check_data(config)

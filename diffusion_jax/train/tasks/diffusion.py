@@ -1,9 +1,8 @@
-"""Train the denoiser of a generative model on noised data; what it is conditioned on is frozen."""
+"""Train the denoiser of a generative model on noised data, alone or with its text encoders."""
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,164 +22,40 @@ from diffusion_jax.data.cache import (
 from diffusion_jax.data.sources import open_data
 from diffusion_jax.data.transforms import check_pictures, check_transforms
 from diffusion_jax.data.unreadable import first_readable
-from diffusion_jax.diffusion.noise import NoiseConfig
 from diffusion_jax.diffusion.objective import (
   Losses,
   LossHistory,
   Objective,
-  ObjectiveConfig,
   update_history,
 )
 from diffusion_jax.errors import UserError
-from diffusion_jax.formats.networks import config_of
-from diffusion_jax.limits import ByType, FileDtype, Fraction, Positive, check_multiple
-from diffusion_jax.models.unet import UNetConfig
+from diffusion_jax.limits import check_edges
 from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.parallel.mesh import to_host
 from diffusion_jax.pipelines.assembly import assemble
-from diffusion_jax.pipelines.conditioners import Arrays, Conditioner, Guided, Sizes
+from diffusion_jax.pipelines.conditioners import Arrays, Conditioner, Guided
 from diffusion_jax.pipelines.image_conditioners import Inputs
-from diffusion_jax.pipelines.model import DENOISER, Diffusion, joined, output_channels
-from diffusion_jax.pipelines.sampling import SampleConfig
+from diffusion_jax.pipelines.model import DENOISER, Diffusion, edge_rule, joined
 from diffusion_jax.pipelines.spaces import Moments
 from diffusion_jax.registry import (
-  CONDITIONERS,
   EVALUATORS,
   EXPORTS,
-  EXTRACTORS,
-  METRICS,
-  NETWORKS,
-  SPACES,
-  check,
-  check_paths,
   load,
 )
 from diffusion_jax.train.meter import mean_metric
+from diffusion_jax.train.tasks.diffusion_settings import (
+  DiffusionTaskConfig,
+  SharedConfig,
+  upgrade_settings,
+)
 from diffusion_jax.train.tasks.task import Carry, Env, Frozen, Observed, Task
+from diffusion_jax.train.tasks.text_training import with_texts
+from diffusion_jax.train.tasks.trainable import Denoiser, Trainable
 from diffusion_jax.types import Condition, Params, Scores, Source, Weights
 
 TIME_BUCKETS = 10
 NULL = 'null'
 """The role under which the null condition is kept: 'text.bias', 'pooled.bias'."""
-FEATURES_KEY, METRICS_KEY = 'settings.evaluation.features', 'settings.evaluation.metrics'
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
-  """Scores while training.
-
-  features: KIND:PATH each, as for the command evaluate; () for the task's CLIP. metrics: names of
-  `registry.METRICS`.
-  """
-
-  features: tuple[str, ...] = ()
-  metrics: tuple[str, ...] = ('fd', 'kid', 'clip_score', 'retrieval')
-
-  def __post_init__(self):
-    check_paths(EXTRACTORS, self.features, FEATURES_KEY)
-    for name in self.metrics:
-      check(METRICS, name, METRICS_KEY)
-    if not self.metrics:
-      raise UserError(f'{METRICS_KEY} is empty; name one at least, or set loop.evaluate_samples 0.')
-
-
-@dataclasses.dataclass(frozen=True)
-class SharedConfig:
-  """Settings of all tasks that train a diffusion model of images.
-
-  clip: a CLIP with both towers, or 'asset:NAME'; it scores samples unless `evaluation` has
-  features. caption_dropout: fraction of conditions replaced by the null, for classifier-free
-  guidance. preview_captions: of the sample grids.
-
-  cache: encode all images and captions once, into memory, or with 'disk' into files that every
-  later start goes on with. cache_dir: their folder, '' for WORKDIR/cache. cache_dtype: of means and
-  log-variances; cache_text_dtype: of texts. cache_views: of each picture, by random transforms.
-  """
-
-  clip: str = 'asset:clip-openmoji-64'
-  objective: ObjectiveConfig = ObjectiveConfig()
-  caption_dropout: Fraction = 0.1
-  cache: bool | Literal['disk'] = False
-  cache_dir: str = ''
-  cache_dtype: Literal['float32', 'bfloat16'] = 'float32'
-  cache_text_dtype: FileDtype = 'float16'
-  cache_views: Positive = 1
-  sample: SampleConfig = SampleConfig()
-  evaluation: EvaluationConfig = EvaluationConfig()
-  preview_captions: tuple[str, ...] = ()
-  export_dtype: FileDtype = 'float16'
-
-  def __post_init__(self):
-    if self.objective.data_std != 1:
-      raise UserError(
-        f'objective.data_std is {self.objective.data_std}, but latents are scaled to unit '
-        'deviation; leave it at 1.'
-      )
-    if self.cache_dir and self.cache != 'disk':
-      raise UserError("settings.cache_dir needs settings.cache to be 'disk'; leave one out.")
-    if not self.preview_captions:
-      raise UserError('settings.preview_captions is empty; give at least one caption to draw.')
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DiffusionTaskConfig(SharedConfig):
-  """A new denoiser in an existing space.
-
-  space: a row of `registry.SPACES`. denoiser: a row of `registry.NETWORKS`. conditioners: options
-  of rows of `registry.CONDITIONERS`; None: the texts of `clip`, {}: none at all.
-  """
-
-  space: Annotated[Any, ByType(SPACES, 'latents')]
-  denoiser: Annotated[Any, ByType(NETWORKS, 'unet', config_of)] = UNetConfig()
-  conditioners: dict[str, Any] | None = None
-  schedule: NoiseConfig = NoiseConfig()
-
-  def __post_init__(self):
-    super().__post_init__()
-    kinds = self._kinds()
-    for name, kind in kinds.items():
-      kind.check_options(self.conditioned[name])
-      if not kind.fields:
-        raise UserError(f'settings.conditioners.{name} needs what no data set has; leave it out.')
-      if self.cache and not kind.kept and name != 'sizes':
-        raise UserError(
-          f'settings.cache keeps what follows from images and prompts, not {name}; switch it off.'
-        )
-    taken, given = getattr(self.denoiser, 'in_channels', None), output_channels(self.denoiser)
-    wanted = (taken or 0) * (2 if self.objective.learned_variance else 1)
-    if taken and given != wanted and not any(kind.channels for kind in kinds.values()):
-      raise UserError(
-        f'denoiser.out_channels is {given}, but objective.learned_variance '
-        f'{self.objective.learned_variance} needs {wanted}; change one of them.'
-      )
-
-  @property
-  def conditioned(self) -> dict[str, Any]:
-    """The conditioners in use, with their options."""
-    return {'text': {'path': self.clip}} if self.conditioners is None else self.conditioners
-
-  def _kinds(self) -> dict[str, Any]:
-    return {name: load(CONDITIONERS, name, 'settings.conditioners') for name in self.conditioned}
-
-  @property
-  def with_images(self) -> bool:
-    """True if conditioned on images, so that captions alone cannot be sampled."""
-    return any(kind.about for kind in self._kinds().values())
-
-
-def upgrade_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-  """Return settings as `DiffusionTaskConfig` has them, of older recipes and runs: a U-Net in the
-  latents of an autoencoder, whose keys stood by themselves."""
-  out = dict(settings)
-  if 'unet' in out:
-    out['denoiser'] = {'type': 'unet', **out.pop('unet')}
-  old = {'autoencoder': 'autoencoder', 'latent_patch_size': 'patch'}
-  given = {new: out.pop(name) for name, new in old.items() if name in out}
-  if given:
-    out['space'] = {**out.get('space', {}), **given}
-  return out
-
-
 class Encoded(NamedTuple):
   """A batch for the loss, encoded now or before training.
 
@@ -214,24 +89,39 @@ class DiffusionTask(Task):
 
   def __init__(
     self, config: SharedConfig, model: Diffusion, frozen: Frozen, train: Source, test: Source,
-    remat: str = 'none', products: str = 'plain',
+    remat: str = 'none', products: str = 'plain', trainable: Trainable | None = None,
   ):
-    """`remat` and `products`, of `models.network`, are of the loss alone."""
-    config.sample.check(model.noise, model.parameterization)
+    """`remat` and `products`, of `models.network`, are of the loss alone.
+
+    trainable: what is trained, `adapted` to the model; None for all of the denoiser.
+    """
+    model.check_sampling(config.sample)
+    if trainable is None:
+      trainable = Denoiser(config)
+      trainable.adapted(model)
+    self.trainable = trainable
     self.config, self.model, self.train, self.test = config, model, train, test
     self.loss_model = model.with_compute(remat=remat, matmul_precision=products)
     self.objective = Objective(config.objective, model.noise, model.parameterization)
-    nulls = [c.null(frozen) for c in model.conditioners.values() if isinstance(c, Guided)]
+    self._moving = tuple(
+      name for name, c in model.conditioners.items()
+      if isinstance(c, Guided) and trainable.roles & c.networks.keys()
+    )
+    nulls = [
+      c.null(frozen) for name, c in model.conditioners.items()
+      if isinstance(c, Guided) and name not in self._moving
+    ]
     # As parameters that lie on every device.
     null = {f'{name}.bias': to_host(value) for one in nulls for name, value in one.items()}
     self.frozen: Frozen = {**frozen, NULL: null} if null else frozen
     # What else draws random numbers than the objective.
     self._draws = model.space.random or bool(model.conditioners)
-    # Records may have the sizes of what they were cut from; else all images are whole.
-    cut = 'sizes' in model.conditioners and 'sizes' in first_readable(train, 1)[0]
+    # Records may have what is not as usual, such as the sizes of what they were cut from.
+    conditioners = self.loss_model.conditioners
+    told = {field for one in conditioners.values() if one.usual for field in one.fields}
+    told = told & first_readable(train, 1)[0].keys() if told else set()
     self._conditioners = {
-      name: one for name, one in self.loss_model.conditioners.items()
-      if cut or not isinstance(one, Sizes)
+      name: one for name, one in conditioners.items() if not one.usual or told & {*one.fields}
     }
     self.encode = self._from_cache if config.cache else self._from_examples
     fields = [*model.space.kept] if config.cache else [model.space.field]
@@ -273,15 +163,19 @@ class DiffusionTask(Task):
   def check_size(cls, config: TrainingConfig) -> None:
     """Raise UserError unless the denoiser is of z of images of `data.size`."""
     space, size = config.settings.space, config.data.size
+    rule = edge_rule(space.factor, config.settings.denoiser)
     if isinstance(size, tuple):
-      return check_multiple(size, space.factor * getattr(config.settings.denoiser, 'factor', 1))
-    places = getattr(config.settings.denoiser, 'sample_size', None) or max(size // space.factor, 1)
-    if size != places * space.factor:
+      return check_edges(size, rule)
+    factor, rounded = space.factor, max(size // space.factor, 1)
+    places = getattr(config.settings.denoiser, 'sample_size', None) or rounded
+    several = isinstance(places, tuple)
+    wanted = tuple(edge * factor for edge in places) if several else places * factor
+    if size != wanted:
       raise UserError(
-        f'data.size {size} gives latents of {size / space.factor:g}, but sample_size of the '
-        f'denoiser is {places}; set data.size to {places * space.factor} or sample_size to '
-        f'{size // space.factor}.'
+        f'data.size {size} gives latents of {size / factor:g}, but sample_size of the denoiser is '
+        f'{places}; set data.size to {wanted} or sample_size to {size // factor}.'
       )
+    return check_edges(size, rule)
 
   @classmethod
   def build(cls, config: TrainingConfig, env: Env) -> 'DiffusionTask':
@@ -292,8 +186,12 @@ class DiffusionTask(Task):
       dtype=getattr(jnp, config.dtype),
     )
     model = model.with_compute(attention=config.attention)
-    frozen = {role: part.load() for role, part in parts.items()}
-    return cls(settings, model, frozen, env.train, env.test, config.remat, config.products)
+    trainable = with_texts(Denoiser(settings), settings, model, parts)
+    model = trainable.adapted(model)
+    return cls(
+      settings, model, trainable.rest(parts), env.train, env.test, config.remat, config.products,
+      trainable,
+    )
 
   def context(self) -> dict[str, Any]:
     label = self.model.conditioners.get('class')
@@ -333,10 +231,13 @@ class DiffusionTask(Task):
     return Path(self.config.cache_dir) if self.config.cache_dir else env.workdir / 'cache'
 
   def initialize(self, key: jax.Array) -> Params:
-    return self.model.denoiser.initialize(key)
+    return self.trainable.initialize(key)
+
+  def start(self, mesh: Mesh) -> Params | None:
+    return self.trainable.start(self.frozen, mesh)
 
   def weights(self, params: Params, frozen: Frozen) -> Weights:
-    return {**frozen, DENOISER: params}
+    return self.trainable.weights(params, frozen)
 
   def carry(self) -> Carry:
     history = self.objective.history()
@@ -361,9 +262,20 @@ class DiffusionTask(Task):
     conditions = {name: columns(_kept(one)) for name, one in self._conditioners.items()}
     return Encoded(columns(self.model.space.kept), conditions)
 
+  def nulls(self, weights: Weights) -> Params:
+    """Return the null condition, that of trained encoders by their weights of now."""
+    found = dict(weights.get(NULL, {}))
+    for name in self._moving if self.config.caption_dropout else ():
+      null = self._conditioners[name].null(weights)
+      found |= {f'{field}.bias': value for field, value in null.items()}
+    return found
+
   def drop(self, conditions: dict[str, Arrays], null: Params, key: jax.Array) -> dict[str, Arrays]:
     """Put the null in the place of a random fraction of each condition that has one."""
-    guided = [name for name, one in self._conditioners.items() if isinstance(one, Guided)]
+    guided = [
+      name for name, one in self._conditioners.items()
+      if isinstance(one, Guided) and (self.config.caption_dropout or name not in self._moving)
+    ]
     out = dict(conditions)
     for name, key_drop in _keys(guided, key).items():
       count = len(next(iter(out[name].values())))
@@ -380,9 +292,10 @@ class DiffusionTask(Task):
   ) -> Condition:
     """Return what the denoiser is given with z of this shape, a fraction of it dropped."""
     conditions = self.drop(conditions, null, key)
-    if 'sizes' in self.model.conditioners and 'sizes' not in conditions:
-      height, width = (edge * self.model.space.factor for edge in shape[1:3])
-      conditions['sizes'] = {'sizes': jnp.asarray(Sizes.whole(shape[0], height, width))}
+    for name, one in self.model.conditioners.items():
+      if one.usual and name not in conditions:
+        size = (edge * self.model.space.factor for edge in shape[1:3])
+        conditions[name] = one.of_size(shape[0], *size)
     return joined(conditions.values())
 
   def losses(self, params, frozen, carry: Carry, batch, key) -> Losses:
@@ -394,7 +307,7 @@ class DiffusionTask(Task):
     moments, conditions, weight = self.encode(weights, batch, key_encode)
     x0 = space.sample(moments, key_z)
     x0 = constrain(x0, 'image') if x0.ndim == 4 else x0
-    condition = self.condition(conditions, weights.get(NULL, {}), key_drop, x0.shape)
+    condition = self.condition(conditions, self.nulls(weights), key_drop, x0.shape)
     network = self.loss_model.network(weights)
     # Without a loss of its own a variance that published networks predict, too, is left out.
     extra = self.model.learned_variance and not self.config.objective.learned_variance
@@ -446,8 +359,10 @@ class DiffusionTask(Task):
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
     """Write the whole model as a directory that `sample --model` reads."""
-    config = self.config
+    config, texts = self.config, self.trainable.changed(params)
+    _, denoiser = texts.pop(DENOISER)
+    more = {'texts': texts} if texts else {}
     load(EXPORTS, 'model')(
-      directory, self.model, params, space=config.space, conditioners=config.conditioned,
-      sample=config.sample, dtype=config.export_dtype,
+      directory, self.model, denoiser, space=config.space, conditioners=config.conditioned,
+      sample=config.sample, dtype=config.export_dtype, **more,
     )

@@ -16,17 +16,22 @@ from diffusion_jax.data.finding import Left, find_files, with_suffixes
 from diffusion_jax.data.sources.folder import Alternating, open_all
 from diffusion_jax.data.sources.pictures import PictureSource
 from diffusion_jax.data.unreadable import Counted
+from diffusion_jax.diffusion.noise import LEARNED, NoiseConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import format_of
-from diffusion_jax.limits import OneOf, Positive, Range, check_multiple
+from diffusion_jax.formats.pipeline import is_pipeline
+from diffusion_jax.limits import OneOf, Positive, Range, check_edges
 from diffusion_jax.models.lora import LoRAConfig
 from diffusion_jax.pipelines.architectures import ARCHITECTURES, architecture_model
 from diffusion_jax.pipelines.conditioners import Context
-from diffusion_jax.pipelines.directory import read_model
+from diffusion_jax.pipelines.directory import read_model, save_conversion
+from diffusion_jax.pipelines.distilled import DistilledGuidance, Scale
 from diffusion_jax.pipelines.image_conditioners import CONCATENATED
 from diffusion_jax.pipelines.model import DENOISER, Diffusion
-from diffusion_jax.train.tasks.diffusion import DiffusionTask, SharedConfig
+from diffusion_jax.train.tasks.diffusion import DiffusionTask
+from diffusion_jax.train.tasks.diffusion_settings import SharedConfig
 from diffusion_jax.train.tasks.task import Env
+from diffusion_jax.train.tasks.text_training import with_texts
 from diffusion_jax.train.tasks.trainable import (
   ControlNet,
   Full,
@@ -35,7 +40,7 @@ from diffusion_jax.train.tasks.trainable import (
   TextualInversion,
   Trainable,
 )
-from diffusion_jax.types import Params, Scores, Source, Weights
+from diffusion_jax.types import Params, Scores, Source
 from diffusion_jax.viz.grids import save_png
 
 TRAINED: dict[str, type[Trainable]] = {
@@ -44,6 +49,8 @@ TRAINED: dict[str, type[Trainable]] = {
 """Trainable parts by name."""
 INPUTS = ('none', *(name for name, kind in CONCATENATED.items() if kind.fields))
 """Images that a denoiser can be taught to take with z: those that can be made of a batch."""
+CONVERSIONS = ('exact', 'raw')
+"""How a network begins that is to predict what it was not trained for."""
 MOST_SAMPLED = 32
 """Images that are sampled at a time, at most."""
 PRIOR_BATCH = 4
@@ -74,17 +81,26 @@ class FinetuneTaskConfig(SharedConfig):
 
   train: all of the denoiser, LoRA adapters, a ControlNet, or the embedding of a new word. inputs:
   what the denoiser takes with z; 'inpaint' gives a plain one the channels for it. controlnet: a
-  ControlNet to go on from; '' begins with the denoiser's weights.
+  ControlNet to go on from; '' begins with the denoiser's weights. distilled_guidance: the scale
+  that a distilled denoiser is told; None: the model's own, which is also for sampling.
+
+  objective.prediction and schedule (None: the model's) may be others than the model's. conversion:
+  'exact' makes the new prediction of what the network says, so that training begins with the same
+  model; 'raw' reads the network's output as the new prediction, which it has yet to learn, and is
+  for train 'denoiser' alone.
   """
 
   model: str = ''
   architecture: Annotated[str, OneOf(('', *ARCHITECTURES))] = ''
   train: Annotated[str, OneOf(TRAINED)] = 'denoiser'
+  schedule: NoiseConfig | None = None
+  conversion: Annotated[str, OneOf(CONVERSIONS)] = 'exact'
   inputs: Annotated[str, OneOf(INPUTS)] = 'none'
   lora: LoRAConfig = LoRAConfig()
   controlnet: str = ''
   placeholder: PlaceholderConfig = PlaceholderConfig()
   prior: PriorConfig = PriorConfig()
+  distilled_guidance: Scale | None = None
 
   def __post_init__(self):
     super().__post_init__()
@@ -95,6 +111,9 @@ class FinetuneTaskConfig(SharedConfig):
           f'settings.{kind.section} has no effect on settings.train {self.train}; leave it out.'
         )
     for wrong, text in (
+      (self.text_training != 'frozen' and self.train in ('controlnet', 'embeddings'),
+       f'settings.text_training must be frozen with settings.train {self.train}; train one or the '
+       'other.'),
       (self.train == 'controlnet' and self.inputs != 'none',
        "settings.inputs must be 'none' for a ControlNet; train one or the other."),
       (self.cache and (self.train == 'embeddings' or self.with_images),
@@ -103,6 +122,11 @@ class FinetuneTaskConfig(SharedConfig):
        'settings.cache does not know whose picture is whose; switch it off.'),
       (self.prior.folder and self.with_images,
        'settings.prior is drawn from a prompt alone; leave it out for this.'),
+      (self.conversion == 'raw' and self.train != 'denoiser',
+       f'settings.conversion raw changes what the denoiser means, but settings.train is '
+       f'{self.train}; set conversion to exact, or train to denoiser.'),
+      (self.schedule is not None and self.schedule.process == LEARNED,
+       'settings.schedule.process learned is of no pretrained model; choose another.'),
     ):
       if wrong:
         raise UserError(text)
@@ -159,13 +183,15 @@ class FinetuneTask(DiffusionTask):
       )
     model = read_model(path)[0]
     if isinstance(size, tuple):
-      return check_multiple(size, model.multiple)
-    edge = max(model.trained_size)
-    if getattr(model.denoiser.config, 'sample_size', None) and (size, size) != model.trained_size:
+      return check_edges(size, model.edges)
+    own, known = model.trained_size, getattr(model.denoiser.config, 'sample_size', None)
+    wanted = own[0] if own[0] == own[1] else own
+    if known and size != wanted:
       raise UserError(
-        f'data.size is {size}, but {path} draws {edge} pixels (sample_size of its denoiser is '
-        f'{model.denoiser.config.sample_size}); set data.size to {edge}.'
+        f'data.size is {size}, but {path} draws {wanted} pixels (sample_size of its denoiser is '
+        f'{known}); give a height and a width for another size, or set data.size to {wanted}.'
       )
+    return check_edges(size, model.edges)
 
   @classmethod
   def build(cls, config: TrainingConfig, env: Env) -> 'FinetuneTask':
@@ -176,14 +202,21 @@ class FinetuneTask(DiffusionTask):
       model.with_compute(attention=config.attention), size=config.data.shape
     )
     _check_model(settings, model)
+    changed = _terms(settings, model) != (model.parameterization.name, model.noise.config)
+    if changed:
+      model = model.in_terms(*_terms(settings, model), settings.conversion == 'exact')
+    if settings.distilled_guidance is not None:
+      told = DistilledGuidance(settings.distilled_guidance)
+      model = model.with_conditioner(told.name, told)
     trainable = TRAINED[settings.train](settings, parts[DENOISER])
+    trainable = with_texts(trainable, settings, model, parts)
     model = trainable.adapted(with_image_input(model, settings.inputs))
-    if isinstance(trainable, Full):
-      del parts[DENOISER]
     # What is not trained is kept as it is computed with.
-    frozen = {role: part.load(dtype=dtype, mesh=env.mesh) for role, part in parts.items()}
-    task = cls(settings, model, frozen, env.train, env.test, config.remat, config.products)
-    task.trainable = trainable
+    frozen = trainable.rest(parts, dtype=dtype, mesh=env.mesh)
+    task = cls(
+      settings, model, frozen, env.train, env.test, config.remat, config.products, trainable
+    )
+    task.changed = changed
     if settings.prior.folder:
       task.batch_fields += ('weight',)
     return task
@@ -208,15 +241,6 @@ class FinetuneTask(DiffusionTask):
       env = dataclasses.replace(env, train=both)
     return super().examples(config, env)
 
-  def initialize(self, key: jax.Array) -> Params:
-    return self.trainable.initialize(key)
-
-  def start(self, mesh: Mesh) -> Params | None:
-    return self.trainable.start(self.frozen, mesh)
-
-  def weights(self, params: Params, frozen: Weights) -> Weights:
-    return self.trainable.weights(params, frozen)
-
   @property
   def sample_batch(self) -> dict[str, int]:
     return {'batch_size': min(MOST_SAMPLED, len(self.config.preview_captions))}
@@ -224,16 +248,29 @@ class FinetuneTask(DiffusionTask):
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
     """Write what was trained, in the layout of diffusers."""
     self.trainable.export(directory, params, self.config.export_dtype)
+    if self.changed and is_pipeline(directory):
+      save_conversion(directory, self.model, self.config.sample)
+
+
+def _terms(settings: FinetuneTaskConfig, model: Diffusion) -> tuple[str, NoiseConfig]:
+  """The prediction and the noise that are to be trained."""
+  return settings.objective.prediction, settings.schedule or model.noise.config
 
 
 def _check_model(settings: FinetuneTaskConfig, model: Diffusion) -> None:
   """Raise UserError where the model is not what the settings say."""
-  path, own, wanted = settings.model, model.parameterization.name, settings.objective.prediction
+  path, own = settings.model, (model.parameterization.name, model.noise.config)
   if model.text is None:
     raise UserError(f'{path} reads no prompts; only models that do can be trained on.')
-  if wanted != own:
+  if settings.conversion == 'raw' and _terms(settings, model) == own:
     raise UserError(
-      f'objective.prediction is {wanted!r}, but {path} predicts {own!r}; set it to that.'
+      f'settings.conversion is raw, but {path} predicts {own[0]!r} on this schedule already; leave '
+      'it at exact, or change objective.prediction or settings.schedule.'
+    )
+  if settings.distilled_guidance is not None and DistilledGuidance.name not in model.conditioners:
+    raise UserError(
+      f'settings.distilled_guidance is {settings.distilled_guidance:g}, but the denoiser of {path} '
+      'is told of none; leave it out.'
     )
   found = image_input(model)
   if settings.train != 'denoiser' and found != settings.inputs:
@@ -265,7 +302,7 @@ def sample_prior(task: FinetuneTask, mesh: Mesh) -> PictureSource:
   if missing > 0:
     names = (f'{i:05d}.png' for i in range(prior.images + len(found)))
     free = (name for name in names if name not in found)
-    params = task.start(mesh) or jax.jit(task.initialize)(jax.random.key(0))
+    params = task.beginning(mesh, jax.random.key(0))
     batches = model.generate(
       task.weights(params, task.frozen), [prior.prompt] * missing, task.config.sample, seed=1,
       first=len(found), mesh=mesh, batch_size=PRIOR_BATCH,

@@ -65,6 +65,7 @@ class T5Task(Task):
 
   Config = T5TaskConfig
   name, title = 't5', 'T5, text encoder'
+  pictures = False
   computing = ('remat',)
   batch_fields = ('inputs', 'mask', 'targets')
 

@@ -62,6 +62,8 @@ class Task(abc.ABC):
   """Name of the trained thing, for a model card."""
   computing: ClassVar[tuple[str, ...]] = ('remat', 'attention')
   """Those of remat, attention and products that have an effect."""
+  pictures: ClassVar[bool] = True
+  """True if records are pictures, so that `data.size` may be a height and a width."""
   frozen: Frozen
   """Host arrays of the frozen networks; the loop puts them onto the mesh."""
   batch_fields: tuple[str, ...]
@@ -89,6 +91,11 @@ class Task(abc.ABC):
       without = getattr(TrainingConfig, name)
       if name not in cls.computing and getattr(config, name) != without:
         raise UserError(f'config.{name} has no effect on task {config.task}; set {without}.')
+    if isinstance(config.data.size, tuple) and not cls.pictures:
+      raise UserError(
+        f'data.size is {config.data.size}, but task {config.task} takes no pictures; give one '
+        'number.'
+      )
     cls.check_data(config)
 
   @classmethod
@@ -141,8 +148,16 @@ class Task(abc.ABC):
     """Return the mean loss over the batch, (metrics, what `next_carry` needs); pure."""
 
   def start(self, mesh: Mesh) -> Params | None:
-    """Return parameters on the mesh to begin with, such as pretrained ones; None for fresh ones."""
+    """Return parameters on the mesh to begin with, such as pretrained ones; None for fresh ones,
+    as those are that lack."""
     return None
+
+  def beginning(self, mesh: Mesh, key: jax.Array) -> Params:
+    """Return all parameters that training begins with."""
+    given = self.start(mesh) or {}
+    if given and given.keys() == jax.eval_shape(self.initialize, key).keys():
+      return given
+    return {**jax.jit(self.initialize)(key), **given}
 
   def carry(self) -> Carry:
     """Return what training begins to carry; replicated and checkpointed."""

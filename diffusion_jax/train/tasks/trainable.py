@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import check_folder
-from diffusion_jax.formats.adapters import denoiser_role, from_params, write_lora
+from diffusion_jax.formats.adapters import LoRAs, denoiser_role, from_params, write_lora
 from diffusion_jax.formats.networks import (
   Part,
   cast,
@@ -26,7 +27,7 @@ from diffusion_jax.formats.textual_inversion import FILES, write_textual_inversi
 from diffusion_jax.formats.textual_inversion import TextualInversion as Learned
 from diffusion_jax.limits import Positive
 from diffusion_jax.models.controlnet import ControlNetConfig, from_unet
-from diffusion_jax.models.lora import is_lora, targets, with_lora
+from diffusion_jax.models.lora import Rank, is_lora, merge_lora, targets, with_lora
 from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import put_params, shard_params, to_host
 from diffusion_jax.pipelines.adapters import read_controlnet
@@ -35,6 +36,9 @@ from diffusion_jax.pipelines.image_conditioners import ControlNet as ControlNetC
 from diffusion_jax.pipelines.model import DENOISER, Diffusion
 from diffusion_jax.pipelines.text_conditioners import EXTRA, embedding_table
 from diffusion_jax.types import Params, Weights
+
+Changed = dict[str, tuple[Any, Params]]
+"""(config, parameters) of networks, by role."""
 
 
 class Trainable(abc.ABC):
@@ -53,6 +57,16 @@ class Trainable(abc.ABC):
   def __init__(self, config: Any, part: Part | None = None):
     self.config, self.part = config, part
 
+  @property
+  def roles(self) -> Set[str]:
+    """Roles of the networks that compute otherwise after each step."""
+    return {self.role}
+
+  @property
+  def replaced(self) -> dict[str, Set[str]]:
+    """Names of the model's own parameters, by role, that the trained ones take the place of."""
+    return {}
+
   @abc.abstractmethod
   def adapted(self, model: Diffusion) -> Diffusion:
     """Return the model with room for the trained parameters."""
@@ -67,7 +81,7 @@ class Trainable(abc.ABC):
     return self.network.initialize(key)
 
   def start(self, frozen: Weights, mesh: Mesh) -> Params | None:
-    """Return what training begins with; None for fresh parameters."""
+    """Return what training begins with; what lacks is fresh, None: all."""
     del frozen, mesh
     return None
 
@@ -75,13 +89,37 @@ class Trainable(abc.ABC):
     """The weights of the whole model, by role."""
     return {**frozen, self.role: params}
 
-  @abc.abstractmethod
+  def changed(self, params: Params) -> Changed:
+    """Return the networks of a whole model that has been trained so."""
+    raise NotImplementedError(f'{type(self).__name__} changes no network')
+
   def export(self, directory: Path, params: Params, dtype: str) -> None:
-    """Write what was trained as its users expect it."""
+    """Write what was trained as its users expect it: by default a whole pipeline."""
+    save_changed(directory, self.config.model, self.changed(params), dtype)
+
+  def rest(self, parts: Mapping[str, Part], **how) -> Weights:
+    """Return the weights of a model's parts that stay as they are, read by `Part.load`."""
+    out = {}
+    for role, part in parts.items():
+      names = self.replaced.get(role, set())
+      if part.format.shapes(part.config).keys() - names:
+        out[role] = {n: value for n, value in part.load(**how).items() if n not in names}
+    return out
 
 
-class Full(Trainable):
-  """All of the denoiser; the result is a whole pipeline."""
+class Denoiser(Trainable):
+  """All of a new denoiser."""
+
+  def adapted(self, model):
+    self.network = model.denoiser
+    return model
+
+  def changed(self, params):
+    return {DENOISER: (self.network.config, params)}
+
+
+class Full(Denoiser):
+  """All of a pretrained denoiser; the result is a whole pipeline."""
 
   def __init__(self, config: Any, part: Part | None = None):
     super().__init__(config, part)
@@ -89,16 +127,19 @@ class Full(Trainable):
       check_folder(resolve(config.model))  # It is copied when training ends.
 
   def adapted(self, model):
-    self.network = model.denoiser
-    return model
+    self.written = model.written_config
+    return super().adapted(model)
+
+  @property
+  def replaced(self):
+    return {DENOISER: self.part.format.shapes(self.part.config).keys()}
 
   def start(self, frozen, mesh):
     """The pretrained denoiser; new input channels begin at zero (Rombach et al. 2022, sec. 4.5)."""
     return widened(self.part.load(mesh=mesh), self.shapes, mesh)
 
-  def export(self, directory, params, dtype):
-    changed = {DENOISER: (self.network.config, params)}
-    save_changed(directory, self.config.model, changed, dtype)
+  def changed(self, params):
+    return {DENOISER: (self.written, params)}
 
 
 def widened(params: Params, shapes: Params, mesh: Mesh) -> Params:
@@ -117,9 +158,14 @@ class LoRA(Trainable):
   section = 'lora'
 
   def adapted(self, model):
-    self.sizes = targets(model.denoiser, self.config.lora)
-    self.network = with_lora(model.denoiser, self.sizes)
-    return model.replaced({DENOISER: self.network})
+    self.sizes = self.layers(model)
+    self.network = with_lora(model.networks[self.role], self.sizes)
+    self.written = model.written_config if self.role == DENOISER else self.network.config
+    return model.replaced({self.role: self.network})
+
+  def layers(self, model: Diffusion) -> dict[str, Rank]:
+    """Return the layers of the model that are adapted, with the sizes of their adapters."""
+    return targets(model.denoiser, self.config.lora)
 
   @property
   def shapes(self):
@@ -129,13 +175,30 @@ class LoRA(Trainable):
     return _adapters(super().initialize(key))
 
   def weights(self, params, frozen):
-    return {**frozen, DENOISER: {**frozen[DENOISER], **params}}
+    return {**frozen, self.role: {**frozen[self.role], **params}}
+
+  def changed(self, params):
+    """The network with its adapters merged into it, from its file in full precision."""
+    merged = merge_lora({**self.part.load(), **params}, self.sizes)
+    return {self.role: (self.written, to_host(merged))}
+
+  def adapters(self, params: Params, dtype: str) -> LoRAs:
+    """Return what was trained, by the role in files."""
+    return {self.role_in_files: from_params(_cast(params, dtype), self.sizes)}
+
+  @property
+  def role_in_files(self) -> str:
+    return denoiser_role(self.network.config) if self.role == DENOISER else self.role
 
   def export(self, directory, params, dtype):
-    role = denoiser_role(self.network.config)
-    lora = {role: from_params(_cast(params, dtype), self.sizes)}
-    write_lora(directory / 'pytorch_lora_weights.safetensors', lora, layout='peft')
-    write_lora(directory / 'kohya.safetensors', lora, layout='kohya')
+    networks = {self.role_in_files: self.network.shapes}
+    write_adapters(directory, self.adapters(params, dtype), networks)
+
+
+def write_adapters(directory: Path, lora: LoRAs, shapes: dict[str, Params]) -> None:
+  """Write the adapters in both layouts; shapes: of the networks' parameters, by role in files."""
+  write_lora(directory / 'pytorch_lora_weights.safetensors', lora, layout='peft')
+  write_lora(directory / 'kohya.safetensors', lora, layout='kohya', networks=shapes)
 
 
 def _adapters(params: Params) -> Params:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from diffusion_jax.diffusion.noise import NoiseSchedule, Schedule, ScheduleConfig
 from diffusion_jax.diffusion.samplers.common import pair_between, pairs_at
 from diffusion_jax.diffusion.samplers.grid import (
   AYS_TABLES,
@@ -18,6 +19,7 @@ from diffusion_jax.diffusion.samplers.grid import (
   part_way,
   process_grid,
   sampling_grid,
+  section,
   spaced_levels,
   spaced_timesteps,
 )
@@ -196,6 +198,24 @@ def test_pairs_between_lie_on_the_process_and_beyond_it():
         np.testing.assert_allclose(pair, to_pair(level), rtol=1e-12)
       found = pairs_at(to_pair(jnp.array([8.0, 4.0, 1.0, 0.2])), (jnp.ones(4), levels))
       np.testing.assert_allclose(found, to_pair(levels), rtol=1e-12)
+
+
+@pytest.mark.parametrize('via', [None, 'stride'])
+def test_sections_make_up_the_grid(via):
+  """Steps from the timestep of the level on are the first model's."""
+  table = Schedule(ScheduleConfig())
+  grid = jax.tree.map(np.asarray, sampling_grid(table, 10, 'leading', steps_offset=1, via=via))
+  for fraction, steps in ((0.6, 6), (0.5, 5), (0.499, 5), (0.899, 9), (0.5005, 5)):
+    level = table.after(fraction)
+    first, last = section(grid, None, level), section(grid, level)
+    assert (len(first[0]) - 1, len(last[0]) - 1) == (steps, 10 - steps)
+    for part, (a, b) in enumerate(zip(first[:2], last[:2], strict=True)):
+      np.testing.assert_array_equal(np.append(a, b[1:]), grid[part])
+    if via:
+      np.testing.assert_array_equal(np.append(first[2][0], last[2][0]), grid[2][0])
+  with pytest.raises(UserError, match='no step of 10'):
+    section(grid, table.after(0.9999))
+  np.testing.assert_allclose(NoiseSchedule(flow).after(0.75), (0.75, 0.25), atol=1e-6)
 
 
 def test_part_way_keeps_the_end():

@@ -15,12 +15,8 @@ from diffusion_jax.diffusion.objective import ObjectiveConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.spaces import LatentConfig
-from diffusion_jax.train.tasks.diffusion import (
-  NULL,
-  DiffusionTask,
-  DiffusionTaskConfig,
-  EvaluationConfig,
-)
+from diffusion_jax.train.tasks.diffusion import NULL, DiffusionTask
+from diffusion_jax.train.tasks.diffusion_settings import DiffusionTaskConfig, EvaluationConfig
 from tests import tiny
 
 

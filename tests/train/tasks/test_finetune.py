@@ -28,8 +28,8 @@ from tests.train.conftest import OF, RECIPES
 FULL = ('sdxl', 'inpainting', 'dreambooth')
 ADAPTERS = ('lora', 'controlnet', 'textual_inversion')
 LIKE = ('sd15', 'sd21', 'sdxl_lora')
-ELSEWHERE = ('sd35_medium', 'sd35_medium_lora', 'flux_lora', 'pixart')
-"""In tests/parity/test_parity_finetune.py."""
+ELSEWHERE = ('sd35_medium', 'sd35_medium_lora', 'flux_lora', 'pixart', 'sd15_v', 'sd15_flow')
+"""In tests/parity/test_parity_finetune.py and test_prediction.py."""
 WEIGHTS = 'diffusion_pytorch_model.safetensors'
 each = pytest.mark.parametrize('recipe', (*FULL, *ADAPTERS))
 
@@ -358,8 +358,11 @@ def test_diffusers_opens_what_was_exported(recipe, tuned):
 @pytest.mark.parametrize(('recipe', 'changes', 'message'), [
   ('sd15', {'settings.model': ''}, 'settings.model is empty'),
   ('sd15', {'settings.model': 'nowhere'}, 'nowhere is no text-to-image model'),
-  ('sd15', {'settings.objective.prediction': 'v_prediction'},
-   "objective.prediction is 'v_prediction', but"),
+  ('sd15', {'settings.conversion': 'raw'}, 'settings.conversion is raw, but'),
+  ('lora', {'settings.conversion': 'raw', 'settings.objective.prediction': 'v_prediction'},
+   'settings.conversion raw changes what the denoiser means'),
+  ('sd15', {'settings.schedule.rescale_betas_zero_snr': True}, 'nothing at zero terminal SNR'),
+  ('sd15', {'settings.schedule.process': 'learned'}, 'learned is of no pretrained model'),
   ('sd15', {'settings.architecture': 'sd99'}, "architecture is 'sd99'; choose one of '', sd15"),
   ('sd15', {'settings.train': 'all'}, "settings.train is 'all'; choose one of denoiser, lora"),
   ('sd15', {'settings.inputs': 'depth'}, "inputs is 'depth'; choose one of none, inpaint"),
@@ -371,6 +374,15 @@ def test_diffusers_opens_what_was_exported(recipe, tuned):
   ('lora', {'loop.evaluate_samples': 16}, 'the test split has 8 captions, fewer than the 16'),
   ('dreambooth', {'settings.cache': True}, 'settings.cache does not know whose picture'),
   ('dreambooth', {'settings.prior.prompt': ''}, 'settings.prior needs a prompt'),
+  *((recipe, {'settings.text_training': how},
+     f'settings.text_training must be frozen with settings.train {train};')
+    for recipe, train, how in (
+      ('controlnet', 'controlnet', 'lora'), ('textual_inversion', 'embeddings', 'trained')
+    )),
+  ('lora', {'settings.text_training': 'trained', 'settings.cache': True},
+   'settings.cache keeps what text encoders give before training'),
+  ('lora', {'settings.text_training': 'lora', 'settings.text_encoders': "('text_encoder_2',)"},
+   'names text_encoder_2, but the model has text_encoder; leave it out'),
   ('textual_inversion', {'settings.placeholder.token': 'cat</w>'}, 'without /'),
   ('textual_inversion', {'settings.placeholder.token': 'a'}, 'already has the token a'),
   ('textual_inversion', {'settings.placeholder.initializer': ''}, 'initializer is empty'),

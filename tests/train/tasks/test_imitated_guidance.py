@@ -1,0 +1,20 @@
+"""A U-Net that is told the guidance it imitates, from scratch: as consistency models begin."""
+
+from diffusion_jax.run import TrainedRun
+from tests import tiny
+from tests.train.tasks.test_models import _same_images, _trained
+
+
+def test_trained_out_of_a_cache_sampled_and_opened_again(parts, tmp_path, command):
+  values = tiny.diffusion_config(parts, {
+    'sample': {'sampler': 'ddim', 'steps': 2, 'guidance': 1.0}, 'conditioners': {
+      'text': {'path': parts['clip']}, 'distilled_guidance': {'scale': 2.0},
+    },
+  })
+  values['settings']['unet']['time_cond_proj_dim'] = 8
+  values['loop']['evaluate_samples'] = 0
+  workdir = _trained(values, tmp_path, command)
+  found = _same_images(workdir, 'cat', command, tmp_path / 'own')
+  other = _same_images(workdir, 'cat', command, tmp_path / 'other', '--distilled_guidance', 9)
+  assert found != other
+  assert TrainedRun(str(workdir)).model.conditioners['distilled_guidance'].scale == 2.0
