@@ -5,6 +5,7 @@
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from diffusion_jax.limits import (
   Seed,
 )
 from diffusion_jax.registry import OPTIMIZERS, TASKS, check, load
+from diffusion_jax.sizes import BucketSizes, Shape, nearest_to_square
 
 T = TypeVar('T')
 
@@ -149,10 +151,13 @@ def _limited(hint: Any, *limits: Any, value: Any, where: str) -> Any:
 class DataConfig:
   """dataset: a name of `SOURCES`, some with more after a colon, such as 'folder:PATH'. size: edge
   of the images in pixels, or their (height, width), or points in a record; a picture is scaled
-  until it covers that, and its middle cut out. prepare: make it if missing. transforms: (name,
-  arguments) pairs in order, applied to every training image. workers: threads that read and
-  transform in each process; 0 does it between the steps. most_unreadable: fraction of the records
-  of a split that may be damaged, which are named and replaced; with more the run ends.
+  until it covers that, and its middle cut out. Several (height, width), or `BucketSizes`, are
+  buckets: a picture goes into that of the nearest ratio, and all of a batch are of one; of tests
+  and previews all are of the one nearest to a square. most_buckets: sizes at most, since the step
+  is compiled for each. prepare: make it if missing. transforms: (name, arguments) pairs in order,
+  applied to every training image. workers: threads that read and transform in each process; 0 does
+  it between the steps. most_unreadable: fraction of the records of a split that may be damaged,
+  which are named and replaced; with more the run ends.
 
   Of pictures of one's own alone: caption: of every picture without one of its own, or several, one
   a line; {name}, {folder} and {label} in it are words of the picture's path and its class.
@@ -162,7 +167,7 @@ class DataConfig:
   """
 
   dataset: str
-  size: int | tuple[int, int]
+  size: int | tuple[int, int] | tuple[tuple[int, int], ...] | BucketSizes
   data_dir: str = ''
   prepare: bool = True
   caption: str = ''
@@ -173,21 +178,41 @@ class DataConfig:
   transforms: tuple = ()
   workers: Annotated[int, Range(0, text='a number of threads, or 0')] = 2
   most_unreadable: Annotated[float, Range(0, 1, text='a fraction of the records, 0 to 1')] = 0.5
+  most_buckets: Positive = 40
 
   def __post_init__(self):
-    if isinstance(self.size, tuple) and not all(1 <= edge <= MOST_EDGE for edge in self.size):
+    if isinstance(self.size, int):
+      return
+    shapes = self.shapes if self.size else ()
+    if not shapes or not all(1 <= edge <= MOST_EDGE for shape in shapes for edge in shape):
       raise UserError(
         f'data.size is {self.size}; give height and width in pixels, 1 to {MOST_EDGE} each.'
       )
+    if len(set(shapes)) < len(shapes):
+      raise UserError('data.size has the same height and width twice; leave out one of them.')
+    if len(shapes) > self.most_buckets:
+      raise UserError(
+        f'data.size gives {len(shapes)} sizes, for each of which the step would be compiled, but '
+        f'data.most_buckets is {self.most_buckets}; give fewer sizes, or raise it.'
+      )
+
+  @functools.cached_property
+  def shapes(self) -> tuple[Shape, ...]:
+    """(height, width) of the images of each bucket; of all, where there is but one."""
+    if isinstance(self.size, int):
+      return ((self.size, self.size),)
+    if isinstance(self.size, BucketSizes):
+      return self.size.shapes
+    return (self.size,) if all(isinstance(edge, int) for edge in self.size) else self.size
 
   @property
-  def shape(self) -> tuple[int, int]:
-    """(height, width) of the images."""
-    return self.size if isinstance(self.size, tuple) else (self.size, self.size)
+  def shape(self) -> Shape:
+    """(height, width) of the images, of several the one nearest to a square."""
+    return nearest_to_square(self.shapes)
 
   @property
   def edge(self) -> int:
-    """The longer edge of the images."""
+    """The longer edge of images of `shape`."""
     return max(self.shape)
 
 
