@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax.checkpoint.saving import is_storage_error, reason
 from diffusion_jax.config import TrainingConfig, completed, parse, untyped
+from diffusion_jax.data.buckets import buckets_in_words
 from diffusion_jax.data.loader import Loader
 from diffusion_jax.data.splits import APART, fingerprint, measured_on
 from diffusion_jax.data.unreadable import Counted, Damage
@@ -86,6 +87,8 @@ def _loader(config: TrainingConfig, task: Task, env: Env) -> Loader:
       '(data x fsdp x accumulation_steps); make it a multiple of that.'
     )
   source, transforms = task.examples(config, env)
+  if jax.process_index() == 0 and hasattr(source, 'buckets'):
+    say(buckets_in_words(source, batch_size))
   loader = Loader(
     source, transforms, batch_size=batch_size, rows=local_rows(mesh, batch_size),
     seed=config.loop.seed, num_threads=config.data.workers,

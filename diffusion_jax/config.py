@@ -24,7 +24,7 @@ from diffusion_jax.limits import (
   Seed,
 )
 from diffusion_jax.registry import OPTIMIZERS, TASKS, check, load
-from diffusion_jax.sizes import BucketSizes, Shape, nearest_to_square
+from diffusion_jax.sizes import BucketSizes, Shape, nearest_to_square, shapes_of
 
 T = TypeVar('T')
 
@@ -199,11 +199,12 @@ class DataConfig:
   @functools.cached_property
   def shapes(self) -> tuple[Shape, ...]:
     """(height, width) of the images of each bucket; of all, where there is but one."""
-    if isinstance(self.size, int):
-      return ((self.size, self.size),)
-    if isinstance(self.size, BucketSizes):
-      return self.size.shapes
-    return (self.size,) if all(isinstance(edge, int) for edge in self.size) else self.size
+    return shapes_of(self.size)
+
+  @property
+  def sizes(self) -> tuple[int | Shape, ...]:
+    """The size of each bucket as it is given: a number, or (height, width)."""
+    return (self.size,) if isinstance(self.size, int) else self.shapes
 
   @property
   def shape(self) -> Shape:

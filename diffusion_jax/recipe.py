@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -31,11 +32,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
       name, _, value = override.lstrip('-').partition('=')
       keys = name.split('.')[1:]
       section, last = _make_section(config, keys[:-1]), ''.join(keys[-1:])
-      before = section.get(last)
-      # Several numbers where there is one, such as a height and a width; a name for True or False.
-      if (value[:1] in ('(', '[') and isinstance(before, int)) or (
-        isinstance(before, bool) and value.lower() not in _BOOLEANS
-      ):
+      if _is_of_another_kind(value, section.get(last)):
         del section[last]
     config_flags.DEFINE_config_dict(
       'config', config, flag_values=values, lock_config=False, accept_new_attributes=True,
@@ -50,6 +47,21 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     if isinstance(error, ModuleNotFoundError) and error.name == 'configs':
       reason += '; the base of the recipes is diffusion_jax.configs.base'
     raise UserError(f'the config {path} cannot be used: {reason}') from error
+
+
+def _is_of_another_kind(value: str, before: Any) -> bool:
+  """Return whether a value takes the place of one of another type, which parsing would refuse.
+
+  Several numbers of one, such as a height and a width, or a dictionary, and the other way round; a
+  name of True or False.
+  """
+  if isinstance(before, bool):
+    return value.lower() not in _BOOLEANS
+  if isinstance(before, int):
+    return value[:1] in ('(', '[', '{')
+  if isinstance(before, (tuple, list)):
+    return value[:1] == '{' or value.isdecimal()
+  return isinstance(before, ConfigDict) and (value[:1] in ('(', '[') or value.isdecimal())
 
 
 def _run(file: Path) -> ConfigDict:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.limits import MOST_EDGE, Count, Positive, Range
@@ -77,7 +78,7 @@ def made_shapes(area: int, step: int, ratio: float) -> tuple[Shape, ...]:
 
 
 def spread(shapes: tuple[Shape, ...], most: int) -> tuple[Shape, ...]:
-  """Return at most so many of sizes, sorted by ratio: one nearest to a square, the others evenly."""
+  """Return at most so many of sizes that are sorted by ratio: the squarest, the others evenly."""
   if len(shapes) <= most:
     return shapes
   middle, last = shapes.index(nearest_to_square(shapes)), len(shapes) - 1
@@ -92,3 +93,13 @@ def spread(shapes: tuple[Shape, ...], most: int) -> tuple[Shape, ...]:
 def nearest_to_square(shapes: tuple[Shape, ...]) -> Shape:
   """Return the size whose edges differ least in ratio; of several the largest, then the first."""
   return min(shapes, key=lambda shape: (max(shape) / min(shape), -shape[0] * shape[1]))
+
+
+def shapes_of(size: Any) -> tuple[Shape, ...]:
+  """Return the sizes that a `data.size` stands for, also one that has been read from JSON."""
+  if isinstance(size, int):
+    return ((size, size),)
+  if isinstance(size, (Mapping, BucketSizes)):
+    return (BucketSizes(**size) if isinstance(size, Mapping) else size).shapes
+  one = all(isinstance(edge, int) for edge in size)
+  return (tuple(size),) if one else tuple(map(tuple, size))

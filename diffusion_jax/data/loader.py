@@ -3,7 +3,8 @@
 Positions are on one stream, the same in every process: epoch after epoch, each shuffled anew.
 Global batch k is positions k B to k B + B - 1, whatever the number of processes and devices; a
 process reads those of its devices. Batches run across epochs, so no example is lost. The randomness
-of a transform depends on seed and position alone.
+of a transform depends on seed and position alone. Where examples are in buckets, global batch k is
+the positions that `data.order` gives it, all of one bucket.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ import grain
 import jax
 import numpy as np
 
+from diffusion_jax.data.order import BucketOrder, Shuffled, in_order, shuffled
 from diffusion_jax.data.transforms import apply
 from diffusion_jax.data.unreadable import replacement
 from diffusion_jax.errors import Unreadable, UserError
@@ -28,6 +30,7 @@ class Loader:
   (`data.unreadable`). UserError: a source smaller than a global batch, or an argument out of range.
 
   Args:
+    source: with `buckets`, int [n], and `order` where its examples are in buckets (`Bucketed`).
     batch_size: examples per global batch, over all processes.
     rows: examples of a global batch to make, such as `parallel.mesh.local_rows`; None for all.
     seed: in [0, 2**32); determines shuffling and random transforms.
@@ -53,14 +56,19 @@ class Loader:
     self._identity = {
       'seed': seed, 'shuffle': shuffle, 'batch_size': batch_size, 'examples': len(source),
     }
+    self._order = None
+    if (buckets := getattr(source, 'buckets', None)) is not None:
+      self._identity['buckets'] = source.order
+      places = Shuffled(len(source), seed) if shuffle else in_order
+      self._order = BucketOrder(buckets, batch_size, places)
     # Numbers, and not records, so that what takes the place of one can follow from its position.
     stream = grain.MapDataset.source(range(len(source))).seed(seed)
-    stream = (stream.shuffle() if shuffle else stream).repeat()
+    stream = (shuffled(stream, seed) if shuffle else stream).repeat()
     # Before the rows are chosen, so that the rng follows the position in the one stream.
     self._stream = stream.random_map(
       lambda index, rng: apply(transforms, _record(source, index, rng), rng)
     )
-    self._batches = _Batches(self._stream, batch_size, rows)
+    self._batches = _Batches(self._stream, batch_size, rows, self._order)
     # Grain demands both to be zero, or neither.
     self._options = grain.ReadOptions(
       num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads) if num_threads else 0
@@ -80,9 +88,27 @@ class Loader:
     self._position += 1
     return batch
 
-  def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return shapes [batch_size, ...] and types of a global batch on the device, without texts."""
-    example = _stack([self._stream[0]])
+  def buckets_until(self, batches: int) -> list[int]:
+    """Return the buckets of the batches from the next one up to that number, each once: the next
+    batch's first, then roughly as they come."""
+    if self._order is None:
+      return [0]
+    next_one = self._order[self._position].bucket
+    now, then = self._order.before(self._position), self._order.before(batches)
+    wait = lambda bucket: ((now[bucket] + 1) / self._order.sizes[bucket], bucket)
+    others = [b for b in now if b != next_one and then[b] > now[b]]
+    return [next_one, *sorted(others, key=wait)]
+
+  def spec(self, bucket: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shapes [batch_size, ...] and types of a global batch on the device, without texts.
+
+    bucket: the one it is of; None for that of the next batch.
+    """
+    if self._order is None:
+      example = _stack([self._stream[0]])
+    else:
+      bucket = self._order[self._position].bucket if bucket is None else bucket
+      example = _stack([self._stream[self._order.first(bucket)]])
     return {
       name: jax.ShapeDtypeStruct(
         (self._identity['batch_size'], *column.shape[1:]),
@@ -100,11 +126,12 @@ class Loader:
 
     UserError: the state is of another seed, batch size or source.
     """
-    for name, mine in self._identity.items():
-      if name not in state or state[name] != mine:
+    for name in (*self._identity, 'buckets'):
+      mine, saved = (where.get(name, 'nothing') for where in (self._identity, state))
+      if saved != mine:
         raise UserError(
-          f'The saved data state has {name}={state.get(name, "nothing")} but this run has '
-          f'{name}={mine}: use the same {name}, or start a new run.'
+          f'The saved data state has {name}={saved} but this run has {name}={mine}: use the same '
+          f'{name}, or start a new run.'
         )
     if not isinstance(state.get('position'), int):
       raise UserError('The saved data state has no position: restore an older checkpoint.')
@@ -121,11 +148,15 @@ class Loader:
 
 
 class _Batches(grain.MapDataset):
-  """Batch k: the examples at k * batch_size + rows of a stream, stacked."""
+  """Batch k: the examples at k * batch_size + rows of a stream, or where `order` has them, stacked.
+  """
 
-  def __init__(self, stream: grain.MapDataset, batch_size: int, rows: np.ndarray | None):
+  def __init__(
+    self, stream: grain.MapDataset, batch_size: int, rows: np.ndarray | None,
+    order: BucketOrder | None,
+  ):
     super().__init__(stream)
-    self._stream, self._batch_size = stream, batch_size
+    self._stream, self._batch_size, self._order = stream, batch_size, order
     self._rows = range(batch_size) if rows is None else [int(row) for row in rows]
     if not self._rows or not all(0 <= row < batch_size for row in self._rows):
       raise ValueError(f'rows {self._rows} are not rows of a batch of {batch_size}.')
@@ -134,8 +165,11 @@ class _Batches(grain.MapDataset):
     return len(self._stream) // self._batch_size
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    first = index * self._batch_size
-    return _stack([self._stream[first + row] for row in self._rows])
+    if self._order is None:
+      first = index * self._batch_size
+      return _stack([self._stream[first + row] for row in self._rows])
+    places = self._order[index].places
+    return _stack([self._stream[int(places[row])] for row in self._rows])
 
   def __str__(self) -> str:
     return f'batches of {self._batch_size}'

@@ -7,6 +7,7 @@ records stand in the whole stream: before epoch e there are sum_b floor(e n_b / 
 n_b being the records of bucket b. With one bucket that is the whole stream cut into batches.
 """
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -40,6 +41,8 @@ class Shuffled:
   def __init__(self, count: int, seed: int):
     self._count, bits = count, (count - 1).bit_length()
     self._word = np.uint64(max(bits + bits % 2, _FEWEST_BITS) // 2)
+    self._small = self._word * 2 == _FEWEST_BITS
+    self._tables = functools.lru_cache(8)(self._whole_epoch)
     stream = grain.MapDataset.source(range(count)).seed(seed).shuffle()
     self._seed = stream._seed
     for place in () if _takes_one_twice(count) else {0, count // 2, count - 1}:
@@ -47,20 +50,39 @@ class Shuffled:
         raise RuntimeError('this version of grain shuffles in another way; install grain 0.2.18.')
 
   def __call__(self, records: np.ndarray, epoch: int) -> np.ndarray:
+    if self._small:
+      return self._tables(epoch)[1][records]
     return self._walk(self._undone, records, epoch)
 
   def records(self, places: np.ndarray, epoch: int) -> np.ndarray:
     """Return the records [m] that stand at places [m] of an epoch."""
+    if self._small:
+      return self._tables(epoch)[0][places]
     return self._walk(self._done, places, epoch)
 
+  def _keys(self, epoch: int) -> list[int]:
+    return _seed_sequence((self._seed + epoch) % 2**32)
+
   def _walk(self, step: Callable, numbers: np.ndarray, epoch: int) -> np.ndarray:
-    if self._count == 1:
-      return np.zeros(len(numbers), np.int64)
-    keys = _seed_sequence((self._seed + epoch) % 2**32)
+    keys = self._keys(epoch)
     found = step(np.asarray(numbers, np.uint64), keys)
     while len(beyond := np.flatnonzero(found >= self._count)):
       found[beyond] = step(found[beyond], keys)
     return found.astype(np.int64)
+
+  def _whole_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """(records by place, places by record), int64 [n]; for so few, that a walk would be long."""
+    every = np.arange(2**_FEWEST_BITS)
+    if self._count == 1:
+      return every[:1], every[:1]
+    done = self._done(every.astype(np.uint64), self._keys(epoch)).astype(np.int64)
+    further = np.where(every < self._count, every, done)
+    for _ in range(_FEWEST_BITS):  # Each time twice as many steps.
+      further = further[further]
+    records = further[done[: self._count]]
+    places = np.empty_like(records)
+    places[records] = every[: self._count]
+    return records, places
 
   def _halves(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, Callable]:
     """(left, right, a round's function of one of them and its key)."""
@@ -108,7 +130,7 @@ class _Shuffle(grain.MapDataset):
     return self._parent[int(self._order.records(np.array([place]), epoch)[0])]
 
 
-def shuffle(stream: grain.MapDataset, seed: int) -> grain.MapDataset:
+def shuffled(stream: grain.MapDataset, seed: int) -> grain.MapDataset:
   """Return a stream, seeded alike, with every epoch in another order."""
   return _Shuffle(stream, seed) if _takes_one_twice(len(stream)) else stream.shuffle()
 
@@ -162,9 +184,9 @@ class BucketOrder:
     self._lock = threading.Lock()
 
   @property
-  def buckets(self) -> list[int]:
-    """Buckets with records, in ascending order."""
-    return list(self._ids)
+  def sizes(self) -> dict[int, int]:
+    """The records of each bucket that has any."""
+    return dict(zip(self._ids, self._sizes.tolist(), strict=True))
 
   def __getitem__(self, number: int) -> Batch:
     """Return batch `number` of the run."""

@@ -1,5 +1,7 @@
 """Records that cannot be read: counted, named once each, and replaced by others."""
 
+import contextlib
+import copy
 import itertools
 import math
 import threading
@@ -90,6 +92,12 @@ class Counted(Sequence):
       self._count(index, error)
       raise
 
+  def at_sizes(self, shapes: np.ndarray) -> 'Counted':
+    """The source's records at these sizes, counted together with those of here."""
+    other = copy.copy(self)
+    other.source = self.source.at_sizes(shapes)
+    return other
+
   def _count(self, index: int, error: Unreadable) -> None:
     self._damage.add(str(error), error.cause)
     with self._lock:
@@ -111,10 +119,25 @@ def replacement(source: Sequence, index: int, rng: np.random.Generator) -> Any:
   """The readable record that replaces the unreadable `index`.
 
   It depends on `rng` and the readable records alone, and is of the same kind where a source has
-  `turns`. UserError: none of a thousand records, or of all, can be read.
+  `turns`, or `substitutes(index)`, which yields sequences of records, the better ones first.
+  UserError: none of a thousand records, or of all, can be read.
   """
-  turns = getattr(source, 'turns', 1)
-  places = range(index % turns, len(source), turns)
+  if (substitutes := getattr(source, 'substitutes', None)) is None:
+    turns = getattr(source, 'turns', 1)
+    places = range(index % turns, len(source), turns)
+    return _one_of(source, places, rng)
+  *better, last = substitutes(index)
+  for records in better:
+    with contextlib.suppress(NoneReadable):
+      return _one_of(records, range(len(records)), rng)
+  return _one_of(last, range(len(last)), rng)
+
+
+class NoneReadable(UserError):
+  """Of many records in a row none can be read."""
+
+
+def _one_of(source: Sequence, places: Sequence[int], rng: np.random.Generator) -> Any:
   place, step = int(rng.integers(len(places))), 0
   while math.gcd(step, len(places)) != 1:  # So that the walk comes to all of them, once each.
     step = int(rng.integers(1, len(places) + 1))
@@ -124,7 +147,7 @@ def replacement(source: Sequence, index: int, rng: np.random.Generator) -> Any:
       return source[places[(place + i * step) % len(places)]]
     except Unreadable as error:
       reason = str(error)
-  raise UserError(f'{tried} records in a row cannot be read, the last because {reason}')
+  raise NoneReadable(f'{tried} records in a row cannot be read, the last because {reason}')
 
 
 def readable(source: Sequence, places: Iterable[int] | None = None) -> Iterator[Any]:

@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import math
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -24,7 +25,7 @@ class StepReport:
 
   seconds: to compile. parameters: trained scalars, over all devices. state: parameters, optimizer,
   average and frozen networks. temporary: activations, gradients and others during the step. flops:
-  as XLA counts them, or None.
+  as XLA counts them, or None. size: of the images, '' where there are none.
   """
 
   seconds: float
@@ -34,6 +35,7 @@ class StepReport:
   batch: int
   temporary: int
   flops: float | None
+  size: str = ''
 
   @property
   def bytes(self) -> int:
@@ -60,16 +62,31 @@ class StepReport:
     return {**dataclasses.asdict(self), 'bytes': self.bytes}
 
 
+def reports_as_json(reports: Sequence[StepReport]) -> dict[str, Any]:
+  """Return what belongs into step.json: the first, and what differs between several sizes."""
+  first, *others = (report.as_json() for report in reports)
+  differ = ('size', 'seconds', 'batch', 'temporary', 'flops', 'bytes')
+  each = [{name: one[name] for name in differ} for one in (first, *others)]
+  return first | ({'sizes': each} if others else {})
+
+
 def step_and_batch(training: Training, abstract: TrainState) -> tuple[Step, dict]:
-  """Return (jitted step, shapes of a global batch), from the shapes of the state."""
+  """Return (jitted step, shapes of the next global batch), from the shapes of the state."""
   t = training
   step = make_step(
     t.task, t.optimizer, abstract, batch_size=t.loop.batch_size,
     ema_halflife_images=t.loop.ema_halflife_images, accumulation=t.loop.accumulation_steps,
     guard=t.safety,
   )
-  spec = t.loader.spec()
-  return step, abstract_batch({name: spec[name] for name in t.task.batch_fields}, t.mesh)
+  return step, batch_of(t)
+
+
+def batch_of(training: Training, bucket: int | None = None) -> dict:
+  """Return the shapes of a global batch of one bucket; None: of the next batch's."""
+  spec = training.loader.spec(bucket)
+  return abstract_batch(
+    {name: spec[name] for name in training.task.batch_fields}, training.mesh
+  )
 
 
 def compile_step(step: Any, state: TrainState, frozen: dict, batch: dict):
@@ -85,31 +102,103 @@ def compile_step(step: Any, state: TrainState, frozen: dict, batch: dict):
     devices=jax.tree.leaves(state.params)[0].sharding.num_devices,
     state=held((state, frozen)), batch=held(batch),
     temporary=memory.temp_size_in_bytes if memory is not None else 0,
-    flops=flops if flops > 0 else None,
+    flops=flops if flops > 0 else None, size=_size_of(batch),
   )
   return compiled, report
 
 
+def _size_of(batch: dict) -> str:
+  """The height and width of a batch's images or latents, in words."""
+  found = [x.shape[1:3] for x in batch.values() if len(x.shape) == 4]
+  return ' x '.join(map(str, found[0])) if found else ''
+
+
 class StepPrograms:
-  """A jitted step with one executable for each batch shape, the same in all processes at a time."""
+  """A jitted step with one executable for each batch shape, the same in all processes at a time.
+
+  reports: of the executables so far, in the order in which they were compiled.
+  """
 
   def __init__(
     self, step: Any, compiling: Callable[[], AbstractContextManager] = contextlib.nullcontext
   ):
-    """`compiling` surrounds every compilation, such as with a longer timeout."""
+    """`compiling` surrounds every compilation that is waited for, such as with a longer timeout."""
     self._step, self._compiling = step, compiling
     self._programs: dict[tuple, Callable] = {}
+    self.reports: list[StepReport] = []
+    self._changed, self._stop = threading.Condition(), False
+    self._thread: threading.Thread | None = None
+    self._error: BaseException | None = None
 
   def prepare(self, state: TrainState, frozen: dict, batch: dict) -> StepReport:
     """Compile for batches of this shape, given as arrays or as shapes with shardings."""
     with self._compiling():
-      self._programs[_shapes(batch)], report = compile_step(self._step, state, frozen, batch)
+      return self._compile(state, frozen, batch)
+
+  def prepare_ahead(
+    self, state: TrainState, frozen: dict, batches: Sequence[Callable[[], dict]]
+  ) -> None:
+    """Compile for these batches, one after the other, while steps are made; in a thread.
+
+    A step for which none is compiled yet waits until it is. batches: functions that return shapes
+    with shardings, called in the thread. An error is raised by the next step.
+    """
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    state, frozen = jax.tree.map(like, (state, frozen))  # The arrays are donated meanwhile.
+    mesh = state.step.sharding.mesh
+
+    def work() -> None:
+      with jax.set_mesh(mesh):
+        for batch in batches:
+          if self._stop:
+            return
+          self._compile(state, frozen, batch())
+
+    def run() -> None:
+      try:
+        work()
+      except BaseException as error:
+        self._error = error
+      with self._changed:
+        self._changed.notify_all()
+
+    # Not a daemon: an interpreter that ends while XLA compiles would abort.
+    self._thread = threading.Thread(target=run, name='compiling')
+    self._thread.start()
+
+  def _compile(self, state: TrainState, frozen: dict, batch: dict) -> StepReport:
+    program, report = compile_step(self._step, state, frozen, batch)
+    with self._changed:
+      self._programs[_shapes(batch)] = program
+      self.reports.append(report)
+      self._changed.notify_all()
     return report
 
+  @property
+  def busy(self) -> bool:
+    """Whether programs are compiled in the background."""
+    return self._thread is not None and self._thread.is_alive()
+
+  def _wait_for(self, shapes: tuple) -> None:
+    """Wait until there is a program for batches of that shape, or none is compiled any more."""
+    with self._compiling(), self._changed:
+      while shapes not in self._programs and self.busy and self._error is None:
+        self._changed.wait(1)
+
   def __call__(self, state: TrainState, frozen: dict, batch: dict) -> Any:
-    if (shapes := _shapes(batch)) not in self._programs:
+    if (shapes := _shapes(batch)) not in self._programs and self.busy:
+      self._wait_for(shapes)
+    if self._error is not None:
+      raise self._error
+    if shapes not in self._programs:
       self.prepare(state, frozen, batch)
     return self._programs[shapes](state, frozen, batch)
+
+  def close(self) -> None:
+    """Compile nothing further; wait for what is being compiled."""
+    self._stop = True
+    if self._thread is not None:
+      self._thread.join()
 
 
 def _shapes(batch: dict) -> tuple:

@@ -191,20 +191,21 @@ def resources() -> dict[str, float]:
 
 
 class Compilations:
-  """A count of programs that XLA has compiled or fetched from its cache since it was made.
+  """A count of programs that XLA has compiled or fetched from its cache since it was made, in the
+  thread that made it.
 
-  After the first step training compiles only for new batch shapes.
+  After the first step training compiles there only for batch shapes that it did not foresee.
   """
 
   _EVENT = '/jax/core/compile/backend_compile_duration'
 
   def __init__(self):
-    self.count = 0
+    self.count, self._thread = 0, threading.get_ident()
     monitoring.register_event_duration_secs_listener(self._heard)
 
   def _heard(self, event: str, seconds: float, **more) -> None:
     del seconds, more
-    self.count += event == self._EVENT
+    self.count += event == self._EVENT and threading.get_ident() == self._thread
 
   def close(self) -> None:
     """Stop counting."""

@@ -2,6 +2,8 @@
 
 import contextlib
 import signal
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,7 +18,12 @@ from diffusion_jax.runs.directory import command_line
 from diffusion_jax.runs.metrics import MetricsWriter
 from diffusion_jax.runs.start import Start
 from diffusion_jax.train.card import parameter_table
-from diffusion_jax.train.compile import StepPrograms, step_and_batch
+from diffusion_jax.train.compile import (
+  StepPrograms,
+  batch_of,
+  reports_as_json,
+  step_and_batch,
+)
 from diffusion_jax.train.health import (
   TRY_AGAIN,
   BestEffort,
@@ -93,8 +100,17 @@ class _Loop:
         self._compile(abstract)
     self.goodput.enter('step')
 
-  def _compiling(self):
-    return self.safety.watchdog.allow(self.t.safety.compile_timeout_seconds, 'compilation')
+  @contextlib.contextmanager
+  def _compiling(self) -> Iterator[None]:
+    seconds = self.t.safety.compile_timeout_seconds
+    with self.safety.watchdog.allow(seconds, 'compilation'):
+      yield
+
+  @contextlib.contextmanager
+  def _waiting(self) -> Iterator[None]:
+    """Within, a program is compiled that the next step needs."""
+    with self._compiling(), self.goodput.phase('compile'):
+      yield
 
   def _begin(self, abstract: TrainState) -> None:
     """Restore the state, or make a fresh one."""
@@ -120,15 +136,35 @@ class _Loop:
     t = self.t
     self.safety.report('compiling')
     step, batch = step_and_batch(t, abstract)
-    self.update = StepPrograms(step, self._compiling)
+    self.update, self.reported = StepPrograms(step, self._waiting), 0
     report = self.update.prepare(self.state, self.frozen, batch)
-    if jax.process_index() == 0:
-      self.side(
-        'step.json', lambda: t.directory.write_json('step.json', report.as_json()), keep=True
-      )
+    self._report_programs()
     if self.show:
       print(parameter_table(abstract.params, _ROWS))
       print('\n'.join(report.lines(t.mesh, t.loop.batch_size)))
+
+  def _compile_ahead(self) -> None:
+    """Compile the step for the other sizes of pictures that will come, while training goes on."""
+    others = self.t.loader.buckets_until(self.t.loop.total_steps)[1:]
+    if not others:
+      return
+    if self.show:
+      print(
+        f'the step is compiled for each of {len(others) + 1} sizes: for the first before training, '
+        'for the others meanwhile'
+      )
+    self.update.prepare_ahead(
+      self.state, self.frozen, [partial(batch_of, self.t, bucket) for bucket in others]
+    )
+
+  def _report_programs(self) -> None:
+    """Write what the programs need that have been compiled since."""
+    found, before = list(self.update.reports), self.reported
+    if len(found) > before:
+      self.reported = len(found)
+      if jax.process_index() == 0:
+        write = partial(self.t.directory.write_json, 'step.json', reports_as_json(found))
+        self.side('step.json', write, keep=True)
 
   def _facts(self) -> dict[str, Any]:
     """Return how far things are, for the status file."""
@@ -146,6 +182,8 @@ class _Loop:
 
   def close(self) -> None:
     """Free files and threads."""
+    with self.safety.watchdog.allow(0, 'compilation'):
+      self.update.close()
     self.compilations.close()
     self.profiler.close()
     self.writer.close()
@@ -166,6 +204,7 @@ class _Loop:
         if self.resumed:
           self._run_hooks(*self.hooks.missing(self.step))
         self.safety.stop.barrier()  # Compiling may have taken long.
+        self._compile_ahead()
         self.safety.report('training')
         while self.step < loop.total_steps:
           self.safety.check()
@@ -207,6 +246,7 @@ class _Loop:
 
   def _write(self, step: int, totals: dict, speed: dict[str, float]) -> None:
     """Write a line of metrics. Diverged where they say that the run has been given up."""
+    self._report_programs()
     values = self.meter.read(totals)
     given_up = values.pop('given_up')
     rates = {name: float(rate(step - 1)) for name, rate in self.t.learning_rates.items()}
@@ -308,6 +348,7 @@ class _Loop:
 
   def _finish(self) -> int:
     """Sample, score and export the last state; done again if it was cut off."""
+    self._report_programs()
     self._save()
     self.safety.report('finishing')
     with self.goodput.phase('evaluation'):

@@ -24,7 +24,7 @@ def open_data(config: DataConfig, synthetic: int = 0, labels_for: str = '') -> t
   if synthetic:
     from diffusion_jax.data.sources.arrays import SyntheticImages
 
-    images = SyntheticImages(config.shape, synthetic)
+    images = SyntheticImages(config.shapes, synthetic)
     return images, images
   kind = config.dataset.partition(':')[0]
   if labels_for and kind in LABELLED:
@@ -49,7 +49,7 @@ def without_effect(config: DataConfig, what: str, *names: str) -> None:
 def square_of(config: DataConfig) -> int:
   """Return `data.size`, one number, for data of which there is nothing oblong. UserError for two.
   """
-  if isinstance(config.size, tuple):
+  if not isinstance(config.size, int):
     raise UserError(
       f'data.size is {config.size}, but {config.dataset} has one size; give one number, or a '
       'folder of pictures.'

@@ -1,5 +1,6 @@
 """Sources in memory: columns, points in the plane, and random images that measure speed."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
 
@@ -9,6 +10,7 @@ from diffusion_jax.config import DataConfig
 from diffusion_jax.data.sources import OF_FOLDERS, square_of, without_effect
 from diffusion_jax.errors import Unreadable, UserError
 from diffusion_jax.registry import check
+from diffusion_jax.sizes import nearest_to_square
 
 SPLITS = {'train': (0, 32_768), 'test': (1, 2_048)}
 """Seed and number of points."""
@@ -94,17 +96,21 @@ PICTURES = 8
 
 
 class SyntheticImages(Sequence):
-  """Records as of a folder of pictures: image uint8 [h w 3], two captions, label, sizes."""
+  """Records as of a folder of pictures: image uint8 [h w 3], two captions, label, sizes.
 
-  def __init__(self, size: tuple[int, int], count: int):
+  shapes: (height, width) that the pictures have in turn; images have that nearest to a square.
+  """
+
+  def __init__(self, shapes: Sequence[tuple[int, int]], count: int):
     rng = np.random.default_rng(0)
-    self._images = rng.integers(0, 256, (PICTURES, *size, 3), np.uint8)
+    self._shapes, self._at = np.asarray(shapes, np.int32), nearest_to_square(tuple(shapes))
+    edge = self._shapes.max(axis=0)
+    self._images = rng.integers(0, 256, (PICTURES, *edge, 3), np.uint8)
     letters = rng.integers(ord('a'), ord('z') + 1, (count, 2, 4, 5))
     self._captions = [
       [' '.join(''.join(map(chr, word)) for word in caption) for caption in record]
       for record in letters
     ]
-    self._sizes = np.asarray([*size, 0, 0, *size], np.float32)
 
   def __len__(self) -> int:
     return len(self._captions)
@@ -114,9 +120,21 @@ class SyntheticImages(Sequence):
     """The label of every record."""
     return [f'class {index % LABELS}' for index in range(len(self))]
 
+  def original_sizes(self) -> np.ndarray:
+    """(height, width) of the pictures, int32 [n 2]."""
+    return self._shapes[np.arange(len(self)) % len(self._shapes)]
+
+  def at_sizes(self, shapes: np.ndarray) -> 'SyntheticImages':
+    """A source whose record i is of shapes[i], (height, width), int32 [n 2]."""
+    other = copy.copy(self)
+    other._at = shapes
+    return other
+
   def __getitem__(self, index: SupportsIndex) -> dict:
     index = range(len(self))[index]
+    height, width = map(int, self._at if isinstance(self._at, tuple) else self._at[index])
     return {
-      'image': self._images[index % PICTURES], 'captions': self._captions[index],
-      'id': str(index), 'label': f'class {index % LABELS}', 'sizes': self._sizes,
+      'image': self._images[index % PICTURES, :height, :width], 'captions': self._captions[index],
+      'id': str(index), 'label': f'class {index % LABELS}',
+      'sizes': np.asarray([height, width, 0, 0, height, width], np.float32),
     }

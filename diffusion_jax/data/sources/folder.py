@@ -7,6 +7,7 @@ The class is the folder below the root (PATH/cat/1.png). Folders may be nested. 
 test/ are the splits; without them pictures are split by content.
 """
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import SupportsIndex
@@ -191,3 +192,17 @@ class Alternating:
     which, place = index % 2, index // 2
     source = self.sources[which]
     return source[place % len(source)] | {'weight': np.float32(self.weights[which])}
+
+  def original_sizes(self) -> np.ndarray:
+    """(height, width) of the pictures, int32 [n 2]; see `PictureSource`."""
+    half = np.arange(len(self) // 2)
+    both = [source.original_sizes()[half % len(source)] for source in self.sources]
+    return np.stack(both, axis=1).reshape(-1, 2)
+
+  def at_sizes(self, shapes: np.ndarray) -> 'Alternating':
+    """Both with their records at these sizes, int32 [n 2], of repeated ones the first."""
+    other = copy.copy(self)
+    other.sources = tuple(
+      source.at_sizes(shapes[which::2][: len(source)]) for which, source in enumerate(self.sources)
+    )
+    return other

@@ -91,9 +91,11 @@ class AutoencoderTask(Task):
   def check_data(cls, config: TrainingConfig) -> None:
     size, autoencoder = config.data.size, config.settings.autoencoder
     given = autoencoder.sample_size
-    if isinstance(size, tuple):
-      check_edges(size, EdgeRule(autoencoder.factor))
-      same_size('settings.autoencoder.sample_size', given or size, size)
+    if not isinstance(size, int):
+      for shape in config.data.shapes:
+        check_edges(shape, EdgeRule(autoencoder.factor))
+      shape = config.data.shape
+      same_size('settings.autoencoder.sample_size', given or shape, shape)
       return super().check_data(config)
     for edge in () if given is None else np.ravel(given):
       same_size('settings.autoencoder.sample_size', int(edge), size)

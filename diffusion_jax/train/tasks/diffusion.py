@@ -164,8 +164,10 @@ class DiffusionTask(Task):
     """Raise UserError unless the denoiser is of z of images of `data.size`."""
     space, size = config.settings.space, config.data.size
     rule = edge_rule(space.factor, config.settings.denoiser)
-    if isinstance(size, tuple):
-      return check_edges(size, rule)
+    if not isinstance(size, int):
+      for shape in config.data.shapes:
+        check_edges(shape, rule)
+      return
     factor, rounded = space.factor, max(size // space.factor, 1)
     places = getattr(config.settings.denoiser, 'sample_size', None) or rounded
     several = isinstance(places, tuple)
@@ -175,7 +177,7 @@ class DiffusionTask(Task):
         f'data.size {size} gives latents of {size / factor:g}, but sample_size of the denoiser is '
         f'{places}; set data.size to {wanted} or sample_size to {size // factor}.'
       )
-    return check_edges(size, rule)
+    check_edges(size, rule)
 
   @classmethod
   def build(cls, config: TrainingConfig, env: Env) -> 'DiffusionTask':

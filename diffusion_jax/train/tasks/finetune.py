@@ -182,8 +182,10 @@ class FinetuneTask(DiffusionTask):
         '--config.settings.model=models/stable-diffusion-v1-5.'
       )
     model = read_model(path)[0]
-    if isinstance(size, tuple):
-      return check_edges(size, model.edges)
+    if not isinstance(size, int):
+      for shape in config.data.shapes:
+        check_edges(shape, model.edges)
+      return
     own, known = model.trained_size, getattr(model.denoiser.config, 'sample_size', None)
     wanted = own[0] if own[0] == own[1] else own
     if known and size != wanted:

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from diffusion_jax.config import TrainingConfig
+from diffusion_jax.data.buckets import BySize, in_buckets
 from diffusion_jax.data.sources import open_data
 from diffusion_jax.data.transforms import build_transforms, check_transforms
 from diffusion_jax.data.unreadable import Damage
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.tensors import write_tensors
+from diffusion_jax.sizes import shapes_of
 from diffusion_jax.train.meter import Metrics
 from diffusion_jax.types import Params, Scores, Source, Weights
 
@@ -101,7 +103,8 @@ class Task(abc.ABC):
   @classmethod
   def check_data(cls, config: TrainingConfig) -> None:
     """Raise UserError unless the settings fit `data.size` and the transforms keep to it."""
-    check_transforms(config.data.transforms, config.data.size)
+    for size in config.data.sizes:
+      check_transforms(config.data.transforms, size)
 
   @classmethod
   def open_sources(cls, config: TrainingConfig, synthetic: bool) -> tuple[Source, Source]:
@@ -123,14 +126,20 @@ class Task(abc.ABC):
 
   def examples(self, config: TrainingConfig, env: Env) -> tuple[Source, list[Callable]]:
     """Return (source, transforms) that batches are made of."""
-    data = config.data
-    return env.train, build_transforms(data.transforms, size=data.size, **self.context())
+    data, context = config.data, self.context()
+    made = [build_transforms(data.transforms, size=size, **context) for size in data.sizes]
+    source = in_buckets(env.train, data.shapes)
+    if len(made) == 1:
+      return source, made[0]
+    return source, [BySize(dict(zip(data.shapes, made, strict=True)))]
 
   @classmethod
-  def described(cls, size: int | Sequence[int]) -> tuple[str, str]:
+  def described(cls, size: Any) -> tuple[str, str]:
     """Return (what records of `data.size` are called, what one is like), for people."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return 'images', f'{height} x {width} pixels'
+    shapes = shapes_of(size)
+    first, last = (f'{height} x {width}' for height, width in (shapes[0], shapes[-1]))
+    several = f'{len(shapes)} sizes from {first} to {last}'
+    return 'images', f'{several if len(shapes) > 1 else first} pixels'
 
   def keep(self, workdir: Path) -> None:
     """Write what the task has made of the data and a resume needs, such as a tokenizer."""
