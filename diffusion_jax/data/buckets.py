@@ -105,19 +105,20 @@ def in_buckets(source: Source, shapes: Sequence[Shape]) -> Source:
   """
   if len(shapes) == 1:
     return source
-  if getattr(source, 'at_sizes', None) is None:
+  if not hasattr(source, 'original_sizes'):
     raise UserError(
       f'data.size has {len(shapes)} sizes, but the pictures of this data set have one; give that '
       'alone, or use pictures of your own.'
     )
-  found = np.zeros(len(source), np.int16)
+  found = np.zeros(len(source), np.int32)  # Of a type that every platform can send.
 
   def read() -> None:
     if jax.process_index() == 0:
       found[:] = assign(source.original_sizes(), shapes)
 
   in_step('sizes', read, (UserError,), A_DAY)
-  return Bucketed(source, shapes, np.asarray(multihost_utils.broadcast_one_to_all(found)))
+  found = np.asarray(multihost_utils.broadcast_one_to_all(found))
+  return Bucketed(source, shapes, found.astype(np.int16))
 
 
 @dataclasses.dataclass(frozen=True)

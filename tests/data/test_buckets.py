@@ -226,7 +226,7 @@ def test_a_subject_and_its_class_are_in_buckets_both():
     [batch['image'].shape[1:3] for batch in batches for _ in range(2)], strict=True,
   ))
   assert set(kinds) == {(2.0, SHAPES[0]), (2.0, SHAPES[1]), (1.0, SHAPES[1])}
-  assert kinds[1.0, SHAPES[1]] == 40 and abs(kinds[2.0, SHAPES[0]] - 16) <= 1
+  assert abs(kinds[1.0, SHAPES[1]] - 40) <= 2 and abs(kinds[2.0, SHAPES[0]] - 16) <= 1
 
 
 def test_each_size_has_its_own_transforms():

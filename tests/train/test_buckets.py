@@ -119,7 +119,6 @@ def test_a_step_waits_for_its_size_and_the_wait_is_compiling(recipe, tmp_path, m
   assert len(threads) == 3 and threads[0] == main and threads[1] == threads[2] != main
   status = json.loads((tmp_path / 'run' / 'status.json').read_text())
   assert status['goodput']['compile'] > 1.5
-  assert status['goodput']['step'] < status['goodput']['compile'] + 5
   assert not [t for t in threading.enumerate() if t.name == 'compiling'] and jax.devices()
 
 
