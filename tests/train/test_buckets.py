@@ -122,17 +122,22 @@ def test_a_step_waits_for_its_size_and_the_wait_is_compiling(recipe, tmp_path, m
   assert not [t for t in threading.enumerate() if t.name == 'compiling'] and jax.devices()
 
 
-def test_sdxl_is_told_of_each_picture_its_own_size(arguments, tmp_path):
-  recipe, overrides = arguments(
-    'sdxl', tmp_path / 'run', **{'data.size': '((16,24),(16,16),(24,16))', 'loop.batch_size': 2}
-  )
+@pytest.mark.parametrize('cache', [False, True])
+def test_sdxl_is_told_of_each_picture_its_own_size(arguments, tmp_path, cache):
+  """Also of latents out of a cache, half as large."""
+  recipe, overrides = arguments('sdxl', tmp_path / 'run', **{
+    'data.size': '((16,24),(16,16),(24,16))', 'loop.batch_size': 2, 'settings.cache': cache,
+    **({'data.transforms': '()'} if cache else {}),
+  })
   with tiny.few_devices():
     training = build.build(load_config(recipe, overrides), str(tmp_path / 'run'))
   told, own = {}, {(18 + i, 26 - i) for i in range(8)}
   for _ in range(16):
     batch = next(training.loader)
+    height, width = batch['mean' if cache else 'image'].shape[1:3]
     for sizes in batch['sizes'].astype(int).tolist():
-      assert tuple(sizes[4:]) == batch['image'].shape[1:3] and tuple(sizes[:2]) in own
+      assert tuple(sizes[4:]) == (height * (1 + cache), width * (1 + cache))
+      assert tuple(sizes[:2]) in own
       told[tuple(sizes[:2])] = tuple(sizes[4:])
   assert told.keys() == own
   assert told[18, 26] == (16, 24) and told[21, 23] == (16, 16) and told[25, 19] == (24, 16)

@@ -135,7 +135,8 @@ class DiffusionTask(Task):
     if settings.cache:
       drawn = check_pictures(data.transforms, 'settings.cache')
       if data.transforms:
-        check_transforms(data.transforms, data.size)
+        for size in data.sizes:
+          check_transforms(data.transforms, size)
       if settings.cache_views > 1 and not drawn:
         raise UserError(
           f'settings.cache_views is {settings.cache_views}, but data.transforms make one view of a '
