@@ -138,5 +138,5 @@ def buckets_in_words(source: Any, batch_size: int) -> str:
   used = [(n, shape) for n, shape in zip(counts, source.shapes, strict=True) if n]
   each = ', '.join(f'{h} x {w}: {n:,}' for n, (h, w) in used)
   few = sum(n < batch_size for n, _ in used)
-  rare = f'; {few} have less than a batch, which waits for the next epochs' if few else ''
+  rare = f'; of {few} an epoch has less than a batch, which waits for the next' if few else ''
   return f'{len(used)} of {len(source.shapes)} sizes are used ({each}){rare}'

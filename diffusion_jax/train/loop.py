@@ -19,6 +19,7 @@ from diffusion_jax.runs.metrics import MetricsWriter
 from diffusion_jax.runs.start import Start
 from diffusion_jax.train.card import parameter_table
 from diffusion_jax.train.compile import (
+  MEGABYTE,
   StepPrograms,
   batch_of,
   reports_as_json,
@@ -136,7 +137,7 @@ class _Loop:
     t = self.t
     self.safety.report('compiling')
     step, batch = step_and_batch(t, abstract)
-    self.update, self.reported = StepPrograms(step, self._waiting), 0
+    self.update, self.programs, self.reported = StepPrograms(step, self._waiting), 1, 0
     report = self.update.prepare(self.state, self.frozen, batch)
     self._report_programs()
     if self.show:
@@ -148,6 +149,7 @@ class _Loop:
     others = self.t.loader.buckets_until(self.t.loop.total_steps)[1:]
     if not others:
       return
+    self.programs += len(others)
     if self.show:
       print(
         f'the step is compiled for each of {len(others) + 1} sizes: for the first before training, '
@@ -158,13 +160,19 @@ class _Loop:
     )
 
   def _report_programs(self) -> None:
-    """Write what the programs need that have been compiled since."""
+    """Write what the programs need that have been compiled since; say so of the last of several."""
     found, before = list(self.update.reports), self.reported
-    if len(found) > before:
-      self.reported = len(found)
-      if jax.process_index() == 0:
-        write = partial(self.t.directory.write_json, 'step.json', reports_as_json(found))
-        self.side('step.json', write, keep=True)
+    if len(found) == before or jax.process_index():
+      return
+    self.reported = len(found)
+    write = partial(self.t.directory.write_json, 'step.json', reports_as_json(found))
+    self.side('step.json', write, keep=True)
+    if 1 < len(found) == self.programs and self.show:
+      most = max(found, key=lambda report: report.bytes)
+      self.bar.write(
+        f'the step is compiled for all {len(found)} sizes; {most.size} needs the most memory, '
+        f'{most.bytes / MEGABYTE:,.1f} MB of each device'
+      )
 
   def _facts(self) -> dict[str, Any]:
     """Return how far things are, for the status file."""
