@@ -193,7 +193,7 @@ class FinetuneTask(DiffusionTask):
         f'data.size is {size}, but {path} draws {wanted} pixels (sample_size of its denoiser is '
         f'{known}); give a height and a width for another size, or set data.size to {wanted}.'
       )
-    return check_edges(size, model.edges)
+    check_edges(size, model.edges)
 
   @classmethod
   def build(cls, config: TrainingConfig, env: Env) -> 'FinetuneTask':

@@ -93,7 +93,7 @@ class Task(abc.ABC):
       without = getattr(TrainingConfig, name)
       if name not in cls.computing and getattr(config, name) != without:
         raise UserError(f'config.{name} has no effect on task {config.task}; set {without}.')
-    if isinstance(config.data.size, tuple) and not cls.pictures:
+    if not isinstance(config.data.size, int) and not cls.pictures:
       raise UserError(
         f'data.size is {config.data.size}, but task {config.task} takes no pictures; give one '
         'number.'
