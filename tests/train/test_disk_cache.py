@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from diffusion_jax.build import build
+from diffusion_jax.data.cache.files import open_shard
 from diffusion_jax.formats.networks import read_part, save_params
 from diffusion_jax.recipe import load_config
 from tests import tiny
@@ -96,6 +97,32 @@ def test_other_weights_are_refused(train, parts, fails, tmp_path, small_data):
   )
   assert 'latents differs in weights of autoencoder (' in message and str(cache) in message
   assert shards(cache) == before
+
+
+def test_views_are_made_by_the_transforms_of_the_config(parts, tmp_path, small_data):
+  """Another for each use; a resume draws the same."""
+  values = tiny.diffusion_config(
+    parts, {'cache': 'disk', 'cache_views': 3, 'cache_dtype': 'bfloat16'},
+    data={'transforms': [['random_flip', {'keep_sided': False}]]},
+  )
+  with tiny.few_devices():
+    training = build(values, str(tmp_path / 'run'))
+    again = build(values, str(tmp_path / 'run'))
+  source, batches = training.loader, []
+  for _ in range(3):
+    state = source.get_state()
+    batches.append(next(source))
+  again.loader.set_state(state)
+  for name, value in next(again.loader).items():
+    np.testing.assert_array_equal(value, batches[-1][name])
+  manifest = json.loads((tmp_path / 'run' / 'cache' / 'latents' / 'manifest.json').read_text())
+  assert manifest['made_of']['views'] == '3' and manifest['made_of']['dtype'] == 'bfloat16'
+  files = (tmp_path / 'run' / 'cache' / 'latents').glob('*.array_record')
+  views = [part['mean'] for file in files for shard in [open_shard(file)]
+           for row in range(len(shard)) for part in [shard.arrays(row, n) for n in range(3)]]
+  assert len(views) == 3 * manifest['records'] and str(views[0].dtype) == 'bfloat16'
+  kinds = [len({view.tobytes() for view in views[i : i + 3]}) for i in range(0, len(views), 3)]
+  assert set(kinds) == {1, 2} and np.mean(kinds) > 1.5  # Of three 3 / 4 are not all alike.
 
 
 def test_a_batch_of_xl_is_that_of_no_cache(arguments, tmp_path):

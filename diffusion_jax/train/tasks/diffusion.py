@@ -20,7 +20,7 @@ from diffusion_jax.data.cache import (
   synthetic_cache,
 )
 from diffusion_jax.data.sources import open_data
-from diffusion_jax.data.transforms import check_pictures, check_transforms
+from diffusion_jax.data.transforms import check_pictures
 from diffusion_jax.data.unreadable import first_readable
 from diffusion_jax.diffusion.objective import (
   Losses,
@@ -134,9 +134,6 @@ class DiffusionTask(Task):
     settings, data = config.settings, config.data
     if settings.cache:
       drawn = check_pictures(data.transforms, 'settings.cache')
-      if data.transforms:
-        for size in data.sizes:
-          check_transforms(data.transforms, size)
       if settings.cache_views > 1 and not drawn:
         raise UserError(
           f'settings.cache_views is {settings.cache_views}, but data.transforms make one view of a '
@@ -149,8 +146,7 @@ class DiffusionTask(Task):
         'scores need a model that is conditioned on the caption alone; set evaluate_samples 0.'
       )
     cls.check_size(config)
-    if not settings.cache:
-      super().check_data(config)
+    super().check_data(config)
 
   @classmethod
   def open_sources(cls, config: TrainingConfig, synthetic: bool) -> tuple[Source, Source]:
