@@ -17,7 +17,7 @@ def test_what_was_encoded_before_a_disk_was_full_is_kept(small_disk, tmp_path, m
     cached.write_picture(tmp_path / 'pictures', number)
   disk = small_disk('size=600k')  # Each file of ArrayRecord has 128 kB or more.
   cache, source = disk / 'cache', cached.source_of(tmp_path / 'pictures')
-  with pytest.raises(UserError, match='cannot be written .*No space.*what is there is kept'):
+  with pytest.raises(UserError, match=r'cannot be written .*No space.*what is there is kept'):
     cached.fill(source, cache)
   before = tiny.snapshot(cache)
   assert 1 < sum(name.endswith('.array_record') for name in before) < 8
