@@ -69,7 +69,7 @@ class Encoded(NamedTuple):
 
 
 def _kept(conditioner: Conditioner) -> tuple[str, ...]:
-  """Return the fields that a cache has for a conditioner; of pictures' sizes their own."""
+  """Return the fields that a cache has for a conditioner: the condition, or what it is made of."""
   return conditioner.kept or conditioner.fields
 
 
@@ -256,9 +256,12 @@ class DiffusionTask(Task):
 
   def _from_cache(self, weights: Weights, batch: dict, key: jax.Array) -> Encoded:
     """Return the same of a batch out of the cache, where it has been computed before."""
-    del weights, key
+    del key
     columns = lambda names: {name: batch[name] for name in names}
-    conditions = {name: columns(_kept(one)) for name, one in self._conditioners.items()}
+    conditions = {
+      name: columns(one.kept) if one.kept else one.of_batch(weights, batch)
+      for name, one in self._conditioners.items()
+    }
     return Encoded(columns(self.model.space.kept), conditions)
 
   def nulls(self, weights: Weights) -> Params:
