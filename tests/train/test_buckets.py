@@ -142,6 +142,16 @@ def test_sdxl_is_told_of_each_picture_its_own_size(arguments, tmp_path, cache):
   assert training.task.model.size == (16, 16) and len(training.loader.buckets_until(100)) == 3
 
 
+def test_random_numbers_have_the_sizes_of_the_data(arguments, tmp_path):
+  recipe, overrides = arguments('sd15', tmp_path / 'run', **{
+    'data.size': '((16,24),(16,16))', 'settings.cache': True, 'data.transforms': '()',
+  })
+  with tiny.few_devices():
+    training = build.build(load_config(recipe, overrides), str(tmp_path / 'run'), synthetic=True)
+  shapes = {next(training.loader)['mean'].shape for _ in range(9)}
+  assert shapes == {(8, 8, 12, 4), (8, 8, 8, 4)}
+
+
 @pytest.mark.slow
 def test_two_processes_are_one(recipe, whole, tmp_path):
   run = tmp_path / 'run'

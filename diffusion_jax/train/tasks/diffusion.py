@@ -203,8 +203,8 @@ class DiffusionTask(Task):
     if not self.config.cache:
       return super().examples(config, env)
     if env.synthetic:
-      shape = config.data.shape
-      return synthetic_cache(self.model, self.frozen, len(env.train), shape), [Choose()]
+      source, _ = super().examples(config, env)
+      return synthetic_cache(self.model, self.frozen, source), [Choose()]
     return self.cached(config, env), [Choose()]
 
   def cached(
