@@ -194,10 +194,11 @@ class StepPrograms:
       self.prepare(state, frozen, batch)
     return self._programs[shapes](state, frozen, batch)
 
-  def close(self) -> None:
-    """Compile nothing further; wait for what is being compiled."""
+  def close(self, wait: bool = True) -> None:
+    """Compile nothing further; wait for what is being compiled, or leave that to the end of Python.
+    """
     self._stop = True
-    if self._thread is not None:
+    if self._thread is not None and wait:
       self._thread.join()
 
 

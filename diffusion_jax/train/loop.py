@@ -66,7 +66,7 @@ def train(training: Training, progress: bool = True, start: Start | None = None)
     stack.enter_context(safety.watching())
     stack.enter_context(jax.set_mesh(training.mesh))
     show = progress and jax.process_index() == 0
-    return stack.enter_context(contextlib.closing(_Loop(training, safety, show))).run()
+    return stack.enter_context(_Loop(training, safety, show)).run()
 
 
 class _Loop:
@@ -188,10 +188,13 @@ class _Loop:
       }
     return facts
 
-  def close(self) -> None:
-    """Free files and threads."""
+  def __enter__(self) -> '_Loop':
+    return self
+
+  def __exit__(self, kind, error, traceback) -> None:
+    """Free files and threads; what ends a run is said before a compilation is over."""
     with self.safety.watchdog.allow(0, 'compilation'):
-      self.update.close()
+      self.update.close(wait=kind is None)
     self.compilations.close()
     self.profiler.close()
     self.writer.close()
