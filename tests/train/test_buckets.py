@@ -1,6 +1,7 @@
 """Training on pictures of several sizes: a step for each, none waited for twice, and resumed."""
 
 import json
+import re
 import threading
 import time
 
@@ -10,7 +11,10 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import build
+from diffusion_jax.config import parse
+from diffusion_jax.errors import UserError
 from diffusion_jax.recipe import load_config
+from diffusion_jax.registry import TASKS, load
 from diffusion_jax.train import compile, loop
 from tests import tiny
 
@@ -98,6 +102,18 @@ def test_every_size_is_checked_before_work(recipe, tmp_path, fails, size, messag
   sentence = fails('train', '--config', recipe, '--workdir', tmp_path / 'run',
                    f'--config.data.size={size}')
   assert message in sentence and not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(('config', 'size', 'message'), [
+  (tiny.clip_config, [[32, 32], [32, 48]], 'is ((32, 32), (32, 48)), but settings.clip.vision'),
+  (tiny.clip_config, {'area': 1024, 'step': 8}, "is {'area': 1024, 'step': 8}, but settings.clip"),
+  (tiny.autoencoder_config, [[32, 32], [32, 47]], 'the nearest such size is (32, 48)'),
+  (tiny.toy_config, [[32, 32], [32, 48]], 'takes no pictures'),
+])
+def test_other_tasks_check_or_refuse_several_sizes(config, size, message):
+  config = parse(config(data={'size': size}))
+  with pytest.raises(UserError, match=re.escape(message)):
+    load(TASKS, config.task).check(config)
 
 
 def test_a_step_waits_for_its_size_and_the_wait_is_compiling(recipe, tmp_path, monkeypatch):
