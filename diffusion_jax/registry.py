@@ -83,6 +83,10 @@ CONDITIONERS = Table('conditioner', {
 SOURCES = Table('source of data', {
   'openmoji': 'diffusion_jax.data.sources.tfds:prepared',
   'folder': 'diffusion_jax.data.sources.folder:open_captioned',
+  'tar': 'diffusion_jax.data.sources.tar:open_tars',
+  'parquet': 'diffusion_jax.data.sources.tables:open_parquet',
+  'arrow': 'diffusion_jax.data.sources.tables:open_arrow',
+  'tfds': 'diffusion_jax.data.sources.tfds_sets:open_prepared',
   'records': 'diffusion_jax.data.sources.records:open_records',
   'wordnet': 'diffusion_jax.data.sources.texts:wordnet',
   'text': 'diffusion_jax.data.sources.texts:text_files',

@@ -18,6 +18,18 @@ class Left:
   def __init__(self):
     self._kinds: dict[str, tuple[int, str]] = {}
 
+  @classmethod
+  def of(cls, found: dict[str, Sequence]) -> 'Left':
+    """Those of `found`, as it was kept."""
+    left = cls()
+    left._kinds = {kind: (count, first) for kind, (count, first) in found.items()}
+    return left
+
+  @property
+  def found(self) -> dict[str, tuple[int, str]]:
+    """How many there are by kind, and the first of each."""
+    return dict(self._kinds)
+
   def add(self, kind: str, example: str | Path = '', count: int = 1) -> None:
     """Count one more of a kind, such as 'rows without a picture', or so many."""
     before, first = self._kinds.get(kind, (0, ''))
@@ -34,7 +46,7 @@ class Left:
       for kind, (count, first) in self._kinds.items()
     ]
 
-  def notes(self, root: Path) -> tuple[str, ...]:
+  def notes(self, root: Path | str) -> tuple[str, ...]:
     """Return a sentence for people, where anything of a folder was left out."""
     found = '; '.join(self.sentences())
     return (f'of {root} not everything is used: {found}.',) if found else ()

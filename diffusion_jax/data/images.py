@@ -64,6 +64,10 @@ _FORMATS = {
   'TIFF': (_Tiff, tuple(TiffImagePlugin.PREFIXES)),
 }
 """Format -> (Pillow's reader, how its files begin)."""
+_START = 32
+"""Bytes by which a format is known."""
+_EDGES = {'PNG': (slice(16, 20), slice(20, 24)), 'GIF': (slice(6, 8), slice(8, 10))}
+"""Where width and height stand among them."""
 _TURNS = {
   1: (False, False, False), 2: (False, True, False), 3: (True, True, False),
   4: (True, False, False), 5: (False, False, True), 6: (False, True, True),
@@ -152,7 +156,10 @@ def _cause(error: Exception) -> str:
   if isinstance(error, OSError) and error.errno:
     return 'not readable'
   text = str(error).lower()
-  known = {'empty': 'empty', 'begins like': 'no picture', 'truncated': 'truncated'}
+  known = {
+    'is empty': 'empty', 'no pixels': 'zero size', 'begins like': 'no picture',
+    'truncated': 'truncated',
+  }
   return next((cause for part, cause in known.items() if part in text), 'damaged')
 
 
@@ -188,12 +195,14 @@ class _Header(NamedTuple):
 def _read_header(file: BinaryIO) -> _Header:
   """Read the header; Pillow's own limit of an image's size is not asked."""
   file.seek(0)
-  start = file.read(16)
+  start = file.read(_START)
   kind = next((k for k, (_, starts) in _FORMATS.items() if start.startswith(starts)), '')
   if not start:
     raise ValueError('it is empty')
   if not kind or (kind == 'WEBP' and start[8:12] != b'WEBP'):
     raise ValueError('it begins like no picture')
+  if kind in _EDGES and not all(any(start[part]) for part in _EDGES[kind]):
+    raise ValueError('it has no pixels')  # Of which Pillow says that it is not of its format.
   if kind == 'WEBP' and file.seek(0, io.SEEK_END) > MOST_BYTES:  # Pillow reads them whole.
     raise ValueError(f'it has more than {MOST_BYTES:,} bytes')
   if kind == 'PNG':

@@ -120,14 +120,11 @@ class StepPrograms:
   """
 
   def __init__(
-    self, step: Any, compiling: Callable[[], AbstractContextManager] = contextlib.nullcontext,
-    meet: Callable[[], None] = lambda: None,
+    self, step: Any, compiling: Callable[[], AbstractContextManager] = contextlib.nullcontext
   ):
-    """compiling: surrounds every compilation that is waited for, such as with a longer timeout.
-    meet: called before the first step of each shape, for processes to wait for each other."""
-    self._step, self._compiling, self._meet = step, compiling, meet
+    """`compiling` surrounds every compilation that is waited for, such as with a longer timeout."""
+    self._step, self._compiling = step, compiling
     self._programs: dict[tuple, Callable] = {}
-    self._met: set[tuple] = set()
     self.reports: list[StepReport] = []
     self._changed, self._stop = threading.Condition(), False
     self._thread: threading.Thread | None = None
@@ -193,18 +190,14 @@ class StepPrograms:
       self._wait_for(shapes)
     if self._error is not None:
       raise self._error
-    if shapes not in self._met:
-      if shapes not in self._programs:
-        self.prepare(state, frozen, batch)
-      self._meet()
-      self._met.add(shapes)
+    if shapes not in self._programs:
+      self.prepare(state, frozen, batch)
     return self._programs[shapes](state, frozen, batch)
 
-  def close(self, wait: bool = True) -> None:
-    """Compile nothing further; wait for what is being compiled, or leave that to the end of Python.
-    """
+  def close(self) -> None:
+    """Compile nothing further; wait for what is being compiled."""
     self._stop = True
-    if self._thread is not None and wait:
+    if self._thread is not None:
       self._thread.join()
 
 

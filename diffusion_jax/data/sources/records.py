@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_jax.config import DataConfig
+from diffusion_jax.data import storage
 from diffusion_jax.data.fields import Caption, captions_in, clean
 from diffusion_jax.data.images import MOST_BYTES
 from diffusion_jax.data.sources.entries import DIGEST, Classes, Described, Entry
+from diffusion_jax.data.sources.index import Index
 from diffusion_jax.data.sources.pictures import PictureSource, train_and_test
 from diffusion_jax.data.splits import APART, Measured, content_hash
 from diffusion_jax.errors import Unreadable, UserError
@@ -56,16 +58,25 @@ class Shard(NamedTuple):
 
 def open_records(config: DataConfig) -> tuple[PictureSource, PictureSource]:
   """(train, test) of 'records:DIR'; a set without a test split is split by content."""
-  folder = Path(config.dataset.partition(':')[2])
+  place = config.dataset.partition(':')[2]
+  folder = cached(place, config) if storage.is_remote(place) else Path(place)
   header = read_header(folder)
+  if 'train' not in header['splits']:
+    raise UserError(f'{folder / HEADER} has no split train; {_REMEDY}.')
   parts = {
-    name: Records(folder, name, shards, header['classes'], config)
+    name: Records(folder, name, shards, header['classes'], config, place)
     for name, shards in header['splits'].items() if name in ('train', 'test')
   }
-  if 'train' not in parts:
-    raise UserError(f'{folder / HEADER} has no split train; {_REMEDY}.')
   measured = Measured(*header['measured']) if header['measured'] else APART
   return train_and_test(parts, config, credit=header['credit'], measured=measured)
+
+
+def cached(url: str, config: DataConfig) -> Path:
+  """A local folder for copies of remote files of records, by their URL and header, with that."""
+  (header,) = storage.find(f'{url}/{HEADER}', (HEADER,), 'folder of records')
+  folder = Index('copies', (header,), config).folder
+  storage.copied(header.path, folder)
+  return folder
 
 
 def read_header(folder: Path) -> dict[str, Any]:
@@ -134,45 +145,52 @@ class Records(Described):
 
   def __init__(
     self, folder: Path, split: str, shards: Sequence[Shard], classes: Sequence[str],
-    config: DataConfig,
+    config: DataConfig, place: str = '',
   ):
     super().__init__(config)
     self.folder, self.classes, self.where = folder.absolute(), list(classes), f'{split} of {folder}'
+    self._url = place if storage.is_remote(place) else ''
     self.shards = [one for one in shards if one.records]
     if not self.shards:
       raise UserError(f'{folder / HEADER} has no records of {split}; {_REMEDY}.')
     self._ends = np.cumsum([one.records for one in self.shards])
     for one in self.shards:
+      self._copied(one.file.removesuffix(SUFFIX) + '.npy')
       self._check(one)
-    self._open()
+    self._readers: dict[int, Any] = {}
+
+  def _copied(self, file: str) -> str:
+    """The path of a file of this folder; of a remote one it is copied the first time."""
+    if self._url:
+      storage.copied(f'{self._url}/{file}', self.folder)
+    return str(self.folder / file)
 
   def _check(self, shard: Shard) -> None:
     path = self.folder / shard.file
     with reading(path, remedy=_REMEDY):
-      if path.is_symlink() and not path.resolve().is_relative_to(self.folder.resolve()):
-        raise ValueError('it is a link out of the folder')
+      for each in (path, path.with_suffix('.npy')):
+        if each.is_symlink() and not each.resolve().is_relative_to(self.folder.resolve()):
+          raise ValueError('it is a link out of the folder')
+      _rows(path, shard.records)
+      if self._url:
+        return
       if not path.is_file():
         raise ValueError('it is missing')
-      size = path.stat().st_size
-      if not shard.records * _LENGTH <= size:
+      if (size := path.stat().st_size) < shard.records * _LENGTH:
         raise ValueError(f'it has {size:,} bytes for {shard.records:,} records')
-      _rows(path, shard.records)
 
-  def _open(self) -> None:
+  def _read(self, index: int) -> bytes:
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    instructions = [
-      _Instruction(str(self.folder / one.file), 0, one.records, one.records) for one in self.shards
-    ]
-    with reading(self.where, remedy=_REMEDY):
-      self._records = ArrayRecordDataSource(instructions)
+    shard, place = self._spot(index)
+    if shard not in self._readers:  # Two threads may open it at once, which does no harm.
+      one = self.shards[shard]
+      whole = _Instruction(self._copied(one.file), 0, one.records, one.records)
+      self._readers[shard] = ArrayRecordDataSource([whole])
+    return self._readers[shard][place]
 
   def __getstate__(self) -> dict[str, Any]:
-    return {name: value for name, value in self.__dict__.items() if name != '_records'}
-
-  def __setstate__(self, state: dict[str, Any]) -> None:
-    self.__dict__.update(state)
-    self._open()
+    return self.__dict__ | {'_readers': {}}
 
   def __len__(self) -> int:
     return int(self._ends[-1])
@@ -201,7 +219,7 @@ class Records(Described):
     """Entry `index`. Unreadable where it is damaged, or has no caption."""
     where = self._where(index)
     try:
-      fields, picture = unpack(self._records[index])
+      fields, picture = unpack(self._read(index))
       row = {clean(name).lower(): value for name, value in fields.items()}
       name, label = row.get('id'), row.get('label')
       if not isinstance(name, str) or not isinstance(label, (str, type(None))):
@@ -212,10 +230,14 @@ class Records(Described):
       ) from error
     return self.entry(name, f'{name} ({where})', picture, captions_in(row, self.column), label)
 
-  def _where(self, index: int) -> str:
+  def _spot(self, index: int) -> tuple[int, int]:
+    """(shard, number in it) of a record."""
     shard = int(np.searchsorted(self._ends, index, side='right'))
-    first = self._ends[shard - 1] if shard else 0
-    return f'{index - first} of {self.shards[shard].file} in {self.folder}'
+    return shard, index - int(self._ends[shard - 1] if shard else 0)
+
+  def _where(self, index: int) -> str:
+    shard, place = self._spot(index)
+    return f'{place} of {self.shards[shard].file} in {self._url or self.folder}'
 
 
 class _Instruction(NamedTuple):

@@ -270,12 +270,15 @@ def open_source(
   return PictureSource(entries, credit=DATASETS[dataset][-1])
 
 
-class _Prepared(Sequence):
+class Prepared(Sequence):
   """One split of a folder with dataset_info.json and ArrayRecord files, by record; it pickles.
 
   split: a name, a TFDS slice, or '' for an only split. UserError: an unreadable folder, another
   split, or records without images.
   """
+
+  any_image = False
+  """Whether pictures may be in a feature of another name than 'image'."""
 
   def __init__(self, folder: str | Path, split: str = ''):
     import tensorflow_datasets as tfds
@@ -286,8 +289,8 @@ class _Prepared(Sequence):
     with self._reading():
       builder = tfds.builder_from_directory(str(self.folder))
       splits, features = sorted(builder.info.splits), builder.info.features
-      has_images = 'image' in features and isinstance(features['image'], tfds.features.Image)
-    if not has_images:
+      images = [name for name in features if isinstance(features[name], tfds.features.Image)]
+    if not (images if self.any_image else 'image' in images):
       raise UserError(
         f"the data set in {folder} has no feature 'image', but {', '.join(features)}."
       )
@@ -302,10 +305,14 @@ class _Prepared(Sequence):
         f'{folder} has no split {split!r}; use one of {", ".join(splits)}, or a slice such as '
         f"'{splits[-1]}[:100]'."
       ) from error
+    self._describe(images[0] if self.any_image and 'image' not in images else 'image', features)
     with self._reading():
       check_shards(self.folder, chosen)
       self._records = ArrayRecordDataSource(chosen.file_instructions)
       self._length = len(self._records)
+
+  def _describe(self, image: str, features: Any) -> None:
+    """Keep what is needed of the features; image: the name of that of the pictures."""
 
   def __len__(self) -> int:
     return self._length
@@ -320,11 +327,14 @@ class _Prepared(Sequence):
 
   def _features(self, index: int) -> Mapping[str, list[bytes]]:
     """The bytes features of a record; no image is decoded."""
+    features = self._example(index)
+    return {name: list(feature.bytes_list.value) for name, feature in features.items()}
+
+  def _example(self, index: int) -> Mapping[str, Any]:
     from tensorflow_datasets.proto import tf_example_pb2
 
     with self._reading(f'the record {self._where(index)}'):
-      features = tf_example_pb2.Example.FromString(self._records[index]).features.feature
-      return {name: list(feature.bytes_list.value) for name, feature in features.items()}
+      return tf_example_pb2.Example.FromString(self._records[index]).features.feature
 
   def _image(self, features: Mapping[str, list[bytes]], index: int) -> np.ndarray:
     with self._reading(f'the image {self._where(index)}'):
@@ -333,7 +343,7 @@ class _Prepared(Sequence):
     return read_pixels(io.BytesIO(data), self._where(index))
 
 
-class PreparedImages(_Prepared):
+class PreparedImages(Prepared):
   """The feature 'image' of any data set."""
 
   def __getitem__(self, index: int) -> np.ndarray:
@@ -342,7 +352,7 @@ class PreparedImages(_Prepared):
     return self._image(self._features(index), index)
 
 
-class PreparedEntries(_Prepared, Entries):
+class PreparedEntries(Prepared, Entries):
   """Records of our own data sets: image, captions, id, and label where it has groups."""
 
   def __getitem__(self, index: int) -> Entry:

@@ -8,9 +8,13 @@ import pytest
 
 from diffusion_jax.data.loader import Loader
 from diffusion_jax.data.transforms import build_transforms
+from diffusion_jax.data.unreadable import Counted, Damage
+from diffusion_jax.errors import UserError
 from tests.data import kinds
+from tests.train.test_unreadable_pictures import bomb
 
-KINDS = {'folder': kinds.as_folder, 'records': kinds.as_records}
+KINDS = {'folder': kinds.as_folder, 'records': kinds.as_records, 'tar': kinds.as_tar,
+         'parquet': kinds.as_parquet, 'arrow': kinds.as_arrow, 'tfds': kinds.as_tfds}
 
 
 @pytest.fixture(scope='module')
@@ -55,3 +59,64 @@ def test_the_same_examples(written, pictures, kind, size):
   print_ = ours[0].fingerprint()
   assert print_ == kinds.opened(written[kind], size, test_fraction=0.3)[0].fingerprint()
   assert print_ != ours[1].fingerprint()
+
+
+def bad(pictures):
+  """(pictures of which some are bad, cause of each by its name)."""
+  whole = next(picture for _, picture, _ in pictures if kinds.suffix(picture) == '.png')
+  flipped = bytearray(whole)
+  flipped[len(whole) // 2] ^= 0x55
+  found = {
+    'empty': b'', 'truncated': whole[: len(whole) // 2], 'damaged': bytes(flipped),
+    'too large': bomb(100_000), 'no picture': b'a text', 'zero size': bomb(0), 'no caption': whole,
+  }
+  named = [(f'0{cause.replace(" ", "-")}', picture, [] if cause == 'no caption' else ['bad'])
+           for cause, picture in found.items()]
+  return sorted(pictures[:24] + named), {f'0{cause.replace(" ", "-")}': cause for cause in found}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_bad_records_are_named_by_cause_and_replaced(pictures, tmp_path, kind):
+  mixed, causes = bad(pictures)
+  if kind == 'folder':  # There it is refused at the start, by name.
+    mixed = [each for each in mixed if causes.get(each[0]) != 'no caption']
+    del causes['0no-caption']
+  dataset, said = KINDS[kind](tmp_path / 'data', mixed), []
+  train, _ = kinds.opened(dataset, test_fraction=0, data_dir=str(tmp_path / 'cache'))
+  assert len(train) == len(mixed)
+  streams = []
+  for threads in (0, 2):
+    damage = Damage(said.append)
+    source = Counted(train, 0.5, damage, 'training records')
+    loader = Loader(source, (), batch_size=len(mixed), seed=0, num_threads=threads)
+    streams.append([next(loader)['id'] for _ in range(2)])
+    assert damage.causes == dict.fromkeys(causes.values(), 1)
+    assert all(any(name in text for text in damage.sentences) for name in causes)
+  assert streams[0] == streams[1] and len(said) == 2 * len(causes)
+  assert not {*causes} & {name for names in streams[0] for name in names}
+  sizes = train.original_sizes()
+  unknown = {name for (name, *_), size in zip(mixed, sizes, strict=True) if not size.any()}
+  assert {'0empty', '0no-picture', '0too-large', '0zero-size'} <= unknown <= {*causes}
+  few = Loader(Counted(train, 0.1, Damage(), 'training records'), (), batch_size=len(mixed), seed=0)
+  with pytest.raises(UserError, match=r'training records cannot be read, more than .* 0\.1'):
+    next(few)
+
+
+@pytest.mark.parametrize('kind', ['tar', 'parquet', 'records'])
+def test_remote_files(written, tmp_path, kind):
+  """Through fsspec, here of files in memory: the same examples, and nothing but parts is read."""
+  import fsspec
+
+  memory, name = fsspec.filesystem('memory'), written[kind].partition(':')[2]
+  memory.put(name, f'/bucket/{kind}', recursive=True)
+  options = {'test_fraction': 0.3, 'data_dir': str(tmp_path)}
+  ours = kinds.opened(f'{kind}:memory://bucket/{kind}', **options)
+  theirs = kinds.opened(written[kind], **options)
+  for a, b in zip(ours, theirs, strict=True):
+    assert len(a) == len(b) and (a.hashes() == b.hashes()).all()
+    for x, y in zip(stream(pickle.loads(pickle.dumps(a)), 2), stream(b, 2), strict=True):
+      assert x['id'] == y['id'] and (x['image'] == y['image']).all()
+  with pytest.raises(UserError, match='memory://bucket/none'):
+    kinds.opened(f'{kind}:memory://bucket/none', **options)
+  with pytest.raises(UserError, match=r'cannot be opened .*install what it needs'):
+    kinds.opened(f'{kind}:nothing://bucket/none', **options)

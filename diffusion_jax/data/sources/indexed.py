@@ -1,0 +1,96 @@
+"""Entries in a few large files, with an index of what is slow to find out about them."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from diffusion_jax.config import DataConfig
+from diffusion_jax.data import storage
+from diffusion_jax.data.finding import TEST, TRAIN, Left
+from diffusion_jax.data.sources.entries import Classes, Described
+from diffusion_jax.data.sources.index import Index
+from diffusion_jax.data.sources.pictures import PictureSource, train_and_test
+from diffusion_jax.data.storage import File
+
+_WORD = re.compile(r'[A-Za-z]+')
+
+
+class Indexed(Described):
+  """Entries of files; sizes, hashes and labels of all are found out once, and kept.
+
+  left: what of the files is not used.
+  """
+
+  def __init__(self, files: Sequence[File], config: DataConfig):
+    super().__init__(config)
+    self.files, self.left = list(files), Left()
+    more = f' and {len(files) - 1:,} more' if len(files) > 1 else ''
+    self.where = f'{files[0].path}{more}'
+    self.index = Index(type(self).__name__.lower(), self.files, config)
+
+  def original_sizes(self, numbers: np.ndarray) -> np.ndarray:
+    """(height, width) of upright pictures, int32 [n 2]; 0 0 of what cannot be read."""
+    return np.asarray(self.index.column('sizes', self._sizes)[numbers])
+
+  def hashes(self, numbers: np.ndarray) -> np.ndarray:
+    """Digests of pictures as they were stored, uint8 [n DIGEST]: of length, start and end."""
+    return np.asarray(self.index.column('hashes', self._hashes)[numbers])
+
+  @property
+  def labels(self) -> Classes | None:
+    """The labels of all; None where none has any."""
+    found = self.index.columns(('label_numbers', 'label_names'), self._label_columns)
+    names = json.loads(found['label_names'].tobytes())
+    return Classes(found['label_numbers'], names) if names else None
+
+  def labels_of_all(self) -> Iterable[str | None]:
+    """The label of each, None for none."""
+    raise NotImplementedError
+
+  def _sizes(self) -> np.ndarray:
+    return super().original_sizes(np.arange(len(self)))
+
+  def _hashes(self) -> np.ndarray:
+    return super().hashes(np.arange(len(self)))
+
+  def _label_columns(self) -> dict[str, np.ndarray]:
+    names: dict[str, int] = {}
+    numbers = np.fromiter(
+      (-1 if each is None else names.setdefault(each, len(names)) for each in self.labels_of_all()),
+      np.int32, len(self),
+    )
+    texts = np.frombuffer(json.dumps([*names]).encode(), np.uint8)
+    return {'label_numbers': numbers, 'label_names': texts}
+
+
+def open_splits(
+  config: DataConfig, suffixes: Sequence[str], what: str,
+  make: Callable[[Sequence[File], DataConfig], Indexed],
+) -> tuple[PictureSource, PictureSource]:
+  """(train, test) of 'KIND:PATTERN' of files; those of neither split are left out."""
+  pattern = config.dataset.partition(':')[2]
+  files, root = storage.find(pattern, suffixes, what), storage.root_of(pattern)
+  left, sides = Left(), {}
+  for file in files:
+    sides.setdefault(split_of(file.path, root), []).append(file)
+  train, test = (next((name for name in names if name in sides), '') for names in (TRAIN, TEST))
+  if train and test:
+    parts = {'train': make(sides.pop(train), config), 'test': make(sides.pop(test), config)}
+    for others in sides.values():
+      left.add(f'files outside of {train} and {test}', others[0].path, len(others))
+  else:
+    parts = {'train': make(files, config)}
+  for entries in parts.values():
+    for kind, (count, first) in entries.left.found.items():
+      left.add(kind, first, count)
+  return train_and_test(parts, config, notes=left.notes(pattern))
+
+
+def split_of(path: str, root: str) -> str:
+  """'train', 'test', 'validation' or another name of a split, by the folders below `root` and the
+  first word of the file's name; '' for none."""
+  *folders, name = path.removeprefix(root).strip('/').split('/')
+  words = (each.lower() for each in (*reversed(folders), *_WORD.findall(name)[:1]))
+  return next((word for word in words if word in (*TRAIN, *TEST)), '')
