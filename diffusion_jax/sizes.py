@@ -58,6 +58,11 @@ class BucketSizes:
         f'{self.step}, from {self.step**2} to {MOST_EDGE**2}.'
       )
 
+  def __str__(self) -> str:
+    fields = {field.name: field.default for field in dataclasses.fields(self)}
+    return str({name: getattr(self, name) for name, usual in fields.items()
+                if getattr(self, name) != usual})
+
   @property
   def shapes(self) -> tuple[Shape, ...]:
     """The sizes, from the widest to the tallest."""

@@ -79,12 +79,12 @@ class Bucketed(Sequence):
     its bucket, then all, cut to that size."""
     turns, bucket = getattr(self.source, 'turns', 1), self.buckets[index]
     kind = np.arange(index % turns, len(self), turns)
-    yield _Some(self._records, kind[self.buckets[kind] == bucket])
+    yield Some(self._records, kind[self.buckets[kind] == bucket])
     shape = np.asarray(self.shapes[bucket], np.int32)
-    yield _Some(self.source.at_sizes(np.broadcast_to(shape, (len(self), 2))), kind)
+    yield Some(self.source.at_sizes(np.broadcast_to(shape, (len(self), 2))), kind)
 
 
-class _Some(Sequence):
+class Some(Sequence):
   """Those records of a source that have these numbers."""
 
   def __init__(self, source: Sequence, numbers: np.ndarray):

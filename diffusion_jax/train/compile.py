@@ -120,11 +120,14 @@ class StepPrograms:
   """
 
   def __init__(
-    self, step: Any, compiling: Callable[[], AbstractContextManager] = contextlib.nullcontext
+    self, step: Any, compiling: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+    meet: Callable[[], None] = lambda: None,
   ):
-    """`compiling` surrounds every compilation that is waited for, such as with a longer timeout."""
-    self._step, self._compiling = step, compiling
+    """compiling: surrounds every compilation that is waited for, such as with a longer timeout.
+    meet: called before the first step of each shape, for processes to wait for each other."""
+    self._step, self._compiling, self._meet = step, compiling, meet
     self._programs: dict[tuple, Callable] = {}
+    self._met: set[tuple] = set()
     self.reports: list[StepReport] = []
     self._changed, self._stop = threading.Condition(), False
     self._thread: threading.Thread | None = None
@@ -190,14 +193,18 @@ class StepPrograms:
       self._wait_for(shapes)
     if self._error is not None:
       raise self._error
-    if shapes not in self._programs:
-      self.prepare(state, frozen, batch)
+    if shapes not in self._met:
+      if shapes not in self._programs:
+        self.prepare(state, frozen, batch)
+      self._meet()
+      self._met.add(shapes)
     return self._programs[shapes](state, frozen, batch)
 
-  def close(self) -> None:
-    """Compile nothing further; wait for what is being compiled."""
+  def close(self, wait: bool = True) -> None:
+    """Compile nothing further; wait for what is being compiled, or leave that to the end of Python.
+    """
     self._stop = True
-    if self._thread is not None:
+    if self._thread is not None and wait:
       self._thread.join()
 
 

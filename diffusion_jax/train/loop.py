@@ -14,6 +14,7 @@ from diffusion_jax.checkpoint.saving import may_pass
 from diffusion_jax.errors import Diverged, UserError
 from diffusion_jax.files import first_line, say
 from diffusion_jax.parallel.mesh import put_batch, put_params, to_host
+from diffusion_jax.parallel.processes import A_DAY, agree
 from diffusion_jax.runs.directory import command_line
 from diffusion_jax.runs.metrics import MetricsWriter
 from diffusion_jax.runs.start import Start
@@ -66,7 +67,7 @@ def train(training: Training, progress: bool = True, start: Start | None = None)
     stack.enter_context(safety.watching())
     stack.enter_context(jax.set_mesh(training.mesh))
     show = progress and jax.process_index() == 0
-    return stack.enter_context(contextlib.closing(_Loop(training, safety, show))).run()
+    return stack.enter_context(_Loop(training, safety, show)).run()
 
 
 class _Loop:
@@ -113,6 +114,12 @@ class _Loop:
     with self._compiling(), self.goodput.phase('compile'):
       yield
 
+  def _meet(self) -> None:
+    """Wait until all processes have the next step's program: a collective would not for so long."""
+    if jax.process_count() > 1:
+      with self._waiting():
+        agree('compiled', '', self.t.safety.compile_timeout_seconds or A_DAY)
+
   def _begin(self, abstract: TrainState) -> None:
     """Restore the state, or make a fresh one."""
     t, found, before = self.t, self.saver.restore_run(abstract), self.safety.start.status
@@ -137,7 +144,8 @@ class _Loop:
     t = self.t
     self.safety.report('compiling')
     step, batch = step_and_batch(t, abstract)
-    self.update, self.programs, self.reported = StepPrograms(step, self._waiting), 1, 0
+    self.update = StepPrograms(step, self._waiting, self._meet)
+    self.programs = self.reported = 0
     report = self.update.prepare(self.state, self.frozen, batch)
     self._report_programs()
     if self.show:
@@ -149,7 +157,7 @@ class _Loop:
     others = self.t.loader.buckets_until(self.t.loop.total_steps)[1:]
     if not others:
       return
-    self.programs += len(others)
+    self.programs = len(others) + 1
     if self.show:
       print(
         f'the step is compiled for each of {len(others) + 1} sizes: for the first before training, '
@@ -188,10 +196,13 @@ class _Loop:
       }
     return facts
 
-  def close(self) -> None:
-    """Free files and threads."""
+  def __enter__(self) -> '_Loop':
+    return self
+
+  def __exit__(self, kind, error, traceback) -> None:
+    """Free files and threads; what ends a run is said before a compilation is over."""
     with self.safety.watchdog.allow(0, 'compilation'):
-      self.update.close()
+      self.update.close(wait=kind is None)
     self.compilations.close()
     self.profiler.close()
     self.writer.close()

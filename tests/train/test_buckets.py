@@ -1,6 +1,7 @@
 """Training on pictures of several sizes: a step for each, none waited for twice, and resumed."""
 
 import json
+import re
 import threading
 import time
 
@@ -10,7 +11,10 @@ import pytest
 from PIL import Image
 
 from diffusion_jax import build
+from diffusion_jax.config import parse
+from diffusion_jax.errors import UserError
 from diffusion_jax.recipe import load_config
+from diffusion_jax.registry import TASKS, load
 from diffusion_jax.train import compile, loop
 from tests import tiny
 
@@ -100,6 +104,18 @@ def test_every_size_is_checked_before_work(recipe, tmp_path, fails, size, messag
   assert message in sentence and not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parametrize(('config', 'size', 'message'), [
+  (tiny.clip_config, [[32, 32], [32, 48]], 'is ((32, 32), (32, 48)), but settings.clip.vision'),
+  (tiny.clip_config, {'area': 1024, 'step': 8}, "is {'area': 1024, 'step': 8}, but settings.clip"),
+  (tiny.autoencoder_config, [[32, 32], [32, 47]], 'the nearest such size is (32, 48)'),
+  (tiny.toy_config, [[32, 32], [32, 48]], 'takes no pictures'),
+])
+def test_other_tasks_check_or_refuse_several_sizes(config, size, message):
+  config = parse(config(data={'size': size}))
+  with pytest.raises(UserError, match=re.escape(message)):
+    load(TASKS, config.task).check(config)
+
+
 def test_a_step_waits_for_its_size_and_the_wait_is_compiling(recipe, tmp_path, monkeypatch):
   """The background is held back until the loop waits for it; it compiles under the same mesh."""
   compile_step, main, threads = compile.compile_step, threading.get_ident(), []
@@ -140,6 +156,16 @@ def test_sdxl_is_told_of_each_picture_its_own_size(arguments, tmp_path, cache):
   assert told.keys() == own
   assert told[18, 26] == (16, 24) and told[21, 23] == (16, 16) and told[25, 19] == (24, 16)
   assert training.task.model.size == (16, 16) and len(training.loader.buckets_until(100)) == 3
+
+
+def test_random_numbers_have_the_sizes_of_the_data(arguments, tmp_path):
+  recipe, overrides = arguments('sd15', tmp_path / 'run', **{
+    'data.size': '((16,24),(16,16))', 'settings.cache': True, 'data.transforms': '()',
+  })
+  with tiny.few_devices():
+    training = build.build(load_config(recipe, overrides), str(tmp_path / 'run'), synthetic=True)
+  shapes = {next(training.loader)['mean'].shape for _ in range(9)}
+  assert shapes == {(8, 8, 12, 4), (8, 8, 8, 4)}
 
 
 @pytest.mark.slow

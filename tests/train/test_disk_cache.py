@@ -114,22 +114,3 @@ def test_a_batch_of_xl_is_that_of_no_cache(arguments, tmp_path):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), cached, plain)
   assert {name for one in cached.conditions.values() for name in one} == {'text', 'pooled', 'sizes'}
   assert len(np.unique(cached.conditions['sizes']['sizes'][:, 0])) > 1
-
-
-@pytest.mark.slow
-def test_two_processes_fill_it_together_and_train(parts, tmp_path, small_data):
-  """Real ones: the files are those that one process writes, and so are the losses; in memory, too.
-  """
-  found = {}
-  for count, cache in ((1, 'disk'), (2, 'disk'), (2, True)):
-    name = f'{count}-{cache}'
-    values = tiny.diffusion_config(
-      parts, {'cache': cache}, loop=LOOP | {'checkpoint_every_steps': 100}
-    )
-    recipe, run = tiny.write_config(tmp_path / f'{name}.py', values), tmp_path / name
-    tiny.together(count, small_data, ('train', '--config', recipe, '--workdir', run, '--quiet'))
-    found[name] = shards(run / 'cache'), losses(run)
-  one, two, memory = found.values()
-  assert one[0] == two[0] and len(one[0]) > 4 and not memory[0]
-  np.testing.assert_allclose(one[1], two[1], rtol=1e-5)
-  assert two[1] == memory[1]

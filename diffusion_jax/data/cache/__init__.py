@@ -5,6 +5,7 @@ rows: how they are read.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -95,17 +96,23 @@ def cached_source(
   return CachedSource({kind: rows for kind, rows in found.items() if kind in KINDS}, source)
 
 
-def synthetic_cache(model: Any, frozen: dict, count: int, size: tuple[int, int]) -> CachedSource:
-  """Return what `cached_source` does, of random numbers; nothing is encoded.
+def synthetic_cache(model: Any, frozen: dict, source: Source) -> CachedSource:
+  """Return what `cached_source` does, of random numbers: nothing is encoded.
 
   Args:
-    size: (height, width) of the images, in pixels.
+    source: of random images, which tell the sizes.
   """
-  rng = np.random.default_rng(0)
-  images = jax.ShapeDtypeStruct((1, *size, 3), jnp.uint8)
-  moments = jax.eval_shape(moments_encoder(model), frozen, images)
-  sizes = {'sizes': np.asarray([*size, 0, 0, *size], np.float32)}
-  kinds = {'latents': [pack(_random(moments, rng) | sizes) for _ in range(count)]}
+  rng, encode, kinds = np.random.default_rng(0), moments_encoder(model), {'latents': []}
+
+  @functools.cache
+  def moments(height: int, width: int) -> dict[str, Any]:
+    images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.uint8)
+    return jax.eval_shape(encode, frozen, images)
+
+  for i in range(len(source)):
+    size = source[i]['image'].shape[:2]
+    sizes = {'sizes': np.asarray([*size, 0, 0, *size], np.float32)}
+    kinds['latents'].append(pack(_random(moments(*size), rng) | sizes))
   found: dict[str, Any] = {}
   if model.text is not None:
     found |= jax.eval_shape(model.text.encode, frozen, {'tokens': model.text.tokens([''])})
@@ -113,8 +120,8 @@ def synthetic_cache(model: Any, frozen: dict, count: int, size: tuple[int, int])
     if one.kept and one is not model.text:
       found |= jax.tree.map(np.asarray, one.of_prompts(frozen, ['']))
   if found:
-    kinds['texts'] = [pack(_random(found, rng)) for _ in range(count)]
-  return CachedSource({kind: _in_memory(parts) for kind, parts in kinds.items()})
+    kinds['texts'] = [pack(_random(found, rng)) for _ in source]
+  return CachedSource({kind: _in_memory(parts) for kind, parts in kinds.items()}, source)
 
 
 def _random(found: Mapping[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, SupportsIndex
 import ml_dtypes
 import numpy as np
 
+from diffusion_jax.data.buckets import Some
 from diffusion_jax.errors import Unreadable
 from diffusion_jax.files import parse_json
 
@@ -215,17 +216,4 @@ class CachedSource(Sequence):
   def substitutes(self, index: int) -> Iterator[Sequence]:
     """Yield the records that may take the place of one: those of its bucket, if there are any."""
     buckets = getattr(self, 'buckets', None)
-    yield self if buckets is None else _Some(self, np.flatnonzero(buckets == buckets[index]))
-
-
-class _Some(Sequence):
-  """Those records of a source that have these numbers."""
-
-  def __init__(self, source: Sequence, numbers: np.ndarray):
-    self._source, self._numbers = source, numbers
-
-  def __len__(self) -> int:
-    return len(self._numbers)
-
-  def __getitem__(self, index: SupportsIndex) -> Any:
-    return self._source[int(self._numbers[index])]
+    yield self if buckets is None else Some(self, np.flatnonzero(buckets == buckets[index]))

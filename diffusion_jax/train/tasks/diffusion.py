@@ -20,7 +20,7 @@ from diffusion_jax.data.cache import (
   synthetic_cache,
 )
 from diffusion_jax.data.sources import open_data
-from diffusion_jax.data.transforms import check_pictures, check_transforms
+from diffusion_jax.data.transforms import check_pictures
 from diffusion_jax.data.unreadable import first_readable
 from diffusion_jax.diffusion.objective import (
   Losses,
@@ -69,7 +69,7 @@ class Encoded(NamedTuple):
 
 
 def _kept(conditioner: Conditioner) -> tuple[str, ...]:
-  """Return the fields that a cache has for a conditioner; of pictures' sizes their own."""
+  """Return the fields that a cache has for a conditioner: the condition, or what it is made of."""
   return conditioner.kept or conditioner.fields
 
 
@@ -134,9 +134,6 @@ class DiffusionTask(Task):
     settings, data = config.settings, config.data
     if settings.cache:
       drawn = check_pictures(data.transforms, 'settings.cache')
-      if data.transforms:
-        for size in data.sizes:
-          check_transforms(data.transforms, size)
       if settings.cache_views > 1 and not drawn:
         raise UserError(
           f'settings.cache_views is {settings.cache_views}, but data.transforms make one view of a '
@@ -149,8 +146,7 @@ class DiffusionTask(Task):
         'scores need a model that is conditioned on the caption alone; set evaluate_samples 0.'
       )
     cls.check_size(config)
-    if not settings.cache:
-      super().check_data(config)
+    super().check_data(config)
 
   @classmethod
   def open_sources(cls, config: TrainingConfig, synthetic: bool) -> tuple[Source, Source]:
@@ -207,8 +203,8 @@ class DiffusionTask(Task):
     if not self.config.cache:
       return super().examples(config, env)
     if env.synthetic:
-      shape = config.data.shape
-      return synthetic_cache(self.model, self.frozen, len(env.train), shape), [Choose()]
+      source, _ = super().examples(config, env)
+      return synthetic_cache(self.model, self.frozen, source), [Choose()]
     return self.cached(config, env), [Choose()]
 
   def cached(
@@ -260,9 +256,12 @@ class DiffusionTask(Task):
 
   def _from_cache(self, weights: Weights, batch: dict, key: jax.Array) -> Encoded:
     """Return the same of a batch out of the cache, where it has been computed before."""
-    del weights, key
+    del key
     columns = lambda names: {name: batch[name] for name in names}
-    conditions = {name: columns(_kept(one)) for name, one in self._conditioners.items()}
+    conditions = {
+      name: columns(one.kept) if one.kept else one.of_batch(weights, batch)
+      for name, one in self._conditioners.items()
+    }
     return Encoded(columns(self.model.space.kept), conditions)
 
   def nulls(self, weights: Weights) -> Params:
