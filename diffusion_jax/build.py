@@ -13,6 +13,7 @@ from diffusion_jax.checkpoint.saving import is_storage_error, reason
 from diffusion_jax.config import TrainingConfig, completed, parse, untyped
 from diffusion_jax.data.buckets import buckets_in_words
 from diffusion_jax.data.loader import Loader
+from diffusion_jax.data.mixture import Mixture
 from diffusion_jax.data.splits import APART, fingerprint, measured_on
 from diffusion_jax.data.unreadable import Counted, Damage
 from diffusion_jax.errors import UserError
@@ -47,7 +48,12 @@ def open_sources(
     return train, test
   damage = Damage(_say_unreadable) if damage is None else damage  # Which is false while empty.
   count = partial(Counted, most=config.data.most_unreadable, damage=damage)
-  return count(train, name='training records'), count(test, name='test records')
+  named = (train, 'training records'), (test, 'test records')
+  train, test = (
+    source.counted(count, name) if isinstance(source, Mixture) else count(source, name=name)
+    for source, name in named
+  )
+  return train, test
 
 
 def _say_unreadable(sentence: str) -> None:
@@ -222,7 +228,7 @@ def build(config: dict, workdir: str, synthetic: bool = False) -> Training:
   hashes = {} if synthetic else {'training': fingerprint(train), 'test': fingerprint(test)}
   check_data(directory, hashes)
   trained_on, tested_on = (
-    split_of(config.data.dataset, split, config.data.edge, len(source), hashes[name])
+    split_of(config.data.name, split, config.data.edge, len(source), hashes[name])
     if hashes.get(name) else None  # Points, or random numbers.
     for split, name, source in (('train', 'training', train), ('test', 'test', test))
   )
@@ -250,7 +256,8 @@ def build(config: dict, workdir: str, synthetic: bool = False) -> Training:
     config=untyped(config), task=task, loop=loop, safety=config.safety, optimizer=optimizer,
     learning_rates=learning_rates(config.optimizer, loop.total_steps), loader=loader, mesh=mesh,
     directory=directory, start=start, data_credit=_credit([train, *more.values()]),
-    measured=measured, damage=damage, provenance=provenance(begun, features, trained_on, tested_on),
+    mixture=getattr(train, 'mixed', None), measured=measured, damage=damage,
+    provenance=provenance(begun, features, trained_on, tested_on),
     evaluators=evaluators,
     trained_on=trained_on and dataclasses.replace(trained_on, begun=begun),
   )

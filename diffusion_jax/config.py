@@ -23,6 +23,7 @@ from diffusion_jax.limits import (
   Seconds,
   Seed,
 )
+from diffusion_jax.mixture import PartConfig, check_mixture, described
 from diffusion_jax.registry import OPTIMIZERS, TASKS, check, load
 from diffusion_jax.sizes import BucketSizes, Shape, nearest_to_square, shapes_of
 
@@ -149,7 +150,9 @@ def _limited(hint: Any, *limits: Any, value: Any, where: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """dataset: a name of `SOURCES`, some with more after a colon, such as 'folder:PATH'. size: edge
+  """dataset: a name of `SOURCES`, some with more after a colon, such as 'folder:PATH'; '' with a
+  mixture, of several data sets by names for them. test_of: the one of those whose test records
+  count; '' for those of all. size: edge
   of the images in pixels, or their (height, width), or points in a record; a picture is scaled
   until it covers that, and its middle cut out. Several (height, width), or `BucketSizes`, are
   buckets: a picture goes into that of the nearest ratio, and all of a batch are of one; of tests
@@ -179,8 +182,11 @@ class DataConfig:
   workers: Annotated[int, Range(0, text='a number of threads, or 0')] = 2
   most_unreadable: Annotated[float, Range(0, 1, text='a fraction of the records, 0 to 1')] = 0.5
   most_buckets: Positive = 40
+  mixture: dict[str, PartConfig] = dataclasses.field(default_factory=dict)
+  test_of: str = ''
 
   def __post_init__(self):
+    check_mixture(self.mixture, self.dataset, self.test_of)
     if isinstance(self.size, int):
       return
     shapes = self.shapes if self.size else ()
@@ -195,6 +201,11 @@ class DataConfig:
         f'data.size gives {len(shapes)} sizes, for each of which the step would be compiled, but '
         f'data.most_buckets is {self.most_buckets}; give fewer sizes, or raise it.'
       )
+
+  @property
+  def name(self) -> str:
+    """The data set, or those of a mixture."""
+    return described(self.mixture) if self.mixture else self.dataset
 
   @functools.cached_property
   def shapes(self) -> tuple[Shape, ...]:

@@ -113,6 +113,7 @@ class TrainedRun:
     """A hash of the networks of the run and of its data set."""
     config = self.directory.read_json('config.json')
     used = [config['settings'], config['data']['dataset'], config['data']['size']]
+    used += [config['data']['mixture']] if config['data'].get('mixture') else []
     return f'{zlib.crc32(json.dumps(used, sort_keys=True).encode()):08x}'
 
   def averages(

@@ -148,7 +148,7 @@ class Subject:
       self.model, self.name, self.step = self.run.model, options.workdir, self.run.newest()
       self.train, self.test = self.run.sources
       data = self.run.config.data
-      self.dataset, self.size = data.dataset, data.edge
+      self.dataset, self.size = data.name, data.edge
       unreadable = data.most_unreadable if unreadable is None else unreadable
     else:
       self.model, self._given, self.sample, self.name = open_model(options, sample, mesh)
@@ -472,7 +472,7 @@ def _open_autoencoder(options: AutoencoderEvaluation) -> tuple:
     network, step, data = run.autoencoder, run.newest(), run.config.data
     read = lambda: to_host(under('autoencoder', run.params(step, half_life)))
     name = identity(options.workdir, run, step, half_life)
-    images = named_split(run.sources[1], data.dataset, data.edge, 'test')
+    images = named_split(run.sources[1], data.name, data.edge, 'test')
     return network, read, name, images, [measured_on(run.sources[1]).sentence]
   if not options.model:
     raise UserError('there is no autoencoder; give --workdir of a run, or --model of a directory.')

@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from diffusion_jax.data.transforms import apply
+from diffusion_jax.data.unreadable import same_kind
 from diffusion_jax.errors import UserError
 from diffusion_jax.parallel.processes import A_DAY, in_step
 from diffusion_jax.sizes import Shape, nearest_to_square
@@ -77,8 +78,7 @@ class Bucketed(Sequence):
   def substitutes(self, index: int) -> Iterator[Sequence]:
     """Yield the records that may take the place of one, of the same kind and size: first those of
     its bucket, then all, cut to that size."""
-    turns, bucket = getattr(self.source, 'turns', 1), self.buckets[index]
-    kind = np.arange(index % turns, len(self), turns)
+    kind, bucket = np.asarray(same_kind(self.source, index)), self.buckets[index]
     yield Some(self._records, kind[self.buckets[kind] == bucket])
     shape = np.asarray(self.shapes[bucket], np.int32)
     yield Some(self.source.at_sizes(np.broadcast_to(shape, (len(self), 2))), kind)

@@ -30,7 +30,8 @@ class Loader:
   (`data.unreadable`). UserError: a source smaller than a global batch, or an argument out of range.
 
   Args:
-    source: with `buckets`, int [n], and `order` where its examples are in buckets (`Bucketed`).
+    source: with `buckets`, int [n], and `order` where its examples are in buckets (`Bucketed`);
+      with `mixed` where its records are not all read equally often (`mixture.Mixed`).
     batch_size: examples per global batch, over all processes.
     rows: examples of a global batch to make, such as `parallel.mesh.local_rows`; None for all.
     seed: in [0, 2**32); determines shuffling and random transforms.
@@ -51,7 +52,8 @@ class Loader:
     num_threads: int = 2,
     prefetch: int = 4,
   ):
-    _check(len(source), batch_size, seed, num_threads)
+    mixed = getattr(source, 'mixed', None)
+    _check(len(source if mixed is None else mixed), batch_size, seed, num_threads)
     # What is left out may change without another order: threads, processes, and who has which row.
     self._identity = {
       'seed': seed, 'shuffle': shuffle, 'batch_size': batch_size, 'examples': len(source),
@@ -59,14 +61,21 @@ class Loader:
     self._order = None
     if (buckets := getattr(source, 'buckets', None)) is not None:
       self._identity['buckets'] = source.order
-      places = Shuffled(len(source), seed) if shuffle else in_order
+      if mixed is None:
+        places = Shuffled(len(source), seed) if shuffle else in_order
+      else:
+        places, buckets = mixed.order(seed, shuffle), buckets[mixed.records(np.arange(len(mixed)))]
       self._order = BucketOrder(buckets, batch_size, places)
     # Numbers, and not records, so that what takes the place of one can follow from its position.
-    stream = grain.MapDataset.source(range(len(source))).seed(seed)
-    stream = (shuffled(stream, seed) if shuffle else stream).repeat()
+    if mixed is None:
+      stream = grain.MapDataset.source(range(len(source))).seed(seed)
+      stream, more = shuffled(stream, seed) if shuffle else stream, lambda index: {}
+    else:
+      self._identity['mixture'] = mixed.text
+      stream, more = mixed.stream(seed, shuffle), mixed.fields
     # Before the rows are chosen, so that the rng follows the position in the one stream.
-    self._stream = stream.random_map(
-      lambda index, rng: apply(transforms, _record(source, index, rng), rng)
+    self._stream = stream.repeat().random_map(
+      lambda index, rng: apply(transforms, _record(source, index, rng) | more(index), rng)
     )
     self._batches = _Batches(self._stream, batch_size, rows, self._order)
     # Grain demands both to be zero, or neither.
@@ -126,7 +135,7 @@ class Loader:
 
     UserError: the state is of another seed, batch size or source.
     """
-    for name in (*self._identity, 'buckets'):
+    for name in {**self._identity, 'buckets': None, 'mixture': None}:
       mine, saved = (where.get(name, 'nothing') for where in (self._identity, state))
       if saved != mine:
         raise UserError(

@@ -119,18 +119,21 @@ def replacement(source: Sequence, index: int, rng: np.random.Generator) -> Any:
   """The readable record that replaces the unreadable `index`.
 
   It depends on `rng` and the readable records alone, and is of the same kind where a source has
-  `turns`, or `substitutes(index)`, which yields sequences of records, the better ones first.
+  `kind(index)`, or `substitutes(index)`, which yields sequences of records, the better ones first.
   UserError: none of a thousand records, or of all, can be read.
   """
   if (substitutes := getattr(source, 'substitutes', None)) is None:
-    turns = getattr(source, 'turns', 1)
-    places = range(index % turns, len(source), turns)
-    return _one_of(source, places, rng)
+    return _one_of(source, same_kind(source, index), rng)
   *better, last = substitutes(index)
   for records in better:
     with contextlib.suppress(NoneReadable):
       return _one_of(records, range(len(records)), rng)
   return _one_of(last, range(len(last)), rng)
+
+
+def same_kind(source: Sequence, index: int) -> Sequence[int]:
+  """The records that may take the place of one: all, unless a source has several kinds of them."""
+  return source.kind(index) if hasattr(source, 'kind') else range(len(source))
 
 
 class NoneReadable(UserError):

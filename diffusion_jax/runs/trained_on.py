@@ -17,8 +17,8 @@ from diffusion_jax.formats.tensors import write_json
 from diffusion_jax.runs.directory import RunDirectory
 
 TRAINED_ON, DATA = 'trained_on.json', 'data.json'
-MADE = 'folder:'
-"""Beginning of names of data sets that are places: the same name may be other images."""
+MADE = ('folder:', 'mixture:')
+"""Beginnings of names of data sets that are places: the same name may be other images."""
 Found = dict[str, dict[str, str]]
 """Split -> part of it, such as captions -> its hash."""
 

@@ -32,18 +32,20 @@ def model_card(
   run keeps them, with the data they are measured on.
   """
   t, data = training, training.config['data']
+  dataset = t.mixture and f'mixture of {", ".join(data["mixture"])}' or data['dataset']
   records, (name, edge) = steps * t.loop.batch_size, t.task.described(data['size'])
   of = f' of {t.trained_on.records:,} {name}' if t.trained_on else ''
   devices = t.mesh.devices
   lines = [
-    f'# {t.task.title} ({data["dataset"]}, {edge})', '',
+    f'# {t.task.title} ({dataset}, {edge})', '',
     f'Trained with diffusion_jax by `{command_line()}`.', '',
     f'- Trained parameters: {sum(p.size for p in parameters.values()):,}',
     f'- Steps: {steps:,} of {t.loop.total_steps:,}, {records:,} {name} seen, '
     f'batch {t.loop.batch_size}',
     f'- Time: {duration(seconds)} until this was written, on {devices.size} x '
     f'{devices.flat[0].device_kind}',
-    f'- Data: {data["dataset"]}, {edge}, training split{of}',
+    f'- Data: {dataset}, {edge}, training split{of}',
+    *([f'- Examples: {t.mixture}'] if t.mixture else []),
     f'- Transforms: {", ".join(map(_transform, data["transforms"])) or "none"}',
     '- Settings: see config.json of the run', '',
   ]

@@ -32,7 +32,8 @@ class Training:
 
   start: makes a new run's initial parameters on a mesh; None for fresh ones. measured: the data of
   the scores. provenance: sentences on networks from before this run. evaluators: of the task, in
-  use. trained_on: the pictures, or None. damage: unreadable records.
+  use. trained_on: the pictures, or None. damage: unreadable records. mixture: the parts of the data
+  and their shares, '' where there are no parts.
   """
 
   config: dict[str, Any]
@@ -51,3 +52,4 @@ class Training:
   provenance: tuple[str, ...] = ()
   evaluators: Sequence[Evaluator] = ()
   trained_on: DataSplit | None = None
+  mixture: str = ''

@@ -4,7 +4,7 @@ A source has `len()` and records by number: dictionaries with 'image', uint8 [h 
 transforms and the task need: 'captions', a list of texts, 'label', 'id'; damaged ones raise
 `Unreadable`. Optional: what else `pictures.PictureSource` has; `fingerprint()`, hashes that change
 with the data; `labels` of all records; `measured` (`data.splits.Measured`), `notes` and `credit`,
-sentences; `turns`, the number of kinds of records in turn.
+sentences; `kind(index)`, the numbers of records that may take a record's place.
 """
 
 import dataclasses
@@ -26,6 +26,8 @@ def open_data(config: DataConfig, synthetic: int = 0, labels_for: str = '') -> t
 
     images = SyntheticImages(config.shapes, synthetic)
     return images, images
+  if config.mixture:
+    return _open_mixture(config, labels_for)
   kind = config.dataset.partition(':')[0]
   if labels_for and kind in LABELLED:
     without_effect(config, labels_for, 'caption', 'caption_column')
@@ -37,6 +39,22 @@ def open_data(config: DataConfig, synthetic: int = 0, labels_for: str = '') -> t
   return tuple(
     each.labelled(labels_for) if hasattr(each, 'labelled') else each for each in sources
   )
+
+
+def _open_mixture(config: DataConfig, labels_for: str) -> tuple[Any, Any]:
+  """(train, test) of `data.mixture`; test: of all parts, or of data.test_of alone."""
+  from diffusion_jax.data.mixture import Mixture, Worded
+
+  splits: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+  for name, part in config.mixture.items():
+    sources = open_data(dataclasses.replace(config, **part.of_data()), labels_for=labels_for)
+    for split, source in zip(splits, sources, strict=True):
+      worded = part.prefix or part.suffix
+      split[name] = Worded(source, part.prefix, part.suffix) if worded else source
+  train, test = splits
+  if config.test_of:
+    return Mixture(train, config.mixture), test[config.test_of]
+  return Mixture(train, config.mixture), Mixture(test)
 
 
 def without_effect(config: DataConfig, what: str, *names: str) -> None:

@@ -178,14 +178,16 @@ class Alternating:
   the sum of both means.
   """
 
-  turns = 2
-
   def __init__(self, subject: Sequence, other: Sequence, weight: float):
     self.sources, self.weights = (subject, other), (2.0, 2.0 * weight)
     self.credit = getattr(subject, 'credit', '')
 
   def __len__(self) -> int:
     return 2 * max(map(len, self.sources))
+
+  def kind(self, index: int) -> range:
+    """The records that are of the same one of the two."""
+    return range(index % 2, len(self), 2)
 
   def __getitem__(self, index: SupportsIndex) -> dict:
     index = range(len(self))[index]

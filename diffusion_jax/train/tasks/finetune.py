@@ -174,6 +174,15 @@ class FinetuneTask(DiffusionTask):
   name, title = 'finetune', 'Fine-tuned text-to-image model'
 
   @classmethod
+  def check_data(cls, config: TrainingConfig) -> None:
+    if config.settings.prior.folder and config.data.mixture:
+      raise UserError(
+        'settings.prior has its own half of the examples; make its pictures a part of data.mixture '
+        'instead, or leave that out.'
+      )
+    super().check_data(config)
+
+  @classmethod
   def check_size(cls, config: TrainingConfig) -> None:
     path, size = config.settings.model, config.data.size
     if not path:

@@ -87,6 +87,8 @@ class T5Task(Task):
   def check_data(cls, config: TrainingConfig) -> None:
     if config.data.transforms:
       raise UserError('data.transforms are of images; a T5 is trained on text: leave them empty.')
+    if config.data.mixture:
+      raise UserError('data.mixture has no effect on a T5, whose texts are packed; leave it out.')
     settings = config.settings
     most = spans_of(settings.length, settings.noise_density, settings.mean_span)[1] + 1
     if most > SENTINELS:

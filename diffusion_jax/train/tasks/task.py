@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax.config import TrainingConfig
 from diffusion_jax.data.buckets import BySize, in_buckets
+from diffusion_jax.data.mixture import ByPart
 from diffusion_jax.data.sources import open_data
 from diffusion_jax.data.transforms import build_transforms, check_transforms
 from diffusion_jax.data.unreadable import Damage
@@ -105,6 +106,8 @@ class Task(abc.ABC):
     """Raise UserError unless the settings fit `data.size` and the transforms keep to it."""
     for size in config.data.sizes:
       check_transforms(config.data.transforms, size)
+      for part in config.data.mixture.values():
+        check_transforms((*part.transforms, *config.data.transforms), size)
 
   @classmethod
   def open_sources(cls, config: TrainingConfig, synthetic: bool) -> tuple[Source, Source]:
@@ -127,7 +130,13 @@ class Task(abc.ABC):
   def examples(self, config: TrainingConfig, env: Env) -> tuple[Source, list[Callable]]:
     """Return (source, transforms) that batches are made of."""
     data, context = config.data, self.context()
-    made = [build_transforms(data.transforms, size=size, **context) for size in data.sizes]
+    build = lambda specs, size: build_transforms(specs, size=size, **context)
+    made = [build(data.transforms, size) for size in data.sizes]
+    if any(part.transforms for part in data.mixture.values()) and not env.synthetic:
+      made = [
+        [ByPart({name: build(part.transforms, size) for name, part in data.mixture.items()}), *all_]
+        for size, all_ in zip(data.sizes, made, strict=True)
+      ]
     source = in_buckets(env.train, data.shapes)
     if len(made) == 1:
       return source, made[0]
