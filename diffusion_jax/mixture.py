@@ -72,14 +72,17 @@ def check_mixture(mixture: Mapping[str, PartConfig], dataset: str, test_of: str)
       f'data.test_of is {test_of!r}; leave it empty for the test records of all, or give one of '
       f'{", ".join(mixture) or "data.mixture, which is empty"}.'
     )
-  of = {key: [n for n, part in mixture.items() if getattr(part, key) is not None]
-        for key in ('weight', 'repeats', 'share')}
+  of = {
+    key: [name for name, part in mixture.items() if getattr(part, key) is not None]
+    for key in ('weight', 'repeats', 'share')
+  }
   if of['weight'] and of['repeats']:
     raise UserError(
       f'data.mixture has a weight for {of["weight"][0]} and repeats for {of["repeats"][0]}; give '
       'all of them weights, or all repeats.'
     )
-  if of['weight'] and (bare := [n for n in mixture if not any(n in names for names in of.values())]):
+  bare = [name for name in mixture if not any(name in names for names in of.values())]
+  if of['weight'] and bare:
     raise UserError(f'data.mixture.{bare[0]} has no weight, but {of["weight"][0]} has; give one.')
   total, rest = sum(mixture[name].share for name in of['share']), len(mixture) - len(of['share'])
   if of['share'] and (total >= 1 if rest else abs(total - 1) > 1e-6):

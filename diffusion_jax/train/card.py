@@ -32,7 +32,7 @@ def model_card(
   run keeps them, with the data they are measured on.
   """
   t, data = training, training.config['data']
-  dataset = t.mixture and f'mixture of {", ".join(data["mixture"])}' or data['dataset']
+  dataset = data['dataset'] if t.mixture is None else f'mixture of {", ".join(t.mixture.parts)}'
   records, (name, edge) = steps * t.loop.batch_size, t.task.described(data['size'])
   of = f' of {t.trained_on.records:,} {name}' if t.trained_on else ''
   devices = t.mesh.devices
@@ -45,7 +45,7 @@ def model_card(
     f'- Time: {duration(seconds)} until this was written, on {devices.size} x '
     f'{devices.flat[0].device_kind}',
     f'- Data: {dataset}, {edge}, training split{of}',
-    *([f'- Examples: {t.mixture}'] if t.mixture else []),
+    *([] if t.mixture is None else [f'- Examples: {t.mixture.text}']),
     f'- Transforms: {", ".join(map(_transform, data["transforms"])) or "none"}',
     '- Settings: see config.json of the run', '',
   ]

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax.config import LoopConfig, SafetyConfig
 from diffusion_jax.data.loader import Loader
+from diffusion_jax.data.mixture import Mixed
 from diffusion_jax.data.splits import APART, Measured
 from diffusion_jax.data.unreadable import Damage
 from diffusion_jax.evaluation.evaluator import Evaluator
@@ -32,8 +33,8 @@ class Training:
 
   start: makes a new run's initial parameters on a mesh; None for fresh ones. measured: the data of
   the scores. provenance: sentences on networks from before this run. evaluators: of the task, in
-  use. trained_on: the pictures, or None. damage: unreadable records. mixture: the parts of the data
-  and their shares, '' where there are no parts.
+  use. trained_on: the pictures, or None. damage: unreadable records. mixture: the
+  parts of the data, where it has any.
   """
 
   config: dict[str, Any]
@@ -52,4 +53,4 @@ class Training:
   provenance: tuple[str, ...] = ()
   evaluators: Sequence[Evaluator] = ()
   trained_on: DataSplit | None = None
-  mixture: str = ''
+  mixture: Mixed | None = None

@@ -196,7 +196,7 @@ class Parts(Sequence[Part]):
 class CachedSource(Sequence):
   """Records out of a cache: the `Parts` of each kind of rows by name. Unreadable where one is.
 
-  source: what they were made of, whose `buckets` and `order` are theirs, too, if it has any.
+  source: what they were made of, whose `buckets`, `order`, `kind` and `mixed` are theirs, too.
   """
 
   def __init__(self, kinds: Mapping[str, Rows], source: Any = None):
@@ -205,6 +205,9 @@ class CachedSource(Sequence):
     self.kinds = dict(kinds)
     if (buckets := getattr(source, 'buckets', None)) is not None:
       self.buckets, self.order, self.shapes = buckets, source.order, source.shapes
+    if (mixed := getattr(source, 'mixed', None)) is not None:
+      self.mixed = mixed
+    self._kind = getattr(source, 'kind', None)
 
   def __len__(self) -> int:
     return len(next(iter(self.kinds.values())))
@@ -214,6 +217,10 @@ class CachedSource(Sequence):
     return {name: rows[index] for name, rows in self.kinds.items()}
 
   def substitutes(self, index: int) -> Iterator[Sequence]:
-    """Yield the records that may take the place of one: those of its bucket, if there are any."""
+    """Yield the records that may take the place of one: those of its kind and bucket."""
     buckets = getattr(self, 'buckets', None)
-    yield self if buckets is None else Some(self, np.flatnonzero(buckets == buckets[index]))
+    if buckets is None and self._kind is None:
+      yield self
+      return
+    kind = np.arange(len(self)) if self._kind is None else np.asarray(self._kind(index))
+    yield Some(self, kind if buckets is None else kind[buckets[kind] == buckets[index]])

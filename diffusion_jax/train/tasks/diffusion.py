@@ -19,6 +19,7 @@ from diffusion_jax.data.cache import (
   cached_source,
   synthetic_cache,
 )
+from diffusion_jax.data.mixture import OWN
 from diffusion_jax.data.sources import open_data
 from diffusion_jax.data.transforms import check_pictures
 from diffusion_jax.data.unreadable import first_readable
@@ -54,18 +55,20 @@ from diffusion_jax.train.tasks.trainable import Denoiser, Trainable
 from diffusion_jax.types import Condition, Params, Scores, Source, Weights
 
 TIME_BUCKETS = 10
-NULL = 'null'
+TEXT, NULL = 'text', 'null'
 """The role under which the null condition is kept: 'text.bias', 'pooled.bias'."""
 class Encoded(NamedTuple):
   """A batch for the loss, encoded now or before training.
 
   moments: of z, see `spaces.Space`. conditions: fields of `Condition` by conditioner. weight: [b]
-  of the losses, if any.
+  of the losses, if any. dropout: [b], of the captions of each example, below 0 for that of the
+  settings; None where all have that.
   """
 
   moments: Moments
   conditions: dict[str, Arrays]
   weight: jax.Array | None = None
+  dropout: jax.Array | None = None
 
 
 def _kept(conditioner: Conditioner) -> tuple[str, ...]:
@@ -127,12 +130,30 @@ class DiffusionTask(Task):
     fields = [*model.space.kept] if config.cache else [model.space.field]
     for one in self._conditioners.values():
       fields += _kept(one) if config.cache else one.fields
-    self.batch_fields = tuple(dict.fromkeys(fields))
+    mixed = getattr(train, 'mixed', None)
+    own = mixed is not None and mixed.drops
+    self._drops = bool(own or config.caption_dropout or any(config.encoder_dropout))
+    self.batch_fields = tuple(dict.fromkeys([*fields, OWN] if own else fields))
+    if config.encoder_dropout and len(config.encoder_dropout) != self._text_encoders:
+      raise UserError(
+        f'settings.encoder_dropout has {len(config.encoder_dropout)} fractions, but there are '
+        f'{self._text_encoders} text encoders; give one for each, or leave it empty.'
+      )
+
+  @property
+  def _text_encoders(self) -> int:
+    return 0 if self.model.text is None else len(self.model.text.networks)
 
   @classmethod
   def check_data(cls, config: TrainingConfig) -> None:
     settings, data = config.settings, config.data
     if settings.cache:
+      for name, part in data.mixture.items():
+        if part.transforms:
+          raise UserError(
+            f'data.mixture.{name}.transforms have no effect with settings.cache; leave them out, '
+            'or switch it off.'
+          )
       drawn = check_pictures(data.transforms, 'settings.cache')
       if settings.cache_views > 1 and not drawn:
         raise UserError(
@@ -215,7 +236,7 @@ class DiffusionTask(Task):
     source, transforms = super().examples(config, env)
     null = {name.removesuffix('.bias'): x for name, x in self.frozen.get(NULL, {}).items()}
     return cached_source(
-      source, self.model, self.frozen, env.mesh, name=data.dataset, null=null, kinds=kinds,
+      source, self.model, self.frozen, env.mesh, name=data.name, null=null, kinds=kinds,
       folder=self.cache_folder(env) if settings.cache == 'disk' else None,
       options=Options(
         dtype=settings.cache_dtype, text_dtype=settings.cache_text_dtype,
@@ -252,7 +273,8 @@ class DiffusionTask(Task):
     conditions = {
       name: one.of_batch(weights, batch, keys.get(name)) for name, one in conditioners.items()
     }
-    return Encoded(space.moments(weights, batch[space.field]), conditions, batch.get('weight'))
+    moments = space.moments(weights, batch[space.field])
+    return Encoded(moments, conditions, batch.get('weight'), batch.get(OWN))
 
   def _from_cache(self, weights: Weights, batch: dict, key: jax.Array) -> Encoded:
     """Return the same of a batch out of the cache, where it has been computed before."""
@@ -262,38 +284,58 @@ class DiffusionTask(Task):
       name: columns(one.kept) if one.kept else one.of_batch(weights, batch)
       for name, one in self._conditioners.items()
     }
-    return Encoded(columns(self.model.space.kept), conditions)
+    return Encoded(columns(self.model.space.kept), conditions, dropout=batch.get(OWN))
 
   def nulls(self, weights: Weights) -> Params:
     """Return the null condition, that of trained encoders by their weights of now."""
     found = dict(weights.get(NULL, {}))
-    for name in self._moving if self.config.caption_dropout else ():
+    for name in self._moving if self._drops else ():
       null = self._conditioners[name].null(weights)
       found |= {f'{field}.bias': value for field, value in null.items()}
     return found
 
-  def drop(self, conditions: dict[str, Arrays], null: Params, key: jax.Array) -> dict[str, Arrays]:
-    """Put the null in the place of a random fraction of each condition that has one."""
+  def drop(
+    self, conditions: dict[str, Arrays], null: Params, key: jax.Array,
+    rates: jax.Array | None = None,
+  ) -> dict[str, Arrays]:
+    """Put the null in the place of a random fraction of each condition that has one, and then of
+    what each text encoder gives; rates: `Encoded.dropout`."""
     guided = [
       name for name, one in self._conditioners.items()
-      if isinstance(one, Guided) and (self.config.caption_dropout or name not in self._moving)
+      if isinstance(one, Guided) and (self._drops or name not in self._moving)
     ]
-    out = dict(conditions)
+    rate, out = self.config.caption_dropout, dict(conditions)
+    rate = rate if rates is None else jnp.where(rates < 0, rate, rates)
     for name, key_drop in _keys(guided, key).items():
       count = len(next(iter(out[name].values())))
-      dropped = jax.random.bernoulli(key_drop, self.config.caption_dropout, (count,))
+      dropped = jax.random.bernoulli(key_drop, rate, (count,))
       out[name] = {
         field: jnp.where(
           dropped.reshape(-1, *[1] * (value.ndim - 1)), null[f'{field}.bias'], value
         ) for field, value in out[name].items()
       }
+      if name == TEXT:
+        out[name] = self._drop_encoders(out[name], null, key_drop)
+    return out
+
+  def _drop_encoders(self, text: Arrays, null: Params, key: jax.Array) -> Arrays:
+    """Put what an encoder gives of the empty text in the place of a random fraction of its own."""
+    out, roles = dict(text), self.model.text.networks if self.config.encoder_dropout else ()
+    for i, (role, rate) in enumerate(zip(roles, self.config.encoder_dropout, strict=False)):
+      dropped = jax.random.bernoulli(jax.random.fold_in(key, i), rate, (len(text['text']),))
+      for field, place in self.model.text.places(role).items():
+        own = out[field][:, *place]
+        gone = dropped.reshape(-1, *[1] * (own.ndim - 1))
+        own = jnp.where(gone, null[f'{field}.bias'][place], own)
+        out[field] = out[field].at[:, *place].set(own)
     return out
 
   def condition(
-    self, conditions: dict[str, Arrays], null: Params, key: jax.Array, shape: tuple[int, ...]
+    self, conditions: dict[str, Arrays], null: Params, key: jax.Array, shape: tuple[int, ...],
+    rates: jax.Array | None = None,
   ) -> Condition:
     """Return what the denoiser is given with z of this shape, a fraction of it dropped."""
-    conditions = self.drop(conditions, null, key)
+    conditions = self.drop(conditions, null, key, rates)
     for name, one in self.model.conditioners.items():
       if one.usual and name not in conditions:
         size = (edge * self.model.space.factor for edge in shape[1:3])
@@ -306,10 +348,12 @@ class DiffusionTask(Task):
     if self._draws:
       key_z, key_drop, key, key_encode = jax.random.split(key, 4)
     weights, space = self.weights(params, frozen), self.model.space
-    moments, conditions, weight = self.encode(weights, batch, key_encode)
-    x0 = space.sample(moments, key_z)
+    encoded = self.encode(weights, batch, key_encode)
+    x0, weight = space.sample(encoded.moments, key_z), encoded.weight
     x0 = constrain(x0, 'image') if x0.ndim == 4 else x0
-    condition = self.condition(conditions, self.nulls(weights), key_drop, x0.shape)
+    condition = self.condition(
+      encoded.conditions, self.nulls(weights), key_drop, x0.shape, encoded.dropout
+    )
     network = self.loss_model.network(weights)
     # Without a loss of its own a variance that published networks predict, too, is left out.
     extra = self.model.learned_variance and not self.config.objective.learned_variance

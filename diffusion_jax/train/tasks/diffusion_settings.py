@@ -52,7 +52,8 @@ class SharedConfig(TextTrainingConfig):
 
   clip: a CLIP with both towers, or 'asset:NAME'; it scores samples unless `evaluation` has
   features. caption_dropout: fraction of conditions replaced by the null, for classifier-free
-  guidance. preview_captions: of the sample grids.
+  guidance. encoder_dropout: the same of what each text encoder gives, by itself, one fraction for
+  each; () for none. preview_captions: of the sample grids.
 
   cache: encode all images and captions once, into memory, or with 'disk' into files that every
   later start goes on with. cache_dir: their folder, '' for WORKDIR/cache. cache_dtype: of means and
@@ -62,6 +63,7 @@ class SharedConfig(TextTrainingConfig):
   clip: str = 'asset:clip-openmoji-64'
   objective: ObjectiveConfig = ObjectiveConfig()
   caption_dropout: Fraction = 0.1
+  encoder_dropout: tuple[Fraction, ...] = ()
   cache: bool | Literal['disk'] = False
   cache_dir: str = ''
   cache_dtype: Literal['float32', 'bfloat16'] = 'float32'

@@ -72,6 +72,7 @@ class ToyTaskConfig:
   export_dtype: FileDtype = 'float32'
   cache: ClassVar[bool] = False
   caption_dropout: ClassVar[float] = 0.0
+  encoder_dropout: ClassVar[tuple[float, ...]] = ()
 
   def __post_init__(self):
     NoiseSchedule.of(self.noise)

@@ -102,6 +102,21 @@ def test_captions_are_dropped_at_the_rate_and_become_the_null_embedding(make_tas
   assert abs(dropped.mean() - 0.2) < 4.5 * (0.2 * 0.8 / n) ** 0.5
 
 
+def test_examples_are_dropped_at_the_rate_of_their_part(make_task):
+  """Below 0 is the task's own; where all are its own nothing is drawn otherwise."""
+  task = make_task(caption_dropout=0.2)
+  null, n = task.frozen[NULL]['text.bias'], 1500
+  drop = lambda rates: np.asarray(task.drop(
+    {'text': {'text': jnp.ones((n, *null.shape)) * 9.0}}, task.frozen[NULL], jax.random.key(0),
+    None if rates is None else jnp.asarray(rates, jnp.float32),
+  )['text']['text']) != 9.0
+  own = drop(None)
+  np.testing.assert_array_equal(drop(np.full(n, -1)), own)
+  found = drop(np.array([0.0, -1.0, 1.0])[np.arange(n) % 3]).any(axis=(1, 2))
+  assert not found[::3].any() and found[2::3].all()
+  np.testing.assert_array_equal(found[1::3], own.any(axis=(1, 2))[1::3])
+
+
 def test_the_network_sees_dropped_captions_as_the_null_embedding(make_task):
   seen = []
   task = make_task(lambda x, t, condition: (seen.append(condition.text), x)[1], caption_dropout=1.0)

@@ -11,6 +11,7 @@ import pytest
 from diffusion_jax import build
 from diffusion_jax.config import parse
 from diffusion_jax.data.cache import Choose, cached_source
+from diffusion_jax.errors import UserError
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.assembly import assemble
 from diffusion_jax.pipelines.directory import load_model
@@ -191,6 +192,30 @@ def test_a_cache_keeps_each_caption_with_its_mask(task, sources):
     np.testing.assert_array_equal(chosen['mask'], texts[which.index(True)]['mask'])
     np.testing.assert_allclose(chosen['pooled'], wanted['pooled'][which.index(True)], atol=2e-3)
   assert {'text', 'pooled', 'mask'} <= set(task.batch_fields)
+
+
+def test_what_each_encoder_gives_is_dropped_by_itself(parts, t5, sources):
+  values = config('mmdit', parts, t5)
+  values['settings'] |= {'encoder_dropout': (0.5, 0.2), 'caption_dropout': 0.0}
+  task = build.build_task(parse(values), *sources, None, None)
+  null = {name.removesuffix('.bias'): np.asarray(x) for name, x in task.frozen[NULL].items()}
+  given = {name: np.full((400, *x.shape), 9, x.dtype) for name, x in null.items()}
+  out = jax.tree.map(np.asarray, task.drop({'text': given}, task.frozen[NULL], jax.random.key(1)))
+  text, width = out['text']['text'], task.model.text.shape('text_encoder').width
+  of_clip = (text[:, : tiny.LENGTH, :width] != 9).any(axis=(1, 2))
+  of_t5 = (text[:, tiny.LENGTH :, : tiny.T5.d_model] != 9).any(axis=(1, 2))
+  assert 150 < of_clip.sum() < 250 and 40 < of_t5.sum() < 120
+  assert 10 < (of_clip & of_t5).sum() < 80
+  gone = np.stack([of_clip] * tiny.LENGTH + [of_t5] * LENGTH, axis=1)[..., None]
+  wanted = np.where(gone, null['text'], 9)
+  np.testing.assert_array_equal(text[..., :width], wanted[..., :width])
+  np.testing.assert_array_equal(
+    out['text']['pooled'], np.where(of_clip[:, None], null['pooled'], 9)
+  )
+  np.testing.assert_array_equal(out['text']['mask'], np.where(gone[..., 0], null['mask'], 9))
+  values['settings']['encoder_dropout'] = (0.5,)
+  with pytest.raises(UserError, match=r'encoder_dropout has 1 fractions.*2 text encoders'):
+    build.build_task(parse(values), *sources, None, None)
 
 
 def test_a_dropped_caption_has_the_mask_of_the_empty_one(task):
