@@ -6,9 +6,10 @@ together.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -18,11 +19,36 @@ from diffusion_jax.registry import TRANSFORMS, build_parts, load
 
 _SIDED = re.compile(r'\b(?:left|right|leftwards|rightwards|clockwise|counterclockwise)\b', re.I)
 
+@functools.cache
+def _any_of(words: tuple[str, ...]) -> re.Pattern:
+  """A pattern of whole words, in letters of any size."""
+  return re.compile(rf'(?<!\w)(?:{"|".join(map(re.escape, words))})(?!\w)', re.I)
+
+
 Size = int | tuple[int, int]
 """Edge of a square in pixels, or (height, width)."""
 
 PICTURES = ('image', 'control')
 """Fields of a record that show the same places."""
+
+
+SIZES, FRAME = 'sizes', 'frame'
+"""Fields of what SDXL is told of a picture (`sources.pictures.PictureSource`), and of the height
+and width, float32 [2], of all of the picture as it is scaled, of which the image is a part."""
+
+
+class Cut(NamedTuple):
+  """How an image was changed: top, left: of what was cut out, in its pixels. scale: then of both
+  edges. size: then its (height, width); None as it was."""
+
+  top: int = 0
+  left: int = 0
+  scale: tuple[float, float] = (1.0, 1.0)
+  size: tuple[int, int] | None = None
+
+
+MIRROR = Cut(-1)
+"""That an image was mirrored left to right."""
 
 
 class Transform:
@@ -47,7 +73,9 @@ class Resize(Transform):
     h, w = _pair(self.size)
     scale = max(h / height, w / width)
     height, width = round(height * scale), round(width * scale)
-    return _moved(record, lambda picture: resize(picture, height, width))
+    scales = height / image.shape[0], width / image.shape[1]
+    cut = Cut(scale=scales, size=(height, width))
+    return _moved(record, lambda picture: resize(picture, height, width), cut)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +89,9 @@ class CenterCrop(Transform):
     h, w = _pair(self.size)
     height, width = _at_least(_image(record), (h, w)).shape[:2]
     top, left = (height - h) // 2, (width - w) // 2
-    return _moved(record, lambda picture: picture[top : top + h, left : left + w])
+    return _moved(
+      record, lambda picture: picture[top : top + h, left : left + w], Cut(top, left, size=(h, w))
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +111,8 @@ class RandomCrop(Transform):
     height, width = _at_least(padded(_image(record)), (h, w)).shape[:2]
     top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
     rows, columns = slice(top, top + h), slice(left, left + w)
-    return _moved(record, lambda picture: padded(picture)[rows, columns])
+    cut = Cut(top - self.padding, left - self.padding, size=(h, w))
+    return _moved(record, lambda picture: padded(picture)[rows, columns], cut)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,15 +148,23 @@ class RandomResizedCrop(Transform):
     cut_w = min(width, max(1, round(np.sqrt(area * ratio))))
     top, left = int(rng.integers(height - cut_h + 1)), int(rng.integers(width - cut_w + 1))
     rows, columns = slice(top, top + cut_h), slice(left, left + cut_w)
-    return _moved(record, lambda picture: resize(picture[rows, columns], h, w))
+    return _moved(
+      record, lambda picture: resize(picture[rows, columns], h, w),
+      Cut(top, left, (h / cut_h, w / cut_w), (h, w)),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomFlip(Transform):
-  """Mirror left to right at random; keep_sided: not if captions mention left, right, clockwise."""
+  """Mirror left to right at random.
+
+  keep_sided: not if captions mention left, right, clockwise. words: nor any of these, whole and in
+  letters of any size.
+  """
 
   probability: float = 0.5
   keep_sided: bool = True
+  words: tuple[str, ...] = ()
   random: ClassVar[bool] = True
   moves: ClassVar[bool] = True
 
@@ -135,7 +174,9 @@ class RandomFlip(Transform):
     texts = [*record.get('captions', ()), record.get('caption', '')]
     if not flip or (self.keep_sided and any(map(_SIDED.search, texts))):
       return record
-    return _moved(record, lambda picture: np.ascontiguousarray(picture[:, ::-1]))
+    if self.words and any(map(_any_of(tuple(self.words)).search, texts)):
+      return record
+    return _moved(record, lambda picture: np.ascontiguousarray(picture[:, ::-1]), MIRROR)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,8 +320,9 @@ def _image(record: Mapping[str, Any]) -> np.ndarray:
   return image
 
 
-def _moved(record: dict, move: Callable[[np.ndarray], np.ndarray]) -> dict:
-  """The record with all its pictures moved; UserError unless all have the image's size."""
+def _moved(record: dict, move: Callable[[np.ndarray], np.ndarray], cut: Cut) -> dict:
+  """The record with all its pictures moved, and what it says of that; UserError unless all have the
+  image's size."""
   found = {name: record[name] for name in PICTURES if name in record}
   for name, picture in found.items():
     if picture.shape[:2] != record['image'].shape[:2]:
@@ -288,7 +330,23 @@ def _moved(record: dict, move: Callable[[np.ndarray], np.ndarray]) -> dict:
         f'The {name} of record {record.get("id", "?")} is {list(picture.shape)} and its image '
         f'{list(record["image"].shape)}: give both alike.'
       )
-  return record | {name: move(picture) for name, picture in found.items()}
+  return record | {name: move(picture) for name, picture in found.items()} | _told(record, cut)
+
+
+def _told(record: Mapping[str, Any], cut: Cut) -> dict[str, np.ndarray]:
+  """What SDXL is told of a picture after a cut: where it lies in all of the scaled picture."""
+  if SIZES not in record:
+    return {}
+  own, corner, size = np.asarray(record[SIZES], np.float64).reshape(3, 2)
+  frame = record[FRAME] if FRAME in record else np.round(own * (size / own).max())
+  if cut is MIRROR:
+    corner = np.array([corner[0], frame[1] - corner[1] - size[1]])
+  else:
+    scale = np.asarray(cut.scale)
+    corner, frame = (corner + np.array([cut.top, cut.left])) * scale, frame * scale
+    size = np.asarray(cut.size, np.float64)
+  told = np.concatenate([own, np.round(corner), size])
+  return {SIZES: told.astype(np.float32), FRAME: np.asarray(frame, np.float32)}
 
 
 def _pair(size: Size) -> tuple[int, int]:

@@ -1,9 +1,14 @@
 """Known answers of every transform."""
 
+import itertools
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion_jax.data.fields import Caption
+from diffusion_jax.data.sources.folder import Files
+from diffusion_jax.data.sources.pictures import PictureSource
 from diffusion_jax.data.transforms import apply, build_transforms, check_transforms
 from diffusion_jax.errors import UserError
 from diffusion_jax.pixels import edges
@@ -95,6 +100,85 @@ def test_random_flip_leaves_sided_images_alone(text):
   np.testing.assert_array_equal(
     _apply(always, _record(captions=['bright copyright']))['image'], IMAGE[:, ::-1]
   )
+
+
+@pytest.mark.parametrize('text', ['an Ear-ring', 'a badge with a heart', 'a Heart'])
+def test_words_of_ones_own_forbid_flips(text):
+  spec = {'name': 'random_flip', 'probability': 1.0, 'words': ('heart', 'ear-ring')}
+  np.testing.assert_array_equal(_apply(spec, _record(captions=[text]))['image'], IMAGE)
+  other = _apply(spec, _record(captions=['hearts, bear-rings']))['image']
+  np.testing.assert_array_equal(other, IMAGE[:, ::-1])
+
+
+CUTS = [
+  ('random_crop', {'size': (30, 40)}), ('random_flip', {'probability': 1.0}),
+  ('random_resized_crop', {'size': 30, 'scale': (0.3, 0.9)}), ('resize', {'size': 20}),
+  ('center_crop', {'size': 10}),
+]
+
+
+@pytest.mark.parametrize('count', range(1, len(CUTS) + 1))
+def test_sdxl_is_told_the_crop_that_was_taken(tmp_path, count):
+  """Each pixel says where it lies in the whole picture: red its row, green its column."""
+  rows, columns = np.mgrid[:100, :240].astype(np.uint8)
+  Image.fromarray(np.stack([rows, columns, rows], axis=-1)).save(tmp_path / 'a.png')
+  source = PictureSource(Files(tmp_path, [tmp_path / 'a.png'], [[Caption('a')]]), (50, 60))
+  for seed in range(3):
+    record = apply(build_transforms(CUTS[:count]), source[0], np.random.default_rng(seed))
+    told, frame = record['sizes'], record['frame']
+    height, width = record['image'].shape[:2]
+    assert told.tolist()[:2] == [100, 240] and told.tolist()[4:] == [height, width]
+    places = np.arange(height) + told[2] + 0.5, np.arange(width) + told[3] + 0.5
+    seen = record['image'][..., :2].astype(float).mean(axis=1)[:, 0], (
+      record['image'][..., 1].astype(float).mean(axis=0)
+    )
+    across = places[1] / frame[1] * 240
+    np.testing.assert_allclose(seen[0], places[0] / frame[0] * 100 - 0.5, atol=5)
+    across = 240 - across if count > 1 else across
+    np.testing.assert_allclose(seen[1], across - 0.5, atol=10)
+  if count == 1:
+    assert told[2] <= 20 and 30 <= told[3] <= 50  # 50 x 60 of 50 x 120, and 30 x 40 of that.
+
+
+def test_a_crop_is_told_of_records_that_have_sizes_alone():
+  assert set(_apply(('center_crop', {'size': 2}), _record())) == {'image', 'captions', 'id'}
+
+
+def test_tags_are_shuffled_after_those_that_are_kept():
+  of = lambda seed, **options: _apply(
+    ('shuffle_tags', {'keep': 2, **options}), {'caption': 'sks,  a, b,c , d,'}, seed
+  )['caption']
+  found = [of(seed) for seed in range(200)]
+  assert {text[:8] for text in found} == {'sks, a, '}
+  assert {text[8:] for text in found} == {
+    ', '.join(order) for order in itertools.permutations('bcd')
+  }
+  assert of(0, probability=0.0) == 'sks,  a, b,c , d,'
+  some = [of(seed, probability=0.5) == 'sks,  a, b,c , d,' for seed in range(200)]
+  assert 70 < sum(some) < 130
+
+
+def test_tags_are_dropped_at_their_rate_and_never_all():
+  spec = ('drop_tags', {'rate': 0.3, 'keep': 1})
+  found = [
+    _apply(spec, _record(captions=['a, b, c, d']), seed)['captions'][0].split(', ')
+    for seed in range(300)
+  ]
+  assert all(tags[0] == 'a' and sorted(tags) == tags for tags in found)
+  assert abs(np.mean([4 - len(tags) for tags in found]) / 3 - 0.3) < 0.06
+  all_of_them = ('drop_tags', {'rate': 1.0})
+  alone = {_apply(all_of_them, {'caption': 'a, b'}, seed)['caption'] for seed in range(9)}
+  assert alone == {'a', 'b'}
+  with pytest.raises(UserError, match='drop_tags with keep=0, fraction 2'):
+    build_transforms([('drop_tags', {'rate': 2.0})])
+
+
+def test_words_are_put_around_a_caption_before_or_after_it_is_chosen():
+  spec = ('wrap_caption', {'prefix': 'a photo of ', 'suffix': ', film'})
+  assert _apply(spec, {'caption': 'x'})['caption'] == 'a photo of x, film'
+  assert _apply(spec, _record())['captions'][1] == 'a photo of two, film'
+  with pytest.raises(UserError, match='before tokenize'):
+    _apply(spec, {'tokens': np.zeros(3)})
 
 
 def test_captions():
