@@ -6,6 +6,7 @@
 import dataclasses
 import difflib
 import functools
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -148,6 +149,9 @@ def _limited(hint: Any, *limits: Any, value: Any, where: str) -> Any:
   return converted
 
 
+WHITE, _COLOR = 'white', r'white|black|gray|red|green|blue|#[0-9a-fA-F]{6}'
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """dataset: a name of `SOURCES`, some with more after a colon, such as 'folder:PATH'; '' with a
@@ -162,9 +166,10 @@ class DataConfig:
   it between the steps. most_unreadable: fraction of the records of a split that may be damaged,
   which are named and replaced; with more the run ends.
 
-  Of pictures of one's own alone: caption: of every picture without one of its own, or several, one
-  a line; {name}, {folder} and {label} in it are words of the picture's path and its class.
-  caption_column: the one column of captions in lists and tables, '' for all of `fields.CAPTIONS`.
+  Of pictures of one's own alone: background: the color behind transparent places. caption: of
+  every picture without one of its own, or several, one a line; {name}, {folder} and {label} in it
+  are words of the picture's path and its class. caption_column: the one column of captions in lists
+  and tables, '' for all of `fields.CAPTIONS`.
   test_fraction: of the pictures that are left to the test split where there is none; 0 to train on
   all.
   """
@@ -184,9 +189,14 @@ class DataConfig:
   most_buckets: Positive = 40
   mixture: dict[str, PartConfig] = dataclasses.field(default_factory=dict)
   test_of: str = ''
+  background: str = WHITE
 
   def __post_init__(self):
     check_mixture(self.mixture, self.dataset, self.test_of)
+    if not re.fullmatch(_COLOR, self.background):
+      raise UserError(
+        f"data.background is {self.background!r:.80}; give a color such as 'white' or '#7f7f7f'."
+      )
     if isinstance(self.size, int):
       return
     shapes = self.shapes if self.size else ()

@@ -26,9 +26,9 @@ class PartConfig:
   the two, by default one pass. share: fraction of the examples of every step; the other parts have
   what is left.
 
-  dataset, caption, caption_column, test_fraction, data_dir: as those of all data, which are the
-  default. prefix, suffix: of every caption. caption_dropout: as of the task, which is the default.
-  transforms: of its records, before those of all.
+  dataset, caption, caption_column, test_fraction, data_dir, background: as those of all data, which
+  are the default. prefix, suffix: of every caption. caption_dropout: as of the task, which is the
+  default. transforms: of its records, before those of all.
   """
 
   dataset: str
@@ -39,6 +39,7 @@ class PartConfig:
   caption_column: str | None = None
   test_fraction: Fraction | None = None
   data_dir: str | None = None
+  background: str | None = None
   prefix: str = ''
   suffix: str = ''
   caption_dropout: Fraction | None = None
@@ -53,7 +54,9 @@ class PartConfig:
 
   def of_data(self) -> dict[str, Any]:
     """The keys of a `DataConfig` that are its own."""
-    names = ('dataset', 'caption', 'caption_column', 'test_fraction', 'data_dir')
+    names = (
+      'dataset', 'caption', 'caption_column', 'test_fraction', 'data_dir', 'background'
+    )
     own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
     return own | {'mixture': {}, 'test_of': '', 'transforms': self.transforms}
 

@@ -24,6 +24,7 @@ from PIL import (
 )
 
 from diffusion_jax.data.png import SIGNATURE, without_extras
+from diffusion_jax.data.profiles import to_srgb
 from diffusion_jax.errors import Unreadable
 from diffusion_jax.pixels import central_crop, resize
 
@@ -79,32 +80,33 @@ _WIDTH, _HEIGHT = 256, 257
 
 
 def read_square(
-  source: str | Path | BinaryIO, size: int, name: str | Path = ''
+  source: str | Path | BinaryIO, size: int, name: str | Path = '', background: str = 'white'
 ) -> tuple[np.ndarray, tuple[int, int]]:
   """(the central square, uint8 [size size 3], the image's (height, width)); or Unreadable.
 
-  source, name: a path, or an open file that errors call `name`.
+  source, name: a path, or an open file that errors call `name`. background: as of `read_pixels`.
   """
   # The square first: a thin strip would grow beyond all bounds if it were scaled as a whole.
   square, upright = _read(
-    source, name or source, lambda header: (_decoded(header, True), header.upright)
+    source, name or source, lambda header: (_decoded(header, True, background), header.upright)
   )
   return resize(square, size, size), upright
 
 
 def read_middle(
-  source: str | Path | BinaryIO, height: int, width: int, name: str | Path = ''
+  source: str | Path | BinaryIO, height: int, width: int, name: str | Path = '',
+  background: str = 'white',
 ) -> tuple[np.ndarray, tuple[int, int]]:
   """Return the image scaled until it covers height x width, of that its middle, uint8
-  [height width 3], and (height, width) of the image; source, name: as of `read_square`.
+  [height width 3], and (height, width) of the image; the arguments are those of `read_square`.
 
   Raises:
     Unreadable: as `read_pixels`.
   """
   if height == width:
-    return read_square(source, height, name)
+    return read_square(source, height, name, background)
   pixels, upright = _read(
-    source, name or source, lambda header: (_decoded(header, False), header.upright)
+    source, name or source, lambda header: (_decoded(header, False, background), header.upright)
   )
   return central_crop(pixels, pixels.shape[:2], (height, width)), upright
 
@@ -313,9 +315,10 @@ _OPAQUE = ('1', 'L', 'RGB', 'CMYK', 'YCbCr')
 
 
 def _as_rgb(image: Image.Image, background: str) -> Image.Image:
-  """An image as RGB over a background of that name; of 16 bits, 65535 becomes 255."""
+  """An image as sRGB over a background of that name; of 16 bits, 65535 becomes 255."""
   if image.mode.startswith('I;16'):
     return _from_sixteen(image, background)
+  image = to_srgb(image)
   if image.mode == 'LAB':
     return ImageCms.applyTransform(image, _from_lab())
   if image.mode in _OPAQUE and 'transparency' not in image.info:

@@ -21,15 +21,17 @@ _UNPACKED = 2**20
 
 
 def without_extras(file: BinaryIO) -> io.RawIOBase:
-  """The file with only the chunks that decide pixels and orientation, orientation before pixels.
+  """The file with only the chunks that decide colours and orientation, orientation before pixels.
 
-  Texts and profiles, of whatever size, and frames after the first are skipped unread.
+  Texts, of whatever size, large profiles, and frames after the first are skipped unread.
   """
   head, pixels = [SIGNATURE], []
   for kind, offset, length in _chunks(file):
     if kind == b'IDAT':
       pixels.append((file, offset - 8, length + 12))
-    elif length <= _SMALL and (kind in _PIXELS or _turns(file, kind, offset, length)):
+    elif (
+      length <= _SMALL and (kind in _PIXELS or _turns(file, kind, offset, length))
+    ) or (kind == b'iCCP' and not pixels and _is_profile(file, offset, length)):
       file.seek(offset - 8)
       head.append(file.read(length + 12))
   first = b''.join(head)
@@ -62,11 +64,20 @@ def _turns(file: BinaryIO, kind: bytes, offset: int, length: int) -> bool:
   return data.startswith(_TURNING) and (kind != b'zTXt' or _is_small(data))
 
 
+def _is_profile(file: BinaryIO, offset: int, length: int) -> bool:
+  """True if an iCCP chunk is intact and of a size that Pillow reads."""
+  if length > _UNPACKED:
+    return False
+  file.seek(offset)
+  data, checksum = file.read(length), file.read(4)
+  return checksum == struct.pack('>I', zlib.crc32(b'iCCP' + data)) and _is_small(data)
+
+
 def _is_small(data: bytes) -> bool:
   try:
     packed = data[data.index(b'\0') + 2 :]
     return len(zlib.decompressobj().decompress(packed, _UNPACKED + 1)) <= _UNPACKED
-  except zlib.error:
+  except (ValueError, zlib.error):
     return False
 
 

@@ -10,7 +10,7 @@ sentences; `kind(index)`, the numbers of records that may take a record's place.
 import dataclasses
 from typing import Any
 
-from diffusion_jax.config import DataConfig
+from diffusion_jax.config import WHITE, DataConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.registry import LABELLED, SOURCES, load
 
@@ -31,14 +31,28 @@ def open_data(config: DataConfig, synthetic: int = 0, labels_for: str = '') -> t
   kind = config.dataset.partition(':')[0]
   if labels_for and kind in LABELLED:
     without_effect(config, labels_for, 'caption', 'caption_column')
-    return load(LABELLED, kind)(config)
+    sources = load(LABELLED, kind)(config)
+    return tuple(_over(each, config) for each in sources)
   sources = load(SOURCES, kind, 'data.dataset')(config)
+  sources = tuple(_over(each, config) for each in sources)
   if not labels_for:
     return sources
   # A source that others have written may have labels without knowing how to go without.
   return tuple(
     each.labelled(labels_for) if hasattr(each, 'labelled') else each for each in sources
   )
+
+
+def _over(source: Any, config: DataConfig) -> Any:
+  """A source with the background of a config. UserError: its pictures are as they are."""
+  if config.background == WHITE:
+    return source
+  if not hasattr(source, 'over'):
+    raise UserError(
+      f'data.background has no effect on {config.dataset}, whose pictures are opaque; leave it '
+      f'{WHITE}.'
+    )
+  return source.over(config.background)
 
 
 def _open_mixture(config: DataConfig, labels_for: str) -> tuple[Any, Any]:

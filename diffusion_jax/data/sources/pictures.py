@@ -33,7 +33,7 @@ class PictureSource(Sequence):
   ):
     self.entries, self.notes, self.credit, self.measured = entries, notes, credit, measured
     self.numbers = np.arange(len(entries)) if numbers is None else np.asarray(numbers, np.int64)
-    self._need_labels = False
+    self._need_labels, self._background = False, 'white'
     # One row for each record, or one for all.
     self.shapes = None if shape is None else np.asarray([shape], np.int32)
 
@@ -45,10 +45,12 @@ class PictureSource(Sequence):
     index = range(len(self))[index]
     entry = self._entry(index)
     if self.shapes is None:
-      record: dict[str, Any] = {'image': read_pixels(entry.source, entry.where)}
+      record: dict[str, Any] = {
+        'image': read_pixels(entry.source, entry.where, self._background)
+      }
     else:
       shape = self._shape(index)
-      image, own = read_middle(entry.source, *shape, entry.where)
+      image, own = read_middle(entry.source, *shape, entry.where, self._background)
       record = {'image': image, 'sizes': sizes_of(own, shape)}
     return record | _texts(entry)
 
@@ -106,6 +108,12 @@ class PictureSource(Sequence):
   def fingerprint(self) -> dict[str, str]:
     """Hashes that change with the pictures and their classes, or with their captions."""
     return self.entries.fingerprint(self.numbers)
+
+  def over(self, background: str) -> 'PictureSource':
+    """This source, with transparent places over a color, by name."""
+    other = copy.copy(self)
+    other._background = background
+    return other
 
   def labelled(self, what: str) -> 'PictureSource':
     """This source, for what needs labels: records without one are unreadable. UserError: all are.

@@ -10,7 +10,7 @@ import numpy as np
 from clu.metrics import Average
 from jax.sharding import Mesh
 
-from diffusion_jax.config import TrainingConfig
+from diffusion_jax.config import WHITE, DataConfig, TrainingConfig
 from diffusion_jax.data.cache import (
   KINDS,
   CachedSource,
@@ -69,6 +69,15 @@ class Encoded(NamedTuple):
   conditions: dict[str, Arrays]
   weight: jax.Array | None = None
   dropout: jax.Array | None = None
+
+
+def _seen(data: DataConfig) -> Any:
+  """Return what decides how pictures of known content and size look: transforms, and backgrounds
+  where they are not white."""
+  colors = {data.background, *(part.background or WHITE for part in data.mixture.values())}
+  if colors == {WHITE}:
+    return data.transforms
+  return data.transforms, data.background, [part.background for part in data.mixture.values()]
 
 
 def _kept(conditioner: Conditioner) -> tuple[str, ...]:
@@ -240,7 +249,7 @@ class DiffusionTask(Task):
       folder=self.cache_folder(env) if settings.cache == 'disk' else None,
       options=Options(
         dtype=settings.cache_dtype, text_dtype=settings.cache_text_dtype,
-        views=settings.cache_views, specs=data.transforms, seed=config.loop.seed,
+        views=settings.cache_views, specs=_seen(data), seed=config.loop.seed,
         transforms=transforms if data.transforms else (), size=data.size, shape=data.shape,
         threads=data.workers,
       ),
