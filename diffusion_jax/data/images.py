@@ -90,7 +90,7 @@ def read_square(
   square, upright = _read(
     source, name or source, lambda header: (_decoded(header, True, background), header.upright)
   )
-  return resize(square, size, size), upright
+  return (square if len(square) == size else resize(square, size, size)), upright
 
 
 def read_middle(
@@ -273,7 +273,8 @@ def _decoded(header: _Header, square: bool, background: str = 'white') -> np.nda
     stop = min(start + step, rows)
     strip = image.crop((left, top + start, left + columns, top + stop))
     strip = _scaled(strip, extrema) if extrema else strip
-    found = np.asarray(_as_rgb(strip, background).reduce(factor))
+    strip = _as_rgb(strip, background)
+    found = np.asarray(strip.reduce(factor) if factor > 1 else strip)
     lying[start // factor : start // factor + len(found)] = found
   return pixels
 
@@ -322,7 +323,7 @@ def _as_rgb(image: Image.Image, background: str) -> Image.Image:
   if image.mode == 'LAB':
     return ImageCms.applyTransform(image, _from_lab())
   if image.mode in _OPAQUE and 'transparency' not in image.info:
-    return image.convert('RGB')
+    return image if image.mode == 'RGB' else image.convert('RGB')
   image = image.convert('RGBA')
   return Image.alpha_composite(Image.new('RGBA', image.size, background), image).convert('RGB')
 

@@ -47,7 +47,7 @@ SHARES = {'a': {'weight': 2.0}, 'b': {'weight': 1.0}, 'c': {'weight': 1.0}}
   ((10, 40), ({'weight': 1.0}, {'weight': 1.0}), (4, 1)),
   ((10, 40), ({'repeats': 3}, {}), (3, 1)),
   ((10, 40), ({'repeats': 0.5}, {}), (1, 2)),
-  ((100, 250, 7), ({'weight': 1.0}, {'weight': 1.0}, {'share': 0.2}), (5, 2, 36)),
+  ((100, 250, 7), ({'weight': 1.0}, {'weight': 1.0}, {'share': 0.2}), (10, 4, 71)),
   ((8, 10), ({'share': 0.25}, {'share': 0.75}), (5, 12)),
 ])
 def test_an_epoch_has_the_fewest_passes_that_give_the_shares(counts, options, passes):
