@@ -166,10 +166,11 @@ class DataConfig:
   it between the steps. most_unreadable: fraction of the records of a split that may be damaged,
   which are named and replaced; with more the run ends.
 
-  Of pictures of one's own alone: background: the color behind transparent places. caption: of
-  every picture without one of its own, or several, one a line; {name}, {folder} and {label} in it
-  are words of the picture's path and its class. caption_column: the one column of captions in lists
-  and tables, '' for all of `fields.CAPTIONS`.
+  Of pictures of one's own alone: crop: what is cut out of a scaled training picture, its middle or
+  any part of it. background: the color behind transparent places. caption: of every picture without
+  one of its own, or several, one a line; {name}, {folder} and {label} in it are words of the
+  picture's path and its class. caption_column: the one column of captions in lists and tables, ''
+  for all of `fields.CAPTIONS`.
   test_fraction: of the pictures that are left to the test split where there is none; 0 to train on
   all.
   """
@@ -190,6 +191,7 @@ class DataConfig:
   mixture: dict[str, PartConfig] = dataclasses.field(default_factory=dict)
   test_of: str = ''
   background: str = WHITE
+  crop: Literal['middle', 'random'] = 'middle'
 
   def __post_init__(self):
     check_mixture(self.mixture, self.dataset, self.test_of)

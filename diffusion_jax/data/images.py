@@ -26,7 +26,7 @@ from PIL import (
 from diffusion_jax.data.png import SIGNATURE, without_extras
 from diffusion_jax.data.profiles import to_srgb
 from diffusion_jax.errors import Unreadable
-from diffusion_jax.pixels import central_crop, resize
+from diffusion_jax.pixels import LONGEST, central_crop, resize
 
 T = TypeVar('T')
 
@@ -109,6 +109,32 @@ def read_middle(
     source, name or source, lambda header: (_decoded(header, False, background), header.upright)
   )
   return central_crop(pixels, pixels.shape[:2], (height, width)), upright
+
+
+def read_covering(
+  source: str | Path | BinaryIO, height: int, width: int, name: str | Path = '',
+  background: str = 'white',
+) -> tuple[np.ndarray, tuple[int, int], tuple[float, float]]:
+  """Return the image scaled until it just covers height x width, uint8 [h w 3], (height, width) of
+  the image, and of it once it is scaled; the arguments are those of `read_square`.
+
+  Of an image whose ratio is more than LONGEST times that of the size the middle alone is returned,
+  for a thin strip would grow beyond all bounds.
+
+  Raises:
+    Unreadable: as `read_pixels`.
+  """
+  pixels, upright = _read(
+    source, name or source, lambda header: (_decoded(header, False, background), header.upright)
+  )
+  edges, wanted = np.array(pixels.shape[:2]), np.array([height, width])
+  scale = (wanted / edges).max()
+  most = np.minimum(np.ceil(wanted * LONGEST / scale).astype(int), edges)
+  top, left = (edges - most) // 2
+  kept = pixels[top : top + most[0], left : left + most[1]]
+  size = np.maximum(np.rint(most * scale).astype(int), wanted)
+  scaled = edges * size / most
+  return resize(kept, *size.tolist()), upright, (float(scaled[0]), float(scaled[1]))
 
 
 def read_size(source: str | Path | BinaryIO, name: str | Path = '') -> tuple[int, int]:

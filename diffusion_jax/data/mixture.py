@@ -29,7 +29,7 @@ _BLOCK = 4096
 """Places whose records are found together."""
 _BLOCKS = 32
 """Blocks that are kept."""
-_SHARED = ('original_sizes', 'hashes', 'at_sizes')
+_SHARED = ('original_sizes', 'hashes', 'at_sizes', 'uncut')
 OWN = 'caption_dropout'
 """The field of a record with its part's rate of caption dropout, float32; -1 for the task's."""
 
@@ -247,11 +247,12 @@ class Mixture(Sequence):
     return np.flatnonzero((self._numbers >= first) & (self._numbers < stop)).tolist()
 
   def __getattr__(self, name: str) -> Any:
-    """What all parts have: `original_sizes` and `hashes` as of a `PictureSource`, and `at_sizes`.
-    """
+    """What all parts have of `original_sizes`, `hashes`, `at_sizes` and `uncut`, as of a
+    `PictureSource`."""
     if name not in _SHARED or not all(hasattr(part, name) for part in self.parts.values()):
       raise AttributeError(name)
-    return self._at_sizes if name == 'at_sizes' else functools.partial(self._joined, name)
+    own = {'at_sizes': self._at_sizes, 'uncut': self._uncut}
+    return own.get(name) or functools.partial(self._joined, name)
 
   def _joined(self, name: str) -> np.ndarray:
     rows = np.concatenate([getattr(source, name)() for source in self.parts.values()])
@@ -265,6 +266,9 @@ class Mixture(Sequence):
     return self.replaced({
       name: source.at_sizes(shapes[first:stop]) for (name, source), first, stop in ends
     })
+
+  def _uncut(self) -> 'Mixture':
+    return self.replaced({name: source.uncut() for name, source in self.parts.items()})
 
   def replaced(self, parts: Mapping[str, Any]) -> 'Mixture':
     """The mixture with other sources of as many records in the place of its parts."""
@@ -331,6 +335,10 @@ class Worded(Sequence):
   def at_sizes(self, shapes: np.ndarray) -> 'Worded':
     """The source's records at these sizes."""
     return Worded(self.source.at_sizes(shapes), self._prefix, self._suffix)
+
+  def uncut(self) -> 'Worded':
+    """The source's records uncut."""
+    return Worded(self.source.uncut(), self._prefix, self._suffix)
 
   def fingerprint(self) -> dict[str, str]:
     """Hashes that change with the words, too."""

@@ -116,6 +116,18 @@ class RandomCrop(Transform):
 
 
 @dataclasses.dataclass(frozen=True)
+class RandomCut(Transform):
+  """Cut 'cut', (height, width) of each record, out of its image, anywhere (`data.crop`)."""
+
+  random: ClassVar[bool] = True
+  moves: ClassVar[bool] = True
+
+  def __call__(self, record: dict, rng: np.random.Generator) -> dict:
+    rest = {name: value for name, value in record.items() if name != 'cut'}
+    return RandomCrop(tuple(record['cut'].tolist()))(rest, rng)
+
+
+@dataclasses.dataclass(frozen=True)
 class RandomResizedCrop(Transform):
   """Cut a random rectangle and scale it to `size` x `size`, or height x width.
 

@@ -98,6 +98,16 @@ class Counted(Sequence):
     other.source = self.source.at_sizes(shapes)
     return other
 
+  def uncut(self) -> 'Counted':
+    """The source's records uncut, counted together with those of here. UserError: of none."""
+    if not hasattr(self.source, 'uncut'):
+      raise UserError(
+        f'data.crop has no effect on these {self._name}, which have one size; leave it out.'
+      )
+    other = copy.copy(self)
+    other.source = self.source.uncut()
+    return other
+
   def _count(self, index: int, error: Unreadable) -> None:
     self._damage.add(str(error), error.cause)
     with self._lock:

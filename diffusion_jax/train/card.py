@@ -32,7 +32,7 @@ def model_card(
   run keeps them, with the data they are measured on.
   """
   t, data = training, training.config['data']
-  dataset = data['dataset'] if t.mixture is None else f'mixture of {", ".join(t.mixture.parts)}'
+  dataset = data['dataset'] if t.mixture is None else f'mixture of {" and ".join(t.mixture.parts)}'
   records, (name, edge) = steps * t.loop.batch_size, t.task.described(data['size'])
   of = f' of {t.trained_on.records:,} {name}' if t.trained_on else ''
   devices = t.mesh.devices

@@ -6,8 +6,10 @@ from functools import partial
 import numpy as np
 import pytest
 
+from diffusion_jax.build import build
 from diffusion_jax.config import DataConfig, typed
 from diffusion_jax.data.buckets import in_buckets
+from diffusion_jax.data.cache.rows import CachedSource
 from diffusion_jax.data.loader import Loader
 from diffusion_jax.data.mixture import OWN, ByPart, Mixture, Worded
 from diffusion_jax.data.sources import open_data
@@ -16,6 +18,8 @@ from diffusion_jax.data.transforms import build_transforms
 from diffusion_jax.data.unreadable import Counted, Damage
 from diffusion_jax.errors import UserError
 from diffusion_jax.mixture import PartConfig, passes_of
+from diffusion_jax.train.card import model_card
+from tests import tiny
 
 FIRST = {'a': 0, 'b': 1000, 'c': 2000}
 
@@ -224,3 +228,25 @@ def test_what_cannot_be_mixed_is_refused(values, sentence):
   base = {'dataset': '', 'size': 4, 'mixture': {'a': {'dataset': 'rings'}}}
   with pytest.raises(UserError, match=sentence):
     typed(DataConfig, base | values)
+
+
+def test_a_cache_of_a_mixture_is_read_in_its_order():
+  source = mixture(COUNTS, **SHARES)
+  rows = [source[i]['n'] for i in range(len(source))]
+  cached = CachedSource({'n': rows}, source)
+  np.testing.assert_array_equal(stream(cached, 9), stream(source, 9))
+  numbers = next(iter(cached.substitutes(9)))
+  assert {int(record['n']) for record in map(numbers.__getitem__, range(len(numbers)))} == (
+    {*range(1000, 1030)}
+  )
+
+
+def test_a_run_says_the_shares_of_its_mixture(tmp_path, capsys):
+  mixed = {'round': {'dataset': 'rings', 'weight': 3}, 'half': {'dataset': 'moons', 'weight': 1}}
+  values = tiny.toy_config(data={'dataset': '', 'mixture': mixed})
+  training = build(values, str(tmp_path / 'run'))
+  text = 'round 75.0% (1,024 records, 3 times an epoch), half 25.0%'
+  assert f'the mixture: {text}' in capsys.readouterr().err
+  card = model_card(training, {'kernel': np.zeros((2, 3))}, steps=1, seconds=1.0, scores={})
+  assert '(mixture of round and half, ' in card and f'- Examples: {text}' in card
+  assert next(training.loader)['points'].shape[1:] == (16, 2)

@@ -9,7 +9,7 @@ from PIL import Image
 from diffusion_jax.data.fields import Caption
 from diffusion_jax.data.sources.folder import Files
 from diffusion_jax.data.sources.pictures import PictureSource
-from diffusion_jax.data.transforms import apply, build_transforms, check_transforms
+from diffusion_jax.data.transforms import RandomCut, apply, build_transforms, check_transforms
 from diffusion_jax.errors import UserError
 from diffusion_jax.pixels import edges
 from diffusion_jax.registry import TRANSFORMS, load
@@ -117,25 +117,46 @@ CUTS = [
 ]
 
 
-@pytest.mark.parametrize('count', range(1, len(CUTS) + 1))
-def test_sdxl_is_told_the_crop_that_was_taken(tmp_path, count):
-  """Each pixel says where it lies in the whole picture: red its row, green its column."""
+@pytest.fixture
+def places(tmp_path):
+  """100 x 240 pixels, each of which says where it lies: red its row, green its column."""
   rows, columns = np.mgrid[:100, :240].astype(np.uint8)
   Image.fromarray(np.stack([rows, columns, rows], axis=-1)).save(tmp_path / 'a.png')
-  source = PictureSource(Files(tmp_path, [tmp_path / 'a.png'], [[Caption('a')]]), (50, 60))
+  return PictureSource(Files(tmp_path, [tmp_path / 'a.png'], [[Caption('a')]]), (50, 60))
+
+
+def test_any_part_of_a_scaled_picture_is_cut_out(places, tmp_path):
+  source, lefts = places.uncut(), set()
+  assert source[0]['image'].shape == (50, 120, 3)
+  for seed in range(150):
+    record = apply([RandomCut()], source[0], np.random.default_rng(seed))
+    own, (top, left), size = record['sizes'].reshape(3, 2)
+    assert (*own, *size, top) == (100, 240, 50, 60, 0) and 'cut' not in record
+    lefts.add(int(left))
+    seen = record['image'][:, 5:55, 1].astype(float).mean(axis=0)
+    np.testing.assert_allclose(seen, 2 * (left + np.arange(5, 55)) + 0.5, atol=1.5)
+  assert min(lefts) < 5 and max(lefts) > 55 and len(lefts) > 40
+  square = np.asarray(source.at_sizes(np.array([[24, 24]], np.int32))[0]['image'].shape)
+  assert square.tolist() == [24, 58, 3]
+  Image.new('RGB', (4000, 4)).save(tmp_path / 'b.png')
+  strip = PictureSource(Files(tmp_path, [tmp_path / 'b.png'], [[Caption('a')]]), (32, 32)).uncut()
+  assert strip[0]['image'].shape == (32, 128, 3)  # And not 32 x 32,000.
+  assert strip[0]['sizes'].tolist() == [4, 4000, 0, 15936, 32, 128]
+
+
+@pytest.mark.parametrize('count', range(1, len(CUTS) + 1))
+def test_sdxl_is_told_the_crop_that_was_taken(places, count):
   for seed in range(3):
-    record = apply(build_transforms(CUTS[:count]), source[0], np.random.default_rng(seed))
+    record = apply(build_transforms(CUTS[:count]), places[0], np.random.default_rng(seed))
     told, frame = record['sizes'], record['frame']
     height, width = record['image'].shape[:2]
     assert told.tolist()[:2] == [100, 240] and told.tolist()[4:] == [height, width]
-    places = np.arange(height) + told[2] + 0.5, np.arange(width) + told[3] + 0.5
-    seen = record['image'][..., :2].astype(float).mean(axis=1)[:, 0], (
-      record['image'][..., 1].astype(float).mean(axis=0)
-    )
-    across = places[1] / frame[1] * 240
-    np.testing.assert_allclose(seen[0], places[0] / frame[0] * 100 - 0.5, atol=5)
+    down = (np.arange(height) + told[2] + 0.5) / frame[0] * 100
+    across = (np.arange(width) + told[3] + 0.5) / frame[1] * 240
     across = 240 - across if count > 1 else across
-    np.testing.assert_allclose(seen[1], across - 0.5, atol=10)
+    pixels = record['image'].astype(float)
+    np.testing.assert_allclose(pixels[..., 0].mean(axis=1), down - 0.5, atol=5)
+    np.testing.assert_allclose(pixels[..., 1].mean(axis=0), across - 0.5, atol=10)
   if count == 1:
     assert told[2] <= 20 and 30 <= told[3] <= 50  # 50 x 60 of 50 x 120, and 30 x 40 of that.
 

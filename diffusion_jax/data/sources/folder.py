@@ -201,6 +201,12 @@ class Alternating:
     both = [source.original_sizes()[half % len(source)] for source in self.sources]
     return np.stack(both, axis=1).reshape(-1, 2)
 
+  def uncut(self) -> 'Alternating':
+    """Both with their records uncut."""
+    other = copy.copy(self)
+    other.sources = tuple(source.uncut() for source in self.sources)
+    return other
+
   def at_sizes(self, shapes: np.ndarray) -> 'Alternating':
     """Both with their records at these sizes, int32 [n 2], of repeated ones the first."""
     other = copy.copy(self)

@@ -7,7 +7,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from diffusion_jax.config import DataConfig
-from diffusion_jax.data.images import read_middle, read_pixels
+from diffusion_jax.data.images import read_covering, read_middle, read_pixels
 from diffusion_jax.data.sources.entries import Entries, Entry
 from diffusion_jax.data.splits import APART, Measured, by_content
 from diffusion_jax.errors import Unreadable, UserError
@@ -33,7 +33,7 @@ class PictureSource(Sequence):
   ):
     self.entries, self.notes, self.credit, self.measured = entries, notes, credit, measured
     self.numbers = np.arange(len(entries)) if numbers is None else np.asarray(numbers, np.int64)
-    self._need_labels, self._background = False, 'white'
+    self._need_labels, self._background, self._uncut = False, 'white', False
     # One row for each record, or one for all.
     self.shapes = None if shape is None else np.asarray([shape], np.int32)
 
@@ -48,6 +48,8 @@ class PictureSource(Sequence):
       record: dict[str, Any] = {
         'image': read_pixels(entry.source, entry.where, self._background)
       }
+    elif self._uncut:
+      record = self._whole(entry, self._shape(index))
     else:
       shape = self._shape(index)
       image, own = read_middle(entry.source, *shape, entry.where, self._background)
@@ -63,6 +65,16 @@ class PictureSource(Sequence):
     if self._need_labels and entry.label is None:
       raise Unreadable(f'the picture {entry.where} has no label; give it one.', 'no label')
     return entry
+
+  def _whole(self, entry: Entry, shape: tuple[int, int]) -> dict[str, Any]:
+    image, own, frame = read_covering(entry.source, *shape, entry.where, self._background)
+    size = image.shape[:2]
+    corner = (round((whole - edge) / 2) for whole, edge in zip(frame, size, strict=True))
+    return {
+      'image': image, 'cut': np.asarray(shape, np.int32),
+      'sizes': np.asarray((*own, *corner, *size), np.float32),
+      'frame': np.asarray(frame, np.float32),
+    }
 
   def _shape(self, index: int) -> tuple[int, int]:
     height, width = self.shapes[index if len(self.shapes) > 1 else 0]
@@ -108,6 +120,13 @@ class PictureSource(Sequence):
   def fingerprint(self) -> dict[str, str]:
     """Hashes that change with the pictures and their classes, or with their captions."""
     return self.entries.fingerprint(self.numbers)
+
+  def uncut(self) -> 'PictureSource':
+    """This source, with pictures that are scaled and not cut: `transforms.RandomCut` is for that.
+    """
+    other = copy.copy(self)
+    other._uncut = True
+    return other
 
   def over(self, background: str) -> 'PictureSource':
     """This source, with transparent places over a color, by name."""

@@ -72,12 +72,12 @@ class Encoded(NamedTuple):
 
 
 def _seen(data: DataConfig) -> Any:
-  """Return what decides how pictures of known content and size look: transforms, and backgrounds
-  where they are not white."""
-  colors = {data.background, *(part.background or WHITE for part in data.mixture.values())}
-  if colors == {WHITE}:
+  """Return what decides how pictures of known content and size look: transforms, and what else is
+  not as usual."""
+  colors = [data.background, *(part.background or WHITE for part in data.mixture.values())]
+  if {*colors} == {WHITE} and data.crop == 'middle':
     return data.transforms
-  return data.transforms, data.background, [part.background for part in data.mixture.values()]
+  return data.transforms, data.crop, colors
 
 
 def _kept(conditioner: Conditioner) -> tuple[str, ...]:
@@ -164,7 +164,7 @@ class DiffusionTask(Task):
             'or switch it off.'
           )
       drawn = check_pictures(data.transforms, 'settings.cache')
-      if settings.cache_views > 1 and not drawn:
+      if settings.cache_views > 1 and not drawn and data.crop == 'middle':
         raise UserError(
           f'settings.cache_views is {settings.cache_views}, but data.transforms make one view of a '
           'picture; add one that is random, such as random_flip, or leave it at 1.'
@@ -250,8 +250,8 @@ class DiffusionTask(Task):
       options=Options(
         dtype=settings.cache_dtype, text_dtype=settings.cache_text_dtype,
         views=settings.cache_views, specs=_seen(data), seed=config.loop.seed,
-        transforms=transforms if data.transforms else (), size=data.size, shape=data.shape,
-        threads=data.workers,
+        transforms=transforms if data.transforms or data.crop == 'random' else (),
+        size=data.size, shape=data.shape, threads=data.workers,
       ),
     )
 

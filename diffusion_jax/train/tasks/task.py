@@ -14,7 +14,7 @@ from diffusion_jax.config import TrainingConfig
 from diffusion_jax.data.buckets import BySize, in_buckets
 from diffusion_jax.data.mixture import ByPart
 from diffusion_jax.data.sources import open_data
-from diffusion_jax.data.transforms import build_transforms, check_transforms
+from diffusion_jax.data.transforms import RandomCut, build_transforms, check_transforms
 from diffusion_jax.data.unreadable import Damage
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.tensors import write_tensors
@@ -137,10 +137,10 @@ class Task(abc.ABC):
         [ByPart({name: build(part.transforms, size) for name, part in data.mixture.items()}), *all_]
         for size, all_ in zip(data.sizes, made, strict=True)
       ]
-    source = in_buckets(env.train, data.shapes)
-    if len(made) == 1:
-      return source, made[0]
-    return source, [BySize(dict(zip(data.shapes, made, strict=True)))]
+    cuts = data.crop == 'random' and not env.synthetic
+    source = in_buckets(env.train.uncut() if cuts else env.train, data.shapes)
+    several = [BySize(dict(zip(data.shapes, made, strict=True)))]
+    return source, [*[RandomCut()] * cuts, *(made[0] if len(made) == 1 else several)]
 
   @classmethod
   def described(cls, size: Any) -> tuple[str, str]:
