@@ -28,7 +28,7 @@ from benchmarks.timing import load_average, peak_memory, quartiles
 
 DESCRIPTION = __doc__
 STAGES = ('read', 'decode', 'transform', 'batch')
-OURS, TORCH, WEB = 'ours', 'torch DataLoader', 'WebDataset'
+OURS, DECODERS, TORCH, WEB = 'ours', 'ours, processes', 'torch DataLoader', 'WebDataset'
 MEAN_BYTES = 'bytes_per_picture'
 
 
@@ -86,12 +86,14 @@ def _transforms(edge: int) -> list[Any]:
   return build_transforms(['random_flip', 'first_caption', 'normalize'], size=edge)
 
 
-def _ours(folder: Path, edge: int, batch_size: int, workers: int) -> Any:
+def _ours(folder: Path, edge: int, batch_size: int, workers: int, processes: int = 0) -> Any:
   from diffusion_jax.config import DataConfig
   from diffusion_jax.data.loader import Loader
   from diffusion_jax.data.sources import open_data
 
-  source, _ = open_data(DataConfig(f'folder:{folder}', edge, test_fraction=0.0))
+  source, _ = open_data(DataConfig(
+    f'folder:{folder}', edge, test_fraction=0.0, processes=processes
+  ))
   return Loader(source, _transforms(edge), batch_size=batch_size, seed=0, num_threads=workers)
 
 
@@ -161,8 +163,10 @@ def measure(kind: str, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
   """Pictures a second of batches from one loader."""
   edge, batch_size, workers = options['edge'], options['batch'], options['workers']
   opened = time.perf_counter()
-  make = _ours if kind == OURS else lambda *rest: _theirs(kind, *rest)
-  loader = make(folder, edge, batch_size, workers)
+  if kind in (OURS, DECODERS):
+    loader = _ours(folder, edge, batch_size, workers, workers if kind == DECODERS else 0)
+  else:
+    loader = _theirs(kind, folder, edge, batch_size, workers)
   next(loader)
   first = time.perf_counter() - opened
   for _ in range(options['warmup']):
@@ -256,23 +260,30 @@ def _compared(args: argparse.Namespace) -> dict[str, Any]:
       'folder': folder, 'edge': args.edge, 'batch': args.batch, 'warmup': 2,
       'seconds': args.seconds,
     }
-    wanted = [(kind, cores) for kind in (OURS, TORCH, WEB) for cores in range(1, args.cores + 1)]
-    rates: dict[str, list[float]] = {f'{kind}, {cores}': [] for kind, cores in wanted}
+    kinds, cores = (OURS, DECODERS, TORCH, WEB), range(1, args.cores + 1)
+    wanted = [(kind, count) for kind in kinds for count in cores]
+    rates: dict[str, list[float]] = {f'{kind}, {count}': [] for kind, count in wanted}
     by_stage: dict[str, list[float]] = {name: [] for name in STAGES}
     for _ in range(args.rounds):
       found = _ask({'what': 'stages', 'cores': 1, **common, 'seconds': args.seconds / len(STAGES)})
       for name in STAGES:
         by_stage[name].append(found[name])
-      for kind, cores in wanted:
-        found = _ask({'what': kind, 'cores': cores, 'workers': cores, **common})
+      for kind, count in wanted:
+        found = _ask({'what': kind, 'cores': count, 'workers': count, **common})
         if 'pictures_per_second' in found:
-          rates[f'{kind}, {cores}'].append(found['pictures_per_second'])
+          rates[f'{kind}, {count}'].append(found['pictures_per_second'])
   rates = {name: values for name, values in rates.items() if values}
   most = args.cores
   ratio = lambda a, b: [x / y for x, y in zip(rates[a], rates.get(b, ()), strict=b in rates)]
   ratios = {
-    f'ours, {most} cores to 1': ratio(f'{OURS}, {most}', f'{OURS}, 1'),
-    **{f'ours to {kind}': ratio(f'{OURS}, {most}', f'{kind}, {most}') for kind in (TORCH, WEB)},
+    **{
+      f'{kind}, {most} cores to 1': ratio(f'{kind}, {most}', f'{kind}, 1')
+      for kind in (OURS, DECODERS)
+    },
+    **{
+      f'{own} to {kind}': ratio(f'{own}, {most}', f'{kind}, {most}')
+      for own in (OURS, DECODERS) for kind in (TORCH, WEB)
+    },
   }
   summed = lambda table: {name: quartiles(values) for name, values in table.items() if values}
   return {

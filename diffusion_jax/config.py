@@ -155,22 +155,21 @@ WHITE, _COLOR = 'white', r'white|black|gray|red|green|blue|#[0-9a-fA-F]{6}'
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """dataset: a name of `SOURCES`, some with more after a colon, such as 'folder:PATH'; '' with a
-  mixture, of several data sets by names for them. test_of: the one of those whose test records
-  count; '' for those of all. size: edge
-  of the images in pixels, or their (height, width), or points in a record; a picture is scaled
-  until it covers that, and its middle cut out. Several (height, width), or `BucketSizes`, are
-  buckets: a picture goes into that of the nearest ratio, and all of a batch are of one; of tests
-  and previews all are of the one nearest to a square. most_buckets: sizes at most, since the step
-  is compiled for each. prepare: make it if missing. transforms: (name, arguments) pairs in order,
-  applied to every training image. workers: threads that read and transform in each process; 0 does
-  it between the steps. most_unreadable: fraction of the records of a split that may be damaged,
-  which are named and replaced; with more the run ends.
+  mixture: several data sets, by names for them. test_of: the one of those whose test records count,
+  '' for those of all. size: edge of the images in pixels, or their (height, width), or points in a
+  record; a picture is scaled until it covers that, and its middle cut out. Several (height, width),
+  or `BucketSizes`, are buckets: a picture goes into that of the nearest ratio, and all of a batch
+  are of one; of tests and previews all are of the one nearest to a square. most_buckets: sizes at
+  most, since the step is compiled for each. prepare: make it if missing. transforms: (name,
+  arguments) pairs in order, applied to every training image. workers: threads that read and
+  transform in each process; 0 does it between the steps. most_unreadable: fraction of the records
+  of a split that may be damaged, which are named and replaced; with more the run ends.
 
   Of pictures of one's own alone: crop: what is cut out of a scaled training picture, its middle or
-  any part of it. background: the color behind transparent places. caption: of every picture without
-  one of its own, or several, one a line; {name}, {folder} and {label} in it are words of the
-  picture's path and its class. caption_column: the one column of captions in lists and tables, ''
-  for all of `fields.CAPTIONS`.
+  any part of it. background: the color behind transparent places. processes: decode for the
+  threads, 0 for none. caption: of every picture without one of its own, or several, one a line;
+  {name}, {folder} and {label} in it are words of the picture's path and its class. caption_column:
+  the one column of captions in lists and tables, '' for all of `fields.CAPTIONS`.
   test_fraction: of the pictures that are left to the test split where there is none; 0 to train on
   all.
   """
@@ -192,6 +191,7 @@ class DataConfig:
   test_of: str = ''
   background: str = WHITE
   crop: Literal['middle', 'random'] = 'middle'
+  processes: Count = 0
 
   def __post_init__(self):
     check_mixture(self.mixture, self.dataset, self.test_of)

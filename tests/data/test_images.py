@@ -42,6 +42,36 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
   np.testing.assert_array_equal(read_square(path, 6)[0], np.full((6, 6, 3), 255))
 
 
+@pytest.mark.parametrize(('name', 'mode', 'options'), [
+  ('a.jpg', 'CMYK', {}), ('a.tif', 'CMYK', {}), ('a.jpg', 'L', {}), ('a.bmp', 'L', {}),
+  ('a.gif', 'P', {}), ('a.bmp', 'P', {}), ('a.tif', 'P', {}), ('a.png', '1', {}),
+  ('a.jpg', 'YCbCr', {'subsampling': 0}), ('a.jpg', 'RGB', {'progressive': True}),
+  ('a.webp', 'RGB', {'lossless': True}), ('a.bmp', 'RGB', {}),
+])
+def test_pixels_are_those_of_pillows_own_conversion(tmp_path, name, mode, options):
+  pixels = np.random.default_rng(0).integers(0, 256, (9, 14, 3), np.uint8)
+  Image.fromarray(pixels).convert(mode).save(tmp_path / name, **options)
+  with Image.open(tmp_path / name) as image:
+    assert image.mode == mode or mode in ('YCbCr', '1', 'P')
+    wanted = np.asarray(image.convert('RGB'))
+  np.testing.assert_array_equal(read_pixels(tmp_path / name), wanted)
+  square = Image.fromarray(wanted[:, 2:11]).resize((4, 4), Image.Resampling.BICUBIC)
+  np.testing.assert_array_equal(read_square(tmp_path / name, 4)[0], np.asarray(square))
+
+
+@pytest.mark.parametrize('suffix', ['gif', 'png', 'webp', 'tif'])
+def test_of_several_frames_the_first_is_read(tmp_path, suffix):
+  rng = np.random.default_rng(0)
+  frames = [Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(3)]
+  options = {'lossless': True} if suffix == 'webp' else {}
+  path = tmp_path / f'a.{suffix}'
+  frames[0].save(path, save_all=True, append_images=frames[1:], **options)
+  with Image.open(path) as image:
+    assert image.n_frames == 3
+    wanted = np.asarray(image.convert('RGB'))
+  np.testing.assert_array_equal(read_pixels(path), wanted)
+
+
 def test_transparent_places_are_white(path):
   Image.new('RGBA', (4, 4), (255, 0, 0, 0)).save(path)
   assert (read_square(path, 4)[0] == 255).all()

@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any
 
 from diffusion_jax.config import WHITE, DataConfig
+from diffusion_jax.data.decoding import Decoders
 from diffusion_jax.errors import UserError
 from diffusion_jax.registry import LABELLED, SOURCES, load
 
@@ -31,10 +32,8 @@ def open_data(config: DataConfig, synthetic: int = 0, labels_for: str = '') -> t
   kind = config.dataset.partition(':')[0]
   if labels_for and kind in LABELLED:
     without_effect(config, labels_for, 'caption', 'caption_column')
-    sources = load(LABELLED, kind)(config)
-    return tuple(_over(each, config) for each in sources)
-  sources = load(SOURCES, kind, 'data.dataset')(config)
-  sources = tuple(_over(each, config) for each in sources)
+    return _read_by(load(LABELLED, kind)(config), config)
+  sources = _read_by(load(SOURCES, kind, 'data.dataset')(config), config)
   if not labels_for:
     return sources
   # A source that others have written may have labels without knowing how to go without.
@@ -43,16 +42,19 @@ def open_data(config: DataConfig, synthetic: int = 0, labels_for: str = '') -> t
   )
 
 
-def _over(source: Any, config: DataConfig) -> Any:
-  """A source with the background of a config. UserError: its pictures are as they are."""
-  if config.background == WHITE:
-    return source
-  if not hasattr(source, 'over'):
-    raise UserError(
-      f'data.background has no effect on {config.dataset}, whose pictures are opaque; leave it '
-      f'{WHITE}.'
-    )
-  return source.over(config.background)
+def _read_by(sources: tuple[Any, Any], config: DataConfig) -> tuple[Any, Any]:
+  """Sources with the background and the processes of a config. UserError: they decode nothing."""
+  for key, usual in (('background', WHITE), ('processes', 0)):
+    if getattr(config, key) != usual and not all(hasattr(each, 'read_by') for each in sources):
+      raise UserError(
+        f'data.{key} has no effect on {config.dataset}, whose pictures are no files; leave it at '
+        f'{usual}.'
+      )
+  if config.background == WHITE and not config.processes:
+    return sources
+  decoders = Decoders(config.processes) if config.processes else None
+  train, test = (each.read_by(config.background, decoders) for each in sources)
+  return train, test
 
 
 def _open_mixture(config: DataConfig, labels_for: str) -> tuple[Any, Any]:

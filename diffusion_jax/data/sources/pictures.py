@@ -1,12 +1,13 @@
 """The source of pictures, whatever holds them: decoded, cut, and with their texts."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
 
 from diffusion_jax.config import DataConfig
+from diffusion_jax.data.decoding import Decoders, here
 from diffusion_jax.data.images import read_covering, read_middle, read_pixels
 from diffusion_jax.data.sources.entries import Entries, Entry
 from diffusion_jax.data.splits import APART, Measured, by_content
@@ -34,6 +35,7 @@ class PictureSource(Sequence):
     self.entries, self.notes, self.credit, self.measured = entries, notes, credit, measured
     self.numbers = np.arange(len(entries)) if numbers is None else np.asarray(numbers, np.int64)
     self._need_labels, self._background, self._uncut = False, 'white', False
+    self._call: Callable = here
     # One row for each record, or one for all.
     self.shapes = None if shape is None else np.asarray([shape], np.int32)
 
@@ -46,13 +48,15 @@ class PictureSource(Sequence):
     entry = self._entry(index)
     if self.shapes is None:
       record: dict[str, Any] = {
-        'image': read_pixels(entry.source, entry.where, self._background)
+        'image': self._call(read_pixels, entry.source, entry.where, self._background)
       }
     elif self._uncut:
       record = self._whole(entry, self._shape(index))
     else:
       shape = self._shape(index)
-      image, own = read_middle(entry.source, *shape, entry.where, self._background)
+      image, own = self._call(
+        read_middle, entry.source, *shape, entry.where, self._background
+      )
       record = {'image': image, 'sizes': sizes_of(own, shape)}
     return record | _texts(entry)
 
@@ -67,7 +71,9 @@ class PictureSource(Sequence):
     return entry
 
   def _whole(self, entry: Entry, shape: tuple[int, int]) -> dict[str, Any]:
-    image, own, frame = read_covering(entry.source, *shape, entry.where, self._background)
+    image, own, frame = self._call(
+      read_covering, entry.source, *shape, entry.where, self._background
+    )
     size = image.shape[:2]
     corner = (round((whole - edge) / 2) for whole, edge in zip(frame, size, strict=True))
     return {
@@ -128,10 +134,10 @@ class PictureSource(Sequence):
     other._uncut = True
     return other
 
-  def over(self, background: str) -> 'PictureSource':
-    """This source, with transparent places over a color, by name."""
+  def read_by(self, background: str, decoders: Decoders | None = None) -> 'PictureSource':
+    """This source, with transparent places over a color, by name, decoded in other processes."""
     other = copy.copy(self)
-    other._background = background
+    other._background, other._call = background, decoders or here
     return other
 
   def labelled(self, what: str) -> 'PictureSource':
