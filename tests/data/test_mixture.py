@@ -245,7 +245,7 @@ def test_a_run_says_the_shares_of_its_mixture(tmp_path, capsys):
   mixed = {'round': {'dataset': 'rings', 'weight': 3}, 'half': {'dataset': 'moons', 'weight': 1}}
   values = tiny.toy_config(data={'dataset': '', 'mixture': mixed})
   training = build(values, str(tmp_path / 'run'))
-  text = 'round 75.0% (1,024 records, 3 times an epoch), half 25.0%'
+  text = 'round 75.0% (2,048 records, 3 times an epoch), half 25.0%'
   assert f'the mixture: {text}' in capsys.readouterr().err
   card = model_card(training, {'kernel': np.zeros((2, 3))}, steps=1, seconds=1.0, scores={})
   assert '(mixture of round and half, ' in card and f'- Examples: {text}' in card

@@ -106,6 +106,10 @@ class PointDiffusion(Diffusion):
 
     return scaled
 
+  def check_sampling(self, config: ToySampleConfig, negative: str = '') -> None:
+    """Raise UserError for what the model cannot sample; points have no other options."""
+    config.check(self.noise, self.parameterization)
+
   def estimate(self, weights: Weights, variance: bool = False) -> Denoiser:
     """Return D(x [n 2], alpha, sigma) -> estimate of the clean points."""
     denoise = self.denoise(weights, variance)
