@@ -16,7 +16,7 @@ LAYERS = (
 )
 SHARED = {
   'types', 'errors', 'config', 'configs',
-  'files', 'pixels', 'registry', 'limits', 'recipe', 'sizes', '__init__',
+  'files', 'pixels', 'registry', 'limits', 'mixture', 'recipe', 'sizes', '__init__',
 }
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PACKAGE = ROOT / 'diffusion_jax'
