@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from diffusion_jax.build import build
+from diffusion_jax.data.cache.files import open_shard
 from diffusion_jax.formats.networks import read_part, save_params
 from diffusion_jax.recipe import load_config
 from tests import tiny
@@ -98,6 +99,32 @@ def test_other_weights_are_refused(train, parts, fails, tmp_path, small_data):
   assert shards(cache) == before
 
 
+def test_views_are_made_by_the_transforms_of_the_config(parts, tmp_path, small_data):
+  """Another for each use; a resume draws the same."""
+  values = tiny.diffusion_config(
+    parts, {'cache': 'disk', 'cache_views': 3, 'cache_dtype': 'bfloat16'},
+    data={'transforms': [['random_flip', {'keep_sided': False}]]},
+  )
+  with tiny.few_devices():
+    training = build(values, str(tmp_path / 'run'))
+    again = build(values, str(tmp_path / 'run'))
+  source, batches = training.loader, []
+  for _ in range(3):
+    state = source.get_state()
+    batches.append(next(source))
+  again.loader.set_state(state)
+  for name, value in next(again.loader).items():
+    np.testing.assert_array_equal(value, batches[-1][name])
+  manifest = json.loads((tmp_path / 'run' / 'cache' / 'latents' / 'manifest.json').read_text())
+  assert manifest['made_of']['views'] == '3' and manifest['made_of']['dtype'] == 'bfloat16'
+  files = (tmp_path / 'run' / 'cache' / 'latents').glob('*.array_record')
+  views = [part['mean'] for file in files for shard in [open_shard(file)]
+           for row in range(len(shard)) for part in [shard.arrays(row, n) for n in range(3)]]
+  assert len(views) == 3 * manifest['records'] and str(views[0].dtype) == 'bfloat16'
+  kinds = [len({view.tobytes() for view in views[i : i + 3]}) for i in range(0, len(views), 3)]
+  assert set(kinds) == {1, 2} and np.mean(kinds) > 1.2  # Some drawings are symmetric.
+
+
 def test_a_batch_of_xl_is_that_of_no_cache(arguments, tmp_path):
   """Texts of two encoders, the pooled one, and the sizes of each picture."""
   found = {}
@@ -114,3 +141,28 @@ def test_a_batch_of_xl_is_that_of_no_cache(arguments, tmp_path):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), cached, plain)
   assert {name for one in cached.conditions.values() for name in one} == {'text', 'pooled', 'sizes'}
   assert len(np.unique(cached.conditions['sizes']['sizes'][:, 0])) > 1
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_files_of_one(parts, tmp_path, small_data):
+  """Real ones, which share the work."""
+  recipe = tiny.write_config(tmp_path / 'recipe.py', tiny.diffusion_config(parts))
+  found = []
+  for count in (1, 2):
+    cache = tmp_path / str(count)
+    tiny.together(count, small_data, (
+      'prepare', '--config', recipe, '--latents', '--text', f'--config.settings.cache_dir={cache}'
+    ))
+    found.append(shards(cache))
+  assert found[0] == found[1] and len(found[0]) > 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('cache', ['disk', True])
+def test_two_processes_train_as_one(train, parts, tmp_path, small_data, cache):
+  one, run = train('one', {'cache': cache}), tmp_path / 'two'
+  values = tiny.diffusion_config(parts, {'caption_dropout': 0.5, 'cache': cache}, loop=LOOP)
+  recipe = tiny.write_config(tmp_path / 'two.py', values)
+  tiny.together(2, small_data, ('train', '--config', recipe, '--workdir', run, '--quiet'))
+  np.testing.assert_allclose(losses(run), losses(one), rtol=1e-5)
+  assert len(shards(run / 'cache')) == len(shards(one / 'cache'))
