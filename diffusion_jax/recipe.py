@@ -53,14 +53,14 @@ def _is_of_another_kind(value: str, before: Any) -> bool:
   """Return whether a value takes the place of one of another type, which parsing would refuse.
 
   Several numbers of one, such as a height and a width, or a dictionary, and the other way round; a
-  name of True or False.
+  name of True or False; anything of a list.
   """
   if isinstance(before, bool):
     return value.lower() not in _BOOLEANS
   if isinstance(before, int):
     return value[:1] in ('(', '[', '{')
   if isinstance(before, (tuple, list)):
-    return value[:1] == '{' or value.isdecimal()
+    return isinstance(before, list) or value[:1] == '{' or value.isdecimal()
   return isinstance(before, ConfigDict) and (value[:1] in ('(', '[') or value.isdecimal())
 
 

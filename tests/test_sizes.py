@@ -1,11 +1,13 @@
 """Lists of sizes of pictures, by name, made, or given."""
 
+import ast
 import math
 
 import pytest
 
 from diffusion_jax.config import DataConfig, typed, untyped
 from diffusion_jax.errors import UserError
+from diffusion_jax.recipe import load_config
 from diffusion_jax.sizes import SDXL, made_shapes, nearest_to_square, spread
 
 
@@ -68,3 +70,15 @@ def test_fewer_sizes_keep_the_square_and_the_widest(most):
     assert {shapes[0], shapes[-1]} <= set(found)
     logs = [math.log(height / width) for height, width in found]
     assert logs == sorted(logs)
+
+
+@pytest.mark.parametrize('size', ['64', '(16,32)', '((16,24),(16,20))', "{'area':256,'step':4}"])
+def test_any_size_takes_the_place_of_any_other_on_the_command_line(size, tmp_path):
+  file = tmp_path / 'recipe.py'
+  for before in ('32', '(8, 16)', '((8, 16), (16, 8))', '[[8, 16], [16, 8]]', "{'area': 64}"):
+    file.write_text(
+      'from ml_collections import ConfigDict\n\n\ndef get_config():\n'
+      f"  return ConfigDict({{'data': {{'size': {before}}}}})\n"
+    )
+    found = load_config(str(file), [f'--config.data.size={size}']).to_dict()
+    assert found == {'data': {'size': ast.literal_eval(size)}}
