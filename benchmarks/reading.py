@@ -10,6 +10,7 @@ go through all of them, so that what else the machine does meets all alike.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -30,12 +31,17 @@ DESCRIPTION = __doc__
 STAGES = ('read', 'decode', 'transform', 'batch')
 OURS, DECODERS, TORCH, WEB = 'ours', 'ours, processes', 'torch DataLoader', 'WebDataset'
 MEAN_BYTES = 'bytes_per_picture'
+SHARDS = 4
+"""Of WebDataset, of which each worker has its own."""
 
 
 def make_pictures(folder: Path, count: int, edge: int) -> float:
-  """Write JPEGs and their captions, and the same as a tar; return the mean size in bytes."""
+  """Write JPEGs and their captions, and the same as tars; return the mean size in bytes."""
   rng, sizes = np.random.default_rng(0), []
-  with tarfile.open(folder / 'all.tar', 'w') as archive:
+  with contextlib.ExitStack() as stack:
+    archives = [
+      stack.enter_context(tarfile.open(folder / f'{i}.tar', 'w')) for i in range(SHARDS)
+    ]
     for i in range(count):
       coarse = rng.integers(0, 256, (edge // 8, edge // 8, 3), np.uint8)
       smooth = np.asarray(Image.fromarray(coarse).resize((edge, edge), Image.Resampling.BICUBIC))
@@ -47,7 +53,7 @@ def make_pictures(folder: Path, count: int, edge: int) -> float:
       for suffix, data in (('jpg', file.getvalue()), ('txt', b'a picture of noise')):
         path = folder / f'{i:06d}.{suffix}'
         path.write_bytes(data)
-        archive.add(path, path.name)
+        archives[i % SHARDS].add(path, path.name)
   return float(np.mean(sizes))
 
 
@@ -138,9 +144,10 @@ def _theirs(kind: str, folder: Path, edge: int, batch_size: int, workers: int) -
     ))
   import webdataset
 
-  data = webdataset.WebDataset(str(folder / 'all.tar'), shardshuffle=False, empty_check=False)
-  data = data.decode('pil').to_tuple('jpg', 'txt')
-  data = data.map_tuple(_Transform(edge), str).shuffle(100).repeat().batched(batch_size)
+  shards = sorted(map(str, folder.glob('*.tar')))
+  data = webdataset.WebDataset(shards, resampled=True, shardshuffle=False).shuffle(100)
+  data = data.decode('pil').to_tuple('jpg', 'txt').map_tuple(_Transform(edge), str)
+  data = data.batched(batch_size)
   return iter(torch.utils.data.DataLoader(data, None, num_workers=workers))
 
 

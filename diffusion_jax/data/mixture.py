@@ -29,6 +29,8 @@ _BLOCK = 4096
 """Places whose records are found together."""
 _BLOCKS = 32
 """Blocks that are kept."""
+_FEW = 4096
+"""Records of a part whose passes are shuffled by drawing a number for each."""
 _SHARED = ('original_sizes', 'hashes', 'at_sizes', 'uncut')
 OWN = 'caption_dropout'
 """The field of a record with its part's rate of caption dropout, float32; -1 for the task's."""
@@ -86,6 +88,22 @@ class Mixed:
     return Interleaved(self.passes, seeds if shuffle else None)
 
 
+class Few:
+  """As `order.Shuffled`, of so few records that an epoch has many passes over them."""
+
+  def __init__(self, count: int, seed: int):
+    self._order = functools.lru_cache(8)(
+      lambda epoch: np.random.default_rng([seed, epoch]).random(count).argsort(kind='stable')
+    )
+
+  def __call__(self, records: np.ndarray, epoch: int) -> np.ndarray:
+    return self._order(epoch).argsort()[records]
+
+  def records(self, places: np.ndarray, epoch: int) -> np.ndarray:
+    """Return the records that stand at places of an epoch."""
+    return self._order(epoch)[places]
+
+
 class Interleaved:
   """The order of a mixture's slots; called, the places of slots, as of `order.Shuffled`.
 
@@ -97,7 +115,8 @@ class Interleaved:
     self._totals = self._counts * self._passes
     self._starts = np.concatenate([[0], np.cumsum(self._totals)])
     self._shuffled = None if seeds is None else [
-      Shuffled(int(count), seed) for count, seed in zip(self._counts, seeds, strict=True)
+      (Few if count <= _FEW else Shuffled)(int(count), seed)
+      for count, seed in zip(self._counts, seeds, strict=True)
     ]
     self._blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
     self._lock = threading.Lock()
@@ -154,9 +173,10 @@ class Interleaved:
   ) -> np.ndarray:
     """The numbers in the order of their passes, which go on from epoch to epoch."""
     found = np.empty_like(numbers)
-    for each in np.unique(passing):
-      mine = passing == each
-      found[mine] = shuffled(numbers[mine], epoch * int(self._passes[part]) + int(each))
+    by_pass = passing.argsort(kind='stable')
+    each, firsts = np.unique(passing[by_pass], return_index=True)
+    for number, mine in zip(each.tolist(), np.split(by_pass, firsts[1:]), strict=True):
+      found[mine] = shuffled(numbers[mine], epoch * int(self._passes[part]) + number)
     return found
 
   def _places(self, part: int, examples: np.ndarray) -> np.ndarray:
