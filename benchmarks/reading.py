@@ -65,7 +65,10 @@ def stages(folder: Path, edge: int, batch_size: int, seconds: float) -> dict[str
 
   files = sorted(folder.glob('*.jpg'))
   data = [path.read_bytes() for path in files[:64]]
-  records = [{'image': read_square(io.BytesIO(each), edge, 'a')[0]} for each in data[:batch_size]]
+  records = [
+    {'image': read_square(io.BytesIO(each), edge, 'a')[0], 'captions': ['a']}
+    for each in data[:batch_size]
+  ]
   made, rng = _transforms(edge), np.random.default_rng(0)
   ready = [apply(made, record, rng) for record in records]
   work = {
