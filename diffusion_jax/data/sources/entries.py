@@ -6,7 +6,7 @@ it; decoding, cutting, splits and bad records are the same for all.
 
 import concurrent.futures
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -131,6 +131,13 @@ class Classes(Sequence[str]):
 
   def __init__(self, numbers: np.ndarray, names: Sequence[str]):
     self.numbers, self.names = numbers, names
+
+  @classmethod
+  def of(cls, labels: Iterable[str | None]) -> 'Classes':
+    """These labels, None for none."""
+    names: dict[str, int] = {}
+    found = [-1 if each is None else names.setdefault(each, len(names)) for each in labels]
+    return cls(np.asarray(found, np.int32), [*names])
 
   def __len__(self) -> int:
     return len(self.numbers)

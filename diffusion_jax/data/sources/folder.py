@@ -25,7 +25,8 @@ from diffusion_jax.data.finding import (
   own_splits,
   with_suffixes,
 )
-from diffusion_jax.data.sources.entries import Entries, Entry
+from diffusion_jax.data.sources.entries import Classes, Entries, Entry
+from diffusion_jax.data.sources.index import Names
 from diffusion_jax.data.sources.pictures import PictureSource
 from diffusion_jax.data.splits import file_hash, of_files, of_own_folders, of_texts
 from diffusion_jax.errors import UserError
@@ -130,6 +131,21 @@ def _train_and_test(
   return train.halves(config.test_fraction)
 
 
+class Paths(Sequence[Path]):
+  """Files below a folder, for a million of which objects would take ten times the memory."""
+
+  def __init__(self, files: Sequence[Path], folder: Path):
+    start = len(folder.as_posix().rstrip('/')) + 1 if folder != Path() else 0
+    self._folder = folder
+    self._names = Names(*Names.columns([path.as_posix()[start:] for path in files]))
+
+  def __len__(self) -> int:
+    return len(self._names)
+
+  def __getitem__(self, index: int) -> Path:
+    return self._folder / self._names[range(len(self))[index]]
+
+
 class Files(Entries):
   """Pictures in files below a folder; with labels these are their captions too."""
 
@@ -137,7 +153,8 @@ class Files(Entries):
     self, folder: Path, files: Sequence[Path], captions: Sequence[list[Caption]] | None = None,
     labels: Sequence[str] | None = None,
   ):
-    self.folder, self.files, self.labels = folder, list(files), labels
+    self.folder, self.files = folder, Paths(files, folder)
+    self.labels = None if labels is None else Classes.of(labels)
     self.where = f'the folder {folder}'
     self.captions = None if captions is None else Texts(captions)
 

@@ -56,13 +56,9 @@ class Indexed(Described):
     return super().hashes(np.arange(len(self)))
 
   def _label_columns(self) -> dict[str, np.ndarray]:
-    names: dict[str, int] = {}
-    numbers = np.fromiter(
-      (-1 if each is None else names.setdefault(each, len(names)) for each in self.labels_of_all()),
-      np.int32, len(self),
-    )
-    texts = np.frombuffer(json.dumps([*names]).encode(), np.uint8)
-    return {'label_numbers': numbers, 'label_names': texts}
+    found = Classes.of(self.labels_of_all())
+    names = np.frombuffer(json.dumps(found.names).encode(), np.uint8)
+    return {'label_numbers': found.numbers, 'label_names': names}
 
 
 def open_splits(
