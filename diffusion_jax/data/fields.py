@@ -25,7 +25,8 @@ LABELS = ('label', 'labels', 'class', 'cls', 'category', 'class_name', 'label_na
 NAMES = ('file_name', 'filename', 'file', 'image', 'image_path', 'file_path', 'path')
 """Columns for the name of the picture; the first that a row has counts."""
 _PLACES = re.compile(r'\{(name|folder|label)\}')
-_BREAKS = re.compile(r'[\W_]+')
+BREAKS = re.compile(r'[\W_]+')
+"""Between words."""
 
 
 class Caption(NamedTuple):
@@ -142,4 +143,4 @@ def filled(lines: Sequence[str], name: str, label: str | None = None) -> list[st
 
 def words_of(name: str) -> str:
   """'Red_fox-02' -> 'Red fox': the words of a file's name without suffix."""
-  return ' '.join(word for word in _BREAKS.split(name) if word and not word.isdigit())
+  return ' '.join(word for word in BREAKS.split(name) if word and not word.isdigit())

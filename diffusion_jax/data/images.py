@@ -220,14 +220,20 @@ class _Header(NamedTuple):
     return (self.width, self.height) if self.swapped else (self.height, self.width)
 
 
+def format_of(start: bytes) -> str:
+  """The format of a file that starts so, such as 'PNG'; '' for none that is read here."""
+  kind = next((k for k, (_, starts) in _FORMATS.items() if start.startswith(starts)), '')
+  return '' if kind == 'WEBP' and start[8:12] != b'WEBP' else kind
+
+
 def _read_header(file: BinaryIO) -> _Header:
   """Read the header; Pillow's own limit of an image's size is not asked."""
   file.seek(0)
   start = file.read(_START)
-  kind = next((k for k, (_, starts) in _FORMATS.items() if start.startswith(starts)), '')
+  kind = format_of(start)
   if not start:
     raise ValueError('it is empty')
-  if not kind or (kind == 'WEBP' and start[8:12] != b'WEBP'):
+  if not kind:
     raise ValueError('it begins like no picture')
   if kind in _EDGES and not all(any(start[part]) for part in _EDGES[kind]):
     raise ValueError('it has no pixels')  # Of which Pillow says that it is not of its format.

@@ -68,10 +68,14 @@ def by_content(
     return Parts(every, every, Measured(
       f'On the {count:,} pictures that are trained on: they are too few for a test part.', True
     ))
-  return Parts(every[~tested], every[tested], Measured(
-    f'On {tested.sum():,} of {count:,} pictures, chosen by their content, which are not trained '
-    'on.'
-  ))
+  return Parts(every[~tested], every[tested], of_chosen(int(tested.sum()), count))
+
+
+def of_chosen(tested: int, count: int) -> Measured:
+  """Say what scores are measured on where pictures were split by content."""
+  return Measured(
+    f'On {tested:,} of {count:,} pictures, chosen by their content, which are not trained on.'
+  )
 
 
 def of_own_folders(train: Sequence[Path], test: Sequence[Path]) -> Measured:

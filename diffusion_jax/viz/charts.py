@@ -194,6 +194,35 @@ def timestep_chart(
     return render(figure, title)
 
 
+def histogram_chart(
+  values: Mapping[str, np.ndarray], *, title: str, xlabel: str, ratio: bool = False
+) -> str:
+  """How often values occur, as fractions of those of each name, in 40 equal ranges.
+
+  ratio: ranges are equal on a logarithmic axis. What is not finite, or for a ratio not above 0, is
+  left out.
+  """
+  good = {name: each[np.isfinite(each) & ((each > 0) | (not ratio))]
+          for name, each in values.items()}
+  drawn = np.concatenate([np.zeros(0), *good.values()])
+  low, high = (float(f(drawn)) if drawn.size else 1.0 for f in (np.min, np.max))
+  low, high = (low, high) if low < high else (low * 0.9, high * 1.1 + 1e-9)
+  edges = np.geomspace(low, high, 41) if ratio else np.linspace(low, high, 41)
+  with matplotlib.rc_context(STYLE):
+    figure, axes = _figure(xlabel, 'fraction')
+    for number, (name, each) in enumerate(good.items()):
+      counts, _ = np.histogram(np.clip(each, low, high), edges)
+      color = PALETTE[number % len(PALETTE)]
+      axes.stairs(counts / max(counts.sum(), 1), edges, color=color, label=visible(name))
+    if ratio:
+      axes.set_xscale('log')
+      log_axis(axes.xaxis, (1, 2, 5))
+    notes(axes, drawn.size, sum(each.size for each in values.values()) - drawn.size)
+    if len(good) > 1:
+      legend(axes)
+    return render(figure, title)
+
+
 def spread(items: Sequence, count: int) -> list:
   """Return at most `count` items, evenly spread, with the last and the first."""
   if len(items) <= count:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
 from diffusion_jax.evaluation.comparison import Comparison, Found
 from diffusion_jax.evaluation.extract import Features
@@ -32,7 +31,6 @@ from diffusion_jax.viz.sweep import sweep_charts
 
 MOST_POINTS = 1000
 """Points of a set in a scatter plot; more make the page large and show nothing else."""
-THUMBNAIL = 128
 MOST_COLUMNS = 4
 """More are shown as rows."""
 SWEPT = ('Each point is a combination. Network calls are those for one picture, guided steps count '
@@ -165,19 +163,10 @@ def _scatter(name: str, cloud: PrincipalComponents) -> str:
   return render(figure, f'{name}: samples over the reference')
 
 
-def _strip(shown: Sequence[tuple[Sequence[tuple[np.ndarray, str]], str]]) -> str:
-  """A strip of ([(image, what it is) below each other], HTML of the caption)."""
-  figures = ''.join(
-    f'<figure>{"".join(_picture(*image) for image in images)}'
-    f'<figcaption>{caption}</figcaption></figure>\n' for images, caption in shown
-  )
-  return f'<div class="strip">\n{figures}</div>' if figures else ''
-
-
 def _pairs(pairs: Sequence[Pair]) -> str:
   note = ('Above, the samples that are most like an image of the reference; below, that image, and '
           'the cosine of their features. Copies of images of the reference would be here.')
-  return page.section('nearest', 'Nearest in the reference', note, _strip([
+  return page.section('nearest', 'Nearest in the reference', note, page.strip([
     ([(pair.sample, pair.name or 'sample'), (pair.reference, 'its nearest in the reference')],
      f'{page.escape(pair.name)} {pair.similarity:.3f}') for pair in pairs
   ]))
@@ -186,14 +175,14 @@ def _pairs(pairs: Sequence[Pair]) -> str:
 def _reconstructions(which: str, pairs: Sequence[Pair]) -> str:
   note = 'Above, the originals; below, what comes back, with its PSNR.'
   heading = f'{which.capitalize()} reconstructions'
-  return page.section(f'{which}_reconstructions', heading, note, _strip([
+  return page.section(f'{which}_reconstructions', heading, note, page.strip([
     ([(pair.reference, 'original'), (pair.sample, 'reconstruction')],
      f'{page.escape(pair.name)}: {pair.similarity:.1f} dB') for pair in pairs
   ]))
 
 
 def _prompts(name: str, heading: str, prompts: Sequence[Prompt]) -> str:
-  return page.section(name, heading, 'By the CLIP score of picture and caption.', _strip([
+  return page.section(name, heading, 'By the CLIP score of picture and caption.', page.strip([
     ([(prompt.sample, prompt.caption)], f'{page.escape(prompt.caption)}<br>{prompt.score:.1f}')
     for prompt in prompts
   ]))
@@ -211,12 +200,6 @@ def _classes(classes: Sequence[ClassRow]) -> str:
          'fraction that the classifier finds to be of it.'
   body = page.number_table(['', 'images', *columns], rows)
   return page.section('classes', 'Classes that come out worst', note, body)
-
-
-def _picture(pixels: np.ndarray, label: str) -> str:
-  image = Image.fromarray(pixels)
-  image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-  return f'<img src="{page.embed_image(image, 60_000)}" alt="{page.escape(label)}">'
 
 
 def _settings(scores: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 STYLE = """
@@ -77,6 +78,10 @@ footer { margin-top: 3rem; }
 
 # The browser itself refuses whatever would come from outside.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+THUMBNAIL = 128
+"""The longest edge of pictures in a strip."""
 
 
 def escape(value: Any) -> str:
@@ -206,6 +211,22 @@ def duration(seconds: float) -> str:
   if s < 86400:
     return f'{s // 3600} h {s % 3600 // 60:02d} min'
   return f'{s // 86400} d {s % 86400 // 3600} h'
+
+
+def picture(pixels: np.ndarray, label: str) -> str:
+  """Return a small copy of an image, uint8 [h w 3], with a label for screen readers."""
+  image = Image.fromarray(pixels)
+  image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+  return f'<img src="{embed_image(image, 60_000)}" alt="{escape(label)}">'
+
+
+def strip(shown: Sequence[tuple[Sequence[tuple[np.ndarray, str]], str]]) -> str:
+  """Return a strip of ([(image, what it is) below each other], `body` of the caption)."""
+  figures = ''.join(
+    f'<figure>{"".join(picture(*image) for image in images)}'
+    f'<figcaption>{caption}</figcaption></figure>\n' for images, caption in shown
+  )
+  return f'<div class="strip">\n{figures}</div>' if figures else ''
 
 
 def embed_image(image: Image.Image, limit: int) -> str:

@@ -118,7 +118,7 @@ def test_a_recipe_is_a_short_diff_of_the_base(path):
   ids=lambda path: path.stem,
 )
 def test_frozen_parts_fit(path):
-  """A packaged part that the recipe names fits its network, or is named as not there yet."""
+  """A part that the recipe names fits its network, or is named as not there yet."""
   config = parse(load_config(str(path)))
   settings = config.settings
   try:
@@ -127,7 +127,7 @@ def test_frozen_parts_fit(path):
       settings.objective.parameterization,
     )
   except UserError as error:
-    assert 'There is no asset:' in str(error)
+    assert 'There is no asset:' in str(error) or 'There is no runs/' in str(error)
     return
   assert (config.data.size, config.data.size) == model.trained_size
   settings.sample.check(model.noise, settings.objective.parameterization)
