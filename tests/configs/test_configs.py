@@ -127,7 +127,7 @@ def test_frozen_parts_fit(path):
       settings.objective.parameterization,
     )
   except UserError as error:
-    assert 'There is no asset:' in str(error) or 'There is no runs/' in str(error)
+    assert 'There is no asset:' in str(error) or 'There is no file runs/' in str(error)
     return
   assert (config.data.size, config.data.size) == model.trained_size
   settings.sample.check(model.noise, settings.objective.parameterization)
