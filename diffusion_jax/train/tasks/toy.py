@@ -105,6 +105,9 @@ class PointDiffusion(Diffusion):
 
     return scaled
 
+  def check_sampling(self, config: ToySampleConfig, negative: str = '') -> None:
+    config.check(self.noise, self.parameterization)
+
   def estimate(self, weights: Weights, variance: bool = False) -> Denoiser:
     """Return D(x [n 2], alpha, sigma) -> estimate of the clean points."""
     denoise = self.denoise(weights, variance)
