@@ -55,6 +55,20 @@ def pytest_unconfigure(config):
     shutil.rmtree(os.environ['DIFFUSION_JAX_TEST_CACHE'], ignore_errors=True)
 
 
+MOST_MEMORY = 4 * 2**30
+"""Bytes of a worker beyond which it forgets its compiled programs: two workers, and the processes
+that tests start, share a small machine."""
+
+
+@pytest.fixture(autouse=True, scope='module')
+def bounded_memory():
+  yield
+  pages = int(Path('/proc/self/statm').read_text().split()[1]) if sys.platform == 'linux' else 0
+  if pages * os.sysconf('SC_PAGE_SIZE') > MOST_MEMORY:
+    jax.clear_caches()
+    gc.collect()
+
+
 @pytest.fixture(scope='session')
 def once(tmp_path_factory):
   """once(name, make): the folder that make(folder) filled, made by one worker for all of them."""

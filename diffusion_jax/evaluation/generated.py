@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from diffusion_jax.data.captions import read_lines
+from diffusion_jax.data.unreadable import first_readable
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.comparison import (
   Column,
@@ -197,7 +198,8 @@ class GeneratedImages(Cached):
   def metrics(self) -> list[str]:
     """Names of all values; UserError: unreadable features, or a wrong number of samples."""
     check_samples(self.samples, len(self.test))
-    return self.comparison.names(('moments', 'reference', 'texts'))
+    known = ('labels',) if 'label' in first_readable(self.test, 1)[0] else ()
+    return self.comparison.names(('moments', 'reference', 'texts', *known))
 
   def run(self, model: Diffusion, params: Weights, key: jax.Array) -> Iterator[tuple[str, Value]]:
     comparison, seed = self.comparison, seed_of(key)

@@ -9,11 +9,15 @@ from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.evaluator import run_all, scores_of
 from diffusion_jax.evaluation.extractors.clip import load_features
+from diffusion_jax.evaluation.extractors.images import load_classifier_extractor
 from diffusion_jax.evaluation.generated import GeneratedImages
 from diffusion_jax.evaluation.images import shuffled
 from diffusion_jax.evaluation.metrics.gaussians import frechet_distance
 from diffusion_jax.evaluation.metrics.images import clip_score
 from diffusion_jax.evaluation.statistics import Statistics
+from diffusion_jax.formats.networks import save_params
+from diffusion_jax.models.network import Network
+from diffusion_jax.models.vision.classifier import Classifier, ClassifierConfig
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.sampling import SampleConfig
 from tests import tiny
@@ -46,7 +50,7 @@ def model(parts):
 def evaluation(model, parts, sources):
   """evaluation(devices, *metrics): of the tiny model, and its weights."""
 
-  def make(devices, *metrics):
+  def make(devices, *metrics, named=(f'clip:{parts["clip"]}',)):
     mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
     network, frozen = model
     rng = np.random.default_rng(0)
@@ -55,7 +59,6 @@ def evaluation(model, parts, sources):
       for name, leaf in network.denoiser.shapes.items()
     }
     weights = network.on_mesh({**frozen, 'denoiser': unet}, mesh)
-    named = (f'clip:{parts["clip"]}',)
     evaluator = GeneratedImages(
       named, metrics, SAMPLE, Some(sources[0], 40), sources[1], mesh, samples=20, batch_size=8
     )
@@ -129,3 +132,21 @@ def test_a_metric_of_other_features_is_refused(evaluation):
   with pytest.raises(UserError, match=r'inception_score needs the features logits_unbiased.*'
                      r'leave inception_score out of settings\.evaluation\.metrics'):
     _ = evaluation(1, 'fd', 'inception_score')[0].metrics
+
+
+def test_classes_are_found_where_the_test_records_have_some(evaluation, sources, tmp_path):
+  """By the labels of the records that pictures are drawn for; real ones have the same."""
+  classes = tuple(sorted({sources[1][i]['label'] for i in range(len(sources[1]))}))
+  config = ClassifierConfig(
+    (4, 8), norm_num_groups=2, image_size=tiny.SIZE, patch_size=2, class_names=classes
+  )
+  params = Network.of(Classifier, config).initialize(jax.random.key(0))
+  save_params(tmp_path, config, params)
+  made, *rest = evaluation(1, 'class_accuracy', named=(f'classifier:{tmp_path}',))
+  assert made.metrics == ['class_accuracy']
+  found = _scores(made, *rest)
+  classifier, records = load_classifier_extractor(tmp_path), shuffled(sources[1], 20)
+  images = np.stack([record['image'] for record in records])
+  own = np.asarray(classifier.apply(classifier.params, images)['logits']).argmax(-1)
+  wanted = np.mean([classes[i] == record['label'] for i, record in zip(own, records, strict=True)])
+  assert found['real']['class_accuracy'] == pytest.approx(wanted)

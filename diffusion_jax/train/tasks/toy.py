@@ -107,7 +107,6 @@ class PointDiffusion(Diffusion):
     return scaled
 
   def check_sampling(self, config: ToySampleConfig, negative: str = '') -> None:
-    """Raise UserError for what the model cannot sample; points have no other options."""
     config.check(self.noise, self.parameterization)
 
   def estimate(self, weights: Weights, variance: bool = False) -> Denoiser:

@@ -28,7 +28,9 @@ from tests.train.conftest import OF, RECIPES
 FULL = ('sdxl', 'inpainting', 'dreambooth')
 ADAPTERS = ('lora', 'controlnet', 'textual_inversion')
 LIKE = ('sd15', 'sd21', 'sdxl_lora')
-ELSEWHERE = ('sd35_medium', 'sd35_medium_lora', 'flux_lora', 'pixart', 'sd15_v', 'sd15_flow')
+ELSEWHERE = (
+  'sd35_medium', 'sd35_medium_lora', 'flux_lora', 'pixart', 'pixart_lora', 'sd15_v', 'sd15_flow',
+)
 """In tests/parity/test_parity_finetune.py and test_prediction.py."""
 WEIGHTS = 'diffusion_pytorch_model.safetensors'
 each = pytest.mark.parametrize('recipe', (*FULL, *ADAPTERS))
