@@ -104,7 +104,7 @@ def check_sizing(options: Any, sizes: Sizes | None) -> None:
   """Raise UserError for options of sampling that a model without those sizes does not read."""
   reads = () if sizes is None else sizes.reads
   for name, usual in SIZING.items():
-    value = getattr(options, name, usual)  # Those of toys have none.
+    value = getattr(options, name)
     if value != usual and name not in reads:
       raise UserError(
         f'{name} is {value}, but the model is not conditioned on it; leave it at {usual!r}.'
