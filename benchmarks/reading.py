@@ -25,8 +25,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.timing import load_average, peak_memory, quartiles
-
 DESCRIPTION = __doc__
 STAGES = ('read', 'decode', 'transform', 'batch')
 OURS, DECODERS, TORCH, WEB = 'ours', 'ours, processes', 'torch DataLoader', 'WebDataset'
@@ -213,6 +211,7 @@ class Many:
 
 def measure_many(count: int, edge: int, batch_size: int) -> dict[str, Any]:
   """Seconds to the first batch of so many records, and the memory that they add."""
+  from benchmarks.timing import peak_memory
   from diffusion_jax.data.loader import Loader
   from diffusion_jax.data.sources.pictures import PictureSource
 
@@ -244,6 +243,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
   """Measure in processes, print, write."""
+  from benchmarks.timing import load_average  # JAX, which those that decode need not import.
+
   if args.one:
     print(json.dumps(_one(json.loads(args.one))))
     return 0
@@ -264,6 +265,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _compared(args: argparse.Namespace) -> dict[str, Any]:
+  from benchmarks.timing import quartiles
+
   with tempfile.TemporaryDirectory() as folder:
     size = make_pictures(Path(folder), args.pictures, args.edge)
     common = {

@@ -279,7 +279,8 @@ def test_crop_larger_than_image():
 def test_every_transform_is_frozen_and_says_whether_it_is_random():
   for name in TRANSFORMS:
     made = load(TRANSFORMS, name)
-    assert made.random == (name.startswith('random') or name == 'choose_caption')
+    drawn = name in ('choose_caption', 'shuffle_tags', 'drop_tags')
+    assert made.random == (name.startswith('random') or drawn)
     assert made.__dataclass_params__.frozen
 
 
