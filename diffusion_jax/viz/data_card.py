@@ -54,8 +54,8 @@ def _facts(summary: Summary) -> list[str]:
   how = 'as they were stored' if kept == 'stored' else f'as {kept}' + (
     f', the longer edge at most {edge} pixels' if edge else ''
   )
-  facts = [f'Source: {summary.source}. Pictures are kept {how}.', *summary.warnings]
-  return [*facts, summary.measured, *summary.notes]
+  facts = [f'Source: {summary.source}. Pictures are kept {how}.', f'Scores: {summary.measured}']
+  return [*facts, *summary.warnings, *summary.notes]
 
 
 def _markdown(summary: Summary) -> str:

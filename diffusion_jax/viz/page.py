@@ -69,6 +69,7 @@ details li, details dd { overflow-wrap: anywhere; white-space: pre-wrap; }
 .latest img { display: block; max-width: 100%; height: auto; }
 .strip { display: flex; gap: .8rem; overflow-x: auto; padding: .9rem 0 .5rem; }
 .strip figure { margin: 0; flex: none; text-align: center; }
+.strip figcaption { max-width: 13rem; margin: auto; overflow-wrap: anywhere; }
 .strip img { display: block; max-height: 13rem; max-width: 13rem; border-radius: .3rem;
   border: 1px solid var(--line); background: #fff; }
 footer { margin-top: 3rem; }
