@@ -17,10 +17,14 @@ from PIL import Image
 
 from diffusion_jax.data.cache import Choose, Options, cached_source, disk, encoding
 from diffusion_jax.data.cache.rows import pack, unpack
-from diffusion_jax.data.transforms import ChooseCaption, RandomCrop, RandomFlip
+from diffusion_jax.data.loader import Loader
+from diffusion_jax.data.mixture import Mixture, Worded
+from diffusion_jax.data.transforms import ChooseCaption, FirstCaption, RandomCrop, RandomFlip
 from diffusion_jax.errors import Unreadable, UserError
+from diffusion_jax.mixture import PartConfig
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.spaces import PixelSpace
+from diffusion_jax.pixels import to_float
 from tests import tiny
 
 COUNT, EDGE, A_FILE = 11, 8, 4
@@ -141,6 +145,30 @@ def assert_same(one, other):
 def records_in(cache):
   """The files with rows, and the manifest; not the dates of files."""
   return {name: data for name, data in tiny.snapshot(cache).items() if 'checked' not in name}
+
+
+def test_a_mixture_is_cached_once_and_read_as_it_is_without(folder, tmp_path, encoded):
+  """Each record once, however often it is read; captions with the words of their part."""
+  (tmp_path / 'more').mkdir()
+  for number in range(50, 54):
+    write_picture(tmp_path / 'more', number)
+  parts = {'a': Worded(source_of(folder), 'sks, ', ''), 'b': source_of(tmp_path / 'more')}
+  source = Mixture(parts, {name: PartConfig(name, weight=1.0) for name in parts})
+  cache = fill(source, tmp_path / 'cache')
+  assert encoded() == {'latents': COUNT + 4, 'texts': COUNT + 4}
+  fill(source, tmp_path / 'cache')
+  assert encoded() == {'latents': 0, 'texts': 0}
+  options = {'batch_size': 4, 'seed': 0, 'num_threads': 0}
+  cached, read = Loader(cache, [Choose()], **options), Loader(source, [FirstCaption()], **options)
+  for _ in range(6):
+    mine, theirs = next(cached), next(read)
+    assert mine['part'] == theirs['part']
+    assert [text.startswith('sks, ') for text in theirs['caption']] == [
+      part == 'a' for part in mine['part']
+    ]
+    pixels = to_float(theirs['image'])
+    np.testing.assert_allclose(mine['z'], pixels, atol=1e-6)
+  assert {*mine['part']} == {'a', 'b'}
 
 
 def test_memory_and_disk_hold_the_same_rows(folder, tmp_path, encoded):

@@ -50,7 +50,10 @@ class Choose:
 
   def __call__(self, record: Mapping[str, Parts], rng: np.random.Generator) -> dict[str, Any]:
     out: dict[str, Any] = {}
-    for parts in record.values():
+    for name, parts in record.items():
+      if isinstance(parts, (str, np.generic)):  # What a mixture says of its part.
+        out[name] = parts
+        continue
       # One view draws nothing, so that a caption is drawn as without a cache.
       out |= parts[_chosen(parts, rng) if len(parts) > 1 else 0]
     return out
