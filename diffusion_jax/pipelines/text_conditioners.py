@@ -263,26 +263,6 @@ class TextEncoders(Guided):
     missing = self.readers[role].missing
     return self.networks[role].config.text_shape if missing is None else missing
 
-  def places(self, role: str) -> dict[str, tuple[slice, ...]]:
-    """Return where in the conditions what an encoder gives stands, as indices of [l d], [l], [p].
-
-    A mask that it shares with others is none of its own.
-    """
-    found, row = {}, 0
-    for group in self.text:
-      end = row + max(self.readers[each].length for each in group)
-      if role in group:
-        before = sum(self.shape(each).width for each in group[: group.index(role)])
-        rows, columns = slice(row, end), slice(before, before + self.shape(role).width)
-        found['text'] = rows, columns
-        if self.masked and group == (role,):
-          found['mask'] = (rows,)
-      row = end
-    if role in self.pooled:
-      before = sum(self.shape(each).pooled for each in self.pooled[: self.pooled.index(role)])
-      found['pooled'] = (slice(before, before + self.shape(role).pooled),)
-    return found
-
   def tokens(self, prompts: Sequence[str], on_long: str = 'truncate') -> np.ndarray:
     """Prompts -> int32 [n e l], e encoders, those that read less filled up with zeros.
 

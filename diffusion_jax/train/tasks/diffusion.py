@@ -38,6 +38,7 @@ from diffusion_jax.pipelines.conditioners import Arrays, Conditioner, Guided
 from diffusion_jax.pipelines.image_conditioners import Inputs
 from diffusion_jax.pipelines.model import DENOISER, Diffusion, edge_rule, joined
 from diffusion_jax.pipelines.spaces import Moments
+from diffusion_jax.pipelines.text_places import places_of
 from diffusion_jax.registry import (
   EVALUATORS,
   EXPORTS,
@@ -332,7 +333,7 @@ class DiffusionTask(Task):
     out, roles = dict(text), self.model.text.networks if self.config.encoder_dropout else ()
     for i, (role, rate) in enumerate(zip(roles, self.config.encoder_dropout, strict=False)):
       dropped = jax.random.bernoulli(jax.random.fold_in(key, i), rate, (len(text['text']),))
-      for field, place in self.model.text.places(role).items():
+      for field, place in places_of(self.model.text, role).items():
         own = out[field][:, *place]
         gone = dropped.reshape(-1, *[1] * (own.ndim - 1))
         own = jnp.where(gone, null[f'{field}.bias'][place], own)
