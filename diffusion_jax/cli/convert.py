@@ -12,7 +12,8 @@ DESCRIPTION = """Converts a pipeline of Stable Diffusion 1, 2, XL, 3, 3.5 or of 
 the directory of diffusers, the single file of CompVis, Stability, Black Forest Labs and ComfyUI,
 and our own directory, whose weights each device reads in place; also a text-to-image U-Net trained
 here. A directory of one network is converted between diffusers and native; the transformer alone
-from a single file by --type mmdit or --type flux, and from its directory to one.
+from a single file, of safetensors or of PyTorch, by --type mmdit, flux, pixart or dit, and from its
+directory to one.
 Weights are converted one tensor at a time; nothing is downloaded and no code of a file is run.
 The tensors of a file of PyTorch, such as the FID Inception's weights, become safetensors by the
 layout tensors.
@@ -30,7 +31,8 @@ class Options:
   """What is converted, and to what."""
 
   source: Annotated[str, Help(
-    'a directory, or a .safetensors file with a whole model', 'PATH', 'from'
+    'a directory, or a .safetensors file with a whole model, or with --type a transformer', 'PATH',
+    'from',
   )]
   target: Annotated[str, Help('what is written; it must not exist', 'PATH', 'to')]
   layout: Annotated[str, Help('diffusers, single-file, native or tensors', 'NAME')]

@@ -14,6 +14,7 @@ from diffusion_jax import registry
 from diffusion_jax.errors import require
 from diffusion_jax.files import inside
 from diffusion_jax.formats.networks import CONFIG, DTYPES, Part, network_format, read_part, resolve
+from diffusion_jax.formats.original import read_original, write_original
 from diffusion_jax.formats.pipeline import (
   DIFFUSION,
   SCHEDULER,
@@ -26,12 +27,7 @@ from diffusion_jax.formats.pipeline import (
   write_part,
   write_pipeline,
 )
-from diffusion_jax.formats.single_file import (
-  read_original,
-  read_single_file,
-  write_original,
-  write_single_file,
-)
+from diffusion_jax.formats.single_file import read_single_file, write_single_file
 from diffusion_jax.formats.tensors import PICKLES, Tensor, read_json, write_tensors
 from diffusion_jax.formats.torch_files import read_state
 from diffusion_jax.formats.transformer_names import TABLES
@@ -48,8 +44,8 @@ def convert(
   UserError: `source` cannot be read, `target` exists or cannot hold it.
 
   Args:
-    source: a pipeline's directory (diffusers or native), a single .safetensors file, or the
-      directory of one network.
+    source: a pipeline's directory (diffusers or native), a single .safetensors file, the directory
+      of one network, or with `kind` a file with a transformer, which may be PyTorch's.
     layout: one of LAYOUTS; 'tensors' writes those of a PyTorch file, by name and unchanged, to a
       .safetensors file.
     dtype: of the floating tensors; None leaves each as it is.
@@ -73,17 +69,16 @@ def convert(
     )
     _convert_tensors(where, there, dtype)
     return []
+  if where.is_file() and kind in TABLES:
+    return _convert_original(where, there, layout, dtype, kind)
   require(
     where.suffix not in PICKLES,
     f'{source} is a pickle, which can run any code and is never opened as a model; make it '
-    'safetensors with --layout tensors.',
+    f'safetensors with --layout tensors, or name the transformer in it by --type '
+    f'({", ".join(TABLES)}).',
   )
-  if where.is_file() and kind in TABLES:
-    _convert_original(where, there, layout, dtype, kind)
-    return []
   if where.is_dir() and not is_pipeline(where):
-    _convert_part(where, there, layout, dtype, kind)
-    return []
+    return _convert_part(where, there, layout, dtype, kind)
   require(
     kind is None, '--type names the kind of one network, in a single file '
     f'{" or ".join(TABLES)}; a pipeline says the kinds of its parts.',
@@ -158,8 +153,8 @@ def _convert_tensors(where: Path, there: Path, dtype: str | None) -> None:
 
 def _convert_part(
   where: Path, there: Path, layout: str, dtype: str | None, kind: str | None
-) -> None:
-  """One network, given by its directory."""
+) -> list[str]:
+  """One network, given by its directory; sentences on what is not told."""
   if kind is not None:
     registry.check(registry.NETWORKS, kind, '--type')
   config = read_json(inside(where / CONFIG, where))
@@ -177,19 +172,22 @@ def _convert_part(
       f'{where} holds one network; a single file is made of a whole pipeline, which has a '
       f'model_index.json, or of a transformer ({" or ".join(TABLES)}).',
     )
-    write_original(part, _single(there), dtype)
-    return
+    return write_original(part, _single(there), dtype)
   with new_directory(there) as folder:
     write_part(part, folder, layout, dtype)
+  return []
 
 
-def _convert_original(where: Path, there: Path, layout: str, dtype: str | None, kind: str) -> None:
-  """The transformer in a single file, by itself."""
+def _convert_original(
+  where: Path, there: Path, layout: str, dtype: str | None, kind: str
+) -> list[str]:
+  """The transformer in a single file, by itself; sentences on what is left out or not told."""
   require(layout != 'single-file', f'{where} is a single file already.')
-  part = read_original(where, kind)
+  part, notes = read_original(where, kind)
   _check_space([part], there, dtype)
   with new_directory(there) as folder:
     write_part(part, folder, layout, dtype)
+  return notes
 
 
 def _single(there: Path) -> Path:

@@ -253,6 +253,12 @@ def of_names(names: Mapping[str, Any], where: str) -> str:
   has = lambda prefix: any(name.startswith(prefix) for name in names)
   if not has(f'{UNET}input_blocks.') and (found := _transformer(names)):
     return found
+  alone = {'pixart': 'blocks.0.cross_attn.kv_linear.weight', 'dit': 'blocks.0.attn.qkv.weight'}
+  kind = next((kind for kind, mark in alone.items() if mark in names), None)
+  require(
+    kind is None,
+    f'{where} holds a transformer alone; give --type {kind} to make a directory of it.',
+  )
   require(
     has('model.diffusion_model.input_blocks.') and has('first_stage_model.'),
     f'{where} holds no whole Stable Diffusion (model.diffusion_model. and first_stage_model. must '

@@ -50,10 +50,8 @@ from diffusion_jax.formats.single_file_names import (
 )
 from diffusion_jax.formats.tensors import Tensor, metadata, open_tensors, write_tensors
 from diffusion_jax.formats.transformer_names import (
-  STARTS,
   TABLES,
-  flux_config,
-  mmdit_config,
+  TRANSFORMER_CONFIGS,
   t5_config,
   transformer_rules,
 )
@@ -72,7 +70,7 @@ _RULES = {
 """Rules of a network's published names, by the style of those in a file."""
 
 
-def _rules(name: str, part: Part, style: str) -> list[Rule]:
+def rules_for(name: str, part: Part, style: str) -> list[Rule]:
   """UserError where a single file has no names for what its config describes."""
   names = {published_name(own) for own in part.format.shapes(part.config)}
   rules = _RULES[style](names)
@@ -95,7 +93,7 @@ def write_single_file(pipeline: Pipeline, path: Path, dtype: str | None) -> list
   places = {part: place for part, place in FAMILIES[name].places.items() if part in networks}
   stored: dict[str, Tensor] = {}
   for part, (prefix, style) in places.items():
-    new = to_stored(_rules(part, networks[part], style), networks[part].tensors, part)
+    new = to_stored(rules_for(part, networks[part], style), networks[part].tensors, part)
     stored |= {prefix + key: tensor for key, tensor in new.items()}
   values = pipeline.parts.get('scheduler', Part()).json(SCHEDULER)[0]
   flow = FLOW in FAMILIES[name].sample_sizes
@@ -139,10 +137,11 @@ def _left_out(pipeline: Pipeline, places: Iterable[str]) -> list[str]:
 
 
 _OF_CLIP = ('num_attention_heads', 'hidden_act', 'layer_norm_eps')
-_KEYS = {
+KEYS = {
   'unet': ('attention_head_dim', 'norm_num_groups', 'norm_eps', 'freq_shift', 'flip_sin_to_cos'),
   'vae': ('norm_num_groups', 'scaling_factor', 'shift_factor'),
   'mmdit': ('attention_head_dim',), 'flux': ('axes_dims_rope',),
+  **dict.fromkeys(('pixart', 'dit'), ('attention_head_dim', 'num_attention_heads', 'norm_eps')),
   't5': ('relative_attention_max_distance', 'layer_norm_epsilon'),
 } | dict.fromkeys(TEXT_STYLES, _OF_CLIP)
 """Keys that no shape in a single file determines, and that change an output, by style."""
@@ -152,23 +151,32 @@ def _untold(
   family: str, networks: dict[str, Part], stored: dict[str, Tensor], prediction: str
 ) -> list[str]:
   """Sentences on what those who read the file will take to be otherwise than it is."""
-  notes, places = [], FAMILIES[family].places
-  for name, values in _configs(family, {k: t.shape for k, t in stored.items()}, prediction).items():
-    part, keys = networks[name], _KEYS[places[name][1]]
-    own = {key: part.values[key] for key in keys if part.values.get(key) is not None}
-    read = _part(values | own)
-    require(
-      read.format.shapes(read.config) == part.format.shapes(part.config),
-      f'{name}: a single file does not tell what its config says of its blocks; convert to another '
-      'layout.',
-    )
-    levels = len(values.get('block_out_channels', ()))
-    each = lambda value, n=levels: [value] * n if isinstance(value, int) and n else value
-    notes += [
-      _untold_note(name, key, has, values.get(key)) + ' unless they are given its config.'
-      for key, has in own.items() if each(has) != each(values.get(key))
-    ]
-  return notes
+  places = FAMILIES[family].places
+  configs = _configs(family, {k: t.shape for k, t in stored.items()}, prediction)
+  return [
+    note for name, values in configs.items()
+    for note in untold(name, networks[name], values, KEYS[places[name][1]])
+  ]
+
+
+def untold(name: str, part: Part, values: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+  """Sentences on a network that readers take to have the config.json `values`.
+
+  UserError: it has other shapes with these.
+  """
+  own = {key: part.values[key] for key in keys if part.values.get(key) is not None}
+  read = part_of({**values, **own})
+  require(
+    read.format.shapes(read.config) == part.format.shapes(part.config),
+    f'{name}: a single file does not tell what its config says of its blocks; convert to another '
+    'layout.',
+  )
+  levels = len(values.get('block_out_channels', ()))
+  each = lambda value: [value] * levels if isinstance(value, int) and levels else value
+  return [
+    _untold_note(name, key, has, values.get(key)) + ' unless they are given its config.'
+    for key, has in own.items() if each(has) != each(values.get(key))
+  ]
 
 
 def _untold_note(name: str, key: str, has: Any, taken: Any) -> str:
@@ -207,7 +215,7 @@ def _configs(family: str, shapes: Shapes, prediction: str) -> dict[str, dict[str
       of(UNET), where, heads=spec.heads, pooled=pooled, sizes=spec.sizes
     ) | {'sample_size': size}
   else:
-    configs[folder] = _TRANSFORMER_CONFIGS[style](of(UNET), where)
+    configs[folder] = TRANSFORMER_CONFIGS[style](of(UNET), where)
   if family == 'sd2' and prediction == 'v_prediction':
     configs[folder]['upcast_attention'] = True  # Attention overflows float16, as published.
   if there(spec.vae):
@@ -218,7 +226,6 @@ def _configs(family: str, shapes: Shapes, prediction: str) -> dict[str, dict[str
   return configs
 
 
-_TRANSFORMER_CONFIGS = {'mmdit': mmdit_config, 'flux': flux_config}
 _TEXT_CONFIGS = {'t5': t5_config} | {
   style: functools.partial(text_config, style=style) for style in TEXT_STYLES
 }
@@ -243,7 +250,7 @@ def read_single_file(path: Path, prediction: str | None, given: Path | None) -> 
     configs = _configs(name, {key: tensor.shape for key, tensor in stored.items()}, prediction)
   except (IndexError, ValueError) as error:
     raise UserError(f'{path} holds tensors with too few axes; fetch it again.') from error
-  parts = {part: _part(values) for part, values in configs.items()}
+  parts = {part: part_of(values) for part, values in configs.items()}
   more, absent = _apart(name, parts, given, str(path))
   tokenizers = _tokenizers(parts | more, given)
   _fill(parts, name, stored, str(path))
@@ -315,27 +322,6 @@ def _apart(
   return found, absent
 
 
-def read_original(path: Path, kind: str) -> Part:
-  """One transformer in a file of its own or of a whole model; kind: of TABLES."""
-  inner = {name.removeprefix(UNET): t for name, t in open_tensors(path).items()}
-  own = {n: t for n, t in inner.items() if n.partition('.')[0] in STARTS[kind]}
-  try:
-    values = _TRANSFORMER_CONFIGS[kind]({n: t.shape for n, t in own.items()}, str(path))
-  except (IndexError, ValueError) as error:
-    raise UserError(f'{path} holds tensors with too few axes; fetch it again.') from error
-  part = _part(values)
-  part.stored = from_stored(_rules(kind, part, kind), own, str(path))
-  part.check(str(path))
-  return part
-
-
-def write_original(part: Part, path: Path, dtype: str | None) -> None:
-  """Write one transformer as its publishers' file of it alone, without a prefix."""
-  require(not path.exists(), f'{path} is there already; give a new path.')
-  stored = to_stored(_rules(part.kind, part, part.kind), part.tensors, str(path))
-  write_tensors(path, typed(stored, dtype))
-
-
 def _schedule_note(
   tensors: Mapping[str, Any], scheduler: Mapping[str, Any], where: str
 ) -> list[str]:
@@ -401,7 +387,7 @@ def _prediction(
   return found
 
 
-def _part(values: dict[str, Any]) -> Part:
+def part_of(values: dict[str, Any]) -> Part:
   """A network by its config.json."""
   name = values.get('_class_name')
   entry = ('diffusers', name) if name else ('transformers', values['architectures'][0])
@@ -417,7 +403,7 @@ def _fill(parts: dict[str, Part], family: str, stored: dict[str, Tensor], where:
     own = {
       key.removeprefix(prefix): tensor for key, tensor in stored.items() if key.startswith(prefix)
     }
-    part.stored = from_stored(_rules(name, part, style), own, source)
+    part.stored = from_stored(rules_for(name, part, style), own, source)
     part.check(source)
 
 

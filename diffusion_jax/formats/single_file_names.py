@@ -27,8 +27,8 @@ class Rule(NamedTuple):
 
   change: 'same'; 'pointwise': a matrix [o i] is stored as a convolution [o i 1 1]; 'transposed';
   'stacked': several along the first axis, `parts` their relative heights, () for equal ones;
-  'swapped': with its halves along the first axis exchanged; 'identity': not stored, since readers
-  take it to be the identity.
+  'swapped': with its halves along the first axis exchanged; 'shared': the published ones are equal
+  copies of it; 'identity': not stored, since readers take it to be the identity.
   """
 
   published: tuple[str, ...]
@@ -49,6 +49,11 @@ def to_stored(
       f'{where}: {rule.published[0]} is not the identity, as readers of a single file take it to '
       'be; convert to another layout.',
     )
+    require(
+      rule.change != 'shared' or _are_equal([tensors[name] for name in rule.published]),
+      f'{where}: {rule.published[0]} and its copies in other blocks differ, but a single file has '
+      f'one {rule.stored}; convert to another layout.',
+    )
   return {
     rule.stored: _store(rule, [tensors[name] for name in rule.published])
     for rule in rules if rule.change != 'identity'
@@ -58,6 +63,11 @@ def to_stored(
 def _is_identity(tensor: Tensor) -> bool:
   value = tensor.make()
   return value.shape[0] == value.shape[-1] and bool((value == np.eye(value.shape[0])).all())
+
+
+def _are_equal(tensors: list[Tensor]) -> bool:
+  first = tensors[0].make()
+  return all(np.array_equal(first, tensor.make()) for tensor in tensors[1:])
 
 
 def from_stored(
@@ -98,6 +108,8 @@ def _swap(value: np.ndarray) -> np.ndarray:
 def _publish(rule: Rule, tensor: Tensor) -> dict[str, Tensor]:
   if rule.change == 'stacked':
     return _unstack(rule, tensor)
+  if rule.change == 'shared':
+    return dict.fromkeys(rule.published, tensor)
   if rule.change == 'pointwise':
     shape = tensor.shape[:2]
     tensor = tensor.then(lambda value: value.reshape(shape), shape)

@@ -1,4 +1,4 @@
-"""Layers of Stable Diffusion 3, Flux.1 and PixArt by the names of those who published them.
+"""Layers of Stable Diffusion 3, Flux.1, PixArt and DiT by the names of those who published them.
 
 A row relates a layer of an original file to one or several of diffusers; a table is total in both
 directions. It serves single files, whose tensors are renamed, and LoRA, whose layers are. In the
@@ -119,8 +119,45 @@ _XLABS = [
   }),
   *_block(f'{_SINGLE}.processor', _STREAM, {'proj': 'proj_out'}),
 ]
-TABLES = {'mmdit': _MMDIT, 'flux': _FLUX}
+_BLOCK, _OF_BLOCK = 'blocks.*', {
+  'attn.proj': 'attn1.to_out.0', 'mlp.fc1': 'ff.net.0.proj', 'mlp.fc2': 'ff.net.2'
+}
+_PIXART = [
+  *_rows({
+    'x_embedder.proj': 'pos_embed.proj', 't_block.1': 'adaln_single.linear',
+    'y_embedder.y_proj.fc1': 'caption_projection.linear_1',
+    'y_embedder.y_proj.fc2': 'caption_projection.linear_2', 'final_layer.linear': 'proj_out',
+    'final_layer': '', _BLOCK: _JOINT,
+  }),
+  *_rows({
+    f'{stored}_embedder.mlp.{2 * number - 2}': f'adaln_single.emb.{module}_embedder.linear_{number}'
+    for stored, module in (('t', 'timestep'), ('csize', 'resolution'), ('ar', 'aspect_ratio'))
+    for number in (1, 2)
+  }),
+  *_block(_BLOCK, _JOINT, _OF_BLOCK | {
+    'cross_attn.q_linear': 'attn2.to_q', 'cross_attn.proj': 'attn2.to_out.0'
+  }),
+  _qkv(f'{_BLOCK}.attn.qkv', f'{_JOINT}.attn1'),
+  _qkv(f'{_BLOCK}.cross_attn.kv_linear', f'{_JOINT}.attn2', 'to_k to_v'),
+]
+# One embedding of times and classes, of which diffusers has a copy in each block.
+_DIT = [
+  *_rows({
+    'x_embedder.proj': 'pos_embed.proj', 'final_layer.adaLN_modulation.1': 'proj_out_1',
+    'final_layer.linear': 'proj_out_2',
+  }),
+  *_rows({
+    't_embedder.mlp.0': f'{_JOINT}.norm1.emb.timestep_embedder.linear_1',
+    't_embedder.mlp.2': f'{_JOINT}.norm1.emb.timestep_embedder.linear_2',
+    'y_embedder.embedding_table': f'{_JOINT}.norm1.emb.class_embedder.embedding_table',
+  }, change='shared'),
+  *_block(_BLOCK, _JOINT, _OF_BLOCK | {'adaLN_modulation.1': 'norm1.linear'}),
+  _qkv(f'{_BLOCK}.attn.qkv', f'{_JOINT}.attn1'),
+]
+TABLES = {'mmdit': _MMDIT, 'flux': _FLUX, 'pixart': _PIXART, 'dit': _DIT}
 """Rows by kind of network."""
+_LORA_KINDS = ('mmdit', 'flux')
+"""Those whose LoRA people exchange in the original names, too."""
 LORA_TABLES = {'flux': _XLABS}
 """Other names of the attentions' layers in LoRA, those of XLabs."""
 STARTS = {
@@ -130,9 +167,10 @@ STARTS = {
 
 
 def kind_of_layers(layers: Iterable[str]) -> str | None:
-  """Return the kind of the table that has all these layers of one network; None for no table."""
+  """Return the kind of the table that has all these layers of one network with LoRA; None for no
+  table."""
   layers = set(layers)
-  fits = (kind for kind, table in TABLES.items() if layers <= _known(table, layers))
+  fits = (kind for kind in _LORA_KINDS if layers <= _known(TABLES[kind], layers))
   return next(fits, None) if layers else None
 
 
@@ -158,7 +196,9 @@ def rows_of(table: list[Row], layers: Iterable[str]) -> list[Row]:
       number = found[2] if found else ''
       fill = lambda text, number=number: text.replace('*', number).replace('$', number)
       row = row._replace(stored=fill(row.stored), published=tuple(map(fill, row.published)))
-      out.setdefault(row.stored, row)
+      before = out.setdefault(row.stored, row)
+      if row.change == 'shared' and row.published[0] not in before.published:
+        out[row.stored] = before._replace(published=before.published + row.published)
   return list(out.values())
 
 
@@ -172,13 +212,13 @@ def transformer_rules(names: Iterable[str], kind: str) -> list[Rule]:
   for row in rows_of(TABLES[kind], leaves):
     for leaf in sorted(set().union(*(leaves.get(layer, ()) for layer in row.published))):
       stored = '.'.join(filter(None, (row.stored, leaf if row.leaf is None else row.leaf)))
-      published = tuple(f'{layer}.{leaf}' for layer in row.published)
+      published = tuple('.'.join(filter(None, (layer, leaf))) for layer in row.published)
       rules.append(Rule(published, stored, row.change, row.parts))
   return rules
 
 
-_HEAD = 64
-"""Width of a head of Stable Diffusion 3, where no norm tells it."""
+_HEAD, _HEAD_OF_XL = 64, {1152: 72}
+"""Width of a head, where nothing tells it; of DiT and PixArt that of the largest is another."""
 
 
 def _shape(shapes: Shapes, name: str, where: str) -> tuple[int, ...]:
@@ -239,6 +279,59 @@ def flux_config(shapes: Shapes, where: str) -> dict[str, Any]:
     'guidance_embeds': 'guidance_in.in_layer.weight' in shapes,
     'axes_dims_rope': [first, rest // 2, rest - rest // 2],
   }
+
+
+def _patches(shapes: Shapes, where: str) -> dict[str, Any]:
+  """What DiT and PixArt have in common; without a table of positions it is as for 256 pixels."""
+  get = lambda name: _shape(shapes, name, where)
+  width, channels, patch, _ = get('x_embedder.proj.weight')
+  head = _HEAD_OF_XL.get(width, _HEAD)
+  side = 32
+  if 'pos_embed' in shapes:
+    one, places, features = get('pos_embed')
+    side = math.isqrt(places)
+    require(
+      (one, features) == (1, width) and side**2 == places > 0,
+      f'{where}: pos_embed has the shape {[one, places, features]}, which is no square of '
+      f'positions of {width} channels.',
+    )
+    side *= patch
+  return {
+    'sample_size': side, 'patch_size': patch, 'in_channels': channels,
+    'out_channels': get('final_layer.linear.weight')[0] // max(1, patch**2),
+    'num_layers': _count(shapes, 'blocks'), 'attention_head_dim': head,
+    'num_attention_heads': _heads(width, head, where), 'activation_fn': 'gelu-approximate',
+    'attention_bias': 'blocks.0.attn.qkv.bias' in shapes, 'norm_elementwise_affine': False,
+  }
+
+
+def pixart_config(shapes: Shapes, where: str) -> dict[str, Any]:
+  """Return config.json of diffusers' PixArtTransformer2DModel, by the tensors without a prefix."""
+  sized = 'csize_embedder.mlp.0.weight' in shapes
+  values = _patches(shapes, where)
+  if 'pos_embed' not in shapes:
+    values['sample_size'] = 128
+  return values | {
+    '_class_name': 'PixArtTransformer2DModel', 'norm_type': 'ada_norm_single', 'norm_eps': 1e-6,
+    'num_embeds_ada_norm': 1000, 'use_additional_conditions': sized,
+    'cross_attention_dim': _shape(shapes, 'blocks.0.cross_attn.q_linear.weight', where)[1],
+    'caption_channels': _shape(shapes, 'y_embedder.y_proj.fc1.weight', where)[1],
+  }
+
+
+def dit_config(shapes: Shapes, where: str) -> dict[str, Any]:
+  """Return config.json of diffusers' DiTTransformer2DModel, by the tensors without a prefix."""
+  classes = _shape(shapes, 'y_embedder.embedding_table.weight', where)[0] - 1
+  return _patches(shapes, where) | {
+    '_class_name': 'DiTTransformer2DModel', 'norm_type': 'ada_norm_zero',
+    'num_embeds_ada_norm': classes, 'norm_eps': 1e-5,
+  }
+
+
+TRANSFORMER_CONFIGS = {
+  'mmdit': mmdit_config, 'flux': flux_config, 'pixart': pixart_config, 'dit': dit_config
+}
+"""config.json by shapes in an original file, for the kinds of TABLES."""
 
 
 def t5_config(shapes: Shapes, where: str) -> dict[str, Any]:

@@ -46,6 +46,7 @@ from diffusion_jax.pipelines.model import DENOISER, Diffusion
 from diffusion_jax.pipelines.published import (
   DENOISER_KINDS,
   DENOISERS,
+  check_class,
   published,
   text_encoders,
 )
@@ -66,6 +67,8 @@ def read_model(path: str, dtype=jnp.float32) -> tuple[Diffusion, dict[str, Part]
   UserError: no directory, no model in it, or a part that is missing or not implemented.
   """
   pipeline = read_pipeline(path, _NAMES)
+  if pipeline.kind not in (TEXT_TO_IMAGE, DIFFUSION):
+    check_class(pipeline.kind, str(resolve(path) / INDEX))
   scheduler = pipeline.scheduler()
   if pipeline.kind == DIFFUSION:
     model, parts = _assembled(pipeline, resolve(path), scheduler, dtype)

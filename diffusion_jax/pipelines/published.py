@@ -1,6 +1,7 @@
 """The pipeline classes of diffusers that are read: which parts they have, and how these are joined.
 
-One row a class. A class without a row is read as Stable Diffusion 1, 2 or XL, by its encoders.
+One row a class. The classes of Stable Diffusion 1, 2 and XL, which have none, differ by their
+encoders. Others are refused: they may compute with parts that nothing here calls.
 """
 
 import dataclasses
@@ -8,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion_jax.errors import require
+from diffusion_jax.errors import require, shown
 from diffusion_jax.files import INDEX
 from diffusion_jax.formats.networks import Part, resolve
 from diffusion_jax.formats.pipeline import Pipeline
@@ -110,21 +111,53 @@ _SIGMA = dataclasses.replace(
   _PIXART, encoders={FIRST: dataclasses.replace(_PIXART.encoders[FIRST], length=300)}
 )
 
+WAYS = ('', 'Img2Img', 'Inpaint')
+"""What one network is used for, as the names of its classes say."""
+
 PUBLISHED: dict[str, PublishedPipeline] = {
   'StableDiffusionInstructPix2PixPipeline': dataclasses.replace(
     _SD, sample={'image_guidance': 1.5}
   ),
-  'LatentConsistencyModelPipeline': dataclasses.replace(
-    _SD, sample={'steps': 4, 'guidance': 8.5}
+  **dict.fromkeys(
+    ('LatentConsistencyModelPipeline', 'LatentConsistencyModelImg2ImgPipeline'),
+    dataclasses.replace(_SD, sample={'steps': 4, 'guidance': 8.5}),
   ),
-  'StableDiffusion3Pipeline': _SD3, 'StableDiffusion3Img2ImgPipeline': _SD3,
-  'FluxPipeline': _FLUX, 'FluxImg2ImgPipeline': _FLUX,
-  'PixArtAlphaPipeline': _PIXART, 'PixArtSigmaPipeline': _SIGMA,
+  **{f'StableDiffusion3{way}Pipeline': _SD3 for way in (*WAYS, 'PAG', 'PAGImg2Img')},
+  **{f'Flux{way}Pipeline': _FLUX for way in WAYS},
+  'PixArtAlphaPipeline': _PIXART, 'PixArtSigmaPipeline': _SIGMA, 'PixArtSigmaPAGPipeline': _SIGMA,
   'DiTPipeline': PublishedPipeline(
     'transformer', ('dit',), encoders={}, text=(), sample={'steps': 50, 'guidance': 4.0}
   ),
 }
 """The classes that differ from Stable Diffusion 1, 2 and XL."""
+
+_PLAIN = (
+  *WAYS, 'ControlNet', 'ControlNetImg2Img', 'ControlNetInpaint', 'PAG', 'PAGImg2Img', 'PAGInpaint',
+  'ControlNetPAG', 'ControlNetPAGInpaint', 'ControlNetPAGImg2Img', 'InstructPix2Pix',
+)
+_OF_SD = frozenset({
+  *(f'StableDiffusion{size}{way}Pipeline' for size in ('', 'XL') for way in _PLAIN),
+  *(f'StableDiffusion{way}Pipeline' for way in (
+    'Depth2Img', 'ImageVariation', 'Upscale', 'SAG', 'Panorama', 'AttendAndExcite', 'DiffEdit',
+    'ModelEditing', 'Paradigms', 'Pix2PixZero',
+  )),
+})
+"""The classes of the networks of Stable Diffusion 1, 2 and XL."""
+
+
+def check_class(kind: Any, where: str) -> None:
+  """Raise a UserError for a class of diffusers that is not read; one that is not named may be.
+
+  where: its index.
+  """
+  plain = [name for name in PUBLISHED if PUBLISHED[name] is not _SD and 'PAG' not in name]
+  require(
+    isinstance(kind, str) and (not kind or kind in PUBLISHED or kind in _OF_SD),
+    f'{where} is of the class {shown(kind)}, which is not implemented; give a model of '
+    f'StableDiffusionPipeline, StableDiffusionXLPipeline (or their Img2Img, Inpaint and ControlNet '
+    f'classes), {", ".join(plain)}.',
+  )
+
 
 DENOISERS = tuple(dict.fromkeys(row.denoiser for row in (_SD, *PUBLISHED.values())))
 """The folders of denoisers."""

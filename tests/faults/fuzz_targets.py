@@ -414,6 +414,45 @@ def single_file():
   return Target('single_file', make, load, {'x.safetensors': [mutants.safetensors]}, 40)
 
 
+def transformers():
+  from diffusion_jax.formats.networks import Part, network_format
+  from diffusion_jax.formats.original import read_original, write_original
+  from diffusion_jax.formats.tensors import Tensor
+  from diffusion_jax.models.dit import DiTConfig
+  from diffusion_jax.models.flux import FluxConfig
+  from diffusion_jax.models.mmdit import MMDiTConfig
+  from diffusion_jax.models.pixart import PixArtConfig
+  from tests.tiny_pipeline import published, random_params
+
+  small = dict(num_layers=1, num_attention_heads=1, attention_head_dim=64, sample_size=4)
+  texts = dict(joint_attention_dim=8, pooled_projection_dim=8)
+  configs = {
+    'dit': DiTConfig(**small, num_embeds_ada_norm=3),
+    'pixart': PixArtConfig(**small, cross_attention_dim=64, caption_channels=8,
+                           use_additional_conditions=False),
+    'mmdit': MMDiTConfig(**small, **texts, caption_projection_dim=64, pos_embed_max_size=4),
+    'flux': FluxConfig(num_layers=1, num_single_layers=1, num_attention_heads=1, **texts,
+                       attention_head_dim=32, axes_dims_rope=(4, 14, 14)),
+  }
+  names = {kind: f'{kind}.safetensors' for kind in configs}
+
+  def make(folder):
+    for kind, config in configs.items():
+      stored = {
+        name: Tensor(value.dtype, value.shape, lambda value=value: value)
+        for name, value in published(random_params(config)).items()
+      }
+      values = network_format(kind).describe(config)
+      write_original(Part(kind=kind, values=values, stored=stored), folder / names[kind], None)
+
+  def load(folder):
+    for kind, name in names.items():
+      read_original(folder / name, kind)
+
+  files = {name: [mutants.safetensors] for name in names.values()}
+  return Target('transformers', make, load, files, 80)
+
+
 def torch_state():
   import torch
 
@@ -453,5 +492,5 @@ GROUPS = {
   'pictures': [png, jpeg, other_pictures, captions_jsonl, captions_csv, captions_txt, table],
   'runs': [prepared, run_directory, report],
   'weights': [lora, words, torch_state, torch_statistics],
-  'configs': [scheduler, pipeline, unet, autoencoder, clip_text, single_file],
+  'configs': [scheduler, pipeline, unet, autoencoder, clip_text, single_file, transformers],
 }

@@ -190,6 +190,9 @@ def test_towers_of_clip_may_be_left_out(load, left_out, tmp_path):
 @pytest.mark.parametrize(('name', 'index', 'parts', 'says'), [
   ('sd35', {'text_encoder_3': ...}, {}, 'says nothing of text_encoder_3'),
   ('sd35', {'transformer': NONE}, {}, 'names no transformer'),
+  ('sd35', {'_class_name': 'StableDiffusion3ControlNetPipeline'}, {}, "ControlNetPipeline', which"),
+  ('flux_dev', {'_class_name': 'FluxFillPipeline'}, {}, 'give a model of Stable.*FluxPipeline'),
+  ('flux_dev', {'_class_name': ['custom', 'X']}, {}, 'is of the class .*, which is not impl'),
   ('flux_dev', {'text_encoder_2': NONE}, {}, 'names no text_encoder_2, without which'),
   ('sd35', {}, {'transformer': {'joint_attention_dim': 24}},
    'joint_attention_dim is 24, but the text encoder gives texts of width 20'),
@@ -204,6 +207,17 @@ def test_parts_that_do_not_fit_are_one_sentence(load, name, index, parts, says, 
   with pytest.raises(UserError, match=says) as error:
     read_model(path)
   assert str(error.value).count('\n') == 0
+
+
+@pytest.mark.parametrize(('name', 'kind'), [
+  ('sd35', 'StableDiffusion3InpaintPipeline'), ('flux_dev', 'FluxInpaintPipeline')
+])
+def test_another_class_of_the_same_networks(load, name, kind, tmp_path):
+  _, folder, model, _, sample = load(name)
+  found, _, how = read_model(copied(folder, tmp_path / 'other', {'_class_name': kind}))
+  assert how == sample and found.denoiser.config == model.denoiser.config
+  assert found.conditioners.keys() == model.conditioners.keys()
+  assert found.text.readers.keys() == model.text.readers.keys()
 
 
 def test_guidance_that_a_denoiser_is_not_told(load):
