@@ -19,7 +19,7 @@ import traceback
 import warnings
 from pathlib import Path
 
-from tests.faults import fuzz_targets
+from tests.faults import fuzz_sources
 
 TIMES = int(os.environ.get('FUZZ_TIMES', '1'))
 """As many mutants as usual, for a longer search."""
@@ -84,7 +84,7 @@ def mutate(target, folder, seed, number):
 def main(group, seed, folder, only='', number=0):
   signal.signal(signal.SIGALRM, _alarm)
   warnings.simplefilter('ignore')
-  targets = [make() for make in fuzz_targets.GROUPS[group]]
+  targets = [make() for make in fuzz_sources.GROUPS[group]]
   out = os.fdopen(os.dup(1), 'w')
   log = folder / 'progress'
   for target in targets:

@@ -28,13 +28,13 @@ class Target:
   count: int
 
 
-def _picture(kind, mode='RGB', **options):
+def picture(kind, mode='RGB', **options):
   buffer = io.BytesIO()
   Image.fromarray(PIXELS).convert(mode).save(buffer, kind, **options)
   return buffer.getvalue()
 
 
-def _every(sequence):
+def every(sequence):
   """All items; one that is refused does not keep the others from being read."""
   from diffusion_jax.errors import UserError
 
@@ -104,7 +104,7 @@ def image_batch():
   def load(folder):
     for name in ('a.npz', 'b.npz'):
       holds_batch(folder / name)
-      _every(ImageBatch(folder / name))
+      every(ImageBatch(folder / name))
 
   zips = [mutants.zip_file]
   return Target('image_batch', make, load, {'a.npz': zips, 'b.npz': zips}, 200)
@@ -116,11 +116,11 @@ def tar():
   def make(folder):
     with tarfile.open(folder / 'x.tar', 'w', format=tarfile.GNU_FORMAT) as archive:
       for name in ('a.png', 'x' * 150 + '.png', 'b/c.txt', 'd.png'):
-        info, data = tarfile.TarInfo(name), _picture('png')
+        info, data = tarfile.TarInfo(name), picture('png')
         info.size = len(data)
         archive.addfile(info, io.BytesIO(data))
 
-  return Target('tar', make, lambda folder: _every(TarPictures([folder / 'x.tar'])),
+  return Target('tar', make, lambda folder: every(TarPictures([folder / 'x.tar'])),
                 {'x.tar': [mutants.tar_file]}, 400)
 
 
@@ -128,8 +128,8 @@ def png():
   from diffusion_jax.data.images import read_pixels
 
   def make(folder):
-    (folder / 'a.png').write_bytes(_picture('png'))
-    (folder / 'b.png').write_bytes(_picture('png', 'P'))
+    (folder / 'a.png').write_bytes(picture('png'))
+    (folder / 'b.png').write_bytes(picture('png', 'P'))
 
   def load(folder):
     for name in ('a.png', 'b.png'):
@@ -142,8 +142,8 @@ def jpeg():
   from diffusion_jax.data.images import read_pixels, read_square
 
   def make(folder):
-    (folder / 'a.jpg').write_bytes(_picture('jpeg'))
-    (folder / 'b.jpg').write_bytes(_picture('jpeg', progressive=True))
+    (folder / 'a.jpg').write_bytes(picture('jpeg'))
+    (folder / 'b.jpg').write_bytes(picture('jpeg', progressive=True))
 
   def load(folder):
     for name in ('a.jpg', 'b.jpg'):
@@ -160,7 +160,7 @@ def other_pictures():
 
   def make(folder):
     for kind in kinds:
-      (folder / f'x.{kind}').write_bytes(_picture(kind))
+      (folder / f'x.{kind}').write_bytes(picture(kind))
 
   def load(folder):
     for kind in kinds:
@@ -180,7 +180,7 @@ def _captioned(name, file, text):
 
   def load(folder):
     for source in folder_sources(folder, 16, 'a picture'):
-      _every(source)
+      every(source)
 
   return Target(name, make, load, {file: [mutants.text_lines, mutants.any_bytes]}, 150)
 
@@ -219,7 +219,7 @@ def prepared():
 
   shard = 'foreign_set-train.array_record-00000-of-00001'
   return Target(
-    'prepared', make, lambda folder: _every(PreparedImages(folder, 'train')),
+    'prepared', make, lambda folder: every(PreparedImages(folder, 'train')),
     {'dataset_info.json': [mutants.any_json], 'features.json': [mutants.any_json],
      'label.labels.txt': [mutants.any_bytes], shard: [mutants.any_bytes]}, 250,
   )

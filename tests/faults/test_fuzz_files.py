@@ -12,13 +12,13 @@ import sys
 
 import pytest
 
-from tests.faults import fuzz_targets, mutants
+from tests.faults import fuzz_sources, mutants
 from tests.tiny import ROOT
 
 SEED = 0
 
 
-@pytest.mark.parametrize('group', fuzz_targets.GROUPS)
+@pytest.mark.parametrize('group', fuzz_sources.GROUPS)
 def test_damaged_files_are_read_or_refused_in_one_sentence(tmp_path, group):
   done = subprocess.run(
     [sys.executable, '-m', 'tests.faults.fuzz_child', group, str(SEED), str(tmp_path / 'fuzz')],
@@ -34,7 +34,7 @@ def test_damaged_files_are_read_or_refused_in_one_sentence(tmp_path, group):
     f'{target} {number} of {group}: {what}: {fault}' for target, number, what, fault in faults
   )
   finished = {name: count for _, name, count, _ in lines}
-  assert len(finished) == len(fuzz_targets.GROUPS[group]) and min(finished.values()) > 0
+  assert len(finished) == len(fuzz_sources.GROUPS[group]) and min(finished.values()) > 0
 
 
 @pytest.mark.parametrize('make', [mutants.any_json, mutants.text_lines, mutants.any_bytes])

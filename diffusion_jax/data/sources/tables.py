@@ -76,7 +76,7 @@ class Tables(Indexed):
     except Exception as error:  # Whatever pyarrow makes of damaged files.
       raise Unreadable(
         f'the image of {where} cannot be read ({first_line(error)}); {REMEDY}.',
-        'bad text' if isinstance(error, UnicodeDecodeError) else 'damaged',
+        'bad text' if 'utf8' in repr(error).lower().replace('-', '') else 'damaged',
       ) from error
     if not isinstance(data, bytes):
       raise Unreadable(f'{where} has no picture in it; {REMEDY}.', 'missing')
@@ -233,9 +233,29 @@ class Arrow(Tables):
 
   def _row(self, file: int, number: int, row: int) -> dict[str, Any]:
     batch = self._batches[file][number]
-    return {name: batch.column(name)[row].as_py() for name in self.layout.columns}
+    cells = {name: batch.column(name).slice(row, 1) for name in self.layout.columns}
+    for each in cells.values():
+      _check_sound(each)
+    return {name: each[0].as_py() for name, each in cells.items()}
 
   def _label_values(self) -> Iterator[Any]:
-    for batches in self._batches:
+    for file, batches in zip(self.files, self._batches, strict=True):
       for batch in batches:
-        yield from batch.column(self.layout.label).to_pylist()
+        column = batch.column(self.layout.label)
+        with reading(file.path, 'is no whole file of Arrow', REMEDY):
+          column.validate(full=True)
+        yield from column.to_pylist()
+
+
+def _check_sound(cells: Any) -> None:
+  """Raise an error of Arrow where lengths lead out of the file, which would end the process.
+
+  An array checks its own length alone, or all of those below it, whichever rows these belong to.
+  """
+  cells.validate()
+  below = getattr(cells, 'flatten', None)
+  if below is None or not cells.type.num_fields:
+    cells.validate(full=True)
+    return
+  for each in found if isinstance(found := below(), list) else [found]:
+    _check_sound(each)
