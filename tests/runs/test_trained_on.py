@@ -126,7 +126,7 @@ def test_a_card_tells_what_pictures_go_through(tmp_path):
         ['resize', {'size': 64}], 'random_flip', {'name': 'random_crop', 'size': 32},
       ],
     }}, loop=LoopConfig(), mesh=types.SimpleNamespace(devices=np.array(jax.devices()[:2])),
-    trained_on=TRAIN, provenance=(), data_credit='',
+    trained_on=TRAIN, provenance=(), data_credit='', mixture=None,
   )
   card = model_card(training, {'kernel': np.zeros((2, 3))}, steps=1, seconds=75.0, scores={})
   assert '- Transforms: resize (size 64), random_flip, random_crop 32' in card

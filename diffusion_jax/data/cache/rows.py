@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
 def pack(part: Mapping[str, np.ndarray]) -> bytes:
   """Arrays by name as bytes."""
-  arrays = {name: np.ascontiguousarray(value) for name, value in part.items()}
+  arrays = {name: np.asarray(value) for name, value in part.items()}
   header = json.dumps([[n, str(a.dtype), list(a.shape)] for n, a in arrays.items()]).encode()
   header += b' ' * (-(len(header) + 4) % _ALIGNED)
   return struct.pack('<I', len(header)) + header + b''.join(a.tobytes() for a in arrays.values())

@@ -141,7 +141,7 @@ def test_cached_latents_and_texts_are_the_uncached_ones(make_task, sources):
   key = jax.random.key(5)
 
   def encode(task, batch):
-    moments, conditions, _ = jax.jit(task.encode)(task.frozen, batch, jax.random.clone(key))
+    moments, conditions, *_ = jax.jit(task.encode)(task.frozen, batch, jax.random.clone(key))
     return task.model.space.sample(moments, jax.random.clone(key)), conditions['text']['text']
 
   (z, text), (z_cached, text_cached) = encode(task, uncached), encode(from_cache, cached)
