@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 
 from diffusion_jax.data.transforms import apply
 from diffusion_jax.data.unreadable import same_kind
+from diffusion_jax.data.wrapped import Wrapped
 from diffusion_jax.errors import UserError
 from diffusion_jax.parallel.processes import A_DAY, in_step
 from diffusion_jax.sizes import Shape, nearest_to_square
@@ -45,23 +46,16 @@ def assign(originals: np.ndarray, shapes: Sequence[Shape]) -> np.ndarray:
   return found
 
 
-class Bucketed(Sequence):
+class Bucketed(Wrapped):
   """Records of a source, each at the size of its bucket; all else is the source's.
 
   buckets: of each record its number in `shapes`, int16 [n].
   """
 
   def __init__(self, source: Any, shapes: Sequence[Shape], buckets: np.ndarray):
-    self.source, self.shapes, self.buckets = source, tuple(shapes), buckets
+    super().__init__(source)
+    self.shapes, self.buckets = tuple(shapes), buckets
     self._records = source.at_sizes(np.asarray(shapes, np.int32)[buckets])
-
-  def __getattr__(self, name: str) -> Any:
-    if name == 'source':  # Not set yet, such as while it is copied.
-      raise AttributeError(name)
-    return getattr(self.source, name)
-
-  def __len__(self) -> int:
-    return len(self.source)
 
   def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
     """Return record `index`. Unreadable where it cannot be read."""

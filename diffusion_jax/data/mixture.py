@@ -22,6 +22,7 @@ import numpy as np
 from diffusion_jax.data.order import Shuffled
 from diffusion_jax.data.splits import APART, Measured, fingerprint, measured_on, of_names
 from diffusion_jax.data.transforms import apply
+from diffusion_jax.data.wrapped import Wrapped
 from diffusion_jax.errors import UserError
 from diffusion_jax.mixture import PartConfig, Passes, passes_of
 
@@ -330,19 +331,12 @@ class Mixture(Sequence):
     return ' '.join(dict.fromkeys(filter(None, found)))
 
 
-class Worded(Sequence):
+class Worded(Wrapped):
   """A source whose captions have a prefix and a suffix; all else is the source's."""
 
   def __init__(self, source: Any, prefix: str, suffix: str):
-    self.source, self._prefix, self._suffix = source, prefix, suffix
-
-  def __getattr__(self, name: str) -> Any:
-    if name == 'source':  # Not set yet, such as while it is copied.
-      raise AttributeError(name)
-    return getattr(self.source, name)
-
-  def __len__(self) -> int:
-    return len(self.source)
+    super().__init__(source)
+    self._prefix, self._suffix = prefix, suffix
 
   def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
     """Return record `index`. Unreadable where it cannot be read."""

@@ -11,6 +11,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
+from diffusion_jax.data.wrapped import Wrapped
 from diffusion_jax.errors import Unreadable, UserError
 from diffusion_jax.parallel.processes import post, posted
 
@@ -56,7 +57,7 @@ class Damage:
       self._say(sentence)
 
 
-class Counted(Sequence):
+class Counted(Wrapped):
   """A source whose unreadable records are counted and not tried again; all else is the source's.
 
   most: fraction that may be unreadable. name, limit: the records and the source of `most`, in
@@ -67,18 +68,11 @@ class Counted(Sequence):
     self, source: Sequence, most: float, damage: Damage, name: str,
     limit: str = 'data.most_unreadable',
   ):
-    self.source, self._most, self._damage, self._name = source, most, damage, name
+    super().__init__(source)
+    self._most, self._damage, self._name = most, damage, name
     self._limit = limit
     self._found: dict[int, Unreadable] = {}
     self._lock = threading.Lock()
-
-  def __getattr__(self, name: str) -> Any:
-    if name == 'source':  # Not set yet, such as while it is copied.
-      raise AttributeError(name)
-    return getattr(self.source, name)
-
-  def __len__(self) -> int:
-    return len(self.source)
 
   def __getitem__(self, index: SupportsIndex) -> Any:
     """Return record `index`. Unreadable, or UserError if more than `most` of all cannot be read."""

@@ -8,6 +8,7 @@ import pytest
 
 from diffusion_jax.formats.networks import load_params, network_format
 from diffusion_jax.formats.published import from_published
+from diffusion_jax.pipelines.directory import load_model
 
 torch = pytest.importorskip('torch')
 
@@ -75,3 +76,19 @@ def assert_same_weights():
       assert torch.equal(value, found[name]), name
 
   return check
+
+
+@pytest.fixture(scope='module')
+def load(tmp_path_factory):
+  """load(name): (theirs, folder, our model, its weights, how it samples)."""
+
+  @functools.cache
+  def run(name):
+    from tests.parity import small_pipelines as small  # Needs diffusers.
+
+    folder = tmp_path_factory.mktemp('pipelines') / name
+    theirs = small.make(name)
+    theirs.save_pretrained(folder)
+    return theirs, folder, *load_model(str(folder))
+
+  return run

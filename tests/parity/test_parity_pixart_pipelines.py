@@ -1,7 +1,6 @@
 """Pipelines of PixArt-alpha, -sigma and DiT against diffusers, whole."""
 
 import dataclasses
-import functools
 import importlib
 import json
 
@@ -23,20 +22,6 @@ torch = pytest.importorskip('torch')
 PROMPTS, NEGATIVE, STEPS = [' Cab ab', 'b a c d e f g h a b c'], 'a', 5
 SIZES = (16, 16), (8, 24)
 NAMES = 'pixart_alpha', 'pixart_sigma'
-
-
-@pytest.fixture(scope='module')
-def load(tmp_path_factory):
-  """load(name): (theirs, folder, our model, its weights, how it samples)."""
-
-  @functools.cache
-  def run(name):
-    folder = tmp_path_factory.mktemp('pipelines') / name
-    theirs = small.make(name)
-    theirs.save_pretrained(folder)
-    return theirs, folder, *load_model(str(folder))
-
-  return run
 
 
 def noise_of(size):

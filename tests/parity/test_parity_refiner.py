@@ -40,20 +40,6 @@ SCHEDULERS = {
 CONSISTENT = 'lcm', 'lcm_xl'
 
 
-@pytest.fixture(scope='module')
-def load(tmp_path_factory):
-  """load(name): (theirs, folder, our model, its weights, how it samples)."""
-
-  @functools.cache
-  def run(name):
-    folder = tmp_path_factory.mktemp('pipelines') / name
-    theirs = small.make(name)
-    theirs.save_pretrained(folder)
-    return theirs, folder, *load_model(str(folder))
-
-  return run
-
-
 def ask(pipeline, **more):
   how = dict(num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type='np')
   return pipeline(prompt=PROMPTS, negative_prompt=[NEGATIVE] * 2, **how | more).images

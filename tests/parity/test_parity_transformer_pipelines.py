@@ -1,7 +1,6 @@
 """Pipelines of Stable Diffusion 3 and Flux.1 against diffusers, whole."""
 
 import dataclasses
-import functools
 import json
 import shutil
 
@@ -23,20 +22,6 @@ from tests.parity import small_pipelines as small
 PROMPTS, NEGATIVE, STEPS = ['cab ab', 'b a c d e f g h a b c'], 'a', 5
 SIZES = (small.SIZE, small.SIZE), (12, 20)
 FLUX = 'flux_dev', 'flux_schnell'
-
-
-@pytest.fixture(scope='module')
-def load(tmp_path_factory):
-  """load(name): (theirs, folder, our model, its weights, how it samples)."""
-
-  @functools.cache
-  def run(name):
-    folder = tmp_path_factory.mktemp('pipelines') / name
-    theirs = small.make(name)
-    theirs.save_pretrained(folder)
-    return theirs, folder, *load_model(str(folder))
-
-  return run
 
 
 def noise_of(size):

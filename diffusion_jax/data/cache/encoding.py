@@ -1,5 +1,6 @@
 """How rows of a cache are computed: views of pictures, and texts, by the frozen networks."""
 
+import abc
 import collections
 import concurrent.futures
 import dataclasses
@@ -58,7 +59,7 @@ class Options:
   progress: bool = True
 
 
-class Encoder:
+class Encoder(abc.ABC):
   """One kind of rows, of all records of a source.
 
   name: of the kind. rows: in a shard. bytes: of a row, about.
@@ -75,28 +76,28 @@ class Encoder:
     return len(self.source)
 
   @functools.cached_property
+  @abc.abstractmethod
   def keys(self) -> np.ndarray:
     """Digests of what a row follows from besides `identity`, uint8 [n DIGEST]."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def identity(self) -> dict[str, str]:
     """Return short hashes or texts of what all rows follow from, by name."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def ready(self) -> None:
     """Put the weights onto the mesh; all processes call it together, before `encode`."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def encode(self, numbers: Sequence[int]) -> list[Row]:
     """Return the rows of these records."""
-    raise NotImplementedError
 
   def _in_shards(self, size: int) -> None:
     self.bytes, self.rows = size, max(1, min(_MOST_ROWS, _SHARD // max(size, 1)))
 
+  @abc.abstractmethod
   def read(self, number: int) -> Any:
     """Return what of a record is encoded. Unreadable."""
-    raise NotImplementedError
 
   def _read(self, numbers: Sequence[int], read: Callable[[int], Any]) -> Iterator[Any]:
     """Yield what `read` gives, or the Unreadable that it raises; a few are read ahead."""

@@ -1,5 +1,6 @@
 """Entries in a few large files, with an index of what is slow to find out about them."""
 
+import abc
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -45,9 +46,9 @@ class Indexed(Described):
     names = json.loads(found['label_names'].tobytes())
     return Classes(found['label_numbers'], names) if names else None
 
+  @abc.abstractmethod
   def labels_of_all(self) -> Iterable[str | None]:
     """The label of each, None for none."""
-    raise NotImplementedError
 
   def _sizes(self) -> np.ndarray:
     return super().original_sizes(np.arange(len(self)))

@@ -5,6 +5,7 @@ The column of pictures holds their bytes, or {bytes, path}; columns of captions 
 by row group, of which few are kept; Arrow is mapped into memory. Rows keep their order.
 """
 
+import abc
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -93,12 +94,13 @@ class Tables(Indexed):
     number = int(self.blocks[block, 1])
     return int(self.blocks[block - number : block, 2].sum())
 
+  @abc.abstractmethod
   def _row(self, file: int, number: int, row: int) -> dict[str, Any]:
-    raise NotImplementedError
+    """The cells of a row of a part of a file, by column."""
 
+  @abc.abstractmethod
   def _label_values(self) -> Iterator[Any]:
     """The cells of the column of classes."""
-    raise NotImplementedError
 
   def labels_of_all(self) -> Iterable[str | None]:
     """The label of each, None for none."""

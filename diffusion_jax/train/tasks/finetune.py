@@ -18,6 +18,7 @@ from diffusion_jax.data.sources.pictures import PictureSource
 from diffusion_jax.data.unreadable import Counted
 from diffusion_jax.diffusion.noise import LEARNED, NoiseConfig
 from diffusion_jax.errors import UserError
+from diffusion_jax.files import say
 from diffusion_jax.formats.networks import format_of
 from diffusion_jax.formats.pipeline import is_pipeline
 from diffusion_jax.limits import OneOf, Positive, Range, check_edges
@@ -215,7 +216,11 @@ class FinetuneTask(DiffusionTask):
     _check_model(settings, model)
     changed = _terms(settings, model) != (model.parameterization.name, model.noise.config)
     if changed:
+      wanted, before = _terms(settings, model)[0], model.parameterization.name
       model = model.in_terms(*_terms(settings, model), settings.conversion == 'exact')
+      if jax.process_index() == 0:
+        say(f'{settings.model} predicts {before}; it is converted to {wanted} on the schedule of '
+            f'this config (settings.conversion {settings.conversion})')
     if settings.distilled_guidance is not None:
       told = DistilledGuidance(settings.distilled_guidance)
       model = model.with_conditioner(told.name, told)

@@ -68,14 +68,17 @@ def test_going_on_after_a_stop_is_exact(tuned, resumed):
   assert not [n for n in wanted if n != 'README.md' and found[n] != wanted[n]]
 
 
-def test_an_exported_model_is_trained_on(tuned, arguments, command, tmp_path):
-  """What was converted stays so under the same settings, and is converted anew under others."""
+def test_an_exported_model_is_trained_on(tuned, arguments, command, tmp_path, capsys):
+  """What was converted stays so under the same settings, and is converted anew under others, which
+  is said."""
   source = tuned('sd15_v') / 'model'
   for number, recipe in enumerate(('sd15_v', 'sd15_flow')):
     run = tmp_path / str(number)
     changes = {'settings.model': source, 'loop.total_steps': 1, 'loop.sample_every_steps': 1}
     file, more = arguments(recipe, run, **changes)
     assert command('train', '--config', file, '--workdir', run, '--quiet', *more) == 0
+    said = 'it is converted to flow_prediction' in capsys.readouterr().err
+    assert said == (recipe == 'sd15_flow')
     model = load_model(str(run / 'model'))[0]
     assert (model.parameterization.name, model.noise.config) == WANTED[recipe]
     assert isinstance(model.parameterization, Converted)
