@@ -214,13 +214,10 @@ class FinetuneTask(DiffusionTask):
       model.with_compute(attention=config.attention), size=config.data.shape
     )
     _check_model(settings, model)
-    changed = _terms(settings, model) != (model.parameterization.name, model.noise.config)
+    predicted = model.parameterization.name
+    changed = _terms(settings, model) != (predicted, model.noise.config)
     if changed:
-      wanted, before = _terms(settings, model)[0], model.parameterization.name
       model = model.in_terms(*_terms(settings, model), settings.conversion == 'exact')
-      if jax.process_index() == 0:
-        say(f'{settings.model} predicts {before}; it is converted to {wanted} on the schedule of '
-            f'this config (settings.conversion {settings.conversion})')
     if settings.distilled_guidance is not None:
       told = DistilledGuidance(settings.distilled_guidance)
       model = model.with_conditioner(told.name, told)
@@ -233,6 +230,10 @@ class FinetuneTask(DiffusionTask):
       settings, model, frozen, env.train, env.test, config.remat, config.products, trainable
     )
     task.changed = changed
+    if changed and jax.process_index() == 0:
+      say(f'{settings.model} predicts {predicted}; it is converted to '
+          f'{_terms(settings, model)[0]} on the schedule of this config (settings.conversion '
+          f'{settings.conversion})')
     if settings.prior.folder:
       task.batch_fields += ('weight',)
     return task
