@@ -1,0 +1,213 @@
+"""The systems of the field's notes: train and score each by its recipe, and tell of them together.
+
+  python -m benchmarks.notes run ddpm ddim     trains, scores, adds to benchmarks/notes.json
+  python -m benchmarks.notes table             writes the table in README.md
+  python -m benchmarks.notes sheet             draws docs/notes.png, all systems side by side
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.command import run_command
+from benchmarks.table import markdown
+from diffusion_jax.errors import UserError
+from diffusion_jax.files import atomic_write
+from diffusion_jax.registry import check
+from diffusion_jax.viz.grids import make_grid, save_png
+
+DESCRIPTION = __doc__
+ROOT = Path(__file__).parents[1]
+README, FIGURES, SHEET = ROOT / 'README.md', ROOT / 'benchmarks/notes.json', ROOT / 'docs/notes.png'
+BEGIN = '<!-- Systems: written by python -m benchmarks.notes table -->'
+END = '<!-- End of systems -->'
+CLIP, CLASSIFIER = 'clip:asset:clip-openmoji-64', 'classifier:asset:classifier-openmoji-64'
+DRAWN = ('fd', 'kid', 'clip_score', 'retrieval', 'class_accuracy')
+CAPTIONS = (
+  'grinning face', 'red heart', 'man farmer medium-light skin tone', 'cat face', 'flag of Japan',
+  'red apple', 'sun', 'house',
+)
+"""Of the sheet; chosen before any was drawn."""
+CELL = 64
+"""Pixels of a picture on the sheet; smaller ones are enlarged."""
+
+
+class System(NamedTuple):
+  """A row of the table.
+
+  recipe: under configs/. before: names of the systems whose runs its recipe takes, which come
+  first. metrics: of `evaluate model`; none for what draws nothing. evaluation: further arguments of
+  that. likelihood: whether `evaluate likelihood` is run, too. prompts: of the sheet, captions or
+  classes. paper: the paper's figure at full scale, and where it stands.
+  """
+
+  number: int
+  title: str
+  recipe: str
+  paper: str
+  before: tuple[str, ...] = ()
+  metrics: tuple[str, ...] = DRAWN
+  evaluation: tuple[str, ...] = ()
+  likelihood: bool = False
+  prompts: tuple[str, ...] = CAPTIONS
+
+
+SYSTEMS = {
+  'latent_diffusion': System(
+    5, 'Latent diffusion (DiT, rectified flow)', 'openmoji/dit_flow.py',
+    'MS-COCO FID 12.6 with guidance (LDM-KL-8-G; Rombach et al. 2022, table 2)',
+  ),
+}
+
+
+def _workdir(name: str) -> Path:
+  return Path('runs/notes') / name
+
+
+def commands(name: str) -> dict[str, list[str]]:
+  """Return what trains and scores a system, as arguments of `python -m diffusion_jax`."""
+  system, workdir = SYSTEMS[name], str(_workdir(name))
+  found = {'train': ['train', '--config', f'configs/{system.recipe}', '--workdir', workdir]}
+  if system.metrics:
+    found['scores'] = [
+      'evaluate', 'model', '--workdir', workdir, '--features', CLIP, '--features', CLASSIFIER,
+      '--metrics', ','.join(system.metrics), '--samples', '379', *system.evaluation,
+      '--out', f'{workdir}/table.json',
+    ]
+  if system.likelihood:
+    found['likelihood'] = [
+      'evaluate', 'likelihood', '--workdir', workdir, '--samples', '128',
+      '--out', f'{workdir}/likelihood.json',
+    ]
+  return found
+
+
+def _command(arguments: list[str]) -> list[str]:
+  return [sys.executable, '-m', 'diffusion_jax', *arguments]
+
+
+def measure(name: str) -> dict[str, Any]:
+  """Train and score a system; return its entry. A run that is there goes on, or is kept."""
+  steps = commands(name)
+  for arguments in steps.values():
+    print('python -m diffusion_jax', *arguments, flush=True)
+    if subprocess.run(_command(arguments), cwd=ROOT).returncode:
+      raise UserError(f'{name}: {arguments[0]} has failed; see what it said above.')
+  workdir = ROOT / _workdir(name)
+  read = lambda file: json.loads((workdir / file).read_text(encoding='utf-8'))
+  status, step = read('status.json'), read('step.json')
+  entry = {
+    'commands': [' '.join(['python -m diffusion_jax', *arguments]) for arguments in steps.values()],
+    'steps': status['step'],
+    'train_seconds': round(status['goodput']['step'] + status['goodput']['compile'], 1),
+    'parameters': step['parameters'],
+  }
+  if 'scores' in steps:
+    scores = read('table.json')
+    entry |= {kind: scores[kind] for kind in ('generated', 'untrained', 'real') if kind in scores}
+  if 'likelihood' in steps:
+    entry['likelihood'] = read('likelihood.json')
+  return entry
+
+
+def read() -> dict[str, dict[str, Any]]:
+  """Return the entries by the systems' names."""
+  return json.loads(FIGURES.read_text(encoding='utf-8')) if FIGURES.exists() else {}
+
+
+def add(name: str, entry: dict[str, Any]) -> None:
+  """Write the entry of a system in place of an earlier one."""
+  found = read() | {name: entry}
+  ordered = {name: found[name] for name in SYSTEMS if name in found}
+  with atomic_write(FIGURES) as file:
+    file.write((json.dumps(ordered, indent=1) + '\n').encode())
+
+
+def _number(value: float | None, digits: str) -> str:
+  return '' if value is None else format(value, digits)
+
+
+def _row(name: str, entry: dict[str, Any]) -> tuple[str, ...]:
+  system, scores, first = SYSTEMS[name], entry.get('generated', {}), entry.get('untrained', {})
+  distance = _number(scores.get('fd_clip'), '.1f')
+  if distance and 'fd_clip' in first:
+    distance += f' ({first["fd_clip"]:.0f})'
+  return (
+    f'{system.number}. {system.title}', f'`{system.recipe}`',
+    f'{entry["train_seconds"] / 60:.0f} min', f'{entry["parameters"] / 1e6:.1f} M', distance,
+    _number(scores.get('clip_score'), '.1f'), _number(scores.get('retrieval_r1'), '.2f'),
+    _number(scores.get('class_accuracy'), '.2f'), entry.get('more', ''), system.paper,
+  )
+
+
+def table() -> str:
+  """Return the table of all systems that have been measured."""
+  found = read()
+  rows = [_row(name, found[name]) for name in SYSTEMS if name in found]
+  head = (
+    'system', 'recipe', 'training', 'parameters', '`fd_clip` (untrained)', 'CLIP score',
+    'R@1 of 100', 'classes', 'more', 'the paper, at full scale',
+  )
+  return markdown(head, rows)
+
+
+def replaced(text: str) -> str:
+  """README.md with the table in force."""
+  before, rest = text.split(BEGIN)
+  return f'{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}'
+
+
+def _drawn(name: str) -> np.ndarray:
+  """Return what a system draws for its prompts, uint8 [n CELL CELL 3]."""
+  prompts = [part for prompt in SYSTEMS[name].prompts for part in ('--prompt', prompt)]
+  with tempfile.TemporaryDirectory() as out:
+    command = _command(['sample', '--workdir', str(_workdir(name)), *prompts, '--out', out])
+    if subprocess.run(command, cwd=ROOT).returncode:
+      raise UserError(f'{name} could not be drawn from; run it first.')
+    files = sorted(Path(out).glob('[0-9]*.png'))
+    resized = [
+      Image.open(file).convert('RGB').resize((CELL, CELL), Image.Resampling.NEAREST)
+      for file in files
+    ]
+    return np.stack([np.asarray(image) for image in resized])
+
+
+def sheet(names: Sequence[str]) -> None:
+  """Draw a row of pictures for each system into docs/notes.png."""
+  rows, captions = [], []
+  for name in names:
+    rows.append(_drawn(name))
+    captions += [f'{name}: {SYSTEMS[name].prompts[0]}', *SYSTEMS[name].prompts[1:]]
+  grid = make_grid(np.concatenate(rows), columns=len(CAPTIONS), captions=captions, scale=2)
+  save_png(grid, SHEET, {'systems': ', '.join(names)})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """What to do, and for which systems."""
+  parser.add_argument('what', choices=('run', 'table', 'sheet'))
+  parser.add_argument('names', nargs='*', metavar='NAME', help='systems (default: all measured)')
+
+
+def run(args: argparse.Namespace) -> int:
+  """Do it."""
+  names = [check(SYSTEMS, name, 'NAME') for name in args.names] or list(read())
+  if args.what == 'run':
+    for name in names:
+      add(name, measure(name))
+  elif args.what == 'sheet':
+    sheet(names)
+  else:
+    README.write_text(replaced(README.read_text(encoding='utf-8')), encoding='utf-8')
+  return 0
+
+
+if __name__ == '__main__':
+  raise SystemExit(run_command('benchmarks.notes', sys.modules[__name__]))
