@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from diffusion_jax import registry
 from diffusion_jax.diffusion.parameterization import RESCALE_SPACES, Parameterization, expand
-from diffusion_jax.types import Latents, Text
+from diffusion_jax.types import Latents, PerExample, Text
 
 Denoiser = Callable[[Latents, jax.Array, jax.Array], Latents]
 """D(x [b h w c], alpha [], sigma []) -> estimate of x_0 [b h w c]."""
@@ -34,6 +34,12 @@ Interval = tuple[Scale, Scale]
 """(low, high): noise levels sigma / alpha that are guided, low < sigma / alpha <= high."""
 
 Others = Sequence[tuple[Denoiser, Scale]]
+
+Score = Callable[[Latents, jax.Array, jax.Array], PerExample]
+"""(x [b ...], alpha [], sigma []) -> [b], for each a log-probability up to a constant."""
+
+When = Callable[[jax.Array, jax.Array], jax.Array]
+"""(alpha [], sigma []) -> bool []."""
 
 
 def make_denoiser(
@@ -112,15 +118,76 @@ def classifier_free(
       x0 = _rescaled(x, x0, better, alpha, sigma, _like(rescale, x), rescale_in)
     return (x0, *more) if more else x0
 
-  return guided if interval is None else _within(interval, guided, conditional)
+  return guided if interval is None else _either(within(interval), guided, conditional)
 
 
-def _within(interval: Interval, inside: Denoiser, outside: Denoiser) -> Denoiser:
-  def denoise(x, alpha, sigma):
+GUIDED_BY = ('noised', 'estimate')
+"""What a score is a function of: x, or the denoiser's estimate of x_0."""
+
+
+def gradient_guidance(
+  denoise: Denoiser, score: Score, scale: Scale, *, of: str = 'noised', when: When | None = None
+) -> Denoiser:
+  """Guidance by the gradient of a score, such as a classifier's: x_0 + scale sigma^2 / alpha grad.
+
+  By Bayes' rule the score of p(x) p(y | x)^scale (Dhariwal & Nichol 2021, section 4.1), where
+  `score` is log p(y | x). The gradient is by x, also of a score of the estimate, through the
+  denoiser (Chung et al. 2023, eq. 8). At alpha = 0 there is nothing to score, and nothing changes.
+
+  Args:
+    of: 'noised': score(x, alpha, sigma); 'estimate': score(x_0, alpha, sigma), for networks that
+      know no noise.
+    when: noise levels that are guided, see `within` and `every_kth`; others cost nothing more.
+  """
+  registry.check(GUIDED_BY, of, 'of')
+
+  def total(x, alpha, sigma):
+    return score(x, alpha, sigma).sum()
+
+  def guided(x, alpha, sigma):
+    if of == 'estimate':
+      x0, pull_back, more = jax.vjp(lambda x: _parts(denoise(x, alpha, sigma)), x, has_aux=True)
+      (gradient,) = pull_back(jax.grad(total)(x0, alpha, sigma))
+    else:
+      x0, more = _parts(denoise(x, alpha, sigma))
+      gradient = jax.grad(total)(x, alpha, sigma)
+    some = jnp.asarray(alpha) > 0
+    factor = jnp.where(some, sigma**2 / jnp.where(some, alpha, 1), 0).astype(x.dtype)
+    x0 = x0 + _like(scale, x) * factor * gradient
+    return (x0, *more) if more else x0
+
+  return guided if when is None else _either(when, guided, denoise)
+
+
+def within(interval: Interval) -> When:
+  """Return whether a noise level lies in an interval."""
+  def inside(alpha, sigma):
     # sigma / alpha without dividing, as alpha may be 0.
     low, high = map(jnp.asarray, interval)
-    within = (sigma > low * alpha) & (jnp.isinf(high) | (sigma <= high * alpha))
-    return jax.lax.cond(within, inside, outside, x, alpha, sigma)
+    return (sigma > low * alpha) & (jnp.isinf(high) | (sigma <= high * alpha))
+
+  return inside
+
+
+def every_kth(grid: Sequence[jax.Array], k: int | jax.Array) -> When:
+  """Return whether a noise level belongs to the first of each k steps of a sampler's grid.
+
+  Levels between two of the grid belong to the step that passes them.
+  """
+  angle = lambda alpha, sigma: jnp.arctan2(jnp.asarray(sigma), jnp.asarray(alpha))
+  levels = angle(*grid[:2])
+
+  def chosen(alpha, sigma):
+    # Below the distance of two levels, above rounding. Padding has the level 0.
+    step = (levels >= angle(alpha, sigma) - 1e-6).sum() - 1
+    return jnp.maximum(step, 0) % k == 0
+
+  return chosen
+
+
+def _either(when: When, inside: Denoiser, outside: Denoiser) -> Denoiser:
+  def denoise(x, alpha, sigma):
+    return jax.lax.cond(when(alpha, sigma), inside, outside, x, alpha, sigma)
 
   return denoise
 
