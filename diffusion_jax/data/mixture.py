@@ -21,7 +21,7 @@ import numpy as np
 
 from diffusion_jax.data.order import Shuffled
 from diffusion_jax.data.splits import APART, Measured, fingerprint, measured_on, of_names
-from diffusion_jax.data.transforms import apply
+from diffusion_jax.data.transforms import SIZES, apply, whole
 from diffusion_jax.data.wrapped import Wrapped
 from diffusion_jax.errors import UserError
 from diffusion_jax.mixture import PartConfig, Passes, passes_of
@@ -64,13 +64,13 @@ class Mixed:
       )
     )
 
-  def part(self, record: int) -> int:
-    """The number of the part that a record is of."""
-    return int(np.searchsorted(self._firsts, record, side='right')) - 1
+  def parts_of(self, records: np.ndarray) -> np.ndarray:
+    """The numbers of the parts that records are of."""
+    return np.searchsorted(self._firsts, records, side='right') - 1
 
   def fields(self, record: int) -> dict[str, Any]:
     """What a record has of its part: its name, and its rate of caption dropout if any has one."""
-    part = self.part(record)
+    part = int(self.parts_of(record))
     own = {OWN: self._rates[part]} if self.drops else {}
     return {'part': self._names[part], **own}
 
@@ -213,6 +213,8 @@ class _Stream(grain.MapDataset):
 class Mixture(Sequence):
   """The records of several sources, one after another; where to read which is `mixed`.
 
+  Where some of them tell the sizes of what their images were cut from, others' images are whole.
+
   parts: the sources by name. configs: what they are like, for training; None for all records once,
   spread among each other.
   """
@@ -232,6 +234,7 @@ class Mixture(Sequence):
       self._numbers = Interleaved(once, None).records(np.arange(sum(counts)), 0)
     else:
       self.mixed = Mixed(configs, counts)
+    self._tells = any(hasattr(part, 'original_sizes') for part in parts.values())
     measured = {name: measured_on(part) for name, part in parts.items()}
     self.measured = APART if {*measured.values()} == {APART} else Measured(
       ' '.join(f'{name}: {each.sentence}' for name, each in measured.items()),
@@ -251,7 +254,10 @@ class Mixture(Sequence):
   def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
     """Return record `index`. Unreadable where it cannot be read."""
     source, number = self._place(index)
-    return source[number]
+    record = source[number]
+    if self._tells and SIZES not in record and 'image' in record:
+      record = record | {SIZES: whole(record['image'])}
+    return record
 
   def about(self, index: SupportsIndex) -> dict[str, Any]:
     """A record, perhaps without its picture. Unreadable."""

@@ -301,14 +301,14 @@ def check_transforms(specs: Any, size: Size) -> None:
     )
 
 
-def check_pictures(specs: Any, key: str) -> bool:
-  """Return whether transforms draw random numbers. UserError, which names `key`, for any that do
-  more than to move pictures."""
+def check_pictures(specs: Any, key: str, where: str = 'data.transforms') -> bool:
+  """Return whether transforms, of the key `where`, draw random numbers. UserError, which names
+  `key`, for any that do more than to move pictures."""
   made = build_transforms(specs, size=1, tokenizer=None, classes=())
   for transform in made:
     if not getattr(transform, 'moves', False):
       raise UserError(
-        f'data.transforms have {_name_of(transform)}, which has no effect with {key}, that keeps '
+        f'{where} have {_name_of(transform)}, which has no effect with {key}, that keeps '
         'pictures and texts encoded; leave it out, or switch the cache off.'
       )
   return any(transform.random for transform in made)
@@ -343,6 +343,11 @@ def _moved(record: dict, move: Callable[[np.ndarray], np.ndarray], cut: Cut) -> 
         f'{list(record["image"].shape)}: give both alike.'
       )
   return record | {name: move(picture) for name, picture in found.items()} | _told(record, cut)
+
+
+def whole(image: np.ndarray) -> np.ndarray:
+  """What SDXL is told of an image that was not cut out of a larger one, float32 [6]."""
+  return np.asarray((*image.shape[:2], 0, 0, *image.shape[:2]), np.float32)
 
 
 def _told(record: Mapping[str, Any], cut: Cut) -> dict[str, np.ndarray]:

@@ -15,16 +15,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion_jax.config import DataConfig, typed
 from diffusion_jax.data.cache import Choose, Options, cached_source, disk, encoding
 from diffusion_jax.data.cache.rows import pack, unpack
 from diffusion_jax.data.loader import Loader
-from diffusion_jax.data.mixture import Mixture, Worded
-from diffusion_jax.data.transforms import ChooseCaption, FirstCaption, RandomCrop, RandomFlip
+from diffusion_jax.data.mixture import ByPart, Mixture, Worded
+from diffusion_jax.data.sources import open_data
+from diffusion_jax.data.transforms import (
+  ChooseCaption,
+  FirstCaption,
+  RandomCrop,
+  RandomFlip,
+  build_transforms,
+)
 from diffusion_jax.errors import Unreadable, UserError
 from diffusion_jax.mixture import PartConfig
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.spaces import PixelSpace
 from diffusion_jax.pixels import to_float
+from diffusion_jax.train.tasks.diffusion import looks, seen
 from tests import tiny
 
 COUNT, EDGE, A_FILE = 11, 8, 4
@@ -169,6 +178,39 @@ def test_a_mixture_is_cached_once_and_read_as_it_is_without(folder, tmp_path, en
     pixels = to_float(theirs['image'])
     np.testing.assert_allclose(mine['z'], pixels, atol=1e-6)
   assert {*mine['part']} == {'a', 'b'}
+
+
+def test_pictures_of_two_parts_are_told_apart_by_how_these_make_them_look(folder, tmp_path, encoded):
+  """They lie in equal files of both parts; another look of one part is encoded alone."""
+  (tmp_path / 'clear').mkdir()
+  for i in range(A_FILE):
+    Image.fromarray(np.random.default_rng(i).integers(0, 256, (EDGE, EDGE, 4), np.uint8)).save(
+      tmp_path / 'clear' / f'{i}.png'
+    )
+    (tmp_path / 'clear' / f'{i}.txt').write_text(f'{i}')
+  colors = {'a': 'white', 'b': 'red', 'c': 'white'}
+  mirrored = [['random_flip', {'probability': 1.0}]]
+
+  def filled(**transforms):
+    mixed = {
+      n: {'dataset': f'folder:{tmp_path / "clear"}', 'background': color,
+          'transforms': transforms.get(n, [])} for n, color in colors.items()
+    }
+    config = typed(DataConfig, {'dataset': '', 'size': EDGE, 'test_fraction': 0, 'mixture': mixed})
+    by_part = ByPart({n: build_transforms(part.transforms) for n, part in config.mixture.items()})
+    source = open_data(config)[0]
+    found = fill(source, tmp_path / 'cache', specs=seen(config), looks=looks(config),
+                 transforms=[by_part])
+    drawn = Loader(source, [by_part], batch_size=1, seed=0, num_threads=0)
+    cached = Loader(found, [Choose()], batch_size=1, seed=0, num_threads=0)
+    for _ in range(len(source)):
+      np.testing.assert_allclose(next(cached)['z'], to_float(next(drawn)['image']), atol=1e-6)
+    return encoded()['latents']
+
+  assert filled() == 3 * A_FILE
+  assert filled(c=mirrored) == A_FILE and filled(c=mirrored) == 0
+  colors['a'] = 'blue'
+  assert filled(c=mirrored) == A_FILE
 
 
 def test_memory_and_disk_hold_the_same_rows(folder, tmp_path, encoded):

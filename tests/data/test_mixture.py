@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffusion_jax.build import build
 from diffusion_jax.config import DataConfig, typed
@@ -155,6 +156,20 @@ def test_batches_of_several_sizes_have_every_record_as_often():
   np.testing.assert_array_equal(mixed.original_sizes()[7:], np.concatenate([
     parts[name].original_sizes() for name in ('b', 'c')
   ]))
+
+
+def test_every_record_tells_sizes_where_some_parts_do(tmp_path):
+  """Of images of one size as of whole pictures, so that SDXL is told of each; none if none do."""
+  for i in range(4):
+    Image.new('RGB', (9, 6)).save(tmp_path / f'{i}.png')
+  folder = tiny.folder_sources(tmp_path, 4, caption='a', test_fraction=0)[0]
+  images = ArraySource({'image': np.zeros((4, 4, 4, 3), np.uint8), 'captions': [['b']] * 4})
+  source = Mixture({'a': folder, 'b': images}, parts_of(a={}, b={}))
+  batch = next(Loader(source, [], batch_size=8, seed=0, num_threads=0))
+  assert {*zip(batch['part'], map(tuple, batch['sizes'].tolist()), strict=True)} == {
+    ('a', (6, 9, 0, 1, 4, 4)), ('b', (4, 4, 0, 0, 4, 4))
+  }
+  assert 'sizes' not in Mixture({'b': images, 'c': images}, parts_of(b={}, c={}))[0]
 
 
 def test_bad_records_are_counted_by_part_and_replaced_by_their_own():

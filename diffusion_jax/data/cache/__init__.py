@@ -36,7 +36,7 @@ from diffusion_jax.data.cache.rows import (
   shard_of,
 )
 from diffusion_jax.data.cache.store import MemoryStore, fill
-from diffusion_jax.data.transforms import weighted_choice
+from diffusion_jax.data.transforms import SIZES, weighted_choice, whole
 from diffusion_jax.types import Source
 
 KINDS = ('latents', 'texts')
@@ -113,9 +113,8 @@ def synthetic_cache(model: Any, frozen: dict, source: Source) -> CachedSource:
     return jax.eval_shape(encode, frozen, images)
 
   for i in range(len(source)):
-    size = source[i]['image'].shape[:2]
-    sizes = {'sizes': np.asarray([*size, 0, 0, *size], np.float32)}
-    kinds['latents'].append(pack(_random(moments(*size), rng) | sizes))
+    image = source[i]['image']
+    kinds['latents'].append(pack(_random(moments(*image.shape[:2]), rng) | {SIZES: whole(image)}))
   found: dict[str, Any] = {}
   if model.text is not None:
     found |= jax.eval_shape(model.text.encode, frozen, {'tokens': model.text.tokens([''])})

@@ -43,7 +43,8 @@ class Options:
 
   dtype: of moments; text_dtype: of texts. views: of each picture, what the `transforms` of the
   pictures make of it for each of so many random numbers, which follow from `seed` and its content.
-  specs: of the transforms, as in the config. size: of the images, as in the config; shape: (height,
+  specs: of the transforms, as in the config. looks: of each part of a mixture, what of how its
+  pictures look is its own, None for nothing. size: of the images, as in the config; shape: (height,
   width) of about all. threads: that read. progress: shown.
   """
 
@@ -52,6 +53,7 @@ class Options:
   views: int = 1
   transforms: Sequence[Callable] = ()
   specs: Any = ()
+  looks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   seed: int = 0
   size: Any = 0
   shape: tuple[int, int] = (0, 0)
@@ -154,7 +156,8 @@ class Latents(Encoder):
   @functools.cached_property
   def keys(self):
     # Some transforms heed captions, such as flips.
-    return identity.of_pictures(self.source, bool(self.options.transforms))
+    found = identity.of_pictures(self.source, bool(self.options.transforms))
+    return identity.of_looks(found, self.source, self.options.looks)
 
   def ready(self):
     self._weights = _on_mesh(self._frozen, self.space.networks, self.mesh)
@@ -169,6 +172,8 @@ class Latents(Encoder):
     record = self.read(number)
     if not self.options.transforms:
       return [record]
+    if (mixed := getattr(self.source, 'mixed', None)) is not None:
+      record = record | mixed.fields(number)
     key = self.keys[number].view(np.uint32).tolist() if self._random else []
     return [
       apply(self.options.transforms, record, np.random.default_rng([self.options.seed, *key, view]))

@@ -81,6 +81,20 @@ def of_pictures(source: Source, with_captions: bool) -> np.ndarray:
   return of_rows(_picture(source, i, with_captions) for i in range(len(source)))
 
 
+def of_looks(digests: np.ndarray, source: Source, looks: Mapping[str, Any]) -> np.ndarray:
+  """Digests of pictures, uint8 [n DIGEST], that differ where their parts of a mixture make them
+  look otherwise; looks: of each part, None where nothing is its own."""
+  if not any(look is not None for look in looks.values()):
+    return digests
+  found, own = digests.copy(), {name: of_value(look) for name, look in looks.items()}
+  parts = source.mixed.parts_of(np.arange(len(found)))
+  for number, name in enumerate(source.mixed.parts):
+    if looks.get(name) is not None:
+      mine = np.flatnonzero(parts == number)
+      found[mine] = of_rows(digests[i].tobytes() + own[name].encode() for i in mine)
+  return found
+
+
 def _picture(source: Source, index: int, with_captions: bool) -> bytes:
   try:
     record = source[index]

@@ -72,13 +72,20 @@ class Encoded(NamedTuple):
   dropout: jax.Array | None = None
 
 
-def _seen(data: DataConfig) -> Any:
-  """Return what decides how pictures of known content and size look: transforms, and what else is
-  not as usual."""
-  colors = [data.background, *(part.background or WHITE for part in data.mixture.values())]
-  if {*colors} == {WHITE} and data.crop == 'middle':
+def seen(data: DataConfig) -> Any:
+  """Return what decides how all pictures of known content and size look: transforms, and what else
+  is not as usual."""
+  colors = [] if data.mixture else [data.background]
+  if {*colors} <= {WHITE} and data.crop == 'middle':
     return data.transforms
   return data.transforms, data.crop, colors
+
+
+def looks(data: DataConfig) -> dict[str, Any]:
+  """Return what more decides it in each part of a mixture, None where it is all as usual."""
+  own = {name: (part.background or data.background, part.transforms)
+         for name, part in data.mixture.items()}
+  return {name: None if look == (WHITE, ()) else look for name, look in own.items()}
 
 
 def _kept(conditioner: Conditioner) -> tuple[str, ...]:
@@ -158,13 +165,9 @@ class DiffusionTask(Task):
   def check_data(cls, config: TrainingConfig) -> None:
     settings, data = config.settings, config.data
     if settings.cache:
-      for name, part in data.mixture.items():
-        if part.transforms:
-          raise UserError(
-            f'data.mixture.{name}.transforms have no effect with settings.cache; leave them out, '
-            'or switch it off.'
-          )
-      drawn = check_pictures(data.transforms, 'settings.cache')
+      given = {f'data.mixture.{n}.transforms': p.transforms for n, p in data.mixture.items()}
+      given['data.transforms'] = data.transforms
+      drawn = any([check_pictures(specs, 'settings.cache', key) for key, specs in given.items()])
       if settings.cache_views > 1 and not drawn and data.crop == 'middle':
         raise UserError(
           f'settings.cache_views is {settings.cache_views}, but data.transforms make one view of a '
@@ -244,14 +247,16 @@ class DiffusionTask(Task):
     """Fill the cache of the training data, or what is missing of it, and open it."""
     settings, data = self.config, config.data
     source, transforms = super().examples(config, env)
+    own = any(part.transforms for part in data.mixture.values())
+    moves = data.transforms or data.crop == 'random' or own
     null = {name.removesuffix('.bias'): x for name, x in self.frozen.get(NULL, {}).items()}
     return cached_source(
       source, self.model, self.frozen, env.mesh, name=data.name, null=null, kinds=kinds,
       folder=self.cache_folder(env) if settings.cache == 'disk' else None,
       options=Options(
         dtype=settings.cache_dtype, text_dtype=settings.cache_text_dtype,
-        views=settings.cache_views, specs=_seen(data), seed=config.loop.seed,
-        transforms=transforms if data.transforms or data.crop == 'random' else (),
+        views=settings.cache_views, specs=seen(data), looks=looks(data), seed=config.loop.seed,
+        transforms=transforms if moves else (),
         size=data.size, shape=data.shape, threads=data.workers,
       ),
     )
