@@ -1,7 +1,7 @@
 """A config to everything that the train loop needs. No task is known here by its name."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -210,11 +210,14 @@ def fill_cache(config: dict, workdir: str, kinds: Sequence[str]) -> Path:
   return task.cache_folder(env)
 
 
-def build(config: dict, workdir: str, synthetic: bool = False) -> Training:
+def build(
+  config: dict, workdir: str, synthetic: bool = False, report: Callable[..., None] | None = None
+) -> Training:
   """Everything the train loop needs; nothing is written before all of it has been checked.
 
-  synthetic: random batches in place of the data set, which need not exist. UserError: any fault of
-  the config, the data, the frozen parts or the workdir.
+  synthetic: random batches in place of the data set, which need not exist. report: takes a state
+  and more, for the status file, while that takes long. UserError: any fault of the config, the
+  data, the frozen parts or the workdir.
   """
   config = parse(config)
   loop, kind, directory = config.loop, load(TASKS, config.task), RunDirectory(workdir)
@@ -233,6 +236,7 @@ def build(config: dict, workdir: str, synthetic: bool = False) -> Training:
     for split, name, source in (('train', 'training', train), ('test', 'test', test))
   )
   env = Env(train, test, directory.path, mesh, synthetic, damage)
+  env = env if report is None else dataclasses.replace(env, report=report)
   task = kind.build(config, env)
   evaluators = _wanted(config, [*task.evaluators(mesh), *added_evaluators(config, env)])
   if more := task.more_data(config, env):

@@ -64,5 +64,6 @@ def run(args: argparse.Namespace) -> int:
   start_distributed()
   args.start.join()
   options = read_options(Options, args)
-  training = build(load_config(options.config, args.overrides), options.workdir)
+  config = load_config(options.config, args.overrides)
+  training = build(config, options.workdir, report=args.start.report)
   return train(training, progress=not options.quiet, start=args.start)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from diffusion_jax.data.splits import spread
 from diffusion_jax.data.transforms import apply
 from diffusion_jax.data.unreadable import same_kind
 from diffusion_jax.data.wrapped import Wrapped
@@ -17,6 +18,8 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.parallel.processes import A_DAY, in_step
 from diffusion_jax.sizes import Shape, nearest_to_square
 from diffusion_jax.types import Source
+
+_SPARES = 64
 
 
 def assign(originals: np.ndarray, shapes: Sequence[Shape]) -> np.ndarray:
@@ -71,17 +74,34 @@ class Bucketed(Wrapped):
 
   def substitutes(self, index: int) -> Iterator[Sequence]:
     """Yield the records that may take the place of one, of the same kind and size: first those of
-    its bucket, then all, cut to that size."""
-    kind, bucket = np.asarray(same_kind(self.source, index)), self.buckets[index]
-    yield Some(self._records, kind[self.buckets[kind] == bucket])
+    its bucket, then some of all, cut to that size (`spares_of`), then all."""
+    yield Some(self._records, group_of(self, index))
+    kind, cut = np.asarray(same_kind(self.source, index)), self.cut_to(self.buckets[index])
+    yield Some(cut, spares_of(kind))
+    yield Some(cut, kind)
+
+  def cut_to(self, bucket: int) -> Any:
+    """All records of the source at the size of one bucket."""
     shape = np.asarray(self.shapes[bucket], np.int32)
-    yield Some(self.source.at_sizes(np.broadcast_to(shape, (len(self), 2))), kind)
+    return self.source.at_sizes(np.broadcast_to(shape, (len(self), 2)))
+
+
+def group_of(source: Any, index: int) -> np.ndarray:
+  """The numbers of the records of the same kind and bucket as one."""
+  kind = np.asarray(same_kind(source, index))
+  return kind[source.buckets[kind] == source.buckets[index]]
+
+
+def spares_of(kind: np.ndarray) -> np.ndarray:
+  """The numbers of those of a kind of records that may take the place of any of a bucket in which
+  nothing can be read: so few that a cache can have them, too."""
+  return kind[spread(len(kind), _SPARES)]
 
 
 class Some(Sequence):
   """Those records of a source that have these numbers."""
 
-  def __init__(self, source: Sequence, numbers: np.ndarray):
+  def __init__(self, source: Sequence, numbers: Sequence[int]):
     self._source, self._numbers = source, numbers
 
   def __len__(self) -> int:

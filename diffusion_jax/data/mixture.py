@@ -20,6 +20,7 @@ import grain
 import numpy as np
 
 from diffusion_jax.data.order import Shuffled
+from diffusion_jax.data.sources.entries import DIGEST
 from diffusion_jax.data.splits import APART, Measured, fingerprint, measured_on, of_names
 from diffusion_jax.data.transforms import SIZES, apply, whole
 from diffusion_jax.data.wrapped import Wrapped
@@ -278,12 +279,21 @@ class Mixture(Sequence):
     `PictureSource`."""
     if name not in _SHARED or not all(hasattr(part, name) for part in self.parts.values()):
       raise AttributeError(name)
-    own = {'at_sizes': self._at_sizes, 'uncut': self._uncut}
-    return own.get(name) or functools.partial(self._joined, name)
+    return getattr(self, f'_{name}')
 
-  def _joined(self, name: str) -> np.ndarray:
-    rows = np.concatenate([getattr(source, name)() for source in self.parts.values()])
+  def _original_sizes(self) -> np.ndarray:
+    rows = np.concatenate([source.original_sizes() for source in self.parts.values()])
     return rows if self._numbers is None else rows[self._numbers]
+
+  def _hashes(self, records: np.ndarray | None = None) -> np.ndarray:
+    records = np.arange(len(self)) if records is None else records
+    records = records if self._numbers is None else self._numbers[records]
+    found = np.empty((len(records), DIGEST), np.uint8)
+    ends = zip(self.parts.values(), self._firsts, self._firsts[1:], strict=False)
+    for source, first, stop in ends:
+      mine = (records >= first) & (records < stop)
+      found[mine] = source.hashes(records[mine] - first)
+    return found
 
   def _at_sizes(self, shapes: np.ndarray) -> 'Mixture':
     if self._numbers is not None:

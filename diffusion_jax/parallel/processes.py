@@ -28,6 +28,8 @@ T = TypeVar('T')
 TIMEOUT_SECONDS, A_DAY = 1200, 86_400
 PERIOD_SECONDS, PERIOD_SECONDS_A_PROCESS = 0.1, 0.001
 """Between two heartbeats, so that process 0 hears some 2,000 messages a second at most."""
+_PIECE = 2**22
+"""Bytes of each process that devices pass on at a time."""
 _rounds: Counter[str] = Counter()
 _meetings = itertools.count()
 _listener: ContextVar[Callable[[], None] | None] = ContextVar('listener', default=None)
@@ -106,6 +108,22 @@ def sum_over_processes(x: np.ndarray) -> np.ndarray:
   if jax.process_count() == 1:
     return x
   return multihost_utils.process_allgather(x).sum(axis=0, dtype=x.dtype)
+
+
+def gather_bytes(data: bytes) -> list[bytes]:
+  """Return what every process gives, in their order, piece by piece over the devices; all must call
+  it together."""
+  if jax.process_count() == 1:
+    return [data]
+  sizes = multihost_utils.process_allgather(np.int32(len(data)))
+  pieces = []
+  for first in range(0, int(max(sizes)), _PIECE):
+    piece = np.zeros(_PIECE, np.uint8)
+    own = np.frombuffer(data[first : first + _PIECE], np.uint8)
+    piece[: len(own)] = own
+    pieces.append(np.asarray(multihost_utils.process_allgather(piece)))
+  every = np.concatenate(pieces, axis=1) if pieces else np.zeros((len(sizes), 0), np.uint8)
+  return [row[:size].tobytes() for row, size in zip(every, sizes, strict=True)]
 
 
 def heartbeat() -> None:

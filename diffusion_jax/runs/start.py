@@ -4,7 +4,9 @@ import contextlib
 import itertools
 import os
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import say, set_aside_damaged, tolerant_streams
@@ -28,6 +30,7 @@ class Start:
     self._refusal: UserError | None = None
     self._made: list[Path] = []
     self._met = self._refused = False
+    self._told = 0.0
     self._streams = tolerant_streams()
 
   def open(self, process: int, processes: int) -> None:
@@ -78,6 +81,12 @@ class Start:
   def _raise_refusal(self) -> None:
     if self._refusal is not None:
       raise self._refusal
+
+  def report(self, state: str, *, now: bool = False, **more: Any) -> None:
+    """Write how things stand before training begins; without `now` no more than once a second."""
+    if self.status is not None and (now or time.monotonic() - self._told > 1):
+      self._told = time.monotonic()
+      self.status(state, **self.status.facts_before(), **more)
 
   def end(self, error: BaseException) -> None:
     """Write the last word of a start that an error ends before training has begun."""

@@ -18,7 +18,9 @@ from diffusion_jax.runs import keeper
 from diffusion_jax.runs.directory import RunDirectory
 
 NAME = 'status.json'
-GOES_ON = ('starting', 'compiling', 'training', 'sampling', 'evaluating', 'saving', 'finishing')
+GOES_ON = (
+  'starting', 'encoding', 'compiling', 'training', 'sampling', 'evaluating', 'saving', 'finishing',
+)
 RETRY = (*GOES_ON, 'interrupted', 'peer_lost', 'stalled', 'unsaved')
 """States after which the same command goes on; after the others it would do nothing or fail."""
 

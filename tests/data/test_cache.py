@@ -10,207 +10,36 @@ import sys
 import time
 import types
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
-from diffusion_jax.config import DataConfig, typed
-from diffusion_jax.data.cache import Choose, Options, cached_source, disk, encoding
+from diffusion_jax.data.cache import (
+  Choose,
+  disk,
+)
 from diffusion_jax.data.cache.rows import pack, unpack
-from diffusion_jax.data.loader import Loader
-from diffusion_jax.data.mixture import ByPart, Mixture, Worded
-from diffusion_jax.data.sources import open_data
 from diffusion_jax.data.transforms import (
   ChooseCaption,
-  FirstCaption,
   RandomCrop,
   RandomFlip,
-  build_transforms,
 )
-from diffusion_jax.errors import Unreadable, UserError
-from diffusion_jax.mixture import PartConfig
-from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from diffusion_jax.pipelines.spaces import PixelSpace
-from diffusion_jax.pixels import to_float
-from diffusion_jax.train.tasks.diffusion import looks, seen
+from diffusion_jax.errors import UserError
 from tests import tiny
+from tests.data.cached import (
+  COUNT,
+  EDGE,
+  Factor,
+  Letters,
+  assert_same,
+  fill,
+  model_of,
+  records_in,
+  source_of,
+  values,
+  write_picture,
+)
 
-COUNT, EDGE, A_FILE = 11, 8, 4
-
-
-class Letters:
-  """A text encoder: how often each letter is in a caption, and its length."""
-
-  networks, kept, random = types.MappingProxyType({}), ('text', 'mask'), False
-
-  def tokens(self, captions):
-    texts = [caption.encode()[:20].ljust(20) for caption in captions]
-    return np.array([list(text) for text in texts], np.int32)
-
-  def encode(self, weights, rows):
-    tokens = rows['tokens']
-    return {'text': jnp.sin(tokens[..., None] * jnp.arange(1.0, 4.0)), 'mask': tokens % 2}
-
-
-class Factor(PixelSpace):
-  """Pixels times a weight."""
-
-  networks = types.MappingProxyType({'factor': None})
-
-  def encode(self, weights, examples):
-    return super().encode(weights, examples) * weights['factor']['bias']
-
-
-def model_of(space=None):
-  text = Letters()
-  return types.SimpleNamespace(
-    space=space or Factor(), text=text, conditioners={'text': text}
-  )
-
-
-def write_picture(folder, number, edge=EDGE, caption=''):
-  rng = np.random.default_rng(number)
-  Image.fromarray(rng.integers(0, 256, (edge, edge, 3), np.uint8)).save(folder / f'{number:03}.png')
-  text = caption or f'picture {number}\nnumber {number}'
-  (folder / f'{number:03}.txt').write_text(text)
-
-
-def source_of(folder, size=EDGE):
-  return tiny.folder_sources(folder, size, test_fraction=0)[0]
-
-
-@pytest.fixture
-def folder(tmp_path):
-  """Pictures 1 to COUNT with two captions each."""
-  (tmp_path / 'pictures').mkdir()
-  for number in range(1, COUNT + 1):
-    write_picture(tmp_path / 'pictures', number)
-  return tmp_path / 'pictures'
-
-
-@pytest.fixture(autouse=True)
-def small_files(monkeypatch):
-  monkeypatch.setattr(encoding, '_MOST_ROWS', A_FILE)
-
-
-@pytest.fixture
-def encoded(monkeypatch):
-  """How many records of each kind have been encoded."""
-  found = {'latents': 0, 'texts': 0}
-  for kind in (encoding.Latents, encoding.Texts):
-    def encode(self, numbers, of=kind.encode):
-      found[self.name] += len(numbers)
-      return of(self, numbers)
-
-    monkeypatch.setattr(kind, 'encode', encode)
-
-  def take():
-    counts = dict(found)
-    found.update(latents=0, texts=0)
-    return counts
-
-  return take
-
-
-def fill(source, cache, model=None, factor=1.0, name='folder:x', **options):
-  null = {'text': np.zeros((20, 3), np.float32), 'mask': np.zeros(20, np.int32)}
-  with tiny.few_devices():
-    return cached_source(
-      source, model or model_of(), {'factor': {'bias': np.float32([factor])}},
-      make_mesh(MeshConfig()), progress=False, folder=cache, name=name, null=null,
-      options=Options(**options),
-    )
-
-
-def values(cache):
-  """All arrays of all records; a text where a record cannot be read."""
-  found = []
-  for i in range(len(cache)):
-    try:
-      found.append({kind: [dict(part) for part in parts] for kind, parts in cache[i].items()})
-    except Unreadable as error:
-      found.append(str(error))
-  return found
-
-
-def assert_same(one, other):
-  assert len(one) == len(other)
-  for a, b in zip(values(one), values(other), strict=True):
-    assert type(a) is type(b)
-    if isinstance(a, str):
-      assert a == b
-      continue
-    assert a.keys() == b.keys()
-    for kind, parts in a.items():
-      assert len(parts) == len(b[kind])
-      for x, y in zip(parts, b[kind], strict=True):
-        assert x.keys() == y.keys()
-        for name, value in x.items():
-          assert value.dtype == y[name].dtype
-          np.testing.assert_array_equal(value, y[name])
-
-
-def records_in(cache):
-  """The files with rows, and the manifest; not the dates of files."""
-  return {name: data for name, data in tiny.snapshot(cache).items() if 'checked' not in name}
-
-
-def test_a_mixture_is_cached_once_and_read_as_it_is_without(folder, tmp_path, encoded):
-  """Each record once, however often it is read; captions with the words of their part."""
-  (tmp_path / 'more').mkdir()
-  for number in range(50, 54):
-    write_picture(tmp_path / 'more', number)
-  parts = {'a': Worded(source_of(folder), 'sks, ', ''), 'b': source_of(tmp_path / 'more')}
-  source = Mixture(parts, {name: PartConfig(name, weight=1.0) for name in parts})
-  cache = fill(source, tmp_path / 'cache')
-  assert encoded() == {'latents': COUNT + 4, 'texts': COUNT + 4}
-  fill(source, tmp_path / 'cache')
-  assert encoded() == {'latents': 0, 'texts': 0}
-  options = {'batch_size': 4, 'seed': 0, 'num_threads': 0}
-  cached, read = Loader(cache, [Choose()], **options), Loader(source, [FirstCaption()], **options)
-  for _ in range(6):
-    mine, theirs = next(cached), next(read)
-    assert mine['part'] == theirs['part']
-    assert [text.startswith('sks, ') for text in theirs['caption']] == [
-      part == 'a' for part in mine['part']
-    ]
-    pixels = to_float(theirs['image'])
-    np.testing.assert_allclose(mine['z'], pixels, atol=1e-6)
-  assert {*mine['part']} == {'a', 'b'}
-
-
-def test_pictures_of_two_parts_are_told_apart_by_how_these_make_them_look(folder, tmp_path, encoded):
-  """They lie in equal files of both parts; another look of one part is encoded alone."""
-  (tmp_path / 'clear').mkdir()
-  for i in range(A_FILE):
-    Image.fromarray(np.random.default_rng(i).integers(0, 256, (EDGE, EDGE, 4), np.uint8)).save(
-      tmp_path / 'clear' / f'{i}.png'
-    )
-    (tmp_path / 'clear' / f'{i}.txt').write_text(f'{i}')
-  colors = {'a': 'white', 'b': 'red', 'c': 'white'}
-  mirrored = [['random_flip', {'probability': 1.0}]]
-
-  def filled(**transforms):
-    mixed = {
-      n: {'dataset': f'folder:{tmp_path / "clear"}', 'background': color,
-          'transforms': transforms.get(n, [])} for n, color in colors.items()
-    }
-    config = typed(DataConfig, {'dataset': '', 'size': EDGE, 'test_fraction': 0, 'mixture': mixed})
-    by_part = ByPart({n: build_transforms(part.transforms) for n, part in config.mixture.items()})
-    source = open_data(config)[0]
-    found = fill(source, tmp_path / 'cache', specs=seen(config), looks=looks(config),
-                 transforms=[by_part])
-    drawn = Loader(source, [by_part], batch_size=1, seed=0, num_threads=0)
-    cached = Loader(found, [Choose()], batch_size=1, seed=0, num_threads=0)
-    for _ in range(len(source)):
-      np.testing.assert_allclose(next(cached)['z'], to_float(next(drawn)['image']), atol=1e-6)
-    return encoded()['latents']
-
-  assert filled() == 3 * A_FILE
-  assert filled(c=mirrored) == A_FILE and filled(c=mirrored) == 0
-  colors['a'] = 'blue'
-  assert filled(c=mirrored) == A_FILE
+pytestmark = pytest.mark.usefixtures('small_files')
 
 
 def test_memory_and_disk_hold_the_same_rows(folder, tmp_path, encoded):
@@ -416,7 +245,7 @@ def test_a_part_is_checked_before_it_is_read(data):
 SLOW = """
 import sys, time
 from pathlib import Path
-from tests.data import test_cache as cache
+from tests.data import cached
 from diffusion_jax.data.cache import encoding
 encoding._MOST_ROWS = 1
 take = encoding.Latents.encode
@@ -425,7 +254,7 @@ def encode(self, numbers):
   return take(self, numbers)
 encoding.Latents.encode = encode
 print('ready', flush=True)
-cache.fill(cache.source_of(Path(sys.argv[1])), Path(sys.argv[2]))
+cached.fill(cached.source_of(Path(sys.argv[1])), Path(sys.argv[2]))
 """
 
 

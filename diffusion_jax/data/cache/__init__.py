@@ -1,7 +1,7 @@
 """Outputs of frozen networks on images and captions, computed once before training.
 
 encoding: how rows are computed. store: who computes which, and rows in memory. disk: rows in files.
-rows: how they are read.
+rows: how they are read. spares: for buckets in which nothing can be read.
 """
 
 import dataclasses
@@ -35,6 +35,7 @@ from diffusion_jax.data.cache.rows import (
   pack,
   shard_of,
 )
+from diffusion_jax.data.cache.spares import SpareLatents, SpareRows, Spares, unreadable_groups
 from diffusion_jax.data.cache.store import MemoryStore, fill
 from diffusion_jax.data.transforms import SIZES, weighted_choice, whole
 from diffusion_jax.types import Source
@@ -96,7 +97,17 @@ def cached_source(
     encoders.append(Null({n: np.asarray(v) for n, v in null.items()}, here, options))
   store = lambda kind: MemoryStore() if folder is None else DiskStore(Path(folder, kind), name)
   found = {one.name: fill(one, store(one.name)) for one in encoders}
-  return CachedSource({kind: rows for kind, rows in found.items() if kind in KINDS}, source)
+  rows = {kind: filled.rows for kind, filled in found.items() if kind in KINDS}
+  empty = {number for filled in found.values() for number in filled.empty}
+  firsts = unreadable_groups(source, sorted(empty)) if hasattr(source, 'buckets') else ()
+  if not firsts or 'latents' not in rows:
+    return CachedSource(rows, source)
+  spares = Spares(source, firsts)
+  latents = fill(SpareLatents(spares, model, frozen, here, options), store('spares')).rows
+  others = {kind: rows[kind] for kind in rows if kind != 'latents'}
+  return CachedSource(rows, source, {
+    first: SpareRows(latents, others, span, spares.numbers) for first, span in spares.spans.items()
+  })
 
 
 def synthetic_cache(model: Any, frozen: dict, source: Source) -> CachedSource:

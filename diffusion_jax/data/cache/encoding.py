@@ -45,7 +45,8 @@ class Options:
   pictures make of it for each of so many random numbers, which follow from `seed` and its content.
   specs: of the transforms, as in the config. looks: of each part of a mixture, what of how its
   pictures look is its own, None for nothing. size: of the images, as in the config; shape: (height,
-  width) of about all. threads: that read. progress: shown.
+  width) of about all. threads: that read. progress: shown. report: takes a state
+  and more, for the status file.
   """
 
   dtype: str = 'float32'
@@ -59,6 +60,7 @@ class Options:
   shape: tuple[int, int] = (0, 0)
   threads: int = 2
   progress: bool = True
+  report: Callable[..., None] = lambda *args, **values: None
 
 
 class Encoder(abc.ABC):

@@ -26,8 +26,8 @@ MANIFEST, CHECKED = 'manifest.json', 'checked.json'
 NAME = re.compile(r'([0-9a-f]{32})-([0-9a-f]{32})(?:-([1-9][0-9]{0,9}))?\.array_record')
 _TEMPORARY = re.compile(r'\.[0-9a-f]{32}\.[0-9a-f]{8}\.tmp')
 _WRITTEN, _READ = 'group_size:1,uncompressed', 'readahead_buffer_size:0,max_parallelism:0'
-MOST_OPEN = 128
-"""Files that are open at a time in a process."""
+_LIMIT = 16_384
+"""Open files that a process asks the system for, if it may have fewer."""
 
 
 def write_shard(folder: Path, name: str, records: Sequence[bytes], unreadable: int) -> str:
@@ -115,11 +115,26 @@ def open_shard(path: Path) -> Shard:
     raise damaged(first_line(error)) from error
 
 
+def most_open() -> int:
+  """Return how many files may stay open: a quarter of what the system lets a process have, since
+  there are latents, texts and others. Its limit is raised as far as it may be, to _LIMIT."""
+  try:
+    import resource
+
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _LIMIT if most == resource.RLIM_INFINITY else min(most, _LIMIT)
+    if 0 <= limit < wanted:
+      resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+    return (_LIMIT if limit < 0 else max(limit, wanted)) // 4
+  except (ImportError, OSError, ValueError):  # Another system than Unix, or one that forbids it.
+    return 128
+
+
 class OpenShards:
-  """Files of a folder by number, the last MOST_OPEN of which stay open; it pickles."""
+  """Files of a folder by number, the last `most_open` of which stay open; it pickles."""
 
   def __init__(self, folder: Path, names: Sequence[str]):
-    self._folder, self._names = folder, names
+    self._folder, self._names, self._most = folder, names, most_open()
     self._open: collections.OrderedDict[int, Shard] = collections.OrderedDict()
     self._lock = threading.Lock()
 
@@ -137,6 +152,6 @@ class OpenShards:
     shard = open_shard(self._folder / self._names[number])
     with self._lock:
       self._open[number] = shard
-      if len(self._open) > MOST_OPEN:
+      if len(self._open) > self._most:
         self._open.popitem(last=False)
     return shard

@@ -7,15 +7,17 @@ refused by that name.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from diffusion_jax.data.cache.rows import DIGEST
-from diffusion_jax.errors import Unreadable
+from diffusion_jax.errors import Unreadable, UserError
 from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import to_host
+from diffusion_jax.parallel.processes import A_DAY, gather_bytes, in_step
 from diffusion_jax.types import Params, Source
 
 
@@ -68,17 +70,22 @@ def about(source: Source, index: int) -> dict[str, Any]:
 
 
 def of_pictures(source: Source, with_captions: bool) -> np.ndarray:
-  """Digests of the pictures of all records, uint8 [n DIGEST], with their captions if asked.
+  """Digests of the pictures of all records, uint8 [n DIGEST], with their captions if asked; all
+  processes call it together.
 
   Of a source that knows none of its own every record is read.
   """
-  if hasattr(source, 'hashes'):
-    found = np.array(source.hashes(), np.uint8)
+
+  def some(records: np.ndarray) -> np.ndarray:
+    if not hasattr(source, 'hashes'):
+      return of_rows(_picture(source, int(i), with_captions) for i in records)
+    found = np.asarray(source.hashes(records), np.uint8)
     if not with_captions:
       return found
-    texts = of_texts(source, ())
+    texts = (of_rows([_texts(source, int(i), ())])[0] for i in records)
     return of_rows(row.tobytes() + text.tobytes() for row, text in zip(found, texts, strict=True))
-  return of_rows(_picture(source, i, with_captions) for i in range(len(source)))
+
+  return _in_shares('pictures', len(source), some)
 
 
 def of_looks(digests: np.ndarray, source: Source, looks: Mapping[str, Any]) -> np.ndarray:
@@ -106,9 +113,23 @@ def _picture(source: Source, index: int, with_captions: bool) -> bytes:
 
 
 def of_texts(source: Source, prompts: Sequence[Any]) -> np.ndarray:
-  """Digests of the texts of all records, uint8 [n DIGEST]; prompts: functions of a record that give
-  more of them, None for none."""
-  return of_rows(_texts(source, i, prompts) for i in range(len(source)))
+  """Digests of the texts of all records, uint8 [n DIGEST]; all processes call it together.
+
+  prompts: functions of a record that give more of them, None for none.
+  """
+  some = lambda records: of_rows(_texts(source, int(i), prompts) for i in records)
+  return _in_shares('texts', len(source), some)
+
+
+def _in_shares(
+  name: str, count: int, digests: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+  """Digests of all of so many records, of which each process finds a share; digests: of these
+  records, uint8 [m DIGEST]. UserError, in all processes, of any."""
+  share = np.array_split(np.arange(count), jax.process_count())[jax.process_index()]
+  mine = in_step(f'cache/{name}/digests', lambda: digests(share), (UserError,), A_DAY)
+  found = b''.join(gather_bytes(mine.tobytes()))
+  return np.frombuffer(found, np.uint8).reshape(-1, DIGEST)
 
 
 def _texts(source: Source, index: int, prompts: Sequence[Any]) -> bytes:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, SupportsIndex
 import ml_dtypes
 import numpy as np
 
-from diffusion_jax.data.buckets import Some
+from diffusion_jax.data.buckets import Some, group_of
+from diffusion_jax.data.unreadable import same_kind
 from diffusion_jax.errors import Unreadable
 from diffusion_jax.files import parse_json
 
@@ -197,9 +198,13 @@ class CachedSource(Sequence):
   """Records out of a cache: the `Parts` of each kind of rows by name. Unreadable where one is.
 
   source: what they were made of, whose `buckets`, `order`, `kind` and `mixed` are theirs, too.
+  spares: in place of each group of a kind and bucket of which none can be read, by its first.
   """
 
-  def __init__(self, kinds: Mapping[str, Rows], source: Any = None):
+  def __init__(
+    self, kinds: Mapping[str, Rows], source: Any = None,
+    spares: Mapping[int, Sequence] | None = None,
+  ):
     if len({len(rows) for rows in kinds.values()}) != 1:
       raise ValueError('rows of a cache must be as many of each kind')
     self.kinds = dict(kinds)
@@ -207,7 +212,9 @@ class CachedSource(Sequence):
       self.buckets, self.order, self.shapes = buckets, source.order, source.shapes
     if (mixed := getattr(source, 'mixed', None)) is not None:
       self.mixed = mixed
-    self._kind = getattr(source, 'kind', None)
+    if (kind := getattr(source, 'kind', None)) is not None:
+      self.kind = kind
+    self._spares = dict(spares or {})
 
   def __len__(self) -> int:
     return len(next(iter(self.kinds.values())))
@@ -217,10 +224,11 @@ class CachedSource(Sequence):
     return {name: rows[index] for name, rows in self.kinds.items()}
 
   def substitutes(self, index: int) -> Iterator[Sequence]:
-    """Yield the records that may take the place of one: those of its kind and bucket."""
-    buckets = getattr(self, 'buckets', None)
-    if buckets is None and self._kind is None:
-      yield self
+    """Yield the records that may take the place of one: those of its kind and bucket, or spares."""
+    if not hasattr(self, 'buckets'):
+      yield Some(self, same_kind(self, index))
       return
-    kind = np.arange(len(self)) if self._kind is None else np.asarray(self._kind(index))
-    yield Some(self, kind if buckets is None else kind[buckets[kind] == buckets[index]])
+    group = group_of(self, index)
+    yield Some(self, group)
+    if (spares := self._spares.get(int(group[0]))) is not None:
+      yield spares

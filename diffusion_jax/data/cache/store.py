@@ -7,21 +7,20 @@ its own devices.
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from diffusion_jax.data.cache.encoding import Encoder
 from diffusion_jax.data.cache.rows import DIGEST, Row, Rows, Shard, shard_of
 from diffusion_jax.errors import Unreadable, UserError
 from diffusion_jax.files import say
-from diffusion_jax.parallel.processes import A_DAY, in_step
+from diffusion_jax.parallel.processes import A_DAY, gather_bytes, in_step
 
-_PIECE = 2**22
-"""Bytes of each process that devices pass on at a time."""
+_A_LINE = 60.0
+"""Seconds between two lines on how far the work is."""
 
 
 class Store(Protocol):
@@ -43,7 +42,7 @@ class Store(Protocol):
     """Return the numbers of the records that could not be read."""
 
 
-def fill(encoder: Encoder, store: Store) -> Rows:
+def fill(encoder: Encoder, store: Store) -> 'Filled':
   """Encode what a store lacks, in shares over the processes, and return all rows.
 
   UserError, in all processes, where a share cannot be encoded or kept, or no record can be read.
@@ -52,50 +51,96 @@ def fill(encoder: Encoder, store: Store) -> Rows:
   if missing:
     encoder.ready()
   mine = missing[jax.process_index() :: jax.process_count()]
-  spans = [span_of(encoder, number) for number in mine]
-  hidden = not encoder.options.progress or jax.process_index() > 0
-  counts = {'kept': 0, 'encoded': 0}
+  work = _Work(encoder, store, [span_of(encoder, number) for number in mine])
 
-  def work() -> None:
-    with tqdm(
-      total=sum(map(len, spans)), desc=f'encoding {name}', unit='rec', leave=False,
-      disable=hidden or not spans,
-      smoothing=0.05,
-    ) as bar:
-      for number, span in zip(mine, spans, strict=True):
-        store.put(number, _rows(encoder, store, span, counts))
-        bar.update(len(span))
+  def run() -> None:
+    for number, span in zip(mine, work.spans, strict=True):
+      store.put(number, work.rows(span))
+      work.done(len(span))
 
-  began = time.monotonic()
-  in_step(f'cache/{name}', work, (UserError,), A_DAY)
+  with work.bar:
+    in_step(f'cache/{name}', run, (UserError,), A_DAY)
   rows = store.end()
-  for number in store.empty(rows):  # So that all processes name and count them.
+  for number in (empty := store.empty(rows)):  # So that all processes name and count them.
     can_read(encoder, number)
   _check_any_readable(rows)
-  if counts['encoded'] and not hidden and store.says and len(encoder) > 1:
-    seconds = time.monotonic() - began
+  work.say_all()
+  return Filled(rows, empty)
+
+
+class Filled(NamedTuple):
+  """All rows, and the numbers of those that are empty, as their records cannot be read."""
+
+  rows: Rows
+  empty: Sequence[int]
+
+
+class _Work:
+  """What this process encodes, and how far it is: on the terminal, in the status and in the log."""
+
+  def __init__(self, encoder: Encoder, store: Store, spans: Sequence[range]):
+    self.spans, self._encoder, self._store = spans, encoder, store
+    self._all, self._done, self._kept, self._encoded = sum(map(len, spans)), 0, 0, 0
+    self._shown = encoder.options.progress and jax.process_index() == 0
+    self._began = self._said = time.monotonic()
+    self.bar = tqdm(
+      total=self._all, desc=f'encoding {encoder.name}', unit='rec', leave=False,
+      disable=not self._shown or not spans, smoothing=0.05,
+    )
+    self._tell(now=True)
+
+  def rows(self, span: range) -> list[Row]:
+    """Return the rows of a shard, those that are known as they are."""
+    kept = {n: row for n in span if (row := self._store.kept(n)) is not None}
+    new = [n for n in span if n not in kept]
+    self._kept += len(kept)
+    self._encoded += len(new)
+    encoded = dict(zip(new, self._encoder.encode(new), strict=True)) if new else {}
+    return [kept[n] if n in kept else encoded[n] for n in span]
+
+  def done(self, records: int) -> None:
+    """Count records of this process whose shard is kept; a line a minute says how many."""
+    self._done += records
+    self.bar.update(records)
+    self._tell()
+    if self._shown and self._store.says and time.monotonic() - self._said > _A_LINE:
+      self._said = time.monotonic()
+      say(self._sentence(), 'diffusion_jax: ')
+
+  def _speed(self) -> float:
+    """Records a second, of this process."""
+    return self._encoded / max(time.monotonic() - self._began, 1e-3)
+
+  def _sentence(self) -> str:
+    of = ' of this process' * (jax.process_count() > 1)
+    return (f'encoding {self._encoder.name}: {self._done:,} of {self._all:,} records{of} '
+            f'({self._speed():.1f} a second)')
+
+  def _tell(self, now: bool = False) -> None:
+    if self._all:
+      self._encoder.options.report(
+        'encoding', now=now, message=self._sentence(),
+        encoding={'kind': self._encoder.name, 'records': self._done, 'of': self._all,
+                  'records_per_second': self._speed()},
+      )
+
+  def say_all(self) -> None:
+    """Say how many records were encoded, and how fast."""
+    if not (self._encoded and self._shown and self._store.says and len(self._encoder) > 1):
+      return
+    seconds = time.monotonic() - self._began
     say(
-      f'{name} of {counts["encoded"]:,} records were encoded in {seconds:.1f} s '
-      f'({counts["encoded"] / seconds:.1f} a second)'
-      + f'; {counts["kept"]:,} were there' * bool(counts['kept']),
+      f'{self._encoder.name} of {self._encoded:,} records were encoded in {seconds:.1f} s '
+      f'({self._encoded / seconds:.1f} a second)'
+      + f'; {self._kept:,} were there' * bool(self._kept),
       'diffusion_jax: ',
     )
-  return rows
 
 
 def span_of(encoder: Encoder, number: int) -> range:
   """Return the numbers of the records of a shard."""
   first = number * encoder.rows
   return range(first, min(first + encoder.rows, len(encoder)))
-
-
-def _rows(encoder: Encoder, store: Store, span: range, counts: dict[str, int]) -> list[Row]:
-  kept = {n: row for n in span if (row := store.kept(n)) is not None}
-  new = [n for n in span if n not in kept]
-  counts['kept'] += len(kept)
-  counts['encoded'] += len(new)
-  encoded = dict(zip(new, encoder.encode(new), strict=True)) if new else {}
-  return [kept[n] if n in kept else encoded[n] for n in span]
 
 
 def can_read(encoder: Encoder, number: int) -> bool:
@@ -151,21 +196,8 @@ def _exchanged(own: Mapping[int, list[bytes]], count: int) -> dict[int, list[byt
     mine = own.get(first + jax.process_index(), [])
     data = np.array([len(mine), *map(len, mine)], np.uint32).tobytes() + b''.join(mine)
     turn = range(first, min(first + processes, count))
-    for number, part in zip(turn, _gathered(data), strict=False):
+    for number, part in zip(turn, gather_bytes(data), strict=False):
       lengths = np.frombuffer(part, np.uint32, 1 + np.frombuffer(part, np.uint32, 1)[0])
       ends = np.cumsum([lengths.nbytes, *lengths[1:]])
       found[number] = [part[a:b] for a, b in itertools.pairwise(ends)]
   return found
-
-
-def _gathered(data: bytes) -> list[bytes]:
-  """Return what every process gives, in their order, piece by piece through the devices."""
-  sizes = multihost_utils.process_allgather(np.int32(len(data)))
-  pieces = []
-  for first in range(0, int(max(sizes)), _PIECE):
-    piece = np.zeros(_PIECE, np.uint8)
-    own = np.frombuffer(data[first : first + _PIECE], np.uint8)
-    piece[: len(own)] = own
-    pieces.append(np.asarray(multihost_utils.process_allgather(piece)))
-  every = np.concatenate(pieces, axis=1)
-  return [row[:size].tobytes() for row, size in zip(every, sizes, strict=True)]

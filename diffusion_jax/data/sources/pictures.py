@@ -119,9 +119,10 @@ class PictureSource(Sequence):
     """
     return self.entries.original_sizes(self.numbers)
 
-  def hashes(self) -> np.ndarray:
-    """Digests of the pictures as they were stored, uint8 [n 16]: of length, start and end."""
-    return self.entries.hashes(self.numbers)
+  def hashes(self, records: np.ndarray | None = None) -> np.ndarray:
+    """Digests of pictures as they were stored, uint8 [n 16]: of length, start and end; of all, or
+    of these records."""
+    return self.entries.hashes(self.numbers if records is None else self.numbers[records])
 
   def fingerprint(self) -> dict[str, str]:
     """Hashes that change with the pictures and their classes, or with their captions."""

@@ -257,7 +257,7 @@ class DiffusionTask(Task):
         dtype=settings.cache_dtype, text_dtype=settings.cache_text_dtype,
         views=settings.cache_views, specs=seen(data), looks=looks(data), seed=config.loop.seed,
         transforms=transforms if moves else (),
-        size=data.size, shape=data.shape, threads=data.workers,
+        size=data.size, shape=data.shape, threads=data.workers, report=env.report,
       ),
     )
 

@@ -40,7 +40,7 @@ class Env:
   """The environment of a task.
 
   synthetic: random numbers in place of the data. damage: counts unreadable records. more: the
-  sources of `Task.more_data`, by name.
+  sources of `Task.more_data`, by name. report: takes a state and more, for the status file.
   """
 
   train: Source
@@ -50,6 +50,7 @@ class Env:
   synthetic: bool = False
   damage: Damage = dataclasses.field(default_factory=Damage)
   more: dict[str, Source] = dataclasses.field(default_factory=dict)
+  report: Callable[..., None] = lambda *args, **values: None
 
 
 class Task(abc.ABC):
