@@ -50,7 +50,7 @@ class Denoising(Task):
   def initialize(self, key):
     return self.network.initialize(key)
 
-  def constrain(self, params):
+  def constrain(self, params, carry):
     return params
 
   def loss(self, params, frozen, carry, batch, key, step):

@@ -74,7 +74,7 @@ def make_task(model: str, remat: str):
     def initialize(self, key):
       return network.initialize(key)
 
-    def constrain(self, params):
+    def constrain(self, params, carry):
       return params
 
     def loss(self, params, frozen, carry, batch, key, step):

@@ -49,6 +49,8 @@ NETWORKS = Table('network', {
   'dinov2': 'diffusion_jax.formats.dinov2:DINOV2',
   't5': 'diffusion_jax.formats.t5:T5',
   'vq': 'diffusion_jax.formats.autoencoder:VQ',
+  'fsq': 'diffusion_jax.formats.autoencoder:FSQ',
+  'dvae': 'diffusion_jax.formats.autoencoder:DVAE',
   'autoencoder_tiny': 'diffusion_jax.formats.autoencoder:TINY',
   'dit': 'diffusion_jax.formats.dit:DIT',
   'mmdit': 'diffusion_jax.formats.dit:MMDIT',
@@ -58,6 +60,15 @@ NETWORKS = Table('network', {
   'mlp': 'diffusion_jax.models.mlp:MLP',
 })
 """`formats.published.NetworkFormat` objects, or classes whose __init__ annotates `config`."""
+
+BOTTLENECKS = Table('bottleneck', {
+  'kl': 'diffusion_jax.train.bottlenecks.kl:KL',
+  'plain': 'diffusion_jax.train.bottlenecks.plain:Plain',
+  'vq': 'diffusion_jax.train.bottlenecks.vq:VQ',
+  'gumbel': 'diffusion_jax.train.bottlenecks.gumbel:Gumbel',
+  'fsq': 'diffusion_jax.train.bottlenecks.fsq:FSQ',
+})
+"""Subclasses of `train.bottlenecks.bottleneck.Bottleneck`."""
 
 SPACES = Table('space', {
   'latents': 'diffusion_jax.pipelines.spaces:LatentSpace',

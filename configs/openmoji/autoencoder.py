@@ -16,8 +16,8 @@ def get_config() -> ConfigDict:
       'latent_channels': 4, 'block_out_channels': (16, 32, 64), 'layers_per_block': 1,
       'norm_num_groups': 8,
     },
-    'reconstruction': 'l2', 'initial_logvar': -6.0, 'kl_weight': 5e-3,
-    'kl_warmup_steps': 1500,
+    'bottleneck': {'weight': 5e-3, 'warmup_steps': 1500, 'initial_logvar': -6.0},
+    'reconstruction': 'l2',
     # A PatchGAN pays after many more steps than two CPU cores make in minutes; 0.5 is usual.
     'adversarial_weight': 0.0,
     'export_dtype': 'float16',

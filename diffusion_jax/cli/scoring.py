@@ -462,9 +462,9 @@ def of_autoencoder(options: AutoencoderEvaluation, _: dict, shown: dict) -> dict
 def _open_autoencoder(options: AutoencoderEvaluation) -> tuple:
   """Return (network, a reader of its parameters, its name and weights, the test images, what it
   was trained on)."""
-  from diffusion_jax.formats.networks import load_params
-  from diffusion_jax.models.autoencoder import AutoencoderKL
-  from diffusion_jax.models.network import Network, under
+  from diffusion_jax.formats.autoencoder import QUANTIZED
+  from diffusion_jax.formats.networks import read_part
+  from diffusion_jax.models.network import under
 
   half_life = options.ema_halflife_images
   if options.workdir:
@@ -476,8 +476,9 @@ def _open_autoencoder(options: AutoencoderEvaluation) -> tuple:
     return network, read, name, images, [measured_on(run.sources[1]).sentence]
   if not options.model:
     raise UserError('there is no autoencoder; give --workdir of a run, or --model of a directory.')
-  config, params = load_params('autoencoder', options.model)
+  part = read_part(options.model).expect(('autoencoder', *QUANTIZED))
+  config = part.config
   own = config.sample_size if isinstance(config.sample_size, int) else SIZE
   images = open_split(options, 'test', options.size or own)
   about = [about_model(options.model, options.model, {TESTED: images.pictures})]
-  return Network.of(AutoencoderKL, config), lambda: params, identity(options.model), images, about
+  return part.network(), part.load, identity(options.model), images, about

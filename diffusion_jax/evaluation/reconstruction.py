@@ -35,16 +35,14 @@ BATCH = 32
 
 
 def reconstructor(network: Network, mesh: Mesh, batch_size: int = BATCH) -> Callable:
-  """(parameters on the mesh, uint8 [n h w 3]) -> reconstructions by the latents' means, uint8.
+  """(parameters on the mesh, uint8 [n h w 3]) -> reconstructions without randomness, uint8.
 
   UserError where h or w is no multiple of the network's factor.
   """
 
   @jit
   def run(params: Params, images: jax.Array) -> jax.Array:
-    model = network.bind(params)
-    images = model.decode(model.encode(to_float(images))[0])
-    return images.astype(jnp.float32)
+    return network.bind(params).reconstruct(to_float(images)).astype(jnp.float32)
 
   def reconstruct(params: Params, images: np.ndarray) -> np.ndarray:
     batches = in_batches(run, params, images, mesh=mesh, batch_size=batch_size)
@@ -159,7 +157,8 @@ class ReconstructionPreview(Cached):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reconstruction(ReconstructionPreview):
-  """PSNR in dB of reconstructed test images, L1 in [-1, 1], and the latents' moments."""
+  """PSNR in dB of reconstructed test images, L1 in [-1, 1], and the latents' moments, or how many
+  of the codes are used and the perplexity of their use."""
 
   samples: int = 256
   name = 'reconstruction'
@@ -169,6 +168,24 @@ class Reconstruction(ReconstructionPreview):
     images = np.stack([record['image'] for record in first_readable(self.test, self.samples)])
     values = compare_pairs(images, self.reconstruct(model, params, images), ('psnr', 'l1'))
     scores = {name: float(each.mean()) for name, each in values.items()}
-    mean, deviation = latent_moments(model, params, images, self.mesh)
-    scores |= {'latent_mean': mean, 'latent_std': deviation, 'images': float(len(images))}
-    yield from named({TEST: scores})
+    if hasattr(model.config, 'vocabulary'):
+      scores |= code_usage(model, params, images, self.mesh)
+    else:
+      mean, deviation = latent_moments(model, params, images, self.mesh)
+      scores |= {'latent_mean': mean, 'latent_std': deviation}
+    yield from named({TEST: scores | {'images': float(len(images))}})
+
+
+def code_usage(
+  network: Network, params: Params, images: UInt8[np.ndarray, 'n h w 3'], mesh: Mesh
+) -> dict[str, float]:
+  """Return the fraction of the codes that the images use, and the perplexity of their use: 2 to the
+  entropy in bits, at most the number of codes."""
+  run = jit(lambda params, images: network.bind(params).encode_indices(to_float(images)))
+  indices = np.concatenate(list(in_batches(run, params, images, mesh=mesh)))
+  counts = np.bincount(indices.ravel(), minlength=network.config.vocabulary)
+  fractions = counts[counts > 0] / counts.sum()
+  return {
+    'codes_used': float((counts > 0).mean()),
+    'code_perplexity': float(np.exp(-(fractions * np.log(fractions)).sum())),
+  }

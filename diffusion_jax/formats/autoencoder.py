@@ -6,6 +6,8 @@ from typing import Any
 from diffusion_jax.formats.published import ANY, NetworkFormat
 from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion_jax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
+from diffusion_jax.models.dvae import DiscreteVAE, DVAEConfig
+from diffusion_jax.models.fsq import FSQConfig, FSQModel
 from diffusion_jax.models.vq import VQConfig, VQModel
 
 # Autoencoders saved before diffusers 0.18 name the parts of their attention so.
@@ -42,10 +44,15 @@ VQ = _AutoencoderFormat(
   defaults={'block_out_channels': [64], 'layers_per_block': 1, 'num_vq_embeddings': 256},
   written={'act_fn': 'silu', 'norm_type': 'group'}, rename=_new_attention,
 )
+FSQ = _AutoencoderFormat(FSQModel, FSQConfig, ('FSQModel',))
+DVAE = _AutoencoderFormat(DiscreteVAE, DVAEConfig, ('DiscreteVAE',))
 TINY = NetworkFormat(AutoencoderTiny, AutoencoderTinyConfig, ('AutoencoderTiny',), accepted={
   'upsample_fn': 'nearest', 'upsampling_scaling_factor': 2, 'force_upcast': ANY,
   'block_out_channels': ANY,  # A copy of decoder_block_out_channels.
 })
+
+QUANTIZED = ('vq', 'fsq', 'dvae')
+"""The rows of `registry.NETWORKS` whose latents are codes."""
 
 _SIXTEEN = AutoencoderKLConfig(
   latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False,

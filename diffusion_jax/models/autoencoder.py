@@ -227,6 +227,10 @@ class AutoencoderKL(nnx.Module):
     check_size(z.shape, self.config.latent_channels, 1, 'The latents to decode')
     return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
+  def reconstruct(self, images: Images) -> Images:
+    """Images [b h w 3] in [-1, 1] -> the images of their latents' means, not clipped."""
+    return self.decode(self.encode(images)[0])
+
 
 def _mean_and_logvar(moments: jax.Array) -> tuple[Latents, Latents]:
   """Moments [... 2c] -> (mean, log-variance in [-30, 20]) [... c]."""

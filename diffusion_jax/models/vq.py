@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from diffusion_jax.errors import require
-from diffusion_jax.models.autoencoder import AutoencoderConfig, Decoder, Encoder
+from diffusion_jax.models.autoencoder import AutoencoderConfig
 from diffusion_jax.models.config import Width, Widths, check_size
-from diffusion_jax.models.layers import embed, pointwise
+from diffusion_jax.models.layers import embed
+from diffusion_jax.models.quantized import QuantizedAutoencoder
 from diffusion_jax.types import Images, Latents, PerExample
 
 
@@ -35,6 +35,11 @@ class VQConfig(AutoencoderConfig):
   def code_channels(self) -> int:
     """Width of a code vector."""
     return self.latent_channels if self.vq_embed_dim is None else self.vq_embed_dim
+
+  @property
+  def vocabulary(self) -> int:
+    """Number of codes."""
+    return self.num_vq_embeddings
 
 
 class Codebook(nnx.Module):
@@ -72,32 +77,20 @@ class Codebook(nnx.Module):
     return z + lax.stop_gradient(codes - z), indices, loss
 
 
-class VQModel(nnx.Module):
+class VQModel(QuantizedAutoencoder):
   """Images in [-1, 1] <-> latents <-> code vectors, all NHWC; `quantize` is a Codebook."""
 
   def __init__(self, config: VQConfig, **kw):
-    c, e = config.latent_channels, config.code_channels
-    self.config = config
-    self.encoder = Encoder(config, c, **kw)
-    self.decoder = Decoder(config, **kw)
-    self.quant_conv = pointwise(c, e, **kw)
-    self.quantize = Codebook(config.num_vq_embeddings, e, **kw)
-    self.post_quant_conv = pointwise(e, c, **kw)
+    super().__init__(config, config.code_channels, config.code_channels, **kw)
+    self.quantize = Codebook(config.num_vq_embeddings, config.code_channels, **kw)
 
-  def encode(self, images: Images) -> Latents:
-    """Images [b h w 3] in [-1, 1] -> latents [b h/f w/f e] before quantisation, unscaled.
+  def indices(self, z: Latents) -> jax.Array:
+    return self.quantize.nearest(z)
 
-    UserError where h or w is no multiple of f.
-    """
-    check_size(images.shape, self.config.in_channels, self.config.factor, 'The images to encode')
-    return self.quant_conv(self.encoder(images))
+  def codes(self, indices: jax.Array) -> Latents:
+    return self.quantize.embedding(indices)
 
   def decode(self, z: Latents, *, quantized: bool = False) -> Images:
     """Latents [b h/f w/f e], quantised unless `quantized` -> images [b h w 3], not clipped."""
-    check_size(z.shape, self.config.code_channels, 1, 'The latents to decode')
-    return self.decoder(self.post_quant_conv(z if quantized else self.quantize(z)[0]))
-
-  def decode_indices(self, indices: jax.Array) -> Images:
-    """Indices of code vectors [b h/f w/f] -> images [b h w 3]."""
-    require(indices.ndim == 3, f'Code indices must have shape [b h w], not {list(indices.shape)}.')
-    return self.decode(self.quantize.embedding(indices), quantized=True)
+    check_size(z.shape, self.code_channels, 1, 'The latents to decode')
+    return self.decode_codes(z if quantized else self.quantize(z)[0])

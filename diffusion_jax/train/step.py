@@ -85,12 +85,12 @@ def make_step(
     norm = global_norm(grads)
     use, finite, watch = judge(state.guard, guard, loss, norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, use=use, norm=norm)
-    params = task.constrain(optax.apply_updates(state.params, updates))
+    carry = choose(use, task.next_carry(state.carry, observed), state.carry)
+    params = task.constrain(optax.apply_updates(state.params, updates), carry)
     average = state.ema
     if average:
       decay = ema.decay_per_step(ema_halflife_images, batch_size, state.step)
       average = ema.update(average, params, jnp.where(use, decay, 1.0))
-    carry = choose(use, task.next_carry(state.carry, observed), state.carry)
     one = jnp.ones((), jnp.float32)
     metrics = {**metrics, 'gradient_norm': Average(norm, one)}
     metrics = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), metrics)

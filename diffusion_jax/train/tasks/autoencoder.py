@@ -1,11 +1,13 @@
-"""Train the KL autoencoder: reconstruction + KL, later a PatchGAN, LPIPS if its weights are given.
+"""Train an autoencoder: reconstruction and bottleneck, later a PatchGAN, with weights LPIPS.
 
-The objective is that of Rombach et al. 2022, appendix G, after Esser et al. 2021, eq. 4-7.
+The objective is that of Rombach et al. 2022, appendix G, after Esser et al. 2021, eq. 4-7; what the
+latents go through is a row of `registry.BOTTLENECKS`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,36 +21,41 @@ from diffusion_jax.config import MeshConfig, TrainingConfig
 from diffusion_jax.data.unreadable import first_readable
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import load_lpips, save_params
-from diffusion_jax.limits import Count, EdgeRule, FileDtype, Range, check_edges, same_size
-from diffusion_jax.models.autoencoder import AutoencoderKL, AutoencoderKLConfig
+from diffusion_jax.limits import (
+  ByType,
+  Count,
+  EdgeRule,
+  FileDtype,
+  Range,
+  check_edges,
+  same_size,
+)
+from diffusion_jax.models.autoencoder import AutoencoderKLConfig
 from diffusion_jax.models.network import Network, prefixed, under
 from diffusion_jax.models.perceptual import Discriminator, DiscriminatorConfig, lpips
 from diffusion_jax.parallel.mesh import make_mesh
 from diffusion_jax.pipelines.spaces import latent_moments
-from diffusion_jax.registry import EVALUATORS, load
+from diffusion_jax.registry import BOTTLENECKS, EVALUATORS, load
+from diffusion_jax.train.bottlenecks.kl import KL
 from diffusion_jax.train.meter import mean_metric
-from diffusion_jax.train.tasks.task import Env, Frozen, Metrics, Task
-from diffusion_jax.types import Images, Latents, Params, Scores, Source
+from diffusion_jax.train.tasks.task import Carry, Env, Frozen, Metrics, Observed, Task
+from diffusion_jax.types import Images, Params, Scores, Source
 
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderTaskConfig:
-  """Weights are per pixel value (reconstruction), per latent value (KL), per patch (adversarial).
+  """Weights are per pixel value (reconstruction), per patch (adversarial).
 
+  autoencoder: the network's shape. bottleneck: what its latents go through.
   adversarial_weight: norm of the adversarial gradient as a fraction of the reconstruction's, at the
   output image (Esser et al. 2021, eq. 7, has the last layer); 0 leaves out the discriminator. Empty
   lpips_weights leave out LPIPS. reconstruction: l1 (Rombach et al. 2022), or l2, which learns
-  colours sooner: l1 has almost no gradient at the median colour. initial_logvar: of the latents;
-  below 0 noise does not hide weak features, such as colours, at first. kl_warmup_steps: linear
-  growth of the KL's weight from 0 (Bowman et al. 2016, section 3.1), to learn features before they
-  cost.
+  colours sooner: l1 has almost no gradient at the median colour.
   """
 
   autoencoder: AutoencoderKLConfig = AutoencoderKLConfig()
+  bottleneck: Annotated[Any, ByType(BOTTLENECKS, default='kl')] = KL()
   reconstruction: Literal['l1', 'l2'] = 'l1'
-  initial_logvar: float = 0.0
-  kl_weight: Annotated[float, Range(0)] = 1e-3
-  kl_warmup_steps: Count = 0
   adversarial_weight: Annotated[float, Range(0)] = 0.5
   adversarial_start_step: Count = 10_000
   discriminator: DiscriminatorConfig = DiscriminatorConfig()
@@ -57,10 +64,17 @@ class AutoencoderTaskConfig:
   export_dtype: FileDtype = 'float16'
 
 
-def kl_divergence(mean: Latents, logvar: Latents) -> jax.Array:
-  """KL(N(mean, exp(logvar)) || N(0, 1)) per latent value, mean [b] (Kingma & Welling 2014)."""
-  kl = 0.5 * (mean**2 + jnp.exp(logvar) - 1 - logvar)
-  return kl.mean(axis=(1, 2, 3))
+_OLD_KEYS = {
+  'kl_weight': 'weight', 'kl_warmup_steps': 'warmup_steps', 'initial_logvar': 'initial_logvar'
+}
+
+
+def upgrade_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+  """Return settings as `AutoencoderTaskConfig` has them, of older recipes and runs, in which the
+  keys of the KL stood by themselves."""
+  out = dict(settings)
+  given = {new: out.pop(name) for name, new in _OLD_KEYS.items() if name in out}
+  return {**out, 'bottleneck': {**given, **out.get('bottleneck', {})}} if given else out
 
 
 SCALED_BY = 256
@@ -71,16 +85,19 @@ class AutoencoderTask(Task):
   """Parameters are named 'autoencoder.*' and, with an adversarial loss, 'discriminator.*'."""
 
   Config = AutoencoderTaskConfig
-  name, title = 'autoencoder', 'KL autoencoder'
+  upgrade_settings = staticmethod(upgrade_settings)
+  name, title = 'autoencoder', 'Autoencoder'
   batch_fields = ('image',)
 
   def __init__(
     self, config: AutoencoderTaskConfig, test: Source, dtype=jnp.float32, **compute: str
   ):
     """`compute`: as of `models.network.Compute`."""
-    self.config, self.test = config, test
+    self.config, self.test, self.bottleneck = config, test, config.bottleneck
+    self.title = self.bottleneck.title
+    shape = self.bottleneck.config(config.autoencoder)
     self.autoencoder = self.model = Network.of(
-      AutoencoderKL, config.autoencoder, dtype=dtype, **compute
+      self.bottleneck.network, shape, dtype=dtype, **compute
     )
     self.discriminator = Network.of(Discriminator, config.discriminator, dtype=dtype)
     self.frozen: Frozen = {}
@@ -114,9 +131,8 @@ class AutoencoderTask(Task):
 
   def initialize(self, key: jax.Array) -> Params:
     first, second = jax.random.split(key)
-    params = prefixed('autoencoder', self.autoencoder.initialize(first))
-    bias, channels = 'autoencoder.quant_conv.bias', self.config.autoencoder.latent_channels
-    params[bias] = params[bias].at[channels:].set(self.config.initial_logvar)
+    params = self.bottleneck.initialize(self.autoencoder.initialize(first))
+    params = prefixed('autoencoder', params)
     if self.config.adversarial_weight:
       params |= prefixed('discriminator', self.discriminator.initialize(second))
     return params
@@ -129,29 +145,31 @@ class AutoencoderTask(Task):
       loss = loss + self.config.lpips_weight * lpips(frozen['lpips'], output, images)
     return loss
 
-  def _kl_weight(self, step: jax.Array) -> jax.Array:
-    grown = jnp.minimum(step / max(self.config.kl_warmup_steps, 1), 1.0)
-    return self.config.kl_weight * (grown if self.config.kl_warmup_steps else 1.0)
+  def carry(self) -> Carry:
+    return self.bottleneck.carry(self.autoencoder.config)
+
+  def next_carry(self, carry: Carry, observed: Observed) -> Carry:
+    return self.bottleneck.next_carry(carry, observed)
+
+  def constrain(self, params: Params, carry: Carry) -> Params:
+    own = self.bottleneck.constrain(under('autoencoder', params), carry)
+    return params | prefixed('autoencoder', own)
 
   def loss(self, params, frozen, carry, batch, key, step) -> tuple[jax.Array, tuple]:
     images = batch['image']
     model = self.autoencoder.bind(under('autoencoder', params))
-    mean, logvar = (x.astype(jnp.float32) for x in model.encode(images))
-    noise = jax.random.normal(key, mean.shape)
-    output = model.decode(mean + jnp.exp(logvar / 2) * noise).astype(jnp.float32)
-    reconstruction = self._reconstruction(output, images, frozen)
-    kl = kl_divergence(mean, logvar)
-    total = reconstruction + self._kl_weight(step) * kl
+    passed = self.bottleneck(model, images, carry, key, step)
+    reconstruction = self._reconstruction(passed.output, images, frozen)
+    total = reconstruction + passed.loss
     loss = total.mean()
     metrics = {
-      'loss': mean_metric(total),
-      'loss_reconstruction': mean_metric(reconstruction),
-      'loss_kl': mean_metric(kl),
+      'loss': mean_metric(total), 'loss_reconstruction': mean_metric(reconstruction),
+      **passed.metrics,
     }
     if self.config.adversarial_weight:
-      adversarial, more = self._adversarial(params, frozen, images, output, step)
+      adversarial, more = self._adversarial(params, frozen, images, passed.output, step)
       loss, metrics = loss + adversarial, metrics | more
-    return loss, (metrics, ())
+    return loss, (metrics, passed.observed)
 
   def _adversarial(self, params, frozen, images, output, step) -> tuple[jax.Array, Metrics]:
     """Generator's and discriminator's losses in one: each sees the other as a constant."""
@@ -191,17 +209,21 @@ class AutoencoderTask(Task):
     ]
 
   def export(self, directory: Path, params: Params, scores: Scores) -> None:
-    """Write the autoencoder in diffusers' layout, scaled to latents of unit variance."""
-    params, test = under('autoencoder', params), scores.get('test', {})
-    if 'latent_mean' in test:
-      mean, deviation = test['latent_mean'], test['latent_std']
+    """Write the autoencoder, in diffusers' layout where it has one; latents that are no codes are
+    scaled to unit variance."""
+    params, config = under('autoencoder', params), self.autoencoder.config
+    edges = first_readable(self.test, 1)[0]['image'].shape[:2]
+    scaling = {} if hasattr(config, 'vocabulary') else self._scaling(params, scores.get('test', {}))
+    config = dataclasses.replace(config, sample_size=max(edges), **scaling)
+    save_params(directory, config, params, dtype=self.config.export_dtype)
+
+  def _scaling(self, params: Params, scored: Mapping[str, float]) -> dict[str, float]:
+    """Return the fields of a config that bring latents to mean 0 and variance 1."""
+    if 'latent_mean' in scored:
+      mean, deviation = scored['latent_mean'], scored['latent_std']
     else:  # Nothing was scored, or scoring has failed.
       images = np.stack([record['image'] for record in first_readable(self.test, SCALED_BY)])
       mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
       with jax.set_mesh(mesh):  # Only this process is here.
         mean, deviation = latent_moments(self.model, params, images, mesh)
-    config = dataclasses.replace(
-      self.config.autoencoder, sample_size=max(first_readable(self.test, 1)[0]['image'].shape[:2]),
-      shift_factor=round(mean, 6), scaling_factor=round(1 / deviation, 6),
-    )
-    save_params(directory, config, params, dtype=self.config.export_dtype)
+    return {'shift_factor': round(mean, 6), 'scaling_factor': round(1 / deviation, 6)}

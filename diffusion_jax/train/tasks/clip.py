@@ -25,7 +25,7 @@ from diffusion_jax.models.text.tokenizer import (
 )
 from diffusion_jax.registry import EVALUATORS, load
 from diffusion_jax.train.meter import mean_metric
-from diffusion_jax.train.tasks.task import Env, Frozen, Task
+from diffusion_jax.train.tasks.task import Carry, Env, Frozen, Task
 from diffusion_jax.types import Params, Scores, Source
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class CLIPTask(Task):
   def initialize(self, key: jax.Array) -> Params:
     return self.clip.initialize(key)
 
-  def constrain(self, params: Params) -> Params:
+  def constrain(self, params: Params, carry: Carry) -> Params:
     """Clamps the temperature so that logits are scaled by 1 to 100 (section 2.5)."""
     return params | {'logit_scale': jnp.clip(params['logit_scale'], 0.0, MAX_LOGIT_SCALE)}
 

@@ -186,8 +186,8 @@ class Task(abc.ABC):
     """Return the carry after a step on these examples of the global batch; pure."""
     return carry
 
-  def constrain(self, params: Params) -> Params:
-    """Project parameters after an update, such as by a clamp; pure."""
+  def constrain(self, params: Params, carry: Carry) -> Params:
+    """Return parameters after an update, such as clamped ones, given the carry after it; pure."""
     return params
 
   def weights(self, params: Params, frozen: Frozen) -> Weights:

@@ -12,11 +12,8 @@ from safetensors.numpy import save_file
 from diffusion_jax.config import typed
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.perceptual import lpips, lpips_shapes
-from diffusion_jax.train.tasks.autoencoder import (
-  AutoencoderTask,
-  AutoencoderTaskConfig,
-  kl_divergence,
-)
+from diffusion_jax.train.bottlenecks.kl import KL, kl_divergence
+from diffusion_jax.train.tasks.autoencoder import AutoencoderTask, AutoencoderTaskConfig
 from tests import tiny
 from tests.tiny_pipeline import published
 
@@ -121,7 +118,8 @@ def test_reconstruction_is_absolute_or_squared_error(images):
 
 
 def test_log_variances_start_where_the_config_says():
-  shift = lambda value: jax.jit(_task(initial_logvar=value).initialize)(jax.random.key(0))
+  task = lambda value: _task(bottleneck=KL(initial_logvar=value))
+  shift = lambda value: jax.jit(task(value).initialize)(jax.random.key(0))
   bias = shift(-6.0)['autoencoder.quant_conv.bias']
   channels = tiny.AUTOENCODER.latent_channels
   np.testing.assert_array_equal(bias[channels:], -6.0)

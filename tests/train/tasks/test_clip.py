@@ -66,7 +66,7 @@ def test_loss_and_gradients_are_those_of_the_global_batch_on_eight_devices():
 def test_the_temperature_is_clamped(given, wanted):
   task = CLIPTask(CLIPTaskConfig(tiny.CLIP), None, None)
   other = jnp.full((2, 2), 50.0)
-  params = task.constrain({'logit_scale': jnp.float32(given), 'other.kernel': other})
+  params = task.constrain({'logit_scale': jnp.float32(given), 'other.kernel': other}, {})
   assert float(params['logit_scale']) == pytest.approx(wanted)
   np.testing.assert_array_equal(params['other.kernel'], other)
 

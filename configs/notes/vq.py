@@ -1,0 +1,43 @@
+"""VQ-VAE (van den Oord et al. 2017; Razavi et al. 2019): 32 x 32 pixels <-> 8 x 8 codes of 512.
+
+The latent at each place is replaced by the nearest of a set of code vectors, and the gradient is
+passed on as if it had not been (eq. 1-2). The set follows the latents by an exponential moving
+average of decay 0.99 (appendix A.1), and the encoder pays 0.25 times its distance from the codes
+(eq. 3). Sets learned so tend to collapse: most codes are never nearest to anything. Codes that fall
+into disuse are therefore put in the place of latents of the batch (Dhariwal et al. 2020, section
+3.1). The log has the fraction of the codes that a batch uses, the perplexity of their use, and how
+many were revived; the scores have the same of the test images.
+
+The paper: 128 x 128 pixels of ImageNet <-> 32 x 32 codes of 512, 4.67 bits per dimension of
+CIFAR-10 (section 4.1). Latent diffusion's first models, and Parti and MaskGIT, stand on such codes.
+"""
+
+from diffusion_jax.configs.base import base
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  config = base('autoencoder')
+  config.data.size = 32
+  config.data.transforms = (
+    ('random_resized_crop', {'scale': (0.7, 1.0), 'ratio': (0.8, 1.25)}),
+    ('random_flip', {'keep_sided': False}),
+    ('normalize', {}),
+  )
+  config.settings = ConfigDict({
+    'autoencoder': {
+      'latent_channels': 16, 'block_out_channels': (32, 64, 64), 'layers_per_block': 1,
+      'norm_num_groups': 8, 'mid_block_add_attention': False,
+    },
+    'bottleneck': {'type': 'vq', 'codes': 512, 'decay': 0.99, 'commitment': 0.25},
+    'reconstruction': 'l2', 'adversarial_weight': 0.0,
+  })
+  config.optimizer.update({
+    'learning_rate': 1e-3, 'schedule': 'cosine', 'warmup_steps': 100, 'b2': 0.99,
+    'weight_decay': 1e-4,
+  })
+  config.loop.update({
+    'total_steps': 2000, 'batch_size': 16, 'ema_halflife_images': 1000.0,
+    'checkpoint_every_steps': 500, 'sample_every_steps': 500, 'evaluate_samples': 379,
+  })
+  return config
