@@ -28,7 +28,8 @@ LAYOUT = ('NHWC', 'HWIO', 'NHWC')
 class Conv(nnx.Module):
   """Square 2-D convolution, [b h w i] -> [b h' w' o]; the one place that computes convolutions.
 
-  padding: symmetric, or ((top, bottom), (left, right)). Parameters: kernel [k k i o], bias [o].
+  padding: symmetric, or ((top, bottom), (left, right)); of zeros, or as `network.TILING` says.
+  Parameters: kernel [k k i o], bias [o].
   """
 
   def __init__(
@@ -43,6 +44,8 @@ class Conv(nnx.Module):
     self.padding = ((padding, padding),) * 2 if isinstance(padding, int) else padding
     self.lora = nnx.data(None)
     self.dtype = compute.dtype
+    self.wrapped = compute.tiling in ('y', 'both'), compute.tiling in ('x', 'both')
+    self.heeds = 'tiling' if any(map(any, self.padding)) else None
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x = x.astype(self.dtype)
@@ -55,8 +58,14 @@ class Conv(nnx.Module):
     kernel = kernel.astype(self.dtype)
     if self._disjoint(x.shape):
       return _patches(x, self.stride) @ kernel.reshape(-1, kernel.shape[-1])
+    padding, none = self.padding, (0, 0)
+    if any(self.wrapped):
+      axes = list(zip(self.padding, self.wrapped, strict=True))
+      around = [pad if wraps else none for pad, wraps in axes]
+      x = jnp.pad(x, (none, *around, none), mode='wrap')
+      padding = [none if wraps else pad for pad, wraps in axes]
     return lax.conv_general_dilated(
-      x, kernel, (self.stride, self.stride), self.padding, dimension_numbers=LAYOUT
+      x, kernel, (self.stride, self.stride), padding, dimension_numbers=LAYOUT
     )
 
   def _disjoint(self, shape: tuple[int, ...]) -> bool:

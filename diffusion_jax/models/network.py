@@ -33,6 +33,10 @@ MATMUL_PRECISION = ('plain', 'float8')
 """Of dense layers over tokens, forward and backward. plain: the network's own type, in which layers
 over whole images, such as of the time, always are."""
 
+TILING = ('none', 'x', 'y', 'both')
+"""Axes along which convolutions wrap around, x across and y down, so that what is drawn continues
+beyond its opposite edge."""
+
 RESULT = 'block'
 
 
@@ -41,9 +45,9 @@ class Compute:
   """How a network computes, whatever its shape.
 
   dtype: of the computation; norms and softmax are always float32. param_dtype: of new parameters.
-  remat, attention and matmul_precision: one each of the tables above. perturbed: prefix of a
-  module's name, such as 'mid_block', within which self-attention is the identity (Ahn et al. 2024);
-  '' for none.
+  remat, attention, matmul_precision and tiling: one each of the tables above. perturbed: prefix of
+  a module's name, such as 'mid_block', within which self-attention is the identity (Ahn et al.
+  2024); '' for none.
   """
 
   dtype: DTypeLike = jnp.float32
@@ -52,10 +56,12 @@ class Compute:
   attention: str = 'auto'
   matmul_precision: str = 'plain'
   perturbed: str = ''
+  tiling: str = 'none'
 
   def __post_init__(self):
     for name, known in (
-      ('remat', REMAT), ('attention', ATTENTION), ('matmul_precision', MATMUL_PRECISION)
+      ('remat', REMAT), ('attention', ATTENTION), ('matmul_precision', MATMUL_PRECISION),
+      ('tiling', TILING),
     ):
       check(known, getattr(self, name), name)
 
@@ -64,7 +70,7 @@ PLAIN = Compute()
 
 NEEDS = {
   'remat': 'blocks to compute again', 'attention': 'attention of that kind',
-  'matmul_precision': 'dense layers',
+  'matmul_precision': 'dense layers', 'tiling': 'convolutions beyond edges',
 }
 """Options of Compute that only some modules heed, and what those are. Their classes say so by
 `heeds`."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -27,7 +28,9 @@ from diffusion_jax.diffusion.denoiser import (
 )
 from diffusion_jax.diffusion.noise import NoiseConfig, NoiseSchedule
 from diffusion_jax.diffusion.parameterization import Parameterization
+from diffusion_jax.diffusion.projection import Projection, projected
 from diffusion_jax.diffusion.samplers import initial_noise, sampler
+from diffusion_jax.diffusion.samplers.resampling import resampled
 from diffusion_jax.errors import UserError
 from diffusion_jax.limits import EdgeRule, check_seed
 from diffusion_jax.models.network import Network
@@ -40,6 +43,7 @@ from diffusion_jax.pipelines.conditioners import (
   Spec,
 )
 from diffusion_jax.pipelines.image_conditioners import CONTROLNET, Editing, Inputs
+from diffusion_jax.pipelines.known import PAINTED, free_places, pasted, projection
 from diffusion_jax.pipelines.options import AS_DRAWN, PLAIN, Sizing
 from diffusion_jax.pipelines.sampling import LATENTS, Numbers, Program, SampleConfig
 from diffusion_jax.pipelines.size_conditions import check_sizing
@@ -273,16 +277,24 @@ class Diffusion:
 
   def sample_z(
     self, weights: Weights, x: Latents, keys: jax.Array, condition: Condition,
-    negative: Condition, program: Program, numbers: Numbers,
+    negative: Condition, program: Program, numbers: Numbers, project: Projection | None = None,
   ) -> Latents:
-    """Denoise x [b ...], noise or noised z, with a key for each and conditions [b ...], to z."""
+    """Denoise x [b ...], noise or noised z, with a key for each and conditions [b ...], to z.
+
+    project: holds what is known of z in every estimate.
+    """
     variance = self.learned_variance and program.sampler == 'ddpm'
     label = self.noise.label_as(program.timesteps, numbers.grid)
     denoise = self.denoise(weights, variance, label)
     others = self._others(weights, condition, program, numbers, label)
     guided = program.guide(denoise, condition, negative, numbers, self.parameterization, others)
+    if project is not None:
+      guided = projected(guided, project, variance=variance)
     options = dict(program.options) | ({'variance': 'learned'} if variance else {})
-    return sampler(program.sampler, **options)(guided, x, numbers.grid, keys)
+    run = sampler(program.sampler, **options)
+    if numbers.stretches is not None:
+      return resampled(run, guided, x, numbers.stretches, keys)
+    return run(guided, x, numbers.grid, keys)
 
   def _others(self, weights, condition, program: Program, numbers: Numbers, label: Label) -> Others:
     """Return what guidance leads away from besides the null condition: (denoiser, scale)."""
@@ -309,14 +321,23 @@ class Diffusion:
       x, keys = rows[LATENTS], jax.vmap(lambda key: jax.random.fold_in(key, 2**31 - 2))(keys)
     elif 'start' in rows:
       alpha, sigma = numbers.grid[0][0], numbers.grid[1][0]
-      x = alpha * self.space.encode(weights, to_float(rows['start'])) + sigma * rows['x']
+      start = self.space.encode(weights, to_float(rows['start']))
+      x = alpha * start + sigma * rows['x']
     else:
       x = numbers.start * rows['x']
-    z = self.sample_z(weights, x, keys, condition, negative, program, numbers)
+    project = None
+    if PAINTED in rows and 'masks' not in rows:  # Else the denoiser sees them itself.
+      free = free_places(self.space, rows[PAINTED] > 0)
+      x = jnp.where(free & (numbers.from_noise > 0), numbers.start * rows['x'], x)
+      project = projection(self.space, start, free)
+    elif program.low_pass:
+      project = projection(self.space, start, low_pass=program.low_pass)
+    z = self.sample_z(weights, x, keys, condition, negative, program, numbers, project)
     if program.decoding == LATENTS:
       return z
     cut = {'size': program.cut} if program.cut else {}
-    return self.space.decode(weights, z, program.decoding, **cut)
+    images = self.space.decode(weights, z, program.decoding, **cut)
+    return pasted(images, to_float(rows['images']), rows[PAINTED]) if PAINTED in rows else images
 
   def generate(
     self, weights: Weights, prompts: Sequence[str], config: SampleConfig, **how
@@ -355,6 +376,7 @@ class Diffusion:
     (height, width), shown = self.drawn_size(height, width, binning)
     shape = self.space.shape(height, width)
     inputs.check_start(config.denoising_start)
+    inputs.check_kept(self, height, width, config.resample)
     given = self.rows(
       prompts, negative, inputs, height, width, config.distilled_guidance, config.prompt_syntax,
       config.sizing,
@@ -366,9 +388,10 @@ class Diffusion:
     numbers = config.numbers(self.noise, inputs.fraction(self), self.tokens(height, width))
     size = whole_batch(batch_size, mesh)
     cut = None if shown == (height, width) else shown
-    program = config.program._replace(cut=cut)
+    program = config.program._replace(cut=cut, low_pass=inputs.low_pass)
     program = program._replace(decoding=LATENTS) if latents else program
-    self.programs.add((height, width, size, program, len(numbers.grid[0]), *given))
+    lengths = [part.shape for part in jax.tree.leaves((numbers.grid, numbers.stretches))]
+    self.programs.add((height, width, size, program, *lengths, *given))
     names = tuple(dict.fromkeys(('x', 'keys', *given)))
     sample = lambda weights, *columns: self._sample(
       weights, dict(zip(names, columns, strict=True)), program, numbers

@@ -61,6 +61,7 @@ class SampleOptions:
   alone, besides the layers that the model leaves out anyway; as in diffusers, the negative prompt
   keeps them. denoising_start, denoising_end: fractions of the noise's timesteps between which steps
   begin (Podell et al. 2023, sec. 2.5); from above 0 on, `Inputs.latents` are gone on from.
+  resample, resample_jump: r and j of Lugmayr et al. 2022, sec. 4.2, where `Inputs` hold something.
   """
 
   sampler: Annotated[str, OneOf(SAMPLERS), Help(
@@ -153,6 +154,14 @@ class SampleOptions:
   denoising_end: Annotated[float, Range(0, 1, above=True), Help(
     "fraction of the noise's timesteps after which to stop, and where a refiner goes on", 'F'
   )] = 1.0
+
+  resample: Annotated[int, Range(1, 1000), Help(
+    'where something of a picture is kept: how often each stretch of steps is sampled, with noise '
+    'put back in between, so that the rest agrees better with it (default: 1)', 'R'
+  )] = 1
+  resample_jump: Annotated[int, Range(1, 10_000), Help(
+    'with --resample: steps of a stretch (default: 5)', 'J'
+  )] = 5
 
   def __post_init__(self):
     if not self.denoising_start < self.denoising_end:

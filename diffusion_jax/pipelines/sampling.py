@@ -34,6 +34,7 @@ from diffusion_jax.diffusion.samplers import (
   size_shift,
 )
 from diffusion_jax.diffusion.samplers.grid import sampling_grid, spaced_timesteps
+from diffusion_jax.diffusion.samplers.resampling import stacked, stretches
 from diffusion_jax.errors import UserError, require
 from diffusion_jax.pipelines.options import SIZING, Option, SampleOptions
 from diffusion_jax.types import Condition
@@ -59,11 +60,16 @@ BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 """Grids are padded to the next of these lengths; one longer stays as it is."""
 
 
+def _bucket(count: int) -> int:
+  return next((length for length in BUCKETS if length >= count), count)
+
+
 class Numbers(NamedTuple):
   """Arguments of a compiled program: the grid, padded, and scalars, all float32.
 
   low, high: bounds of the interval. limit, percentile: of the threshold. start: deviation of the
-  initial noise.
+  initial noise. from_noise: whether all steps are taken. stretches: of the grid, see
+  `samplers.resampling.stacked`; None to sample it once.
   """
 
   grid: Grid
@@ -77,6 +83,8 @@ class Numbers(NamedTuple):
   start: jax.Array
   perturbed: jax.Array
   autoguidance: jax.Array
+  from_noise: jax.Array
+  stretches: Grid | None = None
 
 
 class Program(NamedTuple):
@@ -85,6 +93,7 @@ class Program(NamedTuple):
   guided, image_guided: guidance by the text, by the edited picture. everywhere: at all noise
   levels. decoding: one of DECODINGS. options: the sampler's, as pairs. timesteps: one of
   `noise.LABELS`. cut: (height, width) of what is cut out of the images, see `bins.cut_out`.
+  low_pass: pixels of the squares whose averages are held, 0 for none.
   """
 
   sampler: str
@@ -99,6 +108,7 @@ class Program(NamedTuple):
   perturbed: str = ''
   autoguided: bool = False
   cut: tuple[int, int] | None = None
+  low_pass: int = 0
 
   def guide(
     self, denoise: TextDenoiser, condition: Condition, negative: Condition, numbers: Numbers,
@@ -194,15 +204,16 @@ class SampleConfig(SampleOptions):
         None if part in (0, 1) else noise.after(part)
         for part in (self.denoising_start, self.denoising_end)
       ))
-    steps = len(grid[0]) - 1
-    grid = padded(grid, next((length for length in BUCKETS if length >= steps), steps))
+    cut = stretches(grid, self.resample_jump, self.resample) if self.resample > 1 else []
+    blocks = stacked(cut, _bucket(len(cut)), _bucket(self.resample_jump)) if cut else None
+    grid = padded(grid, _bucket(len(grid[0]) - 1))
     low, high = self.guidance_interval
     scalars = (
       self.guidance, self.image_guidance, self.guidance_rescale, low,
       math.inf if high is None else high, self.threshold_limit, self.threshold_percentile,
-      self._start(noise, grid), self.perturbed_attention, self.autoguidance,
+      self._start(noise, grid), self.perturbed_attention, self.autoguidance, strength == 1,
     )
-    return Numbers(grid, *map(np.float32, scalars))
+    return Numbers(grid, *map(np.float32, scalars), blocks)
 
   def _start(self, noise: NoiseSchedule, grid: Grid) -> float:
     """Return the deviation of the noise to start from; on a process, of data of unit variance."""
@@ -218,9 +229,10 @@ class SampleConfig(SampleOptions):
     guided = program.guided or program.image_guided or program.perturbed or program.autoguided
     later = ('options', *PLACES, 'places', 'timesteps', 'scaled_noise', 'image_guidance',
              'distilled_guidance', 'perturbed_attention', 'autoguidance', 'clip_skip', 'decoding',
-             'prompt_syntax', 'binning', *SIZING, 'denoising_start', 'denoising_end')
+             'prompt_syntax', 'binning', *SIZING, 'denoising_start', 'denoising_end', 'resample')
     names += [name for name in later if getattr(self, name) != getattr(default, name)]
     names += ['perturbed_part'] * bool(program.perturbed)
+    names += ['resample_jump'] * (self.resample > 1)
     names += ['guidance_rescale'] * bool(guided and self.guidance_rescale != 0)
     names += ['guidance_interval'] * (not self.program.everywhere)
     if self.threshold != 'none':

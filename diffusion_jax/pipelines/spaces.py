@@ -171,6 +171,11 @@ class LatentSpace(Space):
   def factor(self) -> int:
     return self.autoencoder.config.factor * self.patch
 
+  @property
+  def wraps(self) -> bool:
+    """True where images continue beyond their edges, so that tiles would not do."""
+    return self.autoencoder.compute.tiling != 'none'
+
   def scaled(self, z: Latents) -> Latents:
     """The autoencoder's own latents -> z: unit variance, folded."""
     config = self.autoencoder.config
@@ -197,7 +202,7 @@ class LatentSpace(Space):
     """Return the autoencoder's mean and log-variance, of large images in tiles."""
     autoencoder = self.autoencoder.bind(weights[AUTOENCODER])
     height, width = examples.shape[1:3]
-    if height * width <= MOST_WHOLE * autoencoder.config.factor**2:
+    if self.wraps or height * width <= MOST_WHOLE * autoencoder.config.factor**2:
       return autoencoder.encode(examples)
     return encode_tiled(autoencoder, examples)
 
@@ -206,6 +211,7 @@ class LatentSpace(Space):
     """
     config = self.autoencoder.config
     z = unfold(z, self.patch) / config.scaling_factor + config.shift_factor
+    how = 'undivided' if self.wraps else how
     images = DECODERS[how](self.autoencoder.bind(weights[AUTOENCODER]), z)
     images = images if size is None else cut_out(images, *size)
     return jnp.clip(images.astype(jnp.float32), -1.0, 1.0)

@@ -13,7 +13,6 @@ import pytest
 from diffusion_jax.cli.options import with_values
 from diffusion_jax.config import typed
 from diffusion_jax.diffusion.denoiser import classifier_free
-from diffusion_jax.diffusion.noise import ScheduleConfig
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.diffusion.samplers import initial_noise, sampling_grid
 from diffusion_jax.errors import UserError
@@ -32,15 +31,6 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (3, tiny.SIZE, tiny.SIZE, 3),
 
 
 @pytest.fixture(scope='module')
-def model_and_weights(parts):
-  schedule = ScheduleConfig(rescale_betas_zero_snr=True)
-  v = Parameterization('v_prediction')
-  model, frozen = tiny.assemble(tiny.UNET, **parts, schedule=schedule, parameterization=v)
-  denoiser = jax.jit(model.denoiser.initialize)(jax.random.key(0))
-  return model, {**frozen, 'denoiser': denoiser}
-
-
-@pytest.fixture(scope='module')
 def draw(model_and_weights):
   """draw(config, **arguments of generate): images of PROMPTS, two at a time."""
   model, weights = model_and_weights
@@ -55,20 +45,6 @@ def draw(model_and_weights):
     return np.concatenate(list(batches))
 
   return run
-
-
-@pytest.fixture(scope='module')
-def compilations():
-  """Names of what JAX compiles, in the order in which it does."""
-  events = []
-
-  def listen(name, duration, **details):
-    if name == '/jax/core/compile/backend_compile_duration':
-      events.append(details.get('fun_name', ''))
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  yield events
-  jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_other_numbers_draw_other_images_without_compiling(draw, compilations):
