@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from diffusion_jax import __version__
+from diffusion_jax.cli.editing import EditOptions
 from diffusion_jax.cli.options import (
   AdapterOptions,
   DrawOptions,
@@ -35,7 +36,8 @@ that --batch explains. An empty prompt samples without condition.
 
 examples:
   python -m diffusion_jax sample --prompt 'grinning cat' --prompt 'red apple' --out pictures
-  python -m diffusion_jax sample --prompt 'blue car' --image car.png --strength 0.6 --out new"""
+  python -m diffusion_jax sample --prompt 'blue car' --image car.png --strength 0.6 --out new
+  python -m diffusion_jax sample --prompt 'red hat' --image cat.png --mask hat.png --out new"""
 
 
 STRENGTH = 0.8
@@ -65,14 +67,14 @@ class PromptOptions:
     if self.size:
       parse_size(self.size)  # So that no model is read for a size that is none.
 
-  def read(self) -> list[str]:
+  def read(self, needed: bool = True) -> list[str]:
     """All prompts; in a file blank lines only separate. UserError: none, or an unreadable file."""
     prompts = list(self.prompt)
     if self.prompts:
       from diffusion_jax.data.captions import read_lines
 
       prompts += read_lines(self.prompts, 'prompts file')
-    if not prompts:
+    if not prompts and needed:
       raise UserError(
         "there is no prompt; give --prompt TEXT (--prompt '' draws without one) or --prompts FILE."
       )
@@ -86,11 +88,12 @@ class PictureOptions:
   image: Annotated[str, Help('a picture to start from, repaint or edit', 'FILE')] = ''
   strength: Annotated[float | None, Help(
     'with --image: fraction of the steps that are taken, up to 1; 1 keeps least of the picture '
-    f'(default: {STRENGTH}; 0.3 of a refiner; 1 where the model is shown it)', 'S'
+    f'(default: {STRENGTH}; 0.3 of a refiner; 1 where the model is shown it, or part of it is '
+    'kept)', 'S'
   )] = None
   mask: Annotated[str, Help(
-    'for an inpainting model: white where to paint; laid over the image whatever its size, and '
-    'what is transparent is not painted', 'FILE'
+    'white where to paint, by any model; laid over the image whatever its size, and what is '
+    'transparent is not painted; all that is not painted comes back as it is', 'FILE'
   )] = ''
   control: Annotated[str, Help('what a ControlNet sees', 'FILE')] = ''
   control_strength: Annotated[float | None, Help(
@@ -102,7 +105,8 @@ class PictureOptions:
     'for a model that varies a picture; the prompt then only names the file', 'FILE'
   )] = ''
   noise_level: Annotated[int | None, Help(
-    'noise put on the small picture, 0 to 350 (default: 20)', 'N'
+    'noise put on the small picture, also between the stages of a cascade, 0 to 350 (default: 20)',
+    'N'
   )] = None
 
   def files(self) -> dict[str, str]:
@@ -110,8 +114,11 @@ class PictureOptions:
     names = ('image', 'mask', 'control', 'depth', 'small', 'reference')
     return {name: getattr(self, name) for name in names if getattr(self, name)}
 
-  def sizes(self, model, size: str, binning: str) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return `Diffusion.drawn_size` of `size` as in --size, else of the pictures' own aspect.
+  def sizes(
+    self, model, size: str, binning: str, edit: EditOptions
+  ) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return `Diffusion.drawn_size` of `size` as in --size, else of the pictures' own aspect, or
+    of what `edit` makes of it.
 
     Raises:
       UserError: no size, one that the model cannot halve, or a picture that cannot be read.
@@ -122,25 +129,34 @@ class PictureOptions:
     if size:
       return model.drawn_size(*parse_size(size), 'none' if files else binning)
     own = frame_size(files)
+    if own and (edit.outpaint or edit.enlarge):
+      return (model.size_of(*edit.canvas(*own)),) * 2
     return (model.size_like(*own) if own else model.trained_size,) * 2
 
-  def read(self, model, steps: int, height: int, width: int) -> tuple:
-    """(`Inputs`, metadata) of the given pictures, for images of that size; or UserError."""
-    from diffusion_jax.data.pictures import read_pictures
-    from diffusion_jax.pipelines.image_conditioners import Inputs
-
+  def check_numbers(self, model, steps: int) -> None:
+    """Raise UserError for a number without its picture, and a strength that leaves no step."""
+    given = {needed for needed in NEEDED.values() if getattr(self, needed)}
+    if getattr(model, 'stages', ()):  # Which enlarge what the base of a cascade draws.
+      given.add('small')
     for name, needed in NEEDED.items():
-      if getattr(self, name) is not None and not getattr(self, needed):
+      if getattr(self, name) is not None and needed not in given:
         raise UserError(f'--{name} needs a picture; give --{needed} FILE, too.')
     strength = self.strength
     if strength is not None and (not 0 < strength <= 1 or round(strength * steps) < 1):
       raise UserError(
         f'--strength {strength:g} leaves no step of {steps}; choose a fraction up to 1.'
       )
+
+  def read(self, model, config, height: int, width: int, edit: EditOptions) -> tuple:
+    """(`Inputs`, metadata) of the given pictures, for images of that size; or UserError."""
+    from diffusion_jax.data.pictures import read_pictures
+    from diffusion_jax.pipelines.image_conditioners import Inputs
+
+    self.check_numbers(model, config.steps)
     latent, needs = model.space.shape(height, width)[:2], model.inputs(height, width)
-    sizes = dict.fromkeys(('image', 'mask', 'control'), (height, width)) | dict.fromkeys(
+    sizes = dict.fromkeys(('image', 'mask'), edit.within(height, width)) | dict.fromkeys(
       ('depth', 'small'), latent
-    )
+    ) | {'control': (height, width)}
     if 'reference' in needs:
       sizes['reference'] = needs['reference'][0][:2]
     files = self.files()
@@ -152,8 +168,9 @@ class PictureOptions:
     for note in notes:
       print(f'note: {note}')
     numbers = {name: getattr(self, name) for name in NEEDED if getattr(self, name) is not None}
-    inputs = Inputs(**pictures, **numbers)
+    inputs = Inputs(**edit.changed(pictures), **numbers)
     inputs.rows(model, 1, height, width)  # So that what does not fit is said before sampling.
+    inputs.check_kept(model, height, width, config.resample)
     if 'image' in files and inputs.fraction(model) < 1:
       numbers['strength'] = inputs.fraction(model)
     return inputs, files | {name: f'{value:g}' for name, value in numbers.items()}
@@ -161,7 +178,7 @@ class PictureOptions:
 
 OPTIONS = {
   ModelOptions: '', PromptOptions: '', AdapterOptions: '', RefinerOptions: '',
-  PictureOptions: (
+  EditOptions: 'changes of a picture', PictureOptions: (
     'pictures; the first given of image, small, control and depth is scaled until it just covers '
     'the size that is drawn, and its middle cut out; without --size that is its own aspect, so '
     'that hardly anything is cut. The others are laid over it, and cut at the same place'
@@ -213,12 +230,14 @@ def run(args: argparse.Namespace) -> int:
 
 def sample(
   source: ModelOptions, prompt: PromptOptions, adapters: AdapterOptions, refining: RefinerOptions,
-  pictures: PictureOptions, draw: DrawOptions, values: Mapping[str, Any],
+  edit: EditOptions, pictures: PictureOptions, draw: DrawOptions, values: Mapping[str, Any],
 ) -> int:
   """Sample and write; `values` are sample settings in place of the model's own."""
-  prompts = prompt.read()
+  edit.check(pictures.files(), refining.refiner)
+  prompts = edit.prompts(prompt.read)
   from diffusion_jax.backend.xla import enable_compile_cache
   from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+  from diffusion_jax.pipelines.tiling import tiled
   from diffusion_jax.pixels import to_uint8
 
   enable_compile_cache()
@@ -226,19 +245,26 @@ def sample(
   if out.exists() and not out.is_dir():
     raise UserError(f'--out {prompt.out} is a file; choose a directory.')
   mesh = make_mesh(MeshConfig())
-  fits = lambda model, config: pictures.sizes(model, prompt.size, config.binning)
-  model, weights, config, name = open_model(source, values, mesh, fits)
+  fits = lambda model, config: pictures.sizes(model, prompt.size, config.binning, edit)
+
+  def check(model, config):
+    pictures.check_numbers(model, config.steps)
+    edit.check_model(model, pictures.files(), config.resample, *fits(model, config)[0])
+
+  model, weights, config, name = open_model(source, values, mesh, check)
   config, refiner = refining.read(model, config, values)
   model, weights = adapters.apply(model, weights)
+  model = tiled(model, edit.tiling)
   model.check_sampling(config, prompt.negative)
   if model.text is not None:
     model.check_prompts([*prompts, prompt.negative], config.prompt_syntax)
   drawn, (height, width) = fits(model, config)
-  inputs, started = pictures.read(model, config.steps, *drawn)
+  inputs, started = pictures.read(model, config, *drawn, edit)
   if model.text is None:  # Prompts name classes, or nothing but the files.
     model.rows(prompts, prompt.negative, inputs, *drawn)
   settings = {
-    'negative': prompt.negative, **config.in_force(), **started, **adapters.named(),
+    'negative': prompt.negative, **config.in_force(), **started, **edit.named(),
+    **adapters.named(),
     **refining.named(refiner),
     'seed': str(draw.seed), 'model': name, 'software': f'diffusion_jax {__version__}',
   }

@@ -1,9 +1,6 @@
 """What is kept of pictures: masks and averages, as sampling holds them and as they are put back."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +10,8 @@ from jaxtyping import Bool, Float, UInt8
 from diffusion_jax.diffusion.projection import Projection, known_averages, known_places
 from diffusion_jax.errors import UserError, require
 from diffusion_jax.limits import MOST_EDGE
+from diffusion_jax.pipelines.spaces import Space, fold, unfold
 from diffusion_jax.types import Images, Latents
-
-if TYPE_CHECKING:
-  from diffusion_jax.pipelines.spaces import Space
 
 PAINTED = 'painted'
 """The row with `painted_shares`."""
@@ -53,8 +48,6 @@ def pasted(images: Images, pictures: Images, shares: jax.Array) -> Images:
 
 def free_places(space: Space, painted: jax.Array) -> jax.Array:
   """Masks [b H W] of pixels -> [b h w c] of z: places of which any pixel is painted."""
-  from diffusion_jax.pipelines.spaces import fold
-
   side = space.factor // space.patch
   b, height, width = painted.shape
   places = painted.reshape(b, height // side, side, width // side, side).any(axis=(2, 4))
@@ -69,8 +62,6 @@ def projection(
   averages over squares of `low_pass` pixels."""
   if not low_pass:
     return known_places(z, free)
-  from diffusion_jax.pipelines.spaces import fold, unfold
-
   # Of pixels, or of the autoencoder's own places, which stand in z's channels.
   averages = known_averages(unfold(z, space.patch), low_pass * space.patch // space.factor)
   return lambda x0: fold(averages(unfold(x0, space.patch)), space.patch)
