@@ -5,6 +5,7 @@ import dataclasses
 from typing import Annotated
 
 from diffusion_jax.cli.options import add_options, read_options
+from diffusion_jax.errors import require
 from diffusion_jax.limits import Help
 
 HELP = 'convert Stable Diffusion between file layouts'
@@ -16,14 +17,17 @@ from a single file, of safetensors or of PyTorch, by --type mmdit, flux, pixart 
 directory to one.
 Weights are converted one tensor at a time; nothing is downloaded and no code of a file is run.
 The tensors of a file of PyTorch, such as the FID Inception's weights, become safetensors by the
-layout tensors.
+layout tensors. A model that draws small pictures and others that enlarge them become one directory
+by the layout cascade.
 
 examples:
   python -m diffusion_jax convert --from sd15/ --to sd15.safetensors --layout single-file
   python -m diffusion_jax convert --from sd15.safetensors --to sd15/ --layout diffusers \\
     --tokenizer clip/
   python -m diffusion_jax convert --from sd15/ --to sd15-native/ --layout native --dtype bfloat16
-  python -m diffusion_jax convert --from weights.pth --to weights.safetensors --layout tensors"""
+  python -m diffusion_jax convert --from weights.pth --to weights.safetensors --layout tensors
+  python -m diffusion_jax convert --from runs/16/model --stage runs/32/model \\
+    --stage runs/64/model --to imagen --layout cascade"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +39,11 @@ class Options:
     'from',
   )]
   target: Annotated[str, Help('what is written; it must not exist', 'PATH', 'to')]
-  layout: Annotated[str, Help('diffusers, single-file, native or tensors', 'NAME')]
+  layout: Annotated[str, Help('diffusers, single-file, native, tensors or cascade', 'NAME')]
+  stage: Annotated[tuple[str, ...], Help(
+    'with --layout cascade: a model that enlarges what the one before it draws; repeat for several',
+    'DIR'
+  )] = ()
   dtype: Annotated[str | None, Help(
     'float32, float16 or bfloat16 (default: each tensor as it is)', 'NAME'
   )] = None
@@ -62,6 +70,17 @@ def run(args: argparse.Namespace) -> int:
   from diffusion_jax.formats.convert import convert
 
   options = vars(read_options(Options, args))
+  stages = options.pop('stage')
+  if options['layout'] == 'cascade':
+    from diffusion_jax.pipelines.cascade import save_cascade
+    from diffusion_jax.pipelines.directory import read_model
+
+    extra = [name for name in ('dtype', 'kind', 'prediction', 'tokenizers') if options[name]]
+    require(not extra, 'a cascade is of models as they are; leave all but --stage out.')
+    save_cascade(options['target'], [options['source'], *stages], read_model)
+    print(f'written to {options["target"]}')
+    return 0
+  require(not stages, '--stage is of --layout cascade; leave one out.')
   for note in convert(**options):
     print(note)
   print(f'written to {options["target"]}')
