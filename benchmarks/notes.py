@@ -44,9 +44,10 @@ class System(NamedTuple):
   """A row of the table.
 
   recipe: under configs/. before: names of the systems whose runs its recipe takes, which come
-  first. metrics: of `evaluate model`; none for what draws nothing. evaluation: further arguments of
-  that. likelihood: whether `evaluate likelihood` is run, too. prompts: of the sheet, captions or
-  classes. paper: the paper's figure at full scale, and where it stands.
+  first. pictures: whether it draws any, with `metrics` of `evaluate model`; others are scored by
+  their task's own. evaluation: further arguments of that. likelihood: whether `evaluate likelihood`
+  is run, too. prompts: of the sheet, captions or classes. paper: the paper's figure at full scale,
+  and where it stands.
   """
 
   number: int
@@ -54,6 +55,7 @@ class System(NamedTuple):
   recipe: str
   paper: str
   before: tuple[str, ...] = ()
+  pictures: bool = True
   metrics: tuple[str, ...] = DRAWN
   evaluation: tuple[str, ...] = ()
   likelihood: bool = False
@@ -64,6 +66,10 @@ SYSTEMS = {
   'latent_diffusion': System(
     5, 'Latent diffusion (DiT, rectified flow)', 'openmoji/dit_flow.py',
     'MS-COCO FID 12.6 with guidance (LDM-KL-8-G; Rombach et al. 2022, table 2)',
+  ),
+  'sequences': System(
+    9, 'A transformer on signals', 'notes/sequences.py', 'none: the spectrum is known',
+    pictures=False,
   ),
 }
 
@@ -76,12 +82,14 @@ def commands(name: str) -> dict[str, list[str]]:
   """Return what trains and scores a system, as arguments of `python -m diffusion_jax`."""
   system, workdir = SYSTEMS[name], str(_workdir(name))
   found = {'train': ['train', '--config', f'configs/{system.recipe}', '--workdir', workdir]}
-  if system.metrics:
-    found['scores'] = [
-      'evaluate', 'model', '--workdir', workdir, '--features', CLIP, '--features', CLASSIFIER,
-      '--metrics', ','.join(system.metrics), '--samples', '379', *system.evaluation,
-      '--out', f'{workdir}/table.json',
-    ]
+  scored = [
+    '--features', CLIP, '--features', CLASSIFIER, '--metrics', ','.join(system.metrics),
+    '--samples', '379',
+  ]
+  found['scores'] = [
+    'evaluate', 'model', '--workdir', workdir, *(scored if system.pictures else ()),
+    *system.evaluation, '--out', f'{workdir}/table.json',
+  ]
   if system.likelihood:
     found['likelihood'] = [
       'evaluate', 'likelihood', '--workdir', workdir, '--samples', '128',
@@ -110,9 +118,8 @@ def measure(name: str) -> dict[str, Any]:
     'train_seconds': round(status['goodput']['step'] + status['goodput']['compile'], 1),
     'parameters': step['parameters'],
   }
-  if 'scores' in steps:
-    scores = read('table.json')
-    entry |= {kind: scores[kind] for kind in ('generated', 'untrained', 'real') if kind in scores}
+  scores = read('table.json')
+  entry |= {kind: scores[kind] for kind in ('generated', 'untrained', 'real') if kind in scores}
   if 'likelihood' in steps:
     entry['likelihood'] = read('likelihood.json')
   return entry
@@ -135,6 +142,24 @@ def _number(value: float | None, digits: str) -> str:
   return '' if value is None else format(value, digits)
 
 
+MORE = {'spectrum_error': ('spectrum off by', '.2f', ' dB'), 'psnr': ('PSNR', '.1f', ' dB')}
+"""Other figures that may be told: words before, digits, unit."""
+
+
+def _more(entry: dict[str, Any]) -> str:
+  """Return what else was measured, each with the value of real data behind it."""
+  parts = []
+  for name, (words, digits, unit) in MORE.items():
+    if name in entry.get('generated', {}):
+      real = entry.get('real', {}).get(name)
+      real = '' if real is None else f' (real data {real:{digits}})'
+      parts.append(f'{words} {entry["generated"][name]:{digits}}{unit}{real}')
+  if 'likelihood' in entry:
+    bits = entry['likelihood']['generated']
+    parts.append(f'{bits["latent_bits_per_dim_discrete"]:.2f} bits/dim')
+  return ', '.join(parts)
+
+
 def _row(name: str, entry: dict[str, Any]) -> tuple[str, ...]:
   system, scores, first = SYSTEMS[name], entry.get('generated', {}), entry.get('untrained', {})
   distance = _number(scores.get('fd_clip'), '.1f')
@@ -144,7 +169,7 @@ def _row(name: str, entry: dict[str, Any]) -> tuple[str, ...]:
     f'{system.number}. {system.title}', f'`{system.recipe}`',
     f'{entry["train_seconds"] / 60:.0f} min', f'{entry["parameters"] / 1e6:.1f} M', distance,
     _number(scores.get('clip_score'), '.1f'), _number(scores.get('retrieval_r1'), '.2f'),
-    _number(scores.get('class_accuracy'), '.2f'), entry.get('more', ''), system.paper,
+    _number(scores.get('class_accuracy'), '.2f'), _more(entry), system.paper,
   )
 
 
@@ -203,7 +228,7 @@ def run(args: argparse.Namespace) -> int:
     for name in names:
       add(name, measure(name))
   elif args.what == 'sheet':
-    sheet(names)
+    sheet([name for name in names if SYSTEMS[name].pictures])
   else:
     README.write_text(replaced(README.read_text(encoding='utf-8')), encoding='utf-8')
   return 0

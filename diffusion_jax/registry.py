@@ -32,6 +32,7 @@ TASKS = Table('task', {
   'clip': 'diffusion_jax.train.tasks.clip:CLIPTask',
   'diffusion': 'diffusion_jax.train.tasks.diffusion:DiffusionTask',
   'finetune': 'diffusion_jax.train.tasks.finetune:FinetuneTask',
+  'sequences': 'diffusion_jax.train.tasks.sequences:SequenceTask',
   't5': 'diffusion_jax.train.tasks.t5:T5Task',
   'toy': 'diffusion_jax.train.tasks.toy:ToyTask',
 })
@@ -74,8 +75,9 @@ SPACES = Table('space', {
   'latents': 'diffusion_jax.pipelines.spaces:LatentSpace',
   'pixels': 'diffusion_jax.pipelines.spaces:PixelSpace',
   'vectors': 'diffusion_jax.pipelines.spaces:VectorSpace',
+  'sequences': 'diffusion_jax.pipelines.sequences:SequenceSpace',
 })
-"""Spaces of generative models: pixels, latents of an autoencoder."""
+"""Spaces of generative models: pixels, latents of an autoencoder, points, sequences."""
 
 CONDITIONERS = Table('conditioner', {
   'text': 'diffusion_jax.pipelines.text_conditioners:TextEncoders',
@@ -104,6 +106,10 @@ SOURCES = Table('source of data', {
   'moons': 'diffusion_jax.data.sources.arrays:points',
   'rings': 'diffusion_jax.data.sources.arrays:points',
   'mixture': 'diffusion_jax.data.sources.arrays:points',
+  'autoregressive': 'diffusion_jax.data.sources.sequences:signals',
+  'sines': 'diffusion_jax.data.sources.sequences:signals',
+  'outlines': 'diffusion_jax.data.sources.sequences:outlines',
+  'sequences': 'diffusion_jax.data.sources.sequences:own',
 })
 """Functions of a `DataConfig` that return the sources (train, test). What follows a colon in
 `data.dataset`, such as 'folder:PATH', is theirs."""
@@ -195,6 +201,8 @@ EVALUATORS = Table('evaluator', {
   'likelihood': 'diffusion_jax.evaluation.likelihood:Likelihood',
   'span_corruption': 'diffusion_jax.evaluation.spans:SpanCorruption',
   'points_preview': 'diffusion_jax.evaluation.points:PointsPreview',
+  'sequences_preview': 'diffusion_jax.evaluation.sequences:SequencesPreview',
+  'sequences': 'diffusion_jax.evaluation.sequences:SequencesScores',
   'points': 'diffusion_jax.evaluation.points:Points',
 })
 """Previews and scores of a model: see `evaluation.evaluator.Evaluator`."""

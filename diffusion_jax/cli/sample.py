@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,6 +43,8 @@ examples:
 STRENGTH = 0.8
 NEEDED = {'strength': 'image', 'control_strength': 'control', 'noise_level': 'small'}
 """Numbers that mean nothing without a picture."""
+NUMBERS = 'values.npy'
+"""What sequences are kept in, beside pictures of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -222,6 +224,21 @@ def write(
   return f'{len(prompts)} pictures and grid.png are in {out}{left_out}'
 
 
+def kept(
+  batches: Iterable[np.ndarray], path: Path, count: int
+) -> Iterator[np.ndarray]:
+  """Yield the batches, whose rows also go into an npy file of `count` rows as they come."""
+  import numpy as np
+
+  rows, done = None, 0
+  for batch in batches:
+    if rows is None:
+      rows = np.lib.format.open_memmap(path, 'w+', batch.dtype, (count, *batch.shape[1:]))
+    rows[done : done + len(batch)] = batch
+    done += len(batch)
+    yield batch
+
+
 def run(args: argparse.Namespace) -> int:
   """Sample and write."""
   parts = (read_options(cls, args) for cls in OPTIONS if cls is not SampleOptions)
@@ -238,7 +255,6 @@ def sample(
   from diffusion_jax.backend.xla import enable_compile_cache
   from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
   from diffusion_jax.pipelines.tiling import tiled
-  from diffusion_jax.pixels import to_uint8
 
   enable_compile_cache()
   out = Path(prompt.out)
@@ -276,7 +292,10 @@ def sample(
     model.sample, model.on_mesh(weights, mesh), prompts, config, inputs=inputs, **how
   )
   if refiner is None:
-    batches = map(to_uint8, first())
+    batches = first()
+    if model.space.numbers:
+      batches = kept(batches, out / NUMBERS, len(prompts))
+    batches = map(model.space.drawn, batches)
   else:
     batches = refiner.generate(lambda: first(latents=True), prompts, **how)
   try:

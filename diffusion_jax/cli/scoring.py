@@ -403,10 +403,9 @@ def likelihood(
 def trains_other(workdir: str) -> str:
   """The task of a run whose model samples no images from captions; '' for others."""
   from diffusion_jax.registry import TASKS, load
-  from diffusion_jax.train.tasks.diffusion import DiffusionTask
 
   task = RunDirectory(workdir).read_json('config.json').get('task', '')
-  return '' if issubclass(load(TASKS, task, 'config.task'), DiffusionTask) else task
+  return '' if load(TASKS, task, 'config.task').captioned else task
 
 
 def of_task(options: OneModel, sample: dict[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ from diffusion_jax.pipelines.sampling import LATENTS, Numbers, Program, SampleCo
 from diffusion_jax.pipelines.size_conditions import check_sizing
 from diffusion_jax.pipelines.spaces import Space
 from diffusion_jax.pipelines.text_conditioners import TextEncoders
-from diffusion_jax.pixels import size_like, to_float, to_uint8
+from diffusion_jax.pixels import size_like, to_float
 from diffusion_jax.types import Condition, Images, Latents, Weights
 
 DENOISER, WORSE = 'denoiser', 'worse'
@@ -343,7 +343,7 @@ class Diffusion:
     self, weights: Weights, prompts: Sequence[str], config: SampleConfig, **how
   ) -> Iterator[np.ndarray]:
     """Yield images, uint8 [b h w 3], batch after batch; the rest is as in `sample`."""
-    return map(to_uint8, self.sample(weights, prompts, config, **how))
+    return map(self.space.drawn, self.sample(weights, prompts, config, **how))
 
   def sample(
     self, weights: Weights, prompts: Sequence[str], config: SampleConfig, *, seed: int, mesh: Mesh,

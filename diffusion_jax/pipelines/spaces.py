@@ -25,7 +25,7 @@ from diffusion_jax.models.autoencoder import decode_sliced, decode_tiled, encode
 from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import in_batches
 from diffusion_jax.pipelines.bins import cut_out
-from diffusion_jax.pixels import to_float
+from diffusion_jax.pixels import to_float, to_uint8
 from diffusion_jax.types import Latents, Params, Weights
 
 AUTOENCODER = 'autoencoder'
@@ -75,6 +75,8 @@ class Space(abc.ABC):
   """Names of the moments."""
   random: ClassVar[bool] = False
   """True if `sample` needs its key."""
+  numbers: ClassVar[bool] = False
+  """True if examples are more than pictures of them: files of them hold their numbers, too."""
 
   def build(self, dtype=jnp.float32) -> tuple['Space', dict[str, Part]]:
     """Return the space of this config; there is nothing to load."""
@@ -111,6 +113,10 @@ class Space(abc.ABC):
   @abc.abstractmethod
   def decode(self, weights: Weights, z: jax.Array, how: str = 'whole') -> jax.Array:
     """z [b ...] -> examples, images in [-1, 1]; `how` is one of `sampling.DECODINGS`."""
+
+  def drawn(self, examples: np.ndarray) -> UInt8[np.ndarray, 'b h w 3']:
+    """Return pictures of examples."""
+    return to_uint8(examples)
 
 
 def fold(x: Latents, patch: int) -> Latents:

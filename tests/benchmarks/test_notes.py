@@ -28,7 +28,7 @@ def test_each_system_has_a_recipe_and_comes_after_what_it_takes(name):
 def test_entries_are_kept_in_the_order_of_the_systems(tmp_path, monkeypatch):
   """An entry replaces its own; a row has its figures, and none that were not measured."""
   monkeypatch.setattr(notes, 'FIGURES', tmp_path / 'notes.json')
-  other = notes.SYSTEMS['latent_diffusion']._replace(title='Other', metrics=())
+  other = notes.SYSTEMS['latent_diffusion']._replace(title='Other')
   systems = {'latent_diffusion': notes.SYSTEMS['latent_diffusion'], 'other': other}
   monkeypatch.setattr(notes, 'SYSTEMS', systems)
   notes.add('other', {key: ENTRY[key] for key in ('train_seconds', 'parameters')})

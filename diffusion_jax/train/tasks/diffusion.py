@@ -106,6 +106,7 @@ class DiffusionTask(Task):
   upgrade_settings = staticmethod(upgrade_settings)
   name, title = 'diffusion', 'Text-to-image latent diffusion model'
   computing = ('remat', 'attention', 'products')
+  captioned = True
 
   def __init__(
     self, config: SharedConfig, model: Diffusion, frozen: Frozen, train: Source, test: Source,

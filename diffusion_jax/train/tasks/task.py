@@ -68,6 +68,8 @@ class Task(abc.ABC):
   """Those of remat, attention and products that have an effect."""
   pictures: ClassVar[bool] = True
   """True if records are pictures, so that `data.size` may be a height and a width."""
+  captioned: ClassVar[bool] = False
+  """True if its model draws pictures for captions, on which it is scored."""
   frozen: Frozen
   """Host arrays of the frozen networks; the loop puts them onto the mesh."""
   batch_fields: tuple[str, ...]

@@ -155,7 +155,7 @@ class ToyTask(DiffusionTask):
   Config = ToyTaskConfig
   upgrade_settings = staticmethod(dict)
   name, title = 'toy', 'Denoiser of points in the plane'
-  pictures = False
+  pictures = captioned = False
   computing = ()
 
   def __init__(self, config: ToyTaskConfig, test: ArraySource):
