@@ -29,6 +29,7 @@ from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.runs.metrics import check_wandb
 from diffusion_jax.runs.trained_on import DataSplit, check_data, split_of, write_data
 from diffusion_jax.runs.weights import run_weights
+from diffusion_jax.sizes import scored_at
 from diffusion_jax.train.optimizer import learning_rates, make_optimizer
 from diffusion_jax.train.tasks.task import Env, Task
 from diffusion_jax.train.training import Training
@@ -249,19 +250,20 @@ def build(
   # Last, because filling a cache takes long.
   loader = _loader(config, task, dataclasses.replace(env, more=more))
   measured, begun = measured_on(test), begun_with(config, task)
+  features = [name for one in evaluators for name in getattr(one, 'features', ())]
+  about = provenance(begun, features, trained_on, tested_on)
   if jax.process_index() == 0:
     _keep(directory, hashes, task)
     for text in getattr(train, 'notes', ()):
       say(text)
     if measured != APART:
       say(f'scores are measured {measured.sentence[0].lower()}{measured.sentence[1:]}')
-  features = [name for one in evaluators for name in getattr(one, 'features', ())]
   return Training(
     config=untyped(config), task=task, loop=loop, safety=config.safety, optimizer=optimizer,
     learning_rates=learning_rates(config.optimizer, loop.total_steps), loader=loader, mesh=mesh,
     directory=directory, start=start, data_credit=_credit([train, *more.values()]),
     mixture=getattr(train, 'mixed', None), measured=measured, damage=damage,
-    provenance=provenance(begun, features, trained_on, tested_on),
+    provenance=(*scored_at(config.data.shapes), *about),
     evaluators=evaluators,
     trained_on=trained_on and dataclasses.replace(trained_on, begun=begun),
   )

@@ -20,6 +20,7 @@ from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.runs.weights import run_weights
+from diffusion_jax.sizes import scored_at
 from diffusion_jax.train.ema import Combination, Snapshot, combine
 from diffusion_jax.train.tasks.task import Env
 from diffusion_jax.train.training import stating
@@ -157,7 +158,7 @@ def load_evaluator(workdir: str) -> Callable[[int], Scores]:
   frozen = {role: put_params(values, run.mesh) for role, values in task.frozen.items()}
   found = [*task.evaluators(run.mesh), *run.added_evaluators]
   scoring = [one for one in found if one.when == EVALUATE]
-  about = (measured_on(run.sources[1]).sentence,)
+  about = (measured_on(run.sources[1]).sentence, *scored_at(run.config.data.shapes))
   return lambda samples: stating(scores_of(run_all(
     scoring, task.model, task.weights(run.params(), frozen), jax.random.key(0), samples=samples,
     baselines=True,

@@ -100,6 +100,17 @@ def nearest_to_square(shapes: tuple[Shape, ...]) -> Shape:
   return min(shapes, key=lambda shape: (max(shape) / min(shape), -shape[0] * shape[1]))
 
 
+def scored_at(shapes: tuple[Shape, ...]) -> tuple[str, ...]:
+  """Return a sentence on the size of scores, () where all pictures have that."""
+  if len(shapes) == 1:
+    return ()
+  height, width = nearest_to_square(shapes)
+  return (
+    f'Of the {len(shapes)} sizes of data.size, scores are of the one nearest to a square: all '
+    f'pictures are cut to {height} x {width} pixels.',
+  )
+
+
 def shapes_of(size: Any) -> tuple[Shape, ...]:
   """Return the sizes that a `data.size` stands for, also one that has been read from JSON."""
   if isinstance(size, int):

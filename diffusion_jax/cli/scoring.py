@@ -41,6 +41,7 @@ from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, to_host
 from diffusion_jax.parallel.processes import A_DAY, agree
 from diffusion_jax.run import TrainedRun, load_evaluator
 from diffusion_jax.runs.directory import RunDirectory
+from diffusion_jax.sizes import scored_at
 from diffusion_jax.viz.evaluation import examples
 from diffusion_jax.viz.sweep import label, short
 
@@ -225,6 +226,7 @@ class Subject:
     if self.run is None:
       return [about_model(self.name, self.name, {TESTED: test})]
     own = [] if getattr(self.options, 'captions', '') else [measured_on(self.test).sentence]
+    own += scored_at(self.run.config.data.shapes)
     begun = begun_with(self.run.config, self.run.task)
     return [*own, *provenance(begun, (), None, test)]
 
@@ -472,7 +474,8 @@ def _open_autoencoder(options: AutoencoderEvaluation) -> tuple:
     read = lambda: to_host(under('autoencoder', run.params(step, half_life)))
     name = identity(options.workdir, run, step, half_life)
     images = named_split(run.sources[1], data.name, data.edge, 'test')
-    return network, read, name, images, [measured_on(run.sources[1]).sentence]
+    about = [measured_on(run.sources[1]).sentence, *scored_at(data.shapes)]
+    return network, read, name, images, about
   if not options.model:
     raise UserError('there is no autoencoder; give --workdir of a run, or --model of a directory.')
   part = read_part(options.model).expect(('autoencoder', *QUANTIZED))

@@ -16,9 +16,10 @@ TEST = 'test'
 
 
 class Picture(NamedTuple):
-  """Images of a fixed input, to compare over time; captions: one each; about: one sentence."""
+  """Images of a fixed input, to compare over time, perhaps of several sizes; captions: one each;
+  about: one sentence."""
 
-  images: UInt8[np.ndarray, 'n h w 3']
+  images: UInt8[np.ndarray, 'n h w 3'] | Sequence[UInt8[np.ndarray, 'h w 3']]
   captions: Sequence[str]
   about: str = ''
 

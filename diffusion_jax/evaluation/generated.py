@@ -42,6 +42,7 @@ from diffusion_jax.parallel.processes import agree
 from diffusion_jax.pipelines.image_conditioners import Inputs
 from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.pipelines.sampling import SampleConfig
+from diffusion_jax.sizes import Shape
 from diffusion_jax.types import Record, Source, Weights
 
 MINIMUM = 16
@@ -75,7 +76,8 @@ class Budget:
 class CaptionPreview:
   """Images of fixed captions and noise.
 
-  inputs: other conditions. batch_size: the evaluation's, to share its compiled program.
+  inputs: other conditions. batch_size: the evaluation's, to share its compiled program. sizes:
+  (height, width) that the captions take in turn; () for those of training.
   """
 
   captions: Sequence[str]
@@ -84,15 +86,21 @@ class CaptionPreview:
   about: str = 'Drawn for these captions, from the same noise each time.'
   batch_size: int = SAMPLE_BATCH
   inputs: Callable[[], Inputs] = Inputs
+  sizes: Sequence[Shape] = ()
   name = 'caption_preview'
   when = SAMPLE
 
   def run(self, model: Diffusion, params: Weights, key: jax.Array) -> Iterator[tuple[str, Value]]:
-    images = model.generate(
-      params, list(self.captions), self.sample, seed=seed_of(key), mesh=self.mesh,
-      batch_size=self.batch_size, inputs=self.inputs(),
-    )
-    yield 'samples', Picture(np.concatenate(list(images)), list(self.captions), self.about)
+    captions, images = list(self.captions), {}
+    sizes = (self.sizes or ((None, None),))[: len(captions)]
+    for first, (height, width) in enumerate(sizes):
+      mine = range(first, len(captions), len(sizes))
+      drawn = model.generate(
+        params, [captions[i] for i in mine], self.sample, seed=seed_of(key), mesh=self.mesh,
+        batch_size=self.batch_size, inputs=self.inputs(), height=height, width=width,
+      )
+      images |= dict(zip(mine, itertools.chain.from_iterable(drawn), strict=True))
+    yield 'samples', Picture([images[i] for i in range(len(captions))], captions, self.about)
 
 
 @dataclasses.dataclass(frozen=True)

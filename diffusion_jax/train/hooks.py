@@ -30,7 +30,7 @@ from diffusion_jax.train.health import BestEffort
 from diffusion_jax.train.state import TrainState
 from diffusion_jax.train.training import Training, stating
 from diffusion_jax.types import Scores
-from diffusion_jax.viz.grids import make_grid, save_png
+from diffusion_jax.viz.grids import framed, make_grid, save_png
 from diffusion_jax.viz.report import ABOUT, write_report
 from diffusion_jax.viz.run_files import MetricsFile, find_grids, read_lines
 
@@ -135,7 +135,7 @@ class Hooks:
         self._side('the sample grid', partial(self._grid, name, step, value))
 
   def _grid(self, name: str, step: int, picture: Picture) -> None:
-    images, captions = picture.images, list(picture.captions)
+    images, captions = framed(picture.images), list(picture.captions)
     columns = min(8, math.ceil(math.sqrt(len(images))))
     scale = max(1, 128 // images.shape[1])
     grid = make_grid(images, columns=columns, captions=captions, scale=scale, lines=6)

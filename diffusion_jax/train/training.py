@@ -32,8 +32,8 @@ class Training:
   """Everything the loop needs, built and checked.
 
   start: makes a new run's initial parameters on a mesh; None for fresh ones. measured: the data of
-  the scores. provenance: sentences on networks from before this run. evaluators: of the task, in
-  use. trained_on: the pictures, or None. damage: unreadable records. mixture: the
+  the scores. provenance: sentences on their size, and on networks from before this run. evaluators:
+  of the task, in use. trained_on: the pictures, or None. damage: unreadable records. mixture: the
   parts of the data, where it has any.
   """
 

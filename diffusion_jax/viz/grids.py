@@ -63,6 +63,20 @@ def make_grid(
   return grid
 
 
+def framed(
+  images: UInt8[np.ndarray, 'n h w 3'] | Sequence[UInt8[np.ndarray, 'h w 3']]
+) -> UInt8[np.ndarray, 'n h w 3']:
+  """Images of several sizes as ones of the greatest height and width, each in the middle of white.
+  """
+  height, width = np.max([image.shape[:2] for image in images], axis=0)
+  found = np.full((len(images), height, width, 3), _BACKGROUND, np.uint8)
+  for frame, image in zip(found, images, strict=True):
+    h, w = image.shape[:2]
+    top, left = (height - h) // 2, (width - w) // 2
+    frame[top : top + h, left : left + w] = image
+  return found
+
+
 class Overview:
   """The first MOST of any number of images as one square grid, in bounded memory.
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import threading
 import time
 
@@ -12,9 +13,13 @@ from PIL import Image
 
 from diffusion_jax import build
 from diffusion_jax.config import parse
+from diffusion_jax.data.images import read_covering
 from diffusion_jax.errors import UserError
+from diffusion_jax.pixels import to_float
 from diffusion_jax.recipe import load_config
 from diffusion_jax.registry import TASKS, load
+from diffusion_jax.runs.start import Start
+from diffusion_jax.runs.status import read_status
 from diffusion_jax.train import compile, loop
 from tests import tiny
 
@@ -24,27 +29,34 @@ DIT = {
   'out_channels': 3, 'num_layers': 1, 'sample_size': 16, 'patch_size': 8, 'num_embeds_ada_norm': 2,
 }
 BATCH, STEPS = 8, 12
+LOOP = {
+  'total_steps': STEPS, 'batch_size': BATCH, 'evaluate_samples': 0, 'checkpoint_every_steps': 1000,
+}
 SAME = ('loss', 'gradient_norm', 'loss_by_timestep')
 
 
 @pytest.fixture(scope='module')
-def recipe(tmp_path_factory):
-  """A transformer of classes on pixels, of pictures of which a half are wide and few tall."""
+def pictures(tmp_path_factory):
+  """The section `data` of a config: pictures of which a half are wide and few tall."""
   folder, rng = tmp_path_factory.mktemp('buckets'), np.random.default_rng(0)
   for i in range(40):
-    path = folder / 'data' / ('red', 'blue')[i % 2] / f'{i}.png'
+    path = folder / ('red', 'blue')[i % 2] / f'{i}.png'
     path.parent.mkdir(parents=True, exist_ok=True)
     size = (30, 50) if i < 20 else (33, 30) if i < 35 else (50, 31)
     Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(path)
+  return {'dataset': f'folder:{folder}', 'size': SHAPES, 'test_fraction': 0.0}
+
+
+@pytest.fixture(scope='module')
+def recipe(pictures, tmp_path_factory):
+  """A transformer of classes on pixels."""
   values = tiny._config('diffusion', [['label', {}], ['random_flip', {}], *tiny.NORMALIZE], {
     'space': {'type': 'pixels'}, 'denoiser': DIT, 'conditioners': {'class': {}},
     'schedule': {'process': 'flow'}, 'objective': {'prediction': 'flow_prediction'},
     'sample': {'sampler': 'flow_euler', 'steps': 1}, 'preview_captions': ['red'],
     'export_dtype': 'float32', 'clip': '',
-  }, data={'dataset': f'folder:{folder / "data"}', 'size': SHAPES, 'test_fraction': 0.0},
-     loop={'total_steps': STEPS, 'batch_size': BATCH, 'evaluate_samples': 0,
-           'checkpoint_every_steps': 1000})
-  return tiny.write_config(folder / 'recipe.py', values)
+  }, data=pictures, loop=LOOP)
+  return tiny.write_config(tmp_path_factory.mktemp('recipe') / 'recipe.py', values)
 
 
 @pytest.fixture(scope='module')
@@ -88,6 +100,47 @@ def test_a_run_goes_on_within_a_bucket_with_other_workers(recipe, whole, command
     assert line['loss'] == pytest.approx(wanted[step]['loss'], rel=1e-4)
 
 
+@pytest.mark.parametrize('task', ['autoencoder', 'diffusion'])
+def test_a_killed_run_goes_on_within_a_bucket(
+  task, pictures, parts, command, tmp_path, monkeypatch
+):
+  """Of text to image from random crops in a cache on the disk, whose progress is in the status. It
+  is killed after step 7 of 10."""
+  loop = LOOP | {'total_steps': 10, 'checkpoint_every_steps': 5, 'keep_checkpoints': 3}
+  data = pictures | {'crop': 'random'}
+  if task == 'autoencoder':
+    values = tiny.autoencoder_config({'adversarial_weight': 0.0}, data=data, loop=loop)
+  else:
+    values = tiny.diffusion_config(parts, {
+      'cache': 'disk', 'cache_views': 2, 'caption_dropout': 0.3,
+      'preview_sizes': [[16, 24], [24, 16]],
+    }, data=data | {'caption': 'a {folder} drawing'}, loop=loop)
+  recipe = tiny.write_config(tmp_path / 'recipe.py', values)
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  train = lambda run: command('train', '--config', recipe, '--workdir', run, '--quiet')
+  said, report = [], Start.report
+  monkeypatch.setattr(Start, 'report', lambda self, *args, **more: (
+    report(self, *args, **more), said.append(read_status(self.directory))
+  ))
+  assert train(whole) == 0
+  if task == 'diffusion':
+    assert said[0]['state'] == 'encoding' and said[0]['retry'] and said[0]['encoding']['of'] == 40
+    (grid,) = (whole / 'samples').glob('*.png')  # Of a wide and a tall one, in squares of 24.
+    assert Image.open(grid).width == 2 * (5 * 24 + 4) + 4
+  shutil.copytree(whole, killed)
+  for gone in ('checkpoints/10', 'model'):
+    shutil.rmtree(killed / gone)
+  lines = (killed / 'metrics.jsonl').read_text().splitlines(keepends=True)
+  (killed / 'metrics.jsonl').write_text(''.join(x for x in lines if json.loads(x)['step'] < 8))
+  assert train(killed) == 0
+  wanted, found = tiny.metrics(whole), tiny.metrics(killed)
+  assert [line['loss'] for line in found.values()] == [line['loss'] for line in wanted.values()]
+  assert len(wanted) == 10 and len({line['loss'] for line in wanted.values()}) == 10
+  models = [{n: data for n, data in tiny.snapshot(run / 'model').items() if n.endswith('tensors')}
+            for run in (whole, killed)]
+  assert models[0] == models[1] and models[0]
+
+
 def test_another_list_of_sizes_is_refused(recipe, whole, fails):
   sentence = fails('train', '--config', recipe, '--workdir', whole[0],
                    '--config.data.size=((16,24),(16,16))')
@@ -104,16 +157,51 @@ def test_every_size_is_checked_before_work(recipe, tmp_path, fails, size, messag
   assert message in sentence and not (tmp_path / 'run').exists()
 
 
+def _classifier_config(settings=None, **sections):
+  return tiny._config('classifier', [['label', {}], *tiny.NORMALIZE], {
+    'classifier': {'block_out_channels': [4, 8], 'norm_num_groups': 2, 'image_size': 32},
+    **(settings or {}),
+  }, **sections)
+
+
+def test_previews_have_sizes_of_the_data(parts):
+  data = {'size': SHAPES}
+  for sizes in ([], [[24, 16]]):
+    config = parse(tiny.diffusion_config(parts, {'preview_sizes': sizes}, data=data))
+    load(TASKS, 'diffusion').check(config)
+  config = parse(tiny.diffusion_config(parts, {'preview_sizes': [[24, 20]]}, data=data))
+  with pytest.raises(UserError, match=r'preview_sizes has \(24, 20\), which is none of the sizes'):
+    load(TASKS, 'diffusion').check(config)
+
+
 @pytest.mark.parametrize(('config', 'size', 'message'), [
   (tiny.clip_config, [[32, 32], [32, 48]], 'is ((32, 32), (32, 48)), but settings.clip.vision'),
   (tiny.clip_config, {'area': 1024, 'step': 8}, "is {'area': 1024, 'step': 8}, but settings.clip"),
   (tiny.autoencoder_config, [[32, 32], [32, 47]], 'the nearest such size is (32, 48)'),
   (tiny.toy_config, [[32, 32], [32, 48]], 'takes no pictures'),
+  (_classifier_config, [[32, 32], [32, 45]], 'the nearest such size is (32, 44)'),
+  (_classifier_config, [[32, 48], [48, 32]], 'but settings.classifier.image_size is 32'),
 ])
 def test_other_tasks_check_or_refuse_several_sizes(config, size, message):
   config = parse(config(data={'size': size}))
   with pytest.raises(UserError, match=re.escape(message)):
     load(TASKS, config.task).check(config)
+
+
+def test_a_classifier_learns_from_several_sizes(pictures, command, tmp_path):
+  """And is scored on those that are nearest to a square, as it says."""
+  values = _classifier_config({'classifier': {
+    'block_out_channels': [4, 8], 'norm_num_groups': 2, 'image_size': 16,
+  }}, data=pictures | {'test_fraction': 0.5}, loop=LOOP | {
+    'total_steps': 4, 'evaluate_samples': 8,
+  })
+  recipe = tiny.write_config(tmp_path / 'recipe.py', values)
+  assert command('train', '--config', recipe, '--workdir', tmp_path / 'run', '--quiet') == 0
+  report = json.loads((tmp_path / 'run' / 'step.json').read_text())
+  assert len(report['sizes']) > 1
+  scores = json.loads((tmp_path / 'run' / 'scores.json').read_text())
+  assert scores['test']['images'] == 8
+  assert any('cut to 16 x 16 pixels' in text for text in scores['measured'])
 
 
 def test_a_step_waits_for_its_size_and_the_wait_is_compiling(recipe, tmp_path, monkeypatch):
@@ -136,26 +224,51 @@ def test_a_step_waits_for_its_size_and_the_wait_is_compiling(recipe, tmp_path, m
   assert not [t for t in threading.enumerate() if t.name == 'compiling'] and jax.devices()
 
 
-@pytest.mark.parametrize('cache', [False, True])
-def test_sdxl_is_told_of_each_picture_its_own_size(arguments, tmp_path, cache):
-  """Also of latents out of a cache, half as large."""
+def _told(training, field, factor):
+  """(own size -> size of the bucket, rows of `field` with what is told of each)."""
+  told, rows = {}, []
+  for _ in range(16):
+    batch = next(training.loader)
+    height, width = batch[field].shape[1:3]
+    for row, sizes in zip(batch[field], batch['sizes'].astype(int).tolist(), strict=True):
+      assert tuple(sizes[4:]) == (height * factor, width * factor)
+      told[tuple(sizes[:2])] = tuple(sizes[4:])
+      rows.append((row, sizes))
+  assert told.keys() == {(18 + i, 26 - i) for i in range(8)}
+  assert told[18, 26] == (16, 24) and told[21, 23] == (16, 16) and told[25, 19] == (24, 16)
+  assert training.task.model.size == (16, 16) and len(training.loader.buckets_until(100)) == 3
+  return rows
+
+
+def test_sdxl_is_told_of_each_picture_its_own_size(arguments, tmp_path):
   recipe, overrides = arguments('sdxl', tmp_path / 'run', **{
-    'data.size': '((16,24),(16,16),(24,16))', 'loop.batch_size': 2, 'settings.cache': cache,
-    **({'data.transforms': '()'} if cache else {}),
+    'data.size': '((16,24),(16,16),(24,16))', 'loop.batch_size': 2,
   })
   with tiny.few_devices():
     training = build.build(load_config(recipe, overrides), str(tmp_path / 'run'))
-  told, own = {}, {(18 + i, 26 - i) for i in range(8)}
-  for _ in range(16):
-    batch = next(training.loader)
-    height, width = batch['mean' if cache else 'image'].shape[1:3]
-    for sizes in batch['sizes'].astype(int).tolist():
-      assert tuple(sizes[4:]) == (height * (1 + cache), width * (1 + cache))
-      assert tuple(sizes[:2]) in own
-      told[tuple(sizes[:2])] = tuple(sizes[4:])
-  assert told.keys() == own
-  assert told[18, 26] == (16, 24) and told[21, 23] == (16, 16) and told[25, 19] == (24, 16)
-  assert training.task.model.size == (16, 16) and len(training.loader.buckets_until(100)) == 3
+  _told(training, 'image', 1)
+
+
+def test_sdxl_is_told_of_the_crops_that_a_cache_keeps(arguments, pipelines, tmp_path):
+  """Of several crops and flips of each picture: the latents are those of what is told."""
+  recipe, overrides = arguments('sdxl', tmp_path / 'run', **{
+    'data.size': '((16,24),(16,16),(24,16))', 'loop.batch_size': 2, 'settings.cache': 'disk',
+    'data.transforms': "(('random_flip',{}),)", 'data.crop': 'random', 'settings.cache_views': 4,
+  })
+  with tiny.few_devices():
+    training = build.build(load_config(recipe, overrides), str(tmp_path / 'run'))
+  task, seen = training.task, {}
+  encode = jax.jit(lambda images: task.model.space.moments(task.frozen, to_float(images))['mean'])
+  for mean, (height, width, top, left, h, w) in _told(training, 'mean', 2):
+    path = pipelines / 'pictures' / f'{height - 18}.png'
+    picture, own, frame = read_covering(path, h, w, str(path))
+    assert own == (height, width) and picture.shape[:2] == tuple(frame)
+    both = np.stack([picture, picture[:, ::-1]])[:, top : top + h, left : left + w]
+    off = np.abs(np.asarray(encode(both)) - mean).max(axis=(1, 2, 3))
+    assert off.min() < 1e-4
+    seen.setdefault(height, set()).add((top, left, bool(off.argmin())))
+  assert max(map(len, seen.values())) > 2
+  assert {flipped for views in seen.values() for _, _, flipped in views} == {True, False}
 
 
 def test_random_numbers_have_the_sizes_of_the_data(arguments, tmp_path):

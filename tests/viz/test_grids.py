@@ -6,7 +6,7 @@ from PIL import Image
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.viz import grids
-from diffusion_jax.viz.grids import Overview, make_grid, save_png
+from diffusion_jax.viz.grids import Overview, framed, make_grid, save_png
 
 
 def _solid(*colours, h=6, w=8):
@@ -143,3 +143,12 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
 def test_impossible_metadata_keys_are_refused(tmp_path, key):
   with pytest.raises(UserError, match='PNG metadata'):
     save_png(make_grid(_solid(1), 1), tmp_path / 'a.png', {key: 'x'})
+
+
+def test_images_of_several_sizes_stand_in_the_middle_of_white():
+  wide, tall = np.zeros((2, 6, 3), np.uint8), np.full((4, 2, 3), 9, np.uint8)
+  found = framed([wide, tall])
+  assert found.shape == (2, 4, 6, 3) and found.dtype == np.uint8
+  np.testing.assert_array_equal(found[0, 1:3], wide)
+  np.testing.assert_array_equal(found[1, :, 2:4], tall)
+  assert (found[0, [0, 3]] == 255).all() and (found[1][:, [0, 1, 4, 5]] == 255).all()

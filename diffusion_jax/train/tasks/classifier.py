@@ -15,7 +15,7 @@ from diffusion_jax.data.sources import open_data
 from diffusion_jax.data.transforms import Label
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import save_params
-from diffusion_jax.limits import FileDtype, Range, same_size
+from diffusion_jax.limits import EdgeRule, FileDtype, Range, check_edges, same_size
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.vision.classifier import Classifier, ClassifierConfig
 from diffusion_jax.registry import EVALUATORS, load
@@ -81,8 +81,12 @@ class ClassifierTask(Task):
 
   @classmethod
   def check_data(cls, config: TrainingConfig) -> None:
-    size = config.settings.classifier.image_size
-    same_size('settings.classifier.image_size', size, config.data.size)
+    classifier, data = config.settings.classifier, config.data
+    several = len(data.shapes) > 1  # Of which tests, and images by their features, are one.
+    for shape in data.shapes if several else ():
+      check_edges(shape, EdgeRule(classifier.factor))
+    size = data.shape if several else data.size
+    same_size('settings.classifier.image_size', classifier.image_size, size)
     super().check_data(config)
 
   @classmethod

@@ -180,6 +180,16 @@ class DiffusionTask(Task):
       raise UserError(
         'scores need a model that is conditioned on the caption alone; set evaluate_samples 0.'
       )
+    if other := [size for size in settings.preview_sizes if size not in data.shapes]:
+      raise UserError(
+        f'settings.preview_sizes has {other[0]}, which is none of the sizes of data.size; give '
+        'some of those, or leave it empty.'
+      )
+    if settings.preview_sizes and settings.with_images:
+      raise UserError(
+        'settings.preview_sizes has no effect on a model that is conditioned on images; leave it '
+        'empty.'
+      )
     cls.check_size(config)
     super().check_data(config)
 
@@ -410,7 +420,7 @@ class DiffusionTask(Task):
       about = next(c.about for c in self.model.conditioners.values() if c.about)
       batch |= {'inputs': self.preview_inputs, 'about': about}
     preview = load(EVALUATORS, 'caption_preview')(
-      config.preview_captions, config.sample, mesh, **batch
+      config.preview_captions, config.sample, mesh, sizes=config.preview_sizes, **batch
     )
     if config.with_images:
       return [preview]

@@ -53,7 +53,8 @@ class SharedConfig(TextTrainingConfig):
   clip: a CLIP with both towers, or 'asset:NAME'; it scores samples unless `evaluation` has
   features. caption_dropout: fraction of conditions replaced by the null, for classifier-free
   guidance. encoder_dropout: the same of what each text encoder gives, by itself, one fraction for
-  each; () for none. preview_captions: of the sample grids.
+  each; () for none. preview_captions: of the sample grids. preview_sizes: (height,
+  width) of those, which captions take in turn; () for that of `data.size` nearest to a square.
 
   cache: encode all images and captions once, into memory, or with 'disk' into files that every
   later start goes on with. cache_dir: their folder, '' for WORKDIR/cache. cache_dtype: of means and
@@ -72,6 +73,7 @@ class SharedConfig(TextTrainingConfig):
   sample: SampleConfig = SampleConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
   preview_captions: tuple[str, ...] = ()
+  preview_sizes: tuple[tuple[int, int], ...] = ()
   export_dtype: FileDtype = 'float16'
 
   def __post_init__(self):
