@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax.config import TrainingConfig
 from diffusion_jax.data.sources import open_data
-from diffusion_jax.data.transforms import Label
+from diffusion_jax.data.transforms import Label, build_transforms
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.limits import EdgeRule, FileDtype, Range, check_edges, same_size
@@ -99,8 +99,8 @@ class ClassifierTask(Task):
   def build(cls, config: TrainingConfig, env: Env) -> ClassifierTask:
     settings = with_classes(config.settings, env.train.labels, env.test.labels)
     task = cls(settings, env.test, **cls.compute(config))
-    _, transforms = task.examples(config, env)
-    if not any(isinstance(one, Label) for one in transforms):
+    made = build_transforms(config.data.transforms, size=config.data.shape, **task.context())
+    if not any(isinstance(one, Label) for one in made):
       raise UserError('data.transforms of a classifier need label; put it before normalize.')
     return task
 
