@@ -358,10 +358,10 @@ def read_run(workdir: Path, metrics: MetricsFile | None = None) -> Run:
   objects = {name: _read_object(workdir / f'{name}.json')
              for name in ('config', 'scores', 'versions', 'status')}
   lines = metrics.train.lines or metrics.evaluation.lines
-  if not (lines or grids or objects['config'] or objects['scores']):
+  if not (lines or grids or any(objects[name] for name in ('config', 'scores', 'status'))):
     raise UserError(
-      f'{workdir} holds no run (no config.json, metrics.jsonl, samples or scores.json): give the '
-      'workdir of a training run that has started.'
+      f'{workdir} holds no run (no config.json, status.json, metrics.jsonl, samples, scores.json): '
+      'give the workdir of a training run that has started.'
     )
   return Run(
     name=workdir.resolve().name, metrics=metrics, grids=grids,

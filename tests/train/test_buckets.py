@@ -107,14 +107,14 @@ def test_a_killed_run_goes_on_within_a_bucket(
   """Of text to image from random crops in a cache on the disk, whose progress is in the status. It
   is killed after step 7 of 10."""
   loop = LOOP | {'total_steps': 10, 'checkpoint_every_steps': 5, 'keep_checkpoints': 3}
-  data = pictures | {'crop': 'random'}
+  data = pictures | {'crop': 'random', 'size': SHAPES[:2], 'caption': 'a {folder} drawing'}
   if task == 'autoencoder':
     values = tiny.autoencoder_config({'adversarial_weight': 0.0}, data=data, loop=loop)
   else:
     values = tiny.diffusion_config(parts, {
       'cache': 'disk', 'cache_views': 2, 'caption_dropout': 0.3,
-      'preview_sizes': [[16, 24], [24, 16]],
-    }, data=data | {'caption': 'a {folder} drawing'}, loop=loop)
+      'preview_sizes': SHAPES[:1],
+    }, data=data, loop=loop)
   recipe = tiny.write_config(tmp_path / 'recipe.py', values)
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
   train = lambda run: command('train', '--config', recipe, '--workdir', run, '--quiet')
@@ -125,8 +125,8 @@ def test_a_killed_run_goes_on_within_a_bucket(
   assert train(whole) == 0
   if task == 'diffusion':
     assert said[0]['state'] == 'encoding' and said[0]['retry'] and said[0]['encoding']['of'] == 40
-    (grid,) = (whole / 'samples').glob('*.png')  # Of a wide and a tall one, in squares of 24.
-    assert Image.open(grid).width == 2 * (5 * 24 + 4) + 4
+    (grid,) = (whole / 'samples').glob('*.png')
+    assert Image.open(grid).width == 2 * (8 * 24 + 4) + 4  # 8: 128 // 16.
   shutil.copytree(whole, killed)
   for gone in ('checkpoints/10', 'model'):
     shutil.rmtree(killed / gone)
@@ -193,7 +193,7 @@ def test_a_classifier_learns_from_several_sizes(pictures, command, tmp_path):
   values = _classifier_config({'classifier': {
     'block_out_channels': [4, 8], 'norm_num_groups': 2, 'image_size': 16,
   }}, data=pictures | {'test_fraction': 0.5}, loop=LOOP | {
-    'total_steps': 4, 'evaluate_samples': 8,
+    'total_steps': 6, 'evaluate_samples': 8,
   })
   recipe = tiny.write_config(tmp_path / 'recipe.py', values)
   assert command('train', '--config', recipe, '--workdir', tmp_path / 'run', '--quiet') == 0

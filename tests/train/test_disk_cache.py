@@ -127,10 +127,10 @@ def test_views_are_made_by_the_transforms_of_the_config(parts, tmp_path, small_d
 
 def test_a_batch_of_xl_is_that_of_no_cache(arguments, tmp_path):
   """Texts of two encoders, the pooled one, and the sizes of each picture; of several sizes."""
-  found, sizes = {}, '--config.data.size=((16,24),(16,16),(24,16))'
+  found, sizes = {}, {'data.size': '((16,24),(16,16),(24,16))'}
   for cache, transforms in (('disk', ()), (False, ('choose_caption', 'tokenize', 'normalize'))):
-    file, more = arguments('sdxl', tmp_path / str(cache))
-    config = load_config(file, [*more, sizes, f'--config.settings.cache={cache}'])
+    file, more = arguments('sdxl', tmp_path / str(cache), **sizes)
+    config = load_config(file, [*more, f'--config.settings.cache={cache}'])
     config.data.transforms, config.settings.cache_text_dtype = transforms, 'float32'
     with tiny.few_devices():
       training = build(config, str(tmp_path / str(cache)))
