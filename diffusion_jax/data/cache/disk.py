@@ -58,6 +58,9 @@ class DiskStore:
     self._encoder, folder = encoder, self.folder
     facts = {'source': self._source, **encoder.identity()}
     in_step(f'cache/{encoder.name}/folder', lambda: self._take(facts), (UserError,))
+    encoder.options.report('encoding', message=(
+      f'looking for {encoder.name} of {len(encoder):,} records in {folder}, by their contents'
+    ))
     keys, base = encoder.keys, identity.of_value([FORMAT, encoder.name, facts])
     self._ids = [
       identity.of_value([base, keys[span.start : span.stop].tobytes().hex()])
