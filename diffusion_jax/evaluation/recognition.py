@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -44,11 +44,15 @@ def answer(given: str, true: str) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RetrievalPreview:
-  """Test images with the nearest of all test captions, and their own."""
+  """Test images with the nearest of all test captions, and their own.
+
+  pixels: mean and std of a tower that sees others than [-1, 1].
+  """
 
   tokenizer: PreTrainedTokenizerBase
   test: Source
   mesh: Mesh
+  pixels: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
   name = 'retrieval_preview'
   when = SAMPLE
   about = (
@@ -68,7 +72,8 @@ class RetrievalPreview:
     records = first_readable(self.test, count)
     images = np.stack([record['image'] for record in records])
     captions = [record['captions'][0] for record in records]
-    features = CLIPFeatures(CLIPExtractor(model, params, 'in training'), self.tokenizer, self.mesh)
+    extractor = CLIPExtractor(model, params, 'in training', **self.pixels)
+    features = CLIPFeatures(extractor, self.tokenizer, self.mesh)
     return images, captions, features.images(images), features.texts(captions)
 
 

@@ -97,6 +97,11 @@ TEXT_ENCODERS: dict[str, CLIPTextConfig] = {
 }
 """The text encoders of published diffusion models by name."""
 
+PREPROCESSOR = 'preprocessor_config.json'
+"""The file beside a network that says which pixels it sees."""
+HALF = (0.5, 0.5, 0.5)
+"""Mean and deviation for towers that are trained here, which see [-1, 1]."""
+
 
 def pixel_statistics(values: Mapping[str, Any], file: str) -> dict[str, tuple[float, ...]]:
   """'mean' and 'std' per channel of pixels in [0, 1], where given, of preprocessor_config.json.

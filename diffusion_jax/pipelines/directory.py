@@ -14,7 +14,7 @@ from diffusion_jax.diffusion.noise import NoiseSchedule, Schedule
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.errors import UserError, require, shown
 from diffusion_jax.files import INDEX, reading
-from diffusion_jax.formats.clip import pixel_statistics
+from diffusion_jax.formats.clip import PREPROCESSOR, pixel_statistics
 from diffusion_jax.formats.networks import Part, resolve, save_params
 from diffusion_jax.formats.pipeline import (
   CONVERSION,
@@ -178,7 +178,7 @@ def _prompts(
   roles = [role for role in ROLES if role in parts]
   if not roles and IMAGE_ENCODER in parts:
     extractor = pipeline.parts.get('feature_extractor', Part())
-    pixels = pixel_statistics(*extractor.json('preprocessor_config.json'))
+    pixels = pixel_statistics(*extractor.json(PREPROCESSOR))
     encoder = parts[IMAGE_ENCODER].network(dtype=dtype)
     return {'text': ImageEncoder({IMAGE_ENCODER: encoder}, **pixels)}
   if not roles:

@@ -13,7 +13,7 @@ import numpy as np
 from diffusion_jax.config import typed
 from diffusion_jax.diffusion.noise import Schedule, ScheduleConfig
 from diffusion_jax.errors import UserError, require
-from diffusion_jax.formats.clip import pixel_statistics
+from diffusion_jax.formats.clip import HALF, PREPROCESSOR, pixel_statistics
 from diffusion_jax.models.network import Network
 from diffusion_jax.pipelines.conditioners import Conditioner, Guided, Spec, part_of
 from diffusion_jax.pipelines.known import PAINTED, check_low_pass, painted_shares
@@ -38,8 +38,6 @@ WHOLE = 0.25
 """Fraction of masks that cover everything, as Stable Diffusion's inpainting was trained."""
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Mean and deviation of CLIP's training pixels in [0, 1] (Radford et al. 2021)."""
-HALF = (0.5, 0.5, 0.5)
-"""Both for towers that are trained here, which see [-1, 1]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +247,7 @@ class ImageEncoder(Guided):
   def build(cls, options, context):
     """`path`: of a CLIP, or of its vision tower with the projection."""
     part = part_of(options, 'image_embedding', ('clip_vision_projection', 'clip'))
-    pixels = {'mean': HALF, 'std': HALF} | pixel_statistics(*part.json('preprocessor_config.json'))
+    pixels = {'mean': HALF, 'std': HALF} | pixel_statistics(*part.json(PREPROCESSOR))
     network = part.network(dtype=context.dtype)
     return cls({IMAGE_ENCODER: network}, **pixels), {IMAGE_ENCODER: part}
 

@@ -16,7 +16,7 @@ from diffusion_jax.evaluation.extract import column
 from diffusion_jax.evaluation.extractors import Extractor, compiled
 from diffusion_jax.evaluation.extractors.resize import resize
 from diffusion_jax.files import inside
-from diffusion_jax.formats.clip import pixel_statistics
+from diffusion_jax.formats.clip import HALF, PREPROCESSOR, pixel_statistics
 from diffusion_jax.formats.networks import load_params, network_format, resolve
 from diffusion_jax.formats.tensors import read_json
 from diffusion_jax.models.network import Network
@@ -44,8 +44,8 @@ class CLIPExtractor:
   """
 
   def __init__(
-    self, clip: Network, params: Params, weights: str, mean: Sequence[float] = (0.5,) * 3,
-    std: Sequence[float] = (0.5,) * 3,
+    self, clip: Network, params: Params, weights: str, mean: Sequence[float] = HALF,
+    std: Sequence[float] = HALF,
   ):
     self.name = f'clip/{weights}/bicubic'
     self.widths = {'embedding': clip.config.projection_dim}
@@ -53,6 +53,7 @@ class CLIPExtractor:
     self.has_texts = isinstance(clip.config, CLIPConfig)
     vision = clip.config.vision_config if self.has_texts else clip.config
     self.size, self.resizing = vision.image_size, 'clean'
+    self.pixels = {'mean': tuple(mean), 'std': tuple(std)}
     self._mean, self._std = (np.asarray(v, np.float32) * 255 for v in (mean, std))
 
   def apply(self, params: Params, images: jax.Array) -> dict[str, jax.Array]:
@@ -69,7 +70,7 @@ def load_clip_extractor(path: str | os.PathLike, *, mesh: Mesh | None = None) ->
   if not network_format(kind).matches(read_json(inside(directory / 'config.json', directory))):
     kind = 'clip'
   config, params = load_params(kind, path, mesh=mesh)
-  file = directory / 'preprocessor_config.json'
+  file = directory / PREPROCESSOR
   pixels = pixel_statistics(read_json(inside(file, directory)), str(file)) if file.is_file() else {}
   network = network_format(kind).network(config)
   return CLIPExtractor(network, params, directory.resolve().name, **pixels)
