@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from diffusion_jax.config import MeshConfig, TrainingConfig
 from diffusion_jax.data.unreadable import first_readable
 from diffusion_jax.errors import UserError
-from diffusion_jax.formats.networks import load_lpips, save_params
+from diffusion_jax.formats.networks import load_lpips, read_part, save_params
 from diffusion_jax.limits import (
   ByType,
   Count,
@@ -46,7 +46,8 @@ from diffusion_jax.types import Images, Params, Scores, Source
 class AutoencoderTaskConfig:
   """Weights are per pixel value (reconstruction), per patch (adversarial).
 
-  autoencoder: the network's shape. bottleneck: what its latents go through.
+  autoencoder: the network's shape. bottleneck: what its latents go through. pretrained: a directory
+  with an autoencoder of that shape and kind to begin with.
   adversarial_weight: norm of the adversarial gradient as a fraction of the reconstruction's, at the
   output image (Esser et al. 2021, eq. 7, has the last layer); 0 leaves out the discriminator. Empty
   lpips_weights leave out LPIPS. reconstruction: l1 (Rombach et al. 2022), or l2, which learns
@@ -55,6 +56,7 @@ class AutoencoderTaskConfig:
 
   autoencoder: AutoencoderKLConfig = AutoencoderKLConfig()
   bottleneck: Annotated[Any, ByType(BOTTLENECKS, default='kl')] = KL()
+  pretrained: str = ''
   reconstruction: Literal['l1', 'l2'] = 'l1'
   adversarial_weight: Annotated[float, Range(0)] = 0.5
   adversarial_start_step: Count = 10_000
@@ -77,6 +79,26 @@ def upgrade_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
   return {**out, 'bottleneck': {**given, **out.get('bottleneck', {})}} if given else out
 
 
+def check_pretrained(settings: AutoencoderTaskConfig) -> None:
+  """Raise UserError where the pretrained autoencoder is another than the one to train."""
+  if not settings.pretrained:
+    return
+  where, part = f'settings.pretrained={settings.pretrained}', read_part(settings.pretrained)
+  wanted = settings.bottleneck.config(settings.autoencoder)
+  if settings.bottleneck.carry(wanted):
+    raise UserError('settings.pretrained needs a settings.bottleneck without averages of its own.')
+  if part.kind is None or type(part.config) is not type(wanted):
+    raise UserError(f'{where} is no {settings.bottleneck.title}; give its directory.')
+  for field in dataclasses.fields(wanted):
+    own, its = getattr(wanted, field.name), getattr(part.config, field.name)
+    if own != its and field.name not in _OF_AN_EXPORT:
+      raise UserError(
+        f'{where} has {field.name}={its!r} and settings.autoencoder has {own!r}; set the same.'
+      )
+
+
+_OF_AN_EXPORT = ('sample_size', 'scaling_factor', 'shift_factor', 'force_upcast')
+"""What a training measures or leaves open."""
 SCALED_BY = 256
 """Test images whose latents are measured where no score has done so."""
 
@@ -127,6 +149,7 @@ class AutoencoderTask(Task):
 
   @classmethod
   def build(cls, config: TrainingConfig, env: Env) -> AutoencoderTask:
+    check_pretrained(config.settings)
     return cls(config.settings, env.test, **cls.compute(config))
 
   def initialize(self, key: jax.Array) -> Params:
@@ -136,6 +159,10 @@ class AutoencoderTask(Task):
     if self.config.adversarial_weight:
       params |= prefixed('discriminator', self.discriminator.initialize(second))
     return params
+
+  def start(self, mesh: Mesh) -> Params | None:
+    path = self.config.pretrained
+    return prefixed('autoencoder', read_part(path).load(mesh=mesh)) if path else None
 
   def _reconstruction(self, output: Images, images: Images, frozen: Frozen) -> jax.Array:
     error = output - images

@@ -1,5 +1,6 @@
 """The autoencoder's losses: KL, the adversary's start and strength, LPIPS."""
 
+import dataclasses
 import json
 import math
 
@@ -9,11 +10,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from diffusion_jax.config import typed
+from diffusion_jax.config import MeshConfig, typed
 from diffusion_jax.errors import UserError
+from diffusion_jax.formats.networks import save_params
+from diffusion_jax.models.network import under
 from diffusion_jax.models.perceptual import lpips, lpips_shapes
+from diffusion_jax.parallel.mesh import make_mesh
 from diffusion_jax.train.bottlenecks.kl import KL, kl_divergence
-from diffusion_jax.train.tasks.autoencoder import AutoencoderTask, AutoencoderTaskConfig
+from diffusion_jax.train.bottlenecks.vq import VQ
+from diffusion_jax.train.tasks.autoencoder import (
+  AutoencoderTask,
+  AutoencoderTaskConfig,
+  check_pretrained,
+)
 from tests import tiny
 from tests.tiny_pipeline import published
 
@@ -124,6 +133,27 @@ def test_log_variances_start_where_the_config_says():
   channels = tiny.AUTOENCODER.latent_channels
   np.testing.assert_array_equal(bias[channels:], -6.0)
   np.testing.assert_array_equal(bias[:channels], 0.0)
+
+
+def test_a_pretrained_autoencoder_is_what_training_begins_with(tmp_path, params):
+  first = tiny.AUTOENCODER
+  save_params(tmp_path, first, under('autoencoder', params))
+  task = _task(pretrained=str(tmp_path))
+  begun = task.beginning(make_mesh(MeshConfig(), jax.local_devices()[:1]), jax.random.key(1))
+  assert begun.keys() == params.keys()
+  for name, value in begun.items():
+    drawn = name.startswith('discriminator.') and name.endswith('kernel')
+    assert np.array_equal(value, params[name]) != drawn, name
+  changed = lambda **fields: check_pretrained(dataclasses.replace(task.config, **fields))
+  changed(autoencoder=dataclasses.replace(first, scaling_factor=1.0))
+  with pytest.raises(UserError, match=r'has latent_channels=4 and settings\.autoencoder has 8'):
+    changed(autoencoder=dataclasses.replace(first, latent_channels=8))
+  with pytest.raises(UserError, match='without averages'):
+    changed(bottleneck=VQ(), autoencoder=dataclasses.replace(first, shift_factor=0.0))
+  with pytest.raises(UserError, match='is no KL autoencoder'):
+    changed(pretrained='asset:clip-openmoji-64')
+  with pytest.raises(UserError, match='is no KL autoencoder'):
+    changed(pretrained=str(tmp_path / 'none'))
 
 
 @pytest.mark.parametrize('devices', [1, 8])
