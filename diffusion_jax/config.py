@@ -168,10 +168,10 @@ class DataConfig:
   Of pictures of one's own alone: crop: what is cut out of a scaled training picture, its middle or
   any part of it. background: the color behind transparent places. processes: decode for the
   threads, 0 for none. caption: of every picture without one of its own, or several, one a line;
-  {name}, {folder} and {label} in it are words of the picture's path and its class. caption_column:
-  the one column of captions in lists and tables, '' for all of `fields.CAPTIONS`.
-  test_fraction: of the pictures that are left to the test split where there is none; 0 to train on
-  all.
+  {name}, {folder} and {label} in it are words of the picture's path and its class, {path} is all of
+  the path. caption_column: the one column of captions in lists and tables, '' for all of
+  `fields.CAPTIONS`. test_fraction: of the pictures that are left to the test split where there is
+  none; 0 to train on all.
   """
 
   dataset: str

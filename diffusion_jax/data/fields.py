@@ -24,7 +24,7 @@ LABELS = ('label', 'labels', 'class', 'cls', 'category', 'class_name', 'label_na
 """Columns for the class, in the order in which they are looked for."""
 NAMES = ('file_name', 'filename', 'file', 'image', 'image_path', 'file_path', 'path')
 """Columns for the name of the picture; the first that a row has counts."""
-_PLACES = re.compile(r'\{(name|folder|label)\}')
+_PLACES = re.compile(r'\{(name|folder|path|label)\}')
 BREAKS = re.compile(r'[\W_]+')
 """Between words."""
 
@@ -128,14 +128,15 @@ def label_of(number: int, names: Sequence[str]) -> str | None:
 def filled(lines: Sequence[str], name: str, label: str | None = None) -> list[str]:
   """Captions from `data.caption`, where {name}, {folder} and {label} stand for words of a record.
 
-  name: the record's id, such as a path. Lines with a word that is missing are left out.
+  name: the record's id, such as a path, which {path} is as it stands. Lines with a word that is
+  missing are left out.
   """
   if not any(map(_PLACES.search, lines)):
     return list(lines)
   path = PurePosixPath(key_of(name))
   words = {
     'name': words_of(path.name), 'folder': ' '.join(filter(None, map(words_of, path.parts[:-1]))),
-    'label': '' if label is None else label,
+    'path': str(path), 'label': '' if label is None else label,
   }
   whole = (line for line in lines if all(words[each] for each in _PLACES.findall(line)))
   return [_PLACES.sub(lambda found: words[found[1]], line) for line in whole]

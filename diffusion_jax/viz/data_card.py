@@ -74,7 +74,7 @@ def _markdown(summary: Summary) -> str:
     *(f'  - `{_plain(name)}` ({cause})' for cause, _, name in summary.bad[:MOST_BAD]), '',
     '## Captions', '', *(f'- {name}: {line}' for name, line in _caption_facts(summary).items()), '',
     '## Credit', '', _plain(summary.credit) or 'Nobody is named.', '',
-    '## Made by', '', f'    {_plain(summary.command)}', '',
+    '## Made by', '', f'    {_in_one_line(summary.command)}', '',
     *(f'- {split}, {what}: `{value}`' for split, each in summary.fingerprints.items()
       for what, value in each.items()), '',
   ]
@@ -82,8 +82,11 @@ def _markdown(summary: Summary) -> str:
 
 
 def _plain(text: str) -> str:
-  shown = ''.join(letter if letter.isprintable() else ' ' for letter in text)
-  return shown.replace('`', "'").replace('|', '/')
+  return _in_one_line(text).replace('`', "'").replace('|', '/')
+
+
+def _in_one_line(text: str) -> str:
+  return ''.join(letter if letter.isprintable() else ' ' for letter in text)
 
 
 def _caption_facts(summary: Summary) -> dict[str, str]:

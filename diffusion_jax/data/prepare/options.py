@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from diffusion_jax.config import DataConfig
+from diffusion_jax.data.prepare.rules import Rule
 from diffusion_jax.errors import UserError
 from diffusion_jax.limits import Fraction, Help, Range
 
@@ -23,9 +24,13 @@ class SourceOptions:
   out: Annotated[str, Help('folder of the records, for data.dataset=records:DIR', 'DIR')] = ''
   caption: Annotated[str, Help(
     'as data.caption: of pictures without one of their own; {name}, {folder} and {label} are words '
-    'of path and class', 'TEXT'
+    'of path and class, {path} is the path itself', 'TEXT'
   )] = ''
   caption_column: Annotated[str, Help('as data.caption_column', 'NAME')] = ''
+  replace: Annotated[tuple[str, ...], Help(
+    'rewrite captions: what a regular expression finds becomes TEXT; repeat for several, one after '
+    'another', 'PATTERN=TEXT'
+  )] = ()
   classes: Annotated[bool, Help(
     'where pictures have no class, take the first folder in their names for it'
   )] = False
@@ -59,6 +64,7 @@ class SourceOptions:
   def __post_init__(self):
     if bool(self.source) != bool(self.out):
       raise UserError('--source needs --out, the folder of the records, and --out a --source.')
+    self.rules()
     if self.max_edge and self.picture_format == 'stored':
       raise UserError('--max_edge needs --picture_format png, jpeg or webp: pictures are written '
                       'anew.')
@@ -72,6 +78,10 @@ class SourceOptions:
       test_fraction=self.test_fraction,
     )
 
+  def rules(self) -> list[Rule]:
+    """The rules of `replace`. UserError: one is none."""
+    return [Rule.parse(given) for given in self.replace]
+
   @property
   def folder(self) -> Path:
     """The folder of the records; a link to one is followed once, here."""
@@ -79,5 +89,7 @@ class SourceOptions:
 
   def kept(self) -> dict[str, object]:
     """What the records depend on, as values of JSON."""
-    without = ('out', 'workers', 'most_unreadable')
-    return {name: value for name, value in vars(self).items() if name not in without}
+    without = ('out', 'workers', 'most_unreadable', 'replace')
+    kept = {name: value for name, value in vars(self).items() if name not in without}
+    # Not where there are none: sets that were begun before there were rules say nothing of them.
+    return kept | ({'replace': list(self.replace)} if self.replace else {})

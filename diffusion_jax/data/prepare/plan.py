@@ -108,7 +108,8 @@ def _command(options: SourceOptions, size: int) -> str:
   for name, value in (vars(options) | {'out': options.folder.name}).items():
     default = type(options).__dataclass_fields__[name].default
     if name != 'workers' and value != default:
-      words += [f'--{name}'] if value is True else [f'--{name}', str(value)]
+      for each in value if isinstance(value, tuple) else [value]:
+        words += [f'--{name}'] if each is True else [f'--{name}', str(each)]
   if not options.source.partition(':')[1]:  # One that is made, of that size.
     words += ['--size', str(size)]
   return shlex.join(words)

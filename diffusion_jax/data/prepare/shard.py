@@ -20,6 +20,7 @@ from diffusion_jax.data.finding import key_of
 from diffusion_jax.data.images import MOST_BYTES, format_of, read_pixels, read_size
 from diffusion_jax.data.perceptual import EDGE, look
 from diffusion_jax.data.prepare.options import SourceOptions
+from diffusion_jax.data.prepare.rules import rewritten
 from diffusion_jax.data.sources.entries import DIGEST, Entry
 from diffusion_jax.data.sources.pictures import PictureSource
 from diffusion_jax.data.sources.records import ShardWriter
@@ -65,13 +66,13 @@ def write_shard(
   count: called with numbers of pictures as they are done.
   """
   bad: list[list[str]] = []
-  notes, labels, words, samples = [], {}, Counter(), []
+  notes, labels, words, samples, rules = [], {}, Counter(), [], options.rules()
   with ShardWriter(job.path) as writer:
     for place in range(job.first, job.last):
       count(1)
       number = int(source.numbers[place])
       try:
-        entry = with_class(source.entries[number], options)
+        entry = rewritten(with_class(source.entries[number], options), rules)
         kept = keep(entry, options)
       except Unreadable as error:
         bad.append([error.cause, str(error), _name(source, number)])

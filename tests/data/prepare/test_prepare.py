@@ -4,6 +4,7 @@ import io
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from PIL import Image
 from diffusion_jax.__main__ import main
 from diffusion_jax.data.prepare.options import SourceOptions
 from diffusion_jax.data.prepare.plan import check_space, claimed, make_plan
+from diffusion_jax.data.prepare.rules import Rule, rewritten
+from diffusion_jax.data.sources.entries import Entry
 from diffusion_jax.data.sources.records import read_header
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import Unreadable, UserError
 from tests.data.kinds import as_folder, opened, openmoji
 from tests.tiny import ROOT
 
@@ -144,11 +147,45 @@ def test_classes_are_numbered_when_all_are_known(tmp_path):
     ['c'] * 8)
 
 
+def test_captions_are_rewritten_by_rules_in_order(tmp_path):
+  names = ('a b/red_fox_ann_lee_01', 'a b/hat_02', 'a b/x_ann_lee_01', '3_4')
+  for i, name in enumerate(names):
+    (tmp_path / 'in' / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / 'in' / f'{name}.png').write_bytes(png(noise(i)))
+  out, rules = tmp_path / 'set', (
+    r'(_[a-z]+){2}_\d+$=', r'_\d\d$=', r'(.*)/(.*)=\2, \1', r'^(\d)_(\d)$=\1 of \2', '^x, .*|`=',
+    '_= ',
+  )
+  options = [word for rule in rules for word in ('--replace', rule)]
+  rest = ('--caption', '{path}', '--test_fraction', '0', '--workers', '1')
+  assert prepare(f'folder:{tmp_path / "in"}', out, *options, *rest) == 0
+  found, _ = opened(f'records:{out}', 8, test_fraction=0)
+  assert {record['id']: record['captions'] for record in found} == {
+    'a b/red_fox_ann_lee_01': ['red fox, a b'], 'a b/hat_02': ['hat, a b'], '3_4': ['3 of 4'],
+  }
+  card = (out / 'README.md').read_text()
+  assert 'no caption: 1' in card and '"hat, a b"' in card
+  # The command of the card is that of the same set, and other rules are another one.
+  command = next(line for line in card.splitlines() if line.startswith('    python'))
+  words = shlex.split(command)[3:]
+  before, words[words.index('--out') + 1] = content(out), str(out)
+  assert main(words) == 0 and content(out) == before
+  assert main([*words, '--replace', 'a=b']) == 2
+  weighted = Entry('a', 'a', b'', ['x', 'y'], (3, 1))
+  assert rewritten(weighted, [Rule.parse('x=')])[3:5] == (['y'], (1,))
+  assert rewritten(weighted, []) is weighted
+  with pytest.raises(Unreadable, match='becomes too long'):
+    rewritten(weighted, [Rule.parse(f'x={"xx" * 300}'), Rule.parse(f'x={"x" * 300}')])
+
+
 @pytest.mark.parametrize('made, options, why', [
   ({'mine.txt': b'x'}, (), 'has files of something else, such as mine.txt'),
   ({'prepare.json': b'{}'}, (), 'has another set'),
   ({}, ('--max_edge', '64'), '--max_edge needs --picture_format'),
   ({}, ('--shards', '-1'), '--shards'),
+  ({}, ('--replace', 'no sign'), "--replace 'no sign' is no rule"),
+  ({}, ('--replace', '(=x'), 'is no rule (missing )'),
+  ({}, ('--replace', r'(a)=\2'), 'is no rule (invalid group reference 2'),
 ])
 def test_a_folder_or_option_that_will_not_do_is_refused_before_work(
   tmp_path, capsys, made, options, why
