@@ -6,7 +6,8 @@ AUTOENCODER, CLIP = 'runs/openclipart-autoencoder/model', 'runs/openclipart-clip
 """Where the first two recipes leave what the third one takes."""
 CAPTIONS = (
   'bird, animals birds', 'horse, animals mammals horses', 'cat, animals mammals cats',
-  'flag, signs and symbols flags', 'arrow, signs and symbols', 'star, shapes stars',
+  'flag, signs and symbols flags', 'arrow, shapes arrows',
+  'star 12 points step 05, shapes stars',
   'apple, food fruit', 'cup of coffee, food', 'flower, plants flowers', 'tree, plants',
   'house, buildings', 'car, transportation', 'folder, computer icons', 'hammer, tools',
   'playing card, recreation games cards', 'woman, people',

@@ -7,5 +7,5 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
   config = with_drawings(clip.get_config())
-  config.loop.evaluate_samples = 512
+  config.loop.evaluate_samples = 854  # All.
   return config
