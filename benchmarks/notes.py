@@ -62,7 +62,30 @@ class System(NamedTuple):
   prompts: tuple[str, ...] = CAPTIONS
 
 
+PICTURES = ('fd', 'kid')
+"""Metrics of a model that reads no captions."""
 SYSTEMS = {
+  'vae': System(
+    4, 'VAE as a generator (one vector of 64)', 'notes/vae.py',
+    'CIFAR-10: 4.51 bits per dimension (van den Oord et al. 2017, section 4.1)',
+    metrics=PICTURES, likelihood=True, prompts=('',) * len(CAPTIONS),
+  ),
+  'vq': System(
+    4, 'VQ-VAE, 512 codes', 'notes/vq.py',
+    'CIFAR-10: 4.67 bits per dimension (van den Oord et al. 2017, section 4.1)', metrics=(),
+  ),
+  'fsq': System(
+    4, 'FSQ, 512 codes', 'notes/fsq.py',
+    'ImageNet 256: FID 4.53 of MaskGIT on 2^10 codes (Mentzer et al. 2023)', metrics=(),
+  ),
+  'dvae': System(
+    4, 'Discrete VAE, 512 codes', 'notes/dvae.py',
+    '8192 codes, 32 x 32 of 256 x 256 pixels (Ramesh et al. 2021, section 2.1)', metrics=(),
+  ),
+  'dalle': System(
+    7, 'DALL-E', 'notes/dalle.py',
+    'MS-COCO FID about 28, zero-shot (Nichol et al. 2022, table 2)', before=('dvae',),
+  ),
   'latent_diffusion': System(
     5, 'Latent diffusion (DiT, rectified flow)', 'openmoji/dit_flow.py',
     'MS-COCO FID 12.6 with guidance (LDM-KL-8-G; Rombach et al. 2022, table 2)',

@@ -31,10 +31,12 @@ TASKS = Table('task', {
   'classifier': 'diffusion_jax.train.tasks.classifier:ClassifierTask',
   'clip': 'diffusion_jax.train.tasks.clip:CLIPTask',
   'diffusion': 'diffusion_jax.train.tasks.diffusion:DiffusionTask',
+  'image_tokens': 'diffusion_jax.train.tasks.image_tokens:ImageTokensTask',
   'finetune': 'diffusion_jax.train.tasks.finetune:FinetuneTask',
   'sequences': 'diffusion_jax.train.tasks.sequences:SequenceTask',
   't5': 'diffusion_jax.train.tasks.t5:T5Task',
   'toy': 'diffusion_jax.train.tasks.toy:ToyTask',
+  'vae': 'diffusion_jax.train.tasks.vae:VAETask',
 })
 """Subclasses of `train.tasks.task.Task`."""
 
@@ -58,6 +60,8 @@ NETWORKS = Table('network', {
   'flux': 'diffusion_jax.formats.dit:FLUX',
   'pixart': 'diffusion_jax.formats.dit:PIXART',
   'classifier': 'diffusion_jax.formats.classifier:CLASSIFIER',
+  'prior': 'diffusion_jax.formats.prior:PRIOR',
+  'token_transformer': 'diffusion_jax.models.token_transformer:TokenTransformer',
   'mlp': 'diffusion_jax.models.mlp:MLP',
 })
 """`formats.published.NetworkFormat` objects, or classes whose __init__ annotates `config`."""
@@ -70,6 +74,16 @@ BOTTLENECKS = Table('bottleneck', {
   'fsq': 'diffusion_jax.train.bottlenecks.fsq:FSQ',
 })
 """Subclasses of `train.bottlenecks.bottleneck.Bottleneck`."""
+
+MODELS = Table('kind of model', {
+  'Diffusion': 'diffusion_jax.pipelines.directory:read_model',
+  'TextToImage': 'diffusion_jax.pipelines.directory:read_model',
+  'Cascade': 'diffusion_jax.pipelines.directory:read_model',
+  'ImageTokens': 'diffusion_jax.pipelines.image_tokens:read',
+  'AutoencoderKL': 'diffusion_jax.pipelines.vae:read',
+})
+"""Functions (path, dtype) -> (`pipelines.generator.Generator`, parts, sample settings), by the
+class in a directory's model_index.json or config.json; other pipelines are read as 'Diffusion'."""
 
 SPACES = Table('space', {
   'latents': 'diffusion_jax.pipelines.spaces:LatentSpace',
@@ -199,6 +213,7 @@ EVALUATORS = Table('evaluator', {
   'classification_preview': 'diffusion_jax.evaluation.recognition:ClassificationPreview',
   'classification': 'diffusion_jax.evaluation.recognition:Classification',
   'likelihood': 'diffusion_jax.evaluation.likelihood:Likelihood',
+  'elbo': 'diffusion_jax.evaluation.elbo:Elbo',
   'span_corruption': 'diffusion_jax.evaluation.spans:SpanCorruption',
   'points_preview': 'diffusion_jax.evaluation.points:PointsPreview',
   'sequences_preview': 'diffusion_jax.evaluation.sequences:SequencesPreview',

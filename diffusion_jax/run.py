@@ -16,7 +16,7 @@ from diffusion_jax.files import reading
 from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_params, to_host
 from diffusion_jax.parallel.processes import agree, in_step
-from diffusion_jax.pipelines.model import Diffusion
+from diffusion_jax.pipelines.generator import Generator
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.runs.weights import run_weights
@@ -46,9 +46,9 @@ class TrainedRun:
     self._checkpoints = Checkpoints(self.directory.checkpoints, read_only=True)
 
   @property
-  def model(self) -> Diffusion:
+  def model(self) -> Generator:
     """The model; UserError where the run trains something else."""
-    if not isinstance(self.task.model, Diffusion):
+    if not isinstance(self.task.model, Generator):
       raise UserError(
         f'{self.workdir} trains {self.config.task}; give the workdir of a diffusion run.'
       )

@@ -132,6 +132,11 @@ class EditOptions:
       return read()
     return [prompt for prompt in read(needed=False) or [''] for _ in range(self.variations)]
 
+  def given(self) -> list[str]:
+    """Return the names of what was given."""
+    return [field.name for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default]
+
   def named(self) -> dict[str, str]:
     """Return what a picture's metadata say of it."""
     names = ('outpaint', 'feather', 'enlarge', 'tiling')

@@ -18,7 +18,7 @@ from diffusion_jax.evaluation.options import (
   check_next,
 )
 from diffusion_jax.limits import Help
-from diffusion_jax.pipelines.options import SampleOptions
+from diffusion_jax.pipelines.options import SampleOptions, TokenOptions
 
 HELP = 'score a model, pictures, an autoencoder'
 DESCRIPTION = """Scores are written to FILE.json, a row to FILE.csv and a page to FILE.html.
@@ -176,7 +176,7 @@ class Kind(NamedTuple):
   help: str
   description: str
   options: type
-  more: type | None
+  more: tuple[type, ...]
   work: str
 
 
@@ -193,15 +193,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     if name == 'sweep':
       sub.add_argument('sweep', nargs='+', metavar='NAME=A,B', help='values to combine')
     add_options(sub, kind.options)
-    if kind.more:
-      add_options(sub, kind.more, 'how to sample' if kind.more is SampleOptions else 'estimates')
+    for more in kind.more:
+      add_options(sub, more, 'estimates' if more is LikelihoodConfig else 'how to sample')
 
 
 def run(args: argparse.Namespace) -> int:
   """Score, write and print; several processes do it together."""
   kind = KINDS[args.kind]
   options = read_options(kind.options, args)
-  more = given(kind.more, args) if kind.more else {}
+  more = {name: value for cls in kind.more for name, value in given(cls, args).items()}
   from diffusion_jax.backend.xla import enable_compile_cache
   from diffusion_jax.cli import follow, scoring
   from diffusion_jax.evaluation.report import write
@@ -224,16 +224,17 @@ def run(args: argparse.Namespace) -> int:
   return 0
 
 
+SAMPLING = (SampleOptions, TokenOptions)
 KINDS = {
-  'model': Kind('samples of a model for captions', MODEL, OneModel, SampleOptions, 'of_model'),
-  'images': Kind('existing pictures', IMAGES, ImagesEvaluation, None, 'of_pictures'),
+  'model': Kind('samples of a model for captions', MODEL, OneModel, SAMPLING, 'of_model'),
+  'images': Kind('existing pictures', IMAGES, ImagesEvaluation, (), 'of_pictures'),
   'autoencoder': Kind(
-    'reconstructions of an autoencoder', AUTOENCODER, AutoencoderEvaluation, None,
+    'reconstructions of an autoencoder', AUTOENCODER, AutoencoderEvaluation, (),
     'of_autoencoder',
   ),
   'likelihood': Kind(
-    'bits per dimension of test images', LIKELIHOOD, LikelihoodEvaluation, LikelihoodConfig,
+    'bits per dimension of test images', LIKELIHOOD, LikelihoodEvaluation, (LikelihoodConfig,),
     'likelihood',
   ),
-  'sweep': Kind('every combination of settings of a model', SWEEP, Sweep, SampleOptions, 'sweep'),
+  'sweep': Kind('every combination of settings of a model', SWEEP, Sweep, SAMPLING, 'sweep'),
 }

@@ -161,7 +161,7 @@ def open_run(options: ModelOptions, values: Mapping[str, Any]):
 
   run = TrainedRun(options.workdir)
   sample = with_values(run.sample, values)
-  sample.check(run.model.noise, run.model.parameterization)
+  run.model.check_config(sample)
   return run, sample
 
 
@@ -173,7 +173,7 @@ def open_model(
 
   `check` is called with the model and the settings before any weights are read.
   """
-  from diffusion_jax.pipelines.directory import read_model
+  from diffusion_jax.pipelines.generator import read_generator
 
   if options.workdir:
     run, sample = open_run(options, values)
@@ -181,21 +181,30 @@ def open_model(
     weights = run.weights(ema_halflife_images=options.ema_halflife_images)
     return run.model, run.model.on_mesh(weights, mesh), sample, options.workdir
   name = options.model or DEFAULT_MODEL
-  model, parts, sample = read_model(name)
+  model, parts, sample = read_generator(name)
   sample = with_values(sample, values)
-  sample.check(model.noise, model.parameterization)
+  model.check_config(sample)
   check(model, sample)
   weights = {role: part.load(mesh=mesh) for role, part in parts.items()}
   return model, model.on_mesh(weights, mesh), sample, name
 
 
 def with_values(sample: T, values: Mapping[str, Any]) -> T:
-  """Return sample settings with those that were given in place of the model's."""
+  """Return sample settings with those that were given in place of the model's.
+
+  UserError: one that models of another kind have.
+  """
+  known = {field.name for field in dataclasses.fields(sample)}
+  if other := [name for name in values if name not in known]:
+    raise UserError(
+      f'--{other[0]} does nothing with a model of this kind, which has {", ".join(sorted(known))}; '
+      'leave it out.'
+    )
   values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
   if 'guidance_interval' in values:
     low, high = values['guidance_interval']
     values['guidance_interval'] = (low, None if high == math.inf else high)
-  if values.get('sampler', sample.sampler) != sample.sampler:
+  if 'sampler' in values and values['sampler'] != sample.sampler:
     # What a published scheduler says beside its sampler's name holds for that sampler alone.
     kept = {'places': {k: v for k, v in sample.places.items() if k in OF_MODEL}}
     values = {name: getattr(type(sample)(), name) for name in OF_SAMPLER} | kept | values

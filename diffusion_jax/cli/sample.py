@@ -24,7 +24,7 @@ from diffusion_jax.cli.options import (
 from diffusion_jax.cli.refining import RefinerOptions
 from diffusion_jax.errors import UserError
 from diffusion_jax.limits import Help, parse_size
-from diffusion_jax.pipelines.options import SampleOptions
+from diffusion_jax.pipelines.options import SampleOptions, TokenOptions
 
 if TYPE_CHECKING:
   import numpy as np
@@ -111,6 +111,10 @@ class PictureOptions:
     'N'
   )] = None
 
+  def given(self) -> list[str]:
+    """Return the names of what was given."""
+    return [*self.files(), *(name for name in NEEDED if getattr(self, name) is not None)]
+
   def files(self) -> dict[str, str]:
     """Return the files by what they are."""
     names = ('image', 'mask', 'control', 'depth', 'small', 'reference')
@@ -154,6 +158,8 @@ class PictureOptions:
     from diffusion_jax.data.pictures import read_pictures
     from diffusion_jax.pipelines.image_conditioners import Inputs
 
+    if not model.takes_pictures:
+      return Inputs(), {}
     self.check_numbers(model, config.steps)
     latent, needs = model.space.shape(height, width)[:2], model.inputs(height, width)
     sizes = dict.fromkeys(('image', 'mask'), edit.within(height, width)) | dict.fromkeys(
@@ -185,7 +191,7 @@ OPTIONS = {
     'the size that is drawn, and its middle cut out; without --size that is its own aspect, so '
     'that hardly anything is cut. The others are laid over it, and cut at the same place'
   ),
-  SampleOptions: '', DrawOptions: '',
+  SampleOptions: '', TokenOptions: '', DrawOptions: '',
 }
 """Dataclasses of options, and the titles of their groups."""
 
@@ -241,8 +247,9 @@ def kept(
 
 def run(args: argparse.Namespace) -> int:
   """Sample and write."""
-  parts = (read_options(cls, args) for cls in OPTIONS if cls is not SampleOptions)
-  return sample(*parts, given(SampleOptions, args))
+  sampling = (SampleOptions, TokenOptions)
+  parts = (read_options(cls, args) for cls in OPTIONS if cls not in sampling)
+  return sample(*parts, {k: v for cls in sampling for k, v in given(cls, args).items()})
 
 
 def sample(
@@ -264,6 +271,11 @@ def sample(
   fits = lambda model, config: pictures.sizes(model, prompt.size, config.binning, edit)
 
   def check(model, config):
+    if not model.takes_pictures:
+      if given := [name for part in (pictures, edit) for name in part.given()]:
+        raise UserError(f'the model takes no pictures; leave --{given[0]} out.')
+      fits(model, config)
+      return
     pictures.check_numbers(model, config.steps)
     edit.check_model(model, pictures.files(), config.resample, *fits(model, config)[0])
 
@@ -293,9 +305,9 @@ def sample(
   )
   if refiner is None:
     batches = first()
-    if model.space.numbers:
+    if model.numbers:
       batches = kept(batches, out / NUMBERS, len(prompts))
-    batches = map(model.space.drawn, batches)
+    batches = map(model.drawn, batches)
   else:
     batches = refiner.generate(lambda: first(latents=True), prompts, **how)
   try:

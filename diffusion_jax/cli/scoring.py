@@ -26,7 +26,7 @@ from diffusion_jax.evaluation.comparison import (
   local_mesh,
   of_images,
 )
-from diffusion_jax.evaluation.evaluator import EVALUATE, Value, run_all, scores_of
+from diffusion_jax.evaluation.evaluator import EVALUATE, Value, run_all, scores_of, with_options
 from diffusion_jax.evaluation.extract import Extraction
 from diffusion_jax.evaluation.generated import GeneratedImages, PerImage, Prompts
 from diffusion_jax.evaluation.images import ImageSet, RandomSubset, Split, named_split, open_images
@@ -351,7 +351,7 @@ def sweep(options: Sweep, sample: dict[str, Any], shown: dict) -> dict[str, Any]
   subject, comparison = open_subject(options, sample)
   samples = {name: applied(subject.sample, one) for name, one in every.items()}
   for name, settings in samples.items():
-    settings.check(subject.model.noise, subject.model.parameterization)
+    subject.model.check_config(settings)
     subject.check_average(every[name].get(EMA))
   own, evaluator = options.ema_halflife_images, subject.evaluator(comparison)
   name_of_model = subject.identity(own)  # By all processes: they agree on the checkpoint.
@@ -382,7 +382,7 @@ def likelihood(
   options: LikelihoodEvaluation, estimate: dict[str, Any], shown: dict
 ) -> dict[str, Any]:
   """Estimate bits per dimension of test images."""
-  from diffusion_jax.evaluation.likelihood import Likelihood
+  from diffusion_jax.registry import EVALUATORS, load
 
   del shown
   config = typed(LikelihoodConfig, estimate, '--')
@@ -390,9 +390,17 @@ def likelihood(
     raise UserError(f'{options.workdir} trains {task}; a likelihood needs a diffusion model.')
   mesh = make_mesh(MeshConfig())
   subject = Subject(options, {}, mesh)
-  evaluator = Likelihood(
-    train=subject.train, test=subject.test, mesh=mesh, images=options.samples,
-    batch_size=options.batch, **dataclasses.asdict(config),
+  if not subject.model.likelihood:
+    raise UserError(
+      f'of {subject.name} there is no likelihood of pictures; score it by evaluate model.'
+    )
+  measure = load(EVALUATORS, subject.model.likelihood)
+  known = {field.name for field in dataclasses.fields(measure)}
+  if other := [name for name in estimate if name not in known]:
+    raise UserError(f'--{other[0]} does nothing for {subject.name}; leave it out.')
+  evaluator = with_options(
+    measure(train=subject.train, test=subject.test, mesh=mesh), images=options.samples,
+    samples=options.samples, batch_size=options.batch, **dataclasses.asdict(config),
   )
   weights = subject.weights(options.ema_halflife_images)()
   found = scores_of(

@@ -39,8 +39,8 @@ from diffusion_jax.evaluation.pieces import Made
 from diffusion_jax.evaluation.report import clip_checks, enlarged
 from diffusion_jax.parallel.mesh import put_params, to_host
 from diffusion_jax.parallel.processes import agree
+from diffusion_jax.pipelines.generator import Generator
 from diffusion_jax.pipelines.image_conditioners import Inputs
-from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.sizes import Shape
 from diffusion_jax.types import Record, Source, Weights
@@ -90,7 +90,7 @@ class CaptionPreview:
   name = 'caption_preview'
   when = SAMPLE
 
-  def run(self, model: Diffusion, params: Weights, key: jax.Array) -> Iterator[tuple[str, Value]]:
+  def run(self, model: Generator, params: Weights, key: jax.Array) -> Iterator[tuple[str, Value]]:
     captions, images = list(self.captions), {}
     sizes = (self.sizes or ((None, None),))[: len(captions)]
     for first, (height, width) in enumerate(sizes):
@@ -209,7 +209,7 @@ class GeneratedImages(Cached):
     known = ('labels',) if 'label' in first_readable(self.test, 1)[0] else ()
     return self.comparison.names(('moments', 'reference', 'texts', *known))
 
-  def run(self, model: Diffusion, params: Weights, key: jax.Array) -> Iterator[tuple[str, Value]]:
+  def run(self, model: Generator, params: Weights, key: jax.Array) -> Iterator[tuple[str, Value]]:
     comparison, seed = self.comparison, seed_of(key)
     prompts = self.prompts or Prompts.of(self.test, self.samples, model.prompt)
     self._try_clips()
@@ -239,7 +239,7 @@ class GeneratedImages(Cached):
         print(f'diffusion_jax train: {text}', file=sys.stderr)
 
   def found(
-    self, model: Diffusion, weights: Callable[[], Weights], seed: int, prompts: Prompts, *,
+    self, model: Generator, weights: Callable[[], Weights], seed: int, prompts: Prompts, *,
     names: Mapping[str, str] | None = None, place: str = '',
   ) -> Found | None:
     """All columns; None but in the first process, with pieces. place: folder of 'generated'.
@@ -262,7 +262,7 @@ class GeneratedImages(Cached):
     return self.comparison(columns)
 
   def column(
-    self, model: Diffusion, weights: Callable[[], Weights], name: str, *, prompts: Prompts,
+    self, model: Generator, weights: Callable[[], Weights], name: str, *, prompts: Prompts,
     seed: int, sample: SampleConfig | None = None, keep: bool = False, place: str = '',
     within: Callable[[Iterator[Images]], Iterator[Images]] = iter,
   ) -> Column:
@@ -323,7 +323,7 @@ def check_samples(samples: int, available: int) -> None:
     )
 
 
-def fresh_weights(model: Diffusion, weights: Weights, mesh: Mesh, seed: int = 1) -> Weights:
-  """Return weights of the same model with an untrained denoiser."""
-  fresh = jax.jit(model.denoiser.initialize)(jax.random.key(seed))
-  return {**weights, 'denoiser': put_params(to_host(fresh), mesh)}
+def fresh_weights(model: Generator, weights: Weights, mesh: Mesh, seed: int = 1) -> Weights:
+  """Return weights of the same model with those of the network that draws untrained."""
+  fresh = jax.jit(model.networks[model.drawn_by].initialize)(jax.random.key(seed))
+  return {**weights, model.drawn_by: put_params(to_host(fresh), mesh)}

@@ -87,20 +87,16 @@ class Likelihood(LikelihoodConfig, Cached):
     return [name for one in bits for name in (one, f'{one}_stderr')]
 
   def run(self, model: Diffusion, params: Weights, key: jax.Array) -> Iterator[tuple[str, Value]]:
-    if not MINIMUM <= self.images <= len(self.test):
-      raise UserError(
-        f'{self.images} samples cannot be scored; choose {MINIMUM} to {len(self.test)}, the number '
-        'of test images.'
-      )
-    seed, batches = check_seed(seed_of(key)), partial(_over_images, mesh=self.mesh)
+    check_count(self.images, len(self.test))
+    seed, batches = check_seed(seed_of(key)), partial(over_images, mesh=self.mesh)
     key_train, key_latents, key_noise, key_offset = jax.random.split(jax.random.key(seed), 4)
     encode = self.once('encode', lambda: make_encoder(model))
     records = shuffled(self.test, self.images)
-    fitted = _images(shuffled(self.train, min(TRAIN_LIMIT, len(self.train))))
+    fitted = images_of(shuffled(self.train, min(TRAIN_LIMIT, len(self.train))))
     known = batches(encode, (params[AUTOENCODER], jnp.ones(())), fitted,
                     image_keys(key_train, len(fitted)), batch_size=64, label='encoding')
     variance = jnp.asarray(known['error'].mean(), jnp.float32)
-    given = batches(encode, (params[AUTOENCODER], variance), _images(records),
+    given = batches(encode, (params[AUTOENCODER], variance), images_of(records),
                     image_keys(key_latents, len(records)), batch_size=64, label='encoding')
     rows = model.rows([record['captions'][0] for record in records])
     score = self.once(f'score {seed}', lambda: make_scorer(
@@ -126,6 +122,15 @@ class Likelihood(LikelihoodConfig, Cached):
       'latent_blur_std': float(np.divide(*(part[0] for part in reversed(levels)))),
       'decoder_std_in_levels': float(127.5 * np.sqrt(variance)), **self.settings,
     }
+
+
+def check_count(count: int, available: int) -> None:
+  """Raise UserError for fewer than 2 images, or more than there are."""
+  if not MINIMUM <= count <= available:
+    raise UserError(
+      f'{count} samples cannot be scored; choose {MINIMUM} to {available}, the number of test '
+      'images.'
+    )
 
 
 def latent_bits(
@@ -217,12 +222,12 @@ def discrete_bits(
   given = model.rows([record['captions'][0] for record in records])
   encode = make_encoder(model)
   score = make_scorer(model, tuple(given), config, offset, ('discrete',))
-  batches = partial(_over_images, mesh=mesh, batch_size=batch_size, label='')
+  batches = partial(over_images, mesh=mesh, batch_size=batch_size, label='')
 
   def bits(weights: Weights, items: range) -> dict[str, np.ndarray]:
     rows = slice(items.start, items.stop)
     known = (weights[AUTOENCODER], jnp.ones(()))
-    latents = batches(encode, known, _images(records[rows]), keys[0][rows])['latents']
+    latents = batches(encode, known, images_of(records[rows]), keys[0][rows])['latents']
     columns = (column[rows] for column in given.values())
     found = batches(score, weights, latents, keys[1][rows], *columns)
     return {DISCRETE_BITS: found['discrete']}
@@ -230,11 +235,11 @@ def discrete_bits(
   return bits
 
 
-def _images(records: list) -> np.ndarray:
+def images_of(records: list) -> np.ndarray:
   return np.stack([record['image'] for record in records])
 
 
-def _over_images(function, params, *arrays, mesh, batch_size, label) -> dict:
+def over_images(function, params, *arrays, mesh, batch_size, label) -> dict:
   """Return function(params, *arrays) over the mesh, its dictionaries joined; label: of the bar."""
   hidden = not label or jax.process_index() > 0
   with tqdm(total=len(arrays[0]), desc=label, disable=hidden, leave=False) as bar:

@@ -56,9 +56,10 @@ def applied(sample: SampleConfig, combination: Mapping[str, Any]) -> SampleConfi
 def network_calls(model: Diffusion, sample: SampleConfig) -> int | None:
   """The rows that the denoiser computes for one image: a guided step counts twice.
 
-  Counted with a network that returns zero; None for samplers that choose their steps.
+  Counted with a network that returns zero; None for samplers that choose their steps, and for other
+  models than of diffusion.
   """
-  if info(sample.sampler).calls is None:
+  if not isinstance(model, Diffusion) or info(sample.sampler).calls is None:
     return None
   rows: list[int] = []
 

@@ -22,7 +22,8 @@ BATCH = PartitionSpec(EXAMPLES)
 # Megatron's layout for tensor: the first matrix of a pair is split by columns, the second by rows,
 # so that a pair needs one all-reduce. fsdp takes the other dimension.
 RULES: list[tuple[str, PartitionSpec]] = [
-  (r'(bias|scale|class_embedding|lambda1|_tokens?|scale_shift_table)$', PartitionSpec()),
+  (r'(bias|scale|class_embedding|lambda1|clip_mean|clip_std|_tokens?|scale_shift_table)$',
+   PartitionSpec()),
   (r'(to_out\.0|to_add_out|out_proj|fc2|linear_2|net\.2|SelfAttention\.o|wo|conv2|'
    r'output\.dense|weights_out)\.kernel$',
    PartitionSpec('tensor', 'fsdp')),

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ from diffusion_jax.diffusion.samplers.resampling import resampled
 from diffusion_jax.errors import UserError
 from diffusion_jax.limits import EdgeRule, check_seed
 from diffusion_jax.models.network import Network
-from diffusion_jax.parallel.mesh import in_batches, put_params, whole_batch
+from diffusion_jax.parallel.mesh import in_batches, whole_batch
 from diffusion_jax.pipelines.bins import nearest_bin
 from diffusion_jax.pipelines.conditioners import (
   Arrays,
@@ -42,6 +42,7 @@ from diffusion_jax.pipelines.conditioners import (
   Request,
   Spec,
 )
+from diffusion_jax.pipelines.generator import Generator
 from diffusion_jax.pipelines.image_conditioners import CONTROLNET, Editing, Inputs
 from diffusion_jax.pipelines.known import PAINTED, free_places, pasted, projection
 from diffusion_jax.pipelines.options import AS_DRAWN, PLAIN, Sizing
@@ -57,7 +58,7 @@ DENOISER, WORSE = 'denoiser', 'worse'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Diffusion:
+class Diffusion(Generator):
   """A generative model without its weights; `conditioners` are by name, in a fixed order.
 
   worse: another denoiser of the same x, t and condition, which autoguidance leads away from.
@@ -73,6 +74,9 @@ class Diffusion:
   worse: Network | None = None
   size: tuple[int, int] | None = None
   programs: set = dataclasses.field(init=False, default_factory=set, repr=False)
+  drawn_by: ClassVar = DENOISER
+  likelihood: ClassVar = 'likelihood'
+  takes_pictures: ClassVar = True
 
   @property
   def networks(self) -> dict[str, Network]:
@@ -87,6 +91,13 @@ class Diffusion:
   def text(self) -> TextEncoders | None:
     """The conditioner of prompts, if there is one."""
     return next((c for c in self.conditioners.values() if isinstance(c, TextEncoders)), None)
+
+  @property
+  def numbers(self) -> bool:
+    return self.space.numbers
+
+  def drawn(self, batch: np.ndarray) -> np.ndarray:
+    return self.space.drawn(batch)
 
   @property
   def trained_size(self) -> tuple[int, int]:
@@ -208,10 +219,6 @@ class Diffusion:
       return network.with_compute(**{name: how for name, how in changes.items() if wanted(name)})
 
     return self.replaced({role: changed(role, n) for role, n in self.networks.items()})
-
-  def on_mesh(self, weights: Weights, mesh: Mesh) -> Weights:
-    """Put host arrays onto their shards."""
-    return {role: put_params(params, mesh) for role, params in weights.items()}
 
   def check_prompts(self, prompts: Sequence[str], syntax: str = PLAIN) -> None:
     """Raise UserError for a prompt that does not fit the model."""
@@ -339,12 +346,6 @@ class Diffusion:
     images = self.space.decode(weights, z, program.decoding, **cut)
     return pasted(images, to_float(rows['images']), rows[PAINTED]) if PAINTED in rows else images
 
-  def generate(
-    self, weights: Weights, prompts: Sequence[str], config: SampleConfig, **how
-  ) -> Iterator[np.ndarray]:
-    """Yield images, uint8 [b h w 3], batch after batch; the rest is as in `sample`."""
-    return map(self.space.drawn, self.sample(weights, prompts, config, **how))
-
   def sample(
     self, weights: Weights, prompts: Sequence[str], config: SampleConfig, *, seed: int, mesh: Mesh,
     negative: str = '', batch_size: int = 16, first: int = 0, inputs: Inputs | None = None,
@@ -406,9 +407,12 @@ class Diffusion:
         sample, weights, *(rows[name] for name in names), mesh=mesh, batch_size=size
       )
 
+  def check_config(self, config: SampleConfig) -> None:
+    config.check(self.noise, self.parameterization)
+
   def check_sampling(self, config: SampleConfig, negative: str = '') -> None:
     """Raise UserError for what the model cannot sample."""
-    config.check(self.noise, self.parameterization)
+    self.check_config(config)
     check_sizing(config, self.conditioners.get('sizes'))
     edits = any(isinstance(c, Editing) for c in self.conditioners.values())
     if config.image_guidance != 1 and not edits:

@@ -187,3 +187,21 @@ class SampleOptions:
       size(self.original_size), self.crop, size(self.target_size), self.aesthetic_score,
       self.negative_aesthetic_score,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenOptions:
+  """Options of drawing tokens one after another."""
+
+  temperature: Annotated[float, Range(0, 1e6, above=True), Help(
+    'of a model of tokens: below 1 likely tokens are drawn more often', 'T'
+  )] = 1.0
+  top_k: Annotated[int, Range(0), Help(
+    'of a model of tokens: draw among so many likeliest tokens; 0 for all, 1 for no chance', 'K'
+  )] = 0
+  top_p: Annotated[float, Range(0, 1, above=True), Help(
+    'of a model of tokens: draw among the likeliest that together have this probability', 'P'
+  )] = 1.0
+  candidates: Annotated[int, Range(1, 512), Help(
+    'of a model of tokens: pictures drawn for each prompt, of which CLIP chooses one', 'N'
+  )] = 1

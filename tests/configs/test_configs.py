@@ -12,6 +12,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import format_of
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.t5_decoder import T5ForConditionalGeneration
+from diffusion_jax.models.token_transformer import TokenTransformer
 from diffusion_jax.pipelines.assembly import assemble
 from diffusion_jax.recipe import load_config
 from diffusion_jax.registry import OPTIMIZERS, TASKS, load
@@ -41,7 +42,7 @@ def _shapes(config):
 
 def _initialize(config):
   settings = config.settings
-  if config.task == 'autoencoder':
+  if config.task in ('autoencoder', 'vae'):
     return AutoencoderTask(settings, None).initialize
   if config.task == 'classifier':
     return ClassifierTask(with_classes(settings, ['flag', 'body'], []), None).initialize
@@ -49,6 +50,8 @@ def _initialize(config):
     return CLIPTask(settings, None, None).initialize
   if config.task == 'toy':
     return ToyTask(settings, open_points(config.data.dataset, 'test', config.data.size)).initialize
+  if config.task == 'image_tokens':
+    return Network.of(TokenTransformer, settings.transformer).initialize
   network = settings.t5 if config.task == 't5' else settings.denoiser
   made = T5ForConditionalGeneration if config.task == 't5' else format_of(network).module
   return Network.of(made, network).initialize

@@ -51,13 +51,14 @@ class AutoencoderTaskConfig:
   adversarial_weight: norm of the adversarial gradient as a fraction of the reconstruction's, at the
   output image (Esser et al. 2021, eq. 7, has the last layer); 0 leaves out the discriminator. Empty
   lpips_weights leave out LPIPS. reconstruction: l1 (Rombach et al. 2022), or l2, which learns
-  colours sooner: l1 has almost no gradient at the median colour.
+  colours sooner: l1 has almost no gradient at the median colour; or gaussian, -ln p per value, but
+  for a constant, of the Gaussian whose variance suits the batch best (Rybkin et al. 2021, eq. 5).
   """
 
   autoencoder: AutoencoderKLConfig = AutoencoderKLConfig()
   bottleneck: Annotated[Any, ByType(BOTTLENECKS, default='kl')] = KL()
   pretrained: str = ''
-  reconstruction: Literal['l1', 'l2'] = 'l1'
+  reconstruction: Literal['l1', 'l2', 'gaussian'] = 'l1'
   adversarial_weight: Annotated[float, Range(0)] = 0.5
   adversarial_start_step: Count = 10_000
   discriminator: DiscriminatorConfig = DiscriminatorConfig()
@@ -168,6 +169,9 @@ class AutoencoderTask(Task):
     error = output - images
     error = jnp.abs(error) if self.config.reconstruction == 'l1' else error**2
     loss = error.mean(axis=(1, 2, 3))
+    if self.config.reconstruction == 'gaussian':
+      variance = jax.lax.stop_gradient(loss.mean())
+      loss = 0.5 * (jnp.log(variance) + loss / variance)
     if 'lpips' in frozen:
       loss = loss + self.config.lpips_weight * lpips(frozen['lpips'], output, images)
     return loss
@@ -252,5 +256,5 @@ class AutoencoderTask(Task):
       images = np.stack([record['image'] for record in first_readable(self.test, SCALED_BY)])
       mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
       with jax.set_mesh(mesh):  # Only this process is here.
-        mean, deviation = latent_moments(self.model, params, images, mesh)
+        mean, deviation = latent_moments(self.autoencoder, params, images, mesh)
     return {'shift_factor': round(mean, 6), 'scaling_factor': round(1 / deviation, 6)}

@@ -122,7 +122,9 @@ def test_reconstruction_is_absolute_or_squared_error(images):
   loss = lambda kind: _task(reconstruction=kind)._reconstruction(output, images, {})
   np.testing.assert_allclose(loss('l1'), [0.5, 1.0], rtol=1e-5)
   np.testing.assert_allclose(loss('l2'), [0.25, 1.0], rtol=1e-5)
-  with pytest.raises(UserError, match='one of l1, l2'):
+  best = np.log(0.625) / 2 + np.array([0.25, 1.0]) / 1.25
+  np.testing.assert_allclose(loss('gaussian'), best, rtol=1e-5)
+  with pytest.raises(UserError, match='one of l1, l2, gaussian'):
     typed(AutoencoderTaskConfig, {'reconstruction': 'l3'})
 
 
