@@ -45,9 +45,10 @@ class System(NamedTuple):
 
   recipe: under configs/. before: names of the systems whose runs its recipe takes, which come
   first. pictures: whether it draws any, with `metrics` of `evaluate model`; others are scored by
-  their task's own. evaluation: further arguments of that. likelihood: whether `evaluate likelihood`
-  is run, too. prompts: of the sheet, captions or classes. paper: the paper's figure at full scale,
-  and where it stands.
+  their task's own. metrics: none for what is not scored by itself. evaluation: further arguments of
+  that. likelihood: whether `evaluate likelihood` is run, too. prompts: of the sheet, captions or
+  classes. paper: the paper's figure at full scale, and where it stands. cascade: whether the models
+  of `before` draw first, and its own enlarges last.
   """
 
   number: int
@@ -60,6 +61,7 @@ class System(NamedTuple):
   evaluation: tuple[str, ...] = ()
   likelihood: bool = False
   prompts: tuple[str, ...] = CAPTIONS
+  cascade: bool = False
 
 
 PICTURES = ('fd', 'kid')
@@ -90,6 +92,19 @@ SYSTEMS = {
     5, 'Latent diffusion (DiT, rectified flow)', 'openmoji/dit_flow.py',
     'MS-COCO FID 12.6 with guidance (LDM-KL-8-G; Rombach et al. 2022, table 2)',
   ),
+  'imagen_base': System(
+    6, 'Imagen, its base at 16 pixels', 'notes/imagen_base.py', 'not given by itself',
+  ),
+  'imagen_32': System(
+    6, 'Imagen, 16 to 32', 'notes/imagen_32.py', 'not given by itself', metrics=(),
+  ),
+  'imagen': System(
+    6, 'Imagen, the cascade 16 to 32 to 64', 'notes/imagen_64.py',
+    'MS-COCO FID 7.27 (Saharia et al. 2022, table 1)', ('imagen_base', 'imagen_32'), cascade=True,
+  ),
+  'enlarger': System(
+    6, 'A network that enlarges, without diffusion', 'notes/enlarger.py', 'none', metrics=(),
+  ),
   'sequences': System(
     9, 'A transformer on signals', 'notes/sequences.py', 'none: the spectrum is known',
     pictures=False,
@@ -101,18 +116,31 @@ def _workdir(name: str) -> Path:
   return Path('runs/notes') / name
 
 
+def _source(name: str) -> list[str]:
+  """Return the arguments that name what a system draws with."""
+  workdir = _workdir(name)
+  return ['--model', f'{workdir}/cascade'] if SYSTEMS[name].cascade else ['--workdir', str(workdir)]
+
+
 def commands(name: str) -> dict[str, list[str]]:
   """Return what trains and scores a system, as arguments of `python -m diffusion_jax`."""
   system, workdir = SYSTEMS[name], str(_workdir(name))
   found = {'train': ['train', '--config', f'configs/{system.recipe}', '--workdir', workdir]}
+  if system.cascade:
+    base, *stages = (f'{_workdir(one)}/model' for one in (*system.before, name))
+    more = [part for stage in stages for part in ('--stage', stage)]
+    found['cascade'] = [
+      'convert', '--from', base, *more, '--to', f'{workdir}/cascade', '--layout', 'cascade',
+    ]
   scored = [
     '--features', CLIP, '--features', CLASSIFIER, '--metrics', ','.join(system.metrics),
     '--samples', '379',
   ]
-  found['scores'] = [
-    'evaluate', 'model', '--workdir', workdir, *(scored if system.pictures else ()),
-    *system.evaluation, '--out', f'{workdir}/table.json',
-  ]
+  if system.metrics:
+    found['scores'] = [
+      'evaluate', 'model', *_source(name), *(scored if system.pictures else ()),
+      *system.evaluation, '--out', f'{workdir}/table.json',
+    ]
   if system.likelihood:
     found['likelihood'] = [
       'evaluate', 'likelihood', '--workdir', workdir, '--samples', '128',
@@ -128,21 +156,27 @@ def _command(arguments: list[str]) -> list[str]:
 def measure(name: str) -> dict[str, Any]:
   """Train and score a system; return its entry. A run that is there goes on, or is kept."""
   steps = commands(name)
-  for arguments in steps.values():
+  for kind, arguments in steps.items():
+    if kind == 'cascade' and (ROOT / _workdir(name) / kind).exists():
+      continue
     print('python -m diffusion_jax', *arguments, flush=True)
     if subprocess.run(_command(arguments), cwd=ROOT).returncode:
       raise UserError(f'{name}: {arguments[0]} has failed; see what it said above.')
   workdir = ROOT / _workdir(name)
-  read = lambda file: json.loads((workdir / file).read_text(encoding='utf-8'))
-  status, step = read('status.json'), read('step.json')
+  read = lambda file, of=workdir: json.loads((of / file).read_text(encoding='utf-8'))
+  runs = [ROOT / _workdir(one) for one in (*SYSTEMS[name].before * SYSTEMS[name].cascade, name)]
+  status, sizes = ([read(file, run) for run in runs] for file in ('status.json', 'step.json'))
   entry = {
     'commands': [' '.join(['python -m diffusion_jax', *arguments]) for arguments in steps.values()],
-    'steps': status['step'],
-    'train_seconds': round(status['goodput']['step'] + status['goodput']['compile'], 1),
-    'parameters': step['parameters'],
+    'steps': status[-1]['step'],
+    'train_seconds': round(
+      sum(one['goodput']['step'] + one['goodput']['compile'] for one in status), 1
+    ),
+    'parameters': sum(one['parameters'] for one in sizes),
   }
-  scores = read('table.json')
-  entry |= {kind: scores[kind] for kind in ('generated', 'untrained', 'real') if kind in scores}
+  if 'scores' in steps:
+    scores = read('table.json')
+    entry |= {kind: scores[kind] for kind in ('generated', 'untrained', 'real') if kind in scores}
   if 'likelihood' in steps:
     entry['likelihood'] = read('likelihood.json')
   return entry
@@ -217,7 +251,7 @@ def _drawn(name: str) -> np.ndarray:
   """Return what a system draws for its prompts, uint8 [n CELL CELL 3]."""
   prompts = [part for prompt in SYSTEMS[name].prompts for part in ('--prompt', prompt)]
   with tempfile.TemporaryDirectory() as out:
-    command = _command(['sample', '--workdir', str(_workdir(name)), *prompts, '--out', out])
+    command = _command(['sample', *_source(name), *prompts, '--out', out])
     if subprocess.run(command, cwd=ROOT).returncode:
       raise UserError(f'{name} could not be drawn from; run it first.')
     files = sorted(Path(out).glob('[0-9]*.png'))

@@ -25,6 +25,16 @@ def test_each_system_has_a_recipe_and_comes_after_what_it_takes(name):
   assert all(order.index(before) < order.index(name) for before in system.before)
 
 
+def test_a_cascade_is_put_together_before_it_is_scored():
+  found = notes.commands('imagen')
+  assert list(found) == ['train', 'cascade', 'scores']
+  joined = ' '.join(found['cascade'])
+  order = ('imagen_base', 'imagen_32', 'imagen')
+  places = [joined.index(f'runs/notes/{name}/model') for name in order]
+  assert places == sorted(places) and joined.endswith('runs/notes/imagen/cascade --layout cascade')
+  assert '--model runs/notes/imagen/cascade' in ' '.join(found['scores'])
+
+
 def test_entries_are_kept_in_the_order_of_the_systems(tmp_path, monkeypatch):
   """An entry replaces its own; a row has its figures, and none that were not measured."""
   monkeypatch.setattr(notes, 'FIGURES', tmp_path / 'notes.json')

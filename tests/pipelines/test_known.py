@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.models.dit import DiT, DiTConfig
+from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.image_conditioners import Inputs
 from diffusion_jax.pipelines.known import (
@@ -135,6 +137,11 @@ def test_rolled_noise_gives_the_rolled_picture_where_it_wraps(
     apart = np.abs(rolled - np.roll(found, 4 * scale, axis)).max()
     assert apart <= 1 if same else apart > 8
   assert tiled(model, 'none') is model
+  places = dataclasses.replace(model, denoiser=Network.of(DiT, DiTConfig(
+    num_attention_heads=1, attention_head_dim=4, in_channels=4, num_layers=1, sample_size=4,
+  )))
+  with pytest.raises(UserError, match='the denoiser is no U-Net'):
+    tiled(places, axes)
 
 
 @pytest.mark.parametrize(('inputs', 'resample', 'said'), [

@@ -178,7 +178,7 @@ OPENMOJI = (
   'Images: OpenMoji, the open-source emoji and icon project, https://openmoji.org, licence '
   'CC BY-SA 4.0. Captions: names from the `emoji` package and from OpenMoji.'
 )
-DATASETS = {'openmoji': (_openmoji, (32, 64, 128), OPENMOJI)}
+DATASETS = {'openmoji': (_openmoji, (32, 64, 128, 16), OPENMOJI)}
 """By name: how to make the builder from (size, data_dir), the sizes there are, whom to thank."""
 
 

@@ -1,9 +1,11 @@
 """What OpenMoji holds: captions, pixels, and a split that leaks nothing."""
 
+import io
 from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffusion_jax.data.sources.openmoji import builder, glyphs
 from diffusion_jax.data.sources.openmoji.builder import twins
@@ -129,10 +131,11 @@ def test_every_size_finds_the_same_twins():
   drawn = [(glyphs.glyph(hexcode), path) for hexcode, path in builder.drawings()]
   drawn = [(one, path) for one, path in drawn if one and (one.concept in wanted or one.is_flag)]
   found = []
-  for size in (32, 64):
-    thumbnails = np.stack([builder.render(path, size)[1] for _, path in drawn])
-    found.append(twins([one for one, _ in drawn], thumbnails))
-  assert found[0] == found[1]
+  for size in (16, 32, 64):
+    images, thumbnails = zip(*(builder.render(path, size) for _, path in drawn), strict=True)
+    assert Image.open(io.BytesIO(images[0])).size == (size, size)
+    found.append(twins([one for one, _ in drawn], np.stack(thumbnails)))
+  assert found[0] == found[1] == found[2]
   assert 40 < len(drawn) - len(found[0]) < 100
 
 

@@ -53,17 +53,18 @@ def drawings() -> Iterator[tuple[str, Path]]:
 def render(path: Path, size: int) -> tuple[bytes, np.ndarray]:
   """(RGB PNG of [size, size], thumbnail float32 [THUMBNAIL, THUMBNAIL, 3] in [0, 1]) of an SVG.
 
-  On white; `size` is a multiple of THUMBNAIL.
+  On white; `size` is a multiple or a divisor of THUMBNAIL.
   """
   import resvg_py
 
+  edge = max(size, THUMBNAIL)
   raw = resvg_py.svg_to_bytes(
-    svg_path=str(path), width=size, height=size, background='#ffffff', skip_system_fonts=True
+    svg_path=str(path), width=edge, height=edge, background='#ffffff', skip_system_fonts=True
   )
   image = Image.open(io.BytesIO(bytes(raw))).convert('RGB')
   png = io.BytesIO()
-  image.save(png, 'PNG')
-  small = np.asarray(image.reduce(size // THUMBNAIL), np.float32) / 255
+  image.reduce(edge // size).save(png, 'PNG')
+  small = np.asarray(image.reduce(edge // THUMBNAIL), np.float32) / 255
   return png.getvalue(), small
 
 
@@ -121,7 +122,8 @@ def _preference(glyph: Glyph) -> tuple:
   return len(glyph.tones), no_gender, len(glyph.name.split()), glyph.hexcode
 
 
-SIZES = (32, 64, 128)
+SIZES = (32, 64, 128, 16)
+"""The last is of thumbnails, which a cascade begins with."""
 
 _DESCRIPTION = """
 Colour emoji of the OpenMoji project (https://openmoji.org), rendered on white, each with several
@@ -144,7 +146,7 @@ _CITATION = """
 
 
 class Openmoji(tfds.core.GeneratorBasedBuilder):
-  """OpenMoji at 32, 64 or 128 pixels.
+  """OpenMoji at 16, 32, 64 or 128 pixels.
 
   A record: image uint8 [size, size, 3]; captions, the canonical one first; id, the hexcode; group,
   one of 'flag', 'people', 'person', 'body', 'other'.

@@ -1,0 +1,30 @@
+"""Imagen's first super-resolution model: 16 pixels to 32 (Saharia et al. 2022, sections 2.4, 2.5).
+
+A diffusion model of the large picture that is shown the small one. What it is shown while sampling
+is drawn, not real, so in training the small picture gets noise of a random level, the level is told
+to the network, and a level is chosen when sampling (`--noise_level`). The small picture stands in
+three channels beside z, and 2 x 2 pixels of the large one in each of z's places, which are so as
+many as the small picture's pixels.
+
+The efficient U-Net (appendix B) moves compute to few places: it halves them before convolutions,
+and has most blocks where places are fewest. Here folding does the first, and width the second.
+In the paper: 600 million parameters for 64 to 256, 400 million for 256 to 1024.
+"""
+
+from diffusion_jax.configs.notes import imagen_base
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  config = imagen_base.get_config()
+  config.data.size = 32
+  config.settings.conditioners.upscale = {
+    'beta_schedule': 'linear', 'beta_start': 1e-4, 'beta_end': 0.02,
+  }
+  config.settings.denoiser.update({
+    'sample_size': 16, 'in_channels': 15, 'num_class_embeds': 351, 'block_out_channels': (48, 96),
+  })
+  config.settings.cache = False
+  config.settings.sample.update({'steps': 12, 'guidance': 1.0})
+  config.loop.update({'total_steps': 1200, 'evaluate_samples': 0, 'batch_size': 16})
+  return config
