@@ -45,5 +45,5 @@ def get_config() -> ConfigDict:
       'threshold_percentile': 0.95, 'threshold_limit': 4.0,
     },
   })
-  config.loop.total_steps = 2400
+  config.loop.total_steps = 1200
   return config

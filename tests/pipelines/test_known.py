@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffusion_jax.diffusion.noise import ScheduleConfig
+from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.errors import UserError
 from diffusion_jax.models.dit import DiT, DiTConfig
 from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from diffusion_jax.pipelines.assembly import assemble
 from diffusion_jax.pipelines.image_conditioners import Inputs
 from diffusion_jax.pipelines.known import (
   enlarged,
@@ -23,6 +26,7 @@ from diffusion_jax.pipelines.known import (
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.pipelines.spaces import PixelSpace, fold, unfold
 from diffusion_jax.pipelines.tiling import tiled
+from diffusion_jax.pixels import to_float, to_uint8
 from tests import tiny
 
 CONFIG = SampleConfig('dpmpp_2m', steps=6, guidance=3.0)
@@ -108,6 +112,30 @@ def test_averages_over_squares_are_kept(draw):
     for images in (IMAGES[:, :4, :4], IMAGES[:, 4:8, :4])
   )
   assert (one != draw()).any() and (one != other).any()
+
+
+def test_a_transformer_of_pixels_and_a_flow_by_a_stochastic_sampler():
+  """Folded pixels are exact one by one, and averages those of the small picture."""
+  dit = DiTConfig(
+    num_attention_heads=1, attention_head_dim=8, in_channels=12, out_channels=12, num_layers=1,
+    sample_size=4, patch_size=1, num_embeds_ada_norm=None,
+  )
+  flow = ScheduleConfig(beta_schedule='flow')
+  model, _ = assemble(dit, PixelSpace(2), {}, flow, Parameterization('flow_prediction'))
+  mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+  weights = {'denoiser': jax.jit(model.denoiser.initialize)(jax.random.key(1))}
+  images, mask = IMAGES[:1, :8, :8], MASKS[:1, 2:10, 5:13]
+  draw = lambda **how: np.concatenate(list(model.sample(
+    weights, [''], SampleConfig('euler_ancestral', steps=4, guidance=1.0), seed=0, mesh=mesh,
+    batch_size=1, height=8, width=8, **how
+  )))
+  found = to_uint8(draw(inputs=Inputs(images, masks=mask)))
+  np.testing.assert_array_equal(found[~mask], images[~mask])
+  assert (found[mask] != images[mask]).mean() > 0.5
+  # Before they are clipped to what pixels can be.
+  z = draw(inputs=Inputs(enlarged(images[:, :2, :2], 4), low_pass=4), latents=True)
+  means = np.asarray(unfold(jnp.asarray(z), 2)).reshape(1, 2, 4, 2, 4, 3).mean(axis=(2, 4))
+  np.testing.assert_allclose(means, to_float(images[:, :2, :2]), atol=1e-5)
 
 
 def test_outpainting_widens_the_canvas(draw):
