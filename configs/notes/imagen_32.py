@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
   config = imagen_base.get_config()
   config.data.size = 32
-  config.data.transforms = ('choose_caption', 'tokenize', 'normalize')
+  config.data.transforms = (('choose_caption', {}), ('tokenize', {}), ('normalize', {}))
   config.settings.conditioners.upscale = {
     'beta_schedule': 'linear', 'beta_start': 1e-4, 'beta_end': 0.02,
   }

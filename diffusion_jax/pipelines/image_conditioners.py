@@ -85,6 +85,11 @@ class Inputs:
     if self.latents is not None and self.images is not None:
       raise UserError('there are both latents and images to start from; leave one out.')
 
+  def check(self, model, config, height: int, width: int) -> None:
+    """Raise UserError for what contradicts itself or these settings of sampling."""
+    self.check_start(config.denoising_start)
+    self.check_kept(model, height, width, config.resample)
+
   def check_kept(self, model, height: int, width: int, resample: int = 1) -> None:
     """Raise UserError for masks and averages that say nothing, or that contradict each other."""
     if self.images is None:

@@ -376,8 +376,7 @@ class Diffusion(Generator):
     binning = config.binning if inputs.empty else 'none'
     (height, width), shown = self.drawn_size(height, width, binning)
     shape = self.space.shape(height, width)
-    inputs.check_start(config.denoising_start)
-    inputs.check_kept(self, height, width, config.resample)
+    inputs.check(self, config, height, width)
     given = self.rows(
       prompts, negative, inputs, height, width, config.distilled_guidance, config.prompt_syntax,
       config.sizing,
@@ -391,7 +390,7 @@ class Diffusion(Generator):
     cut = None if shown == (height, width) else shown
     program = config.program._replace(cut=cut, low_pass=inputs.low_pass)
     program = program._replace(decoding=LATENTS) if latents else program
-    lengths = [part.shape for part in jax.tree.leaves((numbers.grid, numbers.stretches))]
+    lengths = (part.shape for part in jax.tree.leaves(numbers))
     self.programs.add((height, width, size, program, *lengths, *given))
     names = tuple(dict.fromkeys(('x', 'keys', *given)))
     sample = lambda weights, *columns: self._sample(
