@@ -32,7 +32,6 @@ BATCH, STEPS = 8, 12
 LOOP = {
   'total_steps': STEPS, 'batch_size': BATCH, 'evaluate_samples': 0, 'checkpoint_every_steps': 1000,
 }
-SAME = ('loss', 'gradient_norm', 'loss_by_timestep')
 
 
 @pytest.fixture(scope='module')
@@ -86,17 +85,13 @@ def test_a_step_is_compiled_for_each_size_and_none_again(whole):
   assert '3 sizes from 16 x 24 to 24 x 16 pixels' in (run / 'README.md').read_text()
 
 
-def test_a_run_goes_on_within_a_bucket_with_other_workers(recipe, whole, command, tmp_path):
-  """And on another number of devices with the batch in parts, where only the rounding differs."""
-  arguments = ('train', '--config', recipe, '--workdir', tmp_path / 'run', '--quiet')
-  assert command(*arguments, '--config.loop.total_steps=5') == 0
-  assert command(*arguments, '--config.data.workers=0') == 0
-  wanted, found = tiny.metrics(whole[0]), tiny.metrics(tmp_path / 'run')
-  for step, line in wanted.items():
-    assert {name: found[step][name] for name in SAME} == {name: line[name] for name in SAME}
-  again = ('train', '--config', recipe, '--workdir', tmp_path / 'meshes', '--quiet')
-  assert command(*again, '--config.mesh.fsdp=2', devices=8) == 0
-  for step, line in tiny.metrics(tmp_path / 'meshes').items():
+def test_on_more_devices_only_the_rounding_differs(recipe, whole, command, tmp_path):
+  """With the batch in parts."""
+  arguments = ('train', '--config', recipe, '--workdir', tmp_path / 'meshes', '--quiet')
+  assert command(*arguments, '--config.mesh.fsdp=2', devices=8) == 0
+  wanted, found = tiny.metrics(whole[0]), tiny.metrics(tmp_path / 'meshes')
+  assert wanted.keys() == found.keys()
+  for step, line in found.items():
     assert line['loss'] == pytest.approx(wanted[step]['loss'], rel=1e-4)
 
 
@@ -105,7 +100,7 @@ def test_a_killed_run_goes_on_within_a_bucket(
   task, pictures, parts, command, tmp_path, monkeypatch
 ):
   """Of text to image from random crops in a cache on the disk, whose progress is in the status. It
-  is killed after step 4 of 6."""
+  is killed after step 4 of 6, and goes on with other workers."""
   loop = LOOP | {'total_steps': 6, 'checkpoint_every_steps': 3, 'keep_checkpoints': 3}
   data = pictures | {'crop': 'random', 'size': SHAPES[:2], 'caption': 'a {folder} drawing'}
   if task == 'autoencoder':
@@ -120,12 +115,14 @@ def test_a_killed_run_goes_on_within_a_bucket(
     }, data=data, loop=loop)
   recipe = tiny.write_config(tmp_path / 'recipe.py', values)
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
-  train = lambda run: command('train', '--config', recipe, '--workdir', run, '--quiet')
+  train = lambda run, workers: command(
+    'train', '--config', recipe, '--workdir', run, '--quiet', f'--config.data.workers={workers}'
+  )
   said, report = [], Start.report
   monkeypatch.setattr(Start, 'report', lambda self, *args, **more: (
     report(self, *args, **more), said.append(read_status(self.directory))
   ))
-  assert train(whole) == 0
+  assert train(whole, 2) == 0
   if task == 'diffusion':
     assert 'looking for latents of 40 records in' in said[0]['message']
     (first, *_), states = [one for one in said if 'encoding' in one], {one['state'] for one in said}
@@ -137,9 +134,11 @@ def test_a_killed_run_goes_on_within_a_bucket(
     shutil.rmtree(killed / gone)
   lines = (killed / 'metrics.jsonl').read_text().splitlines(keepends=True)
   (killed / 'metrics.jsonl').write_text(''.join(x for x in lines if json.loads(x)['step'] < 5))
-  assert train(killed) == 0
+  assert train(killed, 0) == 0
   wanted, found = tiny.metrics(whole), tiny.metrics(killed)
-  assert [line['loss'] for line in found.values()] == [line['loss'] for line in wanted.values()]
+  same = {'loss', 'gradient_norm', 'loss_by_timestep'} & wanted[1].keys()
+  for step, line in wanted.items():
+    assert {name: found[step][name] for name in same} == {name: line[name] for name in same}
   assert len({line['loss'] for line in wanted.values()}) == 6
   models = [{n: data for n, data in tiny.snapshot(run / 'model').items() if n.endswith('tensors')}
             for run in (whole, killed)]
