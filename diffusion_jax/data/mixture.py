@@ -23,6 +23,7 @@ from diffusion_jax.data.order import Shuffled
 from diffusion_jax.data.sources.entries import DIGEST
 from diffusion_jax.data.splits import APART, Measured, fingerprint, measured_on, of_names
 from diffusion_jax.data.transforms import SIZES, apply, whole
+from diffusion_jax.data.unreadable import about
 from diffusion_jax.data.wrapped import Wrapped
 from diffusion_jax.errors import UserError
 from diffusion_jax.mixture import PartConfig, Passes, passes_of
@@ -263,7 +264,7 @@ class Mixture(Sequence):
   def about(self, index: SupportsIndex) -> dict[str, Any]:
     """A record, perhaps without its picture. Unreadable."""
     source, number = self._place(index)
-    return (getattr(source, 'about', None) or source.__getitem__)(number)
+    return about(source, number)
 
   def kind(self, index: int) -> Sequence[int]:
     """The records of the part that one is of, which may take its place."""
@@ -360,7 +361,7 @@ class Worded(Wrapped):
 
   def about(self, index: SupportsIndex) -> dict[str, Any]:
     """A record, perhaps without its picture. Unreadable."""
-    return self._worded((getattr(self.source, 'about', None) or self.source.__getitem__)(index))
+    return self._worded(about(self.source, index))
 
   def at_sizes(self, shapes: np.ndarray) -> 'Worded':
     """The source's records at these sizes."""

@@ -38,18 +38,20 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
 
 class Layout(NamedTuple):
   """Columns of a table of pictures: that of the pictures, those of texts, of the class ('' for
-  none; classes: its names, if it has numbers), of the id ('' for none)."""
+  none; classes: its names, if it has numbers), of the id ('' for none). path: whether the column of
+  pictures has a field of that name."""
 
   image: str
   texts: tuple[str, ...]
   label: str
   classes: tuple[str, ...]
   name: str
+  path: bool
 
-  @property
-  def columns(self) -> list[str]:
-    """All that are read."""
-    return list(dict.fromkeys(filter(None, (self.image, *self.texts, self.label, self.name))))
+  def columns(self, pictures: bool) -> list[str]:
+    """Those that are read; pictures: with their bytes, else of their column IMAGE.path at most."""
+    image = self.image if pictures else f'{self.image}.path' if self.path else ''
+    return list(dict.fromkeys(filter(None, (image, *self.texts, self.label, self.name))))
 
 
 def layout_of(schema: Any, where: str, column: str = '') -> Layout:
@@ -72,7 +74,7 @@ def layout_of(schema: Any, where: str, column: str = '') -> Layout:
   return Layout(
     image, tuple(by_name[n] for n in texts if by_name.get(n, image) != image), label,
     tuple(names) if isinstance(names, list) and all(isinstance(n, str) for n in names) else (),
-    first(IDS),
+    first(IDS), ', path: ' in str(schema.field(image).type),
   )
 
 

@@ -167,6 +167,19 @@ def readable(source: Sequence, places: Iterable[int] | None = None) -> Iterator[
     yield record
 
 
+def about(source: Sequence, index: int) -> Any:
+  """Record `index`, without its picture where the source has `about` for that. Unreadable."""
+  return (getattr(source, 'about', None) or source.__getitem__)(index)
+
+
+def captions_of(source: Sequence, places: Iterable[int] | None = None) -> Iterator[list[str]]:
+  """Yield the captions of records that have any, in order; no picture is opened if a source can do
+  without. places: as of `readable`."""
+  for place in range(len(source)) if places is None else places:
+    with contextlib.suppress(Unreadable):
+      yield about(source, int(place))['captions']
+
+
 def first_readable(source: Sequence, count: int, places: Iterable[int] | None = None) -> list[Any]:
   """The first `count` readable records, or fewer if there are no more; UserError for none."""
   found = list(itertools.islice(readable(source, places), count))

@@ -19,6 +19,7 @@ from diffusion_jax.data.cache import identity
 from diffusion_jax.data.cache.rows import DTYPES, Row, pack
 from diffusion_jax.data.splits import spread
 from diffusion_jax.data.transforms import apply
+from diffusion_jax.data.unreadable import about
 from diffusion_jax.errors import Unreadable, require
 from diffusion_jax.parallel.layout import AXES
 from diffusion_jax.parallel.mesh import in_batches, put_params, to_host
@@ -236,7 +237,7 @@ class Texts(Encoder):
     self._at_a_time = min(CAPTIONS, max(1, round(min(self.rows, len(source)) * captions)))
 
   def read(self, number):
-    return identity.about(self.source, number)
+    return about(self.source, number)
 
   def _size(self) -> int:
     if self.text is None:

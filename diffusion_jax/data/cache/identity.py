@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from diffusion_jax.data.cache.rows import DIGEST
+from diffusion_jax.data.unreadable import about
 from diffusion_jax.errors import Unreadable, UserError
 from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import to_host
@@ -62,11 +63,6 @@ def of_weights(params: Params) -> str:
     found.update(f'{name} {array.dtype} {array.shape}\n'.encode())
     found.update(array.reshape(-1).view(np.uint8))
   return found.hexdigest()[:32]
-
-
-def about(source: Source, index: int) -> dict[str, Any]:
-  """A record without its picture, where the source can do that. Unreadable."""
-  return (getattr(source, 'about', None) or source.__getitem__)(index)
 
 
 def of_pictures(source: Source, with_captions: bool) -> np.ndarray:

@@ -69,6 +69,10 @@ class Entries(Sequence[Entry]):
   digests: np.ndarray | None = None
   labels: Sequence[str] | None = None
 
+  def about(self, index: int) -> Entry:
+    """Entry `index`, with an empty picture where a kind need not read it. Unreadable."""
+    return self[index]
+
   def read(self, index: int) -> bytes:
     """The bytes of a picture, as they were stored. Unreadable."""
     return self[index].data()

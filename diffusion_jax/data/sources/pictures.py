@@ -45,7 +45,7 @@ class PictureSource(Sequence):
   def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
     """Return record `index`. Unreadable where its picture or its texts cannot be read."""
     index = range(len(self))[index]
-    entry = self._entry(index)
+    entry = self._checked(self.entries[int(self.numbers[index])])
     if self.shapes is None:
       record: dict[str, Any] = {
         'image': self._call(read_pixels, entry.source, entry.where, self._background)
@@ -62,10 +62,10 @@ class PictureSource(Sequence):
 
   def about(self, index: SupportsIndex) -> dict[str, Any]:
     """Return record `index` without its picture, which is not decoded. Unreadable."""
-    return _texts(self._entry(range(len(self))[index]))
+    number = int(self.numbers[range(len(self))[index]])
+    return _texts(self._checked(self.entries.about(number)))
 
-  def _entry(self, index: int) -> Entry:
-    entry = self.entries[int(self.numbers[index])]
+  def _checked(self, entry: Entry) -> Entry:
     if self._need_labels and entry.label is None:
       raise Unreadable(f'the picture {entry.where} has no label; give it one.', 'no label')
     return entry

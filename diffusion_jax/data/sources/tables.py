@@ -65,13 +65,20 @@ class Tables(Indexed):
 
   def __getitem__(self, index: int) -> Entry:
     """Entry `index`. Unreadable."""
+    return self._entry(index, True)
+
+  def about(self, index: int) -> Entry:
+    """Entry `index`; the column of pictures is not read. Unreadable."""
+    return self._entry(index, False)
+
+  def _entry(self, index: int, picture: bool) -> Entry:
     block = int(np.searchsorted(self._ends, index, side='right'))
     row = index - int(self._ends[block - 1] if block else 0)
     file, number, _ = self.blocks[block].tolist()
     path = self.files[file]
     where = f'row {index} ({row} of part {number} in {path.path})'
     try:
-      values = self._row(file, number, row)
+      values = self._row(file, number, row, picture)
       values = {clean(name).lower(): value for name, value in values.items()}
       data, name = picture_in(values.get(self.layout.image.lower()))
     except Exception as error:  # Whatever pyarrow makes of damaged files.
@@ -79,6 +86,8 @@ class Tables(Indexed):
         f'the image of {where} cannot be read ({first_line(error)}); {REMEDY}.',
         'bad text' if 'utf8' in repr(error).lower().replace('-', '') else 'damaged',
       ) from error
+    if not picture:
+      data = b''
     if not isinstance(data, bytes):
       raise Unreadable(f'{where} has no picture in it; {REMEDY}.', 'missing')
     if len(data) > MOST_BYTES:
@@ -95,8 +104,8 @@ class Tables(Indexed):
     return int(self.blocks[block - number : block, 2].sum())
 
   @abc.abstractmethod
-  def _row(self, file: int, number: int, row: int) -> dict[str, Any]:
-    """The cells of a row of a part of a file, by column."""
+  def _row(self, file: int, number: int, row: int, picture: bool) -> dict[str, Any]:
+    """The cells of a row of a part of a file, by column, see `Layout.columns`."""
 
   @abc.abstractmethod
   def _label_values(self) -> Iterator[Any]:
@@ -125,7 +134,7 @@ class Parquet(Tables):
     self._reset()
 
   def _reset(self) -> None:
-    self._kept: OrderedDict[tuple[int, int], Any] = OrderedDict()
+    self._kept: OrderedDict[tuple[int, int, bool], Any] = OrderedDict()
     self._stream: tuple[int, int, int, Any, Any] | None = None
     self._lock = threading.Lock()
 
@@ -149,23 +158,23 @@ class Parquet(Tables):
         found += [(number, i, table.metadata.row_group(i).num_rows) for i in range(groups)]
     return np.array(found, np.int64).reshape(-1, 3)
 
-  def _row(self, file: int, number: int, row: int) -> dict[str, Any]:
+  def _row(self, file: int, number: int, row: int, picture: bool) -> dict[str, Any]:
     with self._lock:
-      table, row = self._table(file, number, row)
+      table, row = self._table(file, number, row, picture)
     return {name: table.column(name)[row].as_py() for name in table.schema.names}
 
-  def _table(self, file: int, number: int, row: int) -> tuple[Any, int]:
+  def _table(self, file: int, number: int, row: int, picture: bool) -> tuple[Any, int]:
     """(rows of a group, the place of `row` in them)."""
-    key = file, number
+    key = file, number, picture
     if key in self._kept:
       self._kept.move_to_end(key)
       return self._kept[key], row
-    if self._stream and self._stream[:2] == key and row >= self._stream[2]:
+    if picture and self._stream and self._stream[:2] == key[:2] and row >= self._stream[2]:
       return self._streamed(file, number, row)
     with self._opened(file) as table:
-      if table.metadata.row_group(number).total_byte_size > STREAMED:
+      if picture and table.metadata.row_group(number).total_byte_size > STREAMED:
         return self._streamed(file, number, row)
-      found = table.read_row_group(number, columns=self.layout.columns, use_threads=False)
+      found = table.read_row_group(number, self.layout.columns(picture), use_threads=False)
     self._kept[key] = found
     while len(self._kept) > KEPT or (
       len(self._kept) > 1 and sum(each.nbytes for each in self._kept.values()) > MOST_KEPT
@@ -178,7 +187,7 @@ class Parquet(Tables):
     stream = self._stream
     if not stream or stream[:2] != (file, number) or row < stream[2]:
       batches = self._opened(file).iter_batches(
-        ROWS, row_groups=[number], columns=self.layout.columns, use_threads=False
+        ROWS, row_groups=[number], columns=self.layout.columns(True), use_threads=False
       )
       stream = (file, number, 0, next(batches), batches)
     _, _, first, batch, batches = stream
@@ -233,12 +242,19 @@ class Arrow(Tables):
     self.__dict__.update(state)
     self._map()
 
-  def _row(self, file: int, number: int, row: int) -> dict[str, Any]:
-    batch = self._batches[file][number]
-    cells = {name: batch.column(name).slice(row, 1) for name in self.layout.columns}
+  def _row(self, file: int, number: int, row: int, picture: bool) -> dict[str, Any]:
+    batch, cells = self._batches[file][number], {}
+    for name in self.layout.columns(picture):
+      if name in batch.schema.names:
+        cells[name] = batch.column(name).slice(row, 1)
+      else:
+        cells[name] = batch.column(self.layout.image).slice(row, 1).field('path')
     for each in cells.values():
       _check_sound(each)
-    return {name: each[0].as_py() for name, each in cells.items()}
+    values = {name: each[0].as_py() for name, each in cells.items()}
+    if self.layout.image not in values and self.layout.path:
+      values[self.layout.image] = {'path': values.pop(f'{self.layout.image}.path')}
+    return values
 
   def _label_values(self) -> Iterator[Any]:
     for file, batches in zip(self.files, self._batches, strict=True):

@@ -75,15 +75,22 @@ class Tars(Indexed):
 
   def __getitem__(self, index: int) -> Entry:
     """Entry `index`. Unreadable."""
-    picture = self.read(index)
+    return self._entry(index, self.read(index))
+
+  def about(self, index: int) -> Entry:
+    """Entry `index` of which only the texts are read. Unreadable."""
+    self._spot(index, 0, MOST_BYTES)
+    return self._entry(index, b'')
+
+  def _entry(self, index: int, picture: bytes) -> Entry:
     captions, label = self._told(index)
-    where = self._place(index)
-    return self.entry(self.name(index), where, picture, captions, label)
+    return self.entry(self.name(index), self._place(index), picture, captions, label)
 
   def _place(self, index: int) -> str:
     return f'{self._names[index]} in {self.files[self._columns["files"][index]].path}'
 
-  def _bytes(self, index: int, column: int, most: int) -> bytes:
+  def _spot(self, index: int, column: int, most: int) -> tuple[int, int]:
+    """(offset, size) of a member of a record. Unreadable: there is none, or it is larger."""
     where = self._place(index)
     start, size = self._columns['places'][index, column].tolist()
     if start == TAIL:
@@ -92,6 +99,10 @@ class Tars(Indexed):
       )
     if size > most:
       raise Unreadable(f'a member of {where} has {size:,} bytes; give {most:,}.', 'too large')
+    return start, size
+
+  def _bytes(self, index: int, column: int, most: int) -> bytes:
+    where, (start, size) = self._place(index), self._spot(index, column, most)
     path = self.files[self._columns['files'][index]].path
     try:
       data = storage.read(path, start, size)
@@ -170,13 +181,13 @@ def _records(path: str, left: Left) -> Iterable[tuple[str, list[int]]]:
     if spots[2 * column] != TAIL:
       left.add('members of records that have one already', member.name)
       continue
-    spots[2 * column : 2 * column + 2] = _spot(member)
+    spots[2 * column : 2 * column + 2] = _place_of(member)
     if not column:
       found[key] = (member.name, spots)
   yield from found.values()
 
 
-def _spot(member: Member) -> tuple[int, int]:
+def _place_of(member: Member) -> tuple[int, int]:
   return (TAIL, 0) if member.damage else (member.offset, member.size)
 
 

@@ -7,6 +7,7 @@ pretrained one that stays as it is.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from diffusion_jax.config import TrainingConfig
-from diffusion_jax.data.unreadable import readable
+from diffusion_jax.data.unreadable import captions_of
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.clip import HALF, PREPROCESSOR, pixel_statistics
 from diffusion_jax.formats.networks import Part, read_part, resolve, save_params
@@ -159,7 +160,7 @@ class CLIPTask(Task):
     if (folder / 'tokenizer.json').exists():
       tokenizer = load_tokenizer(folder)
     else:
-      captions = (caption for record in readable(env.train) for caption in record['captions'])
+      captions = itertools.chain.from_iterable(captions_of(env.train))
       tokenizer = train_tokenizer(captions, text.vocab_size, text.max_position_embeddings)
     text = dataclasses.replace(
       text, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,7 @@ from diffusion_jax.config import DataConfig, TrainingConfig
 from diffusion_jax.data.sources import open_data
 from diffusion_jax.data.sources.arrays import ArraySource
 from diffusion_jax.data.span_corruption import CorruptSpans, packed, spans_of
-from diffusion_jax.data.unreadable import readable
+from diffusion_jax.data.unreadable import captions_of
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.limits import FileDtype, Range
@@ -109,7 +110,7 @@ class T5Task(Task):
       tokenizer = load_tokenizer(folder)
     else:
       places = np.linspace(0, len(env.train) - 1, min(TRAINED_ON, len(env.train))).astype(int)
-      texts = (env.train[int(place)]['captions'][0] for place in places)
+      texts = (captions[0] for captions in captions_of(env.train, places) if captions)
       tokenizer = train_unigram(texts, settings.t5.vocab_size)
     t5 = dataclasses.replace(
       settings.t5, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
@@ -127,13 +128,14 @@ class T5Task(Task):
 
   def examples(self, config: TrainingConfig, env: Env) -> tuple[Source, list[Callable]]:
     """Texts packed to `length`, and captions each by itself."""
-    found = packed(self.tokens(texts_of(env.train)), self.config.length)
+    texts = itertools.chain.from_iterable(captions_of(env.train))
+    found = packed(self.tokens(texts), self.config.length)
     if 'captions' in env.more:
-      captions = self.tokens(texts_of(env.more['captions']))
-      found += [tokens[: self.config.length] for tokens in captions]
+      captions = itertools.chain.from_iterable(captions_of(env.more['captions']))
+      found += [tokens[: self.config.length] for tokens in self.tokens(captions)]
     return ArraySource({'tokens': [tokens for tokens in found if len(tokens) > 1]}), [self.corrupt]
 
-  def tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
+  def tokens(self, texts: Iterable[str]) -> list[np.ndarray]:
     """Texts -> int32 [n] each, without an end token."""
     ids = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)['input_ids']
     return [np.asarray(each, np.int32) for each in ids]
@@ -163,8 +165,3 @@ class T5Task(Task):
     encoder = {name: x for name, x in params.items() if not name.startswith(('decoder', 'lm_'))}
     save_params(directory, self.config.t5, encoder, dtype=self.config.export_dtype)
     save_tokenizer(self.tokenizer, directory)
-
-
-def texts_of(source: Source) -> list[str]:
-  """Every caption of every record that can be read."""
-  return [text for record in readable(source) for text in record['captions']]

@@ -8,7 +8,7 @@ import pytest
 
 from diffusion_jax.data.loader import Loader
 from diffusion_jax.data.transforms import build_transforms
-from diffusion_jax.data.unreadable import Counted, Damage
+from diffusion_jax.data.unreadable import Counted, Damage, captions_of
 from diffusion_jax.errors import UserError
 from tests.data import kinds
 from tests.train.test_unreadable_pictures import bomb
@@ -100,6 +100,24 @@ def test_bad_records_are_named_by_cause_and_replaced(pictures, tmp_path, kind):
   few = Loader(Counted(train, 0.1, Damage(), 'training records'), (), batch_size=len(mixed), seed=0)
   with pytest.raises(UserError, match=r'training records cannot be read, more than .* 0\.1'):
     next(few)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_texts_are_read_without_pictures(pictures, tmp_path, monkeypatch, kind):
+  """Also where no picture can be decoded: a vocabulary is made of them."""
+  made = [(name, b'\x89PNG no picture', captions) for name, _, captions in pictures[:24]]
+  train, _ = kinds.opened(KINDS[kind](tmp_path / 'data', made), test_fraction=0)
+  source = Counted(train, 1.0, Damage(), 'records')
+  monkeypatch.setattr('diffusion_jax.data.sources.pictures.here', None)
+  train._call = None  # Whatever decodes a picture.
+  read = train.entries.read
+  if kind in ('tar', 'parquet', 'arrow'):  # Not even its bytes are fetched.
+    monkeypatch.setattr(type(train.entries), '__getitem__', None)
+  assert list(captions_of(source)) == [captions for _, _, captions in made]
+  assert list(captions_of(source, [3, 1])) == [made[3][2], made[1][2]]
+  assert [source.about(i)['id'] for i in range(24)] == [name for name, *_ in made]
+  monkeypatch.undo()
+  assert read(0) == made[0][1]
 
 
 @pytest.mark.parametrize('kind', ['tar', 'parquet', 'records'])
