@@ -10,10 +10,13 @@ from typing import BinaryIO, NamedTuple
 
 from diffusion_jax.data import storage
 from diffusion_jax.data.finding import Left
+from diffusion_jax.data.tar_headers import BLOCK, regular_file
+from diffusion_jax.errors import UserError
 from diffusion_jax.files import first_line, printable, reading
 
 MOST_HEADER_BYTES = 2**20
 """Most bytes of the headers before one member: names may be long, but not fill the memory."""
+_CHUNK = 2**13
 TAIL = -1
 """The offset of the member that stands for what cannot be read at the end of a damaged file."""
 
@@ -36,22 +39,27 @@ def members(archive: str, left: Left, suffixes: Sequence[str]) -> Iterator[Membe
   """
   with reading(archive, 'is not an uncompressed tar file', 'fetch or pack it again'):
     with storage.opened(archive) as file:
-      headers = _Headers(file)
+      headers = _Headers(file, archive)
       with tarfile.open(fileobj=headers, mode='r:') as tar:
         yield from _members(tar, headers, archive, left, tuple(suffixes))
 
 
 class _Headers:
-  """A file of which no more is read at a time than the headers before one member may take."""
+  """A file of which no more is read at a time than the headers before one member may take.
 
-  def __init__(self, file: BinaryIO):
-    self.file, self.left = file, MOST_HEADER_BYTES
+  UserError, naming the archive, where it cannot be read: it is not damaged then, nor at its end.
+  """
+
+  def __init__(self, file: BinaryIO, archive: str):
+    self.file, self.archive, self.left = file, archive, MOST_HEADER_BYTES
+    self._chunk, self._start = b'', 0
 
   def read(self, size: int) -> bytes:
     if not 0 <= size <= self.left:
       raise ValueError(f'a header of more than {MOST_HEADER_BYTES:,} bytes')
     self.left -= size
-    return self.file.read(size)
+    with reading(self.archive, remedy='fetch it again'):
+      return self.file.read(size)
 
   def seek(self, offset: int) -> int:
     return self.file.seek(offset)
@@ -59,26 +67,50 @@ class _Headers:
   def tell(self) -> int:
     return self.file.tell()
 
+  def at(self, offset: int, size: int) -> bytes:
+    """So many bytes from an offset, fewer at the end of the file."""
+    start = offset - self._start
+    if start < 0 or start + size > len(self._chunk):
+      try:
+        self.file.seek(offset)
+      except (OverflowError, ValueError):  # No file is that long.
+        return b''
+      with reading(self.archive, remedy='fetch it again'):
+        self._chunk, self._start, start = self.file.read(max(size, _CHUNK)), offset, 0
+    return self._chunk[start : start + size]
+
 
 def _members(
   tar: tarfile.TarFile, headers: _Headers, archive: str, left: Left, suffixes: tuple[str, ...]
 ) -> Iterator[Member]:
-  last, damage, before = 'the start', '', -1
+  last, damage, place = 'the start', '', 0
   while True:
+    # tarfile has read the first, and knows what a global header says of all that follow.
+    found = regular_file(headers.at, place, tar.encoding, tar.errors) if (
+      place and not tar.pax_headers
+    ) else None
+    if found:
+      tar.offset = place = found.next
+      last = printable(found.name)
+      if _is_wanted(found.name, suffixes):
+        yield Member(archive, last, found.offset, found.size)
+      continue
     headers.left = MOST_HEADER_BYTES
+    headers.seek(0)  # From elsewhere it makes sure that the file goes on to where it seeks.
     try:
       info = tar.next()
       # A size below 0 would lead back, and round and round.
-      if info is not None and not before < info.offset < tar.offset:
+      if info is not None and not place <= info.offset < tar.offset:
         raise ValueError('a header points back')
+    except UserError:
+      raise
     except Exception as error:  # Its parser lets through whatever it comes upon.
       info, damage = None, first_line(error)
     if info is None:
       break
     tar.members.clear()  # It would keep the headers of all.
-    before, last = info.offset, printable(info.name)
-    name = PurePosixPath(info.name).name
-    if not name.lower().endswith(suffixes) or name.startswith('.') or info.isdir():
+    place, last = tar.offset, printable(info.name)
+    if info.isdir() or not _is_wanted(info.name, suffixes):
       continue
     if info.isfile():
       sparse = 'it is stored sparsely' if info.issparse() else ''
@@ -87,11 +119,14 @@ def _members(
       link = info.issym() or info.islnk()
       left.add('links in tar files' if link else 'what is no regular file in tar files', last)
   # Python's reader takes a damaged header for the end, which is marked by blocks of zeros.
-  if damage or not _ends(headers.file, tar.offset):
+  if damage or headers.at(tar.offset, BLOCK) != bytes(BLOCK):
     damage = damage or 'the mark of its end is missing'
     yield Member(archive, f'what follows {last}', damage=damage)
 
 
-def _ends(file: BinaryIO, offset: int) -> bool:
-  file.seek(offset)
-  return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+def _is_wanted(name: str, suffixes: tuple[str, ...]) -> bool:
+  """Whether the last part of a path ends so, and is not hidden."""
+  last = name.rpartition('/')[2]
+  if last in ('', '.'):  # As of 'a.png/.', which is a.png.
+    last = PurePosixPath(name).name
+  return last.lower().endswith(suffixes) and not last.startswith('.')

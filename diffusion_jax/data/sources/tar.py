@@ -7,7 +7,9 @@ of their names. Files named or in folders named train and test, or the like, are
 """
 
 import array
+import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 
@@ -18,7 +20,7 @@ from diffusion_jax.data import storage
 from diffusion_jax.data.captions import lines_of
 from diffusion_jax.data.fields import Caption, captions_in, clean, label_in
 from diffusion_jax.data.finding import SUFFIXES, Left
-from diffusion_jax.data.images import MOST_BYTES
+from diffusion_jax.data.images import MOST_BYTES, read_size
 from diffusion_jax.data.sources.entries import Entry
 from diffusion_jax.data.sources.index import Names
 from diffusion_jax.data.sources.indexed import Indexed, open_splits
@@ -32,6 +34,8 @@ TEXTS = {'txt': 1, 'caption': 1, 'json': 2, 'cls': 3}
 """Suffix of a member -> its column."""
 MOST_TEXT = 2**24
 _COLUMNS = 4
+_ODD = re.compile(r'^/|//|(?:^|/)\.(?:/|$)|/$')
+"""Paths that are written in other ways, too."""
 _NAMES = ('name_data', 'name_ends')
 
 
@@ -144,12 +148,18 @@ class Tars(Indexed):
     return self._bytes(index, column, MOST_TEXT).decode()
 
   def labels_of_all(self) -> Iterable[str | None]:
-    """The label of each, None for none; only members of texts are read."""
-    for index in range(len(self)):
+    """The label of each, None for none; only members that may have one are read."""
+    for index, may in enumerate((self._columns['places'][:, 2:, 0] != TAIL).any(axis=1)):
       try:
-        yield self._told(index)[1]
+        yield self._told(index)[1] if may else None
       except Unreadable:
         yield None
+
+  def _size(self, index: int) -> tuple[int, int]:
+    try:
+      return read_size(io.BytesIO(self.read(index)), self._place(index))
+    except Unreadable:
+      return 0, 0
 
   def _scan(self) -> dict[str, np.ndarray]:
     """Read the headers of all files."""
@@ -170,21 +180,23 @@ class Tars(Indexed):
 
 def _records(path: str, left: Left) -> Iterable[tuple[str, list[int]]]:
   """(name of the picture, (offset, size) of each column in turn) of each record of a file."""
-  found: dict[str, tuple[str, list[int]]] = {}
+  found: dict[str, list] = {}  # Name and spots.
   for member in members(path, left, (*SUFFIXES, *(f'.{each}' for each in TEXTS))):
     if member.offset == TAIL:
-      found[f'\0{member.name}'] = (f'{member.name} ({member.damage})', [TAIL, 0] * _COLUMNS)
+      found[f'\0{member.name}'] = [f'{member.name} ({member.damage})', [TAIL, 0] * _COLUMNS]
       continue
     key, kind = _key(member.name)
-    spots = found.setdefault(key, (f'{key}.none', [TAIL, 0] * _COLUMNS))[1]
+    record = found.get(key)
+    if record is None:
+      record = found[key] = [f'{key}.none', [TAIL, 0] * _COLUMNS]
     column = TEXTS.get(kind.rpartition('.')[2], 0)
-    if spots[2 * column] != TAIL:
+    if record[1][2 * column] != TAIL:
       left.add('members of records that have one already', member.name)
       continue
-    spots[2 * column : 2 * column + 2] = _place_of(member)
+    record[1][2 * column : 2 * column + 2] = _place_of(member)
     if not column:
-      found[key] = (member.name, spots)
-  yield from found.values()
+      record[0] = member.name
+  yield from map(tuple, found.values())
 
 
 def _place_of(member: Member) -> tuple[int, int]:
@@ -193,7 +205,11 @@ def _place_of(member: Member) -> tuple[int, int]:
 
 def _key(name: str) -> tuple[str, str]:
   """('a/b', 'seg.png') of 'a/b.seg.png'."""
-  path = PurePosixPath(name)
-  stem, _, kind = path.name.partition('.')
-  parent = '' if path.parent == PurePosixPath('.') else f'{path.parent}/'
+  if _ODD.search(name):
+    path = PurePosixPath(name)
+    last, parent = path.name, '' if path.parent == PurePosixPath('.') else f'{path.parent}/'
+  else:
+    parent, bar, last = name.rpartition('/')
+    parent += bar
+  stem, _, kind = last.partition('.')
   return f'{parent}{stem}', kind.lower()
