@@ -1,14 +1,17 @@
 """Files by path or by URL: found, and read in parts; remote ones through fsspec.
 
 A local path is opened as it is. gs://, s3://, http:// and others need fsspec and, for each kind of
-storage, the package that it asks for (gcsfs, s3fs).
+storage, the package that it asks for (gcsfs, s3fs, aiohttp), which find endpoint and credentials in
+the environment. What fails for a moment is tried again, for at most PATIENCE seconds.
 """
 
 import glob
+import io
 import os
 import re
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -17,6 +20,11 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.files import atomic_write, first_line, reading
 
 MOST_FILES = 100_000
+PATIENCE = 10.0
+_PAUSES = (0.2, 1.0)
+"""Seconds between tries."""
+_AHEAD = 2**20
+"""Bytes that are read at once of a remote file that is read in order."""
 _STAMPS = ('ETag', 'etag', 'md5Hash', 'mtime', 'LastModified', 'created')
 """What storage calls that which changes with the content of a file."""
 _RANGE = re.compile(r'\{(\d+)\.\.(\d+)\}')
@@ -58,7 +66,7 @@ def find(pattern: str, suffixes: Sequence[str], what: str) -> list[File]:
   UserError: there is none, or they cannot be listed; `what` they should be, in errors.
   """
   try:
-    places = [each for one in _expanded(pattern) for each in _found(one)]
+    places = [each for one in _expanded(pattern) for each in _found(one, tuple(suffixes))]
     files = {place for place in places if place.lower().endswith(tuple(suffixes))}
     found = [_file(path) for path in sorted(files, key=lambda path: path.split('/'))]
   except UserError:
@@ -85,7 +93,7 @@ def _expanded(pattern: str) -> list[str]:
           _expanded(pattern[: match.start()] + name + pattern[match.end() :])]
 
 
-def _found(pattern: str) -> list[str]:
+def _found(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
   if not is_remote(pattern):
     if _MAGIC.search(pattern) and not os.path.lexists(pattern):
       return [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
@@ -93,13 +101,23 @@ def _found(pattern: str) -> list[str]:
       return [path.as_posix() for path in find_files(pattern, Left())]
     return [pattern] if os.path.isfile(pattern) else []
   system, path = file_system(pattern)
-  if _MAGIC.search(path):
-    names = system.glob(path)
-  elif system.isdir(path):
-    names = system.find(path)
-  else:
-    names = [path] if system.exists(path) else []
-  return [system.unstrip_protocol(name) for name in names]
+
+  def listed() -> list[str]:
+    magic = bool(_MAGIC.search(path))
+    try:
+      # To list a folder first, for what searches it passes errors over; but never a file: over HTTP
+      # that is to fetch it.
+      if magic or not path.lower().endswith(suffixes):
+        system.ls(file_system(root_of(pattern))[1] if magic else path)
+        return system.glob(path) if magic else system.find(path)
+      system.info(path)
+      return [path]
+    except FileNotFoundError as error:
+      if _may_be_there(error):
+        raise
+      return []
+
+  return [system.unstrip_protocol(name) for name in _patiently(listed)]
 
 
 def _file(path: str) -> File:
@@ -107,7 +125,7 @@ def _file(path: str) -> File:
     found = os.stat(path)
     return File(os.path.abspath(path), found.st_size, str(found.st_mtime_ns))
   system, name = file_system(path)
-  info = system.info(name)
+  info = _patiently(lambda: system.info(name))
   stamps = [str(info[key]) for key in _STAMPS if info.get(key)]
   return File(path, int(info.get('size') or 0), ' '.join(stamps))
 
@@ -125,14 +143,57 @@ def file_system(url: str) -> tuple[Any, str]:
     ) from error
 
 
+class NotRead(OSError):
+  """A remote file cannot be read, though it was tried more than once."""
+
+
+def _patiently(get: Callable[[], Any]) -> Any:
+  """What `get` returns, called again after errors that may pass. NotRead, OSError, UserError."""
+  began = time.monotonic()
+  for pause in (*_PAUSES, None):
+    try:
+      return get()
+    except (PermissionError, UserError):
+      raise
+    except Exception as error:  # Whatever storage raises.
+      if isinstance(error, FileNotFoundError) and not _may_be_there(error):
+        raise
+      if pause is None or time.monotonic() - began > PATIENCE:
+        # What fsspec says of all that is not there over HTTP is no more than the URL.
+        reason = error.__cause__ if isinstance(error, FileNotFoundError) else error
+        raise NotRead(first_line(reason)) from error
+      time.sleep(pause)
+
+
+def cause_of(error: BaseException) -> str:
+  """The cause of a record that is bad because of an error, see `errors.Unreadable`."""
+  away = (NotRead, FileNotFoundError)
+  known = isinstance(error, away) or isinstance(error.__cause__, away)
+  return 'not readable' if known else 'damaged'
+
+
+def _may_be_there(error: FileNotFoundError) -> bool:
+  """Whether it is of another answer than 404, or of none: fsspec says so of all over HTTP."""
+  cause = error.__cause__
+  return cause is not None and getattr(cause, 'status', 0) != 404
+
+
 def read(path: str, offset: int = 0, size: int | None = None) -> bytes:
-  """Bytes of a file, to its end or so many, fewer where it ends. OSError."""
+  """Bytes of a file, to its end or so many; of a local one fewer where it ends. OSError."""
   if not is_remote(path):
     with open(path, 'rb', buffering=0) as file:
       file.seek(offset)
       return _all(file, size)
   system, name = file_system(path)
-  return system.cat_file(name, offset, None if size is None else offset + size)
+
+  def part() -> bytes:
+    # By name, for s3fs has another argument first.
+    data = system.cat_file(name, start=offset, end=None if size is None else offset + size)
+    if size is not None and len(data) != size:  # Such as of a server that ignores ranges.
+      raise ValueError(f'{len(data):,} bytes came where {size:,} were asked for')
+    return data
+
+  return b'' if size == 0 else _patiently(part)
 
 
 def copied(url: str, folder: Path) -> Path:
@@ -161,4 +222,35 @@ def opened(path: str) -> BinaryIO:
       raise OSError('it is not a regular file')
     return open(path, 'rb')
   system, name = file_system(path)
-  return system.open(name, 'rb')
+  size = _patiently(lambda: system.info(name)).get('size')
+  if size is None:
+    raise NotRead('the server does not say how many bytes it has')
+  return io.BufferedReader(_Remote(path, size), _AHEAD)
+
+
+class _Remote(io.RawIOBase):
+  """A remote file of a known size, of which each part is read by itself."""
+
+  def __init__(self, path: str, size: int):
+    super().__init__()
+    self._path, self._size, self._place = path, size, 0
+
+  def readable(self) -> bool:
+    return True
+
+  def seekable(self) -> bool:
+    return True
+
+  def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+    starts = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}
+    self._place = starts[whence] + offset
+    return self._place
+
+  def tell(self) -> int:
+    return self._place
+
+  def readinto(self, buffer: Any) -> int:
+    count = max(min(len(buffer), self._size - self._place), 0)
+    buffer[:count] = read(self._path, self._place, count)
+    self._place += count
+    return count

@@ -107,7 +107,8 @@ def test_what_every_writer_makes_needs_no_tarfile(tmp_path, form):
   with tarfile.open(fileobj=file, mode='w', format=getattr(tarfile, f'{form.upper()}_FORMAT')) as t:
     for i in range(200):
       folder = 'x' * 60 * (i % 3)  # Of 120 letters in a field of its own, or in a header.
-      add(t, f'{folder}/{i:03d}.png' if folder else f'{i:03d}.png', 100, mtime=1.5 if form == 'pax' else 1)
+      name = f'{folder}/{i:03d}.png' if folder else f'{i:03d}.png'
+      add(t, name, 100, mtime=1.5 if form == 'pax' else 1)
   path, asked = tmp_path / 'a.tar', []
   path.write_bytes(file.getvalue())
   with pytest.MonkeyPatch.context() as patch:

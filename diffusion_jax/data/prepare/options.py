@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from diffusion_jax.config import DataConfig
 from diffusion_jax.data.prepare.rules import Rule
+from diffusion_jax.data.storage import is_remote
 from diffusion_jax.errors import UserError
 from diffusion_jax.limits import Fraction, Help, Range
 
@@ -65,6 +66,8 @@ class SourceOptions:
     if bool(self.source) != bool(self.out):
       raise UserError('--source needs --out, the folder of the records, and --out a --source.')
     self.rules()
+    if is_remote(self.out):
+      raise UserError(f'--out is {self.out}; give a folder of a disk, and copy it from there.')
     if self.max_edge and self.picture_format == 'stored':
       raise UserError('--max_edge needs --picture_format png, jpeg or webp: pictures are written '
                       'anew.')

@@ -29,6 +29,7 @@ from diffusion_jax.data.sources.entries import Classes, Entries, Entry
 from diffusion_jax.data.sources.index import Names
 from diffusion_jax.data.sources.pictures import PictureSource
 from diffusion_jax.data.splits import file_hash, of_files, of_own_folders, of_texts
+from diffusion_jax.data.storage import is_remote
 from diffusion_jax.errors import UserError
 
 
@@ -74,7 +75,13 @@ def open_all(root: Path, size: tuple[int, int], caption: str) -> PictureSource:
 
 
 def _root(config: DataConfig) -> Path:
-  return Path(config.dataset.removeprefix('folder:'))
+  place = config.dataset.removeprefix('folder:')
+  if is_remote(place):
+    raise UserError(
+      f'{config.dataset} is a URL, where files are found too slowly one by one; copy the folder '
+      'here, or pack it and give tar:URL.'
+    )
+  return Path(place)
 
 
 def _files_of(root: Path, left: Left) -> list[Path]:

@@ -226,7 +226,8 @@ class Records(Described):
         raise ValueError('its header has no id')
     except Exception as error:  # The reader raises what it will of damaged files.
       raise Unreadable(
-        f'the record {where} cannot be read ({first_line(error)}); {_REMEDY}.'
+        f'the record {where} cannot be read ({first_line(error)}); {_REMEDY}.',
+        storage.cause_of(error),
       ) from error
     return self.entry(name, f'{name} ({where})', picture, captions_in(row, self.column), label)
 

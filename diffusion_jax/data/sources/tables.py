@@ -84,7 +84,7 @@ class Tables(Indexed):
     except Exception as error:  # Whatever pyarrow makes of damaged files.
       raise Unreadable(
         f'the image of {where} cannot be read ({first_line(error)}); {REMEDY}.',
-        'bad text' if 'utf8' in repr(error).lower().replace('-', '') else 'damaged',
+        'bad text' if 'utf8' in repr(error).lower().replace('-', '') else storage.cause_of(error),
       ) from error
     if not picture:
       data = b''
