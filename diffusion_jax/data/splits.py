@@ -78,16 +78,19 @@ def of_chosen(tested: int, count: int) -> Measured:
   )
 
 
-def of_own_folders(train: Sequence[Path], test: Sequence[Path]) -> Measured:
-  """Say what scores are measured on where people have split: pictures may be on both sides."""
-  sizes = set(map(size_of, train)) & set(map(size_of, test))
-  known = set(content_hashes([path for path in train if size_of(path) in sizes]))
-  same = content_hashes([path for path in test if size_of(path) in sizes])
-  if not (count := sum(each in known for each in same)):
-    return APART
+def of_own_splits(tested: int, both: int | None) -> Measured:
+  """Say what scores are measured on where people have split.
+
+  both: how many of the `tested` pictures are trained on, too; None if that is not known.
+  """
+  if both is None:
+    return Measured(
+      f'On the test split. Whether some of its {tested:,} pictures are trained on, too, would take '
+      'too long to find out at a start; prepare --source does.'
+    )
   return Measured(
-    f'On the test split, of whose {len(test):,} pictures {count:,} are trained on, too.'
-  )
+    f'On the test split, of whose {tested:,} pictures {both:,} are trained on, too.'
+  ) if both else APART
 
 
 def content_hashes(files: Sequence[Path]) -> list[bytes]:

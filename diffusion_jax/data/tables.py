@@ -21,6 +21,7 @@ def pyarrow(what: str) -> Any:
   """The package; UserError, naming `what` needs it, where it is missing."""
   try:
     import pyarrow
+    import pyarrow.compute
     import pyarrow.parquet
   except ImportError as error:
     raise UserError(

@@ -59,15 +59,19 @@ def size_of(picture):
     return 0, 0
 
 
-def as_records(path, pictures, shards=2, split='train'):
+def as_records(path, pictures, shards=2):
+  write_header(path, {'train': as_shards(path, pictures, shards)})
+  return f'records:{path}'
+
+
+def as_shards(path, pictures, shards=2, split='train'):
   written = []
   for number, part in enumerate(in_parts(pictures, shards)):
     with ShardWriter(path / shard_name(split, number, shards)) as writer:
       for name, picture, captions in part:
         writer.add(Entry(name, name, picture, captions), size_of(picture))
     written.append(Shard(writer.path.name, len(writer)))
-  write_header(path, {split: written})
-  return f'records:{path}'
+  return written
 
 
 def as_tar(path, pictures, shards=2):
@@ -124,7 +128,7 @@ class Drawings(tfds.core.GeneratorBasedBuilder):
 
   VERSION = tfds.core.Version('1.0.0')
   code_path = epath.Path(__file__)
-  pictures: ClassVar[list] = []
+  splits: ClassVar[dict[str, list]] = {}
 
   def _info(self):
     f = tfds.features
@@ -133,16 +137,16 @@ class Drawings(tfds.core.GeneratorBasedBuilder):
     }), disable_shuffling=True)
 
   def _split_generators(self, dl_manager):
-    return {'train': self._generate_examples()}
+    return {split: self._generate_examples(part) for split, part in self.splits.items()}
 
-  def _generate_examples(self):
-    for i, (name, picture, captions) in enumerate(self.pictures):
+  def _generate_examples(self, pictures):
+    for i, (name, picture, captions) in enumerate(pictures):
       yield i, {'photo': io.BytesIO(picture), 'id': name, 'captions': captions}
 
 
-def as_tfds(path, pictures):
+def as_tfds(path, pictures, test=()):
   tfds.disable_progress_bar()
-  Drawings.pictures = pictures
+  Drawings.splits = {'train': pictures} | ({'test': test} if test else {})
   builder = Drawings(data_dir=str(path), file_format='array_record')
   builder.download_and_prepare(
     download_config=tfds.download.DownloadConfig(try_download_gcs=False)

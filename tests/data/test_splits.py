@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion_jax.data import splits
 from diffusion_jax.data.sources.arrays import open_points
 from diffusion_jax.data.sources.tfds import open_source
 from diffusion_jax.data.splits import content_hashes, fingerprint, measured_on, spread
@@ -107,6 +108,55 @@ def test_pictures_on_both_sides_of_such_a_split_are_told(tmp_path):
   told = 'On the test split, of whose 4 pictures 3 are trained on, too.'
   assert measured_on(folder_sources(tmp_path, 4, 'x')[1]).sentence == told
   assert measured_on(labelled_sources(tmp_path, 4)[1]).sentence == told
+
+
+@pytest.fixture
+def opened_files(monkeypatch):
+  """Names of the files that hashes were read of."""
+  monkeypatch.setattr('diffusion_jax.data.sources.file_hashes._SETTLED', 0)
+  read, found = splits.content_hash, []
+  monkeypatch.setattr(
+    splits, 'content_hash', lambda file: found.append(os.path.basename(file.name)) or read(file)
+  )
+  return found
+
+
+def test_hashes_of_files_are_kept_while_nothing_of_them_changes(tmp_path, opened_files):
+  path, options = folder(tmp_path / 'a', 40), {'data_dir': str(tmp_path / 'kept')}
+  first = sides(path, **options)
+  assert len(opened_files) == 40
+  opened_files.clear()
+  assert sides(path, **options) == first and not opened_files
+  changed = [path / f'{i:03d}.png' for i in range(5)]
+  before = changed[0].stat()
+  data = bytearray(changed[0].read_bytes())
+  data[-1] ^= 1
+  changed[0].write_bytes(data)  # As long, and with the old time.
+  os.utime(changed[0], ns=(before.st_atime_ns, before.st_mtime_ns))
+  os.utime(changed[1], ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+  picture(changed[2], 99)
+  changed[3].rename(path / 'other.png')
+  changed[4].unlink()
+  shutil.copy(path / '030.png', path / '031.png')  # Another file's content.
+  after = sides(path, **options)
+  assert sorted(opened_files) == ['000.png', '001.png', '002.png', '031.png', 'other.png']
+  opened_files.clear()
+  assert sides(path, data_dir=str(tmp_path / 'elsewhere')) == after and len(opened_files) == 39
+  (kept,) = (tmp_path / 'kept' / 'indexes').iterdir()
+  for damage in (kept.read_bytes()[:-5], b'', b'no array', kept.read_bytes()[:-3000]):
+    kept.write_bytes(damage)
+    opened_files.clear()
+    assert sides(path, **options) == after and len(opened_files) == 39
+
+
+def test_files_that_have_just_changed_are_not_kept(tmp_path, opened_files, monkeypatch):
+  monkeypatch.undo()
+  path, kept = folder(tmp_path / 'a', 30), tmp_path / 'kept'
+  before = sides(path, data_dir=str(kept))
+  picture(path / '003.png', 99)
+  after = sides(path, data_dir=str(kept))
+  assert after == sides(path, data_dir=str(tmp_path / 'other')) and before
+  assert len(np.load(next(kept.rglob('*.npy')))) == 1
 
 
 @pytest.mark.parametrize('share', [-0.1, 1.0, float('nan')])

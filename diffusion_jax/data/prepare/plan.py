@@ -19,7 +19,7 @@ from diffusion_jax.data.prepare.shard import NOTE, Job, keep
 from diffusion_jax.data.sources import open_data
 from diffusion_jax.data.sources.pictures import PictureSource
 from diffusion_jax.data.sources.records import SUFFIX, Shard, shard_name, whole_shard
-from diffusion_jax.data.splits import APART, Measured, of_chosen, spread
+from diffusion_jax.data.splits import APART, Measured, of_chosen, of_own_splits, spread
 from diffusion_jax.errors import Unreadable, UserError
 from diffusion_jax.files import atomic_write, first_line, read_object
 from diffusion_jax.runs.lock import RunLock
@@ -66,7 +66,8 @@ class Plan(NamedTuple):
       return Measured('There is no test split: one by content is made when they are opened.')
     if test.entries is self.splits['train'].entries and test.measured != APART:
       return of_chosen(counts['test'], sum(counts.values()))
-    return test.measured
+    # What was not known when it was opened is found out by now.
+    return APART if test.measured == of_own_splits(len(test), None) else test.measured
 
 
 def make_plan(options: SourceOptions, size: int, data_dir: str) -> Plan:

@@ -68,6 +68,8 @@ class Entries(Sequence[Entry]):
   sizes: np.ndarray | None = None
   digests: np.ndarray | None = None
   labels: Sequence[str] | None = None
+  quick = 20_000
+  """Pictures whose content may be looked at whenever a source is opened."""
 
   def about(self, index: int) -> Entry:
     """Entry `index`, with an empty picture where a kind need not read it. Unreadable."""
@@ -105,8 +107,14 @@ class Entries(Sequence[Entry]):
 
   def hashes(self, numbers: np.ndarray) -> np.ndarray:
     """Digests of pictures as they were stored, uint8 [n DIGEST]: of length, start and end."""
-    if self.digests is not None:
-      return np.asarray(self.digests[numbers])
+    return self.read_hashes(numbers) if self.digests is None else np.asarray(self.digests[numbers])
+
+  def lengths(self) -> np.ndarray | None:
+    """Bytes of each picture, int64 [n], where they are known without reading any."""
+    return None
+
+  def read_hashes(self, numbers: np.ndarray) -> np.ndarray:
+    """As `hashes`, of the pictures as they are now."""
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
       found = pool.map(lambda i: self.hash(i)[:DIGEST], numbers.tolist())
       return np.frombuffer(b''.join(found), np.uint8).reshape(-1, DIGEST)
@@ -115,11 +123,31 @@ class Entries(Sequence[Entry]):
     """Hashes that change with these records, in order: their pictures, or some if none are kept,
     and the texts of some."""
     some = np.asarray(numbers)[spread(len(numbers), FILES if self.digests is None else RECORDS)]
-    known = self.hashes(some if self.digests is None else numbers)
+    known = self.read_hashes(some) if self.digests is None else self.hashes(numbers)
     return {
       'pictures': of_names([f'{len(numbers)}'], [known.tobytes()]),
       'captions': of_texts(map(self._texts, some.tolist())),
     }
+
+  def also_in(self, train: 'Entries') -> int | None:
+    """How many pictures have the content of one of others; None where more than `quick` would have
+    to be looked at."""
+    sides = train, self
+    lengths = [each.lengths() for each in sides]
+    chosen = [np.arange(len(each)) for each in sides]
+    if all(each is not None for each in lengths):
+      common = np.intersect1d(*lengths)
+      chosen = [np.flatnonzero(np.isin(each, common)) for each in lengths]
+    if all(each.digests is not None for each in sides):
+      found = [each.hashes(numbers) for each, numbers in zip(sides, chosen, strict=True)]
+    elif sum(map(len, chosen)) > min(each.quick for each in sides):
+      return None
+    else:
+      found = [each.read_hashes(numbers) for each, numbers in zip(sides, chosen, strict=True)]
+    known, own = ({row.tobytes() for row in rows} for rows in found)
+    unreadable = {name_hash(b'%d' % number)[:DIGEST] for number in chosen[1].tolist()}
+    same = (known & own) - unreadable
+    return sum(row.tobytes() in same for row in found[1])
 
   def _texts(self, index: int) -> list:
     """The name, captions, weights and label; none of a record that cannot be read."""

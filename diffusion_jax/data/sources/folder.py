@@ -26,9 +26,10 @@ from diffusion_jax.data.finding import (
   with_suffixes,
 )
 from diffusion_jax.data.sources.entries import Classes, Entries, Entry
+from diffusion_jax.data.sources.file_hashes import KeptHashes
 from diffusion_jax.data.sources.index import Names
 from diffusion_jax.data.sources.pictures import PictureSource
-from diffusion_jax.data.splits import file_hash, of_files, of_own_folders, of_texts
+from diffusion_jax.data.splits import file_hash, of_files, of_own_splits, of_texts, size_of
 from diffusion_jax.data.storage import is_remote
 from diffusion_jax.errors import UserError
 
@@ -129,12 +130,13 @@ def _train_and_test(
   sources: list[PictureSource], config: DataConfig, left: Left
 ) -> tuple[PictureSource, PictureSource]:
   """The two as they are, or a single one split by content."""
-  train, *others = sources
-  train.notes = left.notes(_root(config))
+  (train, *others), root = sources, _root(config)
+  train.notes = left.notes(root)
   if others:
     (test,) = others
-    test.measured = of_own_folders(train.entries.files, test.entries.files)
+    test.measured = of_own_splits(len(test), test.entries.also_in(train.entries))
     return train, test
+  train.entries.kept = KeptHashes(root.absolute(), config)
   return train.halves(config.test_fraction)
 
 
@@ -164,6 +166,7 @@ class Files(Entries):
     self.labels = None if labels is None else Classes.of(labels)
     self.where = f'the folder {folder}'
     self.captions = None if captions is None else Texts(captions)
+    self.kept: KeptHashes | None = None
 
   def __len__(self) -> int:
     return len(self.files)
@@ -182,6 +185,16 @@ class Files(Entries):
 
   def hash(self, index: int) -> bytes:
     return file_hash(self.files[index])
+
+  def hashes(self, numbers: np.ndarray) -> np.ndarray:
+    """Digests of pictures, uint8 [n DIGEST]; files that are as they were are not read again."""
+    if self.kept is None:
+      return self.read_hashes(numbers)
+    return self.kept(self.files, self.read_hashes)[numbers]
+
+  def lengths(self) -> np.ndarray:
+    """Bytes of each file; -1 of one that is gone."""
+    return np.fromiter(map(size_of, self.files), np.int64, len(self))
 
   def fingerprint(self, numbers: np.ndarray) -> dict[str, str]:
     captions = {} if self.captions is None else {

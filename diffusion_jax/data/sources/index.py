@@ -21,13 +21,17 @@ from diffusion_jax.files import atomic_write
 VERSION = 1
 
 
+def kept_in(config: DataConfig) -> Path:
+  """The folder of all that is kept."""
+  return Path(config.data_dir or default_data_dir()).expanduser() / 'indexes'
+
+
 class Index:
   """Columns by name; what cannot be kept is made at each start."""
 
   def __init__(self, kind: str, files: Sequence[File], config: DataConfig):
     stamp = hashlib.sha256(json.dumps([kind, VERSION, files]).encode()).hexdigest()[:32]
-    root = Path(config.data_dir or default_data_dir()).expanduser()
-    self.folder = root / 'indexes' / f'{kind}-{stamp}'
+    self.folder = kept_in(config) / f'{kind}-{stamp}'
     self._known: dict[str, np.ndarray] = {}
 
   def __getstate__(self) -> dict[str, Any]:

@@ -10,11 +10,13 @@ import numpy as np
 from diffusion_jax.config import DataConfig
 from diffusion_jax.data import storage
 from diffusion_jax.data.finding import TEST, TRAIN, Left
-from diffusion_jax.data.sources.entries import Classes, Described
+from diffusion_jax.data.sources.entries import Classes, Described, Entries
 from diffusion_jax.data.sources.index import Index
 from diffusion_jax.data.sources.pictures import PictureSource, train_and_test
 from diffusion_jax.data.storage import File
 
+_QUICK = 500
+"""As `Entries.quick`, of files far away."""
 _WORD = re.compile(r'[A-Za-z]+')
 
 
@@ -29,6 +31,8 @@ class Indexed(Described):
     self.files, self.left = list(files), Left()
     more = f' and {len(files) - 1:,} more' if len(files) > 1 else ''
     self.where = f'{files[0].path}{more}'
+    if storage.is_remote(files[0].path):
+      self.quick = _QUICK
     self.index = Index(type(self).__name__.lower(), self.files, config)
 
   def original_sizes(self, numbers: np.ndarray) -> np.ndarray:
@@ -38,6 +42,18 @@ class Indexed(Described):
   def hashes(self, numbers: np.ndarray) -> np.ndarray:
     """Digests of pictures as they were stored, uint8 [n DIGEST]: of length, start and end."""
     return np.asarray(self.index.column('hashes', self._hashes)[numbers])
+
+  def also_in(self, train: Entries) -> int | None:
+    """As of `Entries`; of other files it is kept."""
+    if not isinstance(train, Indexed):
+      return super().also_in(train)
+
+    def count() -> np.ndarray:
+      found = super(Indexed, self).also_in(train)
+      return np.array([-1 if found is None else found])
+
+    (found,) = self.index.column(f'also-in-{train.index.folder.name}', count)
+    return None if found < 0 else int(found)
 
   @property
   def labels(self) -> Classes | None:
@@ -54,7 +70,7 @@ class Indexed(Described):
     return super().original_sizes(np.arange(len(self)))
 
   def _hashes(self) -> np.ndarray:
-    return super().hashes(np.arange(len(self)))
+    return self.read_hashes(np.arange(len(self)))
 
   def _label_columns(self) -> dict[str, np.ndarray]:
     found = Classes.of(self.labels_of_all())

@@ -10,7 +10,7 @@ from diffusion_jax.config import DataConfig
 from diffusion_jax.data.decoding import Decoders, here
 from diffusion_jax.data.images import read_covering, read_middle, read_pixels
 from diffusion_jax.data.sources.entries import Entries, Entry
-from diffusion_jax.data.splits import APART, Measured, by_content
+from diffusion_jax.data.splits import APART, Measured, by_content, of_own_splits
 from diffusion_jax.errors import Unreadable, UserError
 
 
@@ -183,4 +183,6 @@ def train_and_test(
     return train.halves(config.test_fraction)
   test = others[0]
   test.measured = measured
+  if measured == APART:
+    test.measured = of_own_splits(len(test), test.entries.also_in(train.entries))
   return train, test

@@ -242,6 +242,19 @@ class Arrow(Tables):
     self.__dict__.update(state)
     self._map()
 
+  def lengths(self) -> np.ndarray | None:
+    """Bytes of each picture; None of tables that are damaged."""
+    compute, found = pyarrow(self.where).compute, []
+    try:
+      for batches in self._batches:
+        for batch in batches:
+          column = batch.column(self.layout.image)
+          column = column.field('bytes') if column.type.num_fields else column
+          found.append(compute.fill_null(compute.binary_length(column), 0).to_numpy())
+    except Exception:  # Of damaged files, which errors name when they are read.
+      return None
+    return np.concatenate(found).astype(np.int64)
+
   def _row(self, file: int, number: int, row: int, picture: bool) -> dict[str, Any]:
     batch, cells = self._batches[file][number], {}
     for name in self.layout.columns(picture):

@@ -66,6 +66,10 @@ class Tars(Indexed):
     self._names = Names(*(self._columns[name] for name in _NAMES))
     self.left = Left.of(json.loads(self._columns['left'].tobytes()))
 
+  def lengths(self) -> np.ndarray:
+    """Bytes of each picture."""
+    return self._columns['places'][:, 0, 1]
+
   def __len__(self) -> int:
     return len(self._columns['files'])
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.data.loader import Loader
+from diffusion_jax.data.splits import APART
 from diffusion_jax.data.transforms import build_transforms
 from diffusion_jax.data.unreadable import Counted, Damage, captions_of
 from diffusion_jax.errors import UserError
@@ -100,6 +101,36 @@ def test_bad_records_are_named_by_cause_and_replaced(pictures, tmp_path, kind):
   few = Loader(Counted(train, 0.1, Damage(), 'training records'), (), batch_size=len(mixed), seed=0)
   with pytest.raises(UserError, match=r'training records cannot be read, more than .* 0\.1'):
     next(few)
+
+
+def both_splits(kind, folder, train, test):
+  """data.dataset of a kind with splits of its own."""
+  if kind == 'tfds':
+    return kinds.as_tfds(folder, train, test)
+  if kind == 'records':
+    written = {split: kinds.as_shards(folder, part, split=split)
+               for split, part in (('train', train), ('test', test))}
+    kinds.write_header(folder, written)
+    return f'records:{folder}'
+  for split, part in (('train', train), ('test', test)):
+    KINDS[kind](folder / split, part)
+  return f'{kind}:{folder}'
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_pictures_on_both_sides_of_own_splits_are_told(pictures, tmp_path, monkeypatch, kind):
+  train = pictures[:20]
+  test = [*pictures[20:30], ('0same', pictures[3][1], ['x']), ('1same', pictures[4][1], ['y'])]
+  apart = both_splits(kind, tmp_path / 'apart', train, test[:10])
+  assert kinds.opened(apart)[1].measured == APART
+  dataset = both_splits(kind, tmp_path / 'data', train, test)
+  told = 'On the test split, of whose 12 pictures 2 are trained on, too.'
+  assert kinds.opened(dataset)[1].measured.sentence == told
+  monkeypatch.setattr('diffusion_jax.data.sources.entries.Entries.quick', 1)
+  monkeypatch.setenv('DIFFUSION_JAX_DATA', str(tmp_path / 'new'))
+  said = kinds.opened(dataset)[1].measured
+  assert said.sentence == told if kind == 'records' else 'prepare --source does' in said.sentence
+  assert not said.trained_on
 
 
 @pytest.mark.parametrize('kind', KINDS)
