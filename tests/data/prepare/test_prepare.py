@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import numpy as np
@@ -78,7 +79,10 @@ def test_openmoji_as_records_is_the_same_stream(small_data, sources, tmp_path, c
 
 @pytest.mark.slow
 def test_killed_at_any_moment_the_next_writes_the_same_bytes(tmp_path, capsys):
-  source = many(tmp_path / 'pictures', 60)
+  many(tmp_path / 'pictures', 60)
+  with tarfile.open(tmp_path / 'pictures.tar', 'w') as tar:  # Which is indexed, too.
+    tar.add(tmp_path / 'pictures', 'pictures')
+  source = f'tar:{tmp_path / "pictures.tar"}'
   options = ('--caption', '{name}', '--shards', '12')
   one, two = tmp_path / '1' / 'set', tmp_path / '2' / 'set'
   assert prepare(source, one, *options, '--workers', '1') == 0

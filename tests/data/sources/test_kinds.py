@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
+from diffusion_jax.__main__ import main
 from diffusion_jax.data.loader import Loader
 from diffusion_jax.data.splits import APART
 from diffusion_jax.data.transforms import build_transforms
@@ -60,6 +61,22 @@ def test_the_same_examples(written, pictures, kind, size):
   print_ = ours[0].fingerprint()
   assert print_ == kinds.opened(written[kind], size, test_fraction=0.3)[0].fingerprint()
   assert print_ != ours[1].fingerprint()
+
+
+@pytest.mark.parametrize('kind', [kind for kind in KINDS if kind != 'records'])
+def test_prepared_it_is_the_same_stream(written, tmp_path, kind):
+  out, options = tmp_path / 'set', {'test_fraction': 0.3}
+  assert main(['prepare', '--source', written[kind], '--out', str(out), '--workers', '1',
+               '--test_fraction', '0.3', '--shards', '3']) == 0
+  both = [kinds.opened(each, **options) for each in (f'records:{out}', written[kind])]
+  ours, theirs = (test.measured.sentence for _, test in both)
+  assert ours.startswith(theirs)  # Pictures that look alike may be said, too.
+  for found, expected in zip(*both, strict=True):
+    assert len(found) == len(expected)
+    np.testing.assert_array_equal(found.hashes(), expected.hashes())
+    for a, b in zip(stream(found, 3), stream(expected, 3), strict=True):
+      assert a['id'] == b['id'] and a['caption'] == b['caption']
+      np.testing.assert_array_equal(a['image'], b['image'])
 
 
 def bad(pictures):
