@@ -14,7 +14,7 @@ from diffusion_jax.data.buckets import Bucketed, group_of, spares_of
 from diffusion_jax.data.cache import identity
 from diffusion_jax.data.cache.encoding import Latents
 from diffusion_jax.data.cache.rows import Parts, Rows
-from diffusion_jax.data.unreadable import same_kind
+from diffusion_jax.data.unreadable import about, same_kind
 
 
 class SpareLatents(Latents):
@@ -69,7 +69,7 @@ class Spares(Sequence):
 
   def about(self, index: SupportsIndex) -> dict[str, Any]:
     """A record, perhaps without its picture. Unreadable."""
-    return identity.about(self._source, int(self.numbers[index]))
+    return about(self._source, int(self.numbers[index]))
 
   def _hashes(self, records: np.ndarray) -> np.ndarray:
     """Digests of pictures and the sizes that they are cut to, uint8 [m 16]."""

@@ -32,6 +32,11 @@ class KeptHashes:
     self.path = kept_in(config) / f'files-{name}.npy'
     self._found: np.ndarray | None = None
 
+  @property
+  def known(self) -> bool:
+    """Whether those of all files have been given."""
+    return self._found is not None
+
   def __call__(
     self, files: Sequence[Path], read: Callable[[np.ndarray], np.ndarray]
   ) -> np.ndarray:

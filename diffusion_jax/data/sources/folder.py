@@ -188,7 +188,7 @@ class Files(Entries):
 
   def hashes(self, numbers: np.ndarray) -> np.ndarray:
     """Digests of pictures, uint8 [n DIGEST]; files that are as they were are not read again."""
-    if self.kept is None:
+    if self.kept is None or not (self.kept.known or len(numbers) == len(self)):
       return self.read_hashes(numbers)
     return self.kept(self.files, self.read_hashes)[numbers]
 
