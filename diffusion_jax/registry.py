@@ -33,6 +33,7 @@ TASKS = Table('task', {
   'diffusion': 'diffusion_jax.train.tasks.diffusion:DiffusionTask',
   'image_tokens': 'diffusion_jax.train.tasks.image_tokens:ImageTokensTask',
   'finetune': 'diffusion_jax.train.tasks.finetune:FinetuneTask',
+  'distillation': 'diffusion_jax.train.tasks.distillation:DistillationTask',
   'sequences': 'diffusion_jax.train.tasks.sequences:SequenceTask',
   't5': 'diffusion_jax.train.tasks.t5:T5Task',
   'toy': 'diffusion_jax.train.tasks.toy:ToyTask',

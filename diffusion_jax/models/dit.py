@@ -31,6 +31,8 @@ from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.types import Condition, Latents, Timesteps
 
 zeros = nnx.initializers.zeros_init()
+INTERVAL = 'interval'
+"""The field of a condition, among its `more`, with the time until the next step [b]."""
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
@@ -83,6 +85,8 @@ def unpatch(x: jax.Array, grid: tuple[int, int], patch: int) -> jax.Array:
 
 
 SINUSOIDS = 256
+INTERVAL_SCALE = 1000.0
+"""Intervals are embedded as timesteps of a thousand are."""
 Positions = Literal['sincos', 'learned', 'rotary']
 """Fixed sinusoids, or a table that is learned, are added to patches; or their queries and keys are
 turned (`models.rotary`)."""
@@ -140,7 +144,7 @@ class TransformerConfig(NetworkConfig):
     return self.patch_size**2 * (self.out_channels or self.in_channels)
 
 
-OPTIONS = ('cross_attention_dim', 'positions', 'qk_norm', 'long_skips')
+OPTIONS = ('cross_attention_dim', 'positions', 'qk_norm', 'long_skips', 'interval')
 """Keys of DiTConfig that diffusers does not have."""
 
 
@@ -153,6 +157,8 @@ class DiTConfig(TransformerConfig):
   one embedding of time and label for all blocks, as in the paper; diffusers keeps a copy in every
   block. `cross_attention_dim`: the width of the text, None for a network without. `long_skips`:
   blocks of the second half see the results of those of the first, in reverse, as a U-Net's do.
+  `interval`: it is told how far it is to go, too, and gives the mean velocity on the way (Geng et
+  al. 2025); told nothing, that is no way at all.
   """
 
   out_channels: Width | None = 8
@@ -164,6 +170,7 @@ class DiTConfig(TransformerConfig):
   positions: Positions = 'sincos'
   qk_norm: Literal['rms_norm'] | None = None
   long_skips: bool = False
+  interval: bool = False
 
   def check(self) -> None:
     super().check()
@@ -191,7 +198,10 @@ class DiTConfig(TransformerConfig):
 
 
 class TimeAndLabel(nnx.Module):
-  """t [b], labels [b] where there are classes -> the condition [b c]."""
+  """t [b], labels [b] where there are classes, interval [b] in [0, 1] -> the condition [b c].
+
+  An untrained interval adds nothing, so that a network which is given one begins as it was.
+  """
 
   def __init__(self, config: DiTConfig, **kw):
     self.timestep_embedder = TimestepEmbedding(SINUSOIDS, config.features, **kw)
@@ -201,8 +211,17 @@ class TimeAndLabel(nnx.Module):
       embedding_table=embed(classes + 1, config.features, init, **kw)
     )
 
-  def __call__(self, t: jax.Array, labels: jax.Array | None) -> jax.Array:
+    self.interval_embedder = None if not config.interval else TimestepEmbedding(
+      SINUSOIDS, config.features, out_init=zeros, **kw
+    )
+
+  def __call__(
+    self, t: jax.Array, labels: jax.Array | None, interval: jax.Array | None = None
+  ) -> jax.Array:
     time = self.timestep_embedder(timestep_embedding(t, SINUSOIDS, freq_shift=1.0))
+    if self.interval_embedder is not None:
+      way = jnp.zeros_like(t) if interval is None else INTERVAL_SCALE * interval
+      time = time + self.interval_embedder(timestep_embedding(way, SINUSOIDS, freq_shift=1.0))
     return time if self.class_embedder is None else time + self.class_embedder(labels)
 
 
@@ -334,11 +353,12 @@ class DiT(Denoiser):
     grid = x.shape[1] // p, x.shape[2] // p
     x, rotary = self.pos_embed(x), self.config.rotary(*grid)
     text = None if given.text is None else masked(given.text, given.mask)
-    first = condition = self.transformer_blocks[0].norm1.emb(t, given.labels)
+    interval = (given.more or {}).get(INTERVAL)
+    first = condition = self.transformer_blocks[0].norm1.emb(t, given.labels, interval)
     results = []
     for n, block in enumerate(self.transformer_blocks):
       if block.norm1.emb is not None:
-        condition = block.norm1.emb(t, given.labels)
+        condition = block.norm1.emb(t, given.labels, interval)
       # Block n takes the result of the one that is as far from the end as it is from the start.
       skip = None if block.skip_linear is None else results[self.config.num_layers - 1 - n]
       x = self.run(block, x, condition, text, rotary, skip)

@@ -249,10 +249,11 @@ class TimestepEmbedding(nnx.Module):
   """
 
   def __init__(
-    self, in_features: int, out_features: int, *, more_features: int | None = None, **kw
+    self, in_features: int, out_features: int, *, more_features: int | None = None,
+    out_init=kernel_init, **kw,
   ):
     self.linear_1 = linear(in_features, out_features, **kw)
-    self.linear_2 = linear(out_features, out_features, **kw)
+    self.linear_2 = linear(out_features, out_features, init=out_init, **kw)
     self.cond_proj = None if more_features is None else linear(
       more_features, in_features, use_bias=False, **kw
     )

@@ -1,4 +1,4 @@
-"""The guidance that a distilled denoiser imitates, as Flux.1 dev and consistency models do."""
+"""What a distilled denoiser is told: the guidance that it imitates, the way that it is to go."""
 
 import dataclasses
 import math
@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.config import typed
+from diffusion_jax.diffusion.denoiser import TextDenoiser
+from diffusion_jax.diffusion.samplers import Grid, info
 from diffusion_jax.limits import Range
+from diffusion_jax.models.dit import INTERVAL
 from diffusion_jax.pipelines.conditioners import Conditioner
 
 Scale = Annotated[float, Range(-math.inf, math.inf, above=True, below=True, text='a finite scale')]
@@ -38,3 +41,23 @@ class DistilledGuidance(Conditioner):
 
   def of_size(self, count, height, width):
     return {'guidance': jnp.full(count, self.scale, jnp.float32)}
+
+
+def told_interval(denoise: TextDenoiser, sampler: str, grid: Grid) -> TextDenoiser:
+  """Return a denoiser of mean velocities (Geng et al. 2025, algorithm 2), told how far a step goes.
+
+  That is of samplers which go straight from each level of the grid to the next. Those that ask at
+  several levels for one step are given the velocity at each, so the way 0.
+  """
+  about = info(sampler)
+  if about.order != 1 or about.stochastic:
+    return denoise
+
+  def told(x, alpha, sigma, condition):
+    here = (grid[0] == alpha) & (grid[1] == sigma)
+    index = jnp.argmax(here)
+    way = jnp.where(here.any(), grid[1][index] - grid[1][index + 1], 0)
+    more = {**(condition.more or {}), INTERVAL: jnp.full(len(x), way)}
+    return denoise(x, alpha, sigma, condition._replace(more=more))
+
+  return told

@@ -42,6 +42,7 @@ from diffusion_jax.pipelines.conditioners import (
   Request,
   Spec,
 )
+from diffusion_jax.pipelines.distilled import told_interval
 from diffusion_jax.pipelines.generator import Generator
 from diffusion_jax.pipelines.image_conditioners import CONTROLNET, Editing, Inputs
 from diffusion_jax.pipelines.known import PAINTED, free_places, pasted, projection
@@ -293,6 +294,8 @@ class Diffusion(Generator):
     variance = self.learned_variance and program.sampler == 'ddpm'
     label = self.noise.label_as(program.timesteps, numbers.grid)
     denoise = self.denoise(weights, variance, label)
+    if getattr(self.denoiser.config, 'interval', False):
+      denoise = told_interval(denoise, program.sampler, numbers.grid)
     others = self._others(weights, condition, program, numbers, label)
     guided = program.guide(denoise, condition, negative, numbers, self.parameterization, others)
     if project is not None:

@@ -377,6 +377,14 @@ class DiffusionTask(Task):
     encoded = self.encode(weights, batch, key_encode)
     x0, weight = space.sample(encoded.moments, key_z), encoded.weight
     x0 = constrain(x0, 'image') if x0.ndim == 4 else x0
+    losses = self.losses_of(weights, x0, encoded, key_drop, key, carry)
+    return losses if weight is None else losses._replace(loss=losses.loss * weight)
+
+  def losses_of(
+    self, weights: Weights, x0: jax.Array, encoded: Encoded, key_drop: jax.Array | None,
+    key: jax.Array, carry: Carry,
+  ) -> Losses:
+    """Return the losses of z x0 [b ...] by the objective; keys for dropout, and for noise."""
     condition = self.condition(
       encoded.conditions, self.nulls(weights), key_drop, x0.shape, encoded.dropout
     )
@@ -384,10 +392,9 @@ class DiffusionTask(Task):
     # Without a loss of its own a variance that published networks predict, too, is left out.
     extra = self.model.learned_variance and not self.config.objective.learned_variance
     kept = (lambda y: y[..., : x0.shape[-1]]) if extra else (lambda y: y)
-    losses = self.objective.losses(
+    return self.objective.losses(
       lambda x, t: kept(network(x, t, condition)), x0, key, LossHistory(**carry) if carry else None
     )
-    return losses if weight is None else losses._replace(loss=losses.loss * weight)
 
   def loss(self, params, frozen, carry, batch, key, step) -> tuple[jax.Array, tuple]:
     """The loss, with metrics of the error by noise level."""

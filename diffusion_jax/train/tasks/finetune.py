@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -173,6 +173,7 @@ class FinetuneTask(DiffusionTask):
   Config = FinetuneTaskConfig
   upgrade_settings = staticmethod(upgrade_settings)
   name, title = 'finetune', 'Fine-tuned text-to-image model'
+  trained: ClassVar[Mapping[str, type[Trainable]]] = TRAINED
 
   @classmethod
   def check_data(cls, config: TrainingConfig) -> None:
@@ -221,7 +222,7 @@ class FinetuneTask(DiffusionTask):
     if settings.distilled_guidance is not None:
       told = DistilledGuidance(settings.distilled_guidance)
       model = model.with_conditioner(told.name, told)
-    trainable = TRAINED[settings.train](settings, parts[DENOISER])
+    trainable = cls.trained[settings.train](settings, parts[DENOISER])
     trainable = with_texts(trainable, settings, model, parts)
     model = trainable.adapted(with_image_input(model, settings.inputs))
     # What is not trained is kept as it is computed with.
