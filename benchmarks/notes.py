@@ -109,6 +109,24 @@ SYSTEMS = {
     9, 'A transformer on signals', 'notes/sequences.py', 'none: the spectrum is known',
     pictures=False,
   ),
+  'lcm': System(
+    10, 'Consistency distillation, 4 steps', 'notes/lcm.py',
+    'CIFAR-10 FID 2.93 in two steps (Song et al. 2023, table 1)',
+  ),
+  'progressive': System(
+    10, 'Progressive distillation, 4 steps', 'notes/progressive.py',
+    'CIFAR-10 FID 3.00 in four steps (Salimans & Ho 2022, table 2)',
+  ),
+  'progressive2': System(
+    10, 'the same, 2 steps', 'notes/progressive2.py', 'FID 4.51', before=('progressive',)
+  ),
+  'progressive1': System(
+    10, 'the same, 1 step', 'notes/progressive1.py', 'FID 9.12', before=('progressive2',)
+  ),
+  'mean_flow': System(
+    10, 'Mean flow, 1 step', 'notes/mean_flow.py',
+    'ImageNet 256 FID 3.43 (Geng et al. 2025, table 2)', before=('latent_diffusion',),
+  ),
 }
 
 

@@ -2,12 +2,10 @@
 
 Two steps of the teacher end where one of the student must: the target is the x_0 whose single step
 of DDIM leads there, weighted by the truncated signal-to-noise ratio, max(alpha^2 / sigma^2, 1).
-The first round takes the package's model, guided by 2, from 8 steps to 4; each later one takes the round
-before it as its teacher:
+The first round takes the package's model, guided by 2, from 8 steps to 4; each later one takes the
+round before it as its teacher:
 
-  python -m diffusion_jax train --config configs/notes/progressive.py --workdir runs/notes/progressive
-  python -m diffusion_jax train --config configs/notes/progressive2.py --workdir runs/notes/progressive2
-  python -m diffusion_jax train --config configs/notes/progressive1.py --workdir runs/notes/progressive1
+  python -m benchmarks.notes run progressive progressive2 progressive1
 
 The paper: CIFAR-10 FID 3.00 in four steps, 4.51 in two, 9.12 in one (table 2).
 """
