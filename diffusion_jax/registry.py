@@ -31,10 +31,11 @@ TASKS = Table('task', {
   'classifier': 'diffusion_jax.train.tasks.classifier:ClassifierTask',
   'clip': 'diffusion_jax.train.tasks.clip:CLIPTask',
   'diffusion': 'diffusion_jax.train.tasks.diffusion:DiffusionTask',
-  'image_tokens': 'diffusion_jax.train.tasks.image_tokens:ImageTokensTask',
   'finetune': 'diffusion_jax.train.tasks.finetune:FinetuneTask',
   'distillation': 'diffusion_jax.train.tasks.distillation:DistillationTask',
+  'image_tokens': 'diffusion_jax.train.tasks.image_tokens:ImageTokensTask',
   'sequences': 'diffusion_jax.train.tasks.sequences:SequenceTask',
+  'prior': 'diffusion_jax.train.tasks.prior:PriorTask',
   't5': 'diffusion_jax.train.tasks.t5:T5Task',
   'toy': 'diffusion_jax.train.tasks.toy:ToyTask',
   'vae': 'diffusion_jax.train.tasks.vae:VAETask',
@@ -81,6 +82,7 @@ MODELS = Table('kind of model', {
   'TextToImage': 'diffusion_jax.pipelines.directory:read_model',
   'Cascade': 'diffusion_jax.pipelines.directory:read_model',
   'ImageTokens': 'diffusion_jax.pipelines.image_tokens:read',
+  'UnCLIP': 'diffusion_jax.pipelines.unclip:read',
   'AutoencoderKL': 'diffusion_jax.pipelines.vae:read',
 })
 """Functions (path, dtype) -> (`pipelines.generator.Generator`, parts, sample settings), by the
@@ -89,6 +91,7 @@ class in a directory's model_index.json or config.json; other pipelines are read
 SPACES = Table('space', {
   'latents': 'diffusion_jax.pipelines.spaces:LatentSpace',
   'pixels': 'diffusion_jax.pipelines.spaces:PixelSpace',
+  'embeddings': 'diffusion_jax.pipelines.embeddings:EmbeddingSpace',
   'vectors': 'diffusion_jax.pipelines.spaces:VectorSpace',
   'sequences': 'diffusion_jax.pipelines.sequences:SequenceSpace',
 })

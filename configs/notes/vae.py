@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
       'latent_channels': 64, 'block_out_channels': (32, 64, 64, 128, 128, 128),
       'layers_per_block': 1, 'norm_num_groups': 8, 'mid_block_add_attention': False,
     },
-    'bottleneck': {'weight': 64 / 3072, 'warmup_steps': 500, 'initial_logvar': -2.0},
+    'bottleneck': {'weight': 64 / 3072, 'warmup_steps': 300, 'initial_logvar': -2.0},
     'reconstruction': 'gaussian',
   })
   return config

@@ -71,6 +71,8 @@ class AdapterOptions:
       add_worse,
     )
 
+    if (given := self.named()) and not hasattr(model, 'conditioners'):
+      raise UserError(f'--{next(iter(given))} is for models of diffusion; leave it out.')
     for text in self.lora:
       path, _, scale = text.rpartition(':')
       try:

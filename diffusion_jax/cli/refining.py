@@ -37,6 +37,7 @@ class RefinerOptions:
       return config, None
     from diffusion_jax.pipelines.directory import read_model
 
+    require(hasattr(model, 'space'), '--refiner is for models of diffusion; leave it out.')
     other, parts, sample = read_model(self.refiner)
     if other.text is None:
       raise UserError(f'--refiner {self.refiner} reads no prompts; leave it out.')

@@ -7,7 +7,6 @@ PriorTransformer.
 """
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +38,6 @@ class PriorTransformerConfig(NetworkConfig):
   embedding_dim: Width = 768
   num_embeddings: Width = 77
   embedding_proj_dim: Width | None = None
-  factor: ClassVar = 1
 
   def check(self) -> None:
     self.check_blocks(self.num_layers)

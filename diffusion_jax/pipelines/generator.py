@@ -5,6 +5,7 @@ the config.json of one network alone.
 """
 
 import abc
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -73,6 +74,18 @@ class Generator(abc.ABC):
   def on_mesh(self, weights: Weights, mesh: Mesh) -> Weights:
     """Put host arrays onto their shards."""
     return {role: put_params(params, mesh) for role, params in weights.items()}
+
+
+class NumbersOnly:
+  """Base of settings that are numbers, with what `sample` asks of the settings of all models."""
+
+  binning: ClassVar[str] = 'none'
+  prompt_syntax: ClassVar[str] = 'plain'
+  steps: ClassVar[int] = 1
+
+  def in_force(self) -> dict[str, str]:
+    """Return name -> value, for a picture's metadata."""
+    return {name: f'{value:g}' for name, value in dataclasses.asdict(self).items()}
 
 
 class OfOneSize(Generator):

@@ -28,6 +28,7 @@ CONTROLNET, IMAGE_ENCODER = 'controlnet', 'image_encoder'
 OPTIONS = {
   'images': '--image', 'masks': '--mask', 'control': '--control', 'depth': '--depth',
   'small': '--small', 'reference': '--reference',
+  'embedding': '--reference',
 }
 """The images among `Inputs`, and how the command `sample` is given them."""
 STRENGTH = 0.8
@@ -57,6 +58,7 @@ class Inputs:
   small: uint8 [n h w 3], to enlarge, at the size of z, with noise_level in [0, 350].
   latents: float32 [n h w c], z as another model has left it at `denoising_start`, to go on from.
   reference: uint8 [n s s 3], to vary, at the size of the model's image encoder.
+  embedding: float32 [n p], the encoder's of a reference, in its place.
   small_noise: float32 [n h w 3], what the small image is noised with; None: noise of the seed.
   """
 
@@ -70,6 +72,7 @@ class Inputs:
   noise_level: int = 20
   small_noise: np.ndarray | None = None
   reference: np.ndarray | None = None
+  embedding: np.ndarray | None = None
   latents: np.ndarray | None = None
   feather: int | None = None
   low_pass: int = 0
@@ -135,6 +138,8 @@ class Inputs:
     """Return columns [n ...] for the compiled program; UserError where they do not fit the model.
     """
     needs = model.inputs(height, width)
+    if self.embedding is not None and needs.pop('reference', None):
+      needs['embedding'] = (self.embedding.shape[1:], np.float32)
     painted = self.holds(needs) and self.masks is not None and self.masks.all()
     if painted and self.fraction(model) == 1:
       # Nothing is known: the very program without a picture, to the bit.
@@ -283,6 +288,8 @@ class ImageEncoder(Guided):
 
   def encode(self, weights, rows):
     """'reference' uint8 [b s s 3] -> float32 'text' [b 1 d]."""
+    if 'embedding' in rows:
+      return {'text': rows['embedding'][:, None]}
     return self._embed(weights, rows['reference'] / jnp.float32(255))
 
   def of_batch(self, weights, batch, key=None):

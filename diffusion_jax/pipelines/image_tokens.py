@@ -29,7 +29,7 @@ from diffusion_jax.models.text.clip import unit
 from diffusion_jax.models.text.tokenizer import Tokenize, load_tokenizer
 from diffusion_jax.models.token_transformer import Filter, sample_tokens
 from diffusion_jax.parallel.mesh import in_batches, whole_batch
-from diffusion_jax.pipelines.generator import CLASS, OfOneSize
+from diffusion_jax.pipelines.generator import CLASS, NumbersOnly, OfOneSize
 from diffusion_jax.pipelines.options import FINITE, TokenOptions
 from diffusion_jax.types import Images, Params, Weights
 
@@ -39,18 +39,10 @@ TRANSFORMER, AUTOENCODER, CLIP = 'transformer', 'autoencoder', 'clip'
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenSampleConfig(TokenOptions):
+class TokenSampleConfig(TokenOptions, NumbersOnly):
   """How tokens are drawn; guidance: classifier-free, on logits; 1 is none."""
 
   guidance: Annotated[float, FINITE] = 1.0
-  # Of all kinds of models, and without effect here.
-  binning: ClassVar[str] = 'none'
-  prompt_syntax: ClassVar[str] = 'plain'
-  steps: ClassVar[int] = 1
-
-  def in_force(self) -> dict[str, str]:
-    """Return name -> value, for a picture's metadata."""
-    return {name: f'{value:g}' for name, value in dataclasses.asdict(self).items()}
 
 
 class Numbers(NamedTuple):
@@ -86,9 +78,7 @@ class ImageTokens(OfOneSize):
     return config.rows * factor, config.columns * factor
 
   def check_config(self, config: TokenSampleConfig) -> None:
-    typed(type(self).Sample, dataclasses.asdict(config), '')
-
-  Sample: ClassVar = TokenSampleConfig
+    typed(TokenSampleConfig, dataclasses.asdict(config), '')
 
   def check_prompts(self, prompts, syntax=''):
     dataclasses.replace(self.tokenize, on_long='error').batch(prompts)

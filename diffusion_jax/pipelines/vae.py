@@ -20,24 +20,16 @@ from diffusion_jax.formats.networks import CONFIG, Part, read_part, resolve
 from diffusion_jax.limits import Range, check_seed
 from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import in_batches, whole_batch
-from diffusion_jax.pipelines.generator import OfOneSize
+from diffusion_jax.pipelines.generator import NumbersOnly, OfOneSize
 from diffusion_jax.pipelines.spaces import AUTOENCODER
 from diffusion_jax.types import Images, Weights
 
 
 @dataclasses.dataclass(frozen=True)
-class VAESampleConfig:
+class VAESampleConfig(NumbersOnly):
   """temperature: standard deviation of z; 1 is the prior, less draws what is more usual."""
 
   temperature: Annotated[float, Range(0, 1e3)] = 1.0
-  # Of all kinds of models, and without effect here.
-  binning: ClassVar[str] = 'none'
-  prompt_syntax: ClassVar[str] = 'plain'
-  steps: ClassVar[int] = 1
-
-  def in_force(self) -> dict[str, str]:
-    """Return name -> value, for a picture's metadata."""
-    return {'temperature': f'{self.temperature:g}'}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,7 +40,6 @@ class VAE(OfOneSize):
   size: tuple[int, int]
   drawn_by: ClassVar = AUTOENCODER
   likelihood: ClassVar = 'elbo'
-  Sample: ClassVar = VAESampleConfig
 
   @property
   def networks(self) -> Mapping[str, Network]:

@@ -83,6 +83,8 @@ def test_evaluate_opens_the_directory(run, command, tmp_path):
 @pytest.mark.parametrize(('arguments', 'said'), [
   (('--steps', 3), 'steps does nothing'), (('--image', 'x.png'), 'takes no pictures'),
   (('--size', '64'), 'draws 32x32 alone'), (('--negative', 'x'), 'no negative prompt'),
+  (('--lora', 'x'), 'lora is for models of diffusion'),
+  (('--refiner', 'x'), 'refiner is for models of diffusion'),
   (('--temperature', 0), 'temperature is 0'), (('--prompt', 'x ' * 99), 'fit; shorten it'),
 ])
 def test_what_has_no_effect_is_said(run, fails, tmp_path, arguments, said):

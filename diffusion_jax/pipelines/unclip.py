@@ -1,0 +1,133 @@
+"""DALL-E 2 (Ramesh et al. 2022): a prior draws the embedding of a picture, a decoder the picture.
+
+Both are diffusion models. A directory has them as folders of their own, so that the decoder alone
+varies a given picture (section 3.1).
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_jax.errors import require
+from diffusion_jax.files import INDEX, inside, reading
+from diffusion_jax.formats.networks import Part, resolve
+from diffusion_jax.formats.pipeline import own_path
+from diffusion_jax.formats.tensors import read_json, write_json
+from diffusion_jax.models.network import prefixed, under
+from diffusion_jax.pipelines.directory import read_model
+from diffusion_jax.pipelines.embeddings import EmbeddingSpace
+from diffusion_jax.pipelines.generator import CLASS, OfOneSize
+from diffusion_jax.pipelines.image_conditioners import ImageEncoder, Inputs
+from diffusion_jax.pipelines.model import DENOISER, Diffusion
+from diffusion_jax.pipelines.sampling import SampleConfig
+
+KIND = 'UnCLIP'
+PRIOR, DECODER = 'prior', 'decoder'
+"""The folders, and what stands before the roles of their networks."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class UnCLIP(OfOneSize):
+  """Prompts -> embeddings, as the settings of sampling say -> images, as `decoding` says."""
+
+  prior: Diffusion
+  decoder: Diffusion
+  decoding: SampleConfig
+  drawn_by: ClassVar = f'{PRIOR}.{DENOISER}'
+
+  def __post_init__(self):
+    space = self.prior.space
+    require(
+      isinstance(space, EmbeddingSpace),
+      'the prior draws no embeddings; give one whose space is embeddings.',
+    )
+    readers = [c for c in self.decoder.conditioners.values() if isinstance(c, ImageEncoder)]
+    require(
+      bool(readers) and readers[0].width == space.channels,
+      f'the prior draws embeddings of {space.channels} numbers, which the decoder does not read; '
+      'give one that was trained on those of the same CLIP.',
+    )
+
+  @property
+  def networks(self):
+    return {**prefixed(PRIOR, self.prior.networks), **prefixed(DECODER, self.decoder.networks)}
+
+  @property
+  def text(self):
+    return self.prior.text
+
+  @property
+  def trained_size(self):
+    return self.decoder.trained_size
+
+  def check_config(self, config):
+    self.prior.check_config(config)
+
+  def check_sampling(self, config, negative=''):
+    self.prior.check_sampling(config, negative)
+
+  def check_prompts(self, prompts, syntax='plain'):
+    self.prior.check_prompts(prompts, syntax)
+
+  def rows(self, prompts, *arguments, **how):
+    return self.prior.rows(prompts, *arguments, **how)
+
+  def prompt(self, record):
+    return self.prior.prompt(record)
+
+  def embeddings(
+    self, weights: Mapping[str, Any], prompts: Sequence[str], config: SampleConfig, **how
+  ) -> np.ndarray:
+    """Draw embeddings of pictures, float32 [n p]; `how` as of `Diffusion.sample`."""
+    return np.concatenate(list(self.prior.sample(under(PRIOR, weights), prompts, config, **how)))
+
+  def decode(self, weights: Mapping[str, Any], embeddings: np.ndarray, **how):
+    """Yield images of embeddings [n p], float32 [b h w 3]; `how` as of `Diffusion.sample`."""
+    prompts, inputs = [''] * len(embeddings), Inputs(embedding=embeddings)
+    yield from self.decoder.sample(
+      under(DECODER, weights), prompts, self.decoding, inputs=inputs, **how
+    )
+
+  def sample(
+    self, weights, prompts, config, *, negative='', inputs=None, height=None, width=None, **how
+  ):
+    """Yield images, float32 [b h w 3] in [-1, 1], batch after batch."""
+    self.drawn_size(height, width)
+    found = self.embeddings(weights, prompts, config, negative=negative, **how)
+    yield from self.decode(weights, found, **how)
+
+
+def interpolated(first: np.ndarray, last: np.ndarray, count: int) -> np.ndarray:
+  """Return `count` embeddings [count p] from one [p] to another, on the arc between their
+  directions (Ramesh et al. 2022, section 3.2), with lengths in between."""
+  lengths = np.linalg.norm(first), np.linalg.norm(last)
+  a, b = first / lengths[0], last / lengths[1]
+  angle = np.arccos(np.clip(a @ b, -1, 1))
+  way = np.linspace(0, 1, count)[:, None]
+  if angle < 1e-4:
+    directions = a + way * (b - a)
+  else:
+    directions = (np.sin((1 - way) * angle) * a + np.sin(way * angle) * b) / np.sin(angle)
+  return (directions * (lengths[0] + way * (lengths[1] - lengths[0]))).astype(np.float32)
+
+
+def read(path: str, dtype=jnp.float32) -> tuple[UnCLIP, dict[str, Part], SampleConfig]:
+  """As `pipelines.generator.read_generator`, of a directory with a prior and a decoder."""
+  directory = resolve(path)
+  where = directory / INDEX
+  index = read_json(inside(where, directory))
+  with reading(where, 'describes no model', 'export it again'):
+    folders = {name: own_path(str(index[name]), directory) for name in (PRIOR, DECODER)}
+  prior, parts, sample = read_model(folders[PRIOR], dtype)
+  decoder, others, decoding = read_model(folders[DECODER], dtype)
+  model = UnCLIP(prior, decoder, decoding)
+  return model, {**prefixed(PRIOR, parts), **prefixed(DECODER, others)}, sample
+
+
+def save_index(directory: Path, decoder: str) -> None:
+  """Write the index of a directory whose prior is there; decoder: its folder, or 'asset:NAME'."""
+  write_json(directory / INDEX, {CLASS: KIND, PRIOR: PRIOR, DECODER: decoder})

@@ -1,0 +1,125 @@
+"""DALL-E 2: a prior is trained for a decoder; both are one directory, drawn from and scored."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from diffusion_jax.diffusion.noise import ScheduleConfig
+from diffusion_jax.diffusion.parameterization import Parameterization
+from diffusion_jax.errors import UserError
+from diffusion_jax.models.unet import UNetConfig
+from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from diffusion_jax.pipelines.assembly import assemble
+from diffusion_jax.pipelines.directory import load_model, save_model
+from diffusion_jax.pipelines.generator import read_generator
+from diffusion_jax.pipelines.image_conditioners import Inputs
+from diffusion_jax.pipelines.sampling import SampleConfig
+from diffusion_jax.pipelines.spaces import PixelSpace
+from diffusion_jax.pipelines.unclip import UnCLIP, interpolated
+from tests import tiny
+
+SAMPLE = SampleConfig(sampler='ddim', steps=2, guidance=1.0)
+UNET = UNetConfig(
+  sample_size=8, in_channels=48, out_channels=48, block_out_channels=(8,), layers_per_block=1,
+  norm_num_groups=4, cross_attention_dim=tiny.CLIP.projection_dim, attention_head_dim=2,
+  down_block_types=('DownBlock2D',), up_block_types=('UpBlock2D',),
+)
+
+
+@pytest.fixture(scope='module')
+def decoder(once, parts):
+  """A directory that draws 32 x 32 pixels of an embedding of CLIP, with random weights."""
+
+  def make(folder):
+    how = dict(space=PixelSpace(4), conditioners={'image_embedding': {'path': parts['clip']}})
+    model, _ = assemble(
+      UNET, how['space'], how['conditioners'], ScheduleConfig(), Parameterization('epsilon'),
+      size=(tiny.SIZE, tiny.SIZE),
+    )
+    params = jax.jit(model.denoiser.initialize)(jax.random.key(2))
+    params = {name: np.asarray(value) + 0.05 for name, value in params.items()}
+    save_model(folder, model, params, **how, sample=SAMPLE, dtype='float32')
+
+  return str(once('unclip_decoder', make))
+
+
+@pytest.fixture(scope='module')
+def run(once, parts, decoder, command, small_data):
+  """Workdir of a run of two steps, finished, with a score."""
+  del small_data
+
+  def make(folder):
+    settings = {
+      'decoder': decoder, 'clip': parts['clip'], 'cache': True, 'export_dtype': 'float32',
+      'space': {'type': 'embeddings', 'clip': parts['clip'], 'scale': 2.0},
+      'conditioners': {'text': {'path': parts['clip'], 'pooled': True}},
+      'denoiser': {
+        'type': 'prior', 'num_attention_heads': 2, 'attention_head_dim': 4, 'num_layers': 1,
+        'embedding_dim': tiny.CLIP.projection_dim, 'num_embeddings': tiny.LENGTH,
+      },
+      'objective': {'prediction': 'sample'}, 'schedule': {'beta_schedule': 'squaredcos_cap_v2'},
+      'sample': {'sampler': 'ddim', 'steps': 2, 'guidance': 2.0},
+      'evaluation': {'features': (), 'metrics': ('fd',)}, 'preview_captions': ['red apple'],
+    }
+    config = tiny._config('prior', [], settings, loop={'total_steps': 2})
+    config = tiny.write_config(folder / 'recipe.py', config)
+    assert command('train', '--config', config, '--workdir', folder / 'run', '--quiet') == 0
+
+  return once('unclip', make) / 'run'
+
+
+def test_a_run_and_its_directory_draw_the_same_and_are_scored(run, command, tmp_path):
+  assert json.loads((run / 'scores.json').read_text())['generated']['fd_clip'] > 0
+  for name, source in (('run', ('--workdir', run)), ('model', ('--model', run / 'model'))):
+    arguments = ('--prompt', 'red apple', '--seed', 1, '--out', tmp_path / name)
+    assert command('sample', *source, *arguments) == 0
+  read = lambda name: (tmp_path / name / '0000_red_apple.png')
+  from PIL import Image
+
+  drawn = [np.asarray(Image.open(read(name))) for name in ('run', 'model')]
+  np.testing.assert_array_equal(*drawn)
+  assert drawn[0].shape == (tiny.SIZE, tiny.SIZE, 3)
+
+
+def test_the_decoder_draws_of_an_embedding_what_it_draws_of_its_picture(run, decoder, sources):
+  model, weights, sample = load_model(decoder)
+  mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+  pictures = np.stack([sources[1][i]['image'] for i in range(2)])
+  encoder = next(iter(model.conditioners.values()))
+  reference = encoder.examples(pictures)['reference']
+  how = dict(seed=0, mesh=mesh, batch_size=2)
+  draw = lambda inputs: next(model.sample(weights, ['', ''], sample, inputs=inputs, **how))
+  with jax.set_mesh(mesh):
+    of_pictures = draw(Inputs(reference=reference))
+    embedding = np.asarray(encoder.encode(weights, {'reference': reference})['text'])[:, 0]
+    of_embeddings = draw(Inputs(embedding=embedding))
+    np.testing.assert_allclose(of_embeddings, of_pictures, atol=1e-4)
+    assert np.abs(draw(Inputs(embedding=-embedding)) - of_embeddings).max() > 1e-4
+    # And the whole model draws of the embeddings that its prior draws.
+    whole, parts, config = read_generator(str(run / 'model'))
+    every = {role: part.load() for role, part in parts.items()}
+    prompts = ['red apple', 'sun']
+    images = next(whole.sample(every, prompts, config, **how))
+    own = whole.embeddings(every, prompts, config, **how)
+    np.testing.assert_allclose(next(whole.decode(every, own, **how)), images, atol=1e-5)
+  assert own.shape == (2, tiny.CLIP.projection_dim)
+
+
+def test_a_prior_of_another_clip_is_refused(run, decoder):
+  whole, _, config = read_generator(str(run / 'model'))
+  with pytest.raises(UserError, match='the prior draws no embeddings'):
+    UnCLIP(whole.decoder, whole.decoder, config)
+  with pytest.raises(UserError, match='which the decoder does not read'):
+    UnCLIP(whole.prior, whole.prior, config)
+
+
+def test_interpolation_is_along_the_arc():
+  first, last = np.array([2.0, 0.0, 0.0]), np.array([0.0, 4.0, 0.0])
+  found = interpolated(first, last, 5)
+  np.testing.assert_allclose(found[[0, -1]], [first, last], atol=1e-6)
+  np.testing.assert_allclose(np.linalg.norm(found, axis=1), [2, 2.5, 3, 3.5, 4], rtol=1e-6)
+  angles = np.degrees(np.arctan2(found[:, 1], found[:, 0]))
+  np.testing.assert_allclose(angles, [0, 22.5, 45, 67.5, 90], atol=1e-4)
+  np.testing.assert_allclose(interpolated(first, first, 3), np.stack([first] * 3), atol=1e-6)
