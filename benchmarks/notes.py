@@ -74,15 +74,15 @@ SYSTEMS = {
   ),
   'vq': System(
     4, 'VQ-VAE, 512 codes', 'notes/vq.py',
-    'CIFAR-10: 4.67 bits per dimension (van den Oord et al. 2017, section 4.1)', metrics=(),
+    'CIFAR-10: 4.67 bits per dimension (van den Oord et al. 2017, section 4.1)', pictures=False,
   ),
   'fsq': System(
     4, 'FSQ, 512 codes', 'notes/fsq.py',
-    'ImageNet 256: FID 4.53 of MaskGIT on 2^10 codes (Mentzer et al. 2023)', metrics=(),
+    'ImageNet 256: FID 4.53 of MaskGIT on 2^10 codes (Mentzer et al. 2023)', pictures=False,
   ),
   'dvae': System(
     4, 'Discrete VAE, 512 codes', 'notes/dvae.py',
-    '8192 codes, 32 x 32 of 256 x 256 pixels (Ramesh et al. 2021, section 2.1)', metrics=(),
+    '8192 codes, 32 x 32 of 256 x 256 pixels (Ramesh et al. 2021, section 2.1)', pictures=False,
   ),
   'dalle': System(
     7, 'DALL-E', 'notes/dalle.py',
@@ -193,8 +193,8 @@ def measure(name: str) -> dict[str, Any]:
     'parameters': sum(one['parameters'] for one in sizes),
   }
   if 'scores' in steps:
-    scores = read('table.json')
-    entry |= {kind: scores[kind] for kind in ('generated', 'untrained', 'real') if kind in scores}
+    scores, columns = read('table.json'), ('generated', 'untrained', 'real', 'test')
+    entry |= {column: scores[column] for column in columns if column in scores}
   if 'likelihood' in steps:
     entry['likelihood'] = read('likelihood.json')
   return entry
@@ -217,21 +217,26 @@ def _number(value: float | None, digits: str) -> str:
   return '' if value is None else format(value, digits)
 
 
-MORE = {'spectrum_error': ('spectrum off by', '.2f', ' dB'), 'psnr': ('PSNR', '.1f', ' dB')}
+MORE = {
+  'spectrum_error': ('spectrum off by', '.2f', ' dB'), 'psnr': ('PSNR', '.1f', ' dB'),
+  'codes_used': ('codes used:', '.0%', ''), 'code_perplexity': ('perplexity', '.0f', ''),
+}
 """Other figures that may be told: words before, digits, unit."""
 
 
 def _more(entry: dict[str, Any]) -> str:
   """Return what else was measured, each with the value of real data behind it."""
   parts = []
+  own = entry.get('generated') or entry.get('test', {})
   for name, (words, digits, unit) in MORE.items():
-    if name in entry.get('generated', {}):
+    if name in own:
       real = entry.get('real', {}).get(name)
       real = '' if real is None else f' (real data {real:{digits}})'
-      parts.append(f'{words} {entry["generated"][name]:{digits}}{unit}{real}')
+      parts.append(f'{words} {own[name]:{digits}}{unit}{real}')
   if 'likelihood' in entry:
-    bits = entry['likelihood']['generated']
-    parts.append(f'{bits["latent_bits_per_dim_discrete"]:.2f} bits/dim')
+    bits = entry['likelihood']['model']
+    name = next(n for n in ('latent_bits_per_dim_discrete', 'elbo_bits_per_dim') if n in bits)
+    parts.append(f'{bits[name]:.2f} bits/dim')
   return ', '.join(parts)
 
 
