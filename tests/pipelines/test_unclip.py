@@ -1,14 +1,21 @@
 """DALL-E 2: a prior is trained for a decoder; both are one directory, drawn from and scored."""
 
+import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffusion_jax.diffusion.noise import ScheduleConfig
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.errors import UserError
+from diffusion_jax.formats.networks import save_params
+from diffusion_jax.models.network import Network
+from diffusion_jax.models.text.clip import CLIP
 from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.assembly import assemble
@@ -21,19 +28,34 @@ from diffusion_jax.pipelines.unclip import UnCLIP, interpolated
 from tests import tiny
 
 SAMPLE = SampleConfig(sampler='ddim', steps=2, guidance=1.0)
+# The prior reads texts and embeddings of one width.
+CONFIG = dataclasses.replace(tiny.CLIP, projection_dim=16)
 UNET = UNetConfig(
   sample_size=8, in_channels=48, out_channels=48, block_out_channels=(8,), layers_per_block=1,
-  norm_num_groups=4, cross_attention_dim=tiny.CLIP.projection_dim, attention_head_dim=2,
+  norm_num_groups=4, cross_attention_dim=CONFIG.projection_dim, attention_head_dim=2,
   down_block_types=('DownBlock2D',), up_block_types=('UpBlock2D',),
 )
 
 
 @pytest.fixture(scope='module')
-def decoder(once, parts):
+def clip(once, parts):
+  """The directory of a CLIP with random weights."""
+
+  def make(folder):
+    params = jax.jit(Network.of(CLIP, CONFIG).initialize)(jax.random.key(5))
+    save_params(folder, CONFIG, jax.tree.map(np.asarray, params))
+    for file in Path(parts['clip']).glob('tokenizer*'):
+      shutil.copy(file, folder)
+
+  return str(once('unclip_clip', make))
+
+
+@pytest.fixture(scope='module')
+def decoder(once, clip):
   """A directory that draws 32 x 32 pixels of an embedding of CLIP, with random weights."""
 
   def make(folder):
-    how = dict(space=PixelSpace(4), conditioners={'image_embedding': {'path': parts['clip']}})
+    how = dict(space=PixelSpace(4), conditioners={'image_embedding': {'path': clip}})
     model, _ = assemble(
       UNET, how['space'], how['conditioners'], ScheduleConfig(), Parameterization('epsilon'),
       size=(tiny.SIZE, tiny.SIZE),
@@ -46,18 +68,18 @@ def decoder(once, parts):
 
 
 @pytest.fixture(scope='module')
-def run(once, parts, decoder, command, small_data):
+def run(once, clip, decoder, command, small_data):
   """Workdir of a run of two steps, finished, with a score."""
   del small_data
 
   def make(folder):
     settings = {
-      'decoder': decoder, 'clip': parts['clip'], 'cache': True, 'export_dtype': 'float32',
-      'space': {'type': 'embeddings', 'clip': parts['clip'], 'scale': 2.0},
-      'conditioners': {'text': {'path': parts['clip'], 'pooled': True}},
+      'decoder': decoder, 'clip': clip, 'cache': True, 'export_dtype': 'float32',
+      'space': {'type': 'embeddings', 'clip': clip, 'scale': 2.0},
+      'conditioners': {'text': {'path': clip, 'pooled': True}},
       'denoiser': {
         'type': 'prior', 'num_attention_heads': 2, 'attention_head_dim': 4, 'num_layers': 1,
-        'embedding_dim': tiny.CLIP.projection_dim, 'num_embeddings': tiny.LENGTH,
+        'embedding_dim': CONFIG.projection_dim, 'num_embeddings': tiny.LENGTH,
       },
       'objective': {'prediction': 'sample'}, 'schedule': {'beta_schedule': 'squaredcos_cap_v2'},
       'sample': {'sampler': 'ddim', 'steps': 2, 'guidance': 2.0},
@@ -75,10 +97,9 @@ def test_a_run_and_its_directory_draw_the_same_and_are_scored(run, command, tmp_
   for name, source in (('run', ('--workdir', run)), ('model', ('--model', run / 'model'))):
     arguments = ('--prompt', 'red apple', '--seed', 1, '--out', tmp_path / name)
     assert command('sample', *source, *arguments) == 0
-  read = lambda name: (tmp_path / name / '0000_red_apple.png')
-  from PIL import Image
-
-  drawn = [np.asarray(Image.open(read(name))) for name in ('run', 'model')]
+  drawn = [
+    np.asarray(Image.open(tmp_path / name / '0000_red_apple.png')) for name in ('run', 'model')
+  ]
   np.testing.assert_array_equal(*drawn)
   assert drawn[0].shape == (tiny.SIZE, tiny.SIZE, 3)
 
@@ -104,7 +125,7 @@ def test_the_decoder_draws_of_an_embedding_what_it_draws_of_its_picture(run, dec
     images = next(whole.sample(every, prompts, config, **how))
     own = whole.embeddings(every, prompts, config, **how)
     np.testing.assert_allclose(next(whole.decode(every, own, **how)), images, atol=1e-5)
-  assert own.shape == (2, tiny.CLIP.projection_dim)
+  assert own.shape == (2, CONFIG.projection_dim)
 
 
 def test_a_prior_of_another_clip_is_refused(run, decoder):
