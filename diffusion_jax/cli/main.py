@@ -6,13 +6,22 @@ import sys
 from collections.abc import Callable, Sequence
 
 from diffusion_jax import __version__
-from diffusion_jax.cli import convert, evaluate, prepare, report, sample, train
+from diffusion_jax.cli import (
+  classify,
+  convert,
+  evaluate,
+  prepare,
+  report,
+  sample,
+  search,
+  train,
+)
 from diffusion_jax.cli.interrupts import say_interrupted
 from diffusion_jax.errors import Diverged, UserError
 
 COMMANDS = {
   'train': train, 'sample': sample, 'evaluate': evaluate, 'report': report, 'prepare': prepare,
-  'convert': convert,
+  'convert': convert, 'classify': classify, 'search': search,
 }
 
 CHANGE_CONFIGS = ('train', 'prepare')
