@@ -10,7 +10,8 @@ from typing import Annotated, Any, TypeVar
 
 from diffusion_jax.config import typed
 from diffusion_jax.errors import UserError
-from diffusion_jax.limits import Help, Positive, Seed
+from diffusion_jax.evaluation.options import CLIP
+from diffusion_jax.limits import Help, Positive, Range, Seed
 
 T = TypeVar('T')
 
@@ -62,9 +63,18 @@ class AdapterOptions:
     'a smaller or less trained model of the same kind, for --autoguidance', 'DIR'
   )] = ''
 
-  def apply(self, model, weights):
-    """Return (model, weights) with them."""
+  clip: Annotated[str, Help(
+    f'with --clip_guidance, a CLIP with both towers (default: {CLIP})', 'DIR'
+  )] = ''
+  clip_cutouts: Annotated[int, Range(0, 1024), Help(
+    'with --clip_guidance, random cut-outs of the picture that CLIP sees in its place at each step '
+    '(default: 0, the picture as it is)', 'N'
+  )] = 0
+
+  def apply(self, model, weights, clip_guidance: float = 0.0):
+    """Return (model, weights) with them, and with CLIP where it is to guide."""
     from diffusion_jax.pipelines.adapters import (
+      add_clip_guide,
       add_controlnet,
       add_lora,
       add_textual_inversion,
@@ -84,11 +94,15 @@ class AdapterOptions:
       weights = add_textual_inversion(model, weights, path)
     if self.controlnet:
       model, weights = add_controlnet(model, weights, self.controlnet)
+    if clip_guidance:
+      model, weights = add_clip_guide(model, weights, self.clip or CLIP, self.clip_cutouts)
+    elif self.clip or self.clip_cutouts:
+      raise UserError('--clip and --clip_cutouts need --clip_guidance S; give it, or neither.')
     return add_worse(model, weights, self.worse) if self.worse else (model, weights)
 
   def named(self) -> dict[str, str]:
     """Return option -> what it names, of those that were given."""
-    text = lambda value: value if isinstance(value, str) else ' '.join(value)
+    text = lambda value: ' '.join(value) if isinstance(value, tuple) else str(value)
     return {name: text(value) for name, value in vars(self).items() if value}
 
 

@@ -281,7 +281,7 @@ def sample(
 
   model, weights, config, name = open_model(source, values, mesh, check)
   config, refiner = refining.read(model, config, values)
-  model, weights = adapters.apply(model, weights)
+  model, weights = adapters.apply(model, weights, config.clip_guidance)
   model = tiled(model, edit.tiling)
   model.check_sampling(config, prompt.negative)
   if model.text is not None:

@@ -1,4 +1,4 @@
-"""Add to a loaded model what others have trained for it: LoRA, ControlNet, textual inversion."""
+"""Add to a loaded model what others have trained: LoRA, ControlNet, textual inversion, guides."""
 
 import dataclasses
 import math
@@ -9,14 +9,17 @@ from jax.sharding import Mesh
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.adapters import denoiser_role, lora_file, read_lora, to_params
-from diffusion_jax.formats.networks import load_params, read_network, resolve
+from diffusion_jax.formats.clip import PREPROCESSOR, pixel_statistics
+from diffusion_jax.formats.networks import load_params, read_network, read_part, resolve
 from diffusion_jax.formats.textual_inversion import (
   TextualInversion,
   bundled_inversions,
   read_textual_inversion,
 )
 from diffusion_jax.models.lora import Rank, merge_lora
+from diffusion_jax.models.text.tokenizer import Cut, Tokenize, load_tokenizer
 from diffusion_jax.pipelines.directory import read_model
+from diffusion_jax.pipelines.guides import CLIP_GUIDANCE, GUIDING_CLIP, CLIPGuide
 from diffusion_jax.pipelines.image_conditioners import CONTROLNET, ControlNet
 from diffusion_jax.pipelines.model import DENOISER, WORSE, Diffusion
 from diffusion_jax.pipelines.text_conditioners import EXTRA, embedding_table
@@ -80,6 +83,21 @@ def add_worse(
       raise UserError(f'{path} has another {what} than the model; give a worse version of it.')
   params = {WORSE: parts[DENOISER].load(mesh=mesh)}
   return dataclasses.replace(model, worse=other.denoiser), {**weights, **params}
+
+
+def add_clip_guide(
+  model: Diffusion, weights: Weights, path: str, cutouts: int = 0, mesh: Mesh | None = None
+) -> tuple[Diffusion, Weights]:
+  """Return the model with the CLIP of a directory, both towers, for `clip_guidance`; see
+  `guides.CLIPGuide`. UserError where there is none."""
+  part = read_part(path).expect(('clip',))
+  network, tokenizer = part.network(), load_tokenizer(resolve(path))
+  length = network.config.text_config.max_position_embeddings
+  tokenize = Tokenize(tokenizer, length, cut=Cut(reader=path))
+  pixels = pixel_statistics(*part.json(PREPROCESSOR))
+  guide = CLIPGuide({GUIDING_CLIP: network}, tokenize, **pixels, cutouts=cutouts)
+  model = model.with_conditioner(CLIP_GUIDANCE, guide)
+  return model, {**weights, GUIDING_CLIP: part.load(mesh=mesh)}
 
 
 def add_textual_inversion(model: Diffusion, weights: Weights, path: str) -> Weights:

@@ -44,10 +44,18 @@ from diffusion_jax.pipelines.conditioners import (
 )
 from diffusion_jax.pipelines.distilled import told_interval
 from diffusion_jax.pipelines.generator import Generator
+from diffusion_jax.pipelines.guides import check_guides, scores_of
 from diffusion_jax.pipelines.image_conditioners import CONTROLNET, Editing, Inputs
 from diffusion_jax.pipelines.known import PAINTED, free_places, pasted, projection
 from diffusion_jax.pipelines.options import AS_DRAWN, PLAIN, Sizing
-from diffusion_jax.pipelines.sampling import LATENTS, Numbers, Program, SampleConfig
+from diffusion_jax.pipelines.sampling import (
+  LATENTS,
+  NO_SCORES,
+  GuideScores,
+  Numbers,
+  Program,
+  SampleConfig,
+)
 from diffusion_jax.pipelines.size_conditions import check_sizing
 from diffusion_jax.pipelines.spaces import Space
 from diffusion_jax.pipelines.text_conditioners import TextEncoders
@@ -286,10 +294,11 @@ class Diffusion(Generator):
   def sample_z(
     self, weights: Weights, x: Latents, keys: jax.Array, condition: Condition,
     negative: Condition, program: Program, numbers: Numbers, project: Projection | None = None,
+    scores: GuideScores = NO_SCORES,
   ) -> Latents:
     """Denoise x [b ...], noise or noised z, with a key for each and conditions [b ...], to z.
 
-    project: holds what is known of z in every estimate.
+    project: holds what is known of z in every estimate. scores: of the guides in force.
     """
     variance = self.learned_variance and program.sampler == 'ddpm'
     label = self.noise.label_as(program.timesteps, numbers.grid)
@@ -297,7 +306,9 @@ class Diffusion(Generator):
     if getattr(self.denoiser.config, 'interval', False):
       denoise = told_interval(denoise, program.sampler, numbers.grid)
     others = self._others(weights, condition, program, numbers, label)
-    guided = program.guide(denoise, condition, negative, numbers, self.parameterization, others)
+    guided = program.guide(
+      denoise, condition, negative, numbers, self.parameterization, others, scores
+    )
     if project is not None:
       guided = projected(guided, project, variance=variance)
     options = dict(program.options) | ({'variance': 'learned'} if variance else {})
@@ -342,7 +353,8 @@ class Diffusion(Generator):
       project = projection(self.space, start, free)
     elif program.low_pass:
       project = projection(self.space, start, low_pass=program.low_pass)
-    z = self.sample_z(weights, x, keys, condition, negative, program, numbers, project)
+    scores = scores_of(self.conditioners, program.guides, weights, rows, self.space)
+    z = self.sample_z(weights, x, keys, condition, negative, program, numbers, project, scores)
     if program.decoding == LATENTS:
       return z
     cut = {'size': program.cut} if program.cut else {}
@@ -427,6 +439,7 @@ class Diffusion(Generator):
         f'autoguidance is {config.autoguidance}, but there is no worse model; give --worse DIR, or '
         'set it to 1.'
       )
+    check_guides(self.conditioners, config.program.guides)
     distilled = 'guidance' in getattr(self.denoiser.config, 'conditions', ())
     if config.distilled_guidance is not None and not distilled:
       raise UserError(

@@ -30,6 +30,10 @@ Score = Annotated[float, Range(0, 10)]
 FINITE = Range(-math.inf, math.inf, above=True, below=True, text='a finite scale, 1 for none')
 
 
+GUIDES = ('clip_guidance',)
+"""Options that are the scales of guides, see `pipelines.guides`; 0 is none."""
+
+
 class Sizing(NamedTuple):
   """Sizes that a model is conditioned on, in pixels: the original's and the target's height and
   width, None as drawn, the top and left of the crop; and scores of how good a picture looks, also
@@ -116,6 +120,15 @@ class SampleOptions:
   autoguidance: Annotated[float, FINITE, Help(
     'with --worse, scale of the guidance away from that model; 1 is none', 'W'
   )] = 1.0
+  clip_guidance: Annotated[float, Range(
+    -math.inf, math.inf, above=True, below=True, text='a finite scale, 0 for none'
+  ), Help(
+    "scale of the gradient of CLIP's similarity of the picture to the prompt, in units of CLIP's "
+    'temperature, beside --guidance; 0 is none', 'S'
+  )] = 0.0
+  clip_guidance_every: Annotated[int, Range(1, text='a number of steps'), Help(
+    'with --clip_guidance: of so many steps only the first is guided by it (default: 1)', 'K'
+  )] = 1
   clip_skip: Annotated[int, Range(0, text='a number of layers, 0 for none'), Help(
     'layers of the text encoder to leave out at the end', 'N'
   )] = 0

@@ -6,6 +6,8 @@ strength or number of steps runs the same program.
 
 import inspect
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -16,9 +18,12 @@ from diffusion_jax.config import typed
 from diffusion_jax.diffusion.denoiser import (
   Denoiser,
   Others,
+  Score,
   TextDenoiser,
   classifier_free,
   dynamic_threshold,
+  every_kth,
+  gradient_guidance,
   static_threshold,
 )
 from diffusion_jax.diffusion.noise import NoiseSchedule
@@ -36,7 +41,7 @@ from diffusion_jax.diffusion.samplers import (
 from diffusion_jax.diffusion.samplers.grid import sampling_grid, spaced_timesteps
 from diffusion_jax.diffusion.samplers.resampling import stacked, stretches
 from diffusion_jax.errors import UserError, require
-from diffusion_jax.pipelines.options import SIZING, Option, SampleOptions
+from diffusion_jax.pipelines.options import GUIDES, SIZING, Option, SampleOptions
 from diffusion_jax.types import Condition
 
 PLACES = ('steps_offset', 'drop_last', 'fractional', 'set_alpha_to_one')
@@ -56,6 +61,10 @@ GRID_OPTIONS = {
 LATENTS = 'latents'
 """In place of one of DECODINGS: latents are left as they are."""
 
+GuideScores = Mapping[str, tuple[Score, str]]
+"""(score, what of) of each guide, see `gradient_guidance`."""
+NO_SCORES: GuideScores = MappingProxyType({})
+
 BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 """Grids are padded to the next of these lengths; one longer stays as it is."""
 
@@ -69,7 +78,8 @@ class Numbers(NamedTuple):
 
   low, high: bounds of the interval. limit, percentile: of the threshold. start: deviation of the
   initial noise. from_noise: whether all steps are taken. stretches: of the grid, see
-  `samplers.resampling.stacked`; None to sample it once.
+  `samplers.resampling.stacked`; None to sample it once. guides: (scale, of how many steps the first
+  is guided) of each in force.
   """
 
   grid: Grid
@@ -85,6 +95,7 @@ class Numbers(NamedTuple):
   autoguidance: jax.Array
   from_noise: jax.Array
   stretches: Grid | None = None
+  guides: dict[str, tuple[jax.Array, jax.Array]] = {}  # noqa: RUF012
 
 
 class Program(NamedTuple):
@@ -93,7 +104,8 @@ class Program(NamedTuple):
   guided, image_guided: guidance by the text, by the edited picture. everywhere: at all noise
   levels. decoding: one of DECODINGS. options: the sampler's, as pairs. timesteps: one of
   `noise.LABELS`. cut: (height, width) of what is cut out of the images, see `bins.cut_out`.
-  low_pass: pixels of the squares whose averages are held, 0 for none.
+  low_pass: pixels of the squares whose averages are held, 0 for none. guides: names of those in
+  force, see `pipelines.guides`.
   """
 
   sampler: str
@@ -109,12 +121,13 @@ class Program(NamedTuple):
   autoguided: bool = False
   cut: tuple[int, int] | None = None
   low_pass: int = 0
+  guides: tuple[str, ...] = ()
 
   def guide(
     self, denoise: TextDenoiser, condition: Condition, negative: Condition, numbers: Numbers,
-    parameterization: Parameterization, others: Others = (),
+    parameterization: Parameterization, others: Others = (), scores: GuideScores = NO_SCORES,
   ) -> Denoiser:
-    """Return the denoiser with guidance and threshold."""
+    """Return the denoiser with guidance and threshold; scores: of each of `guides`."""
     edit = {}
     if self.image_guided:
       edit = {'image': negative, 'image_scale': numbers.image_guidance}
@@ -124,6 +137,10 @@ class Program(NamedTuple):
       others=others, rescale=numbers.rescale, rescale_in=parameterization.rescale_space,
       interval=None if self.everywhere else (numbers.low, numbers.high),
     )
+    for name, (score, of) in scores.items():
+      scale, every = numbers.guides[name]
+      when = every_kth(numbers.grid, every)
+      guided = gradient_guidance(guided, score, scale, of=of, when=when)
     keep = bool(dict(self.options).get('keep_epsilon'))
     if self.threshold == 'static':
       return static_threshold(guided, numbers.limit, keep_estimate=keep)
@@ -175,6 +192,7 @@ class SampleConfig(SampleOptions):
     return Program(
       self.sampler, guided, edited, everywhere, self.threshold, self.clip_skip, self.decoding,
       tuple(sorted(options.items())), self.timesteps, perturbed, autoguided,
+      guides=tuple(name for name in GUIDES if getattr(self, name)),
     )
 
   def _grid(self, noise: NoiseSchedule, tokens: int | None = None) -> Grid:
@@ -213,7 +231,11 @@ class SampleConfig(SampleOptions):
       math.inf if high is None else high, self.threshold_limit, self.threshold_percentile,
       self._start(noise, grid), self.perturbed_attention, self.autoguidance, strength == 1,
     )
-    return Numbers(grid, *map(np.float32, scalars), blocks)
+    guides = {
+      name: (np.float32(getattr(self, name)), np.int32(getattr(self, f'{name}_every')))
+      for name in self.program.guides
+    }
+    return Numbers(grid, *map(np.float32, scalars), blocks, guides)
 
   def _start(self, noise: NoiseSchedule, grid: Grid) -> float:
     """Return the deviation of the noise to start from; on a process, of data of unit variance."""
@@ -229,10 +251,13 @@ class SampleConfig(SampleOptions):
     guided = program.guided or program.image_guided or program.perturbed or program.autoguided
     later = ('options', *PLACES, 'places', 'timesteps', 'scaled_noise', 'image_guidance',
              'distilled_guidance', 'perturbed_attention', 'autoguidance', 'clip_skip', 'decoding',
-             'prompt_syntax', 'binning', *SIZING, 'denoising_start', 'denoising_end', 'resample')
+             'prompt_syntax', 'binning', *SIZING, 'denoising_start', 'denoising_end', 'resample',
+             *GUIDES)
     names += [name for name in later if getattr(self, name) != getattr(default, name)]
     names += ['perturbed_part'] * bool(program.perturbed)
     names += ['resample_jump'] * (self.resample > 1)
+    more = (f'{name}_every' for name in program.guides)
+    names += [name for name in more if getattr(self, name) != 1]
     names += ['guidance_rescale'] * bool(guided and self.guidance_rescale != 0)
     names += ['guidance_interval'] * (not self.program.everywhere)
     if self.threshold != 'none':

@@ -2,9 +2,9 @@
 
 Each device keeps its images, and the texts go round all devices in a ring, those of one device at a
 time, a chunk of them at once. What is summed over a text's column travels with it and has come home
-after one round. Gradients take a second round instead of memory: so many examples on each device,
-no more than images x chunk logits there, and the same values and gradients on any number of
-devices.
+after one round. Gradients take a second round instead of memory, so that no device ever holds more
+logits than those of its own images and one chunk. Values and gradients are the same on any number
+of devices.
 """
 
 import functools
