@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from diffusion_jax.formats.networks import load_params, save_params
 from diffusion_jax.models import network
+from diffusion_jax.train.contrastive import sigmoid_loss
 
 torch = pytest.importorskip('torch')
 
@@ -186,3 +187,24 @@ def test_extra_embeddings_are_rows_after_the_vocabulary(randomized, ported, quic
   np.testing.assert_allclose(pooled, out.pooler_output.detach().numpy(), atol=1e-4)
   wanted = table.grad[50:].numpy()
   np.testing.assert_allclose(gradient, wanted, atol=1e-3 * np.abs(wanted).max())
+
+
+def test_the_sigmoid_loss_is_that_of_siglip():
+  """Of its own embeddings, with the gradients of its temperature and bias."""
+  theirs = transformers.SiglipModel(transformers.SiglipConfig(
+    text_config=TOWER | dict(vocab_size=50, max_position_embeddings=9),
+    vision_config=TOWER | dict(image_size=12, patch_size=4),
+  )).eval()
+  with torch.no_grad():
+    theirs.logit_scale.fill_(1.2)
+    theirs.logit_bias.fill_(-3.0)
+  rng = np.random.default_rng(0)
+  ids, pixels = rng.integers(0, 50, (5, 8)), rng.normal(size=(5, 3, 12, 12)).astype(np.float32)
+  out = theirs(torch.tensor(ids), torch.tensor(pixels), return_loss=True)
+  out.loss.backward()
+  images, texts = (e.detach().numpy() for e in (out.image_embeds, out.text_embeds))
+  loss = lambda scale, bias: sigmoid_loss(images, texts, scale, bias, chunk=2)[0].mean()
+  found, gradients = jax.value_and_grad(loss, argnums=(0, 1))(jnp.float32(1.2), jnp.float32(-3))
+  assert float(found) == pytest.approx(out.loss.item(), rel=1e-5)
+  for mine, parameter in zip(gradients, (theirs.logit_scale, theirs.logit_bias), strict=True):
+    assert float(mine) == pytest.approx(float(parameter.grad), rel=1e-4, abs=1e-6)
