@@ -158,6 +158,8 @@ class Paths(Sequence[Path]):
 class Files(Entries):
   """Pictures in files below a folder; with labels these are their captions too."""
 
+  quick = 100_000
+
   def __init__(
     self, folder: Path, files: Sequence[Path], captions: Sequence[list[Caption]] | None = None,
     labels: Sequence[str] | None = None,

@@ -1,6 +1,7 @@
 """Entries in a few large files, with an index of what is slow to find out about them."""
 
 import abc
+import io
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -10,10 +11,12 @@ import numpy as np
 from diffusion_jax.config import DataConfig
 from diffusion_jax.data import storage
 from diffusion_jax.data.finding import TEST, TRAIN, Left
+from diffusion_jax.data.images import read_size
 from diffusion_jax.data.sources.entries import Classes, Described, Entries
 from diffusion_jax.data.sources.index import Index
 from diffusion_jax.data.sources.pictures import PictureSource, train_and_test
 from diffusion_jax.data.storage import File
+from diffusion_jax.errors import Unreadable
 
 _QUICK = 500
 """As `Entries.quick`, of files far away."""
@@ -68,6 +71,12 @@ class Indexed(Described):
 
   def _sizes(self) -> np.ndarray:
     return super().original_sizes(np.arange(len(self)))
+
+  def _size(self, index: int) -> tuple[int, int]:
+    try:  # Of the picture alone: what is kept is of whatever captions there are.
+      return read_size(io.BytesIO(self.read(index)), self.where)
+    except Unreadable:
+      return 0, 0
 
   def _hashes(self) -> np.ndarray:
     return self.read_hashes(np.arange(len(self)))

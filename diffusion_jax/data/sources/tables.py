@@ -1,11 +1,14 @@
 """Pictures in tables, 'parquet:PATTERN' and 'arrow:PATTERN', such as Hugging Face's on disk.
 
 The column of pictures holds their bytes, or {bytes, path}; columns of captions are those of
-`fields.CAPTIONS`, and a class may be a number with names in the file (ClassLabel). Parquet is read
-by row group, of which few are kept; Arrow is mapped into memory. Rows keep their order.
+`fields.CAPTIONS`, and a class may be a number with names in the file (ClassLabel). Of Parquet the
+page that a picture is in is read, or where that is not understood its row group, of which few are
+kept; Arrow is mapped into memory. Rows keep their order.
 """
 
 import abc
+import contextlib
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +20,8 @@ from diffusion_jax.config import DataConfig
 from diffusion_jax.data import storage
 from diffusion_jax.data.fields import captions_in, clean, label_in, label_of
 from diffusion_jax.data.images import MOST_BYTES
+from diffusion_jax.data.kept import Kept
+from diffusion_jax.data.parquet_pages import Pages, Unknown, column_of
 from diffusion_jax.data.sources.entries import Entry
 from diffusion_jax.data.sources.indexed import Indexed, open_splits
 from diffusion_jax.data.sources.pictures import PictureSource
@@ -32,6 +37,12 @@ STREAMED, ROWS = 2**28, 64
 """Bytes of a row group from which on so many rows of it are read at a time, in order."""
 
 
+_PAGES = 2**26
+"""Bytes of unpacked pages that are kept."""
+_TEXTS = 2**26
+"""Bytes of the other columns that are kept."""
+
+
 def open_parquet(config: DataConfig) -> tuple[PictureSource, PictureSource]:
   """(train, test) of 'parquet:PATTERN'."""
   pyarrow(config.dataset)
@@ -44,6 +55,10 @@ def open_arrow(config: DataConfig) -> tuple[PictureSource, PictureSource]:
   if storage.is_remote(config.dataset.partition(':')[2]):
     raise UserError(f'{config.dataset} is mapped into memory, which a URL cannot be; copy it here.')
   return open_splits(config, ('.arrow',), 'file of Arrow', Arrow)
+
+
+_CHUNKS, _FOOTERS = 4096, 2**25
+"""Row groups whose pages are known, and bytes of what files say of theirs."""
 
 
 class Tables(Indexed):
@@ -71,7 +86,19 @@ class Tables(Indexed):
     """Entry `index`; the column of pictures is not read. Unreadable."""
     return self._entry(index, False)
 
+  def read(self, index: int) -> bytes:
+    """The bytes of a picture, whatever is said of it. Unreadable."""
+    return self._cells(index, True)[1]
+
   def _entry(self, index: int, picture: bool) -> Entry:
+    values, data, name, where = self._cells(index, picture)
+    name = name_in(values, self.layout, name)
+    label = label_in({'label': values.get(self.layout.label.lower())}, self.layout.classes)
+    return self.entry(name, f'{name} ({where})', data, captions_in(values, self.column), label)
+
+  def _cells(self, index: int, picture: bool) -> tuple[dict[str, Any], bytes, str, str]:
+    """(cells of a row by column in small letters, its picture or b'', what it is called if no cell
+    says so, where it is). Unreadable."""
     block = int(np.searchsorted(self._ends, index, side='right'))
     row = index - int(self._ends[block - 1] if block else 0)
     file, number, _ = self.blocks[block].tolist()
@@ -92,11 +119,8 @@ class Tables(Indexed):
       raise Unreadable(f'{where} has no picture in it; {REMEDY}.', 'missing')
     if len(data) > MOST_BYTES:
       raise Unreadable(f'the image of {where} has {len(data):,} bytes; give less.', 'too large')
-    stem = path.name.rpartition('.')[0]
-    name = name_in(values, self.layout, name or f'{stem}-{row + self._before(block):08d}')
-    label = label_in({'label': values.get(self.layout.label.lower())}, self.layout.classes)
-    where = f'{name} ({where})'
-    return self.entry(name, where, data, captions_in(values, self.column), label)
+    name = name or f'{path.name.rpartition(".")[0]}-{row + self._before(block):08d}'
+    return values, data, name, where
 
   def _before(self, block: int) -> int:
     """Rows of the same file before a block."""
@@ -127,28 +151,34 @@ class Parquet(Tables):
 
   def __init__(self, files: Sequence[File], config: DataConfig):
     super().__init__(files, config)
+    self._reset()
     self.blocks = np.array(self.index.column('blocks', self._groups))
     with reading(files[0].path, remedy=REMEDY), self._opened(0) as file:
       self.layout = layout_of(file.schema_arrow, files[0].path, config.caption_column)
     self._start()
-    self._reset()
 
   def _reset(self) -> None:
-    self._kept: OrderedDict[tuple[int, int, bool], Any] = OrderedDict()
+    self._kept: OrderedDict[tuple[int, int], Any] = OrderedDict()
+    self._told = Kept(_TEXTS, lambda table: table.nbytes + 1024)
+    size = lambda values: len(values.data) + 1024 if values else 0
+    self._pages, self._dictionaries = Kept(_PAGES, size), Kept(_PAGES, size)
+    self._chunks = Kept(_CHUNKS, lambda pages: 1)
+    self._metadata = Kept(_FOOTERS, lambda metadata: metadata.serialized_size)
     self._stream: tuple[int, int, int, Any, Any] | None = None
     self._lock = threading.Lock()
 
   def __getstate__(self) -> dict[str, Any]:
-    return {k: v for k, v in self.__dict__.items() if k not in ('_kept', '_stream', '_lock')}
+    own = '_kept', '_stream', '_lock', '_told', '_pages', '_dictionaries', '_chunks', '_metadata'
+    return {k: v for k, v in self.__dict__.items() if k not in own}
 
   def __setstate__(self, state: dict[str, Any]) -> None:
     self.__dict__.update(state)
     self._reset()
 
   def _opened(self, file: int) -> Any:
-    return pyarrow(self.where).parquet.ParquetFile(
-      storage.opened(self.files[file].path), pre_buffer=False
-    )
+    parquet, path = pyarrow(self.where).parquet, self.files[file].path
+    metadata = self._metadata(file, lambda: parquet.read_metadata(storage.opened(path)))
+    return parquet.ParquetFile(storage.opened(path), metadata=metadata, pre_buffer=False)
 
   def _groups(self) -> np.ndarray:
     found = []
@@ -159,22 +189,59 @@ class Parquet(Tables):
     return np.array(found, np.int64).reshape(-1, 3)
 
   def _row(self, file: int, number: int, row: int, picture: bool) -> dict[str, Any]:
-    with self._lock:
-      table, row = self._table(file, number, row, picture)
+    if picture and (pages := self._chunks((file, number), lambda: self._pages_of(file, number))):
+      try:
+        return self._row_by_page(file, number, row, pages)
+      except (storage.NotRead, FileNotFoundError):
+        raise
+      except Exception:  # What damage there is pyarrow says.
+        pass
+    if picture:
+      with self._lock:
+        table, row = self._table(file, number, row)
+    else:
+      table = self._told((file, number), lambda: self._read_group(file, number, False))
     return {name: table.column(name)[row].as_py() for name in table.schema.names}
 
-  def _table(self, file: int, number: int, row: int, picture: bool) -> tuple[Any, int]:
+  def _row_by_page(self, file: int, number: int, row: int, pages: Pages) -> dict[str, Any]:
+    """The cells of a row, of which the page of the picture is read alone. Unknown."""
+    page, place = pages.place(row)
+    dictionary = lambda: self._dictionaries((file, number), pages.dictionary)
+    values = self._pages((file, number, page), lambda: pages.values(page, dictionary))
+    cells = self._row(file, number, row, False)
+    known, image = cells.get(self.layout.image), self.layout.image
+    data = values[place]
+    return cells | {image: {**(known or {}), 'bytes': data} if self.layout.path else data}
+
+  def _pages_of(self, file: int, number: int) -> Pages | None:
+    """The pages of a group's pictures; None where they are not understood."""
+    path, arrow = self.files[file].path, pyarrow(self.where)
+
+    def unpack(data: bytes, size: int, codec: str) -> bytes:
+      return arrow.decompress(data, size, codec.lower(), asbytes=True)
+
+    with self._opened(file) as table, contextlib.suppress(Unknown):
+      column, level = column_of(table.schema, (self.layout.image, f'{self.layout.image}.bytes'))
+      chunk = table.metadata.row_group(number).column(column)
+      return Pages(functools.partial(storage.read, path), unpack, chunk, level)
+    return None
+
+  def _read_group(self, file: int, number: int, picture: bool) -> Any:
+    with self._opened(file) as table:
+      return table.read_row_group(number, self.layout.columns(picture), use_threads=False)
+
+  def _table(self, file: int, number: int, row: int) -> tuple[Any, int]:
     """(rows of a group, the place of `row` in them)."""
-    key = file, number, picture
+    key = file, number
     if key in self._kept:
       self._kept.move_to_end(key)
       return self._kept[key], row
-    if picture and self._stream and self._stream[:2] == key[:2] and row >= self._stream[2]:
+    if self._stream and self._stream[:2] == key and row >= self._stream[2]:
       return self._streamed(file, number, row)
     with self._opened(file) as table:
-      if picture and table.metadata.row_group(number).total_byte_size > STREAMED:
+      if table.metadata.row_group(number).total_byte_size > STREAMED:
         return self._streamed(file, number, row)
-      found = table.read_row_group(number, self.layout.columns(picture), use_threads=False)
+    found = self._read_group(file, number, True)
     self._kept[key] = found
     while len(self._kept) > KEPT or (
       len(self._kept) > 1 and sum(each.nbytes for each in self._kept.values()) > MOST_KEPT

@@ -7,7 +7,6 @@ of their names. Files named or in folders named train and test, or the like, are
 """
 
 import array
-import io
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -20,7 +19,7 @@ from diffusion_jax.data import storage
 from diffusion_jax.data.captions import lines_of
 from diffusion_jax.data.fields import Caption, captions_in, clean, label_in
 from diffusion_jax.data.finding import SUFFIXES, Left
-from diffusion_jax.data.images import MOST_BYTES, read_size
+from diffusion_jax.data.images import MOST_BYTES
 from diffusion_jax.data.sources.entries import Entry
 from diffusion_jax.data.sources.index import Names
 from diffusion_jax.data.sources.indexed import Indexed, open_splits
@@ -158,12 +157,6 @@ class Tars(Indexed):
         yield self._told(index)[1] if may else None
       except Unreadable:
         yield None
-
-  def _size(self, index: int) -> tuple[int, int]:
-    try:
-      return read_size(io.BytesIO(self.read(index)), self._place(index))
-    except Unreadable:
-      return 0, 0
 
   def _scan(self) -> dict[str, np.ndarray]:
     """Read the headers of all files."""

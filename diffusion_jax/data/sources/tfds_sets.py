@@ -88,6 +88,16 @@ class Records(Prepared, Indexed):
     feature = features[self.label] if self.label else None
     self.classes = tuple(getattr(feature, 'names', None) or ())
 
+  def read(self, index: int) -> bytes:
+    """The bytes of a picture, whatever is said of it. Unreadable."""
+    try:
+      example = self._example(index)
+      with self._reading(f'the record {self._where(index)}'):
+        (picture,) = example[self.image].bytes_list.value
+    except UserError as error:
+      raise Unreadable(str(error)) from error
+    return picture
+
   def __getitem__(self, index: int) -> Entry:
     """Entry `index`. Unreadable."""
     where = self._where(index)

@@ -175,7 +175,8 @@ def test_bad_cells_of_tables(tmp_path, monkeypatch):
     ['good'], ['y']
   ]
   assert damage.causes == {'bad text': 1, 'missing': 1}
-  # A row group that is too large to keep is read forwards, and from its start for what is before.
+  monkeypatch.setattr('diffusion_jax.data.parquet_pages._CODECS', ())  # By row group, then.
+  # One that is too large to keep is read forwards, and from its start for what is before.
   monkeypatch.setattr('diffusion_jax.data.sources.tables.STREAMED', 0)
   monkeypatch.setattr('diffusion_jax.data.sources.tables.ROWS', 1)
   large, _ = kinds.opened(f'parquet:{tmp_path}', caption_column='none', caption='z', **OPTIONS)
