@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     'weight_decay': 0.045,
   })
   config.loop.update({
-    'total_steps': 1200, 'batch_size': 16, 'ema_halflife_images': 2000.0,
-    'checkpoint_every_steps': 400, 'sample_every_steps': 600, 'evaluate_samples': 128,
+    'total_steps': 1000, 'batch_size': 16, 'ema_halflife_images': 2000.0,
+    'checkpoint_every_steps': 250, 'sample_every_steps': 500, 'evaluate_samples': 128,
   })
   return config

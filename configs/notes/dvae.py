@@ -19,6 +19,6 @@ def get_config() -> ConfigDict:
   config = vq.get_config()
   config.settings.bottleneck = ConfigDict({
     'type': 'gumbel', 'codes': 512, 'code_channels': 64, 'temperature': 1.0,
-    'final_temperature': 0.0625, 'temperature_steps': 900, 'weight': 1e-4, 'warmup_steps': 300,
+    'final_temperature': 0.0625, 'temperature_steps': 750, 'weight': 1e-4, 'warmup_steps': 300,
   })
   return config

@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     'weight_decay': 1e-4,
   })
   config.loop.update({
-    'total_steps': 1200, 'batch_size': 16, 'ema_halflife_images': 1000.0,
-    'checkpoint_every_steps': 400, 'sample_every_steps': 400, 'evaluate_samples': 379,
+    'total_steps': 1000, 'batch_size': 16, 'ema_halflife_images': 1000.0,
+    'checkpoint_every_steps': 250, 'sample_every_steps': 500, 'evaluate_samples': 379,
   })
   return config
