@@ -37,6 +37,7 @@ TASKS = Table('task', {
   'sequences': 'diffusion_jax.train.tasks.sequences:SequenceTask',
   'prior': 'diffusion_jax.train.tasks.prior:PriorTask',
   't5': 'diffusion_jax.train.tasks.t5:T5Task',
+  'token_prior': 'diffusion_jax.train.tasks.token_prior:TokenPriorTask',
   'toy': 'diffusion_jax.train.tasks.toy:ToyTask',
   'vae': 'diffusion_jax.train.tasks.vae:VAETask',
 })
@@ -63,6 +64,7 @@ NETWORKS = Table('network', {
   'pixart': 'diffusion_jax.formats.dit:PIXART',
   'classifier': 'diffusion_jax.formats.classifier:CLASSIFIER',
   'prior': 'diffusion_jax.formats.prior:PRIOR',
+  'embedding_tokens': 'diffusion_jax.models.embedding_tokens:EmbeddingTokens',
   'token_transformer': 'diffusion_jax.models.token_transformer:TokenTransformer',
   'mlp': 'diffusion_jax.models.mlp:MLP',
 })
@@ -82,6 +84,7 @@ MODELS = Table('kind of model', {
   'TextToImage': 'diffusion_jax.pipelines.directory:read_model',
   'Cascade': 'diffusion_jax.pipelines.directory:read_model',
   'ImageTokens': 'diffusion_jax.pipelines.image_tokens:read',
+  'TokenPrior': 'diffusion_jax.pipelines.token_prior:read',
   'UnCLIP': 'diffusion_jax.pipelines.unclip:read',
   'AutoencoderKL': 'diffusion_jax.pipelines.vae:read',
 })

@@ -6,12 +6,17 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
+from diffusion_jax.errors import UserError
 from diffusion_jax.files import check_folder
 from diffusion_jax.formats.networks import resolve
 from diffusion_jax.models.config import Factor
 from diffusion_jax.pipelines.conditioners import Context
 from diffusion_jax.pipelines.image_conditioners import ImageEncoder
 from diffusion_jax.pipelines.spaces import Space
+
+NO_PICTURES = (
+  'a prior alone draws embeddings and no pictures; give the directory of it and its decoder.'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +55,11 @@ class EmbeddingSpace(Space):
   def channels(self) -> int:
     return self.encoder.width
 
+  @property
+  def embedding_dim(self) -> int:
+    """Numbers of an embedding."""
+    return self.encoder.width
+
   def shape(self, height=1, width=1):
     return (self.channels,)
 
@@ -61,3 +71,6 @@ class EmbeddingSpace(Space):
 
   def decode(self, weights, z, how='whole'):
     return z / self.scale
+
+  def drawn(self, examples):
+    raise UserError(NO_PICTURES)

@@ -99,14 +99,21 @@ class ImageTokens(OfOneSize):
     images = self.autoencoder.bind(weights[AUTOENCODER]).decode_indices(grid)
     return jnp.clip(images.astype(jnp.float32), -1.0, 1.0)
 
-  def likeness(self, weights: Weights, images: Images, text: jax.Array) -> jax.Array:
-    """CLIP's cosine of images [b h w 3] in [-1, 1] and captions [b l]: [b]."""
+  def embed(self, weights: Weights, images: Images) -> jax.Array:
+    """Images [b h w 3] in [-1, 1] -> their embeddings by CLIP [b p], float32."""
     clip, edge = self.clip.bind(weights[CLIP]), self.clip.config.vision_config.image_size
     pixels = jax.image.resize((images + 1) / 2, (len(images), edge, edge, 3), 'cubic')
     pixels = (jnp.clip(pixels, 0, 1) - jnp.asarray(self.mean)) / jnp.asarray(self.std)
-    embed = lambda x: unit(x.astype(jnp.float32))
-    seen = embed(clip.encode_image(pixels.astype(jnp.float32)))
-    return (seen * embed(clip.encode_text(text)[1])).sum(-1)
+    return clip.encode_image(pixels.astype(jnp.float32)).astype(jnp.float32)
+
+  def likeness(self, weights: Weights, images: Images, text: jax.Array) -> jax.Array:
+    """CLIP's cosine of images [b h w 3] in [-1, 1] and captions [b l]: [b]."""
+    return self.cosine(weights, self.embed(weights, images), text)
+
+  def cosine(self, weights: Weights, embeddings: jax.Array, text: jax.Array) -> jax.Array:
+    """The cosine of embeddings [b p] and those of captions [b l]: [b]."""
+    told = self.clip.bind(weights[CLIP]).encode_text(text)[1].astype(jnp.float32)
+    return (unit(embeddings) * unit(told)).sum(-1)
 
   @functools.partial(xla.jit, static_argnums=(0, 3, 4))
   def _sample(
@@ -154,14 +161,16 @@ class ImageTokens(OfOneSize):
     yield from in_batches(draw, weights, text, null, keys, mesh=mesh, batch_size=size)
 
 
-def make(parts: Mapping[str, Part], dtype=jnp.float32) -> ImageTokens:
-  """Return the model of its parts; the transformer's may be given as a `Network`, too.
+def make(
+  parts: Mapping[str, Part | Network], dtype=jnp.float32, kind: type[ImageTokens] = ImageTokens
+) -> ImageTokens:
+  """Return the model of its parts, of which all but CLIP may be given as networks.
 
   UserError where they do not fit together.
   """
-  transformer, clip = parts[TRANSFORMER], parts[CLIP]
-  network = transformer if isinstance(transformer, Network) else transformer.network(dtype=dtype)
-  autoencoder, config = parts[AUTOENCODER].network(dtype=dtype), network.config
+  made = lambda part: part if isinstance(part, Network) else part.network(dtype=dtype)
+  clip, network, autoencoder = parts[CLIP], made(parts[TRANSFORMER]), made(parts[AUTOENCODER])
+  config = network.config
   tokenizer = load_tokenizer(resolve(clip.path))
   for name, given, wanted in (
     ('image_vocab_size', config.image_vocab_size, autoencoder.config.vocabulary),
@@ -174,17 +183,23 @@ def make(parts: Mapping[str, Part], dtype=jnp.float32) -> ImageTokens:
     )
   pixels = pixel_statistics(*clip.json('preprocessor_config.json'))
   tokenize = Tokenize(tokenizer, config.text_length)
-  return ImageTokens(network, autoencoder, clip.network(dtype=dtype), tokenize, **pixels)
+  return kind(network, autoencoder, clip.network(dtype=dtype), tokenize, **pixels)
 
 
-def read(path: str, dtype=jnp.float32) -> tuple[ImageTokens, dict[str, Part], TokenSampleConfig]:
-  """As `pipelines.generator.read_generator`, of a directory that `save` wrote."""
+def read(
+  path: str, dtype=jnp.float32, kind: type[ImageTokens] = ImageTokens,
+  codes: Sequence[str] = QUANTIZED,
+) -> tuple[ImageTokens, dict[str, Part], TokenSampleConfig]:
+  """As `pipelines.generator.read_generator`, of a directory that `save` wrote.
+
+  codes: kinds of what makes tokens.
+  """
   directory = resolve(path)
   where = directory / INDEX
   index = read_json(inside(where, directory))
   with reading(where, 'describes no model', 'export it again'):
     place = lambda role: own_path(str(index[role]), directory)
-    kinds = {TRANSFORMER: ('token_transformer',), AUTOENCODER: QUANTIZED, CLIP: ('clip',)}
+    kinds = {TRANSFORMER: ('token_transformer',), AUTOENCODER: codes, CLIP: ('clip',)}
     parts = {role: read_part(place(role)).expect(kinds[role]) for role in kinds}
     given = dict(index.get('sample', {}))
   known = {field.name for field in dataclasses.fields(TokenSampleConfig)}
@@ -192,17 +207,20 @@ def read(path: str, dtype=jnp.float32) -> tuple[ImageTokens, dict[str, Part], To
     sample = typed(TokenSampleConfig, {n: v for n, v in given.items() if n in known}, 'sample.')
   except UserError as error:
     raise UserError(f'{path} cannot be sampled: {error}') from error
-  return make(parts, dtype), parts, sample
+  return make(parts, dtype, kind), parts, sample
 
 
 def save(
   directory: Path, config: Any, params: Params, *, autoencoder: str, clip: str,
-  sample: TokenSampleConfig, dtype: str,
+  sample: TokenSampleConfig, dtype: str, kind: str = KIND,
 ) -> None:
-  """Write the transformer with copies of the other parts, or the assets' names, as `read` reads."""
+  """Write the transformer with copies of the other parts, or the assets' names, as `read` reads.
+
+  autoencoder: '' where it is in the directory already.
+  """
   save_params(directory / TRANSFORMER, config, params, dtype=dtype)
   write_json(directory / INDEX, {
-    CLASS: KIND, TRANSFORMER: TRANSFORMER, 'sample': dataclasses.asdict(sample),
-    AUTOENCODER: keep_folder(autoencoder, directory, AUTOENCODER),
+    CLASS: kind, TRANSFORMER: TRANSFORMER, 'sample': dataclasses.asdict(sample),
+    AUTOENCODER: keep_folder(autoencoder, directory, AUTOENCODER) if autoencoder else AUTOENCODER,
     CLIP: keep_folder(clip, directory, CLIP),
   })

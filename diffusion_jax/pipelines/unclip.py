@@ -1,13 +1,13 @@
 """DALL-E 2 (Ramesh et al. 2022): a prior draws the embedding of a picture, a decoder the picture.
 
-Both are diffusion models. A directory has them as folders of their own, so that the decoder alone
-varies a given picture (section 3.1).
+The decoder is a diffusion model, the prior another, or one of tokens (`token_prior`). A directory
+has them as folders of their own, so that the decoder alone varies a given picture (section 3.1).
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,11 +19,11 @@ from diffusion_jax.formats.pipeline import own_path
 from diffusion_jax.formats.tensors import read_json, write_json
 from diffusion_jax.models.network import prefixed, under
 from diffusion_jax.pipelines.directory import read_model
-from diffusion_jax.pipelines.embeddings import EmbeddingSpace
-from diffusion_jax.pipelines.generator import CLASS, OfOneSize
+from diffusion_jax.pipelines.generator import CLASS, OfOneSize, read_generator
 from diffusion_jax.pipelines.image_conditioners import ImageEncoder, Inputs
-from diffusion_jax.pipelines.model import DENOISER, Diffusion
+from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.pipelines.sampling import SampleConfig
+from diffusion_jax.pipelines.token_prior import TokenPrior
 
 KIND = 'UnCLIP'
 PRIOR, DECODER = 'prior', 'decoder'
@@ -34,27 +34,29 @@ PRIOR, DECODER = 'prior', 'decoder'
 class UnCLIP(OfOneSize):
   """Prompts -> embeddings, as the settings of sampling say -> images, as `decoding` says."""
 
-  prior: Diffusion
+  prior: Diffusion | TokenPrior
   decoder: Diffusion
   decoding: SampleConfig
-  drawn_by: ClassVar = f'{PRIOR}.{DENOISER}'
 
   def __post_init__(self):
-    space = self.prior.space
+    width = getattr(getattr(self.prior, 'space', self.prior), 'embedding_dim', None)
     require(
-      isinstance(space, EmbeddingSpace),
-      'the prior draws no embeddings; give one whose space is embeddings.',
+      width is not None, 'the prior draws no embeddings; give one whose space is embeddings.'
     )
     readers = [c for c in self.decoder.conditioners.values() if isinstance(c, ImageEncoder)]
     require(
-      bool(readers) and readers[0].width == space.channels,
-      f'the prior draws embeddings of {space.channels} numbers, which the decoder does not read; '
+      bool(readers) and readers[0].width == width,
+      f'the prior draws embeddings of {width} numbers, which the decoder does not read; '
       'give one that was trained on those of the same CLIP.',
     )
 
   @property
   def networks(self):
     return {**prefixed(PRIOR, self.prior.networks), **prefixed(DECODER, self.decoder.networks)}
+
+  @property
+  def drawn_by(self) -> str:
+    return f'{PRIOR}.{self.prior.drawn_by}'
 
   @property
   def text(self):
@@ -80,7 +82,7 @@ class UnCLIP(OfOneSize):
     return self.prior.prompt(record)
 
   def embeddings(
-    self, weights: Mapping[str, Any], prompts: Sequence[str], config: SampleConfig, **how
+    self, weights: Mapping[str, Any], prompts: Sequence[str], config: Any, **how
   ) -> np.ndarray:
     """Draw embeddings of pictures, float32 [n p]; `how` as of `Diffusion.sample`."""
     return np.concatenate(list(self.prior.sample(under(PRIOR, weights), prompts, config, **how)))
@@ -115,14 +117,14 @@ def interpolated(first: np.ndarray, last: np.ndarray, count: int) -> np.ndarray:
   return (directions * (lengths[0] + way * (lengths[1] - lengths[0]))).astype(np.float32)
 
 
-def read(path: str, dtype=jnp.float32) -> tuple[UnCLIP, dict[str, Part], SampleConfig]:
+def read(path: str, dtype=jnp.float32) -> tuple[UnCLIP, dict[str, Part], Any]:
   """As `pipelines.generator.read_generator`, of a directory with a prior and a decoder."""
   directory = resolve(path)
   where = directory / INDEX
   index = read_json(inside(where, directory))
   with reading(where, 'describes no model', 'export it again'):
     folders = {name: own_path(str(index[name]), directory) for name in (PRIOR, DECODER)}
-  prior, parts, sample = read_model(folders[PRIOR], dtype)
+  prior, parts, sample = read_generator(folders[PRIOR], dtype)
   decoder, others, decoding = read_model(folders[DECODER], dtype)
   model = UnCLIP(prior, decoder, decoding)
   return model, {**prefixed(PRIOR, parts), **prefixed(DECODER, others)}, sample

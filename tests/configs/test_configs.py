@@ -50,7 +50,7 @@ def _initialize(config):
     return CLIPTask(settings, None, None).initialize
   if config.task == 'toy':
     return ToyTask(settings, open_points(config.data.dataset, 'test', config.data.size)).initialize
-  if config.task == 'image_tokens':
+  if config.task in ('image_tokens', 'token_prior'):
     return Network.of(TokenTransformer, settings.transformer).initialize
   network = settings.t5 if config.task == 't5' else settings.denoiser
   made = T5ForConditionalGeneration if config.task == 't5' else format_of(network).module

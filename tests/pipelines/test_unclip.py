@@ -92,7 +92,31 @@ def run(once, clip, decoder, command, small_data):
   return once('unclip', make) / 'run'
 
 
-def test_a_run_and_its_directory_draw_the_same_and_are_scored(run, command, tmp_path):
+@pytest.fixture(scope='module')
+def run_of_tokens(once, clip, decoder, command, small_data):
+  """The same, with a prior that draws token by token."""
+  del small_data
+
+  def make(folder):
+    settings = {
+      'decoder': decoder, 'clip': clip, 'export_dtype': 'float32', 'components': 5, 'intervals': 8,
+      'transformer': {'hidden_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2,
+                      'intermediate_size': 16},
+      'evaluation': {'features': (), 'metrics': ('fd',)}, 'preview_captions': ['red apple'],
+      'sample': {'candidates': 2},
+    }
+    config = tiny._config('token_prior', tiny.WITH_TEXT, settings, loop={'total_steps': 2})
+    config = tiny.write_config(folder / 'recipe.py', config)
+    assert command('train', '--config', config, '--workdir', folder / 'run', '--quiet') == 0
+
+  return once('unclip_tokens', make) / 'run'
+
+
+@pytest.mark.parametrize('name', ['run', 'run_of_tokens'])
+def test_a_run_and_its_directory_draw_the_same_and_are_scored(
+  name, request, command, tmp_path, fails
+):
+  run = request.getfixturevalue(name)
   assert json.loads((run / 'scores.json').read_text())['generated']['fd_clip'] > 0
   for name, source in (('run', ('--workdir', run)), ('model', ('--model', run / 'model'))):
     arguments = ('--prompt', 'red apple', '--seed', 1, '--out', tmp_path / name)
@@ -102,6 +126,8 @@ def test_a_run_and_its_directory_draw_the_same_and_are_scored(run, command, tmp_
   ]
   np.testing.assert_array_equal(*drawn)
   assert drawn[0].shape == (tiny.SIZE, tiny.SIZE, 3)
+  source = ('--model', run / 'model' / 'prior', '--prompt', 'sun', '--out', tmp_path / 'none')
+  assert 'draws embeddings and no pictures' in fails('sample', *source)
 
 
 def test_the_decoder_draws_of_an_embedding_what_it_draws_of_its_picture(run, decoder, sources):

@@ -37,16 +37,14 @@ from diffusion_jax.types import Params, Scores, Source, Tokens, Weights
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageTokensTaskConfig:
-  """autoencoder: the directory of one whose latents are codes, such as the model of a run with
-  settings.bottleneck gumbel, vq or fsq. clip: of the captions' vocabulary, and what chooses among
-  pictures. transformer: its vocabularies, lengths and size follow from those.
+class TokensTaskConfig:
+  """clip: of the captions' vocabulary, and what chooses among candidates. transformer: its
+  vocabularies, lengths and size follow from the other parts.
 
   text_weight: of the captions' cross-entropy, the images' has the rest; both are means over tokens.
   caption_dropout: fraction of the captions that are left out, so that guidance can be used.
   """
 
-  autoencoder: str
   clip: str = 'asset:clip-openmoji-64'
   transformer: TokenTransformerConfig = TokenTransformerConfig()
   text_weight: Fraction = 0.125
@@ -57,6 +55,14 @@ class ImageTokensTaskConfig:
   export_dtype: FileDtype = 'float16'
 
 
+@dataclasses.dataclass(frozen=True)
+class ImageTokensTaskConfig(TokensTaskConfig):
+  """autoencoder: the directory of one whose latents are codes, such as the model of a run with
+  settings.bottleneck gumbel, vq or fsq."""
+
+  autoencoder: str = dataclasses.field(kw_only=True)
+
+
 def fitted(config: ImageTokensTaskConfig, size: tuple[int, int]) -> TokenTransformerConfig:
   """Return the transformer's config for its tokens of images of that height and width.
 
@@ -65,16 +71,23 @@ def fitted(config: ImageTokensTaskConfig, size: tuple[int, int]) -> TokenTransfo
   for path in (config.autoencoder, config.clip):
     check_folder(resolve(path))  # It is copied when training ends.
   codes = read_part(config.autoencoder).expect(QUANTIZED).config
-  text = read_part(config.clip).expect((CLIP,)).config.text_config
   if any(edge % codes.factor for edge in size):
     raise UserError(
       f'data.size is {size[0]}x{size[1]}, but the autoencoder of settings.autoencoder takes '
       f'multiples of {codes.factor}; choose such a size.'
     )
+  return of_clip(
+    config, image_vocab_size=codes.vocabulary, rows=size[0] // codes.factor,
+    columns=size[1] // codes.factor,
+  )
+
+
+def of_clip(config: TokensTaskConfig, **more: int) -> TokenTransformerConfig:
+  """Return the transformer's config for CLIP's captions, with `more` of its fields."""
+  text = read_part(config.clip).expect((CLIP,)).config.text_config
   return dataclasses.replace(
     config.transformer, vocab_size=len(load_tokenizer(resolve(config.clip))),
-    text_length=text.max_position_embeddings, image_vocab_size=codes.vocabulary,
-    rows=size[0] // codes.factor, columns=size[1] // codes.factor,
+    text_length=text.max_position_embeddings, **more,
   )
 
 
@@ -94,7 +107,7 @@ class ImageTokensTask(Task):
   batch_fields = ('image', 'tokens')
 
   def __init__(
-    self, config: ImageTokensTaskConfig, model: ImageTokens, frozen: Frozen, train: Source,
+    self, config: TokensTaskConfig, model: ImageTokens, frozen: Frozen, train: Source,
     test: Source,
   ):
     self.config, self.model, self.frozen = config, model, frozen

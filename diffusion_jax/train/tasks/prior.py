@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from diffusion_jax.config import TrainingConfig
-from diffusion_jax.errors import UserError
 from diffusion_jax.files import check_folder
 from diffusion_jax.formats.networks import resolve
 from diffusion_jax.formats.pipeline import keep_folder
@@ -30,24 +29,21 @@ class PriorTaskConfig(DiffusionTaskConfig):
   """decoder: the directory of a model of diffusion that is conditioned on image_embedding; space
   must be embeddings, those of the decoder's CLIP."""
 
-  decoder: str = ''
-
-  def __post_init__(self):
-    super().__post_init__()
-    if not self.decoder:
-      raise UserError('settings.decoder is missing; give a model that draws of embeddings.')
+  decoder: str = dataclasses.field(kw_only=True)
 
 
 class PriorTask(Task):
-  """The task of diffusion on embeddings; what is drawn and scored are the decoder's pictures."""
+  """A task on embeddings; what is drawn and scored are the decoder's pictures."""
 
   Config = PriorTaskConfig
   upgrade_settings = staticmethod(DiffusionTask.upgrade_settings)
   name, title = 'prior', 'Text-to-image model by embeddings'
+  inner: ClassVar[type[Task]] = DiffusionTask
+  """The task that the prior is trained by."""
   computing = DiffusionTask.computing
   captioned = True
 
-  def __init__(self, task: DiffusionTask, model: UnCLIP, decoder: Weights):
+  def __init__(self, task: Task, model: UnCLIP, decoder: Weights):
     """`decoder`: its weights."""
     self.task, self.model, self.config = task, model, task.config
     self.frozen: Frozen = {**task.frozen, **prefixed(DECODER, decoder)}
@@ -55,12 +51,12 @@ class PriorTask(Task):
 
   @classmethod
   def check_data(cls, config: TrainingConfig) -> None:
-    DiffusionTask.check_data(config)
+    cls.inner.check_data(config)
 
   @classmethod
   def build(cls, config: TrainingConfig, env: Env) -> PriorTask:
     check_folder(resolve(config.settings.decoder))  # It is copied when training ends.
-    task = DiffusionTask.build(config, env)
+    task = cls.inner.build(config, env)
     decoder, parts, sample = read_model(config.settings.decoder, getattr(jnp, config.dtype))
     weights = {role: part.load(mesh=env.mesh) for role, part in parts.items()}
     return cls(task, UnCLIP(task.model, decoder, sample), weights)
@@ -87,6 +83,9 @@ class PriorTask(Task):
     decoder = prefixed(DECODER, under(DECODER, frozen))
     own = {name: value for name, value in frozen.items() if name not in decoder}
     return {**prefixed(PRIOR, self.task.weights(params, own)), **decoder}
+
+  def keep(self, workdir: Path) -> None:
+    self.task.keep(workdir)
 
   def evaluators(self, mesh: Mesh) -> list[Any]:
     return self.task.evaluators(mesh)
