@@ -1,5 +1,7 @@
 """Guidance by CLIP: its score, what it sees, and pictures that fit their prompts better."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +14,11 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extractors.clip import load_features
 from diffusion_jax.models.text.clip import unit
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
+from diffusion_jax.pipelines.assembly import assemble
 from diffusion_jax.pipelines.conditioners import Request
 from diffusion_jax.pipelines.guides import views_of
 from diffusion_jax.pipelines.sampling import SampleConfig
+from diffusion_jax.pipelines.spaces import PixelSpace
 from diffusion_jax.pixels import to_uint8
 from tests import tiny
 
@@ -29,12 +33,10 @@ def features(parts):
 
 @pytest.fixture(scope='module')
 def plain(parts):
-  """(a model with random weights, its weights)."""
-  model, weights = tiny.assemble(
+  """(a model of latents, the weights of all but its denoiser)."""
+  return tiny.assemble(
     tiny.UNET, **parts, schedule=ScheduleConfig(), parameterization=Parameterization()
   )
-  denoiser = jax.jit(model.denoiser.initialize)(jax.random.key(0))
-  return model, {**weights, 'denoiser': denoiser}
 
 
 @pytest.fixture(scope='module')
@@ -68,8 +70,15 @@ def test_cut_outs_are_squares_of_the_picture_of_other_places_at_each_level():
   np.testing.assert_allclose(whole[0], ramp, atol=1e-4)
 
 
-def test_guided_pictures_fit_their_prompts_better(plain, guided, features):
+def test_guided_pictures_fit_their_prompts_better(parts, features):
   """Of the guided steps fewer, less so; the same program for each scale and interval of steps."""
+  unet = dataclasses.replace(tiny.UNET, in_channels=12, out_channels=12)
+  how = PixelSpace(patch=2), {'text': {'path': parts['clip']}}, ScheduleConfig(), Parameterization()
+  model, frozen = assemble(unet, *how)
+  weights = {role: part.load() for role, part in frozen.items()}
+  weights['denoiser'] = jax.jit(model.denoiser.initialize)(jax.random.key(0))
+  plain = model, weights
+  guided = AdapterOptions(clip=parts['clip']).apply(*plain, 1.0)
   fits = {}
   for (model, weights), scale, every in (
     (plain, 0.0, 1), (guided, 0.0, 1), (guided, 3.0, 1), (guided, 3.0, 2)
