@@ -105,6 +105,15 @@ SYSTEMS = {
   'enlarger': System(
     6, 'A network that enlarges, without diffusion', 'notes/enlarger.py', 'none', metrics=(),
   ),
+  'clip': System(
+    8, 'CLIP', 'openmoji/clip.py',
+    'ImageNet, zero-shot: 76.2 % (ViT-L/14@336px; Radford et al. 2021, table 1)', pictures=False,
+  ),
+  'siglip': System(
+    8, 'SigLIP', 'notes/siglip.py',
+    'ImageNet, zero-shot: 84.5 % beside a locked image tower (Zhai et al. 2023, abstract)',
+    pictures=False,
+  ),
   'sequences': System(
     9, 'A transformer on signals', 'notes/sequences.py', 'none: the spectrum is known',
     pictures=False,
@@ -219,6 +228,7 @@ def _number(value: float | None, digits: str) -> str:
 
 MORE = {
   'spectrum_error': ('spectrum off by', '.2f', ' dB'), 'psnr': ('PSNR', '.1f', ' dB'),
+  'retrieval_r1_of_100': ('own caption of 100 nearest:', '.2f', ''),
   'codes_used': ('codes used:', '.0%', ''), 'code_perplexity': ('perplexity', '.0f', ''),
 }
 """Other figures that may be told: words before, digits, unit."""
