@@ -19,6 +19,8 @@ PLAIN, WEIGHTED = SYNTAXES = ('plain', 'weighted')
 """How prompts are read, see `pipelines.prompts`."""
 BINNINGS = ('none', 'aspect')
 """At which sizes is drawn, see `pipelines.bins`."""
+EXTRAPOLATED, PLUS_PLUS, ZERO_STAR = GUIDANCES = ('extrapolated', 'plus_plus', 'zero_star')
+"""Kinds of classifier-free guidance, see `diffusion.free_guidance`."""
 AESTHETIC, NEGATIVE_AESTHETIC = 6.0, 2.5
 SIZING = {
   'original_size': '', 'crop': (0, 0), 'target_size': '', 'aesthetic_score': AESTHETIC,
@@ -129,6 +131,10 @@ class SampleOptions:
   clip_guidance_every: Annotated[int, Range(1, text='a number of steps'), Help(
     'with --clip_guidance: of so many steps only the first is guided by it (default: 1)', 'K'
   )] = 1
+  guidance_kind: Annotated[str, OneOf(GUIDANCES), Help(
+    'how --guidance acts: extrapolated; plus_plus (CFG++), of ddim, with a scale from 0 to 1; or '
+    'zero_star (CFG-Zero*), of a flow, which leaves out the first step', 'KIND'
+  )] = EXTRAPOLATED
   clip_skip: Annotated[int, Range(0, text='a number of layers, 0 for none'), Help(
     'layers of the text encoder to leave out at the end', 'N'
   )] = 0

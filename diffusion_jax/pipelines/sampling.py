@@ -26,6 +26,7 @@ from diffusion_jax.diffusion.denoiser import (
   gradient_guidance,
   static_threshold,
 )
+from diffusion_jax.diffusion.free_guidance import plus_plus, zero_star
 from diffusion_jax.diffusion.noise import NoiseSchedule
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.diffusion.samplers import (
@@ -41,7 +42,15 @@ from diffusion_jax.diffusion.samplers import (
 from diffusion_jax.diffusion.samplers.grid import sampling_grid, spaced_timesteps
 from diffusion_jax.diffusion.samplers.resampling import stacked, stretches
 from diffusion_jax.errors import UserError, require
-from diffusion_jax.pipelines.options import GUIDES, SIZING, Option, SampleOptions
+from diffusion_jax.pipelines.options import (
+  EXTRAPOLATED,
+  GUIDES,
+  PLUS_PLUS,
+  SIZING,
+  ZERO_STAR,
+  Option,
+  SampleOptions,
+)
 from diffusion_jax.types import Condition
 
 PLACES = ('steps_offset', 'drop_last', 'fractional', 'set_alpha_to_one')
@@ -105,7 +114,7 @@ class Program(NamedTuple):
   levels. decoding: one of DECODINGS. options: the sampler's, as pairs. timesteps: one of
   `noise.LABELS`. cut: (height, width) of what is cut out of the images, see `bins.cut_out`.
   low_pass: pixels of the squares whose averages are held, 0 for none. guides: names of those in
-  force, see `pipelines.guides`.
+  force, see `pipelines.guides`. kind: one of GUIDANCES.
   """
 
   sampler: str
@@ -122,12 +131,19 @@ class Program(NamedTuple):
   cut: tuple[int, int] | None = None
   low_pass: int = 0
   guides: tuple[str, ...] = ()
+  kind: str = EXTRAPOLATED
 
   def guide(
     self, denoise: TextDenoiser, condition: Condition, negative: Condition, numbers: Numbers,
     parameterization: Parameterization, others: Others = (), scores: GuideScores = NO_SCORES,
   ) -> Denoiser:
     """Return the denoiser with guidance and threshold; scores: of each of `guides`."""
+    if self.kind == PLUS_PLUS:
+      return plus_plus(denoise, condition, negative, numbers.guidance)
+    if self.kind == ZERO_STAR:
+      noise = numbers.grid[0][0] == 0  # Part of the way there is a picture to begin with.
+      first = jnp.where(noise, numbers.grid[1][0], jnp.inf)
+      return zero_star(denoise, condition, negative, numbers.guidance, first)
     edit = {}
     if self.image_guided:
       edit = {'image': negative, 'image_scale': numbers.image_guidance}
@@ -172,6 +188,24 @@ class SampleConfig(SampleOptions):
         'objective.prediction to v_prediction, or schedule.rescale_betas_zero_snr to False.'
       )
     noise.label_as(self.timesteps, grid)
+    if self.guidance_kind != EXTRAPOLATED:
+      self._check_kind(noise)
+
+  def _check_kind(self, noise: NoiseSchedule) -> None:
+    kind, default = self.guidance_kind, SampleConfig()
+    if kind == PLUS_PLUS and (self.sampler != 'ddim' or not 0 <= self.guidance <= 1):
+      raise UserError(
+        f'guidance_kind plus_plus is of the sampler ddim and a guidance from 0 to 1, not of '
+        f'{self.sampler} and {self.guidance:g}; change them, or leave it at extrapolated.'
+      )
+    if kind == ZERO_STAR and noise.config.process != 'flow':
+      raise UserError(
+        'guidance_kind zero_star is of models of a flow; leave it at extrapolated.'
+      )
+    for name in ('image_guidance', 'guidance_rescale', 'guidance_interval', 'threshold',
+                 'perturbed_attention', 'autoguidance', *GUIDES):
+      if getattr(self, name) != getattr(default, name):
+        raise UserError(f'{name} has no effect with guidance_kind {kind}; leave one of them out.')
 
   @property
   def program(self) -> Program:
@@ -186,12 +220,15 @@ class SampleConfig(SampleOptions):
       self.steps < value if name == 'lower_order_final' and type(value) is int else value
     )
     options = {name: settle(name, value) for name, value in self.options.items()}
+    kind = self.guidance_kind if guided or self.guidance_kind == PLUS_PLUS else EXTRAPOLATED
+    if kind == PLUS_PLUS:
+      options['keep_epsilon'] = True
     if self.denoising_end < 1:  # The last steps are another model's.
       taken = inspect.signature(info(self.sampler).function).parameters
       options |= {n: False for n in ('lower_order_final', 'euler_at_final') if n in taken}
     return Program(
       self.sampler, guided, edited, everywhere, self.threshold, self.clip_skip, self.decoding,
-      tuple(sorted(options.items())), self.timesteps, perturbed, autoguided,
+      tuple(sorted(options.items())), self.timesteps, perturbed, autoguided, kind=kind,
       guides=tuple(name for name in GUIDES if getattr(self, name)),
     )
 
@@ -249,10 +286,10 @@ class SampleConfig(SampleOptions):
     names = ['sampler', 'steps', 'spacing', 'guidance']
     default, program = SampleConfig(), self.program
     guided = program.guided or program.image_guided or program.perturbed or program.autoguided
-    later = ('options', *PLACES, 'places', 'timesteps', 'scaled_noise', 'image_guidance',
-             'distilled_guidance', 'perturbed_attention', 'autoguidance', 'clip_skip', 'decoding',
-             'prompt_syntax', 'binning', *SIZING, 'denoising_start', 'denoising_end', 'resample',
-             *GUIDES)
+    later = ('guidance_kind', 'options', *PLACES, 'places', 'timesteps', 'scaled_noise',
+             'image_guidance', 'distilled_guidance', 'perturbed_attention', 'autoguidance',
+             'clip_skip', 'decoding', 'prompt_syntax', 'binning', *SIZING, 'denoising_start',
+             'denoising_end', 'resample', *GUIDES)
     names += [name for name in later if getattr(self, name) != getattr(default, name)]
     names += ['perturbed_part'] * bool(program.perturbed)
     names += ['resample_jump'] * (self.resample > 1)

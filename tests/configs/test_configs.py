@@ -6,6 +6,7 @@ import difflib
 import jax
 import pytest
 
+from benchmarks.notes import SYSTEMS
 from diffusion_jax.config import parse, untyped
 from diffusion_jax.data.sources.arrays import open_points
 from diffusion_jax.errors import UserError
@@ -14,6 +15,7 @@ from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.t5_decoder import T5ForConditionalGeneration
 from diffusion_jax.models.token_transformer import TokenTransformer
 from diffusion_jax.pipelines.assembly import assemble
+from diffusion_jax.pipelines.directory import read_model
 from diffusion_jax.recipe import load_config
 from diffusion_jax.registry import OPTIMIZERS, TASKS, load
 from diffusion_jax.train.optimizer import make_optimizer
@@ -40,6 +42,14 @@ def _shapes(config):
   return jax.eval_shape(_initialize(config), jax.random.key(0))
 
 
+def _teacher(model):
+  """Of a pipeline in the package, or of the run that a recipe makes before."""
+  if model.startswith('asset:'):
+    return read_model(model)[0].denoiser.initialize
+  recipe = SYSTEMS[model.split('/')[2]].recipe
+  return _initialize(parse(load_config(str(ROOT / 'configs' / recipe))))
+
+
 def _initialize(config):
   settings = config.settings
   if config.task in ('autoencoder', 'vae'):
@@ -50,6 +60,8 @@ def _initialize(config):
     return CLIPTask(settings, None, None).initialize
   if config.task == 'toy':
     return ToyTask(settings, open_points(config.data.dataset, 'test', config.data.size)).initialize
+  if config.task == 'distillation':
+    return _teacher(settings.model)
   if config.task in ('image_tokens', 'token_prior'):
     return Network.of(TokenTransformer, settings.transformer).initialize
   network = settings.t5 if config.task == 't5' else settings.denoiser

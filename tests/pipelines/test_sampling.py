@@ -13,6 +13,7 @@ import pytest
 from diffusion_jax.cli.options import with_values
 from diffusion_jax.config import typed
 from diffusion_jax.diffusion.denoiser import classifier_free
+from diffusion_jax.diffusion.noise import NoiseConfig, NoiseSchedule
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.diffusion.samplers import initial_noise, sampling_grid
 from diffusion_jax.errors import UserError
@@ -143,6 +144,10 @@ def test_images_that_cannot_be_started_from(draw, images, strength, words):
   ({'image_guidance': float('nan')}, 'image_guidance'), ({'clip_skip': -1}, 'clip_skip'),
   ({'options': {'order': 2}}, "no option 'order'"),
   ({'spacing': 'leading', 'steps_offset': 500}, 'offset of 500'),
+  ({'guidance_kind': 'plus_plus'}, 'a guidance from 0 to 1, not of ddim and 3'),
+  ({'guidance_kind': 'plus_plus', 'sampler': 'heun', 'guidance': 0.5}, 'not of heun'),
+  ({'guidance_kind': 'plus_plus', 'guidance': 0.5}, 'guidance_interval has no effect'),
+  ({'guidance_kind': 'zero_star'}, 'zero_star is of models of a flow'),
 ])
 def test_wrong_settings_are_refused(model_and_weights, change, words):
   model, _ = model_and_weights
@@ -245,6 +250,37 @@ def test_another_sampler_leaves_behind_what_was_said_for_the_first():
 def test_guidance_by_a_picture_needs_a_model_that_edits(draw):
   with pytest.raises(UserError, match='edits no picture'):
     draw(dataclasses.replace(CONFIG, image_guidance=1.5))
+
+
+def test_cfg_plus_plus_without_a_scale_draws_without_the_text(draw):
+  plain = dataclasses.replace(CONFIG, guidance_interval=(0.0, None))
+  kind = dataclasses.replace(plain, guidance_kind='plus_plus')
+  without = draw(dataclasses.replace(plain, guidance=1.0), prompts=('', '', ''))
+  close = lambda one, other: np.abs(one.astype(int) - other.astype(int)).max() <= 1
+  assert close(draw(dataclasses.replace(kind, guidance=0.0)), without)
+  half = draw(dataclasses.replace(kind, guidance=0.5))
+  assert not close(half, without)
+  assert (half != draw(dataclasses.replace(plain, guidance=0.5))).any()
+
+
+def test_cfg_zero_star_takes_no_first_step(model_and_weights):
+  model, weights = model_and_weights
+  mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+  flow = dataclasses.replace(
+    model, noise=NoiseSchedule.of(NoiseConfig(process='flow')),
+    parameterization=Parameterization('flow_prediction'),
+  )
+  weights = model.on_mesh(jax.tree.map(np.asarray, dict(weights)), mesh)
+  z = {}
+  for steps, kind in itertools.product((1, 2), ('zero_star', 'extrapolated')):
+    config = SampleConfig('flow_euler', steps=steps, guidance=3.0, guidance_kind=kind)
+    z[steps, kind] = np.concatenate(list(flow.sample(
+      weights, PROMPTS, config, seed=0, mesh=mesh, batch_size=4, latents=True
+    )))
+  noise, _ = initial_noise(0, 0, 3, z[1, 'zero_star'].shape[1:])
+  np.testing.assert_allclose(z[1, 'zero_star'], noise, atol=1e-5)
+  assert np.abs(z[1, 'extrapolated'] - noise).max() > 0.1
+  assert np.abs(z[2, 'zero_star'] - noise).max() > 0.1
 
 
 def test_noise_can_be_given(draw, model_and_weights):
