@@ -15,12 +15,12 @@ All else is the package's CLIP, `configs/openmoji/clip.py`, which has the loss o
 With `settings.locked=image settings.locked_from=DIR` it is the paper's SigLiT.
 """
 
-from diffusion_jax.configs.openmoji.clip import get_config as clip
+from diffusion_jax.configs.openmoji import clip
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-  config = clip()
+  config = clip.get_config()
   config.settings.update({'loss': 'sigmoid', 'label_smoothing': 0.0})
   config.optimizer.update({'b2': 0.95})
   return config
