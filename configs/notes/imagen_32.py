@@ -7,7 +7,8 @@ three channels beside z, and 2 x 2 pixels of the large one in each of z's places
 many as the small picture's pixels.
 
 The efficient U-Net (appendix B) moves compute to few places: it halves them before convolutions,
-and has most blocks where places are fewest. Here folding does the first, and width the second.
+and has most blocks where places are fewest. Here folding does the first, `layers_per_block` the
+second.
 In the paper: 600 million parameters for 64 to 256, 400 million for 256 to 1024.
 """
 
@@ -23,7 +24,8 @@ def get_config() -> ConfigDict:
     'beta_schedule': 'linear', 'beta_start': 1e-4, 'beta_end': 0.02,
   }
   config.settings.denoiser.update({
-    'sample_size': 16, 'in_channels': 15, 'num_class_embeds': 351, 'block_out_channels': (48, 96),
+    'sample_size': 16, 'in_channels': 15, 'num_class_embeds': 351,
+    'block_out_channels': (48, 96), 'layers_per_block': (1, 2),
   })
   config.settings.cache = False
   config.settings.sample.update({'steps': 12, 'guidance': 1.0})

@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
   config = imagen_32.get_config()
   config.data.size = 64
   config.settings.denoiser.update({
-    'sample_size': 32, 'block_out_channels': (32, 64, 96),
+    'sample_size': 32, 'block_out_channels': (32, 64, 96), 'layers_per_block': (1, 1, 2),
     'down_block_types': ('DownBlock2D', 'DownBlock2D', 'CrossAttnDownBlock2D'),
     'up_block_types': ('CrossAttnUpBlock2D', 'UpBlock2D', 'UpBlock2D'),
   })

@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
       'type': 'unet', 'sample_size': 8, 'in_channels': 12, 'out_channels': 12,
       'down_block_types': ('DownBlock2D', 'CrossAttnDownBlock2D'),
       'up_block_types': ('CrossAttnUpBlock2D', 'UpBlock2D'),
-      'block_out_channels': (64, 128), 'layers_per_block': 1, 'norm_num_groups': 16,
+      'block_out_channels': (64, 128), 'layers_per_block': (1, 1), 'norm_num_groups': 16,
       'cross_attention_dim': 256, 'attention_head_dim': 4, 'use_linear_projection': True,
     },
     'schedule': {'beta_schedule': 'cosine', 'beta_end': 0.999},

@@ -81,7 +81,7 @@ class ControlNet(Encoder):
     outputs = [widths[0]]
     for level, width in enumerate(widths):
       halves = level < len(widths) - 1
-      outputs += [width] * (config.layers_per_block + halves)
+      outputs += [width] * (config.layers[level] + halves)
     self.controlnet_down_blocks = nnx.List([pointwise(o, o, init=zeros, **kw) for o in outputs])
     self.controlnet_mid_block = pointwise(widths[-1], widths[-1], init=zeros, **kw)
 

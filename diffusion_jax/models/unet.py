@@ -41,7 +41,7 @@ from diffusion_jax.types import Condition, Latents, Residuals, Timesteps
 
 PER_LEVEL = (
   'down_block_types', 'up_block_types', 'attention_head_dim', 'transformer_layers_per_block',
-  'only_cross_attention',
+  'only_cross_attention', 'layers_per_block',
 )
 """Fields with one value for all levels, or one for each."""
 
@@ -65,6 +65,7 @@ class EncoderConfig(NetworkConfig):
   count from the highest resolution down.
 
   mid_block_type: with attention, without (UNetMidBlock2D), or None for no mid block at all.
+  layers_per_block: residual blocks on the way down; one or one per level.
   transformer_layers_per_block: transformer blocks in each attention; one or one per level.
   attention_head_dim: for historical reasons the NUMBER of heads; one or one per level.
   only_cross_attention: one or one per level: where it holds, the first attention of each
@@ -87,7 +88,7 @@ class EncoderConfig(NetworkConfig):
     'UNetMidBlock2DCrossAttn'
   )
   block_out_channels: Widths = (320, 640, 1280, 1280)
-  layers_per_block: Layers = 2
+  layers_per_block: Layers | LayersPerLevel = 2
   norm_num_groups: Width = 32
   norm_eps: Epsilon = 1e-5
   cross_attention_dim: Width = 768
@@ -109,8 +110,8 @@ class EncoderConfig(NetworkConfig):
     self.check_groups()
     self.check_entries(len(self.block_out_channels), PER_LEVEL)
     # Down, up and in the middle: residual blocks, with transformer blocks in each attention.
-    layers = sum(1 + n for n in self.depths)
-    self.check_blocks(2 * self.layers_per_block * layers + self.depths[-1])
+    each = zip(self.layers, self.depths, strict=True)
+    self.check_blocks(2 * sum(count * (1 + n) for count, n in each) + self.depths[-1])
     for kind, needed in NEEDED.items():
       for field in needed:
         self.require(
@@ -128,6 +129,11 @@ class EncoderConfig(NetworkConfig):
   def heads(self) -> tuple[int, ...]:
     """Attention heads at each level, from the highest resolution down."""
     return self._per_level(self.attention_head_dim)
+
+  @property
+  def layers(self) -> tuple[int, ...]:
+    """Residual blocks at each level on the way down; on the way up there is one more."""
+    return self._per_level(self.layers_per_block)
 
   @property
   def depths(self) -> tuple[int, ...]:
@@ -242,7 +248,7 @@ class DownBlock(Level):
   """
 
   def __init__(self, config: EncoderConfig, level: int, **kw):
-    widths, layers = config.block_out_channels, config.layers_per_block
+    widths, layers = config.block_out_channels, config.layers[level]
     inputs = [widths[max(level - 1, 0)]] + [widths[level]] * (layers - 1)
     super().__init__(config, level, inputs, config.down_block_types[level], **kw)
     last = level == len(widths) - 1
@@ -288,8 +294,9 @@ class UpBlock(Level):
   """
 
   def __init__(self, config: UNetConfig, step: int, **kw):
-    widths, layers = config.block_out_channels, config.layers_per_block
+    widths = config.block_out_channels
     level = len(widths) - 1 - step
+    layers = config.layers[level]
     above, o, below = (widths[0], *widths, widths[-1])[level : level + 3]
     # The last skip of a level is the result of the level above it, after halving.
     skips = [o] * layers + [above]

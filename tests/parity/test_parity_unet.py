@@ -34,8 +34,8 @@ CONFIGS = {
     addition_embed_type='text_time', addition_time_embed_dim=4,
     projection_class_embeddings_input_dim=31,
   ),
-  'x4 upscaler': dict(
-    TINY, block_out_channels=(8, 16), in_channels=7, attention_head_dim=2,
+  'x4 upscaler, most blocks where places are few': dict(
+    TINY, block_out_channels=(8, 16), in_channels=7, attention_head_dim=2, layers_per_block=(1, 2),
     down_block_types=(CROSS, CROSS), up_block_types=(UP_CROSS, UP_CROSS),
     only_cross_attention=(True, False), num_class_embeds=11, upcast_attention=True,
   ),
