@@ -82,7 +82,7 @@ BOTTLENECKS = Table('bottleneck', {
 MODELS = Table('kind of model', {
   'Diffusion': 'diffusion_jax.pipelines.directory:read_model',
   'TextToImage': 'diffusion_jax.pipelines.directory:read_model',
-  'Cascade': 'diffusion_jax.pipelines.directory:read_model',
+  'Cascade': 'diffusion_jax.pipelines.cascade:read',
   'ImageTokens': 'diffusion_jax.pipelines.image_tokens:read',
   'TokenPrior': 'diffusion_jax.pipelines.token_prior:read',
   'UnCLIP': 'diffusion_jax.pipelines.unclip:read',

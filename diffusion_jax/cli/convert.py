@@ -72,12 +72,11 @@ def run(args: argparse.Namespace) -> int:
   options = vars(read_options(Options, args))
   stages = options.pop('stage')
   if options['layout'] == 'cascade':
-    from diffusion_jax.pipelines.cascade import save_cascade
-    from diffusion_jax.pipelines.directory import read_model
+    from diffusion_jax.pipelines.cascade import save
 
     extra = [name for name in ('dtype', 'kind', 'prediction', 'tokenizers') if options[name]]
     require(not extra, 'a cascade is of models as they are; leave all but --stage out.')
-    save_cascade(options['target'], [options['source'], *stages], read_model)
+    save(options['target'], [options['source'], *stages])
     print(f'written to {options["target"]}')
     return 0
   require(not stages, '--stage is of --layout cascade; leave one out.')

@@ -252,6 +252,17 @@ def run(args: argparse.Namespace) -> int:
   return sample(*parts, {k: v for cls in sampling for k, v in given(cls, args).items()})
 
 
+def _check(
+  model, config, pictures: PictureOptions, edit: EditOptions, size: tuple[int, int]
+) -> None:
+  """Raise UserError for options that do not fit a model, before its weights are read."""
+  if model.takes_pictures:
+    pictures.check_numbers(model, config.steps)
+    edit.check_model(model, pictures.files(), config.resample, *size)
+  elif given := [name for part in (pictures, edit) for name in part.given()]:
+    raise UserError(f'the model takes no pictures; leave --{given[0]} out.')
+
+
 def sample(
   source: ModelOptions, prompt: PromptOptions, adapters: AdapterOptions, refining: RefinerOptions,
   edit: EditOptions, pictures: PictureOptions, draw: DrawOptions, values: Mapping[str, Any],
@@ -269,16 +280,7 @@ def sample(
     raise UserError(f'--out {prompt.out} is a file; choose a directory.')
   mesh = make_mesh(MeshConfig())
   fits = lambda model, config: pictures.sizes(model, prompt.size, config.binning, edit)
-
-  def check(model, config):
-    if not model.takes_pictures:
-      if given := [name for part in (pictures, edit) for name in part.given()]:
-        raise UserError(f'the model takes no pictures; leave --{given[0]} out.')
-      fits(model, config)
-      return
-    pictures.check_numbers(model, config.steps)
-    edit.check_model(model, pictures.files(), config.resample, *fits(model, config)[0])
-
+  check = lambda model, config: _check(model, config, pictures, edit, fits(model, config)[0])
   model, weights, config, name = open_model(source, values, mesh, check)
   config, refiner = refining.read(model, config, values)
   model, weights = adapters.apply(model, weights, config.clip_guidance)

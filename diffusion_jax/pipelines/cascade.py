@@ -11,7 +11,7 @@ import dataclasses
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,10 +19,12 @@ import numpy as np
 from diffusion_jax.errors import UserError, require, shown
 from diffusion_jax.files import INDEX, check_folder, inside
 from diffusion_jax.formats.networks import Part, resolve
-from diffusion_jax.formats.pipeline import is_pipeline, new_directory, own_path
+from diffusion_jax.formats.pipeline import new_directory, own_path
 from diffusion_jax.formats.tensors import read_json, write_json
 from diffusion_jax.limits import EdgeRule
 from diffusion_jax.models.network import Network
+from diffusion_jax.pipelines.directory import read_model
+from diffusion_jax.pipelines.generator import CLASS
 from diffusion_jax.pipelines.image_conditioners import OPTIONS, Inputs
 from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.pipelines.sampling import SampleConfig
@@ -30,7 +32,7 @@ from diffusion_jax.pixels import to_uint8
 from diffusion_jax.types import Weights
 
 CASCADE = 'Cascade'
-"""Its class in model_index.json."""
+"""Its class in model_index.json, and row of `registry.MODELS`."""
 MOST_STAGES = 8
 
 
@@ -166,33 +168,20 @@ class Cascade(Diffusion):
     )))
 
 
-def _index(directory: Path) -> dict[str, Any]:
-  return read_json(inside(directory / INDEX, directory))
+def read(path: str, dtype=jnp.float32) -> tuple[Cascade, dict[str, Part], SampleConfig]:
+  """(model, parts by role, the base's settings) of a directory, as a row of `registry.MODELS`.
 
-
-def is_cascade(path: str) -> bool:
-  """Return whether a directory is one of a cascade."""
-  where = resolve(path)
-  return is_pipeline(where) and _index(where).get('_class_name') == CASCADE
-
-
-def read_cascade(path: str, read, dtype=jnp.float32) -> tuple[Cascade, dict[str, Part], Any]:
-  """(model, parts by role, the base's settings) of a directory, whose models `read` reads.
-
-  UserError: as `read`, and stages that do not fit together.
+  UserError: as `read_model` of its models, and stages that do not fit together.
   """
   where = resolve(path)
-  folders = _index(where).get('stages')
+  folders = read_json(inside(where / INDEX, where)).get('stages')
   require(
     isinstance(folders, list) and 2 <= len(folders) <= MOST_STAGES
     and all(isinstance(name, str) for name in folders),
     f'{where / INDEX}: stages is {shown(folders)}; it must be a list of 2 to {MOST_STAGES} '
     'folders.',
   )
-  places = [own_path(name, where) for name in folders]
-  for place in places:
-    require(not is_cascade(place), f'{place} is a cascade within a cascade; give one model.')
-  found = [read(place, dtype) for place in places]
+  found = [read_model(own_path(name, where), dtype) for name in folders]
   stages = [Stage(model, sample) for model, _, sample in found[1:]]
   parts = {
     role_of(i, role): part for i, (_, own, _) in enumerate(found) for role, part in own.items()
@@ -200,22 +189,20 @@ def read_cascade(path: str, read, dtype=jnp.float32) -> tuple[Cascade, dict[str,
   return Cascade.of(found[0][0], stages), parts, found[0][2]
 
 
-def save_cascade(path: str, sources: Sequence[str], read) -> None:
+def save(path: str, sources: Sequence[str]) -> None:
   """Write a cascade as a new directory with copies of models, the base first.
 
-  UserError: models that `read` does not read, that do not fit together, or a path that is taken.
+  UserError: models that are not read, that do not fit together, or a path that is taken.
   """
   require(
     2 <= len(sources) <= MOST_STAGES,
     f'a cascade has a base and up to {MOST_STAGES - 1} stages; name each by --stage.',
   )
-  for source in sources:
-    require(not is_cascade(source), f'{source} is a cascade already; give one model.')
-  base, *stages = (read(source) for source in sources)
+  base, *stages = (read_model(source) for source in sources)
   Cascade.of(base[0], [Stage(model, sample) for model, _, sample in stages])
   names = ['base', *(f'stage_{number}' for number in range(1, len(sources)))]
   with new_directory(Path(path)) as folder:
     for name, source in zip(names, sources, strict=True):
       check_folder(resolve(source))
       shutil.copytree(resolve(source), folder / name)
-    write_json(folder / INDEX, {'_class_name': CASCADE, 'stages': names})
+    write_json(folder / INDEX, {CLASS: CASCADE, 'stages': names})

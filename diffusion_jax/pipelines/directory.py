@@ -34,7 +34,6 @@ from diffusion_jax.formats.scheduler import Scheduler
 from diffusion_jax.formats.tensors import read_json, write_json
 from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.pipelines.assembly import assemble, make_model
-from diffusion_jax.pipelines.cascade import is_cascade, read_cascade
 from diffusion_jax.pipelines.conditioners import ClassLabel, Conditioner
 from diffusion_jax.pipelines.distilled import DistilledGuidance
 from diffusion_jax.pipelines.image_conditioners import (
@@ -67,8 +66,6 @@ def read_model(path: str, dtype=jnp.float32) -> tuple[Diffusion, dict[str, Part]
 
   UserError: no directory, no model in it, or a part that is missing or not implemented.
   """
-  if is_cascade(path):
-    return read_cascade(path, read_model, dtype)
   pipeline = read_pipeline(path, _NAMES)
   if pipeline.kind not in (TEXT_TO_IMAGE, DIFFUSION):
     check_class(pipeline.kind, str(resolve(path) / INDEX))
