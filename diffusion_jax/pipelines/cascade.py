@@ -23,8 +23,7 @@ from diffusion_jax.formats.pipeline import new_directory, own_path
 from diffusion_jax.formats.tensors import read_json, write_json
 from diffusion_jax.limits import EdgeRule
 from diffusion_jax.models.network import Network
-from diffusion_jax.pipelines.directory import read_model
-from diffusion_jax.pipelines.generator import CLASS
+from diffusion_jax.pipelines.generator import CLASS, read_generator
 from diffusion_jax.pipelines.image_conditioners import OPTIONS, Inputs
 from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.pipelines.sampling import SampleConfig
@@ -168,10 +167,19 @@ class Cascade(Diffusion):
     )))
 
 
+def _member(path: str, dtype=jnp.float32) -> tuple[Diffusion, dict[str, Part], SampleConfig]:
+  model, parts, sample = read_generator(path, dtype)
+  require(
+    type(model) is Diffusion,
+    f'{path} is a {type(model).__name__}; a cascade is of diffusion models, each by itself.',
+  )
+  return model, parts, sample
+
+
 def read(path: str, dtype=jnp.float32) -> tuple[Cascade, dict[str, Part], SampleConfig]:
   """(model, parts by role, the base's settings) of a directory, as a row of `registry.MODELS`.
 
-  UserError: as `read_model` of its models, and stages that do not fit together.
+  UserError: as `read_generator` of its models, and stages that do not fit together.
   """
   where = resolve(path)
   folders = read_json(inside(where / INDEX, where)).get('stages')
@@ -181,7 +189,7 @@ def read(path: str, dtype=jnp.float32) -> tuple[Cascade, dict[str, Part], Sample
     f'{where / INDEX}: stages is {shown(folders)}; it must be a list of 2 to {MOST_STAGES} '
     'folders.',
   )
-  found = [read_model(own_path(name, where), dtype) for name in folders]
+  found = [_member(own_path(name, where), dtype) for name in folders]
   stages = [Stage(model, sample) for model, _, sample in found[1:]]
   parts = {
     role_of(i, role): part for i, (_, own, _) in enumerate(found) for role, part in own.items()
@@ -198,7 +206,7 @@ def save(path: str, sources: Sequence[str]) -> None:
     2 <= len(sources) <= MOST_STAGES,
     f'a cascade has a base and up to {MOST_STAGES - 1} stages; name each by --stage.',
   )
-  base, *stages = (read_model(source) for source in sources)
+  base, *stages = (_member(source) for source in sources)
   Cascade.of(base[0], [Stage(model, sample) for model, _, sample in stages])
   names = ['base', *(f'stage_{number}' for number in range(1, len(sources)))]
   with new_directory(Path(path)) as folder:

@@ -131,5 +131,5 @@ def test_directories_that_are_none_are_refused(cascade, folders, fails, tmp_path
   convert = lambda *more: fails(*start, *more)
   assert 'name each by --stage' in convert('--layout', 'cascade')
   assert '--stage is of --layout cascade' in convert('--layout', 'native', '--stage', cascade)
-  assert 'Cascade' in convert('--layout', 'cascade', '--stage', cascade)
+  assert 'is a Cascade; a cascade is of' in convert('--layout', 'cascade', '--stage', cascade)
   assert not (tmp_path / 'new').exists()
