@@ -37,10 +37,10 @@ STREAMED, ROWS = 2**28, 64
 """Bytes of a row group from which on so many rows of it are read at a time, in order."""
 
 
-_PAGES = 2**26
-"""Bytes of unpacked pages that are kept."""
-_TEXTS = 2**26
-"""Bytes of the other columns that are kept."""
+_PAGES, _TEXTS, _FOOTERS = 2**26, 2**26, 2**25
+"""Bytes that are kept of unpacked pages, of other columns, and of what files say of their parts."""
+_CHUNKS = 4096
+"""Row groups whose pages are known."""
 
 
 def open_parquet(config: DataConfig) -> tuple[PictureSource, PictureSource]:
@@ -55,10 +55,6 @@ def open_arrow(config: DataConfig) -> tuple[PictureSource, PictureSource]:
   if storage.is_remote(config.dataset.partition(':')[2]):
     raise UserError(f'{config.dataset} is mapped into memory, which a URL cannot be; copy it here.')
   return open_splits(config, ('.arrow',), 'file of Arrow', Arrow)
-
-
-_CHUNKS, _FOOTERS = 4096, 2**25
-"""Row groups whose pages are known, and bytes of what files say of theirs."""
 
 
 class Tables(Indexed):
@@ -177,8 +173,14 @@ class Parquet(Tables):
 
   def _opened(self, file: int) -> Any:
     parquet, path = pyarrow(self.where).parquet, self.files[file].path
-    metadata = self._metadata(file, lambda: parquet.read_metadata(storage.opened(path)))
-    return parquet.ParquetFile(storage.opened(path), metadata=metadata, pre_buffer=False)
+
+    def read() -> Any:
+      with storage.opened(path) as source:
+        return parquet.read_metadata(source)
+
+    return parquet.ParquetFile(
+      storage.opened(path), metadata=self._metadata(file, read), pre_buffer=False
+    )
 
   def _groups(self) -> np.ndarray:
     found = []
