@@ -63,10 +63,13 @@ example:
   python -m diffusion_jax evaluate likelihood --samples 64 --out likelihood.json"""
 
 SWEEP = """Scores every combination of values of guidance, steps, sampler, spacing,
-guidance_rescale, image_guidance, clip_skip, ema_halflife_images, and real test images.
+guidance_rescale, guidance_kind, guidance_interval, perturbed_attention, image_guidance, clip_skip,
+ema_halflife_images, and real test images; several sweeps with `or` between them on one page.
 
-example:
-  python -m diffusion_jax evaluate sweep guidance=1,2,4 steps=6,12 --out sweep.json"""
+examples:
+  python -m diffusion_jax evaluate sweep guidance=1,2,4 steps=6,12 --out sweep.json
+  python -m diffusion_jax evaluate sweep guidance=2,4 or guidance=2,4 guidance_interval=0.2:5 \
+    or guidance=1 perturbed_attention=1,2 --out guidance.json"""
 
 BITS_DRAWS = 8
 """Noise levels of the bound beside other metrics: still unbiased, and quicker than sampling."""

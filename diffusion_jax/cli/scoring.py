@@ -344,10 +344,11 @@ def sweep(options: Sweep, sample: dict[str, Any], shown: dict) -> dict[str, Any]
   """Score every combination, and real images; the page shows the best one's images."""
   from diffusion_jax.evaluation.sweep import EMA, applied, best, combinations, network_calls
 
-  for name in combinations(options.sweep)[0]:
+  swept = combinations(options.sweep)
+  for name in dict.fromkeys(name for one in swept for name in one):
     if name in sample or getattr(options, name, None) is not None:
       raise UserError(f'--{name} does nothing beside a sweep of {name}; leave it out.')
-  every = {label(one): one for one in combinations(options.sweep)}
+  every = {label(one): one for one in swept}
   subject, comparison = open_subject(options, sample)
   samples = {name: applied(subject.sample, one) for name, one in every.items()}
   for name, settings in samples.items():

@@ -2,7 +2,8 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,17 +18,42 @@ from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.types import Condition
 
 EMA = 'ema_halflife_images'
-KINDS: dict[str, type] = {
+
+
+def interval(text: str) -> tuple[float, float | None]:
+  """LOW:HIGH, noise levels sigma / alpha; a HIGH of inf is no bound."""
+  low, high = map(float, text.split(':'))
+  return low, None if math.isinf(high) else high
+
+
+KINDS: dict[str, Callable[[str], Any]] = {
   'guidance': float, 'steps': int, 'sampler': str, 'spacing': str, 'guidance_rescale': float,
-  'image_guidance': float, 'clip_skip': int, EMA: float,
+  'image_guidance': float, 'clip_skip': int, EMA: float, 'guidance_kind': str,
+  'guidance_interval': interval, 'perturbed_attention': float,
 }
 """Settings that may be swept: fields of `SampleConfig`, and the average's length."""
+OR = 'or'
+"""What stands between sweeps that are taken together."""
+_LIKE = {interval: '0.2:5', int: '4', float: '4.0', str: 'name'}
 
 Combination = dict[str, Any]
 
 
 def combinations(texts: Sequence[str]) -> list[Combination]:
-  """Every combination of one value of each 'NAME=A,B', the last name fastest; or UserError."""
+  """Every combination of one value of each 'NAME=A,B', the last name fastest; or UserError.
+
+  Several sweeps with OR between them are one after another; what they share is there once.
+  """
+  found: list[Combination] = []
+  groups = [list(group) for is_or, group in itertools.groupby(texts, OR.__eq__) if not is_or]
+  if not groups:
+    raise UserError('the sweep has no values; give NAME=A,B.')
+  for group in groups:
+    found += [one for one in _combined(group) if one not in found]
+  return found
+
+
+def _combined(texts: Sequence[str]) -> list[Combination]:
   swept: dict[str, list[Any]] = {}
   for text in texts:
     name, equals, values = text.partition('=')
@@ -41,7 +67,7 @@ def combinations(texts: Sequence[str]) -> list[Combination]:
       swept[name] = [KINDS[name](value) for value in values.split(',')]
     except ValueError:
       raise UserError(
-        f'sweep {text}: {name} takes values like {KINDS[name](4)}, split by commas.'
+        f'sweep {text}: {name} takes values like {_LIKE[KINDS[name]]}, split by commas.'
       ) from None
     if len(set(swept[name])) < len(swept[name]):
       raise UserError(f'sweep {text} has a value twice; name each once.')

@@ -8,7 +8,9 @@ from diffusion_jax.diffusion.noise import NoiseSchedule, ScheduleConfig
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.sweep import applied, best, combinations, network_calls
+from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.pipelines.sampling import SampleConfig
+from diffusion_jax.pipelines.spaces import VectorSpace
 
 
 def test_every_combination_once_the_last_name_fastest():
@@ -17,7 +19,24 @@ def test_every_combination_once_the_last_name_fastest():
   ]
 
 
+def test_sweeps_are_taken_together_and_what_they_share_once():
+  found = combinations([
+    'guidance=1,2', 'or', 'guidance=2', 'or', 'guidance=2', 'guidance_interval=0.5:4,0:inf',
+    'or', 'guidance_kind=zero_star', 'guidance=2',
+  ])
+  assert found == [
+    {'guidance': 1.0}, {'guidance': 2.0}, {'guidance': 2.0, 'guidance_interval': (0.5, 4.0)},
+    {'guidance': 2.0, 'guidance_interval': (0.0, None)},
+    {'guidance_kind': 'zero_star', 'guidance': 2.0},
+  ]
+  plain = SampleConfig()
+  assert applied(plain, found[3]) == dataclasses.replace(plain, guidance=2.0)
+  assert not applied(plain, found[2]).program.everywhere
+
+
 @pytest.mark.parametrize(('texts', 'named'), [
+  (['or'], 'has no values'),
+  (['guidance_interval=1'], 'takes values like 0.2:5'),
   (['guidance'], 'not of the form NAME=A,B'),
   (['seed=1,2'], 'with a NAME of guidance, steps'),
   (['steps=2,x'], 'steps takes values like 4'),
@@ -30,12 +49,10 @@ def test_what_is_no_sweep_is_named(texts, named):
     combinations(texts)
 
 
-@dataclasses.dataclass
-class Model:
-  """As much of a model as decides how often its network is called."""
-
-  noise: NoiseSchedule
-  parameterization: Parameterization = Parameterization()
+def _model():
+  """A model of so much as decides how often its network is called."""
+  noise = NoiseSchedule.of(ScheduleConfig())
+  return Diffusion(VectorSpace(), None, {}, noise, Parameterization())
 
 
 @pytest.mark.parametrize(('sampler', 'guidance', 'calls'), [
@@ -47,11 +64,11 @@ class Model:
 ])
 def test_network_calls(sampler, guidance, calls):
   config = SampleConfig(sampler=sampler, steps=10, guidance=guidance, spacing='linspace')
-  assert network_calls(Model(NoiseSchedule.of(ScheduleConfig())), config) == calls
+  assert network_calls(_model(), config) == calls
 
 
 def test_only_steps_within_the_interval_are_guided():
-  model = Model(NoiseSchedule.of(ScheduleConfig()))
+  model = _model()
   config = SampleConfig('ddim', steps=10, guidance=3.0)
   grid = config.numbers(model.noise).grid
   levels = sorted(float(s / a) for a, s in zip(*grid, strict=True) if s > 0)[:10]
