@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,7 +36,8 @@ class ClassifyOptions:
 
   paths: tuple[str, ...] = ()
   classes: Annotated[tuple[str, ...], Help(
-    'a class; repeat for each (default: the names of the folders, or the labels of the data set)',
+    'a class, or NAME=WORDS for what CLIP is asked in place of its name; repeat for each, and for '
+    'several words of one (default: the names of the folders, or the labels of the data set)',
     'NAME', 'class'
   )] = ()
   class_file: Annotated[str, Help('a text file with a class a line', 'FILE', 'classes')] = ''
@@ -58,13 +60,14 @@ class ClassifyOptions:
     if self.out and not self.out.endswith('.json'):
       raise UserError(f'--out {self.out} is no name of a JSON file; call it {self.out}.json.')
 
-  def read(self) -> tuple[list[str], list[str]]:
-    """Return (classes, () for those of the pictures, templates). UserError where they are none."""
+  def read(self) -> tuple[dict[str, list[str]], list[str]]:
+    """Return (words by class, {} for those of the pictures, templates). UserError for a faulty one.
+    """
     from diffusion_jax.data.captions import read_lines
-    from diffusion_jax.evaluation.zero_shot import SLOT, check_templates
+    from diffusion_jax.evaluation.zero_shot import SLOT, check_templates, words_of
 
     given = lambda own, file, what: [*own, *(read_lines(file, what) if file else ())]
-    classes = list(dict.fromkeys(given(self.classes, self.class_file, 'file of classes')))
+    classes = words_of(given(self.classes, self.class_file, 'file of classes'))
     templates = given(self.template, self.templates, 'file of templates') or [SLOT]
     check_templates(templates)
     return classes, templates
@@ -99,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
       prepare=True,
     )
     images, found = LabelledRecords(source, options.dataset), source.labels or ()
-  classes = given or sorted(filter(None, set(found)))
+  classes = given or {name: [name] for name in sorted(filter(None, set(found)))}
   if len(classes) < 2:
     raise UserError(
       f'there {"is one class" if classes else "are no classes"}; give --class NAME for each of two '
@@ -121,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
   return 0
 
 
-def known_labels(labels: list[str], classes: list[str]) -> list[str]:
+def known_labels(labels: Sequence[str], classes: Collection[str]) -> list[str]:
   """Return the labels, '' in place of what is no class; none of them, with a note, if few are."""
   unknown = sorted(set(filter(None, labels)) - set(classes))
   if unknown:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -170,12 +170,18 @@ def embed(images: ImageSet, features: CLIPFeatures, cache: Cache | None = None) 
 
 
 def class_embeddings(
-  features: CLIPFeatures, classes: Sequence[str], templates: Sequence[str]
+  features: CLIPFeatures, classes: Mapping[str, Sequence[str]], templates: Sequence[str]
 ) -> np.ndarray:
   """Return [k p] of length 1: the mean over templates (Radford et al. 2021, section 3.1.4).
 
-  templates: texts with {} in the place of the class.
+  classes: the words of each, over which the mean is taken, too. templates: texts with {} in the
+  place of the words.
   """
-  texts = [template.replace('{}', name) for name in classes for template in templates]
-  each = np.asarray(unit(features.texts(texts))).reshape(len(classes), len(templates), -1)
-  return np.asarray(unit(each.mean(axis=1)))
+  texts = [
+    [template.replace('{}', word) for word in words for template in templates]
+    for words in classes.values()
+  ]
+  each = np.asarray(unit(features.texts([text for some in texts for text in some])))
+  ends = np.cumsum([len(some) for some in texts])
+  means = np.stack([part.mean(axis=0) for part in np.split(each, ends[:-1])])
+  return np.asarray(unit(means))

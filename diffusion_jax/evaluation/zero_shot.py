@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,22 @@ def check_templates(templates: Sequence[str]) -> None:
   for template in templates:
     if SLOT not in template:
       raise UserError(f'the template {template!r} has no {SLOT} in the place of the class; add it.')
+
+
+def words_of(named: Iterable[str]) -> dict[str, list[str]]:
+  """Return the words of each class of 'NAME' or 'NAME=WORDS', of which one may have several.
+
+  UserError where either is empty.
+  """
+  classes: dict[str, list[str]] = {}
+  for text in named:
+    name, _, words = text.partition('=')
+    name, words = name.strip(), (words if '=' in text else name).strip()
+    if not (name and words):
+      raise UserError(f'the class {text!r} is not of the form NAME or NAME=WORDS.')
+    known = classes.setdefault(name, [])
+    known += [words] * (words not in known)
+  return classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +80,12 @@ class Answers:
 
 def answer(
   features: CLIPFeatures, embedded: Embedded, names: Sequence[str], labels: Sequence[str],
-  classes: Sequence[str], templates: Sequence[str],
+  classes: Mapping[str, Sequence[str]], templates: Sequence[str],
 ) -> Answers:
-  """Classify embedded pictures by CLIP's temperature; names, labels: of all of them."""
+  """Classify embedded pictures by CLIP's temperature; names, labels: of all of them.
+
+  classes, templates: as of `class_embeddings`.
+  """
   params = features.extractor.params
   logits = np.exp(np.float64(params['logit_scale'])) * (
     embedded.embeddings.astype(np.float64) @ class_embeddings(features, classes, templates).T

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation import embeddings
 from diffusion_jax.evaluation.embeddings import class_embeddings
 from diffusion_jax.evaluation.extractors.clip import load_features
-from diffusion_jax.evaluation.zero_shot import Answers
+from diffusion_jax.evaluation.zero_shot import Answers, words_of
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from tests import tiny
 
@@ -35,8 +36,14 @@ def pictures(sources, tmp_path_factory):
   return root
 
 
+@pytest.fixture(scope='module')
+def features(parts):
+  with tiny.few_devices():
+    return load_features(parts['clip'], make_mesh(MeshConfig()))
+
+
 def test_zero_shot_is_the_mean_over_templates_and_a_softmax(
-  command, pictures, parts, tmp_path, capsys
+  command, pictures, parts, features, tmp_path, capsys
 ):
   """Probabilities by hand from the embeddings; classes and labels are the folders; JSON, CSV and
   what is printed agree."""
@@ -47,15 +54,15 @@ def test_zero_shot_is_the_mean_over_templates_and_a_softmax(
   assert command('classify', pictures, *given) == 0
   said, found = capsys.readouterr().out, json.loads(out.read_text())
   classes = sorted(path.name for path in pictures.iterdir())
-  assert found['classes'] == classes and found['templates'] == templates
-  with tiny.few_devices():
-    features = load_features(parts['clip'], make_mesh(MeshConfig()))
+  assert found['classes'] == {name: [name] for name in classes}
+  assert found['templates'] == templates
   unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
   texts = unit(np.stack([
     unit(features.texts([t.replace('{}', name) for t in templates])).mean(axis=0)
     for name in classes
   ]))
-  np.testing.assert_allclose(class_embeddings(features, classes, templates), texts, atol=1e-5)
+  by_name = {name: [name] for name in classes}
+  np.testing.assert_allclose(class_embeddings(features, by_name, templates), texts, atol=1e-5)
   files = sorted(pictures.rglob('*.png'))
   pixels = [np.asarray(Image.open(file).convert('RGB')) for file in files]
   images = np.zeros((len(files), texts.shape[1]))
@@ -88,6 +95,19 @@ def test_accuracy_counts_what_has_a_label():
   }
   assert Answers(['a', 'b'], ['w'], [''], odds[:1]).accuracy() is None
   assert answers.best(2, 5) == [('b', 0.8), ('a', 0.2)]
+
+
+def test_a_class_may_have_words_of_its_own(features):
+  """Each text counts alike: the mean over the words and the templates of a class."""
+  classes = words_of(['person=a man', 'person = a woman', 'flag', 'person=a man'])
+  assert classes == {'person': ['a man', 'a woman'], 'flag': ['flag']}
+  found = class_embeddings(features, classes, ['{}', 'small {}'])
+  each = features.texts(['a man', 'small a man', 'a woman', 'small a woman'])
+  mean = (each / np.linalg.norm(each, axis=1, keepdims=True)).mean(axis=0)
+  np.testing.assert_allclose(found[0], mean / np.linalg.norm(mean), atol=1e-5)
+  assert found.shape == (2, len(mean))
+  with pytest.raises(UserError, match='NAME=WORDS'):
+    words_of(['person='])
 
 
 @pytest.fixture
