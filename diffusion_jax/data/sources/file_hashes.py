@@ -25,45 +25,40 @@ _ROW = np.dtype([('key', '<u8', (2,)), ('hash', 'u1', (DIGEST,))])
 
 
 class KeptHashes:
-  """Digests of all files below a folder."""
+  """Digests of files below a folder."""
 
   def __init__(self, folder: Path, config: DataConfig):
     name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]
     self.path = kept_in(config) / f'files-{name}.npy'
-    self._found: np.ndarray | None = None
-
-  @property
-  def known(self) -> bool:
-    """Whether those of all files have been given."""
-    return self._found is not None
+    self._rows: np.ndarray | None = None
 
   def __call__(
-    self, files: Sequence[Path], read: Callable[[np.ndarray], np.ndarray]
+    self, files: Sequence[Path], numbers: np.ndarray,
+    read: Callable[[np.ndarray], np.ndarray],
   ) -> np.ndarray:
-    """Digests of these files, always the same ones, uint8 [n DIGEST]; read: gives those of some."""
-    if self._found is None:
-      self._found = self._all(files, read)
-    return self._found
-
-  def _all(
-    self, files: Sequence[Path], read: Callable[[np.ndarray], np.ndarray]
-  ) -> np.ndarray:
-    keys, rows, found = _keys(files), self._read(), np.zeros((len(files), DIGEST), np.uint8)
+    """Digests of some of all files, by number, uint8 [n DIGEST]; read: gives them anew."""
+    if self._rows is None:
+      self._rows = self._read()
+    rows, keys = self._rows, _keys(files, numbers)
+    found = np.zeros((len(numbers), DIGEST), np.uint8)
     places = rows['key'][:, 0].searchsorted(keys[:, 0]).clip(max=len(rows) - 1)
     same = (rows['key'][places] == keys).all(axis=1) & keys.any(axis=1)
     found[same] = rows['hash'][places[same]]
     if not same.all():
-      found[~same] = read(np.flatnonzero(~same))
+      found[~same] = read(numbers[~same])
       # What a file was when it was read is known if it is still what it was before.
-      self._write(keys, found, keys.any(axis=1) & (_keys(files) == keys).all(axis=1))
+      kept = keys.any(axis=1) & (_keys(files, numbers) == keys).all(axis=1)
+      new = np.zeros(int(kept.sum()) + 1, _ROW)  # One is the key of nothing.
+      new['key'][1:], new['hash'][1:] = keys[kept], found[kept]
+      rows = new if len(numbers) == len(files) else np.concatenate([new, rows])
+      self._write(rows[np.unique(rows['key'][:, 0], return_index=True)[1]])
     return found
 
-  def _write(self, keys: np.ndarray, found: np.ndarray, kept: np.ndarray) -> None:
-    rows = np.zeros(int(kept.sum()) + 1, _ROW)  # One is the key of nothing.
-    rows['key'][1:], rows['hash'][1:] = keys[kept], found[kept]
+  def _write(self, rows: np.ndarray) -> None:
+    self._rows = rows
     with contextlib.suppress(OSError):  # Nothing can be written there: they are read each time.
       with atomic_write(self.path) as file:
-        np.save(file, rows[rows['key'][:, 0].argsort(kind='stable')], allow_pickle=False)
+        np.save(file, rows, allow_pickle=False)
 
   def _read(self) -> np.ndarray:
     with contextlib.suppress(OSError, ValueError, EOFError):
@@ -73,11 +68,11 @@ class KeptHashes:
     return np.zeros(1, _ROW)
 
 
-def _keys(files: Sequence[Path]) -> np.ndarray:
+def _keys(files: Sequence[Path], numbers: np.ndarray) -> np.ndarray:
   """A key of each file as it is, uint64 [n 2]; zeros of one that is gone, or has just changed."""
   now, found = time.time_ns(), bytearray()
-  for path in files:
-    found += _key(path, now)
+  for number in numbers.tolist():
+    found += _key(files[number], now)
   return np.frombuffer(found, '<u8').reshape(-1, 2)
 
 

@@ -190,9 +190,9 @@ class Files(Entries):
 
   def hashes(self, numbers: np.ndarray) -> np.ndarray:
     """Digests of pictures, uint8 [n DIGEST]; files that are as they were are not read again."""
-    if self.kept is None or not (self.kept.known or len(numbers) == len(self)):
+    if self.kept is None:
       return self.read_hashes(numbers)
-    return self.kept(self.files, self.read_hashes)[numbers]
+    return self.kept(self.files, np.asarray(numbers), self.read_hashes)
 
   def lengths(self) -> np.ndarray:
     """Bytes of each file; -1 of one that is gone."""

@@ -98,28 +98,33 @@ class Tars(Indexed):
 
   def _spot(self, index: int, column: int, most: int) -> tuple[int, int]:
     """(offset, size) of a member of a record. Unreadable: there is none, or it is larger."""
-    where = self._place(index)
     start, size = self._columns['places'][index, column].tolist()
     if start == TAIL:
       raise Unreadable(
-        f'the record {where} has no picture, or cannot be read; pack it again.', 'missing'
+        f'the record {self._place(index)} has no picture, or cannot be read; pack it again.',
+        'missing',
       )
     if size > most:
-      raise Unreadable(f'a member of {where} has {size:,} bytes; give {most:,}.', 'too large')
+      raise Unreadable(
+        f'a member of {self._place(index)} has {size:,} bytes; give {most:,}.', 'too large'
+      )
     return start, size
 
   def _bytes(self, index: int, column: int, most: int) -> bytes:
-    where, (start, size) = self._place(index), self._spot(index, column, most)
+    start, size = self._spot(index, column, most)
     path = self.files[self._columns['files'][index]].path
     try:
       data = storage.read(path, start, size)
     except Exception as error:  # Whatever storage raises.
       raise Unreadable(
-        f'the image {where} cannot be read ({first_line(error)}); fetch the file again.',
+        f'the image {self._place(index)} cannot be read ({first_line(error)}); fetch the file '
+        'again.',
         'not readable',
       ) from error
     if len(data) < size:
-      raise Unreadable(f'the image {where} is cut; fetch the file again.', 'truncated')
+      raise Unreadable(
+        f'the image {self._place(index)} is cut; fetch the file again.', 'truncated'
+      )
     return data
 
   def _told(self, index: int) -> tuple[list[Caption], str | None]:
