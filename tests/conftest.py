@@ -14,6 +14,10 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # Read when a process starts: by workers and subprocesses, not by this one.
 os.environ.setdefault('GLIBC_TUNABLES', 'glibc.malloc.hugetlb=1')
+# Two workers on two cores: threads of BLAS that wait for each other there burn forty times the time
+# of the work itself.
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 # Where in the sources each operation comes from is looked up for nobody.
 os.environ['JAX_TRACEBACK_IN_LOCATIONS_LIMIT'] = '0'
 # Else each of many subprocesses would compile the sources of the package again, for a second.
@@ -44,7 +48,7 @@ from tests import tiny
 
 # Tracing makes objects by the hundred thousand and keeps them; looking through them for garbage
 # after every 700 takes a tenth of its time.
-gc.set_threshold(20_000, 10, 10)
+gc.set_threshold(50_000, 20, 50)
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # As in the background of a shell script.
   signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -53,6 +57,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # As in the background of
 def pytest_unconfigure(config):
   if OWN_CACHE:
     shutil.rmtree(os.environ['DIFFUSION_JAX_TEST_CACHE'], ignore_errors=True)
+
+
+def pytest_collection_finish(session):
+  """What was imported stays to the end: no later look for garbage goes through it again."""
+  gc.collect()
+  gc.freeze()
 
 
 MOST_MEMORY = 4 * 2**30
@@ -166,13 +176,18 @@ def t5(once, sources):
 def command():
   """command(*arguments, devices=1): one command in this process; its exit code.
 
-  A random key that is used twice ends it.
+  A random key that is used twice ends it. The charts of its report are laid out but not drawn,
+  which takes as long as a training of tiny networks: tests/viz draws them, and other processes do.
   """
 
   def run(*arguments, devices=1):
     from diffusion_jax.__main__ import main
+    from diffusion_jax.viz import charts
 
-    with tiny.few_devices(devices), jax.debug_key_reuse(True):
+    with (
+      pytest.MonkeyPatch.context() as patch, tiny.few_devices(devices), jax.debug_key_reuse(True)
+    ):
+      patch.setattr(charts, 'render', lambda figure, title: f'<svg aria-label="{title}"></svg>')
       return main([str(argument) for argument in arguments])
 
   return run

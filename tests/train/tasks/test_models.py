@@ -25,13 +25,16 @@ DIT = {
   'num_embeds_ada_norm': 3,
 }
 CLASSES = ['red', 'green', 'blue']
+HEUN = {'sampler': 'heun', 'steps': 2, 'guidance': 2.0}
 PROCESSES = {
-  'flow': ({'process': 'flow'}, {'prediction': 'flow_prediction', 'times': 'logit_normal'},
-           {'sampler': 'flow_euler', 'steps': 2, 'guidance': 2.0}),
-  'edm': ({'process': 'karras', 'process_options': {'sigma_min': 0.002, 'sigma_max': 80.0}},
+  'flow': ({'process': 'flow', 'process_options': {'shift': 3.0}, 'label': 'sigma'},
+           {'prediction': 'flow_prediction', 'times': 'logit_normal'}, HEUN),
+  'edm': ({'process': 'karras', 'process_options': {'sigma_min': 0.002, 'sigma_max': 80.0},
+           'label': 'log_snr'},
           {'prediction': 'edm', 'weighting': 'edm', 'weighting_options': {'data_std': 1.0},
-           'times': 'log_normal'}, {'sampler': 'heun', 'steps': 2, 'spacing': 'karras'}),
-  'vp': ({'process': 'cosine'}, {'prediction': 'v_prediction'}, {'sampler': 'ddim', 'steps': 2}),
+           'times': 'log_normal'}, HEUN | {'spacing': 'karras'}),
+  'vp': ({'process': 'cosine'}, {'prediction': 'v_prediction', 'loss': 'vdm'},
+         {'sampler': 'ddim', 'steps': 2}),
 }
 
 
@@ -103,7 +106,14 @@ def test_latents_are_trained_on_any_process(name, parts, tmp_path, command):
   })
   workdir = _trained(values, tmp_path, command)
   _same_images(workdir, 'cat', command, tmp_path)
-  model = TrainedRun(str(workdir)).model
+  run, (exported, _, settings) = TrainedRun(str(workdir)), load_model(str(workdir / 'model'))
+  for model in (run.model, exported):
+    assert model.noise.table is None and model.noise.config.process == schedule['process']
+    assert model.parameterization.name == objective['prediction']
+  numbers = settings.numbers(model.noise)
+  start = np.hypot(*(float(part[0]) for part in numbers.grid))
+  np.testing.assert_allclose(numbers.start, start, rtol=1e-6)
+  model = run.model
   level = model.noise.at(jnp.asarray([0.2, 0.7]))
   alpha, sigma = (np.asarray(part, np.float64)[:, None] for part in (level.alpha, level.sigma))
   x0, eps = np.random.default_rng(0).normal(size=(2, 2, 3)).astype(np.float32)
