@@ -9,7 +9,9 @@ parts in proportion, to within one example each. Which record stands where follo
 and the parts' names alone.
 """
 
+import contextlib
 import functools
+import hashlib
 import threading
 import zlib
 from collections import OrderedDict
@@ -25,7 +27,7 @@ from diffusion_jax.data.splits import APART, Measured, fingerprint, measured_on,
 from diffusion_jax.data.transforms import SIZES, apply, whole
 from diffusion_jax.data.unreadable import about
 from diffusion_jax.data.wrapped import Wrapped
-from diffusion_jax.errors import UserError
+from diffusion_jax.errors import Unreadable, UserError
 from diffusion_jax.mixture import PartConfig, Passes, passes_of
 
 _BLOCK = 4096
@@ -276,9 +278,10 @@ class Mixture(Sequence):
     return np.flatnonzero((self._numbers >= first) & (self._numbers < stop)).tolist()
 
   def __getattr__(self, name: str) -> Any:
-    """What all parts have of `original_sizes`, `hashes`, `at_sizes` and `uncut`, as of a
-    `PictureSource`."""
-    if name not in _SHARED or not all(hasattr(part, name) for part in self.parts.values()):
+    """What all parts have of `original_sizes`, `at_sizes` and `uncut`, as of a `PictureSource`, and
+    `hashes` where one has them."""
+    enough = any if name == 'hashes' else all
+    if name not in _SHARED or not enough(hasattr(part, name) for part in self.parts.values()):
       raise AttributeError(name)
     return getattr(self, f'_{name}')
 
@@ -293,7 +296,7 @@ class Mixture(Sequence):
     ends = zip(self.parts.values(), self._firsts, self._firsts[1:], strict=False)
     for source, first, stop in ends:
       mine = (records >= first) & (records < stop)
-      found[mine] = source.hashes(records[mine] - first)
+      found[mine] = _hashes(source, records[mine] - first)
     return found
 
   def _at_sizes(self, shapes: np.ndarray) -> 'Mixture':
@@ -346,6 +349,19 @@ class Mixture(Sequence):
     """Whom to thank, for all parts."""
     found = (getattr(source, 'credit', '') for source in self.parts.values())
     return ' '.join(dict.fromkeys(filter(None, found)))
+
+
+def _hashes(source: Any, records: np.ndarray) -> np.ndarray:
+  """Digests of pictures, uint8 [m DIGEST]: as the source knows them, or of all pixels."""
+  if hasattr(source, 'hashes'):
+    return source.hashes(records)
+  found = np.zeros((len(records), DIGEST), np.uint8)
+  for row, record in zip(found, records.tolist(), strict=True):
+    with contextlib.suppress(Unreadable):  # It is named when it is read to be trained on.
+      image = source[record]['image']
+      pixels = f'{image.shape}\n'.encode() + image.tobytes()
+      row[:] = np.frombuffer(hashlib.sha256(pixels).digest()[:DIGEST], np.uint8)
+  return found
 
 
 class Worded(Wrapped):

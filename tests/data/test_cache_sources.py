@@ -132,13 +132,15 @@ def test_a_bucket_in_which_nothing_can_be_read_goes_over_to_others(folder, tmp_p
 
 
 def test_files_stay_open_as_far_as_the_system_lets_them(folder, tmp_path, monkeypatch):
-  """A quarter of the limit, which is raised where it may be."""
+  """A quarter of the limit, which is raised where it may be, and 4,096 at most."""
   limits, raised = [1024, 10**6], []
   monkeypatch.setattr(resource, 'getrlimit', lambda kind: tuple(limits))
   monkeypatch.setattr(resource, 'setrlimit', lambda kind, pair: raised.append(pair))
   assert files.most_open() == 4096 and raised == [(16_384, 10**6)]
   limits[:] = [2**20, 2**20]
-  assert files.most_open() == 2**18 and len(raised) == 1
+  assert files.most_open() == 4096 and len(raised) == 1
+  limits[:] = [100, 400]
+  assert files.most_open() == 100 and raised[1:] == [(400, 400)]
   limits[:] = [8, 8]
   monkeypatch.setattr(encoding, '_MOST_ROWS', 1)
   cache = fill(source_of(folder), tmp_path / 'cache')

@@ -172,6 +172,24 @@ def test_every_record_tells_sizes_where_some_parts_do(tmp_path):
   assert 'sizes' not in Mixture({'b': images, 'c': images}, parts_of(b={}, c={}))[0]
 
 
+def test_pictures_are_hashed_by_their_files_where_they_have_some(tmp_path, monkeypatch):
+  """Those of other parts alone are read."""
+  for i in range(4):
+    Image.new('RGB', (6, 6), (i, 0, 0)).save(tmp_path / f'{i}.png')
+  folder = tiny.folder_sources(tmp_path, 4, caption='a', test_fraction=0)[0]
+  images = np.arange(4 * 48, dtype=np.uint8).reshape(4, 4, 4, 3)
+  images[3] = images[1]
+  arrays = ArraySource({'image': images, 'captions': [['b']] * 4}, {2: 'cut'})
+  source = Mixture({'a': folder, 'b': arrays}, parts_of(a={}, b={}))
+  monkeypatch.setattr(type(folder), '__getitem__', None)
+  found = source.hashes()
+  np.testing.assert_array_equal(found[:4], folder.hashes())
+  assert len({row.tobytes() for row in found[[4, 5, 6]]}) == 3
+  np.testing.assert_array_equal(found[7], found[5])
+  np.testing.assert_array_equal(source.hashes(np.array([6, 0, 5])), found[[6, 0, 5]])
+  assert not hasattr(Mixture({'b': arrays}, parts_of(b={})), 'hashes')
+
+
 def test_bad_records_are_counted_by_part_and_replaced_by_their_own():
   parts = {'a': numbers('a', 8, (1, 2)), 'b': numbers('b', 40)}
   damage = Damage()

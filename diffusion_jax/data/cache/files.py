@@ -116,8 +116,8 @@ def open_shard(path: Path) -> Shard:
 
 
 def most_open() -> int:
-  """Return how many files may stay open: a quarter of what the system lets a process have, since
-  there are latents, texts and others. Its limit is raised as far as it may be, to _LIMIT."""
+  """Return how many files may stay open: a quarter of what the system lets a process have, _LIMIT
+  at most, since there are latents, texts and others. Its limit is raised to that if it may be."""
   try:
     import resource
 
@@ -125,7 +125,8 @@ def most_open() -> int:
     wanted = _LIMIT if most == resource.RLIM_INFINITY else min(most, _LIMIT)
     if 0 <= limit < wanted:
       resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
-    return (_LIMIT if limit < 0 else max(limit, wanted)) // 4
+      limit = wanted
+    return (min(limit, _LIMIT) if limit >= 0 else _LIMIT) // 4
   except (ImportError, OSError, ValueError):  # Another system than Unix, or one that forbids it.
     return 128
 
