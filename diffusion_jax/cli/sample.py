@@ -252,15 +252,15 @@ def run(args: argparse.Namespace) -> int:
   return sample(*parts, {k: v for cls in sampling for k, v in given(cls, args).items()})
 
 
-def _check(
-  model, config, pictures: PictureOptions, edit: EditOptions, size: tuple[int, int]
-) -> None:
+def _check(model, config, pictures: PictureOptions, edit: EditOptions, fits) -> None:
   """Raise UserError for options that do not fit a model, before its weights are read."""
+  given = [name for part in (pictures, edit) for name in part.given()]
+  if given and not model.takes_pictures:
+    raise UserError(f'the model takes no pictures; leave --{given[0]} out.')
+  size, _ = fits(model, config)
   if model.takes_pictures:
     pictures.check_numbers(model, config.steps)
     edit.check_model(model, pictures.files(), config.resample, *size)
-  elif given := [name for part in (pictures, edit) for name in part.given()]:
-    raise UserError(f'the model takes no pictures; leave --{given[0]} out.')
 
 
 def sample(
@@ -280,7 +280,7 @@ def sample(
     raise UserError(f'--out {prompt.out} is a file; choose a directory.')
   mesh = make_mesh(MeshConfig())
   fits = lambda model, config: pictures.sizes(model, prompt.size, config.binning, edit)
-  check = lambda model, config: _check(model, config, pictures, edit, fits(model, config)[0])
+  check = lambda model, config: _check(model, config, pictures, edit, fits)
   model, weights, config, name = open_model(source, values, mesh, check)
   config, refiner = refining.read(model, config, values)
   model, weights = adapters.apply(model, weights, config.clip_guidance)

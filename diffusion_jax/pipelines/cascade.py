@@ -122,11 +122,10 @@ class Cascade(Diffusion):
   def sample(
     self, weights: Weights, prompts: Sequence[str], config: SampleConfig, *, seed: int, mesh,
     negative: str = '', batch_size: int = 16, first: int = 0, inputs: Inputs | None = None,
-    height: int | None = None, width: int | None = None, noise: np.ndarray | None = None,
-    latents: bool = False,
+    height: int | None = None, width: int | None = None, latents: bool = False, **more,
   ) -> Iterator[np.ndarray]:
-    """As in `Diffusion`: config, negative and noise are of the base; the stages sample by their own
-    settings, with `inputs.noise_level`, and draw noise of their own from the seed.
+    """As in `Diffusion`: the config and `more`, such as noise, are of the base; the stages sample
+    by their own settings, with `inputs.noise_level`, and draw noise of their own from the seed.
 
     UserError: inputs that are pictures; latents, which a cascade has none of.
     """
@@ -137,8 +136,8 @@ class Cascade(Diffusion):
     height, width = self.size_of(height, width)
     draw = dict(mesh=mesh, batch_size=batch_size, negative=negative)
     batches = self.base.sample(
-      weights, prompts, config, seed=seed, first=first, noise=noise,
-      height=height // self.times, width=width // self.times, **draw,
+      weights, prompts, config, seed=seed, first=first, height=height // self.times,
+      width=width // self.times, **draw, **more,
     )
     done = 0
     for images in batches:

@@ -130,6 +130,34 @@ def test_inpainting(load):
   assert_same(wide(inputs=inputs), wanted, 'inpaint')
   other = wide(inputs=dataclasses.replace(inputs, masks=~MASKS))
   assert np.abs(other - wanted).max() > 1e-2
+  kept = wide(inputs=dataclasses.replace(inputs, feather=0))
+  np.testing.assert_allclose(kept[~MASKS], OBLONG_IMAGES[~MASKS] / 255, atol=1e-6)
+  np.testing.assert_allclose(kept[MASKS], wanted[MASKS], atol=1e-4)
+
+
+def test_inpainting_by_a_model_that_is_not_shown_the_mask(load):
+  """In latents, where they blend both after each step; the last step leaves theirs clean."""
+  theirs, model, weights, sample, _ = load('sd1')
+  theirs = diffusers.StableDiffusionInpaintPipeline(
+    **theirs.components, requires_safety_checker=False
+  )
+  theirs.set_progress_bar_config(disable=True)
+  places = np.random.default_rng(1).random((2, small.LATENT, small.LATENT)) > 0.5
+  masks = np.kron(places, np.ones((2, 2))).astype(bool)
+  _, noise = torch_noise(*[(2, 4, small.LATENT, small.LATENT)] * 2)  # The encoder takes the first.
+  wanted = draw_theirs(
+    theirs, noise=None, image=pictures(IMAGES), mask_image=pictures(255 * masks.astype(np.uint8)),
+    strength=0.6, generator=torch.Generator().manual_seed(0), output_type='latent',
+    height=small.SIZE, width=small.SIZE,
+  ).numpy().transpose(0, 2, 3, 1)
+  mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+  draw = lambda **more: next(model.sample(
+    model.on_mesh(weights, mesh), PROMPTS, dataclasses.replace(sample, steps=STEPS), seed=0,
+    mesh=mesh, negative=NEGATIVE, noise=noise, batch_size=2, latents=True,
+    inputs=Inputs(IMAGES, 0.6, **more),
+  ))
+  np.testing.assert_allclose(draw(masks=masks)[places], wanted[places], atol=1e-4)
+  assert np.abs(draw() - wanted)[places].max() > 1e-2
 
 
 def test_editing_with_two_scales(load):
