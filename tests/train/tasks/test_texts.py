@@ -134,7 +134,7 @@ def test_padding_does_not_change_a_picture(name, trained):
 def test_eight_devices_train_as_one(trained, parts, t5, command, tmp_path):
   """Which encode the texts of their part of the batch."""
   values = config('unet', parts, t5)
-  values['loop'] |= {'sample_every_steps': 0, 'total_steps': 2}
+  values['loop'] |= {'sample_every_steps': 0, 'total_steps': 2, 'evaluate_samples': 0}
   recipe = tiny.write_config(tmp_path / 'recipe.py', values)
   arguments = '--config', recipe, '--workdir', tmp_path / 'run', '--quiet'
   assert command('train', *arguments, devices=8) == 0
