@@ -90,7 +90,7 @@ def run(once, parts, command, small_data):
 
   def make(folder):
     config = tiny.write_config(folder / 'vae.py', tiny._config('vae', tiny.NORMALIZE, {
-      'autoencoder': {'block_out_channels': [4, 4], 'layers_per_block': 1, 'norm_num_groups': 2,
+      'autoencoder': {'block_out_channels': [4], 'layers_per_block': 1, 'norm_num_groups': 2,
                       'mid_block_add_attention': False},
       'reconstruction': 'gaussian', 'export_dtype': 'float32', 'clip': parts['clip'],
       'evaluation': {'metrics': ['fd']}, 'previews': 2,
