@@ -81,8 +81,9 @@ class AdapterOptions:
       add_worse,
     )
 
-    if (given := self.named()) and not hasattr(model, 'conditioners'):
-      raise UserError(f'--{next(iter(given))} is for models of diffusion; leave it out.')
+    given = [*self.named(), *['clip_guidance'] * bool(clip_guidance)]
+    if given and not hasattr(model, 'conditioners'):
+      raise UserError(f'--{given[0]} is for models of diffusion; leave it out.')
     for text in self.lora:
       path, _, scale = text.rpartition(':')
       try:

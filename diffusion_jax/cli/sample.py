@@ -283,7 +283,7 @@ def sample(
   check = lambda model, config: _check(model, config, pictures, edit, fits)
   model, weights, config, name = open_model(source, values, mesh, check)
   config, refiner = refining.read(model, config, values)
-  model, weights = adapters.apply(model, weights, config.clip_guidance)
+  model, weights = adapters.apply(model, weights, getattr(config, 'clip_guidance', 0.0))
   model = tiled(model, edit.tiling)
   model.check_sampling(config, prompt.negative)
   if model.text is not None:
