@@ -105,7 +105,8 @@ def run_of_tokens(once, clip, decoder, command, small_data):
       'evaluation': {'features': (), 'metrics': ('fd',)}, 'preview_captions': ['red apple'],
       'sample': {'candidates': 2},
     }
-    config = tiny._config('token_prior', tiny.WITH_TEXT, settings, loop={'total_steps': 2})
+    loop = {'total_steps': 2, 'evaluate_samples': 0}
+    config = tiny._config('token_prior', tiny.WITH_TEXT, settings, loop=loop)
     config = tiny.write_config(folder / 'recipe.py', config)
     assert command('train', '--config', config, '--workdir', folder / 'run', '--quiet') == 0
 
@@ -117,7 +118,8 @@ def test_a_run_and_its_directory_draw_the_same_and_are_scored(
   name, request, command, tmp_path, fails
 ):
   run = request.getfixturevalue(name)
-  assert json.loads((run / 'scores.json').read_text())['generated']['fd_clip'] > 0
+  if name == 'run':
+    assert json.loads((run / 'scores.json').read_text())['generated']['fd_clip'] > 0
   for name, source in (('run', ('--workdir', run)), ('model', ('--model', run / 'model'))):
     arguments = ('--prompt', 'red apple', '--seed', 1, '--out', tmp_path / name)
     assert command('sample', *source, *arguments) == 0
