@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,9 @@ class KeptHashes:
     name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]
     self.path = kept_in(config) / f'files-{name}.npy'
     self._rows: np.ndarray | None = None
+
+  def __getstate__(self) -> dict[str, Any]:
+    return self.__dict__ | {'_rows': None}
 
   def __call__(
     self, files: Sequence[Path], numbers: np.ndarray,

@@ -18,7 +18,7 @@ from diffusion_jax.data.sources.tfds import default_data_dir
 from diffusion_jax.data.storage import File
 from diffusion_jax.files import atomic_write
 
-VERSION = 1
+VERSION = 2
 
 
 def kept_in(config: DataConfig) -> Path:
