@@ -103,11 +103,13 @@ class Pages:
     page = self._pages[number]
     count, levels = page.fields[1], b''
     if page.kind == _DATA_2:
-      own = page.fields
+      own, length = page.fields, page.fields.get(5, 0)
       if own.get(6):
         raise Unknown('repeated values')
-      raw = self._read(page.offset, own.get(5, 0)) if own.get(5) else b''
-      levels, encoding, data = raw, own[4], self._body(page, own.get(5, 0), own.get(7, True))
+      if not 0 <= length <= page.size:
+        raise Unknown('levels that are longer than their page')
+      levels = self._read(page.offset, length) if length else b''
+      encoding, data = own[4], self._body(page, length, own.get(7, True))
     else:
       encoding, data = page.fields[2], self._body(page, 0)
       if self._level:

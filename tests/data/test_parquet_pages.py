@@ -73,6 +73,16 @@ def test_required_values_and_what_is_left_to_pyarrow(tmp_path):
     pages_of(path, 'flat.list.element')
 
 
+def test_no_more_is_read_for_levels_than_their_page_has(tmp_path):
+  path = str(tmp_path / 'a.parquet')
+  pq.write_table(pyarrow.table(COLUMNS), path, data_page_version='2.0')
+  pages = pages_of(path, 'flat')
+  for length in (-1, 2**40):
+    pages._pages[0].fields[5] = length
+    with pytest.raises(Unknown, match='longer than their page'):
+      pages.values(0, lambda: None)
+
+
 @pytest.mark.parametrize('dictionary', [True, False])
 def test_damage_ends_in_an_error_or_in_other_bytes(tmp_path, dictionary):
   path = tmp_path / 'a.parquet'
