@@ -17,7 +17,7 @@ The cascade is put together by
 
   python -m diffusion_jax convert --from runs/notes/imagen_base/model \
     --stage runs/notes/imagen_32/model --stage runs/notes/imagen/model \
-    --to runs/notes/imagen/model --layout cascade
+    --to runs/notes/imagen/cascade --layout cascade
 """
 
 from diffusion_jax.configs.openmoji import quickstart

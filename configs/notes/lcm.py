@@ -7,7 +7,7 @@ classifier-free guidance, its path a DDIM of 16 steps, and the student, the same
 scale by its time embedding ("w-embedding"), drawn from 1 to 4 in training. To sample it runs
 without guidance: one call a step, where the teacher needs two.
 
-  python -m diffusion_jax sample --workdir runs/lcm --prompt 'red heart' --steps 1 --out drawn
+  python -m diffusion_jax sample --workdir runs/notes/lcm --prompt 'red heart' --steps 1 --out drawn
 
 and with another scale by `--distilled_guidance 3`.
 

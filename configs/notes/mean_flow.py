@@ -6,8 +6,8 @@ the derivative along the path. The student is the DiT of `configs/openmoji/dit_f
 besides t, and begins as that model; v is its teacher's, guided by 2. One step draws:
 
   python -m benchmarks.notes run latent_diffusion
-  python -m diffusion_jax train --config configs/notes/mean_flow.py --workdir runs/mean_flow
-  python -m diffusion_jax sample --workdir runs/mean_flow --prompt 'red heart' --steps 1 --out drawn
+  python -m diffusion_jax train --config configs/notes/mean_flow.py --workdir runs/notes/mean_flow
+  python -m diffusion_jax sample --workdir runs/notes/mean_flow --prompt 'red heart' --out drawn
 
 The paper: ImageNet 256 FID 3.43 in one step, 2.93 in two (MeanFlow-XL/2, table 2).
 """
