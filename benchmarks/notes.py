@@ -1,6 +1,6 @@
 """The systems of the field's notes: train and score each by its recipe, and tell of them together.
 
-  python -m benchmarks.notes run ddpm ddim     trains, scores, adds to benchmarks/notes.json
+  python -m benchmarks.notes run lcm           trains, scores, adds to benchmarks/notes.json
   python -m benchmarks.notes table             writes the table in README.md
   python -m benchmarks.notes sheet             draws docs/notes.png, all systems side by side
 """
@@ -43,12 +43,14 @@ CELL = 64
 class System(NamedTuple):
   """A row of the table.
 
-  recipe: under configs/. before: names of the systems whose runs its recipe takes, which come
-  first. pictures: whether it draws any, with `metrics` of `evaluate model`; others are scored by
-  their task's own. metrics: none for what is not scored by itself. evaluation: further arguments of
-  that. likelihood: whether `evaluate likelihood` is run, too. prompts: of the sheet, captions or
-  classes. paper: the paper's figure at full scale, and where it stands. cascade: whether the models
-  of `before` draw first, and its own enlarges last.
+  number: of the note. title: how the table names it. recipe: its config, under configs/.
+  paper: the paper's figure at full scale, and where it stands there.
+  before: names of the systems whose runs the recipe reads; they must be run first.
+  pictures: whether it draws pictures, which `metrics` score; others have the scores of their task.
+  metrics: of `evaluate model`; empty for a system that is scored only as a part of another.
+  likelihood: whether `evaluate likelihood` is run, too.
+  prompts: captions or classes of the pictures on the sheet.
+  cascade: whether it is a cascade, of the models of `before` and its own as the last.
   """
 
   number: int
@@ -58,7 +60,6 @@ class System(NamedTuple):
   before: tuple[str, ...] = ()
   pictures: bool = True
   metrics: tuple[str, ...] = DRAWN
-  evaluation: tuple[str, ...] = ()
   likelihood: bool = False
   prompts: tuple[str, ...] = CAPTIONS
   cascade: bool = False
@@ -166,7 +167,7 @@ def commands(name: str) -> dict[str, list[str]]:
   if system.metrics:
     found['scores'] = [
       'evaluate', 'model', *_source(name), *(scored if system.pictures else ()),
-      *system.evaluation, '--out', f'{workdir}/table.json',
+      '--out', f'{workdir}/table.json',
     ]
   if system.likelihood:
     found['likelihood'] = [
