@@ -35,7 +35,7 @@ from diffusion_jax.formats.tensors import read_json, write_json
 from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.pipelines.assembly import assemble, make_model
 from diffusion_jax.pipelines.conditioners import ClassLabel, Conditioner
-from diffusion_jax.pipelines.distilled import DistilledGuidance
+from diffusion_jax.pipelines.distilled import DistilledGuidance, imitates_guidance
 from diffusion_jax.pipelines.image_conditioners import (
   CONTROLNET,
   IMAGE_ENCODER,
@@ -87,7 +87,7 @@ def _published(
   parts = _networks(pipeline, path)
   sample = _sample(pipeline, scheduler, path, parts)
   conditioners = _prompts(pipeline, parts, path, dtype)
-  if getattr(parts[DENOISER].config, 'imitates_guidance', False) and sample.guidance != 1:
+  if imitates_guidance(parts[DENOISER].config) and sample.guidance != 1:
     # It is told the scale that others are guided with.
     conditioners[DistilledGuidance.name] = DistilledGuidance(sample.guidance)
     sample = dataclasses.replace(sample, guidance=1.0)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +41,22 @@ class DistilledGuidance(Conditioner):
 
   def of_size(self, count, height, width):
     return {'guidance': jnp.full(count, self.scale, jnp.float32)}
+
+
+def imitates_guidance(config: Any) -> bool:
+  """Return whether the guidance that a denoiser is told replaces classifier-free guidance.
+
+  False for configs without the property, such as those of networks from elsewhere.
+  """
+  return getattr(config, 'imitates_guidance', False)
+
+
+def predicts_mean_velocity(config: Any) -> bool:
+  """Return whether a denoiser must be told how far a step goes, see `told_interval`.
+
+  False for configs without the field, such as those of networks from elsewhere.
+  """
+  return getattr(config, INTERVAL, False)
 
 
 def told_interval(denoise: TextDenoiser, sampler: str, grid: Grid) -> TextDenoiser:

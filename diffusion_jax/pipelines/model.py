@@ -42,7 +42,11 @@ from diffusion_jax.pipelines.conditioners import (
   Request,
   Spec,
 )
-from diffusion_jax.pipelines.distilled import told_interval
+from diffusion_jax.pipelines.distilled import (
+  imitates_guidance,
+  predicts_mean_velocity,
+  told_interval,
+)
 from diffusion_jax.pipelines.generator import Generator
 from diffusion_jax.pipelines.guides import check_guides, scores_of
 from diffusion_jax.pipelines.image_conditioners import CONTROLNET, Editing, Inputs
@@ -303,7 +307,7 @@ class Diffusion(Generator):
     variance = self.learned_variance and program.sampler == 'ddpm'
     label = self.noise.label_as(program.timesteps, numbers.grid)
     denoise = self.denoise(weights, variance, label)
-    if getattr(self.denoiser.config, 'interval', False):
+    if predicts_mean_velocity(self.denoiser.config):
       denoise = told_interval(denoise, program.sampler, numbers.grid)
     others = self._others(weights, condition, program, numbers, label)
     guided = program.guide(
@@ -446,7 +450,7 @@ class Diffusion(Generator):
         f'distilled_guidance is {config.distilled_guidance:g}, but the denoiser is told of none; '
         'leave it out, or use guidance.'
       )
-    if getattr(self.denoiser.config, 'imitates_guidance', False):
+    if imitates_guidance(self.denoiser.config):
       self._check_imitation(config, negative)
     for name, default in (('clip_skip', 0), ('prompt_syntax', PLAIN)):
       if getattr(config, name) != default:
