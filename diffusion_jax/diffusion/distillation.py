@@ -30,8 +30,8 @@ Velocity = Callable[[Latents, PerExample, PerExample], Latents]
 Pair = tuple[PerExample, PerExample]
 
 
-class Given(NamedTuple):
-  """What a method draws for a batch x_0 [b ...]: noise [b ...], and a key for the rest."""
+class Draws(NamedTuple):
+  """A batch x_0 [b ...], the noise [b ...] drawn for it, and a key for what else is drawn."""
 
   x0: Latents
   noise: Latents
@@ -42,9 +42,9 @@ def _at(grid: Grid, index: jax.Array) -> Pair:
   return tuple(jnp.asarray(part, jnp.float32)[index] for part in grid[:2])
 
 
-def _noised(given: Given, pair: Pair) -> Latents:
-  alpha, sigma = (expand(part, given.x0) for part in pair)
-  return alpha * given.x0 + sigma * given.noise
+def _noised(draws: Draws, pair: Pair) -> Latents:
+  alpha, sigma = (expand(part, draws.x0) for part in pair)
+  return alpha * draws.x0 + sigma * draws.noise
 
 
 def _moved(x: Latents, x0: Latents, here: Pair, there: Pair) -> Latents:
@@ -62,13 +62,13 @@ def _mean(values: Latents) -> PerExample:
   return values.reshape(len(values), -1).mean(axis=1)
 
 
-def _placed(given: Given, steps: int) -> jax.Array:
-  """Return a random step [b] of so many."""
-  return jax.random.randint(given.key, (len(given.x0),), 0, steps)
+def _random_step(draws: Draws, steps: int) -> jax.Array:
+  """Return the number of one of so many steps for each example, int32 [b]."""
+  return jax.random.randint(draws.key, (len(draws.x0),), 0, steps)
 
 
 def consistency(
-  student: Estimate, teacher: Estimate, given: Given, noise: NoiseSchedule, grid: Grid,
+  student: Estimate, teacher: Estimate, draws: Draws, noise: NoiseSchedule, grid: Grid,
   delta: float,
 ) -> Losses:
   """The student's estimates at two neighbouring levels of the teacher's path agree.
@@ -78,9 +78,9 @@ def consistency(
   last level, without noise, the target is the teacher's own end, so that f(x) = x there holds by
   construction. delta: of the pseudo-Huber error sqrt(d^2 + delta^2) - delta of each value.
   """
-  index = _placed(given, len(grid[0]) - 1)
+  index = _random_step(draws, len(grid[0]) - 1)
   here, there = _at(grid, index), _at(grid, index + 1)
-  x = _noised(given, here)
+  x = _noised(draws, here)
   nearer = jax.lax.stop_gradient(_moved(x, teacher(x, *here), here, there))
   clean = expand(there[1] == 0, x)
   # At sigma = 0 an estimate may divide by it: any other level is asked, and not used.
@@ -96,16 +96,16 @@ def consistency(
 
 
 def progressive(
-  student: Estimate, teacher: Estimate, given: Given, noise: NoiseSchedule, grid: Grid
+  student: Estimate, teacher: Estimate, draws: Draws, noise: NoiseSchedule, grid: Grid
 ) -> Losses:
   """One step of the student ends where two steps of the teacher do.
 
   grid: of the teacher, of twice as many steps as the student. The target is the x_0 whose DDIM step
   leads there; the weight is max(SNR, 1), the truncated SNR of section 4.
   """
-  index = 2 * _placed(given, (len(grid[0]) - 1) // 2)
+  index = 2 * _random_step(draws, (len(grid[0]) - 1) // 2)
   here, middle, there = (_at(grid, index + steps) for steps in range(3))
-  x = _noised(given, here)
+  x = _noised(draws, here)
   half = _moved(x, teacher(x, *here), here, middle)
   end = _moved(half, teacher(half, *middle), middle, there)
   keep = expand(there[1] / here[1], x)
@@ -127,7 +127,7 @@ def derivative(function: Callable, at: tuple, along: tuple) -> jax.Array:
 
 
 def mean_flow(
-  student: Velocity, fixed: Velocity, teacher: Estimate, given: Given, noise: NoiseSchedule, *,
+  student: Velocity, fixed: Velocity, teacher: Estimate, draws: Draws, noise: NoiseSchedule, *,
   jumps: float = 0.5, mean: float = -0.4, std: float = 1.0, floor: float = 1e-3,
 ) -> Losses:
   """The student's mean velocity over [r, t] obeys d/dt ((t - r) u) = v along the teacher's path.
@@ -142,14 +142,14 @@ def mean_flow(
     jumps: fraction of the examples with r < t; for the others u is the velocity itself.
     mean, std: of the logit-normal times, of which the larger is t.
   """
-  key_times, key_jumps = jax.random.split(given.key)
-  u = jax.random.uniform(key_times, (2, len(given.x0)))
+  key_times, key_jumps = jax.random.split(draws.key)
+  u = jax.random.uniform(key_times, (2, len(draws.x0)))
   first, second = QUANTILES['logit_normal'](u, mean=mean, std=std)
   t = jnp.maximum(first, second)
   apart = jax.random.bernoulli(key_jumps, jumps, t.shape)
   interval = jnp.where(apart, jnp.abs(first - second), 0.0)
   pair = 1 - t, t
-  x = _noised(given, pair)
+  x = _noised(draws, pair)
   velocity = jax.lax.stop_gradient((x - teacher(x, *pair)) / expand(t, x))
   ones = jnp.ones_like(t)
   change = derivative(fixed, (x, t, interval), (velocity, ones, ones))

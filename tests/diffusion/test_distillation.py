@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffusion_jax.diffusion.distillation import (
-  Given,
+  Draws,
   consistency,
   derivative,
   mean_flow,
@@ -39,14 +39,14 @@ def end(x, alpha, sigma):
   return _wide(STD / _spread(alpha, sigma)) * x
 
 
-def _given(seed=0):
+def _draws(seed=0):
   keys = jax.random.split(jax.random.key(seed), 3)
   x0 = STD * jax.random.normal(keys[0], (COUNT, 3))
-  return Given(x0, jax.random.normal(keys[1], x0.shape), keys[2])
+  return Draws(x0, jax.random.normal(keys[1], x0.shape), keys[2])
 
 
 def _error(method, student, *args, **more):
-  return float(jnp.mean(method(student, teacher, _given(), *args, **more).error))
+  return float(jnp.mean(method(student, teacher, _draws(), *args, **more).error))
 
 
 def test_the_end_of_the_path_is_consistent_in_the_limit():
@@ -64,7 +64,7 @@ def test_at_the_last_step_the_target_is_the_teachers_end():
   grid = TABLE.grid(1)
   assert _error(consistency, teacher, TABLE, grid, 1e-3) == pytest.approx(0, abs=1e-12)
   scaled = lambda scale: lambda x, alpha, sigma: scale * teacher(x, alpha, sigma) + scale - 1
-  loss = lambda scale: consistency(scaled(scale), teacher, _given(), TABLE, grid, 1e-3).loss.mean()
+  loss = lambda scale: consistency(scaled(scale), teacher, _draws(), TABLE, grid, 1e-3).loss.mean()
   assert jax.grad(loss)(1.0) == pytest.approx(0, abs=1e-6)
   assert jax.grad(loss)(1.1) > 0.5  # Nearly that of |d|, whatever delta is.
 
@@ -73,7 +73,7 @@ def test_the_target_of_a_consistency_is_constant():
   """A gradient through both sides would make f = 0 the best."""
   scaled = lambda scale: lambda x, alpha, sigma: scale * end(x, alpha, sigma)
   grid = TABLE.grid(40)
-  loss = lambda scale: consistency(scaled(scale), teacher, _given(), TABLE, grid, 1e-3).loss.mean()
+  loss = lambda scale: consistency(scaled(scale), teacher, _draws(), TABLE, grid, 1e-3).loss.mean()
   both = (loss(1.0 + 1e-3) - loss(1.0 - 1e-3)) / 2e-3
   assert abs(float(jax.grad(loss)(1.0)) - float(both)) > 0.05
 
@@ -96,7 +96,7 @@ def test_one_step_of_the_student_is_two_of_the_teacher(steps):
     index = jnp.argmin(jnp.abs(_wide(sigma) - sigmas[first].astype(np.float32)), axis=1)
     return _wide(jnp.asarray(wanted, jnp.float32)[index]) * x
 
-  found = progressive(student, teacher, _given(), TABLE, grid)
+  found = progressive(student, teacher, _draws(), TABLE, grid)
   np.testing.assert_allclose(found.error, 0, atol=1e-9)
   assert _error(progressive, teacher, TABLE, grid) > 1e-6
   # And such a student ends where the teacher does.
@@ -108,7 +108,7 @@ def test_one_step_of_the_student_is_two_of_the_teacher(steps):
 
 
 def test_progressive_weighs_by_the_truncated_signal_to_noise():
-  found = progressive(teacher, teacher, _given(), TABLE, TABLE.grid(16))
+  found = progressive(teacher, teacher, _draws(), TABLE, TABLE.grid(16))
   ratio = (found.level.alpha / found.level.sigma) ** 2
   np.testing.assert_allclose(found.loss, np.maximum(ratio, 1) * found.error, rtol=1e-5)
   assert (np.asarray(ratio) < 1).any() and (np.asarray(ratio) > 1).any()
@@ -124,20 +124,20 @@ def mean_velocity(x, t, interval):
 
 def test_the_mean_velocity_solves_its_equation():
   """Where r < t the velocity alone does not; where r = t both do."""
-  exact = mean_flow(mean_velocity, mean_velocity, teacher, _given(), FLOW, jumps=1.0)
+  exact = mean_flow(mean_velocity, mean_velocity, teacher, _draws(), FLOW, jumps=1.0)
   np.testing.assert_allclose(exact.error, 0, atol=1e-6)
   velocity = lambda x, t, interval: mean_velocity(x, t, jnp.zeros_like(t))
-  alone = mean_flow(velocity, velocity, teacher, _given(), FLOW, jumps=1.0)
+  alone = mean_flow(velocity, velocity, teacher, _draws(), FLOW, jumps=1.0)
   assert float(alone.error.mean()) > 1e-2
-  still = mean_flow(velocity, velocity, teacher, _given(), FLOW, jumps=0.0)
+  still = mean_flow(velocity, velocity, teacher, _draws(), FLOW, jumps=0.0)
   np.testing.assert_allclose(still.error, 0, atol=1e-6)
-  some = mean_flow(velocity, velocity, teacher, _given(), FLOW, jumps=0.25).error
+  some = mean_flow(velocity, velocity, teacher, _draws(), FLOW, jumps=0.25).error
   assert 0.1 < float((some > 1e-6).mean()) < 0.4
 
 
 def test_the_weight_of_a_mean_flow_is_by_its_error():
   wrong = lambda x, t, interval: mean_velocity(x, t, interval) + 0.3
-  found = mean_flow(wrong, wrong, teacher, _given(), FLOW, jumps=0.0, floor=0.01)
+  found = mean_flow(wrong, wrong, teacher, _draws(), FLOW, jumps=0.0, floor=0.01)
   np.testing.assert_allclose(found.error, 0.09, rtol=1e-3)
   np.testing.assert_allclose(found.loss, 0.09 / 0.1, rtol=1e-3)
 

@@ -1,7 +1,6 @@
 """Distils a pretrained pipeline into one of few steps: the same denoiser, taught by itself."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from diffusion_jax.diffusion.distillation import (
+  Draws,
   Estimate,
-  Given,
   Velocity,
   consistency,
   mean_flow,
@@ -20,15 +19,16 @@ from diffusion_jax.diffusion.distillation import (
 )
 from diffusion_jax.diffusion.objective import Losses
 from diffusion_jax.diffusion.parameterization import expand
+from diffusion_jax.diffusion.samplers import SPACINGS
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import INDEX
 from diffusion_jax.formats.networks import format_of
 from diffusion_jax.formats.tensors import read_json, write_json
-from diffusion_jax.limits import Fraction, Length, Range
+from diffusion_jax.limits import Fraction, Length, OneOf, Range
 from diffusion_jax.models.dit import INTERVAL, DiTConfig
 from diffusion_jax.models.unet import UNetConfig
 from diffusion_jax.parallel.mesh import put_params
-from diffusion_jax.pipelines.distilled import DistilledGuidance
+from diffusion_jax.pipelines.distilled import DistilledGuidance, imitates_guidance
 from diffusion_jax.pipelines.model import DENOISER, Diffusion
 from diffusion_jax.train.tasks.diffusion import Encoded
 from diffusion_jax.train.tasks.finetune import FinetuneTask, FinetuneTaskConfig
@@ -38,7 +38,7 @@ from diffusion_jax.types import Condition, Params, Scores, Weights
 
 TEACHER = 'teacher'
 """The role of the frozen denoiser that the student began as."""
-TOLD_FEATURES = 256
+GUIDANCE_FEATURES = 256
 """Sinusoids of the guidance that a U-Net is told, as in published consistency models."""
 Scale = Annotated[float, Range(0, math.inf, below=True)]
 
@@ -48,15 +48,20 @@ class DistillConfig:
   """method: see `diffusion.distillation`. steps: of the student for progressive, whose teacher
   takes twice as many; of the teacher for consistency; without effect on mean_flow. guidance: the
   lowest and highest scale of the teacher's classifier-free guidance. Of a U-Net they may differ: it
-  is told each example's. Others learn the one scale for good. spacing: of the steps. delta: of
-  consistency's error. jumps: of mean_flow."""
+  is told each example's. Others learn the one scale for good. spacing: of the steps, one
+  of SPACINGS. delta: of consistency's error. jumps: of mean_flow."""
 
   method: Literal['consistency', 'progressive', 'mean_flow'] = 'consistency'
   steps: Annotated[int, Range(1, 1000)] = 16
   guidance: Annotated[tuple[Scale, ...], Length(2, 2)] = (1.0, 1.0)
-  spacing: str = 'trailing'
+  spacing: Annotated[str, OneOf(SPACINGS)] = 'trailing'
   delta: Annotated[float, Range(0, above=True)] = 1e-3
   jumps: Fraction = 0.5
+
+  @property
+  def teacher_steps(self) -> int:
+    """Steps of the grid that the teacher walks; 0 where it walks none."""
+    return {'consistency': self.steps, 'progressive': 2 * self.steps, 'mean_flow': 0}[self.method]
 
   def __post_init__(self):
     if self.guidance[0] > self.guidance[1]:
@@ -89,6 +94,8 @@ class Student(Full):
 
   def adapted(self, model):
     given, config = self.config.distill, model.denoiser.config
+    if given.teacher_steps:
+      model.noise.grid(given.teacher_steps, given.spacing)  # Which refuses what it cannot place.
     if given.method == 'mean_flow':
       if type(config) is not DiTConfig or model.parameterization.name != 'flow_prediction':
         raise UserError(
@@ -97,8 +104,8 @@ class Student(Full):
         )
       config = dataclasses.replace(config, interval=True)
     elif type(config) is UNetConfig and not config.imitates_guidance and given.guidance[1] != 1:
-      config = dataclasses.replace(config, time_cond_proj_dim=TOLD_FEATURES)
-    told = getattr(config, 'imitates_guidance', False)
+      config = dataclasses.replace(config, time_cond_proj_dim=GUIDANCE_FEATURES)
+    told = imitates_guidance(config)
     if not told and given.guidance[0] != given.guidance[1]:
       raise UserError(
         f'settings.distill.guidance is {given.guidance}, but the denoiser of {self.config.model} '
@@ -152,31 +159,29 @@ class DistillationTask(FinetuneTask):
     low, high = given.guidance
     scale = jax.random.uniform(key_scale, (count,), minval=low, maxval=high)
     teacher = self._guided(weights, text, null, scale)
-    drawn = Given(x0, jax.random.normal(key_noise, x0.shape), key)
+    draws = Draws(x0, jax.random.normal(key_noise, x0.shape), key)
     if given.method == 'mean_flow':
       fixed = jax.lax.stop_gradient(weights)
       return mean_flow(
         self._velocity(self.loss_model, weights, text),
         # Kernels have no second derivative.
         self._velocity(self.model.with_compute(attention='xla'), fixed, text),
-        teacher, drawn, self.model.noise, jumps=given.jumps,
+        teacher, draws, self.model.noise, jumps=given.jumps,
       )
     if text.guidance is not None:
       text = text._replace(guidance=scale)
     denoise = self.loss_model.denoise(weights)
     student = lambda x, alpha, sigma: denoise(x, alpha, sigma, text)
-    grid = functools.partial(self.model.noise.grid, spacing=given.spacing)
+    grid = self.model.noise.grid(given.teacher_steps, given.spacing)
     if given.method == 'progressive':
-      return progressive(student, teacher, drawn, self.model.noise, grid(2 * given.steps))
-    return consistency(
-      student, teacher, drawn, self.model.noise, grid(given.steps), given.delta
-    )
+      return progressive(student, teacher, draws, self.model.noise, grid)
+    return consistency(student, teacher, draws, self.model.noise, grid, given.delta)
 
   def _guided(
     self, weights: Weights, text: Condition, null: Condition, scale: jax.Array
   ) -> Estimate:
     """Return the teacher, guided by a scale [b], or told it where it is a distilled one itself."""
-    told = getattr(self.teacher.denoiser.config, 'imitates_guidance', False)
+    told = imitates_guidance(self.teacher.denoiser.config)
     denoise = self.teacher.denoise({**weights, DENOISER: weights[TEACHER]})
     text, null = (one._replace(guidance=scale if told else None) for one in (text, null))
 

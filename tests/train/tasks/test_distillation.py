@@ -112,6 +112,8 @@ def test_a_student_begins_as_its_teacher(method, teachers, parts, tmp_path):
   ('unet', {'method': 'mean_flow'}, {}, 'mean_flow is of a dit that predicts a flow'),
   ('dit', {'guidance': (1.0, 2.0)}, {}, 'can be told no scale; give one twice'),
   ('unet', {'guidance': (3.0, 2.0)}, {}, 'exchange the two'),
+  ('unet', {'spacing': 'even'}, {}, 'settings.distill.spacing'),
+  ('unet', {'method': 'progressive', 'steps': 600}, {}, 'steps'),
   ('unet', {}, {'caption_dropout': 0.1}, 'caption_dropout must be 0'),
 ])
 def test_what_cannot_be_is_one_sentence(
