@@ -34,7 +34,7 @@ KINDS: dict[str, Callable[[str], Any]] = {
 """Settings that may be swept: fields of `SampleConfig`, and the average's length."""
 OR = 'or'
 """What stands between sweeps that are taken together."""
-_LIKE = {interval: '0.2:5', int: '4', float: '4.0', str: 'name'}
+_EXAMPLES = {interval: '0.2:5', int: '4', float: '4.0', str: 'name'}
 
 Combination = dict[str, Any]
 
@@ -67,7 +67,7 @@ def _combined(texts: Sequence[str]) -> list[Combination]:
       swept[name] = [KINDS[name](value) for value in values.split(',')]
     except ValueError:
       raise UserError(
-        f'sweep {text}: {name} takes values like {_LIKE[KINDS[name]]}, split by commas.'
+        f'sweep {text}: {name} takes values like {_EXAMPLES[KINDS[name]]}, split by commas.'
       ) from None
     if len(set(swept[name])) < len(swept[name]):
       raise UserError(f'sweep {text} has a value twice; name each once.')
