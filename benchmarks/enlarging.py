@@ -29,7 +29,7 @@ from diffusion_jax.run import TrainedRun
 
 DESCRIPTION = __doc__
 CLIP = 'clip:asset:clip-openmoji-64'
-OUT = Path(__file__).parent / 'notes' / 'enlarging.json'
+OUT = Path(__file__).with_suffix('.json')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +68,6 @@ def run(args: argparse.Namespace) -> int:
       'fd_clip': round(float(frechet_distance(features(images), wanted)), 2),
     } for name, images in found.items()
   }
-  OUT.parent.mkdir(exist_ok=True)
   text = json.dumps({'pictures': len(real), 'size': size, **scores}, indent=1)
   with atomic_write(OUT) as file:
     file.write(f'{text}\n'.encode())
