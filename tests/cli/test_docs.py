@@ -34,7 +34,7 @@ def test_links_and_paths_lead_somewhere(name):
     if not re.match(r'\w+:', link):
       assert (path.parent / link).exists(), link
   for file in re.findall(r'`((?:[\w.-]+/)+[\w.-]+\.(?:py|md|json|sh|toml))`', text):
-    places = (ROOT / file, ROOT / 'diffusion_jax' / file)
+    places = (ROOT / file, ROOT / 'diffusion_jax' / file, ROOT / 'configs' / file)
     assert any(place.exists() for place in places) or 'WORKDIR' in file, file
 
 
