@@ -149,7 +149,7 @@ def test_an_empty_prompt_draws_without_condition(draw, model):
 
 
 @pytest.mark.parametrize(('model', 'arguments', 'words'), [
-  ('sd1', ('--mask', 'one.png'), 'takes no masks; leave --mask out'),
+  ('sd1', ('--mask', 'one.png'), '--mask is of a picture; give --image, too.'),
   ('sd1', ('--control', 'one.png'), 'takes no control'),
   ('sd1', ('--image_guidance', 2), 'edits no picture'),
   ('sd1', ('--clip_skip', 2), 'the encoder has 2 layers'),
