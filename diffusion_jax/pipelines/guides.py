@@ -51,7 +51,7 @@ class Guide(Conditioner):
 
 
 def check_guides(conditioners: Mapping[str, Conditioner], names: Sequence[str]) -> None:
-  """Raise UserError for a guide of that name, a scale other than 0, that a model has not."""
+  """Raise UserError where a model lacks one of the guides whose scales are not 0."""
   for name in names:
     if name not in conditioners:
       raise UserError(
