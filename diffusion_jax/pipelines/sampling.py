@@ -114,7 +114,8 @@ class Program(NamedTuple):
   levels. decoding: one of DECODINGS. options: the sampler's, as pairs. timesteps: one of
   `noise.LABELS`. cut: (height, width) of what is cut out of the images, see `bins.cut_out`.
   low_pass: pixels of the squares whose averages are held, 0 for none. guides: names of those in
-  force, see `pipelines.guides`. kind: one of GUIDANCES.
+  force, see `pipelines.guides`; seldom: those of them that do not guide every step. kind: one of
+  GUIDANCES.
   """
 
   sampler: str
@@ -131,6 +132,7 @@ class Program(NamedTuple):
   cut: tuple[int, int] | None = None
   low_pass: int = 0
   guides: tuple[str, ...] = ()
+  seldom: tuple[str, ...] = ()
   kind: str = EXTRAPOLATED
 
   def guide(
@@ -155,7 +157,7 @@ class Program(NamedTuple):
     )
     for name, (score, of) in scores.items():
       scale, every = numbers.guides[name]
-      when = every_kth(numbers.grid, every)
+      when = every_kth(numbers.grid, every) if name in self.seldom else None
       guided = gradient_guidance(guided, score, scale, of=of, when=when)
     keep = bool(dict(self.options).get('keep_epsilon'))
     if self.threshold == 'static':
@@ -226,10 +228,11 @@ class SampleConfig(SampleOptions):
     if self.denoising_end < 1:  # The last steps are another model's.
       taken = inspect.signature(info(self.sampler).function).parameters
       options |= {n: False for n in ('lower_order_final', 'euler_at_final') if n in taken}
+    guides = tuple(name for name in GUIDES if getattr(self, name))
     return Program(
       self.sampler, guided, edited, everywhere, self.threshold, self.clip_skip, self.decoding,
       tuple(sorted(options.items())), self.timesteps, perturbed, autoguided, kind=kind,
-      guides=tuple(name for name in GUIDES if getattr(self, name)),
+      guides=guides, seldom=tuple(n for n in guides if getattr(self, f'{n}_every') > 1),
     )
 
   def _grid(self, noise: NoiseSchedule, tokens: int | None = None) -> Grid:

@@ -71,7 +71,7 @@ def test_cut_outs_are_squares_of_the_picture_of_other_places_at_each_level():
 
 
 def test_guided_pictures_fit_their_prompts_better(parts, features):
-  """Of the guided steps fewer, less so; the same program for each scale and interval of steps."""
+  """Of the guided steps fewer, less so; one program for all scales, one for all intervals."""
   unet = dataclasses.replace(tiny.UNET, in_channels=12, out_channels=12)
   how = PixelSpace(patch=2), {'text': {'path': parts['clip']}}, ScheduleConfig(), Parameterization()
   model, frozen = assemble(unet, *how)
@@ -95,7 +95,7 @@ def test_guided_pictures_fit_their_prompts_better(parts, features):
   np.testing.assert_allclose(without, unguided, atol=1e-3)
   assert (best > without + 0.01).all()
   assert without.mean() < half.mean() < best.mean()
-  assert len(guided[0].programs) == 2
+  assert len(guided[0].programs) == 3
   assert config.in_force().items() >= {'clip_guidance': '3', 'clip_guidance_every': '2'}.items()
 
 
