@@ -14,10 +14,11 @@ do about as well over 1000 steps. The loss is the bound on -ln p(x_0) with each 
 out, which draws better pictures and codes them worse. `evaluate likelihood` has the bound itself.
 
 The paper's network is a U-Net with attention at 16 x 16; this one is small enough for two cores,
-takes squares of 4 x 4 pixels as one place, and attends, also to the caption, at 4 x 4 of them. The paper's
-own sizes are in `configs/papers`. `ddpm_classes` is the same by class, `ddpm_unconditional` without
-a condition. Steps are a choice of sampling: `--sampler ddpm --steps 1000` is Algorithm 2 as written,
-`--sampler ddim` (Song, Meng & Ermon 2021) draws from the same weights in 20 to 100.
+takes squares of 4 x 4 pixels as one place, and attends, also to the caption, at 4 x 4 of them. The
+paper's own sizes are in `configs/papers`. `ddpm_classes` is the same by class, and
+`ddpm_unconditional` without a condition. Steps are a choice of sampling: `--sampler ddpm --steps
+1000` is Algorithm 2 as written, `--sampler ddim` (Song, Meng & Ermon 2021) draws from the same
+weights in 20 to 100.
 """
 
 from diffusion_jax.configs.base import base

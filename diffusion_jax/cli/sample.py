@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from diffusion_jax import __version__
 from diffusion_jax.cli.editing import EditOptions
+from diffusion_jax.cli.inverting import InvertOptions
 from diffusion_jax.cli.options import (
   AdapterOptions,
   DrawOptions,
@@ -191,7 +192,7 @@ OPTIONS = {
     'the size that is drawn, and its middle cut out; without --size that is its own aspect, so '
     'that hardly anything is cut. The others are laid over it, and cut at the same place'
   ),
-  SampleOptions: '', TokenOptions: '', DrawOptions: '',
+  InvertOptions: 'pictures as noise', SampleOptions: '', TokenOptions: '', DrawOptions: '',
 }
 """Dataclasses of options, and the titles of their groups."""
 
@@ -265,11 +266,13 @@ def _check(model, config, pictures: PictureOptions, edit: EditOptions, fits) -> 
 
 def sample(
   source: ModelOptions, prompt: PromptOptions, adapters: AdapterOptions, refining: RefinerOptions,
-  edit: EditOptions, pictures: PictureOptions, draw: DrawOptions, values: Mapping[str, Any],
+  edit: EditOptions, pictures: PictureOptions, inverting: InvertOptions, draw: DrawOptions,
+  values: Mapping[str, Any],
 ) -> int:
   """Sample and write; `values` are sample settings in place of the model's own."""
   edit.check(pictures.files(), refining.refiner)
   prompts = edit.prompts(prompt.read)
+  inverting.check(pictures.image, (pictures, refining, edit), prompts)
   from diffusion_jax.backend.xla import enable_compile_cache
   from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
   from diffusion_jax.pipelines.tiling import tiled
@@ -283,37 +286,44 @@ def sample(
   check = lambda model, config: _check(model, config, pictures, edit, fits)
   model, weights, config, name = open_model(source, values, mesh, check)
   config, refiner = refining.read(model, config, values)
+  config = inverting.settings(config, values)
   model, weights = adapters.apply(model, weights, getattr(config, 'clip_guidance', 0.0))
   model = tiled(model, edit.tiling)
   model.check_sampling(config, prompt.negative)
   if model.text is not None:
     model.check_prompts([*prompts, prompt.negative], config.prompt_syntax)
   drawn, (height, width) = fits(model, config)
-  inputs, started = pictures.read(model, config, *drawn, edit)
+  inputs, started = (
+    (None, pictures.files()) if inverting.wanted else pictures.read(model, config, *drawn, edit)
+  )
   if model.text is None:  # Prompts name classes, or nothing but the files.
     model.rows(prompts, prompt.negative, inputs, *drawn)
   settings = {
     'negative': prompt.negative, **config.in_force(), **started, **edit.named(),
-    **adapters.named(),
-    **refining.named(refiner),
+    **adapters.named(), **refining.named(refiner), **inverting.named(),
     'seed': str(draw.seed), 'model': name, 'software': f'diffusion_jax {__version__}',
   }
   how = dict(
     seed=draw.seed, mesh=mesh, negative=prompt.negative, height=height, width=width,
-    batch_size=min(draw.batch, len(prompts)),
+    batch_size=min(draw.batch, inverting.interpolate or len(prompts)),
   )
+  weights = model.on_mesh(weights, mesh)
   first = functools.partial(
-    model.sample, model.on_mesh(weights, mesh), prompts, config, inputs=inputs, **how
+    model.sample, weights, prompts, config, inputs=inputs, **how
   )
-  if refiner is None:
-    batches = first()
-    if model.numbers:
-      batches = kept(batches, out / NUMBERS, len(prompts))
-    batches = map(model.drawn, batches)
-  else:
-    batches = refiner.generate(lambda: first(latents=True), prompts, **how)
   try:
     out.mkdir(parents=True, exist_ok=True)
+    if inverting.wanted:
+      batches, prompts = inverting.run(
+        model, weights, prompts, config, pictures.image, out, model.space.shape(*drawn), **how
+      )
+    elif refiner is None:
+      batches = first()
+      if model.numbers:
+        batches = kept(batches, out / NUMBERS, len(prompts))
+      batches = map(model.drawn, batches)
+    else:
+      batches = refiner.generate(lambda: first(latents=True), prompts, **how)
     print(write(out, batches, prompts, settings))
   except OSError as error:
     raise UserError(f'--out {out} cannot be written to ({error}).') from error

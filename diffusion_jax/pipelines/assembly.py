@@ -14,7 +14,8 @@ from diffusion_jax.models.network import Network
 from diffusion_jax.pipelines.conditioners import Conditioner, Context
 from diffusion_jax.pipelines.distilled import DistilledGuidance
 from diffusion_jax.pipelines.image_conditioners import concatenated
-from diffusion_jax.pipelines.model import Diffusion, output_channels
+from diffusion_jax.pipelines.model import Diffusion
+from diffusion_jax.pipelines.rules import output_channels
 from diffusion_jax.pipelines.size_conditions import Sizes
 from diffusion_jax.pipelines.spaces import Space
 from diffusion_jax.pipelines.text_conditioners import TextEncoders

@@ -35,6 +35,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.limits import EdgeRule, check_seed
 from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import in_batches, whole_batch
+from diffusion_jax.pipelines import between
 from diffusion_jax.pipelines.bins import nearest_bin
 from diffusion_jax.pipelines.conditioners import (
   Arrays,
@@ -52,6 +53,7 @@ from diffusion_jax.pipelines.guides import check_guides, scores_of
 from diffusion_jax.pipelines.image_conditioners import CONTROLNET, Editing, Inputs
 from diffusion_jax.pipelines.known import PAINTED, free_places, pasted, projection
 from diffusion_jax.pipelines.options import AS_DRAWN, PLAIN, Sizing
+from diffusion_jax.pipelines.rules import edge_rule, output_channels
 from diffusion_jax.pipelines.sampling import (
   LATENTS,
   NO_SCORES,
@@ -271,6 +273,19 @@ class Diffusion(Generator):
     """Return the condition of rows of prompts and images; pure."""
     return joined(c.encode(weights, rows) for c in self.conditioners.values())
 
+  def conditions(
+    self, weights: Weights, rows: Mapping[str, jax.Array], clip_skip: int = 0
+  ) -> tuple[Condition, Condition]:
+    """Return (the condition, the one that guidance leads away from) of rows; pure.
+
+    Where the rows are on a way, see `pipelines.between`, that of both its ends in proportion.
+    """
+    if between.TOWARD in rows:
+      ends = (self.conditions(weights, end, clip_skip) for end in between.ends(rows))
+      return between.mixed(rows[between.TOWARD], *ends)
+    pairs = [c.pair(weights, rows, clip_skip) for c in self.conditioners.values()]
+    return tuple(joined(pair[i] for pair in pairs) for i in (0, 1))
+
   def network(self, weights: Weights) -> Callable[[Latents, jax.Array, Condition], Latents]:
     """Return (x [b ...], t [b], condition) -> the denoiser's output, given all that it takes."""
     denoiser = self.denoiser.bind(weights[DENOISER])
@@ -305,14 +320,7 @@ class Diffusion(Generator):
     project: holds what is known of z in every estimate. scores: of the guides in force.
     """
     variance = self.learned_variance and program.sampler == 'ddpm'
-    label = self.noise.label_as(program.timesteps, numbers.grid)
-    denoise = self.denoise(weights, variance, label)
-    if predicts_mean_velocity(self.denoiser.config):
-      denoise = told_interval(denoise, program.sampler, numbers.grid)
-    others = self._others(weights, condition, program, numbers, label)
-    guided = program.guide(
-      denoise, condition, negative, numbers, self.parameterization, others, scores
-    )
+    guided = self.guided(weights, condition, negative, program, numbers, variance, scores)
     if project is not None:
       guided = projected(guided, project, variance=variance)
     options = dict(program.options) | ({'variance': 'learned'} if variance else {})
@@ -320,6 +328,20 @@ class Diffusion(Generator):
     if numbers.stretches is not None:
       return resampled(run, guided, x, numbers.stretches, keys)
     return run(guided, x, numbers.grid, keys)
+
+  def guided(
+    self, weights: Weights, condition: Condition, negative: Condition, program: Program,
+    numbers: Numbers, variance: bool = False, scores: GuideScores = NO_SCORES,
+  ) -> Denoiser:
+    """Return the denoiser of conditions [b ...], guided as a sampler is given it."""
+    label = self.noise.label_as(program.timesteps, numbers.grid)
+    denoise = self.denoise(weights, variance, label)
+    if predicts_mean_velocity(self.denoiser.config):
+      denoise = told_interval(denoise, program.sampler, numbers.grid)
+    others = self._others(weights, condition, program, numbers, label)
+    return program.guide(
+      denoise, condition, negative, numbers, self.parameterization, others, scores
+    )
 
   def _others(self, weights, condition, program: Program, numbers: Numbers, label: Label) -> Others:
     """Return what guidance leads away from besides the null condition: (denoiser, scale)."""
@@ -339,8 +361,7 @@ class Diffusion(Generator):
 
   @functools.partial(xla.jit, static_argnums=(0, 3))
   def _sample(self, weights: Weights, rows: dict, program: Program, numbers: Numbers) -> Images:
-    pairs = [c.pair(weights, rows, program.clip_skip) for c in self.conditioners.values()]
-    condition, negative = (joined(pair[i] for pair in pairs) for i in (0, 1))
+    condition, negative = self.conditions(weights, rows, program.clip_skip)
     keys = jax.random.wrap_key_data(rows['keys'])
     if LATENTS in rows:  # Those before have used its own keys.
       x, keys = rows[LATENTS], jax.vmap(lambda key: jax.random.fold_in(key, 2**31 - 2))(keys)
@@ -369,7 +390,7 @@ class Diffusion(Generator):
     self, weights: Weights, prompts: Sequence[str], config: SampleConfig, *, seed: int, mesh: Mesh,
     negative: str = '', batch_size: int = 16, first: int = 0, inputs: Inputs | None = None,
     noise: np.ndarray | None = None, height: int | None = None, width: int | None = None,
-    latents: bool = False,
+    latents: bool = False, toward: tuple[Sequence[str], np.ndarray] | None = None,
   ) -> Iterator[np.ndarray]:
     """Yield images, float32 [b h w 3] in [-1, 1], batch after batch; one compilation for all.
 
@@ -386,6 +407,7 @@ class Diffusion(Generator):
       height, width: of the images, in pixels; None for those of the training. With the config's
         `binning` they are cut out of others, unless there are inputs.
       latents: whether to yield z as it is left, for `Inputs.latents` of another model.
+      toward: other prompts, and which fraction [n] of the way to their condition each image is.
 
     UserError: a config that cannot be sampled, and inputs that do not fit the model.
     """
@@ -396,10 +418,13 @@ class Diffusion(Generator):
     (height, width), shown = self.drawn_size(height, width, binning)
     shape = self.space.shape(height, width)
     inputs.check(self, config, height, width)
-    given = self.rows(
+    rows_of = lambda prompts: self.rows(
       prompts, negative, inputs, height, width, config.distilled_guidance, config.prompt_syntax,
       config.sizing,
     )
+    given = rows_of(prompts)
+    if toward is not None:
+      given |= between.way(given, rows_of(toward[0]), toward[1])
     if noise is not None:
       given['x'] = _checked_noise(noise, (n, *shape))
     if not config.clip_skip and all(c.same(given) for c in self.conditioners.values()):
@@ -470,25 +495,11 @@ class Diffusion(Generator):
       )
 
 
-def edge_rule(factor: int, *configs: Any) -> EdgeRule:
-  """Return what heights and widths of images networks with these configs take in a space of that
-  factor."""
-  multiple = factor * math.lcm(*(getattr(config, 'factor', 1) for config in configs))
-  most = [config.most for config in configs if getattr(config, 'most', None)]
-  return EdgeRule(multiple, min(most) * factor // multiple * multiple if most else None)
-
-
 def joined(parts: Iterable[Arrays]) -> Condition:
   """Return one condition of the fields that several conditioners give."""
   fields = {name: value for part in parts for name, value in part.items()}
   more = {name: fields.pop(name) for name in list(fields) if name not in Condition._fields}
   return Condition(**fields, more=more or None)
-
-
-def output_channels(config: Any) -> int | None:
-  """Output channels of a denoiser, or None if not in its config."""
-  found = (getattr(config, name, None) for name in ('out_channels', 'out_features', 'in_channels'))
-  return next((channels for channels in found if channels is not None), None)
 
 
 def _checked_noise(given: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -12,7 +12,8 @@ from diffusion_jax.models.flux import FluxConfig
 from diffusion_jax.models.mmdit import MMDiTConfig
 from diffusion_jax.models.pixart import PixArtConfig
 from diffusion_jax.models.unet import UNetConfig
-from diffusion_jax.pipelines.model import Diffusion, edge_rule
+from diffusion_jax.pipelines.model import Diffusion
+from diffusion_jax.pipelines.rules import edge_rule
 from diffusion_jax.pipelines.spaces import PixelSpace
 from diffusion_jax.pixels import size_like
 

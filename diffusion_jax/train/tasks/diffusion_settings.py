@@ -10,7 +10,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import config_of
 from diffusion_jax.limits import ByType, FileDtype, Fraction, Positive
 from diffusion_jax.models.unet import UNetConfig
-from diffusion_jax.pipelines.model import output_channels
+from diffusion_jax.pipelines.rules import output_channels
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.registry import (
   CONDITIONERS,
