@@ -46,6 +46,7 @@ TASKS = Table('task', {
 NETWORKS = Table('network', {
   'autoencoder': 'diffusion_jax.formats.autoencoder:AUTOENCODER',
   'unet': 'diffusion_jax.formats.unet:UNET',
+  'unet2d': 'diffusion_jax.formats.unet:UNET2D',
   'controlnet': 'diffusion_jax.formats.unet:CONTROLNET',
   'clip': 'diffusion_jax.formats.clip:CLIP',
   'clip_text': 'diffusion_jax.formats.clip:TEXT',

@@ -14,7 +14,8 @@ from diffusion_jax.models.vq import VQConfig, VQModel
 _OLD_ATTENTION = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}
 
 
-def _new_attention(name: str) -> str:
+def new_attention(name: str) -> str:
+  """Return the name of today of a tensor."""
   parts = name.split('.')
   if len(parts) >= 4 and parts[-4] == 'attentions':
     parts[-2] = _OLD_ATTENTION.get(parts[-2], parts[-2])
@@ -36,13 +37,13 @@ class _AutoencoderFormat(NetworkFormat):
 AUTOENCODER = _AutoencoderFormat(
   AutoencoderKL, AutoencoderKLConfig, ('AutoencoderKL',), accepted={'act_fn': 'silu'},
   defaults={'block_out_channels': [64], 'layers_per_block': 1}, written={'act_fn': 'silu'},
-  rename=_new_attention,
+  rename=new_attention,
 )
 VQ = _AutoencoderFormat(
   VQModel, VQConfig, ('VQModel',),
   accepted={'act_fn': 'silu', 'norm_type': 'group', 'force_upcast': ANY},
   defaults={'block_out_channels': [64], 'layers_per_block': 1, 'num_vq_embeddings': 256},
-  written={'act_fn': 'silu', 'norm_type': 'group'}, rename=_new_attention,
+  written={'act_fn': 'silu', 'norm_type': 'group'}, rename=new_attention,
 )
 FSQ = _AutoencoderFormat(FSQModel, FSQConfig, ('FSQModel',))
 DVAE = _AutoencoderFormat(DiscreteVAE, DVAEConfig, ('DiscreteVAE',))

@@ -1,11 +1,13 @@
-"""The U-Net and the ControlNet: config.json and published configs."""
+"""The U-Nets and the ControlNet: config.json and published configs."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from diffusion_jax.formats.autoencoder import new_attention
 from diffusion_jax.formats.published import ANY, NetworkFormat
 from diffusion_jax.models.controlnet import ControlNet, ControlNetConfig
 from diffusion_jax.models.unet import UNet, UNetConfig
+from diffusion_jax.models.unet2d import UNet2D, UNet2DConfig
 
 _BOTH = {
   'act_fn': 'silu', 'downsample_padding': 1, 'mid_block_scale_factor': 1,
@@ -39,6 +41,15 @@ UNET = _UNetFormat(
 CONTROLNET = _UNetFormat(
   ControlNet, ControlNetConfig, ('ControlNetModel',), accepted=_BOTH,
   defaults={'cross_attention_dim': 1280}, written={'act_fn': 'silu'},
+)
+_SHARED = ('act_fn', 'mid_block_scale_factor', 'center_input_sample', 'time_embedding_type')
+UNET2D = NetworkFormat(
+  UNet2D, UNet2DConfig, ('UNet2DModel',), written={'act_fn': 'silu'}, rename=new_attention,
+  accepted={name: (_BOTH | _UNET)[name] for name in _SHARED} | {
+    'dropout': ANY,  # Of training alone.
+    'downsample_type': 'conv', 'upsample_type': 'conv', 'num_train_timesteps': ANY,
+    'attn_norm_num_groups': None, 'mid_block_type': 'UNetMidBlock2D',
+  },
 )
 
 
@@ -87,6 +98,26 @@ UNETS: dict[str, UNetConfig] = {
   'lcm_sd15': UNetConfig(time_cond_proj_dim=256, sample_size=96),
 }
 """The published U-Nets by name, as their config.json describe them."""
+
+_DOWN, _UP = _PLAIN, _UP_PLAIN
+_ATTN, _UP_ATTN = 'AttnDownBlock2D', 'AttnUpBlock2D'
+_DDPM = dict(
+  attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6,
+)
+
+UNETS2D: dict[str, UNet2DConfig] = {
+  # Of Ho et al. 2020, appendix B.
+  'ddpm_cifar10': UNet2DConfig(
+    **_DDPM, sample_size=32, block_out_channels=(128, 256, 256, 256),
+    down_block_types=(_DOWN, _ATTN, _DOWN, _DOWN), up_block_types=(_UP, _UP, _UP_ATTN, _UP),
+  ),
+  'ddpm_256': UNet2DConfig(
+    **_DDPM, sample_size=256, block_out_channels=(128, 128, 256, 256, 512, 512),
+    down_block_types=(_DOWN, _DOWN, _DOWN, _DOWN, _ATTN, _DOWN),
+    up_block_types=(_UP, _UP_ATTN, _UP, _UP, _UP, _UP),
+  ),
+}
+"""Those of DDPM."""
 
 CONTROLNETS: dict[str, ControlNetConfig] = {
   name: ControlNetConfig.for_unet(UNETS[name]) for name in ('sd15', 'sdxl')

@@ -227,10 +227,10 @@ class Attention(MultiHead):
 
 
 class SpatialAttention(Attention):
-  """Residual single-head self-attention over all positions, [b h w c]; the autoencoder's."""
+  """Residual self-attention over all positions, [b h w c]; the autoencoder's has one head."""
 
-  def __init__(self, features: int, *, groups: int, epsilon: float, **kw):
-    super().__init__(features, heads=1, qkv_bias=True, **kw)
+  def __init__(self, features: int, *, groups: int, epsilon: float, heads: int = 1, **kw):
+    super().__init__(features, heads=heads, qkv_bias=True, **kw)
     self.group_norm = GroupNorm(groups, features, epsilon, **kw)
 
   def __call__(self, x: jax.Array) -> jax.Array:

@@ -13,7 +13,12 @@ from flax import nnx
 
 from diffusion_jax.errors import require
 from diffusion_jax.limits import Length, Range
-from diffusion_jax.models.attention import Masked, Transformer2DModel, masked
+from diffusion_jax.models.attention import (
+  Masked,
+  SpatialAttention,
+  Transformer2DModel,
+  masked,
+)
 from diffusion_jax.models.config import (
   Edge,
   Epsilon,
@@ -125,6 +130,13 @@ class EncoderConfig(NetworkConfig):
         f'{channels} channels',
       )
 
+  downsample_padding = 1
+
+  @property
+  def mid_resnets(self) -> int:
+    """Residual blocks of the mid block."""
+    return 2 if self.mid_block_type == 'UNetMidBlock2DCrossAttn' else 1
+
   @property
   def heads(self) -> tuple[int, ...]:
     """Attention heads at each level, from the highest resolution down."""
@@ -223,17 +235,32 @@ def _transformer(
   )
 
 
+def _attention(config: EncoderConfig, level: int, block_type: str, **kw) -> nnx.Module:
+  """Return a call (x, text) -> x: attention to the text too, or to x alone, by the block's type."""
+  if not block_type.startswith('Attn'):
+    mid = block_type.startswith('UNetMid')
+    return _transformer(config, level, only_text=config.only_text[level] and not mid, **kw)
+  return SelfAttention2D(
+    config.block_out_channels[level], heads=config.heads[level], groups=config.norm_num_groups,
+    epsilon=config.norm_eps, **kw,
+  )
+
+
+class SelfAttention2D(SpatialAttention):
+  """Residual self-attention over all positions of x [b h w c], whatever the text."""
+
+  def __call__(self, x: jax.Array, text: jax.Array | Masked | None = None) -> jax.Array:
+    return super().__call__(x)
+
+
 class Level(Blocks):
   """Residual blocks from these numbers of channels, each with attention after it or without."""
 
   def __init__(self, config: EncoderConfig, level: int, inputs: list[int], block_type: str, **kw):
     super().__init__(**kw)
-    o, only_text = config.block_out_channels[level], config.only_text[level]
-    attentions = inputs if block_type.startswith('CrossAttn') else ()
+    o, attentions = config.block_out_channels[level], inputs if 'Attn' in block_type else ()
     self.resnets = nnx.List([_resnet(config, i, o, **kw) for i in inputs])
-    self.attentions = nnx.List([
-      _transformer(config, level, only_text=only_text, **kw) for _ in attentions
-    ])
+    self.attentions = nnx.List([_attention(config, level, block_type, **kw) for _ in attentions])
 
   def layer(self, n: int, x: jax.Array, text: jax.Array | Masked, *args: jax.Array) -> jax.Array:
     """Return x after residual block n, which is given `args`, and its attention."""
@@ -252,7 +279,8 @@ class DownBlock(Level):
     inputs = [widths[max(level - 1, 0)]] + [widths[level]] * (layers - 1)
     super().__init__(config, level, inputs, config.down_block_types[level], **kw)
     last = level == len(widths) - 1
-    self.downsamplers = nnx.List([] if last else [Downsample2D(widths[level], **kw)])
+    halve = lambda: Downsample2D(widths[level], asymmetric=not config.downsample_padding, **kw)
+    self.downsamplers = nnx.List([] if last else [halve()])
 
   def __call__(
     self, x: jax.Array, time: jax.Array, text: jax.Array | Masked
@@ -275,15 +303,17 @@ class MidBlock(Blocks):
 
   def __init__(self, config: EncoderConfig, **kw):
     super().__init__(**kw)
-    c, attend = config.block_out_channels[-1], config.mid_block_type.endswith('CrossAttn')
-    level = len(config.block_out_channels) - 1
-    self.attentions = nnx.List([_transformer(config, level, **kw) for _ in range(int(attend))])
-    self.resnets = nnx.List([_resnet(config, c, c, **kw) for _ in range(2 if attend else 1)])
+    c, kind = config.block_out_channels[-1], config.mid_block_type
+    level, attend = len(config.block_out_channels) - 1, 'Attn' in kind
+    self.attentions = nnx.List([_attention(config, level, kind, **kw) for _ in range(int(attend))])
+    self.resnets = nnx.List([_resnet(config, c, c, **kw) for _ in range(config.mid_resnets)])
 
   def __call__(self, x: jax.Array, time: jax.Array, text: jax.Array | Masked) -> jax.Array:
     x = self.run(self.resnets[0], x, time)
     for attention in self.attentions:
-      x = self.run(self.resnets[1], attention(x, text), time)
+      x = attention(x, text)
+    for resnet in self.resnets[1:]:
+      x = self.run(resnet, x, time)
     return x
 
 
