@@ -222,6 +222,7 @@ EVALUATORS = Table('evaluator', {
   'classification': 'diffusion_jax.evaluation.recognition:Classification',
   'likelihood': 'diffusion_jax.evaluation.likelihood:Likelihood',
   'elbo': 'diffusion_jax.evaluation.elbo:Elbo',
+  'pixel_likelihood': 'diffusion_jax.evaluation.pixel_likelihood:PixelLikelihood',
   'span_corruption': 'diffusion_jax.evaluation.spans:SpanCorruption',
   'points_preview': 'diffusion_jax.evaluation.points:PointsPreview',
   'sequences_preview': 'diffusion_jax.evaluation.sequences:SequencesPreview',

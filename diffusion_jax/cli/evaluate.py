@@ -59,6 +59,9 @@ the same network untrained and a diagonal Gaussian fitted to training latents. A
 latent the width of the schedule's first noise. image_bits_per_dim_bound adds the autoencoder's
 part and bounds the bits of the pixels, so that it compares models with different autoencoders.
 
+Of a model on pixels: bits of the pixels' 256 levels by the bound of its steps, in its three terms
+(the end, the steps between, the levels), with a chart by timestep, and by the probability-flow ODE.
+
 example:
   python -m diffusion_jax evaluate likelihood --samples 64 --out likelihood.json"""
 

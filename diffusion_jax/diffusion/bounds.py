@@ -231,17 +231,30 @@ def discrete_bound(
     alpha, sigma = alphas[index + 1], sigmas[index + 1]
     return gain[index] * _error(denoise, x0, alpha, sigma, keys, noise_index) / 2
 
-  if draws is None:
-    chosen, weights = jnp.arange(len(gain)), jnp.ones_like(gain)
-  else:
-    fractions = jnp.cumsum(gain / (1 + snr[1:]))
-    chosen = jnp.searchsorted(fractions, (jnp.arange(draws) + offset) / draws * fractions[-1])
-    chosen = jnp.minimum(chosen, len(gain) - 1)
-    weights = fractions[-1] / draws / (gain / (1 + snr[1:]))[chosen]
+  chosen, weights = spread_steps(alphas, sigmas, draws, offset)
   items = (chosen, jnp.arange(1, len(chosen) + 1), weights)
   add = lambda nats, item: (nats + item[2] * divergence(*item[:2]), None)
   nats, _ = jax.lax.scan(add, jnp.zeros(len(x0), x0.dtype), items)
   return _bound(denoise, x0, nats, (alphas[0], sigmas[0]), (alphas[-1], sigmas[-1]), keys)
+
+
+def spread_steps(
+  alphas: jax.Array, sigmas: jax.Array, draws: int | None, offset: float | jax.Array = 0.5
+) -> tuple[jax.Array, jax.Array]:
+  """Return (steps [n] of 0 to T - 2, the weight [n] of each in a sum); i is from level i + 1 to i.
+
+  All of them for draws None; else so many, evenly spread over the divergences that they would have
+  for unit Gaussian data, each at `offset` within its stratum.
+  """
+  snr = (alphas / sigmas) ** 2
+  gain = snr[:-1] - snr[1:]
+  if draws is None:
+    return jnp.arange(len(gain)), jnp.ones_like(gain)
+  parts = gain / (1 + snr[1:])
+  fractions = jnp.cumsum(parts)
+  chosen = jnp.searchsorted(fractions, (jnp.arange(draws) + offset) / draws * fractions[-1])
+  chosen = jnp.minimum(chosen, len(gain) - 1)
+  return chosen, fractions[-1] / draws / parts[chosen]
 
 
 def continuous_bound(

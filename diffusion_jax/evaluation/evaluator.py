@@ -48,9 +48,9 @@ class Evaluator(Protocol):
     """Yield (name, value).
 
     Numbers are named COLUMN.METRIC, or METRIC in the first column; 'measured' and 'warnings' are
-    sentences, 'settings' decide the numbers. All else is a `Picture`. model: of the task, such as
-    `pipelines.model.Diffusion`; params: all its weights. key: typed, of one seed for comparable
-    results.
+    sentences, 'settings' decide the numbers, others of BESIDE are kept as they are. All else is a
+    `Picture`. model: of the task, such as `pipelines.model.Diffusion`; params: all its weights.
+    key: typed, of one seed for comparable results.
     """
     ...
 
@@ -87,7 +87,7 @@ def run_all(
 
 
 SENTENCES = ('measured', 'warnings')
-BESIDE = ('intervals', *SENTENCES, 'settings', 'sweep', 'history')
+BESIDE = ('intervals', *SENTENCES, 'settings', 'sweep', 'history', 'bound_by_step')
 """Entries of scores that are no columns."""
 
 
@@ -105,6 +105,8 @@ def scores_of(
       found[name] = [*found.get(name, ()), *value]
     elif name == 'settings':
       found[name] = dict(value) | found.get(name, {})
+    elif name in BESIDE:
+      found[name] = value
     elif not isinstance(value, Picture):
       column, _, metric = name.rpartition('.')
       column = column or next((one for one in found if one not in BESIDE), first)

@@ -169,7 +169,10 @@ def make_encoder(model: Diffusion) -> Callable:
   """
   space = model.space
   if not isinstance(space, LatentSpace):
-    raise UserError('the likelihood of an image is measured through latents; the model has none.')
+    raise UserError(
+      'bits per dimension beside other metrics are of latents, and the model has none; evaluate '
+      'likelihood has them of pixels.'
+    )
   scale = space.autoencoder.config.scaling_factor
 
   @jit

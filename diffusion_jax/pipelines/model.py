@@ -90,8 +90,12 @@ class Diffusion(Generator):
   size: tuple[int, int] | None = None
   programs: set = dataclasses.field(init=False, default_factory=set, repr=False)
   drawn_by: ClassVar = DENOISER
-  likelihood: ClassVar = 'likelihood'
   takes_pictures: ClassVar = True
+
+  @property
+  def likelihood(self) -> str:
+    """The row of `registry.EVALUATORS` that measures its likelihood."""
+    return 'pixel_likelihood' if self.space.name == 'pixels' else 'likelihood'
 
   @property
   def networks(self) -> dict[str, Network]:

@@ -36,6 +36,9 @@ MOST_COLUMNS = 4
 SWEPT = ('Each point is a combination. Network calls are those for one picture, guided steps count '
          'twice.')
 
+BY_STEP = ('The divergence of each step from timestep t to t - 1, L_{t-1}, mean over images; data '
+           'are on the left. With the two ends its sum is the bound.')
+
 
 class Pair(NamedTuple):
   """A sample and its most similar reference image; similarity: a cosine."""
@@ -85,6 +88,7 @@ def write_evaluation_page(
     + _reconstructions('worst', (reconstructions or {}).get('worst', ()))
     + _reconstructions('best', (reconstructions or {}).get('best', ()))
     + page.section('sweep', 'Sweep', SWEPT, page.chart_grid(sweep_charts(scores)))
+    + page.section('steps', 'Bound by timestep', BY_STEP, page.chart_grid(_by_step(scores)))
     + page.section('history', 'Checkpoints', '', page.chart_grid(_history(scores)))
     + _prompts('best', 'Best prompts', best) + _prompts('worst', 'Worst prompts', worst)
     + _clouds(clouds) + _pairs(pairs) + _settings(scores)
@@ -121,6 +125,24 @@ def _history(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
   return [
     (name, line_chart({name: [(line['step'], line.get(name)) for line in lines]},
                       title=f'{name} of each checkpoint')) for name in names
+  ]
+
+
+def _by_step(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """The bits of each step, and their sum up to it, of a model on pixels and of others beside it."""
+  found = dict(scores.get('bound_by_step', {}))
+  if not found:
+    return []
+  at, weights = found.pop('timesteps'), found.pop('weights')
+  each = {name: list(zip(at, bits, strict=True)) for name, bits in found.items()}
+  sums = {
+    name: list(zip(at, np.cumsum(np.multiply(bits, weights)).tolist(), strict=True))
+    for name, bits in found.items()
+  }
+  return [
+    (title, line_chart(lines, title=title, xlabel='timestep', log_y=True)) for title, lines in (
+      ('bits per dimension of each step', each), ('bits per dimension of the steps up to it', sums)
+    )
   ]
 
 
