@@ -253,8 +253,11 @@ def run(args: argparse.Namespace) -> int:
   return sample(*parts, {k: v for cls in sampling for k, v in given(cls, args).items()})
 
 
-def _check(model, config, pictures: PictureOptions, edit: EditOptions, fits) -> None:
+def _check(
+  model, config, pictures: PictureOptions, edit: EditOptions, inverting: InvertOptions, fits
+) -> None:
   """Raise UserError for options that do not fit a model, before its weights are read."""
+  inverting.check_model(model)
   given = [name for part in (pictures, edit) for name in part.given()]
   if given and not model.takes_pictures:
     raise UserError(f'the model takes no pictures; leave --{given[0]} out.')
@@ -283,7 +286,7 @@ def sample(
     raise UserError(f'--out {prompt.out} is a file; choose a directory.')
   mesh = make_mesh(MeshConfig())
   fits = lambda model, config: pictures.sizes(model, prompt.size, config.binning, edit)
-  check = lambda model, config: _check(model, config, pictures, edit, fits)
+  check = lambda model, config: _check(model, config, pictures, edit, inverting, fits)
   model, weights, config, name = open_model(source, values, mesh, check)
   config, refiner = refining.read(model, config, values)
   config = inverting.settings(config, values)
@@ -308,9 +311,7 @@ def sample(
     batch_size=min(draw.batch, inverting.interpolate or len(prompts)),
   )
   weights = model.on_mesh(weights, mesh)
-  first = functools.partial(
-    model.sample, weights, prompts, config, inputs=inputs, **how
-  )
+  first = functools.partial(model.sample, weights, prompts, config, inputs=inputs, **how)
   try:
     out.mkdir(parents=True, exist_ok=True)
     if inverting.wanted:
