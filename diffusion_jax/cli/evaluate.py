@@ -19,6 +19,7 @@ from diffusion_jax.evaluation.options import (
 )
 from diffusion_jax.limits import Help
 from diffusion_jax.pipelines.options import SampleOptions, TokenOptions
+from diffusion_jax.registry import SAMPLERS, check
 
 HELP = 'score a model, pictures, an autoencoder'
 DESCRIPTION = """Scores are written to FILE.json, a row to FILE.csv and a page to FILE.html.
@@ -73,6 +74,13 @@ examples:
   python -m diffusion_jax evaluate sweep guidance=1,2,4 steps=6,12 --out sweep.json
   python -m diffusion_jax evaluate sweep guidance=2,4 or guidance=2,4 guidance_interval=0.2:5 \
     or guidance=1 perturbed_attention=1,2 --out guidance.json"""
+
+STEPS = """Draws the same noise and captions by more and more steps, of a deterministic sampler and
+of an ancestral one, and shows how much pictures still change: the first settles, the second does
+not.
+
+example:
+  python -m diffusion_jax evaluate steps --samplers ddim,ddpm --counts 10,50,200 --out steps.json"""
 
 BITS_DRAWS = 8
 """Noise levels of the bound beside other metrics: still unbiased, and quicker than sampling."""
@@ -176,6 +184,39 @@ class LikelihoodEvaluation(Output, DataOptions, DrawOptions, ModelOptions):
   samples: Annotated[int, Help('test images (default: 64)', 'N')] = 64
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepsEvaluation(Output, DataOptions, DrawOptions, ModelOptions):
+  """A model by several samplers, in several numbers of steps."""
+
+  samples: Annotated[int | None, Help('captions of the test split (default: 8)', 'N')] = 8
+  captions: Annotated[str, Help('captions in place of these, one a line', 'FILE')] = ''
+  samplers: Annotated[str, Help('names, divided by commas (default: ddim,ddpm)', 'A,B')] = (
+    'ddim,ddpm'
+  )
+  counts: Annotated[str, Help(
+    'numbers of steps, two or more (default: 10,20,50,100,200,500)', 'N,M'
+  )] = '10,20,50,100,200,500'
+  labels = ''
+
+  def __post_init__(self):
+    super().__post_init__()
+    for name in self.names:
+      check(SAMPLERS, name, '--samplers')
+    if len(self.numbers) < 2 or self.numbers[0] < 1:
+      raise UserError(f'--counts is {self.counts}; give two numbers of steps or more: 10,100.')
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """The samplers."""
+    return tuple(self.samplers.split(','))
+
+  @property
+  def numbers(self) -> tuple[int, ...]:
+    """Numbers of steps, fewest first; none for what are no numbers."""
+    parts = self.counts.split(',')
+    return tuple(sorted(set(map(int, parts)))) if all(map(str.isdecimal, parts)) else ()
+
+
 class Kind(NamedTuple):
   """A subcommand: its options, other settings, and the function of `cli.scoring` for them."""
 
@@ -241,6 +282,9 @@ KINDS = {
   'likelihood': Kind(
     'bits per dimension of test images', LIKELIHOOD, LikelihoodEvaluation, (LikelihoodConfig,),
     'likelihood',
+  ),
+  'steps': Kind(
+    'whether pictures settle as steps grow', STEPS, StepsEvaluation, (SampleOptions,), 'steps'
   ),
   'sweep': Kind('every combination of settings of a model', SWEEP, Sweep, SAMPLING, 'sweep'),
 }

@@ -74,7 +74,7 @@ class InvertOptions:
   def check_model(self, model) -> None:
     """Raise UserError for a model whose pictures are not of one noise."""
     if self.wanted and not hasattr(model, 'guided'):
-      raise UserError('the model does not draw from one noise; leave --invert and --interpolate out.')
+      raise UserError('the model draws from no one noise; leave --invert and --interpolate out.')
 
   def settings(self, config, values: Mapping[str, Any]):
     """Return the settings to invert with: what was given, else DDIM's in many steps, unguided."""

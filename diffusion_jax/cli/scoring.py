@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from diffusion_jax.cli.options import open_model, open_run
+from diffusion_jax.cli.settling import steps as steps
 from diffusion_jax.config import typed
 from diffusion_jax.data.sources.tfds import open_source
 from diffusion_jax.data.splits import measured_on

@@ -87,7 +87,7 @@ def run_all(
 
 
 SENTENCES = ('measured', 'warnings')
-BESIDE = ('intervals', *SENTENCES, 'settings', 'sweep', 'history', 'bound_by_step')
+BESIDE = ('intervals', *SENTENCES, 'settings', 'sweep', 'history', 'bound_by_step', 'settling')
 """Entries of scores that are no columns."""
 
 

@@ -69,7 +69,8 @@ def write_evaluation_page(
   path: Path, scores: Mapping[str, Any], *,
   clouds: Mapping[str, PrincipalComponents] = MappingProxyType({}),
   pairs: Sequence[Pair] = (), best: Sequence[Prompt] = (), worst: Sequence[Prompt] = (),
-  reconstructions: Mapping[str, Sequence[Pair]] | None = None, classes: Sequence[ClassRow] = (),
+  reconstructions: Mapping[str, Sequence[Pair]] | None = None,
+  settling: Mapping[str, np.ndarray] = MappingProxyType({}), classes: Sequence[ClassRow] = (),
 ) -> None:
   """Write a self-contained page.
 
@@ -79,6 +80,7 @@ def write_evaluation_page(
     pairs: the samples most like a reference image, the most alike first.
     best, worst: the samples that fit their captions best and worst, those first.
     reconstructions: 'best' and 'worst', with their originals, similarity the PSNR in dB.
+    settling: by sampler uint8 [n steps h w 3], the same noise by more and more steps.
     classes: those that come out worst.
   """
   body = (
@@ -89,6 +91,7 @@ def write_evaluation_page(
     + _reconstructions('best', (reconstructions or {}).get('best', ()))
     + page.section('sweep', 'Sweep', SWEPT, page.chart_grid(sweep_charts(scores)))
     + page.section('steps', 'Bound by timestep', BY_STEP, page.chart_grid(_by_step(scores)))
+    + _settling(scores, settling)
     + page.section('history', 'Checkpoints', '', page.chart_grid(_history(scores)))
     + _prompts('best', 'Best prompts', best) + _prompts('worst', 'Worst prompts', worst)
     + _clouds(clouds) + _pairs(pairs) + _settings(scores)
@@ -144,6 +147,23 @@ def _by_step(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
       ('bits per dimension of each step', each), ('bits per dimension of the steps up to it', sums)
     )
   ]
+
+
+def _settling(scores: Mapping[str, Any], images: Mapping[str, np.ndarray]) -> str:
+  """How much pictures change from one number of steps to the next, and the pictures."""
+  found = scores.get('settling')
+  if not found:
+    return ''
+  title = 'root mean square change to the next number of steps'
+  lines = {name: list(map(tuple, points)) for name, points in found['changes'].items()}
+  chart = page.chart_grid([(title, line_chart(lines, title=title, xlabel='steps', log_y=True))])
+  rows = page.strip([
+    ([(image, f'{name}, {steps} steps') for image, steps in zip(row, found['steps'], strict=True)],
+     page.escape(name)) for name, group in images.items() for row in group
+  ])
+  note = ('The same noise at the start, in more and more steps from the left to the right. What is '
+          'deterministic settles; ancestral samples are others each time.')
+  return page.section('settling', 'Steps', note, chart + rows)
 
 
 def _cell(value: Any, interval: Mapping[str, float] | None) -> str:

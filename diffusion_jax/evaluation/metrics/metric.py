@@ -203,6 +203,7 @@ OF_EVALUATORS = (
   Value('latent_bits_per_dim_continuous', 'Bits per dimension of latents, continuous bound', LOWER),
   Value('latent_bits_per_dim_flow', 'Bits per dimension of latents, probability flow', LOWER),
   Value('image_bits_per_dim_bound', 'Bits per dimension of images, bound', LOWER),
+  Value('change_at_{n}_steps', 'Root mean square change from {n:,} steps to the next number'),
   Value('images', 'Number of images'),
   Value('latent_mean', 'Mean of the latents'),
   Value('latent_std', 'Deviation of the latents'),
