@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from diffusion_jax.errors import require
 from diffusion_jax.formats.autoencoder import new_attention
 from diffusion_jax.formats.published import ANY, NetworkFormat
 from diffusion_jax.models.controlnet import ControlNet, ControlNetConfig
@@ -43,12 +44,35 @@ CONTROLNET = _UNetFormat(
   defaults={'cross_attention_dim': 1280}, written={'act_fn': 'silu'},
 )
 _SHARED = ('act_fn', 'mid_block_scale_factor', 'center_input_sample', 'time_embedding_type')
-UNET2D = NetworkFormat(
+
+
+class _UNet2DFormat(NetworkFormat):
+  """Where the time scales and shifts, diffusers leaves out the mid block's norm unless it is told
+  of groups for it: of such networks those that have it are read and written."""
+
+  def parse(self, values: Mapping[str, Any], where: str) -> Any:
+    values = dict(values)
+    groups, config = values.pop('attn_norm_num_groups', None), super().parse(values, where)
+    require(
+      groups == self._groups(config) or not config.add_attention,
+      f'{where}: attn_norm_num_groups={groups!r:.40} is not implemented (only '
+      f'{self._groups(config)} is).',
+    )
+    return config
+
+  def describe(self, config: Any) -> dict[str, Any]:
+    return super().describe(config) | {'attn_norm_num_groups': self._groups(config)}
+
+  def _groups(self, config: Any) -> int | None:
+    return None if config.resnet_time_scale_shift == 'default' else config.norm_num_groups
+
+
+UNET2D = _UNet2DFormat(
   UNet2D, UNet2DConfig, ('UNet2DModel',), written={'act_fn': 'silu'}, rename=new_attention,
   accepted={name: (_BOTH | _UNET)[name] for name in _SHARED} | {
     'dropout': ANY,  # Of training alone.
     'downsample_type': 'conv', 'upsample_type': 'conv', 'num_train_timesteps': ANY,
-    'attn_norm_num_groups': None, 'mid_block_type': 'UNetMidBlock2D',
+    'mid_block_type': 'UNetMidBlock2D',
   },
 )
 

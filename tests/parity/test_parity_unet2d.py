@@ -26,7 +26,11 @@ CONFIGS = {
     block_out_channels=(8, 8), layers_per_block=2, norm_num_groups=4, attention_head_dim=4,
     down_block_types=('AttnDownBlock2D', 'DownBlock2D'), num_class_embeds=5, in_channels=2,
     up_block_types=('UpBlock2D', 'AttnUpBlock2D'), out_channels=4, norm_eps=1e-3,
-    resnet_time_scale_shift='scale_shift', add_attention=False,
+    resnet_time_scale_shift='scale_shift', attn_norm_num_groups=4,
+  ),
+  'no attention in the middle': dict(
+    block_out_channels=(4,), layers_per_block=1, norm_num_groups=2, add_attention=False,
+    down_block_types=('DownBlock2D',), up_block_types=('UpBlock2D',),
   ),
 }
 
