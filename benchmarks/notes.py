@@ -68,6 +68,32 @@ class System(NamedTuple):
 PICTURES = ('fd', 'kid')
 """Metrics of a model that reads no captions."""
 SYSTEMS = {
+  'ddpm': System(
+    1, 'DDPM on pixels', 'notes/ddpm.py',
+    'CIFAR-10 FID 3.17, 3.75 bits per dimension at most (Ho et al. 2020, table 1)', likelihood=True,
+  ),
+  'iddpm': System(
+    1, 'Improved DDPM: a learned variance', 'notes/iddpm.py',
+    'CIFAR-10 2.94, ImageNet-64 3.53 bits per dimension (Nichol & Dhariwal 2021, table 3)',
+    likelihood=True,
+  ),
+  'ncsn': System(
+    3, 'NCSN, annealed Langevin dynamics', 'notes/ncsn.py',
+    'CIFAR-10 FID 25.32 (Song & Ermon 2019, table 1)',
+  ),
+  'score_ve': System(
+    3, 'VE SDE, predictor-corrector', 'notes/score_ve.py',
+    'CIFAR-10 FID 2.20 (NCSN++ cont., deep; Song et al. 2021, table 3)',
+  ),
+  'score_vp': System(
+    3, 'VP SDE, Euler-Maruyama', 'notes/score_vp.py',
+    'CIFAR-10 FID 2.41 (DDPM++ cont., deep; Song et al. 2021, table 3)', likelihood=True,
+  ),
+  'score_subvp': System(
+    3, 'Sub-VP SDE, probability flow', 'notes/score_subvp.py',
+    'CIFAR-10 2.99 bits per dimension (DDPM++ cont., deep; Song et al. 2021, table 2)',
+    likelihood=True,
+  ),
   'vae': System(
     4, 'VAE as a generator (one vector of 64)', 'notes/vae.py',
     'CIFAR-10: 4.51 bits per dimension (van den Oord et al. 2017, section 4.1)',
