@@ -24,9 +24,9 @@ class InvertOptions:
   """What is done with the noise of pictures."""
 
   invert: Annotated[bool, Help(
-    f'find the noise from which the model draws --image (and --to), write it as {LATENTS}, draw it '
-    'again and say how far the result is off; by DDIM without noise and, if nothing else is said, '
-    f'without guidance, in {STEPS} steps'
+    f'find the noise from which the model draws --image, write it as {LATENTS}, draw it again and '
+    'say how far the result is off; by DDIM without noise and, if nothing else is said, without '
+    f'guidance, in {STEPS} steps'
   )] = False
   to: Annotated[str, Help(
     'with --interpolate: the picture at the other end from --image', 'FILE'
@@ -80,8 +80,11 @@ class InvertOptions:
     """Return the settings to invert with: what was given, else DDIM's in many steps, unguided."""
     if not (self.invert or self.to):
       return config
-    usual = {'sampler': 'ddim', 'steps': STEPS, 'guidance': 1.0}
-    return with_values(config, usual | values)
+    from diffusion_jax.pipelines.inversion import SAMPLER, check
+
+    found = with_values(config, {'sampler': SAMPLER, 'steps': STEPS, 'guidance': 1.0} | values)
+    check(found)
+    return found
 
   def named(self) -> dict[str, str]:
     """Return what a picture's metadata say of it."""

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax.errors import require
+
 TOWARD = 'toward'
 """Column of the fractions [n] of the way; the other end's columns are named 'toward.NAME'."""
 
@@ -16,7 +18,16 @@ Rows = Mapping[str, Any]
 
 
 def way(here: Rows, there: Rows, fractions: np.ndarray) -> dict[str, np.ndarray]:
-  """Return the columns that lead from rows to other rows; none where both are the same."""
+  """Return the columns that lead from rows to other rows; none where both are the same.
+
+  UserError: texts of different numbers of chunks, whose places have nothing in common.
+  """
+  for name, value in there.items():
+    require(
+      value.shape == here[name].shape,
+      'one of the prompts is read in more chunks than the other; shorten it, or leave '
+      'prompt_syntax at plain.',
+    )
   other = {name: v for name, v in there.items() if not np.array_equal(v, here[name])}
   found = {f'{TOWARD}.{name}': value for name, value in other.items()}
   return found and {TOWARD: np.asarray(fractions, np.float32), **found}

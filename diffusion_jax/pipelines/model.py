@@ -427,11 +427,13 @@ class Diffusion(Generator):
       config.sizing,
     )
     given = rows_of(prompts)
-    if toward is not None:
-      given |= between.way(given, rows_of(toward[0]), toward[1])
+    ends = [given] if toward is None else [given, rows_of(toward[0])]
+    given = given if toward is None else given | between.way(*ends, toward[1])
     if noise is not None:
       given['x'] = _checked_noise(noise, (n, *shape))
-    if not config.clip_skip and all(c.same(given) for c in self.conditioners.values()):
+    if not config.clip_skip and all(
+      c.same(rows) for c in self.conditioners.values() for rows in ends
+    ):
       config = dataclasses.replace(config, guidance=1.0)
     numbers = config.numbers(self.noise, inputs.fraction(self), self.tokens(height, width))
     size = whole_batch(batch_size, mesh)
