@@ -87,8 +87,8 @@ def strip(
   """Yield images, as `Diffusion.sample`, on the way between two.
 
   noise: float32 [2 ...], that of the ends, between which frames lie on great circles. prompts: of
-  both ends. The ends are what `sample` draws from theirs, by a sampler that adds no noise. `how`: the
-  other arguments of `sample`.
+  both ends. `how`: the other arguments of `sample`. By a sampler that adds no noise the ends are
+  what that draws from their noise.
   """
   if frames < 2 or len(prompts) != 2:
     raise UserError(f'a way has two ends and frames from 2 on, not {len(prompts)} and {frames}.')
