@@ -68,7 +68,7 @@ example:
 
 SWEEP = """Scores every combination of values of guidance, steps, sampler, spacing,
 guidance_rescale, guidance_kind, guidance_interval, perturbed_attention, image_guidance, clip_skip,
-ema_halflife_images, and real test images; several sweeps with `or` between them on one page.
+eta, ema_halflife_images, and real test images; several sweeps with `or` between them on one page.
 
 examples:
   python -m diffusion_jax evaluate sweep guidance=1,2,4 steps=6,12 --out sweep.json

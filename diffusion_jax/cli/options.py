@@ -16,7 +16,7 @@ from diffusion_jax.limits import Help, Positive, Range, Seed
 T = TypeVar('T')
 
 DEFAULT_MODEL = 'asset:text-to-image-openmoji-64'
-OF_SAMPLER = ('options', 'drop_last', 'fractional', 'set_alpha_to_one', 'places', 'timesteps',
+OF_SAMPLER = ('eta', 'options', 'drop_last', 'fractional', 'set_alpha_to_one', 'places', 'timesteps',
               'scaled_noise')
 """Settings that another sampler does not take over."""
 OF_MODEL = (

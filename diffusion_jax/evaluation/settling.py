@@ -30,7 +30,7 @@ def drawn_by(
   """
   found: Drawn = {}
   for name in samplers:
-    own = {} if name == config.sampler else {'options': {}}
+    own = {} if name == config.sampler else {'options': {}, 'eta': None}
     settings = dataclasses.replace(config, sampler=name, **own)
     model.check_sampling(settings)
     draw = lambda steps, settings=settings: model.sample(

@@ -28,7 +28,7 @@ def interval(text: str) -> tuple[float, float | None]:
 
 KINDS: dict[str, Callable[[str], Any]] = {
   'guidance': float, 'steps': int, 'sampler': str, 'spacing': str, 'guidance_rescale': float,
-  'image_guidance': float, 'clip_skip': int, EMA: float, 'guidance_kind': str,
+  'image_guidance': float, 'clip_skip': int, EMA: float, 'guidance_kind': str, 'eta': float,
   'guidance_interval': interval, 'perturbed_attention': float,
 }
 """Settings that may be swept: fields of `SampleConfig`, and the average's length."""

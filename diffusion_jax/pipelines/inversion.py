@@ -62,7 +62,7 @@ def invert(
 
 def check(config: SampleConfig) -> None:
   """Raise UserError for settings that draw by another way than the one that is undone."""
-  if config.sampler != SAMPLER or config.options.get('eta'):
+  if config.sampler != SAMPLER or config.own_options.get('eta'):
     raise UserError(
       f'pictures are inverted along the steps of {SAMPLER} without noise; set the sampler to '
       f'{SAMPLER}, not {config.sampler}, and leave out its eta.'

@@ -57,8 +57,8 @@ class SampleOptions:
 
   guidance_rescale: phi of Lin et al. 2024, of what the network predicts if that is epsilon or v,
   else of x_0. guidance_interval: a high of None is no bound. threshold: as in Saharia et al.
-  2022, for pixels; latents have no bounds. options: of the sampler, such as its order.
-  steps_offset, drop_last, fractional, set_alpha_to_one and, in places, the other arguments of
+  2022, for pixels; latents have no bounds. options: of the sampler, such as its order; eta, where it
+  is given, is one of them. steps_offset, drop_last, fractional, set_alpha_to_one and, in places, the other arguments of
   `sampling_grid`: as the schedulers of diffusers place their steps. timesteps: one of
   `noise.LABELS`. scaled_noise: start from noise of the first level's sigma, not of unit variance.
   image_guidance: s_I of Brooks et al. 2023. distilled_guidance: None for the model's own.
@@ -97,6 +97,10 @@ class SampleOptions:
   threshold_percentile: Annotated[float, Range(
     0, 1, above=True, text='a fraction above 0 and up to 1'
   ), Help('of dynamic: the fraction of an image that is not clipped', 'P')] = 0.995
+  eta: Annotated[Annotated[float, Range(0, 1)] | None, Help(
+    'of samplers such as ddim: the part of the noise of an ancestral step that each adds, from 0, '
+    "none, to 1, DDPM (default: the sampler's own)", 'E'
+  )] = None
   options: dict[str, Option] = dataclasses.field(default_factory=dict, hash=False)
   steps_offset: int = 0
   drop_last: bool = False

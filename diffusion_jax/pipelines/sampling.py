@@ -182,7 +182,7 @@ class SampleConfig(SampleOptions):
   def check(self, noise: NoiseSchedule, parameterization: Parameterization) -> None:
     """Raise UserError for what cannot be sampled."""
     typed(type(self), vars(self), '')
-    sampler(self.sampler, **self.options)
+    sampler(self.sampler, **self.own_options)
     grid = self._grid(noise)
     if parameterization.blind_at_zero_snr and noise.zero_terminal:
       raise UserError(
@@ -221,7 +221,7 @@ class SampleConfig(SampleOptions):
     settle = lambda name, value: (
       self.steps < value if name == 'lower_order_final' and type(value) is int else value
     )
-    options = {name: settle(name, value) for name, value in self.options.items()}
+    options = {name: settle(name, value) for name, value in self.own_options.items()}
     kind = self.guidance_kind if guided or self.guidance_kind == PLUS_PLUS else EXTRAPOLATED
     if kind == PLUS_PLUS:
       options['keep_epsilon'] = True
@@ -234,6 +234,11 @@ class SampleConfig(SampleOptions):
       tuple(sorted(options.items())), self.timesteps, perturbed, autoguided, kind=kind,
       guides=guides, seldom=tuple(n for n in guides if getattr(self, f'{n}_every') > 1),
     )
+
+  @property
+  def own_options(self) -> dict[str, Option]:
+    """The sampler's options."""
+    return self.options if self.eta is None else {**self.options, 'eta': self.eta}
 
   def _grid(self, noise: NoiseSchedule, tokens: int | None = None) -> Grid:
     places = {name: getattr(self, name) for name in PLACES} | self.places
@@ -289,7 +294,7 @@ class SampleConfig(SampleOptions):
     names = ['sampler', 'steps', 'spacing', 'guidance']
     default, program = SampleConfig(), self.program
     guided = program.guided or program.image_guided or program.perturbed or program.autoguided
-    later = ('guidance_kind', 'options', *PLACES, 'places', 'timesteps', 'scaled_noise',
+    later = ('guidance_kind', 'eta', 'options', *PLACES, 'places', 'timesteps', 'scaled_noise',
              'image_guidance', 'distilled_guidance', 'perturbed_attention', 'autoguidance',
              'clip_skip', 'decoding', 'prompt_syntax', 'binning', *SIZING, 'denoising_start',
              'denoising_end', 'resample', *GUIDES)

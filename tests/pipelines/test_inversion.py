@@ -105,12 +105,28 @@ def test_the_prompt_alone_changes_where_the_noise_stays(by_text, by_class, mesh)
     assert moved.tolist() == ([True] * 4 if model.text else [False, True, False, False])
 
 
+def test_eta_goes_from_ddim_to_ddpm(by_class, mesh):
+  """0 is DDIM, 1 its ancestral form, and between them is neither; other samplers have none."""
+  model, weights = by_class
+  config = dataclasses.replace(CONFIG, steps=3)
+  draw = lambda **changes: np.concatenate(list(model.sample(
+    weights, ['red'], dataclasses.replace(config, **changes), seed=0, mesh=mesh
+  )))
+  found = [draw(), draw(eta=0.0), draw(eta=0.5), draw(eta=1.0), draw(sampler='euler_ancestral')]
+  np.testing.assert_array_equal(found[0], found[1])
+  np.testing.assert_allclose(found[3], found[4], atol=1e-5)
+  assert np.abs(found[2] - found[0]).max() > 0.01 < np.abs(found[2] - found[3]).max()
+  assert dataclasses.replace(config, eta=0.5).in_force()['eta'] == '0.5'
+  with pytest.raises(UserError, match="'lms' has no option 'eta'"):
+    draw(sampler='lms', eta=0.5)
+
+
 def test_what_cannot_be_inverted_is_said(by_class, mesh):
   model, weights = by_class
   go = lambda config: invert(model, weights, images_of(SIZE)[:1], ['red'], config, mesh=mesh)
   for change, says in (
     ({'sampler': 'dpmpp_2m'}, 'set the sampler to ddim, not dpmpp_2m'),
-    ({'options': {'eta': 1.0}}, 'leave out its eta'),
+    ({'options': {'eta': 1.0}}, 'leave out its eta'), ({'eta': 0.1}, 'leave out its eta'),
     ({'steps': 1}, 'one step cannot be undone'),
   ):
     with pytest.raises(UserError, match=says):
