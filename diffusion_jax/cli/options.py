@@ -16,8 +16,8 @@ from diffusion_jax.limits import Help, Positive, Range, Seed
 T = TypeVar('T')
 
 DEFAULT_MODEL = 'asset:text-to-image-openmoji-64'
-OF_SAMPLER = ('eta', 'options', 'drop_last', 'fractional', 'set_alpha_to_one', 'places', 'timesteps',
-              'scaled_noise')
+OF_SAMPLER = ('eta', 'options', 'drop_last', 'fractional', 'set_alpha_to_one', 'places',
+              'timesteps', 'scaled_noise')
 """Settings that another sampler does not take over."""
 OF_MODEL = (
   'base_shift', 'max_shift', 'base_image_seq_len', 'max_image_seq_len', 'time_shift_type',

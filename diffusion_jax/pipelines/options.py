@@ -57,9 +57,9 @@ class SampleOptions:
 
   guidance_rescale: phi of Lin et al. 2024, of what the network predicts if that is epsilon or v,
   else of x_0. guidance_interval: a high of None is no bound. threshold: as in Saharia et al.
-  2022, for pixels; latents have no bounds. options: of the sampler, such as its order; eta, where it
-  is given, is one of them. steps_offset, drop_last, fractional, set_alpha_to_one and, in places, the other arguments of
-  `sampling_grid`: as the schedulers of diffusers place their steps. timesteps: one of
+  2022, for pixels; latents have no bounds. options: of the sampler, such as its order; eta, where
+  given, is one. steps_offset, drop_last, fractional, set_alpha_to_one and, in places, the
+  other arguments of `sampling_grid`: as diffusers' schedulers place their steps. timesteps: one of
   `noise.LABELS`. scaled_noise: start from noise of the first level's sigma, not of unit variance.
   image_guidance: s_I of Brooks et al. 2023. distilled_guidance: None for the model's own.
   perturbed_attention: s of Ahn et al. 2024. strength_steps: how many steps a picture to start
