@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.images import shuffled
 from diffusion_jax.evaluation.settling import changes, drawn_by
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pixels import to_uint8
@@ -21,16 +22,19 @@ SHOWN = 4
 
 def steps(options: StepsEvaluation, sample: dict[str, Any], shown: dict) -> dict[str, Any]:
   """Draw the same noise by more and more steps of several samplers."""
-  from diffusion_jax.cli.scoring import Subject
+  from diffusion_jax.cli.scoring import Subject, own_prompts
 
   for name in ('sampler', 'steps'):
     if name in sample:
       raise UserError(f'--{name} does nothing beside --samplers and --counts; leave it out.')
   subject = Subject(options, sample, make_mesh(MeshConfig()))
+  prompts = own_prompts(options).captions if options.captions else [
+    subject.model.prompt(record) for record in shuffled(subject.test, options.samples)
+  ]
+  weights = subject.weights(options.ema_halflife_images)()
   drawn = drawn_by(
-    subject.model, subject.weights(options.ema_halflife_images)(), subject.prompts.captions,
-    subject.sample, options.names, options.numbers, seed=options.seed, mesh=subject.mesh,
-    batch_size=options.batch,
+    subject.model, weights, prompts, subject.sample, options.names, options.numbers,
+    seed=options.seed, mesh=subject.mesh, batch_size=options.batch,
   )
   found = {name: changes(images) for name, images in drawn.items()}
   shown['settling'] = {
@@ -43,6 +47,6 @@ def steps(options: StepsEvaluation, sample: dict[str, Any], shown: dict) -> dict
       'steps': options.numbers, 'changes': {name: list(of.items()) for name, of in found.items()}
     },
     'settings': {'model': subject.identity(options.ema_halflife_images), 'seed': options.seed,
-                 'samples': len(subject.prompts.captions), **dataclasses.asdict(subject.sample)},
+                 'samples': len(prompts), **dataclasses.asdict(subject.sample)},
     'measured': subject.about,
   }

@@ -161,7 +161,7 @@ def _settling(scores: Mapping[str, Any], images: Mapping[str, np.ndarray]) -> st
     ([(image, f'{name}, {steps} steps') for image, steps in zip(row, found['steps'], strict=True)],
      page.escape(name)) for name, group in images.items() for row in group
   ])
-  note = ('The same noise at the start, in more and more steps from the left to the right. What is '
+  note = ('The same noise at the start, in more and more steps from the top down. What is '
           'deterministic settles; ancestral samples are others each time.')
   return page.section('settling', 'Steps', note, chart + rows)
 
