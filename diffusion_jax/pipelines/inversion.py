@@ -42,6 +42,8 @@ def invert(
   UserError: settings of another sampler, of one step, or that do not fit the model.
   """
   check(config)
+  if getattr(model.denoiser.config, 'interval', False):
+    raise UserError('the denoiser is told of whole steps, which cannot be undone; use another.')
   model.check_sampling(config, negative)
   _, height, width, _ = images.shape
   rows = model.rows(
