@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
     'objective': {'prediction': 'epsilon'},
     'caption_dropout': 0.1,
     'cache': True,
-    'sample': {'sampler': 'ddpm', 'steps': 100, 'guidance': 2.0, 'threshold': 'static',
+    'sample': {'sampler': 'ddpm', 'steps': 50, 'guidance': 2.0, 'threshold': 'static',
                'threshold_limit': 1.0},
     'evaluation': {'features': (), 'metrics': ('fd', 'kid', 'clip_score', 'retrieval')},
     'preview_captions': CAPTIONS,
@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
     'weight_decay': 0.01,
   })
   config.loop.update({
-    'total_steps': 1500, 'batch_size': 32, 'ema_halflife_images': 4000.0,
-    'checkpoint_every_steps': 250, 'sample_every_steps': 750, 'evaluate_samples': 128,
+    'total_steps': 1000, 'batch_size': 32, 'ema_halflife_images': 4000.0,
+    'checkpoint_every_steps': 250, 'sample_every_steps': 500, 'evaluate_samples': 128,
   })
   return config
