@@ -16,6 +16,7 @@ from diffusion_jax.backend import xla
 from diffusion_jax.diffusion import inversion
 from diffusion_jax.errors import UserError
 from diffusion_jax.parallel.mesh import in_batches
+from diffusion_jax.pipelines.guides import scores_of
 from diffusion_jax.pipelines.sampling import Numbers, Program, SampleConfig
 from diffusion_jax.pixels import to_float
 from diffusion_jax.types import Latents, Weights
@@ -77,7 +78,8 @@ def _inverted(
   numbers: Numbers, iterations: int,
 ) -> Latents:
   condition, negative = model.conditions(weights, rows, program.clip_skip)
-  guided = model.guided(weights, condition, negative, program, numbers)
+  scores = scores_of(model.conditioners, program.guides, weights, rows, model.space)
+  guided = model.guided(weights, condition, negative, program, numbers, scores=scores)
   z = model.space.encode(weights, to_float(rows[IMAGES]))
   return inversion.invert(guided, z, numbers.grid, iterations) / numbers.start
 
