@@ -53,7 +53,7 @@ from diffusion_jax.pipelines.guides import check_guides, scores_of
 from diffusion_jax.pipelines.image_conditioners import CONTROLNET, Editing, Inputs
 from diffusion_jax.pipelines.known import PAINTED, free_places, pasted, projection
 from diffusion_jax.pipelines.options import AS_DRAWN, PLAIN, Sizing
-from diffusion_jax.pipelines.rules import edge_rule, output_channels
+from diffusion_jax.pipelines.rules import check_imitation, edge_rule, output_channels
 from diffusion_jax.pipelines.sampling import (
   LATENTS,
   NO_SCORES,
@@ -482,23 +482,10 @@ class Diffusion(Generator):
         'leave it out, or use guidance.'
       )
     if imitates_guidance(self.denoiser.config):
-      self._check_imitation(config, negative)
+      check_imitation(config, negative)
     for name, default in (('clip_skip', 0), ('prompt_syntax', PLAIN)):
       if getattr(config, name) != default:
         self._with_text(name, default)
-
-  def _check_imitation(self, config: SampleConfig, negative: str) -> None:
-    """Raise UserError for guidance beside that which the denoiser imitates."""
-    if config.guidance != 1:
-      raise UserError(
-        f'guidance is {config.guidance:g}, but the denoiser imitates guidance (its config has '
-        f'time_cond_proj_dim); set guidance to 1, and distilled_guidance to {config.guidance:g}.'
-      )
-    if negative:
-      raise UserError(
-        f'the negative prompt {negative!r} has no effect on a denoiser that imitates guidance (its '
-        'config has time_cond_proj_dim); leave it out.'
-      )
 
 
 def joined(parts: Iterable[Arrays]) -> Condition:

@@ -1,8 +1,9 @@
-"""What heights, widths and channels a network takes, by its config alone."""
+"""What a network takes, by its config alone: heights, widths, channels, guidance."""
 
 import math
 from typing import Any
 
+from diffusion_jax.errors import UserError
 from diffusion_jax.limits import EdgeRule
 
 
@@ -18,3 +19,17 @@ def output_channels(config: Any) -> int | None:
   """Output channels of a denoiser, or None if not in its config."""
   found = (getattr(config, name, None) for name in ('out_channels', 'out_features', 'in_channels'))
   return next((channels for channels in found if channels is not None), None)
+
+
+def check_imitation(config: Any, negative: str) -> None:
+  """Raise UserError for guidance beside that which the denoiser imitates."""
+  if config.guidance != 1:
+    raise UserError(
+      f'guidance is {config.guidance:g}, but the denoiser imitates guidance (its config has '
+      f'time_cond_proj_dim); set guidance to 1, and distilled_guidance to {config.guidance:g}.'
+    )
+  if negative:
+    raise UserError(
+      f'the negative prompt {negative!r} has no effect on a denoiser that imitates guidance (its '
+      'config has time_cond_proj_dim); leave it out.'
+    )
