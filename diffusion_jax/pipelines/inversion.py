@@ -70,6 +70,11 @@ def check(config: SampleConfig) -> None:
       f'pictures are inverted along the steps of {SAMPLER} without noise; set the sampler to '
       f'{SAMPLER}, not {config.sampler}, and leave out its eta.'
     )
+  if dict(config.program.options).get('keep_epsilon'):
+    raise UserError(
+      'steps that take epsilon and x_0 from two estimates, as with CFG++, are not undone; choose '
+      'another kind of guidance.'
+    )
 
 
 @functools.partial(xla.jit, static_argnums=(0, 3, 5))
