@@ -79,6 +79,11 @@ class UNet2DConfig(NetworkConfig):
     return tuple(width // (size or width) for width, size in sizes)
 
   @property
+  def layers(self) -> tuple[int, ...]:
+    """Residual blocks of each level, on the way down."""
+    return (self.layers_per_block,) * len(self.block_out_channels)
+
+  @property
   def mid_block_type(self) -> str:
     return 'AttnMidBlock2D' if self.add_attention else 'UNetMidBlock2D'
 
