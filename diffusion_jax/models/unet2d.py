@@ -62,10 +62,18 @@ class UNet2DConfig(NetworkConfig):
     self.check_groups()
     self.check_entries(levels, ('down_block_types', 'up_block_types', 'attention_head_dim'))
     self.check_blocks(2 * self.layers_per_block * levels * 2)
-    for width, size in zip(self.block_out_channels, self._head_sizes, strict=True):
+    for level, (width, size) in enumerate(
+      zip(self.block_out_channels, self._head_sizes, strict=True)
+    ):
       self.require(
-        size is None or width % size == 0, 'attention_head_dim', f'must divide {width} channels'
+        size is None or width % size == 0 or not self._attended(level), 'attention_head_dim',
+        f'must divide {width} channels',
       )
+
+  def _attended(self, level: int) -> bool:
+    types = self.down_block_types[level], self.up_block_types[-1 - level]
+    last = level == len(self.block_out_channels) - 1
+    return any('Attn' in name for name in types) or (last and self.add_attention)
 
   @property
   def _head_sizes(self) -> tuple[int | None, ...]:

@@ -71,7 +71,7 @@ def test_steps_and_prior_are_those_of_the_other_bound(draws):
     both = lambda x, *at, fraction=fraction: (denoise(x, *at), jnp.full_like(x, fraction))
     pairs = zip(run(both, 'learned'), run(denoise, same), strict=True)
     assert all(np.allclose(a, b, rtol=1e-5) for a, b in pairs)
-  assert (run(denoise, 'fixed_large').diffusion > found.diffusion).all()
+  assert not np.allclose(run(denoise, 'fixed_large').diffusion, found.diffusion, rtol=0.1)
 
 
 def test_sub_vp_has_less_noise_and_its_likelihood_is_the_closed_form():

@@ -9,12 +9,12 @@ from scipy.stats import ks_2samp
 from diffusion_jax.diffusion.bounds import transition
 from diffusion_jax.diffusion.losses import add_noise
 from diffusion_jax.diffusion.mixture import GaussianMixture
-from diffusion_jax.diffusion.noise import Schedule, ScheduleConfig
+from diffusion_jax.diffusion.noise import NoiseConfig, Schedule
 from diffusion_jax.diffusion.objective import Objective, ObjectiveConfig
 from diffusion_jax.diffusion.samplers import sampler, sampling_grid
 
 BETAS = np.linspace(1e-4, 0.02, 1000)
-SCHEDULE = Schedule(ScheduleConfig('linear', 1e-4, 0.02))
+SCHEDULE = Schedule(NoiseConfig('linear', 1e-4, 0.02))
 
 
 def test_noising_step_by_step_has_the_moments_of_the_one_jump():

@@ -79,7 +79,7 @@ def test_rows_are_the_means_of_direct_calls(scores, model, test_split, evaluator
   for name, value in (('bound', terms.total), ('prior', terms.prior), ('steps', terms.diffusion),
                       ('decoder', terms.decoder)):
     assert row[f'bits_per_dim_{name}'] == pytest.approx(float(value.mean()), rel=1e-3), name
-  error = np.std(terms.total, ddof=1) / COUNT**0.5
+  error = np.std(np.asarray(terms.total), ddof=1) / COUNT**0.5
   assert row['bits_per_dim_bound_stderr'] == pytest.approx(error, rel=0.01)
   by_step = scores['bound_by_step']
   assert by_step['timesteps'] == terms.timesteps.tolist()
