@@ -16,6 +16,7 @@ from diffusion_jax.backend import xla
 from diffusion_jax.diffusion import inversion
 from diffusion_jax.errors import UserError
 from diffusion_jax.parallel.mesh import in_batches
+from diffusion_jax.pipelines.distilled import predicts_mean_velocity
 from diffusion_jax.pipelines.guides import scores_of
 from diffusion_jax.pipelines.sampling import Numbers, Program, SampleConfig
 from diffusion_jax.pixels import to_float
@@ -43,7 +44,7 @@ def invert(
   UserError: settings of another sampler, of one step, or that do not fit the model.
   """
   check(config)
-  if getattr(model.denoiser.config, 'interval', False):
+  if predicts_mean_velocity(model.denoiser.config):
     raise UserError('the denoiser is told of whole steps, which cannot be undone; use another.')
   model.check_sampling(config, negative)
   _, height, width, _ = images.shape
