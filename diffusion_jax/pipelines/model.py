@@ -53,7 +53,7 @@ from diffusion_jax.pipelines.guides import check_guides, scores_of
 from diffusion_jax.pipelines.image_conditioners import CONTROLNET, Editing, Inputs
 from diffusion_jax.pipelines.known import PAINTED, free_places, pasted, projection
 from diffusion_jax.pipelines.options import AS_DRAWN, PLAIN, Sizing
-from diffusion_jax.pipelines.rules import check_imitation, edge_rule, output_channels
+from diffusion_jax.pipelines.rules import check_imitation, checked_noise, edge_rule, output_channels
 from diffusion_jax.pipelines.sampling import (
   LATENTS,
   NO_SCORES,
@@ -430,7 +430,7 @@ class Diffusion(Generator):
     ends = [given] if toward is None else [given, rows_of(toward[0])]
     given = given if toward is None else given | between.way(*ends, toward[1])
     if noise is not None:
-      given['x'] = _checked_noise(noise, (n, *shape))
+      given['x'] = checked_noise(noise, (n, *shape))
     if not config.clip_skip and all(
       c.same(rows) for c in self.conditioners.values() for rows in ends
     ):
@@ -493,9 +493,3 @@ def joined(parts: Iterable[Arrays]) -> Condition:
   fields = {name: value for part in parts for name, value in part.items()}
   more = {name: fields.pop(name) for name in list(fields) if name not in Condition._fields}
   return Condition(**fields, more=more or None)
-
-
-def _checked_noise(given: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  if given.shape != shape:
-    raise UserError(f'noise is {list(given.shape)}; give one array for each prompt, {list(shape)}.')
-  return np.asarray(given, np.float32)

@@ -1,7 +1,9 @@
-"""What a network takes, by its config alone: heights, widths, channels, guidance."""
+"""What a network takes, by its config alone: heights, widths, channels, guidance; and noise."""
 
 import math
 from typing import Any
+
+import numpy as np
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.limits import EdgeRule
@@ -33,3 +35,10 @@ def check_imitation(config: Any, negative: str) -> None:
       f'the negative prompt {negative!r} has no effect on a denoiser that imitates guidance (its '
       'config has time_cond_proj_dim); leave it out.'
     )
+
+
+def checked_noise(given: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """Return noise as float32. UserError for another shape."""
+  if given.shape != shape:
+    raise UserError(f'noise is {list(given.shape)}; give one array for each prompt, {list(shape)}.')
+  return np.asarray(given, np.float32)
