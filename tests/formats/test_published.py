@@ -24,6 +24,10 @@ SMALL = {
   'autoencoder': LEVELS, 'vq': LEVELS | dict(num_vq_embeddings=8),
   'fsq': LEVELS | dict(levels=(3, 3)), 'dvae': LEVELS | dict(num_vq_embeddings=8, vq_embed_dim=4),
   'unet': ENCODER | dict(up_block_types=UP), 'controlnet': ENCODER,
+  'unet2d': LEVELS | dict(
+    down_block_types=('DownBlock2D', 'AttnDownBlock2D'), attention_head_dim=4,
+    up_block_types=('AttnUpBlock2D', 'UpBlock2D'),
+  ),
   'clip': dict(text_config=CLIPTextConfig(**TEXT), vision_config=CLIPVisionConfig(**VISION)),
   'clip_text': TEXT, 'clip_text_projection': TEXT, 'clip_vision': VISION,
   'clip_vision_projection': VISION,
@@ -78,7 +82,7 @@ def sizes(values):
 
 def test_sizes_of_every_kind_of_network(saved):
   name, folder, values = saved
-  unused = {'freq_shift', 'latent_magnitude'}
+  unused = {'freq_shift', 'latent_magnitude', 'downsample_padding'}  # Of which 0 is one.
   unused |= {'projection_dim'} if name in ('clip_text', 'clip_vision') else set()
   places = [(values, key) for key in sizes(values)]
   if name == 'clip':
