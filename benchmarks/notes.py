@@ -283,7 +283,7 @@ def _row(name: str, entry: dict[str, Any]) -> tuple[str, ...]:
   if distance and 'fd_clip' in first:
     distance += f' ({first["fd_clip"]:.0f})'
   return (
-    f'{system.number}. {system.title}', f'`{system.recipe}`',
+    f'{system.number}. {system.title}', f'`configs/{system.recipe}`',
     f'{entry["train_seconds"] / 60:.0f} min', f'{entry["parameters"] / 1e6:.1f} M', distance,
     _number(scores.get('clip_score'), '.1f'), _number(scores.get('retrieval_r1'), '.2f'),
     _number(scores.get('class_accuracy'), '.2f'), _more(entry), system.paper,

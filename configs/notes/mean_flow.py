@@ -12,28 +12,15 @@ besides t, and begins as that model; v is its teacher's, guided by 2. One step d
 The paper: ImageNet 256 FID 3.43 in one step, 2.93 in two (MeanFlow-XL/2, table 2).
 """
 
-from diffusion_jax.configs.base import base
-from diffusion_jax.configs.openmoji.quickstart import CAPTIONS
+from diffusion_jax.configs.notes import lcm
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-  config = base('distillation')
-  config.settings = ConfigDict({
-    'model': 'runs/notes/latent_diffusion/model',
-    'clip': 'asset:clip-openmoji-64',
-    'objective': {'prediction': 'flow_prediction'},
-    'distill': {'method': 'mean_flow', 'guidance': (2.0, 2.0)},
-    'cache': True,
-    'sample': {'sampler': 'flow_euler', 'steps': 1, 'guidance': 1.0},
-    'evaluation': {'features': (), 'metrics': ('fd', 'kid', 'clip_score', 'retrieval')},
-    'preview_captions': CAPTIONS,
-  })
-  config.optimizer.update({
-    'learning_rate': 0.0005, 'schedule': 'cosine', 'warmup_steps': 30, 'b2': 0.99,
-  })
-  config.loop.update({
-    'total_steps': 600, 'batch_size': 32, 'ema_halflife_images': 1000.0,
-    'checkpoint_every_steps': 200, 'sample_every_steps': 200, 'evaluate_samples': 128,
-  })
+  config = lcm.get_config()
+  config.settings.model = 'runs/notes/latent_diffusion/model'
+  config.settings.objective.prediction = 'flow_prediction'
+  config.settings.distill = ConfigDict({'method': 'mean_flow', 'guidance': (2.0, 2.0)})
+  config.settings.sample.update({'sampler': 'flow_euler', 'steps': 1})
+  config.optimizer.learning_rate = 0.0005
   return config

@@ -47,4 +47,4 @@ def test_entries_are_kept_in_the_order_of_the_systems(tmp_path, monkeypatch):
   assert next(iter(json.loads(notes.FIGURES.read_text()).values())) == ENTRY
   _, _, first, second = notes.table().splitlines()
   assert '| 10 min | 2.5 M | 20.2 (271) | 49.3 | 0.22 |  |' in first
-  assert second.startswith('| 5. Other | `openmoji/dit_flow.py` | 10 min | 2.5 M |  |  |')
+  assert second.startswith('| 5. Other | `configs/openmoji/dit_flow.py` | 10 min | 2.5 M |  |  |')
