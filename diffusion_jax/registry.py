@@ -131,7 +131,7 @@ SOURCES = Table('source of data', {
   'autoregressive': 'diffusion_jax.data.sources.sequences:signals',
   'sines': 'diffusion_jax.data.sources.sequences:signals',
   'outlines': 'diffusion_jax.data.sources.sequences:outlines',
-  'sequences': 'diffusion_jax.data.sources.sequences:own',
+  'sequences': 'diffusion_jax.data.sources.sequences:from_file',
 })
 """Functions of a `DataConfig` that return the sources (train, test). What follows a colon in
 `data.dataset`, such as 'folder:PATH', is theirs."""

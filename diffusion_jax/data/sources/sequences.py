@@ -53,7 +53,8 @@ def expected_periodogram(covariance: Float[np.ndarray, ' l']) -> Float[np.ndarra
 
 
 RADIUS, PERIOD = 0.9, 12
-"""Of the pole of the autoregressive process: its spectrum has a peak at 1 / PERIOD."""
+"""Of the poles r exp(+-iw) of the autoregressive process: r, and 2 pi / w in places, which is the
+period of its spectrum's peak."""
 
 
 def autoregressive(rng: np.random.Generator, count: int, length: int) -> np.ndarray:
@@ -63,7 +64,7 @@ def autoregressive(rng: np.random.Generator, count: int, length: int) -> np.ndar
 
 
 def autoregressive_covariance(length: int) -> np.ndarray:
-  """Return its covariance at lags 0 to length - 1, by the Yule-Walker equations."""
+  """Return the covariance of `autoregressive` at lags 0 to length - 1 (Yule-Walker equations)."""
   first, second = 2 * RADIUS * np.cos(2 * np.pi / PERIOD), -(RADIUS**2)
   found = [1.0, first / (1 - second)]
   while len(found) < length:
@@ -87,7 +88,7 @@ def sines(rng: np.random.Generator, count: int, length: int) -> np.ndarray:
 
 
 def sines_covariance(length: int) -> np.ndarray:
-  """Return their covariance at lags 0 to length - 1."""
+  """Return the covariance of `sines` at lags 0 to length - 1."""
   lags = np.arange(length)
   parts = [a**2 * np.cos(2 * np.pi * lags / period) for period, a in SINES.items()]
   total = np.sum(parts, axis=0)
@@ -161,7 +162,7 @@ def outline(image: UInt8[np.ndarray, 'h w 3'], points: int) -> Float[np.ndarray,
   return (found / max(found.std(), 1e-6)).astype(np.float32)
 
 
-def own(config: DataConfig) -> tuple[Sequences, Sequences]:
+def from_file(config: DataConfig) -> tuple[Sequences, Sequences]:
   """(train, test) of 'sequences:FILE.npy', numbers [n length] or [n length channels].
 
   Channels are brought to mean 0 and variance 1; the last tenth of the rows is the test split.
