@@ -217,9 +217,9 @@ def measure(name: str) -> dict[str, Any]:
     if subprocess.run(_command(arguments), cwd=ROOT).returncode:
       raise UserError(f'{name}: {arguments[0]} has failed; see what it said above.')
   workdir = ROOT / _workdir(name)
-  read = lambda file, of=workdir: json.loads((of / file).read_text(encoding='utf-8'))
+  loaded = lambda file, of=workdir: json.loads((of / file).read_text(encoding='utf-8'))
   runs = [ROOT / _workdir(one) for one in (*SYSTEMS[name].before * SYSTEMS[name].cascade, name)]
-  status, sizes = ([read(file, run) for run in runs] for file in ('status.json', 'step.json'))
+  status, sizes = ([loaded(file, run) for run in runs] for file in ('status.json', 'step.json'))
   entry = {
     'commands': [' '.join(['python -m diffusion_jax', *arguments]) for arguments in steps.values()],
     'steps': status[-1]['step'],
@@ -229,10 +229,10 @@ def measure(name: str) -> dict[str, Any]:
     'parameters': sum(one['parameters'] for one in sizes),
   }
   if 'scores' in steps:
-    scores, columns = read('table.json'), ('generated', 'untrained', 'real', 'test')
+    scores, columns = loaded('table.json'), ('generated', 'untrained', 'real', 'test')
     entry |= {column: scores[column] for column in columns if column in scores}
   if 'likelihood' in steps:
-    entry['likelihood'] = read('likelihood.json')
+    entry['likelihood'] = loaded('likelihood.json')
   return entry
 
 
@@ -302,7 +302,7 @@ def table() -> str:
 
 
 def replaced(text: str) -> str:
-  """README.md with the table in force."""
+  """Return the text of README.md with the table of what has been measured."""
   before, rest = text.split(BEGIN)
   return f'{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}'
 
