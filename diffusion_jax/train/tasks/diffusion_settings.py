@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from diffusion_jax.diffusion.noise import NoiseConfig
 from diffusion_jax.diffusion.objective import ObjectiveConfig
+from diffusion_jax.diffusion.samplers import sampler
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import config_of
 from diffusion_jax.limits import ByType, FileDtype, Fraction, Positive
@@ -78,6 +79,7 @@ class SharedConfig(TextTrainingConfig):
 
   def __post_init__(self):
     self.check_text_training(self.cache)
+    sampler(self.sample.sampler, **self.sample.own_options)  # UserError for an option it has not.
     if self.objective.data_std != 1:
       raise UserError(
         f'objective.data_std is {self.objective.data_std}, but latents are scaled to unit '
