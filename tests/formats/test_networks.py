@@ -157,7 +157,7 @@ def test_assets(tmp_path, monkeypatch, params):
 
 
 def test_unknown_kinds_are_listed(tmp_path):
-  with pytest.raises(UserError, match='autoencoder, unet, controlnet'):
+  with pytest.raises(UserError, match='choose one of autoencoder, unet, unet2d'):
     load_params('vae', tmp_path)
 
 

@@ -43,7 +43,7 @@ def test_heads_are_named_in_two_ways():
   ('class_embed_type', 'simple_projection'), ('addition_embed_type', 'image'),
   ('mid_block_type', 'UNetMidBlock2DSimpleCrossAttn'), ('resnet_time_scale_shift', 'spatial'),
   ('time_embedding_dim', 512), ('transformer_layers_per_block', [[1, 2], 1, 1, 1]),
-  ('layers_per_block', [2, 2, 2, 1]), ('cross_attention_dim', [8, 8, 8, 8]),
+  ('cross_attention_dim', [8, 8, 8, 8]),
   ('conv_in_kernel', 1), ('unheard_of', 0),
 ])
 def test_what_we_lack_is_refused_by_name(key, value):
