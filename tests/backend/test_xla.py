@@ -139,6 +139,7 @@ def test_a_separate_part_computes_the_same():
   assert out['sum'] == jnp.sin(2.0) + 2.0 and out['same'] == 2.0
 
 
+REQUEST = '/jax/compilation_cache/compile_requests_use_cache'
 KEYS = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')
 
 
@@ -176,7 +177,7 @@ def test_a_second_start_compiles_nothing(home, name, command, finished):
     return events
 
   start(1)
-  programs = list((home / '.cache' / 'diffusion_jax' / 'compiled').glob('*-cache'))
-  assert programs
+  assert list((home / '.cache' / 'diffusion_jax' / 'compiled').glob('*-cache'))
+  # The first one may have made more, which the process keeps the results of.
   again = start(2)
-  assert again.count(HIT) >= len(programs)
+  assert again.count(HIT) == again.count(REQUEST) > 10
