@@ -152,10 +152,10 @@ def test_an_override_may_set_any_key_that_there_is():
   load = lambda *more: parse(load_config('openmoji/quickstart', [f'--config.{o}' for o in more]))
   found = load(
     'optimizer.name=sgd', 'optimizer.options.momentum=0.5', 'optimizer.options.nesterov=True',
-    'settings.sample.options.order=3', 'settings.export_dtype=float32', 'data.data_dir=3',
+    'settings.sample.options.eta=0.5', 'settings.export_dtype=float32', 'data.data_dir=3',
   )
   assert found.optimizer.options == {'momentum': 0.5, 'nesterov': True}
-  assert found.settings.sample.options == {'order': 3}
+  assert found.settings.sample.options == {'eta': 0.5}
   assert found.settings.export_dtype == 'float32' and found.data.data_dir == '3'
   with pytest.raises(UserError, match=r'did you mean config\.loop\.total_steps\?'):
     load('loop.totl_steps=3')
