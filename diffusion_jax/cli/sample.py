@@ -70,6 +70,13 @@ class PromptOptions:
     if self.size:
       parse_size(self.size)  # So that no model is read for a size that is none.
 
+  def folder(self) -> Path:
+    """Return where the pictures go. UserError for a file."""
+    out = Path(self.out)
+    if out.exists() and not out.is_dir():
+      raise UserError(f'--out {self.out} is a file; choose a directory.')
+    return out
+
   def read(self, needed: bool = True) -> list[str]:
     """All prompts; in a file blank lines only separate. UserError: none, or an unreadable file."""
     prompts = list(self.prompt)
@@ -281,10 +288,7 @@ def sample(
   from diffusion_jax.pipelines.tiling import tiled
 
   enable_compile_cache()
-  out = Path(prompt.out)
-  if out.exists() and not out.is_dir():
-    raise UserError(f'--out {prompt.out} is a file; choose a directory.')
-  mesh = make_mesh(MeshConfig())
+  out, mesh = prompt.folder(), make_mesh(MeshConfig())
   fits = lambda model, config: pictures.sizes(model, prompt.size, config.binning, edit)
   check = lambda model, config: _check(model, config, pictures, edit, inverting, fits)
   model, weights, config, name = open_model(source, values, mesh, check)
